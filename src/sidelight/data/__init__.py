@@ -1,0 +1,6 @@
+"""Labelled texts from files, the Hugging Face hub or memory. Knows texts, not token ids."""
+
+from sidelight.data.examples import Example, Examples, Skipped
+from sidelight.data.loading import load_examples
+
+__all__ = ["Example", "Examples", "Skipped", "load_examples"]

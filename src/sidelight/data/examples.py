@@ -1,0 +1,162 @@
+"""The examples that a probe learns from or is measured on. Knows no file format."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sidelight.data.splitting import hold_out, indicators
+from sidelight.errors import SidelightError, did_you_mean
+from sidelight.prompts import Message
+from sidelight.types import Task
+
+Labels = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One chat to classify. A plain text is a chat of one user message.
+
+    Attributes:
+        messages: The prompt, oldest turn first; at least one has some text.
+        response: The assistant's answer, for probes that read responses.
+    """
+
+    messages: tuple[Message, ...]
+    response: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The contents of the prompt's messages, joined by newlines."""
+        return "\n".join(message.content for message in self.messages)
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """How many rows of the source were left out, by reason."""
+
+    empty_text: int = 0
+    missing_label: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """Examples in the order of their source, with their labels.
+
+    Compare two of them by `content_hash`.
+
+    Attributes:
+        items: The texts.
+        task: The label space; None when loaded without labels or a task.
+        labels: `[row]` class index (0/1 for a binary task), or `[row, label]` of 0/1 for a
+            multi-label task; None when loaded without labels.
+        rows: All cells of each example's row, as read.
+        skipped: What loading left out; zero for a part made by `select` or `split`.
+        warnings: What the user should know of the data, one sentence each; a part made by
+            `select` or `split` has its own, not those of the whole.
+    """
+
+    items: tuple[Example, ...]
+    task: Task | None
+    labels: Labels | None
+    rows: tuple[Mapping[str, object], ...]
+    skipped: Skipped = field(default_factory=Skipped)
+    warnings: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        """The number of examples."""
+        return len(self.items)
+
+    @cached_property
+    def content_hash(self) -> str:
+        """Sha256 over texts, responses and label names, in order; the same for every format."""
+        digest = hashlib.sha256()
+        for item, names in zip(self.items, self._label_names(), strict=True):
+            turns = [[message.role, message.content] for message in item.messages]
+            digest.update(json.dumps([turns, item.response, names]).encode() + b"\n")
+        return digest.hexdigest()
+
+    def column(self, name: str) -> tuple[object, ...]:
+        """One cell of each row, None where the row lacks it; for reports on a subset.
+
+        Raises:
+            SidelightError: No row has the column.
+        """
+        if not any(name in row for row in self.rows):
+            known = {key for row in self.rows for key in row}
+            raise SidelightError(
+                f"The examples have no column '{name}'.{did_you_mean(name, known)}"
+            )
+        return tuple(row.get(name) for row in self.rows)
+
+    def select(self, indices: Iterable[int]) -> "Examples":
+        """The examples at these positions, in this order."""
+        chosen = [int(index) for index in indices]
+        return Examples(
+            items=tuple(self.items[index] for index in chosen),
+            task=self.task,
+            labels=None if self.labels is None else self.labels[chosen],
+            rows=tuple(self.rows[index] for index in chosen),
+        )
+
+    def split(self, fraction: float, seed: int) -> tuple["Examples", "Examples"]:
+        """Two parts: the examples to train on, and about `fraction` of them held out.
+
+        Each label keeps its share and, where it has two distinct texts, appears on both sides.
+        Texts that differ only in case and spacing stay together, whatever their responses.
+        A label with a single text stays in the first part, which then carries a warning.
+
+        Args:
+            fraction: Share to hold out, above 0 and below 1.
+            seed: Decides which examples are held out.
+
+        Raises:
+            SidelightError: The fraction is out of range, or there are no two distinct texts.
+        """
+        if not 0 < fraction < 1:
+            raise SidelightError(
+                f"Cannot hold out {fraction} of the examples: choose 0 < share < 1."
+            )
+        groups = self._text_groups()
+        if groups.max(initial=0) < 1:
+            raise SidelightError("Cannot split: all examples have the same text. Add more texts.")
+        strata = indicators(self.labels, classes=len(self.task.labels) if self.task else 0)
+        held_out = hold_out(groups, strata, fraction=fraction, seed=seed)
+        training, rest = (
+            self.select(np.flatnonzero(~held_out)),
+            self.select(np.flatnonzero(held_out)),
+        )
+        return training._warned(self._lonely_labels(groups)), rest
+
+    def _warned(self, warnings: Sequence[str]) -> "Examples":
+        return Examples(self.items, self.task, self.labels, self.rows, warnings=tuple(warnings))
+
+    def _label_names(self) -> list[list[str]]:
+        if self.labels is None or self.task is None:
+            return [[] for _ in self.items]
+        names = self.task.labels
+        chosen = self.labels[:, None] if self.labels.ndim == 1 else self.labels
+        if self.task.kind == "multilabel":
+            return [sorted(names[index] for index in np.flatnonzero(row)) for row in chosen]
+        return [[names[index] for index in row] for row in chosen]
+
+    def _text_groups(self) -> NDArray[np.int64]:
+        """Number of each example's text, the same for texts equal but for case and spacing."""
+        numbers: dict[str, int] = {}
+        keys = (" ".join(item.text.split()).casefold() for item in self.items)
+        return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
+
+    def _lonely_labels(self, groups: NDArray[np.int64]) -> list[str]:
+        if self.labels is None or self.task is None:
+            return []
+        holds = indicators(self.labels, classes=len(self.task.labels))
+        texts = [len(np.unique(groups[column])) for column in holds.T]
+        return [
+            f"Label '{name}' has only one distinct text: it stays in the training part."
+            for name, count in zip(self.task.labels, texts, strict=False)
+            if count == 1
+        ]

@@ -1,0 +1,61 @@
+"""One request being written: its tokens, its text, and when it is complete."""
+
+from collections.abc import Callable, Sequence
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sidelight.engines.base import FinishReason
+from sidelight.engines.detokenizer import Detokenizer, StopGate
+from sidelight.engines.line import Request
+from sidelight.engines.sampler import Sampler
+
+
+class Generation:
+    """What has been written for a request.
+
+    Args:
+        request: What to write.
+        decode: Token ids to text, special tokens left out.
+        end_tokens: Ids that end a turn; they are counted, and no part of the text.
+
+    Attributes:
+        tokens: How many have been sampled.
+        last_token: The newest; the next step reads it.
+        reason: Why the text is complete; None while it is not.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        *,
+        decode: Callable[[Sequence[int]], str],
+        end_tokens: frozenset[int],
+    ):
+        self.request = request
+        self.tokens = 0
+        self.last_token = 0
+        self.reason: FinishReason | None = None
+        self._end_tokens = end_tokens
+        self._sampler = Sampler(request.sampling)
+        self._detokenizer = Detokenizer(decode)
+        self._gate = StopGate(request.sampling.stop)
+
+    def draw(self, logits: Float[Tensor, " vocabulary"]) -> Int[Tensor, ""]:
+        """The next token; ``accept`` takes it."""
+        return self._sampler(logits)
+
+    def accept(self, token: int) -> str:
+        """Counts the token; returns the text that can be sent because of it."""
+        self.last_token = token
+        self.tokens += 1
+        if token in self._end_tokens:
+            self.reason = "stop"
+            return self._gate.flush()
+        text = self._gate.push(self._detokenizer.push(token))
+        if self._gate.is_closed:
+            self.reason = "stop"
+        elif self.tokens == self.request.max_tokens:
+            self.reason = "length"
+            text += self._gate.flush()
+        return text

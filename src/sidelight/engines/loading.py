@@ -1,0 +1,82 @@
+"""An engine whose model loads in the background, so that the server can say that it is loading."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+
+from sidelight.engines.base import (
+    Engine,
+    EngineUnavailableError,
+    Event,
+    Load,
+    LoadedProbe,
+    Sampling,
+)
+from sidelight.prompts import Message
+from sidelight.types import Verdict
+
+
+class LoadingEngine:
+    """Refuses with ``EngineUnavailableError`` until the loaded engine takes over.
+
+    Args:
+        load: Gives the engine; runs once, in a thread of its own.
+    """
+
+    def __init__(self, load: Callable[[], Engine]):
+        self._load = load
+        self._engine: Engine | None = None
+        self.loading: asyncio.Task[None] | None = None
+
+    @property
+    def model(self) -> str:
+        """The name of the loaded model."""
+        return self._loaded().model
+
+    @property
+    def probes(self) -> Sequence[LoadedProbe]:
+        """The probes of the loaded model."""
+        return self._loaded().probes
+
+    @property
+    def load(self) -> Load:
+        """The requests in the engine; none while it loads."""
+        return Load(running=0, waiting=0) if self._engine is None else self._engine.load
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the model has been loaded and its engine accepts requests."""
+        return self._engine is not None and self._engine.is_ready
+
+    async def start(self) -> None:
+        """Begins to load and returns at once; ``loading`` holds the outcome."""
+        self.loading = asyncio.create_task(self._take_over())
+
+    async def close(self) -> None:
+        """Closes the loaded engine; a load in progress is abandoned."""
+        if self.loading is not None:
+            self.loading.cancel()
+            await asyncio.wait({self.loading})
+        if self._engine is not None:
+            await self._engine.close()
+
+    def generate(
+        self, messages: Sequence[Message], sampling: Sampling
+    ) -> AsyncGenerator[Event, None]:
+        """As the loaded engine's."""
+        return self._loaded().generate(messages, sampling)
+
+    async def judge(
+        self, conversations: Sequence[Sequence[Message]]
+    ) -> list[tuple[Verdict, ...]]:
+        """As the loaded engine's."""
+        return await self._loaded().judge(conversations)
+
+    async def _take_over(self) -> None:
+        engine = await asyncio.to_thread(self._load)
+        await engine.start()
+        self._engine = engine
+
+    def _loaded(self) -> Engine:
+        if self._engine is None:
+            raise EngineUnavailableError("The model is still loading. Try again when /ready is 200.")
+        return self._engine

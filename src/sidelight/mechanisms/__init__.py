@@ -1,0 +1,29 @@
+"""Mechanisms: what turns the hidden states of all layers and tokens into logits.
+
+To add one, write its file and import it here; the law tests find it in the registry.
+"""
+
+from sidelight.mechanisms import attention, gate, pooling, readout
+from sidelight.mechanisms.base import Aggregator, Geometry, Mechanism
+from sidelight.mechanisms.registry import (
+    MechanismSpec,
+    OptionValue,
+    mechanism_names,
+    mechanism_spec,
+    register,
+)
+
+__all__ = [
+    "Aggregator",
+    "Geometry",
+    "Mechanism",
+    "MechanismSpec",
+    "OptionValue",
+    "attention",
+    "gate",
+    "mechanism_names",
+    "mechanism_spec",
+    "pooling",
+    "readout",
+    "register",
+]

@@ -1,0 +1,170 @@
+"""Downcast multi-head self-attention, the paper's strongest and most expensive mechanism."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sidelight.errors import SidelightError
+from sidelight.mechanisms import online_softmax
+from sidelight.mechanisms.base import Aggregator, Geometry, hide
+from sidelight.mechanisms.pooling import pooling
+from sidelight.mechanisms.registry import register
+from sidelight.mechanisms.two_stage import TwoStage
+from sidelight.ragged import Ragged
+
+
+class DowncastAttention(Aggregator):
+    """Self-attention among the items in a narrow space, then pooling.
+
+    Q, K, V: width -> inner; scaled dot-product attention per head; inner -> width; mean or max
+    over items (Meyoyan & Del Corro 2026, section 3). No positions, residual, norm or biases.
+    The state is the projected items themselves: it grows with them, as a small KV cache does.
+
+    Args:
+        groups: Groups with projections of their own.
+        width: Size of an item.
+        inner: Size of the narrow space, divisible by ``heads``.
+        heads: Attention heads.
+        over_items: How the attended items become one vector.
+    """
+
+    def __init__(
+        self, *, groups: int, width: int, inner: int, heads: int, over_items: Literal["mean", "max"]
+    ):
+        super().__init__()
+        self.query_key_value = nn.Parameter(torch.empty(groups, width, 3 * inner))
+        self.out = nn.Parameter(torch.empty(groups, inner, width))
+        nn.init.normal_(self.query_key_value, std=width**-0.5)
+        nn.init.normal_(self.out, std=inner**-0.5)
+        self._heads = heads
+        self._over_items = over_items
+        self._pool = pooling(over_items)
+
+    def forward(
+        self, items: Float[Tensor, "batch group item width"], mask: Bool[Tensor, "batch item"]
+    ) -> Float[Tensor, "batch group width"]:
+        """Attends, projects back to full width, pools."""
+        projected = torch.einsum("bgnd,gdk->bgnk", hide(items, mask), self.query_key_value)
+        query, key, value = (
+            part.unflatten(-1, (self._heads, -1)) for part in projected.chunk(3, -1)
+        )  # (B, G, N, H, inner / H)
+        scores = torch.einsum("bgihe,bgjhe->bgijh", query, key) / query.shape[-1] ** 0.5
+        weights = online_softmax.masked_softmax(scores, mask[:, None, None, :, None])
+        attended = torch.einsum("bgijh,bgjhe->bgihe", weights, value).flatten(-2)
+        return self._pool(torch.einsum("bgne,ged->bgnd", attended, self.out), mask)
+
+    def columns(
+        self, carry: Float[Tensor, "group width carry"]
+    ) -> Float[Tensor, "group width column"]:
+        """Query, key and value; what is carried is composed in ``finish``."""
+        return self.query_key_value
+
+    def summarise(self, items: Ragged) -> Ragged:
+        """The projected items."""
+        return items
+
+    def merge(self, left: Ragged, right: Ragged) -> Ragged:
+        """All items of both."""
+        return left.joined(right)
+
+    def finish(
+        self, state: Ragged, carry: Float[Tensor, "group width carry"]
+    ) -> Float[Tensor, "segment group carry"]:
+        """Attends within each segment, then pools what the carry needs.
+
+        Under mean pooling the way back to full width is composed with the carry, so no item is
+        ever as wide as a hidden state again.
+        """
+        attended = self._attend(state)
+        if self._over_items == "mean":
+            composed = torch.einsum("ged,gdk->gek", self.out, carry)
+            pooled = self._pool.finish(self._pool.summarise(attended), composed)
+            return torch.einsum("sge,gek->sgk", pooled, composed)
+        full = torch.einsum("rge,ged->rgd", attended.values, self.out)
+        return self._pool.finish(self._pool.summarise(Ragged(full, state.lengths)), carry)
+
+    def _attend(self, state: Ragged) -> Ragged:
+        """Attention within each segment: ``[row, group, inner]``."""
+        starts = state.lengths.cumsum(0) - state.lengths
+        order: list[Tensor] = []
+        attended: list[Tensor] = []
+        for chosen in _similar_lengths(state.lengths):
+            padded, shown = _pad(state, starts[chosen], state.lengths[chosen])
+            attended.append(self._attend_padded(padded, shown)[shown])
+            rows = starts[chosen][:, None] + torch.arange(shown.shape[1], device=shown.device)
+            order.append(rows[shown])
+        inverse = torch.cat(order).argsort() if order else state.lengths[:0]
+        values = torch.cat(attended) if attended else state.values[..., : self.out.shape[1]]
+        return Ragged(values.float()[inverse], state.lengths)
+
+    def _attend_padded(
+        self, items: Float[Tensor, "batch item group column"], shown: Bool[Tensor, "batch item"]
+    ) -> Float[Tensor, "batch item group inner"]:
+        batch, _, groups, _ = items.shape
+        query, key, value = (
+            part.unflatten(-1, (self._heads, -1)).permute(0, 2, 3, 1, 4).flatten(1, 2)
+            for part in items.chunk(3, -1)
+        )  # (B, G * H, N, inner / H)
+        mask = None if bool(shown.all()) else shown[:, None, None, :]
+        attended = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return attended.unflatten(1, (groups, self._heads)).permute(0, 3, 1, 2, 4).flatten(-2)
+
+
+def _similar_lengths(lengths: Int[Tensor, " segment"]) -> Iterator[Int[Tensor, " chosen"]]:
+    """Groups of segments whose lengths differ by less than a third, so that padding is cheap."""
+    order = lengths.argsort()
+    order = order[lengths[order] > 0]
+    bucket = (lengths[order].float().log2() * 2.5).floor()
+    sizes = torch.unique_consecutive(bucket, return_counts=True)[1]
+    yield from order.split([int(size) for size in sizes])
+
+
+def _pad(
+    state: Ragged, starts: Int[Tensor, " chosen"], lengths: Int[Tensor, " chosen"]
+) -> tuple[Float[Tensor, "chosen item group column"], Bool[Tensor, "chosen item"]]:
+    """The chosen segments side by side; padding repeats rows and is hidden by the mask."""
+    position = torch.arange(int(lengths.max()), device=lengths.device)
+    shown = position[None] < lengths[:, None]
+    rows = (starts[:, None] + position[None]).clamp(max=len(state.values) - 1)
+    return state.values[rows], shown
+
+
+@dataclass(frozen=True)
+class AttentionOptions:
+    """Options of ``attention``.
+
+    Attributes:
+        factor: Hidden-state width over inner width (the paper searches 4 to 64).
+        heads: Attention heads.
+        pooling: ``mean`` or ``max`` over the attended items.
+    """
+
+    factor: int = 8
+    heads: int = 4
+    pooling: Literal["mean", "max"] = "mean"
+
+
+@register("attention", AttentionOptions)
+def _build(geometry: Geometry, options: AttentionOptions) -> TwoStage:
+    inner = geometry.width // options.factor
+    if inner == 0 or inner % options.heads:
+        raise SidelightError(
+            f"Attention with factor {options.factor} has {inner} inner columns, which "
+            f"{options.heads} heads cannot share. Choose heads that divide {inner}."
+        )
+
+    def stage(groups: int) -> DowncastAttention:
+        return DowncastAttention(
+            groups=groups,
+            width=geometry.width,
+            inner=inner,
+            heads=options.heads,
+            over_items=options.pooling,
+        )
+
+    return TwoStage(stage, geometry)

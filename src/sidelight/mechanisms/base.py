@@ -1,0 +1,104 @@
+"""What a mechanism must give: the dense form that defines it, the streaming form that computes it.
+
+The dense form is the mechanism's equation over a padded tensor. The streaming form needs a few
+numbers from each token (``columns``) and keeps a small state that any two runs of tokens can merge
+(``summarise``, ``merge``, ``finish``). Training and serving both use the streaming form; laws in
+``tests/test_mechanisms.py`` prove it equal to the dense form for any chunking, merge order and
+packing. Knows hidden states, not text; states are assumed standardised by the probe if at all.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from sidelight.ragged import Ragged
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The sizes that a mechanism is built for.
+
+    Attributes:
+        layers: Hidden states per token: the embedding output and one per block (L + 1).
+        width: Size of a hidden state.
+        outputs: Logits of the task.
+    """
+
+    layers: int
+    width: int
+    outputs: int
+
+
+class Mechanism(nn.Module, ABC):
+    """Turns all hidden states of a text into logits."""
+
+    @abstractmethod
+    def forward(
+        self, hidden: Float[Tensor, "batch layer token width"], mask: Bool[Tensor, "batch token"]
+    ) -> Float[Tensor, "batch output"]:
+        """The dense form; what the mask hides may hold anything, NaN included."""
+
+    @abstractmethod
+    def columns(self) -> Float[Tensor, "layer width column"]:
+        """The projection of each token and layer that the streaming form needs."""
+
+    @abstractmethod
+    def summarise(self, tokens: Ragged) -> Ragged:
+        """The state of each segment of projected tokens, ``[row, layer, column]``, in float32."""
+
+    @abstractmethod
+    def merge(self, left: Ragged, right: Ragged) -> Ragged:
+        """The state of each segment's two runs of tokens together."""
+
+    @abstractmethod
+    def finish(self, state: Ragged) -> Float[Tensor, "segment output"]:
+        """The logits of each segment; NaN for a segment without tokens."""
+
+
+class Aggregator(nn.Module, ABC):
+    """Reduces a group's items to one vector: a stage of the paper's mechanisms.
+
+    In the token stage the groups are layers and the items tokens; in the layer stage there is one
+    group and the items are layers. Everything after a stage's weights is linear, so a stage can
+    *carry* the projections that the next stage needs instead of whole vectors:
+    ``finish(summarise(items @ columns(carry)), carry) == forward(items) @ carry``.
+    """
+
+    @abstractmethod
+    def forward(
+        self, items: Float[Tensor, "batch group item width"], mask: Bool[Tensor, "batch item"]
+    ) -> Float[Tensor, "batch group width"]:
+        """The dense form; what the mask hides may hold anything, NaN included."""
+
+    @abstractmethod
+    def columns(
+        self, carry: Float[Tensor, "group width carry"]
+    ) -> Float[Tensor, "group width column"]:
+        """The projection of each item that the streaming form needs."""
+
+    @abstractmethod
+    def summarise(self, items: Ragged) -> Ragged:
+        """The state of each segment of projected items, ``[row, group, column]``, in float32."""
+
+    @abstractmethod
+    def merge(self, left: Ragged, right: Ragged) -> Ragged:
+        """The state of each segment's two runs of items together."""
+
+    @abstractmethod
+    def finish(
+        self, state: Ragged, carry: Float[Tensor, "group width carry"]
+    ) -> Float[Tensor, "segment group carry"]:
+        """The aggregated vector of each segment, seen through ``carry``."""
+
+
+def hide(
+    items: Float[Tensor, "batch group item width"], mask: Bool[Tensor, "batch item"]
+) -> Float[Tensor, "batch group item width"]:
+    """The items with masked ones set to zero.
+
+    Filled, not multiplied: padding can hold NaN, and NaN * 0 is NaN.
+    """
+    return torch.where(mask[:, None, :, None], items, items.new_zeros(()))

@@ -1,0 +1,85 @@
+"""The scoring attention gate: each item weighted by a softmax over learned scores."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from sidelight.mechanisms import online_softmax
+from sidelight.mechanisms.base import Aggregator, Geometry, hide
+from sidelight.mechanisms.registry import register
+from sidelight.mechanisms.two_stage import TwoStage
+from sidelight.ragged import Ragged
+
+Activation = Literal["tanh", "identity"]
+
+
+class Gate(Aggregator):
+    """Weights each item by a softmax over learned scores.
+
+    s_i = tanh(w . x_i), a = softmax(s), v = sum_i a_i x_i, one w per group (Meyoyan & Del Corro
+    2026, section 3, scoring attention gate). ``identity`` drops the tanh, which otherwise lets two
+    weights differ by a factor of at most e^2.
+
+    Args:
+        groups: Groups with a scoring vector of their own: layers in the token stage, else 1.
+        width: Size of an item.
+        activation: What bounds the scores.
+    """
+
+    def __init__(self, *, groups: int, width: int, activation: Activation = "tanh"):
+        super().__init__()
+        self.score = nn.Parameter(torch.randn(groups, width) / math.sqrt(width))
+        self._bound = {"tanh": torch.tanh, "identity": torch.Tensor.float}[activation]
+
+    def forward(
+        self, items: Float[Tensor, "batch group item width"], mask: Bool[Tensor, "batch item"]
+    ) -> Float[Tensor, "batch group width"]:
+        """The gated sum over the items that the mask shows."""
+        items = hide(items, mask)
+        scores = self._bound(torch.einsum("bgnd,gd->bgn", items, self.score))
+        weights = online_softmax.masked_softmax(scores[..., None], mask[:, None, :, None])
+        return (weights * items).sum(2)
+
+    def columns(
+        self, carry: Float[Tensor, "group width carry"]
+    ) -> Float[Tensor, "group width column"]:
+        """The score, then what is carried."""
+        return torch.cat([self.score[..., None], carry], -1)
+
+    def summarise(self, items: Ragged) -> Ragged:
+        """``[segment, group, 1, (maximum, normaliser, *sums)]``."""
+        values = items.values.float()[:, :, None]
+        return online_softmax.summarise(self._bound(values[..., 0]), values[..., 1:], items)
+
+    def merge(self, left: Ragged, right: Ragged) -> Ragged:
+        """Exact, in any order."""
+        return online_softmax.merge(left, right)
+
+    def finish(
+        self, state: Ragged, carry: Float[Tensor, "group width carry"]
+    ) -> Float[Tensor, "segment group carry"]:
+        """The gated sums, already projected."""
+        return online_softmax.finish(state)[:, :, 0]
+
+
+@dataclass(frozen=True)
+class GateOptions:
+    """Options of ``gate``.
+
+    Attributes:
+        activation: ``tanh`` as in the paper, or ``identity`` for unbounded scores.
+    """
+
+    activation: Activation = "tanh"
+
+
+@register("gate", GateOptions)
+def _build(geometry: Geometry, options: GateOptions) -> TwoStage:
+    return TwoStage(
+        lambda groups: Gate(groups=groups, width=geometry.width, activation=options.activation),
+        geometry,
+    )

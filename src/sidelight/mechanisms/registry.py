@@ -1,0 +1,78 @@
+"""Mechanisms by name, with their options checked."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from sidelight.errors import SidelightError, did_you_mean
+from sidelight.mechanisms.base import Geometry, Mechanism
+
+OptionValue = int | float | str
+
+
+@dataclass(frozen=True)
+class MechanismSpec:
+    """A mechanism and its options, as an artifact's manifest records them."""
+
+    name: str
+    options: Mapping[str, OptionValue]
+
+    def build(self, geometry: Geometry) -> Mechanism:
+        """The mechanism with fresh parameters from torch's current seed."""
+        entry = _entry(self.name)
+        return entry.build(geometry, entry.options(**self.options))
+
+
+@dataclass(frozen=True)
+class _Entry:
+    options: type[Any]
+    build: Callable[[Geometry, Any], Mechanism]
+
+
+_ENTRIES: dict[str, _Entry] = {}
+
+
+def register(
+    name: str, options: type[Any]
+) -> Callable[[Callable[[Geometry, Any], Mechanism]], Callable[[Geometry, Any], Mechanism]]:
+    """Makes a builder known by ``name``.
+
+    Args:
+        name: What users write.
+        options: A frozen dataclass; its fields are the options and its defaults theirs.
+    """
+
+    def remember(
+        build: Callable[[Geometry, Any], Mechanism],
+    ) -> Callable[[Geometry, Any], Mechanism]:
+        _ENTRIES[name] = _Entry(options, build)
+        return build
+
+    return remember
+
+
+def mechanism_names() -> tuple[str, ...]:
+    """All registered names, in alphabetical order."""
+    return tuple(sorted(_ENTRIES))
+
+
+def mechanism_spec(name: str, options: Mapping[str, OptionValue] | None = None) -> MechanismSpec:
+    """A checked specification with every option filled in.
+
+    Raises:
+        SidelightError: Unknown mechanism or option, or a value that the mechanism refuses.
+    """
+    entry = _entry(name)
+    known = [field.name for field in fields(entry.options)]
+    for option in options or {}:
+        if option not in known:
+            raise SidelightError(
+                f"Unknown option '{option}' of mechanism '{name}'.{did_you_mean(option, known)}"
+            )
+    return MechanismSpec(name, asdict(entry.options(**(options or {}))))
+
+
+def _entry(name: str) -> _Entry:
+    if name not in _ENTRIES:
+        raise SidelightError(f"Unknown mechanism '{name}'.{did_you_mean(name, _ENTRIES)}")
+    return _ENTRIES[name]

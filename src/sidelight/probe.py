@@ -1,0 +1,87 @@
+"""A trained probe: a mechanism with everything needed to turn its logits into a verdict."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from sidelight.backbones.base import Fingerprint
+from sidelight.calibration import Calibration
+from sidelight.errors import VerdictError
+from sidelight.mechanisms import Mechanism, MechanismSpec
+from sidelight.prompts import PromptFormat, Reads
+from sidelight.standardisation import Projection, Standardisation
+from sidelight.types import Task, Verdict
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What training makes, an artifact stores, and a bank serves.
+
+    Attributes:
+        name: How verdicts name it.
+        task: The classes.
+        reads: The tokens it looks at.
+        prompt_format: How texts are rendered for it.
+        spec: Name and options of the mechanism.
+        mechanism: The trained mechanism.
+        standardisation: What hidden states are standardised by.
+        calibration: From logits to probabilities.
+        thresholds: Probability from which a class counts: one for a binary task, one per label
+            for a multi-label task, none for a multi-class task.
+        fingerprint: The backbone it belongs to.
+        record: How it was trained and how it did: settings, data, metrics. Only JSON values.
+    """
+
+    name: str
+    task: Task
+    reads: Reads
+    prompt_format: PromptFormat
+    spec: MechanismSpec
+    mechanism: Mechanism
+    standardisation: Standardisation
+    calibration: Calibration
+    thresholds: tuple[float, ...]
+    fingerprint: Fingerprint
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+    def projection(self) -> Projection:
+        """The few numbers that the probe needs from each token and layer."""
+        return self.standardisation.fold(self.mechanism.columns())
+
+    def verdict(self, logits: np.ndarray) -> Verdict:
+        """The verdict on one text.
+
+        Args:
+            logits: ``[output]``.
+
+        Raises:
+            VerdictError: A logit is not finite; there is no verdict then, not even a harmless one.
+        """
+        if not np.isfinite(logits).all():
+            raise VerdictError(
+                f"Probe '{self.name}' gave a logit that is not finite. Either the text has no "
+                "token that the probe reads, or the backbone's arithmetic overflowed."
+            )
+        probabilities = self.calibration.apply(logits[None])[0]
+        return self._decide(probabilities)
+
+    def _decide(self, probabilities: np.ndarray) -> Verdict:
+        labels = self.task.labels
+        if self.task.kind == "binary":
+            positive = float(probabilities[0])
+            flagged = positive >= self.thresholds[0]
+            chosen = labels[1] if flagged else labels[0]
+            by_label = {labels[0]: 1 - positive, labels[1]: positive}
+            return Verdict(self.name, chosen, (chosen,), by_label, flagged)
+        by_label = {label: float(p) for label, p in zip(labels, probabilities, strict=True)}
+        best = max(by_label, key=by_label.__getitem__)
+        if self.task.kind == "multiclass":
+            return Verdict(self.name, best, (best,), by_label, flagged=False)
+        held = tuple(
+            label
+            for label, threshold in zip(labels, self.thresholds, strict=True)
+            if by_label[label] >= threshold
+        )
+        return Verdict(self.name, best, held, by_label, flagged=bool(held))

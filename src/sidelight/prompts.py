@@ -1,0 +1,249 @@
+"""Turns a conversation into token ids, and says for each token what part of it a probe may read.
+
+Knows text and tokens, not hidden states.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, Literal, Protocol
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from sidelight.errors import ContextLengthError, SidelightError
+
+PromptFormat = Literal["chat", "raw"]
+Side = Literal["prompt", "response", "both"]
+Role = Literal["system", "user", "assistant", "tool", "developer"]
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+class Part(IntEnum):
+    """What a token belongs to."""
+
+    UNREAD = 0
+    """Before the first turn that is not the system's, or after the response."""
+    PROMPT = 1
+    TEMPLATE = 2
+    """Written by the chat template after the prompt began: turn markers, generation prompt."""
+    RESPONSE = 3
+
+
+@dataclass(frozen=True)
+class Reads:
+    """Which tokens a probe reads.
+
+    Attributes:
+        side: The prompt, the response, or both.
+        template: Whether the chat template's tokens count as part of the prompt. The markers that
+            follow a prompt carry much of what the model has concluded about it.
+    """
+
+    side: Side = "prompt"
+    template: bool = True
+
+    @property
+    def parts(self) -> frozenset[Part]:
+        """The kinds of token that are read."""
+        prompt = {Part.PROMPT, Part.TEMPLATE} if self.template else {Part.PROMPT}
+        sides = {"prompt": prompt, "response": {Part.RESPONSE}, "both": {*prompt, Part.RESPONSE}}
+        return frozenset(sides[self.side])
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """Token ids and what each token belongs to.
+
+    Attributes:
+        token_ids: One id per token.
+        parts: One ``Part`` per token.
+        dropped: Tokens of text removed to fit a training limit; always 0 outside training.
+    """
+
+    token_ids: tuple[int, ...]
+    parts: tuple[Part, ...]
+    dropped: int = 0
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def mask(self, reads: Reads) -> Bool[Tensor, " token"]:
+        """True where a probe with these ``reads`` looks."""
+        wanted = reads.parts
+        return torch.tensor([part in wanted for part in self.parts], dtype=torch.bool)
+
+    def shortened(self, limit: int) -> "EncodedPrompt":
+        """At most ``limit`` tokens: the text's last tokens go, the template's stay.
+
+        For training only, where the caller counts and reports what was dropped.
+
+        Raises:
+            ContextLengthError: The template alone is longer than ``limit``.
+        """
+        excess = len(self) - limit
+        if excess <= 0:
+            return self
+        text = [i for i, part in enumerate(self.parts) if part in (Part.PROMPT, Part.RESPONSE)]
+        if len(text) <= excess:
+            raise ContextLengthError(
+                f"A limit of {limit} tokens leaves no room for the text after the chat template "
+                f"({len(self) - len(text)} tokens). Raise --max-tokens."
+            )
+        gone = set(text[-excess:])
+        kept = [i for i in range(len(self)) if i not in gone]
+        return EncodedPrompt(
+            token_ids=tuple(self.token_ids[i] for i in kept),
+            parts=tuple(self.parts[i] for i in kept),
+            dropped=excess,
+        )
+
+
+class Tokenizer(Protocol):
+    """The part of a Hugging Face fast tokenizer that is used here."""
+
+    chat_template: Any
+
+    def __call__(self, text: str, **options: Any) -> Any: ...
+
+    def apply_chat_template(self, conversation: Any, **options: Any) -> Any: ...
+
+
+class PromptEncoder:
+    """Encodes conversations for one backbone.
+
+    Args:
+        tokenizer: A fast tokenizer (offsets are needed to know what a token belongs to).
+        prompt_format: ``chat`` renders the model's chat template; ``raw`` joins the turns by line
+            breaks and adds the tokenizer's own special tokens.
+        max_tokens: The longest input that the backbone accepts.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, prompt_format: PromptFormat, max_tokens: int):
+        self._tokenizer = tokenizer
+        self.prompt_format = prompt_format
+        self.max_tokens = max_tokens
+        self._literals: dict[tuple[str, ...], list[str]] = {}
+
+    def encode(self, messages: Sequence[Message], response: str | None = None) -> EncodedPrompt:
+        """Token ids of the conversation, ready for generation or followed by ``response``.
+
+        Raises:
+            ContextLengthError: Longer than ``max_tokens``; nothing is cut.
+            SidelightError: No message, or a template that cannot be followed.
+        """
+        encoded = self.encode_any_length(messages, response)
+        if len(encoded) > self.max_tokens:
+            raise ContextLengthError(
+                f"The text has {len(encoded)} tokens with its template, but the model reads at "
+                f"most {self.max_tokens}. Shorten it, or judge it in parts."
+            )
+        return encoded
+
+    def encode_any_length(
+        self, messages: Sequence[Message], response: str | None = None
+    ) -> EncodedPrompt:
+        """As ``encode``, with no limit on the length: for training, which reports what it cuts."""
+        if not messages:
+            raise SidelightError("A conversation needs at least one message.")
+        if self.prompt_format == "raw":
+            return self._encode_raw(messages, response)
+        return self._encode_chat(messages, response)
+
+    def _encode_raw(self, messages: Sequence[Message], response: str | None) -> EncodedPrompt:
+        prompt = "\n".join(message.content for message in messages)
+        tokens = self._tokenizer(prompt + (response or ""), return_offsets_mapping=True)
+        parts = [
+            # The tokenizer's own special tokens cover no text.
+            Part.TEMPLATE if end <= start else Part.PROMPT if start < len(prompt) else Part.RESPONSE
+            for start, end in tokens["offset_mapping"]
+        ]
+        return EncodedPrompt(tuple(tokens["input_ids"]), tuple(parts))
+
+    def _encode_chat(self, messages: Sequence[Message], response: str | None) -> EncodedPrompt:
+        turns = [*messages] if response is None else [*messages, Message("assistant", response)]
+        rendered = self._render(turns, for_generation=response is None)
+        spans = self._content_spans(rendered, turns, for_generation=response is None)
+        first = next((i for i, turn in enumerate(turns) if turn.role != "system"), 0)
+        kinds = [Part.UNREAD] * first + [Part.PROMPT] * (len(turns) - first)
+        if response is not None:
+            kinds[-1] = Part.RESPONSE
+        tokens = self._tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
+        return EncodedPrompt(
+            token_ids=tuple(tokens["input_ids"]),
+            parts=_token_parts(tokens["offset_mapping"], spans, kinds),
+        )
+
+    def _render(self, turns: Sequence[Message], *, for_generation: bool) -> str:
+        conversation = [{"role": turn.role, "content": turn.content} for turn in turns]
+        return self._tokenizer.apply_chat_template(
+            conversation, tokenize=False, add_generation_prompt=for_generation
+        )
+
+    def _content_spans(
+        self, rendered: str, turns: Sequence[Message], *, for_generation: bool
+    ) -> list[tuple[int, int]]:
+        """Where each turn's text stands in the rendered template, in characters."""
+        literals = self._template_literals(turns, for_generation=for_generation)
+        spans: list[tuple[int, int]] = []
+        cursor = len(literals[0])
+        for turn, literal in zip(turns, literals[1:], strict=True):
+            # Templates may strip a turn's text.
+            forms = (turn.content, turn.content.strip(), turn.content.lstrip())
+            ends = [cursor + len(f) for f in forms if rendered.startswith(f + literal, cursor)]
+            if not ends:
+                raise SidelightError(
+                    "The chat template rewrites the text, so its tokens cannot be told from the "
+                    "template's. Use the raw prompt format for this model (--format raw)."
+                )
+            spans.append((cursor, ends[0]))
+            cursor = ends[0] + len(literal)
+        return spans
+
+    def _template_literals(self, turns: Sequence[Message], *, for_generation: bool) -> list[str]:
+        """What the template writes before, between and after the turns' texts."""
+        key = (str(for_generation), *(turn.role for turn in turns))
+        if key not in self._literals:
+            marks = [f"sidelight-turn-{i}-text" for i in range(len(turns))]
+            marked = [Message(turn.role, mark) for turn, mark in zip(turns, marks, strict=True)]
+            rest = self._render(marked, for_generation=for_generation)
+            literals: list[str] = []
+            for mark in marks:
+                before, found, rest = rest.partition(mark)
+                if not found:
+                    raise SidelightError(
+                        "The chat template leaves a turn out "
+                        f"(roles: {', '.join(turn.role for turn in turns)}). "
+                        "Use roles that the model knows, or the raw prompt format (--format raw)."
+                    )
+                literals.append(before)
+            self._literals[key] = [*literals, rest]
+        return self._literals[key]
+
+
+def _token_parts(
+    offsets: Sequence[tuple[int, int]],
+    spans: Sequence[tuple[int, int]],
+    kinds: Sequence[Part],
+) -> tuple[Part, ...]:
+    """The part of each token: its turn's kind inside a turn's text, else template or unread."""
+    begin = min(s for (s, _), kind in zip(spans, kinds, strict=True) if kind != Part.UNREAD)
+    end = spans[-1][0] if kinds[-1] == Part.RESPONSE else float("inf")
+    parts: list[Part] = []
+    turn = 0
+    for start, stop in offsets:
+        while turn < len(spans) and spans[turn][1] <= start:
+            turn += 1
+        if turn < len(spans) and stop > spans[turn][0] and stop > start:
+            parts.append(kinds[turn])
+        else:
+            parts.append(Part.TEMPLATE if begin <= start < end else Part.UNREAD)
+    return tuple(parts)

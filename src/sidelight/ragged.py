@@ -1,0 +1,71 @@
+"""Sequences of different lengths laid end to end, and reductions over each of them.
+
+Tokens of a packed batch and the states of streaming mechanisms are both ragged: nothing is padded,
+so no padding can leak into a result.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+# Stands for "no item yet" in a running maximum: finite, so that the difference of two is not NaN.
+LOWEST = -1e30
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Rows of several segments, end to end.
+
+    Attributes:
+        values: One entry per row; the rows of a segment are neighbours, in order.
+        lengths: Rows of each segment; a segment may be empty.
+    """
+
+    values: Float[Tensor, "row ..."]
+    lengths: Int[Tensor, " segment"]
+
+    @property
+    def segments(self) -> Int[Tensor, " row"]:
+        """The segment that each row belongs to."""
+        index = torch.arange(len(self.lengths), device=self.lengths.device)
+        return torch.repeat_interleave(index, self.lengths)
+
+    @staticmethod
+    def one_row_each(values: Float[Tensor, "segment ..."]) -> "Ragged":
+        """Segments of a single row: a state of fixed size."""
+        return Ragged(values, torch.ones(len(values), dtype=torch.long, device=values.device))
+
+    def sums(self) -> Float[Tensor, "segment ..."]:
+        """The sum over each segment's rows; zero for an empty one."""
+        total = self.values.new_zeros(len(self.lengths), *self.values.shape[1:])
+        return total.index_add(0, self.segments, self.values)
+
+    def maxima(self) -> Float[Tensor, "segment ..."]:
+        """The elementwise maximum over each segment's rows; ``LOWEST`` for an empty one."""
+        return torch.segment_reduce(
+            self.values.contiguous(), "max", lengths=self.lengths, axis=0, initial=LOWEST
+        )
+
+    def split(self) -> list["Ragged"]:
+        """Each segment by itself."""
+        sizes = [int(length) for length in self.lengths]
+        return [
+            Ragged(values, self.lengths[i : i + 1])
+            for i, values in enumerate(self.values.split(sizes))
+        ]
+
+    @staticmethod
+    def pack(parts: Sequence["Ragged"]) -> "Ragged":
+        """All segments of all parts, in order."""
+        return Ragged(
+            torch.cat([part.values for part in parts]), torch.cat([part.lengths for part in parts])
+        )
+
+    def joined(self, other: "Ragged") -> "Ragged":
+        """Each segment followed by the same segment of ``other``."""
+        pairs = zip(self.split(), other.split(), strict=True)
+        values = [torch.cat([left.values, right.values]) for left, right in pairs]
+        return Ragged(torch.cat(values), self.lengths + other.lengths)

@@ -1,0 +1,50 @@
+"""Per-layer standardisation of hidden states, and how it folds into a probe's projection."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sidelight.mechanisms import Geometry
+
+
+@dataclass(frozen=True)
+class Projection:
+    """An affine map of each layer's hidden states to a few columns: ``h @ weight + shift``."""
+
+    weight: Float[Tensor, "layer width column"]
+    shift: Float[Tensor, "layer column"]
+
+
+@dataclass(frozen=True)
+class Standardisation:
+    """x = (h - mean) / scale, for each layer and hidden dimension.
+
+    The residual stream's norm grows with depth and a few dimensions dominate it; standardised
+    states let one learning rate fit all layers. The map is affine, so it costs nothing to serve.
+    """
+
+    mean: Float[Tensor, "layer width"]
+    scale: Float[Tensor, "layer width"]
+
+    @staticmethod
+    def identity(geometry: Geometry) -> "Standardisation":
+        """Leaves hidden states as they are."""
+        shape = (geometry.layers, geometry.width)
+        return Standardisation(torch.zeros(shape), torch.ones(shape))
+
+    @staticmethod
+    def measured(hidden: Float[Tensor, "layer token width"]) -> "Standardisation":
+        """Mean and standard deviation over tokens; a constant dimension keeps scale 1."""
+        scale, mean = torch.std_mean(hidden.float(), dim=1)
+        return Standardisation(mean, torch.where(scale > 1e-6, scale, 1.0))
+
+    def apply(self, hidden: Float[Tensor, "layer token width"]) -> Float[Tensor, "layer token width"]:
+        """Standardised states, in the dtype of ``hidden``."""
+        return ((hidden - self.mean[:, None]) / self.scale[:, None]).to(hidden.dtype)
+
+    def fold(self, columns: Float[Tensor, "layer width column"]) -> Projection:
+        """The projection of raw states that equals ``columns`` on standardised ones."""
+        weight = columns / self.scale[..., None]
+        return Projection(weight, -torch.einsum("ld,ldm->lm", self.mean, weight))
