@@ -1,0 +1,525 @@
+"""Laws of loading and splitting labelled texts, and of the bundled demonstration data."""
+
+import csv
+import gzip
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sidelight.data import Examples, load_examples
+from sidelight.errors import SidelightError
+from sidelight.prompts import Message
+from sidelight.types import Task
+
+ROWS = [
+    {"text": "where is my parcel", "label": "delivery"},
+    {"text": "the app closes by itself", "label": "fault"},
+    {"text": "still no parcel", "label": "delivery"},
+    {"text": "screen stays black", "label": "fault"},
+]
+in_temporary_folder = settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+def write_json_lines(path: Path, rows: Sequence[Mapping[str, object]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def write_delimited(path: Path, rows: Sequence[Mapping[str, object]], delimiter: str) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def write_all_formats(folder: Path, rows: Sequence[Mapping[str, object]]) -> list[Path]:
+    lines = write_json_lines(folder / "rows.jsonl", rows)
+    compressed = folder / "rows_again.jsonl.gz"
+    compressed.write_bytes(gzip.compress(lines.read_bytes()))
+    array = folder / "rows.json"
+    array.write_text(json.dumps(list(rows)))
+    table = folder / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), table)
+    commas = write_delimited(folder / "rows.csv", rows, ",")
+    tabs = write_delimited(folder / "rows.tsv", rows, "\t")
+    return [lines, compressed, array, table, commas, tabs]
+
+
+def labelled(names: Sequence[object]) -> list[tuple[str, object]]:
+    return [(f"text {number}", name) for number, name in enumerate(names)]
+
+
+def numbers(examples: Examples) -> list[int]:
+    assert examples.labels is not None
+    return examples.labels.tolist()
+
+
+@in_temporary_folder
+@given(
+    texts=st.lists(st.text(min_size=1, max_size=40), min_size=6, max_size=12),
+    names=st.sampled_from([("no", "yes"), ("0", "1", "2"), ("billing", "élan", 'a "b", c')]),
+)
+def test_every_format_gives_the_same_examples(
+    tmp_path: Path, texts: list[str], names: tuple[str, ...]
+) -> None:
+    rows = [
+        {"text": "x" + text, "label": names[number % len(names)], "source": str(number)}
+        for number, text in enumerate(texts)
+    ]
+    expected = load_examples(rows)
+    for path in write_all_formats(tmp_path, rows):
+        loaded = load_examples(path)
+        assert loaded.items == expected.items, path
+        assert loaded.task == expected.task
+        assert numbers(loaded) == numbers(expected)
+        assert loaded.content_hash == expected.content_hash
+        assert loaded.column("source") == expected.column("source")
+
+
+def test_pairs_equal_mappings() -> None:
+    pairs = load_examples([(row["text"], row["label"]) for row in ROWS])
+    assert pairs.content_hash == load_examples(ROWS).content_hash
+
+
+def test_content_hash_depends_on_texts_labels_and_order_only() -> None:
+    base = load_examples(ROWS)
+    other_text = load_examples([{**ROWS[0], "text": "where is it"}, *ROWS[1:]])
+    other_label = load_examples([{**ROWS[0], "label": "fault"}, *ROWS[1:]])
+    reordered = load_examples(ROWS[::-1])
+    other_column = load_examples([{**row, "id": 7} for row in ROWS])
+    other_polarity = load_examples(ROWS, positive="delivery")
+    assert len({e.content_hash for e in (base, other_text, other_label, reordered)}) == 4
+    assert other_column.content_hash == other_polarity.content_hash == base.content_hash
+
+
+def test_a_plain_text_is_a_chat_of_one_user_message() -> None:
+    chat = [{"role": "user", "content": "where is my parcel"}]
+    parts = [{"role": "user", "content": [{"type": "text", "text": "where is my parcel"}]}]
+    for cell in ("where is my parcel", chat, parts):
+        examples = load_examples([{"text": cell}], label=None)
+        assert examples.items[0].messages == (Message("user", "where is my parcel"),)
+
+
+def test_a_chat_keeps_its_turns_and_its_response(tmp_path: Path) -> None:
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
+    row = {"chat": turns, "answer": "Because.", "label": None}
+    table = tmp_path / "chats.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), table)
+    for source in ([row], write_json_lines(tmp_path / "chats.jsonl", [row]), table):
+        item = load_examples(source, text="chat", response="answer", label=None).items[0]
+        assert item.messages == (Message("system", "Be brief."), Message("user", "Why?"))
+        assert item.response == "Because."
+        assert item.text == "Be brief.\nWhy?"
+
+
+@pytest.mark.parametrize(
+    ("negative", "positive", "names"),
+    [
+        ([0, "0", "0.0", 0.0], [1, " 1 ", "1.0", 1.0], ("0", "1")),
+        ([False, "False", "FALSE"], [True, "true", "TRUE"], ("false", "true")),
+        (["no", "No"], ["yes", "YES"], ("no", "yes")),
+        ([False, 0, "no"], [True, 1, "1"], ("0", "1")),
+        ([np.int64(0), np.bool_(False)], [np.int64(1), np.float32(1)], ("0", "1")),
+    ],
+)
+def test_truth_values_are_one_task_however_they_are_spelled(
+    negative: list[object], positive: list[object], names: tuple[str, ...]
+) -> None:
+    examples = load_examples(labelled([*positive, *negative]))
+    assert examples.task == Task("binary", names)
+    assert numbers(examples) == [1] * len(positive) + [0] * len(negative)
+    assert examples.warnings == ()
+
+
+@pytest.mark.parametrize("trained", [("0", "1"), ("false", "true"), ("no", "yes")])
+def test_a_task_of_truth_values_accepts_every_spelling(trained: tuple[str, ...]) -> None:
+    values = [1, "1", True, 1.0, "TRUE", "Yes", 0, "0", False, 0.0, "no"]
+    expected = [1] * 6 + [0] * 5
+    examples = load_examples(labelled(values), task=Task("binary", trained))
+    assert numbers(examples) == expected
+    reverse = load_examples(labelled(values), task=Task("binary", trained[::-1]))
+    assert numbers(reverse) == [1 - number for number in expected]
+
+
+def test_the_rarer_label_is_positive_and_the_user_is_told() -> None:
+    examples = load_examples(labelled(["spam", "ham", "ham"]))
+    assert examples.task == Task("binary", ("ham", "spam"))
+    assert "positive class is 'spam'" in examples.warnings[0]
+
+
+def test_of_two_equally_frequent_labels_the_last_in_the_alphabet_is_positive() -> None:
+    assert load_examples(ROWS).task == Task("binary", ("delivery", "fault"))
+
+
+@pytest.mark.parametrize(("values", "positive"), [(["a", "b", "b"], "b"), ([True, False], "0")])
+def test_the_named_positive_class_wins(values: list[object], positive: str) -> None:
+    examples = load_examples(labelled(values), positive=positive)
+    assert examples.task is not None
+    assert examples.task.labels[1] in (positive, "false")
+    assert examples.warnings == ()
+
+
+def test_numeric_classes_are_in_numeric_order() -> None:
+    examples = load_examples(labelled([10, 9, "2", 10.0, "9", 2]))
+    assert examples.task == Task("multiclass", ("2", "9", "10"))
+    assert numbers(examples) == [2, 1, 0, 2, 1, 0]
+
+
+def test_lists_and_flag_columns_make_the_same_multilabel_task() -> None:
+    lists = [("a", ["rude", "spam"]), ("b", []), ("c", ["spam"]), ("d", ["rude"])]
+    flags = [
+        {"text": text, "rude": int("rude" in names), "spam": "spam" in names}
+        for text, names in lists
+    ]
+    by_list, by_flag = load_examples(lists), load_examples(flags, label="rude, spam")
+    assert by_list.task == by_flag.task == Task("multilabel", ("rude", "spam"))
+    assert numbers(by_list) == numbers(by_flag) == [[1, 1], [0, 0], [0, 1], [1, 0]]
+    assert by_list.content_hash == by_flag.content_hash
+
+
+def test_a_trained_task_orders_the_flag_columns() -> None:
+    task = Task("multilabel", ("spam", "rude"))
+    rows = [{"text": "a", "rude": 1, "spam": 0}]
+    assert numbers(load_examples(rows, label="rude,spam", task=task)) == [[0, 1]]
+
+
+def test_a_multilabel_column_that_never_varies_is_a_warning() -> None:
+    rows = [{"text": str(number), "a": number % 2, "b": 0} for number in range(4)]
+    assert "'b' holds in 0 of 4 rows" in load_examples(rows, label="a,b").warnings[0]
+
+
+def test_a_task_allows_one_class_only_and_keeps_its_numbers() -> None:
+    task = Task("multiclass", ("late", "fault", "delivery"))
+    assert numbers(load_examples(ROWS, task=task)) == [2, 1, 2, 1]
+    assert numbers(load_examples(ROWS[:1], task=task)) == [2]
+
+
+def test_without_labels_the_label_column_need_not_exist() -> None:
+    examples = load_examples([{"text": "hello"}], label=None)
+    assert (examples.labels, examples.task, len(examples)) == (None, None, 1)
+
+
+def test_empty_texts_and_responses_are_left_out_and_counted() -> None:
+    rows = [{**row, "answer": "ok"} for row in ROWS]
+    rows += [{"text": " \n", "label": "fault", "answer": "ok"}, {"label": "fault", "answer": "ok"}]
+    rows += [{"text": "hello", "label": "fault", "answer": ""}]
+    examples = load_examples(rows, response="answer")
+    assert len(examples) == 4
+    assert examples.skipped.empty_text == 3
+    assert "Left out 3 rows with an empty text" in examples.warnings[0]
+
+
+@pytest.mark.parametrize("nothing", [None, float("nan"), "", " ", "NaN", "null"])
+def test_missing_labels_are_an_error_or_are_left_out(nothing: object) -> None:
+    rows = [*ROWS, {"text": "hello", "label": nothing}]
+    with pytest.raises(
+        SidelightError, match=r"1 of 5 rows have no label .* row 5\. .* leave them out"
+    ):
+        load_examples(rows)
+    examples = load_examples(rows, on_missing_label="skip")
+    assert (len(examples), examples.skipped.missing_label) == (4, 1)
+
+
+def test_conflicting_labels_of_one_text_are_a_warning() -> None:
+    rows = [*ROWS, {**ROWS[0], "label": "fault"}, ROWS[1]]
+    assert "1 texts appear more than once" in load_examples(rows).warnings[-1]
+
+
+def test_a_byte_order_mark_is_not_part_of_the_first_column(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label\na,x\nb,y\n", encoding="utf-8-sig")
+    assert [item.text for item in load_examples(path).items] == ["a", "b"]
+
+
+def test_a_text_of_any_length_is_read_from_csv(tmp_path: Path) -> None:
+    rows = [{"text": "word " * 60_000, "label": "a"}, {"text": "short", "label": "b"}]
+    limit = csv.field_size_limit()
+    examples = load_examples(write_delimited(tmp_path / "rows.csv", rows, ","))
+    assert len(examples.items[0].text) == 300_000
+    assert csv.field_size_limit() == limit
+
+
+def test_a_line_number_counts_the_lines_inside_quotes(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text('text,label\n"two\nlines",x\n\nb\n')
+    with pytest.raises(SidelightError, match=r"rows\.csv, line 5: 1 fields, but the header has 2"):
+        load_examples(path)
+
+
+MALFORMED = {
+    "one field too many": ("a.csv", b"text,label\na,x\nb,y,z\n", r"line 3: 3 fields"),
+    "open quote": ("a.csv", b'text,label\n"a,x\n', r"line 2: unexpected end of data"),
+    "column twice": ("a.csv", b"text,text\na,b\n", r"'text' appears twice"),
+    "header only": ("a.csv", b"text,label\n", r"has no rows"),
+    "not UTF-8": ("a.csv", b"text,label\na,x\n\xff,y\n", r"line 3: byte 0xff is not UTF-8"),
+    "binary": ("a.jsonl", b"\x89PNG\r\n", r"line 1: byte 0x89 is not UTF-8"),
+    "damaged gzip": ("a.jsonl.gz", gzip.compress(b"{}" * 99)[:-9], r"not a whole gzip file"),
+    "damaged Parquet": ("a.parquet", b"PAR1", r"not a whole Parquet file"),
+    "empty file": ("a.jsonl", b"", r"has no rows"),
+    "empty array": ("a.json", b"[]", r"has no rows"),
+    "not JSON": ("a.jsonl", b'{"text": "a", "label": 1}\n{"text": \n', r"line 2: not valid JSON"),
+    "deep JSON": ("a.jsonl", b"[" * 100_000, r"line 1: not valid JSON"),
+    "line is no object": ("a.jsonl", b'\n["a", 1]\n', r"line 2: expected an object .* got"),
+    "element is no object": ("a.json", b'[{"text": "a"}, 3]', r"row 2: expected an object"),
+    "object for array": ("a.json", b'{"data": []}', r"expected one array"),
+    "text is a number": ("a.jsonl", b'{"text": 3, "label": 1}', r"line 1: expected a text .* 3"),
+    "half a character": ("a.jsonl", b'{"text": "\\ud800", "label": 1}', r"line 1: .*half"),
+    "message without role": ("a.jsonl", b'{"text": [{"content": "a"}], "label": 1}', r"'role'"),
+    "image part": (
+        "a.jsonl",
+        b'{"text": [{"role": "user", "content": [{"type": "image"}]}], "label": 1}',
+        r"reads text only",
+    ),
+    "unknown ending": ("a.xlsx", b"", r"'a\.xlsx': its ending is none of \.csv, \.json"),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "message"), MALFORMED.values(), ids=MALFORMED)
+def test_a_malformed_file_is_an_error_that_names_the_place(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(SidelightError, match=message):
+        load_examples(path)
+
+
+UNUSABLE = {
+    "one class": (["a", "a"], {}, r"one label only, 'a', in all 2 rows"),
+    "one class in two spellings": ([True, "1"], {}, r"one label only"),
+    "free text": (["a", "b", "c", "d"], {}, r"4 distinct values in 4 rows .* free text"),
+    "too many labels": (list(range(201)) * 3, {}, r"201 distinct values"),
+    "measurement": ([0.73, 0.2], {}, r"row 1: the label 0\.73 is a measurement"),
+    "measurement as text": (["1", "2.5e-1"], {}, r"row 2: .* measurement"),
+    "object": ([{"a": 1}, "b"], {}, r"row 1: expected one label"),
+    "list after name": (["a", ["b"]], {}, r"row 2: expected one label"),
+    "name after list": ([["a"], "b"], {}, r"row 2: expected a list of labels"),
+    "one label in lists": ([["a"], []], {}, r"Got 1 distinct labels"),
+    "unknown positive": (["a", "b"], {"positive": "c"}, r"positive='c' is no label\. Known: a, b"),
+    "positive of three": (["a", "b", "c"] * 2, {"positive": "c"}, r"two classes, .* has 3"),
+    "positive of lists": ([["a"], ["b"]], {"positive": "a"}, r"several labels may hold"),
+    "positive and task": (
+        ["a", "b"],
+        {"positive": "a", "task": Task("binary", ("a", "b"))},
+        r"Leave it out",
+    ),
+    "unknown label": (
+        ["ham", "spma"],
+        {"task": Task("binary", ("ham", "spam"))},
+        r"row 2: unknown label 'spma'\. Did you mean 'spam'\? Known: ham, spam",
+    ),
+    "0/1 for names": ([1, 0], {"task": Task("binary", ("ham", "spam"))}, r"unknown label '1'"),
+    "name for multilabel": (["a"], {"task": Task("multilabel", ("a", "b"))}, r"Give lists"),
+    "list for multiclass": ([["a"]], {"task": Task("multiclass", ("a", "b"))}, r"several labels"),
+    "no label at all": ([None, None], {"on_missing_label": "skip"}, r"2 of 2 rows have no label"),
+    "no label column": (["a", "b"], {"label": "lable"}, r"no column 'lable'\. Did you mean"),
+    "no text column": (["a", "b"], {"response": "answer"}, r"no column 'answer'.*response="),
+    "split of rows": (["a", "b"], {"split": "test"}, r"split='test' chooses"),
+}
+
+
+@pytest.mark.parametrize(("values", "options", "message"), UNUSABLE.values(), ids=UNUSABLE)
+def test_unusable_labels_are_an_error_with_the_remedy(
+    values: list[object], options: dict[str, object], message: str
+) -> None:
+    columns = {"label": "label", **options}
+    rows = [{"text": text, "label": value} for text, value in labelled(values)]
+    with pytest.raises(SidelightError, match=message):
+        load_examples(rows, **columns)  # pyright: ignore[reportArgumentType]
+
+
+def test_flag_columns_must_be_flags_of_the_task() -> None:
+    rows = [{"text": "a", "x": 2, "y": 0}]
+    with pytest.raises(SidelightError, match=r"row 1: column 'x' holds '2'"):
+        load_examples(rows, label="x,y")
+    with pytest.raises(SidelightError, match=r"labels x, z, but the columns are x, y"):
+        load_examples(rows, label="x,y", task=Task("multilabel", ("x", "z")))
+
+
+def test_rows_without_any_text_are_an_error() -> None:
+    with pytest.raises(SidelightError, match=r"'text' is empty in all 2 rows"):
+        load_examples([("", "a"), (" ", "b")])
+    with pytest.raises(SidelightError, match=r"There are no rows"):
+        load_examples([])
+    with pytest.raises(SidelightError, match=r"row 1: expected a mapping or a \(text, label\)"):
+        load_examples([("a",)])
+
+
+def test_an_absent_file_names_its_neighbours(tmp_path: Path) -> None:
+    write_json_lines(tmp_path / "train.jsonl", ROWS)
+    with pytest.raises(SidelightError, match=r"Did you mean 'train\.jsonl'"):
+        load_examples(tmp_path / "trian.jsonl")
+    with pytest.raises(SidelightError, match=r"is a directory\. Name one file"):
+        load_examples(str(tmp_path))
+    with pytest.raises(SidelightError, match=r"there is no directory"):
+        load_examples(tmp_path / "absent" / "train.jsonl")
+
+
+def test_a_hub_name_without_the_package_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(SidelightError, match=r"no file 'owner/name:config'.*pip install datasets"):
+        load_examples("owner/name:config")
+
+
+def test_parquet_without_pyarrow_names_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(SidelightError, match=r"pip install pyarrow"):
+        load_examples(tmp_path / "a.parquet")
+
+
+class ClassLabel:
+    """Stands for the type of the same name in the package `datasets`."""
+
+    def __init__(self, names: Sequence[str]):
+        self.names = names
+
+
+def stand_in_for_datasets(load_dataset: Callable[..., "HubTable"]) -> SimpleNamespace:
+    return SimpleNamespace(load_dataset=load_dataset, ClassLabel=ClassLabel)
+
+
+class HubTable(list[dict[str, object]]):
+    """Stands for a loaded split of the package `datasets`."""
+
+    features: Mapping[str, ClassLabel] = {
+        "label": ClassLabel(["sad", "glad", "calm"]),
+        "flag": ClassLabel(["negative", "positive"]),
+    }
+
+
+def test_the_hub_gives_class_names_for_three_classes_and_numbers_for_two(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[tuple[object, ...]] = []
+    values = [0, 1, 2, 0, 1, 2, -1]
+    table = HubTable(
+        {"text": str(i), "label": v, "flag": (i + 1) % 3 - 1} for i, v in enumerate(values)
+    )
+
+    def load_dataset(name: str, config: str | None, *, split: str) -> HubTable:
+        asked.append((name, config, split))
+        return table
+
+    monkeypatch.setitem(sys.modules, "datasets", stand_in_for_datasets(load_dataset))
+    examples = load_examples("owner/name:config", split="test", on_missing_label="skip")
+    flags = load_examples("name", label="flag", on_missing_label="skip")
+    assert examples.task == Task("multiclass", ("calm", "glad", "sad"))
+    assert examples.skipped.missing_label == 1
+    assert flags.task == Task("binary", ("0", "1"))
+    assert flags.skipped.missing_label == 2
+    assert asked == [("owner/name", "config", "test"), ("name", None, "train")]
+
+
+@pytest.mark.parametrize("error", [ConnectionError("offline"), ValueError("Unknown split")])
+def test_a_hub_that_fails_is_an_error_of_the_user(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def load_dataset(*_: str | None, **__: str) -> HubTable:
+        raise error
+
+    monkeypatch.setitem(sys.modules, "datasets", stand_in_for_datasets(load_dataset))
+    with pytest.raises(SidelightError, match=rf"{error}.*network"):
+        load_examples("owner/name")
+
+
+def test_select_keeps_texts_labels_and_columns_together() -> None:
+    examples = load_examples([{**row, "id": number} for number, row in enumerate(ROWS)])
+    part = examples.select([3, 0])
+    assert [item.text for item in part.items] == ["screen stays black", "where is my parcel"]
+    assert numbers(part) == [1, 0]
+    assert part.column("id") == (3, 0)
+    with pytest.raises(SidelightError, match=r"no column 'idd'\. Did you mean 'id'"):
+        part.column("idd")
+
+
+@settings(deadline=None)
+@given(
+    picks=st.lists(st.integers(0, 25), min_size=8, max_size=60),
+    fraction=st.floats(0.05, 0.95),
+    seed=st.integers(0, 9),
+)
+def test_a_split_parts_no_text_and_loses_no_row(
+    picks: list[int], fraction: float, seed: int
+) -> None:
+    picks += [0, 1, 2, 3, 4, 5]  # two texts of each of three labels
+    rows = [
+        {"text": f"Text  {pick}" if number % 2 else f"text {pick}", "label": "abc"[pick % 3]}
+        for number, pick in enumerate(picks)
+    ]
+    examples = load_examples([{**row, "id": number} for number, row in enumerate(rows)])
+    training, held_out = examples.split(fraction, seed)
+    sides = [
+        {item.text.casefold().replace("  ", " ") for item in part.items}
+        for part in (training, held_out)
+    ]
+    assert not sides[0] & sides[1]
+    assert sorted((*training.column("id"), *held_out.column("id"))) == list(range(len(rows)))  # pyright: ignore[reportArgumentType]
+    assert set(numbers(training)) == set(numbers(held_out)) == {0, 1, 2}
+    assert training.warnings == ()
+
+
+@given(fraction=st.floats(0.05, 0.95), seed=st.integers(0, 99))
+def test_a_split_of_distinct_texts_keeps_the_share_of_each_label(
+    fraction: float, seed: int
+) -> None:
+    examples = load_examples(labelled(["a"] * 40 + ["b"] * 9 + ["c"] * 3))
+    _, held_out = examples.split(fraction, seed)
+    for label, count in enumerate([40, 9, 3]):
+        share = numbers(held_out).count(label)
+        assert abs(share - fraction * count) <= 1, "one row is the finest step"
+
+
+def test_a_multilabel_split_gives_every_label_to_both_sides() -> None:
+    rng = np.random.default_rng(0)
+    rows = [
+        {"text": str(number), "often": int(rng.random() < 0.5), "rare": int(number % 50 == 0)}
+        for number in range(200)
+    ]
+    for part in load_examples(rows, label="often,rare").split(0.25, 0):
+        assert part.labels is not None
+        assert part.labels.any(axis=0).all()
+        assert part.labels[:, 1].sum() in (1, 3)
+
+
+def test_the_seed_decides_a_split() -> None:
+    examples = load_examples(labelled(["a", "b"] * 20))
+    first, again, other = (examples.split(0.3, seed)[1].content_hash for seed in (0, 0, 1))
+    assert first == again != other
+
+
+def test_examples_without_labels_can_be_split() -> None:
+    examples = load_examples([{"text": str(number)} for number in range(10)], label=None)
+    assert [len(part) for part in examples.split(0.3, 0)] == [7, 3]
+
+
+def test_a_label_with_one_text_stays_in_training_with_a_warning() -> None:
+    rows = labelled(["a", "b"] * 10)
+    examples = load_examples([*rows, ("rare", "c"), ("Rare ", "c")])
+    training, held_out = examples.split(0.5, 0)
+    assert numbers(training).count(2) == 2
+    assert numbers(held_out).count(2) == 0
+    assert training.warnings == (
+        "Label 'c' has only one distinct text: it stays in the training part.",
+    )
+
+
+def test_an_impossible_split_is_an_error() -> None:
+    with pytest.raises(SidelightError, match=r"Cannot hold out 1"):
+        load_examples(ROWS).split(1.0, 0)
+    with pytest.raises(SidelightError, match=r"all examples have the same text"):
+        load_examples([("a", 0), ("A", 1)]).split(0.5, 0)

@@ -3,9 +3,9 @@
 Fitted on validation rows, saved with the probe as plain JSON. Knows logits and labels, not probes.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
@@ -16,13 +16,13 @@ from sidelight.types import Task, TaskKind
 
 CalibrationKind = Literal["none", "temperature", "platt", "isotonic"]
 
-# In units of the logits' standard deviation, so that no scale of logits is out of reach. The lower
+# In units of the logits' root mean square, so that no size of logits is out of reach. The lower
 # bound keeps every calibration rising: the order of scores is the probe's, only their size is ours.
 _SCALE_BOUNDS = (1e-2, 1e2)
 # In pseudo-rows. Softmax does not feel a shift common to all classes; this settles it, and nothing
 # else at 50 rows or more.
 _SHIFT_PENALTY = 1e-3
-_THRESHOLD_MARGIN = 1e-9
+_SATURATED = 1e-9
 
 
 @dataclass(frozen=True)
@@ -84,12 +84,10 @@ class Calibration:
         return self._look_up(probabilities) if self.knots else probabilities
 
     def _look_up(self, probabilities: Values) -> Values:
-        log_odds = _log_odds(probabilities)
-        columns = [
-            np.interp(column, knots.log_odds, knots.probabilities)
-            for column, knots in zip(log_odds.T, self.knots, strict=True)
-        ]
-        calibrated = np.stack(columns, axis=1)  # (row, output)
+        calibrated = np.empty_like(probabilities)
+        for output, knots in enumerate(self.knots):
+            log_odds = _log_odds(probabilities[:, output])
+            calibrated[:, output] = np.interp(log_odds, knots.log_odds, knots.probabilities)
         if self.task != "multiclass":
             return calibrated
         return calibrated / calibrated.sum(axis=1, keepdims=True)
@@ -121,7 +119,7 @@ class Calibration:
 
 
 def fit_calibration(
-    kind: CalibrationKind,
+    kind: str,
     logits: Float[Values, "row output"],
     labels: Shaped[AnyArray, "..."],
     task: Task,
@@ -140,7 +138,7 @@ def fit_calibration(
     no rows have stays as it is under temperature and Platt.
 
     Args:
-        kind: Which map to fit.
+        kind: Which map to fit: none, temperature, platt or isotonic.
         logits: What the probe's head gives; a binary task has one column.
         labels: [row] of class numbers, or [row, label] of 0 and 1 for a multi-label task.
         task: The classes.
@@ -166,7 +164,7 @@ def choose_thresholds(
     """The threshold of each label that gives the highest F1 on these rows.
 
     It lies midway between neighbouring scores; of several equally good cuts the middle one is
-    taken. A label that no row has gets 0.5.
+    taken. A label that no row has, or whose rows all score 0, gets 0.5.
 
     Args:
         task: The classes.
@@ -188,17 +186,18 @@ def choose_thresholds(
 
 
 def _best_cut(scores: Float[Values, " row"], holds: Bool[Flags, " row"]) -> float:
-    if not holds.any():
-        return 0.5
-    steps, place = np.unique(-scores, return_inverse=True)  # falling scores, one per step
+    # Saturated scores are one step at either end: no threshold in (0, 1) could part them.
+    within = np.clip(scores, _SATURATED, 1 - _SATURATED)
+    steps, place = np.unique(-within, return_inverse=True)  # falling scores
     hits = np.bincount(place, weights=holds).cumsum()
     flagged = np.bincount(place).cumsum()
-    f1 = 2 * hits / (flagged + holds.sum())
+    f1 = np.where(-steps > _SATURATED, 2 * hits / (flagged + holds.sum()), 0)
+    if f1.max() == 0:
+        return 0.5
     best = np.flatnonzero(f1 >= f1.max() - 1e-12)
     step = best[len(best) // 2]
     below = np.append(-steps, 0.0)[step + 1]
-    middle = (below - steps[step]) / 2
-    return float(np.clip(middle, _THRESHOLD_MARGIN, 1 - _THRESHOLD_MARGIN))
+    return float(below - steps[step]) / 2
 
 
 @dataclass(frozen=True)
@@ -269,7 +268,7 @@ def _minimise_log_loss(
     shift_bounds: tuple[float | None, float | None],
 ) -> _Affine:
     # Imported here: serving applies a calibration and never fits one.
-    from scipy.optimize import minimize
+    from scipy.optimize import minimize  # pyright: ignore
 
     rows, outputs = logits.shape
     spread = float(np.sqrt(np.square(logits).mean())) or 1.0
@@ -285,7 +284,7 @@ def _minimise_log_loss(
 
     start = np.append(np.clip(spread, *_SCALE_BOUNDS), np.zeros(outputs))
     bounds = [_SCALE_BOUNDS] + [shift_bounds] * outputs
-    found = minimize(loss_and_slope, start, jac=True, method="L-BFGS-B", bounds=bounds)
+    found = cast(Any, minimize)(loss_and_slope, start, jac=True, method="L-BFGS-B", bounds=bounds)
     return _Affine(float(found.x[0]) / spread, found.x[1:])
 
 
@@ -299,11 +298,11 @@ def _fit_isotonic(task: Task, logits: Values, holds: Flags) -> Calibration:
 
 def _rising_knots(log_odds: Values, holds: Flags) -> Knots:
     # Imported here: serving applies a calibration and never fits one.
-    from sklearn.isotonic import IsotonicRegression
+    from sklearn.isotonic import IsotonicRegression  # pyright: ignore
 
-    fitted = IsotonicRegression().fit(log_odds, holds.astype(np.float64))
+    fitted = cast(Any, IsotonicRegression()).fit(log_odds, holds.astype(np.float64))
     margin = 1 / (len(holds) + 2)
-    probabilities = np.clip(fitted.y_thresholds_, margin, 1 - margin)
+    probabilities: Values = np.clip(fitted.y_thresholds_, margin, 1 - margin)
     return Knots(tuple(fitted.X_thresholds_.tolist()), tuple(probabilities.tolist()))
 
 
@@ -316,11 +315,9 @@ _FITS: dict[str, Callable[[Task, Values, Flags], Calibration]] = {
 
 
 def _require_variety(kind: str, task: Task, holds: Bool[Flags, "row output"]) -> None:
-    constant = holds.all(axis=0) | ~holds.any(axis=0)
-    short = constant.any() if kind == "isotonic" else constant.all()
-    if short:
-        names = task.labels[1:] if task.kind == "binary" else task.labels
-        culprits = [name for name, same in zip(names, constant, strict=True) if same]
+    names = task.labels[1:] if task.kind == "binary" else task.labels
+    culprits = [name for name, rows in zip(names, holds.T, strict=True) if len(set(rows)) == 1]
+    if len(culprits) == len(names) or (culprits and kind == "isotonic"):
         raise SidelightError(
             f"Cannot fit a {kind} calibration on {len(holds)} rows of which all or none are "
             f"{', '.join(culprits)}; rows of both kinds are needed. Add validation rows, or use "
@@ -339,7 +336,7 @@ def _log_softmax(logits: Float[Values, "row label"]) -> Float[Values, "row label
     return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
 
 
-def _log_odds(probabilities: Float[Values, "row output"]) -> Float[Values, "row output"]:
+def _log_odds(probabilities: Float[Values, "*shape"]) -> Float[Values, "*shape"]:
     within = np.clip(probabilities, 1e-15, 1 - 1e-15)
     return np.log(within) - np.log1p(-within)
 
@@ -348,7 +345,7 @@ def _read_knots(data: Mapping[str, Any]) -> Knots:
     return Knots(_read_numbers(data["log_odds"]), _read_numbers(data["probabilities"]))
 
 
-def _read_numbers(data: list[Any]) -> tuple[float, ...]:
+def _read_numbers(data: Iterable[Any]) -> tuple[float, ...]:
     return tuple(float(number) for number in data)
 
 

@@ -77,13 +77,13 @@ def _integers_within(task: Task, rows: int, labels: AnyArray) -> Numbers:
             f"Got labels of shape {labels.shape}, wanted {shape} for {rows} rows of a {task.kind} "
             "task. Pass the labels of exactly the rows that the outputs are for."
         )
-    integers = labels.astype(np.int64)
-    if (integers != labels).any() or integers.min() < 0 or integers.max() > highest:
+    known = np.isin(labels, np.arange(highest + 1))
+    if not known.all():
         raise SidelightError(
-            f"Got labels from {labels.min()} to {labels.max()}, wanted whole numbers from 0 to "
-            f"{highest} for a {task.kind} task. Map label names to their position in the task."
+            f"Got labels such as {labels[~known][0]}, wanted whole numbers from 0 to {highest} for "
+            f"a {task.kind} task. Map label names to their position in the task."
         )
-    return integers
+    return labels.astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,11 @@ class Predictions:
     def headline(self) -> slice:
         """The columns that the metrics are about: the positive class if binary, else all."""
         return slice(1, 2) if self.kind == "binary" else slice(None)
+
+    @property
+    def once(self) -> Float[Values, "row 1"]:
+        """The weights that count every row once: the rows as they are, not a resample."""
+        return np.ones((len(self.scores), 1))
 
     @cached_property
     def rankings(self) -> tuple["Ranking", ...]:
@@ -201,6 +206,19 @@ def count(
     false_alarms = (~targets & decisions).T.astype(np.float64) @ weights
     misses = (targets & ~decisions).T.astype(np.float64) @ weights
     return Confusion(hits, false_alarms, misses, weights.sum(axis=0) - hits - false_alarms - misses)
+
+
+def confusion_matrix(predictions: Predictions) -> Int[Numbers, "..."]:
+    """Counts of rows by actual and predicted label, [actual, predicted].
+
+    For a multi-label task one matrix per label, [label, actual, predicted], absent before present.
+    """
+    actual = predictions.targets.astype(np.int64)
+    predicted = predictions.decisions.astype(np.int64)
+    if predictions.kind != "multilabel":
+        return actual.T @ predicted
+    actual, predicted = np.stack([1 - actual, actual]), np.stack([1 - predicted, predicted])
+    return np.einsum("arl,prl->lap", actual, predicted)
 
 
 def precision(confusion: Confusion) -> Float[Values, "label resample"]:
@@ -360,12 +378,13 @@ def ece(
     """Expected calibration error: sum over bins of the share of items times the gap.
 
     The gap is |mean stated probability - share that was so| (Guo et al. 2017, equation 3). A
-    multi-label task pools the bins over its labels.
+    multi-label task pools the bins over its labels. It is biased upwards: chance gaps of small bins
+    add up, in a resample even more, so a bootstrap interval of a small value can lie above it.
     """
     rows, items = confidences.stated.shape
     gaps = np.zeros((rows, confidences.count))
     excess = confidences.stated - confidences.correct
-    np.add.at(gaps, (np.arange(rows)[:, None], confidences.bins), excess)
+    np.add.at(gaps, (np.indices(excess.shape)[0], confidences.bins), excess)
     return np.abs(gaps.T @ weights).sum(axis=0) / (weights.sum(axis=0) * items)
 
 

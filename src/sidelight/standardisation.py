@@ -40,11 +40,19 @@ class Standardisation:
         scale, mean = torch.std_mean(hidden.float(), dim=1)
         return Standardisation(mean, torch.where(scale > 1e-6, scale, 1.0))
 
-    def apply(self, hidden: Float[Tensor, "layer token width"]) -> Float[Tensor, "layer token width"]:
-        """Standardised states, in the dtype of ``hidden``."""
-        return ((hidden - self.mean[:, None]) / self.scale[:, None]).to(hidden.dtype)
+    def fold(
+        self, columns: Float[Tensor, "layer width column"], *, dtype: torch.dtype = torch.float32
+    ) -> Projection:
+        """The projection of raw states that equals ``columns`` on standardised ones.
 
-    def fold(self, columns: Float[Tensor, "layer width column"]) -> Projection:
-        """The projection of raw states that equals ``columns`` on standardised ones."""
-        weight = columns / self.scale[..., None]
-        return Projection(weight, -torch.einsum("ld,ldm->lm", self.mean, weight))
+        Args:
+            columns: Of standardised states.
+            dtype: Of the states that will be projected; the weight is rounded to it before the
+                shift is computed, so that rounding cannot move the mean.
+        """
+        weight = (columns / self.scale[..., None]).to(dtype)
+        return Projection(weight, -torch.einsum("ld,ldm->lm", self.mean, weight.float()))
+
+    def to(self, device: torch.device) -> "Standardisation":
+        """The same on another device."""
+        return Standardisation(self.mean.to(device), self.scale.to(device))

@@ -2,19 +2,21 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+import operator
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import SupportsIndex
 
 import numpy as np
-from numpy.typing import NDArray
+from jaxtyping import Bool, Int
 
-from sidelight.data.splitting import hold_out, indicators
+from sidelight.data.splitting import Flags, Numbers, hold_out, indicators
 from sidelight.errors import SidelightError, did_you_mean
 from sidelight.prompts import Message
 from sidelight.types import Task
 
-Labels = NDArray[np.int64]
+Labels = Int[Numbers, "row ..."]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,14 +95,14 @@ class Examples:
             )
         return tuple(row.get(name) for row in self.rows)
 
-    def select(self, indices: Iterable[int]) -> "Examples":
+    def select(self, indices: Iterable[SupportsIndex]) -> "Examples":
         """The examples at these positions, in this order."""
-        chosen = [int(index) for index in indices]
+        chosen = [operator.index(position) for position in indices]
         return Examples(
-            items=tuple(self.items[index] for index in chosen),
+            items=tuple(self.items[position] for position in chosen),
             task=self.task,
             labels=None if self.labels is None else self.labels[chosen],
-            rows=tuple(self.rows[index] for index in chosen),
+            rows=tuple(self.rows[position] for position in chosen),
         )
 
     def split(self, fraction: float, seed: int) -> tuple["Examples", "Examples"]:
@@ -124,16 +126,10 @@ class Examples:
         groups = self._text_groups()
         if groups.max(initial=0) < 1:
             raise SidelightError("Cannot split: all examples have the same text. Add more texts.")
-        strata = indicators(self.labels, classes=len(self.task.labels) if self.task else 0)
-        held_out = hold_out(groups, strata, fraction=fraction, seed=seed)
-        training, rest = (
-            self.select(np.flatnonzero(~held_out)),
-            self.select(np.flatnonzero(held_out)),
-        )
-        return training._warned(self._lonely_labels(groups)), rest
-
-    def _warned(self, warnings: Sequence[str]) -> "Examples":
-        return Examples(self.items, self.task, self.labels, self.rows, warnings=tuple(warnings))
+        held_out = hold_out(groups, self._strata(), fraction=fraction, seed=seed)
+        training = self.select(np.flatnonzero(~held_out))
+        warned = replace(training, warnings=self._lonely_labels(groups))
+        return warned, self.select(np.flatnonzero(held_out))
 
     def _label_names(self) -> list[list[str]]:
         if self.labels is None or self.task is None:
@@ -144,19 +140,24 @@ class Examples:
             return [sorted(names[index] for index in np.flatnonzero(row)) for row in chosen]
         return [[names[index] for index in row] for row in chosen]
 
-    def _text_groups(self) -> NDArray[np.int64]:
+    def _text_groups(self) -> Int[Numbers, " row"]:
         """Number of each example's text, the same for texts equal but for case and spacing."""
         numbers: dict[str, int] = {}
         keys = (" ".join(item.text.split()).casefold() for item in self.items)
         return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
 
-    def _lonely_labels(self, groups: NDArray[np.int64]) -> list[str]:
+    def _strata(self) -> Bool[Flags, "row stratum"]:
+        """What a split keeps the shares of: the labels; without labels, all rows as one."""
         if self.labels is None or self.task is None:
-            return []
-        holds = indicators(self.labels, classes=len(self.task.labels))
-        texts = [len(np.unique(groups[column])) for column in holds.T]
-        return [
+            return np.ones((len(self), 1), dtype=np.bool_)
+        return indicators(self.labels, classes=len(self.task.labels))
+
+    def _lonely_labels(self, groups: Int[Numbers, " row"]) -> tuple[str, ...]:
+        names = self.task.labels if self.task else ()
+        texts = [len(np.unique(groups[column])) for column in self._strata().T]
+        # Not strict: the last stratum of a multi-label task is no label.
+        return tuple(
             f"Label '{name}' has only one distinct text: it stays in the training part."
-            for name, count in zip(self.task.labels, texts, strict=False)
+            for name, count in zip(names, texts, strict=False)
             if count == 1
-        ]
+        )

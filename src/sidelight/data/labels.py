@@ -4,11 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from jaxtyping import Int
 
 from sidelight.data.inference import MOST_LABELS, guess_warning, infer_task
 from sidelight.data.label_names import TRUTH, label_index, label_name, sorted_labels
 from sidelight.data.rows import Row, is_list
+from sidelight.data.splitting import Numbers
 from sidelight.errors import SidelightError, did_you_mean
 from sidelight.types import Task
 
@@ -24,7 +25,7 @@ class EncodedLabels:
     """
 
     task: Task
-    labels: NDArray[np.int64]
+    labels: Int[Numbers, "row ..."]
     warnings: tuple[str, ...] = ()
 
 
@@ -74,7 +75,7 @@ def _encode_names(
     return EncodedLabels(task, _class_indices(rows, names, task))
 
 
-def _class_indices(rows: Sequence[Row], names: Sequence[str], task: Task) -> NDArray[np.int64]:
+def _class_indices(rows: Sequence[Row], names: Sequence[str], task: Task) -> Int[Numbers, " row"]:
     index = label_index(task)
     numbers = [_lookup(row, name, index) for row, name in zip(rows, names, strict=True)]
     return np.array(numbers, dtype=np.int64)
@@ -145,7 +146,7 @@ def _multilabel_task(labels: Sequence[str], task: Task | None) -> Task:
     return task or Task("multilabel", tuple(labels))
 
 
-def _constant_labels(task: Task, labels: NDArray[np.int64]) -> tuple[str, ...]:
+def _constant_labels(task: Task, labels: Int[Numbers, "row label"]) -> tuple[str, ...]:
     counts = labels.sum(axis=0)
     return tuple(
         f"Label '{name}' holds in {count} of {len(labels)} rows: nothing can be learned from it."

@@ -124,11 +124,11 @@ def _label_columns(label: str | None, rows: Sequence[Row]) -> tuple[str, ...]:
     if label is None:
         return ()
     known = column_names(rows)
-    names = (label,) if label in known else tuple(name.strip() for name in label.split(","))
+    names = [label] if label in known else [name.strip() for name in label.split(",")]
     for name in names:
         remedy = "Name the column of labels by label=; None loads without labels."
         require_column(name, rows=rows, known=known, remedy=remedy)
-    return names
+    return tuple(dict.fromkeys(names))
 
 
 def _parse_example(row: Row, text: str, response: str | None) -> Example | None:
@@ -151,8 +151,8 @@ def _check_missing(
     if complete == 0 or (missing and on_missing_label == "error"):
         first = next(row for row in rows if _lacks_label(row, columns))
         raise SidelightError(
-            f"{first.place}: no label in column '{', '.join(columns)}', nor in {missing - 1} other "
-            f"of {len(rows)} rows. Label them, or leave them out with on_missing_label='skip'."
+            f"{missing} of {len(rows)} rows have no label in column '{', '.join(columns)}', first "
+            f"{first.place}. Label them, or leave them out with on_missing_label='skip'."
         )
 
 

@@ -49,7 +49,7 @@ def require_column(name: str, *, rows: Sequence[Row], known: Iterable[str], reme
         return
     shown = [column[:_LONGEST_NAME] for column in known]
     raise SidelightError(
-        f"{rows[0].source} has no column '{name}'.{did_you_mean(name, shown)} {remedy}"
+        f"{rows[0].source}: no column '{name}'.{did_you_mean(name, shown)} {remedy}"
     )
 
 

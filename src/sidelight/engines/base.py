@@ -3,12 +3,11 @@
 The HTTP layer knows this protocol and no engine; an engine knows messages, and nothing of HTTP.
 """
 
-import math
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from sidelight.errors import SidelightError
+from sidelight.errors import SidelightError, VerdictError
 from sidelight.prompts import Message, Reads
 from sidelight.types import Task, Verdict
 
@@ -29,16 +28,6 @@ class EngineUnavailableError(SidelightError):
 
 class GenerationError(SidelightError):
     """A step of the engine failed; the requests of that step are lost, the engine goes on."""
-
-
-class VerdictError(SidelightError):
-    """A probe's output was not a finite number, so there is no verdict to give."""
-
-    def __init__(self, probes: Iterable[str]):
-        super().__init__(
-            f"No verdict from {', '.join(probes)}: the output was not a finite number. Treat the "
-            "text as not judged; check the probe and the model's dtype."
-        )
 
 
 @dataclass(frozen=True)
@@ -66,7 +55,7 @@ class PromptJudged:
 
     Attributes:
         verdicts: Of every probe that reads the prompt only.
-        failed: Names of such probes whose output was not finite.
+        failed: Names of such probes that gave no verdict; never to be read as a harmless one.
     """
 
     verdicts: tuple[Verdict, ...]
@@ -91,7 +80,7 @@ class Finished:
         verdicts: Of every probe that reads the response. The last sampled token has not been run
             through the model, so they do not cover it: an end-of-turn token, or at ``length`` or a
             stop string the last token of the text.
-        failed: Names of such probes whose output was not finite.
+        failed: Names of such probes that gave no verdict; never to be read as a harmless one.
     """
 
     reason: FinishReason
@@ -175,22 +164,23 @@ class Engine(Protocol):
         """
         ...
 
-    async def judge(
-        self, conversations: Sequence[Sequence[Message]]
-    ) -> list[tuple[Verdict, ...]]:
+    async def judge(self, conversations: Sequence[Sequence[Message]]) -> list[tuple[Verdict, ...]]:
         """The verdicts on each conversation, from one pass each; writes nothing.
 
         A conversation that ends with the assistant's turn is judged by every probe, that turn being
         the response; any other only by the probes that read the prompt alone.
 
         Raises:
-            VerdictError: A probe's output was not finite.
+            VerdictError: A probe gave no verdict on some conversation.
             ContextLengthError: A conversation is too long; nothing is cut.
             EngineBusyError, EngineUnavailableError, GenerationError: As for ``generate``.
         """
         ...
 
 
-def is_finite(verdict: Verdict) -> bool:
-    """Whether every probability is a number; what is not must never be shown as a score."""
-    return all(math.isfinite(p) for p in verdict.probabilities.values())
+def verdict_failure(probes: Iterable[str]) -> VerdictError:
+    """The error that stands in for the verdicts of these probes."""
+    return VerdictError(
+        f"No verdict from {', '.join(probes)}: the output was not a finite number, or the text has "
+        "no token that the probe reads. Treat the text as not judged."
+    )

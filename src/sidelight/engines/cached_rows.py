@@ -36,7 +36,9 @@ class CachedRows:
         self.mask = pad(self.mask, (0, 1), value=True)
 
     def kept(self, rows: Sequence[int]) -> "CachedRows":
-        """These rows only, without the columns that pad all of them."""
+        """These rows only, in their order, without the columns that pad all of them."""
+        if len(rows) == len(self.mask):
+            return self
         index = torch.tensor(rows, device=self.mask.device)
         mask = self.mask[index]
         start = int(mask.any(dim=0).int().argmax())

@@ -33,11 +33,13 @@ class Request:
         prompt: The tokens to read.
         sampling: How to write.
         max_tokens: Most tokens to write, within the context; 0: the text is only judged.
+        has_response: Whether the prompt holds the response to judge, which may be empty.
     """
 
     prompt: EncodedPrompt
     sampling: Sampling
     max_tokens: int
+    has_response: bool = False
 
     @property
     def is_check(self) -> bool:

@@ -65,9 +65,7 @@ class LoadingEngine:
         """As the loaded engine's."""
         return self._loaded().generate(messages, sampling)
 
-    async def judge(
-        self, conversations: Sequence[Sequence[Message]]
-    ) -> list[tuple[Verdict, ...]]:
+    async def judge(self, conversations: Sequence[Sequence[Message]]) -> list[tuple[Verdict, ...]]:
         """As the loaded engine's."""
         return await self._loaded().judge(conversations)
 
@@ -78,5 +76,7 @@ class LoadingEngine:
 
     def _loaded(self) -> Engine:
         if self._engine is None:
-            raise EngineUnavailableError("The model is still loading. Try again when /ready is 200.")
+            raise EngineUnavailableError(
+                "The model is still loading. Try again when /ready is 200."
+            )
         return self._engine

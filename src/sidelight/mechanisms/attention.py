@@ -80,58 +80,68 @@ class DowncastAttention(Aggregator):
         Under mean pooling the way back to full width is composed with the carry, so no item is
         ever as wide as a hidden state again.
         """
-        attended = self._attend(state)
-        if self._over_items == "mean":
-            composed = torch.einsum("ged,gdk->gek", self.out, carry)
-            pooled = self._pool.finish(self._pool.summarise(attended), composed)
-            return torch.einsum("sge,gek->sgk", pooled, composed)
-        full = torch.einsum("rge,ged->rgd", attended.values, self.out)
-        return self._pool.finish(self._pool.summarise(Ragged(full, state.lengths)), carry)
+        pooled = [
+            self._pool_through(carry, self._attend(items, shown), shown)
+            for items, shown in _padded(state)
+        ]
+        return torch.cat(pooled)[_similar_lengths(state.lengths).inverse]
 
-    def _attend(self, state: Ragged) -> Ragged:
-        """Attention within each segment: ``[row, group, inner]``."""
-        starts = state.lengths.cumsum(0) - state.lengths
-        order: list[Tensor] = []
-        attended: list[Tensor] = []
-        for chosen in _similar_lengths(state.lengths):
-            padded, shown = _pad(state, starts[chosen], state.lengths[chosen])
-            attended.append(self._attend_padded(padded, shown)[shown])
-            rows = starts[chosen][:, None] + torch.arange(shown.shape[1], device=shown.device)
-            order.append(rows[shown])
-        inverse = torch.cat(order).argsort() if order else state.lengths[:0]
-        values = torch.cat(attended) if attended else state.values[..., : self.out.shape[1]]
-        return Ragged(values.float()[inverse], state.lengths)
-
-    def _attend_padded(
+    def _attend(
         self, items: Float[Tensor, "batch item group column"], shown: Bool[Tensor, "batch item"]
-    ) -> Float[Tensor, "batch item group inner"]:
-        batch, _, groups, _ = items.shape
+    ) -> Float[Tensor, "batch group item inner"]:
         query, key, value = (
             part.unflatten(-1, (self._heads, -1)).permute(0, 2, 3, 1, 4).flatten(1, 2)
-            for part in items.chunk(3, -1)
+            for part in items.float().chunk(3, -1)
         )  # (B, G * H, N, inner / H)
         mask = None if bool(shown.all()) else shown[:, None, None, :]
         attended = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        return attended.unflatten(1, (groups, self._heads)).permute(0, 3, 1, 2, 4).flatten(-2)
+        return attended.unflatten(1, (-1, self._heads)).transpose(2, 3).flatten(3)
+
+    def _pool_through(
+        self,
+        carry: Float[Tensor, "group width carry"],
+        attended: Float[Tensor, "batch group item inner"],
+        shown: Bool[Tensor, "batch item"],
+    ) -> Float[Tensor, "batch group carry"]:
+        if self._over_items == "max":
+            vectors = self._pool(torch.einsum("bgne,ged->bgnd", attended, self.out), shown)
+            return torch.einsum("bgd,gdk->bgk", vectors, carry)
+        composed = torch.einsum("ged,gdk->gek", self.out, carry)
+        return torch.einsum("bge,gek->bgk", self._pool(attended, shown), composed)
 
 
-def _similar_lengths(lengths: Int[Tensor, " segment"]) -> Iterator[Int[Tensor, " chosen"]]:
-    """Groups of segments whose lengths differ by less than a third, so that padding is cheap."""
-    order = lengths.argsort()
-    order = order[lengths[order] > 0]
-    bucket = (lengths[order].float().log2() * 2.5).floor()
+@dataclass(frozen=True)
+class _Grouping:
+    """Segments in groups of similar length.
+
+    Attributes:
+        groups: Segment numbers of each group.
+        inverse: Where each segment stands in the groups laid end to end.
+    """
+
+    groups: tuple[Int[Tensor, " chosen"], ...]
+    inverse: Int[Tensor, " segment"]
+
+
+def _similar_lengths(lengths: Int[Tensor, " segment"]) -> _Grouping:
+    """Groups in which no length is a third longer than another, so that padding is cheap."""
+    order = lengths.argsort(stable=True)
+    bucket = (lengths[order].clamp(min=1).float().log2() * 2.5).floor()
     sizes = torch.unique_consecutive(bucket, return_counts=True)[1]
-    yield from order.split([int(size) for size in sizes])
+    return _Grouping(order.split([int(size) for size in sizes]), order.argsort())
 
 
-def _pad(
-    state: Ragged, starts: Int[Tensor, " chosen"], lengths: Int[Tensor, " chosen"]
-) -> tuple[Float[Tensor, "chosen item group column"], Bool[Tensor, "chosen item"]]:
-    """The chosen segments side by side; padding repeats rows and is hidden by the mask."""
-    position = torch.arange(int(lengths.max()), device=lengths.device)
-    shown = position[None] < lengths[:, None]
-    rows = (starts[:, None] + position[None]).clamp(max=len(state.values) - 1)
-    return state.values[rows], shown
+def _padded(
+    state: Ragged,
+) -> Iterator[
+    tuple[Float[Tensor, "chosen item group column"], Bool[Tensor, "chosen item"]]
+]:
+    """Each group's segments side by side, padded with zeros that the mask hides."""
+    segments = state.values.split([int(length) for length in state.lengths])
+    for chosen in _similar_lengths(state.lengths).groups:
+        items = torch.nn.utils.rnn.pad_sequence([segments[int(i)] for i in chosen], batch_first=True)
+        position = torch.arange(items.shape[1], device=items.device)
+        yield items, position[None] < state.lengths[chosen][:, None]
 
 
 @dataclass(frozen=True)

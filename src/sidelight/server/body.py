@@ -24,23 +24,39 @@ class JsonRoute(APIRoute):
         handle = super().get_route_handler()
 
         async def handle_strictly(request: Request) -> Response:
-            return await handle(_StrictRequest(request.scope, request.receive))
+            # Before FastAPI's own reading, which would turn every error into a bare 400.
+            body = await _read(request, limit=int(request.app.state.max_body_bytes))
+            return await handle(_JsonRequest(request, body))
 
         return handle_strictly
 
 
-class _StrictRequest(Request):
-    async def json(self) -> Any:
-        return _parse(await self.body())
+class _JsonRequest(Request):
+    """A request whose body has been read and checked."""
+
+    def __init__(self, request: Request, body: bytes):
+        super().__init__(request.scope, request.receive)
+        self._bytes = body
+        self._value = _parse(body)
 
     async def body(self) -> bytes:
-        limit = int(self.app.state.max_body_bytes)
-        received = bytearray()
-        async for chunk in self.stream():
-            received += chunk
-            if len(received) > limit:
-                raise _too_large(limit)
-        return bytes(received)
+        return self._bytes
+
+    async def json(self) -> Any:
+        return self._value
+
+
+async def _read(request: Request, *, limit: int) -> bytes:
+    received = bytearray()
+    async for chunk in request.stream():
+        received += chunk
+        if len(received) > limit:
+            raise RequestError(
+                f"The body is larger than {limit:,} bytes. Send less at a time.",
+                status=413,
+                code="request_too_large",
+            )
+    return bytes(received)
 
 
 def _parse(body: bytes) -> Any:
@@ -48,11 +64,3 @@ def _parse(body: bytes) -> Any:
         return from_json(body, allow_inf_nan=False)
     except ValueError as error:
         raise RequestError(f"The body is not valid JSON: {error}.") from error
-
-
-def _too_large(limit: int) -> RequestError:
-    return RequestError(
-        f"The body is larger than {limit:,} bytes. Send less at a time.",
-        status=413,
-        code="request_too_large",
-    )

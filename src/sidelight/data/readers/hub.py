@@ -3,7 +3,6 @@
 import re
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from sidelight.data.readers.files import files_beside
@@ -42,19 +41,19 @@ def read_hub(source: str, *, split: str | None) -> list[Row]:
             f"({str(error)[:300]}). Check name, configuration, split and network, "
             "or download it once and give the file."
         ) from error
-    names = _class_names(table)
+    names = _class_names(table, datasets.ClassLabel)
     rows = [Row(source, "row", n, _with_names(cells, names)) for n, cells in enumerate(table, 1)]
     if not rows:
         raise SidelightError(f"'{source}' has no rows in split '{split or 'train'}'. Name another.")
     return rows
 
 
-def _import_datasets(source: str) -> ModuleType:
+def _import_datasets(source: str) -> Any:
     try:
         return import_module("datasets")
     except ImportError as error:
         raise SidelightError(
-            f"'{source}' is no file here{did_you_mean(source, files_beside(Path(source)))} "
+            f"There is no file '{source}'.{did_you_mean(source, files_beside(Path(source)))} "
             "To read it as a Hugging Face data set, run `pip install datasets`."
         ) from error
 
@@ -64,19 +63,18 @@ def _transport_errors() -> tuple[type[Exception], ...]:
     return (import_module("httpx").HTTPError,)
 
 
-def _class_names(table: Any) -> dict[str, list[str]]:
-    """Names of the classes, for each column that has three or more."""
-    return {
-        column: feature.names
-        for column, feature in table.features.items()
-        if type(feature).__name__ == "ClassLabel" and len(feature.names) > 2
-    }
+def _class_names(table: Any, class_label: type[Any]) -> dict[str, list[str]]:
+    """Names of the classes, for each column of class numbers."""
+    features = table.features.items()
+    return {name: feature.names for name, feature in features if isinstance(feature, class_label)}
 
 
 def _with_names(cells: dict[str, Any], names: dict[str, list[str]]) -> dict[str, Any]:
-    named: dict[str, str | None] = {
-        # The hub marks an unlabelled row by -1, as in hidden test sets.
-        column: None if cells[column] in (None, -1) else choices[cells[column]]
-        for column, choices in names.items()
-    }
-    return {**cells, **named}
+    return {**cells, **{column: _class(cells[column], names[column]) for column in names}}
+
+
+def _class(number: int | None, names: list[str]) -> int | str | None:
+    # The hub marks an unlabelled row by -1, as in hidden test sets.
+    if number is None or number == -1:
+        return None
+    return names[number] if len(names) > 2 else number

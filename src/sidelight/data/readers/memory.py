@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from sidelight.data.rows import Row, is_list, is_mapping
 from sidelight.errors import SidelightError
 
-InMemory = Sequence[Mapping[str, object]] | Sequence[tuple[object, object]]
+InMemory = Sequence[Mapping[str, object]] | Sequence[Sequence[object]]
 
-_SOURCE = "the rows given"
+_SOURCE = "Given rows"
 
 
 def read_memory(source: InMemory, *, text: str, label: str) -> list[Row]:

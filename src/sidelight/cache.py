@@ -1,0 +1,170 @@
+"""Hidden states of a data set on disk, in shards that many probes train from.
+
+A shard holds the states of a few hundred texts, ragged and in bf16. A shard's file appears under
+its name only when it is whole, so a killed extraction goes on where it stopped.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import BFloat16, Int
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sidelight.backbones.base import Fingerprint
+from sidelight.errors import SidelightError
+from sidelight.prompts import EncodedPrompt, Reads
+
+FORMAT_VERSION = 1
+SHARD_BYTES = 512 * 2**20
+_BYTES_PER_VALUE = 2
+# Left free on the disk whatever the budget says.
+_RESERVE_BYTES = 2 * 2**30
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The states of some texts, laid end to end.
+
+    Attributes:
+        hidden: Residual stream of each layer and read token.
+        lengths: Tokens of each text.
+        rows: Which text of the data set each is.
+    """
+
+    hidden: BFloat16[Tensor, "layer token width"]
+    lengths: Int[Tensor, " text"]
+    rows: Int[Tensor, " text"]
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """Which texts go to which shard: fixed by the data, so that extraction can resume.
+
+    Attributes:
+        rows: For each shard, the texts in it.
+        tokens: For each shard, how many tokens are stored.
+    """
+
+    rows: tuple[tuple[int, ...], ...]
+    tokens: tuple[int, ...]
+
+    @staticmethod
+    def of(lengths: Sequence[int], *, shard_tokens: int) -> "ShardPlan":
+        """Texts in a random but fixed order, cut where a shard is full."""
+        order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(0)).tolist()
+        shards: list[list[int]] = [[]]
+        tokens = [0]
+        for row in order:
+            if shards[-1] and tokens[-1] + lengths[row] > shard_tokens:
+                shards.append([])
+                tokens.append(0)
+            shards[-1].append(row)
+            tokens[-1] += lengths[row]
+        return ShardPlan(tuple(map(tuple, shards)), tuple(tokens))
+
+
+class ActivationCache:
+    """The shards of one data set under one backbone.
+
+    Args:
+        root: Folder of all caches; this one gets a folder of its own in it, named by a key that
+            covers the backbone, what is read, and every token id.
+        prompts: The data set.
+        reads: Which tokens are stored.
+        fingerprint: The backbone.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        prompts: Sequence[EncodedPrompt],
+        *,
+        reads: Reads,
+        fingerprint: Fingerprint,
+        shard_bytes: int = SHARD_BYTES,
+    ):
+        self.prompts = prompts
+        self.reads = reads
+        self.fingerprint = fingerprint
+        self._token_bytes = fingerprint.layers * fingerprint.width * _BYTES_PER_VALUE
+        lengths = [int(prompt.mask(reads).sum()) for prompt in prompts]
+        self.plan = ShardPlan.of(lengths, shard_tokens=max(1, shard_bytes // self._token_bytes))
+        self.directory = root / _key(prompts, reads, fingerprint)
+
+    def __len__(self) -> int:
+        """The number of shards."""
+        return len(self.plan.rows)
+
+    def missing(self) -> list[int]:
+        """Shards that have not been written yet."""
+        return [index for index in range(len(self)) if not self._path(index).exists()]
+
+    def prepare(self, *, budget_bytes: int | None) -> None:
+        """Makes the folder, clears what a killed run left half written, checks the disk.
+
+        Args:
+            budget_bytes: The most that this cache may take; None allows what the disk has.
+
+        Raises:
+            SidelightError: The missing shards would not fit.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for partial in self.directory.glob("*.partial"):
+            partial.unlink()
+        needed = self._token_bytes * sum(self.plan.tokens)
+        to_write = self._token_bytes * sum(self.plan.tokens[index] for index in self.missing())
+        free = shutil.disk_usage(self.directory).free - _RESERVE_BYTES
+        if to_write > free or (budget_bytes is not None and needed > budget_bytes):
+            limit = free if budget_bytes is None else min(free, budget_bytes)
+            raise SidelightError(
+                f"The activations need {needed / 2**30:.1f} GiB, but {max(limit, 0) / 2**30:.1f} "
+                f"GiB may be used at {self.directory.parent}. Raise --cache-budget, name another "
+                "disk with --cache, or train on fewer rows (--limit)."
+            )
+        self._write_manifest()
+
+    def write(self, index: int, shard: Shard) -> None:
+        """Stores a shard; it exists afterwards or, if killed, not at all."""
+        partial = self._path(index).with_suffix(".partial")
+        tensors = {"hidden": shard.hidden, "lengths": shard.lengths, "rows": shard.rows}
+        save_file(tensors, partial)
+        os.replace(partial, self._path(index))
+
+    def read(self, index: int) -> Shard:
+        """A shard, mapped from disk."""
+        return Shard(**load_file(self._path(index)))
+
+    def remove(self) -> None:
+        """Deletes the cache."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _path(self, index: int) -> Path:
+        return self.directory / f"shard-{index:05d}.safetensors"
+
+    def _write_manifest(self) -> None:
+        manifest = {
+            "format": FORMAT_VERSION,
+            "backbone": asdict(self.fingerprint),
+            "reads": asdict(self.reads),
+            "texts": len(self.prompts),
+            "tokens": sum(self.plan.tokens),
+            "shards": [list(rows) for rows in self.plan.rows],
+        }
+        partial = self.directory / "manifest.partial"
+        partial.write_text(json.dumps(manifest, indent=1))
+        os.replace(partial, self.directory / "manifest.json")
+
+
+def _key(prompts: Sequence[EncodedPrompt], reads: Reads, fingerprint: Fingerprint) -> str:
+    digest = hashlib.sha256(repr((FORMAT_VERSION, fingerprint.digest, fingerprint.dtype)).encode())
+    digest.update(repr(reads).encode())
+    for prompt in prompts:
+        digest.update(repr((prompt.token_ids, prompt.parts)).encode())
+    return digest.hexdigest()[:24]

@@ -1,0 +1,35 @@
+"""Inference engines: text and verdicts from one forward pass, for many requests at a time."""
+
+from sidelight.engines.base import (
+    Engine,
+    EngineBusyError,
+    EngineUnavailableError,
+    Event,
+    Finished,
+    GenerationError,
+    Load,
+    LoadedProbe,
+    PromptJudged,
+    Sampling,
+    TextDelta,
+)
+from sidelight.engines.line import Limits
+from sidelight.engines.loading import LoadingEngine
+from sidelight.engines.transformers import TransformersEngine
+
+__all__ = [
+    "Engine",
+    "EngineBusyError",
+    "EngineUnavailableError",
+    "Event",
+    "Finished",
+    "GenerationError",
+    "Limits",
+    "Load",
+    "LoadedProbe",
+    "LoadingEngine",
+    "PromptJudged",
+    "Sampling",
+    "TextDelta",
+    "TransformersEngine",
+]

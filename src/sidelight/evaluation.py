@@ -1,0 +1,299 @@
+"""How good probabilities are on labelled rows: a report with intervals, for people and for JSON.
+
+Knows probabilities and labels, not where they came from.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Float, Int, Shaped
+
+from sidelight.errors import SidelightError, did_you_mean
+from sidelight.metrics import (
+    METRICS,
+    AnyArray,
+    Numbers,
+    Predictions,
+    Values,
+    auprc,
+    auroc,
+    confusion_matrix,
+    count,
+    decide,
+    f1,
+    measure,
+    precision,
+    recall,
+    walk,
+)
+from sidelight.types import Task
+
+if TYPE_CHECKING:
+    from rich.console import Group
+    from rich.table import Table
+
+_BLOCK_CELLS = 2**20
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A metric and its 95 % bootstrap interval.
+
+    Attributes:
+        value: On the rows themselves; None if undefined there.
+        low: 2.5th percentile over the resamples in which it is defined; None without any.
+        high: 97.5th percentile, likewise.
+    """
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The estimate as JSON-ready values."""
+        return {"value": self.value, "ci": [self.low, self.high]}
+
+    def __str__(self) -> str:
+        """For example ``0.859 [0.831, 0.884]``; a dash stands for an undefined number."""
+        interval = "" if self.low is None else f" [{_short(self.low)}, {_short(self.high)}]"
+        return _short(self.value) + interval
+
+
+@dataclass(frozen=True)
+class ClassReport:
+    """One label against the rest; a metric is None where it is undefined.
+
+    Attributes:
+        support: Number of rows that have the label.
+    """
+
+    precision: float | None
+    recall: float | None
+    f1: float | None
+    auprc: float | None
+    auroc: float | None
+    support: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """How good a task's probabilities are on some rows.
+
+    Attributes:
+        task: The classes.
+        rows: Number of rows.
+        metrics: The metrics of `METRICS`, averaged over labels as `metrics.measure` says.
+        per_class: Each label against the rest; both classes of a binary task.
+        thresholds: What the decisions were made with; none for a multi-class task.
+        confusion_matrix: [actual, predicted] counts; for a multi-label task one 2 x 2 matrix per
+            label, [label, actual, predicted].
+    """
+
+    task: Task
+    rows: int
+    metrics: dict[str, Estimate]
+    per_class: dict[str, ClassReport]
+    thresholds: tuple[float, ...]
+    confusion_matrix: Int[Numbers, "..."]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON-ready values, the metrics at the top level."""
+        return {
+            "task": self.task.kind,
+            "labels": list(self.task.labels),
+            "rows": self.rows,
+            "thresholds": list(self.thresholds),
+            **{name: estimate.to_dict() for name, estimate in self.metrics.items()},
+            "per_class": {label: asdict(one) for label, one in self.per_class.items()},
+            "confusion_matrix": self.confusion_matrix.tolist(),
+        }
+
+    def table(self) -> "Group":
+        """The report for a terminal: the metrics, then the labels. Print it with `rich.print`."""
+        from rich.console import Group
+
+        return Group(self._metrics_table(), self._labels_table())
+
+    def _metrics_table(self) -> "Table":
+        from rich.table import Table
+
+        table = Table(title=f"{self.rows:,} rows, {self.task.kind}", title_justify="left")
+        table.add_column("metric")
+        table.add_column("value [95 % interval]")
+        for name, estimate in self.metrics.items():
+            table.add_row(name, str(estimate))
+        return table
+
+    def _labels_table(self) -> "Table":
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table()
+        table.add_column("label")
+        for name in ("precision", "recall", "f1", "auprc", "auroc", "rows"):
+            table.add_column(name, justify="right")
+        for label, one in self.per_class.items():
+            numbers = (one.precision, one.recall, one.f1, one.auprc, one.auroc)
+            table.add_row(Text(label), *map(_short, numbers), f"{one.support:,}")
+        return table
+
+
+def evaluate(
+    task: Task,
+    probabilities: Float[Values, "row output"],
+    labels: Shaped[AnyArray, "..."],
+    *,
+    thresholds: tuple[float, ...],
+    bootstrap: int = 1000,
+    seed: int = 0,
+) -> Report:
+    """Measures probabilities against labels.
+
+    Args:
+        task: The classes.
+        probabilities: Calibrated; a binary task has one column, the positive class.
+        labels: [row] of class numbers, or [row, label] of 0 and 1 for a multi-label task.
+        thresholds: From `calibration.choose_thresholds` on validation rows.
+        bootstrap: Number of resamples of rows for the intervals; with 0 there are none.
+        seed: Of the resamples.
+
+    Raises:
+        SidelightError: The arrays do not fit the task or each other, hold NaN, or are no
+            probabilities (see `metrics.decide`).
+    """
+    predictions = decide(task, probabilities, labels, thresholds=thresholds)
+    values = _values(predictions)
+    draws = _draw(predictions, resamples=bootstrap, seed=seed)
+    return Report(
+        task,
+        rows=len(probabilities),
+        metrics={name: _estimate(values[name], draws[name]) for name in METRICS},
+        per_class=_per_class(task, predictions),
+        thresholds=thresholds,
+        confusion_matrix=confusion_matrix(predictions),
+    )
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How much higher a metric is for one set of probabilities than for another.
+
+    Attributes:
+        estimate: The difference and its interval.
+        p_value: Two-sided: twice the share of resamples in which the difference is zero or has the
+            rarer sign; None where the difference is undefined.
+    """
+
+    estimate: Estimate
+    p_value: float | None
+
+
+def paired_bootstrap(
+    task: Task,
+    probabilities: Float[Values, "row output"],
+    baseline: Float[Values, "row output"],
+    labels: Shaped[AnyArray, "..."],
+    *,
+    metric: str = "auprc",
+    thresholds: tuple[float, ...],
+    baseline_thresholds: tuple[float, ...],
+    bootstrap: int = 1000,
+    seed: int = 0,
+) -> Difference:
+    """Whether a metric differs between two sets of probabilities for the same rows.
+
+    Both are measured on the same resamples, so what makes rows hard for both cancels out. This is
+    much sharper than comparing two intervals. It says nothing of training seeds: compare those too.
+
+    Args:
+        task: The classes.
+        probabilities: Those in question.
+        baseline: Those to compare with, in the same order of rows.
+        labels: [row] of class numbers, or [row, label] of 0 and 1 for a multi-label task.
+        metric: One of `METRICS`.
+        thresholds: Of `probabilities`.
+        baseline_thresholds: Of `baseline`.
+        bootstrap: Number of resamples.
+        seed: Of the resamples.
+
+    Raises:
+        SidelightError: The metric is unknown, or as `evaluate`.
+    """
+    if metric not in METRICS:
+        raise SidelightError(f"Unknown metric '{metric}'.{did_you_mean(metric, METRICS)}")
+    ours = decide(task, probabilities, labels, thresholds=thresholds)
+    theirs = decide(task, baseline, labels, thresholds=baseline_thresholds)
+    value = _values(ours)[metric] - _values(theirs)[metric]
+    draws = (
+        _draw(ours, resamples=bootstrap, seed=seed)[metric]
+        - _draw(theirs, resamples=bootstrap, seed=seed)[metric]
+    )
+    return Difference(_estimate(value, draws), _p_value(draws[~np.isnan(draws)]))
+
+
+def _p_value(draws: Float[Values, " resample"]) -> float | None:
+    if len(draws) == 0:
+        return None
+    rarer = min((draws <= 0).sum(), (draws >= 0).sum())
+    # One added to both counts: no number of resamples can show a chance of zero.
+    return min(1.0, 2 * float(rarer + 1) / (len(draws) + 1))
+
+
+def _resample(rows: int, *, resamples: int, seed: int) -> Iterator[Float[Values, "row resample"]]:
+    """How often each draw of all rows with replacement took each row, in blocks of columns.
+
+    Blocks are sized to stay in the processor's cache while they are measured. The same rows,
+    resamples and seed give the same draws.
+    """
+    generator = np.random.default_rng(seed)
+    block = max(1, _BLOCK_CELLS // rows)
+    for start in range(0, resamples, block):
+        width = min(block, resamples - start)
+        cells = generator.integers(rows, size=(rows, width)) * width + np.arange(width)
+        drawn = np.bincount(cells.ravel(), minlength=rows * width)
+        yield drawn.reshape(rows, width).astype(np.float64)
+
+
+def _values(predictions: Predictions) -> dict[str, Values]:
+    return measure(predictions, predictions.once)
+
+
+def _draw(
+    predictions: Predictions, *, resamples: int, seed: int
+) -> dict[str, Float[Values, " resample"]]:
+    blocks = _resample(len(predictions.scores), resamples=resamples, seed=seed)
+    measured = [measure(predictions, weights) for weights in blocks]
+    return {
+        name: np.concatenate([np.zeros(0), *(block[name] for block in measured)])
+        for name in METRICS
+    }
+
+
+def _estimate(value: Float[Values, " one"], draws: Float[Values, " resample"]) -> Estimate:
+    defined = draws[~np.isnan(draws)]
+    if np.isnan(value[0]) or len(defined) == 0:
+        return Estimate(_number(value[0]), None, None)
+    low, high = np.percentile(defined, [2.5, 97.5])
+    return Estimate(float(value[0]), float(low), float(high))
+
+
+def _per_class(task: Task, predictions: Predictions) -> dict[str, ClassReport]:
+    confusion = count(predictions.targets, predictions.decisions, predictions.once)
+    decided = np.hstack([precision(confusion), recall(confusion), f1(confusion)])
+    reports: dict[str, ClassReport] = {}
+    for label, numbers, ranking in zip(task.labels, decided, predictions.rankings, strict=True):
+        walked = walk(ranking, predictions.once)
+        ranked = (auprc(walked)[0], auroc(walked)[0])
+        support = len(ranking.positives)
+        reports[label] = ClassReport(*map(_number, (*numbers, *ranked)), support=support)
+    return reports
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
+
+
+def _short(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

@@ -1,0 +1,1 @@
+"""One file per endpoint; ``sidelight.server.app`` lists their routers."""

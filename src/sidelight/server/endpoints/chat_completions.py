@@ -1,0 +1,41 @@
+"""``POST /v1/chat/completions``: text and every probe's verdict from one forward pass."""
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from sidelight.engines.base import PromptJudged
+from sidelight.server.body import JsonRoute
+from sidelight.server.completions import Envelope, collect, completion
+from sidelight.server.context import InContext
+from sidelight.server.disconnect import unless_left
+from sidelight.server.report import header
+from sidelight.server.schemas import ChatRequest
+from sidelight.server.streaming import Chunks
+
+router = APIRouter(route_class=JsonRoute)
+
+
+@router.post("/v1/chat/completions")
+async def create(body: ChatRequest, request: Request, context: InContext) -> Response:
+    """The text, plain or streamed; either begins once the prompt has been judged."""
+    context.require_model(body.model)
+    reporter = context.reporter(body.probes)
+    envelope = Envelope.new(body.model)
+    events = context.metrics.observed(
+        context.engine.generate(body.conversation(), body.sampling())
+    )
+    judged = await unless_left(request, anext(events))
+    assert isinstance(judged, PromptJudged)
+    prompt = reporter.side(judged)
+    if body.stream:
+        chunks = Chunks(envelope, reporter, prompt, body.includes_usage)
+        return StreamingResponse(
+            chunks.stream(events),
+            media_type="text/event-stream",
+            headers={**header(prompt), "Cache-Control": "no-cache"},
+        )
+    written = await unless_left(request, collect(events))
+    response = reporter.side(written.finished)
+    return JSONResponse(
+        completion(envelope, reporter, prompt, written), headers=header(prompt, response)
+    )

@@ -1,0 +1,102 @@
+"""Counts and times for Prometheus; no text, no keys, and labels of bounded number."""
+
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from sidelight.engines.base import Engine, Event, Finished, PromptJudged, TextDelta
+from sidelight.types import Verdict
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_UNROUTED = "other"
+
+
+class Metrics:
+    """The series of one server, in a registry of its own.
+
+    Args:
+        engine: Gives the requests that run and wait.
+    """
+
+    def __init__(self, engine: Engine):
+        registry = CollectorRegistry()
+        self._registry = registry
+        self.requests = Counter(
+            "sidelight_requests", "Answers by route and status", ["route", "status"],
+            registry=registry,
+        )  # fmt: skip
+        self._prompt_tokens = Counter(
+            "sidelight_prompt_tokens", "Tokens read", registry=registry
+        )
+        self._completion_tokens = Counter(
+            "sidelight_completion_tokens", "Tokens written", registry=registry
+        )
+        self._verdicts = Counter(
+            "sidelight_verdicts", "Verdicts by outcome", ["probe", "outcome"], registry=registry
+        )
+        self._to_verdict = self._seconds("time_to_verdict", "Until the prompt was judged")
+        self._to_first_text = self._seconds("time_to_first_text", "Until the first text")
+        self._between = self._seconds("inter_text_latency", "Between two pieces of text")
+        self._in_all = self._seconds("e2e_request_latency", "Until the text was complete")
+        running = Gauge("sidelight_requests_running", "Being written", registry=registry)
+        running.set_function(lambda: engine.load.running)
+        waiting = Gauge("sidelight_requests_waiting", "In line", registry=registry)
+        waiting.set_function(lambda: engine.load.waiting)
+
+    def exposition(self) -> bytes:
+        """All series in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+    async def observed(self, events: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:
+        """The same events, counted and timed as they pass."""
+        start = last = time.perf_counter()
+        to_text = self._to_first_text
+        async with aclosing(events):
+            async for event in events:
+                now = time.perf_counter()
+                match event:
+                    case PromptJudged():
+                        self._to_verdict.observe(now - start)
+                        self.count_verdicts(event.verdicts, event.failed)
+                    case TextDelta():
+                        to_text.observe(now - last)
+                        to_text, last = self._between, now
+                    case Finished():
+                        self._in_all.observe(now - start)
+                        self._prompt_tokens.inc(event.prompt_tokens)
+                        self._completion_tokens.inc(event.completion_tokens)
+                        self.count_verdicts(event.verdicts, event.failed)
+                yield event
+
+    def count_verdicts(self, verdicts: tuple[Verdict, ...], failed: tuple[str, ...] = ()) -> None:
+        """Counts verdicts, and probes that gave none."""
+        for verdict in verdicts:
+            outcome = "flagged" if verdict.flagged else "passed"
+            self._verdicts.labels(verdict.probe, outcome).inc()
+        for probe in failed:
+            self._verdicts.labels(probe, "failed").inc()
+
+    def _seconds(self, name: str, meaning: str) -> Histogram:
+        return Histogram(
+            f"sidelight_{name}_seconds", meaning, buckets=_SECONDS, registry=self._registry
+        )
+
+
+class CountRequests:
+    """Counts every answer by route template and status; unknown routes share one label."""
+
+    def __init__(self, app: ASGIApp, *, metrics: Metrics):
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                route = getattr(scope.get("route"), "path", _UNROUTED)
+                self._metrics.requests.labels(route, str(message["status"])).inc()
+            await send(message)
+
+        await self._app(scope, receive, counted)

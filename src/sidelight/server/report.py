@@ -1,0 +1,140 @@
+"""A chat completion's verdicts, in every form in which they reach a client.
+
+Clients drop what they do not know, each another part: so the same verdicts go into a header, the
+typed ``moderation`` field, one extension field, and the first delta of a stream.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sidelight.engines.base import Finished, LoadedProbe, PromptJudged, verdict_failure
+from sidelight.server.categories import CategoryNames
+from sidelight.types import Verdict
+
+HEADER = "x-sidelight-verdicts"
+# Proxies refuse answers whose headers pass 4 to 8 KiB in all.
+_MAX_HEADER_BYTES = 3072
+_HEADER_DIGITS = 6
+
+
+@dataclass(frozen=True)
+class Side:
+    """The verdicts of the probes that are judged at one point.
+
+    Attributes:
+        verdicts: Of the chosen probes.
+        failed: The chosen probes that gave none.
+    """
+
+    verdicts: tuple[Verdict, ...] = ()
+    failed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Reporter:
+    """Writes reports on the chosen probes.
+
+    Attributes:
+        model: The served model's name.
+        probes: The chosen probes.
+        names: Categories of all loaded probes.
+    """
+
+    model: str
+    probes: Sequence[LoadedProbe]
+    names: CategoryNames
+
+    def side(self, event: PromptJudged | Finished) -> Side:
+        """What the event says of the chosen probes."""
+        chosen = {probe.name for probe in self.probes}
+        return Side(
+            tuple(verdict for verdict in event.verdicts if verdict.probe in chosen),
+            tuple(name for name in event.failed if name in chosen),
+        )
+
+    @property
+    def reads_response(self) -> bool:
+        """Whether a chosen probe has to wait for the response."""
+        return any(probe.reads.side != "prompt" for probe in self.probes)
+
+    def moderation(self, prompt: Side, response: Side | None) -> dict[str, Any]:
+        """The ``moderation`` field; ``response`` is None while the text is being written."""
+        pending = _error("pending", "The response is still being written.")
+        output = pending if response is None and self.reads_response else None
+        return {
+            "input": self._moderated(prompt, "No chosen probe reads the prompt alone."),
+            "output": output
+            or self._moderated(response or Side(), "No chosen probe reads the response."),
+        }
+
+    def _moderated(self, side: Side, not_run: str) -> dict[str, Any]:
+        if side.failed:
+            return _error("verdict_failed", str(verdict_failure(side.failed)))
+        if not side.verdicts:
+            return _error("not_run", not_run)
+        results = [
+            {
+                "type": "moderation_result",
+                "model": verdict.probe,
+                **self.names.report([verdict]).model_dump(),
+            }
+            for verdict in side.verdicts
+        ]
+        return {"type": "moderation_results", "model": self.model, "results": results}
+
+
+def extension(*sides: Side) -> dict[str, Any]:
+    """The ``sidelight`` field: every verdict, and an entry with ``error`` for a failed one."""
+    verdicts = [verdict_json(verdict) for side in sides for verdict in side.verdicts]
+    failures = [_failure_json(name) for side in sides for name in side.failed]
+    return {"verdicts": [*verdicts, *failures]}
+
+
+def verdict_json(verdict: Verdict) -> dict[str, Any]:
+    """One verdict; ``labels`` are those that hold, for a multi-label probe none to all."""
+    return {
+        "probe": verdict.probe,
+        "label": verdict.label,
+        "labels": list(verdict.labels),
+        "probabilities": verdict.probabilities,
+        "flagged": verdict.flagged,
+    }
+
+
+def header(*sides: Side) -> Mapping[str, str]:
+    """The verdicts as an HTTP header: compact ASCII JSON.
+
+    Probabilities are rounded; where they would make the header too long for proxies, only probe,
+    label and flag are left, and where even these do, one entry with ``error``.
+    """
+    full = [_rounded(verdict) for side in sides for verdict in side.verdicts]
+    short = [{k: v for k, v in entry.items() if k != "probabilities"} for entry in full]
+    failures = [_failure_json(name) for side in sides for name in side.failed]
+    too_long = [{"error": "too_long"}]
+    texts = [_compact(entries) for entries in (full + failures, short + failures, too_long)]
+    fitting = next(text for text in texts if len(text) <= _MAX_HEADER_BYTES or text == texts[-1])
+    return {HEADER: fitting}
+
+
+def _rounded(verdict: Verdict) -> dict[str, Any]:
+    rounded = {k: round(p, _HEADER_DIGITS) for k, p in verdict.probabilities.items()}
+    return {
+        "probe": verdict.probe,
+        "label": verdict.label,
+        "probabilities": rounded,
+        "flagged": verdict.flagged,
+    }
+
+
+def _compact(entries: Sequence[Mapping[str, Any]]) -> str:
+    return json.dumps(entries, ensure_ascii=True, separators=(",", ":"))
+
+
+def _failure_json(probe: str) -> dict[str, Any]:
+    return {"probe": probe, "error": "verdict_failed"}
+
+
+def _error(code: str, message: str) -> dict[str, Any]:
+    return {"type": "error", "code": code, "message": message}

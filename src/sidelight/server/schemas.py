@@ -1,0 +1,131 @@
+"""The requests, as OpenAI words them. Unknown fields are ignored; wrong values are errors."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from sidelight.engines.base import Sampling
+from sidelight.prompts import Message
+
+_MAX_INPUTS = 512
+_MAX_STOPS = 16
+
+ProbeNames = Annotated[list[str] | None, Field(description="Only these probes; null: all.")]
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+class ContentPart(_Request):
+    """A piece of a message; only text is read."""
+
+    type: str
+    text: str = ""
+
+    @field_validator("type")
+    @classmethod
+    def _is_text(cls, value: str) -> str:
+        if value not in ("text", "input_text"):
+            raise ValueError("only parts of type 'text' are read by this model")
+        return value
+
+
+class ChatMessage(_Request):
+    """One turn."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[ContentPart]
+
+    def as_message(self) -> Message:
+        """The turn as plain text; several parts become lines. A developer speaks as the system."""
+        role = "system" if self.role == "developer" else self.role
+        return Message(role, joined(self.content))
+
+
+class StreamOptions(_Request):
+    """What a stream carries besides text."""
+
+    include_usage: bool = False
+
+
+class ModerationMode(_Request):
+    """What follows from a flag: only ``score`` is offered."""
+
+    mode: Literal["score"]
+
+
+class ModerationPolicy(_Request):
+    """Policies for both sides."""
+
+    input: ModerationMode | None = None
+    output: ModerationMode | None = None
+
+
+class ChatModeration(_Request):
+    """Asks for moderation, which every answer carries anyway; blocking is refused, not ignored."""
+
+    policy: ModerationPolicy | None = None
+
+
+class ChatRequest(_Request):
+    """The body of ``POST /v1/chat/completions``."""
+
+    model: str
+    messages: list[ChatMessage] = Field(min_length=1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    stop: str | list[str] | None = None
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    n: Literal[1] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    moderation: ChatModeration | None = None
+    probes: ProbeNames = None
+
+    @model_validator(mode="after")
+    def _stops_are_few(self) -> Self:
+        if len(self._stops()) > _MAX_STOPS:
+            raise ValueError(f"stop: at most {_MAX_STOPS} strings")
+        return self
+
+    def conversation(self) -> list[Message]:
+        """The turns as the engine takes them."""
+        return [message.as_message() for message in self.messages]
+
+    def sampling(self) -> Sampling:
+        """The request's wishes, with OpenAI's defaults."""
+        return Sampling(
+            max_tokens=self.max_completion_tokens or self.max_tokens,
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            stop=tuple(self._stops()),
+            seed=self.seed,
+        )
+
+    @property
+    def includes_usage(self) -> bool:
+        """Whether a stream ends with a usage chunk."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def _stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+
+class ModerationRequest(_Request):
+    """The body of ``POST /v1/moderations``."""
+
+    input: str | Annotated[list[str], Field(min_length=1, max_length=_MAX_INPUTS)]
+    model: str | None = None
+    probes: ProbeNames = None
+
+    def texts(self) -> list[str]:
+        """The texts to judge, each by itself."""
+        return [self.input] if isinstance(self.input, str) else self.input
+
+
+def joined(content: str | list[ContentPart]) -> str:
+    """The text of a message's content."""
+    return content if isinstance(content, str) else "\n".join(part.text for part in content)

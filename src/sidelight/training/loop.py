@@ -1,0 +1,225 @@
+"""Trains many mechanisms from one activation cache: each shard that is read updates all of them."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sidelight.cache import ActivationCache, Shard
+from sidelight.mechanisms import Geometry, Mechanism
+from sidelight.progress import progress
+from sidelight.ragged import Ragged
+from sidelight.standardisation import Standardisation
+from sidelight.training.settings import Job
+from sidelight.training.trainee import Trainee, make_loss, validation_score
+from sidelight.types import Task
+
+# Enough tokens to know a mean to a hundredth of a standard deviation.
+_MOMENT_TOKENS = 16384
+_VALIDATION_BATCH = 128
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """Hidden states and labels of one split.
+
+    Attributes:
+        cache: A complete cache.
+        labels: As in ``Examples.labels``, in the order of the cache's texts.
+    """
+
+    cache: ActivationCache
+    labels: np.ndarray
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained mechanism.
+
+    Attributes:
+        job: What was asked for.
+        mechanism: With the parameters of its best epoch.
+        standardisation: Of the states that it reads.
+        validation_logits: ``[text, output]``, of the best epoch, in the order of the texts.
+        history: Validation score of each epoch.
+        best_epoch: Counted from 1.
+    """
+
+    job: Job
+    mechanism: Mechanism
+    standardisation: Standardisation
+    validation_logits: np.ndarray
+    history: tuple[float, ...]
+    best_epoch: int
+
+
+def train_mechanisms(
+    jobs: Sequence[Job],
+    *,
+    task: Task,
+    training: TrainingSet,
+    validation: TrainingSet,
+    device: torch.device | str = "cpu",
+) -> list[Trained]:
+    """All jobs, trained side by side; the result of a job does not depend on its neighbours.
+
+    Args:
+        jobs: What to train.
+        task: The classes.
+        training: What the parameters are fitted to.
+        validation: What early stopping looks at.
+        device: Where to train.
+    """
+    run = _Run(task=task, training=training, validation=validation, device=torch.device(device))
+    trainees = run.enrol(jobs)
+    epochs = max(job.settings.epochs for job in jobs)
+    tokens = sum(training.cache.plan.tokens) + sum(validation.cache.plan.tokens)
+    with progress("Training", epochs * tokens, unit="tokens") as shown:
+        for epoch in range(epochs):
+            active = [trainee for trainee in trainees if not trainee.has_finished]
+            if active:
+                run.train_epoch(active, epoch)
+                run.end_epoch(active)
+            shown.advance(tokens)
+    return run.results(trainees)
+
+
+class _Run:
+    def __init__(
+        self, *, task: Task, training: TrainingSet, validation: TrainingSet, device: torch.device
+    ):
+        self._task = task
+        self._training = training
+        self._validation = validation
+        self._device = device
+        sizes = training.cache.fingerprint
+        self._geometry = Geometry(sizes.layers, sizes.width, task.outputs)
+        self._labels = torch.from_numpy(training.labels).to(device)
+        self._standardisation = {
+            False: Standardisation.identity(self._geometry).to(device),
+            True: _measure(training.cache).to(device),
+        }
+
+    def enrol(self, jobs: Sequence[Job]) -> list[Trainee]:
+        return [
+            Trainee(
+                job,
+                self._geometry,
+                steps=self._steps(job.settings.batch_size),
+                loss=make_loss(
+                    self._task,
+                    self._labels,
+                    balanced=job.settings.class_weight == "balanced",
+                ),
+                device=self._device,
+            )
+            for job in jobs
+        ]
+
+    def _steps(self, batch_size: int) -> int:
+        return sum(math.ceil(len(rows) / batch_size) for rows in self._training.cache.plan.rows)
+
+    def train_epoch(self, trainees: Sequence[Trainee], epoch: int) -> None:
+        order = torch.randperm(
+            len(self._training.cache), generator=torch.Generator().manual_seed(epoch)
+        )
+        for index in order.tolist():
+            shard = self._training.cache.read(index)
+            for group in _grouped_by_batches(trainees):
+                self._train_group(group, shard, epoch=epoch)
+
+    def _train_group(self, group: Sequence[Trainee], shard: Shard, *, epoch: int) -> None:
+        job = group[0].job
+        shuffle = torch.Generator().manual_seed(job.seed * 7919 + epoch)
+        texts = torch.randperm(len(shard.rows), generator=shuffle)
+        for chosen in texts.split(job.settings.batch_size):
+            batch = _select(shard, chosen, self._device)
+            labels = self._labels[batch.rows]
+            parts = self._project(batch, group)
+            losses = [t.loss(part, labels) for t, part in zip(group, parts, strict=True)]
+            # Parameters are disjoint, so the sum's gradient is each one's own.
+            torch.stack(losses).sum().backward()
+            for trainee in group:
+                trainee.step()
+
+    def _project(self, batch: Shard, trainees: Sequence[Trainee]) -> list[Ragged]:
+        """Each trainee's columns of every token, from one matmul a layer."""
+        dtype = batch.hidden.dtype
+        folded = [
+            self._standardisation[t.job.standardise].fold(t.mechanism.columns(), dtype=dtype)
+            for t in trainees
+        ]
+        weight = torch.cat([own.weight for own in folded], 2)
+        projected = torch.bmm(batch.hidden, weight).transpose(0, 1)  # (T, L, M)
+        parts = projected.split([own.weight.shape[2] for own in folded], 2)
+        return [
+            Ragged(part + own.shift, batch.lengths)
+            for part, own in zip(parts, folded, strict=True)
+        ]
+
+    def end_epoch(self, trainees: Sequence[Trainee]) -> None:
+        for trainee, logits in zip(trainees, self._validate(trainees), strict=True):
+            trainee.end_epoch(validation_score(self._task, logits, self._validation.labels))
+
+    @torch.inference_mode()
+    def _validate(self, trainees: Sequence[Trainee]) -> list[np.ndarray]:
+        cache = self._validation.cache
+        shape = (len(cache.prompts), self._task.outputs)
+        scores = {id(trainee): np.empty(shape) for trainee in trainees}
+        for index in range(len(cache)):
+            shard = cache.read(index)
+            for texts in torch.arange(len(shard.rows)).split(_VALIDATION_BATCH):
+                batch = _select(shard, texts, self._device)
+                for trainee, part in zip(trainees, self._project(batch, trainees), strict=True):
+                    scores[id(trainee)][batch.rows] = trainee.logits(part).cpu().numpy()
+        return [scores[id(trainee)] for trainee in trainees]
+
+    def results(self, trainees: Sequence[Trainee]) -> list[Trained]:
+        for trainee in trainees:
+            trainee.restore_best()
+        return [
+            Trained(
+                job=trainee.job,
+                mechanism=trainee.mechanism,
+                standardisation=self._standardisation[trainee.job.standardise],
+                validation_logits=logits,
+                history=tuple(trainee.history),
+                best_epoch=trainee.best_epoch,
+            )
+            for trainee, logits in zip(trainees, self._validate(trainees), strict=True)
+        ]
+
+
+def _measure(cache: ActivationCache) -> Standardisation:
+    """Mean and scale of the first shards' tokens; shards are random samples of the texts."""
+    hidden: list[Float[Tensor, "layer token width"]] = []
+    tokens = 0
+    for index in range(len(cache)):
+        hidden.append(cache.read(index).hidden)
+        tokens += hidden[-1].shape[1]
+        if tokens >= _MOMENT_TOKENS:
+            break
+    return Standardisation.measured(torch.cat(hidden, 1)[:, :_MOMENT_TOKENS])
+
+
+def _grouped_by_batches(trainees: Sequence[Trainee]) -> Iterator[list[Trainee]]:
+    """Trainees that see the same texts in the same order, so that they share each batch."""
+    groups: dict[tuple[int, int], list[Trainee]] = {}
+    for trainee in trainees:
+        key = (trainee.job.seed, trainee.job.settings.batch_size)
+        groups.setdefault(key, []).append(trainee)
+    yield from groups.values()
+
+
+def _select(shard: Shard, texts: Int[Tensor, " text"], device: torch.device) -> Shard:
+    """The chosen texts' tokens, laid end to end, on the training device."""
+    lengths = shard.lengths[texts]
+    starts = (shard.lengths.cumsum(0) - shard.lengths)[texts]
+    offset = lengths.cumsum(0) - lengths
+    tokens = torch.arange(int(lengths.sum())) + (starts - offset).repeat_interleave(lengths)
+    hidden = shard.hidden.index_select(1, tokens).to(device)
+    return Shard(hidden, lengths.to(device), shard.rows[texts])

@@ -1,0 +1,122 @@
+"""One mechanism on its way through training: parameters, optimiser, and its best epoch."""
+
+from collections.abc import Callable
+from copy import deepcopy
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from sklearn.metrics import average_precision_score
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sidelight.mechanisms import Geometry, Mechanism
+from sidelight.ragged import Ragged
+from sidelight.training.settings import Job
+from sidelight.types import Task
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+class Trainee:
+    """A mechanism with its optimiser; remembers the parameters of its best epoch.
+
+    Args:
+        job: What to train.
+        geometry: Sizes.
+        steps: Optimiser steps per epoch.
+        loss: Of logits and labels.
+        device: Where to train.
+    """
+
+    def __init__(
+        self, job: Job, geometry: Geometry, *, steps: int, loss: Loss, device: torch.device
+    ):
+        self.job = job
+        with torch.random.fork_rng():
+            torch.manual_seed(job.seed)
+            self.mechanism: Mechanism = job.spec.build(geometry).to(device)
+        settings = job.settings
+        self._optimizer = torch.optim.AdamW(
+            self.mechanism.parameters(),
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
+        self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
+            self._optimizer, T_max=settings.epochs * steps
+        )
+        self._loss = loss
+        self._best = deepcopy(self.mechanism.state_dict())
+        self.history: list[float] = []
+
+    @property
+    def best_epoch(self) -> int:
+        """Counted from 1; the first of equals."""
+        return 1 + self.history.index(max(self.history))
+
+    @property
+    def has_finished(self) -> bool:
+        """All epochs done, or no better score for as many as its patience."""
+        epochs = len(self.history)
+        if epochs == 0:
+            return False
+        settings = self.job.settings
+        return epochs >= settings.epochs or epochs - self.best_epoch >= settings.patience
+
+    def logits(self, tokens: Ragged) -> Float[Tensor, "text output"]:
+        """The logits of projected tokens, ``[token, layer, column]``."""
+        return self.mechanism.finish(self.mechanism.summarise(tokens))
+
+    def loss(self, tokens: Ragged, labels: Int[Tensor, "text ..."]) -> Float[Tensor, ""]:
+        """The loss on a batch."""
+        return self._loss(self.logits(tokens), labels)
+
+    def step(self) -> None:
+        """Updates the parameters by the gradients that have been computed."""
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self._schedule.step()
+
+    def end_epoch(self, score: float) -> None:
+        """Records the epoch's validation score and keeps its parameters if it is the best."""
+        self.history.append(score)
+        if self.best_epoch == len(self.history):
+            self._best = deepcopy(self.mechanism.state_dict())
+
+    def restore_best(self) -> None:
+        """Goes back to the best epoch's parameters."""
+        self.mechanism.load_state_dict(self._best)
+        self.mechanism.eval().requires_grad_(False)
+
+
+def make_loss(task: Task, labels: Int[Tensor, "text ..."], *, balanced: bool) -> Loss:
+    """Cross-entropy for the task, weighted by inverse class frequency if ``balanced``."""
+    if task.kind == "multiclass":
+        counts = torch.bincount(labels, minlength=task.outputs).clamp(min=1)
+        weight = len(labels) / (task.outputs * counts) if balanced else None
+        return nn.CrossEntropyLoss(weight=weight)
+    positives = labels.float().reshape(len(labels), -1).mean(0)
+    ratio = (1 - positives) / positives.clamp(min=1 / len(labels)) if balanced else None
+
+    def binary(logits: Tensor, target: Tensor) -> Tensor:
+        return functional.binary_cross_entropy_with_logits(
+            logits, target.float().reshape(logits.shape), pos_weight=ratio
+        )
+
+    return binary
+
+
+def validation_score(task: Task, logits: np.ndarray, labels: np.ndarray) -> float:
+    """What early stopping maximises: average precision, or accuracy for a multi-class task.
+
+    Args:
+        task: The classes.
+        logits: ``[text, output]``.
+        labels: As in ``Examples.labels``.
+    """
+    if task.kind == "multiclass":
+        return float((logits.argmax(1) == labels).mean())
+    present = labels.reshape(len(labels), -1).any(0)
+    target = labels.reshape(len(labels), -1)[:, present]
+    return float(average_precision_score(target, logits[:, present], average="macro"))

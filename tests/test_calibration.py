@@ -1,0 +1,297 @@
+"""Calibrations fit as their papers say, survive JSON, and never break on awkward rows."""
+
+import json
+from typing import get_args
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.isotonic import IsotonicRegression
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
+
+from sidelight.calibration import (
+    Calibration,
+    CalibrationKind,
+    choose_thresholds,
+    fit_calibration,
+)
+from sidelight.errors import SidelightError
+from sidelight.types import Task
+
+BINARY = Task("binary", ("safe", "toxic"))
+MULTICLASS = Task("multiclass", ("a", "b", "c", "d"))
+MULTILABEL = Task("multilabel", ("x", "y", "z"))
+TASKS = [BINARY, MULTICLASS, MULTILABEL]
+KINDS = get_args(CalibrationKind)
+OPTIMISER = 2e-3  # where two optimisers stop on a flat minimum
+
+every_task = pytest.mark.parametrize("task", TASKS, ids=lambda task: task.kind)
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def draw_rows(task: Task, *, rows: int = 400, seed: int = 0):
+    """Logits that are twice too large, and labels drawn from what they should have said."""
+    generator = np.random.default_rng(seed)
+    logits = generator.normal(size=(rows, task.outputs)) * 2
+    if task.kind == "multiclass":
+        return logits * 2, (logits + generator.gumbel(size=logits.shape)).argmax(axis=1)
+    labels = (generator.logistic(size=logits.shape) < logits).astype(int)
+    return logits * 2, labels[:, 0] if task.kind == "binary" else labels
+
+
+def smoothed_loss(task: Task, calibration: Calibration, logits, labels) -> float:
+    """Log loss against what temperature and Platt fit: Platt's targets, or 2 errors in all."""
+    probabilities = calibration.apply(logits)
+    if task.kind == "multiclass":
+        error = 2 / (len(labels) + 4)
+        targets = np.full(probabilities.shape, error / (task.outputs - 1))
+        targets[np.arange(len(labels)), labels] = 1 - error
+        return -(targets * np.log(probabilities)).sum()
+    positives = labels.sum()
+    high, low = (positives + 1) / (positives + 2), 1 / (len(labels) - positives + 2)
+    targets = np.where(labels == 1, high, low)
+    stated = probabilities[:, 0]
+    return -(targets * np.log(stated) + (1 - targets) * np.log1p(-stated)).sum()
+
+
+def plain_f1(labels, flagged) -> float:
+    return 2 * (labels * flagged).sum() / (labels.sum() + flagged.sum())
+
+
+@every_task
+@every_kind
+def test_a_calibration_survives_json_exactly(task, kind):
+    logits, labels = draw_rows(task)
+    calibration = fit_calibration(kind, logits, labels, task)
+    restored = Calibration.from_dict(json.loads(json.dumps(calibration.to_dict())))
+    assert restored == calibration
+    assert (restored.apply(logits) == calibration.apply(logits)).all()
+
+
+@every_task
+@every_kind
+def test_probabilities_are_probabilities(task, kind):
+    logits, labels = draw_rows(task)
+    probabilities = fit_calibration(kind, logits, labels, task).apply(logits * 100)
+    assert probabilities.shape == logits.shape
+    assert ((probabilities >= 0) & (probabilities <= 1)).all()
+    if task.kind == "multiclass":
+        assert probabilities.sum(axis=1) == pytest.approx(1)
+
+
+@every_kind
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 1000), rows=st.integers(4, 60))
+def test_a_higher_logit_never_gets_a_lower_probability(kind, seed, rows):
+    generator = np.random.default_rng(seed)
+    logits, labels = generator.normal(size=(rows, 1)), np.arange(rows) % 2
+    calibrated = fit_calibration(kind, logits, labels, BINARY).apply(np.sort(logits, axis=0))
+    assert (np.diff(calibrated[:, 0]) >= 0).all()
+
+
+@every_task
+def test_none_is_the_link_alone(task):
+    logits, labels = draw_rows(task)
+    probabilities = fit_calibration("none", logits, labels, task).apply(logits)
+    odds = np.exp(logits)
+    total = odds.sum(axis=1, keepdims=True) if task.kind == "multiclass" else 1 + odds
+    assert probabilities == pytest.approx(odds / total)
+
+
+@pytest.mark.parametrize("kind", ["temperature", "platt"])
+@every_task
+def test_temperature_and_platt_undo_a_scale(task, kind):
+    logits, labels = draw_rows(task, rows=8000)
+    calibration = fit_calibration(kind, logits, labels, task)
+    # Logits were drawn twice too large; 8,000 rows pin the factor to about 2 %, here 3 sigma.
+    assert calibration.scale == pytest.approx([0.5] * task.outputs, rel=0.08)
+
+
+@pytest.mark.parametrize("task", [BINARY, MULTICLASS], ids=lambda task: task.kind)
+def test_temperature_is_the_best_of_a_fine_grid(task):
+    logits, labels = draw_rows(task)
+    fitted = fit_calibration("temperature", logits, labels, task)
+    shift = (0.0,) * task.outputs
+    grid = [
+        smoothed_loss(
+            task, Calibration("temperature", task.kind, (s,) * task.outputs, shift), logits, labels
+        )
+        for s in np.geomspace(0.05, 1.5, 400)
+    ]
+    assert smoothed_loss(task, fitted, logits, labels) <= min(grid) + OPTIMISER
+
+
+def test_platt_agrees_with_logistic_regression_on_smoothed_targets():
+    logits, labels = draw_rows(BINARY)
+    high, low = (labels.sum() + 1) / (labels.sum() + 2), 1 / ((1 - labels).sum() + 2)
+    targets = np.where(labels == 1, high, low)
+    twice = np.vstack([logits, logits])
+    sides = np.repeat([1, 0], len(labels))
+    reference = LogisticRegression(C=1e9, tol=1e-9).fit(
+        twice, sides, sample_weight=np.concatenate([targets, 1 - targets])
+    )
+    fitted = fit_calibration("platt", logits, labels, BINARY)
+    assert fitted.scale[0] == pytest.approx(reference.coef_[0, 0], rel=OPTIMISER)
+    assert fitted.shift[0] == pytest.approx(reference.intercept_[0], abs=OPTIMISER)
+
+
+def test_isotonic_agrees_with_its_reference_up_to_the_margin():
+    logits, labels = draw_rows(BINARY)
+    reference = IsotonicRegression(out_of_bounds="clip").fit(logits[:, 0], labels)
+    unseen = np.random.default_rng(1).normal(size=(100, 1)) * 4
+    margin = 1 / (len(labels) + 2)
+    expected = np.clip(reference.predict(unseen[:, 0]), margin, 1 - margin)
+    calibrated = fit_calibration("isotonic", logits, labels, BINARY).apply(unseen)[:, 0]
+    assert calibrated == pytest.approx(expected, abs=2 * margin)
+
+
+@pytest.mark.parametrize("kind", ["temperature", "platt", "isotonic"])
+@every_task
+def test_calibration_lowers_the_log_loss_of_unseen_rows(task, kind):
+    fitted = fit_calibration(kind, *draw_rows(task, rows=3000), task)
+    logits, labels = draw_rows(task, rows=3000, seed=1)
+    plain = fit_calibration("none", logits, labels, task)
+    if task.kind == "multilabel":
+        logits, labels = logits[:, 0], labels[:, 0]
+        before, after = (c.apply(np.stack([logits] * 3, axis=1))[:, 0] for c in (plain, fitted))
+    else:
+        before, after = plain.apply(logits), fitted.apply(logits)
+    assert log_loss(labels, after) < log_loss(labels, before)
+
+
+@pytest.mark.parametrize("kind", ["temperature", "platt", "isotonic"])
+@pytest.mark.parametrize("rows", [2, 4, 50])
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
+def test_separable_rows_do_not_give_certainty(kind, rows, size):
+    labels = np.arange(rows) % 2
+    logits = (2.0 * labels[:, None] - 1) * size
+    probabilities = fit_calibration(kind, logits, labels, BINARY).apply(logits)[:, 0]
+    assert (probabilities[labels == 1] > 0.5).all()
+    assert ((probabilities > 0) & (probabilities < 1)).all()
+
+
+@pytest.mark.parametrize("kind", ["platt", "isotonic"])
+def test_constant_logits_give_the_base_rate(kind):
+    labels = np.repeat([0, 0, 0, 1], 100)
+    calibration = fit_calibration(kind, np.full((400, 1), 7.0), labels, BINARY)
+    # Platt's smoothing moves a rate of 100 in 400 by less than 0.01.
+    assert calibration.apply(np.full((1, 1), 7.0))[0, 0] == pytest.approx(0.25, abs=0.01)
+
+
+@pytest.mark.parametrize("kind", ["temperature", "platt", "isotonic"])
+@pytest.mark.parametrize("task", [BINARY, MULTICLASS], ids=lambda task: task.kind)
+def test_rows_of_a_single_class_are_refused(task, kind):
+    with pytest.raises(SidelightError, match="rows of both kinds are needed"):
+        fit_calibration(kind, np.zeros((5, task.outputs)), np.zeros(5, int), task)
+
+
+@pytest.mark.parametrize("kind", ["temperature", "platt"])
+def test_a_label_without_positives_stays_as_it_is(kind):
+    logits, labels = draw_rows(MULTILABEL)
+    labels[:, 1] = 0
+    calibration = fit_calibration(kind, logits, labels, MULTILABEL)
+    assert (calibration.scale[1], calibration.shift[1]) == (1, 0)
+    assert calibration.scale[0] != 1
+
+
+def test_isotonic_refuses_a_label_without_positives_and_names_it():
+    logits, labels = draw_rows(MULTILABEL)
+    labels[:, 1] = 0
+    with pytest.raises(SidelightError, match=r"all or none are y; .* kind 'platt'"):
+        fit_calibration("isotonic", logits, labels, MULTILABEL)
+
+
+def test_a_class_unseen_in_validation_becomes_unlikely_under_platt():
+    logits, labels = draw_rows(MULTICLASS)
+    labels[labels == 3] = 0
+    probabilities = fit_calibration("platt", logits, labels, MULTICLASS).apply(logits)
+    assert probabilities[:, 3].mean() < 0.02
+
+
+@pytest.mark.parametrize("logits", [np.zeros((2, 3)), np.array([[np.nan]]), np.array([[np.inf]])])
+def test_logits_that_do_not_fit_are_refused(logits):
+    calibration = fit_calibration("none", np.zeros((1, 1)), np.zeros(1, int), BINARY)
+    with pytest.raises(SidelightError):
+        calibration.apply(logits)
+
+
+def test_an_unknown_kind_is_answered_with_the_known_ones():
+    with pytest.raises(SidelightError, match="Did you mean 'platt'"):
+        fit_calibration("plat", np.zeros((1, 1)), np.zeros(1, int), BINARY)
+    with pytest.raises(SidelightError, match="Known: isotonic, none"):
+        Calibration.from_dict({"kind": 3})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"task": "regression"},
+        {"scale": []},
+        {"scale": [1.0, 2.0]},
+        {"scale": [-1.0]},
+        {"scale": [float("nan")]},
+        {"shift": None},
+        {"shift": ["x"]},
+        {"knots": 7},
+        {"knots": [{"log_odds": [0.0]}]},
+        {"knots": []},
+        {"knots": [{"log_odds": [0.0, 0.0], "probabilities": [0.1, 0.2]}]},
+        {"knots": [{"log_odds": [0.0, 1.0], "probabilities": [0.3, 0.2]}]},
+        {"knots": [{"log_odds": [0.0, 1.0], "probabilities": [0.3, 1.0]}]},
+        {"knots": [{"log_odds": [], "probabilities": []}]},
+        {"surprise": 1},
+    ],
+)
+def test_a_damaged_calibration_is_refused(change):
+    logits, labels = draw_rows(BINARY)
+    data = json.loads(json.dumps(fit_calibration("isotonic", logits, labels, BINARY).to_dict()))
+    with pytest.raises(SidelightError, match="Cannot read this calibration"):
+        Calibration.from_dict(data | change)
+
+
+@pytest.mark.parametrize("field", ["task", "scale", "shift", "knots"])
+def test_a_missing_field_is_refused(field):
+    data = fit_calibration("none", np.zeros((1, 1)), np.zeros(1, int), BINARY).to_dict()
+    del data[field]
+    with pytest.raises(SidelightError, match=field):
+        Calibration.from_dict(data)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.lists(st.tuples(st.integers(0, 20), st.booleans()), min_size=1, max_size=40).filter(
+        lambda rows: any(holds for _, holds in rows)
+    )
+)
+def test_no_other_threshold_has_a_higher_f1(rows):
+    scores = np.array([[score / 20] for score, _ in rows])
+    labels = np.array([int(holds) for _, holds in rows])
+    (threshold,) = choose_thresholds(BINARY, scores, labels)
+    assert 0 < threshold < 1
+    # None flags a score of 0: a threshold lies within (0, 1).
+    rivals = np.arange(1, 21) / 20 - 0.01
+    best = max(plain_f1(labels, scores[:, 0] >= rival) for rival in rivals)
+    assert plain_f1(labels, scores[:, 0] >= threshold) == pytest.approx(best)
+
+
+def test_saturated_scores_still_get_a_threshold_within_reach():
+    for scores in ([0.0, 0.0, 0.0], [1.0, 1.0, 1.0], [1 - 1e-14, 1.0, 1 - 1e-12], [0.0, 1e-12, 1]):
+        (threshold,) = choose_thresholds(BINARY, np.array(scores)[:, None], np.array([0, 0, 1]))
+        assert 0 < threshold < 1
+
+
+def test_a_threshold_lies_midway_between_the_classes():
+    scores, labels = np.array([[0.1], [0.2], [0.8], [0.9]]), np.array([0, 0, 1, 1])
+    assert choose_thresholds(BINARY, scores, labels) == pytest.approx((0.5,))
+
+
+def test_each_label_gets_its_own_threshold_and_half_without_positives():
+    scores = np.array([[0.1, 0.5, 0.9], [0.3, 0.5, 0.7], [0.9, 0.5, 0.3]])
+    labels = np.array([[0, 0, 1], [1, 0, 0], [1, 0, 0]])
+    assert choose_thresholds(MULTILABEL, scores, labels) == pytest.approx((0.2, 0.5, 0.8))
+
+
+def test_a_multiclass_task_has_no_thresholds():
+    assert choose_thresholds(MULTICLASS, np.full((4, 4), 0.25), np.arange(4)) == ()

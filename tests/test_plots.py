@@ -1,0 +1,87 @@
+"""Every task gets its three pictures, however many classes and however odd their names."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from sidelight.errors import SidelightError
+from sidelight.plots import plot_report
+from sidelight.types import Task
+
+NAMES = ["confusion.png", "precision_recall.png", "reliability.png"]
+
+
+def draw_rows(task: Task, *, rows: int = 200):
+    generator = np.random.default_rng(0)
+    if task.kind == "multiclass":
+        labels = generator.integers(task.outputs, size=rows)
+        odds = np.exp(generator.normal(size=(rows, task.outputs)))
+        return odds / odds.sum(axis=1, keepdims=True), labels
+    labels = generator.integers(2, size=(rows, task.outputs))
+    return generator.random(labels.shape), labels[:, 0] if task.kind == "binary" else labels
+
+
+def plot(task: Task, directory: Path, labels: np.ndarray | None = None) -> list[Path]:
+    probabilities, drawn = draw_rows(task)
+    thresholds = () if task.kind == "multiclass" else (0.5,) * task.outputs
+    labels = drawn if labels is None else labels
+    return plot_report(
+        task, probabilities, labels, directory, thresholds=thresholds, title="a $probe on rows"
+    )
+
+
+def named(kind, count: int) -> Task:
+    return Task(kind, tuple(f"label {number}" for number in range(count)))
+
+
+@pytest.mark.parametrize(
+    "task",
+    [named("binary", 2), named("multiclass", 3), named("multiclass", 90), named("multilabel", 24)],
+    ids=lambda task: f"{task.kind}-{len(task.labels)}",
+)
+def test_every_task_gets_three_pictures_and_nothing_else(task, tmp_path):
+    paths = plot(task, tmp_path / "new" / "folder")
+    assert sorted(path.name for path in paths) == NAMES
+    assert sorted(paths) == sorted((tmp_path / "new" / "folder").iterdir())
+    for path in paths:
+        height, width, _ = imread(path).shape
+        assert 500 < height < 4000
+        assert 500 < width < 4000
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_rows_of_one_class_are_drawn(label, tmp_path):
+    assert len(plot(named("binary", 2), tmp_path, np.full(200, label))) == 3
+
+
+def test_classes_that_never_occur_are_drawn(tmp_path):
+    assert len(plot(named("multiclass", 12), tmp_path, np.zeros(200, int))) == 3
+
+
+def test_names_with_special_characters_are_drawn(tmp_path):
+    task = Task("multilabel", ("_hidden", "costs $5 and $6", r"\frac{", "x" * 300))
+    assert len(plot(task, tmp_path)) == 3
+
+
+def test_the_same_rows_give_the_same_bytes(tmp_path):
+    first, second = (
+        plot(named("binary", 2), tmp_path / "1"),
+        plot(named("binary", 2), tmp_path / "2"),
+    )
+    for one, other in zip(first, second, strict=True):
+        assert one.read_bytes() == other.read_bytes()
+
+
+def test_wrong_rows_leave_no_folder_behind(tmp_path):
+    with pytest.raises(SidelightError):
+        plot(named("binary", 2), tmp_path / "new", np.zeros(3, int))
+    assert not (tmp_path / "new").exists()
+
+
+def test_drawing_leaves_pyplot_and_its_global_state_alone():
+    check = "import sys, sidelight.plots; sys.exit('matplotlib.pyplot' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0

@@ -1,0 +1,106 @@
+"""Tiny, randomly initialised models and untrained probes: real, and fast."""
+
+from collections.abc import Sequence
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
+
+from sidelight.backbones import TransformersBackbone
+from sidelight.calibration import Calibration
+from sidelight.mechanisms import Geometry, mechanism_spec
+from sidelight.probe import Probe
+from sidelight.prompts import Reads
+from sidelight.standardisation import Standardisation
+from sidelight.types import Task
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SPECIAL_TOKENS = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+SIZES = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+}
+TOXICITY = Task("binary", ("fine", "toxic"))
+INTENT = Task("multiclass", ("billing", "refund", "other"))
+TOPICS = Task("multilabel", ("violence", "sexual"))
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes as tokens, and a chat template."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        [], trainers.BpeTrainer(special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet)
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|end|>",
+        pad_token="<|pad|>",
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=256,
+    )
+
+
+def tiny_backbone(config: PreTrainedConfig | None = None) -> TransformersBackbone:
+    """A backbone of random weights; the same ones each time."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config or LlamaConfig(**SIZES), dtype=torch.float32)
+    return TransformersBackbone(model, tiny_tokenizer(), name="tiny/llama")
+
+
+def untrained_probe(
+    backbone: TransformersBackbone,
+    name: str,
+    *,
+    task: Task = TOXICITY,
+    reads: Reads | None = None,
+    mechanism: str = "readout",
+    threshold: float = 0.5,
+) -> Probe:
+    """A probe of random weights, seeded by its name."""
+    torch.manual_seed(sum(map(ord, name)))
+    who = backbone.fingerprint
+    geometry = Geometry(layers=who.layers, width=who.width, outputs=task.outputs)
+    spec = mechanism_spec(mechanism)
+    built = spec.build(geometry).eval().requires_grad_(False)
+    for parameter in built.parameters():
+        parameter.normal_(std=0.3)
+    return Probe(
+        name=name,
+        task=task,
+        reads=reads or Reads(),
+        prompt_format="chat",
+        spec=spec,
+        mechanism=built,
+        standardisation=Standardisation.identity(geometry),
+        calibration=Calibration("none", task.kind, (1.0,) * task.outputs, (0.0,) * task.outputs),
+        thresholds=(threshold,) * (0 if task.kind == "multiclass" else task.outputs),
+        fingerprint=who,
+    )
+
+
+def three_probes(backbone: TransformersBackbone) -> Sequence[Probe]:
+    """One of each kind of task, all of the prompt."""
+    return [
+        untrained_probe(backbone, "toxicity"),
+        untrained_probe(backbone, "intent", task=INTENT, mechanism="gate"),
+        untrained_probe(backbone, "topics", task=TOPICS),
+    ]
