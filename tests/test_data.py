@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import sidelight
 from sidelight.data import Examples, load_examples
 from sidelight.errors import SidelightError
 from sidelight.prompts import Message
@@ -156,7 +158,7 @@ def test_a_task_of_truth_values_accepts_every_spelling(trained: tuple[str, ...])
 def test_the_rarer_label_is_positive_and_the_user_is_told() -> None:
     examples = load_examples(labelled(["spam", "ham", "ham"]))
     assert examples.task == Task("binary", ("ham", "spam"))
-    assert "positive class is 'spam'" in examples.warnings[0]
+    assert "'spam' is taken" in examples.warnings[0]
 
 
 def test_of_two_equally_frequent_labels_the_last_in_the_alphabet_is_positive() -> None:
@@ -523,3 +525,64 @@ def test_an_impossible_split_is_an_error() -> None:
         load_examples(ROWS).split(1.0, 0)
     with pytest.raises(SidelightError, match=r"all examples have the same text"):
         load_examples([("a", 0), ("A", 1)]).split(0.5, 0)
+
+
+DEMONSTRATIONS = {
+    "prompt_injection": Task("binary", ("benign", "injection")),
+    "intent": Task(
+        "multiclass",
+        ("account_access", "billing", "cancel", "other", "refund", "technical_issue"),
+    ),
+    "urgency": Task("binary", ("routine", "urgent")),
+}
+SHARED_FIVE_GRAMS = 0.005  # "at the end of the" may occur anywhere; a copied sentence may not.
+
+
+def demonstration(name: str, part: str) -> Examples:
+    folder = Path(sidelight.__file__).parent / "demo" / "data"
+    return load_examples(folder / f"{name}_{part}.jsonl", task=DEMONSTRATIONS[name])
+
+
+def word_runs(examples: Examples, length: int) -> set[tuple[str, ...]]:
+    texts = [re.findall(r"\w+", item.text.casefold()) for item in examples.items]
+    return {
+        tuple(words[start : start + length])
+        for words in texts
+        for start in range(len(words) - length + 1)
+    }
+
+
+@pytest.mark.parametrize("name", DEMONSTRATIONS)
+def test_demonstration_data_derive_the_documented_task(name: str) -> None:
+    for part in ("train", "test"):
+        examples = demonstration(name, part)
+        inferred = load_examples(
+            [(i.text, row["label"]) for i, row in zip(examples.items, examples.rows, strict=True)]
+        )
+        assert inferred.task == DEMONSTRATIONS[name]
+        assert examples.warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "per_label"),
+    [
+        ("prompt_injection", "train", 80),
+        ("prompt_injection", "test", 30),
+        ("intent", "train", 40),
+        ("intent", "test", 15),
+        ("urgency", "train", 80),
+        ("urgency", "test", 30),
+    ],
+)
+def test_demonstration_labels_are_balanced(name: str, part: str, per_label: int) -> None:
+    labels = numbers(demonstration(name, part))
+    assert np.bincount(labels).tolist() == [per_label] * len(DEMONSTRATIONS[name].labels)
+
+
+@pytest.mark.parametrize("name", DEMONSTRATIONS)
+def test_demonstration_train_and_test_share_no_text(name: str) -> None:
+    training, test = demonstration(name, "train"), demonstration(name, "test")
+    texts = [" ".join(item.text.casefold().split()) for item in (*training.items, *test.items)]
+    assert len(set(texts)) == len(texts)
+    runs = word_runs(test, 5)
+    assert len(runs & word_runs(training, 5)) <= SHARED_FIVE_GRAMS * len(runs)

@@ -1,0 +1,56 @@
+"""Sidelight: text and classification from one forward pass.
+
+    import sidelight
+
+    clf = sidelight.train("smollm2", "train.jsonl", mechanism="readout")
+    print(clf.evaluate("test.jsonl").to_dict()["auprc"])
+    clf.save("probes/mine")
+
+Names are loaded on first use, so ``import sidelight`` is fast.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sidelight.backbones import load_backbone
+    from sidelight.bank import Bank
+    from sidelight.classifier import Classifier, load, train
+    from sidelight.data import load_examples
+    from sidelight.errors import SidelightError
+    from sidelight.probe import Probe
+    from sidelight.types import Task, Verdict
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Bank": "sidelight.bank",
+    "Classifier": "sidelight.classifier",
+    "Probe": "sidelight.probe",
+    "SidelightError": "sidelight.errors",
+    "Task": "sidelight.types",
+    "Verdict": "sidelight.types",
+    "load": "sidelight.classifier",
+    "load_backbone": "sidelight.backbones",
+    "load_examples": "sidelight.data",
+    "train": "sidelight.classifier",
+}
+
+__all__ = [
+    "Bank",
+    "Classifier",
+    "Probe",
+    "SidelightError",
+    "Task",
+    "Verdict",
+    "load",
+    "load_backbone",
+    "load_examples",
+    "train",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'sidelight' has no attribute '{name}'")
+    return getattr(import_module(_HOMES[name]), name)

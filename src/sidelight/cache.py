@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from jaxtyping import BFloat16, Int
+from jaxtyping import Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -33,12 +33,12 @@ class Shard:
     """The states of some texts, laid end to end.
 
     Attributes:
-        hidden: Residual stream of each layer and read token.
+        hidden: Residual stream of each layer and read token; bf16 on disk.
         lengths: Tokens of each text.
         rows: Which text of the data set each is.
     """
 
-    hidden: BFloat16[Tensor, "layer token width"]
+    hidden: Float[Tensor, "layer token width"]
     lengths: Int[Tensor, " text"]
     rows: Int[Tensor, " text"]
 

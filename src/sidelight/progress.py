@@ -1,7 +1,7 @@
 """Progress of long work, on standard error."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -49,7 +49,7 @@ class _Lines:
 
 
 @contextmanager
-def progress(title: str, total: float, *, unit: str) -> Iterator[Progress]:
+def progress(title: str, total: float, *, unit: str) -> Generator[Progress]:
     """A progress bar with rate and time left on a terminal, a line now and then elsewhere.
 
     Args:

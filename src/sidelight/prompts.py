@@ -112,9 +112,13 @@ class Tokenizer(Protocol):
 
     chat_template: Any
 
-    def __call__(self, text: str, **options: Any) -> Any: ...
+    def __call__(self, text: str, **options: Any) -> Any:
+        """Token ids and offsets."""
+        ...
 
-    def apply_chat_template(self, conversation: Any, **options: Any) -> Any: ...
+    def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
+        """The conversation as text."""
+        ...
 
 
 class PromptEncoder:
@@ -129,7 +133,7 @@ class PromptEncoder:
 
     def __init__(self, tokenizer: Tokenizer, *, prompt_format: PromptFormat, max_tokens: int):
         self._tokenizer = tokenizer
-        self.prompt_format = prompt_format
+        self.prompt_format: PromptFormat = prompt_format
         self.max_tokens = max_tokens
         self._literals: dict[tuple[str, ...], list[str]] = {}
 

@@ -70,7 +70,7 @@ def _convert(source: Path, target: Path) -> None:
         source.parent, gguf_file=source.name, dtype=torch.float32
     )
     config = deepcopy(packed.config)
-    del config.quantization_config
+    delattr(config, "quantization_config")
     # A fresh model: one that remembers its quantiser refuses to be saved.
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.load_state_dict(packed.state_dict())

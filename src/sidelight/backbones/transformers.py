@@ -4,9 +4,9 @@ Blocks are found by structure, not by model name. Training, evaluation and the o
 use it; it holds the model, not the batching of requests.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -80,7 +80,9 @@ class TransformersBackbone:
                 f"Cannot load '{name}' as a causal language model: {str(error).splitlines()[0]} "
                 "Give 'smollm2', a folder saved by save_pretrained, or a hub id."
             ) from error
-        return cls(model.to(device), tokenizer, name=name, prompt_format=prompt_format)
+        model = cast(PreTrainedModel, model)
+        model.to(torch.device(device))  # pyright: ignore[reportArgumentType]
+        return cls(model, tokenizer, name=name, prompt_format=prompt_format)
 
     @property
     def device(self) -> torch.device:
@@ -88,7 +90,7 @@ class TransformersBackbone:
         return self.model.device
 
     @contextmanager
-    def tapped(self, tap: Tap) -> Iterator[None]:
+    def tapped(self, tap: Tap) -> Generator[None]:
         """Calls ``tap`` with every hidden state of the forward passes run inside the block."""
         self._tap = tap
         try:

@@ -2,5 +2,6 @@
 
 from sidelight.data.examples import Example, Examples, Skipped
 from sidelight.data.loading import load_examples
+from sidelight.data.readers import InMemory
 
-__all__ = ["Example", "Examples", "Skipped", "load_examples"]
+__all__ = ["Example", "Examples", "InMemory", "Skipped", "load_examples"]

@@ -45,8 +45,8 @@ def guess_warning(task: Task) -> tuple[str, ...]:
         return ()
     negative, positive = task.labels
     return (
-        f"The positive class is '{positive}', the rarer label; positive='{negative}' chooses "
-        "the other.",
+        f"No positive class was named: '{positive}' is taken (the rarer label; of two equal ones "
+        f"the last in the alphabet). positive='{negative}' chooses the other.",
     )
 
 

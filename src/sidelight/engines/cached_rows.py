@@ -1,4 +1,4 @@
-"""Keys and values of the requests being written, as one left-padded batch that rows enter and leave.
+"""Keys and values of the requests being written: one left-padded batch that rows come and go in.
 
 Works through the public face of ``transformers``' ``DynamicCache``: its layers' ``keys`` and
 ``values``, and ``update``. A plain ``DynamicCache()`` keeps every position in every layer; models
@@ -6,6 +6,7 @@ with sliding windows get their windows from the attention mask.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -49,22 +50,22 @@ class CachedRows:
         """The rows of both, padded on the left to one length."""
         columns = max(self.mask.shape[1], other.mask.shape[1])
         cache = DynamicCache()
-        for layer, (mine, theirs) in enumerate(
-            zip(self.cache.layers, other.cache.layers, strict=True)
-        ):
-            cache.update(
-                _stacked(mine.keys, theirs.keys, columns),
-                _stacked(mine.values, theirs.values, columns),
-                layer,
-            )
+        pairs = zip(_layers(self.cache), _layers(other.cache), strict=True)
+        for index, (mine, theirs) in enumerate(pairs):
+            keys = _stacked(mine.keys, theirs.keys, columns)
+            cache.update(keys, _stacked(mine.values, theirs.values, columns), index)
         short = [rows.mask for rows in (self, other)]
         mask = torch.cat([pad(m, (columns - m.shape[1], 0), value=False) for m in short])
         return CachedRows(cache, mask)
 
 
+def _layers(cache: DynamicCache) -> list[Any]:
+    return cache.layers
+
+
 def _changed(cache: DynamicCache, change: Callable[[Tensor], Tensor]) -> DynamicCache:
     changed = DynamicCache()
-    for index, layer in enumerate(cache.layers):
+    for index, layer in enumerate(_layers(cache)):
         changed.update(change(layer.keys), change(layer.values), index)
     return changed
 

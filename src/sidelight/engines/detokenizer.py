@@ -38,7 +38,7 @@ class Detokenizer:
 
 
 class StopGate:
-    """Lets text pass up to the first stop string, and holds back what may become one.
+    """Lets text pass up to the stop string that is complete first; holds back what may become one.
 
     Args:
         stop: Strings that end the text; empty strings do not count.
@@ -52,10 +52,15 @@ class StopGate:
     def push(self, text: str) -> str:
         """The part of the text so far that can be sent now."""
         self._held += text
-        found = [at for at in map(self._held.find, self._stop) if at >= 0]
-        if found:
+        # The one complete first counts, so that the cut does not depend on the pieces of text.
+        ends = [
+            (start + len(stop), start)
+            for stop in self._stop
+            if (start := self._held.find(stop)) >= 0
+        ]
+        if ends:
             self.is_closed = True
-            return self._release(min(found))
+            return self._release(min(ends)[1])
         return self._release(len(self._held) - self._overlap())
 
     def flush(self) -> str:

@@ -14,7 +14,8 @@ class Limits:
     Attributes:
         running: Requests that are being written.
         waiting: Requests in line; further ones are refused.
-        prefill_tokens: Tokens of one prefill batch, padding included. A longer prompt is read alone.
+        prefill_tokens: Tokens of one prefill batch, padding included. A longer prompt is read
+            alone.
         cache_tokens: Positions of keys and values, padding and the tokens still to be written
             included. A longer request is written alone.
     """
@@ -90,10 +91,10 @@ class Line:
             if not self._fits_prefill([*admitted, request]):
                 break
             written = [r for r in (*running, *admitted) if not r.is_check]
-            if request.is_check or not is_blocked and self._fits_running([*written, request]):
+            fits = request.is_check or self._fits_running([*written, request])
+            is_blocked = is_blocked or not fits
+            if request.is_check or not is_blocked:
                 admitted.append(request)
-            else:
-                is_blocked = True
         self.leave(admitted)
         return admitted
 

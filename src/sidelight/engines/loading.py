@@ -20,12 +20,17 @@ class LoadingEngine:
 
     Args:
         load: Gives the engine; runs once, in a thread of its own.
+        on_failure: Called in the event loop when ``load`` has raised.
     """
 
-    def __init__(self, load: Callable[[], Engine]):
+    def __init__(
+        self, load: Callable[[], Engine], *, on_failure: Callable[[], None] = lambda: None
+    ):
         self._load = load
+        self._on_failure = on_failure
         self._engine: Engine | None = None
-        self.loading: asyncio.Task[None] | None = None
+        self._loading: asyncio.Task[None] | None = None
+        self.failure: BaseException | None = None
 
     @property
     def model(self) -> str:
@@ -48,14 +53,15 @@ class LoadingEngine:
         return self._engine is not None and self._engine.is_ready
 
     async def start(self) -> None:
-        """Begins to load and returns at once; ``loading`` holds the outcome."""
-        self.loading = asyncio.create_task(self._take_over())
+        """Begins to load and returns at once."""
+        self._loading = asyncio.create_task(self._take_over())
+        self._loading.add_done_callback(self._note_outcome)
 
     async def close(self) -> None:
-        """Closes the loaded engine; a load in progress is abandoned."""
-        if self.loading is not None:
-            self.loading.cancel()
-            await asyncio.wait({self.loading})
+        """Closes the loaded engine; the outcome of a load in progress is dropped."""
+        if self._loading is not None:
+            self._loading.cancel()
+            await asyncio.wait({self._loading})
         if self._engine is not None:
             await self._engine.close()
 
@@ -73,6 +79,11 @@ class LoadingEngine:
         engine = await asyncio.to_thread(self._load)
         await engine.start()
         self._engine = engine
+
+    def _note_outcome(self, loading: asyncio.Task[None]) -> None:
+        self.failure = None if loading.cancelled() else loading.exception()
+        if self.failure is not None:
+            self._on_failure()
 
     def _loaded(self) -> Engine:
         if self._engine is None:

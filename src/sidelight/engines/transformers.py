@@ -10,7 +10,7 @@ running request. The prompt is read once, and its verdicts leave before the firs
 import asyncio
 import logging
 import traceback
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -130,7 +130,7 @@ class TransformersEngine:
         return min(room, room if wanted is None else wanted)
 
     @contextmanager
-    def _submitted(self, requests: Sequence[Request]) -> Iterator[list[Outbox]]:
+    def _submitted(self, requests: Sequence[Request]) -> Generator[list[Outbox]]:
         """Lines the requests up; when the caller leaves, what is unfinished is cancelled."""
         if not self.is_ready:
             raise _stopped()

@@ -13,7 +13,10 @@ from sidelight.mechanisms.registry import (
     register,
 )
 
+DEFAULT_MECHANISM = "readout"
+
 __all__ = [
+    "DEFAULT_MECHANISM",
     "Aggregator",
     "Geometry",
     "Mechanism",

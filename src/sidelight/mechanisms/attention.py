@@ -133,13 +133,13 @@ def _similar_lengths(lengths: Int[Tensor, " segment"]) -> _Grouping:
 
 def _padded(
     state: Ragged,
-) -> Iterator[
-    tuple[Float[Tensor, "chosen item group column"], Bool[Tensor, "chosen item"]]
-]:
+) -> Iterator[tuple[Float[Tensor, "chosen item group column"], Bool[Tensor, "chosen item"]]]:
     """Each group's segments side by side, padded with zeros that the mask hides."""
     segments = state.values.split([int(length) for length in state.lengths])
     for chosen in _similar_lengths(state.lengths).groups:
-        items = torch.nn.utils.rnn.pad_sequence([segments[int(i)] for i in chosen], batch_first=True)
+        items = torch.nn.utils.rnn.pad_sequence(
+            [segments[int(i)] for i in chosen], batch_first=True
+        )
         position = torch.arange(items.shape[1], device=items.device)
         yield items, position[None] < state.lengths[chosen][:, None]
 

@@ -33,16 +33,13 @@ def summarise(
 def merge(left: Ragged, right: Ragged) -> Ragged:
     """The state of both runs of tokens."""
     top = torch.maximum(left.values[..., :1], right.values[..., :1])
-    sums = sum(
-        (side.values[..., :1] - top).exp() * side.values[..., 1:] for side in (left, right)
-    )
-    return Ragged.one_row_each(torch.cat([top, sums], -1))
+    sums = [(side.values[..., :1] - top).exp() * side.values[..., 1:] for side in (left, right)]
+    return Ragged.one_row_each(torch.cat([top, sums[0] + sums[1]], -1))
 
 
 def finish(state: Ragged) -> Float[Tensor, "segment group head value"]:
     """The weighted means; NaN for a segment without tokens."""
     return state.values[..., 2:] / state.values[..., 1:2]
-
 
 
 def masked_softmax(

@@ -3,7 +3,7 @@
 To add an endpoint, write its file in ``endpoints/`` and add its router to the list below.
 """
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
@@ -21,7 +21,7 @@ from sidelight.server.endpoints import (
     version,
 )
 from sidelight.server.errors import add_error_handlers
-from sidelight.server.metrics import CountRequests, Metrics
+from sidelight.server.metrics import CountRequests
 
 _ROUTERS = (
     chat_completions.router,
@@ -47,7 +47,7 @@ def create_app(
     """
 
     @asynccontextmanager
-    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(_app: FastAPI) -> AsyncGenerator[None]:
         await engine.start()
         yield
         await engine.close()

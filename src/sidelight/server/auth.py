@@ -27,6 +27,7 @@ class BearerAuth:
         self._keys = [key.encode() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes the request on, or answers it."""
         is_open = scope["type"] != "http" or scope["path"] in _OPEN_PATHS or not self._keys
         if is_open or self._is_known(Headers(scope=scope).get("authorization", "")):
             await self._app(scope, receive, send)

@@ -1,5 +1,6 @@
 """What the endpoints share: the engine, its metrics, and the choice of probes."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
@@ -16,10 +17,22 @@ from sidelight.server.report import Reporter
 
 @dataclass(frozen=True)
 class Context:
-    """One server's parts."""
+    """One server's parts.
+
+    Attributes:
+        engine: What answers.
+        metrics: What is counted.
+        started_at: Unix time.
+    """
 
     engine: Engine
     metrics: Metrics
+    started_at: int
+
+    @classmethod
+    def new(cls, engine: Engine) -> "Context":
+        """The parts of a server that starts now."""
+        return cls(engine, Metrics(engine), int(time.time()))
 
     def require_model(self, name: str) -> None:
         """Checks that a request asks for the served model.
@@ -50,7 +63,9 @@ class Context:
                     code="probe_not_found",
                     param="probes",
                 )
-        probes = list(loaded.values()) if names is None else [loaded[n] for n in dict.fromkeys(names)]
+        probes = (
+            list(loaded.values()) if names is None else [loaded[n] for n in dict.fromkeys(names)]
+        )
         return Reporter(self.engine.model, probes, self.names)
 
     @property

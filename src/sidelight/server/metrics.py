@@ -24,13 +24,11 @@ class Metrics:
     def __init__(self, engine: Engine):
         registry = CollectorRegistry()
         self._registry = registry
+        labels = ["route", "status"]
         self.requests = Counter(
-            "sidelight_requests", "Answers by route and status", ["route", "status"],
-            registry=registry,
-        )  # fmt: skip
-        self._prompt_tokens = Counter(
-            "sidelight_prompt_tokens", "Tokens read", registry=registry
+            "sidelight_requests", "Answers by route and status", labels, registry=registry
         )
+        self._prompt_tokens = Counter("sidelight_prompt_tokens", "Tokens read", registry=registry)
         self._completion_tokens = Counter(
             "sidelight_completion_tokens", "Tokens written", registry=registry
         )
@@ -93,10 +91,21 @@ class CountRequests:
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def counted(message: Message) -> None:
+        """Passes the request on and notes its status."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        # An exception that no handler took becomes a 500 further out.
+        status = "500"
+
+        async def noted(message: Message) -> None:
+            nonlocal status
             if message["type"] == "http.response.start":
-                route = getattr(scope.get("route"), "path", _UNROUTED)
-                self._metrics.requests.labels(route, str(message["status"])).inc()
+                status = str(message["status"])
             await send(message)
 
-        await self._app(scope, receive, counted)
+        try:
+            await self._app(scope, receive, noted)
+        finally:
+            route = getattr(scope.get("route"), "path", _UNROUTED)
+            self._metrics.requests.labels(route, status).inc()

@@ -1,9 +1,9 @@
 """Runs the server until it is told to stop."""
 
-import asyncio
 import logging
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import uvicorn
 
@@ -38,12 +38,27 @@ def serve(
     Raises:
         SidelightError: What ``load`` raised; the server has stopped.
     """
-    engine = LoadingEngine(load)
+
+    def stop() -> None:
+        server.should_exit = True
+
+    engine = LoadingEngine(load, on_failure=stop)
     app = create_app(engine, api_keys=api_keys, max_body_bytes=max_body_bytes)
     config = uvicorn.Config(app, host=host, port=port, timeout_graceful_shutdown=drain_s)
     logging.getLogger("uvicorn.error").addFilter(_without_messages)
     server = uvicorn.Server(config)
-    try:
-        asyncio.run(_serve(server, engine))
-    except KeyboardInterrupt:
-        pass
+    # uvicorn passes a SIGINT on once it has drained.
+    with suppress(KeyboardInterrupt):
+        server.run()
+    if engine.failure is not None:
+        raise engine.failure
+
+
+def _without_messages(record: logging.LogRecord) -> bool:
+    """Logs where an exception happened, not what it says: that may quote a prompt."""
+    error = record.exc_info[1] if record.exc_info else None
+    if error is not None:
+        places = "".join(traceback.format_tb(error.__traceback__))
+        record.exc_text = f"{type(error).__name__} at\n{places}"
+        record.exc_info = None
+    return True

@@ -92,4 +92,4 @@ class Chunks:
 
 
 def _sse(data: Mapping[str, Any]) -> str:
-    return f"data: {json.dumps(data, separators=(',', ':'))}\n\n"
+    return f"data: {json.dumps(data, separators=(',', ':'), allow_nan=False)}\n\n"

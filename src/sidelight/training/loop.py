@@ -137,7 +137,7 @@ class _Run:
         shuffle = torch.Generator().manual_seed(job.seed * 7919 + epoch)
         texts = torch.randperm(len(shard.rows), generator=shuffle)
         for chosen in texts.split(job.settings.batch_size):
-            batch = _select(shard, chosen, self._device)
+            batch = _select(shard, chosen, self._device, dtype=torch.bfloat16)
             labels = self._labels[batch.rows]
             parts = self._project(batch, group)
             losses = [t.loss(part, labels) for t, part in zip(group, parts, strict=True)]
@@ -157,23 +157,23 @@ class _Run:
         projected = torch.bmm(batch.hidden, weight).transpose(0, 1)  # (T, L, M)
         parts = projected.split([own.weight.shape[2] for own in folded], 2)
         return [
-            Ragged(part + own.shift, batch.lengths)
-            for part, own in zip(parts, folded, strict=True)
+            Ragged(part + own.shift, batch.lengths) for part, own in zip(parts, folded, strict=True)
         ]
 
     def end_epoch(self, trainees: Sequence[Trainee]) -> None:
-        for trainee, logits in zip(trainees, self._validate(trainees), strict=True):
+        scores = self._validate(trainees, dtype=torch.bfloat16)
+        for trainee, logits in zip(trainees, scores, strict=True):
             trainee.end_epoch(validation_score(self._task, logits, self._validation.labels))
 
     @torch.inference_mode()
-    def _validate(self, trainees: Sequence[Trainee]) -> list[np.ndarray]:
+    def _validate(self, trainees: Sequence[Trainee], *, dtype: torch.dtype) -> list[np.ndarray]:
         cache = self._validation.cache
         shape = (len(cache.prompts), self._task.outputs)
         scores = {id(trainee): np.empty(shape) for trainee in trainees}
         for index in range(len(cache)):
             shard = cache.read(index)
             for texts in torch.arange(len(shard.rows)).split(_VALIDATION_BATCH):
-                batch = _select(shard, texts, self._device)
+                batch = _select(shard, texts, self._device, dtype=dtype)
                 for trainee, part in zip(trainees, self._project(batch, trainees), strict=True):
                     scores[id(trainee)][batch.rows] = trainee.logits(part).cpu().numpy()
         return [scores[id(trainee)] for trainee in trainees]
@@ -181,6 +181,8 @@ class _Run:
     def results(self, trainees: Sequence[Trainee]) -> list[Trained]:
         for trainee in trainees:
             trainee.restore_best()
+        # As in serving: the calibration is fitted to these.
+        scores = self._validate(trainees, dtype=torch.float32)
         return [
             Trained(
                 job=trainee.job,
@@ -190,7 +192,7 @@ class _Run:
                 history=tuple(trainee.history),
                 best_epoch=trainee.best_epoch,
             )
-            for trainee, logits in zip(trainees, self._validate(trainees), strict=True)
+            for trainee, logits in zip(trainees, scores, strict=True)
         ]
 
 
@@ -215,11 +217,13 @@ def _grouped_by_batches(trainees: Sequence[Trainee]) -> Iterator[list[Trainee]]:
     yield from groups.values()
 
 
-def _select(shard: Shard, texts: Int[Tensor, " text"], device: torch.device) -> Shard:
+def _select(
+    shard: Shard, texts: Int[Tensor, " text"], device: torch.device, *, dtype: torch.dtype
+) -> Shard:
     """The chosen texts' tokens, laid end to end, on the training device."""
     lengths = shard.lengths[texts]
     starts = (shard.lengths.cumsum(0) - shard.lengths)[texts]
     offset = lengths.cumsum(0) - lengths
     tokens = torch.arange(int(lengths.sum())) + (starts - offset).repeat_interleave(lengths)
-    hidden = shard.hidden.index_select(1, tokens).to(device)
+    hidden = shard.hidden.index_select(1, tokens).to(device, dtype)
     return Shard(hidden, lengths.to(device), shard.rows[texts])

@@ -21,9 +21,7 @@ async def create(body: ChatRequest, request: Request, context: InContext) -> Res
     context.require_model(body.model)
     reporter = context.reporter(body.probes)
     envelope = Envelope.new(body.model)
-    events = context.metrics.observed(
-        context.engine.generate(body.conversation(), body.sampling())
-    )
+    events = context.metrics.observed(context.engine.generate(body.conversation(), body.sampling()))
     judged = await unless_left(request, anext(events))
     assert isinstance(judged, PromptJudged)
     prompt = reporter.side(judged)

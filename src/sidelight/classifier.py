@@ -1,0 +1,181 @@
+"""The object users hold: text in, verdicts out; train, evaluate, predict, save, load."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from sidelight.artifact import load_probe, save_probe
+from sidelight.backbones import TransformersBackbone, load_backbone
+from sidelight.bank import Bank
+from sidelight.data import Example, Examples, InMemory, load_examples
+from sidelight.evaluation import Report, evaluate
+from sidelight.fitting import FitOptions, fit
+from sidelight.mechanisms import DEFAULT_MECHANISM, mechanism_spec
+from sidelight.probe import Probe
+from sidelight.prompts import EncodedPrompt, Message, Reads
+from sidelight.scoring import score
+from sidelight.types import Task, Verdict
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A probe on its backbone.
+
+    Attributes:
+        backbone: The frozen LLM.
+        probe: What was trained on it.
+    """
+
+    backbone: TransformersBackbone
+    probe: Probe
+
+    def predict(
+        self, texts: Sequence[str | Example], *, responses: Sequence[str] | None = None
+    ) -> list[Verdict]:
+        """The verdict on each text.
+
+        Args:
+            texts: Plain texts, or examples with several messages.
+            responses: The answers, one per text, for a probe that reads responses.
+
+        Raises:
+            ContextLengthError: A text is longer than the backbone reads; none is cut.
+            VerdictError: A verdict cannot be computed.
+        """
+        examples = [_as_example(text) for text in texts]
+        if responses is not None:
+            pairs = zip(examples, responses, strict=True)
+            examples = [replace(example, response=response) for example, response in pairs]
+        return [self.probe.verdict(logits) for logits in self.logits(examples)]
+
+    def evaluate(
+        self,
+        data: str | Path | InMemory | Examples,
+        *,
+        text: str = "text",
+        label: str = "label",
+        response: str | None = None,
+    ) -> Report:
+        """Metrics with confidence intervals on labelled data that training did not see.
+
+        Args:
+            data: A file, a hub data set, rows, or loaded examples.
+            text: Column of the text.
+            label: Column of the label.
+            response: Column of the answer, for a probe that reads responses.
+        """
+        examples = _as_examples(
+            data, text=text, label=label, response=response, task=self.probe.task
+        )
+        assert examples.labels is not None
+        probabilities = self.probe.calibration.apply(self.logits(examples.items))
+        return evaluate(
+            self.probe.task, probabilities, examples.labels, thresholds=self.probe.thresholds
+        )
+
+    def logits(self, examples: Sequence[Example]) -> np.ndarray:
+        """The probe's logits, ``[text, output]``."""
+        bank = Bank([self.probe], device=self.backbone.device)
+        return score(self.backbone, bank, encode(self.backbone, examples))[0]
+
+    def save(self, directory: str | Path) -> Path:
+        """Writes the artifact and returns its folder."""
+        return save_probe(self.probe, Path(directory))
+
+
+def train(
+    model: str | Path | TransformersBackbone,
+    data: str | Path | InMemory | Examples,
+    *,
+    mechanism: str = DEFAULT_MECHANISM,
+    text: str = "text",
+    label: str = "label",
+    response: str | None = None,
+    validation: str | Path | InMemory | Examples | None = None,
+    name: str = "probe",
+    seeds: int = 1,
+) -> Classifier:
+    """The best probe that one pass over labelled data gives.
+
+    For several mechanisms, other options and all the runs, use ``fitting.fit``.
+
+    Args:
+        model: A backbone, or its name: ``smollm2``, a folder, or a hub id.
+        data: A file, a hub data set, rows, or loaded examples.
+        mechanism: ``readout``, ``attention``, ``gate`` or ``pooling``.
+        text: Column of the text.
+        label: Column of the label; several with commas make a multi-label task.
+        response: Column of the answer; the probe then reads the answer instead of the prompt.
+        validation: As ``data``; None holds part of it out.
+        name: How verdicts name the probe.
+        seeds: Probes to train; the one with the best validation score is kept.
+
+    Raises:
+        SidelightError: The data or the model cannot be used; the message names the remedy.
+    """
+    backbone = model if isinstance(model, TransformersBackbone) else load_backbone(model)
+    options = FitOptions(
+        mechanisms=(mechanism_spec(mechanism),),
+        seeds=tuple(range(seeds)),
+        reads=Reads(side="response" if response else "prompt"),
+    )
+    training = _as_examples(data, text=text, label=label, response=response)
+    held_out = (
+        None
+        if validation is None
+        else _as_examples(validation, text=text, label=label, response=response, task=training.task)
+    )
+    best = fit(backbone, training, held_out, name=name, options=options).best
+    return Classifier(backbone, best.probe)
+
+
+def load(
+    directory: str | Path, *, model: str | Path | TransformersBackbone | None = None
+) -> Classifier:
+    """A saved probe on its backbone.
+
+    Args:
+        directory: The artifact.
+        model: The backbone, or its name; None takes the name it was trained under.
+
+    Raises:
+        FingerprintMismatchError: ``model`` is another backbone.
+        SidelightError: The artifact or the backbone cannot be loaded.
+    """
+    probe = load_probe(directory)
+    named = probe.fingerprint.name if model is None else model
+    backbone = (
+        named
+        if isinstance(named, TransformersBackbone)
+        else load_backbone(named, prompt_format=probe.prompt_format)
+    )
+    probe.fingerprint.require(backbone.fingerprint, probe=probe.name)
+    return Classifier(backbone, probe)
+
+
+def encode(backbone: TransformersBackbone, examples: Sequence[Example]) -> list[EncodedPrompt]:
+    """The examples' token ids.
+
+    Raises:
+        ContextLengthError: One is longer than the backbone reads.
+    """
+    return [backbone.encoder.encode(e.messages, e.response) for e in examples]
+
+
+def _as_example(text: str | Example) -> Example:
+    return text if isinstance(text, Example) else Example((Message("user", text),))
+
+
+def _as_examples(
+    data: str | Path | InMemory | Examples,
+    *,
+    text: str,
+    label: str,
+    response: str | None,
+    task: Task | None = None,
+) -> Examples:
+    if isinstance(data, Examples):
+        return data
+    return load_examples(data, text=text, label=label, response=response, task=task)

@@ -1,0 +1,21 @@
+"""Training of mechanisms on cached hidden states. Knows labels and logits, not texts."""
+
+from sidelight.training.loop import Trained, TrainingSet, train_mechanisms
+from sidelight.training.settings import (
+    ClassWeight,
+    Job,
+    TrainingSettings,
+    suggested_settings,
+)
+from sidelight.training.trainee import validation_score
+
+__all__ = [
+    "ClassWeight",
+    "Job",
+    "Trained",
+    "TrainingSet",
+    "TrainingSettings",
+    "suggested_settings",
+    "train_mechanisms",
+    "validation_score",
+]

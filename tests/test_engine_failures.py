@@ -1,0 +1,191 @@
+"""A failure is the concern of the requests it hit; the engine goes on."""
+
+import asyncio
+import logging
+
+import pytest
+import torch
+
+from sidelight.engines import (
+    EngineBusyError,
+    EngineUnavailableError,
+    GenerationError,
+    Limits,
+    LoadingEngine,
+    Sampling,
+    TextDelta,
+    TransformersEngine,
+)
+from sidelight.prompts import Message
+from test_engine_decoding import ask, run
+from tiny import three_probes, tiny_backbone
+
+LONG = Sampling(temperature=0, max_tokens=200)
+HELLO = [Message("user", "hello")]
+
+
+@pytest.fixture
+def backbone():
+    return tiny_backbone()
+
+
+def fail_once(backbone, *, is_prefill):
+    """Makes the next forward pass of a kind fail, with text in its message."""
+
+    def note(_module, _args, kwargs):
+        if (kwargs["input_ids"].shape[1] > 1) is is_prefill:
+            hook.remove()
+            raise RuntimeError("out of memory while reading 'my secret prompt'")
+
+    hook = backbone.model.register_forward_pre_hook(note, with_kwargs=True)
+
+
+async def until_idle(engine):
+    async with asyncio.timeout(5):
+        while engine.load.running or engine.load.waiting:
+            await asyncio.sleep(0.005)
+
+
+@pytest.mark.parametrize("is_prefill", [True, False])
+def test_a_failed_step_fails_its_requests_and_no_others(backbone, is_prefill, caplog):
+    async def ask_some(engine):
+        fail_once(backbone, is_prefill=is_prefill)
+        lost = await asyncio.gather(ask(engine, "a"), ask(engine, "b"), return_exceptions=True)
+        return lost, await ask(engine, "c")
+
+    lost, answer = run(backbone, ask_some)
+    assert [type(error) for error in lost] == [GenerationError] * 2
+    assert answer.text
+    assert "RuntimeError" in caplog.text
+    assert "secret" not in caplog.text + str(lost)
+
+
+def test_a_failed_prefill_leaves_the_running_requests_alone(backbone):
+    async def ask_some(engine):
+        running = asyncio.create_task(ask(engine, "a", LONG))
+        while not engine.load.running:
+            await asyncio.sleep(0)
+        fail_once(backbone, is_prefill=True)
+        with pytest.raises(GenerationError):
+            await ask(engine, "b")
+        return await running
+
+    assert run(backbone, ask_some).finished.completion_tokens == 200
+
+
+def test_logits_that_are_not_numbers_fail_the_request(backbone):
+    backbone.model.lm_head.weight.data.fill_(float("nan"))
+    with pytest.raises(GenerationError, match="float16"):
+        run(backbone, lambda engine: ask(engine, "hi"))
+
+
+def test_leaving_frees_the_row(backbone):
+    async def leave(engine):
+        events = engine.generate(HELLO, LONG)
+        async for event in events:
+            if isinstance(event, TextDelta):
+                break
+        assert engine.load.running == 1
+        await events.aclose()
+        await until_idle(engine)
+        return await ask(engine, "b")
+
+    steps = count_passes(backbone)
+    run(backbone, leave)
+    # The second request's passes, and few of the first's 200.
+    assert len(steps) < 16 + 30
+
+
+def count_passes(backbone):
+    steps: list[torch.Size] = []
+
+    def note(_module, _args, kwargs):
+        steps.append(kwargs["input_ids"].shape)
+
+    backbone.model.register_forward_pre_hook(note, with_kwargs=True)
+    return steps
+
+
+def test_leaving_while_waiting_frees_the_place_in_line(backbone):
+    async def leave(engine):
+        running = asyncio.create_task(ask(engine, "a", LONG))
+        waiting = asyncio.create_task(ask(engine, "b"))
+        while not engine.load.waiting:
+            await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.wait({waiting})
+        assert engine.load.waiting == 0
+        await running
+
+    run(backbone, leave, limits=Limits(running=1))
+
+
+def test_a_full_line_refuses(backbone):
+    async def ask_many(engine):
+        return await asyncio.gather(
+            *(ask(engine, str(i)) for i in range(8)), return_exceptions=True
+        )
+
+    answers = run(backbone, ask_many, limits=Limits(running=1, waiting=2))
+    refused = [answer for answer in answers if isinstance(answer, EngineBusyError)]
+    assert 4 <= len(refused) <= 6
+    assert all(a.text for a in answers if not isinstance(a, EngineBusyError))
+
+
+def test_requests_in_a_closed_engine_fail(backbone):
+    async def main():
+        engine = TransformersEngine(backbone, [])
+        with pytest.raises(EngineUnavailableError):
+            await ask(engine, "too early")
+        await engine.start()
+        running = asyncio.create_task(ask(engine, "a", LONG))
+        while not engine.load.running:
+            await asyncio.sleep(0)
+        await engine.close()
+        assert not engine.is_ready
+        with pytest.raises(EngineUnavailableError):
+            await running
+        with pytest.raises(EngineUnavailableError):
+            await ask(engine, "too late")
+
+    asyncio.run(main())
+
+
+def test_a_loading_engine_refuses_until_it_is_loaded(backbone):
+    async def main():
+        loaded = asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def load():
+            asyncio.run_coroutine_threadsafe(loaded.wait(), loop).result()
+            return TransformersEngine(backbone, three_probes(backbone))
+
+        engine = LoadingEngine(load)
+        await engine.start()
+        assert not engine.is_ready
+        with pytest.raises(EngineUnavailableError, match="still loading"):
+            await engine.judge([HELLO])
+        loaded.set()
+        async with asyncio.timeout(5):
+            while not engine.is_ready:
+                await asyncio.sleep(0.01)
+        assert len((await engine.judge([HELLO]))[0]) == len(engine.probes) == 3
+        await engine.close()
+
+    asyncio.run(main())
+
+
+def test_a_failure_to_load_is_told():
+    def load():
+        raise OSError("no such model")
+
+    async def main():
+        failed = asyncio.Event()
+        engine = LoadingEngine(load, on_failure=failed.set)
+        await engine.start()
+        await asyncio.wait_for(failed.wait(), timeout=5)
+        assert isinstance(engine.failure, OSError)
+        await engine.close()
+
+    logging.getLogger("asyncio").setLevel(logging.ERROR)
+    asyncio.run(main())

@@ -1,0 +1,97 @@
+"""Tokens to text: drawing, whole characters, stop strings."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sidelight.engines.base import Sampling
+from sidelight.engines.detokenizer import Detokenizer, StopGate
+from sidelight.engines.sampler import Sampler
+
+BYTES = st.binary(max_size=40)
+SHORT_TEXT = st.text(alphabet="ab\u00e9", max_size=30)
+STOPS = st.lists(st.text(alphabet="ab\u00e9", min_size=1, max_size=4), max_size=3)
+
+
+def decode_bytes(tokens):
+    return bytes(tokens).decode("utf-8", errors="replace")
+
+
+@given(st.text(max_size=20))
+def test_deltas_add_up_to_the_text(text):
+    detokenizer = Detokenizer(decode_bytes)
+    deltas = [detokenizer.push(token) for token in text.encode()]
+    whole = text.rstrip("\ufffd")
+    assert "".join(deltas) == whole
+
+
+@given(BYTES)
+def test_deltas_never_hold_half_a_character(data):
+    detokenizer = Detokenizer(decode_bytes)
+    sent = "".join(detokenizer.push(token) for token in data)
+    assert decode_bytes(data).startswith(sent)
+
+
+def test_a_character_of_four_tokens_comes_with_its_last():
+    detokenizer = Detokenizer(decode_bytes)
+    deltas = [detokenizer.push(token) for token in "a\U0001f600".encode()]
+    assert deltas == ["a", "", "", "", "\U0001f600"]
+
+
+@given(st.lists(SHORT_TEXT, max_size=8), STOPS)
+def test_text_ends_before_a_stop_string(pieces, stops):
+    gate = StopGate(stops)
+    sent = "".join(gate.push(piece) for piece in pieces)
+    sent += gate.flush()
+    text = "".join(pieces)
+    cuts = [text.find(stop) for stop in stops if stop in text]
+    assert gate.is_closed == bool(cuts)
+    assert not any(stop in sent for stop in stops)
+    assert text.startswith(sent)
+    assert cuts or sent == text
+
+
+@given(SHORT_TEXT, STOPS)
+def test_the_cut_does_not_depend_on_the_pieces(text, stops):
+    at_once, by_character = StopGate(stops), StopGate(stops)
+    whole = at_once.push(text) + at_once.flush()
+    pieces: list[str] = []
+    for character in text:
+        if not by_character.is_closed:
+            pieces.append(by_character.push(character))
+    assert whole == "".join(pieces) + by_character.flush()
+
+
+def test_the_beginning_of_a_stop_string_is_held_back():
+    gate = StopGate(["###"])
+    assert [gate.push(c) for c in "a##b###c"] == ["a", "", "", "##b", "", "", "", ""]
+
+
+def test_no_temperature_takes_the_most_probable_token():
+    logits = torch.tensor([0.1, 2.0, -1.0])
+    assert int(Sampler(Sampling(temperature=0))(logits)) == 1
+
+
+def test_a_seed_draws_the_same_tokens():
+    logits = torch.randn(50, generator=torch.Generator().manual_seed(0))
+    draws = [
+        [int(sampler(logits)) for _ in range(20)]
+        for sampler in (Sampler(Sampling(seed=7)), Sampler(Sampling(seed=7)))
+    ]
+    assert draws[0] == draws[1]
+    assert len(set(draws[0])) > 1
+
+
+def test_draws_follow_the_softmax():
+    logits = torch.tensor([0.0, 1.0, 2.0, float("-inf")])
+    sampler = Sampler(Sampling(temperature=0.7, seed=1))
+    draws = torch.tensor([int(sampler(logits)) for _ in range(4000)])
+    shares = torch.bincount(draws, minlength=4) / len(draws)
+    # Three standard errors of a share of 4,000 draws.
+    torch.testing.assert_close(shares, torch.softmax(logits / 0.7, -1), atol=0.024, rtol=0)
+
+
+def test_top_p_leaves_the_tail_out():
+    logits = torch.tensor([0.5, 0.2, 0.2, 0.1]).log()
+    sampler = Sampler(Sampling(top_p=0.6, seed=0))
+    assert {int(sampler(logits)) for _ in range(200)} == {0, 1}
