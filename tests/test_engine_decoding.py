@@ -39,7 +39,15 @@ CONFIGS = [
     GemmaConfig(**GROUPED, head_dim=8),
     Gemma2Config(**WINDOWED),
     Gemma3TextConfig(**WINDOWED),
-    GPT2Config(vocab_size=300, n_embd=32, n_layer=3, n_head=4, n_positions=256, eos_token_id=1),
+    GPT2Config(
+        vocab_size=300,
+        n_embd=32,
+        n_layer=3,
+        n_head=4,
+        n_positions=256,
+        bos_token_id=1,
+        eos_token_id=1,
+    ),
     GPTNeoXConfig(**SIZES),
 ]
 TEXTS = ["hi", "a longer text than the others, so that they are padded", "of middle length"]

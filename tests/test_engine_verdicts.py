@@ -1,4 +1,4 @@
-"""Every request gets the verdicts of its own tokens, or an error; never another's, never a guess."""
+"""Every request gets the verdicts of its own tokens, or an error: never another's or a guess."""
 
 import asyncio
 

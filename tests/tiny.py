@@ -82,7 +82,7 @@ def untrained_probe(
     spec = mechanism_spec(mechanism)
     built = spec.build(geometry).eval().requires_grad_(False)
     for parameter in built.parameters():
-        parameter.normal_(std=0.3)
+        parameter.normal_(std=0.1)
     return Probe(
         name=name,
         task=task,

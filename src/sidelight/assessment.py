@@ -1,0 +1,162 @@
+"""Probes on labelled data that training did not see: one forward pass for all of a folder's runs."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sidelight.artifact import load_probe
+from sidelight.backbones import DtypeName, TransformersBackbone, load_backbone
+from sidelight.bank import Bank
+from sidelight.classifier import encode
+from sidelight.data import Examples, load_examples
+from sidelight.errors import SidelightError
+from sidelight.evaluation import Report, evaluate
+from sidelight.plots import plot_report
+from sidelight.probe import Probe
+from sidelight.runs import Measured, read_runs, summarise
+from sidelight.scoring import score
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """How probes did on some rows.
+
+    Attributes:
+        title: Which rows.
+        chosen: The artifact's own probe: the run that validation data chose.
+        probabilities: Of the chosen probe, ``[row, output]``.
+        labels: As in ``Examples.labels``.
+        report: Of the chosen probe.
+        runs: Every run trained with it, the chosen one included.
+    """
+
+    title: str
+    chosen: Probe
+    probabilities: np.ndarray
+    labels: np.ndarray
+    report: Report
+    runs: tuple[Measured, ...]
+
+
+def assess(
+    directory: Path,
+    data: str,
+    *,
+    columns: Mapping[str, str],
+    split: str | None = None,
+    subset: str | None = None,
+    model: str | None = None,
+    dtype: DtypeName = "auto",
+    device: str = "auto",
+) -> list[Assessment]:
+    """The assessment on all rows, and then on the rows of ``subset`` if it is given.
+
+    Args:
+        directory: An artifact that ``sidelight train`` wrote.
+        data: A file or a hub data set.
+        columns: Names of the ``text``, ``label`` and ``response`` columns.
+        split: Split of a hub data set.
+        subset: A column; its true rows are reported as well.
+        model: The backbone's name; None takes the one that the probe was trained under.
+        dtype: Of the backbone.
+        device: Of the backbone.
+
+    Raises:
+        SidelightError: The artifact, data or backbone do not fit each other.
+    """
+    chosen, runs = load_probe(directory), read_runs(directory)
+    examples = load_examples(data, **columns, split=split, task=chosen.task)
+    backbone = load_backbone(
+        model or chosen.fingerprint.name,
+        dtype=dtype,
+        device=device,
+        prompt_format=chosen.prompt_format,
+    )
+    rows = {"All rows": np.arange(len(examples))}
+    if subset is not None:
+        rows[subset] = _true_rows(examples, subset)
+    logits = _all_logits(backbone, [chosen, *runs], examples)
+    return [_assess_rows(title, chosen, runs, logits, examples, at) for title, at in rows.items()]
+
+
+def describe(assessments: Sequence[Assessment]) -> dict[str, Any]:
+    """The chosen probe's metrics on all rows at the top level, then the subset and the runs."""
+    whole, *parts = assessments
+    return {
+        "probe": whole.chosen.name,
+        "mechanism": whole.chosen.spec.name,
+        **whole.report.to_dict(),
+        "runs": summarise(whole.runs),
+        "subsets": {
+            part.title: {**part.report.to_dict(), "runs": summarise(part.runs)} for part in parts
+        },
+    }
+
+
+def plot(assessments: Sequence[Assessment], directory: Path) -> list[Path]:
+    """Draws the chosen probe's plots, a folder for each set of rows."""
+    return [
+        path
+        for one in assessments
+        for path in plot_report(
+            one.chosen.task,
+            one.probabilities,
+            one.labels,
+            directory / one.title.lower().replace(" ", "_"),
+            thresholds=one.chosen.thresholds,
+            title=f"{one.chosen.name}: {one.title.lower()}",
+        )
+    ]
+
+
+def _all_logits(
+    backbone: TransformersBackbone, probes: Sequence[Probe], examples: Examples
+) -> list[np.ndarray]:
+    for probe in probes:
+        probe.fingerprint.require(backbone.fingerprint, probe=probe.name)
+    # Runs of one training share a name, which a bank does not allow.
+    renamed = [replace(probe, name=f"{probe.name}/{i}") for i, probe in enumerate(probes)]
+    bank = Bank(renamed, device=backbone.device)
+    return score(backbone, bank, encode(backbone, examples.items))
+
+
+def _assess_rows(
+    title: str,
+    chosen: Probe,
+    runs: Sequence[Probe],
+    logits: Sequence[np.ndarray],
+    examples: Examples,
+    rows: np.ndarray,
+) -> Assessment:
+    assert examples.labels is not None
+    labels = examples.labels[rows]
+    probabilities = [
+        probe.calibration.apply(own[rows])
+        for probe, own in zip((chosen, *runs), logits, strict=True)
+    ]
+    reports = [
+        evaluate(probe.task, own, labels, thresholds=probe.thresholds)
+        for probe, own in zip((chosen, *runs), probabilities, strict=True)
+    ]
+    measured = zip(runs, reports[1:], strict=True)
+    return Assessment(
+        title=title,
+        chosen=chosen,
+        probabilities=probabilities[0],
+        labels=labels,
+        report=reports[0],
+        runs=tuple(Measured(probe.spec.name, report) for probe, report in measured),
+    )
+
+
+def _true_rows(examples: Examples, column: str) -> np.ndarray:
+    truths = ("1", "true", "yes")
+    rows = [i for i, v in enumerate(examples.column(column)) if str(v).lower() in truths]
+    if not rows:
+        raise SidelightError(
+            f"No row has a true '{column}' (1, true or yes). Name another column with --subset."
+        )
+    return np.array(rows)

@@ -1,0 +1,71 @@
+"""A probe's manifest for people: a summary, and a model card for sharing."""
+
+from collections.abc import Mapping
+from typing import Any
+
+_CARD = """---
+library_name: sidelight
+tags: [sidelight, probe, text-classification]
+---
+
+# {name}
+
+A Sidelight probe: it classifies a text from the hidden
+states that the frozen LLM `{backbone}` computes anyway, in the same forward pass that answers it.
+
+{rows}
+
+## Use
+
+```python
+import sidelight
+
+clf = sidelight.load("path/to/this/folder")
+print(clf.predict(["some text"])[0])
+```
+
+The probe fits one backbone (the fingerprint above); loading it on another is refused.
+The figures are from the validation rows that chose its threshold: expect a little less on new data,
+and measure on your own with `sidelight eval`.
+"""
+
+
+def summary(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """What the manifest says, a line each."""
+    record, task, backbone = manifest["record"], manifest["task"], manifest["backbone"]
+    options = ", ".join(f"{k}={v}" for k, v in manifest["mechanism"]["options"].items())
+    lines = {
+        "name": manifest["name"],
+        "task": f"{task['kind']}: {', '.join(task['labels'])}",
+        "mechanism": f"{manifest['mechanism']['name']} ({options})",
+        "reads": manifest["reads"]["side"],
+        "format": manifest["prompt_format"],
+        "backbone": f"{backbone['name']}, {backbone['layers']} layers x {backbone['width']}, "
+        f"{backbone['dtype']}",
+        "thresholds": ", ".join(f"{t:.3f}" for t in manifest["thresholds"]) or "the largest wins",
+        "calibration": manifest["calibration"]["kind"],
+    }
+    if record:
+        lines |= {
+            "parameters": f"{record['parameters']:,}",
+            "trained on": f"{record['training']['rows']:,} texts, seed {record['seed']}",
+            "validation": _figures(record["validation"]),
+        }
+    return lines
+
+
+def model_card(manifest: Mapping[str, Any]) -> str:
+    """The model card, in Markdown."""
+    rows = "\n".join(f"- **{name}**: {value}" for name, value in summary(manifest).items())
+    backbone = manifest["backbone"]["name"]
+    return _CARD.format(name=manifest["name"], backbone=backbone, rows=rows)
+
+
+def _figures(validation: Mapping[str, Any]) -> str:
+    metrics = validation["metrics"]
+    shown = [
+        f"{name} {metrics[name]['value']:.3f}"
+        for name in ("auprc", "f1", "accuracy")
+        if metrics[name]["value"] is not None
+    ]
+    return f"{', '.join(shown)} on {validation['rows']:,} texts"

@@ -1,0 +1,47 @@
+"""The ``sidelight`` command. Each subcommand is a file; what is heavy is imported when it runs."""
+
+import sys
+
+import click
+
+from sidelight.cli.bench import bench
+from sidelight.cli.demo import demo
+from sidelight.cli.env import env
+from sidelight.cli.eval import evaluate
+from sidelight.cli.inspect import inspect
+from sidelight.cli.predict import predict
+from sidelight.cli.serve import serve
+from sidelight.cli.train import train
+from sidelight.errors import SidelightError
+
+_WIDTH = {"max_content_width": 100, "help_option_names": ["-h", "--help"]}
+
+
+@click.group(context_settings=_WIDTH)
+@click.version_option(package_name="sidelight")
+def app() -> None:
+    """Text and classification from one forward pass of the LLM you already serve."""
+
+
+for _command in (train, evaluate, predict, serve, demo, inspect, env, bench):
+    app.add_command(_command)
+
+
+def main() -> None:
+    """Runs the command; what a user can put right is one line and exit code 2."""
+    try:
+        app(standalone_mode=False)
+    except SidelightError as error:
+        _fail(str(error))
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx else "sidelight"
+        _fail(f"{error.format_message()} (see '{command} --help')")
+    except click.ClickException as error:
+        _fail(error.format_message())
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(130)
+
+
+def _fail(message: str) -> None:
+    print(f"Error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,90 @@
+"""``sidelight eval``: how good trained probes are on data that training did not see."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from sidelight.cli.options import (
+    device_option,
+    dtype_option,
+    examples_epilog,
+    json_option,
+    label_option,
+    model_option,
+    response_option,
+    split_option,
+    text_option,
+)
+
+if TYPE_CHECKING:
+    from sidelight.assessment import Assessment
+
+
+@click.command(
+    "eval",
+    epilog=examples_epilog(
+        "sidelight eval probes/toxicity --data test.jsonl.gz --label toxicity",
+        "sidelight eval probes/toxicity --data test.jsonl.gz --label toxicity "
+        "--subset human_annotation --plots plots",
+    ),
+)
+@click.argument("probe", type=click.Path(path_type=Path))
+@click.option("--data", required=True, help="JSONL, JSON, CSV, TSV (or .gz), Parquet, or hub name.")
+@text_option
+@label_option
+@response_option
+@split_option
+@click.option("--subset", default=None, metavar="COLUMN",
+              help="Report the rows where this column is true as well.")  # fmt: skip
+@click.option("--plots", type=click.Path(path_type=Path), default=None,
+              help="Folder for precision-recall, reliability and confusion plots.")  # fmt: skip
+@click.option("--out", type=click.Path(path_type=Path), default=None, help="File for the JSON.")
+@model_option
+@dtype_option
+@device_option
+@json_option
+def evaluate(
+    probe: Path, plots: Path | None, out: Path | None, as_json: bool, **given: Any
+) -> None:
+    """Measure a probe, and every run trained with it, on labelled data.
+
+    All of them read the same forward pass. Each metric has a 95 % bootstrap interval; the table
+    gives mean and standard deviation over seeds.
+    """
+    from sidelight.assessment import assess, describe, plot
+
+    assessments = assess(
+        probe,
+        given["data"],
+        columns={name: given[name] for name in ("text", "label", "response")},
+        split=given["split"],
+        subset=given["subset"],
+        model=given["model"],
+        dtype=given["dtype"],
+        device=given["device"],
+    )
+    described = json.dumps(describe(assessments), indent=2)
+    if plots is not None:
+        plot(assessments, plots)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(described + "\n", "utf-8")
+    if as_json:
+        click.echo(described)
+    else:
+        _print(assessments)
+
+
+def _print(assessments: "list[Assessment]") -> None:
+    from rich.console import Console
+
+    from sidelight.runs import comparison_table
+
+    console = Console()
+    for one in assessments:
+        if len(one.runs) > 1:
+            console.print(comparison_table(f"{one.title}: every run", one.runs))
+        console.print(f"\n{one.title}: '{one.chosen.name}', {one.chosen.spec.name}")
+        console.print(one.report.table())

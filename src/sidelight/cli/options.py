@@ -1,0 +1,41 @@
+"""Options that several commands share."""
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+Command = Callable[..., Any]
+
+model_option = click.option(
+    "--model",
+    default=None,
+    help="Backbone: smollm2 (embedded), a folder, or a hub id. [default: smollm2, or the probe's]",
+)
+dtype_option = click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    show_default=True,
+    help="Dtype of the backbone; auto is as its weights are stored.",
+)
+device_option = click.option(
+    "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, or auto."
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
+text_option = click.option(
+    "--text", default="text", show_default=True, help="Column of the text (or chat messages)."
+)
+label_option = click.option(
+    "--label",
+    default="label",
+    show_default=True,
+    help="Column of the label; several with commas make a multi-label task.",
+)
+response_option = click.option("--response", default=None, help="Column of the assistant's answer.")
+split_option = click.option("--split", default=None, help="Split of a hub data set.")
+
+
+def examples_epilog(*commands: str) -> str:
+    """Example commands for the end of a help page, each on its own line."""
+    return "\b\nExamples:\n" + "\n".join(f"  {command}" for command in commands)

@@ -1,0 +1,74 @@
+"""``sidelight predict``: verdicts on texts or on a file of texts, as JSON lines."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sidelight.cli.options import (
+    examples_epilog,
+    model_option,
+    response_option,
+    split_option,
+    text_option,
+)
+from sidelight.errors import SidelightError
+
+
+@click.command(
+    epilog=examples_epilog(
+        "sidelight predict probes/toxicity 'How do I bake bread?'",
+        "sidelight predict probes/toxicity --data texts.jsonl --out verdicts.jsonl",
+    )
+)
+@click.argument("probe", type=click.Path(path_type=Path))
+@click.argument("texts", nargs=-1)
+@click.option("--data", default=None, help="JSONL, JSON, CSV, TSV (or .gz), Parquet, or hub name.")
+@text_option
+@response_option
+@split_option
+@click.option("--out", type=click.Path(path_type=Path), default=None,
+              help="File for the verdicts. [default: standard output]")  # fmt: skip
+@model_option
+def predict(
+    probe: Path, texts: tuple[str, ...], data: str | None, out: Path | None, **given: Any
+) -> None:
+    """Print one verdict per text, as JSON lines, in the order of the texts."""
+    from sidelight.classifier import load
+
+    if bool(texts) == (data is not None):
+        raise SidelightError("Give texts to judge, or a file of them with --data, and not both.")
+    classifier = load(probe, model=given["model"])
+    items = list(texts) if data is None else _examples(data, given)
+    lines = (json.dumps(asdict(v), ensure_ascii=False) for v in classifier.predict(items))
+    _write(lines, out)
+
+
+def _examples(data: str, given: dict[str, Any]) -> list[Any]:
+    from sidelight.data import load_examples
+
+    examples = load_examples(
+        data, text=given["text"], label=None, response=given["response"], split=given["split"]
+    )
+    if examples.skipped.empty_text:
+        raise SidelightError(
+            f"{examples.skipped.empty_text} texts are empty, so verdicts would not line up with "
+            "rows. Remove the empty rows first."
+        )
+    return list(examples.items)
+
+
+def _write(lines: Iterator[str], out: Path | None) -> None:
+    if out is None:
+        sys.stdout.writelines(f"{line}\n" for line in lines)
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(out.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.writelines(f"{line}\n" for line in lines)
+    os.replace(partial, out)

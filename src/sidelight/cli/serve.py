@@ -1,0 +1,51 @@
+"""``sidelight serve``: text and verdicts over HTTP."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from sidelight.cli.options import device_option, dtype_option, examples_epilog, model_option
+
+if TYPE_CHECKING:
+    from sidelight.engines import TransformersEngine
+
+
+@click.command(
+    epilog=examples_epilog(
+        "sidelight serve --probe probes/toxicity --probe probes/intent",
+        "SIDELIGHT_API_KEY=secret sidelight serve --probe probes/toxicity --host 0.0.0.0",
+    )
+)
+@click.option("--probe", "probes", multiple=True, type=click.Path(path_type=Path),
+              help="Folder of a probe; may be repeated.")  # fmt: skip
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
+@click.option("--api-key", "api_keys", multiple=True, envvar="SIDELIGHT_API_KEY",
+              help="Key that requests must carry; may be repeated. [env: SIDELIGHT_API_KEY]")  # fmt: skip
+@model_option
+@dtype_option
+@device_option
+def serve(
+    probes: tuple[Path, ...], host: str, port: int, api_keys: tuple[str, ...], **given: Any
+) -> None:
+    """Serve an LLM and its probes: OpenAI-compatible, every answer with its verdicts."""
+    from sidelight.artifact import load_probe
+    from sidelight.server.running import serve as run
+
+    loaded = [load_probe(probe) for probe in probes]
+
+    def load() -> "TransformersEngine":
+        from sidelight.backbones import load_backbone
+        from sidelight.engines import TransformersEngine
+
+        named = given["model"] or (loaded[0].fingerprint.name if loaded else "smollm2")
+        backbone = load_backbone(
+            named,
+            dtype=given["dtype"],
+            device=given["device"],
+            prompt_format=loaded[0].prompt_format if loaded else None,
+        )
+        return TransformersEngine(backbone, loaded)
+
+    run(load, host=host, port=port, api_keys=api_keys)

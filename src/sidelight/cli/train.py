@@ -1,0 +1,196 @@
+"""``sidelight train``: from a labelled file to probes on disk."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from sidelight.cli.options import (
+    device_option,
+    dtype_option,
+    examples_epilog,
+    json_option,
+    label_option,
+    model_option,
+    response_option,
+    split_option,
+    text_option,
+)
+from sidelight.errors import SidelightError
+
+if TYPE_CHECKING:
+    from sidelight.data import Examples
+    from sidelight.fitting import FitOptions
+    from sidelight.mechanisms import OptionValue
+    from sidelight.training import TrainingSettings
+
+
+@click.command(
+    epilog=examples_epilog(
+        "sidelight train --data train.jsonl --label toxicity --out probes/toxicity",
+        "sidelight train --data train.csv --mechanism pooling,gate,attention --seeds 3 --out p",
+        "sidelight train --data chats.jsonl --response answer --label refused --out probes/refusal",
+        "sidelight train --data t.jsonl --mechanism attention --set attention.factor=16 --out p",
+    )
+)
+@click.option("--data", required=True, help="JSONL, JSON, CSV, TSV (or .gz), Parquet, or hub name.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@text_option
+@label_option
+@response_option
+@split_option
+@click.option("--positive", default=None, help="The positive class of a binary task.")
+@click.option(
+    "--missing-label",
+    type=click.Choice(["error", "skip"]),
+    default="error",
+    show_default=True,
+    help="What a row without a label is.",
+)
+@click.option("--validation", default=None, help="Validation data. [default: held out of --data]")
+@click.option("--limit", type=click.IntRange(min=2), default=None, help="Use the first N rows.")
+@click.option(
+    "--mechanism",
+    "mechanisms",
+    default="readout",
+    show_default=True,
+    help="readout, attention, gate, pooling; several with commas.",
+)
+@click.option(
+    "--set", "assignments", multiple=True, metavar="MECHANISM.OPTION=VALUE",
+    help="An option of a mechanism; may be repeated.",
+)  # fmt: skip
+@click.option("--seeds", type=click.IntRange(min=1), default=1, show_default=True,
+              help="Probes per mechanism.")  # fmt: skip
+@click.option("--name", default=None, help="Name in verdicts. [default: the output folder's]")
+@click.option("--reads", type=click.Choice(["prompt", "response", "both"]), default=None,
+              help="What the probe reads. [default: response with --response, else prompt]")  # fmt: skip
+@click.option("--template/--no-template", default=True, show_default=True,
+              help="Whether chat-template tokens count as prompt.")  # fmt: skip
+@click.option("--format", "prompt_format", type=click.Choice(["chat", "raw"]), default=None,
+              help="How texts are rendered. [default: chat where the model has a template]")  # fmt: skip
+@click.option("--standardise/--no-standardise", default=True, show_default=True,
+              help="Whether hidden states are standardised per layer.")  # fmt: skip
+@click.option("--calibration", type=click.Choice(["platt", "temperature", "isotonic", "none"]),
+              default="platt", show_default=True, help="From logits to probabilities.")  # fmt: skip
+@click.option("--class-weight", type=click.Choice(["none", "balanced"]), default=None,
+              help="Weigh classes by inverse frequency. [default: the mechanism's]")  # fmt: skip
+@click.option("--learning-rate", type=float, default=None, help="[default: the mechanism's]")
+@click.option("--weight-decay", type=float, default=None, help="[default: the mechanism's]")
+@click.option(
+    "--epochs", type=click.IntRange(min=1), default=None, help="At most. [default: the mechanism's]"
+)
+@click.option("--batch-size", type=click.IntRange(min=1), default=None, help="[default: 32]")
+@click.option("--max-tokens", type=click.IntRange(min=8), default=1024, show_default=True,
+              help="Longer training texts are cut, and counted.")  # fmt: skip
+@click.option("--cache", type=click.Path(path_type=Path), default=None,
+              help="Folder for activations while training. [default: the user's cache]")  # fmt: skip
+@click.option("--cache-budget", type=float, default=None, metavar="GIB",
+              help="The most that activations may take.")  # fmt: skip
+@click.option("--keep-cache", is_flag=True, help="Keep the activations for another training.")
+@model_option
+@dtype_option
+@device_option
+@json_option
+def train(out: Path, as_json: bool, **given: Any) -> None:
+    """Train probes on a labelled file, and keep the best.
+
+    The backbone runs once over the texts; all mechanisms and seeds train from what it showed.
+    Early stopping, threshold and calibration use validation rows only. A killed run goes on where
+    it stopped.
+    """
+    from sidelight.backbones import load_backbone
+    from sidelight.fitting import fit
+    from sidelight.runs import describe_fit, fit_table, write_fit
+
+    options = _options(given)
+    training, validation = _examples(given)
+    backbone = load_backbone(
+        given["model"] or "smollm2",
+        dtype=given["dtype"],
+        device=given["device"],
+        prompt_format=given["prompt_format"],
+    )
+    made = fit(backbone, training, validation, name=given["name"] or out.name, options=options)
+    write_fit(made, out)
+    for warning in made.warnings:
+        click.echo(f"Warning: {warning}", err=True)
+    if as_json:
+        click.echo(json.dumps(describe_fit(made), indent=2))
+        return
+    from rich.console import Console
+
+    Console().print(fit_table(made))
+    click.echo(f"Best: {made.best.probe.spec.name}, seed {made.best.seed}. Saved to {out}")
+    click.echo(f"Next: sidelight eval {out} --data TEST_FILE --label {given['label']}")
+
+
+def _examples(given: dict[str, Any]) -> "tuple[Examples, Examples | None]":
+    from sidelight.data import load_examples
+
+    columns = {"text": given["text"], "label": given["label"], "response": given["response"]}
+    training = load_examples(
+        given["data"],
+        **columns,
+        split=given["split"],
+        positive=given["positive"],
+        on_missing_label=given["missing_label"],
+    )
+    if given["limit"]:
+        training = training.select(range(min(given["limit"], len(training))))
+    if given["validation"] is None:
+        return training, None
+    return training, load_examples(given["validation"], **columns, task=training.task)
+
+
+def _options(given: dict[str, Any]) -> "FitOptions":
+    from sidelight.fitting import FitOptions
+    from sidelight.mechanisms import mechanism_spec
+    from sidelight.prompts import Reads
+
+    names = [name.strip() for name in given["mechanisms"].split(",") if name.strip()]
+    assigned = _assignments(given["assignments"], names)
+    budget = given["cache_budget"]
+    return FitOptions(
+        mechanisms=tuple(mechanism_spec(name, assigned.get(name)) for name in names),
+        seeds=tuple(range(given["seeds"])),
+        settings={name: _settings(name, given) for name in names},
+        standardise=given["standardise"],
+        reads=Reads(
+            side=given["reads"] or ("response" if given["response"] else "prompt"),
+            template=given["template"],
+        ),
+        calibration=given["calibration"],
+        max_tokens=given["max_tokens"],
+        cache_root=given["cache"],
+        cache_budget_bytes=None if budget is None else int(budget * 2**30),
+        keep_cache=given["keep_cache"],
+    )
+
+
+def _settings(mechanism: str, given: dict[str, Any]) -> "TrainingSettings":
+    from dataclasses import replace
+
+    from sidelight.training import suggested_settings
+
+    names = ("learning_rate", "weight_decay", "epochs", "batch_size", "class_weight")
+    chosen = {name: given[name] for name in names if given[name] is not None}
+    return replace(suggested_settings(mechanism), **chosen)
+
+
+def _assignments(
+    assignments: tuple[str, ...], mechanisms: list[str]
+) -> "dict[str, dict[str, OptionValue]]":
+    """``attention.factor=16`` as ``{"attention": {"factor": 16}}``."""
+    options: dict[str, dict[str, OptionValue]] = {}
+    for assignment in assignments:
+        target, equals, value = assignment.partition("=")
+        mechanism, dot, option = target.partition(".")
+        if not (equals and dot) or mechanism not in mechanisms:
+            raise SidelightError(
+                f"Cannot read --set {assignment}: write MECHANISM.OPTION=VALUE for one of the "
+                f"chosen mechanisms ({', '.join(mechanisms)}), such as attention.factor=16."
+            )
+        options.setdefault(mechanism, {})[option] = int(value) if value.isdigit() else value
+    return options

@@ -1,0 +1,1 @@
+"""The demonstration behind ``make demo``, with its bundled texts."""

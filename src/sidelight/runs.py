@@ -1,0 +1,142 @@
+"""Probes trained together: how they are stored side by side, compared, and shown.
+
+The best run's artifact lies in the folder itself, every run's in ``runs/``.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sidelight.artifact import MANIFEST, load_probe, save_probe
+from sidelight.evaluation import Report
+from sidelight.fitting import Fit, Run
+from sidelight.probe import Probe
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+RUNS = "runs"
+SHOWN_METRICS = ("auprc", "auroc", "f1", "accuracy", "macro_f1", "recall_at_1pct_fpr", "ece")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A row of a comparison.
+
+    Attributes:
+        name: Mechanism or baseline.
+        report: Of one seed.
+    """
+
+    name: str
+    report: Report
+
+
+def write_fit(made: Fit, directory: Path) -> None:
+    """Stores the best probe, every run, and the comparison (``training.json``)."""
+    for run in made.runs:
+        save_probe(run.probe, directory / RUNS / _run_name(run))
+    save_probe(made.best.probe, directory)
+    partial = directory / "training.json.partial"
+    partial.write_text(json.dumps(describe_fit(made), indent=2) + "\n", "utf-8")
+    os.replace(partial, directory / "training.json")
+
+
+def read_runs(directory: Path) -> list[Probe]:
+    """Every run stored under an artifact, or the artifact itself where there are no runs."""
+    runs = sorted(path.parent for path in (directory / RUNS).glob(f"*/{MANIFEST}"))
+    return [load_probe(run) for run in runs] or [load_probe(directory)]
+
+
+def describe_fit(made: Fit) -> dict[str, Any]:
+    """The comparison on validation data, as JSON values."""
+    return {
+        "best": {"mechanism": made.best.probe.spec.name, "seed": made.best.seed},
+        "validation": summarise(_measured(made)),
+        "runs": [
+            {
+                "name": _run_name(run),
+                "mechanism": run.probe.spec.name,
+                "seed": run.seed,
+                "validation": run.report.to_dict(),
+            }
+            for run in made.runs
+        ],
+        "warnings": list(made.warnings),
+    }
+
+
+def fit_table(made: Fit) -> "Table":
+    """The comparison on validation data, for a terminal."""
+    return comparison_table("Validation data", _measured(made))
+
+
+def summarise(rows: Sequence[Measured]) -> dict[str, dict[str, dict[str, float]]]:
+    """Mean and standard deviation over seeds of each metric that is defined, by name."""
+    return {
+        name: {
+            metric: {"mean": float(np.mean(values)), "std": _spread(values)}
+            for metric in SHOWN_METRICS
+            if (values := _values(reports, metric))
+        }
+        for name, reports in _by_name(rows).items()
+    }
+
+
+def comparison_table(title: str, rows: Sequence[Measured]) -> "Table":
+    """One line per name: mean over seeds, and the standard deviation where there are several."""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    table.add_column("probe")
+    table.add_column("seeds", justify="right")
+    for metric in SHOWN_METRICS:
+        table.add_column(metric.replace("recall_at_1pct_fpr", "recall@1%fpr"), justify="right")
+    for name, reports in _by_name(rows).items():
+        cells = [_cell(_values(reports, metric)) for metric in SHOWN_METRICS]
+        table.add_row(name, str(len(reports)), *cells)
+    return table
+
+
+def remove_runs(directory: Path) -> None:
+    """Forgets the runs of an earlier training in the same folder."""
+    shutil.rmtree(directory / RUNS, ignore_errors=True)
+
+
+def _measured(made: Fit) -> list[Measured]:
+    rows = [Measured(run.probe.spec.name, run.report) for run in made.runs]
+    return [*rows, Measured("TF-IDF baseline", made.baseline)]
+
+
+def _run_name(run: Run) -> str:
+    return f"{run.probe.spec.name}-seed{run.seed}"
+
+
+def _by_name(rows: Sequence[Measured]) -> dict[str, list[Report]]:
+    grouped: dict[str, list[Report]] = {}
+    for row in rows:
+        grouped.setdefault(row.name, []).append(row.report)
+    return grouped
+
+
+def _values(reports: Sequence[Report], metric: str) -> list[float]:
+    values = [report.metrics[metric].value for report in reports]
+    return [value for value in values if value is not None]
+
+
+def _cell(values: Sequence[float]) -> str:
+    if not values:
+        return "-"
+    mean = f"{np.mean(values):.3f}"
+    return mean if len(values) == 1 else f"{mean} ± {_spread(values):.3f}"
+
+
+def _spread(values: Sequence[float]) -> float:
+    """Sample standard deviation; 0 for a single value."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0

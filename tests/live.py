@@ -1,0 +1,49 @@
+"""A server on loopback in a thread, and a client that speaks to it."""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import httpx
+import uvicorn
+from openai import OpenAI
+
+from sidelight.engines import Engine
+from sidelight.server import create_app
+
+MODEL = "tiny/llama"
+
+
+@contextmanager
+def served(engine: Engine, **options) -> Iterator[str]:
+    """The address of a live server of ``engine``."""
+    config = uvicorn.Config(
+        create_app(engine, **options), port=0, log_level="warning", ws="none", lifespan="on"
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.005)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@contextmanager
+def openai_client(address: str, api_key: str = "none") -> Iterator[OpenAI]:
+    """The real client, without retries."""
+    with OpenAI(base_url=f"{address}/v1", api_key=api_key, max_retries=0) as client:
+        yield client
+
+
+@contextmanager
+def http_client(address: str) -> Iterator[httpx.Client]:
+    """A client that says exactly what a test tells it to."""
+    with httpx.Client(base_url=address, timeout=10) as client:
+        yield client
