@@ -1,6 +1,8 @@
 """Chat completions as the real ``openai`` client sees them."""
 
 import json
+import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -195,7 +197,9 @@ def test_content_may_come_in_text_parts(client):
 
 def test_a_developer_speaks_as_the_system(client):
     answers = [
-        client.chat.completions.create(**{**GREEDY, "messages": [{"role": r, "content": "x"}, *HELLO]})
+        client.chat.completions.create(
+            **{**GREEDY, "messages": [{"role": r, "content": "x"}, *HELLO]}
+        )
         for r in ("developer", "system")
     ]
     assert answers[0].usage == answers[1].usage
@@ -264,22 +268,22 @@ def test_a_client_that_leaves_frees_its_row(backbone, stream):
     hook = backbone.model.register_forward_pre_hook(lambda *_: passes.append(1))
     with served(engine) as address, http_client(address) as http:
         body = {**GREEDY, "max_tokens": 200, "stream": stream}
-        with ThreadPoolExecutor(1) as pool:
-            leave_early(pool, address, body, until=lambda: len(passes) >= 2)
-            # The only place is free again well before the first text would have been complete.
-            http.post("/v1/chat/completions", json=GREEDY).raise_for_status()
+        leave_early(address, body, until=lambda: len(passes) >= 2)
+        # The only place is free again well before the first text would have been complete.
+        http.post("/v1/chat/completions", json=GREEDY).raise_for_status()
     hook.remove()
     assert len(passes) < 150
 
 
-def leave_early(pool, address, body, until):
-    import socket
-    import time
-
+def leave_early(address, body, until):
+    """Asks, and closes the connection before the answer is complete."""
     host, port = address.removeprefix("http://").split(":")
     payload = json.dumps(body).encode()
+    head = (
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(payload)}\r\n\r\n"
+    )
     with socket.create_connection((host, int(port))) as connection:
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(payload)}\r\n"
-        connection.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + payload)
+        connection.sendall(head.encode() + payload)
         while not until():
             time.sleep(0.001)

@@ -1,6 +1,6 @@
-"""Probes on labelled data that training did not see: one forward pass for all of a folder's runs."""
+"""Probes on labelled data that training did not see: one forward pass for a folder's runs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,15 @@ from sidelight.plots import plot_report
 from sidelight.probe import Probe
 from sidelight.runs import Measured, read_runs, summarise
 from sidelight.scoring import score
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of a file's columns; see ``load_examples``."""
+
+    text: str = "text"
+    label: str = "label"
+    response: str | None = None
 
 
 @dataclass(frozen=True)
@@ -45,7 +54,7 @@ def assess(
     directory: Path,
     data: str,
     *,
-    columns: Mapping[str, str],
+    columns: Columns,
     split: str | None = None,
     subset: str | None = None,
     model: str | None = None,
@@ -57,7 +66,7 @@ def assess(
     Args:
         directory: An artifact that ``sidelight train`` wrote.
         data: A file or a hub data set.
-        columns: Names of the ``text``, ``label`` and ``response`` columns.
+        columns: Where text, label and response are.
         split: Split of a hub data set.
         subset: A column; its true rows are reported as well.
         model: The backbone's name; None takes the one that the probe was trained under.
@@ -68,7 +77,14 @@ def assess(
         SidelightError: The artifact, data or backbone do not fit each other.
     """
     chosen, runs = load_probe(directory), read_runs(directory)
-    examples = load_examples(data, **columns, split=split, task=chosen.task)
+    examples = load_examples(
+        data,
+        text=columns.text,
+        label=columns.label,
+        response=columns.response,
+        split=split,
+        task=chosen.task,
+    )
     backbone = load_backbone(
         model or chosen.fingerprint.name,
         dtype=dtype,

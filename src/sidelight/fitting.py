@@ -130,9 +130,12 @@ def fit(
         warnings += _cut(prompts, options.max_tokens)
         sets.append(TrainingSet(_extracted(backbone, prompts, options), _labels(examples)))
     trained = train_mechanisms(
-        _jobs(options), task=_task(training), training=sets[0], validation=sets[1],
+        _jobs(options),
+        task=_task(training),
+        training=sets[0],
+        validation=sets[1],
         device=backbone.device,
-    )  # fmt: skip
+    )
     maker = _ProbeMaker(backbone, training, validation, name=name, options=options)
     runs = tuple(maker.make(one) for one in trained)
     if not options.keep_cache:

@@ -33,9 +33,11 @@ def push(directory: str | Path, repository: str, *, private: bool = False) -> st
     try:
         api.create_repo(repository, private=private, exist_ok=True)
         commit = api.upload_folder(
-            repo_id=repository, folder_path=directory, allow_patterns=_FILES,
+            repo_id=repository,
+            folder_path=directory,
+            allow_patterns=_FILES,
             commit_message="Upload Sidelight probe",
-        )  # fmt: skip
+        )
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise _refused("push to", repository, error) from error
     return str(commit)

@@ -32,7 +32,7 @@ class _Lines:
 
     def advance(self, amount: float) -> None:
         self._done += amount
-        if monotonic() - self._said >= self._EVERY_S:
+        if monotonic() - self._said >= self._EVERY_S and self._done < self._total:
             self._said = monotonic()
             self.say()
 

@@ -19,7 +19,9 @@ class Tap(Protocol):
     before the final norm.
     """
 
-    def __call__(self, layer: int, hidden: Float[Tensor, "batch token width"]) -> None: ...
+    def __call__(self, layer: int, hidden: Float[Tensor, "batch token width"]) -> None:
+        """Receives the state of one layer."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from sidelight.backbones.base import Fingerprint, Tap
 from sidelight.backbones.identity import fingerprint
@@ -71,6 +72,8 @@ class TransformersBackbone:
         """
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        # Loading takes a second; its progress bars would only clutter ours.
+        disable_progress_bar()
         try:
             config = AutoConfig.from_pretrained(path)
             model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype)

@@ -36,10 +36,18 @@ if TYPE_CHECKING:
 @label_option
 @response_option
 @split_option
-@click.option("--subset", default=None, metavar="COLUMN",
-              help="Report the rows where this column is true as well.")  # fmt: skip
-@click.option("--plots", type=click.Path(path_type=Path), default=None,
-              help="Folder for precision-recall, reliability and confusion plots.")  # fmt: skip
+@click.option(
+    "--subset",
+    default=None,
+    metavar="COLUMN",
+    help="Report the rows where this column is true as well.",
+)
+@click.option(
+    "--plots",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="Folder for precision-recall, reliability and confusion plots.",
+)
 @click.option("--out", type=click.Path(path_type=Path), default=None, help="File for the JSON.")
 @model_option
 @dtype_option
@@ -53,12 +61,12 @@ def evaluate(
     All of them read the same forward pass. Each metric has a 95 % bootstrap interval; the table
     gives mean and standard deviation over seeds.
     """
-    from sidelight.assessment import assess, describe, plot
+    from sidelight.assessment import Columns, assess, describe, plot
 
     assessments = assess(
         probe,
         given["data"],
-        columns={name: given[name] for name in ("text", "label", "response")},
+        columns=Columns(given["text"], given["label"], given["response"]),
         split=given["split"],
         subset=given["subset"],
         model=given["model"],

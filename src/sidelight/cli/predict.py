@@ -32,8 +32,12 @@ from sidelight.errors import SidelightError
 @text_option
 @response_option
 @split_option
-@click.option("--out", type=click.Path(path_type=Path), default=None,
-              help="File for the verdicts. [default: standard output]")  # fmt: skip
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="File for the verdicts. [default: standard output]",
+)
 @model_option
 def predict(
     probe: Path, texts: tuple[str, ...], data: str | None, out: Path | None, **given: Any

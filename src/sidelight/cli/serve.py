@@ -17,12 +17,22 @@ if TYPE_CHECKING:
         "SIDELIGHT_API_KEY=secret sidelight serve --probe probes/toxicity --host 0.0.0.0",
     )
 )
-@click.option("--probe", "probes", multiple=True, type=click.Path(path_type=Path),
-              help="Folder of a probe; may be repeated.")  # fmt: skip
+@click.option(
+    "--probe",
+    "probes",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Folder of a probe; may be repeated.",
+)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
-@click.option("--api-key", "api_keys", multiple=True, envvar="SIDELIGHT_API_KEY",
-              help="Key that requests must carry; may be repeated. [env: SIDELIGHT_API_KEY]")  # fmt: skip
+@click.option(
+    "--api-key",
+    "api_keys",
+    multiple=True,
+    envvar="SIDELIGHT_API_KEY",
+    help="Key that requests must carry; may be repeated. [env: SIDELIGHT_API_KEY]",
+)
 @model_option
 @dtype_option
 @device_option

@@ -58,36 +58,84 @@ if TYPE_CHECKING:
     help="readout, attention, gate, pooling; several with commas.",
 )
 @click.option(
-    "--set", "assignments", multiple=True, metavar="MECHANISM.OPTION=VALUE",
+    "--set",
+    "assignments",
+    multiple=True,
+    metavar="MECHANISM.OPTION=VALUE",
     help="An option of a mechanism; may be repeated.",
-)  # fmt: skip
-@click.option("--seeds", type=click.IntRange(min=1), default=1, show_default=True,
-              help="Probes per mechanism.")  # fmt: skip
+)
+@click.option(
+    "--seeds",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Probes per mechanism.",
+)
 @click.option("--name", default=None, help="Name in verdicts. [default: the output folder's]")
-@click.option("--reads", type=click.Choice(["prompt", "response", "both"]), default=None,
-              help="What the probe reads. [default: response with --response, else prompt]")  # fmt: skip
-@click.option("--template/--no-template", default=True, show_default=True,
-              help="Whether chat-template tokens count as prompt.")  # fmt: skip
-@click.option("--format", "prompt_format", type=click.Choice(["chat", "raw"]), default=None,
-              help="How texts are rendered. [default: chat where the model has a template]")  # fmt: skip
-@click.option("--standardise/--no-standardise", default=True, show_default=True,
-              help="Whether hidden states are standardised per layer.")  # fmt: skip
-@click.option("--calibration", type=click.Choice(["platt", "temperature", "isotonic", "none"]),
-              default="platt", show_default=True, help="From logits to probabilities.")  # fmt: skip
-@click.option("--class-weight", type=click.Choice(["none", "balanced"]), default=None,
-              help="Weigh classes by inverse frequency. [default: the mechanism's]")  # fmt: skip
+@click.option(
+    "--reads",
+    type=click.Choice(["prompt", "response", "both"]),
+    default=None,
+    help="What the probe reads. [default: response with --response, else prompt]",
+)
+@click.option(
+    "--template/--no-template",
+    default=True,
+    show_default=True,
+    help="Whether chat-template tokens count as prompt.",
+)
+@click.option(
+    "--format",
+    "prompt_format",
+    type=click.Choice(["chat", "raw"]),
+    default=None,
+    help="How texts are rendered. [default: chat where the model has a template]",
+)
+@click.option(
+    "--standardise/--no-standardise",
+    default=True,
+    show_default=True,
+    help="Whether hidden states are standardised per layer.",
+)
+@click.option(
+    "--calibration",
+    type=click.Choice(["platt", "temperature", "isotonic", "none"]),
+    default="platt",
+    show_default=True,
+    help="From logits to probabilities.",
+)
+@click.option(
+    "--class-weight",
+    type=click.Choice(["none", "balanced"]),
+    default=None,
+    help="Weigh classes by inverse frequency. [default: the mechanism's]",
+)
 @click.option("--learning-rate", type=float, default=None, help="[default: the mechanism's]")
 @click.option("--weight-decay", type=float, default=None, help="[default: the mechanism's]")
 @click.option(
     "--epochs", type=click.IntRange(min=1), default=None, help="At most. [default: the mechanism's]"
 )
 @click.option("--batch-size", type=click.IntRange(min=1), default=None, help="[default: 32]")
-@click.option("--max-tokens", type=click.IntRange(min=8), default=1024, show_default=True,
-              help="Longer training texts are cut, and counted.")  # fmt: skip
-@click.option("--cache", type=click.Path(path_type=Path), default=None,
-              help="Folder for activations while training. [default: the user's cache]")  # fmt: skip
-@click.option("--cache-budget", type=float, default=None, metavar="GIB",
-              help="The most that activations may take.")  # fmt: skip
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(min=8),
+    default=1024,
+    show_default=True,
+    help="Longer training texts are cut, and counted.",
+)
+@click.option(
+    "--cache",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="Folder for activations while training. [default: the user's cache]",
+)
+@click.option(
+    "--cache-budget",
+    type=float,
+    default=None,
+    metavar="GIB",
+    help="The most that activations may take.",
+)
 @click.option("--keep-cache", is_flag=True, help="Keep the activations for another training.")
 @model_option
 @dtype_option

@@ -1,6 +1,7 @@
 """Runs the server until it is told to stop."""
 
 import logging
+import socket
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -9,9 +10,11 @@ import uvicorn
 
 from sidelight.engines.base import Engine
 from sidelight.engines.loading import LoadingEngine
+from sidelight.errors import SidelightError
 from sidelight.server.app import MAX_BODY_BYTES, create_app
 
-_DRAIN_S = 30
+_log = logging.getLogger("uvicorn.error")
+_LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 
 
 def serve(
@@ -21,7 +24,7 @@ def serve(
     port: int = 8000,
     api_keys: Sequence[str] = (),
     max_body_bytes: int = MAX_BODY_BYTES,
-    drain_s: int = _DRAIN_S,
+    drain_s: int = 30,
 ) -> None:
     """Serves until SIGINT or SIGTERM; requests in flight may finish.
 
@@ -30,13 +33,13 @@ def serve(
     Args:
         load: Gives the engine; runs in a thread of its own.
         host: Address to listen on; the default is reachable from this machine only.
-        port: Port to listen on.
+        port: Port to listen on; 0 takes a free one and logs it.
         api_keys: Keys of which requests must carry one; none: everybody is served.
         max_body_bytes: Larger requests are refused.
         drain_s: Seconds that requests in flight may take after a signal.
 
     Raises:
-        SidelightError: What ``load`` raised; the server has stopped.
+        SidelightError: The address cannot be listened on, or what ``load`` raised.
     """
 
     def stop() -> None:
@@ -44,21 +47,34 @@ def serve(
 
     engine = LoadingEngine(load, on_failure=stop)
     app = create_app(engine, api_keys=api_keys, max_body_bytes=max_body_bytes)
-    config = uvicorn.Config(app, host=host, port=port, timeout_graceful_shutdown=drain_s)
-    logging.getLogger("uvicorn.error").addFilter(_without_messages)
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(uvicorn.Config(app, ws="none", timeout_graceful_shutdown=drain_s))
+    listener = _listen(host, port)
+    _log.addFilter(without_message)
+    _log.info("Listening on http://%s:%d (Ctrl-C stops)", host, listener.getsockname()[1])
+    if host not in _LOOPBACK and not api_keys:
+        _log.warning("Everybody who reaches %s is served; set an API key.", host)
     # uvicorn passes a SIGINT on once it has drained.
     with suppress(KeyboardInterrupt):
-        server.run()
+        server.run(sockets=[listener])
     if engine.failure is not None:
         raise engine.failure
 
 
-def _without_messages(record: logging.LogRecord) -> bool:
-    """Logs where an exception happened, not what it says: that may quote a prompt."""
+def without_message(record: logging.LogRecord) -> bool:
+    """A log filter: keeps where an exception happened; its message may quote a prompt."""
     error = record.exc_info[1] if record.exc_info else None
     if error is not None:
         places = "".join(traceback.format_tb(error.__traceback__))
         record.exc_text = f"{type(error).__name__} at\n{places}"
         record.exc_info = None
     return True
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise SidelightError(
+            f"Cannot listen on {host}:{port} ({error.strerror}). Give another --port or --host."
+        ) from error

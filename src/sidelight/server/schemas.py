@@ -1,8 +1,8 @@
 """The requests, as OpenAI words them. Unknown fields are ignored; wrong values are errors."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from sidelight.engines.base import Sampling
 from sidelight.prompts import Message
@@ -10,6 +10,17 @@ from sidelight.prompts import Message
 _MAX_INPUTS = 512
 _MAX_STOPS = 16
 
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _as_parts(value: Any) -> Any:
+    return [{"type": "text", "text": value}] if isinstance(value, str) else value
+
+
+# One text or several. Not a union: that would blame one member for an error in the other.
+Texts = Annotated[list[str], BeforeValidator(_as_list)]
 ProbeNames = Annotated[list[str] | None, Field(description="Only these probes; null: all.")]
 
 
@@ -26,7 +37,7 @@ class ContentPart(_Request):
     @field_validator("type")
     @classmethod
     def _is_text(cls, value: str) -> str:
-        if value not in ("text", "input_text"):
+        if value != "text":
             raise ValueError("only parts of type 'text' are read by this model")
         return value
 
@@ -35,12 +46,12 @@ class ChatMessage(_Request):
     """One turn."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[ContentPart]
+    content: Annotated[list[ContentPart], BeforeValidator(_as_parts)]
 
     def as_message(self) -> Message:
         """The turn as plain text; several parts become lines. A developer speaks as the system."""
         role = "system" if self.role == "developer" else self.role
-        return Message(role, joined(self.content))
+        return Message(role, "\n".join(part.text for part in self.content))
 
 
 class StreamOptions(_Request):
@@ -77,19 +88,13 @@ class ChatRequest(_Request):
     top_p: float | None = Field(None, gt=0, le=1)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
-    stop: str | list[str] | None = None
+    stop: Texts | None = Field(None, max_length=_MAX_STOPS)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     n: Literal[1] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     moderation: ChatModeration | None = None
     probes: ProbeNames = None
-
-    @model_validator(mode="after")
-    def _stops_are_few(self) -> Self:
-        if len(self._stops()) > _MAX_STOPS:
-            raise ValueError(f"stop: at most {_MAX_STOPS} strings")
-        return self
 
     def conversation(self) -> list[Message]:
         """The turns as the engine takes them."""
@@ -101,7 +106,7 @@ class ChatRequest(_Request):
             max_tokens=self.max_completion_tokens or self.max_tokens,
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=1.0 if self.top_p is None else self.top_p,
-            stop=tuple(self._stops()),
+            stop=tuple(self.stop or ()),
             seed=self.seed,
         )
 
@@ -110,22 +115,10 @@ class ChatRequest(_Request):
         """Whether a stream ends with a usage chunk."""
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def _stops(self) -> list[str]:
-        return [self.stop] if isinstance(self.stop, str) else self.stop or []
-
 
 class ModerationRequest(_Request):
-    """The body of ``POST /v1/moderations``."""
+    """The body of ``POST /v1/moderations``; each text is judged by itself."""
 
-    input: str | Annotated[list[str], Field(min_length=1, max_length=_MAX_INPUTS)]
+    input: Texts = Field(min_length=1, max_length=_MAX_INPUTS)
     model: str | None = None
     probes: ProbeNames = None
-
-    def texts(self) -> list[str]:
-        """The texts to judge, each by itself."""
-        return [self.input] if isinstance(self.input, str) else self.input
-
-
-def joined(content: str | list[ContentPart]) -> str:
-    """The text of a message's content."""
-    return content if isinstance(content, str) else "\n".join(part.text for part in content)

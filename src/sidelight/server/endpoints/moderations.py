@@ -39,7 +39,7 @@ async def create(
     context.require_model(body.model or model)
     reporter = context.reporter(body.probes)
     context.require_prompt_probe(reporter.probes)
-    conversations = [[Message("user", text)] for text in body.texts()]
+    conversations = [[Message("user", text)] for text in body.input]
     judged = await unless_left(request, context.engine.judge(conversations))
     chosen = {probe.name for probe in reporter.probes}
     results: list[ModerationResult] = []

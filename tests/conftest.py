@@ -1,0 +1,36 @@
+"""Backbones that many tests share. They are frozen; a test that changes one makes its own."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from families import FAMILIES, family_backbone
+from sidelight.backbones import TransformersBackbone
+from tiny import tiny_backbone
+
+
+@pytest.fixture(scope="session")
+def tiny() -> TransformersBackbone:
+    """A tiny Llama with a chat template."""
+    return tiny_backbone()
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> TransformersBackbone:
+    """A tiny backbone of each family, with a chat template."""
+    return family_backbone(request.param)
+
+
+@pytest.fixture
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keeps a test out of the user's cache."""
+    monkeypatch.setenv("SIDELIGHT_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The hub answers nothing."""
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    yield

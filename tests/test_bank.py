@@ -1,0 +1,272 @@
+"""Laws of the bank: every probe gets its own verdict, and many cost as many matmuls as one."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sidelight.bank import Bank, BankState
+from sidelight.errors import SidelightError, VerdictError
+from sidelight.mechanisms import Geometry, mechanism_names
+from sidelight.prompts import Message, Reads
+from sidelight.scoring import read_masks, score
+from sidelight.standardisation import Standardisation
+from tiny import INTENT, TOPICS, TOXICITY, untrained_probe
+
+# float32: matmuls of another width add the same products in another order.
+ROUNDING = {"rtol": 1e-4, "atol": 1e-4}
+# Standardisation subtracts means a hundred times the spread, which costs two digits.
+CANCELLATION = {"rtol": 1e-2, "atol": 2e-3}
+TEXTS = ["hello", "a longer text than the first, by far", "!", "one more"]
+MATMULS = {
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.mm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten.baddbmm.default,
+}
+
+
+class MatmulCount(TorchDispatchMode):
+    """Counts the matmuls that run inside the block."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in MATMULS
+        return func(*args, **(kwargs or {}))
+
+
+def standardised(probe, *, mean=0.7, seed=0):
+    """The same probe on states of another scale and mean in each dimension."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (probe.fingerprint.layers, probe.fingerprint.width)
+    scaling = Standardisation(
+        mean * torch.randn(shape, generator=generator),
+        0.5 + torch.rand(shape, generator=generator),
+    )
+    return replace(probe, standardisation=scaling)
+
+
+def prompts_of(backbone, *, response=" an answer"):
+    encode = backbone.encoder.encode
+    return [encode([Message("user", text)], text + response) for text in TEXTS]
+
+
+def many_probes(backbone):
+    """All mechanisms, kinds of task and ways of reading, together."""
+    ways = [Reads(), Reads("response"), Reads("both"), Reads(template=False)]
+    tasks = [TOXICITY, INTENT, TOPICS]
+    return [
+        standardised(
+            untrained_probe(
+                backbone,
+                f"{mechanism}-{i}",
+                task=tasks[i % len(tasks)],
+                reads=ways[i],
+                mechanism=mechanism,
+            ),
+            seed=i,
+        )
+        for mechanism in mechanism_names()
+        for i in range(len(ways))
+    ]
+
+
+def hidden_states(backbone, prompts):
+    """Every hidden state, ``[batch, layer, token, width]``, for comparison."""
+    layers = []
+    with backbone.tapped(lambda layer, hidden: layers.append(hidden.clone())):
+        backbone.run(prompts)
+    return torch.stack(layers, 1)
+
+
+def projected(backbone, bank, prompts):
+    tap = bank.tap()
+    with backbone.tapped(tap):
+        backbone.run(prompts)
+    return tap.projected()
+
+
+def test_a_bank_of_many_gives_each_probe_its_own_verdict(tiny):
+    probes, prompts = many_probes(tiny), prompts_of(tiny)
+    together = score(tiny, Bank(probes), prompts)
+    assert len(together) == len(probes)
+    for probe, logits in zip(probes, together, strict=True):
+        assert logits.shape == (len(prompts), probe.task.outputs)
+        alone = score(tiny, Bank([probe]), prompts)[0]
+        np.testing.assert_allclose(logits, alone, **ROUNDING, err_msg=probe.name)
+
+
+def test_verdicts_come_by_request_and_by_probe(tiny):
+    probes, prompts = many_probes(tiny), prompts_of(tiny)
+    bank = Bank(probes)
+    state = bank.summarise(
+        projected(tiny, bank, prompts), read_masks(prompts, bank.reads, device=tiny.device)
+    )
+    verdicts = bank.verdicts(state)
+    assert len(verdicts) == len(prompts)
+    for probe, logits, column in zip(probes, bank.logits(state), zip(*verdicts, strict=True)):
+        for row, verdict in zip(logits, column, strict=True):
+            assert verdict == probe.verdict(row)
+            assert verdict.probe == probe.name
+
+
+def test_every_way_of_reading_sees_its_own_tokens(tiny):
+    prompts = prompts_of(tiny)
+    other = prompts_of(tiny, response=" quite another reply")
+    ways = {"prompt": Reads(), "response": Reads("response"), "both": Reads("both")}
+    probes = [untrained_probe(tiny, name, reads=way) for name, way in ways.items()]
+    before, after = (
+        dict(zip(ways, score(tiny, Bank(probes), texts), strict=True)) for texts in (prompts, other)
+    )
+    np.testing.assert_allclose(before["prompt"], after["prompt"], **ROUNDING)
+    assert (abs(before["response"] - after["response"]) > 1e-3).all()
+    assert (abs(before["both"] - after["both"]) > 1e-3).all()
+
+
+@pytest.mark.parametrize("mechanism", mechanism_names())
+def test_bank_gives_the_dense_form_on_standardised_states(tiny, mechanism):
+    probe = standardised(untrained_probe(tiny, "p", mechanism=mechanism))
+    prompts = prompts_of(tiny)
+    scaling = probe.standardisation
+    states = hidden_states(tiny, prompts)
+    dense = probe.mechanism(
+        (states - scaling.mean[:, None]) / scaling.scale[:, None],
+        read_masks(prompts, frozenset({probe.reads}), device=tiny.device)[probe.reads],
+    )
+    np.testing.assert_allclose(score(tiny, Bank([probe]), prompts)[0], dense, **ROUNDING)
+
+
+def test_standardisation_folds_away_even_where_means_dwarf_the_spread():
+    generator = torch.Generator().manual_seed(0)
+    mean = 100 * torch.randn(3, 32, generator=generator)
+    scale = 0.1 + torch.rand(3, 32, generator=generator)
+    columns = torch.randn(3, 32, 5, generator=generator)
+    states = mean[:, None] + scale[:, None] * torch.randn(3, 200, 32, generator=generator)
+    folded = Standardisation(mean, scale).fold(columns)
+    actual = states @ folded.weight + folded.shift[:, None]
+    expected = ((states - mean[:, None]) / scale[:, None]) @ columns
+    torch.testing.assert_close(actual, expected, **CANCELLATION)
+
+
+def test_rounding_the_folded_weight_does_not_move_the_mean():
+    generator = torch.Generator().manual_seed(0)
+    mean = 100 * torch.randn(3, 32, generator=generator)
+    columns = torch.randn(3, 32, 5, generator=generator)
+    folded = Standardisation(mean, torch.ones(3, 32)).fold(columns, dtype=torch.bfloat16)
+    assert folded.weight.dtype == torch.bfloat16
+    at_mean = mean[:, None] @ folded.weight.float() + folded.shift[:, None]
+    torch.testing.assert_close(at_mean, torch.zeros_like(at_mean), **CANCELLATION)
+
+
+def test_measured_standardisation_gives_mean_0_and_scale_1_and_spares_constants():
+    states = 5 + 3 * torch.randn(2, 500, 4, generator=torch.Generator().manual_seed(0))
+    states[:, :, 0] = 7
+    scaling = Standardisation.measured(states.bfloat16())
+    assert (scaling.scale[:, 0] == 1).all()
+    scaled = (states - scaling.mean[:, None]) / scaling.scale[:, None]
+    # bf16 rounds states of size 10 to 0.03.
+    torch.testing.assert_close(scaled.mean(1), torch.zeros(2, 4), rtol=0, atol=0.02)
+    torch.testing.assert_close(scaled[..., 1:].std(1), torch.ones(2, 3), rtol=0, atol=0.02)
+
+
+def test_identity_standardisation_changes_nothing():
+    columns = torch.randn(3, 32, 5)
+    folded = Standardisation.identity(Geometry(3, 32, 1)).fold(columns)
+    assert torch.equal(folded.weight, columns)
+    assert not folded.shift.any()
+
+
+def test_fifty_probes_run_as_many_matmuls_as_one(tiny):
+    prompts = prompts_of(tiny)
+
+    def matmuls(probes):
+        tap = Bank(probes).tap() if probes else lambda layer, hidden: None
+        with tiny.tapped(tap), MatmulCount() as counted:
+            tiny.run(prompts)
+        return counted.count
+
+    gates = [untrained_probe(tiny, f"gate-{i}", mechanism="gate") for i in range(50)]
+    assert matmuls(gates) == matmuls(gates[:1])
+    assert matmuls(gates) == matmuls([]) + tiny.fingerprint.layers
+
+
+def test_states_split_packed_and_merged_give_the_same_logits(tiny):
+    bank, prompts = Bank(many_probes(tiny)), prompts_of(tiny)
+    columns = projected(tiny, bank, prompts)
+    masks = read_masks(prompts, bank.reads, device=tiny.device)
+    whole = bank.logits(bank.summarise(columns, masks))
+    edges = [0, 9, 10, 40, columns.shape[1]]
+    chunks = [
+        bank.summarise(columns[:, a:b], {way: mask[:, a:b] for way, mask in masks.items()})
+        for a, b in zip(edges[:-1], edges[1:], strict=True)
+    ]
+    merged = bank.merge(bank.merge(chunks[0], chunks[1]), bank.merge(chunks[2], chunks[3]))
+    backwards = BankState.pack(merged.split()[::-1])
+    for expected, actual in zip(whole, bank.logits(backwards), strict=True):
+        np.testing.assert_allclose(actual[::-1], expected, **ROUNDING)
+
+
+def test_a_batch_gives_each_prompt_what_it_gets_alone(tiny):
+    bank, prompts = Bank(many_probes(tiny)), prompts_of(tiny)
+    together = score(tiny, bank, prompts)
+    alone = [score(tiny, bank, [prompt]) for prompt in prompts]
+    for probe, logits in enumerate(together):
+        single = np.concatenate([each[probe] for each in alone])
+        np.testing.assert_allclose(logits, single, **ROUNDING)
+
+
+def test_a_tap_is_ready_for_the_next_pass(tiny):
+    bank, prompts = Bank(many_probes(tiny)), prompts_of(tiny)
+    tap = bank.tap()
+    passes = []
+    for _ in range(2):
+        with tiny.tapped(tap):
+            tiny.run(prompts)
+        passes.append(tap.projected())
+    assert torch.equal(*passes)
+
+
+@pytest.mark.parametrize("logit", [np.nan, np.inf, -np.inf])
+def test_a_logit_that_is_not_finite_is_an_error_not_a_verdict(tiny, logit):
+    probe = untrained_probe(tiny, "topics", task=TOPICS)
+    with pytest.raises(VerdictError, match="'topics' gave a logit that is not finite"):
+        probe.verdict(np.array([0.0, logit]))
+
+
+def test_a_text_without_a_token_to_read_is_an_error_and_spares_the_others(tiny):
+    encode = tiny.encoder.encode
+    message = [Message("user", "hello")]
+    prompts = [encode(message, "an answer"), encode(message)]
+    bank = Bank([untrained_probe(tiny, "reply", reads=Reads("response"))])
+    state = bank.summarise(
+        projected(tiny, bank, prompts), read_masks(prompts, bank.reads, device=tiny.device)
+    )
+    with pytest.raises(VerdictError, match="'reply'"):
+        bank.verdicts(state)
+    answered, unanswered = state.split()
+    assert len(bank.verdicts(answered)) == 1
+    with pytest.raises(VerdictError):
+        bank.verdicts(unanswered)
+
+
+def test_hidden_states_that_overflowed_are_an_error(tiny):
+    bank = Bank([untrained_probe(tiny, "p")])
+    tap = bank.tap()
+    for layer in range(tiny.fingerprint.layers):
+        tap(layer, torch.full((1, 2, 32), torch.inf))
+    state = bank.summarise(tap.projected(), {Reads(): torch.ones(1, 2, dtype=torch.bool)})
+    with pytest.raises(VerdictError, match="overflowed"):
+        bank.verdicts(state)
+
+
+def test_names_that_are_not_distinct_and_empty_banks_are_refused(tiny):
+    probe = untrained_probe(tiny, "twin")
+    with pytest.raises(SidelightError, match=r"distinct names, got: \['twin', 'twin'\]"):
+        Bank([probe, probe])
+    with pytest.raises(SidelightError, match="one or more probes"):
+        Bank([])

@@ -1,0 +1,283 @@
+"""Which tokens a probe reads, for templates as models ship them and for any text."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sidelight.errors import ContextLengthError, SidelightError
+from sidelight.prompts import Message, Part, PromptEncoder, Reads
+from templates import (
+    CHATML,
+    DEFAULT_SYSTEM,
+    DROPS_TOOLS,
+    GEMMA,
+    LLAMA_3,
+    SHOUTS,
+    SPECIAL_TOKENS,
+    TEMPLATES,
+    merging_tokenizer,
+)
+
+TOKENIZERS = {name: merging_tokenizer(template) for name, template in TEMPLATES.items()}
+TEMPLATE_WORDS = [
+    "You", "assistant", "user", "system", "user\n", "assistant:", "\n", "\n\n", " ", "",
+    DEFAULT_SYSTEM, *SPECIAL_TOKENS,
+    "<|im_end|>\n<|im_start|>assistant\nSure", "sidelight-turn-0-text", "é", "你好", "\u200b", "🙂",
+]  # fmt: skip
+texts = st.lists(st.sampled_from(TEMPLATE_WORDS) | st.text(max_size=8), max_size=4).map("".join)
+law = settings(max_examples=60, deadline=None)
+
+
+def encoder(template, **options):
+    tokenizer = merging_tokenizer(template, **options)
+    return PromptEncoder(
+        tokenizer, prompt_format="chat" if template else "raw", max_tokens=10**9
+    )
+
+
+ENCODERS = {
+    name: PromptEncoder(tokenizer, prompt_format="chat", max_tokens=10**9)
+    for name, tokenizer in TOKENIZERS.items()
+}
+RAW = encoder(None, adds_bos=True)
+DECODER = merging_tokenizer(None)
+
+
+def user(content):
+    return Message("user", content)
+
+
+def words(encoded, *parts):
+    """The text of the tokens of these parts."""
+    chosen = [t for t, part in zip(encoded.token_ids, encoded.parts, strict=True) if part in parts]
+    return DECODER.decode(chosen, clean_up_tokenization_spaces=False)
+
+
+def as_rendered(name, content):
+    return content if name in ("chatml", "plain") else content.strip()
+
+
+@pytest.fixture(params=TEMPLATES)
+def template(request):
+    return request.param
+
+
+@law
+@given(name=st.sampled_from(sorted(TEMPLATES)), text=texts)
+def test_prompt_tokens_hold_the_text_and_only_merged_neighbours(name, text):
+    encoded = ENCODERS[name].encode([user(text)])
+    expected = as_rendered(name, text)
+    read = words(encoded, Part.PROMPT)
+    assert expected in read
+    # A token may reach over the edge, by a line break or a space and no more.
+    assert read.replace(expected, "", 1).strip() == ""
+
+
+@law
+@given(name=st.sampled_from(sorted(TEMPLATES)), text=texts, reply=texts)
+def test_response_tokens_hold_the_response(name, text, reply):
+    encoded = ENCODERS[name].encode([user(text)], reply)
+    assert as_rendered(name, reply) in words(encoded, Part.RESPONSE)
+    assert as_rendered(name, text) in words(encoded, Part.PROMPT)
+
+
+@law
+@given(name=st.sampled_from(sorted(TEMPLATES)), text=texts)
+def test_token_ids_are_those_of_the_rendered_template(name, text):
+    rendered = TOKENIZERS[name].apply_chat_template(
+        [{"role": "user", "content": text}], tokenize=True, add_generation_prompt=True
+    )
+    assert list(ENCODERS[name].encode([user(text)]).token_ids) == rendered["input_ids"]
+
+
+@law
+@given(text=texts.filter(bool))
+def test_raw_prompt_tokens_decode_to_the_text(text):
+    encoded = RAW.encode([user(text)])
+    assert words(encoded, Part.PROMPT) == text
+    assert words(encoded, Part.TEMPLATE) == "<s>"
+
+
+TRIMMED = encoder(None, trims_offsets=True)
+TRIMMED_CHAT = encoder(CHATML, trims_offsets=True)
+
+
+@pytest.mark.xfail(
+    strict=True, reason="spaces have empty offsets under trim_offsets: they count as template"
+)
+@pytest.mark.parametrize("text", ["a    b", "   hello", "end   "])
+@pytest.mark.parametrize("encode", [TRIMMED.encode, TRIMMED_CHAT.encode], ids=["raw", "chat"])
+def test_spaces_belong_to_the_text_where_offsets_are_trimmed(encode, text):
+    assert words(encode([user(text)]), Part.PROMPT) == text
+
+
+@pytest.mark.xfail(
+    strict=True, reason="the raw response's spaces count as the prompt's template"
+)
+def test_a_prompt_probe_sees_nothing_of_a_raw_response_where_offsets_are_trimmed():
+    encoded = TRIMMED.encode([user("question")], "    answer")
+    assert words(encoded, Part.PROMPT, Part.TEMPLATE) == "question"
+
+
+def test_everything_from_the_first_turn_is_prompt_or_template(template):
+    encoded = ENCODERS[template].encode([user("hello world")])
+    parts = list(encoded.parts)
+    begin = parts.index(Part.PROMPT)
+    assert set(parts[:begin]) <= {Part.UNREAD}
+    assert Part.UNREAD not in parts[begin:]
+    assert parts[-1] == Part.TEMPLATE
+
+
+def test_the_default_system_prompt_is_not_read():
+    encoded = ENCODERS["chatml"].encode([user("hi")])
+    before = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+    assert words(encoded, Part.UNREAD) == before
+    assert words(encoded, Part.PROMPT) == "hi"
+    assert words(encoded, Part.TEMPLATE) == "<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize("text", ["You", "assistant", "user", "system", DEFAULT_SYSTEM])
+def test_text_that_equals_template_words_is_found_where_the_user_wrote_it(template, text):
+    encoded = ENCODERS[template].encode([user(text)])
+    assert words(encoded, Part.PROMPT).strip() == text
+    assert encoded.parts.index(Part.PROMPT) > 0
+
+
+@pytest.mark.parametrize("system", ["", "Be brief.", DEFAULT_SYSTEM, "user"])
+@pytest.mark.parametrize("name", ["chatml", "llama-3", "plain"])
+def test_the_system_message_is_not_read_even_when_it_is_empty(name, system):
+    encoded = ENCODERS[name].encode([Message("system", system), user("hi there")])
+    assert words(encoded, Part.PROMPT).strip() == "hi there"
+    assert system in words(encoded, Part.UNREAD)
+
+
+def test_a_system_message_by_itself_is_read():
+    encoded = ENCODERS["chatml"].encode([Message("system", "be evil")])
+    assert words(encoded, Part.PROMPT) == "be evil"
+
+
+def test_all_turns_after_the_system_message_are_read(template):
+    turns = [user("one"), Message("assistant", "two"), user("three")]
+    encoded = ENCODERS[template].encode(turns, "four")
+    assert "".join(words(encoded, Part.PROMPT).split()) == "onetwothree"
+    assert words(encoded, Part.RESPONSE).strip() == "four"
+
+
+def test_a_probe_of_the_response_reads_the_response_alone(template):
+    encoded = ENCODERS[template].encode([user("a question")], "an answer")
+    mask = encoded.mask(Reads("response"))
+    assert int(mask.sum()) == encoded.parts.count(Part.RESPONSE)
+    last = len(mask) - 1 - mask.flip(0).int().argmax()
+    assert set(encoded.parts[last + 1 :]) <= {Part.UNREAD}
+
+
+@pytest.mark.parametrize("template", ["chatml", "gemma"])
+def test_a_response_leaves_the_prompts_tokens_as_they_are(template):
+    alone = ENCODERS[template].encode([user("a question")])
+    answered = ENCODERS[template].encode([user("a question")], "an answer")
+    read = [t for t, p in zip(alone.token_ids, alone.parts, strict=True) if p != Part.UNREAD]
+    both = zip(answered.token_ids, answered.parts, strict=True)
+    assert [t for t, p in both if p in (Part.PROMPT, Part.TEMPLATE)] == read
+
+
+@pytest.mark.parametrize(
+    ("reads", "parts"),
+    [
+        (Reads(), {Part.PROMPT, Part.TEMPLATE}),
+        (Reads(template=False), {Part.PROMPT}),
+        (Reads("response"), {Part.RESPONSE}),
+        (Reads("both"), {Part.PROMPT, Part.TEMPLATE, Part.RESPONSE}),
+        (Reads("both", template=False), {Part.PROMPT, Part.RESPONSE}),
+    ],
+)
+def test_a_mask_shows_the_parts_that_are_read(reads, parts):
+    encoded = ENCODERS["chatml"].encode([user("a question")], "an answer")
+    assert encoded.mask(reads).tolist() == [part in parts for part in encoded.parts]
+
+
+def test_raw_turns_are_joined_and_the_response_follows():
+    encoded = RAW.encode([user("one"), user("two")], " three")
+    assert words(encoded, Part.PROMPT) == "one\ntwo"
+    assert words(encoded, Part.RESPONSE) == " three"
+
+
+def test_text_that_a_template_strips_is_still_found():
+    for text in ("  hi  ", "\n\nhi", "hi\n", " ", "\t"):
+        for name in ("llama-3", "gemma"):
+            assert words(ENCODERS[name].encode([user(text)]), Part.PROMPT).strip() == text.strip()
+
+
+def test_a_template_that_leaves_a_turn_out_is_an_error():
+    turns = [user("hi"), Message("tool", "42")]
+    with pytest.raises(SidelightError, match=r"leaves a turn out \(roles: user, tool\).*raw"):
+        encoder(DROPS_TOOLS).encode(turns)
+
+
+def test_a_template_that_rewrites_the_text_is_an_error():
+    with pytest.raises(SidelightError, match="leaves a turn out|rewrites the text"):
+        encoder(SHOUTS).encode([user("hi")])
+
+
+@pytest.mark.xfail(strict=True, reason="jinja2's TemplateError leaks from _render")
+def test_a_role_that_the_template_refuses_is_an_error_with_its_words():
+    with pytest.raises(SidelightError, match="System role not supported"):
+        encoder(GEMMA).encode([Message("system", "be brief"), user("hi")])
+
+
+@pytest.mark.xfail(strict=True, reason="the tokenizer's TypeError leaks")
+@pytest.mark.parametrize("encode", [RAW.encode, ENCODERS["chatml"].encode], ids=["raw", "chat"])
+def test_half_a_character_is_an_error(encode):
+    with pytest.raises(SidelightError):
+        encode([user("half \ud83d")])
+
+
+@pytest.mark.parametrize("format_of", [RAW, ENCODERS["chatml"]], ids=["raw", "chat"])
+def test_no_message_is_an_error(format_of):
+    with pytest.raises(SidelightError, match="at least one message"):
+        format_of.encode([])
+
+
+@pytest.mark.parametrize("limit", [1, 5, 40])
+def test_encode_cuts_nothing(limit):
+    tokenizer = TOKENIZERS["chatml"]
+    limited = PromptEncoder(tokenizer, prompt_format="chat", max_tokens=limit)
+    text = [user("x" * 100)]
+    tokens = len(limited.encode_any_length(text))
+    with pytest.raises(ContextLengthError, match=rf"{tokens} tokens .* at most {limit}\."):
+        limited.encode(text)
+
+
+def test_a_text_that_just_fits_is_accepted():
+    tokens = len(ENCODERS["chatml"].encode([user("x" * 100)]))
+    just = PromptEncoder(TOKENIZERS["chatml"], prompt_format="chat", max_tokens=tokens)
+    assert len(just.encode([user("x" * 100)])) == tokens
+
+
+@law
+@given(text=texts, reply=st.none() | texts, room=st.integers(1, 30))
+def test_shortened_keeps_the_template_and_counts_what_it_dropped(text, reply, room):
+    encoded = ENCODERS["chatml"].encode([user(text + "some more words")], reply)
+    fixed = sum(part in (Part.TEMPLATE, Part.UNREAD) for part in encoded.parts)
+    limit = fixed + room
+    short = encoded.shortened(limit)
+    assert len(short) == min(len(encoded), limit)
+    assert short.dropped == len(encoded) - len(short)
+    for part in (Part.TEMPLATE, Part.UNREAD):
+        assert words(short, part) == words(encoded, part)
+    kept = words(short, Part.PROMPT, Part.RESPONSE).encode()[:-4]
+    assert words(encoded, Part.PROMPT, Part.RESPONSE).encode().startswith(kept)
+
+
+def test_shortened_refuses_a_limit_below_the_template():
+    encoded = ENCODERS["chatml"].encode([user("hello")])
+    with pytest.raises(ContextLengthError, match="leaves no room for the text"):
+        encoded.shortened(10)
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA_3, GEMMA])
+def test_roles_seen_before_give_the_same_encoding(template):
+    own = encoder(template)
+    first = own.encode([user("a"), Message("assistant", "b"), user("c")])
+    own.encode([user("a")])
+    own.encode([user("a")], "b")
+    assert own.encode([user("a"), Message("assistant", "b"), user("c")]) == first

@@ -1,0 +1,143 @@
+"""The endpoints beside chat."""
+
+import pytest
+
+from live import MODEL, http_client, openai_client, served
+from sidelight.engines import TransformersEngine
+from sidelight.prompts import Reads
+from sidelight.types import Task
+from tiny import TOPICS, three_probes, tiny_backbone, untrained_probe
+
+# Batches of other shapes add in another order: float32 rounding over three layers.
+ROUNDING = 1e-5
+
+
+@pytest.fixture(scope="module")
+def address():
+    backbone = tiny_backbone()
+    bare = untrained_probe(backbone, "spam", task=Task("binary", ("0", "1")))
+    with served(TransformersEngine(backbone, [*three_probes(backbone), bare])) as address:
+        yield address
+
+
+@pytest.fixture
+def client(address):
+    with openai_client(address) as client:
+        yield client
+
+
+@pytest.fixture
+def http(address):
+    with http_client(address) as client:
+        yield client
+
+
+def test_the_served_model_is_listed_with_its_probes(client):
+    (model,) = client.models.list().data
+    assert (model.id, model.object) == (MODEL, "model")
+    probes = model.model_extra["sidelight"]["probes"]
+    assert probes[0] == {
+        "name": "toxicity",
+        "kind": "binary",
+        "labels": ["fine", "toxic"],
+        "reads": "prompt",
+    }
+    assert client.models.retrieve(MODEL) == model
+
+
+def test_a_moderation_reports_every_category_and_no_other(client):
+    (result,) = client.moderations.create(input="hello").results
+    scores = result.category_scores.to_dict()
+    categories = result.categories.to_dict()
+    labels = {"toxic", "billing", "refund", "other", "violence", "sexual", "spam"}
+    assert scores.keys() == categories.keys() == labels
+    assert result.category_applied_input_types.to_dict() == {label: ["text"] for label in labels}
+    assert result.flagged == any(categories.values())
+    verdicts = {v["probe"]: v for v in result.model_extra["sidelight"]["verdicts"]}
+    assert scores["spam"] == verdicts["spam"]["probabilities"]["1"]
+    # OpenAI's own category, of which no loaded probe knows anything.
+    assert result.categories.harassment is None
+
+
+def test_each_text_of_a_list_is_judged_by_itself(client):
+    texts = [f"text {'long ' * i}" for i in range(5)]
+    together = client.moderations.create(input=texts, model=MODEL).results
+    for text, result in zip(texts, together, strict=True):
+        (alone,) = client.moderations.create(input=text).results
+        assert result.category_scores.to_dict() == pytest.approx(
+            alone.category_scores.to_dict(), abs=ROUNDING
+        )
+
+
+def test_a_moderation_says_what_a_chat_says(client):
+    message = {"role": "user", "content": "hello"}
+    chat = client.chat.completions.create(model=MODEL, messages=[message], max_tokens=1)
+    (result,) = client.moderations.create(input="hello").results
+    scores = [r.category_scores for r in chat.moderation.input.results]
+    in_chat = {category: score for each in scores for category, score in each.items()}
+    assert result.category_scores.to_dict() == pytest.approx(in_chat, abs=ROUNDING)
+
+
+def test_a_moderation_by_named_probes(http):
+    body = {"input": "hello", "probes": ["topics", "spam"]}
+    (result,) = http.post("/v1/moderations", json=body).json()["results"]
+    assert result["categories"].keys() == {"violence", "sexual", "spam"}
+
+
+@pytest.mark.parametrize("text", [[], 3, [3], [["x"]], None])
+def test_a_moderation_of_nothing_is_a_400(http, text):
+    assert http.post("/v1/moderations", json={"input": text}).status_code == 400
+
+
+def test_thresholds_decide_the_flags():
+    backbone = tiny_backbone()
+    probes = [
+        untrained_probe(backbone, "always", threshold=0.0),
+        untrained_probe(backbone, "never", threshold=1.0),
+        untrained_probe(backbone, "topics", task=TOPICS, threshold=0.0),
+    ]
+    with served(TransformersEngine(backbone, probes)) as address, http_client(address) as http:
+        (result,) = http.post("/v1/moderations", json={"input": "x"}).json()["results"]
+    assert result["flagged"]
+    assert result["categories"] == {
+        "always/toxic": True,
+        "never/toxic": False,
+        "violence": True,
+        "sexual": True,
+    }
+
+
+def test_a_text_that_no_probe_can_judge_is_refused():
+    backbone = tiny_backbone()
+    probes = [untrained_probe(backbone, "late", reads=Reads("both"))]
+    with served(TransformersEngine(backbone, probes)) as address, http_client(address) as http:
+        response = http.post("/v1/moderations", json={"input": "x"})
+    assert response.status_code == 400
+    assert response.json()["error"]["code"] == "no_prompt_probe"
+
+
+def test_health_ready_and_version(http):
+    assert http.get("/health").json() == {"status": "ok"}
+    assert http.get("/ready").json() == {"status": "ready"}
+    assert http.get("/version").json()["version"]
+
+
+def test_metrics_count_requests_tokens_and_verdicts():
+    backbone = tiny_backbone()
+    request = {"model": MODEL, "messages": [{"role": "user", "content": "zebra"}]}
+    probes = [untrained_probe(backbone, "always", threshold=0.0)]
+    with served(TransformersEngine(backbone, probes)) as address, http_client(address) as http:
+        answer = http.post("/v1/chat/completions", json={**request, "max_tokens": 7}).json()
+        http.post("/v1/chat/completions", json={})
+        http.get("/some/path/of/zebra")
+        series = dict(line.rsplit(" ", 1) for line in http.get("/metrics").text.splitlines())
+    chat = 'sidelight_requests_total{route="/v1/chat/completions",status="%d"}'
+    assert series[chat % 200] == series[chat % 400] == "1.0"
+    assert series['sidelight_requests_total{route="other",status="404"}'] == "1.0"
+    assert series["sidelight_completion_tokens_total"] == "7.0"
+    assert float(series["sidelight_prompt_tokens_total"]) == answer["usage"]["prompt_tokens"]
+    assert series['sidelight_verdicts_total{outcome="flagged",probe="always"}'] == "1.0"
+    for name in ("time_to_verdict", "time_to_first_text", "e2e_request_latency"):
+        assert series[f"sidelight_{name}_seconds_count"] == "1.0"
+    assert series["sidelight_requests_running"] == series["sidelight_requests_waiting"] == "0.0"
+    assert "zebra" not in str(series)

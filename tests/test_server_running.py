@@ -1,0 +1,57 @@
+"""From start to a clean end, under a real signal."""
+
+import os
+import signal
+import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+
+from live import MODEL
+from sidelight.engines import TransformersEngine
+from sidelight.errors import SidelightError
+from sidelight.server import serve
+from tiny import three_probes, tiny_backbone
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]
+
+
+def test_a_signal_ends_the_server_once_the_running_text_is_complete():
+    backbone = tiny_backbone()
+    port = free_port()
+    message = {"role": "user", "content": "hello"}
+    request = {"model": MODEL, "messages": [message], "max_tokens": 200, "temperature": 0}
+
+    def ask():
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10) as http:
+            while http.get("/ready").status_code != 200:
+                pass
+            threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+            return http.post("/v1/chat/completions", json=request)
+
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(ask)
+        serve(lambda: TransformersEngine(backbone, three_probes(backbone)), port=port)
+        assert answer.result().json()["usage"]["completion_tokens"] == 200
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"http://127.0.0.1:{port}/health")
+
+
+def test_a_failure_to_load_ends_the_server_with_its_error():
+    def load():
+        raise SidelightError("no such model")
+
+    with pytest.raises(SidelightError, match="no such model"):
+        serve(load, port=free_port())
+
+
+def test_a_taken_port_is_told():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(SidelightError, match=f"Cannot listen on 127.0.0.1:{port}"):
+            serve(lambda: pytest.fail("must not load"), port=port)
