@@ -1,12 +1,17 @@
 """Backbones that many tests share. They are frozen; a test that changes one makes its own."""
 
-from collections.abc import Iterator
-
 import pytest
+import torch
 
 from families import FAMILIES, family_backbone
 from sidelight.backbones import TransformersBackbone
 from tiny import tiny_backbone
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Matmuls this small only lose by threads, above all on a busy machine."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -28,9 +33,8 @@ def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPath
 
 
 @pytest.fixture
-def offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     """The hub answers nothing."""
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    yield

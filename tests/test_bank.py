@@ -1,6 +1,7 @@
 """Laws of the bank: every probe gets its own verdict, and many cost as many matmuls as one."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -109,7 +110,9 @@ def test_verdicts_come_by_request_and_by_probe(tiny):
     )
     verdicts = bank.verdicts(state)
     assert len(verdicts) == len(prompts)
-    for probe, logits, column in zip(probes, bank.logits(state), zip(*verdicts, strict=True)):
+    for probe, logits, column in zip(
+        probes, bank.logits(state), zip(*verdicts, strict=True), strict=True
+    ):
         for row, verdict in zip(logits, column, strict=True):
             assert verdict == probe.verdict(row)
             assert verdict.probe == probe.name
@@ -203,7 +206,7 @@ def test_states_split_packed_and_merged_give_the_same_logits(tiny):
     edges = [0, 9, 10, 40, columns.shape[1]]
     chunks = [
         bank.summarise(columns[:, a:b], {way: mask[:, a:b] for way, mask in masks.items()})
-        for a, b in zip(edges[:-1], edges[1:], strict=True)
+        for a, b in pairwise(edges)
     ]
     merged = bank.merge(bank.merge(chunks[0], chunks[1]), bank.merge(chunks[2], chunks[3]))
     backwards = BankState.pack(merged.split()[::-1])

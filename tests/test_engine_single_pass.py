@@ -72,7 +72,7 @@ def test_nothing_as_wide_as_a_hidden_state_is_left_after_the_pass():
     alive: list[int] = []
     modules = [backbone.model.model.layers[-1], backbone.model]
     hooks = [m.register_forward_hook(lambda *_: alive.append(len(wide_tensors()))) for m in modules]
-    once = Sampling(temperature=0, max_tokens=1)
+    once = Sampling(temperature=0.0, max_tokens=1)
     run(backbone, lambda engine: ask(engine, TEXT, once), probes=three_probes(backbone))
     for hook in hooks:
         hook.remove()

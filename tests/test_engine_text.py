@@ -69,7 +69,7 @@ def test_the_beginning_of_a_stop_string_is_held_back():
 
 def test_no_temperature_takes_the_most_probable_token():
     logits = torch.tensor([0.1, 2.0, -1.0])
-    assert int(Sampler(Sampling(temperature=0))(logits)) == 1
+    assert int(Sampler(Sampling(temperature=0.0))(logits)) == 1
 
 
 def test_a_seed_draws_the_same_tokens():

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from random import Random
 
 import numpy as np
@@ -123,12 +124,12 @@ def cut(states, random):
     tokens = states.shape[1]
     cuts = sorted(random.randint(0, tokens) for _ in range(random.randint(0, 3)))
     edges = [0, *cuts, tokens]
-    return [states[:, a:b] for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    return [states[:, a:b] for a, b in pairwise(edges)]
 
 
 lengths = st.lists(st.integers(1, 9), min_size=1, max_size=4)
 seeds = st.integers(0, 2**16)
-law = settings(max_examples=12, deadline=None)
+law = settings(max_examples=8, deadline=None)
 
 
 @law
@@ -366,7 +367,7 @@ def test_a_specification_fills_in_every_option():
 def test_a_wrong_mechanism_or_option_names_the_right_ones():
     with pytest.raises(SidelightError, match=r"'gat'. Did you mean 'gate'\? Known: attention"):
         mechanism_spec("gat")
-    with pytest.raises(SidelightError, match=r"'head' of mechanism 'readout'. Did you mean 'heads'"):
+    with pytest.raises(SidelightError, match="'head' of mechanism .* mean 'heads'"):
         mechanism_spec("readout", {"head": 2})
 
 

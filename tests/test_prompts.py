@@ -30,9 +30,7 @@ law = settings(max_examples=60, deadline=None)
 
 def encoder(template, **options):
     tokenizer = merging_tokenizer(template, **options)
-    return PromptEncoder(
-        tokenizer, prompt_format="chat" if template else "raw", max_tokens=10**9
-    )
+    return PromptEncoder(tokenizer, prompt_format="chat" if template else "raw", max_tokens=10**9)
 
 
 ENCODERS = {
@@ -111,9 +109,7 @@ def test_spaces_belong_to_the_text_where_offsets_are_trimmed(encode, text):
     assert words(encode([user(text)]), Part.PROMPT) == text
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the raw response's spaces count as the prompt's template"
-)
+@pytest.mark.xfail(strict=True, reason="the raw response's spaces count as the prompt's template")
 def test_a_prompt_probe_sees_nothing_of_a_raw_response_where_offsets_are_trimmed():
     encoded = TRIMMED.encode([user("question")], "    answer")
     assert words(encoded, Part.PROMPT, Part.TEMPLATE) == "question"
@@ -214,7 +210,7 @@ def test_a_template_that_leaves_a_turn_out_is_an_error():
 
 
 def test_a_template_that_rewrites_the_text_is_an_error():
-    with pytest.raises(SidelightError, match="leaves a turn out|rewrites the text"):
+    with pytest.raises(SidelightError, match=r"leaves a turn out|rewrites the text"):
         encoder(SHOUTS).encode([user("hi")])
 
 

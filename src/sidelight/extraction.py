@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
-from jaxtyping import BFloat16, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sidelight.backbones import Backbone
@@ -40,41 +40,38 @@ def extract(
 def _extract_shard(
     backbone: Backbone, cache: ActivationCache, index: int, shown: Progress
 ) -> Shard:
+    """The shard's texts in the plan's random order, whatever order the batches ran in."""
     rows = cache.plan.rows[index]
+    prompts = [cache.prompts[row] for row in rows]
+    read = [prompt.mask(cache.reads) for prompt in prompts]
+    lengths = torch.tensor([int(mask.sum()) for mask in read])
+    starts = (lengths.cumsum(0) - lengths).tolist()
     sizes = backbone.fingerprint
-    hidden = torch.empty(sizes.layers, cache.plan.tokens[index], sizes.width, dtype=torch.bfloat16)
-    lengths: list[int] = []
-    order: list[int] = []
-    start = 0
-    for batch in by_length([len(cache.prompts[row]) for row in rows]):
-        chosen = [cache.prompts[rows[i]] for i in batch]
-        read = [prompt.mask(cache.reads) for prompt in chosen]
-        tokens = int(sum(mask.sum() for mask in read))
-        tap = _CopyTap(hidden[:, start : start + tokens], _positions(read))
+    hidden = torch.empty(sizes.layers, int(lengths.sum()), sizes.width, dtype=torch.bfloat16)
+    for batch in by_length([len(prompt) for prompt in prompts]):
+        tap = _CopyTap(hidden, [(read[i], starts[i]) for i in batch])
         with backbone.tapped(tap):
-            backbone.run(chosen)
-        start += tokens
-        order += [rows[i] for i in batch]
-        lengths += [int(mask.sum()) for mask in read]
-        shown.advance(sum(len(prompt) for prompt in chosen))
-    return Shard(hidden, torch.tensor(lengths), torch.tensor(order))
+            backbone.run([prompts[i] for i in batch])
+        shown.advance(sum(len(prompts[i]) for i in batch))
+    return Shard(hidden, lengths, torch.tensor(rows))
 
 
 class _CopyTap:
-    """Copies the read tokens of each layer to where they belong in the shard."""
+    """Copies the read tokens of each layer to where they belong in the shard.
+
+    Args:
+        target: The shard's states.
+        texts: For each text of the batch, which tokens are read and where they go.
+    """
 
     def __init__(
-        self, target: BFloat16[Tensor, "layer read width"], positions: Int[Tensor, " read"]
+        self,
+        target: Float[Tensor, "layer token width"],
+        texts: Sequence[tuple[Bool[Tensor, " token"], int]],
     ):
         self._target = target
-        self._positions = positions
+        self._texts = [(mask.nonzero()[:, 0], start) for mask, start in texts]
 
     def __call__(self, layer: int, hidden: Float[Tensor, "batch token width"]) -> None:
-        flat = hidden.flatten(0, 1)
-        self._target[layer].copy_(flat[self._positions.to(flat.device)])
-
-
-def _positions(masks: Sequence[Tensor]) -> Int[Tensor, " read"]:
-    """Where the read tokens are in the flattened right-padded batch."""
-    padded = torch.nn.utils.rnn.pad_sequence(list(masks), batch_first=True, padding_value=0)
-    return padded.flatten().nonzero()[:, 0]
+        for text, (read, start) in zip(hidden, self._texts, strict=True):
+            self._target[layer, start : start + len(read)].copy_(text[read.to(text.device)])

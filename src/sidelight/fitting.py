@@ -126,7 +126,7 @@ def fit(
     warnings += _doubts(training, validation)
     sets: list[TrainingSet] = []
     for examples in (training, validation):
-        prompts = _encode(backbone, examples, options.max_tokens)
+        prompts = _encode(backbone, examples, options)
         warnings += _cut(prompts, options.max_tokens)
         sets.append(TrainingSet(_extracted(backbone, prompts, options), _labels(examples)))
     trained = train_mechanisms(
@@ -162,14 +162,21 @@ def _held_out_share(rows: int) -> float:
 
 
 def _encode(
-    backbone: TransformersBackbone, examples: Examples, max_tokens: int
+    backbone: TransformersBackbone, examples: Examples, options: FitOptions
 ) -> list[EncodedPrompt]:
     encoder = backbone.encoder
-    limit = min(max_tokens, encoder.max_tokens)
-    return [
+    limit = min(options.max_tokens, encoder.max_tokens)
+    prompts = [
         encoder.encode_any_length(item.messages, item.response).shortened(limit)
         for item in examples.items
     ]
+    unread = sum(not prompt.mask(options.reads).any() for prompt in prompts)
+    if unread:
+        raise SidelightError(
+            f"{unread} of {len(prompts)} texts have no token that the probe would read "
+            f"({options.reads.side}). Name the answers' column with --response, or read the prompt."
+        )
+    return prompts
 
 
 def _cut(prompts: Sequence[EncodedPrompt], max_tokens: int) -> list[str]:

@@ -1,34 +1,40 @@
-"""Sharing probes: a folder with its model card to the Hugging Face hub, and back."""
+"""Sharing probes: an artifact with its model card to the Hugging Face hub or a folder, and back."""
 
+import shutil
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from sidelight.artifact import MANIFEST, WEIGHTS, load_probe, read_manifest
+from sidelight.artifact import MANIFEST, WEIGHTS, load_probe, read_manifest, save_probe
 from sidelight.cards import model_card
 from sidelight.errors import SidelightError
 
-_FILES = [MANIFEST, WEIGHTS, "README.md"]
+CARD = "README.md"
+_FILES = [MANIFEST, WEIGHTS, CARD]
 
 
-def push(directory: str | Path, repository: str, *, private: bool = False) -> str:
+def push(directory: str | Path, repository: str | Path, *, private: bool = False) -> str:
     """Uploads an artifact with a model card written from its manifest.
 
     Args:
-        directory: The artifact; its ``README.md`` is written.
-        repository: ``owner/name`` on the hub.
-        private: Whether a repository that this call creates is private.
+        directory: The artifact; the card is written there.
+        repository: ``owner/name`` on the hub; a ``Path`` is a folder, such as a shared drive.
+        private: Whether a hub repository that this call creates is private.
 
     Returns:
-        Where the commit can be seen.
+        Where it can be found.
 
     Raises:
         SidelightError: No artifact there, or the hub refuses.
     """
     directory = Path(directory)
-    load_probe(directory)
-    (directory / "README.md").write_text(model_card(read_manifest(directory)), "utf-8")
+    probe = load_probe(directory)
+    (directory / CARD).write_text(model_card(read_manifest(directory)), "utf-8")
+    if isinstance(repository, Path):
+        save_probe(probe, repository)
+        shutil.copy(directory / CARD, repository / CARD)
+        return str(repository)
     api = HfApi()
     try:
         api.create_repo(repository, private=private, exist_ok=True)
@@ -43,18 +49,21 @@ def push(directory: str | Path, repository: str, *, private: bool = False) -> st
     return str(commit)
 
 
-def pull(repository: str, directory: str | Path, *, revision: str | None = None) -> Path:
+def pull(repository: str | Path, directory: str | Path, *, revision: str | None = None) -> Path:
     """Downloads an artifact into a folder and checks it.
 
     Args:
-        repository: ``owner/name`` on the hub.
+        repository: ``owner/name`` on the hub, or a ``Path`` that ``push`` wrote to.
         directory: Where to.
-        revision: Branch, tag or commit; None is the main branch.
+        revision: Branch, tag or commit of the hub; None is the main branch.
 
     Raises:
-        SidelightError: The hub has no such artifact, or cannot be reached.
+        SidelightError: There is no such artifact, or the hub cannot be reached.
     """
     directory = Path(directory)
+    if isinstance(repository, Path):
+        save_probe(load_probe(repository), directory)
+        return directory
     try:
         snapshot_download(repository, revision=revision, local_dir=directory, allow_patterns=_FILES)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -64,8 +73,7 @@ def pull(repository: str, directory: str | Path, *, revision: str | None = None)
 
 
 def _refused(action: str, repository: str, error: Exception) -> SidelightError:
-    first = str(error).strip().splitlines()[0]
     return SidelightError(
-        f"Cannot {action} '{repository}' ({type(error).__name__}: {first}). Check the name, the "
+        f"Cannot {action} '{repository}': {type(error).__name__}. Check the name (owner/name), the "
         "network, and 'hf auth login'."
     )

@@ -1,11 +1,12 @@
 """What an inference engine gives the server: verdicts and text, as events of one forward pass.
 
-The HTTP layer knows this protocol and no engine; an engine knows messages, and nothing of HTTP.
+The HTTP layer knows this interface and no engine; an engine knows messages, and nothing of HTTP.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from sidelight.errors import SidelightError, VerdictError
 from sidelight.prompts import Message, Reads
@@ -101,6 +102,7 @@ class Load:
     waiting: int
 
 
+@runtime_checkable
 class LoadedProbe(Protocol):
     """What the server has to know of a probe."""
 
@@ -120,37 +122,38 @@ class LoadedProbe(Protocol):
         ...
 
 
-class Engine(Protocol):
+class Engine(ABC):
     """One served model with its probes."""
 
     @property
+    @abstractmethod
     def model(self) -> str:
         """The name that requests give as ``model``."""
-        ...
 
     @property
+    @abstractmethod
     def probes(self) -> Sequence[LoadedProbe]:
         """Every loaded probe."""
-        ...
 
     @property
+    @abstractmethod
     def load(self) -> Load:
         """The requests in it now."""
-        ...
 
     @property
+    @abstractmethod
     def is_ready(self) -> bool:
         """Whether requests are accepted."""
-        ...
 
+    @abstractmethod
     async def start(self) -> None:
         """Begins to work, in the running event loop."""
-        ...
 
+    @abstractmethod
     async def close(self) -> None:
         """Ends the work; requests still in it fail with ``EngineUnavailableError``."""
-        ...
 
+    @abstractmethod
     def generate(
         self, messages: Sequence[Message], sampling: Sampling
     ) -> AsyncGenerator[Event, None]:
@@ -162,8 +165,8 @@ class Engine(Protocol):
             EngineUnavailableError: Loading or stopped.
             GenerationError: A step failed.
         """
-        ...
 
+    @abstractmethod
     async def judge(self, conversations: Sequence[Sequence[Message]]) -> list[tuple[Verdict, ...]]:
         """The verdicts on each conversation, from one pass each; writes nothing.
 
@@ -175,7 +178,6 @@ class Engine(Protocol):
             ContextLengthError: A conversation is too long; nothing is cut.
             EngineBusyError, EngineUnavailableError, GenerationError: As for ``generate``.
         """
-        ...
 
 
 def verdict_failure(probes: Iterable[str]) -> VerdictError:

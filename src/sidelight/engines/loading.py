@@ -15,7 +15,7 @@ from sidelight.prompts import Message
 from sidelight.types import Verdict
 
 
-class LoadingEngine:
+class LoadingEngine(Engine):
     """Refuses with ``EngineUnavailableError`` until the loaded engine takes over.
 
     Args:

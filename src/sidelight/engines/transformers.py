@@ -17,6 +17,7 @@ from functools import partial
 
 from sidelight.backbones import TransformersBackbone
 from sidelight.engines.base import (
+    Engine,
     EngineUnavailableError,
     Event,
     Finished,
@@ -39,8 +40,8 @@ _log = logging.getLogger(__name__)
 Outbox = asyncio.Queue[Event | Failed]
 
 
-class TransformersEngine:
-    """Serves one backbone with its probes; see ``sidelight.engines.base.Engine``.
+class TransformersEngine(Engine):
+    """Serves one backbone with its probes.
 
     All bookkeeping happens in the event loop; one thread of the engine's own runs the model.
 
@@ -62,8 +63,8 @@ class TransformersEngine:
         _require_distinct(probes)
         for probe in probes:
             probe.fingerprint.require(backbone.fingerprint, probe=probe.name)
-        self.model = model or backbone.name
-        self.probes = tuple(probes)
+        self._model = model or backbone.name
+        self._probes = tuple(probes)
         self._encoder = backbone.encoder
         self._batch = Batch(backbone, probes)
         self._line = Line(limits or Limits())
@@ -72,6 +73,16 @@ class TransformersEngine:
         self._work = asyncio.Event()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sidelight-model")
         self._loop: asyncio.Task[None] | None = None
+
+    @property
+    def model(self) -> str:
+        """The name that requests give as ``model``."""
+        return self._model
+
+    @property
+    def probes(self) -> Sequence[Probe]:
+        """Every loaded probe."""
+        return self._probes
 
     @property
     def load(self) -> Load:

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from sidelight.cache import ActivationCache, Shard
 from sidelight.mechanisms import Geometry, Mechanism
-from sidelight.progress import progress
+from sidelight.progress import Progress, progress
 from sidelight.ragged import Ragged
 from sidelight.standardisation import Standardisation
 from sidelight.training.settings import Job
@@ -77,14 +77,14 @@ def train_mechanisms(
     run = _Run(task=task, training=training, validation=validation, device=torch.device(device))
     trainees = run.enrol(jobs)
     epochs = max(job.settings.epochs for job in jobs)
-    tokens = sum(training.cache.plan.tokens) + sum(validation.cache.plan.tokens)
+    tokens = sum(training.cache.plan.tokens)
     with progress("Training", epochs * tokens, unit="tokens") as shown:
         for epoch in range(epochs):
             active = [trainee for trainee in trainees if not trainee.has_finished]
-            if active:
-                run.train_epoch(active, epoch)
-                run.end_epoch(active)
-            shown.advance(tokens)
+            if not active:
+                break
+            run.train_epoch(active, epoch, shown)
+            run.end_epoch(active)
     return run.results(trainees)
 
 
@@ -121,9 +121,11 @@ class _Run:
         ]
 
     def _steps(self, batch_size: int) -> int:
-        return sum(math.ceil(len(rows) / batch_size) for rows in self._training.cache.plan.rows)
+        # A shard's random first cut can add a batch.
+        plan = self._training.cache.plan
+        return sum(math.ceil(len(rows) / batch_size) + 1 for rows in plan.rows)
 
-    def train_epoch(self, trainees: Sequence[Trainee], epoch: int) -> None:
+    def train_epoch(self, trainees: Sequence[Trainee], epoch: int, shown: Progress) -> None:
         order = torch.randperm(
             len(self._training.cache), generator=torch.Generator().manual_seed(epoch)
         )
@@ -131,13 +133,13 @@ class _Run:
             shard = self._training.cache.read(index)
             for group in _grouped_by_batches(trainees):
                 self._train_group(group, shard, epoch=epoch)
+            shown.advance(shard.hidden.shape[1])
 
     def _train_group(self, group: Sequence[Trainee], shard: Shard, *, epoch: int) -> None:
         job = group[0].job
         shuffle = torch.Generator().manual_seed(job.seed * 7919 + epoch)
-        texts = torch.randperm(len(shard.rows), generator=shuffle)
-        for chosen in texts.split(job.settings.batch_size):
-            batch = _select(shard, chosen, self._device, dtype=torch.bfloat16)
+        for chosen in _batches(shard, size=job.settings.batch_size, shuffle=shuffle):
+            batch = _on(chosen, self._device, torch.bfloat16)
             labels = self._labels[batch.rows]
             parts = self._project(batch, group)
             losses = [t.loss(part, labels) for t, part in zip(group, parts, strict=True)]
@@ -154,11 +156,10 @@ class _Run:
             for t in trainees
         ]
         weight = torch.cat([own.weight for own in folded], 2)
-        projected = torch.bmm(batch.hidden, weight).transpose(0, 1)  # (T, L, M)
-        parts = projected.split([own.weight.shape[2] for own in folded], 2)
-        return [
-            Ragged(part + own.shift, batch.lengths) for part, own in zip(parts, folded, strict=True)
-        ]
+        shift = torch.cat([own.shift for own in folded], 1).to(dtype)
+        projected = torch.baddbmm(shift[:, None], batch.hidden, weight)
+        parts = projected.transpose(0, 1).split([own.weight.shape[2] for own in folded], 2)
+        return [Ragged(part, batch.lengths) for part in parts]  # (T, L, M)
 
     def end_epoch(self, trainees: Sequence[Trainee]) -> None:
         scores = self._validate(trainees, dtype=torch.bfloat16)
@@ -171,9 +172,9 @@ class _Run:
         shape = (len(cache.prompts), self._task.outputs)
         scores = {id(trainee): np.empty(shape) for trainee in trainees}
         for index in range(len(cache)):
-            shard = cache.read(index)
-            for texts in torch.arange(len(shard.rows)).split(_VALIDATION_BATCH):
-                batch = _select(shard, texts, self._device, dtype=dtype)
+            shuffle = torch.Generator().manual_seed(0)
+            for chosen in _batches(cache.read(index), size=_VALIDATION_BATCH, shuffle=shuffle):
+                batch = _on(chosen, self._device, dtype)
                 for trainee, part in zip(trainees, self._project(batch, trainees), strict=True):
                     scores[id(trainee)][batch.rows] = trainee.logits(part).cpu().numpy()
         return [scores[id(trainee)] for trainee in trainees]
@@ -217,13 +218,21 @@ def _grouped_by_batches(trainees: Sequence[Trainee]) -> Iterator[list[Trainee]]:
     yield from groups.values()
 
 
-def _select(
-    shard: Shard, texts: Int[Tensor, " text"], device: torch.device, *, dtype: torch.dtype
-) -> Shard:
-    """The chosen texts' tokens, laid end to end, on the training device."""
-    lengths = shard.lengths[texts]
-    starts = (shard.lengths.cumsum(0) - shard.lengths)[texts]
-    offset = lengths.cumsum(0) - lengths
-    tokens = torch.arange(int(lengths.sum())) + (starts - offset).repeat_interleave(lengths)
-    hidden = shard.hidden.index_select(1, tokens).to(device, dtype)
-    return Shard(hidden, lengths.to(device), shard.rows[texts])
+def _batches(shard: Shard, *, size: int, shuffle: torch.Generator) -> Iterator[Shard]:
+    """The shard's texts in groups of neighbours, in random order and with a random first cut.
+
+    Texts lie in random order already, so neighbours are a random group, and a group is a view:
+    nothing is copied.
+    """
+    texts = len(shard.rows)
+    first = int(torch.randint(1, size + 1, (), generator=shuffle))
+    cuts = [0, *range(min(first, texts), texts, size), texts]
+    ends = torch.cat([torch.zeros(1, dtype=torch.long), shard.lengths.cumsum(0)]).tolist()
+    for index in torch.randperm(len(cuts) - 1, generator=shuffle).tolist():
+        start, stop = cuts[index], cuts[index + 1]
+        hidden = shard.hidden[:, ends[start] : ends[stop]]
+        yield Shard(hidden, shard.lengths[start:stop], shard.rows[start:stop])
+
+
+def _on(shard: Shard, device: torch.device, dtype: torch.dtype) -> Shard:
+    return Shard(shard.hidden.to(device, dtype), shard.lengths.to(device), shard.rows)

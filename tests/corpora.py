@@ -1,0 +1,66 @@
+"""Small labelled corpora with a planted signal: a capital letter that decides the class."""
+
+from pathlib import Path
+
+import numpy as np
+
+from sidelight.backbones import Backbone
+from sidelight.cache import ActivationCache
+from sidelight.extraction import extract
+from sidelight.prompts import EncodedPrompt, Message, Reads
+from sidelight.training import TrainingSet
+from sidelight.types import Task, TaskKind
+
+SIGNALS = "XYZ"
+TASKS: dict[TaskKind, Task] = {
+    "binary": Task("binary", ("fine", "toxic")),
+    "multiclass": Task("multiclass", ("x", "y", "z")),
+    "multilabel": Task("multilabel", ("x", "y", "z")),
+}
+_LETTERS = np.array(list("abcdefgh "))
+
+
+def planted(kind: TaskKind, count: int, *, seed: int) -> tuple[list[str], np.ndarray]:
+    """Texts of random small letters, and the labels that their capitals stand for.
+
+    Binary: X is positive. Multi-class: one capital each. Multi-label: any of the three.
+    """
+    random = np.random.default_rng(seed)
+    chosen = random.random((count, 3)) < 0.4
+    if kind == "binary":
+        chosen[:, 1:] = False
+    if kind == "multiclass":
+        chosen = np.eye(3, dtype=bool)[random.integers(0, 3, count)]
+    texts = [_with_capitals(random, np.array(list(SIGNALS))[row]) for row in chosen]
+    labels = {
+        "binary": chosen[:, 0],
+        "multiclass": chosen.argmax(1),
+        "multilabel": chosen,
+    }[kind]
+    return texts, labels.astype(np.int64)
+
+
+def _with_capitals(random: np.random.Generator, capitals: np.ndarray) -> str:
+    letters = random.choice(_LETTERS, random.integers(4, 9))
+    letters = np.concatenate([letters, np.repeat(capitals, 2)])
+    return "t" + "".join(random.permutation(letters))
+
+
+def encoded(backbone: Backbone, texts: list[str]) -> list[EncodedPrompt]:
+    """Each text as a conversation of one message."""
+    return [backbone.encoder.encode([Message("user", text)]) for text in texts]
+
+
+def training_set(
+    backbone: Backbone, root: Path, kind: TaskKind, count: int, *, seed: int
+) -> TrainingSet:
+    """An extracted corpus in a few shards."""
+    texts, labels = planted(kind, count, seed=seed)
+    cache = ActivationCache(
+        root,
+        encoded(backbone, texts),
+        reads=Reads(),
+        fingerprint=backbone.fingerprint,
+        shard_bytes=500_000,
+    )
+    return TrainingSet(extract(backbone, cache), labels)

@@ -1,0 +1,291 @@
+"""From rows to verdicts and back from disk, for every kind of task; misuse is one clear error."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import sidelight
+from corpora import TASKS, planted
+from sidelight.classifier import Classifier, load, train
+from sidelight.data import load_examples
+from sidelight.errors import ContextLengthError, SidelightError, VerdictError
+from sidelight.fitting import FitOptions, fit
+from sidelight.mechanisms import mechanism_spec
+from sidelight.prompts import Reads
+from sidelight.training import TrainingSettings
+from tiny import untrained_probe
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+QUICK = {
+    name: TrainingSettings(learning_rate=3e-2, weight_decay=0.01, epochs=3, batch_size=16)
+    for name in ("readout", "gate")
+}
+TRAINING, TESTING = 120, 40
+
+
+def rows_of(kind, count, seed):
+    """A planted corpus as a user's rows."""
+    texts, labels = planted(kind, count, seed=seed)
+    if kind == "multilabel":
+        named = [[name for name, on in zip("xyz", row, strict=True) if on] for row in labels]
+    else:
+        named = [TASKS[kind].labels[label] for label in labels]
+    return [{"text": text, "label": label} for text, label in zip(texts, named, strict=True)]
+
+
+def options_of(*mechanisms, **others):
+    return FitOptions(
+        mechanisms=tuple(mechanism_spec(name) for name in mechanisms), settings=QUICK, **others
+    )
+
+
+@pytest.fixture(scope="module")
+def fits(tiny, tmp_path_factory):
+    """For each kind of task a fit of two mechanisms."""
+    return {
+        kind: fit(
+            tiny,
+            load_examples(rows_of(kind, TRAINING, seed=0)),
+            None,
+            name=f"planted-{kind}",
+            options=options_of("readout", "gate", cache_root=tmp_path_factory.mktemp("cache")),
+        )
+        for kind in TASKS
+    }
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_rows_are_fitted_evaluated_judged_saved_and_loaded(tiny, fits, tmp_path, kind):
+    made = fits[kind]
+    classifier = Classifier(tiny, made.best.probe)
+    testing = rows_of(kind, TESTING, seed=1)
+    report = classifier.evaluate(testing).to_dict()
+    assert report["rows"] == TESTING
+    texts = [row["text"] for row in testing]
+    verdicts = classifier.predict(texts)
+    right = sum(
+        set(verdict.labels) == set(np.atleast_1d(row["label"]).tolist())
+        for verdict, row in zip(verdicts, testing, strict=True)
+    )
+    assert right > 0.75 * TESTING
+
+    again = load(classifier.save(tmp_path / "probe"), model=tiny)
+    assert again.predict(texts) == verdicts
+    assert again.evaluate(testing).to_dict() == report
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_verdicts_are_consistent(tiny, fits, kind):
+    probe = fits[kind].best.probe
+    for verdict in Classifier(tiny, probe).predict(["tabX", "tcbZ", "tde"]):
+        assert verdict.probe == f"planted-{kind}"
+        assert tuple(verdict.probabilities) == probe.task.labels
+        assert all(0 <= p <= 1 for p in verdict.probabilities.values())
+        assert set(verdict.labels) <= set(probe.task.labels)
+        if kind != "multilabel":
+            assert verdict.labels == (verdict.label,)
+            assert sum(verdict.probabilities.values()) == pytest.approx(1)
+        if kind == "multiclass":
+            assert not verdict.flagged
+        if kind == "binary":
+            assert verdict.flagged == (verdict.label == "toxic")
+
+
+def test_a_fit_reports_every_run_a_baseline_and_how_it_was_made(fits, tiny):
+    made = fits["binary"]
+    assert [run.probe.spec.name for run in made.runs] == ["readout", "gate"]
+    assert made.best.score == max(run.score for run in made.runs)
+    assert made.baseline.to_dict()["rows"] > 0
+    record = made.best.probe.record
+    assert record["training"]["rows"] + record["validation"]["rows"] == TRAINING
+    assert record["seed"] == 0
+    assert record["parameters"] > 0
+    assert made.best.probe.fingerprint == tiny.fingerprint
+
+
+def test_the_best_run_is_of_the_best_mechanism_on_average(tiny):
+    rows = load_examples(rows_of("binary", TRAINING, seed=0))
+    made = fit(tiny, rows, None, name="p", options=options_of("readout", "gate", seeds=(0, 1)))
+    assert [run.seed for run in made.runs] == [0, 1, 0, 1]
+    means = {
+        name: np.mean([run.score for run in made.runs if run.probe.spec.name == name])
+        for name in ("readout", "gate")
+    }
+    assert means[made.best.probe.spec.name] == max(means.values())
+
+
+def test_activations_are_gone_after_a_fit_unless_kept(tiny, tmp_path):
+    rows = load_examples(rows_of("binary", 60, seed=0))
+    for keep in (False, True):
+        fit(
+            tiny, rows, None, name="p",
+            options=options_of("gate", cache_root=tmp_path, keep_cache=keep),
+        )  # fmt: skip
+        assert bool(list(tmp_path.rglob("*.safetensors"))) == keep
+
+
+def test_train_gives_a_classifier_and_leaves_no_activations(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("SIDELIGHT_CACHE", str(tmp_path))
+    classifier = sidelight.train(tiny, rows_of("binary", 60, seed=0), mechanism="gate", name="mine")
+    assert classifier.predict(["tabc"])[0].probe == "mine"
+    assert classifier.probe.spec.name == "gate"
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_probe_of_the_response_is_trained_and_asked_with_responses(tiny):
+    texts, labels = planted("binary", 80, seed=0)
+    rows = [
+        {"text": "question", "answer": text, "label": "bad" if label else "good"}
+        for text, label in zip(texts, labels, strict=True)
+    ]
+    # The split keeps equal texts together, so each question is its own.
+    rows = [{**row, "text": f"question {i}"} for i, row in enumerate(rows)]
+    classifier = train(tiny, rows, response="answer", mechanism="gate")
+    assert classifier.probe.reads == Reads(side="response")
+    verdicts = classifier.predict(["question"] * 2, responses=["tab", "tXXXX"])
+    low, high = (verdict.probabilities["bad"] for verdict in verdicts)
+    assert low != high
+    with pytest.raises(VerdictError, match="no token that the probe reads"):
+        classifier.predict(["question"])
+
+
+def test_no_text_gives_no_verdict(tiny, fits):
+    assert Classifier(tiny, fits["binary"].best.probe).predict([]) == []
+
+
+LONG = "tab " * 25_000
+
+
+def test_a_text_longer_than_the_model_reads_is_refused_when_judging(tiny, fits):
+    with pytest.raises(ContextLengthError, match="at most 256"):
+        Classifier(tiny, fits["binary"].best.probe).predict(["short", LONG])
+
+
+def long_rows():
+    rows = rows_of("binary", 80, seed=0)
+    return [{**row, "text": row["text"] + LONG} if i < 7 else row for i, row in enumerate(rows)]
+
+
+@pytest.fixture(scope="module")
+def cut_warnings(tiny, tmp_path_factory):
+    made = fit(
+        tiny,
+        load_examples(long_rows()),
+        load_examples(rows_of("binary", 30, seed=1)),
+        name="p",
+        options=options_of("gate", cache_root=tmp_path_factory.mktemp("cache")),
+    )
+    return [warning for warning in made.warnings if "cut" in warning]
+
+
+def test_training_cuts_a_long_text_and_says_how_many(cut_warnings):
+    assert len(cut_warnings) == 1
+    assert cut_warnings[0].startswith("7 of 80 texts were cut to ")
+
+
+@pytest.mark.xfail(strict=True, reason="the warning names --max-tokens, not the model's limit")
+def test_the_warning_names_the_length_that_texts_were_cut_to(cut_warnings):
+    assert "cut to 256 tokens" in cut_warnings[0]
+
+
+def test_shared_and_rare_validation_texts_are_warned_of(tiny):
+    rows = load_examples(rows_of("binary", 60, seed=0))
+    few = load_examples(rows_of("binary", 60, seed=0)[:12], task=rows.task)
+    warnings = fit(tiny, rows, few, name="p", options=options_of("gate")).warnings
+    assert any("rarest class has" in warning for warning in warnings)
+    assert "12 validation texts are also training texts." in warnings
+
+
+GOOD = rows_of("binary", 30, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("data", "options"),
+    [
+        ([], {}),
+        ([{"text": "only"}], {}),
+        (GOOD, {"label": "nonesuch"}),
+        (GOOD, {"text": "nonesuch"}),
+        (GOOD, {"response": "nonesuch"}),
+        (GOOD, {"mechanism": "gat"}),
+        ([{**row, "label": "same"} for row in GOOD], {}),
+        ([{**row, "text": "same"} for row in GOOD], {}),
+        ([{**row, "text": 5} for row in GOOD], {}),
+        ([{**row, "text": None} for row in GOOD], {}),
+        ([{**row, "label": None} for row in GOOD], {}),
+        ([{**row, "label": {}} for row in GOOD], {}),
+        ([{**row, "text": "\ud83d"} for row in GOOD], {}),
+        ("nowhere.jsonl", {}),
+        (GOOD, {"validation": "nowhere.jsonl"}),
+        (GOOD, {"validation": [{"text": "a", "label": "unknown"}]}),
+    ],
+)
+def test_malformed_data_is_one_clear_error(tiny, data, options):
+    with pytest.raises(SidelightError) as caught:
+        train(tiny, data, **options)
+    assert str(caught.value)
+
+
+@pytest.mark.xfail(strict=True, reason="sklearn's ValueError leaks from validation_score")
+def test_validation_data_without_a_positive_is_one_clear_error(tiny):
+    fine = [row for row in GOOD if row["label"] == "fine"]
+    with pytest.raises(SidelightError, match="toxic"):
+        train(tiny, GOOD, validation=fine)
+
+
+@pytest.mark.xfail(strict=True, reason="_task asserts before _labels can raise")
+def test_fitting_examples_without_labels_is_one_clear_error(tiny):
+    unlabelled = load_examples(GOOD, label=None)
+    with pytest.raises(SidelightError, match="no labels"):
+        train(tiny, unlabelled)
+
+
+@pytest.mark.xfail(strict=True, reason="evaluate asserts that there are labels")
+def test_evaluating_examples_without_labels_is_one_clear_error(tiny, fits):
+    unlabelled = load_examples(GOOD, label=None)
+    with pytest.raises(SidelightError, match="no labels"):
+        Classifier(tiny, fits["binary"].best.probe).evaluate(unlabelled)
+
+
+@pytest.mark.xfail(strict=True, reason="loaded examples are used whatever their label order is")
+def test_evaluating_examples_of_another_task_is_one_clear_error(tiny, fits):
+    turned = load_examples(GOOD, positive="fine")
+    assert turned.task.labels == ("toxic", "fine")
+    with pytest.raises(SidelightError, match="fine"):
+        Classifier(tiny, fits["binary"].best.probe).evaluate(turned)
+
+
+@pytest.mark.xfail(strict=True, reason="loaded examples are used whatever their label order is")
+def test_validation_examples_of_another_task_are_one_clear_error(tiny):
+    with pytest.raises(SidelightError, match="fine"):
+        train(tiny, load_examples(GOOD), validation=load_examples(GOOD, positive="fine"))
+
+
+def test_a_probe_of_responses_without_responses_is_one_clear_error(tiny):
+    with pytest.raises(SidelightError, match="response"):
+        fit(
+            tiny, load_examples(GOOD), None, name="p",
+            options=options_of("gate", reads=Reads("response")),
+        )  # fmt: skip
+
+
+@pytest.mark.xfail(strict=True, reason="zip's ValueError leaks from predict")
+def test_another_number_of_responses_than_texts_is_one_clear_error(tiny):
+    classifier = Classifier(tiny, untrained_probe(tiny, "p", reads=Reads("response")))
+    with pytest.raises(SidelightError, match="2 texts"):
+        classifier.predict(["a", "b"], responses=["c"])
+
+
+@pytest.mark.xfail(strict=True, reason="every character of a lone string is judged as a text")
+def test_a_string_in_place_of_a_list_is_one_clear_error(tiny, fits):
+    with pytest.raises(SidelightError, match="list"):
+        Classifier(tiny, fits["binary"].best.probe).predict("a text")
+
+
+def test_loading_on_another_backbone_is_refused(tiny, fits, tmp_path):
+    probe = fits["binary"].best.probe
+    other = replace(probe.fingerprint, name="other/model", weights="f" * 16)
+    folder = Classifier(tiny, replace(probe, fingerprint=other)).save(tmp_path)
+    with pytest.raises(SidelightError, match="other/model"):
+        load(folder, model=tiny)

@@ -1,0 +1,126 @@
+"""What extraction writes is what a tap sees, also after a kill in the middle."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import killed_extraction
+from corpora import encoded
+from sidelight.backbones import load_backbone
+from sidelight.cache import ActivationCache
+from sidelight.errors import SidelightError
+from sidelight.extraction import extract
+from sidelight.prompts import Message, Reads
+
+TEXTS = ["one", "two words", "a third text that is longer than the others", "four", "five"]
+# bf16 keeps 8 bits, and batches of another shape may round to the neighbouring value.
+ROUNDING_TO_BF16 = {"rtol": 2**-7, "atol": 1e-4}
+
+
+def extracted(backbone, prompts, root, reads, shard_bytes):
+    cache = ActivationCache(
+        root, prompts, reads=reads, fingerprint=backbone.fingerprint, shard_bytes=shard_bytes
+    )
+    return extract(backbone, cache)
+
+
+def states_by_row(cache):
+    """Each text's states, ``[layer, token, width]``, whichever shard holds them."""
+    states = {}
+    for index in range(len(cache)):
+        shard = cache.read(index)
+        assert shard.hidden.dtype == torch.bfloat16
+        parts = shard.hidden.split(shard.lengths.tolist(), 1)
+        states.update(zip(shard.rows.tolist(), parts, strict=True))
+    return states
+
+
+@pytest.mark.parametrize("reads", [Reads(), Reads("response"), Reads("both", template=False)])
+@pytest.mark.parametrize("shard_bytes", [5_000, 10**6])
+def test_shards_hold_what_a_tap_sees_of_each_text(tiny, tmp_path, reads, shard_bytes):
+    prompts = [tiny.encoder.encode([Message("user", text)], text[::-1]) for text in TEXTS]
+    cache = extracted(tiny, prompts, tmp_path, reads, shard_bytes)
+    assert (len(cache) > 1) == (shard_bytes < 10**6)
+    assert not cache.missing()
+    states = states_by_row(cache)
+    assert sorted(states) == list(range(len(TEXTS)))
+    for row, prompt in enumerate(prompts):
+        seen = []
+        with tiny.tapped(lambda layer, hidden, seen=seen: seen.append(hidden[0])):
+            tiny.run([prompt])
+        expected = torch.stack(seen)[:, prompt.mask(reads)]
+        torch.testing.assert_close(states[row].float(), expected, **ROUNDING_TO_BF16)
+
+
+def test_shard_order_is_fixed_by_the_data(tiny, tmp_path):
+    prompts = encoded(tiny, TEXTS)
+    first, second = (
+        extracted(tiny, prompts, tmp_path / name, Reads(), 5_000) for name in ("a", "b")
+    )
+    assert first.plan == second.plan
+    for index in range(len(first)):
+        one, two = first.read(index), second.read(index)
+        assert torch.equal(one.rows, two.rows)
+        assert torch.equal(one.hidden, two.hidden)
+
+
+def test_a_complete_cache_runs_no_forward_pass(tiny, tmp_path):
+    prompts = encoded(tiny, TEXTS)
+    cache = extracted(tiny, prompts, tmp_path, Reads(), 5_000)
+    passes = []
+    hook = tiny.model.base_model.register_forward_pre_hook(lambda *_: passes.append(1))
+    extract(tiny, cache)
+    hook.remove()
+    assert not passes
+
+
+def test_a_budget_that_is_too_small_runs_no_forward_pass(tiny, tmp_path):
+    cache = ActivationCache(
+        tmp_path, encoded(tiny, TEXTS), reads=Reads(), fingerprint=tiny.fingerprint
+    )
+    with pytest.raises(SidelightError, match="--cache-budget"):
+        extract(tiny, cache, budget_bytes=100)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def identities(folder):
+    """What changes when a file is written again."""
+    return {
+        path.name: (path.stat().st_ino, path.stat().st_mtime_ns)
+        for path in folder.glob("*.safetensors")
+    }
+
+
+def test_an_extraction_killed_in_the_middle_goes_on_where_it_stopped(tiny, tmp_path):
+    model, root = tmp_path / "model", tmp_path / "killed"
+    tiny.model.save_pretrained(model)
+    tiny.tokenizer.save_pretrained(model)
+    died = subprocess.run(
+        [sys.executable, killed_extraction.__file__, str(model), str(root)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+    )
+    assert died.returncode == -signal.SIGKILL, died.stderr.decode()
+    backbone = load_backbone(model, device="cpu")
+    cache = killed_extraction.cache_at(backbone, root)
+    before = identities(cache.directory)
+    assert 0 < len(before) < len(cache)
+    leftover = cache.directory / "shard-00099.partial"
+    leftover.write_bytes(b"half a shard")
+
+    extract(backbone, cache)
+    after = identities(cache.directory)
+    assert {name: after[name] for name in before} == before
+    assert len(after) == len(cache)
+    assert not list(cache.directory.glob("*.partial"))
+    whole = extract(backbone, killed_extraction.cache_at(backbone, tmp_path / "whole"))
+    assert contents(cache.directory) == contents(whole.directory)
+    assert cache.directory.name == whole.directory.name

@@ -1,0 +1,263 @@
+"""Training is reproducible to the byte, learns what is there, and keeps the best epoch."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import average_precision_score
+from torch.nn import functional
+
+from corpora import TASKS, training_set
+from sidelight.mechanisms import Geometry, mechanism_names, mechanism_spec
+from sidelight.ragged import Ragged
+from sidelight.training import (
+    Job,
+    TrainingSettings,
+    suggested_settings,
+    train_mechanisms,
+    validation_score,
+)
+from sidelight.training.trainee import Trainee, make_loss
+
+QUICK = TrainingSettings(learning_rate=1e-2, weight_decay=0.01, epochs=3, batch_size=32)
+BRIEF = replace(QUICK, epochs=2)
+SIZES = {"training": 160, "validation": 80}
+
+
+@pytest.fixture(scope="module")
+def corpora(tiny, tmp_path_factory):
+    """For each kind of task a training and a validation set."""
+    root = tmp_path_factory.mktemp("activations")
+    return {
+        kind: {
+            split: training_set(tiny, root, kind, count, seed=seed)
+            for seed, (split, count) in enumerate(SIZES.items())
+        }
+        for kind in TASKS
+    }
+
+
+def job(mechanism="readout", *, seed=0, settings=QUICK, standardise=True, **options):
+    return Job(mechanism_spec(mechanism, options), seed, settings, standardise)
+
+
+def trained(corpora, *jobs, kind="binary"):
+    return train_mechanisms(jobs, task=TASKS[kind], **corpora[kind])
+
+
+def contents(one):
+    """Every byte that training decided."""
+    tensors = {key: value.numpy().tobytes() for key, value in one.mechanism.state_dict().items()}
+    return {**tensors, "logits": one.validation_logits.tobytes(), "history": one.history}
+
+
+EVERY = [job(name, settings=BRIEF) for name in mechanism_names()]
+
+
+@pytest.fixture(scope="module")
+def together(corpora):
+    """All mechanisms and two seeds, side by side."""
+    others = [job("gate", seed=1, settings=BRIEF), job("readout", standardise=False)]
+    return dict(
+        zip([*mechanism_names(), "seed 1", "raw"], trained(corpora, *EVERY, *others), strict=True)
+    )
+
+
+def test_the_same_seed_gives_the_same_bytes(corpora, together):
+    again = trained(corpora, *EVERY)
+    for name, one in zip(mechanism_names(), again, strict=True):
+        assert contents(one).keys() == contents(together[name]).keys()
+    first, second = (trained(corpora, job("gate", settings=BRIEF))[0] for _ in range(2))
+    assert contents(first) == contents(second)
+
+
+@pytest.mark.parametrize("name", mechanism_names())
+def test_a_job_does_not_depend_on_its_neighbours(corpora, together, name):
+    alone = trained(corpora, job(name, settings=BRIEF))[0]
+    assert contents(alone) == contents(together[name])
+
+
+def test_another_seed_gives_another_probe(together):
+    assert contents(together["gate"]) != contents(together["seed 1"])
+
+
+def test_training_leaves_the_random_state_of_the_caller_alone(corpora):
+    torch.manual_seed(7)
+    expected = torch.rand(1)
+    torch.manual_seed(7)
+    trained(corpora, job("gate", settings=replace(QUICK, epochs=1)))
+    assert torch.equal(torch.rand(1), expected)
+
+
+def planted_auprc(corpora, kind, names):
+    learn = replace(QUICK, learning_rate=3e-2, epochs=6, batch_size=16)
+    # Only the head learns under pooling, so it takes larger steps.
+    rates = {"pooling": 0.2}
+    jobs = [
+        job(name, settings=replace(learn, learning_rate=rates.get(name, learn.learning_rate)))
+        for name in names
+    ]
+    labels = corpora[kind]["validation"].labels
+    target = np.eye(3)[labels] if kind == "multiclass" else labels.reshape(len(labels), -1)
+    return {
+        name: average_precision_score(target, one.validation_logits, average="macro")
+        for name, one in zip(names, trained(corpora, *jobs, kind=kind), strict=True)
+    }
+
+
+def test_every_mechanism_learns_a_planted_signal(corpora):
+    auprc = planted_auprc(corpora, "binary", mechanism_names())
+    assert min(auprc.values()) > 0.95, auprc
+
+
+@pytest.mark.parametrize("kind", ["multiclass", "multilabel"])
+def test_several_planted_signals_are_told_apart(corpora, kind):
+    auprc = planted_auprc(corpora, kind, ["gate", "readout"])
+    assert min(auprc.values()) > 0.95, auprc
+
+
+def test_results_are_those_of_the_best_epoch(corpora):
+    # A rate so high that later epochs undo what the first ones learned.
+    wild = replace(QUICK, learning_rate=0.3, epochs=6, patience=6)
+    for one in trained(corpora, job("gate", settings=wild), job("readout", settings=wild)):
+        assert one.best_epoch == 1 + int(np.argmax(one.history))
+        score = validation_score(
+            TASKS["binary"], one.validation_logits, corpora["binary"]["validation"].labels
+        )
+        # Epochs are scored in bf16, the result in float32.
+        assert score == pytest.approx(one.history[one.best_epoch - 1], abs=0.02)
+
+
+def test_training_stops_when_its_patience_is_over(corpora):
+    still = replace(QUICK, learning_rate=0.0, weight_decay=0.0, epochs=9, patience=2)
+    one = trained(corpora, job("gate", settings=still))[0]
+    assert len(one.history) == 3
+    assert one.best_epoch == 1
+
+
+def a_trainee(settings=QUICK):
+    geometry = Geometry(2, 4, 1)
+    loss = make_loss(TASKS["binary"], torch.tensor([0, 1]), balanced=False)
+    return Trainee(
+        job("gate", settings=settings), geometry, steps=3, loss=loss, device=torch.device("cpu")
+    )
+
+
+def test_restoring_brings_back_the_best_epochs_parameters():
+    trainee = a_trainee()
+    bias = trainee.mechanism.head.bias
+    for value, score in [(1.0, 0.5), (2.0, 0.9), (3.0, 0.9), (4.0, 0.1)]:
+        with torch.no_grad():
+            bias.fill_(value)
+        trainee.end_epoch(score)
+    assert trainee.best_epoch == 2
+    trainee.restore_best()
+    assert trainee.mechanism.head.bias.item() == 2.0
+    assert not trainee.mechanism.training
+
+
+def test_the_rate_follows_a_cosine_to_zero():
+    settings = replace(QUICK, epochs=2, weight_decay=0.0)
+    trainee = a_trainee(settings)
+    rates = []
+    for _ in range(settings.epochs * 3):
+        rates.append(trainee._optimizer.param_groups[0]["lr"])
+        tokens = Ragged(torch.randn(2, 2, 3), torch.tensor([1, 1]))
+        trainee.loss(tokens, torch.tensor([0, 1])).backward()
+        trainee.step()
+    expected = 1e-2 * (1 + np.cos(np.pi * np.arange(6) / 6)) / 2
+    np.testing.assert_allclose(rates, expected, rtol=1e-6)
+    assert trainee._optimizer.param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-12)
+
+
+LOGITS = torch.tensor([[0.3, -1.0, 2.0], [1.0, 0.2, -0.5], [0.1, 0.1, 0.4], [-2.0, 1.0, 0.0]])
+
+
+def test_balanced_binary_loss_weighs_classes_by_their_inverse_frequency():
+    labels = torch.tensor([1, 0, 0, 0])
+    logits = LOGITS[:, :1]
+    each = functional.binary_cross_entropy_with_logits(
+        logits[:, 0], labels.float(), reduction="none"
+    )
+    plain = make_loss(TASKS["binary"], labels, balanced=False)(logits, labels)
+    torch.testing.assert_close(plain, each.mean())
+    balanced = make_loss(TASKS["binary"], labels, balanced=True)(logits, labels)
+    torch.testing.assert_close(balanced, (each * torch.tensor([3.0, 1, 1, 1])).mean())
+
+
+def test_balanced_multiclass_loss_weighs_classes_by_their_inverse_frequency():
+    labels = torch.tensor([0, 0, 1, 2])
+    each = functional.cross_entropy(LOGITS, labels, reduction="none")
+    plain = make_loss(TASKS["multiclass"], labels, balanced=False)(LOGITS, labels)
+    torch.testing.assert_close(plain, each.mean())
+    weight = torch.tensor([4 / 6, 4 / 6, 4 / 3, 4 / 3])
+    balanced = make_loss(TASKS["multiclass"], labels, balanced=True)(LOGITS, labels)
+    torch.testing.assert_close(balanced, (weight * each).sum() / weight.sum())
+
+
+def test_balanced_multilabel_loss_weighs_each_labels_positives():
+    labels = torch.tensor([[1, 1, 0], [0, 1, 0], [0, 1, 1], [0, 0, 1]])
+    each = functional.binary_cross_entropy_with_logits(LOGITS, labels.float(), reduction="none")
+    weight = torch.where(labels.bool(), torch.tensor([3.0, 1 / 3, 1.0]), 1.0)
+    balanced = make_loss(TASKS["multilabel"], labels, balanced=True)(LOGITS, labels)
+    torch.testing.assert_close(balanced, (weight * each).mean())
+
+
+def test_a_class_without_examples_does_not_break_a_balanced_loss():
+    multiclass = make_loss(TASKS["multiclass"], torch.tensor([0, 1, 0, 1]), balanced=True)
+    assert multiclass(LOGITS, torch.tensor([0, 1, 0, 1])).isfinite()
+    labels = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 1, 0], [0, 0, 0]])
+    assert make_loss(TASKS["multilabel"], labels, balanced=True)(LOGITS, labels).isfinite()
+
+
+def test_class_weight_of_a_job_changes_what_it_learns(corpora):
+    balanced = replace(BRIEF, class_weight="balanced")
+    plain, weighted = trained(corpora, job("gate", settings=BRIEF), job("gate", settings=balanced))
+    assert contents(plain) != contents(weighted)
+    # Negatives are the larger class here, so weights push logits up.
+    assert weighted.validation_logits.mean() > plain.validation_logits.mean()
+
+
+def test_without_standardisation_states_are_read_as_they_are(together):
+    raw = together["raw"]
+    assert not raw.standardisation.mean.any()
+    assert (raw.standardisation.scale == 1).all()
+    assert together["readout"].standardisation.mean.any()
+    assert raw.validation_logits.std() > 0
+
+
+def test_validation_logits_are_in_the_order_of_the_texts(corpora, together):
+    one, held_out = together["readout"], corpora["binary"]["validation"]
+    scaling = one.standardisation
+    for index in range(len(held_out.cache)):
+        shard = held_out.cache.read(index)
+        states = (shard.hidden.float() - scaling.mean[:, None]) / scaling.scale[:, None]
+        for row, text in zip(
+            shard.rows.tolist(), states.split(shard.lengths.tolist(), 1), strict=True
+        ):
+            mask = torch.ones(1, text.shape[1], dtype=torch.bool)
+            expected = one.mechanism(text[None], mask)[0].numpy()
+            # float32: the streaming form on folded weights.
+            np.testing.assert_allclose(one.validation_logits[row], expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_the_validation_score_is_one_for_perfect_logits(corpora, kind):
+    labels = corpora[kind]["validation"].labels
+    perfect = np.eye(3)[labels] if kind == "multiclass" else labels.reshape(len(labels), -1)
+    assert validation_score(TASKS[kind], perfect.astype(float), labels) == 1.0
+    assert validation_score(TASKS[kind], 1.0 - perfect, labels) < 0.7
+
+
+def test_a_label_without_positives_is_left_out_of_the_validation_score():
+    labels = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 0]])
+    logits = np.array([[2.0, 0, 9], [0, 2, 9], [0, 0, 9]])
+    assert validation_score(TASKS["multilabel"], logits, labels) == 1.0
+
+
+@pytest.mark.parametrize("name", mechanism_names())
+def test_every_mechanism_has_suggested_settings(name):
+    settings = suggested_settings(name)
+    assert 0 < settings.learning_rate < 1
+    assert 0 < settings.patience <= settings.epochs
