@@ -3,7 +3,6 @@
 import os
 import signal
 import socket
-import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -27,11 +26,17 @@ def test_a_signal_ends_the_server_once_the_running_text_is_complete():
     message = {"role": "user", "content": "hello"}
     request = {"model": MODEL, "messages": [message], "max_tokens": 200, "temperature": 0}
 
+    def interrupt(_module, _args):
+        hook.remove()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    # The first forward pass tells that the request is running.
+    hook = backbone.model.register_forward_pre_hook(interrupt)
+
     def ask():
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10) as http:
             while http.get("/ready").status_code != 200:
                 pass
-            threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
             return http.post("/v1/chat/completions", json=request)
 
     with ThreadPoolExecutor(1) as pool:

@@ -95,17 +95,22 @@ class CountRequests:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        # An exception that no handler took becomes a 500 further out.
-        status = "500"
+        is_answered = False
 
         async def noted(message: Message) -> None:
-            nonlocal status
+            nonlocal is_answered
             if message["type"] == "http.response.start":
-                status = str(message["status"])
+                is_answered = True
+                self._count(scope, message["status"])
             await send(message)
 
         try:
             await self._app(scope, receive, noted)
         finally:
-            route = getattr(scope.get("route"), "path", _UNROUTED)
-            self._metrics.requests.labels(route, status).inc()
+            # An exception that no handler took becomes a 500 further out.
+            if not is_answered:
+                self._count(scope, 500)
+
+    def _count(self, scope: Scope, status: int) -> None:
+        route = getattr(scope.get("route"), "path", _UNROUTED)
+        self._metrics.requests.labels(route, str(status)).inc()

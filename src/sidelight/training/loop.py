@@ -18,8 +18,8 @@ from sidelight.training.settings import Job
 from sidelight.training.trainee import Trainee, make_loss, validation_score
 from sidelight.types import Task
 
-# Enough tokens to know a mean to a hundredth of a standard deviation.
-_MOMENT_TOKENS = 16384
+# Enough tokens to know a mean to about a hundredth of a standard deviation.
+_MOMENT_TOKENS = 8192
 _VALIDATION_BATCH = 128
 
 

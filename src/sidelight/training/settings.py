@@ -32,8 +32,8 @@ class TrainingSettings:
 
 # Chosen on ToxicChat validation data; `docs/results.md` has the runs.
 _SUGGESTED = {
-    "pooling": TrainingSettings(learning_rate=2e-2, weight_decay=0.1, epochs=6),
-    "gate": TrainingSettings(learning_rate=1e-2, weight_decay=0.1, epochs=5),
+    "pooling": TrainingSettings(learning_rate=2e-2, weight_decay=0.1, epochs=4),
+    "gate": TrainingSettings(learning_rate=1e-2, weight_decay=0.1, epochs=4),
     "attention": TrainingSettings(learning_rate=1e-3, weight_decay=0.1, epochs=3),
     "readout": TrainingSettings(learning_rate=1e-3, weight_decay=0.3, epochs=4),
 }

@@ -65,12 +65,15 @@ class Trainee:
         return epochs >= settings.epochs or epochs - self.best_epoch >= settings.patience
 
     def logits(self, tokens: Ragged) -> Float[Tensor, "text output"]:
-        """The logits of projected tokens, ``[token, layer, column]``."""
+        """The logits of projected tokens, ``[token, layer, column]``, as when serving."""
+        self.mechanism.eval()
         return self.mechanism.finish(self.mechanism.summarise(tokens))
 
     def loss(self, tokens: Ragged, labels: Int[Tensor, "text ..."]) -> Float[Tensor, ""]:
         """The loss on a batch."""
-        return self._loss(self.logits(tokens), labels)
+        self.mechanism.train()
+        logits = self.mechanism.finish(self.mechanism.summarise(tokens))
+        return self._loss(logits, labels)
 
     def step(self) -> None:
         """Updates the parameters by the gradients that have been computed."""

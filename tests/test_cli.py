@@ -1,0 +1,166 @@
+"""The command line, in process, on a tiny backbone saved to disk."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from corpora import planted
+from sidelight.backbones import TransformersBackbone
+from sidelight.cli import main
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+
+@pytest.fixture(scope="module")
+def model(tiny: TransformersBackbone, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    tiny.model.save_pretrained(folder)
+    tiny.tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def write_rows(path: Path, count: int, *, seed: int) -> str:
+    texts, labels = planted("binary", count, seed=seed)
+    rows = [
+        {"text": text, "toxic": int(label), "checked": index % 2}
+        for index, (text, label) in enumerate(zip(texts, labels, strict=True))
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def trained(
+    model: str, tmp_path_factory: pytest.TempPathFactory, module_patch: pytest.MonkeyPatch
+) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    data = write_rows(folder / "train.jsonl", 160, seed=1)
+    module_patch.setenv("SIDELIGHT_CACHE", str(folder / "cache"))
+    arguments = ["train", "--model", model, "--data", data, "--label", "toxic", "--seeds", "2"]
+    code = run([*arguments, "--mechanism", "pooling,readout", "--out", str(folder / "probe")])
+    assert code == 0
+    return folder / "probe"
+
+
+@pytest.fixture(scope="module")
+def module_patch():
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+def run(arguments: list[str]) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["sidelight", *arguments])
+        try:
+            main()
+        except SystemExit as ended:
+            return int(ended.code or 0)
+    return 0
+
+
+def test_training_keeps_every_run_and_the_best(trained: Path):
+    runs = sorted(path.name for path in (trained / "runs").iterdir())
+    assert runs == ["pooling-seed0", "pooling-seed1", "readout-seed0", "readout-seed1"]
+    best = json.loads((trained / "training.json").read_text())["best"]
+    run = trained / "runs" / f"{best['mechanism']}-seed{best['seed']}"
+    name = "probe.safetensors"
+    assert (trained / name).read_bytes() == (run / name).read_bytes()
+
+
+def test_training_leaves_no_activations_behind(trained: Path):
+    activations = trained.parent / "cache" / "activations"
+    assert not list(activations.rglob("*.safetensors"))
+
+
+def test_eval_reports_every_metric_with_its_interval(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    data = write_rows(tmp_path / "test.jsonl", 80, seed=2)
+    arguments = ["eval", str(trained), "--data", data, "--label", "toxic", "--json"]
+    assert run([*arguments, "--subset", "checked", "--plots", str(tmp_path / "plots")]) == 0
+    report = json.loads(capsys.readouterr().out)
+    for metric in (
+        "f1", "precision", "recall", "auprc", "auroc", "accuracy", "macro_f1",
+        "recall_at_1pct_fpr", "ece",
+    ):  # fmt: skip
+        low, high = report[metric]["ci"]
+        assert 0 <= low <= high <= 1
+        assert 0 <= report[metric]["value"] <= 1
+    assert report["auprc"]["value"] > 0.9
+    assert report["rows"] == 80
+    assert report["subsets"]["checked"]["rows"] == 40
+    assert set(report["runs"]) == {"pooling", "readout"}
+    assert len(list((tmp_path / "plots").rglob("*.png"))) == 6
+
+
+def test_predict_gives_one_line_per_text_in_order(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    data = write_rows(tmp_path / "texts.jsonl", 30, seed=3)
+    assert run(["predict", str(trained), "--data", data]) == 0
+    from_file = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    texts = [json.loads(line)["text"] for line in Path(data).read_text().splitlines()]
+    assert len(from_file) == 30
+    assert run(["predict", str(trained), "--out", str(tmp_path / "v.jsonl"), texts[7]]) == 0
+    alone = json.loads((tmp_path / "v.jsonl").read_text())
+    assert alone["label"] == from_file[7]["label"]
+    assert alone["probabilities"] == pytest.approx(from_file[7]["probabilities"], abs=1e-4)
+
+
+def test_inspect_says_what_the_probe_is(trained: Path, capsys: pytest.CaptureFixture[str]):
+    assert run(["inspect", str(trained)]) == 0
+    shown = capsys.readouterr().out
+    assert "binary: 0, 1" in shown
+    assert "validation" in shown
+    assert run(["inspect", str(trained), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["name"] == "probe"
+
+
+def test_env_names_the_versions(capsys: pytest.CaptureFixture[str]):
+    assert run(["env", "--json"]) == 0
+    assert {"python", "torch", "transformers", "cache"} <= set(json.loads(capsys.readouterr().out))
+
+
+@pytest.mark.parametrize("command", ["", "train", "eval", "predict", "serve", "demo", "inspect",
+                                     "env", "bench", "bench extract", "bench train"])  # fmt: skip
+def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]):
+    assert run([*command.split(), "--help"]) == 0
+    assert "Usage:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "remedy"),
+    [
+        (["train", "--data", "{data}", "--out", "o", "--label", "toxi"], "Did you mean 'toxic'"),
+        (["train", "--data", "{data}", "--out", "o", "--text", "txt"], "Did you mean 'text'"),
+        (["train", "--data", "nowhere.jsonl", "--out", "o"], "nowhere.jsonl"),
+        (["train", "--data", "{data}", "--out", "o", "--label", "toxic", "--mechanism", "gat"],
+         "Did you mean 'gate'"),
+        (["train", "--data", "{data}", "--out", "o", "--label", "toxic", "--set", "readout.x=1"],
+         "Unknown option 'x'"),
+        (["train", "--data", "{data}", "--out", "o", "--label", "toxic", "--set", "heads=1"],
+         "MECHANISM.OPTION=VALUE"),
+        (["train", "--data", "{data}", "--out", "o", "--label", "toxic", "--model", "{data}"],
+         "Give 'smollm2'"),
+        (["train", "--data", "{data}", "--out", "o", "--label", "toxic", "--model", "{model}",
+          "--cache-budget", "0.0000001"], "--cache-budget"),
+        (["train", "--dat", "x"], "--data"),
+        (["eval", "nowhere", "--data", "{data}"], "sidelight train --out"),
+        (["predict", "nowhere"], "--data"),
+        (["serve", "--probe", "nowhere"], "sidelight train --out"),
+        (["tarin"], "train"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line_with_its_remedy_and_exit_code_2(
+    arguments: list[str], remedy: str, model: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    data = write_rows(tmp_path / "data.jsonl", 60, seed=4)
+    filled = [word.format(data=data, model=model) for word in arguments]
+    assert run(filled) == 2
+    shown = capfd.readouterr()
+    (line,) = [line for line in shown.err.splitlines() if line.startswith("Error:")]
+    assert remedy in line
+    assert "Traceback" not in shown.err
+    assert not Path("o").exists()

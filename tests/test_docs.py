@@ -1,0 +1,64 @@
+"""What README and docs say of the project holds."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+SOURCE = ROOT / "src" / "sidelight"
+
+
+def mapped_paths() -> set[Path]:
+    """The paths of the README's file map; names after a comma stand in the same folder."""
+    table = (ROOT / "README.md").read_text().split("| path | what it is |")[1].split("\n\n")[0]
+    paths: set[Path] = set()
+    for row in table.splitlines():
+        folder = ROOT
+        for name in re.findall(r"`([^`]+)`", row.split("|")[1]) if "|" in row else []:
+            path = ROOT / name if "/" in name.rstrip("/") else folder / name
+            folder = path.parent
+            paths.add(path)
+    return paths
+
+
+def test_every_path_of_the_file_map_exists():
+    assert [path for path in mapped_paths() if not path.exists()] == []
+
+
+def test_every_part_of_the_package_is_in_the_file_map():
+    parts = {
+        path
+        for path in SOURCE.iterdir()
+        if (path.suffix == ".py" or (path / "__init__.py").exists()) and path.name != "__init__.py"
+    }
+    assert parts - mapped_paths() == set()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_to_a_file_leads_somewhere(page: Path):
+    links = re.findall(r"\]\(([^)#]+)\)", page.read_text())
+    local = [link for link in links if not link.startswith("http")]
+    assert [link for link in local if not (page.parent / link).exists()] == []
+
+
+def test_every_dependency_has_its_sentence():
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    names = {re.split(r"[\[<>=~! ]", line)[0] for group in groups for line in group}
+    said = (ROOT / "docs" / "dependencies.md").read_text()
+    assert {name for name in names if name not in said} == set()
+
+
+def test_import_and_help_load_nothing_heavy():
+    code = (
+        "import sys, sidelight, sidelight.cli; "
+        "heavy = {'torch', 'transformers', 'fastapi', 'matplotlib', 'sklearn'} & set(sys.modules); "
+        "sys.exit(', '.join(heavy) or 0)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
