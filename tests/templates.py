@@ -11,7 +11,8 @@ SPECIAL_TOKENS = [
 DEFAULT_SYSTEM = "You are a helpful assistant."
 CHATML = (
     "{% if messages[0].role != 'system' %}<|im_start|>system\n"
-    "You are a helpful assistant.<|im_end|>\n{% endif %}{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "You are a helpful assistant.<|im_end|>\n{% endif %}{% for message in messages %}"
+    "<|im_start|>{{ message.role }}\n"
     "{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )

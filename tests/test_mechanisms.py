@@ -367,7 +367,7 @@ def test_a_specification_fills_in_every_option():
 def test_a_wrong_mechanism_or_option_names_the_right_ones():
     with pytest.raises(SidelightError, match=r"'gat'. Did you mean 'gate'\? Known: attention"):
         mechanism_spec("gat")
-    with pytest.raises(SidelightError, match="'head' of mechanism .* mean 'heads'"):
+    with pytest.raises(SidelightError, match=r"'head' of mechanism .* mean 'heads'"):
         mechanism_spec("readout", {"head": 2})
 
 

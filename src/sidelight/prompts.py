@@ -6,10 +6,12 @@ Knows text and tokens, not hidden states.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, Literal, Protocol
+from functools import lru_cache
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool
+from jinja2 import TemplateError
 from torch import Tensor
 
 from sidelight.errors import ContextLengthError, SidelightError
@@ -107,6 +109,7 @@ class EncodedPrompt:
         )
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """The part of a Hugging Face fast tokenizer that is used here."""
 
@@ -135,7 +138,8 @@ class PromptEncoder:
         self._tokenizer = tokenizer
         self.prompt_format: PromptFormat = prompt_format
         self.max_tokens = max_tokens
-        self._literals: dict[tuple[str, ...], list[str]] = {}
+        # Bounded: clients choose the sequences of roles.
+        self._template_literals = lru_cache(maxsize=256)(self._render_literals)
 
     def encode(self, messages: Sequence[Message], response: str | None = None) -> EncodedPrompt:
         """Token ids of the conversation, ready for generation or followed by ``response``.
@@ -188,15 +192,22 @@ class PromptEncoder:
 
     def _render(self, turns: Sequence[Message], *, for_generation: bool) -> str:
         conversation = [{"role": turn.role, "content": turn.content} for turn in turns]
-        return self._tokenizer.apply_chat_template(
-            conversation, tokenize=False, add_generation_prompt=for_generation
-        )
+        try:
+            return self._tokenizer.apply_chat_template(
+                conversation, tokenize=False, add_generation_prompt=for_generation
+            )
+        except TemplateError as error:
+            raise SidelightError(
+                f"The model's chat template refuses this conversation: {error}. Change the roles "
+                "or their order, or use the raw prompt format (--format raw)."
+            ) from error
 
     def _content_spans(
         self, rendered: str, turns: Sequence[Message], *, for_generation: bool
     ) -> list[tuple[int, int]]:
         """Where each turn's text stands in the rendered template, in characters."""
-        literals = self._template_literals(turns, for_generation=for_generation)
+        roles = tuple(turn.role for turn in turns)
+        literals = self._template_literals(roles, for_generation=for_generation)
         spans: list[tuple[int, int]] = []
         cursor = len(literals[0])
         for turn, literal in zip(turns, literals[1:], strict=True):
@@ -212,25 +223,21 @@ class PromptEncoder:
             cursor = ends[0] + len(literal)
         return spans
 
-    def _template_literals(self, turns: Sequence[Message], *, for_generation: bool) -> list[str]:
-        """What the template writes before, between and after the turns' texts."""
-        key = (str(for_generation), *(turn.role for turn in turns))
-        if key not in self._literals:
-            marks = [f"sidelight-turn-{i}-text" for i in range(len(turns))]
-            marked = [Message(turn.role, mark) for turn, mark in zip(turns, marks, strict=True)]
-            rest = self._render(marked, for_generation=for_generation)
-            literals: list[str] = []
-            for mark in marks:
-                before, found, rest = rest.partition(mark)
-                if not found:
-                    raise SidelightError(
-                        "The chat template leaves a turn out "
-                        f"(roles: {', '.join(turn.role for turn in turns)}). "
-                        "Use roles that the model knows, or the raw prompt format (--format raw)."
-                    )
-                literals.append(before)
-            self._literals[key] = [*literals, rest]
-        return self._literals[key]
+    def _render_literals(self, roles: tuple[str, ...], *, for_generation: bool) -> list[str]:
+        """What the template writes before, between and after the texts of turns of these roles."""
+        marks = [f"sidelight-turn-{i}-text" for i in range(len(roles))]
+        marked = [Message(role, mark) for role, mark in zip(roles, marks, strict=True)]
+        rest = self._render(marked, for_generation=for_generation)
+        literals: list[str] = []
+        for mark in marks:
+            before, found, rest = rest.partition(mark)
+            if not found:
+                raise SidelightError(
+                    f"The chat template leaves a turn out (roles: {', '.join(roles)}). "
+                    "Use roles that the model knows, or the raw prompt format (--format raw)."
+                )
+            literals.append(before)
+        return [*literals, rest]
 
 
 def _token_parts(

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -12,6 +12,7 @@ from sidelight.errors import FingerprintMismatchError
 from sidelight.prompts import EncodedPrompt, PromptEncoder
 
 
+@runtime_checkable
 class Tap(Protocol):
     """Called with each hidden state while it exists; must not keep it.
 
@@ -71,6 +72,7 @@ class Fingerprint:
             )
 
 
+@runtime_checkable
 class Backbone(Protocol):
     """A frozen LLM whose residual stream can be tapped."""
 

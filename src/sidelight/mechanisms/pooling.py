@@ -60,8 +60,9 @@ class MaxPooling(Aggregator):
         self, items: Float[Tensor, "batch group item width"], mask: Bool[Tensor, "batch item"]
     ) -> Float[Tensor, "batch group width"]:
         """The maximum over the items that the mask shows; NaN where it shows none."""
-        top = torch.where(mask[:, None, :, None], items, LOWEST).amax(2)
-        return _nan_if_empty(top)
+        if items.shape[2] == 0:
+            return items.sum(2) * torch.nan
+        return _nan_if_empty(torch.where(mask[:, None, :, None], items, LOWEST).amax(2))
 
     def columns(
         self, carry: Float[Tensor, "group width carry"]

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, get_args
 
 from sidelight.errors import SidelightError, did_you_mean
 from sidelight.mechanisms.base import Geometry, Mechanism
 
-OptionValue = int | float | str
+OptionValue = int | str
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,25 @@ def mechanism_spec(name: str, options: Mapping[str, OptionValue] | None = None) 
         SidelightError: Unknown mechanism or option, or a value that the mechanism refuses.
     """
     entry = _entry(name)
-    known = [field.name for field in fields(entry.options)]
-    for option in options or {}:
+    known = {field.name: field.type for field in fields(entry.options)}
+    for option, value in (options or {}).items():
         if option not in known:
             raise SidelightError(
                 f"Unknown option '{option}' of mechanism '{name}'.{did_you_mean(option, known)}"
             )
+        _check_value(f"{name}.{option}", value, known[option])
     return MechanismSpec(name, asdict(entry.options(**(options or {}))))
+
+
+def _check_value(option: str, value: OptionValue, kind: Any) -> None:
+    """Options are positive whole numbers, or one of a few names."""
+    names = get_args(kind)
+    if names and value not in names:
+        raise SidelightError(
+            f"{option} cannot be {value!r}.{did_you_mean(str(value), map(str, names))}"
+        )
+    if not names and (type(value) is not int or value < 1):
+        raise SidelightError(f"{option} cannot be {value!r}: give a whole number, 1 or more.")
 
 
 def _entry(name: str) -> _Entry:
