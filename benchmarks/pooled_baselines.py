@@ -1,6 +1,6 @@
 """Logistic regression on mean-pooled hidden states, and TF-IDF: the baselines of docs/results.md.
 
-    python benchmarks/pooled_baselines.py --train train.jsonl.gz --test test.jsonl.gz --label toxicity
+    python benchmarks/pooled_baselines.py --train TRAIN --test TEST --label toxicity
 
 For every layer the mean over the tokens that a probe reads; then a logistic regression on the best
 single layer, and one on all layers' means side by side. Layer and regularisation are chosen on

@@ -70,7 +70,6 @@ def test_the_key_changes_with_backbone_reads_and_texts(tiny, tmp_path):
     assert len(folders) == 8
 
 
-@pytest.mark.xfail(strict=True, reason="the shard size is not part of the key: stale shards mix")
 def test_the_key_changes_with_the_size_of_shards(tiny, tmp_path):
     small, large = (cache_of(tiny, tmp_path, shard_bytes=n) for n in (5_000, 50_000))
     assert small.plan != large.plan

@@ -184,7 +184,6 @@ def test_training_cuts_a_long_text_and_says_how_many(cut_warnings):
     assert cut_warnings[0].startswith("7 of 80 texts were cut to ")
 
 
-@pytest.mark.xfail(strict=True, reason="the warning names --max-tokens, not the model's limit")
 def test_the_warning_names_the_length_that_texts_were_cut_to(cut_warnings):
     assert "cut to 256 tokens" in cut_warnings[0]
 
@@ -227,28 +226,24 @@ def test_malformed_data_is_one_clear_error(tiny, data, options):
     assert str(caught.value)
 
 
-@pytest.mark.xfail(strict=True, reason="sklearn's ValueError leaks from validation_score")
 def test_validation_data_without_a_positive_is_one_clear_error(tiny):
     fine = [row for row in GOOD if row["label"] == "fine"]
     with pytest.raises(SidelightError, match="toxic"):
         train(tiny, GOOD, validation=fine)
 
 
-@pytest.mark.xfail(strict=True, reason="_task asserts before _labels can raise")
 def test_fitting_examples_without_labels_is_one_clear_error(tiny):
     unlabelled = load_examples(GOOD, label=None)
     with pytest.raises(SidelightError, match="no labels"):
         train(tiny, unlabelled)
 
 
-@pytest.mark.xfail(strict=True, reason="evaluate asserts that there are labels")
 def test_evaluating_examples_without_labels_is_one_clear_error(tiny, fits):
     unlabelled = load_examples(GOOD, label=None)
     with pytest.raises(SidelightError, match="no labels"):
         Classifier(tiny, fits["binary"].best.probe).evaluate(unlabelled)
 
 
-@pytest.mark.xfail(strict=True, reason="loaded examples are used whatever their label order is")
 def test_evaluating_examples_of_another_task_is_one_clear_error(tiny, fits):
     turned = load_examples(GOOD, positive="fine")
     assert turned.task.labels == ("toxic", "fine")
@@ -256,7 +251,6 @@ def test_evaluating_examples_of_another_task_is_one_clear_error(tiny, fits):
         Classifier(tiny, fits["binary"].best.probe).evaluate(turned)
 
 
-@pytest.mark.xfail(strict=True, reason="loaded examples are used whatever their label order is")
 def test_validation_examples_of_another_task_are_one_clear_error(tiny):
     with pytest.raises(SidelightError, match="fine"):
         train(tiny, load_examples(GOOD), validation=load_examples(GOOD, positive="fine"))
@@ -270,14 +264,12 @@ def test_a_probe_of_responses_without_responses_is_one_clear_error(tiny):
         )  # fmt: skip
 
 
-@pytest.mark.xfail(strict=True, reason="zip's ValueError leaks from predict")
 def test_another_number_of_responses_than_texts_is_one_clear_error(tiny):
     classifier = Classifier(tiny, untrained_probe(tiny, "p", reads=Reads("response")))
     with pytest.raises(SidelightError, match="2 texts"):
         classifier.predict(["a", "b"], responses=["c"])
 
 
-@pytest.mark.xfail(strict=True, reason="every character of a lone string is judged as a text")
 def test_a_string_in_place_of_a_list_is_one_clear_error(tiny, fits):
     with pytest.raises(SidelightError, match="list"):
         Classifier(tiny, fits["binary"].best.probe).predict("a text")

@@ -65,11 +65,10 @@ def together(corpora):
 
 
 def test_the_same_seed_gives_the_same_bytes(corpora, together):
-    again = trained(corpora, *EVERY)
-    for name, one in zip(mechanism_names(), again, strict=True):
-        assert contents(one).keys() == contents(together[name]).keys()
-    first, second = (trained(corpora, job("gate", settings=BRIEF))[0] for _ in range(2))
-    assert contents(first) == contents(second)
+    # Whatever the caller's own random state is.
+    torch.manual_seed(1234)
+    for name, again in zip(mechanism_names(), trained(corpora, *EVERY), strict=True):
+        assert contents(again) == contents(together[name]), name
 
 
 @pytest.mark.parametrize("name", mechanism_names())

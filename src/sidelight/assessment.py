@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from sidelight.artifact import load_probe
 from sidelight.backbones import DtypeName, TransformersBackbone, load_backbone
 from sidelight.bank import Bank
 from sidelight.classifier import encode
@@ -16,7 +15,7 @@ from sidelight.errors import SidelightError
 from sidelight.evaluation import Report, evaluate
 from sidelight.plots import plot_report
 from sidelight.probe import Probe
-from sidelight.runs import Measured, read_runs, summarise
+from sidelight.runs import Measured, StoredRuns, read_runs, summarise
 from sidelight.scoring import score
 
 
@@ -76,7 +75,8 @@ def assess(
     Raises:
         SidelightError: The artifact, data or backbone do not fit each other.
     """
-    chosen, runs = load_probe(directory), read_runs(directory)
+    stored = read_runs(directory)
+    chosen = stored.probes[stored.chosen]
     examples = load_examples(
         data,
         text=columns.text,
@@ -94,8 +94,8 @@ def assess(
     rows = {"All rows": np.arange(len(examples))}
     if subset is not None:
         rows[subset] = _true_rows(examples, subset)
-    logits = _all_logits(backbone, [chosen, *runs], examples)
-    return [_assess_rows(title, chosen, runs, logits, examples, at) for title, at in rows.items()]
+    logits = _all_logits(backbone, stored.probes, examples)
+    return [_assess_rows(title, stored, logits, examples, at) for title, at in rows.items()]
 
 
 def describe(assessments: Sequence[Assessment]) -> dict[str, Any]:
@@ -141,29 +141,26 @@ def _all_logits(
 
 def _assess_rows(
     title: str,
-    chosen: Probe,
-    runs: Sequence[Probe],
+    stored: StoredRuns,
     logits: Sequence[np.ndarray],
     examples: Examples,
     rows: np.ndarray,
 ) -> Assessment:
     assert examples.labels is not None
     labels = examples.labels[rows]
-    probabilities = [
-        probe.calibration.apply(own[rows])
-        for probe, own in zip((chosen, *runs), logits, strict=True)
-    ]
+    pairs = zip(stored.probes, logits, strict=True)
+    probabilities = [probe.calibration.apply(own[rows]) for probe, own in pairs]
     reports = [
         evaluate(probe.task, own, labels, thresholds=probe.thresholds)
-        for probe, own in zip((chosen, *runs), probabilities, strict=True)
+        for probe, own in zip(stored.probes, probabilities, strict=True)
     ]
-    measured = zip(runs, reports[1:], strict=True)
+    measured = zip(stored.probes, reports, strict=True)
     return Assessment(
         title=title,
-        chosen=chosen,
-        probabilities=probabilities[0],
+        chosen=stored.probes[stored.chosen],
+        probabilities=probabilities[stored.chosen],
         labels=labels,
-        report=reports[0],
+        report=reports[stored.chosen],
         runs=tuple(Measured(probe.spec.name, report) for probe, report in measured),
     )
 

@@ -86,7 +86,7 @@ class Bank:
         self._widths = [projection.weight.shape[2] for projection in projections]
         self._weight = torch.cat([p.weight.detach() for p in projections], 2).float().to(device)
         self._shift = torch.cat([p.shift.detach() for p in projections], 1).float().to(device)
-        self._mechanisms = [probe.mechanism.to(device) for probe in probes]
+        self._mechanisms = [probe.mechanism.to(device).eval() for probe in probes]
 
     @property
     def reads(self) -> frozenset[Reads]:

@@ -96,7 +96,7 @@ class ActivationCache:
         self._token_bytes = fingerprint.layers * fingerprint.width * _BYTES_PER_VALUE
         lengths = [int(prompt.mask(reads).sum()) for prompt in prompts]
         self.plan = ShardPlan.of(lengths, shard_tokens=max(1, shard_bytes // self._token_bytes))
-        self.directory = root / _key(prompts, reads, fingerprint)
+        self.directory = root / _key(prompts, reads, fingerprint, shard_bytes)
 
     def __len__(self) -> int:
         """The number of shards."""
@@ -162,8 +162,11 @@ class ActivationCache:
         os.replace(partial, self.directory / "manifest.json")
 
 
-def _key(prompts: Sequence[EncodedPrompt], reads: Reads, fingerprint: Fingerprint) -> str:
-    digest = hashlib.sha256(repr((FORMAT_VERSION, fingerprint.digest, fingerprint.dtype)).encode())
+def _key(
+    prompts: Sequence[EncodedPrompt], reads: Reads, fingerprint: Fingerprint, shard_bytes: int
+) -> str:
+    who = (FORMAT_VERSION, fingerprint.digest, fingerprint.dtype, shard_bytes)
+    digest = hashlib.sha256(repr(who).encode())
     digest.update(repr(reads).encode())
     for prompt in prompts:
         digest.update(repr((prompt.token_ids, prompt.parts)).encode())

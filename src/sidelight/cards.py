@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from sidelight.manifest import Manifest
+
 _CARD = """---
 library_name: sidelight
 tags: [sidelight, probe, text-classification]
@@ -30,20 +32,20 @@ and measure on your own with `sidelight eval`.
 """
 
 
-def summary(manifest: Mapping[str, Any]) -> dict[str, str]:
+def summary(manifest: Manifest) -> dict[str, str]:
     """What the manifest says, a line each."""
-    record, task, backbone = manifest["record"], manifest["task"], manifest["backbone"]
-    options = ", ".join(f"{k}={v}" for k, v in manifest["mechanism"]["options"].items())
+    record, backbone = manifest.record, manifest.backbone
+    options = ", ".join(f"{k}={v}" for k, v in manifest.mechanism.options.items())
     lines = {
-        "name": manifest["name"],
-        "task": f"{task['kind']}: {', '.join(task['labels'])}",
-        "mechanism": f"{manifest['mechanism']['name']} ({options})",
-        "reads": manifest["reads"]["side"],
-        "format": manifest["prompt_format"],
-        "backbone": f"{backbone['name']}, {backbone['layers']} layers x {backbone['width']}, "
-        f"{backbone['dtype']}",
-        "thresholds": ", ".join(f"{t:.3f}" for t in manifest["thresholds"]) or "the largest wins",
-        "calibration": manifest["calibration"]["kind"],
+        "name": manifest.name,
+        "task": f"{manifest.task.kind}: {', '.join(manifest.task.labels)}",
+        "mechanism": f"{manifest.mechanism.name} ({options})",
+        "reads": manifest.reads.side,
+        "format": manifest.prompt_format,
+        "backbone": f"{backbone.name}, {backbone.layers} layers x {backbone.width}, "
+        f"{backbone.dtype}, fingerprint {backbone.digest}",
+        "thresholds": ", ".join(f"{t:.3f}" for t in manifest.thresholds) or "the largest wins",
+        "calibration": str(manifest.calibration["kind"]),
     }
     if record:
         lines |= {
@@ -54,11 +56,10 @@ def summary(manifest: Mapping[str, Any]) -> dict[str, str]:
     return lines
 
 
-def model_card(manifest: Mapping[str, Any]) -> str:
+def model_card(manifest: Manifest) -> str:
     """The model card, in Markdown."""
     rows = "\n".join(f"- **{name}**: {value}" for name, value in summary(manifest).items())
-    backbone = manifest["backbone"]["name"]
-    return _CARD.format(name=manifest["name"], backbone=backbone, rows=rows)
+    return _CARD.format(name=manifest.name, backbone=manifest.backbone.name, rows=rows)
 
 
 def _figures(validation: Mapping[str, Any]) -> str:

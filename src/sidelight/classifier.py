@@ -10,6 +10,7 @@ from sidelight.artifact import load_probe, save_probe
 from sidelight.backbones import TransformersBackbone, load_backbone
 from sidelight.bank import Bank
 from sidelight.data import Example, Examples, InMemory, load_examples
+from sidelight.errors import SidelightError
 from sidelight.evaluation import Report, evaluate
 from sidelight.fitting import FitOptions, fit
 from sidelight.mechanisms import DEFAULT_MECHANISM, mechanism_spec
@@ -44,7 +45,13 @@ class Classifier:
             ContextLengthError: A text is longer than the backbone reads; none is cut.
             VerdictError: A verdict cannot be computed.
         """
+        if type(texts) is str:
+            raise SidelightError("predict takes a list of texts: write predict([text]).")
         examples = [_as_example(text) for text in texts]
+        if responses is not None and len(responses) != len(examples):
+            raise SidelightError(
+                f"Got {len(examples)} texts but {len(responses)} responses; give one for each text."
+            )
         if responses is not None:
             pairs = zip(examples, responses, strict=True)
             examples = [replace(example, response=response) for example, response in pairs]
@@ -69,7 +76,12 @@ class Classifier:
         examples = _as_examples(
             data, text=text, label=label, response=response, task=self.probe.task
         )
-        assert examples.labels is not None
+        if examples.labels is None or examples.task != self.probe.task:
+            raise SidelightError(
+                f"Cannot evaluate '{self.probe.name}' on examples with no labels or other ones "
+                f"(got {examples.task}, wanted {self.probe.task}). "
+                "Load them with task=classifier.probe.task."
+            )
         probabilities = self.probe.calibration.apply(self.logits(examples.items))
         return evaluate(
             self.probe.task, probabilities, examples.labels, thresholds=self.probe.thresholds

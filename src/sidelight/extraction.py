@@ -67,7 +67,7 @@ class _CopyTap:
     def __init__(
         self,
         target: Float[Tensor, "layer token width"],
-        texts: Sequence[tuple[Bool[Tensor, " token"], int]],
+        texts: Sequence[tuple[Bool[Tensor, " _"], int]],
     ):
         self._target = target
         self._texts = [(mask.nonzero()[:, 0], start) for mask, start in texts]

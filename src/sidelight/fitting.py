@@ -120,14 +120,16 @@ def fit(
         SidelightError: No labels, or the activations do not fit the disk.
     """
     warnings = [*training.warnings]
+    _labels(training)
     if validation is None:
         training, validation = training.split(_held_out_share(len(training)), seed=0)
         warnings += training.warnings
+    _require_same_task(training, validation)
     warnings += _doubts(training, validation)
     sets: list[TrainingSet] = []
     for examples in (training, validation):
         prompts = _encode(backbone, examples, options)
-        warnings += _cut(prompts, options.max_tokens)
+        warnings += _cut(prompts, min(options.max_tokens, backbone.encoder.max_tokens))
         sets.append(TrainingSet(_extracted(backbone, prompts, options), _labels(examples)))
     trained = train_mechanisms(
         _jobs(options),
@@ -203,6 +205,22 @@ def _doubts(training: Examples, validation: Examples) -> list[str]:
     if shared:
         doubts.append(f"{shared} validation texts are also training texts.")
     return doubts
+
+
+def _require_same_task(training: Examples, validation: Examples) -> None:
+    task = _task(training)
+    if validation.task != task:
+        raise SidelightError(
+            f"The validation data has the labels {validation.task}, the training data {task}. "
+            "Load it with task=training.task."
+        )
+    counts = _class_counts(task, _labels(validation))
+    missing = [label for label, count in zip(task.labels, counts, strict=True) if count == 0]
+    if missing and task.kind == "binary":
+        raise SidelightError(
+            f"The validation data has no '{missing[0]}' text, so no threshold can be chosen. "
+            "Add some, or leave validation data out: part of the training data is held out then."
+        )
 
 
 def _class_counts(task: Task, labels: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ class Progress(Protocol):
     """Receives how much of the work is done."""
 
     @property
-    def advance(self) -> Callable[[float], None]:
+    def advance(self) -> Callable[[int | float], None]:
         """Called with the amount done since the last call."""
         ...
 
@@ -27,11 +27,11 @@ class _Lines:
 
     _EVERY_S = 15.0
 
-    def __init__(self, title: str, total: float, unit: str):
+    def __init__(self, title: str, total: int | float, unit: str):
         self._title, self._total, self._unit = title, total, unit
         self._done, self._start, self._said = 0.0, monotonic(), monotonic()
 
-    def advance(self, amount: float) -> None:
+    def advance(self, amount: int | float) -> None:
         self._done += amount
         if monotonic() - self._said >= self._EVERY_S and self._done < self._total:
             self._said = monotonic()
@@ -50,7 +50,7 @@ class _Lines:
 
 
 @contextmanager
-def progress(title: str, total: float, *, unit: str) -> Generator[Progress]:
+def progress(title: str, total: int | float, *, unit: str) -> Generator[Progress]:
     """A progress bar with rate and time left on a terminal, a line now and then elsewhere.
 
     Args:
@@ -77,7 +77,7 @@ def progress(title: str, total: float, *, unit: str) -> Generator[Progress]:
 class _Amounts:
     """Hands amounts on."""
 
-    advance: Callable[[float], None]
+    advance: Callable[[int | float], None]
 
 
 def _rate_column(unit: str) -> "ProgressColumn":

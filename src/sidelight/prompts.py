@@ -162,6 +162,7 @@ class PromptEncoder:
         """As ``encode``, with no limit on the length: for training, which reports what it cuts."""
         if not messages:
             raise SidelightError("A conversation needs at least one message.")
+        _require_whole_characters([*(message.content for message in messages), response or ""])
         if self.prompt_format == "raw":
             return self._encode_raw(messages, response)
         return self._encode_chat(messages, response)
@@ -170,9 +171,9 @@ class PromptEncoder:
         prompt = "\n".join(message.content for message in messages)
         tokens = self._tokenizer(prompt + (response or ""), return_offsets_mapping=True)
         parts = [
-            # The tokenizer's own special tokens cover no text.
-            Part.TEMPLATE if end <= start else Part.PROMPT if start < len(prompt) else Part.RESPONSE
-            for start, end in tokens["offset_mapping"]
+            # The tokenizer's own special tokens cover no text, and say (0, 0).
+            Part.TEMPLATE if end == 0 else Part.PROMPT if start < len(prompt) else Part.RESPONSE
+            for start, end in map(_whole, tokens["offset_mapping"])
         ]
         return EncodedPrompt(tuple(tokens["input_ids"]), tuple(parts))
 
@@ -212,7 +213,8 @@ class PromptEncoder:
         cursor = len(literals[0])
         for turn, literal in zip(turns, literals[1:], strict=True):
             # Templates may strip a turn's text.
-            forms = (turn.content, turn.content.strip(), turn.content.lstrip())
+            text = turn.content
+            forms = (text, text.strip(), text.lstrip(), text.rstrip(), text.strip("\n"))
             ends = [cursor + len(f) for f in forms if rendered.startswith(f + literal, cursor)]
             if not ends:
                 raise SidelightError(
@@ -250,11 +252,27 @@ def _token_parts(
     end = spans[-1][0] if kinds[-1] == Part.RESPONSE else float("inf")
     parts: list[Part] = []
     turn = 0
-    for start, stop in offsets:
+    for start, stop in map(_whole, offsets):
         while turn < len(spans) and spans[turn][1] <= start:
             turn += 1
-        if turn < len(spans) and stop > spans[turn][0] and stop > start:
+        if turn < len(spans) and stop > spans[turn][0]:
             parts.append(kinds[turn])
         else:
             parts.append(Part.TEMPLATE if begin <= start < end else Part.UNREAD)
     return tuple(parts)
+
+
+def _whole(offset: tuple[int, int]) -> tuple[int, int]:
+    """The characters of a token; tokenizers that trim blanks say (end, end) for a blank one."""
+    start, end = offset
+    return (end - 1 if start == end > 0 else start, end)
+
+
+def _require_whole_characters(texts: Sequence[str]) -> None:
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError as error:
+        raise SidelightError(
+            "The text has half of a character (a lone surrogate). Decode it from valid UTF-8 or "
+            "UTF-16 first."
+        ) from error

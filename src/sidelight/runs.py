@@ -6,6 +6,7 @@ The best run's artifact lies in the folder itself, every run's in ``runs/``.
 import json
 import os
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,16 +14,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sidelight.artifact import MANIFEST, load_probe, save_probe
+from sidelight.artifact import load_probe, save_probe
 from sidelight.evaluation import Report
 from sidelight.fitting import Fit, Run
+from sidelight.manifest import MANIFEST, read_manifest
 from sidelight.probe import Probe
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
 RUNS = "runs"
 SHOWN_METRICS = ("auprc", "auroc", "f1", "accuracy", "macro_f1", "recall_at_1pct_fpr", "ece")
+# Of tables that no terminal shows.
+_WIDTH = 110
 
 
 @dataclass(frozen=True)
@@ -38,8 +43,23 @@ class Measured:
     report: Report
 
 
+@dataclass(frozen=True)
+class StoredRuns:
+    """Probes that were trained together.
+
+    Attributes:
+        probes: Every run.
+        chosen: Which of them the artifact itself is.
+    """
+
+    probes: tuple[Probe, ...]
+    chosen: int
+
+
 def write_fit(made: Fit, directory: Path) -> None:
     """Stores the best probe, every run, and the comparison (``training.json``)."""
+    # The runs of an earlier training in the same folder would mix with these.
+    shutil.rmtree(directory / RUNS, ignore_errors=True)
     for run in made.runs:
         save_probe(run.probe, directory / RUNS / _run_name(run))
     save_probe(made.best.probe, directory)
@@ -48,10 +68,14 @@ def write_fit(made: Fit, directory: Path) -> None:
     os.replace(partial, directory / "training.json")
 
 
-def read_runs(directory: Path) -> list[Probe]:
-    """Every run stored under an artifact, or the artifact itself where there are no runs."""
-    runs = sorted(path.parent for path in (directory / RUNS).glob(f"*/{MANIFEST}"))
-    return [load_probe(run) for run in runs] or [load_probe(directory)]
+def read_runs(directory: Path) -> StoredRuns:
+    """Every run stored under an artifact, or the artifact alone where it is none of them."""
+    folders = sorted(path.parent for path in (directory / RUNS).glob(f"*/{MANIFEST}"))
+    hashes = [read_manifest(folder).weights_sha256 for folder in folders]
+    chosen = read_manifest(directory).weights_sha256
+    if chosen not in hashes:
+        return StoredRuns((load_probe(directory),), 0)
+    return StoredRuns(tuple(map(load_probe, folders)), hashes.index(chosen))
 
 
 def describe_fit(made: Fit) -> dict[str, Any]:
@@ -90,23 +114,25 @@ def summarise(rows: Sequence[Measured]) -> dict[str, dict[str, dict[str, float]]
 
 
 def comparison_table(title: str, rows: Sequence[Measured]) -> "Table":
-    """One line per name: mean over seeds, and the standard deviation where there are several."""
+    """One line per name: mean over seeds, ± the standard deviation where there are several."""
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")
     table.add_column("probe")
     table.add_column("seeds", justify="right")
     for metric in SHOWN_METRICS:
-        table.add_column(metric.replace("recall_at_1pct_fpr", "recall@1%fpr"), justify="right")
+        table.add_column(metric.replace("recall_at_1pct_fpr", "rec@1%fpr"), justify="right")
     for name, reports in _by_name(rows).items():
         cells = [_cell(_values(reports, metric)) for metric in SHOWN_METRICS]
         table.add_row(name, str(len(reports)), *cells)
     return table
 
 
-def remove_runs(directory: Path) -> None:
-    """Forgets the runs of an earlier training in the same folder."""
-    shutil.rmtree(directory / RUNS, ignore_errors=True)
+def console() -> "Console":
+    """For tables: as wide as the terminal, or wide enough for a log."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else _WIDTH)
 
 
 def _measured(made: Fit) -> list[Measured]:
@@ -134,7 +160,7 @@ def _cell(values: Sequence[float]) -> str:
     if not values:
         return "-"
     mean = f"{np.mean(values):.3f}"
-    return mean if len(values) == 1 else f"{mean} ± {_spread(values):.3f}"
+    return mean if len(values) == 1 else f"{mean}±{_spread(values):.3f}"
 
 
 def _spread(values: Sequence[float]) -> float:

@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
@@ -70,21 +71,20 @@ class TransformersBackbone:
         Raises:
             SidelightError: No such model, or not a causal LM.
         """
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        place = _device(device)
         # Loading takes a second; its progress bars would only clutter ours.
         disable_progress_bar()
         try:
             config = AutoConfig.from_pretrained(path)
             model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype)
             tokenizer = AutoTokenizer.from_pretrained(path)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise SidelightError(
                 f"Cannot load '{name}' as a causal language model: {str(error).splitlines()[0]} "
                 "Give 'smollm2', a folder saved by save_pretrained, or a hub id."
             ) from error
         model = cast(PreTrainedModel, model)
-        model.to(torch.device(device))  # pyright: ignore[reportArgumentType]
+        model.to(place)  # pyright: ignore[reportArgumentType]
         return cls(model, tokenizer, name=name, prompt_format=prompt_format)
 
     @property
@@ -150,6 +150,18 @@ def _decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:
             "cannot be tapped. Sidelight supports decoder-only causal language models."
         )
     return max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise SidelightError(
+            f"There is no device '{name}' here: {str(error).splitlines()[0]} "
+            "Give cpu, cuda, cuda:1 or auto."
+        ) from error
 
 
 def _max_tokens(model: PreTrainedModel, tokenizer: Any) -> int:

@@ -1,6 +1,8 @@
 """Training all mechanisms with several seeds against the extraction that feeds them."""
 
 import tempfile
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,7 @@ from sidelight.training import Job, TrainingSet, suggested_settings, train_mecha
 def compare_training(
     *, backbone: TransformersBackbone, examples: Examples, repeats: int, seeds: int
 ) -> dict[str, Any]:
-    """Seconds of one extraction and of training everything from it, and their ratio."""
-    jobs = [
-        Job(mechanism_spec(name), seed, suggested_settings(name))
-        for name in mechanism_names()
-        for seed in range(seeds)
-    ]
+    """Seconds of one extraction, of training each mechanism from it, and of all together."""
     parts = examples.split(0.15, seed=0)
     assert examples.task is not None
     task = examples.task
@@ -34,19 +31,39 @@ def compare_training(
                 one.cache.remove()
                 extract(backbone, one.cache)
 
-        def train() -> None:
+        def train(names: Sequence[str]) -> None:
             train_mechanisms(
-                jobs, task=task, training=training, validation=validation, device=backbone.device
+                _jobs(names, seeds),
+                task=task,
+                training=training,
+                validation=validation,
+                device=backbone.device,
             )
 
-        seconds = interleaved({"extract": extraction, "train": train}, repeats=repeats)
-    pairs = zip(seconds["extract"], seconds["train"], strict=True)
+        names = mechanism_names()
+        each = {name: partial(train, [name]) for name in names}
+        seconds = interleaved(
+            {"extract": extraction, **each, "all": partial(train, names)}, repeats=repeats
+        )
+    extracted = seconds.pop("extract")
     return {
-        "probes": f"{len(jobs)}: {', '.join(mechanism_names())} x {seeds} seeds",
-        "extract s": spread(seconds["extract"], digits=1),
-        "train s": spread(seconds["train"], digits=1),
-        "train / extract": spread([own / other for other, own in pairs]),
+        "texts": len(examples),
+        "seeds": seeds,
+        "extract s": spread(extracted, digits=1),
+        **{f"{name} s": spread(own, digits=1) for name, own in seconds.items()},
+        **{
+            f"{name} / extract": spread([a / b for a, b in zip(own, extracted, strict=True)])
+            for name, own in seconds.items()
+        },
     }
+
+
+def _jobs(names: Sequence[str], seeds: int) -> list[Job]:
+    return [
+        Job(mechanism_spec(name), seed, suggested_settings(name))
+        for name in names
+        for seed in range(seeds)
+    ]
 
 
 def _uncached(backbone: TransformersBackbone, examples: Examples, root: Path) -> TrainingSet:

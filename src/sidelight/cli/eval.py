@@ -86,13 +86,11 @@ def evaluate(
 
 
 def _print(assessments: "list[Assessment]") -> None:
-    from rich.console import Console
+    from sidelight.runs import comparison_table, console
 
-    from sidelight.runs import comparison_table
-
-    console = Console()
+    out = console()
     for one in assessments:
         if len(one.runs) > 1:
-            console.print(comparison_table(f"{one.title}: every run", one.runs))
-        console.print(f"\n{one.title}: '{one.chosen.name}', {one.chosen.spec.name}")
-        console.print(one.report.table())
+            out.print(comparison_table(f"{one.title}: every run", one.runs))
+        out.print(f"\n{one.title}: '{one.chosen.name}', {one.chosen.spec.name}")
+        out.print(one.report.table())

@@ -1,6 +1,5 @@
 """``sidelight inspect``: what an artifact is, without loading its weights or a backbone."""
 
-import json
 from pathlib import Path
 
 import click
@@ -13,12 +12,12 @@ from sidelight.cli.options import examples_epilog, json_option
 @json_option
 def inspect(probe: Path, as_json: bool) -> None:
     """Show what a probe decides, what it reads, its backbone, and how it did in training."""
-    from sidelight.artifact import read_manifest
     from sidelight.cards import summary
+    from sidelight.manifest import read_manifest
 
     manifest = read_manifest(probe)
     if as_json:
-        click.echo(json.dumps(manifest, indent=2, ensure_ascii=False))
+        click.echo(manifest.to_json())
         return
     for name, value in summary(manifest).items():
         click.echo(f"{name:<12} {value}")

@@ -150,7 +150,7 @@ def train(out: Path, as_json: bool, **given: Any) -> None:
     """
     from sidelight.backbones import load_backbone
     from sidelight.fitting import fit
-    from sidelight.runs import describe_fit, fit_table, write_fit
+    from sidelight.runs import console, describe_fit, fit_table, write_fit
 
     options = _options(given)
     training, validation = _examples(given)
@@ -167,9 +167,7 @@ def train(out: Path, as_json: bool, **given: Any) -> None:
     if as_json:
         click.echo(json.dumps(describe_fit(made), indent=2))
         return
-    from rich.console import Console
-
-    Console().print(fit_table(made))
+    console().print(fit_table(made))
     click.echo(f"Best: {made.best.probe.spec.name}, seed {made.best.seed}. Saved to {out}")
     click.echo(f"Next: sidelight eval {out} --data TEST_FILE --label {given['label']}")
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from sidelight.artifact import save_probe
@@ -18,6 +17,7 @@ from sidelight.demo.server import ServerProcess
 from sidelight.evaluation import Report
 from sidelight.fitting import FitOptions, fit
 from sidelight.mechanisms import DEFAULT_MECHANISM, mechanism_spec
+from sidelight.runs import console
 
 _DATA = Path(__file__).parent / "data"
 # Task, and the positive class of a binary one.
@@ -27,7 +27,7 @@ _QUESTION = (
     "before my rent is due. What can I do?"
 )
 _METRICS = ("accuracy", "macro_f1", "auprc", "ece")
-_console = Console()
+_console = console()
 
 
 def run_demo(*, keep: bool, port: int) -> None:

@@ -17,7 +17,7 @@ from sidelight.mechanisms.registry import register
 from sidelight.mechanisms.two_stage import TwoStage
 from sidelight.ragged import Ragged
 
-# Queries per segment in training; see ``DowncastAttention._asking``.
+# Tokens of a text that ask in training; see ``DowncastAttention._asking``.
 TRAINING_QUERIES = 32
 
 
@@ -34,10 +34,18 @@ class DowncastAttention(Aggregator):
         inner: Size of the narrow space, divisible by ``heads``.
         heads: Attention heads.
         over_items: How the attended items become one vector.
+        training_queries: Queries per segment that training samples; None uses all.
     """
 
     def __init__(
-        self, *, groups: int, width: int, inner: int, heads: int, over_items: Literal["mean", "max"]
+        self,
+        *,
+        groups: int,
+        width: int,
+        inner: int,
+        heads: int,
+        over_items: Literal["mean", "max"],
+        training_queries: int | None = None,
     ):
         super().__init__()
         self.query_key_value = nn.Parameter(torch.empty(groups, width, 3 * inner))
@@ -47,6 +55,7 @@ class DowncastAttention(Aggregator):
         self._heads = heads
         self._over_items = over_items
         self._pool = pooling(over_items)
+        self._training_queries = training_queries
 
     def forward(
         self, items: Float[Tensor, "batch group item width"], mask: Bool[Tensor, "batch item"]
@@ -103,10 +112,11 @@ class DowncastAttention(Aggregator):
         the length and not with its square.
         """
         lengths = shown.sum(1, keepdim=True)
-        if self.training and self._over_items == "mean" and int(lengths.min()) > TRAINING_QUERIES:
-            spread = (torch.arange(TRAINING_QUERIES, device=shown.device) + 0.5) / TRAINING_QUERIES
-            return (spread * lengths).long()
-        return torch.arange(shown.shape[1], device=shown.device).expand_as(shown)
+        sample = self._training_queries
+        if not self.training or sample is None or int(lengths.min()) <= sample:
+            return torch.arange(shown.shape[1], device=shown.device).expand_as(shown)
+        spread = (torch.arange(sample, device=shown.device) + 0.5) / sample
+        return (spread * lengths).long()
 
     def _attend(
         self,
@@ -135,7 +145,7 @@ class _Grouping:
         inverse: Where each segment stands in the groups laid end to end.
     """
 
-    groups: tuple[Int[Tensor, " chosen"], ...]
+    groups: tuple[Int[Tensor, " _"], ...]
     inverse: Int[Tensor, " segment"]
 
 
@@ -185,12 +195,15 @@ def _build(geometry: Geometry, options: AttentionOptions) -> TwoStage:
         )
 
     def stage(groups: int) -> DowncastAttention:
+        # Tokens can be sampled; layers are few, and each is its own. A maximum needs all.
+        samples = groups == geometry.layers and options.pooling == "mean"
         return DowncastAttention(
             groups=groups,
             width=geometry.width,
             inner=inner,
             heads=options.heads,
             over_items=options.pooling,
+            training_queries=TRAINING_QUERIES if samples else None,
         )
 
     return TwoStage(stage, geometry)

@@ -5,7 +5,7 @@ weighted sums; two states merge exactly and in any order (Milakov & Gimelshein 2
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sidelight.ragged import LOWEST, Ragged
@@ -43,7 +43,7 @@ def finish(state: Ragged) -> Float[Tensor, "segment group head value"]:
 
 
 def masked_softmax(
-    scores: Float[Tensor, "*batch item head"], mask: Float[Tensor, "*batch item head"]
+    scores: Float[Tensor, "*batch item head"], mask: Bool[Tensor, "*#batch item #head"]
 ) -> Float[Tensor, "*batch item head"]:
     """Softmax over items, masked ones weighing nothing."""
     return torch.where(mask, scores, LOWEST).softmax(-2)

@@ -156,6 +156,7 @@ class _Run:
             for t in trainees
         ]
         weight = torch.cat([own.weight for own in folded], 2)
+        # Rounded like the states; calibration, fitted in float32, absorbs what that moves.
         shift = torch.cat([own.shift for own in folded], 1).to(dtype)
         projected = torch.baddbmm(shift[:, None], batch.hidden, weight)
         parts = projected.transpose(0, 1).split([own.weight.shape[2] for own in folded], 2)
