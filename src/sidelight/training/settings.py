@@ -35,7 +35,7 @@ _SUGGESTED = {
     "pooling": TrainingSettings(learning_rate=2e-2, weight_decay=0.1, epochs=4),
     "gate": TrainingSettings(learning_rate=1e-2, weight_decay=0.1, epochs=4),
     "attention": TrainingSettings(learning_rate=1e-3, weight_decay=0.1, epochs=3),
-    "readout": TrainingSettings(learning_rate=1e-3, weight_decay=0.3, epochs=4),
+    "readout": TrainingSettings(learning_rate=1e-3, weight_decay=0.3, epochs=6),
 }
 
 
