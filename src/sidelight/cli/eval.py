@@ -7,15 +7,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sidelight.cli.options import (
-    device_option,
-    dtype_option,
+    backbone_options,
+    column_options,
     examples_epilog,
     json_option,
-    label_option,
-    model_option,
-    response_option,
-    split_option,
-    text_option,
 )
 
 if TYPE_CHECKING:
@@ -32,10 +27,7 @@ if TYPE_CHECKING:
 )
 @click.argument("probe", type=click.Path(path_type=Path))
 @click.option("--data", required=True, help="JSONL, JSON, CSV, TSV (or .gz), Parquet, or hub name.")
-@text_option
-@label_option
-@response_option
-@split_option
+@column_options
 @click.option(
     "--subset",
     default=None,
@@ -49,9 +41,7 @@ if TYPE_CHECKING:
     help="Folder for precision-recall, reliability and confusion plots.",
 )
 @click.option("--out", type=click.Path(path_type=Path), default=None, help="File for the JSON.")
-@model_option
-@dtype_option
-@device_option
+@backbone_options
 @json_option
 def evaluate(
     probe: Path, plots: Path | None, out: Path | None, as_json: bool, **given: Any

@@ -36,6 +36,16 @@ response_option = click.option("--response", default=None, help="Column of the a
 split_option = click.option("--split", default=None, help="Split of a hub data set.")
 
 
+def column_options(command: Command) -> Command:
+    """Where a data file has text, label and response."""
+    return text_option(label_option(response_option(split_option(command))))
+
+
+def backbone_options(command: Command) -> Command:
+    """Which backbone, and how it is loaded."""
+    return model_option(dtype_option(device_option(command)))
+
+
 def examples_epilog(*commands: str) -> str:
     """Example commands for the end of a help page, each on its own line."""
     return "\b\nExamples:\n" + "\n".join(f"  {command}" for command in commands)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sidelight.cli.options import device_option, dtype_option, examples_epilog, model_option
+from sidelight.cli.options import backbone_options, examples_epilog
 
 if TYPE_CHECKING:
     from sidelight.engines import TransformersEngine
@@ -33,9 +33,7 @@ if TYPE_CHECKING:
     envvar="SIDELIGHT_API_KEY",
     help="Key that requests must carry; may be repeated. [env: SIDELIGHT_API_KEY]",
 )
-@model_option
-@dtype_option
-@device_option
+@backbone_options
 def serve(
     probes: tuple[Path, ...], host: str, port: int, api_keys: tuple[str, ...], **given: Any
 ) -> None:

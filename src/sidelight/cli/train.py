@@ -7,15 +7,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sidelight.cli.options import (
-    device_option,
-    dtype_option,
+    backbone_options,
+    column_options,
     examples_epilog,
     json_option,
-    label_option,
-    model_option,
-    response_option,
-    split_option,
-    text_option,
 )
 from sidelight.errors import SidelightError
 
@@ -36,10 +31,7 @@ if TYPE_CHECKING:
 )
 @click.option("--data", required=True, help="JSONL, JSON, CSV, TSV (or .gz), Parquet, or hub name.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
-@text_option
-@label_option
-@response_option
-@split_option
+@column_options
 @click.option("--positive", default=None, help="The positive class of a binary task.")
 @click.option(
     "--missing-label",
@@ -137,9 +129,7 @@ if TYPE_CHECKING:
     help="The most that activations may take.",
 )
 @click.option("--keep-cache", is_flag=True, help="Keep the activations for another training.")
-@model_option
-@dtype_option
-@device_option
+@backbone_options
 @json_option
 def train(out: Path, as_json: bool, **given: Any) -> None:
     """Train probes on a labelled file, and keep the best.
