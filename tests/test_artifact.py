@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 import sidelight
 from sidelight import artifact
@@ -120,8 +121,8 @@ def garble(folder):
 def swap(folder):
     """The weights of another artifact."""
     path = folder / WEIGHTS
-    tensors = artifact.load_file(path)
-    artifact.save_file({key: value + 1 for key, value in tensors.items()}, path)
+    tensors = load_file(path)
+    save_file({key: value + 1 for key, value in tensors.items()}, path)
 
 
 def with_own_hash(damage):
@@ -135,25 +136,25 @@ def with_own_hash(damage):
 
 
 def drop_a_tensor(folder):
-    tensors = artifact.load_file(folder / WEIGHTS)
+    tensors = load_file(folder / WEIGHTS)
     tensors.pop("mean")
-    artifact.save_file(tensors, folder / WEIGHTS)
+    save_file(tensors, folder / WEIGHTS)
 
 
 def reshape_a_tensor(folder):
-    tensors = artifact.load_file(folder / WEIGHTS)
+    tensors = load_file(folder / WEIGHTS)
     tensors["mechanism.bias"] = torch.zeros(7)
-    artifact.save_file(tensors, folder / WEIGHTS)
+    save_file(tensors, folder / WEIGHTS)
 
 
 def add_a_tensor(folder):
-    tensors = artifact.load_file(folder / WEIGHTS)
-    artifact.save_file({**tensors, "mechanism.extra": torch.zeros(1)}, folder / WEIGHTS)
+    tensors = load_file(folder / WEIGHTS)
+    save_file({**tensors, "mechanism.extra": torch.zeros(1)}, folder / WEIGHTS)
 
 
 def reshape_the_scaling(folder):
-    tensors = artifact.load_file(folder / WEIGHTS)
-    artifact.save_file({**tensors, "mean": torch.zeros(2, 5)}, folder / WEIGHTS)
+    tensors = load_file(folder / WEIGHTS)
+    save_file({**tensors, "mean": torch.zeros(2, 5)}, folder / WEIGHTS)
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,8 @@ def test_metrics_count_requests_tokens_and_verdicts():
     chat = 'sidelight_requests_total{route="/v1/chat/completions",status="%d"}'
     assert series[chat % 200] == series[chat % 400] == "1.0"
     assert series['sidelight_requests_total{route="other",status="404"}'] == "1.0"
-    assert series["sidelight_completion_tokens_total"] == "7.0"
+    written = answer["usage"]["completion_tokens"]
+    assert float(series["sidelight_completion_tokens_total"]) == written > 0
     assert float(series["sidelight_prompt_tokens_total"]) == answer["usage"]["prompt_tokens"]
     assert series['sidelight_verdicts_total{outcome="flagged",probe="always"}'] == "1.0"
     for name in ("time_to_verdict", "time_to_first_text", "e2e_request_latency"):

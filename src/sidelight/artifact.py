@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from sidelight.calibration import Calibration
@@ -57,7 +57,8 @@ def load_probe(directory: str | Path) -> Probe:
 
 
 def _replace(probe: Probe, scratch: Path, directory: Path) -> None:
-    save_file(_tensors(probe), scratch / WEIGHTS)
+    # Written as bytes: the library's own file would be readable by its owner only.
+    (scratch / WEIGHTS).write_bytes(save(_tensors(probe)))
     manifest = _describe(probe, weights_sha256=_sha256(scratch / WEIGHTS))
     (scratch / MANIFEST).write_text(manifest.to_json(), "utf-8")
     previous = directory / _PREVIOUS

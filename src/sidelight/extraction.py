@@ -14,18 +14,30 @@ from sidelight.progress import Progress, progress
 
 
 def extract(
-    backbone: Backbone, cache: ActivationCache, *, budget_bytes: int | None = None
+    backbone: Backbone,
+    cache: ActivationCache,
+    *,
+    budget_bytes: int | None = None,
+    title: str = "Extracting",
 ) -> ActivationCache:
     """Writes the shards that are missing; a second call after a kill does only the rest.
+
+    Args:
+        backbone: What gives the hidden states.
+        cache: What is filled.
+        budget_bytes: The most that the cache may take; None allows what the disk has.
+        title: Of the progress bar.
 
     Raises:
         SidelightError: The shards would not fit the disk or the budget.
     """
     cache.prepare(budget_bytes=budget_bytes)
     missing = cache.missing()
+    if not missing:
+        return cache
     total = sum(len(cache.prompts[row]) for index in missing for row in cache.plan.rows[index])
     # Writing overlaps the next shard's forward passes; one at a time, so two shards are in memory.
-    with ThreadPoolExecutor(1) as writer, progress("Extracting", total, unit="tokens") as shown:
+    with ThreadPoolExecutor(1) as writer, progress(title, total, unit="tokens") as shown:
         pending: Future[None] | None = None
         for index in missing:
             shard = _extract_shard(backbone, cache, index, shown)

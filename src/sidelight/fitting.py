@@ -127,10 +127,10 @@ def fit(
     _require_same_task(training, validation)
     warnings += _doubts(training, validation)
     sets: list[TrainingSet] = []
-    for examples in (training, validation):
+    for title, examples in (("Training texts", training), ("Validation texts", validation)):
         prompts = _encode(backbone, examples, options)
         warnings += _cut(prompts, min(options.max_tokens, backbone.encoder.max_tokens))
-        sets.append(TrainingSet(_extracted(backbone, prompts, options), _labels(examples)))
+        sets.append(TrainingSet(_extracted(backbone, prompts, options, title), _labels(examples)))
     trained = train_mechanisms(
         _jobs(options),
         task=_task(training),
@@ -230,11 +230,14 @@ def _class_counts(task: Task, labels: np.ndarray) -> np.ndarray:
 
 
 def _extracted(
-    backbone: TransformersBackbone, prompts: Sequence[EncodedPrompt], options: FitOptions
+    backbone: TransformersBackbone,
+    prompts: Sequence[EncodedPrompt],
+    options: FitOptions,
+    title: str,
 ) -> ActivationCache:
     root = options.cache_root or cache_root() / "activations"
     cache = ActivationCache(root, prompts, reads=options.reads, fingerprint=backbone.fingerprint)
-    return extract(backbone, cache, budget_bytes=options.cache_budget_bytes)
+    return extract(backbone, cache, budget_bytes=options.cache_budget_bytes, title=title)
 
 
 class _ProbeMaker:

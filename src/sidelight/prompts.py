@@ -169,7 +169,10 @@ class PromptEncoder:
 
     def _encode_raw(self, messages: Sequence[Message], response: str | None) -> EncodedPrompt:
         prompt = "\n".join(message.content for message in messages)
-        tokens = self._tokenizer(prompt + (response or ""), return_offsets_mapping=True)
+        # Not verbose: it warns of long texts, for which there is an error of our own.
+        tokens = self._tokenizer(
+            prompt + (response or ""), return_offsets_mapping=True, verbose=False
+        )
         parts = [
             # The tokenizer's own special tokens cover no text, and say (0, 0).
             Part.TEMPLATE if end == 0 else Part.PROMPT if start < len(prompt) else Part.RESPONSE
@@ -185,7 +188,9 @@ class PromptEncoder:
         kinds = [Part.UNREAD] * first + [Part.PROMPT] * (len(turns) - first)
         if response is not None:
             kinds[-1] = Part.RESPONSE
-        tokens = self._tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
+        tokens = self._tokenizer(
+            rendered, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
         return EncodedPrompt(
             token_ids=tuple(tokens["input_ids"]),
             parts=_token_parts(tokens["offset_mapping"], spans, kinds),

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sidelight.artifact import load_probe, save_probe
+from sidelight.errors import SidelightError
 from sidelight.evaluation import Report
 from sidelight.fitting import Fit, Run
 from sidelight.manifest import MANIFEST, read_manifest
@@ -54,6 +56,29 @@ class StoredRuns:
 
     probes: tuple[Probe, ...]
     chosen: int
+
+
+def check_folder(directory: Path) -> bool:
+    """Checks that a folder can be written, before hours of work go to it; leaves no new one.
+
+    Returns:
+        Whether it holds a probe already.
+
+    Raises:
+        SidelightError: It cannot be written.
+    """
+    is_new = not directory.exists()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+        if is_new:
+            directory.rmdir()
+    except OSError as error:
+        raise SidelightError(
+            f"Cannot write to {directory}: {error.strerror}. Name another folder with --out."
+        ) from error
+    return (directory / MANIFEST).exists()
 
 
 def write_fit(made: Fit, directory: Path) -> None:

@@ -65,7 +65,9 @@ def _convert(source: Path, target: Path) -> None:
     """Unpacks the GGUF file to ``target``; a killed conversion leaves nothing behind there."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     packed = AutoModelForCausalLM.from_pretrained(
         source.parent, gguf_file=source.name, dtype=torch.float32
     )

@@ -39,6 +39,7 @@ def main() -> None:
     except click.ClickException as error:
         _fail(error.format_message())
     except (click.Abort, KeyboardInterrupt):
+        print("Stopped. The same command goes on from what is finished.", file=sys.stderr)
         sys.exit(130)
 
 

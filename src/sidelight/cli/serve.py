@@ -33,9 +33,21 @@ if TYPE_CHECKING:
     envvar="SIDELIGHT_API_KEY",
     help="Key that requests must carry; may be repeated. [env: SIDELIGHT_API_KEY]",
 )
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="info",
+    show_default=True,
+    help="Of the server's own log.",
+)
 @backbone_options
 def serve(
-    probes: tuple[Path, ...], host: str, port: int, api_keys: tuple[str, ...], **given: Any
+    probes: tuple[Path, ...],
+    host: str,
+    port: int,
+    api_keys: tuple[str, ...],
+    log_level: str,
+    **given: Any,
 ) -> None:
     """Serve an LLM and its probes: OpenAI-compatible, every answer with its verdicts."""
     from sidelight.artifact import load_probe
@@ -56,4 +68,4 @@ def serve(
         )
         return TransformersEngine(backbone, loaded)
 
-    run(load, host=host, port=port, api_keys=api_keys)
+    run(load, host=host, port=port, api_keys=api_keys, log_level=log_level)

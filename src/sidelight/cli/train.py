@@ -140,10 +140,12 @@ def train(out: Path, as_json: bool, **given: Any) -> None:
     """
     from sidelight.backbones import load_backbone
     from sidelight.fitting import fit
-    from sidelight.runs import console, describe_fit, fit_table, write_fit
+    from sidelight.runs import check_folder, console, describe_fit, fit_table, write_fit
 
     options = _options(given)
     training, validation = _examples(given)
+    if check_folder(out):
+        click.echo(f"Warning: the probe in {out} will be replaced.", err=True)
     backbone = load_backbone(
         given["model"] or "smollm2",
         dtype=given["dtype"],

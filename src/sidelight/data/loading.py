@@ -113,7 +113,12 @@ def _is_hub_source(source: str) -> bool:
 
 def _require_text_columns(rows: Sequence[Row], text: str, response: str | None) -> None:
     known = column_names(rows)
-    require_column(text, rows=rows, known=known, remedy="Name the column of texts by text=.")
+    require_column(
+        text,
+        rows=rows,
+        known=known,
+        remedy="Name the column of texts with --text.",
+    )
     if response is not None:
         remedy = "Name the column of answers by response=."
         require_column(response, rows=rows, known=known, remedy=remedy)
@@ -152,7 +157,7 @@ def _check_missing(
         first = next(row for row in rows if _lacks_label(row, columns))
         raise SidelightError(
             f"{missing} of {len(rows)} rows have no label in column '{', '.join(columns)}', first "
-            f"{first.place}. Label them, or leave them out with on_missing_label='skip'."
+            f"{first.place}. Label them, or leave them out with --missing-label skip."
         )
 
 

@@ -31,8 +31,10 @@ class ServerProcess:
 
     def __enter__(self) -> "ServerProcess":
         named = [word for probe in self._probes for word in ("--probe", str(probe))]
-        command = [sys.executable, "-m", "sidelight", "serve", "--port", str(self._port), *named]
-        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        command = [sys.executable, "-m", "sidelight", "serve", "--port", str(self._port)]
+        self._process = subprocess.Popen(
+            [*command, "--log-level", "warning", *named], stdout=subprocess.DEVNULL
+        )
         return self
 
     def __exit__(

@@ -86,7 +86,7 @@ def _ask(url: str) -> None:
     table.add_column("verdicts on the prompt", ratio=2)
     verdicts: Sequence[dict[str, Any]] = (answer.model_extra or {})["sidelight"]["verdicts"]
     table.add_row(
-        f"[bold]user[/bold] {_QUESTION}\n\n[bold]model[/bold] {answer.choices[0].message.content}",
+        f"User: {_QUESTION}\n\nModel: {answer.choices[0].message.content}",
         "\n\n".join(_verdict(verdict) for verdict in verdicts),
     )
     _console.print(table)
@@ -94,7 +94,7 @@ def _ask(url: str) -> None:
 
 def _verdict(verdict: dict[str, Any]) -> str:
     chance = json.dumps({k: round(p, 3) for k, p in verdict["probabilities"].items()})
-    return f"[bold]{verdict['probe']}[/bold]: {verdict['label']}\n{chance}"
+    return f"{verdict['probe']}: {verdict['label'].upper()}\n{chance}"
 
 
 def _say(message: str) -> None:

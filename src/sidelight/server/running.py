@@ -25,6 +25,7 @@ def serve(
     api_keys: Sequence[str] = (),
     max_body_bytes: int = MAX_BODY_BYTES,
     drain_s: int = 30,
+    log_level: str = "info",
 ) -> None:
     """Serves until SIGINT or SIGTERM; requests in flight may finish.
 
@@ -37,6 +38,7 @@ def serve(
         api_keys: Keys of which requests must carry one; none: everybody is served.
         max_body_bytes: Larger requests are refused.
         drain_s: Seconds that requests in flight may take after a signal.
+        log_level: Of uvicorn's log: ``debug``, ``info``, ``warning`` or ``error``.
 
     Raises:
         SidelightError: The address cannot be listened on, or what ``load`` raised.
@@ -47,7 +49,8 @@ def serve(
 
     engine = LoadingEngine(load, on_failure=stop)
     app = create_app(engine, api_keys=api_keys, max_body_bytes=max_body_bytes)
-    server = uvicorn.Server(uvicorn.Config(app, ws="none", timeout_graceful_shutdown=drain_s))
+    config = uvicorn.Config(app, ws="none", timeout_graceful_shutdown=drain_s, log_level=log_level)
+    server = uvicorn.Server(config)
     listener = _listen(host, port)
     _log.addFilter(without_message)
     _log.info("Listening on http://%s:%d (Ctrl-C stops)", host, listener.getsockname()[1])

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sidelight.cache import ActivationCache, Shard
+from sidelight.errors import SidelightError
 from sidelight.mechanisms import Geometry, Mechanism
 from sidelight.progress import Progress, progress
 from sidelight.ragged import Ragged
@@ -165,6 +166,11 @@ class _Run:
     def end_epoch(self, trainees: Sequence[Trainee]) -> None:
         scores = self._validate(trainees, dtype=torch.bfloat16)
         for trainee, logits in zip(trainees, scores, strict=True):
+            if not np.isfinite(logits).all():
+                raise SidelightError(
+                    f"Training '{trainee.job.spec.name}' diverged: its logits are not finite. "
+                    f"Lower --learning-rate (it was {trainee.job.settings.learning_rate})."
+                )
             trainee.end_epoch(validation_score(self._task, logits, self._validation.labels))
 
     @torch.inference_mode()

@@ -1,8 +1,10 @@
 """How a mechanism is trained, and which mechanisms are trained together."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
+from sidelight.errors import SidelightError
 from sidelight.mechanisms import MechanismSpec
 
 ClassWeight = Literal["none", "balanced"]
@@ -28,6 +30,14 @@ class TrainingSettings:
     batch_size: int = 32
     patience: int = 3
     class_weight: ClassWeight = "none"
+
+    def __post_init__(self) -> None:
+        """Refuses numbers that the optimiser cannot use."""
+        if not 0 <= self.learning_rate < 1 or not 0 <= self.weight_decay < math.inf:
+            raise SidelightError(
+                f"Cannot train with learning rate {self.learning_rate} and weight decay "
+                f"{self.weight_decay}: the rate lies from 0 to 1, the decay is 0 or more."
+            )
 
 
 # Chosen on ToxicChat validation data; `docs/results.md` has the runs.

@@ -13,6 +13,9 @@ from sidelight.server.disconnect import unless_left
 from sidelight.server.report import verdict_json
 from sidelight.server.schemas import ModerationRequest
 
+# Clients send OpenAI's own names by default; here they mean: every probe.
+_OPENAI_MODELS = ("omni-moderation-", "text-moderation-")
+
 router = APIRouter(route_class=JsonRoute)
 
 
@@ -36,7 +39,8 @@ async def create(
 ) -> ModerationResponse:
     """Each text is judged as a user's message, by the probes that read the prompt alone."""
     model = context.engine.model
-    context.require_model(body.model or model)
+    if body.model is not None and not body.model.startswith(_OPENAI_MODELS):
+        context.require_model(body.model)
     reporter = context.reporter(body.probes)
     context.require_prompt_probe(reporter.probes)
     conversations = [[Message("user", text)] for text in body.input]
