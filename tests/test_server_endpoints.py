@@ -127,7 +127,9 @@ def test_metrics_count_requests_tokens_and_verdicts():
     request = {"model": MODEL, "messages": [{"role": "user", "content": "zebra"}]}
     probes = [untrained_probe(backbone, "always", threshold=0.0)]
     with served(TransformersEngine(backbone, probes)) as address, http_client(address) as http:
-        answer = http.post("/v1/chat/completions", json={**request, "max_tokens": 7}).json()
+        answer = http.post(
+            "/v1/chat/completions", json={**request, "max_tokens": 7, "temperature": 0}
+        ).json()
         http.post("/v1/chat/completions", json={})
         http.get("/some/path/of/zebra")
         series = dict(line.rsplit(" ", 1) for line in http.get("/metrics").text.splitlines())
