@@ -1,0 +1,117 @@
+"""From labelled examples to trained probes: extraction, training, calibration, choice."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from sidelight.backbones import TransformersBackbone
+from sidelight.backbones.embedded import cache_root
+from sidelight.cache import ActivationCache
+from sidelight.data import Examples
+from sidelight.evaluation import Report
+from sidelight.extraction import extract
+from sidelight.fitting.making import ProbeMaker, Run, baseline_report
+from sidelight.fitting.options import FitOptions
+from sidelight.fitting.screening import (
+    cut_warnings,
+    doubts,
+    encode,
+    labels_of,
+    require_same_task,
+    task_of,
+)
+from sidelight.prompts import EncodedPrompt
+from sidelight.training import TrainingSet, train_mechanisms
+
+# Rows that are enough to choose a threshold and a calibration by.
+_ENOUGH_VALIDATION_ROWS = 150
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Everything that one call to ``fit`` made.
+
+    Attributes:
+        runs: One per mechanism and seed.
+        best: Of the mechanism with the best mean validation score, the run with the best one.
+        baseline: TF-IDF with logistic regression on the same validation texts.
+        warnings: What the user should know, one sentence each.
+    """
+
+    runs: tuple[Run, ...]
+    best: Run
+    baseline: Report
+    warnings: tuple[str, ...]
+
+
+def fit(
+    backbone: TransformersBackbone,
+    training: Examples,
+    validation: Examples | None,
+    *,
+    name: str,
+    options: FitOptions,
+) -> Fit:
+    """Trains every mechanism with every seed from one pass of the backbone over the texts.
+
+    Args:
+        backbone: The frozen LLM.
+        training: Labelled texts.
+        validation: Labelled texts for early stopping, threshold and calibration; None holds out
+            15 % of ``training``, or more when it is small.
+        name: How verdicts will name the probe.
+        options: What to train.
+
+    Raises:
+        SidelightError: No labels, or the activations do not fit the disk.
+    """
+    warnings = [*training.warnings]
+    labels_of(training)
+    if validation is None:
+        training, validation = training.split(_held_out_share(len(training)), seed=0)
+        warnings += training.warnings
+    require_same_task(training, validation)
+    warnings += doubts(training, validation)
+    sets: list[TrainingSet] = []
+    for title, examples in (("Training texts", training), ("Validation texts", validation)):
+        prompts = encode(backbone, examples, options)
+        warnings += cut_warnings(prompts, min(options.max_tokens, backbone.encoder.max_tokens))
+        sets.append(TrainingSet(_extracted(backbone, prompts, options, title), labels_of(examples)))
+    trained = train_mechanisms(
+        options.jobs(),
+        task=task_of(training),
+        training=sets[0],
+        validation=sets[1],
+        device=backbone.device,
+    )
+    maker = ProbeMaker(backbone, training, validation, name=name, options=options)
+    runs = tuple(maker.make(one) for one in trained)
+    if not options.keep_cache:
+        for one in sets:
+            one.cache.remove()
+    return Fit(runs, _best(runs), baseline_report(training, validation), tuple(warnings))
+
+
+def _held_out_share(rows: int) -> float:
+    return max(0.15, min(0.3, _ENOUGH_VALIDATION_ROWS / rows))
+
+
+def _extracted(
+    backbone: TransformersBackbone,
+    prompts: Sequence[EncodedPrompt],
+    options: FitOptions,
+    title: str,
+) -> ActivationCache:
+    root = options.cache_root or cache_root() / "activations"
+    cache = ActivationCache(root, prompts, reads=options.reads, fingerprint=backbone.fingerprint)
+    return extract(backbone, cache, budget_bytes=options.cache_budget_bytes, title=title)
+
+
+def _best(runs: Sequence[Run]) -> Run:
+    by_mechanism: dict[str, list[float]] = {}
+    for run in runs:
+        by_mechanism.setdefault(repr(run.probe.spec), []).append(run.score)
+    return max(
+        runs, key=lambda run: (float(np.mean(by_mechanism[repr(run.probe.spec)])), run.score)
+    )

@@ -1,0 +1,107 @@
+"""Whether examples can be trained on, what is doubtful about them, and their token ids."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from sidelight.backbones import TransformersBackbone
+from sidelight.data import Examples
+from sidelight.errors import SidelightError
+from sidelight.fitting.options import FitOptions
+from sidelight.prompts import EncodedPrompt
+from sidelight.types import Task
+
+
+def encode(
+    backbone: TransformersBackbone, examples: Examples, options: FitOptions
+) -> list[EncodedPrompt]:
+    """The examples' token ids, cut to the limit.
+
+    Raises:
+        SidelightError: A text has no token that the probe would read.
+    """
+    encoder = backbone.encoder
+    limit = min(options.max_tokens, encoder.max_tokens)
+    prompts = [
+        encoder.encode_any_length(item.messages, item.response).shortened(limit)
+        for item in examples.items
+    ]
+    unread = sum(not prompt.mask(options.reads).any() for prompt in prompts)
+    if unread:
+        raise SidelightError(
+            f"{unread} of {len(prompts)} texts have no token that the probe would read "
+            f"({options.reads.side}). Name the answers' column with --response, or read the prompt."
+        )
+    return prompts
+
+
+def cut_warnings(prompts: Sequence[EncodedPrompt], max_tokens: int) -> list[str]:
+    """Says how many texts were cut."""
+    cut = sum(prompt.dropped > 0 for prompt in prompts)
+    if not cut:
+        return []
+    return [
+        f"{cut} of {len(prompts)} texts were cut to {max_tokens} tokens for training "
+        "(--max-tokens); judging never cuts."
+    ]
+
+
+def doubts(training: Examples, validation: Examples) -> list[str]:
+    """What makes the chosen threshold and calibration doubtful."""
+    doubts: list[str] = []
+    smallest = int(class_counts(task_of(validation), labels_of(validation)).min())
+    if smallest < 10:
+        doubts.append(
+            f"The rarest class has {smallest} validation texts: threshold, calibration and the "
+            "validation figures are rough. More labelled texts of it would help most."
+        )
+    seen = {item.text for item in training.items}
+    shared = sum(item.text in seen for item in validation.items)
+    if shared:
+        doubts.append(f"{shared} validation texts are also training texts.")
+    return doubts
+
+
+def require_same_task(training: Examples, validation: Examples) -> None:
+    """Checks that validation can choose what training needs.
+
+    Raises:
+        SidelightError: Other labels, or no text of a class of a binary task.
+    """
+    task = task_of(training)
+    if validation.task != task:
+        raise SidelightError(
+            f"The validation data has the labels {validation.task}, the training data {task}. "
+            "Load it with task=training.task."
+        )
+    counts = class_counts(task, labels_of(validation))
+    missing = [label for label, count in zip(task.labels, counts, strict=True) if count == 0]
+    if missing and task.kind == "binary":
+        raise SidelightError(
+            f"The validation data has no '{missing[0]}' text, so no threshold can be chosen. "
+            "Add some, or leave validation data out: part of the training data is held out then."
+        )
+
+
+def class_counts(task: Task, labels: np.ndarray) -> np.ndarray:
+    """Texts of each label."""
+    if task.kind == "multilabel":
+        return labels.sum(0)
+    return np.bincount(labels, minlength=len(task.labels))
+
+
+def labels_of(examples: Examples) -> np.ndarray:
+    """The labels.
+
+    Raises:
+        SidelightError: There are none.
+    """
+    if examples.labels is None:
+        raise SidelightError("These examples have no labels. Name the column with --label.")
+    return examples.labels
+
+
+def task_of(examples: Examples) -> Task:
+    """The task of labelled examples."""
+    assert examples.task is not None
+    return examples.task
