@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sidelight.backbones import Backbone
@@ -82,8 +82,17 @@ class _CopyTap:
         texts: Sequence[tuple[Bool[Tensor, " _"], int]],
     ):
         self._target = target
-        self._texts = [(mask.nonzero()[:, 0], start) for mask, start in texts]
+        self._texts = [(_as_slice(mask.nonzero()[:, 0]), start) for mask, start in texts]
 
     def __call__(self, layer: int, hidden: Float[Tensor, "batch token width"]) -> None:
         for text, (read, start) in zip(hidden, self._texts, strict=True):
-            self._target[layer, start : start + len(read)].copy_(text[read.to(text.device)])
+            rows = text[read]
+            self._target[layer, start : start + len(rows)].copy_(rows)
+
+
+def _as_slice(positions: Int[Tensor, " read"]) -> slice | Int[Tensor, " read"]:
+    """Neighbouring positions as a slice, which is a view where an index would be a copy."""
+    if len(positions) == 0:
+        return slice(0, 0)
+    first, last = int(positions[0]), int(positions[-1])
+    return slice(first, last + 1) if last - first + 1 == len(positions) else positions
