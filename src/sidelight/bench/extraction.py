@@ -11,6 +11,7 @@ from sidelight.bench.timing import interleaved, spread
 from sidelight.cache import ActivationCache
 from sidelight.data import Examples
 from sidelight.extraction import extract
+from sidelight.fitting import TRAINING_MAX_TOKENS
 from sidelight.prompts import EncodedPrompt, Reads
 
 
@@ -22,7 +23,8 @@ def compare_extraction(
     The plain pass runs the same batches without a tap and keeps nothing.
     """
     prompts = [
-        backbone.encoder.encode_any_length(e.messages).shortened(1024) for e in examples.items
+        backbone.encoder.encode_any_length(e.messages).shortened(TRAINING_MAX_TOKENS)
+        for e in examples.items
     ]
     tokens = sum(len(prompt) for prompt in prompts)
     with tempfile.TemporaryDirectory() as scratch:

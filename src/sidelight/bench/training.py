@@ -11,6 +11,7 @@ from sidelight.bench.timing import interleaved, spread
 from sidelight.cache import ActivationCache
 from sidelight.data import Examples
 from sidelight.extraction import extract
+from sidelight.fitting import TRAINING_MAX_TOKENS
 from sidelight.mechanisms import mechanism_names, mechanism_spec
 from sidelight.prompts import Reads
 from sidelight.training import Job, TrainingSet, suggested_settings, train_mechanisms
@@ -69,7 +70,8 @@ def _jobs(names: Sequence[str], seeds: int) -> list[Job]:
 def _uncached(backbone: TransformersBackbone, examples: Examples, root: Path) -> TrainingSet:
     assert examples.labels is not None
     prompts = [
-        backbone.encoder.encode_any_length(e.messages).shortened(1024) for e in examples.items
+        backbone.encoder.encode_any_length(e.messages).shortened(TRAINING_MAX_TOKENS)
+        for e in examples.items
     ]
     cache = ActivationCache(root, prompts, reads=Reads(), fingerprint=backbone.fingerprint)
     return TrainingSet(cache, examples.labels)
