@@ -229,8 +229,8 @@ def test_without_standardisation_states_are_read_as_they_are(together):
 def test_validation_logits_are_in_the_order_of_the_texts(corpora, together):
     one, held_out = together["readout"], corpora["binary"]["validation"]
     scaling = one.standardisation
-    for index in range(len(held_out.cache)):
-        shard = held_out.cache.read(index)
+    for index in range(len(held_out.states)):
+        shard = held_out.states.read(index)
         states = (shard.hidden.float() - scaling.mean[:, None]) / scaling.scale[:, None]
         for row, text in zip(
             shard.rows.tolist(), states.split(shard.lengths.tolist(), 1), strict=True

@@ -8,9 +8,10 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -68,6 +69,26 @@ class ShardPlan:
             shards[-1].append(row)
             tokens[-1] += lengths[row]
         return ShardPlan(tuple(map(tuple, shards)), tuple(tokens))
+
+
+class States(Protocol):
+    """Hidden states of some texts, shard by shard: what training reads.
+
+    Attributes:
+        fingerprint: The backbone.
+        plan: Which texts are in which shard; together each text once.
+    """
+
+    fingerprint: Fingerprint
+    plan: ShardPlan
+
+    def __len__(self) -> int:
+        """The number of shards."""
+        ...
+
+    def read(self, index: int) -> Shard:
+        """A shard; its texts lie in random order."""
+        ...
 
 
 class ActivationCache:
@@ -132,10 +153,8 @@ class ActivationCache:
 
     def write(self, index: int, shard: Shard) -> None:
         """Stores a shard; it exists afterwards or, if killed, not at all."""
-        partial = self._path(index).with_suffix(".partial")
         tensors = {"hidden": shard.hidden, "lengths": shard.lengths, "rows": shard.rows}
-        save_file(tensors, partial)
-        os.replace(partial, self._path(index))
+        write_tensors(tensors, self._path(index))
 
     def read(self, index: int) -> Shard:
         """A shard, mapped from disk."""
@@ -160,6 +179,53 @@ class ActivationCache:
         partial = self.directory / "manifest.partial"
         partial.write_text(json.dumps(manifest, indent=1))
         os.replace(partial, self.directory / "manifest.json")
+
+
+class MemoryStates:
+    """Some texts of a cache, gathered into memory as one shard.
+
+    Args:
+        cache: Where the texts are.
+        rows: Which of its texts; text i of this is the cache's ``rows[i]``.
+    """
+
+    def __init__(self, cache: ActivationCache, rows: Sequence[int]):
+        self.fingerprint = cache.fingerprint
+        self._shard = _gathered(cache, rows)
+        self.plan = ShardPlan((tuple(self._shard.rows.tolist()),), (self._shard.hidden.shape[1],))
+
+    def __len__(self) -> int:
+        """One shard."""
+        return 1
+
+    def read(self, index: int) -> Shard:
+        """The only shard."""
+        return self._shard
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """A safetensors file that exists afterwards whole or, if killed, not at all."""
+    partial = path.with_suffix(".partial")
+    save_file(dict(tensors), partial)
+    os.replace(partial, path)
+
+
+def _gathered(cache: ActivationCache, rows: Sequence[int]) -> Shard:
+    """The texts in random order, as in a shard on disk."""
+    place = {row: text for text, row in enumerate(rows)}
+    found: dict[int, Float[Tensor, "layer token width"]] = {}
+    for index, held in enumerate(cache.plan.rows):
+        if place.keys().isdisjoint(held):
+            continue
+        shard = cache.read(index)
+        parts = shard.hidden.split(shard.lengths.tolist(), 1)
+        for row, part in zip(held, parts, strict=True):
+            if row in place:
+                found[place[row]] = part.clone()
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
+    hidden = [found[text] for text in order]
+    lengths = torch.tensor([part.shape[1] for part in hidden])
+    return Shard(torch.cat(hidden, 1), lengths, torch.tensor(order))
 
 
 def _key(

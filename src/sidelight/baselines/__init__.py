@@ -1,5 +1,10 @@
-"""Simple rivals that every probe is compared with. One file each."""
+"""Rivals that probes are compared with, fitted to the same texts. One file each."""
 
-from sidelight.baselines.tfidf import tfidf_logits
+from sidelight.baselines.base import Baseline, Rival
+from sidelight.baselines.tfidf import TfIdf
 
-__all__ = ["tfidf_logits"]
+BASELINES: dict[str, type[Baseline]] = {
+    "tfidf": TfIdf,
+}
+
+__all__ = ["BASELINES", "Baseline", "Rival", "TfIdf"]

@@ -1,38 +1,63 @@
 """TF-IDF of words and characters with a logistic regression: what the words alone give away."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
+from jaxtyping import Float
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.multiclass import OneVsRestClassifier
 from sklearn.pipeline import make_pipeline, make_union
 
+from sidelight.baselines.base import Baseline, Rival
+from sidelight.study import Split, Study
 from sidelight.types import Task
 
 
-def tfidf_logits(
-    task: Task, texts: Sequence[str], labels: np.ndarray, held_out: Sequence[str]
-) -> np.ndarray:
-    """Logits on held-out texts, ``[text, output]``, of a model fitted to the others.
+@dataclass(frozen=True)
+class TfIdf(Baseline):
+    """Word 1- and 2-grams and character 2- to 5-grams, balanced logistic regression.
 
-    Word 1- and 2-grams and character 2- to 5-grams, balanced logistic regression (C = 10).
-
-    Args:
-        task: The classes.
-        texts: To fit to.
-        labels: As in ``Examples.labels``.
-        held_out: To score.
+    Attributes:
+        strength: Inverse of the L2 penalty (scikit-learn's C).
     """
-    features = make_union(
-        TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True),
-        TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True, min_df=2),
-    )
-    regression = LogisticRegression(C=10, max_iter=1000, class_weight="balanced")
-    multilabel = task.kind == "multilabel"
-    model = make_pipeline(features, OneVsRestClassifier(regression) if multilabel else regression)
-    model.fit(list(texts), labels)
-    if not multilabel:
-        return model.decision_function(list(held_out)).reshape(len(held_out), -1)
-    chance = model.predict_proba(list(held_out)).clip(1e-9, 1 - 1e-9)
-    return np.log(chance / (1 - chance))
+
+    title: ClassVar[str] = "TF-IDF, logistic regression"
+    is_single_pass: ClassVar[bool] = False
+    strength: float = 10.0
+
+    def fit(self, study: Study, *, seed: int) -> Rival:
+        """Fits to the training texts; nothing is chosen on validation texts."""
+        features = make_union(
+            TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True),
+            TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True, min_df=2),
+        )
+        regression = LogisticRegression(C=self.strength, max_iter=1000, class_weight="balanced")
+        is_multilabel = study.task.kind == "multilabel"
+        head = OneVsRestClassifier(regression) if is_multilabel else regression
+        inputs = features.fit_transform(study.training.texts)
+        head.fit(inputs, study.training.labels)
+        parameters = (inputs.shape[1] + 1) * study.task.outputs
+        return _Fitted(parameters, _scorer(make_pipeline(features, head), study.task))
+
+
+@dataclass(frozen=True)
+class _Fitted(Rival):
+    score: Callable[[Sequence[str]], np.ndarray]
+
+    def logits(self, split: Split) -> Float[np.ndarray, "text output"]:
+        return self.score(split.texts)
+
+
+def _scorer(model: Any, task: Task) -> Callable[[Sequence[str]], np.ndarray]:
+    if task.kind != "multilabel":
+        return lambda texts: model.decision_function(texts).reshape(len(texts), -1)
+
+    def log_odds(texts: Sequence[str]) -> np.ndarray:
+        # A label that no training text has is constant, and then there is no decision function.
+        chance = model.predict_proba(texts).clip(1e-9, 1 - 1e-9)
+        return np.log(chance / (1 - chance))
+
+    return log_odds

@@ -25,12 +25,13 @@ def compare_training(
     assert examples.task is not None
     task = examples.task
     with tempfile.TemporaryDirectory() as scratch:
-        training, validation = (_uncached(backbone, part, Path(scratch)) for part in parts)
+        caches = [_uncached(backbone, part, Path(scratch)) for part in parts]
+        training, validation = map(_labelled, caches, parts)
 
         def extraction() -> None:
-            for one in (training, validation):
-                one.cache.remove()
-                extract(backbone, one.cache)
+            for cache in caches:
+                cache.remove()
+                extract(backbone, cache)
 
         def train(names: Sequence[str]) -> None:
             train_mechanisms(
@@ -67,11 +68,14 @@ def _jobs(names: Sequence[str], seeds: int) -> list[Job]:
     ]
 
 
-def _uncached(backbone: TransformersBackbone, examples: Examples, root: Path) -> TrainingSet:
-    assert examples.labels is not None
+def _uncached(backbone: TransformersBackbone, examples: Examples, root: Path) -> ActivationCache:
     prompts = [
         backbone.encoder.encode_any_length(e.messages).shortened(TRAINING_MAX_TOKENS)
         for e in examples.items
     ]
-    cache = ActivationCache(root, prompts, reads=Reads(), fingerprint=backbone.fingerprint)
+    return ActivationCache(root, prompts, reads=Reads(), fingerprint=backbone.fingerprint)
+
+
+def _labelled(cache: ActivationCache, examples: Examples) -> TrainingSet:
+    assert examples.labels is not None
     return TrainingSet(cache, examples.labels)

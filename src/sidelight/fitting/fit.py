@@ -7,22 +7,18 @@ import numpy as np
 
 from sidelight.backbones import TransformersBackbone
 from sidelight.backbones.embedded import cache_root
-from sidelight.cache import ActivationCache
 from sidelight.data import Examples
 from sidelight.evaluation import Report
-from sidelight.extraction import extract
 from sidelight.fitting.making import ProbeMaker, Run, baseline_report
 from sidelight.fitting.options import FitOptions
 from sidelight.fitting.screening import (
     cut_warnings,
     doubts,
-    encode,
     labels_of,
     require_same_task,
-    task_of,
 )
-from sidelight.prompts import EncodedPrompt
-from sidelight.training import TrainingSet, train_mechanisms
+from sidelight.study import Split, Study, make_split
+from sidelight.training import train_mechanisms
 
 # Rows that are enough to choose a threshold and a calibration by.
 _ENOUGH_VALIDATION_ROWS = 150
@@ -73,24 +69,28 @@ def fit(
         warnings += training.warnings
     require_same_task(training, validation)
     warnings += doubts(training, validation)
-    sets: list[TrainingSet] = []
-    for title, examples in (("Training texts", training), ("Validation texts", validation)):
-        prompts = encode(backbone, examples, options)
-        warnings += cut_warnings(prompts, min(options.max_tokens, backbone.encoder.max_tokens))
-        sets.append(TrainingSet(_extracted(backbone, prompts, options, title), labels_of(examples)))
+    study = Study(
+        backbone,
+        _extracted(backbone, training, options, "Training texts"),
+        _extracted(backbone, validation, options, "Validation texts"),
+    )
+    splits = (study.training, study.validation)
+    for split in splits:
+        warnings += cut_warnings(split.prompts, options.max_tokens)
     trained = train_mechanisms(
         options.jobs(),
-        task=task_of(training),
-        training=sets[0],
-        validation=sets[1],
+        task=study.task,
+        training=study.training.training_set(),
+        validation=study.validation.training_set(),
         device=backbone.device,
     )
-    maker = ProbeMaker(backbone, training, validation, name=name, options=options)
+    maker = ProbeMaker(study, name=name, options=options)
     runs = tuple(maker.make(one) for one in trained)
+    baseline = baseline_report(study)
     if not options.keep_cache:
-        for one in sets:
-            one.cache.remove()
-    return Fit(runs, _best(runs), baseline_report(training, validation), tuple(warnings))
+        for split in splits:
+            split.states.remove()
+    return Fit(runs, _best(runs), baseline, tuple(warnings))
 
 
 def _held_out_share(rows: int) -> float:
@@ -98,14 +98,17 @@ def _held_out_share(rows: int) -> float:
 
 
 def _extracted(
-    backbone: TransformersBackbone,
-    prompts: Sequence[EncodedPrompt],
-    options: FitOptions,
-    title: str,
-) -> ActivationCache:
-    root = options.cache_root or cache_root() / "activations"
-    cache = ActivationCache(root, prompts, reads=options.reads, fingerprint=backbone.fingerprint)
-    return extract(backbone, cache, budget_bytes=options.cache_budget_bytes, title=title)
+    backbone: TransformersBackbone, examples: Examples, options: FitOptions, title: str
+) -> Split:
+    return make_split(
+        backbone,
+        examples,
+        reads=options.reads,
+        max_tokens=options.max_tokens,
+        cache_root=options.cache_root or cache_root() / "activations",
+        budget_bytes=options.cache_budget_bytes,
+        title=title,
+    )
 
 
 def _best(runs: Sequence[Run]) -> Run:

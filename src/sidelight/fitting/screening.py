@@ -1,47 +1,23 @@
-"""Whether examples can be trained on, what is doubtful about them, and their token ids."""
+"""Whether examples can be trained on, and what is doubtful about them."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from sidelight.backbones import TransformersBackbone
 from sidelight.data import Examples
 from sidelight.errors import SidelightError
-from sidelight.fitting.options import FitOptions
 from sidelight.prompts import EncodedPrompt
 from sidelight.types import Task
 
 
-def encode(
-    backbone: TransformersBackbone, examples: Examples, options: FitOptions
-) -> list[EncodedPrompt]:
-    """The examples' token ids, cut to the limit.
-
-    Raises:
-        SidelightError: A text has no token that the probe would read.
-    """
-    encoder = backbone.encoder
-    limit = min(options.max_tokens, encoder.max_tokens)
-    prompts = [
-        encoder.encode_any_length(item.messages, item.response).shortened(limit)
-        for item in examples.items
-    ]
-    unread = sum(not prompt.mask(options.reads).any() for prompt in prompts)
-    if unread:
-        raise SidelightError(
-            f"{unread} of {len(prompts)} texts have no token that the probe would read "
-            f"({options.reads.side}). Name the answers' column with --response, or read the prompt."
-        )
-    return prompts
-
-
 def cut_warnings(prompts: Sequence[EncodedPrompt], max_tokens: int) -> list[str]:
     """Says how many texts were cut."""
-    cut = sum(prompt.dropped > 0 for prompt in prompts)
+    cut = [prompt for prompt in prompts if prompt.dropped]
     if not cut:
         return []
+    limit = min(max_tokens, max(map(len, cut)))
     return [
-        f"{cut} of {len(prompts)} texts were cut to {max_tokens} tokens for training "
+        f"{len(cut)} of {len(prompts)} texts were cut to {limit} tokens for training "
         "(--max-tokens); judging never cuts."
     ]
 

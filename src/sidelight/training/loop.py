@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sidelight.cache import ActivationCache, Shard
+from sidelight.cache import Shard, States
 from sidelight.errors import SidelightError
 from sidelight.mechanisms import Geometry, Mechanism
 from sidelight.progress import Progress, progress
@@ -29,11 +29,11 @@ class TrainingSet:
     """Hidden states and labels of one split.
 
     Attributes:
-        cache: A complete cache.
-        labels: As in ``Examples.labels``, in the order of the cache's texts.
+        states: Of every text.
+        labels: As in ``Examples.labels``, in the order of the texts.
     """
 
-    cache: ActivationCache
+    states: States
     labels: np.ndarray
 
 
@@ -78,7 +78,7 @@ def train_mechanisms(
     run = _Run(task=task, training=training, validation=validation, device=torch.device(device))
     trainees = run.enrol(jobs)
     epochs = max(job.settings.epochs for job in jobs)
-    tokens = sum(training.cache.plan.tokens)
+    tokens = sum(training.states.plan.tokens)
     with progress("Training", epochs * tokens, unit="tokens") as shown:
         for epoch in range(epochs):
             active = [trainee for trainee in trainees if not trainee.has_finished]
@@ -97,12 +97,12 @@ class _Run:
         self._training = training
         self._validation = validation
         self._device = device
-        sizes = training.cache.fingerprint
+        sizes = training.states.fingerprint
         self._geometry = Geometry(sizes.layers, sizes.width, task.outputs)
         self._labels = torch.from_numpy(training.labels).to(device)
         self._standardisation = {
             False: Standardisation.identity(self._geometry).to(device),
-            True: _measure(training.cache).to(device),
+            True: _measure(training.states).to(device),
         }
 
     def enrol(self, jobs: Sequence[Job]) -> list[Trainee]:
@@ -123,15 +123,15 @@ class _Run:
 
     def _steps(self, batch_size: int) -> int:
         # A shard's random first cut can add a batch.
-        plan = self._training.cache.plan
+        plan = self._training.states.plan
         return sum(math.ceil(len(rows) / batch_size) + 1 for rows in plan.rows)
 
     def train_epoch(self, trainees: Sequence[Trainee], epoch: int, shown: Progress) -> None:
         order = torch.randperm(
-            len(self._training.cache), generator=torch.Generator().manual_seed(epoch)
+            len(self._training.states), generator=torch.Generator().manual_seed(epoch)
         )
         for index in order.tolist():
-            shard = self._training.cache.read(index)
+            shard = self._training.states.read(index)
             for group in _grouped_by_batches(trainees):
                 self._train_group(group, shard, epoch=epoch)
             shown.advance(shard.hidden.shape[1])
@@ -175,12 +175,12 @@ class _Run:
 
     @torch.inference_mode()
     def _validate(self, trainees: Sequence[Trainee], *, dtype: torch.dtype) -> list[np.ndarray]:
-        cache = self._validation.cache
-        shape = (len(cache.prompts), self._task.outputs)
+        states = self._validation.states
+        shape = (len(self._validation.labels), self._task.outputs)
         scores = {id(trainee): np.empty(shape) for trainee in trainees}
-        for index in range(len(cache)):
+        for index in range(len(states)):
             shuffle = torch.Generator().manual_seed(0)
-            for chosen in _batches(cache.read(index), size=_VALIDATION_BATCH, shuffle=shuffle):
+            for chosen in _batches(states.read(index), size=_VALIDATION_BATCH, shuffle=shuffle):
                 batch = _on(chosen, self._device, dtype)
                 for trainee, part in zip(trainees, self._project(batch, trainees), strict=True):
                     scores[id(trainee)][batch.rows] = trainee.logits(part).cpu().numpy()
@@ -204,12 +204,12 @@ class _Run:
         ]
 
 
-def _measure(cache: ActivationCache) -> Standardisation:
+def _measure(states: States) -> Standardisation:
     """Mean and scale of the first shards' tokens; shards are random samples of the texts."""
     hidden: list[Float[Tensor, "layer token width"]] = []
     tokens = 0
-    for index in range(len(cache)):
-        hidden.append(cache.read(index).hidden)
+    for index in range(len(states)):
+        hidden.append(states.read(index).hidden)
         tokens += hidden[-1].shape[1]
         if tokens >= _MOMENT_TOKENS:
             break

@@ -1,0 +1,49 @@
+"""What a baseline must give: a rival of the probe, fitted to the same texts."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from jaxtyping import Float
+
+from sidelight.study import Split, Study
+
+
+@dataclass(frozen=True)
+class Rival(ABC):
+    """A fitted baseline.
+
+    Attributes:
+        parameters: Numbers fitted to the training texts that are kept for prediction.
+    """
+
+    parameters: int
+
+    @abstractmethod
+    def logits(self, split: Split) -> Float[np.ndarray, "text output"]:
+        """Scores before calibration, as a probe's; a binary task has one column."""
+
+
+class Baseline(ABC):
+    """A way of classifying that probes are compared with. Frozen dataclass; fields are options.
+
+    Attributes:
+        title: As tables show it.
+        is_single_pass: Whether the served LLM's own forward pass gives all that it reads.
+    """
+
+    title: ClassVar[str]
+    is_single_pass: ClassVar[bool]
+
+    @abstractmethod
+    def fit(self, study: Study, *, seed: int) -> Rival:
+        """Fits to the training texts; chooses its settings, if any, on the validation texts.
+
+        Args:
+            study: The data.
+            seed: Of everything random.
+
+        Raises:
+            SidelightError: The baseline cannot be used here; the message names the remedy.
+        """

@@ -1,0 +1,202 @@
+"""A labelled data set on a backbone: texts, labels and hidden states, as a table's rows need them.
+
+Probes and baselines of one table read the same splits, so that no row of it has an advantage.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sidelight.backbones import TransformersBackbone
+from sidelight.cache import ActivationCache, MemoryStates, Shard, write_tensors
+from sidelight.data import Examples
+from sidelight.errors import SidelightError
+from sidelight.extraction import extract
+from sidelight.progress import progress
+from sidelight.prompts import EncodedPrompt, Reads
+from sidelight.ragged import Ragged
+from sidelight.training import TrainingSet
+from sidelight.types import Task
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """Two vectors that stand for each text, per layer, in the order of the texts.
+
+    Attributes:
+        means: Over the tokens that a probe reads.
+        lasts: Of the last of them.
+    """
+
+    means: Float[Tensor, "text layer width"]
+    lasts: Float[Tensor, "text layer width"]
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Some labelled texts and their hidden states.
+
+    Attributes:
+        examples: The texts.
+        prompts: Their token ids.
+        states: Hidden states of the data set that the texts are part of.
+        rows: Where in that data set each text is.
+    """
+
+    examples: Examples
+    prompts: tuple[EncodedPrompt, ...]
+    states: ActivationCache
+    rows: Int[np.ndarray, " text"]
+
+    def __len__(self) -> int:
+        """The number of texts."""
+        return len(self.examples)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """As in ``Examples.labels``."""
+        assert self.examples.labels is not None
+        return self.examples.labels
+
+    @property
+    def task(self) -> Task:
+        """The classes."""
+        assert self.examples.task is not None
+        return self.examples.task
+
+    @property
+    def texts(self) -> list[str]:
+        """What a model without hidden states reads: prompt, then response if there is one."""
+        return [
+            item.text if item.response is None else f"{item.text}\n{item.response}"
+            for item in self.examples.items
+        ]
+
+    def select(self, texts: Iterable[int]) -> "Split":
+        """Only these texts; nothing is extracted again."""
+        chosen = np.fromiter(texts, dtype=np.int64)
+        return Split(
+            self.examples.select(chosen),
+            tuple(self.prompts[text] for text in chosen),
+            self.states,
+            self.rows[chosen],
+        )
+
+    @cached_property
+    def pooled(self) -> Pooled:
+        """Means and last tokens; computed once for a data set and kept beside its states."""
+        path = self.states.directory / "pooled.safetensors"
+        if not path.exists():
+            write_tensors(_pool(self.states), path)
+        stored = load_file(path)
+        rows = torch.from_numpy(self.rows)
+        return Pooled(stored["means"][rows].float(), stored["lasts"][rows].float())
+
+    def tokens(self, layer: int) -> Ragged:
+        """One layer's hidden states, ``[token, width]`` in bf16, text after text."""
+        found: dict[int, Tensor] = {}
+        wanted = set(self.rows.tolist())
+        for index in range(len(self.states)):
+            shard = self.states.read(index)
+            parts = shard.hidden[layer].split(shard.lengths.tolist())
+            for row, part in zip(shard.rows.tolist(), parts, strict=True):
+                if row in wanted:
+                    found[row] = part.clone()
+        chosen = [found[row] for row in self.rows.tolist()]
+        return Ragged(torch.cat(chosen), torch.tensor([len(part) for part in chosen]))
+
+    def training_set(self) -> TrainingSet:
+        """What ``train_mechanisms`` reads; a part of a data set is gathered into memory."""
+        if len(self) == len(self.states.prompts):
+            return TrainingSet(self.states, self.labels)
+        return TrainingSet(MemoryStates(self.states, self.rows.tolist()), self.labels)
+
+
+@dataclass(frozen=True)
+class Study:
+    """The splits that settings are chosen on. Test data is not part of it.
+
+    Attributes:
+        backbone: The frozen LLM.
+        training: What parameters are fitted to.
+        validation: What early stopping, settings, calibration and thresholds are chosen on.
+    """
+
+    backbone: TransformersBackbone
+    training: Split
+    validation: Split
+
+    @property
+    def task(self) -> Task:
+        """The classes."""
+        return self.training.task
+
+
+def make_split(
+    backbone: TransformersBackbone,
+    examples: Examples,
+    *,
+    reads: Reads,
+    max_tokens: int,
+    cache_root: Path,
+    budget_bytes: int | None = None,
+    title: str = "Extracting",
+) -> Split:
+    """Runs the backbone over labelled texts, or finds their hidden states on disk.
+
+    Args:
+        backbone: The frozen LLM.
+        examples: The texts.
+        reads: The tokens that probes look at.
+        max_tokens: Longer texts are cut at their end; see ``cut``.
+        cache_root: Folder of all caches.
+        budget_bytes: The most that the states may take; None allows what the disk has.
+        title: Of the progress bar.
+
+    Raises:
+        SidelightError: No labels, a text without a token to read, or no room for the states.
+    """
+    if examples.labels is None:
+        raise SidelightError("These examples have no labels. Name the column with --label.")
+    encoder = backbone.encoder
+    limit = min(max_tokens, encoder.max_tokens)
+    prompts = tuple(
+        encoder.encode_any_length(item.messages, item.response).shortened(limit)
+        for item in examples.items
+    )
+    unread = sum(not prompt.mask(reads).any() for prompt in prompts)
+    if unread:
+        raise SidelightError(
+            f"{unread} of {len(prompts)} texts have no token that the probe would read "
+            f"({reads.side}). Name the answers' column with --response, or read the prompt."
+        )
+    cache = ActivationCache(cache_root, prompts, reads=reads, fingerprint=backbone.fingerprint)
+    states = extract(backbone, cache, budget_bytes=budget_bytes, title=title)
+    return Split(examples, prompts, states, np.arange(len(examples)))
+
+
+def _pool(states: ActivationCache) -> dict[str, Tensor]:
+    sizes = states.fingerprint
+    shape = (len(states.prompts), sizes.layers, sizes.width)
+    means = torch.empty(shape)
+    lasts = torch.empty(shape, dtype=torch.bfloat16)
+    with progress("Pooling", shape[0], unit="texts") as shown:
+        for index in range(len(states)):
+            shard = states.read(index)
+            means[shard.rows] = _means(shard)
+            lasts[shard.rows] = shard.hidden[:, shard.lengths.cumsum(0) - 1].transpose(0, 1)
+            shown.advance(len(shard.rows))
+    return {"means": means, "lasts": lasts}
+
+
+def _means(shard: Shard) -> Float[Tensor, "text layer width"]:
+    """Layer by layer: a shard in float32 would not fit beside itself."""
+    sums = [Ragged(layer.float(), shard.lengths).sums() for layer in shard.hidden]
+    return torch.stack(sums, 1) / shard.lengths[:, None, None]
