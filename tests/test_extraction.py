@@ -14,7 +14,7 @@ from sidelight.backbones import load_backbone
 from sidelight.cache import ActivationCache
 from sidelight.errors import SidelightError
 from sidelight.extraction import extract
-from sidelight.prompts import Message, Reads
+from sidelight.prompts import Message, Reads, shared_unread
 
 TEXTS = ["one", "two words", "a third text that is longer than the others", "four", "five"]
 # bf16 keeps 8 bits, and batches of another shape may round to the neighbouring value.
@@ -54,6 +54,20 @@ def test_shards_hold_what_a_tap_sees_of_each_text(tiny, tmp_path, reads, shard_b
             tiny.run([prompt])
         expected = torch.stack(seen)[:, prompt.mask(reads)]
         torch.testing.assert_close(states[row].float(), expected, **ROUNDING_TO_BF16)
+
+
+def test_what_all_texts_begin_with_runs_once_a_batch(tiny, tmp_path):
+    prompts = encoded(tiny, TEXTS)
+    shared = shared_unread(prompts, Reads())
+    assert shared
+    ran = []
+    hook = tiny.model.base_model.register_forward_pre_hook(
+        lambda _module, _args, given: ran.append(tuple(given["input_ids"].shape)), with_kwargs=True
+    )
+    extracted(tiny, prompts, tmp_path, Reads(), 10**6)
+    hook.remove()
+    longest = max(map(len, prompts))
+    assert ran == [(1, shared), (len(TEXTS), longest - shared)]
 
 
 def test_shard_order_is_fixed_by_the_data(tiny, tmp_path):

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sidelight.errors import SidelightError
-from sidelight.mechanisms import Geometry, attention, mechanism_names, mechanism_spec
+from sidelight.mechanisms import Geometry, attention, fusion, mechanism_names, mechanism_spec
 from sidelight.ragged import Ragged
 
 LAYERS, WIDTH = 3, 32
@@ -26,6 +26,8 @@ VARIANTS = [
     ("attention", {"factor": 16, "heads": 1}),
     ("attention", {"factor": 2, "heads": 8, "pooling": "max"}),
     ("readout", {"heads": 1}),
+    ("fusion", {"rank": 3, "heads": 1}),
+    ("blend", {"fusions": 1, "rank": 4}),
 ]
 # float32: the same sums of up to a few hundred products, in another order.
 ROUNDING = {"rtol": 1e-4, "atol": 2e-5}
@@ -102,21 +104,21 @@ def streamed(mechanism, states):
 
 
 def streamed_in_pieces(mechanism, states, random):
-    """Cut anywhere, packed in any order, merged in any order, several requests at a time."""
-    pieces = [(i, piece) for i, text in enumerate(states) for piece in cut(text, random)]
-    random.shuffle(pieces)
-    parts = summarised(mechanism, [piece for _, piece in pieces]).split()
-    waiting = [[] for _ in states]
-    for (owner, _), part in zip(pieces, parts, strict=True):
-        waiting[owner].append(part)
+    """Cut anywhere, packed in any order, neighbours merged in any order, several at a time."""
+    pieces = [cut(text, random) for text in states]
+    places = [(owner, place) for owner, own in enumerate(pieces) for place in range(len(own))]
+    random.shuffle(places)
+    parts = summarised(mechanism, [pieces[owner][place] for owner, place in places]).split()
+    found = dict(zip(places, parts, strict=True))
+    waiting = [[found[i, place] for place in range(len(own))] for i, own in enumerate(pieces)]
     while any(len(own) > 1 for own in waiting):
         busy = [own for own in waiting if len(own) > 1]
-        lefts, rights = (
-            Ragged.pack([own.pop(random.randrange(len(own))) for own in busy]) for _ in range(2)
-        )
+        chosen = [random.randrange(len(own) - 1) for own in busy]
+        lefts = Ragged.pack([own.pop(at) for own, at in zip(busy, chosen, strict=True)])
+        rights = Ragged.pack([own.pop(at) for own, at in zip(busy, chosen, strict=True)])
         merged = mechanism.merge(lefts, rights).split()
-        for own, state in zip(busy, merged, strict=True):
-            own.append(state)
+        for own, at, state in zip(busy, chosen, merged, strict=True):
+            own.insert(at, state)
     return mechanism.finish(Ragged.pack([own[0] for own in waiting]))
 
 
@@ -305,12 +307,14 @@ def test_readout_equals_its_equation_in_numpy(heads, outputs):
             for token, weight in enumerate(weights):
                 value = states[layer, token] @ own["value"][layer, :, head]
                 expected += weight * value / math.sqrt(LAYERS)
+        expected += states[layer, -1] @ own["last"][layer] / math.sqrt(LAYERS)
     with torch.no_grad():
         actual = streamed(mechanism, [hidden])[0].numpy()
     np.testing.assert_allclose(actual, expected, **ROUNDING)
 
 
-def test_training_on_short_texts_is_exact(mechanism):
+def test_training_on_short_texts_is_exact_but_for_dropout(mechanism, monkeypatch):
+    monkeypatch.setattr(fusion, "DROPOUT", 0.0)
     texts = Texts.drawn([3, attention.TRAINING_QUERIES], 0)
     with torch.no_grad():
         exact = streamed(mechanism, texts.states)
@@ -355,7 +359,7 @@ QWEN3_30B = Geometry(layers=49, width=2048, outputs=1)
         (QWEN3_30B, "gate", {}, 104_449),
         (QWEN3_30B, "attention", {"factor": 32}, 26_214_400 + 2_049),
         # (L + 1) (1 + C) H d and a bias.
-        (LLAMA_3B, "readout", {}, 29 * 2 * 4 * 3072 + 1),
+        (LLAMA_3B, "readout", {}, 29 * (2 * 2 + 1) * 3072 + 1),
     ],
 )
 def test_parameter_counts_are_the_papers(geometry, name, options, count):

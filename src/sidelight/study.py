@@ -10,33 +10,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from safetensors.torch import load_file
 from torch import Tensor
 
 from sidelight.backbones import TransformersBackbone
-from sidelight.cache import ActivationCache, MemoryStates, Shard, write_tensors
+from sidelight.cache import ActivationCache, MemoryStates, write_tensors
 from sidelight.data import Examples
 from sidelight.errors import SidelightError
 from sidelight.extraction import extract
-from sidelight.progress import progress
+from sidelight.pooled import Pooled, pool
 from sidelight.prompts import EncodedPrompt, Reads
 from sidelight.ragged import Ragged
 from sidelight.training import TrainingSet
 from sidelight.types import Task
-
-
-@dataclass(frozen=True)
-class Pooled:
-    """Two vectors that stand for each text, per layer, in the order of the texts.
-
-    Attributes:
-        means: Over the tokens that a probe reads.
-        lasts: Of the last of them.
-    """
-
-    means: Float[Tensor, "text layer width"]
-    lasts: Float[Tensor, "text layer width"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,10 +81,11 @@ class Split:
         """Means and last tokens; computed once for a data set and kept beside its states."""
         path = self.states.directory / "pooled.safetensors"
         if not path.exists():
-            write_tensors(_pool(self.states), path)
+            whole = pool(self.states)
+            write_tensors({"means": whole.means, "lasts": whole.lasts.bfloat16()}, path)
         stored = load_file(path)
         rows = torch.from_numpy(self.rows)
-        return Pooled(stored["means"][rows].float(), stored["lasts"][rows].float())
+        return Pooled(stored["means"][rows], stored["lasts"][rows].float())
 
     def tokens(self, layer: int) -> Ragged:
         """One layer's hidden states, ``[token, width]`` in bf16, text after text."""
@@ -180,23 +168,3 @@ def make_split(
     cache = ActivationCache(cache_root, prompts, reads=reads, fingerprint=backbone.fingerprint)
     states = extract(backbone, cache, budget_bytes=budget_bytes, title=title)
     return Split(examples, prompts, states, np.arange(len(examples)))
-
-
-def _pool(states: ActivationCache) -> dict[str, Tensor]:
-    sizes = states.fingerprint
-    shape = (len(states.prompts), sizes.layers, sizes.width)
-    means = torch.empty(shape)
-    lasts = torch.empty(shape, dtype=torch.bfloat16)
-    with progress("Pooling", shape[0], unit="texts") as shown:
-        for index in range(len(states)):
-            shard = states.read(index)
-            means[shard.rows] = _means(shard)
-            lasts[shard.rows] = shard.hidden[:, shard.lengths.cumsum(0) - 1].transpose(0, 1)
-            shown.advance(len(shard.rows))
-    return {"means": means, "lasts": lasts}
-
-
-def _means(shard: Shard) -> Float[Tensor, "text layer width"]:
-    """Layer by layer: a shard in float32 would not fit beside itself."""
-    sums = [Ragged(layer.float(), shard.lengths).sums() for layer in shard.hidden]
-    return torch.stack(sums, 1) / shard.lengths[:, None, None]

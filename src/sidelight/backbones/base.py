@@ -80,10 +80,20 @@ class Backbone(Protocol):
     encoder: PromptEncoder
     fingerprint: Fingerprint
 
+    @property
+    def can_share_prefixes(self) -> bool:
+        """Whether ``run`` takes ``after``."""
+        ...
+
     def tapped(self, tap: Tap) -> AbstractContextManager[None]:
         """Calls ``tap`` with every hidden state of the forward passes run inside the block."""
         ...
 
-    def run(self, prompts: Sequence[EncodedPrompt]) -> None:
-        """One forward pass over right-padded prompts; the result is what the tap saw."""
+    def run(self, prompts: Sequence[EncodedPrompt], *, after: int = 0) -> None:
+        """One forward pass over right-padded prompts; the result is what the tap saw.
+
+        Args:
+            prompts: The batch.
+            after: Tokens that all prompts begin with; they are run once, and not tapped.
+        """
         ...

@@ -17,6 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from sidelight.backbones.base import Fingerprint, Tap
 from sidelight.backbones.identity import fingerprint
+from sidelight.backbones.prefixes import can_share, run_after, run_once
 from sidelight.errors import SidelightError
 from sidelight.prompts import EncodedPrompt, PromptEncoder, PromptFormat
 
@@ -102,11 +103,28 @@ class TransformersBackbone:
             self._tap = None
 
     @torch.inference_mode()
-    def run(self, prompts: Sequence[EncodedPrompt]) -> None:
-        """One forward pass over right-padded prompts; the result is what the tap saw."""
+    def run(self, prompts: Sequence[EncodedPrompt], *, after: int = 0) -> None:
+        """One forward pass over right-padded prompts; the result is what the tap saw.
+
+        Args:
+            prompts: The batch.
+            after: Tokens that all prompts begin with; they are run once, and not tapped.
+        """
         token_ids, mask = self.pad(prompts)
         # Without the language-model head: nobody reads its logits here.
-        self.model.base_model(input_ids=token_ids, attention_mask=mask, use_cache=False)
+        body = self.model.base_model
+        if after:
+            tap, self._tap = self._tap, None
+            begun = run_once(body, token_ids[0, :after])
+            self._tap = tap
+            run_after(body, begun, token_ids[:, after:], mask[:, after:])
+        else:
+            body(input_ids=token_ids, attention_mask=mask, use_cache=False)
+
+    @property
+    def can_share_prefixes(self) -> bool:
+        """Whether ``run`` takes ``after``: a prefix leaves keys and values, and no more."""
+        return can_share(self.model)
 
     def pad(
         self, prompts: Sequence[EncodedPrompt]

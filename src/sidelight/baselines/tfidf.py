@@ -39,7 +39,7 @@ class TfIdf(Baseline):
         head = OneVsRestClassifier(regression) if is_multilabel else regression
         inputs = features.fit_transform(study.training.texts)
         head.fit(inputs, study.training.labels)
-        parameters = (inputs.shape[1] + 1) * study.task.outputs
+        parameters = (len(features.get_feature_names_out()) + 1) * study.task.outputs
         return _Fitted(parameters, _scorer(make_pipeline(features, head), study.task))
 
 

@@ -4,12 +4,15 @@ import sys
 
 import click
 
+from sidelight.cli.anatomy import anatomy
 from sidelight.cli.bench import bench
 from sidelight.cli.demo import demo
 from sidelight.cli.env import env
 from sidelight.cli.eval import evaluate
 from sidelight.cli.inspect import inspect
 from sidelight.cli.predict import predict
+from sidelight.cli.reproduce import reproduce
+from sidelight.cli.search import search
 from sidelight.cli.serve import serve
 from sidelight.cli.train import train
 from sidelight.errors import SidelightError
@@ -23,7 +26,11 @@ def app() -> None:
     """Text and classification from one forward pass of the LLM you already serve."""
 
 
-for _command in (train, evaluate, predict, serve, demo, inspect, env, bench):
+_COMMANDS = (
+    train, evaluate, predict, serve, demo, inspect, env,
+    search, reproduce, anatomy, bench,
+)  # fmt: skip
+for _command in _COMMANDS:
     app.add_command(_command)
 
 

@@ -1,7 +1,8 @@
-"""``sidelight bench``: what extraction and training cost on this machine."""
+"""``sidelight bench``: what extraction, training and serving cost on this machine."""
 
 import json
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,6 +15,10 @@ from sidelight.cli.options import (
     model_option,
     text_option,
 )
+
+if TYPE_CHECKING:
+    from sidelight.backbones import TransformersBackbone
+    from sidelight.bench.latency import Load, Record
 
 
 @click.group(epilog=examples_epilog("sidelight bench extract --data train.jsonl --label toxicity"))
@@ -55,6 +60,107 @@ def bench_train(as_json: bool, seeds: int, **given: Any) -> None:
     from sidelight.bench.training import compare_training
 
     _show(compare_training(**_subject(given), repeats=given["repeats"], seeds=seeds), as_json)
+
+
+def _numbers(_context: click.Context, _option: click.Parameter, value: str) -> tuple[int, ...]:
+    """Positive whole numbers with commas between them; none where nothing is given."""
+    words = [word.strip() for word in value.split(",")] if value else []
+    if not all(word.isdecimal() and int(word) for word in words):
+        raise click.BadParameter(f"'{value}' is not like 16,64,256: whole numbers, 1 or more.")
+    return tuple(map(int, words))
+
+
+@bench.command(
+    "latency",
+    epilog=examples_epilog(
+        "sidelight bench latency --quick",
+        "sidelight bench latency --out latency --plots latency",
+        "sidelight bench latency --data test.jsonl.gz --rows 100 --batch-sizes 1 --mechanisms gate",
+    ),
+)
+@click.option("--data", default=None, help="Prompts of a file, instead of random token ids.")
+@text_option
+@click.option("--rows", type=click.IntRange(min=1), default=64, show_default=True,
+              help="Prompts to use of --data.")  # fmt: skip
+@click.option("--max-tokens", type=click.IntRange(min=1), default=512, show_default=True,
+              help="Longer prompts of --data are cut.")  # fmt: skip
+@click.option("--batch-sizes", callback=_numbers, default="", help="[default: 1,16]")
+@click.option("--lengths", callback=_numbers, default="",
+              help="Tokens of a random prompt. [default: 16,64,256,512,1024,2048]")  # fmt: skip
+@click.option("--mechanisms", default=None, help="Names with commas. [default: all]")
+@click.option("--cascades/--no-cascades", default=True, help="Two models in turn.  [default: yes]")
+@click.option("--repeats", type=click.IntRange(min=1), default=None, help="[default: 5]")
+@click.option("--quick", is_flag=True, help="Batch 1, lengths 16 and 256, 2 repeats.")
+@click.option("--out", type=click.Path(path_type=Path), default=None,
+              help="Folder for latency.json and latency.md.")  # fmt: skip
+@click.option("--plots", type=click.Path(path_type=Path), default=None, help="Folder for plots.")
+@model_option
+@dtype_option
+@device_option
+@json_option
+def bench_latency(as_json: bool, out: Path | None, plots: Path | None, **given: Any) -> None:
+    """One new token of the LLM, with and without probes, and what probes replace.
+
+    The rows are the LLM alone, with each mechanism, with ten probes, with each mechanism reading
+    kept hidden states, and behind a classifier or a guard of its own. Weights of probes and
+    classifiers are random, which does not change their speed.
+    """
+    from sidelight.backbones import load_backbone
+    from sidelight.bench.latency import Record, compare_latency, conditions, default_subjects
+
+    names = given["mechanisms"]
+    repeats = given["repeats"] or (2 if given["quick"] else 5)
+    backbone = load_backbone(
+        given["model"] or "smollm2", dtype=given["dtype"], device=given["device"]
+    )
+    subjects = default_subjects(
+        backbone,
+        mechanisms=None if names is None else [name.strip() for name in names.split(",")],
+        cascades=given["cascades"],
+    )
+    loads = _loads(backbone, given)
+    where = conditions(backbone, repeats=repeats)
+    rows = compare_latency(subjects, loads, repeats=repeats, device=backbone.device)
+    _publish(Record(where, rows), as_json=as_json, out=out, plots=plots)
+
+
+def _loads(backbone: "TransformersBackbone", given: dict[str, Any]) -> "list[Load]":
+    from sidelight.bench.latency import prompt_load, synthetic_load
+    from sidelight.data import load_examples
+
+    sizes = given["batch_sizes"] or ((1,) if given["quick"] else (1, 16))
+    if given["data"] is None:
+        usual = (16, 256) if given["quick"] else (16, 64, 256, 512, 1024, 2048)
+        fitting = [tokens for tokens in usual if tokens <= backbone.encoder.max_tokens]
+        return [
+            synthetic_load(backbone, batch_size=size, tokens=tokens)
+            for size in sizes
+            for tokens in given["lengths"] or fitting
+        ]
+    examples = load_examples(given["data"], text=given["text"], label=None)
+    limit = min(given["max_tokens"], backbone.encoder.max_tokens)
+    prompts = [
+        backbone.encoder.encode_any_length(example.messages).shortened(limit)
+        for example in examples.items[: given["rows"]]
+    ]
+    title = f"{len(prompts)} prompts of {Path(given['data']).name}"
+    return [prompt_load(prompts, batch_size=size, title=title) for size in sizes]
+
+
+def _publish(record: "Record", *, as_json: bool, out: Path | None, plots: Path | None) -> None:
+    from sidelight.bench.latency import grids
+    from sidelight.bench.latency.picture import plot_latency
+    from sidelight.runs import console
+
+    if out is not None:
+        record.save(out)
+    if plots is not None:
+        plot_latency(record.rows, plots)
+    if as_json:
+        click.echo(record.to_json(), nl=False)
+        return
+    for grid in grids(record.rows):
+        console().print(grid.table())
 
 
 def _subject(given: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 To add one, write its file and import it here; the law tests find it in the registry.
 """
 
-from sidelight.mechanisms import attention, gate, pooling, readout
+from sidelight.mechanisms import attention, blend, fusion, gate, linear, pooling, readout
 from sidelight.mechanisms.base import Aggregator, Geometry, Mechanism
 from sidelight.mechanisms.registry import (
     MechanismSpec,
@@ -23,7 +23,10 @@ __all__ = [
     "MechanismSpec",
     "OptionValue",
     "attention",
+    "blend",
+    "fusion",
     "gate",
+    "linear",
     "mechanism_names",
     "mechanism_spec",
     "pooling",

@@ -1,7 +1,7 @@
 """What a mechanism must give: the dense form that defines it, the streaming form that computes it.
 
 The dense form is the mechanism's equation over a padded tensor. The streaming form needs a few
-numbers from each token (``columns``) and keeps a small state that any two runs of tokens can merge
+numbers from each token (``columns``) and keeps a small state; those of two neighbouring runs merge
 (``summarise``, ``merge``, ``finish``). Training and serving both use the streaming form; laws in
 ``tests/test_mechanisms.py`` prove it equal to the dense form for any chunking, merge order and
 packing. Knows hidden states, not text; states are assumed standardised by the probe if at all.
@@ -51,11 +51,15 @@ class Mechanism(nn.Module, ABC):
 
     @abstractmethod
     def merge(self, left: Ragged, right: Ragged) -> Ragged:
-        """The state of each segment's two runs of tokens together."""
+        """The state of each segment's two runs of tokens together; ``right`` follows ``left``."""
 
     @abstractmethod
     def finish(self, state: Ragged) -> Float[Tensor, "segment output"]:
         """The logits of each segment; NaN for a segment without tokens."""
+
+    def votes(self, state: Ragged) -> Float[Tensor, "segment voter output"]:
+        """What training compares with the labels: logits that each get a loss of their own."""
+        return self.finish(state)[:, None]
 
 
 class Aggregator(nn.Module, ABC):

@@ -1,6 +1,7 @@
 """Training of mechanisms on cached hidden states. Knows labels and logits, not texts."""
 
 from sidelight.training.loop import Trained, TrainingSet, train_mechanisms
+from sidelight.training.losses import Loss, make_loss
 from sidelight.training.settings import (
     ClassWeight,
     Job,
@@ -12,9 +13,11 @@ from sidelight.training.trainee import validation_score
 __all__ = [
     "ClassWeight",
     "Job",
+    "Loss",
     "Trained",
     "TrainingSet",
     "TrainingSettings",
+    "make_loss",
     "suggested_settings",
     "train_mechanisms",
     "validation_score",

@@ -12,11 +12,14 @@ from torch import Tensor
 from sidelight.cache import Shard, States
 from sidelight.errors import SidelightError
 from sidelight.mechanisms import Geometry, Mechanism
+from sidelight.pooled import pool
 from sidelight.progress import Progress, progress
 from sidelight.ragged import Ragged
 from sidelight.standardisation import Standardisation
+from sidelight.training.losses import make_loss
+from sidelight.training.ridge import solve_linear
 from sidelight.training.settings import Job
-from sidelight.training.trainee import Trainee, make_loss, validation_score
+from sidelight.training.trainee import Trainee, validation_score
 from sidelight.types import Task
 
 # Enough tokens to know a mean to about a hundredth of a standard deviation.
@@ -77,11 +80,15 @@ def train_mechanisms(
     """
     run = _Run(task=task, training=training, validation=validation, device=torch.device(device))
     trainees = run.enrol(jobs)
-    epochs = max(job.settings.epochs for job in jobs)
+    solved = [trainee for trainee in trainees if trainee.job.settings.solver == "ridge"]
+    if solved:
+        run.solve(solved)
+    learners = [trainee for trainee in trainees if trainee.job.settings.solver == "adamw"]
+    epochs = max((trainee.job.settings.epochs for trainee in learners), default=0)
     tokens = sum(training.states.plan.tokens)
     with progress("Training", epochs * tokens, unit="tokens") as shown:
         for epoch in range(epochs):
-            active = [trainee for trainee in trainees if not trainee.has_finished]
+            active = [trainee for trainee in learners if not trainee.has_finished]
             if not active:
                 break
             run.train_epoch(active, epoch, shown)
@@ -120,6 +127,19 @@ class _Run:
             )
             for job in jobs
         ]
+
+    def solve(self, trainees: Sequence[Trainee]) -> None:
+        """Mechanisms with a closed form: it is the only epoch that they have."""
+        pooled = pool(self._training.states)
+        for trainee in trainees:
+            solve_linear(
+                trainee.mechanism,
+                pooled,
+                self._training.labels,
+                task=self._task,
+                standardisation=self._standardisation[trainee.job.standardise],
+            )
+        self.end_epoch(trainees)
 
     def _steps(self, batch_size: int) -> int:
         # A shard's random first cut can add a batch.

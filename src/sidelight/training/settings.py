@@ -8,13 +8,16 @@ from sidelight.errors import SidelightError
 from sidelight.mechanisms import MechanismSpec
 
 ClassWeight = Literal["none", "balanced"]
+Solver = Literal["adamw", "ridge"]
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """Optimisation by AdamW with a cosine schedule and early stopping.
+    """Optimisation by AdamW with a cosine schedule and early stopping, or in closed form.
 
     Attributes:
+        solver: ``ridge`` solves the linear readout (``training/ridge.py``), and nothing below
+            matters then.
         learning_rate: At the start of the cosine.
         weight_decay: Decoupled, per step relative to the learning rate.
         epochs: Passes over the data at most; the cosine ends there.
@@ -24,6 +27,7 @@ class TrainingSettings:
             validation chooses handles imbalance either way.
     """
 
+    solver: Solver = "adamw"
     learning_rate: float = 1e-3
     weight_decay: float = 0.1
     epochs: int = 8
@@ -42,6 +46,7 @@ class TrainingSettings:
 
 # Chosen on ToxicChat validation data; `docs/results.md` has the runs.
 _SUGGESTED = {
+    "linear": TrainingSettings(solver="ridge"),
     "pooling": TrainingSettings(learning_rate=2e-2, weight_decay=0.1, epochs=4),
     "gate": TrainingSettings(learning_rate=1e-2, weight_decay=0.1, epochs=4),
     "attention": TrainingSettings(learning_rate=1e-3, weight_decay=0.1, epochs=3),

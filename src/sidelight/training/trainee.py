@@ -1,21 +1,18 @@
 """One mechanism on its way through training: parameters, optimiser, and its best epoch."""
 
-from collections.abc import Callable
 from copy import deepcopy
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from sklearn.metrics import average_precision_score
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
 from sidelight.mechanisms import Geometry, Mechanism
 from sidelight.ragged import Ragged
+from sidelight.training.losses import Loss
 from sidelight.training.settings import Job
 from sidelight.types import Task
-
-Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class Trainee:
@@ -47,6 +44,7 @@ class Trainee:
             self._optimizer, T_max=settings.epochs * steps
         )
         self._loss = loss
+        self._steps = 0
         self._best = deepcopy(self.mechanism.state_dict())
         self.history: list[float] = []
 
@@ -72,8 +70,12 @@ class Trainee:
     def loss(self, tokens: Ragged, labels: Int[Tensor, "text ..."]) -> Float[Tensor, ""]:
         """The loss on a batch."""
         self.mechanism.train()
-        logits = self.mechanism.finish(self.mechanism.summarise(tokens))
-        return self._loss(logits, labels)
+        self._steps += 1
+        with torch.random.fork_rng():
+            # Dropout of its own: what a job draws does not depend on its neighbours.
+            torch.manual_seed(self.job.seed * 1_000_003 + self._steps)
+            votes = self.mechanism.votes(self.mechanism.summarise(tokens))
+        return torch.stack([self._loss(logits, labels) for logits in votes.unbind(1)]).sum()
 
     def step(self) -> None:
         """Updates the parameters by the gradients that have been computed."""
@@ -91,23 +93,6 @@ class Trainee:
         """Goes back to the best epoch's parameters."""
         self.mechanism.load_state_dict(self._best)
         self.mechanism.eval().requires_grad_(False)
-
-
-def make_loss(task: Task, labels: Int[Tensor, "text ..."], *, balanced: bool) -> Loss:
-    """Cross-entropy for the task, weighted by inverse class frequency if ``balanced``."""
-    if task.kind == "multiclass":
-        counts = torch.bincount(labels, minlength=task.outputs).clamp(min=1)
-        weight = len(labels) / (task.outputs * counts) if balanced else None
-        return nn.CrossEntropyLoss(weight=weight)
-    positives = labels.float().reshape(len(labels), -1).mean(0)
-    ratio = (1 - positives) / positives.clamp(min=1 / len(labels)) if balanced else None
-
-    def binary(logits: Tensor, target: Tensor) -> Tensor:
-        return functional.binary_cross_entropy_with_logits(
-            logits, target.float().reshape(logits.shape), pos_weight=ratio
-        )
-
-    return binary
 
 
 def validation_score(task: Task, logits: np.ndarray, labels: np.ndarray) -> float:

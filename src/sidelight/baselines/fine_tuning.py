@@ -1,0 +1,230 @@
+"""Trains a classifier that runs a whole model, and keeps its best epoch.
+
+Knows token ids and labels; which parameters are trained is for the caller to say (those that
+require gradients).
+"""
+
+import hashlib
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sidelight.baselines.sequences import SequenceClassifier, Sequences, score_sequences
+from sidelight.batching import by_length
+from sidelight.progress import progress
+from sidelight.training import make_loss, validation_score
+from sidelight.types import Task
+
+# Padded tokens of one forward and backward pass: what is kept for the backward pass is large.
+_PASS_TOKENS = 2048
+# Texts are sorted by length within as many batches, so that a batch has little padding.
+_BATCHES_SORTED = 16
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """Optimisation by AdamW: linear warm-up, then a cosine to zero.
+
+    Attributes:
+        learning_rate: At the end of the warm-up.
+        weight_decay: Decoupled; not on biases and norms.
+        epochs: Passes over the data; the one with the best validation score is kept.
+        batch_size: Texts per step, of similar length.
+        warm_up: Share of the steps.
+        clip: Largest norm of the gradient.
+    """
+
+    learning_rate: float
+    weight_decay: float = 0.01
+    epochs: int = 3
+    batch_size: int = 32
+    warm_up: float = 0.06
+    clip: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Labelled:
+    """Token ids and labels of one split.
+
+    Attributes:
+        sequences: The texts.
+        labels: As in ``Examples.labels``.
+    """
+
+    sequences: Sequences
+    labels: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Lesson:
+    """What a classifier is to learn, and from what.
+
+    Attributes:
+        task: The classes.
+        training: What the parameters are fitted to.
+        validation: What the epoch is chosen on.
+        settings: Of the optimisation.
+        seed: Of dropout and the order of the texts.
+        title: Of progress bars.
+    """
+
+    task: Task
+    training: Labelled
+    validation: Labelled
+    settings: FineTuning
+    seed: int
+    title: str
+
+    def key(self, *also: object) -> str:
+        """A name for this lesson's checkpoint: it covers the data, the settings and ``also``."""
+        digest = hashlib.sha256(repr((self.task, self.settings, self.seed, also)).encode())
+        for part in (self.training, self.validation):
+            digest.update(part.sequences.prefix.numpy().tobytes())
+            digest.update(np.ascontiguousarray(part.labels).tobytes())
+            for ids in part.sequences.token_ids:
+                digest.update(ids.numpy().tobytes() + b"|")
+        return digest.hexdigest()[:16]
+
+
+def fine_tune(
+    model: SequenceClassifier, lesson: Lesson, *, checkpoint: Path | None = None
+) -> tuple[float, ...]:
+    """Trains the parameters that require gradients; the model ends with its best epoch's.
+
+    Args:
+        model: What is trained, in place.
+        lesson: What to learn.
+        checkpoint: A file that is written after each epoch, and gone on from if it is there.
+
+    Returns:
+        The validation score of each epoch.
+    """
+    with torch.random.fork_rng():
+        run = _Run(model, lesson)
+        if checkpoint is not None and checkpoint.exists():
+            run.load(checkpoint)
+        while len(run.progress.history) < lesson.settings.epochs:
+            run.train_epoch()
+            run.end_epoch()
+            if checkpoint is not None:
+                run.save(checkpoint)
+    run.restore_best()
+    return tuple(run.progress.history)
+
+
+@dataclass
+class _Progress:
+    best: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    history: list[float] = field(default_factory=list[float])
+
+
+class _Run:
+    def __init__(self, model: SequenceClassifier, lesson: Lesson):
+        self._model = model
+        self._lesson = lesson
+        self._labels = torch.from_numpy(lesson.training.labels)
+        self._loss = make_loss(lesson.task, self._labels, balanced=False)
+        self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._optimizer = _optimizer(list(self._trained.values()), lesson.settings)
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, self._rate)
+        self.progress = _Progress()
+
+    def _rate(self, step: int) -> float:
+        """The learning rate's factor at a step."""
+        settings = self._lesson.settings
+        total = settings.epochs * math.ceil(len(self._labels) / settings.batch_size)
+        warm = max(1, round(settings.warm_up * total))
+        if step < warm:
+            return (step + 1) / (warm + 1)
+        return 0.5 + 0.5 * math.cos(math.pi * min(1.0, (step - warm) / max(1, total - warm)))
+
+    def train_epoch(self) -> None:
+        lesson = self._lesson
+        epoch = len(self.progress.history)
+        # Its own seed per epoch: one that goes on from a checkpoint is the same as one that ran on.
+        torch.manual_seed(lesson.seed * 7919 + epoch)
+        self._model.train()
+        lengths = lesson.training.sequences.lengths
+        title = f"{lesson.title}, epoch {epoch + 1} of {lesson.settings.epochs}"
+        with progress(title, sum(lengths), unit="tokens") as shown:
+            for batch in _batches(lengths, size=lesson.settings.batch_size):
+                self._step(batch)
+                shown.advance(sum(lengths[text] for text in batch))
+
+    def _step(self, batch: Sequence[int]) -> None:
+        sequences = self._lesson.training.sequences
+        lengths = [len(sequences.token_ids[text]) for text in batch]
+        for group in by_length(lengths, batch_tokens=_PASS_TOKENS):
+            texts = [batch[index] for index in group]
+            logits = self._model(sequences.padded(texts, device=self._model.device))
+            loss = self._loss(logits, self._labels[texts].to(logits.device))
+            (loss * (len(texts) / len(batch))).backward()
+        torch.nn.utils.clip_grad_norm_(self._trained.values(), self._lesson.settings.clip)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self._schedule.step()
+
+    def end_epoch(self) -> None:
+        """Scores the validation texts; keeps the parameters if they are the best so far."""
+        lesson, history = self._lesson, self.progress.history
+        title = f"{lesson.title}, validation"
+        logits = score_sequences(self._model, lesson.validation.sequences, title=title)
+        history.append(validation_score(lesson.task, logits, lesson.validation.labels))
+        if history.index(max(history)) == len(history) - 1:
+            self.progress.best = {name: p.detach().clone() for name, p in self._trained.items()}
+
+    @torch.no_grad()
+    def restore_best(self) -> None:
+        for name, parameter in self._trained.items():
+            parameter.copy_(self.progress.best[name])
+        self._model.eval().requires_grad_(False)
+
+    def save(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        state = {
+            "trained": {name: p.detach() for name, p in self._trained.items()},
+            "best": self.progress.best,
+            "history": self.progress.history,
+            "optimizer": self._optimizer.state_dict(),
+            "schedule": self._schedule.state_dict(),
+        }
+        torch.save(state, partial)
+        os.replace(partial, path)
+
+    @torch.no_grad()
+    def load(self, path: Path) -> None:
+        state = torch.load(path, weights_only=True, map_location=self._model.device)
+        for name, parameter in self._trained.items():
+            parameter.copy_(state["trained"][name])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._schedule.load_state_dict(state["schedule"])
+        self.progress = _Progress(state["best"], state["history"])
+
+
+def _optimizer(parameters: Sequence[Tensor], settings: FineTuning) -> torch.optim.AdamW:
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=settings.learning_rate)
+
+
+def _batches(lengths: Sequence[int], *, size: int) -> Iterator[list[int]]:
+    """Random groups of texts of similar length, in random order."""
+    order = torch.randperm(len(lengths)).tolist()
+    stretch = size * _BATCHES_SORTED
+    ordered = [
+        text
+        for start in range(0, len(order), stretch)
+        for text in sorted(order[start : start + stretch], key=lengths.__getitem__)
+    ]
+    batches = [ordered[start : start + size] for start in range(0, len(ordered), size)]
+    for index in torch.randperm(len(batches)).tolist():
+        yield batches[index]

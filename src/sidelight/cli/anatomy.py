@@ -1,0 +1,97 @@
+"""``sidelight anatomy``: which layers and tokens a probe uses, and which it can do without."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from sidelight.cli.options import backbone_options, column_options, examples_epilog
+
+if TYPE_CHECKING:
+    from sidelight.probe import Probe
+    from sidelight.runs import StoredRuns
+
+
+@click.command(
+    epilog=examples_epilog(
+        "sidelight anatomy probes/toxicity --data held_out.jsonl --label toxicity --out anatomy",
+        "sidelight anatomy probes/all --data held_out.jsonl --every-mechanism --out anatomy",
+    )
+)
+@click.argument("probe", type=click.Path(path_type=Path))
+@click.option("--data", required=True, help="JSONL, JSON, CSV, TSV (or .gz), Parquet, or hub name.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@column_options
+@click.option("--limit", type=click.IntRange(min=2), default=None, help="Use the first N rows.")
+@click.option(
+    "--every-mechanism",
+    is_flag=True,
+    help="Examine the first run of every mechanism trained with the probe, not only the best run.",
+)
+@click.option(
+    "--heat-maps",
+    type=click.IntRange(min=0),
+    default=2,
+    show_default=True,
+    help="Texts of each class to draw token by layer.",
+)
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(min=8),
+    default=1024,
+    show_default=True,
+    help="Longer texts are cut.",
+)
+@click.option(
+    "--cache",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="Folder for hidden states; they stay there. [default: the user's cache, then removed]",
+)
+@backbone_options
+def anatomy(probe: Path, out: Path, **given: Any) -> None:
+    """Show which layers and tokens a probe uses, per class, and what it loses without them.
+
+    Writes pictures, token by layer heat maps, anatomy.json and report.md. Nothing is trained.
+    """
+    from sidelight.anatomy import examine, write_anatomies
+    from sidelight.backbones import load_backbone
+    from sidelight.backbones.embedded import cache_root
+    from sidelight.data import load_examples
+    from sidelight.runs import check_folder, read_runs
+    from sidelight.study import make_split
+
+    check_folder(out)
+    stored = read_runs(probe)
+    chosen = stored.probes[stored.chosen]
+    columns = {name: given[name] for name in ("text", "label", "response", "split")}
+    examples = load_examples(given["data"], task=chosen.task, **columns)
+    backbone = load_backbone(
+        given["model"] or chosen.fingerprint.name,
+        dtype=given["dtype"],
+        device=given["device"],
+        prompt_format=chosen.prompt_format,
+    )
+    chosen.fingerprint.require(backbone.fingerprint, probe=chosen.name)
+    split = make_split(
+        backbone,
+        examples.select(range(min(len(examples), given["limit"] or len(examples)))),
+        reads=chosen.reads,
+        max_tokens=given["max_tokens"],
+        cache_root=given["cache"] or cache_root() / "activations",
+    )
+    probes = _first_of_each(stored) if given["every_mechanism"] else [chosen]
+    examined = [
+        examine(one, split, device=backbone.device, heat_maps=given["heat_maps"]) for one in probes
+    ]
+    if given["cache"] is None:
+        split.states.remove()
+    write_anatomies(examined, out, decode=lambda token: backbone.tokenizer.decode([token]))
+    click.echo((out / "report.md").read_text("utf-8"))
+
+
+def _first_of_each(stored: "StoredRuns") -> "list[Probe]":
+    """The chosen run, and the first run of every other mechanism."""
+    found = {probe.spec.name: probe for probe in reversed(stored.probes)}
+    chosen = stored.probes[stored.chosen]
+    return list((found | {chosen.spec.name: chosen}).values())

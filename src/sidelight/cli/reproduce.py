@@ -1,0 +1,161 @@
+"""``sidelight reproduce``: a table of the paper, or of your own, from one recipe."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from sidelight.cli.options import backbone_options, examples_epilog, json_option
+
+if TYPE_CHECKING:
+    from sidelight.bench.latency import Load
+    from sidelight.reproduction import Recipe, Tools
+
+
+@click.command(
+    epilog=examples_epilog(
+        "sidelight reproduce toxicchat --out results/toxicchat",
+        "sidelight reproduce sst2 --out results/quick --only readout,tfidf --limit 500 --seeds 1",
+        "sidelight reproduce my_table.toml --out results/mine --data ~/labelled",
+    )
+)
+@click.argument("recipe")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the table.")
+@click.option(
+    "--data",
+    "root",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="Folder with a folder for each data set. [default: SIDELIGHT_DATA, then the hub]",
+)
+@click.option("--seeds", type=click.IntRange(min=1), default=None, help="[default: the recipe's]")
+@click.option("--only", default=None, metavar="ROW,ROW", help="Rows of the recipe; others are not.")
+@click.option(
+    "--limit", type=click.IntRange(min=2), default=None, help="Use the first N rows of each part."
+)
+@click.option(
+    "--cache",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="Folder for activations, which stay there. [default: the user's cache]",
+)
+@click.option(
+    "--trials",
+    type=click.IntRange(min=1),
+    default=100,
+    show_default=True,
+    help="Configurations tried for each probe that the recipe says to search.",
+)
+@backbone_options
+@json_option
+def reproduce(recipe: str, out: Path, as_json: bool, **given: Any) -> None:
+    r"""Make a table: RECIPE is a name (see below) or your own file that ends in .toml.
+
+    The backbone runs once over the texts. Every row of every seed is stored when it is fitted, so
+    a killed run goes on, and a row that was changed in the recipe is made anew. Test data is opened
+    once, after every row has its validation results; test_opened.json says when.
+
+    \b
+    Names: toxicchat, sst2, emotion, imdb, wildguardmix (every row on one data set),
+    ood (trained on WildGuardMix, tested on ToxicChat), downcast, sensitivity,
+    fewshot, fewshot-sst2, fewshot-emotion, latency.
+    """
+    from sidelight.reproduction import parse_recipe, recipe_text
+
+    text = recipe_text(recipe)
+    chosen = _narrowed(parse_recipe(text, name=recipe), given)
+    if chosen.kind == "latency":
+        _latency(chosen, out, text, as_json, given)
+        return
+    _comparison(chosen, out, text, as_json, given)
+
+
+def _narrowed(recipe: "Recipe", given: dict[str, Any]) -> "Recipe":
+    from dataclasses import replace
+
+    if given["only"]:
+        recipe = recipe.only([name.strip() for name in given["only"].split(",")])
+    if given["seeds"]:
+        # The runs of a few-shot table are its draws.
+        recipe = replace(recipe, seeds=given["seeds"], draws=given["seeds"])
+    return recipe
+
+
+def _comparison(
+    recipe: "Recipe", out: Path, text: str, as_json: bool, given: dict[str, Any]
+) -> None:
+    from sidelight.reproduction import describe, grid, terminal
+    from sidelight.reproduction import reproduce as make
+    from sidelight.runs import console
+
+    made = make(recipe, out, text=text, tools=_tools(given), limit=given["limit"])
+    if as_json:
+        click.echo(json.dumps(describe(made), indent=2))
+        return
+    for figures in made.tables:
+        console().print(terminal(grid(figures)))
+    for note in made.notes:
+        click.echo(note)
+    click.echo(f"All columns: {out / 'table.md'}")
+
+
+def _tools(given: dict[str, Any]) -> "Tools":
+    from functools import partial
+
+    from sidelight.backbones import load_backbone
+    from sidelight.backbones.embedded import cache_root
+    from sidelight.datasets import load_data_set
+    from sidelight.reproduction import Tools, searched
+
+    return Tools(
+        load_backbone(given["model"] or "smollm2", dtype=given["dtype"], device=given["device"]),
+        partial(load_data_set, root=given["root"]),
+        searched(trials=given["trials"]),
+        given["cache"] or cache_root() / "activations",
+    )
+
+
+def _latency(recipe: "Recipe", out: Path, text: str, as_json: bool, given: dict[str, Any]) -> None:
+    from sidelight.bench.latency import Record, compare_latency, conditions, default_subjects, grids
+    from sidelight.bench.latency.picture import plot_latency
+    from sidelight.reproduction import environment, write_origin
+    from sidelight.runs import console
+
+    tools = _tools(given)
+    backbone, repeats = tools.backbone, recipe.latency.repeats
+    loads = _loads(recipe, tools)
+    write_origin(out, recipe=text, environment=environment(backbone.fingerprint), notes=())
+    where = conditions(backbone, repeats=repeats)
+    rows = compare_latency(
+        default_subjects(backbone), loads, repeats=repeats, device=backbone.device
+    )
+    record = Record(where, rows)
+    record.save(out)
+    plot_latency(rows, out / "plots")
+    if as_json:
+        click.echo(record.to_json())
+        return
+    for one in grids(rows):
+        console().print(one.table())
+
+
+def _loads(recipe: "Recipe", tools: "Tools") -> "list[Load]":
+    from sidelight.bench.latency import prompt_load, synthetic_load
+
+    sizes, wanted = recipe.latency.batch_sizes, recipe.latency
+    loads = [
+        synthetic_load(tools.backbone, batch_size=size, tokens=tokens)
+        for size in sizes
+        for tokens in wanted.tokens
+    ]
+    if not recipe.data:
+        return loads
+    data, encoder = tools.load(recipe.data), tools.backbone.encoder
+    limit = min(recipe.max_tokens, encoder.max_tokens)
+    prompts = [
+        encoder.encode_any_length(item.messages, item.response).shortened(limit)
+        for item in data.validation.items[: wanted.texts]
+    ]
+    title = f"{len(prompts)} {data.title} texts"
+    return loads + [prompt_load(prompts, batch_size=size, title=title) for size in sizes]

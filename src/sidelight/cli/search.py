@@ -1,0 +1,233 @@
+"""``sidelight search``: which options and settings do best on validation data."""
+
+import json
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.core import ParameterSource
+
+from sidelight.cli.options import (
+    backbone_options,
+    column_options,
+    examples_epilog,
+    json_option,
+)
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from sidelight.data import Examples
+    from sidelight.search import Best, Trial
+    from sidelight.study import Study
+
+# What ``sidelight train`` has to be given as well, to train on what was searched on.
+_SHARED = (
+    "data", "text", "label", "response", "split", "positive", "validation", "limit", "max_tokens",
+    "cache", "cache_budget", "model", "dtype", "device",
+)  # fmt: skip
+# As `sidelight train` holds out, so that both read the same activations.
+_HELD_OUT_SHARE, _MOST_HELD_OUT, _ENOUGH_HELD_OUT_ROWS = 0.15, 0.3, 150
+
+
+@click.command(
+    epilog=examples_epilog(
+        "sidelight search --data train.jsonl --label toxicity --mechanism gate,attention "
+        "--out search/toxicity",
+        "sidelight search --data t.jsonl --validation v.jsonl --trials 30 --keep-cache --out s",
+    )
+)
+@click.option("--data", required=True, help="JSONL, JSON, CSV, TSV (or .gz), Parquet, or hub name.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@column_options
+@click.option("--positive", default=None, help="The positive class of a binary task.")
+@click.option("--validation", default=None, help="Validation data. [default: held out of --data]")
+@click.option("--limit", type=click.IntRange(min=2), default=None, help="Use the first N rows.")
+@click.option(
+    "--mechanism",
+    "mechanisms",
+    default="readout",
+    show_default=True,
+    help="Any that `sidelight train` knows; several with commas.",
+)
+@click.option(
+    "--trials",
+    type=click.IntRange(min=1),
+    default=100,
+    show_default=True,
+    help="Per mechanism, those of an earlier run in the same folder included.",
+)
+@click.option(
+    "--together",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    help="Trials trained from one read of the activations; more take more memory.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of all that is random.")
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(min=8),
+    default=1024,
+    show_default=True,
+    help="Longer texts are cut.",
+)
+@click.option(
+    "--cache",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="Folder for activations. [default: the user's cache]",
+)
+@click.option(
+    "--cache-budget",
+    type=float,
+    default=None,
+    metavar="GIB",
+    help="The most that activations may take.",
+)
+@click.option("--keep-cache", is_flag=True, help="Keep the activations for training.")
+@backbone_options
+@json_option
+def search(out: Path, as_json: bool, **given: Any) -> None:
+    """Search options and settings of mechanisms on validation data.
+
+    The backbone runs once over the texts; every trial trains from what it showed, several from
+    each read. A killed search goes on where it stopped when the same command runs again.
+    """
+    from sidelight.runs import check_folder, console
+    from sidelight.search import describe, search_settings, write_search
+
+    names = _names(given["mechanisms"])
+    check_folder(out)
+    study = _study(given)
+    found: dict[str, Best] = {}
+    for name in names:
+        found[name] = search_settings(
+            study,
+            name,
+            trials=given["trials"],
+            seed=given["seed"],
+            storage=out / "journal.log",
+            generation=given["together"],
+            on_generation=lambda trials: _say(trials, given["trials"]),
+        )
+        write_search(found, out, score=_score_name(study))
+    if not given["keep_cache"]:
+        for split in (study.training, study.validation):
+            split.states.remove()
+    if as_json:
+        click.echo(json.dumps(describe(found), indent=2))
+        return
+    console().print(_table(found, _score_name(study)))
+    click.echo(f"Saved to {out}: best.json, trials.csv, sensitivity.png. To train the best:")
+    for best in found.values():
+        click.echo(_train_command(best, given, out))
+
+
+def _names(mechanisms: str) -> list[str]:
+    from sidelight.search import space_of
+
+    names = [name.strip() for name in mechanisms.split(",") if name.strip()]
+    for name in names:
+        space_of(name)
+    return names
+
+
+def _study(given: dict[str, Any]) -> "Study":
+    from sidelight.backbones import load_backbone
+    from sidelight.backbones.embedded import cache_root
+    from sidelight.fitting.screening import cut_warnings, doubts, require_same_task
+    from sidelight.prompts import Reads
+    from sidelight.study import Study, make_split
+
+    training, validation = _examples(given)
+    require_same_task(training, validation)
+    backbone = load_backbone(
+        given["model"] or "smollm2", dtype=given["dtype"], device=given["device"]
+    )
+    budget = given["cache_budget"]
+    splits = [
+        make_split(
+            backbone,
+            examples,
+            reads=Reads(side="response" if given["response"] else "prompt"),
+            max_tokens=given["max_tokens"],
+            cache_root=given["cache"] or cache_root() / "activations",
+            budget_bytes=None if budget is None else int(budget * 2**30),
+            title=title,
+        )
+        for examples, title in ((training, "Training texts"), (validation, "Validation texts"))
+    ]
+    warnings = [*training.warnings, *doubts(training, validation)]
+    for split in splits:
+        warnings += cut_warnings(split.prompts, given["max_tokens"])
+    for warning in warnings:
+        click.echo(f"Warning: {warning}", err=True)
+    return Study(backbone, *splits)
+
+
+def _examples(given: dict[str, Any]) -> "tuple[Examples, Examples]":
+    from sidelight.data import load_examples
+
+    columns = {"text": given["text"], "label": given["label"], "response": given["response"]}
+    training = load_examples(
+        given["data"], **columns, split=given["split"], positive=given["positive"]
+    )
+    if given["limit"]:
+        training = training.select(range(min(given["limit"], len(training))))
+    if given["validation"] is not None:
+        return training, load_examples(given["validation"], **columns, task=training.task)
+    share = min(_MOST_HELD_OUT, _ENOUGH_HELD_OUT_ROWS / len(training))
+    return training.split(max(_HELD_OUT_SHARE, share), seed=0)
+
+
+def _say(trials: "tuple[Trial, ...]", wanted: int) -> None:
+    from sidelight.search import best_of
+
+    best = best_of(trials)
+    click.echo(
+        f"{best.spec.name}: {len(trials)} of {wanted} trials, best score {best.score:.4f} "
+        f"(learning rate {best.settings.learning_rate:.2g})",
+        err=True,
+    )
+
+
+def _score_name(study: "Study") -> str:
+    return "accuracy" if study.task.kind == "multiclass" else "AUPRC"
+
+
+def _table(found: "dict[str, Best]", score: str) -> "Table":
+    from rich.table import Table
+
+    titles = ("mechanism", "trials", score, "learning rate", "decay", "epochs", "batch", "options")
+    table = Table(title="Best on validation data", title_justify="left")
+    for title in titles:
+        table.add_column(title)
+    for name, best in found.items():
+        settings = best.settings
+        table.add_row(
+            name,
+            str(len(best.trials)),
+            f"{best.score:.4f}",
+            f"{settings.learning_rate:.2g}",
+            f"{settings.weight_decay:.2g}",
+            str(settings.epochs),
+            str(settings.batch_size),
+            " ".join(f"{option}={value}" for option, value in best.spec.options.items()),
+        )
+    return table
+
+
+def _train_command(best: "Best", given: dict[str, Any], out: Path) -> str:
+    from sidelight.search import train_arguments
+
+    context = click.get_current_context()
+    command = ["sidelight", "train"]
+    for name in _SHARED:
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            command += [f"--{name.replace('_', '-')}", str(given[name])]
+    # Or the first of these commands would remove what the others read.
+    if given["keep_cache"]:
+        command.append("--keep-cache")
+    return shlex.join([*command, *train_arguments(best), "--out", str(out / best.spec.name)])

@@ -1,0 +1,47 @@
+"""What a data set is once loaded. Reads nothing."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Int
+
+from sidelight.data import Examples
+
+
+@dataclass(frozen=True, eq=False)
+class DataSet:
+    """Examples to train on, to choose by and to measure on, all with the task of the first.
+
+    Attributes:
+        name: As recipes write it.
+        title: As tables show it.
+        training: What probes learn from.
+        validation: The official validation split, or 15 % of the training rows held out.
+        test: Touched once, at the end.
+        subsets: Row positions of `test`, by the subset's name; may be empty.
+        notes: What is partial, deviates, or must be known of the licence; one sentence each.
+    """
+
+    name: str
+    title: str
+    training: Examples
+    validation: Examples
+    test: Examples
+    subsets: Mapping[str, Int[np.ndarray, " row"]]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The splits as read.
+
+    Attributes:
+        training: The whole training split.
+        validation: None where there is no official one.
+        test: The test split.
+    """
+
+    training: Examples
+    validation: Examples | None
+    test: Examples

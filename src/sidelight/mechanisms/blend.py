@@ -1,0 +1,109 @@
+"""A readout and layer fusions, each trained by a loss of its own, their logits averaged."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from sidelight.mechanisms.base import Geometry, Mechanism
+from sidelight.mechanisms.fusion import Fusion
+from sidelight.mechanisms.readout import Readout
+from sidelight.mechanisms.registry import register
+from sidelight.ragged import Ragged
+
+
+class Blend(Mechanism):
+    """The mean of its members' logits.
+
+    A linear readout and a non-linear fusion err on different texts, so their mean is better than
+    either; trained by one loss on the sum they would lose that (docs/results.md). Every state of a
+    member has a fixed size; a blend's state is theirs, laid end to end.
+
+    Args:
+        members: What is averaged.
+    """
+
+    def __init__(self, members: list[Mechanism]):
+        super().__init__()
+        # A ModuleList, which forgets the type of what it holds.
+        self.members = cast(Iterable[Mechanism], nn.ModuleList(members))
+        self._widths = [member.columns().shape[2] for member in members]
+        self._shapes = [_state_shape(member) for member in members]
+
+    def forward(
+        self, hidden: Float[Tensor, "batch layer token width"], mask: Bool[Tensor, "batch token"]
+    ) -> Float[Tensor, "batch output"]:
+        """The members' dense forms, averaged."""
+        return torch.stack([member(hidden, mask) for member in self.members]).mean(0)
+
+    def columns(self) -> Float[Tensor, "layer width column"]:
+        """The members' columns, side by side."""
+        return torch.cat([member.columns() for member in self.members], 2)
+
+    def summarise(self, tokens: Ragged) -> Ragged:
+        """``[segment, number]``: the members' states, laid end to end."""
+        parts = tokens.values.split(self._widths, -1)
+        return _joined(
+            [
+                member.summarise(Ragged(part, tokens.lengths))
+                for member, part in zip(self.members, parts, strict=True)
+            ]
+        )
+
+    def merge(self, left: Ragged, right: Ragged) -> Ragged:
+        """Each member's own merge."""
+        sides = zip(self.members, self._parted(left), self._parted(right), strict=True)
+        return _joined([member.merge(*own) for member, *own in sides])
+
+    def votes(self, state: Ragged) -> Float[Tensor, "segment voter output"]:
+        """The members' logits."""
+        pairs = zip(self.members, self._parted(state), strict=True)
+        return torch.stack([member.finish(own) for member, own in pairs], 1)
+
+    def finish(self, state: Ragged) -> Float[Tensor, "segment output"]:
+        """The mean of the members' logits."""
+        return self.votes(state).mean(1)
+
+    def _parted(self, state: Ragged) -> list[Ragged]:
+        sizes = [math.prod(shape) for shape in self._shapes]
+        parts = state.values.split(sizes, 1)
+        return [
+            Ragged.one_row_each(part.unflatten(1, shape))
+            for part, shape in zip(parts, self._shapes, strict=True)
+        ]
+
+
+def _joined(states: list[Ragged]) -> Ragged:
+    return Ragged.one_row_each(torch.cat([state.values.flatten(1) for state in states], 1))
+
+
+def _state_shape(member: Mechanism) -> torch.Size:
+    """Of one segment; a state of a fixed size has it without any token."""
+    layers, _, columns = member.columns().shape
+    nothing = Ragged(torch.zeros(0, layers, columns), torch.zeros(1, dtype=torch.long))
+    return member.summarise(nothing).values.shape[1:]
+
+
+@dataclass(frozen=True)
+class BlendOptions:
+    """Options of ``blend``.
+
+    Attributes:
+        heads: Gates per layer of the readout.
+        fusions: How many layer fusions, which differ by their initial parameters.
+        rank: Features of a token in each fusion.
+    """
+
+    heads: int = 2
+    fusions: int = 2
+    rank: int = 64
+
+
+@register("blend", BlendOptions)
+def _build(geometry: Geometry, options: BlendOptions) -> Blend:
+    fusions = [Fusion(geometry, rank=options.rank) for _ in range(options.fusions)]
+    return Blend([Readout(geometry, heads=options.heads), *fusions])

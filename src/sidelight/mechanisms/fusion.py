@@ -1,0 +1,93 @@
+"""Layer fusion: each token's layers meet in a few non-linear features, read by attention heads."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sidelight.mechanisms import online_softmax
+from sidelight.mechanisms.base import Geometry, Mechanism, hide
+from sidelight.mechanisms.last_token import last_token, merge_last, with_last
+from sidelight.mechanisms.registry import register
+from sidelight.ragged import Ragged
+
+# Of the features while training; chosen on validation data (docs/results.md).
+DROPOUT = 0.3
+
+
+class Fusion(Mechanism):
+    """Reads a text by attention heads over features that all layers of a token share.
+
+    z_t = gelu(norm((1 / sqrt(L + 1)) sum_l A_l x_lt)), norm: layer normalisation over the r numbers
+    logits = b + u . z_last + sum_k sum_t softmax_t(g_k . z_t) (v_k . z_t)
+
+    A linear readout weighs each layer by itself; here a token's layers can meet in a feature before
+    the softmax over tokens. A token costs r numbers per layer, which are summed over the layers.
+
+    Args:
+        geometry: Sizes.
+        rank: Features of a token (r).
+        heads: Attention heads over the tokens.
+    """
+
+    def __init__(self, geometry: Geometry, *, rank: int = 64, heads: int = 4):
+        super().__init__()
+        layers, width, outputs = geometry.layers, geometry.width, geometry.outputs
+        self.features = nn.Parameter(torch.randn(layers, width, rank) / math.sqrt(width))
+        self.norm = nn.LayerNorm(rank)
+        self.gate = nn.Parameter(torch.zeros(rank, heads))
+        self.value = nn.Parameter(torch.randn(rank, heads, outputs) / math.sqrt(rank))
+        self.last = nn.Parameter(torch.randn(rank, outputs) / math.sqrt(rank))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(
+        self, hidden: Float[Tensor, "batch layer token width"], mask: Bool[Tensor, "batch token"]
+    ) -> Float[Tensor, "batch output"]:
+        """The equations above, literally."""
+        inner = torch.einsum("bltd,ldr->btr", hide(hidden, mask), self.columns())
+        features = functional.gelu(self.norm(inner))
+        weights = online_softmax.masked_softmax(features @ self.gate, mask[..., None])  # (B, T, H)
+        values = torch.einsum("btr,rhc->bthc", features, self.value)
+        ends = last_token(features[:, None], mask)[:, 0] @ self.last
+        return (weights[..., None] * values).sum((1, 2)) + ends + self.bias
+
+    def columns(self) -> Float[Tensor, "layer width column"]:
+        """The features' share of each layer."""
+        return self.features / math.sqrt(len(self.features))
+
+    def summarise(self, tokens: Ragged) -> Ragged:
+        """``[segment, 1, head, (maximum, normaliser, *sums)]``, the last token as one more head."""
+        features = functional.gelu(self.norm(tokens.values.float().sum(1)))
+        features = functional.dropout(features, DROPOUT, self.training)
+        values = torch.einsum("tr,rhc->thc", features, self.value)
+        gated = online_softmax.summarise((features @ self.gate)[:, None], values[:, None], tokens)
+        return with_last(gated, (features @ self.last)[:, None], tokens)
+
+    def merge(self, left: Ragged, right: Ragged) -> Ragged:
+        """Exact."""
+        return merge_last(online_softmax.merge(left, right), left, right)
+
+    def finish(self, state: Ragged) -> Float[Tensor, "segment output"]:
+        """The heads' logits, added."""
+        return online_softmax.finish(state).sum((1, 2)) + self.bias
+
+
+@dataclass(frozen=True)
+class FusionOptions:
+    """Options of ``fusion``.
+
+    Attributes:
+        rank: Features of a token.
+        heads: Attention heads over the tokens.
+    """
+
+    rank: int = 64
+    heads: int = 4
+
+
+@register("fusion", FusionOptions)
+def _build(geometry: Geometry, options: FusionOptions) -> Fusion:
+    return Fusion(geometry, rank=options.rank, heads=options.heads)

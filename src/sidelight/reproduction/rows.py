@@ -1,0 +1,147 @@
+"""The rows of a table, built from what a recipe names."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+
+from pydantic import TypeAdapter, ValidationError
+
+from sidelight.baselines import BASELINES, Baseline
+from sidelight.errors import SidelightError, did_you_mean
+from sidelight.mechanisms import MechanismSpec, mechanism_spec
+from sidelight.reproduction.recipe import BaselineRow, ProbeRow, Recipe, Sweep, Value
+from sidelight.training import TrainingSettings, suggested_settings
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """A mechanism with everything that decides how it is trained.
+
+    Attributes:
+        name: Of the row.
+        spec: The mechanism.
+        settings: Of its training.
+        swept: The value of the swept parameter; None outside a sensitivity table.
+        line: The probe that was swept: rows of one line are one curve.
+    """
+
+    name: str
+    spec: MechanismSpec
+    settings: TrainingSettings
+    swept: Value | None = None
+    line: str = ""
+
+
+@dataclass(frozen=True)
+class BaselineConfig:
+    """A baseline with its options.
+
+    Attributes:
+        name: Of the row.
+        baseline: Ready to be fitted.
+        seeds: At most so many; None means all of the table's.
+    """
+
+    name: str
+    baseline: Baseline
+    seeds: int | None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """All rows of a table, in its order."""
+
+    probes: tuple[ProbeConfig, ...]
+    baselines: tuple[BaselineConfig, ...]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search on validation data chose."""
+
+    spec: MechanismSpec
+    settings: TrainingSettings
+
+
+def build_rows(recipe: Recipe, search: Callable[[str], Found]) -> Rows:
+    """The rows of a recipe, swept and searched where it says so.
+
+    Args:
+        recipe: The table.
+        search: Gives the best configuration of a mechanism.
+
+    Raises:
+        SidelightError: An unknown mechanism, baseline, option or setting, or a value it refuses.
+    """
+    baselines = tuple(map(_baseline, recipe.baseline))
+    probes = [_probe(row) for row in recipe.probe if not row.search]
+    if recipe.sweep is not None:
+        return Rows(tuple(_swept(probes, recipe.sweep)), baselines)
+    checked = {probe.name: probe for probe in probes}
+    return Rows(
+        tuple(
+            checked[row.name] if not row.search else _searched(row, search(row.mechanism))
+            for row in recipe.probe
+        ),
+        baselines,
+    )
+
+
+def _probe(row: ProbeRow) -> ProbeConfig:
+    suggested = suggested_settings(row.mechanism)
+    spec = mechanism_spec(row.mechanism, row.options)
+    return ProbeConfig(row.name, spec, _with_settings(suggested, row.settings), line=row.name)
+
+
+def _searched(row: ProbeRow, found: Found) -> ProbeConfig:
+    return ProbeConfig(row.name, found.spec, found.settings, line=row.name)
+
+
+def _swept(probes: list[ProbeConfig], sweep: Sweep) -> list[ProbeConfig]:
+    return [
+        _with_value(probe, sweep.parameter, value) for probe in probes for value in sweep.values
+    ]
+
+
+def _with_value(probe: ProbeConfig, parameter: str, value: Value) -> ProbeConfig:
+    spec, settings = probe.spec, probe.settings
+    if parameter in _SETTINGS:
+        settings = _with_settings(settings, {parameter: value})
+    else:
+        spec = mechanism_spec(spec.name, {**spec.options, parameter: value})  # pyright: ignore
+    name = f"{probe.name}, {parameter} {value}"
+    return replace(probe, name=name, spec=spec, settings=settings, swept=value)
+
+
+_SETTINGS = tuple(setting.name for setting in fields(TrainingSettings))
+
+
+def _with_settings(settings: TrainingSettings, given: Mapping[str, Value]) -> TrainingSettings:
+    for name, value in given.items():
+        if name not in _SETTINGS:
+            raise SidelightError(f"Unknown setting '{name}'.{did_you_mean(name, _SETTINGS)}")
+        if isinstance(value, str) != isinstance(getattr(settings, name), str):
+            raise SidelightError(
+                f"Setting {name} cannot be {value!r}; it is {getattr(settings, name)!r} by default."
+            )
+    return replace(settings, **given)  # pyright: ignore[reportArgumentType]
+
+
+def _baseline(row: BaselineRow) -> BaselineConfig:
+    if row.key not in BASELINES:
+        raise SidelightError(f"Unknown baseline '{row.key}'.{did_you_mean(row.key, BASELINES)}")
+    kind = BASELINES[row.key]
+    known = [option.name for option in fields(kind)]  # pyright: ignore[reportArgumentType]
+    for option in row.options:
+        if option not in known:
+            raise SidelightError(
+                f"Unknown option '{option}' of baseline '{row.key}'.{did_you_mean(option, known)}"
+            )
+    try:
+        baseline = TypeAdapter(kind).validate_python(row.options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, (row.key, *first["loc"])))
+        raise SidelightError(f"Option {place} cannot be {first['input']!r}: {first['msg']}.") from (
+            error
+        )
+    return BaselineConfig(row.name, baseline, row.seeds)

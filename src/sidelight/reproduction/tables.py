@@ -1,0 +1,146 @@
+"""Tables for people: Markdown, LaTeX, and the terminal. Knows figures, not how they were made."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sidelight.reproduction.figures import SHOWN, RowFigures, Spread, TableFigures
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_HEADINGS = {
+    "auprc": "AUPRC",
+    "f1": "F1",
+    "accuracy": "accuracy",
+    "macro_f1": "macro F1",
+    "recall_at_1pct_fpr": "recall at 1 % FPR",
+    "ece": "ECE",
+}
+_FILE_ONLY = ("macro F1", "validation", "single pass", "parameters")
+_LATEX = str.maketrans({"%": r"\%", "&": r"\&", "_": r"\_", "#": r"\#", "±": r"$\pm$"})
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table as text.
+
+    Attributes:
+        title: Above it.
+        headings: Of the columns.
+        lines: Cells of each row.
+        bold: The row that is ours; None if there is none.
+    """
+
+    title: str
+    headings: tuple[str, ...]
+    lines: tuple[tuple[str, ...], ...]
+    bold: int | None
+
+
+def grid(figures: TableFigures) -> Grid:
+    """The cells of a table: the compared metric comes first, with its interval."""
+    others = [name for name in SHOWN if name != figures.metric]
+    first = heading(figures.metric)
+    headings = (
+        "row",
+        first,
+        "chosen seed [95 % CI]",
+        *map(heading, others),
+        "validation",
+        "parameters",
+        "single pass",
+        f"ours - row, {first}",
+        "p",
+    )
+    names = [row.row.name for row in figures.rows]
+    bold = names.index(figures.ours) if figures.ours in names else None
+    return Grid(
+        f"{figures.title} ({figures.texts:,} texts)",
+        headings,
+        tuple(_line(row, figures.metric, others) for row in figures.rows),
+        bold,
+    )
+
+
+def heading(metric: str) -> str:
+    """A metric's name for people."""
+    return _HEADINGS.get(metric, metric.replace("_", " "))
+
+
+def markdown(one: Grid) -> str:
+    """A Markdown table under its title."""
+    lines = [
+        tuple(cell and f"**{cell}**" for cell in line) if place == one.bold else line
+        for place, line in enumerate(one.lines)
+    ]
+    rule = ("---",) * len(one.headings)
+    rows = (f"| {' | '.join(line)} |" for line in (one.headings, rule, *lines))
+    return f"## {one.title}\n\n" + "\n".join(rows) + "\n"
+
+
+def latex(one: Grid) -> str:
+    """A LaTeX table for the package booktabs."""
+    lines = [
+        tuple(cell and rf"\textbf{{{cell}}}" for cell in line) if place == one.bold else line
+        for place, line in enumerate([tuple(map(_escaped, line)) for line in one.lines])
+    ]
+    body = "\n".join(" & ".join(line) + r" \\" for line in lines)
+    head = " & ".join(map(_escaped, one.headings)) + r" \\"
+    columns = "l" + "r" * (len(one.headings) - 1)
+    return "\n".join(
+        [
+            r"\begin{table}",
+            rf"\caption{{{_escaped(one.title)}}}",
+            rf"\begin{{tabular}}{{{columns}}}",
+            r"\toprule",
+            head,
+            r"\midrule",
+            body,
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table}",
+            "",
+        ]
+    )
+
+
+def terminal(one: Grid) -> "Table":
+    """The columns that fit a terminal; print it with ``rich``."""
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = [place for place, name in enumerate(one.headings) if name not in _FILE_ONLY]
+    table = Table(title=one.title, title_justify="left")
+    for place in shown:
+        table.add_column(one.headings[place], justify="right" if place else "left")
+    for number, line in enumerate(one.lines):
+        style = "bold" if number == one.bold else ""
+        table.add_row(*(Text(line[place], style=style) for place in shown))
+    return table
+
+
+def _line(row: RowFigures, metric: str, others: Sequence[str]) -> tuple[str, ...]:
+    compared = row.difference
+    return (
+        row.row.title,
+        _spread(row.spread(metric)),
+        str(row.chosen.metrics[metric]),
+        *(_spread(row.spread(name)) for name in others),
+        _spread(row.validation),
+        f"{row.parameters:,}",
+        "yes" if row.row.is_single_pass else "no",
+        "" if compared is None else str(compared.estimate),
+        "" if compared is None or compared.p_value is None else f"{compared.p_value:.3f}",
+    )
+
+
+def _spread(one: Spread) -> str:
+    if one.mean is None:
+        return "-"
+    several = len(one.values) > 1
+    return f"{one.mean:.3f} ± {one.deviation:.3f}" if several else f"{one.mean:.3f}"
+
+
+def _escaped(text: str) -> str:
+    return text.translate(_LATEX)
