@@ -124,7 +124,8 @@ def test_env_names_the_versions(capsys: pytest.CaptureFixture[str]):
 
 
 @pytest.mark.parametrize("command", ["", "train", "eval", "predict", "serve", "demo", "inspect",
-                                     "env", "bench", "bench extract", "bench train"])  # fmt: skip
+                                     "env", "search", "reproduce", "anatomy", "bench",
+                                     "bench extract", "bench train", "bench latency"])  # fmt: skip
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]):
     assert run([*command.split(), "--help"]) == 0
     assert "Usage:" in capsys.readouterr().out
@@ -138,8 +139,10 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
         (["train", "--data", "nowhere.jsonl", "--out", "o"], "nowhere.jsonl"),
         (["train", "--data", "{data}", "--out", "o", "--label", "toxic", "--mechanism", "gat"],
          "Did you mean 'gate'"),
-        (["train", "--data", "{data}", "--out", "o", "--label", "toxic", "--set", "readout.x=1"],
-         "Unknown option 'x'"),
+        (["train", "--data", "{data}", "--out", "o", "--label", "toxic", "--mechanism", "readout",
+          "--set", "readout.x=1"], "Unknown option 'x'"),
+        (["train", "--data", "{data}", "--out", "o", "--label", "toxic", "--set", "gate.x=1"],
+         "--mechanism gate"),
         (["train", "--data", "{data}", "--out", "o", "--label", "toxic", "--set", "heads=1"],
          "MECHANISM.OPTION=VALUE"),
         (["train", "--data", "{data}", "--out", "o", "--label", "toxic", "--model", "{data}"],

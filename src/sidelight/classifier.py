@@ -12,8 +12,8 @@ from sidelight.bank import Bank
 from sidelight.data import Example, Examples, InMemory, load_examples
 from sidelight.errors import SidelightError
 from sidelight.evaluation import Report, evaluate
-from sidelight.fitting import FitOptions, fit
-from sidelight.mechanisms import DEFAULT_MECHANISM, mechanism_spec
+from sidelight.fitting import AUTO, FitOptions, fit
+from sidelight.mechanisms import mechanism_spec
 from sidelight.probe import Probe
 from sidelight.prompts import EncodedPrompt, Message, Reads
 from sidelight.scoring import score
@@ -101,7 +101,7 @@ def train(
     model: str | Path | TransformersBackbone,
     data: str | Path | InMemory | Examples,
     *,
-    mechanism: str = DEFAULT_MECHANISM,
+    mechanism: str = AUTO,
     text: str = "text",
     label: str = "label",
     response: str | None = None,
@@ -116,7 +116,7 @@ def train(
     Args:
         model: A backbone, or its name: ``smollm2``, a folder, or a hub id.
         data: A file, a hub data set, rows, or loaded examples.
-        mechanism: ``readout``, ``attention``, ``gate`` or ``pooling``.
+        mechanism: ``auto``: what suits the number of texts; or one of ``mechanism_names()``.
         text: Column of the text.
         label: Column of the label; several with commas make a multi-label task.
         response: Column of the answer; the probe then reads the answer instead of the prompt.
@@ -129,7 +129,7 @@ def train(
     """
     backbone = model if isinstance(model, TransformersBackbone) else load_backbone(model)
     options = FitOptions(
-        mechanisms=(mechanism_spec(mechanism),),
+        mechanisms=None if mechanism == AUTO else (mechanism_spec(mechanism),),
         seeds=tuple(range(seeds)),
         reads=Reads(side="response" if response else "prompt"),
     )

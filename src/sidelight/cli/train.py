@@ -45,9 +45,10 @@ if TYPE_CHECKING:
 @click.option(
     "--mechanism",
     "mechanisms",
-    default="readout",
+    default="auto",
     show_default=True,
-    help="readout, attention, gate, pooling; several with commas.",
+    help="auto: what suits the number of texts. Or several with commas of attention, blend, "
+    "fusion, gate, linear, pooling, readout.",
 )
 @click.option(
     "--set",
@@ -183,17 +184,22 @@ def _examples(given: dict[str, Any]) -> "tuple[Examples, Examples | None]":
 
 
 def _options(given: dict[str, Any]) -> "FitOptions":
-    from sidelight.fitting import FitOptions
-    from sidelight.mechanisms import mechanism_spec
+    from sidelight.fitting import AUTO, FitOptions
+    from sidelight.mechanisms import mechanism_names, mechanism_spec
     from sidelight.prompts import Reads
 
     names = [name.strip() for name in given["mechanisms"].split(",") if name.strip()]
+    is_automatic = names == [AUTO]
     assigned = _assignments(given["assignments"], names)
     budget = given["cache_budget"]
     return FitOptions(
-        mechanisms=tuple(mechanism_spec(name, assigned.get(name)) for name in names),
+        mechanisms=None
+        if is_automatic
+        else tuple(mechanism_spec(name, assigned.get(name)) for name in names),
         seeds=tuple(range(given["seeds"])),
-        settings={name: _settings(name, given) for name in names},
+        settings={
+            name: _settings(name, given) for name in (mechanism_names() if is_automatic else names)
+        },
         standardise=given["standardise"],
         reads=Reads(
             side=given["reads"] or ("response" if given["response"] else "prompt"),
@@ -228,7 +234,8 @@ def _assignments(
         if not (equals and dot) or mechanism not in mechanisms:
             raise SidelightError(
                 f"Cannot read --set {assignment}: write MECHANISM.OPTION=VALUE for one of the "
-                f"chosen mechanisms ({', '.join(mechanisms)}), such as attention.factor=16."
+                f"chosen mechanisms ({', '.join(mechanisms)}), such as attention.factor=16, and "
+                f"choose that one: --mechanism {mechanism if dot else 'attention'}."
             )
         options.setdefault(mechanism, {})[option] = int(value) if value.isdigit() else value
     return options

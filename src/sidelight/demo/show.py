@@ -16,7 +16,6 @@ from sidelight.data import load_examples
 from sidelight.demo.server import ServerProcess
 from sidelight.evaluation import Report
 from sidelight.fitting import FitOptions, fit
-from sidelight.mechanisms import DEFAULT_MECHANISM, mechanism_spec
 from sidelight.runs import console
 
 _DATA = Path(__file__).parent / "data"
@@ -54,8 +53,7 @@ def run_demo(*, keep: bool, port: int) -> None:
 def _train(backbone: TransformersBackbone, task: str, positive: str | None) -> Path:
     training = load_examples(_DATA / f"{task}_train.jsonl", positive=positive)
     _say(f"Training '{task}' on {len(training)} texts with the model frozen")
-    options = FitOptions(mechanisms=(mechanism_spec(DEFAULT_MECHANISM),))
-    best = fit(backbone, training, None, name=task, options=options).best
+    best = fit(backbone, training, None, name=task, options=FitOptions()).best
     classifier = Classifier(backbone, best.probe)
     test = load_examples(_DATA / f"{task}_test.jsonl", task=best.probe.task)
     _console.print(_table(task, classifier.evaluate(test)))

@@ -78,7 +78,7 @@ def fit(
     for split in splits:
         warnings += cut_warnings(split.prompts, options.max_tokens)
     trained = train_mechanisms(
-        options.jobs(),
+        options.jobs(len(training)),
         task=study.task,
         training=study.training.training_set(),
         validation=study.validation.training_set(),

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sidelight.calibration import CalibrationKind
+from sidelight.fitting.automatic import automatic_mechanisms
 from sidelight.mechanisms import MechanismSpec
 from sidelight.prompts import Reads
 from sidelight.training import Job, TrainingSettings, suggested_settings
@@ -17,7 +18,7 @@ class FitOptions:
     """What to train, and from what.
 
     Attributes:
-        mechanisms: Each is trained with every seed.
+        mechanisms: Each is trained with every seed; None takes what suits the number of texts.
         seeds: Of initial parameters and data order; the split is the same for all.
         settings: By mechanism name; the suggested ones where a name is missing.
         standardise: Whether hidden states are standardised per layer.
@@ -29,7 +30,7 @@ class FitOptions:
         keep_cache: Whether the activations stay after training, for another one.
     """
 
-    mechanisms: tuple[MechanismSpec, ...]
+    mechanisms: tuple[MechanismSpec, ...] | None = None
     seeds: tuple[int, ...] = (0,)
     settings: Mapping[str, TrainingSettings] = field(default_factory=dict)
     standardise: bool = True
@@ -40,15 +41,16 @@ class FitOptions:
     cache_budget_bytes: int | None = None
     keep_cache: bool = False
 
-    def jobs(self) -> list[Job]:
-        """Every mechanism with every seed."""
+    def jobs(self, texts: int) -> list[Job]:
+        """Every mechanism with every seed, one seed where nothing is random.
+
+        Args:
+            texts: For training.
+        """
+        specs = automatic_mechanisms(texts) if self.mechanisms is None else self.mechanisms
         return [
-            Job(
-                spec,
-                seed,
-                self.settings.get(spec.name, suggested_settings(spec.name)),
-                standardise=self.standardise,
-            )
-            for spec in self.mechanisms
-            for seed in self.seeds
+            Job(spec, seed, settings, standardise=self.standardise)
+            for spec in specs
+            for settings in [self.settings.get(spec.name, suggested_settings(spec.name))]
+            for seed in (self.seeds[:1] if settings.solver == "ridge" else self.seeds)
         ]

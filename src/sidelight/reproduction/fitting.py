@@ -99,7 +99,7 @@ class Bench:
             device=study.backbone.device,
         )
         seconds = (perf_counter() - start) / len(missing)
-        options = FitOptions((), reads=study.training.states.reads, max_tokens=self.max_tokens)
+        options = FitOptions(reads=study.training.states.reads, max_tokens=self.max_tokens)
         for run, one in zip(missing, trained, strict=True):
             made = ProbeMaker(study, name=run.unit.row, options=options).make(one)
             # The probe first: a unit counts as fitted once its result is there.
