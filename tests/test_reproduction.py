@@ -511,6 +511,15 @@ def test_recipes_of_the_package_name_what_exists(name: str):
     assert [row.name for row in rows.baselines] == [row.name for row in parsed.baseline]
 
 
+@pytest.mark.parametrize("name", recipe_names())
+def test_recipes_ask_a_prompted_model_about_the_classes(name: str):
+    for row in parse_recipe(recipe_text(name), name=name).baseline:
+        if row.key in ("zero_shot", "few_shot"):
+            # The data's own names may be 0 and 1, which say nothing to the model.
+            assert "question" in row.options
+            assert "names" in row.options or "emotion" in name
+
+
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
