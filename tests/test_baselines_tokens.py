@@ -209,6 +209,21 @@ def test_smoothed_probe_and_its_loss_equal_a_literal_loop(kind):
     torch.testing.assert_close(model.loss(batch, labels), torch.stack(losses).mean(), **tight)
 
 
+def test_large_means_leave_no_rounding_in_smoothed_logits():
+    torch.manual_seed(0)
+    # A dimension far from zero, as residual streams have: its part of a logit is in the hundreds.
+    hidden = torch.randn(2, int(LENGTHS.sum()), 6) + torch.tensor([400.0, 0, 0, 0, 0, 0])
+    hidden = hidden.bfloat16()
+    scaling = Standardisation.measured(hidden)
+    model = shaken(SmoothedLinear(scaling, TASKS["binary"], window=16))
+    inputs = (hidden.double() - scaling.mean[:, None]) / scaling.scale[:, None]
+    logits = torch.einsum("ltd,ldo->to", inputs, model.weight.double()) + model.bias
+    wanted = torch.stack([z.amax(0) for z in smoothed_literally(logits, 16)])
+    # float32's rounding of hundreds; bf16's would be about one.
+    found = model(Shard(hidden, LENGTHS, torch.arange(6)))
+    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=1e-3)
+
+
 @pytest.mark.parametrize("kind", TASKS)
 def test_layers_are_ranked_as_ridge_regressions_rank_them(tiny, splits, kind):
     study = study_of(tiny, splits, kind)

@@ -46,26 +46,33 @@ class SmoothedLinear(TokenModel):
         self._window = window
 
     def forward(self, batch: Shard) -> Float[Tensor, "text output"]:
-        """The largest smoothed logit, per output."""
-        return self.smoothed(batch).maxima()
+        """The largest smoothed logit, per output; in float32, as probes are scored."""
+        return self.smoothed(batch, dtype=torch.float32).maxima()
 
     def loss(self, batch: Shard, labels: Int[Tensor, "text ..."]) -> Float[Tensor, ""]:
-        """The softmax-weighted loss over windows."""
-        smoothed = self.smoothed(batch)
+        """The softmax-weighted loss over windows, from products in the states' own dtype."""
+        smoothed = self.smoothed(batch, dtype=batch.hidden.dtype)
         logits = smoothed.values
         target = class_targets(labels, self._task)[smoothed.segments]
         losses = functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
         state = online_softmax.summarise(logits[:, None], losses[:, None, :, None], smoothed)
         return online_softmax.finish(state).mean()
 
-    def smoothed(self, batch: Shard) -> Ragged:
-        """``[window, output]``: the mean logit of each window."""
-        folded = self._scaling.fold(self.weight, dtype=batch.hidden.dtype)
+    def smoothed(self, batch: Shard, *, dtype: torch.dtype) -> Ragged:
+        """``[window, output]``: the mean logit of each window.
+
+        Args:
+            batch: The texts.
+            dtype: Of the products of states and weights.
+        """
+        folded = self._scaling.fold(self.weight, dtype=dtype)
         # Layer by layer: a thin batched product of bf16 views is several times slower on a CPU.
         parts = [
-            states @ weight for states, weight in zip(batch.hidden, folded.weight, strict=True)
+            # The shift before the rounding to bf16: it takes away most of a large product.
+            torch.addmm(shift.to(dtype), states.to(dtype), weight)
+            for shift, states, weight in zip(folded.shift, batch.hidden, folded.weight, strict=True)
         ]
-        logits = torch.stack(parts).float().sum(0) + folded.shift.sum(0) + self.bias
+        logits = torch.stack(parts).float().sum(0) + self.bias
         return Windows.of(batch.lengths, size=self._window).means(logits)
 
 
