@@ -33,7 +33,7 @@ class Muli(Baseline):
 
     title: ClassVar[str] = "MULI: first token's log-odds, L1 logistic regression"
     is_single_pass: ClassVar[bool] = True
-    shares: tuple[float, ...] = (0.3, 0.1, 0.03, 0.01)
+    shares: tuple[float, ...] = (0.3, 0.1, 0.03, 0.01, 0.003)
     iterations: int = 100
 
     def fit(self, study: Study, *, seed: int) -> Rival:
