@@ -56,14 +56,12 @@ class Bench:
     Attributes:
         folder: Of all runs.
         max_tokens: As texts were cut; goes into the probes' records.
-        keeps_rivals: Whether fitted baselines stay in memory for the test. They have no file
-            format, so one that is not in memory is fitted once more when the test comes.
-        rivals: Those that are kept.
+        rivals: Baselines that were fitted here, kept for the test. They have no file format, so
+            one of an earlier, killed run is fitted once more when the test comes.
     """
 
     folder: Path
     max_tokens: int
-    keeps_rivals: bool
     rivals: dict[Path, Rival] = field(default_factory=dict)
 
     def probe_runs(self, rows: Rows, at: Round) -> list[ProbeRun]:
@@ -114,9 +112,7 @@ class Bench:
             return
         with progress("Baselines", len(missing), unit="fits") as shown:
             for run in missing:
-                rival = self._fit(run)
-                if self.keeps_rivals:
-                    self.rivals[run.unit.folder] = rival
+                self.rivals[run.unit.folder] = self._fit(run)
                 shown.advance(1)
 
     def rival(self, run: BaselineRun) -> Rival:

@@ -46,7 +46,7 @@ def reproduce(
     desk.write_origin(text, data)
     study = desk.study(data)
     rows = build_rows(recipe, lambda mechanism: desk.search(study, mechanism))
-    bench = Bench(directory / "runs", recipe.max_tokens, keeps_rivals=recipe.kind != "few-shot")
+    bench = Bench(directory / "runs", recipe.max_tokens)
     runs = _fit(rows, make_rounds(recipe, study), bench)
     earlier = record_opening(directory, config=_config(recipe, runs), versions=package_versions())
     measured = data if recipe.test_data is None else desk.load(recipe.test_data)
