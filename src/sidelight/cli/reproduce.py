@@ -12,6 +12,13 @@ if TYPE_CHECKING:
     from sidelight.bench.latency import Load
     from sidelight.reproduction import Recipe, Tools
 
+_NAMES = """
+
+\b
+Names: toxicchat, sst2, emotion, imdb, wildguardmix (every row on one data set),
+ood (trained on WildGuardMix, tested on ToxicChat), downcast, sensitivity,
+fewshot, fewshot-sst2, fewshot-emotion, latency."""
+
 
 @click.command(
     epilog=examples_epilog(
@@ -19,6 +26,7 @@ if TYPE_CHECKING:
         "sidelight reproduce sst2 --out results/quick --only readout,tfidf --limit 500 --seeds 1",
         "sidelight reproduce my_table.toml --out results/mine --data ~/labelled",
     )
+    + _NAMES
 )
 @click.argument("recipe")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the table.")
@@ -50,16 +58,12 @@ if TYPE_CHECKING:
 @backbone_options
 @json_option
 def reproduce(recipe: str, out: Path, as_json: bool, **given: Any) -> None:
-    r"""Make a table: RECIPE is a name (see below) or your own file that ends in .toml.
+    """Make a table: RECIPE is a name (see below) or your own file that ends in .toml.
 
-    The backbone runs once over the texts. Every row of every seed is stored when it is fitted, so
-    a killed run goes on, and a row that was changed in the recipe is made anew. Test data is opened
-    once, after every row has its validation results; test_opened.json says when.
-
-    \b
-    Names: toxicchat, sst2, emotion, imdb, wildguardmix (every row on one data set),
-    ood (trained on WildGuardMix, tested on ToxicChat), downcast, sensitivity,
-    fewshot, fewshot-sst2, fewshot-emotion, latency.
+    The backbone runs once over the texts. Probes are stored when all of them are trained, and a
+    baseline when it is fitted, so a killed run goes on, and a row that was changed in the recipe is
+    made anew. Test data is opened once, after every row has its validation results;
+    test_opened.json says when.
     """
     from sidelight.reproduction import parse_recipe, recipe_text
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import cast
 
 import torch
@@ -32,7 +33,6 @@ class Blend(Mechanism):
         # A ModuleList, which forgets the type of what it holds.
         self.members = cast(Iterable[Mechanism], nn.ModuleList(members))
         self._widths = [member.columns().shape[2] for member in members]
-        self._shapes = [_state_shape(member) for member in members]
 
     def forward(
         self, hidden: Float[Tensor, "batch layer token width"], mask: Bool[Tensor, "batch token"]
@@ -76,6 +76,11 @@ class Blend(Mechanism):
             for part, shape in zip(parts, self._shapes, strict=True)
         ]
 
+    @cached_property
+    def _shapes(self) -> list[torch.Size]:
+        """Of each member's state; when first needed, since a module on "meta" has no numbers."""
+        return [_state_shape(member) for member in self.members]
+
 
 def _joined(states: list[Ragged]) -> Ragged:
     return Ragged.one_row_each(torch.cat([state.values.flatten(1) for state in states], 1))
@@ -83,9 +88,10 @@ def _joined(states: list[Ragged]) -> Ragged:
 
 def _state_shape(member: Mechanism) -> torch.Size:
     """Of one segment; a state of a fixed size has it without any token."""
-    layers, _, columns = member.columns().shape
-    nothing = Ragged(torch.zeros(0, layers, columns), torch.zeros(1, dtype=torch.long))
-    return member.summarise(nothing).values.shape[1:]
+    columns = member.columns()
+    nothing = columns.new_zeros(0, columns.shape[0], columns.shape[2])
+    lengths = torch.zeros(1, dtype=torch.long, device=columns.device)
+    return member.summarise(Ragged(nothing, lengths)).values.shape[1:]
 
 
 @dataclass(frozen=True)
