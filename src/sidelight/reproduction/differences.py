@@ -67,15 +67,19 @@ def difference(ours: Float[Values, " draw"], theirs: Float[Values, " draw"]) -> 
 def difference_over_draws(
     ours: Float[Values, " draw"], theirs: Float[Values, " draw"]
 ) -> Difference:
-    """Of few-shot draws: the mean difference, and an exact test that flips signs of whole draws.
+    """Of few-shot draws: the mean difference, and a test that flips signs of whole draws.
+
+    The test is exact up to 13 draws, and beyond them one of 9,999 random flips.
 
     Args:
-        ours: The metric of each draw.
+        ours: The metric of each draw; NaN where it is undefined.
         theirs: Likewise, of the same draws.
     """
     from scipy.stats import permutation_test  # pyright: ignore
 
-    value = _mean_difference(ours, theirs)
+    defined = ~np.isnan(ours - theirs)
+    ours, theirs = ours[defined], theirs[defined]
+    value = _mean_difference(ours, theirs) if len(ours) else None
     if len(ours) < 2:
         return Difference(Estimate(value, None, None), None)
     found = permutation_test(

@@ -26,12 +26,15 @@ def report(
     """
     parts = {"all": np.arange(len(scored.labels)), **data.subsets}
     return tuple(
-        _part(recipe, rows, scored.part(texts), pictures, f"{data.title}, {name}")
+        _part(recipe, rows, scored.part(texts), pictures, title=data.title, name=name)
         for name, texts in parts.items()
     )
 
 
-def _part(recipe: Recipe, rows: Rows, scored: Scored, pictures: Path, title: str) -> TableFigures:
+def _part(
+    recipe: Recipe, rows: Rows, scored: Scored, pictures: Path, *, title: str, name: str
+) -> TableFigures:
+    title = f"{title}, {name}"
     figures = measure_rows(
         scored,
         title=title,
@@ -39,9 +42,10 @@ def _part(recipe: Recipe, rows: Rows, scored: Scored, pictures: Path, title: str
         ours=recipe.ours,
         are_draws=recipe.kind == "few-shot",
     )
-    place = title.rpartition(", ")[2].replace(" ", "_").replace("/", "_")
+    place = name.replace(" ", "_").replace("/", "_")
     draw_bars(figures, pictures / f"bars_{place}.png")
-    if scored.task.kind == "binary":
+    # Without a positive text there is no recall to draw.
+    if scored.task.kind == "binary" and scored.labels.any():
         path = pictures / f"precision_recall_{place}.png"
         draw_precision_recall(scored, path, ours=recipe.ours, title=title)
     if recipe.sweep is not None:
