@@ -107,6 +107,7 @@ def _require_sense(recipe: Recipe, name: str) -> None:
         "a sensitivity, and only a sensitivity, has a [sweep]": (
             (recipe.kind == "sensitivity") == swept
         ),
+        "a [sweep] has values": recipe.sweep is None or bool(recipe.sweep.values),
         "a sensitivity has no [[baseline]]": not (swept and recipe.baseline),
         "a searched probe has no options and settings of its own": not any(
             row.search and (row.options or row.settings) for row in recipe.probe
@@ -116,6 +117,9 @@ def _require_sense(recipe: Recipe, name: str) -> None:
         ),
         "seeds, draws, labels_per_class and max_tokens are 1 or more": (
             min(recipe.seeds, recipe.draws, recipe.labels_per_class, recipe.max_tokens) >= 1
+        ),
+        "a baseline's seeds are 1 or more": all(
+            row.seeds is None or row.seeds >= 1 for row in recipe.baseline
         ),
     }
     for claim, holds in claims.items():

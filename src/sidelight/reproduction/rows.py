@@ -1,7 +1,8 @@
 """The rows of a table, built from what a recipe names."""
 
+import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -116,14 +117,15 @@ _SETTINGS = tuple(setting.name for setting in fields(TrainingSettings))
 
 
 def _with_settings(settings: TrainingSettings, given: Mapping[str, Value]) -> TrainingSettings:
-    for name, value in given.items():
+    for name in given:
         if name not in _SETTINGS:
             raise SidelightError(f"Unknown setting '{name}'.{did_you_mean(name, _SETTINGS)}")
-        if isinstance(value, str) != isinstance(getattr(settings, name), str):
-            raise SidelightError(
-                f"Setting {name} cannot be {value!r}; it is {getattr(settings, name)!r} by default."
-            )
-    return replace(settings, **given)  # pyright: ignore[reportArgumentType]
+    try:
+        # Through JSON: strictly, Python's dict is no dataclass.
+        values = json.dumps({**asdict(settings), **given})
+        return TypeAdapter(TrainingSettings).validate_json(values, strict=True)
+    except ValidationError as error:
+        raise SidelightError(f"Setting {_refusal(error)}") from error
 
 
 def _baseline(row: BaselineRow) -> BaselineConfig:
@@ -139,9 +141,11 @@ def _baseline(row: BaselineRow) -> BaselineConfig:
     try:
         baseline = TypeAdapter(kind).validate_python(row.options)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, (row.key, *first["loc"])))
-        raise SidelightError(f"Option {place} cannot be {first['input']!r}: {first['msg']}.") from (
-            error
-        )
+        raise SidelightError(f"Option {row.key}.{_refusal(error)}") from error
     return BaselineConfig(row.name, baseline, row.seeds)
+
+
+def _refusal(error: ValidationError) -> str:
+    first = error.errors()[0]
+    place = ".".join(map(str, first["loc"]))
+    return f"{place} cannot be {first['input']!r}: {first['msg']}."

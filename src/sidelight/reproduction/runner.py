@@ -79,7 +79,8 @@ def _fit(rows: Rows, rounds: Sequence[Round], bench: Bench) -> Runs:
 def _config(recipe: Recipe, runs: Runs) -> str:
     """A hash of all runs, and of how they are compared."""
     folders = sorted(run.unit.folder.name for run in runs.all)
-    return digest({"runs": folders, "metric": recipe.metric, "ours": recipe.ours})
+    compared = {"metric": recipe.metric, "ours": recipe.ours, "test_data": recipe.test_data}
+    return digest({"runs": folders, **compared})
 
 
 @dataclass(frozen=True)

@@ -108,4 +108,4 @@ def _hash(split: Split) -> str:
 
 def _title(row: BaselineConfig) -> str:
     """The baseline's own title, unless the recipe gave the row another name than the key."""
-    return row.baseline.title if row.name in BASELINES else row.name
+    return row.baseline.title if BASELINES.get(row.name) is type(row.baseline) else row.name
