@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sidelight.baselines.early_stopping import finite
 from sidelight.baselines.sequences import SequenceClassifier, Sequences, score_sequences
 from sidelight.batching import by_length
 from sidelight.progress import progress
@@ -104,6 +105,9 @@ def fine_tune(
 
     Returns:
         The validation score of each epoch.
+
+    Raises:
+        SidelightError: The logits are not finite any more.
     """
     with torch.random.fork_rng():
         run = _Run(model, lesson)
@@ -175,7 +179,8 @@ class _Run:
         lesson, history = self._lesson, self.progress.history
         title = f"{lesson.title}, validation"
         logits = score_sequences(self._model, lesson.validation.sequences, title=title)
-        history.append(validation_score(lesson.task, logits, lesson.validation.labels))
+        checked = finite(logits, learning_rate=lesson.settings.learning_rate)
+        history.append(validation_score(lesson.task, checked, lesson.validation.labels))
         if history.index(max(history)) == len(history) - 1:
             self.progress.best = {name: p.detach().clone() for name, p in self._trained.items()}
 

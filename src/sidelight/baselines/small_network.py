@@ -2,18 +2,15 @@
 
 import math
 from collections.abc import Iterator
-from copy import deepcopy
 from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
+from sidelight.baselines.early_stopping import STEPS_AT_LEAST, train_to_best
 from sidelight.baselines.linear import Rows
-from sidelight.training import TrainingSettings, make_loss, validation_score
+from sidelight.training import TrainingSettings, make_loss
 from sidelight.types import Task
-
-# With few texts, an epoch repeats them: a handful of steps is too few to judge progress by.
-_STEPS_AT_LEAST = 40
 
 
 def train_small_network(
@@ -40,19 +37,15 @@ def train_small_network(
         network = nn.Sequential(
             nn.Linear(training.inputs.shape[1], hidden), nn.ReLU(), nn.Linear(hidden, task.outputs)
         )
-    labels = validation.labels.numpy()
-    best, state, since = -math.inf, deepcopy(network.state_dict()), 0
-    epochs = _epochs(network, training, task, settings, seed)
-    for _ in islice(epochs, settings.epochs):
-        with torch.no_grad():
-            score = validation_score(task, network(validation.inputs).numpy(), labels)
-        since += 1
-        if score > best:
-            best, state, since = score, deepcopy(network.state_dict()), 0
-        if since >= settings.patience:
-            break
-    network.load_state_dict(state)
-    return network.requires_grad_(False)
+    train_to_best(
+        network,
+        _epochs(network, training, task, settings, seed),
+        lambda: network(validation.inputs).detach().numpy(),
+        task=task,
+        labels=validation.labels.numpy(),
+        settings=settings,
+    )
+    return network
 
 
 def _epochs(
@@ -60,7 +53,7 @@ def _epochs(
 ) -> Iterator[None]:
     """Trains on each request for another epoch."""
     loss = make_loss(task, training.labels, balanced=settings.class_weight == "balanced")
-    steps = max(_STEPS_AT_LEAST, math.ceil(len(training.labels) / settings.batch_size))
+    steps = max(STEPS_AT_LEAST, math.ceil(len(training.labels) / settings.batch_size))
     optimizer = torch.optim.AdamW(
         network.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
     )

@@ -6,7 +6,6 @@ Knows shards and labels. What a model does with the tokens, and its loss, are it
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from copy import deepcopy
 from dataclasses import dataclass
 from itertools import islice
 from typing import Generic, TypeVar
@@ -16,14 +15,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from sidelight.baselines.early_stopping import STEPS_AT_LEAST, train_to_best
 from sidelight.baselines.token_source import TokenSource, neighbours
 from sidelight.cache import Shard
-from sidelight.errors import SidelightError
-from sidelight.training import TrainingSettings, validation_score
+from sidelight.training import TrainingSettings
 from sidelight.types import Task
 
-# With few texts, an epoch repeats them: a handful of steps is too few to judge progress by.
-_STEPS_AT_LEAST = 40
 _SCORED_TEXTS = 128
 
 
@@ -85,18 +82,15 @@ def train_on_tokens(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build()
-    best, state, since = -math.inf, deepcopy(model.state_dict()), 0
-    for _ in islice(_epochs(model, training, settings, seed), settings.epochs):
-        logits = token_logits(model, validation)
-        _require_finite(logits, settings)
-        score = validation_score(task, logits, validation.labels.numpy())
-        since += 1
-        if score > best:
-            best, state, since = score, deepcopy(model.state_dict()), 0
-        if since >= settings.patience:
-            break
-    model.load_state_dict(state)
-    return TrainedModel(model.requires_grad_(False), best)
+    score = train_to_best(
+        model,
+        _epochs(model, training, settings, seed),
+        lambda: token_logits(model, validation),
+        task=task,
+        labels=validation.labels.numpy(),
+        settings=settings,
+    )
+    return TrainedModel(model, score)
 
 
 @torch.inference_mode()
@@ -118,7 +112,7 @@ def _epochs(
 ) -> Iterator[None]:
     """Trains on each request for another epoch."""
     size = settings.batch_size
-    steps = max(_STEPS_AT_LEAST, sum(math.ceil(texts / size) for texts in training.sizes))
+    steps = max(STEPS_AT_LEAST, sum(math.ceil(texts / size) for texts in training.sizes))
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=settings.learning_rate,
@@ -146,11 +140,3 @@ def _batches(source: TokenSource, *, size: int, shuffle: torch.Generator) -> Ite
             batches = list(neighbours(source.read(index), cuts))
             for place in torch.randperm(len(batches), generator=shuffle).tolist():
                 yield batches[place]
-
-
-def _require_finite(logits: Float[np.ndarray, "text output"], settings: TrainingSettings) -> None:
-    if not np.isfinite(logits).all():
-        raise SidelightError(
-            "Training a baseline diverged: its logits are not finite. "
-            f"Lower its learning rate (it was {settings.learning_rate})."
-        )
