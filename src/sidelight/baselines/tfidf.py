@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,8 +13,12 @@ from sklearn.multiclass import OneVsRestClassifier
 from sklearn.pipeline import make_pipeline, make_union
 
 from sidelight.baselines.base import Baseline, Rival
+from sidelight.errors import SidelightError
 from sidelight.study import Split, Study
 from sidelight.types import Task
+
+# Probabilities are kept this far from 0 and 1, so that log-odds are finite.
+_LEAST = 1e-9
 
 
 @dataclass(frozen=True)
@@ -29,16 +34,26 @@ class TfIdf(Baseline):
     strength: float = 10.0
 
     def fit(self, study: Study, *, seed: int) -> Rival:
-        """Fits to the training texts; nothing is chosen on validation texts."""
+        """Fits to the training texts; nothing is chosen on validation texts.
+
+        Raises:
+            SidelightError: All training texts are of one class.
+        """
         features = make_union(
             TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True),
             TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True, min_df=2),
         )
         regression = LogisticRegression(C=self.strength, max_iter=1000, class_weight="balanced")
+        labels = study.training.labels
         is_multilabel = study.task.kind == "multilabel"
+        if not is_multilabel and (labels == labels[0]).all():
+            raise SidelightError(
+                f"All training texts are labelled '{study.task.labels[labels[0]]}', and TF-IDF has "
+                "nothing to tell apart. Use more texts, with two labels at least."
+            )
         head = OneVsRestClassifier(regression) if is_multilabel else regression
         inputs = features.fit_transform(study.training.texts)
-        head.fit(inputs, study.training.labels)
+        head.fit(inputs, labels)
         parameters = (len(features.get_feature_names_out()) + 1) * study.task.outputs
         return _Fitted(parameters, _scorer(make_pipeline(features, head), study.task))
 
@@ -52,12 +67,23 @@ class _Fitted(Rival):
 
 
 def _scorer(model: Any, task: Task) -> Callable[[Sequence[str]], np.ndarray]:
-    if task.kind != "multilabel":
-        return lambda texts: model.decision_function(texts).reshape(len(texts), -1)
+    if task.kind == "multilabel":
+        return partial(_log_odds, model)
+    if task.kind == "multiclass" and len(model.classes_) < task.outputs:
+        return partial(_log_chances, model, task.outputs)
+    return lambda texts: model.decision_function(texts).reshape(len(texts), -1)
 
-    def log_odds(texts: Sequence[str]) -> np.ndarray:
-        # A label that no training text has is constant, and then there is no decision function.
-        chance = model.predict_proba(texts).clip(1e-9, 1 - 1e-9)
-        return np.log(chance / (1 - chance))
 
-    return log_odds
+def _log_odds(model: Any, texts: Sequence[str]) -> Float[np.ndarray, "text output"]:
+    """Of labels, where one that no training text has is constant: it has no decision function."""
+    chance = model.predict_proba(texts).clip(_LEAST, 1 - _LEAST)
+    return np.log(chance / (1 - chance))
+
+
+def _log_chances(
+    model: Any, outputs: int, texts: Sequence[str]
+) -> Float[np.ndarray, "text output"]:
+    """Of classes, where one that no training text has is as good as impossible."""
+    chance = np.full((len(texts), outputs), _LEAST)
+    chance[:, model.classes_] = model.predict_proba(texts).clip(min=_LEAST)
+    return np.log(chance)
