@@ -248,6 +248,17 @@ def test_layers_are_ranked_as_ridge_regressions_rank_them(tiny, splits, kind):
     np.testing.assert_allclose(np.array(scores)[ranks], sorted(scores, reverse=True), atol=0.01)
 
 
+def test_all_texts_in_another_order_keep_their_labels(splits):
+    whole = splits["binary"]["validation"]
+    turned = whole.select(range(len(whole) - 1, -1, -1))
+    for split in (whole, turned):
+        found = split.training_set()
+        assert found.labels.tolist() == whole.labels[split.rows].tolist()
+        for shard in map(found.states.read, range(len(found.states))):
+            prompts = [split.prompts[text] for text in shard.rows.tolist()]
+            assert shard.lengths.tolist() == [int(one.mask(Reads()).sum()) for one in prompts]
+
+
 class Blind(torch.nn.Module):
     """The same logit for every text."""
 

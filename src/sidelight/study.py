@@ -102,7 +102,8 @@ class Split:
 
     def training_set(self) -> TrainingSet:
         """What ``train_mechanisms`` reads; a part of a data set is gathered into memory."""
-        if len(self) == len(self.states.prompts):
+        # All texts in another order are as many, but their labels are in that order.
+        if np.array_equal(self.rows, np.arange(len(self.states.prompts))):
             return TrainingSet(self.states, self.labels)
         return TrainingSet(MemoryStates(self.states, self.rows.tolist()), self.labels)
 
