@@ -263,7 +263,9 @@ def test_a_killed_run_goes_on_from_every_row_that_was_finished(
         make(data=Data(on_test=kill))
     before = stored(tmp_path)
     assert len(before) == 5
-    make()
+    (file,) = (tmp_path / "runs").glob("tfidf-*/result.npz")
+    seconds = float(np.load(file)["seconds"])
+    assert rows_of(make())["tfidf"]["seconds"] == [seconds]
     after = stored(tmp_path)
     # A baseline has no file format: it is fitted once more, with the same seed, for the test.
     kept = {name for name in before if not name.startswith("runs/tfidf")}
