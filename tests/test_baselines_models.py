@@ -39,6 +39,7 @@ from tiny import tiny_backbone, untrained_probe
 BF16 = 0.05
 # float32 sums in another order.
 ROUNDING = 1e-4
+pytestmark = pytest.mark.usefixtures("own_cache")
 QUICK = {"epochs": 6, "batch_size": 16, "learning_rate": 1e-2}
 BINARY = Task("binary", ("fine", "toxic"))
 
@@ -67,8 +68,8 @@ def study(tiny, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def tuned(study):
-    return Lora(**QUICK).fit(study, seed=0)
+def tuned(study, tmp_path_factory):
+    return Lora(**QUICK, checkpoints=tmp_path_factory.mktemp("lora")).fit(study, seed=0)
 
 
 def identity(backbone):

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -101,7 +102,8 @@ def fine_tune(
     Args:
         model: What is trained, in place.
         lesson: What to learn.
-        checkpoint: A file that is written after each epoch, and gone on from if it is there.
+        checkpoint: A file that is written after each epoch, and gone on from if it is there; in the
+            end it holds what was learnt.
 
     Returns:
         The validation score of each epoch.
@@ -193,24 +195,27 @@ class _Run:
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
-        state = {
-            "trained": {name: p.detach() for name, p in self._trained.items()},
+        state: dict[str, Any] = {
             "best": self.progress.best,
             "history": self.progress.history,
-            "optimizer": self._optimizer.state_dict(),
-            "schedule": self._schedule.state_dict(),
         }
+        if len(self.progress.history) < self._lesson.settings.epochs:
+            state["trained"] = {name: p.detach() for name, p in self._trained.items()}
+            state["optimizer"] = self._optimizer.state_dict()
+            state["schedule"] = self._schedule.state_dict()
         torch.save(state, partial)
         os.replace(partial, path)
 
     @torch.no_grad()
     def load(self, path: Path) -> None:
         state = torch.load(path, weights_only=True, map_location=self._model.device)
+        self.progress = _Progress(state["best"], state["history"])
+        if "trained" not in state:
+            return
         for name, parameter in self._trained.items():
             parameter.copy_(state["trained"][name])
         self._optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
-        self.progress = _Progress(state["best"], state["history"])
 
 
 def _optimizer(parameters: Sequence[Tensor], settings: FineTuning) -> torch.optim.AdamW:

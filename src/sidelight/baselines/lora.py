@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sidelight.backbones.embedded import cache_root
 from sidelight.baselines.base import Baseline, Rival
 from sidelight.baselines.fine_tuning import FineTuning, Labelled, Lesson, fine_tune
 from sidelight.baselines.sequences import Pooling, SequenceClassifier, Sequences, score_sequences
@@ -38,7 +39,7 @@ class Lora(Baseline):
         learning_rate: At the end of the warm-up.
         epochs: The best on validation data is kept.
         batch_size: Texts per step.
-        checkpoints: A folder where a killed run goes on from; None keeps nothing.
+        checkpoints: Folder that a killed run goes on from; None is one in the user's cache.
     """
 
     title: ClassVar[str] = "LoRA fine-tuning"
@@ -82,13 +83,12 @@ class Lora(Baseline):
             adapters=adapters,
         ).to(study.backbone.device)
 
-    def _checkpoint(self, lesson: Lesson, study: Study) -> Path | None:
-        if self.checkpoints is None:
-            return None
+    def _checkpoint(self, lesson: Lesson, study: Study) -> Path:
         model = (self.rank, self.alpha, self.dropout, self.pooling)
         who = study.backbone.fingerprint.digest
         reads = study.training.states.reads
-        return self.checkpoints / f"lora-{lesson.key(model, who, reads)}.pt"
+        folder = self.checkpoints or cache_root() / "checkpoints"
+        return folder / f"lora-{lesson.key(model, who, reads)}.pt"
 
 
 @dataclass(frozen=True)
