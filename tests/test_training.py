@@ -21,7 +21,9 @@ from sidelight.training import (
 from sidelight.training.losses import make_loss
 from sidelight.training.trainee import Trainee
 
-QUICK = TrainingSettings(learning_rate=1e-2, weight_decay=0.01, epochs=3, batch_size=32)
+QUICK = TrainingSettings(
+    learning_rate=1e-2, weight_decay=0.01, epochs=3, batch_size=20, least_steps=0
+)
 BRIEF = replace(QUICK, epochs=2)
 SIZES = {"training": 160, "validation": 80}
 
@@ -263,3 +265,22 @@ def test_every_mechanism_has_suggested_settings(name):
     settings = suggested_settings(name)
     assert 0 < settings.learning_rate < 1
     assert 0 < settings.patience <= settings.epochs
+
+
+def test_few_texts_are_trained_in_smaller_batches_for_more_epochs():
+    settings = TrainingSettings(epochs=4, batch_size=32, least_steps=96, patience=2)
+    assert settings.fitted_to(5000) == settings
+    few = settings.fitted_to(128)
+    assert (few.batch_size, few.epochs, few.patience) == (16, 12, 6)
+    assert settings.fitted_to(3).batch_size == 1
+
+
+def test_layer_weights_change_only_the_mechanisms_that_ask_for_them(corpora):
+    weighted = replace(BRIEF, layer_weights="predictive")
+    both = [job(settings=BRIEF), job(settings=weighted)]
+    plain, predictive = trained(corpora, *both)
+    assert torch.equal(plain.standardisation.mean, predictive.standardisation.mean)
+    weights = plain.standardisation.scale / predictive.standardisation.scale
+    torch.testing.assert_close(weights, weights[:, :1].expand_as(weights))
+    assert weights[:, 0].square().mean().item() == pytest.approx(1, rel=1e-4)
+    assert weights.std() > 0.01

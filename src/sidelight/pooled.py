@@ -32,14 +32,18 @@ def pool(states: States) -> Pooled:
     with progress("Pooling", shape[0], unit="texts") as shown:
         for index in range(len(states)):
             shard = states.read(index)
-            means[shard.rows] = _means(shard)
-            ends = shard.lengths.cumsum(0) - 1
-            lasts[shard.rows] = shard.hidden[:, ends].transpose(0, 1).float()
+            own = pool_shard(shard)
+            means[shard.rows], lasts[shard.rows] = own.means, own.lasts
             shown.advance(len(shard.rows))
     return Pooled(means, lasts)
 
 
-def _means(shard: Shard) -> Float[Tensor, "text layer width"]:
-    """Layer by layer: a shard in float32 would not fit beside itself."""
+def pool_shard(shard: Shard) -> Pooled:
+    """Of one shard, in the order of its texts."""
+    # Layer by layer: a shard in float32 would not fit beside itself.
     sums = [Ragged(layer.float(), shard.lengths).sums() for layer in shard.hidden]
-    return torch.stack(sums, 1) / shard.lengths[:, None, None]
+    ends = shard.lengths.cumsum(0) - 1
+    return Pooled(
+        torch.stack(sums, 1) / shard.lengths[:, None, None],
+        shard.hidden[:, ends].transpose(0, 1).float(),
+    )

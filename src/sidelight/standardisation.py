@@ -40,6 +40,10 @@ class Standardisation:
         scale, mean = torch.std_mean(hidden.float(), dim=1)
         return Standardisation(mean, torch.where(scale > 1e-6, scale, 1.0))
 
+    def weighted(self, weights: Float[Tensor, " layer"]) -> "Standardisation":
+        """Each layer's standardised states multiplied by a weight, 0 or more."""
+        return Standardisation(self.mean, self.scale / weights.to(self.scale.device)[:, None])
+
     def fold(
         self, columns: Float[Tensor, "layer width column"], *, dtype: torch.dtype = torch.float32
     ) -> Projection:

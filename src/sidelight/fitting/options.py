@@ -42,7 +42,7 @@ class FitOptions:
     keep_cache: bool = False
 
     def jobs(self, texts: int) -> list[Job]:
-        """Every mechanism with every seed, one seed where nothing is random.
+        """Every mechanism with every seed.
 
         Args:
             texts: For training.
@@ -52,5 +52,5 @@ class FitOptions:
             Job(spec, seed, settings, standardise=self.standardise)
             for spec in specs
             for settings in [self.settings.get(spec.name, suggested_settings(spec.name))]
-            for seed in (self.seeds[:1] if settings.solver == "ridge" else self.seeds)
+            for seed in self.seeds
         ]

@@ -3,7 +3,7 @@
 To add one, write its file and import it here; the law tests find it in the registry.
 """
 
-from sidelight.mechanisms import attention, blend, fusion, gate, linear, pooling, readout
+from sidelight.mechanisms import attention, blend, fusion, gate, pooling, readout
 from sidelight.mechanisms.base import Aggregator, Geometry, Mechanism
 from sidelight.mechanisms.registry import (
     MechanismSpec,
@@ -26,7 +26,6 @@ __all__ = [
     "blend",
     "fusion",
     "gate",
-    "linear",
     "mechanism_names",
     "mechanism_spec",
     "pooling",

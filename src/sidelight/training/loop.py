@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -12,12 +13,12 @@ from torch import Tensor
 from sidelight.cache import Shard, States
 from sidelight.errors import SidelightError
 from sidelight.mechanisms import Geometry, Mechanism
-from sidelight.pooled import pool
+from sidelight.pooled import Pooled, pool_shard
 from sidelight.progress import Progress, progress
 from sidelight.ragged import Ragged
 from sidelight.standardisation import Standardisation
+from sidelight.training.layer_weights import TEXTS, layer_weights
 from sidelight.training.losses import make_loss
-from sidelight.training.ridge import solve_linear
 from sidelight.training.settings import Job
 from sidelight.training.trainee import Trainee, validation_score
 from sidelight.types import Task
@@ -80,15 +81,11 @@ def train_mechanisms(
     """
     run = _Run(task=task, training=training, validation=validation, device=torch.device(device))
     trainees = run.enrol(jobs)
-    solved = [trainee for trainee in trainees if trainee.job.settings.solver == "ridge"]
-    if solved:
-        run.solve(solved)
-    learners = [trainee for trainee in trainees if trainee.job.settings.solver == "adamw"]
-    epochs = max((trainee.job.settings.epochs for trainee in learners), default=0)
+    epochs = max((trainee.job.settings.epochs for trainee in trainees), default=0)
     tokens = sum(training.states.plan.tokens)
     with progress("Training", epochs * tokens, unit="tokens") as shown:
         for epoch in range(epochs):
-            active = [trainee for trainee in learners if not trainee.has_finished]
+            active = [trainee for trainee in trainees if not trainee.has_finished]
             if not active:
                 break
             run.train_epoch(active, epoch, shown)
@@ -107,12 +104,23 @@ class _Run:
         sizes = training.states.fingerprint
         self._geometry = Geometry(sizes.layers, sizes.width, task.outputs)
         self._labels = torch.from_numpy(training.labels).to(device)
-        self._standardisation = {
-            False: Standardisation.identity(self._geometry).to(device),
-            True: _measure(training.states).to(device),
-        }
+        self._raw = Standardisation.identity(self._geometry).to(device)
+        self._measured = _measure(training.states).to(device)
+
+    @cached_property
+    def _weighted(self) -> Standardisation:
+        """As measured, with predictive layer weights: only computed if some job wants them."""
+        pooled, labels = _pool_some(self._training)
+        return self._measured.weighted(layer_weights(pooled, labels, task=self._task))
+
+    def standardisation(self, job: Job) -> Standardisation:
+        if not job.standardise:
+            return self._raw
+        return self._weighted if job.settings.layer_weights == "predictive" else self._measured
 
     def enrol(self, jobs: Sequence[Job]) -> list[Trainee]:
+        texts = len(self._training.labels)
+        fitted = [replace(job, settings=job.settings.fitted_to(texts)) for job in jobs]
         return [
             Trainee(
                 job,
@@ -125,21 +133,8 @@ class _Run:
                 ),
                 device=self._device,
             )
-            for job in jobs
+            for job in fitted
         ]
-
-    def solve(self, trainees: Sequence[Trainee]) -> None:
-        """Mechanisms with a closed form: it is the only epoch that they have."""
-        pooled = pool(self._training.states)
-        for trainee in trainees:
-            solve_linear(
-                trainee.mechanism,
-                pooled,
-                self._training.labels,
-                task=self._task,
-                standardisation=self._standardisation[trainee.job.standardise],
-            )
-        self.end_epoch(trainees)
 
     def _steps(self, batch_size: int) -> int:
         # A shard's random first cut can add a batch.
@@ -173,8 +168,7 @@ class _Run:
         """Each trainee's columns of every token, from one matmul a layer."""
         dtype = batch.hidden.dtype
         folded = [
-            self._standardisation[t.job.standardise].fold(t.mechanism.columns(), dtype=dtype)
-            for t in trainees
+            self.standardisation(t.job).fold(t.mechanism.columns(), dtype=dtype) for t in trainees
         ]
         weight = torch.cat([own.weight for own in folded], 2)
         # Rounded like the states; calibration, fitted in float32, absorbs what that moves.
@@ -215,7 +209,7 @@ class _Run:
             Trained(
                 job=trainee.job,
                 mechanism=trainee.mechanism,
-                standardisation=self._standardisation[trainee.job.standardise],
+                standardisation=self.standardisation(trainee.job),
                 validation_logits=logits,
                 history=tuple(trainee.history),
                 best_epoch=trainee.best_epoch,
@@ -234,6 +228,22 @@ def _measure(states: States) -> Standardisation:
         if tokens >= _MOMENT_TOKENS:
             break
     return Standardisation.measured(torch.cat(hidden, 1)[:, :_MOMENT_TOKENS])
+
+
+def _pool_some(training: TrainingSet) -> tuple[Pooled, np.ndarray]:
+    """Means, last tokens and labels of as many texts as layer weights look at, in random order."""
+    parts: list[Pooled] = []
+    rows: list[Tensor] = []
+    for index in range(len(training.states)):
+        shard = training.states.read(index)
+        parts.append(pool_shard(shard))
+        rows.append(shard.rows)
+        if sum(map(len, rows)) >= TEXTS:
+            break
+    means, lasts = (
+        torch.cat([getattr(part, name) for part in parts]) for name in ("means", "lasts")
+    )
+    return Pooled(means, lasts), training.labels[torch.cat(rows).numpy()]
 
 
 def _grouped_by_batches(trainees: Sequence[Trainee]) -> Iterator[list[Trainee]]:

@@ -1,39 +1,45 @@
 """How a mechanism is trained, and which mechanisms are trained together."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from sidelight.errors import SidelightError
 from sidelight.mechanisms import MechanismSpec
 
 ClassWeight = Literal["none", "balanced"]
-Solver = Literal["adamw", "ridge"]
+# Of few texts: larger batches would be too few.
+_STEPS_OF_AN_EPOCH = 8
+
+LayerWeights = Literal["equal", "predictive"]
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """Optimisation by AdamW with a cosine schedule and early stopping, or in closed form.
+    """Optimisation by AdamW with a cosine schedule and early stopping.
 
     Attributes:
-        solver: ``ridge`` solves the linear readout (``training/ridge.py``), and nothing below
-            matters then.
         learning_rate: At the start of the cosine.
         weight_decay: Decoupled, per step relative to the learning rate.
         epochs: Passes over the data at most; the cosine ends there.
-        batch_size: Texts per step.
-        patience: Epochs without a better validation score after which training stops.
+        least_steps: With few texts there are more epochs, so that they have so many steps.
+        batch_size: Texts per step; fewer, so that an epoch of few texts has eight steps.
+        patience: Epochs without a better validation score after which training stops; more in
+            proportion where there are more epochs.
         class_weight: ``balanced`` weighs each class by its inverse frequency; the threshold that
             validation chooses handles imbalance either way.
+        layer_weights: ``predictive`` weighs layers by how well each predicts left-out training
+            texts (``training/layer_weights.py``), if states are standardised.
     """
 
-    solver: Solver = "adamw"
     learning_rate: float = 1e-3
     weight_decay: float = 0.1
     epochs: int = 8
+    least_steps: int = 96
     batch_size: int = 32
     patience: int = 3
     class_weight: ClassWeight = "none"
+    layer_weights: LayerWeights = "equal"
 
     def __post_init__(self) -> None:
         """Refuses numbers that the optimiser cannot use."""
@@ -43,14 +49,26 @@ class TrainingSettings:
                 f"{self.weight_decay}: the rate lies from 0 to 1, the decay is 0 or more."
             )
 
+    def fitted_to(self, texts: int) -> "TrainingSettings":
+        """What so few texts are really trained with: smaller batches and more epochs.
+
+        Args:
+            texts: For training.
+        """
+        batch_size = min(self.batch_size, max(1, texts // _STEPS_OF_AN_EPOCH))
+        epochs = max(self.epochs, math.ceil(self.least_steps / math.ceil(texts / batch_size)))
+        patience = math.ceil(self.patience * epochs / self.epochs)
+        return replace(self, batch_size=batch_size, epochs=epochs, patience=patience)
+
 
 # Chosen on ToxicChat validation data; `docs/results.md` has the runs.
 _SUGGESTED = {
-    "linear": TrainingSettings(solver="ridge"),
     "pooling": TrainingSettings(learning_rate=2e-2, weight_decay=0.1, epochs=4),
     "gate": TrainingSettings(learning_rate=1e-2, weight_decay=0.1, epochs=4),
     "attention": TrainingSettings(learning_rate=1e-3, weight_decay=0.1, epochs=3),
-    "readout": TrainingSettings(learning_rate=1e-3, weight_decay=0.3, epochs=6),
+    "readout": TrainingSettings(weight_decay=0.3, epochs=6, layer_weights="predictive"),
+    "fusion": TrainingSettings(weight_decay=0.3, epochs=6),
+    "blend": TrainingSettings(weight_decay=0.3, epochs=6, layer_weights="predictive"),
 }
 
 

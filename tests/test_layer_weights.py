@@ -1,0 +1,52 @@
+"""How much each layer counts when training starts."""
+
+import numpy as np
+import pytest
+import torch
+
+from sidelight.pooled import Pooled
+from sidelight.training.layer_weights import layer_weights
+from sidelight.types import Task
+
+BINARY = Task("binary", ("no", "yes"))
+SEVERAL = Task("multilabel", ("a", "b"))
+TEXTS, LAYERS, WIDTH = 120, 4, 6
+
+
+def drawn(labels: np.ndarray, *, layer: int, view: str) -> Pooled:
+    """Noise, but for one layer's view, which the labels shift."""
+    random = torch.Generator().manual_seed(0)
+    means, lasts = (torch.randn(TEXTS, LAYERS, WIDTH, generator=random) for _ in range(2))
+    shift = torch.from_numpy(labels).reshape(TEXTS, -1).float()
+    {"means": means, "lasts": lasts}[view][:, layer, : shift.shape[1]] += 3 * shift
+    return Pooled(means, lasts)
+
+
+@pytest.mark.parametrize("view", ["means", "lasts"])
+@pytest.mark.parametrize("task", [BINARY, SEVERAL], ids=lambda task: task.kind)
+def test_the_layer_that_predicts_the_labels_weighs_most(task, view):
+    shape = (TEXTS,) if task is BINARY else (TEXTS, 2)
+    labels = np.random.default_rng(0).integers(0, 2, shape)
+    weights = layer_weights(drawn(labels, layer=2, view=view), labels, task=task)
+    assert int(weights.argmax()) == 2
+    assert weights.square().mean().item() == pytest.approx(1)
+    # The others hold noise, and are still not shut out.
+    others = weights[[0, 1, 3]] / weights[2]
+    assert others.max() < 0.1
+    assert others.min() >= 0.01 - 1e-6
+
+
+def test_without_a_layer_that_predicts_anything_all_weigh_alike():
+    labels = np.ones(TEXTS, dtype=np.int64)
+    pooled = drawn(np.zeros(TEXTS), layer=0, view="means")
+    assert torch.equal(layer_weights(pooled, labels, task=BINARY), torch.ones(LAYERS))
+
+
+def test_a_view_that_is_the_same_for_all_texts_is_worth_nothing():
+    labels = np.random.default_rng(0).integers(0, 2, TEXTS)
+    pooled = drawn(labels, layer=2, view="means")
+    pooled.lasts[:, 0] = 1.0
+    pooled.means[:, 0] = 1.0
+    weights = layer_weights(pooled, labels, task=BINARY)
+    assert torch.isfinite(weights).all()
+    assert weights[0] / weights[2] == pytest.approx(0.01)
