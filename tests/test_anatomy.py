@@ -136,7 +136,7 @@ def test_contributions_and_the_target_at_the_mean_sum_to_the_target(
         parts = contributions(probe.mechanism, piece.tokens, targets)
     moved = probe.mechanism(hidden, mask) - probe.mechanism(torch.zeros_like(hidden), mask)
     summed = Ragged(parts.sum(1), piece.tokens.lengths).sums()
-    # Integrated at eight points.
+    # Integrated at a few points.
     torch.testing.assert_close(summed, (moved * targets).sum(1), atol=2e-3, rtol=2e-3)
 
 

@@ -26,6 +26,7 @@ VARIANTS = [
     ("attention", {"factor": 16, "heads": 1}),
     ("attention", {"factor": 2, "heads": 8, "pooling": "max"}),
     ("readout", {"heads": 1}),
+    ("readout", {"extremes": "pair"}),
     ("fusion", {"rank": 3, "heads": 1}),
     ("blend", {"fusions": 1, "rank": 4}),
 ]
@@ -220,7 +221,7 @@ def test_gradients_of_both_forms_are_equal(mechanism, lengths, seed):
     dense = gradients(texts.dense(mechanism, math.nan, 1))
     streaming = gradients(streamed(mechanism, texts.states))
     for expected, actual in zip(dense, streaming, strict=True):
-        scale = max(float(expected.abs().max()), 1e-2)
+        scale = max([1e-2, *expected.abs().flatten().tolist()])
         torch.testing.assert_close(actual / scale, expected / scale, **ROUNDING)
 
 
@@ -297,8 +298,10 @@ def test_two_stages_equal_the_papers_equations_in_numpy(name, options, stage, ou
 
 @pytest.mark.parametrize("heads", [1, 4])
 @pytest.mark.parametrize("outputs", [1, 3])
-def test_readout_equals_its_equation_in_numpy(heads, outputs):
-    mechanism, hidden = built("readout", {"heads": heads}, outputs), one_text()
+@pytest.mark.parametrize("extremes", ["none", "pair"])
+def test_readout_equals_its_equation_in_numpy(heads, outputs, extremes):
+    mechanism = built("readout", {"heads": heads, "extremes": extremes}, outputs)
+    hidden = one_text()
     own, states = parameters(mechanism), hidden.double().numpy()
     expected = own["bias"].copy()
     for layer in range(LAYERS):
@@ -308,6 +311,10 @@ def test_readout_equals_its_equation_in_numpy(heads, outputs):
                 value = states[layer, token] @ own["value"][layer, :, head]
                 expected += weight * value / math.sqrt(LAYERS)
         expected += states[layer, -1] @ own["last"][layer] / math.sqrt(LAYERS)
+        if extremes == "pair":
+            gains, losses = own["extremes"][layer].transpose(1, 0, 2)
+            maxima = (states[layer] @ gains).max(0) - (states[layer] @ losses).max(0)
+            expected += maxima / math.sqrt(LAYERS)
     with torch.no_grad():
         actual = streamed(mechanism, [hidden])[0].numpy()
     np.testing.assert_allclose(actual, expected, **ROUNDING)
@@ -360,6 +367,7 @@ QWEN3_30B = Geometry(layers=49, width=2048, outputs=1)
         (QWEN3_30B, "attention", {"factor": 32}, 26_214_400 + 2_049),
         # (L + 1) (1 + C) H d and a bias.
         (LLAMA_3B, "readout", {}, 29 * (2 * 2 + 1) * 3072 + 1),
+        (LLAMA_3B, "readout", {"extremes": "pair"}, 29 * (2 * 2 + 1 + 2) * 3072 + 1),
     ],
 )
 def test_parameter_counts_are_the_papers(geometry, name, options, count):

@@ -84,5 +84,5 @@ def _shares(
         columns = items.values.detach().clone().requires_grad_()
         total = aggregate(Ragged(columns, items.lengths)).sum()
         gradient = torch.autograd.grad(total, columns)[0]
-    own = gradient[..., first:].mean(-1).abs()
+    own = gradient[..., first:].abs().mean(-1)
     return own / Ragged(own, items.lengths).sums()[items.segments]

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -100,16 +100,19 @@ class BlendOptions:
 
     Attributes:
         heads: Gates per layer of the readout.
+        extremes: Of the readout.
         fusions: How many layer fusions, which differ by their initial parameters.
         rank: Features of a token in each fusion.
     """
 
     heads: int = 2
-    fusions: int = 2
+    extremes: Literal["none", "pair"] = "none"
+    fusions: int = 1
     rank: int = 64
 
 
 @register("blend", BlendOptions)
 def _build(geometry: Geometry, options: BlendOptions) -> Blend:
     fusions = [Fusion(geometry, rank=options.rank) for _ in range(options.fusions)]
-    return Blend([Readout(geometry, heads=options.heads), *fusions])
+    readout = Readout(geometry, heads=options.heads, has_extremes=options.extremes == "pair")
+    return Blend([readout, *fusions])

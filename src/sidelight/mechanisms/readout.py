@@ -1,7 +1,8 @@
-"""The layerwise readout, our default: gated and last-token logits of every layer, added."""
+"""The layerwise readout: gated means, the last token and extremes of every layer, added."""
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -11,29 +12,38 @@ from sidelight.mechanisms import online_softmax
 from sidelight.mechanisms.base import Geometry, Mechanism, hide
 from sidelight.mechanisms.last_token import last_token, merge_last, with_last
 from sidelight.mechanisms.registry import register
-from sidelight.ragged import Ragged
+from sidelight.ragged import LOWEST, Ragged
+
+# A class gains by one maximum of a layer and loses by another.
+_SIGNS = (1.0, -1.0)
 
 
 class Readout(Mechanism):
-    """Adds the logits of several gated readouts and of the last token, over all layers.
+    """Adds the logits of gated means, of the last token and of extremes, over all layers.
 
-    logits = b + (1 / sqrt(L + 1)) sum_l (u_l . x_l,last + sum_k r_lk)
+    logits = b + (1 / sqrt(L + 1)) sum_l (u_l . x_l,last + sum_k r_lk + e_l)
     r_lk = sum_t softmax_t(g_lk . x_lt) (v_lk . x_lt)
+    e_l = max_t (p_l . x_lt) - max_t (q_l . x_lt), if there are extremes
 
     Where the paper's gate shares one head over all layers, every layer and gate here has a value
-    vector per class. Values are linear, so a token costs (1 + C) H + C numbers per layer.
+    vector per class. Values are linear, so a token costs (1 + C) H + C numbers per layer, and 2 C
+    more for extremes.
 
     Args:
         geometry: Sizes.
         heads: Gates per layer (H).
+        has_extremes: Whether there are e_l.
     """
 
-    def __init__(self, geometry: Geometry, *, heads: int = 2):
+    def __init__(self, geometry: Geometry, *, heads: int, has_extremes: bool):
         super().__init__()
         layers, width, outputs = geometry.layers, geometry.width, geometry.outputs
+        signs = len(_SIGNS) if has_extremes else 0
         self.gate = nn.Parameter(torch.randn(layers, width, heads) * 0.01)
         self.value = nn.Parameter(torch.zeros(layers, width, heads, outputs))
         self.last = nn.Parameter(torch.zeros(layers, width, outputs))
+        # Not zero: a maximum of equal numbers tells no token from another.
+        self.extremes = nn.Parameter(torch.randn(layers, width, signs, outputs) * 0.001)
         self.bias = nn.Parameter(torch.zeros(outputs))
 
     def forward(
@@ -46,29 +56,53 @@ class Readout(Mechanism):
         values = torch.einsum("bltd,ldhc->blthc", hidden, self.value)
         gated = (weights[..., None] * values).sum((2, 3))  # (B, L, C)
         ends = torch.einsum("bld,ldc->blc", last_token(hidden, mask), self.last)
-        return self._add_layers(gated + ends)
+        candidates = torch.einsum("bltd,ldsc->bltsc", hidden, self.extremes)
+        maxima = torch.where(mask[:, None, :, None, None], candidates, LOWEST).amax(2)
+        return self._add_layers(gated + ends + self._signed(maxima))
 
     def columns(self) -> Float[Tensor, "layer width column"]:
-        """H gates, H x C values, then C values of the last token."""
-        return torch.cat([self.gate, self.value.flatten(2), self.last], 2)
+        """H gates, H x C values, C of the last token, then 2 C of which maxima are taken."""
+        return torch.cat([self.gate, self.value.flatten(2), self.last, self.extremes.flatten(2)], 2)
 
     def summarise(self, tokens: Ragged) -> Ragged:
         """``[segment, layer, head, (maximum, normaliser, *sums)]``.
 
-        The last token is one more head, whose weight is 1 there and 0 elsewhere.
+        The last token is one more head, whose weight is 1 there and 0 elsewhere. Extremes are two
+        more, with the maxima in place of sums.
         """
-        heads, outputs = self.gate.shape[2], self.bias.shape[0]
-        scores, values, last = tokens.values.float().split([heads, heads * outputs, outputs], -1)
+        heads, outputs = self.gate.shape[2], len(self.bias)
+        signs = self.extremes.shape[2]
+        sizes = [heads, heads * outputs, outputs, signs * outputs]
+        scores, values, last, candidates = tokens.values.float().split(sizes, -1)
         gated = online_softmax.summarise(scores, values.unflatten(-1, (heads, -1)), tokens)
-        return with_last(gated, last, tokens)
+        means = with_last(gated, last, tokens)
+        if not signs:
+            return means
+        maxima = Ragged(candidates, tokens.lengths).maxima().unflatten(-1, (signs, outputs))
+        unused = torch.zeros_like(maxima[..., :1]).expand(-1, -1, -1, 2)
+        return Ragged.one_row_each(torch.cat([means.values, torch.cat([unused, maxima], -1)], 2))
 
     def merge(self, left: Ragged, right: Ragged) -> Ragged:
         """Exact."""
-        return merge_last(online_softmax.merge(left, right), left, right)
+        (earlier, low), (later, high) = self._parted(left), self._parted(right)
+        means = merge_last(online_softmax.merge(earlier, later), earlier, later)
+        return Ragged.one_row_each(torch.cat([means.values, torch.maximum(low, high)], 2))
 
     def finish(self, state: Ragged) -> Float[Tensor, "segment output"]:
         """The layers' and heads' logits, added."""
-        return self._add_layers(online_softmax.finish(state).sum(2))
+        means, maxima = self._parted(state)
+        return self._add_layers(online_softmax.finish(means).sum(2) + self._signed(maxima[..., 2:]))
+
+    def _parted(self, state: Ragged) -> tuple[Ragged, Float[Tensor, "segment layer sign number"]]:
+        """What is summed, and what maxima are taken of."""
+        heads = self.gate.shape[2] + 1
+        return Ragged.one_row_each(state.values[:, :, :heads]), state.values[:, :, heads:]
+
+    def _signed(
+        self, maxima: Float[Tensor, "batch layer sign output"]
+    ) -> Float[Tensor, "batch layer output"]:
+        signs = maxima.new_tensor(_SIGNS[: maxima.shape[2]])
+        return (maxima * signs[:, None]).sum(2)
 
     def _add_layers(
         self, readouts: Float[Tensor, "batch layer output"]
@@ -82,11 +116,14 @@ class ReadoutOptions:
 
     Attributes:
         heads: Gates per layer.
+        extremes: ``pair`` adds the difference of two maxima to every layer: better with a thousand
+            labels or more, worse with few.
     """
 
     heads: int = 2
+    extremes: Literal["none", "pair"] = "none"
 
 
 @register("readout", ReadoutOptions)
 def _build(geometry: Geometry, options: ReadoutOptions) -> Readout:
-    return Readout(geometry, heads=options.heads)
+    return Readout(geometry, heads=options.heads, has_extremes=options.extremes == "pair")
