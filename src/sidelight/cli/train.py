@@ -214,13 +214,11 @@ def _options(given: dict[str, Any]) -> "FitOptions":
 
 
 def _settings(mechanism: str, given: dict[str, Any]) -> "TrainingSettings":
-    from dataclasses import replace
-
     from sidelight.training import suggested_settings
 
     names = ("learning_rate", "weight_decay", "epochs", "batch_size", "class_weight")
     chosen = {name: given[name] for name in names if given[name] is not None}
-    return replace(suggested_settings(mechanism), **chosen)
+    return suggested_settings(mechanism).changed(**chosen)
 
 
 def _assignments(

@@ -3,7 +3,7 @@
 from sidelight.mechanisms import MechanismSpec, mechanism_spec
 
 AUTO = "auto"
-# Training texts below which features overfit; docs/results.md has the runs.
+# Training texts below which extremes and features overfit; docs/results.md has the runs.
 _FEW_TEXTS = 1000
 
 
@@ -13,5 +13,6 @@ def automatic_mechanisms(texts: int) -> tuple[MechanismSpec, ...]:
     Args:
         texts: For training.
     """
-    names = ["readout"] if texts < _FEW_TEXTS else ["readout", "blend"]
-    return tuple(map(mechanism_spec, names))
+    if texts < _FEW_TEXTS:
+        return (mechanism_spec("readout"),)
+    return (mechanism_spec("readout", {"extremes": "pair"}), mechanism_spec("blend"))

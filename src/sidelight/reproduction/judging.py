@@ -1,5 +1,6 @@
 """From a run's logits to decided probabilities: calibration and threshold are validation's."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -66,6 +67,12 @@ class Scored:
     task: Task
     labels: np.ndarray
     rows: tuple[JudgedRow, ...]
+
+    def preferred(self, names: Collection[str]) -> str:
+        """Of these rows the one with the best mean validation score; "" where none is there."""
+        rows = [row for row in self.rows if row.name in names]
+        means = [float(np.mean([run.score for run in row.runs])) for row in rows]
+        return rows[int(np.argmax(means))].name if rows else ""
 
     def part(self, texts: Int[np.ndarray, " part"]) -> "Scored":
         """The same rows on some of the texts."""

@@ -107,7 +107,7 @@ class Recipe:
         data: Name of the data set.
         test_data: Of the one that a transfer is tested on.
         metric: What rows are compared by, one of ``METRICS``.
-        ours: The row that the others are compared with.
+        ours: The row that the others are compared with; of several, validation's choice.
         reads: The tokens that probes and baselines read.
         max_tokens: Longer texts are cut.
         seeds: Runs of each row.
@@ -124,7 +124,7 @@ class Recipe:
     data: str = ""
     test_data: str | None = None
     metric: str = "auprc"
-    ours: str = ""
+    ours: tuple[str, ...] = ()
     reads: ReadsRow = field(default_factory=ReadsRow)
     max_tokens: int = 512
     seeds: int = 3

@@ -100,7 +100,7 @@ def _require_sense(recipe: Recipe, name: str) -> None:
         "every row has a name of its own": len(set(rows)) == len(rows),
         "there is a [[probe]] or a [[baseline]], but for latency": bool(rows) == trains,
         "'data' names a data set": bool(recipe.data) or not trains,
-        f"'ours' names a row ({', '.join(rows)})": recipe.ours in (*rows, ""),
+        f"'ours' lists rows ({', '.join(rows)})": set(recipe.ours) <= set(rows),
         "a transfer, and only a transfer, has 'test_data'": (
             (recipe.kind == "transfer") == (recipe.test_data is not None)
         ),

@@ -25,21 +25,29 @@ def report(
         pictures: Folder to draw to.
     """
     parts = {"all": np.arange(len(scored.labels)), **data.subsets}
+    ours = scored.preferred(recipe.ours)
     return tuple(
-        _part(recipe, rows, scored.part(texts), pictures, title=data.title, name=name)
+        _part(recipe, rows, scored.part(texts), pictures, ours=ours, title=data.title, name=name)
         for name, texts in parts.items()
     )
 
 
 def _part(
-    recipe: Recipe, rows: Rows, scored: Scored, pictures: Path, *, title: str, name: str
+    recipe: Recipe,
+    rows: Rows,
+    scored: Scored,
+    pictures: Path,
+    *,
+    ours: str,
+    title: str,
+    name: str,
 ) -> TableFigures:
     title = f"{title}, {name}"
     figures = measure_rows(
         scored,
         title=title,
         metric=recipe.metric,
-        ours=recipe.ours,
+        ours=ours,
         are_draws=recipe.kind == "few-shot",
     )
     place = name.replace(" ", "_").replace("/", "_")
@@ -47,7 +55,7 @@ def _part(
     # Without a positive text there is no recall to draw.
     if scored.task.kind == "binary" and scored.labels.any():
         path = pictures / f"precision_recall_{place}.png"
-        draw_precision_recall(scored, path, ours=recipe.ours, title=title)
+        draw_precision_recall(scored, path, ours=ours, title=title)
     if recipe.sweep is not None:
         draw_sweep(
             figures,

@@ -122,7 +122,7 @@ def _with_settings(settings: TrainingSettings, given: Mapping[str, Value]) -> Tr
             raise SidelightError(f"Unknown setting '{name}'.{did_you_mean(name, _SETTINGS)}")
     try:
         # Through JSON: strictly, Python's dict is no dataclass.
-        values = json.dumps({**asdict(settings), **given})
+        values = json.dumps(asdict(settings.changed(**given)))
         return TypeAdapter(TrainingSettings).validate_json(values, strict=True)
     except ValidationError as error:
         raise SidelightError(f"Setting {_refusal(error)}") from error

@@ -56,7 +56,11 @@ def reproduce(
     made = Made(
         recipe.title,
         HOW_DRAWS if recipe.kind == "few-shot" else HOW,
-        (*dict.fromkeys((*data.notes, *measured.notes)), opening_note(earlier)),
+        (
+            *dict.fromkeys((*data.notes, *measured.notes)),
+            opening_note(earlier),
+            *_choice_notes(recipe, scored),
+        ),
         report(recipe, rows, scored, measured, directory / "plots"),
     )
     write_tables(made, directory)
@@ -73,6 +77,15 @@ def _fit(rows: Rows, rounds: Sequence[Round], bench: Bench) -> Runs:
     return Runs(
         tuple(run for runs in probes for run in runs),
         tuple(run for runs in baselines for run in runs),
+    )
+
+
+def _choice_notes(recipe: Recipe, scored: Scored) -> tuple[str, ...]:
+    if len(recipe.ours) < 2:
+        return ()
+    return (
+        f"Ours is '{scored.preferred(recipe.ours)}': of {', '.join(recipe.ours)} the row with the "
+        "best mean validation score.",
     )
 
 

@@ -1,7 +1,6 @@
 """Draws a configuration from a space, as parameters that optuna knows by name."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import optuna
 
@@ -22,8 +21,7 @@ def draw_spec(trial: optuna.Trial, space: Space, specs: Sequence[MechanismSpec])
 def draw_settings(trial: optuna.Trial, space: Space, mechanism: str) -> TrainingSettings:
     """Settings of the space; what it does not cover is as suggested for the mechanism."""
     rate, decay = space.learning_rate, space.weight_decay
-    return replace(
-        suggested_settings(mechanism),
+    return suggested_settings(mechanism).changed(
         learning_rate=trial.suggest_float("learning rate", rate.low, rate.high, log=True),
         weight_decay=trial.suggest_float("weight decay", decay.low, decay.high),
         epochs=trial.suggest_int("epochs", 1, space.most_epochs),

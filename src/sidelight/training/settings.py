@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from sidelight.errors import SidelightError
 from sidelight.mechanisms import MechanismSpec
@@ -22,8 +22,9 @@ class TrainingSettings:
         learning_rate: At the start of the cosine.
         weight_decay: Decoupled, per step relative to the learning rate.
         epochs: Passes over the data at most; the cosine ends there.
-        least_steps: With few texts there are more epochs, so that they have so many steps.
-        batch_size: Texts per step; fewer, so that an epoch of few texts has eight steps.
+        least_steps: Few texts are trained in smaller batches and for more epochs, so that there are
+            so many steps; 0 takes epochs and batch size as they are.
+        batch_size: Texts per step.
         patience: Epochs without a better validation score after which training stops; more in
             proportion where there are more epochs.
         class_weight: ``balanced`` weighs each class by its inverse frequency; the threshold that
@@ -49,12 +50,19 @@ class TrainingSettings:
                 f"{self.weight_decay}: the rate lies from 0 to 1, the decay is 0 or more."
             )
 
+    def changed(self, **given: Any) -> "TrainingSettings":
+        """With other values; epochs or a batch size that are given hold for few texts too."""
+        exact = {"least_steps": 0} if {"epochs", "batch_size"} & given.keys() else {}
+        return replace(self, **{**exact, **given})
+
     def fitted_to(self, texts: int) -> "TrainingSettings":
         """What so few texts are really trained with: smaller batches and more epochs.
 
         Args:
             texts: For training.
         """
+        if not self.least_steps:
+            return self
         batch_size = min(self.batch_size, max(1, texts // _STEPS_OF_AN_EPOCH))
         epochs = max(self.epochs, math.ceil(self.least_steps / math.ceil(texts / batch_size)))
         patience = math.ceil(self.patience * epochs / self.epochs)
