@@ -249,9 +249,9 @@ def test_where_there_is_no_validation_split_a_share_of_training_is_held_out(tmp_
     write_set(tmp_path, "imdb", train=train)
     loaded = load_data_set("imdb", root=tmp_path)
     texts = {item.text for part in (loaded.training, loaded.validation) for item in part.items}
-    assert (len(loaded.training), len(loaded.validation)) == (34, 6)
+    assert (len(loaded.training), len(loaded.validation)) == (28, 12)
     assert texts == {row["text"] for row in train}
-    assert "There is no validation split: 15 % of the training rows are held out." in loaded.notes
+    assert "There is no validation split: 30 % of the training rows are held out." in loaded.notes
 
 
 def test_a_file_may_have_the_columns_of_the_hub(tmp_path: Path):

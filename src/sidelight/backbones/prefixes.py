@@ -49,7 +49,10 @@ def run_after(
 
 def can_share(model: Any) -> bool:
     """Whether a prefix's state is keys and values of every token, and no more."""
-    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"]
+    config = model.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    usual = "full_attention" if window is None else "sliding_attention"
+    kinds = getattr(config, "layer_types", None) or [usual]
     return set(kinds) == {"full_attention"} and not getattr(model, "_is_stateful", False)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from sidelight.backbones import TransformersBackbone
 from sidelight.backbones.prefixes import cache_name, run_after, run_once
 from sidelight.baselines.base import Baseline, Rival
-from sidelight.batching import by_length
+from sidelight.batching import BATCH_TOKENS, by_length
 from sidelight.errors import SidelightError
 from sidelight.progress import progress
 from sidelight.prompts import EncodedPrompt, Message, shared_length
@@ -154,7 +154,9 @@ def score_answers(
     rests = [prompt[shared:] for prompt in prompts]
     scores = np.empty((len(prompts), len(answers)))
     with progress("Prompting", sum(map(len, rests)), unit="tokens") as shown:
-        for batch in by_length([len(rest) for rest in rests]):
+        # Padding between the prefix and a text would shift what a sliding window sees.
+        most = BATCH_TOKENS if backbone.can_share_prefixes else 1
+        for batch in by_length([len(rest) for rest in rests], batch_tokens=most):
             token_ids, present = _left_padded([rests[row] for row in batch])
             found = _score_batch(
                 backbone,

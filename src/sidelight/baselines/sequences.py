@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from sidelight.backbones.prefixes import run_after, run_once
+from sidelight.backbones.prefixes import can_share, run_after, run_once
 from sidelight.batching import by_length
 from sidelight.progress import progress
 from sidelight.prompts import shared_unread
@@ -117,12 +117,16 @@ class SequenceClassifier(nn.Module):
         return self.head(self._pool(hidden.float(), batch.read))
 
     def _hidden(self, batch: Padded) -> Float[Tensor, "text token width"]:
-        if len(batch.prefix):
+        skipped = len(batch.prefix)
+        if skipped and can_share(self.body):
             begun = run_once(self.body, batch.prefix)
-            output = run_after(self.body, begun, batch.token_ids, batch.present)
-        else:
-            output = self.body(input_ids=batch.token_ids, attention_mask=batch.present.long())
-        return output.last_hidden_state
+            return run_after(self.body, begun, batch.token_ids, batch.present).last_hidden_state
+        prefix = batch.prefix.expand(len(batch.token_ids), -1)
+        output = self.body(
+            input_ids=torch.cat([prefix, batch.token_ids], 1),
+            attention_mask=torch.cat([torch.ones_like(prefix), batch.present.long()], 1),
+        )
+        return output.last_hidden_state[:, skipped:]
 
 
 @torch.inference_mode()

@@ -6,24 +6,33 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sidelight.cli.options import backbone_options, examples_epilog, json_option
+from sidelight.cli.options import (
+    backbone_options,
+    examples_epilog,
+    json_option,
+    label_option,
+    text_option,
+)
+from sidelight.errors import SidelightError
 
 if TYPE_CHECKING:
-    from sidelight.bench.latency import Load
+    from sidelight.bench import latency
     from sidelight.reproduction import Recipe, Tools
+    from sidelight.reproduction.tools import Load
 
 _NAMES = """
 
 \b
 Names: toxicchat, sst2, emotion, imdb, wildguardmix (every row on one data set),
 ood (trained on WildGuardMix, tested on ToxicChat), downcast, sensitivity,
-fewshot, fewshot-sst2, fewshot-emotion, latency."""
+fewshot, fewshot-sst2, fewshot-emotion, latency; own (every row on files of yours)."""
 
 
 @click.command(
     epilog=examples_epilog(
         "sidelight reproduce toxicchat --out results/toxicchat",
         "sidelight reproduce sst2 --out results/quick --only readout,tfidf --limit 500 --seeds 1",
+        "sidelight reproduce own --train train.csv --test test.csv --label topic --out results/own",
         "sidelight reproduce my_table.toml --out results/mine --data ~/labelled",
     )
     + _NAMES
@@ -37,6 +46,12 @@ fewshot, fewshot-sst2, fewshot-emotion, latency."""
     default=None,
     help="Folder with a folder for each data set. [default: SIDELIGHT_DATA, then the hub]",
 )
+@click.option("--train", default=None, help="File to train on, instead of the recipe's data set.")
+@click.option("--test", default=None, help="File to test on; goes with --train.")
+@click.option("--validation", default=None, help="[default: held out of --train]")
+@text_option
+@label_option
+@click.option("--positive", default=None, help="The positive class of a binary task of --train.")
 @click.option("--seeds", type=click.IntRange(min=1), default=None, help="[default: the recipe's]")
 @click.option("--only", default=None, metavar="ROW,ROW", help="Rows of the recipe; others are not.")
 @click.option(
@@ -105,19 +120,29 @@ def _comparison(
 
 
 def _tools(given: dict[str, Any]) -> "Tools":
-    from functools import partial
-
     from sidelight.backbones import load_backbone
     from sidelight.backbones.embedded import cache_root
-    from sidelight.datasets import load_data_set
     from sidelight.reproduction import Tools, searched
 
     return Tools(
         load_backbone(given["model"] or "smollm2", dtype=given["dtype"], device=given["device"]),
-        partial(load_data_set, root=given["root"]),
+        _loader(given),
         searched(trials=given["trials"]),
         given["cache"] or cache_root() / "activations",
     )
+
+
+def _loader(given: dict[str, Any]) -> "Load":
+    from functools import partial
+
+    from sidelight.datasets import from_files, load_data_set
+
+    if (given["train"] is None) != (given["test"] is None):
+        raise SidelightError("--train and --test go together: a table needs both.")
+    if given["train"] is None:
+        return partial(load_data_set, root=given["root"])
+    columns = {name: given[name] for name in ("text", "label", "positive")}
+    return lambda _name: from_files(given["train"], given["test"], given["validation"], **columns)
 
 
 def _latency(recipe: "Recipe", out: Path, text: str, as_json: bool, given: dict[str, Any]) -> None:
@@ -144,7 +169,7 @@ def _latency(recipe: "Recipe", out: Path, text: str, as_json: bool, given: dict[
         console().print(one.table())
 
 
-def _loads(recipe: "Recipe", tools: "Tools") -> "list[Load]":
+def _loads(recipe: "Recipe", tools: "Tools") -> "list[latency.Load]":
     from sidelight.bench.latency import prompt_load, synthetic_load
 
     sizes, wanted = recipe.latency.batch_sizes, recipe.latency

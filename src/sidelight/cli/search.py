@@ -27,8 +27,6 @@ _SHARED = (
     "data", "text", "label", "response", "split", "positive", "validation", "limit", "max_tokens",
     "cache", "cache_budget", "model", "dtype", "device",
 )  # fmt: skip
-# As `sidelight train` holds out, so that both read the same activations.
-_HELD_OUT_SHARE, _MOST_HELD_OUT, _ENOUGH_HELD_OUT_ROWS = 0.15, 0.3, 150
 
 
 @click.command(
@@ -168,7 +166,7 @@ def _study(given: dict[str, Any]) -> "Study":
 
 
 def _examples(given: dict[str, Any]) -> "tuple[Examples, Examples]":
-    from sidelight.data import load_examples
+    from sidelight.data import load_examples, validation_share
 
     columns = {"text": given["text"], "label": given["label"], "response": given["response"]}
     training = load_examples(
@@ -178,8 +176,7 @@ def _examples(given: dict[str, Any]) -> "tuple[Examples, Examples]":
         training = training.select(range(min(given["limit"], len(training))))
     if given["validation"] is not None:
         return training, load_examples(given["validation"], **columns, task=training.task)
-    share = min(_MOST_HELD_OUT, _ENOUGH_HELD_OUT_ROWS / len(training))
-    return training.split(max(_HELD_OUT_SHARE, share), seed=0)
+    return training.split(validation_share(len(training)), seed=0)
 
 
 def _say(trials: "tuple[Trial, ...]", wanted: int) -> None:

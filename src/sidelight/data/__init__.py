@@ -3,5 +3,6 @@
 from sidelight.data.examples import Example, Examples, Skipped
 from sidelight.data.loading import load_examples
 from sidelight.data.readers import InMemory
+from sidelight.data.splitting import validation_share
 
-__all__ = ["Example", "Examples", "InMemory", "Skipped", "load_examples"]
+__all__ = ["Example", "Examples", "InMemory", "Skipped", "load_examples", "validation_share"]

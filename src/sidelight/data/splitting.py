@@ -11,6 +11,15 @@ Numbers = NDArray[np.int64]
 Flags = NDArray[np.bool_]
 
 
+# Rows that are enough to choose a threshold and a calibration by.
+_ENOUGH_VALIDATION_ROWS = 150
+
+
+def validation_share(rows: int) -> float:
+    """Which part of so many rows to hold out for validation: 15 %, or up to 30 % of few."""
+    return max(0.15, min(0.3, _ENOUGH_VALIDATION_ROWS / rows))
+
+
 def indicators(labels: Int[Numbers, "row ..."], *, classes: int) -> Bool[Flags, "row stratum"]:
     """Which stratum each row belongs to.
 

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable
 
+from sidelight.data import validation_share
 from sidelight.datasets.base import DataSet, Splits
-from sidelight.datasets.notes import HELD_OUT_SHARE, absence_notes, split_notes
+from sidelight.datasets.notes import absence_notes, split_notes
 from sidelight.datasets.publication import Subset
 from sidelight.datasets.subsets import find_subsets
 
@@ -26,7 +27,7 @@ def assemble(
     found = find_subsets(splits.test, wanted)
     training, validation = splits.training, splits.validation
     if validation is None:
-        training, validation = training.split(HELD_OUT_SHARE, seed=0)
+        training, validation = training.split(validation_share(len(training)), seed=0)
     return DataSet(
         name=name,
         title=title,

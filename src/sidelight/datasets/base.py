@@ -17,7 +17,7 @@ class DataSet:
         name: As recipes write it.
         title: As tables show it.
         training: What probes learn from.
-        validation: The official validation split, or 15 % of the training rows held out.
+        validation: The official validation split, or training rows that were held out.
         test: Touched once, at the end.
         subsets: Row positions of `test`, by the subset's name; may be empty.
         notes: What is partial, deviates, or must be known of the licence; one sentence each.

@@ -24,7 +24,7 @@ def from_files(
     Args:
         training: File of the training rows, whose labels make the task.
         test: File of the test rows.
-        validation: File of the validation rows; None holds out 15 % of the training rows.
+        validation: File of the validation rows; None holds some training rows out.
         text: Column of the text.
         label: Column of the label, or names of several columns with commas between them.
         subset: Column of truth values in the test file; the rows where it holds become the subset

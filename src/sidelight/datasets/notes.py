@@ -2,14 +2,9 @@
 
 from collections.abc import Iterable
 
-from sidelight.data import Examples
+from sidelight.data import Examples, validation_share
 from sidelight.datasets.base import Splits
 from sidelight.datasets.publication import Layout, Subset
-
-HELD_OUT_SHARE = 0.15
-_HELD_OUT_NOTE = (
-    f"There is no validation split: {100 * HELD_OUT_SHARE:.0f} % of the training rows are held out."
-)
 
 
 def count_notes(splits: Splits, layout: Layout) -> tuple[str, ...]:
@@ -30,7 +25,11 @@ def split_notes(splits: Splits) -> tuple[str, ...]:
     """What loading left out, a missing validation split, and test texts that training has too."""
     skipped = (*_left_out("training", splits.training), *_left_out("test", splits.test))
     if splits.validation is None:
-        return (*skipped, _HELD_OUT_NOTE, *_overlap(splits))
+        percent = 100 * validation_share(len(splits.training))
+        held_out = (
+            f"There is no validation split: {percent:.0f} % of the training rows are held out."
+        )
+        return (*skipped, held_out, *_overlap(splits))
     return (*skipped, *_left_out("validation", splits.validation), *_overlap(splits))
 
 

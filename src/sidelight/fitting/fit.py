@@ -7,7 +7,7 @@ import numpy as np
 
 from sidelight.backbones import TransformersBackbone
 from sidelight.backbones.embedded import cache_root
-from sidelight.data import Examples
+from sidelight.data import Examples, validation_share
 from sidelight.evaluation import Report
 from sidelight.fitting.making import ProbeMaker, Run, baseline_report
 from sidelight.fitting.options import FitOptions
@@ -19,9 +19,6 @@ from sidelight.fitting.screening import (
 )
 from sidelight.study import Split, Study, make_split
 from sidelight.training import train_mechanisms
-
-# Rows that are enough to choose a threshold and a calibration by.
-_ENOUGH_VALIDATION_ROWS = 150
 
 
 @dataclass(frozen=True)
@@ -65,7 +62,7 @@ def fit(
     warnings = [*training.warnings]
     labels_of(training)
     if validation is None:
-        training, validation = training.split(_held_out_share(len(training)), seed=0)
+        training, validation = training.split(validation_share(len(training)), seed=0)
         warnings += training.warnings
     require_same_task(training, validation)
     warnings += doubts(training, validation)
@@ -91,10 +88,6 @@ def fit(
         for split in splits:
             split.states.remove()
     return Fit(runs, _best(runs), baseline, tuple(warnings))
-
-
-def _held_out_share(rows: int) -> float:
-    return max(0.15, min(0.3, _ENOUGH_VALIDATION_ROWS / rows))
 
 
 def _extracted(
