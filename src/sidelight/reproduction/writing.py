@@ -13,13 +13,15 @@ HOW = (
     "Mean ± standard deviation over seeds. The seed with the best validation score is the chosen "
     "one; its interval is a 95 % bootstrap over test texts. Calibration (Platt) and threshold are "
     "fitted to validation texts. 'ours - row' is the difference of the means over seeds with its "
-    "95 % interval, and p its two-sided paired bootstrap: the same resampled texts for both rows."
+    "95 % interval, and p its two-sided paired bootstrap: the same resampled texts for both rows. "
+    "Interval and p cover the choice of test texts, not that of seeds."
 )
 HOW_DRAWS = (
     "Mean ± standard deviation over draws of training texts. Each draw has as many texts of every "
     "class, and its validation part, drawn from the validation split, is as small: early stopping, "
     "settings, calibration and thresholds see no more, and they see balanced classes. 'ours - row' "
-    "is the mean difference over draws; p is an exact paired permutation test over them."
+    "is the mean difference over the draws that both rows have; p is a paired permutation test "
+    "over them, exact up to 13. All draws share the test texts."
 )
 
 
