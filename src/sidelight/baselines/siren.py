@@ -111,7 +111,8 @@ class _Neurons:
                 "SIREN found no neuron that tells the classes apart. Are all training texts of one "
                 "class? Add texts of another."
             )
-        best = max(probe.score for probe in probes)
+        # Above zero, should no probe name a single class right.
+        best = max(1e-9, *(probe.score for probe in probes))
         strengths = torch.tensor([probe.score / best for probe in probes])
         weights = strengths[:, None].expand_as(selected)[selected]
         measured = Scaling.measured(training.pooled.means[:, selected])

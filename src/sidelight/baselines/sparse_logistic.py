@@ -1,5 +1,6 @@
 """Logistic regression with an L1 penalty, which keeps few features. Knows no hidden states."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -8,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sidelight.errors import SidelightError
 from sidelight.training import make_loss
 from sidelight.types import Task
 
@@ -52,6 +54,9 @@ def sparse_path(
         shares: Penalties as shares of the weakest one under which all weights are zero; largest
             first.
         iterations: Steps per penalty.
+
+    Raises:
+        SidelightError: Some feature is not finite.
     """
     loss = make_loss(task, labels, balanced=True)
 
@@ -60,6 +65,11 @@ def sparse_path(
 
     start = torch.zeros(features + 1, task.outputs)  # the last row is the bias
     strongest = float(_slope(smooth, start).gradient[:-1].abs().max())
+    if not math.isfinite(strongest):
+        raise SidelightError(
+            "A sparse regression cannot be fitted: some feature is not finite. Load the backbone "
+            "with --dtype float32."
+        )
     state = _State(start, start, 1.0, 1.0)
     for share in shares:
         state = _State(state.point, state.point, 1.0, state.step)

@@ -52,7 +52,10 @@ def record_opening(
 def opening_note(earlier: tuple[Opening, ...]) -> str:
     """What the table says of it."""
     if not earlier:
-        return "Test data was opened once, after every row's validation results existed."
+        return (
+            "Test data had not been opened with other settings before, and every row had its "
+            "validation results first."
+        )
     times = ", ".join(one.time for one in earlier)
     return (
         f"Test data had been opened before with other settings ({times}): rows or settings that "
