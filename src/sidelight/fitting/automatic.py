@@ -3,16 +3,19 @@
 from sidelight.mechanisms import MechanismSpec, mechanism_spec
 
 AUTO = "auto"
-# Training texts below which extremes and features overfit; docs/results.md has the runs.
-_FEW_TEXTS = 1000
+# Training texts below which extremes overfit, and features; docs/results.md has the runs.
+_FEW_TEXTS, _MANY_TEXTS = 1000, 5000
 
 
 def automatic_mechanisms(texts: int) -> tuple[MechanismSpec, ...]:
-    """The candidates among which validation texts choose.
+    """The candidates; of several, validation texts choose.
 
     Args:
         texts: For training.
     """
     if texts < _FEW_TEXTS:
         return (mechanism_spec("readout"),)
-    return (mechanism_spec("readout", {"extremes": "pair"}), mechanism_spec("blend"))
+    extremes = mechanism_spec("readout", {"extremes": "pair"})
+    if texts < _MANY_TEXTS:
+        return (extremes,)
+    return (extremes, mechanism_spec("blend"))
