@@ -32,6 +32,7 @@ fewshot, fewshot-sst2, fewshot-emotion, latency; own (every row on files of your
     epilog=examples_epilog(
         "sidelight reproduce toxicchat --out results/toxicchat",
         "sidelight reproduce sst2 --out results/quick --only readout,tfidf --limit 500 --seeds 1",
+        "sidelight reproduce sst2 --folds 3 --only readout,blend --seeds 1 --out results/folds",
         "sidelight reproduce own --train train.csv --test test.csv --label topic --out results/own",
         "sidelight reproduce my_table.toml --out results/mine --data ~/labelled",
     )
@@ -45,6 +46,12 @@ fewshot, fewshot-sst2, fewshot-emotion, latency; own (every row on files of your
     type=click.Path(path_type=Path),
     default=None,
     help="Folder with a folder for each data set. [default: SIDELIGHT_DATA, then the hub]",
+)
+@click.option(
+    "--folds",
+    type=click.IntRange(min=2),
+    default=None,
+    help="Cross-validate on the training texts instead; the test stays closed.",
 )
 @click.option("--train", default=None, help="File to train on, instead of the recipe's data set.")
 @click.option("--test", default=None, help="File to test on; goes with --train.")
@@ -87,6 +94,9 @@ def reproduce(recipe: str, out: Path, as_json: bool, **given: Any) -> None:
     if chosen.kind == "latency":
         _latency(chosen, out, text, as_json, given)
         return
+    if given["folds"]:
+        _cross_validation(chosen, out, text, as_json, given)
+        return
     _comparison(chosen, out, text, as_json, given)
 
 
@@ -117,6 +127,24 @@ def _comparison(
     for note in made.notes:
         click.echo(note)
     click.echo(f"All columns: {out / 'table.md'}")
+
+
+def _cross_validation(
+    recipe: "Recipe", out: Path, text: str, as_json: bool, given: dict[str, Any]
+) -> None:
+    from dataclasses import asdict
+
+    from sidelight.reproduction import cross_validate
+
+    found = cross_validate(
+        recipe, out, text=text, tools=_tools(given), folds=given["folds"], limit=given["limit"]
+    )
+    if as_json:
+        click.echo(json.dumps([asdict(one) for one in found], indent=2))
+        return
+    for one in found:
+        folds = ", ".join(f"{score:.4f}" for score in one.folds)
+        click.echo(f"{one.mean:.4f}  {one.row}  ({folds})")
 
 
 def _tools(given: dict[str, Any]) -> "Tools":

@@ -1,5 +1,6 @@
 """Tables of the paper and beyond, each from one recipe: every row on the same splits and seeds."""
 
+from sidelight.reproduction.cross_validation import RowScores, cross_validate
 from sidelight.reproduction.environment import environment
 from sidelight.reproduction.recipe import Recipe
 from sidelight.reproduction.recipe_files import parse_recipe, recipe_names, recipe_text
@@ -11,7 +12,9 @@ from sidelight.reproduction.writing import Made, describe, write_origin
 __all__ = [
     "Made",
     "Recipe",
+    "RowScores",
     "Tools",
+    "cross_validate",
     "describe",
     "environment",
     "grid",

@@ -50,6 +50,19 @@ class BaselineRun(Run):
 
 
 @dataclass(frozen=True)
+class Runs:
+    """All fitted runs of a table."""
+
+    probes: tuple[ProbeRun, ...]
+    baselines: tuple[BaselineRun, ...]
+
+    @property
+    def all(self) -> tuple[Run, ...]:
+        """Probes, then baselines."""
+        return (*self.probes, *self.baselines)
+
+
+@dataclass(frozen=True)
 class Bench:
     """Where the runs of one table are fitted.
 
@@ -63,6 +76,18 @@ class Bench:
     folder: Path
     max_tokens: int
     rivals: dict[Path, Rival] = field(default_factory=dict)
+
+    def fit_rounds(self, rows: Rows, rounds: Sequence[Round]) -> Runs:
+        """Fits what is missing; all probes of a round in one call."""
+        probes = [self.probe_runs(rows, at) for at in rounds]
+        baselines = [self.baseline_runs(rows, at) for at in rounds]
+        for probe_runs, baseline_runs in zip(probes, baselines, strict=True):
+            self.train(probe_runs)
+            self.fit(baseline_runs)
+        return Runs(
+            tuple(run for runs in probes for run in runs),
+            tuple(run for runs in baselines for run in runs),
+        )
 
     def probe_runs(self, rows: Rows, at: Round) -> list[ProbeRun]:
         """Every probe with every seed of a round."""

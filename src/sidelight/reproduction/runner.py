@@ -1,28 +1,23 @@
 """Makes a table from its recipe: extract, fit, store; then, once, open the test data and measure.
 
-No test text or label is read before every row has its validation results.
+No test text passes through the backbone, and no test label is compared with anything, before every
+row has its validation results.
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from sidelight.data import Examples
-from sidelight.prompts import Reads
-from sidelight.reproduction.data import FirstRows, LabelledData
-from sidelight.reproduction.environment import environment, package_versions
+from sidelight.reproduction.desk import Desk
+from sidelight.reproduction.environment import package_versions
 from sidelight.reproduction.fitting import Bench
 from sidelight.reproduction.judging import Scored
 from sidelight.reproduction.opening import opening_note, record_opening
 from sidelight.reproduction.recipe import Recipe
 from sidelight.reproduction.reporting import report
 from sidelight.reproduction.results import digest
-from sidelight.reproduction.rounds import Round, make_rounds
-from sidelight.reproduction.rows import Found, Rows, build_rows
+from sidelight.reproduction.rounds import make_rounds
 from sidelight.reproduction.testing import Runs, fit_to_task, judge_rows, score_runs
-from sidelight.reproduction.tools import Tools, suggested
-from sidelight.reproduction.writing import HOW, HOW_DRAWS, Made, write_origin, write_tables
-from sidelight.study import Split, Study, make_split
+from sidelight.reproduction.tools import Tools
+from sidelight.reproduction.writing import HOW, HOW_DRAWS, Made, write_tables
 
 
 def reproduce(
@@ -40,16 +35,14 @@ def reproduce(
     Raises:
         SidelightError: The recipe names what does not exist, or the data does not fit it.
     """
-    # A misspelt name or a missing package is refused before hours of extraction.
-    for row in build_rows(recipe, suggested).baselines:
-        row.baseline.require()
-    desk = _Desk(recipe, directory, tools, limit)
+    desk = Desk(recipe, directory, tools, limit)
+    desk.check()
     data = desk.load(recipe.data)
     desk.write_origin(text, data)
     study = desk.study(data)
-    rows = build_rows(recipe, lambda mechanism: desk.search(study, mechanism))
+    rows = desk.rows(study)
     bench = Bench(directory / "runs", recipe.max_tokens)
-    runs = _fit(rows, make_rounds(recipe, study), bench)
+    runs = bench.fit_rounds(rows, make_rounds(recipe, study))
     earlier = record_opening(directory, config=_config(recipe, runs), versions=package_versions())
     measured = data if recipe.test_data is None else desk.load(recipe.test_data)
     split = desk.extract(fit_to_task(measured.test, study.task), "Test texts")
@@ -69,19 +62,6 @@ def reproduce(
     return made
 
 
-def _fit(rows: Rows, rounds: Sequence[Round], bench: Bench) -> Runs:
-    """Fits what is missing; all probes of a round in one call."""
-    probes = [bench.probe_runs(rows, at) for at in rounds]
-    baselines = [bench.baseline_runs(rows, at) for at in rounds]
-    for probe_runs, baseline_runs in zip(probes, baselines, strict=True):
-        bench.train(probe_runs)
-        bench.fit(baseline_runs)
-    return Runs(
-        tuple(run for runs in probes for run in runs),
-        tuple(run for runs in baselines for run in runs),
-    )
-
-
 def _choice_notes(recipe: Recipe, scored: Scored) -> tuple[str, ...]:
     if len(recipe.ours) < 2:
         return ()
@@ -96,47 +76,3 @@ def _config(recipe: Recipe, runs: Runs) -> str:
     folders = sorted(run.unit.folder.name for run in runs.all)
     compared = {"metric": recipe.metric, "ours": recipe.ours, "test_data": recipe.test_data}
     return digest({"runs": folders, **compared})
-
-
-@dataclass(frozen=True)
-class _Desk:
-    """A recipe with the tools to follow it."""
-
-    recipe: Recipe
-    directory: Path
-    tools: Tools
-    limit: int | None
-
-    def load(self, name: str) -> LabelledData:
-        data = self.tools.load(name)
-        return data if self.limit is None else FirstRows(data, self.limit)
-
-    def write_origin(self, text: str, data: LabelledData) -> None:
-        made_with = environment(self.tools.backbone.fingerprint)
-        as_run = {"recipe": asdict(self.recipe), "limit": self.limit}
-        write_origin(
-            self.directory, recipe=text, environment={**made_with, **as_run}, notes=data.notes
-        )
-
-    def study(self, data: LabelledData) -> Study:
-        return Study(
-            self.tools.backbone,
-            self.extract(data.training, "Training texts"),
-            self.extract(data.validation, "Validation texts"),
-        )
-
-    def extract(self, examples: Examples, title: str) -> Split:
-        reads = self.recipe.reads
-        return make_split(
-            self.tools.backbone,
-            examples,
-            reads=Reads(reads.side, reads.template),
-            max_tokens=self.recipe.max_tokens,
-            cache_root=self.tools.cache_root,
-            title=title,
-        )
-
-    def search(self, study: Study, mechanism: str) -> Found:
-        folder = self.directory / "search"
-        folder.mkdir(parents=True, exist_ok=True)
-        return self.tools.search(study, mechanism, folder / f"{mechanism}.journal")

@@ -1,33 +1,20 @@
 """The test, once every run is fitted: scores what was stored, and judges it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from sidelight.artifact import load_probe
 from sidelight.baselines import BASELINES
 from sidelight.data import Examples
 from sidelight.errors import SidelightError
 from sidelight.progress import progress
-from sidelight.reproduction.fitting import BaselineRun, Bench, ProbeRun, Run
+from sidelight.reproduction.fitting import Bench, ProbeRun, Run, Runs
 from sidelight.reproduction.judging import Judged, JudgedRow, RunLogits, judge
 from sidelight.reproduction.results import PROBE, digest
 from sidelight.reproduction.rows import BaselineConfig, Rows
 from sidelight.reproduction.scoring import score_split
 from sidelight.study import Split
 from sidelight.types import Task
-
-
-@dataclass(frozen=True)
-class Runs:
-    """All fitted runs of a table."""
-
-    probes: tuple[ProbeRun, ...]
-    baselines: tuple[BaselineRun, ...]
-
-    @property
-    def all(self) -> tuple[Run, ...]:
-        """Probes, then baselines."""
-        return (*self.probes, *self.baselines)
 
 
 def fit_to_task(test: Examples, task: Task) -> Examples:
