@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from commands import run, saved
 from corpora import encoded
 from sidelight.backbones import TransformersBackbone
 from sidelight.bench.latency import (
@@ -26,7 +27,6 @@ from sidelight.bench.latency import (
 from sidelight.bench.latency.cascades import EncoderFirst
 from sidelight.bench.memory import peak_bytes
 from sidelight.bench.untrained import untrained_probe
-from sidelight.cli import main
 from sidelight.errors import ContextLengthError, SidelightError
 from sidelight.mechanisms import mechanism_names
 from tiny import tiny_backbone
@@ -229,19 +229,7 @@ def test_the_record_holds_every_figure_and_what_it_was_measured_on(tiny, subject
 
 @pytest.fixture(scope="module")
 def model(tiny: TransformersBackbone, tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    tiny.model.save_pretrained(folder)
-    tiny.tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["sidelight", "bench", "latency", *arguments])
-    try:
-        main()
-    except SystemExit as ended:
-        return int(ended.code or 0)
-    return 0
+    return saved(tiny, tmp_path_factory.mktemp("model"))
 
 
 def test_the_command_prints_the_table_and_draws_a_picture_of_each_batch_size(
@@ -249,7 +237,10 @@ def test_the_command_prints_the_table_and_draws_a_picture_of_each_batch_size(
 ):
     options = ["--model", model, "--no-cascades", "--mechanisms", "gate"]
     sizes = ["--batch-sizes", "1,2", "--lengths", "4", "--repeats", "1"]
-    assert run(monkeypatch, *options, *sizes, "--plots", str(tmp_path), "--out", str(tmp_path)) == 0
+    assert (
+        run("bench", "latency", *options, *sizes, "--plots", str(tmp_path), "--out", str(tmp_path))
+        == 0
+    )
     assert "+ gate, naive" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "latency-batch-1.png",
@@ -267,7 +258,8 @@ def test_the_command_takes_prompts_of_a_file_without_labels(
     options = ["--model", model, "--no-cascades", "--mechanisms", "gate", "--data", str(data)]
     assert (
         run(
-            monkeypatch,
+            "bench",
+            "latency",
             *options,
             "--rows",
             "2",
@@ -295,6 +287,6 @@ def test_the_command_takes_prompts_of_a_file_without_labels(
     ],
 )
 def test_a_mistake_is_one_line_with_its_remedy(arguments, remedy, model, monkeypatch, capfd):
-    assert run(monkeypatch, "--model", model, *arguments) == 2
+    assert run("bench", "latency", "--model", model, *arguments) == 2
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("Error:")]
     assert remedy in line

@@ -1,24 +1,21 @@
 """The command line, in process, on a tiny backbone saved to disk."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
+from commands import run, saved
 from corpora import planted
 from sidelight.backbones import TransformersBackbone
-from sidelight.cli import main
+from sidelight.mechanisms import mechanism_names
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")
 def model(tiny: TransformersBackbone, tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    tiny.model.save_pretrained(folder)
-    tiny.tokenizer.save_pretrained(folder)
-    return str(folder)
+    return saved(tiny, tmp_path_factory.mktemp("model"))
 
 
 def write_rows(path: Path, count: int, *, seed: int) -> str:
@@ -39,7 +36,7 @@ def trained(
     data = write_rows(folder / "train.jsonl", 160, seed=1)
     module_patch.setenv("SIDELIGHT_CACHE", str(folder / "cache"))
     arguments = ["train", "--model", model, "--data", data, "--label", "toxic", "--seeds", "2"]
-    code = run([*arguments, "--mechanism", "pooling,readout", "--out", str(folder / "probe")])
+    code = run(*arguments, "--mechanism", "pooling,readout", "--out", str(folder / "probe"))
     assert code == 0
     return folder / "probe"
 
@@ -48,16 +45,6 @@ def trained(
 def module_patch():
     with pytest.MonkeyPatch.context() as patch:
         yield patch
-
-
-def run(arguments: list[str]) -> int:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["sidelight", *arguments])
-        try:
-            main()
-        except SystemExit as ended:
-            return int(ended.code or 0)
-    return 0
 
 
 def test_training_keeps_every_run_and_the_best(trained: Path):
@@ -79,7 +66,7 @@ def test_eval_reports_every_metric_with_its_interval(
 ):
     data = write_rows(tmp_path / "test.jsonl", 80, seed=2)
     arguments = ["eval", str(trained), "--data", data, "--label", "toxic", "--json"]
-    assert run([*arguments, "--subset", "checked", "--plots", str(tmp_path / "plots")]) == 0
+    assert run(*arguments, "--subset", "checked", "--plots", str(tmp_path / "plots")) == 0
     report = json.loads(capsys.readouterr().out)
     for metric in (
         "f1", "precision", "recall", "auprc", "auroc", "accuracy", "macro_f1",
@@ -99,27 +86,27 @@ def test_predict_gives_one_line_per_text_in_order(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     data = write_rows(tmp_path / "texts.jsonl", 30, seed=3)
-    assert run(["predict", str(trained), "--data", data]) == 0
+    assert run("predict", str(trained), "--data", data) == 0
     from_file = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     texts = [json.loads(line)["text"] for line in Path(data).read_text().splitlines()]
     assert len(from_file) == 30
-    assert run(["predict", str(trained), "--out", str(tmp_path / "v.jsonl"), texts[7]]) == 0
+    assert run("predict", str(trained), "--out", str(tmp_path / "v.jsonl"), texts[7]) == 0
     alone = json.loads((tmp_path / "v.jsonl").read_text())
     assert alone["label"] == from_file[7]["label"]
     assert alone["probabilities"] == pytest.approx(from_file[7]["probabilities"], abs=1e-4)
 
 
 def test_inspect_says_what_the_probe_is(trained: Path, capsys: pytest.CaptureFixture[str]):
-    assert run(["inspect", str(trained)]) == 0
+    assert run("inspect", str(trained)) == 0
     shown = capsys.readouterr().out
     assert "binary: 0, 1" in shown
     assert "validation" in shown
-    assert run(["inspect", str(trained), "--json"]) == 0
+    assert run("inspect", str(trained), "--json") == 0
     assert json.loads(capsys.readouterr().out)["name"] == "probe"
 
 
 def test_env_names_the_versions(capsys: pytest.CaptureFixture[str]):
-    assert run(["env", "--json"]) == 0
+    assert run("env", "--json") == 0
     assert {"python", "torch", "transformers", "cache"} <= set(json.loads(capsys.readouterr().out))
 
 
@@ -127,8 +114,14 @@ def test_env_names_the_versions(capsys: pytest.CaptureFixture[str]):
                                      "env", "search", "reproduce", "anatomy", "bench",
                                      "bench extract", "bench train", "bench latency"])  # fmt: skip
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]):
-    assert run([*command.split(), "--help"]) == 0
+    assert run(*command.split(), "--help") == 0
     assert "Usage:" in capsys.readouterr().out
+
+
+def test_training_names_every_mechanism(capsys: pytest.CaptureFixture[str]):
+    assert run("train", "--help") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"with commas of {', '.join(mechanism_names())}." in text
 
 
 @pytest.mark.parametrize(
@@ -161,7 +154,7 @@ def test_a_mistake_is_one_line_with_its_remedy_and_exit_code_2(
 ):
     data = write_rows(tmp_path / "data.jsonl", 60, seed=4)
     filled = [word.format(data=data, model=model) for word in arguments]
-    assert run(filled) == 2
+    assert run(*filled) == 2
     shown = capfd.readouterr()
     (line,) = [line for line in shown.err.splitlines() if line.startswith("Error:")]
     assert remedy in line

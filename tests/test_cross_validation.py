@@ -1,12 +1,11 @@
 """Rows compared on training texts alone, and tables on files of one's own."""
 
 import json
-import sys
 
 import pytest
 
+from commands import run, saved
 from corpora import planted
-from sidelight.cli import main
 from sidelight.errors import SidelightError
 from sidelight.reproduction import Tools, cross_validate, parse_recipe
 from test_reproduction import TABLE, Data
@@ -80,22 +79,10 @@ def rows_file(path, count, seed):
     return str(path)
 
 
-def run(*arguments: str) -> int:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["sidelight", *arguments])
-        try:
-            main()
-        except SystemExit as ended:
-            return int(ended.code or 0)
-    return 0
-
-
 def test_a_table_of_ones_own_files(tiny, tmp_path, own_cache, capsys):
-    model = tmp_path / "model"
-    tiny.model.save_pretrained(model)
-    tiny.tokenizer.save_pretrained(model)
+    model = saved(tiny, tmp_path / "model")
     files = [rows_file(tmp_path / f"{i}.jsonl", 80, seed=i) for i in (1, 2)]
-    common = ["reproduce", "own", "--model", str(model), "--only", "readout,tfidf", "--seeds", "1"]
+    common = ["reproduce", "own", "--model", model, "--only", "readout,tfidf", "--seeds", "1"]
     columns = ["--text", "message", "--label", "kind", "--positive", "bad"]
     place = ["--out", str(tmp_path / "out")]
     assert run(*common, *columns, *place, "--train", files[0], "--test", files[1]) == 0

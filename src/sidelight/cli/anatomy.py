@@ -5,7 +5,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sidelight.cli.options import backbone_options, column_options, examples_epilog
+from sidelight.cli.options import (
+    backbone_options,
+    column_options,
+    data_option,
+    examples_epilog,
+    limit_option,
+    max_tokens_option,
+    out_option,
+)
 
 if TYPE_CHECKING:
     from sidelight.probe import Probe
@@ -19,10 +27,10 @@ if TYPE_CHECKING:
     )
 )
 @click.argument("probe", type=click.Path(path_type=Path))
-@click.option("--data", required=True, help="JSONL, JSON, CSV, TSV (or .gz), Parquet, or hub name.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@data_option
+@out_option
 @column_options
-@click.option("--limit", type=click.IntRange(min=2), default=None, help="Use the first N rows.")
+@limit_option
 @click.option(
     "--every-mechanism",
     is_flag=True,
@@ -35,13 +43,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Texts of each class to draw token by layer.",
 )
-@click.option(
-    "--max-tokens",
-    type=click.IntRange(min=8),
-    default=1024,
-    show_default=True,
-    help="Longer texts are cut.",
-)
+@max_tokens_option
 @click.option(
     "--cache",
     type=click.Path(path_type=Path),

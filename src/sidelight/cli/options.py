@@ -1,6 +1,7 @@
 """Options that several commands share."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -34,6 +35,57 @@ label_option = click.option(
 )
 response_option = click.option("--response", default=None, help="Column of the assistant's answer.")
 split_option = click.option("--split", default=None, help="Split of a hub data set.")
+
+
+data_option = click.option(
+    "--data", required=True, help="JSONL, JSON, CSV, TSV (or .gz), Parquet, or hub name."
+)
+out_option = click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="Folder to write."
+)
+positive_option = click.option(
+    "--positive", default=None, help="The positive class of a binary task."
+)
+limit_option = click.option(
+    "--limit", type=click.IntRange(min=2), default=None, help="Use the first N rows."
+)
+max_tokens_option = click.option(
+    "--max-tokens",
+    type=click.IntRange(min=8),
+    default=1024,
+    show_default=True,
+    help="Longer texts are cut, and counted; judging never cuts.",
+)
+_CACHE_OPTIONS = (
+    click.option(
+        "--cache",
+        type=click.Path(path_type=Path),
+        default=None,
+        help="Folder for activations. [default: the user's cache]",
+    ),
+    click.option(
+        "--cache-budget",
+        type=float,
+        default=None,
+        metavar="GIB",
+        help="The most that activations may take.",
+    ),
+    click.option("--keep-cache", is_flag=True, help="Keep the activations for another run."),
+)
+
+
+def training_options(command: Command) -> Command:
+    """What to train on, where activations go meanwhile, and where the result goes."""
+    validation = click.option(
+        "--validation", default=None, help="Validation data. [default: held out of --data]"
+    )
+    options = (
+        data_option, out_option, column_options, positive_option, validation, limit_option,
+        max_tokens_option, *_CACHE_OPTIONS,
+    )  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
 
 
 def column_options(command: Command) -> Command:

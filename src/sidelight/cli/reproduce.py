@@ -11,6 +11,9 @@ from sidelight.cli.options import (
     examples_epilog,
     json_option,
     label_option,
+    limit_option,
+    out_option,
+    positive_option,
     text_option,
 )
 from sidelight.errors import SidelightError
@@ -39,7 +42,7 @@ fewshot, fewshot-sst2, fewshot-emotion, latency; own (every row on files of your
     + _NAMES
 )
 @click.argument("recipe")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the table.")
+@out_option
 @click.option(
     "--data",
     "root",
@@ -58,12 +61,10 @@ fewshot, fewshot-sst2, fewshot-emotion, latency; own (every row on files of your
 @click.option("--validation", default=None, help="[default: held out of --train]")
 @text_option
 @label_option
-@click.option("--positive", default=None, help="The positive class of a binary task of --train.")
+@positive_option
 @click.option("--seeds", type=click.IntRange(min=1), default=None, help="[default: the recipe's]")
 @click.option("--only", default=None, metavar="ROW,ROW", help="Rows of the recipe; others are not.")
-@click.option(
-    "--limit", type=click.IntRange(min=2), default=None, help="Use the first N rows of each part."
-)
+@limit_option
 @click.option(
     "--cache",
     type=click.Path(path_type=Path),

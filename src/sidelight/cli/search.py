@@ -10,9 +10,9 @@ from click.core import ParameterSource
 
 from sidelight.cli.options import (
     backbone_options,
-    column_options,
     examples_epilog,
     json_option,
+    training_options,
 )
 
 if TYPE_CHECKING:
@@ -36,12 +36,7 @@ _SHARED = (
         "sidelight search --data t.jsonl --validation v.jsonl --trials 30 --keep-cache --out s",
     )
 )
-@click.option("--data", required=True, help="JSONL, JSON, CSV, TSV (or .gz), Parquet, or hub name.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
-@column_options
-@click.option("--positive", default=None, help="The positive class of a binary task.")
-@click.option("--validation", default=None, help="Validation data. [default: held out of --data]")
-@click.option("--limit", type=click.IntRange(min=2), default=None, help="Use the first N rows.")
+@training_options
 @click.option(
     "--mechanism",
     "mechanisms",
@@ -64,27 +59,6 @@ _SHARED = (
     help="Trials trained from one read of the activations; more take more memory.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of all that is random.")
-@click.option(
-    "--max-tokens",
-    type=click.IntRange(min=8),
-    default=1024,
-    show_default=True,
-    help="Longer texts are cut.",
-)
-@click.option(
-    "--cache",
-    type=click.Path(path_type=Path),
-    default=None,
-    help="Folder for activations. [default: the user's cache]",
-)
-@click.option(
-    "--cache-budget",
-    type=float,
-    default=None,
-    metavar="GIB",
-    help="The most that activations may take.",
-)
-@click.option("--keep-cache", is_flag=True, help="Keep the activations for training.")
 @backbone_options
 @json_option
 def search(out: Path, as_json: bool, **given: Any) -> None:

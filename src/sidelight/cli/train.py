@@ -8,9 +8,9 @@ import click
 
 from sidelight.cli.options import (
     backbone_options,
-    column_options,
     examples_epilog,
     json_option,
+    training_options,
 )
 from sidelight.errors import SidelightError
 
@@ -29,10 +29,7 @@ if TYPE_CHECKING:
         "sidelight train --data t.jsonl --mechanism attention --set attention.factor=16 --out p",
     )
 )
-@click.option("--data", required=True, help="JSONL, JSON, CSV, TSV (or .gz), Parquet, or hub name.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
-@column_options
-@click.option("--positive", default=None, help="The positive class of a binary task.")
+@training_options
 @click.option(
     "--missing-label",
     type=click.Choice(["error", "skip"]),
@@ -40,15 +37,13 @@ if TYPE_CHECKING:
     show_default=True,
     help="What a row without a label is.",
 )
-@click.option("--validation", default=None, help="Validation data. [default: held out of --data]")
-@click.option("--limit", type=click.IntRange(min=2), default=None, help="Use the first N rows.")
 @click.option(
     "--mechanism",
     "mechanisms",
     default="auto",
     show_default=True,
     help="auto: what suits the number of texts. Or several with commas of attention, blend, "
-    "fusion, gate, linear, pooling, readout.",
+    "fusion, gate, pooling, readout.",
 )
 @click.option(
     "--set",
@@ -109,27 +104,6 @@ if TYPE_CHECKING:
     "--epochs", type=click.IntRange(min=1), default=None, help="At most. [default: the mechanism's]"
 )
 @click.option("--batch-size", type=click.IntRange(min=1), default=None, help="[default: 32]")
-@click.option(
-    "--max-tokens",
-    type=click.IntRange(min=8),
-    default=1024,
-    show_default=True,
-    help="Longer training texts are cut, and counted.",
-)
-@click.option(
-    "--cache",
-    type=click.Path(path_type=Path),
-    default=None,
-    help="Folder for activations while training. [default: the user's cache]",
-)
-@click.option(
-    "--cache-budget",
-    type=float,
-    default=None,
-    metavar="GIB",
-    help="The most that activations may take.",
-)
-@click.option("--keep-cache", is_flag=True, help="Keep the activations for another training.")
 @backbone_options
 @json_option
 def train(out: Path, as_json: bool, **given: Any) -> None:
