@@ -5,6 +5,7 @@ is served, so they need a forward pass of their own.
 """
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -12,17 +13,20 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from transformers import DynamicCache
 
 from sidelight.backbones import TransformersBackbone
 from sidelight.backbones.prefixes import cache_name, run_after, run_once
 from sidelight.baselines.base import Baseline, Rival
-from sidelight.batching import BATCH_TOKENS, by_length
+from sidelight.batching import by_length
 from sidelight.errors import SidelightError
 from sidelight.progress import progress
 from sidelight.prompts import EncodedPrompt, Message, shared_length
 from sidelight.study import Split, Study
 from sidelight.types import Task
 
+# Of a batch, with what all prompts share: their keys and values are in memory at a time.
+_BATCH_TOKENS = 16_384
 _QUESTION = "Which label describes the text?"
 
 
@@ -151,16 +155,18 @@ def score_answers(
     # One token at least is left after what all share.
     shared = min(shared_length(prompts), min(map(len, prompts)) - 1)
     prefix = torch.tensor(prompts[0][:shared], dtype=torch.long, device=backbone.device)
+    begun = run_once(backbone.model, prefix)
     rests = [prompt[shared:] for prompt in prompts]
     scores = np.empty((len(prompts), len(answers)))
     with progress("Prompting", sum(map(len, rests)), unit="tokens") as shown:
         # Padding between the prefix and a text would shift what a sliding window sees.
-        most = BATCH_TOKENS if backbone.can_share_prefixes else 1
-        for batch in by_length([len(rest) for rest in rests], batch_tokens=most):
+        most = _BATCH_TOKENS if backbone.can_share_prefixes else 1
+        # The whole lengths: a row has keys and values of the prefix too.
+        for batch in by_length([len(prompt) for prompt in prompts], batch_tokens=most):
             token_ids, present = _left_padded([rests[row] for row in batch])
             found = _score_batch(
                 backbone,
-                prefix,
+                deepcopy(begun),
                 token_ids.to(backbone.device),
                 present.to(backbone.device),
                 answers,
@@ -172,18 +178,26 @@ def score_answers(
 
 def _score_batch(
     backbone: TransformersBackbone,
-    prefix: Int[Tensor, " prefix"],
+    cache: DynamicCache,
     token_ids: Int[Tensor, "text token"],
     present: Bool[Tensor, "text token"],
     answers: Sequence[Sequence[int]],
 ) -> Float[Tensor, "text answer"]:
-    """The prompts' keys and values are computed once, and each answer is run after them."""
+    """The prompts' keys and values are computed once, and each answer is run after them.
+
+    Args:
+        backbone: What answers.
+        cache: Of what all prompts begin with; it is used up.
+        token_ids: The rest of each prompt, padded on the left.
+        present: Where there is a token.
+        answers: Token ids of each possible answer.
+    """
     model = backbone.model
-    cache = run_once(model, prefix)
+    shared = cache.get_seq_length()
     output = run_after(model, cache, token_ids, present, logits_to_keep=1)
     first = output.logits[:, -1].float().log_softmax(-1)
     held = cache.get_seq_length()
-    before = torch.cat([present.new_ones(len(present), len(prefix)), present], 1)
+    before = torch.cat([present.new_ones(len(present), shared), present], 1)
     scores: list[Tensor] = []
     for answer in answers:
         total = first[:, answer[0]]
