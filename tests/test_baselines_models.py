@@ -1,6 +1,7 @@
 """Baselines that train, prompt or call a whole model."""
 
 import importlib.util
+import json
 import math
 import threading
 import time
@@ -12,6 +13,7 @@ import pytest
 import torch
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request
+from safetensors import safe_open
 from sklearn.metrics import roc_auc_score
 from torch import nn
 from transformers import BertConfig, BertModel, BertTokenizerFast
@@ -138,12 +140,16 @@ def test_a_killed_lora_ends_where_an_unbroken_one_does(study, tmp_path, monkeypa
 
     with monkeypatch.context() as patch:
         # Dies in the second epoch's first step.
-        steps = iter([make_loss(part.task, torch.zeros(1), balanced=False)] * 2 + [kill] * 9)
+        steps = iter(
+            [make_loss(part.task, torch.zeros(1, dtype=torch.long), balanced=False)] * 2
+            + [kill] * 9
+        )
         patch.setattr(fine_tuning, "make_loss", lambda *_, **__: lambda *a: next(steps)(*a))
         with pytest.raises(KeyboardInterrupt):
             broken.fit(part, seed=0)
-    (saved,) = tmp_path.glob("*.pt")
-    assert len(torch.load(saved)["history"]) == 1
+    (saved,) = tmp_path.glob("*.safetensors")
+    with safe_open(saved, "pt") as file:
+        assert len(json.loads(file.metadata()["told"])["history"]) == 1
     resumed = broken.fit(part, seed=0)
     np.testing.assert_array_equal(resumed.logits(part.validation), whole)
     # Finished: nothing is trained again.

@@ -125,7 +125,7 @@ def test_the_encoder_has_the_parameters_of_minilm_and_the_guard_those_of_the_llm
 def test_ratios_are_paired_with_the_first_row(tiny, subjects):
     load = synthetic_load(tiny, batch_size=2, tokens=8)
     base, other = compare_latency(
-        [subjects[0], Other(8)], [load], repeats=3, device=CPU, shortest_s=0
+        [subjects[0], Other(8)], [load], repeats=3, device=CPU, shortest_s=0.0
     )
     assert (base.ratio.low, base.ratio.median, base.ratio.high) == (1, 1, 1)
     assert (base.batch_size, base.mean_tokens, other.weights_bytes) == (2, 8, 7)
@@ -137,7 +137,7 @@ def test_ratios_are_paired_with_the_first_row(tiny, subjects):
 
 def test_a_row_is_left_out_where_its_subject_does_not_accept_the_load(tiny, subjects):
     loads = [synthetic_load(tiny, batch_size=1, tokens=tokens) for tokens in (4, 8)]
-    rows = compare_latency([subjects[0], Other(4)], loads, repeats=1, device=CPU, shortest_s=0)
+    rows = compare_latency([subjects[0], Other(4)], loads, repeats=1, device=CPU, shortest_s=0.0)
     assert [(row.subject, row.load) for row in rows] == [
         ("LLM", "4 tokens"),
         ("other", "4 tokens"),
@@ -216,7 +216,7 @@ def test_an_unknown_mechanism_is_named(tiny):
 
 def test_the_record_holds_every_figure_and_what_it_was_measured_on(tiny, subjects, tmp_path):
     loads = [synthetic_load(tiny, batch_size=size, tokens=4) for size in (1, 2)]
-    rows = compare_latency([subjects[0], Other(4)], loads, repeats=2, device=CPU, shortest_s=0)
+    rows = compare_latency([subjects[0], Other(4)], loads, repeats=2, device=CPU, shortest_s=0.0)
     record = Record(conditions(tiny, repeats=2), rows)
     record.save(tmp_path / "new")
     saved = json.loads((tmp_path / "new" / "latency.json").read_text())

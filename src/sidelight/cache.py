@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -71,6 +71,7 @@ class ShardPlan:
         return ShardPlan(tuple(map(tuple, shards)), tuple(tokens))
 
 
+@runtime_checkable
 class States(Protocol):
     """Hidden states of some texts, shard by shard: what training reads.
 

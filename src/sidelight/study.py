@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import SupportsIndex
 
 import numpy as np
 import torch
@@ -66,7 +67,7 @@ class Split:
             for item in self.examples.items
         ]
 
-    def select(self, texts: Iterable[int]) -> "Split":
+    def select(self, texts: Iterable[SupportsIndex]) -> "Split":
         """Only these texts; nothing is extracted again."""
         chosen = np.fromiter(texts, dtype=np.int64)
         return Split(

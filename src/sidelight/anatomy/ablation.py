@@ -68,8 +68,8 @@ def _judge_vectors(mechanism: TwoStage, tokens: Ragged) -> LayerJudge:
 
 
 def _only(tokens: Ragged, kept: Bool[Tensor, " token"]) -> Ragged:
-    is_empty = Ragged(kept.long(), tokens.lengths).sums() == 0
+    is_empty = Ragged(kept.float(), tokens.lengths).sums() == 0
     stand_ins = (tokens.lengths.cumsum(0) - 1)[is_empty]
     values, kept = tokens.values.clone(), kept.clone()
     values[stand_ins], kept[stand_ins] = 0.0, True
-    return Ragged(values[kept], Ragged(kept.long(), tokens.lengths).sums())
+    return Ragged(values[kept], Ragged(kept.float(), tokens.lengths).sums().long())

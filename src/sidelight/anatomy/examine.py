@@ -87,7 +87,9 @@ def examine(
             f"All {len(split)} texts are of class '{next(iter(classes), None)}', but an anatomy "
             "compares classes. Give texts of two or more with --data."
         )
-    shown = {i: name for name, own in classes.items() for i in np.flatnonzero(own)[:heat_maps]}
+    shown = {
+        i: name for name, own in classes.items() for i in np.flatnonzero(own)[:heat_maps].tolist()
+    }
     mechanism = probe.mechanism.to(device).eval()
     findings: list[_Findings] = []
     with progress(f"Examining {probe.spec.name}", len(split), unit="texts") as done:

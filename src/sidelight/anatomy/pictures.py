@@ -29,7 +29,7 @@ def plot_anatomy(anatomy: Anatomy, path: Path) -> Path:
 
     Of many classes the six with most texts are drawn.
     """
-    figure = _figure(11, 9, f"{anatomy.probe.name}: anatomy of {anatomy.probe.spec.name}")
+    figure = _figure(11.0, 9.0, f"{anatomy.probe.name}: anatomy of {anatomy.probe.spec.name}")
     _draw_layer_use(anatomy, _axes(figure, 1), _axes(figure, 3))
     _draw_layer_ablation(anatomy, _axes(figure, 5))
     _draw_token_use(anatomy, _axes(figure, (2, 4)))

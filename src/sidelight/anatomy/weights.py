@@ -65,13 +65,15 @@ def _stage_weights(stage: Aggregator, items: Ragged) -> Float[Tensor, "item grou
     return _shares(stage, items, lambda own: stage.finish(stage.summarise(own), carry))
 
 
-def _adding_up(stage: Aggregator, items: Ragged) -> Float[Tensor, "group width 1"]:
-    """A carry through which a stage's result is the sum of its aggregated values."""
+def _adding_up(stage: Aggregator, items: Ragged) -> Float[Tensor, "group width carry"]:
+    """A carry through which the sum of a stage's result adds up its aggregated values."""
     if isinstance(stage, DowncastAttention):
         # Undoes the way back to full width: out @ carry = 1 for every inner column.
         out = stage.out.detach()
         return torch.linalg.lstsq(out, torch.ones_like(out[..., :1])).solution
-    return items.values.new_ones(*items.values.shape[1:], 1)
+    _, groups, columns = items.values.shape
+    values = columns - _FIRST_VALUE[type(stage)](stage, columns)
+    return items.values.new_ones(groups, columns, values)
 
 
 def _shares(

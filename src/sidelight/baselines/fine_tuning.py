@@ -5,15 +5,18 @@ require gradients).
 """
 
 import hashlib
+import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from sidelight.baselines.early_stopping import finite
@@ -193,29 +196,44 @@ class _Run:
         self._model.eval().requires_grad_(False)
 
     def save(self, path: Path) -> None:
+        """Tensors by name, and the rest as JSON in the file's header: nothing is pickled."""
+        tensors = _prefixed("best", self.progress.best)
+        told: dict[str, Any] = {"history": self.progress.history}
+        if len(self.progress.history) < self._lesson.settings.epochs:
+            optimizer = self._optimizer.state_dict()
+            tensors |= _prefixed("trained", {name: p.detach() for name, p in self._trained.items()})
+            for index, moments in optimizer["state"].items():
+                tensors |= _prefixed(f"moments.{index}", moments)
+            told |= {"groups": optimizer["param_groups"], "steps": self._schedule.last_epoch}
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
-        state: dict[str, Any] = {
-            "best": self.progress.best,
-            "history": self.progress.history,
-        }
-        if len(self.progress.history) < self._lesson.settings.epochs:
-            state["trained"] = {name: p.detach() for name, p in self._trained.items()}
-            state["optimizer"] = self._optimizer.state_dict()
-            state["schedule"] = self._schedule.state_dict()
-        torch.save(state, partial)
+        save_file(tensors, partial, {"told": json.dumps(told)})
         os.replace(partial, path)
 
     @torch.no_grad()
     def load(self, path: Path) -> None:
-        state = torch.load(path, weights_only=True, map_location=self._model.device)
-        self.progress = _Progress(state["best"], state["history"])
-        if "trained" not in state:
+        """What ``save`` stored."""
+        with safe_open(path, "pt", device=str(self._model.device)) as file:
+            told = json.loads(file.metadata()["told"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        self.progress = _Progress(_with_prefix("best", tensors), told["history"])
+        if "groups" not in told:
             return
         for name, parameter in self._trained.items():
-            parameter.copy_(state["trained"][name])
-        self._optimizer.load_state_dict(state["optimizer"])
-        self._schedule.load_state_dict(state["schedule"])
+            parameter.copy_(tensors[f"trained.{name}"])
+        count = sum(len(group["params"]) for group in told["groups"])
+        moments = {index: _with_prefix(f"moments.{index}", tensors) for index in range(count)}
+        self._optimizer.load_state_dict({"state": moments, "param_groups": told["groups"]})
+        self._schedule.last_epoch = told["steps"]
+
+
+def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}.{name}": tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def _with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    start = f"{prefix}."
+    return {name[len(start) :]: own for name, own in tensors.items() if name.startswith(start)}
 
 
 def _optimizer(parameters: Sequence[Tensor], settings: FineTuning) -> torch.optim.AdamW:

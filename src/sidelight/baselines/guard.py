@@ -136,7 +136,7 @@ def _log_ratio(chances: Mapping[str, float]) -> float:
 def _share(chances: Mapping[str, float], words: Sequence[str]) -> float:
     """The probability of the first pieces of these words."""
     pieces = {token: token.strip().strip(".,:;!*\"'").casefold() for token in chances}
-    return sum(
+    return math.fsum(
         chance
         for token, chance in chances.items()
         if pieces[token] and any(word.startswith(pieces[token]) for word in words)

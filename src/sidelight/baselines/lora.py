@@ -88,7 +88,7 @@ class Lora(Baseline):
         who = study.backbone.fingerprint.digest
         reads = study.training.states.reads
         folder = self.checkpoints or cache_root() / "checkpoints"
-        return folder / f"lora-{lesson.key(model, who, reads)}.pt"
+        return folder / f"lora-{lesson.key(model, who, reads)}.safetensors"
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ is served, so they need a forward pass of their own.
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -269,7 +269,7 @@ def _balanced(labels: np.ndarray, *, count: int, seed: int) -> list[int]:
     return [drawn[index] for index in random.permutation(len(drawn))]
 
 
-def _answer(label: np.ndarray, names: Sequence[str]) -> str:
+def _answer(label: np.integer[Any] | np.ndarray, names: Sequence[str]) -> str:
     if label.ndim == 0:
         return names[int(label)]
     return ", ".join(names[index] for index in np.flatnonzero(label).tolist()) or "none"

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int
@@ -10,6 +10,7 @@ from jaxtyping import Int
 from sidelight.data import Examples
 
 
+@runtime_checkable
 class LabelledData(Protocol):
     """A data set in its official splits; ``datasets.DataSet`` is one."""
 

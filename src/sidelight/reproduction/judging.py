@@ -88,7 +88,7 @@ class Scored:
 class RunLogits:
     """What one run said of its validation texts and of the test texts."""
 
-    validation: Float[np.ndarray, "text output"]
+    validation: Float[np.ndarray, "held_out output"]
     validation_labels: np.ndarray
     test: Float[np.ndarray, "text output"]
 

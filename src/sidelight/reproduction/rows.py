@@ -122,10 +122,11 @@ def _with_settings(settings: TrainingSettings, given: Mapping[str, Value]) -> Tr
             raise SidelightError(f"Unknown setting '{name}'.{did_you_mean(name, _SETTINGS)}")
     try:
         # Through JSON: strictly, Python's dict is no dataclass.
-        values = json.dumps(asdict(settings.changed(**given)))
-        return TypeAdapter(TrainingSettings).validate_json(values, strict=True)
+        values = json.dumps({**asdict(settings), **given})
+        checked = TypeAdapter(TrainingSettings).validate_json(values, strict=True)
     except ValidationError as error:
         raise SidelightError(f"Setting {_refusal(error)}") from error
+    return settings.changed(**{name: getattr(checked, name) for name in given})
 
 
 def _baseline(row: BaselineRow) -> BaselineConfig:
