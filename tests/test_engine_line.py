@@ -1,15 +1,18 @@
 """Who goes next, and who is refused."""
 
 import pytest
+import torch
 
 from sidelight.engines.base import EngineBusyError, Sampling
+from sidelight.engines.judging import Panel
 from sidelight.engines.line import Limits, Line, Request
 from sidelight.prompts import EncodedPrompt, Part
 
 
 def request(length=10, max_tokens=10):
     prompt = EncodedPrompt((1,) * length, (Part.PROMPT,) * length)
-    return Request(prompt, Sampling(), max_tokens)
+    panel = Panel.of([], device=torch.device("cpu"))
+    return Request(prompt, Sampling(), max_tokens, panel)
 
 
 def check(length=10):

@@ -134,6 +134,7 @@ def _assemble(manifest: Manifest, tensors: dict[str, Tensor]) -> Probe:
         thresholds=manifest.thresholds,
         fingerprint=backbone,
         record=manifest.record,
+        version=manifest.version,
     )
 
 

@@ -1,5 +1,6 @@
 """What an artifact's ``manifest.json`` holds, checked field by field when it is read."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,11 @@ class Manifest:
     def to_json(self) -> str:
         """The file's text."""
         return _ADAPTER.dump_json(self, indent=2).decode() + "\n"
+
+    @property
+    def version(self) -> str:
+        """Twelve hexadecimal digits that stand for the whole artifact, weights included."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:12]
 
 
 _ADAPTER = TypeAdapter(Manifest)

@@ -32,6 +32,7 @@ class Probe:
             for a multi-label task, none for a multi-class task.
         fingerprint: The backbone it belongs to.
         record: How it was trained and how it did: settings, data, metrics. Only JSON values.
+        version: Stands for the artifact that it was loaded from; empty if from none.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Probe:
     thresholds: tuple[float, ...]
     fingerprint: Fingerprint
     record: Mapping[str, Any] = field(default_factory=dict)
+    version: str = ""
 
     def projection(self) -> Projection:
         """The few numbers that the probe needs from each token and layer."""

@@ -10,6 +10,7 @@ from sidelight.engines.base import (
     Load,
     LoadedProbe,
     PromptJudged,
+    ResponseScored,
     Sampling,
     TextDelta,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "LoadedProbe",
     "LoadingEngine",
     "PromptJudged",
+    "ResponseScored",
     "Sampling",
     "TextDelta",
     "TransformersEngine",

@@ -4,15 +4,17 @@ The HTTP layer knows this interface and no engine; an engine knows messages, and
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from collections.abc import AsyncGenerator, Collection, Coroutine, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, runtime_checkable
 
-from sidelight.errors import SidelightError, VerdictError
+from sidelight.errors import SidelightError, VerdictError, did_you_mean
+from sidelight.probe import Probe
 from sidelight.prompts import Message, Reads
 from sidelight.types import Task, Verdict
 
-FinishReason = Literal["stop", "length"]
+# "content_filter" is the server's, where a policy cut the text; no engine says it.
+FinishReason = Literal["stop", "length", "content_filter"]
 
 
 class EngineBusyError(SidelightError):
@@ -57,17 +59,41 @@ class PromptJudged:
     Attributes:
         verdicts: Of every probe that reads the prompt only.
         failed: Names of such probes that gave no verdict; never to be read as a harmless one.
+        tokens: Of the prompt.
     """
 
     verdicts: tuple[Verdict, ...]
     failed: tuple[str, ...] = ()
+    tokens: int = field(kw_only=True)
 
 
 @dataclass(frozen=True)
 class TextDelta:
-    """More text: whole characters, and nothing that a stop string may still take back."""
+    """More text: whole characters, and nothing that a stop string may still take back.
+
+    Attributes:
+        text: What follows the text so far.
+        tokens: How many tokens have been sampled: no token after these has a part in the text.
+    """
 
     text: str
+    tokens: int = field(kw_only=True)
+
+
+@dataclass(frozen=True)
+class ResponseScored:
+    """The watched probes have read one more token of the response.
+
+    Attributes:
+        tokens: How many tokens they have read, the ones that were sampled first. A ``TextDelta``
+            is judged once this reaches its own ``tokens``.
+        verdicts: On the response so far, as if it ended here.
+        failed: Names of watched probes that gave no verdict; never to be read as a harmless one.
+    """
+
+    tokens: int
+    verdicts: tuple[Verdict, ...]
+    failed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,9 +104,9 @@ class Finished:
         reason: ``stop`` (end of turn or stop string) or ``length``.
         prompt_tokens: Tokens read.
         completion_tokens: Tokens sampled, with the end-of-turn token.
-        verdicts: Of every probe that reads the response. The last sampled token has not been run
-            through the model, so they do not cover it: an end-of-turn token, or at ``length`` or a
-            stop string the last token of the text.
+        verdicts: Of every probe that reads the response. An end-of-turn token is never read. Where
+            no probe is watched, the last sampled token is not run through the model either, so at
+            ``length`` or a stop string they do not cover the last token of the text.
         failed: Names of such probes that gave no verdict; never to be read as a harmless one.
     """
 
@@ -91,7 +117,7 @@ class Finished:
     failed: tuple[str, ...] = ()
 
 
-Event = PromptJudged | TextDelta | Finished
+Event = PromptJudged | TextDelta | ResponseScored | Finished
 
 
 @dataclass(frozen=True)
@@ -119,6 +145,11 @@ class LoadedProbe(Protocol):
     @property
     def reads(self) -> Reads:
         """Which side of the conversation it reads."""
+        ...
+
+    @property
+    def version(self) -> str:
+        """Twelve hexadecimal digits that stand for its artifact; empty if it was never saved."""
         ...
 
 
@@ -154,24 +185,51 @@ class Engine(ABC):
         """Ends the work; requests still in it fail with ``EngineUnavailableError``."""
 
     @abstractmethod
+    async def replace_probes(self, probes: Sequence[Probe]) -> None:
+        """Serves these probes from now on, once each has given a verdict on a short text.
+
+        A request that is in the engine keeps the probes that were loaded when it was called, or
+        fails; none is judged by another set in silence. After an error nothing has changed.
+
+        Raises:
+            FingerprintMismatchError: A probe belongs to another backbone.
+            VerdictError: A probe gives no verdict.
+            SidelightError: Two probes share a name.
+            EngineBusyError, EngineUnavailableError, GenerationError: As for ``generate``.
+        """
+
+    @abstractmethod
     def generate(
-        self, messages: Sequence[Message], sampling: Sampling
+        self, messages: Sequence[Message], sampling: Sampling, *, watch: Collection[str] = ()
     ) -> AsyncGenerator[Event, None]:
         """``PromptJudged``, any number of ``TextDelta``, ``Finished``; closing it cancels.
+
+        The probes are those loaded when this is called, until the end.
+
+        Args:
+            messages: The conversation.
+            sampling: How to write.
+            watch: Names of loaded probes that read the response. After each token of the response,
+                the text's last one included, there is a ``ResponseScored`` with their verdicts;
+                that costs time, so nothing of it happens where no probe is named.
 
         Raises:
             ContextLengthError: The prompt leaves no room for a token.
             EngineBusyError: The line is full.
             EngineUnavailableError: Loading or stopped.
             GenerationError: A step failed.
+            SidelightError: A watched probe is not loaded, or does not read the response.
         """
 
     @abstractmethod
-    async def judge(self, conversations: Sequence[Sequence[Message]]) -> list[tuple[Verdict, ...]]:
+    def judge(
+        self, conversations: Sequence[Sequence[Message]]
+    ) -> Coroutine[Any, Any, list[tuple[Verdict, ...]]]:
         """The verdicts on each conversation, from one pass each; writes nothing.
 
         A conversation that ends with the assistant's turn is judged by every probe, that turn being
-        the response; any other only by the probes that read the prompt alone.
+        the response; any other only by the probes that read the prompt alone. The probes are those
+        loaded when this is called.
 
         Raises:
             VerdictError: A probe gave no verdict on some conversation.
@@ -186,3 +244,18 @@ def verdict_failure(probes: Iterable[str]) -> VerdictError:
         f"No verdict from {', '.join(probes)}: the output was not a finite number, or the text has "
         "no token that the probe reads. Treat the text as not judged."
     )
+
+
+def require_watchable(watch: Iterable[str], probes: Sequence[LoadedProbe]) -> None:
+    """Checks that each name is that of a probe that reads the response.
+
+    Raises:
+        SidelightError: One is not; it would never be scored while the text is written.
+    """
+    known = [probe.name for probe in probes if probe.reads.side != "prompt"]
+    for name in watch:
+        if name not in known:
+            raise SidelightError(
+                f"Probe '{name}' cannot be watched: no such probe reads the response."
+                f"{did_you_mean(name, known)}"
+            )

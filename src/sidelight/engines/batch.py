@@ -4,7 +4,7 @@ Synchronous and owned by one thread; knows nothing of callers that wait.
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -17,15 +17,15 @@ from sidelight.engines.base import (
     Finished,
     GenerationError,
     PromptJudged,
+    ResponseScored,
     TextDelta,
 )
 from sidelight.engines.cached_rows import CachedRows
 from sidelight.engines.decoder import Decoder
 from sidelight.engines.generation import Generation
-from sidelight.engines.judging import Judgement, Judges, Watch
+from sidelight.engines.judging import Judgement, Panel, Watch
 from sidelight.engines.line import Request
 from sidelight.errors import SidelightError
-from sidelight.probe import Probe
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,16 @@ class Emission:
 
 @dataclass(frozen=True)
 class _Rows:
-    """The running requests, row by row.
+    """The running requests of one panel, row by row.
 
     Attributes:
+        panel: The probes that judge them.
         generations: What has been written.
         cached: Keys and values.
         state: What the probes of the response have read.
     """
 
+    panel: Panel
     generations: list[Generation]
     cached: CachedRows
     state: BankState
@@ -61,124 +63,174 @@ class _Rows:
 class Batch:
     """Rows that enter after their prefill and leave when their text is complete.
 
+    Rows of another panel run by themselves: that lasts from a change of the probes until the texts
+    that began before it are complete.
+
     Args:
         backbone: The model.
-        probes: What judges the texts.
     """
 
-    def __init__(self, backbone: TransformersBackbone, probes: Sequence[Probe]):
+    def __init__(self, backbone: TransformersBackbone):
         self._decoder = Decoder(backbone)
-        early = [probe for probe in probes if probe.reads.side == "prompt"]
-        late = [probe for probe in probes if probe.reads.side != "prompt"]
-        self._early = Judges(early, device=backbone.device)
-        self._late = Judges(late, device=backbone.device)
-        self._rows: _Rows | None = None
+        self._groups: list[_Rows] = []
 
     @property
     def requests(self) -> list[Request]:
         """What is being written."""
-        return [g.request for g in self._rows.generations] if self._rows else []
+        return [g.request for rows in self._groups for g in rows.generations]
 
     def clear(self) -> None:
         """Forgets all rows."""
-        self._rows = None
+        self._groups = []
 
     def drop(self, requests: Collection[Request]) -> list[Emission]:
         """Frees the rows of these requests."""
-        if self._rows is not None:
-            alive = [i for i, request in enumerate(self.requests) if request not in requests]
-            self._rows = self._kept(self._rows, alive)
+        self._groups = [
+            kept
+            for rows in self._groups
+            if (kept := _kept(rows, [g.request not in requests for g in rows.generations]))
+        ]
         return []
 
     def prefill(self, requests: Sequence[Request]) -> list[Emission]:
-        """Reads whole prompts in one pass; the running rows change last, once all went well."""
+        """Reads whole prompts in one pass; the running rows change last, once all went well.
+
+        Args:
+            requests: All of one panel.
+        """
+        panel = requests[0].panel
         prompts = [request.prompt for request in requests]
-        early, late = self._early.taps(), self._late.taps()
+        early, late = panel.early.taps(), panel.late.taps()
         logits, cached = self._decoder.read_prompts(prompts, Watch([*early, *late]))
-        read_early = self._early.read_prompts(early, prompts)
-        read_late = self._late.read_prompts(late, prompts)
-        emissions = self._judge_prompts(requests, read_early, read_late)
+        read_early = panel.early.read_prompts(early, prompts)
+        read_late = panel.late.read_prompts(late, prompts)
+        emissions = _judge_prompts(requests, read_early, read_late)
         written = [i for i, request in enumerate(requests) if not request.is_check]
         if written:
             generations = [self._begin(requests[i]) for i in written]
-            rows = _Rows(generations, cached.kept(written), self._late.kept(read_late, written))
-            entering, texts = self._write(rows, logits[written])
-            self._rows = _joined(self._rows, entering)
+            state = panel.late.kept(read_late, written)
+            rows = _Rows(panel, generations, cached.kept(written), state)
+            entering, texts = _write(rows, logits[written])
+            self._groups = _joined(self._groups, entering)
             emissions += texts
         return emissions
 
     def decode(self) -> list[Emission]:
         """Reads each row's newest token and writes the next."""
-        assert self._rows is not None
-        rows = self._rows
-        taps = self._late.taps()
+        steps = [self._step(rows) for rows in self._groups]
+        self._groups = [rows for rows, _ in steps if rows]
+        return [emission for _, emissions in steps for emission in emissions]
+
+    def _step(self, rows: _Rows) -> tuple[_Rows | None, list[Emission]]:
+        late = rows.panel.late
+        taps = late.taps()
         tokens = [generation.last_token for generation in rows.generations]
         logits = self._decoder.read_step(tokens, rows.cached, Watch(taps))
-        state = self._late.read_step(taps, rows.state)
-        self._rows, emissions = self._write(_Rows(rows.generations, rows.cached, state), logits)
-        return emissions
+        read = replace(rows, state=late.read_step(taps, rows.state))
+        emissions = _score(read)
+        # What was complete but for the reading of its last token.
+        writing = [generation.reason is None for generation in rows.generations]
+        emissions += _finish(read, [i for i, goes_on in enumerate(writing) if not goes_on])
+        going_on = _kept(read, writing)
+        if going_on is None:
+            return None, emissions
+        left, texts = _write(going_on, logits[torch.tensor(writing, device=logits.device)])
+        return left, emissions + texts
 
     def _begin(self, request: Request) -> Generation:
         return Generation(request, decode=self._decoder.decode, end_tokens=self._decoder.end_tokens)
 
-    def _judge_prompts(
-        self, requests: Sequence[Request], early: BankState, late: BankState
-    ) -> list[Emission]:
-        judgements = self._early.judge(early, range(len(requests)))
-        answered = [i for i, request in enumerate(requests) if request.has_response]
-        for row, judgement in zip(answered, self._late.judge(late, answered), strict=True):
-            judgements[row] += judgement
-        return [
-            Emission(request, PromptJudged(judgement.verdicts, judgement.failed))
-            for request, judgement in zip(requests, judgements, strict=True)
-        ]
 
-    def _write(
-        self, rows: _Rows, logits: Float[Tensor, "row vocabulary"]
-    ) -> tuple[_Rows | None, list[Emission]]:
-        """Draws a token for each row; the rows that go on, and what happened."""
-        drawn = [g.draw(row) for g, row in zip(rows.generations, logits, strict=True)]
-        broken = logits.isnan().any(dim=1).tolist()
-        emissions: list[Emission] = []
-        for generation, token, is_broken in zip(
-            rows.generations, torch.stack(drawn).tolist(), broken, strict=True
-        ):
-            emissions += [_overflow(generation)] if is_broken else _accept(generation, token)
-        complete = [i for i, g in enumerate(rows.generations) if g.reason and not broken[i]]
-        judgements = self._late.judge(rows.state, complete)
-        for row, judgement in zip(complete, judgements, strict=True):
-            emissions.append(_finish(rows.generations[row], judgement))
-        alive = [i for i, g in enumerate(rows.generations) if not g.reason and not broken[i]]
-        return self._kept(rows, alive), emissions
-
-    def _kept(self, rows: _Rows, alive: Sequence[int]) -> _Rows | None:
-        if not alive:
-            return None
-        if len(alive) == len(rows.generations):
-            return rows
-        return _Rows(
-            [rows.generations[row] for row in alive],
-            rows.cached.kept(alive),
-            self._late.kept(rows.state, alive),
+def _judge_prompts(
+    requests: Sequence[Request], early: BankState, late: BankState
+) -> list[Emission]:
+    panel = requests[0].panel
+    judgements = panel.early.judge(early, range(len(requests)))
+    answered = [i for i, request in enumerate(requests) if request.has_response]
+    for row, judgement in zip(answered, panel.late.judge(late, answered), strict=True):
+        judgements[row] += judgement
+    return [
+        Emission(
+            request,
+            PromptJudged(judgement.verdicts, judgement.failed, tokens=len(request.prompt)),
         )
+        for request, judgement in zip(requests, judgements, strict=True)
+    ]
 
 
-def _joined(running: _Rows | None, entering: _Rows | None) -> _Rows | None:
-    if running is None or entering is None:
-        return running or entering
+def _score(rows: _Rows) -> list[Emission]:
+    """The running verdicts of the rows whose probes are watched."""
+    watched = [i for i, g in enumerate(rows.generations) if g.request.watch]
+    judgements = rows.panel.late.judge(rows.state, watched)
+    return [_scored(rows.generations[i], j) for i, j in zip(watched, judgements, strict=True)]
+
+
+def _scored(generation: Generation, judgement: Judgement) -> Emission:
+    said = judgement.of(generation.request.watch)
+    event = ResponseScored(generation.tokens, said.verdicts, said.failed)
+    return Emission(generation.request, event)
+
+
+def _write(
+    rows: _Rows, logits: Float[Tensor, "row vocabulary"]
+) -> tuple[_Rows | None, list[Emission]]:
+    """Draws a token for each row; the rows that go on, and what happened."""
+    drawn = [g.draw(row) for g, row in zip(rows.generations, logits, strict=True)]
+    broken = logits.isnan().any(dim=1).tolist()
+    emissions: list[Emission] = []
+    for generation, token, is_broken in zip(
+        rows.generations, torch.stack(drawn).tolist(), broken, strict=True
+    ):
+        emissions += [_overflow(generation)] if is_broken else _accept(generation, token)
+    settled = [g.is_settled and not b for g, b in zip(rows.generations, broken, strict=True)]
+    emissions += _finish(rows, [i for i, is_settled in enumerate(settled) if is_settled])
+    alive = [not s and not b for s, b in zip(settled, broken, strict=True)]
+    return _kept(rows, alive), emissions
+
+
+def _kept(rows: _Rows, alive: Sequence[bool]) -> _Rows | None:
+    """Those of the rows that are alive."""
+    if all(alive):
+        return rows
+    left = [i for i, is_alive in enumerate(alive) if is_alive]
+    if not left:
+        return None
     return _Rows(
+        rows.panel,
+        [rows.generations[row] for row in left],
+        rows.cached.kept(left),
+        rows.panel.late.kept(rows.state, left),
+    )
+
+
+def _joined(groups: Sequence[_Rows], entering: _Rows | None) -> list[_Rows]:
+    """The rows in the group of their panel."""
+    if entering is None:
+        return list(groups)
+    others = [rows for rows in groups if rows.panel is not entering.panel]
+    running = next((rows for rows in groups if rows.panel is entering.panel), None)
+    if running is None:
+        return [*others, entering]
+    joined = _Rows(
+        entering.panel,
         [*running.generations, *entering.generations],
         running.cached.joined(entering.cached),
         BankState.pack([running.state, entering.state]),
     )
+    return [*others, joined]
+
+
+def _finish(rows: _Rows, complete: Sequence[int]) -> list[Emission]:
+    judgements = rows.panel.late.judge(rows.state, complete)
+    return [_finished(rows.generations[i], j) for i, j in zip(complete, judgements, strict=True)]
 
 
 def _accept(generation: Generation, token: int) -> list[Emission]:
     text = generation.accept(token)
-    return [Emission(generation.request, TextDelta(text))] if text else []
+    return [Emission(generation.request, TextDelta(text, tokens=generation.tokens))] if text else []
 
 
-def _finish(generation: Generation, judgement: Judgement) -> Emission:
+def _finished(generation: Generation, judgement: Judgement) -> Emission:
     assert generation.reason is not None
     finished = Finished(
         reason=generation.reason,

@@ -23,6 +23,8 @@ class Generation:
         tokens: How many have been sampled.
         last_token: The newest; the next step reads it.
         reason: Why the text is complete; None while it is not.
+        is_settled: Whether it is complete and nothing of the text is still to be read for the
+            probes that are watched.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class Generation:
         self.tokens = 0
         self.last_token = 0
         self.reason: FinishReason | None = None
+        self.is_settled = False
         self._end_tokens = end_tokens
         self._sampler = Sampler(request.sampling)
         self._detokenizer = Detokenizer(decode)
@@ -51,6 +54,7 @@ class Generation:
         self.tokens += 1
         if token in self._end_tokens:
             self.reason = "stop"
+            self.is_settled = True
             return self._gate.flush()
         text = self._gate.push(self._detokenizer.push(token))
         if self._gate.is_closed:
@@ -58,4 +62,6 @@ class Generation:
         elif self.tokens == self.request.max_tokens:
             self.reason = "length"
             text += self._gate.flush()
+        # The last token of a watched text has one more step to be read in.
+        self.is_settled = self.reason is not None and not self.request.watch
         return text

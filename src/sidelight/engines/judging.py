@@ -4,7 +4,7 @@ Probes that read the prompt alone and probes that read the response stand in two
 are done after prefill, so decode steps run the second only, or no tap at all.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sidelight.bank import Bank, BankState, BankTap
-from sidelight.errors import VerdictError
+from sidelight.errors import SidelightError, VerdictError
 from sidelight.probe import Probe
 from sidelight.prompts import EncodedPrompt, Reads
 from sidelight.types import Verdict
@@ -33,6 +33,13 @@ class Judgement:
 
     def __add__(self, other: "Judgement") -> "Judgement":
         return Judgement(self.verdicts + other.verdicts, self.failed + other.failed)
+
+    def of(self, names: Collection[str]) -> "Judgement":
+        """What these probes say."""
+        return Judgement(
+            tuple(verdict for verdict in self.verdicts if verdict.probe in names),
+            tuple(name for name in self.failed if name in names),
+        )
 
 
 class Watch:
@@ -81,7 +88,7 @@ class Judges:
 
     def kept(self, state: BankState, rows: Sequence[int]) -> BankState:
         """The state of these rows only."""
-        if self._bank is None:
+        if self._bank is None or list(rows) == list(range(len(state.states[0].lengths))):
             return state
         states = state.split()
         return BankState.pack([states[row] for row in rows])
@@ -104,6 +111,38 @@ class Judges:
         for row, prompt in enumerate(prompts):
             mask[row, longest - len(prompt) :] = prompt.mask(reads)
         return mask.to(self._device)
+
+
+@dataclass(frozen=True, eq=False)
+class Panel:
+    """The probes that are loaded together. A request keeps its panel when others are loaded.
+
+    Attributes:
+        probes: All of them.
+        early: Those that are done with the prompt.
+        late: Those that read the response.
+    """
+
+    probes: tuple[Probe, ...]
+    early: Judges
+    late: Judges
+
+    @classmethod
+    def of(cls, probes: Sequence[Probe], *, device: torch.device) -> "Panel":
+        """The probes, ready to judge.
+
+        Raises:
+            SidelightError: Two share a name.
+        """
+        names = [probe.name for probe in probes]
+        if len(set(names)) < len(names):
+            raise SidelightError(
+                f"Probes served together need distinct names, got: {', '.join(names)}. Rename one "
+                "(the 'name' in its manifest.json)."
+            )
+        early = [probe for probe in probes if probe.reads.side == "prompt"]
+        late = [probe for probe in probes if probe.reads.side != "prompt"]
+        return cls(tuple(probes), Judges(early, device=device), Judges(late, device=device))
 
 
 def _judge_probe(probe: Probe, logits: np.ndarray) -> Judgement:

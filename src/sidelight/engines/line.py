@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from sidelight.engines.base import EngineBusyError, Sampling
+from sidelight.engines.judging import Panel
 from sidelight.prompts import EncodedPrompt
 
 
@@ -34,13 +35,17 @@ class Request:
         prompt: The tokens to read.
         sampling: How to write.
         max_tokens: Most tokens to write, within the context; 0: the text is only judged.
+        panel: The probes that judge it.
         has_response: Whether the prompt holds the response to judge, which may be empty.
+        watch: Names of probes whose verdicts are told after each token of the response.
     """
 
     prompt: EncodedPrompt
     sampling: Sampling
     max_tokens: int
+    panel: Panel
     has_response: bool = False
+    watch: frozenset[str] = frozenset()
 
     @property
     def is_check(self) -> bool:

@@ -1,7 +1,8 @@
 """An engine whose model loads in the background, so that the server can say that it is loading."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Sequence
+from typing import Any
 
 from sidelight.engines.base import (
     Engine,
@@ -11,6 +12,7 @@ from sidelight.engines.base import (
     LoadedProbe,
     Sampling,
 )
+from sidelight.probe import Probe
 from sidelight.prompts import Message
 from sidelight.types import Verdict
 
@@ -65,15 +67,21 @@ class LoadingEngine(Engine):
         if self._engine is not None:
             await self._engine.close()
 
+    async def replace_probes(self, probes: Sequence[Probe]) -> None:
+        """As the loaded engine's."""
+        await self._loaded().replace_probes(probes)
+
     def generate(
-        self, messages: Sequence[Message], sampling: Sampling
+        self, messages: Sequence[Message], sampling: Sampling, *, watch: Collection[str] = ()
     ) -> AsyncGenerator[Event, None]:
         """As the loaded engine's."""
-        return self._loaded().generate(messages, sampling)
+        return self._loaded().generate(messages, sampling, watch=watch)
 
-    async def judge(self, conversations: Sequence[Sequence[Message]]) -> list[tuple[Verdict, ...]]:
+    def judge(
+        self, conversations: Sequence[Sequence[Message]]
+    ) -> Coroutine[Any, Any, list[tuple[Verdict, ...]]]:
         """As the loaded engine's."""
-        return await self._loaded().judge(conversations)
+        return self._loaded().judge(conversations)
 
     async def _take_over(self) -> None:
         engine = await asyncio.to_thread(self._load)

@@ -10,10 +10,19 @@ running request. The prompt is read once, and its verdicts leave before the firs
 import asyncio
 import logging
 import traceback
-from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    Callable,
+    Collection,
+    Coroutine,
+    Generator,
+    Iterable,
+    Sequence,
+)
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 from sidelight.backbones import TransformersBackbone
 from sidelight.engines.base import (
@@ -24,11 +33,14 @@ from sidelight.engines.base import (
     GenerationError,
     Load,
     PromptJudged,
+    ResponseScored,
     Sampling,
     TextDelta,
+    require_watchable,
     verdict_failure,
 )
 from sidelight.engines.batch import Batch, Emission, Failed
+from sidelight.engines.judging import Panel
 from sidelight.engines.line import Limits, Line, Request
 from sidelight.errors import ContextLengthError, SidelightError
 from sidelight.probe import Probe
@@ -36,6 +48,9 @@ from sidelight.prompts import EncodedPrompt, Message
 from sidelight.types import Verdict
 
 _log = logging.getLogger(__name__)
+
+# A text that every probe has to judge before it is served.
+_WARM_TEXT = "Hello"
 
 Outbox = asyncio.Queue[Event | Failed]
 
@@ -60,13 +75,11 @@ class TransformersEngine(Engine):
         limits: Limits | None = None,
         model: str | None = None,
     ):
-        _require_distinct(probes)
-        for probe in probes:
-            probe.fingerprint.require(backbone.fingerprint, probe=probe.name)
         self._model = model or backbone.name
-        self._probes = tuple(probes)
+        self._backbone = backbone
         self._encoder = backbone.encoder
-        self._batch = Batch(backbone, probes)
+        self._panel = self._seat(probes)
+        self._batch = Batch(backbone)
         self._line = Line(limits or Limits())
         self._outboxes: dict[Request, Outbox] = {}
         self._cancelled: set[Request] = set()
@@ -82,7 +95,7 @@ class TransformersEngine(Engine):
     @property
     def probes(self) -> Sequence[Probe]:
         """Every loaded probe."""
-        return self._probes
+        return self._panel.probes
 
     @property
     def load(self) -> Load:
@@ -106,30 +119,58 @@ class TransformersEngine(Engine):
             await asyncio.wait({self._loop})
         await asyncio.to_thread(self._thread.shutdown)
 
-    async def generate(
-        self, messages: Sequence[Message], sampling: Sampling
+    async def replace_probes(self, probes: Sequence[Probe]) -> None:
+        """Serves these probes from now on, once each has given a verdict on a short text."""
+        panel = await asyncio.to_thread(self._seat, probes)
+        conversation = [Message("user", _WARM_TEXT), Message("assistant", _WARM_TEXT)]
+        await self._judge([conversation], panel)
+        self._panel = panel
+
+    def generate(
+        self, messages: Sequence[Message], sampling: Sampling, *, watch: Collection[str] = ()
     ) -> AsyncGenerator[Event, None]:
         """``PromptJudged``, any number of ``TextDelta``, ``Finished``; closing it cancels."""
+        # Not in the generator: that begins later, and other probes may be loaded until then.
+        panel = self._panel
+        require_watchable(watch, panel.probes)
+        return self._generate(messages, sampling, panel, frozenset(watch))
+
+    async def _generate(
+        self, messages: Sequence[Message], sampling: Sampling, panel: Panel, watch: frozenset[str]
+    ) -> AsyncGenerator[Event, None]:
         prompt = await asyncio.to_thread(self._encoder.encode, messages)
-        request = Request(prompt, sampling, self._room(prompt, sampling.max_tokens))
+        room = self._room(prompt, sampling.max_tokens)
+        request = Request(prompt, sampling, room, panel, watch=watch)
         with self._submitted([request]) as (outbox,):
             event: Event | None = None
             while not isinstance(event, Finished):
                 event = await _receive(outbox)
                 yield event
 
-    async def judge(self, conversations: Sequence[Sequence[Message]]) -> list[tuple[Verdict, ...]]:
+    def judge(
+        self, conversations: Sequence[Sequence[Message]]
+    ) -> Coroutine[Any, Any, list[tuple[Verdict, ...]]]:
         """The verdicts on each conversation, from one pass each; writes nothing."""
-        requests = await asyncio.to_thread(lambda: [self._check(c) for c in conversations])
+        return self._judge(conversations, self._panel)
+
+    async def _judge(
+        self, conversations: Sequence[Sequence[Message]], panel: Panel
+    ) -> list[tuple[Verdict, ...]]:
+        requests = await asyncio.to_thread(lambda: [self._check(c, panel) for c in conversations])
         with self._submitted(requests) as outboxes:
             return [_verdicts(await _receive(outbox)) for outbox in outboxes]
 
-    def _check(self, messages: Sequence[Message]) -> Request:
+    def _seat(self, probes: Sequence[Probe]) -> Panel:
+        for probe in probes:
+            probe.fingerprint.require(self._backbone.fingerprint, probe=probe.name)
+        return Panel.of(probes, device=self._backbone.device)
+
+    def _check(self, messages: Sequence[Message], panel: Panel) -> Request:
         has_response = bool(messages) and messages[-1].role == "assistant"
         if not has_response:
-            return Request(self._encoder.encode(messages), Sampling(), max_tokens=0)
+            return Request(self._encoder.encode(messages), Sampling(), 0, panel)
         prompt = self._encoder.encode(messages[:-1], response=messages[-1].content)
-        return Request(prompt, Sampling(), max_tokens=0, has_response=True)
+        return Request(prompt, Sampling(), 0, panel, has_response=True)
 
     def _room(self, prompt: EncodedPrompt, wanted: int | None) -> int:
         room = self._encoder.max_tokens - len(prompt)
@@ -169,8 +210,8 @@ class TransformersEngine(Engine):
             gone, self._cancelled = self._cancelled, set[Request]()
             await self._step_running(partial(self._batch.drop, gone))
         admitted = self._line.admit(self._batch.requests)
-        if admitted:
-            await self._step(partial(self._batch.prefill, admitted), admitted)
+        for together in _by_panel(admitted):
+            await self._step(partial(self._batch.prefill, together), together)
         if self._batch.requests:
             await self._step_running(self._batch.decode)
 
@@ -214,7 +255,7 @@ def _is_last(emission: Emission) -> bool:
             return True
         case PromptJudged():
             return emission.request.is_check
-        case TextDelta():
+        case TextDelta() | ResponseScored():
             return False
 
 
@@ -233,13 +274,9 @@ def _verdicts(event: Event) -> tuple[Verdict, ...]:
     return event.verdicts
 
 
-def _require_distinct(probes: Sequence[Probe]) -> None:
-    names = [probe.name for probe in probes]
-    if len(set(names)) < len(names):
-        raise SidelightError(
-            f"Probes served together need distinct names, got: {', '.join(names)}. Rename one "
-            "(the 'name' in its manifest.json)."
-        )
+def _by_panel(requests: Sequence[Request]) -> list[list[Request]]:
+    panels = dict.fromkeys(request.panel for request in requests)
+    return [[request for request in requests if request.panel is panel] for panel in panels]
 
 
 def _stopped() -> EngineUnavailableError:

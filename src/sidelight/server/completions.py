@@ -7,7 +7,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-from sidelight.engines.base import Event, Finished, PromptJudged, TextDelta
+from sidelight.engines.base import Event, Finished, PromptJudged, ResponseScored, TextDelta
 from sidelight.server.report import Reporter, Side, extension
 
 
@@ -47,7 +47,7 @@ async def collect(events: AsyncGenerator[Event, None]) -> Written:
                     pieces.append(text)
                 case Finished():
                     return Written("".join(pieces), event)
-                case PromptJudged():
+                case PromptJudged() | ResponseScored():
                     pass
     raise AssertionError("An engine's events end with Finished or an error.")
 

@@ -7,7 +7,7 @@ from contextlib import aclosing
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sidelight.engines.base import Engine, Event, Finished, PromptJudged, TextDelta
+from sidelight.engines.base import Engine, Event, Finished, PromptJudged, ResponseScored, TextDelta
 from sidelight.types import Verdict
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -62,6 +62,8 @@ class Metrics:
                     case TextDelta():
                         to_text.observe(now - last)
                         to_text, last = self._between, now
+                    case ResponseScored():
+                        pass
                     case Finished():
                         self._in_all.observe(now - start)
                         self._prompt_tokens.inc(event.prompt_tokens)

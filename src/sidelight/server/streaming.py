@@ -6,7 +6,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-from sidelight.engines.base import Event, Finished, PromptJudged, TextDelta
+from sidelight.engines.base import Event, Finished, PromptJudged, ResponseScored, TextDelta
 from sidelight.errors import SidelightError
 from sidelight.server.completions import Envelope, usage
 from sidelight.server.errors import failure_body
@@ -56,7 +56,7 @@ class Chunks:
                 return [self._delta({"content": text})]
             case Finished():
                 return self._ending(event)
-            case PromptJudged():
+            case PromptJudged() | ResponseScored():
                 return []
 
     def _ending(self, event: Finished) -> list[str]:
