@@ -71,6 +71,69 @@ def _numbers(_context: click.Context, _option: click.Parameter, value: str) -> t
 
 
 @bench.command(
+    "long", epilog=examples_epilog("sidelight bench long probes/toxicity --data t.jsonl")
+)
+@click.argument("probes", nargs=-1, required=True, metavar="PROBE...")
+@click.option("--data", required=True, help="Labelled texts that the probes were not trained on.")
+@text_option
+@label_option
+@click.option("--lengths", callback=_numbers, default="500,1000,2000,4000", show_default=True,
+              help="Tokens of negative text around one text.")  # fmt: skip
+@click.option("--texts", type=click.IntRange(min=2), default=40, show_default=True,
+              help="Positive and negative ones, each, at each length.")  # fmt: skip
+@click.option("--window", type=click.IntRange(min=8), default=256, show_default=True,
+              help="Tokens that get a logit of their own.")  # fmt: skip
+@click.option("--seed", type=int, default=0, show_default=True)
+@dtype_option
+@device_option
+@json_option
+def bench_long(probes: tuple[str, ...], as_json: bool, **given: Any) -> None:
+    """Whether binary probes find one positive text in a long input, whole and by windows."""
+    from sidelight.bench.long_inputs import Comparison, compare_lengths
+
+    comparison = Comparison((0, *given["lengths"]), given["texts"], given["window"], given["seed"])
+    backbone, loaded, examples = _long_subject(probes, given)
+    rows = compare_lengths(backbone, loaded, examples, comparison)
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+        return
+    _print_rows(rows)
+
+
+def _long_subject(probes: tuple[str, ...], given: dict[str, Any]) -> tuple[Any, Any, Any]:
+    from sidelight.artifact import load_probe
+    from sidelight.backbones import load_backbone
+    from sidelight.data import load_examples
+
+    loaded = [load_probe(folder) for folder in probes]
+    first = loaded[0]
+    examples = load_examples(
+        given["data"], text=given["text"], label=given["label"], task=first.task
+    )
+    backbone = load_backbone(
+        first.fingerprint.name,
+        dtype=given["dtype"],
+        device=given["device"],
+        prompt_format=first.prompt_format,
+    )
+    for probe in loaded:
+        probe.fingerprint.require(backbone.fingerprint, probe=probe.name)
+    return backbone, loaded, examples
+
+
+def _print_rows(rows: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+
+    from sidelight.runs import console
+
+    table = Table(*rows[0])
+    for row in rows:
+        cells = (f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values())
+        table.add_row(*cells)
+    console().print(table)
+
+
+@bench.command(
     "latency",
     epilog=examples_epilog(
         "sidelight bench latency --quick",
