@@ -238,7 +238,7 @@ def test_a_failed_verdict_is_an_error_in_every_lane(backbone):
         }
         with http_client(address) as http:
             moderation = http.post("/v1/moderations", json={"input": "x"})
-            failed = 'sidelight_verdicts_total{outcome="failed",probe="broken"} 1.0'
+            failed = 'sidelight_verdicts_total{outcome="failed",probe="broken"} 2.0'
             assert failed in http.get("/metrics").text
     assert moderation.status_code == 500
     assert moderation.json()["error"]["code"] == "verdict_failed"

@@ -4,7 +4,7 @@ The HTTP layer knows this interface and no engine; an engine knows messages, and
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Collection, Coroutine, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -120,6 +120,16 @@ class Finished:
 Event = PromptJudged | TextDelta | ResponseScored | Finished
 
 
+# Whether a prompt that has been judged may be answered. Called in a thread of the engine's: it
+# decides by the event alone, at once, and raises nothing.
+Admission = Callable[[PromptJudged], bool]
+
+
+def admit_all(_judged: PromptJudged) -> bool:
+    """Every prompt is answered."""
+    return True
+
+
 @dataclass(frozen=True)
 class Load:
     """How busy an engine is, in requests."""
@@ -145,6 +155,11 @@ class LoadedProbe(Protocol):
     @property
     def reads(self) -> Reads:
         """Which side of the conversation it reads."""
+        ...
+
+    @property
+    def thresholds(self) -> tuple[float, ...]:
+        """Probability from which a class counts: one (binary), one per label, or none."""
         ...
 
     @property
@@ -200,7 +215,12 @@ class Engine(ABC):
 
     @abstractmethod
     def generate(
-        self, messages: Sequence[Message], sampling: Sampling, *, watch: Collection[str] = ()
+        self,
+        messages: Sequence[Message],
+        sampling: Sampling,
+        *,
+        watch: Collection[str] = (),
+        admits: Admission = admit_all,
     ) -> AsyncGenerator[Event, None]:
         """``PromptJudged``, any number of ``TextDelta``, ``Finished``; closing it cancels.
 
@@ -212,6 +232,8 @@ class Engine(ABC):
             watch: Names of loaded probes that read the response. After each token of the response,
                 the text's last one included, there is a ``ResponseScored`` with their verdicts;
                 that costs time, so nothing of it happens where no probe is named.
+            admits: Asked before the first token is drawn. Where it says no, ``PromptJudged`` is the
+                only event, nothing is written, and the request has left the engine by then.
 
         Raises:
             ContextLengthError: The prompt leaves no room for a token.
@@ -224,15 +246,14 @@ class Engine(ABC):
     @abstractmethod
     def judge(
         self, conversations: Sequence[Sequence[Message]]
-    ) -> Coroutine[Any, Any, list[tuple[Verdict, ...]]]:
+    ) -> Coroutine[Any, Any, list[PromptJudged]]:
         """The verdicts on each conversation, from one pass each; writes nothing.
 
         A conversation that ends with the assistant's turn is judged by every probe, that turn being
         the response; any other only by the probes that read the prompt alone. The probes are those
-        loaded when this is called.
+        loaded when this is called. A probe that gave no verdict is among the ``failed``.
 
         Raises:
-            VerdictError: A probe gave no verdict on some conversation.
             ContextLengthError: A conversation is too long; nothing is cut.
             EngineBusyError, EngineUnavailableError, GenerationError: As for ``generate``.
         """

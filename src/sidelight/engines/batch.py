@@ -37,10 +37,17 @@ class Failed:
 
 @dataclass(frozen=True)
 class Emission:
-    """Something that happened to a request."""
+    """Something that happened to a request.
+
+    Attributes:
+        request: Which.
+        event: What.
+        is_last: Whether nothing follows.
+    """
 
     request: Request
     event: Event | Failed
+    is_last: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,7 +112,7 @@ class Batch:
         read_early = panel.early.read_prompts(early, prompts)
         read_late = panel.late.read_prompts(late, prompts)
         emissions = _judge_prompts(requests, read_early, read_late)
-        written = [i for i, request in enumerate(requests) if not request.is_check]
+        written = [i for i, emission in enumerate(emissions) if not emission.is_last]
         if written:
             generations = [self._begin(requests[i]) for i in written]
             state = panel.late.kept(read_late, written)
@@ -149,13 +156,12 @@ def _judge_prompts(
     answered = [i for i, request in enumerate(requests) if request.has_response]
     for row, judgement in zip(answered, panel.late.judge(late, answered), strict=True):
         judgements[row] += judgement
-    return [
-        Emission(
-            request,
-            PromptJudged(judgement.verdicts, judgement.failed, tokens=len(request.prompt)),
-        )
-        for request, judgement in zip(requests, judgements, strict=True)
-    ]
+    return [_judged(request, own) for request, own in zip(requests, judgements, strict=True)]
+
+
+def _judged(request: Request, judgement: Judgement) -> Emission:
+    event = PromptJudged(judgement.verdicts, judgement.failed, tokens=len(request.prompt))
+    return Emission(request, event, is_last=request.is_check or not request.admits(event))
 
 
 def _score(rows: _Rows) -> list[Emission]:
@@ -227,7 +233,8 @@ def _finish(rows: _Rows, complete: Sequence[int]) -> list[Emission]:
 
 def _accept(generation: Generation, token: int) -> list[Emission]:
     text = generation.accept(token)
-    return [Emission(generation.request, TextDelta(text, tokens=generation.tokens))] if text else []
+    event = TextDelta(text, tokens=generation.text_tokens)
+    return [Emission(generation.request, event)] if text else []
 
 
 def _finished(generation: Generation, judgement: Judgement) -> Emission:
@@ -239,7 +246,7 @@ def _finished(generation: Generation, judgement: Judgement) -> Emission:
         verdicts=judgement.verdicts,
         failed=judgement.failed,
     )
-    return Emission(generation.request, finished)
+    return Emission(generation.request, finished, is_last=True)
 
 
 def _overflow(generation: Generation) -> Emission:
@@ -247,4 +254,4 @@ def _overflow(generation: Generation) -> Emission:
         "The model's logits are not numbers, so no token can be drawn. Serve it in bfloat16 or "
         "float32; float16 overflows in some models."
     )
-    return Emission(generation.request, Failed(GenerationError(message)))
+    return Emission(generation.request, Failed(GenerationError(message)), is_last=True)

@@ -21,6 +21,7 @@ class Generation:
 
     Attributes:
         tokens: How many have been sampled.
+        text_tokens: How many of them have a part in the text: all but an end-of-turn token.
         last_token: The newest; the next step reads it.
         reason: Why the text is complete; None while it is not.
         is_settled: Whether it is complete and nothing of the text is still to be read for the
@@ -36,6 +37,7 @@ class Generation:
     ):
         self.request = request
         self.tokens = 0
+        self.text_tokens = 0
         self.last_token = 0
         self.reason: FinishReason | None = None
         self.is_settled = False
@@ -56,6 +58,7 @@ class Generation:
             self.reason = "stop"
             self.is_settled = True
             return self._gate.flush()
+        self.text_tokens += 1
         text = self._gate.push(self._detokenizer.push(token))
         if self._gate.is_closed:
             self.reason = "stop"

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from sidelight.engines.base import EngineBusyError, Sampling
+from sidelight.engines.base import Admission, EngineBusyError, Sampling, admit_all
 from sidelight.engines.judging import Panel
 from sidelight.prompts import EncodedPrompt
 
@@ -38,6 +38,7 @@ class Request:
         panel: The probes that judge it.
         has_response: Whether the prompt holds the response to judge, which may be empty.
         watch: Names of probes whose verdicts are told after each token of the response.
+        admits: Whether something is written, once the prompt has been judged.
     """
 
     prompt: EncodedPrompt
@@ -46,6 +47,7 @@ class Request:
     panel: Panel
     has_response: bool = False
     watch: frozenset[str] = frozenset()
+    admits: Admission = admit_all
 
     @property
     def is_check(self) -> bool:

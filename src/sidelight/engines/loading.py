@@ -5,16 +5,18 @@ from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Seq
 from typing import Any
 
 from sidelight.engines.base import (
+    Admission,
     Engine,
     EngineUnavailableError,
     Event,
     Load,
     LoadedProbe,
+    PromptJudged,
     Sampling,
+    admit_all,
 )
 from sidelight.probe import Probe
 from sidelight.prompts import Message
-from sidelight.types import Verdict
 
 
 class LoadingEngine(Engine):
@@ -72,14 +74,19 @@ class LoadingEngine(Engine):
         await self._loaded().replace_probes(probes)
 
     def generate(
-        self, messages: Sequence[Message], sampling: Sampling, *, watch: Collection[str] = ()
+        self,
+        messages: Sequence[Message],
+        sampling: Sampling,
+        *,
+        watch: Collection[str] = (),
+        admits: Admission = admit_all,
     ) -> AsyncGenerator[Event, None]:
         """As the loaded engine's."""
-        return self._loaded().generate(messages, sampling, watch=watch)
+        return self._loaded().generate(messages, sampling, watch=watch, admits=admits)
 
     def judge(
         self, conversations: Sequence[Sequence[Message]]
-    ) -> Coroutine[Any, Any, list[tuple[Verdict, ...]]]:
+    ) -> Coroutine[Any, Any, list[PromptJudged]]:
         """As the loaded engine's."""
         return self._loaded().judge(conversations)
 

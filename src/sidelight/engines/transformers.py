@@ -26,16 +26,15 @@ from typing import Any
 
 from sidelight.backbones import TransformersBackbone
 from sidelight.engines.base import (
+    Admission,
     Engine,
     EngineUnavailableError,
     Event,
-    Finished,
     GenerationError,
     Load,
     PromptJudged,
-    ResponseScored,
     Sampling,
-    TextDelta,
+    admit_all,
     require_watchable,
     verdict_failure,
 )
@@ -45,14 +44,13 @@ from sidelight.engines.line import Limits, Line, Request
 from sidelight.errors import ContextLengthError, SidelightError
 from sidelight.probe import Probe
 from sidelight.prompts import EncodedPrompt, Message
-from sidelight.types import Verdict
 
 _log = logging.getLogger(__name__)
 
 # A text that every probe has to judge before it is served.
 _WARM_TEXT = "Hello"
 
-Outbox = asyncio.Queue[Event | Failed]
+Outbox = asyncio.Queue[Emission]
 
 
 class TransformersEngine(Engine):
@@ -123,42 +121,52 @@ class TransformersEngine(Engine):
         """Serves these probes from now on, once each has given a verdict on a short text."""
         panel = await asyncio.to_thread(self._seat, probes)
         conversation = [Message("user", _WARM_TEXT), Message("assistant", _WARM_TEXT)]
-        await self._judge([conversation], panel)
+        (judged,) = await self._judge([conversation], panel)
+        if judged.failed:
+            raise verdict_failure(judged.failed)
         self._panel = panel
 
     def generate(
-        self, messages: Sequence[Message], sampling: Sampling, *, watch: Collection[str] = ()
+        self,
+        messages: Sequence[Message],
+        sampling: Sampling,
+        *,
+        watch: Collection[str] = (),
+        admits: Admission = admit_all,
     ) -> AsyncGenerator[Event, None]:
         """``PromptJudged``, any number of ``TextDelta``, ``Finished``; closing it cancels."""
         # Not in the generator: that begins later, and other probes may be loaded until then.
         panel = self._panel
         require_watchable(watch, panel.probes)
-        return self._generate(messages, sampling, panel, frozenset(watch))
 
-    async def _generate(
-        self, messages: Sequence[Message], sampling: Sampling, panel: Panel, watch: frozenset[str]
-    ) -> AsyncGenerator[Event, None]:
-        prompt = await asyncio.to_thread(self._encoder.encode, messages)
-        room = self._room(prompt, sampling.max_tokens)
-        request = Request(prompt, sampling, room, panel, watch=watch)
+        def request() -> Request:
+            prompt = self._encoder.encode(messages)
+            room = self._room(prompt, sampling.max_tokens)
+            return Request(prompt, sampling, room, panel, watch=frozenset(watch), admits=admits)
+
+        return self._written(request)
+
+    async def _written(self, read: Callable[[], Request]) -> AsyncGenerator[Event, None]:
+        request = await asyncio.to_thread(read)
         with self._submitted([request]) as (outbox,):
-            event: Event | None = None
-            while not isinstance(event, Finished):
-                event = await _receive(outbox)
-                yield event
+            is_last = False
+            while not is_last:
+                emission = await outbox.get()
+                is_last = emission.is_last
+                yield _event(emission)
 
     def judge(
         self, conversations: Sequence[Sequence[Message]]
-    ) -> Coroutine[Any, Any, list[tuple[Verdict, ...]]]:
+    ) -> Coroutine[Any, Any, list[PromptJudged]]:
         """The verdicts on each conversation, from one pass each; writes nothing."""
         return self._judge(conversations, self._panel)
 
     async def _judge(
         self, conversations: Sequence[Sequence[Message]], panel: Panel
-    ) -> list[tuple[Verdict, ...]]:
+    ) -> list[PromptJudged]:
         requests = await asyncio.to_thread(lambda: [self._check(c, panel) for c in conversations])
         with self._submitted(requests) as outboxes:
-            return [_verdicts(await _receive(outbox)) for outbox in outboxes]
+            return [_judged(await outbox.get()) for outbox in outboxes]
 
     def _seat(self, probes: Sequence[Probe]) -> Panel:
         for probe in probes:
@@ -235,13 +243,13 @@ class TransformersEngine(Engine):
     def _deliver(self, emission: Emission) -> None:
         outbox = self._outboxes.get(emission.request)
         if outbox is not None:
-            outbox.put_nowait(emission.event)
-        if _is_last(emission):
+            outbox.put_nowait(emission)
+        if emission.is_last:
             self._forget([emission.request])
 
     def _fail(self, requests: Sequence[Request], error: SidelightError) -> None:
         for request in requests:
-            self._deliver(Emission(request, Failed(error)))
+            self._deliver(Emission(request, Failed(error), is_last=True))
 
     def _forget(self, requests: Iterable[Request]) -> None:
         for request in requests:
@@ -249,29 +257,18 @@ class TransformersEngine(Engine):
             self._cancelled.discard(request)
 
 
-def _is_last(emission: Emission) -> bool:
+def _event(emission: Emission) -> Event:
     match emission.event:
-        case Finished() | Failed():
-            return True
-        case PromptJudged():
-            return emission.request.is_check
-        case TextDelta() | ResponseScored():
-            return False
-
-
-async def _receive(outbox: Outbox) -> Event:
-    match await outbox.get():
         case Failed(error):
             raise error
         case event:
             return event
 
 
-def _verdicts(event: Event) -> tuple[Verdict, ...]:
+def _judged(emission: Emission) -> PromptJudged:
+    event = _event(emission)
     assert isinstance(event, PromptJudged)
-    if event.failed:
-        raise verdict_failure(event.failed)
-    return event.verdicts
+    return event
 
 
 def _by_panel(requests: Sequence[Request]) -> list[list[Request]]:

@@ -54,6 +54,17 @@ class Reporter:
             tuple(name for name in event.failed if name in chosen),
         )
 
+    def required(self, event: PromptJudged) -> tuple[Verdict, ...]:
+        """The verdicts of the chosen probes.
+
+        Raises:
+            VerdictError: One of them gave none.
+        """
+        side = self.side(event)
+        if side.failed:
+            raise verdict_failure(side.failed)
+        return side.verdicts
+
     @property
     def reads_response(self) -> bool:
         """Whether a chosen probe has to wait for the response."""

@@ -45,11 +45,10 @@ async def create(
     context.require_prompt_probe(reporter.probes)
     conversations = [[Message("user", text)] for text in body.input]
     judged = await unless_left(request, context.engine.judge(conversations))
-    chosen = {probe.name for probe in reporter.probes}
     results: list[ModerationResult] = []
-    for all_verdicts in judged:
-        verdicts = tuple(verdict for verdict in all_verdicts if verdict.probe in chosen)
-        context.metrics.count_verdicts(verdicts)
+    for event in judged:
+        context.metrics.count_verdicts(event.verdicts, event.failed)
+        verdicts = reporter.required(event)
         results.append(
             ModerationResult(
                 **reporter.names.report(verdicts).model_dump(),
