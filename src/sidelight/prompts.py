@@ -30,6 +30,16 @@ class Message:
     content: str
 
 
+@dataclass(frozen=True)
+class PlainText:
+    """A text that no chat template is written around, such as a prompt to complete."""
+
+    content: str
+
+
+Conversation = Sequence[Message] | PlainText
+
+
 class Part(IntEnum):
     """What a token belongs to."""
 
@@ -159,14 +169,16 @@ class PromptEncoder:
         # Bounded: clients choose the sequences of roles.
         self._template_literals = lru_cache(maxsize=256)(self._render_literals)
 
-    def encode(self, messages: Sequence[Message], response: str | None = None) -> EncodedPrompt:
+    def encode(self, messages: Conversation, response: str | None = None) -> EncodedPrompt:
         """Token ids of the conversation, ready for generation or followed by ``response``.
 
         Raises:
             ContextLengthError: Longer than ``max_tokens``; nothing is cut.
-            SidelightError: No message, or a template that cannot be followed.
+            SidelightError: No message, no token, or a template that cannot be followed.
         """
         encoded = self.encode_any_length(messages, response)
+        if not len(encoded):
+            raise SidelightError("The text is empty: there is no token to read. Send some text.")
         if len(encoded) > self.max_tokens:
             raise ContextLengthError(
                 f"The text has {len(encoded)} tokens with its template, but the model reads at "
@@ -175,15 +187,17 @@ class PromptEncoder:
         return encoded
 
     def encode_any_length(
-        self, messages: Sequence[Message], response: str | None = None
+        self, messages: Conversation, response: str | None = None
     ) -> EncodedPrompt:
         """As ``encode``, with no limit on the length: for training, which reports what it cuts."""
-        if not messages:
+        is_plain = isinstance(messages, PlainText)
+        turns = [Message("user", messages.content)] if is_plain else messages
+        if not turns:
             raise SidelightError("A conversation needs at least one message.")
-        _require_whole_characters([*(message.content for message in messages), response or ""])
-        if self.prompt_format == "raw":
-            return self._encode_raw(messages, response)
-        return self._encode_chat(messages, response)
+        _require_whole_characters([*(turn.content for turn in turns), response or ""])
+        if is_plain or self.prompt_format == "raw":
+            return self._encode_raw(turns, response)
+        return self._encode_chat(turns, response)
 
     def _encode_raw(self, messages: Sequence[Message], response: str | None) -> EncodedPrompt:
         prompt = "\n".join(message.content for message in messages)

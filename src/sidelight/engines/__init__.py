@@ -13,6 +13,7 @@ from sidelight.engines.base import (
     ResponseScored,
     Sampling,
     TextDelta,
+    Tokens,
 )
 from sidelight.engines.line import Limits
 from sidelight.engines.loading import LoadingEngine
@@ -33,5 +34,6 @@ __all__ = [
     "ResponseScored",
     "Sampling",
     "TextDelta",
+    "Tokens",
     "TransformersEngine",
 ]

@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from sidelight.errors import SidelightError, VerdictError, did_you_mean
 from sidelight.probe import Probe
-from sidelight.prompts import Message, Reads
+from sidelight.prompts import Conversation, Message, Reads
 from sidelight.types import Task, Verdict
 
 # "content_filter" is the server's, where a policy cut the text; no engine says it.
@@ -131,6 +131,19 @@ def admit_all(_judged: PromptJudged) -> bool:
 
 
 @dataclass(frozen=True)
+class Tokens:
+    """A text as the model reads it.
+
+    Attributes:
+        ids: One per token.
+        texts: Each token as the tokenizer writes it.
+    """
+
+    ids: tuple[int, ...]
+    texts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Load:
     """How busy an engine is, in requests."""
 
@@ -183,6 +196,11 @@ class Engine(ABC):
 
     @property
     @abstractmethod
+    def max_tokens(self) -> int:
+        """The longest input that the model reads."""
+
+    @property
+    @abstractmethod
     def load(self) -> Load:
         """The requests in it now."""
 
@@ -214,9 +232,18 @@ class Engine(ABC):
         """
 
     @abstractmethod
+    async def tokenize(self, text: Conversation) -> Tokens:
+        """The tokens that ``generate``, or for a text with a response ``judge``, would read.
+
+        Raises:
+            ContextLengthError: It is too long; nothing is cut.
+            EngineUnavailableError: Loading.
+        """
+
+    @abstractmethod
     def generate(
         self,
-        messages: Sequence[Message],
+        messages: Conversation,
         sampling: Sampling,
         *,
         watch: Collection[str] = (),
@@ -227,7 +254,7 @@ class Engine(ABC):
         The probes are those loaded when this is called, until the end.
 
         Args:
-            messages: The conversation.
+            messages: The conversation, or a text to go on with.
             sampling: How to write.
             watch: Names of loaded probes that read the response. After each token of the response,
                 the text's last one included, there is a ``ResponseScored`` with their verdicts;

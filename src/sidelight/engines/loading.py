@@ -13,10 +13,11 @@ from sidelight.engines.base import (
     LoadedProbe,
     PromptJudged,
     Sampling,
+    Tokens,
     admit_all,
 )
 from sidelight.probe import Probe
-from sidelight.prompts import Message
+from sidelight.prompts import Conversation, Message
 
 
 class LoadingEngine(Engine):
@@ -47,6 +48,11 @@ class LoadingEngine(Engine):
         return self._loaded().probes
 
     @property
+    def max_tokens(self) -> int:
+        """The longest input of the loaded model."""
+        return self._loaded().max_tokens
+
+    @property
     def load(self) -> Load:
         """The requests in the engine; none while it loads."""
         return Load(running=0, waiting=0) if self._engine is None else self._engine.load
@@ -73,9 +79,13 @@ class LoadingEngine(Engine):
         """As the loaded engine's."""
         await self._loaded().replace_probes(probes)
 
+    async def tokenize(self, text: Conversation) -> Tokens:
+        """As the loaded engine's."""
+        return await self._loaded().tokenize(text)
+
     def generate(
         self,
-        messages: Sequence[Message],
+        messages: Conversation,
         sampling: Sampling,
         *,
         watch: Collection[str] = (),

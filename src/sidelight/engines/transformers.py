@@ -34,6 +34,7 @@ from sidelight.engines.base import (
     Load,
     PromptJudged,
     Sampling,
+    Tokens,
     admit_all,
     require_watchable,
     verdict_failure,
@@ -43,7 +44,7 @@ from sidelight.engines.judging import Panel
 from sidelight.engines.line import Limits, Line, Request
 from sidelight.errors import ContextLengthError, SidelightError
 from sidelight.probe import Probe
-from sidelight.prompts import EncodedPrompt, Message
+from sidelight.prompts import Conversation, EncodedPrompt, Message, PlainText
 
 _log = logging.getLogger(__name__)
 
@@ -78,6 +79,7 @@ class TransformersEngine(Engine):
         self._encoder = backbone.encoder
         self._panel = self._seat(probes)
         self._batch = Batch(backbone)
+        self._tokenizer = backbone.tokenizer
         self._line = Line(limits or Limits())
         self._outboxes: dict[Request, Outbox] = {}
         self._cancelled: set[Request] = set()
@@ -94,6 +96,11 @@ class TransformersEngine(Engine):
     def probes(self) -> Sequence[Probe]:
         """Every loaded probe."""
         return self._panel.probes
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest input that the model reads."""
+        return self._encoder.max_tokens
 
     @property
     def load(self) -> Load:
@@ -126,9 +133,14 @@ class TransformersEngine(Engine):
             raise verdict_failure(judged.failed)
         self._panel = panel
 
+    async def tokenize(self, text: Conversation) -> Tokens:
+        """The tokens that ``generate``, or for a text with a response ``judge``, would read."""
+        ids = (await asyncio.to_thread(self._read, text)).token_ids
+        return Tokens(ids, tuple(self._tokenizer.convert_ids_to_tokens(ids)))
+
     def generate(
         self,
-        messages: Sequence[Message],
+        messages: Conversation,
         sampling: Sampling,
         *,
         watch: Collection[str] = (),
@@ -174,11 +186,13 @@ class TransformersEngine(Engine):
         return Panel.of(probes, device=self._backbone.device)
 
     def _check(self, messages: Sequence[Message], panel: Panel) -> Request:
-        has_response = bool(messages) and messages[-1].role == "assistant"
-        if not has_response:
-            return Request(self._encoder.encode(messages), Sampling(), 0, panel)
-        prompt = self._encoder.encode(messages[:-1], response=messages[-1].content)
-        return Request(prompt, Sampling(), 0, panel, has_response=True)
+        prompt, has_response = self._read(messages), _has_response(messages)
+        return Request(prompt, Sampling(), 0, panel, has_response=has_response)
+
+    def _read(self, text: Conversation) -> EncodedPrompt:
+        if isinstance(text, PlainText) or not _has_response(text):
+            return self._encoder.encode(text)
+        return self._encoder.encode(text[:-1], response=text[-1].content)
 
     def _room(self, prompt: EncodedPrompt, wanted: int | None) -> int:
         room = self._encoder.max_tokens - len(prompt)
@@ -255,6 +269,10 @@ class TransformersEngine(Engine):
         for request in requests:
             self._outboxes.pop(request, None)
             self._cancelled.discard(request)
+
+
+def _has_response(messages: Sequence[Message]) -> bool:
+    return bool(messages) and messages[-1].role == "assistant"
 
 
 def _event(emission: Emission) -> Event:

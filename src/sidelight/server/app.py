@@ -13,19 +13,30 @@ from sidelight.server.auth import BearerAuth
 from sidelight.server.context import Context
 from sidelight.server.endpoints import (
     chat_completions,
+    classify,
+    decisions,
+    guardrail,
     health,
     metrics,
     models,
     moderations,
     ready,
+    systemone,
+    tokenize,
     version,
 )
 from sidelight.server.errors import add_error_handlers
 from sidelight.server.metrics import CountRequests
+from sidelight.server.openapi import REFUSALS
 
 _ROUTERS = (
     chat_completions.router,
     moderations.router,
+    decisions.router,
+    systemone.router,
+    classify.router,
+    guardrail.router,
+    tokenize.router,
     models.router,
     health.router,
     ready.router,
@@ -56,7 +67,7 @@ def create_app(
     app.state.context = context = Context.new(engine)
     app.state.max_body_bytes = max_body_bytes
     for router in _ROUTERS:
-        app.include_router(router)
+        app.include_router(router, responses=REFUSALS)
     add_error_handlers(app)
     # The last one added stands outermost: refused requests are counted too.
     app.add_middleware(BearerAuth, keys=api_keys)

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import BaseModel
+
 from sidelight.engines.base import Finished, LoadedProbe, PromptJudged, verdict_failure
 from sidelight.server.categories import CategoryNames
 from sidelight.types import Verdict
@@ -17,6 +19,12 @@ HEADER = "x-sidelight-verdicts"
 # Proxies refuse answers whose headers pass 4 to 8 KiB in all.
 _MAX_HEADER_BYTES = 3072
 _HEADER_DIGITS = 6
+
+
+class Extension(BaseModel):
+    """The ``sidelight`` field of an answer: every verdict with all its labels."""
+
+    verdicts: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)

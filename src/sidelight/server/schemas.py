@@ -7,7 +7,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 from sidelight.engines.base import Sampling
 from sidelight.prompts import Message
 
-_MAX_INPUTS = 512
+MAX_INPUTS = 512
 _MAX_STOPS = 16
 
 
@@ -20,15 +20,17 @@ def _as_parts(value: Any) -> Any:
 
 
 # One text or several. Not a union: that would blame one member for an error in the other.
-Texts = Annotated[list[str], BeforeValidator(_as_list)]
+Texts = Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=str | list[str])]
 ProbeNames = Annotated[list[str] | None, Field(description="Only these probes; null: all.")]
 
 
-class _Request(BaseModel):
+class StrictBody(BaseModel):
+    """What a client sends: each value of its own type, nothing converted."""
+
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
 
-class ContentPart(_Request):
+class ContentPart(StrictBody):
     """A piece of a message; only text is read."""
 
     type: str
@@ -42,11 +44,14 @@ class ContentPart(_Request):
         return value
 
 
-class ChatMessage(_Request):
+class ChatMessage(StrictBody):
     """One turn."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[ContentPart], BeforeValidator(_as_parts)]
+    content: Annotated[
+        list[ContentPart],
+        BeforeValidator(_as_parts, json_schema_input_type=str | list[ContentPart]),
+    ]
 
     def as_message(self) -> Message:
         """The turn as plain text; several parts become lines. A developer speaks as the system."""
@@ -54,32 +59,32 @@ class ChatMessage(_Request):
         return Message(role, "\n".join(part.text for part in self.content))
 
 
-class StreamOptions(_Request):
+class StreamOptions(StrictBody):
     """What a stream carries besides text."""
 
     include_usage: bool = False
 
 
-class ModerationMode(_Request):
+class ModerationMode(StrictBody):
     """What follows from a flag: only ``score`` is offered."""
 
     mode: Literal["score"]
 
 
-class ModerationPolicy(_Request):
+class ModerationPolicy(StrictBody):
     """Policies for both sides."""
 
     input: ModerationMode | None = None
     output: ModerationMode | None = None
 
 
-class ChatModeration(_Request):
+class ChatModeration(StrictBody):
     """Asks for moderation, which every answer carries anyway; blocking is refused, not ignored."""
 
     policy: ModerationPolicy | None = None
 
 
-class ChatRequest(_Request):
+class ChatRequest(StrictBody):
     """The body of ``POST /v1/chat/completions``."""
 
     model: str
@@ -116,9 +121,9 @@ class ChatRequest(_Request):
         return self.stream_options is not None and self.stream_options.include_usage
 
 
-class ModerationRequest(_Request):
+class ModerationRequest(StrictBody):
     """The body of ``POST /v1/moderations``; each text is judged by itself."""
 
-    input: Texts = Field(min_length=1, max_length=_MAX_INPUTS)
+    input: Texts = Field(min_length=1, max_length=MAX_INPUTS)
     model: str | None = None
     probes: ProbeNames = None

@@ -5,12 +5,11 @@ import uuid
 from fastapi import APIRouter, Request
 from pydantic import BaseModel
 
-from sidelight.prompts import Message
 from sidelight.server.body import JsonRoute
 from sidelight.server.categories import Categories
+from sidelight.server.checking import as_user, checked
 from sidelight.server.context import InContext
-from sidelight.server.disconnect import unless_left
-from sidelight.server.report import verdict_json
+from sidelight.server.report import Extension, verdict_json
 from sidelight.server.schemas import ModerationRequest
 
 # Clients send OpenAI's own names by default; here they mean: every probe.
@@ -22,7 +21,7 @@ router = APIRouter(route_class=JsonRoute)
 class ModerationResult(Categories):
     """One text's categories; ``sidelight`` has the verdicts with all their labels."""
 
-    sidelight: dict[str, list[dict[str, object]]]
+    sidelight: Extension
 
 
 class ModerationResponse(BaseModel):
@@ -38,21 +37,17 @@ async def create(
     body: ModerationRequest, request: Request, context: InContext
 ) -> ModerationResponse:
     """Each text is judged as a user's message, by the probes that read the prompt alone."""
-    model = context.engine.model
     if body.model is not None and not body.model.startswith(_OPENAI_MODELS):
         context.require_model(body.model)
     reporter = context.reporter(body.probes)
-    context.require_prompt_probe(reporter.probes)
-    conversations = [[Message("user", text)] for text in body.input]
-    judged = await unless_left(request, context.engine.judge(conversations))
-    results: list[ModerationResult] = []
-    for event in judged:
-        context.metrics.count_verdicts(event.verdicts, event.failed)
-        verdicts = reporter.required(event)
-        results.append(
-            ModerationResult(
-                **reporter.names.report(verdicts).model_dump(),
-                sidelight={"verdicts": [verdict_json(verdict) for verdict in verdicts]},
-            )
+    judged = await checked(request, context, reporter, [as_user(text) for text in body.input])
+    results = [
+        ModerationResult(
+            **reporter.names.report(one.verdicts).model_dump(),
+            sidelight=Extension(verdicts=[verdict_json(verdict) for verdict in one.verdicts]),
         )
-    return ModerationResponse(id=f"modr-{uuid.uuid4().hex}", model=model, results=results)
+        for one in judged
+    ]
+    return ModerationResponse(
+        id=f"modr-{uuid.uuid4().hex}", model=context.engine.model, results=results
+    )

@@ -1,0 +1,53 @@
+"""Verdicts on texts with nothing written: what the check-only endpoints share."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fastapi import Request
+
+from sidelight.prompts import Message
+from sidelight.server.context import Context
+from sidelight.server.disconnect import unless_left
+from sidelight.server.report import Reporter
+from sidelight.types import Verdict
+
+Turns = Sequence[Message]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """One text's verdicts, and how many tokens were read for them."""
+
+    verdicts: tuple[Verdict, ...]
+    tokens: int
+
+
+async def checked(
+    request: Request, context: Context, reporter: Reporter, conversations: Sequence[Turns]
+) -> list[Checked]:
+    """What the chosen probes say of each conversation, from one pass each.
+
+    A conversation that ends with the assistant's turn is judged by every chosen probe, any other by
+    those that read the prompt alone.
+
+    Raises:
+        VerdictError: A chosen probe gave no verdict.
+        RequestError: No chosen probe can judge one of them; an empty answer would look harmless.
+    """
+    for turns in conversations:
+        if not is_answered(turns):
+            context.require_prompt_probe(reporter.probes)
+    judged = await unless_left(request, context.engine.judge(conversations))
+    for event in judged:
+        context.metrics.count_verdicts(event.verdicts, event.failed)
+    return [Checked(reporter.required(event), event.tokens) for event in judged]
+
+
+def as_user(text: str) -> list[Message]:
+    """A bare text, as if a user had said it."""
+    return [Message("user", text)]
+
+
+def is_answered(turns: Turns) -> bool:
+    """Whether the last turn is the assistant's, so that it can be judged as a response."""
+    return bool(turns) and turns[-1].role == "assistant"

@@ -1,0 +1,72 @@
+"""``POST /beta/litellm_basic_guardrail_api``: LiteLLM's generic guardrail, answered by probes."""
+
+from typing import Any, Literal
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, Field
+
+from sidelight.prompts import Message
+from sidelight.server.body import JsonRoute
+from sidelight.server.checking import as_user, checked
+from sidelight.server.context import InContext
+from sidelight.server.errors import RequestError
+from sidelight.server.report import Extension, Reporter, verdict_json
+from sidelight.server.schemas import MAX_INPUTS, ProbeNames, StrictBody
+
+router = APIRouter(route_class=JsonRoute)
+
+
+class GuardrailParameters(StrictBody):
+    """What a proxy's configuration hands on to this guardrail."""
+
+    probes: ProbeNames = None
+
+
+class GuardrailRequest(StrictBody):
+    """Texts of a request or of its response. Images cannot be judged, so they are refused."""
+
+    input_type: Literal["request", "response"]
+    texts: list[str] | None = Field(None, max_length=MAX_INPUTS)
+    images: list[Any] | None = Field(None, max_length=0, description="Not read.")
+    additional_provider_specific_params: GuardrailParameters | None = None
+
+
+class GuardrailResponse(BaseModel):
+    """``BLOCKED`` where a probe flags a text, else ``NONE``."""
+
+    action: Literal["BLOCKED", "NONE"]
+    blocked_reason: str | None
+    sidelight: Extension
+
+
+@router.post("/beta/litellm_basic_guardrail_api")
+async def create(body: GuardrailRequest, request: Request, context: InContext) -> GuardrailResponse:
+    """A request's texts are judged as user's messages, a response's as answers to no question."""
+    parameters = body.additional_provider_specific_params or GuardrailParameters()
+    reporter = context.reporter(parameters.probes)
+    is_response = body.input_type == "response"
+    if is_response:
+        _require_response_probe(reporter)
+    conversations = [_answer(text) if is_response else as_user(text) for text in body.texts or ()]
+    judged = await checked(request, context, reporter, conversations) if conversations else []
+    wanted = {p.name for p in reporter.probes if (p.reads.side != "prompt") == is_response}
+    verdicts = [v for one in judged for v in one.verdicts if v.probe in wanted]
+    flagged = list(dict.fromkeys(v.probe for v in verdicts if v.flagged))
+    return GuardrailResponse(
+        action="BLOCKED" if flagged else "NONE",
+        blocked_reason=f"Flagged by {', '.join(flagged)}." if flagged else None,
+        sidelight=Extension(verdicts=[verdict_json(verdict) for verdict in verdicts]),
+    )
+
+
+def _answer(text: str) -> list[Message]:
+    return [*as_user(""), Message("assistant", text)]
+
+
+def _require_response_probe(reporter: Reporter) -> None:
+    if not reporter.reads_response:
+        raise RequestError(
+            "No chosen probe reads a response, so it cannot be judged. Load such a probe, or use "
+            "this guardrail in mode pre_call only.",
+            code="no_response_probe",
+        )
