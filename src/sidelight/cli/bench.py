@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from sidelight.cli.bench_streaming import bench_streaming
 from sidelight.cli.options import (
     device_option,
     dtype_option,
@@ -23,7 +24,10 @@ if TYPE_CHECKING:
 
 @click.group(epilog=examples_epilog("sidelight bench extract --data train.jsonl --label toxicity"))
 def bench() -> None:
-    """Measure speed side by side in one run; no figure is compared across runs."""
+    """Measure side by side in one run; no figure is compared across runs."""
+
+
+bench.add_command(bench_streaming)
 
 
 def _with_data(command: Any) -> Any:
