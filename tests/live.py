@@ -11,6 +11,7 @@ from openai import OpenAI
 
 from sidelight.engines import Engine
 from sidelight.server import create_app
+from sidelight.server.running import server_settings
 
 MODEL = "tiny/llama"
 
@@ -18,9 +19,9 @@ MODEL = "tiny/llama"
 @contextmanager
 def served(engine: Engine, **options) -> Iterator[str]:
     """The address of a live server of ``engine``."""
-    config = uvicorn.Config(
-        create_app(engine, **options), port=0, log_level="warning", ws="none", lifespan="on"
-    )
+    app = create_app(engine, **options)
+    config = server_settings(app, app.state.context.limits, log_level="warning")
+    config.port = 0
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -33,6 +33,7 @@ from sidelight.data import load_examples
 from sidelight.engines import TransformersEngine
 from sidelight.errors import SidelightError, VerdictError
 from sidelight.prompts import Message, Reads
+from sidelight.server.keys import Access, numbered_keys
 from sidelight.study import Split, Study
 from sidelight.training import make_loss
 from sidelight.types import Task
@@ -427,7 +428,7 @@ def test_a_moderation_endpoint_gives_the_log_odds_of_its_scores(study):
 def test_a_key_that_is_refused_is_named_and_not_shown(study, monkeypatch):
     monkeypatch.setenv("GUARD_KEY", "secret")
     engine = TransformersEngine(tiny_backbone(), [])
-    with served(engine, api_keys=["right"]) as address:
+    with served(engine, access=Access(numbered_keys(["right"], prefix="key"))) as address:
         rival = ModerationEndpoint(f"{address}/v1", key_env="GUARD_KEY").fit(study, seed=0)
         with pytest.raises(SidelightError, match=r"key into .* GUARD_KEY") as raised:
             rival.logits(study.validation.select([0]))

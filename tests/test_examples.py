@@ -12,6 +12,7 @@ import yaml
 
 from live import http_client, served
 from sidelight.engines import TransformersEngine
+from sidelight.server.keys import Access, numbered_keys
 from tiny import three_probes, tiny_backbone, untrained_probe
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -28,7 +29,7 @@ pytestmark = [
 def address():
     backbone = tiny_backbone()
     engine = TransformersEngine(backbone, three_probes(backbone), model="smollm2")
-    with served(engine, api_keys=[KEY]) as address:
+    with served(engine, access=Access(numbered_keys([KEY], prefix="key"))) as address:
         yield address
 
 

@@ -9,7 +9,9 @@ import pytest
 
 from live import MODEL, http_client, openai_client, served
 from sidelight.engines import Limits, LoadingEngine, TransformersEngine
-from sidelight.server.running import without_message
+from sidelight.server.keys import Access, numbered_keys
+from sidelight.server.limits import ServerLimits
+from sidelight.server.logs import without_message
 from tiny import three_probes, tiny_backbone
 
 CHAT = "/v1/chat/completions"
@@ -23,7 +25,7 @@ LIMIT = 10_000
 def address():
     backbone = tiny_backbone()
     engine = TransformersEngine(backbone, three_probes(backbone))
-    with served(engine, max_body_bytes=LIMIT) as address:
+    with served(engine, limits=ServerLimits(body_bytes=LIMIT)) as address:
         yield address
 
 
@@ -231,7 +233,7 @@ def test_a_crash_of_the_server_is_a_500_and_logged_without_its_message(capfd, mo
 def guarded():
     backbone = tiny_backbone()
     engine = TransformersEngine(backbone, three_probes(backbone))
-    with served(engine, api_keys=("first", KEY)) as address:
+    with served(engine, access=Access(numbered_keys(["first", KEY], prefix="key"))) as address:
         yield address
 
 

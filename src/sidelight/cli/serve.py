@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sidelight.cli.options import backbone_options, examples_epilog
+from sidelight.cli.serving import access_of, access_options, limit_options, limits_of
 
 if TYPE_CHECKING:
     from sidelight.engines import TransformersEngine
@@ -27,26 +28,22 @@ if TYPE_CHECKING:
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
 @click.option(
-    "--api-key",
-    "api_keys",
-    multiple=True,
-    envvar="SIDELIGHT_API_KEY",
-    help="Key that requests must carry; may be repeated. [env: SIDELIGHT_API_KEY]",
-)
-@click.option(
     "--log-level",
     type=click.Choice(["debug", "info", "warning", "error"]),
     default="info",
     show_default=True,
     help="Of the server's own log.",
 )
+@click.option("--json-logs", is_flag=True, help="One JSON object a line.")
+@access_options
+@limit_options
 @backbone_options
 def serve(
     probes: tuple[Path, ...],
     host: str,
     port: int,
-    api_keys: tuple[str, ...],
     log_level: str,
+    json_logs: bool,
     **given: Any,
 ) -> None:
     """Serve an LLM and its probes: OpenAI-compatible, every answer with its verdicts."""
@@ -68,4 +65,13 @@ def serve(
         )
         return TransformersEngine(backbone, loaded)
 
-    run(load, host=host, port=port, api_keys=api_keys, log_level=log_level)
+    run(
+        load,
+        host=host,
+        port=port,
+        access=access_of(given),
+        allow_anonymous=given["allow_anonymous"],
+        limits=limits_of(given),
+        log_level=log_level,
+        json_logs=json_logs,
+    )

@@ -3,14 +3,17 @@
 To add an endpoint, write its file in ``endpoints/`` and add its router to the list below.
 """
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
 from sidelight.engines.base import Engine
+from sidelight.server.access_log import LogRequests
+from sidelight.server.admission import BoundRequests
 from sidelight.server.auth import BearerAuth
 from sidelight.server.context import Context
+from sidelight.server.deadline import Deadline
 from sidelight.server.endpoints import (
     chat_completions,
     classify,
@@ -26,6 +29,8 @@ from sidelight.server.endpoints import (
     version,
 )
 from sidelight.server.errors import add_error_handlers
+from sidelight.server.keys import Access
+from sidelight.server.limits import ServerLimits
 from sidelight.server.metrics import CountRequests
 from sidelight.server.openapi import REFUSALS
 
@@ -43,18 +48,17 @@ _ROUTERS = (
     metrics.router,
     version.router,
 )
-MAX_BODY_BYTES = 4 * 2**20
 
 
 def create_app(
-    engine: Engine, *, api_keys: Sequence[str] = (), max_body_bytes: int = MAX_BODY_BYTES
+    engine: Engine, *, access: Access | None = None, limits: ServerLimits | None = None
 ) -> FastAPI:
     """The application; it starts the engine when it starts, and closes it when it ends.
 
     Args:
         engine: What answers; ``LoadingEngine`` for one whose model takes a while.
-        api_keys: Keys of which requests must carry one; none: everybody is served.
-        max_body_bytes: Larger requests are refused unread.
+        access: Who may do what; None: everybody everything but administer.
+        limits: How much a request may take.
     """
 
     @asynccontextmanager
@@ -64,12 +68,15 @@ def create_app(
         await engine.close()
 
     app = FastAPI(title="Sidelight", lifespan=lifespan)
-    app.state.context = context = Context.new(engine)
-    app.state.max_body_bytes = max_body_bytes
+    bounds = limits or ServerLimits()
+    app.state.context = context = Context.new(engine, bounds)
     for router in _ROUTERS:
         app.include_router(router, responses=REFUSALS)
     add_error_handlers(app)
     # The last one added stands outermost: refused requests are counted too.
-    app.add_middleware(BearerAuth, keys=api_keys)
+    app.add_middleware(Deadline, seconds=bounds.deadline_s)
+    app.add_middleware(BoundRequests, limit=bounds.concurrent)
+    app.add_middleware(BearerAuth, access=access or Access())
     app.add_middleware(CountRequests, metrics=context.metrics)
+    app.add_middleware(LogRequests)
     return app

@@ -1,5 +1,6 @@
 """Reads a request's body: no more than the limit, and nothing but strict JSON."""
 
+import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -8,12 +9,13 @@ from fastapi.routing import APIRoute
 from pydantic_core import from_json
 
 from sidelight.server.errors import RequestError
+from sidelight.server.limits import ServerLimits
 
 _Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
 class JsonRoute(APIRoute):
-    """A route whose body is strict JSON of at most ``app.state.max_body_bytes``.
+    """A route whose body is strict JSON, within the server's limits of size and time.
 
     Refused with 400: NaN, infinities, half surrogate pairs, invalid UTF-8, endless nesting. The
     standard library's parser lets the first three pass.
@@ -25,7 +27,8 @@ class JsonRoute(APIRoute):
 
         async def handle_strictly(request: Request) -> Response:
             # Before FastAPI's own reading, which would turn every error into a bare 400.
-            body = await _read(request, limit=int(request.app.state.max_body_bytes))
+            limits: ServerLimits = request.app.state.context.limits
+            body = await _read_in_time(request, limits)
             return await handle(_JsonRequest(request, body))
 
         return handle_strictly
@@ -44,6 +47,18 @@ class _JsonRequest(Request):
 
     async def json(self) -> Any:
         return self._value
+
+
+async def _read_in_time(request: Request, limits: ServerLimits) -> bytes:
+    try:
+        async with asyncio.timeout(limits.body_s):
+            return await _read(request, limit=limits.body_bytes)
+    except TimeoutError as error:
+        raise RequestError(
+            f"The body did not arrive within {limits.body_s:g} seconds. Send it faster, or less.",
+            status=408,
+            code="body_timeout",
+        ) from error
 
 
 async def _read(request: Request, *, limit: int) -> bytes:

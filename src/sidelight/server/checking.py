@@ -37,6 +37,7 @@ async def checked(
     for turns in conversations:
         if not is_answered(turns):
             context.require_prompt_probe(reporter.probes)
+    await context.require_size(conversations, max_tokens=0)
     judged = await unless_left(request, context.engine.judge(conversations))
     for event in judged:
         context.metrics.count_verdicts(event.verdicts, event.failed)

@@ -9,8 +9,11 @@ from fastapi import Depends, Request
 
 from sidelight.engines.base import Engine, LoadedProbe
 from sidelight.errors import did_you_mean
+from sidelight.prompts import Conversation
 from sidelight.server.categories import CategoryNames
+from sidelight.server.draining import Drain
 from sidelight.server.errors import RequestError
+from sidelight.server.limits import ServerLimits
 from sidelight.server.metrics import Metrics
 from sidelight.server.report import Reporter
 
@@ -22,17 +25,21 @@ class Context:
     Attributes:
         engine: What answers.
         metrics: What is counted.
+        limits: How much a request may take.
+        drain: Whether the server is about to stop.
         started_at: Unix time.
     """
 
     engine: Engine
     metrics: Metrics
+    limits: ServerLimits
+    drain: Drain
     started_at: int
 
     @classmethod
-    def new(cls, engine: Engine) -> "Context":
+    def new(cls, engine: Engine, limits: ServerLimits) -> "Context":
         """The parts of a server that starts now."""
-        return cls(engine, Metrics(engine), int(time.time()))
+        return cls(engine, Metrics(engine), limits, Drain(), int(time.time()))
 
     def require_model(self, name: str) -> None:
         """Checks that a request asks for the served model.
@@ -47,6 +54,39 @@ class Context:
                 status=404,
                 code="model_not_found",
                 param="model",
+            )
+
+    async def require_size(
+        self, texts: Sequence[Conversation], *, max_tokens: int | None = None
+    ) -> None:
+        """Checks that a request is within the limits of items and tokens.
+
+        Args:
+            texts: What is to be read.
+            max_tokens: How much is to be written after each; None: as much as fits.
+
+        Raises:
+            RequestError: Too many texts, or too many tokens together.
+            ContextLengthError: A text is longer than the context.
+        """
+        if len(texts) > self.limits.batch_items:
+            raise RequestError(
+                f"{len(texts)} texts in one request, and {self.limits.batch_items} may be. Send "
+                "them in several requests.",
+                code="too_many_inputs",
+            )
+        limit = self.limits.request_tokens
+        if limit is None:
+            return
+        read = [len((await self.engine.tokenize(text)).ids) for text in texts]
+        tokens = sum(read) + sum(
+            self.engine.max_tokens - n if max_tokens is None else max_tokens for n in read
+        )
+        if tokens > limit:
+            raise RequestError(
+                f"The request may take {tokens} tokens, read and written, and {limit} are allowed. "
+                "Shorten it, or ask for fewer with max_tokens.",
+                code="request_too_large",
             )
 
     def reporter(self, names: Sequence[str] | None) -> Reporter:

@@ -8,10 +8,10 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sidelight.engines.base import Engine, Event, Finished, PromptJudged, ResponseScored, TextDelta
+from sidelight.server.access_log import route_of
 from sidelight.types import Verdict
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
-_UNROUTED = "other"
 
 
 class Metrics:
@@ -114,5 +114,4 @@ class CountRequests:
                 self._count(scope, 500)
 
     def _count(self, scope: Scope, status: int) -> None:
-        route = getattr(scope.get("route"), "path", _UNROUTED)
-        self._metrics.requests.labels(route, str(status)).inc()
+        self._metrics.requests.labels(route_of(scope), str(status)).inc()

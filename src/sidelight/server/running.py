@@ -2,18 +2,23 @@
 
 import logging
 import socket
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 
 import uvicorn
+from fastapi import FastAPI
 
 from sidelight.engines.base import Engine
 from sidelight.engines.loading import LoadingEngine
 from sidelight.errors import SidelightError
-from sidelight.server.app import MAX_BODY_BYTES, create_app
+from sidelight.server.app import create_app
+from sidelight.server.connections import bounded_protocol
+from sidelight.server.draining import DrainingServer
+from sidelight.server.keys import Access
+from sidelight.server.limits import ServerLimits
+from sidelight.server.logs import log_settings
 
-_log = logging.getLogger("uvicorn.error")
+_log = logging.getLogger("sidelight.server")
 _LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 
 
@@ -22,10 +27,13 @@ def serve(
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
-    api_keys: Sequence[str] = (),
-    max_body_bytes: int = MAX_BODY_BYTES,
+    access: Access | None = None,
+    allow_anonymous: bool = False,
+    limits: ServerLimits | None = None,
+    notice_s: float = 5.0,
     drain_s: int = 30,
     log_level: str = "info",
+    json_logs: bool = False,
 ) -> None:
     """Serves until SIGINT or SIGTERM; requests in flight may finish.
 
@@ -35,27 +43,34 @@ def serve(
         load: Gives the engine; runs in a thread of its own.
         host: Address to listen on; the default is reachable from this machine only.
         port: Port to listen on; 0 takes a free one and logs it.
-        api_keys: Keys of which requests must carry one; none: everybody is served.
-        max_body_bytes: Larger requests are refused.
-        drain_s: Seconds that requests in flight may take after a signal.
-        log_level: Of uvicorn's log: ``debug``, ``info``, ``warning`` or ``error``.
+        access: Who may do what; None: everybody everything but administer.
+        allow_anonymous: Listens beyond this machine even where no key is needed.
+        limits: How much a request may take.
+        notice_s: Seconds that the server listens on after SIGTERM, with ``/ready`` at 503.
+        drain_s: Seconds that requests in flight may then take.
+        log_level: Of the server's log: ``debug``, ``info``, ``warning`` or ``error``.
+        json_logs: One JSON object a line, in place of text.
 
     Raises:
-        SidelightError: The address cannot be listened on, or what ``load`` raised.
+        SidelightError: The address cannot be listened on, everybody would be served beyond this
+            machine, or what ``load`` raised.
     """
+    admitted, bounds = access or Access(), limits or ServerLimits()
+    if host not in _LOOPBACK and admitted.is_open and not allow_anonymous:
+        raise SidelightError(
+            f"Everybody who reaches {host} would be served. Set SIDELIGHT_API_KEY or "
+            "--api-keys-file, or say --allow-anonymous if something else keeps strangers out."
+        )
 
     def stop() -> None:
         server.should_exit = True
 
     engine = LoadingEngine(load, on_failure=stop)
-    app = create_app(engine, api_keys=api_keys, max_body_bytes=max_body_bytes)
-    config = uvicorn.Config(app, ws="none", timeout_graceful_shutdown=drain_s, log_level=log_level)
-    server = uvicorn.Server(config)
+    app = create_app(engine, access=admitted, limits=bounds)
+    config = server_settings(app, bounds, drain_s=drain_s, log_level=log_level, json_logs=json_logs)
+    server = DrainingServer(config, drain=app.state.context.drain, notice_s=notice_s)
     listener = _listen(host, port)
-    _log.addFilter(without_message)
     _log.info("Listening on http://%s:%d (Ctrl-C stops)", host, listener.getsockname()[1])
-    if host not in _LOOPBACK and not api_keys:
-        _log.warning("Everybody who reaches %s is served; set an API key.", host)
     # uvicorn passes a SIGINT on once it has drained.
     with suppress(KeyboardInterrupt):
         server.run(sockets=[listener])
@@ -63,14 +78,25 @@ def serve(
         raise engine.failure
 
 
-def without_message(record: logging.LogRecord) -> bool:
-    """A log filter: keeps where an exception happened; its message may quote a prompt."""
-    error = record.exc_info[1] if record.exc_info else None
-    if error is not None:
-        places = "".join(traceback.format_tb(error.__traceback__))
-        record.exc_text = f"{type(error).__name__} at\n{places}"
-        record.exc_info = None
-    return True
+def server_settings(
+    app: FastAPI,
+    limits: ServerLimits,
+    *,
+    drain_s: int = 30,
+    log_level: str = "info",
+    json_logs: bool = False,
+) -> uvicorn.Config:
+    """Uvicorn's settings for ``app``."""
+    return uvicorn.Config(
+        app,
+        http=bounded_protocol(limits),
+        ws="none",
+        lifespan="on",
+        access_log=False,
+        timeout_graceful_shutdown=drain_s,
+        log_config=log_settings(log_level, as_json=json_logs),
+        log_level=log_level,
+    )
 
 
 def _listen(host: str, port: int) -> socket.socket:

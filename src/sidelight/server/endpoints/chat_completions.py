@@ -20,6 +20,7 @@ async def create(body: ChatRequest, request: Request, context: InContext) -> Res
     """The text, plain or streamed; either begins once the prompt has been judged."""
     context.require_model(body.model)
     reporter = context.reporter(body.probes)
+    await context.require_size([body.conversation()], max_tokens=body.sampling().max_tokens)
     envelope = Envelope.new(body.model)
     events = context.metrics.observed(context.engine.generate(body.conversation(), body.sampling()))
     judged = await unless_left(request, anext(events))

@@ -1,0 +1,103 @@
+"""Who may ask, who may administer, and that no key is ever shown."""
+
+import hashlib
+
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+
+from sidelight.errors import SidelightError
+from sidelight.server import serve
+from sidelight.server.auth import AdminOnly, BearerAuth
+from sidelight.server.errors import add_error_handlers
+from sidelight.server.keys import Access, Caller, Key, numbered_keys, read_keys
+
+SECRET = "sk-user-secret"
+ADMIN = "sk-admin-secret"
+
+
+def bearer(secret):
+    return {"Authorization": f"Bearer {secret}"}
+
+
+def guarded(access):
+    app = FastAPI()
+    add_error_handlers(app)
+
+    @app.get("/admin/thing", dependencies=[AdminOnly])
+    def administer() -> str:
+        return "done"
+
+    @app.get("/thing")
+    def use() -> str:
+        return "done"
+
+    app.add_middleware(BearerAuth, access=access)
+    return TestClient(app)
+
+
+BOTH = Access(
+    keys=numbered_keys([SECRET], prefix="user"), admin_keys=numbered_keys([ADMIN], prefix="admin")
+)
+
+
+@pytest.mark.parametrize(
+    ("access", "headers", "use", "administer"),
+    [
+        (BOTH, {}, 401, 401),
+        (BOTH, bearer("other"), 401, 401),
+        (BOTH, bearer(SECRET), 200, 403),
+        (BOTH, bearer(ADMIN), 200, 200),
+        (Access(), {}, 200, 403),
+        (Access(), bearer("any"), 200, 403),
+        (Access(keys=BOTH.keys), bearer(SECRET), 200, 403),
+        (Access(admin_keys=BOTH.admin_keys), {}, 200, 403),
+        (Access(admin_keys=BOTH.admin_keys), bearer(ADMIN), 200, 200),
+    ],
+)
+def test_only_an_admin_key_administers(access, headers, use, administer):
+    client = guarded(access)
+    assert client.get("/thing", headers=headers).status_code == use
+    response = client.get("/admin/thing", headers=headers)
+    assert response.status_code == administer
+    assert administer == 200 or response.json()["error"]["code"]
+
+
+def test_a_key_is_known_by_its_id():
+    assert BOTH.caller(f"Bearer {SECRET}") == Caller("user-1")
+    assert BOTH.caller(f"bearer {ADMIN}") == Caller("admin-1", is_admin=True)
+    assert BOTH.caller(f"Basic {SECRET}") is None
+    assert Access().caller("") == Caller()
+
+
+def test_a_file_of_keys(tmp_path):
+    digest = hashlib.sha256(b"other").hexdigest()
+    path = tmp_path / "keys"
+    path.write_text(f"# team keys\n\nalpha {SECRET}\nbeta sha256:{digest}\n")
+    keys = read_keys(path)
+    assert keys == (Key.of("alpha", SECRET), Key.of("beta", "other"))
+    assert Access(keys).caller("Bearer other") == Caller("beta")
+
+
+@pytest.mark.parametrize("text", ["", "# none", "alpha", "a b c", f"a {SECRET}\na x", "\x00\xff"])
+def test_a_wrong_file_of_keys_is_told_without_quoting_it(tmp_path, text):
+    path = tmp_path / "keys"
+    path.write_text(text, encoding="latin-1")
+    with pytest.raises(SidelightError, match="keys") as raised:
+        read_keys(path)
+    assert SECRET not in str(raised.value)
+
+
+def test_a_missing_file_of_keys_is_told(tmp_path):
+    with pytest.raises(SidelightError, match="Cannot read the keys"):
+        read_keys(tmp_path / "none")
+
+
+def test_nothing_prints_a_key():
+    assert SECRET not in repr(BOTH)
+    assert BOTH.keys[0].digest.hex() not in repr(BOTH)
+
+
+def test_strangers_are_not_served_beyond_this_machine_unless_told():
+    with pytest.raises(SidelightError, match="--allow-anonymous"):
+        serve(lambda: pytest.fail("must not load"), host="0.0.0.0", port=0)

@@ -1,0 +1,257 @@
+"""One client cannot hold what all of them need: time, tokens, places, connections."""
+
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+
+import httpx
+import pytest
+
+from live import MODEL, http_client, served
+from sidelight.engines import TransformersEngine
+from sidelight.server import serve
+from sidelight.server.limits import ServerLimits
+from sockets import connection, read_all, request
+from tiny import three_probes, tiny_backbone
+
+CHAT = "/v1/chat/completions"
+HELLO = [{"role": "user", "content": "hello"}]
+VALID = {"model": MODEL, "messages": HELLO, "max_tokens": 2}
+# Long enough that a busy machine does not pass it by accident, short enough to wait for.
+SOON_S = 0.5
+
+
+def engine():
+    backbone = tiny_backbone()
+    return TransformersEngine(backbone, three_probes(backbone)), backbone
+
+
+def slow(backbone, seconds=0.05):
+    """Makes each forward pass take a while."""
+    backbone.model.register_forward_pre_hook(lambda *_: time.sleep(seconds))
+
+
+def is_idle(http):
+    """Whether the engine holds no request any more; asked until it is, for a while."""
+    end = time.monotonic() + 10
+    while time.monotonic() < end:
+        series = dict(line.rsplit(" ", 1) for line in http.get("/metrics").text.splitlines())
+        if series["sidelight_requests_running"] == series["sidelight_requests_waiting"] == "0.0":
+            return True
+    return False
+
+
+@pytest.fixture(scope="module")
+def bounded():
+    limits = ServerLimits(
+        batch_items=3,
+        request_tokens=60,
+        header_s=SOON_S,
+        body_s=SOON_S,
+        write_s=SOON_S,
+        connections=20,
+    )
+    with served(engine()[0], limits=limits) as address:
+        yield address
+
+
+def test_more_texts_than_allowed_are_refused(bounded):
+    with http_client(bounded) as http:
+        assert http.post("/v1/moderations", json={"input": ["x"] * 3}).status_code == 200
+        refused = http.post("/v1/moderations", json={"input": ["x"] * 4})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "too_many_inputs")
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHAT, {**VALID, "max_tokens": 100}),
+        (CHAT, {"model": MODEL, "messages": HELLO}),
+        (CHAT, {**VALID, "messages": [{"role": "user", "content": "x" * 70}]}),
+        ("/v1/moderations", {"input": ["x" * 30, "y" * 30]}),
+    ],
+)
+def test_more_tokens_than_allowed_are_refused(bounded, path, body):
+    with http_client(bounded) as http:
+        refused = http.post(path, json=body)
+        assert http.post(CHAT, json=VALID).status_code == 200
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "request_too_large")
+
+
+@pytest.mark.parametrize("head", [b"", b"POST /v1/chat", b"GET /health HTTP/1.1\r\nX: "])
+def test_a_client_that_sends_no_whole_head_is_cut_off(bounded, head):
+    with connection(bounded) as opened:
+        opened.sendall(head)
+        assert read_all(opened) == b""
+
+
+def test_a_head_that_trickles_is_cut_off(bounded):
+    start = time.monotonic()
+    with connection(bounded, timeout=SOON_S / 20) as opened, suppress(OSError):
+        for letter in b"GET /health HTTP/1.1\r\n" + b"X" * 1000:
+            opened.sendall(bytes([letter]))
+            with suppress(TimeoutError):
+                assert opened.recv(1) == b""
+                break
+    assert time.monotonic() - start < 20 * SOON_S
+
+
+def test_a_body_that_does_not_arrive_is_a_408(bounded):
+    with connection(bounded) as opened:
+        opened.sendall(request(CHAT, b'{"model":', "Connection: close", length=1000))
+        head, _, body = read_all(opened).partition(b"\r\n\r\n")
+    assert b" 408 " in head
+    assert json.loads(body)["error"]["code"] == "body_timeout"
+
+
+def test_what_is_not_http_is_a_400_of_the_usual_shape(bounded):
+    with connection(bounded) as opened:
+        opened.sendall(b"\x16\x03\x01 hello\r\n\r\n")
+        head, _, body = read_all(opened).partition(b"\r\n\r\n")
+    assert b" 400 " in head
+    assert json.loads(body)["error"]["type"] == "invalid_request_error"
+
+
+def test_too_many_connections_are_closed_and_the_others_are_served(bounded):
+    opened = []
+    try:
+        for _ in range(40):
+            opened.append(socket.create_connection(("127.0.0.1", int(bounded.rsplit(":", 1)[1]))))
+    finally:
+        for one in opened:
+            one.close()
+    end = time.monotonic() + 10
+    while time.monotonic() < end:
+        try:
+            with http_client(bounded) as http:
+                assert http.get("/health").status_code == 200
+                return
+        except httpx.TransportError:
+            time.sleep(0.05)
+    pytest.fail("the server did not recover")
+
+
+def test_a_client_that_reads_nothing_frees_its_place():
+    limits = ServerLimits(write_s=SOON_S, concurrent=1)
+    # More than the buffers of both ends hold.
+    unread = b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 1000
+    codes = []
+    with (
+        served(engine()[0], limits=limits) as address,
+        http_client(address) as http,
+        connection(address) as opened,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        sent = pool.submit(opened.sendall, unread)
+        end = time.monotonic() + 20
+        while codes[-1:] != [200] or 429 not in codes:
+            assert time.monotonic() < end
+            codes.append(http.get("/version").status_code)
+        opened.close()
+        assert isinstance(sent.exception(), OSError | None)
+
+
+def test_a_deadline_is_a_504_and_frees_the_place():
+    one, backbone = engine()
+    slow(backbone)
+    limits = ServerLimits(deadline_s=SOON_S)
+    with served(one, limits=limits) as address, http_client(address) as http:
+        late = http.post(CHAT, json={**VALID, "max_tokens": 200})
+        assert (late.status_code, late.json()["error"]["code"]) == (504, "deadline_exceeded")
+        assert is_idle(http)
+
+
+def test_a_stream_past_its_deadline_ends_with_an_error_and_no_done():
+    one, backbone = engine()
+    slow(backbone)
+    limits = ServerLimits(deadline_s=SOON_S)
+    with served(one, limits=limits) as address, http_client(address) as http:
+        body = {**VALID, "max_tokens": 200, "stream": True}
+        events = [line for line in http.post(CHAT, json=body).text.splitlines() if line]
+        assert is_idle(http)
+    assert len(events) > 2
+    last = json.loads(events[-1].removeprefix("data: "))
+    assert last["error"]["code"] == "deadline_exceeded"
+    assert "data: [DONE]" not in events
+
+
+def test_more_requests_at_once_than_allowed_are_a_429_and_operators_are_served():
+    one, backbone = engine()
+    slow(backbone)
+    limits = ServerLimits(concurrent=2)
+    long = {**VALID, "max_tokens": 20}
+    with served(one, limits=limits) as address, http_client(address) as http:
+        with ThreadPoolExecutor(6) as pool:
+            answers = list(pool.map(lambda _: http.post(CHAT, json=long), range(6)))
+        codes = sorted(answer.status_code for answer in answers)
+        assert http.post(CHAT, json=VALID).status_code == 200
+        for path in ("/health", "/ready", "/metrics"):
+            assert http.get(path).status_code == 200
+    assert codes[:2] == [200, 200]
+    assert set(codes) == {200, 429}
+    (refused, *_) = [answer for answer in answers if answer.status_code == 429]
+    assert refused.json()["error"]["code"] == "too_many_requests"
+    assert int(refused.headers["retry-after"]) >= 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_frees_its_place(stream):
+    one, backbone = engine()
+    slow(backbone)
+    body = json.dumps({**VALID, "max_tokens": 200, "stream": stream}).encode()
+    with served(one, limits=ServerLimits(concurrent=1)) as address, http_client(address) as http:
+        with connection(address) as opened:
+            opened.sendall(request(CHAT, body))
+            while one.load.running == 0:
+                time.sleep(0.01)
+        assert is_idle(http)
+        assert http.post(CHAT, json=VALID).status_code == 200
+
+
+def test_sigterm_turns_ready_503_and_running_requests_finish():
+    one, backbone = engine()
+    slow(backbone)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    seen = {}
+
+    def client():
+        with httpx.Client(base_url=address, timeout=20) as http, ThreadPoolExecutor(1) as pool:
+            end = time.monotonic() + 20
+            while not is_ready(http) and time.monotonic() < end:
+                time.sleep(0.02)
+            running = pool.submit(http.post, CHAT, json={**VALID, "max_tokens": 40})
+            while one.load.running == 0:
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGTERM)
+            while seen.get("ready") != 503 and time.monotonic() < end:
+                seen["ready"] = http.get("/ready").status_code
+            seen["health"] = http.get("/health").status_code
+            seen["answer"] = running.result()
+
+    thread = threading.Thread(target=client)
+    # uvicorn passes the signal on once it has drained; the test must outlive it.
+    previous = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        thread.start()
+        serve(lambda: one, port=port, notice_s=1.0)
+        thread.join()
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    assert (seen["ready"], seen["health"]) == (503, 200)
+    assert seen["answer"].json()["usage"]["completion_tokens"] == 40
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{address}/health")
+
+
+def is_ready(http):
+    try:
+        return http.get("/ready").status_code == 200
+    except httpx.ConnectError:
+        return False
