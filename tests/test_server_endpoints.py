@@ -41,6 +41,7 @@ def test_the_served_model_is_listed_with_its_probes(client):
         "kind": "binary",
         "labels": ["fine", "toxic"],
         "reads": "prompt",
+        "version": "",
     }
     assert client.models.retrieve(MODEL) == model
 

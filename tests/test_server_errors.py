@@ -69,7 +69,12 @@ def error_of(response, status):
         ("stop", 3),
         ("stream", "yes"),
         ("probes", "toxicity"),
-        ("moderation", {"model": "probes", "policy": {"input": {"mode": "block"}}}),
+        ("moderation", {"model": "probes", "policy": {"output": {"mode": "block"}}}),
+        ("moderation", {"model": "probes", "policy": {"input": {"mode": "forbid"}}}),
+        ("policies", {"toxicity": {"threshold": 2}}),
+        ("policies", {"toxicity": {"treshold": 0.1}}),
+        ("policies", {"toxicity": {"threshold": 0.9}}),
+        ("policies", {"toxic": {"mode": "block"}}),
     ],
 )
 def test_a_wrong_value_is_a_400_that_names_the_field(http, field, value):
@@ -211,7 +216,7 @@ def test_a_crash_of_the_server_is_a_500_and_logged_without_its_message(capfd, mo
     backbone = tiny_backbone()
     engine = TransformersEngine(backbone, [])
 
-    def crash(*_args):
+    def crash(*_args, **_options):
         raise ZeroDivisionError(HELLO[0]["content"])
 
     monkeypatch.setattr(engine, "generate", crash)

@@ -34,7 +34,7 @@ def test_a_signal_ends_the_server_once_the_running_text_is_complete():
     hook = backbone.model.register_forward_pre_hook(interrupt)
 
     def ask():
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10) as http:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as http:
             while http.get("/ready").status_code != 200:
                 pass
             return http.post("/v1/chat/completions", json=request)

@@ -25,6 +25,12 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="Folder of a probe; may be repeated.",
 )
+@click.option(
+    "--policy",
+    "policy_file",
+    type=click.Path(path_type=Path),
+    help="TOML file that says what follows from verdicts; docs/policies.md describes it.",
+)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
 @click.option(
@@ -40,6 +46,7 @@ if TYPE_CHECKING:
 @backbone_options
 def serve(
     probes: tuple[Path, ...],
+    policy_file: Path | None,
     host: str,
     port: int,
     log_level: str,
@@ -48,9 +55,12 @@ def serve(
 ) -> None:
     """Serve an LLM and its probes: OpenAI-compatible, every answer with its verdicts."""
     from sidelight.artifact import load_probe
+    from sidelight.server.policy import Policy, read_policy, require_fitting
     from sidelight.server.running import serve as run
 
     loaded = [load_probe(probe) for probe in probes]
+    policy = read_policy(policy_file) if policy_file else Policy()
+    require_fitting(policy, loaded)
 
     def load() -> "TransformersEngine":
         from sidelight.backbones import load_backbone
@@ -69,6 +79,7 @@ def serve(
         load,
         host=host,
         port=port,
+        policy=policy,
         access=access_of(given),
         allow_anonymous=given["allow_anonymous"],
         limits=limits_of(given),

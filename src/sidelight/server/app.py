@@ -33,6 +33,7 @@ from sidelight.server.keys import Access
 from sidelight.server.limits import ServerLimits
 from sidelight.server.metrics import CountRequests
 from sidelight.server.openapi import REFUSALS
+from sidelight.server.policy import Policy, require_fitting
 
 _ROUTERS = (
     chat_completions.router,
@@ -51,25 +52,35 @@ _ROUTERS = (
 
 
 def create_app(
-    engine: Engine, *, access: Access | None = None, limits: ServerLimits | None = None
+    engine: Engine,
+    *,
+    policy: Policy | None = None,
+    access: Access | None = None,
+    limits: ServerLimits | None = None,
 ) -> FastAPI:
     """The application; it starts the engine when it starts, and closes it when it ends.
 
     Args:
         engine: What answers; ``LoadingEngine`` for one whose model takes a while.
+        policy: What follows from verdicts; None: nothing, they are told.
         access: Who may do what; None: everybody everything but administer.
         limits: How much a request may take.
     """
+    rules = policy or Policy()
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncGenerator[None]:
         await engine.start()
-        yield
-        await engine.close()
+        try:
+            if engine.is_ready:
+                require_fitting(rules, engine.probes)
+            yield
+        finally:
+            await engine.close()
 
     app = FastAPI(title="Sidelight", lifespan=lifespan)
     bounds = limits or ServerLimits()
-    app.state.context = context = Context.new(engine, bounds)
+    app.state.context = context = Context.new(engine, rules, bounds)
     for router in _ROUTERS:
         app.include_router(router, responses=REFUSALS)
     add_error_handlers(app)

@@ -28,16 +28,14 @@ async def find(
     request: Request, context: Context, turns: Sequence[Message], names: Sequence[str | None]
 ) -> Found:
     """Judges the conversation by the probes that ``names`` mean; others are not reported."""
-    blank = Findings.of(context.engine.probes, context.names, ())
+    blank = Findings.of(context.probes, context.names, ())
     can_judge = {
-        probe.name
-        for probe in context.engine.probes
-        if probe.reads.side == "prompt" or is_answered(turns)
+        probe.name for probe in context.probes if probe.reads.side == "prompt" or is_answered(turns)
     }
     asked = [name for name in blank.asked(names) if name in can_judge]
     if not asked:
         return Found(blank, tokens=0)
     reporter = context.reporter(asked)
     (found,) = await checked(request, context, reporter, [turns])
-    findings = Findings.of(context.engine.probes, context.names, found.verdicts)
+    findings = Findings.of(context.probes, context.names, found.verdicts)
     return Found(findings, found.tokens)

@@ -38,10 +38,13 @@ async def checked(
         if not is_answered(turns):
             context.require_prompt_probe(reporter.probes)
     await context.require_size(conversations, max_tokens=0)
+    rules = context.asked(None).enforcement
     judged = await unless_left(request, context.engine.judge(conversations))
-    for event in judged:
-        context.metrics.count_verdicts(event.verdicts, event.failed)
-    return [Checked(reporter.required(event), event.tokens) for event in judged]
+    decided = [
+        rules.on_check(event, has_response=is_answered(turns))
+        for event, turns in zip(judged, conversations, strict=True)
+    ]
+    return [Checked(reporter.required(event), event.tokens) for event in decided]
 
 
 def as_user(text: str) -> list[Message]:

@@ -1,13 +1,13 @@
 """What the endpoints share: the engine, its metrics, and the choice of probes."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import Depends, Request
 
-from sidelight.engines.base import Engine, LoadedProbe
+from sidelight.engines.base import Engine, Event, Finished, LoadedProbe, PromptJudged, Sampling
 from sidelight.errors import did_you_mean
 from sidelight.prompts import Conversation
 from sidelight.server.categories import CategoryNames
@@ -15,7 +15,28 @@ from sidelight.server.draining import Drain
 from sidelight.server.errors import RequestError
 from sidelight.server.limits import ServerLimits
 from sidelight.server.metrics import Metrics
-from sidelight.server.report import Reporter
+from sidelight.server.policy import Enforcement, Policy, Wishes, tightened
+from sidelight.server.recording import Recorder
+from sidelight.server.report import Reporter, header
+from sidelight.server.roster import Roster
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a request wants to know, and the rules it runs under.
+
+    Attributes:
+        reporter: Writes the verdicts that the client is told.
+        enforcement: Lets through what the policy lets through.
+    """
+
+    reporter: Reporter
+    enforcement: Enforcement
+
+    def headers(self, prompt: PromptJudged, finished: Finished | None = None) -> Mapping[str, str]:
+        """Those of the answer: verdicts, and marks for a gateway."""
+        sides = [self.reporter.side(event) for event in (prompt, finished) if event is not None]
+        return {**header(*sides), **self.enforcement.marks(prompt, finished)}
 
 
 @dataclass(frozen=True)
@@ -24,6 +45,7 @@ class Context:
 
     Attributes:
         engine: What answers.
+        roster: Its probes and their rules.
         metrics: What is counted.
         limits: How much a request may take.
         drain: Whether the server is about to stop.
@@ -31,15 +53,46 @@ class Context:
     """
 
     engine: Engine
+    roster: Roster
     metrics: Metrics
     limits: ServerLimits
     drain: Drain
     started_at: int
 
     @classmethod
-    def new(cls, engine: Engine, limits: ServerLimits) -> "Context":
+    def new(cls, engine: Engine, policy: Policy, limits: ServerLimits) -> "Context":
         """The parts of a server that starts now."""
-        return cls(engine, Metrics(engine), limits, Drain(), int(time.time()))
+        roster = Roster(engine, policy)
+        return cls(engine, roster, Metrics(engine), limits, Drain(), int(time.time()))
+
+    @property
+    def probes(self) -> Sequence[LoadedProbe]:
+        """The probes that clients hear of; to be read anew in every request."""
+        return self.roster.visible
+
+    def asked(self, names: Sequence[str] | None, wishes: Wishes | None = None) -> Asked:
+        """A request about these probes; None: all. Whatever may block it is reported too.
+
+        Together with ``generate`` it has to run without an ``await`` in between: then no probe
+        can be loaded that it does not know.
+
+        Raises:
+            RequestError: An unknown probe, or a wish that is looser than the policy.
+        """
+        reporter = self.reporter(names)
+        chosen = [probe.name for probe in reporter.probes]
+        clauses = tightened(self.roster.clauses, chosen, wishes or Wishes())
+        blocking = [clause.name for clause in clauses if clause.is_blocking]
+        enforcement = Enforcement(clauses, self.roster.timeout_s, Recorder(self.metrics))
+        return Asked(self.reporter([*chosen, *blocking]), enforcement)
+
+    def generate(
+        self, messages: Conversation, sampling: Sampling, asked: Asked
+    ) -> AsyncGenerator[Event, None]:
+        """The events of an answer under the policy, counted as the client gets them."""
+        rules = asked.enforcement
+        events = self.engine.generate(messages, sampling, watch=rules.watch, admits=rules.admits)
+        return self.metrics.observed(rules.guard(events))
 
     def require_model(self, name: str) -> None:
         """Checks that a request asks for the served model.
@@ -95,7 +148,7 @@ class Context:
         Raises:
             RequestError: An unknown name; a probe that does not run must not pass unnoticed.
         """
-        loaded = {probe.name: probe for probe in self.engine.probes}
+        loaded = {probe.name: probe for probe in self.probes}
         for name in names or ():
             if name not in loaded:
                 raise RequestError(
@@ -110,8 +163,8 @@ class Context:
 
     @property
     def names(self) -> CategoryNames:
-        """The categories of all loaded probes."""
-        return CategoryNames.of(self.engine.probes)
+        """The categories of all probes that clients hear of."""
+        return CategoryNames.of(self.probes)
 
     def require_prompt_probe(self, probes: Sequence[LoadedProbe]) -> None:
         """Checks that a bare text can be judged: an empty answer would look harmless.

@@ -1,7 +1,7 @@
 """Counts and times for Prometheus; no text, no keys, and labels of bounded number."""
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -9,7 +9,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sidelight.engines.base import Engine, Event, Finished, PromptJudged, ResponseScored, TextDelta
 from sidelight.server.access_log import route_of
-from sidelight.types import Verdict
+from sidelight.server.policy.decisions import Decision, agreements
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
@@ -35,6 +35,18 @@ class Metrics:
         self._verdicts = Counter(
             "sidelight_verdicts", "Verdicts by outcome", ["probe", "outcome"], registry=registry
         )
+        self._actions = Counter(
+            "sidelight_actions",
+            "What followed from verdicts",
+            ["probe", "side", "action"],
+            registry=registry,
+        )
+        self._agreements = Counter(
+            "sidelight_shadow_agreements",
+            "Whether a shadow said what its probe said",
+            ["probe", "shadow", "agreement"],
+            registry=registry,
+        )
         self._to_verdict = self._seconds("time_to_verdict", "Until the prompt was judged")
         self._to_first_text = self._seconds("time_to_first_text", "Until the first text")
         self._between = self._seconds("inter_text_latency", "Between two pieces of text")
@@ -58,7 +70,6 @@ class Metrics:
                 match event:
                     case PromptJudged():
                         self._to_verdict.observe(now - start)
-                        self.count_verdicts(event.verdicts, event.failed)
                     case TextDelta():
                         to_text.observe(now - last)
                         to_text, last = self._between, now
@@ -68,16 +79,17 @@ class Metrics:
                         self._in_all.observe(now - start)
                         self._prompt_tokens.inc(event.prompt_tokens)
                         self._completion_tokens.inc(event.completion_tokens)
-                        self.count_verdicts(event.verdicts, event.failed)
                 yield event
 
-    def count_verdicts(self, verdicts: tuple[Verdict, ...], failed: tuple[str, ...] = ()) -> None:
-        """Counts verdicts, and probes that gave none."""
-        for verdict in verdicts:
-            outcome = "flagged" if verdict.flagged else "passed"
-            self._verdicts.labels(verdict.probe, outcome).inc()
-        for probe in failed:
-            self._verdicts.labels(probe, "failed").inc()
+    def count(self, decisions: Sequence[Decision]) -> None:
+        """Counts what probes said, what was done, and whether shadows agreed."""
+        for decision in decisions:
+            clause = decision.clause
+            self._verdicts.labels(clause.name, decision.outcome).inc()
+            if decision.action != "none":
+                self._actions.labels(clause.name, clause.side, decision.action).inc()
+        for shadow, agreement in agreements(decisions):
+            self._agreements.labels(shadow.rule.shadow_of, shadow.name, agreement).inc()
 
     def _seconds(self, name: str, meaning: str) -> Histogram:
         return Histogram(

@@ -69,8 +69,11 @@ class Reporter:
             VerdictError: One of them gave none.
         """
         side = self.side(event)
-        if side.failed:
-            raise verdict_failure(side.failed)
+        told = {verdict.probe for verdict in side.verdicts}
+        # One that was unloaded since the request began has said nothing either.
+        unloaded = [p.name for p in self.probes if p.reads.side == "prompt" and p.name not in told]
+        if unloaded or side.failed:
+            raise verdict_failure(dict.fromkeys([*side.failed, *unloaded]))
         return side.verdicts
 
     @property

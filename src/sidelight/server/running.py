@@ -17,6 +17,7 @@ from sidelight.server.draining import DrainingServer
 from sidelight.server.keys import Access
 from sidelight.server.limits import ServerLimits
 from sidelight.server.logs import log_settings
+from sidelight.server.policy import Policy, require_fitting
 
 _log = logging.getLogger("sidelight.server")
 _LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
@@ -27,6 +28,7 @@ def serve(
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
+    policy: Policy | None = None,
     access: Access | None = None,
     allow_anonymous: bool = False,
     limits: ServerLimits | None = None,
@@ -43,6 +45,7 @@ def serve(
         load: Gives the engine; runs in a thread of its own.
         host: Address to listen on; the default is reachable from this machine only.
         port: Port to listen on; 0 takes a free one and logs it.
+        policy: What follows from verdicts; None: nothing, they are told.
         access: Who may do what; None: everybody everything but administer.
         allow_anonymous: Listens beyond this machine even where no key is needed.
         limits: How much a request may take.
@@ -65,8 +68,15 @@ def serve(
     def stop() -> None:
         server.should_exit = True
 
-    engine = LoadingEngine(load, on_failure=stop)
-    app = create_app(engine, access=admitted, limits=bounds)
+    rules = policy or Policy()
+
+    def load_fitting() -> Engine:
+        loaded = load()
+        require_fitting(rules, loaded.probes)
+        return loaded
+
+    engine = LoadingEngine(load_fitting, on_failure=stop)
+    app = create_app(engine, policy=rules, access=admitted, limits=bounds)
     config = server_settings(app, bounds, drain_s=drain_s, log_level=log_level, json_logs=json_logs)
     server = DrainingServer(config, drain=app.state.context.drain, notice_s=notice_s)
     listener = _listen(host, port)

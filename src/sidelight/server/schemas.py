@@ -6,6 +6,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 
 from sidelight.engines.base import Sampling
 from sidelight.prompts import Message
+from sidelight.server.policy.wishes import Wish, WishedMode, Wishes
 
 MAX_INPUTS = 512
 _MAX_STOPS = 16
@@ -66,9 +67,9 @@ class StreamOptions(StrictBody):
 
 
 class ModerationMode(StrictBody):
-    """What follows from a flag: only ``score`` is offered."""
+    """What follows from a flag; ``score`` adds nothing, and is a 400 where the server blocks."""
 
-    mode: Literal["score"]
+    mode: WishedMode
 
 
 class ModerationPolicy(StrictBody):
@@ -79,9 +80,18 @@ class ModerationPolicy(StrictBody):
 
 
 class ChatModeration(StrictBody):
-    """Asks for moderation, which every answer carries anyway; blocking is refused, not ignored."""
+    """Asks for moderation, which every answer carries anyway, and perhaps for blocking."""
 
     policy: ModerationPolicy | None = None
+
+
+class ProbePolicy(StrictBody):
+    """What a request asks of one probe: only what is stricter than the server's policy."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    mode: WishedMode | None = None
+    threshold: float | None = Field(None, ge=0, le=1)
 
 
 class ChatRequest(StrictBody):
@@ -100,6 +110,7 @@ class ChatRequest(StrictBody):
     stream_options: StreamOptions | None = None
     moderation: ChatModeration | None = None
     probes: ProbeNames = None
+    policies: dict[str, ProbePolicy] | None = None
 
     def conversation(self) -> list[Message]:
         """The turns as the engine takes them."""
@@ -113,6 +124,15 @@ class ChatRequest(StrictBody):
             top_p=1.0 if self.top_p is None else self.top_p,
             stop=tuple(self.stop or ()),
             seed=self.seed,
+        )
+
+    def wishes(self) -> Wishes:
+        """What it asks of the policy."""
+        policy = self.moderation and self.moderation.policy
+        return Wishes(
+            input=policy.input.mode if policy and policy.input else None,
+            output=policy.output.mode if policy and policy.output else None,
+            probes={n: Wish(p.mode, p.threshold) for n, p in (self.policies or {}).items()},
         )
 
     @property

@@ -8,7 +8,6 @@ from sidelight.server.body import JsonRoute
 from sidelight.server.completions import Envelope, collect, completion
 from sidelight.server.context import InContext
 from sidelight.server.disconnect import unless_left
-from sidelight.server.report import header
 from sidelight.server.schemas import ChatRequest
 from sidelight.server.streaming import Chunks
 
@@ -19,22 +18,22 @@ router = APIRouter(route_class=JsonRoute)
 async def create(body: ChatRequest, request: Request, context: InContext) -> Response:
     """The text, plain or streamed; either begins once the prompt has been judged."""
     context.require_model(body.model)
-    reporter = context.reporter(body.probes)
     await context.require_size([body.conversation()], max_tokens=body.sampling().max_tokens)
+    asked = context.asked(body.probes, body.wishes())
     envelope = Envelope.new(body.model)
-    events = context.metrics.observed(context.engine.generate(body.conversation(), body.sampling()))
+    events = context.generate(body.conversation(), body.sampling(), asked)
     judged = await unless_left(request, anext(events))
     assert isinstance(judged, PromptJudged)
-    prompt = reporter.side(judged)
+    prompt = asked.reporter.side(judged)
     if body.stream:
-        chunks = Chunks(envelope, reporter, prompt, body.includes_usage)
+        chunks = Chunks(envelope, asked.reporter, prompt, body.includes_usage)
         return StreamingResponse(
             chunks.stream(events),
             media_type="text/event-stream",
-            headers={**header(prompt), "Cache-Control": "no-cache"},
+            headers={**asked.headers(judged), "Cache-Control": "no-cache"},
         )
     written = await unless_left(request, collect(events))
-    response = reporter.side(written.finished)
     return JSONResponse(
-        completion(envelope, reporter, prompt, written), headers=header(prompt, response)
+        completion(envelope, asked.reporter, prompt, written),
+        headers=asked.headers(judged, written.finished),
     )

@@ -79,7 +79,7 @@ async def create(body: ClassifyRequest, request: Request, context: InContext) ->
 
 
 def _probe(body: ClassifyRequest, context: Context) -> LoadedProbe:
-    names = [probe.name for probe in context.engine.probes]
+    names = [probe.name for probe in context.probes]
     chosen = body.probes
     if body.model in names and body.model != context.engine.model:
         chosen = [body.model] if chosen is None else chosen

@@ -29,8 +29,9 @@ def _card(context: Context) -> dict[str, Any]:
             "kind": probe.task.kind,
             "labels": list(probe.task.labels),
             "reads": probe.reads.side,
+            "version": probe.version,
         }
-        for probe in context.engine.probes
+        for probe in context.probes
     ]
     return {
         "id": context.engine.model,

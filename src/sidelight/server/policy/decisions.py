@@ -1,0 +1,115 @@
+"""What follows from one verdict, and how it is told outside."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+from urllib.parse import quote
+
+from sidelight.server.policy.clauses import Clause
+from sidelight.server.policy.rules import FAILED_LABEL
+from sidelight.types import Verdict
+
+Action = Literal["none", "flag", "route", "block", "fail_closed", "fail_open", "shadow"]
+
+FLAGGED_HEADER = "x-sidelight-flagged"
+ROUTE_HEADER = "x-sidelight-route"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What one probe's verdict on one side of a request led to.
+
+    Attributes:
+        clause: The probe and its rule.
+        verdict: At the rule's thresholds; None where there is none.
+        action: What was done. ``fail_closed`` and ``fail_open`` are a blocking rule's answers to a
+            verdict that could not be computed; ``shadow`` is a flag that nobody saw.
+    """
+
+    clause: Clause
+    verdict: Verdict | None
+    action: Action
+
+    @property
+    def outcome(self) -> Literal["flagged", "passed", "failed"]:
+        """What the probe said."""
+        if self.verdict is None:
+            return "failed"
+        return "flagged" if self.verdict.flagged else "passed"
+
+    @property
+    def is_blocking(self) -> bool:
+        """Whether the answer ends here."""
+        return self.action in ("block", "fail_closed")
+
+    @property
+    def route(self) -> str | None:
+        """Where a gateway should send the request; None: the rule says nothing."""
+        return _route(self.clause, self.verdict) if self.clause.rule.mode == "route" else None
+
+
+# Takes what was decided at one point of a request: for counts and logs.
+Record = Callable[[Sequence[Decision]], None]
+
+
+def decide(clause: Clause, verdict: Verdict | None) -> Decision:
+    """What follows; no verdict is never taken for a harmless one."""
+    if verdict is None:
+        return Decision(clause, None, _on_failure(clause))
+    decided = clause.decide(verdict)
+    return Decision(clause, decided, _on_verdict(clause, decided))
+
+
+def marks(decisions: Iterable[Decision]) -> dict[str, str]:
+    """Headers for a gateway: which probes flagged, and the routes. Shadows are not among them."""
+    shown = [decision for decision in decisions if not decision.clause.is_shadow]
+    flagged = [d.clause.name for d in shown if d.action in ("flag", "block")]
+    routes = dict.fromkeys(route for d in shown if (route := d.route) is not None)
+    headers = {FLAGGED_HEADER: _listed(flagged), ROUTE_HEADER: _listed(routes)}
+    return {name: value for name, value in headers.items() if value}
+
+
+def agreements(
+    decisions: Iterable[Decision],
+) -> list[tuple[Clause, Literal["same", "different", "failed"]]]:
+    """For each shadow, whether it said what the probe that it shadows said."""
+    by_name = {decision.clause.name: decision for decision in decisions}
+    shadows = [d for d in by_name.values() if d.clause.rule.shadow_of in by_name]
+    return [(d.clause, _agreement(d, by_name[d.clause.rule.shadow_of or ""])) for d in shadows]
+
+
+def _agreement(one: Decision, other: Decision) -> Literal["same", "different", "failed"]:
+    if one.verdict is None or other.verdict is None:
+        return "failed"
+    return "same" if set(one.verdict.labels) == set(other.verdict.labels) else "different"
+
+
+def _listed(names: Iterable[str]) -> str:
+    # Labels are a user's own words: a comma or a line break must not reach a header.
+    return ", ".join(quote(name, safe=" /-_.:@") for name in names)
+
+
+def _on_failure(clause: Clause) -> Action:
+    if not clause.is_blocking:
+        return "none"
+    return "fail_closed" if clause.rule.on_failure == "block" else "fail_open"
+
+
+def _on_verdict(clause: Clause, verdict: Verdict) -> Action:
+    match clause.rule.mode:
+        case "score":
+            return "none"
+        case "route":
+            return "none" if _route(clause, verdict) is None else "route"
+        case "flag" | "block" | "shadow" as mode:
+            return mode if verdict.flagged else "none"
+
+
+def _route(clause: Clause, verdict: Verdict | None) -> str | None:
+    routes = clause.rule.routes
+    if verdict is None:
+        return routes.get(FAILED_LABEL, FAILED_LABEL)
+    if routes:
+        return next((routes[label] for label in verdict.labels if label in routes), None)
+    names_class = verdict.flagged or clause.probe.task.kind == "multiclass"
+    return verdict.labels[0] if names_class else None

@@ -1,0 +1,168 @@
+"""One request under the policy: what is judged, what is let through, what is told.
+
+Taken when the request begins and kept to its end, as its probes are.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+
+from sidelight.engines.base import Event, Finished, PromptJudged, verdict_failure
+from sidelight.server.errors import RequestError
+from sidelight.server.policy.clauses import Clause
+from sidelight.server.policy.decisions import Decision, Record, decide, marks
+from sidelight.server.policy.holding import End, HoldBack, by_probe, judged
+from sidelight.server.policy.rules import Side as PolicySide
+from sidelight.server.report import Side, header
+
+
+@dataclass(frozen=True)
+class Enforcement:
+    """The rules of one request.
+
+    Attributes:
+        clauses: Of every loaded probe, whether or not the client asked for its verdict.
+        timeout_s: Seconds that the prompt's verdicts may take where a rule blocks; None: any.
+        record: Takes what was decided.
+    """
+
+    clauses: Sequence[Clause]
+    timeout_s: float | None
+    record: Record
+
+    @property
+    def watch(self) -> list[str]:
+        """The probes that are read after each token: those of the output, if one may cut it."""
+        output = self._side("output")
+        is_blocking = any(clause.is_blocking for clause in output)
+        return [clause.name for clause in output] if is_blocking else []
+
+    def admits(self, event: PromptJudged) -> bool:
+        """Whether a prompt is answered; the engine asks before it draws the first token."""
+        return not any(decision.is_blocking for decision in self.on_prompt(event))
+
+    async def guard(self, events: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:
+        """The events that may go out, with verdicts at the rules' thresholds.
+
+        Raises:
+            RequestError: The prompt is blocked, by a flag or since it could not be judged.
+        """
+        async with aclosing(events):
+            prompt = await self._prompt(events)
+            decisions = self.on_prompt(prompt)
+            self.record(decisions)
+            self._require_passed(prompt, decisions)
+            yield _decided(prompt, decisions)
+            holding = HoldBack(self._side("output"), prompt_tokens=prompt.tokens)
+            async for event in events:
+                for passed in holding.push(event):
+                    if isinstance(passed, End):
+                        # The slot is free before the client has taken the end.
+                        await events.aclose()
+                        self.record(passed.decisions)
+                        yield passed.finished
+                        return
+                    yield passed
+
+    def on_prompt(self, event: PromptJudged) -> list[Decision]:
+        """What follows from the verdicts on the prompt."""
+        return self._decide(self._side("input"), event)
+
+    def on_check(self, event: PromptJudged, *, has_response: bool) -> PromptJudged:
+        """A check's verdicts at the rules' thresholds; recorded, and never blocked."""
+        clauses = self.clauses if has_response else self._side("input")
+        decisions = self._decide(clauses, event)
+        # Nothing is written, so there is nothing to block.
+        self.record([_only_told(decision) for decision in decisions])
+        return _decided(event, decisions)
+
+    def marks(self, prompt: PromptJudged, finished: Finished | None = None) -> Mapping[str, str]:
+        """Headers for a gateway, from events that ``guard`` has let through."""
+        decisions = self.on_prompt(prompt)
+        if finished is not None:
+            verdicts = by_probe(finished.verdicts)
+            decisions += [decide(c, verdicts.get(c.name)) for c in self._side("output")]
+        return marks(decisions)
+
+    def _side(self, side: PolicySide) -> list[Clause]:
+        return [clause for clause in self.clauses if clause.side == side]
+
+    def _decide(self, clauses: Sequence[Clause], event: PromptJudged) -> list[Decision]:
+        verdicts = by_probe(event.verdicts)
+        return [decide(clause, judged(clause, verdicts, event.tokens)) for clause in clauses]
+
+    async def _prompt(self, events: AsyncGenerator[Event, None]) -> PromptJudged:
+        closed = [c for c in self._side("input") if c.is_blocking and c.rule.on_failure == "block"]
+        try:
+            async with asyncio.timeout(self.timeout_s if closed else None):
+                event = await anext(events)
+        except TimeoutError as error:
+            self.record([decide(clause, None) for clause in closed])
+            raise _late([clause.name for clause in closed], self.timeout_s) from error
+        assert isinstance(event, PromptJudged)
+        return event
+
+    def _require_passed(self, event: PromptJudged, decisions: Sequence[Decision]) -> None:
+        headers = {**_verdict_header(decisions), **marks(decisions)}
+        blocking = [d.clause.name for d in decisions if d.action == "block"]
+        if blocking:
+            raise RequestError(
+                f"The prompt was blocked by {', '.join(blocking)}.",
+                code="content_filter",
+                headers=headers,
+            )
+        failed = [d.clause for d in decisions if d.action == "fail_closed"]
+        too_long = [clause for clause in failed if clause.is_too_long(event.tokens)]
+        if too_long:
+            raise _too_long(too_long[0], event.tokens, headers)
+        if failed:
+            raise _failed([clause.name for clause in failed], headers)
+
+
+def _too_long(clause: Clause, tokens: int, headers: Mapping[str, str]) -> RequestError:
+    return RequestError(
+        f"The prompt has {tokens} tokens, but probe '{clause.name}' may judge at most "
+        f"{clause.rule.max_tokens}, and the policy blocks what is not judged. Shorten it.",
+        code="verdict_failed",
+        headers=headers,
+    )
+
+
+def _failed(names: Sequence[str], headers: Mapping[str, str]) -> RequestError:
+    return RequestError(
+        f"{verdict_failure(names)} The policy blocks what is not judged.",
+        status=500,
+        type="server_error",
+        code="verdict_failed",
+        headers=headers,
+    )
+
+
+def _late(names: Sequence[str], timeout_s: float | None) -> RequestError:
+    return RequestError(
+        f"No verdict from {', '.join(names)} within {timeout_s} s. The policy blocks what is not "
+        "judged. Try again later.",
+        status=504,
+        type="server_error",
+        code="verdict_failed",
+    )
+
+
+def _only_told(decision: Decision) -> Decision:
+    told = {"block": "flag", "fail_closed": "none", "fail_open": "none"}
+    return replace(decision, action=told.get(decision.action, decision.action))
+
+
+def _verdict_header(decisions: Sequence[Decision]) -> Mapping[str, str]:
+    shown = [decision for decision in decisions if not decision.clause.is_shadow]
+    verdicts = tuple(d.verdict for d in shown if d.verdict is not None)
+    return header(Side(verdicts, tuple(d.clause.name for d in shown if d.verdict is None)))
+
+
+def _decided(event: PromptJudged, decisions: Sequence[Decision]) -> PromptJudged:
+    return replace(
+        event,
+        verdicts=tuple(d.verdict for d in decisions if d.verdict is not None),
+        failed=tuple(d.clause.name for d in decisions if d.verdict is None),
+    )

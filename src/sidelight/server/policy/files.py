@@ -1,0 +1,99 @@
+"""A policy as a TOML file. Every key is checked: an ignored safety setting is a hole."""
+
+import tomllib
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from sidelight.errors import SidelightError
+from sidelight.server.policy.rules import Mode, OnFailure, Policy, Rule
+
+_Probability = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class _InputRule(_Table):
+    mode: Mode = "score"
+    threshold: _Probability | None = None
+    labels: list[str] = []
+    on_failure: OnFailure = "block"
+    max_tokens: int | None = Field(None, ge=1)
+    routes: dict[str, str] = {}
+    shadow_of: str | None = None
+
+    def rule(self) -> Rule:
+        """As the server uses it."""
+        return Rule(
+            mode=self.mode,
+            threshold=self.threshold,
+            labels=tuple(self.labels),
+            on_failure=self.on_failure,
+            max_tokens=self.max_tokens,
+            routes=self.routes,
+            shadow_of=self.shadow_of,
+        )
+
+
+class _OutputRule(_Table):
+    mode: Mode = "score"
+    threshold: _Probability | None = None
+    labels: list[str] = []
+    on_failure: OnFailure = "block"
+    max_tokens: int | None = Field(None, ge=1)
+    shadow_of: str | None = None
+    consecutive: int = Field(2, ge=1)
+    warm_up: int = Field(0, ge=0)
+    hold_back: int | None = Field(None, ge=0)
+
+    def rule(self) -> Rule:
+        """As the server uses it."""
+        return Rule(
+            mode=self.mode,
+            threshold=self.threshold,
+            labels=tuple(self.labels),
+            on_failure=self.on_failure,
+            max_tokens=self.max_tokens,
+            shadow_of=self.shadow_of,
+            consecutive=self.consecutive,
+            warm_up=self.warm_up,
+            hold_back=self.hold_back,
+        )
+
+
+class _File(_Table):
+    timeout_s: Annotated[float, Field(gt=0)] | None = None
+    input: dict[str, _InputRule] = {}
+    output: dict[str, _OutputRule] = {}
+
+
+def read_policy(path: Path) -> Policy:
+    """The policy in a TOML file.
+
+    Raises:
+        SidelightError: Not readable, not TOML, an unknown key, or a value that cannot be.
+    """
+    try:
+        file = _File.model_validate(tomllib.loads(path.read_text("utf-8")))
+    except (OSError, UnicodeDecodeError) as error:
+        raise SidelightError(f"Cannot read {path}: {error}. Name a TOML file.") from error
+    except tomllib.TOMLDecodeError as error:
+        raise SidelightError(f"{path} is not TOML: {error}.") from error
+    except ValidationError as error:
+        raise SidelightError(_wrong(path, error)) from error
+    return Policy(
+        input={name: table.rule() for name, table in file.input.items()},
+        output={name: table.rule() for name, table in file.output.items()},
+        timeout_s=file.timeout_s,
+    )
+
+
+def _wrong(path: Path, error: ValidationError) -> str:
+    first = error.errors()[0]
+    place = ".".join(map(str, first["loc"]))
+    if first["type"] == "extra_forbidden":
+        return f"{path} has an unknown key: {place}. docs/policies.md lists the known ones."
+    return f"{place} in {path}: {first['msg']}, got {first['input']!r}."

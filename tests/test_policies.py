@@ -1,0 +1,401 @@
+"""Rules from a file and from requests, and what clients and gateways see of them."""
+
+import asyncio
+import json
+from dataclasses import replace
+
+import openai
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from live import MODEL, http_client, openai_client, served
+from sidelight.engines import Finished, ResponseScored, TextDelta, TransformersEngine
+from sidelight.errors import SidelightError
+from sidelight.prompts import Reads
+from sidelight.server import create_app
+from sidelight.server.policy import Policy, Rule, clauses_of, read_policy, require_fitting
+from sidelight.server.policy.holding import End, HoldBack
+from sidelight.types import Verdict
+from tiny import INTENT, TOPICS, tiny_backbone, untrained_probe
+
+HELLO = [{"role": "user", "content": "hello"}]
+GREEDY = {"model": MODEL, "messages": HELLO, "temperature": 0, "max_tokens": 6}
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return tiny_backbone()
+
+
+@pytest.fixture(scope="module")
+def probes(backbone):
+    return [
+        untrained_probe(backbone, "toxicity"),
+        untrained_probe(backbone, "intent", task=INTENT, mechanism="gate"),
+        untrained_probe(backbone, "topics", task=TOPICS),
+        untrained_probe(backbone, "late", reads=Reads("response")),
+    ]
+
+
+@pytest.fixture
+def policy_file(tmp_path):
+    def write(text):
+        path = tmp_path / "policy.toml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def test_a_file_says_all_that_a_rule_holds(policy_file):
+    path = policy_file(
+        """
+        timeout_s = 5
+        [input.toxicity]
+        mode = "block"
+        threshold = 1
+        on_failure = "pass"
+        max_tokens = 100
+        [input.intent]
+        mode = "route"
+        routes = { billing = "desk-2" }
+        [output.late]
+        mode = "block"
+        consecutive = 3
+        warm_up = 4
+        hold_back = 5
+        """
+    )
+    assert read_policy(path) == Policy(
+        input={
+            "toxicity": Rule("block", threshold=1.0, on_failure="pass", max_tokens=100),
+            "intent": Rule("route", routes={"billing": "desk-2"}),
+        },
+        output={"late": Rule("block", consecutive=3, warm_up=4, hold_back=5)},
+        timeout_s=5.0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("[input.toxicity]\nmod = 'block'", "input.toxicity.mod"),
+        ("[inputs.toxicity]\nmode = 'block'", "inputs"),
+        ("[input.toxicity]\nmode = 'forbid'", "input.toxicity.mode"),
+        ("[input.toxicity]\nthreshold = 1.1", "input.toxicity.threshold"),
+        ("[input.toxicity]\nthreshold = nan", "input.toxicity.threshold"),
+        ("[input.toxicity]\nthreshold = '0.5'", "input.toxicity.threshold"),
+        ("[input.toxicity]\nconsecutive = 2", "input.toxicity.consecutive"),
+        ("[output.late]\nconsecutive = 0", "output.late.consecutive"),
+        ("[output.late]\nhold_back = -1", "output.late.hold_back"),
+        ("[output.late]\nroutes = {}", "output.late.routes"),
+        ("[output.late]\non_failure = 'open'", "output.late.on_failure"),
+        ("timeout_s = 0", "timeout_s"),
+        ("[input", "is not TOML"),
+    ],
+)
+def test_what_a_file_cannot_say_is_an_error_that_names_it(policy_file, text, told):
+    with pytest.raises(SidelightError, match=told):
+        read_policy(policy_file(text))
+
+
+def test_a_file_that_is_not_there_is_told(tmp_path):
+    with pytest.raises(SidelightError, match=r"nowhere\.toml"):
+        read_policy(tmp_path / "nowhere.toml")
+
+
+@pytest.mark.parametrize(
+    ("policy", "told"),
+    [
+        (Policy(input={"toxic": Rule()}), "Did you mean 'toxicity'"),
+        (Policy(input={"late": Rule("block")}), "no probe 'late' judges it"),
+        (Policy(output={"toxicity": Rule("block")}), "no probe 'toxicity' judges it"),
+        (Policy(input={"intent": Rule("block")}), "flags nothing as it is"),
+        (Policy(input={"intent": Rule("flag", labels=("refund",))}), "flags nothing as it is"),
+        (Policy(input={"topics": Rule("block", labels=("violent",))}), "Did you mean 'violence'"),
+        (Policy(input={"intent": Rule("route", routes={"bill": "x"})}), "names label 'bill'"),
+        (Policy(output={"late": Rule("route")}), "too late for a route"),
+        (Policy(input={"topics": Rule("shadow", shadow_of="late")}), "cannot be the shadow"),
+        (Policy(input={"topics": Rule("block", shadow_of="toxicity")}), "cannot be the shadow"),
+    ],
+)
+def test_a_rule_that_could_not_hold_is_an_error(probes, policy, told):
+    with pytest.raises(SidelightError, match=told):
+        require_fitting(policy, probes)
+
+
+def test_a_server_does_not_start_with_a_policy_that_does_not_fit(backbone, probes):
+    engine = TransformersEngine(backbone, probes)
+    app = create_app(engine, policy=Policy(input={"toxic": Rule()}))
+
+    async def start():
+        async with app.router.lifespan_context(app):
+            pytest.fail("it has started")
+
+    with pytest.raises(SidelightError, match="Did you mean 'toxicity'"):
+        asyncio.run(start())
+    assert not engine.is_ready
+
+
+VERDICTS = st.lists(st.floats(0, 1), min_size=1, max_size=30)
+
+
+@given(
+    scores=VERDICTS,
+    final=st.floats(0, 1),
+    threshold=st.floats(0, 1),
+    consecutive=st.integers(1, 4),
+    warm_up=st.integers(0, 6),
+    hold_back=st.integers(0, 6) | st.none(),
+    text_of=st.lists(st.booleans(), min_size=30, max_size=30),
+)
+def test_text_is_held_and_cut_by_definition(
+    probes, scores, final, threshold, consecutive, warm_up, hold_back, text_of
+):
+    """One token at a time, against a definition that looks at the whole response at once."""
+    rule = Rule(
+        "block",
+        threshold=threshold,
+        consecutive=consecutive,
+        warm_up=warm_up,
+        hold_back=hold_back,
+    )
+    (clause,) = clauses_of(Policy(output={"late": rule}), probes[3:])
+    holding = HoldBack([clause], prompt_tokens=7)
+    held = consecutive if hold_back is None else hold_back
+    count = [i > warm_up and scores[i - 1] >= threshold for i in range(1, len(scores) + 1)]
+    fires = [i for i in range(consecutive, len(scores) + 1) if all(count[i - consecutive : i])]
+    sent, ended, sent_at = [], None, {}
+    for i in range(1, len(scores) + 1):
+        out = holding.push(TextDelta(f"<{i}>", tokens=i)) if text_of[i - 1] else []
+        out += holding.push(ResponseScored(i, (verdict(scores[i - 1]),)))
+        for event in out:
+            if isinstance(event, End):
+                ended = (i, event)
+                break
+            sent.append(event.tokens)
+            sent_at[event.tokens] = i
+        if ended:
+            break
+    assert (ended[0] if ended else None) == (fires[0] if fires else None)
+    for token, at in sent_at.items():
+        assert at >= token + held
+        assert at >= warm_up + consecutive
+        # What was sent had been judged, and did not end a streak.
+        assert not fires or at < fires[0]
+    if ended:
+        assert ended[1].finished.reason == "content_filter"
+        return
+    finished = Finished("stop", 7, len(scores), verdicts=(verdict(final),))
+    *rest, end = holding.push(finished)
+    texts = [i for i in range(1, len(scores) + 1) if text_of[i - 1]]
+    if final >= threshold and texts:
+        assert (rest, end.finished.reason) == ([], "content_filter")
+    else:
+        assert sent + [event.tokens for event in rest] == texts
+        assert end.finished.reason == "stop"
+
+
+def verdict(score):
+    flagged = score >= 0.5
+    label = "toxic" if flagged else "fine"
+    return Verdict("late", label, (label,), {"fine": 1 - score, "toxic": score}, flagged)
+
+
+def test_text_that_an_engine_did_not_score_is_not_sent(probes):
+    """An engine that forgets to score is a fault, and closes."""
+    (clause,) = clauses_of(Policy(output={"late": Rule("block", threshold=1.0)}), probes[3:])
+    holding = HoldBack([clause], prompt_tokens=7)
+    assert holding.push(TextDelta("a", tokens=1)) == []
+    (end,) = holding.push(Finished("stop", 7, 2, verdicts=(verdict(0.0),)))
+    assert end.finished.reason == "content_filter"
+    assert end.decisions[0].action == "fail_closed"
+
+
+def test_an_empty_answer_has_nothing_to_judge(probes):
+    (clause,) = clauses_of(Policy(output={"late": Rule("block")}), probes[3:])
+    (end,) = HoldBack([clause], prompt_tokens=7).push(Finished("stop", 7, 1, failed=("late",)))
+    assert end.finished.reason == "stop"
+
+
+def asked(backbone, loaded, policy, **request):
+    """The raw response of one chat request."""
+    with (
+        served(TransformersEngine(backbone, loaded), policy=policy) as address,
+        openai_client(address) as client,
+    ):
+        extra = {key: request.pop(key) for key in ("policies", "probes") if key in request}
+        return client.chat.completions.with_raw_response.create(
+            **GREEDY, **request, extra_body=extra
+        )
+
+
+def test_a_threshold_moves_the_reported_flag(backbone, probes):
+    policy = Policy(
+        input={"toxicity": Rule(threshold=0.0), "topics": Rule(threshold=0.0, labels=("sexual",))}
+    )
+    answer = asked(backbone, probes, policy).parse()
+    by_probe = {v["probe"]: v for v in answer.model_extra["sidelight"]["verdicts"]}
+    assert (by_probe["toxicity"]["label"], by_probe["toxicity"]["flagged"]) == ("toxic", True)
+    assert by_probe["topics"]["labels"] == ["sexual"]
+    assert answer.moderation.input.results[0].flagged
+
+
+def test_marks_tell_a_gateway_what_is_flagged_and_where_to_go(backbone, probes):
+    policy = Policy(
+        input={
+            "toxicity": Rule("flag", threshold=0.0),
+            "intent": Rule("route", routes={label: f"desk of {label}" for label in INTENT.labels}),
+            "topics": Rule("route", threshold=0.0, labels=("violence",)),
+        },
+        output={"late": Rule("flag", threshold=0.0)},
+    )
+    raw = asked(backbone, probes, policy, probes=["intent"])
+    intent = json.loads(raw.headers["x-sidelight-verdicts"])[0]["label"]
+    assert raw.headers["x-sidelight-flagged"] == "toxicity, late"
+    assert raw.headers["x-sidelight-route"] == f"desk of {intent}, violence"
+    unmarked = asked(backbone, probes, Policy(input={"toxicity": Rule("flag", threshold=1.0)}))
+    assert not {"x-sidelight-flagged", "x-sidelight-route"} & unmarked.headers.keys()
+
+
+def test_a_route_says_when_it_could_not_be_found(backbone):
+    broken = untrained_probe(backbone, "intent", task=INTENT)
+    broken.mechanism.bias.fill_(float("nan"))
+    raw = asked(backbone, [broken], Policy(input={"intent": Rule("route")}))
+    assert raw.headers["x-sidelight-route"] == "verdict_failed"
+
+
+def test_a_label_cannot_forge_a_header(backbone):
+    labels = replace(INTENT, labels=("billing", "a\r\nx-admin: 1, é", "other"))
+    probe = untrained_probe(backbone, "intent", task=labels)
+    routes = dict.fromkeys(labels.labels, labels.labels[1])
+    raw = asked(backbone, [probe], Policy(input={"intent": Rule("route", routes=routes)}))
+    assert raw.headers["x-sidelight-route"] == "a%0D%0Ax-admin: 1%2C %C3%A9"
+    assert "x-admin" not in raw.headers
+
+
+def test_a_blocked_prompt_is_openais_own_error(backbone, probes):
+    policy = Policy(input={"toxicity": Rule("block", threshold=0.0)})
+    with pytest.raises(openai.BadRequestError) as blocked:
+        asked(backbone, probes, policy, probes=["intent"])
+    assert blocked.value.code == "content_filter"
+    assert "toxicity" in blocked.value.message
+    assert "hello" not in blocked.value.message
+    verdicts = json.loads(blocked.value.response.headers["x-sidelight-verdicts"])
+    assert verdicts[0]["flagged"]
+
+
+def test_a_probe_that_blocks_is_reported_whoever_was_asked_for(backbone, probes):
+    policy = Policy(output={"late": Rule("block", threshold=0.0, consecutive=1)})
+    answer = asked(backbone, probes, policy, probes=["intent"]).parse()
+    assert answer.choices[0].finish_reason == "content_filter"
+    reported = [v["probe"] for v in answer.model_extra["sidelight"]["verdicts"]]
+    assert reported == ["intent", "late"]
+    assert answer.moderation.output.results[0].flagged
+    assert answer.usage.completion_tokens < 6
+
+
+BLOCK = {"model": "probes", "policy": {"input": {"mode": "block"}}}
+BLOCK_OUTPUT = {"model": "probes", "policy": {"output": {"mode": "block"}}}
+
+
+def test_a_request_may_ask_to_be_blocked(backbone, probes):
+    flagging = Policy(input={"toxicity": Rule(threshold=0.0)})
+    with pytest.raises(openai.BadRequestError, match="blocked by toxicity"):
+        asked(backbone, probes, flagging, moderation=BLOCK, probes=["toxicity"])
+    with pytest.raises(openai.BadRequestError, match="blocked by toxicity"):
+        asked(backbone, probes, None, policies={"toxicity": {"mode": "block", "threshold": 0}})
+    passing = Policy(input={"toxicity": Rule(threshold=1.0)})
+    asked(backbone, probes, passing, moderation=BLOCK, probes=["toxicity"])
+    output = {"late": Rule(threshold=0.0)}
+    cut = asked(backbone, probes, Policy(output=output), moderation=BLOCK_OUTPUT).parse()
+    assert cut.choices[0].finish_reason == "content_filter"
+
+
+@pytest.mark.parametrize(
+    ("request_", "code"),
+    [
+        (
+            {"moderation": {"model": "x", "policy": {"input": {"mode": "score"}}}},
+            "policy_too_loose",
+        ),
+        ({"policies": {"toxicity": {"mode": "score"}}}, "policy_too_loose"),
+        ({"policies": {"toxicity": {"threshold": 0.9}}}, "policy_too_loose"),
+        ({"policies": {"topics": {"threshold": 0.9}}}, "policy_too_loose"),
+        ({"policies": {"intent": {"mode": "block"}}}, "cannot_block"),
+        ({"policies": {"hidden": {"mode": "block"}}}, "probe_not_found"),
+        ({"moderation": BLOCK, "probes": ["intent"]}, "no_prompt_probe"),
+        ({"moderation": BLOCK_OUTPUT, "probes": ["toxicity"]}, "no_response_probe"),
+    ],
+)
+def test_a_wish_that_is_looser_or_without_effect_is_a_400(backbone, probes, request_, code):
+    policy = Policy(input={"toxicity": Rule("block", threshold=0.8), "hidden": Rule("shadow")})
+    hidden = untrained_probe(backbone, "hidden")
+    with pytest.raises(openai.BadRequestError) as refused:
+        asked(backbone, [*probes, hidden], policy, **request_)
+    assert refused.value.code == code
+    assert "hidden" not in refused.value.message.partition("Known: ")[2]
+
+
+def test_no_request_is_answered_that_asks_for_a_looser_rule(backbone, probes):
+    """A score where the server blocks is refused, even for probes that were not asked about."""
+    policy = Policy(input={"toxicity": Rule("block", threshold=1.0)})
+    loose = {"model": "x", "policy": {"input": {"mode": "score"}}}
+    with pytest.raises(openai.BadRequestError):
+        asked(backbone, probes, policy, moderation=loose, probes=["intent"])
+
+
+def test_a_shadow_is_in_no_answer_and_in_the_counts(backbone, probes):
+    hidden = untrained_probe(backbone, "hidden")
+    failing = untrained_probe(backbone, "failing")
+    failing.mechanism.bias.fill_(float("nan"))
+    policy = Policy(
+        input={
+            "toxicity": Rule(threshold=0.0),
+            "hidden": Rule("shadow", threshold=0.0, shadow_of="toxicity"),
+            "failing": Rule("shadow", shadow_of="toxicity"),
+        }
+    )
+    engine = TransformersEngine(backbone, [*probes, hidden, failing])
+    with served(engine, policy=policy) as address, http_client(address) as http:
+        chat = http.post("/v1/chat/completions", json=GREEDY)
+        stream = http.post("/v1/chat/completions", json={**GREEDY, "stream": True})
+        others = [
+            http.get("/v1/models"),
+            http.post("/v1/moderations", json={"input": "x"}),
+            http.post("/classify", json={"input": "x"}),
+            http.post("/v1/moderations", json={"input": "x", "probes": ["hidden"]}),
+        ]
+        text = http.get("/metrics").text
+    answers = [chat, stream, *others]
+    assert [response.status_code for response in answers] == [200, 200, 200, 200, 400, 400]
+    for response in answers[:-1]:
+        said = response.text + str(response.headers)
+        assert "hidden" not in said
+        assert "failing" not in said
+    assert "hidden" not in others[-1].text.split("Known")[1]
+    # Categories keep their bare names: a shadow does not make one ambiguous.
+    assert "toxicity/toxic" in chat.text
+    agreed = 'sidelight_shadow_agreements_total{agreement="same",probe="toxicity",shadow="hidden"}'
+    assert f"{agreed} 3.0" in text
+    assert 'agreement="failed",probe="toxicity",shadow="failing"} 3.0' in text
+    assert 'sidelight_actions_total{action="shadow",probe="hidden",side="input"} 3.0' in text
+
+
+def test_what_was_not_judged_is_logged_and_counted(backbone, capfd):
+    broken = untrained_probe(backbone, "early")
+    broken.mechanism.bias.fill_(float("nan"))
+    rule = Rule("block")
+    for on_failure, status in (("pass", 200), ("block", 500)):
+        policy = Policy(input={"early": replace(rule, on_failure=on_failure)})
+        engine = TransformersEngine(backbone, [broken])
+        with served(engine, policy=policy) as address, http_client(address) as http:
+            assert http.post("/v1/chat/completions", json=GREEDY).status_code == status
+            text = http.get("/metrics").text
+        action = {"pass": "fail_open", "block": "fail_closed"}[on_failure]
+        counted = f'sidelight_actions_total{{action="{action}",probe="early",side="input"}} 1.0'
+        assert counted in text
+        logged = capfd.readouterr().err
+        assert "Probe 'early' gave no verdict on the input" in logged
+        assert "hello" not in logged

@@ -1,0 +1,280 @@
+"""The table of outcomes in docs/policies.md is what a live server does."""
+
+import json
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from live import MODEL, http_client, served
+from sidelight.backbones import TransformersBackbone
+from sidelight.engines import ResponseScored, Sampling, TextDelta, TransformersEngine
+from sidelight.probe import Probe
+from sidelight.prompts import Reads
+from sidelight.server.policy import Policy, Rule
+from test_engine_decoding import run
+from test_engine_running_verdicts import events_of
+from tiny import tiny_backbone, untrained_probe
+
+PAGE = Path(__file__).parent.parent / "docs" / "policies.md"
+TEXT = "hello"
+TOKENS = 24
+REQUEST = {
+    "model": MODEL,
+    "messages": [{"role": "user", "content": TEXT}],
+    "temperature": 0,
+    "max_tokens": TOKENS,
+}
+# The forward pass in which faults strike: it reads the response's eighth token.
+FAULTY_PASS = 9
+CUT_AT = FAULTY_PASS - 1
+
+
+@dataclass(frozen=True)
+class Server:
+    """What runs in one case; each case has its own, since faults are real."""
+
+    backbone: TransformersBackbone
+    early: Probe
+    late: Probe
+
+    def at_pass(self, number: int, fault: Callable[[], None]) -> None:
+        passes: list[int] = []
+
+        def count(*_):
+            passes.append(1)
+            if len(passes) == number:
+                fault()
+
+        self.backbone.model.register_forward_pre_hook(count)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way in which a request goes."""
+
+    side: str
+    rule: Rule = field(default_factory=Rule)
+    timeout_s: float | None = None
+    fault: Callable[[Server], None] = lambda server: None
+    cut_at: int = 0
+
+
+def spoil(probe):
+    """Its logits are no numbers from now on."""
+    probe.mechanism.bias.fill_(float("nan"))
+
+
+def derange(probe):
+    """Its next use raises, as torch does where shapes do not fit."""
+    probe.mechanism.gate = nn.Parameter(torch.zeros(4, 32, 9), requires_grad=False)
+
+
+def fail():
+    raise RuntimeError("out of memory")
+
+
+def delayed(server):
+    server.at_pass(1, lambda: time.sleep(0.5))
+
+
+FLAGS_ALL = Rule(threshold=0.0)
+FLAGS_NONE = Rule(threshold=1.0)
+
+
+def written():
+    """The whole text by deltas, and the running score of each token."""
+    server = new_server()
+    sampling = Sampling(temperature=0.0, max_tokens=TOKENS)
+    probes = [server.early, server.late]
+    events = run(server.backbone, lambda engine: events_of(engine, TEXT, sampling), probes=probes)
+    scores = [e.verdicts[0].probabilities["toxic"] for e in events if isinstance(e, ResponseScored)]
+    return [event for event in events if isinstance(event, TextDelta)], scores
+
+
+def new_server():
+    backbone = tiny_backbone()
+    early = untrained_probe(backbone, "early")
+    return Server(backbone, early, untrained_probe(backbone, "late", reads=Reads("response")))
+
+
+DELTAS, SCORES = written()
+
+
+def midway_threshold():
+    """A threshold that two tokens in a row reach in the middle of the text, and none before."""
+    for cut_at in range(6, TOKENS - 6):
+        threshold = min(SCORES[cut_at - 2 : cut_at])
+        streaks = [min(SCORES[i - 2 : i]) >= threshold for i in range(2, cut_at)]
+        if not any(streaks):
+            return threshold, cut_at
+    raise AssertionError("this text has no such place")
+
+
+THRESHOLD, FLAGGED_AT = midway_threshold()
+CASES = {
+    "prompt flagged": Case("input", FLAGS_ALL),
+    "prompt's verdict is NaN": Case("input", FLAGS_NONE, fault=lambda s: spoil(s.early)),
+    "prompt longer than `max_tokens`": Case("input", replace(FLAGS_NONE, max_tokens=3)),
+    "prompt's verdict later than `timeout_s`": Case(
+        "input", FLAGS_NONE, timeout_s=0.1, fault=delayed
+    ),
+    "prompt's probe raises": Case("input", FLAGS_NONE, fault=lambda s: derange(s.early)),
+    "response flagged midway": Case("output", Rule(threshold=THRESHOLD), cut_at=FLAGGED_AT),
+    "flagged response shorter than the warm-up": Case(
+        "output", Rule(threshold=0.0, warm_up=TOKENS)
+    ),
+    "response's verdict is NaN": Case("output", FLAGS_NONE, fault=lambda s: spoil(s.late)),
+    "response's verdict is NaN midway": Case(
+        "output",
+        FLAGS_NONE,
+        fault=lambda s: s.at_pass(FAULTY_PASS, lambda: spoil(s.late)),
+        cut_at=CUT_AT,
+    ),
+    "response longer than `max_tokens`": Case(
+        "output", replace(FLAGS_NONE, max_tokens=CUT_AT - 1), cut_at=CUT_AT
+    ),
+    "response's probe raises midway": Case(
+        "output",
+        FLAGS_NONE,
+        fault=lambda s: s.at_pass(FAULTY_PASS, lambda: derange(s.late)),
+        cut_at=CUT_AT,
+    ),
+    "engine fails midway": Case(
+        "output", FLAGS_NONE, fault=lambda s: s.at_pass(FAULTY_PASS, fail), cut_at=CUT_AT
+    ),
+    "client leaves midway": Case("output", FLAGS_NONE),
+}
+
+
+def rows():
+    table = PAGE.read_text().split("| case | rule |")[1].split("\n\n")[0]
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]
+    ]
+
+
+ROWS = rows()
+TOLD = [row for row in ROWS if row[0] != "client leaves midway"]
+
+
+def test_every_case_is_in_the_table():
+    assert {row[0] for row in ROWS} == CASES.keys()
+
+
+@pytest.mark.parametrize("row", TOLD, ids=[f"{row[0]}, {row[1]}" for row in TOLD])
+def test_what_happens_is_what_the_table_says(row):
+    name, rule, plain, streamed, text = row
+    case = CASES[name]
+    with serving(case, rule) as address:
+        assert plain_outcome(address) == plain
+    with serving(case, rule) as address:
+        outcome, got = streamed_outcome(address)
+    assert outcome == streamed
+    assert shape(got, case) == text
+
+
+def serving(case, rule):
+    server = new_server()
+    engine = TransformersEngine(server.backbone, [server.early, server.late])
+    case.fault(server)
+    return served(engine, policy=policy_of(case, rule))
+
+
+def policy_of(case, cell):
+    mode, *settings = re.findall(r"`([^`]+)`", cell)
+    assert settings in ([], ['on_failure = "pass"'])
+    own = replace(case.rule, mode=mode, on_failure="pass" if settings else "block")
+    by_side = {"input": {"early": own}} if case.side == "input" else {"output": {"late": own}}
+    return Policy(timeout_s=case.timeout_s, **by_side)
+
+
+def plain_outcome(address):
+    with http_client(address) as http:
+        response = http.post("/v1/chat/completions", json=REQUEST)
+    body = response.json()
+    if response.status_code != 200:
+        assert "choices" not in body
+        return f"{response.status_code} {body['error']['code']}"
+    (choice,) = body["choices"]
+    return told(200, choice["finish_reason"], body["moderation"])
+
+
+def streamed_outcome(address):
+    with (
+        http_client(address) as http,
+        http.stream("POST", "/v1/chat/completions", json={**REQUEST, "stream": True}) as response,
+    ):
+        lines = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+    if response.status_code != 200:
+        return f"{response.status_code} {json.loads(lines[0])['error']['code']}", ""
+    chunks = [json.loads(line) for line in lines if line != "[DONE]"]
+    deltas = [chunk["choices"][0] for chunk in chunks if chunk.get("choices")]
+    text = "".join(delta["delta"].get("content", "") for delta in deltas)
+    if "error" in chunks[-1]:
+        assert "[DONE]" not in lines
+        return f"200 error {chunks[-1]['error']['code']}", text
+    moderation = [chunk["moderation"] for chunk in chunks if "moderation" in chunk][-1]
+    return told(200, deltas[-1]["finish_reason"], moderation), text
+
+
+def told(status, reason, moderation):
+    code = moderation["output"].get("code", "")
+    return f"{status} {reason} {code}".strip()
+
+
+def shape(text, case):
+    whole = "".join(delta.text for delta in DELTAS)
+    if text in ("", whole):
+        return "all" if text else "none"
+    assert whole.startswith(text)
+    return "judged part" if text == judged_part(case.cut_at) else "part"
+
+
+def judged_part(cut_at, hold_back=2, blind_until=2):
+    """By definition: a text is sent once a token ``hold_back`` later was judged, before the cut."""
+    return "".join(
+        delta.text
+        for delta in DELTAS
+        if any(delta.tokens + hold_back <= i >= blind_until for i in range(1, cut_at))
+    )
+
+
+def test_nothing_unjudged_has_left_when_a_client_leaves():
+    (row,) = [row for row in ROWS if row[0] == "client leaves midway"]
+    assert row[2:] == ["", "", "judged part"]
+    server = new_server()
+    passes: list[int] = []
+    server.backbone.model.register_forward_pre_hook(lambda *_: (passes.append(1), None)[1])
+    engine = TransformersEngine(server.backbone, [server.early, server.late])
+    policy = policy_of(CASES["client leaves midway"], row[1])
+    body = {**REQUEST, "stream": True, "max_tokens": 200}
+    with served(engine, policy=policy) as address, http_client(address) as http:
+        with http.stream("POST", "/v1/chat/completions", json=body) as response:
+            for line in response.iter_lines():
+                if '"content":"' in line and '"content":""' not in line:
+                    break
+        deadline = time.monotonic() + 5
+        while engine.load.running:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert len(passes) < 200
+
+
+def test_a_blocked_prompt_costs_its_prefill_only():
+    server = new_server()
+    passes: list[int] = []
+    server.backbone.model.register_forward_pre_hook(lambda *_: (passes.append(1), None)[1])
+    engine = TransformersEngine(server.backbone, [server.early, server.late])
+    policy = Policy(input={"early": replace(FLAGS_ALL, mode="block")})
+    with served(engine, policy=policy) as address, http_client(address) as http:
+        for stream in (False, True):
+            response = http.post("/v1/chat/completions", json={**REQUEST, "stream": stream})
+            assert response.status_code == 400
+            assert engine.load.running == engine.load.waiting == 0
+    assert len(passes) == 2
