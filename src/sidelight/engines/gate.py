@@ -1,0 +1,44 @@
+"""Lets requests through, and lets everything stand still for a moment."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+
+
+class Gate:
+    """Open until somebody needs it closed; that one waits until nobody is inside."""
+
+    def __init__(self) -> None:
+        self._inside = 0
+        self._is_open = True
+        self._changed = asyncio.Condition()
+
+    @asynccontextmanager
+    async def passing(self) -> AsyncGenerator[None]:
+        """Inside the gate; waits while it is closed."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._is_open)
+            self._inside += 1
+        try:
+            yield
+        finally:
+            self._inside -= 1
+            # Shielded from a cancelled caller: whoever waits for the last one must hear of it.
+            await asyncio.shield(self._announce())
+
+    @asynccontextmanager
+    async def closed(self) -> AsyncGenerator[None]:
+        """Nobody is inside, and nobody enters; one at a time."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._is_open)
+            self._is_open = False
+            await self._changed.wait_for(lambda: self._inside == 0)
+        try:
+            yield
+        finally:
+            self._is_open = True
+            await asyncio.shield(self._announce())
+
+    async def _announce(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()

@@ -1,0 +1,289 @@
+# pyright: reportMissingImports=false
+"""Conversations to requests of vLLM, with places, order and the change of probes."""
+
+import asyncio
+import uuid
+from collections.abc import AsyncGenerator, Collection, Coroutine, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from sidelight.backbones import Fingerprint
+from sidelight.engines.base import (
+    Admission,
+    Engine,
+    EngineBusyError,
+    EngineUnavailableError,
+    Event,
+    GenerationError,
+    Load,
+    PromptJudged,
+    Sampling,
+    Tokens,
+    admit_all,
+    require_watchable,
+    verdict_failure,
+)
+from sidelight.engines.gate import Gate
+from sidelight.engines.judging import Judgement
+from sidelight.engines.line import Limits
+from sidelight.engines.vllm.requests import (
+    Names,
+    Request,
+    judgement,
+    require_drawable,
+    sampling_params,
+)
+from sidelight.engines.vllm.shelf import Shelf
+from sidelight.errors import ContextLengthError, SidelightError
+from sidelight.probe import Probe
+from sidelight.prompts import (
+    Conversation,
+    EncodedPrompt,
+    Message,
+    PlainText,
+    PromptEncoder,
+)
+
+# A conversation that every probe has to judge before it is served.
+_WARM = [Message("user", "Hello"), Message("assistant", "Hello")]
+
+
+class VllmEngine(Engine):
+    """Serves one model with its probes; made by ``load_vllm_engine``.
+
+    Args:
+        llm: vLLM's engine, the plugin loaded in it.
+        probes: What it was started with.
+        name: Of the model, in requests.
+        encoder: Of the model.
+        tokenizer: Of the model.
+        fingerprint: Of the model.
+        shelf: Where its workers find probes.
+        limits: Most requests at once.
+    """
+
+    def __init__(
+        self,
+        llm: Any,
+        probes: Sequence[Probe],
+        *,
+        name: str,
+        encoder: PromptEncoder,
+        tokenizer: Any,
+        fingerprint: Fingerprint,
+        shelf: Shelf,
+        limits: Limits | None = None,
+    ):
+        self._llm = llm
+        self._probes = tuple(probes)
+        self._name = name
+        self._encoder = encoder
+        self._tokenizer = tokenizer
+        self._fingerprint = fingerprint
+        self._shelf = shelf
+        self._limits = limits or Limits()
+        self._room = min(encoder.max_tokens, llm.vllm_config.model_config.max_model_len)
+        self._gate = Gate()
+        self._waiting = 0
+        self._running = 0
+        self._is_open = False
+
+    @property
+    def model(self) -> str:
+        """The name that requests give as ``model``."""
+        return self._name
+
+    @property
+    def probes(self) -> Sequence[Probe]:
+        """Every loaded probe."""
+        return self._probes
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest input that the model reads."""
+        return self._room
+
+    @property
+    def load(self) -> Load:
+        """The requests in it now; one waits until its prompt has been read."""
+        return Load(running=self._running, waiting=self._waiting)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether requests are accepted."""
+        return self._is_open and not self._llm.errored
+
+    async def start(self) -> None:
+        """Begins to accept requests."""
+        self._is_open = True
+
+    async def close(self) -> None:
+        """Ends vLLM's processes."""
+        self._is_open = False
+        await asyncio.to_thread(self._llm.shutdown)
+
+    async def replace_probes(self, probes: Sequence[Probe]) -> None:
+        """Serves these probes from now on, once each has given a verdict on a short text.
+
+        Waits until the requests in the engine are done; new ones wait meanwhile.
+        """
+        require_same(probes, self._fingerprint)
+        before = self._probes
+        async with self._gate.closed():
+            await self._put(probes)
+            try:
+                judged = await self._judge_one(_WARM, self._probes)
+                if judged.failed:
+                    raise verdict_failure(judged.failed)
+            except SidelightError:
+                await self._put(before)
+                raise
+
+    async def _put(self, probes: Sequence[Probe]) -> None:
+        folders = await asyncio.to_thread(self._shelf.put, probes)
+        failures = await self._llm.collective_rpc("sidelight_load", args=(folders,))
+        if any(failures):
+            raise SidelightError(next(filter(None, failures)))
+        # Cached blocks hold what the old probes read.
+        await self._llm.reset_prefix_cache()
+        self._probes = tuple(probes)
+
+    async def tokenize(self, text: Conversation) -> Tokens:
+        """The tokens that ``generate``, or for a text with a response ``judge``, would read."""
+        ids = (await asyncio.to_thread(self._read, text)).token_ids
+        return Tokens(ids, tuple(self._tokenizer.convert_ids_to_tokens(ids)))
+
+    def generate(
+        self,
+        messages: Conversation,
+        sampling: Sampling,
+        *,
+        watch: Collection[str] = (),
+        admits: Admission = admit_all,
+    ) -> AsyncGenerator[Event, None]:
+        """``PromptJudged``, any number of ``TextDelta``, ``Finished``; closing it cancels.
+
+        vLLM draws the first token in the step that gives the verdicts; where ``admits`` says no,
+        nobody sees it.
+        """
+        require_watchable(watch, self._probes)
+        request = Request(self, Names.of(self._probes), frozenset(watch), admits)
+        return self._written(messages, sampling, request, self._probes)
+
+    async def _written(
+        self,
+        messages: Conversation,
+        sampling: Sampling,
+        request: Request,
+        probes: tuple[Probe, ...],
+    ) -> AsyncGenerator[Event, None]:
+        require_drawable(sampling)
+        prompt = await asyncio.to_thread(self._encoder.encode, messages)
+        params = sampling_params(sampling, self._limit(prompt, sampling.max_tokens), prompt)
+        async with self._gate.passing():
+            self._require_current(probes)
+            async with aclosing(request.events(prompt, params)) as events:
+                async for event in events:
+                    yield event
+
+    def judge(
+        self, conversations: Sequence[Sequence[Message]]
+    ) -> Coroutine[Any, Any, list[PromptJudged]]:
+        """The verdicts on each conversation, from one pass each."""
+        return self._judge(conversations, self._probes)
+
+    async def _judge(
+        self, conversations: Sequence[Sequence[Message]], probes: tuple[Probe, ...]
+    ) -> list[PromptJudged]:
+        async with self._gate.passing():
+            self._require_current(probes)
+            return await asyncio.gather(*(self._judge_one(c, probes) for c in conversations))
+
+    async def _judge_one(
+        self, messages: Sequence[Message], probes: tuple[Probe, ...]
+    ) -> PromptJudged:
+        prompt = await asyncio.to_thread(self._read, messages)
+        judged, names = await self.check(prompt), Names.of(probes)
+        own = judged.of(names.early | names.late if _has_response(messages) else names.early)
+        return PromptJudged(own.verdicts, own.failed, tokens=len(prompt))
+
+    def _read(self, text: Conversation) -> EncodedPrompt:
+        if isinstance(text, PlainText) or not _has_response(text):
+            return self._encoder.encode(text)
+        return self._encoder.encode(text[:-1], response=text[-1].content)
+
+    async def check(self, prompt: EncodedPrompt) -> Judgement:
+        """What all probes say of these tokens; the one token that vLLM must write is dropped."""
+        self._limit(prompt, 1)
+        judged = Judgement()
+        async for output in self.outputs(
+            prompt, sampling_params(Sampling(temperature=0), 1, prompt)
+        ):
+            judged = judgement(output)
+        return judged
+
+    async def outputs(self, prompt: EncodedPrompt, params: Any) -> AsyncGenerator[Any, None]:
+        """VLLM's outputs of one request.
+
+        Raises:
+            EngineBusyError: The line is full.
+            EngineUnavailableError: vLLM has stopped.
+            GenerationError: It gave up this request.
+        """
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        self._require_room()
+        tokens = {"prompt_token_ids": list(prompt.token_ids)}
+        self._waiting += 1
+        is_waiting = True
+        try:
+            async with aclosing(self._llm.generate(tokens, params, uuid.uuid4().hex)) as outputs:
+                async for output in outputs:
+                    if is_waiting:
+                        self._waiting, self._running = self._waiting - 1, self._running + 1
+                        is_waiting = False
+                    yield output
+        except EngineDeadError as error:
+            raise EngineUnavailableError(
+                "vLLM has stopped; its log says why. Start the server again."
+            ) from error
+        except EngineGenerateError as error:
+            raise GenerationError("vLLM gave up this request; its log says why.") from error
+        finally:
+            if is_waiting:
+                self._waiting -= 1
+            else:
+                self._running -= 1
+
+    def _limit(self, prompt: EncodedPrompt, wanted: int | None) -> int:
+        room = self._room - len(prompt)
+        if room < 1:
+            raise ContextLengthError(
+                f"The prompt has {len(prompt)} tokens with its template and fills the context of "
+                f"{self._room}, so nothing can be written. Shorten it."
+            )
+        return min(room, room if wanted is None else wanted)
+
+    def _require_room(self) -> None:
+        if not self.is_ready:
+            raise EngineUnavailableError("The engine is not running. Try again when /ready is 200.")
+        most = self._limits.running + self._limits.waiting
+        if self._running + self._waiting >= most:
+            raise EngineBusyError(
+                f"{most} requests are in the engine already. Try again in a moment.",
+                retry_after_s=1,
+            )
+
+    def _require_current(self, probes: tuple[Probe, ...]) -> None:
+        if probes is not self._probes:
+            raise EngineUnavailableError("The probes have just been replaced. Ask again.")
+
+
+def _has_response(messages: Sequence[Message]) -> bool:
+    return bool(messages) and messages[-1].role == "assistant"
+
+
+def require_same(probes: Sequence[Probe], fingerprint: Fingerprint) -> None:
+    """Checks that the probes belong to this model."""
+    for probe in probes:
+        probe.fingerprint.require(fingerprint, probe=probe.name)

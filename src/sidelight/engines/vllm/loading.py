@@ -1,0 +1,83 @@
+# pyright: reportMissingImports=false
+"""Starts vLLM with the plugin in it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from sidelight.backbones import load_backbone
+from sidelight.engines.line import Limits
+from sidelight.engines.vllm.engine import VllmEngine, require_same
+from sidelight.engines.vllm.shelf import Shelf
+from sidelight.errors import SidelightError, did_you_mean
+from sidelight.probe import Probe
+from sidelight.vllm_plugin.settings import KEY
+
+
+def load_vllm_engine(
+    model: str,
+    probes: Sequence[Probe],
+    *,
+    dtype: str = "auto",
+    limits: Limits | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> VllmEngine:
+    """A running engine.
+
+    Args:
+        model: ``smollm2``, a folder, or a hub id.
+        probes: Probes trained on it.
+        dtype: As vLLM takes it.
+        limits: ``running`` and ``waiting`` together bound the requests in the engine.
+        options: Fields of vLLM's ``AsyncEngineArgs``.
+
+    Raises:
+        SidelightError: vLLM is not installed, an option is unknown, a probe belongs to another
+            model, or a feature is in use that the plugin does not support.
+    """
+    args_type, engine_type = _vllm()
+    prompt_format = probes[0].prompt_format if probes else None
+    # Loaded for who it is and how it reads text; the weights that serve are vLLM's own.
+    backbone = load_backbone(model, device="cpu", prompt_format=prompt_format)
+    path = backbone.model.config._name_or_path  # pyright: ignore[reportPrivateUsage]
+    encoder, tokenizer, fingerprint = backbone.encoder, backbone.tokenizer, backbone.fingerprint
+    del backbone
+    require_same(probes, fingerprint)
+    shelf = Shelf()
+    named = {"probes": shelf.put(probes), "fingerprint": asdict(fingerprint)}
+    given = {"max_model_len": encoder.max_tokens, **(options or {})}
+    for name in given:
+        if name not in args_type.__dataclass_fields__:
+            raise SidelightError(
+                f"vLLM has no option '{name}'.{did_you_mean(name, args_type.__dataclass_fields__)}"
+            )
+    arguments = args_type(
+        model=path,
+        dtype=dtype,
+        disable_log_stats=True,
+        additional_config={KEY: named},
+        **given,
+    )
+    llm = engine_type.from_engine_args(arguments)
+    return VllmEngine(
+        llm,
+        probes,
+        name=model,
+        encoder=encoder,
+        tokenizer=tokenizer,
+        fingerprint=fingerprint,
+        shelf=shelf,
+        limits=limits,
+    )
+
+
+def _vllm() -> tuple[Any, Any]:
+    try:
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+    except ImportError as error:
+        raise SidelightError(
+            "vLLM is not installed in this environment. docs/vllm.md says how; or use "
+            "--engine transformers."
+        ) from error
+    return AsyncEngineArgs, AsyncLLM

@@ -1,0 +1,179 @@
+# pyright: reportMissingImports=false
+"""One text being written by vLLM, as events: its outputs, and what they say of its tokens."""
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import Any, Protocol
+
+from sidelight.engines.base import (
+    Admission,
+    Event,
+    Finished,
+    GenerationError,
+    PromptJudged,
+    ResponseScored,
+    Sampling,
+    TextDelta,
+)
+from sidelight.engines.judging import Judgement
+from sidelight.errors import SidelightError
+from sidelight.probe import Probe
+from sidelight.prompts import EncodedPrompt, Part
+from sidelight.vllm_plugin.panel import verdict_of
+from sidelight.vllm_plugin.params import KEY, request_params
+
+
+class Reader(Protocol):
+    """What runs tokens through the model."""
+
+    def outputs(self, prompt: EncodedPrompt, params: Any) -> AsyncGenerator[Any, None]:
+        """VLLM's outputs of one request."""
+        ...
+
+    async def check(self, prompt: EncodedPrompt) -> Judgement:
+        """What all probes say of these tokens."""
+        ...
+
+
+class Names:
+    """Which probes speak when."""
+
+    def __init__(self, early: frozenset[str], late: frozenset[str]):
+        self.early = early
+        self.late = late
+
+    @staticmethod
+    def of(probes: Sequence[Probe]) -> "Names":
+        """Those of the prompt, and those of the response."""
+        early = frozenset(probe.name for probe in probes if probe.reads.side == "prompt")
+        return Names(early, frozenset(probe.name for probe in probes) - early)
+
+
+class Request:
+    """One text being written, as events.
+
+    Args:
+        reader: Runs it.
+        names: Which probes speak when.
+        watch: Probes that are scored after every token.
+        admits: Whether the text is written, once the prompt has been judged.
+    """
+
+    def __init__(self, reader: Reader, names: Names, watch: frozenset[str], admits: Admission):
+        self._reader = reader
+        self._names = names
+        self._watch = watch
+        self._admits = admits
+        self._written: list[int] = []
+
+    async def events(self, prompt: EncodedPrompt, params: Any) -> AsyncGenerator[Event, None]:
+        """As ``Engine.generate``."""
+        async with aclosing(self._reader.outputs(prompt, params)) as outputs:
+            first = await anext(outputs)
+            early = judgement(first).of(self._names.early)
+            judged = PromptJudged(early.verdicts, early.failed, tokens=len(prompt))
+            is_admitted = self._admits(judged)
+            if is_admitted:
+                yield judged
+                async for event in self._texts(prompt, first):
+                    yield event
+                async for output in outputs:
+                    async for event in self._texts(prompt, output):
+                        yield event
+        if not is_admitted:
+            # Only now: the request has left vLLM.
+            yield judged
+
+    async def _texts(self, prompt: EncodedPrompt, output: Any) -> AsyncGenerator[Event, None]:
+        judged, completion = judgement(output), output.outputs[0]
+        self._written += completion.token_ids
+        # The newest token is not read yet.
+        read = len(self._written) - 1
+        if self._watch and read:
+            yield self._scored(read, judged)
+        if completion.text:
+            yield TextDelta(completion.text, tokens=len(self._written))
+        if completion.finish_reason is not None:
+            async for event in self._ending(prompt, completion, judged):
+                yield event
+
+    async def _ending(
+        self, prompt: EncodedPrompt, completion: Any, judged: Judgement
+    ) -> AsyncGenerator[Event, None]:
+        if completion.finish_reason not in ("stop", "length"):
+            raise GenerationError(f"vLLM ended this request: {completion.finish_reason}.")
+        ends_in_text = completion.finish_reason == "length" or isinstance(
+            completion.stop_reason, str
+        )
+        if self._watch and ends_in_text:
+            judged = await self._reader.check(self._whole(prompt))
+            yield self._scored(len(self._written), judged)
+        late = judged.of(self._names.late)
+        yield Finished(
+            reason=completion.finish_reason,
+            prompt_tokens=len(prompt),
+            completion_tokens=len(self._written),
+            verdicts=late.verdicts,
+            failed=late.failed,
+        )
+
+    def _whole(self, prompt: EncodedPrompt) -> EncodedPrompt:
+        """The prompt and the response; the prefix cache has all but its end."""
+        return EncodedPrompt(
+            prompt.token_ids + tuple(self._written),
+            prompt.parts + (Part.RESPONSE,) * len(self._written),
+        )
+
+    def _scored(self, tokens: int, judged: Judgement) -> ResponseScored:
+        own = judged.of(self._watch)
+        return ResponseScored(tokens, own.verdicts, own.failed)
+
+
+def sampling_params(sampling: Sampling, limit: int, prompt: EncodedPrompt) -> Any:
+    """What vLLM needs to write, and the plugin to judge."""
+    from vllm.sampling_params import RequestOutputKind
+
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        max_tokens=limit,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        stop=[text for text in sampling.stop if text],
+        seed=sampling.seed,
+        output_kind=RequestOutputKind.DELTA,
+        extra_args={"kv_transfer_params": request_params(prompt)},
+    )
+
+
+def require_drawable(sampling: Sampling) -> None:
+    """Checks that the draw cannot end vLLM.
+
+    Its CPU backend (0.32) dies of a seeded draw whose prompt is read in more than one step.
+    """
+    from vllm.platforms import current_platform
+
+    if sampling.seed is not None and sampling.temperature > 0 and current_platform.is_cpu():
+        raise SidelightError(
+            "vLLM's CPU backend cannot draw with a seed. Leave 'seed' out, or set 'temperature' "
+            "to 0."
+        )
+
+
+def judgement(output: Any) -> Judgement:
+    """What the output says of its request.
+
+    Raises:
+        GenerationError: It says nothing; the request must not pass for judged.
+    """
+    report = (output.kv_transfer_params or {}).get(KEY, {})
+    if "verdicts" not in report:
+        raise GenerationError(
+            f"vLLM sent no verdict ({report.get('error', 'the plugin did not run')}). Treat the "
+            "text as not judged."
+        )
+    pairs = [(name, verdict_of(name, fields)) for name, fields in report["verdicts"].items()]
+    return Judgement(
+        tuple(verdict for _, verdict in pairs if verdict is not None),
+        tuple(name for name, verdict in pairs if verdict is None),
+    )

@@ -1,0 +1,95 @@
+"""The probes' columns of every token that vLLM has keys and values of, kept by KV slot.
+
+A forward pass fills a staging buffer, layer by layer; after it, the rows move to the slots of
+their tokens. A slot holds the keys and values of one token, and here its columns: whoever shares
+the slot, or computes it again, shares or replaces both. Knows slots, not requests or probes.
+
+Both buffers are allocated once and written in place, and nothing depends on the values of a tensor,
+so the staging is safe inside a captured CUDA graph (never run: no GPU has been at hand).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sidelight.standardisation import Projection
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Where one forward pass leaves its columns.
+
+    Attributes:
+        projection: From the hidden states of the local layers to columns.
+        rows: ``[layer, token, column]``; NaN where nothing was written, so that a layer that is not
+            tapped is a failed verdict, not a wrong one.
+    """
+
+    projection: Projection
+    rows: Float[Tensor, "layer token column"]
+
+    @staticmethod
+    def empty(projection: Projection, *, tokens: int) -> "Stage":
+        """Room for a pass over ``tokens`` tokens."""
+        layers, _, columns = projection.weight.shape
+        return Stage(projection, projection.weight.new_full((layers, tokens, columns), torch.nan))
+
+    def project(self, layer: int, hidden: Float[Tensor, "token width"]) -> None:
+        """One matmul, in float32: a bf16 result would lose what standardisation subtracts."""
+        torch.addmm(
+            self.projection.shift[layer],
+            hidden.float(),
+            self.projection.weight[layer],
+            out=self.rows[layer, : len(hidden)],
+        )
+
+
+class Pages:
+    """Columns by KV slot.
+
+    Args:
+        stage: What is moved here after each pass.
+        blocks: KV blocks of the engine.
+        block_size: Slots of a block.
+    """
+
+    def __init__(self, stage: Stage, *, blocks: int, block_size: int):
+        self.stage = stage
+        self._block_size = block_size
+        layers, _, columns = stage.rows.shape
+        # The last row takes what vLLM pads a batch with (slot -1).
+        self._rows = stage.rows.new_full((blocks * block_size + 1, layers, columns), torch.nan)
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the columns of all slots and of the staging buffer."""
+        return sum(t.numel() * t.element_size() for t in (self._rows, self.stage.rows))
+
+    def keep(self, slots: Int[Tensor, " token"]) -> None:
+        """Moves the staged rows of a pass to the slots of its tokens."""
+        staged = self.stage.rows[:, : len(slots)]
+        slots = torch.where(slots < 0, len(self._rows) - 1, slots)
+        self._rows.index_copy_(0, slots.long(), staged.transpose(0, 1))
+        staged.fill_(torch.nan)
+
+    def forget(self) -> None:
+        """Makes every slot one whose verdict fails, until it is computed again."""
+        self._rows.fill_(torch.nan)
+
+    def read(
+        self, blocks: Sequence[int], *, start: int, stop: int
+    ) -> Float[Tensor, "token layer column"]:
+        """The columns of the tokens ``start`` to ``stop`` of a request.
+
+        Args:
+            blocks: The request's block table.
+            start: First token.
+            stop: End of the tokens.
+        """
+        table = torch.tensor(blocks, device=self._rows.device)
+        tokens = torch.arange(start, stop, device=self._rows.device)
+        offsets = tokens % self._block_size
+        return self._rows[table[tokens // self._block_size] * self._block_size + offsets]

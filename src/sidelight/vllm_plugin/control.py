@@ -1,0 +1,24 @@
+"""What can be asked of a running worker, by ``collective_rpc``."""
+
+from sidelight.errors import SidelightError
+from sidelight.vllm_plugin import worker
+
+
+class Control:
+    """Methods that vLLM adds to its workers (``worker_extension_cls``)."""
+
+    def sidelight_load(self, folders: list[str]) -> str | None:
+        """Loads other probes; the caller resets the prefix cache, whose columns are the old ones'.
+
+        Returns:
+            What is wrong with them, the old probes then stay; None: nothing.
+        """
+        try:
+            worker.installed().load(folders)
+        except SidelightError as error:
+            return str(error)
+        return None
+
+    def sidelight_bytes(self) -> int:
+        """Memory of the columns in this worker."""
+        return worker.installed().size_bytes

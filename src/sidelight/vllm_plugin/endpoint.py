@@ -1,0 +1,62 @@
+# pyright: reportMissingImports=false
+"""Verdicts in the chat answers of vLLM's own server (``vllm.endpoint_plugins``).
+
+vLLM loads it where ``VLLM_PLUGINS`` names ``sidelight``. Requests are described on their way in,
+and verdicts are put into the answers on their way out (``rewriting``). No route is added.
+"""
+
+from collections.abc import AsyncGenerator, Callable
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from sidelight.artifact import load_probe
+from sidelight.prompts import PromptEncoder, PromptFormat
+from sidelight.vllm_plugin.params import KEY
+from sidelight.vllm_plugin.rewriting import Described, ProbeMiddleware, current_report
+from sidelight.vllm_plugin.surface import served_by
+
+
+class ProbeEndpoint:
+    """What vLLM asks of an endpoint plugin."""
+
+    name = KEY
+    required_tasks = ("generate",)
+
+    def __init__(self) -> None:
+        self._described = Described()
+
+    def attach_router(self, app: Any) -> None:
+        """Stands inside vLLM's own authentication."""
+        app.add_middleware(ProbeMiddleware, described=self._described)
+
+    async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
+        """Learns the model's chat template, and listens to what the engine says of each request."""
+        if engine_client is None:
+            return
+        served = served_by(engine_client.vllm_config)
+        if served is None:
+            return
+        model = engine_client.model_config
+        formats: list[PromptFormat] = [
+            load_probe(folder).prompt_format for folder in served.folders
+        ]
+        self._described.encoder = PromptEncoder(
+            AutoTokenizer.from_pretrained(model.tokenizer),
+            prompt_format=formats[0] if formats else "chat",
+            max_tokens=model.max_model_len,
+        )
+        engine_client.generate = _listened(engine_client.generate)
+
+
+def _listened(generate: Callable[..., Any]) -> Callable[..., AsyncGenerator[Any, None]]:
+    """The engine's outputs, each one's report noted for the HTTP request that it belongs to."""
+
+    async def outputs(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+        async for output in generate(*args, **kwargs):
+            report = current_report()
+            if report is not None and output.kv_transfer_params:
+                report.update(output.kv_transfer_params.get(KEY, {}))
+            yield output
+
+    return outputs

@@ -1,0 +1,136 @@
+"""From the columns of a request's tokens to the verdicts of all loaded probes.
+
+Probes that read the prompt alone are judged once. Those that read the response are judged after
+every step, from a state that grows by the step's tokens. Knows columns, not where they are kept.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from sidelight.bank import Bank, BankState
+from sidelight.errors import VerdictError
+from sidelight.probe import Probe
+from sidelight.prompts import Reads
+from sidelight.standardisation import Projection
+from sidelight.types import Verdict
+
+Outcome = dict[str, dict[str, Any]]
+"""By probe: the fields of its verdict, or ``error``."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """The loaded probes, in the order in which their columns stand.
+
+    Attributes:
+        early: Of the probes that read the prompt alone.
+        late: Of those that read the response.
+    """
+
+    early: Bank | None
+    late: Bank | None
+
+    @staticmethod
+    def of(probes: Sequence[Probe], *, device: torch.device | str = "cpu") -> "Panel":
+        """A panel of these probes."""
+        early = [probe for probe in probes if probe.reads.side == "prompt"]
+        late = [probe for probe in probes if probe.reads.side != "prompt"]
+        return Panel(
+            Bank(early, device=device) if early else None,
+            Bank(late, device=device) if late else None,
+        )
+
+    @property
+    def probes(self) -> list[Probe]:
+        """All of them."""
+        return [probe for bank in (self.early, self.late) if bank for probe in bank.probes]
+
+    def projection(self, layers: range) -> Projection | None:
+        """From hidden states of some layers to all columns; None without probes."""
+        parts = [bank.projection for bank in (self.early, self.late) if bank]
+        if not parts:
+            return None
+        return Projection(
+            torch.cat([part.weight[layers.start : layers.stop] for part in parts], 2),
+            torch.cat([part.shift[layers.start : layers.stop] for part in parts], 1),
+        )
+
+    def judge_prompt(
+        self, columns: Float[Tensor, "token layer column"], parts: Sequence[int]
+    ) -> Outcome:
+        """The verdicts of the probes that read the prompt alone."""
+        if self.early is None:
+            return {}
+        width = self.early.projection.weight.shape[2]
+        return _outcome(self.early, _summarise(self.early, columns[..., :width], parts))
+
+    def read(
+        self,
+        columns: Float[Tensor, "token layer column"],
+        parts: Sequence[int],
+        before: BankState | None,
+    ) -> BankState | None:
+        """What the probes of the response know after some more tokens; None without such probes.
+
+        Args:
+            columns: Of the tokens.
+            parts: What each belongs to.
+            before: What they knew; None at the beginning.
+        """
+        if self.late is None:
+            return None
+        width = self.late.projection.weight.shape[2]
+        state = _summarise(self.late, columns[..., columns.shape[2] - width :], parts)
+        return state if before is None else self.late.merge(before, state)
+
+    def judge_response(self, state: BankState | None) -> Outcome:
+        """The verdicts of the probes that read the response, as far as it goes."""
+        return {} if self.late is None or state is None else _outcome(self.late, state)
+
+
+def verdict_of(probe: str, fields: Mapping[str, Any]) -> Verdict | None:
+    """The verdict in an outcome; None where the probe gave none."""
+    if "error" in fields:
+        return None
+    return Verdict(
+        probe,
+        fields["label"],
+        tuple(fields["labels"]),
+        dict(fields["probabilities"]),
+        fields["flagged"],
+    )
+
+
+def _summarise(
+    bank: Bank, columns: Float[Tensor, "token layer column"], parts: Sequence[int]
+) -> BankState:
+    masks = {reads: _mask(reads, parts).to(columns.device)[None] for reads in bank.reads}
+    return bank.summarise(columns[None], masks)
+
+
+def _mask(reads: Reads, parts: Sequence[int]) -> Bool[Tensor, " token"]:
+    wanted = reads.parts
+    return torch.tensor([part in wanted for part in parts], dtype=torch.bool)
+
+
+def _outcome(bank: Bank, state: BankState) -> Outcome:
+    pairs = zip(bank.probes, bank.logits(state), strict=True)
+    return {probe.name: _fields(probe, logits[0]) for probe, logits in pairs}
+
+
+def _fields(probe: Probe, logits: Any) -> dict[str, Any]:
+    try:
+        verdict = probe.verdict(logits)
+    except VerdictError:
+        return {"error": "verdict_failed"}
+    return {
+        "label": verdict.label,
+        "labels": list(verdict.labels),
+        "probabilities": dict(verdict.probabilities),
+        "flagged": verdict.flagged,
+    }

@@ -1,0 +1,163 @@
+"""Chat requests and answers of vLLM's server, rewritten: what tokens belong to, and the verdicts.
+
+An ASGI layer. A request that cannot be described goes on as it is, and its answer says that it was
+not judged. Bodies are rewritten as JSON; a stream gets chunks of its own, with ``choices: []``.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, cast
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Message as Event
+
+from sidelight.errors import SidelightError
+from sidelight.prompts import Message, PromptEncoder
+from sidelight.vllm_plugin.params import KEY, request_params
+
+_PATH = "/v1/chat/completions"
+_PARAMS = "kv_transfer_params"
+_DONE = b"data: [DONE]"
+_NOT_JUDGED = {"error": "The request was not judged."}
+_report: ContextVar[dict[str, Any] | None] = ContextVar("sidelight_report", default=None)
+
+
+def current_report() -> dict[str, Any] | None:
+    """Where the engine notes what it says of the HTTP request that is being answered."""
+    return _report.get()
+
+
+@dataclass
+class Described:
+    """How requests are described; nothing is done until there is an encoder."""
+
+    encoder: PromptEncoder | None = None
+
+    def describe(self, body: bytes) -> bytes:
+        """The body with what its tokens belong to, or as it is."""
+        assert self.encoder is not None
+        try:
+            request = json.loads(body)
+            prompt = self.encoder.encode([_message(turn) for turn in request["messages"]])
+        except (ValueError, KeyError, TypeError, SidelightError):
+            # vLLM says itself what is wrong with it, or answers without a verdict, which we say.
+            return body
+        params = {**(request.get(_PARAMS) or {}), **request_params(prompt)}
+        return json.dumps({**request, _PARAMS: params}).encode()
+
+
+class ProbeMiddleware:
+    """Stands around vLLM's application.
+
+    Args:
+        app: What is inside.
+        described: Describes the requests.
+    """
+
+    def __init__(self, app: ASGIApp, *, described: Described):
+        self._app = app
+        self._described = described
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Rewrites chat requests and their answers; all else passes."""
+        is_chat = scope["type"] == "http" and (scope["method"], scope["path"]) == ("POST", _PATH)
+        if not is_chat or self._described.encoder is None:
+            await self._app(scope, receive, send)
+            return
+        body = self._described.describe(await _whole_body(receive))
+        headers = _with_length(scope["headers"], len(body))
+        report: dict[str, Any] = {}
+        token = _report.set(report)
+        try:
+            inner = _replayed(body, receive)
+            await self._app({**scope, "headers": headers}, inner, _Answer(send, report))
+        finally:
+            _report.reset(token)
+
+
+class _Answer:
+    """Passes an answer on with the verdicts in it."""
+
+    def __init__(self, send: Send, report: Mapping[str, Any]):
+        self._send = send
+        self._report = report
+        self._start: Event = {}
+        self._is_stream = False
+        self._body = b""
+        self._sent: dict[str, Any] | None = None
+
+    async def __call__(self, event: Event) -> None:
+        if event["type"] == "http.response.start":
+            self._start = event
+            kind = dict(event["headers"]).get(b"content-type", b"")
+            self._is_stream = kind.startswith(b"text/event-stream")
+            if self._is_stream:
+                await self._send(event)
+        elif self._is_stream:
+            await self._send({**event, "body": self._with_chunks(event.get("body", b""))})
+        else:
+            self._body += event.get("body", b"")
+            if not event.get("more_body"):
+                await self._finish()
+
+    def _with_chunks(self, body: bytes) -> bytes:
+        """Verdicts go first; those that have changed since go before the end."""
+        says = {KEY: _extension(self._report)}
+        is_due = self._sent is None or _DONE in body
+        if not body or not is_due or says == self._sent:
+            return body
+        self._sent = says
+        chunk = {"object": "chat.completion.chunk", "choices": [], **says}
+        ours = b"data: " + json.dumps(chunk).encode() + b"\n\n"
+        before, done, after = body.partition(_DONE)
+        return before + ours + done + after if done else ours + body
+
+    async def _finish(self) -> None:
+        body = self._body
+        if self._start["status"] == 200:
+            body = json.dumps({**json.loads(body), KEY: _extension(self._report)}).encode()
+        headers = _with_length(self._start["headers"], len(body))
+        await self._send({**self._start, "headers": headers})
+        await self._send({"type": "http.response.body", "body": body})
+
+
+def _extension(report: Mapping[str, Any]) -> dict[str, Any]:
+    """As in the answers of our own server."""
+    if "verdicts" not in report:
+        return dict(report or _NOT_JUDGED)
+    return {"verdicts": [{"probe": name, **says} for name, says in report["verdicts"].items()]}
+
+
+def _message(turn: Mapping[str, Any]) -> Message:
+    content = turn["content"]
+    if isinstance(content, str):
+        return Message(turn["role"], content)
+    # As vLLM joins parts for templates that take text.
+    texts = [part["text"] for part in cast(Sequence[Mapping[str, Any]], content)]
+    return Message(turn["role"], "\n".join(texts))
+
+
+async def _whole_body(receive: Receive) -> bytes:
+    body = b""
+    while True:
+        event = await receive()
+        body += event.get("body", b"")
+        if not event.get("more_body"):
+            return body
+
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    """Gives the body once, then what comes from the client: that it has left."""
+    waiting: list[Event] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def next_event() -> Event:
+        return waiting.pop() if waiting else await receive()
+
+    return next_event
+
+
+def _with_length(headers: Sequence[tuple[bytes, bytes]], length: int) -> list[tuple[bytes, bytes]]:
+    others = [(name, value) for name, value in headers if name.lower() != b"content-length"]
+    return [*others, (b"content-length", str(length).encode())]

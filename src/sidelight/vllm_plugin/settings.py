@@ -1,0 +1,103 @@
+"""Which probes vLLM serves, and the model that they were checked against.
+
+``SIDELIGHT_PROBES`` names folders, with the system's path separator between them; so does
+``additional_config={"sidelight": {"probes": [...]}}``. With neither, the plugin does nothing.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from sidelight.artifact import load_probe
+from sidelight.backbones import Fingerprint, TransformersBackbone
+from sidelight.errors import SidelightError
+from sidelight.probe import Probe
+from sidelight.prompts import PromptFormat
+from sidelight.vllm_plugin.panel import Panel
+
+ENVIRONMENT = "SIDELIGHT_PROBES"
+KEY = "sidelight"
+
+
+@dataclass(frozen=True)
+class Served:
+    """What travels to the scheduler and the workers, as JSON.
+
+    Attributes:
+        folders: Of the probes.
+        fingerprint: Of the served model.
+    """
+
+    folders: tuple[str, ...]
+    fingerprint: Fingerprint
+
+    def to_json(self) -> dict[str, Any]:
+        """For a configuration of vLLM's."""
+        return {"folders": list(self.folders), "fingerprint": asdict(self.fingerprint)}
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> "Served":
+        """The inverse of ``to_json``."""
+        return Served(tuple(data["folders"]), Fingerprint(**data["fingerprint"]))
+
+    def panel(self, *, device: torch.device | str = "cpu") -> Panel:
+        """The probes, loaded.
+
+        Raises:
+            SidelightError: One of them is damaged or belongs to another model.
+        """
+        return Panel.of(load_checked(self.folders, self.fingerprint), device=device)
+
+
+def named_folders(config: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """Folders that the engine's configuration or the environment names; None: nothing is named.
+
+    Args:
+        config: What stands under ``sidelight`` in ``additional_config``.
+    """
+    if "probes" in config:
+        return tuple(map(str, config["probes"]))
+    named = os.environ.get(ENVIRONMENT, "")
+    return tuple(filter(None, named.split(os.pathsep))) or None
+
+
+def load_checked(folders: Sequence[str], fingerprint: Fingerprint) -> list[Probe]:
+    """The probes of these folders, all of them trained on the same model.
+
+    Raises:
+        SidelightError: One is damaged, two share a name, or one belongs to another model.
+    """
+    probes = [load_probe(folder) for folder in folders]
+    for probe in probes:
+        probe.fingerprint.require(fingerprint, probe=probe.name)
+    names = [probe.name for probe in probes]
+    if len(set(names)) < len(names):
+        raise SidelightError(
+            f"Probes served together need distinct names, got: {', '.join(names)}. Rename one "
+            "(the 'name' in its manifest.json)."
+        )
+    return probes
+
+
+def fingerprint_of(model: str, folders: Sequence[str]) -> Fingerprint:
+    """The fingerprint of the model that vLLM is about to serve.
+
+    It is loaded once with ``transformers`` on the CPU for this, and dropped.
+
+    Args:
+        model: Folder or hub id.
+        folders: Of the probes: the first says how texts are rendered.
+    """
+    formats: set[PromptFormat] = {load_probe(folder).prompt_format for folder in folders}
+    if len(formats) > 1:
+        raise SidelightError(
+            "Probes of chat prompts and of raw prompts cannot be served together. Start one "
+            "server for each."
+        )
+    backbone = TransformersBackbone.load(
+        model, name=model, device="cpu", prompt_format=formats.pop() if formats else None
+    )
+    return backbone.fingerprint

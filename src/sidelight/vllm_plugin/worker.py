@@ -1,0 +1,113 @@
+"""A worker's share: the columns of its layers, and verdicts where it has all of them."""
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from sidelight.errors import SidelightError
+from sidelight.vllm_plugin.columns import Pages, Stage
+from sidelight.vllm_plugin.judging import Judging, Share
+from sidelight.vllm_plugin.panel import Outcome, Panel
+from sidelight.vllm_plugin.settings import Served
+from sidelight.vllm_plugin.taps import set_stage
+from sidelight.vllm_plugin.tracking import Reading
+
+
+class Worker:
+    """Holds the probes of one worker process.
+
+    Args:
+        served: The probes.
+        layers: The hidden states that this worker computes, of 0 (embedding) to L.
+        tokens: The longest forward pass.
+        device: Where hidden states are.
+    """
+
+    def __init__(self, served: Served, *, layers: range, tokens: int, device: torch.device):
+        self._served = served
+        self._layers = layers
+        self._tokens = tokens
+        self._device = device
+        self._space: tuple[int, int] | None = None
+        self._pages: Pages | None = None
+        self._put(served.panel(device=device))
+
+    @property
+    def reads_responses(self) -> bool:
+        """Whether some probe reads what is written."""
+        return self._judging.panel.late is not None
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory of the columns."""
+        return self._pages.size_bytes if self._pages else 0
+
+    def allocate(self, *, blocks: int, block_size: int) -> None:
+        """Makes room for the columns of every KV slot."""
+        self._space = (blocks, block_size)
+        self._put(self._judging.panel)
+
+    def load(self, folders: list[str]) -> None:
+        """Takes other probes; whatever was computed for the old ones is gone.
+
+        Raises:
+            SidelightError: One cannot be served; the old probes stay.
+        """
+        served = Served(tuple(folders), self._served.fingerprint)
+        self._put(served.panel(device=self._device))
+        self._served = served
+
+    def keep(self, slots: Int[Tensor, " token"]) -> None:
+        """Ends a forward pass whose tokens have these KV slots."""
+        if self._pages is not None:
+            self._pages.keep(slots)
+
+    def judge(self, readings: list[Reading]) -> dict[str, Outcome]:
+        """The verdicts on requests whose layers are all here."""
+        return {r.request_id: self._judging.judge(r, self._read(r)) for r in readings}
+
+    def share(self, readings: list[Reading]) -> list[Share]:
+        """What a pipeline stage sends to where the verdicts are made."""
+        return [Share(r, self._layers.start, self._read(r).cpu()) for r in readings]
+
+    def forget(self, request_ids: set[str]) -> None:
+        """Drops what is known of requests that have ended."""
+        self._judging.forget(request_ids)
+
+    def _read(self, reading: Reading) -> Tensor:
+        if self._pages is None:
+            return torch.empty(len(reading.parts), len(self._layers), 0)
+        stop = reading.start + len(reading.parts)
+        return self._pages.read(reading.blocks, start=reading.start, stop=stop)
+
+    def _put(self, panel: Panel) -> None:
+        self._judging = Judging(panel)
+        projection = panel.projection(self._layers)
+        stage = None if projection is None else Stage.empty(projection, tokens=self._tokens)
+        self._pages = None
+        if stage is not None and self._space is not None:
+            blocks, block_size = self._space
+            self._pages = Pages(stage, blocks=blocks, block_size=block_size)
+        set_stage(stage)
+
+
+_worker: list[Worker] = []
+
+
+def install(worker: Worker | None) -> None:
+    """Makes it the one of this process, which serves one model."""
+    _worker[:] = [] if worker is None else [worker]
+
+
+def installed() -> Worker:
+    """The one of this process.
+
+    Raises:
+        SidelightError: The model was loaded in a way that the plugin does not see.
+    """
+    if not _worker:
+        raise SidelightError(
+            "This model loader does not tap the model, so no probe would run. Use vLLM's default "
+            "--load-format."
+        )
+    return _worker[0]

@@ -1,0 +1,335 @@
+"""Laws of the plugin that hold without vLLM: a paged cache is played, with every trap it has."""
+
+import json
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from sidelight.artifact import save_probe
+from sidelight.bank import Bank
+from sidelight.errors import FingerprintMismatchError, SidelightError
+from sidelight.mechanisms import mechanism_names
+from sidelight.prompts import EncodedPrompt, Part, Reads
+from sidelight.scoring import score
+from sidelight.vllm_plugin.columns import Pages, Stage
+from sidelight.vllm_plugin.judging import Judging, Share
+from sidelight.vllm_plugin.panel import Panel, verdict_of
+from sidelight.vllm_plugin.params import KEY, parts_of, request_params
+from sidelight.vllm_plugin.settings import ENVIRONMENT, Served, load_checked, named_folders
+from sidelight.vllm_plugin.taps import set_stage, tap_layers
+from sidelight.vllm_plugin.tracking import Step, Tracking
+from tiny import TOPICS, tiny_backbone, untrained_probe
+
+BLOCK = 4
+BLOCKS = 24
+# The same float32 products in another order.
+ROUNDING = 1e-5
+WAYS = (Reads(), Reads("both"), Reads(template=False))
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return tiny_backbone()
+
+
+@pytest.fixture(scope="module")
+def probes(backbone):
+    return [
+        untrained_probe(backbone, name, mechanism=name, reads=WAYS[i % len(WAYS)])
+        for i, name in enumerate(mechanism_names())
+    ]
+
+
+def prompt_of(token_ids, seed=0) -> EncodedPrompt:
+    parts = [Part(int(p)) for p in np.random.default_rng(seed).integers(0, 4, len(token_ids))]
+    parts[-1] = Part.PROMPT
+    return EncodedPrompt(tuple(token_ids), tuple(parts))
+
+
+def states_of(backbone, token_ids) -> torch.Tensor:
+    """``[layer, token, width]``."""
+    states: list[torch.Tensor] = []
+    with backbone.tapped(lambda _layer, hidden: states.append(hidden[0].clone())):
+        backbone.run([prompt_of(token_ids)])
+    return torch.stack(states)
+
+
+class Played:
+    """A worker and a scheduler with a paged cache, without a model."""
+
+    def __init__(self, probes):
+        self.panel = Panel.of(probes)
+        projection = self.panel.projection(range(probes[0].fingerprint.layers))
+        self.stage = Stage.empty(projection, tokens=64)
+        self.pages = Pages(self.stage, blocks=BLOCKS, block_size=BLOCK)
+        self.tracking = Tracking(reads_responses=self.panel.late is not None)
+        self.judging = Judging(self.panel)
+
+    def enter(self, request_id, prompt):
+        self.tracking.enter(request_id, request_params(prompt), prompt.token_ids)
+
+    def step(self, shares, *, resumed=()):
+        """One pass: (request, hidden states of all its tokens, block table, start, stop) each."""
+        slots, states = [], []
+        for _, hidden, blocks, start, stop in shares:
+            slots += [blocks[t // BLOCK] * BLOCK + t % BLOCK for t in range(start, stop)]
+            states.append(hidden[:, start:stop])
+        packed = torch.cat(states, 1)
+        for layer, hidden in enumerate(packed):
+            self.stage.project(layer, hidden)
+        self.pages.keep(torch.tensor([*slots, -1, -1]))
+        steps = [
+            Step(request, stop, request in resumed or start == 0, lambda blocks=blocks: blocks)
+            for request, _, blocks, start, stop in shares
+        ]
+        for reading in self.tracking.plan(steps):
+            stop = reading.start + len(reading.parts)
+            columns = self.pages.read(reading.blocks, start=reading.start, stop=stop)
+            self.tracking.record(reading.request_id, self.judging.judge(reading, columns))
+
+    def verdicts(self, request_id):
+        return self.tracking.report(request_id)[KEY]["verdicts"]
+
+
+def require_equal(probes, verdicts, backbone, prompt, rounding=ROUNDING):
+    for probe, logits in zip(probes, score(backbone, Bank(probes), [prompt]), strict=True):
+        wanted = probe.verdict(logits[0])
+        actual = verdict_of(probe.name, verdicts[probe.name])
+        assert actual is not None
+        assert list(actual.probabilities.values()) == pytest.approx(
+            list(wanted.probabilities.values()), abs=rounding
+        )
+        assert actual.labels == wanted.labels
+
+
+@given(data=st.data())
+@settings(max_examples=30, deadline=None)
+def test_any_schedule_gives_the_verdicts_of_one_pass(data):
+    """Chunks, prompts that share a prefix, blocks used again, preemption at any point."""
+    backbone = tiny_backbone()
+    probes = [
+        untrained_probe(backbone, name, mechanism=name, reads=WAYS[i % len(WAYS)])
+        for i, name in enumerate(mechanism_names())
+    ]
+    played = Played(probes)
+    random = np.random.default_rng(data.draw(st.integers(0, 2**16)))
+    shared = [int(t) for t in random.integers(5, 300, BLOCK * data.draw(st.integers(0, 3)))]
+    free = list(range(BLOCKS))
+    cached: list[int] = []
+    for number in range(data.draw(st.integers(1, 3))):
+        tail = [int(t) for t in random.integers(5, 300, data.draw(st.integers(1, 14)))]
+        prompt = prompt_of([*shared, *tail], seed=number)
+        hidden = states_of(backbone, prompt.token_ids)
+        own = [free.pop() for _ in range(-(-len(prompt) // BLOCK) - len(cached))]
+        blocks = cached + own
+        request = f"r{number}"
+        played.enter(request, prompt)
+        begin = len(cached) * BLOCK
+        if begin >= len(prompt):
+            begin = len(prompt) - 1
+        if data.draw(st.booleans()) and len(prompt) - begin > 1:
+            # Half of it is computed, then it is preempted, loses its blocks, and begins again.
+            played.step([(request, hidden, blocks, begin, len(prompt) - 1)])
+            own = own[::-1]
+            blocks = cached + own
+        cuts = sorted({begin, len(prompt), *data.draw(st.lists(st.integers(begin, len(prompt))))})
+        for start, stop in pairwise(cuts):
+            played.step([(request, hidden, blocks, start, stop)], resumed={request})
+        require_equal(probes, played.verdicts(request), backbone, prompt)
+        cached = blocks[: len(shared) // BLOCK]
+        # What is not shared is used again by the next request.
+        free += [block for block in blocks if block not in cached]
+
+
+def test_a_response_is_read_as_it_is_written(backbone, probes):
+    played = Played(probes)
+    ids = [int(t) for t in np.random.default_rng(3).integers(5, 300, 20)]
+    prompt = prompt_of(ids[:9])
+    hidden = states_of(backbone, ids)
+    played.enter("r", prompt)
+    blocks = list(range(5))
+    played.step([("r", hidden, blocks, 0, 9)])
+    for token in range(9, 20):
+        played.step([("r", hidden, blocks, token, token + 1)])
+        parts = prompt.parts + (Part.RESPONSE,) * (token + 1 - 9)
+        late = [probe for probe in probes if probe.reads.side == "both"]
+        whole = EncodedPrompt(tuple(ids[: token + 1]), parts)
+        require_equal(late, played.verdicts("r"), backbone, whole)
+        early = [probe for probe in probes if probe.reads.side == "prompt"]
+        require_equal(early, played.verdicts("r"), backbone, prompt)
+
+
+@pytest.mark.parametrize("chunk", [3, 9, 12, 17])
+def test_a_response_is_read_again_after_preemption(backbone, probes, chunk):
+    played = Played(probes)
+    ids = [int(t) for t in np.random.default_rng(4).integers(5, 300, 18)]
+    prompt = prompt_of(ids[:9])
+    hidden = states_of(backbone, ids)
+    played.enter("r", prompt)
+    played.step([("r", hidden, [0, 1, 2, 3, 4], 0, 9)])
+    for token in range(9, 17):
+        played.step([("r", hidden, [0, 1, 2, 3, 4], token, token + 1)])
+    played.pages.forget()
+    blocks = [9, 8, 7, 6, 5]
+    for start in range(0, 18, chunk):
+        stop = min(18, start + chunk)
+        resumed = {"r"} if start == 0 else set()
+        played.step([("r", hidden, blocks, start, stop)], resumed=resumed)
+    whole = EncodedPrompt(tuple(ids), prompt.parts + (Part.RESPONSE,) * 9)
+    late = [probe for probe in probes if probe.reads.side == "both"]
+    require_equal(late, played.verdicts("r"), backbone, whole)
+
+
+def test_a_layer_that_is_not_tapped_is_a_failed_verdict(backbone, probes):
+    played = Played(probes)
+    prompt = prompt_of(range(10, 18))
+    hidden = states_of(backbone, prompt.token_ids)
+    played.enter("r", prompt)
+    played.step([("r", hidden, [0, 1], 0, 8)])
+    assert all("error" not in fields for fields in played.verdicts("r").values())
+    # The next request's last layer is never projected: its rows are not those of the pass before.
+    played.enter("s", prompt)
+    for layer, states in enumerate(hidden[:-1]):
+        played.stage.project(layer, states)
+    played.pages.keep(torch.arange(12, 20))
+    (reading,) = played.tracking.plan([Step("s", 8, True, lambda: [3, 4])])
+    outcome = played.judging.judge(reading, played.pages.read([3, 4], start=0, stop=8))
+    assert {name: fields.get("error") for name, fields in outcome.items()} == dict.fromkeys(
+        (probe.name for probe in probes), "verdict_failed"
+    )
+
+
+def test_forgotten_slots_are_failed_verdicts(backbone, probes):
+    played = Played(probes)
+    prompt = prompt_of(range(10, 18))
+    played.enter("r", prompt)
+    played.step([("r", states_of(backbone, prompt.token_ids), [0, 1], 0, 7)])
+    played.pages.forget()
+    played.step([("r", states_of(backbone, prompt.token_ids), [0, 1], 7, 8)])
+    assert all(fields["error"] for fields in played.verdicts("r").values())
+
+
+def test_pipeline_stages_together_give_the_verdict(backbone, probes):
+    played = Played(probes)
+    prompt = prompt_of(range(10, 30))
+    hidden = states_of(backbone, prompt.token_ids)
+    played.enter("r", prompt)
+    (reading,) = played.tracking.plan([Step("r", 20, True, lambda: list(range(5)))])
+    projection = played.panel.projection(range(4))
+    columns = torch.stack(
+        [hidden[i] @ projection.weight[i] + projection.shift[i] for i in range(4)], 1
+    )
+    later, first = Share(reading, 2, columns[:, 2:]), Share(reading, 0, columns[:, :2])
+    outcome = played.judging.join([later, first])
+    require_equal(probes, outcome, backbone, prompt)
+
+
+def test_hooks_see_the_stream_in_one_or_two_addends():
+    class Split(nn.Linear):
+        def forward(self, positions, hidden, residual=None):
+            hidden = hidden if residual is None else hidden + residual
+            return super().forward(hidden), hidden
+
+    class Whole(nn.Linear):
+        def forward(self, hidden):
+            return super().forward(hidden)
+
+    torch.manual_seed(0)
+    split, whole = Split(8, 8), Whole(8, 8)
+    assert tap_layers([split, whole], reads_embedding=True, width=8) == 3
+    from sidelight.standardisation import Projection
+
+    projection = Projection(torch.randn(3, 8, 2), torch.randn(3, 2))
+    stage = Stage.empty(projection, tokens=6)
+    set_stage(stage)
+    hidden = torch.randn(5, 8)
+    with torch.inference_mode():
+        first, residual = split(torch.arange(5), hidden)
+        last = whole(first + residual)
+    set_stage(None)
+    for layer, stream in enumerate((hidden, first + residual, last)):
+        wanted = stream @ projection.weight[layer] + projection.shift[layer]
+        torch.testing.assert_close(stage.rows[layer, :5], wanted)
+    assert stage.rows[:, 5:].isnan().all()
+
+
+def test_a_layer_of_another_kind_is_refused():
+    class Pooled(nn.Linear):
+        def forward(self, hidden):
+            return super().forward(hidden).mean(0)
+
+    layer = Pooled(8, 8)
+    tap_layers([layer], reads_embedding=False, width=8)
+    with pytest.raises(SidelightError, match="Pooled is no decoder layer"):
+        layer(torch.randn(5, 8))
+
+
+def test_the_compiler_keeps_the_operation():
+    layer = nn.Linear(8, 8)
+    tap_layers([layer], reads_embedding=False, width=8)
+    exported = torch.export.export(layer, (torch.randn(5, 8),))
+    assert "sidelight.project" in exported.graph_module.code
+
+
+def test_parts_travel_with_the_request():
+    prompt = prompt_of(range(5, 40))
+    params = json.loads(json.dumps(request_params(prompt)))
+    assert tuple(parts_of(params, list(prompt.token_ids))) == prompt.parts
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        (None, "does not say"),
+        ({"other": 1}, "does not say"),
+        ({KEY: {"parts": [[1, 3]], "tokens": "0"}}, "other tokens"),
+        ({KEY: {"parts": [[9, 3]], "tokens": "0"}}, "malformed"),
+        ({KEY: {"parts": 3}}, "malformed"),
+    ],
+)
+def test_a_request_that_does_not_describe_its_tokens_is_an_error(params, message):
+    with pytest.raises(SidelightError, match=message):
+        parts_of(params, [1, 2, 3])
+    tracking = Tracking(reads_responses=False)
+    tracking.enter("r", params, [1, 2, 3])
+    assert tracking.plan([Step("r", 3, True, lambda: [0])]) == []
+    assert message in tracking.report("r")[KEY]["error"]
+
+
+def test_an_output_before_the_verdict_says_so():
+    tracking = Tracking(reads_responses=False)
+    prompt = prompt_of(range(5, 15))
+    tracking.enter("r", request_params(prompt), prompt.token_ids)
+    assert tracking.report("r") == {KEY: {"error": "The request was not judged."}}
+    tracking.leave("r")
+    assert tracking.report("r") is None
+
+
+def test_probes_are_named_by_the_configuration_or_the_environment(monkeypatch):
+    monkeypatch.delenv(ENVIRONMENT, raising=False)
+    assert named_folders({}) is None
+    assert named_folders({"probes": []}) == ()
+    monkeypatch.setenv(ENVIRONMENT, "a:b")
+    assert named_folders({}) == ("a", "b")
+    assert named_folders({"probes": ["c"]}) == ("c",)
+
+
+def test_served_probes_survive_json_and_belong_to_the_model(backbone, tmp_path):
+    probe = untrained_probe(backbone, "topics", task=TOPICS)
+    folder = str(save_probe(probe, tmp_path / "topics"))
+    served = Served((folder,), backbone.fingerprint)
+    again = Served.from_json(json.loads(json.dumps(served.to_json())))
+    assert again == served
+    assert [probe.name for probe in again.panel().probes] == ["topics"]
+    with pytest.raises(SidelightError, match="distinct names"):
+        load_checked([folder, folder], backbone.fingerprint)
+    other = Served((folder,), untrained_probe(backbone, "x").fingerprint)
+    from dataclasses import replace
+
+    with pytest.raises(FingerprintMismatchError):
+        replace(other, fingerprint=replace(backbone.fingerprint, weights="0")).panel()

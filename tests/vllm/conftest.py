@@ -1,0 +1,23 @@
+"""Tests inside a real vLLM; they run in an environment of their own (``make vllm``)."""
+
+import importlib.util
+import os
+
+import pytest
+
+# Must be set before vLLM is imported: little memory for keys and values, and no pinned cores.
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_modifyitems(items):
+    missing = importlib.util.find_spec("vllm") is None
+    for item in items:
+        if "tests/vllm/" in item.path.as_posix():
+            # vLLM's imports warn of much that is not ours.
+            item.add_marker(pytest.mark.filterwarnings("ignore"))
+            item.add_marker(pytest.mark.timeout(600))
+            if missing:
+                item.add_marker(pytest.mark.skip(reason="vLLM is not installed here"))

@@ -1,0 +1,328 @@
+"""The engine behind our server: events, verdicts, other probes, and its end."""
+
+import asyncio
+import json
+import os
+import signal
+from contextlib import asynccontextmanager
+
+import httpx
+import numpy as np
+import pytest
+
+from live import openai_client, served
+from sidelight.engines import (
+    EngineUnavailableError,
+    Finished,
+    GenerationError,
+    PromptJudged,
+    ResponseScored,
+    Sampling,
+    TextDelta,
+)
+from sidelight.errors import FingerprintMismatchError, SidelightError
+from sidelight.prompts import EncodedPrompt, Message, Part, Reads
+from tiny import tiny_backbone, untrained_probe
+from vllm_served import ROUNDING, Model, expected, tiny_model
+
+OPTIONS = {
+    "enforce_eager": True,
+    "block_size": 32,
+    "max_num_seqs": 8,
+    "max_num_batched_tokens": 64,
+    "max_model_len": 512,
+}
+GREEDY = Sampling(max_tokens=12, temperature=0)
+TEXTS = [f"{'word ' * (i % 9)}number {i}" for i in range(12)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Model:
+    return tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def loop():
+    with asyncio.Runner() as runner:
+        yield runner
+
+
+@asynccontextmanager
+async def engine_of(model, **options):
+    from sidelight.engines.vllm import load_vllm_engine
+
+    engine = await asyncio.to_thread(
+        load_vllm_engine,
+        model.path,
+        model.probes,
+        dtype="float32",
+        options={**OPTIONS, **options},
+    )
+    await engine.start()
+    try:
+        yield engine
+    finally:
+        await engine.close()
+
+
+@pytest.fixture(scope="module")
+def engine(loop, model):
+    context = engine_of(model)
+    yield loop.run(context.__aenter__())
+    loop.run(context.__aexit__(None, None, None))
+
+
+async def events_of(engine, text, sampling=GREEDY, watch=()):
+    return [
+        event async for event in engine.generate([Message("user", text)], sampling, watch=watch)
+    ]
+
+
+def values(verdicts):
+    return {v.probe: np.array(list(v.probabilities.values())) for v in verdicts}
+
+
+def require_equal(verdicts, failed, wanted, names):
+    actual = values(verdicts)
+    for name in names:
+        if np.isnan(wanted[name]).any():
+            assert name in failed
+        else:
+            np.testing.assert_allclose(actual[name], wanted[name], rtol=0, atol=ROUNDING)
+
+
+def names(model, *sides):
+    return [probe.name for probe in model.probes if probe.reads.side in sides]
+
+
+def test_concurrent_requests_get_their_own_verdicts_before_their_text(engine, loop, model):
+    async def ask_all():
+        return await asyncio.gather(*(events_of(engine, text) for text in TEXTS))
+
+    prompts = [model.backbone.encoder.encode([Message("user", text)]) for text in TEXTS]
+    for events, prompt, wanted in zip(
+        loop.run(ask_all()), prompts, expected(model, prompts), strict=True
+    ):
+        judged, finished = events[0], events[-1]
+        assert isinstance(judged, PromptJudged)
+        assert isinstance(finished, Finished)
+        assert judged.tokens == len(prompt) == finished.prompt_tokens
+        require_equal(judged.verdicts, judged.failed, wanted, names(model, "prompt"))
+        assert finished.completion_tokens <= GREEDY.max_tokens
+        assert {v.probe for v in finished.verdicts} | set(finished.failed) == set(
+            names(model, "response", "both")
+        )
+
+
+def test_a_watched_probe_is_scored_after_every_token(engine, loop, model):
+    late = names(model, "response", "both")
+    events = loop.run(events_of(engine, TEXTS[3], watch=late))
+    prompt = model.backbone.encoder.encode([Message("user", TEXTS[3])])
+    finished = events[-1]
+    scored = [event for event in events if isinstance(event, ResponseScored)]
+    text = "".join(event.text for event in events if isinstance(event, TextDelta))
+    assert [event.tokens for event in scored] == list(range(1, finished.completion_tokens + 1))
+    written = greedy_tokens(model, prompt, finished.completion_tokens)
+    # A character that is not whole at the end is not sent.
+    whole_text = model.backbone.tokenizer.decode(written, skip_special_tokens=True)
+    assert whole_text.rstrip("\ufffd") == text.rstrip("\ufffd")
+    for event in (scored[0], scored[4], scored[-1]):
+        read = tuple(written[: event.tokens])
+        whole = EncodedPrompt(
+            prompt.token_ids + read, prompt.parts + (Part.RESPONSE,) * event.tokens
+        )
+        require_equal(event.verdicts, event.failed, expected(model, [whole])[0], late)
+    assert values(finished.verdicts).keys() == values(scored[-1].verdicts).keys()
+
+
+def greedy_tokens(model, prompt, count):
+    import torch
+
+    ids = torch.tensor([prompt.token_ids])
+    written = model.backbone.model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=count,
+        pad_token_id=0,
+    )
+    return written[0, len(prompt) :].tolist()
+
+
+def test_judge_gives_what_a_completion_gives_and_reads_given_responses(engine, loop, model):
+    turns = [Message("user", TEXTS[1]), Message("assistant", "no, never")]
+    with_response, without = loop.run(engine.judge([turns, turns[:1]]))
+    encode = model.backbone.encoder.encode
+    both = expected(model, [encode(turns[:1], "no, never"), encode(turns[:1])])
+    everything = names(model, "prompt", "both", "response")
+    require_equal(with_response.verdicts, with_response.failed, both[0], everything)
+    require_equal(without.verdicts, without.failed, both[1], names(model, "prompt"))
+    assert {v.probe for v in without.verdicts} == set(names(model, "prompt"))
+
+
+def test_one_token_and_stop_strings(engine, loop, model):
+    first = loop.run(events_of(engine, TEXTS[5], Sampling(max_tokens=1, temperature=0)))
+    assert isinstance(first[0], PromptJudged)
+    assert first[-1].completion_tokens == 1
+    text = "".join(
+        e.text for e in loop.run(events_of(engine, TEXTS[5])) if isinstance(e, TextDelta)
+    )
+    stop = text[3:5]
+    cut = loop.run(
+        events_of(engine, TEXTS[5], Sampling(max_tokens=12, temperature=0, stop=(stop,)))
+    )
+    assert "".join(e.text for e in cut if isinstance(e, TextDelta)) == text[: text.index(stop)]
+    assert cut[-1].reason == "stop"
+
+
+def test_a_prompt_that_is_not_admitted_is_judged_and_has_left(engine, loop):
+    async def ask():
+        events = engine.generate([Message("user", TEXTS[2])], GREEDY, admits=lambda _judged: False)
+        return [(event, engine.load.running) async for event in events]
+
+    ((judged, running),) = loop.run(ask())
+    assert isinstance(judged, PromptJudged)
+    assert judged.verdicts
+    assert running == 0
+
+
+def test_a_client_that_leaves_frees_its_place_and_harms_nobody(engine, loop, model):
+    async def leave_one():
+        leaving = engine.generate([Message("user", TEXTS[2])], Sampling(max_tokens=200))
+        await anext(leaving)
+        staying = asyncio.create_task(events_of(engine, TEXTS[4]))
+        await leaving.aclose()
+        return await staying
+
+    events = loop.run(leave_one())
+    prompt = model.backbone.encoder.encode([Message("user", TEXTS[4])])
+    wanted = expected(model, [prompt])[0]
+    require_equal(events[0].verdicts, events[0].failed, wanted, names(model, "prompt"))
+    assert (engine.load.running, engine.load.waiting) == (0, 0)
+
+
+def test_other_probes_take_over_and_old_states_are_not_read(engine, loop, model):
+    other = [
+        untrained_probe(model.backbone, "other"),
+        untrained_probe(model.backbone, "late", reads=Reads("both")),
+    ]
+    long = "the same long text " * 12
+    replaced = Model(model.backbone, model.path, other, [])
+    prompt = model.backbone.encoder.encode([Message("user", long)])
+
+    async def replace_and_ask():
+        before = await events_of(engine, long)
+        running = asyncio.create_task(events_of(engine, TEXTS[6], Sampling(max_tokens=60)))
+        await asyncio.sleep(0.05)
+        stale = engine.generate([Message("user", long)], GREEDY)
+        await engine.replace_probes(other)
+        after = await events_of(engine, long)
+        with pytest.raises(EngineUnavailableError, match="just been replaced"):
+            await anext(stale)
+        await engine.replace_probes(model.probes)
+        return before, await running, after, await events_of(engine, long)
+
+    before, running, after, again = loop.run(replace_and_ask())
+    assert {v.probe for v in after[0].verdicts} == {"other"}
+    require_equal(after[0].verdicts, (), expected(replaced, [prompt])[0], ["other"])
+    assert {v.probe for v in running[0].verdicts} == set(names(model, "prompt"))
+    assert values(again[0].verdicts).keys() == values(before[0].verdicts).keys()
+    require_equal(again[0].verdicts, (), expected(model, [prompt])[0], names(model, "prompt"))
+
+
+def test_probes_that_cannot_be_served_leave_the_old_ones(engine, loop, model):
+    broken = untrained_probe(model.backbone, "broken")
+    broken.mechanism.bias.fill_(float("nan"))
+    foreign = untrained_probe(tiny_backbone(), "foreign")
+
+    async def try_both():
+        with pytest.raises(SidelightError, match="broken"):
+            await engine.replace_probes([broken])
+        with pytest.raises(FingerprintMismatchError):
+            await engine.replace_probes([foreign])
+        return await events_of(engine, TEXTS[0])
+
+    judged = loop.run(try_both())[0]
+    assert {v.probe for v in judged.verdicts} == set(names(model, "prompt"))
+    assert [probe.name for probe in engine.probes] == [probe.name for probe in model.probes]
+
+
+def test_a_seeded_draw_is_refused_where_it_would_end_vllm(engine, loop):
+    with pytest.raises(SidelightError, match="seed"):
+        loop.run(events_of(engine, "hi", Sampling(max_tokens=2, seed=1)))
+
+
+def test_a_verdict_that_does_not_come_is_an_error(engine, loop):
+    """The tokens are not those that the request describes."""
+    from sidelight.engines.vllm.requests import sampling_params
+
+    prompt = EncodedPrompt((5, 6, 7), (Part.PROMPT,) * 3)
+    other = EncodedPrompt((5, 6, 8), (Part.PROMPT,) * 3)
+
+    async def ask():
+        from sidelight.engines.vllm.requests import judgement
+
+        params = sampling_params(Sampling(temperature=0), 1, other)
+        return [judgement(output) async for output in engine.outputs(prompt, params)]
+
+    with pytest.raises(GenerationError, match="other tokens"):
+        loop.run(ask())
+
+
+def test_our_server_answers_over_vllm_and_a_killed_worker_is_an_error(model):
+    """Over HTTP with the real client; then every process of vLLM's is killed."""
+    from sidelight.engines import LoadingEngine
+    from sidelight.engines.vllm import load_vllm_engine
+
+    engine = LoadingEngine(
+        lambda: load_vllm_engine(model.path, model.probes, dtype="float32", options=OPTIONS)
+    )
+    with served(engine) as address, openai_client(address) as client:
+        wait_until_ready(address)
+        ask = {
+            "model": model.path,
+            "messages": [{"role": "user", "content": "hello"}],
+            "max_tokens": 5,
+            "temperature": 0,
+        }
+        answer = client.chat.completions.create(**ask)
+        verdicts = answer.model_extra["sidelight"]["verdicts"]
+        assert {v["probe"] for v in verdicts} == {probe.name for probe in model.probes}
+        prompt = model.backbone.encoder.encode([Message("user", "hello")])
+        wanted = expected(model, [prompt])[0]
+        for verdict in verdicts:
+            if verdict["probe"] in names(model, "prompt"):
+                np.testing.assert_allclose(
+                    list(verdict["probabilities"].values()),
+                    wanted[verdict["probe"]],
+                    rtol=0,
+                    atol=ROUNDING,
+                )
+        moderated = client.moderations.create(input="hello", model=model.path)
+        assert moderated.results[0].category_scores
+        kill_workers()
+        response = httpx.post(f"{address}/v1/chat/completions", json=ask, timeout=60)
+        assert response.status_code in (500, 503)
+        assert "error" in response.json()
+        assert "verdicts" not in json.dumps(response.json())
+        assert httpx.get(f"{address}/ready", timeout=10).status_code == 503
+
+
+def wait_until_ready(address):
+    import time
+
+    for _ in range(1200):
+        if httpx.get(f"{address}/ready", timeout=10).status_code == 200:
+            return
+        time.sleep(0.1)
+    raise AssertionError("never ready")
+
+
+def kill_workers():
+    import psutil
+
+    for child in psutil.Process().children(recursive=True):
+        if "Worker" in " ".join(child.cmdline()) or "Worker" in child.name():
+            os.kill(child.pid, signal.SIGKILL)
+            return
+    raise AssertionError("no worker found")

@@ -1,0 +1,111 @@
+"""What the plugin does not support does not start; what names no probe is left alone."""
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import Qwen2Config
+
+from commands import saved
+from sidelight.artifact import save_probe
+from sidelight.backbones import load_backbone
+from sidelight.errors import FingerprintMismatchError, SidelightError
+from sidelight.vllm_plugin.params import KEY
+from sidelight.vllm_plugin.settings import ENVIRONMENT
+from tiny import SIZES, tiny_backbone, untrained_probe
+from vllm_served import Model, tiny_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Model:
+    return tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+def configured(path, folders, **options):
+    """The engine's configuration, as far as it comes without starting anything."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    config = {} if folders is None else {KEY: {"probes": folders}}
+    given = {"dtype": "float32", "max_model_len": 512, **options}
+    return EngineArgs(model=path, additional_config=config, **given).create_engine_config()
+
+
+def test_without_named_probes_nothing_changes(model, monkeypatch):
+    monkeypatch.delenv(ENVIRONMENT, raising=False)
+    config = configured(model.path, None)
+    assert config.kv_transfer_config is None
+    assert config.scheduler_config.scheduler_cls is None
+
+
+def test_the_environment_names_probes(model, monkeypatch):
+    monkeypatch.setenv(ENVIRONMENT, model.folders[0])
+    config = configured(model.path, None)
+    assert config.kv_transfer_config.kv_connector == "ProbeConnector"
+
+
+def test_other_probes_need_no_other_graph(model):
+    one = configured(model.path, model.folders[:1])
+    assert one.compute_hash() == configured(model.path, model.folders[1:]).compute_hash()
+    assert one.compute_hash() != configured(model.path, None).compute_hash()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"enable_lora": True}, "LoRA"),
+        (
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+            "speculative decoding",
+        ),
+        ({"hf_overrides": {"rope_theta": 5.0}}, "--hf-overrides"),
+        ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "--scheduler-cls"),
+        ({"worker_extension_cls": "builtins.object"}, "--worker-extension-cls"),
+        (
+            {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+            "--kv-transfer-config",
+        ),
+        ({"kv_offloading_size": 1.0}, "--kv-offloading-size"),
+    ],
+)
+def test_a_feature_that_no_test_covers_is_refused(model, options, message):
+    with pytest.raises(SidelightError, match=message):
+        configured(model.path, model.folders, **options)
+
+
+def test_another_version_is_refused(model, monkeypatch):
+    import vllm
+
+    monkeypatch.setattr(vllm, "__version__", "0.99.0")
+    with pytest.raises(SidelightError, match=r"vLLM 0\.99\.0"):
+        configured(model.path, model.folders)
+
+
+def test_another_architecture_is_refused(tmp_path):
+    backbone = tiny_backbone(Qwen2Config(**SIZES))
+    path = saved(backbone, tmp_path / "model")
+    # The library makes another tokenizer of the files than the one that was saved.
+    folder = save_probe(untrained_probe(load_backbone(path), "p"), tmp_path / "p")
+    with pytest.raises(SidelightError, match="Qwen2ForCausalLM"):
+        configured(path, [str(folder)], max_model_len=256)
+
+
+def test_a_damaged_probe_is_refused(model, tmp_path):
+    folder = save_probe(untrained_probe(model.backbone, "p"), tmp_path / "p")
+    weights = Path(folder) / "probe.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\0")
+    with pytest.raises(SidelightError, match="not the file"):
+        configured(model.path, [str(folder)])
+    with pytest.raises(SidelightError, match="holds no probe"):
+        configured(model.path, [str(tmp_path / "missing")])
+
+
+def test_a_probe_of_another_model_is_refused(model, tmp_path):
+    folder = save_probe(untrained_probe(tiny_backbone(), "foreign"), tmp_path / "p")
+    with pytest.raises(FingerprintMismatchError, match="foreign"):
+        configured(model.path, [str(folder)])
+
+
+def test_what_travels_to_the_workers_is_json(model):
+    config = configured(model.path, model.folders)
+    extra = config.kv_transfer_config.kv_connector_extra_config
+    assert json.loads(json.dumps(extra))["folders"] == model.folders

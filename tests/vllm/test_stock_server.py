@@ -1,0 +1,133 @@
+"""vLLM's own OpenAI server, with nothing of ours but the plugin and two environment variables."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import httpx
+import numpy as np
+import pytest
+
+from live import openai_client
+from sidelight.prompts import Message
+from vllm_served import ROUNDING, expected, tiny_model
+
+CONTENT = "Please tell me, once more, where my refund is. " * 4
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def address(model, tmp_path_factory, unused_port):
+    log = tmp_path_factory.mktemp("log") / "server.log"
+    environment = {
+        **os.environ,
+        "SIDELIGHT_PROBES": os.pathsep.join(model.folders),
+        "VLLM_PLUGINS": "sidelight",
+    }
+    command = [
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
+        *("--model", model.path, "--served-model-name", "tiny", "--dtype", "float32"),
+        *("--enforce-eager", "--block-size", "32", "--max-model-len", "1024"),
+        *("--max-num-batched-tokens", "64", "--max-num-seqs", "8", "--port", str(unused_port)),
+    ]
+    with log.open("w") as file:
+        server = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
+    where = f"http://127.0.0.1:{unused_port}"
+    try:
+        wait_until_ready(where, server, log)
+        yield where
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
+@pytest.fixture(scope="module")
+def unused_port():
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+def wait_until_ready(address, server, log):
+    for _ in range(600):
+        assert server.poll() is None, log.read_text()[-3000:]
+        try:
+            if httpx.get(f"{address}/health", timeout=5).status_code == 200:
+                return
+        except httpx.HTTPError:
+            pass
+        time.sleep(0.5)
+    raise AssertionError(log.read_text()[-3000:])
+
+
+def ask(client, **options):
+    given = {"model": "tiny", "max_tokens": 6, "temperature": 0}
+    messages = [{"role": "user", "content": CONTENT}]
+    return client.chat.completions.create(messages=messages, **{**given, **options})
+
+
+def by_probe(extension):
+    return {v["probe"]: v.get("probabilities") for v in extension["verdicts"]}
+
+
+def prompt_probes(model):
+    return {probe.name for probe in model.probes if probe.reads.side == "prompt"}
+
+
+def test_a_chat_answer_carries_the_verdicts_and_a_cached_one_the_same(address, model):
+    prompt = model.backbone.encoder.encode([Message("user", CONTENT)])
+    wanted = expected(model, [prompt])[0]
+    with openai_client(address) as client:
+        first, second = ask(client), ask(client)
+    assert second.usage.prompt_tokens == len(prompt)
+    verdicts = by_probe(first.model_extra["sidelight"])
+    assert verdicts.keys() == {probe.name for probe in model.probes}
+    for name in prompt_probes(model):
+        np.testing.assert_allclose(
+            list(verdicts[name].values()), wanted[name], rtol=0, atol=ROUNDING
+        )
+    assert first.model_extra["sidelight"] == second.model_extra["sidelight"]
+
+
+def test_a_stream_begins_with_the_verdicts(address, model):
+    with openai_client(address) as client:
+        whole = by_probe(ask(client).model_extra["sidelight"])
+        chunks = list(ask(client, stream=True))
+    first = by_probe(chunks[0].model_extra["sidelight"])
+    assert {name: first[name] for name in prompt_probes(model)} == {
+        name: whole[name] for name in prompt_probes(model)
+    }
+    last = [chunk for chunk in chunks if "sidelight" in (chunk.model_extra or {})][-1]
+    assert by_probe(last.model_extra["sidelight"]) == whole
+
+
+def test_a_request_that_cannot_be_described_says_that_it_was_not_judged(address):
+    body = {
+        "model": "tiny",
+        "prompt": "no chat",
+        "max_tokens": 2,
+    }
+    answer = httpx.post(f"{address}/v1/completions", json=body, timeout=60).json()
+    assert "does not say" in answer["kv_transfer_params"]["sidelight"]["error"]
+    # A template that the server is given by the request writes other tokens.
+    chat = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "hello"}],
+        "max_tokens": 2,
+        "add_generation_prompt": False,
+    }
+    answer = httpx.post(f"{address}/v1/chat/completions", json=chat, timeout=60).json()
+    assert "other tokens" in answer["sidelight"]["error"]
+
+
+def test_errors_pass_as_they_are(address):
+    answer = httpx.post(f"{address}/v1/chat/completions", content=b"{", timeout=60)
+    assert answer.status_code == 400
+    assert "sidelight" not in json.dumps(answer.json())
