@@ -98,7 +98,7 @@ def test_a_fit_reports_every_run_a_baseline_and_how_it_was_made(fits, tiny):
     assert made.best.score == max(run.score for run in made.runs)
     assert made.baseline.to_dict()["rows"] > 0
     record = made.best.probe.record
-    assert record["training"]["rows"] + record["validation"]["rows"] == TRAINING
+    assert record["training"]["rows"] == record["validation"]["rows"] == TRAINING
     assert record["seed"] == 0
     assert record["parameters"] > 0
     assert made.best.probe.fingerprint == tiny.fingerprint

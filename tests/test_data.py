@@ -520,7 +520,22 @@ def test_a_label_with_one_text_stays_in_training_with_a_warning() -> None:
     )
 
 
+def test_folds_have_each_row_once_and_part_no_text() -> None:
+    rows = labelled(["a"] * 40 + ["b"] * 9 + ["c"] * 5)
+    examples = load_examples([*rows, *[(f"{text} ", label) for text, label in rows[:20]]])
+    folds = examples.folds(5, seed=0)
+    assert sorted(np.concatenate(folds).tolist()) == list(range(len(examples)))
+    texts = [{examples.items[row].text.strip() for row in fold} for fold in folds]
+    assert sum(map(len, texts)) == len(set.union(*texts))
+    for fold in folds:
+        found = numbers(examples.select(fold))
+        assert set(found) == {0, 1, 2}
+        assert found.count(2) == 1
+
+
 def test_an_impossible_split_is_an_error() -> None:
+    with pytest.raises(SidelightError, match=r"Cannot make 5 parts"):
+        load_examples(ROWS[:2]).folds(5, 0)
     with pytest.raises(SidelightError, match=r"Cannot hold out 1"):
         load_examples(ROWS).split(1.0, 0)
     with pytest.raises(SidelightError, match=r"all examples have the same text"):

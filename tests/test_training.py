@@ -52,7 +52,7 @@ def trained(corpora, *jobs, kind="binary"):
 def contents(one):
     """Every byte that training decided."""
     tensors = {key: value.numpy().tobytes() for key, value in one.mechanism.state_dict().items()}
-    return {**tensors, "logits": one.validation_logits.tobytes(), "history": one.history}
+    return {**tensors, "logits": one.logits.tobytes(), "history": one.history}
 
 
 EVERY = [job(name, settings=BRIEF) for name in mechanism_names()]
@@ -79,7 +79,7 @@ def test_a_job_does_not_depend_on_its_neighbours(corpora, together, name):
     alone, among = trained(corpora, job(name, settings=BRIEF))[0], together[name]
     assert {**contents(alone), "logits": b""} == {**contents(among), "logits": b""}
     # In float32 the width of a matmul, which neighbours share, decides the order of its sums.
-    np.testing.assert_allclose(alone.validation_logits, among.validation_logits, rtol=1e-4)
+    np.testing.assert_allclose(alone.logits, among.logits, rtol=1e-4)
 
 
 def test_another_seed_gives_another_probe(together):
@@ -105,7 +105,7 @@ def planted_auprc(corpora, kind, names):
     labels = corpora[kind]["validation"].labels
     target = np.eye(3)[labels] if kind == "multiclass" else labels.reshape(len(labels), -1)
     return {
-        name: average_precision_score(target, one.validation_logits, average="macro")
+        name: average_precision_score(target, one.logits, average="macro")
         for name, one in zip(names, trained(corpora, *jobs, kind=kind), strict=True)
     }
 
@@ -127,7 +127,7 @@ def test_results_are_those_of_the_best_epoch(corpora):
     for one in trained(corpora, job("gate", settings=wild), job("readout", settings=wild)):
         assert one.best_epoch == 1 + int(np.argmax(one.history))
         score = validation_score(
-            TASKS["binary"], one.validation_logits, corpora["binary"]["validation"].labels
+            TASKS["binary"], one.logits, corpora["binary"]["validation"].labels
         )
         # Epochs are scored in bf16, the result in float32.
         assert score == pytest.approx(one.history[one.best_epoch - 1], abs=0.02)
@@ -220,7 +220,7 @@ def test_class_weight_of_a_job_changes_what_it_learns(corpora):
     plain, weighted = trained(corpora, job("gate", settings=BRIEF), job("gate", settings=balanced))
     assert contents(plain) != contents(weighted)
     # Negatives are the larger class here, so weights push logits up.
-    assert weighted.validation_logits.mean() > plain.validation_logits.mean()
+    assert weighted.logits.mean() > plain.logits.mean()
 
 
 def test_without_standardisation_states_are_read_as_they_are(together):
@@ -228,7 +228,7 @@ def test_without_standardisation_states_are_read_as_they_are(together):
     assert not raw.standardisation.mean.any()
     assert (raw.standardisation.scale == 1).all()
     assert together["readout"].standardisation.mean.any()
-    assert raw.validation_logits.std() > 0
+    assert raw.logits.std() > 0
 
 
 def test_validation_logits_are_in_the_order_of_the_texts(corpora, together):
@@ -243,7 +243,7 @@ def test_validation_logits_are_in_the_order_of_the_texts(corpora, together):
             mask = torch.ones(1, text.shape[1], dtype=torch.bool)
             expected = one.mechanism(text[None], mask)[0].numpy()
             # float32: the streaming form on folded weights.
-            np.testing.assert_allclose(one.validation_logits[row], expected, rtol=1e-3, atol=1e-4)
+            np.testing.assert_allclose(one.logits[row], expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", TASKS)

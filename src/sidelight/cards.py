@@ -27,7 +27,7 @@ print(clf.predict(["some text"])[0])
 ```
 
 The probe fits one backbone (the fingerprint above); loading it on another is refused.
-The figures are from the validation rows that chose its threshold: expect a little less on new data,
+The figures are from the texts that chose its threshold: expect a little less on new data,
 and measure on your own with `sidelight eval`.
 """
 
@@ -51,7 +51,7 @@ def summary(manifest: Manifest) -> dict[str, str]:
         lines |= {
             "parameters": f"{record['parameters']:,}",
             "trained on": f"{record['training']['rows']:,} texts, seed {record['seed']}",
-            "validation": _figures(record["validation"]),
+            "validation": _figures(record["validation"]) + _folded(record.get("folds", 0)),
         }
     return lines
 
@@ -60,6 +60,10 @@ def model_card(manifest: Manifest) -> str:
     """The model card, in Markdown."""
     rows = "\n".join(f"- **{name}**: {value}" for name, value in summary(manifest).items())
     return _CARD.format(name=manifest.name, backbone=manifest.backbone.name, rows=rows)
+
+
+def _folded(folds: int) -> str:
+    return f", each fold of {folds} by a probe that the others taught" if folds else ""
 
 
 def _figures(validation: Mapping[str, Any]) -> str:

@@ -123,7 +123,9 @@ def describe_fit(made: Fit) -> dict[str, Any]:
 
 def fit_table(made: Fit) -> "Table":
     """The comparison on validation data, for a terminal."""
-    return comparison_table("Validation data", _measured(made))
+    folds = made.best.probe.record["folds"]
+    title = f"All texts, each judged without it ({folds} folds)" if folds else "Validation data"
+    return comparison_table(title, _measured(made))
 
 
 def summarise(rows: Sequence[Measured]) -> dict[str, dict[str, dict[str, float]]]:

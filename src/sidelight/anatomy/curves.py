@@ -99,7 +99,7 @@ def _scores(study: Study, training: TrainingSet, jobs: Sequence[Job]) -> list[fl
         device=study.backbone.device,
     )
     labels = study.validation.labels
-    return [validation_score(study.task, one.validation_logits, labels) for one in trained]
+    return [validation_score(study.task, one.logits, labels) for one in trained]
 
 
 def _at_rate(job: Job, rate: float) -> Job:

@@ -109,7 +109,12 @@ def _names(mechanisms: str) -> list[str]:
 def _study(given: dict[str, Any]) -> "Study":
     from sidelight.backbones import load_backbone
     from sidelight.backbones.embedded import cache_root
-    from sidelight.fitting.screening import cut_warnings, doubts, require_same_task
+    from sidelight.fitting.screening import (
+        cut_warnings,
+        rarity,
+        require_same_task,
+        shared_texts,
+    )
     from sidelight.prompts import Reads
     from sidelight.study import Study, make_split
 
@@ -131,7 +136,7 @@ def _study(given: dict[str, Any]) -> "Study":
         )
         for examples, title in ((training, "Training texts"), (validation, "Validation texts"))
     ]
-    warnings = [*training.warnings, *doubts(training, validation)]
+    warnings = [*training.warnings, *rarity(validation), *shared_texts(training, validation)]
     for split in splits:
         warnings += cut_warnings(split.prompts, given["max_tokens"])
     for warning in warnings:

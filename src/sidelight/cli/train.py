@@ -110,8 +110,9 @@ def train(out: Path, as_json: bool, **given: Any) -> None:
     """Train probes on a labelled file, and keep the best.
 
     The backbone runs once over the texts; all mechanisms and seeds train from what it showed.
-    Early stopping, threshold and calibration use validation rows only. A killed run keeps the
-    shards of activations that it finished.
+    Early stopping, threshold and calibration use validation rows only. Fewer than 1,000 rows
+    without --validation are cross-fitted: all of them train the probe, and each is judged by one
+    that it did not train. A killed run keeps the shards of activations that it finished.
     """
     from sidelight.backbones import load_backbone
     from sidelight.fitting import fit

@@ -131,6 +131,28 @@ class Examples:
         warned = replace(training, warnings=self._lonely_labels(groups))
         return warned, self.select(np.flatnonzero(held_out))
 
+    def folds(self, count: int, seed: int) -> tuple[Int[Numbers, " _"], ...]:
+        """Row numbers of `count` parts, each drawn as `split` draws its held-out part.
+
+        Args:
+            count: Parts, 2 or more.
+            seed: Decides which example is in which part.
+
+        Raises:
+            SidelightError: There are fewer distinct texts than parts.
+        """
+        groups, strata = self._text_groups(), self._strata()
+        if groups.max(initial=-1) + 1 < count:
+            raise SidelightError(f"Cannot make {count} parts of fewer texts. Add more texts.")
+        left = np.arange(len(self))
+        parts: list[Int[Numbers, " _"]] = []
+        for remaining in range(count, 1, -1):
+            own = np.unique(groups[left], return_inverse=True)[1]
+            held_out = hold_out(own, strata[left], fraction=1 / remaining, seed=seed)
+            parts.append(left[held_out])
+            left = left[~held_out]
+        return (*parts, left)
+
     def _label_names(self) -> list[list[str]]:
         if self.labels is None or self.task is None:
             return [[] for _ in self.items]

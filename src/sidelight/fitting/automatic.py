@@ -3,8 +3,8 @@
 from sidelight.mechanisms import MechanismSpec, mechanism_spec
 
 AUTO = "auto"
-# Training texts below which extremes overfit, and features; docs/results.md has the runs.
-_FEW_TEXTS, _MANY_TEXTS = 1000, 5000
+# Texts below which extremes overfit, and features; docs/results.md has the runs.
+FEW_TEXTS, _MANY_TEXTS = 1000, 5000
 
 
 def automatic_mechanisms(texts: int) -> tuple[MechanismSpec, ...]:
@@ -13,7 +13,7 @@ def automatic_mechanisms(texts: int) -> tuple[MechanismSpec, ...]:
     Args:
         texts: For training.
     """
-    if texts < _FEW_TEXTS:
+    if texts < FEW_TEXTS:
         return (mechanism_spec("readout"),)
     extremes = mechanism_spec("readout", {"extremes": "pair"})
     if texts < _MANY_TEXTS:

@@ -7,15 +7,18 @@ import numpy as np
 
 from sidelight.backbones import TransformersBackbone
 from sidelight.backbones.embedded import cache_root
+from sidelight.baselines import TfIdf
 from sidelight.data import Examples, validation_share
 from sidelight.evaluation import Report
-from sidelight.fitting.making import ProbeMaker, Run, baseline_report
+from sidelight.fitting.cross_fitting import choose_folds, cross_fit, cross_fit_baseline
+from sidelight.fitting.making import ProbeMaker, Run, report_on
 from sidelight.fitting.options import FitOptions
 from sidelight.fitting.screening import (
     cut_warnings,
-    doubts,
     labels_of,
+    rarity,
     require_same_task,
+    shared_texts,
 )
 from sidelight.study import Split, Study, make_split
 from sidelight.training import train_mechanisms
@@ -52,42 +55,61 @@ def fit(
         backbone: The frozen LLM.
         training: Labelled texts.
         validation: Labelled texts for early stopping, threshold and calibration; None holds out
-            15 % of ``training``, or more when it is small.
+            15 % of ``training``, or cross-fits it if it is small.
         name: How verdicts will name the probe.
         options: What to train.
 
     Raises:
         SidelightError: No labels, or the activations do not fit the disk.
     """
-    warnings = [*training.warnings]
     labels_of(training)
-    if validation is None:
+    folds = choose_folds(training) if validation is None else ()
+    warnings = [*training.warnings]
+    if validation is None and not folds:
         training, validation = training.split(validation_share(len(training)), seed=0)
         warnings += training.warnings
-    require_same_task(training, validation)
-    warnings += doubts(training, validation)
-    study = Study(
-        backbone,
-        _extracted(backbone, training, options, "Training texts"),
-        _extracted(backbone, validation, options, "Validation texts"),
-    )
-    splits = (study.training, study.validation)
-    for split in splits:
-        warnings += cut_warnings(split.prompts, options.max_tokens)
-    trained = train_mechanisms(
-        options.jobs(len(training)),
-        task=study.task,
-        training=study.training.training_set(),
-        validation=study.validation.training_set(),
-        device=backbone.device,
-    )
-    maker = ProbeMaker(study, name=name, options=options)
+    study, doubtful = _study(backbone, training, validation, options)
+    warnings += doubtful
+    jobs = options.jobs(len(training))
+    if folds:
+        trained = cross_fit(jobs, study, folds)
+        baseline = cross_fit_baseline(study, folds)
+    else:
+        trained = train_mechanisms(
+            jobs,
+            task=study.task,
+            training=study.training.training_set(),
+            validation=study.validation.training_set(),
+            device=backbone.device,
+        )
+        baseline = TfIdf().fit(study, seed=0).logits(study.validation)
+    maker = ProbeMaker(study, name=name, options=options, folds=len(folds))
     runs = tuple(maker.make(one) for one in trained)
-    baseline = baseline_report(study)
     if not options.keep_cache:
-        for split in splits:
+        for split in {id(own.states): own for own in (study.training, study.validation)}.values():
             split.states.remove()
-    return Fit(runs, _best(runs), baseline, tuple(warnings))
+    return Fit(runs, _best(runs), report_on(baseline, study.validation), tuple(warnings))
+
+
+def _study(
+    backbone: TransformersBackbone,
+    training: Examples,
+    validation: Examples | None,
+    options: FitOptions,
+) -> tuple[Study, list[str]]:
+    """The splits with their hidden states, and what is doubtful about them.
+
+    Without validation texts all texts are on both sides: their folds tell them apart.
+    """
+    whole = _extracted(backbone, training, options, "Training texts")
+    warnings = cut_warnings(whole.prompts, options.max_tokens)
+    if validation is None:
+        return Study(backbone, whole, whole), [*rarity(training), *warnings]
+    require_same_task(training, validation)
+    held_out = _extracted(backbone, validation, options, "Validation texts")
+    warnings += cut_warnings(held_out.prompts, options.max_tokens)
+    doubts = [*rarity(validation), *shared_texts(training, validation)]
+    return Study(backbone, whole, held_out), [*doubts, *warnings]
 
 
 def _extracted(

@@ -1,9 +1,10 @@
-"""From a trained mechanism to a calibrated probe with its figures, and the baseline beside it."""
+"""From a trained mechanism to a calibrated probe with its figures."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sidelight.baselines import TfIdf
+import numpy as np
+
 from sidelight.calibration import choose_thresholds, fit_calibration
 from sidelight.evaluation import Report, evaluate
 from sidelight.fitting.options import FitOptions
@@ -31,7 +32,14 @@ class Run:
 
 
 class ProbeMaker:
-    """Turns a trained mechanism into a calibrated probe and measures it on validation data."""
+    """Turns a trained mechanism into a calibrated probe and measures it on validation data.
+
+    Args:
+        study: What it was trained on.
+        name: Of the probe.
+        options: It was trained with.
+        folds: That it was cross-fitted on; 0 for a validation part.
+    """
 
     def __init__(
         self,
@@ -39,15 +47,17 @@ class ProbeMaker:
         *,
         name: str,
         options: FitOptions,
+        folds: int = 0,
     ):
         self._study = study
         self._name = name
         self._options = options
+        self._folds = folds
 
     def make(self, trained: Trained) -> Run:
         """Calibrates on validation logits, chooses the threshold there, and measures there."""
         task, labels = self._study.task, self._study.validation.labels
-        logits = trained.validation_logits
+        logits = trained.logits
         calibration = fit_calibration(self._options.calibration, logits, labels, task)
         probabilities = calibration.apply(logits)
         thresholds = choose_thresholds(task, probabilities, labels)
@@ -75,15 +85,20 @@ class ProbeMaker:
             "seed": trained.job.seed,
             "standardise": trained.job.standardise,
             "max_tokens": self._options.max_tokens,
+            "folds": self._folds,
             "epochs": {"scores": list(trained.history), "best": trained.best_epoch},
             "parameters": sum(p.numel() for p in trained.mechanism.parameters()),
         }
 
 
-def baseline_report(study: Study) -> Report:
-    """TF-IDF on the same splits, treated like a probe: calibrated, its threshold chosen."""
-    task, labels = study.task, study.validation.labels
-    logits = TfIdf().fit(study, seed=0).logits(study.validation)
+def report_on(logits: np.ndarray, split: Split) -> Report:
+    """Any logits of these texts, treated like a probe's: calibrated, their threshold chosen.
+
+    Args:
+        logits: ``[text, output]``.
+        split: The texts.
+    """
+    task, labels = split.task, split.labels
     probabilities = fit_calibration("platt", logits, labels, task).apply(logits)
     thresholds = choose_thresholds(task, probabilities, labels)
     return evaluate(task, probabilities, labels, thresholds=thresholds)

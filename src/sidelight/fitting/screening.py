@@ -22,20 +22,22 @@ def cut_warnings(prompts: Sequence[EncodedPrompt], max_tokens: int) -> list[str]
     ]
 
 
-def doubts(training: Examples, validation: Examples) -> list[str]:
-    """What makes the chosen threshold and calibration doubtful."""
-    doubts: list[str] = []
+def rarity(validation: Examples) -> list[str]:
+    """Says where few texts of a class make the chosen threshold and calibration doubtful."""
     smallest = int(class_counts(task_of(validation), labels_of(validation)).min())
-    if smallest < 10:
-        doubts.append(
-            f"The rarest class has {smallest} validation texts: threshold, calibration and the "
-            "validation figures are rough. More labelled texts of it would help most."
-        )
+    if smallest >= 10:
+        return []
+    return [
+        f"The rarest class has {smallest} validation texts: threshold, calibration and the "
+        "validation figures are rough. More labelled texts of it would help most."
+    ]
+
+
+def shared_texts(training: Examples, validation: Examples) -> list[str]:
+    """Says how many texts are on both sides."""
     seen = {item.text for item in training.items}
     shared = sum(item.text in seen for item in validation.items)
-    if shared:
-        doubts.append(f"{shared} validation texts are also training texts.")
-    return doubts
+    return [f"{shared} validation texts are also training texts."] if shared else []
 
 
 def require_same_task(training: Examples, validation: Examples) -> None:

@@ -128,7 +128,7 @@ class Bench:
             # The probe first: a unit counts as fitted once its result is there.
             save_probe(made.probe, run.unit.folder / PROBE)
             parameters = made.probe.record["parameters"]
-            run.unit.save(Result(one.validation_logits, seconds, parameters))
+            run.unit.save(Result(one.logits, seconds, parameters))
 
     def fit(self, runs: Sequence[BaselineRun]) -> None:
         """Fits those that are missing, one after the other."""

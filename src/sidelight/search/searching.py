@@ -85,7 +85,7 @@ def _train_each(
 def _score(study: Study, trained: Trained | None) -> float | None:
     if trained is None:
         return None
-    return validation_score(study.task, trained.validation_logits, study.validation.labels)
+    return validation_score(study.task, trained.logits, study.validation.labels)
 
 
 def _geometry(study: Study) -> Geometry:

@@ -49,15 +49,16 @@ class Trained:
         job: What was asked for.
         mechanism: With the parameters of its best epoch.
         standardisation: Of the states that it reads.
-        validation_logits: ``[text, output]``, of the best epoch, in the order of the texts.
-        history: Validation score of each epoch.
+        logits: Of the texts to judge, ``[text, output]``, of the best epoch, in the order of the
+            texts.
+        history: Validation score of each epoch; empty without validation texts.
         best_epoch: Counted from 1.
     """
 
     job: Job
     mechanism: Mechanism
     standardisation: Standardisation
-    validation_logits: np.ndarray
+    logits: np.ndarray
     history: tuple[float, ...]
     best_epoch: int
 
@@ -67,7 +68,8 @@ def train_mechanisms(
     *,
     task: Task,
     training: TrainingSet,
-    validation: TrainingSet,
+    validation: TrainingSet | None,
+    judged: TrainingSet | None = None,
     device: torch.device | str = "cpu",
 ) -> list[Trained]:
     """All jobs, trained side by side; the result of a job does not depend on its neighbours.
@@ -76,10 +78,12 @@ def train_mechanisms(
         jobs: What to train.
         task: The classes.
         training: What the parameters are fitted to.
-        validation: What early stopping looks at.
+        validation: What early stopping looks at; None trains every epoch and keeps the last.
+        judged: What gets logits when training is over; None: the validation texts, if any.
         device: Where to train.
     """
-    run = _Run(task=task, training=training, validation=validation, device=torch.device(device))
+    place = torch.device(device)
+    run = _Run(task=task, training=training, validation=validation, device=place)
     trainees = run.enrol(jobs)
     epochs = max((trainee.job.settings.epochs for trainee in trainees), default=0)
     tokens = sum(training.states.plan.tokens)
@@ -90,12 +94,17 @@ def train_mechanisms(
                 break
             run.train_epoch(active, epoch, shown)
             run.end_epoch(active)
-    return run.results(trainees)
+    return run.results(trainees, judged or validation)
 
 
 class _Run:
     def __init__(
-        self, *, task: Task, training: TrainingSet, validation: TrainingSet, device: torch.device
+        self,
+        *,
+        task: Task,
+        training: TrainingSet,
+        validation: TrainingSet | None,
+        device: torch.device,
     ):
         self._task = task
         self._training = training
@@ -178,7 +187,11 @@ class _Run:
         return [Ragged(part, batch.lengths) for part in parts]  # (T, L, M)
 
     def end_epoch(self, trainees: Sequence[Trainee]) -> None:
-        scores = self._validate(trainees, dtype=torch.bfloat16)
+        if self._validation is None:
+            for trainee in trainees:
+                trainee.end_epoch(None)
+            return
+        scores = self._judge(trainees, self._validation, dtype=torch.bfloat16)
         for trainee, logits in zip(trainees, scores, strict=True):
             if not np.isfinite(logits).all():
                 raise SidelightError(
@@ -188,9 +201,11 @@ class _Run:
             trainee.end_epoch(validation_score(self._task, logits, self._validation.labels))
 
     @torch.inference_mode()
-    def _validate(self, trainees: Sequence[Trainee], *, dtype: torch.dtype) -> list[np.ndarray]:
-        states = self._validation.states
-        shape = (len(self._validation.labels), self._task.outputs)
+    def _judge(
+        self, trainees: Sequence[Trainee], judged: TrainingSet, *, dtype: torch.dtype
+    ) -> list[np.ndarray]:
+        states = judged.states
+        shape = (len(judged.labels), self._task.outputs)
         scores = {id(trainee): np.empty(shape) for trainee in trainees}
         for index in range(len(states)):
             shuffle = torch.Generator().manual_seed(0)
@@ -200,17 +215,19 @@ class _Run:
                     scores[id(trainee)][batch.rows] = trainee.logits(part).cpu().numpy()
         return [scores[id(trainee)] for trainee in trainees]
 
-    def results(self, trainees: Sequence[Trainee]) -> list[Trained]:
+    def results(self, trainees: Sequence[Trainee], judged: TrainingSet | None) -> list[Trained]:
         for trainee in trainees:
             trainee.restore_best()
-        # As in serving: the calibration is fitted to these.
-        scores = self._validate(trainees, dtype=torch.float32)
+        scores = [np.empty((0, self._task.outputs)) for _ in trainees]
+        if judged is not None:
+            # As in serving: the calibration is fitted to these.
+            scores = self._judge(trainees, judged, dtype=torch.float32)
         return [
             Trained(
                 job=trainee.job,
                 mechanism=trainee.mechanism,
                 standardisation=self.standardisation(trainee.job),
-                validation_logits=logits,
+                logits=logits,
                 history=tuple(trainee.history),
                 best_epoch=trainee.best_epoch,
             )

@@ -46,21 +46,20 @@ class Trainee:
         self._loss = loss
         self._steps = 0
         self._best = deepcopy(self.mechanism.state_dict())
+        self._epochs = 0
         self.history: list[float] = []
 
     @property
     def best_epoch(self) -> int:
-        """Counted from 1; the first of equals."""
-        return 1 + self.history.index(max(self.history))
+        """Counted from 1; the first of equals, or the last of all where none has a score."""
+        return 1 + self.history.index(max(self.history)) if self.history else self._epochs
 
     @property
     def has_finished(self) -> bool:
         """All epochs done, or no better score for as many as its patience."""
-        epochs = len(self.history)
-        if epochs == 0:
-            return False
         settings = self.job.settings
-        return epochs >= settings.epochs or epochs - self.best_epoch >= settings.patience
+        idle = self._epochs - self.best_epoch
+        return self._epochs >= settings.epochs or (self._epochs > 0 and idle >= settings.patience)
 
     def logits(self, tokens: Ragged) -> Float[Tensor, "text output"]:
         """The logits of projected tokens, ``[token, layer, column]``, as when serving."""
@@ -83,10 +82,16 @@ class Trainee:
         self._optimizer.zero_grad()
         self._schedule.step()
 
-    def end_epoch(self, score: float) -> None:
-        """Records the epoch's validation score and keeps its parameters if it is the best."""
-        self.history.append(score)
-        if self.best_epoch == len(self.history):
+    def end_epoch(self, score: float | None) -> None:
+        """Records the epoch's validation score and keeps its parameters if it is the best.
+
+        Args:
+            score: None without validation texts: the latest epoch is then the best.
+        """
+        self._epochs += 1
+        if score is not None:
+            self.history.append(score)
+        if self.best_epoch == self._epochs:
             self._best = deepcopy(self.mechanism.state_dict())
 
     def restore_best(self) -> None:

@@ -1,0 +1,87 @@
+"""Few texts: each of them both teaches the probe and judges it.
+
+A fold is judged by what the other folds taught. Calibration, threshold and figures are made from
+these logits of all texts; the probe itself is trained on all texts, for every epoch. A part held
+out of few texts would be missed in training, and too small to stop or choose by
+(docs/results.md has the comparison).
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from sidelight.baselines import TfIdf
+from sidelight.data import Examples
+from sidelight.fitting.automatic import FEW_TEXTS
+from sidelight.fitting.screening import class_counts, labels_of, task_of
+from sidelight.study import Study
+from sidelight.training import Job, Trained, train_mechanisms
+
+FOLDS = 5
+
+Folds = tuple[Int[np.ndarray, " _"], ...]
+
+
+def choose_folds(examples: Examples) -> Folds:
+    """Numbers of the texts of each fold; none if there are many texts, or a fold lacks a class."""
+    task, labels = task_of(examples), labels_of(examples)
+    rarest = int(class_counts(task, labels).min())
+    distinct = len({" ".join(item.text.split()).casefold() for item in examples.items})
+    if len(examples) >= FEW_TEXTS or min(rarest, distinct) < FOLDS:
+        return ()
+    folds = examples.folds(FOLDS, seed=0)
+    counts = [class_counts(task, labels[fold]).min() for fold in folds]
+    return folds if min(counts) else ()
+
+
+def cross_fit(jobs: Sequence[Job], whole: Study, folds: Folds) -> list[Trained]:
+    """Each job trained on all texts; the logits of a text are those of its fold.
+
+    Args:
+        jobs: What to train.
+        whole: All texts, as both of its splits.
+        folds: Of ``choose_folds``.
+    """
+    device = whole.backbone.device
+    logits = [_blank(whole) for _ in jobs]
+    for fold in folds:
+        part = _without(whole, fold)
+        trained = train_mechanisms(
+            jobs,
+            task=whole.task,
+            training=part.training.training_set(),
+            validation=None,
+            judged=part.validation.training_set(),
+            device=device,
+        )
+        for own, one in zip(logits, trained, strict=True):
+            own[fold] = one.logits
+    final = train_mechanisms(
+        jobs,
+        task=whole.task,
+        training=whole.training.training_set(),
+        validation=None,
+        device=device,
+    )
+    return [replace(one, logits=own) for one, own in zip(final, logits, strict=True)]
+
+
+def cross_fit_baseline(whole: Study, folds: Folds) -> Float[np.ndarray, "text output"]:
+    """The logits of TF-IDF with logistic regression, made in the same way."""
+    logits = _blank(whole)
+    for fold in folds:
+        part = _without(whole, fold)
+        logits[fold] = TfIdf().fit(part, seed=0).logits(part.validation)
+    return logits
+
+
+def _blank(whole: Study) -> Float[np.ndarray, "text output"]:
+    return np.empty((len(whole.training), whole.task.outputs))
+
+
+def _without(whole: Study, fold: Int[np.ndarray, " text"]) -> Study:
+    """The other folds to learn from, and this one."""
+    rest = np.setdiff1d(np.arange(len(whole.training)), fold)
+    return Study(whole.backbone, whole.training.select(rest), whole.training.select(fold))

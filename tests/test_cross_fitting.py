@@ -1,0 +1,86 @@
+"""Few texts: all of them train the probe, and none is judged by a probe that has seen it."""
+
+import numpy as np
+import pytest
+
+from corpora import planted
+from sidelight.data import load_examples
+from sidelight.fitting import FitOptions, fit
+from sidelight.fitting.cross_fitting import FOLDS, choose_folds, cross_fit
+from sidelight.mechanisms import mechanism_spec
+from sidelight.prompts import Reads
+from sidelight.study import Study, make_split
+from sidelight.training import Job, suggested_settings, train_mechanisms
+
+# Two float32 programs of the same sums.
+ROUNDING = 1e-4
+
+
+def rows(kind, count, *, seed=0):
+    texts, labels = planted(kind, count, seed=seed)
+    names = "xyz"
+    return [
+        {"text": f"{text} {number}", "label": names[int(label)]}
+        for number, (text, label) in enumerate(zip(texts, labels, strict=True))
+    ]
+
+
+@pytest.fixture
+def whole(tiny, tmp_path):
+    examples = load_examples(rows("binary", 40))
+    split = make_split(tiny, examples, reads=Reads(), max_tokens=512, cache_root=tmp_path)
+    return Study(tiny, split, split)
+
+
+def jobs():
+    return [
+        Job(mechanism_spec(name), 3, suggested_settings(name)) for name in ("readout", "pooling")
+    ]
+
+
+def test_the_logits_of_a_fold_are_those_of_a_mechanism_that_the_others_taught(whole):
+    folds = choose_folds(whole.training.examples)
+    assert len(folds) == FOLDS
+    fold, rest = folds[1], np.concatenate([own for own in folds if own is not folds[1]])
+    # In the order of the texts, as training sees them.
+    expected = train_mechanisms(
+        jobs(),
+        task=whole.task,
+        training=whole.training.select(np.sort(rest)).training_set(),
+        validation=None,
+        judged=whole.training.select(fold).training_set(),
+    )
+    for one, alone in zip(cross_fit(jobs(), whole, folds), expected, strict=True):
+        np.testing.assert_allclose(one.logits[fold], alone.logits, atol=ROUNDING)
+
+
+def test_the_probe_itself_is_trained_on_all_texts_for_every_epoch(whole):
+    training = whole.training.training_set()
+    expected = train_mechanisms(jobs(), task=whole.task, training=training, validation=None)
+    folds = choose_folds(whole.training.examples)
+    for one, alone in zip(cross_fit(jobs(), whole, folds), expected, strict=True):
+        assert one.best_epoch == one.job.settings.epochs
+        assert one.history == ()
+        for name, parameter in alone.mechanism.state_dict().items():
+            assert one.mechanism.state_dict()[name].equal(parameter)
+
+
+def test_few_texts_are_cross_fitted_unless_validation_texts_are_given(tiny, own_cache):
+    few, more = load_examples(rows("multiclass", 60)), rows("multiclass", 40, seed=1)
+    options = FitOptions(mechanisms=(mechanism_spec("readout"),))
+    made = fit(tiny, few, None, name="a", options=options)
+    record = made.best.probe.record
+    assert (record["folds"], record["training"]["rows"]) == (FOLDS, 60)
+    assert record["validation"]["rows"] == 60
+    assert made.best.report.to_dict()["accuracy"]["value"] > 0.6
+    given = load_examples(more, task=few.task)
+    record = fit(tiny, few, given, name="a", options=options).best.probe.record
+    assert (record["folds"], record["validation"]["rows"]) == (0, 40)
+
+
+def test_many_texts_or_a_rare_class_are_not_cross_fitted():
+    assert choose_folds(load_examples(rows("binary", 1000))) == ()
+    rare = [{"text": str(number), "label": "ab"[number < 4]} for number in range(60)]
+    assert choose_folds(load_examples(rare)) == ()
+    repeated = [{"text": "ab"[number % 2], "label": number % 2} for number in range(60)]
+    assert choose_folds(load_examples(repeated)) == ()
