@@ -4,6 +4,7 @@ import json
 import re
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from sidelight.backbones import TransformersBackbone
 from sidelight.engines import ResponseScored, Sampling, TextDelta, TransformersEngine
 from sidelight.probe import Probe
 from sidelight.prompts import Reads
+from sidelight.server.keys import Access, numbered_keys
 from sidelight.server.policy import Policy, Rule
 from test_engine_decoding import run
 from test_engine_running_verdicts import events_of
@@ -24,6 +26,7 @@ from tiny import tiny_backbone, untrained_probe
 PAGE = Path(__file__).parent.parent / "docs" / "policies.md"
 TEXT = "hello"
 TOKENS = 24
+ADMIN = "admin-key"
 REQUEST = {
     "model": MODEL,
     "messages": [{"role": "user", "content": TEXT}],
@@ -63,6 +66,7 @@ class Case:
     timeout_s: float | None = None
     fault: Callable[[Server], None] = lambda server: None
     cut_at: int = 0
+    is_reloaded: bool = False
 
 
 def spoil(probe):
@@ -118,6 +122,7 @@ def midway_threshold():
 
 THRESHOLD, FLAGGED_AT = midway_threshold()
 CASES = {
+    "probe reloaded from garbage, prompt flagged": Case("input", FLAGS_ALL, is_reloaded=True),
     "prompt flagged": Case("input", FLAGS_ALL),
     "prompt's verdict is NaN": Case("input", FLAGS_NONE, fault=lambda s: spoil(s.early)),
     "prompt longer than `max_tokens`": Case("input", replace(FLAGS_NONE, max_tokens=3)),
@@ -168,22 +173,39 @@ def test_every_case_is_in_the_table():
 
 
 @pytest.mark.parametrize("row", TOLD, ids=[f"{row[0]}, {row[1]}" for row in TOLD])
-def test_what_happens_is_what_the_table_says(row):
+def test_what_happens_is_what_the_table_says(row, tmp_path):
     name, rule, plain, streamed, text = row
     case = CASES[name]
-    with serving(case, rule) as address:
+    with serving(case, rule, tmp_path) as address:
         assert plain_outcome(address) == plain
-    with serving(case, rule) as address:
+    with serving(case, rule, tmp_path) as address:
         outcome, got = streamed_outcome(address)
     assert outcome == streamed
     assert shape(got, case) == text
 
 
-def serving(case, rule):
+@contextmanager
+def serving(case, rule, folder):
     server = new_server()
     engine = TransformersEngine(server.backbone, [server.early, server.late])
     case.fault(server)
-    return served(engine, policy=policy_of(case, rule))
+    access = Access(admin_keys=numbered_keys([ADMIN], prefix="admin"))
+    with served(engine, policy=policy_of(case, rule), access=access) as address:
+        if case.is_reloaded:
+            reload_garbage(address, folder)
+        yield address
+
+
+def reload_garbage(address, folder):
+    for name in ("manifest.json", "probe.safetensors"):
+        (folder / name).write_bytes(b"\x00garbage")
+    with http_client(address) as http:
+        refused = http.post(
+            "/admin/probes/early/reload",
+            json={"path": str(folder)},
+            headers={"Authorization": f"Bearer {ADMIN}"},
+        )
+    assert refused.status_code == 400, refused.text
 
 
 def policy_of(case, cell):

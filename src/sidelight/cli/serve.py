@@ -73,6 +73,7 @@ def serve(
         host=host,
         port=port,
         policy=policy,
+        sources={probe.name: path for probe, path in zip(loaded, probes, strict=True)},
         access=access_of(given),
         allow_anonymous=given["allow_anonymous"],
         limits=limits_of(given),

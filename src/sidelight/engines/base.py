@@ -191,7 +191,7 @@ class Engine(ABC):
 
     @property
     @abstractmethod
-    def probes(self) -> Sequence[LoadedProbe]:
+    def probes(self) -> Sequence[Probe]:
         """Every loaded probe."""
 
     @property

@@ -10,7 +10,6 @@ from sidelight.engines.base import (
     EngineUnavailableError,
     Event,
     Load,
-    LoadedProbe,
     PromptJudged,
     Sampling,
     Tokens,
@@ -43,7 +42,7 @@ class LoadingEngine(Engine):
         return self._loaded().model
 
     @property
-    def probes(self) -> Sequence[LoadedProbe]:
+    def probes(self) -> Sequence[Probe]:
         """The probes of the loaded model."""
         return self._loaded().probes
 

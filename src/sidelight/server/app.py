@@ -3,8 +3,9 @@
 To add an endpoint, write its file in ``endpoints/`` and add its router to the list below.
 """
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 from fastapi import FastAPI
 
@@ -15,6 +16,7 @@ from sidelight.server.auth import BearerAuth
 from sidelight.server.context import Context
 from sidelight.server.deadline import Deadline
 from sidelight.server.endpoints import (
+    admin_probes,
     chat_completions,
     classify,
     decisions,
@@ -34,6 +36,7 @@ from sidelight.server.limits import ServerLimits
 from sidelight.server.metrics import CountRequests
 from sidelight.server.openapi import REFUSALS
 from sidelight.server.policy import Policy, require_fitting
+from sidelight.server.roster import Roster
 
 _ROUTERS = (
     chat_completions.router,
@@ -48,6 +51,7 @@ _ROUTERS = (
     ready.router,
     metrics.router,
     version.router,
+    admin_probes.router,
 )
 
 
@@ -55,6 +59,7 @@ def create_app(
     engine: Engine,
     *,
     policy: Policy | None = None,
+    sources: Mapping[str, Path] | None = None,
     access: Access | None = None,
     limits: ServerLimits | None = None,
 ) -> FastAPI:
@@ -63,6 +68,7 @@ def create_app(
     Args:
         engine: What answers; ``LoadingEngine`` for one whose model takes a while.
         policy: What follows from verdicts; None: nothing, they are told.
+        sources: The folders that probes came from, by name: where they are reloaded from.
         access: Who may do what; None: everybody everything but administer.
         limits: How much a request may take.
     """
@@ -80,7 +86,7 @@ def create_app(
 
     app = FastAPI(title="Sidelight", lifespan=lifespan)
     bounds = limits or ServerLimits()
-    app.state.context = context = Context.new(engine, rules, bounds)
+    app.state.context = context = Context.new(engine, Roster(engine, rules, sources or {}), bounds)
     for router in _ROUTERS:
         app.include_router(router, responses=REFUSALS)
     add_error_handlers(app)

@@ -15,7 +15,7 @@ from sidelight.server.draining import Drain
 from sidelight.server.errors import RequestError
 from sidelight.server.limits import ServerLimits
 from sidelight.server.metrics import Metrics
-from sidelight.server.policy import Enforcement, Policy, Wishes, tightened
+from sidelight.server.policy import Enforcement, Wishes, tightened
 from sidelight.server.recording import Recorder
 from sidelight.server.report import Reporter, header
 from sidelight.server.roster import Roster
@@ -60,9 +60,8 @@ class Context:
     started_at: int
 
     @classmethod
-    def new(cls, engine: Engine, policy: Policy, limits: ServerLimits) -> "Context":
+    def new(cls, engine: Engine, roster: Roster, limits: ServerLimits) -> "Context":
         """The parts of a server that starts now."""
-        roster = Roster(engine, policy)
         return cls(engine, roster, Metrics(engine), limits, Drain(), int(time.time()))
 
     @property

@@ -2,8 +2,9 @@
 
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from pathlib import Path
 
 import uvicorn
 from fastapi import FastAPI
@@ -29,6 +30,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     policy: Policy | None = None,
+    sources: Mapping[str, Path] | None = None,
     access: Access | None = None,
     allow_anonymous: bool = False,
     limits: ServerLimits | None = None,
@@ -46,6 +48,7 @@ def serve(
         host: Address to listen on; the default is reachable from this machine only.
         port: Port to listen on; 0 takes a free one and logs it.
         policy: What follows from verdicts; None: nothing, they are told.
+        sources: The folders that probes came from, by name: where they are reloaded from.
         access: Who may do what; None: everybody everything but administer.
         allow_anonymous: Listens beyond this machine even where no key is needed.
         limits: How much a request may take.
@@ -76,7 +79,7 @@ def serve(
         return loaded
 
     engine = LoadingEngine(load_fitting, on_failure=stop)
-    app = create_app(engine, policy=rules, access=admitted, limits=bounds)
+    app = create_app(engine, policy=rules, sources=sources, access=admitted, limits=bounds)
     config = server_settings(app, bounds, drain_s=drain_s, log_level=log_level, json_logs=json_logs)
     server = DrainingServer(config, drain=app.state.context.drain, notice_s=notice_s)
     listener = _listen(host, port)

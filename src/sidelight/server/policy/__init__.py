@@ -1,6 +1,11 @@
 """What follows from verdicts: rules, and their enforcement on each request."""
 
-from sidelight.server.policy.clauses import Clause, clauses_of, require_fitting
+from sidelight.server.policy.clauses import (
+    Clause,
+    clauses_of,
+    require_fitting,
+    require_fitting_probe,
+)
 from sidelight.server.policy.decisions import Action, Decision
 from sidelight.server.policy.enforcement import Enforcement
 from sidelight.server.policy.files import read_policy
@@ -19,5 +24,6 @@ __all__ = [
     "clauses_of",
     "read_policy",
     "require_fitting",
+    "require_fitting_probe",
     "tightened",
 ]

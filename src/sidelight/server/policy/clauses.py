@@ -113,10 +113,10 @@ def require_fitting(policy: Policy, probes: Sequence[LoadedProbe]) -> None:
                     f"{did_you_mean(name, known)}"
                 )
     for clause in clauses_of(policy, probes):
-        require_sense(clause, probes)
+        require_fitting_probe(clause, probes)
 
 
-def require_sense(clause: Clause, probes: Iterable[LoadedProbe]) -> None:
+def require_fitting_probe(clause: Clause, probes: Iterable[LoadedProbe]) -> None:
     """Checks that a rule can hold for its probe.
 
     Raises:

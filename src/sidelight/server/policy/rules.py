@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from sidelight.errors import SidelightError
+
 Side = Literal["input", "output"]
 Mode = Literal["score", "flag", "route", "block", "shadow"]
 OnFailure = Literal["block", "pass"]
@@ -61,6 +63,19 @@ class Policy:
     input: Mapping[str, Rule] = field(default_factory=dict)
     output: Mapping[str, Rule] = field(default_factory=dict)
     timeout_s: float | None = None
+
+    def require_side(self, name: str, side: Side) -> None:
+        """Checks that no rule waits for a probe of this name on the other side.
+
+        Raises:
+            SidelightError: One does; it would no longer hold.
+        """
+        other: Side = "output" if side == "input" else "input"
+        if name in self.side(other):
+            raise SidelightError(
+                f"The policy has a rule for probe '{name}' on the {other}, but this one judges the "
+                f"{side}: the rule would no longer hold. Give it another name."
+            )
 
     def side(self, side: Side) -> Mapping[str, Rule]:
         """The rules of one side."""

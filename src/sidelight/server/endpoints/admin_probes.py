@@ -1,0 +1,130 @@
+"""``/admin/probes``: which probes serve, and changing them while they do. Admin keys only."""
+
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter
+from pydantic import BaseModel, ConfigDict
+
+from sidelight.server.auth import AdminOnly
+from sidelight.server.body import JsonRoute
+from sidelight.server.context import InContext
+from sidelight.server.roster import Entry, State
+from sidelight.server.schemas import StrictBody
+
+router = APIRouter(dependencies=[AdminOnly])
+_with_body = APIRouter(route_class=JsonRoute)
+
+
+class ProbeEntry(BaseModel):
+    """One probe: what it is, what follows from its verdicts, and how its last change went."""
+
+    name: str
+    version: str
+    kind: str
+    labels: list[str]
+    reads: str
+    side: str
+    state: State
+    mode: str
+    thresholds: dict[str, float]
+    shadow_of: str | None
+    path: str | None
+    failure: str | None
+
+    @classmethod
+    def of(cls, entry: Entry) -> "ProbeEntry":
+        """As JSON."""
+        clause = entry.clause
+        return cls(
+            name=clause.name,
+            version=clause.probe.version,
+            kind=clause.probe.task.kind,
+            labels=list(clause.probe.task.labels),
+            reads=clause.probe.reads.side,
+            side=clause.side,
+            state=entry.state,
+            mode=clause.rule.mode,
+            thresholds=dict(clause.thresholds),
+            shadow_of=clause.rule.shadow_of,
+            path=None if entry.path is None else str(entry.path),
+            failure=entry.failure,
+        )
+
+
+class ProbeList(BaseModel):
+    """All probes, those that do not run last."""
+
+    probes: list[ProbeEntry]
+
+
+class _Change(StrictBody):
+    # A misspelt key would be a change that was not meant.
+    model_config = ConfigDict(extra="forbid")
+
+
+class LoadRequest(_Change):
+    """An artifact in a folder of the server's machine."""
+
+    path: str
+    shadow_of: str | None = None
+
+
+class ReloadRequest(_Change):
+    """The artifact; null: the folder that the probe came from."""
+
+    path: str | None = None
+
+
+class ShadowRequest(_Change):
+    """The probe that the shadow is compared with, if any."""
+
+    shadow_of: str | None = None
+
+
+@router.get("/admin/probes")
+async def list_probes(context: InContext) -> ProbeList:
+    """Every probe, shadows and disabled ones too."""
+    return ProbeList(probes=[ProbeEntry.of(entry) for entry in context.roster.entries])
+
+
+@_with_body.post("/admin/probes", status_code=201)
+async def load(body: LoadRequest, context: InContext) -> ProbeEntry:
+    """Serves one more probe."""
+    entry = await context.roster.load(Path(body.path), shadow_of=body.shadow_of)
+    return ProbeEntry.of(entry)
+
+
+@_with_body.post("/admin/probes/{name}/reload")
+async def reload(name: str, body: ReloadRequest, context: InContext) -> ProbeEntry:
+    """Replaces a probe by the artifact as it is now; if that fails, the last good one serves on."""
+    path = None if body.path is None else Path(body.path)
+    return ProbeEntry.of(await context.roster.reload(name, path))
+
+
+@_with_body.post("/admin/probes/{name}/shadow")
+async def shadow(name: str, body: ShadowRequest, context: InContext) -> ProbeEntry:
+    """Hides a probe from clients and counts it on."""
+    return ProbeEntry.of(await context.roster.shadow(name, shadow_of=body.shadow_of))
+
+
+@router.post("/admin/probes/{name}/enable")
+async def enable(name: str, context: InContext) -> ProbeEntry:
+    """Runs a probe under the policy's rule."""
+    return ProbeEntry.of(await context.roster.enable(name))
+
+
+@router.post("/admin/probes/{name}/disable")
+async def disable(name: str, context: InContext) -> ProbeEntry:
+    """Stops a probe; nothing follows from its rule meanwhile."""
+    return ProbeEntry.of(await context.roster.disable(name))
+
+
+@router.delete("/admin/probes/{name}")
+async def remove(name: str, context: InContext) -> dict[str, Any]:
+    """Forgets a probe; its artifact stays."""
+    await context.roster.remove(name)
+    return {"name": name, "removed": True}
+
+
+router.include_router(_with_body)
