@@ -53,5 +53,5 @@ def as_user(text: str) -> list[Message]:
 
 
 def is_answered(turns: Turns) -> bool:
-    """Whether the last turn is the assistant's, so that it can be judged as a response."""
-    return bool(turns) and turns[-1].role == "assistant"
+    """Whether the last turn is the assistant's and says something that can be judged."""
+    return bool(turns) and turns[-1].role == "assistant" and bool(turns[-1].content)

@@ -24,3 +24,6 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorResponse, "description": "Refused; the message says what to do."},
     "5XX": {"model": ErrorResponse, "description": "Failed, loading, or past its deadline."},
 }
+
+# What a request with ``stream`` gets: one chunk a line after ``data:``, then ``[DONE]``.
+EVENTS: dict[str, Any] = {"text/event-stream": {}}

@@ -2,19 +2,32 @@
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from openai.types.chat import ChatCompletion
 
 from sidelight.engines.base import PromptJudged
 from sidelight.server.body import JsonRoute
 from sidelight.server.completions import Envelope, collect, completion
 from sidelight.server.context import InContext
 from sidelight.server.disconnect import unless_left
+from sidelight.server.openapi import EVENTS
+from sidelight.server.report import Extension
 from sidelight.server.schemas import ChatRequest
 from sidelight.server.streaming import Chunks
 
 router = APIRouter(route_class=JsonRoute)
 
 
-@router.post("/v1/chat/completions")
+class ChatAnswer(ChatCompletion):
+    """OpenAI's chat completion, with every verdict in a field of its own."""
+
+    sidelight: Extension
+
+
+@router.post(
+    "/v1/chat/completions",
+    response_class=Response,
+    responses={200: {"model": ChatAnswer, "content": EVENTS}},
+)
 async def create(body: ChatRequest, request: Request, context: InContext) -> Response:
     """The text, plain or streamed; either begins once the prompt has been judged."""
     context.require_model(body.model)

@@ -47,7 +47,9 @@ async def create(body: GuardrailRequest, request: Request, context: InContext) -
     is_response = body.input_type == "response"
     if is_response:
         _require_response_probe(reporter)
-    conversations = [_answer(text) if is_response else as_user(text) for text in body.texts or ()]
+    # Nothing is said in an empty text: there is nothing to judge.
+    texts = [text for text in body.texts or () if text]
+    conversations = [_answer(text) if is_response else as_user(text) for text in texts]
     judged = await checked(request, context, reporter, conversations) if conversations else []
     wanted = {p.name for p in reporter.probes if (p.reads.side != "prompt") == is_response}
     verdicts = [v for one in judged for v in one.verdicts if v.probe in wanted]

@@ -1,0 +1,100 @@
+"""The API is what its OpenAPI document says, for requests drawn from it and for broken ones."""
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from schemathesis import GenerationMode
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+    unsupported_method,
+)
+
+from live import MODEL, served
+from sidelight.engines import TransformersEngine
+from sidelight.prompts import Reads
+from sidelight.server.keys import Access, numbered_keys
+from tiny import three_probes, tiny_backbone, untrained_probe
+
+KEY = "key"
+HEADERS = {"Authorization": f"Bearer {KEY}"}
+CHECKS = [
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+    unsupported_method,
+]
+POSTS = [
+    "/v1/chat/completions",
+    "/v1/moderations",
+    "/v1/decisions",
+    "/v1/systemone",
+    "/classify",
+    "/beta/litellm_basic_guardrail_api",
+    "/tokenize",
+]
+GETS = ["/v1/models", "/v1/models/{name}", "/health", "/ready", "/metrics", "/version"]
+OPERATIONS = [*(("POST", path) for path in POSTS), *(("GET", path) for path in GETS)]
+FEW = settings(
+    max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
+
+
+@pytest.fixture(scope="module")
+def address():
+    backbone = tiny_backbone()
+    late = untrained_probe(backbone, "refusal", reads=Reads("response"))
+    engine = TransformersEngine(backbone, [*three_probes(backbone), late])
+    with served(engine, access=Access(numbered_keys([KEY], prefix="key"))) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def schema(address):
+    return schemathesis.openapi.from_url(f"{address}/openapi.json", headers=HEADERS)
+
+
+def test_every_operation_of_the_document_is_tried(schema):
+    documented = {
+        (method.upper(), path)
+        for path, methods in schema.raw_schema["paths"].items()
+        for method in methods
+        if not path.startswith("/admin")
+    }
+    assert documented == set(OPERATIONS)
+
+
+@pytest.mark.parametrize(("method", "path"), OPERATIONS)
+@FEW
+@given(data=st.data())
+def test_every_answer_is_as_the_document_says(schema, method, path, data):
+    case = data.draw(schema[path][method].as_strategy())
+    case.call_and_validate(checks=CHECKS, headers=HEADERS)
+
+
+@pytest.mark.parametrize("path", POSTS)
+@FEW
+@given(data=st.data())
+def test_a_request_to_the_served_model_is_answered_as_the_document_says(schema, path, data):
+    case = data.draw(schema[path]["POST"].as_strategy())
+    # Drawn names are never right: these requests would all end at the first check.
+    case.body |= {"model": MODEL, "probes": None, "max_tokens": 3, "max_completion_tokens": None}
+    if path == "/classify":
+        case.body["probes"] = ["intent"]
+    case.call_and_validate(checks=CHECKS, headers=HEADERS)
+
+
+@pytest.mark.parametrize("path", POSTS)
+@FEW
+@given(data=st.data())
+def test_a_body_that_the_document_forbids_is_a_refusal_that_it_describes(schema, path, data):
+    strategy = schema[path]["POST"].as_strategy(generation_mode=GenerationMode.NEGATIVE)
+    case = data.draw(strategy)
+    response = case.call_and_validate(checks=CHECKS[:-1], headers=HEADERS)
+    assert 400 <= response.status_code < 500, case.as_curl_command()
