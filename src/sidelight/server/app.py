@@ -19,6 +19,7 @@ from sidelight.server.endpoints import (
     admin_probes,
     chat_completions,
     classify,
+    completions,
     decisions,
     guardrail,
     health,
@@ -40,6 +41,7 @@ from sidelight.server.roster import Roster
 
 _ROUTERS = (
     chat_completions.router,
+    completions.router,
     moderations.router,
     decisions.router,
     systemone.router,

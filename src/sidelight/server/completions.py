@@ -1,80 +1,68 @@
-"""A chat completion as one JSON object."""
+"""A completion, of a chat or of a text, as one JSON object."""
 
 import time
 import uuid
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sidelight.engines.base import Event, Finished, PromptJudged, ResponseScored, TextDelta
-from sidelight.server.report import Reporter, Side, extension
+from sidelight.engines.base import Finished, PromptJudged
+from sidelight.server.choices import Written
+from sidelight.server.forms import Form
+from sidelight.server.report import Reporter, extension, joined
 
 
 @dataclass(frozen=True)
 class Envelope:
-    """What names an answer: the same in all chunks of a stream."""
+    """What names an answer: the same in all chunks of a stream.
+
+    Attributes:
+        id: Of this answer.
+        created: Unix time.
+        model: As the request calls it.
+        form: How choices are worded.
+    """
 
     id: str
     created: int
     model: str
+    form: Form
 
     @classmethod
-    def new(cls, model: str) -> "Envelope":
+    def new(cls, model: str, form: Form) -> "Envelope":
         """A fresh one."""
-        return cls(f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), model)
+        return cls(f"{form.prefix}-{uuid.uuid4().hex}", int(time.time()), model, form)
 
     def fields(self, kind: str) -> dict[str, Any]:
         """As JSON, with the object's kind."""
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
 
 
-@dataclass(frozen=True)
-class Written:
-    """A complete text and how it ended."""
-
-    text: str
-    finished: Finished
-
-
-async def collect(events: AsyncGenerator[Event, None]) -> Written:
-    """Waits for the whole text."""
-    pieces: list[str] = []
-    async with aclosing(events):
-        async for event in events:
-            match event:
-                case TextDelta(text):
-                    pieces.append(text)
-                case Finished():
-                    return Written("".join(pieces), event)
-                case PromptJudged() | ResponseScored():
-                    pass
-    raise AssertionError("An engine's events end with Finished or an error.")
-
-
 def completion(
-    envelope: Envelope, reporter: Reporter, prompt: Side, written: Written
+    envelope: Envelope,
+    reporter: Reporter,
+    judged: Sequence[PromptJudged],
+    written: Sequence[Written],
 ) -> dict[str, Any]:
-    """The body of the answer, with every chosen probe's verdict."""
-    response = reporter.side(written.finished)
-    choice = {
-        "index": 0,
-        "message": {"role": "assistant", "content": written.text},
-        "finish_reason": written.finished.reason,
-    }
-    moderation = reporter.moderation(prompt, response) if reporter.probes else None
+    """The body of the answer, with every chosen probe's verdict on all prompts and responses."""
+    prompt = joined([reporter.side(event) for event in judged])
+    response = joined([reporter.side(each.finished) for each in written])
     return {
-        **envelope.fields("chat.completion"),
-        "choices": [choice],
-        "usage": usage(written.finished),
-        "moderation": moderation,
+        **envelope.fields(envelope.form.whole),
+        "choices": [
+            envelope.form.choice(index, each.text, each.finished.reason)
+            for index, each in enumerate(written)
+        ],
+        "usage": usage(judged, [each.finished for each in written]),
+        "moderation": reporter.moderation(prompt, response) if reporter.probes else None,
         "sidelight": extension(prompt, response),
     }
 
 
-def usage(finished: Finished) -> dict[str, int]:
-    """Tokens read and written."""
-    prompt, written = finished.prompt_tokens, finished.completion_tokens
+def usage(judged: Sequence[PromptJudged], finished: Sequence[Finished]) -> dict[str, int]:
+    """Tokens read and written; a prompt counts once, however many texts follow it."""
+    prompt = sum(event.tokens for event in judged)
+    written = sum(event.completion_tokens for event in finished)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": written,

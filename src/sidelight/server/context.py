@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 from fastapi import Depends, Request
@@ -33,10 +33,16 @@ class Asked:
     reporter: Reporter
     enforcement: Enforcement
 
-    def headers(self, prompt: PromptJudged, finished: Finished | None = None) -> Mapping[str, str]:
+    def headers(
+        self, prompts: Sequence[PromptJudged], finished: Sequence[Finished] = ()
+    ) -> Mapping[str, str]:
         """Those of the answer: verdicts, and marks for a gateway."""
-        sides = [self.reporter.side(event) for event in (prompt, finished) if event is not None]
-        return {**header(*sides), **self.enforcement.marks(prompt, finished)}
+        sides = [self.reporter.side(event) for event in (*prompts, *finished)]
+        return {**header(*sides), **self.enforcement.marks(prompts, finished)}
+
+    def for_another_text(self) -> "Asked":
+        """The same for one more text of a prompt, whose judgement is recorded already."""
+        return replace(self, enforcement=self.enforcement.recording_output_only())
 
 
 @dataclass(frozen=True)

@@ -107,6 +107,14 @@ class Reporter:
         return {"type": "moderation_results", "model": self.model, "results": results}
 
 
+def joined(sides: Sequence[Side]) -> Side:
+    """Several texts' verdicts, one text after the other."""
+    return Side(
+        tuple(verdict for side in sides for verdict in side.verdicts),
+        tuple(dict.fromkeys(name for side in sides for name in side.failed)),
+    )
+
+
 def extension(*sides: Side) -> dict[str, Any]:
     """The ``sidelight`` field: every verdict, and an entry with ``error`` for a failed one."""
     verdicts = [verdict_json(verdict) for side in sides for verdict in side.verdicts]

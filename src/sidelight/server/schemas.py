@@ -5,11 +5,14 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from sidelight.engines.base import Sampling
-from sidelight.prompts import Message
+from sidelight.prompts import Message, PlainText
 from sidelight.server.policy.wishes import Wish, WishedMode, Wishes
 
 MAX_INPUTS = 512
 _MAX_STOPS = 16
+_MAX_TEXTS = 16
+# OpenAI's default of this older endpoint.
+_COMPLETION_TOKENS = 16
 
 
 def _as_list(value: Any) -> Any:
@@ -94,32 +97,31 @@ class ProbePolicy(StrictBody):
     threshold: float | None = Field(None, ge=0, le=1)
 
 
-class ChatRequest(StrictBody):
-    """The body of ``POST /v1/chat/completions``."""
+class WritingRequest(StrictBody):
+    """What requests for text have in common."""
 
     model: str
-    messages: list[ChatMessage] = Field(min_length=1)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
     stop: Texts | None = Field(None, max_length=_MAX_STOPS)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    n: Literal[1] | None = None
+    n: int | None = Field(None, ge=1, le=_MAX_TEXTS)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     moderation: ChatModeration | None = None
     probes: ProbeNames = None
     policies: dict[str, ProbePolicy] | None = None
 
-    def conversation(self) -> list[Message]:
-        """The turns as the engine takes them."""
-        return [message.as_message() for message in self.messages]
+    @property
+    def limit(self) -> int | None:
+        """Most tokens to write."""
+        return self.max_tokens
 
     def sampling(self) -> Sampling:
         """The request's wishes, with OpenAI's defaults."""
         return Sampling(
-            max_tokens=self.max_completion_tokens or self.max_tokens,
+            max_tokens=self.limit,
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=1.0 if self.top_p is None else self.top_p,
             stop=tuple(self.stop or ()),
@@ -139,6 +141,40 @@ class ChatRequest(StrictBody):
     def includes_usage(self) -> bool:
         """Whether a stream ends with a usage chunk."""
         return self.stream_options is not None and self.stream_options.include_usage
+
+
+class ChatRequest(WritingRequest):
+    """The body of ``POST /v1/chat/completions``."""
+
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+
+    def conversation(self) -> list[Message]:
+        """The turns as the engine takes them."""
+        return [message.as_message() for message in self.messages]
+
+    @property
+    def limit(self) -> int | None:
+        """Most tokens to write; the newer field counts."""
+        return self.max_completion_tokens or self.max_tokens
+
+
+class CompletionRequest(WritingRequest):
+    """The body of ``POST /v1/completions``; prompts are texts, not token ids."""
+
+    prompt: Texts = Field(min_length=1, max_length=_MAX_TEXTS)
+    best_of: Literal[1] | None = None
+    echo: Literal[False] | None = None
+    suffix: None = None
+
+    def texts(self) -> list[PlainText]:
+        """What is to be gone on with."""
+        return [PlainText(text) for text in self.prompt]
+
+    @property
+    def limit(self) -> int:
+        """Most tokens to write: sixteen, unless told."""
+        return self.max_tokens or _COMPLETION_TOKENS
 
 
 class ModerationRequest(StrictBody):

@@ -1,4 +1,4 @@
-"""A chat completion as server-sent events, in the order that OpenAI's clients expect."""
+"""A completion as server-sent events, in the order that OpenAI's clients expect."""
 
 import json
 from collections.abc import AsyncGenerator, Mapping
@@ -6,11 +6,12 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-from sidelight.engines.base import Event, Finished, PromptJudged, ResponseScored, TextDelta
+from sidelight.engines.base import Finished, PromptJudged, ResponseScored, TextDelta
 from sidelight.errors import SidelightError
+from sidelight.server.choices import Choices, Indexed
 from sidelight.server.completions import Envelope, usage
 from sidelight.server.errors import failure_body
-from sidelight.server.report import Reporter, Side, extension
+from sidelight.server.report import Reporter, Side, extension, joined
 
 _DONE = "data: [DONE]\n\n"
 
@@ -22,73 +23,76 @@ class Chunks:
     Attributes:
         envelope: What every chunk carries.
         reporter: Writes the verdicts.
-        prompt: The prompt's verdicts, known before the stream begins.
+        choices: The texts; their prompts' verdicts are known before the stream begins.
         includes_usage: Whether a usage chunk follows the last delta.
     """
 
     envelope: Envelope
     reporter: Reporter
-    prompt: Side
+    choices: Choices
     includes_usage: bool
 
-    async def stream(self, events: AsyncGenerator[Event, None]) -> AsyncGenerator[str, None]:
-        """Role and verdicts, moderation, text, the reason for the end, usage, ``[DONE]``.
+    async def stream(self) -> AsyncGenerator[str, None]:
+        """Verdicts, moderation, text, the reasons for the end, usage, ``[DONE]``.
 
         A failure midway is the last event; no ``[DONE]`` follows, so that nobody takes the text
         for complete.
         """
-        first = {"role": "assistant", "content": "", "sidelight": extension(self.prompt)}
-        yield self._delta(first)
-        if self.reporter.probes:
-            yield self._moderation(None)
-        try:
-            async with aclosing(events):
-                async for event in events:
-                    for chunk in self._chunks(event):
+        finished: dict[int, Finished] = {}
+        async with aclosing(self.choices.events()) as events:
+            try:
+                for index in range(len(self.choices.streams)):
+                    verdicts = {"sidelight": extension(self._prompt_of(index))}
+                    yield self._chunk([self.envelope.form.opening(index, verdicts)])
+                if self.reporter.probes:
+                    yield self._moderation(None)
+                async for indexed in events:
+                    if isinstance(indexed.event, Finished):
+                        finished[indexed.index] = indexed.event
+                    for chunk in self._deltas(indexed):
                         yield chunk
-            yield _DONE
-        except SidelightError as error:
-            yield _sse(failure_body(error))
+                for chunk in self._ending([finished[index] for index in sorted(finished)]):
+                    yield chunk
+                yield _DONE
+            except SidelightError as error:
+                yield _sse(failure_body(error))
 
-    def _chunks(self, event: Event) -> list[str]:
-        match event:
+    def _prompt_of(self, index: int) -> Side:
+        texts_per_prompt = len(self.choices.streams) // len(self.choices.judged)
+        return self.reporter.side(self.choices.judged[index // texts_per_prompt])
+
+    def _deltas(self, indexed: Indexed) -> list[str]:
+        form, index = self.envelope.form, indexed.index
+        match indexed.event:
             case TextDelta(text):
-                return [self._delta({"content": text})]
-            case Finished():
-                return self._ending(event)
+                return [self._chunk([form.delta(index, text)])]
+            case Finished() as event:
+                late = self.reporter.reads_response
+                extra = {"sidelight": extension(self.reporter.side(event))} if late else {}
+                return [self._chunk([form.delta(index, None, reason=event.reason, extra=extra)])]
             case PromptJudged() | ResponseScored():
                 return []
 
-    def _ending(self, event: Finished) -> list[str]:
-        response = self.reporter.side(event)
-        late = self.reporter.reads_response
-        delta = {"sidelight": extension(response)} if late else {}
-        chunks = [self._delta(delta, finish_reason=event.reason)]
-        if late:
+    def _ending(self, finished: list[Finished]) -> list[str]:
+        chunks: list[str] = []
+        if self.reporter.reads_response:
+            response = joined([self.reporter.side(event) for event in finished])
             chunks.append(self._moderation(response))
         if self.includes_usage:
-            chunks.append(self._chunk([], usage=usage(event)))
+            chunks.append(self._chunk([], usage=usage(self.choices.judged, finished)))
         return chunks
 
     def _moderation(self, response: Side | None) -> str:
-        sides = [self.prompt] if response is None else [self.prompt, response]
-        moderation = self.reporter.moderation(self.prompt, response)
+        prompt = joined([self.reporter.side(event) for event in self.choices.judged])
+        sides = [prompt] if response is None else [prompt, response]
+        moderation = self.reporter.moderation(prompt, response)
         return self._chunk([], moderation=moderation, sidelight=extension(*sides))
-
-    def _delta(self, delta: Mapping[str, Any], *, finish_reason: str | None = None) -> str:
-        return self._chunk([{"index": 0, "delta": delta, "finish_reason": finish_reason}])
 
     def _chunk(self, choices: list[dict[str, Any]], **extra: Any) -> str:
         # With include_usage every chunk has the field, null until the last (OpenAI's API).
         blank = {"usage": None} if self.includes_usage else {}
-        return _sse(
-            {
-                **self.envelope.fields("chat.completion.chunk"),
-                "choices": choices,
-                **blank,
-                **extra,
-            }
-        )
+        fields = self.envelope.fields(self.envelope.form.piece)
+        return _sse({**fields, "choices": choices, **blank, **extra})
 
 
 def _sse(data: Mapping[str, Any]) -> str:

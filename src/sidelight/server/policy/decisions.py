@@ -63,7 +63,7 @@ def decide(clause: Clause, verdict: Verdict | None) -> Decision:
 def marks(decisions: Iterable[Decision]) -> dict[str, str]:
     """Headers for a gateway: which probes flagged, and the routes. Shadows are not among them."""
     shown = [decision for decision in decisions if not decision.clause.is_shadow]
-    flagged = [d.clause.name for d in shown if d.action in ("flag", "block")]
+    flagged = dict.fromkeys(d.clause.name for d in shown if d.action in ("flag", "block"))
     routes = dict.fromkeys(route for d in shown if (route := d.route) is not None)
     headers = {FLAGGED_HEADER: _listed(flagged), ROUTE_HEADER: _listed(routes)}
     return {name: value for name, value in headers.items() if value}

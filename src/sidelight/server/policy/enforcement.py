@@ -77,13 +77,23 @@ class Enforcement:
         self.record([_only_told(decision) for decision in decisions])
         return _decided(event, decisions)
 
-    def marks(self, prompt: PromptJudged, finished: Finished | None = None) -> Mapping[str, str]:
+    def marks(
+        self, prompts: Sequence[PromptJudged], finished: Sequence[Finished] = ()
+    ) -> Mapping[str, str]:
         """Headers for a gateway, from events that ``guard`` has let through."""
-        decisions = self.on_prompt(prompt)
-        if finished is not None:
-            verdicts = by_probe(finished.verdicts)
+        decisions = [decision for prompt in prompts for decision in self.on_prompt(prompt)]
+        for event in finished:
+            verdicts = by_probe(event.verdicts)
             decisions += [decide(c, verdicts.get(c.name)) for c in self._side("output")]
         return marks(decisions)
+
+    def recording_output_only(self) -> "Enforcement":
+        """The same rules; what is decided on the prompt is not recorded once more."""
+
+        def record(decisions: Sequence[Decision]) -> None:
+            self.record([d for d in decisions if d.clause.side == "output"])
+
+        return replace(self, record=record)
 
     def _side(self, side: PolicySide) -> list[Clause]:
         return [clause for clause in self.clauses if clause.side == side]

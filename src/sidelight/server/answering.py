@@ -1,0 +1,44 @@
+"""An answer with text, plain or streamed: what chat and text completions share."""
+
+from collections.abc import Sequence
+
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from sidelight.prompts import Conversation
+from sidelight.server.choices import begin
+from sidelight.server.completions import Envelope, completion
+from sidelight.server.context import Context
+from sidelight.server.disconnect import unless_left
+from sidelight.server.forms import Form
+from sidelight.server.schemas import WritingRequest
+from sidelight.server.streaming import Chunks
+
+
+async def answer(
+    body: WritingRequest,
+    request: Request,
+    context: Context,
+    prompts: Sequence[Conversation],
+    form: Form,
+) -> Response:
+    """The texts, plain or streamed; either begins once all prompts have been judged."""
+    context.require_model(body.model)
+    sampling, n = body.sampling(), body.n or 1
+    texts = [prompt for prompt in prompts for _ in range(n)]
+    await context.require_size(texts, max_tokens=sampling.max_tokens)
+    asked = context.asked(body.probes, body.wishes())
+    envelope = Envelope.new(body.model, form)
+    choices = await begin(request, context, asked, prompts, sampling, n=n)
+    if body.stream:
+        chunks = Chunks(envelope, asked.reporter, choices, body.includes_usage)
+        return StreamingResponse(
+            chunks.stream(),
+            media_type="text/event-stream",
+            headers={**asked.headers(choices.judged), "Cache-Control": "no-cache"},
+        )
+    written = await unless_left(request, choices.collect())
+    return JSONResponse(
+        completion(envelope, asked.reporter, choices.judged, written),
+        headers=asked.headers(choices.judged, [each.finished for each in written]),
+    )
