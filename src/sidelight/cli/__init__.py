@@ -10,6 +10,7 @@ from sidelight.cli.demo import demo
 from sidelight.cli.env import env
 from sidelight.cli.eval import evaluate
 from sidelight.cli.inspect import inspect
+from sidelight.cli.parity import parity
 from sidelight.cli.predict import predict
 from sidelight.cli.reproduce import reproduce
 from sidelight.cli.search import search
@@ -28,7 +29,7 @@ def app() -> None:
 
 _COMMANDS = (
     train, evaluate, predict, serve, demo, inspect, env,
-    search, reproduce, anatomy, bench,
+    search, reproduce, anatomy, bench, parity,
 )  # fmt: skip
 for _command in _COMMANDS:
     app.add_command(_command)

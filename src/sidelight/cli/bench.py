@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from sidelight.cli.bench_serve import bench_serve
 from sidelight.cli.bench_streaming import bench_streaming
 from sidelight.cli.options import (
     device_option,
@@ -27,6 +28,7 @@ def bench() -> None:
     """Measure side by side in one run; no figure is compared across runs."""
 
 
+bench.add_command(bench_serve)
 bench.add_command(bench_streaming)
 
 

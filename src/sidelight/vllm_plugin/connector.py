@@ -143,9 +143,8 @@ class ProbeConnector(KVConnectorBase_V1, SupportsHMA):
         """Makes room for the columns of every KV slot."""
         block_size = self._cache.kv_cache_groups[0].kv_cache_spec.block_size
         own = worker.installed()
-        own.allocate(blocks=self._cache.num_blocks, block_size=block_size)
-        tensors = kv_caches.values()
-        total = sum(cache.numel() * cache.element_size() for cache in tensors)
+        total = sum(cache.numel() * cache.element_size() for cache in kv_caches.values())
+        own.allocate(blocks=self._cache.num_blocks, block_size=block_size, cache_bytes=total)
         _log.info(
             "Columns of the probes take %.1f MiB, %.2f %% of the KV cache (%.1f MiB).",
             own.size_bytes / 2**20, 100 * own.size_bytes / total, total / 2**20,

@@ -19,6 +19,7 @@ class Control:
             return str(error)
         return None
 
-    def sidelight_bytes(self) -> int:
-        """Memory of the columns in this worker."""
-        return worker.installed().size_bytes
+    def sidelight_bytes(self) -> tuple[int, int]:
+        """Memory of the columns, and of keys and values, in this worker."""
+        own = worker.installed()
+        return own.size_bytes, own.cache_bytes

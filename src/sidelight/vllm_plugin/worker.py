@@ -21,6 +21,9 @@ class Worker:
         layers: The hidden states that this worker computes, of 0 (embedding) to L.
         tokens: The longest forward pass.
         device: Where hidden states are.
+
+    Attributes:
+        cache_bytes: Of the keys and values whose slots the columns are kept by.
     """
 
     def __init__(self, served: Served, *, layers: range, tokens: int, device: torch.device):
@@ -28,6 +31,7 @@ class Worker:
         self._layers = layers
         self._tokens = tokens
         self._device = device
+        self.cache_bytes = 0
         self._space: tuple[int, int] | None = None
         self._pages: Pages | None = None
         self._put(served.panel(device=device))
@@ -42,8 +46,9 @@ class Worker:
         """Memory of the columns."""
         return self._pages.size_bytes if self._pages else 0
 
-    def allocate(self, *, blocks: int, block_size: int) -> None:
+    def allocate(self, *, blocks: int, block_size: int, cache_bytes: int) -> None:
         """Makes room for the columns of every KV slot."""
+        self.cache_bytes = cache_bytes
         self._space = (blocks, block_size)
         self._put(self._judging.panel)
 

@@ -148,6 +148,11 @@ class VllmEngine(Engine):
         await self._llm.reset_prefix_cache()
         self._probes = tuple(probes)
 
+    async def memory_share(self) -> float:
+        """Memory of the probes' columns over that of keys and values, in the first worker."""
+        columns, cache = (await self._llm.collective_rpc("sidelight_bytes"))[0]
+        return columns / cache
+
     async def tokenize(self, text: Conversation) -> Tokens:
         """The tokens that ``generate``, or for a text with a response ``judge``, would read."""
         ids = (await asyncio.to_thread(self._read, text)).token_ids

@@ -1,6 +1,7 @@
 # pyright: reportMissingImports=false
 """Starts vLLM with the plugin in it."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -72,6 +73,8 @@ def load_vllm_engine(
 
 
 def _vllm() -> tuple[Any, Any]:
+    # What a command prints is for its user.
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     try:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM

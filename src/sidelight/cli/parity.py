@@ -1,0 +1,75 @@
+"""``sidelight parity``: whether engines give the same verdicts."""
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from sidelight.cli.engines import engine_option_option, load_engine
+from sidelight.cli.options import (
+    backbone_options,
+    data_option,
+    examples_epilog,
+    limit_option,
+    text_option,
+)
+from sidelight.errors import SidelightError
+
+if TYPE_CHECKING:
+    from sidelight.engines import Engine
+
+_ENGINES = ("transformers", "vllm")
+
+
+@click.command(
+    epilog=examples_epilog(
+        "sidelight parity probes/toxicity --data test.jsonl",
+        "sidelight parity probes/toxicity --data test.jsonl --engines vllm --dtype float32",
+    )
+)
+@click.argument("probes", nargs=-1, required=True, type=click.Path(path_type=Path))
+@data_option
+@text_option
+@limit_option
+@click.option("--engines", default=",".join(_ENGINES), show_default=True, help="With commas.")
+@backbone_options
+@engine_option_option
+@click.option("--out", type=click.Path(path_type=Path), default=None, help="File for the JSON.")
+def parity(
+    probes: tuple[Path, ...], data: str, engines: str, out: Path | None, **given: Any
+) -> None:
+    """Compare the verdicts of engines, and of each engine's batch sizes, on the same texts.
+
+    Compare in float32 to see whether two engines compute the same; in the dtype that is served to
+    see what users get.
+    """
+    from sidelight.artifact import load_probe
+    from sidelight.bench.parity import compare_engines
+    from sidelight.data import load_examples
+
+    names = _known(engines)
+    loaded = [load_probe(probe) for probe in probes]
+    examples = load_examples(data, text=given["text"], label=None)
+    texts = [example.messages for example in examples.items[: given["limit"]]]
+    makers: dict[str, Callable[[], Engine]] = {
+        name: partial(load_engine, name, loaded, given) for name in names
+    }
+    differences = compare_engines(makers, texts)
+    if out is not None:
+        rows = [difference.to_dict() for difference in differences]
+        out.write_text(json.dumps(rows, indent=2) + "\n", "utf-8")
+    for difference in differences:
+        click.echo(
+            f"{difference.probe:<20} {difference.between:<32} largest {difference.largest:.2e}, "
+            f"median {difference.median:.2e}, {difference.flips} of {difference.texts} flipped"
+        )
+
+
+def _known(engines: str) -> list[str]:
+    names = [name.strip() for name in engines.split(",")]
+    if not set(names) <= set(_ENGINES):
+        raise SidelightError(f"Engines are {', '.join(_ENGINES)}; got: {engines}.")
+    return names
