@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from corpora import encoded
 from sidelight.batching import by_length
 from sidelight.cache import ActivationCache, Shard, ShardPlan
+from sidelight.cache_parts import states_of
 from sidelight.errors import SidelightError
+from sidelight.extraction import extract
 from sidelight.prompts import Reads
 
 TEXTS = ["one", "two words", "a third text that is longer", "four"]
@@ -135,3 +137,29 @@ def test_remove_deletes_this_cache_and_no_other(tiny, tmp_path):
     assert not own.directory.exists()
     assert other.directory.exists()
     own.remove()
+
+
+def by_text(states):
+    """Each text's hidden states and where the plan says it is, whatever the shards."""
+    found = {}
+    for index in range(len(states)):
+        shard = states.read(index)
+        assert tuple(shard.rows.tolist()) == states.plan.rows[index]
+        assert shard.hidden.shape[1] == states.plan.tokens[index]
+        parts = shard.hidden.split(shard.lengths.tolist(), 1)
+        found |= dict(zip(shard.rows.tolist(), parts, strict=True))
+    return found
+
+
+def test_some_texts_are_the_same_in_memory_and_from_disk(tiny, tmp_path):
+    texts = [f"text {number} " * (number % 3 + 1) for number in range(30)]
+    cache = extract(tiny, cache_of(tiny, tmp_path, texts, shard_bytes=40_000))
+    assert len(cache) > 3
+    whole = by_text(cache)
+    rows = [17, 3, 29, 0, 11]
+    small, large = states_of(cache, rows), states_of(cache, rows, memory_bytes=100)
+    assert (len(small), len(large) > 1) == (1, True)
+    for states in (small, large):
+        found = by_text(states)
+        assert sorted(found) == list(range(len(rows)))
+        assert all(torch.equal(found[text], whole[row]) for text, row in enumerate(rows))

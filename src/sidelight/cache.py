@@ -95,6 +95,10 @@ class States(Protocol):
 class ActivationCache:
     """The shards of one data set under one backbone.
 
+    Attributes:
+        lengths: Stored tokens of each text.
+        token_bytes: That a token takes.
+
     Args:
         root: Folder of all caches; this one gets a folder of its own in it, named by a key that
             covers the backbone, what is read, and every token id.
@@ -115,9 +119,10 @@ class ActivationCache:
         self.prompts = prompts
         self.reads = reads
         self.fingerprint = fingerprint
-        self._token_bytes = fingerprint.layers * fingerprint.width * _BYTES_PER_VALUE
-        lengths = [int(prompt.mask(reads).sum()) for prompt in prompts]
-        self.plan = ShardPlan.of(lengths, shard_tokens=max(1, shard_bytes // self._token_bytes))
+        self.token_bytes = fingerprint.layers * fingerprint.width * _BYTES_PER_VALUE
+        self.lengths = [int(prompt.mask(reads).sum()) for prompt in prompts]
+        shard_tokens = max(1, shard_bytes // self.token_bytes)
+        self.plan = ShardPlan.of(self.lengths, shard_tokens=shard_tokens)
         self.directory = root / _key(prompts, reads, fingerprint, shard_bytes)
 
     def __len__(self) -> int:
@@ -140,8 +145,8 @@ class ActivationCache:
         self.directory.mkdir(parents=True, exist_ok=True)
         for partial in self.directory.glob("*.partial"):
             partial.unlink()
-        needed = self._token_bytes * sum(self.plan.tokens)
-        to_write = self._token_bytes * sum(self.plan.tokens[index] for index in self.missing())
+        needed = self.token_bytes * sum(self.plan.tokens)
+        to_write = self.token_bytes * sum(self.plan.tokens[index] for index in self.missing())
         free = shutil.disk_usage(self.directory).free - _RESERVE_BYTES
         if to_write > free or (budget_bytes is not None and needed > budget_bytes):
             limit = free if budget_bytes is None else min(free, budget_bytes)
@@ -182,51 +187,11 @@ class ActivationCache:
         os.replace(partial, self.directory / "manifest.json")
 
 
-class MemoryStates:
-    """Some texts of a cache, gathered into memory as one shard.
-
-    Args:
-        cache: Where the texts are.
-        rows: Which of its texts; text i of this is the cache's ``rows[i]``.
-    """
-
-    def __init__(self, cache: ActivationCache, rows: Sequence[int]):
-        self.fingerprint = cache.fingerprint
-        self._shard = _gathered(cache, rows)
-        self.plan = ShardPlan((tuple(self._shard.rows.tolist()),), (self._shard.hidden.shape[1],))
-
-    def __len__(self) -> int:
-        """One shard."""
-        return 1
-
-    def read(self, index: int) -> Shard:
-        """The only shard."""
-        return self._shard
-
-
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """A safetensors file that exists afterwards whole or, if killed, not at all."""
     partial = path.with_suffix(".partial")
     save_file(dict(tensors), partial)
     os.replace(partial, path)
-
-
-def _gathered(cache: ActivationCache, rows: Sequence[int]) -> Shard:
-    """The texts in random order, as in a shard on disk."""
-    place = {row: text for text, row in enumerate(rows)}
-    found: dict[int, Float[Tensor, "layer token width"]] = {}
-    for index, held in enumerate(cache.plan.rows):
-        if place.keys().isdisjoint(held):
-            continue
-        shard = cache.read(index)
-        parts = shard.hidden.split(shard.lengths.tolist(), 1)
-        for row, part in zip(held, parts, strict=True):
-            if row in place:
-                found[place[row]] = part.clone()
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
-    hidden = [found[text] for text in order]
-    lengths = torch.tensor([part.shape[1] for part in hidden])
-    return Shard(torch.cat(hidden, 1), lengths, torch.tensor(order))
 
 
 def _key(

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sidelight.backbones import TransformersBackbone
-from sidelight.cache import ActivationCache, MemoryStates, write_tensors
+from sidelight.cache import ActivationCache, write_tensors
+from sidelight.cache_parts import states_of
 from sidelight.data import Examples
 from sidelight.errors import SidelightError
 from sidelight.extraction import extract
@@ -102,11 +103,11 @@ class Split:
         return Ragged(torch.cat(chosen), torch.tensor([len(part) for part in chosen]))
 
     def training_set(self) -> TrainingSet:
-        """What ``train_mechanisms`` reads; a part of a data set is gathered into memory."""
+        """What ``train_mechanisms`` reads; a small part of a data set lies in memory."""
         # All texts in another order are as many, but their labels are in that order.
         if np.array_equal(self.rows, np.arange(len(self.states.prompts))):
             return TrainingSet(self.states, self.labels)
-        return TrainingSet(MemoryStates(self.states, self.rows.tolist()), self.labels)
+        return TrainingSet(states_of(self.states, self.rows.tolist()), self.labels)
 
 
 @dataclass(frozen=True)
