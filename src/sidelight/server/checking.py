@@ -40,11 +40,12 @@ async def checked(
     await context.require_size(conversations, max_tokens=0)
     rules = context.asked(None).enforcement
     judged = await unless_left(request, context.engine.judge(conversations))
-    decided = [
-        rules.on_check(event, has_response=is_answered(turns))
-        for event, turns in zip(judged, conversations, strict=True)
-    ]
-    return [Checked(reporter.required(event), event.tokens) for event in decided]
+    found: list[Checked] = []
+    for event, turns in zip(judged, conversations, strict=True):
+        decided = rules.on_check(event, has_response=is_answered(turns))
+        verdicts = reporter.required(decided, has_response=is_answered(turns))
+        found.append(Checked(verdicts, event.tokens))
+    return found
 
 
 def as_user(text: str) -> list[Message]:

@@ -76,7 +76,9 @@ def error_body(
 
 
 def failure_body(error: SidelightError) -> dict[str, Any]:
-    """The JSON of an error that the engine raised."""
+    """The JSON of an error in the midst of a stream."""
+    if isinstance(error, RequestError):
+        return error.body
     kind = _kind(error)
     return error_body(str(error), type=kind.type, code=kind.code)
 

@@ -62,18 +62,27 @@ class Reporter:
             tuple(name for name in event.failed if name in chosen),
         )
 
-    def required(self, event: PromptJudged) -> tuple[Verdict, ...]:
+    def required(self, event: PromptJudged, *, has_response: bool) -> tuple[Verdict, ...]:
         """The verdicts of the chosen probes.
+
+        Args:
+            event: What was said of the text.
+            has_response: Whether the probes that read a response had one.
 
         Raises:
             VerdictError: One of them gave none.
         """
         side = self.side(event)
         told = {verdict.probe for verdict in side.verdicts}
-        # One that was unloaded since the request began has said nothing either.
-        unloaded = [p.name for p in self.probes if p.reads.side == "prompt" and p.name not in told]
-        if unloaded or side.failed:
-            raise verdict_failure(dict.fromkeys([*side.failed, *unloaded]))
+        # One that was unloaded since the request began has said nothing, and is not among the
+        # failed.
+        silent = [
+            probe.name
+            for probe in self.probes
+            if probe.name not in told and (has_response or probe.reads.side == "prompt")
+        ]
+        if silent:
+            raise verdict_failure(silent)
         return side.verdicts
 
     @property
