@@ -17,7 +17,6 @@ MODEL = "tiny/llama"
 MESSAGES = [{"role": "user", "content": "hello"}]
 SETTINGS = {"temperature": 0, "max_tokens": 8}
 HEADER = "x-sidelight-verdicts"
-UNKNOWN = {"probes": ["no such probe"]}
 
 
 @dataclass(frozen=True)
@@ -27,10 +26,12 @@ class Seen:
     Attributes:
         lanes: By lane; a lane that the client drops is absent.
         text: What the model wrote.
+        ending: The reason for the end, as the client gives it.
     """
 
     lanes: Mapping[str, Any]
     text: str
+    ending: str | None
 
 
 @dataclass
@@ -52,12 +53,13 @@ class Client:
     Attributes:
         plain: Asks for a whole answer at this address.
         streamed: Asks for a stream.
-        refused: Sends a body that the server refuses and gives the error's code, or None.
+        code: Asks what the server refuses, plain or as a stream, with more fields in the body, and
+            gives the error's code.
     """
 
     plain: Callable[[str], Seen]
     streamed: Callable[[str], Seen]
-    refused: Callable[[str], str | None]
+    code: Callable[[str, bool, Mapping[str, Any]], str | None]
 
 
 def server_itself(address: str) -> tuple[Seen, Seen]:
@@ -71,8 +73,9 @@ def server_itself(address: str) -> tuple[Seen, Seen]:
     lanes = Lanes({"`moderation`": whole["moderation"], "`sidelight`": whole["sidelight"]})
     lanes.put("header", json.loads(plain.headers[HEADER]))
     chunks = [json.loads(line) for line in lines if line != "[DONE]"]
-    text = whole["choices"][0]["message"]["content"]
-    return Seen(lanes.found, text), _streamed(chunks, stream.headers)
+    choice = whole["choices"][0]
+    seen = Seen(lanes.found, choice["message"]["content"], choice["finish_reason"])
+    return seen, _streamed(chunks, stream.headers)
 
 
 def _streamed(chunks: list[dict[str, Any]], headers: Mapping[str, str]) -> Seen:
@@ -80,6 +83,7 @@ def _streamed(chunks: list[dict[str, Any]], headers: Mapping[str, str]) -> Seen:
     lanes = Lanes()
     lanes.put("header", json.loads(headers[HEADER]) if HEADER in headers else None)
     texts: list[str] = []
+    ending = None
     for chunk in chunks:
         lanes.put("`moderation`", chunk.get("moderation"))
         lanes.put("`sidelight`", chunk.get("sidelight"))
@@ -87,7 +91,8 @@ def _streamed(chunks: list[dict[str, Any]], headers: Mapping[str, str]) -> Seen:
             own = choice["delta"].get("sidelight")
             lanes.put("first delta" if choice.get("finish_reason") is None else "last delta", own)
             texts.append(choice["delta"].get("content") or "")
-    return Seen(lanes.found, "".join(texts))
+            ending = choice.get("finish_reason") or ending
+    return Seen(lanes.found, "".join(texts), ending)
 
 
 def openai_python() -> Client:
@@ -106,7 +111,8 @@ def openai_python() -> Client:
         lanes.put("`moderation`", answer.moderation)
         lanes.put("`sidelight`", (answer.model_extra or {}).get("sidelight"))
         lanes.put("header", json.loads(raw.headers[HEADER]))
-        return Seen(lanes.found, answer.choices[0].message.content)
+        choice = answer.choices[0]
+        return Seen(lanes.found, choice.message.content, choice.finish_reason)
 
     def streamed(address: str) -> Seen:
         with client(address) as openai:
@@ -116,17 +122,16 @@ def openai_python() -> Client:
             chunks = list(raw.parse())
         seen = _streamed([chunk.to_dict() for chunk in chunks], raw.headers)
         typed = [chunk.moderation for chunk in chunks if chunk.moderation is not None]
-        return Seen({**seen.lanes, "`moderation`": typed[-1]}, seen.text)
+        return Seen({**seen.lanes, "`moderation`": typed[-1]}, seen.text, seen.ending)
 
-    def refused(address: str) -> str | None:
+    def code(address: str, stream: bool, body: Mapping[str, Any]) -> str | None:
         with client(address) as openai:
+            create = openai.chat.completions.create
             return _code(
-                lambda: openai.chat.completions.create(
-                    model=MODEL, messages=MESSAGES, extra_body=UNKNOWN
-                )
+                lambda: create(model=MODEL, messages=MESSAGES, extra_body=body, stream=stream)
             )
 
-    return Client(plain, streamed, refused)
+    return Client(plain, streamed, code)
 
 
 def langchain() -> Client:
@@ -152,7 +157,7 @@ def langchain() -> Client:
             lanes.put("`sidelight`", place.get("sidelight"))
         headers = message.response_metadata.get("headers", {})
         lanes.put("header", json.loads(headers[HEADER]) if HEADER in headers else None)
-        return Seen(lanes.found, message.content)
+        return Seen(lanes.found, message.content, message.response_metadata.get("finish_reason"))
 
     def plain(address: str) -> Seen:
         return seen(chat(address).invoke(MESSAGES))
@@ -164,10 +169,11 @@ def langchain() -> Client:
             whole += chunk
         return seen(whole)
 
-    def refused(address: str) -> str | None:
-        return _code(lambda: chat(address, extra_body=UNKNOWN).invoke(MESSAGES))
+    def code(address: str, stream: bool, body: Mapping[str, Any]) -> str | None:
+        asked = chat(address, extra_body=body)
+        return _code(lambda: list(asked.stream(MESSAGES)) if stream else asked.invoke(MESSAGES))
 
-    return Client(plain, streamed, refused)
+    return Client(plain, streamed, code)
 
 
 def litellm() -> Client:
@@ -200,17 +206,18 @@ def litellm() -> Client:
         lanes.put("`moderation`", fields.get("moderation"))
         lanes.put("`sidelight`", fields.get("sidelight"))
         lanes.put("header", json.loads(headers(answer)[HEADER]))
-        return Seen(lanes.found, answer.choices[0].message.content)
+        choice = answer.choices[0]
+        return Seen(lanes.found, choice.message.content, choice.finish_reason)
 
     def streamed(address: str) -> Seen:
         stream = ask(address, stream=True)
         chunks = [chunk.model_dump() for chunk in stream]
         return _streamed(chunks, headers(stream))
 
-    def refused(address: str) -> str | None:
-        return _code(lambda: ask(address, extra_body=UNKNOWN))
+    def code(address: str, stream: bool, body: Mapping[str, Any]) -> str | None:
+        return _code(lambda: ask(address, extra_body=body, stream=stream))
 
-    return Client(plain, streamed, refused)
+    return Client(plain, streamed, code)
 
 
 def _code(call: Callable[[], object]) -> str | None:

@@ -1,15 +1,17 @@
 """The table of ``docs/serving.md`` that says what each client keeps is what the clients do."""
 
 from collections.abc import Iterator
-from importlib.util import find_spec
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from openai import ContentFilterFinishReasonError
 
-from client_lanes import CLIENTS, server_itself, word
-from live import served
-from sidelight.engines import TransformersEngine
+from client_lanes import CLIENTS, MESSAGES, SETTINGS, Client, server_itself, word
+from live import MODEL, openai_client, served
+from sidelight.engines import Engine, TransformersEngine
 from sidelight.prompts import Reads
+from sidelight.server.policy import Policy, Rule
 from tiny import three_probes, tiny_backbone, untrained_probe
 
 # LiteLLM leaves its event loop and connections to the garbage collector.
@@ -18,6 +20,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]
 DOCS = Path(__file__).parent.parent / "docs" / "serving.md"
+MODES = ("plain", "streamed")
+# Some text is sent before the rule can hold.
+CUTTING = Rule("block", threshold=0.0, warm_up=4, hold_back=1)
 HEADING = "| lane | " + " | ".join(CLIENTS) + " |"
 
 
@@ -30,27 +35,110 @@ def documented() -> dict[str, dict[str, str]]:
     }
 
 
-@pytest.fixture(scope="module", params=["transformers", "vllm"])
-def address(request: pytest.FixtureRequest) -> Iterator[str]:
-    """A live server of each engine, with probes of both sides."""
-    if request.param == "vllm" and find_spec("vllm") is None:
-        pytest.skip("vllm is not installed")
+@dataclass(frozen=True)
+class Servers:
+    """Live servers of one engine.
+
+    Attributes:
+        scoring: No policy.
+        blocking: Every prompt is blocked.
+        cutting: Every response is cut while it is written.
+    """
+
+    scoring: str
+    blocking: str
+    cutting: str
+
+
+def transformers_engine() -> Engine:
+    """The embedded engine with probes of both sides."""
     backbone = tiny_backbone()
     late = untrained_probe(backbone, "late", reads=Reads("response"))
-    with served(TransformersEngine(backbone, [*three_probes(backbone), late])) as address:
-        yield address
+    return TransformersEngine(backbone, [*three_probes(backbone), late])
+
+
+# Another engine that serves tiny/llama with these probes stands here too.
+ENGINES = {"transformers": transformers_engine}
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def servers(request: pytest.FixtureRequest) -> Iterator[Servers]:
+    """Three servers of each engine."""
+    make = ENGINES[request.param]
+    always = Rule("block", threshold=0.0)
+    with (
+        served(make()) as scoring,
+        served(make(), policy=Policy(input={"toxicity": always})) as blocking,
+        served(make(), policy=Policy(output={"late": CUTTING})) as cutting,
+    ):
+        yield Servers(scoring, blocking, cutting)
 
 
 @pytest.mark.parametrize("name", CLIENTS)
-def test_each_client_keeps_what_the_documentation_says(address: str, name: str):
+def test_each_client_keeps_what_the_documentation_says(servers: Servers, name: str):
     client = CLIENTS[name]()
-    said = dict(zip(("plain", "streamed"), server_itself(address), strict=True))
-    seen = {"plain": client.plain(address), "streamed": client.streamed(address)}
+    said = dict(zip(MODES, server_itself(servers.scoring), strict=True))
+    seen = {"plain": client.plain(servers.scoring), "streamed": client.streamed(servers.scoring)}
     assert seen["plain"].text == seen["streamed"].text == said["plain"].text
     kept = {
         f"{lane}, {mode}": word(seen[mode].lanes.get(lane), value)
-        for mode in said
+        for mode in MODES
         for lane, value in said[mode].lanes.items()
     }
-    kept["`code` of an error"] = "kept" if client.refused(address) == "probe_not_found" else "lost"
-    assert kept == documented()[name]
+    assert {
+        **kept,
+        **blocked(client, servers.blocking),
+        **cut(client, servers.cutting),
+    } == documented()[name]
+
+
+@pytest.mark.parametrize("name", CLIENTS)
+@pytest.mark.parametrize("mode", MODES)
+def test_an_unknown_probe_is_an_error_in_each_client(servers: Servers, name: str, mode: str):
+    unknown = {"probes": ["no such probe"]}
+    assert CLIENTS[name]().code(servers.scoring, mode == "streamed", unknown) == "probe_not_found"
+
+
+def test_the_stream_helper_of_openai_adds_up_the_verdicts(servers: Servers):
+    plain, _ = server_itself(servers.scoring)
+    with (
+        openai_client(servers.scoring) as client,
+        client.chat.completions.stream(model=MODEL, messages=MESSAGES, **SETTINGS) as stream,
+    ):
+        list(stream)
+        message = stream.current_completion_snapshot.choices[0].message
+    assert message.content == plain.text
+    found = [
+        {k: v for k, v in one.items() if k != "index"} for one in message.sidelight["verdicts"]
+    ]
+    assert found == plain.lanes["`sidelight`"]["verdicts"]
+
+
+def test_the_stream_helper_of_openai_raises_where_a_text_is_cut(servers: Servers):
+    with (
+        openai_client(servers.cutting) as client,
+        pytest.raises(ContentFilterFinishReasonError),
+        client.chat.completions.stream(model=MODEL, messages=MESSAGES, **SETTINGS) as stream,
+    ):
+        stream.get_final_completion()
+
+
+def blocked(client: Client, address: str) -> dict[str, str]:
+    """Whether the code of a blocked prompt reaches the caller."""
+    codes = {mode: client.code(address, mode == "streamed", {}) for mode in MODES}
+    return {
+        f"`code` of a blocked prompt, {mode}": "kept" if code == "content_filter" else "lost"
+        for mode, code in codes.items()
+    }
+
+
+def cut(client: Client, address: str) -> dict[str, str]:
+    """Whether the reason why a text was cut reaches the caller, who gets as much of it."""
+    said = dict(zip(MODES, server_itself(address), strict=True))
+    seen = {"plain": client.plain(address), "streamed": client.streamed(address)}
+    assert [said[mode].ending for mode in MODES] == ["content_filter"] * 2
+    assert [seen[mode].text for mode in MODES] == [said[mode].text for mode in MODES]
+    return {
+        f"`finish_reason` of a cut text, {mode}": word(seen[mode].ending, said[mode].ending)
+        for mode in MODES
+    }

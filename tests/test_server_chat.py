@@ -105,8 +105,9 @@ def test_a_stream_says_what_the_plain_answer_says(client):
     for side in ("input", "output"):
         assert getattr(late.moderation, side).to_dict() == getattr(plain.moderation, side).to_dict()
     verdicts = plain.model_extra["sidelight"]["verdicts"]
-    assert deltas[0].delta.sidelight["verdicts"] == verdicts[:3]
-    assert deltas[-1].delta.sidelight["verdicts"] == verdicts[3:]
+    numbered = [{"index": place, **verdict} for place, verdict in enumerate(verdicts)]
+    assert deltas[0].delta.sidelight["verdicts"] == numbered[:3]
+    assert deltas[-1].delta.sidelight["verdicts"] == numbered[3:]
 
 
 def test_a_stream_has_its_verdicts_before_the_first_byte(client):

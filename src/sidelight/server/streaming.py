@@ -42,8 +42,8 @@ class Chunks:
         async with aclosing(self.choices.events()) as events:
             try:
                 for index in range(len(self.choices.streams)):
-                    verdicts = {"sidelight": extension(self._prompt_of(index))}
-                    yield self._chunk([self.envelope.form.opening(index, verdicts)])
+                    verdicts = _numbered(extension(self._prompt_of(index)))
+                    yield self._chunk([self.envelope.form.opening(index, {"sidelight": verdicts})])
                 if self.reporter.probes:
                     yield self._moderation(None)
                 async for indexed in events:
@@ -61,14 +61,17 @@ class Chunks:
         texts_per_prompt = len(self.choices.streams) // len(self.choices.judged)
         return self.reporter.side(self.choices.judged[index // texts_per_prompt])
 
+    def _response_of(self, index: int, finished: Finished) -> dict[str, Any]:
+        said = len(extension(self._prompt_of(index))["verdicts"])
+        return {"sidelight": _numbered(extension(self.reporter.side(finished)), first=said)}
+
     def _deltas(self, indexed: Indexed) -> list[str]:
         form, index = self.envelope.form, indexed.index
         match indexed.event:
             case TextDelta(text):
                 return [self._chunk([form.delta(index, text)])]
             case Finished() as event:
-                late = self.reporter.reads_response
-                extra = {"sidelight": extension(self.reporter.side(event))} if late else {}
+                extra = self._response_of(index, event) if self.reporter.reads_response else {}
                 return [self._chunk([form.delta(index, None, reason=event.reason, extra=extra)])]
             case PromptJudged() | ResponseScored():
                 return []
@@ -93,6 +96,15 @@ class Chunks:
         blank = {"usage": None} if self.includes_usage else {}
         fields = self.envelope.fields(self.envelope.form.piece)
         return _sse({**fields, "choices": choices, **blank, **extra})
+
+
+def _numbered(said: Mapping[str, Any], *, first: int = 0) -> dict[str, Any]:
+    """The verdicts of a delta, which OpenAI's stream helper adds up by their ``index``.
+
+    Without one it raises as soon as a second delta has verdicts.
+    """
+    verdicts = enumerate(said["verdicts"], start=first)
+    return {**said, "verdicts": [{"index": index, **verdict} for index, verdict in verdicts]}
 
 
 def _sse(data: Mapping[str, Any]) -> str:
