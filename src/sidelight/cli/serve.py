@@ -7,7 +7,14 @@ import click
 
 from sidelight.cli.engines import engine_options, load_engine
 from sidelight.cli.options import backbone_options, examples_epilog
-from sidelight.cli.serving import access_of, access_options, limit_options, limits_of
+from sidelight.cli.serving import (
+    access_of,
+    access_options,
+    audit_of,
+    limit_options,
+    limits_of,
+    log_options,
+)
 
 if TYPE_CHECKING:
     from sidelight.engines import Engine
@@ -34,14 +41,7 @@ if TYPE_CHECKING:
 )
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
-@click.option(
-    "--log-level",
-    type=click.Choice(["debug", "info", "warning", "error"]),
-    default="info",
-    show_default=True,
-    help="Of the server's own log.",
-)
-@click.option("--json-logs", is_flag=True, help="One JSON object a line.")
+@log_options
 @access_options
 @limit_options
 @engine_options
@@ -51,8 +51,6 @@ def serve(
     policy_file: Path | None,
     host: str,
     port: int,
-    log_level: str,
-    json_logs: bool,
     engine: str,
     **given: Any,
 ) -> None:
@@ -77,6 +75,7 @@ def serve(
         access=access_of(given),
         allow_anonymous=given["allow_anonymous"],
         limits=limits_of(given),
-        log_level=log_level,
-        json_logs=json_logs,
+        audit=audit_of(given),
+        log_level=given["log_level"],
+        json_logs=given["json_logs"],
     )

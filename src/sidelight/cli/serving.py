@@ -1,5 +1,6 @@
 """Options of ``sidelight serve`` that say who may ask, how much, and what is logged."""
 
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ import click
 from sidelight.cli.options import Command
 
 if TYPE_CHECKING:
+    from sidelight.server.audit import AuditLog
     from sidelight.server.keys import Access
     from sidelight.server.limits import ServerLimits
 
@@ -72,6 +74,27 @@ _LIMITS = (
 )
 
 
+_LOGS = (
+    click.option(
+        "--log-level",
+        type=click.Choice(["debug", "info", "warning", "error"]),
+        default="info",
+        show_default=True,
+        help="Of the server's own log.",
+    ),
+    click.option("--json-logs", is_flag=True, help="Log one JSON object a line."),
+    click.option(
+        "--audit-log", type=_FILE, default=None, help="File that every decision is appended to."
+    ),
+    click.option(
+        "--audit-salt",
+        envvar="SIDELIGHT_AUDIT_SALT",
+        default=None,
+        help="Secret of the hashes in it. [env: SIDELIGHT_AUDIT_SALT; default: a new one]",
+    ),
+)
+
+
 def access_options(command: Command) -> Command:
     """Keys: ``access_of`` reads their values."""
     return _with(_ACCESS, command)
@@ -80,6 +103,21 @@ def access_options(command: Command) -> Command:
 def limit_options(command: Command) -> Command:
     """Limits of the HTTP layer: ``limits_of`` reads their values."""
     return _with(_LIMITS, command)
+
+
+def log_options(command: Command) -> Command:
+    """What is logged: ``audit_of`` reads the values of the audit log."""
+    return _with(_LOGS, command)
+
+
+def audit_of(given: Mapping[str, Any]) -> "AuditLog | None":
+    """Where decisions are written; None: nowhere."""
+    from sidelight.server.audit import AuditLog
+
+    if given["audit_log"] is None:
+        return None
+    salt = given["audit_salt"]
+    return AuditLog(given["audit_log"], salt=salt.encode() if salt else secrets.token_bytes(32))
 
 
 def access_of(given: Mapping[str, Any]) -> "Access":

@@ -4,7 +4,15 @@ The HTTP layer knows this interface and no engine; an engine knows messages, and
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Iterable, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    Callable,
+    Collection,
+    Coroutine,
+    Iterable,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -173,6 +181,11 @@ class LoadedProbe(Protocol):
     @property
     def thresholds(self) -> tuple[float, ...]:
         """Probability from which a class counts: one (binary), one per label, or none."""
+        ...
+
+    @property
+    def record(self) -> Mapping[str, Any]:
+        """How it was trained, with the scores of its validation texts."""
         ...
 
     @property

@@ -9,9 +9,11 @@ from sidelight.calibration import choose_thresholds, fit_calibration
 from sidelight.evaluation import Report, evaluate
 from sidelight.fitting.options import FitOptions
 from sidelight.fitting.screening import class_counts
+from sidelight.metrics.drift import score_counts
 from sidelight.probe import Probe
 from sidelight.study import Split, Study
 from sidelight.training import Trained, validation_score
+from sidelight.types import Task
 
 
 @dataclass(frozen=True)
@@ -73,14 +75,17 @@ class ProbeMaker:
             calibration=calibration,
             thresholds=thresholds,
             fingerprint=self._study.backbone.fingerprint,
-            record=self._record(trained, report),
+            record=self._record(trained, report, _score_counts(task, probabilities)),
         )
         return Run(probe, trained.job.seed, validation_score(task, logits, labels), report)
 
-    def _record(self, trained: Trained, report: Report) -> dict[str, Any]:
+    def _record(
+        self, trained: Trained, report: Report, scores: dict[str, list[int]]
+    ) -> dict[str, Any]:
+        validation = {"metrics": report.to_dict(), "scores": scores}
         return {
             "training": _data(self._study.training),
-            "validation": {**_data(self._study.validation), "metrics": report.to_dict()},
+            "validation": {**_data(self._study.validation), **validation},
             "settings": asdict(trained.job.settings),
             "seed": trained.job.seed,
             "standardise": trained.job.standardise,
@@ -102,6 +107,13 @@ def report_on(logits: np.ndarray, split: Split) -> Report:
     probabilities = fit_calibration("platt", logits, labels, task).apply(logits)
     thresholds = choose_thresholds(task, probabilities, labels)
     return evaluate(task, probabilities, labels, thresholds=thresholds)
+
+
+def _score_counts(task: Task, probabilities: np.ndarray) -> dict[str, list[int]]:
+    """A histogram of each label's probabilities, ``[text, output]``; serving looks for drift."""
+    labels = task.labels[1:] if task.kind == "binary" else task.labels
+    columns = zip(labels, probabilities.T, strict=True)
+    return {label: score_counts(column.tolist()) for label, column in columns}
 
 
 def _data(split: Split) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from sidelight.engines.base import Engine
 from sidelight.server.access_log import LogRequests
 from sidelight.server.admission import BoundRequests
+from sidelight.server.audit import AuditLog
 from sidelight.server.auth import BearerAuth
 from sidelight.server.context import Context
 from sidelight.server.deadline import Deadline
@@ -64,6 +65,7 @@ def create_app(
     sources: Mapping[str, Path] | None = None,
     access: Access | None = None,
     limits: ServerLimits | None = None,
+    audit: AuditLog | None = None,
 ) -> FastAPI:
     """The application; it starts the engine when it starts, and closes it when it ends.
 
@@ -73,6 +75,7 @@ def create_app(
         sources: The folders that probes came from, by name: where they are reloaded from.
         access: Who may do what; None: everybody everything but administer.
         limits: How much a request may take.
+        audit: Where decisions are written; None: nowhere.
     """
     rules = policy or Policy()
 
@@ -88,7 +91,8 @@ def create_app(
 
     app = FastAPI(title="Sidelight", lifespan=lifespan)
     bounds = limits or ServerLimits()
-    app.state.context = context = Context.new(engine, Roster(engine, rules, sources or {}), bounds)
+    roster = Roster(engine, rules, sources or {})
+    app.state.context = context = Context.new(engine, roster, bounds, audit)
     for router in _ROUTERS:
         app.include_router(router, responses=REFUSALS)
     add_error_handlers(app)

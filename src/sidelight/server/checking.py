@@ -38,11 +38,11 @@ async def checked(
         if not is_answered(turns):
             context.require_prompt_probe(reporter.probes)
     await context.require_size(conversations, max_tokens=0)
-    rules = context.asked(None).enforcement
+    asked = context.asked(None)
     judged = await unless_left(request, context.engine.judge(conversations))
     found: list[Checked] = []
     for event, turns in zip(judged, conversations, strict=True):
-        decided = rules.on_check(event, has_response=is_answered(turns))
+        decided = asked.about(turns).on_check(event, has_response=is_answered(turns))
         verdicts = reporter.required(decided, has_response=is_answered(turns))
         found.append(Checked(verdicts, event.tokens))
     return found

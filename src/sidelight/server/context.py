@@ -10,6 +10,7 @@ from fastapi import Depends, Request
 from sidelight.engines.base import Engine, Event, Finished, LoadedProbe, PromptJudged, Sampling
 from sidelight.errors import did_you_mean
 from sidelight.prompts import Conversation
+from sidelight.server.audit import NOBODY, AuditLog, Note
 from sidelight.server.categories import CategoryNames
 from sidelight.server.draining import Drain
 from sidelight.server.errors import RequestError
@@ -28,10 +29,12 @@ class Asked:
     Attributes:
         reporter: Writes the verdicts that the client is told.
         enforcement: Lets through what the policy lets through.
+        recorder: Takes what is decided.
     """
 
     reporter: Reporter
     enforcement: Enforcement
+    recorder: Recorder
 
     def headers(
         self, prompts: Sequence[PromptJudged], finished: Sequence[Finished] = ()
@@ -42,7 +45,11 @@ class Asked:
 
     def for_another_text(self) -> "Asked":
         """The same for one more text of a prompt, whose judgement is recorded already."""
-        return replace(self, enforcement=self.enforcement.recording_output_only())
+        return replace(self, recorder=self.recorder.output_only())
+
+    def about(self, text: Conversation) -> Enforcement:
+        """The rules for one text, with what is decided recorded as said of it."""
+        return replace(self.enforcement, record=self.recorder.about(text))
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,8 @@ class Context:
         roster: Its probes and their rules.
         metrics: What is counted.
         limits: How much a request may take.
+        audit: Where decisions are written; None: nowhere.
+        note: Of the request that is served.
         drain: Whether the server is about to stop.
         started_at: Unix time.
     """
@@ -62,13 +71,17 @@ class Context:
     roster: Roster
     metrics: Metrics
     limits: ServerLimits
+    audit: AuditLog | None
     drain: Drain
     started_at: int
+    note: Note = NOBODY
 
     @classmethod
-    def new(cls, engine: Engine, roster: Roster, limits: ServerLimits) -> "Context":
+    def new(
+        cls, engine: Engine, roster: Roster, limits: ServerLimits, audit: AuditLog | None
+    ) -> "Context":
         """The parts of a server that starts now."""
-        return cls(engine, roster, Metrics(engine), limits, Drain(), int(time.time()))
+        return cls(engine, roster, Metrics(engine), limits, audit, Drain(), int(time.time()))
 
     @property
     def probes(self) -> Sequence[LoadedProbe]:
@@ -88,14 +101,15 @@ class Context:
         chosen = [probe.name for probe in reporter.probes]
         clauses = tightened(self.roster.clauses, chosen, wishes or Wishes())
         blocking = [clause.name for clause in clauses if clause.is_blocking]
-        enforcement = Enforcement(clauses, self.roster.timeout_s, Recorder(self.metrics))
-        return Asked(self.reporter([*chosen, *blocking]), enforcement)
+        recorder = Recorder(self.metrics, self.audit, self.note)
+        enforcement = Enforcement(clauses, self.roster.timeout_s, recorder)
+        return Asked(self.reporter([*chosen, *blocking]), enforcement, recorder)
 
     def generate(
         self, messages: Conversation, sampling: Sampling, asked: Asked
     ) -> AsyncGenerator[Event, None]:
         """The events of an answer under the policy, counted as the client gets them."""
-        rules = asked.enforcement
+        rules = asked.about(messages)
         events = self.engine.generate(messages, sampling, watch=rules.watch, admits=rules.admits)
         return self.metrics.observed(rules.guard(events))
 
@@ -186,7 +200,8 @@ class Context:
 
 
 def _context(request: Request) -> Context:
-    return request.app.state.context
+    context: Context = request.app.state.context
+    return replace(context, note=Note.of(request))
 
 
 InContext = Annotated[Context, Depends(_context)]

@@ -7,11 +7,23 @@ from contextlib import aclosing
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sidelight.engines.base import Engine, Event, Finished, PromptJudged, ResponseScored, TextDelta
+from sidelight.engines.base import (
+    Engine,
+    Event,
+    Finished,
+    LoadedProbe,
+    PromptJudged,
+    ResponseScored,
+    TextDelta,
+)
 from sidelight.server.access_log import route_of
+from sidelight.server.drift import ScoreWatch, scores
 from sidelight.server.policy.decisions import Decision, agreements
+from sidelight.types import Verdict
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+
+_TENTHS = tuple(i / 10 for i in range(1, 11))
 
 
 class Metrics:
@@ -46,6 +58,23 @@ class Metrics:
             "Whether a shadow said what its probe said",
             ["probe", "shadow", "agreement"],
             registry=registry,
+        )
+        self._scores = Histogram(
+            "sidelight_probe_score",
+            "Probabilities; of a binary probe those of its positive label",
+            ["probe", "label"],
+            buckets=_TENTHS,
+            registry=registry,
+        )
+        self._drift = Gauge(
+            "sidelight_probe_drift_psi",
+            "Population stability index of recent scores against validation's",
+            ["probe", "label"],
+            registry=registry,
+        )
+        self._watch = ScoreWatch()
+        self.audit_failures = Counter(
+            "sidelight_audit_failures", "Lines that could not be written", registry=registry
         )
         self._to_verdict = self._seconds("time_to_verdict", "Until the prompt was judged")
         self._to_first_text = self._seconds("time_to_first_text", "Until the first text")
@@ -86,10 +115,18 @@ class Metrics:
         for decision in decisions:
             clause = decision.clause
             self._verdicts.labels(clause.name, decision.outcome).inc()
+            if decision.verdict is not None:
+                self._note_scores(clause.probe, decision.verdict)
             if decision.action != "none":
                 self._actions.labels(clause.name, clause.side, decision.action).inc()
         for shadow, agreement in agreements(decisions):
             self._agreements.labels(shadow.rule.shadow_of, shadow.name, agreement).inc()
+
+    def _note_scores(self, probe: LoadedProbe, verdict: Verdict) -> None:
+        for label, score in scores(probe, verdict).items():
+            self._scores.labels(probe.name, label).observe(score)
+        for label, drift in self._watch.add(probe, verdict).items():
+            self._drift.labels(probe.name, label).set(drift)
 
     def _seconds(self, name: str, meaning: str) -> Histogram:
         return Histogram(

@@ -1,41 +1,97 @@
-"""Notes what was decided: as counts and in the log, without text."""
+"""Notes what was decided: as counts, in the log and in the audit log, without text."""
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
+from sidelight.prompts import Conversation
+from sidelight.server.audit import NOBODY, AuditLog, Note, now
+from sidelight.server.errors import RequestError
 from sidelight.server.metrics import Metrics
 from sidelight.server.policy import Decision
 
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
 class Recorder:
     """Takes the decisions of one request.
 
-    Args:
+    Attributes:
         metrics: Where they are counted.
+        audit: Where they are written; None: nowhere.
+        note: Whose request it is.
+        text: The conversation or text that was judged; the audit log gets its hash.
+        is_output_only: Whether what is decided on the prompt has been recorded already.
     """
 
-    def __init__(self, metrics: Metrics):
-        self._metrics = metrics
+    metrics: Metrics
+    audit: AuditLog | None = None
+    note: Note = NOBODY
+    text: Conversation = ()
+    is_output_only: bool = False
 
     def __call__(self, decisions: Sequence[Decision]) -> None:
-        """Counts all; logs what was blocked, and what could not be judged."""
-        self._metrics.count(decisions)
-        for decision in decisions:
-            clause = decision.clause
-            match decision.action:
-                case "block":
-                    _log.info("Blocked the %s by probe '%s'.", clause.side, clause.name)
-                case "fail_closed":
-                    _log.warning(
-                        "Probe '%s' gave no verdict on the %s: blocked.", clause.name, clause.side
-                    )
-                case "fail_open":
-                    _log.warning(
-                        "Probe '%s' gave no verdict on the %s: passed, as its rule says.",
-                        clause.name,
-                        clause.side,
-                    )
-                case "none" | "flag" | "route" | "shadow":
-                    pass
+        """Counts and audits all; logs what was blocked, and what could not be judged.
+
+        Raises:
+            RequestError: The audit log cannot be written, and a rule of these blocks what cannot be
+                judged. Without such a rule the failure is logged and counted, and that is all.
+        """
+        taken = [d for d in decisions if not self.is_output_only or d.clause.side == "output"]
+        self.metrics.count(taken)
+        for decision in taken:
+            _log_one(decision)
+        if self.audit is not None and taken:
+            self._audit(self.audit, taken)
+
+    def about(self, text: Conversation) -> "Recorder":
+        """The same for this text."""
+        return replace(self, text=text)
+
+    def output_only(self) -> "Recorder":
+        """The same for one more text of a prompt."""
+        return replace(self, is_output_only=True)
+
+    def _audit(self, audit: AuditLog, decisions: Sequence[Decision]) -> None:
+        try:
+            audit.write([self._line(audit, decision) for decision in decisions])
+        except RequestError as error:
+            self.metrics.audit_failures.inc()
+            _log.error("The audit log cannot be written (%s).", type(error.__cause__).__name__)
+            if any(d.clause.is_blocking and d.clause.rule.on_failure == "block" for d in decisions):
+                raise
+
+    def _line(self, audit: AuditLog, decision: Decision) -> dict[str, Any]:
+        probe, verdict = decision.clause.probe, decision.verdict
+        return {
+            "time": now(),
+            "request_id": self.note.request_id,
+            "key_id": self.note.key_id,
+            "text_hmac": audit.hash(self.text),
+            "probe": probe.name,
+            "version": probe.version,
+            "side": decision.clause.side,
+            "outcome": decision.outcome,
+            "labels": None if verdict is None else list(verdict.labels),
+            "scores": None if verdict is None else verdict.probabilities,
+            "action": decision.action,
+        }
+
+
+def _log_one(decision: Decision) -> None:
+    clause = decision.clause
+    match decision.action:
+        case "block":
+            _log.info("Blocked the %s by probe '%s'.", clause.side, clause.name)
+        case "fail_closed":
+            _log.warning("Probe '%s' gave no verdict on the %s: blocked.", clause.name, clause.side)
+        case "fail_open":
+            _log.warning(
+                "Probe '%s' gave no verdict on the %s: passed, as its rule says.",
+                clause.name,
+                clause.side,
+            )
+        case "none" | "flag" | "route" | "shadow":
+            pass

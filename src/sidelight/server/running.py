@@ -13,6 +13,7 @@ from sidelight.engines.base import Engine
 from sidelight.engines.loading import LoadingEngine
 from sidelight.errors import SidelightError
 from sidelight.server.app import create_app
+from sidelight.server.audit import AuditLog
 from sidelight.server.connections import bounded_protocol
 from sidelight.server.draining import DrainingServer
 from sidelight.server.keys import Access
@@ -34,6 +35,7 @@ def serve(
     access: Access | None = None,
     allow_anonymous: bool = False,
     limits: ServerLimits | None = None,
+    audit: AuditLog | None = None,
     notice_s: float = 5.0,
     drain_s: int = 30,
     log_level: str = "info",
@@ -52,6 +54,7 @@ def serve(
         access: Who may do what; None: everybody everything but administer.
         allow_anonymous: Listens beyond this machine even where no key is needed.
         limits: How much a request may take.
+        audit: Where decisions are written; None: nowhere.
         notice_s: Seconds that the server listens on after SIGTERM, with ``/ready`` at 503.
         drain_s: Seconds that requests in flight may then take.
         log_level: Of the server's log: ``debug``, ``info``, ``warning`` or ``error``.
@@ -79,7 +82,9 @@ def serve(
         return loaded
 
     engine = LoadingEngine(load_fitting, on_failure=stop)
-    app = create_app(engine, policy=rules, sources=sources, access=admitted, limits=bounds)
+    app = create_app(
+        engine, policy=rules, sources=sources, access=admitted, limits=bounds, audit=audit
+    )
     config = server_settings(app, bounds, drain_s=drain_s, log_level=log_level, json_logs=json_logs)
     server = DrainingServer(config, drain=app.state.context.drain, notice_s=notice_s)
     listener = _listen(host, port)

@@ -87,14 +87,6 @@ class Enforcement:
             decisions += [decide(c, verdicts.get(c.name)) for c in self._side("output")]
         return marks(decisions)
 
-    def recording_output_only(self) -> "Enforcement":
-        """The same rules; what is decided on the prompt is not recorded once more."""
-
-        def record(decisions: Sequence[Decision]) -> None:
-            self.record([d for d in decisions if d.clause.side == "output"])
-
-        return replace(self, record=record)
-
     def _side(self, side: PolicySide) -> list[Clause]:
         return [clause for clause in self.clauses if clause.side == side]
 

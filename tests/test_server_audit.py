@@ -1,0 +1,113 @@
+"""The audit log: every decision once, no text, and what happens when it cannot be written."""
+
+import json
+import os
+
+import pytest
+
+from live import MODEL, http_client, served
+from sidelight.engines import TransformersEngine
+from sidelight.errors import SidelightError
+from sidelight.prompts import Reads
+from sidelight.server.audit import AuditLog
+from sidelight.server.keys import Access, numbered_keys
+from sidelight.server.policy import Policy, Rule
+from tiny import tiny_backbone, untrained_probe
+
+CHAT = "/v1/chat/completions"
+BODY = {
+    "model": MODEL,
+    "messages": [{"role": "user", "content": "zebra"}],
+    "max_tokens": 3,
+    "temperature": 0,
+}
+BLOCKING = Policy(input={"never": Rule("block")})
+
+
+def engine():
+    backbone = tiny_backbone()
+    probes = [
+        untrained_probe(backbone, "never", threshold=1.0),
+        untrained_probe(backbone, "always", threshold=0.0),
+        untrained_probe(backbone, "late", reads=Reads("response")),
+    ]
+    return TransformersEngine(backbone, probes)
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "audit.jsonl"
+
+
+def test_every_decision_is_written_once_and_no_text(path):
+    audit = AuditLog(path, salt=b"salt")
+    access = Access(numbered_keys(["secret"], prefix="team"))
+    with served(engine(), audit=audit, access=access) as address, http_client(address) as http:
+        http.headers["Authorization"] = "Bearer secret"
+        answer = http.post(CHAT, json=BODY)
+        http.post("/v1/moderations", json={"input": "zebra"}).raise_for_status()
+    written = lines(path)
+    assert [(line["probe"], line["side"], line["outcome"]) for line in written[:3]] == [
+        ("never", "input", "passed"),
+        ("always", "input", "flagged"),
+        ("late", "output", written[2]["outcome"]),
+    ]
+    assert [line["probe"] for line in written[3:]] == ["never", "always"]
+    assert {line["key_id"] for line in written} == {"team-1"}
+    assert {line["request_id"] for line in written[:3]} == {answer.headers["x-request-id"]}
+    verdicts = {v["probe"]: v for v in answer.json()["sidelight"]["verdicts"]}
+    for line in written[:3]:
+        assert line["scores"] == verdicts[line["probe"]]["probabilities"]
+    # The same text has the same hash, wherever it came in.
+    assert len({line["text_hmac"] for line in written}) == 1
+    assert "zebra" not in path.read_text()
+    assert "secret" not in path.read_text()
+
+
+def test_the_hash_depends_on_text_and_salt(path):
+    one, other = AuditLog(path, salt=b"1"), AuditLog(path, salt=b"2")
+    hashes = {log.hash([]) for log in (one, other)}
+    assert len(hashes) == 2
+
+
+def test_a_rotated_log_goes_on_in_a_new_file(path):
+    audit = AuditLog(path, salt=b"")
+    audit.write([{"line": 1}])
+    os.rename(path, path.with_suffix(".1"))
+    audit.write([{"line": 2}])
+    assert lines(path.with_suffix(".1")) == [{"line": 1}]
+    assert lines(path) == [{"line": 2}]
+
+
+def test_a_log_that_cannot_be_opened_is_told_at_the_start(tmp_path):
+    with pytest.raises(SidelightError, match="Cannot write the audit log"):
+        AuditLog(tmp_path / "none" / "audit.jsonl", salt=b"")
+
+
+def full():
+    """A real device on which every write fails as on a full disk."""
+    return AuditLog("/dev/full", salt=b"")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
+@pytest.mark.parametrize("stream", [False, True])
+def test_under_a_blocking_policy_nothing_passes_unaudited(stream):
+    with served(engine(), audit=full(), policy=BLOCKING) as address, http_client(address) as http:
+        refused = http.post(CHAT, json={**BODY, "stream": stream})
+        checked = http.post("/v1/moderations", json={"input": "zebra"})
+        series = http.get("/metrics").text
+    for response in (refused, checked):
+        assert (response.status_code, response.json()["error"]["code"]) == (500, "audit_failed")
+    assert "sidelight_audit_failures_total 2.0" in series
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
+def test_without_a_blocking_policy_a_failure_is_counted_and_requests_go_on():
+    with served(engine(), audit=full()) as address, http_client(address) as http:
+        assert http.post(CHAT, json=BODY).status_code == 200
+        series = http.get("/metrics").text
+    assert "sidelight_audit_failures_total 2.0" in series
