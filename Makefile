@@ -72,7 +72,7 @@ clean: ## Remove the environment and caches
 .venv-vllm/.ready: pyproject.toml
 	@echo "==> Installing $(VLLM) in .venv-vllm (about three minutes the first time)"
 	@$(PYTHON) -m venv .venv-vllm
-	@if $(VLLM_INSTALL) > .venv-vllm/install.log 2>&1; then :; else \
+	@if ( $(VLLM_INSTALL) ) > .venv-vllm/install.log 2>&1; then :; else \
 	  rm -f .venv-vllm/bin/sidelight; tail -n 2 .venv-vllm/install.log; fi
 	@touch $@
 
