@@ -17,6 +17,7 @@ from sidelight.backbones import TransformersBackbone
 from sidelight.engines import ResponseScored, Sampling, TextDelta, TransformersEngine
 from sidelight.probe import Probe
 from sidelight.prompts import Reads
+from sidelight.server.audit import AuditLog
 from sidelight.server.keys import Access, numbered_keys
 from sidelight.server.policy import Policy, Rule
 from test_engine_decoding import run
@@ -67,6 +68,7 @@ class Case:
     fault: Callable[[Server], None] = lambda server: None
     cut_at: int = 0
     is_reloaded: bool = False
+    is_unaudited: bool = False
 
 
 def spoil(probe):
@@ -124,6 +126,7 @@ THRESHOLD, FLAGGED_AT = midway_threshold()
 CASES = {
     "probe reloaded from garbage, prompt flagged": Case("input", FLAGS_ALL, is_reloaded=True),
     "prompt flagged": Case("input", FLAGS_ALL),
+    "audit log cannot be written": Case("input", FLAGS_NONE, is_unaudited=True),
     "prompt's verdict is NaN": Case("input", FLAGS_NONE, fault=lambda s: spoil(s.early)),
     "prompt longer than `max_tokens`": Case("input", replace(FLAGS_NONE, max_tokens=3)),
     "prompt's verdict later than `timeout_s`": Case(
@@ -190,7 +193,10 @@ def serving(case, rule, folder):
     engine = TransformersEngine(server.backbone, [server.early, server.late])
     case.fault(server)
     access = Access(admin_keys=numbered_keys([ADMIN], prefix="admin"))
-    with served(engine, policy=policy_of(case, rule), access=access) as address:
+    # A real device on which every write fails as on a full disk.
+    audit = AuditLog("/dev/full", salt=b"") if case.is_unaudited else None
+    policy = policy_of(case, rule)
+    with served(engine, policy=policy, access=access, audit=audit) as address:
         if case.is_reloaded:
             reload_garbage(address, folder)
         yield address
