@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from sidelight.cli.bench_load import bench_load
 from sidelight.cli.bench_serve import bench_serve
 from sidelight.cli.bench_streaming import bench_streaming
 from sidelight.cli.options import (
@@ -30,6 +31,7 @@ def bench() -> None:
 
 bench.add_command(bench_serve)
 bench.add_command(bench_streaming)
+bench.add_command(bench_load)
 
 
 def _with_data(command: Any) -> Any:

@@ -13,10 +13,10 @@ from sidelight.backbones import EMBEDDED_NAME, TransformersBackbone, load_backbo
 from sidelight.backbones.embedded import cache_root
 from sidelight.classifier import Classifier
 from sidelight.data import load_examples
-from sidelight.demo.server import ServerProcess
 from sidelight.evaluation import Report
 from sidelight.fitting import FitOptions, fit
 from sidelight.runs import console
+from sidelight.server.process import ServerProcess
 
 _DATA = Path(__file__).parent / "data"
 # Task, and the positive class of a binary one.

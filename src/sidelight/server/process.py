@@ -12,7 +12,7 @@ from urllib.request import urlopen
 
 from sidelight.errors import SidelightError
 
-_START_S = 120.0
+_START_S = 600.0
 _STOP_S = 30.0
 
 
@@ -22,18 +22,20 @@ class ServerProcess:
     Args:
         probes: Folders of the probes.
         port: To listen on; 0 takes a free one.
+        options: More words of the command line, such as those that name a model.
     """
 
-    def __init__(self, probes: Sequence[Path], *, port: int = 0):
+    def __init__(self, probes: Sequence[Path], *, port: int = 0, options: Sequence[str] = ()):
         self._port = port or _free_port()
         self.url = f"http://127.0.0.1:{self._port}"
         self._probes = probes
+        self._options = options
 
     def __enter__(self) -> "ServerProcess":
         named = [word for probe in self._probes for word in ("--probe", str(probe))]
         command = [sys.executable, "-m", "sidelight", "serve", "--port", str(self._port)]
         self._process = subprocess.Popen(
-            [*command, "--log-level", "warning", *named], stdout=subprocess.DEVNULL
+            [*command, "--log-level", "warning", *named, *self._options], stdout=subprocess.DEVNULL
         )
         return self
 
@@ -53,7 +55,7 @@ class ServerProcess:
         """Returns when the server answers.
 
         Raises:
-            SidelightError: It ended, or did not answer in two minutes.
+            SidelightError: It ended, or did not answer in ten minutes.
         """
         deadline = time.monotonic() + _START_S
         while time.monotonic() < deadline:
@@ -65,6 +67,11 @@ class ServerProcess:
             except (HTTPError, URLError, ConnectionError, TimeoutError):
                 time.sleep(0.2)
         raise SidelightError(f"The server at {self.url} was not ready after {_START_S:.0f} s.")
+
+    @property
+    def pid(self) -> int:
+        """Of the process, once it has begun."""
+        return self._process.pid
 
     def wait(self) -> None:
         """Returns when the server ends."""
