@@ -32,8 +32,11 @@ def test_the_index_is_that_of_the_formula():
 
 def test_a_shift_is_more_than_chance():
     rng = np.random.default_rng(0)
-    reference = score_counts(rng.beta(2, 5, 500))
-    same, shifted = score_counts(rng.beta(2, 5, 500)), score_counts(rng.beta(5, 2, 500))
+    reference = score_counts(rng.beta(2, 5, 500).tolist())
+    same, shifted = (
+        score_counts(rng.beta(2, 5, 500).tolist()),
+        score_counts(rng.beta(5, 2, 500).tolist()),
+    )
     assert stability_index(reference, same) < 0.1
     assert stability_index(reference, shifted) > 0.25
 

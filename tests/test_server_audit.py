@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -90,7 +91,7 @@ def test_a_log_that_cannot_be_opened_is_told_at_the_start(tmp_path):
 
 def full():
     """A real device on which every write fails as on a full disk."""
-    return AuditLog("/dev/full", salt=b"")
+    return AuditLog(Path("/dev/full"), salt=b"")
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
