@@ -45,12 +45,7 @@ def test_sound_answers_have_no_fault():
         (replace(SOUND, verdicts=verdicts()[1:], in_header=()), "lost verdicts"),
         (replace(SOUND, verdicts=(*verdicts(), verdicts()[0])), "duplicated verdicts"),
         (replace(SOUND, verdicts=verdicts("dune"), in_header=()), "verdicts of another request"),
-        (
-            replace(
-                SOUND, verdicts=({"probe": "word", "error": "verdict_failed"}, *verdicts()[1:])
-            ),
-            "lost verdicts",
-        ),
+        (replace(SOUND, verdicts=(FAILED, *verdicts()[1:]), in_header=(FAILED,)), "lost verdicts"),
         (
             replace(SOUND, in_header=({"probe": "abuse", "label": "abuse"},)),
             "header unlike the answer",
