@@ -194,7 +194,7 @@ def serving(case, rule, folder):
     case.fault(server)
     access = Access(admin_keys=numbered_keys([ADMIN], prefix="admin"))
     # A real device on which every write fails as on a full disk.
-    audit = AuditLog("/dev/full", salt=b"") if case.is_unaudited else None
+    audit = AuditLog(Path("/dev/full"), salt=b"") if case.is_unaudited else None
     policy = policy_of(case, rule)
     with served(engine, policy=policy, access=access, audit=audit) as address:
         if case.is_reloaded:
