@@ -1,0 +1,153 @@
+"""A secret key and a secret prompt, sent everywhere, are found in no log, metric or audit line."""
+
+import io
+import json
+import logging
+
+import httpx
+import pytest
+
+from live import MODEL, served
+from sidelight.engines import TransformersEngine
+from sidelight.prompts import Reads
+from sidelight.server.audit import AuditLog
+from sidelight.server.keys import Access, numbered_keys
+from sidelight.server.limits import ServerLimits
+from sidelight.server.logs import JsonFormatter, without_message
+from sidelight.server.policy import Policy, Rule
+from sockets import connection, read_all, request
+from tiny import three_probes, tiny_backbone, untrained_probe
+
+KEY = "sk-canary-key-7f3a"
+WORD = "canary-prompt-91bc"
+MESSAGES = [{"role": "user", "content": WORD}]
+CHAT = {"model": MODEL, "messages": MESSAGES, "max_tokens": 3}
+BODIES = {
+    "/v1/chat/completions": CHAT,
+    "/v1/completions": {"model": MODEL, "prompt": WORD, "max_tokens": 3},
+    "/v1/moderations": {"input": WORD},
+    "/v1/decisions": {
+        "model": MODEL,
+        "input": WORD,
+        "questions": [{"type": "predicate", "name": WORD}, {"type": "predicate", "name": "topics"}],
+    },
+    "/v1/systemone": {
+        "state": WORD,
+        "questions": {"toxicity": {"type": "noul"}, WORD: {"type": "noul"}},
+    },
+    "/classify": {"input": WORD, "model": "intent"},
+    "/beta/litellm_basic_guardrail_api": {"input_type": "request", "texts": [WORD]},
+    "/tokenize": {"prompt": WORD},
+}
+
+
+@pytest.fixture
+def logged(monkeypatch):
+    """All that is logged at any level, by the handlers' own formatter and filter."""
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(JsonFormatter())
+    handler.addFilter(without_message)
+    loggers = [logging.getLogger(name) for name in (None, "uvicorn", "sidelight")]
+    levels = [logger.level for logger in loggers]
+    # The client in this process logs what it asks for; that is not the server's log.
+    for client in ("httpx", "httpcore"):
+        monkeypatch.setattr(logging.getLogger(client), "disabled", True)
+        monkeypatch.setattr(logging.getLogger(client), "propagate", False)
+        monkeypatch.setattr(logging.getLogger(client), "level", logging.CRITICAL)
+    yield stream, handler, loggers
+    loggers[0].removeHandler(handler)
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
+
+
+def faulty(backbone):
+    """Makes every forward pass fail with the prompt in its message."""
+
+    def fail(_module, _args):
+        raise RuntimeError(f"while reading {WORD} for {KEY}")
+
+    return backbone.model.register_forward_pre_hook(fail)
+
+
+def send_all(http, address):
+    """Every endpoint, and every way to be refused; the statuses that came back."""
+    statuses = set()
+    for path, body in BODIES.items():
+        tries = [
+            http.post(path, json=body),
+            http.post(path, json={**body, "stream": True, "n": 2}),
+            http.post(path, json={**body, "model": WORD}),
+            http.post(path, json={**body, "probes": [WORD]}),
+            http.post(path, json={**body, "input": WORD * 50, "prompt": WORD * 50}),
+            http.post(path, json={WORD: WORD}),
+            http.post(path, json={**body, "messages": WORD}),
+            http.post(path, content=WORD, headers={"Content-Type": "application/json"}),
+            http.post(path, content=WORD, headers={"Content-Type": "text/plain"}),
+            http.post(path, json={**body, "filler": WORD * 1000}),
+            http.get(path, params={"q": WORD}),
+            http.post(f"{path}/{WORD}", json=body),
+            http.post(path, json=body, headers={"Authorization": f"Bearer {KEY}{WORD}"}),
+            http.post(path, json=body, headers={"Authorization": f"Basic {KEY}"}),
+            http.post(path, json=body, headers={"X-Request-Id": WORD, "User-Agent": WORD}),
+        ]
+        statuses |= {answer.status_code for answer in tries}
+    for path in ("/v1/models", f"/v1/models/{WORD}", "/version", "/ready", f"/admin/{WORD}"):
+        statuses.add(http.get(path, params={"key": KEY}).status_code)
+    statuses.add(http.post("/admin/probes", json={"path": WORD}).status_code)
+    head = f"Authorization: Bearer {KEY}"
+    for raw in (
+        f"{WORD} {KEY}\r\n\r\n".encode(),
+        request("/v1/moderations", WORD.encode(), head, length=10_000),
+        request("/v1/moderations", b"\xff" + WORD.encode(), head, "Connection: close"),
+        f"GET /{WORD} HTTP/1.1\r\nHost: {WORD}\r\n{head}\r\nUpgrade: {WORD}\r\n\r\n".encode(),
+    ):
+        with connection(address) as opened:
+            opened.sendall(raw)
+            opened.shutdown(1)
+            read_all(opened)
+    return statuses
+
+
+def test_a_canary_is_found_nowhere(logged, capfd, tmp_path):
+    stream, handler, loggers = logged
+    backbone = tiny_backbone()
+    probes = [
+        *three_probes(backbone),
+        untrained_probe(backbone, "refusal", reads=Reads("response")),
+        untrained_probe(backbone, "always", threshold=0.0),
+    ]
+    path = tmp_path / "audit.jsonl"
+    options = {
+        "access": Access(numbered_keys([KEY], prefix="team")),
+        "limits": ServerLimits(body_bytes=5000, body_s=0.5, header_s=0.5),
+        "audit": AuditLog(path, salt=b"salt"),
+        "policy": Policy(input={"topics": Rule("block"), "always": Rule("flag")}),
+    }
+    with served(TransformersEngine(backbone, probes), **options) as address:
+        # The server has set up its own handlers when it started.
+        loggers[0].addHandler(handler)
+        for logger in loggers:
+            logger.setLevel(1)
+        with httpx.Client(base_url=address, timeout=20) as http:
+            http.headers["Authorization"] = f"Bearer {KEY}"
+            statuses = send_all(http, address)
+            hook = faulty(backbone)
+            statuses |= {
+                http.post(p, json={**b, "stream": s}).status_code
+                for p, b in BODIES.items()
+                for s in (False, True)
+            }
+            hook.remove()
+            series = http.get("/metrics").text
+    # All kinds of answers have been provoked, and all places hold something.
+    assert {200, 400, 401, 403, 404, 405, 413, 500} <= statuses
+    log, audit = stream.getvalue(), path.read_text()
+    assert "/v1/moderations" in log
+    assert "RuntimeError" in log
+    assert '"always"' in audit
+    assert [json.loads(line) for line in audit.splitlines()]
+    captured = capfd.readouterr()
+    for place in (log, audit, series, captured.out, captured.err):
+        assert KEY not in place
+        assert WORD not in place
