@@ -1,33 +1,25 @@
 # pyright: reportMissingImports=false, reportUntypedBaseClass=false
-"""Carries readings to the workers and outcomes back, as a KV connector that stores nothing.
-
-vLLM's documented way for a message to travel with a step and its result. The class has two roles:
-beside the scheduler it says what to read, in a worker it reads.
-"""
+"""Carries readings to the workers and outcomes back: what to read of a step, and what was read."""
 
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
-    KVConnectorBase_V1,
     KVConnectorMetadata,
     KVConnectorRole,
     KVConnectorWorkerMetadata,
-    SupportsHMA,
 )
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
-from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from sidelight.errors import SidelightError
 from sidelight.vllm_plugin import worker
 from sidelight.vllm_plugin.judging import Judging, Share
 from sidelight.vllm_plugin.panel import Outcome
+from sidelight.vllm_plugin.silent import SilentConnector, require_one_group, steps
 from sidelight.vllm_plugin.surface import served_by
-from sidelight.vllm_plugin.tracking import Reading, Step, Tracking
+from sidelight.vllm_plugin.tracking import Reading, Tracking
 
 _log = init_logger("vllm.sidelight")
 
@@ -62,7 +54,7 @@ class Results(KVConnectorWorkerMetadata):
         )
 
 
-class ProbeConnector(KVConnectorBase_V1, SupportsHMA):
+class ProbeConnector(SilentConnector):
     """One per scheduler and one per worker."""
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any):
@@ -71,17 +63,12 @@ class ProbeConnector(KVConnectorBase_V1, SupportsHMA):
         self._is_staged = vllm_config.parallel_config.pipeline_parallel_size > 1
         self._results: Results | None = None
         if role == KVConnectorRole.SCHEDULER:
-            _require_one_group(kv_cache_config)
+            require_one_group(kv_cache_config)
             served = served_by(vllm_config)
             assert served is not None
             self._judging = Judging(served.panel())
             late = self._judging.panel.late
             self.tracking = Tracking(reads_responses=late is not None)
-
-    @property
-    def requires_kv_delivery(self) -> bool:
-        """Nothing is handed off."""
-        return False
 
     # Beside the scheduler.
 
@@ -91,18 +78,9 @@ class ProbeConnector(KVConnectorBase_V1, SupportsHMA):
             request.request_id, request.kv_transfer_params, request.prompt_token_ids
         )
 
-    def get_num_new_matched_tokens(
-        self, request: Any, num_computed_tokens: int
-    ) -> tuple[int, bool]:
-        """Nothing is loaded."""
-        return 0, False
-
-    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
-        """Nothing is loaded."""
-
     def build_connector_meta(self, scheduler_output: Any) -> Readings:
         """What to read after this step."""
-        return Readings(self.tracking.plan(_steps(scheduler_output)))
+        return Readings(self.tracking.plan(steps(scheduler_output)))
 
     def update_connector_output(self, connector_output: Any) -> None:
         """Takes the outcomes of a step.
@@ -131,12 +109,6 @@ class ProbeConnector(KVConnectorBase_V1, SupportsHMA):
         self._judging.forget([request.request_id])
         return False, report
 
-    def request_finished_all_groups(
-        self, request: Any, block_ids: tuple[list[int], ...]
-    ) -> tuple[bool, dict[str, Any] | None]:
-        """As ``request_finished``."""
-        return self.request_finished(request, block_ids[0])
-
     # In a worker.
 
     def register_kv_caches(self, kv_caches: Any) -> None:
@@ -149,17 +121,6 @@ class ProbeConnector(KVConnectorBase_V1, SupportsHMA):
             "Columns of the probes take %.1f MiB, %.2f %% of the KV cache (%.1f MiB).",
             own.size_bytes / 2**20, 100 * own.size_bytes / total, total / 2**20,
         )  # fmt: skip
-
-    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        """Nothing is loaded."""
-
-    def wait_for_layer_load(self, layer_name: str) -> None:
-        """Nothing is loaded."""
-
-    def save_kv_layer(
-        self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any
-    ) -> None:
-        """Nothing is saved."""
 
     def wait_for_save(self) -> None:
         """Runs right after the forward pass, on every rank."""
@@ -185,33 +146,3 @@ class ProbeConnector(KVConnectorBase_V1, SupportsHMA):
         """The results of this step."""
         results, self._results = self._results, None
         return results
-
-
-def _steps(scheduler_output: Any) -> Iterator[Step]:
-    """Each scheduled request's share of the step."""
-    state = scheduler_output.kv_connector_block_state
-    scheduled = scheduler_output.num_scheduled_tokens
-
-    def step(request_id: str, computed: int, *, is_resumed: bool) -> Step:
-        return Step(
-            request_id,
-            computed + scheduled[request_id],
-            is_resumed,
-            lambda: state.get_block_ids(request_id)[0],
-        )
-
-    for new in scheduler_output.scheduled_new_reqs:
-        yield step(new.req_id, new.num_computed_tokens, is_resumed=True)
-    cached = scheduler_output.scheduled_cached_reqs
-    for request_id, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
-        yield step(request_id, computed, is_resumed=request_id in cached.resumed_req_ids)
-
-
-def _require_one_group(kv_cache_config: Any) -> None:
-    groups = kv_cache_config.kv_cache_groups
-    if len(groups) != 1 or not isinstance(groups[0].kv_cache_spec, FullAttentionSpec):
-        raise SidelightError(
-            "Probes inside vLLM need a model whose layers all keep keys and values of every token. "
-            "Serve this one with --disable-hybrid-kv-cache-manager, or with the transformers "
-            "engine."
-        )
