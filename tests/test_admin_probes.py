@@ -266,6 +266,15 @@ def test_a_shadow_is_hidden_and_blocks_nothing_until_it_is_enabled(backbone, fol
         assert user.post("/v1/chat/completions", json=CHAT).status_code == 400
 
 
+def test_a_disabled_shadow_is_a_shadow_again(backbone, folders):
+    with serving(backbone, folders, BLOCKING) as (admin, user):
+        for change, state in (("shadow", "shadow"), ("disable", "disabled"), ("enable", "shadow")):
+            body = {"json": {}} if change == "shadow" else {}
+            changed = admin.post(f"/admin/probes/toxicity/{change}", **body)
+            assert changed.json()["state"] == state
+        assert user.post("/v1/chat/completions", json=CHAT).status_code == 200
+
+
 def test_a_removed_probe_is_gone_and_can_come_back(backbone, folders):
     with serving(backbone, folders) as (admin, user):
         admin.delete("/admin/probes/toxicity").raise_for_status()

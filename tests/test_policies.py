@@ -213,6 +213,23 @@ def test_text_that_an_engine_did_not_score_is_not_sent(probes):
     assert end.decisions[0].action == "fail_closed"
 
 
+@pytest.mark.parametrize("at_the_end", [True, False])
+def test_what_is_cut_by_a_flag_is_told_so_even_after_a_failure(probes, at_the_end):
+    rule = Rule("block", consecutive=1, on_failure="pass")
+    (clause,) = clauses_of(Policy(output={"late": rule}), probes[3:])
+    holding = HoldBack([clause], prompt_tokens=7)
+    holding.push(TextDelta("a", tokens=1))
+    assert holding.push(ResponseScored(1, ())) == []
+    holding.push(TextDelta("b", tokens=2))
+    if at_the_end:
+        holding.push(ResponseScored(2, (verdict(0.0),)))
+        (end,) = holding.push(Finished("stop", 7, 2, verdicts=(verdict(1.0),)))
+    else:
+        (end,) = holding.push(ResponseScored(2, (verdict(1.0),)))
+    assert end.finished.reason == "content_filter"
+    assert (end.decisions[0].action, end.decisions[0].outcome) == ("block", "flagged")
+
+
 def test_an_empty_answer_has_nothing_to_judge(probes):
     (clause,) = clauses_of(Policy(output={"late": Rule("block")}), probes[3:])
     (end,) = HoldBack([clause], prompt_tokens=7).push(Finished("stop", 7, 1, failed=("late",)))
@@ -324,6 +341,7 @@ def test_a_request_may_ask_to_be_blocked(backbone, probes):
         ({"policies": {"toxicity": {"threshold": 0.9}}}, "policy_too_loose"),
         ({"policies": {"topics": {"threshold": 0.9}}}, "policy_too_loose"),
         ({"policies": {"intent": {"mode": "block"}}}, "cannot_block"),
+        ({"policies": {"intent": {"threshold": 0.1}}}, "cannot_block"),
         ({"policies": {"hidden": {"mode": "block"}}}, "probe_not_found"),
         ({"moderation": BLOCK, "probes": ["intent"]}, "no_prompt_probe"),
         ({"moderation": BLOCK_OUTPUT, "probes": ["toxicity"]}, "no_response_probe"),

@@ -88,6 +88,17 @@ def test_a_wrong_file_of_keys_is_told_without_quoting_it(tmp_path, text):
     assert SECRET not in str(raised.value)
 
 
+@pytest.mark.parametrize("secret", ["", "  ", "sha256:", "sha256:" + "a" * 63, "sha256:zz"])
+def test_a_key_that_anybody_could_send_or_read_is_refused(secret):
+    with pytest.raises(SidelightError, match="Key 'api-key-1' is"):
+        numbered_keys([secret], prefix="api-key")
+
+
+def test_a_digest_may_be_in_capitals():
+    digest = hashlib.sha256(SECRET.encode()).hexdigest().upper()
+    assert Key.of("a", f"sha256:{digest}") == Key.of("a", SECRET)
+
+
 def test_a_missing_file_of_keys_is_told(tmp_path):
     with pytest.raises(SidelightError, match="Cannot read the keys"):
         read_keys(tmp_path / "none")

@@ -11,6 +11,7 @@ from sidelight.engines import TransformersEngine
 from sidelight.errors import SidelightError
 from sidelight.prompts import Reads
 from sidelight.server.audit import AuditLog
+from sidelight.server.errors import RequestError
 from sidelight.server.keys import Access, numbered_keys
 from sidelight.server.policy import Policy, Rule
 from tiny import tiny_backbone, untrained_probe
@@ -112,3 +113,16 @@ def test_without_a_blocking_policy_a_failure_is_counted_and_requests_go_on():
         assert http.post(CHAT, json=BODY).status_code == 200
         series = http.get("/metrics").text
     assert "sidelight_audit_failures_total 2.0" in series
+
+
+def test_a_line_that_was_cut_off_spoils_no_other(path, monkeypatch):
+    audit, write = AuditLog(path, salt=b"salt"), os.write
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda file, data: write(file, data[:5]))
+        for _ in range(2):
+            with pytest.raises(RequestError):
+                audit.write([{"probe": "torn"}])
+    audit.write([{"probe": "a"}, {"probe": "b"}])
+    *torn, first, second = path.read_text().splitlines()
+    assert [json.loads(first), json.loads(second)] == [{"probe": "a"}, {"probe": "b"}]
+    assert torn == ['{"pro', '{"pr']

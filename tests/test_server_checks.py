@@ -227,6 +227,23 @@ def test_the_guardrail_judges_a_response_by_the_probes_of_responses(http):
     assert [v["probe"] for v in answer["sidelight"]["verdicts"]] == ["refusal"]
 
 
+def test_of_a_response_the_guardrail_asks_no_probe_of_the_prompt_that_nobody_sent():
+    backbone = tiny_backbone()
+    probes = [
+        untrained_probe(backbone, "wordy", reads=Reads(template=False)),
+        untrained_probe(backbone, "refusal", reads=Reads("response"), threshold=0.0),
+    ]
+    with (
+        served(TransformersEngine(backbone, probes)) as address,
+        http_client(address) as http,
+    ):
+        answer = guard(http, input_type="response", texts=["I cannot."])
+        series = http.get("/metrics").text
+    assert answer.json()["blocked_reason"] == "Flagged by refusal."
+    assert 'sidelight_verdicts_total{outcome="flagged",probe="refusal"} 1.0' in series
+    assert 'probe="wordy"' not in series
+
+
 def test_the_guardrail_refuses_what_it_cannot_judge(http):
     chosen = {"additional_provider_specific_params": {"probes": ["intent"]}}
     late = guard(http, input_type="response", **chosen)

@@ -57,6 +57,7 @@ class AuditLog:
         self._path = path
         self._salt = salt
         self._lock = threading.Lock()
+        self._is_torn = False
         try:
             self._file = self._opened()
         except OSError as error:
@@ -74,7 +75,10 @@ class AuditLog:
         try:
             with self._lock:
                 self._follow()
+                # After half a line, the next one begins on a line of its own.
+                data = b"\n" * self._is_torn + data
                 written = os.write(self._file, data)
+                self._is_torn = 0 < written < len(data) or (self._is_torn and not written)
         except OSError as error:
             raise _unwritten() from error
         if written < len(data):

@@ -8,6 +8,7 @@ from fastapi import Request
 from sidelight.prompts import Message
 from sidelight.server.context import Context
 from sidelight.server.disconnect import unless_left
+from sidelight.server.policy.rules import Side
 from sidelight.server.report import Reporter
 from sidelight.types import Verdict
 
@@ -23,12 +24,25 @@ class Checked:
 
 
 async def checked(
-    request: Request, context: Context, reporter: Reporter, conversations: Sequence[Turns]
+    request: Request,
+    context: Context,
+    reporter: Reporter,
+    conversations: Sequence[Turns],
+    *,
+    is_prompt_known: bool = True,
 ) -> list[Checked]:
     """What the chosen probes say of each conversation, from one pass each.
 
     A conversation that ends with the assistant's turn is judged by every chosen probe, any other by
     those that read the prompt alone.
+
+    Args:
+        request: Ends the work when its client leaves.
+        context: The server's parts.
+        reporter: On the chosen probes.
+        conversations: What is judged.
+        is_prompt_known: Whether the turns before the assistant's were said. Where they are filled
+            in, no verdict on them counts.
 
     Raises:
         VerdictError: A chosen probe gave no verdict.
@@ -42,7 +56,10 @@ async def checked(
     judged = await unless_left(request, context.engine.judge(conversations))
     found: list[Checked] = []
     for event, turns in zip(judged, conversations, strict=True):
-        decided = asked.about(turns).on_check(event, has_response=is_answered(turns))
+        context.metrics.prompt_tokens.inc(event.tokens)
+        prompt: set[Side] = {"input"} if is_prompt_known else set()
+        response: set[Side] = {"output"} if is_answered(turns) else set()
+        decided = asked.about(turns).on_check(event, prompt | response)
         verdicts = reporter.required(decided, has_response=is_answered(turns))
         found.append(Checked(verdicts, event.tokens))
     return found

@@ -111,7 +111,7 @@ class Context:
         """The events of an answer under the policy, counted as the client gets them."""
         rules = asked.about(messages)
         events = self.engine.generate(messages, sampling, watch=rules.watch, admits=rules.admits)
-        return self.metrics.observed(rules.guard(events))
+        return self.metrics.observed(rules.guard(self.metrics.read(events)))
 
     def require_model(self, name: str) -> None:
         """Checks that a request asks for the served model.

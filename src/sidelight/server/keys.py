@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sidelight.errors import SidelightError
 
-_DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
+_DIGEST = re.compile(r"sha256:([0-9a-fA-F]{64})")
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,19 @@ class Key:
 
     @classmethod
     def of(cls, id: str, secret: str) -> "Key":
-        """The key of a secret, or of ``sha256:`` with the secret's digest in hexadecimal."""
+        """The key of a secret, or of ``sha256:`` with the secret's digest in hexadecimal.
+
+        Raises:
+            SidelightError: The secret is blank, which everybody could send, or it begins like a
+                digest and is none, which would make what stands in a file the secret.
+        """
+        if not secret.strip():
+            raise SidelightError(f"Key '{id}' is empty. Set the variable that holds it.")
         hashed = _DIGEST.fullmatch(secret)
+        if not hashed and secret.startswith("sha256:"):
+            raise SidelightError(
+                f"Key '{id}' is no SHA-256 digest. Write 64 hexadecimal digits after 'sha256:'."
+            )
         digest = bytes.fromhex(hashed[1]) if hashed else _digest(secret.encode())
         return cls(id, digest)
 
@@ -75,7 +86,11 @@ class Access:
 
 
 def numbered_keys(secrets: Sequence[str], *, prefix: str) -> tuple[Key, ...]:
-    """Keys named ``prefix-1``, ``prefix-2`` in their order."""
+    """Keys named ``prefix-1``, ``prefix-2`` in their order.
+
+    Raises:
+        SidelightError: As ``Key.of``.
+    """
     return tuple(Key.of(f"{prefix}-{i}", secret) for i, secret in enumerate(secrets, 1))
 
 

@@ -14,7 +14,7 @@ class ServerLimits:
             as many as the model's context, per text.
         concurrent: Requests being answered; further ones are a 429.
         connections: Open connections; further ones are closed at once.
-        deadline_s: Seconds until a request is given up, from its first byte to its last.
+        deadline_s: Seconds from the end of a request's head to the last byte of the answer.
         header_s: Seconds that a client may take to send a request's head.
         body_s: Seconds that it may take to send the body.
         write_s: Seconds that it may leave what is sent to it unread.

@@ -40,7 +40,11 @@ class Metrics:
         self.requests = Counter(
             "sidelight_requests", "Answers by route and status", labels, registry=registry
         )
-        self._prompt_tokens = Counter("sidelight_prompt_tokens", "Tokens read", registry=registry)
+        self.prompt_tokens = Counter(
+            "sidelight_prompt_tokens",
+            "Tokens read, also of checks and blocked prompts",
+            registry=registry,
+        )
         self._completion_tokens = Counter(
             "sidelight_completion_tokens", "Tokens written", registry=registry
         )
@@ -89,6 +93,14 @@ class Metrics:
         """All series in Prometheus' text format."""
         return generate_latest(self._registry)
 
+    async def read(self, events: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:
+        """The engine's events; what was read is counted, whatever a policy makes of it."""
+        async with aclosing(events):
+            async for event in events:
+                if isinstance(event, PromptJudged):
+                    self.prompt_tokens.inc(event.tokens)
+                yield event
+
     async def observed(self, events: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:
         """The same events, counted and timed as they pass."""
         start = last = time.perf_counter()
@@ -106,7 +118,6 @@ class Metrics:
                         pass
                     case Finished():
                         self._in_all.observe(now - start)
-                        self._prompt_tokens.inc(event.prompt_tokens)
                         self._completion_tokens.inc(event.completion_tokens)
                 yield event
 

@@ -175,14 +175,15 @@ class Roster:
             return self.entry(name)
 
     async def enable(self, name: str) -> Entry:
-        """Runs the probe under the policy's rule, whether it was disabled or a shadow."""
+        """Runs a disabled probe as before; a shadow that runs comes under the policy's rule."""
         async with self._changing:
             self.entry(name)
             probe = self._disabled.get(name)
-            if probe is not None:
+            if probe is None:
+                self._shadows.pop(name, None)
+            else:
                 await self._engine.replace_probes([*self._engine.probes, probe])
                 del self._disabled[name]
-            self._shadows.pop(name, None)
             _log.warning("Enabled probe '%s'.", name)
             return self.entry(name)
 

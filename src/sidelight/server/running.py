@@ -43,7 +43,7 @@ def serve(
 ) -> None:
     """Serves until SIGINT or SIGTERM; requests in flight may finish.
 
-    The port is open at once; until ``load`` returns, every route but ``/health`` answers 503.
+    The port is open at once; until ``load`` returns, what needs the model answers 503.
 
     Args:
         load: Gives the engine; runs in a thread of its own.

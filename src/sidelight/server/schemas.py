@@ -8,7 +8,6 @@ from sidelight.engines.base import Sampling
 from sidelight.prompts import Message, PlainText
 from sidelight.server.policy.wishes import Wish, WishedMode, Wishes
 
-MAX_INPUTS = 512
 _MAX_STOPS = 16
 _MAX_TEXTS = 16
 # OpenAI's default of this older endpoint.
@@ -38,7 +37,7 @@ class ContentPart(StrictBody):
     """A piece of a message; only text is read."""
 
     type: str
-    text: str = ""
+    text: str
 
     @field_validator("type")
     @classmethod
@@ -180,6 +179,6 @@ class CompletionRequest(WritingRequest):
 class ModerationRequest(StrictBody):
     """The body of ``POST /v1/moderations``; each text is judged by itself."""
 
-    input: Texts = Field(min_length=1, max_length=MAX_INPUTS)
+    input: Texts = Field(min_length=1)
     model: str | None = None
     probes: ProbeNames = None

@@ -95,32 +95,32 @@ async def load(body: LoadRequest, context: InContext) -> ProbeEntry:
     return ProbeEntry.of(entry)
 
 
-@_with_body.post("/admin/probes/{name}/reload")
+@_with_body.post("/admin/probes/{name:path}/reload")
 async def reload(name: str, body: ReloadRequest, context: InContext) -> ProbeEntry:
     """Replaces a probe by the artifact as it is now; if that fails, the last good one serves on."""
     path = None if body.path is None else Path(body.path)
     return ProbeEntry.of(await context.roster.reload(name, path))
 
 
-@_with_body.post("/admin/probes/{name}/shadow")
+@_with_body.post("/admin/probes/{name:path}/shadow")
 async def shadow(name: str, body: ShadowRequest, context: InContext) -> ProbeEntry:
     """Hides a probe from clients and counts it on."""
     return ProbeEntry.of(await context.roster.shadow(name, shadow_of=body.shadow_of))
 
 
-@router.post("/admin/probes/{name}/enable")
+@router.post("/admin/probes/{name:path}/enable")
 async def enable(name: str, context: InContext) -> ProbeEntry:
     """Runs a probe under the policy's rule."""
     return ProbeEntry.of(await context.roster.enable(name))
 
 
-@router.post("/admin/probes/{name}/disable")
+@router.post("/admin/probes/{name:path}/disable")
 async def disable(name: str, context: InContext) -> ProbeEntry:
     """Stops a probe; nothing follows from its rule meanwhile."""
     return ProbeEntry.of(await context.roster.disable(name))
 
 
-@router.delete("/admin/probes/{name}")
+@router.delete("/admin/probes/{name:path}")
 async def remove(name: str, context: InContext) -> dict[str, Any]:
     """Forgets a probe; its artifact stays."""
     await context.roster.remove(name)

@@ -12,7 +12,7 @@ from sidelight.server.body import JsonRoute
 from sidelight.server.checking import as_user, checked
 from sidelight.server.context import Context, InContext
 from sidelight.server.errors import RequestError
-from sidelight.server.schemas import MAX_INPUTS, ProbeNames, StrictBody, Texts
+from sidelight.server.schemas import ProbeNames, StrictBody, Texts
 
 router = APIRouter(route_class=JsonRoute)
 
@@ -21,7 +21,7 @@ class ClassifyRequest(StrictBody):
     """Texts for one probe: the one in ``model`` or ``probes``, or the only one loaded."""
 
     model: str | None = Field(None, description="A probe's name, or the served model's.")
-    input: Texts = Field(min_length=1, max_length=MAX_INPUTS)
+    input: Texts = Field(min_length=1)
     probes: ProbeNames = None
 
 

@@ -1,5 +1,6 @@
 """``POST /beta/litellm_basic_guardrail_api``: LiteLLM's generic guardrail, answered by probes."""
 
+from dataclasses import replace
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request
@@ -11,7 +12,7 @@ from sidelight.server.checking import as_user, checked
 from sidelight.server.context import InContext
 from sidelight.server.errors import RequestError
 from sidelight.server.report import Extension, Reporter, verdict_json
-from sidelight.server.schemas import MAX_INPUTS, ProbeNames, StrictBody
+from sidelight.server.schemas import ProbeNames, StrictBody
 
 router = APIRouter(route_class=JsonRoute)
 
@@ -26,7 +27,7 @@ class GuardrailRequest(StrictBody):
     """Texts of a request or of its response. Images cannot be judged, so they are refused."""
 
     input_type: Literal["request", "response"]
-    texts: list[str] | None = Field(None, max_length=MAX_INPUTS)
+    texts: list[str] | None = None
     images: list[Any] | None = Field(None, max_length=0, description="Not read.")
     additional_provider_specific_params: GuardrailParameters | None = None
 
@@ -46,13 +47,14 @@ async def create(body: GuardrailRequest, request: Request, context: InContext) -
     reporter = context.reporter(parameters.probes)
     is_response = body.input_type == "response"
     if is_response:
-        _require_response_probe(reporter)
+        reporter = _on_responses(reporter)
     # Nothing is said in an empty text: there is nothing to judge.
     texts = [text for text in body.texts or () if text]
     conversations = [_answer(text) if is_response else as_user(text) for text in texts]
-    judged = await checked(request, context, reporter, conversations) if conversations else []
-    wanted = {p.name for p in reporter.probes if (p.reads.side != "prompt") == is_response}
-    verdicts = [v for one in judged for v in one.verdicts if v.probe in wanted]
+    judged = await checked(
+        request, context, reporter, conversations, is_prompt_known=not is_response
+    )
+    verdicts = [verdict for one in judged for verdict in one.verdicts]
     flagged = list(dict.fromkeys(v.probe for v in verdicts if v.flagged))
     return GuardrailResponse(
         action="BLOCKED" if flagged else "NONE",
@@ -65,10 +67,13 @@ def _answer(text: str) -> list[Message]:
     return [*as_user(""), Message("assistant", text)]
 
 
-def _require_response_probe(reporter: Reporter) -> None:
+def _on_responses(reporter: Reporter) -> Reporter:
+    """On those of its probes that read a response."""
     if not reporter.reads_response:
         raise RequestError(
             "No chosen probe reads a response, so it cannot be judged. Load such a probe, or use "
             "this guardrail in mode pre_call only.",
             code="no_response_probe",
         )
+    late = [probe for probe in reporter.probes if probe.reads.side != "prompt"]
+    return replace(reporter, probes=late)

@@ -4,7 +4,7 @@ Taken when the request begins and kept to its end, as its probes are.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
@@ -69,9 +69,9 @@ class Enforcement:
         """What follows from the verdicts on the prompt."""
         return self._decide(self._side("input"), event)
 
-    def on_check(self, event: PromptJudged, *, has_response: bool) -> PromptJudged:
-        """A check's verdicts at the rules' thresholds; recorded, and never blocked."""
-        clauses = self.clauses if has_response else self._side("input")
+    def on_check(self, event: PromptJudged, sides: Collection[PolicySide]) -> PromptJudged:
+        """A check's verdicts on these sides at the rules' thresholds; recorded, never blocked."""
+        clauses = [clause for clause in self.clauses if clause.side in sides]
         decisions = self._decide(clauses, event)
         # Nothing is written, so there is nothing to block.
         self.record([_only_told(decision) for decision in decisions])

@@ -114,6 +114,7 @@ class _Tripwire:
         self.held_tokens = clause.rule.held_tokens
         self.blind_until = clause.rule.warm_up + clause.rule.consecutive
         self.is_cut = False
+        self._flagged = False
         self._failed = False
         self._rules: dict[str, StreamingRule] = clause.streaming_rules()
         self._watched = dict.fromkeys(self._rules, Watched())
@@ -126,7 +127,8 @@ class _Tripwire:
             return self.is_cut
         for label, rule in self._rules.items():
             self._watched[label] = rule.advance(self._watched[label], verdict.probabilities[label])
-        self.is_cut = any(watched.has_fired for watched in self._watched.values())
+        if any(watched.has_fired for watched in self._watched.values()):
+            self._flag()
         return self.is_cut
 
     def finish(self, verdicts: Mapping[str, Verdict], *, tokens: int, is_judged: bool) -> None:
@@ -136,18 +138,21 @@ class _Tripwire:
         verdict = judged(self.clause, verdicts, tokens)
         if verdict is None or not is_judged:
             self._fail()
-        else:
-            self.is_cut = self.is_cut or self.clause.decide(verdict).flagged
+        elif self.clause.decide(verdict).flagged:
+            self._flag()
 
     def decision(self, verdicts: Mapping[str, Verdict]) -> Decision:
         """What it came to."""
-        if self._failed:
+        if self._failed and not self._flagged:
             return decide(self.clause, None)
         verdict = verdicts.get(self.clause.name)
         if verdict is None:
             return Decision(self.clause, None, "none")
         decided = self.clause.decide(verdict)
         return Decision(self.clause, decided, "block" if self.is_cut else "none")
+
+    def _flag(self) -> None:
+        self._flagged = self.is_cut = True
 
     def _fail(self) -> None:
         self._failed = True

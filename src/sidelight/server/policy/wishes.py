@@ -80,22 +80,23 @@ def _tightened(clause: Clause, chosen: Collection[str], wishes: Wishes) -> Claus
         return clause
     if wish.mode == "score" and clause.is_blocking:
         raise _too_loose(f"policies.{clause.name}", "The policy blocks where this probe flags.")
-    if wish.threshold is not None:
-        clause = _at(clause, wish.threshold)
-    is_of_side = clause.side in wishes.sides("block") and clause.name in chosen
-    if wish.mode == "block" and not clause.thresholds:
+    if (wish.mode == "block" or wish.threshold is not None) and not clause.thresholds:
         raise RequestError(
-            f"Probe '{clause.name}' names a class and flags nothing, so it cannot block.",
+            f"Probe '{clause.name}' names a class and flags nothing, so it cannot block and has no "
+            "threshold.",
             code="cannot_block",
             param="policies",
         )
+    if wish.threshold is not None:
+        clause = _at(clause, wish.threshold)
+    is_of_side = clause.side in wishes.sides("block") and clause.name in chosen
     if wish.mode == "block" or (is_of_side and clause.thresholds):
         return replace(clause, rule=replace(clause.rule, mode="block"))
     return clause
 
 
 def _at(clause: Clause, threshold: float) -> Clause:
-    lowest = min(clause.thresholds.values(), default=0.0)
+    lowest = min(clause.thresholds.values())
     if threshold > lowest:
         raise _too_loose(
             f"policies.{clause.name}", f"Got threshold {threshold}, wanted {lowest} or less."
