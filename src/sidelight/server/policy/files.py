@@ -16,52 +16,27 @@ class _Table(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
-class _InputRule(_Table):
+class _Rule(_Table):
     mode: Mode = "score"
     threshold: _Probability | None = None
     labels: list[str] = []
     on_failure: OnFailure = "block"
     max_tokens: int | None = Field(None, ge=1)
-    routes: dict[str, str] = {}
     shadow_of: str | None = None
 
     def rule(self) -> Rule:
         """As the server uses it."""
-        return Rule(
-            mode=self.mode,
-            threshold=self.threshold,
-            labels=tuple(self.labels),
-            on_failure=self.on_failure,
-            max_tokens=self.max_tokens,
-            routes=self.routes,
-            shadow_of=self.shadow_of,
-        )
+        return Rule(**{**self.model_dump(), "labels": tuple(self.labels)})
 
 
-class _OutputRule(_Table):
-    mode: Mode = "score"
-    threshold: _Probability | None = None
-    labels: list[str] = []
-    on_failure: OnFailure = "block"
-    max_tokens: int | None = Field(None, ge=1)
-    shadow_of: str | None = None
+class _InputRule(_Rule):
+    routes: dict[str, str] = {}
+
+
+class _OutputRule(_Rule):
     consecutive: int = Field(2, ge=1)
     warm_up: int = Field(0, ge=0)
     hold_back: int | None = Field(None, ge=0)
-
-    def rule(self) -> Rule:
-        """As the server uses it."""
-        return Rule(
-            mode=self.mode,
-            threshold=self.threshold,
-            labels=tuple(self.labels),
-            on_failure=self.on_failure,
-            max_tokens=self.max_tokens,
-            shadow_of=self.shadow_of,
-            consecutive=self.consecutive,
-            warm_up=self.warm_up,
-            hold_back=self.hold_back,
-        )
 
 
 class _File(_Table):
