@@ -1,14 +1,17 @@
 """The engine behind our server: events, verdicts, other probes, and its end."""
 
 import asyncio
+import itertools
 import json
 import os
 import signal
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import httpx
 import numpy as np
 import pytest
+import torch
 
 from live import openai_client, served
 from sidelight.engines import (
@@ -20,6 +23,7 @@ from sidelight.engines import (
     Sampling,
     TextDelta,
 )
+from sidelight.engines.spelling import Speller
 from sidelight.errors import FingerprintMismatchError, SidelightError
 from sidelight.prompts import EncodedPrompt, Message, Part, Reads
 from tiny import tiny_backbone, untrained_probe
@@ -136,8 +140,6 @@ def test_a_watched_probe_is_scored_after_every_token(engine, loop, model):
 
 
 def greedy_tokens(model, prompt, count):
-    import torch
-
     ids = torch.tensor([prompt.token_ids])
     written = model.backbone.model.generate(
         ids,
@@ -173,6 +175,66 @@ def test_one_token_and_stop_strings(engine, loop, model):
     )
     assert "".join(e.text for e in cut if isinstance(e, TextDelta)) == text[: text.index(stop)]
     assert cut[-1].reason == "stop"
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_log_probabilities_are_the_models_own(engine, loop, model, count):
+    """Drawn at a temperature, and told before it."""
+    sampling = Sampling(max_tokens=20, temperature=1.5, top_p=0.9, logprobs=count)
+
+    async def ask_all():
+        return await asyncio.gather(*(events_of(engine, text, sampling) for text in TEXTS[:6]))
+
+    compared = 0
+    for text, events in zip(TEXTS, loop.run(ask_all()), strict=False):
+        told = [t for e in events if isinstance(e, TextDelta | Finished) for t in e.logprobs]
+        is_ended = events[-1].reason == "stop"
+        assert len(told) == events[-1].completion_tokens - is_ended
+        prompt = model.backbone.encoder.encode([Message("user", text)])
+        written = known_tokens(model, told)
+        compared += len(written)
+        wanted = log_probabilities(model, prompt, written)
+        for token, drawn, row in zip(told, written, wanted, strict=False):
+            best = row.topk(count).values.tolist()
+            assert token.drawn.logprob == pytest.approx(row[drawn].item(), abs=ROUNDING)
+            assert [o.logprob for o in token.likeliest] == pytest.approx(best, abs=ROUNDING)
+    assert compared > 10
+
+
+def test_what_is_told_of_the_tokens_is_what_is_sent_of_them(engine, loop):
+    """With a stop string, of which nothing is told, and without."""
+    whole = told_text(loop.run(events_of(engine, TEXTS[5], replace(GREEDY, logprobs=0))))
+    text = "".join(
+        e.text for e in loop.run(events_of(engine, TEXTS[5])) if isinstance(e, TextDelta)
+    )
+    assert whole.startswith(text)
+    place = next(i for i in range(3, len(text)) if "\ufffd" not in text[i : i + 2])
+    stopped = replace(GREEDY, logprobs=0, stop=(text[place : place + 2],))
+    events = loop.run(events_of(engine, TEXTS[5], stopped))
+    assert events[-1].reason == "stop"
+    assert told_text(events) == "".join(e.text for e in events if isinstance(e, TextDelta))
+
+
+def told_text(events):
+    told = [t for e in events if isinstance(e, TextDelta | Finished) for t in e.logprobs]
+    return b"".join(t.drawn.spelling.bytes or b"" for t in told).decode(errors="replace")
+
+
+def known_tokens(model, told):
+    """Up to the first that its spelling does not tell: the model has more ids than names."""
+    tokenizer = model.backbone.tokenizer
+    spell = Speller(tokenizer)
+    by_spelling = {spell(token): token for token in range(len(tokenizer))}
+    known = [by_spelling.get(token.drawn.spelling) for token in told]
+    return list(itertools.takewhile(lambda token: token is not None, known))
+
+
+def log_probabilities(model, prompt, written):
+    """After each token but the last, from one pass over prompt and text."""
+    with torch.inference_mode():
+        whole = torch.tensor([[*prompt.token_ids, *written]])
+        logits = model.backbone.model(input_ids=whole).logits[0]
+    return torch.log_softmax(logits[len(prompt) - 1 : -1], dim=-1)
 
 
 def test_a_prompt_that_is_not_admitted_is_judged_and_has_left(engine, loop):

@@ -17,9 +17,11 @@ from sidelight.engines.base import (
 )
 from sidelight.engines.line import Limits
 from sidelight.engines.loading import LoadingEngine
+from sidelight.engines.logprobs import Candidate, Spelling, TokenLogprobs
 from sidelight.engines.transformers import TransformersEngine
 
 __all__ = [
+    "Candidate",
     "Engine",
     "EngineBusyError",
     "EngineUnavailableError",
@@ -33,7 +35,9 @@ __all__ = [
     "PromptJudged",
     "ResponseScored",
     "Sampling",
+    "Spelling",
     "TextDelta",
+    "TokenLogprobs",
     "Tokens",
     "TransformersEngine",
 ]

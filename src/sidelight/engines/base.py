@@ -16,6 +16,7 @@ from collections.abc import (
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
+from sidelight.engines.logprobs import TokenLogprobs
 from sidelight.errors import SidelightError, VerdictError, did_you_mean
 from sidelight.probe import Probe
 from sidelight.prompts import Conversation, Message, Reads
@@ -51,6 +52,8 @@ class Sampling:
         top_p: Draws from the most probable tokens that together reach this probability, in (0, 1].
         stop: Strings that end the text; none of them is part of it.
         seed: The same seed draws the same text; None: a fresh one.
+        logprobs: How many of the likeliest tokens are told with each token's log-probability;
+            None: not even that is.
     """
 
     max_tokens: int | None = None
@@ -58,6 +61,7 @@ class Sampling:
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
     seed: int | None = None
+    logprobs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -82,10 +86,13 @@ class TextDelta:
     Attributes:
         text: What follows the text so far.
         tokens: How many tokens have been sampled: no token after these has a part in the text.
+        logprobs: Of the tokens that the text comes from, where they were asked for. Whoever holds
+            the text back holds back these.
     """
 
     text: str
     tokens: int = field(kw_only=True)
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -116,6 +123,8 @@ class Finished:
             no probe is watched, the last sampled token is not run through the model either, so at
             ``length`` or a stop string they do not cover the last token of the text.
         failed: Names of such probes that gave no verdict; never to be read as a harmless one.
+        logprobs: Of the last tokens, where they were asked for and are only a part of a character:
+            no text comes from these.
     """
 
     reason: FinishReason
@@ -123,6 +132,7 @@ class Finished:
     completion_tokens: int
     verdicts: tuple[Verdict, ...] = ()
     failed: tuple[str, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 Event = PromptJudged | TextDelta | ResponseScored | Finished

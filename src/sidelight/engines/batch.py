@@ -18,7 +18,6 @@ from sidelight.engines.base import (
     GenerationError,
     PromptJudged,
     ResponseScored,
-    TextDelta,
 )
 from sidelight.engines.cached_rows import CachedRows
 from sidelight.engines.decoder import Decoder
@@ -145,7 +144,10 @@ class Batch:
         return left, emissions + texts
 
     def _begin(self, request: Request) -> Generation:
-        return Generation(request, decode=self._decoder.decode, end_tokens=self._decoder.end_tokens)
+        decoder = self._decoder
+        return Generation(
+            request, decode=decoder.decode, end_tokens=decoder.end_tokens, spell=decoder.spell
+        )
 
 
 def _judge_prompts(
@@ -184,10 +186,10 @@ def _write(
     drawn = [g.draw(row) for g, row in zip(rows.generations, logits, strict=True)]
     broken = logits.isnan().any(dim=1).tolist()
     emissions: list[Emission] = []
-    for generation, token, is_broken in zip(
-        rows.generations, torch.stack(drawn).tolist(), broken, strict=True
+    for generation, token, row, is_broken in zip(
+        rows.generations, torch.stack(drawn).tolist(), logits, broken, strict=True
     ):
-        emissions += [_overflow(generation)] if is_broken else _accept(generation, token)
+        emissions += [_overflow(generation)] if is_broken else _accept(generation, token, row)
     settled = [g.is_settled and not b for g, b in zip(rows.generations, broken, strict=True)]
     emissions += _finish(rows, [i for i, is_settled in enumerate(settled) if is_settled])
     alive = [not s and not b for s, b in zip(settled, broken, strict=True)]
@@ -231,10 +233,11 @@ def _finish(rows: _Rows, complete: Sequence[int]) -> list[Emission]:
     return [_finished(rows.generations[i], j) for i, j in zip(complete, judgements, strict=True)]
 
 
-def _accept(generation: Generation, token: int) -> list[Emission]:
-    text = generation.accept(token)
-    event = TextDelta(text, tokens=generation.text_tokens)
-    return [Emission(generation.request, event)] if text else []
+def _accept(
+    generation: Generation, token: int, logits: Float[Tensor, " vocabulary"]
+) -> list[Emission]:
+    event = generation.accept(token, logits)
+    return [Emission(generation.request, event)] if event else []
 
 
 def _finished(generation: Generation, judgement: Judgement) -> Emission:
@@ -245,6 +248,7 @@ def _finished(generation: Generation, judgement: Judgement) -> Emission:
         completion_tokens=generation.tokens,
         verdicts=judgement.verdicts,
         failed=judgement.failed,
+        logprobs=generation.rest,
     )
     return Emission(generation.request, finished, is_last=True)
 

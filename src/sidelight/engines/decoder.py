@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 from sidelight.backbones import Tap, TransformersBackbone
 from sidelight.engines.cached_rows import CachedRows
+from sidelight.engines.spelling import Speller
 from sidelight.errors import SidelightError
 from sidelight.prompts import EncodedPrompt
 
@@ -35,6 +36,7 @@ class Decoder:
         # transformers 5.24 renamed it.
         self._cache_name = "cache" if "cache" in parameters else "past_key_values"
         self.end_tokens = _end_tokens(backbone)
+        self.spell = Speller(backbone.tokenizer)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of the tokens, special ones left out."""

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 # What a decoder writes for bytes that are not yet, or not at all, a character.
-_UNFINISHED = "\ufffd"
+UNFINISHED = "\ufffd"
 
 
 class Detokenizer:
@@ -27,7 +27,7 @@ class Detokenizer:
         """The text that ``token`` completes; may be empty."""
         self._window.append(token)
         text = self._decode(self._window)
-        if text.endswith(_UNFINISHED) or len(text) <= len(self._sent_text):
+        if text.endswith(UNFINISHED) or len(text) <= len(self._sent_text):
             return ""
         new = text[len(self._sent_text) :]
         # The next window begins with the tokens just sent: their text gives the context.

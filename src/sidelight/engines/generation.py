@@ -5,9 +5,10 @@ from collections.abc import Callable, Sequence
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sidelight.engines.base import FinishReason
+from sidelight.engines.base import FinishReason, TextDelta
 from sidelight.engines.detokenizer import Detokenizer, StopGate
 from sidelight.engines.line import Request
+from sidelight.engines.logprobs import Spelling, TokenLogprobs, Trail, odds_of
 from sidelight.engines.sampler import Sampler
 
 
@@ -18,6 +19,7 @@ class Generation:
         request: What to write.
         decode: Token ids to text, special tokens left out.
         end_tokens: Ids that end a turn; they are counted, and no part of the text.
+        spell: What a token stands for.
 
     Attributes:
         tokens: How many have been sampled.
@@ -34,6 +36,7 @@ class Generation:
         *,
         decode: Callable[[Sequence[int]], str],
         end_tokens: frozenset[int],
+        spell: Callable[[int], Spelling],
     ):
         self.request = request
         self.tokens = 0
@@ -45,21 +48,37 @@ class Generation:
         self._sampler = Sampler(request.sampling)
         self._detokenizer = Detokenizer(decode)
         self._gate = StopGate(request.sampling.stop)
+        self._trail = Trail(spell)
+
+    @property
+    def rest(self) -> tuple[TokenLogprobs, ...]:
+        """Of a complete text: what is told of its last tokens where no text came from them."""
+        return () if self._gate.is_closed else self._trail.rest()
 
     def draw(self, logits: Float[Tensor, " vocabulary"]) -> Int[Tensor, ""]:
         """The next token; ``accept`` takes it."""
         return self._sampler(logits)
 
-    def accept(self, token: int) -> str:
-        """Counts the token; returns the text that can be sent because of it."""
+    def accept(self, token: int, logits: Float[Tensor, " vocabulary"]) -> TextDelta | None:
+        """Counts the token that was drawn from ``logits``; the text that can now be sent."""
         self.last_token = token
         self.tokens += 1
-        if token in self._end_tokens:
-            self.reason = "stop"
-            self.is_settled = True
-            return self._gate.flush()
+        text = self._end() if token in self._end_tokens else self._go_on(token, logits)
+        if not text:
+            return None
+        return TextDelta(text, tokens=self.text_tokens, logprobs=self._trail.told(len(text)))
+
+    def _end(self) -> str:
+        self.reason = "stop"
+        self.is_settled = True
+        return self._gate.flush()
+
+    def _go_on(self, token: int, logits: Float[Tensor, " vocabulary"]) -> str:
         self.text_tokens += 1
-        text = self._gate.push(self._detokenizer.push(token))
+        new = self._detokenizer.push(token)
+        if (count := self.request.sampling.logprobs) is not None:
+            self._trail.add(odds_of(logits, token, count=count), characters=len(new))
+        text = self._gate.push(new)
         if self._gate.is_closed:
             self.reason = "stop"
         elif self.tokens == self.request.max_tokens:

@@ -15,6 +15,7 @@ from sidelight.engines.base import (
     Sampling,
     TextDelta,
 )
+from sidelight.engines.logprobs import TokenLogprobs
 from sidelight.prompts import Conversation
 from sidelight.server.context import Asked, Context
 from sidelight.server.disconnect import unless_left
@@ -34,10 +35,17 @@ class Indexed:
 
 @dataclass(frozen=True)
 class Written:
-    """A complete text and how it ended."""
+    """A complete text and how it ended.
+
+    Attributes:
+        text: What was sent of it.
+        finished: How it ended.
+        logprobs: Of its tokens, where they were asked for.
+    """
 
     text: str
     finished: Finished
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,17 +75,17 @@ class Choices:
 
     async def collect(self) -> list[Written]:
         """Waits for all texts."""
-        texts = [""] * len(self.streams)
+        deltas: list[list[TextDelta]] = [[] for _ in self.streams]
         ends: dict[int, Finished] = {}
         async for indexed in self.events():
             match indexed.event:
-                case TextDelta(text):
-                    texts[indexed.index] += text
+                case TextDelta() as delta:
+                    deltas[indexed.index].append(delta)
                 case Finished() as finished:
                     ends[indexed.index] = finished
                 case PromptJudged() | ResponseScored():
                     pass
-        return [Written(text, ends[index]) for index, text in enumerate(texts)]
+        return [_written(own, ends[index]) for index, own in enumerate(deltas)]
 
 
 async def begin(
@@ -135,6 +143,13 @@ async def _close(streams: Sequence[Events]) -> None:
         # It may be told to end while it is still at work for a task that was cancelled.
         with suppress(RuntimeError):
             await stream.aclose()
+
+
+def _written(deltas: Sequence[TextDelta], finished: Finished) -> Written:
+    text = "".join(delta.text for delta in deltas)
+    return Written(
+        text, finished, tuple(token for e in (*deltas, finished) for token in e.logprobs)
+    )
 
 
 def _reseeded(sampling: Sampling, number: int) -> Sampling:

@@ -49,10 +49,7 @@ def completion(
     response = joined([reporter.side(each.finished) for each in written])
     return {
         **envelope.fields(envelope.form.whole),
-        "choices": [
-            envelope.form.choice(index, each.text, each.finished.reason)
-            for index, each in enumerate(written)
-        ],
+        "choices": [envelope.form.choice(index, each) for index, each in enumerate(written)],
         "usage": usage(judged, [each.finished for each in written]),
         "moderation": reporter.moderation(prompt, response) if reporter.probes else None,
         "sidelight": extension(prompt, response),

@@ -1,16 +1,22 @@
 """How OpenAI words a choice: as a chat's message, or as the text of a completion."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sidelight.engines.base import FinishReason
+from sidelight.engines.logprobs import TokenLogprobs
+from sidelight.server.choices import Written
+from sidelight.server.logprobs import chat_logprobs, text_logprobs
 
 Json = dict[str, Any]
 
 
 class Form(ABC):
     """One endpoint's words.
+
+    Args:
+        has_logprobs: Whether a choice tells the log-probabilities of its tokens.
 
     Attributes:
         prefix: Of an answer's id.
@@ -22,8 +28,11 @@ class Form(ABC):
     whole: str
     piece: str
 
+    def __init__(self, *, has_logprobs: bool):
+        self.has_logprobs = has_logprobs
+
     @abstractmethod
-    def choice(self, index: int, text: str, reason: FinishReason) -> Json:
+    def choice(self, index: int, written: Written) -> Json:
         """A complete choice of a plain answer."""
 
     @abstractmethod
@@ -34,6 +43,7 @@ class Form(ABC):
         *,
         reason: FinishReason | None = None,
         extra: Mapping[str, Any] | None = None,
+        logprobs: Sequence[TokenLogprobs] = (),
     ) -> Json:
         """A choice in a chunk; ``extra`` goes where clients keep what they do not know."""
 
@@ -49,10 +59,14 @@ class ChatForm(Form):
     whole = "chat.completion"
     piece = "chat.completion.chunk"
 
-    def choice(self, index: int, text: str, reason: FinishReason) -> Json:
+    def choice(self, index: int, written: Written) -> Json:
         """With a message."""
-        message = {"role": "assistant", "content": text}
-        return {"index": index, "message": message, "finish_reason": reason}
+        return {
+            "index": index,
+            "message": {"role": "assistant", "content": written.text},
+            "logprobs": chat_logprobs(written.logprobs) if self.has_logprobs else None,
+            "finish_reason": written.finished.reason,
+        }
 
     def delta(
         self,
@@ -61,10 +75,16 @@ class ChatForm(Form):
         *,
         reason: FinishReason | None = None,
         extra: Mapping[str, Any] | None = None,
+        logprobs: Sequence[TokenLogprobs] = (),
     ) -> Json:
         """With a delta, which is empty at the end."""
         content = {} if text is None else {"content": text}
-        return {"index": index, "delta": {**content, **(extra or {})}, "finish_reason": reason}
+        return {
+            "index": index,
+            "delta": {**content, **(extra or {})},
+            "logprobs": chat_logprobs(logprobs) if logprobs else None,
+            "finish_reason": reason,
+        }
 
     def opening(self, index: int, extra: Mapping[str, Any]) -> Json:
         """With the role."""
@@ -78,9 +98,14 @@ class TextForm(Form):
     whole = "text_completion"
     piece = "text_completion"
 
-    def choice(self, index: int, text: str, reason: FinishReason) -> Json:
+    def choice(self, index: int, written: Written) -> Json:
         """With a text."""
-        return {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
+        return {
+            "index": index,
+            "text": written.text,
+            "logprobs": text_logprobs(written.logprobs) if self.has_logprobs else None,
+            "finish_reason": written.finished.reason,
+        }
 
     def delta(
         self,
@@ -89,10 +114,16 @@ class TextForm(Form):
         *,
         reason: FinishReason | None = None,
         extra: Mapping[str, Any] | None = None,
+        logprobs: Sequence[TokenLogprobs] = (),
     ) -> Json:
         """With a text, which is empty at the end."""
-        words = {"index": index, "text": text or "", "logprobs": None, "finish_reason": reason}
-        return {**words, **(extra or {})}
+        return {
+            "index": index,
+            "text": text or "",
+            "logprobs": text_logprobs(logprobs) if logprobs else None,
+            "finish_reason": reason,
+            **(extra or {}),
+        }
 
     def opening(self, index: int, extra: Mapping[str, Any]) -> Json:
         """With an empty text."""

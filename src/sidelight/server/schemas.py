@@ -10,8 +10,10 @@ from sidelight.server.policy.wishes import Wish, WishedMode, Wishes
 
 _MAX_STOPS = 16
 _MAX_TEXTS = 16
-# OpenAI's default of this older endpoint.
+# OpenAI's default of this older endpoint, and its limits.
 _COMPLETION_TOKENS = 16
+_MAX_TOP_LOGPROBS = 20
+_MAX_TEXT_LOGPROBS = 5
 
 
 def _as_list(value: Any) -> Any:
@@ -117,6 +119,11 @@ class WritingRequest(StrictBody):
         """Most tokens to write."""
         return self.max_tokens
 
+    @property
+    def likeliest(self) -> int | None:
+        """How many likeliest tokens are told with each token; None: no log-probabilities are."""
+        return None
+
     def sampling(self) -> Sampling:
         """The request's wishes, with OpenAI's defaults."""
         return Sampling(
@@ -125,6 +132,7 @@ class WritingRequest(StrictBody):
             top_p=1.0 if self.top_p is None else self.top_p,
             stop=tuple(self.stop or ()),
             seed=self.seed,
+            logprobs=self.likeliest,
         )
 
     def wishes(self) -> Wishes:
@@ -147,6 +155,15 @@ class ChatRequest(WritingRequest):
 
     messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=_MAX_TOP_LOGPROBS)
+
+    @field_validator("top_logprobs")
+    @classmethod
+    def _goes_with_logprobs(cls, value: int | None, info: Any) -> int | None:
+        if value is not None and not info.data.get("logprobs"):
+            raise ValueError("only allowed where 'logprobs' is true")
+        return value
 
     def conversation(self) -> list[Message]:
         """The turns as the engine takes them."""
@@ -157,6 +174,11 @@ class ChatRequest(WritingRequest):
         """Most tokens to write; the newer field counts."""
         return self.max_completion_tokens or self.max_tokens
 
+    @property
+    def likeliest(self) -> int | None:
+        """How many likeliest tokens are told with each token; None: no log-probabilities are."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
 
 class CompletionRequest(WritingRequest):
     """The body of ``POST /v1/completions``; prompts are texts, not token ids."""
@@ -165,6 +187,7 @@ class CompletionRequest(WritingRequest):
     best_of: Literal[1] | None = None
     echo: Literal[False] | None = None
     suffix: None = None
+    logprobs: int | None = Field(None, ge=0, le=_MAX_TEXT_LOGPROBS)
 
     def texts(self) -> list[PlainText]:
         """What is to be gone on with."""
@@ -174,6 +197,11 @@ class CompletionRequest(WritingRequest):
     def limit(self) -> int:
         """Most tokens to write: sixteen, unless told."""
         return self.max_tokens or _COMPLETION_TOKENS
+
+    @property
+    def likeliest(self) -> int | None:
+        """How many likeliest tokens are told with each token; None: no log-probabilities are."""
+        return self.logprobs
 
 
 class ModerationRequest(StrictBody):

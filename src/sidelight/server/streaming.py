@@ -68,11 +68,14 @@ class Chunks:
     def _deltas(self, indexed: Indexed) -> list[str]:
         form, index = self.envelope.form, indexed.index
         match indexed.event:
-            case TextDelta(text):
-                return [self._chunk([form.delta(index, text)])]
+            case TextDelta(text, logprobs=logprobs):
+                return [self._chunk([form.delta(index, text, logprobs=logprobs)])]
             case Finished() as event:
                 extra = self._response_of(index, event) if self.reporter.reads_response else {}
-                return [self._chunk([form.delta(index, None, reason=event.reason, extra=extra)])]
+                last = form.delta(
+                    index, None, reason=event.reason, extra=extra, logprobs=event.logprobs
+                )
+                return [self._chunk([last])]
             case PromptJudged() | ResponseScored():
                 return []
 

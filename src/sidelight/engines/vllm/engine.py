@@ -26,7 +26,10 @@ from sidelight.engines.base import (
 from sidelight.engines.gate import Gate
 from sidelight.engines.judging import Judgement
 from sidelight.engines.line import Limits
+from sidelight.engines.logprobs import Trail
+from sidelight.engines.spelling import Speller
 from sidelight.engines.vllm.requests import (
+    Likelihoods,
     Names,
     Request,
     judgement,
@@ -79,6 +82,7 @@ class VllmEngine(Engine):
         self._name = name
         self._encoder = encoder
         self._tokenizer = tokenizer
+        self._speller = Speller(tokenizer)
         self._fingerprint = fingerprint
         self._shelf = shelf
         self._limits = limits or Limits()
@@ -172,8 +176,19 @@ class VllmEngine(Engine):
         nobody sees it.
         """
         require_watchable(watch, self._probes)
-        request = Request(self, Names.of(self._probes), frozenset(watch), admits)
+        names, likelihoods = Names.of(self._probes), self._likelihoods(sampling.logprobs)
+        request = Request(self, names, frozenset(watch), admits, likelihoods)
         return self._written(messages, sampling, request, self._probes)
+
+    def _likelihoods(self, count: int | None) -> Likelihoods | None:
+        return (
+            None if count is None else Likelihoods(Trail(self._speller), self._decode, count=count)
+        )
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        return self._tokenizer.decode(
+            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
 
     async def _written(
         self,

@@ -1,7 +1,7 @@
 # pyright: reportMissingImports=false
 """One text being written by vLLM, as events: its outputs, and what they say of its tokens."""
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol
 
@@ -15,7 +15,9 @@ from sidelight.engines.base import (
     Sampling,
     TextDelta,
 )
+from sidelight.engines.detokenizer import Detokenizer
 from sidelight.engines.judging import Judgement
+from sidelight.engines.logprobs import LOWEST, Odds, TokenLogprobs, Trail
 from sidelight.errors import SidelightError
 from sidelight.probe import Probe
 from sidelight.prompts import EncodedPrompt, Part
@@ -49,6 +51,36 @@ class Names:
         return Names(early, frozenset(probe.name for probe in probes) - early)
 
 
+class Likelihoods:
+    """The log-probabilities of one text's tokens, told with the text that vLLM sends.
+
+    Args:
+        trail: Tells them.
+        decode: Token ids to text, special tokens left out: vLLM does not say how much text comes
+            from which token.
+        count: How many of the likeliest tokens are told.
+    """
+
+    def __init__(self, trail: Trail, decode: Callable[[Sequence[int]], str], *, count: int):
+        self._trail = trail
+        self._detokenizer = Detokenizer(decode)
+        self._count = count
+
+    def told(self, completion: Any) -> tuple[TokenLogprobs, ...]:
+        """What is told with this output's text."""
+        tokens = completion.token_ids
+        if _is_end_of_turn(completion):
+            tokens = tokens[:-1]
+        for token, found in zip(tokens, completion.logprobs or (), strict=False):
+            length = len(self._detokenizer.push(token))
+            self._trail.add(_odds(token, found, self._count), characters=length)
+        return self._trail.told(len(completion.text))
+
+    def rest(self, completion: Any) -> tuple[TokenLogprobs, ...]:
+        """What is left after the last output; nothing of a stop string."""
+        return () if isinstance(completion.stop_reason, str) else self._trail.rest()
+
+
 class Request:
     """One text being written, as events.
 
@@ -57,13 +89,22 @@ class Request:
         names: Which probes speak when.
         watch: Probes that are scored after every token.
         admits: Whether the text is written, once the prompt has been judged.
+        likelihoods: Tells log-probabilities; None: they were not asked for.
     """
 
-    def __init__(self, reader: Reader, names: Names, watch: frozenset[str], admits: Admission):
+    def __init__(
+        self,
+        reader: Reader,
+        names: Names,
+        watch: frozenset[str],
+        admits: Admission,
+        likelihoods: Likelihoods | None = None,
+    ):
         self._reader = reader
         self._names = names
         self._watch = watch
         self._admits = admits
+        self._likelihoods = likelihoods
         self._written: list[int] = []
 
     async def events(self, prompt: EncodedPrompt, params: Any) -> AsyncGenerator[Event, None]:
@@ -91,8 +132,9 @@ class Request:
         read = len(self._written) - 1
         if self._watch and read:
             yield self._scored(read, judged)
+        told = self._likelihoods.told(completion) if self._likelihoods else ()
         if completion.text:
-            yield TextDelta(completion.text, tokens=len(self._written))
+            yield TextDelta(completion.text, tokens=len(self._written), logprobs=told)
         if completion.finish_reason is not None:
             async for event in self._ending(prompt, completion, judged):
                 yield event
@@ -115,6 +157,7 @@ class Request:
             completion_tokens=len(self._written),
             verdicts=late.verdicts,
             failed=late.failed,
+            logprobs=self._likelihoods.rest(completion) if self._likelihoods else (),
         )
 
     def _whole(self, prompt: EncodedPrompt) -> EncodedPrompt:
@@ -141,6 +184,7 @@ def sampling_params(sampling: Sampling, limit: int, prompt: EncodedPrompt) -> An
         top_p=sampling.top_p,
         stop=[text for text in sampling.stop if text],
         seed=sampling.seed,
+        logprobs=sampling.logprobs,
         output_kind=RequestOutputKind.DELTA,
         extra_args={"kv_transfer_params": request_params(prompt)},
     )
@@ -158,6 +202,18 @@ def require_drawable(sampling: Sampling) -> None:
             "vLLM's CPU backend cannot draw with a seed. Leave 'seed' out, or set 'temperature' "
             "to 0."
         )
+
+
+def _is_end_of_turn(completion: Any) -> bool:
+    """Whether the newest token ends the turn, and so is no part of the text."""
+    return completion.finish_reason == "stop" and not isinstance(completion.stop_reason, str)
+
+
+def _odds(token: int, found: Mapping[int, Any], count: int) -> Odds:
+    """From vLLM's entry, which holds the drawn token beside the likeliest."""
+    ranked = sorted(found.items(), key=lambda item: item[1].rank)[:count]
+    likeliest = tuple((other, max(own.logprob, LOWEST)) for other, own in ranked)
+    return Odds(token, max(found[token].logprob, LOWEST), likeliest)
 
 
 def judgement(output: Any) -> Judgement:

@@ -28,4 +28,5 @@ class ChatAnswer(ChatCompletion):
 )
 async def create(body: ChatRequest, request: Request, context: InContext) -> Response:
     """The text, plain or streamed; either begins once the prompt has been judged."""
-    return await answer(body, request, context, [body.conversation()], ChatForm())
+    form = ChatForm(has_logprobs=body.likeliest is not None)
+    return await answer(body, request, context, [body.conversation()], form)

@@ -28,4 +28,5 @@ class CompletionAnswer(Completion):
 )
 async def create(body: CompletionRequest, request: Request, context: InContext) -> Response:
     """The texts, plain or streamed; no chat template is written around the prompts."""
-    return await answer(body, request, context, body.texts(), TextForm())
+    form = TextForm(has_logprobs=body.likeliest is not None)
+    return await answer(body, request, context, body.texts(), form)

@@ -5,7 +5,7 @@ rule is still warming up. The verdict on the whole text decides on what is left 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sidelight.engines.base import Event, Finished, PromptJudged, ResponseScored, TextDelta
 from sidelight.server.policy.clauses import Clause
@@ -72,7 +72,8 @@ class HoldBack:
 
     def _after_all(self, event: Finished) -> list[Event | End]:
         verdicts = by_probe(event.verdicts)
-        is_judged = self._scored >= self._written
+        # Tokens without text are told too, by their log-probabilities.
+        is_judged = self._scored >= self._written + len(event.logprobs)
         for wire in self._tripwires:
             wire.finish(verdicts, tokens=self._written, is_judged=is_judged)
         if any(wire.is_cut for wire in self._tripwires):
@@ -171,10 +172,8 @@ def judged(clause: Clause, verdicts: Mapping[str, Verdict], tokens: int) -> Verd
 
 def _finished(event: Finished, decisions: Sequence[Decision]) -> Finished:
     """The event with the verdicts as they were decided."""
-    return Finished(
-        reason=event.reason,
-        prompt_tokens=event.prompt_tokens,
-        completion_tokens=event.completion_tokens,
+    return replace(
+        event,
         verdicts=tuple(d.verdict for d in decisions if d.verdict is not None),
         failed=tuple(d.clause.name for d in decisions if d.verdict is None),
     )
