@@ -2,7 +2,7 @@
 
 import tomllib
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -26,7 +26,9 @@ class _Rule(_Table):
 
     def rule(self) -> Rule:
         """As the server uses it."""
-        return Rule(**{**self.model_dump(), "labels": tuple(self.labels)})
+        fields: dict[str, Any] = self.model_dump()
+        fields["labels"] = tuple(self.labels)
+        return Rule(**fields)
 
 
 class _InputRule(_Rule):
