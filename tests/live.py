@@ -7,10 +7,12 @@ from contextlib import contextmanager
 
 import httpx
 import uvicorn
+from fastapi import FastAPI
 from openai import OpenAI
 
 from sidelight.engines import Engine
 from sidelight.server import create_app
+from sidelight.server.limits import ServerLimits
 from sidelight.server.running import server_settings
 
 MODEL = "tiny/llama"
@@ -19,8 +21,14 @@ MODEL = "tiny/llama"
 @contextmanager
 def served(engine: Engine, **options) -> Iterator[str]:
     """The address of a live server of ``engine``."""
-    app = create_app(engine, **options)
-    config = server_settings(app, app.state.context.limits, log_level="warning")
+    with listening(create_app(engine, **options), options.get("limits")) as address:
+        yield address
+
+
+@contextmanager
+def listening(app: FastAPI, limits: ServerLimits | None = None) -> Iterator[str]:
+    """The address of a live server of ``app``."""
+    config = server_settings(app, limits or ServerLimits(), log_level="warning")
     config.port = 0
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)

@@ -57,7 +57,7 @@ def transformers_engine() -> Engine:
     return TransformersEngine(backbone, [*three_probes(backbone), late])
 
 
-# Another engine that serves tiny/llama with these probes stands here too.
+# vLLM runs these tests in an environment of its own: tests/vllm/test_clients_over_vllm.py.
 ENGINES = {"transformers": transformers_engine}
 
 

@@ -37,7 +37,13 @@ class Model:
 
 
 def tiny_model(folder) -> Model:
-    """A random Llama with four key-value heads and a context of 2,048."""
+    """``tiny_llama`` on disk, with probes of every kind."""
+    backbone = tiny_llama()
+    return with_probes(backbone, saved(backbone, folder / "model"), folder)
+
+
+def tiny_llama() -> TransformersBackbone:
+    """A random Llama with four key-value heads and a context of 2,048: vLLM can run it."""
     sizes = {
         **SIZES,
         "hidden_size": 128,
@@ -48,7 +54,7 @@ def tiny_model(folder) -> Model:
     }
     backbone = tiny_backbone(LlamaConfig(**sizes))
     backbone.tokenizer.model_max_length = backbone.encoder.max_tokens = 2048
-    return with_probes(backbone, saved(backbone, folder / "model"), folder)
+    return backbone
 
 
 def with_probes(backbone, path, folder) -> Model:
