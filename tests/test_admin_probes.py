@@ -1,5 +1,6 @@
 """Probes change while requests are served: what cannot serve changes nothing."""
 
+import asyncio
 import json
 import os
 import random
@@ -18,6 +19,8 @@ from sidelight.engines import TransformersEngine
 from sidelight.prompts import Reads
 from sidelight.server.keys import Access, numbered_keys
 from sidelight.server.policy import Policy, Rule
+from sidelight.server.roster import Roster
+from test_engine_decoding import run
 from tiny import INTENT, SIZES, tiny_backbone, untrained_probe
 
 KEY, ADMIN = "user-key", "admin-key"
@@ -302,3 +305,19 @@ def test_a_wrong_change_is_told(backbone, folders, path, body, status):
         response = admin.post(path, json=body)
         assert response.status_code == status
         assert json.loads(response.text)["error"]["message"]
+
+
+def test_a_change_whose_caller_leaves_is_made_whole(backbone):
+    probe = untrained_probe(backbone, "toxicity")
+
+    async def change(engine):
+        roster = Roster(engine, Policy(), {})
+        for make, state in ((roster.disable, "disabled"), (roster.enable, "serving")):
+            caller = asyncio.create_task(make("toxicity"))
+            await asyncio.sleep(0)
+            caller.cancel()
+            async with asyncio.timeout(60):
+                while roster.entry("toxicity").state != state:
+                    await asyncio.sleep(0.01)
+
+    run(backbone, change, probes=[probe])

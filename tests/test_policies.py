@@ -230,6 +230,17 @@ def test_what_is_cut_by_a_flag_is_told_so_even_after_a_failure(probes, at_the_en
     assert (end.decisions[0].action, end.decisions[0].outcome) == ("block", "flagged")
 
 
+@pytest.mark.parametrize("jump", [2, 5])
+def test_tokens_without_a_score_of_their_own_are_not_sent(probes, jump):
+    """Scores come token by token; where one stands for several, none of the others was judged."""
+    (clause,) = clauses_of(Policy(output={"late": Rule("block", threshold=1.0)}), probes[3:])
+    holding = HoldBack([clause], prompt_tokens=7)
+    assert holding.push(TextDelta("a", tokens=jump)) == []
+    (end,) = holding.push(ResponseScored(jump, (verdict(0.0),)))
+    assert end.finished.reason == "content_filter"
+    assert end.decisions[0].action == "fail_closed"
+
+
 def test_an_empty_answer_has_nothing_to_judge(probes):
     (clause,) = clauses_of(Policy(output={"late": Rule("block")}), probes[3:])
     (end,) = HoldBack([clause], prompt_tokens=7).push(Finished("stop", 7, 1, failed=("late",)))

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import signal
+import time
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
@@ -37,6 +38,7 @@ OPTIONS = {
     "max_model_len": 512,
 }
 GREEDY = Sampling(max_tokens=12, temperature=0)
+LONG = Sampling(max_tokens=24, temperature=0)
 TEXTS = [f"{'word ' * (i % 9)}number {i}" for i in range(12)]
 
 
@@ -137,6 +139,33 @@ def test_a_watched_probe_is_scored_after_every_token(engine, loop, model):
         )
         require_equal(event.verdicts, event.failed, expected(model, [whole])[0], late)
     assert values(finished.verdicts).keys() == values(scored[-1].verdicts).keys()
+
+
+def test_a_slow_reader_gets_a_score_of_every_token(engine, loop, model):
+    """VLLM writes on while nobody takes its outputs, and gives several tokens as one."""
+    late = names(model, "response", "both")
+
+    async def read_slowly():
+        events = []
+        async for event in engine.generate([Message("user", TEXTS[3])], LONG, watch=late):
+            events.append(event)
+            if isinstance(event, PromptJudged | TextDelta):
+                # Not asyncio's: nothing of vLLM's can run in this process meanwhile.
+                time.sleep(0.5)
+        return events
+
+    events = loop.run(read_slowly())
+    quick = loop.run(events_of(engine, TEXTS[3], LONG, watch=late))
+    scored = {e.tokens: values(e.verdicts) for e in events if isinstance(e, ResponseScored)}
+    assert list(scored) == list(range(1, events[-1].completion_tokens + 1))
+    deltas = [event for event in events if isinstance(event, TextDelta)]
+    assert len(deltas) < len([event for event in quick if isinstance(event, TextDelta)])
+    for event in quick:
+        if isinstance(event, ResponseScored):
+            for name, probabilities in values(event.verdicts).items():
+                np.testing.assert_allclose(
+                    scored[event.tokens][name], probabilities, rtol=0, atol=ROUNDING
+                )
 
 
 def greedy_tokens(model, prompt, count):
@@ -325,7 +354,7 @@ def test_a_verdict_that_does_not_come_is_an_error(engine, loop):
         from sidelight.engines.vllm.requests import judgement
 
         params = sampling_params(Sampling(temperature=0), 1, other)
-        return [judgement(output) async for output in engine.outputs(prompt, params)]
+        return [judgement(o.steps[-1].params) async for o in engine.outputs(prompt, params)]
 
     with pytest.raises(GenerationError, match="other tokens"):
         loop.run(ask())
@@ -371,8 +400,6 @@ def test_our_server_answers_over_vllm_and_a_killed_worker_is_an_error(model):
 
 
 def wait_until_ready(address):
-    import time
-
     for _ in range(1200):
         if httpx.get(f"{address}/ready", timeout=10).status_code == 200:
             return

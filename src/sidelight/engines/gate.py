@@ -32,8 +32,9 @@ class Gate:
         async with self._changed:
             await self._changed.wait_for(lambda: self._is_open)
             self._is_open = False
-            await self._changed.wait_for(lambda: self._inside == 0)
         try:
+            async with self._changed:
+                await self._changed.wait_for(lambda: self._inside == 0)
             yield
         finally:
             self._is_open = True

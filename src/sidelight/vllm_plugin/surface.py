@@ -5,8 +5,9 @@ Tested with the versions in ``TESTED``. Two methods are wrapped. In
 ``EngineArgs.create_engine_config`` our connector, scheduler and worker extension are named in the
 configuration; in ``BaseModelLoader.load_model`` the layers are hooked before they are compiled.
 Used besides:
-``ForwardContext.slot_mapping``, ``SchedulerOutput.kv_connector_block_state`` (connector) and
-``Scheduler.update_from_output`` (scheduler).
+``ForwardContext.slot_mapping``, ``SchedulerOutput.kv_connector_block_state`` (connector),
+``Scheduler.update_from_output`` (scheduler), and ``OutputProcessor.process_outputs`` with the
+``external_req_id`` and ``request_index`` of its ``request_states`` (hearing).
 """
 
 import os

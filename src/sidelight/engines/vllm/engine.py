@@ -3,6 +3,7 @@
 
 import asyncio
 import uuid
+from collections import deque
 from collections.abc import AsyncGenerator, Collection, Coroutine, Sequence
 from contextlib import aclosing
 from typing import Any
@@ -31,6 +32,7 @@ from sidelight.engines.spelling import Speller
 from sidelight.engines.vllm.requests import (
     Likelihoods,
     Names,
+    Output,
     Request,
     judgement,
     require_drawable,
@@ -46,6 +48,7 @@ from sidelight.prompts import (
     PlainText,
     PromptEncoder,
 )
+from sidelight.vllm_plugin.hearing import Hearing, Said
 
 # A conversation that every probe has to judge before it is served.
 _WARM = [Message("user", "Hello"), Message("assistant", "Hello")]
@@ -78,6 +81,7 @@ class VllmEngine(Engine):
         limits: Limits | None = None,
     ):
         self._llm = llm
+        self._hearing = Hearing(llm.output_processor)
         self._probes = tuple(probes)
         self._name = name
         self._encoder = encoder
@@ -239,10 +243,10 @@ class VllmEngine(Engine):
         async for output in self.outputs(
             prompt, sampling_params(Sampling(temperature=0), 1, prompt)
         ):
-            judged = judgement(output)
+            judged = judgement(output.steps[-1].params)
         return judged
 
-    async def outputs(self, prompt: EncodedPrompt, params: Any) -> AsyncGenerator[Any, None]:
+    async def outputs(self, prompt: EncodedPrompt, params: Any) -> AsyncGenerator[Output, None]:
         """VLLM's outputs of one request.
 
         Raises:
@@ -256,13 +260,16 @@ class VllmEngine(Engine):
         tokens = {"prompt_token_ids": list(prompt.token_ids)}
         self._waiting += 1
         is_waiting = True
+        request_id, said = uuid.uuid4().hex, deque[Said]()
         try:
-            async with aclosing(self._llm.generate(tokens, params, uuid.uuid4().hex)) as outputs:
-                async for output in outputs:
-                    if is_waiting:
-                        self._waiting, self._running = self._waiting - 1, self._running + 1
-                        is_waiting = False
-                    yield output
+            with self._hearing.of(request_id, said.append):
+                async with aclosing(self._llm.generate(tokens, params, request_id)) as outputs:
+                    async for output in outputs:
+                        if is_waiting:
+                            self._waiting, self._running = self._waiting - 1, self._running + 1
+                            is_waiting = False
+                        (text,) = output.outputs
+                        yield Output(text, _steps(said, len(text.token_ids)))
         except EngineDeadError as error:
             raise EngineUnavailableError(
                 "vLLM has stopped; its log says why. Start the server again."
@@ -297,6 +304,14 @@ class VllmEngine(Engine):
     def _require_current(self, probes: tuple[Probe, ...]) -> None:
         if probes is not self._probes:
             raise EngineUnavailableError("The probes have just been replaced. Ask again.")
+
+
+def _steps(said: deque[Said], tokens: int) -> tuple[Said, ...]:
+    """Takes the steps that wrote these tokens: one at least, which may have written none."""
+    steps = [said.popleft()]
+    while sum(step.tokens for step in steps) < tokens:
+        steps.append(said.popleft())
+    return tuple(steps)
 
 
 def _has_response(messages: Sequence[Message]) -> bool:

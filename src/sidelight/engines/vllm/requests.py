@@ -3,6 +3,7 @@
 
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from sidelight.engines.base import (
@@ -21,14 +22,28 @@ from sidelight.engines.logprobs import LOWEST, Odds, TokenLogprobs, Trail
 from sidelight.errors import SidelightError
 from sidelight.probe import Probe
 from sidelight.prompts import EncodedPrompt, Part
+from sidelight.vllm_plugin.hearing import Said
 from sidelight.vllm_plugin.panel import verdict_of
 from sidelight.vllm_plugin.params import KEY, request_params
+
+
+@dataclass(frozen=True)
+class Output:
+    """What vLLM has written since the last one.
+
+    Attributes:
+        text: vLLM's ``CompletionOutput``.
+        steps: What the step of each of its tokens said of the request.
+    """
+
+    text: Any
+    steps: tuple[Said, ...]
 
 
 class Reader(Protocol):
     """What runs tokens through the model."""
 
-    def outputs(self, prompt: EncodedPrompt, params: Any) -> AsyncGenerator[Any, None]:
+    def outputs(self, prompt: EncodedPrompt, params: Any) -> AsyncGenerator[Output, None]:
         """VLLM's outputs of one request."""
         ...
 
@@ -111,7 +126,7 @@ class Request:
         """As ``Engine.generate``."""
         async with aclosing(self._reader.outputs(prompt, params)) as outputs:
             first = await anext(outputs)
-            early = judgement(first).of(self._names.early)
+            early = judgement(first.steps[0].params).of(self._names.early)
             judged = PromptJudged(early.verdicts, early.failed, tokens=len(prompt))
             is_admitted = self._admits(judged)
             if is_admitted:
@@ -125,13 +140,16 @@ class Request:
             # Only now: the request has left vLLM.
             yield judged
 
-    async def _texts(self, prompt: EncodedPrompt, output: Any) -> AsyncGenerator[Event, None]:
-        judged, completion = judgement(output), output.outputs[0]
+    async def _texts(self, prompt: EncodedPrompt, output: Output) -> AsyncGenerator[Event, None]:
+        tokens, completion = len(self._written), output.text
         self._written += completion.token_ids
-        # The newest token is not read yet.
-        read = len(self._written) - 1
-        if self._watch and read:
-            yield self._scored(read, judged)
+        judged = Judgement()
+        for step in output.steps:
+            judged = judgement(step.params)
+            tokens += step.tokens
+            # The newest token is not read yet.
+            if self._watch and step.tokens and tokens > 1:
+                yield self._scored(tokens - 1, judged)
         told = self._likelihoods.told(completion) if self._likelihoods else ()
         if completion.text:
             yield TextDelta(completion.text, tokens=len(self._written), logprobs=told)
@@ -216,13 +234,13 @@ def _odds(token: int, found: Mapping[int, Any], count: int) -> Odds:
     return Odds(token, max(found[token].logprob, LOWEST), likeliest)
 
 
-def judgement(output: Any) -> Judgement:
-    """What the output says of its request.
+def judgement(params: Mapping[str, Any] | None) -> Judgement:
+    """What a step's ``kv_transfer_params`` say of its request.
 
     Raises:
-        GenerationError: It says nothing; the request must not pass for judged.
+        GenerationError: They say nothing; the request must not pass for judged.
     """
-    report = (output.kv_transfer_params or {}).get(KEY, {})
+    report = (params or {}).get(KEY, {})
     if "verdicts" not in report:
         raise GenerationError(
             f"vLLM sent no verdict ({report.get('error', 'the plugin did not run')}). Treat the "

@@ -117,13 +117,15 @@ class _Tripwire:
         self.is_cut = False
         self._flagged = False
         self._failed = False
+        self._tokens = 0
         self._rules: dict[str, StreamingRule] = clause.streaming_rules()
         self._watched = dict.fromkeys(self._rules, Watched())
 
     def step(self, verdicts: Mapping[str, Verdict], *, tokens: int) -> bool:
-        """Whether the text is cut after one more token."""
-        verdict = judged(self.clause, verdicts, tokens)
-        if verdict is None:
+        """Whether the text is cut after one more token; a token that was left out is a failure."""
+        verdict, expected = judged(self.clause, verdicts, tokens), self._tokens + 1
+        self._tokens = tokens
+        if verdict is None or tokens != expected:
             self._fail()
             return self.is_cut
         for label, rule in self._rules.items():
