@@ -77,6 +77,12 @@ def test_several_prompts_are_written_in_their_order(client):
     assert together.usage.prompt_tokens == sum(a.usage.prompt_tokens for a in alone)
 
 
+def test_many_texts_of_many_prompts_fit_into_the_line(client):
+    prompts = [f"Once upon a time {i}" for i in range(16)]
+    answer = client.completions.create(**{**TEXT, "prompt": prompts, "max_tokens": 1}, n=16)
+    assert [choice.index for choice in answer.choices] == list(range(256))
+
+
 def test_without_a_limit_sixteen_tokens_are_written(client):
     unbounded = {key: value for key, value in TEXT.items() if key != "max_tokens"}
     assert client.completions.create(**unbounded).usage.completion_tokens <= 16

@@ -25,7 +25,7 @@ from sidelight.engines import (
     TextDelta,
 )
 from sidelight.engines.spelling import Speller
-from sidelight.errors import FingerprintMismatchError, SidelightError
+from sidelight.errors import ContextLengthError, FingerprintMismatchError, SidelightError
 from sidelight.prompts import EncodedPrompt, Message, Part, Reads
 from tiny import tiny_backbone, untrained_probe
 from vllm_served import ROUNDING, Model, expected, tiny_model
@@ -191,6 +191,34 @@ def test_judge_gives_what_a_completion_gives_and_reads_given_responses(engine, l
     assert {v.probe for v in without.verdicts} == set(names(model, "prompt"))
 
 
+def test_more_texts_than_may_wait_are_judged_where_nobody_does(engine, loop):
+    texts = [[Message("user", f"text {i}")] for i in range(150)]
+    judged = loop.run(engine.judge(texts))
+    assert len(judged) == len(texts)
+    assert all(each.verdicts for each in judged)
+    assert (engine.load.running, engine.load.waiting) == (0, 0)
+
+
+def test_a_watched_text_that_fills_the_context_is_scored_to_its_end(engine, loop, model):
+    late = names(model, "response", "both")
+    content = "word " * 95
+    unbounded = Sampling(temperature=0)
+    events = loop.run(events_of(engine, content, unbounded, watch=late))
+    finished, scored = events[-1], [e for e in events if isinstance(e, ResponseScored)]
+    assert finished.reason == "length"
+    assert finished.prompt_tokens + finished.completion_tokens == engine.max_tokens
+    assert scored[-1].tokens == finished.completion_tokens
+
+
+def test_the_longest_text_is_judged_and_a_longer_one_is_refused(engine, loop):
+    def text(length):
+        return EncodedPrompt((7,) * length, (Part.PROMPT,) * length)
+
+    assert loop.run(engine.check(text(engine.max_tokens))).verdicts
+    with pytest.raises(ContextLengthError, match=f"judges {engine.max_tokens} at most"):
+        loop.run(engine.check(text(engine.max_tokens + 1)))
+
+
 def test_one_token_and_stop_strings(engine, loop, model):
     first = loop.run(events_of(engine, TEXTS[5], Sampling(max_tokens=1, temperature=0)))
     assert isinstance(first[0], PromptJudged)
@@ -345,6 +373,7 @@ def test_a_seeded_draw_is_refused_where_it_would_end_vllm(engine, loop):
 
 def test_a_verdict_that_does_not_come_is_an_error(engine, loop):
     """The tokens are not those that the request describes."""
+    from sidelight.engines.vllm.places import Place
     from sidelight.engines.vllm.requests import sampling_params
 
     prompt = EncodedPrompt((5, 6, 7), (Part.PROMPT,) * 3)
@@ -354,7 +383,9 @@ def test_a_verdict_that_does_not_come_is_an_error(engine, loop):
         from sidelight.engines.vllm.requests import judgement
 
         params = sampling_params(Sampling(temperature=0), 1, other)
-        return [judgement(o.steps[-1].params) async for o in engine.outputs(prompt, params)]
+        return [
+            judgement(o.steps[-1].params) async for o in engine.outputs(prompt, params, Place())
+        ]
 
     with pytest.raises(GenerationError, match="other tokens"):
         loop.run(ask())

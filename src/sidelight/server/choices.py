@@ -23,6 +23,8 @@ from sidelight.server.disconnect import unless_left
 Events = AsyncGenerator[Event, None]
 # A seed is a signed number of 64 bits; the next ones of the last begin anew.
 _SEEDS = 2**63
+# Of one request, at once: many texts must fit into an engine's line, and leave room for others'.
+_WAITING = 16
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,8 @@ async def begin(
 
 
 async def _first(streams: Sequence[Events]) -> list[PromptJudged]:
-    waiting = [asyncio.ensure_future(_judged(stream)) for stream in streams]
+    places = asyncio.Semaphore(_WAITING)
+    waiting = [asyncio.ensure_future(_judged(stream, places)) for stream in streams]
     try:
         return [await each for each in waiting]
     except BaseException:
@@ -132,8 +135,9 @@ async def _first(streams: Sequence[Events]) -> list[PromptJudged]:
         raise
 
 
-async def _judged(stream: Events) -> PromptJudged:
-    event = await anext(stream)
+async def _judged(stream: Events, places: asyncio.Semaphore) -> PromptJudged:
+    async with places:
+        event = await anext(stream)
     assert isinstance(event, PromptJudged)
     return event
 

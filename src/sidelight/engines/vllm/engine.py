@@ -12,7 +12,6 @@ from sidelight.backbones import Fingerprint
 from sidelight.engines.base import (
     Admission,
     Engine,
-    EngineBusyError,
     EngineUnavailableError,
     Event,
     GenerationError,
@@ -29,6 +28,7 @@ from sidelight.engines.judging import Judgement
 from sidelight.engines.line import Limits
 from sidelight.engines.logprobs import Trail
 from sidelight.engines.spelling import Speller
+from sidelight.engines.vllm.places import Place, Places
 from sidelight.engines.vllm.requests import (
     Likelihoods,
     Names,
@@ -52,6 +52,9 @@ from sidelight.vllm_plugin.hearing import Hearing, Said
 
 # A conversation that every probe has to judge before it is served.
 _WARM = [Message("user", "Hello"), Message("assistant", "Hello")]
+# An idle vLLM frees the blocks of a request within a step or two after its last output.
+_RESETS = 50
+_RESET_AFTER_S = 0.1
 
 
 class VllmEngine(Engine):
@@ -65,7 +68,8 @@ class VllmEngine(Engine):
         tokenizer: Of the model.
         fingerprint: Of the model.
         shelf: Where its workers find probes.
-        limits: Most requests at once.
+        limits: ``waiting`` requests that vLLM has not begun, and of a longer list of texts to judge
+            ``running`` at once.
     """
 
     def __init__(
@@ -90,10 +94,10 @@ class VllmEngine(Engine):
         self._fingerprint = fingerprint
         self._shelf = shelf
         self._limits = limits or Limits()
-        self._room = min(encoder.max_tokens, llm.vllm_config.model_config.max_model_len)
+        # vLLM always writes, also where a text is only judged: one position is kept for that token.
+        self._room = min(encoder.max_tokens, llm.vllm_config.model_config.max_model_len - 1)
         self._gate = Gate()
-        self._waiting = 0
-        self._running = 0
+        self._places = Places(self._limits.waiting)
         self._is_open = False
 
     @property
@@ -114,7 +118,7 @@ class VllmEngine(Engine):
     @property
     def load(self) -> Load:
         """The requests in it now; one waits until its prompt has been read."""
-        return Load(running=self._running, waiting=self._waiting)
+        return self._places.load
 
     @property
     def is_ready(self) -> bool:
@@ -129,6 +133,7 @@ class VllmEngine(Engine):
         """Ends vLLM's processes."""
         self._is_open = False
         await asyncio.to_thread(self._llm.shutdown)
+        self._shelf.close()
 
     async def replace_probes(self, probes: Sequence[Probe]) -> None:
         """Serves these probes from now on, once each has given a verdict on a short text.
@@ -136,25 +141,39 @@ class VllmEngine(Engine):
         Waits until the requests in the engine are done; new ones wait meanwhile.
         """
         require_same(probes, self._fingerprint)
-        before = self._probes
+        new, before = tuple(probes), self._probes
         async with self._gate.closed():
-            await self._put(probes)
             try:
-                judged = await self._judge_one(_WARM, self._probes)
+                await self._put(new)
+                judged = await self.check(self._read(_WARM))
                 if judged.failed:
                     raise verdict_failure(judged.failed)
-            except SidelightError:
-                await self._put(before)
+            except BaseException:
+                await asyncio.shield(self._put_back(before))
                 raise
+            self._probes = new
 
     async def _put(self, probes: Sequence[Probe]) -> None:
         folders = await asyncio.to_thread(self._shelf.put, probes)
         failures = await self._llm.collective_rpc("sidelight_load", args=(folders,))
         if any(failures):
             raise SidelightError(next(filter(None, failures)))
-        # Cached blocks hold what the old probes read.
-        await self._llm.reset_prefix_cache()
-        self._probes = tuple(probes)
+        # Cached blocks hold what the old probes read. The last requests may still have theirs.
+        for _ in range(_RESETS):
+            if await self._llm.reset_prefix_cache():
+                return
+            await asyncio.sleep(_RESET_AFTER_S)
+        raise SidelightError(
+            "vLLM's prefix cache is still in use, so the probes cannot be exchanged. Try again."
+        )
+
+    async def _put_back(self, probes: Sequence[Probe]) -> None:
+        try:
+            await self._put(probes)
+        except BaseException:
+            # Nobody knows which probes each worker has now.
+            self._is_open = False
+            raise
 
     async def memory_share(self) -> float:
         """Memory of the probes' columns over that of keys and values, in the first worker."""
@@ -204,11 +223,13 @@ class VllmEngine(Engine):
         require_drawable(sampling)
         prompt = await asyncio.to_thread(self._encoder.encode, messages)
         params = sampling_params(sampling, self._limit(prompt, sampling.max_tokens), prompt)
-        async with self._gate.passing():
-            self._require_current(probes)
-            async with aclosing(request.events(prompt, params)) as events:
-                async for event in events:
-                    yield event
+        with self._places.taken(1) as (place,):
+            async with self._gate.passing():
+                self._require_current(probes)
+                outputs = self.outputs(prompt, params, place)
+                async with aclosing(request.events(prompt, outputs)) as events:
+                    async for event in events:
+                        yield event
 
     def judge(
         self, conversations: Sequence[Sequence[Message]]
@@ -219,55 +240,79 @@ class VllmEngine(Engine):
     async def _judge(
         self, conversations: Sequence[Sequence[Message]], probes: tuple[Probe, ...]
     ) -> list[PromptJudged]:
-        async with self._gate.passing():
-            self._require_current(probes)
-            return await asyncio.gather(*(self._judge_one(c, probes) for c in conversations))
+        prompts = await asyncio.to_thread(lambda: [self._read(c) for c in conversations])
+        with self._places.taken(len(prompts)) as places:
+            async with self._gate.passing():
+                self._require_current(probes)
+                judged = await self._check_all(prompts, places)
+        names = Names.of(probes)
+        return [
+            _judged(prompt, own.of(names.all if _has_response(turns) else names.early))
+            for turns, prompt, own in zip(conversations, prompts, judged, strict=True)
+        ]
 
-    async def _judge_one(
-        self, messages: Sequence[Message], probes: tuple[Probe, ...]
-    ) -> PromptJudged:
-        prompt = await asyncio.to_thread(self._read, messages)
-        judged, names = await self.check(prompt), Names.of(probes)
-        own = judged.of(names.early | names.late if _has_response(messages) else names.early)
-        return PromptJudged(own.verdicts, own.failed, tokens=len(prompt))
+    async def _check_all(
+        self, prompts: Sequence[EncodedPrompt], places: Sequence[Place]
+    ) -> list[Judgement]:
+        """In their order; only some of a long list are in vLLM at once, for others to get in."""
+        together = asyncio.Semaphore(self._limits.running)
+
+        async def check(prompt: EncodedPrompt, place: Place) -> Judgement:
+            async with together:
+                return await self.check(prompt, place)
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [
+                    group.create_task(check(*each)) for each in zip(prompts, places, strict=True)
+                ]
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        return [task.result() for task in tasks]
 
     def _read(self, text: Conversation) -> EncodedPrompt:
         if isinstance(text, PlainText) or not _has_response(text):
             return self._encoder.encode(text)
         return self._encoder.encode(text[:-1], response=text[-1].content)
 
-    async def check(self, prompt: EncodedPrompt) -> Judgement:
-        """What all probes say of these tokens; the one token that vLLM must write is dropped."""
-        self._limit(prompt, 1)
+    async def check(self, prompt: EncodedPrompt, place: Place | None = None) -> Judgement:
+        """What all probes say of these tokens; the one token that vLLM must write is dropped.
+
+        Args:
+            prompt: What to judge.
+            place: Its own; None: it is part of a request that has one.
+        """
+        if len(prompt) > self._room:
+            raise ContextLengthError(
+                f"The text has {len(prompt)} tokens with its template, and this engine judges "
+                f"{self._room} at most. Shorten it."
+            )
+        params = sampling_params(Sampling(temperature=0), 1, prompt)
         judged = Judgement()
-        async for output in self.outputs(
-            prompt, sampling_params(Sampling(temperature=0), 1, prompt)
-        ):
+        async for output in self.outputs(prompt, params, place or Place()):
             judged = judgement(output.steps[-1].params)
         return judged
 
-    async def outputs(self, prompt: EncodedPrompt, params: Any) -> AsyncGenerator[Output, None]:
+    async def outputs(
+        self, prompt: EncodedPrompt, params: Any, place: Place
+    ) -> AsyncGenerator[Output, None]:
         """VLLM's outputs of one request.
 
         Raises:
-            EngineBusyError: The line is full.
             EngineUnavailableError: vLLM has stopped.
             GenerationError: It gave up this request.
         """
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-        self._require_room()
+        if not self.is_ready:
+            raise EngineUnavailableError("The engine is not running. Try again when /ready is 200.")
         tokens = {"prompt_token_ids": list(prompt.token_ids)}
-        self._waiting += 1
-        is_waiting = True
         request_id, said = uuid.uuid4().hex, deque[Said]()
         try:
             with self._hearing.of(request_id, said.append):
                 async with aclosing(self._llm.generate(tokens, params, request_id)) as outputs:
                     async for output in outputs:
-                        if is_waiting:
-                            self._waiting, self._running = self._waiting - 1, self._running + 1
-                            is_waiting = False
+                        place.is_running = True
                         (text,) = output.outputs
                         yield Output(text, _steps(said, len(text.token_ids)))
         except EngineDeadError as error:
@@ -277,10 +322,7 @@ class VllmEngine(Engine):
         except EngineGenerateError as error:
             raise GenerationError("vLLM gave up this request; its log says why.") from error
         finally:
-            if is_waiting:
-                self._waiting -= 1
-            else:
-                self._running -= 1
+            self._places.leave(place)
 
     def _limit(self, prompt: EncodedPrompt, wanted: int | None) -> int:
         room = self._room - len(prompt)
@@ -290,16 +332,6 @@ class VllmEngine(Engine):
                 f"{self._room}, so nothing can be written. Shorten it."
             )
         return min(room, room if wanted is None else wanted)
-
-    def _require_room(self) -> None:
-        if not self.is_ready:
-            raise EngineUnavailableError("The engine is not running. Try again when /ready is 200.")
-        most = self._limits.running + self._limits.waiting
-        if self._running + self._waiting >= most:
-            raise EngineBusyError(
-                f"{most} requests are in the engine already. Try again in a moment.",
-                retry_after_s=1,
-            )
 
     def _require_current(self, probes: tuple[Probe, ...]) -> None:
         if probes is not self._probes:
@@ -312,6 +344,10 @@ def _steps(said: deque[Said], tokens: int) -> tuple[Said, ...]:
     while sum(step.tokens for step in steps) < tokens:
         steps.append(said.popleft())
     return tuple(steps)
+
+
+def _judged(prompt: EncodedPrompt, judged: Judgement) -> PromptJudged:
+    return PromptJudged(judged.verdicts, judged.failed, tokens=len(prompt))
 
 
 def _has_response(messages: Sequence[Message]) -> bool:

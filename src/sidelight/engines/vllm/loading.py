@@ -29,7 +29,7 @@ def load_vllm_engine(
         model: ``smollm2``, a folder, or a hub id.
         probes: Probes trained on it.
         dtype: As vLLM takes it.
-        limits: ``running`` and ``waiting`` together bound the requests in the engine.
+        limits: As for ``VllmEngine``.
         options: Fields of vLLM's ``AsyncEngineArgs``.
 
     Raises:

@@ -4,7 +4,7 @@
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from sidelight.engines.base import (
     Admission,
@@ -40,12 +40,9 @@ class Output:
     steps: tuple[Said, ...]
 
 
+@runtime_checkable
 class Reader(Protocol):
     """What runs tokens through the model."""
-
-    def outputs(self, prompt: EncodedPrompt, params: Any) -> AsyncGenerator[Output, None]:
-        """VLLM's outputs of one request."""
-        ...
 
     async def check(self, prompt: EncodedPrompt) -> Judgement:
         """What all probes say of these tokens."""
@@ -58,6 +55,11 @@ class Names:
     def __init__(self, early: frozenset[str], late: frozenset[str]):
         self.early = early
         self.late = late
+
+    @property
+    def all(self) -> frozenset[str]:
+        """Both."""
+        return self.early | self.late
 
     @staticmethod
     def of(probes: Sequence[Probe]) -> "Names":
@@ -100,7 +102,7 @@ class Request:
     """One text being written, as events.
 
     Args:
-        reader: Runs it.
+        reader: Judges the text when it is complete.
         names: Which probes speak when.
         watch: Probes that are scored after every token.
         admits: Whether the text is written, once the prompt has been judged.
@@ -122,9 +124,16 @@ class Request:
         self._likelihoods = likelihoods
         self._written: list[int] = []
 
-    async def events(self, prompt: EncodedPrompt, params: Any) -> AsyncGenerator[Event, None]:
-        """As ``Engine.generate``."""
-        async with aclosing(self._reader.outputs(prompt, params)) as outputs:
+    async def events(
+        self, prompt: EncodedPrompt, written: AsyncGenerator[Output, None]
+    ) -> AsyncGenerator[Event, None]:
+        """As ``Engine.generate``.
+
+        Args:
+            prompt: What is continued.
+            written: vLLM's outputs.
+        """
+        async with aclosing(written) as outputs:
             first = await anext(outputs)
             early = judgement(first.steps[0].params).of(self._names.early)
             judged = PromptJudged(early.verdicts, early.failed, tokens=len(prompt))

@@ -9,7 +9,7 @@ from sidelight.probe import Probe
 
 
 class Shelf:
-    """A folder of this process, gone when it ends."""
+    """A folder of this process, gone when it is closed or the process ends."""
 
     def __init__(self) -> None:
         self._root = tempfile.TemporaryDirectory(prefix="sidelight-probes-")
@@ -18,3 +18,7 @@ class Shelf:
         """Folders that hold these probes."""
         root = Path(tempfile.mkdtemp(dir=self._root.name))
         return [str(save_probe(probe, root / str(i))) for i, probe in enumerate(probes)]
+
+    def close(self) -> None:
+        """Removes it."""
+        self._root.cleanup()
