@@ -14,7 +14,12 @@ _TASK = Task("binary", ("no", "yes"))
 
 
 def untrained_probe(
-    backbone: Backbone, name: str, *, spec: MechanismSpec | None = None, seed: int = 0
+    backbone: Backbone,
+    name: str,
+    *,
+    spec: MechanismSpec | None = None,
+    reads: Reads | None = None,
+    seed: int = 0,
 ) -> Probe:
     """A binary probe that costs what a trained one costs.
 
@@ -22,6 +27,7 @@ def untrained_probe(
         backbone: What it fits.
         name: Of the probe.
         spec: Its mechanism; None: the default one.
+        reads: What it reads; None: the prompt.
         seed: Of its weights.
     """
     who = backbone.fingerprint
@@ -36,7 +42,7 @@ def untrained_probe(
     return Probe(
         name=name,
         task=_TASK,
-        reads=Reads(),
+        reads=reads or Reads(),
         prompt_format=backbone.encoder.prompt_format,
         spec=spec,
         mechanism=mechanism,

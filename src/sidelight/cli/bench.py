@@ -8,6 +8,7 @@ import click
 
 from sidelight.cli.bench_load import bench_load
 from sidelight.cli.bench_serve import bench_serve
+from sidelight.cli.bench_soak import bench_soak
 from sidelight.cli.bench_streaming import bench_streaming
 from sidelight.cli.options import (
     device_option,
@@ -32,6 +33,7 @@ def bench() -> None:
 bench.add_command(bench_serve)
 bench.add_command(bench_streaming)
 bench.add_command(bench_load)
+bench.add_command(bench_soak)
 
 
 def _with_data(command: Any) -> Any:

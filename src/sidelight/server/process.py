@@ -73,6 +73,11 @@ class ServerProcess:
         """Of the process, once it has begun."""
         return self._process.pid
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether it has not ended."""
+        return self._process.poll() is None
+
     def wait(self) -> None:
         """Returns when the server ends."""
         self._process.wait()
