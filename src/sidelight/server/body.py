@@ -62,15 +62,19 @@ async def _read_in_time(request: Request, limits: ServerLimits) -> bytes:
 
 
 async def _read(request: Request, *, limit: int) -> bytes:
-    received = bytearray()
+    received, size = bytearray(), 0
     async for chunk in request.stream():
-        received += chunk
-        if len(received) > limit:
-            raise RequestError(
-                f"The body is larger than {limit:,} bytes. Send less at a time.",
-                status=413,
-                code="request_too_large",
-            )
+        size += len(chunk)
+        # The rest is read and dropped: closing on a client that still sends resets the connection,
+        # and the reason may be lost on its way.
+        if size <= limit:
+            received += chunk
+    if size > limit:
+        raise RequestError(
+            f"The body is larger than {limit:,} bytes. Send less at a time.",
+            status=413,
+            code="request_too_large",
+        )
     return bytes(received)
 
 

@@ -168,7 +168,7 @@ async def _phase(
         while in_bursts and (burst := list(islice(queue, at_once))):
             await asyncio.gather(*(work(iter([visit]), bar) for visit in burst))
         await asyncio.gather(*(work(queue, bar) for _ in range(at_once)))
-    outcomes = [Outcomes(v.name, v.ending, dict(endings[v.name])) for v in kinds]
+    outcomes = [Outcomes(v.name, v.endings, dict(endings[v.name])) for v in kinds]
     return Phase(title, outcomes, sampler.samples, perf_counter() - start)
 
 

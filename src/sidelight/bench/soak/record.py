@@ -1,7 +1,7 @@
 """What a soak found, as files."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,12 +15,12 @@ class Outcomes:
 
     Attributes:
         name: The kind.
-        expected: The ending that each had to have.
+        expected: The endings that are in order.
         endings: How often each came.
     """
 
     name: str
-    expected: str
+    expected: tuple[str, ...]
     endings: Mapping[str, int]
 
     @property
@@ -31,7 +31,7 @@ class Outcomes:
     @property
     def unexpected(self) -> Mapping[str, int]:
         """The other endings."""
-        return {end: n for end, n in self.endings.items() if end != self.expected}
+        return {end: n for end, n in self.endings.items() if end not in self.expected}
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Record:
     def faults(self) -> list[str]:
         """What went wrong, each in a sentence; none in a sound run."""
         odd = [
-            f"{number} of '{one.name}' ended with '{end}', not '{one.expected}'."
+            f"{number} of '{one.name}' ended with '{end}', not '{' or '.join(one.expected)}'."
             for phase in (self.connections, self.requests)
             for one in phase.outcomes
             for end, number in one.unexpected.items()
@@ -127,10 +127,14 @@ class Record:
 
 def _table(phase: Phase) -> str:
     rows = [
-        f"| {phase.title}, {phase.seconds:.0f} s | number | had to end with | other endings |",
+        f"| {phase.title}, {phase.seconds:.0f} s | number | ended as they had to | otherwise |",
         "| --- | ---: | --- | --- |",
     ]
     for one in phase.outcomes:
-        other = ", ".join(f"{end}: {n}" for end, n in one.unexpected.items()) or "none"
-        rows.append(f"| {one.name} | {one.visits} | {one.expected} | {other} |")
+        ends = [_counted(one.endings, of=one.expected), _counted(one.unexpected, of=one.unexpected)]
+        rows.append(f"| {one.name} | {one.visits} | {' | '.join(ends)} |")
     return "\n".join(rows)
+
+
+def _counted(endings: Mapping[str, int], *, of: Iterable[str]) -> str:
+    return ", ".join(f"{end}: {endings[end]}" for end in of if end in endings) or "none"

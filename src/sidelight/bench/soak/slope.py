@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.stats import theilslopes
@@ -35,5 +36,6 @@ def memory_slope(samples: Sequence[Sample], *, warm_up: int) -> Slope:
     blocks = [kept[part[0] : part[-1] + 1] for part in np.array_split(range(len(kept)), _BLOCKS)]
     visits = [np.median([sample.visits for sample in block]) for block in blocks]
     memory = [np.median([sample.resident_mb for sample in block]) for block in blocks]
-    found = theilslopes(memory, visits, alpha=0.95)
+    # scipy leaves the type of the outcome open.
+    found: Any = theilslopes(memory, visits, alpha=0.95)
     return Slope(*(float(x) * _PER for x in (found.slope, found.low_slope, found.high_slope)))

@@ -9,7 +9,8 @@ PROMPT_PROBE, RESPONSE_PROBE = "prompt", "response"
 _CHAT, _MODERATIONS = "/v1/chat/completions", "/v1/moderations"
 # Over the server's default limit of 4 MiB.
 _LARGE_BYTES = 5 * 2**20
-_QUESTION = "Where is my refund? I ordered a lamp three weeks ago."
+_BUSY = "429 too_many_requests"
+_QUESTION = "Where is my refund?"
 
 # What a client does once it has sent what it sends.
 Manner = Literal["reads on", "half-closes", "leaves", "leaves midway"]
@@ -22,35 +23,40 @@ class Visit:
     Attributes:
         name: Of its kind.
         sent: All that it sends.
-        ending: How it has to end: the status and, where there is one, the error's code, the reason
+        endings: How it may end: the status and, where there is one, the error's code, the reason
             for the end or ``[DONE]``; ``closed`` without an answer; or ``left``.
         manner: What it does then. ``leaves midway`` waits for the first bytes of the answer.
-        needs: What a complete answer contains.
+        needs: What an answer with a verdict or a list contains.
     """
 
     name: str
     sent: bytes
-    ending: str
+    endings: tuple[str, ...]
     manner: Manner = "reads on"
     needs: tuple[bytes, ...] = ()
 
 
 def connections() -> Sequence[Visit]:
-    """Those of the bursts: most of them send nothing that is whole."""
+    """Those of the bursts: most of them send nothing that is whole.
+
+    More at once than the server answers at a time are a 429, as its limits say.
+    """
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     half = head + b'Content-Length: 1000\r\n\r\n{"model":'
     models = b"GET /v1/models HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
     return (
-        Visit("nothing, leaves", b"", "left", "leaves"),
-        Visit("nothing, stays", b"", "closed"),
-        Visit("half a head, leaves", head, "left", "leaves"),
-        Visit("half a head, stays", head, "closed"),
-        Visit("half a body, leaves", half, "left", "leaves"),
-        Visit("half a body, half-closes", half, "closed", "half-closes"),
-        Visit("no HTTP", b"\x16\x03\x01 hello\r\n\r\n", "400"),
-        Visit("asks and leaves", models, "left", "leaves"),
-        Visit("asks and reads", models, "200", needs=(b'"data"',)),
-        Visit("moderation", _post(_MODERATIONS, {"input": _QUESTION}), "200", needs=_PROMPT),
+        Visit("nothing, leaves", b"", ("left",), "leaves"),
+        Visit("nothing, stays", b"", ("closed",)),
+        Visit("half a head, leaves", head, ("left",), "leaves"),
+        Visit("half a head, stays", head, ("closed",)),
+        Visit("half a body, leaves", half, ("left",), "leaves"),
+        Visit("half a body, half-closes", half, ("closed", _BUSY), "half-closes"),
+        Visit("no HTTP", b"\x16\x03\x01 hello\r\n\r\n", ("400",)),
+        Visit("asks and leaves", models, ("left",), "leaves"),
+        Visit("asks and reads", models, ("200", _BUSY), needs=(b'"data"',)),
+        Visit(
+            "moderation", _post(_MODERATIONS, {"input": _QUESTION}), ("200", _BUSY), needs=_PROMPT
+        ),
     )
 
 
@@ -69,21 +75,24 @@ def requests(model: str, *, max_tokens: int) -> Sequence[Visit]:
     stream = {**chat, "stream": True}
     long = {"max_tokens": 50 * max_tokens}
     blocked = {"policies": {PROMPT_PROBE: _ALWAYS}}
-    cut = {"policies": {RESPONSE_PROBE: _ALWAYS}}
+    # The most probable text is never empty; one that is drawn may be, and has nothing to cut.
+    cut = {"policies": {RESPONSE_PROBE: _ALWAYS}, "temperature": 0}
     texts = {"input": [_QUESTION, "Hello!", "Thank you."]}
     return (
-        Visit("chat", _post(_CHAT, chat), "200", needs=_BOTH),
-        Visit("stream", _post(_CHAT, stream), "200 [DONE]", needs=_BOTH),
-        Visit("two texts", _post(_CHAT, {**chat, "n": 2}), "200", needs=_BOTH),
-        Visit("moderations", _post(_MODERATIONS, texts), "200", needs=_PROMPT),
-        Visit("blocked prompt", _post(_CHAT, {**chat, **blocked}), "400 content_filter"),
-        Visit("cut text", _post(_CHAT, {**chat, **cut}), "200 content_filter", needs=_BOTH),
-        Visit("unknown model", _post(_CHAT, {**chat, "model": "none"}), "404 model_not_found"),
-        Visit("unknown probe", _post(_CHAT, {**chat, "probes": ["none"]}), "400 probe_not_found"),
-        Visit("not JSON", _request(_CHAT, b"{"), "400"),
-        Visit("large body", _request(_CHAT, b" " * _LARGE_BYTES), "413 request_too_large"),
-        Visit("chat, left", _post(_CHAT, {**chat, **long}), "left", "leaves"),
-        Visit("stream, left midway", _post(_CHAT, {**stream, **long}), "left", "leaves midway"),
+        Visit("chat", _post(_CHAT, chat), ("200",), needs=_BOTH),
+        Visit("stream", _post(_CHAT, stream), ("200 [DONE]",), needs=_BOTH),
+        Visit("two texts", _post(_CHAT, {**chat, "n": 2}), ("200",), needs=_BOTH),
+        Visit("moderations", _post(_MODERATIONS, texts), ("200",), needs=_PROMPT),
+        Visit("blocked prompt", _post(_CHAT, {**chat, **blocked}), ("400 content_filter",)),
+        Visit("cut text", _post(_CHAT, {**chat, **cut}), ("200 content_filter",), needs=_BOTH),
+        Visit("unknown model", _post(_CHAT, {**chat, "model": "none"}), ("404 model_not_found",)),
+        Visit(
+            "unknown probe", _post(_CHAT, {**chat, "probes": ["none"]}), ("400 probe_not_found",)
+        ),
+        Visit("not JSON", _request(_CHAT, b"{"), ("400",)),
+        Visit("large body", _request(_CHAT, b" " * _LARGE_BYTES), ("413 request_too_large",)),
+        Visit("chat, left", _post(_CHAT, {**chat, **long}), ("left",), "leaves"),
+        Visit("stream, left midway", _post(_CHAT, {**stream, **long}), ("left",), "leaves midway"),
     )
 
 
