@@ -60,7 +60,7 @@ LIMITS = ServerLimits(
     body_bytes=BODY_BYTES, concurrent=PLACES, connections=PLACES, header_s=0.2, body_s=0.2
 )
 SOME = settings(
-    max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
 
 

@@ -1,10 +1,14 @@
 """Stops a server without losing a request: first it says so, then it waits, then it ends."""
 
 import signal
+import socket
 import threading
 from types import FrameType
 
 import uvicorn
+
+# Connections that the system keeps until they are accepted.
+QUEUED = 2048
 
 
 class Drain:
@@ -29,6 +33,12 @@ class DrainingServer(uvicorn.Server):
         super().__init__(config)
         self._drain = drain
         self._notice_s = notice_s
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listens with a long queue; asyncio's is as short as what it accepts in one turn."""
+        await super().startup(sockets)
+        for listener in sockets or ():
+            listener.listen(QUEUED)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Uvicorn's signal handler."""

@@ -15,7 +15,8 @@ from sidelight.errors import SidelightError
 from sidelight.server.app import create_app
 from sidelight.server.audit import AuditLog
 from sidelight.server.connections import bounded_protocol
-from sidelight.server.draining import DrainingServer
+from sidelight.server.descriptors import ACCEPTED_AT_ONCE, within_system
+from sidelight.server.draining import QUEUED, DrainingServer
 from sidelight.server.keys import Access
 from sidelight.server.limits import ServerLimits
 from sidelight.server.logs import log_settings
@@ -64,7 +65,7 @@ def serve(
         SidelightError: The address cannot be listened on, everybody would be served beyond this
             machine, or what ``load`` raised.
     """
-    admitted, bounds = access or Access(), limits or ServerLimits()
+    admitted, bounds = access or Access(), within_system(limits or ServerLimits())
     if host not in _LOOPBACK and admitted.is_open and not allow_anonymous:
         raise SidelightError(
             f"Everybody who reaches {host} would be served. Set SIDELIGHT_API_KEY or "
@@ -110,6 +111,7 @@ def server_settings(
         http=bounded_protocol(limits),
         ws="none",
         lifespan="on",
+        backlog=ACCEPTED_AT_ONCE,
         access_log=False,
         timeout_graceful_shutdown=drain_s,
         log_config=log_settings(log_level, as_json=json_logs),
@@ -120,7 +122,7 @@ def server_settings(
 def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=2048)
+        return socket.create_server((host, port), family=family, backlog=QUEUED)
     except OSError as error:
         raise SidelightError(
             f"Cannot listen on {host}:{port} ({error.strerror}). Give another --port or --host."
