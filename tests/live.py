@@ -56,3 +56,14 @@ def http_client(address: str) -> Iterator[httpx.Client]:
     """A client that says exactly what a test tells it to."""
     with httpx.Client(base_url=address, timeout=10) as client:
         yield client
+
+
+def wait_until_ready(client: httpx.Client) -> None:
+    """Returns once the server answers requests; it need not listen yet."""
+    while True:
+        try:
+            if client.get("/ready").status_code == 200:
+                return
+        except httpx.ConnectError:
+            pass
+        time.sleep(0.01)

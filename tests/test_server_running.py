@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from live import MODEL
+from live import MODEL, wait_until_ready
 from sidelight.engines import TransformersEngine
 from sidelight.errors import SidelightError
 from sidelight.server import serve
@@ -35,8 +35,7 @@ def test_a_signal_ends_the_server_once_the_running_text_is_complete():
 
     def ask():
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as http:
-            while http.get("/ready").status_code != 200:
-                pass
+            wait_until_ready(http)
             return http.post("/v1/chat/completions", json=request)
 
     with ThreadPoolExecutor(1) as pool:
