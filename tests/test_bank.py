@@ -269,7 +269,7 @@ def test_hidden_states_that_overflowed_are_an_error(tiny):
 
 def test_names_that_are_not_distinct_and_empty_banks_are_refused(tiny):
     probe = untrained_probe(tiny, "twin")
-    with pytest.raises(SidelightError, match=r"distinct names, got: \['twin', 'twin'\]"):
+    with pytest.raises(SidelightError, match="distinct names, got: twin, twin"):
         Bank([probe, probe])
     with pytest.raises(SidelightError, match="one or more probes"):
         Bank([])

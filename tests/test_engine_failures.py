@@ -82,6 +82,22 @@ def test_logits_that_are_not_numbers_fail_the_request(backbone):
         run(backbone, lambda engine: ask(engine, "hi"))
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_logit_that_overflowed_fails_the_request(backbone, temperature):
+    backbone.model.lm_head.register_forward_hook(
+        lambda _module, _inputs, logits: logits.index_fill(-1, torch.tensor([5]), torch.inf)
+    )
+    with pytest.raises(GenerationError, match="float16"):
+        run(backbone, lambda engine: ask(engine, "hi", Sampling(temperature=temperature)))
+
+
+def test_logits_that_rule_tokens_out_are_drawn_from(backbone):
+    backbone.model.lm_head.register_forward_hook(
+        lambda _module, _inputs, logits: logits.index_fill(-1, torch.tensor([5]), -torch.inf)
+    )
+    assert run(backbone, lambda engine: ask(engine, "hi")).finished
+
+
 def test_leaving_frees_the_row(backbone):
     async def leave(engine):
         events = engine.generate(HELLO, LONG)

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sidelight.errors import SidelightError
-from sidelight.probe import Probe
+from sidelight.probe import Probe, require_distinct_names
 from sidelight.prompts import Reads
 from sidelight.ragged import Ragged
 from sidelight.standardisation import Projection
@@ -76,12 +76,9 @@ class Bank:
     """
 
     def __init__(self, probes: Sequence[Probe], *, device: torch.device | str = "cpu"):
-        names = [probe.name for probe in probes]
-        if not probes or len(set(names)) < len(names):
-            raise SidelightError(
-                f"A bank needs one or more probes with distinct names, got: {names}. "
-                "Rename one (the 'name' in its manifest.json)."
-            )
+        if not probes:
+            raise SidelightError("A bank needs one or more probes, got none. Name one.")
+        require_distinct_names(probes)
         self.probes = tuple(probes)
         projections = [probe.projection() for probe in probes]
         self._widths = [projection.weight.shape[2] for projection in projections]

@@ -1,6 +1,6 @@
 """A trained probe: a mechanism with everything needed to turn its logits into a verdict."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from sidelight.backbones.base import Fingerprint
 from sidelight.calibration import Calibration
-from sidelight.errors import VerdictError
+from sidelight.errors import SidelightError, VerdictError
 from sidelight.mechanisms import Mechanism, MechanismSpec
 from sidelight.prompts import PromptFormat, Reads
 from sidelight.standardisation import Projection, Standardisation
@@ -87,3 +87,17 @@ class Probe:
             if by_label[label] >= threshold
         )
         return Verdict(self.name, best, held, by_label, flagged=bool(held))
+
+
+def require_distinct_names(probes: Iterable[Probe]) -> None:
+    """Checks that verdicts of probes that are served together can be told apart.
+
+    Raises:
+        SidelightError: Two share a name.
+    """
+    names = [probe.name for probe in probes]
+    if len(set(names)) < len(names):
+        raise SidelightError(
+            f"Probes served together need distinct names, got: {', '.join(names)}. Rename one "
+            "(the 'name' in its manifest.json)."
+        )

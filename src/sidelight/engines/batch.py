@@ -184,7 +184,8 @@ def _write(
 ) -> tuple[_Rows | None, list[Emission]]:
     """Draws a token for each row; the rows that go on, and what happened."""
     drawn = [g.draw(row) for g, row in zip(rows.generations, logits, strict=True)]
-    broken = logits.isnan().any(dim=1).tolist()
+    # In float16 a logit overflows to infinity before others become not a number.
+    broken = (logits.isnan() | logits.isposinf()).any(dim=1).tolist()
     emissions: list[Emission] = []
     for generation, token, row, is_broken in zip(
         rows.generations, torch.stack(drawn).tolist(), logits, broken, strict=True
@@ -255,7 +256,7 @@ def _finished(generation: Generation, judgement: Judgement) -> Emission:
 
 def _overflow(generation: Generation) -> Emission:
     message = (
-        "The model's logits are not numbers, so no token can be drawn. Serve it in bfloat16 or "
+        "The model's logits are not finite, so no token can be drawn. Serve it in bfloat16 or "
         "float32; float16 overflows in some models."
     )
     return Emission(generation.request, Failed(GenerationError(message)), is_last=True)

@@ -13,8 +13,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sidelight.bank import Bank, BankState, BankTap
-from sidelight.errors import SidelightError, VerdictError
-from sidelight.probe import Probe
+from sidelight.errors import VerdictError
+from sidelight.probe import Probe, require_distinct_names
 from sidelight.prompts import EncodedPrompt, Reads
 from sidelight.types import Verdict
 
@@ -134,12 +134,7 @@ class Panel:
         Raises:
             SidelightError: Two share a name.
         """
-        names = [probe.name for probe in probes]
-        if len(set(names)) < len(names):
-            raise SidelightError(
-                f"Probes served together need distinct names, got: {', '.join(names)}. Rename one "
-                "(the 'name' in its manifest.json)."
-            )
+        require_distinct_names(probes)
         early = [probe for probe in probes if probe.reads.side == "prompt"]
         late = [probe for probe in probes if probe.reads.side != "prompt"]
         return cls(tuple(probes), Judges(early, device=device), Judges(late, device=device))

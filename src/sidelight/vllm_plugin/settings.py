@@ -14,7 +14,7 @@ import torch
 from sidelight.artifact import load_probe
 from sidelight.backbones import Fingerprint, TransformersBackbone
 from sidelight.errors import SidelightError
-from sidelight.probe import Probe
+from sidelight.probe import Probe, require_distinct_names
 from sidelight.prompts import PromptFormat
 from sidelight.vllm_plugin.panel import Panel
 
@@ -73,12 +73,7 @@ def load_checked(folders: Sequence[str], fingerprint: Fingerprint) -> list[Probe
     probes = [load_probe(folder) for folder in folders]
     for probe in probes:
         probe.fingerprint.require(fingerprint, probe=probe.name)
-    names = [probe.name for probe in probes]
-    if len(set(names)) < len(names):
-        raise SidelightError(
-            f"Probes served together need distinct names, got: {', '.join(names)}. Rename one "
-            "(the 'name' in its manifest.json)."
-        )
+    require_distinct_names(probes)
     return probes
 
 
