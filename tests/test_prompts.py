@@ -263,10 +263,52 @@ def test_shortened_keeps_the_template_and_counts_what_it_dropped(text, reply, ro
     assert words(encoded, Part.PROMPT, Part.RESPONSE).encode().startswith(kept)
 
 
+@law
+@given(
+    question=st.text("abc", min_size=1, max_size=60),
+    answer=st.text("xyz", min_size=1, max_size=60),
+    room=st.integers(1, 80),
+)
+def test_shortened_for_the_response_cuts_the_prompt_first(question, answer, room):
+    encoded = ENCODERS["chatml"].encode([user(question)], answer)
+    fixed = sum(part in (Part.TEMPLATE, Part.UNREAD) for part in encoded.parts)
+    sizes = {part: encoded.parts.count(part) for part in (Part.PROMPT, Part.RESPONSE)}
+    short = encoded.shortened(fixed + room, Reads("response"))
+    assert len(short) == min(len(encoded), fixed + room)
+    assert short.mask(Reads("response")).sum() == min(sizes[Part.RESPONSE], room)
+    assert words(encoded, Part.PROMPT).endswith(words(short, Part.PROMPT))
+    assert words(encoded, Part.RESPONSE).startswith(words(short, Part.RESPONSE))
+    both = encoded.shortened(fixed + room, Reads("both"))
+    for part, size in sizes.items():
+        assert both.parts.count(part) >= min(size, room // 2)
+
+
 def test_shortened_refuses_a_limit_below_the_template():
     encoded = ENCODERS["chatml"].encode([user("hello")])
     with pytest.raises(ContextLengthError, match="leaves no room for the text"):
         encoded.shortened(10)
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA_3])
+def test_a_developer_speaks_as_the_system(template):
+    own = encoder(template)
+    by_developer, by_system = (
+        own.encode([Message(role, "Be brief."), user("hello")], "hi")
+        for role in ("developer", "system")
+    )
+    assert by_developer == by_system
+
+
+def test_long_conversations_are_encoded_as_short_ones_and_kept_nowhere():
+    own = encoder(CHATML)
+    turns = [Message(role, "a b") for _ in range(120) for role in ("user", "assistant")]
+    long = own.encode(turns)
+    begun = own.encode(turns[:100])
+    shared = len(own.encode(turns[:100], "x")) - len(own.encode([user("a b")], "x"))
+    assert long.token_ids[:shared] == begun.token_ids[:shared]
+    assert long.parts[:shared] == begun.parts[:shared]
+    assert words(long, Part.PROMPT) == "a b" * 240
+    assert own._cached_literals.cache_info().currsize == 3
 
 
 @pytest.mark.parametrize("template", [CHATML, LLAMA_3, GEMMA])

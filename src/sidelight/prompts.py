@@ -20,6 +20,8 @@ from sidelight.errors import ContextLengthError, SidelightError
 PromptFormat = Literal["chat", "raw"]
 Side = Literal["prompt", "response", "both"]
 Role = Literal["system", "user", "assistant", "tool", "developer"]
+# What a template writes around longer conversations is found anew each time.
+_CACHED_TURNS = 200
 
 
 @dataclass(frozen=True)
@@ -94,10 +96,17 @@ class EncodedPrompt:
         wanted = reads.parts
         return torch.tensor([part in wanted for part in self.parts], dtype=torch.bool)
 
-    def shortened(self, limit: int) -> "EncodedPrompt":
-        """At most ``limit`` tokens: the text's last tokens go, the template's stay.
+    def shortened(self, limit: int, reads: Reads | None = None) -> "EncodedPrompt":
+        """At most ``limit`` tokens: tokens of the text go, the template's stay.
 
-        For training only, where the caller counts and reports what was dropped.
+        For training only, where the caller counts and reports what was dropped. Where a probe reads
+        the prompt, the text's last tokens go. Where it reads the response, the prompt's first
+        tokens go, and the response's last ones if those do not suffice. Where it reads both, either
+        keeps half of the room if it needs that.
+
+        Args:
+            limit: The most tokens.
+            reads: What the probe reads; None is the prompt.
 
         Raises:
             ContextLengthError: The template alone is longer than ``limit``.
@@ -105,13 +114,19 @@ class EncodedPrompt:
         excess = len(self) - limit
         if excess <= 0:
             return self
-        text = [i for i, part in enumerate(self.parts) if part in (Part.PROMPT, Part.RESPONSE)]
-        if len(text) <= excess:
+        prompt = [i for i, part in enumerate(self.parts) if part == Part.PROMPT]
+        response = [i for i, part in enumerate(self.parts) if part == Part.RESPONSE]
+        room = len(prompt) + len(response) - excess
+        if room <= 0:
             raise ContextLengthError(
                 f"A limit of {limit} tokens leaves no room for the text after the chat template "
-                f"({len(self) - len(text)} tokens). Raise --max-tokens."
+                f"({limit - room} tokens). Raise --max-tokens."
             )
-        gone = set(text[-excess:])
+        side = (reads or Reads()).side
+        least = {"prompt": room, "both": room // 2, "response": 0}[side]
+        held = min(len(prompt), max(least, room - len(response)))
+        gone = {*(prompt[held:] if side == "prompt" else prompt[: len(prompt) - held])}
+        gone |= {*response[room - held :]}
         kept = [i for i in range(len(self)) if i not in gone]
         return EncodedPrompt(
             token_ids=tuple(self.token_ids[i] for i in kept),
@@ -166,8 +181,8 @@ class PromptEncoder:
         self._tokenizer = tokenizer
         self.prompt_format: PromptFormat = prompt_format
         self.max_tokens = max_tokens
-        # Bounded: clients choose the sequences of roles.
-        self._template_literals = lru_cache(maxsize=256)(self._render_literals)
+        # Bounded in number and in turns: clients choose the sequences of roles.
+        self._cached_literals = lru_cache(maxsize=256)(self._render_literals)
 
     def encode(self, messages: Conversation, response: str | None = None) -> EncodedPrompt:
         """Token ids of the conversation, ready for generation or followed by ``response``.
@@ -191,7 +206,7 @@ class PromptEncoder:
     ) -> EncodedPrompt:
         """As ``encode``, with no limit on the length: for training, which reports what it cuts."""
         is_plain = isinstance(messages, PlainText)
-        turns = [Message("user", messages.content)] if is_plain else messages
+        turns = [Message("user", messages.content)] if is_plain else _known_roles(messages)
         if not turns:
             raise SidelightError("A conversation needs at least one message.")
         _require_whole_characters([*(turn.content for turn in turns), response or ""])
@@ -245,7 +260,9 @@ class PromptEncoder:
     ) -> list[tuple[int, int]]:
         """Where each turn's text stands in the rendered template, in characters."""
         roles = tuple(turn.role for turn in turns)
-        literals = self._template_literals(roles, for_generation=for_generation)
+        is_short = len(roles) <= _CACHED_TURNS
+        find_literals = self._cached_literals if is_short else self._render_literals
+        literals = find_literals(roles, for_generation=for_generation)
         spans: list[tuple[int, int]] = []
         cursor = len(literals[0])
         for turn, literal in zip(turns, literals[1:], strict=True):
@@ -266,17 +283,27 @@ class PromptEncoder:
         """What the template writes before, between and after the texts of turns of these roles."""
         marks = [f"sidelight-turn-{i}-text" for i in range(len(roles))]
         marked = [Message(role, mark) for role, mark in zip(roles, marks, strict=True)]
-        rest = self._render(marked, for_generation=for_generation)
+        rendered = self._render(marked, for_generation=for_generation)
         literals: list[str] = []
+        cursor = 0
         for mark in marks:
-            before, found, rest = rest.partition(mark)
-            if not found:
+            found = rendered.find(mark, cursor)
+            if found < 0:
                 raise SidelightError(
-                    f"The chat template leaves a turn out (roles: {', '.join(roles)}). "
-                    "Use roles that the model knows, or the raw prompt format (--format raw)."
+                    "The chat template leaves a turn out (roles: "
+                    f"{', '.join(dict.fromkeys(roles))}). Use roles that the model knows, or the "
+                    "raw prompt format (--format raw)."
                 )
-            literals.append(before)
-        return [*literals, rest]
+            literals.append(rendered[cursor:found])
+            cursor = found + len(mark)
+        return [*literals, rendered[cursor:]]
+
+
+def _known_roles(messages: Sequence[Message]) -> list[Message]:
+    """A developer speaks as the system: few chat templates know the role."""
+    return [
+        Message("system", turn.content) if turn.role == "developer" else turn for turn in messages
+    ]
 
 
 def _token_parts(

@@ -59,9 +59,8 @@ class ChatMessage(StrictBody):
     ]
 
     def as_message(self) -> Message:
-        """The turn as plain text; several parts become lines. A developer speaks as the system."""
-        role = "system" if self.role == "developer" else self.role
-        return Message(role, "\n".join(part.text for part in self.content))
+        """The turn as plain text; several parts become lines."""
+        return Message(self.role, "\n".join(part.text for part in self.content))
 
 
 class StreamOptions(StrictBody):

@@ -40,8 +40,7 @@ class InputMessage(StrictBody):
 
     def as_message(self) -> Message:
         """The turn as plain text; several parts become lines."""
-        role = "system" if self.role == "developer" else self.role
-        return Message(role, "\n".join(part.text for part in self.content))
+        return Message(self.role, "\n".join(part.text for part in self.content))
 
 
 class ChoiceOption(StrictBody):
