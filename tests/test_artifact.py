@@ -296,6 +296,23 @@ def test_a_save_killed_half_way_leaves_the_old_artifact(tiny, saved, monkeypatch
         assert torch.equal(value, loaded.mechanism.state_dict()[key])
 
 
+@pytest.mark.parametrize("dies_before", [[1, 2], [2, 1], [2, 2], [2, 2, 2]])
+def test_saves_killed_one_after_the_other_leave_the_old_artifact(
+    tiny, saved, monkeypatch, dies_before
+):
+    old = load_probe(saved)
+    for number, death in enumerate(dies_before):
+        new = probe_of(tiny, name=f"new-{number}")
+        steps_until_saved(new, saved, monkeypatch, dies_before=death)
+    loaded = load_probe(saved)
+    assert loaded.name == old.name == "toxicity"
+    for key, value in old.mechanism.state_dict().items():
+        assert torch.equal(value, loaded.mechanism.state_dict()[key])
+    save_probe(probe_of(tiny, name="last"), saved)
+    assert load_probe(saved).name == "last"
+    assert {path.name for path in saved.iterdir()} == {MANIFEST, WEIGHTS}
+
+
 def test_nothing_is_unpickled():
     unpickles = re.compile(r"import pickle|torch\.load\(|joblib|allow_pickle=True|marshal|shelve")
     sources = Path(sidelight.__file__).parent.rglob("*.py")

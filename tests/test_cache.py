@@ -1,6 +1,9 @@
 """A cache's shards are a fixed function of the data, whole or absent, and within the budget."""
 
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from threading import Event
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from sidelight.cache_parts import states_of
 from sidelight.errors import SidelightError
 from sidelight.extraction import extract
 from sidelight.prompts import Reads
+from sidelight.storage import FolderLock
 
 TEXTS = ["one", "two words", "a third text that is longer", "four"]
 law = settings(max_examples=50, deadline=None)
@@ -88,9 +92,10 @@ def test_the_key_is_the_same_for_the_same_data(tiny, tmp_path):
 
 def test_a_budget_that_is_too_small_is_an_error_before_anything_is_written(tiny, tmp_path):
     cache = cache_of(tiny, tmp_path)
-    with pytest.raises(SidelightError, match=r"--cache-budget.*--cache.*--limit"):
-        cache.prepare(budget_bytes=1000)
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    too_small = pytest.raises(SidelightError, match=r"--cache-budget.*--cache.*--limit")
+    with too_small, cache.filling(budget_bytes=1000):
+        pass
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "lock"]
 
 
 def test_a_disk_that_is_too_small_is_an_error(tiny, tmp_path, monkeypatch):
@@ -98,20 +103,21 @@ def test_a_disk_that_is_too_small_is_an_error(tiny, tmp_path, monkeypatch):
 
     full = shutil.disk_usage(tmp_path)._replace(free=2**31 + 100)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: full)
-    with pytest.raises(SidelightError, match="may be used"):
-        cache_of(tiny, tmp_path).prepare(budget_bytes=None)
+    with pytest.raises(SidelightError, match="may be used"), cache_of(tiny, tmp_path).filling():
+        pass
 
 
 def test_what_is_already_there_is_within_the_budget(tiny, tmp_path):
     cache = cache_of(tiny, tmp_path)
-    cache.prepare(budget_bytes=sum(cache.plan.tokens) * tiny.fingerprint.layers * 32 * 2)
+    with cache.filling(budget_bytes=sum(cache.plan.tokens) * tiny.fingerprint.layers * 32 * 2):
+        pass
 
 
 def test_a_shard_is_read_as_it_was_written(tiny, tmp_path):
     cache = cache_of(tiny, tmp_path)
-    cache.prepare(budget_bytes=None)
     hidden = torch.randn(4, 5, 32).bfloat16()
-    cache.write(0, Shard(hidden, torch.tensor([2, 3]), torch.tensor([1, 0])))
+    with cache.filling():
+        cache.write(0, Shard(hidden, torch.tensor([2, 3]), torch.tensor([1, 0])))
     shard = cache.read(0)
     assert torch.equal(shard.hidden, hidden)
     assert shard.lengths.tolist() == [2, 3]
@@ -124,19 +130,95 @@ def test_a_shard_half_written_is_missing_and_cleared(tiny, tmp_path):
     cache.directory.mkdir()
     half = cache.directory / "shard-00000.partial"
     half.write_bytes(b"half")
-    assert cache.missing() == list(range(len(cache)))
-    cache.prepare(budget_bytes=None)
-    assert not half.exists()
+    with cache.filling() as missing:
+        assert missing == list(range(len(cache)))
+        assert not half.exists()
 
 
 def test_remove_deletes_this_cache_and_no_other(tiny, tmp_path):
     own, other = cache_of(tiny, tmp_path), cache_of(tiny, tmp_path, ["other"])
     for cache in (own, other):
-        cache.prepare(budget_bytes=None)
+        extract(tiny, cache)
     own.remove()
     assert not own.directory.exists()
     assert other.directory.exists()
     own.remove()
+
+
+def test_a_cache_that_another_run_reads_is_left_to_its_remove(tiny, tmp_path):
+    first, second = (extract(tiny, cache_of(tiny, tmp_path)) for _ in range(2))
+    first.remove()
+    assert not second.missing()
+    assert second.read(0).hidden.isfinite().all()
+    second.remove()
+    assert not first.directory.exists()
+
+
+def test_a_cache_that_a_run_was_told_to_keep_outlives_the_next_run(tiny, tmp_path):
+    extract(tiny, cache_of(tiny, tmp_path)).keep()
+    later = extract(tiny, cache_of(tiny, tmp_path))
+    later.remove()
+    assert not later.missing()
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """Set when a run begins to wait for another one."""
+    event, take = Event(), FolderLock.take
+
+    def noticed(lock, *, alone):
+        is_held = take(lock, alone=alone)
+        if not is_held:
+            event.set()
+        return is_held
+
+    monkeypatch.setattr(FolderLock, "take", noticed)
+    return event
+
+
+def test_a_run_waits_for_the_one_that_writes_the_same_states(tiny, tmp_path, waits, capsys):
+    first, second = cache_of(tiny, tmp_path), cache_of(tiny, tmp_path)
+    with ThreadPoolExecutor(1) as other_run:
+        with first.filling() as missing:
+            half = first.directory / "shard-00000.1.partial"
+            half.write_bytes(b"being written")
+            waiting = other_run.submit(extract, tiny, second)
+            assert waits.wait(30)
+            assert half.exists()
+            half.unlink()
+            for index in missing:
+                hidden = torch.full((4, first.plan.tokens[index], 32), 7.0).bfloat16()
+                rows = torch.tensor(first.plan.rows[index])
+                first.write(index, Shard(hidden, torch.tensor(first.lengths)[rows], rows))
+        waiting.result(timeout=60)
+    assert "waiting for it" in capsys.readouterr().err
+    # What the first wrote, not the backbone's.
+    assert (second.read(0).hidden == 7).all()
+
+
+def test_a_run_that_fails_while_it_writes_lets_the_next_one_in(tiny, tmp_path):
+    failed = cache_of(tiny, tmp_path)
+    with pytest.raises(SidelightError, match="midway"), failed.filling():
+        raise SidelightError("midway")
+    assert not extract(tiny, cache_of(tiny, tmp_path)).missing()
+
+
+def test_a_cache_removed_while_a_run_waits_is_made_again(tiny, tmp_path, waits):
+    first, second = cache_of(tiny, tmp_path), cache_of(tiny, tmp_path)
+    with ThreadPoolExecutor(1) as other_run:
+        with first.filling():
+            waiting = other_run.submit(extract, tiny, second)
+            assert waits.wait(30)
+            shutil.rmtree(first.directory)
+        waiting.result(timeout=60)
+    assert not second.missing()
+
+
+def test_a_shard_that_the_disk_does_not_take_is_an_error_with_a_remedy(tiny, tmp_path):
+    cache = cache_of(tiny, tmp_path)
+    shard = Shard(torch.zeros(4, 5, 32).bfloat16(), torch.tensor([5]), torch.tensor([0]))
+    with pytest.raises(SidelightError, match=r"Cannot write .*shard-00000.*--cache"):
+        cache.write(0, shard)
 
 
 def by_text(states):

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from sidelight.cache import ActivationCache
 from sidelight.errors import SidelightError
 from sidelight.extraction import extract
 from sidelight.prompts import Message, Reads, shared_unread
+from tiny import tiny_backbone
 
 TEXTS = ["one", "two words", "a third text that is longer than the others", "four", "five"]
 # bf16 keeps 8 bits, and batches of another shape may round to the neighbouring value.
@@ -99,6 +101,20 @@ def test_a_budget_that_is_too_small_runs_no_forward_pass(tiny, tmp_path):
     with pytest.raises(SidelightError, match="--cache-budget"):
         extract(tiny, cache, budget_bytes=100)
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize(("dtype", "remedy"), [("float16", "--dtype"), ("float32", "weights")])
+def test_a_state_that_is_not_finite_is_an_error_that_names_its_text(tmp_path, value, dtype, remedy):
+    backbone = tiny_backbone()
+    prompts = encoded(backbone, [*TEXTS, "Z", "six"])
+    (broken,) = set(prompts[5].token_ids) - set(prompts[6].token_ids)
+    backbone.model.get_input_embeddings().weight.data[broken, 3] = value
+    backbone.fingerprint = replace(backbone.fingerprint, dtype=dtype)
+    cache = ActivationCache(tmp_path, prompts, reads=Reads(), fingerprint=backbone.fingerprint)
+    with pytest.raises(SidelightError, match=rf"Text 6 .* layer 0 .* {dtype}\. .*{remedy}"):
+        extract(backbone, cache)
+    assert cache.missing()
 
 
 def contents(folder):

@@ -15,6 +15,7 @@ from sidelight.manifest import FORMAT_VERSION, MANIFEST, Manifest, damaged, read
 from sidelight.mechanisms import Geometry, mechanism_spec
 from sidelight.probe import Probe
 from sidelight.standardisation import Standardisation
+from sidelight.storage import sync
 
 WEIGHTS = "probe.safetensors"
 _PREVIOUS = "probe.previous.safetensors"
@@ -58,16 +59,32 @@ def load_probe(directory: str | Path) -> Probe:
 
 def _replace(probe: Probe, scratch: Path, directory: Path) -> None:
     # Written as bytes: the library's own file would be readable by its owner only.
-    (scratch / WEIGHTS).write_bytes(save(_tensors(probe)))
+    _write_through(scratch / WEIGHTS, save(_tensors(probe)))
     manifest = _describe(probe, weights_sha256=_sha256(scratch / WEIGHTS))
-    (scratch / MANIFEST).write_text(manifest.to_json(), "utf-8")
+    _write_through(scratch / MANIFEST, manifest.to_json().encode())
     previous = directory / _PREVIOUS
-    previous.unlink(missing_ok=True)
-    if (directory / WEIGHTS).exists():
-        os.link(directory / WEIGHTS, previous)
+    if not _is_needed(previous):
+        previous.unlink(missing_ok=True)
+        if (directory / WEIGHTS).exists():
+            os.link(directory / WEIGHTS, previous)
     os.replace(scratch / WEIGHTS, directory / WEIGHTS)
+    sync(directory)
     os.replace(scratch / MANIFEST, directory / MANIFEST)
+    sync(directory)
     previous.unlink(missing_ok=True)
+
+
+def _is_needed(previous: Path) -> bool:
+    """Whether the manifest still names these weights: a save was killed before it replaced it."""
+    try:
+        return _sha256(previous) == read_manifest(previous.parent).weights_sha256
+    except SidelightError:
+        return False
+
+
+def _write_through(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+    sync(path)
 
 
 def _weights_of(manifest: Manifest, directory: Path) -> Path:

@@ -8,25 +8,34 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from time import sleep
 from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sidelight.backbones.base import Fingerprint
 from sidelight.errors import SidelightError
 from sidelight.prompts import EncodedPrompt, Reads
+from sidelight.storage import FolderLock, sync
 
 FORMAT_VERSION = 1
 SHARD_BYTES = 512 * 2**20
 _BYTES_PER_VALUE = 2
 # Left free on the disk whatever the budget says.
 _RESERVE_BYTES = 2 * 2**30
+# A file of this name says that a run was told to keep the activations.
+_KEPT = "kept"
+# Between two looks at a cache that another run writes.
+_WAIT_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -124,6 +133,7 @@ class ActivationCache:
         shard_tokens = max(1, shard_bytes // self.token_bytes)
         self.plan = ShardPlan.of(self.lengths, shard_tokens=shard_tokens)
         self.directory = root / _key(prompts, reads, fingerprint, shard_bytes)
+        self._lock: FolderLock | None = None
 
     def __len__(self) -> int:
         """The number of shards."""
@@ -133,8 +143,12 @@ class ActivationCache:
         """Shards that have not been written yet."""
         return [index for index in range(len(self)) if not self._path(index).exists()]
 
-    def prepare(self, *, budget_bytes: int | None) -> None:
-        """Makes the folder, clears what a killed run left half written, checks the disk.
+    @contextmanager
+    def filling(self, *, budget_bytes: int | None = None) -> Generator[list[int]]:
+        """Gives the shards to write, while no other run reads or writes them.
+
+        Waits for a run that fills the same cache. Afterwards other runs may read it, and it is
+        not removed while this object exists. What a killed run left half written is cleared.
 
         Args:
             budget_bytes: The most that this cache may take; None allows what the disk has.
@@ -142,11 +156,51 @@ class ActivationCache:
         Raises:
             SidelightError: The missing shards would not fit.
         """
-        self.directory.mkdir(parents=True, exist_ok=True)
+        lock = self._locked()
+        try:
+            missing = self.missing()
+            if missing:
+                self._prepare(missing, budget_bytes)
+            yield missing
+            lock.take(alone=False)
+        except BaseException:
+            # A traceback may keep this object, and another try must not wait for it.
+            lock.release()
+            raise
+        self._lock = lock
+
+    def _locked(self) -> FolderLock:
+        """The folder's lock: owned if there is something to write, else shared."""
+        self._unlock()
+        has_said = False
+        while True:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            lock = FolderLock(self.directory)
+            alone = bool(self.missing())
+            is_free = lock.take(alone=alone)
+            if is_free and lock.is_current and (alone or not self.missing()):
+                return lock
+            lock.release()
+            if not is_free and not has_said:
+                has_said = True
+                print(
+                    "Another run is writing the hidden states of the same texts: waiting for it. "
+                    "Name another folder with --cache to go on without.",
+                    file=sys.stderr,
+                )
+            # Not a wait for the lock: what is asked for depends on what is missing by then.
+            sleep(_WAIT_S)
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def _prepare(self, missing: Sequence[int], budget_bytes: int | None) -> None:
         for partial in self.directory.glob("*.partial"):
             partial.unlink()
         needed = self.token_bytes * sum(self.plan.tokens)
-        to_write = self.token_bytes * sum(self.plan.tokens[index] for index in self.missing())
+        to_write = self.token_bytes * sum(self.plan.tokens[index] for index in missing)
         free = shutil.disk_usage(self.directory).free - _RESERVE_BYTES
         if to_write > free or (budget_bytes is not None and needed > budget_bytes):
             limit = free if budget_bytes is None else min(free, budget_bytes)
@@ -166,9 +220,22 @@ class ActivationCache:
         """A shard, mapped from disk."""
         return Shard(**load_file(self._path(index)))
 
+    def keep(self) -> None:
+        """Keeps the cache from ``remove``, also from that of other runs."""
+        (self.directory / _KEPT).touch()
+
     def remove(self) -> None:
-        """Deletes the cache."""
-        shutil.rmtree(self.directory, ignore_errors=True)
+        """Deletes the cache, unless a run was told to keep it.
+
+        While another run reads it nothing happens: it is left to that run's ``remove``.
+        """
+        self._unlock()
+        if not self.directory.exists() or (self.directory / _KEPT).exists():
+            return
+        lock = FolderLock(self.directory)
+        if lock.take(alone=True):
+            shutil.rmtree(self.directory, ignore_errors=True)
+        lock.release()
 
     def _path(self, index: int) -> Path:
         return self.directory / f"shard-{index:05d}.safetensors"
@@ -188,10 +255,22 @@ class ActivationCache:
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """A safetensors file that exists afterwards whole or, if killed, not at all."""
-    partial = path.with_suffix(".partial")
-    save_file(dict(tensors), partial)
-    os.replace(partial, path)
+    """A safetensors file that exists afterwards whole or, if killed, not at all.
+
+    Raises:
+        SidelightError: The disk is full, or cannot be written.
+    """
+    # Named by the process: two runs may write what they both read.
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    try:
+        save_file(dict(tensors), partial)
+        sync(partial)
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise SidelightError(
+            f"Cannot write {path}: {error}. Free some space, or name another disk with --cache."
+        ) from error
 
 
 def _key(

@@ -10,6 +10,7 @@ from torch import Tensor
 from sidelight.backbones import Backbone
 from sidelight.batching import by_length
 from sidelight.cache import ActivationCache, Shard
+from sidelight.errors import SidelightError
 from sidelight.progress import Progress, progress
 from sidelight.prompts import shared_unread
 
@@ -30,12 +31,16 @@ def extract(
         title: Of the progress bar.
 
     Raises:
-        SidelightError: The shards would not fit the disk or the budget.
+        SidelightError: The shards would not fit the disk or the budget, or a hidden state is not
+            finite.
     """
-    cache.prepare(budget_bytes=budget_bytes)
-    missing = cache.missing()
-    if not missing:
-        return cache
+    with cache.filling(budget_bytes=budget_bytes) as missing:
+        if missing:
+            _fill(backbone, cache, missing, title)
+    return cache
+
+
+def _fill(backbone: Backbone, cache: ActivationCache, missing: Sequence[int], title: str) -> None:
     shared = shared_unread(cache.prompts, cache.reads) if backbone.can_share_prefixes else 0
     total = sum(len(cache.prompts[row]) for index in missing for row in cache.plan.rows[index])
     # Writing overlaps the next shard's forward passes; one at a time, so two shards are in memory.
@@ -48,7 +53,6 @@ def extract(
             pending = writer.submit(cache.write, index, shard)
         if pending is not None:
             pending.result()
-    return cache
 
 
 def _extract_shard(
@@ -67,7 +71,27 @@ def _extract_shard(
         with backbone.tapped(tap):
             backbone.run([prompts[i] for i in batch], after=shared)
         shown.advance(sum(len(prompts[i]) for i in batch))
-    return Shard(hidden, lengths, torch.tensor(rows))
+    shard = Shard(hidden, lengths, torch.tensor(rows))
+    _require_finite(shard, dtype=backbone.fingerprint.dtype)
+    return shard
+
+
+def _require_finite(shard: Shard, *, dtype: str) -> None:
+    for layer, hidden in enumerate(shard.hidden):
+        broken = ~hidden.isfinite().all(1)
+        if broken.any():
+            # The token's text, by the texts that end before it.
+            token = int(broken.int().argmax())
+            text = int(torch.searchsorted(shard.lengths.cumsum(0), token, right=True))
+            remedy = (
+                "Use a dtype with a larger range: --dtype bfloat16."
+                if dtype == "float16"
+                else "Look for broken weights in the model."
+            )
+            raise SidelightError(
+                f"Text {int(shard.rows[text]) + 1} has a hidden state at layer {layer} that is not "
+                f"a finite number in {dtype}. {remedy}"
+            )
 
 
 class _CopyTap:

@@ -138,6 +138,7 @@ def make_split(
     max_tokens: int,
     cache_root: Path,
     budget_bytes: int | None = None,
+    keep_cache: bool = True,
     title: str = "Extracting",
 ) -> Split:
     """Runs the backbone over labelled texts, or finds their hidden states on disk.
@@ -146,9 +147,10 @@ def make_split(
         backbone: The frozen LLM.
         examples: The texts.
         reads: The tokens that probes look at.
-        max_tokens: Longer texts are cut at their end; see ``cut``.
+        max_tokens: Longer texts are cut; see ``EncodedPrompt.shortened``.
         cache_root: Folder of all caches.
         budget_bytes: The most that the states may take; None allows what the disk has.
+        keep_cache: Whether the states stay on disk, whichever run calls ``states.remove``.
         title: Of the progress bar.
 
     Raises:
@@ -159,15 +161,23 @@ def make_split(
     encoder = backbone.encoder
     limit = min(max_tokens, encoder.max_tokens)
     prompts = tuple(
-        encoder.encode_any_length(item.messages, item.response).shortened(limit)
+        encoder.encode_any_length(item.messages, item.response).shortened(limit, reads)
         for item in examples.items
     )
-    unread = sum(not prompt.mask(reads).any() for prompt in prompts)
+    unread = [prompt for prompt in prompts if not prompt.mask(reads).any()]
     if unread:
+        cut = sum(prompt.dropped > 0 for prompt in unread)
+        remedy = (
+            f"{cut} of them were cut to {limit} tokens: raise --max-tokens."
+            if cut
+            else "Name the answers' column with --response, or read the prompt."
+        )
         raise SidelightError(
-            f"{unread} of {len(prompts)} texts have no token that the probe would read "
-            f"({reads.side}). Name the answers' column with --response, or read the prompt."
+            f"{len(unread)} of {len(prompts)} texts have no token that the probe would read "
+            f"({reads.side}). {remedy}"
         )
     cache = ActivationCache(cache_root, prompts, reads=reads, fingerprint=backbone.fingerprint)
     states = extract(backbone, cache, budget_bytes=budget_bytes, title=title)
+    if keep_cache:
+        states.keep()
     return Split(examples, prompts, states, np.arange(len(examples)))

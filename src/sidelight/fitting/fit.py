@@ -86,7 +86,7 @@ def fit(
     maker = ProbeMaker(study, name=name, options=options, folds=len(folds))
     runs = tuple(maker.make(one) for one in trained)
     if not options.keep_cache:
-        for split in {id(own.states): own for own in (study.training, study.validation)}.values():
+        for split in (study.training, study.validation):
             split.states.remove()
     return Fit(runs, _best(runs), report_on(baseline, study.validation), tuple(warnings))
 
@@ -122,6 +122,7 @@ def _extracted(
         max_tokens=options.max_tokens,
         cache_root=options.cache_root or cache_root() / "activations",
         budget_bytes=options.cache_budget_bytes,
+        keep_cache=options.keep_cache,
         title=title,
     )
 

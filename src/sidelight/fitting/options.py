@@ -24,7 +24,7 @@ class FitOptions:
         standardise: Whether hidden states are standardised per layer.
         reads: The tokens that the probe looks at.
         calibration: From logits to probabilities.
-        max_tokens: Longer training texts are cut at their end, and counted.
+        max_tokens: Longer training texts are cut, and counted.
         cache_root: Where activations are kept while training; None is the user's cache.
         cache_budget_bytes: The most that activations may take; None allows what the disk has.
         keep_cache: Whether the activations stay after training, for another one.

@@ -1,0 +1,71 @@
+"""What is written whole or not at all, and folders that several processes use."""
+
+import errno
+import fcntl
+import os
+import weakref
+from pathlib import Path
+
+from sidelight.errors import SidelightError
+
+_LOCK = "lock"
+_NOT_SUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
+
+
+def sync(path: Path) -> None:
+    """Returns when a file, or the names in a folder, would survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class FolderLock:
+    """A lock on an existing folder, shared by readers or owned by one writer.
+
+    It ends with ``release``, with the object, or with the process, however that ends. It is held by
+    the object: a second one in the same process is locked out as another process is.
+
+    Args:
+        folder: Holds a file for it.
+    """
+
+    def __init__(self, folder: Path):
+        self._path = folder / _LOCK
+        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+        self.release = weakref.finalize(self, os.close, self._file)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the folder still is the one that was locked: who owned it may have removed it."""
+        try:
+            return os.path.samestat(os.fstat(self._file), self._path.stat())
+        except FileNotFoundError:
+            return False
+
+    def take(self, *, alone: bool) -> bool:
+        """Takes the lock, or changes how it is held; waits for no one.
+
+        Args:
+            alone: Owned, not shared.
+
+        Returns:
+            Whether it is held now.
+
+        Raises:
+            SidelightError: The disk has no locks.
+        """
+        kind = fcntl.LOCK_EX if alone else fcntl.LOCK_SH
+        try:
+            fcntl.flock(self._file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno not in _NOT_SUPPORTED:
+                raise
+            raise SidelightError(
+                f"The disk of {self._path.parent} has no file locks, so two runs there could "
+                "destroy each other's activations. Name another disk with --cache."
+            ) from error
+        return True
