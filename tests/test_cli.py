@@ -8,6 +8,9 @@ import pytest
 from commands import run, saved
 from corpora import planted
 from sidelight.backbones import TransformersBackbone
+from sidelight.cli.labelled import load_labelled
+from sidelight.cli.train import train
+from sidelight.errors import SidelightError
 from sidelight.mechanisms import mechanism_names
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -105,14 +108,25 @@ def test_inspect_says_what_the_probe_is(trained: Path, capsys: pytest.CaptureFix
     assert json.loads(capsys.readouterr().out)["name"] == "probe"
 
 
+def test_a_probe_that_was_pushed_is_pulled(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert run("push", str(trained), str(tmp_path / "shared")) == 0
+    assert str(tmp_path / "shared") in capsys.readouterr().out
+    assert run("pull", str(tmp_path / "shared"), str(tmp_path / "mine")) == 0
+    weights = "probe.safetensors"
+    assert (tmp_path / "mine" / weights).read_bytes() == (trained / weights).read_bytes()
+
+
 def test_env_names_the_versions(capsys: pytest.CaptureFixture[str]):
     assert run("env", "--json") == 0
     assert {"python", "torch", "transformers", "cache"} <= set(json.loads(capsys.readouterr().out))
 
 
 @pytest.mark.parametrize("command", ["", "train", "eval", "predict", "serve", "demo", "inspect",
-                                     "env", "search", "reproduce", "anatomy", "bench",
-                                     "bench extract", "bench train", "bench latency"])  # fmt: skip
+                                     "push", "pull", "env", "search", "reproduce", "anatomy",
+                                     "bench", "bench extract", "bench train",
+                                     "bench latency"])  # fmt: skip
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]):
     assert run(*command.split(), "--help") == 0
     assert "Usage:" in capsys.readouterr().out
@@ -147,6 +161,12 @@ def test_training_names_every_mechanism(capsys: pytest.CaptureFixture[str]):
         (["predict", "nowhere"], "--data"),
         (["serve", "--probe", "nowhere"], "sidelight train --out"),
         (["tarin"], "train"),
+        # Before the probe, and so before the work.
+        (["eval", "nowhere", "--data", "{data}", "--out", "{data}/x.json"], "--out"),
+        (["eval", "nowhere", "--data", "{data}", "--out", "."], "--out"),
+        (["parity", "nowhere", "--data", "{data}", "--out", "{data}/x.json"], "--out"),
+        (["predict", "nowhere", "text", "--out", "{data}/x.jsonl"], "--out"),
+        (["bench", "serve", "--engine", "vllm", "--out", "{data}/x.json"], "--out"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line_with_its_remedy_and_exit_code_2(
@@ -160,3 +180,98 @@ def test_a_mistake_is_one_line_with_its_remedy_and_exit_code_2(
     assert remedy in line
     assert "Traceback" not in shown.err
     assert not Path("o").exists()
+
+
+def test_what_the_system_refuses_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def refuse(_directory: Path) -> None:
+        raise OSError(28, "No space left on device", "/full/disk")
+
+    monkeypatch.setattr("sidelight.manifest.read_manifest", refuse)
+    assert run("inspect", "probe") == 2
+    line = "Error: No space left on device (/full/disk). Check the path, who may write there, and"
+    assert capsys.readouterr().err.startswith(line)
+
+
+@pytest.mark.parametrize(("command", "is_resumed"), [("train", True), ("predict", False)])
+def test_only_a_command_that_goes_on_says_so_when_it_is_stopped(
+    command: str,
+    is_resumed: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    def stop(*_arguments: object, **_options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sidelight.cli.app", stop)
+    assert run(command) == 130
+    assert ("goes on" in capsys.readouterr().err) == is_resumed
+
+
+def labelled_rows(path: Path, labels: list[str | None]) -> str:
+    rows = [{"text": f"text {i}", "label": label} for i, label in enumerate(labels)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+def test_rows_without_a_label_are_left_out_of_validation_data_too(tmp_path: Path):
+    given = _given(
+        data=labelled_rows(tmp_path / "train.jsonl", ["yes", "no", "no", None]),
+        validation=labelled_rows(tmp_path / "held.jsonl", ["no", None, "yes"]),
+        missing_label="skip",
+    )
+    training, validation = load_labelled(given)
+    assert validation is not None
+    assert (len(training), len(validation)) == (3, 2)
+
+
+def test_a_split_of_validation_data_is_not_that_of_training_data(tmp_path: Path):
+    data = labelled_rows(tmp_path / "train.jsonl", ["yes", "no", "no"])
+    # A file has no splits, which shows that the option arrives.
+    with pytest.raises(SidelightError, match="split='held'"):
+        load_labelled(_given(data=data, validation=data, validation_split="held"))
+
+
+def test_a_limit_keeps_what_is_doubtful_about_the_data(tmp_path: Path):
+    data = labelled_rows(tmp_path / "train.jsonl", ["cat", "dog"] * 4)
+    whole, _ = load_labelled(_given(data=data))
+    assert whole.warnings
+    limited, _ = load_labelled(_given(data=data, limit=4))
+    assert limited.warnings == whole.warnings
+    assert len(limited) == 4
+
+
+def _given(**chosen: object) -> dict[str, object]:
+    parsed = train.make_context("train", ["--data", "d", "--out", "o"]).params
+    return {**parsed, **chosen}
+
+
+def test_eval_leaves_out_rows_without_a_label(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    rows = Path(write_rows(tmp_path / "test.jsonl", 40, seed=6)).read_text().splitlines()
+    data = tmp_path / "gaps.jsonl"
+    data.write_text("\n".join([*rows, json.dumps({"text": "unlabelled", "toxic": None})]))
+    arguments = ["eval", str(trained), "--data", str(data), "--label", "toxic", "--json"]
+    assert (
+        run(*arguments, "--missing-label", "skip", "--out", str(tmp_path / "new" / "e.json")) == 0
+    )
+    assert json.loads(capsys.readouterr().out)["rows"] == 40
+    assert json.loads((tmp_path / "new" / "e.json").read_text())["rows"] == 40
+
+
+def test_a_response_probe_learns_from_answers_to_long_prompts(
+    model: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    texts, labels = planted("binary", 60, seed=7)
+    rows = [
+        {"text": f"{number} long" + " long" * 30, "answer": text, "label": int(label)}
+        for number, (text, label) in enumerate(zip(texts, labels, strict=True))
+    ]
+    data = tmp_path / "answers.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    arguments = ["train", "--model", model, "--data", str(data), "--response", "answer"]
+    out = str(tmp_path / "probe")
+    assert run(*arguments, "--mechanism", "pooling", "--max-tokens", "64", "--out", out) == 0
+    assert "were cut to 64 tokens" in capfd.readouterr().err

@@ -10,9 +10,10 @@ import numpy as np
 from sidelight.backbones import DtypeName, TransformersBackbone, load_backbone
 from sidelight.bank import Bank
 from sidelight.classifier import encode
-from sidelight.data import Examples, load_examples
+from sidelight.data import Examples, OnMissingLabel, load_examples
 from sidelight.errors import SidelightError
 from sidelight.evaluation import Report, evaluate
+from sidelight.mechanisms import spec_titles
 from sidelight.plots import plot_report
 from sidelight.probe import Probe
 from sidelight.runs import Measured, StoredRuns, read_runs, summarise
@@ -55,6 +56,7 @@ def assess(
     *,
     columns: Columns,
     split: str | None = None,
+    on_missing_label: OnMissingLabel = "error",
     subset: str | None = None,
     model: str | None = None,
     dtype: DtypeName = "auto",
@@ -67,6 +69,7 @@ def assess(
         data: A file or a hub data set.
         columns: Where text, label and response are.
         split: Split of a hub data set.
+        on_missing_label: Whether a row without a label is an error, or is left out.
         subset: A column; its true rows are reported as well.
         model: The backbone's name; None takes the one that the probe was trained under.
         dtype: Of the backbone.
@@ -84,6 +87,7 @@ def assess(
         response=columns.response,
         split=split,
         task=chosen.task,
+        on_missing_label=on_missing_label,
     )
     backbone = load_backbone(
         model or chosen.fingerprint.name,
@@ -154,14 +158,15 @@ def _assess_rows(
         evaluate(probe.task, own, labels, thresholds=probe.thresholds)
         for probe, own in zip(stored.probes, probabilities, strict=True)
     ]
-    measured = zip(stored.probes, reports, strict=True)
+    titles = spec_titles([probe.spec for probe in stored.probes])
+    measured = zip(titles, reports, strict=True)
     return Assessment(
         title=title,
         chosen=stored.probes[stored.chosen],
         probabilities=probabilities[stored.chosen],
         labels=labels,
         report=reports[stored.chosen],
-        runs=tuple(Measured(probe.spec.name, report) for probe, report in measured),
+        runs=tuple(Measured(title, report) for title, report in measured),
     )
 
 

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sidelight.artifact import load_probe, save_probe
+from sidelight.artifact import WEIGHTS, load_probe, save_probe
 from sidelight.errors import SidelightError
 from sidelight.evaluation import Report
 from sidelight.fitting import Fit, Run
 from sidelight.manifest import MANIFEST, read_manifest
+from sidelight.mechanisms import spec_titles
 from sidelight.probe import Probe
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class Measured:
     """A row of a comparison.
 
     Attributes:
-        name: Mechanism or baseline.
+        name: Mechanism, with its options where they tell it from another, or baseline.
         report: Of one seed.
     """
 
@@ -58,11 +59,8 @@ class StoredRuns:
     chosen: int
 
 
-def check_folder(directory: Path) -> bool:
+def check_folder(directory: Path) -> None:
     """Checks that a folder can be written, before hours of work go to it; leaves no new one.
-
-    Returns:
-        Whether it holds a probe already.
 
     Raises:
         SidelightError: It cannot be written.
@@ -78,15 +76,32 @@ def check_folder(directory: Path) -> bool:
         raise SidelightError(
             f"Cannot write to {directory}: {error.strerror}. Name another folder with --out."
         ) from error
-    return (directory / MANIFEST).exists()
+
+
+def holds_probe(directory: Path) -> bool:
+    """Whether a probe stored in the folder would replace one.
+
+    Raises:
+        SidelightError: It would replace another program's file.
+    """
+    has_manifest = (directory / MANIFEST).exists()
+    if has_manifest and not (directory / WEIGHTS).exists():
+        raise SidelightError(
+            f"{directory / MANIFEST} belongs to no probe, and a probe's would replace it. Name "
+            "another folder with --out."
+        )
+    return has_manifest
 
 
 def write_fit(made: Fit, directory: Path) -> None:
-    """Stores the best probe, every run, and the comparison (``training.json``)."""
-    # The runs of an earlier training in the same folder would mix with these.
-    shutil.rmtree(directory / RUNS, ignore_errors=True)
-    for run in made.runs:
-        save_probe(run.probe, directory / RUNS / _run_name(run))
+    """Stores the best probe, every run, and the comparison (``training.json``).
+
+    The runs of an earlier training in the folder are removed; what else lies in ``runs/`` stays.
+    """
+    for folder in _run_folders(directory):
+        shutil.rmtree(folder)
+    for run, title in zip(made.runs, _titles(made), strict=True):
+        save_probe(run.probe, directory / RUNS / _run_name(run, title))
     save_probe(made.best.probe, directory)
     partial = directory / "training.json.partial"
     partial.write_text(json.dumps(describe_fit(made), indent=2) + "\n", "utf-8")
@@ -95,7 +110,7 @@ def write_fit(made: Fit, directory: Path) -> None:
 
 def read_runs(directory: Path) -> StoredRuns:
     """Every run stored under an artifact, or the artifact alone where it is none of them."""
-    folders = sorted(path.parent for path in (directory / RUNS).glob(f"*/{MANIFEST}"))
+    folders = _run_folders(directory)
     hashes = [read_manifest(folder).weights_sha256 for folder in folders]
     chosen = read_manifest(directory).weights_sha256
     if chosen not in hashes:
@@ -110,12 +125,12 @@ def describe_fit(made: Fit) -> dict[str, Any]:
         "validation": summarise(_measured(made)),
         "runs": [
             {
-                "name": _run_name(run),
+                "name": _run_name(run, title),
                 "mechanism": run.probe.spec.name,
                 "seed": run.seed,
                 "validation": run.report.to_dict(),
             }
-            for run in made.runs
+            for run, title in zip(made.runs, _titles(made), strict=True)
         ],
         "warnings": list(made.warnings),
     }
@@ -162,13 +177,24 @@ def console() -> "Console":
     return Console(width=None if sys.stdout.isatty() else _WIDTH)
 
 
+def _run_folders(directory: Path) -> list[Path]:
+    """The folders of runs; ``runs`` is also where other programs keep their logs."""
+    weights = sorted((directory / RUNS).glob(f"*/{WEIGHTS}"))
+    return [path.parent for path in weights if (path.parent / MANIFEST).exists()]
+
+
 def _measured(made: Fit) -> list[Measured]:
-    rows = [Measured(run.probe.spec.name, run.report) for run in made.runs]
+    titles = _titles(made)
+    rows = [Measured(title, run.report) for title, run in zip(titles, made.runs, strict=True)]
     return [*rows, Measured("TF-IDF baseline", made.baseline)]
 
 
-def _run_name(run: Run) -> str:
-    return f"{run.probe.spec.name}-seed{run.seed}"
+def _titles(made: Fit) -> list[str]:
+    return spec_titles([run.probe.spec for run in made.runs])
+
+
+def _run_name(run: Run, title: str) -> str:
+    return f"{title.replace(' ', '-')}-seed{run.seed}"
 
 
 def _by_name(rows: Sequence[Measured]) -> dict[str, list[Report]]:

@@ -1,7 +1,6 @@
 """Validation score over the learning rate, and over the number of labels."""
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -9,6 +8,7 @@ from functools import partial
 import numpy as np
 from jaxtyping import Int
 
+from sidelight.mechanisms import spec_titles
 from sidelight.study import Study
 from sidelight.training import (
     Job,
@@ -49,7 +49,7 @@ def sensitivity(
     Raises:
         SidelightError: A rate at which some job's logits overflow.
     """
-    named = list(zip(_names(jobs), jobs, strict=True))
+    named = list(zip(_titles(jobs), jobs, strict=True))
     varied = [(name, _at_rate(job, rate)) for name, job in named for rate in rates]
     scores = _scores(study, study.training.training_set(), [job for _, job in varied])
     return [
@@ -80,7 +80,7 @@ def learning_curve(
             seeded = [_for_few(replace(job, seed=job.seed + draw), count) for job in jobs]
             scores = _scores(study, part, seeded)
             make = partial(Point, at=float(count), draw=draw)
-            points += [make(n, score=s) for n, s in zip(_names(jobs), scores, strict=True)]
+            points += [make(n, score=s) for n, s in zip(_titles(jobs), scores, strict=True)]
     return points
 
 
@@ -132,13 +132,5 @@ def _drawn(labels: np.ndarray, *, seed: int) -> Int[np.ndarray, " text"]:
     return np.lexsort((random.random(len(one)), place))
 
 
-def _names(jobs: Sequence[Job]) -> list[str]:
-    """The mechanisms' names; where specifications of one name differ, with their options."""
-    kinds = {repr(job.spec): job.spec.name for job in jobs}
-    several = Counter(kinds.values())
-    return [
-        job.spec.name
-        if several[job.spec.name] == 1
-        else f"{job.spec.name} ({', '.join(f'{k}={v}' for k, v in job.spec.options.items())})"
-        for job in jobs
-    ]
+def _titles(jobs: Sequence[Job]) -> list[str]:
+    return spec_titles([job.spec for job in jobs])

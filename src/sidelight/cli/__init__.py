@@ -1,6 +1,8 @@
 """The ``sidelight`` command. Each subcommand is a file; what is heavy is imported when it runs."""
 
+import os
 import sys
+from collections.abc import Sequence
 
 import click
 
@@ -15,6 +17,7 @@ from sidelight.cli.predict import predict
 from sidelight.cli.reproduce import reproduce
 from sidelight.cli.search import search
 from sidelight.cli.serve import serve
+from sidelight.cli.share import pull, push
 from sidelight.cli.train import train
 from sidelight.errors import SidelightError
 
@@ -28,9 +31,10 @@ def app() -> None:
 
 
 _COMMANDS = (
-    train, evaluate, predict, serve, demo, inspect, env,
+    train, evaluate, predict, serve, demo, inspect, push, pull, env,
     search, reproduce, anatomy, bench, parity,
 )  # fmt: skip
+_RESUMED = ("train", "search", "reproduce")
 for _command in _COMMANDS:
     app.add_command(_command)
 
@@ -47,8 +51,26 @@ def main() -> None:
     except click.ClickException as error:
         _fail(error.format_message())
     except (click.Abort, KeyboardInterrupt):
-        print("Stopped. The same command goes on from what is finished.", file=sys.stderr)
+        goes_on = " The same command goes on from what is finished."
+        print(f"Stopped.{goes_on if _is_resumed(sys.argv[1:]) else ''}", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:
+        # Who read the output has left, such as `head`; Python must not write the rest at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        _fail(_described(error))
+
+
+def _is_resumed(arguments: Sequence[str]) -> bool:
+    return any(arguments[:1] == [name] for name in _RESUMED)
+
+
+def _described(error: OSError) -> str:
+    if error.strerror is None:
+        return str(error)
+    place = f" ({error.filename})" if error.filename else ""
+    return f"{error.strerror}{place}. Check the path, who may write there, and the free space."
 
 
 def _fail(message: str) -> None:

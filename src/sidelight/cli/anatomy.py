@@ -12,6 +12,7 @@ from sidelight.cli.options import (
     examples_epilog,
     limit_option,
     max_tokens_option,
+    missing_label_option,
     out_option,
 )
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 @data_option
 @out_option
 @column_options
+@missing_label_option
 @limit_option
 @click.option(
     "--every-mechanism",
@@ -67,7 +69,9 @@ def anatomy(probe: Path, out: Path, **given: Any) -> None:
     stored = read_runs(probe)
     chosen = stored.probes[stored.chosen]
     columns = {name: given[name] for name in ("text", "label", "response", "split")}
-    examples = load_examples(given["data"], task=chosen.task, **columns)
+    examples = load_examples(
+        given["data"], task=chosen.task, on_missing_label=given["missing_label"], **columns
+    )
     backbone = load_backbone(
         given["model"] or chosen.fingerprint.name,
         dtype=given["dtype"],
@@ -81,6 +85,7 @@ def anatomy(probe: Path, out: Path, **given: Any) -> None:
         reads=chosen.reads,
         max_tokens=given["max_tokens"],
         cache_root=given["cache"] or cache_root() / "activations",
+        keep_cache=given["cache"] is not None,
     )
     probes = _first_of_each(stored) if given["every_mechanism"] else [chosen]
     examined = [

@@ -19,6 +19,7 @@ from sidelight.cli.options import (
     model_option,
     text_option,
 )
+from sidelight.cli.outputs import checked_folder
 
 if TYPE_CHECKING:
     from sidelight.backbones import TransformersBackbone
@@ -164,7 +165,7 @@ def _print_rows(rows: list[dict[str, Any]]) -> None:
 @click.option("--cascades/--no-cascades", default=True, help="Two models in turn.  [default: yes]")
 @click.option("--repeats", type=click.IntRange(min=1), default=None, help="[default: 5]")
 @click.option("--quick", is_flag=True, help="Batch 1, lengths 16 and 256, 2 repeats.")
-@click.option("--out", type=click.Path(path_type=Path), default=None,
+@click.option("--out", type=click.Path(path_type=Path), default=None, callback=checked_folder,
               help="Folder for latency.json and latency.md.")  # fmt: skip
 @click.option("--plots", type=click.Path(path_type=Path), default=None, help="Folder for plots.")
 @model_option

@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from sidelight.cli.options import examples_epilog, json_option
+from sidelight.cli.outputs import checked_folder
 from sidelight.errors import SidelightError
 
 
@@ -26,7 +27,7 @@ from sidelight.errors import SidelightError
               default=20.0, show_default=True, help="Seconds without.")  # fmt: skip
 @click.option("--max-tokens", type=click.IntRange(min=2), default=16, show_default=True,
               help="Of an answer.")  # fmt: skip
-@click.option("--out", type=click.Path(path_type=Path), default=None,
+@click.option("--out", type=click.Path(path_type=Path), default=None, callback=checked_folder,
               help="Folder for load.json and load.md.")  # fmt: skip
 @json_option
 def bench_load(

@@ -9,6 +9,7 @@ import click
 
 from sidelight.cli.engines import engine_option_option
 from sidelight.cli.options import dtype_option, examples_epilog, model_option
+from sidelight.cli.outputs import json_file_option, write_text
 
 if TYPE_CHECKING:
     from sidelight.bench.serving import Cost
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
               help="Requests that run together.")  # fmt: skip
 @click.option("--written", type=click.IntRange(min=2), default=24, show_default=True,
               help="Tokens that each writes.")  # fmt: skip
-@click.option("--out", type=click.Path(path_type=Path), default=None, help="File for the JSON.")
+@json_file_option
 @model_option
 @dtype_option
 @engine_option_option
@@ -46,7 +47,7 @@ def bench_serve(rounds: int, out: Path | None, **given: Any) -> None:
     costs, memory = asyncio.run(_measured(given, work, rounds))
     record = {"rounds": rounds, "memory": memory, "costs": [cost.to_dict() for cost in costs]}
     if out is not None:
-        out.write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+        write_text(out, json.dumps(record, indent=2) + "\n")
     for cost in costs:
         click.echo(
             f"{cost.probes:<14} {cost.measure:<20} {cost.milliseconds:9.2f} ms without  "

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sidelight.cli.options import backbone_options, examples_epilog, json_option
+from sidelight.cli.outputs import checked_folder
 
 if TYPE_CHECKING:
     from sidelight.bench.streaming import Record
@@ -37,7 +38,7 @@ _XSTEST = "xstest_completions/all.jsonl.gz"
 @click.option("--rows", type=click.IntRange(min=20), default=None, help="Use N rows.")
 @click.option("--cache", type=click.Path(path_type=Path), default=None,
               help="Folder for activations. [default: the user's cache]")  # fmt: skip
-@click.option("--out", type=click.Path(path_type=Path), default=None,
+@click.option("--out", type=click.Path(path_type=Path), default=None, callback=checked_folder,
               help="Folder for streaming.json, streaming.md and one probe.")  # fmt: skip
 @click.option("--plots", type=click.Path(path_type=Path), default=None, help="Folder for plots.")
 @backbone_options

@@ -11,7 +11,9 @@ from sidelight.cli.options import (
     column_options,
     examples_epilog,
     json_option,
+    missing_label_option,
 )
+from sidelight.cli.outputs import json_file_option, write_text
 
 if TYPE_CHECKING:
     from sidelight.assessment import Assessment
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 @click.argument("probe", type=click.Path(path_type=Path))
 @click.option("--data", required=True, help="JSONL, JSON, CSV, TSV (or .gz), Parquet, or hub name.")
 @column_options
+@missing_label_option
 @click.option(
     "--subset",
     default=None,
@@ -40,7 +43,7 @@ if TYPE_CHECKING:
     default=None,
     help="Folder for precision-recall, reliability and confusion plots.",
 )
-@click.option("--out", type=click.Path(path_type=Path), default=None, help="File for the JSON.")
+@json_file_option
 @backbone_options
 @json_option
 def evaluate(
@@ -58,6 +61,7 @@ def evaluate(
         given["data"],
         columns=Columns(given["text"], given["label"], given["response"]),
         split=given["split"],
+        on_missing_label=given["missing_label"],
         subset=given["subset"],
         model=given["model"],
         dtype=given["dtype"],
@@ -67,8 +71,7 @@ def evaluate(
     if plots is not None:
         plot(assessments, plots)
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(described + "\n", "utf-8")
+        write_text(out, described + "\n")
     if as_json:
         click.echo(described)
     else:

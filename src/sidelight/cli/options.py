@@ -35,8 +35,13 @@ label_option = click.option(
 )
 response_option = click.option("--response", default=None, help="Column of the assistant's answer.")
 split_option = click.option("--split", default=None, help="Split of a hub data set.")
-
-
+missing_label_option = click.option(
+    "--missing-label",
+    type=click.Choice(["error", "skip"]),
+    default="error",
+    show_default=True,
+    help="What a row without a label is.",
+)
 data_option = click.option(
     "--data", required=True, help="JSONL, JSON, CSV, TSV (or .gz), Parquet, or hub name."
 )
@@ -79,9 +84,12 @@ def training_options(command: Command) -> Command:
     validation = click.option(
         "--validation", default=None, help="Validation data. [default: held out of --data]"
     )
+    validation_split = click.option(
+        "--validation-split", default=None, help="Split of a hub data set in --validation."
+    )
     options = (
-        data_option, out_option, column_options, positive_option, validation, limit_option,
-        max_tokens_option, *_CACHE_OPTIONS,
+        data_option, out_option, column_options, missing_label_option, positive_option, validation,
+        validation_split, limit_option, max_tokens_option, *_CACHE_OPTIONS,
     )  # fmt: skip
     for option in reversed(options):
         command = option(command)

@@ -16,6 +16,7 @@ from sidelight.cli.options import (
     limit_option,
     text_option,
 )
+from sidelight.cli.outputs import json_file_option, write_text
 from sidelight.errors import SidelightError
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ _ENGINES = ("transformers", "vllm")
 @click.option("--engines", default=",".join(_ENGINES), show_default=True, help="With commas.")
 @backbone_options
 @engine_option_option
-@click.option("--out", type=click.Path(path_type=Path), default=None, help="File for the JSON.")
+@json_file_option
 def parity(
     probes: tuple[Path, ...], data: str, engines: str, out: Path | None, **given: Any
 ) -> None:
@@ -60,7 +61,7 @@ def parity(
     differences = compare_engines(makers, texts)
     if out is not None:
         rows = [difference.to_dict() for difference in differences]
-        out.write_text(json.dumps(rows, indent=2) + "\n", "utf-8")
+        write_text(out, json.dumps(rows, indent=2) + "\n")
     for difference in differences:
         click.echo(
             f"{difference.probe:<20} {difference.between:<32} largest {difference.largest:.2e}, "

@@ -17,6 +17,7 @@ from sidelight.cli.options import (
     split_option,
     text_option,
 )
+from sidelight.cli.outputs import checked_file
 from sidelight.errors import SidelightError
 
 
@@ -35,6 +36,7 @@ from sidelight.errors import SidelightError
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
+    callback=checked_file,
     default=None,
     help="File for the verdicts. [default: standard output]",
 )

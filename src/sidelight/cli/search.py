@@ -2,12 +2,14 @@
 
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
+from sidelight.cli.labelled import load_labelled
 from sidelight.cli.options import (
     backbone_options,
     examples_epilog,
@@ -24,8 +26,8 @@ if TYPE_CHECKING:
 
 # What ``sidelight train`` has to be given as well, to train on what was searched on.
 _SHARED = (
-    "data", "text", "label", "response", "split", "positive", "validation", "limit", "max_tokens",
-    "cache", "cache_budget", "model", "dtype", "device",
+    "data", "text", "label", "response", "split", "missing_label", "positive", "validation",
+    "validation_split", "limit", "max_tokens", "cache", "cache_budget", "model", "dtype", "device",
 )  # fmt: skip
 
 
@@ -132,6 +134,7 @@ def _study(given: dict[str, Any]) -> "Study":
             max_tokens=given["max_tokens"],
             cache_root=given["cache"] or cache_root() / "activations",
             budget_bytes=None if budget is None else int(budget * 2**30),
+            keep_cache=given["keep_cache"],
             title=title,
         )
         for examples, title in ((training, "Training texts"), (validation, "Validation texts"))
@@ -145,17 +148,13 @@ def _study(given: dict[str, Any]) -> "Study":
 
 
 def _examples(given: dict[str, Any]) -> "tuple[Examples, Examples]":
-    from sidelight.data import load_examples, validation_share
+    from sidelight.data import validation_share
 
-    columns = {"text": given["text"], "label": given["label"], "response": given["response"]}
-    training = load_examples(
-        given["data"], **columns, split=given["split"], positive=given["positive"]
-    )
-    if given["limit"]:
-        training = training.select(range(min(given["limit"], len(training))))
-    if given["validation"] is not None:
-        return training, load_examples(given["validation"], **columns, task=training.task)
-    return training.split(validation_share(len(training)), seed=0)
+    whole, validation = load_labelled(given)
+    if validation is not None:
+        return whole, validation
+    training, held_out = whole.split(validation_share(len(whole)), seed=0)
+    return replace(training, warnings=(*whole.warnings, *training.warnings)), held_out
 
 
 def _say(trials: "tuple[Trial, ...]", wanted: int) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from sidelight.cli.labelled import load_labelled
 from sidelight.cli.options import (
     backbone_options,
     examples_epilog,
@@ -15,7 +16,6 @@ from sidelight.cli.options import (
 from sidelight.errors import SidelightError
 
 if TYPE_CHECKING:
-    from sidelight.data import Examples
     from sidelight.fitting import FitOptions
     from sidelight.mechanisms import OptionValue
     from sidelight.training import TrainingSettings
@@ -30,13 +30,6 @@ if TYPE_CHECKING:
     )
 )
 @training_options
-@click.option(
-    "--missing-label",
-    type=click.Choice(["error", "skip"]),
-    default="error",
-    show_default=True,
-    help="What a row without a label is.",
-)
 @click.option(
     "--mechanism",
     "mechanisms",
@@ -116,11 +109,19 @@ def train(out: Path, as_json: bool, **given: Any) -> None:
     """
     from sidelight.backbones import load_backbone
     from sidelight.fitting import fit
-    from sidelight.runs import check_folder, console, describe_fit, fit_table, write_fit
+    from sidelight.runs import (
+        check_folder,
+        console,
+        describe_fit,
+        fit_table,
+        holds_probe,
+        write_fit,
+    )
 
     options = _options(given)
-    training, validation = _examples(given)
-    if check_folder(out):
+    training, validation = load_labelled(given)
+    check_folder(out)
+    if holds_probe(out):
         click.echo(f"Warning: the probe in {out} will be replaced.", err=True)
     backbone = load_backbone(
         given["model"] or "smollm2",
@@ -138,24 +139,6 @@ def train(out: Path, as_json: bool, **given: Any) -> None:
     console().print(fit_table(made))
     click.echo(f"Best: {made.best.probe.spec.name}, seed {made.best.seed}. Saved to {out}")
     click.echo(f"Next: sidelight eval {out} --data TEST_FILE --label {given['label']}")
-
-
-def _examples(given: dict[str, Any]) -> "tuple[Examples, Examples | None]":
-    from sidelight.data import load_examples
-
-    columns = {"text": given["text"], "label": given["label"], "response": given["response"]}
-    training = load_examples(
-        given["data"],
-        **columns,
-        split=given["split"],
-        positive=given["positive"],
-        on_missing_label=given["missing_label"],
-    )
-    if given["limit"]:
-        training = training.select(range(min(given["limit"], len(training))))
-    if given["validation"] is None:
-        return training, None
-    return training, load_examples(given["validation"], **columns, task=training.task)
 
 
 def _options(given: dict[str, Any]) -> "FitOptions":

@@ -1,8 +1,16 @@
 """Labelled texts from files, the Hugging Face hub or memory. Knows texts, not token ids."""
 
 from sidelight.data.examples import Example, Examples, Skipped
-from sidelight.data.loading import load_examples
+from sidelight.data.loading import OnMissingLabel, load_examples
 from sidelight.data.readers import InMemory
 from sidelight.data.splitting import validation_share
 
-__all__ = ["Example", "Examples", "InMemory", "Skipped", "load_examples", "validation_share"]
+__all__ = [
+    "Example",
+    "Examples",
+    "InMemory",
+    "OnMissingLabel",
+    "Skipped",
+    "load_examples",
+    "validation_share",
+]

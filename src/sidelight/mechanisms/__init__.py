@@ -11,6 +11,7 @@ from sidelight.mechanisms.registry import (
     mechanism_names,
     mechanism_spec,
     register,
+    spec_titles,
 )
 
 DEFAULT_MECHANISM = "readout"
@@ -31,4 +32,5 @@ __all__ = [
     "pooling",
     "readout",
     "register",
+    "spec_titles",
 ]

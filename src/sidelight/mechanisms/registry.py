@@ -1,6 +1,6 @@
 """Mechanisms by name, with their options checked."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, get_args
 
@@ -71,6 +71,23 @@ def mechanism_spec(name: str, options: Mapping[str, OptionValue] | None = None) 
             )
         _check_value(f"{name}.{option}", value, known[option])
     return MechanismSpec(name, asdict(entry.options(**(options or {}))))
+
+
+def spec_titles(specs: Sequence[MechanismSpec]) -> list[str]:
+    """Each one's name; where several of a name differ, with the options in which they do."""
+    named: dict[str, list[MechanismSpec]] = {}
+    for spec in specs:
+        named.setdefault(spec.name, []).append(spec)
+    return [_title(spec, named[spec.name]) for spec in specs]
+
+
+def _title(spec: MechanismSpec, others: Sequence[MechanismSpec]) -> str:
+    differing = [
+        f"{option}={value}"
+        for option, value in spec.options.items()
+        if any(other.options.get(option) != value for other in others)
+    ]
+    return " ".join([spec.name, *differing])
 
 
 def _check_value(option: str, value: OptionValue, kind: Any) -> None:

@@ -1,0 +1,32 @@
+"""The labelled texts that a command trains on."""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sidelight.data import Examples
+
+
+def load_labelled(given: dict[str, Any]) -> "tuple[Examples, Examples | None]":
+    """Training texts, and validation texts where some are named.
+
+    Args:
+        given: The values of ``training_options``.
+    """
+    from sidelight.data import load_examples
+
+    how = {
+        "text": given["text"],
+        "label": given["label"],
+        "response": given["response"],
+        "on_missing_label": given["missing_label"],
+    }
+    whole = load_examples(given["data"], **how, split=given["split"], positive=given["positive"])
+    rows = range(min(given["limit"] or len(whole), len(whole)))
+    # What is doubtful about the file is so of its first rows.
+    training = replace(whole.select(rows), warnings=whole.warnings)
+    if given["validation"] is None:
+        return training, None
+    return training, load_examples(
+        given["validation"], **how, split=given["validation_split"], task=training.task
+    )
