@@ -6,7 +6,7 @@ import numpy as np
 
 from sidelight.backbones import Backbone
 from sidelight.cache import ActivationCache
-from sidelight.extraction import extract
+from sidelight.extraction import BackboneSource, extract
 from sidelight.prompts import EncodedPrompt, Message, Reads
 from sidelight.training import TrainingSet
 from sidelight.types import Task, TaskKind
@@ -63,4 +63,4 @@ def training_set(
         fingerprint=backbone.fingerprint,
         shard_bytes=500_000,
     )
-    return TrainingSet(extract(backbone, cache), labels)
+    return TrainingSet(extract(BackboneSource(backbone), cache), labels)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sidelight.backbones import load_backbone
 from sidelight.cache import ActivationCache
-from sidelight.extraction import extract
+from sidelight.extraction import BackboneSource, extract
 from sidelight.prompts import Message, Reads
 
 TEXTS = [f"text number {i} " + "and so on " * (i % 5) for i in range(40)]
@@ -36,7 +36,7 @@ def main(model: str, root: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     backbone.model.base_model.register_forward_pre_hook(die)
-    extract(backbone, cache_at(backbone, Path(root)))
+    extract(BackboneSource(backbone), cache_at(backbone, Path(root)))
 
 
 if __name__ == "__main__":

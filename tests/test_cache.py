@@ -15,7 +15,7 @@ from sidelight.batching import by_length
 from sidelight.cache import ActivationCache, Shard, ShardPlan
 from sidelight.cache_parts import states_of
 from sidelight.errors import SidelightError
-from sidelight.extraction import extract
+from sidelight.extraction import BackboneSource, extract
 from sidelight.prompts import Reads
 from sidelight.storage import FolderLock
 
@@ -235,7 +235,7 @@ def by_text(states):
 
 def test_some_texts_are_the_same_in_memory_and_from_disk(tiny, tmp_path):
     texts = [f"text {number} " * (number % 3 + 1) for number in range(30)]
-    cache = extract(tiny, cache_of(tiny, tmp_path, texts, shard_bytes=40_000))
+    cache = extract(BackboneSource(tiny), cache_of(tiny, tmp_path, texts, shard_bytes=40_000))
     assert len(cache) > 3
     whole = by_text(cache)
     rows = [17, 3, 29, 0, 11]

@@ -14,7 +14,7 @@ from corpora import encoded
 from sidelight.backbones import load_backbone
 from sidelight.cache import ActivationCache
 from sidelight.errors import SidelightError
-from sidelight.extraction import extract
+from sidelight.extraction import BackboneSource, extract
 from sidelight.prompts import Message, Reads, shared_unread
 from tiny import tiny_backbone
 
@@ -27,7 +27,7 @@ def extracted(backbone, prompts, root, reads, shard_bytes):
     cache = ActivationCache(
         root, prompts, reads=reads, fingerprint=backbone.fingerprint, shard_bytes=shard_bytes
     )
-    return extract(backbone, cache)
+    return extract(BackboneSource(backbone), cache)
 
 
 def states_by_row(cache):
@@ -89,7 +89,7 @@ def test_a_complete_cache_runs_no_forward_pass(tiny, tmp_path):
     cache = extracted(tiny, prompts, tmp_path, Reads(), 5_000)
     passes = []
     hook = tiny.model.base_model.register_forward_pre_hook(lambda *_: passes.append(1))
-    extract(tiny, cache)
+    extract(BackboneSource(tiny), cache)
     hook.remove()
     assert not passes
 
@@ -99,7 +99,7 @@ def test_a_budget_that_is_too_small_runs_no_forward_pass(tiny, tmp_path):
         tmp_path, encoded(tiny, TEXTS), reads=Reads(), fingerprint=tiny.fingerprint
     )
     with pytest.raises(SidelightError, match="--cache-budget"):
-        extract(tiny, cache, budget_bytes=100)
+        extract(BackboneSource(tiny), cache, budget_bytes=100)
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
@@ -146,11 +146,13 @@ def test_an_extraction_killed_in_the_middle_goes_on_where_it_stopped(tiny, tmp_p
     leftover = cache.directory / "shard-00099.partial"
     leftover.write_bytes(b"half a shard")
 
-    extract(backbone, cache)
+    extract(BackboneSource(backbone), cache)
     after = identities(cache.directory)
     assert {name: after[name] for name in before} == before
     assert len(after) == len(cache)
     assert not list(cache.directory.glob("*.partial"))
-    whole = extract(backbone, killed_extraction.cache_at(backbone, tmp_path / "whole"))
+    whole = extract(
+        BackboneSource(backbone), killed_extraction.cache_at(backbone, tmp_path / "whole")
+    )
     assert contents(cache.directory) == contents(whole.directory)
     assert cache.directory.name == whole.directory.name

@@ -81,7 +81,7 @@ class Played:
             states.append(hidden[:, start:stop])
         packed = torch.cat(states, 1)
         for layer, hidden in enumerate(packed):
-            self.stage.project(layer, hidden)
+            self.stage.receive(layer, hidden)
         self.pages.keep(torch.tensor([*slots, -1, -1]))
         steps = [
             Step(request, stop, request in resumed or start == 0, lambda blocks=blocks: blocks)
@@ -195,7 +195,7 @@ def test_a_layer_that_is_not_tapped_is_a_failed_verdict(backbone, probes):
     # The next request's last layer is never projected: its rows are not those of the pass before.
     played.enter("s", prompt)
     for layer, states in enumerate(hidden[:-1]):
-        played.stage.project(layer, states)
+        played.stage.receive(layer, states)
     played.pages.keep(torch.arange(12, 20))
     (reading,) = played.tracking.plan([Step("s", 8, True, lambda: [3, 4])])
     outcome = played.judging.judge(reading, played.pages.read([3, 4], start=0, stop=8))

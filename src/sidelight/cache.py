@@ -102,7 +102,7 @@ class States(Protocol):
 
 
 class ActivationCache:
-    """The shards of one data set under one backbone.
+    """The shards of one data set under one backbone, computed by one engine.
 
     Attributes:
         lengths: Stored tokens of each text.
@@ -110,10 +110,11 @@ class ActivationCache:
 
     Args:
         root: Folder of all caches; this one gets a folder of its own in it, named by a key that
-            covers the backbone, what is read, and every token id.
+            covers the backbone, the engine, what is read, and every token id.
         prompts: The data set.
         reads: Which tokens are stored.
         fingerprint: The backbone.
+        engine: What computes the states; engines round differently, so they share no cache.
     """
 
     def __init__(
@@ -123,16 +124,19 @@ class ActivationCache:
         *,
         reads: Reads,
         fingerprint: Fingerprint,
+        engine: str = "transformers",
         shard_bytes: int = SHARD_BYTES,
     ):
         self.prompts = prompts
         self.reads = reads
         self.fingerprint = fingerprint
+        self.engine = engine
         self.token_bytes = fingerprint.layers * fingerprint.width * _BYTES_PER_VALUE
         self.lengths = [int(prompt.mask(reads).sum()) for prompt in prompts]
         shard_tokens = max(1, shard_bytes // self.token_bytes)
         self.plan = ShardPlan.of(self.lengths, shard_tokens=shard_tokens)
-        self.directory = root / _key(prompts, reads, fingerprint, shard_bytes)
+        who = (FORMAT_VERSION, fingerprint.digest, fingerprint.dtype, engine, shard_bytes)
+        self.directory = root / _key(prompts, reads, who)
         self._lock: FolderLock | None = None
 
     def __len__(self) -> int:
@@ -244,6 +248,7 @@ class ActivationCache:
         manifest = {
             "format": FORMAT_VERSION,
             "backbone": asdict(self.fingerprint),
+            "engine": self.engine,
             "reads": asdict(self.reads),
             "texts": len(self.prompts),
             "tokens": sum(self.plan.tokens),
@@ -273,10 +278,7 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
         ) from error
 
 
-def _key(
-    prompts: Sequence[EncodedPrompt], reads: Reads, fingerprint: Fingerprint, shard_bytes: int
-) -> str:
-    who = (FORMAT_VERSION, fingerprint.digest, fingerprint.dtype, shard_bytes)
+def _key(prompts: Sequence[EncodedPrompt], reads: Reads, who: tuple[object, ...]) -> str:
     digest = hashlib.sha256(repr(who).encode())
     digest.update(repr(reads).encode())
     for prompt in prompts:

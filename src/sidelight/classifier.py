@@ -12,6 +12,7 @@ from sidelight.bank import Bank
 from sidelight.data import Example, Examples, InMemory, load_examples
 from sidelight.errors import SidelightError
 from sidelight.evaluation import Report, evaluate
+from sidelight.extraction import StateSource
 from sidelight.fitting import AUTO, FitOptions, fit
 from sidelight.mechanisms import mechanism_spec
 from sidelight.probe import Probe
@@ -47,7 +48,7 @@ class Classifier:
         """
         if type(texts) is str:
             raise SidelightError("predict takes a list of texts: write predict([text]).")
-        examples = [_as_example(text) for text in texts]
+        examples = [as_example(text) for text in texts]
         if responses is not None and len(responses) != len(examples):
             raise SidelightError(
                 f"Got {len(examples)} texts but {len(responses)} responses; give one for each text."
@@ -108,6 +109,7 @@ def train(
     validation: str | Path | InMemory | Examples | None = None,
     name: str = "probe",
     seeds: int = 1,
+    source: StateSource | None = None,
 ) -> Classifier:
     """The best probe that one pass over labelled data gives.
 
@@ -123,6 +125,8 @@ def train(
         validation: As ``data``; None holds part of it out.
         name: How verdicts name the probe.
         seeds: Probes to train; the one with the best validation score is kept.
+        source: The engine that computes the hidden states, such as ``VllmSource``; None is the
+            backbone itself.
 
     Raises:
         SidelightError: The data or the model cannot be used; the message names the remedy.
@@ -139,18 +143,22 @@ def train(
         if validation is None
         else _as_examples(validation, text=text, label=label, response=response, task=training.task)
     )
-    best = fit(backbone, training, held_out, name=name, options=options).best
+    best = fit(backbone, training, held_out, name=name, options=options, source=source).best
     return Classifier(backbone, best.probe)
 
 
 def load(
-    directory: str | Path, *, model: str | Path | TransformersBackbone | None = None
+    directory: str | Path,
+    *,
+    model: str | Path | TransformersBackbone | None = None,
+    device: str = "auto",
 ) -> Classifier:
     """A saved probe on its backbone.
 
     Args:
         directory: The artifact.
         model: The backbone, or its name; None takes the name it was trained under.
+        device: Of a backbone that is loaded, as ``load_backbone`` takes it.
 
     Raises:
         FingerprintMismatchError: ``model`` is another backbone.
@@ -161,7 +169,7 @@ def load(
     backbone = (
         named
         if isinstance(named, TransformersBackbone)
-        else load_backbone(named, prompt_format=probe.prompt_format)
+        else load_backbone(named, device=device, prompt_format=probe.prompt_format)
     )
     probe.fingerprint.require(backbone.fingerprint, probe=probe.name)
     return Classifier(backbone, probe)
@@ -176,7 +184,8 @@ def encode(backbone: TransformersBackbone, examples: Sequence[Example]) -> list[
     return [backbone.encoder.encode(e.messages, e.response) for e in examples]
 
 
-def _as_example(text: str | Example) -> Example:
+def as_example(text: str | Example) -> Example:
+    """A plain text as a conversation of one message."""
     return text if isinstance(text, Example) else Example((Message("user", text),))
 
 

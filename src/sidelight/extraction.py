@@ -1,7 +1,9 @@
 """Fills an activation cache: one forward pass over every text of a data set."""
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,8 +17,35 @@ from sidelight.progress import Progress, progress
 from sidelight.prompts import shared_unread
 
 
+@runtime_checkable
+class StateSource(Protocol):
+    """An engine that computes the hidden states of a cache."""
+
+    @property
+    def engine(self) -> str:
+        """Its name, with all that decides how states are computed and rounded."""
+        ...
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest text that it runs."""
+        ...
+
+    def shards(
+        self, cache: ActivationCache, indices: Sequence[int], shown: Progress
+    ) -> Generator[tuple[int, Shard]]:
+        """Computes these shards of a cache, and gives each with its index when it is whole.
+
+        Args:
+            cache: Says which texts are in a shard, and what is read of them.
+            indices: Of the shards.
+            shown: Is told of each token that has been run.
+        """
+        ...
+
+
 def extract(
-    backbone: Backbone,
+    source: StateSource,
     cache: ActivationCache,
     *,
     budget_bytes: int | None = None,
@@ -25,34 +54,73 @@ def extract(
     """Writes the shards that are missing; a second call after a kill does only the rest.
 
     Args:
-        backbone: What gives the hidden states.
-        cache: What is filled.
+        source: What gives the hidden states.
+        cache: What is filled; made for the source's engine.
         budget_bytes: The most that the cache may take; None allows what the disk has.
         title: Of the progress bar.
 
     Raises:
-        SidelightError: The shards would not fit the disk or the budget, or a hidden state is not
-            finite.
+        SidelightError: The shards would not fit the disk or the budget, a hidden state is not
+            finite, or the cache is another engine's.
     """
+    _require_same_engine(source, cache)
     with cache.filling(budget_bytes=budget_bytes) as missing:
         if missing:
-            _fill(backbone, cache, missing, title)
+            _fill(source, cache, missing, title)
     return cache
 
 
-def _fill(backbone: Backbone, cache: ActivationCache, missing: Sequence[int], title: str) -> None:
-    shared = shared_unread(cache.prompts, cache.reads) if backbone.can_share_prefixes else 0
+def _fill(source: StateSource, cache: ActivationCache, missing: Sequence[int], title: str) -> None:
     total = sum(len(cache.prompts[row]) for index in missing for row in cache.plan.rows[index])
     # Writing overlaps the next shard's forward passes; one at a time, so two shards are in memory.
-    with ThreadPoolExecutor(1) as writer, progress(title, total, unit="tokens") as shown:
+    with (
+        ThreadPoolExecutor(1) as writer,
+        progress(title, total, unit="tokens") as shown,
+        closing(source.shards(cache, missing, shown)) as shards,
+    ):
         pending: Future[None] | None = None
-        for index in missing:
-            shard = _extract_shard(backbone, cache, index, shown, shared=shared)
+        for index, shard in shards:
+            _require_finite(shard, dtype=cache.fingerprint.dtype)
             if pending is not None:
                 pending.result()
             pending = writer.submit(cache.write, index, shard)
         if pending is not None:
             pending.result()
+
+
+class BackboneSource:
+    """Any backbone's own forward passes, over batches of texts of similar length.
+
+    Args:
+        backbone: What is run.
+    """
+
+    engine = "transformers"
+
+    def __init__(self, backbone: Backbone):
+        self._backbone = backbone
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest text that the backbone reads."""
+        return self._backbone.encoder.max_tokens
+
+    def shards(
+        self, cache: ActivationCache, indices: Sequence[int], shown: Progress
+    ) -> Generator[tuple[int, Shard]]:
+        """Runs one shard after the other; what all texts begin with runs once a batch."""
+        can_share = self._backbone.can_share_prefixes
+        shared = shared_unread(cache.prompts, cache.reads) if can_share else 0
+        for index in indices:
+            yield index, _extract_shard(self._backbone, cache, index, shown, shared=shared)
+
+
+def _require_same_engine(source: StateSource, cache: ActivationCache) -> None:
+    if cache.engine != source.engine:
+        raise SidelightError(
+            f"This cache is for states of '{cache.engine}', but '{source.engine}' would fill it; "
+            "the two round differently. Make the cache with engine=source.engine."
+        )
 
 
 def _extract_shard(
@@ -71,9 +139,7 @@ def _extract_shard(
         with backbone.tapped(tap):
             backbone.run([prompts[i] for i in batch], after=shared)
         shown.advance(sum(len(prompts[i]) for i in batch))
-    shard = Shard(hidden, lengths, torch.tensor(rows))
-    _require_finite(shard, dtype=backbone.fingerprint.dtype)
-    return shard
+    return Shard(hidden, lengths, torch.tensor(rows))
 
 
 def _require_finite(shard: Shard, *, dtype: str) -> None:

@@ -20,7 +20,7 @@ from sidelight.cache import ActivationCache, write_tensors
 from sidelight.cache_parts import states_of
 from sidelight.data import Examples
 from sidelight.errors import SidelightError
-from sidelight.extraction import extract
+from sidelight.extraction import BackboneSource, StateSource, extract
 from sidelight.pooled import Pooled, pool
 from sidelight.prompts import EncodedPrompt, Reads
 from sidelight.ragged import Ragged
@@ -140,6 +140,7 @@ def make_split(
     budget_bytes: int | None = None,
     keep_cache: bool = True,
     title: str = "Extracting",
+    source: StateSource | None = None,
 ) -> Split:
     """Runs the backbone over labelled texts, or finds their hidden states on disk.
 
@@ -152,16 +153,17 @@ def make_split(
         budget_bytes: The most that the states may take; None allows what the disk has.
         keep_cache: Whether the states stay on disk, whichever run calls ``states.remove``.
         title: Of the progress bar.
+        source: The engine that computes the states; None is the backbone itself.
 
     Raises:
         SidelightError: No labels, a text without a token to read, or no room for the states.
     """
     if examples.labels is None:
         raise SidelightError("These examples have no labels. Name the column with --label.")
-    encoder = backbone.encoder
-    limit = min(max_tokens, encoder.max_tokens)
+    source = source or BackboneSource(backbone)
+    limit = min(max_tokens, source.max_tokens)
     prompts = tuple(
-        encoder.encode_any_length(item.messages, item.response).shortened(limit, reads)
+        backbone.encoder.encode_any_length(item.messages, item.response).shortened(limit, reads)
         for item in examples.items
     )
     unread = [prompt for prompt in prompts if not prompt.mask(reads).any()]
@@ -176,8 +178,10 @@ def make_split(
             f"{len(unread)} of {len(prompts)} texts have no token that the probe would read "
             f"({reads.side}). {remedy}"
         )
-    cache = ActivationCache(cache_root, prompts, reads=reads, fingerprint=backbone.fingerprint)
-    states = extract(backbone, cache, budget_bytes=budget_bytes, title=title)
+    cache = ActivationCache(
+        cache_root, prompts, reads=reads, fingerprint=backbone.fingerprint, engine=source.engine
+    )
+    states = extract(source, cache, budget_bytes=budget_bytes, title=title)
     if keep_cache:
         states.keep()
     return Split(examples, prompts, states, np.arange(len(examples)))

@@ -10,7 +10,7 @@ from sidelight.backbones import TransformersBackbone
 from sidelight.bench.timing import interleaved, spread
 from sidelight.cache import ActivationCache
 from sidelight.data import Examples
-from sidelight.extraction import extract
+from sidelight.extraction import BackboneSource, extract
 from sidelight.fitting import TRAINING_MAX_TOKENS
 from sidelight.mechanisms import mechanism_names, mechanism_spec
 from sidelight.prompts import Reads
@@ -31,7 +31,7 @@ def compare_training(
         def extraction() -> None:
             for cache in caches:
                 cache.remove()
-                extract(backbone, cache)
+                extract(BackboneSource(backbone), cache)
 
         def train(names: Sequence[str]) -> None:
             train_mechanisms(

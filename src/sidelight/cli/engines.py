@@ -1,7 +1,8 @@
 """Options that say which engine runs the model, and how it is made."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -9,7 +10,9 @@ import click
 from sidelight.cli.options import Command
 
 if TYPE_CHECKING:
+    from sidelight.backbones import TransformersBackbone
     from sidelight.engines import Engine
+    from sidelight.extraction import StateSource
     from sidelight.probe import Probe
 
 
@@ -78,10 +81,56 @@ def _transformers(model: str, probes: "Sequence[Probe]", given: Mapping[str, Any
     return TransformersEngine(backbone, probes)
 
 
-def _vllm(model: str, probes: "Sequence[Probe]", given: Mapping[str, Any]) -> "Engine":
-    from sidelight.engines.vllm import load_vllm_engine
+@contextmanager
+def state_source(
+    engine: str, backbone: "TransformersBackbone", given: Mapping[str, Any]
+) -> "Generator[StateSource]":
+    """What computes hidden states for training; it ends with the block.
+
+    Args:
+        engine: Its name.
+        backbone: Of ``encoding_backbone``.
+        given: Values of ``--engine-option``.
+    """
+    if engine == "vllm":
+        from sidelight.engines.vllm import VllmSource
+
+        with closing(VllmSource(backbone, options=given["engine_options"])) as source:
+            yield source
+    else:
+        from sidelight.extraction import BackboneSource
+
+        yield BackboneSource(backbone)
+
+
+def encoding_backbone(engine: str, given: Mapping[str, Any]) -> "TransformersBackbone":
+    """The backbone that encodes texts, and that runs them where the engine is its own.
+
+    Args:
+        engine: Its name.
+        given: Values of ``backbone_options`` and ``prompt_format``.
+    """
+    from sidelight.backbones import load_backbone
+
+    if engine == "vllm":
+        _require_own_device(given)
+    return load_backbone(
+        given["model"] or "smollm2",
+        dtype=given["dtype"],
+        device="cpu" if engine == "vllm" else given["device"],
+        prompt_format=given["prompt_format"],
+    )
+
+
+def _require_own_device(given: Mapping[str, Any]) -> None:
     from sidelight.errors import SidelightError
 
     if given["device"] != "auto":
         raise SidelightError("vLLM chooses its device itself; leave --device out.")
+
+
+def _vllm(model: str, probes: "Sequence[Probe]", given: Mapping[str, Any]) -> "Engine":
+    from sidelight.engines.vllm import load_vllm_engine
+
+    _require_own_device(given)
     return load_vllm_engine(model, probes, dtype=given["dtype"], options=given["engine_options"])

@@ -6,10 +6,11 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from sidelight.cli.engines import engine_options
 from sidelight.cli.options import (
     examples_epilog,
     model_option,
@@ -20,11 +21,16 @@ from sidelight.cli.options import (
 from sidelight.cli.outputs import checked_file
 from sidelight.errors import SidelightError
 
+if TYPE_CHECKING:
+    from sidelight.data import Example
+    from sidelight.types import Verdict
+
 
 @click.command(
     epilog=examples_epilog(
         "sidelight predict probes/toxicity 'How do I bake bread?'",
         "sidelight predict probes/toxicity --data texts.jsonl --out verdicts.jsonl",
+        "sidelight predict probes/toxicity --data texts.jsonl --engine vllm --out verdicts.jsonl",
     )
 )
 @click.argument("probe", type=click.Path(path_type=Path))
@@ -40,19 +46,34 @@ from sidelight.errors import SidelightError
     default=None,
     help="File for the verdicts. [default: standard output]",
 )
+@engine_options
 @model_option
 def predict(
     probe: Path, texts: tuple[str, ...], data: str | None, out: Path | None, **given: Any
 ) -> None:
     """Print one verdict per text, as JSON lines, in the order of the texts."""
-    from sidelight.classifier import load
-
     if bool(texts) == (data is not None):
         raise SidelightError("Give texts to judge, or a file of them with --data, and not both.")
-    classifier = load(probe, model=given["model"])
     items = list(texts) if data is None else _examples(data, given)
-    lines = (json.dumps(asdict(v), ensure_ascii=False) for v in classifier.predict(items))
+    judge = {"transformers": _by_transformers, "vllm": _by_vllm}[given["engine"]]
+    lines = (json.dumps(asdict(v), ensure_ascii=False) for v in judge(probe, items, given))
     _write(lines, out)
+
+
+def _by_transformers(
+    probe: Path, items: "list[str | Example]", given: dict[str, Any]
+) -> "list[Verdict]":
+    from sidelight.classifier import load
+
+    return load(probe, model=given["model"]).predict(items)
+
+
+def _by_vllm(probe: Path, items: "list[str | Example]", given: dict[str, Any]) -> "list[Verdict]":
+    from sidelight.classifier import load
+    from sidelight.engines.vllm import predict as predict_by_vllm
+
+    classifier = load(probe, model=given["model"], device="cpu")
+    return predict_by_vllm(classifier, items, options=given["engine_options"])
 
 
 def _examples(data: str, given: dict[str, Any]) -> list[Any]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from sidelight.cli.engines import encoding_backbone, engine_options, state_source
 from sidelight.cli.labelled import load_labelled
 from sidelight.cli.options import (
     backbone_options,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
         "sidelight train --data train.csv --mechanism pooling,gate,attention --seeds 3 --out p",
         "sidelight train --data chats.jsonl --response answer --label refused --out probes/refusal",
         "sidelight train --data t.jsonl --mechanism attention --set attention.factor=16 --out p",
+        "sidelight train --data t.jsonl --engine vllm --engine-option max_num_seqs=64 --out p",
     )
 )
 @training_options
@@ -97,9 +99,10 @@ if TYPE_CHECKING:
     "--epochs", type=click.IntRange(min=1), default=None, help="At most. [default: the mechanism's]"
 )
 @click.option("--batch-size", type=click.IntRange(min=1), default=None, help="[default: 32]")
+@engine_options
 @backbone_options
 @json_option
-def train(out: Path, as_json: bool, **given: Any) -> None:
+def train(out: Path, as_json: bool, engine: str, **given: Any) -> None:
     """Train probes on a labelled file, and keep the best.
 
     The backbone runs once over the texts; all mechanisms and seeds train from what it showed.
@@ -107,7 +110,6 @@ def train(out: Path, as_json: bool, **given: Any) -> None:
     without --validation are cross-fitted: all of them train the probe, and each is judged by one
     that it did not train. A killed run keeps the shards of activations that it finished.
     """
-    from sidelight.backbones import load_backbone
     from sidelight.fitting import fit
     from sidelight.runs import (
         check_folder,
@@ -123,13 +125,10 @@ def train(out: Path, as_json: bool, **given: Any) -> None:
     check_folder(out)
     if holds_probe(out):
         click.echo(f"Warning: the probe in {out} will be replaced.", err=True)
-    backbone = load_backbone(
-        given["model"] or "smollm2",
-        dtype=given["dtype"],
-        device=given["device"],
-        prompt_format=given["prompt_format"],
-    )
-    made = fit(backbone, training, validation, name=given["name"] or out.name, options=options)
+    backbone = encoding_backbone(engine, given)
+    with state_source(engine, backbone, given) as source:
+        name = given["name"] or out.name
+        made = fit(backbone, training, validation, name=name, options=options, source=source)
     write_fit(made, out)
     for warning in made.warnings:
         click.echo(f"Warning: {warning}", err=True)

@@ -10,6 +10,7 @@ from sidelight.backbones.embedded import cache_root
 from sidelight.baselines import TfIdf
 from sidelight.data import Examples, validation_share
 from sidelight.evaluation import Report
+from sidelight.extraction import StateSource
 from sidelight.fitting.cross_fitting import choose_folds, cross_fit, cross_fit_baseline
 from sidelight.fitting.making import ProbeMaker, Run, report_on
 from sidelight.fitting.options import FitOptions
@@ -48,6 +49,7 @@ def fit(
     *,
     name: str,
     options: FitOptions,
+    source: StateSource | None = None,
 ) -> Fit:
     """Trains every mechanism with every seed from one pass of the backbone over the texts.
 
@@ -58,6 +60,7 @@ def fit(
             15 % of ``training``, or cross-fits it if it is small.
         name: How verdicts will name the probe.
         options: What to train.
+        source: The engine that computes the hidden states; None is the backbone itself.
 
     Raises:
         SidelightError: No labels, or the activations do not fit the disk.
@@ -68,7 +71,7 @@ def fit(
     if validation is None and not folds:
         training, validation = training.split(validation_share(len(training)), seed=0)
         warnings += training.warnings
-    study, doubtful = _study(backbone, training, validation, options)
+    study, doubtful = _study(source, backbone, training, validation, options)
     warnings += doubtful
     jobs = options.jobs(len(training))
     if folds:
@@ -92,6 +95,7 @@ def fit(
 
 
 def _study(
+    source: StateSource | None,
     backbone: TransformersBackbone,
     training: Examples,
     validation: Examples | None,
@@ -101,19 +105,23 @@ def _study(
 
     Without validation texts all texts are on both sides: their folds tell them apart.
     """
-    whole = _extracted(backbone, training, options, "Training texts")
+    whole = _extracted(source, backbone, training, options, "Training texts")
     warnings = cut_warnings(whole.prompts, options.max_tokens)
     if validation is None:
         return Study(backbone, whole, whole), [*rarity(training), *warnings]
     require_same_task(training, validation)
-    held_out = _extracted(backbone, validation, options, "Validation texts")
+    held_out = _extracted(source, backbone, validation, options, "Validation texts")
     warnings += cut_warnings(held_out.prompts, options.max_tokens)
     doubts = [*rarity(validation), *shared_texts(training, validation)]
     return Study(backbone, whole, held_out), [*doubts, *warnings]
 
 
 def _extracted(
-    backbone: TransformersBackbone, examples: Examples, options: FitOptions, title: str
+    source: StateSource | None,
+    backbone: TransformersBackbone,
+    examples: Examples,
+    options: FitOptions,
+    title: str,
 ) -> Split:
     return make_split(
         backbone,
@@ -124,6 +132,7 @@ def _extracted(
         budget_bytes=options.cache_budget_bytes,
         keep_cache=options.keep_cache,
         title=title,
+        source=source,
     )
 
 

@@ -84,6 +84,7 @@ class ProbeMaker:
     ) -> dict[str, Any]:
         validation = {"metrics": report.to_dict(), "scores": scores}
         return {
+            "engine": self._study.training.states.engine,
             "training": _data(self._study.training),
             "validation": {**_data(self._study.validation), **validation},
             "settings": asdict(trained.job.settings),

@@ -40,7 +40,7 @@ class Stage:
         rows = weight.new_full((layers, tokens, columns), torch.nan)
         return Stage(Projection(weight, projection.shift), rows)
 
-    def project(self, layer: int, hidden: Float[Tensor, "token width"]) -> None:
+    def receive(self, layer: int, hidden: Float[Tensor, "token width"]) -> None:
         """One matmul, in float32: a bf16 result would lose what standardisation subtracts."""
         torch.addmm(
             self.projection.shift[layer],

@@ -20,6 +20,8 @@ from sidelight.vllm_plugin.panel import Panel
 
 ENVIRONMENT = "SIDELIGHT_PROBES"
 KEY = "sidelight"
+CAPTURE = "capture"
+"""Under ``KEY``: a ``Captured``, where hidden states are kept and no probe is served."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,23 @@ class Served:
             SidelightError: One of them is damaged or belongs to another model.
         """
         return Panel.of(load_checked(self.folders, self.fingerprint), device=device)
+
+
+@dataclass(frozen=True)
+class Captured:
+    """In place of ``Served`` where hidden states are kept for training.
+
+    Attributes:
+        layers: Hidden states of a token, the embedding's included.
+        width: Size of a hidden state.
+    """
+
+    layers: int
+    width: int
+
+    def to_json(self) -> dict[str, Any]:
+        """For a configuration of vLLM's."""
+        return asdict(self)
 
 
 def named_folders(config: Mapping[str, Any]) -> tuple[str, ...] | None:

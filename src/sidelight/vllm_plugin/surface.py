@@ -20,7 +20,9 @@ from packaging.version import Version
 
 from sidelight.errors import SidelightError
 from sidelight.vllm_plugin.settings import (
+    CAPTURE,
     KEY,
+    Captured,
     Served,
     fingerprint_of,
     load_checked,
@@ -33,6 +35,7 @@ UNTESTED = "SIDELIGHT_VLLM_UNTESTED"
 ARCHITECTURES = frozenset({"LlamaForCausalLM"})
 
 CONNECTOR = "ProbeConnector"
+CAPTURE_CONNECTOR = "CaptureConnector"
 _MODULE = "sidelight.vllm_plugin"
 # Part of the key of vLLM's compile cache: a graph without our operation must not be taken for one
 # with it. The probes are no part of it, since they change no graph.
@@ -56,6 +59,14 @@ def served_by(vllm_config: Any) -> Served | None:
     return Served.from_json(transfer.kv_connector_extra_config)
 
 
+def captured_by(vllm_config: Any) -> Captured | None:
+    """The hidden states that a configuration keeps; None where it keeps none."""
+    transfer = vllm_config.kv_transfer_config
+    if transfer is None or transfer.kv_connector != CAPTURE_CONNECTOR:
+        return None
+    return Captured(**transfer.kv_connector_extra_config)
+
+
 def _wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
     original = getattr(owner, name)
     if getattr(original, "wrapped_by", None) == __name__:
@@ -72,27 +83,56 @@ def _wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
 def _configure(original: Callable[..., Any], arguments: Any, *args: Any, **kwargs: Any) -> Any:
     """The engine's configuration with our parts named in it."""
     given = arguments.additional_config.get(KEY, {})
-    folders = named_folders(given if isinstance(given, dict) else {})
+    given = given if isinstance(given, dict) else {}
+    if CAPTURE in given:
+        return _configure_capture(original, arguments, Captured(**given[CAPTURE]), args, kwargs)
+    folders = named_folders(given)
     if folders is None:
         return original(arguments, *args, **kwargs)
     _require_version()
     _require_free(arguments)
     served = _served(arguments.model, folders, given)
-    from vllm.config import KVTransferConfig
-
-    arguments.additional_config = {**arguments.additional_config, **_GRAPH}
     arguments.worker_extension_cls = f"{_MODULE}.control.Control"
-    arguments.kv_transfer_config = KVTransferConfig(
-        kv_connector=CONNECTOR,
-        kv_connector_module_path=f"{_MODULE}.connector",
-        kv_role="kv_producer",
-        kv_connector_extra_config=served.to_json(),
-    )
+    _connect(arguments, CONNECTOR, "connector", served.to_json())
     config = original(arguments, *args, **kwargs)
     _require_supported(config)
     kind = "AsyncProbeScheduler" if config.scheduler_config.async_scheduling else "ProbeScheduler"
     config.scheduler_config.scheduler_cls = f"{_MODULE}.scheduler.{kind}"
     return config
+
+
+def _configure_capture(
+    original: Callable[..., Any],
+    arguments: Any,
+    captured: Captured,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """The configuration of an engine that keeps hidden states."""
+    _require_version()
+    _require_free(arguments)
+    _require_offline(arguments)
+    _connect(arguments, CAPTURE_CONNECTOR, "capture_connector", captured.to_json())
+    config = original(arguments, *args, **kwargs)
+    _require_supported(config)
+    if config.cache_config.enable_prefix_caching:
+        raise SidelightError(
+            "Tokens from vLLM's prefix cache have no hidden states that could be kept. Leave "
+            "enable_prefix_caching out."
+        )
+    return config
+
+
+def _connect(arguments: Any, name: str, module: str, extra: dict[str, Any]) -> None:
+    from vllm.config import KVTransferConfig
+
+    arguments.additional_config = {**arguments.additional_config, **_GRAPH}
+    arguments.kv_transfer_config = KVTransferConfig(
+        kv_connector=name,
+        kv_connector_module_path=f"{_MODULE}.{module}",
+        kv_role="kv_producer",
+        kv_connector_extra_config=extra,
+    )
 
 
 def _served(model: str, folders: tuple[str, ...], given: dict[str, Any]) -> Served:
@@ -113,32 +153,42 @@ def _load(
 ) -> Any:
     """The loaded model, its layers hooked."""
     model = original(loader, vllm_config, model_config, prefix)
-    served = served_by(vllm_config)
+    served, captured = served_by(vllm_config), captured_by(vllm_config)
+    tokens = vllm_config.scheduler_config.max_num_batched_tokens
+    device = next(model.parameters()).device
     if served is not None:
-        _tap(model, vllm_config, served)
+        from sidelight.vllm_plugin import worker
+
+        layers = _tap(model, served.fingerprint.width)
+        worker.install(worker.Worker(served, layers=layers, tokens=tokens, device=device))
+    if captured is not None:
+        from sidelight.vllm_plugin import capturing
+        from sidelight.vllm_plugin.taps import set_stage
+
+        layers = _tap(model, captured.width)
+        recorder = capturing.Recorder(
+            layers,
+            tokens=tokens,
+            width=captured.width,
+            dtype=model_config.dtype,
+            device=device,
+        )
+        capturing.install(recorder)
+        set_stage(recorder)
     return model
 
 
-def _tap(model: Any, vllm_config: Any, served: Served) -> None:
+def _tap(model: Any, width: int) -> range:
+    """Hooks the layers of this worker; returns which hidden states they give."""
     from vllm.distributed.parallel_state import get_pp_group
 
-    from sidelight.vllm_plugin import worker
     from sidelight.vllm_plugin.taps import tap_layers
 
     decoder = model.model
     local = list(decoder.layers)[decoder.start_layer : decoder.end_layer]
     is_first = get_pp_group().is_first_rank
-    width = served.fingerprint.width
-    states = tap_layers(local, reads_embedding=is_first, width=width)
     start = 0 if is_first else decoder.start_layer + 1
-    worker.install(
-        worker.Worker(
-            served,
-            layers=range(start, start + states),
-            tokens=vllm_config.scheduler_config.max_num_batched_tokens,
-            device=next(model.parameters()).device,
-        )
-    )
+    return range(start, start + tap_layers(local, reads_embedding=is_first, width=width))
 
 
 def _require_version() -> None:
@@ -165,6 +215,16 @@ def _require_free(arguments: Any) -> None:
         raise SidelightError(
             f"Probes inside vLLM need the place of {', '.join(names)} for themselves. Leave it "
             "out, or unset SIDELIGHT_PROBES."
+        )
+
+
+def _require_offline(arguments: Any) -> None:
+    """Requests name the files that states go to, so they must not come from a network."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    if isinstance(arguments, AsyncEngineArgs):
+        raise SidelightError(
+            "Hidden states are kept offline only. Use vLLM's LLM or LLMEngine, not a server."
         )
 
 

@@ -2,26 +2,36 @@
 
 The hooks are set before vLLM compiles the model, so that they become part of the graph. What they
 call is one operation that the compiler cannot look into: it finds the current stage in this file,
-so that other probes need no other graph. A worker process serves one model, hence one stage.
+so that other probes need no other graph. A worker process runs one model, hence one stage.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from sidelight.errors import SidelightError
-from sidelight.vllm_plugin.columns import Stage
 
 _library = torch.library.Library("sidelight", "FRAGMENT")
 _library.define("project(Tensor hidden, Tensor? residual, int layer, Tensor(a!) order) -> ()")
-_stages: list[Stage] = []
 
 
-def set_stage(stage: Stage | None) -> None:
-    """Where the next forward passes of this process leave their columns; None: nowhere."""
+@runtime_checkable
+class Receiver(Protocol):
+    """What is done with a hidden state while it exists."""
+
+    def receive(self, layer: int, hidden: Float[Tensor, "token width"]) -> None:
+        """Takes the residual stream after a layer of this worker."""
+        ...
+
+
+_stages: list[Receiver] = []
+
+
+def set_stage(stage: Receiver | None) -> None:
+    """Where the next forward passes of this process leave their states; None: nowhere."""
     _stages[:] = [] if stage is None else [stage]
 
 
@@ -32,7 +42,7 @@ def _project(
     order: Float[Tensor, ""],  # noqa: ARG001 - what keeps the operation in its place
 ) -> None:
     for stage in _stages:
-        stage.project(layer, hidden if residual is None else hidden + residual)
+        stage.receive(layer, hidden if residual is None else hidden + residual)
 
 
 def _nothing(hidden: Tensor, residual: Tensor | None, layer: int, order: Tensor) -> None:

@@ -47,11 +47,7 @@ def load_vllm_engine(
     shelf = Shelf()
     named = {"probes": shelf.put(probes), "fingerprint": asdict(fingerprint)}
     given = {"max_model_len": encoder.max_tokens, **(options or {})}
-    for name in given:
-        if name not in args_type.__dataclass_fields__:
-            raise SidelightError(
-                f"vLLM has no option '{name}'.{did_you_mean(name, args_type.__dataclass_fields__)}"
-            )
+    require_options(given, args_type)
     arguments = args_type(
         model=path,
         dtype=dtype,
@@ -72,15 +68,38 @@ def load_vllm_engine(
     )
 
 
-def _vllm() -> tuple[Any, Any]:
+def require_options(given: Mapping[str, Any], args_type: Any) -> None:
+    """Checks that these are fields of vLLM's arguments.
+
+    Raises:
+        SidelightError: One is not; names are proposed.
+    """
+    known = args_type.__dataclass_fields__
+    for name in given:
+        if name not in known:
+            raise SidelightError(f"vLLM has no option '{name}'.{did_you_mean(name, known)}")
+
+
+def require_vllm() -> None:
+    """Checks that vLLM can be imported.
+
+    Raises:
+        SidelightError: It is not installed.
+    """
     # What a command prints is for its user.
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     try:
-        from vllm.engine.arg_utils import AsyncEngineArgs
-        from vllm.v1.engine.async_llm import AsyncLLM
+        import vllm.engine.arg_utils  # noqa: F401 # pyright: ignore[reportUnusedImport]
     except ImportError as error:
         raise SidelightError(
             "vLLM is not installed in this environment. docs/vllm.md says how; or use "
             "--engine transformers."
         ) from error
+
+
+def _vllm() -> tuple[Any, Any]:
+    require_vllm()
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
     return AsyncEngineArgs, AsyncLLM

@@ -1,0 +1,210 @@
+"""Whole hidden states instead of verdicts: what training needs of vLLM's forward passes.
+
+Beside the scheduler, ``Captures`` says which tokens of a step are kept and where they go; in a
+worker, ``Recorder`` keeps the residual streams of the step and copies those tokens to the spool.
+Knows no vLLM. Tokens that vLLM takes from its prefix cache have no residual stream in any step, so
+that cache is off.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sidelight.errors import SidelightError
+from sidelight.prompts import EncodedPrompt, Reads
+from sidelight.vllm_plugin.params import KEY
+from sidelight.vllm_plugin.spool import Place, Spool, SpoolShape
+from sidelight.vllm_plugin.tracking import Step
+
+# A step has texts of few shards; a spool that was let go is mapped again.
+_MAPPED_SPOOLS = 4
+
+
+def capture_params(prompt: EncodedPrompt, reads: Reads, place: Place) -> dict[str, Any]:
+    """For ``SamplingParams(extra_args={"kv_transfer_params": ...})``.
+
+    Args:
+        prompt: The tokens that the request carries.
+        reads: Which of them are kept.
+        place: Where their states go.
+    """
+    edges = np.flatnonzero(np.diff(prompt.mask(reads).numpy().astype(np.int8), prepend=0, append=0))
+    return {KEY: {"place": place.to_json(), "kept": edges.reshape(-1, 2).tolist()}}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one forward pass gives of a request.
+
+    Attributes:
+        place: Where the request's states go.
+        row: Where the piece's first token goes.
+        slots: KV slots of its tokens that are kept.
+        passed: Tokens of the request, kept or not, that have been run after this pass.
+    """
+
+    place: Place
+    row: int
+    slots: tuple[int, ...]
+    passed: int
+
+
+@dataclass
+class _Tracked:
+    place: Place
+    kept: Int[np.ndarray, " kept"]
+    tokens: int
+    passed: int = 0
+
+
+class Captures:
+    """Every request from its arrival to its end: the scheduler's side.
+
+    Args:
+        block_size: Slots of a KV block.
+    """
+
+    def __init__(self, *, block_size: int):
+        self._block_size = block_size
+        self._requests: dict[str, _Tracked] = {}
+
+    def enter(self, request_id: str, params: Mapping[str, Any] | None, tokens: int) -> None:
+        """Takes note of a new request; one that names no place is run and not kept."""
+        given = (params or {}).get(KEY)
+        if given is None:
+            return
+        kept = np.fromiter(chain.from_iterable(range(*run) for run in given["kept"]), np.int64)
+        self._requests[request_id] = _Tracked(Place.from_json(given["place"]), kept, tokens)
+
+    def leave(self, request_id: str) -> None:
+        """Forgets a request."""
+        self._requests.pop(request_id, None)
+
+    def plan(self, steps: Iterable[Step]) -> list[Piece]:
+        """What to keep of a pass with these steps."""
+        pieces = (self._piece(step) for step in steps)
+        return [piece for piece in pieces if piece is not None]
+
+    def _piece(self, step: Step) -> Piece | None:
+        tracked = self._requests.get(step.request_id)
+        if tracked is None:
+            return None
+        # A preempted request is run again from its first token.
+        start = 0 if step.is_resumed else tracked.passed
+        stop = tracked.passed = min(step.computed, tracked.tokens)
+        if start >= stop:
+            return None
+        first, last = np.searchsorted(tracked.kept, [start, stop])
+        tokens = tracked.kept[first:last]
+        blocks = np.array(step.blocks())
+        slots = blocks[tokens // self._block_size] * self._block_size + tokens % self._block_size
+        row = tracked.place.row + int(first)
+        return Piece(tracked.place, row, tuple(slots.tolist()), passed=stop)
+
+
+class Recorder:
+    """Keeps the residual streams of a forward pass: a worker's side.
+
+    Both buffers are allocated once and written in place, as in ``columns``.
+
+    Args:
+        layers: The hidden states that this worker computes, of 0 (embedding) to L.
+        tokens: The longest forward pass.
+        width: Size of a hidden state.
+        dtype: Of the states.
+        device: Where they are.
+    """
+
+    def __init__(
+        self, layers: range, *, tokens: int, width: int, dtype: torch.dtype, device: torch.device
+    ):
+        self._layers = slice(layers.start, layers.stop)
+        self._rows = torch.empty(len(layers), tokens, width, dtype=dtype, device=device)
+        self._has_run = torch.zeros(len(layers), dtype=torch.bool, device=device)
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory of the kept streams."""
+        return self._rows.numel() * self._rows.element_size()
+
+    def receive(self, layer: int, hidden: Float[Tensor, "token width"]) -> None:
+        """Keeps the stream of one layer until the pass ends."""
+        self._rows[layer, : len(hidden)].copy_(hidden)
+        self._has_run[layer].fill_(True)
+
+    def save(self, slots: Int[Tensor, " token"], pieces: Sequence[Piece]) -> None:
+        """Ends a forward pass whose tokens have these KV slots.
+
+        Raises:
+            SidelightError: The pass ran other tokens than were planned.
+        """
+        found = _Rows(slots.cpu())
+        # The counters of a layer that is not tapped stay behind, and the text is not whole.
+        ran = self._has_run.cpu().int()
+        for piece in pieces:
+            spool = _mapped(piece.place.path, piece.place.shape)
+            rows = self._rows[:, found.of(piece.slots)]
+            stop = piece.row + len(piece.slots)
+            spool.hidden[self._layers, piece.row : stop].copy_(rows)
+            spool.passed[self._layers, piece.place.text] = piece.passed * ran
+        self._has_run.fill_(False)
+
+
+class _Rows:
+    """Where in a pass the token of a KV slot is.
+
+    Args:
+        slots: Of the pass's tokens; -1 for padding.
+    """
+
+    def __init__(self, slots: Int[Tensor, " token"]):
+        self._slots, self._order = slots.long().sort()
+
+    def of(self, slots: Sequence[int]) -> slice | Int[Tensor, " kept"]:
+        """The rows of these slots, as a slice where they are neighbours."""
+        wanted = torch.tensor(slots, dtype=torch.long)
+        places = torch.searchsorted(self._slots, wanted).clamp_max(len(self._slots) - 1)
+        if not torch.equal(self._slots[places], wanted):
+            raise SidelightError(
+                "vLLM ran other tokens than it had planned, so hidden states would be lost. Turn "
+                "prefix caching off, or extract with --engine transformers."
+            )
+        rows = self._order[places]
+        first = int(rows[0]) if len(rows) else 0
+        is_run = torch.equal(rows, torch.arange(first, first + len(rows)))
+        return slice(first, first + len(rows)) if is_run else rows
+
+
+@lru_cache(maxsize=_MAPPED_SPOOLS)
+def _mapped(path: str, shape: SpoolShape) -> Spool:
+    return Spool.open(Path(path), shape)
+
+
+_recorder: list[Recorder] = []
+
+
+def install(recorder: Recorder | None) -> None:
+    """Makes it the one of this process, which runs one model."""
+    _recorder[:] = [] if recorder is None else [recorder]
+
+
+def installed() -> Recorder:
+    """The one of this process.
+
+    Raises:
+        SidelightError: The model was loaded in a way that the plugin does not see.
+    """
+    if not _recorder:
+        raise SidelightError(
+            "This model loader does not tap the model, so no hidden state would be kept. Use "
+            "vLLM's default --load-format."
+        )
+    return _recorder[0]

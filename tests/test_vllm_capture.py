@@ -1,0 +1,184 @@
+"""Laws of capturing hidden states that hold without vLLM: its scheduler and passes are played."""
+
+import json
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from commands import run, saved
+from sidelight.artifact import save_probe
+from sidelight.backbones import load_backbone
+from sidelight.errors import SidelightError
+from sidelight.prompts import EncodedPrompt, Part, Reads
+from sidelight.vllm_plugin.capturing import Captures, Recorder, capture_params
+from sidelight.vllm_plugin.spool import Place, Spool, SpoolShape
+from sidelight.vllm_plugin.tracking import Step
+from tiny import untrained_probe
+
+BLOCK = 4
+LAYERS, WIDTH = 3, 5
+LENGTHS = (1, 9, 14)
+# In no order, and not neighbours.
+BLOCKS = ([7], [2, 11, 0], [9, 3, 8, 1])
+
+
+def prompt_of(length: int, seed: int) -> EncodedPrompt:
+    random = np.random.default_rng(seed)
+    parts = [Part(int(p)) for p in random.integers(0, 4, length)]
+    parts[-1] = Part.PROMPT
+    return EncodedPrompt(tuple(range(length)), tuple(parts))
+
+
+PROMPTS = [prompt_of(length, seed) for seed, length in enumerate(LENGTHS)]
+
+
+class Played:
+    """Requests that are run in chunks, several in a pass."""
+
+    def __init__(self, folder, reads=None, layers=(range(LAYERS),)):
+        self.reads = reads or Reads()
+        counts = [int(prompt.mask(self.reads).sum()) for prompt in PROMPTS]
+        shape = SpoolShape(LAYERS, sum(counts), WIDTH, len(PROMPTS), "float32")
+        self.spool = Spool.create(folder, shape)
+        self.captures = Captures(block_size=BLOCK)
+        self.recorders = [
+            Recorder(own, tokens=24, width=WIDTH, dtype=torch.float32, device=torch.device("cpu"))
+            for own in layers
+        ]
+        self.layers = layers
+        self.hidden = [torch.randn(LAYERS, len(p), WIDTH) for p in PROMPTS]
+        starts = np.cumsum([0, *counts[:-1]])
+        for i, prompt in enumerate(PROMPTS):
+            place = Place(str(self.spool.path), shape, i, int(starts[i]))
+            # As it travels.
+            params = json.loads(json.dumps(capture_params(prompt, self.reads, place)))
+            self.captures.enter(str(i), params, len(prompt))
+
+    def step(self, chunks, *, untapped=()):
+        """A pass over some tokens of some requests: ``(request, start, stop)``."""
+        pieces = self.captures.plan(
+            Step(str(i), stop, start == 0, lambda i=i: BLOCKS[i]) for i, start, stop in chunks
+        )
+        slots = [
+            BLOCKS[i][token // BLOCK] * BLOCK + token % BLOCK
+            for i, start, stop in chunks
+            for token in range(start, stop)
+        ]
+        for own, recorder in zip(self.layers, self.recorders, strict=True):
+            for local, layer in enumerate(own):
+                if layer not in untapped:
+                    states = [self.hidden[i][layer, start:stop] for i, start, stop in chunks]
+                    recorder.receive(local, torch.cat(states))
+            recorder.save(torch.tensor([*slots, -1, -1]), pieces)
+
+    @property
+    def is_whole(self) -> bool:
+        return self.spool.is_whole(torch.tensor(LENGTHS))
+
+    def require_equal(self) -> None:
+        kept = [h[:, p.mask(self.reads)] for h, p in zip(self.hidden, PROMPTS, strict=True)]
+        assert self.is_whole
+        torch.testing.assert_close(self.spool.hidden, torch.cat(kept, 1), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("reads", [Reads(), Reads("both"), Reads("prompt", template=False)])
+@pytest.mark.parametrize("chunk", [1, 3, 5, 14])
+def test_what_is_kept_are_the_states_of_the_read_tokens(tmp_path, reads, chunk):
+    played = Played(tmp_path, reads)
+    edges = [*range(0, max(LENGTHS), chunk), max(LENGTHS)]
+    for start, stop in pairwise(edges):
+        assert not played.is_whole
+        ends = [(i, start, min(stop, n)) for i, n in enumerate(LENGTHS) if start < n]
+        # The longest first, as no order is promised.
+        played.step(ends[::-1])
+    played.require_equal()
+
+
+def test_pipeline_stages_fill_one_spool(tmp_path):
+    played = Played(tmp_path, layers=(range(0, 1), range(1, LAYERS)))
+    played.step([(i, 0, n) for i, n in enumerate(LENGTHS[:2])])
+    played.step([(2, 0, LENGTHS[2])])
+    played.require_equal()
+
+
+def test_a_preempted_text_is_run_again_from_its_first_token(tmp_path):
+    played = Played(tmp_path)
+    played.step([(0, 0, 1), (1, 0, 9)])
+    played.step([(2, 0, 6)])
+    played.spool.hidden.zero_()
+    played.step([(0, 0, 1), (1, 0, 9)])
+    played.step([(2, 0, 10)])
+    played.step([(2, 10, 14)])
+    played.require_equal()
+
+
+def test_what_is_written_after_the_prompt_is_not_kept(tmp_path):
+    played = Played(tmp_path)
+    played.step([(i, 0, n) for i, n in enumerate(LENGTHS[:2])])
+    played.step([(2, 0, 14)])
+    kept = played.spool.hidden.clone()
+    assert played.captures.plan([Step("2", 15, False, lambda: BLOCKS[2])]) == []
+    assert torch.equal(played.spool.hidden, kept)
+
+
+def test_a_layer_that_is_not_tapped_is_noticed(tmp_path):
+    played = Played(tmp_path)
+    played.step([(0, 0, 1), (1, 0, 9)])
+    played.step([(2, 0, 14)], untapped={1})
+    assert not played.is_whole
+
+
+def test_tokens_that_the_pass_did_not_run_are_an_error(tmp_path):
+    """As if the first block had come from a prefix cache."""
+    played = Played(tmp_path)
+    (piece,) = played.captures.plan([Step("1", 9, True, lambda: BLOCKS[1])])
+    with pytest.raises(SidelightError, match="prefix"):
+        played.recorders[0].save(torch.tensor([44, 45, 46, 47, 0]), [piece])
+
+
+def test_a_request_that_names_no_place_is_run_and_not_kept(tmp_path):
+    captures = Captures(block_size=BLOCK)
+    captures.enter("warm", None, 8)
+    assert captures.plan([Step("warm", 8, True, lambda: [0, 1])]) == []
+
+
+def test_a_spool_of_another_shape_is_refused(tmp_path):
+    shape = SpoolShape(LAYERS, 6, WIDTH, 2)
+    spool = Spool.create(tmp_path, shape)
+    spool.hidden.fill_(3)
+    again = Spool.open(spool.path, shape)
+    assert again.hidden.dtype == torch.bfloat16
+    assert (again.hidden == 3).all()
+    assert not again.passed.any()
+    with pytest.raises(SidelightError, match="--cache"):
+        Spool.open(spool.path, SpoolShape(LAYERS, 7, WIDTH, 2))
+    spool.remove()
+    with pytest.raises(SidelightError, match="--cache"):
+        Spool.open(spool.path, shape)
+    assert (spool.hidden == 3).all()
+
+
+def test_a_full_disk_is_told_before_a_token_is_run(tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(SidelightError, match="No space left"):
+        Spool.create(tmp_path, SpoolShape(LAYERS, 6, WIDTH, 2))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["train", "predict"])
+def test_without_vllm_the_remedy_is_one_line(tiny, tmp_path, capsys, command):
+    model = saved(tiny, tmp_path / "model")
+    probe = save_probe(untrained_probe(load_backbone(model), "p"), tmp_path / "p")
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(json.dumps({"text": f"t {i}", "label": i % 2}) for i in range(20)))
+    arguments = {
+        "train": ["train", "--out", str(tmp_path / "out")],
+        "predict": ["predict", str(probe)],
+    }[command]
+    assert run(*arguments, "--data", str(data), "--model", model, "--engine", "vllm") == 2
+    assert "docs/vllm.md" in capsys.readouterr().err

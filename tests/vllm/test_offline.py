@@ -1,0 +1,225 @@
+"""Training on vLLM's hidden states, and its verdicts on files: both without a server."""
+
+import json
+from contextlib import closing
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from commands import run
+from corpora import encoded, planted
+from sidelight.artifact import load_probe
+from sidelight.backbones import load_backbone
+from sidelight.cache import SHARD_BYTES, ActivationCache, Shard
+from sidelight.data import load_examples
+from sidelight.errors import SidelightError
+from sidelight.extraction import BackboneSource, extract
+from sidelight.fitting import FitOptions, fit
+from sidelight.mechanisms import mechanism_spec
+from sidelight.progress import progress
+from sidelight.prompts import Reads
+from sidelight.vllm_plugin.settings import CAPTURE, KEY
+from vllm_served import mixed_prompts, tiny_model
+
+OPTIONS = {
+    "enforce_eager": True,
+    "block_size": 32,
+    "max_num_seqs": 8,
+    "max_model_len": 1024,
+    "num_gpu_blocks_override": 64,
+}
+WORDS = [w for k, v in OPTIONS.items() for w in ("--engine-option", f"{k}={json.dumps(v)}")]
+# Float32 products in other orders, over all layers; states of this model are of size one to ten.
+ROUNDING = {"rtol": 1e-4, "atol": 1e-4}
+# bf16 keeps 8 bits, and the value before it was rounded may lie at the other side of a tie.
+ROUNDING_TO_BF16 = {"rtol": 2**-7, "atol": 1e-3}
+VERDICTS = 1e-4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("tiny")
+
+
+@pytest.fixture(scope="module")
+def backbone(folder):
+    return load_backbone(tiny_model(folder).path, dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def prompts(backbone):
+    return mixed_prompts(backbone, 40, longest=600)
+
+
+@pytest.fixture(scope="module")
+def source(backbone):
+    """Steps of 48 tokens; ``sidelight train`` below has steps of 200."""
+    from sidelight.engines.vllm import VllmSource
+
+    options = {**OPTIONS, "max_num_batched_tokens": 48}
+    with closing(VllmSource(backbone, options=options)) as made:
+        yield made
+
+
+def states_of(backbone, prompt, reads) -> torch.Tensor:
+    """What a tap sees, ``[layer, token, width]``."""
+    seen: list[torch.Tensor] = []
+    with backbone.tapped(lambda _layer, hidden: seen.append(hidden[0].clone())):
+        backbone.run([prompt])
+    return torch.stack(seen)[:, prompt.mask(reads)]
+
+
+def cache_of(backbone, prompts, root, engine, *, shard_bytes=200_000):
+    return ActivationCache(
+        root,
+        prompts,
+        reads=Reads(),
+        fingerprint=backbone.fingerprint,
+        engine=engine,
+        shard_bytes=shard_bytes,
+    )
+
+
+@pytest.mark.parametrize("reads", [Reads(), Reads("both", template=False)], ids=lambda r: r.side)
+def test_states_are_those_of_transformers(source, backbone, prompts, reads, tmp_path):
+    """Prompts of 1 to 600 tokens, several at once, of which some tokens are kept."""
+    from sidelight.engines.vllm.source import require_whole, spool_requests
+    from sidelight.vllm_plugin.spool import Spool, SpoolShape
+
+    wanted = [states_of(backbone, prompt, reads) for prompt in prompts]
+    who, tokens = backbone.fingerprint, sum(states.shape[1] for states in wanted)
+    shape = SpoolShape(who.layers, tokens, who.width, len(prompts), "float32")
+    spool = Spool.create(tmp_path, shape)
+    requests = spool_requests(spool, prompts, reads)
+    assert {request.index for request, _ in source.running().run(requests)} == set(
+        range(len(prompts))
+    )
+    require_whole(spool, prompts)
+    torch.testing.assert_close(spool.hidden, torch.cat(wanted, 1), **ROUNDING)
+
+
+def test_a_cache_is_of_the_usual_format_and_goes_on_after_a_stop(
+    source, backbone, prompts, tmp_path
+):
+    cache = cache_of(backbone, prompts, tmp_path, source.engine)
+    cache.prepare(budget_bytes=None)
+    with (
+        progress("Extracting", 1, unit="tokens") as shown,
+        closing(source.shards(cache, cache.missing(), shown)) as shards,
+    ):
+        cache.write(*next(shards))
+    done = set(range(len(cache))) - set(cache.missing())
+    assert done == {0}
+    first = cache.directory / "shard-00000.safetensors"
+    before = (first.stat().st_ino, first.stat().st_mtime_ns)
+    # The shards that were being computed have left their spools.
+    assert list(cache.directory.glob("spool-*.partial"))
+
+    extract(source, cache)
+    assert (first.stat().st_ino, first.stat().st_mtime_ns) == before
+    assert not cache.missing()
+    assert not list(cache.directory.glob("*.partial"))
+    other = extract(BackboneSource(backbone), cache_of(backbone, prompts, tmp_path, "transformers"))
+    assert other.directory != cache.directory
+    assert len(cache) == len(other) > 2
+    for index in range(len(cache)):
+        require_same_shard(cache.read(index), other.read(index))
+
+
+def require_same_shard(mine: Shard, theirs: Shard) -> None:
+    assert torch.equal(mine.rows, theirs.rows)
+    assert torch.equal(mine.lengths, theirs.lengths)
+    torch.testing.assert_close(mine.hidden, theirs.hidden, **ROUNDING_TO_BF16)
+
+
+def test_a_cache_of_another_engine_is_refused(source, backbone, prompts, tmp_path):
+    with pytest.raises(SidelightError, match="would fill it"):
+        extract(source, cache_of(backbone, prompts, tmp_path, "transformers"))
+    with pytest.raises(SidelightError, match="would fill it"):
+        extract(BackboneSource(backbone), cache_of(backbone, prompts, tmp_path, source.engine))
+
+
+def test_probes_trained_through_either_engine_agree(source, backbone, tmp_path):
+    texts, labels = planted("binary", 120, seed=0)
+    examples = load_examples(list(zip(texts, labels.tolist(), strict=True)))
+    options = FitOptions(
+        mechanisms=(mechanism_spec("pooling"),), cache_root=tmp_path, keep_cache=True
+    )
+    mine = fit(backbone, examples, None, name="p", options=options, source=source).best
+    theirs = fit(backbone, examples, None, name="p", options=options).best
+    assert mine.probe.record["engine"] == source.engine
+    assert theirs.probe.record["engine"] == "transformers"
+    assert len(list(tmp_path.iterdir())) == 2
+    wanted = theirs.report.metrics["auroc"].value
+    assert wanted > 0.9
+    assert mine.report.metrics["auroc"].value == pytest.approx(wanted, abs=0.02)
+    mine.probe.fingerprint.require(backbone.fingerprint, probe="p")
+
+
+def test_train_and_predict_through_vllm(backbone, folder, tmp_path, capsys):
+    model = backbone.name
+    texts, labels = planted("binary", 80, seed=1)
+    data, probe = tmp_path / "train.jsonl", tmp_path / "probe"
+    rows = [
+        {"text": text * (1 + i % 20), "label": int(label)}
+        for i, (text, label) in enumerate(zip(texts, labels, strict=True))
+    ]
+    data.write_text("\n".join(map(json.dumps, rows)))
+    steps = [*WORDS, "--engine-option", "max_num_batched_tokens=200"]
+    train = [
+        *("train", "--data", str(data), "--out", str(probe), "--model", model),
+        *("--mechanism", "readout", "--engine", "vllm", *steps),
+        *("--cache", str(tmp_path / "cache"), "--keep-cache"),
+    ]
+    assert run(*train) == 0
+    assert load_probe(probe).record["engine"].startswith("vllm ")
+    (kept,) = (tmp_path / "cache").glob("*/shard-*.safetensors")
+    prompts = encoded(backbone, [row["text"] for row in rows])
+    cache = cache_of(backbone, prompts, tmp_path, "transformers", shard_bytes=SHARD_BYTES)
+    require_same_shard(Shard(**load_file(kept)), extract(BackboneSource(backbone), cache).read(0))
+
+    found = {}
+    for engine, options in {"transformers": [], "vllm": ["--engine", "vllm", *steps]}.items():
+        out = tmp_path / f"{engine}.jsonl"
+        judge = ["predict", str(probe), "--data", str(data), "--out", str(out), *options]
+        assert run(*judge) == 0
+        found[engine] = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(found["vllm"]) == len(rows)
+    assert [v["label"] for v in found["vllm"]] == [v["label"] for v in found["transformers"]]
+    mine, theirs = ([[*v["probabilities"].values()] for v in found[e]] for e in found)
+    np.testing.assert_allclose(mine, theirs, rtol=0, atol=VERDICTS)
+    # Different texts, in their order: the verdicts of any other order would be far off.
+    assert np.std(np.array(theirs)[:, 1]) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("EngineArgs", {"enable_prefix_caching": True}, "prefix cache"),
+        ("EngineArgs", {"enable_lora": True, "enable_prefix_caching": False}, "LoRA"),
+        ("AsyncEngineArgs", {"enable_prefix_caching": False}, "offline only"),
+    ],
+)
+def test_what_would_lose_states_or_serve_them_is_refused(backbone, kind, options, message):
+    from vllm.engine import arg_utils
+
+    who = backbone.fingerprint
+    config = {KEY: {CAPTURE: {"layers": who.layers, "width": who.width}}}
+    path = backbone.name
+    arguments = getattr(arg_utils, kind)(
+        model=path, additional_config=config, dtype="float32", max_model_len=512, **options
+    )
+    with pytest.raises(SidelightError, match=message):
+        arguments.create_engine_config()
+
+
+def test_a_text_that_leaves_no_room_is_refused_before_vllm_starts(backbone, folder):
+    from sidelight.classifier import Classifier
+    from sidelight.engines.vllm import predict
+    from sidelight.errors import ContextLengthError
+
+    probe = load_probe(next(folder.glob("*/probe.safetensors")).parent)
+    with pytest.raises(ContextLengthError, match="at most 511"):
+        predict(Classifier(backbone, probe), ["x" * 600], options={"max_model_len": 512})
