@@ -10,6 +10,7 @@ from sidelight.cli.bench_load import bench_load
 from sidelight.cli.bench_serve import bench_serve
 from sidelight.cli.bench_soak import bench_soak
 from sidelight.cli.bench_streaming import bench_streaming
+from sidelight.cli.engines import engine_options, state_source
 from sidelight.cli.options import (
     device_option,
     dtype_option,
@@ -56,11 +57,20 @@ def _with_data(command: Any) -> Any:
 
 @bench.command("extract")
 @_with_data
-def bench_extract(as_json: bool, **given: Any) -> None:
-    """Extraction into the cache against a plain forward pass over the same batches."""
+@engine_options
+def bench_extract(as_json: bool, engine: str, **given: Any) -> None:
+    """Extraction into the cache against a plain forward pass over the same batches.
+
+    With --engine vllm, also against extraction through vLLM.
+    """
     from sidelight.bench.extraction import compare_extraction
 
-    _show(compare_extraction(**_subject(given), repeats=given["repeats"]), as_json)
+    subject, repeats = _subject(given), given["repeats"]
+    if engine == "transformers":
+        _show(compare_extraction(**subject, repeats=repeats), as_json)
+        return
+    with state_source(engine, subject["backbone"], given) as rival:
+        _show(compare_extraction(**subject, repeats=repeats, rival=rival), as_json)
 
 
 @bench.command("train")

@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,21 +54,23 @@ def predict(
     """Print one verdict per text, as JSON lines, in the order of the texts."""
     if bool(texts) == (data is not None):
         raise SidelightError("Give texts to judge, or a file of them with --data, and not both.")
-    items = list(texts) if data is None else _examples(data, given)
+    items: Sequence[str | Example] = list(texts) if data is None else _examples(data, given)
     judge = {"transformers": _by_transformers, "vllm": _by_vllm}[given["engine"]]
     lines = (json.dumps(asdict(v), ensure_ascii=False) for v in judge(probe, items, given))
     _write(lines, out)
 
 
 def _by_transformers(
-    probe: Path, items: "list[str | Example]", given: dict[str, Any]
+    probe: Path, items: "Sequence[str | Example]", given: dict[str, Any]
 ) -> "list[Verdict]":
     from sidelight.classifier import load
 
     return load(probe, model=given["model"]).predict(items)
 
 
-def _by_vllm(probe: Path, items: "list[str | Example]", given: dict[str, Any]) -> "list[Verdict]":
+def _by_vllm(
+    probe: Path, items: "Sequence[str | Example]", given: dict[str, Any]
+) -> "list[Verdict]":
     from sidelight.classifier import load
     from sidelight.engines.vllm import predict as predict_by_vllm
 
@@ -76,7 +78,7 @@ def _by_vllm(probe: Path, items: "list[str | Example]", given: dict[str, Any]) -
     return predict_by_vllm(classifier, items, options=given["engine_options"])
 
 
-def _examples(data: str, given: dict[str, Any]) -> list[Any]:
+def _examples(data: str, given: dict[str, Any]) -> "list[Example]":
     from sidelight.data import load_examples
 
     examples = load_examples(

@@ -18,6 +18,12 @@ The flow, one file per step:
     endpoint   a chat answer of vLLM's own server with the verdicts in it
     rewriting  the HTTP side of that
 
+Training wants the hidden states themselves. Then these take the places of columns to scheduler:
+
+    spool      a mapped file that becomes a shard of the activation cache
+    capturing  which tokens of a step are kept, and the worker's copy of them
+    capture_connector  carries the one to the other
+
 All that is kept is kept by KV slot, never by request: a slot's columns are those of the token whose
 keys and values it holds, whoever computed it. So chunked prefill, batching, preemption and shared
 prefixes need no bookkeeping. ``docs/vllm.md`` says what is supported and which test shows it.

@@ -151,6 +151,9 @@ class Recorder:
         ran = self._has_run.cpu().int()
         for piece in pieces:
             spool = _mapped(piece.place.path, piece.place.shape)
+            if spool is None:
+                # The caller has given it up; one that has not will miss the counters.
+                continue
             rows = self._rows[:, found.of(piece.slots)]
             stop = piece.row + len(piece.slots)
             spool.hidden[self._layers, piece.row : stop].copy_(rows)
@@ -184,8 +187,8 @@ class _Rows:
 
 
 @lru_cache(maxsize=_MAPPED_SPOOLS)
-def _mapped(path: str, shape: SpoolShape) -> Spool:
-    return Spool.open(Path(path), shape)
+def _mapped(path: str, shape: SpoolShape) -> Spool | None:
+    return Spool.find(Path(path), shape)
 
 
 _recorder: list[Recorder] = []

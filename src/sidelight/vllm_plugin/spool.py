@@ -60,7 +60,7 @@ class SpoolShape:
 
 
 class Spool:
-    """A mapped file; ``create`` and ``open`` make one.
+    """A mapped file; ``create`` makes one, and ``find`` maps it elsewhere.
 
     Attributes:
         path: Of the file.
@@ -107,18 +107,13 @@ class Spool:
         return Spool(path, shape)
 
     @staticmethod
-    def open(path: Path, shape: SpoolShape) -> "Spool":
-        """The spool that another process has made.
-
-        Raises:
-            SidelightError: There is none of this shape.
-        """
-        if not path.is_file() or path.stat().st_size != shape.size_bytes:
-            raise SidelightError(
-                f"{path} is no spool of {shape.size_bytes} bytes. It must be on a disk that every "
-                "worker sees; name one with --cache."
-            )
-        return Spool(path, shape)
+    def find(path: Path, shape: SpoolShape) -> "Spool | None":
+        """The spool that another process has made; None where there is none of this shape."""
+        try:
+            size_bytes = path.stat().st_size
+        except FileNotFoundError:
+            return None
+        return Spool(path, shape) if size_bytes == shape.size_bytes else None
 
     def is_whole(self, lengths: Int[Tensor, " text"]) -> bool:
         """Whether each text, of so many tokens, has been through every layer."""

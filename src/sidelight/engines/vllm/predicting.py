@@ -64,7 +64,7 @@ def _judged(llm: Offline, probe: Probe, prompts: Sequence[EncodedPrompt]) -> lis
 
 
 def _verdict(probe: Probe, output: Any) -> Verdict:
-    judged = judgement(output)
+    judged = judgement(output.kv_transfer_params)
     if not judged.verdicts:
         raise VerdictError(
             f"Probe '{probe.name}' gave no verdict. Either the text has no token that the probe "

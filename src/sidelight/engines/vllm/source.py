@@ -163,6 +163,6 @@ def require_whole(spool: Spool, prompts: Sequence[EncodedPrompt]) -> None:
     """
     if not spool.is_whole(torch.tensor([len(prompt) for prompt in prompts])):
         raise SidelightError(
-            "vLLM has run these texts, but hidden states are missing. Compare the versions in "
-            "docs/vllm.md, or extract with --engine transformers."
+            f"vLLM has run these texts, but hidden states are missing in {spool.path.parent}. Name "
+            "a folder that all of its workers see with --cache, or use --engine transformers."
         )
