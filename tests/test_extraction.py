@@ -12,7 +12,9 @@ import torch
 import killed_extraction
 from corpora import encoded
 from sidelight.backbones import load_backbone
+from sidelight.bench.extraction import compare_extraction
 from sidelight.cache import ActivationCache
+from sidelight.data import load_examples
 from sidelight.errors import SidelightError
 from sidelight.extraction import BackboneSource, extract
 from sidelight.prompts import Message, Reads, shared_unread
@@ -156,3 +158,27 @@ def test_an_extraction_killed_in_the_middle_goes_on_where_it_stopped(tiny, tmp_p
     )
     assert contents(cache.directory) == contents(whole.directory)
     assert cache.directory.name == whole.directory.name
+
+
+def test_an_engine_does_not_fill_the_cache_of_another(tiny, tmp_path):
+    prompts = encoded(tiny, TEXTS)
+    caches = [
+        ActivationCache(
+            tmp_path, prompts, reads=Reads(), fingerprint=tiny.fingerprint, engine=engine
+        )
+        for engine in ("transformers", "other")
+    ]
+    assert caches[0].directory != caches[1].directory
+    with pytest.raises(SidelightError, match="would fill it"):
+        extract(BackboneSource(tiny), caches[1])
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_benchmark_compares_two_sources(tiny):
+    rival = BackboneSource(tiny)
+    rival.engine = "other"
+    examples = load_examples([(text, i % 2) for i, text in enumerate(TEXTS)])
+    figures = compare_extraction(backbone=tiny, examples=examples, repeats=2, rival=rival)
+    rates = {f"{name} tokens/s" for name in ("plain", "extract", "other")}
+    assert figures.keys() == {"tokens", *rates, "extract / plain", "other / extract"}
+    assert figures["tokens"] == sum(map(len, encoded(tiny, TEXTS)))
