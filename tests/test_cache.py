@@ -138,7 +138,7 @@ def test_a_shard_half_written_is_missing_and_cleared(tiny, tmp_path):
 def test_remove_deletes_this_cache_and_no_other(tiny, tmp_path):
     own, other = cache_of(tiny, tmp_path), cache_of(tiny, tmp_path, ["other"])
     for cache in (own, other):
-        extract(tiny, cache)
+        extract(BackboneSource(tiny), cache)
     own.remove()
     assert not own.directory.exists()
     assert other.directory.exists()
@@ -146,7 +146,7 @@ def test_remove_deletes_this_cache_and_no_other(tiny, tmp_path):
 
 
 def test_a_cache_that_another_run_reads_is_left_to_its_remove(tiny, tmp_path):
-    first, second = (extract(tiny, cache_of(tiny, tmp_path)) for _ in range(2))
+    first, second = (extract(BackboneSource(tiny), cache_of(tiny, tmp_path)) for _ in range(2))
     first.remove()
     assert not second.missing()
     assert second.read(0).hidden.isfinite().all()
@@ -155,8 +155,8 @@ def test_a_cache_that_another_run_reads_is_left_to_its_remove(tiny, tmp_path):
 
 
 def test_a_cache_that_a_run_was_told_to_keep_outlives_the_next_run(tiny, tmp_path):
-    extract(tiny, cache_of(tiny, tmp_path)).keep()
-    later = extract(tiny, cache_of(tiny, tmp_path))
+    extract(BackboneSource(tiny), cache_of(tiny, tmp_path)).keep()
+    later = extract(BackboneSource(tiny), cache_of(tiny, tmp_path))
     later.remove()
     assert not later.missing()
 
@@ -182,7 +182,7 @@ def test_a_run_waits_for_the_one_that_writes_the_same_states(tiny, tmp_path, wai
         with first.filling() as missing:
             half = first.directory / "shard-00000.1.partial"
             half.write_bytes(b"being written")
-            waiting = other_run.submit(extract, tiny, second)
+            waiting = other_run.submit(extract, BackboneSource(tiny), second)
             assert waits.wait(30)
             assert half.exists()
             half.unlink()
@@ -200,14 +200,14 @@ def test_a_run_that_fails_while_it_writes_lets_the_next_one_in(tiny, tmp_path):
     failed = cache_of(tiny, tmp_path)
     with pytest.raises(SidelightError, match="midway"), failed.filling():
         raise SidelightError("midway")
-    assert not extract(tiny, cache_of(tiny, tmp_path)).missing()
+    assert not extract(BackboneSource(tiny), cache_of(tiny, tmp_path)).missing()
 
 
 def test_a_cache_removed_while_a_run_waits_is_made_again(tiny, tmp_path, waits):
     first, second = cache_of(tiny, tmp_path), cache_of(tiny, tmp_path)
     with ThreadPoolExecutor(1) as other_run:
         with first.filling():
-            waiting = other_run.submit(extract, tiny, second)
+            waiting = other_run.submit(extract, BackboneSource(tiny), second)
             assert waits.wait(30)
             shutil.rmtree(first.directory)
         waiting.result(timeout=60)

@@ -115,7 +115,7 @@ def test_a_state_that_is_not_finite_is_an_error_that_names_its_text(tmp_path, va
     backbone.fingerprint = replace(backbone.fingerprint, dtype=dtype)
     cache = ActivationCache(tmp_path, prompts, reads=Reads(), fingerprint=backbone.fingerprint)
     with pytest.raises(SidelightError, match=rf"Text 6 .* layer 0 .* {dtype}\. .*{remedy}"):
-        extract(backbone, cache)
+        extract(BackboneSource(backbone), cache)
     assert cache.missing()
 
 

@@ -104,10 +104,10 @@ def test_a_cache_is_of_the_usual_format_and_goes_on_after_a_stop(
     source, backbone, prompts, tmp_path
 ):
     cache = cache_of(backbone, prompts, tmp_path, source.engine)
-    cache.prepare(budget_bytes=None)
     with (
+        cache.filling() as missing,
         progress("Extracting", 1, unit="tokens") as shown,
-        closing(source.shards(cache, cache.missing(), shown)) as shards,
+        closing(source.shards(cache, missing, shown)) as shards,
     ):
         cache.write(*next(shards))
     done = set(range(len(cache))) - set(cache.missing())
