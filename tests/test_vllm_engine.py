@@ -8,6 +8,7 @@ import pytest
 from sidelight.artifact import load_probe
 from sidelight.engines.base import EngineBusyError
 from sidelight.engines.vllm import VllmEngine
+from sidelight.engines.vllm.loading import require_options
 from sidelight.engines.vllm.places import Places
 from sidelight.engines.vllm.shelf import Shelf
 from sidelight.errors import SidelightError
@@ -114,6 +115,26 @@ def test_a_cache_that_cannot_be_reset_is_tried_again_and_then_an_error(backbone,
     names, _, is_ready = replacing(backbone, change)
     # The old probes' columns could not be reset either: nothing is served any more.
     assert (names, is_ready) == (["old"], False)
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("model", "--model"),
+        ("dtype", "--dtype"),
+        ("additional_config", "--probe"),
+        ("disable_log_stats", "Leave it out"),
+        ("max_num_seq", "Did you mean 'max_num_seqs'"),
+    ],
+)
+def test_an_option_that_is_not_the_users_is_refused_with_the_remedy(name, remedy):
+    fields = dict.fromkeys(
+        ["model", "dtype", "additional_config", "disable_log_stats", "max_num_seqs"]
+    )
+    arguments = SimpleNamespace(__dataclass_fields__=fields)
+    require_options({"max_num_seqs": 8}, arguments)
+    with pytest.raises(SidelightError, match=remedy):
+        require_options({name: 1}, arguments)
 
 
 def test_a_list_takes_all_its_places_at_once_or_none():

@@ -14,6 +14,14 @@ from sidelight.errors import SidelightError, did_you_mean
 from sidelight.probe import Probe
 from sidelight.vllm_plugin.settings import KEY
 
+# Options of vLLM's that are no user's, with what to do instead.
+_SET_HERE = {
+    "model": "Give --model instead.",
+    "dtype": "Give --dtype instead.",
+    "additional_config": "Give probes with --probe instead.",
+    "disable_log_stats": "Leave it out; /metrics has the server's figures.",
+}
+
 
 def load_vllm_engine(
     model: str,
@@ -69,13 +77,15 @@ def load_vllm_engine(
 
 
 def require_options(given: Mapping[str, Any], args_type: Any) -> None:
-    """Checks that these are fields of vLLM's arguments.
+    """Checks that these are fields of vLLM's arguments, and none that Sidelight sets.
 
     Raises:
-        SidelightError: One is not; names are proposed.
+        SidelightError: One is not; names or Sidelight's own option are proposed.
     """
     known = args_type.__dataclass_fields__
     for name in given:
+        if name in _SET_HERE:
+            raise SidelightError(f"vLLM's option '{name}' is set by Sidelight. {_SET_HERE[name]}")
         if name not in known:
             raise SidelightError(f"vLLM has no option '{name}'.{did_you_mean(name, known)}")
 

@@ -61,15 +61,14 @@ class Offline:
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        usual = {
-            "dtype": backbone.fingerprint.dtype,
-            "max_model_len": backbone.encoder.max_tokens,
-            "disable_log_stats": True,
-        }
-        given = {**usual, **options}
-        require_options(given, EngineArgs)
-        path = backbone.model.config._name_or_path  # pyright: ignore[reportPrivateUsage]
-        arguments = EngineArgs(model=path, additional_config={KEY: dict(config)}, **given)
+        require_options(options, EngineArgs)
+        arguments = EngineArgs(
+            model=backbone.model.config._name_or_path,  # pyright: ignore[reportPrivateUsage]
+            dtype=backbone.fingerprint.dtype,
+            disable_log_stats=True,
+            additional_config={KEY: dict(config)},
+            **{"max_model_len": backbone.encoder.max_tokens, **options},
+        )
         return cls(LLMEngine.from_engine_args(arguments))
 
     def run(self, requests: Iterable[OfflineRequest]) -> Generator[tuple[OfflineRequest, Any]]:
