@@ -98,7 +98,9 @@ class ProbeConnector(SilentConnector):
         for share in results.shares:
             shares[share.reading.request_id].append(share)
         for request_id, own in shares.items():
-            self.tracking.record(request_id, self._judging.join(own))
+            # A step that ran on after its request's end would leave a state that nobody drops.
+            if request_id in self.tracking:
+                self.tracking.record(request_id, self._judging.join(own))
 
     def request_finished(
         self, request: Any, block_ids: list[int]

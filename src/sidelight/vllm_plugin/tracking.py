@@ -80,6 +80,9 @@ class Tracking:
         except SidelightError as error:
             self._requests[request_id] = _Tracked(error=str(error))
 
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._requests
+
     def leave(self, request_id: str) -> None:
         """Forgets a request."""
         self._requests.pop(request_id, None)
