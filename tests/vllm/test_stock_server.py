@@ -108,6 +108,25 @@ def test_a_stream_begins_with_the_verdicts(address, model):
     assert by_probe(last.model_extra["sidelight"]) == whole
 
 
+def test_each_of_several_texts_has_its_own_verdicts(address, model):
+    names = sorted(probe.name for probe in model.probes)
+    with openai_client(address) as client:
+        one = by_probe(ask(client).model_extra["sidelight"])
+        answer = ask(client, n=3)
+        last = [c for c in ask(client, n=3, stream=True) if "sidelight" in (c.model_extra or {})][
+            -1
+        ]
+    for extension in (answer.model_extra["sidelight"], last.model_extra["sidelight"]):
+        for choice in range(3):
+            own = [v for v in extension["verdicts"] if v["choice"] == choice]
+            assert sorted(v["probe"] for v in own) == names
+            # Greedy texts are the same, up to the order of their sums.
+            for verdict in own:
+                assert verdict.get("probabilities", {}) == pytest.approx(
+                    one[verdict["probe"]] or {}, abs=ROUNDING
+                )
+
+
 def test_a_request_that_cannot_be_described_says_that_it_was_not_judged(address):
     body = {
         "model": "tiny",

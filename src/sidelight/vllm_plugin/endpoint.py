@@ -5,15 +5,18 @@ vLLM loads it where ``VLLM_PLUGINS`` names ``sidelight``. Requests are described
 and verdicts are put into the answers on their way out (``rewriting``). No route is added.
 """
 
+import uuid
 from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from typing import Any
 
 from transformers import AutoTokenizer
 
 from sidelight.artifact import load_probe
 from sidelight.prompts import PromptEncoder, PromptFormat
+from sidelight.vllm_plugin.hearing import Hearing
 from sidelight.vllm_plugin.params import KEY
-from sidelight.vllm_plugin.rewriting import Described, ProbeMiddleware, current_report
+from sidelight.vllm_plugin.rewriting import Described, ProbeMiddleware, Report, current_report
 from sidelight.vllm_plugin.surface import served_by
 
 
@@ -46,17 +49,25 @@ class ProbeEndpoint:
             prompt_format=formats[0] if formats else "chat",
             max_tokens=model.max_model_len,
         )
-        engine_client.generate = _listened(engine_client.generate)
+        hearing = Hearing(engine_client.output_processor)
+        engine_client.generate = _listened(engine_client.generate, hearing)
 
 
-def _listened(generate: Callable[..., Any]) -> Callable[..., AsyncGenerator[Any, None]]:
-    """The engine's outputs, each one's report noted for the HTTP request that it belongs to."""
+def _listened(
+    generate: Callable[..., AsyncGenerator[Any, None]], hearing: Hearing
+) -> Callable[..., AsyncGenerator[Any, None]]:
+    """The engine's outputs, what it says noted for the HTTP request that they belong to."""
 
-    async def outputs(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
-        async for output in generate(*args, **kwargs):
-            report = current_report()
-            if report is not None and output.kv_transfer_params:
-                report.update(output.kv_transfer_params.get(KEY, {}))
-            yield output
+    async def outputs(
+        prompt: Any, params: Any, request_id: str, **options: Any
+    ) -> AsyncGenerator[Any, None]:
+        report = current_report() or Report()
+        report.texts = params.n
+        # Clients may name their requests, and two may choose the same name.
+        own_id = f"{request_id}-{uuid.uuid4().hex}"
+        with hearing.of(own_id, report.take):
+            async with aclosing(generate(prompt, params, own_id, **options)) as written:
+                async for output in written:
+                    yield output
 
     return outputs

@@ -1,30 +1,74 @@
 """Chat requests and answers of vLLM's server, rewritten: what tokens belong to, and the verdicts.
 
-An ASGI layer. A request that cannot be described goes on as it is, and its answer says that it was
-not judged. Bodies are rewritten as JSON; a stream gets chunks of its own, with ``choices: []``.
+An ASGI layer. A request that cannot be described goes on without a description, also without one of
+the client's own, and its answer says that it was not judged. Bodies are rewritten as JSON; a stream
+gets chunks of its own, with ``choices: []``.
 """
 
 import json
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as Event
 
 from sidelight.errors import SidelightError
 from sidelight.prompts import Message, PromptEncoder
+from sidelight.vllm_plugin.hearing import Said
 from sidelight.vllm_plugin.params import KEY, request_params
 
 _PATH = "/v1/chat/completions"
 _PARAMS = "kv_transfer_params"
 _DONE = b"data: [DONE]"
+_EVENT_END = b"\n\n"
+_TOO_DEEP = {
+    "error": {
+        "message": "The body is nested too deep. Send plain messages.",
+        "type": "BadRequestError",
+        "param": None,
+        "code": 400,
+    }
+}
 _NOT_JUDGED = {"error": "The request was not judged."}
-_report: ContextVar[dict[str, Any] | None] = ContextVar("sidelight_report", default=None)
 
 
-def current_report() -> dict[str, Any] | None:
+@dataclass
+class Report:
+    """What the engine says of the texts of one HTTP request.
+
+    Attributes:
+        texts: How many are written.
+        said: The newest report on each, by its index.
+    """
+
+    texts: int = 1
+    said: dict[int, Mapping[str, Any]] = field(default_factory=dict[int, Mapping[str, Any]])
+
+    def take(self, said: Said) -> None:
+        """Notes a step's report."""
+        if said.params and KEY in said.params:
+            self.said[said.text] = said.params[KEY]
+
+    def extension(self) -> dict[str, Any]:
+        """As in the answers of our own server; of several texts, each entry names its ``choice``.
+
+        A text that nothing was said of is an entry with ``error``.
+        """
+        reports = [self.said.get(index, _NOT_JUDGED) for index in range(self.texts)]
+        if self.texts > 1:
+            numbered = enumerate(map(_entries, reports))
+            return {"verdicts": [{"choice": i, **entry} for i, own in numbered for entry in own]}
+        (report,) = reports
+        return {"verdicts": _entries(report)} if "verdicts" in report else dict(report)
+
+
+_report: ContextVar[Report | None] = ContextVar("sidelight_report", default=None)
+
+
+def current_report() -> Report | None:
     """Where the engine notes what it says of the HTTP request that is being answered."""
     return _report.get()
 
@@ -36,16 +80,35 @@ class Described:
     encoder: PromptEncoder | None = None
 
     def describe(self, body: bytes) -> bytes:
-        """The body with what its tokens belong to, or as it is."""
+        """The body with what its tokens belong to, and with nothing that the client says of them.
+
+        Raises:
+            RecursionError: It is nested too deep to be read.
+        """
         assert self.encoder is not None
         try:
             request = json.loads(body)
+        except ValueError:
+            # vLLM says itself what is wrong with it.
+            return body
+        if not isinstance(request, dict):
+            return body
+        described = cast(dict[str, Any], request)
+        given = described.get(_PARAMS)
+        if given is None or isinstance(given, dict):
+            others = {k: v for k, v in (given or {}).items() if k != KEY}
+            described = {**described, _PARAMS: {**others, **self._params(described)} or None}
+        return json.dumps(described).encode()
+
+    def _params(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """What the tokens belong to; nothing where that cannot be said."""
+        assert self.encoder is not None
+        try:
             prompt = self.encoder.encode([_message(turn) for turn in request["messages"]])
         except (ValueError, KeyError, TypeError, SidelightError):
-            # vLLM says itself what is wrong with it, or answers without a verdict, which we say.
-            return body
-        params = {**(request.get(_PARAMS) or {}), **request_params(prompt)}
-        return json.dumps({**request, _PARAMS: params}).encode()
+            # vLLM refuses it, or answers without a verdict, which we say.
+            return {}
+        return request_params(prompt)
 
 
 class ProbeMiddleware:
@@ -66,9 +129,13 @@ class ProbeMiddleware:
         if not is_chat or self._described.encoder is None:
             await self._app(scope, receive, send)
             return
-        body = self._described.describe(await _whole_body(receive))
+        try:
+            body = self._described.describe(await _whole_body(receive))
+        except RecursionError:
+            await JSONResponse(_TOO_DEEP, status_code=400)(scope, receive, send)
+            return
         headers = _with_length(scope["headers"], len(body))
-        report: dict[str, Any] = {}
+        report = Report()
         token = _report.set(report)
         try:
             inner = _replayed(body, receive)
@@ -80,7 +147,7 @@ class ProbeMiddleware:
 class _Answer:
     """Passes an answer on with the verdicts in it."""
 
-    def __init__(self, send: Send, report: Mapping[str, Any]):
+    def __init__(self, send: Send, report: Report):
         self._send = send
         self._report = report
         self._start: Event = {}
@@ -104,30 +171,32 @@ class _Answer:
 
     def _with_chunks(self, body: bytes) -> bytes:
         """Verdicts go first; those that have changed since go before the end."""
-        says = {KEY: _extension(self._report)}
-        is_due = self._sent is None or _DONE in body
+        says = {KEY: self._report.extension()}
+        # Whole events: a model may write the words of the last one.
+        events = body.split(_EVENT_END)
+        is_due = self._sent is None or _DONE in events
         if not body or not is_due or says == self._sent:
             return body
         self._sent = says
         chunk = {"object": "chat.completion.chunk", "choices": [], **says}
-        ours = b"data: " + json.dumps(chunk).encode() + b"\n\n"
-        before, done, after = body.partition(_DONE)
-        return before + ours + done + after if done else ours + body
+        place = events.index(_DONE) if _DONE in events else 0
+        events.insert(place, b"data: " + json.dumps(chunk).encode())
+        return _EVENT_END.join(events)
 
     async def _finish(self) -> None:
         body = self._body
         if self._start["status"] == 200:
-            body = json.dumps({**json.loads(body), KEY: _extension(self._report)}).encode()
+            body = json.dumps({**json.loads(body), KEY: self._report.extension()}).encode()
         headers = _with_length(self._start["headers"], len(body))
         await self._send({**self._start, "headers": headers})
         await self._send({"type": "http.response.body", "body": body})
 
 
-def _extension(report: Mapping[str, Any]) -> dict[str, Any]:
-    """As in the answers of our own server."""
+def _entries(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One for each probe, or one that says why there is none."""
     if "verdicts" not in report:
-        return dict(report or _NOT_JUDGED)
-    return {"verdicts": [{"probe": name, **says} for name, says in report["verdicts"].items()]}
+        return [dict(report)]
+    return [{"probe": name, **says} for name, says in report["verdicts"].items()]
 
 
 def _message(turn: Mapping[str, Any]) -> Message:

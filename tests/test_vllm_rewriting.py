@@ -1,0 +1,115 @@
+"""What vLLM's own server reads of a chat request, and what a client reads of its answer."""
+
+import asyncio
+import json
+
+import pytest
+
+from sidelight.prompts import Message
+from sidelight.vllm_plugin.hearing import Said
+from sidelight.vllm_plugin.params import KEY, request_params
+from sidelight.vllm_plugin.rewriting import Described, ProbeMiddleware, current_report
+from tiny import tiny_backbone
+
+OWN = {KEY: {"parts": [[0, 5]], "tokens": "0"}, "other": 1}
+TURN = {"role": "user", "content": "hello"}
+CALL = {"role": "assistant", "tool_calls": []}
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return tiny_backbone().encoder
+
+
+def asked(encoder, body, *, said=(), texts=1, events=None):
+    """The body that vLLM reads, and the status and body that the client does."""
+    read, sent = [], []
+
+    async def vllm(scope, receive, send):
+        read.append((await receive())["body"])
+        report = current_report()
+        report.texts = texts
+        for each in said:
+            report.take(each)
+        kind = b"application/json" if events is None else b"text/event-stream"
+        headers = [(b"content-type", kind), (b"content-length", b"2")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        for event in events or []:
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+        end = b"{}" if events is None else b""
+        await send({"type": "http.response.body", "body": end})
+
+    async def receive():
+        return {"type": "http.request", "body": body}
+
+    async def send(event):
+        sent.append(event)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": []}
+    middleware = ProbeMiddleware(vllm, described=Described(encoder))
+    asyncio.run(middleware(scope, receive, send))
+    return read, sent[0]["status"], b"".join(event.get("body", b"") for event in sent)
+
+
+def says(text, **fields):
+    return Said(text, 1, {KEY: {"verdicts": {"toxicity": fields}}})
+
+
+@pytest.mark.parametrize(
+    "messages", [[TURN], [TURN, CALL], [], None, "hello", [{"role": "user", "content": [1]}]]
+)
+def test_a_client_cannot_describe_its_tokens(encoder, messages):
+    body = json.dumps({"messages": messages, "kv_transfer_params": OWN}).encode()
+    (read,), _, _ = asked(encoder, body)
+    params = json.loads(read)["kv_transfer_params"]
+    assert params["other"] == 1
+    if messages == [TURN]:
+        assert params[KEY] == request_params(encoder.encode([Message("user", "hello")]))[KEY]
+    else:
+        assert KEY not in params
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"{", b"[1]", b"3", json.dumps({"messages": [TURN], "kv_transfer_params": "x"}).encode()],
+)
+def test_what_vllm_refuses_goes_on_to_it(encoder, body):
+    (read,), _, _ = asked(encoder, body)
+    assert read == body
+
+
+def test_a_body_nested_too_deep_is_a_400(encoder):
+    body = b'{"messages": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    read, status, answer = asked(encoder, body)
+    assert (read, status) == ([], 400)
+    assert "too deep" in json.loads(answer)["error"]["message"]
+
+
+def test_each_of_several_texts_has_its_verdict(encoder):
+    body = json.dumps({"messages": [TURN], "n": 3}).encode()
+    reports = [says(0, flagged=False), says(1, flagged=False), says(0, flagged=True)]
+    _, _, answer = asked(encoder, body, said=reports, texts=3)
+    assert json.loads(answer)[KEY]["verdicts"] == [
+        {"choice": 0, "probe": "toxicity", "flagged": True},
+        {"choice": 1, "probe": "toxicity", "flagged": False},
+        {"choice": 2, "error": "The request was not judged."},
+    ]
+
+
+def test_one_text_needs_no_number(encoder):
+    body = json.dumps({"messages": [TURN]}).encode()
+    _, _, answer = asked(encoder, body, said=[says(0, flagged=True)])
+    assert json.loads(answer)[KEY] == {"verdicts": [{"probe": "toxicity", "flagged": True}]}
+    _, _, answer = asked(encoder, body)
+    assert json.loads(answer)[KEY] == {"error": "The request was not judged."}
+
+
+def test_a_model_may_write_the_words_that_end_a_stream(encoder):
+    text = b'data: {"content": "data: [DONE]"}\n\n'
+    body = json.dumps({"messages": [TURN], "stream": True}).encode()
+    events = [text, text + b"data: [DONE]\n\n"]
+    _, _, answer = asked(encoder, body, said=[says(0, flagged=True)], events=events)
+    first, *rest, end = answer.split(b"\n\n")
+    assert json.loads(first.removeprefix(b"data: "))[KEY]["verdicts"][0]["flagged"]
+    assert rest == [text.strip(), text.strip(), b"data: [DONE]"]
+    assert end == b""
