@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from live import openai_client
-from sidelight.prompts import Message
+from sidelight.prompts import EncodedPrompt, Message, Part
 from vllm_served import ROUNDING, expected, tiny_model
 
 CONTENT = "Please tell me, once more, where my refund is. " * 4
@@ -109,22 +109,31 @@ def test_a_stream_begins_with_the_verdicts(address, model):
 
 
 def test_each_of_several_texts_has_its_own_verdicts(address, model):
-    names = sorted(probe.name for probe in model.probes)
+    prompt = model.backbone.encoder.encode([Message("user", CONTENT)])
     with openai_client(address) as client:
-        one = by_probe(ask(client).model_extra["sidelight"])
-        answer = ask(client, n=3)
-        last = [c for c in ask(client, n=3, stream=True) if "sidelight" in (c.model_extra or {})][
-            -1
-        ]
-    for extension in (answer.model_extra["sidelight"], last.model_extra["sidelight"]):
-        for choice in range(3):
-            own = [v for v in extension["verdicts"] if v["choice"] == choice]
-            assert sorted(v["probe"] for v in own) == names
-            # Greedy texts are the same, up to the order of their sums.
-            for verdict in own:
-                assert verdict.get("probabilities", {}) == pytest.approx(
-                    one[verdict["probe"]] or {}, abs=ROUNDING
-                )
+        sampled = {"n": 3, "temperature": 1.0, "extra_body": {"return_token_ids": True}}
+        answer = ask(client, **sampled)
+        last = [c for c in ask(client, stream=True, **sampled) if "sidelight" in c.model_extra][-1]
+    for choice in answer.choices:
+        # The newest token is not read.
+        read = tuple(choice.model_extra["token_ids"][:-1])
+        parts = prompt.parts + (Part.RESPONSE,) * len(read)
+        wanted = expected(model, [prompt, EncodedPrompt(prompt.token_ids + read, parts)])
+        verdicts = by_probe(of_choice(answer, choice.index))
+        for probe in model.probes:
+            np.testing.assert_allclose(
+                list(verdicts[probe.name].values()),
+                wanted[probe.reads.side != "prompt"][probe.name],
+                rtol=0,
+                atol=ROUNDING,
+            )
+    probes = {probe.name for probe in model.probes}
+    assert all(by_probe(of_choice(last, index)).keys() == probes for index in range(3))
+
+
+def of_choice(answer, index):
+    verdicts = answer.model_extra["sidelight"]["verdicts"]
+    return {"verdicts": [verdict for verdict in verdicts if verdict["choice"] == index]}
 
 
 def test_a_request_that_cannot_be_described_says_that_it_was_not_judged(address):
