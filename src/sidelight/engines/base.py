@@ -16,6 +16,7 @@ from collections.abc import (
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
+from sidelight.backbones import Fingerprint
 from sidelight.engines.logprobs import TokenLogprobs
 from sidelight.errors import SidelightError, VerdictError, did_you_mean
 from sidelight.probe import Probe
@@ -330,3 +331,13 @@ def require_watchable(watch: Iterable[str], probes: Sequence[LoadedProbe]) -> No
                 f"Probe '{name}' cannot be watched: no such probe reads the response."
                 f"{did_you_mean(name, known)}"
             )
+
+
+def require_same_model(probes: Iterable[Probe], fingerprint: Fingerprint) -> None:
+    """Checks that the probes were trained on this model.
+
+    Raises:
+        FingerprintMismatchError: One was not.
+    """
+    for probe in probes:
+        probe.fingerprint.require(fingerprint, probe=probe.name)

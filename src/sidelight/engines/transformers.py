@@ -36,20 +36,19 @@ from sidelight.engines.base import (
     Sampling,
     Tokens,
     admit_all,
+    require_same_model,
     require_watchable,
     verdict_failure,
 )
 from sidelight.engines.batch import Batch, Emission, Failed
 from sidelight.engines.judging import Panel
 from sidelight.engines.line import Limits, Line, Request
-from sidelight.errors import ContextLengthError, SidelightError
+from sidelight.engines.reading import WARM_UP, TextReader, has_response
+from sidelight.errors import SidelightError
 from sidelight.probe import Probe
-from sidelight.prompts import Conversation, EncodedPrompt, Message, PlainText
+from sidelight.prompts import Conversation, Message
 
 _log = logging.getLogger(__name__)
-
-# A text that every probe has to judge before it is served.
-_WARM_TEXT = "Hello"
 
 Outbox = asyncio.Queue[Emission]
 
@@ -79,7 +78,9 @@ class TransformersEngine(Engine):
         self._encoder = backbone.encoder
         self._panel = self._seat(probes)
         self._batch = Batch(backbone)
-        self._tokenizer = backbone.tokenizer
+        self._reader = TextReader(
+            backbone.encoder, backbone.tokenizer, max_tokens=backbone.encoder.max_tokens
+        )
         self._line = Line(limits or Limits())
         self._outboxes: dict[Request, Outbox] = {}
         self._cancelled: set[Request] = set()
@@ -100,7 +101,7 @@ class TransformersEngine(Engine):
     @property
     def max_tokens(self) -> int:
         """The longest input that the model reads."""
-        return self._encoder.max_tokens
+        return self._reader.max_tokens
 
     @property
     def load(self) -> Load:
@@ -127,16 +128,14 @@ class TransformersEngine(Engine):
     async def replace_probes(self, probes: Sequence[Probe]) -> None:
         """Serves these probes from now on, once each has given a verdict on a short text."""
         panel = await asyncio.to_thread(self._seat, probes)
-        conversation = [Message("user", _WARM_TEXT), Message("assistant", _WARM_TEXT)]
-        (judged,) = await self._judge([conversation], panel)
+        (judged,) = await self._judge([WARM_UP], panel)
         if judged.failed:
             raise verdict_failure(judged.failed)
         self._panel = panel
 
     async def tokenize(self, text: Conversation) -> Tokens:
         """The tokens that ``generate``, or for a text with a response ``judge``, would read."""
-        ids = (await asyncio.to_thread(self._read, text)).token_ids
-        return Tokens(ids, tuple(self._tokenizer.convert_ids_to_tokens(ids)))
+        return await asyncio.to_thread(self._reader.tokens, text)
 
     def generate(
         self,
@@ -153,7 +152,7 @@ class TransformersEngine(Engine):
 
         def request() -> Request:
             prompt = self._encoder.encode(messages)
-            room = self._room(prompt, sampling.max_tokens)
+            room = self._reader.room(prompt, sampling.max_tokens)
             return Request(prompt, sampling, room, panel, watch=frozenset(watch), admits=admits)
 
         return self._written(request)
@@ -181,27 +180,12 @@ class TransformersEngine(Engine):
             return [_judged(await outbox.get()) for outbox in outboxes]
 
     def _seat(self, probes: Sequence[Probe]) -> Panel:
-        for probe in probes:
-            probe.fingerprint.require(self._backbone.fingerprint, probe=probe.name)
+        require_same_model(probes, self._backbone.fingerprint)
         return Panel.of(probes, device=self._backbone.device)
 
     def _check(self, messages: Sequence[Message], panel: Panel) -> Request:
-        prompt, has_response = self._read(messages), _has_response(messages)
-        return Request(prompt, Sampling(), 0, panel, has_response=has_response)
-
-    def _read(self, text: Conversation) -> EncodedPrompt:
-        if isinstance(text, PlainText) or not _has_response(text):
-            return self._encoder.encode(text)
-        return self._encoder.encode(text[:-1], response=text[-1].content)
-
-    def _room(self, prompt: EncodedPrompt, wanted: int | None) -> int:
-        room = self._encoder.max_tokens - len(prompt)
-        if room < 1:
-            raise ContextLengthError(
-                f"The prompt has {len(prompt)} tokens with its template and fills the context of "
-                f"{self._encoder.max_tokens}, so nothing can be written. Shorten it."
-            )
-        return min(room, room if wanted is None else wanted)
+        prompt = self._reader.read(messages)
+        return Request(prompt, Sampling(), 0, panel, has_response=has_response(messages))
 
     @contextmanager
     def _submitted(self, requests: Sequence[Request]) -> Generator[list[Outbox]]:
@@ -269,10 +253,6 @@ class TransformersEngine(Engine):
         for request in requests:
             self._outboxes.pop(request, None)
             self._cancelled.discard(request)
-
-
-def _has_response(messages: Sequence[Message]) -> bool:
-    return bool(messages) and messages[-1].role == "assistant"
 
 
 def _event(emission: Emission) -> Event:

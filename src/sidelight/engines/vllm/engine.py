@@ -20,6 +20,7 @@ from sidelight.engines.base import (
     Sampling,
     Tokens,
     admit_all,
+    require_same_model,
     require_watchable,
     verdict_failure,
 )
@@ -27,6 +28,7 @@ from sidelight.engines.gate import Gate
 from sidelight.engines.judging import Judgement
 from sidelight.engines.line import Limits
 from sidelight.engines.logprobs import Trail
+from sidelight.engines.reading import WARM_UP, TextReader, has_response
 from sidelight.engines.spelling import Speller
 from sidelight.engines.vllm.places import Place, Places
 from sidelight.engines.vllm.requests import (
@@ -39,19 +41,16 @@ from sidelight.engines.vllm.requests import (
     sampling_params,
 )
 from sidelight.engines.vllm.shelf import Shelf
-from sidelight.errors import ContextLengthError, SidelightError
+from sidelight.errors import SidelightError
 from sidelight.probe import Probe
 from sidelight.prompts import (
     Conversation,
     EncodedPrompt,
     Message,
-    PlainText,
     PromptEncoder,
 )
 from sidelight.vllm_plugin.hearing import Hearing, Said
 
-# A conversation that every probe has to judge before it is served.
-_WARM = [Message("user", "Hello"), Message("assistant", "Hello")]
 # An idle vLLM frees the blocks of a request within a step or two after its last output.
 _RESETS = 50
 _RESET_AFTER_S = 0.1
@@ -95,7 +94,8 @@ class VllmEngine(Engine):
         self._shelf = shelf
         self._limits = limits or Limits()
         # vLLM always writes, also where a text is only judged: one position is kept for that token.
-        self._room = min(encoder.max_tokens, llm.vllm_config.model_config.max_model_len - 1)
+        room = min(encoder.max_tokens, llm.vllm_config.model_config.max_model_len - 1)
+        self._reader = TextReader(encoder, tokenizer, max_tokens=room)
         self._gate = Gate()
         self._places = Places(self._limits.waiting)
         self._is_open = False
@@ -113,7 +113,7 @@ class VllmEngine(Engine):
     @property
     def max_tokens(self) -> int:
         """The longest input that the model reads."""
-        return self._room
+        return self._reader.max_tokens
 
     @property
     def load(self) -> Load:
@@ -140,12 +140,12 @@ class VllmEngine(Engine):
 
         Waits until the requests in the engine are done; new ones wait meanwhile.
         """
-        require_same(probes, self._fingerprint)
+        require_same_model(probes, self._fingerprint)
         new, before = tuple(probes), self._probes
         async with self._gate.closed():
             try:
                 await self._put(new)
-                judged = await self.check(self._read(_WARM))
+                judged = await self.check(self._reader.read(WARM_UP))
                 if judged.failed:
                     raise verdict_failure(judged.failed)
             except BaseException:
@@ -182,8 +182,7 @@ class VllmEngine(Engine):
 
     async def tokenize(self, text: Conversation) -> Tokens:
         """The tokens that ``generate``, or for a text with a response ``judge``, would read."""
-        ids = (await asyncio.to_thread(self._read, text)).token_ids
-        return Tokens(ids, tuple(self._tokenizer.convert_ids_to_tokens(ids)))
+        return await asyncio.to_thread(self._reader.tokens, text)
 
     def generate(
         self,
@@ -222,7 +221,7 @@ class VllmEngine(Engine):
     ) -> AsyncGenerator[Event, None]:
         require_drawable(sampling)
         prompt = await asyncio.to_thread(self._encoder.encode, messages)
-        params = sampling_params(sampling, self._limit(prompt, sampling.max_tokens), prompt)
+        params = sampling_params(sampling, self._reader.room(prompt, sampling.max_tokens), prompt)
         with self._places.taken(1) as (place,):
             async with self._gate.passing():
                 self._require_current(probes)
@@ -240,14 +239,14 @@ class VllmEngine(Engine):
     async def _judge(
         self, conversations: Sequence[Sequence[Message]], probes: tuple[Probe, ...]
     ) -> list[PromptJudged]:
-        prompts = await asyncio.to_thread(lambda: [self._read(c) for c in conversations])
+        prompts = await asyncio.to_thread(lambda: [self._reader.read(c) for c in conversations])
         with self._places.taken(len(prompts)) as places:
             async with self._gate.passing():
                 self._require_current(probes)
                 judged = await self._check_all(prompts, places)
         names = Names.of(probes)
         return [
-            _judged(prompt, own.of(names.all if _has_response(turns) else names.early))
+            _judged(prompt, own.of(names.all if has_response(turns) else names.early))
             for turns, prompt, own in zip(conversations, prompts, judged, strict=True)
         ]
 
@@ -270,11 +269,6 @@ class VllmEngine(Engine):
             raise errors.exceptions[0] from None
         return [task.result() for task in tasks]
 
-    def _read(self, text: Conversation) -> EncodedPrompt:
-        if isinstance(text, PlainText) or not _has_response(text):
-            return self._encoder.encode(text)
-        return self._encoder.encode(text[:-1], response=text[-1].content)
-
     async def check(self, prompt: EncodedPrompt, place: Place | None = None) -> Judgement:
         """What all probes say of these tokens; the one token that vLLM must write is dropped.
 
@@ -282,11 +276,7 @@ class VllmEngine(Engine):
             prompt: What to judge.
             place: Its own; None: it is part of a request that has one.
         """
-        if len(prompt) > self._room:
-            raise ContextLengthError(
-                f"The text has {len(prompt)} tokens with its template, and this engine judges "
-                f"{self._room} at most. Shorten it."
-            )
+        self._reader.require_fitting(prompt)
         params = sampling_params(Sampling(temperature=0), 1, prompt)
         judged = Judgement()
         async for output in self.outputs(prompt, params, place or Place()):
@@ -324,15 +314,6 @@ class VllmEngine(Engine):
         finally:
             self._places.leave(place)
 
-    def _limit(self, prompt: EncodedPrompt, wanted: int | None) -> int:
-        room = self._room - len(prompt)
-        if room < 1:
-            raise ContextLengthError(
-                f"The prompt has {len(prompt)} tokens with its template and fills the context of "
-                f"{self._room}, so nothing can be written. Shorten it."
-            )
-        return min(room, room if wanted is None else wanted)
-
     def _require_current(self, probes: tuple[Probe, ...]) -> None:
         if probes is not self._probes:
             raise EngineUnavailableError("The probes have just been replaced. Ask again.")
@@ -348,13 +329,3 @@ def _steps(said: deque[Said], tokens: int) -> tuple[Said, ...]:
 
 def _judged(prompt: EncodedPrompt, judged: Judgement) -> PromptJudged:
     return PromptJudged(judged.verdicts, judged.failed, tokens=len(prompt))
-
-
-def _has_response(messages: Sequence[Message]) -> bool:
-    return bool(messages) and messages[-1].role == "assistant"
-
-
-def require_same(probes: Sequence[Probe], fingerprint: Fingerprint) -> None:
-    """Checks that the probes belong to this model."""
-    for probe in probes:
-        probe.fingerprint.require(fingerprint, probe=probe.name)

@@ -7,8 +7,9 @@ from dataclasses import asdict
 from typing import Any
 
 from sidelight.backbones import load_backbone
+from sidelight.engines.base import require_same_model
 from sidelight.engines.line import Limits
-from sidelight.engines.vllm.engine import VllmEngine, require_same
+from sidelight.engines.vllm.engine import VllmEngine
 from sidelight.engines.vllm.shelf import Shelf
 from sidelight.errors import SidelightError, did_you_mean
 from sidelight.probe import Probe
@@ -51,7 +52,7 @@ def load_vllm_engine(
     path = backbone.model.config._name_or_path  # pyright: ignore[reportPrivateUsage]
     encoder, tokenizer, fingerprint = backbone.encoder, backbone.tokenizer, backbone.fingerprint
     del backbone
-    require_same(probes, fingerprint)
+    require_same_model(probes, fingerprint)
     shelf = Shelf()
     named = {"probes": shelf.put(probes), "fingerprint": asdict(fingerprint)}
     given = {"max_model_len": encoder.max_tokens, **(options or {})}
