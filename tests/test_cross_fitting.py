@@ -1,10 +1,13 @@
 """Few texts: all of them train the probe, and none is judged by a probe that has seen it."""
 
+from importlib import import_module
+
 import numpy as np
 import pytest
 
 from corpora import planted
 from sidelight.data import load_examples
+from sidelight.errors import SidelightError
 from sidelight.fitting import FitOptions, fit
 from sidelight.fitting.cross_fitting import FOLDS, choose_folds, cross_fit
 from sidelight.mechanisms import mechanism_spec
@@ -84,3 +87,24 @@ def test_many_texts_or_a_rare_class_are_not_cross_fitted():
     assert choose_folds(load_examples(rare)) == ()
     repeated = [{"text": "ab"[number % 2], "label": number % 2} for number in range(60)]
     assert choose_folds(load_examples(repeated)) == ()
+
+
+@pytest.mark.parametrize("marks", ["ABC", "👍👎🤷"])
+def test_texts_without_a_word_of_two_characters_train_a_probe(tiny, tmp_path, marks):
+    texts = [{"text": mark, "label": mark} for mark in marks for _ in range(2)]
+    options = FitOptions(mechanisms=(mechanism_spec("pooling"),), cache_root=tmp_path)
+    texts = load_examples(texts)
+    made = fit(tiny, texts, texts, name="marks", options=options)
+    assert made.baseline.metrics["accuracy"].value == 1.0
+
+
+def test_a_baseline_that_fails_costs_no_training(tiny, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise SidelightError("no baseline")
+
+    monkeypatch.setattr("sidelight.fitting.cross_fitting.TfIdf.fit", refuse)
+    module = import_module("sidelight.fitting.fit")
+    monkeypatch.setattr(module, "cross_fit", lambda *_: pytest.fail("probes were trained"))
+    options = FitOptions(mechanisms=(mechanism_spec("pooling"),), cache_root=tmp_path)
+    with pytest.raises(SidelightError, match="no baseline"):
+        fit(tiny, load_examples(rows("binary", 40)), None, name="x", options=options)

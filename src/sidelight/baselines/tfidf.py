@@ -10,7 +10,7 @@ from jaxtyping import Float
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.multiclass import OneVsRestClassifier
-from sklearn.pipeline import make_pipeline, make_union
+from sklearn.pipeline import FeatureUnion, make_pipeline, make_union
 
 from sidelight.baselines.base import Baseline, Rival
 from sidelight.errors import SidelightError
@@ -39,10 +39,6 @@ class TfIdf(Baseline):
         Raises:
             SidelightError: All training texts are of one class.
         """
-        features = make_union(
-            TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True),
-            TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True, min_df=2),
-        )
         regression = LogisticRegression(C=self.strength, max_iter=1000, class_weight="balanced")
         labels = study.training.labels
         is_multilabel = study.task.kind == "multilabel"
@@ -52,10 +48,29 @@ class TfIdf(Baseline):
                 "nothing to tell apart. Use more texts, with two labels at least."
             )
         head = OneVsRestClassifier(regression) if is_multilabel else regression
-        inputs = features.fit_transform(study.training.texts)
+        features, inputs = fit_features(study.training.texts)
         head.fit(inputs, labels)
         parameters = (len(features.get_feature_names_out()) + 1) * study.task.outputs
         return _Fitted(parameters, _scorer(make_pipeline(features, head), study.task))
+
+
+def fit_features(texts: Sequence[str]) -> tuple[FeatureUnion, Any]:
+    """Word 1- and 2-grams and character 2- to 5-grams of these texts; and the texts as such.
+
+    Where no text has a word of two characters, as with emojis, or no two texts share characters,
+    it is all characters and what up to five in a row make.
+    """
+    usual = make_union(
+        TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True),
+        TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True, min_df=2),
+    )
+    try:
+        return usual, usual.fit_transform(texts)
+    except ValueError:
+        # scikit-learn's way to say that a vocabulary is empty.
+        plain = TfidfVectorizer(analyzer="char", ngram_range=(1, 5), sublinear_tf=True)
+        characters = make_union(plain)
+        return characters, characters.fit_transform(texts)
 
 
 @dataclass(frozen=True)

@@ -74,10 +74,12 @@ def fit(
     study, doubtful = _study(source, backbone, training, validation, options)
     warnings += doubtful
     jobs = options.jobs(len(training))
+    # The baseline first: what it refuses in seconds must not cost the hours of training.
     if folds:
-        trained = cross_fit(jobs, study, folds)
         baseline = cross_fit_baseline(study, folds)
+        trained = cross_fit(jobs, study, folds)
     else:
+        baseline = TfIdf().fit(study, seed=0).logits(study.validation)
         trained = train_mechanisms(
             jobs,
             task=study.task,
@@ -85,7 +87,6 @@ def fit(
             validation=study.validation.training_set(),
             device=backbone.device,
         )
-        baseline = TfIdf().fit(study, seed=0).logits(study.validation)
     maker = ProbeMaker(study, name=name, options=options, folds=len(folds))
     runs = tuple(maker.make(one) for one in trained)
     if not options.keep_cache:

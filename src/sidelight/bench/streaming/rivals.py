@@ -4,10 +4,10 @@ import re
 from collections.abc import Sequence
 
 import numpy as np
-from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import Pipeline, make_pipeline, make_union
+from sklearn.pipeline import Pipeline, make_pipeline
 
+from sidelight.baselines.tfidf import fit_features
 from sidelight.bench.streaming.replay import Scores
 from sidelight.bench.streaming.responses import Responses
 from sidelight.data import Examples
@@ -45,11 +45,7 @@ def word_scores(training: Examples, responses: Responses) -> Scores:
 
 
 def _word_model(texts: Sequence[str], training: Examples) -> Pipeline:
-    features = make_union(
-        TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True),
-        TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True, min_df=2),
-    )
-    model = make_pipeline(
-        features, LogisticRegression(C=10.0, max_iter=1000, class_weight="balanced")
-    )
-    return model.fit(texts, training.labels)
+    features, inputs = fit_features(texts)
+    regression = LogisticRegression(C=10.0, max_iter=1000, class_weight="balanced")
+    regression.fit(inputs, training.labels)
+    return make_pipeline(features, regression)
