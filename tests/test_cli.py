@@ -24,7 +24,7 @@ def model(tiny: TransformersBackbone, tmp_path_factory: pytest.TempPathFactory) 
 def write_rows(path: Path, count: int, *, seed: int) -> str:
     texts, labels = planted("binary", count, seed=seed)
     rows = [
-        {"text": text, "toxic": int(label), "checked": index % 2}
+        {"text": text, "toxic": int(label), "checked": float(index % 2)}
         for index, (text, label) in enumerate(zip(texts, labels, strict=True))
     ]
     path.write_text("\n".join(map(json.dumps, rows)))

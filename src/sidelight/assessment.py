@@ -11,6 +11,7 @@ from sidelight.backbones import DtypeName, TransformersBackbone, load_backbone
 from sidelight.bank import Bank
 from sidelight.classifier import encode
 from sidelight.data import Examples, OnMissingLabel, load_examples
+from sidelight.data.truth_values import Truth, truth_values
 from sidelight.errors import SidelightError
 from sidelight.evaluation import Report, evaluate
 from sidelight.mechanisms import spec_titles
@@ -171,10 +172,12 @@ def _assess_rows(
 
 
 def _true_rows(examples: Examples, column: str) -> np.ndarray:
-    truths = ("1", "true", "yes")
-    rows = [i for i, v in enumerate(examples.column(column)) if str(v).lower() in truths]
-    if not rows:
+    # An absent column is an error that names the known ones.
+    examples.column(column)
+    values = truth_values(examples, column) or ()
+    rows = np.flatnonzero([value is Truth.HOLDS for value in values])
+    if not len(rows):
         raise SidelightError(
             f"No row has a true '{column}' (1, true or yes). Name another column with --subset."
         )
-    return np.array(rows)
+    return rows

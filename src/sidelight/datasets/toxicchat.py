@@ -1,8 +1,8 @@
 """ToxicChat: toxic prompts among those that users sent to a chat model (Lin et al. 2023)."""
 
 from sidelight.data import Examples
+from sidelight.data.truth_values import Truth, truth_values
 from sidelight.datasets.publication import Columns, Layout, Part, Published, Subset
-from sidelight.datasets.subsets import Truth, truth_values
 
 _CONFIG = "toxicchat0124"
 # Rows: the hub's data set card, version 0124.
