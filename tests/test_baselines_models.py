@@ -6,6 +6,7 @@ import math
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -150,14 +151,29 @@ def test_a_killed_lora_ends_where_an_unbroken_one_does(study, tmp_path, monkeypa
             broken.fit(part, seed=0)
     (saved,) = tmp_path.glob("*.safetensors")
     with safe_open(saved, "pt") as file:
-        assert len(json.loads(file.metadata()["told"])["history"]) == 1
+        told = json.loads(file.metadata()["told"])
+    assert len(told["history"]) == 1
     resumed = broken.fit(part, seed=0)
+    assert resumed.seconds_before == told["seconds"] > 0
     np.testing.assert_array_equal(resumed.logits(part.validation), whole)
     # Finished: nothing is trained again.
     with monkeypatch.context() as patch:
         patch.setattr(fine_tuning, "make_loss", lambda *_, **__: kill)
         finished = broken.fit(part, seed=0)
     np.testing.assert_array_equal(finished.logits(part.validation), whole)
+
+
+def test_another_version_does_not_go_on_from_a_checkpoint(study, monkeypatch):
+    from sidelight.baselines import fine_tuning
+
+    labelled = fine_tuning.Labelled(Sequences.of(study.training), study.training.labels)
+    lesson = fine_tuning.Lesson(
+        study.task, labelled, labelled, fine_tuning.FineTuning(1e-3), seed=0, title="x"
+    )
+    key = lesson.key()
+    assert key == lesson.key()
+    monkeypatch.setattr(fine_tuning, "version", lambda _name: "another")
+    assert lesson.key() != key
 
 
 def test_fine_tuning_keeps_the_best_epoch(study):
@@ -171,7 +187,7 @@ def test_fine_tuning_keeps_the_best_epoch(study):
     lesson = Lesson(
         task=study.task, **parts, settings=FineTuning(0.5, epochs=6), seed=0, title="Tuning"
     )
-    history = fine_tune(model, lesson)
+    history = fine_tune(model, lesson).history
     from sidelight.training import validation_score
 
     logits = score_sequences(model, parts["validation"].sequences, title="Judging")
@@ -291,6 +307,17 @@ def test_shots_are_balanced_and_drawn_by_seed(study):
     assert shots(0) == shots(0) != shots(1)
     for text, answer in shots(0):
         assert ("X" in text) == (answer == "toxic")
+
+
+@pytest.mark.parametrize(("labels", "listed"), [(3, 3), (77, 1)])
+def test_many_names_are_listed_once(study, labels, listed):
+    names = tuple(f"label {number}" for number in range(labels))
+    asking = replace(FewShot(shots=2).fit(study, seed=0).asking, names=names)
+    users = [turn.content for turn in asking.turns("own text") if turn.role == "user"]
+    assert len(users) == 3
+    assert users[-1].endswith("own text")
+    assert sum(", ".join(names) in text for text in users) == listed
+    assert ", ".join(names) in users[0]
 
 
 def test_names_are_one_for_each_label(study):

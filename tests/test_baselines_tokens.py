@@ -160,6 +160,19 @@ def test_rolling_attention_equals_a_literal_loop():
     torch.testing.assert_close(rolling(tokens), torch.stack(expected), rtol=1e-4, atol=1e-4)
 
 
+def test_windows_in_parts_give_the_same_logits_and_gradients(monkeypatch):
+    torch.manual_seed(0)
+    tokens = random_tokens()
+    rolling = shaken(RollingHeads(6, 2, heads=3, window=10)).requires_grad_(True)
+    found = []
+    for cells in (2**24, 300):
+        monkeypatch.setattr("sidelight.baselines.rolling_max._CELLS", cells)
+        logits = rolling(tokens)
+        found.append([logits, *torch.autograd.grad(logits.sum(), [*rolling.parameters()])])
+    for whole, parts in zip(*found, strict=True):
+        torch.testing.assert_close(whole, parts)
+
+
 def test_a_text_within_one_window_is_read_by_plain_attention():
     torch.manual_seed(0)
     heads, rolling = AttentionHeads(6, 2, heads=3), RollingHeads(6, 2, heads=3, window=30)

@@ -1,7 +1,7 @@
 """What a baseline must give: a rival of the probe, fitted to the same texts."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
@@ -16,9 +16,11 @@ class Rival(ABC):
 
     Attributes:
         parameters: Numbers fitted to the training texts that are kept for prediction.
+        seconds_before: That an earlier, killed fit took for what this one went on from.
     """
 
     parameters: int
+    seconds_before: float = field(default=0.0, kw_only=True)
 
     @abstractmethod
     def logits(self, split: Split) -> Float[np.ndarray, "text output"]:

@@ -10,7 +10,9 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -87,8 +89,9 @@ class Lesson:
     title: str
 
     def key(self, *also: object) -> str:
-        """A name for this lesson's checkpoint: it covers the data, the settings and ``also``."""
-        digest = hashlib.sha256(repr((self.task, self.settings, self.seed, also)).encode())
+        """A checkpoint's name: it covers data, settings, this package's version and ``also``."""
+        settings = (version("sidelight"), self.task, self.settings, self.seed, also)
+        digest = hashlib.sha256(repr(settings).encode())
         for part in (self.training, self.validation):
             digest.update(part.sequences.prefix.numpy().tobytes())
             digest.update(np.ascontiguousarray(part.labels).tobytes())
@@ -97,9 +100,22 @@ class Lesson:
         return digest.hexdigest()[:16]
 
 
+@dataclass(frozen=True)
+class Tuned:
+    """How a fine-tuning went.
+
+    Attributes:
+        history: The validation score of each epoch.
+        seconds_before: Of the epochs that a checkpoint held.
+    """
+
+    history: tuple[float, ...]
+    seconds_before: float
+
+
 def fine_tune(
     model: SequenceClassifier, lesson: Lesson, *, checkpoint: Path | None = None
-) -> tuple[float, ...]:
+) -> Tuned:
     """Trains the parameters that require gradients; the model ends with its best epoch's.
 
     Args:
@@ -107,9 +123,6 @@ def fine_tune(
         lesson: What to learn.
         checkpoint: A file that is written after each epoch, and gone on from if it is there; in the
             end it holds what was learnt.
-
-    Returns:
-        The validation score of each epoch.
 
     Raises:
         SidelightError: The logits are not finite any more.
@@ -124,7 +137,7 @@ def fine_tune(
             if checkpoint is not None:
                 run.save(checkpoint)
     run.restore_best()
-    return tuple(run.progress.history)
+    return Tuned(tuple(run.progress.history), run.seconds_before)
 
 
 @dataclass
@@ -143,6 +156,8 @@ class _Run:
         self._optimizer = _optimizer(list(self._trained.values()), lesson.settings)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, self._rate)
         self.progress = _Progress()
+        self.seconds_before = 0.0
+        self._start = perf_counter()
 
     def _rate(self, step: int) -> float:
         """The learning rate's factor at a step."""
@@ -198,7 +213,8 @@ class _Run:
     def save(self, path: Path) -> None:
         """Tensors by name, and the rest as JSON in the file's header: nothing is pickled."""
         tensors = _prefixed("best", self.progress.best)
-        told: dict[str, Any] = {"history": self.progress.history}
+        seconds = self.seconds_before + perf_counter() - self._start
+        told: dict[str, Any] = {"history": self.progress.history, "seconds": seconds}
         if len(self.progress.history) < self._lesson.settings.epochs:
             optimizer = self._optimizer.state_dict()
             tensors |= _prefixed("trained", {name: p.detach() for name, p in self._trained.items()})
@@ -217,6 +233,7 @@ class _Run:
             told = json.loads(file.metadata()["told"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         self.progress = _Progress(_with_prefix("best", tensors), told["history"])
+        self.seconds_before = told["seconds"]
         if "groups" not in told:
             return
         for name, parameter in self._trained.items():

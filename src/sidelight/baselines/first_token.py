@@ -38,12 +38,17 @@ class FirstToken:
         Raises:
             SidelightError: The logits are not a linear head on one final norm.
         """
+        first = FirstToken.unchecked(backbone)
+        first._check(backbone, prompt)
+        return first
+
+    @staticmethod
+    def unchecked(backbone: TransformersBackbone) -> "FirstToken":
+        """That of a backbone which ``of`` has accepted: a large copy, not to be kept."""
         head: Any = backbone.model.get_output_embeddings()
         weight = head.weight.detach().float().cpu()
         bias = torch.zeros(len(weight)) if head.bias is None else head.bias.float().cpu()
-        first = FirstToken(_final_norm(backbone), weight, bias)
-        first._check(backbone, prompt)
-        return first
+        return FirstToken(_final_norm(backbone), weight, bias)
 
     @torch.no_grad()
     def directions(self, states: Float[Tensor, "text width"]) -> Float[Tensor, "text width"]:

@@ -67,8 +67,8 @@ class Lora(Baseline):
             title=self.title,
         )
         parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        fine_tune(model, lesson, checkpoint=self._checkpoint(lesson, study))
-        return _Fitted(parameters, model)
+        tuned = fine_tune(model, lesson, checkpoint=self._checkpoint(lesson, study))
+        return _Fitted(parameters, model, seconds_before=tuned.seconds_before)
 
     def _adapted(self, study: Study) -> SequenceClassifier:
         body = _sharing_weights(study.backbone.model.base_model)

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sidelight.backbones import TransformersBackbone
 from sidelight.baselines.base import Baseline, Rival
 from sidelight.baselines.first_token import FirstToken, text_chunks
 from sidelight.baselines.linear import Linear, Scaling
@@ -48,7 +49,7 @@ class Muli(Baseline):
         first = FirstToken.of(study.backbone, shortest)
         design = LogOddsDesign.of(first, _last_states(study.training))
         candidates = [
-            _Fitted.of(first, sparse, design.scaling)
+            _Fitted.of(study.backbone, sparse, design.scaling)
             for sparse in sparse_path(
                 design,
                 torch.from_numpy(study.training.labels),
@@ -69,26 +70,27 @@ class Muli(Baseline):
 
 @dataclass(frozen=True)
 class _Fitted(Rival):
-    """Holds the entries with a weight only."""
+    """Holds the entries with a weight only, and no copy of the LLM's head."""
 
-    first: FirstToken
+    backbone: TransformersBackbone
     entries: Int[Tensor, " kept"]
     linear: Linear
 
     @staticmethod
-    def of(first: FirstToken, sparse: Sparse, scaling: Scaling) -> "_Fitted":
+    def of(backbone: TransformersBackbone, sparse: Sparse, scaling: Scaling) -> "_Fitted":
         entries = sparse.weight.any(1).nonzero()[:, 0]
         kept = Scaling(scaling.mean[entries], scaling.scale[entries])
         linear = Linear.folded(sparse.weight[entries], sparse.bias, kept)
-        return _Fitted(linear.parameters, first, entries, linear)
+        return _Fitted(linear.parameters, backbone, entries, linear)
 
     def logits(self, split: Split) -> Float[np.ndarray, "text output"]:
         return torch.cat([self.linear(odds) for odds in self._odds(split)]).numpy()
 
     def _odds(self, split: Split) -> Iterator[Float[Tensor, "text kept"]]:
-        directions = self.first.directions(_last_states(split))
-        for chunk in directions.chunk(text_chunks(len(directions), len(self.first.weight))):
-            yield self.first.log_odds(chunk)[:, self.entries]
+        first = FirstToken.unchecked(self.backbone)
+        directions = first.directions(_last_states(split))
+        for chunk in directions.chunk(text_chunks(len(directions), len(first.weight))):
+            yield first.log_odds(chunk)[:, self.entries]
 
 
 def _last_states(split: Split) -> Float[Tensor, "text width"]:

@@ -28,6 +28,8 @@ from sidelight.types import Task
 # Of a batch, with what all prompts share: their keys and values are in memory at a time.
 _BATCH_TOKENS = 16_384
 _QUESTION = "Which label describes the text?"
+# More names than these are listed before the first text only.
+_LISTED = 20
 
 
 @dataclass(frozen=True)
@@ -101,16 +103,20 @@ class _Asking:
     shots: tuple[tuple[str, str], ...] = field(default=())
 
     def turns(self, text: str) -> list[Message]:
+        texts = [*(shot for shot, _ in self.shots), text]
+        asked = [self._ask(own, is_first=place == 0) for place, own in enumerate(texts)]
         earlier = [
             turn
-            for shot, answer in self.shots
-            for turn in (Message("user", self._ask(shot)), Message("assistant", answer))
+            for ask, (_, answer) in zip(asked, self.shots, strict=False)
+            for turn in (Message("user", ask), Message("assistant", answer))
         ]
-        return [*earlier, Message("user", self._ask(text))]
+        return [*earlier, Message("user", asked[-1])]
 
-    def _ask(self, text: str) -> str:
+    def _ask(self, text: str, *, is_first: bool) -> str:
         # The text comes last: what is cut from a long prompt is then never the question.
-        return f"{self.question} Answer with one of: {', '.join(self.names)}.\n\nText: {text}"
+        lists = is_first or len(self.names) <= _LISTED
+        names = f"one of: {', '.join(self.names)}" if lists else "one of these labels"
+        return f"{self.question} Answer with {names}.\n\nText: {text}"
 
 
 @dataclass(frozen=True)

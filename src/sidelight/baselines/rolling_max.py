@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sidelight.baselines.base import Baseline, Rival
 from sidelight.baselines.mlp_heads import TokenFeatures
@@ -16,6 +17,8 @@ from sidelight.ragged import Ragged
 from sidelight.study import Study
 from sidelight.training import TrainingSettings
 
+# Of the values of all tokens of some windows: 64 MiB in float32.
+_CELLS = 2**24
 _SETTINGS = TrainingSettings(learning_rate=1e-3, epochs=6, patience=2)
 
 
@@ -41,13 +44,27 @@ class RollingHeads(nn.Module):
     def forward(self, tokens: Ragged) -> Float[Tensor, "text output"]:
         """The logits of each text."""
         windows = Windows.of(tokens.lengths, size=self._window)
-        weights = online_softmax.masked_softmax(
-            windows.gather(tokens.values @ self.query), windows.mask[..., None]
+        scores = tokens.values @ self.query
+        values = (tokens.values @ self.value.flatten(1)).unflatten(-1, self.value.shape[1:])
+        size = self._window * self.value[0].numel()
+        parts = windows.split(max(1, _CELLS // size))
+        means = torch.cat(
+            [_means(part, scores, values) for part in parts]
+            if len(parts) == 1
+            # What a part gathers is a window's length times the values: it is gathered once more
+            # for the backward pass rather than kept.
+            else [checkpoint(_means, part, scores, values, use_reentrant=False) for part in parts]
         )
-        values = windows.gather(tokens.values @ self.value.flatten(1))
-        values = values.unflatten(-1, self.value.shape[1:])  # (window, token, head, output)
-        means = (weights[..., None] * values).sum(1)
         return Ragged(means, windows.counts).maxima().sum(1) + self.bias
+
+
+def _means(
+    windows: Windows,
+    scores: Float[Tensor, "token head"],
+    values: Float[Tensor, "token head output"],
+) -> Float[Tensor, "window head output"]:
+    weights = online_softmax.masked_softmax(windows.gather(scores), windows.mask[..., None])
+    return (weights[..., None] * windows.gather(values)).sum(1)
 
 
 @dataclass(frozen=True)

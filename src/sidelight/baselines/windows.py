@@ -1,6 +1,6 @@
 """Sliding windows over the tokens of ragged texts; a text shorter than a window is one window."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -51,6 +51,11 @@ class Windows:
         places = self.starts[:, None] + torch.arange(self.size)
         places = places.clamp(max=len(values) - 1)
         return values.index_select(0, places.flatten()).unflatten(0, places.shape)
+
+    def split(self, count: int) -> list["Windows"]:
+        """So many windows at a time; the counts stay those of the whole."""
+        pairs = zip(self.starts.split(count), self.sizes.split(count), strict=True)
+        return [replace(self, starts=starts, sizes=sizes) for starts, sizes in pairs]
 
     @property
     def mask(self) -> Bool[Tensor, "window size"]:
