@@ -13,7 +13,7 @@ from sidelight.cache import ActivationCache, ShardPlan
 from sidelight.data import Examples
 from sidelight.extraction import BackboneSource, StateSource, extract
 from sidelight.fitting import TRAINING_MAX_TOKENS
-from sidelight.prompts import EncodedPrompt, Reads
+from sidelight.prompts import EncodedPrompt, Reads, shared_unread
 
 
 def compare_extraction(
@@ -87,6 +87,7 @@ def _ratio(rates: Sequence[float], others: Sequence[float]) -> str:
 def _plain(
     backbone: TransformersBackbone, prompts: Sequence[EncodedPrompt], plan: ShardPlan
 ) -> None:
+    shared = shared_unread(prompts, Reads()) if backbone.can_share_prefixes else 0
     for rows in plan.rows:
-        for batch in by_length([len(prompts[row]) for row in rows]):
-            backbone.run([prompts[rows[i]] for i in batch])
+        for batch in by_length([len(prompts[row]) - shared for row in rows]):
+            backbone.run([prompts[rows[i]] for i in batch], after=shared)

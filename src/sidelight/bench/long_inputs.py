@@ -132,7 +132,7 @@ def _score(
     start = 0
     for probe in probes:
         width = probe.projection().weight.shape[2]
-        own = projected[prompt.mask(probe.reads), :, start : start + width]
+        own = projected[prompt.mask(probe.reads).to(projected.device), :, start : start + width]
         start += width
         parts = [_pieces(own, len(own)), _pieces(own, window)]
         found.append([_highest(probe, part) for part in parts])
@@ -141,12 +141,12 @@ def _score(
 
 def _pieces(tokens: Float[Tensor, "token layer column"], size: int) -> Ragged:
     lengths = [len(piece) for piece in tokens.split(size)]
-    return Ragged(tokens, torch.tensor(lengths))
+    return Ragged(tokens, torch.tensor(lengths, device=tokens.device))
 
 
 @torch.inference_mode()
 def _highest(probe: Probe, tokens: Ragged) -> float:
-    logits = probe.mechanism.finish(probe.mechanism.summarise(tokens)).double().numpy()
+    logits = probe.mechanism.finish(probe.mechanism.summarise(tokens)).double().cpu().numpy()
     return float(probe.calibration.apply(logits).max())
 
 

@@ -15,8 +15,9 @@ from jaxtyping import Float
 
 from sidelight.engines import Engine
 from sidelight.prompts import Message
+from sidelight.types import Verdict
 
-Probabilities = Float[np.ndarray, "text label"]
+Judged = Mapping[str, Sequence[Verdict]]
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Difference:
         between: Two engines, or one engine and two batch sizes.
         largest: Largest difference of a probability, over texts and labels.
         median: Median over texts of each text's largest difference.
-        flips: Texts that get another most probable label.
+        flips: Texts that get other labels at the probe's thresholds, or are flagged by one only.
         texts: How many were judged.
     """
 
@@ -82,7 +83,7 @@ async def _judge_in_batches(
     make: Callable[[], Engine],
     conversations: Sequence[Sequence[Message]],
     batch_sizes: Sequence[int],
-) -> dict[int, dict[str, Probabilities]]:
+) -> dict[int, Judged]:
     engine = await asyncio.to_thread(make)
     await engine.start()
     try:
@@ -91,24 +92,29 @@ async def _judge_in_batches(
         await engine.close()
 
 
-async def _judge(
-    engine: Engine, conversations: Sequence[Sequence[Message]], size: int
-) -> dict[str, Probabilities]:
-    rows: dict[str, list[list[float]]] = {}
+async def _judge(engine: Engine, conversations: Sequence[Sequence[Message]], size: int) -> Judged:
+    found: dict[str, list[Verdict]] = {}
     for start in range(0, len(conversations), size):
         for judged in await engine.judge(conversations[start : start + size]):
             for verdict in judged.verdicts:
-                rows.setdefault(verdict.probe, []).append([*verdict.probabilities.values()])
-    return {probe: np.array(values) for probe, values in rows.items()}
+                found.setdefault(verdict.probe, []).append(verdict)
+    return found
 
 
-def _difference(probe: str, between: str, one: Probabilities, other: Probabilities) -> Difference:
-    apart = np.abs(one - other).max(1)
+def _difference(
+    probe: str, between: str, one: Sequence[Verdict], other: Sequence[Verdict]
+) -> Difference:
+    apart = np.abs(_probabilities(one) - _probabilities(other)).max(1)
+    pairs = zip(one, other, strict=True)
     return Difference(
         probe,
         between,
         largest=float(apart.max()),
         median=float(np.median(apart)),
-        flips=int((one.argmax(1) != other.argmax(1)).sum()),
+        flips=sum((a.labels, a.flagged) != (b.labels, b.flagged) for a, b in pairs),
         texts=len(one),
     )
+
+
+def _probabilities(verdicts: Sequence[Verdict]) -> Float[np.ndarray, "text label"]:
+    return np.array([[*verdict.probabilities.values()] for verdict in verdicts])

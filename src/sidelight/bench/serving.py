@@ -16,7 +16,7 @@ from jaxtyping import Float
 from sidelight.backbones import Backbone
 from sidelight.bench.untrained import untrained_probe
 from sidelight.engines import Sampling
-from sidelight.engines.base import Event, TextDelta
+from sidelight.engines.base import Event, Finished, TextDelta
 from sidelight.engines.vllm import VllmEngine
 from sidelight.mechanisms import mechanism_spec
 from sidelight.probe import Probe
@@ -119,8 +119,7 @@ async def _measure_once(engine: VllmEngine, work: Work) -> list[float]:
     prompt_time = (perf_counter() - start) / work.requests
     sampling = Sampling(max_tokens=work.written, temperature=0)
     spans = await asyncio.gather(*(_writing(engine.generate(p, sampling)) for p in prompts))
-    begun, ended = max(span[0] for span in spans), max(span[1] for span in spans)
-    return [first, (ended - begun) / work.written, prompt_time]
+    return [first, float(np.mean(spans)), prompt_time]
 
 
 async def _last(events: AsyncGenerator[Event, None]) -> None:
@@ -128,14 +127,15 @@ async def _last(events: AsyncGenerator[Event, None]) -> None:
         pass
 
 
-async def _writing(events: AsyncGenerator[Event, None]) -> tuple[float, float]:
-    """When the first text came, and when the last event did."""
-    begun = None
+async def _writing(events: AsyncGenerator[Event, None]) -> float:
+    """Seconds for each token after those of the first text."""
+    begun, early, tokens = perf_counter(), 0, 0
     async for event in events:
-        if begun is None and isinstance(event, TextDelta):
-            begun = perf_counter()
-    ended = perf_counter()
-    return (ended if begun is None else begun, ended)
+        if isinstance(event, TextDelta) and not early:
+            begun, early = perf_counter(), event.tokens
+        if isinstance(event, Finished):
+            tokens = event.completion_tokens
+    return (perf_counter() - begun) / max(1, tokens - early)
 
 
 def _cost(

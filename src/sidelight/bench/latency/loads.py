@@ -55,7 +55,7 @@ def synthetic_load(
     if tokens > limit:
         raise ContextLengthError(
             f"A prompt of {tokens} tokens is longer than {backbone.name} reads ({limit}). "
-            f"Give --lengths up to {limit}."
+            f"Ask for up to {limit} (--lengths, or 'tokens' in a recipe's [latency])."
         )
     vocabulary = backbone.model.config.get_text_config().vocab_size
     ids = np.random.default_rng(seed).integers(vocabulary, size=(batch_size, tokens))
