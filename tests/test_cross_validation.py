@@ -1,13 +1,16 @@
 """Rows compared on training texts alone, and tables on files of one's own."""
 
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from commands import run, saved
 from corpora import planted
 from sidelight.errors import SidelightError
 from sidelight.reproduction import Tools, cross_validate, parse_recipe
+from sidelight.reproduction.tools import suggested
 from test_reproduction import TABLE, Data
 
 
@@ -63,12 +66,43 @@ def test_folds_do_not_overlap_and_cover_every_text(tiny, tmp_path, monkeypatch):
         assert fold.isdisjoint(at.study.training.rows.tolist())
 
 
+def test_equal_texts_are_in_one_fold_and_each_fold_searches_for_itself(tiny, tmp_path):
+    data, asked = Data(), []
+    data.training = data.training.select(np.arange(100) % 50)
+
+    def search(study, mechanism, storage):
+        asked.append((study, storage))
+        found = suggested(mechanism)
+        return replace(found, settings=found.settings.changed(epochs=1))
+
+    text = TABLE.replace("settings = { epochs = 2 }", "search = true").replace(
+        "seeds = 2", "seeds = 1"
+    )
+    given = replace(tools(tiny, tmp_path / "cache", data), search=search)
+    recipe = parse_recipe(text, name="t").only(["pooling"])
+    cross_validate(recipe, tmp_path / "out", text=text, tools=given, folds=3)
+    for study, _ in asked:
+        assert set(study.training.texts).isdisjoint(study.validation.texts)
+    assert len({storage for _, storage in asked}) == len(asked) == 3
+    # The origin of a table in the same folder stays.
+    assert not (tmp_path / "out" / "environment.json").exists()
+
+
+def test_a_row_that_diverges_in_a_fold_has_no_mean_and_comes_last(tiny, tmp_path):
+    text = TABLE.replace("epochs = 2", "epochs = 2, weight_decay = 1e38")
+    given = {"text": text, "tools": tools(tiny, tmp_path / "cache", Data()), "folds": 2}
+    recipe = parse_recipe(text, name="t").only(["pooling", "tfidf"])
+    found = cross_validate(recipe, tmp_path / "out", **given)
+    assert [(one.row, one.mean is None) for one in found] == [("tfidf", False), ("pooling", True)]
+    assert "| pooling | diverged |" in (tmp_path / "out" / "cross_validation.md").read_text()
+
+
 def test_what_cannot_be_cross_validated_is_refused(tiny, tmp_path):
     few = TABLE.replace("comparison", "few-shot")
     given = {"text": TABLE, "tools": tools(tiny, tmp_path / "cache", Data())}
     with pytest.raises(SidelightError, match="Only a comparison"):
         cross_validate(parse_recipe(few, name="t"), tmp_path / "out", folds=3, **given)
-    with pytest.raises(SidelightError, match="fewer texts than 99 folds"):
+    with pytest.raises(SidelightError, match="fewer distinct texts than 99 folds"):
         cross_validate(parse_recipe(TABLE, name="t"), tmp_path / "out", folds=99, **given)
 
 

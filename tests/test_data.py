@@ -533,6 +533,28 @@ def test_folds_have_each_row_once_and_part_no_text() -> None:
         assert found.count(2) == 1
 
 
+def test_drawn_rows_keep_the_share_of_each_label_and_lose_none() -> None:
+    labels = ["a"] * 70 + ["b"] * 28 + ["c"] * 2
+    rows = [{"text": f"text {n}", "label": label} for n, label in enumerate(labels)]
+    examples = load_examples(rows)
+    drawn = examples.draw(20, seed=0)
+    assert len(set(drawn.tolist())) == 20
+    assert (np.diff(drawn) > 0).all()
+    counts = np.bincount(examples.select(drawn).labels)
+    assert counts[2] == 1
+    assert abs(counts[0] - 14) <= 1
+    assert (examples.draw(20, seed=1) != drawn).any()
+    assert (examples.draw(500, seed=0) == np.arange(100)).all()
+    with pytest.raises(SidelightError, match="2 examples cannot show 3 labels"):
+        examples.draw(2, seed=0)
+
+
+def test_drawn_rows_of_several_labels_have_each_label() -> None:
+    rows = [{"text": f"text {n}", "a": int(n < 50), "b": int(n == 7)} for n in range(60)]
+    examples = load_examples(rows, label="a,b")
+    assert examples.select(examples.draw(6, seed=0)).labels.any(0).all()
+
+
 def test_an_impossible_split_is_an_error() -> None:
     with pytest.raises(SidelightError, match=r"Cannot make 5 parts"):
         load_examples(ROWS[:2]).folds(5, 0)

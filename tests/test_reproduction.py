@@ -32,9 +32,11 @@ from sidelight.reproduction import (
     reproduce,
 )
 from sidelight.reproduction.differences import difference, difference_over_draws, mean_draws
+from sidelight.reproduction.figures import measure_rows
 from sidelight.reproduction.judging import Judged, JudgedRow, Scored
 from sidelight.reproduction.rows import Found, build_rows
 from sidelight.reproduction.scoring import score_split
+from sidelight.reproduction.tables import Grid, latex, markdown
 from sidelight.reproduction.tools import suggested
 from sidelight.scoring import score
 from sidelight.study import Study, make_split
@@ -85,7 +87,9 @@ class Data:
     title: str = "Planted"
     training: Examples = field(init=False)
     validation: Examples = field(init=False)
-    notes: tuple[str, ...] = ("Made up for tests.",)
+    notes: tuple[str, ...] = ("Made up for tests.", "3 test rows have a cold.")
+    training_notes: tuple[str, ...] = ("Made up for tests.",)
+    test_notes: tuple[str, ...] = ("3 test rows have a cold.",)
     parts: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -340,8 +344,8 @@ def test_rows_can_be_chosen_and_data_cut(tiny: TransformersBackbone, cache: Path
     made = reproduce(chosen, tmp_path, text=TABLE, tools=tools, limit=40)
     assert list(rows_of(made)) == ["pooling", "tfidf"]
     assert made.tables[0].texts == 40
-    assert made.tables[1].texts == 20
-    assert any("first 40 rows" in note for note in made.notes)
+    assert 0 < made.tables[1].texts < 35
+    assert any("Only 40 rows" in note for note in made.notes)
     assert all(row.difference is None for row in made.tables[0].rows)
     with pytest.raises(SidelightError, match="Did you mean 'pooling'"):
         recipe().only(["poling"])
@@ -382,6 +386,8 @@ def test_a_transfer_is_tested_on_the_other_data_set(make: Callable[..., Made]):
     text = TABLE.replace('"comparison"', '"transfer"\ntest_data = "other"')
     made = make(text, load=sets.__getitem__)
     assert made.tables[0].title == "Other, all"
+    told = [note for note in made.notes if ": " in note and "opened" not in note]
+    assert told == ["Planted: Made up for tests.", "Other: 3 test rows have a cold."]
     assert rows_of(made)["readout"]["metrics"]["auprc"]["mean"] > 0.9
 
 
@@ -516,6 +522,76 @@ def test_draws_in_which_a_metric_is_undefined_are_left_out():
     assert undefined == Difference(Estimate(None, None, None), None)
 
 
+def test_a_draw_that_a_row_lacks_is_left_out_whichever_row_it_is():
+    labels = np.random.default_rng(0).integers(0, 2, 60)
+    long = judged_row("long", 1, 4, labels, 2.0)
+    short = judged_row("short", 2, 4, labels, 1.0)
+    short = replace(short, runs=short.runs[1::2])
+    scored = Scored(TASKS["binary"], labels, (long, short))
+    given = {"title": "t", "metric": "auprc", "are_draws": True}
+    forth, back = (measure_rows(scored, ours=name, **given) for name in ("long", "short"))
+    found = forth.rows[1].difference.estimate.value
+    values = [forth.rows[number].spread("auprc").values for number in (0, 1)]
+    assert found == pytest.approx(np.mean(np.subtract(values[0][1::2], values[1])))
+    assert back.rows[0].difference.estimate.value == pytest.approx(-found)
+
+
+def test_a_run_that_diverges_is_left_out_and_told(make: Callable[..., Made], tmp_path: Path):
+    made = make(TABLE.replace("epochs = 2", "epochs = 2, weight_decay = 1e38"))
+    assert list(rows_of(made)) == ["readout", "tfidf"]
+    assert sum("'pooling' with seed" in note and "diverged" in note for note in made.notes) == 2
+    before = stored(tmp_path)
+    assert rows_of(make(TABLE.replace("epochs = 2", "epochs = 2, weight_decay = 1e38")))
+    assert stored(tmp_path) == before
+
+
+def test_validation_texts_that_cannot_choose_are_refused_before_any_work(
+    make: Callable[..., Made], tmp_path: Path
+):
+    data = Data()
+    data.validation = data.validation.select(np.flatnonzero(data.validation.labels == 0))
+    with pytest.raises(SidelightError, match="no 'toxic' text"):
+        make(data=data)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_other_test_texts_are_another_opening(make: Callable[..., Made], tmp_path: Path):
+    head, _, tail = TABLE.partition("[[probe]]")
+    text = head.replace('ours = ["readout"]', "") + "".join(tail.rpartition("[[baseline]]")[1:])
+
+    @dataclass
+    class Longer(Data):
+        @property
+        def test(self) -> Examples:
+            return examples("binary", 80, 4)
+
+    assert not any("opened before" in note for note in make(text).notes)
+    assert any("opened before" in note for note in make(text, data=Longer()).notes)
+    assert not any("opened before" in note for note in make(text).notes)
+    openings = json.loads((tmp_path / "test_opened.json").read_text())
+    assert len({one["test"] for one in openings}) == len(openings) == 2
+    assert any("opened before" in note for note in make(text, limit=60).notes)
+
+
+def test_names_cannot_break_a_table():
+    grid = Grid("50 % of {a}", ("row", "x"), (("a|b $x_1^2~\\", "1"),), None)
+    assert r"| a\|b $x_1^2~\ | 1 |" in markdown(grid)
+    assert r"a|b \$x\_1\textasciicircum{}2\textasciitilde{}\textbackslash{} & 1 \\" in latex(grid)
+    assert r"\caption{50 \% of \{a\}}" in latex(grid)
+
+
+def test_rows_that_are_left_are_those_compared():
+    text = TABLE.replace('ours = ["readout"]', 'ours = ["readout", "pooling"]')
+    assert recipe(text).only(["tfidf", "pooling"]).ours == ("pooling",)
+
+
+@pytest.mark.parametrize("option", ["--seeds", "--limit", "--folds", "--train", "--only"])
+def test_a_latency_table_takes_no_option_of_training(option: str, tmp_path: Path):
+    arguments = ["latency", "--out", str(tmp_path), option, "3"]
+    with pytest.raises(SidelightError, match=f"takes no {option}"):
+        CliRunner().invoke(command, arguments, catch_exceptions=False)
+
+
 @pytest.mark.parametrize("name", recipe_names())
 def test_recipes_of_the_package_parse(name: str):
     parsed = parse_recipe(recipe_text(name), name=name)
@@ -566,11 +642,21 @@ def test_recipes_ask_a_prompted_model_about_the_classes(name: str):
             ('"comparison"', '"sensitivity"\nsweep = { parameter = "epochs", values = [] }'),
             "values",
         ),
+        (
+            ('"comparison"', '"sensitivity"\nsweep = { parameter = "epochs", values = [2, 2] }'),
+            "differ",
+        ),
     ],
 )
 def test_a_mistake_in_a_recipe_is_refused(change: tuple[str, str], complaint: str):
     with pytest.raises(SidelightError, match=complaint):
         parse_recipe(TABLE.replace(*change, 1), name="test")
+
+
+def test_a_sweep_has_no_row_that_is_ours():
+    text = TABLE.partition("[[baseline]]")[0].replace('"comparison"', '"sensitivity"')
+    with pytest.raises(SidelightError, match="no 'ours'"):
+        recipe(text + '[sweep]\nparameter = "epochs"\nvalues = [1, 2]\n')
 
 
 @pytest.mark.parametrize(

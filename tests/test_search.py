@@ -243,8 +243,12 @@ def test_enough_trials_say_which_parameter_matters(study, tmp_path):
 
 
 @pytest.mark.usefixtures("own_cache")
+@pytest.mark.parametrize("has_validation", [True, False])
 def test_the_printed_command_trains_what_was_found(
-    tiny: TransformersBackbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: TransformersBackbone,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    has_validation: bool,
 ):
     model, data, out = tmp_path / "model", tmp_path / "rows.jsonl", tmp_path / "out"
     tiny.model.save_pretrained(model)
@@ -252,11 +256,11 @@ def test_the_printed_command_trains_what_was_found(
     texts, labels = planted("binary", 160, seed=1)
     rows = [{"text": text, "toxic": int(label)} for text, label in zip(texts, labels, strict=True)]
     held_out = tmp_path / "held_out.jsonl"
-    # Without validation texts, so few rows would be cross-fitted, which gives another score.
     held_out.write_text("\n".join(map(json.dumps, rows[120:])))
     data.write_text("\n".join(map(json.dumps, rows[:120])))
-    arguments = ["--data", data, "--validation", held_out, "--label", "toxic"]
-    arguments += ["--model", model, "--out", out]
+    arguments = ["--data", data, "--label", "toxic", "--model", model, "--out", out]
+    # Without validation texts, so few rows are cross-fitted.
+    arguments += ["--validation", held_out] if has_validation else []
     arguments += ["--mechanism", "pooling,gate", "--trials", "2", "--keep-cache"]
     shown = CliRunner().invoke(search, [*map(str, arguments)], catch_exceptions=False)
     assert shown.exit_code == 0

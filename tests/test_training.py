@@ -9,12 +9,14 @@ from sklearn.metrics import average_precision_score
 from torch.nn import functional
 
 from corpora import TASKS, training_set
+from sidelight.errors import SidelightError
 from sidelight.mechanisms import Geometry, mechanism_names, mechanism_spec
 from sidelight.ragged import Ragged
 from sidelight.training import (
     Job,
     TrainingSettings,
     suggested_settings,
+    train_each,
     train_mechanisms,
     validation_score,
 )
@@ -284,3 +286,27 @@ def test_layer_weights_change_only_the_mechanisms_that_ask_for_them(corpora):
     torch.testing.assert_close(weights, weights[:, :1].expand_as(weights))
     assert weights[:, 0].square().mean().item() == pytest.approx(1, rel=1e-4)
     assert weights.std() > 0.01
+
+
+def test_a_job_that_diverges_leaves_its_neighbours_alone(corpora):
+    usual = TrainingSettings(epochs=2)
+    jobs = [
+        Job(mechanism_spec("pooling"), 0, settings)
+        for settings in (usual, replace(usual, weight_decay=1e38), usual)
+    ]
+    found = train_each(jobs, task=TASKS["binary"], **corpora["binary"])
+    assert [one is None for one in found] == [False, True, False]
+    (alone,) = train_mechanisms(jobs[:1], task=TASKS["binary"], **corpora["binary"])
+    np.testing.assert_allclose(found[0].logits, alone.logits, rtol=1e-3, atol=1e-4)
+    without = {**corpora["binary"], "validation": None}
+    assert train_each(jobs[1:2], task=TASKS["binary"], **without) == [None]
+    with pytest.raises(SidelightError, match="Lower --learning-rate"):
+        train_mechanisms(jobs, task=TASKS["binary"], **corpora["binary"])
+
+
+@pytest.mark.parametrize(("kind", "shape"), [("binary", (4,)), ("multilabel", (4, 3))])
+@pytest.mark.parametrize("label", [0, 1])
+def test_texts_that_are_all_alike_score_nothing(kind, shape, label):
+    labels = np.full(shape, label)
+    with pytest.raises(SidelightError, match="some of them have and others have not"):
+        validation_score(TASKS[kind], np.ones((4, TASKS[kind].outputs)), labels)

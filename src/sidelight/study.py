@@ -172,7 +172,7 @@ def make_split(
         remedy = (
             f"{cut} of them were cut to {limit} tokens: raise --max-tokens."
             if cut
-            else "Name the answers' column with --response, or read the prompt."
+            else "Read the prompt instead, or give their answers (--response, where a command has it)."
         )
         raise SidelightError(
             f"{len(unread)} of {len(prompts)} texts have no token that the probe would read "

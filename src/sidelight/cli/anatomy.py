@@ -81,7 +81,7 @@ def anatomy(probe: Path, out: Path, **given: Any) -> None:
     chosen.fingerprint.require(backbone.fingerprint, probe=chosen.name)
     split = make_split(
         backbone,
-        examples.select(range(min(len(examples), given["limit"] or len(examples)))),
+        examples.select(examples.draw(given["limit"] or len(examples), seed=0)),
         reads=chosen.reads,
         max_tokens=given["max_tokens"],
         cache_root=given["cache"] or cache_root() / "activations",

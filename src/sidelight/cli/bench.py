@@ -43,7 +43,12 @@ def _with_data(command: Any) -> Any:
         click.option("--data", required=True, help="A labelled file."),
         text_option,
         label_option,
-        click.option("--rows", type=click.IntRange(min=20), default=None, help="Use N rows."),
+        click.option(
+            "--rows",
+            type=click.IntRange(min=20),
+            default=None,
+            help="Use N rows, drawn at random, class by class.",
+        ),
         click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True),
         model_option,
         dtype_option,
@@ -253,7 +258,7 @@ def _subject(given: dict[str, Any]) -> dict[str, Any]:
 
     examples = load_examples(given["data"], text=given["text"], label=given["label"])
     if given["rows"]:
-        examples = examples.select(range(min(given["rows"], len(examples))))
+        examples = examples.select(examples.draw(given["rows"], seed=0))
     backbone = load_backbone(
         given["model"] or "smollm2", dtype=given["dtype"], device=given["device"]
     )

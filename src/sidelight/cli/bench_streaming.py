@@ -35,7 +35,12 @@ _XSTEST = "xstest_completions/all.jsonl.gz"
               help="Trainings of the probe.")  # fmt: skip
 @click.option("--max-tokens", type=click.IntRange(min=8), default=128, show_default=True,
               help="Of a training text with its prompt; tested ones are whole.")  # fmt: skip
-@click.option("--rows", type=click.IntRange(min=20), default=None, help="Use N rows.")
+@click.option(
+    "--rows",
+    type=click.IntRange(min=20),
+    default=None,
+    help="Use N rows, drawn at random, class by class.",
+)
 @click.option("--cache", type=click.Path(path_type=Path), default=None,
               help="Folder for activations. [default: the user's cache]")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), default=None, callback=checked_folder,
@@ -82,7 +87,7 @@ def _load(given: dict[str, Any]) -> "Examples":
         data, text=given["text"], label=given["label"], response=given["response"]
     )
     if given["rows"]:
-        loaded = loaded.select(range(min(given["rows"], len(loaded))))
+        loaded = loaded.select(loaded.draw(given["rows"], seed=0))
     return loaded
 
 

@@ -22,8 +22,8 @@ def load_labelled(given: dict[str, Any]) -> "tuple[Examples, Examples | None]":
         "on_missing_label": given["missing_label"],
     }
     whole = load_examples(given["data"], **how, split=given["split"], positive=given["positive"])
-    rows = range(min(given["limit"] or len(whole), len(whole)))
-    # What is doubtful about the file is so of its first rows.
+    rows = whole.draw(given["limit"] or len(whole), seed=0)
+    # What is doubtful about the file is so of some of its rows.
     training = replace(whole.select(rows), warnings=whole.warnings)
     if given["validation"] is None:
         return training, None

@@ -52,7 +52,10 @@ positive_option = click.option(
     "--positive", default=None, help="The positive class of a binary task."
 )
 limit_option = click.option(
-    "--limit", type=click.IntRange(min=2), default=None, help="Use the first N rows."
+    "--limit",
+    type=click.IntRange(min=2),
+    default=None,
+    help="Use N rows, drawn at random, class by class.",
 )
 max_tokens_option = click.option(
     "--max-tokens",

@@ -54,7 +54,8 @@ def parity(
     names = _known(engines)
     loaded = [load_probe(probe) for probe in probes]
     examples = load_examples(data, text=given["text"], label=None)
-    texts = [example.messages for example in examples.items[: given["limit"]]]
+    drawn = examples.draw(given["limit"] or len(examples), seed=0)
+    texts = [examples.items[row].messages for row in drawn]
     makers: dict[str, Callable[[], Engine]] = {
         name: partial(load_engine, name, loaded, given) for name in names
     }

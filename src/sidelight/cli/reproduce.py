@@ -91,14 +91,27 @@ def reproduce(recipe: str, out: Path, as_json: bool, **given: Any) -> None:
     from sidelight.reproduction import parse_recipe, recipe_text
 
     text = recipe_text(recipe)
-    chosen = _narrowed(parse_recipe(text, name=recipe), given)
-    if chosen.kind == "latency":
-        _latency(chosen, out, text, as_json, given)
+    parsed = parse_recipe(text, name=recipe)
+    if parsed.kind == "latency":
+        _require_latency_options(given)
+        _latency(parsed, out, text, as_json, given)
         return
+    chosen = _narrowed(parsed, given)
     if given["folds"]:
         _cross_validation(chosen, out, text, as_json, given)
         return
     _comparison(chosen, out, text, as_json, given)
+
+
+def _require_latency_options(given: dict[str, Any]) -> None:
+    """Refuses what a table of times has no use for, rather than leave it out in silence."""
+    trained = ("folds", "train", "test", "validation", "seeds", "only", "limit")
+    useless = [f"--{name}" for name in trained if given[name] is not None]
+    if useless:
+        raise SidelightError(
+            f"A latency table trains nothing and takes no {', '.join(useless)}. Leave it out; "
+            "lengths, batch sizes and texts stand in the recipe's [latency]."
+        )
 
 
 def _narrowed(recipe: "Recipe", given: dict[str, Any]) -> "Recipe":
@@ -136,6 +149,7 @@ def _cross_validation(
     from dataclasses import asdict
 
     from sidelight.reproduction import cross_validate
+    from sidelight.reproduction.cross_validation import shown
 
     found = cross_validate(
         recipe, out, text=text, tools=_tools(given), folds=given["folds"], limit=given["limit"]
@@ -144,8 +158,7 @@ def _cross_validation(
         click.echo(json.dumps([asdict(one) for one in found], indent=2))
         return
     for one in found:
-        folds = ", ".join(f"{score:.4f}" for score in one.folds)
-        click.echo(f"{one.mean:.4f}  {one.row}  ({folds})")
+        click.echo(f"{shown(one.mean)}  {one.row}  ({', '.join(map(shown, one.folds))})")
 
 
 def _tools(given: dict[str, Any]) -> "Tools":

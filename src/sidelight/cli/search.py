@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from sidelight.data import Examples
+    from sidelight.fitting.cross_fitting import Folds
     from sidelight.search import Best, Trial
     from sidelight.study import Study
 
@@ -67,14 +68,15 @@ def search(out: Path, as_json: bool, **given: Any) -> None:
     """Search options and settings of mechanisms on validation data.
 
     The backbone runs once over the texts; every trial trains from what it showed, several from
-    each read. A killed search goes on where it stopped when the same command runs again.
+    each read. Fewer than 1,000 rows without --validation are scored by folds, as `sidelight train`
+    judges them. A killed search goes on where it stopped when the same command runs again.
     """
     from sidelight.runs import check_folder, console
     from sidelight.search import describe, search_settings, write_search
 
     names = _names(given["mechanisms"])
     check_folder(out)
-    study = _study(given)
+    study, folds = _study(given)
     found: dict[str, Best] = {}
     for name in names:
         found[name] = search_settings(
@@ -83,12 +85,13 @@ def search(out: Path, as_json: bool, **given: Any) -> None:
             trials=given["trials"],
             seed=given["seed"],
             storage=out / "journal.log",
+            folds=folds,
             generation=given["together"],
             on_generation=lambda trials: _say(trials, given["trials"]),
         )
         write_search(found, out, score=_score_name(study))
     if not given["keep_cache"]:
-        for split in (study.training, study.validation):
+        for split in {study.training, study.validation}:
             split.states.remove()
     if as_json:
         click.echo(json.dumps(describe(found), indent=2))
@@ -108,9 +111,11 @@ def _names(mechanisms: str) -> list[str]:
     return names
 
 
-def _study(given: dict[str, Any]) -> "Study":
+def _study(given: dict[str, Any]) -> "tuple[Study, Folds]":
+    """The texts with their hidden states: all on both sides where folds are scored."""
     from sidelight.backbones import load_backbone
     from sidelight.backbones.embedded import cache_root
+    from sidelight.fitting.cross_fitting import choose_folds
     from sidelight.fitting.screening import (
         cut_warnings,
         rarity,
@@ -120,12 +125,16 @@ def _study(given: dict[str, Any]) -> "Study":
     from sidelight.prompts import Reads
     from sidelight.study import Study, make_split
 
-    training, validation = _examples(given)
+    training, validation = load_labelled(given)
+    folds = choose_folds(training) if validation is None else ()
+    if validation is None:
+        training, validation = (training, training) if folds else _held_out(training)
     require_same_task(training, validation)
     backbone = load_backbone(
         given["model"] or "smollm2", dtype=given["dtype"], device=given["device"]
     )
     budget = given["cache_budget"]
+    parts = {"Training texts": training} | ({} if folds else {"Validation texts": validation})
     splits = [
         make_split(
             backbone,
@@ -137,22 +146,20 @@ def _study(given: dict[str, Any]) -> "Study":
             keep_cache=given["keep_cache"],
             title=title,
         )
-        for examples, title in ((training, "Training texts"), (validation, "Validation texts"))
+        for title, examples in parts.items()
     ]
-    warnings = [*training.warnings, *rarity(validation), *shared_texts(training, validation)]
+    shared = [] if folds else shared_texts(training, validation)
+    warnings = [*training.warnings, *rarity(validation), *shared]
     for split in splits:
         warnings += cut_warnings(split.prompts, given["max_tokens"])
     for warning in warnings:
         click.echo(f"Warning: {warning}", err=True)
-    return Study(backbone, *splits)
+    return Study(backbone, splits[0], splits[-1]), folds
 
 
-def _examples(given: dict[str, Any]) -> "tuple[Examples, Examples]":
+def _held_out(whole: "Examples") -> "tuple[Examples, Examples]":
     from sidelight.data import validation_share
 
-    whole, validation = load_labelled(given)
-    if validation is not None:
-        return whole, validation
     training, held_out = whole.split(validation_share(len(whole)), seed=0)
     return replace(training, warnings=(*whole.warnings, *training.warnings)), held_out
 

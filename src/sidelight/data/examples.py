@@ -131,6 +131,36 @@ class Examples:
         warned = replace(training, warnings=self._lonely_labels(groups))
         return warned, self.select(np.flatnonzero(held_out))
 
+    def draw(self, count: int, seed: int) -> Int[Numbers, " _"]:
+        """Row numbers of so many examples, or of all if there are fewer, in their order.
+
+        Each label keeps about its share, and none is lost. A text with several labels counts for
+        its rarest.
+
+        Args:
+            count: How many.
+            seed: Decides which.
+
+        Raises:
+            SidelightError: There are more labels than examples to draw.
+        """
+        if count >= len(self):
+            return np.arange(len(self))
+        strata = self._strata()
+        sizes = strata.sum(axis=0)
+        rarest = np.where(strata, sizes, len(self) + 1).argmin(axis=1)
+        if len(np.unique(rarest)) > count:
+            raise SidelightError(
+                f"{count} examples cannot show {len(np.unique(rarest))} labels. Use more (--limit)."
+            )
+        shuffled = np.random.default_rng(seed).permutation(len(self))
+        place = np.empty(len(self))
+        for stratum in np.unique(rarest):
+            own = shuffled[rarest[shuffled] == stratum]
+            place[own] = np.arange(len(own)) / len(own)
+        # The first of every label has place 0, so all of these are drawn before any other.
+        return np.sort(shuffled[np.argsort(place[shuffled], kind="stable")[:count]])
+
     def folds(self, count: int, seed: int) -> tuple[Int[Numbers, " _"], ...]:
         """Row numbers of `count` parts, each drawn as `split` draws its held-out part.
 

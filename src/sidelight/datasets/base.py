@@ -21,6 +21,8 @@ class DataSet:
         test: Touched once, at the end.
         subsets: Row positions of `test`, by the subset's name; may be empty.
         notes: What is partial, deviates, or must be known of the licence; one sentence each.
+        training_notes: Those of training and validation, and of the set as a whole.
+        test_notes: Those of the test, and of the set as a whole.
     """
 
     name: str
@@ -30,6 +32,8 @@ class DataSet:
     test: Examples
     subsets: Mapping[str, Int[np.ndarray, " row"]]
     notes: tuple[str, ...]
+    training_notes: tuple[str, ...]
+    test_notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)

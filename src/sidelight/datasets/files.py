@@ -48,4 +48,6 @@ def from_files(
     splits = Splits(learned, None if validation is None else read(validation), tested)
     title = name or path.name.partition(".")[0]
     subsets = () if subset is None else (Subset(subset, subset),)
-    return assemble(splits, name=title, title=title, subsets=subsets, notes=learned.warnings)
+    return assemble(
+        splits, name=title, title=title, subsets=subsets, about_training=learned.warnings
+    )

@@ -58,17 +58,19 @@ def _load(entry: Published, layout: Layout, read: _Reader) -> DataSet:
     training = read(layout.training, None)
     validation = read(layout.validation, training.task) if layout.validation else None
     splits = Splits(training, validation, read(layout.test, training.task))
+    whole = (*layout.notes, *entry.notes)
     return assemble(
         splits,
         name=entry.name,
         title=entry.title,
         subsets=entry.subsets,
-        notes=(
-            *count_notes(splits, layout),
+        about_training=(
+            *count_notes("training", training, layout.training),
+            *count_notes("validation", validation, layout.validation),
             *entry.remarks(training),
-            *layout.notes,
-            *entry.notes,
+            *whole,
         ),
+        about_test=(*count_notes("test", splits.test, layout.test), *whole),
     )
 
 

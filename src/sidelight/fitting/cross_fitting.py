@@ -17,7 +17,7 @@ from sidelight.data import Examples
 from sidelight.fitting.automatic import FEW_TEXTS
 from sidelight.fitting.screening import class_counts, labels_of, task_of
 from sidelight.study import Study
-from sidelight.training import Job, Trained, train_mechanisms
+from sidelight.training import Job, Trained, divergence, train_each, train_mechanisms
 
 FOLDS = 5
 
@@ -44,28 +44,55 @@ def cross_fit(jobs: Sequence[Job], whole: Study, folds: Folds) -> list[Trained]:
         whole: All texts, as both of its splits.
         folds: Of ``choose_folds``.
     """
-    device = whole.backbone.device
-    logits = [_blank(whole) for _ in jobs]
-    for fold in folds:
-        part = _without(whole, fold)
-        trained = train_mechanisms(
-            jobs,
-            task=whole.task,
-            training=part.training.training_set(),
-            validation=None,
-            judged=part.validation.training_set(),
-            device=device,
-        )
-        for own, one in zip(logits, trained, strict=True):
-            own[fold] = one.logits
+    judged = judge_by_folds(jobs, whole, folds)
+    for job, logits in zip(jobs, judged, strict=True):
+        if logits is None:
+            raise divergence(job)
     final = train_mechanisms(
         jobs,
         task=whole.task,
         training=whole.training.training_set(),
         validation=None,
-        device=device,
+        device=whole.backbone.device,
     )
-    return [replace(one, logits=own) for one, own in zip(final, logits, strict=True)]
+    return [
+        replace(one, logits=logits)
+        for one, logits in zip(final, judged, strict=True)
+        if logits is not None
+    ]
+
+
+def judge_by_folds(
+    jobs: Sequence[Job], whole: Study, folds: Folds
+) -> list[Float[np.ndarray, "text output"] | None]:
+    """For each job the logits of all texts, each from what the other folds taught.
+
+    Args:
+        jobs: What to train.
+        whole: All texts, as both of its splits.
+        folds: Of ``choose_folds``.
+
+    Returns:
+        None for a job that diverged.
+    """
+    logits = [_blank(whole) for _ in jobs]
+    diverged: set[int] = set()
+    for fold in folds:
+        part = _without(whole, fold)
+        trained = train_each(
+            jobs,
+            task=whole.task,
+            training=part.training.training_set(),
+            validation=None,
+            judged=part.validation.training_set(),
+            device=whole.backbone.device,
+        )
+        for number, one in enumerate(trained):
+            if one is None:
+                diverged.add(number)
+            else:
+                logits[number][fold] = one.logits
+    return [None if number in diverged else own for number, own in enumerate(logits)]
 
 
 def cross_fit_baseline(whole: Study, folds: Folds) -> Float[np.ndarray, "text output"]:

@@ -44,7 +44,8 @@ def require_same_task(training: Examples, validation: Examples) -> None:
     """Checks that validation can choose what training needs.
 
     Raises:
-        SidelightError: Other labels, or no text of a class of a binary task.
+        SidelightError: Other labels, no text of a class of a binary task, or of a multi-label task
+            no label that some texts have and others have not.
     """
     task = task_of(training)
     if validation.task != task:
@@ -58,6 +59,11 @@ def require_same_task(training: Examples, validation: Examples) -> None:
         raise SidelightError(
             f"The validation data has no '{missing[0]}' text, so no threshold can be chosen. "
             "Add some, or leave validation data out: part of the training data is held out then."
+        )
+    if task.kind == "multilabel" and not ((counts > 0) & (counts < len(validation))).any():
+        raise SidelightError(
+            "The validation data has no label that some texts have and others have not, so no "
+            "threshold can be chosen. Add texts of both."
         )
 
 

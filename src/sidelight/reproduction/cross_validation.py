@@ -9,16 +9,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from sklearn.model_selection import KFold, StratifiedKFold
 
 from sidelight.errors import SidelightError
+from sidelight.fitting.screening import class_counts, require_same_task
 from sidelight.reproduction.desk import Desk
-from sidelight.reproduction.fitting import Bench, Run
+from sidelight.reproduction.fitting import Bench, Runs
 from sidelight.reproduction.opening import write_json, write_text
 from sidelight.reproduction.recipe import Recipe
 from sidelight.reproduction.rounds import Round
+from sidelight.reproduction.tables import cell
 from sidelight.reproduction.tools import Tools
-from sidelight.study import Study
+from sidelight.study import Split, Study
 from sidelight.training import validation_score
 
 
@@ -29,16 +30,17 @@ class RowScores:
     Attributes:
         row: Its name.
         folds: Of each fold the score, the mean over seeds: average precision, or accuracy for a
-            multi-class task.
+            multi-class task; None where a training diverged.
     """
 
     row: str
-    folds: tuple[float, ...]
+    folds: tuple[float | None, ...]
 
     @property
-    def mean(self) -> float:
-        """Over folds."""
-        return float(np.mean(self.folds))
+    def mean(self) -> float | None:
+        """Over folds; None where a training diverged."""
+        scores = [score for score in self.folds if score is not None]
+        return float(np.mean(scores)) if len(scores) == len(self.folds) else None
 
 
 def cross_validate(
@@ -58,10 +60,10 @@ def cross_validate(
         text: The recipe's TOML, for the folder.
         tools: Backbone, data sets, search.
         folds: Two or more.
-        limit: Uses the first rows only; None uses all.
+        limit: Uses so many rows only; None uses all.
 
     Raises:
-        SidelightError: Another kind of table, or a class with fewer texts than folds.
+        SidelightError: Another kind of table, or a class with fewer distinct texts than folds.
     """
     if recipe.kind != "comparison":
         raise SidelightError(
@@ -71,51 +73,66 @@ def cross_validate(
     desk = Desk(recipe, directory, tools, limit)
     desk.check()
     data = desk.load(recipe.data)
-    desk.write_origin(text, data)
+    # Beside the table's own origin, which another command may have written.
+    desk.write_origin(text, data, directory / "cross_validation")
     split = desk.extract(data.training, "Training texts")
     whole = Study(tools.backbone, split, split)
     bench = Bench(directory / "runs", recipe.max_tokens)
-    scores: dict[str, list[float]] = {}
-    for study in _folds(whole, folds):
-        made = bench.fit_rounds(desk.rows(study), [Round(study, tuple(range(recipe.seeds)))])
+    scores: dict[str, list[float | None]] = {}
+    for number, study in enumerate(_folds(whole, folds), start=1):
+        rows = desk.rows(study, searches=f"search/{folds}_folds_{number}")
+        made = bench.fit_rounds(rows, [Round(study, tuple(range(recipe.seeds)))])
         bench.rivals.clear()
-        for row, score in _scores(made.all).items():
+        for row, score in _scores(made).items():
             scores.setdefault(row, []).append(score)
     found = [RowScores(row, tuple(own)) for row, own in scores.items()]
-    found.sort(key=lambda one: -one.mean)
+    found.sort(key=lambda one: -1.0 if one.mean is None else one.mean, reverse=True)
     _write(found, directory, title=f"{recipe.title}, {folds}-fold cross-validation")
     return found
 
 
 def _folds(whole: Study, count: int) -> list[Study]:
-    labels = whole.training.labels
-    is_multilabel = whole.task.kind == "multilabel"
-    if not is_multilabel and int(np.bincount(labels).min()) < count:
-        raise SidelightError(
-            f"A class has fewer texts than {count} folds. Ask for fewer (--folds)."
+    """Each fold as the validation part of the others; equal texts are in one fold."""
+    rows = np.arange(len(whole.training))
+    studies: list[Study] = []
+    for fold in whole.training.examples.folds(count, seed=0):
+        rest, held_out = (
+            whole.training.select(np.setdiff1d(rows, fold)),
+            whole.training.select(fold),
         )
-    splitter = KFold if is_multilabel else StratifiedKFold
-    parts = splitter(count, shuffle=True, random_state=0).split(labels, labels)
-    return [
-        Study(whole.backbone, whole.training.select(rest), whole.training.select(fold))
-        for rest, fold in parts
-    ]
+        if _lacks_a_class(rest) or _lacks_a_class(held_out):
+            raise SidelightError(
+                f"A class has fewer distinct texts than {count} folds. Ask for fewer (--folds)."
+            )
+        require_same_task(rest.examples, held_out.examples)
+        studies.append(Study(whole.backbone, rest, held_out))
+    return studies
 
 
-def _scores(runs: Sequence[Run]) -> dict[str, float]:
+def _lacks_a_class(split: Split) -> bool:
+    return split.task.kind != "multilabel" and 0 in class_counts(split.task, split.labels)
+
+
+def _scores(made: Runs) -> dict[str, float | None]:
     by_row: dict[str, list[float]] = {}
-    for run in runs:
+    for run in made.all:
         logits, held_out = run.unit.load().validation_logits, run.study.validation
         score = validation_score(held_out.task, logits, held_out.labels)
         by_row.setdefault(run.unit.row, []).append(score)
-    return {row: float(np.mean(own)) for row, own in by_row.items()}
+    means = {row: float(np.mean(own)) for row, own in by_row.items()}
+    return {**means, **dict.fromkeys(run.unit.row for run in made.diverged)}
 
 
 def _write(found: Sequence[RowScores], directory: Path, *, title: str) -> None:
     lines = [
-        f"| {one.row} | {one.mean:.4f} | {', '.join(f'{score:.4f}' for score in one.folds)} |"
+        f"| {cell(one.row)} | {shown(one.mean)} | {', '.join(map(shown, one.folds))} |"
         for one in found
     ]
     table = "\n".join(["| row | mean | folds |", "|---|---|---|", *lines])
     write_text(directory / "cross_validation.md", f"# {title}\n\n{table}\n")
     write_json(directory / "cross_validation.json", [asdict(one) for one in found])
+
+
+def shown(score: float | None) -> str:
+    """A score for people."""
+    return "diverged" if score is None else f"{score:.4f}"

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Int
 
 from sidelight.data import Examples
+from sidelight.datasets.notes import overlap_notes
 
 
 @runtime_checkable
@@ -44,10 +45,20 @@ class LabelledData(Protocol):
         """What a reader of the table must know of this copy, one sentence each."""
         ...
 
+    @property
+    def training_notes(self) -> Sequence[str]:
+        """Those of training and validation, and of the set as a whole."""
+        ...
+
+    @property
+    def test_notes(self) -> Sequence[str]:
+        """Those of the test, and of the set as a whole."""
+        ...
+
 
 @dataclass(frozen=True)
-class FirstRows:
-    """The first rows of each part of a data set, for a quick try.
+class Sampled:
+    """Some rows of each part of a data set, for a quick try; see ``Examples.draw``.
 
     Attributes:
         whole: The data set.
@@ -65,28 +76,59 @@ class FirstRows:
     @property
     def training(self) -> Examples:
         """See ``LabelledData``."""
-        return self._first(self.whole.training)
+        return self._sample(self.whole.training)
 
     @property
     def validation(self) -> Examples:
         """See ``LabelledData``."""
-        return self._first(self.whole.validation)
+        return self._sample(self.whole.validation)
 
     @property
     def test(self) -> Examples:
         """See ``LabelledData``."""
-        return self._first(self.whole.test)
+        return self._sample(self.whole.test)
 
     @property
     def subsets(self) -> Mapping[str, Int[np.ndarray, " row"]]:
-        """Their rows that are left."""
-        cut = {name: rows[rows < self.limit] for name, rows in self.whole.subsets.items()}
-        return {name: rows for name, rows in cut.items() if len(rows)}
+        """Where their rows that were drawn are now."""
+        drawn = self.whole.test.draw(self.limit, seed=0)
+        left = {
+            name: np.flatnonzero(np.isin(drawn, rows)) for name, rows in self.whole.subsets.items()
+        }
+        return {name: rows for name, rows in left.items() if len(rows)}
 
     @property
     def notes(self) -> Sequence[str]:
         """Those of the whole, and the limit."""
-        return (*self.whole.notes, f"Only the first {self.limit} rows of each part were used.")
+        return (*self.whole.notes, self._limit)
 
-    def _first(self, examples: Examples) -> Examples:
-        return examples.select(range(min(self.limit, len(examples))))
+    @property
+    def training_notes(self) -> Sequence[str]:
+        """See ``LabelledData``; and the limit."""
+        return (*self.whole.training_notes, self._limit)
+
+    @property
+    def test_notes(self) -> Sequence[str]:
+        """See ``LabelledData``; and the limit."""
+        return (*self.whole.test_notes, self._limit)
+
+    @property
+    def _limit(self) -> str:
+        return f"Only {self.limit} rows of each part were used, drawn at random, class by class."
+
+    def _sample(self, examples: Examples) -> Examples:
+        return examples.select(examples.draw(self.limit, seed=0))
+
+
+def transfer_notes(data: LabelledData, measured: LabelledData) -> tuple[str, ...]:
+    """What to know where training texts are of one data set and test texts of another.
+
+    Args:
+        data: Trained on.
+        measured: Tested on.
+    """
+    return (
+        *(f"{data.title}: {note}" for note in data.training_notes),
+        *(f"{measured.title}: {note}" for note in measured.test_notes),
+        *overlap_notes(data.training, measured.test),
+    )

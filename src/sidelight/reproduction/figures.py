@@ -131,8 +131,11 @@ def measure_rows(
             draws says what an interval of one draw would not.
     """
     reports = [_reports(scored, row, bootstrap=0 if are_draws else 1000) for row in scored.rows]
+    draws = 1 + max(run.seed for row in scored.rows for run in row.runs)
     samples = {
-        row.name: _values(own, metric) if are_draws else mean_draws(scored, row, metric=metric)
+        row.name: _by_draw(row, own, metric, draws=draws)
+        if are_draws
+        else mean_draws(scored, row, metric=metric)
         for row, own in zip(scored.rows, reports, strict=True)
     }
     compare = difference_over_draws if are_draws else difference
@@ -140,9 +143,7 @@ def measure_rows(
     def against_ours(name: str) -> Difference | None:
         if ours not in samples or name == ours:
             return None
-        # A slow row may have fewer draws: the same ones, and the first.
-        shared = samples[ours][: len(samples[name])]
-        return compare(shared, samples[name])
+        return compare(samples[ours], samples[name])
 
     rows = tuple(
         RowFigures(row, own, against_ours(row.name))
@@ -165,5 +166,10 @@ def _reports(scored: Scored, row: JudgedRow, *, bootstrap: int) -> tuple[Report,
     )
 
 
-def _values(reports: Sequence[Report], metric: str) -> np.ndarray:
-    return np.array([report.metrics[metric].value for report in reports], dtype=np.float64)
+def _by_draw(row: JudgedRow, reports: Sequence[Report], metric: str, *, draws: int) -> np.ndarray:
+    """The metric of each draw; NaN for one that the row lacks, as a slow row does."""
+    values = np.full(draws, np.nan)
+    for run, report in zip(row.runs, reports, strict=True):
+        value = report.metrics[metric].value
+        values[run.seed] = np.nan if value is None else value
+    return values

@@ -19,7 +19,7 @@ from sidelight.reproduction.results import PROBE, Result, Unit, unit_at
 from sidelight.reproduction.rounds import Round
 from sidelight.reproduction.rows import BaselineConfig, ProbeConfig, Rows
 from sidelight.study import Study
-from sidelight.training import Job, train_mechanisms
+from sidelight.training import Job, train_each
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,21 @@ class BaselineRun(Run):
 
 @dataclass(frozen=True)
 class Runs:
-    """All fitted runs of a table."""
+    """All runs of a table.
+
+    Attributes:
+        probes: Those that are fitted.
+        baselines: All of them, fitted.
+        diverged: Probes whose training ended in numbers that are not finite.
+    """
 
     probes: tuple[ProbeRun, ...]
     baselines: tuple[BaselineRun, ...]
+    diverged: tuple[ProbeRun, ...]
 
     @property
     def all(self) -> tuple[Run, ...]:
-        """Probes, then baselines."""
+        """Probes, then baselines; all fitted."""
         return (*self.probes, *self.baselines)
 
 
@@ -84,9 +91,11 @@ class Bench:
         for probe_runs, baseline_runs in zip(probes, baselines, strict=True):
             self.train(probe_runs)
             self.fit(baseline_runs)
+        tried = [run for runs in probes for run in runs]
         return Runs(
-            tuple(run for runs in probes for run in runs),
-            tuple(run for runs in baselines for run in runs),
+            probes=tuple(run for run in tried if run.unit.is_fitted),
+            baselines=tuple(run for runs in baselines for run in runs),
+            diverged=tuple(run for run in tried if run.unit.has_diverged),
         )
 
     def probe_runs(self, rows: Rows, at: Round) -> list[ProbeRun]:
@@ -108,13 +117,16 @@ class Bench:
         ]
 
     def train(self, runs: Sequence[ProbeRun]) -> None:
-        """Trains those that are missing in one call, since they share each read of the cache."""
-        missing = [run for run in runs if not run.unit.is_fitted]
+        """Trains those that are missing in one call, since they share each read of the cache.
+
+        One that diverges is noted, and the others go on.
+        """
+        missing = [run for run in runs if not (run.unit.is_fitted or run.unit.has_diverged)]
         if not missing:
             return
         study = missing[0].study
         start = perf_counter()
-        trained = train_mechanisms(
+        trained = train_each(
             [Job(run.config.spec, run.unit.seed, run.config.settings) for run in missing],
             task=study.task,
             training=study.training.training_set(),
@@ -124,6 +136,9 @@ class Bench:
         seconds = (perf_counter() - start) / len(missing)
         options = FitOptions(reads=study.training.states.reads, max_tokens=self.max_tokens)
         for run, one in zip(missing, trained, strict=True):
+            if one is None:
+                run.unit.save_divergence()
+                continue
             made = ProbeMaker(study, name=run.unit.row, options=options).make(one)
             # The probe first: a unit counts as fitted once its result is there.
             save_probe(made.probe, run.unit.folder / PROBE)
@@ -148,9 +163,9 @@ class Bench:
     def _fit(self, run: BaselineRun) -> Rival:
         start = perf_counter()
         rival = run.config.baseline.fit(run.study, seed=run.unit.seed)
-        seconds = perf_counter() - start
+        seconds = perf_counter() - start + rival.seconds_before
         if run.unit.is_fitted:
-            # Of the first fit: one that is done again may go on from a checkpoint.
+            # Of the first fit: one that is done again ends at its checkpoint.
             seconds = run.unit.load().seconds
         logits = rival.logits(run.study.validation)
         run.unit.save(Result(logits, seconds, rival.parameters))

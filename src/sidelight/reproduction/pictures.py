@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -82,10 +82,13 @@ def draw_sweep(
         lines.setdefault(configs[row.row.name].line, []).append(row)
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
     axes = _axes(figure)
-    for place, (name, rows) in enumerate(lines.items()):
-        _draw_line(axes, rows, figures.metric, name=name, colour=_COLOURS[place % len(_COLOURS)])
     # Values are a few powers of something as a rule, so they stand at equal distances.
     values = list(dict.fromkeys(str(config.swept) for config in configs.values()))
+    for number, (name, rows) in enumerate(lines.items()):
+        # A row whose every run diverged is not there.
+        places = np.array([values.index(str(configs[row.row.name].swept)) for row in rows])
+        colour = _COLOURS[number % len(_COLOURS)]
+        _draw_line(axes, places, rows, figures.metric, name=name, colour=colour)
     axes.set_xticks(range(len(values)), values)
     axes.plot([], [], color="black", linestyle="--", linewidth=1, label="validation")
     axes.set(xlabel=parameter.replace("_", " "), ylabel=heading(figures.metric))
@@ -95,10 +98,15 @@ def draw_sweep(
 
 
 def _draw_line(
-    axes: Axes, rows: Sequence[RowFigures], metric: str, *, name: str, colour: str
+    axes: Axes,
+    places: Int[np.ndarray, " value"],
+    rows: Sequence[RowFigures],
+    metric: str,
+    *,
+    name: str,
+    colour: str,
 ) -> None:
     spreads = [row.spread(metric) for row in rows]
-    places = np.arange(len(rows))
     axes.errorbar(
         places,
         _means(spreads),

@@ -107,7 +107,8 @@ class Recipe:
         data: Name of the data set.
         test_data: Of the one that a transfer is tested on.
         metric: What rows are compared by, one of ``METRICS``.
-        ours: The row that the others are compared with; of several, validation's choice.
+        ours: The row that the others are compared with; of several, validation's choice. None in a
+            sensitivity table.
         reads: The tokens that probes and baselines read.
         max_tokens: Longer texts are cut.
         seeds: Runs of each row.
@@ -140,7 +141,7 @@ class Recipe:
         return tuple(row.name for row in (*self.probe, *self.baseline))
 
     def only(self, names: Iterable[str]) -> "Recipe":
-        """The table with these rows alone; differences to ours need that row.
+        """The table with these rows alone; nothing is compared where no row of ours is left.
 
         Raises:
             SidelightError: There is no such row.
@@ -150,6 +151,7 @@ class Recipe:
             raise SidelightError(f"No row '{name}'.{did_you_mean(name, self.names())}")
         return replace(
             self,
+            ours=tuple(name for name in self.ours if name in chosen),
             probe=tuple(row for row in self.probe if row.name in chosen),
             baseline=tuple(row for row in self.baseline if row.name in chosen),
         )

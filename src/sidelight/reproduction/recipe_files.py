@@ -108,7 +108,13 @@ def _require_sense(recipe: Recipe, name: str) -> None:
             (recipe.kind == "sensitivity") == swept
         ),
         "a [sweep] has values": recipe.sweep is None or bool(recipe.sweep.values),
+        "the values of a [sweep] differ": (
+            recipe.sweep is None or len(set(recipe.sweep.values)) == len(recipe.sweep.values)
+        ),
         "a sensitivity has no [[baseline]]": not (swept and recipe.baseline),
+        "a sensitivity has no 'ours', for its rows are probes with a value": (
+            not (swept and recipe.ours)
+        ),
         "a searched probe has no options and settings of its own": not any(
             row.search and (row.options or row.settings) for row in recipe.probe
         ),

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 RESULT = "result.npz"
+DIVERGED = "diverged"
 PROBE = "probe"
 
 
@@ -49,6 +50,16 @@ class Unit:
     def is_fitted(self) -> bool:
         """Whether its validation results are there."""
         return (self.folder / RESULT).exists()
+
+    @property
+    def has_diverged(self) -> bool:
+        """Whether training it ended in numbers that are not finite."""
+        return (self.folder / DIVERGED).exists()
+
+    def save_divergence(self) -> None:
+        """Notes that it diverged, so that it is not trained again."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / DIVERGED).touch()
 
     def save(self, result: Result) -> None:
         """Stores the result whole or, if killed, not at all."""

@@ -6,11 +6,13 @@ row has its validation results.
 
 from pathlib import Path
 
+from sidelight.errors import SidelightError
+from sidelight.reproduction.data import transfer_notes
 from sidelight.reproduction.desk import Desk
 from sidelight.reproduction.environment import package_versions
 from sidelight.reproduction.fitting import Bench
 from sidelight.reproduction.judging import Scored
-from sidelight.reproduction.opening import opening_note, record_opening
+from sidelight.reproduction.opening import opening_note, record_opening, record_test
 from sidelight.reproduction.recipe import Recipe
 from sidelight.reproduction.reporting import report
 from sidelight.reproduction.results import digest
@@ -30,7 +32,7 @@ def reproduce(
         directory: Of the table.
         text: The recipe's TOML, for the folder.
         tools: Backbone, data sets, search.
-        limit: Uses the first rows of each part only; None uses all.
+        limit: Uses so many rows of each part only; None uses all.
 
     Raises:
         SidelightError: The recipe names what does not exist, or the data does not fit it.
@@ -43,17 +45,23 @@ def reproduce(
     rows = desk.rows(study)
     bench = Bench(directory / "runs", recipe.max_tokens)
     runs = bench.fit_rounds(rows, make_rounds(recipe, study))
-    earlier = record_opening(directory, config=_config(recipe, runs), versions=package_versions())
+    if not runs.all:
+        raise SidelightError("Every training diverged: lower the learning rates of the recipe.")
+    config, versions = _config(recipe, runs, limit), package_versions()
+    record_opening(directory, config=config, versions=versions)
     measured = data if recipe.test_data is None else desk.load(recipe.test_data)
-    split = desk.extract(fit_to_task(measured.test, study.task), "Test texts")
+    test = fit_to_task(measured.test, study.task)
+    earlier = record_test(directory, config=config, test=test.content_hash, versions=versions)
+    split = desk.extract(test, "Test texts")
     judged = judge_rows(rows, runs, score_runs(runs, split, bench))
     scored = Scored(study.task, split.labels, judged)
     made = Made(
         recipe.title,
         HOW_DRAWS if recipe.kind == "few-shot" else HOW,
         (
-            *dict.fromkeys((*data.notes, *measured.notes)),
+            *(data.notes if measured is data else transfer_notes(data, measured)),
             opening_note(earlier),
+            *_divergence_notes(runs),
             *_choice_notes(recipe, scored),
         ),
         report(recipe, rows, scored, measured, directory / "plots"),
@@ -71,8 +79,16 @@ def _choice_notes(recipe: Recipe, scored: Scored) -> tuple[str, ...]:
     )
 
 
-def _config(recipe: Recipe, runs: Runs) -> str:
-    """A hash of all runs, and of how they are compared."""
+def _divergence_notes(runs: Runs) -> tuple[str, ...]:
+    return tuple(
+        f"Training '{run.unit.row}' with seed {run.unit.seed} diverged (learning rate "
+        f"{run.config.settings.learning_rate}): this run is left out."
+        for run in runs.diverged
+    )
+
+
+def _config(recipe: Recipe, runs: Runs, limit: int | None) -> str:
+    """A hash of all runs, of how they are compared, and of how many test texts are read."""
     folders = sorted(run.unit.folder.name for run in runs.all)
     compared = {"metric": recipe.metric, "ours": recipe.ours, "test_data": recipe.test_data}
-    return digest({"runs": folders, **compared})
+    return digest({"runs": folders, "limit": limit, **compared})

@@ -18,7 +18,15 @@ _HEADINGS = {
     "ece": "ECE",
 }
 _FILE_ONLY = ("macro F1", "validation", "single pass", "parameters")
-_LATEX = str.maketrans({"%": r"\%", "&": r"\&", "_": r"\_", "#": r"\#", "±": r"$\pm$"})
+_LATEX = str.maketrans(
+    {
+        **{special: f"\\{special}" for special in "%&_#${}"},
+        "^": r"\textasciicircum{}",
+        "~": r"\textasciitilde{}",
+        "\\": r"\textbackslash{}",
+        "±": r"$\pm$",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -71,18 +79,23 @@ def heading(metric: str) -> str:
 def markdown(one: Grid) -> str:
     """A Markdown table under its title."""
     lines = [
-        tuple(cell and f"**{cell}**" for cell in line) if place == one.bold else line
-        for place, line in enumerate(one.lines)
+        tuple(text and f"**{text}**" for text in line) if place == one.bold else line
+        for place, line in enumerate([tuple(map(cell, line)) for line in one.lines])
     ]
     rule = ("---",) * len(one.headings)
-    rows = (f"| {' | '.join(line)} |" for line in (one.headings, rule, *lines))
+    rows = (f"| {' | '.join(line)} |" for line in (tuple(map(cell, one.headings)), rule, *lines))
     return f"## {one.title}\n\n" + "\n".join(rows) + "\n"
+
+
+def cell(text: str) -> str:
+    """A text in a cell of a Markdown table, which a bar would end."""
+    return " ".join(text.split()).replace("|", r"\|")
 
 
 def latex(one: Grid) -> str:
     """A LaTeX table for the package booktabs."""
     lines = [
-        tuple(cell and rf"\textbf{{{cell}}}" for cell in line) if place == one.bold else line
+        tuple(text and rf"\textbf{{{text}}}" for text in line) if place == one.bold else line
         for place, line in enumerate([tuple(map(_escaped, line)) for line in one.lines])
     ]
     body = "\n".join(" & ".join(line) + r" \\" for line in lines)

@@ -55,7 +55,7 @@ def score_runs(runs: Runs, split: Split, bench: Bench) -> list[Judged]:
 
 
 def judge_rows(rows: Rows, runs: Runs, judged: Sequence[Judged]) -> tuple[JudgedRow, ...]:
-    """The runs gathered by row, in the order of the table."""
+    """The runs gathered by row, in the order of the table; a row is left out if all diverged."""
     by_row: dict[str, list[Judged]] = {}
     for run, one in zip(runs.all, judged, strict=True):
         by_row.setdefault(run.unit.row, []).append(one)
@@ -64,6 +64,7 @@ def judge_rows(rows: Rows, runs: Runs, judged: Sequence[Judged]) -> tuple[Judged
     return tuple(
         JudgedRow(name, title, is_single_pass, tuple(by_row[name]))
         for name, title, is_single_pass in (*probes, *baselines)
+        if name in by_row
     )
 
 

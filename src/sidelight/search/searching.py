@@ -4,15 +4,16 @@ A generation is trained in one call, so that each shard that is read updates all
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
-from sidelight.errors import SidelightError
+import numpy as np
+
+from sidelight.fitting.cross_fitting import Folds, judge_by_folds
 from sidelight.mechanisms import Geometry
 from sidelight.search.proposals import Proposals
 from sidelight.search.trials import Best, Trial
 from sidelight.study import Split, Study
-from sidelight.training import Job, Trained, train_mechanisms, validation_score
+from sidelight.training import Job, train_each, validation_score
 
 GENERATION = 8
 
@@ -24,6 +25,7 @@ def search_settings(
     trials: int,
     seed: int,
     storage: Path,
+    folds: Folds = (),
     generation: int = GENERATION,
     on_generation: Callable[[tuple[Trial, ...]], None] = lambda _trials: None,
 ) -> Best:
@@ -39,6 +41,8 @@ def search_settings(
         trials: How many in all, including those that the storage holds already.
         seed: Of proposals, initial parameters and the order of the data.
         storage: File that keeps the trials; several mechanisms may share it.
+        folds: Of ``choose_folds``, for a study with all texts on both sides: each fold is judged by
+            what the others taught, as ``fit`` judges so few texts. None: validation texts judge.
         generation: Trials that are proposed and trained together. More of them share each read,
             but they do not know each other's scores, and need more memory.
         on_generation: Called after each generation with all trials so far.
@@ -50,42 +54,33 @@ def search_settings(
     proposals = Proposals(
         mechanism, _geometry(study), seed=seed, storage=storage, subject=_subject(study)
     )
-    train = partial(
-        train_mechanisms,
+    while (missing := trials - len(proposals.finished())) > 0:
+        asked = proposals.ask(min(generation, missing))
+        jobs = [Job(proposal.spec, seed, proposal.settings) for proposal in asked]
+        for proposal, logits in zip(asked, _judge(jobs, study, folds), strict=True):
+            proposals.tell(proposal, _score(study, logits))
+        on_generation(proposals.finished())
+    return proposals.best()
+
+
+def _judge(jobs: Sequence[Job], study: Study, folds: Folds) -> list[np.ndarray | None]:
+    """The logits of the validation texts after each training; None where it diverged."""
+    if folds:
+        return judge_by_folds(jobs, study, folds)
+    trained = train_each(
+        jobs,
         task=study.task,
         training=study.training.training_set(),
         validation=study.validation.training_set(),
         device=study.backbone.device,
     )
-    while (missing := trials - len(proposals.finished())) > 0:
-        asked = proposals.ask(min(generation, missing))
-        jobs = [Job(proposal.spec, seed, proposal.settings) for proposal in asked]
-        for proposal, trained in zip(asked, _train_each(jobs, train), strict=True):
-            proposals.tell(proposal, _score(study, trained))
-        on_generation(proposals.finished())
-    return proposals.best()
+    return [None if one is None else one.logits for one in trained]
 
 
-def _train_each(
-    jobs: Sequence[Job], train: Callable[[Sequence[Job]], list[Trained]]
-) -> list[Trained | None]:
-    """Each job's result, None where it diverged.
-
-    One job that diverges ends the training of all, so halves are tried until it is alone.
-    """
-    try:
-        return [*train(jobs)]
-    except SidelightError:
-        if len(jobs) == 1:
-            return [None]
-    middle = len(jobs) // 2
-    return _train_each(jobs[:middle], train) + _train_each(jobs[middle:], train)
-
-
-def _score(study: Study, trained: Trained | None) -> float | None:
-    if trained is None:
+def _score(study: Study, logits: np.ndarray | None) -> float | None:
+    if logits is None:
         return None
-    return validation_score(study.task, trained.logits, study.validation.labels)
+    return validation_score(study.task, logits, study.validation.labels)
 
 
 def _geometry(study: Study) -> Geometry:

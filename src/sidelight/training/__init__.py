@@ -1,6 +1,6 @@
 """Training of mechanisms on cached hidden states. Knows labels and logits, not texts."""
 
-from sidelight.training.loop import Trained, TrainingSet, train_mechanisms
+from sidelight.training.loop import Trained, TrainingSet, divergence, train_each, train_mechanisms
 from sidelight.training.losses import Loss, make_loss
 from sidelight.training.settings import (
     ClassWeight,
@@ -17,8 +17,10 @@ __all__ = [
     "Trained",
     "TrainingSet",
     "TrainingSettings",
+    "divergence",
     "make_loss",
     "suggested_settings",
+    "train_each",
     "train_mechanisms",
     "validation_score",
 ]

@@ -81,6 +81,45 @@ def train_mechanisms(
         validation: What early stopping looks at; None trains every epoch and keeps the last.
         judged: What gets logits when training is over; None: the validation texts, if any.
         device: Where to train.
+
+    Raises:
+        SidelightError: A training diverged.
+    """
+    trained = train_each(
+        jobs, task=task, training=training, validation=validation, judged=judged, device=device
+    )
+    for job, one in zip(jobs, trained, strict=True):
+        if one is None:
+            raise divergence(job)
+    return [one for one in trained if one is not None]
+
+
+def divergence(job: Job) -> SidelightError:
+    """The error to raise for a job that diverged."""
+    return SidelightError(
+        f"Training '{job.spec.name}' diverged: its numbers are not finite. "
+        f"Lower --learning-rate (it was {job.settings.learning_rate})."
+    )
+
+
+def train_each(
+    jobs: Sequence[Job],
+    *,
+    task: Task,
+    training: TrainingSet,
+    validation: TrainingSet | None,
+    judged: TrainingSet | None = None,
+    device: torch.device | str = "cpu",
+) -> list[Trained | None]:
+    """As ``train_mechanisms``, but a job that diverges is None and the others go on.
+
+    Args:
+        jobs: As there.
+        task: As there.
+        training: As there.
+        validation: As there.
+        judged: As there.
+        device: As there.
     """
     place = torch.device(device)
     run = _Run(task=task, training=training, validation=validation, device=place)
@@ -89,7 +128,7 @@ def train_mechanisms(
     tokens = sum(training.states.plan.tokens)
     with progress("Training", epochs * tokens, unit="tokens") as shown:
         for epoch in range(epochs):
-            active = [trainee for trainee in trainees if not trainee.has_finished]
+            active = [t for t in trainees if not (t.has_finished or t.has_diverged)]
             if not active:
                 break
             run.train_epoch(active, epoch, shown)
@@ -193,12 +232,10 @@ class _Run:
             return
         scores = self._judge(trainees, self._validation, dtype=torch.bfloat16)
         for trainee, logits in zip(trainees, scores, strict=True):
-            if not np.isfinite(logits).all():
-                raise SidelightError(
-                    f"Training '{trainee.job.spec.name}' diverged: its logits are not finite. "
-                    f"Lower --learning-rate (it was {trainee.job.settings.learning_rate})."
-                )
-            trainee.end_epoch(validation_score(self._task, logits, self._validation.labels))
+            if np.isfinite(logits).all():
+                trainee.end_epoch(validation_score(self._task, logits, self._validation.labels))
+            else:
+                trainee.has_diverged = True
 
     @torch.inference_mode()
     def _judge(
@@ -215,24 +252,33 @@ class _Run:
                     scores[id(trainee)][batch.rows] = trainee.logits(part).cpu().numpy()
         return [scores[id(trainee)] for trainee in trainees]
 
-    def results(self, trainees: Sequence[Trainee], judged: TrainingSet | None) -> list[Trained]:
+    def results(
+        self, trainees: Sequence[Trainee], judged: TrainingSet | None
+    ) -> list[Trained | None]:
+        """What each gave; None where it diverged."""
         for trainee in trainees:
             trainee.restore_best()
-        scores = [np.empty((0, self._task.outputs)) for _ in trainees]
-        if judged is not None:
+        left = [trainee for trainee in trainees if not trainee.has_diverged]
+        scores = [np.empty((0, self._task.outputs)) for _ in left]
+        if judged is not None and left:
             # As in serving: the calibration is fitted to these.
-            scores = self._judge(trainees, judged, dtype=torch.float32)
-        return [
-            Trained(
-                job=trainee.job,
-                mechanism=trainee.mechanism,
-                standardisation=self.standardisation(trainee.job),
-                logits=logits,
-                history=tuple(trainee.history),
-                best_epoch=trainee.best_epoch,
-            )
-            for trainee, logits in zip(trainees, scores, strict=True)
-        ]
+            scores = self._judge(left, judged, dtype=torch.float32)
+        found = {
+            id(trainee): self._trained(trainee, logits)
+            for trainee, logits in zip(left, scores, strict=True)
+            if np.isfinite(logits).all()
+        }
+        return [found.get(id(trainee)) for trainee in trainees]
+
+    def _trained(self, trainee: Trainee, logits: np.ndarray) -> Trained:
+        return Trained(
+            job=trainee.job,
+            mechanism=trainee.mechanism,
+            standardisation=self.standardisation(trainee.job),
+            logits=logits,
+            history=tuple(trainee.history),
+            best_epoch=trainee.best_epoch,
+        )
 
 
 def _measure(states: States) -> Standardisation:

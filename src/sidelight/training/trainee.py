@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from sklearn.metrics import average_precision_score
 from torch import Tensor
 
+from sidelight.errors import SidelightError
 from sidelight.mechanisms import Geometry, Mechanism
 from sidelight.ragged import Ragged
 from sidelight.training.losses import Loss
@@ -48,6 +49,7 @@ class Trainee:
         self._best = deepcopy(self.mechanism.state_dict())
         self._epochs = 0
         self.history: list[float] = []
+        self.has_diverged = False
 
     @property
     def best_epoch(self) -> int:
@@ -95,9 +97,10 @@ class Trainee:
             self._best = deepcopy(self.mechanism.state_dict())
 
     def restore_best(self) -> None:
-        """Goes back to the best epoch's parameters."""
+        """Goes back to the best epoch's parameters; where they are not finite, it has diverged."""
         self.mechanism.load_state_dict(self._best)
         self.mechanism.eval().requires_grad_(False)
+        self.has_diverged |= not all(bool(p.isfinite().all()) for p in self.mechanism.parameters())
 
 
 def validation_score(task: Task, logits: np.ndarray, labels: np.ndarray) -> float:
@@ -106,10 +109,20 @@ def validation_score(task: Task, logits: np.ndarray, labels: np.ndarray) -> floa
     Args:
         task: The classes.
         logits: ``[text, output]``.
-        labels: As in ``Examples.labels``.
+        labels: As in ``Examples.labels``. Of a multi-label task those labels count that some texts
+            have and others have not.
+
+    Raises:
+        SidelightError: There is nothing to tell apart: no text, or no label that some texts have
+            and others have not.
     """
-    if task.kind == "multiclass":
+    if task.kind == "multiclass" and len(labels):
         return float((logits.argmax(1) == labels).mean())
-    present = labels.reshape(len(labels), -1).any(0)
-    target = labels.reshape(len(labels), -1)[:, present]
-    return float(average_precision_score(target, logits[:, present], average="macro"))
+    target = labels.reshape(len(labels), -1).astype(bool)
+    told = target.any(0) & ~target.all(0)
+    if not told.any():
+        raise SidelightError(
+            "These validation texts cannot score a probe: there is no label that some of them have "
+            "and others have not. Add texts of both."
+        )
+    return float(average_precision_score(target[:, told], logits[:, told], average="macro"))
