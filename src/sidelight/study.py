@@ -172,7 +172,7 @@ def make_split(
         remedy = (
             f"{cut} of them were cut to {limit} tokens: raise --max-tokens."
             if cut
-            else "Read the prompt instead, or give their answers (--response, where a command has it)."
+            else "Read the prompt, or name the answers' column (--response, where there is one)."
         )
         raise SidelightError(
             f"{len(unread)} of {len(prompts)} texts have no token that the probe would read "
