@@ -388,6 +388,10 @@ def test_a_transfer_is_tested_on_the_other_data_set(make: Callable[..., Made]):
     assert made.tables[0].title == "Other, all"
     told = [note for note in made.notes if ": " in note and "opened" not in note]
     assert told == ["Planted: Made up for tests.", "Other: 3 test rows have a cold."]
+    sets["planted"].training = sets["other"].test.select([*range(5), *range(70)])
+    sets["planted"].training = replace(sets["planted"].training, task=TASKS["binary"])
+    made = make(text, load=sets.__getitem__)
+    assert "70 of 70 test texts are among the training texts too." in made.notes
     assert rows_of(made)["readout"]["metrics"]["auprc"]["mean"] > 0.9
 
 
