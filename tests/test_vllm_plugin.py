@@ -23,6 +23,7 @@ from sidelight.vllm_plugin.params import KEY, parts_of, request_params
 from sidelight.vllm_plugin.settings import ENVIRONMENT, Served, load_checked, named_folders
 from sidelight.vllm_plugin.taps import set_stage, tap_layers
 from sidelight.vllm_plugin.tracking import Step, Tracking
+from sidelight.vllm_plugin.worker import Worker
 from tiny import TOPICS, tiny_backbone, untrained_probe
 
 BLOCK = 4
@@ -227,6 +228,19 @@ def test_pipeline_stages_together_give_the_verdict(backbone, probes):
     later, first = Share(reading, 2, columns[:, 2:]), Share(reading, 0, columns[:, :2])
     outcome = played.judging.join([later, first])
     require_equal(probes, outcome, backbone, prompt)
+
+
+def test_a_pipeline_stage_keeps_its_probes(backbone, tmp_path):
+    folders = [str(save_probe(untrained_probe(backbone, n), tmp_path / n)) for n in ("old", "new")]
+    served = Served((folders[0],), backbone.fingerprint)
+    layers = backbone.fingerprint.layers
+    device = torch.device("cpu")
+    whole = Worker(served, layers=range(layers), tokens=8, device=device)
+    whole.load(folders[1:])
+    stage = Worker(served, layers=range(2, layers), tokens=8, device=device)
+    with pytest.raises(SidelightError, match="pipeline parallel"):
+        stage.load(folders[1:])
+    set_stage(None)
 
 
 def test_hooks_see_the_stream_in_one_or_two_addends():

@@ -184,14 +184,16 @@ def llm_of(model: Model, **options) -> Iterator:
         llm.llm_engine.engine_core.shutdown()
 
 
-def run(llm, prompts, **sampling) -> list:
-    """vLLM's outputs for these prompts."""
+def sampling_of(prompt: EncodedPrompt, **sampling):
+    """Greedy, one token unless ``sampling`` says otherwise, with what the tokens belong to."""
     from vllm import SamplingParams
 
     given = {"max_tokens": 1, "temperature": 0, **sampling}
-    params = [
-        SamplingParams(**given, extra_args={"kv_transfer_params": request_params(prompt)})
-        for prompt in prompts
-    ]
+    return SamplingParams(**given, extra_args={"kv_transfer_params": request_params(prompt)})
+
+
+def run(llm, prompts, **sampling) -> list:
+    """vLLM's outputs for these prompts."""
+    params = [sampling_of(prompt, **sampling) for prompt in prompts]
     texts = [{"prompt_token_ids": list(prompt.token_ids)} for prompt in prompts]
     return llm.generate(texts, params, use_tqdm=False)

@@ -143,6 +143,13 @@ def test_two_workers_give_the_verdicts_of_one(model, prompts, wanted, parallel):
         for _ in range(2):
             outputs = run(engine, prompts)
             require_equal([reported(output) for output in outputs], wanted)
+        refused = engine.collective_rpc("sidelight_load", args=(model.folders[:1],))
+        if parallel == "pipeline_parallel_size":
+            # The old probes stay, in every stage.
+            assert all("pipeline parallel" in message for message in refused)
+            require_equal([reported(run(engine, prompts[:1])[0])], wanted[:1])
+        else:
+            assert refused == [None, None]
 
 
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])

@@ -56,8 +56,13 @@ class Worker:
         """Takes other probes; whatever was computed for the old ones is gone.
 
         Raises:
-            SidelightError: One cannot be served; the old probes stay.
+            SidelightError: One cannot be served, or this is a pipeline stage; the old probes stay.
         """
+        if len(self._layers) < self._served.fingerprint.layers:
+            raise SidelightError(
+                "Probes cannot be exchanged under pipeline parallel, where verdicts are made in "
+                "the scheduler, which keeps its probes. Start the engine again with the new ones."
+            )
         served = Served(tuple(folders), self._served.fingerprint)
         self._put(served.panel(device=self._device))
         self._served = served

@@ -139,8 +139,13 @@ class VllmEngine(Engine):
         """Serves these probes from now on, once each has given a verdict on a short text.
 
         Waits until the requests in the engine are done; new ones wait meanwhile.
+
+        Raises:
+            SidelightError: One cannot be served, or the engine has several pipeline stages or
+                data-parallel ranks or is on a GPU; the old probes stay.
         """
         require_same_model(probes, self._fingerprint)
+        self._require_exchangeable()
         new, before = tuple(probes), self._probes
         async with self._gate.closed():
             try:
@@ -313,6 +318,23 @@ class VllmEngine(Engine):
             raise GenerationError("vLLM gave up this request; its log says why.") from error
         finally:
             self._places.leave(place)
+
+    def _require_exchangeable(self) -> None:
+        """Checks before anything is touched: what is half exchanged cannot be put back."""
+        config = self._llm.vllm_config
+        hindrances = {
+            # Verdicts are made in the scheduler, which keeps its probes.
+            "pipeline parallel": config.parallel_config.pipeline_parallel_size > 1,
+            # vLLM gives the first rank's answer only: another could keep its old probes unseen.
+            "data parallel": config.parallel_config.data_parallel_size > 1,
+            "a GPU": config.device_config.device_type != "cpu",
+        }
+        found = [name for name, is_there in hindrances.items() if is_there]
+        if found:
+            raise SidelightError(
+                f"Probes cannot be exchanged under {', '.join(found)}. Start the engine again "
+                "with the new ones."
+            )
 
     def _require_current(self, probes: tuple[Probe, ...]) -> None:
         if probes is not self._probes:
