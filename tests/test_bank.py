@@ -102,6 +102,22 @@ def test_a_bank_of_many_gives_each_probe_its_own_verdict(tiny):
         np.testing.assert_allclose(logits, alone, **ROUNDING, err_msg=probe.name)
 
 
+def test_probes_that_summarise_alike_do_it_in_one_call(tiny):
+    """In any order, and each gets its own logits."""
+    readouts = [untrained_probe(tiny, f"readout-{i}", mechanism="readout") for i in range(6)]
+    gates = [untrained_probe(tiny, f"gate-{i}", mechanism="gate") for i in range(6)]
+    mixed = [probe for pair in zip(readouts, gates, strict=True) for probe in pair]
+    prompts = prompts_of(tiny)
+    bank = Bank(mixed)
+    state = bank.summarise(
+        projected(tiny, bank, prompts), read_masks(prompts, bank.reads, device=tiny.device)
+    )
+    assert len(state.states) == 2
+    for probe, logits in zip(mixed, bank.logits(state), strict=True):
+        alone = score(tiny, Bank([probe]), prompts)[0]
+        np.testing.assert_allclose(logits, alone, **ROUNDING, err_msg=probe.name)
+
+
 def test_verdicts_come_by_request_and_by_probe(tiny):
     probes, prompts = many_probes(tiny), prompts_of(tiny)
     bank = Bank(probes)

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sidelight.artifact import save_probe
 from sidelight.bank import Bank
@@ -16,13 +17,14 @@ from sidelight.errors import FingerprintMismatchError, SidelightError
 from sidelight.mechanisms import mechanism_names
 from sidelight.prompts import EncodedPrompt, Part, Reads
 from sidelight.scoring import score
-from sidelight.vllm_plugin.columns import Pages, Stage
+from sidelight.standardisation import Projection
+from sidelight.vllm_plugin.columns import Pages, Run, Stage
 from sidelight.vllm_plugin.judging import Judging, Share
 from sidelight.vllm_plugin.panel import Panel, verdict_of
 from sidelight.vllm_plugin.params import KEY, parts_of, request_params
 from sidelight.vllm_plugin.settings import ENVIRONMENT, Served, load_checked, named_folders
 from sidelight.vllm_plugin.taps import set_stage, tap_layers
-from sidelight.vllm_plugin.tracking import Step, Tracking
+from sidelight.vllm_plugin.tracking import Reading, Step, Tracking
 from sidelight.vllm_plugin.worker import Worker
 from tiny import TOPICS, tiny_backbone, untrained_probe
 
@@ -88,10 +90,12 @@ class Played:
             Step(request, stop, request in resumed or start == 0, lambda blocks=blocks: blocks)
             for request, _, blocks, start, stop in shares
         ]
-        for reading in self.tracking.plan(steps):
-            stop = reading.start + len(reading.parts)
-            columns = self.pages.read(reading.blocks, start=reading.start, stop=stop)
-            self.tracking.record(reading.request_id, self.judging.judge(reading, columns))
+        for request_id, outcome in self.judge(self.tracking.plan(steps)).items():
+            self.tracking.record(request_id, outcome)
+
+    def judge(self, readings):
+        runs = [Run(r.blocks, r.start, r.start + len(r.parts)) for r in readings]
+        return self.judging.judge(readings, self.pages.read(runs)) if readings else {}
 
     def verdicts(self, request_id):
         return self.tracking.report(request_id)[KEY]["verdicts"]
@@ -199,7 +203,7 @@ def test_a_layer_that_is_not_tapped_is_a_failed_verdict(backbone, probes):
         played.stage.receive(layer, states)
     played.pages.keep(torch.arange(12, 20))
     (reading,) = played.tracking.plan([Step("s", 8, True, lambda: [3, 4])])
-    outcome = played.judging.judge(reading, played.pages.read([3, 4], start=0, stop=8))
+    outcome = played.judge([reading])["s"]
     assert {name: fields.get("error") for name, fields in outcome.items()} == dict.fromkeys(
         (probe.name for probe in probes), "verdict_failed"
     )
@@ -230,6 +234,47 @@ def test_pipeline_stages_together_give_the_verdict(backbone, probes):
     require_equal(probes, outcome, backbone, prompt)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_staging_is_one_product_in_place_and_reads_no_value(dtype):
+    """What a captured CUDA graph asks for, as far as it can be said without a GPU."""
+    torch.manual_seed(0)
+    projection = Projection(torch.randn(2, 8, 3), torch.randn(2, 3))
+    hidden = torch.randn(5, 8, dtype=dtype)
+    stage = Stage.empty(projection, tokens=6)
+    addresses = stage.rows.data_ptr(), stage.projection.weight.data_ptr()
+    stage.project(1, hidden)
+    assert addresses == (stage.rows.data_ptr(), stage.projection.weight.data_ptr())
+    wanted = hidden.double() @ projection.weight[1].double() + projection.shift[1].double()
+    torch.testing.assert_close(stage.rows[1, :5].double(), wanted, rtol=1e-5, atol=1e-5)
+    assert stage.rows[1, 5:].isnan().all()
+    assert stage.rows[0].isnan().all()
+    # Fake tensors have shapes and no values: asking for one would raise.
+    with FakeTensorMode() as mode:
+        fake = Stage(
+            Projection(*map(mode.from_tensor, (projection.weight, projection.shift))),
+            mode.from_tensor(stage.rows),
+        )
+        fake.project(1, mode.from_tensor(hidden))
+
+
+def test_a_worker_keeps_its_stage_when_the_cache_comes(backbone, tmp_path):
+    """Graphs may have been captured before that: what passes through a tap lands in its pages."""
+    folder = str(save_probe(untrained_probe(backbone, "p"), tmp_path / "p"))
+    served = Served((folder,), backbone.fingerprint)
+    layers = range(backbone.fingerprint.layers)
+    worker = Worker(served, layers=layers, tokens=8, device=torch.device("cpu"))
+    assert worker.size_bytes == 0
+    hidden = states_of(backbone, range(10, 14))
+    for layer, states in enumerate(hidden):
+        torch.ops.sidelight.project(states, None, layer, torch.zeros(()))
+    worker.allocate(blocks=2, block_size=4, cache_bytes=1)
+    worker.keep(torch.arange(4, 8))
+    reading = Reading("r", (1,), 0, bytes([Part.PROMPT] * 4), True)
+    prompt = EncodedPrompt(tuple(range(10, 14)), (Part.PROMPT,) * 4)
+    require_equal(served.panel().probes, worker.judge([reading])["r"], backbone, prompt)
+    set_stage(None)
+
+
 def test_a_pipeline_stage_keeps_its_probes(backbone, tmp_path):
     folders = [str(save_probe(untrained_probe(backbone, n), tmp_path / n)) for n in ("old", "new")]
     served = Served((folders[0],), backbone.fingerprint)
@@ -256,8 +301,6 @@ def test_hooks_see_the_stream_in_one_or_two_addends():
     torch.manual_seed(0)
     split, whole = Split(8, 8), Whole(8, 8)
     assert tap_layers([split, whole], reads_embedding=True, width=8) == 3
-    from sidelight.standardisation import Projection
-
     projection = Projection(torch.randn(3, 8, 2), torch.randn(3, 2))
     stage = Stage.empty(projection, tokens=6)
     set_stage(stage)

@@ -1,15 +1,16 @@
 """Many probes on one backbone, served by one thin matmul per layer.
 
-The probes' projections are concatenated, so 1 or 50 probes run the same number of matmuls. The
-bank holds no request: states are values that the caller keeps, splits, packs and merges.
+The probes' projections are concatenated, so 1 or 50 probes run the same number of matmuls. Probes
+that do the same to their columns do it together. The bank holds no request: states are values that
+the caller keeps, splits, packs and merges.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sidelight.errors import SidelightError
@@ -19,13 +20,16 @@ from sidelight.ragged import Ragged
 from sidelight.standardisation import Projection
 from sidelight.types import Verdict
 
+NUMBERS_AT_ONCE = 2**21
+"""So many columns are best summarised together: more do not stay in a processor's cache."""
+
 
 @dataclass(frozen=True)
 class BankState:
     """What all probes know so far of one or more requests.
 
     Attributes:
-        states: One per probe, each with a segment per request.
+        states: One per team of probes, each with a segment per request.
     """
 
     states: tuple[Ragged, ...]
@@ -64,6 +68,47 @@ class BankTap:
         return projected
 
 
+class _Team:
+    """Probes whose columns are summarised and merged in one call, as if they were more layers.
+
+    Args:
+        places: Where the probes stand in their bank.
+        probes: Their mechanisms have one ``summary_kind``, or there is one probe.
+    """
+
+    def __init__(self, places: Sequence[int], probes: Sequence[Probe]):
+        self.places = tuple(places)
+        self.reads = probes[0].reads
+        self.mechanisms = [probe.mechanism for probe in probes]
+
+    def summarise(self, columns: Float[Tensor, "row layer column"], lengths: Tensor) -> Ragged:
+        """The state of each segment; ``columns`` are those of the probes, side by side."""
+        if len(self.places) == 1:
+            return self.mechanisms[0].summarise(Ragged(columns, lengths))
+        side_by_side = columns.unflatten(2, (len(self.places), -1)).flatten(1, 2)
+        at_once = max(1, NUMBERS_AT_ONCE * side_by_side.shape[1] // max(1, columns.numel()))
+        states = [
+            self.mechanisms[0].summarise(Ragged(piece, lengths)).values
+            for piece in side_by_side.split(at_once, 1)
+        ]
+        return Ragged.one_row_each(torch.cat(states, 1))
+
+    def merge(self, left: Ragged, right: Ragged) -> Ragged:
+        """The state of each segment's two runs of tokens together."""
+        return self.mechanisms[0].merge(left, right)
+
+    def logits(self, state: Ragged) -> list[Float[Tensor, "segment output"]]:
+        """Of each probe."""
+        members = len(self.places)
+        if members == 1:
+            return [self.mechanisms[0].finish(state)]
+        own = state.values.unflatten(1, (-1, members)).unbind(2)
+        return [
+            mechanism.finish(Ragged(values, state.lengths))
+            for mechanism, values in zip(self.mechanisms, own, strict=True)
+        ]
+
+
 class Bank:
     """The probes that are served together.
 
@@ -80,11 +125,16 @@ class Bank:
             raise SidelightError("A bank needs one or more probes, got none. Name one.")
         require_distinct_names(probes)
         self.probes = tuple(probes)
+        for probe in probes:
+            probe.mechanism.to(device).eval()
         projections = [probe.projection() for probe in probes]
-        self._widths = [projection.weight.shape[2] for projection in projections]
-        self._weight = torch.cat([p.weight.detach() for p in projections], 2).float().to(device)
-        self._shift = torch.cat([p.shift.detach() for p in projections], 1).float().to(device)
-        self._mechanisms = [probe.mechanism.to(device).eval() for probe in probes]
+        widths = [projection.weight.shape[2] for projection in projections]
+        self._teams = _teams(probes, widths)
+        self._widths = [sum(widths[place] for place in team.places) for team in self._teams]
+        # Columns stand team by team.
+        in_order = [projections[place] for team in self._teams for place in team.places]
+        self._weight = torch.cat([p.weight.detach() for p in in_order], 2).float().to(device)
+        self._shift = torch.cat([p.shift.detach() for p in in_order], 1).float().to(device)
 
     @property
     def reads(self) -> frozenset[Reads]:
@@ -112,24 +162,50 @@ class Bank:
             projected: What the tap collected.
             masks: For each way of reading, the tokens that count; padding never does.
         """
-        states: list[Ragged] = []
-        columns = projected.split(self._widths, -1)
-        for probe, mechanism, own in zip(self.probes, self._mechanisms, columns, strict=True):
-            mask = masks[probe.reads]
-            states.append(mechanism.summarise(Ragged(own[mask], mask.sum(1))))
+        batch, tokens = projected.shape[:2]
+        lengths = torch.full((batch,), tokens, device=projected.device)
+        flat = {reads: mask.flatten() for reads, mask in masks.items()}
+        return self.summarise_rows(projected.flatten(0, 1), flat, lengths)
+
+    @torch.inference_mode()
+    def summarise_rows(
+        self,
+        projected: Float[Tensor, "row layer column"],
+        masks: Mapping[Reads, Bool[Tensor, " row"]],
+        lengths: Int[Tensor, " segment"],
+    ) -> BankState:
+        """As ``summarise``, of requests laid end to end.
+
+        Args:
+            projected: The columns of all their tokens.
+            masks: For each way of reading, the tokens that count.
+            lengths: Tokens of each request.
+        """
+        segments = Ragged(projected, lengths).segments
+        kept = {
+            reads: torch.zeros_like(lengths).index_add(0, segments, mask.long())
+            for reads, mask in masks.items()
+        }
+        states = [
+            team.summarise(own[masks[team.reads]], kept[team.reads])
+            for team, own in zip(self._teams, projected.split(self._widths, -1), strict=True)
+        ]
         return BankState(tuple(states))
 
     @torch.inference_mode()
     def merge(self, left: BankState, right: BankState) -> BankState:
         """The state of each request's two runs of tokens together."""
-        pairs = zip(self._mechanisms, left.states, right.states, strict=True)
-        return BankState(tuple(mechanism.merge(a, b) for mechanism, a, b in pairs))
+        pairs = zip(self._teams, left.states, right.states, strict=True)
+        return BankState(tuple(team.merge(a, b) for team, a, b in pairs))
 
     @torch.inference_mode()
     def logits(self, state: BankState) -> list[np.ndarray]:
         """For each probe ``[request, output]``, float64."""
-        pairs = zip(self._mechanisms, state.states, strict=True)
-        return [mechanism.finish(own).double().cpu().numpy() for mechanism, own in pairs]
+        by_place: dict[int, np.ndarray] = {}
+        for team, own in zip(self._teams, state.states, strict=True):
+            logits = (each.double().cpu().numpy() for each in team.logits(own))
+            by_place.update(zip(team.places, logits, strict=True))
+        return [by_place[place] for place in range(len(self.probes))]
 
     def verdicts(self, state: BankState) -> list[tuple[Verdict, ...]]:
         """For each request, the verdict of every probe.
@@ -142,3 +218,13 @@ class Bank:
             tuple(probe.verdict(row) for probe, row in zip(self.probes, rows, strict=True))
             for rows in zip(*by_probe, strict=True)
         ]
+
+
+def _teams(probes: Sequence[Probe], widths: Sequence[int]) -> list[_Team]:
+    """Probes that read the same tokens and do the same to as many columns."""
+    places: dict[Hashable, list[int]] = {}
+    for place, probe in enumerate(probes):
+        kind = probe.mechanism.summary_kind()
+        alike = place if kind is None else (kind, probe.reads, widths[place])
+        places.setdefault(alike, []).append(place)
+    return [_Team(own, [probes[place] for place in own]) for own in places.values()]

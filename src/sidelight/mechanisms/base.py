@@ -8,6 +8,7 @@ packing. Knows hidden states, not text; states are assumed standardised by the p
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +50,14 @@ class Mechanism(nn.Module, ABC):
     def summarise(self, tokens: Ragged) -> Ragged:
         """The state of each segment of projected tokens, ``[row, layer, column]``, in float32."""
 
+    def summary_kind(self) -> Hashable | None:
+        """What mechanisms have in common that can be summarised and merged together.
+
+        Equal kinds do the same to every layer's columns, whatever their parameters, so the layers
+        of one can stand beside those of another in one call. None: only by itself.
+        """
+        return None
+
     @abstractmethod
     def merge(self, left: Ragged, right: Ragged) -> Ragged:
         """The state of each segment's two runs of tokens together; ``right`` follows ``left``."""
@@ -86,6 +95,10 @@ class Aggregator(nn.Module, ABC):
     @abstractmethod
     def summarise(self, items: Ragged) -> Ragged:
         """The state of each segment of projected items, ``[row, group, column]``, in float32."""
+
+    def summary_kind(self) -> Hashable | None:
+        """As ``Mechanism.summary_kind``, of groups in place of layers."""
+        return None
 
     @abstractmethod
     def merge(self, left: Ragged, right: Ragged) -> Ragged:

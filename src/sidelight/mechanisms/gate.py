@@ -1,6 +1,7 @@
 """The scoring attention gate: each item weighted by a softmax over learned scores."""
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -54,6 +55,10 @@ class Gate(Aggregator):
         """``[segment, group, 1, (maximum, normaliser, *sums)]``."""
         values = items.values.float()[:, :, None]
         return online_softmax.summarise(self._bound(values[..., 0]), values[..., 1:], items)
+
+    def summary_kind(self) -> Hashable:
+        """Gates of the same bound."""
+        return (Gate, self._bound)
 
     def merge(self, left: Ragged, right: Ragged) -> Ragged:
         """Exact, in any order."""

@@ -26,8 +26,8 @@ def summarise(
     # The maximum only keeps exp() in range: its gradient cancels.
     top = Ragged(scores.detach(), tokens.lengths).maxima()
     weight = (scores - top[tokens.segments]).exp()[..., None]
-    sums = Ragged(torch.cat([weight, weight * values], -1), tokens.lengths).sums()
-    return Ragged.one_row_each(torch.cat([top[..., None], sums], -1))
+    parts = (Ragged(part, tokens.lengths).sums() for part in (weight, weight * values))
+    return Ragged.one_row_each(torch.cat([top[..., None], *parts], -1))
 
 
 def merge(left: Ragged, right: Ragged) -> Ragged:

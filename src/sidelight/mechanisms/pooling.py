@@ -1,5 +1,6 @@
 """Direct pooling: the mean or the maximum over items, no parameters of its own."""
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,6 +38,10 @@ class MeanPooling(Aggregator):
         return Ragged.one_row_each(
             Ragged(torch.cat([torch.ones_like(values[..., :1]), values], -1), items.lengths).sums()
         )
+
+    def summary_kind(self) -> Hashable:
+        """All means."""
+        return MeanPooling
 
     def merge(self, left: Ragged, right: Ragged) -> Ragged:
         """Counts and sums add."""

@@ -1,6 +1,7 @@
 """The layerwise readout: gated means, the last token and extremes of every layer, added."""
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -81,6 +82,10 @@ class Readout(Mechanism):
         maxima = Ragged(candidates, tokens.lengths).maxima().unflatten(-1, (signs, outputs))
         unused = torch.zeros_like(maxima[..., :1]).expand(-1, -1, -1, 2)
         return Ragged.one_row_each(torch.cat([means.values, torch.cat([unused, maxima], -1)], 2))
+
+    def summary_kind(self) -> Hashable:
+        """Readouts of the same sizes."""
+        return (Readout, self.gate.shape[2], len(self.bias), self.extremes.shape[2])
 
     def merge(self, left: Ragged, right: Ragged) -> Ragged:
         """Exact."""

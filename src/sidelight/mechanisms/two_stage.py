@@ -1,6 +1,6 @@
 """The paper's probe: a token stage, a layer stage of the same mechanism, a head."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import torch
 from jaxtyping import Bool, Float
@@ -43,6 +43,10 @@ class TwoStage(Mechanism):
     def summarise(self, tokens: Ragged) -> Ragged:
         """The token stage's state."""
         return self.token_stage.summarise(tokens)
+
+    def summary_kind(self) -> Hashable | None:
+        """The token stage's kind."""
+        return self.token_stage.summary_kind()
 
     def merge(self, left: Ragged, right: Ragged) -> Ragged:
         """The token stage's merge."""

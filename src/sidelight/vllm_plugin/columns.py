@@ -4,13 +4,16 @@ A forward pass fills a staging buffer, layer by layer; after it, the rows move t
 their tokens. A slot holds the keys and values of one token, and here its columns: whoever shares
 the slot, or computes it again, shares or replaces both. Knows slots, not requests or probes.
 
-Both buffers are allocated once and written in place, and nothing depends on the values of a tensor,
-so the staging is safe inside a captured CUDA graph (never run: no GPU has been at hand).
+The staging buffer and the weights stay where they are, and nothing depends on a tensor's values, so
+that ``Stage.project`` can be part of a captured CUDA graph (never run: no GPU has been at hand). A
+graph holds their addresses: where graphs are captured, no other stage may take their place.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -42,12 +45,35 @@ class Stage:
 
     def receive(self, layer: int, hidden: Float[Tensor, "token width"]) -> None:
         """One matmul, in float32: a bf16 result would lose what standardisation subtracts."""
-        torch.addmm(
-            self.projection.shift[layer],
-            hidden.float(),
-            self.projection.weight[layer],
-            out=self.rows[layer, : len(hidden)],
-        )
+        shift, weight, rows = self._layers[layer]
+        torch.addmm(shift, hidden.float(), weight, out=rows[: len(hidden)])
+
+    @cached_property
+    def _layers(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Views, made once: a pass calls for every layer, and a step may have one token."""
+        shift, weight = self.projection.shift, self.projection.weight
+        return list(zip(shift.unbind(), weight.unbind(), self.rows.unbind(), strict=True))
+
+
+@dataclass(frozen=True)
+class Run:
+    """Neighbouring tokens of a request.
+
+    Attributes:
+        blocks: The request's block table.
+        start: First token.
+        stop: End of the tokens.
+    """
+
+    blocks: Sequence[int]
+    start: int
+    stop: int
+
+    def slots(self, block_size: int) -> Int[np.ndarray, " token"]:
+        """Where the tokens' columns are."""
+        tokens = np.arange(self.start, self.stop)
+        table = np.asarray(self.blocks, dtype=np.int64)
+        return table[tokens // block_size] * block_size + tokens % block_size
 
 
 class Pages:
@@ -71,6 +97,11 @@ class Pages:
         """Of the columns of all slots and of the staging buffer."""
         return sum(t.numel() * t.element_size() for t in (self._rows, self.stage.rows))
 
+    @property
+    def numbers_per_token(self) -> int:
+        """Columns of all layers."""
+        return self._rows[0].numel()
+
     def keep(self, slots: Int[Tensor, " token"]) -> None:
         """Moves the staged rows of a pass to the slots of its tokens."""
         staged = self.stage.rows[:, : len(slots)]
@@ -82,17 +113,7 @@ class Pages:
         """Makes every slot one whose verdict fails, until it is computed again."""
         self._rows.fill_(torch.nan)
 
-    def read(
-        self, blocks: Sequence[int], *, start: int, stop: int
-    ) -> Float[Tensor, "token layer column"]:
-        """The columns of the tokens ``start`` to ``stop`` of a request.
-
-        Args:
-            blocks: The request's block table.
-            start: First token.
-            stop: End of the tokens.
-        """
-        table = torch.tensor(blocks, device=self._rows.device)
-        tokens = torch.arange(start, stop, device=self._rows.device)
-        offsets = tokens % self._block_size
-        return self._rows[table[tokens // self._block_size] * self._block_size + offsets]
+    def read(self, runs: Sequence[Run]) -> Float[Tensor, "token layer column"]:
+        """The columns of some requests' tokens, one run after the other."""
+        slots = np.concatenate([run.slots(self._block_size) for run in runs])
+        return self._rows[torch.from_numpy(slots).to(self._rows.device)]

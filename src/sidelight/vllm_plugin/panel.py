@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 from sidelight.bank import Bank, BankState
@@ -60,37 +61,52 @@ class Panel:
             torch.cat([part.shift[layers.start : layers.stop] for part in parts], 1),
         )
 
-    def judge_prompt(
-        self, columns: Float[Tensor, "token layer column"], parts: Sequence[int]
-    ) -> Outcome:
-        """The verdicts of the probes that read the prompt alone."""
+    def judge_prompts(
+        self, columns: Float[Tensor, "token layer column"], texts: Sequence[bytes]
+    ) -> list[Outcome]:
+        """For each text, the verdicts of the probes that read the prompt alone.
+
+        Args:
+            columns: Of all tokens, one text after the other.
+            texts: What each token belongs to.
+        """
         if self.early is None:
-            return {}
+            return [{} for _ in texts]
         width = self.early.projection.weight.shape[2]
-        return _outcome(self.early, _summarise(self.early, columns[..., :width], parts))
+        return _outcomes(self.early, _summarise(self.early, columns[..., :width], texts))
 
     def read(
         self,
         columns: Float[Tensor, "token layer column"],
-        parts: Sequence[int],
-        before: BankState | None,
+        texts: Sequence[bytes],
+        befores: Sequence[BankState | None],
     ) -> BankState | None:
         """What the probes of the response know after some more tokens; None without such probes.
 
         Args:
-            columns: Of the tokens.
-            parts: What each belongs to.
-            before: What they knew; None at the beginning.
+            columns: Of all tokens, one text after the other.
+            texts: What each token belongs to.
+            befores: What they knew of each text; None at its beginning.
         """
         if self.late is None:
             return None
         width = self.late.projection.weight.shape[2]
-        state = _summarise(self.late, columns[..., columns.shape[2] - width :], parts)
-        return state if before is None else self.late.merge(before, state)
+        state = _summarise(self.late, columns[..., columns.shape[2] - width :], texts)
+        going_on = [before for before in befores if before is not None]
+        if not going_on:
+            return state
+        if len(going_on) == len(befores):
+            return self.late.merge(BankState.pack(going_on), state)
+        pairs = zip(befores, state.split(), strict=True)
+        return BankState.pack(
+            [new if before is None else self.late.merge(before, new) for before, new in pairs]
+        )
 
-    def judge_response(self, state: BankState | None) -> Outcome:
-        """The verdicts of the probes that read the response, as far as it goes."""
-        return {} if self.late is None or state is None else _outcome(self.late, state)
+    def judge_response(self, state: BankState | None, texts: int) -> list[Outcome]:
+        """For each text, the verdicts of the probes that read the response, as far as it goes."""
+        if self.late is None or state is None:
+            return [{} for _ in range(texts)]
+        return _outcomes(self.late, state)
 
 
 def verdict_of(probe: str, fields: Mapping[str, Any]) -> Verdict | None:
@@ -107,20 +123,24 @@ def verdict_of(probe: str, fields: Mapping[str, Any]) -> Verdict | None:
 
 
 def _summarise(
-    bank: Bank, columns: Float[Tensor, "token layer column"], parts: Sequence[int]
+    bank: Bank, columns: Float[Tensor, "token layer column"], texts: Sequence[bytes]
 ) -> BankState:
-    masks = {reads: _mask(reads, parts).to(columns.device)[None] for reads in bank.reads}
-    return bank.summarise(columns[None], masks)
+    parts = np.frombuffer(b"".join(texts), np.uint8)
+    masks = {reads: _mask(reads, parts).to(columns.device) for reads in bank.reads}
+    lengths = torch.tensor([len(text) for text in texts], device=columns.device)
+    return bank.summarise_rows(columns, masks, lengths)
 
 
-def _mask(reads: Reads, parts: Sequence[int]) -> Bool[Tensor, " token"]:
-    wanted = reads.parts
-    return torch.tensor([part in wanted for part in parts], dtype=torch.bool)
+def _mask(reads: Reads, parts: UInt8[np.ndarray, " token"]) -> Bool[Tensor, " token"]:
+    return torch.from_numpy(np.isin(parts, [int(part) for part in reads.parts]))
 
 
-def _outcome(bank: Bank, state: BankState) -> Outcome:
-    pairs = zip(bank.probes, bank.logits(state), strict=True)
-    return {probe.name: _fields(probe, logits[0]) for probe, logits in pairs}
+def _outcomes(bank: Bank, state: BankState) -> list[Outcome]:
+    rows = zip(*bank.logits(state), strict=True)
+    return [
+        {probe.name: _fields(probe, own) for probe, own in zip(bank.probes, row, strict=True)}
+        for row in rows
+    ]
 
 
 def _fields(probe: Probe, logits: Any) -> dict[str, Any]:

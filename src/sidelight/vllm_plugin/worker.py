@@ -1,11 +1,14 @@
 """A worker's share: the columns of its layers, and verdicts where it has all of them."""
 
+from collections.abc import Iterator, Sequence
+
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from sidelight.bank import NUMBERS_AT_ONCE
 from sidelight.errors import SidelightError
-from sidelight.vllm_plugin.columns import Pages, Stage
+from sidelight.vllm_plugin.columns import Pages, Run, Stage
 from sidelight.vllm_plugin.judging import Judging, Share
 from sidelight.vllm_plugin.panel import Outcome, Panel
 from sidelight.vllm_plugin.settings import Served
@@ -33,6 +36,7 @@ class Worker:
         self._device = device
         self.cache_bytes = 0
         self._space: tuple[int, int] | None = None
+        self._stage: Stage | None = None
         self._pages: Pages | None = None
         self._put(served.panel(device=device))
 
@@ -50,14 +54,20 @@ class Worker:
         """Makes room for the columns of every KV slot."""
         self.cache_bytes = cache_bytes
         self._space = (blocks, block_size)
-        self._put(self._judging.panel)
+        self._make_pages()
 
     def load(self, folders: list[str]) -> None:
         """Takes other probes; whatever was computed for the old ones is gone.
 
         Raises:
-            SidelightError: One cannot be served, or this is a pipeline stage; the old probes stay.
+            SidelightError: One cannot be served, or this is a pipeline stage or on a GPU; the old
+                probes stay.
         """
+        if self._device.type != "cpu":
+            raise SidelightError(
+                "Probes cannot be exchanged on a GPU, whose captured graphs write to the old ones' "
+                "memory. Start the engine again with the new ones."
+            )
         if len(self._layers) < self._served.fingerprint.layers:
             raise SidelightError(
                 "Probes cannot be exchanged under pipeline parallel, where verdicts are made in "
@@ -74,31 +84,51 @@ class Worker:
 
     def judge(self, readings: list[Reading]) -> dict[str, Outcome]:
         """The verdicts on requests whose layers are all here."""
-        return {r.request_id: self._judging.judge(r, self._read(r)) for r in readings}
+        outcomes: dict[str, Outcome] = {}
+        for some in self._in_turn(readings):
+            outcomes.update(self._judging.judge(some, self._read(some)))
+        return outcomes
 
     def share(self, readings: list[Reading]) -> list[Share]:
         """What a pipeline stage sends to where the verdicts are made."""
-        return [Share(r, self._layers.start, self._read(r).cpu()) for r in readings]
+        return [Share(r, self._layers.start, self._read([r]).cpu()) for r in readings]
 
     def forget(self, request_ids: set[str]) -> None:
         """Drops what is known of requests that have ended."""
         self._judging.forget(request_ids)
 
-    def _read(self, reading: Reading) -> Tensor:
+    def _in_turn(self, readings: Sequence[Reading]) -> Iterator[list[Reading]]:
+        """As many at a time as have few columns together, at least one."""
+        per_token = self._pages.numbers_per_token if self._pages else 0
+        some: list[Reading] = []
+        for reading in readings:
+            tokens = sum(len(one.parts) for one in (*some, reading))
+            if some and tokens * per_token > NUMBERS_AT_ONCE:
+                yield some
+                some = []
+            some.append(reading)
+        yield some
+
+    def _read(self, readings: Sequence[Reading]) -> Float[Tensor, "token layer column"]:
         if self._pages is None:
-            return torch.empty(len(reading.parts), len(self._layers), 0)
-        stop = reading.start + len(reading.parts)
-        return self._pages.read(reading.blocks, start=reading.start, stop=stop)
+            tokens = sum(len(reading.parts) for reading in readings)
+            return torch.empty(tokens, len(self._layers), 0)
+        return self._pages.read([Run(r.blocks, r.start, r.start + len(r.parts)) for r in readings])
 
     def _put(self, panel: Panel) -> None:
         self._judging = Judging(panel)
         projection = panel.projection(self._layers)
-        stage = None if projection is None else Stage.empty(projection, tokens=self._tokens)
-        self._pages = None
-        if stage is not None and self._space is not None:
+        # Both before new ones are made: there may be no room for two.
+        self._stage = self._pages = None
+        set_stage(None)
+        self._stage = None if projection is None else Stage.empty(projection, tokens=self._tokens)
+        self._make_pages()
+        set_stage(self._stage)
+
+    def _make_pages(self) -> None:
+        if self._stage is not None and self._space is not None:
             blocks, block_size = self._space
-            self._pages = Pages(stage, blocks=blocks, block_size=block_size)
-        set_stage(stage)
+            self._pages = Pages(self._stage, blocks=blocks, block_size=block_size)
 
 
 _worker: list[Worker] = []
