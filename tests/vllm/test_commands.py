@@ -53,7 +53,10 @@ def test_bench_serve_measures_every_set_of_probes(model, tmp_path):
     sizes = ["--rounds", "2", "--tokens", "64", "--requests", "2", "--written", "4"]
     assert run(*command, *sizes, "--out", str(out), *OPTIONS) == 0
     record = json.loads(out.read_text())
-    assert len(record["costs"]) == 4 * 3
+    assert len(record["costs"]) == 4 * 4
+    assert {row["measure"] for row in record["costs"]} == {
+        *("time to first token", "time per token", "time per prompt", "throughput")
+    }
     assert all(row["low"] <= row["added"] <= row["high"] for row in record["costs"])
     memory = record["memory"]
     assert memory["no probe"] == 0 < memory["1 readout"]

@@ -23,7 +23,14 @@ from sidelight.probe import Probe
 from sidelight.prompts import PlainText
 
 NOTHING = "no probe"
-MEASURES = ("time to first token", "time per token", "time per prompt")
+# The first is of a request alone, the others of requests together; the throughput is from the first
+# prompt to the last token.
+MEASURES = {
+    "time to first token": "ms",
+    "time per token": "ms",
+    "time per prompt": "ms",
+    "throughput": "requests/s",
+}
 
 
 @dataclass(frozen=True)
@@ -48,15 +55,17 @@ class Cost:
     Attributes:
         probes: Which set.
         measure: One of ``MEASURES``.
-        milliseconds: Median without probes.
-        added: Mean over rounds, as a share of the time without probes.
+        unit: Of ``without``.
+        without: Median without probes.
+        added: Mean over rounds, as a share of the same round's value without probes.
         low: Lower end of its 95 % interval (bootstrap over rounds).
         high: Upper end.
     """
 
     probes: str
     measure: str
-    milliseconds: float
+    unit: str
+    without: float
     added: float
     low: float
     high: float
@@ -91,22 +100,23 @@ async def measure(
         rounds: How often.
     """
     random = np.random.default_rng(0)
-    seconds: dict[str, list[list[float]]] = {name: [] for name in sets}
+    measured: dict[str, list[list[float]]] = {name: [] for name in sets}
     await _measure_once(engine, work)
     for _ in range(rounds):
         for name in random.permutation(list(sets)):
             await engine.replace_probes(sets[str(name)])
-            seconds[str(name)].append(await _measure_once(engine, work))
-    times = {name: np.array(values) for name, values in seconds.items()}
+            measured[str(name)].append(await _measure_once(engine, work))
+    by_set = {name: np.array(values) for name, values in measured.items()}
     return [
-        _cost(name, i, times[NOTHING][:, i], times[name][:, i])
+        _cost(name, measure, by_set[NOTHING][:, i], by_set[name][:, i])
         for name in sets
         if name != NOTHING
-        for i in range(len(MEASURES))
+        for i, measure in enumerate(MEASURES)
     ]
 
 
 async def _measure_once(engine: VllmEngine, work: Work) -> list[float]:
+    """The value of each of ``MEASURES``."""
     prompts = [PlainText(" word" * (work.tokens - 1) + f" {i}") for i in range(work.requests)]
     start = perf_counter()
     for prompt in prompts[:2]:
@@ -118,8 +128,11 @@ async def _measure_once(engine: VllmEngine, work: Work) -> list[float]:
     )
     prompt_time = (perf_counter() - start) / work.requests
     sampling = Sampling(max_tokens=work.written, temperature=0)
+    start = perf_counter()
     spans = await asyncio.gather(*(_writing(engine.generate(p, sampling)) for p in prompts))
-    return [first, float(np.mean(spans)), prompt_time]
+    elapsed = perf_counter() - start
+    times = [first, float(np.mean(spans)), prompt_time]
+    return [*(1000 * time for time in times), work.requests / elapsed]
 
 
 async def _last(events: AsyncGenerator[Event, None]) -> None:
@@ -140,7 +153,7 @@ async def _writing(events: AsyncGenerator[Event, None]) -> float:
 
 def _cost(
     name: str,
-    measure_index: int,
+    measure: str,
     without: Float[np.ndarray, " round"],
     with_probes: Float[np.ndarray, " round"],
 ) -> Cost:
@@ -149,8 +162,9 @@ def _cost(
     low, high = np.quantile(added[draws].mean(1), [0.025, 0.975])
     return Cost(
         name,
-        MEASURES[measure_index],
-        milliseconds=float(np.median(without)) * 1000,
+        measure,
+        unit=MEASURES[measure],
+        without=float(np.median(without)),
         added=float(added.mean()),
         low=float(low),
         high=float(high),

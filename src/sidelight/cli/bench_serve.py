@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 def bench_serve(rounds: int, out: Path | None, **given: Any) -> None:
     """The same work with and without probes in one running vLLM, in paired rounds.
 
-    Random weights; 0, 1, 10 and 100 readout probes and one attention probe. Added time is a share
-    of the time without probes, with a 95 % interval over rounds.
+    Random weights; 0, 1, 10 and 100 readout probes and one attention probe. What they add is a
+    share of the value without probes, with a 95 % interval over rounds; memory stands beside it.
     """
     from sidelight.bench.serving import Work
 
@@ -48,13 +48,13 @@ def bench_serve(rounds: int, out: Path | None, **given: Any) -> None:
     record = {"rounds": rounds, "memory": memory, "costs": [cost.to_dict() for cost in costs]}
     if out is not None:
         write_text(out, json.dumps(record, indent=2) + "\n")
-    for cost in costs:
-        click.echo(
-            f"{cost.probes:<14} {cost.measure:<20} {cost.milliseconds:9.2f} ms without  "
-            f"{cost.added:+7.1%}  ({cost.low:+.1%} to {cost.high:+.1%})"
-        )
     for name, share in memory.items():
-        click.echo(f"{name:<14} columns take {share:.2%} of the KV cache")
+        for cost in (cost for cost in costs if cost.probes == name):
+            click.echo(
+                f"{name:<14} {cost.measure:<20} {cost.without:9.2f} {cost.unit:<10} without  "
+                f"{cost.added:+7.1%}  ({cost.low:+.1%} to {cost.high:+.1%})"
+            )
+        click.echo(f"{name:<14} {'memory':<20} {share:.2%} of the KV cache")
 
 
 async def _measured(
