@@ -242,7 +242,7 @@ def test_staging_is_one_product_in_place_and_reads_no_value(dtype):
     hidden = torch.randn(5, 8, dtype=dtype)
     stage = Stage.empty(projection, tokens=6)
     addresses = stage.rows.data_ptr(), stage.projection.weight.data_ptr()
-    stage.project(1, hidden)
+    stage.receive(1, hidden)
     assert addresses == (stage.rows.data_ptr(), stage.projection.weight.data_ptr())
     wanted = hidden.double() @ projection.weight[1].double() + projection.shift[1].double()
     torch.testing.assert_close(stage.rows[1, :5].double(), wanted, rtol=1e-5, atol=1e-5)
@@ -254,7 +254,7 @@ def test_staging_is_one_product_in_place_and_reads_no_value(dtype):
             Projection(*map(mode.from_tensor, (projection.weight, projection.shift))),
             mode.from_tensor(stage.rows),
         )
-        fake.project(1, mode.from_tensor(hidden))
+        fake.receive(1, mode.from_tensor(hidden))
 
 
 def test_a_worker_keeps_its_stage_when_the_cache_comes(backbone, tmp_path):

@@ -5,7 +5,7 @@ their tokens. A slot holds the keys and values of one token, and here its column
 the slot, or computes it again, shares or replaces both. Knows slots, not requests or probes.
 
 The staging buffer and the weights stay where they are, and nothing depends on a tensor's values, so
-that ``Stage.project`` can be part of a captured CUDA graph (never run: no GPU has been at hand). A
+that ``Stage.receive`` can be part of a captured CUDA graph (never run: no GPU has been at hand). A
 graph holds their addresses: where graphs are captured, no other stage may take their place.
 """
 

@@ -1,0 +1,89 @@
+"""CPU time of what probes add to a pass inside vLLM, part by part, without vLLM.
+
+The embedded model's sizes, random states and probes: eight requests of 256 tokens that end in one
+pass, and one pass that decodes a token of each. CPU time of the thread, since wall time tells more
+of who else is on the machine. In an environment with Sidelight: python benchmarks/vllm_parts.py
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import thread_time
+
+import torch
+
+from sidelight.artifact import save_probe
+from sidelight.backbones import load_backbone
+from sidelight.bench.serving import probe_sets
+from sidelight.prompts import Part
+from sidelight.vllm_plugin.settings import Served
+from sidelight.vllm_plugin.tracking import Reading
+from sidelight.vllm_plugin.worker import Worker
+
+REQUESTS, TOKENS, BLOCK, ROUNDS = 8, 256, 32, 7
+
+
+def best_ms(work: Callable[[], object]) -> float:
+    """The least of some rounds, after one that warms up."""
+    times: list[float] = []
+    for _ in range(ROUNDS + 1):
+        start = thread_time()
+        work()
+        times.append(thread_time() - start)
+    return 1000 * min(times[1:])
+
+
+def parts_of(served: Served) -> dict[str, float]:
+    """Milliseconds by part."""
+    layers, width = served.fingerprint.layers, served.fingerprint.width
+    tokens = REQUESTS * TOKENS
+    worker = Worker(served, layers=range(layers), tokens=tokens, device=torch.device("cpu"))
+    worker.allocate(blocks=tokens // BLOCK, block_size=BLOCK, cache_bytes=1)
+    order = torch.zeros(())
+    per_request = TOKENS // BLOCK
+    readings = [
+        Reading(
+            f"{i}",
+            tuple(range(per_request * i, per_request * (i + 1))),
+            0,
+            bytes([Part.PROMPT] * TOKENS),
+            ends_prompt=True,
+        )
+        for i in range(REQUESTS)
+    ]
+
+    def projected(tokens: int) -> Callable[[], None]:
+        hidden, residual = torch.randn(2, tokens, width).bfloat16()
+
+        def work() -> None:
+            for layer in range(layers):
+                torch.ops.sidelight.project(hidden, residual, layer, order)
+
+        return work
+
+    prompts = {"project prompts": best_ms(projected(tokens))}
+    projected(tokens)()
+    worker.keep(torch.arange(tokens))
+    return prompts | {
+        "judge prompts": best_ms(lambda: worker.judge(readings)),
+        "keep prompts": best_ms(lambda: worker.keep(torch.arange(tokens))),
+        "project a token each": best_ms(projected(REQUESTS)),
+        "keep a token each": best_ms(lambda: worker.keep(torch.arange(REQUESTS))),
+    }
+
+
+def main() -> None:
+    """Prints a row for each set of probes."""
+    torch.set_num_threads(1)
+    backbone = load_backbone("smollm2", device="cpu")
+    with torch.inference_mode(), TemporaryDirectory() as root:
+        for name, probes in probe_sets(backbone).items():
+            folders = [str(save_probe(probe, Path(root) / name / probe.name)) for probe in probes]
+            if probes:
+                parts = parts_of(Served(tuple(folders), backbone.fingerprint))
+                row = ", ".join(f"{part} {ms:.2f} ms" for part, ms in parts.items())
+                print(f"{name}: {row}")
+
+
+if __name__ == "__main__":
+    main()
