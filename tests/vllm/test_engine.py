@@ -113,6 +113,7 @@ def test_concurrent_requests_get_their_own_verdicts_before_their_text(engine, lo
         assert isinstance(judged, PromptJudged)
         assert isinstance(finished, Finished)
         assert judged.tokens == len(prompt) == finished.prompt_tokens
+        assert min(judged.judging_s, finished.judging_s) > 0
         require_equal(judged.verdicts, judged.failed, wanted, names(model, "prompt"))
         assert finished.completion_tokens <= GREEDY.max_tokens
         assert {v.probe for v in finished.verdicts} | set(finished.failed) == set(

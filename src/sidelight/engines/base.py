@@ -73,11 +73,14 @@ class PromptJudged:
         verdicts: Of every probe that reads the prompt only.
         failed: Names of such probes that gave no verdict; never to be read as a harmless one.
         tokens: Of the prompt.
+        judging_s: Seconds by which the probes made the pass over the prompt longer. All requests of
+            one pass wait for all of it, so it is not divided among them.
     """
 
     verdicts: tuple[Verdict, ...]
     failed: tuple[str, ...] = ()
     tokens: int = field(kw_only=True)
+    judging_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -105,11 +108,13 @@ class ResponseScored:
             is judged once this reaches its own ``tokens``.
         verdicts: On the response so far, as if it ended here.
         failed: Names of watched probes that gave no verdict; never to be read as a harmless one.
+        judging_s: As ``Finished`` has it, so far.
     """
 
     tokens: int
     verdicts: tuple[Verdict, ...]
     failed: tuple[str, ...] = ()
+    judging_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -126,6 +131,7 @@ class Finished:
         failed: Names of such probes that gave no verdict; never to be read as a harmless one.
         logprobs: Of the last tokens, where they were asked for and are only a part of a character:
             no text comes from these.
+        judging_s: Seconds by which the probes made the steps after the prompt longer, in all.
     """
 
     reason: FinishReason
@@ -134,6 +140,7 @@ class Finished:
     verdicts: tuple[Verdict, ...] = ()
     failed: tuple[str, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
+    judging_s: float = 0.0
 
 
 Event = PromptJudged | TextDelta | ResponseScored | Finished

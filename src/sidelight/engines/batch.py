@@ -24,6 +24,7 @@ from sidelight.engines.decoder import Decoder
 from sidelight.engines.generation import Generation
 from sidelight.engines.judging import Judgement, Panel, Watch
 from sidelight.engines.line import Request
+from sidelight.engines.stopwatch import Stopwatch
 from sidelight.errors import SidelightError
 
 
@@ -107,10 +108,16 @@ class Batch:
         panel = requests[0].panel
         prompts = [request.prompt for request in requests]
         early, late = panel.early.taps(), panel.late.taps()
-        logits, cached = self._decoder.read_prompts(prompts, Watch([*early, *late]))
-        read_early = panel.early.read_prompts(early, prompts)
-        read_late = panel.late.read_prompts(late, prompts)
-        emissions = _judge_prompts(requests, read_early, read_late)
+        stopwatch = Stopwatch()
+        logits, cached = self._decoder.read_prompts(prompts, Watch([*early, *late], stopwatch))
+        with stopwatch.running(after=logits.device):
+            read_early = panel.early.read_prompts(early, prompts)
+            read_late = panel.late.read_prompts(late, prompts)
+            judgements = _judge_prompts(requests, read_early, read_late)
+        emissions = [
+            _judged(request, own, stopwatch.seconds)
+            for request, own in zip(requests, judgements, strict=True)
+        ]
         written = [i for i, emission in enumerate(emissions) if not emission.is_last]
         if written:
             generations = [self._begin(requests[i]) for i in written]
@@ -131,9 +138,13 @@ class Batch:
         late = rows.panel.late
         taps = late.taps()
         tokens = [generation.last_token for generation in rows.generations]
-        logits = self._decoder.read_step(tokens, rows.cached, Watch(taps))
-        read = replace(rows, state=late.read_step(taps, rows.state))
-        emissions = _score(read)
+        stopwatch = Stopwatch()
+        logits = self._decoder.read_step(tokens, rows.cached, Watch(taps, stopwatch))
+        with stopwatch.running(after=logits.device if taps else None):
+            read = replace(rows, state=late.read_step(taps, rows.state))
+            scores = _score(read)
+        _charge(read, stopwatch)
+        emissions = [_scored(generation, judgement) for generation, judgement in scores]
         # What was complete but for the reading of its last token.
         writing = [generation.reason is None for generation in rows.generations]
         emissions += _finish(read, [i for i, goes_on in enumerate(writing) if not goes_on])
@@ -152,30 +163,38 @@ class Batch:
 
 def _judge_prompts(
     requests: Sequence[Request], early: BankState, late: BankState
-) -> list[Emission]:
+) -> list[Judgement]:
     panel = requests[0].panel
     judgements = panel.early.judge(early, range(len(requests)))
     answered = [i for i, request in enumerate(requests) if request.has_response]
     for row, judgement in zip(answered, panel.late.judge(late, answered), strict=True):
         judgements[row] += judgement
-    return [_judged(request, own) for request, own in zip(requests, judgements, strict=True)]
+    return judgements
 
 
-def _judged(request: Request, judgement: Judgement) -> Emission:
-    event = PromptJudged(judgement.verdicts, judgement.failed, tokens=len(request.prompt))
+def _judged(request: Request, judgement: Judgement, judging_s: float) -> Emission:
+    event = PromptJudged(
+        judgement.verdicts, judgement.failed, tokens=len(request.prompt), judging_s=judging_s
+    )
     return Emission(request, event, is_last=request.is_check or not request.admits(event))
 
 
-def _score(rows: _Rows) -> list[Emission]:
+def _charge(rows: _Rows, stopwatch: Stopwatch) -> None:
+    """Every row has waited for the probes of all."""
+    for generation in rows.generations:
+        generation.judging_s += stopwatch.seconds
+
+
+def _score(rows: _Rows) -> list[tuple[Generation, Judgement]]:
     """The running verdicts of the rows whose probes are watched."""
     watched = [i for i, g in enumerate(rows.generations) if g.request.watch]
     judgements = rows.panel.late.judge(rows.state, watched)
-    return [_scored(rows.generations[i], j) for i, j in zip(watched, judgements, strict=True)]
+    return [(rows.generations[i], own) for i, own in zip(watched, judgements, strict=True)]
 
 
 def _scored(generation: Generation, judgement: Judgement) -> Emission:
     said = judgement.of(generation.request.watch)
-    event = ResponseScored(generation.tokens, said.verdicts, said.failed)
+    event = ResponseScored(generation.tokens, said.verdicts, said.failed, generation.judging_s)
     return Emission(generation.request, event)
 
 
@@ -230,7 +249,10 @@ def _joined(groups: Sequence[_Rows], entering: _Rows | None) -> list[_Rows]:
 
 
 def _finish(rows: _Rows, complete: Sequence[int]) -> list[Emission]:
-    judgements = rows.panel.late.judge(rows.state, complete)
+    stopwatch = Stopwatch()
+    with stopwatch.running():
+        judgements = rows.panel.late.judge(rows.state, complete)
+    _charge(rows, stopwatch)
     return [_finished(rows.generations[i], j) for i, j in zip(complete, judgements, strict=True)]
 
 
@@ -250,6 +272,7 @@ def _finished(generation: Generation, judgement: Judgement) -> Emission:
         verdicts=judgement.verdicts,
         failed=judgement.failed,
         logprobs=generation.rest,
+        judging_s=generation.judging_s,
     )
     return Emission(generation.request, finished, is_last=True)
 

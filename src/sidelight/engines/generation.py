@@ -24,6 +24,7 @@ class Generation:
     Attributes:
         tokens: How many have been sampled.
         text_tokens: How many of them have a part in the text: all but an end-of-turn token.
+        judging_s: Seconds that the probes took in its steps after the prompt.
         last_token: The newest; the next step reads it.
         reason: Why the text is complete; None while it is not.
         is_settled: Whether it is complete and nothing of the text is still to be read for the
@@ -41,6 +42,7 @@ class Generation:
         self.request = request
         self.tokens = 0
         self.text_tokens = 0
+        self.judging_s = 0.0
         self.last_token = 0
         self.reason: FinishReason | None = None
         self.is_settled = False

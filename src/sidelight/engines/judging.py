@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sidelight.bank import Bank, BankState, BankTap
+from sidelight.engines.stopwatch import Stopwatch
 from sidelight.errors import VerdictError
 from sidelight.probe import Probe, require_distinct_names
 from sidelight.prompts import EncodedPrompt, Reads
@@ -43,15 +44,22 @@ class Judgement:
 
 
 class Watch:
-    """Several banks' taps as one tap."""
+    """Several banks' taps as one tap.
 
-    def __init__(self, taps: Sequence[BankTap]):
-        self.taps = taps
+    Args:
+        taps: Each sees every hidden state.
+        stopwatch: Counts the time that they take.
+    """
+
+    def __init__(self, taps: Sequence[BankTap], stopwatch: Stopwatch):
+        self._taps = taps
+        self._stopwatch = stopwatch
 
     def __call__(self, layer: int, hidden: Float[Tensor, "batch token width"]) -> None:
         """Shows the hidden state to each; keeps nothing."""
-        for tap in self.taps:
-            tap(layer, hidden)
+        with self._stopwatch.running():
+            for tap in self._taps:
+                tap(layer, hidden)
 
 
 class Judges:

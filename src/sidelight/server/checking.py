@@ -56,6 +56,7 @@ async def checked(
     judged = await unless_left(request, context.engine.judge(conversations))
     found: list[Checked] = []
     for event, turns in zip(judged, conversations, strict=True):
+        context.metrics.note_judging(event)
         context.metrics.prompt_tokens.inc(event.tokens)
         prompt: set[Side] = {"input"} if is_prompt_known else set()
         response: set[Side] = {"output"} if is_answered(turns) else set()

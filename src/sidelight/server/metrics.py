@@ -23,6 +23,8 @@ from sidelight.types import Verdict
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
+_JUDGING_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, *_SECONDS)
+
 _TENTHS = tuple(i / 10 for i in range(1, 11))
 
 
@@ -84,6 +86,13 @@ class Metrics:
         self._to_first_text = self._seconds("time_to_first_text", "Until the first text")
         self._between = self._seconds("inter_text_latency", "Between two pieces of text")
         self._in_all = self._seconds("e2e_request_latency", "Until the text was complete")
+        self._judging = Histogram(
+            "sidelight_judging_seconds",
+            "By which probes made the steps of a request longer",
+            ["side"],
+            buckets=_JUDGING_SECONDS,
+            registry=registry,
+        )
         running = Gauge("sidelight_requests_running", "Being written", registry=registry)
         running.set_function(lambda: engine.load.running)
         waiting = Gauge("sidelight_requests_waiting", "In line", registry=registry)
@@ -95,11 +104,22 @@ class Metrics:
 
     async def read(self, events: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:
         """The engine's events; what was read is counted, whatever a policy makes of it."""
-        async with aclosing(events):
-            async for event in events:
-                if isinstance(event, PromptJudged):
-                    self.prompt_tokens.inc(event.tokens)
-                yield event
+        written_s: float | None = None
+        try:
+            async with aclosing(events):
+                async for event in events:
+                    match event:
+                        case PromptJudged():
+                            self.prompt_tokens.inc(event.tokens)
+                            self.note_judging(event)
+                        case ResponseScored() | Finished():
+                            written_s = event.judging_s
+                        case TextDelta():
+                            pass
+                    yield event
+        finally:
+            if written_s is not None:
+                self._judging.labels("output").observe(written_s)
 
     async def observed(self, events: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:
         """The same events, counted and timed as they pass."""
@@ -120,6 +140,10 @@ class Metrics:
                         self._in_all.observe(now - start)
                         self._completion_tokens.inc(event.completion_tokens)
                 yield event
+
+    def note_judging(self, event: PromptJudged) -> None:
+        """Counts the seconds that probes took in the pass over one text."""
+        self._judging.labels("input").observe(event.judging_s)
 
     def count(self, decisions: Sequence[Decision]) -> None:
         """Counts what probes said, what was done, and whether shadows agreed."""

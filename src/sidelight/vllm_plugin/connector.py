@@ -1,6 +1,7 @@
 # pyright: reportMissingImports=false, reportUntypedBaseClass=false
 """Carries readings to the workers and outcomes back: what to read of a step, and what was read."""
 
+import time
 from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,11 +40,13 @@ class Results(KVConnectorWorkerMetadata):
         outcomes: By request, where the worker has all layers.
         shares: Where it has some.
         reads_responses: Whether some probe reads what is written.
+        seconds: That the worker took for it, after the forward pass.
     """
 
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     shares: list[Share] = field(default_factory=list)
     reads_responses: bool = False
+    seconds: float = 0.0
 
     def aggregate(self, other: "Results") -> "Results":
         """Both workers' results."""
@@ -51,6 +54,7 @@ class Results(KVConnectorWorkerMetadata):
             {**self.outcomes, **other.outcomes},
             [*self.shares, *other.shares],
             self.reads_responses or other.reads_responses,
+            self.seconds + other.seconds,
         )
 
 
@@ -93,14 +97,14 @@ class ProbeConnector(SilentConnector):
         connector_output.kv_connector_worker_meta = None
         self.tracking.reads_responses = results.reads_responses
         for request_id, outcome in results.outcomes.items():
-            self.tracking.record(request_id, outcome)
+            self.tracking.record(request_id, outcome, results.seconds)
         shares: dict[str, list[Share]] = defaultdict(list)
         for share in results.shares:
             shares[share.reading.request_id].append(share)
         for request_id, own in shares.items():
             # A step that ran on after its request's end would leave a state that nobody drops.
             if request_id in self.tracking:
-                self.tracking.record(request_id, self._judging.join(own))
+                self.tracking.record(request_id, self._judging.join(own), results.seconds)
 
     def request_finished(
         self, request: Any, block_ids: list[int]
@@ -126,6 +130,7 @@ class ProbeConnector(SilentConnector):
 
     def wait_for_save(self) -> None:
         """Runs right after the forward pass, on every rank."""
+        start = time.perf_counter()
         own = worker.installed()
         mappings = get_forward_context().slot_mapping
         if mappings:
@@ -138,6 +143,7 @@ class ProbeConnector(SilentConnector):
                 own.share(readings) if self._is_staged else [],
                 own.reads_responses,
             )
+            self._results.seconds = time.perf_counter() - start
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[None, None]:
         """Drops what is known of requests that have ended."""

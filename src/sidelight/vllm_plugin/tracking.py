@@ -57,6 +57,7 @@ class _Tracked:
     read: int = 0
     is_planned: bool = False
     is_judged: bool = False
+    seconds: float = 0.0
     outcome: Outcome = field(default_factory=dict[str, dict[str, Any]])
 
 
@@ -92,11 +93,12 @@ class Tracking:
         readings = (self._read(step) for step in steps)
         return [reading for reading in readings if reading is not None]
 
-    def record(self, request_id: str, outcome: Outcome) -> None:
-        """Adds verdicts; those of a request that has ended are dropped."""
+    def record(self, request_id: str, outcome: Outcome, seconds: float = 0.0) -> None:
+        """Adds verdicts, and the seconds of the step; those of an ended request are dropped."""
         tracked = self._requests.get(request_id)
         if tracked is not None:
             tracked.is_judged = True
+            tracked.seconds += seconds
             tracked.outcome = {**tracked.outcome, **outcome}
 
     def report(self, request_id: str) -> dict[str, Any] | None:
@@ -106,7 +108,7 @@ class Tracking:
             return None
         if not tracked.is_judged:
             return {KEY: {"error": tracked.error or "The request was not judged."}}
-        return {KEY: {"verdicts": tracked.outcome}}
+        return {KEY: {"verdicts": tracked.outcome, "seconds": tracked.seconds}}
 
     def _read(self, step: Step) -> Reading | None:
         tracked = self._requests.get(step.request_id)

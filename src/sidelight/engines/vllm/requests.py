@@ -123,6 +123,8 @@ class Request:
         self._admits = admits
         self._likelihoods = likelihoods
         self._written: list[int] = []
+        self._prompt_s = 0.0
+        self._judging_s = 0.0
 
     async def events(
         self, prompt: EncodedPrompt, written: AsyncGenerator[Output, None]
@@ -136,7 +138,10 @@ class Request:
         async with aclosing(written) as outputs:
             first = await anext(outputs)
             early = judgement(first.steps[0].params).of(self._names.early)
-            judged = PromptJudged(early.verdicts, early.failed, tokens=len(prompt))
+            self._prompt_s = _seconds(first.steps[0].params)
+            judged = PromptJudged(
+                early.verdicts, early.failed, tokens=len(prompt), judging_s=self._prompt_s
+            )
             is_admitted = self._admits(judged)
             if is_admitted:
                 yield judged
@@ -155,6 +160,7 @@ class Request:
         judged = Judgement()
         for step in output.steps:
             judged = judgement(step.params)
+            self._judging_s = _seconds(step.params) - self._prompt_s
             tokens += step.tokens
             # The newest token is not read yet.
             if self._watch and step.tokens and tokens > 1:
@@ -185,6 +191,7 @@ class Request:
             verdicts=late.verdicts,
             failed=late.failed,
             logprobs=self._likelihoods.rest(completion) if self._likelihoods else (),
+            judging_s=self._judging_s,
         )
 
     def _whole(self, prompt: EncodedPrompt) -> EncodedPrompt:
@@ -196,7 +203,7 @@ class Request:
 
     def _scored(self, tokens: int, judged: Judgement) -> ResponseScored:
         own = judged.of(self._watch)
-        return ResponseScored(tokens, own.verdicts, own.failed)
+        return ResponseScored(tokens, own.verdicts, own.failed, self._judging_s)
 
 
 def sampling_params(sampling: Sampling, limit: int, prompt: EncodedPrompt) -> Any:
@@ -229,6 +236,11 @@ def require_drawable(sampling: Sampling) -> None:
             "vLLM's CPU backend cannot draw with a seed. Leave 'seed' out, or set 'temperature' "
             "to 0."
         )
+
+
+def _seconds(params: Mapping[str, Any] | None) -> float:
+    """That the workers have taken for the request's verdicts so far."""
+    return (params or {}).get(KEY, {}).get("seconds", 0.0)
 
 
 def _is_end_of_turn(completion: Any) -> bool:

@@ -1,0 +1,81 @@
+"""The series of the time that probes take: whose, and of what."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from live import MODEL, http_client, served
+from sidelight.bank import BankTap
+from sidelight.engines import Engine, TransformersEngine
+from sidelight.engines.judging import Judges
+from sidelight.prompts import Reads
+from sidelight.server.policy import Policy, Rule
+from tiny import tiny_backbone, untrained_probe
+
+CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}], "temperature": 0}
+SHORT = {**CHAT, "max_tokens": 3}
+DELAY_S = 0.01
+
+
+def series(engine: Engine, paths: list[tuple[str, dict[str, object]]], policy: Policy | None):
+    """Count and sum of each side after these requests."""
+    with served(engine, policy=policy) as address, http_client(address) as http:
+        for path, body in paths:
+            http.post(path, json=body)
+        lines = [line for line in http.get("/metrics").text.splitlines() if line[0] != "#"]
+    values = {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
+    return {
+        side: tuple(
+            values.get(f'sidelight_judging_seconds_{part}{{side="{side}"}}', 0.0)
+            for part in ("count", "sum")
+        )
+        for side in ("input", "output")
+    }
+
+
+def engine_of(*sides: str) -> TransformersEngine:
+    backbone = tiny_backbone()
+    probes = {"input": Reads(), "output": Reads("response")}
+    return TransformersEngine(
+        backbone, [untrained_probe(backbone, s, reads=probes[s]) for s in sides]
+    )
+
+
+def test_each_text_counts_once_on_each_side():
+    asked = [
+        ("/v1/chat/completions", SHORT),
+        ("/v1/chat/completions", {**SHORT, "stream": True, "n": 2}),
+        ("/v1/moderations", {"input": ["one", "two"]}),
+    ]
+    found = series(engine_of("input", "output"), asked, None)
+    assert [count for count, _ in found.values()] == [5, 3]
+    assert all(seconds > 0 for _, seconds in found.values())
+
+
+def test_a_blocked_prompt_and_a_cut_text_count_too():
+    always = Rule("block", threshold=0.0)
+    asked = [("/v1/chat/completions", SHORT)]
+    blocked = series(engine_of("input"), asked, Policy(input={"input": always}))
+    cut = series(engine_of("output"), asked, Policy(output={"output": always}))
+    assert blocked["input"][0] == cut["input"][0] == cut["output"][0] == 1
+    assert blocked["output"][0] == 0
+
+
+def test_the_time_of_a_slow_probe_is_in_it(monkeypatch: pytest.MonkeyPatch):
+    """Its projection inside the forward pass, and its state: of each pass, once for each text."""
+    monkeypatch.setattr(BankTap, "__call__", delayed(BankTap.__call__))
+    monkeypatch.setattr(Judges, "read_step", delayed(Judges.read_step))
+    found = series(engine_of("output"), [("/v1/chat/completions", SHORT)], None)
+    layers, steps = 4, 2
+    assert found["input"][1] >= layers * DELAY_S
+    assert found["output"][1] >= steps * (layers + 1) * DELAY_S
+
+
+def delayed(call: Callable[..., Any]) -> Callable[..., Any]:
+    def slow(*args: Any) -> Any:
+        time.sleep(DELAY_S)
+        return call(*args)
+
+    return slow
