@@ -1,5 +1,6 @@
 """``sidelight serve``: text and verdicts over HTTP."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from sidelight.cli.serving import (
     limit_options,
     limits_of,
     log_options,
+    traces_of,
 )
 
 if TYPE_CHECKING:
@@ -76,6 +78,7 @@ def serve(
         allow_anonymous=given["allow_anonymous"],
         limits=limits_of(given),
         audit=audit_of(given),
+        traces=traces_of(os.environ),
         log_level=given["log_level"],
         json_logs=given["json_logs"],
     )

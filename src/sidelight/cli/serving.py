@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sidelight.cli.options import Command
+from sidelight.errors import SidelightError
 
 if TYPE_CHECKING:
     from sidelight.server.audit import AuditLog
     from sidelight.server.keys import Access
     from sidelight.server.limits import ServerLimits
+    from sidelight.server.tracing import Sink
 
+_OTLP_ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 _FILE = click.Path(path_type=Path, dir_okay=False)
 _ACCESS = (
     click.option(
@@ -108,6 +111,28 @@ def limit_options(command: Command) -> Command:
 def log_options(command: Command) -> Command:
     """What is logged: ``audit_of`` reads the values of the audit log."""
     return _with(_LOGS, command)
+
+
+def traces_of(environment: Mapping[str, str]) -> "Sink | None":
+    """Who is told of each request, by OpenTelemetry's environment variables; None: nobody.
+
+    Raises:
+        SidelightError: Traces are asked for, but what sends them is not installed.
+    """
+    is_off = environment.get("OTEL_SDK_DISABLED", "").lower() == "true"
+    if is_off or environment.get("OTEL_TRACES_EXPORTER", "otlp") != "otlp":
+        return None
+    asked = [name for name in _OTLP_ENDPOINTS if environment.get(name)]
+    if not asked:
+        return None
+    try:
+        from sidelight.server.otel import otlp_sink
+    except ImportError as error:
+        raise SidelightError(
+            f"{asked[0]} asks for traces, but OpenTelemetry is not installed. Install it with pip "
+            "install 'sidelight[otel]', or set OTEL_SDK_DISABLED=true."
+        ) from error
+    return otlp_sink()
 
 
 def audit_of(given: Mapping[str, Any]) -> "AuditLog | None":

@@ -39,6 +39,7 @@ from sidelight.server.metrics import CountRequests
 from sidelight.server.openapi import REFUSALS
 from sidelight.server.policy import Policy, require_fitting
 from sidelight.server.roster import Roster
+from sidelight.server.tracing import Sink, TraceRequests
 
 _ROUTERS = (
     chat_completions.router,
@@ -66,6 +67,7 @@ def create_app(
     access: Access | None = None,
     limits: ServerLimits | None = None,
     audit: AuditLog | None = None,
+    traces: Sink | None = None,
 ) -> FastAPI:
     """The application; it starts the engine when it starts, and closes it when it ends.
 
@@ -76,6 +78,7 @@ def create_app(
         access: Who may do what; None: everybody everything but administer.
         limits: How much a request may take.
         audit: Where decisions are written; None: nowhere.
+        traces: Takes what there is to tell of each request; None: nobody.
     """
     rules = policy or Policy()
 
@@ -101,5 +104,7 @@ def create_app(
     app.add_middleware(BoundRequests, limit=bounds.concurrent)
     app.add_middleware(BearerAuth, access=access or Access())
     app.add_middleware(CountRequests, metrics=context.metrics)
+    if traces is not None:
+        app.add_middleware(TraceRequests, sink=traces)
     app.add_middleware(LogRequests)
     return app

@@ -57,6 +57,7 @@ async def checked(
     found: list[Checked] = []
     for event, turns in zip(judged, conversations, strict=True):
         context.metrics.note_judging(event)
+        context.trace.prompt_tokens += event.tokens
         context.metrics.prompt_tokens.inc(event.tokens)
         prompt: set[Side] = {"input"} if is_prompt_known else set()
         response: set[Side] = {"output"} if is_answered(turns) else set()

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated
 
 from fastapi import Depends, Request
@@ -20,6 +20,7 @@ from sidelight.server.policy import Enforcement, Wishes, tightened
 from sidelight.server.recording import Recorder
 from sidelight.server.report import Reporter, header
 from sidelight.server.roster import Roster
+from sidelight.server.tracing import Trace
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Context:
         limits: How much a request may take.
         audit: Where decisions are written; None: nowhere.
         note: Of the request that is served.
+        trace: What is told of it to a tracing system.
         drain: Whether the server is about to stop.
         started_at: Unix time.
     """
@@ -75,6 +77,7 @@ class Context:
     drain: Drain
     started_at: int
     note: Note = NOBODY
+    trace: Trace = field(default_factory=Trace)
 
     @classmethod
     def new(
@@ -101,7 +104,8 @@ class Context:
         chosen = [probe.name for probe in reporter.probes]
         clauses = tightened(self.roster.clauses, chosen, wishes or Wishes())
         blocking = [clause.name for clause in clauses if clause.is_blocking]
-        recorder = Recorder(self.metrics, self.audit, self.note)
+        self.trace.model = self.engine.model
+        recorder = Recorder(self.metrics, self.audit, self.note, trace=self.trace)
         enforcement = Enforcement(clauses, self.roster.timeout_s, recorder)
         return Asked(self.reporter([*chosen, *blocking]), enforcement, recorder)
 
@@ -111,7 +115,8 @@ class Context:
         """The events of an answer under the policy, counted as the client gets them."""
         rules = asked.about(messages)
         events = self.engine.generate(messages, sampling, watch=rules.watch, admits=rules.admits)
-        return self.metrics.observed(rules.guard(self.metrics.read(events)))
+        told = self.metrics.observed(rules.guard(self.metrics.read(events)))
+        return self.trace.followed(told, is_prompt_known=asked.recorder.is_output_only)
 
     def require_model(self, name: str) -> None:
         """Checks that a request asks for the served model.
@@ -201,7 +206,7 @@ class Context:
 
 def _context(request: Request) -> Context:
     context: Context = request.app.state.context
-    return replace(context, note=Note.of(request))
+    return replace(context, note=Note.of(request), trace=Trace.of(request))
 
 
 InContext = Annotated[Context, Depends(_context)]

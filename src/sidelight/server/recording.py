@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sidelight.prompts import Conversation
@@ -10,6 +10,7 @@ from sidelight.server.audit import NOBODY, AuditLog, Note, now
 from sidelight.server.errors import RequestError
 from sidelight.server.metrics import Metrics
 from sidelight.server.policy import Decision
+from sidelight.server.tracing import Trace
 
 _log = logging.getLogger(__name__)
 
@@ -23,6 +24,7 @@ class Recorder:
         audit: Where they are written; None: nowhere.
         note: Whose request it is.
         text: The conversation or text that was judged; the audit log gets its hash.
+        trace: Takes them too.
         is_output_only: Whether what is decided on the prompt has been recorded already.
     """
 
@@ -30,6 +32,7 @@ class Recorder:
     audit: AuditLog | None = None
     note: Note = NOBODY
     text: Conversation = ()
+    trace: Trace = field(default_factory=Trace)
     is_output_only: bool = False
 
     def __call__(self, decisions: Sequence[Decision]) -> None:
@@ -41,6 +44,7 @@ class Recorder:
         """
         taken = [d for d in decisions if not self.is_output_only or d.clause.side == "output"]
         self.metrics.count(taken)
+        self.trace.add(taken)
         for decision in taken:
             _log_one(decision)
         if self.audit is not None and taken:

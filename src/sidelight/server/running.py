@@ -21,6 +21,7 @@ from sidelight.server.keys import Access
 from sidelight.server.limits import ServerLimits
 from sidelight.server.logs import log_settings
 from sidelight.server.policy import Policy, require_fitting
+from sidelight.server.tracing import Sink
 
 _log = logging.getLogger("sidelight.server")
 _LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
@@ -37,6 +38,7 @@ def serve(
     allow_anonymous: bool = False,
     limits: ServerLimits | None = None,
     audit: AuditLog | None = None,
+    traces: Sink | None = None,
     notice_s: float = 5.0,
     drain_s: int = 30,
     log_level: str = "info",
@@ -56,6 +58,7 @@ def serve(
         allow_anonymous: Listens beyond this machine even where no key is needed.
         limits: How much a request may take.
         audit: Where decisions are written; None: nowhere.
+        traces: Takes what there is to tell of each request; None: nobody.
         notice_s: Seconds that the server listens on after SIGTERM, with ``/ready`` at 503.
         drain_s: Seconds that requests in flight may then take.
         log_level: Of the server's log: ``debug``, ``info``, ``warning`` or ``error``.
@@ -84,7 +87,13 @@ def serve(
 
     engine = LoadingEngine(load_fitting, on_failure=stop)
     app = create_app(
-        engine, policy=rules, sources=sources, access=admitted, limits=bounds, audit=audit
+        engine,
+        policy=rules,
+        sources=sources,
+        access=admitted,
+        limits=bounds,
+        audit=audit,
+        traces=traces,
     )
     config = server_settings(app, bounds, drain_s=drain_s, log_level=log_level, json_logs=json_logs)
     server = DrainingServer(config, drain=app.state.context.drain, notice_s=notice_s)

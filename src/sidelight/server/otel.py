@@ -1,0 +1,105 @@
+"""Requests as spans of OpenTelemetry. Imported only where traces are asked for."""
+
+import os
+from collections.abc import Sequence
+
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.trace import SpanKind, Status, StatusCode
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from sidelight.errors import SidelightError
+from sidelight.server.drift import scores
+from sidelight.server.policy.decisions import Decision
+from sidelight.server.tracing import Trace
+
+Attributes = dict[str, str | int | Sequence[str] | Sequence[float]]
+
+
+class OtelSink:
+    """Makes one span of each request, as a child of the caller's.
+
+    The span is made when the request is over, with the times at which it began and ended: nothing
+    of OpenTelemetry's runs meanwhile.
+
+    Args:
+        provider: Gives the spans to their exporter.
+    """
+
+    def __init__(self, provider: TracerProvider):
+        self._tracer = provider.get_tracer("sidelight")
+        self._propagator = TraceContextTextMapPropagator()
+
+    def __call__(self, trace: Trace) -> None:
+        """Hands the request over."""
+        # Only this header: what else a client may send along (tracestate, baggage) is its own text.
+        caller = {} if trace.traceparent is None else {"traceparent": trace.traceparent}
+        span = self._tracer.start_span(
+            f"{trace.method} {trace.route}",
+            context=self._propagator.extract(caller),
+            kind=SpanKind.SERVER,
+            start_time=trace.start_ns,
+            attributes=attributes(trace),
+        )
+        if trace.status >= 500:
+            span.set_status(Status(StatusCode.ERROR))
+        span.end()
+
+
+def attributes(trace: Trace) -> Attributes:
+    """By OpenTelemetry's names where it has some.
+
+    Each probe's are lists with an entry per verdict, in order: a request may have several texts.
+    """
+    found: Attributes = {
+        "http.request.method": trace.method,
+        "http.route": trace.route,
+        "http.response.status_code": trace.status,
+        "sidelight.request_id": trace.request_id,
+    }
+    if trace.model is not None:
+        found["gen_ai.request.model"] = trace.model
+        found["gen_ai.usage.input_tokens"] = trace.prompt_tokens
+        found["gen_ai.usage.output_tokens"] = trace.completion_tokens
+        found["sidelight.probes"] = list(dict.fromkeys(d.clause.name for d in trace.decisions))
+    return {**found, **_verdicts(trace.decisions)}
+
+
+def _verdicts(decisions: Sequence[Decision]) -> Attributes:
+    words: dict[str, list[str]] = {}
+    numbers: dict[str, list[float]] = {}
+    for decision in decisions:
+        name = f"sidelight.probe.{decision.clause.name}"
+        words.setdefault(f"{name}.outcome", []).append(decision.outcome)
+        words.setdefault(f"{name}.action", []).append(decision.action)
+        if decision.verdict is not None:
+            for label, score in scores(decision.clause.probe, decision.verdict).items():
+                numbers.setdefault(f"{name}.score.{label}", []).append(score)
+    return {**words, **numbers}
+
+
+def otlp_sink() -> OtelSink:
+    """Sends spans to where OpenTelemetry's environment variables say, in the background.
+
+    Raises:
+        SidelightError: They ask for gRPC.
+    """
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+
+    for name in ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"):
+        if os.environ.get(name, "http/protobuf") != "http/protobuf":
+            raise SidelightError(
+                f"{name} is '{os.environ[name]}', but spans are sent as 'http/protobuf' only. Set "
+                "it to that, with the collector's HTTP port (4318)."
+            )
+    provider = TracerProvider(resource=_resource())
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    return OtelSink(provider)
+
+
+def _resource() -> Resource:
+    is_named = "OTEL_SERVICE_NAME" in os.environ or "service.name=" in os.environ.get(
+        "OTEL_RESOURCE_ATTRIBUTES", ""
+    )
+    return Resource.create({} if is_named else {"service.name": "sidelight"})
