@@ -1,9 +1,11 @@
 """Every example runs against a live server and prints what the server says."""
 
 import asyncio
+import importlib.util
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -20,7 +22,9 @@ import httpx
 import pytest
 import yaml
 
-from live import http_client, served
+from commands import saved
+from live import http_client, openai_client, served
+from sidelight.artifact import save_probe
 from sidelight.calibration import Calibration
 from sidelight.engines import TransformersEngine
 from sidelight.server.keys import Access, numbered_keys
@@ -75,7 +79,7 @@ def prompt_labels(address: str) -> dict[str, str]:
     return {v["probe"]: v["label"] for v in answer["sidelight"]["verdicts"]}
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))
+@pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*_chat.py")))
 def test_a_client_prints_the_verdicts_of_an_answer_and_of_a_stream(address, name):
     printed = run([sys.executable, str(EXAMPLES / name)], address)
     labels = prompt_labels(address)
@@ -305,3 +309,98 @@ def test_the_gateway_answers_for_a_server_that_is_away():
     with running_caddy(environment, url), http_client(url) as http:
         refused = http.post(CHAT, content=ASKED, headers=HEADERS)
     assert (refused.status_code, refused.json()["error"]["code"]) == (502, "gateway")
+
+
+needs_ray = pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None,
+    reason="Ray is not installed (pip install 'ray[serve]')",
+)
+
+
+@pytest.mark.slow
+@needs_ray
+def test_ray_serves_replicas_and_replaces_a_killed_one(tmp_path):
+    backbone = tiny_backbone()
+    probes = [untrained_probe(backbone, "toxicity"), untrained_probe(backbone, "urgency")]
+    settings = {
+        "probes": os.pathsep.join(str(save_probe(p, tmp_path / p.name)) for p in probes),
+        "model": saved(backbone, tmp_path / "model"),
+        "replicas": 2,
+        "cpus": 0.1,
+    }
+    with ray_serve(settings, tmp_path) as (url, name), openai_client(url, KEY) as client:
+        verdicts = verdicts_of(asked_of(client))
+        assert [probe for probe, _ in verdicts] == ["toxicity", "urgency"]
+        assert all(verdicts_of(asked_of(client)) == verdicts for _ in range(4))
+        chunks = list(asked_of(client, stream=True))
+        assert verdicts_of(chunks[0].choices[0].delta) == verdicts
+        with http_client(url) as http:
+            assert http.get("/v1/models").status_code == 401
+        killed, kept = replicas_of(name)
+        os.kill(killed, signal.SIGKILL)
+        while len(running := replicas_of(name)) < 2 or killed in running:
+            time.sleep(0.5)
+        assert kept in running
+        assert all(verdicts_of(asked_of(client)) == verdicts for _ in range(4))
+
+
+@contextmanager
+def ray_serve(settings: dict[str, object], folder: Path) -> Iterator[tuple[str, str]]:
+    """The address of a Ray cluster on this machine that runs the example, and what it is called."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    name = f"on-{port}"
+    application = {"name": name, "import_path": "ray_serve:app", "args": settings}
+    config = {"http_options": {"port": port}, "applications": [application]}
+    (folder / "serve.yaml").write_text(yaml.safe_dump(config))
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(EXAMPLES), *filter(None, sys.path)]),
+        "SIDELIGHT_API_KEY": KEY,
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    command = [sys.executable, "-c", "from ray.serve.scripts import cli; cli()", "run"]
+    with (folder / "serve.log").open("w") as log:
+        process = subprocess.Popen(
+            [*command, str(folder / "serve.yaml")], env=environment, stdout=log, stderr=log
+        )
+    try:
+        # Ray keeps requests waiting until a replica runs.
+        while not is_ready(url := f"http://127.0.0.1:{port}"):
+            assert process.poll() is None, (folder / "serve.log").read_text()[-3000:]
+            time.sleep(0.5)
+        yield url, name
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+
+
+def is_ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/ready", headers=HEADERS).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def replicas_of(name: str) -> list[int]:
+    """The processes that Ray runs for this application."""
+    listed = subprocess.run(
+        ["ps", "-axww", "-o", "pid=,command="], capture_output=True, text=True, check=True
+    )
+    lines = (line.split(maxsplit=1) for line in listed.stdout.splitlines())
+    return [int(pid) for pid, title in lines if title.startswith(f"ray::ServeReplica:{name}:")]
+
+
+def asked_of(client, **options):
+    return client.chat.completions.create(
+        model=client.models.list().data[0].id,
+        messages=[{"role": "user", "content": QUESTION["input"]}],
+        max_tokens=8,
+        temperature=0,
+        **options,
+    )
+
+
+def verdicts_of(answer):
+    told = answer.model_extra["sidelight"]["verdicts"]
+    return [(verdict["probe"], verdict["probabilities"]) for verdict in told]

@@ -1,0 +1,80 @@
+"""Ray Serve: any number of replicas of Sidelight's server behind one address, on one cluster."""
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from fastapi import FastAPI
+from pydantic import BaseModel
+from ray import serve
+
+from sidelight.artifact import load_probe
+from sidelight.backbones import load_backbone
+from sidelight.engines import Engine, EngineUnavailableError, TransformersEngine
+from sidelight.probe import Probe
+from sidelight.server import create_app
+from sidelight.server.keys import Access, numbered_keys
+from sidelight.server.limits import ServerLimits
+from sidelight.server.policy import Policy, read_policy
+
+
+class Settings(BaseModel, extra="forbid"):
+    """What stands behind ``ray_serve:app`` as NAME=VALUE, or as ``args`` in a Serve config file.
+
+    Paths are those of every machine: a shared disk, or the same folders on each. Several probes
+    have a colon between them.
+    """
+
+    probes: str
+    model: str | None = None
+    policy: Path | None = None
+    replicas: int = 1
+    cpus: float = 1
+    gpus: float = 0
+    engine: Literal["transformers", "vllm"] = "transformers"
+    engine_options: dict[str, Any] = {}
+
+
+class Replica:
+    """Ray asks it every ten seconds, and replaces it when it raises three times."""
+
+    app: FastAPI
+
+    def check_health(self) -> None:
+        """Raises where ``/ready`` would be 503."""
+        if not self.app.state.context.engine.is_ready:
+            raise EngineUnavailableError("The engine has stopped.")
+
+
+def app(settings: Settings) -> serve.Application:
+    """What ``serve run`` deploys."""
+
+    def replica_app() -> FastAPI:
+        # Ray sends no request before this returns, so the model may load in it. Without a key
+        # the replica does not start: Ray may listen beyond this machine.
+        probes = [load_probe(folder) for folder in settings.probes.split(os.pathsep)]
+        return create_app(
+            engine_of(settings, probes),
+            policy=read_policy(settings.policy) if settings.policy else Policy(),
+            access=Access(numbered_keys([os.environ.get("SIDELIGHT_API_KEY", "")], prefix="key")),
+        )
+
+    deployment = serve.deployment(
+        serve.ingress(replica_app)(Replica),
+        name="sidelight",
+        num_replicas=settings.replicas,
+        # Ray's default of five would leave the engine's batches empty.
+        max_ongoing_requests=ServerLimits().concurrent,
+        ray_actor_options={"num_cpus": settings.cpus, "num_gpus": settings.gpus},
+    )
+    return deployment.bind()
+
+
+def engine_of(settings: Settings, probes: list[Probe]) -> Engine:
+    model = settings.model or probes[0].fingerprint.name
+    if settings.engine == "vllm":
+        from sidelight.engines.vllm import load_vllm_engine
+
+        return load_vllm_engine(model, probes, options=settings.engine_options)
+    backbone = load_backbone(model, prompt_format=probes[0].prompt_format)
+    return TransformersEngine(backbone, probes)
