@@ -1,12 +1,16 @@
 """Laws of capturing hidden states that hold without vLLM: its scheduler and passes are played."""
 
 import json
+import os
+import subprocess
+import sys
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 
+import orphaned
 from commands import run, saved
 from sidelight.artifact import save_probe
 from sidelight.backbones import load_backbone
@@ -175,6 +179,23 @@ def test_a_full_disk_is_told_before_a_token_is_run(tmp_path, monkeypatch):
     with pytest.raises(SidelightError, match="No space left"):
         Spool.create(tmp_path, SpoolShape(LAYERS, 6, WIDTH, 2))
     assert not list(tmp_path.iterdir())
+
+
+def test_an_engine_whose_parent_is_killed_ends():
+    starter = subprocess.Popen(
+        [sys.executable, orphaned.__file__],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert starter.stdout is not None
+    with starter.stdout as told:
+        engine = int(told.readline())
+        os.kill(engine, 0)
+        starter.kill()
+        # It holds the other end: nothing more is read until it has ended.
+        assert told.read() == ""
+    starter.wait()
 
 
 @pytest.mark.parametrize("command", ["train", "predict"])

@@ -46,14 +46,16 @@ def compare_extraction(
             "extract": partial(fill, BackboneSource(backbone)),
         }
         if rival is not None:
-            actions[rival.engine] = partial(fill, rival)
-            actions[rival.engine]()
+            # The first word of an engine's name; its version and options follow.
+            name = rival.engine.split()[0]
+            actions[name] = partial(fill, rival)
+            actions[name]()
         seconds = interleaved(actions, repeats=repeats)
     rates = {name: [tokens / s for s in spent] for name, spent in seconds.items()}
     figures = {f"{name} tokens/s": spread(rate, digits=0) for name, rate in rates.items()}
     ratios = {"extract / plain": _ratio(rates["extract"], rates["plain"])}
-    if rival is not None:
-        ratios[f"{rival.engine} / extract"] = _ratio(rates[rival.engine], rates["extract"])
+    others = rates.keys() - {"plain", "extract"}
+    ratios |= {f"{name} / extract": _ratio(rates[name], rates["extract"]) for name in others}
     return {"tokens": tokens, **figures, **ratios}
 
 

@@ -12,6 +12,7 @@ The flow, one file per step:
     panel      columns and parts to verdicts
     judging    worker: reads the slots of those requests, judges them
     silent     a KV connector that stores nothing
+    orphans    an engine whose parent is killed ends
     connector  carries what tracking says to the workers, and outcomes back
     scheduler  puts the outcome on the request's outputs
     control    loads other probes into running workers

@@ -9,7 +9,7 @@ from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.forward_context import get_forward_context
 
 from sidelight.vllm_plugin import capturing
-from sidelight.vllm_plugin.silent import SilentConnector, require_one_group, steps
+from sidelight.vllm_plugin.silent import SilentConnector, steps
 
 
 @dataclass
@@ -25,7 +25,6 @@ class CaptureConnector(SilentConnector):
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any):
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
         if role == KVConnectorRole.SCHEDULER:
-            require_one_group(kv_cache_config)
             size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
             self._captures = capturing.Captures(block_size=size)
 

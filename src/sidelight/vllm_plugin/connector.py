@@ -18,7 +18,7 @@ from vllm.logger import init_logger
 from sidelight.vllm_plugin import worker
 from sidelight.vllm_plugin.judging import Judging, Share
 from sidelight.vllm_plugin.panel import Outcome
-from sidelight.vllm_plugin.silent import SilentConnector, require_one_group, steps
+from sidelight.vllm_plugin.silent import SilentConnector, steps
 from sidelight.vllm_plugin.surface import served_by
 from sidelight.vllm_plugin.tracking import Reading, Tracking
 
@@ -67,7 +67,6 @@ class ProbeConnector(SilentConnector):
         self._is_staged = vllm_config.parallel_config.pipeline_parallel_size > 1
         self._results: Results | None = None
         if role == KVConnectorRole.SCHEDULER:
-            require_one_group(kv_cache_config)
             served = served_by(vllm_config)
             assert served is not None
             self._judging = Judging(served.panel())

@@ -8,15 +8,26 @@ beside the scheduler it says what is wanted of a step, in a worker it acts once 
 from collections.abc import Iterator
 from typing import Any
 
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, SupportsHMA
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorRole,
+    SupportsHMA,
+)
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from sidelight.errors import SidelightError
+from sidelight.vllm_plugin.orphans import end_with_parent
 from sidelight.vllm_plugin.tracking import Step
 
 
 class SilentConnector(KVConnectorBase_V1, SupportsHMA):
     """What every connector of ours has in common: the methods that do nothing."""
+
+    def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any):
+        super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
+        if role == KVConnectorRole.SCHEDULER:
+            _require_one_group(kv_cache_config)
+            end_with_parent()
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -70,7 +81,7 @@ def steps(scheduler_output: Any) -> Iterator[Step]:
         yield step(request_id, computed, is_resumed=request_id in cached.resumed_req_ids)
 
 
-def require_one_group(kv_cache_config: Any) -> None:
+def _require_one_group(kv_cache_config: Any) -> None:
     """Checks that one block table says where all keys and values of a request are."""
     groups = kv_cache_config.kv_cache_groups
     if len(groups) != 1 or not isinstance(groups[0].kv_cache_spec, FullAttentionSpec):
