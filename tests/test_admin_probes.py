@@ -20,6 +20,7 @@ from sidelight.prompts import Reads
 from sidelight.server.keys import Access, numbered_keys
 from sidelight.server.policy import Policy, Rule
 from sidelight.server.roster import Roster
+from sidelight.types import Task
 from test_engine_decoding import run
 from tiny import INTENT, SIZES, tiny_backbone, untrained_probe
 
@@ -190,7 +191,7 @@ def test_what_does_not_fit_is_refused_by_name(backbone, folders, tmp_path):
         "other backbone": (untrained_probe(other, "toxicity"), "was trained on"),
         "no verdict": (broken, "No verdict from toxicity"),
         "other side": (untrained_probe(backbone, "toxicity", reads=Reads("both")), "on the input"),
-        "other task": (untrained_probe(backbone, "toxicity", task=INTENT), "flags nothing"),
+        "other task": (untrained_probe(backbone, "toxicity", task=INTENT), "a name of its own"),
     }
     policy = Policy(input={"toxicity": Rule("block")})
     with serving(backbone, folders, policy) as (admin, _):
@@ -247,6 +248,17 @@ def test_two_versions_side_by_side_agree_in_the_counts_only(backbone, folders):
         assert promoted.json()["version"] == newer
         admin.delete(f"/admin/probes/{entry['name']}").raise_for_status()
         assert listed(admin).keys() == {"toxicity", "late"}
+
+
+def test_a_reload_with_other_labels_is_refused(backbone, folders, tmp_path):
+    other = untrained_probe(backbone, "urgency", task=Task("binary", ("routine", "urgent")))
+    save_probe(other, tmp_path / "urgency")
+    with serving(backbone, folders, BLOCKING) as (admin, user):
+        body = {"path": str(tmp_path / "urgency")}
+        refused = admin.post("/admin/probes/toxicity/reload", json=body)
+        assert refused.status_code == 400
+        assert "fine, toxic" in refused.json()["error"]["message"]
+        assert user.post("/v1/chat/completions", json=CHAT).status_code == 400
 
 
 def test_a_disabled_probe_does_not_run_until_it_is_enabled(backbone, folders):

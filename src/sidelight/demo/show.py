@@ -45,6 +45,7 @@ def run_demo(*, keep: bool, port: int) -> None:
         server.wait_until_ready()
         _ask(server.url)
         _say(f"Done in {time.monotonic() - start:.0f} s. Your own probe: sidelight train --help")
+        _say("Serve these: sidelight serve " + " ".join(f"--probe {path}" for path in folders))
         if keep:
             _say(f"The server stays at {server.url} until Ctrl-C")
             server.wait()

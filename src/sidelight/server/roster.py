@@ -168,6 +168,7 @@ class Roster:
                 )
             try:
                 probe = replace(await asyncio.to_thread(load_probe, source), name=name)
+                _require_same_labels(probe, entry.clause.probe)
                 self._require_fitting(probe, self._shadows.get(name))
                 new = [probe if old.name == name else old for old in self._engine.probes]
                 await self._engine.replace_probes(new)
@@ -253,4 +254,13 @@ class Roster:
             "disabled" if name in self._disabled else state,
             self._paths.get(name),
             self._failures.get(name),
+        )
+
+
+def _require_same_labels(new: LoadedProbe, old: LoadedProbe) -> None:
+    if new.task != old.task:
+        raise SidelightError(
+            f"Probe '{old.name}' tells {', '.join(old.task.labels)}, and the new one "
+            f"{', '.join(new.task.labels)}: rules and series of that name would change their "
+            "meaning. Load it under a name of its own."
         )
