@@ -21,7 +21,8 @@ class Workers:
     errored = False
     vllm_config = SimpleNamespace(
         model_config=SimpleNamespace(max_model_len=100),
-        parallel_config=SimpleNamespace(data_parallel_size=1),
+        parallel_config=SimpleNamespace(data_parallel_size=1, pipeline_parallel_size=1),
+        device_config=SimpleNamespace(device_type="cpu"),
     )
 
     def __init__(self):
