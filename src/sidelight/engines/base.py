@@ -80,7 +80,7 @@ class PromptJudged:
     verdicts: tuple[Verdict, ...]
     failed: tuple[str, ...] = ()
     tokens: int = field(kw_only=True)
-    judging_s: float = 0.0
+    judging_s: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class ResponseScored:
     tokens: int
     verdicts: tuple[Verdict, ...]
     failed: tuple[str, ...] = ()
-    judging_s: float = 0.0
+    judging_s: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class Finished:
     verdicts: tuple[Verdict, ...] = ()
     failed: tuple[str, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
-    judging_s: float = 0.0
+    judging_s: float = field(default=0.0, compare=False)
 
 
 Event = PromptJudged | TextDelta | ResponseScored | Finished
