@@ -1,9 +1,14 @@
 """Backbones that many tests share. They are frozen; a test that changes one makes its own."""
 
+from collections.abc import Iterator
+
+import httpx
 import pytest
 import torch
+from openai import OpenAI
 
 from families import FAMILIES, family_backbone
+from live import http_client, openai_client
 from sidelight.backbones import TransformersBackbone
 from tiny import tiny_backbone
 
@@ -38,3 +43,17 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
+def client(address: str) -> Iterator[OpenAI]:
+    """The real client of the server at a test file's own ``address``."""
+    with openai_client(address) as client:
+        yield client
+
+
+@pytest.fixture
+def http(address: str) -> Iterator[httpx.Client]:
+    """A bare client of the same server."""
+    with http_client(address) as client:
+        yield client

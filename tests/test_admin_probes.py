@@ -8,6 +8,7 @@ import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 
 import httpx
 import pytest
@@ -17,7 +18,11 @@ from live import MODEL, served
 from sidelight.artifact import load_probe, save_probe
 from sidelight.engines import TransformersEngine
 from sidelight.prompts import Reads
+from sidelight.server.audit import AuditLog
+from sidelight.server.context import Context
+from sidelight.server.endpoints import admin_probes
 from sidelight.server.keys import Access, numbered_keys
+from sidelight.server.limits import ServerLimits
 from sidelight.server.policy import Policy, Rule
 from sidelight.server.roster import Roster
 from sidelight.types import Task
@@ -57,11 +62,11 @@ def folders(backbone, tmp_path):
 
 
 @contextmanager
-def serving(backbone, folders, policy=None):
+def serving(backbone, folders, policy=None, **options):
     sources = {name: folders[name] for name in ("toxicity", "late")}
     engine = TransformersEngine(backbone, [load_probe(path) for path in sources.values()])
     with (
-        served(engine, policy=policy, sources=sources, access=ACCESS) as address,
+        served(engine, policy=policy, sources=sources, access=ACCESS, **options) as address,
         client(address, ADMIN) as admin,
         client(address, KEY) as user,
     ):
@@ -319,13 +324,19 @@ def test_a_wrong_change_is_told(backbone, folders, path, body, status):
         assert json.loads(response.text)["error"]["message"]
 
 
-def test_a_change_whose_caller_leaves_is_made_whole(backbone):
+def test_a_change_whose_caller_leaves_is_made_and_audited(backbone, tmp_path):
     probe = untrained_probe(backbone, "toxicity")
+    path = tmp_path / "audit.jsonl"
 
     async def change(engine):
         roster = Roster(engine, Policy(), {})
-        for make, state in ((roster.disable, "disabled"), (roster.enable, "serving")):
-            caller = asyncio.create_task(make("toxicity"))
+        audit = AuditLog(path, salt=b"salt")
+        context = Context.new(engine, roster, ServerLimits(), audit)
+        for make, state in (
+            (admin_probes.disable, "disabled"),
+            (admin_probes.enable, "serving"),
+        ):
+            caller = asyncio.create_task(make("toxicity", context))
             await asyncio.sleep(0)
             caller.cancel()
             async with asyncio.timeout(60):
@@ -333,3 +344,31 @@ def test_a_change_whose_caller_leaves_is_made_whole(backbone):
                     await asyncio.sleep(0.01)
 
     run(backbone, change, probes=[probe])
+    assert [line["change"] for line in audited(path)] == ["disable", "enable"]
+
+
+def test_changes_are_audited_with_the_key_that_made_them(backbone, folders, tmp_path):
+    audit = AuditLog(tmp_path / "audit.jsonl", salt=b"salt")
+    with serving(backbone, folders, audit=audit) as (admin, user):
+        old = listed(admin)["toxicity"]["version"]
+        reloaded = admin.post("/admin/probes/toxicity/reload", json={"path": str(folders["newer"])})
+        admin.post("/admin/probes/toxicity/reload", json={"path": "nowhere"})
+        user.post("/admin/probes/toxicity/disable")
+        admin.delete("/admin/probes/late").raise_for_status()
+    first, second = audited(tmp_path / "audit.jsonl")
+    assert first["version"] == reloaded.json()["version"] != old
+    assert first["request_id"] == reloaded.headers["x-request-id"]
+    assert (first["change"], first["probe"]) == ("reload", "toxicity")
+    assert (second["change"], second["probe"]) == ("remove", "late")
+    assert {first["key_id"], second["key_id"]} == {"admin-1"}
+
+
+def test_a_change_that_cannot_be_audited_stands_and_is_counted(backbone, folders):
+    audit = AuditLog(Path("/dev/full"), salt=b"salt")
+    with serving(backbone, folders, audit=audit) as (admin, _):
+        assert admin.post("/admin/probes/toxicity/disable").json()["state"] == "disabled"
+        assert "sidelight_audit_failures_total 1.0" in admin.get("/metrics").text
+
+
+def audited(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]

@@ -31,12 +31,6 @@ def address(backbone):
 
 
 @pytest.fixture
-def client(address):
-    with openai_client(address) as client:
-        yield client
-
-
-@pytest.fixture
 def early_client(backbone):
     """Of a server whose probes read the prompt only."""
     with (

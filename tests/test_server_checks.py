@@ -27,12 +27,6 @@ def address():
 
 
 @pytest.fixture
-def http(address):
-    with http_client(address) as client:
-        yield client
-
-
-@pytest.fixture
 def expected(http):
     """The probabilities of each probe on TEXT, as a moderation gives them."""
     (result,) = http.post("/v1/moderations", json={"input": TEXT}).json()["results"]

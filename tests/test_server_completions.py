@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from live import MODEL, http_client, openai_client, served
+from live import MODEL, http_client, served
 from sidelight.engines import TransformersEngine
 from sidelight.prompts import Reads
 from tiny import three_probes, tiny_backbone, untrained_probe
@@ -20,18 +20,6 @@ def address():
     late = untrained_probe(backbone, "refusal", reads=Reads("response"))
     with served(TransformersEngine(backbone, [*three_probes(backbone), late])) as address:
         yield address
-
-
-@pytest.fixture
-def client(address):
-    with openai_client(address) as client:
-        yield client
-
-
-@pytest.fixture
-def http(address):
-    with http_client(address) as client:
-        yield client
 
 
 def names(verdicts):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from live import MODEL, http_client, openai_client, served
+from live import MODEL, http_client, served
 from sidelight.engines import TransformersEngine
 from sidelight.prompts import Reads
 from sidelight.types import Task
@@ -18,18 +18,6 @@ def address():
     bare = untrained_probe(backbone, "spam", task=Task("binary", ("0", "1")))
     with served(TransformersEngine(backbone, [*three_probes(backbone), bare])) as address:
         yield address
-
-
-@pytest.fixture
-def client(address):
-    with openai_client(address) as client:
-        yield client
-
-
-@pytest.fixture
-def http(address):
-    with http_client(address) as client:
-        yield client
 
 
 def test_the_served_model_is_listed_with_its_probes(client):

@@ -29,12 +29,6 @@ def address():
         yield address
 
 
-@pytest.fixture
-def http(address):
-    with http_client(address) as client:
-        yield client
-
-
 def error_of(response, status):
     assert response.status_code == status, response.text
     (body,) = response.json().values()

@@ -226,49 +226,81 @@ def test_a_client_that_leaves_frees_its_place(stream):
         assert http.post(CHAT, json=VALID).status_code == 200
 
 
-def test_sigterm_turns_ready_503_and_running_requests_finish():
-    one, backbone = engine()
-    slow(backbone)
+def serve_until_stopped(one, client, **options):
+    """Serves while ``client(http, pool)`` runs beside, which has to send SIGTERM; the address."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
-    seen = {}
 
-    def client():
+    def ask():
         with (
             httpx.Client(base_url=address, timeout=PATIENCE_S) as http,
-            ThreadPoolExecutor(1) as pool,
+            ThreadPoolExecutor(2) as pool,
         ):
             wait_until_ready(http)
-            running = pool.submit(http.post, CHAT, json={**VALID, "max_tokens": 40})
-            while one.load.running == 0:
-                time.sleep(0.01)
-            os.kill(os.getpid(), signal.SIGTERM)
-            while seen.get("ready") != 503:
-                seen["ready"] = http.get("/ready").status_code
-            seen["health"] = http.get("/health").status_code
-            # The second signal skips what is left of the notice.
-            os.kill(os.getpid(), signal.SIGTERM)
-            seen["answer"] = running.result()
+            client(http, pool)
 
-    thread = threading.Thread(target=client)
+    thread = threading.Thread(target=ask)
     # uvicorn passes the signal on once it has drained; the test must outlive it.
     previous = signal.signal(signal.SIGTERM, lambda *_: None)
     try:
         thread.start()
-        serve(lambda: one, port=port, notice_s=PATIENCE_S)
+        serve(lambda: one, port=port, **options)
         thread.join()
     finally:
         signal.signal(signal.SIGTERM, previous)
+    return address
+
+
+def test_sigterm_turns_ready_503_and_running_requests_finish():
+    one, backbone = engine()
+    slow(backbone)
+    seen = {}
+
+    def client(http, pool):
+        running = pool.submit(http.post, CHAT, json={**VALID, "max_tokens": 40})
+        while one.load.running == 0:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+        while seen.get("ready") != 503:
+            seen["ready"] = http.get("/ready").status_code
+        seen["health"] = http.get("/health").status_code
+        # The second signal skips what is left of the notice.
+        os.kill(os.getpid(), signal.SIGTERM)
+        seen["answer"] = running.result()
+
+    address = serve_until_stopped(one, client, notice_s=PATIENCE_S)
     assert (seen["ready"], seen["health"]) == (503, 200)
     assert seen["answer"].json()["usage"]["completion_tokens"] == 40
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{address}/health")
 
 
+def test_requests_that_outlast_the_drain_are_told():
+    one, backbone = engine()
+    slow(backbone)
+    long = {**VALID, "max_tokens": 200}
+    seen = {}
+
+    def client(http, pool):
+        plain = pool.submit(http.post, CHAT, json=long)
+        streamed = pool.submit(http.post, CHAT, json={**long, "stream": True})
+        while one.load.running < 2:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+        seen.update(plain=plain.result(), streamed=streamed.result())
+
+    serve_until_stopped(one, client, notice_s=0, drain_s=SOON_S)
+    assert seen["plain"].status_code == 503
+    assert seen["plain"].json()["error"]["code"] == "shutting_down"
+    *chunks, last, end = seen["streamed"].text.split("\n\n")
+    assert (len(chunks) > 1, end) == (True, "")
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "shutting_down"
+
+
 def test_the_notice_of_sigterm_ends_by_itself():
     drain = Drain()
-    server = DrainingServer(uvicorn.Config(lambda: None), drain=drain, notice_s=SOON_S)
+    server = DrainingServer(uvicorn.Config(lambda: None), drain=drain, drain_s=0, notice_s=SOON_S)
     server.handle_exit(signal.SIGTERM, None)
     assert drain.is_draining
     end = time.monotonic() + PATIENCE_S

@@ -37,12 +37,6 @@ def address(backbone, late):
         yield address
 
 
-@pytest.fixture
-def client(address):
-    with openai_client(address) as client:
-        yield client
-
-
 @pytest.fixture(scope="module")
 def ids(backbone):
     """Token ids by their spelling."""

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from sidelight.backbones import Backbone
 from sidelight.bench.untrained import untrained_probe
 from sidelight.engines import Sampling
-from sidelight.engines.base import Event, Finished, TextDelta
+from sidelight.engines.events import Event, Finished, TextDelta
 from sidelight.engines.vllm import VllmEngine
 from sidelight.mechanisms import mechanism_spec
 from sidelight.probe import Probe

@@ -4,17 +4,13 @@ from sidelight.engines.base import (
     Engine,
     EngineBusyError,
     EngineUnavailableError,
-    Event,
-    Finished,
     GenerationError,
     Load,
     LoadedProbe,
-    PromptJudged,
-    ResponseScored,
     Sampling,
-    TextDelta,
     Tokens,
 )
+from sidelight.engines.events import Event, Finished, PromptJudged, ResponseScored, TextDelta
 from sidelight.engines.line import Limits
 from sidelight.engines.loading import LoadingEngine
 from sidelight.engines.logprobs import Candidate, Spelling, TokenLogprobs

@@ -12,15 +12,10 @@ from torch import Tensor
 
 from sidelight.backbones import TransformersBackbone
 from sidelight.bank import BankState
-from sidelight.engines.base import (
-    Event,
-    Finished,
-    GenerationError,
-    PromptJudged,
-    ResponseScored,
-)
+from sidelight.engines.base import GenerationError
 from sidelight.engines.cached_rows import CachedRows
 from sidelight.engines.decoder import Decoder
+from sidelight.engines.events import Event, Finished, PromptJudged, ResponseScored
 from sidelight.engines.generation import Generation
 from sidelight.engines.judging import Judgement, Panel, Watch
 from sidelight.engines.line import Request

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sidelight.engines.base import FinishReason, TextDelta
 from sidelight.engines.detokenizer import Detokenizer, StopGate
+from sidelight.engines.events import FinishReason, TextDelta
 from sidelight.engines.line import Request
 from sidelight.engines.logprobs import Spelling, TokenLogprobs, Trail, odds_of
 from sidelight.engines.sampler import Sampler

@@ -29,10 +29,8 @@ from sidelight.engines.base import (
     Admission,
     Engine,
     EngineUnavailableError,
-    Event,
     GenerationError,
     Load,
-    PromptJudged,
     Sampling,
     Tokens,
     admit_all,
@@ -41,6 +39,7 @@ from sidelight.engines.base import (
     verdict_failure,
 )
 from sidelight.engines.batch import Batch, Emission, Failed
+from sidelight.engines.events import Event, PromptJudged
 from sidelight.engines.judging import Panel
 from sidelight.engines.line import Limits, Line, Request
 from sidelight.engines.reading import WARM_UP, TextReader, has_response

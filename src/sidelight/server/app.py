@@ -100,7 +100,7 @@ def create_app(
         app.include_router(router, responses=REFUSALS)
     add_error_handlers(app)
     # The last one added stands outermost: refused requests are counted too.
-    app.add_middleware(Deadline, seconds=bounds.deadline_s)
+    app.add_middleware(Deadline, seconds=bounds.deadline_s, drain=context.drain)
     app.add_middleware(BoundRequests, limit=bounds.concurrent)
     app.add_middleware(BearerAuth, access=access or Access())
     app.add_middleware(CountRequests, metrics=context.metrics)

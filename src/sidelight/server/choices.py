@@ -7,14 +7,8 @@ from dataclasses import dataclass, replace
 
 from fastapi import Request
 
-from sidelight.engines.base import (
-    Event,
-    Finished,
-    PromptJudged,
-    ResponseScored,
-    Sampling,
-    TextDelta,
-)
+from sidelight.engines.base import Sampling
+from sidelight.engines.events import Event, Finished, PromptJudged, ResponseScored, TextDelta
 from sidelight.engines.logprobs import TokenLogprobs
 from sidelight.prompts import Conversation
 from sidelight.server.context import Asked, Context

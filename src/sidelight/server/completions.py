@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sidelight.engines.base import Finished, PromptJudged
+from sidelight.engines.events import Finished, PromptJudged
 from sidelight.server.choices import Written
 from sidelight.server.forms import Form
 from sidelight.server.report import Reporter, extension, joined

@@ -7,7 +7,8 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
-from sidelight.engines.base import Engine, Event, Finished, LoadedProbe, PromptJudged, Sampling
+from sidelight.engines.base import Engine, LoadedProbe, Sampling
+from sidelight.engines.events import Event, Finished, PromptJudged
 from sidelight.errors import did_you_mean
 from sidelight.prompts import Conversation
 from sidelight.server.audit import NOBODY, AuditLog, Note
@@ -105,9 +106,13 @@ class Context:
         clauses = tightened(self.roster.clauses, chosen, wishes or Wishes())
         blocking = [clause.name for clause in clauses if clause.is_blocking]
         self.trace.model = self.engine.model
-        recorder = Recorder(self.metrics, self.audit, self.note, trace=self.trace)
-        enforcement = Enforcement(clauses, self.roster.timeout_s, recorder)
-        return Asked(self.reporter([*chosen, *blocking]), enforcement, recorder)
+        enforcement = Enforcement(clauses, self.roster.timeout_s, self.recorder)
+        return Asked(self.reporter([*chosen, *blocking]), enforcement, self.recorder)
+
+    @property
+    def recorder(self) -> Recorder:
+        """Takes what this request decides or changes."""
+        return Recorder(self.metrics, self.audit, self.note, trace=self.trace)
 
     def generate(
         self, messages: Conversation, sampling: Sampling, asked: Asked

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sidelight.engines.base import FinishReason
+from sidelight.engines.events import FinishReason
 from sidelight.engines.logprobs import TokenLogprobs
 from sidelight.server.choices import Written
 from sidelight.server.logprobs import chat_logprobs, text_logprobs

@@ -7,15 +7,8 @@ from contextlib import aclosing
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sidelight.engines.base import (
-    Engine,
-    Event,
-    Finished,
-    LoadedProbe,
-    PromptJudged,
-    ResponseScored,
-    TextDelta,
-)
+from sidelight.engines.base import Engine, LoadedProbe
+from sidelight.engines.events import Event, Finished, PromptJudged, ResponseScored, TextDelta
 from sidelight.server.access_log import route_of
 from sidelight.server.drift import ScoreWatch, scores
 from sidelight.server.policy.decisions import Decision, agreements
@@ -104,7 +97,7 @@ class Metrics:
 
     async def read(self, events: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:
         """The engine's events; what was read is counted, whatever a policy makes of it."""
-        written_s: float | None = None
+        written_s = 0.0
         try:
             async with aclosing(events):
                 async for event in events:
@@ -118,7 +111,8 @@ class Metrics:
                             pass
                     yield event
         finally:
-            if written_s is not None:
+            # Without a probe of the response none of the time was theirs.
+            if written_s:
                 self._judging.labels("output").observe(written_s)
 
     async def observed(self, events: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:

@@ -1,10 +1,12 @@
-"""Notes what was decided: as counts, in the log and in the audit log, without text."""
+"""Notes what was decided and changed: as counts, in the log and in the audit log, without text."""
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from sidelight.engines.base import LoadedProbe
 from sidelight.prompts import Conversation
 from sidelight.server.audit import NOBODY, AuditLog, Note, now
 from sidelight.server.errors import RequestError
@@ -58,21 +60,39 @@ class Recorder:
         """The same for one more text of a prompt."""
         return replace(self, is_output_only=True)
 
+    def note_change(self, change: str, probe: LoadedProbe) -> None:
+        """Audits what an operator has done to a probe; it stands even where that fails."""
+        if self.audit is not None:
+            told = {"change": change, "probe": probe.name, "version": probe.version}
+            with suppress(RequestError):
+                self._write(self.audit, [{**self._who(), **told}])
+
     def _audit(self, audit: AuditLog, decisions: Sequence[Decision]) -> None:
         try:
-            audit.write([self._line(audit, decision) for decision in decisions])
-        except RequestError as error:
-            self.metrics.audit_failures.inc()
-            _log.error("The audit log cannot be written (%s).", type(error.__cause__).__name__)
+            self._write(audit, [self._line(audit, decision) for decision in decisions])
+        except RequestError:
             if any(d.clause.is_blocking and d.clause.rule.on_failure == "block" for d in decisions):
                 raise
 
-    def _line(self, audit: AuditLog, decision: Decision) -> dict[str, Any]:
-        probe, verdict = decision.clause.probe, decision.verdict
+    def _write(self, audit: AuditLog, lines: Sequence[dict[str, Any]]) -> None:
+        try:
+            audit.write(lines)
+        except RequestError as error:
+            self.metrics.audit_failures.inc()
+            _log.error("The audit log cannot be written (%s).", type(error.__cause__).__name__)
+            raise
+
+    def _who(self) -> dict[str, Any]:
         return {
             "time": now(),
             "request_id": self.note.request_id,
             "key_id": self.note.key_id,
+        }
+
+    def _line(self, audit: AuditLog, decision: Decision) -> dict[str, Any]:
+        probe, verdict = decision.clause.probe, decision.verdict
+        return {
+            **self._who(),
             "text_hmac": audit.hash(self.text),
             "probe": probe.name,
             "version": probe.version,

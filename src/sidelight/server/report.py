@@ -11,7 +11,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from sidelight.engines.base import Finished, LoadedProbe, PromptJudged, verdict_failure
+from sidelight.engines.base import LoadedProbe, verdict_failure
+from sidelight.engines.events import Finished, PromptJudged
 from sidelight.server.categories import CategoryNames
 from sidelight.types import Verdict
 

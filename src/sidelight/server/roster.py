@@ -1,16 +1,14 @@
 """The loaded probes with the rules that hold for them now, and how an operator changes them.
 
-A change is prepared beside what serves and takes its place at once; one that fails changes nothing,
-and one whose caller leaves goes on to its end.
+A change is prepared beside what serves and takes its place at once; one that fails changes nothing.
 """
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import wraps
 from pathlib import Path
-from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
+from typing import Literal
 
 from sidelight.artifact import load_probe
 from sidelight.engines.base import Engine, LoadedProbe
@@ -22,19 +20,6 @@ from sidelight.server.policy import Clause, Policy, Rule, clauses_of, require_fi
 _log = logging.getLogger(__name__)
 
 State = Literal["serving", "shadow", "disabled"]
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
-_Change = Callable[Concatenate["Roster", _P], Coroutine[Any, Any, _T]]
-
-
-def _lasting(change: _Change[_P, _T]) -> _Change[_P, _T]:
-    """The change in a task of its own: a caller that is cancelled leaves no half of it behind."""
-
-    @wraps(change)
-    async def started(roster: "Roster", *args: _P.args, **kwargs: _P.kwargs) -> _T:
-        return await asyncio.shield(asyncio.create_task(change(roster, *args, **kwargs)))
-
-    return started
 
 
 @dataclass(frozen=True)
@@ -108,7 +93,6 @@ class Roster:
             )
         return entries[name]
 
-    @_lasting
     async def load(self, path: Path, *, shadow_of: str | None) -> Entry:
         """Serves one more probe; as a shadow it is called ``name@version``.
 
@@ -140,7 +124,6 @@ class Roster:
             _log.warning("Loaded probe '%s', version %s.", name, probe.version)
             return self.entry(name)
 
-    @_lasting
     async def reload(self, name: str, path: Path | None) -> Entry:
         """Puts the artifact as it is now in the place of the probe that serves.
 
@@ -182,7 +165,6 @@ class Roster:
             _log.warning("Reloaded probe '%s': %s is now %s.", name, before, probe.version)
             return self.entry(name)
 
-    @_lasting
     async def disable(self, name: str) -> Entry:
         """Stops the probe; nothing follows from its rule until it is enabled."""
         async with self._changing:
@@ -193,7 +175,6 @@ class Roster:
             _log.warning("Disabled probe '%s'.", name)
             return self.entry(name)
 
-    @_lasting
     async def enable(self, name: str) -> Entry:
         """Runs a disabled probe as before; a shadow that runs comes under the policy's rule."""
         async with self._changing:
@@ -207,7 +188,6 @@ class Roster:
             _log.warning("Enabled probe '%s'.", name)
             return self.entry(name)
 
-    @_lasting
     async def shadow(self, name: str, *, shadow_of: str | None) -> Entry:
         """Hides the probe from clients; it goes on to be counted, and nothing follows from it.
 
@@ -222,16 +202,16 @@ class Roster:
             _log.warning("Probe '%s' is a shadow now.", name)
             return self.entry(name)
 
-    @_lasting
-    async def remove(self, name: str) -> None:
-        """Forgets the probe."""
+    async def remove(self, name: str) -> Entry:
+        """Forgets the probe, and gives the entry that it had."""
         async with self._changing:
-            self.entry(name)
+            entry = self.entry(name)
             if name not in self._disabled:
                 await self._engine.replace_probes(self._others(name))
             for known in (self._disabled, self._shadows, self._paths, self._failures):
                 known.pop(name, None)
             _log.warning("Removed probe '%s'.", name)
+            return entry
 
     def _others(self, name: str) -> list[Probe]:
         return [probe for probe in self._engine.probes if probe.name != name]

@@ -40,7 +40,7 @@ def serve(
     audit: AuditLog | None = None,
     traces: Sink | None = None,
     notice_s: float = 5.0,
-    drain_s: int = 30,
+    drain_s: float = 30.0,
     log_level: str = "info",
     json_logs: bool = False,
 ) -> None:
@@ -95,8 +95,10 @@ def serve(
         audit=audit,
         traces=traces,
     )
-    config = server_settings(app, bounds, drain_s=drain_s, log_level=log_level, json_logs=json_logs)
-    server = DrainingServer(config, drain=app.state.context.drain, notice_s=notice_s)
+    config = server_settings(app, bounds, log_level=log_level, json_logs=json_logs)
+    server = DrainingServer(
+        config, drain=app.state.context.drain, drain_s=drain_s, notice_s=notice_s
+    )
     listener = _listen(host, port)
     _log.info("Listening on http://%s:%d (Ctrl-C stops)", host, listener.getsockname()[1])
     # uvicorn passes a SIGINT on once it has drained.
@@ -110,7 +112,6 @@ def server_settings(
     app: FastAPI,
     limits: ServerLimits,
     *,
-    drain_s: int = 30,
     log_level: str = "info",
     json_logs: bool = False,
 ) -> uvicorn.Config:
@@ -122,7 +123,6 @@ def server_settings(
         lifespan="on",
         backlog=ACCEPTED_AT_ONCE,
         access_log=False,
-        timeout_graceful_shutdown=drain_s,
         log_config=log_settings(log_level, as_json=json_logs),
         log_level=log_level,
     )

@@ -21,6 +21,8 @@ def _as_list(value: Any) -> Any:
 
 
 def _as_parts(value: Any) -> Any:
+    if value is None:
+        raise ValueError("a message without text, as one of tool calls, is not read by this model")
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 

@@ -6,7 +6,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-from sidelight.engines.base import Finished, PromptJudged, ResponseScored, TextDelta
+from sidelight.engines.events import Finished, PromptJudged, ResponseScored, TextDelta
 from sidelight.errors import SidelightError
 from sidelight.server.choices import Choices, Indexed
 from sidelight.server.completions import Envelope, usage

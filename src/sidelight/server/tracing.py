@@ -12,7 +12,7 @@ from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sidelight.engines.base import Event, Finished, PromptJudged
+from sidelight.engines.events import Event, Finished, PromptJudged
 from sidelight.server.access_log import route_of
 from sidelight.server.policy.decisions import Decision
 

@@ -55,4 +55,4 @@ class CaptureConnector(SilentConnector):
         is_writer = get_tensor_model_parallel_rank() == 0
         if mappings:
             pieces = self._get_connector_metadata().items if is_writer else []
-            capturing.installed().save(next(iter(mappings.values())), pieces)
+            capturing.INSTALLED.get().save(next(iter(mappings.values())), pieces)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sidelight.errors import SidelightError
 from sidelight.prompts import EncodedPrompt, Reads
+from sidelight.vllm_plugin.installed import Installed
 from sidelight.vllm_plugin.params import KEY
 from sidelight.vllm_plugin.spool import Place, Spool, SpoolShape
 from sidelight.vllm_plugin.tracking import Step
@@ -191,23 +192,4 @@ def _mapped(path: str, shape: SpoolShape) -> Spool | None:
     return Spool.find(Path(path), shape)
 
 
-_recorder: list[Recorder] = []
-
-
-def install(recorder: Recorder | None) -> None:
-    """Makes it the one of this process, which runs one model."""
-    _recorder[:] = [] if recorder is None else [recorder]
-
-
-def installed() -> Recorder:
-    """The one of this process.
-
-    Raises:
-        SidelightError: The model was loaded in a way that the plugin does not see.
-    """
-    if not _recorder:
-        raise SidelightError(
-            "This model loader does not tap the model, so no hidden state would be kept. Use "
-            "vLLM's default --load-format."
-        )
-    return _recorder[0]
+INSTALLED = Installed[Recorder](loss="no hidden state would be kept")

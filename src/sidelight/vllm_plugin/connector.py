@@ -119,7 +119,7 @@ class ProbeConnector(SilentConnector):
     def register_kv_caches(self, kv_caches: Any) -> None:
         """Makes room for the columns of every KV slot."""
         block_size = self._cache.kv_cache_groups[0].kv_cache_spec.block_size
-        own = worker.installed()
+        own = worker.INSTALLED.get()
         total = sum(cache.numel() * cache.element_size() for cache in kv_caches.values())
         own.allocate(blocks=self._cache.num_blocks, block_size=block_size, cache_bytes=total)
         _log.info(
@@ -130,7 +130,7 @@ class ProbeConnector(SilentConnector):
     def wait_for_save(self) -> None:
         """Runs right after the forward pass, on every rank."""
         start = time.perf_counter()
-        own = worker.installed()
+        own = worker.INSTALLED.get()
         mappings = get_forward_context().slot_mapping
         if mappings:
             own.keep(next(iter(mappings.values())))
@@ -146,7 +146,7 @@ class ProbeConnector(SilentConnector):
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[None, None]:
         """Drops what is known of requests that have ended."""
-        worker.installed().forget(finished_req_ids)
+        worker.INSTALLED.get().forget(finished_req_ids)
         return None, None
 
     def build_connector_worker_meta(self) -> Results | None:

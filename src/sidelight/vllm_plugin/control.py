@@ -14,12 +14,12 @@ class Control:
             What is wrong with them, the old probes then stay; None: nothing.
         """
         try:
-            worker.installed().load(folders)
+            worker.INSTALLED.get().load(folders)
         except SidelightError as error:
             return str(error)
         return None
 
     def sidelight_bytes(self) -> tuple[int, int]:
         """Memory of the columns, and of keys and values, in this worker."""
-        own = worker.installed()
+        own = worker.INSTALLED.get()
         return own.size_bytes, own.cache_bytes

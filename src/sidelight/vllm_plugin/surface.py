@@ -160,7 +160,7 @@ def _load(
         from sidelight.vllm_plugin import worker
 
         layers = _tap(model, served.fingerprint.width)
-        worker.install(worker.Worker(served, layers=layers, tokens=tokens, device=device))
+        worker.INSTALLED.put(worker.Worker(served, layers=layers, tokens=tokens, device=device))
     if captured is not None:
         from sidelight.vllm_plugin import capturing
         from sidelight.vllm_plugin.taps import set_stage
@@ -173,7 +173,7 @@ def _load(
             dtype=model_config.dtype,
             device=device,
         )
-        capturing.install(recorder)
+        capturing.INSTALLED.put(recorder)
         set_stage(recorder)
     return model
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from sidelight.bank import NUMBERS_AT_ONCE
 from sidelight.errors import SidelightError
 from sidelight.vllm_plugin.columns import Pages, Run, Stage
+from sidelight.vllm_plugin.installed import Installed
 from sidelight.vllm_plugin.judging import Judging, Share
 from sidelight.vllm_plugin.panel import Outcome, Panel
 from sidelight.vllm_plugin.settings import Served
@@ -131,23 +132,4 @@ class Worker:
             self._pages = Pages(self._stage, blocks=blocks, block_size=block_size)
 
 
-_worker: list[Worker] = []
-
-
-def install(worker: Worker | None) -> None:
-    """Makes it the one of this process, which serves one model."""
-    _worker[:] = [] if worker is None else [worker]
-
-
-def installed() -> Worker:
-    """The one of this process.
-
-    Raises:
-        SidelightError: The model was loaded in a way that the plugin does not see.
-    """
-    if not _worker:
-        raise SidelightError(
-            "This model loader does not tap the model, so no probe would run. Use vLLM's default "
-            "--load-format."
-        )
-    return _worker[0]
+INSTALLED = Installed[Worker](loss="no probe would run")

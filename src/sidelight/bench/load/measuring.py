@@ -16,6 +16,7 @@ from sidelight.bench.load.preparing import PROMPT_PROBES, Prepared, prepare
 from sidelight.bench.load.record import Record, Round, Span
 from sidelight.bench.load.tickets import Ticket, tickets
 from sidelight.bench.load.watching import Watcher, read_metrics, resident_mb, total
+from sidelight.progress import progress
 from sidelight.server.process import ServerProcess
 
 _WARM_UP_S = 5.0
@@ -90,11 +91,13 @@ async def _run(settings: Settings, sides: Sequence[_Side], prepared: Prepared) -
     rounds = max(1, round(settings.seconds / settings.round_s))
     lengths = (settings.round_s, settings.plain_round_s)
     answers: list[list[list[Answer]]] = [[], []]
-    for number in range(rounds):
-        # Neither goes first in every round.
-        for which in (0, 1) if number % 2 == 0 else (1, 0):
-            got = await _round(sides[which], queue, settings, seconds=lengths[which])
-            answers[which].append(got)
+    with progress("Asking", rounds * sum(lengths), unit="seconds") as shown:
+        for number in range(rounds):
+            # Neither goes first in every round.
+            for which in (0, 1) if number % 2 == 0 else (1, 0):
+                got = await _round(sides[which], queue, settings, seconds=lengths[which])
+                answers[which].append(got)
+                shown.advance(lengths[which])
     judged = [answer for own in answers[0] for answer in own]
     return Record(
         conditions={

@@ -13,10 +13,8 @@ from sidelight.engines.base import (
     Admission,
     Engine,
     EngineUnavailableError,
-    Event,
     GenerationError,
     Load,
-    PromptJudged,
     Sampling,
     Tokens,
     admit_all,
@@ -24,6 +22,7 @@ from sidelight.engines.base import (
     require_watchable,
     verdict_failure,
 )
+from sidelight.engines.events import Event, PromptJudged
 from sidelight.engines.gate import Gate
 from sidelight.engines.judging import Judgement
 from sidelight.engines.line import Limits

@@ -6,17 +6,9 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from sidelight.engines.base import (
-    Admission,
-    Event,
-    Finished,
-    GenerationError,
-    PromptJudged,
-    ResponseScored,
-    Sampling,
-    TextDelta,
-)
+from sidelight.engines.base import Admission, GenerationError, Sampling
 from sidelight.engines.detokenizer import Detokenizer
+from sidelight.engines.events import Event, Finished, PromptJudged, ResponseScored, TextDelta
 from sidelight.engines.judging import Judgement
 from sidelight.engines.logprobs import LOWEST, Odds, TokenLogprobs, Trail
 from sidelight.errors import SidelightError

@@ -1,5 +1,7 @@
 """``/admin/probes``: which probes serve, and changing them while they do. Admin keys only."""
 
+import asyncio
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from sidelight.server.auth import AdminOnly
 from sidelight.server.body import JsonRoute
-from sidelight.server.context import InContext
+from sidelight.server.context import Context, InContext
 from sidelight.server.roster import Entry, State
 from sidelight.server.schemas import StrictBody
 
@@ -91,40 +93,52 @@ async def list_probes(context: InContext) -> ProbeList:
 @_with_body.post("/admin/probes", status_code=201)
 async def load(body: LoadRequest, context: InContext) -> ProbeEntry:
     """Serves one more probe."""
-    entry = await context.roster.load(Path(body.path), shadow_of=body.shadow_of)
-    return ProbeEntry.of(entry)
+    change = context.roster.load(Path(body.path), shadow_of=body.shadow_of)
+    return await _made(context, "load", change)
 
 
 @_with_body.post("/admin/probes/{name:path}/reload")
 async def reload(name: str, body: ReloadRequest, context: InContext) -> ProbeEntry:
     """Replaces a probe by the artifact as it is now; if that fails, the last good one serves on."""
     path = None if body.path is None else Path(body.path)
-    return ProbeEntry.of(await context.roster.reload(name, path))
+    return await _made(context, "reload", context.roster.reload(name, path))
 
 
 @_with_body.post("/admin/probes/{name:path}/shadow")
 async def shadow(name: str, body: ShadowRequest, context: InContext) -> ProbeEntry:
     """Hides a probe from clients and counts it on."""
-    return ProbeEntry.of(await context.roster.shadow(name, shadow_of=body.shadow_of))
+    change = context.roster.shadow(name, shadow_of=body.shadow_of)
+    return await _made(context, "shadow", change)
 
 
 @router.post("/admin/probes/{name:path}/enable")
 async def enable(name: str, context: InContext) -> ProbeEntry:
     """Runs a probe under the policy's rule."""
-    return ProbeEntry.of(await context.roster.enable(name))
+    return await _made(context, "enable", context.roster.enable(name))
 
 
 @router.post("/admin/probes/{name:path}/disable")
 async def disable(name: str, context: InContext) -> ProbeEntry:
     """Stops a probe; nothing follows from its rule meanwhile."""
-    return ProbeEntry.of(await context.roster.disable(name))
+    return await _made(context, "disable", context.roster.disable(name))
 
 
 @router.delete("/admin/probes/{name:path}")
 async def remove(name: str, context: InContext) -> dict[str, Any]:
     """Forgets a probe; its artifact stays."""
-    await context.roster.remove(name)
-    return {"name": name, "removed": True}
+    removed = await _made(context, "remove", context.roster.remove(name))
+    return {"name": removed.name, "removed": True}
+
+
+async def _made(context: Context, kind: str, change: Coroutine[Any, Any, Entry]) -> ProbeEntry:
+    """The outcome of a change, which goes on to its end where its caller leaves."""
+    return await asyncio.shield(asyncio.create_task(_audited(context, kind, change)))
+
+
+async def _audited(context: Context, kind: str, change: Coroutine[Any, Any, Entry]) -> ProbeEntry:
+    entry = await change
+    context.recorder.note_change(kind, entry.clause.probe)
+    return ProbeEntry.of(entry)
 
 
 router.include_router(_with_body)

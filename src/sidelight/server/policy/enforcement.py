@@ -8,7 +8,8 @@ from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
-from sidelight.engines.base import Event, Finished, PromptJudged, verdict_failure
+from sidelight.engines.base import verdict_failure
+from sidelight.engines.events import Event, Finished, PromptJudged
 from sidelight.server.errors import RequestError
 from sidelight.server.policy.clauses import Clause
 from sidelight.server.policy.decisions import Decision, Record, decide, marks

@@ -7,7 +7,7 @@ rule is still warming up. The verdict on the whole text decides on what is left 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from sidelight.engines.base import Event, Finished, PromptJudged, ResponseScored, TextDelta
+from sidelight.engines.events import Event, Finished, PromptJudged, ResponseScored, TextDelta
 from sidelight.server.policy.clauses import Clause
 from sidelight.server.policy.decisions import Decision, decide
 from sidelight.streaming_rule import StreamingRule, Watched
