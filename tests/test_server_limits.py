@@ -240,7 +240,7 @@ def serve_until_stopped(one, client, **options):
             wait_until_ready(http)
             client(http, pool)
 
-    thread = threading.Thread(target=ask)
+    thread = threading.Thread(target=ask, daemon=True)
     # uvicorn passes the signal on once it has drained; the test must outlive it.
     previous = signal.signal(signal.SIGTERM, lambda *_: None)
     try:
@@ -290,7 +290,7 @@ def test_requests_that_outlast_the_drain_are_told():
         os.kill(os.getpid(), signal.SIGTERM)
         seen.update(plain=plain.result(), streamed=streamed.result())
 
-    serve_until_stopped(one, client, notice_s=0, drain_s=SOON_S)
+    serve_until_stopped(one, client, notice_s=0.0, drain_s=SOON_S)
     assert seen["plain"].status_code == 503
     assert seen["plain"].json()["error"]["code"] == "shutting_down"
     *chunks, last, end = seen["streamed"].text.split("\n\n")
@@ -300,7 +300,7 @@ def test_requests_that_outlast_the_drain_are_told():
 
 def test_the_notice_of_sigterm_ends_by_itself():
     drain = Drain()
-    server = DrainingServer(uvicorn.Config(lambda: None), drain=drain, drain_s=0, notice_s=SOON_S)
+    server = DrainingServer(uvicorn.Config(lambda: None), drain=drain, drain_s=0.0, notice_s=SOON_S)
     server.handle_exit(signal.SIGTERM, None)
     assert drain.is_draining
     end = time.monotonic() + PATIENCE_S

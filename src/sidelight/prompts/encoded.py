@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from sidelight.errors import ContextLengthError
 from sidelight.prompts.conversation import Part, Reads
 
 
