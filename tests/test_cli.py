@@ -275,3 +275,17 @@ def test_a_response_probe_learns_from_answers_to_long_prompts(
     out = str(tmp_path / "probe")
     assert run(*arguments, "--mechanism", "pooling", "--max-tokens", "64", "--out", out) == 0
     assert "were cut to 64 tokens" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["serve", "predict", "train"])
+def test_options_of_vllm_are_refused_elsewhere(
+    command: str, trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    data = write_rows(tmp_path / "train.jsonl", 40, seed=8)
+    arguments = {
+        "serve": ["--probe", str(trained)],
+        "predict": [str(trained), "a text"],
+        "train": ["--data", data, "--label", "toxic", "--out", str(tmp_path / "probe")],
+    }[command]
+    assert run(command, *arguments, "--engine-option", "max_num_seqs=3") != 0
+    assert "give --engine vllm" in capfd.readouterr().err

@@ -37,6 +37,17 @@ def test_one_who_gives_up_waiting_leaves_the_gate_open():
     asyncio.run(main())
 
 
+def test_who_waits_for_it_to_open_goes_on_when_it_does():
+    async def main():
+        gate = Gate()
+        async with gate.closed():
+            waiting = await settled(asyncio.create_task(gate.opened()))
+            assert not waiting.done()
+        await asyncio.wait_for(waiting, 5)
+
+    asyncio.run(main())
+
+
 def test_nobody_enters_while_it_is_closed():
     async def main():
         gate, order = Gate(), []

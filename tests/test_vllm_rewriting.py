@@ -51,6 +51,30 @@ def asked(encoder, body, *, said=(), texts=1, events=None):
     return read, sent[0]["status"], b"".join(event.get("body", b"") for event in sent)
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "is_marked"),
+    [
+        ("POST", "/v1/completions", True),
+        ("POST", "/v1/chat/completions/batch", True),
+        ("GET", "/v1/models", False),
+    ],
+)
+def test_what_is_posted_elsewhere_is_marked_as_not_judged(encoder, method, path, is_marked):
+    sent = []
+
+    async def vllm(_scope, _receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"data: text"})
+
+    async def send(event):
+        sent.append(event)
+
+    scope = {"type": "http", "method": method, "path": path, "headers": []}
+    asyncio.run(ProbeMiddleware(vllm, described=Described(encoder))(scope, None, send))
+    assert (b"x-sidelight-error" in dict(sent[0]["headers"])) == is_marked
+    assert sent[1]["body"] == b"data: text"
+
+
 def says(text, **fields):
     return Said(text, 1, {KEY: {"verdicts": {"toxicity": fields}}})
 

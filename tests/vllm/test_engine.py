@@ -335,8 +335,13 @@ def test_other_probes_take_over_and_old_states_are_not_read(engine, loop, model)
         running = asyncio.create_task(events_of(engine, TEXTS[6], Sampling(max_tokens=60)))
         await asyncio.sleep(0.05)
         stale = engine.generate([Message("user", long)], GREEDY)
-        await engine.replace_probes(other)
+        replacing = asyncio.create_task(engine.replace_probes(other))
+        await asyncio.sleep(0)
+        # As a server does: who waits is judged by the new ones.
+        await engine.settled()
+        assert engine.probes == tuple(other)
         after = await events_of(engine, long)
+        await replacing
         with pytest.raises(EngineUnavailableError, match="just been replaced"):
             await anext(stale)
         await engine.replace_probes(model.probes)

@@ -142,7 +142,9 @@ def test_a_request_that_cannot_be_described_says_that_it_was_not_judged(address)
         "prompt": "no chat",
         "max_tokens": 2,
     }
-    answer = httpx.post(f"{address}/v1/completions", json=body, timeout=60).json()
+    response = httpx.post(f"{address}/v1/completions", json=body, timeout=60)
+    assert "not judged" in response.headers["x-sidelight-error"]
+    answer = response.json()
     assert "does not say" in answer["kv_transfer_params"]["sidelight"]["error"]
     # A template that the server is given by the request writes other tokens.
     chat = {

@@ -68,6 +68,22 @@ def load_engine(engine: str, probes: "Sequence[Probe]", given: Mapping[str, Any]
     return make(model, probes, given)
 
 
+def require_own_options(engine: str, given: Mapping[str, Any]) -> None:
+    """Checks that vLLM's options are not given to another engine.
+
+    Args:
+        engine: Its name.
+        given: Values of ``--engine-option``.
+
+    Raises:
+        SidelightError: They are.
+    """
+    from sidelight.errors import SidelightError
+
+    if engine != "vllm" and given["engine_options"]:
+        raise SidelightError("--engine-option is for vLLM: give --engine vllm, or leave it out.")
+
+
 def _transformers(model: str, probes: "Sequence[Probe]", given: Mapping[str, Any]) -> "Engine":
     from sidelight.backbones import load_backbone
     from sidelight.engines import TransformersEngine
@@ -92,6 +108,7 @@ def state_source(
         backbone: Of ``encoding_backbone``.
         given: Values of ``--engine-option``.
     """
+    require_own_options(engine, given)
     if engine == "vllm":
         from sidelight.engines.vllm import VllmSource
 

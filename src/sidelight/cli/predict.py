@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sidelight.cli.engines import engine_options
+from sidelight.cli.engines import engine_options, require_own_options
 from sidelight.cli.options import (
     examples_epilog,
     model_option,
@@ -54,6 +54,7 @@ def predict(
     """Print one verdict per text, as JSON lines, in the order of the texts."""
     if bool(texts) == (data is not None):
         raise SidelightError("Give texts to judge, or a file of them with --data, and not both.")
+    require_own_options(given["engine"], given)
     items: Sequence[str | Example] = list(texts) if data is None else _examples(data, given)
     judge = {"transformers": _by_transformers, "vllm": _by_vllm}[given["engine"]]
     lines = (json.dumps(asdict(v), ensure_ascii=False) for v in judge(probe, items, given))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sidelight.cli.engines import engine_options, load_engine
+from sidelight.cli.engines import engine_options, load_engine, require_own_options
 from sidelight.cli.options import backbone_options, examples_epilog
 from sidelight.cli.serving import (
     access_of,
@@ -61,6 +61,7 @@ def serve(
     from sidelight.server.policy import Policy, read_policy, require_fitting
     from sidelight.server.running import serve as run
 
+    require_own_options(engine, given)
     loaded = [load_probe(probe) for probe in probes]
     policy = read_policy(policy_file) if policy_file else Policy()
     require_fitting(policy, loaded)

@@ -178,6 +178,13 @@ class Engine(ABC):
             EngineBusyError, EngineUnavailableError, GenerationError: As for ``generate``.
         """
 
+    async def settled(self) -> None:
+        """Waits while probes are being replaced: who asks then is judged by the new ones.
+
+        An engine that replaces them at once has nothing to wait for.
+        """
+        return
+
     @abstractmethod
     async def tokenize(self, text: Conversation) -> Tokens:
         """The tokens that ``generate``, or for a text with a response ``judge``, would read.

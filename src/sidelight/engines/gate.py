@@ -26,6 +26,11 @@ class Gate:
             # Shielded from a cancelled caller: whoever waits for the last one must hear of it.
             await asyncio.shield(self._announce())
 
+    async def opened(self) -> None:
+        """Waits while it is closed; it may be closed again at once."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._is_open)
+
     @asynccontextmanager
     async def closed(self) -> AsyncGenerator[None]:
         """Nobody is inside, and nobody enters; one at a time."""

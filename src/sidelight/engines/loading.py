@@ -77,6 +77,10 @@ class LoadingEngine(Engine):
         """As the loaded engine's."""
         await self._loaded().replace_probes(probes)
 
+    async def settled(self) -> None:
+        """As the loaded engine's."""
+        await self._loaded().settled()
+
     async def tokenize(self, text: Conversation) -> Tokens:
         """As the loaded engine's."""
         return await self._loaded().tokenize(text)

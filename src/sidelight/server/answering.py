@@ -27,6 +27,7 @@ async def answer(
     sampling, n = body.sampling(), body.n or 1
     texts = [prompt for prompt in prompts for _ in range(n)]
     await context.require_size(texts, max_tokens=sampling.max_tokens)
+    await unless_left(request, context.engine.settled())
     asked = context.asked(body.probes, body.wishes())
     envelope = Envelope.new(body.model, form)
     choices = await begin(request, context, asked, prompts, sampling, n=n)

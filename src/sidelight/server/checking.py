@@ -52,6 +52,7 @@ async def checked(
         if not is_answered(turns):
             context.require_prompt_probe(reporter.probes)
     await context.require_size(conversations, max_tokens=0)
+    await unless_left(request, context.engine.settled())
     asked = context.asked(None)
     judged = await unless_left(request, context.engine.judge(conversations))
     found: list[Checked] = []

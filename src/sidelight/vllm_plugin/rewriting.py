@@ -2,7 +2,8 @@
 
 An ASGI layer. A request that cannot be described goes on without a description, also without one of
 the client's own, and its answer says that it was not judged. Bodies are rewritten as JSON; a stream
-gets chunks of its own, with ``choices: []``.
+gets chunks of its own, with ``choices: []``. What is posted to any other route is answered with a
+header that says that it was not judged, since not all of those answers have a place for it.
 """
 
 import json
@@ -33,6 +34,7 @@ _TOO_DEEP = {
     }
 }
 _NOT_JUDGED = {"error": "The request was not judged."}
+_NOT_JUDGED_HEADER = (b"x-sidelight-error", b"not judged: only " + _PATH.encode() + b" is")
 
 
 @dataclass
@@ -124,10 +126,13 @@ class ProbeMiddleware:
         self._described = described
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Rewrites chat requests and their answers; all else passes."""
-        is_chat = scope["type"] == "http" and (scope["method"], scope["path"]) == ("POST", _PATH)
-        if not is_chat or self._described.encoder is None:
+        """Rewrites chat requests and their answers; other posts are marked, all else passes."""
+        is_post = scope["type"] == "http" and scope["method"] == "POST"
+        if not is_post or self._described.encoder is None:
             await self._app(scope, receive, send)
+            return
+        if scope["path"] != _PATH:
+            await self._app(scope, receive, _marked(send))
             return
         try:
             body = self._described.describe(await _whole_body(receive))
@@ -190,6 +195,17 @@ class _Answer:
         headers = _with_length(self._start["headers"], len(body))
         await self._send({**self._start, "headers": headers})
         await self._send({"type": "http.response.body", "body": body})
+
+
+def _marked(send: Send) -> Send:
+    """Sends an answer on with the header that says that it was not judged."""
+
+    async def marked(event: Event) -> None:
+        if event["type"] == "http.response.start":
+            event = {**event, "headers": [*event["headers"], _NOT_JUDGED_HEADER]}
+        await send(event)
+
+    return marked
 
 
 def _entries(report: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -137,7 +137,7 @@ class VllmEngine(Engine):
     async def replace_probes(self, probes: Sequence[Probe]) -> None:
         """Serves these probes from now on, once each has given a verdict on a short text.
 
-        Waits until the requests in the engine are done; new ones wait meanwhile.
+        Waits until the requests in the engine are done; new ones wait meanwhile (``settled``).
 
         Raises:
             SidelightError: One cannot be served, or the engine has several pipeline stages or
@@ -156,6 +156,10 @@ class VllmEngine(Engine):
                 await asyncio.shield(self._put_back(before))
                 raise
             self._probes = new
+
+    async def settled(self) -> None:
+        """Waits while probes are being replaced."""
+        await self._gate.opened()
 
     async def _put(self, probes: Sequence[Probe]) -> None:
         folders = await asyncio.to_thread(self._shelf.put, probes)

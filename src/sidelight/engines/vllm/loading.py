@@ -64,7 +64,13 @@ def load_vllm_engine(
         additional_config={KEY: named},
         **given,
     )
-    llm = engine_type.from_engine_args(arguments)
+    try:
+        llm = engine_type.from_engine_args(arguments)
+    except TypeError as error:
+        # vLLM compares numbers with whatever it was given.
+        raise SidelightError(
+            f"vLLM cannot work with these options ({error}): {given}. See to their types."
+        ) from error
     return VllmEngine(
         llm,
         probes,
