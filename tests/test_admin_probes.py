@@ -347,6 +347,24 @@ def test_a_change_whose_caller_leaves_is_made_and_audited(backbone, tmp_path):
     assert [line["change"] for line in audited(path)] == ["disable", "enable"]
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "told"),
+    [
+        ("/v1/chat/completions", CHAT, lambda said: said["sidelight"]["verdicts"]),
+        ("/v1/moderations", {"input": "hello"}, lambda said: said["results"]),
+    ],
+)
+def test_who_waits_for_a_change_is_judged_by_the_new_probe(backbone, path, body, told):
+    class Replacing(TransformersEngine):
+        async def settled(self):
+            await self.replace_probes([untrained_probe(backbone, "p", threshold=0.0)])
+
+    engine = Replacing(backbone, [untrained_probe(backbone, "p", threshold=1.0)])
+    with served(engine) as address, httpx.Client(base_url=address, timeout=30) as http:
+        answer = http.post(path, json=body).json()
+    assert [one["flagged"] for one in told(answer)] == [True]
+
+
 def test_changes_are_audited_with_the_key_that_made_them(backbone, folders, tmp_path):
     audit = AuditLog(tmp_path / "audit.jsonl", salt=b"salt")
     with serving(backbone, folders, audit=audit) as (admin, user):

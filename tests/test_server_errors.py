@@ -44,6 +44,7 @@ def error_of(response, status):
         ("messages", "hello"),
         ("messages", [{"role": "wizard", "content": "x"}]),
         ("messages", [{"role": "user"}]),
+        ("messages", [{"role": "assistant", "content": None, "tool_calls": []}]),
         ("messages", [{"role": "user", "content": 3}]),
         ("messages", [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]),
         ("model", None),

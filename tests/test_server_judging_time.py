@@ -63,6 +63,11 @@ def test_a_blocked_prompt_and_a_cut_text_count_too():
     assert blocked["output"][0] == 0
 
 
+def test_no_time_counts_for_a_text_that_no_probe_reads():
+    found = series(engine_of("input"), [("/v1/chat/completions", SHORT)], None)
+    assert [count for count, _ in found.values()] == [1, 0]
+
+
 def test_the_time_of_a_slow_probe_is_in_it(monkeypatch: pytest.MonkeyPatch):
     """Its projection inside the forward pass, and its state: of each pass, once for each text."""
     monkeypatch.setattr(BankTap, "__call__", delayed(BankTap.__call__))

@@ -97,7 +97,7 @@ class Metrics:
 
     async def read(self, events: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:
         """The engine's events; what was read is counted, whatever a policy makes of it."""
-        written_s = 0.0
+        written_s: float | None = None
         try:
             async with aclosing(events):
                 async for event in events:
@@ -106,13 +106,14 @@ class Metrics:
                             self.prompt_tokens.inc(event.tokens)
                             self.note_judging(event)
                         case ResponseScored() | Finished():
-                            written_s = event.judging_s
+                            # Of a text that no probe read, none of the time was a probe's.
+                            if event.verdicts or event.failed:
+                                written_s = event.judging_s
                         case TextDelta():
                             pass
                     yield event
         finally:
-            # Without a probe of the response none of the time was theirs.
-            if written_s:
+            if written_s is not None:
                 self._judging.labels("output").observe(written_s)
 
     async def observed(self, events: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:
