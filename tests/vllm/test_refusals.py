@@ -9,6 +9,7 @@ from transformers import Qwen2Config
 from commands import saved
 from sidelight.artifact import save_probe
 from sidelight.backbones import load_backbone
+from sidelight.engines.vllm import load_vllm_engine
 from sidelight.errors import FingerprintMismatchError, SidelightError
 from sidelight.vllm_plugin.params import KEY
 from sidelight.vllm_plugin.settings import ENVIRONMENT
@@ -70,6 +71,11 @@ def test_other_probes_need_no_other_graph(model):
 def test_a_feature_that_no_test_covers_is_refused(model, options, message):
     with pytest.raises(SidelightError, match=message):
         configured(model.path, model.folders, **options)
+
+
+def test_an_option_of_the_wrong_type_is_refused(model):
+    with pytest.raises(SidelightError, match="See to their types"):
+        load_vllm_engine(model.path, [], options={"max_num_seqs": "abc"})
 
 
 def test_another_version_is_refused(model, monkeypatch):
