@@ -52,7 +52,13 @@ def encoded(backbone: Backbone, texts: list[str]) -> list[EncodedPrompt]:
 
 
 def training_set(
-    backbone: Backbone, root: Path, kind: TaskKind, count: int, *, seed: int
+    backbone: Backbone,
+    root: Path,
+    kind: TaskKind,
+    count: int,
+    *,
+    seed: int,
+    shard_bytes: int = 500_000,
 ) -> TrainingSet:
     """An extracted corpus in a few shards."""
     texts, labels = planted(kind, count, seed=seed)
@@ -61,6 +67,6 @@ def training_set(
         encoded(backbone, texts),
         reads=Reads(),
         fingerprint=backbone.fingerprint,
-        shard_bytes=500_000,
+        shard_bytes=shard_bytes,
     )
     return TrainingSet(extract(BackboneSource(backbone), cache), labels)

@@ -92,11 +92,18 @@ def test_another_backbone_is_refused_and_both_are_named(tiny, tmp_path):
     )
     probe = replace(probe_of(tiny), fingerprint=other)
     # Weights of the right shape for what the manifest says, so only the fingerprint is wrong.
-    folder = save_probe(replace(probe, fingerprint=replace(other, layers=4)), tmp_path)
+    trained_on = replace(other, layers=4)
+    folder = save_probe(replace(probe, fingerprint=trained_on), tmp_path)
     with pytest.raises(FingerprintMismatchError) as caught:
         load(folder, model=tiny)
     message = str(caught.value)
-    for named in ("'toxicity'", "Llama-3.2-3B", "00001111", tiny.name, tiny.fingerprint.digest):
+    for named in (
+        "'toxicity'",
+        "Llama-3.2-3B",
+        trained_on.digest,
+        tiny.name,
+        tiny.fingerprint.digest,
+    ):
         assert named in message
     assert "different: config, weights." in message
 

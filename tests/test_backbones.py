@@ -125,6 +125,14 @@ def test_the_same_weights_in_bf16_are_the_same_backbone(name):
     full.fingerprint.require(half.fingerprint, probe="p")
 
 
+@pytest.mark.parametrize("field", ["config", "weights", "tokenizer", "template"])
+def test_a_digest_stands_for_every_digit(field):
+    one = tiny_backbone().fingerprint
+    value = getattr(one, field)
+    assert replace(one, **{field: f"{value[:-1]}?"}).digest != one.digest
+    assert replace(one, name="other", dtype="other").digest == one.digest
+
+
 def test_a_saved_backbone_is_who_it_was(tiny, tmp_path):
     loaded = load_backbone(saved(tmp_path), device="cpu")
     tiny.fingerprint.require(loaded.fingerprint, probe="p")

@@ -115,6 +115,42 @@ def test_the_best_run_is_of_the_best_mechanism_on_average(tiny):
     assert means[made.best.probe.spec.name] == max(means.values())
 
 
+@pytest.mark.parametrize("with_validation", [True, False])
+def test_a_run_that_diverges_is_left_out_and_told(tiny, with_validation):
+    rows = load_examples(rows_of("binary", 60, seed=0), positive="toxic")
+    diverging = {**QUICK, "readout": replace(QUICK["readout"], weight_decay=1e38)}
+    options = replace(options_of("readout", "gate"), settings=diverging)
+    made = fit(tiny, rows, rows if with_validation else None, name="p", options=options)
+    assert [run.probe.spec.name for run in made.runs] == ["gate"]
+    assert any("'readout' with seed 0 diverged" in warning for warning in made.warnings)
+    alone = replace(options, mechanisms=options.mechanisms[:1])
+    with pytest.raises(SidelightError, match="Lower --learning-rate"):
+        fit(tiny, rows, rows, name="p", options=alone)
+
+
+@pytest.mark.parametrize("calibration", ["platt", "isotonic"])
+def test_validation_texts_that_cannot_calibrate_cost_no_extraction(tiny, tmp_path, calibration):
+    training = load_examples(rows_of("multiclass", 60, seed=0))
+    left = [row for row in rows_of("multiclass", 30, seed=1) if row["label"] == "x"]
+    options = options_of("gate", cache_root=tmp_path, calibration=calibration)
+    with pytest.raises(SidelightError, match=f"Cannot fit a {calibration} calibration"):
+        fit(tiny, training, load_examples(left, task=training.task), name="p", options=options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_activations_stay_where_the_probe_could_not_be_stored(tiny, tmp_path):
+    rows = load_examples(rows_of("binary", 60, seed=0), positive="toxic")
+
+    def full_disk(made):
+        assert made.best.probe.name == "p"
+        raise OSError("no space left")
+
+    options = options_of("gate", cache_root=tmp_path)
+    with pytest.raises(OSError, match="no space"):
+        fit(tiny, rows, None, name="p", options=options, store=full_disk)
+    assert list(tmp_path.rglob("*.safetensors"))
+
+
 def test_activations_are_gone_after_a_fit_unless_kept(tiny, tmp_path):
     rows = load_examples(rows_of("binary", 60, seed=0))
     for keep in (False, True):
@@ -127,7 +163,8 @@ def test_activations_are_gone_after_a_fit_unless_kept(tiny, tmp_path):
 
 def test_train_gives_a_classifier_and_leaves_no_activations(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("SIDELIGHT_CACHE", str(tmp_path))
-    classifier = sidelight.train(tiny, rows_of("binary", 60, seed=0), mechanism="gate", name="mine")
+    data = load_examples(rows_of("binary", 60, seed=0), positive="toxic")
+    classifier = sidelight.train(tiny, data, mechanism="gate", name="mine")
     assert classifier.predict(["tabc"])[0].probe == "mine"
     assert classifier.probe.spec.name == "gate"
     assert not list(tmp_path.rglob("*.safetensors"))
@@ -141,7 +178,8 @@ def test_a_probe_of_the_response_is_trained_and_asked_with_responses(tiny):
     ]
     # The split keeps equal texts together, so each question is its own.
     rows = [{**row, "text": f"question {i}"} for i, row in enumerate(rows)]
-    classifier = train(tiny, rows, response="answer", mechanism="gate")
+    with pytest.warns(UserWarning, match="No positive class was named: 'bad' is taken"):
+        classifier = train(tiny, rows, response="answer", mechanism="gate")
     assert classifier.probe.reads == Reads(side="response")
     verdicts = classifier.predict(["question"] * 2, responses=["tab", "tXXXX"])
     low, high = (verdict.probabilities["bad"] for verdict in verdicts)

@@ -146,6 +146,8 @@ def test_training_names_every_mechanism(capsys: pytest.CaptureFixture[str]):
         (["train", "--data", "nowhere.jsonl", "--out", "o"], "nowhere.jsonl"),
         (["train", "--data", "{data}", "--out", "o", "--label", "toxic", "--mechanism", "gat"],
          "Did you mean 'gate'"),
+        (["train", "--data", "{data}", "--out", "o", "--label", "toxic", "--mechanism", ","],
+         "Leave it out, or choose: attention"),
         (["train", "--data", "{data}", "--out", "o", "--label", "toxic", "--mechanism", "readout",
           "--set", "readout.x=1"], "Unknown option 'x'"),
         (["train", "--data", "{data}", "--out", "o", "--label", "toxic", "--set", "gate.x=1"],

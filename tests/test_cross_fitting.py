@@ -108,3 +108,11 @@ def test_a_baseline_that_fails_costs_no_training(tiny, tmp_path, monkeypatch):
     options = FitOptions(mechanisms=(mechanism_spec("pooling"),), cache_root=tmp_path)
     with pytest.raises(SidelightError, match="no baseline"):
         fit(tiny, load_examples(rows("binary", 40)), None, name="x", options=options)
+
+
+def test_few_texts_that_are_held_out_from_say_so(tiny, tmp_path):
+    few = [*rows("binary", 40), *({"text": f"rare {n}", "label": "z"} for n in range(4))]
+    options = FitOptions(mechanisms=(mechanism_spec("pooling"),), cache_root=tmp_path)
+    made = fit(tiny, load_examples(few), None, name="rare", options=options)
+    assert made.best.probe.record["folds"] == 0
+    assert any("of 'z' there are 4" in warning for warning in made.warnings)

@@ -16,7 +16,6 @@ from sidelight.training import (
     Job,
     TrainingSettings,
     suggested_settings,
-    train_each,
     train_mechanisms,
     validation_score,
 )
@@ -171,7 +170,7 @@ def test_the_rate_follows_a_cosine_to_zero():
         rates.append(trainee._optimizer.param_groups[0]["lr"])
         tokens = Ragged(torch.randn(2, 2, 3), torch.tensor([1, 1]))
         trainee.loss(tokens, torch.tensor([0, 1])).backward()
-        trainee.step()
+        trainee.take(1.0)
     expected = 1e-2 * (1 + np.cos(np.pi * np.arange(6) / 6)) / 2
     np.testing.assert_allclose(rates, expected, rtol=1e-6)
     assert trainee._optimizer.param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-12)
@@ -294,14 +293,27 @@ def test_a_job_that_diverges_leaves_its_neighbours_alone(corpora):
         Job(mechanism_spec("pooling"), 0, settings)
         for settings in (usual, replace(usual, weight_decay=1e38), usual)
     ]
-    found = train_each(jobs, task=TASKS["binary"], **corpora["binary"])
+    found = train_mechanisms(jobs, task=TASKS["binary"], **corpora["binary"])
     assert [one is None for one in found] == [False, True, False]
     (alone,) = train_mechanisms(jobs[:1], task=TASKS["binary"], **corpora["binary"])
     np.testing.assert_allclose(found[0].logits, alone.logits, rtol=1e-3, atol=1e-4)
     without = {**corpora["binary"], "validation": None}
-    assert train_each(jobs[1:2], task=TASKS["binary"], **without) == [None]
-    with pytest.raises(SidelightError, match="Lower --learning-rate"):
-        train_mechanisms(jobs, task=TASKS["binary"], **corpora["binary"])
+    assert train_mechanisms(jobs[1:2], task=TASKS["binary"], **without) == [None]
+
+
+def test_shards_smaller_than_a_batch_fill_it_together(tiny, tmp_path, monkeypatch):
+    texts, size = 60, 20
+    token_bytes = tiny.fingerprint.layers * tiny.fingerprint.width * 2
+    training = training_set(tiny, tmp_path, "binary", texts, seed=0, shard_bytes=60 * token_bytes)
+    assert max(map(len, training.states.plan.rows)) < size
+    steps = []
+    step = Trainee._step
+    monkeypatch.setattr(Trainee, "_step", lambda self: (steps.append(1), step(self)))
+    settings = replace(QUICK, batch_size=size)
+    train_mechanisms(
+        [job("gate", settings=settings)], task=TASKS["binary"], training=training, validation=None
+    )
+    assert len(steps) in range(2 * settings.epochs, 3 * settings.epochs + 1)
 
 
 @pytest.mark.parametrize(("kind", "shape"), [("binary", (4,)), ("multilabel", (4, 3))])

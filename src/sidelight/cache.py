@@ -1,6 +1,7 @@
 """Hidden states of a data set on disk, in shards that many probes train from.
 
-A shard holds the states of a few hundred texts, ragged and in bf16. A shard's file appears under
+A shard holds the states of some texts, ragged and in bf16: hundreds of a small backbone, a handful
+of a wide one. A shard's file appears under
 its name only when it is whole, so a killed extraction goes on where it stopped.
 """
 

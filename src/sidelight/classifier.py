@@ -1,5 +1,6 @@
 """The object users hold: text in, verdicts out; train, evaluate, predict, save, load."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -113,7 +114,8 @@ def train(
 ) -> Classifier:
     """The best probe that one pass over labelled data gives.
 
-    For several mechanisms, other options and all the runs, use ``fitting.fit``.
+    For several mechanisms, other options and all the runs, use ``fitting.fit``. What is doubtful
+    about the data comes as a Python warning.
 
     Args:
         model: A backbone, or its name: ``smollm2``, a folder, or a hub id.
@@ -143,8 +145,10 @@ def train(
         if validation is None
         else _as_examples(validation, text=text, label=label, response=response, task=training.task)
     )
-    best = fit(backbone, training, held_out, name=name, options=options, source=source).best
-    return Classifier(backbone, best.probe)
+    made = fit(backbone, training, held_out, name=name, options=options, source=source)
+    for warning in made.warnings:
+        warnings.warn(warning, stacklevel=2)
+    return Classifier(backbone, made.best.probe)
 
 
 def load(

@@ -46,8 +46,7 @@ def sensitivity(
 ) -> list[Point]:
     """Every job with every learning rate, from one reading of the states per epoch.
 
-    Raises:
-        SidelightError: A rate at which some job's logits overflow.
+    A rate at which a job diverges has no point.
     """
     named = list(zip(_titles(jobs), jobs, strict=True))
     varied = [(name, _at_rate(job, rate)) for name, job in named for rate in rates]
@@ -55,6 +54,7 @@ def sensitivity(
     return [
         Point(name, job.settings.learning_rate, job.seed, score)
         for (name, job), score in zip(varied, scores, strict=True)
+        if score is not None
     ]
 
 
@@ -80,7 +80,8 @@ def learning_curve(
             seeded = [_for_few(replace(job, seed=job.seed + draw), count) for job in jobs]
             scores = _scores(study, part, seeded)
             make = partial(Point, at=float(count), draw=draw)
-            points += [make(n, score=s) for n, s in zip(_titles(jobs), scores, strict=True)]
+            named = zip(_titles(jobs), scores, strict=True)
+            points += [make(name, score=score) for name, score in named if score is not None]
     return points
 
 
@@ -90,7 +91,8 @@ def label_counts(total: int) -> tuple[int, ...]:
     return (*(16 * 4**step for step in range(steps)), total)
 
 
-def _scores(study: Study, training: TrainingSet, jobs: Sequence[Job]) -> list[float]:
+def _scores(study: Study, training: TrainingSet, jobs: Sequence[Job]) -> list[float | None]:
+    """On the validation texts; None for a job that diverged."""
     trained = train_mechanisms(
         jobs,
         task=study.task,
@@ -99,7 +101,7 @@ def _scores(study: Study, training: TrainingSet, jobs: Sequence[Job]) -> list[fl
         device=study.backbone.device,
     )
     labels = study.validation.labels
-    return [validation_score(study.task, one.logits, labels) for one in trained]
+    return [one and validation_score(study.task, one.logits, labels) for one in trained]
 
 
 def _at_rate(job: Job, rate: float) -> Job:

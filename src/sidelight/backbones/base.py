@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
+from hashlib import sha256
 from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float
@@ -23,6 +24,9 @@ class Tap(Protocol):
     def __call__(self, layer: int, hidden: Float[Tensor, "batch token width"]) -> None:
         """Receives the state of one layer."""
         ...
+
+
+_NOT_COMPARED = ("name", "dtype")
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class Fingerprint:
     @property
     def digest(self) -> str:
         """Twelve hexadecimal digits that stand for all compared fields."""
-        return f"{self.weights[:4]}{self.config[:4]}{self.tokenizer[:2]}{self.template[:2]}"
+        return sha256(repr(self._compared()).encode()).hexdigest()[:12]
 
     def require(self, served: "Fingerprint", *, probe: str) -> None:
         """Checks that ``served`` is the backbone that the probe was trained on.
@@ -61,15 +65,17 @@ class Fingerprint:
         Raises:
             FingerprintMismatchError: It is not; both are named, and what differs.
         """
-        mine, theirs = asdict(self), asdict(served)
-        compared = [field.name for field in fields(self) if field.name not in ("name", "dtype")]
-        different = [name for name in compared if mine[name] != theirs[name]]
+        theirs = served._compared()
+        different = [name for name, value in self._compared().items() if value != theirs[name]]
         if different:
             raise FingerprintMismatchError(
                 f"Probe '{probe}' was trained on {self.name} (fingerprint {self.digest}), but this "
                 f"backbone is {served.name} ({served.digest}); different: {', '.join(different)}. "
                 "Train the probe on this model, or serve the other."
             )
+
+    def _compared(self) -> dict[str, str | int]:
+        return {name: value for name, value in asdict(self).items() if name not in _NOT_COMPARED}
 
 
 @runtime_checkable

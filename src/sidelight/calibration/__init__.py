@@ -4,7 +4,7 @@ Fitted on validation rows, saved with the probe as plain JSON. Knows logits and 
 """
 
 from sidelight.calibration.calibration import Calibration, CalibrationKind, Knots
-from sidelight.calibration.fitting import fit_calibration
+from sidelight.calibration.fitting import fit_calibration, require_calibratable
 from sidelight.calibration.thresholds import choose_thresholds
 
 __all__ = [
@@ -13,4 +13,5 @@ __all__ = [
     "Knots",
     "choose_thresholds",
     "fit_calibration",
+    "require_calibratable",
 ]

@@ -61,6 +61,21 @@ def fit_calibration(
     return _FITS[kind](task, logits.astype(np.float64), holds)
 
 
+def require_calibratable(kind: str, labels: Shaped[AnyArray, "..."], task: Task) -> None:
+    """Checks that ``fit_calibration`` will take these labels, before there are logits.
+
+    Args:
+        kind: As there.
+        labels: As there.
+        task: As there.
+
+    Raises:
+        SidelightError: As there.
+    """
+    any_logits = np.zeros((len(labels), task.outputs))
+    fit_calibration(kind, any_logits, labels, task)
+
+
 @dataclass(frozen=True)
 class _Affine:
     scale: float

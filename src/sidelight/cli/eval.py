@@ -13,7 +13,7 @@ from sidelight.cli.options import (
     json_option,
     missing_label_option,
 )
-from sidelight.cli.outputs import json_file_option, write_text
+from sidelight.cli.outputs import checked_folder, json_file_option, write_text
 
 if TYPE_CHECKING:
     from sidelight.assessment import Assessment
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     "--plots",
     type=click.Path(path_type=Path),
     default=None,
+    callback=checked_folder,
     help="Folder for precision-recall, reliability and confusion plots.",
 )
 @json_file_option
@@ -68,10 +69,10 @@ def evaluate(
         device=given["device"],
     )
     described = json.dumps(describe(assessments), indent=2)
-    if plots is not None:
-        plot(assessments, plots)
     if out is not None:
         write_text(out, described + "\n")
+    if plots is not None:
+        plot(assessments, plots)
     if as_json:
         click.echo(described)
     else:

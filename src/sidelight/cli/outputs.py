@@ -1,5 +1,6 @@
 """Where a command's results go: checked before the work, which may take hours."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,11 @@ def checked_file(context: click.Context, option: Any, path: Path | None) -> Path
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file, and makes its folder."""
+    """Writes a file whole or, if killed, not at all; makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, "utf-8")
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, "utf-8")
+    os.replace(partial, path)
 
 
 json_file_option = click.option(

@@ -167,6 +167,9 @@ def _held_out(whole: "Examples") -> "tuple[Examples, Examples]":
 def _say(trials: "tuple[Trial, ...]", wanted: int) -> None:
     from sidelight.search import best_of
 
+    if all(trial.score is None for trial in trials):
+        click.echo(f"{len(trials)} of {wanted} trials, all of which diverged", err=True)
+        return
     best = best_of(trials)
     click.echo(
         f"{best.spec.name}: {len(trials)} of {wanted} trials, best score {best.score:.4f} "

@@ -128,8 +128,15 @@ def train(out: Path, as_json: bool, engine: str, **given: Any) -> None:
     backbone = encoding_backbone(engine, given)
     with state_source(engine, backbone, given) as source:
         name = given["name"] or out.name
-        made = fit(backbone, training, validation, name=name, options=options, source=source)
-    write_fit(made, out)
+        made = fit(
+            backbone,
+            training,
+            validation,
+            name=name,
+            options=options,
+            source=source,
+            store=lambda made: write_fit(made, out),
+        )
     for warning in made.warnings:
         click.echo(f"Warning: {warning}", err=True)
     if as_json:
@@ -146,6 +153,10 @@ def _options(given: dict[str, Any]) -> "FitOptions":
     from sidelight.prompts import Reads
 
     names = [name.strip() for name in given["mechanisms"].split(",") if name.strip()]
+    if not names:
+        raise SidelightError(
+            f"--mechanism names none. Leave it out, or choose: {', '.join(mechanism_names())}."
+        )
     is_automatic = names == [AUTO]
     assigned = _assignments(given["assignments"], names)
     budget = given["cache_budget"]

@@ -13,11 +13,11 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from sidelight.baselines import TfIdf
-from sidelight.data import Examples
+from sidelight.data import Examples, validation_share
 from sidelight.fitting.automatic import FEW_TEXTS
 from sidelight.fitting.screening import class_counts, labels_of, task_of
 from sidelight.study import Study
-from sidelight.training import Job, Trained, divergence, train_each, train_mechanisms
+from sidelight.training import Job, Trained, train_mechanisms
 
 FOLDS = 5
 
@@ -36,18 +36,31 @@ def choose_folds(examples: Examples) -> Folds:
     return folds if min(counts) else ()
 
 
-def cross_fit(jobs: Sequence[Job], whole: Study, folds: Folds) -> list[Trained]:
+def why_held_out(examples: Examples) -> list[str]:
+    """Says why few texts are not cross-fitted, in place of folds of which one lacks a class."""
+    if len(examples) >= FEW_TEXTS:
+        return []
+    task, counts = task_of(examples), class_counts(task_of(examples), labels_of(examples))
+    rarest = int(counts.argmin())
+    return [
+        f"Few texts are cross-fitted, but of '{task.labels[rarest]}' there are {counts[rarest]}, "
+        f"too few or too alike for {FOLDS} folds: {validation_share(len(examples)):.0%} of all "
+        "texts were held out from training to choose by. More texts of it would help most."
+    ]
+
+
+def cross_fit(jobs: Sequence[Job], whole: Study, folds: Folds) -> list[Trained | None]:
     """Each job trained on all texts; the logits of a text are those of its fold.
 
     Args:
         jobs: What to train.
         whole: All texts, as both of its splits.
         folds: Of ``choose_folds``.
+
+    Returns:
+        None for a job that diverged, on a fold or on all texts.
     """
     judged = judge_by_folds(jobs, whole, folds)
-    for job, logits in zip(jobs, judged, strict=True):
-        if logits is None:
-            raise divergence(job)
     final = train_mechanisms(
         jobs,
         task=whole.task,
@@ -56,9 +69,8 @@ def cross_fit(jobs: Sequence[Job], whole: Study, folds: Folds) -> list[Trained]:
         device=whole.backbone.device,
     )
     return [
-        replace(one, logits=logits)
+        None if one is None or logits is None else replace(one, logits=logits)
         for one, logits in zip(final, judged, strict=True)
-        if logits is not None
     ]
 
 
@@ -79,7 +91,7 @@ def judge_by_folds(
     diverged: set[int] = set()
     for fold in folds:
         part = _without(whole, fold)
-        trained = train_each(
+        trained = train_mechanisms(
             jobs,
             task=whole.task,
             training=part.training.training_set(),

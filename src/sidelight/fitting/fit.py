@@ -1,6 +1,6 @@
 """From labelled examples to trained probes: extraction, training, calibration, choice."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,10 +8,16 @@ import numpy as np
 from sidelight.backbones import TransformersBackbone
 from sidelight.backbones.embedded import cache_root
 from sidelight.baselines import TfIdf
+from sidelight.calibration import require_calibratable
 from sidelight.data import Examples, validation_share
 from sidelight.evaluation import Report
 from sidelight.extraction import StateSource
-from sidelight.fitting.cross_fitting import choose_folds, cross_fit, cross_fit_baseline
+from sidelight.fitting.cross_fitting import (
+    choose_folds,
+    cross_fit,
+    cross_fit_baseline,
+    why_held_out,
+)
 from sidelight.fitting.making import ProbeMaker, Run, report_on
 from sidelight.fitting.options import FitOptions
 from sidelight.fitting.screening import (
@@ -20,9 +26,10 @@ from sidelight.fitting.screening import (
     rarity,
     require_same_task,
     shared_texts,
+    task_of,
 )
 from sidelight.study import Split, Study, make_split
-from sidelight.training import train_mechanisms
+from sidelight.training import Job, Trained, divergence, train_mechanisms
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,7 @@ def fit(
     name: str,
     options: FitOptions,
     source: StateSource | None = None,
+    store: Callable[[Fit], None] | None = None,
 ) -> Fit:
     """Trains every mechanism with every seed from one pass of the backbone over the texts.
 
@@ -57,20 +65,24 @@ def fit(
         backbone: The frozen LLM.
         training: Labelled texts.
         validation: Labelled texts for early stopping, threshold and calibration; None holds out
-            15 % of ``training``, or cross-fits it if it is small.
+            part of ``training``, or cross-fits it if it is small.
         name: How verdicts will name the probe.
         options: What to train.
         source: The engine that computes the hidden states; None is the backbone itself.
+        store: Gets what was made while the activations are still there: if it fails, they stay.
 
     Raises:
-        SidelightError: No labels, or the activations do not fit the disk.
+        SidelightError: No labels, the activations do not fit the disk, or every training diverged.
     """
     labels_of(training)
     folds = choose_folds(training) if validation is None else ()
     warnings = [*training.warnings]
     if validation is None and not folds:
+        warnings += why_held_out(training)
         training, validation = training.split(validation_share(len(training)), seed=0)
         warnings += training.warnings
+    elif validation is not None:
+        warnings += validation.warnings
     study, doubtful = _study(source, backbone, training, validation, options)
     warnings += doubtful
     jobs = options.jobs(len(training))
@@ -88,11 +100,32 @@ def fit(
             device=backbone.device,
         )
     maker = ProbeMaker(study, name=name, options=options, folds=len(folds))
-    runs = tuple(maker.make(one) for one in trained)
+    runs = tuple(map(maker.make, _finite(jobs, trained)))
+    warnings += _divergence_warnings(jobs, trained)
+    made = Fit(runs, _best(runs), report_on(baseline, study.validation), tuple(warnings))
+    if store is not None:
+        store(made)
     if not options.keep_cache:
         for split in (study.training, study.validation):
             split.states.remove()
-    return Fit(runs, _best(runs), report_on(baseline, study.validation), tuple(warnings))
+    return made
+
+
+def _finite(jobs: Sequence[Job], trained: Sequence[Trained | None]) -> list[Trained]:
+    """The trainings that did not diverge.
+
+    Raises:
+        SidelightError: All of them did.
+    """
+    finite = [one for one in trained if one is not None]
+    if not finite:
+        raise divergence(jobs[0])
+    return finite
+
+
+def _divergence_warnings(jobs: Sequence[Job], trained: Sequence[Trained | None]) -> list[str]:
+    pairs = zip(jobs, trained, strict=True)
+    return [f"{divergence(job)} This run is left out." for job, one in pairs if one is None]
 
 
 def _study(
@@ -106,11 +139,14 @@ def _study(
 
     Without validation texts all texts are on both sides: their folds tell them apart.
     """
+    if validation is not None:
+        require_same_task(training, validation)
+    chosen_on = training if validation is None else validation
+    require_calibratable(options.calibration, labels_of(chosen_on), task_of(training))
     whole = _extracted(source, backbone, training, options, "Training texts")
     warnings = cut_warnings(whole.prompts, options.max_tokens)
     if validation is None:
         return Study(backbone, whole, whole), [*rarity(training), *warnings]
-    require_same_task(training, validation)
     held_out = _extracted(source, backbone, validation, options, "Validation texts")
     warnings += cut_warnings(held_out.prompts, options.max_tokens)
     doubts = [*rarity(validation), *shared_texts(training, validation)]

@@ -19,7 +19,7 @@ from sidelight.reproduction.results import PROBE, Result, Unit, unit_at
 from sidelight.reproduction.rounds import Round
 from sidelight.reproduction.rows import BaselineConfig, ProbeConfig, Rows
 from sidelight.study import Study
-from sidelight.training import Job, train_each
+from sidelight.training import Job, train_mechanisms
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class Bench:
             return
         study = missing[0].study
         start = perf_counter()
-        trained = train_each(
+        trained = train_mechanisms(
             [Job(run.config.spec, run.unit.seed, run.config.settings) for run in missing],
             task=study.task,
             training=study.training.training_set(),

@@ -4,6 +4,7 @@ Each proposal is drawn with a seed of its own, from the trials before it: a sear
 after a kill proposes what it would have proposed, and not its first random trials again.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -158,8 +159,9 @@ def _opened(name: str, storage: Path) -> optuna.Study:
     storage.parent.mkdir(parents=True, exist_ok=True)
     if storage.exists():
         # A write that the power failed in has no line end; optuna would go on in the same line.
-        text = storage.read_bytes()
-        storage.write_bytes(text[: text.rfind(b"\n") + 1])
+        whole = storage.read_bytes().rfind(b"\n") + 1
+        if whole < storage.stat().st_size:
+            os.truncate(storage, whole)
     journal = JournalStorage(JournalFileBackend(str(storage)))
     return optuna.create_study(
         storage=journal, study_name=name, direction="maximize", load_if_exists=True

@@ -13,7 +13,7 @@ from sidelight.mechanisms import Geometry
 from sidelight.search.proposals import Proposals
 from sidelight.search.trials import Best, Trial
 from sidelight.study import Split, Study
-from sidelight.training import Job, train_each, validation_score
+from sidelight.training import Job, train_mechanisms, validation_score
 
 GENERATION = 8
 
@@ -67,7 +67,7 @@ def _judge(jobs: Sequence[Job], study: Study, folds: Folds) -> list[np.ndarray |
     """The logits of the validation texts after each training; None where it diverged."""
     if folds:
         return judge_by_folds(jobs, study, folds)
-    trained = train_each(
+    trained = train_mechanisms(
         jobs,
         task=study.task,
         training=study.training.training_set(),

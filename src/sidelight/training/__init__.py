@@ -1,6 +1,6 @@
 """Training of mechanisms on cached hidden states. Knows labels and logits, not texts."""
 
-from sidelight.training.loop import Trained, TrainingSet, divergence, train_each, train_mechanisms
+from sidelight.training.loop import Trained, TrainingSet, divergence, train_mechanisms
 from sidelight.training.losses import Loss, make_loss
 from sidelight.training.settings import (
     ClassWeight,
@@ -20,7 +20,6 @@ __all__ = [
     "divergence",
     "make_loss",
     "suggested_settings",
-    "train_each",
     "train_mechanisms",
     "validation_score",
 ]

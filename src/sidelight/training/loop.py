@@ -71,7 +71,7 @@ def train_mechanisms(
     validation: TrainingSet | None,
     judged: TrainingSet | None = None,
     device: torch.device | str = "cpu",
-) -> list[Trained]:
+) -> list[Trained | None]:
     """All jobs, trained side by side; the result of a job does not depend on its neighbours.
 
     Args:
@@ -82,44 +82,8 @@ def train_mechanisms(
         judged: What gets logits when training is over; None: the validation texts, if any.
         device: Where to train.
 
-    Raises:
-        SidelightError: A training diverged.
-    """
-    trained = train_each(
-        jobs, task=task, training=training, validation=validation, judged=judged, device=device
-    )
-    for job, one in zip(jobs, trained, strict=True):
-        if one is None:
-            raise divergence(job)
-    return [one for one in trained if one is not None]
-
-
-def divergence(job: Job) -> SidelightError:
-    """The error to raise for a job that diverged."""
-    return SidelightError(
-        f"Training '{job.spec.name}' diverged: its numbers are not finite. "
-        f"Lower --learning-rate (it was {job.settings.learning_rate})."
-    )
-
-
-def train_each(
-    jobs: Sequence[Job],
-    *,
-    task: Task,
-    training: TrainingSet,
-    validation: TrainingSet | None,
-    judged: TrainingSet | None = None,
-    device: torch.device | str = "cpu",
-) -> list[Trained | None]:
-    """As ``train_mechanisms``, but a job that diverges is None and the others go on.
-
-    Args:
-        jobs: As there.
-        task: As there.
-        training: As there.
-        validation: As there.
-        judged: As there.
-        device: As there.
+    Returns:
+        None for a job that diverged: its numbers are not finite.
     """
     place = torch.device(device)
     run = _Run(task=task, training=training, validation=validation, device=place)
@@ -134,6 +98,14 @@ def train_each(
             run.train_epoch(active, epoch, shown)
             run.end_epoch(active)
     return run.results(trainees, judged or validation)
+
+
+def divergence(job: Job) -> SidelightError:
+    """The error to raise for a job that diverged."""
+    return SidelightError(
+        f"Training '{job.spec.name}' with seed {job.seed} diverged: its numbers are not finite. "
+        f"Lower --learning-rate (it was {job.settings.learning_rate})."
+    )
 
 
 class _Run:
@@ -185,9 +157,11 @@ class _Run:
         ]
 
     def _steps(self, batch_size: int) -> int:
+        """Of an epoch, at most."""
+        sizes = [len(rows) for rows in self._training.states.plan.rows]
         # A shard's random first cut can add a batch.
-        plan = self._training.states.plan
-        return sum(math.ceil(len(rows) / batch_size) + 1 for rows in plan.rows)
+        whole = sum(math.ceil(size / batch_size) + 1 for size in sizes if size >= batch_size)
+        return whole + math.ceil(sum(size for size in sizes if size < batch_size) / batch_size)
 
     def train_epoch(self, trainees: Sequence[Trainee], epoch: int, shown: Progress) -> None:
         order = torch.randperm(
@@ -198,6 +172,8 @@ class _Run:
             for group in _grouped_by_batches(trainees):
                 self._train_group(group, shard, epoch=epoch)
             shown.advance(shard.hidden.shape[1])
+        for trainee in trainees:
+            trainee.finish_batch()
 
     def _train_group(self, group: Sequence[Trainee], shard: Shard, *, epoch: int) -> None:
         job = group[0].job
@@ -207,10 +183,12 @@ class _Run:
             labels = self._labels[batch.rows]
             parts = self._project(batch, group)
             losses = [t.loss(part, labels) for t, part in zip(group, parts, strict=True)]
+            # The texts of a wide backbone's shard can be fewer than a batch: they are a part of it.
+            share = min(1.0, len(shard.rows) / job.settings.batch_size)
             # Parameters are disjoint, so the sum's gradient is each one's own.
-            torch.stack(losses).sum().backward()
+            (torch.stack(losses).sum() * share).backward()
             for trainee in group:
-                trainee.step()
+                trainee.take(share)
 
     def _project(self, batch: Shard, trainees: Sequence[Trainee]) -> list[Ragged]:
         """Each trainee's columns of every token, from one matmul a layer."""
@@ -322,10 +300,10 @@ def _batches(shard: Shard, *, size: int, shuffle: torch.Generator) -> Iterator[S
     """The shard's texts in groups of neighbours, in random order and with a random first cut.
 
     Texts lie in random order already, so neighbours are a random group, and a group is a view:
-    nothing is copied.
+    nothing is copied. A shard with fewer texts than a batch is not cut.
     """
     texts = len(shard.rows)
-    first = int(torch.randint(1, size + 1, (), generator=shuffle))
+    first = int(torch.randint(1, size + 1, (), generator=shuffle)) if texts >= size else texts
     cuts = [0, *range(min(first, texts), texts, size), texts]
     ends = torch.cat([torch.zeros(1, dtype=torch.long), shard.lengths.cumsum(0)]).tolist()
     for index in torch.randperm(len(cuts) - 1, generator=shuffle).tolist():

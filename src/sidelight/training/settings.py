@@ -24,7 +24,7 @@ class TrainingSettings:
         epochs: Passes over the data at most; the cosine ends there.
         least_steps: Few texts are trained in smaller batches and for more epochs, so that there are
             so many steps; 0 takes epochs and batch size as they are.
-        batch_size: Texts per step.
+        batch_size: Texts per step; where shards of activations hold fewer, several make a step.
         patience: Epochs without a better validation score after which training stops; more in
             proportion where there are more epochs.
         class_weight: ``balanced`` weighs each class by its inverse frequency; the threshold that

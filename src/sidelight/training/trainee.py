@@ -45,7 +45,8 @@ class Trainee:
             self._optimizer, T_max=settings.epochs * steps
         )
         self._loss = loss
-        self._steps = 0
+        self._draws = 0
+        self._filled = 0.0
         self._best = deepcopy(self.mechanism.state_dict())
         self._epochs = 0
         self.history: list[float] = []
@@ -71,15 +72,31 @@ class Trainee:
     def loss(self, tokens: Ragged, labels: Int[Tensor, "text ..."]) -> Float[Tensor, ""]:
         """The loss on a batch."""
         self.mechanism.train()
-        self._steps += 1
+        self._draws += 1
         with torch.random.fork_rng():
             # Dropout of its own: what a job draws does not depend on its neighbours.
-            torch.manual_seed(self.job.seed * 1_000_003 + self._steps)
+            torch.manual_seed(self.job.seed * 1_000_003 + self._draws)
             votes = self.mechanism.votes(self.mechanism.summarise(tokens))
         return torch.stack([self._loss(logits, labels) for logits in votes.unbind(1)]).sum()
 
-    def step(self) -> None:
-        """Updates the parameters by the gradients that have been computed."""
+    def take(self, share: float) -> None:
+        """Counts the gradients that were just computed; a full batch updates the parameters.
+
+        Args:
+            share: Of a batch, in texts.
+        """
+        self._filled += share
+        # Shares of a batch are fractions of its size: they add up to 1 within rounding.
+        if self._filled > 1 - 1e-6:
+            self._step()
+
+    def finish_batch(self) -> None:
+        """Updates the parameters by what a batch has so far."""
+        if self._filled:
+            self._step()
+
+    def _step(self) -> None:
+        self._filled = 0.0
         self._optimizer.step()
         self._optimizer.zero_grad()
         self._schedule.step()
