@@ -50,3 +50,11 @@ def test_a_view_that_is_the_same_for_all_texts_is_worth_nothing():
     weights = layer_weights(pooled, labels, task=BINARY)
     assert torch.isfinite(weights).all()
     assert weights[0] / weights[2] == pytest.approx(0.01)
+
+
+def test_two_texts_of_a_class_do_not_weigh_layers():
+    labels = np.zeros(200, dtype=np.int64)
+    labels[:2] = 1
+    noise = torch.randn(200, LAYERS, 6, generator=torch.Generator().manual_seed(0))
+    weights = layer_weights(Pooled(noise, noise), labels, task=BINARY)
+    assert torch.equal(weights, torch.ones(LAYERS))

@@ -65,13 +65,13 @@ def check_folder(directory: Path) -> None:
     Raises:
         SidelightError: It cannot be written.
     """
-    is_new = not directory.exists()
+    new = [folder for folder in (directory, *directory.parents) if not folder.exists()]
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):
             pass
-        if is_new:
-            directory.rmdir()
+        for folder in new:
+            folder.rmdir()
     except OSError as error:
         raise SidelightError(
             f"Cannot write to {directory}: {error.strerror}. Name another folder with --out."

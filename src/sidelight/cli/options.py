@@ -76,7 +76,7 @@ _CACHE_OPTIONS = (
         type=float,
         default=None,
         metavar="GIB",
-        help="The most that activations may take.",
+        help="The most that activations of one file may take.",
     ),
     click.option("--keep-cache", is_flag=True, help="Keep the activations for another run."),
 )

@@ -26,7 +26,8 @@ class FitOptions:
         calibration: From logits to probabilities.
         max_tokens: Longer training texts are cut, and counted.
         cache_root: Where activations are kept while training; None is the user's cache.
-        cache_budget_bytes: The most that activations may take; None allows what the disk has.
+        cache_budget_bytes: The most that the activations of training texts may take, and those of
+            validation texts; None allows what the disk has.
         keep_cache: Whether the activations stay after training, for another one.
     """
 

@@ -23,6 +23,8 @@ from sidelight.types import Task
 TEXTS = 500
 # Ridge strengths, relative to the kernel's mean eigenvalue.
 _STRENGTHS = tuple(10.0**k for k in np.arange(-2, 1.51, 0.5))
+# A class with fewer texts says more about these than about layers.
+_LEAST_OF_A_CLASS = 3
 _POWER = 8
 # Of the best layer's weight, so that training may still use any layer.
 _LEAST = 0.01
@@ -60,12 +62,13 @@ def _worth(view: Float[Tensor, "text width"], target: Float[Tensor, "text output
 
 
 def _targets(labels: np.ndarray, task: Task) -> Float[Tensor, "text output"]:
-    """1 for what a text is, -1 for what it is not; centred."""
+    """1 for what a text is, -1 for what it is not; centred. 0 where that is too rare to tell by."""
     if task.kind == "multiclass":
         signs = torch.nn.functional.one_hot(torch.from_numpy(labels), task.outputs).double() * 2 - 1
     else:
         signs = torch.from_numpy(labels).reshape(len(labels), -1).double() * 2 - 1
-    return signs - signs.mean(0)
+    rarer = torch.minimum((signs > 0).sum(0), (signs < 0).sum(0))
+    return (signs - signs.mean(0)) * (rarer >= _LEAST_OF_A_CLASS)
 
 
 def _left_out_error(
