@@ -18,7 +18,7 @@ from sidelight.fitting.cross_fitting import (
     cross_fit_baseline,
     why_held_out,
 )
-from sidelight.fitting.making import ProbeMaker, Run, report_on
+from sidelight.fitting.making import Run, make_run, report_on
 from sidelight.fitting.options import FitOptions
 from sidelight.fitting.screening import (
     cut_warnings,
@@ -99,8 +99,10 @@ def fit(
             validation=study.validation.training_set(),
             device=backbone.device,
         )
-    maker = ProbeMaker(study, name=name, options=options, folds=len(folds))
-    runs = tuple(map(maker.make, _finite(jobs, trained)))
+    runs = tuple(
+        make_run(one, study, name=name, options=options, folds=len(folds))
+        for one in _finite(jobs, trained)
+    )
     warnings += _divergence_warnings(jobs, trained)
     made = Fit(runs, _best(runs), report_on(baseline, study.validation), tuple(warnings))
     if store is not None:

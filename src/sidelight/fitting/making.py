@@ -33,68 +33,45 @@ class Run:
     report: Report
 
 
-class ProbeMaker:
-    """Turns a trained mechanism into a calibrated probe and measures it on validation data.
+def make_run(
+    trained: Trained, study: Study, *, name: str, options: FitOptions, folds: int = 0
+) -> Run:
+    """Calibrates on validation logits, chooses the threshold there, and measures there.
 
     Args:
+        trained: The mechanism and its validation logits.
         study: What it was trained on.
         name: Of the probe.
         options: It was trained with.
         folds: That it was cross-fitted on; 0 for a validation part.
     """
-
-    def __init__(
-        self,
-        study: Study,
-        *,
-        name: str,
-        options: FitOptions,
-        folds: int = 0,
-    ):
-        self._study = study
-        self._name = name
-        self._options = options
-        self._folds = folds
-
-    def make(self, trained: Trained) -> Run:
-        """Calibrates on validation logits, chooses the threshold there, and measures there."""
-        task, labels = self._study.task, self._study.validation.labels
-        logits = trained.logits
-        calibration = fit_calibration(self._options.calibration, logits, labels, task)
-        probabilities = calibration.apply(logits)
-        thresholds = choose_thresholds(task, probabilities, labels)
-        report = evaluate(task, probabilities, labels, thresholds=thresholds)
-        probe = Probe(
-            name=self._name,
-            task=task,
-            reads=self._options.reads,
-            prompt_format=self._study.backbone.encoder.prompt_format,
-            spec=trained.job.spec,
-            mechanism=trained.mechanism,
-            standardisation=trained.standardisation,
-            calibration=calibration,
-            thresholds=thresholds,
-            fingerprint=self._study.backbone.fingerprint,
-            record=self._record(trained, report, _score_counts(task, probabilities)),
-        )
-        return Run(probe, trained.job.seed, validation_score(task, logits, labels), report)
-
-    def _record(
-        self, trained: Trained, report: Report, scores: dict[str, list[int]]
-    ) -> dict[str, Any]:
-        validation = {"metrics": report.to_dict(), "scores": scores}
-        return {
-            "engine": self._study.training.states.engine,
-            "training": _data(self._study.training),
-            "validation": {**_data(self._study.validation), **validation},
-            "settings": asdict(trained.job.settings),
-            "seed": trained.job.seed,
-            "standardise": trained.job.standardise,
-            "max_tokens": self._options.max_tokens,
-            "folds": self._folds,
-            "epochs": {"scores": list(trained.history), "best": trained.best_epoch},
-            "parameters": sum(p.numel() for p in trained.mechanism.parameters()),
-        }
+    task, labels, logits = study.task, study.validation.labels, trained.logits
+    calibration = fit_calibration(options.calibration, logits, labels, task)
+    probabilities = calibration.apply(logits)
+    thresholds = choose_thresholds(task, probabilities, labels)
+    report = evaluate(task, probabilities, labels, thresholds=thresholds)
+    shown = {"metrics": report.to_dict(), "scores": _score_counts(task, probabilities)}
+    probe = Probe(
+        name=name,
+        task=task,
+        reads=options.reads,
+        prompt_format=study.backbone.encoder.prompt_format,
+        spec=trained.job.spec,
+        mechanism=trained.mechanism,
+        standardisation=trained.standardisation,
+        calibration=calibration,
+        thresholds=thresholds,
+        fingerprint=study.backbone.fingerprint,
+        record={
+            "engine": study.training.states.engine,
+            "training": _data(study.training),
+            "validation": {**_data(study.validation), **shown},
+            "max_tokens": options.max_tokens,
+            "folds": folds,
+            **_how(trained),
+        },
+    )
+    return Run(probe, trained.job.seed, validation_score(task, logits, labels), report)
 
 
 def report_on(logits: np.ndarray, split: Split) -> Report:
@@ -108,6 +85,16 @@ def report_on(logits: np.ndarray, split: Split) -> Report:
     probabilities = fit_calibration("platt", logits, labels, task).apply(logits)
     thresholds = choose_thresholds(task, probabilities, labels)
     return evaluate(task, probabilities, labels, thresholds=thresholds)
+
+
+def _how(trained: Trained) -> dict[str, Any]:
+    return {
+        "settings": asdict(trained.job.settings),
+        "seed": trained.job.seed,
+        "standardise": trained.job.standardise,
+        "epochs": {"scores": list(trained.history), "best": trained.best_epoch},
+        "parameters": sum(p.numel() for p in trained.mechanism.parameters()),
+    }
 
 
 def _score_counts(task: Task, probabilities: np.ndarray) -> dict[str, list[int]]:

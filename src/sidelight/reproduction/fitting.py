@@ -13,7 +13,7 @@ from typing import Any
 from sidelight.artifact import save_probe
 from sidelight.baselines import Rival
 from sidelight.fitting import FitOptions
-from sidelight.fitting.making import ProbeMaker
+from sidelight.fitting.making import make_run
 from sidelight.progress import progress
 from sidelight.reproduction.results import PROBE, Result, Unit, unit_at
 from sidelight.reproduction.rounds import Round
@@ -139,7 +139,7 @@ class Bench:
             if one is None:
                 run.unit.save_divergence()
                 continue
-            made = ProbeMaker(study, name=run.unit.row, options=options).make(one)
+            made = make_run(one, study, name=run.unit.row, options=options)
             # The probe first: a unit counts as fitted once its result is there.
             save_probe(made.probe, run.unit.folder / PROBE)
             parameters = made.probe.record["parameters"]
