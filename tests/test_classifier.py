@@ -11,6 +11,7 @@ from sidelight.classifier import Classifier, load, train
 from sidelight.data import load_examples
 from sidelight.errors import ContextLengthError, SidelightError, VerdictError
 from sidelight.fitting import FitOptions, fit
+from sidelight.fitting.screening import shared_texts
 from sidelight.mechanisms import mechanism_spec
 from sidelight.prompts import Reads
 from sidelight.training import TrainingSettings
@@ -232,6 +233,13 @@ def test_shared_and_rare_validation_texts_are_warned_of(tiny):
     warnings = fit(tiny, rows, few, name="p", options=options_of("gate")).warnings
     assert any("rarest class has" in warning for warning in warnings)
     assert "12 validation texts are also training texts." in warnings
+
+
+def test_other_answers_to_a_shared_prompt_are_not_shared_texts():
+    rows = [{**row, "answer": row["text"], "text": "same"} for row in rows_of("binary", 90, seed=0)]
+    training, held_out = load_examples(rows, response="answer").split(0.3, 0)
+    assert shared_texts(training, held_out) == []
+    assert shared_texts(training, training.select(range(3)))
 
 
 GOOD = rows_of("binary", 30, seed=0)

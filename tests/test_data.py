@@ -498,6 +498,28 @@ def test_a_multilabel_split_gives_every_label_to_both_sides() -> None:
         assert part.labels[:, 1].sum() in (1, 3)
 
 
+def test_answers_to_one_prompt_are_split_by_answer() -> None:
+    rows = [
+        {"text": "Reply." if number % 3 else "reply. ", "answer": answer, "label": number % 2}
+        for number in range(40)
+        for answer in (f"answer {number}", f"Answer  {number}")
+    ]
+    examples = load_examples(rows, response="answer")
+    answers = [
+        {" ".join((item.response or "").casefold().split()) for item in part.items}
+        for part in examples.split(0.3, 0)
+    ]
+    assert [len(part) for part in answers] == [28, 12]
+    assert not answers[0] & answers[1]
+    folds = examples.folds(5, seed=0)
+    assert sorted(np.concatenate(folds).tolist()) == list(range(len(examples)))
+
+
+def test_the_key_of_a_text_leaves_out_case_and_spacing_only() -> None:
+    keys = [item.text_key for item in load_examples([("A  b", 0), ("a b\n", 1), ("ab", 1)]).items]
+    assert keys[0] == keys[1] != keys[2]
+
+
 def test_the_seed_decides_a_split() -> None:
     examples = load_examples(labelled(["a", "b"] * 20))
     first, again, other = (examples.split(0.3, seed)[1].content_hash for seed in (0, 0, 1))
@@ -562,6 +584,9 @@ def test_an_impossible_split_is_an_error() -> None:
         load_examples(ROWS).split(1.0, 0)
     with pytest.raises(SidelightError, match=r"all examples have the same text"):
         load_examples([("a", 0), ("A", 1)]).split(0.5, 0)
+    answered = [{"text": "a", "answer": answer, "label": answer == "b"} for answer in "bB "]
+    with pytest.raises(SidelightError, match=r"and the same response"):
+        load_examples(answered, response="answer", task=Task("binary", ("0", "1"))).split(0.5, 0)
 
 
 DEMONSTRATIONS = {

@@ -36,6 +36,11 @@ class Example:
         """The contents of the prompt's messages, joined by newlines."""
         return "\n".join(message.content for message in self.messages)
 
+    @property
+    def text_key(self) -> str:
+        """The same for prompts that differ in case and spacing only."""
+        return _folded(self.text)
+
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
@@ -109,8 +114,9 @@ class Examples:
         """Two parts: the examples to train on, and about `fraction` of them held out.
 
         Each label keeps its share and, where it has two distinct texts, appears on both sides.
-        Texts that differ only in case and spacing stay together, whatever their responses.
-        A label with a single text stays in the first part, which then carries a warning.
+        Texts that differ only in case and spacing stay together, whatever their responses; where
+        all examples have one text, responses that do stay together. A label with a single text
+        stays in the first part, which then carries a warning.
 
         Args:
             fraction: Share to hold out, above 0 and below 1.
@@ -125,7 +131,10 @@ class Examples:
             )
         groups = self._text_groups()
         if groups.max(initial=0) < 1:
-            raise SidelightError("Cannot split: all examples have the same text. Add more texts.")
+            raise SidelightError(
+                "Cannot split: all examples have the same text, and the same response if any. "
+                "Add more texts."
+            )
         held_out = hold_out(groups, self._strata(), fraction=fraction, seed=seed)
         training = self.select(np.flatnonzero(~held_out))
         warned = replace(training, warnings=self._lonely_labels(groups))
@@ -193,9 +202,11 @@ class Examples:
         return [[names[index] for index in row] for row in chosen]
 
     def _text_groups(self) -> Int[Numbers, " row"]:
-        """Number of each example's text, the same for texts equal but for case and spacing."""
+        """Number of each example's text, or of its response where all have the same text."""
         numbers: dict[str, int] = {}
-        keys = (" ".join(item.text.split()).casefold() for item in self.items)
+        keys = [item.text_key for item in self.items]
+        if len(set(keys)) == 1:
+            keys = [_folded(item.response or "") for item in self.items]
         return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
 
     def _strata(self) -> Bool[Flags, "row stratum"]:
@@ -213,3 +224,8 @@ class Examples:
             for name, count in zip(names, texts, strict=False)
             if count == 1
         )
+
+
+def _folded(text: str) -> str:
+    """The text without what case and spacing tell."""
+    return " ".join(text.split()).casefold()

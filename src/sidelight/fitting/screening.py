@@ -34,9 +34,9 @@ def rarity(validation: Examples) -> list[str]:
 
 
 def shared_texts(training: Examples, validation: Examples) -> list[str]:
-    """Says how many texts are on both sides."""
-    seen = {item.text for item in training.items}
-    shared = sum(item.text in seen for item in validation.items)
+    """Says how many texts are on both sides, with the same response if any."""
+    seen = {(item.text, item.response) for item in training.items}
+    shared = sum((item.text, item.response) in seen for item in validation.items)
     return [f"{shared} validation texts are also training texts."] if shared else []
 
 
