@@ -145,6 +145,17 @@ def test_truth_values_are_one_task_however_they_are_spelled(
     assert examples.warnings == ()
 
 
+def test_of_minus_one_and_one_one_is_positive() -> None:
+    examples = load_examples(labelled([1, "1", -1, 1.0]))
+    assert examples.task == Task("binary", ("-1", "1"))
+    assert numbers(examples) == [1, 1, 0, 1]
+    assert examples.warnings == ()
+    turned = load_examples(labelled([1, 1, -1]), positive="-1")
+    assert turned.task == Task("binary", ("1", "-1"))
+    three = load_examples(labelled([-1, 0, 1] * 2))
+    assert three.task == Task("multiclass", ("-1", "0", "1"))
+
+
 @pytest.mark.parametrize("trained", [("0", "1"), ("false", "true"), ("no", "yes")])
 def test_a_task_of_truth_values_accepts_every_spelling(trained: tuple[str, ...]) -> None:
     values = [1, "1", True, 1.0, "TRUE", "Yes", 0, "0", False, 0.0, "no"]

@@ -8,6 +8,7 @@ from sidelight.errors import SidelightError, did_you_mean
 from sidelight.types import Task
 
 MOST_LABELS = 200
+_SIGNS = {"-1", "1"}
 
 
 def infer_task(names: Sequence[str], *, column: str, positive: str | None) -> Task:
@@ -16,8 +17,8 @@ def infer_task(names: Sequence[str], *, column: str, positive: str | None) -> Ta
     Args:
         names: The label of each row.
         column: Where they stood, for error messages.
-        positive: The positive class; None means 1, true or yes, else the rarer name, else the last
-            in the alphabet.
+        positive: The positive class; None means 1 (of 0/1 or -1/1), true or yes, else the rarer
+            name, else the last in the alphabet.
 
     Raises:
         SidelightError: There is one name only, there are too many to be classes, or `positive` is
@@ -41,13 +42,18 @@ def infer_task(names: Sequence[str], *, column: str, positive: str | None) -> Ta
 
 def guess_warning(task: Task) -> tuple[str, ...]:
     """What to tell the user whose positive class was chosen by count; nothing otherwise."""
-    if task.kind != "binary" or set(task.labels) <= TRUTH.keys():
+    if task.kind != "binary" or _says_truth(task.labels):
         return ()
     negative, positive = task.labels
     return (
         f"No positive class was named: '{positive}' is taken (the rarer label; of two equal ones "
         f"the last in the alphabet). --positive {negative} chooses the other.",
     )
+
+
+def _says_truth(labels: tuple[str, ...]) -> bool:
+    """Whether two names say by themselves which is positive; -1 does so beside 1 only."""
+    return set(labels) <= TRUTH.keys() or set(labels) == _SIGNS
 
 
 def _truth_pair(names: Iterable[str]) -> tuple[str, str]:
@@ -61,7 +67,7 @@ def _ordered_pair(
 ) -> tuple[str, ...]:
     if positive is not None:
         return _with_positive(labels, positive)
-    if set(labels) <= TRUTH.keys():
+    if _says_truth(labels):
         return labels
     # The sort is stable and labels are in order: of two equal counts the last one is positive.
     return tuple(sorted(labels, key=lambda name: -counts[name]))

@@ -50,8 +50,8 @@ def load_examples(
             loads without labels.
         response: Column of the assistant's answer, for probes that read responses.
         split: Split of a Hugging Face data set; None means `train`.
-        positive: Positive class of a binary task; None means 1, true or yes, else the rarer label,
-            else the last in the alphabet.
+        positive: Positive class of a binary task; None means 1 (of 0/1 or -1/1), true or yes, else
+            the rarer label, else the last in the alphabet.
         task: Label space to map to, as a trained probe has it; None infers one.
         on_missing_label: Whether a row without a label is an error, or is left out and counted.
 
