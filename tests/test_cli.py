@@ -1,6 +1,7 @@
 """The command line, in process, on a tiny backbone saved to disk."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -277,6 +278,29 @@ def test_a_response_probe_learns_from_answers_to_long_prompts(
     out = str(tmp_path / "probe")
     assert run(*arguments, "--mechanism", "pooling", "--max-tokens", "64", "--out", out) == 0
     assert "were cut to 64 tokens" in capfd.readouterr().err
+
+
+def test_the_command_that_training_names_next_judges_the_probe(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    texts, labels = planted("binary", 60, seed=7)
+    rows = [
+        {"user's turn": f"question {number}", "the answer": text, "is bad": int(label)}
+        for number, (text, label) in enumerate(zip(texts, labels, strict=True))
+    ]
+    folder = tmp_path / "my probe"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    Path("TEST_FILE.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    columns = ["--text", "user's turn", "--response", "the answer", "--label", "is bad"]
+    arguments = ["--model", model, "--data", "TEST_FILE.jsonl", "--mechanism", "pooling", *columns]
+    assert run("train", *arguments, "--out", ".") == 0
+    (hint,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Next: ")]
+    _, program, *command = shlex.split(hint.replace("TEST_FILE", "TEST_FILE.jsonl"))
+    assert program == "sidelight"
+    assert run(*command, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["probe"], report["rows"]) == ("my probe", 60)
 
 
 @pytest.mark.parametrize("command", ["serve", "predict", "train"])

@@ -1,10 +1,12 @@
 """``sidelight train``: from a labelled file to probes on disk."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from sidelight.cli.engines import encoding_backbone, engine_options, state_source
 from sidelight.cli.labelled import load_labelled
@@ -127,7 +129,7 @@ def train(out: Path, as_json: bool, engine: str, **given: Any) -> None:
         click.echo(f"Warning: the probe in {out} will be replaced.", err=True)
     backbone = encoding_backbone(engine, given)
     with state_source(engine, backbone, given) as source:
-        name = given["name"] or out.name
+        name = given["name"] or out.resolve().name
         made = fit(
             backbone,
             training,
@@ -144,7 +146,17 @@ def train(out: Path, as_json: bool, engine: str, **given: Any) -> None:
         return
     console().print(fit_table(made))
     click.echo(f"Best: {made.best.probe.spec.name}, seed {made.best.seed}. Saved to {out}")
-    click.echo(f"Next: sidelight eval {out} --data TEST_FILE --label {given['label']}")
+    click.echo(f"Next: {_eval_command(out, given)}")
+
+
+def _eval_command(out: Path, given: dict[str, Any]) -> str:
+    """How the probe is judged on a file with the same columns."""
+    context = click.get_current_context()
+    command = ["sidelight", "eval", str(out), "--data", "TEST_FILE"]
+    for name in ("text", "label", "response"):
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            command += [f"--{name}", given[name]]
+    return shlex.join(command)
 
 
 def _options(given: dict[str, Any]) -> "FitOptions":
