@@ -1,5 +1,6 @@
 """From rows to verdicts and back from disk, for every kind of task; misuse is one clear error."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -7,6 +8,8 @@ import pytest
 
 import sidelight
 from corpora import TASKS, planted
+from sidelight.assessment import Columns, assess
+from sidelight.backbones import TransformersBackbone
 from sidelight.classifier import Classifier, load, train
 from sidelight.data import load_examples
 from sidelight.errors import ContextLengthError, SidelightError, VerdictError
@@ -308,6 +311,21 @@ def test_a_probe_of_responses_without_responses_is_one_clear_error(tiny):
             tiny, load_examples(GOOD), None, name="p",
             options=options_of("gate", reads=Reads("response")),
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("side", ["response", "both"])
+def test_a_probe_of_responses_is_not_measured_on_prompts(tiny, tmp_path, monkeypatch, side):
+    classifier = Classifier(tiny, untrained_probe(tiny, "p", reads=Reads(side)))
+    rows = [{**row, "answer": "an answer"} for row in GOOD]
+    assert classifier.evaluate(rows, response="answer").rows == len(rows)
+    folder, data = classifier.save(tmp_path / "probe"), tmp_path / "rows.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.setattr(TransformersBackbone, "run", None)
+    refusal = rf"'p' reads responses, but {len(rows)} of {len(rows)} .* --response \(response="
+    with pytest.raises(SidelightError, match=refusal):
+        classifier.evaluate(rows)
+    with pytest.raises(SidelightError, match=refusal):
+        assess(folder, str(data), columns=Columns())
 
 
 def test_another_number_of_responses_than_texts_is_one_clear_error(tiny):

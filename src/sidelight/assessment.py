@@ -9,7 +9,7 @@ import numpy as np
 
 from sidelight.backbones import DtypeName, TransformersBackbone, load_backbone
 from sidelight.bank import Bank
-from sidelight.classifier import encode
+from sidelight.classifier import encode, require_responses
 from sidelight.data import Examples, OnMissingLabel, load_examples
 from sidelight.data.truth_values import Truth, truth_values
 from sidelight.errors import SidelightError
@@ -77,7 +77,8 @@ def assess(
         device: Of the backbone.
 
     Raises:
-        SidelightError: The artifact, data or backbone do not fit each other.
+        SidelightError: The artifact, data or backbone do not fit each other; before the backbone
+            runs where that can be told.
     """
     stored = read_runs(directory)
     chosen = stored.probes[stored.chosen]
@@ -90,6 +91,7 @@ def assess(
         task=chosen.task,
         on_missing_label=on_missing_label,
     )
+    require_responses(chosen, examples.items)
     backbone = load_backbone(
         model or chosen.fingerprint.name,
         dtype=dtype,

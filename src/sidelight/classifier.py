@@ -74,6 +74,10 @@ class Classifier:
             text: Column of the text.
             label: Column of the label.
             response: Column of the answer, for a probe that reads responses.
+
+        Raises:
+            SidelightError: The data cannot be read, has other labels, or has no responses for a
+                probe that reads them.
         """
         examples = _as_examples(
             data, text=text, label=label, response=response, task=self.probe.task
@@ -84,6 +88,7 @@ class Classifier:
                 f"(got {examples.task}, wanted {self.probe.task}). "
                 "Load them with task=classifier.probe.task."
             )
+        require_responses(self.probe, examples.items)
         probabilities = self.probe.calibration.apply(self.logits(examples.items))
         return evaluate(
             self.probe.task, probabilities, examples.labels, thresholds=self.probe.thresholds
@@ -186,6 +191,22 @@ def encode(backbone: TransformersBackbone, examples: Sequence[Example]) -> list[
         ContextLengthError: One is longer than the backbone reads.
     """
     return [backbone.encoder.encode(e.messages, e.response) for e in examples]
+
+
+def require_responses(probe: Probe, examples: Sequence[Example]) -> None:
+    """Checks that a probe that reads responses is not measured on prompts alone.
+
+    Raises:
+        SidelightError: It would be.
+    """
+    if probe.reads.side == "prompt":
+        return
+    missing = sum(example.response is None for example in examples)
+    if missing:
+        raise SidelightError(
+            f"Probe '{probe.name}' reads responses, but {missing} of {len(examples)} examples have "
+            "none. Name the column of answers with --response (response= in Python)."
+        )
 
 
 def as_example(text: str | Example) -> Example:
