@@ -283,6 +283,16 @@ MALFORMED = {
     "empty file": ("a.jsonl", b"", r"has no rows"),
     "empty array": ("a.json", b"[]", r"has no rows"),
     "not JSON": ("a.jsonl", b'{"text": "a", "label": 1}\n{"text": \n', r"line 2: not valid JSON"),
+    "member twice": (
+        "a.jsonl",
+        b'{"text": "a", "label": 1}\n{"text": "a", "text": "b", "label": 1}',
+        r"line 2: 'text' appears twice",
+    ),
+    "member of a message twice": (
+        "a.json",
+        b'[{"text": [{"role": "user", "role": "system", "content": "a"}], "label": 1}]',
+        r"a\.json: 'role' appears twice",
+    ),
     "deep JSON": ("a.jsonl", b"[" * 100_000, r"line 1: not valid JSON"),
     "line is no object": ("a.jsonl", b'\n["a", 1]\n', r"line 2: expected an object .* got"),
     "element is no object": ("a.json", b'[{"text": "a"}, 3]', r"row 2: expected an object"),
@@ -384,6 +394,14 @@ def test_a_hub_name_without_the_package_names_the_remedy(monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(SidelightError, match=r"no file 'owner/name:config'.*pip install datasets"):
         load_examples("owner/name:config")
+
+
+def test_a_parquet_column_that_appears_twice_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    columns = [pyarrow.array(["a", "b"])] * 2
+    pyarrow.parquet.write_table(pyarrow.table(columns, names=["text", "text"]), path)
+    with pytest.raises(SidelightError, match=r"^a\.parquet: column 'text' appears twice\. Give"):
+        load_examples(path)
 
 
 def test_parquet_without_pyarrow_names_the_remedy(
