@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -202,6 +203,28 @@ def test_lists_and_flag_columns_make_the_same_multilabel_task() -> None:
     assert by_list.content_hash == by_flag.content_hash
 
 
+def test_arrays_and_tuples_of_labels_are_lists() -> None:
+    lists = [["rude", "spam"], [], ["spam"], ["rude"]]
+    expected = load_examples(labelled(lists))
+    arrays = [np.array(names, dtype=object) for names in lists]
+    for cells in (arrays, [np.array(names, dtype="U4") for names in lists], map(tuple, lists)):
+        loaded = load_examples(labelled(list(cells)))
+        assert (loaded.task, numbers(loaded)) == (expected.task, numbers(expected))
+
+
+def test_arrays_of_messages_are_chats() -> None:
+    parts = np.array([{"type": "text", "text": "Why?"}])
+    chat = np.array([{"role": "user", "content": parts}])
+    examples = load_examples([{"text": chat}], label=None)
+    assert examples.items[0].messages == (Message("user", "Why?"),)
+
+
+def test_a_number_of_any_type_is_the_same_label() -> None:
+    ones = [1, 1.0, np.int8(1), np.float64(1), np.bool_(True), Decimal("1"), Decimal("1.0")]
+    examples = load_examples(labelled([*ones, 0]))
+    assert numbers(examples) == [1] * len(ones) + [0]
+
+
 def test_a_trained_task_orders_the_flag_columns() -> None:
     task = Task("multilabel", ("spam", "rude"))
     rows = [{"text": "a", "rude": 1, "spam": 0}]
@@ -326,8 +349,16 @@ UNUSABLE = {
     "too many labels": (list(range(201)) * 3, {}, r"201 distinct values"),
     "measurement": ([0.73, 0.2], {}, r"row 1: the label 0\.73 is a measurement"),
     "measurement as text": (["1", "2.5e-1"], {}, r"row 2: .* measurement"),
-    "object": ([{"a": 1}, "b"], {}, r"row 1: expected one label"),
-    "list after name": (["a", ["b"]], {}, r"row 2: expected one label"),
+    "object": ([{"a": 1}, "b"], {}, r"row 1: expected one label .*\. Write one"),
+    "list after name": (["a", ["b"]], {}, r"row 2: expected one label .* list of labels in every"),
+    "bytes": ([b"spam", b"ham"], {}, r"row 1: expected one label .* got b'spam'"),
+    "sets": (["a", {"b"}], {}, r"row 2: expected one label"),
+    "list in a list": ([["a"], ["b", ["a"]]], {}, r"row 2: expected one label"),
+    "bytes in a list": ([["a"], [b"b"]], {}, r"row 2: expected one label"),
+    "None in a list": ([["a", "b"], ["b", None]], {}, r"row 2: the list .* holds an empty one"),
+    "nothing in an array": ([["a", "b"], np.array(["b", ""])], {}, r"row 2: .* an empty one"),
+    "half a character": (["a", "b\ud83d"], {}, r"row 2: .* half a character .* position 1"),
+    "half a character in a list": ([["a"], ["\ud83d"]], {}, r"row 2: .* half a character"),
     "name after list": ([["a"], "b"], {}, r"row 2: expected a list of labels"),
     "one label in lists": ([["a"], []], {}, r"Got 1 distinct labels"),
     "unknown positive": (["a", "b"], {"positive": "c"}, r"positive='c' is no label\. Known: a, b"),

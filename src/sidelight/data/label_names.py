@@ -6,8 +6,10 @@ lower case differ in all other names.
 
 import re
 from collections.abc import Iterable
+from decimal import Decimal
+from numbers import Real
 
-from sidelight.data.rows import is_list, is_mapping
+from sidelight.data.rows import plain, require_whole_characters
 from sidelight.errors import SidelightError
 from sidelight.types import Task
 
@@ -31,11 +33,17 @@ def label_name(cell: object, *, place: str) -> str:
         place: Where the cell stands, for the error message.
 
     Raises:
-        SidelightError: The cell is a list or object, or a number that is not whole.
+        SidelightError: The cell is of another kind, such as a list or bytes; a number that is not
+            whole; or a text that is not valid Unicode.
     """
-    if is_list(cell) or is_mapping(cell):
-        raise SidelightError(f"{place}: expected one label, got {str(cell)[:60]}.")
-    name = str(cell).strip()
+    value = plain(cell)
+    if not isinstance(value, str | Real | Decimal):
+        raise SidelightError(
+            f"{place}: expected one label (a text, a number or a truth value), got "
+            f"{str(value)[:60]}. Write one, or a list of labels in every row."
+        )
+    name = str(value).strip()
+    require_whole_characters(name, place=place)
     if name.lower() in TRUTH:
         return name.lower()
     whole = _WHOLE_NUMBER.fullmatch(name)

@@ -7,8 +7,8 @@ import numpy as np
 from jaxtyping import Int
 
 from sidelight.data.inference import MOST_LABELS, guess_warning, infer_task
-from sidelight.data.label_names import TRUTH, label_index, label_name, sorted_labels
-from sidelight.data.rows import Row, is_list
+from sidelight.data.label_names import TRUTH, is_missing, label_index, label_name, sorted_labels
+from sidelight.data.rows import Row, is_list, plain
 from sidelight.data.splitting import Numbers
 from sidelight.errors import SidelightError, did_you_mean
 from sidelight.types import Task
@@ -44,7 +44,7 @@ def encode_labels(
         SidelightError: A value is no label of the task, or the labels make no task.
     """
     several = len(columns) > 1
-    if not several and not is_list(rows[0].cells[columns[0]]):
+    if not several and not is_list(plain(rows[0].cells[columns[0]])):
         return _encode_names(rows, columns[0], positive=positive, task=task)
     if positive is not None:
         raise SidelightError(
@@ -101,11 +101,15 @@ def _encode_lists(rows: Sequence[Row], column: str, task: Task | None) -> Encode
 
 
 def _label_set(row: Row, column: str) -> set[str]:
-    cell = row.cells[column]
+    cell = plain(row.cells[column])
     if not is_list(cell):
         raise SidelightError(
             f"{row.place}: expected a list of labels as in the first row, got {str(cell)[:60]}. "
             "Write [] where no label holds."
+        )
+    if any(map(is_missing, cell)):
+        raise SidelightError(
+            f"{row.place}: the list of labels {str(cell)[:60]} holds an empty one. Remove it."
         )
     return {label_name(value, place=row.place) for value in cell}
 

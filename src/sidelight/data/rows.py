@@ -4,6 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeGuard
 
+import numpy as np
+
 from sidelight.errors import SidelightError, did_you_mean
 
 Unit = Literal["line", "row"]
@@ -51,6 +53,26 @@ def require_column(name: str, *, rows: Sequence[Row], known: Iterable[str], reme
     raise SidelightError(
         f"{rows[0].source}: no column '{name}'.{did_you_mean(name, shown)} {remedy}"
     )
+
+
+def plain(value: object) -> object:
+    """A NumPy array as a list and a NumPy scalar as Python's own; all else as it is."""
+    return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
+
+
+def require_whole_characters(text: str, *, place: str) -> None:
+    """Checks that a text can be written as UTF-8.
+
+    Raises:
+        SidelightError: It holds half of a surrogate pair.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise SidelightError(
+            f"{place}: the text holds half a character (a lone surrogate) at position "
+            f"{error.start}. Remove it, or write the file again from the original."
+        ) from error
 
 
 def is_mapping(value: object) -> TypeGuard[Mapping[str, object]]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from sidelight.data.rows import is_list, is_mapping
+from sidelight.data.rows import is_list, is_mapping, plain, require_whole_characters
 from sidelight.errors import SidelightError
 from sidelight.prompts import Message
 
@@ -20,6 +20,7 @@ def parse_chat(cell: object, *, place: str) -> tuple[Message, ...]:
     Raises:
         SidelightError: The cell is neither, or its characters are not valid Unicode.
     """
+    cell = plain(cell)
     if not is_list(cell):
         cell = [{"role": "user", "content": cell}]
     messages = tuple(_parse_message(message, place) for message in cell)
@@ -39,13 +40,7 @@ def parse_text(cell: object, *, place: str) -> str:
             f"{place}: expected a text (a string, or a list of messages), got {_shown(cell)}. "
             "Quote it, or name the right column."
         )
-    try:
-        cell.encode()
-    except UnicodeEncodeError as error:
-        raise SidelightError(
-            f"{place}: the text holds half a character (a lone surrogate) at position "
-            f"{error.start}. Remove it, or write the file again from the original."
-        ) from error
+    require_whole_characters(cell, place=place)
     return cell
 
 
@@ -56,7 +51,7 @@ def _parse_message(message: object, place: str) -> Message:
             f"{place}: expected messages such as {{'role': 'user', 'content': 'Hello'}}, "
             f"got {_shown(message)}."
         )
-    content = message["content"]
+    content = plain(message["content"])
     if is_list(content):
         return Message(role, _join_parts(content, place))
     return Message(role, parse_text(content, place=place))
