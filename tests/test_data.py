@@ -10,6 +10,7 @@ from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
 
+import httpx
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -451,8 +452,13 @@ class ClassLabel:
         self.names = names
 
 
+class DatasetsError(Exception):
+    """Stands for what all errors of the package `datasets` are."""
+
+
 def stand_in_for_datasets(load_dataset: Callable[..., "HubTable"]) -> SimpleNamespace:
-    return SimpleNamespace(load_dataset=load_dataset, ClassLabel=ClassLabel)
+    exceptions = SimpleNamespace(DatasetsError=DatasetsError)
+    return SimpleNamespace(load_dataset=load_dataset, ClassLabel=ClassLabel, exceptions=exceptions)
 
 
 class HubTable(list[dict[str, object]]):
@@ -487,7 +493,17 @@ def test_the_hub_gives_class_names_for_three_classes_and_numbers_for_two(
     assert asked == [("owner/name", "config", "test"), ("name", None, "train")]
 
 
-@pytest.mark.parametrize("error", [ConnectionError("offline"), ValueError("Unknown split")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionError("offline"),
+        httpx.ConnectTimeout("too slow"),
+        ValueError("Unknown split"),
+        RuntimeError("Dataset scripts are no longer supported"),
+        DatasetsError("An error occurred while generating the dataset"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
 def test_a_hub_that_fails_is_an_error_of_the_user(
     monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:

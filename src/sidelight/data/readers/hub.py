@@ -29,13 +29,13 @@ def read_hub(source: str, *, split: str | None) -> list[Row]:
 
     Raises:
         SidelightError: The package is missing, the hub is out of reach, or it has no such data set,
-            configuration or split.
+            configuration or split, or the data set cannot be built.
     """
     datasets = _import_datasets(source)
     name, _, config = source.partition(":")
     try:
         table = datasets.load_dataset(name, config or None, split=split or "train")
-    except (OSError, ValueError, *_transport_errors()) as error:
+    except _loading_errors(datasets) as error:
         raise SidelightError(
             f"Cannot load '{source}', split '{split or 'train'}', from the Hugging Face hub "
             f"({str(error)[:300]}). Check name, configuration, split and network, "
@@ -58,9 +58,10 @@ def _import_datasets(source: str) -> Any:
         ) from error
 
 
-def _transport_errors() -> tuple[type[Exception], ...]:
-    """The errors of the hub's HTTP client that are not OSErrors."""
-    return (import_module("httpx").HTTPError,)
+def _loading_errors(datasets: Any) -> tuple[type[Exception], ...]:
+    """What loading raises; a data set that is a script is refused by a RuntimeError."""
+    own, transport = datasets.exceptions.DatasetsError, import_module("httpx").HTTPError
+    return (OSError, ValueError, RuntimeError, own, transport)
 
 
 def _class_names(table: Any, class_label: type[Any]) -> dict[str, list[str]]:
