@@ -262,7 +262,7 @@ def test_empty_texts_and_responses_are_left_out_and_counted() -> None:
 def test_missing_labels_are_an_error_or_are_left_out(nothing: object) -> None:
     rows = [*ROWS, {"text": "hello", "label": nothing}]
     with pytest.raises(
-        SidelightError, match=r"1 of 5 rows have no label .* row 5\. .* leave them out"
+        SidelightError, match=r"1 of 5 rows have no label .* row 5\. .* skip \(on_missing_label="
     ):
         load_examples(rows)
     examples = load_examples(rows, on_missing_label="skip")
@@ -373,14 +373,23 @@ UNUSABLE = {
     "unknown label": (
         ["ham", "spma"],
         {"task": Task("binary", ("ham", "spam"))},
-        r"row 2: unknown label 'spma'\. Did you mean 'spam'\? Known: ham, spam",
+        r"row 2: unknown label 'spma'\. Did you mean 'spam'\? Known: ham, spam\. .* `sidel",
     ),
     "0/1 for names": ([1, 0], {"task": Task("binary", ("ham", "spam"))}, r"unknown label '1'"),
     "name for multilabel": (["a"], {"task": Task("multilabel", ("a", "b"))}, r"Give lists"),
     "list for multiclass": ([["a"]], {"task": Task("multiclass", ("a", "b"))}, r"several labels"),
     "no label at all": ([None, None], {"on_missing_label": "skip"}, r"2 of 2 rows have no label"),
-    "no label column": (["a", "b"], {"label": "lable"}, r"no column 'lable'\. Did you mean"),
-    "no text column": (["a", "b"], {"response": "answer"}, r"no column 'answer'.*response="),
+    "no label column": (
+        ["a", "b"],
+        {"label": "lable"},
+        r"no column 'lable'\. Did you .* --label \(label= in",
+    ),
+    "no text column": (
+        ["a", "b"],
+        {"response": "answer"},
+        r"no column 'answer'.* --response \(response= in",
+    ),
+    "no column of that text": (["a", "b"], {"text": "txt"}, r"no column 'txt'.* --text \(text= in"),
     "split of rows": (["a", "b"], {"split": "test"}, r"split='test' chooses"),
 }
 
@@ -406,6 +415,13 @@ def test_flag_columns_must_be_flags_of_the_task() -> None:
 def test_rows_without_any_text_are_an_error() -> None:
     with pytest.raises(SidelightError, match=r"'text' is empty in all 2 rows"):
         load_examples([("", "a"), (" ", "b")])
+    with pytest.raises(SidelightError, match=r"'text' is empty in all 1 rows\. .*\(text="):
+        load_examples([{"text": "", "answer": "b", "label": 1}], response="answer")
+    with pytest.raises(SidelightError, match=r"'answer' is empty in all 1 rows\. .* --response"):
+        load_examples([{"text": "a", "answer": " ", "label": 1}], response="answer")
+    halves = [{"text": "a", "label": 0}, {"answer": "b", "label": 1}]
+    with pytest.raises(SidelightError, match=r"none of the 2 rows has both a 'text' and a 'answe"):
+        load_examples(halves, response="answer")
     with pytest.raises(SidelightError, match=r"There are no rows"):
         load_examples([])
     with pytest.raises(SidelightError, match=r"row 1: expected a mapping or a \(text, label\)"):

@@ -159,7 +159,9 @@ def make_split(
         SidelightError: No labels, a text without a token to read, or no room for the states.
     """
     if examples.labels is None:
-        raise SidelightError("These examples have no labels. Name the column with --label.")
+        raise SidelightError(
+            "These examples have no labels. Name the column with --label (label= in Python)."
+        )
     source = source or BackboneSource(backbone)
     limit = min(max_tokens, source.max_tokens)
     prompts = tuple(

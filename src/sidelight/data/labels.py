@@ -85,7 +85,8 @@ def _lookup(row: Row, name: str, index: Mapping[str, int]) -> int:
     if name not in index:
         raise SidelightError(
             f"{row.place}: unknown label '{name[:60]}'.{did_you_mean(name[:60], index)} "
-            "Correct the row, or load without a task to train on these labels."
+            "Correct the row, or train a probe on these labels: with `sidelight train`, or on what "
+            "is loaded without task= in Python."
         )
     return index[name]
 

@@ -65,7 +65,7 @@ def load_examples(
     examples = [(row, _parse_example(row, text, response)) for row in rows]
     readable = [(row, item) for row, item in examples if item is not None]
     if not readable:
-        raise SidelightError(f"{rows[0].source}: column '{text}' is empty in all {len(rows)} rows.")
+        raise SidelightError(_emptiness(rows, text, response))
     complete = [(row, item) for row, item in readable if not _lacks_label(row, columns)]
     _check_missing([row for row, _ in readable], columns, len(complete), on_missing_label)
     kept = [row for row, _ in complete]
@@ -117,10 +117,10 @@ def _require_text_columns(rows: Sequence[Row], text: str, response: str | None) 
         text,
         rows=rows,
         known=known,
-        remedy="Name the column of texts with --text.",
+        remedy="Name the column of texts with --text (text= in Python).",
     )
     if response is not None:
-        remedy = "Name the column of answers by response=."
+        remedy = "Name the column of answers with --response (response= in Python)."
         require_column(response, rows=rows, known=known, remedy=remedy)
 
 
@@ -131,7 +131,7 @@ def _label_columns(label: str | None, rows: Sequence[Row]) -> tuple[str, ...]:
     known = column_names(rows)
     names = [label] if label in known else [name.strip() for name in label.split(",")]
     for name in names:
-        remedy = "Name the column of labels by label=; None loads without labels."
+        remedy = "Name the column of labels with --label (label= in Python)."
         require_column(name, rows=rows, known=known, remedy=remedy)
     return tuple(dict.fromkeys(names))
 
@@ -143,6 +143,25 @@ def _parse_example(row: Row, text: str, response: str | None) -> Example | None:
         return Example(messages) if messages else None
     answer = parse_text(row.cells.get(response), place=row.place)
     return Example(messages, answer) if messages and answer.strip() else None
+
+
+def _emptiness(rows: Sequence[Row], text: str, response: str | None) -> str:
+    """Says which column is to blame where no row can be read."""
+    where = f"{rows[0].source}: "
+    if not any(parse_chat(row.cells.get(text), place=row.place) for row in rows):
+        return where + (
+            f"column '{text}' is empty in all {len(rows)} rows. Name another column of texts with "
+            "--text (text= in Python)."
+        )
+    if not any(parse_text(row.cells.get(response or ""), place=row.place).strip() for row in rows):
+        return where + (
+            f"column '{response}' is empty in all {len(rows)} rows. Name another column of answers "
+            "with --response (response= in Python)."
+        )
+    return where + (
+        f"none of the {len(rows)} rows has both a '{text}' and a '{response}'. Fill one of them in "
+        "where the other is."
+    )
 
 
 def _lacks_label(row: Row, columns: Sequence[str]) -> bool:
@@ -157,7 +176,8 @@ def _check_missing(
         first = next(row for row in rows if _lacks_label(row, columns))
         raise SidelightError(
             f"{missing} of {len(rows)} rows have no label in column '{', '.join(columns)}', first "
-            f"{first.place}. Label them, or leave them out with --missing-label skip."
+            f"{first.place}. Label them, or leave them out with --missing-label skip "
+            "(on_missing_label='skip' in Python)."
         )
 
 

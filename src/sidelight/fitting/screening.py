@@ -81,7 +81,9 @@ def labels_of(examples: Examples) -> np.ndarray:
         SidelightError: There are none.
     """
     if examples.labels is None:
-        raise SidelightError("These examples have no labels. Name the column with --label.")
+        raise SidelightError(
+            "These examples have no labels. Name the column with --label (label= in Python)."
+        )
     return examples.labels
 
 
