@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import sidelight
+from commands import saved
 from corpora import TASKS, planted
 from sidelight.assessment import Columns, assess
 from sidelight.backbones import TransformersBackbone
@@ -204,6 +205,52 @@ def test_a_text_longer_than_the_model_reads_is_refused_when_judging(tiny, fits):
         Classifier(tiny, fits["binary"].best.probe).predict(["short", LONG])
 
 
+def test_an_error_about_a_text_names_its_place(tiny, fits, tmp_path):
+    classifier = Classifier(tiny, fits["binary"].best.probe)
+    with pytest.raises(ContextLengthError, match=r"^Text 2: The text has"):
+        classifier.predict(["short", LONG])
+    rows = rows_of("binary", 8, seed=0)
+    rows[6]["text"] = LONG
+    data = tmp_path / "rows.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ContextLengthError, match=r"^rows\.jsonl, line 7: The text has"):
+        classifier.evaluate(data)
+    with pytest.raises(ContextLengthError, match=r"^rows\.jsonl, line 7: The text has"):
+        classifier.predict(load_examples(data).items)
+
+
+def test_a_text_without_a_verdict_is_named_by_its_place(tiny, tmp_path):
+    classifier = Classifier(tiny, untrained_probe(tiny, "p", reads=Reads("response")))
+    with pytest.raises(VerdictError, match=r"^Text 2: Probe 'p' gave a logit that is not finite"):
+        classifier.predict(["a"] * 3, responses=["b", "", "d"])
+    rows = [{**row, "answer": "b"} for row in rows_of("binary", 8, seed=0)]
+    examples = load_examples(rows, response="answer")
+    items = (*examples.items[:4], replace(examples.items[4], response=""), *examples.items[5:])
+    with pytest.raises(VerdictError, match=r"^Given rows, row 5: Probe 'p' gave a logit"):
+        classifier.evaluate(replace(examples, items=items))
+
+
+def test_runs_without_a_verdict_name_the_place_of_the_text(tiny, tmp_path):
+    probe = untrained_probe(tiny, "p")
+    for parameter in probe.mechanism.parameters():
+        parameter.fill_(3e38)
+    folder = Classifier(tiny, probe).save(tmp_path / "probe")
+    data = tmp_path / "rows.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows_of("binary", 8, seed=0))))
+    model = saved(tiny, tmp_path / "model")
+    with pytest.raises(VerdictError, match=r"^rows\.jsonl, line 1: Probe 'p' gave a logit"):
+        assess(folder, str(data), columns=Columns(), model=model)
+
+
+def test_a_text_that_cannot_be_trained_on_is_named_by_its_place(tiny, tmp_path):
+    rows = rows_of("binary", 30, seed=0)
+    system = {"role": "system", "content": "be brief " * 20}
+    rows[4]["text"] = [system, {"role": "user", "content": rows[4]["text"]}]
+    options = options_of("gate", max_tokens=64, cache_root=tmp_path)
+    with pytest.raises(ContextLengthError, match=r"^Given rows, row 5: .* system prompt"):
+        fit(tiny, load_examples(rows), None, name="p", options=options)
+
+
 def long_rows():
     rows = rows_of("binary", 80, seed=0)
     return [{**row, "text": row["text"] + LONG} if i < 7 else row for i, row in enumerate(rows)]
@@ -306,7 +353,7 @@ def test_validation_examples_of_another_task_are_one_clear_error(tiny):
 
 
 def test_a_probe_of_responses_without_responses_is_one_clear_error(tiny):
-    with pytest.raises(SidelightError, match="response"):
+    with pytest.raises(SidelightError, match=r"\(response\), first Given rows, row 1\."):
         fit(
             tiny, load_examples(GOOD), None, name="p",
             options=options_of("gate", reads=Reads("response")),

@@ -100,6 +100,15 @@ def test_predict_gives_one_line_per_text_in_order(
     assert alone["probabilities"] == pytest.approx(from_file[7]["probabilities"], abs=1e-4)
 
 
+def test_an_empty_text_in_a_file_to_judge_is_named_by_its_line(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    data = tmp_path / "texts.jsonl"
+    data.write_text("\n".join(json.dumps({"text": text}) for text in ("a", " ", "c", "")))
+    assert run("predict", str(trained), "--data", str(data)) == 2
+    assert "2 texts or responses are empty, first texts.jsonl, line 2, " in capsys.readouterr().err
+
+
 def test_inspect_says_what_the_probe_is(trained: Path, capsys: pytest.CaptureFixture[str]):
     assert run("inspect", str(trained)) == 0
     shown = capsys.readouterr().out

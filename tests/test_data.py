@@ -274,6 +274,17 @@ def test_conflicting_labels_of_one_text_are_a_warning() -> None:
     assert "1 texts appear more than once" in load_examples(rows).warnings[-1]
 
 
+def test_an_example_knows_where_it_stood(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text('text,label\n"two\nlines",a\n,a\nc,b\n')
+    examples = load_examples(path)
+    assert [item.place for item in examples.items] == ["rows.csv, line 2", "rows.csv, line 5"]
+    assert examples.skipped.first_empty == "rows.csv, line 4"
+    assert examples.items == load_examples([("two\nlines", "a"), ("c", "b")]).items
+    answered = load_examples([{"text": "a", "answer": "b"}], label=None, response="answer")
+    assert answered.items[0].place == "Given rows, row 1"
+
+
 def test_a_byte_order_mark_is_not_part_of_the_first_column(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text("text,label\na,x\nb,y\n", encoding="utf-8-sig")

@@ -287,6 +287,9 @@ def test_shortened_refuses_a_limit_below_the_template():
     encoded = ENCODERS["chatml"].encode([user("hello")])
     with pytest.raises(ContextLengthError, match="leaves no room for the text"):
         encoded.shortened(10)
+    led = ENCODERS["chatml"].encode([Message("system", "Be brief. " * 50), user("hello")])
+    with pytest.raises(ContextLengthError, match=r"template and the system prompt .* shorten"):
+        led.shortened(60)
 
 
 @pytest.mark.parametrize("template", [CHATML, LLAMA_3])

@@ -9,7 +9,7 @@ import numpy as np
 
 from sidelight.backbones import DtypeName, TransformersBackbone, load_backbone
 from sidelight.bank import Bank
-from sidelight.classifier import encode, require_responses
+from sidelight.classifier import encode, require_finite, require_responses
 from sidelight.data import Examples, OnMissingLabel, load_examples
 from sidelight.data.truth_values import Truth, truth_values
 from sidelight.errors import SidelightError
@@ -143,7 +143,10 @@ def _all_logits(
     # Runs of one training share a name, which a bank does not allow.
     renamed = [replace(probe, name=f"{probe.name}/{i}") for i, probe in enumerate(probes)]
     bank = Bank(renamed, device=backbone.device)
-    return score(backbone, bank, encode(backbone, examples.items))
+    logits = score(backbone, bank, encode(backbone, examples.items))
+    for probe, own in zip(probes, logits, strict=True):
+        require_finite(probe, own, examples.items)
+    return logits
 
 
 def _assess_rows(

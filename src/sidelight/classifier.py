@@ -10,7 +10,7 @@ import numpy as np
 from sidelight.artifact import load_probe, save_probe
 from sidelight.backbones import TransformersBackbone, load_backbone
 from sidelight.bank import Bank
-from sidelight.data import Example, Examples, InMemory, load_examples
+from sidelight.data import Example, Examples, InMemory, load_examples, located
 from sidelight.errors import SidelightError
 from sidelight.evaluation import Report, evaluate
 from sidelight.extraction import StateSource
@@ -95,9 +95,16 @@ class Classifier:
         )
 
     def logits(self, examples: Sequence[Example]) -> np.ndarray:
-        """The probe's logits, ``[text, output]``."""
+        """The probe's logits, ``[text, output]``.
+
+        Raises:
+            ContextLengthError: A text is longer than the backbone reads.
+            VerdictError: A logit is not finite.
+        """
         bank = Bank([self.probe], device=self.backbone.device)
-        return score(self.backbone, bank, encode(self.backbone, examples))[0]
+        logits = score(self.backbone, bank, encode(self.backbone, examples))[0]
+        require_finite(self.probe, logits, examples)
+        return logits
 
     def save(self, directory: str | Path) -> Path:
         """Writes the artifact and returns its folder."""
@@ -189,8 +196,29 @@ def encode(backbone: TransformersBackbone, examples: Sequence[Example]) -> list[
 
     Raises:
         ContextLengthError: One is longer than the backbone reads.
+        SidelightError: One cannot be rendered.
     """
-    return [backbone.encoder.encode(e.messages, e.response) for e in examples]
+    prompts: list[EncodedPrompt] = []
+    for index, example in enumerate(examples):
+        with located(example, index):
+            prompts.append(backbone.encoder.encode(example.messages, example.response))
+    return prompts
+
+
+def require_finite(probe: Probe, logits: np.ndarray, examples: Sequence[Example]) -> None:
+    """Checks that each text can be judged.
+
+    Args:
+        probe: What gave the logits.
+        logits: ``[text, output]``.
+        examples: The texts.
+
+    Raises:
+        VerdictError: A logit is not finite; the message names the first text with one.
+    """
+    for index in np.flatnonzero(~np.isfinite(logits).all(axis=1)).tolist():
+        with located(examples[index], index):
+            probe.require_finite(logits[index])
 
 
 def require_responses(probe: Probe, examples: Sequence[Example]) -> None:

@@ -61,13 +61,21 @@ class Probe:
         Raises:
             VerdictError: A logit is not finite; there is no verdict then, not even a harmless one.
         """
+        self.require_finite(logits)
+        probabilities = self.calibration.apply(logits[None])[0]
+        return self._decide(probabilities)
+
+    def require_finite(self, logits: np.ndarray) -> None:
+        """Checks that a text's logits, ``[output]``, can be judged.
+
+        Raises:
+            VerdictError: One is not finite.
+        """
         if not np.isfinite(logits).all():
             raise VerdictError(
                 f"Probe '{self.name}' gave a logit that is not finite. Either the text has no "
                 "token that the probe reads, or the backbone's arithmetic overflowed."
             )
-        probabilities = self.calibration.apply(logits[None])[0]
-        return self._decide(probabilities)
 
     def _decide(self, probabilities: np.ndarray) -> Verdict:
         labels = self.task.labels

@@ -3,7 +3,7 @@
 Probes and baselines of one table read the same splits, so that no row of it has an advantage.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import Tensor
 from sidelight.backbones import TransformersBackbone
 from sidelight.cache import ActivationCache, write_tensors
 from sidelight.cache_parts import states_of
-from sidelight.data import Examples
+from sidelight.data import Examples, located, place_of
 from sidelight.errors import SidelightError
 from sidelight.extraction import BackboneSource, StateSource, extract
 from sidelight.pooled import Pooled, pool
@@ -164,22 +164,8 @@ def make_split(
         )
     source = source or BackboneSource(backbone)
     limit = min(max_tokens, source.max_tokens)
-    prompts = tuple(
-        backbone.encoder.encode_any_length(item.messages, item.response).shortened(limit, reads)
-        for item in examples.items
-    )
-    unread = [prompt for prompt in prompts if not prompt.mask(reads).any()]
-    if unread:
-        cut = sum(prompt.dropped > 0 for prompt in unread)
-        remedy = (
-            f"{cut} of them were cut to {limit} tokens: raise --max-tokens."
-            if cut
-            else "Read the prompt, or name the answers' column (--response, where there is one)."
-        )
-        raise SidelightError(
-            f"{len(unread)} of {len(prompts)} texts have no token that the probe would read "
-            f"({reads.side}). {remedy}"
-        )
+    prompts = _encode(backbone, examples, reads, limit)
+    _require_read(prompts, examples, reads, limit)
     cache = ActivationCache(
         cache_root, prompts, reads=reads, fingerprint=backbone.fingerprint, engine=source.engine
     )
@@ -187,3 +173,33 @@ def make_split(
     if keep_cache:
         states.keep()
     return Split(examples, prompts, states, np.arange(len(examples)))
+
+
+def _encode(
+    backbone: TransformersBackbone, examples: Examples, reads: Reads, limit: int
+) -> tuple[EncodedPrompt, ...]:
+    """The texts' tokens, at most ``limit`` of each."""
+    prompts: list[EncodedPrompt] = []
+    for index, item in enumerate(examples.items):
+        with located(item, index):
+            whole = backbone.encoder.encode_any_length(item.messages, item.response)
+            prompts.append(whole.shortened(limit, reads))
+    return tuple(prompts)
+
+
+def _require_read(
+    prompts: Sequence[EncodedPrompt], examples: Examples, reads: Reads, limit: int
+) -> None:
+    unread = [index for index, prompt in enumerate(prompts) if not prompt.mask(reads).any()]
+    if not unread:
+        return
+    cut = sum(prompts[index].dropped > 0 for index in unread)
+    remedy = (
+        f"{cut} of them were cut to {limit} tokens: raise --max-tokens."
+        if cut
+        else "Read the prompt, or name the answers' column (--response, where there is one)."
+    )
+    raise SidelightError(
+        f"{len(unread)} of {len(prompts)} texts have no token that the probe would read "
+        f"({reads.side}), first {place_of(examples.items[unread[0]], unread[0])}. {remedy}"
+    )

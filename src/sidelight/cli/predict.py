@@ -87,8 +87,9 @@ def _examples(data: str, given: dict[str, Any]) -> "list[Example]":
     )
     if examples.skipped.empty_text:
         raise SidelightError(
-            f"{examples.skipped.empty_text} texts are empty, so verdicts would not line up with "
-            "rows. Remove the empty rows first."
+            f"{examples.skipped.empty_text} texts or responses are empty, first "
+            f"{examples.skipped.first_empty}, so verdicts would not line up with rows. Remove the "
+            "empty rows first."
         )
     return list(examples.items)
 

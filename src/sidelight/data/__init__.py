@@ -1,6 +1,6 @@
 """Labelled texts from files, the Hugging Face hub or memory. Knows texts, not token ids."""
 
-from sidelight.data.examples import Example, Examples, Skipped
+from sidelight.data.examples import Example, Examples, Skipped, located, place_of
 from sidelight.data.loading import OnMissingLabel, load_examples
 from sidelight.data.readers import InMemory
 from sidelight.data.splitting import validation_share
@@ -12,5 +12,7 @@ __all__ = [
     "OnMissingLabel",
     "Skipped",
     "load_examples",
+    "located",
+    "place_of",
     "validation_share",
 ]

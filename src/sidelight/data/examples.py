@@ -3,7 +3,8 @@
 import hashlib
 import json
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import SupportsIndex
@@ -26,10 +27,13 @@ class Example:
     Attributes:
         messages: The prompt, oldest turn first; at least one has some text.
         response: The assistant's answer, for probes that read responses.
+        place: Where it stood, such as `train.jsonl, line 17`; empty if nowhere. It makes no
+            difference to equality.
     """
 
     messages: tuple[Message, ...]
     response: str | None = None
+    place: str = field(default="", compare=False)
 
     @property
     def text(self) -> str:
@@ -42,12 +46,38 @@ class Example:
         return _folded(self.text)
 
 
+def place_of(example: Example, index: int) -> str:
+    """Where an example stood, or its number among those that are judged together.
+
+    Args:
+        example: With or without a place.
+        index: Its position among them, from 0.
+    """
+    return example.place or f"Text {index + 1}"
+
+
+@contextmanager
+def located(example: Example, index: int) -> Generator[None]:
+    """Begins the message of an error about one example with `place_of` it."""
+    try:
+        yield
+    except SidelightError as error:
+        raise type(error)(f"{place_of(example, index)}: {error}") from error
+
+
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """How many rows of the source were left out, by reason."""
+    """How many rows of the source were left out, by reason.
+
+    Attributes:
+        empty_text: Rows without a text or response.
+        missing_label: Rows without a label.
+        first_empty: Where the first row without a text or response stood.
+    """
 
     empty_text: int = 0
     missing_label: int = 0
+    first_empty: str = ""
 
 
 @dataclass(frozen=True, eq=False)

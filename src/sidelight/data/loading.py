@@ -69,7 +69,8 @@ def load_examples(
     complete = [(row, item) for row, item in readable if not _lacks_label(row, columns)]
     _check_missing([row for row, _ in readable], columns, len(complete), on_missing_label)
     kept = [row for row, _ in complete]
-    skipped = Skipped(len(rows) - len(readable), len(readable) - len(complete))
+    first_empty = next((row.place for row, item in examples if item is None), "")
+    skipped = Skipped(len(rows) - len(readable), len(readable) - len(complete), first_empty)
     encoded = encode_labels(kept, columns, positive=positive, task=task) if columns else None
     return _assemble(tuple(item for _, item in complete), kept, encoded, skipped, task)
 
@@ -140,9 +141,9 @@ def _parse_example(row: Row, text: str, response: str | None) -> Example | None:
     """The row's example; None where its text or response is empty."""
     messages = parse_chat(row.cells.get(text), place=row.place)
     if response is None:
-        return Example(messages) if messages else None
+        return Example(messages, place=row.place) if messages else None
     answer = parse_text(row.cells.get(response), place=row.place)
-    return Example(messages, answer) if messages and answer.strip() else None
+    return Example(messages, answer, row.place) if messages and answer.strip() else None
 
 
 def _emptiness(rows: Sequence[Row], text: str, response: str | None) -> str:

@@ -47,7 +47,8 @@ class EncodedPrompt:
             reads: What the probe reads; None is the prompt.
 
         Raises:
-            ContextLengthError: The template alone is longer than ``limit``.
+            ContextLengthError: What is not read, the template and the system prompt, is longer
+                than ``limit``.
         """
         excess = len(self) - limit
         if excess <= 0:
@@ -57,8 +58,9 @@ class EncodedPrompt:
         room = len(prompt) + len(response) - excess
         if room <= 0:
             raise ContextLengthError(
-                f"A limit of {limit} tokens leaves no room for the text after the chat template "
-                f"({limit - room} tokens). Raise --max-tokens."
+                f"A limit of {limit} tokens leaves no room for the text beside the chat template "
+                f"and the system prompt ({limit - room} tokens). Raise --max-tokens, or shorten "
+                "the system prompt."
             )
         side = (reads or Reads()).side
         least = {"prompt": room, "both": room // 2, "response": 0}[side]
