@@ -269,7 +269,9 @@ def test_eval_leaves_out_rows_without_a_label(
     assert (
         run(*arguments, "--missing-label", "skip", "--out", str(tmp_path / "new" / "e.json")) == 0
     )
-    assert json.loads(capsys.readouterr().out)["rows"] == 40
+    told = capsys.readouterr()
+    assert json.loads(told.out)["rows"] == 40
+    assert "1 rows" in told.err
     assert json.loads((tmp_path / "new" / "e.json").read_text())["rows"] == 40
 
 

@@ -41,6 +41,7 @@ class Assessment:
         labels: As in ``Examples.labels``.
         report: Of the chosen probe.
         runs: Every run trained with it, the chosen one included.
+        warnings: What the user should know of the data, one sentence each.
     """
 
     title: str
@@ -49,6 +50,7 @@ class Assessment:
     labels: np.ndarray
     report: Report
     runs: tuple[Measured, ...]
+    warnings: tuple[str, ...]
 
 
 def assess(
@@ -112,6 +114,7 @@ def describe(assessments: Sequence[Assessment]) -> dict[str, Any]:
         "probe": whole.chosen.name,
         "mechanism": whole.chosen.spec.name,
         **whole.report.to_dict(),
+        "warnings": list(whole.warnings),
         "runs": summarise(whole.runs),
         "subsets": {
             part.title: {**part.report.to_dict(), "runs": summarise(part.runs)} for part in parts
@@ -173,6 +176,7 @@ def _assess_rows(
         labels=labels,
         report=reports[stored.chosen],
         runs=tuple(Measured(title, report) for title, report in measured),
+        warnings=examples.warnings,
     )
 
 

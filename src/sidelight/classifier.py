@@ -89,6 +89,7 @@ class Classifier:
                 "Load them with task=classifier.probe.task."
             )
         require_responses(self.probe, examples.items)
+        _tell(examples.warnings)
         probabilities = self.probe.calibration.apply(self.logits(examples.items))
         return evaluate(
             self.probe.task, probabilities, examples.labels, thresholds=self.probe.thresholds
@@ -158,8 +159,7 @@ def train(
         else _as_examples(validation, text=text, label=label, response=response, task=training.task)
     )
     made = fit(backbone, training, held_out, name=name, options=options, source=source)
-    for warning in made.warnings:
-        warnings.warn(warning, stacklevel=2)
+    _tell(made.warnings)
     return Classifier(backbone, made.best.probe)
 
 
@@ -240,6 +240,12 @@ def require_responses(probe: Probe, examples: Sequence[Example]) -> None:
 def as_example(text: str | Example) -> Example:
     """A plain text as a conversation of one message."""
     return text if isinstance(text, Example) else Example((Message("user", text),))
+
+
+def _tell(sentences: Sequence[str]) -> None:
+    """Gives what is doubtful about the data to the caller of this module's caller."""
+    for sentence in sentences:
+        warnings.warn(sentence, stacklevel=3)
 
 
 def _as_examples(

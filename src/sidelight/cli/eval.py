@@ -68,6 +68,8 @@ def evaluate(
         dtype=given["dtype"],
         device=given["device"],
     )
+    for warning in assessments[0].warnings:
+        click.echo(f"Warning: {warning}", err=True)
     described = json.dumps(describe(assessments), indent=2)
     if out is not None:
         write_text(out, described + "\n")

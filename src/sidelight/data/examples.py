@@ -159,12 +159,12 @@ class Examples:
             raise SidelightError(
                 f"Cannot hold out {fraction} of the examples: choose 0 < share < 1."
             )
-        groups = self._text_groups()
-        if groups.max(initial=0) < 1:
+        if self.distinct < 2:
             raise SidelightError(
                 "Cannot split: all examples have the same text, and the same response if any. "
                 "Add more texts."
             )
+        groups = self._text_groups()
         held_out = hold_out(groups, self._strata(), fraction=fraction, seed=seed)
         training = self.select(np.flatnonzero(~held_out))
         warned = replace(training, warnings=self._lonely_labels(groups))
@@ -211,7 +211,7 @@ class Examples:
             SidelightError: There are fewer distinct texts than parts.
         """
         groups, strata = self._text_groups(), self._strata()
-        if groups.max(initial=-1) + 1 < count:
+        if self.distinct < count:
             raise SidelightError(f"Cannot make {count} parts of fewer texts. Add more texts.")
         left = np.arange(len(self))
         parts: list[Int[Numbers, " _"]] = []
@@ -221,6 +221,11 @@ class Examples:
             parts.append(left[held_out])
             left = left[~held_out]
         return (*parts, left)
+
+    @property
+    def distinct(self) -> int:
+        """How many texts there are that `split` and `folds` can part."""
+        return int(self._text_groups().max(initial=-1)) + 1
 
     def _label_names(self) -> list[list[str]]:
         if self.labels is None or self.task is None:

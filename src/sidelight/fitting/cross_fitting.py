@@ -28,8 +28,7 @@ def choose_folds(examples: Examples) -> Folds:
     """Numbers of the texts of each fold; none if there are many texts, or a fold lacks a class."""
     task, labels = task_of(examples), labels_of(examples)
     rarest = int(class_counts(task, labels).min())
-    distinct = len({" ".join(item.text.split()).casefold() for item in examples.items})
-    if len(examples) >= FEW_TEXTS or min(rarest, distinct) < FOLDS:
+    if len(examples) >= FEW_TEXTS or min(rarest, examples.distinct) < FOLDS:
         return ()
     folds = examples.folds(FOLDS, seed=0)
     counts = [class_counts(task, labels[fold]).min() for fold in folds]
