@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 
+from sidelight.engines.base import EngineUnavailableError
 from sidelight.engines.gate import Gate
 
 
@@ -30,7 +31,7 @@ def test_one_who_gives_up_waiting_leaves_the_gate_open():
         closing = await settled(asyncio.create_task(close()))
         closing.cancel()
         await asyncio.wait({closing})
-        async with asyncio.timeout(5), gate.passing():
+        async with gate.passing():
             leave.set()
         await inside
 
@@ -48,18 +49,31 @@ def test_who_waits_for_it_to_open_goes_on_when_it_does():
     asyncio.run(main())
 
 
-def test_nobody_enters_while_it_is_closed():
+def test_nobody_enters_while_it_is_closed_or_waits_for_it():
+    async def main():
+        gate = Gate()
+        async with gate.closed():
+            with pytest.raises(EngineUnavailableError, match="being replaced"):
+                async with asyncio.timeout(5), gate.passing():
+                    pytest.fail("it is closed")
+        async with gate.passing():
+            pass
+
+    asyncio.run(main())
+
+
+def test_who_is_inside_is_waited_for():
     async def main():
         gate, order = Gate(), []
 
-        async def enter():
-            async with gate.passing():
-                order.append("inside")
+        async def close():
+            async with gate.closed():
+                order.append("closed")
 
-        async with gate.closed():
-            entering = await settled(asyncio.create_task(enter()))
-            order.append("closed")
-        await entering
-        assert order == ["closed", "inside"]
+        async with gate.passing():
+            closing = await settled(asyncio.create_task(close()))
+            order.append("inside")
+        await closing
+        assert order == ["inside", "closed"]
 
     asyncio.run(main())

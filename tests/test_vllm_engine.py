@@ -1,22 +1,29 @@
 """The engine over vLLM where vLLM refuses: which probes serve then, and who gets in."""
 
 import asyncio
-from types import SimpleNamespace
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
 from sidelight.artifact import load_probe
-from sidelight.engines.base import EngineBusyError
+from sidelight.engines.base import EngineBusyError, EngineUnavailableError, Sampling
+from sidelight.engines.events import PromptJudged
 from sidelight.engines.vllm import VllmEngine
 from sidelight.engines.vllm.loading import require_options
 from sidelight.engines.vllm.places import Places
 from sidelight.engines.vllm.shelf import Shelf
 from sidelight.errors import SidelightError
+from sidelight.prompts import Message
+from sidelight.vllm_plugin.params import KEY
 from tiny import tiny_backbone, untrained_probe
 
 
 class Workers:
-    """Stands in for vLLM: two workers that load what they are told, and a prefix cache."""
+    """Stands in for vLLM: two workers that load what they are told, and a prefix cache.
+
+    It writes one token of each text, and no end of it unless that is all that is asked for.
+    """
 
     errored = False
     vllm_config = SimpleNamespace(
@@ -26,7 +33,9 @@ class Workers:
     )
 
     def __init__(self):
-        self.output_processor = SimpleNamespace(request_states={}, process_outputs=None)
+        self.output_processor = SimpleNamespace(
+            request_states={}, process_outputs=lambda outputs: None
+        )
         self.loaded = [[], []]
         self.resets = 0
         self.refuses = False
@@ -42,6 +51,18 @@ class Workers:
                 self.loaded[worker] = args[0]
         return failures
 
+    async def generate(self, tokens, params, request_id):
+        state = SimpleNamespace(external_req_id=request_id, request_index=0)
+        self.output_processor.request_states[request_id] = state
+        said = SimpleNamespace(
+            request_id=request_id, new_token_ids=[7], kv_transfer_params={KEY: {"verdicts": {}}}
+        )
+        self.output_processor.process_outputs([said])
+        text = SimpleNamespace(token_ids=[7], text="", finish_reason=None)
+        yield SimpleNamespace(outputs=[text])
+        if params.max_tokens > 1:
+            await asyncio.Event().wait()
+
     def shutdown(self):
         pass
 
@@ -54,6 +75,25 @@ class Workers:
 @pytest.fixture(scope="module")
 def backbone():
     return tiny_backbone()
+
+
+@pytest.fixture
+def names_of_vllm(monkeypatch):
+    """The names that the engine imports from vLLM when it writes."""
+    names = {
+        "vllm": {"SamplingParams": SimpleNamespace},
+        "vllm.sampling_params": {"RequestOutputKind": SimpleNamespace(DELTA=None)},
+        "vllm.platforms": {"current_platform": SimpleNamespace(is_cpu=lambda: True)},
+        "vllm.v1": {},
+        "vllm.v1.engine": {},
+        "vllm.v1.engine.exceptions": {
+            name: type(name, (Exception,), {}) for name in ("EngineDeadError", "EngineGenerateError")
+        },
+    }
+    for path, found in names.items():
+        module = ModuleType(path)
+        module.__dict__.update(found)
+        monkeypatch.setitem(sys.modules, path, module)
 
 
 def replacing(backbone, change):
@@ -103,6 +143,28 @@ def test_one_who_gives_up_leaves_the_old_probes(backbone):
             pass
 
     assert replacing(backbone, change) == (["old"], [["old"], ["old"]], True)
+
+
+def test_texts_of_one_request_do_not_hold_up_a_change_that_comes_between_them(
+    backbone, names_of_vllm
+):
+    """A server takes nothing more from the first text before it has the second one's verdicts."""
+
+    async def change(engine, llm, new):
+        llm.free.set()
+        first, second = (
+            engine.generate([Message("user", "hello")], Sampling(max_tokens=9)) for _ in range(2)
+        )
+        assert isinstance(await anext(first), PromptJudged)
+        changing = asyncio.create_task(engine.replace_probes([new]))
+        await asyncio.sleep(0)
+        async with asyncio.timeout(5):
+            with pytest.raises(EngineUnavailableError, match="being replaced"):
+                await anext(second)
+            await first.aclose()
+            await changing
+
+    assert replacing(backbone, change) == (["new"], [["new"], ["new"]], True)
 
 
 def test_a_cache_that_cannot_be_reset_is_tried_again_and_then_an_error(backbone, monkeypatch):

@@ -1,8 +1,10 @@
-"""Lets requests through, and lets everything stand still for a moment."""
+"""Lets requests through, and lets everything stand still while probes are exchanged."""
 
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+
+from sidelight.engines.base import EngineUnavailableError
 
 
 class Gate:
@@ -15,10 +17,15 @@ class Gate:
 
     @asynccontextmanager
     async def passing(self) -> AsyncGenerator[None]:
-        """Inside the gate; waits while it is closed."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: self._is_open)
-            self._inside += 1
+        """Inside the gate.
+
+        Raises:
+            EngineUnavailableError: It is closed. To wait here could be to wait for oneself: another
+                text of the same request may be inside, and not go on before this one does.
+        """
+        if not self._is_open:
+            raise EngineUnavailableError("The probes are being replaced. Ask again in a moment.")
+        self._inside += 1
         try:
             yield
         finally:
