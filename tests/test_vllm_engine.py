@@ -87,7 +87,8 @@ def names_of_vllm(monkeypatch):
         "vllm.v1": {},
         "vllm.v1.engine": {},
         "vllm.v1.engine.exceptions": {
-            name: type(name, (Exception,), {}) for name in ("EngineDeadError", "EngineGenerateError")
+            name: type(name, (Exception,), {})
+            for name in ("EngineDeadError", "EngineGenerateError")
         },
     }
     for path, found in names.items():
@@ -139,7 +140,7 @@ def test_one_who_gives_up_leaves_the_old_probes(backbone):
         llm.free.set()
         with pytest.raises(asyncio.CancelledError):
             await changing
-        async with engine._gate.passing():
+        async with engine._exchange.passing(engine.probes):
             pass
 
     assert replacing(backbone, change) == (["old"], [["old"], ["old"]], True)
@@ -168,7 +169,7 @@ def test_texts_of_one_request_do_not_hold_up_a_change_that_comes_between_them(
 
 
 def test_a_cache_that_cannot_be_reset_is_tried_again_and_then_an_error(backbone, monkeypatch):
-    monkeypatch.setattr("sidelight.engines.vllm.engine._RESET_AFTER_S", 0)
+    monkeypatch.setattr("sidelight.engines.vllm.exchange._RESET_AFTER_S", 0)
 
     async def change(engine, llm, new):
         with pytest.raises(SidelightError, match="still in use"):
@@ -201,16 +202,27 @@ def test_an_option_that_is_not_the_users_is_refused_with_the_remedy(name, remedy
 
 
 def test_a_list_takes_all_its_places_at_once_or_none():
-    places = Places(waiting=4)
-    with places.taken(300) as many:
-        busy = pytest.raises(EngineBusyError, match="300 requests are waiting and 4 may")
-        with busy, places.taken(1):
-            pass
-        for place in many[3:]:
-            place.is_running = True
-        with places.taken(1), pytest.raises(EngineBusyError), places.taken(1):
-            pass
-        assert (places.load.running, places.load.waiting) == (297, 3)
-        places.leave(many[0])
-        assert places.load.waiting == 2
-    assert (places.load.running, places.load.waiting) == (0, 0)
+    async def outputs():
+        yield "one"
+
+    async def main():
+        places = Places(waiting=4)
+        with places.taken(300) as many:
+            busy = pytest.raises(EngineBusyError, match="300 requests are waiting and 4 may")
+            with busy, places.taken(1):
+                pass
+            running = [places.followed(place, outputs()) for place in many[3:]]
+            for each in running:
+                await anext(each)
+            with places.taken(1), pytest.raises(EngineBusyError), places.taken(1):
+                pass
+            assert (places.load.running, places.load.waiting) == (297, 3)
+            # One has written all, one is given up, and three never came so far.
+            assert [each async for each in running[0]] == []
+            await running[1].aclose()
+            assert (places.load.running, places.load.waiting) == (295, 3)
+            for each in running[2:]:
+                await each.aclose()
+        assert (places.load.running, places.load.waiting) == (0, 0)
+
+    asyncio.run(main())

@@ -379,7 +379,6 @@ def test_a_seeded_draw_is_refused_where_it_would_end_vllm(engine, loop):
 
 def test_a_verdict_that_does_not_come_is_an_error(engine, loop):
     """The tokens are not those that the request describes."""
-    from sidelight.engines.vllm.places import Place
     from sidelight.engines.vllm.requests import sampling_params
 
     prompt = EncodedPrompt((5, 6, 7), (Part.PROMPT,) * 3)
@@ -389,9 +388,7 @@ def test_a_verdict_that_does_not_come_is_an_error(engine, loop):
         from sidelight.engines.vllm.requests import judgement
 
         params = sampling_params(Sampling(temperature=0), 1, other)
-        return [
-            judgement(o.steps[-1].params) async for o in engine.outputs(prompt, params, Place())
-        ]
+        return [judgement(o.steps[-1].params) async for o in engine.outputs(prompt, params)]
 
     with pytest.raises(GenerationError, match="other tokens"):
         loop.run(ask())

@@ -1,5 +1,5 @@
 # pyright: reportMissingImports=false
-"""Conversations to requests of vLLM, with places, order and the change of probes."""
+"""Conversations to requests of vLLM, with their places and order."""
 
 import asyncio
 import uuid
@@ -20,15 +20,14 @@ from sidelight.engines.base import (
     admit_all,
     require_same_model,
     require_watchable,
-    verdict_failure,
 )
 from sidelight.engines.events import Event, PromptJudged
-from sidelight.engines.gate import Gate
 from sidelight.engines.judging import Judgement
 from sidelight.engines.line import Limits
 from sidelight.engines.logprobs import Trail
 from sidelight.engines.reading import WARM_UP, TextReader, has_response
 from sidelight.engines.spelling import Speller
+from sidelight.engines.vllm.exchange import Exchange
 from sidelight.engines.vllm.places import Place, Places
 from sidelight.engines.vllm.requests import (
     Likelihoods,
@@ -40,7 +39,6 @@ from sidelight.engines.vllm.requests import (
     sampling_params,
 )
 from sidelight.engines.vllm.shelf import Shelf
-from sidelight.errors import SidelightError
 from sidelight.probe import Probe
 from sidelight.prompts import (
     Conversation,
@@ -49,10 +47,6 @@ from sidelight.prompts import (
     PromptEncoder,
 )
 from sidelight.vllm_plugin.hearing import Hearing, Said
-
-# An idle vLLM frees the blocks of a request within a step or two after its last output.
-_RESETS = 50
-_RESET_AFTER_S = 0.1
 
 
 class VllmEngine(Engine):
@@ -84,7 +78,7 @@ class VllmEngine(Engine):
     ):
         self._llm = llm
         self._hearing = Hearing(llm.output_processor)
-        self._probes = tuple(probes)
+        self._exchange = Exchange(llm, shelf, probes)
         self._name = name
         self._encoder = encoder
         self._tokenizer = tokenizer
@@ -95,7 +89,6 @@ class VllmEngine(Engine):
         # vLLM always writes, also where a text is only judged: one position is kept for that token.
         room = min(encoder.max_tokens, llm.vllm_config.model_config.max_model_len - 1)
         self._reader = TextReader(encoder, tokenizer, max_tokens=room)
-        self._gate = Gate()
         self._places = Places(self._limits.waiting)
         self._is_open = False
 
@@ -107,7 +100,7 @@ class VllmEngine(Engine):
     @property
     def probes(self) -> Sequence[Probe]:
         """Every loaded probe."""
-        return self._probes
+        return self._exchange.probes
 
     @property
     def max_tokens(self) -> int:
@@ -122,7 +115,7 @@ class VllmEngine(Engine):
     @property
     def is_ready(self) -> bool:
         """Whether requests are accepted."""
-        return self._is_open and not self._llm.errored
+        return self._is_open and self._exchange.is_whole and not self._llm.errored
 
     async def start(self) -> None:
         """Begins to accept requests."""
@@ -144,44 +137,11 @@ class VllmEngine(Engine):
                 data-parallel ranks or is on a GPU; the old probes stay.
         """
         require_same_model(probes, self._fingerprint)
-        self._require_exchangeable()
-        new, before = tuple(probes), self._probes
-        async with self._gate.closed():
-            try:
-                await self._put(new)
-                judged = await self.check(self._reader.read(WARM_UP))
-                if judged.failed:
-                    raise verdict_failure(judged.failed)
-            except BaseException:
-                await asyncio.shield(self._put_back(before))
-                raise
-            self._probes = new
+        await self._exchange.replace(probes, try_out=lambda: self.check(self._reader.read(WARM_UP)))
 
     async def settled(self) -> None:
         """Waits while probes are being replaced."""
-        await self._gate.opened()
-
-    async def _put(self, probes: Sequence[Probe]) -> None:
-        folders = await asyncio.to_thread(self._shelf.put, probes)
-        failures = await self._llm.collective_rpc("sidelight_load", args=(folders,))
-        if any(failures):
-            raise SidelightError(next(filter(None, failures)))
-        # Cached blocks hold what the old probes read. The last requests may still have theirs.
-        for _ in range(_RESETS):
-            if await self._llm.reset_prefix_cache():
-                return
-            await asyncio.sleep(_RESET_AFTER_S)
-        raise SidelightError(
-            "vLLM's prefix cache is still in use, so the probes cannot be exchanged. Try again."
-        )
-
-    async def _put_back(self, probes: Sequence[Probe]) -> None:
-        try:
-            await self._put(probes)
-        except BaseException:
-            # Nobody knows which probes each worker has now.
-            self._is_open = False
-            raise
+        await self._exchange.settled()
 
     async def memory_share(self) -> float:
         """Memory of the probes' columns over that of keys and values, in the first worker."""
@@ -205,10 +165,11 @@ class VllmEngine(Engine):
         vLLM draws the first token in the step that gives the verdicts; where ``admits`` says no,
         nobody sees it.
         """
-        require_watchable(watch, self._probes)
-        names, likelihoods = Names.of(self._probes), self._likelihoods(sampling.logprobs)
+        probes = self._exchange.probes
+        require_watchable(watch, probes)
+        names, likelihoods = Names.of(probes), self._likelihoods(sampling.logprobs)
         request = Request(self, names, frozenset(watch), admits, likelihoods)
-        return self._written(messages, sampling, request, self._probes)
+        return self._written(messages, sampling, request, probes)
 
     def _likelihoods(self, count: int | None) -> Likelihoods | None:
         return (
@@ -231,9 +192,8 @@ class VllmEngine(Engine):
         prompt = await asyncio.to_thread(self._encoder.encode, messages)
         params = sampling_params(sampling, self._reader.room(prompt, sampling.max_tokens), prompt)
         with self._places.taken(1) as (place,):
-            async with self._gate.passing():
-                self._require_current(probes)
-                outputs = self.outputs(prompt, params, place)
+            async with self._exchange.passing(probes):
+                outputs = self._places.followed(place, self.outputs(prompt, params))
                 async with aclosing(request.events(prompt, outputs)) as events:
                     async for event in events:
                         yield event
@@ -242,15 +202,14 @@ class VllmEngine(Engine):
         self, conversations: Sequence[Sequence[Message]]
     ) -> Coroutine[Any, Any, list[PromptJudged]]:
         """The verdicts on each conversation, from one pass each."""
-        return self._judge(conversations, self._probes)
+        return self._judge(conversations, self._exchange.probes)
 
     async def _judge(
         self, conversations: Sequence[Sequence[Message]], probes: tuple[Probe, ...]
     ) -> list[PromptJudged]:
         prompts = await asyncio.to_thread(lambda: [self._reader.read(c) for c in conversations])
         with self._places.taken(len(prompts)) as places:
-            async with self._gate.passing():
-                self._require_current(probes)
+            async with self._exchange.passing(probes):
                 judged = await self._check_all(prompts, places)
         names = Names.of(probes)
         return [
@@ -266,7 +225,7 @@ class VllmEngine(Engine):
 
         async def check(prompt: EncodedPrompt, place: Place) -> Judgement:
             async with together:
-                return await self.check(prompt, place)
+                return await _last(self._places.followed(place, self._checked(prompt)))
 
         try:
             async with asyncio.TaskGroup() as group:
@@ -277,23 +236,16 @@ class VllmEngine(Engine):
             raise errors.exceptions[0] from None
         return [task.result() for task in tasks]
 
-    async def check(self, prompt: EncodedPrompt, place: Place | None = None) -> Judgement:
-        """What all probes say of these tokens; the one token that vLLM must write is dropped.
+    async def check(self, prompt: EncodedPrompt) -> Judgement:
+        """What all probes say of these tokens, as a part of a request that has its place."""
+        return await _last(self._checked(prompt))
 
-        Args:
-            prompt: What to judge.
-            place: Its own; None: it is part of a request that has one.
-        """
+    def _checked(self, prompt: EncodedPrompt) -> AsyncGenerator[Output, None]:
+        """The one token that vLLM must write of a text that is only judged."""
         self._reader.require_fitting(prompt)
-        params = sampling_params(Sampling(temperature=0), 1, prompt)
-        judged = Judgement()
-        async for output in self.outputs(prompt, params, place or Place()):
-            judged = judgement(output.steps[-1].params)
-        return judged
+        return self.outputs(prompt, sampling_params(Sampling(temperature=0.0), 1, prompt))
 
-    async def outputs(
-        self, prompt: EncodedPrompt, params: Any, place: Place
-    ) -> AsyncGenerator[Output, None]:
+    async def outputs(self, prompt: EncodedPrompt, params: Any) -> AsyncGenerator[Output, None]:
         """VLLM's outputs of one request.
 
         Raises:
@@ -310,7 +262,6 @@ class VllmEngine(Engine):
             with self._hearing.of(request_id, said.append):
                 async with aclosing(self._llm.generate(tokens, params, request_id)) as outputs:
                     async for output in outputs:
-                        place.is_running = True
                         (text,) = output.outputs
                         yield Output(text, _steps(said, len(text.token_ids)))
         except EngineDeadError as error:
@@ -319,29 +270,6 @@ class VllmEngine(Engine):
             ) from error
         except EngineGenerateError as error:
             raise GenerationError("vLLM gave up this request; its log says why.") from error
-        finally:
-            self._places.leave(place)
-
-    def _require_exchangeable(self) -> None:
-        """Checks before anything is touched: what is half exchanged cannot be put back."""
-        config = self._llm.vllm_config
-        hindrances = {
-            # Verdicts are made in the scheduler, which keeps its probes.
-            "pipeline parallel": config.parallel_config.pipeline_parallel_size > 1,
-            # vLLM gives the first rank's answer only: another could keep its old probes unseen.
-            "data parallel": config.parallel_config.data_parallel_size > 1,
-            "a GPU": config.device_config.device_type != "cpu",
-        }
-        found = [name for name, is_there in hindrances.items() if is_there]
-        if found:
-            raise SidelightError(
-                f"Probes cannot be exchanged under {', '.join(found)}. Start the engine again "
-                "with the new ones."
-            )
-
-    def _require_current(self, probes: tuple[Probe, ...]) -> None:
-        if probes is not self._probes:
-            raise EngineUnavailableError("The probes have just been replaced. Ask again.")
 
 
 def _steps(said: deque[Said], tokens: int) -> tuple[Said, ...]:
@@ -350,6 +278,14 @@ def _steps(said: deque[Said], tokens: int) -> tuple[Said, ...]:
     while sum(step.tokens for step in steps) < tokens:
         steps.append(said.popleft())
     return tuple(steps)
+
+
+async def _last(outputs: AsyncGenerator[Output, None]) -> Judgement:
+    judged = Judgement()
+    async with aclosing(outputs):
+        async for output in outputs:
+            judged = judgement(output.steps[-1].params)
+    return judged
 
 
 def _judged(prompt: EncodedPrompt, judged: Judgement) -> PromptJudged:

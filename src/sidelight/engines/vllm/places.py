@@ -1,10 +1,13 @@
 """How many requests are in the engine, and which it refuses. Knows counts, not requests."""
 
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Generator
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 from sidelight.engines.base import EngineBusyError, Load
+
+Output = TypeVar("Output")
 
 
 @dataclass(eq=False)
@@ -37,7 +40,7 @@ class Places:
 
     @contextmanager
     def taken(self, count: int) -> Generator[list[Place]]:
-        """Places for all of these requests, or for none; those still taken are given back.
+        """Places for all of these requests, or for none; those not ``followed`` are given back.
 
         Raises:
             EngineBusyError: Too many wait. A list longer than may wait is taken where nobody does.
@@ -55,6 +58,14 @@ class Places:
         finally:
             self._taken.difference_update(places)
 
-    def leave(self, place: Place) -> None:
-        """Gives one back before the others."""
-        self._taken.discard(place)
+    async def followed(
+        self, place: Place, outputs: AsyncGenerator[Output, None]
+    ) -> AsyncGenerator[Output, None]:
+        """The outputs of the request whose place it is, given back when these end."""
+        try:
+            async with aclosing(outputs):
+                async for output in outputs:
+                    place.is_running = True
+                    yield output
+        finally:
+            self._taken.discard(place)
