@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from sidelight.prompts import Reads
 from sidelight.server.audit import AuditLog
 from sidelight.server.errors import RequestError
 from sidelight.server.keys import Access, numbered_keys
+from sidelight.server.limits import ServerLimits
 from sidelight.server.policy import Policy, Rule
 from tiny import tiny_backbone, untrained_probe
 
@@ -70,6 +73,94 @@ def test_every_decision_is_written_once_and_no_text(path):
     assert "secret" not in path.read_text()
 
 
+LATE = Policy(output={"late": Rule("block", threshold=1.0)})
+
+
+def left_midway(http, body):
+    """Reads the first text and closes the connection."""
+    with http.stream("POST", CHAT, json={**body, "stream": True, "max_tokens": 200}) as answer:
+        for line in answer.iter_lines():
+            if '"content":"' in line and '"content":""' not in line:
+                return
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("policy", [None, LATE])
+def test_a_text_that_a_client_leaves_is_audited_and_counted(path, policy):
+    audit = AuditLog(path, salt=b"salt")
+    with served(engine(), audit=audit, policy=policy) as address, http_client(address) as http:
+        left_midway(http, BODY)
+        wait_for(lambda: len(lines(path)) == 3)
+        series = http.get("/metrics").text
+    late = lines(path)[2]
+    assert (late["probe"], late["side"], late["outcome"]) == ("late", "output", "unfinished")
+    assert late["action"] == "none"
+    # Without a rule that may cut the text, its probes are judged at its end only.
+    assert (late["scores"] is None) == (policy is None)
+    assert 'sidelight_verdicts_total{outcome="unfinished",probe="late"} 1.0' in series
+    assert 'sidelight_probe_score_count{label="toxic",probe="late"}' not in series
+    (written,) = re.findall(r"^sidelight_completion_tokens_total (.+)$", series, re.MULTILINE)
+    assert 0 < float(written) < 200
+
+
+def test_a_text_that_nobody_got_leaves_no_line(path):
+    """All of it is held back by the warm-up when the engine fails."""
+    backbone = tiny_backbone()
+    passes = []
+
+    def fail(*_):
+        passes.append(1)
+        if len(passes) == 5:
+            raise RuntimeError("out of memory")
+
+    backbone.model.register_forward_pre_hook(fail)
+    late = untrained_probe(backbone, "late", reads=Reads("response"))
+    policy = Policy(output={"late": Rule("block", threshold=1.0, warm_up=100)})
+    audit = AuditLog(path, salt=b"salt")
+    with (
+        served(TransformersEngine(backbone, [late]), audit=audit, policy=policy) as address,
+        http_client(address) as http,
+    ):
+        answer = http.post(CHAT, json={**BODY, "stream": True, "max_tokens": 20})
+        assert "generation_failed" in answer.text
+        series = http.get("/metrics").text
+    assert lines(path) == []
+    # The fourth token was drawn, but gave no text and was not read.
+    assert "sidelight_completion_tokens_total 3.0" in series
+
+
+@pytest.mark.parametrize("limits", [ServerLimits(deadline_s=1.0), ServerLimits()])
+def test_a_text_that_the_deadline_or_the_engine_ends_is_audited_too(path, limits):
+    backbone = tiny_backbone()
+    is_slow = limits.deadline_s == 1
+    passes = []
+
+    def fail(*_):
+        passes.append(1)
+        if len(passes) > 5:
+            if not is_slow:
+                raise RuntimeError("out of memory")
+            time.sleep(0.2)
+
+    backbone.model.register_forward_pre_hook(fail)
+    late = untrained_probe(backbone, "late", reads=Reads("response"))
+    audit = AuditLog(path, salt=b"salt")
+    with (
+        served(TransformersEngine(backbone, [late]), audit=audit, limits=limits) as address,
+        http_client(address) as http,
+    ):
+        answer = http.post(CHAT, json={**BODY, "stream": True, "max_tokens": 200})
+        wait_for(lambda: lines(path))
+    assert ("deadline_exceeded" if is_slow else "generation_failed") in answer.text
+    assert [line["outcome"] for line in lines(path)] == ["unfinished"]
+
+
 def test_the_hash_depends_on_text_and_salt(path):
     one, other = AuditLog(path, salt=b"1"), AuditLog(path, salt=b"2")
     hashes = {log.hash([]) for log in (one, other)}
@@ -105,6 +196,15 @@ def test_under_a_blocking_policy_nothing_passes_unaudited(stream):
     for response in (refused, checked):
         assert (response.status_code, response.json()["error"]["code"]) == (500, "audit_failed")
     assert "sidelight_audit_failures_total 2.0" in series
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
+def test_text_that_is_held_to_its_end_waits_for_its_line():
+    policy = Policy(output={"late": Rule("block", threshold=1.0, hold_back=100)})
+    with served(engine(), audit=full(), policy=policy) as address, http_client(address) as http:
+        answer = http.post(CHAT, json={**BODY, "stream": True})
+    assert "audit_failed" in answer.text
+    assert set(re.findall(r'"content":"([^"]*)"', answer.text)) <= {""}
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")

@@ -97,6 +97,23 @@ def test_a_span_has_the_verdicts_and_tokens_of_its_answer(traced: Traced, stream
         assert found[f"sidelight.probe.topics.score.{label}"] == pytest.approx([score], abs=1e-5)
 
 
+def test_a_span_tells_of_a_text_that_its_client_leaves(traced: Traced):
+    traced.exporter.clear()
+    body = {**BODY, "stream": True, "max_tokens": 200, "temperature": 0}
+    with (
+        http_client(traced.address) as http,
+        http.stream("POST", CHAT, json=body) as answer,
+    ):
+        for line in answer.iter_lines():
+            if '"content":"' in line and '"content":""' not in line:
+                break
+    while not (spans := traced.exporter.get_finished_spans()):
+        time.sleep(0.005)
+    found = told(spans[0])
+    assert 0 < found["gen_ai.usage.output_tokens"] < 200
+    assert found["sidelight.probe.late.outcome"] == ("unfinished",)
+
+
 def test_a_span_goes_on_from_the_callers(traced: Traced):
     header = {"traceparent": f"00-{TRACE}-{CALLER}-01"}
     span, _ = traced.span("POST", CHAT, json=BODY, headers=header)

@@ -89,3 +89,14 @@ class Finished:
 
 
 Event = PromptJudged | TextDelta | ResponseScored | Finished
+
+
+def written_by(event: Event) -> int:
+    """How many tokens the event says have been sampled; 0 where it says nothing of it."""
+    match event:
+        case TextDelta() | ResponseScored():
+            return event.tokens
+        case Finished():
+            return event.completion_tokens
+        case PromptJudged():
+            return 0

@@ -117,11 +117,13 @@ class Context:
     def generate(
         self, messages: Conversation, sampling: Sampling, asked: Asked
     ) -> AsyncGenerator[Event, None]:
-        """The events of an answer under the policy, counted as the client gets them."""
+        """The events of an answer under the policy, counted as the engine gives them."""
         rules = asked.about(messages)
         events = self.engine.generate(messages, sampling, watch=rules.watch, admits=rules.admits)
-        told = self.metrics.observed(rules.guard(self.metrics.read(events)))
-        return self.trace.followed(told, is_prompt_known=asked.recorder.is_output_only)
+        read = self.trace.followed(
+            self.metrics.read(events), is_prompt_known=asked.recorder.is_output_only
+        )
+        return self.metrics.observed(rules.guard(read))
 
     def require_model(self, name: str) -> None:
         """Checks that a request asks for the served model.

@@ -8,7 +8,14 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sidelight.engines.base import Engine, LoadedProbe
-from sidelight.engines.events import Event, Finished, PromptJudged, ResponseScored, TextDelta
+from sidelight.engines.events import (
+    Event,
+    Finished,
+    PromptJudged,
+    ResponseScored,
+    TextDelta,
+    written_by,
+)
 from sidelight.server.access_log import route_of
 from sidelight.server.drift import ScoreWatch, scores
 from sidelight.server.policy.decisions import Decision, agreements
@@ -96,11 +103,13 @@ class Metrics:
         return generate_latest(self._registry)
 
     async def read(self, events: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:
-        """The engine's events; what was read is counted, whatever a policy makes of it."""
+        """The engine's events; what it read and wrote is counted, whatever becomes of it."""
         written_s: float | None = None
+        written = 0
         try:
             async with aclosing(events):
                 async for event in events:
+                    written = max(written, written_by(event))
                     match event:
                         case PromptJudged():
                             self.prompt_tokens.inc(event.tokens)
@@ -113,6 +122,7 @@ class Metrics:
                             pass
                     yield event
         finally:
+            self._completion_tokens.inc(written)
             if written_s is not None:
                 self._judging.labels("output").observe(written_s)
 
@@ -133,7 +143,6 @@ class Metrics:
                         pass
                     case Finished():
                         self._in_all.observe(now - start)
-                        self._completion_tokens.inc(event.completion_tokens)
                 yield event
 
     def note_judging(self, event: PromptJudged) -> None:
@@ -145,7 +154,8 @@ class Metrics:
         for decision in decisions:
             clause = decision.clause
             self._verdicts.labels(clause.name, decision.outcome).inc()
-            if decision.verdict is not None:
+            # Scores of whole texts are compared with each other, and with those of validation.
+            if decision.verdict is not None and not decision.is_unfinished:
                 self._note_scores(clause.probe, decision.verdict)
             if decision.action != "none":
                 self._actions.labels(clause.name, clause.side, decision.action).inc()

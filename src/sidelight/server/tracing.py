@@ -12,7 +12,7 @@ from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sidelight.engines.events import Event, Finished, PromptJudged
+from sidelight.engines.events import Event, PromptJudged, written_by
 from sidelight.server.access_log import route_of
 from sidelight.server.policy.decisions import Decision
 
@@ -64,16 +64,19 @@ class Trace:
         """The same events of one text, with its tokens counted.
 
         Args:
-            events: As the client gets them.
+            events: As the engine gives them.
             is_prompt_known: Whether another text has counted the prompt.
         """
-        async with aclosing(events):
-            async for event in events:
-                if isinstance(event, PromptJudged) and not is_prompt_known:
-                    self.prompt_tokens += event.tokens
-                if isinstance(event, Finished):
-                    self.completion_tokens += event.completion_tokens
-                yield event
+        written = 0
+        try:
+            async with aclosing(events):
+                async for event in events:
+                    written = max(written, written_by(event))
+                    if isinstance(event, PromptJudged) and not is_prompt_known:
+                        self.prompt_tokens += event.tokens
+                    yield event
+        finally:
+            self.completion_tokens += written
 
 
 # Takes a request that is over.

@@ -9,6 +9,7 @@ from sidelight.server.policy.clauses import Clause
 from sidelight.server.policy.rules import FAILED_LABEL
 from sidelight.types import Verdict
 
+Outcome = Literal["flagged", "passed", "failed", "unfinished"]
 Action = Literal["none", "flag", "route", "block", "fail_closed", "fail_open", "shadow"]
 
 FLAGGED_HEADER = "x-sidelight-flagged"
@@ -24,15 +25,20 @@ class Decision:
         verdict: At the rule's thresholds; None where there is none.
         action: What was done. ``fail_closed`` and ``fail_open`` are a blocking rule's answers to a
             verdict that could not be computed; ``shadow`` is a flag that nobody saw.
+        is_unfinished: Whether the text was given up while it was written: the verdict is on its
+            first tokens then, or was still to come.
     """
 
     clause: Clause
     verdict: Verdict | None
     action: Action
+    is_unfinished: bool = False
 
     @property
-    def outcome(self) -> Literal["flagged", "passed", "failed"]:
+    def outcome(self) -> Outcome:
         """What the probe said."""
+        if self.is_unfinished:
+            return "unfinished"
         if self.verdict is None:
             return "failed"
         return "flagged" if self.verdict.flagged else "passed"
@@ -60,6 +66,17 @@ def decide(clause: Clause, verdict: Verdict | None) -> Decision:
     return Decision(clause, decided, _on_verdict(clause, decided))
 
 
+def unfinished(clause: Clause, verdict: Verdict | None) -> Decision:
+    """Of a text that was given up while it was written: nothing follows.
+
+    Args:
+        clause: The probe and its rule.
+        verdict: On the text so far; None: there was none yet.
+    """
+    decided = None if verdict is None else clause.decide(verdict)
+    return Decision(clause, decided, "none", is_unfinished=True)
+
+
 def marks(decisions: Iterable[Decision]) -> dict[str, str]:
     """Headers for a gateway: which probes flagged, and the routes. Shadows are not among them."""
     shown = [decision for decision in decisions if not decision.clause.is_shadow]
@@ -72,8 +89,8 @@ def marks(decisions: Iterable[Decision]) -> dict[str, str]:
 def agreements(
     decisions: Iterable[Decision],
 ) -> list[tuple[Clause, Literal["same", "different", "failed"]]]:
-    """For each shadow, whether it said what the probe that it shadows said."""
-    by_name = {decision.clause.name: decision for decision in decisions}
+    """For each shadow, whether it said what the probe that it shadows said of a whole text."""
+    by_name = {d.clause.name: d for d in decisions if not d.is_unfinished}
     shadows = [d for d in by_name.values() if d.clause.rule.shadow_of in by_name]
     return [(d.clause, _agreement(d, by_name[d.clause.rule.shadow_of or ""])) for d in shadows]
 

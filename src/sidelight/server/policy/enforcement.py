@@ -5,7 +5,7 @@ Taken when the request begins and kept to its end, as its probes are.
 
 import asyncio
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 
 from sidelight.engines.base import verdict_failure
@@ -55,16 +55,9 @@ class Enforcement:
             self.record(decisions)
             self._require_passed(prompt, decisions)
             yield _decided(prompt, decisions)
-            holding = HoldBack(self._side("output"), prompt_tokens=prompt.tokens)
-            async for event in events:
-                for passed in holding.push(event):
-                    if isinstance(passed, End):
-                        # The slot is free before the client has taken the end.
-                        await events.aclose()
-                        self.record(passed.decisions)
-                        yield passed.finished
-                        return
-                    yield passed
+            async with aclosing(self._written(events, prompt)) as written:
+                async for event in written:
+                    yield event
 
     def on_prompt(self, event: PromptJudged) -> list[Decision]:
         """What follows from the verdicts on the prompt."""
@@ -87,6 +80,30 @@ class Enforcement:
             verdicts = by_probe(event.verdicts)
             decisions += [decide(c, verdicts.get(c.name)) for c in self._side("output")]
         return marks(decisions)
+
+    async def _written(
+        self, events: AsyncGenerator[Event, None], prompt: PromptJudged
+    ) -> AsyncGenerator[Event, None]:
+        """What may go out of the text; whatever ends it, a text that went out is recorded once."""
+        holding = HoldBack(self._side("output"), prompt_tokens=prompt.tokens)
+        has_sent = has_ended = False
+        try:
+            async for event in events:
+                passed = holding.push(event)
+                for end in passed:
+                    if isinstance(end, End):
+                        # Before the last of the text goes out, and with the slot free by then.
+                        await events.aclose()
+                        has_ended = True
+                        self.record(end.decisions)
+                for each in passed:
+                    has_sent = True
+                    yield each.finished if isinstance(each, End) else each
+        finally:
+            if has_sent and not has_ended:
+                # No answer is left that could be refused.
+                with suppress(RequestError):
+                    self.record(holding.unfinished())
 
     def _side(self, side: PolicySide) -> list[Clause]:
         return [clause for clause in self.clauses if clause.side == side]

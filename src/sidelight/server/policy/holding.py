@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from sidelight.engines.events import Event, Finished, PromptJudged, ResponseScored, TextDelta
 from sidelight.server.policy.clauses import Clause
-from sidelight.server.policy.decisions import Decision, decide
+from sidelight.server.policy.decisions import Decision, decide, unfinished
 from sidelight.streaming_rule import StreamingRule, Watched
 from sidelight.types import Verdict
 
@@ -42,6 +42,7 @@ class HoldBack:
         self._held: list[TextDelta] = []
         self._scored = 0
         self._written = 0
+        self._running: dict[str, Verdict] = {}
 
     def push(self, event: Event) -> list[Event | End]:
         """What may go out because of the event; nothing may follow an ``End``."""
@@ -59,9 +60,16 @@ class HoldBack:
             case PromptJudged():
                 return [event]
 
+    def unfinished(self) -> list[Decision]:
+        """What is known of the text if it is given up now."""
+        return [
+            unfinished(clause, judged(clause, self._running, self._written))
+            for clause in self._clauses
+        ]
+
     def _after_score(self, event: ResponseScored) -> list[Event | End]:
         self._scored = event.tokens
-        verdicts = by_probe(event.verdicts)
+        self._running = verdicts = by_probe(event.verdicts)
         cuts = [wire.step(verdicts, tokens=event.tokens) for wire in self._tripwires]
         if any(cuts):
             return [self._cut(event, verdicts)]
