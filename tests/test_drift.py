@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 
 from live import http_client, served
-from sidelight.engines import TransformersEngine
+from sidelight.artifact import load_probe, save_probe
+from sidelight.engines import LoadingEngine, TransformersEngine
 from sidelight.metrics.drift import BINS, score_counts, stability_index
-from sidelight.server.drift import ENOUGH
+from sidelight.server.drift import ENOUGH, Drift
+from sidelight.server.keys import Access, numbered_keys
+from sidelight.types import Verdict
 from tiny import tiny_backbone, untrained_probe
 
 
@@ -61,3 +64,47 @@ def test_a_server_tells_drift_once_it_has_seen_enough():
     assert told == pytest.approx(stability_index(stored["validation"]["scores"]["toxic"], observed))
     count = 'sidelight_probe_score_count{label="toxic",probe="toxicity"}'
     assert f"{count} {2 * ENOUGH - 1}.0" in after
+
+
+def test_drift_is_told_of_the_probes_that_run_and_of_no_others(tmp_path):
+    backbone = tiny_backbone()
+    probe = untrained_probe(backbone, "toxicity")
+    known = replace(probe, record={"validation": {"scores": {"toxic": [5] * BINS}}})
+    engine = TransformersEngine(backbone, [known])
+    access = Access(admin_keys=numbered_keys(["admin"], prefix="admin"))
+    unknown = str(save_probe(probe, tmp_path / "unknown"))
+    texts = {"input": [f"text {i}" for i in range(ENOUGH)]}
+    with served(engine, access=access) as address, http_client(address) as http:
+        http.headers["Authorization"] = "Bearer admin"
+
+        def told():
+            lines = http.get("/metrics").text.splitlines()
+            return [line for line in lines if line.startswith("sidelight_probe_drift_psi{")]
+
+        http.post("/v1/moderations", json=texts).raise_for_status()
+        assert len(told()) == 1
+        # Its successor has no scores of validation.
+        reload = http.post("/admin/probes/toxicity/reload", json={"path": unknown})
+        reload.raise_for_status()
+        assert told() == []
+        http.post("/v1/moderations", json=texts).raise_for_status()
+        assert told() == []
+
+
+def test_scores_of_a_probe_that_is_gone_are_not_kept(tmp_path):
+    backbone = tiny_backbone()
+    engine = TransformersEngine(backbone, [untrained_probe(backbone, "toxicity")])
+    drift = Drift(engine)
+    verdict = Verdict("toxicity", "fine", ("fine",), {"fine": 0.9, "toxic": 0.1}, False)
+    versions = set()
+    for i in range(5):
+        probe = untrained_probe(backbone, "toxicity", threshold=i / 5)
+        saved = load_probe(save_probe(probe, tmp_path / str(i)))
+        versions.add(saved.version)
+        drift.add(saved, verdict)
+    assert len(versions) == 5
+    assert len(drift._recent) == 1
+
+
+def test_a_scrape_while_the_model_loads_has_no_drift():
+    assert [family.samples for family in Drift(LoadingEngine(tiny_backbone)).collect()] == [[]]

@@ -1,10 +1,13 @@
 """Recent scores of each probe, compared with those of its validation texts."""
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from sidelight.engines.base import LoadedProbe
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from sidelight.engines.base import Engine, LoadedProbe
 from sidelight.metrics.drift import BINS, score_counts, stability_index
 from sidelight.types import Verdict
 
@@ -13,23 +16,46 @@ WINDOW = 1000
 ENOUGH = 100
 
 
-class ScoreWatch:
-    """Keeps the last scores of each label of each probe."""
+class Drift(Collector):
+    """The drift of each label of the probes that run, computed when it is asked for.
 
-    def __init__(self) -> None:
-        self._recent: dict[tuple[str, str, str], deque[float]] = {}
+    Args:
+        engine: Has the probes; the scores of others are forgotten.
+    """
 
-    def add(self, probe: LoadedProbe, verdict: Verdict) -> dict[str, float]:
-        """The drift of each label of the probe that can be told; a new version begins anew."""
-        reference = reference_counts(probe.record)
-        drifts: dict[str, float] = {}
+    def __init__(self, engine: Engine):
+        self._engine = engine
+        self._recent: dict[tuple[str, str], dict[str, deque[float]]] = {}
+
+    def add(self, probe: LoadedProbe, verdict: Verdict) -> None:
+        """Keeps the verdict's scores; a new version begins anew."""
+        key = _key(probe)
+        if key not in self._recent:
+            running = {key, *map(_key, self._engine.probes)}
+            self._recent = {k: kept for k, kept in self._recent.items() if k in running}
+            self._recent[key] = {}
         for label, score in scores(probe, verdict).items():
-            key = (probe.name, probe.version, label)
-            recent = self._recent.setdefault(key, deque(maxlen=WINDOW))
-            recent.append(score)
-            if label in reference and len(recent) >= ENOUGH:
-                drifts[label] = stability_index(reference[label], score_counts(recent))
-        return drifts
+            self._recent[key].setdefault(label, deque(maxlen=WINDOW)).append(score)
+
+    def collect(self) -> Iterable[GaugeMetricFamily]:
+        """The series; of a probe that has no scores of validation, or too few of its own, none."""
+        family = GaugeMetricFamily(
+            "sidelight_probe_drift_psi",
+            "Population stability index of recent scores against validation's",
+            labels=["probe", "label"],
+        )
+        for probe in self._engine.probes if self._engine.is_ready else ():
+            recent = self._recent.get(_key(probe), {})
+            for label, reference in reference_counts(probe.record).items():
+                if len(own := recent.get(label, ())) >= ENOUGH:
+                    family.add_metric(
+                        [probe.name, label], stability_index(reference, score_counts(own))
+                    )
+        return [family]
+
+
+def _key(probe: LoadedProbe) -> tuple[str, str]:
+    return probe.name, probe.version
 
 
 def scores(probe: LoadedProbe, verdict: Verdict) -> dict[str, float]:

@@ -7,7 +7,7 @@ from contextlib import aclosing
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sidelight.engines.base import Engine, LoadedProbe
+from sidelight.engines.base import Engine
 from sidelight.engines.events import (
     Event,
     Finished,
@@ -17,15 +17,12 @@ from sidelight.engines.events import (
     written_by,
 )
 from sidelight.server.access_log import route_of
-from sidelight.server.drift import ScoreWatch, scores
-from sidelight.server.policy.decisions import Decision, agreements
-from sidelight.types import Verdict
+from sidelight.server.policy.decisions import Decision
+from sidelight.server.verdict_series import VerdictSeries
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 _JUDGING_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, *_SECONDS)
-
-_TENTHS = tuple(i / 10 for i in range(1, 11))
 
 
 class Metrics:
@@ -36,52 +33,14 @@ class Metrics:
     """
 
     def __init__(self, engine: Engine):
-        registry = CollectorRegistry()
-        self._registry = registry
-        labels = ["route", "status"]
-        self.requests = Counter(
-            "sidelight_requests", "Answers by route and status", labels, registry=registry
+        self._registry = registry = CollectorRegistry()
+        self.requests = self._count("requests", "Answers by route and status", "route", "status")
+        self.prompt_tokens = self._count(
+            "prompt_tokens", "Tokens read, also of checks and blocked prompts"
         )
-        self.prompt_tokens = Counter(
-            "sidelight_prompt_tokens",
-            "Tokens read, also of checks and blocked prompts",
-            registry=registry,
-        )
-        self._completion_tokens = Counter(
-            "sidelight_completion_tokens", "Tokens written", registry=registry
-        )
-        self._verdicts = Counter(
-            "sidelight_verdicts", "Verdicts by outcome", ["probe", "outcome"], registry=registry
-        )
-        self._actions = Counter(
-            "sidelight_actions",
-            "What followed from verdicts",
-            ["probe", "side", "action"],
-            registry=registry,
-        )
-        self._agreements = Counter(
-            "sidelight_shadow_agreements",
-            "Whether a shadow said what its probe said",
-            ["probe", "shadow", "agreement"],
-            registry=registry,
-        )
-        self._scores = Histogram(
-            "sidelight_probe_score",
-            "Probabilities; of a binary probe those of its positive label",
-            ["probe", "label"],
-            buckets=_TENTHS,
-            registry=registry,
-        )
-        self._drift = Gauge(
-            "sidelight_probe_drift_psi",
-            "Population stability index of recent scores against validation's",
-            ["probe", "label"],
-            registry=registry,
-        )
-        self._watch = ScoreWatch()
-        self.audit_failures = Counter(
-            "sidelight_audit_failures", "Lines that could not be written", registry=registry
-        )
+        self._completion_tokens = self._count("completion_tokens", "Tokens written")
+        self.audit_failures = self._count("audit_failures", "Lines that could not be written")
+        self._verdicts = VerdictSeries(engine, registry)
         self._to_verdict = self._seconds("time_to_verdict", "Until the prompt was judged")
         self._to_first_text = self._seconds("time_to_first_text", "Until the first text")
         self._between = self._seconds("inter_text_latency", "Between two pieces of text")
@@ -151,22 +110,10 @@ class Metrics:
 
     def count(self, decisions: Sequence[Decision]) -> None:
         """Counts what probes said, what was done, and whether shadows agreed."""
-        for decision in decisions:
-            clause = decision.clause
-            self._verdicts.labels(clause.name, decision.outcome).inc()
-            # Scores of whole texts are compared with each other, and with those of validation.
-            if decision.verdict is not None and not decision.is_unfinished:
-                self._note_scores(clause.probe, decision.verdict)
-            if decision.action != "none":
-                self._actions.labels(clause.name, clause.side, decision.action).inc()
-        for shadow, agreement in agreements(decisions):
-            self._agreements.labels(shadow.rule.shadow_of, shadow.name, agreement).inc()
+        self._verdicts.count(decisions)
 
-    def _note_scores(self, probe: LoadedProbe, verdict: Verdict) -> None:
-        for label, score in scores(probe, verdict).items():
-            self._scores.labels(probe.name, label).observe(score)
-        for label, drift in self._watch.add(probe, verdict).items():
-            self._drift.labels(probe.name, label).set(drift)
+    def _count(self, name: str, meaning: str, *labels: str) -> Counter:
+        return Counter(f"sidelight_{name}", meaning, labels, registry=self._registry)
 
     def _seconds(self, name: str, meaning: str) -> Histogram:
         return Histogram(
