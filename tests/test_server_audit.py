@@ -11,12 +11,15 @@ import pytest
 from live import MODEL, http_client, served
 from sidelight.engines import TransformersEngine
 from sidelight.errors import SidelightError
-from sidelight.prompts import Reads
+from sidelight.prompts import Message, Reads
 from sidelight.server.audit import AuditLog
 from sidelight.server.errors import RequestError
 from sidelight.server.keys import Access, numbered_keys
 from sidelight.server.limits import ServerLimits
-from sidelight.server.policy import Policy, Rule
+from sidelight.server.metrics import Metrics
+from sidelight.server.policy import Policy, Rule, clauses_of
+from sidelight.server.policy.decisions import decide
+from sidelight.server.recording import Recorder
 from tiny import tiny_backbone, untrained_probe
 
 CHAT = "/v1/chat/completions"
@@ -165,6 +168,24 @@ def test_the_hash_depends_on_text_and_salt(path):
     one, other = AuditLog(path, salt=b"1"), AuditLog(path, salt=b"2")
     hashes = {log.hash([]) for log in (one, other)}
     assert len(hashes) == 2
+
+
+class Read(list):
+    """A conversation that counts how often it is read."""
+
+    times = 0
+
+    def __iter__(self):
+        self.times += 1
+        return super().__iter__()
+
+
+def test_a_text_is_hashed_once_for_all_that_is_decided_on_it(path):
+    probes, text = engine().probes, Read([Message("user", "zebra")])
+    metrics = Metrics(TransformersEngine(tiny_backbone(), []))
+    record = Recorder(metrics, AuditLog(path, salt=b"salt"), text=text)
+    record([decide(clause, None) for clause in clauses_of(Policy(), probes)])
+    assert (len(lines(path)), text.times) == (3, 1)
 
 
 def test_a_rotated_log_goes_on_in_a_new_file(path):

@@ -68,8 +68,9 @@ class Recorder:
                 self._write(self.audit, [{**self._who(), **told}])
 
     def _audit(self, audit: AuditLog, decisions: Sequence[Decision]) -> None:
+        text_hmac = audit.hash(self.text)
         try:
-            self._write(audit, [self._line(audit, decision) for decision in decisions])
+            self._write(audit, [self._line(text_hmac, decision) for decision in decisions])
         except RequestError:
             if any(d.clause.is_blocking and d.clause.rule.on_failure == "block" for d in decisions):
                 raise
@@ -89,11 +90,11 @@ class Recorder:
             "key_id": self.note.key_id,
         }
 
-    def _line(self, audit: AuditLog, decision: Decision) -> dict[str, Any]:
+    def _line(self, text_hmac: str, decision: Decision) -> dict[str, Any]:
         probe, verdict = decision.clause.probe, decision.verdict
         return {
             **self._who(),
-            "text_hmac": audit.hash(self.text),
+            "text_hmac": text_hmac,
             "probe": probe.name,
             "version": probe.version,
             "side": decision.clause.side,
