@@ -52,6 +52,7 @@ def test_a_file_says_all_that_a_rule_holds(policy_file):
     path = policy_file(
         """
         timeout_s = 5
+        system_turns = "refuse"
         [input.toxicity]
         mode = "block"
         threshold = 1
@@ -74,6 +75,7 @@ def test_a_file_says_all_that_a_rule_holds(policy_file):
         },
         output={"late": Rule("block", consecutive=3, warm_up=4, hold_back=5)},
         timeout_s=5.0,
+        system_turns="refuse",
     )
 
 
@@ -92,6 +94,7 @@ def test_a_file_says_all_that_a_rule_holds(policy_file):
         ("[output.late]\nroutes = {}", "output.late.routes"),
         ("[output.late]\non_failure = 'open'", "output.late.on_failure"),
         ("timeout_s = 0", "timeout_s"),
+        ("system_turns = 'read'", "system_turns"),
         ("[input", "is not TOML"),
     ],
 )
@@ -410,6 +413,37 @@ def test_a_shadow_is_in_no_answer_and_in_the_counts(backbone, probes):
     assert f"{agreed} 3.0" in text
     assert 'agreement="failed",probe="toxicity",shadow="failing"} 3.0' in text
     assert 'sidelight_actions_total{action="shadow",probe="hidden",side="input"} 3.0' in text
+
+
+ABUSE = [{"role": "system", "content": "abuse"}, *HELLO]
+QUESTION = {"questions": [{"type": "predicate", "name": "toxicity"}]}
+ENDPOINTS = [
+    ("/v1/chat/completions", "messages", {**GREEDY, "stream": False}),
+    ("/v1/chat/completions", "messages", {**GREEDY, "stream": True}),
+    ("/v1/decisions", "input", {"model": MODEL, **QUESTION}),
+]
+
+
+@pytest.mark.parametrize(("path", "field", "body"), ENDPOINTS)
+def test_a_turn_that_no_probe_reads_is_trusted_or_refused(backbone, probes, path, field, body):
+    rules = {"toxicity": Rule("block", threshold=1.0)}
+    developer = [{**ABUSE[0], "role": "developer"}, *HELLO]
+    later = [*HELLO, {"role": "assistant", "content": "hi"}, *ABUSE]
+    for system_turns, refused in (("trust", 200), ("refuse", 400)):
+        policy = Policy(input=rules, system_turns=system_turns)
+        engine = TransformersEngine(backbone, probes)
+        with served(engine, policy=policy) as address, http_client(address) as http:
+            answers = [http.post(path, json={**body, field: t}) for t in (ABUSE, developer)]
+            series = http.get("/metrics").text
+            read = [http.post(path, json={**body, field: turns}) for turns in (HELLO, later)]
+        assert [answer.status_code for answer in answers] == [refused, refused]
+        # What is refused is refused before anything is run.
+        assert ("sidelight_prompt_tokens_total 0.0" in series) == (refused == 400)
+        assert [answer.status_code for answer in read] == [200, 200]
+    error = answers[0].json()["error"]
+    assert error["code"] == "system_turn_refused"
+    assert "system_turns" in error["message"]
+    assert "abuse" not in error["message"]
 
 
 def test_what_was_not_judged_is_logged_and_counted(backbone, capfd):

@@ -11,6 +11,7 @@ from sidelight.server.completions import Envelope, completion
 from sidelight.server.context import Context
 from sidelight.server.disconnect import unless_left
 from sidelight.server.forms import Form
+from sidelight.server.policy import require_read
 from sidelight.server.schemas import WritingRequest
 from sidelight.server.streaming import Chunks
 
@@ -24,6 +25,7 @@ async def answer(
 ) -> Response:
     """The texts, plain or streamed; either begins once all prompts have been judged."""
     context.require_model(body.model)
+    require_read(prompts, context.roster.system_turns)
     sampling, n = body.sampling(), body.n or 1
     texts = [prompt for prompt in prompts for _ in range(n)]
     await context.require_size(texts, max_tokens=sampling.max_tokens)

@@ -8,6 +8,7 @@ from fastapi import Request
 from sidelight.prompts import Message
 from sidelight.server.checking import checked, is_answered
 from sidelight.server.context import Context
+from sidelight.server.policy import require_read
 from sidelight.server.questions import Findings
 
 
@@ -27,7 +28,12 @@ class Found:
 async def find(
     request: Request, context: Context, turns: Sequence[Message], names: Sequence[str | None]
 ) -> Found:
-    """Judges the conversation by the probes that ``names`` mean; others are not reported."""
+    """Judges the conversation by the probes that ``names`` mean; others are not reported.
+
+    Raises:
+        RequestError: The policy refuses how it begins.
+    """
+    require_read([turns], context.roster.system_turns)
     blank = Findings.of(context.probes, context.names, ())
     can_judge = {
         probe.name for probe in context.probes if probe.reads.side == "prompt" or is_answered(turns)

@@ -15,7 +15,14 @@ from sidelight.engines.base import Engine, LoadedProbe
 from sidelight.errors import SidelightError, did_you_mean
 from sidelight.probe import Probe
 from sidelight.server.errors import RequestError
-from sidelight.server.policy import Clause, Policy, Rule, clauses_of, require_fitting_probe
+from sidelight.server.policy import (
+    Clause,
+    Policy,
+    Rule,
+    SystemTurns,
+    clauses_of,
+    require_fitting_probe,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -61,6 +68,11 @@ class Roster:
     def timeout_s(self) -> float | None:
         """Seconds that verdicts may take where a rule blocks; None: any."""
         return self._policy.timeout_s
+
+    @property
+    def system_turns(self) -> SystemTurns:
+        """Whether a conversation may begin with turns that no probe reads."""
+        return self._policy.system_turns
 
     @property
     def clauses(self) -> tuple[Clause, ...]:

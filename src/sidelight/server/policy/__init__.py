@@ -9,7 +9,8 @@ from sidelight.server.policy.clauses import (
 from sidelight.server.policy.decisions import Action, Decision
 from sidelight.server.policy.enforcement import Enforcement
 from sidelight.server.policy.files import read_policy
-from sidelight.server.policy.rules import Policy, Rule
+from sidelight.server.policy.rules import Policy, Rule, SystemTurns
+from sidelight.server.policy.system_turns import require_read
 from sidelight.server.policy.wishes import Wish, Wishes, tightened
 
 __all__ = [
@@ -19,11 +20,13 @@ __all__ = [
     "Enforcement",
     "Policy",
     "Rule",
+    "SystemTurns",
     "Wish",
     "Wishes",
     "clauses_of",
     "read_policy",
     "require_fitting",
     "require_fitting_probe",
+    "require_read",
     "tightened",
 ]

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sidelight.errors import SidelightError
-from sidelight.server.policy.rules import Mode, OnFailure, Policy, Rule
+from sidelight.server.policy.rules import Mode, OnFailure, Policy, Rule, SystemTurns
 
 _Probability = Annotated[float, Field(ge=0, le=1)]
 
@@ -43,6 +43,7 @@ class _OutputRule(_Rule):
 
 class _File(_Table):
     timeout_s: Annotated[float, Field(gt=0)] | None = None
+    system_turns: SystemTurns = "trust"
     input: dict[str, _InputRule] = {}
     output: dict[str, _OutputRule] = {}
 
@@ -65,6 +66,7 @@ def read_policy(path: Path) -> Policy:
         input={name: table.rule() for name, table in file.input.items()},
         output={name: table.rule() for name, table in file.output.items()},
         timeout_s=file.timeout_s,
+        system_turns=file.system_turns,
     )
 
 

@@ -9,6 +9,7 @@ from sidelight.errors import SidelightError
 Side = Literal["input", "output"]
 Mode = Literal["score", "flag", "route", "block", "shadow"]
 OnFailure = Literal["block", "pass"]
+SystemTurns = Literal["trust", "refuse"]
 
 # What a rule's routes call a verdict that could not be computed.
 FAILED_LABEL = "verdict_failed"
@@ -58,11 +59,14 @@ class Policy:
         input: By name of a probe that reads the prompt.
         output: By name of a probe that reads the response.
         timeout_s: Seconds that a prompt's verdicts may take where a rule blocks; None: any.
+        system_turns: Whether a conversation may begin with turns that no probe reads, the system's
+            or a developer's.
     """
 
     input: Mapping[str, Rule] = field(default_factory=dict)
     output: Mapping[str, Rule] = field(default_factory=dict)
     timeout_s: float | None = None
+    system_turns: SystemTurns = "trust"
 
     def require_side(self, name: str, side: Side) -> None:
         """Checks that no rule waits for a probe of this name on the other side.
