@@ -1,6 +1,9 @@
 """Spans as OpenTelemetry's own exporter gets them."""
 
+import asyncio
+import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -14,18 +17,22 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind
+from starlette.types import Message
 
 from live import MODEL, http_client, served
 from sidelight.cli.serving import traces_of
 from sidelight.engines import TransformersEngine
 from sidelight.errors import SidelightError
 from sidelight.prompts import Reads
+from sidelight.server import create_app
 from sidelight.server.otel import OtelSink
 from sidelight.server.policy import Policy, Rule
+from sidelight.server.tracing import Trace
 from tiny import TOPICS, tiny_backbone, untrained_probe
 
 CHAT = "/v1/chat/completions"
 BODY = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
+LATE = Reads("response")
 TRACE, CALLER = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 POLICY = Policy(
     input={"toxicity": Rule("flag", threshold=0.0), "strict": Rule("block", threshold=1.0)}
@@ -112,6 +119,40 @@ def test_a_span_tells_of_a_text_that_its_client_leaves(traced: Traced):
     found = told(spans[0])
     assert 0 < found["gen_ai.usage.output_tokens"] < 200
     assert found["sidelight.probe.late.outcome"] == ("unfinished",)
+
+
+def test_a_text_that_nobody_takes_is_told_before_its_request_is_over():
+    """The client leaves while a piece waits to be sent: nobody is at work on the next one then."""
+    backbone = tiny_backbone()
+    engine = TransformersEngine(backbone, [untrained_probe(backbone, "late", reads=LATE)])
+    traces: list[Trace] = []
+    app = create_app(engine, traces=traces.append)
+    body = json.dumps({**BODY, "stream": True, "max_tokens": 200}).encode()
+
+    async def main() -> None:
+        has_left = asyncio.Event()
+        incoming = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive() -> Message:
+            if incoming:
+                return incoming.pop()
+            await has_left.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Message) -> None:
+            if re.search(rb'"content":"[^"]', message.get("body", b"")):
+                has_left.set()
+                await asyncio.Event().wait()
+
+        async with app.router.lifespan_context(app):
+            headers = [(b"content-type", b"application/json")]
+            scope = {"type": "http", "method": "POST", "path": CHAT, "query_string": b""}
+            await app({**scope, "headers": headers}, receive, send)
+
+    asyncio.run(main())
+    (trace,) = traces
+    assert trace.completion_tokens > 0
+    assert [decision.outcome for decision in trace.decisions] == ["unfinished"]
 
 
 def test_a_span_goes_on_from_the_callers(traced: Traced):

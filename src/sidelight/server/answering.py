@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from fastapi import Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 
 from sidelight.prompts import Conversation
 from sidelight.server.choices import begin
@@ -13,7 +13,7 @@ from sidelight.server.disconnect import unless_left
 from sidelight.server.forms import Form
 from sidelight.server.policy import require_read
 from sidelight.server.schemas import WritingRequest
-from sidelight.server.streaming import Chunks
+from sidelight.server.streaming import Chunks, EventStream
 
 
 async def answer(
@@ -35,11 +35,7 @@ async def answer(
     choices = await begin(request, context, asked, prompts, sampling, n=n)
     if body.stream:
         chunks = Chunks(envelope, asked.reporter, choices, body.includes_usage)
-        return StreamingResponse(
-            chunks.stream(),
-            media_type="text/event-stream",
-            headers={**asked.headers(choices.judged), "Cache-Control": "no-cache"},
-        )
+        return EventStream(chunks.stream(), asked.headers(choices.judged))
     written = await unless_left(request, choices.collect())
     return JSONResponse(
         completion(envelope, asked.reporter, choices.judged, written),

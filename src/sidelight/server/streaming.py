@@ -6,6 +6,9 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
 from sidelight.engines.events import Finished, PromptJudged, ResponseScored, TextDelta
 from sidelight.errors import SidelightError
 from sidelight.server.choices import Choices, Indexed
@@ -14,6 +17,28 @@ from sidelight.server.errors import failure_body
 from sidelight.server.report import Reporter, Side, extension, joined
 
 _DONE = "data: [DONE]\n\n"
+
+
+class EventStream(StreamingResponse):
+    """Sends events, and closes them when the answer is over: they are recorded to their end then.
+
+    Args:
+        events: What is sent.
+        headers: Of the answer.
+    """
+
+    def __init__(self, events: AsyncGenerator[str, None], headers: Mapping[str, str]):
+        super().__init__(
+            events,
+            media_type="text/event-stream",
+            headers={**headers, "Cache-Control": "no-cache"},
+        )
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As Starlette's, which leaves them to the garbage collector where a send is given up."""
+        async with aclosing(self._events):
+            await super().__call__(scope, receive, send)
 
 
 @dataclass(frozen=True)
