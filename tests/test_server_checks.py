@@ -1,5 +1,7 @@
 """The endpoints that judge and write nothing, in the words of OpenAI, vLLM and LiteLLM."""
 
+import json
+
 import pytest
 
 from live import MODEL, http_client, openai_client, served
@@ -154,12 +156,28 @@ def test_systemone_answers_by_question_id(http, expected):
     assert answer["usage"] == {"input_tokens": tokens_of(http), "output_tokens": 0}
 
 
-def test_systemone_judges_json_as_it_is_written(http):
+def test_systemone_judges_json_as_one_line(http):
     questions = {"toxicity": {"type": "noul"}}
-    as_json = http.post("/v1/systemone", json={"state": {"a": 1}, "questions": questions}).json()
-    text = '{\n  "a": 1\n}'
+    state = {"a": [1, "\u00e9"]}
+    as_json = http.post("/v1/systemone", json={"state": state, "questions": questions}).json()
+    text = '{"a": [1, "\u00e9"]}'
     as_text = http.post("/v1/systemone", json={"state": text, "questions": questions}).json()
     assert as_json["answers"] == as_text["answers"]
+
+
+def test_deep_json_is_judged_at_the_length_that_it_was_sent(http):
+    depth, questions = 100, {"toxicity": {"type": "noul"}}
+    state = json.loads("[" * depth + "]" * depth)
+    answer = http.post("/v1/systemone", json={"state": state, "questions": questions}).json()
+    assert answer["usage"]["input_tokens"] == tokens_of(http, "[" * depth + "]" * depth)
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1e999"])
+def test_systemone_refuses_a_number_that_no_float_holds(http, number):
+    body = f'{{"state": [{number}], "questions": {{"toxicity": {{"type": "noul"}}}}}}'
+    headers = {"Content-Type": "application/json"}
+    error = http.post("/v1/systemone", content=body, headers=headers).json()["error"]
+    assert error["param"] == "state"
 
 
 def test_systemone_refuses_what_it_cannot_see(http):

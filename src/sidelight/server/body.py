@@ -17,8 +17,9 @@ _Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 class JsonRoute(APIRoute):
     """A route whose body is strict JSON, within the server's limits of size and time.
 
-    Refused with 400: NaN, infinities, half surrogate pairs, invalid UTF-8, endless nesting. The
-    standard library's parser lets the first three pass.
+    Refused with 400: ``NaN``, ``Infinity``, half surrogate pairs, invalid UTF-8, endless nesting.
+    The standard library's parser lets the first three pass. ``1e999`` arrives as an infinity, which
+    the field that reads it has to refuse: ``StrictBody`` does for fields of numbers.
     """
 
     def get_route_handler(self) -> _Handler:

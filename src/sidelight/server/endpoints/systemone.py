@@ -12,6 +12,7 @@ from sidelight.server.asking import find
 from sidelight.server.body import JsonRoute
 from sidelight.server.checking import as_user
 from sidelight.server.context import InContext
+from sidelight.server.errors import RequestError
 from sidelight.server.questions import Findings
 from sidelight.server.schemas import StrictBody
 
@@ -33,7 +34,7 @@ class SystemOneRequest(StrictBody):
     """A state, as text or any JSON, and questions by id; the id names the probe."""
 
     model: str | None = None
-    state: Any = Field(description="Text, or JSON that is judged as it is written.")
+    state: Any = Field(description="Text, or JSON, which is judged as one line of text.")
     questions: dict[str, SystemOneQuestion] = Field(min_length=1, max_length=_MAX_QUESTIONS)
     instructions: str | None = None
     images: list[str] | None = Field(None, max_length=0, description="Not read.")
@@ -112,7 +113,15 @@ async def create(body: SystemOneRequest, request: Request, context: InContext) -
 
 
 def _as_text(state: Any) -> str:
-    return state if isinstance(state, str) else json.dumps(state, ensure_ascii=False, indent=2)
+    if isinstance(state, str):
+        return state
+    try:
+        # One line: indented, a body of deep lists would be two hundred times as long.
+        return json.dumps(state, ensure_ascii=False, allow_nan=False)
+    except ValueError as error:
+        raise RequestError(
+            "A number in 'state' is too large for a float. Write it as a text.", param="state"
+        ) from error
 
 
 def _answer(
