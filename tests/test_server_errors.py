@@ -6,12 +6,19 @@ from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
+from pydantic import ValidationError
 
 from live import MODEL, http_client, openai_client, served
 from sidelight.engines import Limits, LoadingEngine, TransformersEngine
+from sidelight.server.endpoints.classify import ClassifyRequest
+from sidelight.server.endpoints.decisions import DecisionRequest
+from sidelight.server.endpoints.guardrail import GuardrailRequest
+from sidelight.server.endpoints.systemone import SystemOneRequest
+from sidelight.server.endpoints.tokenize import TokenizeRequest
 from sidelight.server.keys import Access, numbered_keys
 from sidelight.server.limits import ServerLimits
 from sidelight.server.logs import without_message
+from sidelight.server.schemas import ChatRequest, CompletionRequest, ModerationRequest
 from tiny import three_probes, tiny_backbone
 
 CHAT = "/v1/chat/completions"
@@ -19,6 +26,10 @@ HELLO = [{"role": "user", "content": "hello"}]
 VALID = {"model": MODEL, "messages": HELLO, "max_tokens": 2}
 KEY = "sk-\u00e9-secret"
 LIMIT = 10_000
+WRONG = [0] * 500
+WRONG_BY_NAME = {str(number): 0 for number in range(500)}
+QUESTIONS = [{"type": "predicate", "name": "toxicity"}]
+LONG = "x" * 5000
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +88,56 @@ def test_a_wrong_value_is_a_400_that_names_the_field(http, field, value):
     error = error_of(http.post(CHAT, json={**VALID, field: value}), 400)
     assert error["type"] == "invalid_request_error"
     assert field in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("model", "body"),
+    [
+        (ChatRequest, {"messages": WRONG}),
+        (ChatRequest, {"messages": [{"role": "user", "content": WRONG}]}),
+        (ChatRequest, {"messages": HELLO, "stop": WRONG}),
+        (ChatRequest, {"messages": HELLO, "probes": WRONG}),
+        (ChatRequest, {"messages": HELLO, "policies": WRONG_BY_NAME}),
+        (ChatRequest, {"messages": HELLO, "policies": {"toxicity": WRONG_BY_NAME}}),
+        (CompletionRequest, {"prompt": WRONG}),
+        (ModerationRequest, {"input": WRONG}),
+        (ClassifyRequest, {"input": WRONG}),
+        (TokenizeRequest, {"messages": WRONG}),
+        (GuardrailRequest, {"input_type": "request", "texts": WRONG}),
+        (GuardrailRequest, {"input_type": "request", "images": WRONG}),
+        (DecisionRequest, {"input": WRONG, "questions": QUESTIONS}),
+        (DecisionRequest, {"input": [{"role": "user", "content": WRONG}], "questions": QUESTIONS}),
+        (DecisionRequest, {"input": "x", "questions": WRONG}),
+        (DecisionRequest, {"input": "x", "questions": [{"type": "choice", "choices": WRONG}]}),
+        (DecisionRequest, {"input": "x", "questions": [{"type": "score", "levels": WRONG}]}),
+        (SystemOneRequest, {"state": "x", "questions": WRONG_BY_NAME}),
+        (SystemOneRequest, {"state": "x", "questions": {"x": {"type": "noul"}}, "images": WRONG}),
+    ],
+)
+def test_of_many_wrong_items_only_the_first_is_looked_at(model, body):
+    with pytest.raises(ValidationError) as raised:
+        model.model_validate({"model": MODEL, **body})
+    assert raised.value.error_count() == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        (CHAT, {"model": LONG}),
+        (CHAT, {"probes": [LONG]}),
+        (CHAT, {"policies": {LONG: {}}}),
+        (CHAT, {"policies": {"toxicity": {LONG: 1}}}),
+        ("/v1/moderations", {"input": "x", "model": LONG}),
+        ("/classify", {"input": "x", "model": LONG}),
+        ("/tokenize", {"prompt": "x", "messages": None, "model": LONG}),
+        ("/v1/decisions", {"input": "x", "questions": [{"type": LONG}]}),
+        ("/v1/systemone", {"state": "x", "questions": {LONG: {}}}),
+    ],
+)
+def test_a_long_name_is_not_told_back(http, path, fields):
+    response = http.post(path, json={**VALID, **fields})
+    error_of(response, 400)
+    assert len(response.content) < len(LONG)
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,25 @@ def test_more_tokens_than_allowed_are_refused(bounded, path, body):
     assert (refused.status_code, refused.json()["error"]["code"]) == (400, "request_too_large")
 
 
+def test_a_prompt_of_several_texts_is_counted_once_and_weighs_for_each(monkeypatch):
+    one, _ = engine()
+    tokenize, counted = one.tokenize, []
+
+    async def noted(text):
+        counted.append(text)
+        return await tokenize(text)
+
+    monkeypatch.setattr(one, "tokenize", noted)
+    with (
+        served(one, limits=ServerLimits(request_tokens=60)) as address,
+        http_client(address) as http,
+    ):
+        assert http.post(CHAT, json={**VALID, "n": 2}).status_code == 200
+        refused = http.post(CHAT, json={**VALID, "n": 16})
+    assert refused.json()["error"]["code"] == "request_too_large"
+    assert len(counted) == 2
+
+
 @pytest.mark.parametrize("head", [b"", b"POST /v1/chat", b"GET /health HTTP/1.1\r\nX: "])
 def test_a_client_that_sends_no_whole_head_is_cut_off(impatient, head):
     with connection(impatient) as opened:

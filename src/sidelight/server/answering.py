@@ -27,8 +27,7 @@ async def answer(
     context.require_model(body.model)
     require_read(prompts, context.roster.system_turns)
     sampling, n = body.sampling(), body.n or 1
-    texts = [prompt for prompt in prompts for _ in range(n)]
-    await context.require_size(texts, max_tokens=sampling.max_tokens)
+    await context.require_size(prompts, n=n, max_tokens=sampling.max_tokens)
     await unless_left(request, context.engine.settled())
     asked = context.asked(body.probes, body.wishes())
     envelope = Envelope.new(body.model, form)

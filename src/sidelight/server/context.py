@@ -141,31 +141,34 @@ class Context:
             )
 
     async def require_size(
-        self, texts: Sequence[Conversation], *, max_tokens: int | None = None
+        self, texts: Sequence[Conversation], *, n: int = 1, max_tokens: int | None = None
     ) -> None:
         """Checks that a request is within the limits of items and tokens.
 
         Args:
             texts: What is to be read.
+            n: How often each.
             max_tokens: How much is to be written after each; None: as much as fits.
 
         Raises:
             RequestError: Too many texts, or too many tokens together.
             ContextLengthError: A text is longer than the context.
         """
-        if len(texts) > self.limits.batch_items:
+        count = n * len(texts)
+        if count > self.limits.batch_items:
             raise RequestError(
-                f"{len(texts)} texts in one request, and {self.limits.batch_items} may be. Send "
-                "them in several requests.",
+                f"{count} texts in one request, and {self.limits.batch_items} may be. Send them "
+                "in several requests.",
                 code="too_many_inputs",
             )
         limit = self.limits.request_tokens
         if limit is None:
             return
         read = [len((await self.engine.tokenize(text)).ids) for text in texts]
-        tokens = sum(read) + sum(
-            self.engine.max_tokens - n if max_tokens is None else max_tokens for n in read
-        )
+        written = [
+            self.engine.max_tokens - size if max_tokens is None else max_tokens for size in read
+        ]
+        tokens = n * (sum(read) + sum(written))
         if tokens > limit:
             raise RequestError(
                 f"The request may take {tokens} tokens, read and written, and {limit} are allowed. "

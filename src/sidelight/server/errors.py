@@ -21,6 +21,7 @@ from sidelight.errors import ContextLengthError, SidelightError
 _RELOAD_S = 5
 # As nginx logs a client that left; nobody receives it.
 _CLIENT_LEFT = 499
+_MAX_TOLD = 500
 
 
 @dataclass(frozen=True)
@@ -121,15 +122,20 @@ async def _failed(_request: Request, error: SidelightError) -> Response:
 
 async def _invalid(_request: Request, error: RequestValidationError) -> Response:
     first = error.errors()[0]
-    param = ".".join(str(step) for step in first["loc"][1:])
+    param = _shortened(".".join(str(step) for step in first["loc"][1:]))
     # A body that is not an object has no field to blame: most often the content type is missing.
     message = (
-        f"{param}: {first['msg']}"
+        f"{param}: {_shortened(first['msg'])}"
         if param
         else "The body must be a JSON object, sent with Content-Type: application/json."
     )
     body = error_body(message, type="invalid_request_error", param=param or None)
     return JSONResponse(body, status_code=400)
+
+
+def _shortened(text: str) -> str:
+    """The text without what the client has written at length: keys, and values of a wrong kind."""
+    return text if len(text) <= _MAX_TOLD else f"{text[:_MAX_TOLD]}..."
 
 
 async def _not_served(request: Request, error: HTTPException) -> Response:

@@ -1,13 +1,24 @@
 """The requests, as OpenAI words them. Unknown fields are ignored; wrong values are errors."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    field_validator,
+    model_validator,
+)
 
 from sidelight.engines.base import Sampling
 from sidelight.prompts import Message, PlainText
 from sidelight.server.policy.wishes import Wish, WishedMode, Wishes
 
+# The path of a folder may be a model's name.
+_MAX_NAME = 4096
+_MAX_NAMED = 400
 _MAX_STOPS = 16
 _MAX_TEXTS = 16
 # OpenAI's default of this older endpoint, and its limits.
@@ -26,9 +37,31 @@ def _as_parts(value: Any) -> Any:
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
+def _require_few(value: Any) -> Any:
+    if isinstance(value, dict) and len(value) > _MAX_NAMED:
+        raise ValueError(f"{len(value)} names, and {_MAX_NAMED} may be")
+    return value
+
+
+class _FirstError(FailFast):
+    """Ends a list at its first wrong item: nothing else is told, and each error takes its time."""
+
+    def __hash__(self) -> int:
+        # Python 3.11 hashes the members of a union; pydantic's class has no hash.
+        return hash(type(self))
+
+
+T = TypeVar("T")
+FIRST_ERROR = _FirstError()
+Name = Annotated[str, Field(max_length=_MAX_NAME)]
+Listed = Annotated[list[T], FIRST_ERROR]
+# Nothing ends an object at its first wrong value, so its size is checked before.
+Named = Annotated[dict[Name, T], Field(max_length=_MAX_NAMED), BeforeValidator(_require_few)]
 # One text or several. Not a union: that would blame one member for an error in the other.
-Texts = Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=str | list[str])]
-ProbeNames = Annotated[list[str] | None, Field(description="Only these probes; null: all.")]
+Texts = Annotated[
+    list[str], FIRST_ERROR, BeforeValidator(_as_list, json_schema_input_type=str | list[str])
+]
+ProbeNames = Annotated[Listed[Name] | None, Field(description="Only these probes; null: all.")]
 
 
 class StrictBody(BaseModel):
@@ -57,6 +90,7 @@ class ChatMessage(StrictBody):
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
         list[ContentPart],
+        FIRST_ERROR,
         BeforeValidator(_as_parts, json_schema_input_type=str | list[ContentPart]),
     ]
 
@@ -98,11 +132,21 @@ class ProbePolicy(StrictBody):
     mode: WishedMode | None = None
     threshold: float | None = Field(None, ge=0, le=1)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _holds_no_other(cls, value: Any) -> Any:
+        # Pydantic would tell each of them.
+        names = value if isinstance(value, dict) else {}
+        for name in names:
+            if name not in cls.model_fields:
+                raise ValueError(f"Extra inputs are not permitted: '{name}'")
+        return value
+
 
 class WritingRequest(StrictBody):
     """What requests for text have in common."""
 
-    model: str
+    model: Name
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     max_tokens: int | None = Field(None, ge=1)
@@ -113,7 +157,7 @@ class WritingRequest(StrictBody):
     stream_options: StreamOptions | None = None
     moderation: ChatModeration | None = None
     probes: ProbeNames = None
-    policies: dict[str, ProbePolicy] | None = None
+    policies: Named[ProbePolicy] | None = None
 
     @property
     def limit(self) -> int | None:
@@ -154,7 +198,7 @@ class WritingRequest(StrictBody):
 class ChatRequest(WritingRequest):
     """The body of ``POST /v1/chat/completions``."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: Listed[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=_MAX_TOP_LOGPROBS)
@@ -209,5 +253,5 @@ class ModerationRequest(StrictBody):
     """The body of ``POST /v1/moderations``; each text is judged by itself."""
 
     input: Texts = Field(min_length=1)
-    model: str | None = None
+    model: Name | None = None
     probes: ProbeNames = None

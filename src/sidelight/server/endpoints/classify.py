@@ -12,7 +12,7 @@ from sidelight.server.body import JsonRoute
 from sidelight.server.checking import as_user, checked
 from sidelight.server.context import Context, InContext
 from sidelight.server.errors import RequestError
-from sidelight.server.schemas import ProbeNames, StrictBody, Texts
+from sidelight.server.schemas import Name, ProbeNames, StrictBody, Texts
 
 router = APIRouter(route_class=JsonRoute)
 
@@ -20,7 +20,7 @@ router = APIRouter(route_class=JsonRoute)
 class ClassifyRequest(StrictBody):
     """Texts for one probe: the one in ``model`` or ``probes``, or the only one loaded."""
 
-    model: str | None = Field(None, description="A probe's name, or the served model's.")
+    model: Name | None = Field(None, description="A probe's name, or the served model's.")
     input: Texts = Field(min_length=1)
     probes: ProbeNames = None
 

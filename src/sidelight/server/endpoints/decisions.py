@@ -10,7 +10,7 @@ from sidelight.server.asking import find
 from sidelight.server.body import JsonRoute
 from sidelight.server.context import InContext
 from sidelight.server.questions import Findings
-from sidelight.server.schemas import StrictBody
+from sidelight.server.schemas import FIRST_ERROR, Listed, Name, StrictBody
 
 _MAX_QUESTIONS = 400
 _MAX_CHOICES = 255
@@ -32,6 +32,7 @@ class InputMessage(StrictBody):
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
         list[InputPart],
+        FIRST_ERROR,
         BeforeValidator(
             lambda v: [{"type": "input_text", "text": v}] if isinstance(v, str) else v,
             json_schema_input_type=str | list[InputPart],
@@ -64,7 +65,7 @@ class ChoiceQuestion(StrictBody):
     type: Literal["choice"]
     name: str | None = None
     instructions: Any = None
-    choices: list[ChoiceOption] = Field(min_length=2, max_length=_MAX_CHOICES)
+    choices: Listed[ChoiceOption] = Field(min_length=2, max_length=_MAX_CHOICES)
 
 
 class ScoreQuestion(StrictBody):
@@ -73,7 +74,7 @@ class ScoreQuestion(StrictBody):
     type: Literal["score"]
     name: str | None = None
     instructions: Any = None
-    levels: list[dict[str, Any]]
+    levels: Listed[dict[str, Any]]
 
 
 Question = Annotated[
@@ -84,16 +85,17 @@ Question = Annotated[
 class DecisionRequest(StrictBody):
     """A text or conversation, and what to say of it. Instructions are not read by probes."""
 
-    model: str
+    model: Name
     input: Annotated[
         list[InputMessage],
+        FIRST_ERROR,
         Field(min_length=1),
         BeforeValidator(
             lambda v: [{"role": "user", "content": v}] if isinstance(v, str) else v,
             json_schema_input_type=str | list[InputMessage],
         ),
     ]
-    questions: list[Question] = Field(min_length=1, max_length=_MAX_QUESTIONS)
+    questions: Listed[Question] = Field(min_length=1, max_length=_MAX_QUESTIONS)
 
 
 class PredicateAnswer(BaseModel):

@@ -12,7 +12,7 @@ from sidelight.server.checking import as_user, checked
 from sidelight.server.context import InContext
 from sidelight.server.errors import RequestError
 from sidelight.server.report import Extension, Reporter, verdict_json
-from sidelight.server.schemas import ProbeNames, StrictBody
+from sidelight.server.schemas import Listed, ProbeNames, StrictBody
 
 router = APIRouter(route_class=JsonRoute)
 
@@ -27,7 +27,7 @@ class GuardrailRequest(StrictBody):
     """Texts of a request or of its response. Images cannot be judged, so they are refused."""
 
     input_type: Literal["request", "response"]
-    texts: list[str] | None = None
+    texts: Listed[str] | None = None
     images: list[Any] | None = Field(None, max_length=0, description="Not read.")
     additional_provider_specific_params: GuardrailParameters | None = None
 

@@ -14,9 +14,8 @@ from sidelight.server.checking import as_user
 from sidelight.server.context import InContext
 from sidelight.server.errors import RequestError
 from sidelight.server.questions import Findings
-from sidelight.server.schemas import StrictBody
+from sidelight.server.schemas import Listed, Name, Named, StrictBody
 
-_MAX_QUESTIONS = 400
 _Type = Literal["choice", "noul", "score"]
 
 router = APIRouter(route_class=JsonRoute)
@@ -33,13 +32,13 @@ class SystemOneQuestion(StrictBody):
 class SystemOneRequest(StrictBody):
     """A state, as text or any JSON, and questions by id; the id names the probe."""
 
-    model: str | None = None
+    model: Name | None = None
     state: Any = Field(description="Text, or JSON, which is judged as one line of text.")
-    questions: dict[str, SystemOneQuestion] = Field(min_length=1, max_length=_MAX_QUESTIONS)
+    questions: Named[SystemOneQuestion] = Field(min_length=1)
     instructions: str | None = None
-    images: list[str] | None = Field(None, max_length=0, description="Not read.")
-    audio: list[str] | None = Field(None, max_length=0, description="Not read.")
-    videos: list[str] | None = Field(None, max_length=0, description="Not read.")
+    images: Listed[str] | None = Field(None, max_length=0, description="Not read.")
+    audio: Listed[str] | None = Field(None, max_length=0, description="Not read.")
+    videos: Listed[str] | None = Field(None, max_length=0, description="Not read.")
 
 
 class NoulAnswer(BaseModel):

@@ -8,7 +8,7 @@ from pydantic import BaseModel, Field, model_validator
 from sidelight.prompts import Conversation, PlainText
 from sidelight.server.body import JsonRoute
 from sidelight.server.context import InContext
-from sidelight.server.schemas import ChatMessage, StrictBody
+from sidelight.server.schemas import ChatMessage, Listed, Name, StrictBody
 
 router = APIRouter(route_class=JsonRoute)
 
@@ -16,9 +16,9 @@ router = APIRouter(route_class=JsonRoute)
 class TokenizeRequest(StrictBody):
     """Either ``prompt``, as ``/v1/completions`` reads it, or ``messages``, as a chat does."""
 
-    model: str | None = None
+    model: Name | None = None
     prompt: str | None = None
-    messages: list[ChatMessage] | None = Field(None, min_length=1)
+    messages: Listed[ChatMessage] | None = Field(None, min_length=1)
     add_generation_prompt: Literal[True] = True
     return_token_strs: bool | None = None
 
