@@ -6,6 +6,8 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
+from commands import run
+from sidelight.cli.serving import access_of
 from sidelight.errors import SidelightError
 from sidelight.server import serve
 from sidelight.server.auth import AdminOnly, BearerAuth
@@ -68,6 +70,36 @@ def test_a_key_is_known_by_its_id():
     assert BOTH.caller(f"bearer {ADMIN}") == Caller("admin-1", is_admin=True)
     assert BOTH.caller(f"Basic {SECRET}") is None
     assert Access().caller("") == Caller()
+
+
+@pytest.mark.parametrize("secret", ["passe-l\u00e0", "correct horse battery", "\u00c5"])
+def test_a_key_in_utf8_or_of_several_words_opens(secret):
+    client = guarded(Access(numbered_keys([secret], prefix="user")))
+    header = {"Authorization": f"Bearer {secret} ".encode()}
+    assert client.get("/thing", headers=header).status_code == 200
+
+
+GIVEN = {"api_keys": (), "api_keys_file": None, "admin_keys": (), "admin_keys_file": None}
+VARIABLES = ["SIDELIGHT_API_KEY", "SIDELIGHT_ADMIN_KEY"]
+
+
+@pytest.mark.parametrize("variable", VARIABLES)
+@pytest.mark.parametrize("blank", ["", " ", "\n"])
+def test_a_blank_variable_does_not_open_the_server(monkeypatch, capsys, variable, blank):
+    monkeypatch.setenv(variable, blank)
+    assert run("serve", "--host", "0.0.0.0", "--port", "0") == 2
+    assert f"{variable} is set and blank" in capsys.readouterr().err
+
+
+def test_a_variable_holds_one_key_and_options_come_before_it():
+    environment = dict(zip(VARIABLES, ["correct horse battery\n", ADMIN], strict=True))
+    access = access_of(GIVEN, environment)
+    assert access.keys == numbered_keys(["correct horse battery"], prefix="api-key")
+    assert access.admin_keys == numbered_keys([ADMIN], prefix="admin-key")
+    assert access_of({**GIVEN, "api_keys": (SECRET,)}, environment).keys == (
+        Key.of("api-key-1", SECRET),
+    )
+    assert access_of(GIVEN, {}) == Access()
 
 
 def test_a_file_of_keys(tmp_path):

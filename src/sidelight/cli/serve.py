@@ -75,7 +75,7 @@ def serve(
         port=port,
         policy=policy,
         sources={probe.name: path for probe, path in zip(loaded, probes, strict=True)},
-        access=access_of(given),
+        access=access_of(given, os.environ),
         allow_anonymous=given["allow_anonymous"],
         limits=limits_of(given),
         audit=audit_of(given),

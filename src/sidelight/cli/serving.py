@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from sidelight.server.tracing import Sink
 
 _OTLP_ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+_KEY, _ADMIN_KEY = "SIDELIGHT_API_KEY", "SIDELIGHT_ADMIN_KEY"
 _FILE = click.Path(path_type=Path, dir_okay=False)
 _ACCESS = (
     click.option(
         "--api-key",
         "api_keys",
         multiple=True,
-        envvar="SIDELIGHT_API_KEY",
-        help="Key that requests must carry; may be repeated. [env: SIDELIGHT_API_KEY]",
+        help=f"Key that requests must carry; may be repeated. [env: {_KEY}]",
     ),
     click.option(
         "--api-keys-file", type=_FILE, default=None, help="File of keys, one 'ID KEY' a line."
@@ -33,8 +33,7 @@ _ACCESS = (
         "--admin-key",
         "admin_keys",
         multiple=True,
-        envvar="SIDELIGHT_ADMIN_KEY",
-        help="Key that opens /admin; may be repeated. [env: SIDELIGHT_ADMIN_KEY]",
+        help=f"Key that opens /admin; may be repeated. [env: {_ADMIN_KEY}]",
     ),
     click.option(
         "--admin-keys-file", type=_FILE, default=None, help="File of such keys, 'ID KEY' a line."
@@ -145,15 +144,21 @@ def audit_of(given: Mapping[str, Any]) -> "AuditLog | None":
     return AuditLog(given["audit_log"], salt=salt.encode() if salt else secrets.token_bytes(32))
 
 
-def access_of(given: Mapping[str, Any]) -> "Access":
-    """Who may do what."""
+def access_of(given: Mapping[str, Any], environment: Mapping[str, str]) -> "Access":
+    """Who may do what. A key in a variable counts where no option gives one of its kind.
+
+    Raises:
+        SidelightError: A variable is there and blank: nobody means that everybody is served. Or a
+            key is wrong in itself.
+    """
     from sidelight.server.keys import Access, numbered_keys, read_keys
 
     users, admins = given["api_keys_file"], given["admin_keys_file"]
+    own = given["api_keys"] or _key_in(environment, _KEY)
+    own_admin = given["admin_keys"] or _key_in(environment, _ADMIN_KEY)
     return Access(
-        keys=numbered_keys(given["api_keys"], prefix="api-key")
-        + (read_keys(users) if users else ()),
-        admin_keys=numbered_keys(given["admin_keys"], prefix="admin-key")
+        keys=numbered_keys(own, prefix="api-key") + (read_keys(users) if users else ()),
+        admin_keys=numbered_keys(own_admin, prefix="admin-key")
         + (read_keys(admins) if admins else ()),
     )
 
@@ -169,6 +174,15 @@ def limits_of(given: Mapping[str, Any]) -> "ServerLimits":
         concurrent=given["max_concurrent"],
         deadline_s=given["deadline"],
     )
+
+
+def _key_in(environment: Mapping[str, str], name: str) -> tuple[str, ...]:
+    """The key that a variable holds, as one: not click's reading, which splits at blanks."""
+    key = environment.get(name)
+    if key is not None and not key.strip():
+        raise SidelightError(f"{name} is set and blank. Put a key into it, or unset it.")
+    # A line break at its end comes of a file, and no header carries one.
+    return () if key is None else (key.strip(" \t\r\n"),)
 
 
 def _with(options: tuple[Command, ...], command: Command) -> Command:

@@ -9,6 +9,9 @@ from pathlib import Path
 
 from sidelight.errors import SidelightError
 
+# Those at the ends of a header's value. Others are part of a key: in latin-1, as headers are, the
+# last byte of "à" in UTF-8 is a blank.
+_BLANKS = " \t"
 _DIGEST = re.compile(r"sha256:([0-9a-fA-F]{64})")
 
 
@@ -77,7 +80,7 @@ class Access:
         """Who sends this header; None: nobody who is served."""
         scheme, _, secret = authorization.partition(" ")
         # Headers are latin-1 on the wire; a key in UTF-8 arrives as its bytes.
-        given = _digest(secret.strip().encode("latin-1"))
+        given = _digest(secret.strip(_BLANKS).encode("latin-1"))
         admin, user = _match(self.admin_keys, given), _match(self.keys, given)
         found = admin or user
         if found is not None and scheme.lower() == "bearer":
