@@ -17,6 +17,7 @@ from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -36,6 +37,9 @@ from tiny import three_probes, tiny_backbone, untrained_probe
 EXAMPLES = Path(__file__).parent.parent / "examples"
 KEY = "a-key"
 QUESTION = {"input": "Where is my refund?"}
+TEXTS = {"texts": [QUESTION["input"]]}
+FUNCTION = {"name": "search", "arguments": '{"query": "refund"}'}
+CALLS = {"texts": [], "tool_calls": [{"id": "1", "type": "function", "function": FUNCTION}]}
 pytestmark = [
     # LiteLLM leaves its event loop and connections to the garbage collector.
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
@@ -102,13 +106,14 @@ def test_curl_shows_headers_verdicts_and_a_whole_stream(address):
 
 
 @pytest.mark.parametrize("flags", [True, False])
-def test_the_proxy_configuration_blocks_what_a_probe_flags(flags, monkeypatch):
+@pytest.mark.parametrize("said", [TEXTS, CALLS], ids=["texts", "tool_calls"])
+def test_the_proxy_configuration_blocks_what_a_probe_flags(flags, said, monkeypatch):
     monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")
     backbone = tiny_backbone()
     probe = untrained_probe(backbone, "toxicity", threshold=0.0 if flags else 1.0)
     with served(TransformersEngine(backbone, [probe])) as address:
         monkeypatch.setenv("SIDELIGHT_URL", address)
-        blocked = asyncio.run(ask_proxy_guardrail(QUESTION["input"]))
+        blocked = asyncio.run(ask_proxy_guardrail(said))
     assert blocked == flags
 
 
@@ -116,10 +121,10 @@ def test_the_proxy_configuration_blocks_where_no_server_answers(monkeypatch):
     monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")
     monkeypatch.setenv("SIDELIGHT_URL", "http://127.0.0.1:9")
     with pytest.raises(Exception, match="Generic Guardrail API failed: Cannot connect"):
-        asyncio.run(ask_proxy_guardrail(QUESTION["input"]))
+        asyncio.run(ask_proxy_guardrail(TEXTS))
 
 
-async def ask_proxy_guardrail(text: str) -> bool:
+async def ask_proxy_guardrail(said: dict[str, Any]) -> bool:
     """Whether the guardrail that LiteLLM's proxy makes of the configuration blocks a prompt."""
     import litellm
     from litellm.exceptions import GuardrailRaisedException
@@ -131,7 +136,7 @@ async def ask_proxy_guardrail(text: str) -> bool:
     given["api_base"] = litellm.get_secret_str(given["api_base"])
     guardrail = initialize_guardrail(LitellmParams(**given), entry)
     try:
-        await guardrail.apply_guardrail({"texts": [text]}, {}, "request")
+        await guardrail.apply_guardrail(said, {}, "request")
     except GuardrailRaisedException:
         return True
     return False

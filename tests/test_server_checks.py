@@ -239,6 +239,41 @@ def test_the_guardrail_judges_a_response_by_the_probes_of_responses(http):
     assert [v["probe"] for v in answer["sidelight"]["verdicts"]] == ["refusal"]
 
 
+def called(arguments, name="search"):
+    return {"id": "1", "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def test_the_guardrail_judges_a_response_that_is_only_a_tool_call(http):
+    fields = {"input_type": "response", "texts": [], "tool_calls": [called('{"query": "bombs"}')]}
+    answer = guard(http, **fields).json()
+    assert (answer["action"], answer["blocked_reason"]) == ("BLOCKED", "Flagged by refusal.")
+    assert "texts" not in answer
+
+
+@pytest.mark.parametrize(("name", "read"), [("search", 'search\n{"a": 1}'), (None, '{"a": 1}')])
+def test_the_guardrail_judges_a_tool_call_as_a_text_after_the_others(http, name, read):
+    chosen = {"additional_provider_specific_params": {"probes": ["toxicity"]}}
+    calls = guard(http, **chosen, tool_calls=[called('{"a": 1}', name)]).json()
+    texts = guard(http, **chosen, texts=[TEXT, read]).json()
+    assert calls["sidelight"] == texts["sidelight"]
+    assert len(calls["sidelight"]["verdicts"]) == 2
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {},
+        {"function": {"name": "search"}},
+        {"function": {"name": "search", "arguments": {"query": "bombs"}}},
+        {"type": "custom", "custom": {"name": "search", "input": "bombs"}},
+    ],
+)
+def test_the_guardrail_refuses_a_tool_call_that_it_cannot_read(http, call):
+    refused = guard(http, tool_calls=[call])
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"].startswith("tool_calls.0.function")
+
+
 def test_of_a_response_the_guardrail_asks_no_probe_of_the_prompt_that_nobody_sent():
     backbone = tiny_backbone()
     probes = [

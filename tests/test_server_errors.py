@@ -105,6 +105,7 @@ def test_a_wrong_value_is_a_400_that_names_the_field(http, field, value):
         (TokenizeRequest, {"messages": WRONG}),
         (GuardrailRequest, {"input_type": "request", "texts": WRONG}),
         (GuardrailRequest, {"input_type": "request", "images": WRONG}),
+        (GuardrailRequest, {"input_type": "request", "tool_calls": WRONG}),
         (DecisionRequest, {"input": WRONG, "questions": QUESTIONS}),
         (DecisionRequest, {"input": [{"role": "user", "content": WRONG}], "questions": QUESTIONS}),
         (DecisionRequest, {"input": "x", "questions": WRONG}),

@@ -23,13 +23,39 @@ class GuardrailParameters(StrictBody):
     probes: ProbeNames = None
 
 
+class CalledFunction(StrictBody):
+    """What a tool is called with."""
+
+    name: str | None = None
+    arguments: str
+
+
+class ToolCall(StrictBody):
+    """A function that the model calls; calls of another kind cannot be judged."""
+
+    function: CalledFunction
+
+    def as_text(self) -> str:
+        """Name and arguments, as lines."""
+        return "\n".join(part for part in (self.function.name, self.function.arguments) if part)
+
+
 class GuardrailRequest(StrictBody):
-    """Texts of a request or of its response. Images cannot be judged, so they are refused."""
+    """Texts and tool calls of a request or of its response.
+
+    Images cannot be judged, so they are refused. The tools on offer are not read.
+    """
 
     input_type: Literal["request", "response"]
     texts: Listed[str] | None = None
+    tool_calls: Listed[ToolCall] | None = None
     images: list[Any] | None = Field(None, max_length=0, description="Not read.")
     additional_provider_specific_params: GuardrailParameters | None = None
+
+    def said(self) -> list[str]:
+        """What is judged: the texts, then the calls. In an empty one there is nothing to judge."""
+        calls = [call.as_text() for call in self.tool_calls or ()]
+        return [text for text in (*(self.texts or ()), *calls) if text]
 
 
 class GuardrailResponse(BaseModel):
@@ -42,15 +68,16 @@ class GuardrailResponse(BaseModel):
 
 @router.post("/beta/litellm_basic_guardrail_api")
 async def create(body: GuardrailRequest, request: Request, context: InContext) -> GuardrailResponse:
-    """A request's texts are judged as user's messages, a response's as answers to no question."""
+    """Those of a request are judged as user's messages, of a response as answers to no question.
+
+    The answer has no ``texts``: a proxy keeps its own.
+    """
     parameters = body.additional_provider_specific_params or GuardrailParameters()
     reporter = context.reporter(parameters.probes)
     is_response = body.input_type == "response"
     if is_response:
         reporter = _on_responses(reporter)
-    # Nothing is said in an empty text: there is nothing to judge.
-    texts = [text for text in body.texts or () if text]
-    conversations = [_answer(text) if is_response else as_user(text) for text in texts]
+    conversations = [_answer(text) if is_response else as_user(text) for text in body.said()]
     judged = await checked(
         request, context, reporter, conversations, is_prompt_known=not is_response
     )
