@@ -446,6 +446,58 @@ def test_a_turn_that_no_probe_reads_is_trusted_or_refused(backbone, probes, path
     assert "abuse" not in error["message"]
 
 
+CHECKS = {
+    "/v1/moderations": {"input": ["x", "x" * 50], "probes": ["toxicity"]},
+    "/classify": {"input": ["x", "x" * 50], "model": "toxicity"},
+    "/v1/decisions": {
+        "model": MODEL,
+        "input": "x" * 50,
+        "questions": [{"type": "predicate", "name": "toxicity"}],
+    },
+    "/v1/systemone": {"state": "x" * 50, "questions": {"toxicity": {"type": "noul"}}},
+    "/beta/litellm_basic_guardrail_api": {
+        "input_type": "request",
+        "texts": ["x", "x" * 50],
+        "additional_provider_specific_params": {"probes": ["toxicity"]},
+    },
+}
+
+
+@pytest.mark.parametrize("mode", ["score", "block"])
+def test_a_check_of_a_text_beyond_its_rule_is_a_400_with_both_numbers(backbone, probes, mode):
+    policy = Policy(input={"toxicity": Rule(mode, max_tokens=40)})
+    with (
+        served(TransformersEngine(backbone, probes), policy=policy) as address,
+        http_client(address) as http,
+    ):
+        for path, body in CHECKS.items():
+            response = http.post(path, json=body)
+            assert response.status_code == 400, (path, response.text)
+            error = response.json()["error"]
+            assert error["code"] == "verdict_failed"
+            assert "probe 'toxicity' may judge at most 40" in error["message"]
+            index = 0 if path in ("/v1/decisions", "/v1/systemone") else 1
+            assert f"Text {index} of" in error["message"]
+        others = {"input": ["x" * 50], "probes": ["topics"]}
+        assert http.post("/v1/moderations", json=others).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("mode", ["score", "block"])
+def test_a_text_beyond_its_rule_is_told_as_that(backbone, probes, mode, stream):
+    rule = Rule(mode, max_tokens=3)
+    policy = Policy(input={"toxicity": Rule(max_tokens=3)}, output={"late": rule})
+    with (
+        served(TransformersEngine(backbone, probes), policy=policy) as address,
+        http_client(address) as http,
+    ):
+        body = {**GREEDY, "probes": ["toxicity", "late"], "stream": stream}
+        told = http.post("/v1/chat/completions", json=body).text
+    for name in ("toxicity", "late"):
+        assert f"No verdict from {name}: the text is longer than the policy" in told
+    assert "not a finite number" not in told
+
+
 def test_what_was_not_judged_is_logged_and_counted(backbone, capfd):
     broken = untrained_probe(backbone, "early")
     broken.mechanism.bias.fill_(float("nan"))

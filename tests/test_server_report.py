@@ -2,12 +2,12 @@
 
 import pytest
 
-from sidelight.engines import PromptJudged
+from sidelight.engines import Finished, PromptJudged
 from sidelight.errors import VerdictError
 from sidelight.prompts import Reads
 from sidelight.server.categories import CategoryNames
 from sidelight.server.errors import RequestError, failure_body
-from sidelight.server.report import Reporter
+from sidelight.server.report import Reporter, Side
 from sidelight.types import Verdict
 from tiny import tiny_backbone, untrained_probe
 
@@ -42,6 +42,13 @@ def test_a_probe_of_the_response_is_not_required_where_there_is_none(reporter):
 def test_a_probe_that_said_nothing_is_an_error(reporter, event, has_response, name):
     with pytest.raises(VerdictError, match=name):
         reporter.required(event, has_response=has_response)
+
+
+def test_each_failure_has_its_own_reason(reporter):
+    finished = Finished("length", 3, 9, (), ("early", "late"), too_long=("late",))
+    message = reporter.moderation(Side((SAID,)), reporter.side(finished))["output"]["message"]
+    assert "early: the output was not a finite number" in message
+    assert "late: the text is longer than the policy" in message
 
 
 def test_a_refusal_in_the_midst_of_a_stream_keeps_its_code():

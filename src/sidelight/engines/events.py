@@ -17,6 +17,8 @@ class PromptJudged:
     Attributes:
         verdicts: Of every probe that reads the prompt only.
         failed: Names of such probes that gave no verdict; never to be read as a harmless one.
+        too_long: Those of the failed that a policy lets judge no text of this length; the server's,
+            no engine says it.
         tokens: Of the prompt.
         judging_s: Seconds by which the probes made the pass over the prompt longer. All requests of
             one pass wait for all of it, so it is not divided among them.
@@ -24,6 +26,7 @@ class PromptJudged:
 
     verdicts: tuple[Verdict, ...]
     failed: tuple[str, ...] = ()
+    too_long: tuple[str, ...] = field(default=(), kw_only=True)
     tokens: int = field(kw_only=True)
     judging_s: float = field(default=0.0, compare=False)
 
@@ -74,6 +77,7 @@ class Finished:
             no probe is watched, the last sampled token is not run through the model either, so at
             ``length`` or a stop string they do not cover the last token of the text.
         failed: Names of such probes that gave no verdict; never to be read as a harmless one.
+        too_long: As ``PromptJudged`` has it.
         logprobs: Of the last tokens, where they were asked for and are only a part of a character:
             no text comes from these.
         judging_s: Seconds by which the probes made the steps after the prompt longer, in all.
@@ -84,6 +88,7 @@ class Finished:
     completion_tokens: int
     verdicts: tuple[Verdict, ...] = ()
     failed: tuple[str, ...] = ()
+    too_long: tuple[str, ...] = field(default=(), kw_only=True)
     logprobs: tuple[TokenLogprobs, ...] = ()
     judging_s: float = field(default=0.0, compare=False)
 

@@ -35,10 +35,24 @@ class Side:
     Attributes:
         verdicts: Of the chosen probes.
         failed: The chosen probes that gave none.
+        too_long: Those of the failed that may not judge so long a text.
     """
 
     verdicts: tuple[Verdict, ...] = ()
     failed: tuple[str, ...] = ()
+    too_long: tuple[str, ...] = ()
+
+    @property
+    def failure(self) -> str:
+        """Why verdicts are missing."""
+        other = [name for name in self.failed if name not in self.too_long]
+        reasons = [str(verdict_failure(other))] if other else []
+        if self.too_long:
+            reasons.append(
+                f"No verdict from {', '.join(self.too_long)}: the text is longer than the policy "
+                "lets them judge. Treat the text as not judged."
+            )
+        return " ".join(reasons)
 
 
 @dataclass(frozen=True)
@@ -61,6 +75,7 @@ class Reporter:
         return Side(
             tuple(verdict for verdict in event.verdicts if verdict.probe in chosen),
             tuple(name for name in event.failed if name in chosen),
+            tuple(name for name in event.too_long if name in chosen),
         )
 
     def required(self, event: PromptJudged, *, has_response: bool) -> tuple[Verdict, ...]:
@@ -103,7 +118,7 @@ class Reporter:
 
     def _moderated(self, side: Side, not_run: str) -> dict[str, Any]:
         if side.failed:
-            return _error("verdict_failed", str(verdict_failure(side.failed)))
+            return _error("verdict_failed", side.failure)
         if not side.verdicts:
             return _error("not_run", not_run)
         results = [
@@ -122,6 +137,7 @@ def joined(sides: Sequence[Side]) -> Side:
     return Side(
         tuple(verdict for side in sides for verdict in side.verdicts),
         tuple(dict.fromkeys(name for side in sides for name in side.failed)),
+        tuple(dict.fromkeys(name for side in sides for name in side.too_long)),
     )
 
 

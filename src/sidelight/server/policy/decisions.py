@@ -54,6 +54,12 @@ class Decision:
         return _route(self.clause, self.verdict) if self.clause.rule.mode == "route" else None
 
 
+def too_long(decisions: Iterable[Decision], tokens: int) -> tuple[str, ...]:
+    """The probes that gave no verdict since the text has more tokens than their rules allow."""
+    failed = [d.clause for d in decisions if d.verdict is None]
+    return tuple(clause.name for clause in failed if clause.is_too_long(tokens))
+
+
 # Takes what was decided at one point of a request: for counts and logs.
 Record = Callable[[Sequence[Decision]], None]
 

@@ -12,7 +12,7 @@ from sidelight.engines.base import verdict_failure
 from sidelight.engines.events import Event, Finished, PromptJudged
 from sidelight.server.errors import RequestError
 from sidelight.server.policy.clauses import Clause
-from sidelight.server.policy.decisions import Decision, Record, decide, marks
+from sidelight.server.policy.decisions import Decision, Record, decide, marks, too_long
 from sidelight.server.policy.holding import End, HoldBack, by_probe, judged
 from sidelight.server.policy.rules import Side as PolicySide
 from sidelight.server.report import Side, header
@@ -133,9 +133,9 @@ class Enforcement:
                 headers=headers,
             )
         failed = [d.clause for d in decisions if d.action == "fail_closed"]
-        too_long = [clause for clause in failed if clause.is_too_long(event.tokens)]
-        if too_long:
-            raise _too_long(too_long[0], event.tokens, headers)
+        unread = [clause for clause in failed if clause.is_too_long(event.tokens)]
+        if unread:
+            raise _too_long(unread[0], event.tokens, headers)
         if failed:
             raise _failed([clause.name for clause in failed], headers)
 
@@ -185,4 +185,5 @@ def _decided(event: PromptJudged, decisions: Sequence[Decision]) -> PromptJudged
         event,
         verdicts=tuple(d.verdict for d in decisions if d.verdict is not None),
         failed=tuple(d.clause.name for d in decisions if d.verdict is None),
+        too_long=too_long(decisions, event.tokens),
     )

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from sidelight.engines.events import Event, Finished, PromptJudged, ResponseScored, TextDelta
 from sidelight.server.policy.clauses import Clause
-from sidelight.server.policy.decisions import Decision, decide, unfinished
+from sidelight.server.policy.decisions import Decision, decide, too_long, unfinished
 from sidelight.streaming_rule import StreamingRule, Watched
 from sidelight.types import Verdict
 
@@ -87,7 +87,7 @@ class HoldBack:
         if any(wire.is_cut for wire in self._tripwires):
             return [self._cut(event, verdicts)]
         decisions = self._decisions(verdicts)
-        return [*self._release(self._written), End(_finished(event, decisions), decisions)]
+        return [*self._release(self._written), End(self._finished(event, decisions), decisions)]
 
     def _release(self, tokens: int) -> list[TextDelta]:
         """The held text that comes from the first tokens."""
@@ -103,7 +103,7 @@ class HoldBack:
             prompt_tokens=self._prompt_tokens,
             completion_tokens=max(self._scored, self._written),
         )
-        return End(_finished(finished, decisions), decisions)
+        return End(self._finished(finished, decisions), decisions)
 
     def _decisions(self, verdicts: Mapping[str, Verdict]) -> tuple[Decision, ...]:
         wires = {wire.clause.name: wire for wire in self._tripwires}
@@ -112,6 +112,15 @@ class HoldBack:
             if clause.name in wires
             else decide(clause, judged(clause, verdicts, self._written))
             for clause in self._clauses
+        )
+
+    def _finished(self, event: Finished, decisions: Sequence[Decision]) -> Finished:
+        """The event with the verdicts as they were decided."""
+        return replace(
+            event,
+            verdicts=tuple(d.verdict for d in decisions if d.verdict is not None),
+            failed=tuple(d.clause.name for d in decisions if d.verdict is None),
+            too_long=too_long(decisions, max(self._scored, self._written)),
         )
 
 
@@ -178,12 +187,3 @@ def by_probe(verdicts: Sequence[Verdict]) -> dict[str, Verdict]:
 def judged(clause: Clause, verdicts: Mapping[str, Verdict], tokens: int) -> Verdict | None:
     """The probe's verdict; None where it gave none, or the text is longer than it may judge."""
     return None if clause.is_too_long(tokens) else verdicts.get(clause.name)
-
-
-def _finished(event: Finished, decisions: Sequence[Decision]) -> Finished:
-    """The event with the verdicts as they were decided."""
-    return replace(
-        event,
-        verdicts=tuple(d.verdict for d in decisions if d.verdict is not None),
-        failed=tuple(d.clause.name for d in decisions if d.verdict is None),
-    )
