@@ -1,15 +1,21 @@
 """Every refusal has OpenAI's shape, says what to do, and tells nothing it should not."""
 
+import asyncio
+import gc
+import io
 import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
+from fastapi import Request
 from pydantic import ValidationError
+from starlette.requests import ClientDisconnect
 
 from live import MODEL, http_client, openai_client, served
 from sidelight.engines import Limits, LoadingEngine, TransformersEngine
+from sidelight.server.disconnect import unless_left
 from sidelight.server.endpoints.classify import ClassifyRequest
 from sidelight.server.endpoints.decisions import DecisionRequest
 from sidelight.server.endpoints.guardrail import GuardrailRequest
@@ -270,7 +276,9 @@ def test_a_failed_step_is_a_500_without_traceback_or_text(caplog):
     assert "Traceback" not in error["message"]
 
 
-def test_a_crash_of_the_server_is_a_500_and_logged_without_its_message(capfd, monkeypatch):
+def test_a_crash_of_the_server_is_a_500_and_logged_by_its_id_without_its_message(
+    capfd, monkeypatch
+):
     backbone = tiny_backbone()
     engine = TransformersEngine(backbone, [])
 
@@ -278,18 +286,66 @@ def test_a_crash_of_the_server_is_a_500_and_logged_without_its_message(capfd, mo
         raise ZeroDivisionError(HELLO[0]["content"])
 
     monkeypatch.setattr(engine, "generate", crash)
-    logger = logging.getLogger("uvicorn.error")
-    logger.addFilter(without_message)
-    try:
-        with served(engine) as address, http_client(address) as http:
-            error = error_of(http.post(CHAT, json=VALID), 500)
-            with http_client(address) as other:
-                text = other.get("/metrics").text
-    finally:
-        logger.removeFilter(without_message)
+    with served(engine) as address, http_client(address) as http:
+        response = http.post(CHAT, json=VALID)
+        text = http.get("/metrics").text
+    error, logged = error_of(response, 500), capfd.readouterr().err
     assert 'route="/v1/chat/completions",status="500"' in text
-    assert "ZeroDivisionError" in (logged := capfd.readouterr().err)
+    request_id = response.headers["x-request-id"]
+    assert request_id in error["message"]
+    assert f"Request {request_id} failed." in logged
+    assert "ZeroDivisionError" in logged
     assert "hello" not in error["message"] + logged
+
+
+@pytest.fixture
+def logged():
+    """What is logged, by the handlers' own filter."""
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.addFilter(without_message)
+    logging.getLogger().addHandler(handler)
+    yield stream
+    logging.getLogger().removeHandler(handler)
+
+
+def test_asyncio_logs_no_text_of_what_nobody_took(logged):
+    def fail(text):
+        raise RuntimeError(text)
+
+    async def fail_later(text):
+        raise RuntimeError(text)
+
+    async def go():
+        asyncio.get_running_loop().call_soon(fail, "zebra")
+        await asyncio.wait([asyncio.create_task(fail_later("zebra"))])
+
+    asyncio.run(go())
+    gc.collect()
+    log = logged.getvalue()
+    assert "Task exception was never retrieved" in log
+    assert "Exception in callback" in log
+    assert log.count("RuntimeError at") == 2
+    assert "zebra" not in log
+
+
+def test_what_fails_once_its_client_has_left_is_not_logged(logged):
+    async def fail():
+        try:
+            await asyncio.Event().wait()
+        finally:
+            raise RuntimeError
+
+    async def leave():
+        return {"type": "http.disconnect"}
+
+    async def go():
+        with pytest.raises(ClientDisconnect):
+            await unless_left(Request({"type": "http"}, leave), fail())
+
+    asyncio.run(go())
+    gc.collect()
+    assert not logged.getvalue()
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from sidelight.server.admission import BoundRequests
 from sidelight.server.audit import AuditLog
 from sidelight.server.auth import BearerAuth
 from sidelight.server.context import Context
+from sidelight.server.crash import AnswerCrashes
 from sidelight.server.deadline import Deadline
 from sidelight.server.endpoints import (
     admin_probes,
@@ -106,5 +107,6 @@ def create_app(
     app.add_middleware(CountRequests, metrics=context.metrics)
     if traces is not None:
         app.add_middleware(TraceRequests, sink=traces)
+    app.add_middleware(AnswerCrashes)
     app.add_middleware(LogRequests)
     return app

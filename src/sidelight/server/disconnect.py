@@ -26,7 +26,8 @@ async def unless_left(request: Request, work: Awaitable[T]) -> T:
     finally:
         working.cancel()
         leaving.cancel()
-        await asyncio.wait({working, leaving})
+        # What fails now is of no interest, but has to be fetched: asyncio would log it.
+        await asyncio.gather(working, leaving, return_exceptions=True)
 
 
 async def _left(request: Request) -> None:

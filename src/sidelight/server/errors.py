@@ -85,7 +85,7 @@ def failure_body(error: SidelightError) -> dict[str, Any]:
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Makes every failure of ``app`` answer in OpenAI's shape."""
+    """Makes every failure of ``app`` answer in OpenAI's shape; crashes are ``AnswerCrashes``'."""
     app.exception_handler(RequestError)(_refused)
     app.exception_handler(EngineBusyError)(_busy)
     app.exception_handler(EngineUnavailableError)(_unavailable)
@@ -93,7 +93,6 @@ def add_error_handlers(app: FastAPI) -> None:
     app.exception_handler(RequestValidationError)(_invalid)
     app.exception_handler(HTTPException)(_not_served)
     app.exception_handler(ClientDisconnect)(_left)
-    app.exception_handler(Exception)(_crashed)
 
 
 def _kind(error: SidelightError) -> _Kind:
@@ -146,8 +145,3 @@ async def _not_served(request: Request, error: HTTPException) -> Response:
 
 async def _left(_request: Request, _error: ClientDisconnect) -> Response:
     return Response(status_code=_CLIENT_LEFT)
-
-
-async def _crashed(_request: Request, _error: Exception) -> Response:
-    body = error_body("The server failed. Its log says where.", type="server_error")
-    return JSONResponse(body, status_code=500)

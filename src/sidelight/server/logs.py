@@ -29,6 +29,10 @@ class JsonFormatter(logging.Formatter):
 
 def without_message(record: logging.LogRecord) -> bool:
     """A log filter: keeps where an exception happened; its message may quote a prompt."""
+    if record.name == "asyncio":
+        # Behind the bracket are a callback's arguments, in further lines a task with its exception.
+        record.msg = record.getMessage().split("\n")[0].split("(")[0]
+        record.args = None
     error = record.exc_info[1] if record.exc_info else None
     if error is not None:
         places = "".join(traceback.format_tb(error.__traceback__))
