@@ -12,7 +12,7 @@ from sidelight.artifact import load_probe
 from sidelight.backbones import load_backbone
 from sidelight.engines import Engine, EngineUnavailableError, TransformersEngine
 from sidelight.probe import Probe
-from sidelight.server import create_app
+from sidelight.server import Service, create_app
 from sidelight.server.keys import Access, numbered_keys
 from sidelight.server.limits import ServerLimits
 from sidelight.server.policy import Policy, read_policy
@@ -53,11 +53,11 @@ def app(settings: Settings) -> serve.Application:
         # Ray sends no request before this returns, so the model may load in it. Without a key
         # the replica does not start: Ray may listen beyond this machine.
         probes = [load_probe(folder) for folder in settings.probes.split(os.pathsep)]
-        return create_app(
-            engine_of(settings, probes),
+        service = Service(
             policy=read_policy(settings.policy) if settings.policy else Policy(),
             access=Access(numbered_keys([os.environ.get("SIDELIGHT_API_KEY", "")], prefix="key")),
         )
+        return create_app(engine_of(settings, probes), service)
 
     deployment = serve.deployment(
         serve.ingress(replica_app)(Replica),

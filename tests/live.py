@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from openai import OpenAI
 
 from sidelight.engines import Engine
-from sidelight.server import create_app
+from sidelight.server import Service, create_app
 from sidelight.server.limits import ServerLimits
 from sidelight.server.running import server_settings
 
@@ -20,8 +20,9 @@ MODEL = "tiny/llama"
 
 @contextmanager
 def served(engine: Engine, **options) -> Iterator[str]:
-    """The address of a live server of ``engine``."""
-    with listening(create_app(engine, **options), options.get("limits")) as address:
+    """The address of a live server of ``engine``; the options are those of ``Service``."""
+    service = Service(**options)
+    with listening(create_app(engine, service), service.limits) as address:
         yield address
 
 

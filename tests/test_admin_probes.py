@@ -62,11 +62,11 @@ def folders(backbone, tmp_path):
 
 
 @contextmanager
-def serving(backbone, folders, policy=None, **options):
+def serving(backbone, folders, **options):
     sources = {name: folders[name] for name in ("toxicity", "late")}
     engine = TransformersEngine(backbone, [load_probe(path) for path in sources.values()])
     with (
-        served(engine, policy=policy, sources=sources, access=ACCESS, **options) as address,
+        served(engine, sources=sources, access=ACCESS, **options) as address,
         client(address, ADMIN) as admin,
         client(address, KEY) as user,
     ):
@@ -108,7 +108,7 @@ def test_only_an_admin_key_opens_the_routes(backbone, folders, method, path):
 
 
 def test_the_list_says_what_serves(backbone, folders):
-    with serving(backbone, folders, BLOCKING) as (admin, _):
+    with serving(backbone, folders, policy=BLOCKING) as (admin, _):
         entries = listed(admin)
     assert list(entries) == ["toxicity", "late"]
     assert entries["toxicity"] == {
@@ -176,7 +176,7 @@ DAMAGES = [half_written, without_weights, without_manifest, emptied, random_byte
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_garbage_leaves_the_last_good_one_serving(backbone, folders, damage):
-    with serving(backbone, folders, BLOCKING) as (admin, user):
+    with serving(backbone, folders, policy=BLOCKING) as (admin, user):
         before = listed(admin)["toxicity"]
         damage(folders["toxicity"], random.Random(0))
         refused = admin.post("/admin/probes/toxicity/reload", json={})
@@ -199,7 +199,7 @@ def test_what_does_not_fit_is_refused_by_name(backbone, folders, tmp_path):
         "other task": (untrained_probe(backbone, "toxicity", task=INTENT), "a name of its own"),
     }
     policy = Policy(input={"toxicity": Rule("block")})
-    with serving(backbone, folders, policy) as (admin, _):
+    with serving(backbone, folders, policy=policy) as (admin, _):
         before = listed(admin)["toxicity"]["version"]
         for name, (probe, told) in wrong.items():
             path = str(save_probe(probe, tmp_path / name))
@@ -221,7 +221,10 @@ def test_nothing_passes_unjudged_while_probes_change(backbone, folders):
             answers.append((response.status_code, response.json()["error"]["code"]))
         return answers
 
-    with serving(backbone, folders, BLOCKING) as (admin, user), ThreadPoolExecutor(4) as pool:
+    with (
+        serving(backbone, folders, policy=BLOCKING) as (admin, user),
+        ThreadPoolExecutor(4) as pool,
+    ):
         asking = [pool.submit(keep_asking, user, i % 2 == 0) for i in range(4)]
         for turn in range(8):
             path = folders["newer" if turn % 2 == 0 else "toxicity"]
@@ -258,7 +261,7 @@ def test_two_versions_side_by_side_agree_in_the_counts_only(backbone, folders):
 def test_a_reload_with_other_labels_is_refused(backbone, folders, tmp_path):
     other = untrained_probe(backbone, "urgency", task=Task("binary", ("routine", "urgent")))
     save_probe(other, tmp_path / "urgency")
-    with serving(backbone, folders, BLOCKING) as (admin, user):
+    with serving(backbone, folders, policy=BLOCKING) as (admin, user):
         body = {"path": str(tmp_path / "urgency")}
         refused = admin.post("/admin/probes/toxicity/reload", json=body)
         assert refused.status_code == 400
@@ -267,7 +270,7 @@ def test_a_reload_with_other_labels_is_refused(backbone, folders, tmp_path):
 
 
 def test_a_disabled_probe_does_not_run_until_it_is_enabled(backbone, folders):
-    with serving(backbone, folders, BLOCKING) as (admin, user):
+    with serving(backbone, folders, policy=BLOCKING) as (admin, user):
         assert admin.post("/admin/probes/toxicity/disable").json()["state"] == "disabled"
         assert verdicts(user).keys() == {"late"}
         again = admin.post("/admin/probes/toxicity/reload", json={})
@@ -277,7 +280,7 @@ def test_a_disabled_probe_does_not_run_until_it_is_enabled(backbone, folders):
 
 
 def test_a_shadow_is_hidden_and_blocks_nothing_until_it_is_enabled(backbone, folders):
-    with serving(backbone, folders, BLOCKING) as (admin, user):
+    with serving(backbone, folders, policy=BLOCKING) as (admin, user):
         assert admin.post("/admin/probes/toxicity/shadow", json={}).json()["state"] == "shadow"
         assert verdicts(user).keys() == {"late"}
         wrong = admin.post("/admin/probes/toxicity/shadow", json={"shadow_of": "late"})
@@ -287,7 +290,7 @@ def test_a_shadow_is_hidden_and_blocks_nothing_until_it_is_enabled(backbone, fol
 
 
 def test_a_disabled_shadow_is_a_shadow_again(backbone, folders):
-    with serving(backbone, folders, BLOCKING) as (admin, user):
+    with serving(backbone, folders, policy=BLOCKING) as (admin, user):
         for change, state in (("shadow", "shadow"), ("disable", "disabled"), ("enable", "shadow")):
             body = {"json": {}} if change == "shadow" else {}
             changed = admin.post(f"/admin/probes/toxicity/{change}", **body)

@@ -13,7 +13,7 @@ from live import MODEL, http_client, openai_client, served
 from sidelight.engines import Finished, ResponseScored, TextDelta, TransformersEngine
 from sidelight.errors import SidelightError
 from sidelight.prompts import Reads
-from sidelight.server import create_app
+from sidelight.server import Service, create_app
 from sidelight.server.policy import Policy, Rule, clauses_of, read_policy, require_fitting
 from sidelight.server.policy.holding import End, HoldBack
 from sidelight.types import Verdict
@@ -130,7 +130,7 @@ def test_a_rule_that_could_not_hold_is_an_error(probes, policy, told):
 
 def test_a_server_does_not_start_with_a_policy_that_does_not_fit(backbone, probes):
     engine = TransformersEngine(backbone, probes)
-    app = create_app(engine, policy=Policy(input={"toxic": Rule()}))
+    app = create_app(engine, Service(policy=Policy(input={"toxic": Rule()})))
 
     async def start():
         async with app.router.lifespan_context(app):
@@ -336,7 +336,7 @@ def test_a_request_may_ask_to_be_blocked(backbone, probes):
     with pytest.raises(openai.BadRequestError, match="blocked by toxicity"):
         asked(backbone, probes, flagging, moderation=BLOCK, probes=["toxicity"])
     with pytest.raises(openai.BadRequestError, match="blocked by toxicity"):
-        asked(backbone, probes, None, policies={"toxicity": {"mode": "block", "threshold": 0}})
+        asked(backbone, probes, Policy(), policies={"toxicity": {"mode": "block", "threshold": 0}})
     passing = Policy(input={"toxicity": Rule(threshold=1.0)})
     asked(backbone, probes, passing, moderation=BLOCK, probes=["toxicity"])
     output = {"late": Rule(threshold=0.0)}

@@ -94,7 +94,7 @@ def wait_for(condition):
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("policy", [None, LATE])
+@pytest.mark.parametrize("policy", [Policy(), LATE])
 def test_a_text_that_a_client_leaves_is_audited_and_counted(path, policy):
     audit = AuditLog(path, salt=b"salt")
     with served(engine(), audit=audit, policy=policy) as address, http_client(address) as http:
@@ -105,7 +105,7 @@ def test_a_text_that_a_client_leaves_is_audited_and_counted(path, policy):
     assert (late["probe"], late["side"], late["outcome"]) == ("late", "output", "unfinished")
     assert late["action"] == "none"
     # Without a rule that may cut the text, its probes are judged at its end only.
-    assert (late["scores"] is None) == (policy is None)
+    assert (late["scores"] is None) == (policy == Policy())
     assert 'sidelight_verdicts_total{outcome="unfinished",probe="late"} 1.0' in series
     assert 'sidelight_probe_score_count{label="toxic",probe="late"}' not in series
     (written,) = re.findall(r"^sidelight_completion_tokens_total (.+)$", series, re.MULTILINE)

@@ -19,7 +19,7 @@ SHORT = {**CHAT, "max_tokens": 3}
 DELAY_S = 0.01
 
 
-def series(engine: Engine, paths: list[tuple[str, dict[str, object]]], policy: Policy | None):
+def series(engine: Engine, paths: list[tuple[str, dict[str, object]]], policy: Policy):
     """Count and sum of each side after these requests."""
     with served(engine, policy=policy) as address, http_client(address) as http:
         for path, body in paths:
@@ -49,7 +49,7 @@ def test_each_text_counts_once_on_each_side():
         ("/v1/chat/completions", {**SHORT, "stream": True, "n": 2}),
         ("/v1/moderations", {"input": ["one", "two"]}),
     ]
-    found = series(engine_of("input", "output"), asked, None)
+    found = series(engine_of("input", "output"), asked, Policy())
     assert [count for count, _ in found.values()] == [5, 3]
     assert all(seconds > 0 for _, seconds in found.values())
 
@@ -64,7 +64,7 @@ def test_a_blocked_prompt_and_a_cut_text_count_too():
 
 
 def test_no_time_counts_for_a_text_that_no_probe_reads():
-    found = series(engine_of("input"), [("/v1/chat/completions", SHORT)], None)
+    found = series(engine_of("input"), [("/v1/chat/completions", SHORT)], Policy())
     assert [count for count, _ in found.values()] == [1, 0]
 
 
@@ -72,7 +72,7 @@ def test_the_time_of_a_slow_probe_is_in_it(monkeypatch: pytest.MonkeyPatch):
     """Its projection inside the forward pass, and its state: of each pass, once for each text."""
     monkeypatch.setattr(BankTap, "__call__", delayed(BankTap.__call__))
     monkeypatch.setattr(Judges, "read_step", delayed(Judges.read_step))
-    found = series(engine_of("output"), [("/v1/chat/completions", SHORT)], None)
+    found = series(engine_of("output"), [("/v1/chat/completions", SHORT)], Policy())
     layers, steps = 4, 2
     assert found["input"][1] >= layers * DELAY_S
     assert found["output"][1] >= steps * (layers + 1) * DELAY_S

@@ -24,7 +24,7 @@ from sidelight.cli.serving import traces_of
 from sidelight.engines import TransformersEngine
 from sidelight.errors import SidelightError
 from sidelight.prompts import Reads
-from sidelight.server import create_app
+from sidelight.server import Service, create_app
 from sidelight.server.otel import OtelSink
 from sidelight.server.policy import Policy, Rule
 from sidelight.server.tracing import Trace
@@ -126,7 +126,7 @@ def test_a_text_that_nobody_takes_is_told_before_its_request_is_over():
     backbone = tiny_backbone()
     engine = TransformersEngine(backbone, [untrained_probe(backbone, "late", reads=LATE)])
     traces: list[Trace] = []
-    app = create_app(engine, traces=traces.append)
+    app = create_app(engine, Service(traces=traces.append))
     body = json.dumps({**BODY, "stream": True, "max_tokens": 200}).encode()
 
     async def main() -> None:

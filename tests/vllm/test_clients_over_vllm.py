@@ -13,7 +13,7 @@ from commands import saved
 from live import MODEL, listening
 from sidelight.engines import Engine
 from sidelight.prompts import Reads
-from sidelight.server import create_app
+from sidelight.server import Service, create_app
 from sidelight.server.policy import Policy, Rule
 from test_clients import (
     CUTTING,
@@ -65,6 +65,6 @@ def mounted(engine: Engine) -> FastAPI:
     app = FastAPI(lifespan=lifespan)
     always = Rule("block", threshold=0.0)
     app.mount("/scoring", create_app(engine))
-    app.mount("/blocking", create_app(engine, policy=Policy(input={"toxicity": always})))
-    app.mount("/cutting", create_app(engine, policy=Policy(output={"late": CUTTING})))
+    app.mount("/blocking", create_app(engine, Service(policy=Policy(input={"toxicity": always}))))
+    app.mount("/cutting", create_app(engine, Service(policy=Policy(output={"late": CUTTING}))))
     return app

@@ -60,6 +60,7 @@ def serve(
     from sidelight.artifact import load_probe
     from sidelight.server.policy import Policy, read_policy, require_fitting
     from sidelight.server.running import serve as run
+    from sidelight.server.service import Service
 
     require_own_options(engine, given)
     loaded = [load_probe(probe) for probe in probes]
@@ -69,17 +70,20 @@ def serve(
     def load() -> "Engine":
         return load_engine(engine, loaded, given)
 
-    run(
-        load,
-        host=host,
-        port=port,
+    service = Service(
         policy=policy,
         sources={probe.name: path for probe, path in zip(loaded, probes, strict=True)},
         access=access_of(given, os.environ),
-        allow_anonymous=given["allow_anonymous"],
         limits=limits_of(given),
         audit=audit_of(given),
         traces=traces_of(os.environ),
+    )
+    run(
+        load,
+        service,
+        host=host,
+        port=port,
+        allow_anonymous=given["allow_anonymous"],
         log_level=given["log_level"],
         json_logs=given["json_logs"],
     )

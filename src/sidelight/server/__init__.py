@@ -2,5 +2,6 @@
 
 from sidelight.server.app import create_app
 from sidelight.server.running import serve
+from sidelight.server.service import Service
 
-__all__ = ["create_app", "serve"]
+__all__ = ["Service", "create_app", "serve"]

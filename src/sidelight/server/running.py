@@ -2,9 +2,9 @@
 
 import logging
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
+from dataclasses import replace
 
 import uvicorn
 from fastapi import FastAPI
@@ -13,15 +13,13 @@ from sidelight.engines.base import Engine
 from sidelight.engines.loading import LoadingEngine
 from sidelight.errors import SidelightError
 from sidelight.server.app import create_app
-from sidelight.server.audit import AuditLog
 from sidelight.server.connections import bounded_protocol
 from sidelight.server.descriptors import ACCEPTED_AT_ONCE, within_system
 from sidelight.server.draining import QUEUED, DrainingServer
-from sidelight.server.keys import Access
 from sidelight.server.limits import ServerLimits
 from sidelight.server.logs import log_settings
-from sidelight.server.policy import Policy, require_fitting
-from sidelight.server.tracing import Sink
+from sidelight.server.policy import require_fitting
+from sidelight.server.service import Service
 
 _log = logging.getLogger("sidelight.server")
 _LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
@@ -29,16 +27,11 @@ _LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 
 def serve(
     load: Callable[[], Engine],
+    service: Service | None = None,
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
-    policy: Policy | None = None,
-    sources: Mapping[str, Path] | None = None,
-    access: Access | None = None,
     allow_anonymous: bool = False,
-    limits: ServerLimits | None = None,
-    audit: AuditLog | None = None,
-    traces: Sink | None = None,
     notice_s: float = 5.0,
     drain_s: float = 30.0,
     log_level: str = "info",
@@ -50,15 +43,10 @@ def serve(
 
     Args:
         load: Gives the engine; runs in a thread of its own.
+        service: How requests are served; None: as ``Service`` has it by default.
         host: Address to listen on; the default is reachable from this machine only.
         port: Port to listen on; 0 takes a free one and logs it.
-        policy: What follows from verdicts; None: nothing, they are told.
-        sources: The folders that probes came from, by name: where they are reloaded from.
-        access: Who may do what; None: everybody everything but administer.
         allow_anonymous: Listens beyond this machine even where no key is needed.
-        limits: How much a request may take.
-        audit: Where decisions are written; None: nowhere.
-        traces: Takes what there is to tell of each request; None: nobody.
         notice_s: Seconds that the server listens on after SIGTERM, with ``/ready`` at 503.
         drain_s: Seconds that requests in flight may then take.
         log_level: Of the server's log: ``debug``, ``info``, ``warning`` or ``error``.
@@ -68,8 +56,9 @@ def serve(
         SidelightError: The address cannot be listened on, everybody would be served beyond this
             machine, or what ``load`` raised.
     """
-    admitted, bounds = access or Access(), within_system(limits or ServerLimits())
-    if host not in _LOOPBACK and admitted.is_open and not allow_anonymous:
+    given = service or Service()
+    chosen = replace(given, limits=within_system(given.limits))
+    if host not in _LOOPBACK and chosen.access.is_open and not allow_anonymous:
         raise SidelightError(
             f"Everybody who reaches {host} would be served. Set SIDELIGHT_API_KEY or "
             "--api-keys-file, or say --allow-anonymous if something else keeps strangers out."
@@ -78,24 +67,14 @@ def serve(
     def stop() -> None:
         server.should_exit = True
 
-    rules = policy or Policy()
-
     def load_fitting() -> Engine:
         loaded = load()
-        require_fitting(rules, loaded.probes)
+        require_fitting(chosen.policy, loaded.probes)
         return loaded
 
     engine = LoadingEngine(load_fitting, on_failure=stop)
-    app = create_app(
-        engine,
-        policy=rules,
-        sources=sources,
-        access=admitted,
-        limits=bounds,
-        audit=audit,
-        traces=traces,
-    )
-    config = server_settings(app, bounds, log_level=log_level, json_logs=json_logs)
+    app = create_app(engine, chosen)
+    config = server_settings(app, chosen.limits, log_level=log_level, json_logs=json_logs)
     server = DrainingServer(
         config, drain=app.state.context.drain, drain_s=drain_s, notice_s=notice_s
     )
