@@ -17,7 +17,7 @@ from sidelight.backbones import load_backbone
 from sidelight.errors import SidelightError
 from sidelight.prompts import EncodedPrompt, Part, Reads
 from sidelight.vllm_plugin.capturing import Captures, Recorder, capture_params
-from sidelight.vllm_plugin.spool import Place, Spool, SpoolShape
+from sidelight.vllm_plugin.spool import Spool, SpoolPlace, SpoolShape
 from sidelight.vllm_plugin.tracking import Step
 from tiny import untrained_probe
 
@@ -55,7 +55,7 @@ class Played:
         self.hidden = [torch.randn(LAYERS, len(p), WIDTH) for p in PROMPTS]
         starts = np.cumsum([0, *counts[:-1]])
         for i, prompt in enumerate(PROMPTS):
-            place = Place(str(self.spool.path), shape, i, int(starts[i]))
+            place = SpoolPlace(str(self.spool.path), shape, i, int(starts[i]))
             # As it travels.
             params = json.loads(json.dumps(capture_params(prompt, self.reads, place)))
             self.captures.enter(str(i), params, len(prompt))

@@ -20,7 +20,7 @@ from sidelight.scoring import score
 from sidelight.standardisation import Projection
 from sidelight.vllm_plugin.columns import Pages, Run, Stage
 from sidelight.vllm_plugin.judging import Judging, Share
-from sidelight.vllm_plugin.panel import Panel, verdict_of
+from sidelight.vllm_plugin.panel import ColumnPanel, verdict_of
 from sidelight.vllm_plugin.params import KEY, parts_of, request_params
 from sidelight.vllm_plugin.settings import ENVIRONMENT, Served, load_checked, named_folders
 from sidelight.vllm_plugin.taps import set_stage, tap_layers
@@ -66,7 +66,7 @@ class Played:
     """A worker and a scheduler with a paged cache, without a model."""
 
     def __init__(self, probes):
-        self.panel = Panel.of(probes)
+        self.panel = ColumnPanel.of(probes)
         projection = self.panel.projection(range(probes[0].fingerprint.layers))
         self.stage = Stage.empty(projection, tokens=64)
         self.pages = Pages(self.stage, blocks=BLOCKS, block_size=BLOCK)

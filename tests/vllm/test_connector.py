@@ -6,7 +6,7 @@ import torch
 
 from sidelight.prompts import EncodedPrompt, Part, Reads
 from sidelight.vllm_plugin.judging import Judging, Share
-from sidelight.vllm_plugin.panel import Panel
+from sidelight.vllm_plugin.panel import ColumnPanel
 from sidelight.vllm_plugin.params import KEY, request_params
 from sidelight.vllm_plugin.tracking import Step, Tracking
 from tiny import tiny_backbone, untrained_probe
@@ -16,7 +16,9 @@ def test_a_share_of_a_request_that_has_ended_leaves_no_state():
     """Under pipeline parallel a step may still run when its request ends."""
     from sidelight.vllm_plugin.connector import ProbeConnector, Results
 
-    judging = Judging(Panel.of([untrained_probe(tiny_backbone(), "late", reads=Reads("both"))]))
+    judging = Judging(
+        ColumnPanel.of([untrained_probe(tiny_backbone(), "late", reads=Reads("both"))])
+    )
     tracking = Tracking(reads_responses=True)
     prompt = EncodedPrompt((5, 6, 7), (Part.PROMPT,) * 3)
     for request_id in ("ended", "running"):

@@ -29,7 +29,7 @@ class Extension(BaseModel):
 
 
 @dataclass(frozen=True)
-class Side:
+class Told:
     """The verdicts of the probes that are judged at one point.
 
     Attributes:
@@ -69,10 +69,10 @@ class Reporter:
     probes: Sequence[LoadedProbe]
     names: CategoryNames
 
-    def side(self, event: PromptJudged | Finished) -> Side:
+    def side(self, event: PromptJudged | Finished) -> Told:
         """What the event says of the chosen probes."""
         chosen = {probe.name for probe in self.probes}
-        return Side(
+        return Told(
             tuple(verdict for verdict in event.verdicts if verdict.probe in chosen),
             tuple(name for name in event.failed if name in chosen),
             tuple(name for name in event.too_long if name in chosen),
@@ -106,17 +106,17 @@ class Reporter:
         """Whether a chosen probe has to wait for the response."""
         return any(probe.reads.side != "prompt" for probe in self.probes)
 
-    def moderation(self, prompt: Side, response: Side | None) -> dict[str, Any]:
+    def moderation(self, prompt: Told, response: Told | None) -> dict[str, Any]:
         """The ``moderation`` field; ``response`` is None while the text is being written."""
         pending = _error("pending", "The response is still being written.")
         output = pending if response is None and self.reads_response else None
         return {
             "input": self._moderated(prompt, "No chosen probe reads the prompt alone."),
             "output": output
-            or self._moderated(response or Side(), "No chosen probe reads the response."),
+            or self._moderated(response or Told(), "No chosen probe reads the response."),
         }
 
-    def _moderated(self, side: Side, not_run: str) -> dict[str, Any]:
+    def _moderated(self, side: Told, not_run: str) -> dict[str, Any]:
         if side.failed:
             return _error("verdict_failed", side.failure)
         if not side.verdicts:
@@ -132,16 +132,16 @@ class Reporter:
         return {"type": "moderation_results", "model": self.model, "results": results}
 
 
-def joined(sides: Sequence[Side]) -> Side:
+def joined(sides: Sequence[Told]) -> Told:
     """Several texts' verdicts, one text after the other."""
-    return Side(
+    return Told(
         tuple(verdict for side in sides for verdict in side.verdicts),
         tuple(dict.fromkeys(name for side in sides for name in side.failed)),
         tuple(dict.fromkeys(name for side in sides for name in side.too_long)),
     )
 
 
-def extension(*sides: Side) -> dict[str, Any]:
+def extension(*sides: Told) -> dict[str, Any]:
     """The ``sidelight`` field: every verdict, and an entry with ``error`` for a failed one."""
     verdicts = [verdict_json(verdict) for side in sides for verdict in side.verdicts]
     failures = [_failure_json(name) for side in sides for name in side.failed]
@@ -159,7 +159,7 @@ def verdict_json(verdict: Verdict) -> dict[str, Any]:
     }
 
 
-def header(*sides: Side) -> Mapping[str, str]:
+def header(*sides: Told) -> Mapping[str, str]:
     """The verdicts as an HTTP header: compact ASCII JSON.
 
     Probabilities are rounded; where they would make the header too long for proxies, only probe,

@@ -14,7 +14,7 @@ from sidelight.errors import SidelightError
 from sidelight.server.choices import Choices, Indexed
 from sidelight.server.completions import Envelope, usage
 from sidelight.server.errors import failure_body
-from sidelight.server.report import Reporter, Side, extension, joined
+from sidelight.server.report import Reporter, Told, extension, joined
 
 _DONE = "data: [DONE]\n\n"
 
@@ -82,7 +82,7 @@ class Chunks:
             except SidelightError as error:
                 yield _sse(failure_body(error))
 
-    def _prompt_of(self, index: int) -> Side:
+    def _prompt_of(self, index: int) -> Told:
         texts_per_prompt = len(self.choices.streams) // len(self.choices.judged)
         return self.reporter.side(self.choices.judged[index // texts_per_prompt])
 
@@ -113,7 +113,7 @@ class Chunks:
             chunks.append(self._chunk([], usage=usage(self.choices.judged, finished)))
         return chunks
 
-    def _moderation(self, response: Side | None) -> str:
+    def _moderation(self, response: Told | None) -> str:
         prompt = joined([self.reporter.side(event) for event in self.choices.judged])
         sides = [prompt] if response is None else [prompt, response]
         moderation = self.reporter.moderation(prompt, response)

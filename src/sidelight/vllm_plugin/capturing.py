@@ -22,14 +22,14 @@ from sidelight.errors import SidelightError
 from sidelight.prompts import EncodedPrompt, Reads
 from sidelight.vllm_plugin.installed import Installed
 from sidelight.vllm_plugin.params import KEY
-from sidelight.vllm_plugin.spool import Place, Spool, SpoolShape
+from sidelight.vllm_plugin.spool import Spool, SpoolPlace, SpoolShape
 from sidelight.vllm_plugin.tracking import Step
 
 # A step has texts of few shards; a spool that was let go is mapped again.
 _MAPPED_SPOOLS = 4
 
 
-def capture_params(prompt: EncodedPrompt, reads: Reads, place: Place) -> dict[str, Any]:
+def capture_params(prompt: EncodedPrompt, reads: Reads, place: SpoolPlace) -> dict[str, Any]:
     """For ``SamplingParams(extra_args={"kv_transfer_params": ...})``.
 
     Args:
@@ -52,7 +52,7 @@ class Piece:
         passed: Tokens of the request, kept or not, that have been run after this pass.
     """
 
-    place: Place
+    place: SpoolPlace
     row: int
     slots: tuple[int, ...]
     passed: int
@@ -60,7 +60,7 @@ class Piece:
 
 @dataclass
 class _Tracked:
-    place: Place
+    place: SpoolPlace
     kept: Int[np.ndarray, " kept"]
     tokens: int
     passed: int = 0
@@ -83,7 +83,7 @@ class Captures:
         if given is None:
             return
         kept = np.fromiter(chain.from_iterable(range(*run) for run in given["kept"]), np.int64)
-        self._requests[request_id] = _Tracked(Place.from_json(given["place"]), kept, tokens)
+        self._requests[request_id] = _Tracked(SpoolPlace.from_json(given["place"]), kept, tokens)
 
     def leave(self, request_id: str) -> None:
         """Forgets a request."""

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sidelight.bank import BankState
-from sidelight.vllm_plugin.panel import Outcome, Panel
+from sidelight.vllm_plugin.panel import ColumnPanel, Outcome
 from sidelight.vllm_plugin.tracking import Reading
 
 
@@ -38,7 +38,7 @@ class Judging:
         panel: The probes.
     """
 
-    def __init__(self, panel: Panel):
+    def __init__(self, panel: ColumnPanel):
         self.panel = panel
         self._states: dict[str, BankState] = {}
 

@@ -25,7 +25,7 @@ Outcome = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Panel:
+class ColumnPanel:
     """The loaded probes, in the order in which their columns stand.
 
     Attributes:
@@ -37,11 +37,11 @@ class Panel:
     late: Bank | None
 
     @staticmethod
-    def of(probes: Sequence[Probe], *, device: torch.device | str = "cpu") -> "Panel":
+    def of(probes: Sequence[Probe], *, device: torch.device | str = "cpu") -> "ColumnPanel":
         """A panel of these probes."""
         early = [probe for probe in probes if probe.reads.side == "prompt"]
         late = [probe for probe in probes if probe.reads.side != "prompt"]
-        return Panel(
+        return ColumnPanel(
             Bank(early, device=device) if early else None,
             Bank(late, device=device) if late else None,
         )

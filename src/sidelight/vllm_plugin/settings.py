@@ -16,7 +16,7 @@ from sidelight.backbones import Fingerprint, TransformersBackbone
 from sidelight.errors import SidelightError
 from sidelight.probe import Probe, require_distinct_names
 from sidelight.prompts import PromptFormat
-from sidelight.vllm_plugin.panel import Panel
+from sidelight.vllm_plugin.panel import ColumnPanel
 
 ENVIRONMENT = "SIDELIGHT_PROBES"
 KEY = "sidelight"
@@ -45,13 +45,13 @@ class Served:
         """The inverse of ``to_json``."""
         return Served(tuple(data["folders"]), Fingerprint(**data["fingerprint"]))
 
-    def panel(self, *, device: torch.device | str = "cpu") -> Panel:
+    def panel(self, *, device: torch.device | str = "cpu") -> ColumnPanel:
         """The probes, loaded.
 
         Raises:
             SidelightError: One of them is damaged or belongs to another model.
         """
-        return Panel.of(load_checked(self.folders, self.fingerprint), device=device)
+        return ColumnPanel.of(load_checked(self.folders, self.fingerprint), device=device)
 
 
 @dataclass(frozen=True)

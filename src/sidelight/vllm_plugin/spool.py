@@ -125,7 +125,7 @@ class Spool:
 
 
 @dataclass(frozen=True)
-class Place:
+class SpoolPlace:
     """Where the states of a request go.
 
     Attributes:
@@ -145,6 +145,6 @@ class Place:
         return asdict(self)
 
     @staticmethod
-    def from_json(data: Mapping[str, Any]) -> "Place":
+    def from_json(data: Mapping[str, Any]) -> "SpoolPlace":
         """The inverse of ``to_json``."""
-        return Place(data["path"], SpoolShape(**data["shape"]), data["text"], data["row"])
+        return SpoolPlace(data["path"], SpoolShape(**data["shape"]), data["text"], data["row"])

@@ -11,7 +11,7 @@ from sidelight.errors import SidelightError
 from sidelight.vllm_plugin.columns import Pages, Run, Stage
 from sidelight.vllm_plugin.installed import Installed
 from sidelight.vllm_plugin.judging import Judging, Share
-from sidelight.vllm_plugin.panel import Outcome, Panel
+from sidelight.vllm_plugin.panel import ColumnPanel, Outcome
 from sidelight.vllm_plugin.settings import Served
 from sidelight.vllm_plugin.taps import set_stage
 from sidelight.vllm_plugin.tracking import Reading
@@ -116,7 +116,7 @@ class Worker:
             return torch.empty(tokens, len(self._layers), 0)
         return self._pages.read([Run(r.blocks, r.start, r.start + len(r.parts)) for r in readings])
 
-    def _put(self, panel: Panel) -> None:
+    def _put(self, panel: ColumnPanel) -> None:
         self._judging = Judging(panel)
         projection = panel.projection(self._layers)
         # Both before new ones are made: there may be no room for two.

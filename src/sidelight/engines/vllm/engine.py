@@ -33,7 +33,7 @@ from sidelight.engines.vllm.requests import (
     Likelihoods,
     Names,
     Output,
-    Request,
+    WrittenText,
     judgement,
     require_drawable,
     sampling_params,
@@ -168,7 +168,7 @@ class VllmEngine(Engine):
         probes = self._exchange.probes
         require_watchable(watch, probes)
         names, likelihoods = Names.of(probes), self._likelihoods(sampling.logprobs)
-        request = Request(self, names, frozenset(watch), admits, likelihoods)
+        request = WrittenText(self, names, frozenset(watch), admits, likelihoods)
         return self._written(messages, sampling, request, probes)
 
     def _likelihoods(self, count: int | None) -> Likelihoods | None:
@@ -185,7 +185,7 @@ class VllmEngine(Engine):
         self,
         messages: Conversation,
         sampling: Sampling,
-        request: Request,
+        request: WrittenText,
         probes: tuple[Probe, ...],
     ) -> AsyncGenerator[Event, None]:
         require_drawable(sampling)

@@ -90,7 +90,7 @@ class Likelihoods:
         return () if isinstance(completion.stop_reason, str) else self._trail.rest()
 
 
-class Request:
+class WrittenText:
     """One text being written, as events.
 
     Args:

@@ -19,7 +19,7 @@ from sidelight.progress import Progress
 from sidelight.prompts import EncodedPrompt, Reads
 from sidelight.vllm_plugin.capturing import capture_params
 from sidelight.vllm_plugin.settings import CAPTURE, Captured
-from sidelight.vllm_plugin.spool import Place, Spool, SpoolShape
+from sidelight.vllm_plugin.spool import Spool, SpoolPlace, SpoolShape
 
 
 class VllmSource:
@@ -146,7 +146,7 @@ def spool_requests(
     lengths = torch.tensor([int(prompt.mask(reads).sum()) for prompt in prompts])
     starts: Int[Tensor, " text"] = lengths.cumsum(0) - lengths
     places = [
-        Place(str(spool.path.absolute()), spool.shape, text, int(start))
+        SpoolPlace(str(spool.path.absolute()), spool.shape, text, int(start))
         for text, start in enumerate(starts)
     ]
     return [

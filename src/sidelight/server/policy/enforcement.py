@@ -14,8 +14,8 @@ from sidelight.server.errors import RequestError
 from sidelight.server.policy.clauses import Clause
 from sidelight.server.policy.decisions import Decision, Record, decide, marks, too_long
 from sidelight.server.policy.holding import End, HoldBack, by_probe, judged
-from sidelight.server.policy.rules import Side as PolicySide
-from sidelight.server.report import Side, header
+from sidelight.server.policy.rules import Side
+from sidelight.server.report import Told, header
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Enforcement:
         """What follows from the verdicts on the prompt."""
         return self._decide(self._side("input"), event)
 
-    def on_check(self, event: PromptJudged, sides: Collection[PolicySide]) -> PromptJudged:
+    def on_check(self, event: PromptJudged, sides: Collection[Side]) -> PromptJudged:
         """A check's verdicts on these sides at the rules' thresholds; recorded, never blocked."""
         clauses = [clause for clause in self.clauses if clause.side in sides]
         decisions = self._decide(clauses, event)
@@ -105,7 +105,7 @@ class Enforcement:
                 with suppress(RequestError):
                     self.record(holding.unfinished())
 
-    def _side(self, side: PolicySide) -> list[Clause]:
+    def _side(self, side: Side) -> list[Clause]:
         return [clause for clause in self.clauses if clause.side == side]
 
     def _decide(self, clauses: Sequence[Clause], event: PromptJudged) -> list[Decision]:
@@ -177,7 +177,7 @@ def _only_told(decision: Decision) -> Decision:
 def _verdict_header(decisions: Sequence[Decision]) -> Mapping[str, str]:
     shown = [decision for decision in decisions if not decision.clause.is_shadow]
     verdicts = tuple(d.verdict for d in shown if d.verdict is not None)
-    return header(Side(verdicts, tuple(d.clause.name for d in shown if d.verdict is None)))
+    return header(Told(verdicts, tuple(d.clause.name for d in shown if d.verdict is None)))
 
 
 def _decided(event: PromptJudged, decisions: Sequence[Decision]) -> PromptJudged:
