@@ -168,8 +168,9 @@ def test_activations_are_gone_after_a_fit_unless_kept(tiny, tmp_path):
 
 def test_train_gives_a_classifier_and_leaves_no_activations(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("SIDELIGHT_CACHE", str(tmp_path))
-    data = load_examples(rows_of("binary", 60, seed=0), positive="toxic")
-    classifier = sidelight.train(tiny, data, mechanism="gate", name="mine")
+    rows = rows_of("binary", 60, seed=0)
+    classifier = sidelight.train(tiny, rows, mechanism="gate", name="mine", positive="toxic")
+    assert classifier.probe.task.labels == ("fine", "toxic")
     assert classifier.predict(["tabc"])[0].probe == "mine"
     assert classifier.probe.spec.name == "gate"
     assert not list(tmp_path.rglob("*.safetensors"))
@@ -224,7 +225,7 @@ def test_a_text_without_a_verdict_is_named_by_its_place(tiny, tmp_path):
     with pytest.raises(VerdictError, match=r"^Text 2: Probe 'p' gave a logit that is not finite"):
         classifier.predict(["a"] * 3, responses=["b", "", "d"])
     rows = [{**row, "answer": "b"} for row in rows_of("binary", 8, seed=0)]
-    examples = load_examples(rows, response="answer")
+    examples = load_examples(rows, response="answer", positive="toxic")
     items = (*examples.items[:4], replace(examples.items[4], response=""), *examples.items[5:])
     with pytest.raises(VerdictError, match=r"^Given rows, row 5: Probe 'p' gave a logit"):
         classifier.evaluate(replace(examples, items=items))

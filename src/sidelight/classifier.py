@@ -120,6 +120,7 @@ def train(
     text: str = "text",
     label: str = "label",
     response: str | None = None,
+    positive: str | None = None,
     validation: str | Path | InMemory | Examples | None = None,
     name: str = "probe",
     seeds: int = 1,
@@ -137,6 +138,7 @@ def train(
         text: Column of the text.
         label: Column of the label; several with commas make a multi-label task.
         response: Column of the answer; the probe then reads the answer instead of the prompt.
+        positive: Positive class of a binary task; None means 1, true or yes, else the rarer label.
         validation: As ``data``; None holds part of it out.
         name: How verdicts name the probe.
         seeds: Probes to train; the one with the best validation score is kept.
@@ -152,7 +154,7 @@ def train(
         seeds=tuple(range(seeds)),
         reads=Reads(side="response" if response else "prompt"),
     )
-    training = _as_examples(data, text=text, label=label, response=response)
+    training = _as_examples(data, text=text, label=label, response=response, positive=positive)
     held_out = (
         None
         if validation is None
@@ -254,8 +256,11 @@ def _as_examples(
     text: str,
     label: str,
     response: str | None,
+    positive: str | None = None,
     task: Task | None = None,
 ) -> Examples:
     if isinstance(data, Examples):
         return data
-    return load_examples(data, text=text, label=label, response=response, task=task)
+    return load_examples(
+        data, text=text, label=label, response=response, positive=positive, task=task
+    )
