@@ -47,8 +47,8 @@ def guess_warning(task: Task) -> tuple[str, ...]:
     negative, positive = task.labels
     return (
         f"No positive class was named: '{positive}' is taken (the rarer label; of two equal ones "
-        f"the last in the alphabet). --positive {negative} "
-        f"(positive= in Python) chooses the other.",
+        f"the last in the alphabet). --positive {negative} (positive= in Python) chooses the "
+        "other.",
     )
 
 
