@@ -11,6 +11,7 @@ from torch.nn import functional
 from corpora import TASKS, training_set
 from sidelight.errors import SidelightError
 from sidelight.mechanisms import Geometry, mechanism_names, mechanism_spec
+from sidelight.prompts import Reads
 from sidelight.ragged import Ragged
 from sidelight.training import (
     Job,
@@ -20,7 +21,7 @@ from sidelight.training import (
     validation_score,
 )
 from sidelight.training.losses import make_loss
-from sidelight.training.trainee import Trainee
+from sidelight.training.trainee import Trainee, _begun
 
 QUICK = TrainingSettings(
     learning_rate=1e-2, weight_decay=0.01, epochs=3, batch_size=20, least_steps=0
@@ -299,6 +300,38 @@ def test_a_job_that_diverges_leaves_its_neighbours_alone(corpora):
     np.testing.assert_allclose(found[0].logits, alone.logits, rtol=1e-3, atol=1e-4)
     without = {**corpora["binary"], "validation": None}
     assert train_mechanisms(jobs[1:2], task=TASKS["binary"], **without) == [None]
+
+
+@pytest.mark.parametrize(("side", "differs"), [("response", True), ("prompt", False)])
+def test_only_a_probe_of_responses_learns_from_beginnings(tiny, tmp_path, side, differs):
+    training = training_set(tiny, tmp_path, "binary", 40, seed=0)
+    training.states.reads = Reads(side)
+    whole = replace(BRIEF, beginnings=False)
+    both, one = train_mechanisms(
+        [job(settings=BRIEF), job(settings=whole)],
+        task=TASKS["binary"],
+        training=training,
+        validation=None,
+        judged=training,
+    )
+    assert np.allclose(both.logits, one.logits, rtol=1e-3, atol=1e-4) != differs
+
+
+def test_a_beginning_is_the_first_tokens_of_its_text():
+    lengths = torch.tensor([1, 2, 40])
+    tokens = Ragged(torch.arange(43.0), lengths)
+    torch.manual_seed(0)
+    seen = set()
+    for _ in range(200):
+        begun = _begun(tokens)
+        for own, text in zip(begun.split(), tokens.split(), strict=True):
+            assert torch.equal(own.values, text.values[: len(own.values)])
+        seen.add(tuple(begun.lengths.tolist()))
+    assert {first for first, *_ in seen} == {1}
+    assert {second for _, second, _ in seen} == {1, 2}
+    last = [third for *_, third in seen]
+    assert min(last) == 1
+    assert max(last) == 40
 
 
 def test_shards_smaller_than_a_batch_fill_it_together(tiny, tmp_path, monkeypatch):

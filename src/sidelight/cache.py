@@ -87,10 +87,12 @@ class States(Protocol):
 
     Attributes:
         fingerprint: The backbone.
+        reads: Which tokens of each text these are.
         plan: Which texts are in which shard; together each text once.
     """
 
     fingerprint: Fingerprint
+    reads: Reads
     plan: ShardPlan
 
     def __len__(self) -> int:

@@ -34,7 +34,7 @@ class MemoryStates:
     """
 
     def __init__(self, cache: ActivationCache, rows: Sequence[int]):
-        self.fingerprint = cache.fingerprint
+        self.fingerprint, self.reads = cache.fingerprint, cache.reads
         self._shard = _gathered(cache, rows)
         self.plan = ShardPlan((tuple(self._shard.rows.tolist()),), (self._shard.hidden.shape[1],))
 
@@ -56,7 +56,7 @@ class PartStates:
     """
 
     def __init__(self, cache: ActivationCache, rows: Sequence[int]):
-        self.fingerprint = cache.fingerprint
+        self.fingerprint, self.reads = cache.fingerprint, cache.reads
         self._cache = cache
         self._text_of = {row: text for text, row in enumerate(rows)}
         wanted = [[row for row in held if row in self._text_of] for held in cache.plan.rows]

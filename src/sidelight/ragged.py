@@ -49,6 +49,16 @@ class Ragged:
             self.values.contiguous(), "max", lengths=self.lengths, axis=0, initial=LOWEST
         )
 
+    def beginnings(self, lengths: Int[Tensor, " segment"]) -> "Ragged":
+        """The first rows of each segment.
+
+        Args:
+            lengths: How many; at most as many as the segment has.
+        """
+        starts = self.lengths.cumsum(0) - self.lengths
+        rows = torch.arange(len(self.values), device=self.lengths.device)
+        return Ragged(self.values[rows < (starts + lengths)[self.segments]], lengths)
+
     def split(self) -> list["Ragged"]:
         """Each segment by itself."""
         sizes = [int(length) for length in self.lengths]

@@ -140,6 +140,7 @@ class _Run:
 
     def enrol(self, jobs: Sequence[Job]) -> list[Trainee]:
         texts = len(self._training.labels)
+        is_written = self._training.states.reads.side == "response"
         fitted = [replace(job, settings=job.settings.fitted_to(texts)) for job in jobs]
         return [
             Trainee(
@@ -151,6 +152,7 @@ class _Run:
                     self._labels,
                     balanced=job.settings.class_weight == "balanced",
                 ),
+                reads_beginnings=job.settings.beginnings and is_written,
                 device=self._device,
             )
             for job in fitted

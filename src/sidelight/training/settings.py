@@ -31,6 +31,8 @@ class TrainingSettings:
             validation chooses handles imbalance either way.
         layer_weights: ``predictive`` weighs layers by how well each predicts left-out training
             texts (``training/layer_weights.py``), if states are standardised.
+        beginnings: Whether a probe of responses also learns from a random beginning of each: it is
+            asked for scores while a response is written.
     """
 
     learning_rate: float = 1e-3
@@ -41,6 +43,7 @@ class TrainingSettings:
     patience: int = 3
     class_weight: ClassWeight = "none"
     layer_weights: LayerWeights = "equal"
+    beginnings: bool = True
 
     def __post_init__(self) -> None:
         """Refuses numbers that the optimiser cannot use."""

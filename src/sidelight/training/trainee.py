@@ -24,11 +24,19 @@ class Trainee:
         geometry: Sizes.
         steps: Optimiser steps per epoch.
         loss: Of logits and labels.
+        reads_beginnings: Whether the loss also counts a random beginning of each text.
         device: Where to train.
     """
 
     def __init__(
-        self, job: Job, geometry: Geometry, *, steps: int, loss: Loss, device: torch.device
+        self,
+        job: Job,
+        geometry: Geometry,
+        *,
+        steps: int,
+        loss: Loss,
+        reads_beginnings: bool = False,
+        device: torch.device,
     ):
         self.job = job
         with torch.random.fork_rng():
@@ -45,6 +53,7 @@ class Trainee:
             self._optimizer, T_max=settings.epochs * steps
         )
         self._loss = loss
+        self._reads_beginnings = reads_beginnings
         self._draws = 0
         self._filled = 0.0
         self._best = deepcopy(self.mechanism.state_dict())
@@ -74,9 +83,15 @@ class Trainee:
         self.mechanism.train()
         self._draws += 1
         with torch.random.fork_rng():
-            # Dropout of its own: what a job draws does not depend on its neighbours.
+            # Draws of its own: what a job draws does not depend on its neighbours.
             torch.manual_seed(self.job.seed * 1_000_003 + self._draws)
-            votes = self.mechanism.votes(self.mechanism.summarise(tokens))
+            loss = self._loss_of(tokens, labels)
+            if not self._reads_beginnings:
+                return loss
+            return (loss + self._loss_of(_begun(tokens), labels)) / 2
+
+    def _loss_of(self, tokens: Ragged, labels: Int[Tensor, "text ..."]) -> Float[Tensor, ""]:
+        votes = self.mechanism.votes(self.mechanism.summarise(tokens))
         return torch.stack([self._loss(logits, labels) for logits in votes.unbind(1)]).sum()
 
     def take(self, share: float) -> None:
@@ -118,6 +133,13 @@ class Trainee:
         self.mechanism.load_state_dict(self._best)
         self.mechanism.eval().requires_grad_(False)
         self.has_diverged |= not all(bool(p.isfinite().all()) for p in self.mechanism.parameters())
+
+
+def _begun(tokens: Ragged) -> Ragged:
+    """A beginning of each text, its length log-uniform: running scores matter from the start."""
+    share = torch.rand(len(tokens.lengths), device=tokens.lengths.device)
+    lengths = ((tokens.lengths + 1) ** share).long()
+    return tokens.beginnings(lengths.minimum(tokens.lengths))
 
 
 def validation_score(task: Task, logits: np.ndarray, labels: np.ndarray) -> float:
