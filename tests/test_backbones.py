@@ -68,6 +68,23 @@ def test_right_padding_has_no_influence(family):
         torch.testing.assert_close(padded[:1, : len(short)], expected, **ROUNDING)
 
 
+def test_logits_of_the_last_position_copy_no_output_matrix(family):
+    """PyTorch copies it once for every row of a batch whose hidden states are not contiguous."""
+    contiguous = []
+    ids, mask = family.pad(prompts_of(family, "hello", "there"))
+    head = family.model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(
+        lambda _module, args: contiguous.append(args[0].is_contiguous())
+    )
+    last = {"logits_to_keep": family.last_position}
+    with torch.inference_mode():
+        kept = family.model(ids, attention_mask=mask, **last).logits
+        hook.remove()
+        every = family.model(ids, attention_mask=mask).logits
+    assert contiguous == [True]
+    torch.testing.assert_close(kept, every[:, -1:], **ROUNDING)
+
+
 def test_a_tap_is_called_inside_its_block_only(tiny):
     prompts = prompts_of(tiny, "hi")
     recorder = Recorder()

@@ -126,6 +126,15 @@ class TransformersBackbone:
         """Whether ``run`` takes ``after``: a prefix leaves keys and values, and no more."""
         return can_share(self.model)
 
+    @property
+    def last_position(self) -> Int[Tensor, " one"]:
+        """The ``logits_to_keep`` of the last token only.
+
+        The number 1 keeps a slice, which is not contiguous in a batch: PyTorch then copies the
+        output matrix once for every row.
+        """
+        return torch.tensor([-1], device=self.device)
+
     def pad(
         self, prompts: Sequence[EncodedPrompt]
     ) -> tuple[Int[Tensor, "batch token"], Bool[Tensor, "batch token"]]:

@@ -18,15 +18,13 @@ from transformers import DynamicCache
 from sidelight.backbones import TransformersBackbone
 from sidelight.backbones.prefixes import cache_name, run_after, run_once
 from sidelight.baselines.base import Baseline, Rival
-from sidelight.batching import by_length
+from sidelight.batching import BATCH_TOKENS, by_length
 from sidelight.errors import SidelightError
 from sidelight.progress import progress
 from sidelight.prompts import EncodedPrompt, Message, shared_length
 from sidelight.study import Split, Study
 from sidelight.types import Task
 
-# Of a batch, with what all prompts share: their keys and values are in memory at a time.
-_BATCH_TOKENS = 16_384
 _QUESTION = "Which label describes the text?"
 # More names than these are listed before the first text only.
 _LISTED = 20
@@ -166,7 +164,7 @@ def score_answers(
     scores = np.empty((len(prompts), len(answers)))
     with progress("Prompting", sum(map(len, rests)), unit="tokens") as shown:
         # Padding between the prefix and a text would shift what a sliding window sees.
-        most = _BATCH_TOKENS if backbone.can_share_prefixes else 1
+        most = BATCH_TOKENS if backbone.can_share_prefixes else 1
         # The whole lengths: a row has keys and values of the prefix too.
         for batch in by_length([len(prompt) for prompt in prompts], batch_tokens=most):
             token_ids, present = _left_padded([rests[row] for row in batch])
@@ -200,7 +198,8 @@ def _score_batch(
     """
     model = backbone.model
     shared = cache.get_seq_length()
-    output = run_after(model, cache, token_ids, present, logits_to_keep=1)
+    last = backbone.last_position
+    output = run_after(model, cache, token_ids, present, logits_to_keep=last)
     first = output.logits[:, -1].float().log_softmax(-1)
     held = cache.get_seq_length()
     before = torch.cat([present.new_ones(len(present), shared), present], 1)

@@ -82,7 +82,7 @@ class Decoder:
                 attention_mask=rows.mask.long(),
                 position_ids=positions,
                 use_cache=True,
-                logits_to_keep=1,
+                logits_to_keep=self._backbone.last_position,
                 **cache,
             )
         return output.logits[:, -1]

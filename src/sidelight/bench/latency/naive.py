@@ -57,7 +57,7 @@ class Naive:
             position_ids=(mask.cumsum(1) - 1).clamp(min=0),
             output_hidden_states=True,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=self._backbone.last_position,
         )
         hidden = torch.stack(output.hidden_states, 1)  # (B, L, T, D)
         read = self._padded([prompt.mask(self._probe.reads) for prompt in batch])
