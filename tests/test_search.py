@@ -109,6 +109,17 @@ def test_what_a_kill_left_half_written_does_not_count(study, found, tmp_path):
     assert search_settings(study, "gate", **plan) == found
 
 
+def test_opening_a_journal_writes_nothing_to_what_is_there(study, tmp_path):
+    """Another process may be adding to it."""
+    storage = tmp_path / "journal"
+    plan = {"seed": 0, "generation": 2, "storage": storage}
+    search_settings(study, "pooling", trials=2, **plan)
+    file, before = storage.stat().st_ino, storage.read_bytes()
+    search_settings(study, "pooling", trials=2, **plan)
+    assert storage.stat().st_ino == file
+    assert storage.read_bytes().startswith(before)
+
+
 def test_a_generation_reads_each_shard_once_an_epoch(study, tmp_path):
     reads = []
     study.training.states.on_read = lambda: reads.append(1)
@@ -221,6 +232,13 @@ def test_a_training_that_diverges_ends_neither_the_search_nor_its_neighbours(
     assert best.settings == exactly("pooling")
     write_search({"pooling": best}, tmp_path, score="AUPRC")
     assert (tmp_path / "trials.csv").read_text().count("diverged") == 4
+
+
+def test_a_search_that_only_diverged_is_told_so(study, tmp_path, monkeypatch):
+    explosive = Space(weight_decay=Range(1e37, 1e38))
+    monkeypatch.setattr("sidelight.search.space.SPACES", {**SPACES, "pooling": explosive})
+    with pytest.raises(SidelightError, match="diverged"):
+        search_settings(study, "pooling", trials=2, seed=0, storage=tmp_path / "journal")
 
 
 def test_a_search_leaves_a_table_the_best_and_a_picture(found, tmp_path):

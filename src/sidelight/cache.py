@@ -6,7 +6,6 @@ its name only when it is whole, so a killed extraction goes on where it stopped.
 """
 
 import hashlib
-import json
 import os
 import shutil
 import sys
@@ -26,7 +25,7 @@ from torch import Tensor
 from sidelight.backbones.base import Fingerprint
 from sidelight.errors import SidelightError
 from sidelight.prompts import EncodedPrompt, Reads
-from sidelight.storage import FolderLock, sync
+from sidelight.storage import FolderLock, sync, write_json
 
 FORMAT_VERSION = 1
 SHARD_BYTES = 512 * 2**20
@@ -257,9 +256,7 @@ class ActivationCache:
             "tokens": sum(self.plan.tokens),
             "shards": [list(rows) for rows in self.plan.rows],
         }
-        partial = self.directory / "manifest.partial"
-        partial.write_text(json.dumps(manifest, indent=1))
-        os.replace(partial, self.directory / "manifest.json")
+        write_json(self.directory / "manifest.json", manifest)
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -10,6 +10,7 @@ from sidelight.artifact import WEIGHTS, load_probe, save_probe
 from sidelight.cards import model_card
 from sidelight.errors import SidelightError
 from sidelight.manifest import MANIFEST, read_manifest
+from sidelight.storage import write_text
 
 CARD = "README.md"
 _FILES = [MANIFEST, WEIGHTS, CARD]
@@ -31,7 +32,7 @@ def push(directory: str | Path, repository: str | Path, *, private: bool = False
     """
     directory = Path(directory)
     probe = load_probe(directory)
-    (directory / CARD).write_text(model_card(read_manifest(directory)), "utf-8")
+    write_text(directory / CARD, model_card(read_manifest(directory)))
     if isinstance(repository, Path):
         save_probe(probe, repository)
         shutil.copy(directory / CARD, repository / CARD)

@@ -31,6 +31,7 @@ from sidelight.metrics import (
     state_confidences,
     walk,
 )
+from sidelight.storage import replacing
 from sidelight.types import Task
 
 _DPI = 200
@@ -76,15 +77,14 @@ def plot_report(
         "reliability.png": _reliability(task, predictions, thresholds, title),
         "confusion.png": _confusion(task, predictions, title),
     }
-    directory.mkdir(parents=True, exist_ok=True)
-    return [_save(figure, directory / name) for name, figure in figures.items()]
+    return [save_figure(figure, directory / name) for name, figure in figures.items()]
 
 
-def _save(figure: Figure, path: Path) -> Path:
-    # Written beside and renamed: a reader or an interrupt never meets half a picture.
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    figure.savefig(unfinished, format="png", dpi=_DPI, metadata={"Software": None})
-    return unfinished.replace(path)
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Writes a PNG whole or, if killed, not at all; makes its folder."""
+    with replacing(path) as partial:
+        figure.savefig(partial, format="png", dpi=_DPI, metadata={"Software": None})
+    return path
 
 
 def _precision_recall(task: Task, predictions: Predictions, title: str) -> Figure:

@@ -3,8 +3,6 @@
 The best run's artifact lies in the folder itself, every run's in ``runs/``.
 """
 
-import json
-import os
 import shutil
 import sys
 import tempfile
@@ -22,6 +20,7 @@ from sidelight.fitting import Fit, Run
 from sidelight.manifest import MANIFEST, read_manifest
 from sidelight.mechanisms import spec_titles
 from sidelight.probe import Probe
+from sidelight.storage import write_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -103,9 +102,7 @@ def write_fit(made: Fit, directory: Path) -> None:
     for run, title in zip(made.runs, _titles(made), strict=True):
         save_probe(run.probe, directory / RUNS / _run_name(run, title))
     save_probe(made.best.probe, directory)
-    partial = directory / "training.json.partial"
-    partial.write_text(json.dumps(describe_fit(made), indent=2) + "\n", "utf-8")
-    os.replace(partial, directory / "training.json")
+    write_json(directory / "training.json", describe_fit(made))
 
 
 def read_runs(directory: Path) -> StoredRuns:

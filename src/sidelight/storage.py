@@ -2,14 +2,42 @@
 
 import errno
 import fcntl
+import json
 import os
 import weakref
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from sidelight.errors import SidelightError
 
 _LOCK = "lock"
 _NOT_SUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
+
+
+@contextmanager
+def replacing(path: Path) -> Generator[Path]:
+    """Where to write what becomes ``path`` when the block ends, or nothing if it is killed.
+
+    Args:
+        path: The file; its folder is made if absent.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    yield partial
+    os.replace(partial, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """A text file, by ``replacing``."""
+    with replacing(path) as partial:
+        partial.write_text(text, "utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A JSON file, by ``replacing``."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def sync(path: Path) -> None:

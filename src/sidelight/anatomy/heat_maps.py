@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from sidelight.anatomy.examine import HeatMap
+from sidelight.storage import write_text
 
 _STYLE = (
     "body{font:13px sans-serif;color:#222;margin:2em}table{border-collapse:collapse}"
@@ -32,7 +33,7 @@ def write_heat_maps(
     body = "\n".join(_section(one, decode) for one in maps)
     head = f"<meta charset='utf-8'><title>{escape(title)}</title><style>{_STYLE}</style>"
     page = f"<!doctype html><html><head>{head}</head><body><h1>{escape(title)}</h1>\n{body}"
-    path.write_text(f"{page}</body></html>\n", "utf-8")
+    write_text(path, f"{page}</body></html>\n")
     return path
 
 

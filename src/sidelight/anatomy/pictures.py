@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from sidelight.anatomy.curves import Point
 from sidelight.anatomy.examine import Anatomy
 from sidelight.anatomy.tokens import GROUPS
+from sidelight.plots import save_figure
 from sidelight.types import Task
 
 _INK, _MUTED = "#222222", "#8a8a8a"
@@ -34,7 +35,7 @@ def plot_anatomy(anatomy: Anatomy, path: Path) -> Path:
     _draw_layer_ablation(anatomy, _axes(figure, 5))
     _draw_token_use(anatomy, _axes(figure, (2, 4)))
     _draw_token_ablation(anatomy, _axes(figure, 6))
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_curves(points: Sequence[Point], path: Path, *, task: Task, over: str) -> Path:
@@ -55,7 +56,7 @@ def plot_curves(points: Sequence[Point], path: Path, *, task: Task, over: str) -
         axes.errorbar(at, middle, yerr=spans, color=colour, label=_escape(name), **_DOTS)
     axes.set(xlabel=over, ylabel=metric_name(task).capitalize(), xscale="log")
     axes.legend(**_LEGEND)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def metric_name(task: Task) -> str:
@@ -136,9 +137,3 @@ def _axes(figure: Figure, place: int | tuple[int, int], *, rows: int = 3, column
 def _escape(text: str) -> str:
     # A dollar sign starts a formula in matplotlib, a leading underscore hides a legend's entry.
     return text.replace("$", r"\$").lstrip("_")
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    figure.savefig(unfinished, format="png", dpi=200, metadata={"Software": None})
-    return unfinished.replace(path)

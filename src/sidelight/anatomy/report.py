@@ -1,6 +1,5 @@
 """Anatomies as files: pictures, heat maps, ``anatomy.json`` and a short ``report.md``."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +12,7 @@ from sidelight.anatomy.examine import Anatomy
 from sidelight.anatomy.heat_maps import write_heat_maps
 from sidelight.anatomy.pictures import metric_name, plot_anatomy
 from sidelight.anatomy.tokens import GROUPS
+from sidelight.storage import write_json, write_text
 
 # Layers that the report names for each class.
 _NAMED_LAYERS = 3
@@ -30,7 +30,6 @@ def write_anatomies(
         directory: Made if absent.
         decode: The text of a token id.
     """
-    directory.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
     for one in anatomies:
         name = one.probe.spec.name
@@ -39,8 +38,8 @@ def write_anatomies(
         written.append(plot_anatomy(one, directory / f"{name}.png"))
         written.append(write_heat_maps(one.heat_maps, page, title=title, decode=decode))
     table, values = directory / "report.md", directory / "anatomy.json"
-    table.write_text("\n".join(map(to_markdown, anatomies)), "utf-8")
-    values.write_text(json.dumps(list(map(to_json, anatomies)), indent=1) + "\n", "utf-8")
+    write_text(table, "\n".join(map(to_markdown, anatomies)))
+    write_json(values, list(map(to_json, anatomies)))
     return [*written, table, values]
 
 

@@ -7,7 +7,6 @@ require gradients).
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -25,6 +24,7 @@ from sidelight.baselines.early_stopping import finite
 from sidelight.baselines.sequences import SequenceClassifier, Sequences, score_sequences
 from sidelight.batching import by_length
 from sidelight.progress import progress
+from sidelight.storage import replacing
 from sidelight.training import make_loss, validation_score
 from sidelight.types import Task
 
@@ -221,10 +221,8 @@ class _Run:
             for index, moments in optimizer["state"].items():
                 tensors |= _prefixed(f"moments.{index}", moments)
             told |= {"groups": optimizer["param_groups"], "steps": self._schedule.last_epoch}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        save_file(tensors, partial, {"told": json.dumps(told)})
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            save_file(tensors, partial, {"told": json.dumps(told)})
 
     @torch.no_grad()
     def load(self, path: Path) -> None:

@@ -9,7 +9,8 @@ import click
 
 from sidelight.cli.engines import engine_option_option
 from sidelight.cli.options import dtype_option, examples_epilog, model_option
-from sidelight.cli.outputs import json_file_option, write_text
+from sidelight.cli.outputs import json_file_option
+from sidelight.storage import write_text
 
 if TYPE_CHECKING:
     from sidelight.bench.serving import Cost

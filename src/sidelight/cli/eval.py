@@ -13,7 +13,8 @@ from sidelight.cli.options import (
     json_option,
     missing_label_option,
 )
-from sidelight.cli.outputs import checked_folder, json_file_option, write_text
+from sidelight.cli.outputs import checked_folder, json_file_option
+from sidelight.storage import write_text
 
 if TYPE_CHECKING:
     from sidelight.assessment import Assessment

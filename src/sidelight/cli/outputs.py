@@ -1,6 +1,5 @@
 """Where a command's results go: checked before the work, which may take hours."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +33,6 @@ def checked_file(context: click.Context, option: Any, path: Path | None) -> Path
         raise SidelightError(f"{path} is a folder. Name a file in it with --out.")
     checked_folder(context, option, path.parent)
     return path
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or, if killed, not at all; makes its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, "utf-8")
-    os.replace(partial, path)
 
 
 json_file_option = click.option(

@@ -16,8 +16,9 @@ from sidelight.cli.options import (
     limit_option,
     text_option,
 )
-from sidelight.cli.outputs import json_file_option, write_text
+from sidelight.cli.outputs import json_file_option
 from sidelight.errors import SidelightError
+from sidelight.storage import write_text
 
 if TYPE_CHECKING:
     from sidelight.engines import Engine

@@ -1,7 +1,6 @@
 """``sidelight predict``: verdicts on texts or on a file of texts, as JSON lines."""
 
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -20,6 +19,7 @@ from sidelight.cli.options import (
 )
 from sidelight.cli.outputs import checked_file
 from sidelight.errors import SidelightError
+from sidelight.storage import replacing
 
 if TYPE_CHECKING:
     from sidelight.data import Example
@@ -98,8 +98,5 @@ def _write(lines: Iterator[str], out: Path | None) -> None:
     if out is None:
         sys.stdout.writelines(f"{line}\n" for line in lines)
         return
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with replacing(out) as partial, partial.open("w", encoding="utf-8") as file:
         file.writelines(f"{line}\n" for line in lines)
-    os.replace(partial, out)

@@ -14,11 +14,11 @@ from sidelight.errors import SidelightError
 from sidelight.fitting.screening import class_counts, require_same_task
 from sidelight.reproduction.desk import Desk
 from sidelight.reproduction.fitting import Bench, Runs
-from sidelight.reproduction.opening import write_json, write_text
 from sidelight.reproduction.recipe import Recipe
 from sidelight.reproduction.rounds import Round
 from sidelight.reproduction.tables import cell
 from sidelight.reproduction.tools import Tools
+from sidelight.storage import write_json, write_text
 from sidelight.study import Split, Study
 from sidelight.training import validation_score
 

@@ -1,12 +1,13 @@
 """The record of when test data was opened: once, and if more often, for all to see."""
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from sidelight.storage import write_json
 
 OPENED = "test_opened.json"
 
@@ -92,15 +93,3 @@ def _add(directory: Path, entries: list[dict[str, Any]], entry: Mapping[str, Any
     now = datetime.now(UTC).isoformat(timespec="seconds")
     entries.append({"time": now, **entry})
     write_json(directory / OPENED, entries)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """A JSON file that exists afterwards whole or, if killed, not at all."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """A text file that exists afterwards whole or, if killed, not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, "utf-8")
-    os.replace(partial, path)

@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sidelight.metrics import decide, walk
+from sidelight.plots import save_figure
 from sidelight.reproduction.figures import RowFigures, Spread, TableFigures
 from sidelight.reproduction.judging import JudgedRow, Scored
 from sidelight.reproduction.rows import ProbeConfig
@@ -37,7 +38,7 @@ def draw_bars(figures: TableFigures, path: Path) -> Path:
     axes.set_xlabel(heading(figures.metric))
     axes.set_xlim(left=_left_end(figures))
     axes.set_title(_plain(figures.title), loc="left", fontsize=11)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def draw_precision_recall(scored: Scored, path: Path, *, ours: str, title: str) -> Path:
@@ -63,7 +64,7 @@ def draw_precision_recall(scored: Scored, path: Path, *, ours: str, title: str) 
     axes.legend(
         title="AUPRC", frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.02, 1)
     )
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def draw_sweep(
@@ -94,7 +95,7 @@ def draw_sweep(
     axes.set(xlabel=parameter.replace("_", " "), ylabel=heading(figures.metric))
     axes.set_title(_plain(figures.title), loc="left", fontsize=11)
     axes.legend(frameon=False, fontsize=8)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _draw_line(
@@ -174,10 +175,3 @@ def _axes(figure: Figure) -> Axes:
 def _plain(text: str) -> str:
     # A dollar sign starts a formula in matplotlib.
     return text.replace("$", r"\$")
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    figure.savefig(unfinished, format="png", dpi=200, metadata={"Software": None})
-    return unfinished.replace(path)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +10,8 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
+
+from sidelight.storage import replacing
 
 RESULT = "result.npz"
 DIVERGED = "diverged"
@@ -115,8 +116,5 @@ def unit_at(runs: Path, row: str, seed: int, described: Mapping[str, Any]) -> Un
 
 
 def _save_arrays(path: Path, **arrays: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
+    with replacing(path) as partial, partial.open("wb") as file:
         np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
-    os.replace(partial, path)

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from sidelight.reproduction.figures import TableFigures
-from sidelight.reproduction.opening import write_json, write_text
 from sidelight.reproduction.tables import grid, latex, markdown
+from sidelight.storage import write_json, write_text
 
 HOW = (
     "Mean ± standard deviation over seeds. The seed with the best validation score is the chosen "

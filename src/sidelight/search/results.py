@@ -1,16 +1,16 @@
 """What a search leaves in its folder: a table of all trials, the best of them, and a picture."""
 
 import csv
-import json
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from sidelight.plots import save_figure
 from sidelight.search.picture import draw_sensitivity
 from sidelight.search.trials import Best, Trial
+from sidelight.storage import write_json, write_text
 
 SETTINGS = ("learning_rate", "weight_decay", "epochs", "batch_size")
 
@@ -23,12 +23,9 @@ def write_search(found: Mapping[str, Best], directory: Path, *, score: str) -> N
         directory: Where to write; made if absent.
         score: What is compared, for the picture.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    best = json.dumps(describe(found), indent=2) + "\n"
-    _write_whole(directory / "trials.csv", lambda path: path.write_text(_table(found), "utf-8"))
-    _write_whole(directory / "best.json", lambda path: path.write_text(best, "utf-8"))
-    picture = draw_sensitivity(found, score=score)
-    _write_whole(directory / "sensitivity.png", lambda path: picture.savefig(path, format="png"))
+    write_text(directory / "trials.csv", _table(found))
+    write_json(directory / "best.json", describe(found))
+    save_figure(draw_sensitivity(found, score=score), directory / "sensitivity.png")
 
 
 def describe(found: Mapping[str, Best]) -> dict[str, Any]:
@@ -73,10 +70,3 @@ def _cells(trial: Trial) -> list[object]:
     options = " ".join(f"{option}={value}" for option, value in trial.spec.options.items())
     score = "diverged" if trial.score is None else trial.score
     return [trial.number, score, *(settings[name] for name in SETTINGS), options]
-
-
-def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    # Written beside and renamed: a reader or an interrupt never meets half a file.
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    write(unfinished)
-    os.replace(unfinished, path)

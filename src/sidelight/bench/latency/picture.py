@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from sidelight.bench.latency.measuring import Row
 from sidelight.bench.latency.subjects import Kind
+from sidelight.plots import save_figure
 
 # Paul Tol's muted palette: nine colours, told apart with any colour vision.
 _COLOURS = (
@@ -47,9 +48,7 @@ def _plot(rows: Sequence[Row], directory: Path) -> Path:
             _draw(axes, own, label=name, color=colour, linestyle=line)
     _finish(axes, sorted({row.mean_tokens for row in rows}))
     axes.set_title(f"Time over {base} alone, batch {size}: median and range", loc="left")
-    path = directory / f"latency-batch-{size}.png"
-    figure.savefig(path, dpi=200, metadata={"Software": None})
-    return path
+    return save_figure(figure, directory / f"latency-batch-{size}.png")
 
 
 def _draw(axes: Axes, rows: Sequence[Row], **style: Any) -> None:

@@ -13,6 +13,7 @@ import torch
 from sidelight.backbones import TransformersBackbone
 from sidelight.bench.latency.measuring import Row
 from sidelight.bench.latency.tables import grids
+from sidelight.storage import write_text
 
 Condition = str | int | float
 
@@ -41,9 +42,8 @@ class Record:
 
     def save(self, directory: Path) -> None:
         """Writes ``latency.json`` and ``latency.md``; the folder is made if absent."""
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "latency.json").write_text(self.to_json(), "utf-8")
-        (directory / "latency.md").write_text(self.to_markdown(), "utf-8")
+        write_text(directory / "latency.json", self.to_json())
+        write_text(directory / "latency.md", self.to_markdown())
 
 
 def conditions(backbone: TransformersBackbone, *, repeats: int) -> dict[str, Condition]:

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
+from sidelight.storage import write_text
+
 
 @dataclass(frozen=True)
 class Round:
@@ -79,9 +81,8 @@ class Record:
 
     def save(self, directory: Path) -> None:
         """Writes ``load.json`` and ``load.md``; the folder is made if absent."""
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "load.json").write_text(self.to_json(), "utf-8")
-        (directory / "load.md").write_text(self.to_markdown(), "utf-8")
+        write_text(directory / "load.json", self.to_json())
+        write_text(directory / "load.md", self.to_markdown())
 
 
 def _times(name: str, pairs: Sequence[tuple[float, float]]) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from sidelight.bench.soak.record import Record
+from sidelight.plots import save_figure
 
 # Of Okabe & Ito's palette, told apart with any colour vision.
 _MEMORY, _FILES = "#0072b2", "#d55e00"
@@ -40,6 +41,4 @@ def plot_soak(record: Record, directory: Path) -> Path:
         x=0.01,
         horizontalalignment="left",
     )
-    path = directory / "soak.png"
-    figure.savefig(path, dpi=150, metadata={"Software": None})
-    return path
+    return save_figure(figure, directory / "soak.png")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sidelight.bench.soak.sampling import Sample
 from sidelight.bench.soak.slope import Slope
+from sidelight.storage import write_text
 
 
 @dataclass(frozen=True)
@@ -120,9 +121,8 @@ class Record:
 
     def save(self, directory: Path) -> None:
         """Writes ``soak.json`` and ``soak.md``; the folder is made if absent."""
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "soak.json").write_text(self.to_json(), "utf-8")
-        (directory / "soak.md").write_text(self.to_markdown(), "utf-8")
+        write_text(directory / "soak.json", self.to_json())
+        write_text(directory / "soak.md", self.to_markdown())
 
 
 def _table(phase: Phase) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from sidelight.bench.streaming.record import Record
+from sidelight.plots import save_figure
 
 # Okabe & Ito's palette, told apart with any colour vision.
 _COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7")
@@ -19,7 +20,6 @@ def plot_streaming(record: Record, directory: Path) -> Path:
         record: Of a comparison.
         directory: Where to write; made if absent.
     """
-    directory.mkdir(parents=True, exist_ok=True)
     figure = Figure(figsize=(7.6, 4.4), layout="constrained")
     axes = figure.add_subplot()
     for row, colour in zip(record.rows, _COLOURS, strict=True):
@@ -31,6 +31,4 @@ def plot_streaming(record: Record, directory: Path) -> Path:
     axes.set_title("To be caught (solid), and the others: false alarms (dotted)", loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="upper left", frameon=False, fontsize=8)
-    path = directory / "streaming.png"
-    figure.savefig(path, dpi=150, metadata={"Software": None})
-    return path
+    return save_figure(figure, directory / "streaming.png")

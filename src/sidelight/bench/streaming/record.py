@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from sidelight.bench.streaming.outcomes import FIGURES, Estimate
+from sidelight.storage import write_text
 from sidelight.streaming_rule import StreamingRule
 
 
@@ -65,9 +66,8 @@ class Record:
 
     def save(self, directory: Path) -> None:
         """Writes ``streaming.json`` and ``streaming.md``; the folder is made if absent."""
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "streaming.json").write_text(self.to_json(), "utf-8")
-        (directory / "streaming.md").write_text(self.to_markdown(), "utf-8")
+        write_text(directory / "streaming.json", self.to_json())
+        write_text(directory / "streaming.md", self.to_markdown())
 
 
 def _cell(estimate: Estimate) -> str:
