@@ -1,0 +1,58 @@
+"""Files that are whole or as they were, and folders that are left as they were."""
+
+import os
+import signal
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+
+from sidelight.errors import SidelightError
+from sidelight.runs import check_folder
+from sidelight.storage import replacing, write_json, write_text
+
+
+def die_while_writing(path: Path) -> None:
+    with replacing(path) as partial:
+        partial.write_text("half")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "verdicts.jsonl"
+    write_text(path, "whole\n")
+    process = get_context("fork").Process(target=die_while_writing, args=(path,))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert path.read_text("utf-8") == "whole\n"
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "table.json"
+    write_json(path, {"rows": 1})
+    before = path.read_bytes()
+    with pytest.raises(ZeroDivisionError), replacing(path) as partial:
+        partial.write_text("half")
+        raise ZeroDivisionError
+    assert path.read_bytes() == before
+
+
+def test_a_write_makes_its_folder_and_leaves_nothing_beside(tmp_path):
+    path = tmp_path / "new" / "folder" / "report.md"
+    write_text(path, "é\n")
+    assert path.read_bytes() == b"\xc3\xa9\n"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_checking_a_folder_leaves_none(tmp_path):
+    (tmp_path / "old").mkdir()
+    check_folder(tmp_path / "old" / "new" / "newer")
+    check_folder(tmp_path / "old")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "old"]
+
+
+def test_a_folder_below_a_file_is_refused_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SidelightError, match="Name another folder with --out"):
+        check_folder(tmp_path / "file" / "folder")
