@@ -1,11 +1,7 @@
-"""Where a baseline's training finds tokens: one layer in memory, or all layers shard by shard.
+"""Where a baseline's training finds tokens: one layer in memory, or all layers shard by shard."""
 
-The texts of a shard lie in random order, so neighbours are a random batch.
-"""
-
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from jaxtyping import Int
@@ -51,11 +47,3 @@ class TokenSource:
     def scaling(self) -> Standardisation:
         """Per-layer mean and scale of the first shard's first tokens."""
         return Standardisation.measured(self.read(0).hidden[:, :_MOMENT_TOKENS])
-
-
-def neighbours(shard: Shard, cuts: Sequence[int]) -> Iterator[Shard]:
-    """The texts between each two cuts, as views: nothing is copied."""
-    ends = torch.cat([torch.zeros(1, dtype=torch.long), shard.lengths.cumsum(0)])
-    for start, stop in pairwise(cuts):
-        hidden = shard.hidden[:, ends[start] : ends[stop]]
-        yield Shard(hidden, shard.lengths[start:stop], shard.rows[start:stop])

@@ -16,9 +16,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sidelight.baselines.early_stopping import STEPS_AT_LEAST, train_to_best
-from sidelight.baselines.token_source import TokenSource, neighbours
+from sidelight.baselines.token_source import TokenSource
 from sidelight.cache import Shard
-from sidelight.training import TrainingSettings
+from sidelight.training import TrainingSettings, batches, neighbours
 from sidelight.types import Task
 
 _SCORED_TEXTS = 128
@@ -120,9 +120,9 @@ def _epochs(
         fused=True,
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=settings.epochs * steps)
-    batches = _batches(training, size=size, shuffle=torch.Generator().manual_seed(seed))
+    stream = _batches(training, size=size, shuffle=torch.Generator().manual_seed(seed))
     while True:
-        for batch in islice(batches, steps):
+        for batch in islice(stream, steps):
             model.loss(batch, training.labels[batch.rows]).backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -134,9 +134,4 @@ def _batches(source: TokenSource, *, size: int, shuffle: torch.Generator) -> Ite
     """Batches without end: shards in random order, each with a random first cut."""
     while True:
         for index in torch.randperm(len(source.sizes), generator=shuffle).tolist():
-            texts = source.sizes[index]
-            first = int(torch.randint(1, size + 1, (), generator=shuffle))
-            cuts = [0, *range(min(first, texts), texts, size), texts]
-            batches = list(neighbours(source.read(index), cuts))
-            for place in torch.randperm(len(batches), generator=shuffle).tolist():
-                yield batches[place]
+            yield from batches(source.read(index), size=size, shuffle=shuffle)

@@ -1,5 +1,6 @@
 """Training of mechanisms on cached hidden states. Knows labels and logits, not texts."""
 
+from sidelight.training.batches import batches, neighbours
 from sidelight.training.loop import Trained, TrainingSet, divergence, train_mechanisms
 from sidelight.training.losses import Loss, make_loss
 from sidelight.training.settings import (
@@ -17,8 +18,10 @@ __all__ = [
     "Trained",
     "TrainingSet",
     "TrainingSettings",
+    "batches",
     "divergence",
     "make_loss",
+    "neighbours",
     "suggested_settings",
     "train_mechanisms",
     "validation_score",

@@ -7,24 +7,21 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from sidelight.cache import Shard, States
 from sidelight.errors import SidelightError
 from sidelight.mechanisms import Geometry, Mechanism
-from sidelight.pooled import Pooled, pool_shard
 from sidelight.progress import Progress, progress
 from sidelight.ragged import Ragged
 from sidelight.standardisation import Standardisation
-from sidelight.training.layer_weights import TEXTS, layer_weights
+from sidelight.training.batches import batches, on_device
+from sidelight.training.layer_weights import layer_weights
 from sidelight.training.losses import make_loss
+from sidelight.training.measuring import measured, pooled_sample
 from sidelight.training.settings import Job
 from sidelight.training.trainee import Trainee, validation_score
 from sidelight.types import Task
 
-# Enough tokens to know a mean to about a hundredth of a standard deviation.
-_MOMENT_TOKENS = 8192
 _VALIDATION_BATCH = 128
 
 
@@ -125,12 +122,13 @@ class _Run:
         self._geometry = Geometry(sizes.layers, sizes.width, task.outputs)
         self._labels = torch.from_numpy(training.labels).to(device)
         self._raw = Standardisation.identity(self._geometry).to(device)
-        self._measured = _measure(training.states).to(device)
+        self._measured = measured(training.states).to(device)
 
     @cached_property
     def _weighted(self) -> Standardisation:
         """As measured, with predictive layer weights: only computed if some job wants them."""
-        pooled, labels = _pool_some(self._training)
+        pooled, rows = pooled_sample(self._training.states)
+        labels = self._training.labels[rows.numpy()]
         return self._measured.weighted(layer_weights(pooled, labels, task=self._task))
 
     def standardisation(self, job: Job) -> Standardisation:
@@ -180,8 +178,8 @@ class _Run:
     def _train_group(self, group: Sequence[Trainee], shard: Shard, *, epoch: int) -> None:
         job = group[0].job
         shuffle = torch.Generator().manual_seed(job.seed * 7919 + epoch)
-        for chosen in _batches(shard, size=job.settings.batch_size, shuffle=shuffle):
-            batch = _on(chosen, self._device, torch.bfloat16)
+        for chosen in batches(shard, size=job.settings.batch_size, shuffle=shuffle):
+            batch = on_device(chosen, self._device, torch.bfloat16)
             labels = self._labels[batch.rows]
             parts = self._project(batch, group)
             losses = [t.loss(part, labels) for t, part in zip(group, parts, strict=True)]
@@ -226,8 +224,8 @@ class _Run:
         scores = {id(trainee): np.empty(shape) for trainee in trainees}
         for index in range(len(states)):
             shuffle = torch.Generator().manual_seed(0)
-            for chosen in _batches(states.read(index), size=_VALIDATION_BATCH, shuffle=shuffle):
-                batch = _on(chosen, self._device, dtype)
+            for chosen in batches(states.read(index), size=_VALIDATION_BATCH, shuffle=shuffle):
+                batch = on_device(chosen, self._device, dtype)
                 for trainee, part in zip(trainees, self._project(batch, trainees), strict=True):
                     scores[id(trainee)][batch.rows] = trainee.logits(part).cpu().numpy()
         return [scores[id(trainee)] for trainee in trainees]
@@ -261,34 +259,6 @@ class _Run:
         )
 
 
-def _measure(states: States) -> Standardisation:
-    """Mean and scale of the first shards' tokens; shards are random samples of the texts."""
-    hidden: list[Float[Tensor, "layer token width"]] = []
-    tokens = 0
-    for index in range(len(states)):
-        hidden.append(states.read(index).hidden)
-        tokens += hidden[-1].shape[1]
-        if tokens >= _MOMENT_TOKENS:
-            break
-    return Standardisation.measured(torch.cat(hidden, 1)[:, :_MOMENT_TOKENS])
-
-
-def _pool_some(training: TrainingSet) -> tuple[Pooled, np.ndarray]:
-    """Means, last tokens and labels of as many texts as layer weights look at, in random order."""
-    parts: list[Pooled] = []
-    rows: list[Tensor] = []
-    for index in range(len(training.states)):
-        shard = training.states.read(index)
-        parts.append(pool_shard(shard))
-        rows.append(shard.rows)
-        if sum(map(len, rows)) >= TEXTS:
-            break
-    means, lasts = (
-        torch.cat([getattr(part, name) for part in parts]) for name in ("means", "lasts")
-    )
-    return Pooled(means, lasts), training.labels[torch.cat(rows).numpy()]
-
-
 def _grouped_by_batches(trainees: Sequence[Trainee]) -> Iterator[list[Trainee]]:
     """Trainees that see the same texts in the same order, so that they share each batch."""
     groups: dict[tuple[int, int], list[Trainee]] = {}
@@ -296,23 +266,3 @@ def _grouped_by_batches(trainees: Sequence[Trainee]) -> Iterator[list[Trainee]]:
         key = (trainee.job.seed, trainee.job.settings.batch_size)
         groups.setdefault(key, []).append(trainee)
     yield from groups.values()
-
-
-def _batches(shard: Shard, *, size: int, shuffle: torch.Generator) -> Iterator[Shard]:
-    """The shard's texts in groups of neighbours, in random order and with a random first cut.
-
-    Texts lie in random order already, so neighbours are a random group, and a group is a view:
-    nothing is copied. A shard with fewer texts than a batch is not cut.
-    """
-    texts = len(shard.rows)
-    first = int(torch.randint(1, size + 1, (), generator=shuffle)) if texts >= size else texts
-    cuts = [0, *range(min(first, texts), texts, size), texts]
-    ends = torch.cat([torch.zeros(1, dtype=torch.long), shard.lengths.cumsum(0)]).tolist()
-    for index in torch.randperm(len(cuts) - 1, generator=shuffle).tolist():
-        start, stop = cuts[index], cuts[index + 1]
-        hidden = shard.hidden[:, ends[start] : ends[stop]]
-        yield Shard(hidden, shard.lengths[start:stop], shard.rows[start:stop])
-
-
-def _on(shard: Shard, device: torch.device, dtype: torch.dtype) -> Shard:
-    return Shard(shard.hidden.to(device, dtype), shard.lengths.to(device), shard.rows)
