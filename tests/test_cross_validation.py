@@ -34,6 +34,9 @@ def test_every_row_is_scored_on_every_fold_and_the_test_stays_closed(tiny, tmp_p
     given = {"text": TABLE, "tools": tools(tiny, tmp_path / "cache", data), "folds": 3}
     found = cross_validate(parse_recipe(TABLE, name="t"), tmp_path / "out", **given)
     assert {one.row for one in found} == {"pooling", "readout", "tfidf"}
+    score = {"binary": "AUPRC", "multiclass": "accuracy", "multilabel": "mean AUPRC"}[kind]
+    assert {one.score for one in found} == {score}
+    assert f"{score}, mean" in (tmp_path / "out" / "cross_validation.md").read_text("utf-8")
     assert all(len(one.folds) == 3 for one in found)
     assert [one.mean for one in found] == sorted((one.mean for one in found), reverse=True)
     # What TF-IDF can tell is planted.

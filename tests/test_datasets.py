@@ -173,7 +173,9 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
             table.features = {"label": ClassLabel(list(made.class_names))}
         return table
 
-    stand_in = SimpleNamespace(load_dataset=load_dataset, ClassLabel=ClassLabel)
+    stand_in = SimpleNamespace(
+        load_dataset=load_dataset, ClassLabel=ClassLabel, __spec__="installed"
+    )
     monkeypatch.setitem(sys.modules, "datasets", stand_in)
     monkeypatch.setenv("SIDELIGHT_DATA", str(tmp_path))
 
@@ -359,6 +361,7 @@ def test_an_absent_set_names_the_folder_and_the_remedy(
     message = str(caught.value)
     for fact in (f"'{folder}'", "set SIDELIGHT_DATA to", "pip install 'sidelight[datasets]'"):
         assert fact in message
+    assert "There is no file" not in message
 
 
 def test_an_absent_or_doubled_split_names_the_files_that_are_there(tmp_path: Path):
@@ -379,7 +382,8 @@ def test_any_files_make_a_data_set(tmp_path: Path):
         content = rows(path.stem, "words", urgent=["no", "yes"], hard=["yes", "no", "no"])
         write_json_lines(path, content)
     loaded = from_files(train, str(test), held_out, text="words", label="urgent", subset="hard")
-    assert (loaded.name, loaded.title) == ("urgent_train", "urgent_train")
+    assert loaded.name == "urgent_train"
+    assert loaded.title == "urgent_train, tested on urgent_test"
     sizes = [len(part) for part in (loaded.training, loaded.validation, loaded.test)]
     assert sizes == [20, 20, 20]
     assert loaded.test.task == Task("binary", ("no", "yes"))

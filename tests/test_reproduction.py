@@ -36,7 +36,7 @@ from sidelight.reproduction.figures import measure_rows
 from sidelight.reproduction.judging import Judged, JudgedRow, Scored
 from sidelight.reproduction.rows import Found, build_rows
 from sidelight.reproduction.scoring import score_split
-from sidelight.reproduction.tables import Grid, latex, markdown
+from sidelight.reproduction.tables import Grid, latex, markdown, terminal
 from sidelight.reproduction.tools import suggested
 from sidelight.scoring import score
 from sidelight.study import Study, make_split
@@ -345,7 +345,7 @@ def test_rows_can_be_chosen_and_data_cut(tiny: TransformersBackbone, cache: Path
     assert list(rows_of(made)) == ["pooling", "tfidf"]
     assert made.tables[0].texts == 40
     assert 0 < made.tables[1].texts < 35
-    assert any("Only 40 rows" in note for note in made.notes)
+    assert any("At most 40 rows" in note for note in made.notes)
     assert all(row.difference is None for row in made.tables[0].rows)
     with pytest.raises(SidelightError, match="Did you mean 'pooling'"):
         recipe().only(["poling"])
@@ -582,6 +582,27 @@ def test_names_cannot_break_a_table():
     assert r"| a\|b $x_1^2~\ | 1 |" in markdown(grid)
     assert r"a|b \$x\_1\textasciicircum{}2\textasciitilde{}\textbackslash{} & 1 \\" in latex(grid)
     assert r"\caption{50 \% of \{a\}}" in latex(grid)
+
+
+def test_a_terminal_shows_what_rows_are_compared_by():
+    headings = ("row", "macro F1", "AUPRC", "validation AUPRC", "parameters")
+    shown = terminal(Grid("t", headings, (("a", "1", "2", "3", "4"),), None))
+    assert [column.header for column in shown.columns] == ["row", "macro F1", "AUPRC"]
+    headings = ("row", "AUPRC", "macro F1")
+    shown = terminal(Grid("t", headings, (("a", "1", "2"),), None))
+    assert [column.header for column in shown.columns] == ["row", "AUPRC"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "remedy"),
+    [
+        (["own"], "give --train and --test"),
+        (["sst2", "--only", " , "], "No row is named. Known: .*pooling"),
+    ],
+)
+def test_a_table_of_nothing_is_refused_with_the_remedy(arguments, remedy, tmp_path: Path):
+    with pytest.raises(SidelightError, match=remedy):
+        CliRunner().invoke(command, [*arguments, "--out", str(tmp_path)], catch_exceptions=False)
 
 
 def test_rows_that_are_left_are_those_compared():

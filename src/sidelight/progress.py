@@ -43,10 +43,15 @@ class _Lines:
         left = (self._total - self._done) / max(rate, 1e-9)
         print(
             f"{self._title}: {self._done:,.0f} of {self._total:,.0f} {self._unit}, "
-            f"{rate:,.0f} {self._unit}/s, {elapsed:.0f} s so far, {left:.0f} s left",
+            f"{_rate(rate)} {self._unit}/s, {elapsed:.0f} s so far, {left:.0f} s left",
             file=sys.stderr,
             flush=True,
         )
+
+
+def _rate(amount: float) -> str:
+    """Whole numbers, but of what is slow two digits."""
+    return f"{amount:,.0f}" if amount >= 10 else f"{amount:.2g}"
 
 
 @contextmanager
@@ -86,6 +91,6 @@ def _rate_column(unit: str) -> "ProgressColumn":
 
     class Rate(ProgressColumn):
         def render(self, task: Task) -> Text:
-            return Text(f"{task.speed or 0:,.0f} {unit}/s")
+            return Text(f"{_rate(task.speed or 0)} {unit}/s")
 
     return Rate()

@@ -15,6 +15,7 @@ from sidelight.anatomy.curves import Point
 from sidelight.anatomy.examine import Anatomy
 from sidelight.anatomy.tokens import GROUPS
 from sidelight.plots import save_figure
+from sidelight.training import score_name
 from sidelight.types import Task
 
 _INK, _MUTED = "#222222", "#8a8a8a"
@@ -47,22 +48,16 @@ def plot_curves(points: Sequence[Point], path: Path, *, task: Task, over: str) -
         task: Names the score.
         over: What the horizontal axis is, for example ``Learning rate``.
     """
-    figure = _figure(6.4, 4.2, f"{metric_name(task).capitalize()} over {over.lower()}")
+    figure = _figure(6.4, 4.2, f"{_begun(score_name(task))} over {over.lower()}")
     axes = _axes(figure, 1, rows=1, columns=1)
     for place, name in enumerate(dict.fromkeys(point.mechanism for point in points)):
         at, middle, low, high = _spread([point for point in points if point.mechanism == name])
         spans = [middle - low, high - middle]
         colour = _COLOURS[place % len(_COLOURS)]
         axes.errorbar(at, middle, yerr=spans, color=colour, label=_escape(name), **_DOTS)
-    axes.set(xlabel=over, ylabel=metric_name(task).capitalize(), xscale="log")
+    axes.set(xlabel=over, ylabel=_begun(score_name(task)), xscale="log")
     axes.legend(**_LEGEND)
     return save_figure(figure, path)
-
-
-def metric_name(task: Task) -> str:
-    """What ``validation_score`` is for a task."""
-    kinds = {"binary": "average precision", "multilabel": "mean average precision"}
-    return kinds.get(task.kind, "accuracy")
 
 
 def _draw_layer_use(anatomy: Anatomy, upper: Axes, lower: Axes) -> None:
@@ -83,8 +78,9 @@ def _draw_layer_ablation(anatomy: Anatomy, axes: Axes) -> None:
     for (view, label), colour in zip(_VIEWS.items(), _COLOURS, strict=False):
         axes.plot(anatomy.layers[view], color=colour, label=label, **_DOTS)
     axes.axhline(anatomy.score, color=_MUTED, linestyle="--", linewidth=1, label="all layers")
-    axes.set(xlabel="Layer", ylabel=metric_name(anatomy.probe.task).capitalize())
-    axes.legend(**_LEGEND)
+    axes.set(xlabel="Layer", ylabel=_begun(score_name(anatomy.probe.task)))
+    # It may lie on a curve: what is behind its words must not show.
+    axes.legend(**{**_LEGEND, "frameon": True, "framealpha": 1.0, "edgecolor": "none"})
 
 
 def _draw_token_use(anatomy: Anatomy, axes: Axes) -> None:
@@ -106,7 +102,7 @@ def _draw_token_ablation(anatomy: Anatomy, axes: Axes) -> None:
     axes.barh(list(anatomy.tokens), list(anatomy.tokens.values()), color=_COLOURS[0])
     axes.axvline(anatomy.score, color=_MUTED, linestyle="--", linewidth=1)
     axes.invert_yaxis()
-    axes.set(xlabel=metric_name(anatomy.probe.task).capitalize(), xlim=(0, 1))
+    axes.set(xlabel=_begun(score_name(anatomy.probe.task)), xlim=(0, 1))
 
 
 def _spread(points: Sequence[Point]) -> Float[np.ndarray, "4 place"]:
@@ -126,6 +122,11 @@ def _figure(width: float, height: float, title: str) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
     figure.suptitle(_escape(title), x=0.01, horizontalalignment="left", fontsize=11, color=_INK)
     return figure
+
+
+def _begun(text: str) -> str:
+    """With a capital letter, and AUPRC left as it is."""
+    return text[:1].upper() + text[1:]
 
 
 def _axes(figure: Figure, place: int | tuple[int, int], *, rows: int = 3, columns: int = 2) -> Axes:

@@ -10,9 +10,10 @@ from jaxtyping import Float
 
 from sidelight.anatomy.examine import Anatomy
 from sidelight.anatomy.heat_maps import write_heat_maps
-from sidelight.anatomy.pictures import metric_name, plot_anatomy
+from sidelight.anatomy.pictures import plot_anatomy
 from sidelight.anatomy.tokens import GROUPS
 from sidelight.storage import write_json, write_text
+from sidelight.training import score_name
 
 # Layers that the report names for each class.
 _NAMED_LAYERS = 3
@@ -50,7 +51,7 @@ def to_json(anatomy: Anatomy) -> dict[str, Any]:
         "mechanism": anatomy.probe.spec.name,
         "options": dict(anatomy.probe.spec.options),
         "texts": dict(anatomy.texts),
-        "metric": metric_name(anatomy.probe.task),
+        "metric": score_name(anatomy.probe.task),
         "score": anatomy.score,
         "token_groups": list(GROUPS),
         "use": {
@@ -66,24 +67,26 @@ def to_json(anatomy: Anatomy) -> dict[str, Any]:
 
 def to_markdown(anatomy: Anatomy) -> str:
     """One probe's part of the report."""
-    metric = metric_name(anatomy.probe.task)
+    metric = score_name(anatomy.probe.task)
     return f"""# {anatomy.probe.name}: {anatomy.probe.spec.name}
 
 {sum(anatomy.texts.values())} texts, {metric} {anatomy.score:.3f}. Shares are of the absolute
-contributions to the logit; in brackets the share of the tokens.
+contributions to the logit; in brackets the share of the tokens. *first* and *last* are one token
+each, of the template where it opens or ends what is read, and *template* its other tokens.
 
 | class | texts | layers by weight | layers by share | {" | ".join(GROUPS)} |
 {"|---" * (4 + len(GROUPS))}|
 {chr(10).join(_class_row(anatomy, name) for name in anatomy.texts)}
 
-Without some parts, and without training again; a layer then stays at its mean.
+Without some parts, and without training again; a layer then stays at its mean. All tokens of the
+template are left out together, a first or last one of it too.
 
 | what | {metric} | change |
 |---|---|---|
 {chr(10).join(_ablation_rows(anatomy))}
 
-The first token that is read opens the input in {anatomy.opening:.0%} of texts. Contributions sum to
-the logit within {anatomy.error:.1g}.
+The first token that is read opens the input in {anatomy.opening:.0%} of texts. Contributions
+sum to the change of the logit within {anatomy.error:.1g}.
 """
 
 

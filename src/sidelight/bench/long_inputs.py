@@ -61,14 +61,15 @@ def compare_lengths(
     pairs = zip(examples.items, _labels(examples), strict=True)
     negatives = [example.text for example, label in pairs if not label]
     rows: list[dict[str, Any]] = []
-    with progress("Long inputs", len(comparison.lengths) * len(hidden), unit="texts") as shown:
+    tokens = sum(comparison.lengths) * len(hidden)
+    with progress("Long inputs", tokens, unit="tokens around texts") as shown:
         for length in comparison.lengths:
             random = np.random.default_rng(comparison.seed)
             scores: list[Float[np.ndarray, "probe way"]] = []
             for text in hidden:
                 prompt = _haystack(backbone, text, negatives, tokens=length, random=random)
                 scores.append(_score(backbone, probes, prompt, window=comparison.window))
-                shown.advance(1)
+                shown.advance(length)
             rows += _figures(probes, np.stack(scores), hides, length=length)
     return rows
 

@@ -96,6 +96,8 @@ def reproduce(recipe: str, out: Path, as_json: bool, **given: Any) -> None:
         _require_latency_options(given)
         _latency(parsed, out, text, as_json, given)
         return
+    if parsed.data == "own" and given["train"] is None:
+        raise SidelightError("'own' is a table of your own files: give --train and --test.")
     chosen = _narrowed(parsed, given)
     if given["folds"]:
         _cross_validation(chosen, out, text, as_json, given)
@@ -118,7 +120,7 @@ def _narrowed(recipe: "Recipe", given: dict[str, Any]) -> "Recipe":
     from dataclasses import replace
 
     if given["only"]:
-        recipe = recipe.only([name.strip() for name in given["only"].split(",")])
+        recipe = recipe.only([name.strip() for name in given["only"].split(",") if name.strip()])
     if given["seeds"]:
         # The runs of a few-shot table are its draws.
         recipe = replace(recipe, seeds=given["seeds"], draws=given["seeds"])
@@ -157,8 +159,10 @@ def _cross_validation(
     if as_json:
         click.echo(json.dumps([asdict(one) for one in found], indent=2))
         return
+    click.echo(f"{found[0].score} on the folds: mean, row, and each")
     for one in found:
         click.echo(f"{shown(one.mean)}  {one.row}  ({', '.join(map(shown, one.folds))})")
+    click.echo(f"Written to {out / 'cross_validation.md'}")
 
 
 def _tools(given: dict[str, Any]) -> "Tools":

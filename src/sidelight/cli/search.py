@@ -73,6 +73,7 @@ def search(out: Path, as_json: bool, **given: Any) -> None:
     """
     from sidelight.runs import check_folder, console
     from sidelight.search import describe, search_settings, write_search
+    from sidelight.training import score_name
 
     names = _names(given["mechanisms"])
     check_folder(out)
@@ -89,14 +90,14 @@ def search(out: Path, as_json: bool, **given: Any) -> None:
             generation=given["together"],
             on_generation=lambda trials: _say(trials, given["trials"]),
         )
-        write_search(found, out, score=_score_name(study))
+        write_search(found, out, score=score_name(study.task))
     if not given["keep_cache"]:
         for split in {study.training, study.validation}:
             split.states.remove()
     if as_json:
         click.echo(json.dumps(describe(found), indent=2))
         return
-    console().print(_table(found, _score_name(study)))
+    console().print(_table(found, score_name(study.task)))
     click.echo(f"Saved to {out}: best.json, trials.csv, sensitivity.png. To train the best:")
     for best in found.values():
         click.echo(_train_command(best, given, out))
@@ -176,10 +177,6 @@ def _say(trials: "tuple[Trial, ...]", wanted: int) -> None:
         f"(learning rate {best.settings.learning_rate:.2g})",
         err=True,
     )
-
-
-def _score_name(study: "Study") -> str:
-    return "accuracy" if study.task.kind == "multiclass" else "AUPRC"
 
 
 def _table(found: "dict[str, Best]", score: str) -> "Table":

@@ -30,7 +30,7 @@ def from_files(
         subset: Column of truth values in the test file; the rows where it holds become the subset
             of that name.
         positive: Positive class of a binary task; None infers it as `load_examples` does.
-        name: Name and title; None means the training file's, without its ending.
+        name: Name and title; None takes them from the names of the files, without endings.
 
     Raises:
         SidelightError: A file is absent or malformed, has a label that training lacks, or lacks the
@@ -46,8 +46,9 @@ def from_files(
     if subset is not None:
         tested.column(subset)
     splits = Splits(learned, None if validation is None else read(validation), tested)
-    title = name or path.name.partition(".")[0]
+    own, other = (Path(file).name.partition(".")[0] for file in (training, test))
+    title = name or f"{own}, tested on {other}"
     subsets = () if subset is None else (Subset(subset, subset),)
     return assemble(
-        splits, name=title, title=title, subsets=subsets, about_training=learned.warnings
+        splits, name=name or own, title=title, subsets=subsets, about_training=learned.warnings
     )

@@ -1,6 +1,7 @@
 """Loads a published data set from its local folder, or else from the Hugging Face hub."""
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 from sidelight.data import Examples, load_examples
@@ -37,13 +38,17 @@ def load_data_set(name: str, *, root: Path | None = None) -> DataSet:
         return _load(entry, entry.local, _local_reader(entry, folder))
     if root is not None:
         raise SidelightError(f"{_absence(entry, folder)} Put the files there.")
+    put = f"Put the files there, or set {VARIABLE} to the folder that holds '{entry.folder}'"
+    if find_spec("datasets") is None:
+        raise SidelightError(
+            f"{_absence(entry, folder)} {put}, or run `pip install 'sidelight[datasets]'` to read "
+            "them from the Hugging Face hub."
+        )
     try:
         return _load(entry, entry.hub, _hub_reader(entry))
     except SidelightError as error:
         raise SidelightError(
-            f"{_absence(entry, folder)} Nor does the hub give it: {error} Put the files there, set "
-            f"{VARIABLE} to the folder that holds '{entry.folder}', or run "
-            "`pip install 'sidelight[datasets]'` to read from the hub."
+            f"{_absence(entry, folder)} Nor does the hub give it: {error} {put}."
         ) from error
 
 

@@ -66,6 +66,7 @@ def cross_fit(jobs: Sequence[Job], whole: Study, folds: Folds) -> list[Trained |
         training=whole.training.training_set(),
         validation=None,
         device=whole.backbone.device,
+        title="Training on all texts",
     )
     return [
         None if one is None or logits is None else replace(one, logits=logits)
@@ -88,7 +89,7 @@ def judge_by_folds(
     """
     logits = [_blank(whole) for _ in jobs]
     diverged: set[int] = set()
-    for fold in folds:
+    for place, fold in enumerate(folds, 1):
         part = _without(whole, fold)
         trained = train_mechanisms(
             jobs,
@@ -97,6 +98,7 @@ def judge_by_folds(
             validation=None,
             judged=part.validation.training_set(),
             device=whole.backbone.device,
+            title=f"Training, fold {place} of {len(folds)}",
         )
         for number, one in enumerate(trained):
             if one is None:

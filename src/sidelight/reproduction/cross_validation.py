@@ -20,7 +20,7 @@ from sidelight.reproduction.tables import cell
 from sidelight.reproduction.tools import Tools
 from sidelight.storage import write_json, write_text
 from sidelight.study import Split, Study
-from sidelight.training import validation_score
+from sidelight.training import score_name, validation_score
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,12 @@ class RowScores:
 
     Attributes:
         row: Its name.
-        folds: Of each fold the score, the mean over seeds: average precision, or accuracy for a
-            multi-class task; None where a training diverged.
+        score: What is compared; see ``validation_score``.
+        folds: Of each fold, the mean over seeds; None where a training diverged.
     """
 
     row: str
+    score: str
     folds: tuple[float | None, ...]
 
     @property
@@ -85,9 +86,11 @@ def cross_validate(
         bench.rivals.clear()
         for row, score in _scores(made).items():
             scores.setdefault(row, []).append(score)
-    found = [RowScores(row, tuple(own)) for row, own in scores.items()]
+    found = [RowScores(row, score_name(whole.task), tuple(own)) for row, own in scores.items()]
     found.sort(key=lambda one: -1.0 if one.mean is None else one.mean, reverse=True)
-    _write(found, directory, title=f"{recipe.title}, {folds}-fold cross-validation")
+    some = "" if limit is None else f", at most {limit} training rows"
+    title = f"{recipe.title}, {folds}-fold cross-validation{some}"
+    _write(found, directory, title=title)
     return found
 
 
@@ -128,7 +131,7 @@ def _write(found: Sequence[RowScores], directory: Path, *, title: str) -> None:
         f"| {cell(one.row)} | {shown(one.mean)} | {', '.join(map(shown, one.folds))} |"
         for one in found
     ]
-    table = "\n".join(["| row | mean | folds |", "|---|---|---|", *lines])
+    table = "\n".join([f"| row | {found[0].score}, mean | folds |", "|---|---|---|", *lines])
     write_text(directory / "cross_validation.md", f"# {title}\n\n{table}\n")
     write_json(directory / "cross_validation.json", [asdict(one) for one in found])
 

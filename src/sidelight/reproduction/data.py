@@ -114,7 +114,7 @@ class Sampled:
 
     @property
     def _limit(self) -> str:
-        return f"Only {self.limit} rows of each part were used, drawn at random, class by class."
+        return f"At most {self.limit} rows of each part were used, drawn at random, class by class."
 
     def _sample(self, examples: Examples) -> Examples:
         return examples.select(examples.draw(self.limit, seed=0))

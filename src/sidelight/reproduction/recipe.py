@@ -147,6 +147,8 @@ class Recipe:
             SidelightError: There is no such row.
         """
         chosen = set(names)
+        if not chosen:
+            raise SidelightError(f"No row is named. Known: {', '.join(self.names())}.")
         for name in sorted(chosen - set(self.names())):
             raise SidelightError(f"No row '{name}'.{did_you_mean(name, self.names())}")
         return replace(

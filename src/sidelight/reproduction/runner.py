@@ -20,6 +20,7 @@ from sidelight.reproduction.rounds import make_rounds
 from sidelight.reproduction.testing import Runs, fit_to_task, judge_rows, score_runs
 from sidelight.reproduction.tools import Tools
 from sidelight.reproduction.writing import HOW, HOW_DRAWS, Made, write_tables
+from sidelight.training import score_name
 
 
 def reproduce(
@@ -71,11 +72,14 @@ def reproduce(
 
 
 def _choice_notes(recipe: Recipe, scored: Scored) -> tuple[str, ...]:
-    if len(recipe.ours) < 2:
+    ours = scored.preferred(recipe.ours)
+    if not ours:
         return ()
+    if len(recipe.ours) < 2:
+        return (f"Ours is '{ours}'.",)
     return (
-        f"Ours is '{scored.preferred(recipe.ours)}': of {', '.join(recipe.ours)} the row with the "
-        "best mean validation score.",
+        f"Ours is '{ours}': of {', '.join(recipe.ours)} the row with the best mean validation "
+        f"{score_name(scored.task)}.",
     )
 
 

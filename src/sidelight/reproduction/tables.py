@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sidelight.reproduction.figures import SHOWN, RowFigures, Spread, TableFigures
+from sidelight.training import score_name
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -17,6 +18,7 @@ _HEADINGS = {
     "recall_at_1pct_fpr": "recall at 1 % FPR",
     "ece": "ECE",
 }
+# Beginnings of the headings for which a terminal has no room.
 _FILE_ONLY = ("macro F1", "validation", "single pass", "parameters")
 _LATEX = str.maketrans(
     {
@@ -55,20 +57,17 @@ def grid(figures: TableFigures) -> Grid:
         first,
         "chosen seed [95 % CI]",
         *map(heading, others),
-        "validation",
+        f"validation {score_name(figures.rows[0].chosen.task)}",
         "parameters",
         "single pass",
-        f"ours - row, {first}",
-        "p",
     )
+    lines = [_line(row, figures.metric, others) for row in figures.rows]
+    if any(row.difference for row in figures.rows):
+        headings += (f"ours - row, {first}", "p")
+        lines = [line + _compared(row) for line, row in zip(lines, figures.rows, strict=True)]
     names = [row.row.name for row in figures.rows]
     bold = names.index(figures.ours) if figures.ours in names else None
-    return Grid(
-        f"{figures.title} ({figures.texts:,} texts)",
-        headings,
-        tuple(_line(row, figures.metric, others) for row in figures.rows),
-        bold,
-    )
+    return Grid(f"{figures.title} ({figures.texts:,} texts)", headings, tuple(lines), bold)
 
 
 def heading(metric: str) -> str:
@@ -123,7 +122,8 @@ def terminal(one: Grid) -> "Table":
     from rich.table import Table
     from rich.text import Text
 
-    shown = [place for place, name in enumerate(one.headings) if name not in _FILE_ONLY]
+    # What rows are compared by is the second column, whatever it is.
+    shown = [n for n, name in enumerate(one.headings) if n < 2 or not name.startswith(_FILE_ONLY)]
     table = Table(title=one.title, title_justify="left")
     for place in shown:
         table.add_column(one.headings[place], justify="right" if place else "left")
@@ -134,7 +134,6 @@ def terminal(one: Grid) -> "Table":
 
 
 def _line(row: RowFigures, metric: str, others: Sequence[str]) -> tuple[str, ...]:
-    compared = row.difference
     return (
         row.row.title,
         _spread(row.spread(metric)),
@@ -143,9 +142,14 @@ def _line(row: RowFigures, metric: str, others: Sequence[str]) -> tuple[str, ...
         _spread(row.validation),
         f"{row.parameters:,}",
         "yes" if row.row.is_single_pass else "no",
-        "" if compared is None else str(compared.estimate),
-        "" if compared is None or compared.p_value is None else f"{compared.p_value:.3f}",
     )
+
+
+def _compared(row: RowFigures) -> tuple[str, str]:
+    found = row.difference
+    if found is None:
+        return "", ""
+    return str(found.estimate), "" if found.p_value is None else f"{found.p_value:.3f}"
 
 
 def _spread(one: Spread) -> str:

@@ -9,7 +9,7 @@ from sidelight.training.settings import (
     TrainingSettings,
     suggested_settings,
 )
-from sidelight.training.trainee import validation_score
+from sidelight.training.trainee import score_name, validation_score
 
 __all__ = [
     "ClassWeight",
@@ -22,6 +22,7 @@ __all__ = [
     "divergence",
     "make_loss",
     "neighbours",
+    "score_name",
     "suggested_settings",
     "train_mechanisms",
     "validation_score",

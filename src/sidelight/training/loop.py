@@ -68,6 +68,7 @@ def train_mechanisms(
     validation: TrainingSet | None,
     judged: TrainingSet | None = None,
     device: torch.device | str = "cpu",
+    title: str = "Training",
 ) -> list[Trained | None]:
     """All jobs, trained side by side; the result of a job does not depend on its neighbours.
 
@@ -78,6 +79,7 @@ def train_mechanisms(
         validation: What early stopping looks at; None trains every epoch and keeps the last.
         judged: What gets logits when training is over; None: the validation texts, if any.
         device: Where to train.
+        title: Of the progress bar.
 
     Returns:
         None for a job that diverged: its numbers are not finite.
@@ -87,7 +89,7 @@ def train_mechanisms(
     trainees = run.enrol(jobs)
     epochs = max((trainee.job.settings.epochs for trainee in trainees), default=0)
     tokens = sum(training.states.plan.tokens)
-    with progress("Training", epochs * tokens, unit="tokens") as shown:
+    with progress(title, epochs * tokens, unit="tokens") as shown:
         for epoch in range(epochs):
             active = [t for t in trainees if not (t.has_finished or t.has_diverged)]
             if not active:

@@ -142,6 +142,11 @@ def _begun(tokens: Ragged) -> Ragged:
     return tokens.beginnings(lengths.minimum(tokens.lengths))
 
 
+def score_name(task: Task) -> str:
+    """What ``validation_score`` is for a task."""
+    return {"binary": "AUPRC", "multilabel": "mean AUPRC"}.get(task.kind, "accuracy")
+
+
 def validation_score(task: Task, logits: np.ndarray, labels: np.ndarray) -> float:
     """What early stopping maximises: average precision, or accuracy for a multi-class task.
 

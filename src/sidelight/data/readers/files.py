@@ -53,7 +53,7 @@ def files_beside(path: Path) -> list[str]:
     if not directory.is_dir():
         return []
     names = [other.name for other in directory.iterdir() if is_readable(other)]
-    return get_close_matches(path.name, names, n=10, cutoff=0.0)
+    return get_close_matches(path.name, names, n=10, cutoff=0.5) or sorted(names)[:10]
 
 
 def _format_suffix(path: Path) -> str:

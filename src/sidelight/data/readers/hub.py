@@ -54,7 +54,7 @@ def _import_datasets(source: str) -> Any:
     except ImportError as error:
         raise SidelightError(
             f"There is no file '{source}'.{did_you_mean(source, files_beside(Path(source)))} "
-            "To read it as a Hugging Face data set, run `pip install datasets`."
+            "To read it as a Hugging Face data set, run `pip install 'sidelight[datasets]'`."
         ) from error
 
 
