@@ -451,7 +451,8 @@ def test_an_absent_file_names_its_neighbours(tmp_path: Path) -> None:
 
 def test_a_hub_name_without_the_package_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(SidelightError, match=r"no file 'owner/name:config'.*pip install datasets"):
+    remedy = r"no file 'owner/name:config'.*pip install 'sidelight\[datasets\]'"
+    with pytest.raises(SidelightError, match=remedy):
         load_examples("owner/name:config")
 
 
