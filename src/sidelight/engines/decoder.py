@@ -1,6 +1,5 @@
 """The model as the batching engine drives it: tokens in, logits of the last position out."""
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from sidelight.backbones import Tap, TransformersBackbone
+from sidelight.backbones.prefixes import cache_name
 from sidelight.engines.cached_rows import CachedRows
 from sidelight.engines.spelling import Speller
 from sidelight.errors import SidelightError
@@ -32,9 +32,7 @@ class Decoder:
     def __init__(self, backbone: TransformersBackbone):
         self._backbone = backbone
         _require_attention(backbone)
-        parameters = inspect.signature(backbone.model.forward).parameters
-        # transformers 5.24 renamed it.
-        self._cache_name = "cache" if "cache" in parameters else "past_key_values"
+        self._cache_name = cache_name(backbone.model)
         self.end_tokens = _end_tokens(backbone)
         self.spell = Speller(backbone.tokenizer)
 

@@ -48,7 +48,7 @@ def is_readable(path: Path) -> bool:
 
 
 def files_beside(path: Path) -> list[str]:
-    """The readable files in a path's directory (inside it, if it is one), most similar first."""
+    """The readable files beside a path, or in it if it is a folder: of a like name, or any."""
     directory = path if path.is_dir() else path.parent
     if not directory.is_dir():
         return []
