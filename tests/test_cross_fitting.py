@@ -68,11 +68,14 @@ def test_the_probe_itself_is_trained_on_all_texts_for_every_epoch(whole):
             assert one.mechanism.state_dict()[name].equal(parameter)
 
 
-def test_few_texts_are_cross_fitted_unless_validation_texts_are_given(tiny, own_cache):
+def test_few_texts_are_cross_fitted_unless_validation_texts_are_given(tiny, own_cache, capsys):
     few, more = load_examples(rows("multiclass", 60)), rows("multiclass", 40, seed=1)
     options = FitOptions(mechanisms=(mechanism_spec("readout"),))
     made = fit(tiny, few, None, name="a", options=options)
     record = made.best.probe.record
+    said = capsys.readouterr().err
+    assert f"Training, fold {FOLDS} of {FOLDS}: " in said
+    assert "Training on all texts: " in said
     assert (record["folds"], record["training"]["rows"]) == (FOLDS, 60)
     assert record["validation"]["rows"] == 60
     assert made.best.report.to_dict()["accuracy"]["value"] > 0.6

@@ -36,7 +36,7 @@ from sidelight.reproduction.figures import measure_rows
 from sidelight.reproduction.judging import Judged, JudgedRow, Scored
 from sidelight.reproduction.rows import Found, build_rows
 from sidelight.reproduction.scoring import score_split
-from sidelight.reproduction.tables import Grid, latex, markdown, terminal
+from sidelight.reproduction.tables import Grid, grid, latex, markdown, terminal
 from sidelight.reproduction.tools import suggested
 from sidelight.scoring import score
 from sidelight.study import Study, make_split
@@ -186,6 +186,7 @@ def test_a_comparison_is_made_end_to_end(finished: Finished):
     }  # fmt: skip
     assert "Made up for tests." in (folder / "table.md").read_text()
     assert "had not been opened" in (folder / "table.md").read_text()
+    assert "- Ours is 'readout'." in (folder / "table.md").read_text()
 
 
 def test_figures_are_those_of_evaluate_on_the_stored_artifacts(
@@ -347,6 +348,8 @@ def test_rows_can_be_chosen_and_data_cut(tiny: TransformersBackbone, cache: Path
     assert 0 < made.tables[1].texts < 35
     assert any("At most 40 rows" in note for note in made.notes)
     assert all(row.difference is None for row in made.tables[0].rows)
+    assert grid(made.tables[0]).headings[-3:] == ("validation AUPRC", "parameters", "single pass")
+    assert not any("Ours is" in note for note in made.notes)
     with pytest.raises(SidelightError, match="Did you mean 'pooling'"):
         recipe().only(["poling"])
 
@@ -578,10 +581,10 @@ def test_other_test_texts_are_another_opening(make: Callable[..., Made], tmp_pat
 
 
 def test_names_cannot_break_a_table():
-    grid = Grid("50 % of {a}", ("row", "x"), (("a|b $x_1^2~\\", "1"),), None)
-    assert r"| a\|b $x_1^2~\ | 1 |" in markdown(grid)
-    assert r"a|b \$x\_1\textasciicircum{}2\textasciitilde{}\textbackslash{} & 1 \\" in latex(grid)
-    assert r"\caption{50 \% of \{a\}}" in latex(grid)
+    one = Grid("50 % of {a}", ("row", "x"), (("a|b $x_1^2~\\", "1"),), None)
+    assert r"| a\|b $x_1^2~\ | 1 |" in markdown(one)
+    assert r"a|b \$x\_1\textasciicircum{}2\textasciitilde{}\textbackslash{} & 1 \\" in latex(one)
+    assert r"\caption{50 \% of \{a\}}" in latex(one)
 
 
 def test_a_terminal_shows_what_rows_are_compared_by():
