@@ -447,6 +447,9 @@ def test_an_absent_file_names_its_neighbours(tmp_path: Path) -> None:
         load_examples(str(tmp_path))
     with pytest.raises(SidelightError, match=r"there is no directory"):
         load_examples(tmp_path / "absent" / "train.jsonl")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SidelightError, match=r"empty' ends like labelled data"):
+        load_examples(tmp_path / "empty" / "train.jsonl")
 
 
 def test_a_hub_name_without_the_package_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,9 +65,15 @@ def _format_suffix(path: Path) -> str:
 
 
 def _absence(path: Path) -> str:
-    choice = did_you_mean(path.name, files_beside(path))
     if path.is_dir():
-        return f"'{path}' is a directory. Name one file.{choice}"
+        return f"'{path}' is a directory. Name one file.{_choice(path, path)}"
     if not path.parent.is_dir():
         return f"No file '{path}': there is no directory '{path.parent}'. Check the path."
-    return f"No file '{path}'.{choice}"
+    return f"No file '{path}'.{_choice(path, path.parent)}"
+
+
+def _choice(path: Path, directory: Path) -> str:
+    beside = files_beside(path)
+    if beside:
+        return did_you_mean(path.name, beside)
+    return f" No file in '{directory.resolve()}' ends like labelled data, such as .jsonl or .csv."
