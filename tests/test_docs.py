@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from sidelight.engines import LoadingEngine
+from sidelight.server import create_app
+from tiny import tiny_backbone
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 SOURCE = ROOT / "src" / "sidelight"
@@ -66,6 +70,22 @@ def test_every_dependency_has_its_sentence():
     assert used - told == set()
     words = re.findall(r"[\w-]+", (ROOT / "docs" / "dependencies.md").read_text())
     assert tools - told - set(words) == set()
+
+
+def test_the_tables_of_routes_hold_what_the_server_has():
+    paths = create_app(LoadingEngine(tiny_backbone)).openapi()["paths"]
+    has = {f"{method.upper()} {path}" for path, methods in paths.items() for method in methods}
+    # FastAPI's own pages are not in the document that they show.
+    has |= {"GET /docs", "GET /openapi.json"}
+    cells = first_cells("serving.md", "| route | gives |")
+    cells.remove("`/admin/probes...`")
+    cells += first_cells("policies.md", "| route | does |")
+    told = [
+        f"{method} {re.sub(r'{id}|NAME', '{name}', path)}"
+        for method, *listed in (re.findall(r"[^`, ]+", cell) for cell in cells)
+        for path in listed
+    ]
+    assert sorted(told) == sorted(has)
 
 
 def test_import_and_help_load_nothing_heavy():
