@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from sidelight.cli import app
 from sidelight.engines import LoadingEngine
 from sidelight.server import create_app
 from tiny import tiny_backbone
@@ -86,6 +87,12 @@ def test_the_tables_of_routes_hold_what_the_server_has():
         for path in listed
     ]
     assert sorted(told) == sorted(has)
+
+
+def test_every_option_of_the_server_is_described():
+    said = "".join(page.read_text() for page in PAGES)
+    options = [name for option in app.commands["serve"].params for name in option.opts]
+    assert [name for name in options if not re.search(rf"{name}(?![\w-])", said)] == []
 
 
 def test_import_and_help_load_nothing_heavy():
