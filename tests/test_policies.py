@@ -82,8 +82,15 @@ def test_a_file_says_all_that_a_rule_holds(policy_file):
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("[input.toxicity]\nmod = 'block'", "input.toxicity.mod"),
-        ("[inputs.toxicity]\nmode = 'block'", "inputs"),
+        (
+            "[input.toxicity]\nmod = 'block'",
+            r"input.toxicity.mod\. .* 'mode'\? .* routes",
+        ),
+        (
+            "[output.late]\nholdback = 3",
+            r"holdback\. .* 'hold_back'\? Known: consecutive",
+        ),
+        ("[inputs.toxicity]\nmode = 'block'", r"inputs\. Did you mean 'input'\? .* timeout_s"),
         ("[input.toxicity]\nmode = 'forbid'", "input.toxicity.mode"),
         ("[input.toxicity]\nthreshold = 1.1", "input.toxicity.threshold"),
         ("[input.toxicity]\nthreshold = nan", "input.toxicity.threshold"),
