@@ -8,6 +8,7 @@ import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -196,6 +197,10 @@ def test_what_does_not_fit_is_refused_by_name(backbone, folders, tmp_path):
         "other backbone": (untrained_probe(other, "toxicity"), "was trained on"),
         "no verdict": (broken, "No verdict from toxicity"),
         "other side": (untrained_probe(backbone, "toxicity", reads=Reads("both")), "on the input"),
+        "other format": (
+            replace(untrained_probe(backbone, "toxicity"), prompt_format="raw"),
+            "Probes of chats, such as 'late', and of raw texts, such as 'toxicity'",
+        ),
         "other task": (untrained_probe(backbone, "toxicity", task=INTENT), "a name of its own"),
     }
     policy = Policy(input={"toxicity": Rule("block")})

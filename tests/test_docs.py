@@ -3,9 +3,15 @@
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+
+from sidelight.cli import app
+from sidelight.engines import LoadingEngine
+from sidelight.server import create_app
+from tiny import tiny_backbone
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -45,20 +51,60 @@ def test_every_link_to_a_file_leads_somewhere(page: Path):
     assert [link for link in local if not (page.parent / link).exists()] == []
 
 
-def test_every_dependency_has_its_sentence():
-    import tomllib
+def first_cells(page: str, head: str) -> list[str]:
+    """The first column of the table with this head."""
+    table = (ROOT / "docs" / page).read_text().split(f"{head}\n")[1].split("\n\n")[0]
+    return [row.split("|")[1].strip() for row in table.splitlines()[1:]]
 
+
+def names_of(requirements: list[str]) -> set[str]:
+    return {re.split(r"[\[<>=~!; ]", line)[0] for line in requirements}
+
+
+def test_every_dependency_has_its_sentence():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    groups = [project["dependencies"], *project["optional-dependencies"].values()]
-    names = {re.split(r"[\[<>=~! ]", line)[0] for group in groups for line in group}
-    said = (ROOT / "docs" / "dependencies.md").read_text()
-    assert {name for name in names if name not in said} == set()
+    extras = project["optional-dependencies"]
+    tools = names_of([*extras.pop("dev"), *extras.pop("vllm-test")])
+    used = names_of(sum(extras.values(), start=project["dependencies"]))
+    cells = first_cells("dependencies.md", "| package | why |")
+    told = {name.strip() for cell in cells for name in re.sub(r"\(.*\)", "", cell).split(",")}
+    assert used - told == set()
+    words = re.findall(r"[\w-]+", (ROOT / "docs" / "dependencies.md").read_text())
+    assert tools - told - set(words) == set()
+
+
+def test_the_tables_of_routes_hold_what_the_server_has():
+    paths = create_app(LoadingEngine(tiny_backbone)).openapi()["paths"]
+    has = {f"{method.upper()} {path}" for path, methods in paths.items() for method in methods}
+    # FastAPI's own pages are not in the document that they show.
+    has |= {"GET /docs", "GET /openapi.json"}
+    cells = first_cells("serving.md", "| route | gives |")
+    cells.remove("`/admin/probes...`")
+    cells += first_cells("policies.md", "| route | does |")
+    told = [
+        f"{method} {re.sub(r'{id}|NAME', '{name}', path)}"
+        for method, *listed in (re.findall(r"[^`, ]+", cell) for cell in cells)
+        for path in listed
+    ]
+    assert sorted(told) == sorted(has)
+
+
+def test_every_option_of_the_server_is_described():
+    said = "".join(page.read_text() for page in PAGES)
+    options = [name for option in app.commands["serve"].params for name in option.opts]
+    assert [name for name in options if not re.search(rf"{name}(?![\w-])", said)] == []
 
 
 def test_import_and_help_load_nothing_heavy():
     code = (
-        "import sys, sidelight, sidelight.cli; "
-        "heavy = {'torch', 'transformers', 'fastapi', 'matplotlib', 'sklearn'} & set(sys.modules); "
+        "import sys, sidelight; from sidelight.cli import app\n"
+        "for command in [], *([name] for name in app.commands):\n"
+        "    app([*command, '--help'], standalone_mode=False)\n"
+        "heavy = {'torch', 'transformers', 'fastapi', 'matplotlib', 'sklearn'} & set(sys.modules)\n"
         "sys.exit(', '.join(heavy) or 0)"
     )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    asked = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert (asked.returncode, asked.stderr) == (0, "")
+    assert asked.stdout.count("Usage: ") > 1

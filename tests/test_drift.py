@@ -25,7 +25,7 @@ def test_the_index_is_that_of_the_formula():
     p, q = rng.integers(1000, 2000, (2, BINS)) * 1000
     shares_p, shares_q = p / p.sum(), q / q.sum()
     expected = sum((a - b) * np.log(a / b) for a, b in zip(shares_p, shares_q, strict=True))
-    # The half that is added to each count weighs nothing beside a million.
+    # Beside a million, the half that is added to each count weighs nothing, and chance is little.
     assert stability_index(p.tolist(), q.tolist()) == pytest.approx(expected, rel=1e-4)
     assert stability_index(p.tolist(), p.tolist()) == 0
     assert stability_index(p.tolist(), q.tolist()) == pytest.approx(
@@ -42,6 +42,19 @@ def test_a_shift_is_more_than_chance():
     )
     assert stability_index(reference, same) < 0.1
     assert stability_index(reference, shifted) > 0.25
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (0.3, 0.3), (0.5, 2), (2, 5)])
+def test_chance_alone_is_rarely_more_than_stable(shape):
+    rng = np.random.default_rng(0)
+
+    def index():
+        reference, recent = (score_counts(rng.beta(*shape, n).tolist()) for n in (150, ENOUGH))
+        return stability_index(reference, recent)
+
+    told = np.array([index() for _ in range(1000)])
+    assert (told > 0.1).mean() < 0.05
+    assert told.min() == 0
 
 
 def test_a_server_tells_drift_once_it_has_seen_enough():

@@ -82,8 +82,15 @@ def test_a_file_says_all_that_a_rule_holds(policy_file):
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("[input.toxicity]\nmod = 'block'", "input.toxicity.mod"),
-        ("[inputs.toxicity]\nmode = 'block'", "inputs"),
+        (
+            "[input.toxicity]\nmod = 'block'",
+            r"input.toxicity.mod\. .* 'mode'\? .* routes",
+        ),
+        (
+            "[output.late]\nholdback = 3",
+            r"holdback\. .* 'hold_back'\? Known: consecutive",
+        ),
+        ("[inputs.toxicity]\nmode = 'block'", r"inputs\. Did you mean 'input'\? .* timeout_s"),
         ("[input.toxicity]\nmode = 'forbid'", "input.toxicity.mode"),
         ("[input.toxicity]\nthreshold = 1.1", "input.toxicity.threshold"),
         ("[input.toxicity]\nthreshold = nan", "input.toxicity.threshold"),
@@ -342,6 +349,27 @@ def test_a_request_may_ask_to_be_blocked(backbone, probes):
     output = {"late": Rule(threshold=0.0)}
     cut = asked(backbone, probes, Policy(output=output), moderation=BLOCK_OUTPUT).parse()
     assert cut.choices[0].finish_reason == "content_filter"
+
+
+def test_a_request_cannot_change_a_route(backbone):
+    probe = untrained_probe(backbone, "toxicity")
+    routes = {"fine": "cheap", "toxic": "strong", "verdict_failed": "desk"}
+    rule = Rule("route", threshold=1.0, routes=routes, on_failure="pass")
+    policy = Policy(input={"toxicity": rule})
+    for request in ({"moderation": BLOCK}, {"policies": {"toxicity": {"mode": "block"}}}):
+        passed = asked(backbone, [probe], policy, **request)
+        assert passed.headers["x-sidelight-route"] == "cheap"
+    with pytest.raises(openai.BadRequestError, match="another changes the route") as refused:
+        asked(backbone, [probe], policy, policies={"toxicity": {"threshold": 0}})
+    assert refused.value.code == "policy_too_loose"
+    flagging = Policy(input={"toxicity": replace(rule, threshold=0.0)})
+    with pytest.raises(openai.BadRequestError, match="blocked by toxicity") as blocked:
+        asked(backbone, [probe], flagging, moderation=BLOCK)
+    # A gateway would send on what was to be blocked.
+    assert "x-sidelight-route" not in blocked.value.response.headers
+    probe.mechanism.bias.fill_(float("nan"))
+    failed = asked(backbone, [probe], policy, moderation=BLOCK)
+    assert failed.headers["x-sidelight-route"] == "desk"
 
 
 @pytest.mark.parametrize(

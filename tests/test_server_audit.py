@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from commands import run
 from live import MODEL, http_client, served
+from sidelight.cli.serving import audit_of
 from sidelight.engines import TransformersEngine
 from sidelight.errors import SidelightError
 from sidelight.prompts import Message, Reads
@@ -168,6 +170,29 @@ def test_the_hash_depends_on_text_and_salt(path):
     one, other = AuditLog(path, salt=b"1"), AuditLog(path, salt=b"2")
     hashes = {log.hash([]) for log in (one, other)}
     assert len(hashes) == 2
+
+
+def test_the_salt_is_the_options_then_the_variables_and_never_blank(path):
+    def hash_of(option, environment):
+        given = {"audit_log": path, "audit_salt": option}
+        return audit_of(given, environment).hash([])
+
+    variable = {"SIDELIGHT_AUDIT_SALT": "salt"}
+    assert hash_of("1", variable) == AuditLog(path, salt=b"1").hash([])
+    assert hash_of(None, variable) == AuditLog(path, salt=b"salt").hash([])
+    assert hash_of(None, {}) != hash_of(None, {})
+    assert audit_of({"audit_log": None, "audit_salt": None}, {}) is None
+    for blank in ("", " ", "\n"):
+        with pytest.raises(SidelightError, match="SIDELIGHT_AUDIT_SALT is set and blank"):
+            hash_of(None, {"SIDELIGHT_AUDIT_SALT": blank})
+        with pytest.raises(SidelightError, match="--audit-salt is blank"):
+            hash_of(blank, variable)
+
+
+def test_a_server_does_not_start_with_a_blank_salt(path, monkeypatch, capsys):
+    monkeypatch.setenv("SIDELIGHT_AUDIT_SALT", "")
+    assert run("serve", "--audit-log", str(path), "--host", "0.0.0.0") == 2
+    assert "SIDELIGHT_AUDIT_SALT is set and blank" in capsys.readouterr().err
 
 
 class Read(list):

@@ -1,6 +1,7 @@
 """Laws of the plugin that hold without vLLM: a paged cache is played, with every trap it has."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -13,8 +14,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sidelight.artifact import save_probe
 from sidelight.bank import Bank
+from sidelight.cli.engines import load_engine
+from sidelight.engines.base import require_same_model
 from sidelight.errors import FingerprintMismatchError, SidelightError
 from sidelight.mechanisms import mechanism_names
+from sidelight.probe import common_format
 from sidelight.prompts import EncodedPrompt, Part, Reads
 from sidelight.scoring import score
 from sidelight.standardisation import Projection
@@ -22,7 +26,13 @@ from sidelight.vllm_plugin.columns import Pages, Run, Stage
 from sidelight.vllm_plugin.judging import Judging, Share
 from sidelight.vllm_plugin.panel import ColumnPanel, verdict_of
 from sidelight.vllm_plugin.params import KEY, parts_of, request_params
-from sidelight.vllm_plugin.settings import ENVIRONMENT, Served, load_checked, named_folders
+from sidelight.vllm_plugin.settings import (
+    ENVIRONMENT,
+    Served,
+    fingerprint_of,
+    load_checked,
+    named_folders,
+)
 from sidelight.vllm_plugin.taps import set_stage, tap_layers
 from sidelight.vllm_plugin.tracking import Reading, Step, Tracking
 from sidelight.vllm_plugin.worker import Worker
@@ -386,7 +396,21 @@ def test_served_probes_survive_json_and_belong_to_the_model(backbone, tmp_path):
     with pytest.raises(SidelightError, match="distinct names"):
         load_checked([folder, folder], backbone.fingerprint)
     other = Served((folder,), untrained_probe(backbone, "x").fingerprint)
-    from dataclasses import replace
-
     with pytest.raises(FingerprintMismatchError):
         replace(other, fingerprint=replace(backbone.fingerprint, weights="0")).panel()
+
+
+def test_probes_of_chats_and_of_raw_texts_are_refused_whoever_serves_them(backbone, tmp_path):
+    chat = untrained_probe(backbone, "toxicity")
+    raw = replace(untrained_probe(backbone, "topics", task=TOPICS), prompt_format="raw")
+    folders = [str(save_probe(probe, tmp_path / probe.name)) for probe in (chat, raw)]
+    options = {"model": None, "dtype": "auto", "device": "auto"}
+    told = "such as 'toxicity', and of raw texts, such as 'topics', cannot be served together"
+    for serve in (
+        lambda: load_engine("transformers", [chat, raw], options),
+        lambda: fingerprint_of("smollm2", folders),
+        lambda: require_same_model([chat, raw], backbone.fingerprint),
+    ):
+        with pytest.raises(SidelightError, match=told):
+            serve()
+    assert [common_format(probes) for probes in ([], [chat], [raw, raw])] == [None, "chat", "raw"]

@@ -97,6 +97,21 @@ class Probe:
         return Verdict(self.name, best, held, by_label, flagged=bool(held))
 
 
+def common_format(probes: Iterable[Probe]) -> PromptFormat | None:
+    """How texts are rendered for probes that are served together; None: there are none.
+
+    Raises:
+        SidelightError: Some were trained on chats and others on raw texts.
+    """
+    by_format: dict[PromptFormat, str] = {probe.prompt_format: probe.name for probe in probes}
+    if len(by_format) > 1:
+        raise SidelightError(
+            f"Probes of chats, such as '{by_format['chat']}', and of raw texts, such as "
+            f"'{by_format['raw']}', cannot be served together. Start one server for each."
+        )
+    return next(iter(by_format), None)
+
+
 def require_distinct_names(probes: Iterable[Probe]) -> None:
     """Checks that verdicts of probes that are served together can be told apart.
 

@@ -1,6 +1,7 @@
 """What the plugin does not support does not start; what names no probe is left alone."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,16 @@ def test_a_probe_of_another_model_is_refused(model, tmp_path):
     folder = save_probe(untrained_probe(tiny_backbone(), "foreign"), tmp_path / "p")
     with pytest.raises(FingerprintMismatchError, match="foreign"):
         configured(model.path, [str(folder)])
+
+
+def test_probes_of_chats_and_of_raw_texts_are_refused(model, tmp_path):
+    chat = untrained_probe(model.backbone, "chat")
+    raw = replace(untrained_probe(model.backbone, "raw"), prompt_format="raw")
+    folders = [str(save_probe(probe, tmp_path / probe.name)) for probe in (chat, raw)]
+    with pytest.raises(SidelightError, match="cannot be served together"):
+        configured(model.path, folders)
+    with pytest.raises(SidelightError, match="cannot be served together"):
+        load_vllm_engine(model.path, [chat, raw])
 
 
 def test_what_travels_to_the_workers_is_json(model):

@@ -87,12 +87,13 @@ def require_own_options(engine: str, given: Mapping[str, Any]) -> None:
 def _transformers(model: str, probes: "Sequence[Probe]", given: Mapping[str, Any]) -> "Engine":
     from sidelight.backbones import load_backbone
     from sidelight.engines import TransformersEngine
+    from sidelight.probe import common_format
 
     backbone = load_backbone(
         model,
         dtype=given["dtype"],
         device=given["device"],
-        prompt_format=probes[0].prompt_format if probes else None,
+        prompt_format=common_format(probes),
     )
     return TransformersEngine(backbone, probes)
 

@@ -75,7 +75,7 @@ def serve(
         sources={probe.name: path for probe, path in zip(loaded, probes, strict=True)},
         access=access_of(given, os.environ),
         limits=limits_of(given),
-        audit=audit_of(given),
+        audit=audit_of(given, os.environ),
         traces=traces_of(os.environ),
     )
     run(

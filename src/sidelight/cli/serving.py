@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _OTLP_ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 _KEY, _ADMIN_KEY = "SIDELIGHT_API_KEY", "SIDELIGHT_ADMIN_KEY"
+_SALT = "SIDELIGHT_AUDIT_SALT"
 _FILE = click.Path(path_type=Path, dir_okay=False)
 _ACCESS = (
     click.option(
@@ -90,9 +91,8 @@ _LOGS = (
     ),
     click.option(
         "--audit-salt",
-        envvar="SIDELIGHT_AUDIT_SALT",
         default=None,
-        help="Secret of the hashes in it. [env: SIDELIGHT_AUDIT_SALT; default: a new one]",
+        help=f"Secret of the hashes in it. [env: {_SALT}; default: a new one]",
     ),
 )
 
@@ -134,14 +134,25 @@ def traces_of(environment: Mapping[str, str]) -> "Sink | None":
     return otlp_sink()
 
 
-def audit_of(given: Mapping[str, Any]) -> "AuditLog | None":
-    """Where decisions are written; None: nowhere."""
+def audit_of(given: Mapping[str, Any], environment: Mapping[str, str]) -> "AuditLog | None":
+    """Where decisions are written; None: nowhere.
+
+    Raises:
+        SidelightError: The salt is blank: anybody could compute the hashes. Or the log cannot be
+            written.
+    """
     from sidelight.server.audit import AuditLog
 
     if given["audit_log"] is None:
         return None
     salt = given["audit_salt"]
-    return AuditLog(given["audit_log"], salt=salt.encode() if salt else secrets.token_bytes(32))
+    if salt is None:
+        salt = _value_in(environment, _SALT)
+    elif not salt.strip():
+        raise SidelightError("--audit-salt is blank. Give it a secret, or leave it out.")
+    return AuditLog(
+        given["audit_log"], salt=secrets.token_bytes(32) if salt is None else salt.encode()
+    )
 
 
 def access_of(given: Mapping[str, Any], environment: Mapping[str, str]) -> "Access":
@@ -178,11 +189,17 @@ def limits_of(given: Mapping[str, Any]) -> "ServerLimits":
 
 def _key_in(environment: Mapping[str, str], name: str) -> tuple[str, ...]:
     """The key that a variable holds, as one: not click's reading, which splits at blanks."""
-    key = environment.get(name)
-    if key is not None and not key.strip():
-        raise SidelightError(f"{name} is set and blank. Put a key into it, or unset it.")
+    key = _value_in(environment, name)
     # A line break at its end comes of a file, and no header carries one.
     return () if key is None else (key.strip(" \t\r\n"),)
+
+
+def _value_in(environment: Mapping[str, str], name: str) -> str | None:
+    """What a secret's variable holds: not click's reading, to which a blank one is not there."""
+    value = environment.get(name)
+    if value is not None and not value.strip():
+        raise SidelightError(f"{name} is set and blank. Put a secret into it, or unset it.")
+    return value
 
 
 def _with(options: tuple[Command, ...], command: Command) -> Command:

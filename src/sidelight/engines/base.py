@@ -19,7 +19,7 @@ from typing import Any, Protocol, runtime_checkable
 from sidelight.backbones import Fingerprint
 from sidelight.engines.events import Event, PromptJudged
 from sidelight.errors import SidelightError, VerdictError, did_you_mean
-from sidelight.probe import Probe
+from sidelight.probe import Probe, common_format
 from sidelight.prompts import Conversation, Message, Reads
 from sidelight.types import Task
 
@@ -263,11 +263,13 @@ def require_watchable(watch: Iterable[str], probes: Sequence[LoadedProbe]) -> No
             )
 
 
-def require_same_model(probes: Iterable[Probe], fingerprint: Fingerprint) -> None:
+def require_same_model(probes: Sequence[Probe], fingerprint: Fingerprint) -> None:
     """Checks that the probes were trained on this model.
 
     Raises:
-        FingerprintMismatchError: One was not.
+        SidelightError: Some read chats and others raw texts, which are two models to a fingerprint.
+        FingerprintMismatchError: One was trained on another model.
     """
+    common_format(probes)
     for probe in probes:
         probe.fingerprint.require(fingerprint, probe=probe.name)

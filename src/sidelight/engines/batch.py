@@ -17,7 +17,7 @@ from sidelight.engines.cached_rows import CachedRows
 from sidelight.engines.decoder import Decoder
 from sidelight.engines.events import Event, Finished, PromptJudged, ResponseScored
 from sidelight.engines.generation import Generation
-from sidelight.engines.judging import Judgement, Panel, Watch
+from sidelight.engines.judging import Judgement, Panel, TimedTaps
 from sidelight.engines.line import Request
 from sidelight.engines.stopwatch import Stopwatch
 from sidelight.errors import SidelightError
@@ -104,7 +104,7 @@ class Batch:
         prompts = [request.prompt for request in requests]
         early, late = panel.early.taps(), panel.late.taps()
         stopwatch = Stopwatch()
-        logits, cached = self._decoder.read_prompts(prompts, Watch([*early, *late], stopwatch))
+        logits, cached = self._decoder.read_prompts(prompts, TimedTaps([*early, *late], stopwatch))
         with stopwatch.running(after=logits.device):
             read_early = panel.early.read_prompts(early, prompts)
             read_late = panel.late.read_prompts(late, prompts)
@@ -134,7 +134,7 @@ class Batch:
         taps = late.taps()
         tokens = [generation.last_token for generation in rows.generations]
         stopwatch = Stopwatch()
-        logits = self._decoder.read_step(tokens, rows.cached, Watch(taps, stopwatch))
+        logits = self._decoder.read_step(tokens, rows.cached, TimedTaps(taps, stopwatch))
         with stopwatch.running(after=logits.device if taps else None):
             read = replace(rows, state=late.read_step(taps, rows.state))
             scores = _score(read)

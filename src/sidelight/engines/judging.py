@@ -43,8 +43,8 @@ class Judgement:
         )
 
 
-class Watch:
-    """Several banks' taps as one tap.
+class TimedTaps:
+    """Several banks' taps as one tap whose time is counted.
 
     Args:
         taps: Each sees every hidden state.

@@ -16,18 +16,21 @@ def score_counts(scores: Sequence[float]) -> list[int]:
 
 
 def stability_index(reference: Sequence[int], observed: Sequence[int]) -> float:
-    """The population stability index of two histograms: sum of (p - q) ln(p / q) over the bins.
+    """The population stability index of two histograms, less what chance alone adds to it.
 
-    Symmetric, and 0 for equal shares. Below 0.1 is usually called stable, above 0.25 changed.
+    The index is the sum of (p - q) ln(p / q) over the bins. Counts n and m of one distribution have
+    about (bins - 1) (1 / n + 1 / m), which is subtracted; where less than that is left, it is 0.
+    Symmetric. Below 0.1 is usually called stable, above 0.25 changed.
 
     Args:
         reference: Counts per bin.
         observed: Counts of the same bins.
     """
-    p, q = _shares(reference), _shares(observed)
-    return float(((p - q) * np.log(p / q)).sum())
+    n, m = _smoothed(reference), _smoothed(observed)
+    p, q = n / n.sum(), m / m.sum()
+    chance = (len(n) - 1) * (1 / n.sum() + 1 / m.sum())
+    return max(0.0, float(((p - q) * np.log(p / q)).sum() - chance))
 
 
-def _shares(counts: Sequence[int]) -> np.ndarray:
-    smoothed = np.asarray(counts, dtype=float) + _PRIOR
-    return smoothed / smoothed.sum()
+def _smoothed(counts: Sequence[int]) -> np.ndarray:
+    return np.asarray(counts, dtype=float) + _PRIOR

@@ -33,7 +33,7 @@ class BoundedProtocol(H11Protocol):
         """Waits on for the rest of a head, however slowly it comes."""
         super().data_received(data)
         if self._is_answering:
-            self._head_timer = _cancelled(self._head_timer)
+            self._stop_head_timer()
         else:
             self._await_head()
 
@@ -45,13 +45,13 @@ class BoundedProtocol(H11Protocol):
     def resume_writing(self) -> None:
         """The client has read."""
         super().resume_writing()
-        self._read_timer = _cancelled(self._read_timer)
+        self._stop_read_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Ends all waiting."""
         super().connection_lost(exc)
-        self._head_timer = _cancelled(self._head_timer)
-        self._read_timer = _cancelled(self._read_timer)
+        self._stop_head_timer()
+        self._stop_read_timer()
 
     def send_400_response(self, msg: str) -> None:
         """Refuses what is not HTTP, in the shape of every other refusal."""
@@ -74,12 +74,17 @@ class BoundedProtocol(H11Protocol):
         if self._head_timer is None:
             self._head_timer = self.loop.call_later(self.limits.header_s, self.transport.abort)
 
+    def _stop_head_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _stop_read_timer(self) -> None:
+        if self._read_timer is not None:
+            self._read_timer.cancel()
+            self._read_timer = None
+
 
 def bounded_protocol(limits: ServerLimits) -> type[BoundedProtocol]:
     """The class of each connection, as uvicorn's ``http`` setting."""
     return type("BoundedProtocol", (BoundedProtocol,), {"limits": limits})
-
-
-def _cancelled(timer: asyncio.TimerHandle | None) -> None:
-    if timer is not None:
-        timer.cancel()

@@ -1,6 +1,7 @@
 """How many connections the system lets this process open."""
 
 import logging
+import resource
 from dataclasses import replace
 
 from sidelight.errors import SidelightError
@@ -45,10 +46,6 @@ def within_system(limits: ServerLimits) -> ServerLimits:
 
 def _allowed_files(wanted: int) -> int | None:
     """How many files this process may open, up to those wanted; None: the system has no limit."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= wanted:
         return None

@@ -11,9 +11,10 @@ from sidelight.engines.base import Engine, LoadedProbe
 from sidelight.metrics.drift import BINS, score_counts, stability_index
 from sidelight.types import Verdict
 
-# Of recent scores: as many are compared, and fewer than the second number say nothing.
+# Of recent scores: as many are compared, and fewer than the second number say nothing. Without
+# drift, so few exceed 0.1 in at most 5 of 100 comparisons with 150 scores of validation.
 WINDOW = 1000
-ENOUGH = 100
+ENOUGH = 200
 
 
 class Drift(Collector):
@@ -41,7 +42,7 @@ class Drift(Collector):
         """The series; of a probe that has no scores of validation, or too few of its own, none."""
         family = GaugeMetricFamily(
             "sidelight_probe_drift_psi",
-            "Population stability index of recent scores against validation's",
+            "Population stability index of recent scores against validation's, less that of chance",
             labels=["probe", "label"],
         )
         for probe in self._engine.probes if self._engine.is_ready else ():

@@ -37,7 +37,7 @@ class Entry:
         clause: The probe and its rule.
         state: Whether it runs, and whether clients hear of it.
         path: The artifact it came from; None: unknown.
-        failure: Why its last change failed; None: it did not.
+        failure: Why its last reload failed; None: it did not, or there was none.
     """
 
     clause: Clause

@@ -13,7 +13,8 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from sidelight.artifact import load_probe
-from sidelight.prompts import PromptEncoder, PromptFormat
+from sidelight.probe import common_format
+from sidelight.prompts import PromptEncoder
 from sidelight.vllm_plugin.hearing import Hearing
 from sidelight.vllm_plugin.params import KEY
 from sidelight.vllm_plugin.rewriting import Described, ProbeMiddleware, Report, current_report
@@ -41,12 +42,9 @@ class ProbeEndpoint:
         if served is None:
             return
         model = engine_client.model_config
-        formats: list[PromptFormat] = [
-            load_probe(folder).prompt_format for folder in served.folders
-        ]
         self._described.encoder = PromptEncoder(
             AutoTokenizer.from_pretrained(model.tokenizer),
-            prompt_format=formats[0] if formats else "chat",
+            prompt_format=common_format(map(load_probe, served.folders)) or "chat",
             max_tokens=model.max_model_len,
         )
         hearing = Hearing(engine_client.output_processor)

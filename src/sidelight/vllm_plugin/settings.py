@@ -13,9 +13,7 @@ import torch
 
 from sidelight.artifact import load_probe
 from sidelight.backbones import Fingerprint, TransformersBackbone
-from sidelight.errors import SidelightError
-from sidelight.probe import Probe, require_distinct_names
-from sidelight.prompts import PromptFormat
+from sidelight.probe import Probe, common_format, require_distinct_names
 from sidelight.vllm_plugin.panel import ColumnPanel
 
 ENVIRONMENT = "SIDELIGHT_PROBES"
@@ -103,15 +101,13 @@ def fingerprint_of(model: str, folders: Sequence[str]) -> Fingerprint:
 
     Args:
         model: Folder or hub id.
-        folders: Of the probes: the first says how texts are rendered.
+        folders: Of the probes: they say how texts are rendered.
+
+    Raises:
+        SidelightError: A probe is damaged, or some read chats and others raw texts.
     """
-    formats: set[PromptFormat] = {load_probe(folder).prompt_format for folder in folders}
-    if len(formats) > 1:
-        raise SidelightError(
-            "Probes of chat prompts and of raw prompts cannot be served together. Start one "
-            "server for each."
-        )
+    prompt_format = common_format(map(load_probe, folders))
     backbone = TransformersBackbone.load(
-        model, name=model, device="cpu", prompt_format=formats.pop() if formats else None
+        model, name=model, device="cpu", prompt_format=prompt_format
     )
     return backbone.fingerprint

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from sidelight.backbones import TransformersBackbone
 from sidelight.bench.latency.subjects import Answer, Kind, module_bytes
 from sidelight.engines.decoder import Decoder
-from sidelight.engines.judging import Judges, Watch
+from sidelight.engines.judging import Judges, TimedTaps
 from sidelight.engines.stopwatch import Stopwatch
 from sidelight.probe import Probe
 from sidelight.prompts import EncodedPrompt
@@ -35,7 +35,7 @@ class Served:
     def run(self, batch: Sequence[EncodedPrompt]) -> Answer:
         """One forward pass."""
         taps = self._judges.taps()
-        logits, _ = self._decoder.read_prompts(batch, Watch(taps, Stopwatch()))
+        logits, _ = self._decoder.read_prompts(batch, TimedTaps(taps, Stopwatch()))
         state = self._judges.read_prompts(taps, batch)
         judgements = self._judges.judge(state, range(len(batch)))
         tokens = tuple(logits.argmax(1).tolist())

@@ -12,7 +12,7 @@ from sidelight.engines.line import Limits
 from sidelight.engines.vllm.engine import VllmEngine
 from sidelight.engines.vllm.shelf import Shelf
 from sidelight.errors import SidelightError, did_you_mean
-from sidelight.probe import Probe
+from sidelight.probe import Probe, common_format
 from sidelight.vllm_plugin.settings import KEY
 
 # Options of vLLM's that are no user's, with what to do instead.
@@ -43,12 +43,12 @@ def load_vllm_engine(
 
     Raises:
         SidelightError: vLLM is not installed, an option is unknown, a probe belongs to another
-            model, or a feature is in use that the plugin does not support.
+            model or reads another format than the others, or a feature is in use that the plugin
+            does not support.
     """
     args_type, engine_type = _vllm()
-    prompt_format = probes[0].prompt_format if probes else None
     # Loaded for who it is and how it reads text; the weights that serve are vLLM's own.
-    backbone = load_backbone(model, device="cpu", prompt_format=prompt_format)
+    backbone = load_backbone(model, device="cpu", prompt_format=common_format(probes))
     path = backbone.model.config._name_or_path  # pyright: ignore[reportPrivateUsage]
     encoder, tokenizer, fingerprint = backbone.encoder, backbone.tokenizer, backbone.fingerprint
     del backbone

@@ -17,10 +17,12 @@ class Clause:
     Attributes:
         probe: The loaded probe.
         rule: What follows from its verdict.
+        is_tightened: Whether a request wants a flag to block, whatever the rule's mode.
     """
 
     probe: LoadedProbe
     rule: Rule
+    is_tightened: bool = False
 
     @property
     def name(self) -> str:
@@ -35,7 +37,7 @@ class Clause:
     @property
     def is_blocking(self) -> bool:
         """Whether a flag ends the answer."""
-        return self.rule.mode == "block"
+        return self.is_tightened or self.rule.mode == "block"
 
     @property
     def is_shadow(self) -> bool:

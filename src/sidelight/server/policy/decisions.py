@@ -50,8 +50,10 @@ class Decision:
 
     @property
     def route(self) -> str | None:
-        """Where a gateway should send the request; None: the rule says nothing."""
-        return _route(self.clause, self.verdict) if self.clause.rule.mode == "route" else None
+        """Where a gateway should send the request; None: nowhere, or the rule says nothing."""
+        if self.is_blocking or self.clause.rule.mode != "route":
+            return None
+        return _route(self.clause, self.verdict)
 
 
 def too_long(decisions: Iterable[Decision], tokens: int) -> tuple[str, ...]:
@@ -119,12 +121,14 @@ def _on_failure(clause: Clause) -> Action:
 
 
 def _on_verdict(clause: Clause, verdict: Verdict) -> Action:
+    if clause.is_blocking and verdict.flagged:
+        return "block"
     match clause.rule.mode:
-        case "score":
+        case "score" | "block":
             return "none"
         case "route":
             return "none" if _route(clause, verdict) is None else "route"
-        case "flag" | "block" | "shadow" as mode:
+        case "flag" | "shadow" as mode:
             return mode if verdict.flagged else "none"
 
 

@@ -1,12 +1,13 @@
 """A policy as a TOML file. Every key is checked: an ignored safety setting is a hole."""
 
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from sidelight.errors import SidelightError
+from sidelight.errors import SidelightError, did_you_mean
 from sidelight.server.policy.rules import Mode, OnFailure, Policy, Rule, SystemTurns
 
 _Probability = Annotated[float, Field(ge=0, le=1)]
@@ -74,5 +75,16 @@ def _wrong(path: Path, error: ValidationError) -> str:
     first = error.errors()[0]
     place = ".".join(map(str, first["loc"]))
     if first["type"] == "extra_forbidden":
-        return f"{path} has an unknown key: {place}. docs/policies.md lists the known ones."
+        *above, key = map(str, first["loc"])
+        return f"{path} has an unknown key: {place}.{did_you_mean(key, _table(above).model_fields)}"
     return f"{place} in {path}: {first['msg']}, got {first['input']!r}."
+
+
+def _table(place: Sequence[str]) -> type[_Table]:
+    match place:
+        case ["input", _]:
+            return _InputRule
+        case ["output", _]:
+            return _OutputRule
+        case _:
+            return _File

@@ -91,11 +91,15 @@ def _tightened(clause: Clause, chosen: Collection[str], wishes: Wishes) -> Claus
         clause = _at(clause, wish.threshold)
     is_of_side = clause.side in wishes.sides("block") and clause.name in chosen
     if wish.mode == "block" or (is_of_side and clause.thresholds):
-        return replace(clause, rule=replace(clause.rule, mode="block"))
+        return replace(clause, is_tightened=True)
     return clause
 
 
 def _at(clause: Clause, threshold: float) -> Clause:
+    if clause.rule.mode == "route":
+        raise _too_loose(
+            f"policies.{clause.name}", "It routes by this threshold, and another changes the route."
+        )
     lowest = min(clause.thresholds.values())
     if threshold > lowest:
         raise _too_loose(
