@@ -696,6 +696,7 @@ def test_a_sweep_has_no_row_that_is_ours():
         (("heads = 2", "head = 2"), "Did you mean 'heads'"),
         (("epochs = 2", 'epochs = "two"'), "Setting epochs cannot be 'two'"),
         (("epochs = 2", "epochs = 2.5"), "Setting epochs cannot be 2.5"),
+        (("epochs = 2", "epochs = 0"), "epochs = 0: give 1 or more"),
         (("epochs = 2", 'layer_weights = "equl"'), "Setting layer_weights cannot be 'equl'"),
         (("seeds = 1", "options = { strenght = 1.0 }"), "Did you mean 'strength'"),
         (("seeds = 1", 'options = { strength = "x" }'), "tfidf.strength cannot be 'x'"),
