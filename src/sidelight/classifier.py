@@ -148,12 +148,12 @@ def train(
     Raises:
         SidelightError: The data or the model cannot be used; the message names the remedy.
     """
-    backbone = model if isinstance(model, TransformersBackbone) else load_backbone(model)
     options = FitOptions(
         mechanisms=None if mechanism == AUTO else (mechanism_spec(mechanism),),
         seeds=tuple(range(seeds)),
         reads=Reads(side="response" if response else "prompt"),
     )
+    backbone = model if isinstance(model, TransformersBackbone) else load_backbone(model)
     training = _as_examples(data, text=text, label=label, response=response, positive=positive)
     held_out = (
         None
