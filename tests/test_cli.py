@@ -100,6 +100,22 @@ def test_predict_gives_one_line_per_text_in_order(
     assert alone["probabilities"] == pytest.approx(from_file[7]["probabilities"], abs=1e-4)
 
 
+def test_predict_runs_the_backbone_in_the_dtype_and_on_the_device_that_it_is_given(
+    trained: Path, capfd: pytest.CaptureFixture[str]
+):
+    judged = {}
+    for dtype in ("auto", "float32", "bfloat16"):
+        assert run("predict", str(trained), "--dtype", dtype, "--device", "cpu", "tabX cde") == 0
+        judged[dtype] = json.loads(capfd.readouterr().out)["probabilities"]["1"]
+    # The model is stored in float32; bfloat16 keeps 8 bits.
+    assert judged["auto"] == judged["float32"] != judged["bfloat16"]
+    assert judged["bfloat16"] == pytest.approx(judged["auto"], abs=0.1)
+    assert run("predict", str(trained), "--device", "nowhere", "tabX cde") == 2
+    assert "nowhere" in capfd.readouterr().err
+    assert run("predict", str(trained), "--engine", "vllm", "--device", "cpu", "tabX cde") == 2
+    assert "vLLM chooses its device itself" in capfd.readouterr().err
+
+
 def test_an_empty_text_in_a_file_to_judge_is_named_by_its_line(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
