@@ -2,6 +2,8 @@
 
 import json
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -212,6 +214,24 @@ def test_a_mistake_is_one_line_with_its_remedy_and_exit_code_2(
     assert remedy in line
     assert "Traceback" not in shown.err
     assert not Path("o").exists()
+
+
+@pytest.mark.parametrize("command", ["train", "search"])
+def test_a_misspelt_file_is_told_before_the_imports_that_take_seconds(command: str):
+    program = f"""
+import sys
+from sidelight.cli import app
+from sidelight.errors import SidelightError
+try:
+    app(["{command}", "--data", "nowhere.jsonl", "--out", "o"], standalone_mode=False)
+except SidelightError as error:
+    print(error, sorted({{"sklearn", "transformers"}} & sys.modules.keys()))
+"""
+    shown = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stdout
+    assert "nowhere.jsonl" in shown
+    assert shown.endswith(" []\n")
 
 
 def test_what_the_system_refuses_is_one_line(

@@ -65,13 +65,14 @@ def search(out: Path, as_json: bool, **given: Any) -> None:
     each read. Fewer than 1,000 rows without --validation are scored by folds, as `sidelight train`
     judges them. A killed search goes on where it stopped when the same command runs again.
     """
+    # Before imports that take seconds: what is misspelt is told at once.
+    _require_known(given["mechanisms"])
+    training, validation = load_labelled(given)
     from sidelight.runs import check_folder, console
     from sidelight.search import describe, search_settings, write_search
     from sidelight.training import score_name
 
-    _require_known(given["mechanisms"])
     check_folder(out)
-    training, validation = load_labelled(given)
     prepared = _prepare(given, training, validation)
     study = prepared.study
     for warning in prepared.warnings:

@@ -114,6 +114,9 @@ def train(out: Path, as_json: bool, engine: str, **given: Any) -> None:
     without --validation are cross-fitted: all of them train the probe, and each is judged by one
     that it did not train. A killed run keeps the shards of activations that it finished.
     """
+    # Before imports that take seconds: what is misspelt is told at once.
+    specs = _specs(given)
+    training, validation = load_labelled(given)
     from sidelight.fitting import fit
     from sidelight.runs import (
         check_folder,
@@ -124,8 +127,7 @@ def train(out: Path, as_json: bool, engine: str, **given: Any) -> None:
         write_fit,
     )
 
-    options = _options(given, _specs(given))
-    training, validation = load_labelled(given)
+    options = _options(given, specs)
     check_folder(out)
     if holds_probe(out):
         click.echo(f"Warning: the probe in {out} will be replaced.", err=True)
