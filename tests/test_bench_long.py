@@ -70,5 +70,8 @@ def test_the_command_prints_every_length(tiny, labelled, tmp_path, capsys):
     texts.write_text("\n".join(json.dumps({**r, "label": names[r["label"]]}) for r in labelled))
     arguments = ["--data", str(texts), "--lengths", "20,40", "--texts", "3", "--json"]
     assert run("bench", "long", str(folder), *arguments) == 0
-    rows = json.loads(capsys.readouterr().out)
+    shown = capsys.readouterr()
+    rows = json.loads(shown.out)
     assert [row["tokens around"] for row in rows] == [0, 0, 20, 20, 40, 40]
+    # Inputs of each length: three texts of either label. A count of inputs would say 18.
+    assert f"{6 * (20 + 40)} of {6 * (20 + 40)} tokens" in shown.err

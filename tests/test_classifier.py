@@ -323,6 +323,20 @@ def test_malformed_data_is_one_clear_error(tiny, data, options):
     assert str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [({"seeds": 0}, "no seed"), ({"seeds": -1}, "no seed"), ({"mechanism": "gat"}, "'gate'")],
+)
+def test_options_that_train_nothing_are_refused_before_the_model_is_loaded(options, named):
+    with pytest.raises(SidelightError, match=named):
+        train("no-such-model", GOOD, **options)
+
+
+def test_options_without_a_mechanism_are_refused():
+    with pytest.raises(SidelightError, match="give None"):
+        FitOptions(mechanisms=())
+
+
 def test_validation_data_without_a_positive_is_one_clear_error(tiny):
     fine = [row for row in GOOD if row["label"] == "fine"]
     with pytest.raises(SidelightError, match="toxic"):

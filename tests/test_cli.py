@@ -2,6 +2,8 @@
 
 import json
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -100,6 +102,22 @@ def test_predict_gives_one_line_per_text_in_order(
     assert alone["probabilities"] == pytest.approx(from_file[7]["probabilities"], abs=1e-4)
 
 
+def test_predict_runs_the_backbone_in_the_dtype_and_on_the_device_that_it_is_given(
+    trained: Path, capfd: pytest.CaptureFixture[str]
+):
+    judged = {}
+    for dtype in ("auto", "float32", "bfloat16"):
+        assert run("predict", str(trained), "--dtype", dtype, "--device", "cpu", "tabX cde") == 0
+        judged[dtype] = json.loads(capfd.readouterr().out)["probabilities"]["1"]
+    # The model is stored in float32; bfloat16 keeps 8 bits.
+    assert judged["auto"] == judged["float32"] != judged["bfloat16"]
+    assert judged["bfloat16"] == pytest.approx(judged["auto"], abs=0.1)
+    assert run("predict", str(trained), "--device", "nowhere", "tabX cde") == 2
+    assert "nowhere" in capfd.readouterr().err
+    assert run("predict", str(trained), "--engine", "vllm", "--device", "cpu", "tabX cde") == 2
+    assert "vLLM chooses its device itself" in capfd.readouterr().err
+
+
 def test_an_empty_text_in_a_file_to_judge_is_named_by_its_line(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -158,6 +176,10 @@ def test_training_names_every_mechanism(capsys: pytest.CaptureFixture[str]):
          "Did you mean 'gate'"),
         (["train", "--data", "{data}", "--out", "o", "--label", "toxic", "--mechanism", ","],
          "Leave it out, or choose: attention"),
+        (["search", "--data", "{data}", "--out", "o", "--label", "toxic", "--mechanism", ","],
+         "Leave it out, or choose: attention"),
+        (["search", "--data", "{data}", "--out", "o", "--label", "toxic", "--mechanism", "gat"],
+         "Did you mean 'gate'"),
         (["train", "--data", "{data}", "--out", "o", "--label", "toxic", "--mechanism", "readout",
           "--set", "readout.x=1"], "Unknown option 'x'"),
         (["train", "--data", "{data}", "--out", "o", "--label", "toxic", "--set", "gate.x=1"],
@@ -192,6 +214,24 @@ def test_a_mistake_is_one_line_with_its_remedy_and_exit_code_2(
     assert remedy in line
     assert "Traceback" not in shown.err
     assert not Path("o").exists()
+
+
+@pytest.mark.parametrize("command", ["train", "search"])
+def test_a_misspelt_file_is_told_before_the_imports_that_take_seconds(command: str):
+    program = f"""
+import sys
+from sidelight.cli import app
+from sidelight.errors import SidelightError
+try:
+    app(["{command}", "--data", "nowhere.jsonl", "--out", "o"], standalone_mode=False)
+except SidelightError as error:
+    print(error, sorted({{"sklearn", "transformers"}} & sys.modules.keys()))
+"""
+    shown = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stdout
+    assert "nowhere.jsonl" in shown
+    assert shown.endswith(" []\n")
 
 
 def test_what_the_system_refuses_is_one_line(

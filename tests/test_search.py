@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from matplotlib.image import imread
 from sklearn.metrics import average_precision_score
 
+from commands import run, saved
 from corpora import planted
 from killed_search import PLAN, study_at
 from sidelight.backbones import TransformersBackbone
@@ -294,3 +295,31 @@ def test_the_printed_command_trains_what_was_found(
     trained = json.loads((out / "gate" / "training.json").read_text())
     measured = trained["validation"]["gate"]["auprc"]["mean"]
     assert measured == pytest.approx(found["score"], abs=1e-9)
+
+
+@pytest.mark.usefixtures("own_cache")
+@pytest.mark.parametrize("has_validation", [True, False])
+def test_a_search_warns_of_what_training_warns_of(
+    tiny: TransformersBackbone,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    has_validation: bool,
+):
+    texts, labels = planted("binary", 60, seed=1)
+    rows = [{"text": text, "toxic": int(label)} for text, label in zip(texts, labels, strict=True)]
+    # Too few of one class for folds.
+    rows = [row for row in rows if not row["toxic"]] + [row for row in rows if row["toxic"]][:4]
+    training, held_out = tmp_path / "training.jsonl", tmp_path / "held_out.jsonl"
+    training.write_text("\n".join(map(json.dumps, rows)))
+    held_out.write_text("\n".join(map(json.dumps, [*rows[-20:], {"text": "", "toxic": 1}])))
+    arguments = ["--data", str(training), "--label", "toxic", "--mechanism", "pooling"]
+    arguments += ["--model", saved(tiny, tmp_path / "model")]
+    arguments += ["--validation", str(held_out)] if has_validation else []
+    told = []
+    for command in (["search", "--trials", "1"], ["train"]):
+        assert run(*command, *arguments, "--out", str(tmp_path / command[0])) == 0
+        lines = capfd.readouterr().err.splitlines()
+        told.append([line for line in lines if line.startswith("Warning: ")])
+    assert told[0] == told[1]
+    expected = "Left out 1 rows with an empty text" if has_validation else "4, too few"
+    assert expected in " ".join(told[0])

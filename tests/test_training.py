@@ -269,6 +269,18 @@ def test_every_mechanism_has_suggested_settings(name):
     assert 0 < settings.patience <= settings.epochs
 
 
+@pytest.mark.parametrize(
+    ("setting", "value", "least"),
+    [("epochs", 0, 1), ("batch_size", 0, 1), ("patience", -1, 1), ("least_steps", -1, 0)],
+)
+def test_settings_that_would_train_nothing_are_refused(setting, value, least):
+    with pytest.raises(SidelightError, match=f"{setting} = {value}: give {least} or more"):
+        TrainingSettings(**{setting: value})
+    with pytest.raises(SidelightError, match=f"{setting} = {value}"):
+        suggested_settings("readout").changed(**{setting: value})
+    assert getattr(TrainingSettings(**{setting: least}), setting) == least
+
+
 def test_few_texts_are_trained_in_smaller_batches_for_more_epochs():
     settings = TrainingSettings(epochs=4, batch_size=32, least_steps=96, patience=2)
     assert settings.fitted_to(5000) == settings

@@ -1,16 +1,19 @@
 """The engine over vLLM where vLLM refuses: which probes serve then, and who gets in."""
 
 import asyncio
+import re
 import sys
 from types import ModuleType, SimpleNamespace
 
+import click
 import pytest
 
 from sidelight.artifact import load_probe
+from sidelight.cli import app
 from sidelight.engines.base import EngineBusyError, EngineUnavailableError, Sampling
 from sidelight.engines.events import PromptJudged
 from sidelight.engines.vllm import VllmEngine
-from sidelight.engines.vllm.loading import require_options
+from sidelight.engines.vllm.loading import _SET_HERE, require_options
 from sidelight.engines.vllm.places import Places
 from sidelight.engines.vllm.shelf import Shelf
 from sidelight.errors import SidelightError
@@ -186,7 +189,7 @@ def test_a_cache_that_cannot_be_reset_is_tried_again_and_then_an_error(backbone,
     [
         ("model", "--model"),
         ("dtype", "--dtype"),
-        ("additional_config", "--probe"),
+        ("additional_config", "Leave it out"),
         ("disable_log_stats", "Leave it out"),
         ("max_num_seq", "Did you mean 'max_num_seqs'"),
     ],
@@ -199,6 +202,24 @@ def test_an_option_that_is_not_the_users_is_refused_with_the_remedy(name, remedy
     require_options({"max_num_seqs": 8}, arguments)
     with pytest.raises(SidelightError, match=remedy):
         require_options({name: 1}, arguments)
+
+
+def commands(group):
+    for command in group.commands.values():
+        yield from commands(command) if isinstance(command, click.Group) else [command]
+
+
+TAKERS = [one for one in commands(app) if "engine_options" in {p.name for p in one.params}]
+
+
+@pytest.mark.parametrize("command", TAKERS, ids=lambda command: command.name)
+def test_an_option_to_give_instead_is_one_of_every_command_that_takes_vllms(command):
+    known = {word for parameter in command.params for word in parameter.opts}
+    assert set(re.findall(r"--[a-z-]+", " ".join(_SET_HERE.values()))) <= known
+
+
+def test_every_command_that_can_run_vllm_takes_its_options():
+    assert {"serve", "train", "predict", "parity", "extract"} <= {one.name for one in TAKERS}
 
 
 def test_a_list_takes_all_its_places_at_once_or_none():

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from sidelight.artifact import load_probe, save_probe
-from sidelight.backbones import TransformersBackbone, load_backbone
+from sidelight.backbones import DtypeName, TransformersBackbone, load_backbone
 from sidelight.bank import Bank
 from sidelight.data import Example, Examples, InMemory, load_examples, located
 from sidelight.errors import SidelightError
@@ -148,12 +148,12 @@ def train(
     Raises:
         SidelightError: The data or the model cannot be used; the message names the remedy.
     """
-    backbone = model if isinstance(model, TransformersBackbone) else load_backbone(model)
     options = FitOptions(
         mechanisms=None if mechanism == AUTO else (mechanism_spec(mechanism),),
         seeds=tuple(range(seeds)),
         reads=Reads(side="response" if response else "prompt"),
     )
+    backbone = model if isinstance(model, TransformersBackbone) else load_backbone(model)
     training = _as_examples(data, text=text, label=label, response=response, positive=positive)
     held_out = (
         None
@@ -169,6 +169,7 @@ def load(
     directory: str | Path,
     *,
     model: str | Path | TransformersBackbone | None = None,
+    dtype: DtypeName = "auto",
     device: str = "auto",
 ) -> Classifier:
     """A saved probe on its backbone.
@@ -176,7 +177,8 @@ def load(
     Args:
         directory: The artifact.
         model: The backbone, or its name; None takes the name it was trained under.
-        device: Of a backbone that is loaded, as ``load_backbone`` takes it.
+        dtype: Of a backbone that is loaded, as ``load_backbone`` takes it.
+        device: Likewise.
 
     Raises:
         FingerprintMismatchError: ``model`` is another backbone.
@@ -187,7 +189,7 @@ def load(
     backbone = (
         named
         if isinstance(named, TransformersBackbone)
-        else load_backbone(named, device=device, prompt_format=probe.prompt_format)
+        else load_backbone(named, dtype=dtype, device=device, prompt_format=probe.prompt_format)
     )
     probe.fingerprint.require(backbone.fingerprint, probe=probe.name)
     return Classifier(backbone, probe)

@@ -3,14 +3,12 @@
 Knows probabilities and labels, not where they came from.
 """
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
-from sidelight.errors import SidelightError, did_you_mean
 from sidelight.metrics import (
     METRICS,
     AnyArray,
@@ -23,7 +21,7 @@ from sidelight.metrics import (
     count,
     decide,
     f1,
-    measure,
+    measure_resamples,
     precision,
     recall,
     walk,
@@ -33,8 +31,6 @@ from sidelight.types import Task
 if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
-
-_BLOCK_CELLS = 2**20
 
 
 @dataclass(frozen=True)
@@ -50,6 +46,15 @@ class Estimate:
     value: float | None
     low: float | None
     high: float | None
+
+    @staticmethod
+    def of(draws: Float[Values, " draw"]) -> "Estimate":
+        """From the value on the rows themselves, then that on each resample; NaN is undefined."""
+        value, resampled = _number(draws[0]), draws[1:][~np.isnan(draws[1:])]
+        if value is None or len(resampled) == 0:
+            return Estimate(value, None, None)
+        low, high = np.percentile(resampled, [2.5, 97.5])
+        return Estimate(value, float(low), float(high))
 
     def to_dict(self) -> dict[str, Any]:
         """The estimate as JSON-ready values."""
@@ -164,119 +169,15 @@ def evaluate(
             probabilities (see `metrics.decide`).
     """
     predictions = decide(task, probabilities, labels, thresholds=thresholds)
-    values = _values(predictions)
-    draws = _draw(predictions, resamples=bootstrap, seed=seed)
+    draws = measure_resamples(predictions, resamples=bootstrap, seed=seed)
     return Report(
         task,
         rows=len(probabilities),
-        metrics={name: _estimate(values[name], draws[name]) for name in METRICS},
+        metrics={name: Estimate.of(draws[name]) for name in METRICS},
         per_class=_per_class(task, predictions),
         thresholds=thresholds,
         confusion_matrix=confusion_matrix(predictions),
     )
-
-
-@dataclass(frozen=True)
-class Difference:
-    """How much higher a metric is for one set of probabilities than for another.
-
-    Attributes:
-        estimate: The difference and its interval.
-        p_value: Two-sided: twice the share of resamples in which the difference is zero or has the
-            rarer sign; None where the difference is undefined.
-    """
-
-    estimate: Estimate
-    p_value: float | None
-
-
-def paired_bootstrap(
-    task: Task,
-    probabilities: Float[Values, "row output"],
-    baseline: Float[Values, "row output"],
-    labels: Shaped[AnyArray, "..."],
-    *,
-    metric: str = "auprc",
-    thresholds: tuple[float, ...],
-    baseline_thresholds: tuple[float, ...],
-    bootstrap: int = 1000,
-    seed: int = 0,
-) -> Difference:
-    """Whether a metric differs between two sets of probabilities for the same rows.
-
-    Both are measured on the same resamples, so what makes rows hard for both cancels out. This is
-    much sharper than comparing two intervals. It says nothing of training seeds: compare those too.
-
-    Args:
-        task: The classes.
-        probabilities: Those in question.
-        baseline: Those to compare with, in the same order of rows.
-        labels: [row] of class numbers, or [row, label] of 0 and 1 for a multi-label task.
-        metric: One of `METRICS`.
-        thresholds: Of `probabilities`.
-        baseline_thresholds: Of `baseline`.
-        bootstrap: Number of resamples.
-        seed: Of the resamples.
-
-    Raises:
-        SidelightError: The metric is unknown, or as `evaluate`.
-    """
-    if metric not in METRICS:
-        raise SidelightError(f"Unknown metric '{metric}'.{did_you_mean(metric, METRICS)}")
-    ours = decide(task, probabilities, labels, thresholds=thresholds)
-    theirs = decide(task, baseline, labels, thresholds=baseline_thresholds)
-    value = _values(ours)[metric] - _values(theirs)[metric]
-    draws = (
-        _draw(ours, resamples=bootstrap, seed=seed)[metric]
-        - _draw(theirs, resamples=bootstrap, seed=seed)[metric]
-    )
-    return Difference(_estimate(value, draws), _p_value(draws[~np.isnan(draws)]))
-
-
-def _p_value(draws: Float[Values, " resample"]) -> float | None:
-    if len(draws) == 0:
-        return None
-    rarer = min((draws <= 0).sum(), (draws >= 0).sum())
-    # One added to both counts: no number of resamples can show a chance of zero.
-    return min(1.0, 2 * float(rarer + 1) / (len(draws) + 1))
-
-
-def _resample(rows: int, *, resamples: int, seed: int) -> Iterator[Float[Values, "row resample"]]:
-    """How often each draw of all rows with replacement took each row, in blocks of columns.
-
-    Blocks are sized to stay in the processor's cache while they are measured. The same rows,
-    resamples and seed give the same draws.
-    """
-    generator = np.random.default_rng(seed)
-    block = max(1, _BLOCK_CELLS // rows)
-    for start in range(0, resamples, block):
-        width = min(block, resamples - start)
-        cells = generator.integers(rows, size=(rows, width)) * width + np.arange(width)
-        drawn = np.bincount(cells.ravel(), minlength=rows * width)
-        yield drawn.reshape(rows, width).astype(np.float64)
-
-
-def _values(predictions: Predictions) -> dict[str, Values]:
-    return measure(predictions, predictions.once)
-
-
-def _draw(
-    predictions: Predictions, *, resamples: int, seed: int
-) -> dict[str, Float[Values, " resample"]]:
-    blocks = _resample(len(predictions.scores), resamples=resamples, seed=seed)
-    measured = [measure(predictions, weights) for weights in blocks]
-    return {
-        name: np.concatenate([np.zeros(0), *(block[name] for block in measured)])
-        for name in METRICS
-    }
-
-
-def _estimate(value: Float[Values, " one"], draws: Float[Values, " resample"]) -> Estimate:
-    defined = draws[~np.isnan(draws)]
-    if np.isnan(value[0]) or len(defined) == 0:
-        return Estimate(_number(value[0]), None, None)
-    low, high = np.percentile(defined, [2.5, 97.5])
-    return Estimate(float(value[0]), float(low), float(high))
 
 
 def _per_class(task: Task, predictions: Predictions) -> dict[str, ClassReport]:

@@ -131,7 +131,7 @@ def encoding_backbone(engine: str, given: Mapping[str, Any]) -> "TransformersBac
     from sidelight.backbones import load_backbone
 
     if engine == "vllm":
-        _require_own_device(given)
+        require_own_device(given)
     return load_backbone(
         given["model"] or "smollm2",
         dtype=given["dtype"],
@@ -140,7 +140,15 @@ def encoding_backbone(engine: str, given: Mapping[str, Any]) -> "TransformersBac
     )
 
 
-def _require_own_device(given: Mapping[str, Any]) -> None:
+def require_own_device(given: Mapping[str, Any]) -> None:
+    """Checks that vLLM is not told its device.
+
+    Args:
+        given: Values of ``backbone_options``.
+
+    Raises:
+        SidelightError: It is.
+    """
     from sidelight.errors import SidelightError
 
     if given["device"] != "auto":
@@ -150,5 +158,5 @@ def _require_own_device(given: Mapping[str, Any]) -> None:
 def _vllm(model: str, probes: "Sequence[Probe]", given: Mapping[str, Any]) -> "Engine":
     from sidelight.engines.vllm import load_vllm_engine
 
-    _require_own_device(given)
+    require_own_device(given)
     return load_vllm_engine(model, probes, dtype=given["dtype"], options=given["engine_options"])

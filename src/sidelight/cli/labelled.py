@@ -1,10 +1,11 @@
-"""The labelled texts that a command trains on."""
+"""The labelled texts that a command trains on, and how it reads them."""
 
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sidelight.data import Examples
+    from sidelight.fitting import FitOptions
 
 
 def load_labelled(given: dict[str, Any]) -> "tuple[Examples, Examples | None]":
@@ -29,4 +30,23 @@ def load_labelled(given: dict[str, Any]) -> "tuple[Examples, Examples | None]":
         return training, None
     return training, load_examples(
         given["validation"], **how, split=given["validation_split"], task=training.task
+    )
+
+
+def reading_options(given: dict[str, Any]) -> "FitOptions":
+    """How the texts are read, and where their activations go.
+
+    Args:
+        given: The values of ``training_options``.
+    """
+    from sidelight.fitting import FitOptions
+    from sidelight.prompts import Reads
+
+    budget = given["cache_budget"]
+    return FitOptions(
+        reads=Reads(side="response" if given["response"] else "prompt"),
+        max_tokens=given["max_tokens"],
+        cache_root=given["cache"],
+        cache_budget_bytes=None if budget is None else int(budget * 2**30),
+        keep_cache=given["keep_cache"],
     )

@@ -82,6 +82,28 @@ _CACHE_OPTIONS = (
 )
 
 
+def _names(_context: click.Context, _option: click.Parameter, value: str) -> list[str]:
+    names = [name.strip() for name in value.split(",") if name.strip()]
+    if not names:
+        from sidelight.mechanisms import mechanism_names
+
+        known = ", ".join(mechanism_names())
+        raise click.BadParameter(f"it names none. Leave it out, or choose: {known}.")
+    return names
+
+
+def mechanism_option(*, default: str, help: str) -> Callable[[Command], Command]:
+    """Names of mechanisms, as a list.
+
+    Args:
+        default: With commas, as users write them.
+        help: What may be named.
+    """
+    return click.option(
+        "--mechanism", "mechanisms", default=default, callback=_names, show_default=True, help=help
+    )
+
+
 def training_options(command: Command) -> Command:
     """What to train on, where activations go meanwhile, and where the result goes."""
     validation = click.option(

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sidelight.cli.engines import engine_options, require_own_options
+from sidelight.cli.engines import engine_options, require_own_device, require_own_options
 from sidelight.cli.options import (
+    backbone_options,
     examples_epilog,
-    model_option,
     response_option,
     split_option,
     text_option,
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     help="File for the verdicts. [default: standard output]",
 )
 @engine_options
-@model_option
+@backbone_options
 def predict(
     probe: Path, texts: tuple[str, ...], data: str | None, out: Path | None, **given: Any
 ) -> None:
@@ -66,7 +66,8 @@ def _by_transformers(
 ) -> "list[Verdict]":
     from sidelight.classifier import load
 
-    return load(probe, model=given["model"]).predict(items)
+    classifier = load(probe, model=given["model"], dtype=given["dtype"], device=given["device"])
+    return classifier.predict(items)
 
 
 def _by_vllm(
@@ -75,7 +76,8 @@ def _by_vllm(
     from sidelight.classifier import load
     from sidelight.engines.vllm import predict as predict_by_vllm
 
-    classifier = load(probe, model=given["model"], device="cpu")
+    require_own_device(given)
+    classifier = load(probe, model=given["model"], dtype=given["dtype"], device="cpu")
     return predict_by_vllm(classifier, items, options=given["engine_options"])
 
 

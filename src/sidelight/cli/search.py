@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from sidelight.cli.labelled import load_labelled
+from sidelight.cli.labelled import load_labelled, reading_options
 from sidelight.cli.options import (
     backbone_options,
     examples_epilog,
     json_option,
+    mechanism_option,
     training_options,
 )
 
@@ -21,9 +22,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from sidelight.data import Examples
-    from sidelight.fitting.cross_fitting import Folds
+    from sidelight.fitting import Prepared
     from sidelight.search import Best, Trial
-    from sidelight.study import Study
 
 # What ``sidelight train`` has to be given as well, to train on what was searched on.
 _SHARED = (
@@ -40,13 +40,7 @@ _SHARED = (
     )
 )
 @training_options
-@click.option(
-    "--mechanism",
-    "mechanisms",
-    default="readout",
-    show_default=True,
-    help="Any that `sidelight train` knows; several with commas.",
-)
+@mechanism_option(default="readout", help="Any that `sidelight train` knows; several with commas.")
 @click.option(
     "--trials",
     type=click.IntRange(min=1),
@@ -71,22 +65,27 @@ def search(out: Path, as_json: bool, **given: Any) -> None:
     each read. Fewer than 1,000 rows without --validation are scored by folds, as `sidelight train`
     judges them. A killed search goes on where it stopped when the same command runs again.
     """
+    # Before imports that take seconds: what is misspelt is told at once.
+    _require_known(given["mechanisms"])
+    training, validation = load_labelled(given)
     from sidelight.runs import check_folder, console
     from sidelight.search import describe, search_settings, write_search
     from sidelight.training import score_name
 
-    names = _names(given["mechanisms"])
     check_folder(out)
-    study, folds = _study(given)
+    prepared = _prepare(given, training, validation)
+    study = prepared.study
+    for warning in prepared.warnings:
+        click.echo(f"Warning: {warning}", err=True)
     found: dict[str, Best] = {}
-    for name in names:
+    for name in given["mechanisms"]:
         found[name] = search_settings(
             study,
             name,
             trials=given["trials"],
             seed=given["seed"],
             storage=out / "journal.log",
-            folds=folds,
+            folds=prepared.folds,
             generation=given["together"],
             on_generation=lambda trials: _say(trials, given["trials"]),
         )
@@ -103,66 +102,25 @@ def search(out: Path, as_json: bool, **given: Any) -> None:
         click.echo(_train_command(best, given, out))
 
 
-def _names(mechanisms: str) -> list[str]:
-    from sidelight.search import space_of
+def _require_known(names: list[str]) -> None:
+    from sidelight.mechanisms import mechanism_spec
 
-    names = [name.strip() for name in mechanisms.split(",") if name.strip()]
     for name in names:
-        space_of(name)
-    return names
+        mechanism_spec(name)
 
 
-def _study(given: dict[str, Any]) -> "tuple[Study, Folds]":
-    """The texts with their hidden states: all on both sides where folds are scored."""
+def _prepare(
+    given: dict[str, Any], training: "Examples", validation: "Examples | None"
+) -> "Prepared":
     from sidelight.backbones import load_backbone
-    from sidelight.backbones.embedded import cache_root
-    from sidelight.fitting.cross_fitting import choose_folds
-    from sidelight.fitting.screening import (
-        cut_warnings,
-        rarity,
-        require_same_task,
-        shared_texts,
-    )
-    from sidelight.prompts import Reads
-    from sidelight.study import Study, make_split
+    from sidelight.fitting import prepare
 
-    training, validation = load_labelled(given)
-    folds = choose_folds(training) if validation is None else ()
-    if validation is None:
-        training, validation = (training, training) if folds else _held_out(training)
-    require_same_task(training, validation)
     backbone = load_backbone(
         given["model"] or "smollm2", dtype=given["dtype"], device=given["device"]
     )
-    budget = given["cache_budget"]
-    parts = {"Training texts": training} | ({} if folds else {"Validation texts": validation})
-    splits = [
-        make_split(
-            backbone,
-            examples,
-            reads=Reads(side="response" if given["response"] else "prompt"),
-            max_tokens=given["max_tokens"],
-            cache_root=given["cache"] or cache_root() / "activations",
-            budget_bytes=None if budget is None else int(budget * 2**30),
-            keep_cache=given["keep_cache"],
-            title=title,
-        )
-        for title, examples in parts.items()
-    ]
-    shared = [] if folds else shared_texts(training, validation)
-    warnings = [*training.warnings, *rarity(validation), *shared]
-    for split in splits:
-        warnings += cut_warnings(split.prompts, given["max_tokens"])
-    for warning in warnings:
-        click.echo(f"Warning: {warning}", err=True)
-    return Study(backbone, splits[0], splits[-1]), folds
-
-
-def _held_out(whole: "Examples") -> "tuple[Examples, Examples]":
-    from sidelight.data import validation_share
-
-    training, held_out = whole.split(validation_share(len(whole)), seed=0)
-    return replace(training, warnings=(*whole.warnings, *training.warnings)), held_out
+    # Trials are scored as they are; what they would be calibrated with is chosen in training.
+    options = replace(reading_options(given), calibration="none")
+    return prepare(backbone, training, validation, options=options)
 
 
 def _say(trials: "tuple[Trial, ...]", wanted: int) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,19 +10,23 @@ import click
 from click.core import ParameterSource
 
 from sidelight.cli.engines import encoding_backbone, engine_options, state_source
-from sidelight.cli.labelled import load_labelled
+from sidelight.cli.labelled import load_labelled, reading_options
 from sidelight.cli.options import (
     backbone_options,
     examples_epilog,
     json_option,
+    mechanism_option,
     training_options,
 )
 from sidelight.errors import SidelightError
 
 if TYPE_CHECKING:
     from sidelight.fitting import FitOptions
-    from sidelight.mechanisms import OptionValue
+    from sidelight.mechanisms import MechanismSpec, OptionValue
     from sidelight.training import TrainingSettings
+
+# As ``fitting.AUTO``, whose import takes seconds.
+_AUTO = "auto"
 
 
 @click.command(
@@ -34,11 +39,8 @@ if TYPE_CHECKING:
     )
 )
 @training_options
-@click.option(
-    "--mechanism",
-    "mechanisms",
-    default="auto",
-    show_default=True,
+@mechanism_option(
+    default=_AUTO,
     help="auto: what suits the number of texts. Or several with commas of attention, blend, "
     "fusion, gate, pooling, readout.",
 )
@@ -112,6 +114,9 @@ def train(out: Path, as_json: bool, engine: str, **given: Any) -> None:
     without --validation are cross-fitted: all of them train the probe, and each is judged by one
     that it did not train. A killed run keeps the shards of activations that it finished.
     """
+    # Before imports that take seconds: what is misspelt is told at once.
+    specs = _specs(given)
+    training, validation = load_labelled(given)
     from sidelight.fitting import fit
     from sidelight.runs import (
         check_folder,
@@ -122,8 +127,7 @@ def train(out: Path, as_json: bool, engine: str, **given: Any) -> None:
         write_fit,
     )
 
-    options = _options(given)
-    training, validation = load_labelled(given)
+    options = _options(given, specs)
     check_folder(out)
     if holds_probe(out):
         click.echo(f"Warning: the probe in {out} will be replaced.", err=True)
@@ -159,37 +163,31 @@ def _eval_command(out: Path, given: dict[str, Any]) -> str:
     return shlex.join(command)
 
 
-def _options(given: dict[str, Any]) -> "FitOptions":
-    from sidelight.fitting import AUTO, FitOptions
-    from sidelight.mechanisms import mechanism_names, mechanism_spec
+def _specs(given: dict[str, Any]) -> "tuple[MechanismSpec, ...] | None":
+    """What is to be trained, with its options; None where the number of texts decides."""
+    from sidelight.mechanisms import mechanism_spec
+
+    names = given["mechanisms"]
+    assigned = _assignments(given["assignments"], names)
+    if names == [_AUTO]:
+        return None
+    return tuple(mechanism_spec(name, assigned.get(name)) for name in names)
+
+
+def _options(given: dict[str, Any], specs: "tuple[MechanismSpec, ...] | None") -> "FitOptions":
+    from sidelight.mechanisms import mechanism_names
     from sidelight.prompts import Reads
 
-    names = [name.strip() for name in given["mechanisms"].split(",") if name.strip()]
-    if not names:
-        raise SidelightError(
-            f"--mechanism names none. Leave it out, or choose: {', '.join(mechanism_names())}."
-        )
-    is_automatic = names == [AUTO]
-    assigned = _assignments(given["assignments"], names)
-    budget = given["cache_budget"]
-    return FitOptions(
-        mechanisms=None
-        if is_automatic
-        else tuple(mechanism_spec(name, assigned.get(name)) for name in names),
+    shared = reading_options(given)
+    names = mechanism_names() if specs is None else [spec.name for spec in specs]
+    return replace(
+        shared,
+        mechanisms=specs,
         seeds=tuple(range(given["seeds"])),
-        settings={
-            name: _settings(name, given) for name in (mechanism_names() if is_automatic else names)
-        },
+        settings={name: _settings(name, given) for name in names},
         standardise=given["standardise"],
-        reads=Reads(
-            side=given["reads"] or ("response" if given["response"] else "prompt"),
-            template=given["template"],
-        ),
+        reads=Reads(side=given["reads"] or shared.reads.side, template=given["template"]),
         calibration=given["calibration"],
-        max_tokens=given["max_tokens"],
-        cache_root=given["cache"],
-        cache_budget_bytes=None if budget is None else int(budget * 2**30),
-        keep_cache=given["keep_cache"],
     )
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sidelight.calibration import CalibrationKind
+from sidelight.errors import SidelightError
 from sidelight.fitting.automatic import automatic_mechanisms
 from sidelight.mechanisms import MechanismSpec
 from sidelight.prompts import Reads
@@ -41,6 +42,16 @@ class FitOptions:
     cache_root: Path | None = None
     cache_budget_bytes: int | None = None
     keep_cache: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuses to train nothing."""
+        if not self.seeds:
+            raise SidelightError("There is no seed to train with. Give one or more, such as 0.")
+        if self.mechanisms is not None and not self.mechanisms:
+            raise SidelightError(
+                "There is no mechanism to train. Name one or more, or give None to take what suits "
+                "the number of texts."
+            )
 
     def jobs(self, texts: int) -> list[Job]:
         """Every mechanism with every seed.

@@ -11,6 +11,7 @@ from sidelight.metrics.confusion import Confusion, confusion_matrix, count, f1, 
 from sidelight.metrics.measurement import METRICS, measure
 from sidelight.metrics.predictions import Predictions, checked_labels, decide
 from sidelight.metrics.ranking import Curve, Ranking, auprc, auroc, rank, recall_at_fpr, walk
+from sidelight.metrics.resampling import measure_resamples
 
 __all__ = [
     "METRICS",
@@ -32,6 +33,7 @@ __all__ = [
     "ece",
     "f1",
     "measure",
+    "measure_resamples",
     "precision",
     "rank",
     "recall",

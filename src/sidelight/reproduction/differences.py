@@ -1,20 +1,32 @@
 """Whether two rows of a table differ by more than chance.
 
 A row is its mean over seeds, so that is what is compared: in each resample of the test texts the
-metric is measured for every seed of both rows, averaged over the seeds of each, and subtracted. A
-row of one seed against another of one seed is ``evaluation.paired_bootstrap``.
+metric is measured for every seed of both rows, averaged over the seeds of each, and subtracted.
+What makes texts hard for both rows cancels out: much sharper than comparing two intervals.
 """
 
-from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
 
-from sidelight.evaluation import Difference, Estimate
-from sidelight.metrics import Values, decide, measure
+from sidelight.evaluation import Estimate
+from sidelight.metrics import Values, decide, measure_resamples
 from sidelight.reproduction.judging import JudgedRow, Scored
 
-_BLOCK_CELLS = 2**20
+
+@dataclass(frozen=True)
+class Difference:
+    """How much higher a metric is for one row than for another.
+
+    Attributes:
+        estimate: The difference and its interval.
+        p_value: Two-sided: twice the share of resamples in which the difference is zero or has the
+            rarer sign; None where the difference is undefined.
+    """
+
+    estimate: Estimate
+    p_value: float | None
 
 
 def mean_draws(
@@ -38,12 +50,8 @@ def mean_draws(
         decide(scored.task, run.probabilities, scored.labels, thresholds=run.thresholds)
         for run in row.runs
     ]
-    return np.concatenate(
-        [
-            np.mean([measure(one, weights)[metric] for one in decided], 0)
-            for weights in _weights(len(scored.labels), resamples=resamples, seed=seed)
-        ]
-    )
+    drawn = [measure_resamples(one, resamples=resamples, seed=seed)[metric] for one in decided]
+    return np.mean(drawn, 0)
 
 
 def difference(ours: Float[Values, " draw"], theirs: Float[Values, " draw"]) -> Difference:
@@ -53,15 +61,14 @@ def difference(ours: Float[Values, " draw"], theirs: Float[Values, " draw"]) -> 
         ours: Of ``mean_draws``.
         theirs: Of ``mean_draws`` with the same resamples.
     """
-    value, draws = float(ours[0] - theirs[0]), (ours - theirs)[1:]
+    estimate = Estimate.of(ours - theirs)
+    if estimate.low is None:
+        return Difference(estimate, None)
+    draws = (ours - theirs)[1:]
     draws = draws[~np.isnan(draws)]
-    if np.isnan(value) or len(draws) == 0:
-        return Difference(Estimate(None, None, None), None)
-    low, high = np.percentile(draws, [2.5, 97.5])
     rarer = min((draws <= 0).sum(), (draws >= 0).sum())
     # One added to both counts: no number of resamples can show a chance of zero.
-    p_value = min(1.0, 2 * float(rarer + 1) / (len(draws) + 1))
-    return Difference(Estimate(value, float(low), float(high)), p_value)
+    return Difference(estimate, min(1.0, 2 * float(rarer + 1) / (len(draws) + 1)))
 
 
 def difference_over_draws(
@@ -94,14 +101,3 @@ def difference_over_draws(
 
 def _mean_difference(ours: Float[Values, " draw"], theirs: Float[Values, " draw"]) -> float:
     return float(np.mean(ours - theirs))
-
-
-def _weights(rows: int, *, resamples: int, seed: int) -> Iterator[Float[Values, "row resample"]]:
-    """Every text once; then how often each resample took each text, in blocks of columns."""
-    yield np.ones((rows, 1))
-    random = np.random.default_rng(seed)
-    block = max(1, _BLOCK_CELLS // rows)
-    for start in range(0, resamples, block):
-        width = min(block, resamples - start)
-        drawn = random.integers(rows, size=(width, rows))
-        yield np.stack([np.bincount(one, minlength=rows) for one in drawn], 1).astype(np.float64)

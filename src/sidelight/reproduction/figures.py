@@ -6,8 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from sidelight.evaluation import Difference, Report, evaluate
-from sidelight.reproduction.differences import difference, difference_over_draws, mean_draws
+from sidelight.evaluation import Report, evaluate
+from sidelight.reproduction.differences import (
+    Difference,
+    difference,
+    difference_over_draws,
+    mean_draws,
+)
 from sidelight.reproduction.judging import JudgedRow, Scored
 
 SHOWN = ("auprc", "f1", "accuracy", "macro_f1", "recall_at_1pct_fpr", "ece")

@@ -52,6 +52,12 @@ class TrainingSettings:
                 f"Cannot train with learning rate {self.learning_rate} and weight decay "
                 f"{self.weight_decay}: the rate lies from 0 to 1, the decay is 0 or more."
             )
+        least = {"epochs": 1, "batch_size": 1, "patience": 1, "least_steps": 0}
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise SidelightError(
+                    f"Cannot train with {name} = {getattr(self, name)}: give {low} or more."
+                )
 
     def changed(self, **given: Any) -> "TrainingSettings":
         """With other values; epochs or a batch size that are given hold for few texts too."""

@@ -15,12 +15,12 @@ from sidelight.errors import SidelightError, did_you_mean
 from sidelight.probe import Probe, common_format
 from sidelight.vllm_plugin.settings import KEY
 
-# Options of vLLM's that are no user's, with what to do instead.
+# Options of vLLM's that are no user's, with what to do instead; any command may meet them.
 _SET_HERE = {
     "model": "Give --model instead.",
     "dtype": "Give --dtype instead.",
-    "additional_config": "Give probes with --probe instead.",
-    "disable_log_stats": "Leave it out; /metrics has the server's figures.",
+    "additional_config": "Leave it out; it carries what the plugin is told.",
+    "disable_log_stats": "Leave it out; a server has its figures at /metrics.",
 }
 
 
