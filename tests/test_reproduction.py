@@ -512,7 +512,7 @@ def test_a_row_does_not_differ_from_itself(metric: str):
     labels = np.random.default_rng(0).integers(0, 2, 150)
     row = judged_row("row", 1, 2, labels, 2.0)
     same = difference(*drawn(metric, row, row, labels=labels, resamples=50))
-    assert same == Difference(Estimate(0, 0, 0), 1)
+    assert same == Difference(Estimate(0.0, 0.0, 0.0), 1.0)
 
 
 def test_a_clear_improvement_is_found_and_changes_sign_when_swapped():
