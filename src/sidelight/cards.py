@@ -50,7 +50,7 @@ def summary(manifest: Manifest) -> dict[str, str]:
     if record:
         lines |= {
             "parameters": f"{record['parameters']:,}",
-            "trained on": _taught(record),
+            "trained on": f"{record['training']['rows']:,} texts, seed {record['seed']}",
             "validation": _figures(record["validation"]) + _folded(record.get("folds", 0)),
         }
     return lines
@@ -60,12 +60,6 @@ def model_card(manifest: Manifest) -> str:
     """The model card, in Markdown."""
     rows = "\n".join(f"- **{name}**: {value}" for name, value in summary(manifest).items())
     return _CARD.format(name=manifest.name, backbone=manifest.backbone.name, rows=rows)
-
-
-def _taught(record: Mapping[str, Any]) -> str:
-    long = record.get("long_inputs", 0)
-    some = f" ({long:,} of them long inputs made of the others)" if long else ""
-    return f"{record['training']['rows']:,} texts{some}, seed {record['seed']}"
 
 
 def _folded(folds: int) -> str:

@@ -14,7 +14,6 @@ from sidelight.backbones import TransformersBackbone
 from sidelight.bank import Bank
 from sidelight.data import Examples
 from sidelight.errors import SidelightError
-from sidelight.fitting.long_inputs import surrounded
 from sidelight.probe import Probe
 from sidelight.progress import progress
 from sidelight.prompts import EncodedPrompt, Message
@@ -68,8 +67,7 @@ def compare_lengths(
             random = np.random.default_rng(comparison.seed)
             scores: list[Float[np.ndarray, "probe way"]] = []
             for text in hidden:
-                whole = surrounded(text, negatives, tokens=length, backbone=backbone, random=random)
-                prompt = backbone.encoder.encode([Message("user", whole)])
+                prompt = _haystack(backbone, text, negatives, tokens=length, random=random)
                 scores.append(_score(backbone, probes, prompt, window=comparison.window))
                 shown.advance(length)
             rows += _figures(probes, np.stack(scores), hides, length=length)
@@ -95,6 +93,27 @@ def _labels(examples: Examples) -> np.ndarray:
     if examples.labels is None or examples.task is None or examples.task.kind != "binary":
         raise SidelightError("Long inputs are measured with the labels of a binary task.")
     return examples.labels
+
+
+def _haystack(
+    backbone: TransformersBackbone,
+    text: str,
+    negatives: Sequence[str],
+    *,
+    tokens: int,
+    random: np.random.Generator,
+) -> EncodedPrompt:
+    """The text among negative ones, in the chat template."""
+    pieces: list[str] = []
+    found = 0
+    while found < tokens:
+        piece = negatives[int(random.integers(len(negatives)))]
+        ids = backbone.tokenizer(piece, add_special_tokens=False)["input_ids"]
+        pieces.append(backbone.tokenizer.decode(ids[: tokens - found]))
+        found += len(ids)
+    place = int(random.integers(len(pieces) + 1))
+    whole = "\n\n".join([*pieces[:place], text, *pieces[place:]])
+    return backbone.encoder.encode([Message("user", whole)])
 
 
 def _score(

@@ -46,7 +46,6 @@ def reading_options(given: dict[str, Any]) -> "FitOptions":
     return FitOptions(
         reads=Reads(side="response" if given["response"] else "prompt"),
         max_tokens=given["max_tokens"],
-        long_inputs=given["long_inputs"],
         cache_root=given["cache"],
         cache_budget_bytes=None if budget is None else int(budget * 2**30),
         keep_cache=given["keep_cache"],

@@ -64,13 +64,6 @@ max_tokens_option = click.option(
     show_default=True,
     help="Longer texts are cut, and counted; judging never cuts.",
 )
-long_inputs_option = click.option(
-    "--long-inputs",
-    type=click.IntRange(min=0),
-    default=0,
-    show_default=True,
-    help="Learn from N inputs of a text among others, too: to find a label of a part of a text.",
-)
 _CACHE_OPTIONS = (
     click.option(
         "--cache",
@@ -121,8 +114,7 @@ def training_options(command: Command) -> Command:
     )
     options = (
         data_option, out_option, column_options, missing_label_option, positive_option, validation,
-        validation_split, limit_option, max_tokens_option, long_inputs_option,
-        *_CACHE_OPTIONS,
+        validation_split, limit_option, max_tokens_option, *_CACHE_OPTIONS,
     )  # fmt: skip
     for option in reversed(options):
         command = option(command)

@@ -28,8 +28,7 @@ if TYPE_CHECKING:
 # What ``sidelight train`` has to be given as well, to train on what was searched on.
 _SHARED = (
     "data", "text", "label", "response", "split", "missing_label", "positive", "validation",
-    "validation_split", "limit", "max_tokens", "long_inputs", "cache", "cache_budget",
-    "model", "dtype", "device",
+    "validation_split", "limit", "max_tokens", "cache", "cache_budget", "model", "dtype", "device",
 )  # fmt: skip
 
 

@@ -140,19 +140,6 @@ class Examples:
             rows=tuple(self.rows[position] for position in chosen),
         )
 
-    def followed_by(self, others: "Examples") -> "Examples":
-        """These examples, then others of the same task; the warnings are those of these."""
-        labels = None
-        if self.labels is not None and others.labels is not None:
-            labels = np.concatenate([self.labels, others.labels])
-        return Examples(
-            items=(*self.items, *others.items),
-            task=self.task,
-            labels=labels,
-            rows=(*self.rows, *others.rows),
-            warnings=self.warnings,
-        )
-
     def split(self, fraction: float, seed: int) -> tuple["Examples", "Examples"]:
         """Two parts: the examples to train on, and about `fraction` of them held out.
 

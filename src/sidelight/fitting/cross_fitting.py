@@ -21,8 +21,6 @@ from sidelight.training import Job, Trained, train_mechanisms
 
 FOLDS = 5
 
-# Rows of the training part. Its first rows are also the validation part, and are judged; further
-# ones, which only teach, are made of texts of their fold.
 Folds = tuple[Int[np.ndarray, " _"], ...]
 
 
@@ -56,7 +54,7 @@ def cross_fit(jobs: Sequence[Job], whole: Study, folds: Folds) -> list[Trained |
     Args:
         jobs: What to train.
         whole: All texts, as both of its splits.
-        folds: Which of them judge together.
+        folds: Of ``choose_folds``.
 
     Returns:
         None for a job that diverged, on a fold or on all texts.
@@ -84,7 +82,7 @@ def judge_by_folds(
     Args:
         jobs: What to train.
         whole: All texts, as both of its splits.
-        folds: Which of them judge together.
+        folds: Of ``choose_folds``.
 
     Returns:
         None for a job that diverged.
@@ -106,7 +104,7 @@ def judge_by_folds(
             if one is None:
                 diverged.add(number)
             else:
-                logits[number][_judged(whole, fold)] = one.logits
+                logits[number][fold] = one.logits
     return [None if number in diverged else own for number, own in enumerate(logits)]
 
 
@@ -115,20 +113,15 @@ def cross_fit_baseline(whole: Study, folds: Folds) -> Float[np.ndarray, "text ou
     logits = _blank(whole)
     for fold in folds:
         part = _without(whole, fold)
-        logits[_judged(whole, fold)] = TfIdf().fit(part, seed=0).logits(part.validation)
+        logits[fold] = TfIdf().fit(part, seed=0).logits(part.validation)
     return logits
 
 
 def _blank(whole: Study) -> Float[np.ndarray, "text output"]:
-    return np.empty((len(whole.validation), whole.task.outputs))
+    return np.empty((len(whole.training), whole.task.outputs))
 
 
 def _without(whole: Study, fold: Int[np.ndarray, " text"]) -> Study:
     """The other folds to learn from, and this one."""
     rest = np.setdiff1d(np.arange(len(whole.training)), fold)
-    held_out = whole.validation.select(_judged(whole, fold))
-    return Study(whole.backbone, whole.training.select(rest), held_out)
-
-
-def _judged(whole: Study, fold: Int[np.ndarray, " row"]) -> Int[np.ndarray, " text"]:
-    return fold[fold < len(whole.validation)]
+    return Study(whole.backbone, whole.training.select(rest), whole.training.select(fold))

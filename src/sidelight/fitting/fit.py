@@ -61,7 +61,7 @@ def fit(
     """
     prepared = prepare(backbone, training, validation, options=options, source=source)
     study, folds = prepared.study, prepared.folds
-    jobs = options.jobs(prepared.texts)
+    jobs = options.jobs(len(study.training))
     # The baseline first: what it refuses in seconds must not cost the hours of training.
     if folds:
         baseline = cross_fit_baseline(study, folds)

@@ -67,7 +67,6 @@ def make_run(
             "training": _data(study.training),
             "validation": {**_data(study.validation), **shown},
             "max_tokens": options.max_tokens,
-            "long_inputs": options.long_inputs,
             "folds": folds,
             **_how(trained),
         },

@@ -26,8 +26,6 @@ class FitOptions:
         reads: The tokens that the probe looks at.
         calibration: From logits to probabilities.
         max_tokens: Longer training texts are cut, and counted.
-        long_inputs: So many inputs of training texts among others are trained on as well; see
-            ``long_inputs.py``.
         cache_root: Where activations are kept while training; None is the user's cache.
         cache_budget_bytes: The most that the activations of training texts may take, and those of
             validation texts; None allows what the disk has.
@@ -41,7 +39,6 @@ class FitOptions:
     reads: Reads = field(default_factory=Reads)
     calibration: CalibrationKind = "platt"
     max_tokens: int = TRAINING_MAX_TOKENS
-    long_inputs: int = 0
     cache_root: Path | None = None
     cache_budget_bytes: int | None = None
     keep_cache: bool = False

@@ -3,10 +3,7 @@
 A search begins as a fit does, so that it chooses by the texts that will calibrate.
 """
 
-from dataclasses import dataclass, replace
-from functools import reduce
-
-import numpy as np
+from dataclasses import dataclass
 
 from sidelight.backbones import TransformersBackbone
 from sidelight.backbones.embedded import cache_root
@@ -14,7 +11,6 @@ from sidelight.calibration import require_calibratable
 from sidelight.data import Examples, validation_share
 from sidelight.extraction import StateSource
 from sidelight.fitting.cross_fitting import Folds, choose_folds, why_held_out
-from sidelight.fitting.long_inputs import long_inputs
 from sidelight.fitting.options import FitOptions
 from sidelight.fitting.screening import (
     cut_warnings,
@@ -33,14 +29,12 @@ class Prepared:
 
     Attributes:
         study: Training and validation texts; all texts on both sides where folds tell them apart.
-        folds: As ``cross_fit`` takes them; none where validation texts judge.
-        texts: For training, long inputs aside.
+        folds: Of ``choose_folds``; none where validation texts judge.
         warnings: What is doubtful about the texts, one sentence each.
     """
 
     study: Study
     folds: Folds
-    texts: int
     warnings: tuple[str, ...]
 
 
@@ -69,19 +63,18 @@ def prepare(
     sides = _choose_sides(training, validation)
     require_same_task(sides.training, sides.validation)
     require_calibratable(options.calibration, labels_of(sides.validation), task_of(sides.training))
-    texts = len(sides.training)
-    sides = _with_long_inputs(sides, backbone, options)
-    training_split = _extract(source, backbone, sides.training, options, "Training texts")
-    doubts = rarity(sides.validation) + cut_warnings(training_split.prompts, options.max_tokens)
-    if sides.folds:
-        # Long inputs stand behind the texts, and judge nothing.
-        judging = training_split.select(range(texts))
-    else:
-        judging = _extract(source, backbone, sides.validation, options, "Validation texts")
+    parts = {"Training texts": sides.training}
+    doubts = rarity(sides.validation)
+    if not sides.folds:
+        parts["Validation texts"] = sides.validation
         doubts += shared_texts(sides.training, sides.validation)
-        doubts += cut_warnings(judging.prompts, options.max_tokens)
-    study = Study(backbone, training_split, judging)
-    return Prepared(study, sides.folds, texts, (*sides.warnings, *doubts))
+    splits = [
+        _extract(source, backbone, examples, options, title) for title, examples in parts.items()
+    ]
+    for split in splits:
+        doubts += cut_warnings(split.prompts, options.max_tokens)
+    study = Study(backbone, splits[0], splits[-1])
+    return Prepared(study, sides.folds, (*sides.warnings, *doubts))
 
 
 @dataclass(frozen=True)
@@ -103,28 +96,6 @@ def _choose_sides(whole: Examples, validation: Examples | None) -> _Sides:
     training, held_out = whole.split(validation_share(len(whole)), seed=0)
     warnings = (*whole.warnings, *why_held_out(whole), *training.warnings)
     return _Sides(training, held_out, (), warnings)
-
-
-def _with_long_inputs(sides: _Sides, backbone: TransformersBackbone, options: FitOptions) -> _Sides:
-    """Long inputs behind the training texts; those of a fold's texts belong to the fold."""
-    if not options.long_inputs:
-        return sides
-    limit = min(options.max_tokens, backbone.encoder.max_tokens)
-    parts = sides.folds or (np.arange(len(sides.training)),)
-    counts = np.diff(np.linspace(0, options.long_inputs, len(parts) + 1).astype(int))
-    made = [
-        long_inputs(
-            sides.training.select(part), backbone, count=int(count), max_tokens=limit, seed=number
-        )
-        for number, (part, count) in enumerate(zip(parts, counts, strict=True))
-    ]
-    ends = len(sides.training) + counts.cumsum()
-    folds = [
-        np.append(fold, np.arange(end - count, end))
-        for fold, count, end in zip(sides.folds, counts, ends, strict=False)
-    ]
-    training = reduce(Examples.followed_by, made, sides.training)
-    return replace(sides, training=training, folds=tuple(folds))
 
 
 def _extract(
