@@ -59,6 +59,14 @@ class Ragged:
         rows = torch.arange(len(self.values), device=self.lengths.device)
         return Ragged(self.values[rows < (starts + lengths)[self.segments]], lengths)
 
+    def chosen(self, segments: Int[Tensor, " chosen"]) -> "Ragged":
+        """These segments in this order; one that is named twice is there twice."""
+        lengths = self.lengths[segments]
+        # From a row's place in the result to its place here, the same for all rows of a segment.
+        moved = (self.lengths.cumsum(0) - self.lengths)[segments] - (lengths.cumsum(0) - lengths)
+        rows = torch.arange(int(lengths.sum()), device=lengths.device)
+        return Ragged(self.values[rows + moved.repeat_interleave(lengths)], lengths)
+
     def split(self) -> list["Ragged"]:
         """Each segment by itself."""
         sizes = [int(length) for length in self.lengths]

@@ -97,6 +97,11 @@ _AUTO = "auto"
     default=None,
     help="Weigh classes by inverse frequency. [default: the mechanism's]",
 )
+@click.option(
+    "--long-inputs",
+    is_flag=True,
+    help="Learn to find a text among others: for labels that a part of a text can have.",
+)
 @click.option("--learning-rate", type=float, default=None, help="[default: the mechanism's]")
 @click.option("--weight-decay", type=float, default=None, help="[default: the mechanism's]")
 @click.option(
@@ -185,6 +190,7 @@ def _options(given: dict[str, Any], specs: "tuple[MechanismSpec, ...] | None") -
         mechanisms=specs,
         seeds=tuple(range(given["seeds"])),
         settings={name: _settings(name, given) for name in names},
+        long_inputs=given["long_inputs"],
         standardise=given["standardise"],
         reads=Reads(side=given["reads"] or shared.reads.side, template=given["template"]),
         calibration=given["calibration"],

@@ -7,13 +7,15 @@ AUTO = "auto"
 FEW_TEXTS, _MANY_TEXTS = 1000, 5000
 
 
-def automatic_mechanisms(texts: int) -> tuple[MechanismSpec, ...]:
+def automatic_mechanisms(texts: int, *, long_inputs: bool = False) -> tuple[MechanismSpec, ...]:
     """The candidates; of several, validation texts choose.
 
     Args:
         texts: For training.
+        long_inputs: Whether they are also trained on as parts of long inputs.
     """
-    if texts < FEW_TEXTS:
+    # Extremes of long inputs overfit too.
+    if texts < FEW_TEXTS or long_inputs:
         return (mechanism_spec("readout"),)
     extremes = mechanism_spec("readout", {"extremes": "pair"})
     if texts < _MANY_TEXTS:

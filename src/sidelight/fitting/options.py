@@ -1,7 +1,7 @@
 """What to train, and from what."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from sidelight.calibration import CalibrationKind
@@ -22,6 +22,8 @@ class FitOptions:
         mechanisms: Each is trained with every seed; None takes what suits the number of texts.
         seeds: Of initial parameters and data order; the split is the same for all.
         settings: By mechanism name; the suggested ones where a name is missing.
+        long_inputs: Whether the probe is to find a text among others in a long input: for labels
+            that a part of a text can have.
         standardise: Whether hidden states are standardised per layer.
         reads: The tokens that the probe looks at.
         calibration: From logits to probabilities.
@@ -35,6 +37,7 @@ class FitOptions:
     mechanisms: tuple[MechanismSpec, ...] | None = None
     seeds: tuple[int, ...] = (0,)
     settings: Mapping[str, TrainingSettings] = field(default_factory=dict)
+    long_inputs: bool = False
     standardise: bool = True
     reads: Reads = field(default_factory=Reads)
     calibration: CalibrationKind = "platt"
@@ -59,10 +62,15 @@ class FitOptions:
         Args:
             texts: For training.
         """
-        specs = automatic_mechanisms(texts) if self.mechanisms is None else self.mechanisms
+        specs = self.mechanisms
+        if specs is None:
+            specs = automatic_mechanisms(texts, long_inputs=self.long_inputs)
         return [
-            Job(spec, seed, settings, standardise=self.standardise)
+            Job(spec, seed, self._settings(spec), standardise=self.standardise)
             for spec in specs
-            for settings in [self.settings.get(spec.name, suggested_settings(spec.name))]
             for seed in self.seeds
         ]
+
+    def _settings(self, spec: MechanismSpec) -> TrainingSettings:
+        settings = self.settings.get(spec.name, suggested_settings(spec.name))
+        return replace(settings, long_inputs=settings.long_inputs or self.long_inputs)

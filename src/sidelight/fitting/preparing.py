@@ -16,6 +16,7 @@ from sidelight.fitting.screening import (
     cut_warnings,
     labels_of,
     rarity,
+    require_labels_of_parts,
     require_same_task,
     shared_texts,
     task_of,
@@ -61,6 +62,8 @@ def prepare(
             that do not fit the disk.
     """
     sides = _choose_sides(training, validation)
+    if options.long_inputs:
+        require_labels_of_parts(task_of(training))
     require_same_task(sides.training, sides.validation)
     require_calibratable(options.calibration, labels_of(sides.validation), task_of(sides.training))
     parts = {"Training texts": sides.training}

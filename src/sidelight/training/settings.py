@@ -33,6 +33,9 @@ class TrainingSettings:
             texts (``training/layer_weights.py``), if states are standardised.
         beginnings: Whether a probe of responses also learns from a random beginning of each: it is
             asked for scores while a response is written.
+        long_inputs: Whether each text also teaches as a part of long inputs
+            (``training/long_inputs.py``); not for several classes, of which an input of several
+            texts could have any.
     """
 
     learning_rate: float = 1e-3
@@ -44,6 +47,7 @@ class TrainingSettings:
     class_weight: ClassWeight = "none"
     layer_weights: LayerWeights = "equal"
     beginnings: bool = True
+    long_inputs: bool = False
 
     def __post_init__(self) -> None:
         """Refuses numbers that the optimiser cannot use."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from sidelight.errors import SidelightError
 from sidelight.mechanisms import Geometry, Mechanism
 from sidelight.ragged import Ragged
+from sidelight.training.long_inputs import among_others
 from sidelight.training.losses import Loss
 from sidelight.training.settings import Job
 from sidelight.types import Task
@@ -85,10 +86,12 @@ class Trainee:
         with torch.random.fork_rng():
             # Draws of its own: what a job draws does not depend on its neighbours.
             torch.manual_seed(self.job.seed * 1_000_003 + self._draws)
-            loss = self._loss_of(tokens, labels)
-            if not self._reads_beginnings:
-                return loss
-            return (loss + self._loss_of(_begun(tokens), labels)) / 2
+            seen = [tokens]
+            if self._reads_beginnings:
+                seen.append(_begun(tokens))
+            if self.job.settings.long_inputs:
+                seen.append(among_others(tokens, labels))
+            return torch.stack([self._loss_of(one, labels) for one in seen]).mean()
 
     def _loss_of(self, tokens: Ragged, labels: Int[Tensor, "text ..."]) -> Float[Tensor, ""]:
         votes = self.mechanism.votes(self.mechanism.summarise(tokens))

@@ -1,0 +1,43 @@
+"""Long inputs out of a batch: each text among others that have no label.
+
+A probe that has seen short texts only misses one of them in a long input. Where a label says that
+some part of a text is so, several texts in one input have the labels of all. The hidden states are
+those of each text by itself, so this costs no forward pass (docs/results.md has what it brings).
+"""
+
+import math
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from sidelight.ragged import Ragged
+
+# Two thousand tokens, of short prompts.
+_MOST_OTHERS = 40
+
+
+def among_others(tokens: Ragged, labels: Int[Tensor, "text ..."]) -> Ragged:
+    """Each text at a random place among texts of the batch without a label.
+
+    The number of others is log-uniform, from 1 to 40. Where all texts have a label, they stay as
+    they are.
+
+    Args:
+        tokens: Of each text, in whatever form.
+        labels: 0 or 1; of a multi-label task, a column for each label.
+
+    Returns:
+        As many segments as texts, in their order, whose labels hold.
+    """
+    others = (~labels.reshape(len(labels), -1).any(1)).nonzero()[:, 0]
+    if not len(others):
+        return tokens
+    texts = torch.arange(len(labels), device=labels.device)
+    drawn = torch.rand(2, len(labels), device=labels.device)
+    sizes = 1 + (drawn[0] * math.log(_MOST_OTHERS + 1)).exp().long().clamp(max=_MOST_OTHERS)
+    members = others[torch.randint(len(others), (int(sizes.sum()),), device=labels.device)]
+    members[sizes.cumsum(0) - sizes + (drawn[1] * sizes).long()] = texts
+    parts = tokens.chosen(members)
+    ends = parts.lengths.cumsum(0)[sizes.cumsum(0) - 1]
+    return Ragged(parts.values, ends.diff(prepend=ends.new_zeros(1)))
