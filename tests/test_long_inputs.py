@@ -8,6 +8,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+import sidelight
 from corpora import TASKS, planted, training_set
 from sidelight.data import load_examples
 from sidelight.errors import SidelightError
@@ -101,6 +102,22 @@ def test_several_classes_are_refused_before_the_backbone_runs(tiny, tmp_path, mo
     rows = load_examples(list(zip(texts, map(str, labels), strict=True)))
     with pytest.raises(SidelightError, match="of 3 classes"):
         fit(tiny, rows, None, name="p", options=FitOptions(long_inputs=True, cache_root=tmp_path))
+
+
+def test_several_classes_are_refused_by_training_itself(tiny, tmp_path):
+    training = training_set(tiny, tmp_path, "multiclass", 30, seed=1)
+    job = Job(
+        mechanism_spec("readout"), 0, replace(suggested_settings("readout"), long_inputs=True)
+    )
+    with pytest.raises(SidelightError, match="of 3 classes"):
+        train_mechanisms([job], task=TASKS["multiclass"], training=training, validation=None)
+
+
+def test_python_has_the_option(tiny, own_cache):
+    texts, labels = planted("binary", 60, seed=0)
+    rows = list(zip([f"{text} {place}" for place, text in enumerate(texts)], labels, strict=True))
+    trained = sidelight.train(tiny, [(text, int(label)) for text, label in rows], long_inputs=True)
+    assert trained.probe.record["settings"]["long_inputs"]
 
 
 def test_extremes_are_left_out_of_what_long_inputs_train():

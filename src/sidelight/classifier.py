@@ -124,6 +124,7 @@ def train(
     validation: str | Path | InMemory | Examples | None = None,
     name: str = "probe",
     seeds: int = 1,
+    long_inputs: bool = False,
     source: StateSource | None = None,
 ) -> Classifier:
     """The best probe that one pass over labelled data gives.
@@ -142,6 +143,7 @@ def train(
         validation: As ``data``; None holds part of it out.
         name: How verdicts name the probe.
         seeds: Probes to train; the one with the best validation score is kept.
+        long_inputs: Whether the probe is to find a text among others in a long input.
         source: The engine that computes the hidden states, such as ``VllmSource``; None is the
             backbone itself.
 
@@ -151,6 +153,7 @@ def train(
     options = FitOptions(
         mechanisms=None if mechanism == AUTO else (mechanism_spec(mechanism),),
         seeds=tuple(range(seeds)),
+        long_inputs=long_inputs,
         reads=Reads(side="response" if response else "prompt"),
     )
     backbone = model if isinstance(model, TransformersBackbone) else load_backbone(model)

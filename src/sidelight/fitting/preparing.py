@@ -16,12 +16,12 @@ from sidelight.fitting.screening import (
     cut_warnings,
     labels_of,
     rarity,
-    require_labels_of_parts,
     require_same_task,
     shared_texts,
     task_of,
 )
 from sidelight.study import Split, Study, make_split
+from sidelight.training import require_labels_of_parts
 
 
 @dataclass(frozen=True)

@@ -67,20 +67,6 @@ def require_same_task(training: Examples, validation: Examples) -> None:
         )
 
 
-def require_labels_of_parts(task: Task) -> None:
-    """Checks that a label can be one of a part of a text, as long inputs need it.
-
-    Raises:
-        SidelightError: There are several classes.
-    """
-    if task.kind == "multiclass":
-        raise SidelightError(
-            f"Long inputs are for labels that a part of a text can have, but of {len(task.labels)} "
-            "classes a text of several parts could have any. Leave --long-inputs out "
-            "(long_inputs=False), or train on one label."
-        )
-
-
 def class_counts(task: Task, labels: np.ndarray) -> np.ndarray:
     """Texts of each label."""
     if task.kind == "multilabel":

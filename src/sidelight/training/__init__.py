@@ -1,6 +1,7 @@
 """Training of mechanisms on cached hidden states. Knows labels and logits, not texts."""
 
 from sidelight.training.batches import batches, neighbours
+from sidelight.training.long_inputs import require_labels_of_parts
 from sidelight.training.loop import Trained, TrainingSet, divergence, train_mechanisms
 from sidelight.training.losses import Loss, make_loss
 from sidelight.training.settings import (
@@ -22,6 +23,7 @@ __all__ = [
     "divergence",
     "make_loss",
     "neighbours",
+    "require_labels_of_parts",
     "score_name",
     "suggested_settings",
     "train_mechanisms",

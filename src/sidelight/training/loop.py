@@ -16,6 +16,7 @@ from sidelight.ragged import Ragged
 from sidelight.standardisation import Standardisation
 from sidelight.training.batches import batches, on_device
 from sidelight.training.layer_weights import layer_weights
+from sidelight.training.long_inputs import require_labels_of_parts
 from sidelight.training.losses import make_loss
 from sidelight.training.measuring import measured, pooled_sample
 from sidelight.training.settings import Job
@@ -139,6 +140,8 @@ class _Run:
         return self._weighted if job.settings.layer_weights == "predictive" else self._measured
 
     def enrol(self, jobs: Sequence[Job]) -> list[Trainee]:
+        if any(job.settings.long_inputs for job in jobs):
+            require_labels_of_parts(self._task)
         texts = len(self._training.labels)
         is_written = self._training.states.reads.side == "response"
         fitted = [replace(job, settings=job.settings.fitted_to(texts)) for job in jobs]
