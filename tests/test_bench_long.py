@@ -64,14 +64,17 @@ def test_the_command_prints_every_length(tiny, labelled, tmp_path, capsys):
     model = saved(tiny, tmp_path / "model")
     from sidelight.backbones import load_backbone
 
-    folder = save_probe(untrained_probe(load_backbone(model), "a"), tmp_path / "probe")
+    probe = untrained_probe(load_backbone(model), "a")
+    # Two seeds of one training, say: they have one name.
+    folders = [str(save_probe(probe, tmp_path / name)) for name in ("first", "second")]
     texts = tmp_path / "named.jsonl"
     names = {0: "no", 1: "yes"}
     texts.write_text("\n".join(json.dumps({**r, "label": names[r["label"]]}) for r in labelled))
     arguments = ["--data", str(texts), "--lengths", "20,40", "--texts", "3", "--json"]
-    assert run("bench", "long", str(folder), *arguments) == 0
+    assert run("bench", "long", *folders, *arguments) == 0
     shown = capsys.readouterr()
     rows = json.loads(shown.out)
-    assert [row["tokens around"] for row in rows] == [0, 0, 20, 20, 40, 40]
+    assert [row["tokens around"] for row in rows] == [0] * 4 + [20] * 4 + [40] * 4
+    assert [row["probe"] for row in rows[:4:2]] == folders
     # Inputs of each length: three texts of either label. A count of inputs would say 18.
     assert f"{6 * (20 + 40)} of {6 * (20 + 40)} tokens" in shown.err

@@ -1,6 +1,7 @@
 """``sidelight bench``: what extraction, training and serving cost on this machine."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,7 +132,8 @@ def _long_subject(probes: tuple[str, ...], given: dict[str, Any]) -> tuple[Any, 
     from sidelight.backbones import load_backbone
     from sidelight.data import load_examples
 
-    loaded = [load_probe(folder) for folder in probes]
+    # Seeds of one training have one name.
+    loaded = [replace(load_probe(folder), name=folder) for folder in probes]
     first = loaded[0]
     examples = load_examples(
         given["data"], text=given["text"], label=given["label"], task=first.task
