@@ -40,10 +40,11 @@ class _Lines:
     def say(self) -> None:
         elapsed = monotonic() - self._start
         rate = self._done / max(elapsed, 1e-9)
-        left = (self._total - self._done) / max(rate, 1e-9)
+        # Of what has not begun nobody knows.
+        left = f", {(self._total - self._done) / rate:.0f} s left" if rate else ""
         print(
             f"{self._title}: {self._done:,.0f} of {self._total:,.0f} {self._unit}, "
-            f"{_rate(rate)} {self._unit}/s, {elapsed:.0f} s so far, {left:.0f} s left",
+            f"{_rate(rate)} {self._unit}/s, {elapsed:.0f} s so far{left}",
             file=sys.stderr,
             flush=True,
         )
