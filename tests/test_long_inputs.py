@@ -10,10 +10,12 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 import sidelight
 from corpora import TASKS, planted, training_set
+from sidelight.cards import model_card
 from sidelight.data import load_examples
 from sidelight.errors import SidelightError
 from sidelight.fitting import FitOptions, fit
 from sidelight.fitting.automatic import automatic_mechanisms
+from sidelight.manifest import read_manifest
 from sidelight.mechanisms import mechanism_spec
 from sidelight.ragged import Ragged
 from sidelight.training import Job, suggested_settings, train_mechanisms
@@ -113,11 +115,12 @@ def test_several_classes_are_refused_by_training_itself(tiny, tmp_path):
         train_mechanisms([job], task=TASKS["multiclass"], training=training, validation=None)
 
 
-def test_python_has_the_option(tiny, own_cache):
+def test_python_has_the_option_and_the_card_tells(tiny, own_cache, tmp_path):
     texts, labels = planted("binary", 60, seed=0)
     rows = list(zip([f"{text} {place}" for place, text in enumerate(texts)], labels, strict=True))
     trained = sidelight.train(tiny, [(text, int(label)) for text, label in rows], long_inputs=True)
     assert trained.probe.record["settings"]["long_inputs"]
+    assert "among others in long inputs" in model_card(read_manifest(trained.save(tmp_path)))
 
 
 def test_extremes_are_left_out_of_what_long_inputs_train():

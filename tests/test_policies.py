@@ -398,6 +398,22 @@ def test_a_wish_that_is_looser_or_without_effect_is_a_400(backbone, probes, requ
     assert "hidden" not in refused.value.message.partition("Known: ")[2]
 
 
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"moderation": {"model": "x", "policy": {"inptu": {"mode": "block"}}}}, "inptu.*'input'"),
+        (
+            {"moderation": {"model": "x", "policy": {"input": {"mode": "block", "thresold": 0.1}}}},
+            "thresold.*mode",
+        ),
+        ({"policies": {"toxicity": {"mod": "block"}}}, "mod.*'mode'"),
+    ],
+)
+def test_a_misspelt_wish_is_a_400(backbone, probes, request_, message):
+    with pytest.raises(openai.BadRequestError, match=message):
+        asked(backbone, probes, Policy(), **request_)
+
+
 def test_no_request_is_answered_that_asks_for_a_looser_rule(backbone, probes):
     """A score where the server blocks is refused, even for probes that were not asked about."""
     policy = Policy(input={"toxicity": Rule("block", threshold=1.0)})

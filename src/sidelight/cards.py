@@ -50,7 +50,7 @@ def summary(manifest: Manifest) -> dict[str, str]:
     if record:
         lines |= {
             "parameters": f"{record['parameters']:,}",
-            "trained on": f"{record['training']['rows']:,} texts, seed {record['seed']}",
+            "trained on": _taught(record),
             "validation": _figures(record["validation"]) + _folded(record.get("folds", 0)),
         }
     return lines
@@ -60,6 +60,12 @@ def model_card(manifest: Manifest) -> str:
     """The model card, in Markdown."""
     rows = "\n".join(f"- **{name}**: {value}" for name, value in summary(manifest).items())
     return _CARD.format(name=manifest.name, backbone=manifest.backbone.name, rows=rows)
+
+
+def _taught(record: Mapping[str, Any]) -> str:
+    is_long = record.get("settings", {}).get("long_inputs")
+    among = ", also among others in long inputs" if is_long else ""
+    return f"{record['training']['rows']:,} texts{among}, seed {record['seed']}"
 
 
 def _folded(folds: int) -> str:

@@ -13,6 +13,7 @@ from pydantic import (
 )
 
 from sidelight.engines.base import Sampling
+from sidelight.errors import did_you_mean
 from sidelight.prompts import Message, PlainText
 from sidelight.server.policy.wishes import Wish, WishedMode, Wishes
 
@@ -105,13 +106,29 @@ class StreamOptions(StrictBody):
     include_usage: bool = False
 
 
-class ModerationMode(StrictBody):
+class ClosedBody(StrictBody):
+    """A part of a body whose other fields are refused: an ignored safety setting is a hole."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _holds_no_other(cls, value: Any) -> Any:
+        # Pydantic would tell each of them.
+        for name in value if isinstance(value, dict) else {}:
+            if name not in cls.model_fields:
+                hint = did_you_mean(str(name), cls.model_fields)
+                raise ValueError(f"there is no '{name}' here.{hint}")
+        return value
+
+
+class ModerationMode(ClosedBody):
     """What follows from a flag; ``score`` adds nothing, and is a 400 where the server blocks."""
 
     mode: WishedMode
 
 
-class ModerationPolicy(StrictBody):
+class ModerationPolicy(ClosedBody):
     """Policies for both sides."""
 
     input: ModerationMode | None = None
@@ -124,23 +141,11 @@ class ChatModeration(StrictBody):
     policy: ModerationPolicy | None = None
 
 
-class ProbePolicy(StrictBody):
+class ProbePolicy(ClosedBody):
     """What a request asks of one probe: only what is stricter than the server's policy."""
-
-    model_config = ConfigDict(extra="forbid")
 
     mode: WishedMode | None = None
     threshold: float | None = Field(None, ge=0, le=1)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _holds_no_other(cls, value: Any) -> Any:
-        # Pydantic would tell each of them.
-        names = value if isinstance(value, dict) else {}
-        for name in names:
-            if name not in cls.model_fields:
-                raise ValueError(f"Extra inputs are not permitted: '{name}'")
-        return value
 
 
 class WritingRequest(StrictBody):

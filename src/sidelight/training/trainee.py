@@ -43,6 +43,9 @@ class Trainee:
         with torch.random.fork_rng():
             torch.manual_seed(job.seed)
             self.mechanism: Mechanism = job.spec.build(geometry).to(device)
+        for parameter in self.mechanism.parameters():
+            # One of size 0, as of a readout without extremes, has no gradient worth a warning.
+            parameter.requires_grad_(parameter.numel() > 0)
         settings = job.settings
         self._optimizer = torch.optim.AdamW(
             self.mechanism.parameters(),
