@@ -1,5 +1,6 @@
 """Long inputs out of a batch: what is in them, and what a probe learns from them."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +10,7 @@ from sklearn.metrics import roc_auc_score
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 import sidelight
+from commands import run, saved
 from corpora import TASKS, planted, training_set
 from sidelight.cards import model_card
 from sidelight.data import load_examples
@@ -104,6 +106,16 @@ def test_several_classes_are_refused_before_the_backbone_runs(tiny, tmp_path, mo
     rows = load_examples(list(zip(texts, map(str, labels), strict=True)))
     with pytest.raises(SidelightError, match="of 3 classes"):
         fit(tiny, rows, None, name="p", options=FitOptions(long_inputs=True, cache_root=tmp_path))
+
+
+def test_the_command_line_has_the_option(tiny, tmp_path, capsys):
+    texts, labels = planted("multiclass", 60, seed=0)
+    data = tmp_path / "three.jsonl"
+    rows = zip(texts, labels, strict=True)
+    data.write_text("\n".join(json.dumps({"text": a, "label": f"is {b}"}) for a, b in rows))
+    arguments = ["--data", str(data), "--model", str(saved(tiny, tmp_path / "model"))]
+    assert run("train", *arguments, "--long-inputs", "--out", str(tmp_path / "probe"))
+    assert "of 3 classes" in capsys.readouterr().err
 
 
 def test_several_classes_are_refused_by_training_itself(tiny, tmp_path):

@@ -407,6 +407,7 @@ def test_a_wish_that_is_looser_or_without_effect_is_a_400(backbone, probes, requ
             "thresold.*mode",
         ),
         ({"policies": {"toxicity": {"mod": "block"}}}, "mod.*'mode'"),
+        ({"moderation": {"model": "x", "polcy": {"input": {"mode": "block"}}}}, "polcy.*'policy'"),
     ],
 )
 def test_a_misspelt_wish_is_a_400(backbone, probes, request_, message):

@@ -135,9 +135,13 @@ class ModerationPolicy(ClosedBody):
     output: ModerationMode | None = None
 
 
-class ChatModeration(StrictBody):
-    """Asks for moderation, which every answer carries anyway, and perhaps for blocking."""
+class ChatModeration(ClosedBody):
+    """Asks for moderation, which every answer carries anyway, and perhaps for blocking.
 
+    The model is read by nobody: the probes moderate.
+    """
+
+    model: str | None = None
     policy: ModerationPolicy | None = None
 
 
