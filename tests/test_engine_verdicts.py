@@ -11,7 +11,7 @@ from sidelight.engines import Limits
 from sidelight.errors import FingerprintMismatchError
 from sidelight.prompts import EncodedPrompt, Message, Part, Reads
 from test_engine_decoding import GREEDY, ask, run
-from tiny import SIZES, three_probes, tiny_backbone, untrained_probe
+from tiny import SIZES, SPECIAL_TOKENS, three_probes, tiny_backbone, untrained_probe
 
 TEXTS = [f"{'word ' * (i % 7)}number {i}" for i in range(16)]
 # Batches of other shapes add in another order: float32 rounding over three layers.
@@ -110,6 +110,52 @@ def test_a_given_response_is_judged_without_writing(backbone):
     assert probabilities(with_response[1:]) == pytest.approx(
         expected(backbone, late, prompt), abs=ROUNDING
     )
+
+
+@pytest.mark.parametrize("place", [0, 3, 6])
+def test_a_content_that_names_a_control_token_is_judged_as_its_letters(backbone, place):
+    probes = [
+        untrained_probe(backbone, "early"),
+        untrained_probe(backbone, "late", reads=Reads("response")),
+    ]
+    texts = [f"{'go now'[:place]}{name}{'go now'[place:]}" for name in SPECIAL_TOKENS]
+
+    async def ask_all(engine):
+        turns = [[Message("user", text), Message("assistant", text)] for text in texts]
+        return await engine.judge(turns), [await ask(engine, text) for text in texts]
+
+    checked, answers = run(backbone, ask_all, probes=probes)
+    for text, judged, answer in zip(texts, checked, answers, strict=True):
+        letters, control = (_by_hand(backbone, text, split=split) for split in (True, False))
+        for probe, verdict in zip(probes, judged.verdicts, strict=True):
+            own = expected(backbone, probe, letters)
+            assert probabilities([verdict]) == pytest.approx(own, abs=ROUNDING)
+            assert own != pytest.approx(expected(backbone, probe, control), abs=ROUNDING)
+        assert probabilities(answer.judged.verdicts) == pytest.approx(
+            expected(backbone, probes[0], _by_hand(backbone, text, None, split=True)), abs=ROUNDING
+        )
+
+
+def _by_hand(backbone, text, response="", *, split):
+    """A user's text, and the same as the response, of a tokenizer that merges nothing.
+
+    Args:
+        response: None: the text is to be answered.
+        split: Whether the text's control tokens are letters.
+    """
+    ids, parts = [], []
+    pieces = [
+        ("<|user|>", Part.UNREAD),
+        (text, Part.PROMPT),
+        ("<|end|>\n<|assistant|>", Part.TEMPLATE),
+    ]
+    if response is not None:
+        pieces += [(text, Part.RESPONSE), ("<|end|>\n", Part.UNREAD)]
+    for piece, part in pieces:
+        own = backbone.tokenizer(piece, split_special_tokens=split and piece == text)["input_ids"]
+        ids += own
+        parts += [part] * len(own)
+    return EncodedPrompt(tuple(ids), tuple(parts))
 
 
 def test_a_probe_that_overflows_gives_no_verdict(backbone):

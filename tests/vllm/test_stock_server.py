@@ -157,6 +157,13 @@ def test_a_request_that_cannot_be_described_says_that_it_was_not_judged(address)
     assert "other tokens" in answer["sidelight"]["error"]
 
 
+def test_a_content_that_names_a_special_token_is_not_judged(address):
+    with openai_client(address) as client:
+        messages = [{"role": "user", "content": f"{CONTENT}<|end|>"}]
+        answer = client.chat.completions.create(model="tiny", messages=messages, max_tokens=2)
+    assert "other tokens" in answer.model_extra["sidelight"]["error"]
+
+
 def test_errors_pass_as_they_are(address):
     answer = httpx.post(f"{address}/v1/chat/completions", content=b"{", timeout=60)
     assert answer.status_code == 400

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, Protocol, runtime_checkable
 
 from jinja2 import TemplateError
 
 from sidelight.errors import ContextLengthError, SidelightError
+from sidelight.prompts.control_tokens import ContentTokenizer, Tokenizer
 from sidelight.prompts.conversation import (
     Conversation,
     Message,
@@ -20,23 +20,11 @@ from sidelight.prompts.encoded import EncodedPrompt
 _CACHED_TURNS = 200
 
 
-@runtime_checkable
-class Tokenizer(Protocol):
-    """The part of a Hugging Face fast tokenizer that is used here."""
-
-    chat_template: Any
-
-    def __call__(self, text: str, **options: Any) -> Any:
-        """Token ids and offsets."""
-        ...
-
-    def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
-        """The conversation as text."""
-        ...
-
-
 class PromptEncoder:
     """Encodes conversations for one backbone.
+
+    No content becomes a special token, whatever it says; for other contents the ids are those of
+    the tokenizer's ``apply_chat_template``.
 
     Args:
         tokenizer: A fast tokenizer (offsets are needed to know what a token belongs to).
@@ -47,6 +35,7 @@ class PromptEncoder:
 
     def __init__(self, tokenizer: Tokenizer, *, prompt_format: PromptFormat, max_tokens: int):
         self._tokenizer = tokenizer
+        self._contents = ContentTokenizer(tokenizer)
         self.prompt_format: PromptFormat = prompt_format
         self.max_tokens = max_tokens
         # Bounded in number and in turns: clients choose the sequences of roles.
@@ -84,16 +73,13 @@ class PromptEncoder:
 
     def _encode_raw(self, messages: Sequence[Message], response: str | None) -> EncodedPrompt:
         prompt = "\n".join(message.content for message in messages)
-        # Not verbose: it warns of long texts, for which there is an error of our own.
-        tokens = self._tokenizer(
-            prompt + (response or ""), return_offsets_mapping=True, verbose=False
-        )
+        tokens = self._contents.encode_raw(prompt + (response or ""))
         parts = [
             # The tokenizer's own special tokens cover no text, and say (0, 0).
             Part.TEMPLATE if end == 0 else Part.PROMPT if start < len(prompt) else Part.RESPONSE
-            for start, end in map(_whole, tokens["offset_mapping"])
+            for start, end in map(_whole, tokens.offsets)
         ]
-        return EncodedPrompt(tuple(tokens["input_ids"]), tuple(parts))
+        return EncodedPrompt(tuple(tokens.token_ids), tuple(parts))
 
     def _encode_chat(self, messages: Sequence[Message], response: str | None) -> EncodedPrompt:
         turns = [*messages] if response is None else [*messages, Message("assistant", response)]
@@ -103,12 +89,11 @@ class PromptEncoder:
         kinds = [Part.UNREAD] * first + [Part.PROMPT] * (len(turns) - first)
         if response is not None:
             kinds[-1] = Part.RESPONSE
-        tokens = self._tokenizer(
-            rendered, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )
+        edges = [0, *(edge for span in spans for edge in span), len(rendered)]
+        template = list(zip(edges[::2], edges[1::2], strict=True))
+        tokens = self._contents.encode_chat(rendered, template)
         return EncodedPrompt(
-            token_ids=tuple(tokens["input_ids"]),
-            parts=_token_parts(tokens["offset_mapping"], spans, kinds),
+            token_ids=tuple(tokens.token_ids), parts=_token_parts(tokens.offsets, spans, kinds)
         )
 
     def _render(self, turns: Sequence[Message], *, for_generation: bool) -> str:

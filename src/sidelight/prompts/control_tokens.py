@@ -1,0 +1,164 @@
+"""Tokenises a text of which a chat template wrote parts, so that no content is a control token."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any, Protocol, runtime_checkable
+
+from tokenizers import Tokenizer as PlainTokenizer
+
+from sidelight.errors import SidelightError
+
+Span = tuple[int, int]
+"""First character, and the one after the last."""
+Control = tuple[int, int, int]
+"""A control token's id and span."""
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """The part of a Hugging Face fast tokenizer that is used here."""
+
+    chat_template: Any
+    added_tokens_decoder: Any
+    unk_token: Any
+    backend_tokenizer: Any
+
+    def __call__(self, text: str, **options: Any) -> Any:
+        """Token ids and offsets."""
+        ...
+
+    def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
+        """The conversation as text."""
+        ...
+
+
+@dataclass(frozen=True)
+class Tokenised:
+    """Token ids, and the characters that each covers."""
+
+    token_ids: Sequence[int]
+    offsets: Sequence[Span]
+
+
+class ContentTokenizer:
+    """Writes control tokens only where the chat template has them.
+
+    Special tokens are control tokens, and so are other added tokens that the template writes or
+    that are no part of the model's own vocabulary. Blank ones, such as runs of spaces, are text.
+
+    Args:
+        tokenizer: A fast tokenizer.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        template = str(tokenizer.chat_template)
+        model = tokenizer.backend_tokenizer.model
+        self._names: dict[int, str] = {
+            token_id: token.content
+            for token_id, token in tokenizer.added_tokens_decoder.items()
+            if token.special
+            or (
+                token.content.strip()
+                and (token.content in template or model.token_to_id(token.content) is None)
+            )
+        }
+        # What the model writes for characters that it does not know, in any text.
+        self._unknown = getattr(model, "unk_token", tokenizer.unk_token)
+        # A template's pieces are few; some of them are long.
+        self._cached_controls = lru_cache(maxsize=256)(self._find_controls)
+
+    def encode_chat(self, text: str, template: Sequence[Span]) -> Tokenised:
+        """A rendered conversation.
+
+        Without control tokens in the contents, the ids are the tokenizer's own for the whole text.
+
+        Args:
+            text: What the template has rendered.
+            template: The characters that it wrote itself, in order.
+
+        Raises:
+            SidelightError: The tokenizer makes a control token of a content in any case.
+        """
+        controls = [
+            (token_id, begin + start, begin + end)
+            for begin, stop in template
+            for token_id, start, end in self._cached_controls(text[begin:stop])
+        ]
+        usual = self._usual(text, add_special_tokens=False)
+        if self._has_only(controls, usual, text):
+            return usual
+        ids: list[int] = []
+        offsets: list[Span] = []
+        cursor = 0
+        for token_id, start, end in controls:
+            run = self._as_text(text[cursor:start], at=cursor)
+            ids += [*run.token_ids, token_id]
+            offsets += [*run.offsets, (start, end)]
+            cursor = end
+        rest = self._as_text(text[cursor:], at=cursor)
+        tokens = Tokenised([*ids, *rest.token_ids], [*offsets, *rest.offsets])
+        return self._checked(tokens, controls, text)
+
+    def encode_raw(self, text: str) -> Tokenised:
+        """A text without a template, between the tokenizer's own special tokens.
+
+        Raises:
+            SidelightError: As for ``encode_chat``.
+        """
+        controls = self._controls_in(self._usual(""), "")
+        usual = self._usual(text)
+        if self._has_only(controls, usual, text):
+            return usual
+        return self._checked(self._as_text(text, add_special_tokens=True), controls, text)
+
+    def _usual(self, text: str, **options: Any) -> Tokenised:
+        # Not verbose: it warns of long texts, for which there is an error of our own.
+        tokens = self._tokenizer(text, return_offsets_mapping=True, verbose=False, **options)
+        return Tokenised(tokens["input_ids"], tokens["offset_mapping"])
+
+    def _as_text(self, text: str, *, at: int = 0, add_special_tokens: bool = False) -> Tokenised:
+        """A run in which no control token is looked for; ``at``: where it begins."""
+        run = self._without_controls.encode(text, add_special_tokens=add_special_tokens)
+        return Tokenised(run.ids, [(at + start, at + end) for start, end in run.offsets])
+
+    @cached_property
+    def _without_controls(self) -> PlainTokenizer:
+        definition = json.loads(self._tokenizer.backend_tokenizer.to_str())
+        added = [
+            {**token, "special": token["id"] in self._names} for token in definition["added_tokens"]
+        ]
+        definition |= {"added_tokens": added, "truncation": None, "padding": None}
+        plain = PlainTokenizer.from_str(json.dumps(definition))
+        plain.encode_special_tokens = True
+        return plain
+
+    def _find_controls(self, piece: str) -> list[Control]:
+        return self._controls_in(self._usual(piece, add_special_tokens=False), piece)
+
+    def _controls_in(self, tokens: Tokenised, text: str) -> list[Control]:
+        controls: list[Control] = []
+        for token_id, (start, end) in zip(tokens.token_ids, tokens.offsets, strict=True):
+            name = self._names.get(token_id)
+            is_unknown = name == self._unknown and start < end and text[start:end].strip() != name
+            if name is not None and not is_unknown:
+                controls.append((token_id, start, end))
+        return controls
+
+    def _has_only(self, controls: Sequence[Control], tokens: Tokenised, text: str) -> bool:
+        """Whether these are all control tokens; some may cover blanks of a content beside them."""
+        found = self._controls_in(tokens, text)
+        return len(found) == len(controls) and all(
+            own[0] == other[0] and own[1] <= other[1] and other[2] <= own[2]
+            for own, other in zip(found, controls, strict=True)
+        )
+
+    def _checked(self, tokens: Tokenised, controls: Sequence[Control], text: str) -> Tokenised:
+        if not self._has_only(controls, tokens, text):
+            raise SidelightError(
+                "The text contains the name of a control token, and this model's tokenizer has no "
+                "other way to write it. Remove it from the text."
+            )
+        return tokens
