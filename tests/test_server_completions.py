@@ -1,12 +1,17 @@
-"""Text completions, and several texts of one request."""
+"""Text completions, and several texts of one request.
+
+Probes of raw texts judge them; probes of chats do not.
+"""
 
 import json
 
 import pytest
 
 from live import MODEL, http_client, served
-from sidelight.engines import TransformersEngine
-from sidelight.prompts import Reads
+from sidelight.engines import Finished, PromptJudged, Sampling, TransformersEngine
+from sidelight.prompts import PlainText, Reads
+from sidelight.server.policy import Policy, Rule
+from test_engine_decoding import run
 from tiny import three_probes, tiny_backbone, untrained_probe
 
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 8}
@@ -16,7 +21,7 @@ PROMPT_PROBES = ["toxicity", "intent", "topics"]
 
 @pytest.fixture(scope="module")
 def address():
-    backbone = tiny_backbone()
+    backbone = tiny_backbone(prompt_format="raw")
     late = untrained_probe(backbone, "refusal", reads=Reads("response"))
     with served(TransformersEngine(backbone, [*three_probes(backbone), late])) as address:
         yield address
@@ -153,3 +158,107 @@ def test_one_prompt_too_long_refuses_all_and_frees_every_place(http):
     while series["sidelight_requests_running"] != "0.0":
         series = dict(line.rsplit(" ", 1) for line in http.get("/metrics").text.splitlines())
     assert http.post("/v1/completions", json=TEXT).status_code == 200
+
+
+NEVER = Rule("block", threshold=1.0)
+"""Blocks nothing but what could not be judged."""
+
+
+@pytest.fixture(scope="module")
+def chat_probes():
+    backbone = tiny_backbone()
+    return backbone, [
+        untrained_probe(backbone, "early"),
+        untrained_probe(backbone, "late", reads=Reads("response")),
+    ]
+
+
+def chat_of(text):
+    """The chat template written out: the very token ids of a chat, but for the special ones."""
+    return f"<|user|>{text}<|end|>\n<|assistant|>"
+
+
+@pytest.mark.parametrize("prompt", ["Once upon a time", chat_of("hello")])
+@pytest.mark.parametrize("watch", [(), ("late",)])
+def test_probes_of_chats_give_no_verdict_on_plain_text(chat_probes, prompt, watch):
+    backbone, probes = chat_probes
+    asked = []
+
+    def admits(judged):
+        asked.append(judged)
+        return True
+
+    async def written(engine):
+        sampling = Sampling(max_tokens=4, temperature=0)
+        events = engine.generate(PlainText(prompt), sampling, watch=watch, admits=admits)
+        return [event async for event in events]
+
+    events = run(backbone, written, probes=probes)
+    judged, finished = events[0], events[-1]
+    assert isinstance(judged, PromptJudged)
+    assert isinstance(finished, Finished)
+    assert (judged.verdicts, judged.failed, judged.is_unfamiliar) == ((), ("early",), True)
+    assert asked == [judged]
+    for event in (*events[1:-1], finished):
+        assert getattr(event, "verdicts", ()) == ()
+    assert finished.failed == ("late",)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("prompt", ["Once upon a time", chat_of("hello")])
+def test_a_blocking_rule_refuses_plain_text_that_its_probe_cannot_judge(
+    chat_probes, prompt, stream
+):
+    backbone, probes = chat_probes
+    body = {**TEXT, "prompt": prompt, "stream": stream}
+    for on_failure, status in (("block", 400), ("pass", 200)):
+        rule = Rule("block", threshold=1.0, on_failure=on_failure)
+        engine = TransformersEngine(backbone, probes)
+        with (
+            served(engine, policy=Policy(input={"early": rule})) as address,
+            http_client(address) as http,
+        ):
+            answer = http.post("/v1/completions", json=body)
+            series = http.get("/metrics").text
+            chat = http.post("/v1/chat/completions", json=CHAT)
+        assert answer.status_code == status
+        action = {"block": "fail_closed", "pass": "fail_open"}[on_failure]
+        assert f'{{action="{action}",probe="early",side="input"}} 1.0' in series
+        assert chat.status_code == 200
+        if status == 400:
+            error = answer.json()["error"]
+            assert error["code"] == "verdict_failed"
+            assert "early" in error["message"]
+            assert "trained on chats" in error["message"]
+            assert "Once" not in error["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_nothing_is_sent_of_plain_text_whose_response_probe_blocks(chat_probes, stream):
+    backbone, probes = chat_probes
+    engine = TransformersEngine(backbone, probes)
+    with (
+        served(engine, policy=Policy(output={"late": NEVER})) as address,
+        http_client(address) as http,
+    ):
+        answer = http.post("/v1/completions", json={**TEXT, "stream": stream})
+        chat = http.post("/v1/chat/completions", json=CHAT).json()
+    assert answer.status_code == 200
+    lines = [line.removeprefix("data: ") for line in answer.text.splitlines() if line]
+    chunks = [json.loads(line) for line in lines if line != "[DONE]"]
+    choices = [choice for chunk in chunks for choice in chunk["choices"]]
+    assert "".join(choice["text"] for choice in choices) == ""
+    assert choices[-1]["finish_reason"] == "content_filter"
+    assert '"code":"verdict_failed"' in answer.text.replace(" ", "")
+    assert chat["choices"][0]["finish_reason"] != "content_filter"
+
+
+def test_without_a_rule_plain_text_is_answered_and_told_as_not_judged(chat_probes):
+    backbone, probes = chat_probes
+    with served(TransformersEngine(backbone, probes)) as address, http_client(address) as http:
+        answer = http.post("/v1/completions", json=TEXT).json()
+    failed = [{"probe": name, "error": "verdict_failed"} for name in ("early", "late")]
+    assert answer["sidelight"]["verdicts"] == failed
+    for side in ("input", "output"):
+        assert answer["moderation"][side]["code"] == "verdict_failed"
+        assert "trained on chats" in answer["moderation"][side]["message"]

@@ -15,7 +15,7 @@ from sidelight.backbones import TransformersBackbone
 from sidelight.calibration import Calibration
 from sidelight.mechanisms import Geometry, mechanism_spec
 from sidelight.probe import Probe
-from sidelight.prompts import Reads
+from sidelight.prompts import PromptFormat, Reads
 from sidelight.standardisation import Standardisation
 from sidelight.types import Task
 
@@ -59,11 +59,15 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_backbone(config: PreTrainedConfig | None = None) -> TransformersBackbone:
+def tiny_backbone(
+    config: PreTrainedConfig | None = None, *, prompt_format: PromptFormat = "chat"
+) -> TransformersBackbone:
     """A backbone of random weights; the same ones each time."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config or LlamaConfig(**SIZES), dtype=torch.float32)
-    return TransformersBackbone(model, tiny_tokenizer(), name="tiny/llama")
+    return TransformersBackbone(
+        model, tiny_tokenizer(), name="tiny/llama", prompt_format=prompt_format
+    )
 
 
 def untrained_probe(
@@ -87,7 +91,7 @@ def untrained_probe(
         name=name,
         task=task,
         reads=reads or Reads(),
-        prompt_format="chat",
+        prompt_format=backbone.encoder.prompt_format,
         spec=spec,
         mechanism=built,
         standardisation=Standardisation.identity(geometry),

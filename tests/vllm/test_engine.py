@@ -26,7 +26,7 @@ from sidelight.engines import (
 )
 from sidelight.engines.spelling import Speller
 from sidelight.errors import ContextLengthError, FingerprintMismatchError, SidelightError
-from sidelight.prompts import EncodedPrompt, Message, Part, Reads
+from sidelight.prompts import EncodedPrompt, Message, Part, PlainText, Reads
 from tiny import tiny_backbone, untrained_probe
 from vllm_served import ROUNDING, Model, expected, tiny_model
 
@@ -99,6 +99,26 @@ def require_equal(verdicts, failed, wanted, names):
 
 def names(model, *sides):
     return [probe.name for probe in model.probes if probe.reads.side in sides]
+
+
+def test_probes_of_chats_give_no_verdict_on_plain_text(engine, loop, model):
+    asked = []
+
+    def admits(judged):
+        asked.append(judged)
+        return True
+
+    async def written():
+        watch = names(model, "response", "both")
+        events = engine.generate(PlainText(TEXTS[5]), GREEDY, watch=watch, admits=admits)
+        return [event async for event in events]
+
+    events = loop.run(written())
+    assert all(getattr(event, "verdicts", ()) == () for event in events)
+    assert sorted(events[0].failed) == sorted(names(model, "prompt"))
+    assert events[0].is_unfamiliar
+    assert asked == events[:1]
+    assert sorted(events[-1].failed) == sorted(names(model, "response", "both"))
 
 
 def test_concurrent_requests_get_their_own_verdicts_before_their_text(engine, loop, model):

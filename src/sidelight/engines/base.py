@@ -13,14 +13,15 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from sidelight.backbones import Fingerprint
-from sidelight.engines.events import Event, PromptJudged
+from sidelight.engines.events import Event, PromptJudged, unjudged
 from sidelight.errors import SidelightError, VerdictError, did_you_mean
 from sidelight.probe import Probe, common_format
-from sidelight.prompts import Conversation, Message, Reads
+from sidelight.prompts import Conversation, Message, PlainText, Reads
 from sidelight.types import Task
 
 
@@ -205,7 +206,8 @@ class Engine(ABC):
     ) -> AsyncGenerator[Event, None]:
         """``PromptJudged``, any number of ``TextDelta``, ``Finished``; closing it cancels.
 
-        The probes are those loaded when this is called, until the end.
+        The probes are those loaded when this is called, until the end. Of a plain text, probes that
+        were trained on chats give no verdict: they are among the ``failed``.
 
         Args:
             messages: The conversation, or a text to go on with.
@@ -243,9 +245,27 @@ class Engine(ABC):
 def verdict_failure(probes: Iterable[str]) -> VerdictError:
     """The error that stands in for the verdicts of these probes."""
     return VerdictError(
-        f"No verdict from {', '.join(probes)}: the output was not a finite number, or the text has "
-        "no token that the probe reads. Treat the text as not judged."
+        f"No verdict from {', '.join(probes)}: the output was not a finite number, the text has no "
+        "token that the probe reads, or it is plain text and the probe was trained on chats. Treat "
+        "the text as not judged."
     )
+
+
+def can_judge(probes: Iterable[Probe], text: Conversation) -> bool:
+    """Whether the probes were trained on texts of this kind: chats teach nothing of plain text."""
+    return not isinstance(text, PlainText) or common_format(probes) != "chat"
+
+
+def unjudged_admission(admits: Admission) -> Admission:
+    """Asks about the prompt as ``unjudged`` tells of it."""
+    return lambda judged: admits(unjudged(judged))
+
+
+async def without_verdicts(events: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:
+    """The events with a failure in the place of each verdict."""
+    async with aclosing(events):
+        async for event in events:
+            yield unjudged(event)
 
 
 def require_watchable(watch: Iterable[str], probes: Sequence[LoadedProbe]) -> None:

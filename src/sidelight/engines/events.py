@@ -1,7 +1,7 @@
 """What an engine tells of one request, in the order in which it happens."""
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Literal, TypeVar
 
 from sidelight.engines.logprobs import TokenLogprobs
 from sidelight.types import Verdict
@@ -19,6 +19,8 @@ class PromptJudged:
         failed: Names of such probes that gave no verdict; never to be read as a harmless one.
         too_long: Those of the failed that a policy lets judge no text of this length; the server's,
             no engine says it.
+        is_unfamiliar: Whether the probes have failed since the prompt is plain text, and they were
+            trained on chats.
         tokens: Of the prompt.
         judging_s: Seconds by which the probes made the pass over the prompt longer. All requests of
             one pass wait for all of it, so it is not divided among them.
@@ -27,6 +29,7 @@ class PromptJudged:
     verdicts: tuple[Verdict, ...]
     failed: tuple[str, ...] = ()
     too_long: tuple[str, ...] = field(default=(), kw_only=True)
+    is_unfamiliar: bool = field(default=False, kw_only=True)
     tokens: int = field(kw_only=True)
     judging_s: float = field(default=0.0, compare=False)
 
@@ -94,6 +97,17 @@ class Finished:
 
 
 Event = PromptJudged | TextDelta | ResponseScored | Finished
+E = TypeVar("E", bound=Event)
+
+
+def unjudged(event: E) -> E:
+    """The event of a plain text whose probes were trained on chats: each has failed."""
+    if isinstance(event, TextDelta):
+        return event
+    failed = (*(verdict.probe for verdict in event.verdicts), *event.failed)
+    if isinstance(event, PromptJudged):
+        return replace(event, verdicts=(), failed=failed, is_unfamiliar=True)
+    return replace(event, verdicts=(), failed=failed)
 
 
 def written_by(event: Event) -> int:

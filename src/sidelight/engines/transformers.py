@@ -34,9 +34,12 @@ from sidelight.engines.base import (
     Sampling,
     Tokens,
     admit_all,
+    can_judge,
     require_same_model,
     require_watchable,
+    unjudged_admission,
     verdict_failure,
+    without_verdicts,
 )
 from sidelight.engines.batch import Batch, Emission, Failed
 from sidelight.engines.events import Event, PromptJudged
@@ -149,12 +152,16 @@ class TransformersEngine(Engine):
         panel = self._panel
         require_watchable(watch, panel.probes)
 
+        is_judged = can_judge(panel.probes, messages)
+        admission = admits if is_judged else unjudged_admission(admits)
+
         def request() -> Request:
             prompt = self._encoder.encode(messages)
             room = self._reader.room(prompt, sampling.max_tokens)
-            return Request(prompt, sampling, room, panel, watch=frozenset(watch), admits=admits)
+            return Request(prompt, sampling, room, panel, watch=frozenset(watch), admits=admission)
 
-        return self._written(request)
+        events = self._written(request)
+        return events if is_judged else without_verdicts(events)
 
     async def _written(self, read: Callable[[], Request]) -> AsyncGenerator[Event, None]:
         request = await asyncio.to_thread(read)

@@ -18,8 +18,11 @@ from sidelight.engines.base import (
     Sampling,
     Tokens,
     admit_all,
+    can_judge,
     require_same_model,
     require_watchable,
+    unjudged_admission,
+    without_verdicts,
 )
 from sidelight.engines.events import Event, PromptJudged
 from sidelight.engines.judging import Judgement
@@ -167,9 +170,12 @@ class VllmEngine(Engine):
         """
         probes = self._exchange.probes
         require_watchable(watch, probes)
+        is_judged = can_judge(probes, messages)
+        admission = admits if is_judged else unjudged_admission(admits)
         names, likelihoods = Names.of(probes), self._likelihoods(sampling.logprobs)
-        request = WrittenText(self, names, frozenset(watch), admits, likelihoods)
-        return self._written(messages, sampling, request, probes)
+        request = WrittenText(self, names, frozenset(watch), admission, likelihoods)
+        events = self._written(messages, sampling, request, probes)
+        return events if is_judged else without_verdicts(events)
 
     def _likelihoods(self, count: int | None) -> Likelihoods | None:
         return (

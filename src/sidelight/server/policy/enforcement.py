@@ -136,6 +136,8 @@ class Enforcement:
         unread = [clause for clause in failed if clause.is_too_long(event.tokens)]
         if unread:
             raise _too_long(unread[0], event.tokens, headers)
+        if failed and event.is_unfamiliar:
+            raise _unfamiliar([clause.name for clause in failed], headers)
         if failed:
             raise _failed([clause.name for clause in failed], headers)
 
@@ -144,6 +146,15 @@ def _too_long(clause: Clause, tokens: int, headers: Mapping[str, str]) -> Reques
     return RequestError(
         f"The prompt has {tokens} tokens, but probe '{clause.name}' may judge at most "
         f"{clause.rule.max_tokens}, and the policy blocks what is not judged. Shorten it.",
+        code="verdict_failed",
+        headers=headers,
+    )
+
+
+def _unfamiliar(names: Sequence[str], headers: Mapping[str, str]) -> RequestError:
+    return RequestError(
+        f"No verdict from {', '.join(names)}: trained on chats, probes cannot judge a plain text, "
+        "and the policy blocks what is not judged. Use /v1/chat/completions.",
         code="verdict_failed",
         headers=headers,
     )
