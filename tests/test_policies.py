@@ -471,11 +471,19 @@ ENDPOINTS = [
 
 @pytest.mark.parametrize(("path", "field", "body"), ENDPOINTS)
 def test_a_turn_that_no_probe_reads_is_trusted_or_refused(backbone, probes, path, field, body):
-    rules = {"toxicity": Rule("block", threshold=1.0)}
+    rule = Rule("block", threshold=1.0)
+    blocking, flagging = {"toxicity": rule}, {"toxicity": replace(rule, mode="flag")}
     developer = [{**ABUSE[0], "role": "developer"}, *HELLO]
     later = [*HELLO, {"role": "assistant", "content": "hi"}, *ABUSE]
-    for system_turns, refused in (("trust", 200), ("refuse", 400)):
-        policy = Policy(input=rules, system_turns=system_turns)
+    for policy, refused in (
+        (Policy(input=blocking, system_turns="trust"), 200),
+        (Policy(input=flagging), 200),
+        (Policy(output={"late": rule}), 200),
+        # Where a rule blocks prompts, the policy has to say that the turns are trusted.
+        (Policy(input=blocking), 400),
+        (Policy(input=flagging, system_turns="refuse"), 400),
+        (Policy(input=blocking, system_turns="refuse"), 400),
+    ):
         engine = TransformersEngine(backbone, probes)
         with served(engine, policy=policy) as address, http_client(address) as http:
             answers = [http.post(path, json={**body, field: t}) for t in (ABUSE, developer)]
@@ -489,6 +497,22 @@ def test_a_turn_that_no_probe_reads_is_trusted_or_refused(backbone, probes, path
     assert error["code"] == "system_turn_refused"
     assert "system_turns" in error["message"]
     assert "abuse" not in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("text", "refuses"),
+    [
+        ("", False),
+        ("[input.toxicity]\nmode = 'flag'", False),
+        ("[output.late]\nmode = 'block'", False),
+        ("[input.toxicity]\nmode = 'block'", True),
+        ("system_turns = 'trust'\n[input.toxicity]\nmode = 'block'", False),
+    ],
+)
+def test_a_file_without_a_word_on_system_turns_refuses_them_where_it_blocks_prompts(
+    policy_file, text, refuses
+):
+    assert read_policy(policy_file(text)).refuses_system_turns == refuses
 
 
 CHECKS = {

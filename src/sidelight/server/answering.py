@@ -25,7 +25,7 @@ async def answer(
 ) -> Response:
     """The texts, plain or streamed; either begins once all prompts have been judged."""
     context.require_model(body.model)
-    require_read(prompts, context.roster.system_turns)
+    require_read(prompts, context.roster.policy)
     sampling, n = body.sampling(), body.n or 1
     await context.require_size(prompts, n=n, max_tokens=sampling.max_tokens)
     await unless_left(request, context.engine.settled())

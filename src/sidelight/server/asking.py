@@ -33,7 +33,7 @@ async def find(
     Raises:
         RequestError: The policy refuses how it begins.
     """
-    require_read([turns], context.roster.system_turns)
+    require_read([turns], context.roster.policy)
     blank = Findings.of(context.probes, context.names, ())
     can_judge = {
         probe.name for probe in context.probes if probe.reads.side == "prompt" or is_answered(turns)

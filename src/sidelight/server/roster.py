@@ -19,7 +19,6 @@ from sidelight.server.policy import (
     Clause,
     Policy,
     Rule,
-    SystemTurns,
     clauses_of,
     require_fitting_probe,
 )
@@ -70,9 +69,9 @@ class Roster:
         return self._policy.timeout_s
 
     @property
-    def system_turns(self) -> SystemTurns:
-        """Whether a conversation may begin with turns that no probe reads."""
-        return self._policy.system_turns
+    def policy(self) -> Policy:
+        """The rules, also of probes that do not run."""
+        return self._policy
 
     @property
     def clauses(self) -> tuple[Clause, ...]:

@@ -9,7 +9,7 @@ from sidelight.server.policy.clauses import (
 from sidelight.server.policy.decisions import Action, Decision
 from sidelight.server.policy.enforcement import Enforcement
 from sidelight.server.policy.files import read_policy
-from sidelight.server.policy.rules import Policy, Rule, SystemTurns
+from sidelight.server.policy.rules import Policy, Rule
 from sidelight.server.policy.system_turns import require_read
 from sidelight.server.policy.wishes import Wish, Wishes, tightened
 
@@ -20,7 +20,6 @@ __all__ = [
     "Enforcement",
     "Policy",
     "Rule",
-    "SystemTurns",
     "Wish",
     "Wishes",
     "clauses_of",

@@ -44,7 +44,7 @@ class _OutputRule(_Rule):
 
 class _File(_Table):
     timeout_s: Annotated[float, Field(gt=0)] | None = None
-    system_turns: SystemTurns = "trust"
+    system_turns: SystemTurns | None = None
     input: dict[str, _InputRule] = {}
     output: dict[str, _OutputRule] = {}
 

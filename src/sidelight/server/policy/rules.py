@@ -60,13 +60,20 @@ class Policy:
         output: By name of a probe that reads the response.
         timeout_s: Seconds that a prompt's verdicts may take where a rule blocks; None: any.
         system_turns: Whether a conversation may begin with turns that no probe reads, the system's
-            or a developer's.
+            or a developer's; None: only where no rule blocks prompts.
     """
 
     input: Mapping[str, Rule] = field(default_factory=dict)
     output: Mapping[str, Rule] = field(default_factory=dict)
     timeout_s: float | None = None
-    system_turns: SystemTurns = "trust"
+    system_turns: SystemTurns | None = None
+
+    @property
+    def refuses_system_turns(self) -> bool:
+        """Whether a conversation that begins with such a turn is refused."""
+        if self.system_turns is None:
+            return any(rule.mode == "block" for rule in self.input.values())
+        return self.system_turns == "refuse"
 
     def require_side(self, name: str, side: Side) -> None:
         """Checks that no rule waits for a probe of this name on the other side.

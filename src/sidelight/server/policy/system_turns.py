@@ -4,27 +4,28 @@ from collections.abc import Sequence
 
 from sidelight.prompts import Conversation, PlainText
 from sidelight.server.errors import RequestError
-from sidelight.server.policy.rules import SystemTurns
+from sidelight.server.policy.rules import Policy
 
 _ROLES = frozenset({"system", "developer"})
 
 
-def require_read(texts: Sequence[Conversation], system_turns: SystemTurns) -> None:
+def require_read(texts: Sequence[Conversation], policy: Policy) -> None:
     """Checks that probes read each conversation from its first turn on, where the policy wants it.
 
     Args:
         texts: Of one request.
-        system_turns: What the policy says.
+        policy: Of the server.
 
     Raises:
         RequestError: One begins with a system or developer turn, and the policy refuses these.
     """
-    if system_turns == "trust":
+    if not policy.refuses_system_turns:
         return
     for text in texts:
         if not isinstance(text, PlainText) and text and text[0].role in _ROLES:
             raise RequestError(
-                f"The conversation begins with a {text[0].role} turn, which no probe reads, and "
-                "the server's policy says system_turns = \"refuse\". Begin with a user's turn.",
+                f"The conversation begins with a {text[0].role} turn. Probes of chats do not read "
+                "it, so the server's policy refuses it. Begin with a user's turn. If nobody but "
+                'the operator writes such turns, the policy may say system_turns = "trust".',
                 code="system_turn_refused",
             )
