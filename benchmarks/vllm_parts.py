@@ -13,12 +13,12 @@ from time import thread_time
 import torch
 
 from sidelight.artifact import save_probe
-from sidelight.backbones import load_backbone
-from sidelight.bench.serving import probe_sets
+from sidelight.backbone import load_backbone
 from sidelight.prompts import Part
-from sidelight.vllm_plugin.settings import Served
-from sidelight.vllm_plugin.tracking import Reading
-from sidelight.vllm_plugin.worker import Worker
+from sidelight.vllm.columns import Reading
+from sidelight.vllm.settings import Served
+from sidelight.vllm.worker import Worker
+from sidelight_lab.bench.serving import probe_sets
 
 REQUESTS, TOKENS, BLOCK, ROUNDS = 8, 256, 32, 7
 

@@ -9,13 +9,14 @@ from pydantic import BaseModel
 from ray import serve
 
 from sidelight.artifact import load_probe
-from sidelight.backbones import load_backbone
-from sidelight.engines import Engine, EngineUnavailableError, TransformersEngine
+from sidelight.backbone import load_backbone
+from sidelight.engines.base import Engine, EngineUnavailableError
+from sidelight.engines.transformers import TransformersEngine
+from sidelight.policy.files import read_policy
+from sidelight.policy.rules import Policy
 from sidelight.probe import Probe
-from sidelight.server import Service, create_app
-from sidelight.server.keys import Access, numbered_keys
-from sidelight.server.limits import ServerLimits
-from sidelight.server.policy import Policy, read_policy
+from sidelight.server.app import Service, create_app
+from sidelight.server.config import Access, ServerLimits, numbered_keys
 
 
 class Settings(BaseModel, extra="forbid"):
@@ -73,7 +74,7 @@ def app(settings: Settings) -> serve.Application:
 def engine_of(settings: Settings, probes: list[Probe]) -> Engine:
     model = settings.model or probes[0].fingerprint.name
     if settings.engine == "vllm":
-        from sidelight.engines.vllm import load_vllm_engine
+        from sidelight.vllm.engine import load_vllm_engine
 
         return load_vllm_engine(model, probes, options=settings.engine_options)
     backbone = load_backbone(model, prompt_format=probes[0].prompt_format)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sidelight.backbones import TransformersBackbone
+from sidelight.backbone import TransformersBackbone
 from sidelight.cli import main
 
 

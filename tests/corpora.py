@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 
-from sidelight.backbones import Backbone
-from sidelight.cache import ActivationCache
-from sidelight.extraction import BackboneSource, extract
+from sidelight.backbone import Backbone
 from sidelight.prompts import EncodedPrompt, Message, Reads
-from sidelight.training import TrainingSet
+from sidelight.states.cache import ActivationCache
+from sidelight.states.extraction import BackboneSource, extract
+from sidelight.training.loop import TrainingSet
 from sidelight.types import Task, TaskKind
 
 SIGNALS = "XYZ"

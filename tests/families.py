@@ -13,7 +13,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from sidelight.backbones import TransformersBackbone
+from sidelight.backbone import TransformersBackbone
 from tiny import SIZES, tiny_tokenizer
 
 _GROUPED = {**SIZES, "num_key_value_heads": 2}

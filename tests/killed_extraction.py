@@ -5,10 +5,10 @@ import signal
 import sys
 from pathlib import Path
 
-from sidelight.backbones import load_backbone
-from sidelight.cache import ActivationCache
-from sidelight.extraction import BackboneSource, extract
+from sidelight.backbone import load_backbone
 from sidelight.prompts import Message, Reads
+from sidelight.states.cache import ActivationCache
+from sidelight.states.extraction import BackboneSource, extract
 
 TEXTS = [f"text number {i} " + "and so on " * (i % 5) for i in range(40)]
 SHARD_BYTES = 50_000

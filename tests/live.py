@@ -10,10 +10,9 @@ import uvicorn
 from fastapi import FastAPI
 from openai import OpenAI
 
-from sidelight.engines import Engine
-from sidelight.server import Service, create_app
-from sidelight.server.limits import ServerLimits
-from sidelight.server.running import server_settings
+from sidelight.engines.base import Engine
+from sidelight.server.app import Service, create_app, server_settings
+from sidelight.server.config import ServerLimits
 
 MODEL = "tiny/llama"
 

@@ -3,7 +3,7 @@
 import multiprocessing
 import time
 
-from sidelight.vllm_plugin.orphans import end_with_parent
+from sidelight.vllm.worker import end_with_parent
 
 
 def wait() -> None:

@@ -17,15 +17,14 @@ from transformers import LlamaConfig
 
 from live import MODEL, served
 from sidelight.artifact import load_probe, save_probe
-from sidelight.engines import TransformersEngine
+from sidelight.engines.transformers import TransformersEngine
+from sidelight.policy.rules import Policy, Rule
 from sidelight.prompts import Reads
-from sidelight.server.audit import AuditLog
+from sidelight.server import admin as admin_probes
+from sidelight.server.config import Access, ServerLimits, numbered_keys
 from sidelight.server.context import Context
-from sidelight.server.endpoints import admin_probes
-from sidelight.server.keys import Access, numbered_keys
-from sidelight.server.limits import ServerLimits
-from sidelight.server.policy import Policy, Rule
-from sidelight.server.roster import Roster
+from sidelight.server.observe import AuditLog
+from sidelight.server.probes import ProbeRegistry
 from sidelight.types import Task
 from test_engine_decoding import run
 from tiny import INTENT, SIZES, tiny_backbone, untrained_probe
@@ -337,7 +336,7 @@ def test_a_change_whose_caller_leaves_is_made_and_audited(backbone, tmp_path):
     path = tmp_path / "audit.jsonl"
 
     async def change(engine):
-        roster = Roster(engine, Policy(), {})
+        roster = ProbeRegistry(engine, Policy(), {})
         audit = AuditLog(path, salt=b"salt")
         context = Context.new(engine, roster, ServerLimits(), audit)
         for make, state in (

@@ -18,12 +18,12 @@ from sidelight import artifact
 from sidelight.artifact import MANIFEST, WEIGHTS, load_probe, read_manifest, save_probe
 from sidelight.bank import Bank
 from sidelight.calibration import Calibration, Knots
-from sidelight.classifier import load
 from sidelight.errors import FingerprintMismatchError, SidelightError
-from sidelight.mechanisms import mechanism_names
+from sidelight.mechanisms.base import mechanism_names
 from sidelight.prompts import Message, Reads
-from sidelight.scoring import score
 from sidelight.standardisation import Standardisation
+from sidelight.states.scoring import score
+from sidelight.training.classifier import load
 from tiny import INTENT, TOPICS, TOXICITY, untrained_probe
 
 TASKS = [TOXICITY, INTENT, TOPICS]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sidelight.fitting.automatic import automatic_mechanisms
+from sidelight.training.options import automatic_mechanisms
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from families import FAMILIES, family_backbone
-from sidelight.backbones import TransformersBackbone, load_backbone
+from sidelight.backbone import TransformersBackbone, load_backbone
 from sidelight.errors import FingerprintMismatchError, SidelightError
 from sidelight.prompts import Message
 from tiny import SIZES, tiny_backbone, tiny_tokenizer

@@ -10,10 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sidelight.bank import Bank, BankState
 from sidelight.errors import SidelightError, VerdictError
-from sidelight.mechanisms import Geometry, mechanism_names
+from sidelight.mechanisms.base import Geometry, mechanism_names
 from sidelight.prompts import Message, Reads
-from sidelight.scoring import read_masks, score
 from sidelight.standardisation import Standardisation
+from sidelight.states.scoring import read_masks, score
 from tiny import INTENT, TOPICS, TOXICITY, untrained_probe
 
 # float32: matmuls of another width add the same products in another order.

@@ -11,12 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corpora import encoded
-from sidelight.batching import by_length
-from sidelight.cache import ActivationCache, Shard, ShardPlan
-from sidelight.cache_parts import states_of
 from sidelight.errors import SidelightError
-from sidelight.extraction import BackboneSource, extract
 from sidelight.prompts import Reads
+from sidelight.ragged import by_length
+from sidelight.states.cache import ActivationCache, Shard, ShardPlan, states_of
+from sidelight.states.extraction import BackboneSource, extract
 from sidelight.storage import FolderLock
 
 TEXTS = ["one", "two words", "a third text that is longer", "four"]

@@ -11,12 +11,7 @@ from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 
-from sidelight.calibration import (
-    Calibration,
-    CalibrationKind,
-    choose_thresholds,
-    fit_calibration,
-)
+from sidelight.calibration import Calibration, CalibrationKind, choose_thresholds, fit_calibration
 from sidelight.errors import SidelightError
 from sidelight.types import Task
 

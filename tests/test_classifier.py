@@ -9,16 +9,17 @@ import pytest
 import sidelight
 from commands import saved
 from corpora import TASKS, planted
-from sidelight.assessment import Columns, assess
-from sidelight.backbones import TransformersBackbone
-from sidelight.classifier import Classifier, load, train
-from sidelight.data import load_examples
+from sidelight.backbone import TransformersBackbone
+from sidelight.data.loading import load_examples
 from sidelight.errors import ContextLengthError, SidelightError, VerdictError
-from sidelight.fitting import FitOptions, fit
-from sidelight.fitting.screening import shared_texts
-from sidelight.mechanisms import mechanism_spec
+from sidelight.mechanisms.base import mechanism_spec
 from sidelight.prompts import Reads
-from sidelight.training import TrainingSettings
+from sidelight.training.classifier import Classifier, load, train
+from sidelight.training.cross_fitting import shared_texts
+from sidelight.training.fit import fit
+from sidelight.training.options import FitOptions
+from sidelight.training.runs import Columns, assess
+from sidelight.training.settings import TrainingSettings
 from tiny import untrained_probe
 
 pytestmark = pytest.mark.usefixtures("own_cache")

@@ -10,11 +10,11 @@ import pytest
 
 from commands import run, saved
 from corpora import planted
-from sidelight.backbones import TransformersBackbone
-from sidelight.cli.labelled import load_labelled
+from sidelight.backbone import TransformersBackbone
+from sidelight.cli.options import load_labelled
 from sidelight.cli.train import train
 from sidelight.errors import SidelightError
-from sidelight.mechanisms import mechanism_names
+from sidelight.mechanisms.base import mechanism_names
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -240,7 +240,7 @@ def test_what_the_system_refuses_is_one_line(
     def refuse(_directory: Path) -> None:
         raise OSError(28, "No space left on device", "/full/disk")
 
-    monkeypatch.setattr("sidelight.manifest.read_manifest", refuse)
+    monkeypatch.setattr("sidelight.artifact.read_manifest", refuse)
     assert run("inspect", "probe") == 2
     line = "Error: No space left on device (/full/disk). Check the path, who may write there, and"
     assert capsys.readouterr().err.startswith(line)

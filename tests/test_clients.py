@@ -9,9 +9,10 @@ from openai import ContentFilterFinishReasonError
 
 from client_lanes import CLIENTS, MESSAGES, SETTINGS, Client, server_itself, word
 from live import MODEL, openai_client, served
-from sidelight.engines import Engine, TransformersEngine
+from sidelight.engines.base import Engine
+from sidelight.engines.transformers import TransformersEngine
+from sidelight.policy.rules import Policy, Rule
 from sidelight.prompts import Reads
-from sidelight.server.policy import Policy, Rule
 from tiny import three_probes, tiny_backbone, untrained_probe
 
 # LiteLLM leaves its event loop and connections to the garbage collector.

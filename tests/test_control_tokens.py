@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from sidelight.backbones.embedded import embedded_model_path
 from sidelight.errors import SidelightError
 from sidelight.prompts import Message, PlainText, PromptEncoder
+from sidelight.smollm2 import embedded_model_path
 from templates import CHATML, TEMPLATES, merging_tokenizer
 from test_real_data import DATA, ROOT
 from tiny import tiny_tokenizer

@@ -6,14 +6,16 @@ import numpy as np
 import pytest
 
 from corpora import planted
-from sidelight.data import load_examples
+from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
-from sidelight.fitting import FitOptions, fit
-from sidelight.fitting.cross_fitting import FOLDS, choose_folds, cross_fit
-from sidelight.mechanisms import mechanism_spec
+from sidelight.mechanisms.base import mechanism_spec
 from sidelight.prompts import Reads
-from sidelight.study import Study, make_split
-from sidelight.training import Job, suggested_settings, train_mechanisms
+from sidelight.training.cross_fitting import FOLDS, choose_folds, cross_fit
+from sidelight.training.dataset import ProbeDataset, make_split
+from sidelight.training.fit import fit
+from sidelight.training.loop import train_mechanisms
+from sidelight.training.options import FitOptions
+from sidelight.training.settings import Job, suggested_settings
 
 # Two float32 programs of the same sums.
 ROUNDING = 1e-4
@@ -32,7 +34,7 @@ def rows(kind, count, *, seed=0):
 def whole(tiny, tmp_path):
     examples = load_examples(rows("binary", 40))
     split = make_split(tiny, examples, reads=Reads(), max_tokens=512, cache_root=tmp_path)
-    return Study(tiny, split, split)
+    return ProbeDataset(tiny, split, split)
 
 
 def jobs():
@@ -105,8 +107,8 @@ def test_a_baseline_that_fails_costs_no_training(tiny, tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise SidelightError("no baseline")
 
-    monkeypatch.setattr("sidelight.fitting.cross_fitting.TfIdf.fit", refuse)
-    module = import_module("sidelight.fitting.fit")
+    monkeypatch.setattr("sidelight.training.cross_fitting.TfIdf.fit", refuse)
+    module = import_module("sidelight.training.fit")
     monkeypatch.setattr(module, "cross_fit", lambda *_: pytest.fail("probes were trained"))
     options = FitOptions(mechanisms=(mechanism_spec("pooling"),), cache_root=tmp_path)
     with pytest.raises(SidelightError, match="no baseline"):

@@ -19,7 +19,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import sidelight
-from sidelight.data import Examples, load_examples
+from sidelight.data.examples import Examples
+from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
 from sidelight.prompts import Message
 from sidelight.types import Task

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from sidelight.cli import app
-from sidelight.engines import LoadingEngine
-from sidelight.server import create_app
+from sidelight.engines.loading import LoadingEngine
+from sidelight.server.app import create_app
 from tiny import tiny_backbone
 
 ROOT = Path(__file__).parent.parent
@@ -58,14 +58,18 @@ def first_cells(page: str, head: str) -> list[str]:
 
 
 def names_of(requirements: list[str]) -> set[str]:
-    return {re.split(r"[\[<>=~!; ]", line)[0] for line in requirements}
+    names = {re.split(r"[\[<>=~!; ]", line)[0] for line in requirements}
+    return names - {"sidelight"}
 
 
 def test_every_dependency_has_its_sentence():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    laboratory = tomllib.loads((ROOT / "lab" / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     tools = names_of([*extras.pop("dev"), *extras.pop("vllm-test")])
-    used = names_of(sum(extras.values(), start=project["dependencies"]))
+    used = names_of(
+        sum(extras.values(), start=project["dependencies"] + laboratory["dependencies"])
+    )
     cells = first_cells("dependencies.md", "| package | why |")
     told = {name.strip() for cell in cells for name in re.sub(r"\(.*\)", "", cell).split(",")}
     assert used - told == set()
@@ -98,7 +102,7 @@ def test_every_option_of_the_server_is_described():
 def test_import_and_help_load_nothing_heavy():
     code = (
         "import sys, sidelight; from sidelight.cli import app\n"
-        "for command in [], *([name] for name in app.commands):\n"
+        "for command in [], *([name] for name in app.list_commands(None)):\n"
         "    app([*command, '--help'], standalone_mode=False)\n"
         "heavy = {'torch', 'transformers', 'fastapi', 'matplotlib', 'sklearn'} & set(sys.modules)\n"
         "sys.exit(', '.join(heavy) or 0)"

@@ -7,10 +7,11 @@ import pytest
 
 from live import http_client, served
 from sidelight.artifact import load_probe, save_probe
-from sidelight.engines import LoadingEngine, TransformersEngine
-from sidelight.metrics.drift import BINS, score_counts, stability_index
-from sidelight.server.drift import ENOUGH, Drift
-from sidelight.server.keys import Access, numbered_keys
+from sidelight.engines.loading import LoadingEngine
+from sidelight.engines.transformers import TransformersEngine
+from sidelight.metrics import BINS, score_counts, stability_index
+from sidelight.server.config import Access, numbered_keys
+from sidelight.server.metrics import ENOUGH, Drift
 from sidelight.types import Verdict
 from tiny import tiny_backbone, untrained_probe
 

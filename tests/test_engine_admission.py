@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from sidelight.engines import Finished, PromptJudged
+from sidelight.engines.base import Finished, PromptJudged
 from sidelight.prompts import Message, Reads
 from test_engine_decoding import GREEDY, ask, run
 from test_engine_failures import count_passes, until_idle

@@ -7,14 +7,9 @@ import pytest
 import torch
 from transformers import Gemma3TextConfig, GemmaConfig
 
-from sidelight.engines import (
-    Finished,
-    Limits,
-    PromptJudged,
-    Sampling,
-    TextDelta,
-    TransformersEngine,
-)
+from sidelight.engines.base import Finished, PromptJudged, Sampling, TextDelta
+from sidelight.engines.queue import Limits
+from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import ContextLengthError, SidelightError
 from sidelight.prompts import Message
 from tiny import SIZES, three_probes, tiny_backbone

@@ -6,16 +6,16 @@ import logging
 import pytest
 import torch
 
-from sidelight.engines import (
+from sidelight.engines.base import (
     EngineBusyError,
     EngineUnavailableError,
     GenerationError,
-    Limits,
-    LoadingEngine,
     Sampling,
     TextDelta,
-    TransformersEngine,
 )
+from sidelight.engines.loading import LoadingEngine
+from sidelight.engines.queue import Limits
+from sidelight.engines.transformers import TransformersEngine
 from sidelight.prompts import Message
 from test_engine_decoding import ask, run
 from tiny import three_probes, tiny_backbone

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from sidelight.engines.base import EngineUnavailableError
-from sidelight.engines.gate import Gate
+from sidelight.vllm.exchange import Gate
 
 
 async def settled(task):

@@ -5,7 +5,7 @@ import torch
 
 from sidelight.engines.base import EngineBusyError, Sampling
 from sidelight.engines.judging import Panel
-from sidelight.engines.line import Limits, Line, Request
+from sidelight.engines.queue import Limits, Request, RequestQueue
 from sidelight.prompts import EncodedPrompt, Part
 
 
@@ -24,7 +24,7 @@ def admitted(line, running=()):
 
 
 def test_first_come_first_served():
-    line = Line(Limits(running=2))
+    line = RequestQueue(Limits(running=2))
     requests = [request() for _ in range(3)]
     line.join(requests)
     assert admitted(line) == requests[:2]
@@ -32,7 +32,7 @@ def test_first_come_first_served():
 
 
 def test_a_full_line_refuses():
-    line = Line(Limits(waiting=2))
+    line = RequestQueue(Limits(waiting=2))
     line.join([request(), request()])
     with pytest.raises(EngineBusyError, match="2 requests are waiting and 2 may") as busy:
         line.join([request()])
@@ -41,28 +41,28 @@ def test_a_full_line_refuses():
 
 
 def test_a_prefill_batch_counts_its_padding():
-    line = Line(Limits(prefill_tokens=100))
+    line = RequestQueue(Limits(prefill_tokens=100))
     requests = [request(10), request(10), request(60)]
     line.join(requests)
     assert admitted(line) == requests[:2]
 
 
 def test_a_prompt_beyond_the_budget_goes_alone():
-    line = Line(Limits(prefill_tokens=50))
+    line = RequestQueue(Limits(prefill_tokens=50))
     requests = [request(80), request(10)]
     line.join(requests)
     assert admitted(line) == requests[:1]
 
 
 def test_the_cache_has_room_for_what_is_still_to_be_written():
-    line = Line(Limits(cache_tokens=100))
+    line = RequestQueue(Limits(cache_tokens=100))
     requests = [request(10, 30), request(10, 30), request(10, 30)]
     line.join(requests)
     assert admitted(line) == requests[:2]
 
 
 def test_checks_pass_while_every_place_is_taken():
-    line = Line(Limits(running=1))
+    line = RequestQueue(Limits(running=1))
     running, waiting, small = request(), request(), check()
     line.join([waiting, small])
     assert admitted(line, [running]) == [small]
@@ -70,7 +70,7 @@ def test_checks_pass_while_every_place_is_taken():
 
 
 def test_nobody_overtakes_a_request_that_does_not_fit_yet():
-    line = Line(Limits(cache_tokens=100))
+    line = RequestQueue(Limits(cache_tokens=100))
     large, small = request(10, 80), request(1, 1)
     line.join([large, small])
     assert admitted(line, [request(10, 30)]) == []
@@ -78,7 +78,7 @@ def test_nobody_overtakes_a_request_that_does_not_fit_yet():
 
 
 def test_those_who_leave_are_not_admitted():
-    line = Line(Limits())
+    line = RequestQueue(Limits())
     stays, leaves = request(), request()
     line.join([stays, leaves])
     line.leave([leaves])

@@ -7,17 +7,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from sidelight.engines import (
-    Finished,
-    Sampling,
-    Spelling,
-    TextDelta,
-    TokenLogprobs,
-    TransformersEngine,
-)
-from sidelight.engines.detokenizer import UNFINISHED
-from sidelight.engines.logprobs import LOWEST, odds_of
-from sidelight.engines.spelling import Speller
+from sidelight.engines.base import Finished, Sampling, TextDelta
+from sidelight.engines.logprobs import LOWEST, Spelling, TokenLogprobs, odds_of
+from sidelight.engines.text import UNFINISHED, Speller
+from sidelight.engines.transformers import TransformersEngine
 from sidelight.prompts import Message
 from tiny import SIZES, tiny_backbone, tiny_tokenizer
 

@@ -6,8 +6,9 @@ import pytest
 from transformers import LlamaConfig
 
 from sidelight.artifact import load_probe, save_probe
-from sidelight.engines import EngineUnavailableError, Finished, LoadingEngine, TransformersEngine
-from sidelight.engines.base import Sampling
+from sidelight.engines.base import EngineUnavailableError, Finished, Sampling
+from sidelight.engines.loading import LoadingEngine
+from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import FingerprintMismatchError, SidelightError, VerdictError
 from sidelight.prompts import Message, Reads
 from test_engine_decoding import ask, run

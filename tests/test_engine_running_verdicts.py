@@ -5,7 +5,7 @@ import asyncio
 import pytest
 import torch
 
-from sidelight.engines import Finished, PromptJudged, ResponseScored, Sampling, TextDelta
+from sidelight.engines.base import Finished, PromptJudged, ResponseScored, Sampling, TextDelta
 from sidelight.errors import SidelightError
 from sidelight.prompts import EncodedPrompt, Message, Part, Reads
 from test_engine_decoding import GREEDY, ask, reference, run

@@ -6,7 +6,7 @@ import weakref
 import torch
 
 from sidelight.bank import Bank
-from sidelight.engines import Sampling
+from sidelight.engines.base import Sampling
 from sidelight.prompts import Message, Reads
 from test_engine_decoding import ask, run
 from tiny import three_probes, tiny_backbone, untrained_probe

@@ -5,8 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sidelight.engines.base import Sampling
-from sidelight.engines.detokenizer import Detokenizer, StopGate
-from sidelight.engines.sampler import Sampler
+from sidelight.engines.text import Detokenizer, Sampler, StopGate
 
 BYTES = st.binary(max_size=40)
 SHORT_TEXT = st.text(alphabet="ab\u00e9", max_size=30)

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig
 
 from sidelight.bank import Bank
-from sidelight.engines import Limits
+from sidelight.engines.queue import Limits
 from sidelight.errors import FingerprintMismatchError
 from sidelight.prompts import EncodedPrompt, Message, Part, Reads
 from test_engine_decoding import GREEDY, ask, run

@@ -27,9 +27,9 @@ from commands import saved
 from live import http_client, openai_client, served
 from sidelight.artifact import save_probe
 from sidelight.calibration import Calibration
-from sidelight.engines import TransformersEngine
-from sidelight.server.keys import Access, numbered_keys
-from sidelight.server.policy import read_policy
+from sidelight.engines.transformers import TransformersEngine
+from sidelight.policy.files import read_policy
+from sidelight.server.config import Access, numbered_keys
 from sidelight.types import Task
 from sockets import answers, connection, read_all
 from tiny import three_probes, tiny_backbone, untrained_probe

@@ -11,13 +11,13 @@ import torch
 
 import killed_extraction
 from corpora import encoded
-from sidelight.backbones import load_backbone
-from sidelight.bench.extraction import compare_extraction
-from sidelight.cache import ActivationCache
-from sidelight.data import load_examples
+from sidelight.backbone import load_backbone
+from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
-from sidelight.extraction import BackboneSource, extract
 from sidelight.prompts import Message, Reads, shared_unread
+from sidelight.states.cache import ActivationCache
+from sidelight.states.extraction import BackboneSource, extract
+from sidelight_lab.bench.training import compare_extraction
 from tiny import tiny_backbone
 
 TEXTS = ["one", "two words", "a third text that is longer than the others", "four", "five"]

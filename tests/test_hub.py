@@ -6,7 +6,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from sidelight.artifact import load_probe, save_probe
-from sidelight.backbones import TransformersBackbone
+from sidelight.backbone import TransformersBackbone
 from sidelight.errors import SidelightError
 from sidelight.hub import pull, push
 from tiny import untrained_probe

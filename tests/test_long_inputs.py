@@ -12,16 +12,16 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 import sidelight
 from commands import run, saved
 from corpora import TASKS, planted, training_set
-from sidelight.cards import model_card
-from sidelight.data import load_examples
+from sidelight.artifact import model_card, read_manifest
+from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
-from sidelight.fitting import FitOptions, fit
-from sidelight.fitting.automatic import automatic_mechanisms
-from sidelight.manifest import read_manifest
-from sidelight.mechanisms import mechanism_spec
+from sidelight.mechanisms.base import mechanism_spec
 from sidelight.ragged import Ragged
-from sidelight.training import Job, suggested_settings, train_mechanisms
-from sidelight.training.long_inputs import among_others
+from sidelight.training.batches import among_others
+from sidelight.training.fit import fit
+from sidelight.training.loop import train_mechanisms
+from sidelight.training.options import FitOptions, automatic_mechanisms
+from sidelight.training.settings import Job, suggested_settings
 
 
 def batch(labels, *, seed=0):

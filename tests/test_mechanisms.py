@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sidelight.errors import SidelightError
-from sidelight.mechanisms import Geometry, attention, fusion, mechanism_names, mechanism_spec
+from sidelight.mechanisms import attention, fusion
+from sidelight.mechanisms.base import Geometry, mechanism_names, mechanism_spec
 from sidelight.ragged import Ragged
 
 LAYERS, WIDTH = 3, 32

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from sidelight.bench.parity import compare_engines
-from sidelight.engines import TransformersEngine
+from sidelight.engines.parity import compare_engines
+from sidelight.engines.transformers import TransformersEngine
 from sidelight.prompts import Message
 from tiny import untrained_probe
 

@@ -10,12 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from live import MODEL, http_client, openai_client, served
-from sidelight.engines import Finished, ResponseScored, TextDelta, TransformersEngine
+from sidelight.engines.base import Finished, ResponseScored, TextDelta
+from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import SidelightError
+from sidelight.policy.files import read_policy
+from sidelight.policy.hold_back import End, HoldBack
+from sidelight.policy.rules import Policy, Rule, clauses_of, require_fitting
 from sidelight.prompts import Reads
-from sidelight.server import Service, create_app
-from sidelight.server.policy import Policy, Rule, clauses_of, read_policy, require_fitting
-from sidelight.server.policy.holding import End, HoldBack
+from sidelight.server.app import Service, create_app
 from sidelight.types import Verdict
 from tiny import INTENT, TOPICS, tiny_backbone, untrained_probe
 

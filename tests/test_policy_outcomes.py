@@ -13,13 +13,14 @@ import torch
 from torch import nn
 
 from live import MODEL, http_client, served
-from sidelight.backbones import TransformersBackbone
-from sidelight.engines import ResponseScored, Sampling, TextDelta, TransformersEngine
+from sidelight.backbone import TransformersBackbone
+from sidelight.engines.base import ResponseScored, Sampling, TextDelta
+from sidelight.engines.transformers import TransformersEngine
+from sidelight.policy.rules import Policy, Rule
 from sidelight.probe import Probe
 from sidelight.prompts import Reads
-from sidelight.server.audit import AuditLog
-from sidelight.server.keys import Access, numbered_keys
-from sidelight.server.policy import Policy, Rule
+from sidelight.server.config import Access, numbered_keys
+from sidelight.server.observe import AuditLog
 from test_engine_decoding import run
 from test_engine_running_verdicts import events_of
 from tiny import tiny_backbone, untrained_probe

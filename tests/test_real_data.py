@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from sidelight.backbones import load_backbone
-from sidelight.classifier import train
-from sidelight.data import load_examples
+from sidelight.backbone import load_backbone
+from sidelight.data.loading import load_examples
+from sidelight.training.classifier import train
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("SIDELIGHT_DATA") or ROOT.parent / "shared" / "data")

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from sidelight.artifact import MANIFEST, load_probe
-from sidelight.backbones import TransformersBackbone
+from sidelight.backbone import TransformersBackbone
 from sidelight.errors import SidelightError
 from sidelight.evaluation import evaluate
-from sidelight.fitting import Fit, Run
-from sidelight.mechanisms import Geometry, OptionValue, mechanism_spec
+from sidelight.mechanisms.base import Geometry, OptionValue, mechanism_spec
 from sidelight.probe import Probe
-from sidelight.runs import RUNS, describe_fit, holds_probe, read_runs, write_fit
+from sidelight.training.fit import Fit, Run
+from sidelight.training.runs import RUNS, describe_fit, holds_probe, read_runs, write_fit
 from tiny import TOXICITY, untrained_probe
 
 LABELS = np.array([0, 1, 0, 1])

@@ -7,12 +7,12 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from commands import run
-from sidelight.cli.serving import access_of
+from sidelight.cli.serve import access_of
 from sidelight.errors import SidelightError
-from sidelight.server import serve
-from sidelight.server.auth import AdminOnly, BearerAuth
+from sidelight.server.app import serve
+from sidelight.server.config import Access, Caller, Key, numbered_keys, read_keys
 from sidelight.server.errors import add_error_handlers
-from sidelight.server.keys import Access, Caller, Key, numbered_keys, read_keys
+from sidelight.server.middleware import AdminOnly, BearerAuth
 
 SECRET = "sk-user-secret"
 ADMIN = "sk-admin-secret"

@@ -10,18 +10,16 @@ import pytest
 
 from commands import run
 from live import MODEL, http_client, served
-from sidelight.cli.serving import audit_of
-from sidelight.engines import TransformersEngine
+from sidelight.cli.serve import audit_of
+from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import SidelightError
+from sidelight.policy.decisions import decide
+from sidelight.policy.rules import Policy, Rule, clauses_of
 from sidelight.prompts import Message, Reads
-from sidelight.server.audit import AuditLog
+from sidelight.server.config import Access, ServerLimits, numbered_keys
 from sidelight.server.errors import RequestError
-from sidelight.server.keys import Access, numbered_keys
-from sidelight.server.limits import ServerLimits
 from sidelight.server.metrics import Metrics
-from sidelight.server.policy import Policy, Rule, clauses_of
-from sidelight.server.policy.decisions import decide
-from sidelight.server.recording import Recorder
+from sidelight.server.observe import AuditLog, Recorder
 from tiny import tiny_backbone, untrained_probe
 
 CHAT = "/v1/chat/completions"

@@ -11,14 +11,12 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from live import MODEL, served
-from sidelight.engines import TransformersEngine
+from sidelight.engines.transformers import TransformersEngine
+from sidelight.policy.rules import Policy, Rule
 from sidelight.prompts import Reads
-from sidelight.server.audit import AuditLog
-from sidelight.server.keys import Access, numbered_keys
-from sidelight.server.limits import ServerLimits
-from sidelight.server.logs import JsonFormatter, without_message
+from sidelight.server.config import Access, ServerLimits, numbered_keys
+from sidelight.server.observe import AuditLog, JsonFormatter, without_message
 from sidelight.server.otel import OtelSink
-from sidelight.server.policy import Policy, Rule
 from sockets import connection, read_all, request
 from tiny import three_probes, tiny_backbone, untrained_probe
 

@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from live import MODEL, http_client, openai_client, served
-from sidelight.engines import Limits, TransformersEngine
+from sidelight.engines.queue import Limits
+from sidelight.engines.transformers import TransformersEngine
 from sidelight.prompts import Reads
 from tiny import three_probes, tiny_backbone, untrained_probe
 

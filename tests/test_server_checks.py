@@ -5,7 +5,7 @@ import json
 import pytest
 
 from live import MODEL, http_client, openai_client, served
-from sidelight.engines import TransformersEngine
+from sidelight.engines.transformers import TransformersEngine
 from sidelight.prompts import Reads
 from sidelight.types import Task
 from tiny import INTENT, TOPICS, three_probes, tiny_backbone, untrained_probe

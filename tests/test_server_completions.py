@@ -8,9 +8,10 @@ import json
 import pytest
 
 from live import MODEL, http_client, served
-from sidelight.engines import Finished, PromptJudged, Sampling, TransformersEngine
+from sidelight.engines.base import Finished, PromptJudged, Sampling
+from sidelight.engines.transformers import TransformersEngine
+from sidelight.policy.rules import Policy, Rule
 from sidelight.prompts import PlainText, Reads
-from sidelight.server.policy import Policy, Rule
 from test_engine_decoding import run
 from tiny import three_probes, tiny_backbone, untrained_probe
 

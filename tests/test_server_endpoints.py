@@ -3,7 +3,7 @@
 import pytest
 
 from live import MODEL, http_client, served
-from sidelight.engines import TransformersEngine
+from sidelight.engines.transformers import TransformersEngine
 from sidelight.prompts import Reads
 from sidelight.types import Task
 from tiny import TOPICS, three_probes, tiny_backbone, untrained_probe

@@ -14,16 +14,14 @@ from pydantic import ValidationError
 from starlette.requests import ClientDisconnect
 
 from live import MODEL, http_client, openai_client, served
-from sidelight.engines import Limits, LoadingEngine, TransformersEngine
-from sidelight.server.disconnect import unless_left
-from sidelight.server.endpoints.classify import ClassifyRequest
-from sidelight.server.endpoints.decisions import DecisionRequest
-from sidelight.server.endpoints.guardrail import GuardrailRequest
-from sidelight.server.endpoints.systemone import SystemOneRequest
-from sidelight.server.endpoints.tokenize import TokenizeRequest
-from sidelight.server.keys import Access, numbered_keys
-from sidelight.server.limits import ServerLimits
-from sidelight.server.logs import without_message
+from sidelight.engines.loading import LoadingEngine
+from sidelight.engines.queue import Limits
+from sidelight.engines.transformers import TransformersEngine
+from sidelight.server.checks import ClassifyRequest, GuardrailRequest, TokenizeRequest
+from sidelight.server.config import Access, ServerLimits, numbered_keys
+from sidelight.server.decisions import DecisionRequest, SystemOneRequest
+from sidelight.server.middleware import unless_left
+from sidelight.server.observe import without_message
 from sidelight.server.schemas import ChatRequest, CompletionRequest, ModerationRequest
 from tiny import three_probes, tiny_backbone
 

@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from live import MODEL, http_client, served
-from sidelight.engines import TransformersEngine
+from sidelight.engines.transformers import TransformersEngine
 from sidelight.prompts import Reads
-from sidelight.server.limits import ServerLimits
+from sidelight.server.config import ServerLimits
 from sockets import answers, connection, read_all, request
 from tiny import three_probes, tiny_backbone, untrained_probe
 

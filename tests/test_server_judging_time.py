@@ -8,10 +8,11 @@ import pytest
 
 from live import MODEL, http_client, served
 from sidelight.bank import BankTap
-from sidelight.engines import Engine, TransformersEngine
+from sidelight.engines.base import Engine
 from sidelight.engines.judging import Judges
+from sidelight.engines.transformers import TransformersEngine
+from sidelight.policy.rules import Policy, Rule
 from sidelight.prompts import Reads
-from sidelight.server.policy import Policy, Rule
 from tiny import tiny_backbone, untrained_probe
 
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}], "temperature": 0}

@@ -16,12 +16,11 @@ import pytest
 import uvicorn
 
 from live import MODEL, http_client, served, wait_until_ready
-from sidelight.engines import TransformersEngine
+from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import SidelightError
-from sidelight.server import serve
-from sidelight.server.descriptors import within_system
-from sidelight.server.draining import Drain, DrainingServer
-from sidelight.server.limits import ServerLimits
+from sidelight.server.app import serve
+from sidelight.server.config import ServerLimits
+from sidelight.server.connections import Drain, DrainingServer, within_system
 from sockets import connection, read_all, request
 from tiny import three_probes, tiny_backbone
 

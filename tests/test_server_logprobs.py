@@ -5,10 +5,10 @@ import torch
 from transformers import LlamaConfig
 
 from live import MODEL, http_client, openai_client, served
-from sidelight.engines import TransformersEngine
-from sidelight.engines.spelling import Speller
+from sidelight.engines.text import Speller
+from sidelight.engines.transformers import TransformersEngine
+from sidelight.policy.rules import Policy, Rule
 from sidelight.prompts import Message, PlainText, Reads
-from sidelight.server.policy import Policy, Rule
 from tiny import SIZES, three_probes, tiny_backbone, tiny_tokenizer, untrained_probe
 
 # One pass over a whole text and one pass per token add in another order: float32, three layers.

@@ -2,12 +2,11 @@
 
 import pytest
 
-from sidelight.engines import Finished, PromptJudged
+from sidelight.engines.base import Finished, PromptJudged
 from sidelight.errors import VerdictError
 from sidelight.prompts import Reads
-from sidelight.server.categories import CategoryNames
 from sidelight.server.errors import RequestError, failure_body
-from sidelight.server.report import Reporter, Told
+from sidelight.server.report import CategoryNames, Reporter, SideReport
 from sidelight.types import Verdict
 from tiny import tiny_backbone, untrained_probe
 
@@ -46,7 +45,7 @@ def test_a_probe_that_said_nothing_is_an_error(reporter, event, has_response, na
 
 def test_each_failure_has_its_own_reason(reporter):
     finished = Finished("length", 3, 9, (), ("early", "late"), too_long=("late",))
-    message = reporter.moderation(Told((SAID,)), reporter.side(finished))["output"]["message"]
+    message = reporter.moderation(SideReport((SAID,)), reporter.side(finished))["output"]["message"]
     assert "early: the output was not a finite number" in message
     assert "late: the text is longer than the policy" in message
 

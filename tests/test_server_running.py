@@ -9,9 +9,9 @@ import httpx
 import pytest
 
 from live import MODEL, wait_until_ready
-from sidelight.engines import TransformersEngine
+from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import SidelightError
-from sidelight.server import serve
+from sidelight.server.app import serve
 from tiny import three_probes, tiny_backbone
 
 

@@ -15,9 +15,9 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from live import MODEL, served
-from sidelight.engines import TransformersEngine
+from sidelight.engines.transformers import TransformersEngine
 from sidelight.prompts import Reads
-from sidelight.server.keys import Access, numbered_keys
+from sidelight.server.config import Access, numbered_keys
 from tiny import three_probes, tiny_backbone, untrained_probe
 
 # The server's thread shares this process's random numbers, which hypothesis watches.

@@ -20,14 +20,14 @@ from opentelemetry.trace import SpanKind
 from starlette.types import Message
 
 from live import MODEL, http_client, served
-from sidelight.cli.serving import traces_of
-from sidelight.engines import TransformersEngine
+from sidelight.cli.serve import traces_of
+from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import SidelightError
+from sidelight.policy.rules import Policy, Rule
 from sidelight.prompts import Reads
-from sidelight.server import Service, create_app
+from sidelight.server.app import Service, create_app
+from sidelight.server.observe import Trace
 from sidelight.server.otel import OtelSink
-from sidelight.server.policy import Policy, Rule
-from sidelight.server.tracing import Trace
 from tiny import TOPICS, tiny_backbone, untrained_probe
 
 CHAT = "/v1/chat/completions"
@@ -225,7 +225,7 @@ def test_without_the_extra_the_error_says_what_to_install(monkeypatch: pytest.Mo
 def test_nothing_is_imported_while_traces_are_off():
     """What makes and sends spans; the bare interface is imported by other packages too."""
     code = (
-        "import sys, sidelight.server.running, sidelight.cli.serve\n"
+        "import sys, sidelight.server.app, sidelight.cli.serve\n"
         "ours = ('opentelemetry.sdk', 'opentelemetry.exporter', 'sidelight.server.otel')\n"
         "print([name for name in sys.modules if name.startswith(ours)])"
     )
@@ -249,8 +249,8 @@ class Collector(BaseHTTPRequestHandler):
 
 def test_spans_reach_the_collector_at_the_latest_when_the_process_ends():
     code = (
-        "import os; from sidelight.cli.serving import traces_of; "
-        "from sidelight.server.tracing import Trace; "
+        "import os; from sidelight.cli.serve import traces_of; "
+        "from sidelight.server.observe import Trace; "
         "traces_of(os.environ)(Trace(start_ns=1, method='POST', route='/v1/moderations'))"
     )
     with HTTPServer(("127.0.0.1", 0), Collector) as collector:

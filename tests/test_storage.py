@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from sidelight.errors import SidelightError
-from sidelight.runs import check_folder
 from sidelight.storage import replacing, write_json, write_text
+from sidelight.training.runs import check_folder
 
 
 def die_while_writing(path: Path) -> None:

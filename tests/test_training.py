@@ -10,18 +10,12 @@ from torch.nn import functional
 
 from corpora import TASKS, training_set
 from sidelight.errors import SidelightError
-from sidelight.mechanisms import Geometry, mechanism_names, mechanism_spec
+from sidelight.mechanisms.base import Geometry, mechanism_names, mechanism_spec
 from sidelight.prompts import Reads
 from sidelight.ragged import Ragged
-from sidelight.training import (
-    Job,
-    TrainingSettings,
-    suggested_settings,
-    train_mechanisms,
-    validation_score,
-)
-from sidelight.training.losses import make_loss
-from sidelight.training.trainee import Trainee, _begun
+from sidelight.training.loop import train_mechanisms
+from sidelight.training.run import TrainingRun, _begun, make_loss, validation_score
+from sidelight.training.settings import Job, TrainingSettings, suggested_settings
 
 QUICK = TrainingSettings(
     learning_rate=1e-2, weight_decay=0.01, epochs=3, batch_size=20, least_steps=0
@@ -145,7 +139,7 @@ def test_training_stops_when_its_patience_is_over(corpora):
 def a_trainee(settings=QUICK):
     geometry = Geometry(2, 4, 1)
     loss = make_loss(TASKS["binary"], torch.tensor([0, 1]), balanced=False)
-    return Trainee(
+    return TrainingRun(
         job("gate", settings=settings), geometry, steps=3, loss=loss, device=torch.device("cpu")
     )
 
@@ -352,8 +346,8 @@ def test_shards_smaller_than_a_batch_fill_it_together(tiny, tmp_path, monkeypatc
     training = training_set(tiny, tmp_path, "binary", texts, seed=0, shard_bytes=60 * token_bytes)
     assert max(map(len, training.states.plan.rows)) < size
     steps = []
-    step = Trainee._step
-    monkeypatch.setattr(Trainee, "_step", lambda self: (steps.append(1), step(self)))
+    step = TrainingRun._step
+    monkeypatch.setattr(TrainingRun, "_step", lambda self: (steps.append(1), step(self)))
     settings = replace(QUICK, batch_size=size)
     train_mechanisms(
         [job("gate", settings=settings)], task=TASKS["binary"], training=training, validation=None

@@ -13,12 +13,11 @@ import torch
 import orphaned
 from commands import run, saved
 from sidelight.artifact import save_probe
-from sidelight.backbones import load_backbone
+from sidelight.backbone import load_backbone
 from sidelight.errors import SidelightError
 from sidelight.prompts import EncodedPrompt, Part, Reads
-from sidelight.vllm_plugin.capturing import Captures, Recorder, capture_params
-from sidelight.vllm_plugin.spool import Spool, SpoolPlace, SpoolShape
-from sidelight.vllm_plugin.tracking import Step
+from sidelight.vllm.capture import Captures, Recorder, Spool, SpoolPlace, SpoolShape, capture_params
+from sidelight.vllm.columns import Step
 from tiny import untrained_probe
 
 BLOCK = 4

@@ -10,15 +10,13 @@ import pytest
 
 from sidelight.artifact import load_probe
 from sidelight.cli import app
-from sidelight.engines.base import EngineBusyError, EngineUnavailableError, Sampling
-from sidelight.engines.events import PromptJudged
-from sidelight.engines.vllm import VllmEngine
-from sidelight.engines.vllm.loading import _SET_HERE, require_options
-from sidelight.engines.vllm.places import Places
-from sidelight.engines.vllm.shelf import Shelf
+from sidelight.engines.base import EngineBusyError, EngineUnavailableError, PromptJudged, Sampling
 from sidelight.errors import SidelightError
 from sidelight.prompts import Message
-from sidelight.vllm_plugin.params import KEY
+from sidelight.vllm.engine import _SET_HERE, VllmEngine, require_options
+from sidelight.vllm.exchange import ProbeFolder
+from sidelight.vllm.requests import Capacity
+from sidelight.vllm.settings import KEY
 from tiny import tiny_backbone, untrained_probe
 
 
@@ -113,7 +111,7 @@ def replacing(backbone, change):
             encoder=backbone.encoder,
             tokenizer=backbone.tokenizer,
             fingerprint=backbone.fingerprint,
-            shelf=Shelf(),
+            shelf=ProbeFolder(),
         )
         await engine.start()
         await change(engine, llm, new)
@@ -172,7 +170,7 @@ def test_texts_of_one_request_do_not_hold_up_a_change_that_comes_between_them(
 
 
 def test_a_cache_that_cannot_be_reset_is_tried_again_and_then_an_error(backbone, monkeypatch):
-    monkeypatch.setattr("sidelight.engines.vllm.exchange._RESET_AFTER_S", 0)
+    monkeypatch.setattr("sidelight.vllm.exchange._RESET_AFTER_S", 0)
 
     async def change(engine, llm, new):
         with pytest.raises(SidelightError, match="still in use"):
@@ -205,7 +203,8 @@ def test_an_option_that_is_not_the_users_is_refused_with_the_remedy(name, remedy
 
 
 def commands(group):
-    for command in group.commands.values():
+    for name in group.list_commands(click.Context(group)):
+        command = group.get_command(click.Context(group), name)
         yield from commands(command) if isinstance(command, click.Group) else [command]
 
 
@@ -227,7 +226,7 @@ def test_a_list_takes_all_its_places_at_once_or_none():
         yield "one"
 
     async def main():
-        places = Places(waiting=4)
+        places = Capacity(waiting=4)
         with places.taken(300) as many:
             busy = pytest.raises(EngineBusyError, match="300 requests are waiting and 4 may")
             with busy, places.taken(1):

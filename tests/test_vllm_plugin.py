@@ -17,25 +17,25 @@ from sidelight.bank import Bank
 from sidelight.cli.engines import load_engine
 from sidelight.engines.base import require_same_model
 from sidelight.errors import FingerprintMismatchError, SidelightError
-from sidelight.mechanisms import mechanism_names
+from sidelight.mechanisms.base import mechanism_names
 from sidelight.probe import common_format
 from sidelight.prompts import EncodedPrompt, Part, Reads
-from sidelight.scoring import score
 from sidelight.standardisation import Projection
-from sidelight.vllm_plugin.columns import Pages, Run, Stage
-from sidelight.vllm_plugin.judging import Judging, Share
-from sidelight.vllm_plugin.panel import ColumnPanel, verdict_of
-from sidelight.vllm_plugin.params import KEY, parts_of, request_params
-from sidelight.vllm_plugin.settings import (
+from sidelight.states.scoring import score
+from sidelight.vllm.columns import Pages, Reading, Run, Stage, Step, Tracking
+from sidelight.vllm.panel import ColumnPanel, verdict_of
+from sidelight.vllm.settings import (
     ENVIRONMENT,
+    KEY,
     Served,
     fingerprint_of,
     load_checked,
     named_folders,
+    parts_of,
+    request_params,
 )
-from sidelight.vllm_plugin.taps import set_stage, tap_layers
-from sidelight.vllm_plugin.tracking import Reading, Step, Tracking
-from sidelight.vllm_plugin.worker import Worker
+from sidelight.vllm.taps import set_stage, tap_layers
+from sidelight.vllm.worker import Judging, Share, Worker
 from tiny import TOPICS, tiny_backbone, untrained_probe
 
 BLOCK = 4

@@ -6,9 +6,9 @@ import json
 import pytest
 
 from sidelight.prompts import Message
-from sidelight.vllm_plugin.hearing import Said
-from sidelight.vllm_plugin.params import KEY, request_params
-from sidelight.vllm_plugin.rewriting import Described, ProbeMiddleware, current_report
+from sidelight.vllm.endpoint import Described, ProbeMiddleware, current_report
+from sidelight.vllm.requests import Said
+from sidelight.vllm.settings import KEY, request_params
 from tiny import tiny_backbone
 
 OWN = {KEY: {"parts": [[0, 5]], "tokens": "0"}, "other": 1}

@@ -11,9 +11,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from sidelight.backbones import TransformersBackbone
+from sidelight.backbone import TransformersBackbone
 from sidelight.calibration import Calibration
-from sidelight.mechanisms import Geometry, mechanism_spec
+from sidelight.mechanisms.base import Geometry, mechanism_spec
 from sidelight.probe import Probe
 from sidelight.prompts import PromptFormat, Reads
 from sidelight.standardisation import Standardisation

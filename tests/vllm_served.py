@@ -10,13 +10,13 @@ from transformers import LlamaConfig
 
 from commands import saved
 from sidelight.artifact import save_probe
-from sidelight.backbones import TransformersBackbone
+from sidelight.backbone import TransformersBackbone
 from sidelight.bank import Bank
-from sidelight.mechanisms import mechanism_names
+from sidelight.mechanisms.base import mechanism_names
 from sidelight.prompts import EncodedPrompt, Part, Reads
-from sidelight.scoring import score
 from sidelight.standardisation import Standardisation
-from sidelight.vllm_plugin.params import KEY, request_params
+from sidelight.states.scoring import score
+from sidelight.vllm.settings import KEY, request_params
 from tiny import INTENT, SIZES, TOPICS, TOXICITY, tiny_backbone, untrained_probe
 
 # Two engines add float32 products in other orders, over all layers and up to 1,000 tokens.

@@ -13,27 +13,27 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sidelight.backbones import load_backbone
+    from sidelight.backbone import load_backbone
     from sidelight.bank import Bank
-    from sidelight.classifier import Classifier, load, train
-    from sidelight.data import load_examples
+    from sidelight.data.loading import load_examples
     from sidelight.errors import SidelightError
     from sidelight.probe import Probe
+    from sidelight.training.classifier import Classifier, load, train
     from sidelight.types import Task, Verdict
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Bank": "sidelight.bank",
-    "Classifier": "sidelight.classifier",
+    "Classifier": "sidelight.training.classifier",
     "Probe": "sidelight.probe",
     "SidelightError": "sidelight.errors",
     "Task": "sidelight.types",
     "Verdict": "sidelight.types",
-    "load": "sidelight.classifier",
-    "load_backbone": "sidelight.backbones",
-    "load_examples": "sidelight.data",
-    "train": "sidelight.classifier",
+    "load": "sidelight.training.classifier",
+    "load_backbone": "sidelight.backbone",
+    "load_examples": "sidelight.data.loading",
+    "train": "sidelight.training.classifier",
 }
 
 __all__ = [

@@ -6,10 +6,8 @@ from pathlib import Path
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from sidelight.artifact import WEIGHTS, load_probe, save_probe
-from sidelight.cards import model_card
+from sidelight.artifact import MANIFEST, WEIGHTS, load_probe, model_card, read_manifest, save_probe
 from sidelight.errors import SidelightError
-from sidelight.manifest import MANIFEST, read_manifest
 from sidelight.storage import write_text
 
 CARD = "README.md"

@@ -2,8 +2,6 @@
 
 Knows arrays and files. Draws on figures of its own, without a display or pyplot's global state.
 """
-# matplotlib leaves the types of **kwargs open.
-# pyright: reportUnknownMemberType=false
 
 from pathlib import Path
 from textwrap import wrap
@@ -33,6 +31,10 @@ from sidelight.metrics import (
 )
 from sidelight.storage import replacing
 from sidelight.types import Task
+
+# matplotlib leaves the types of **kwargs open.
+# pyright: reportUnknownMemberType=false
+
 
 _DPI = 200
 _INK, _MUTED, _FAINT = "#222222", "#8a8a8a", "#d0d0d0"

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from sidelight.backbones.base import Fingerprint
+from sidelight.backbone import Fingerprint
 from sidelight.calibration import Calibration
 from sidelight.errors import SidelightError, VerdictError
-from sidelight.mechanisms import Mechanism, MechanismSpec
+from sidelight.mechanisms.base import Mechanism, MechanismSpec
 from sidelight.prompts import PromptFormat, Reads
 from sidelight.standardisation import Projection, Standardisation
 from sidelight.types import Task, Verdict

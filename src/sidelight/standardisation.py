@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sidelight.mechanisms import Geometry
+from sidelight.mechanisms.base import Geometry
 
 
 @dataclass(frozen=True)

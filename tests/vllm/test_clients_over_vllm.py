@@ -11,10 +11,10 @@ from fastapi import FastAPI
 
 from commands import saved
 from live import MODEL, listening
-from sidelight.engines import Engine
+from sidelight.engines.base import Engine
+from sidelight.policy.rules import Policy, Rule
 from sidelight.prompts import Reads
-from sidelight.server import Service, create_app
-from sidelight.server.policy import Policy, Rule
+from sidelight.server.app import Service, create_app
 from test_clients import (
     CUTTING,
     Servers,
@@ -37,7 +37,7 @@ __all__ = [
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     """Three servers on one vLLM, whose model is a folder with the name that the clients use."""
-    from sidelight.engines.vllm import load_vllm_engine
+    from sidelight.vllm.engine import load_vllm_engine
 
     folder = tmp_path_factory.mktemp("clients")
     backbone = tiny_llama()

@@ -5,16 +5,16 @@ from types import SimpleNamespace
 import torch
 
 from sidelight.prompts import EncodedPrompt, Part, Reads
-from sidelight.vllm_plugin.judging import Judging, Share
-from sidelight.vllm_plugin.panel import ColumnPanel
-from sidelight.vllm_plugin.params import KEY, request_params
-from sidelight.vllm_plugin.tracking import Step, Tracking
+from sidelight.vllm.columns import Step, Tracking
+from sidelight.vllm.panel import ColumnPanel
+from sidelight.vllm.settings import KEY, request_params
+from sidelight.vllm.worker import Judging, Share
 from tiny import tiny_backbone, untrained_probe
 
 
 def test_a_share_of_a_request_that_has_ended_leaves_no_state():
     """Under pipeline parallel a step may still run when its request ends."""
-    from sidelight.vllm_plugin.connector import ProbeConnector, Results
+    from sidelight.vllm.connector import ProbeConnector, Results
 
     judging = Judging(
         ColumnPanel.of([untrained_probe(tiny_backbone(), "late", reads=Reads("both"))])

@@ -5,7 +5,7 @@ import asyncio
 import numpy as np
 import pytest
 
-from sidelight.engines import PromptJudged, Sampling
+from sidelight.engines.base import PromptJudged, Sampling
 from sidelight.errors import SidelightError
 from sidelight.prompts import Message
 from vllm_served import ROUNDING, expected, tiny_model
@@ -28,7 +28,7 @@ async def judged(engine, text):
 
 
 def test_every_rank_judges_and_none_is_left_with_old_probes(tmp_path):
-    from sidelight.engines.vllm import load_vllm_engine
+    from sidelight.vllm.engine import load_vllm_engine
 
     model = tiny_model(tmp_path)
 

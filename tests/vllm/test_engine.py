@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from live import openai_client, served
-from sidelight.engines import (
+from sidelight.engines.base import (
     EngineUnavailableError,
     Finished,
     GenerationError,
@@ -24,7 +24,7 @@ from sidelight.engines import (
     Sampling,
     TextDelta,
 )
-from sidelight.engines.spelling import Speller
+from sidelight.engines.text import Speller
 from sidelight.errors import ContextLengthError, FingerprintMismatchError, SidelightError
 from sidelight.prompts import EncodedPrompt, Message, Part, PlainText, Reads
 from tiny import tiny_backbone, untrained_probe
@@ -55,7 +55,7 @@ def loop():
 
 @asynccontextmanager
 async def engine_of(model, **options):
-    from sidelight.engines.vllm import load_vllm_engine
+    from sidelight.vllm.engine import load_vllm_engine
 
     engine = await asyncio.to_thread(
         load_vllm_engine,
@@ -399,13 +399,13 @@ def test_a_seeded_draw_is_refused_where_it_would_end_vllm(engine, loop):
 
 def test_a_verdict_that_does_not_come_is_an_error(engine, loop):
     """The tokens are not those that the request describes."""
-    from sidelight.engines.vllm.requests import sampling_params
+    from sidelight.vllm.requests import sampling_params
 
     prompt = EncodedPrompt((5, 6, 7), (Part.PROMPT,) * 3)
     other = EncodedPrompt((5, 6, 8), (Part.PROMPT,) * 3)
 
     async def ask():
-        from sidelight.engines.vllm.requests import judgement
+        from sidelight.vllm.requests import judgement
 
         params = sampling_params(Sampling(temperature=0), 1, other)
         return [judgement(o.steps[-1].params) async for o in engine.outputs(prompt, params)]
@@ -416,8 +416,8 @@ def test_a_verdict_that_does_not_come_is_an_error(engine, loop):
 
 def test_our_server_answers_over_vllm_and_a_killed_worker_is_an_error(model):
     """Over HTTP with the real client; then every process of vLLM's is killed."""
-    from sidelight.engines import LoadingEngine
-    from sidelight.engines.vllm import load_vllm_engine
+    from sidelight.engines.loading import LoadingEngine
+    from sidelight.vllm.engine import load_vllm_engine
 
     engine = LoadingEngine(
         lambda: load_vllm_engine(model.path, model.probes, dtype="float32", options=OPTIONS)

@@ -11,16 +11,17 @@ from safetensors.torch import load_file
 from commands import run
 from corpora import encoded, planted
 from sidelight.artifact import load_probe
-from sidelight.backbones import load_backbone
-from sidelight.cache import SHARD_BYTES, ActivationCache, Shard
-from sidelight.data import load_examples
+from sidelight.backbone import load_backbone
+from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
-from sidelight.extraction import BackboneSource, extract
-from sidelight.fitting import FitOptions, fit
-from sidelight.mechanisms import mechanism_spec
+from sidelight.mechanisms.base import mechanism_spec
 from sidelight.progress import progress
 from sidelight.prompts import Reads
-from sidelight.vllm_plugin.settings import CAPTURE, KEY
+from sidelight.states.cache import SHARD_BYTES, ActivationCache, Shard
+from sidelight.states.extraction import BackboneSource, extract
+from sidelight.training.fit import fit
+from sidelight.training.options import FitOptions
+from sidelight.vllm.settings import CAPTURE, KEY
 from vllm_served import mixed_prompts, tiny_model
 
 OPTIONS = {
@@ -56,7 +57,7 @@ def prompts(backbone):
 @pytest.fixture(scope="module")
 def source(backbone):
     """Steps of 48 tokens; ``sidelight train`` below has steps of 200."""
-    from sidelight.engines.vllm import VllmSource
+    from sidelight.vllm.offline import VllmSource
 
     options = {**OPTIONS, "max_num_batched_tokens": 48}
     with closing(VllmSource(backbone, options=options)) as made:
@@ -85,8 +86,8 @@ def cache_of(backbone, prompts, root, engine, *, shard_bytes=200_000):
 @pytest.mark.parametrize("reads", [Reads(), Reads("both", template=False)], ids=lambda r: r.side)
 def test_states_are_those_of_transformers(source, backbone, prompts, reads, tmp_path):
     """Prompts of 1 to 600 tokens, several at once, of which some tokens are kept."""
-    from sidelight.engines.vllm.source import require_whole, spool_requests
-    from sidelight.vllm_plugin.spool import Spool, SpoolShape
+    from sidelight.vllm.capture import Spool, SpoolShape
+    from sidelight.vllm.offline import require_whole, spool_requests
 
     wanted = [states_of(backbone, prompt, reads) for prompt in prompts]
     who, tokens = backbone.fingerprint, sum(states.shape[1] for states in wanted)
@@ -216,9 +217,9 @@ def test_what_would_lose_states_or_serve_them_is_refused(backbone, kind, options
 
 
 def test_a_text_that_leaves_no_room_is_refused_before_vllm_starts(backbone, folder):
-    from sidelight.classifier import Classifier
-    from sidelight.engines.vllm import predict
     from sidelight.errors import ContextLengthError
+    from sidelight.training.classifier import Classifier
+    from sidelight.vllm.offline import predict
 
     probe = load_probe(next(folder.glob("*/probe.safetensors")).parent)
     with pytest.raises(ContextLengthError, match="at most 511"):

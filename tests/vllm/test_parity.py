@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from sidelight.backbones import load_backbone
+from sidelight.backbone import load_backbone
 from sidelight.bank import Bank
-from sidelight.mechanisms import mechanism_names
+from sidelight.mechanisms.base import mechanism_names
 from sidelight.prompts import EncodedPrompt, Part
-from sidelight.scoring import score
+from sidelight.states.scoring import score
 from vllm_served import (
     Model,
     expected,

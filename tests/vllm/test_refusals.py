@@ -9,11 +9,10 @@ from transformers import Qwen2Config
 
 from commands import saved
 from sidelight.artifact import save_probe
-from sidelight.backbones import load_backbone
-from sidelight.engines.vllm import load_vllm_engine
+from sidelight.backbone import load_backbone
 from sidelight.errors import FingerprintMismatchError, SidelightError
-from sidelight.vllm_plugin.params import KEY
-from sidelight.vllm_plugin.settings import ENVIRONMENT
+from sidelight.vllm.engine import load_vllm_engine
+from sidelight.vllm.settings import ENVIRONMENT, KEY
 from tiny import SIZES, tiny_backbone, untrained_probe
 from vllm_served import Model, tiny_model
 

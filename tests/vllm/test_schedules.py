@@ -36,7 +36,7 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Asked:
+class RequestContext:
     """A request as Hypothesis draws it."""
 
     prefix: int
@@ -70,13 +70,13 @@ class Followed:
 class Wave:
     """Requests that arrive together, passes after them, and who leaves then (None: nobody)."""
 
-    arrivals: list[Asked]
+    arrivals: list[RequestContext]
     steps: int
     leaves: int | None
 
 
 asked = st.builds(
-    Asked,
+    RequestContext,
     prefix=st.integers(0, PREFIXES - 1),
     prefix_length=st.sampled_from([0, 31, 64, 97]),
     tail_length=st.integers(1, 30),
@@ -119,7 +119,7 @@ class Driver:
             self._step(following)
         return list(following.values())
 
-    def _add(self, one: Asked, following):
+    def _add(self, one: RequestContext, following):
         prompt = one.prompt(self.model)
         self._number += 1
         name = f"r{self._number}"

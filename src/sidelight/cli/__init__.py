@@ -3,28 +3,44 @@
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import entry_points
 
 import click
 
-from sidelight.cli.anatomy import anatomy
-from sidelight.cli.bench import bench
 from sidelight.cli.demo import demo
-from sidelight.cli.env import env
-from sidelight.cli.eval import evaluate
-from sidelight.cli.inspect import inspect
+from sidelight.cli.evaluate import evaluate, predict
 from sidelight.cli.parity import parity
-from sidelight.cli.predict import predict
-from sidelight.cli.reproduce import reproduce
-from sidelight.cli.search import search
 from sidelight.cli.serve import serve
-from sidelight.cli.share import pull, push
+from sidelight.cli.share import env, inspect, pull, push
 from sidelight.cli.train import train
 from sidelight.errors import SidelightError
 
+_GROUP = "sidelight.commands"
+_LABORATORY = ("search", "reproduce", "anatomy", "bench")
 _WIDTH = {"max_content_width": 100, "help_option_names": ["-h", "--help"]}
 
 
-@click.group(context_settings=_WIDTH)
+class _Commands(click.Group):
+    """The product's commands, and those of installed packages in the group `sidelight.commands`."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*super().list_commands(ctx), *entry_points(group=_GROUP).names})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        own = super().get_command(ctx, cmd_name)
+        if own is not None:
+            return own
+        for entry in entry_points(group=_GROUP, name=cmd_name):
+            return entry.load()
+        if cmd_name in _LABORATORY:
+            raise SidelightError(
+                f"'sidelight {cmd_name}' belongs to the laboratory, which is not installed. "
+                "Run `pip install sidelight-lab`."
+            )
+        return None
+
+
+@click.group(cls=_Commands, context_settings=_WIDTH)
 @click.version_option(package_name="sidelight")
 def app() -> None:
     """Text and classification from one forward pass of the LLM you already serve."""
@@ -32,7 +48,7 @@ def app() -> None:
 
 _COMMANDS = (
     train, evaluate, predict, serve, demo, inspect, push, pull, env,
-    search, reproduce, anatomy, bench, parity,
+    parity,
 )  # fmt: skip
 _RESUMED = ("train", "search", "reproduce")
 for _command in _COMMANDS:

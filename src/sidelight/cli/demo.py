@@ -13,6 +13,6 @@ def demo(keep: bool, port: int) -> None:
 
     The texts are the bundled example set, which is written for demonstration.
     """
-    from sidelight.demo.show import run_demo
+    from sidelight.demo import run_demo
 
     run_demo(keep=keep, port=port)

@@ -10,10 +10,10 @@ import click
 from sidelight.cli.options import Command
 
 if TYPE_CHECKING:
-    from sidelight.backbones import TransformersBackbone
-    from sidelight.engines import Engine
-    from sidelight.extraction import StateSource
+    from sidelight.backbone import TransformersBackbone
+    from sidelight.engines.base import Engine
     from sidelight.probe import Probe
+    from sidelight.states.extraction import StateSource
 
 
 def _options(
@@ -85,8 +85,8 @@ def require_own_options(engine: str, given: Mapping[str, Any]) -> None:
 
 
 def _transformers(model: str, probes: "Sequence[Probe]", given: Mapping[str, Any]) -> "Engine":
-    from sidelight.backbones import load_backbone
-    from sidelight.engines import TransformersEngine
+    from sidelight.backbone import load_backbone
+    from sidelight.engines.transformers import TransformersEngine
     from sidelight.probe import common_format
 
     backbone = load_backbone(
@@ -111,12 +111,12 @@ def state_source(
     """
     require_own_options(engine, given)
     if engine == "vllm":
-        from sidelight.engines.vllm import VllmSource
+        from sidelight.vllm.offline import VllmSource
 
         with closing(VllmSource(backbone, options=given["engine_options"])) as source:
             yield source
     else:
-        from sidelight.extraction import BackboneSource
+        from sidelight.states.extraction import BackboneSource
 
         yield BackboneSource(backbone)
 
@@ -128,7 +128,7 @@ def encoding_backbone(engine: str, given: Mapping[str, Any]) -> "TransformersBac
         engine: Its name.
         given: Values of ``backbone_options`` and ``prompt_format``.
     """
-    from sidelight.backbones import load_backbone
+    from sidelight.backbone import load_backbone
 
     if engine == "vllm":
         require_own_device(given)
@@ -156,7 +156,7 @@ def require_own_device(given: Mapping[str, Any]) -> None:
 
 
 def _vllm(model: str, probes: "Sequence[Probe]", given: Mapping[str, Any]) -> "Engine":
-    from sidelight.engines.vllm import load_vllm_engine
+    from sidelight.vllm.engine import load_vllm_engine
 
     require_own_device(given)
     return load_vllm_engine(model, probes, dtype=given["dtype"], options=given["engine_options"])

@@ -1,10 +1,23 @@
-"""Options that several commands share."""
+"""Options that several commands share.
+
+Where a command's results go: checked before the work, which may take hours.
+
+The labelled texts that a command trains on, and how it reads them.
+"""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+from sidelight.errors import SidelightError
+
+if TYPE_CHECKING:
+    from sidelight.data.examples import Examples
+    from sidelight.training.options import FitOptions
+
 
 Command = Callable[..., Any]
 
@@ -85,7 +98,7 @@ _CACHE_OPTIONS = (
 def _names(_context: click.Context, _option: click.Parameter, value: str) -> list[str]:
     names = [name.strip() for name in value.split(",") if name.strip()]
     if not names:
-        from sidelight.mechanisms import mechanism_names
+        from sidelight.mechanisms.base import mechanism_names
 
         known = ", ".join(mechanism_names())
         raise click.BadParameter(f"it names none. Leave it out, or choose: {known}.")
@@ -134,3 +147,83 @@ def backbone_options(command: Command) -> Command:
 def examples_epilog(*commands: str) -> str:
     """Example commands for the end of a help page, each on its own line."""
     return "\b\nExamples:\n" + "\n".join(f"  {command}" for command in commands)
+
+
+def checked_folder(_context: click.Context, _option: Any, folder: Path | None) -> Path | None:
+    """The folder, if it can be written.
+
+    Raises:
+        SidelightError: It cannot.
+    """
+    from sidelight.training.runs import check_folder
+
+    if folder is not None:
+        check_folder(folder)
+    return folder
+
+
+def checked_file(context: click.Context, option: Any, path: Path | None) -> Path | None:
+    """The file, if it can be written.
+
+    Raises:
+        SidelightError: It cannot, or is a folder.
+    """
+    if path is None:
+        return None
+    if path.is_dir():
+        raise SidelightError(f"{path} is a folder. Name a file in it with --out.")
+    checked_folder(context, option, path.parent)
+    return path
+
+
+json_file_option = click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    callback=checked_file,
+    default=None,
+    help="File for the JSON.",
+)
+
+
+def load_labelled(given: dict[str, Any]) -> "tuple[Examples, Examples | None]":
+    """Training texts, and validation texts where some are named.
+
+    Args:
+        given: The values of ``training_options``.
+    """
+    from sidelight.data.loading import load_examples
+
+    how = {
+        "text": given["text"],
+        "label": given["label"],
+        "response": given["response"],
+        "on_missing_label": given["missing_label"],
+    }
+    whole = load_examples(given["data"], **how, split=given["split"], positive=given["positive"])
+    rows = whole.draw(given["limit"] or len(whole), seed=0)
+    # What is doubtful about the file is so of some of its rows.
+    training = replace(whole.select(rows), warnings=whole.warnings)
+    if given["validation"] is None:
+        return training, None
+    return training, load_examples(
+        given["validation"], **how, split=given["validation_split"], task=training.task
+    )
+
+
+def reading_options(given: dict[str, Any]) -> "FitOptions":
+    """How the texts are read, and where their activations go.
+
+    Args:
+        given: The values of ``training_options``.
+    """
+    from sidelight.prompts import Reads
+    from sidelight.training.options import FitOptions
+
+    budget = given["cache_budget"]
+    return FitOptions(
+        reads=Reads(side="response" if given["response"] else "prompt"),
+        max_tokens=given["max_tokens"],
+        cache_root=given["cache"],
+        cache_budget_bytes=None if budget is None else int(budget * 2**30),
+        keep_cache=given["keep_cache"],
+    )

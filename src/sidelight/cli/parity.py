@@ -13,15 +13,16 @@ from sidelight.cli.options import (
     backbone_options,
     data_option,
     examples_epilog,
+    json_file_option,
     limit_option,
     text_option,
 )
-from sidelight.cli.outputs import json_file_option
 from sidelight.errors import SidelightError
 from sidelight.storage import write_text
 
 if TYPE_CHECKING:
-    from sidelight.engines import Engine
+    from sidelight.engines.base import Engine
+
 
 _ENGINES = ("transformers", "vllm")
 
@@ -49,8 +50,8 @@ def parity(
     see what users get.
     """
     from sidelight.artifact import load_probe
-    from sidelight.bench.parity import compare_engines
-    from sidelight.data import load_examples
+    from sidelight.data.loading import load_examples
+    from sidelight.engines.parity import compare_engines
 
     names = _known(engines)
     loaded = [load_probe(probe) for probe in probes]

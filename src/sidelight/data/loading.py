@@ -5,19 +5,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from sidelight.data.examples import Example, Examples, Labels, Skipped
-from sidelight.data.label_names import is_missing
-from sidelight.data.labels import EncodedLabels, encode_labels
+from sidelight.data.examples import Example, Examples, Labels, Skipped, parse_chat, parse_text
+from sidelight.data.labels import EncodedLabels, encode_labels, is_missing
 from sidelight.data.readers import (
     InMemory,
+    Row,
+    column_names,
     is_hub_name,
     is_readable,
     read_file,
     read_hub,
     read_memory,
+    require_column,
 )
-from sidelight.data.rows import Row, column_names, require_column
-from sidelight.data.texts import parse_chat, parse_text
 from sidelight.errors import SidelightError
 from sidelight.prompts import Message
 from sidelight.types import Task

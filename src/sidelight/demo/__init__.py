@@ -1,1 +1,104 @@
-"""The demonstration behind ``make demo``, with its bundled texts."""
+"""The demonstration behind ``make demo``, with its bundled texts.
+
+Trains three probes on the bundled texts, serves them, and asks one question.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from sidelight.artifact import save_probe
+from sidelight.backbone import TransformersBackbone, load_backbone
+from sidelight.data.loading import load_examples
+from sidelight.evaluation import Report
+from sidelight.server.process import ServerProcess
+from sidelight.smollm2 import EMBEDDED_NAME, cache_root
+from sidelight.training.classifier import Classifier
+from sidelight.training.fit import fit
+from sidelight.training.options import FitOptions
+from sidelight.training.runs import console
+
+_DATA = Path(__file__).parent / "data"
+# Task, and the positive class of a binary one.
+_TASKS = {"prompt_injection": "injection", "intent": None, "urgency": "urgent"}
+_QUESTION = (
+    "I was charged twice for my subscription this month and I need the money back today, "
+    "before my rent is due. What can I do?"
+)
+_METRICS = ("accuracy", "macro_f1", "auprc", "ece")
+_console = console()
+
+
+def run_demo(*, keep: bool, port: int) -> None:
+    """The whole demonstration, saying what it does.
+
+    Args:
+        keep: Whether the server stays until Ctrl-C.
+        port: To serve on; 0 takes a free one.
+    """
+    start = time.monotonic()
+    _say("Loading the embedded model (unpacked to the cache the first time)")
+    backbone = load_backbone(EMBEDDED_NAME)
+    folders = [_train(backbone, task, positive) for task, positive in _TASKS.items()]
+    _say("Serving the model and its probes")
+    with ServerProcess(folders, port=port) as server:
+        server.wait_until_ready()
+        _ask(server.url)
+        _say(f"Done in {time.monotonic() - start:.0f} s. Your own probe: sidelight train --help")
+        _say("Serve these: sidelight serve " + " ".join(f"--probe {path}" for path in folders))
+        if keep:
+            _say(f"The server stays at {server.url} until Ctrl-C")
+            server.wait()
+
+
+def _train(backbone: TransformersBackbone, task: str, positive: str | None) -> Path:
+    training = load_examples(_DATA / f"{task}_train.jsonl", positive=positive)
+    _say(f"Training '{task}' on {len(training)} texts with the model frozen")
+    best = fit(backbone, training, None, name=task, options=FitOptions()).best
+    classifier = Classifier(backbone, best.probe)
+    test = load_examples(_DATA / f"{task}_test.jsonl", task=best.probe.task)
+    _console.print(_table(task, classifier.evaluate(test)))
+    return save_probe(best.probe, cache_root() / "demo" / task)
+
+
+def _table(task: str, report: Report) -> Table:
+    table = Table(title=f"{task}: {report.rows} test texts", title_justify="left")
+    for metric in _METRICS:
+        table.add_column(f"{metric} [95 % interval]")
+    table.add_row(*(str(report.metrics[metric]) for metric in _METRICS))
+    return table
+
+
+def _ask(url: str) -> None:
+    from openai import OpenAI
+
+    _say("One chat completion through the openai client: text and verdicts together")
+    client = OpenAI(base_url=f"{url}/v1", api_key="unused")
+    answer = client.chat.completions.create(
+        model=EMBEDDED_NAME,
+        messages=[{"role": "user", "content": _QUESTION}],
+        max_tokens=80,
+        temperature=0,
+    )
+    table = Table(show_lines=True)
+    table.add_column("text", ratio=3)
+    table.add_column("verdicts on the prompt", ratio=2)
+    verdicts: Sequence[dict[str, Any]] = (answer.model_extra or {})["sidelight"]["verdicts"]
+    table.add_row(
+        f"User: {_QUESTION}\n\nModel: {answer.choices[0].message.content}",
+        "\n\n".join(_verdict(verdict) for verdict in verdicts),
+    )
+    _console.print(table)
+
+
+def _verdict(verdict: dict[str, Any]) -> str:
+    chance = json.dumps({k: round(p, 3) for k, p in verdict["probabilities"].items()})
+    return f"{verdict['probe']}: {verdict['label'].upper()}\n{chance}"
+
+
+def _say(message: str) -> None:
+    _console.print(f"[bold cyan]==>[/bold cyan] {message}", highlight=False)

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sidelight.bank import Bank, BankState, BankTap
-from sidelight.engines.stopwatch import Stopwatch
+from sidelight.engines.base import Stopwatch
 from sidelight.errors import VerdictError
 from sidelight.probe import Probe, require_distinct_names
 from sidelight.prompts import EncodedPrompt, Reads

@@ -8,12 +8,13 @@ from sidelight.engines.base import (
     Admission,
     Engine,
     EngineUnavailableError,
+    Event,
     Load,
+    PromptJudged,
     Sampling,
     Tokens,
     admit_all,
 )
-from sidelight.engines.events import Event, PromptJudged
 from sidelight.probe import Probe
 from sidelight.prompts import Conversation, Message
 

@@ -24,13 +24,15 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from sidelight.backbones import TransformersBackbone
+from sidelight.backbone import TransformersBackbone
 from sidelight.engines.base import (
     Admission,
     Engine,
     EngineUnavailableError,
+    Event,
     GenerationError,
     Load,
+    PromptJudged,
     Sampling,
     Tokens,
     admit_all,
@@ -42,10 +44,9 @@ from sidelight.engines.base import (
     without_verdicts,
 )
 from sidelight.engines.batch import Batch, Emission, Failed
-from sidelight.engines.events import Event, PromptJudged
 from sidelight.engines.judging import Panel
-from sidelight.engines.line import Limits, Line, Request
-from sidelight.engines.reading import WARM_UP, TextReader, has_response
+from sidelight.engines.queue import Limits, Request, RequestQueue
+from sidelight.engines.text import WARM_UP, TextReader, has_response
 from sidelight.errors import SidelightError
 from sidelight.probe import Probe
 from sidelight.prompts import Conversation, Message
@@ -83,7 +84,7 @@ class TransformersEngine(Engine):
         self._reader = TextReader(
             backbone.encoder, backbone.tokenizer, max_tokens=backbone.encoder.max_tokens
         )
-        self._line = Line(limits or Limits())
+        self._line = RequestQueue(limits or Limits())
         self._outboxes: dict[Request, Outbox] = {}
         self._cancelled: set[Request] = set()
         self._work = asyncio.Event()

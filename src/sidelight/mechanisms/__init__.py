@@ -4,8 +4,10 @@ To add one, write its file and import it here; the law tests find it in the regi
 """
 
 from sidelight.mechanisms import attention, blend, fusion, gate, pooling, readout
-from sidelight.mechanisms.base import Aggregator, Geometry, Mechanism
-from sidelight.mechanisms.registry import (
+from sidelight.mechanisms.base import (
+    Aggregator,
+    Geometry,
+    Mechanism,
     MechanismSpec,
     OptionValue,
     mechanism_names,

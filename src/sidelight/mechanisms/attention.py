@@ -10,11 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sidelight.errors import SidelightError
-from sidelight.mechanisms import online_softmax
-from sidelight.mechanisms.base import Aggregator, Geometry, hide
+from sidelight.mechanisms import stages as online_softmax
+from sidelight.mechanisms.base import Aggregator, Geometry, hide, register
 from sidelight.mechanisms.pooling import pooling
-from sidelight.mechanisms.registry import register
-from sidelight.mechanisms.two_stage import TwoStage
+from sidelight.mechanisms.stages import TwoStage
 from sidelight.ragged import Ragged
 
 # Tokens of a text that ask in training; see ``DowncastAttention._asking``.

@@ -10,10 +10,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from sidelight.mechanisms.base import Geometry, Mechanism
+from sidelight.mechanisms.base import Geometry, Mechanism, register
 from sidelight.mechanisms.fusion import Fusion
 from sidelight.mechanisms.readout import Readout
-from sidelight.mechanisms.registry import register
 from sidelight.ragged import Ragged
 
 

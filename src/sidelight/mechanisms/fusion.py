@@ -8,10 +8,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sidelight.mechanisms import online_softmax
-from sidelight.mechanisms.base import Geometry, Mechanism, hide
-from sidelight.mechanisms.last_token import last_token, merge_last, with_last
-from sidelight.mechanisms.registry import register
+from sidelight.mechanisms import stages as online_softmax
+from sidelight.mechanisms.base import Geometry, Mechanism, hide, register
+from sidelight.mechanisms.stages import last_token, merge_last, with_last
 from sidelight.ragged import Ragged
 
 # Of the features while training; chosen on validation data (docs/results.md).

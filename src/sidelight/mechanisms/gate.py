@@ -9,10 +9,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from sidelight.mechanisms import online_softmax
-from sidelight.mechanisms.base import Aggregator, Geometry, hide
-from sidelight.mechanisms.registry import register
-from sidelight.mechanisms.two_stage import TwoStage
+from sidelight.mechanisms import stages as online_softmax
+from sidelight.mechanisms.base import Aggregator, Geometry, hide, register
+from sidelight.mechanisms.stages import TwoStage
 from sidelight.ragged import Ragged
 
 Activation = Literal["tanh", "identity"]

@@ -8,9 +8,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sidelight.mechanisms.base import Aggregator, Geometry, hide
-from sidelight.mechanisms.registry import register
-from sidelight.mechanisms.two_stage import TwoStage
+from sidelight.mechanisms.base import Aggregator, Geometry, hide, register
+from sidelight.mechanisms.stages import TwoStage
 from sidelight.ragged import LOWEST, Ragged
 
 

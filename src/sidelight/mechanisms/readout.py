@@ -9,10 +9,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from sidelight.mechanisms import online_softmax
-from sidelight.mechanisms.base import Geometry, Mechanism, hide
-from sidelight.mechanisms.last_token import last_token, merge_last, with_last
-from sidelight.mechanisms.registry import register
+from sidelight.mechanisms import stages as online_softmax
+from sidelight.mechanisms.base import Geometry, Mechanism, hide, register
+from sidelight.mechanisms.stages import last_token, merge_last, with_last
 from sidelight.ragged import LOWEST, Ragged
 
 # A class gains by one maximum of a layer and loses by another.

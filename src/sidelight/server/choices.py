@@ -7,12 +7,18 @@ from dataclasses import dataclass, replace
 
 from fastapi import Request
 
-from sidelight.engines.base import Sampling
-from sidelight.engines.events import Event, Finished, PromptJudged, ResponseScored, TextDelta
+from sidelight.engines.base import (
+    Event,
+    Finished,
+    PromptJudged,
+    ResponseScored,
+    Sampling,
+    TextDelta,
+)
 from sidelight.engines.logprobs import TokenLogprobs
 from sidelight.prompts import Conversation
-from sidelight.server.context import Asked, Context
-from sidelight.server.disconnect import unless_left
+from sidelight.server.context import Context, RequestContext
+from sidelight.server.middleware import unless_left
 
 Events = AsyncGenerator[Event, None]
 # A seed is a signed number of 64 bits; the next ones of the last begin anew.
@@ -87,7 +93,7 @@ class Choices:
 async def begin(
     request: Request,
     context: Context,
-    asked: Asked,
+    asked: RequestContext,
     prompts: Sequence[Conversation],
     sampling: Sampling,
     *,

@@ -1,12 +1,29 @@
-"""HTTP connections that cannot be held by a client that neither sends nor reads."""
+"""HTTP connections that cannot be held by a client that neither sends nor reads.
+
+How many connections the system lets this process open.
+
+Stops a server without losing a request: first it says so, then it waits, then it ends.
+"""
 
 import asyncio
 import json
+import logging
+import resource
+import signal
+import socket
+import threading
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import replace
+from math import ceil
+from types import FrameType
 
+import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from sidelight.errors import SidelightError
+from sidelight.server.config import ServerLimits
 from sidelight.server.errors import error_body
-from sidelight.server.limits import ServerLimits
 
 
 class BoundedProtocol(H11Protocol):
@@ -88,3 +105,128 @@ class BoundedProtocol(H11Protocol):
 def bounded_protocol(limits: ServerLimits) -> type[BoundedProtocol]:
     """The class of each connection, as uvicorn's ``http`` setting."""
     return type("BoundedProtocol", (BoundedProtocol,), {"limits": limits})
+
+
+# Connections in one turn of the event loop. All are open for some turns before those that are too
+# many are closed.
+ACCEPTED_AT_ONCE = 16
+# Those, the listening socket, logs, and probes that are read.
+_SPARE = 128
+_log = logging.getLogger("sidelight.server")
+
+
+def within_system(limits: ServerLimits) -> ServerLimits:
+    """The limits with no more connections than this process may open files.
+
+    Raises the process's own limit as far as the system allows. Where that is not enough, fewer
+    connections are accepted, and the log says so: running out of files would hit whatever opens
+    the next one, a log or a probe among them.
+
+    Raises:
+        SidelightError: Not even one connection would be left.
+    """
+    allowed = _allowed_files(limits.connections + _SPARE)
+    room = limits.connections if allowed is None else allowed - _SPARE
+    if room < 1:
+        raise SidelightError(
+            f"This process may open {allowed} files, too few to serve. Raise the limit (ulimit -n) "
+            f"to {limits.connections + _SPARE}."
+        )
+    if room < limits.connections:
+        _log.warning(
+            "This process may open %d files: at most %d connections, not %d. Raise the limit "
+            "(ulimit -n).",
+            allowed,
+            room,
+            limits.connections,
+        )
+        return replace(limits, connections=room)
+    return limits
+
+
+def _allowed_files(wanted: int) -> int | None:
+    """How many files this process may open, up to those wanted; None: the system has no limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return None
+    raised = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
+    return raised
+
+
+# Connections that the system keeps until they are accepted.
+QUEUED = 2048
+# For the last words to requests that are given up, before uvicorn cuts what is left.
+_LAST_WORDS_S = 2
+
+
+class Drain:
+    """How far the server's end has come.
+
+    Attributes:
+        is_draining: The server is about to stop; ``/ready`` then answers 503.
+        is_over: Requests that still run are given up.
+    """
+
+    def __init__(self) -> None:
+        self.is_draining = False
+        self.is_over = False
+        self._timeouts: set[asyncio.Timeout] = set()
+
+    @contextmanager
+    def ending(self, timeout: asyncio.Timeout) -> Generator[None]:
+        """Lets a timeout that has been entered pass at the end of the drain too."""
+        self._timeouts.add(timeout)
+        try:
+            yield
+        finally:
+            self._timeouts.discard(timeout)
+
+    def end(self) -> None:
+        """Gives up what still runs."""
+        self.is_over = True
+        for timeout in self._timeouts:
+            if not timeout.expired():
+                timeout.reschedule(asyncio.get_running_loop().time())
+
+
+class DrainingServer(uvicorn.Server):
+    """Serves on for a while after SIGTERM, so that a load balancer can see ``/ready`` turn 503.
+
+    SIGINT, or a second signal, stops to listen at once. Either way, running requests may finish.
+
+    Args:
+        config: uvicorn's settings.
+        drain: Told of the signal, and of the end of the wait.
+        drain_s: Seconds that running requests may take once nothing listens any more.
+        notice_s: Seconds between SIGTERM and the end of listening.
+    """
+
+    def __init__(self, config: uvicorn.Config, *, drain: Drain, drain_s: float, notice_s: float):
+        super().__init__(config)
+        config.timeout_graceful_shutdown = ceil(drain_s) + _LAST_WORDS_S
+        self._drain_s = drain_s
+        self._drain = drain
+        self._notice_s = notice_s
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listens with a long queue; asyncio's is as short as what it accepts in one turn."""
+        await super().startup(sockets)
+        for listener in sockets or ():
+            listener.listen(QUEUED)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stops to listen and waits for running requests; those that take too long are told so."""
+        asyncio.get_running_loop().call_later(self._drain_s, self._drain.end)
+        await super().shutdown(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Uvicorn's signal handler."""
+        is_first = not self._drain.is_draining
+        self._drain.is_draining = True
+        if is_first and sig == signal.SIGTERM and self._notice_s > 0:
+            timer = threading.Timer(self._notice_s, super().handle_exit, (sig, frame))
+            timer.daemon = True
+            timer.start()
+        else:
+            super().handle_exit(sig, frame)

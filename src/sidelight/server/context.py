@@ -7,25 +7,21 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
-from sidelight.engines.base import Engine, LoadedProbe, Sampling
-from sidelight.engines.events import Event, Finished, PromptJudged
+from sidelight.engines.base import Engine, Event, Finished, LoadedProbe, PromptJudged, Sampling
 from sidelight.errors import did_you_mean
 from sidelight.prompts import Conversation
-from sidelight.server.audit import NOBODY, AuditLog, Note
-from sidelight.server.categories import CategoryNames
-from sidelight.server.draining import Drain
+from sidelight.server.config import ServerLimits
+from sidelight.server.connections import Drain
+from sidelight.server.enforcement import Enforcement, PolicyOverrides, tightened
 from sidelight.server.errors import RequestError
-from sidelight.server.limits import ServerLimits
 from sidelight.server.metrics import Metrics
-from sidelight.server.policy import Enforcement, Wishes, tightened
-from sidelight.server.recording import Recorder
-from sidelight.server.report import Reporter, header
-from sidelight.server.roster import Roster
-from sidelight.server.tracing import Trace
+from sidelight.server.observe import NOBODY, AuditLog, Note, Recorder, Trace
+from sidelight.server.probes import ProbeRegistry
+from sidelight.server.report import CategoryNames, Reporter, header
 
 
 @dataclass(frozen=True)
-class Asked:
+class RequestContext:
     """What a request wants to know, and the rules it runs under.
 
     Attributes:
@@ -45,7 +41,7 @@ class Asked:
         sides = [self.reporter.side(event) for event in (*prompts, *finished)]
         return {**header(*sides), **self.enforcement.marks(prompts, finished)}
 
-    def for_another_text(self) -> "Asked":
+    def for_another_text(self) -> "RequestContext":
         """The same for one more text of a prompt, whose judgement is recorded already."""
         return replace(self, recorder=self.recorder.output_only())
 
@@ -71,7 +67,7 @@ class Context:
     """
 
     engine: Engine
-    roster: Roster
+    roster: ProbeRegistry
     metrics: Metrics
     limits: ServerLimits
     audit: AuditLog | None
@@ -82,7 +78,7 @@ class Context:
 
     @classmethod
     def new(
-        cls, engine: Engine, roster: Roster, limits: ServerLimits, audit: AuditLog | None
+        cls, engine: Engine, roster: ProbeRegistry, limits: ServerLimits, audit: AuditLog | None
     ) -> "Context":
         """The parts of a server that starts now."""
         return cls(engine, roster, Metrics(engine), limits, audit, Drain(), int(time.time()))
@@ -92,7 +88,9 @@ class Context:
         """The probes that clients hear of; to be read anew in every request."""
         return self.roster.visible
 
-    def asked(self, names: Sequence[str] | None, wishes: Wishes | None = None) -> Asked:
+    def asked(
+        self, names: Sequence[str] | None, wishes: PolicyOverrides | None = None
+    ) -> RequestContext:
         """A request about these probes; None: all. Whatever may block it is reported too.
 
         Together with ``generate`` it has to run without an ``await`` in between: then no probe
@@ -103,11 +101,11 @@ class Context:
         """
         reporter = self.reporter(names)
         chosen = [probe.name for probe in reporter.probes]
-        clauses = tightened(self.roster.clauses, chosen, wishes or Wishes())
+        clauses = tightened(self.roster.clauses, chosen, wishes or PolicyOverrides())
         blocking = [clause.name for clause in clauses if clause.is_blocking]
         self.trace.model = self.engine.model
         enforcement = Enforcement(clauses, self.roster.timeout_s, self.recorder)
-        return Asked(self.reporter([*chosen, *blocking]), enforcement, self.recorder)
+        return RequestContext(self.reporter([*chosen, *blocking]), enforcement, self.recorder)
 
     @property
     def recorder(self) -> Recorder:
@@ -115,7 +113,7 @@ class Context:
         return Recorder(self.metrics, self.audit, self.note, trace=self.trace)
 
     def generate(
-        self, messages: Conversation, sampling: Sampling, asked: Asked
+        self, messages: Conversation, sampling: Sampling, asked: RequestContext
     ) -> AsyncGenerator[Event, None]:
         """The events of an answer under the policy, counted as the engine gives them."""
         rules = asked.about(messages)

@@ -10,13 +10,8 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from sidelight.engines.base import (
-    EngineBusyError,
-    EngineUnavailableError,
-    GenerationError,
-    VerdictError,
-)
-from sidelight.errors import ContextLengthError, SidelightError
+from sidelight.engines.base import EngineBusyError, EngineUnavailableError, GenerationError
+from sidelight.errors import ContextLengthError, SidelightError, VerdictError
 
 _RELOAD_S = 5
 # As nginx logs a client that left; nobody receives it.

@@ -1,24 +1,156 @@
-"""Counts and times for Prometheus; no text, no keys, and labels of bounded number."""
+"""Recent scores of each probe, compared with those of its validation texts.
+
+What probes said and what followed, as series for Prometheus.
+
+Counts and times for Prometheus; no text, no keys, and labels of bounded number.
+"""
 
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import aclosing
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sidelight.engines.base import Engine
-from sidelight.engines.events import (
+from sidelight.engines.base import (
+    Engine,
     Event,
     Finished,
+    LoadedProbe,
     PromptJudged,
     ResponseScored,
     TextDelta,
     written_by,
 )
-from sidelight.server.access_log import route_of
-from sidelight.server.policy.decisions import Decision
-from sidelight.server.verdict_series import VerdictSeries
+from sidelight.metrics import BINS, score_counts, stability_index
+from sidelight.policy.decisions import Decision, agreements
+from sidelight.server.middleware import route_of
+from sidelight.types import Verdict
+
+# Of recent scores: as many are compared, and fewer than the second number say nothing. Without
+# drift, so few exceed 0.1 in at most 5 of 100 comparisons with 150 scores of validation.
+WINDOW = 1000
+ENOUGH = 200
+
+
+class Drift(Collector):
+    """The drift of each label of the probes that run, computed when it is asked for.
+
+    Args:
+        engine: Has the probes; the scores of others are forgotten.
+    """
+
+    def __init__(self, engine: Engine):
+        self._engine = engine
+        self._recent: dict[tuple[str, str], dict[str, deque[float]]] = {}
+
+    def add(self, probe: LoadedProbe, verdict: Verdict) -> None:
+        """Keeps the verdict's scores; a new version begins anew."""
+        key = _key(probe)
+        if key not in self._recent:
+            running = {key, *map(_key, self._engine.probes)}
+            self._recent = {k: kept for k, kept in self._recent.items() if k in running}
+            self._recent[key] = {}
+        for label, score in scores(probe, verdict).items():
+            self._recent[key].setdefault(label, deque(maxlen=WINDOW)).append(score)
+
+    def collect(self) -> Iterable[GaugeMetricFamily]:
+        """The series; of a probe that has no scores of validation, or too few of its own, none."""
+        family = GaugeMetricFamily(
+            "sidelight_probe_drift_psi",
+            "Population stability index of recent scores against validation's, less that of chance",
+            labels=["probe", "label"],
+        )
+        for probe in self._engine.probes if self._engine.is_ready else ():
+            recent = self._recent.get(_key(probe), {})
+            for label, reference in reference_counts(probe.record).items():
+                if len(own := recent.get(label, ())) >= ENOUGH:
+                    family.add_metric(
+                        [probe.name, label], stability_index(reference, score_counts(own))
+                    )
+        return [family]
+
+
+def _key(probe: LoadedProbe) -> tuple[str, str]:
+    return probe.name, probe.version
+
+
+def scores(probe: LoadedProbe, verdict: Verdict) -> dict[str, float]:
+    """The probability of each label; of a binary probe that of the positive one alone."""
+    if probe.task.kind != "binary":
+        return verdict.probabilities
+    positive = probe.task.labels[1]
+    return {positive: verdict.probabilities[positive]}
+
+
+def reference_counts(record: Mapping[str, Any]) -> dict[str, list[int]]:
+    """The validation scores of each label, as training stored them; older probes have none."""
+    stored: dict[str, list[int]] = record.get("validation", {}).get("scores", {})
+    return {label: counts for label, counts in stored.items() if len(counts) == BINS}
+
+
+_TENTHS = tuple(i / 10 for i in range(1, 11))
+
+
+class VerdictSeries:
+    """Counts of verdicts, and how their scores are distributed.
+
+    Args:
+        engine: Has the probes.
+        registry: Takes the series.
+    """
+
+    def __init__(self, engine: Engine, registry: CollectorRegistry):
+        self._verdicts = Counter(
+            "sidelight_verdicts", "Verdicts by outcome", ["probe", "outcome"], registry=registry
+        )
+        self._actions = Counter(
+            "sidelight_actions",
+            "What followed from verdicts",
+            ["probe", "side", "action"],
+            registry=registry,
+        )
+        self._agreements = Counter(
+            "sidelight_shadow_agreements",
+            "Whether a shadow said what its probe said",
+            ["probe", "shadow", "agreement"],
+            registry=registry,
+        )
+        self._scores = Histogram(
+            "sidelight_probe_score",
+            "Probabilities; of a binary probe those of its positive label",
+            ["probe", "label"],
+            buckets=_TENTHS,
+            registry=registry,
+        )
+        self._drift = Drift(engine)
+        registry.register(self._drift)
+
+    def count(self, decisions: Sequence[Decision]) -> None:
+        """Counts what probes said, what was done, and whether shadows agreed."""
+        for decision in decisions:
+            clause = decision.clause
+            self._verdicts.labels(clause.name, decision.outcome).inc()
+            if decision.action != "none":
+                self._actions.labels(clause.name, clause.side, decision.action).inc()
+            # Scores of whole texts are compared with each other, and with those of validation.
+            if not decision.is_unfinished:
+                self._note_scores(decision)
+        for shadow, agreement in agreements(decisions):
+            self._agreements.labels(shadow.rule.shadow_of, shadow.name, agreement).inc()
+
+    def _note_scores(self, decision: Decision) -> None:
+        if decision.verdict is None:
+            return
+        probe = decision.clause.probe
+        for label, score in scores(probe, decision.verdict).items():
+            self._scores.labels(probe.name, label).observe(score)
+        self._drift.add(probe, decision.verdict)
+
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 

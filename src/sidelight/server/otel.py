@@ -10,9 +10,9 @@ from opentelemetry.trace import SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from sidelight.errors import SidelightError
-from sidelight.server.drift import scores
-from sidelight.server.policy.decisions import Decision
-from sidelight.server.tracing import Trace
+from sidelight.policy.decisions import Decision
+from sidelight.server.metrics import scores
+from sidelight.server.observe import Trace
 
 Attributes = dict[str, str | int | Sequence[str] | Sequence[float]]
 

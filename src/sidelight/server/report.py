@@ -1,20 +1,94 @@
-"""A chat completion's verdicts, in every form in which they reach a client.
+"""Verdicts as moderation categories, the words that OpenAI's clients know.
+
+A chat completion's verdicts, in every form in which they reach a client.
 
 Clients drop what they do not know, each another part: so the same verdicts go into a header, the
 typed ``moderation`` field, one extension field, and the first delta of a stream.
 """
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel
 
-from sidelight.engines.base import LoadedProbe, verdict_failure
-from sidelight.engines.events import Finished, PromptJudged
-from sidelight.server.categories import CategoryNames
+from sidelight.engines.base import Finished, LoadedProbe, PromptJudged, verdict_failure
 from sidelight.types import Verdict
+
+# Names of a positive class that say nothing: the probe's own name says more.
+_BARE_LABELS = frozenset({"1", "true", "yes"})
+
+
+class Categories(BaseModel):
+    """What one or more verdicts say, by category.
+
+    Attributes:
+        flagged: Whether any category is.
+        categories: Whether each is flagged.
+        category_scores: Its probability.
+        category_applied_input_types: What was read for it: always text.
+    """
+
+    flagged: bool
+    categories: dict[str, bool]
+    category_scores: dict[str, float]
+    category_applied_input_types: dict[str, list[str]]
+
+
+@dataclass(frozen=True)
+class CategoryNames:
+    """The category of each probe's labels: only what a loaded probe covers has one.
+
+    Attributes:
+        by_probe: For each probe, its categories by label; a binary probe's negative label has none.
+    """
+
+    by_probe: Mapping[str, Mapping[str, str]]
+
+    @classmethod
+    def of(cls, probes: Sequence[LoadedProbe]) -> "CategoryNames":
+        """Bare names where they are unique, ``probe/name`` where probes share one."""
+        bare = {probe.name: _bare_names(probe) for probe in probes}
+        uses = Counter(name for names in bare.values() for name in names.values())
+        return cls(
+            {
+                probe: {
+                    label: name if uses[name] == 1 else f"{probe}/{name}"
+                    for label, name in names.items()
+                }
+                for probe, names in bare.items()
+            }
+        )
+
+    def report(self, verdicts: Sequence[Verdict]) -> Categories:
+        """All categories of these verdicts.
+
+        A multi-class verdict is never flagged, so neither are its categories: its label is in the
+        scores and in the ``sidelight`` field.
+        """
+        scores: dict[str, float] = {}
+        flags: dict[str, bool] = {}
+        for verdict in verdicts:
+            for label, category in self.by_probe[verdict.probe].items():
+                scores[category] = verdict.probabilities[label]
+                flags[category] = verdict.flagged and label in verdict.labels
+        return Categories(
+            flagged=any(verdict.flagged for verdict in verdicts),
+            categories=flags,
+            category_scores=scores,
+            category_applied_input_types={category: ["text"] for category in scores},
+        )
+
+
+def _bare_names(probe: LoadedProbe) -> dict[str, str]:
+    labels = probe.task.labels
+    if probe.task.kind != "binary":
+        return {label: label for label in labels}
+    positive = labels[1]
+    return {positive: probe.name if positive.lower() in _BARE_LABELS else positive}
+
 
 HEADER = "x-sidelight-verdicts"
 # Proxies refuse answers whose headers pass 4 to 8 KiB in all.
@@ -29,7 +103,7 @@ class Extension(BaseModel):
 
 
 @dataclass(frozen=True)
-class Told:
+class SideReport:
     """The verdicts of the probes that are judged at one point.
 
     Attributes:
@@ -69,10 +143,10 @@ class Reporter:
     probes: Sequence[LoadedProbe]
     names: CategoryNames
 
-    def side(self, event: PromptJudged | Finished) -> Told:
+    def side(self, event: PromptJudged | Finished) -> SideReport:
         """What the event says of the chosen probes."""
         chosen = {probe.name for probe in self.probes}
-        return Told(
+        return SideReport(
             tuple(verdict for verdict in event.verdicts if verdict.probe in chosen),
             tuple(name for name in event.failed if name in chosen),
             tuple(name for name in event.too_long if name in chosen),
@@ -106,17 +180,17 @@ class Reporter:
         """Whether a chosen probe has to wait for the response."""
         return any(probe.reads.side != "prompt" for probe in self.probes)
 
-    def moderation(self, prompt: Told, response: Told | None) -> dict[str, Any]:
+    def moderation(self, prompt: SideReport, response: SideReport | None) -> dict[str, Any]:
         """The ``moderation`` field; ``response`` is None while the text is being written."""
         pending = _error("pending", "The response is still being written.")
         output = pending if response is None and self.reads_response else None
         return {
             "input": self._moderated(prompt, "No chosen probe reads the prompt alone."),
             "output": output
-            or self._moderated(response or Told(), "No chosen probe reads the response."),
+            or self._moderated(response or SideReport(), "No chosen probe reads the response."),
         }
 
-    def _moderated(self, side: Told, not_run: str) -> dict[str, Any]:
+    def _moderated(self, side: SideReport, not_run: str) -> dict[str, Any]:
         if side.failed:
             return _error("verdict_failed", side.failure)
         if not side.verdicts:
@@ -132,16 +206,16 @@ class Reporter:
         return {"type": "moderation_results", "model": self.model, "results": results}
 
 
-def joined(sides: Sequence[Told]) -> Told:
+def joined(sides: Sequence[SideReport]) -> SideReport:
     """Several texts' verdicts, one text after the other."""
-    return Told(
+    return SideReport(
         tuple(verdict for side in sides for verdict in side.verdicts),
         tuple(dict.fromkeys(name for side in sides for name in side.failed)),
         tuple(dict.fromkeys(name for side in sides for name in side.too_long)),
     )
 
 
-def extension(*sides: Told) -> dict[str, Any]:
+def extension(*sides: SideReport) -> dict[str, Any]:
     """The ``sidelight`` field: every verdict, and an entry with ``error`` for a failed one."""
     verdicts = [verdict_json(verdict) for side in sides for verdict in side.verdicts]
     failures = [_failure_json(name) for side in sides for name in side.failed]
@@ -159,7 +233,7 @@ def verdict_json(verdict: Verdict) -> dict[str, Any]:
     }
 
 
-def header(*sides: Told) -> Mapping[str, str]:
+def header(*sides: SideReport) -> Mapping[str, str]:
     """The verdicts as an HTTP header: compact ASCII JSON.
 
     Probabilities are rounded; where they would make the header too long for proxies, only probe,

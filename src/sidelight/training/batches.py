@@ -1,14 +1,26 @@
 """A shard of the cache in batches, without a copy.
 
 The texts of a shard lie in random order, so neighbours are a random batch.
+
+Long inputs out of a batch: each text among others that have no label.
+
+A probe that has seen short texts only misses one of them in a long input. Where a label says that
+some part of a text is so, several texts in one input have the labels of all. The hidden states are
+those of each text by itself, so this costs no forward pass (docs/results.md has what it brings).
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
-from sidelight.cache import Shard
+from sidelight.errors import SidelightError
+from sidelight.ragged import Ragged
+from sidelight.states.cache import Shard
+from sidelight.types import Task
 
 
 def batches(shard: Shard, *, size: int, shuffle: torch.Generator) -> Iterator[Shard]:
@@ -39,3 +51,47 @@ def neighbours(shard: Shard, cuts: Sequence[int]) -> Iterator[Shard]:
 def on_device(shard: Shard, device: torch.device, dtype: torch.dtype) -> Shard:
     """The shard where it is trained on."""
     return Shard(shard.hidden.to(device, dtype), shard.lengths.to(device), shard.rows)
+
+
+# Two thousand tokens, of short prompts.
+_MOST_OTHERS = 40
+
+
+def among_others(tokens: Ragged, labels: Int[Tensor, "text ..."]) -> Ragged:
+    """Each text at a random place among texts of the batch without a label.
+
+    The number of others is log-uniform, from 1 to 40. Where all texts have a label, they stay as
+    they are.
+
+    Args:
+        tokens: Of each text, in whatever form.
+        labels: 0 or 1; of a multi-label task, a column for each label.
+
+    Returns:
+        As many segments as texts, in their order, whose labels hold.
+    """
+    others = (~labels.reshape(len(labels), -1).any(1)).nonzero()[:, 0]
+    if not len(others):
+        return tokens
+    texts = torch.arange(len(labels), device=labels.device)
+    drawn = torch.rand(2, len(labels), device=labels.device)
+    sizes = 1 + (drawn[0] * math.log(_MOST_OTHERS + 1)).exp().long().clamp(max=_MOST_OTHERS)
+    members = others[torch.randint(len(others), (int(sizes.sum()),), device=labels.device)]
+    members[sizes.cumsum(0) - sizes + (drawn[1] * sizes).long()] = texts
+    parts = tokens.chosen(members)
+    ends = parts.lengths.cumsum(0)[sizes.cumsum(0) - 1]
+    return Ragged(parts.values, ends.diff(prepend=ends.new_zeros(1)))
+
+
+def require_labels_of_parts(task: Task) -> None:
+    """Checks that a label can be one of a part of a text, as long inputs need it.
+
+    Raises:
+        SidelightError: There are several classes.
+    """
+    if task.kind == "multiclass":
+        raise SidelightError(
+            f"Long inputs are for labels that a part of a text can have, but of {len(task.labels)} "
+            "classes a text of several parts could have any. Leave --long-inputs out "
+            "(long_inputs=False), or train on one label."
+        )

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sidelight.pooled import Pooled
+from sidelight.states.pooled import Pooled
 from sidelight.types import Task
 
 # Enough to rank views by; each needs an eigendecomposition.

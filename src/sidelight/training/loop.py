@@ -8,19 +8,16 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from sidelight.cache import Shard, States
 from sidelight.errors import SidelightError
-from sidelight.mechanisms import Geometry, Mechanism
+from sidelight.mechanisms.base import Geometry, Mechanism
 from sidelight.progress import Progress, progress
 from sidelight.ragged import Ragged
 from sidelight.standardisation import Standardisation
-from sidelight.training.batches import batches, on_device
+from sidelight.states.cache import Shard, States
+from sidelight.training.batches import batches, on_device, require_labels_of_parts
 from sidelight.training.layer_weights import layer_weights
-from sidelight.training.long_inputs import require_labels_of_parts
-from sidelight.training.losses import make_loss
-from sidelight.training.measuring import measured, pooled_sample
+from sidelight.training.run import TrainingRun, make_loss, measured, pooled_sample, validation_score
 from sidelight.training.settings import Job
-from sidelight.training.trainee import Trainee, validation_score
 from sidelight.types import Task
 
 _VALIDATION_BATCH = 128
@@ -139,14 +136,14 @@ class _Run:
             return self._raw
         return self._weighted if job.settings.layer_weights == "predictive" else self._measured
 
-    def enrol(self, jobs: Sequence[Job]) -> list[Trainee]:
+    def enrol(self, jobs: Sequence[Job]) -> list[TrainingRun]:
         if any(job.settings.long_inputs for job in jobs):
             require_labels_of_parts(self._task)
         texts = len(self._training.labels)
         is_written = self._training.states.reads.side == "response"
         fitted = [replace(job, settings=job.settings.fitted_to(texts)) for job in jobs]
         return [
-            Trainee(
+            TrainingRun(
                 job,
                 self._geometry,
                 steps=self._steps(job.settings.batch_size),
@@ -168,7 +165,7 @@ class _Run:
         whole = sum(math.ceil(size / batch_size) + 1 for size in sizes if size >= batch_size)
         return whole + math.ceil(sum(size for size in sizes if size < batch_size) / batch_size)
 
-    def train_epoch(self, trainees: Sequence[Trainee], epoch: int, shown: Progress) -> None:
+    def train_epoch(self, trainees: Sequence[TrainingRun], epoch: int, shown: Progress) -> None:
         order = torch.randperm(
             len(self._training.states), generator=torch.Generator().manual_seed(epoch)
         )
@@ -180,7 +177,7 @@ class _Run:
         for trainee in trainees:
             trainee.finish_batch()
 
-    def _train_group(self, group: Sequence[Trainee], shard: Shard, *, epoch: int) -> None:
+    def _train_group(self, group: Sequence[TrainingRun], shard: Shard, *, epoch: int) -> None:
         job = group[0].job
         shuffle = torch.Generator().manual_seed(job.seed * 7919 + epoch)
         for chosen in batches(shard, size=job.settings.batch_size, shuffle=shuffle):
@@ -195,7 +192,7 @@ class _Run:
             for trainee in group:
                 trainee.take(share)
 
-    def _project(self, batch: Shard, trainees: Sequence[Trainee]) -> list[Ragged]:
+    def _project(self, batch: Shard, trainees: Sequence[TrainingRun]) -> list[Ragged]:
         """Each trainee's columns of every token, from one matmul a layer."""
         dtype = batch.hidden.dtype
         folded = [
@@ -208,7 +205,7 @@ class _Run:
         parts = projected.transpose(0, 1).split([own.weight.shape[2] for own in folded], 2)
         return [Ragged(part, batch.lengths) for part in parts]  # (T, L, M)
 
-    def end_epoch(self, trainees: Sequence[Trainee]) -> None:
+    def end_epoch(self, trainees: Sequence[TrainingRun]) -> None:
         if self._validation is None:
             for trainee in trainees:
                 trainee.end_epoch(None)
@@ -222,7 +219,7 @@ class _Run:
 
     @torch.inference_mode()
     def _judge(
-        self, trainees: Sequence[Trainee], judged: TrainingSet, *, dtype: torch.dtype
+        self, trainees: Sequence[TrainingRun], judged: TrainingSet, *, dtype: torch.dtype
     ) -> list[np.ndarray]:
         states = judged.states
         shape = (len(judged.labels), self._task.outputs)
@@ -236,7 +233,7 @@ class _Run:
         return [scores[id(trainee)] for trainee in trainees]
 
     def results(
-        self, trainees: Sequence[Trainee], judged: TrainingSet | None
+        self, trainees: Sequence[TrainingRun], judged: TrainingSet | None
     ) -> list[Trained | None]:
         """What each gave; None where it diverged."""
         for trainee in trainees:
@@ -253,7 +250,7 @@ class _Run:
         }
         return [found.get(id(trainee)) for trainee in trainees]
 
-    def _trained(self, trainee: Trainee, logits: np.ndarray) -> Trained:
+    def _trained(self, trainee: TrainingRun, logits: np.ndarray) -> Trained:
         return Trained(
             job=trainee.job,
             mechanism=trainee.mechanism,
@@ -264,9 +261,9 @@ class _Run:
         )
 
 
-def _grouped_by_batches(trainees: Sequence[Trainee]) -> Iterator[list[Trainee]]:
+def _grouped_by_batches(trainees: Sequence[TrainingRun]) -> Iterator[list[TrainingRun]]:
     """Trainees that see the same texts in the same order, so that they share each batch."""
-    groups: dict[tuple[int, int], list[Trainee]] = {}
+    groups: dict[tuple[int, int], list[TrainingRun]] = {}
     for trainee in trainees:
         key = (trainee.job.seed, trainee.job.settings.batch_size)
         groups.setdefault(key, []).append(trainee)

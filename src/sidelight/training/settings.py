@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from sidelight.errors import SidelightError
-from sidelight.mechanisms import MechanismSpec
+from sidelight.mechanisms.base import MechanismSpec
 
 ClassWeight = Literal["none", "balanced"]
 # Of few texts: larger batches would be too few.

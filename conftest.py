@@ -1,0 +1,59 @@
+"""Backbones that many tests share. They are frozen; a test that changes one makes its own."""
+
+from collections.abc import Iterator
+
+import httpx
+import pytest
+import torch
+from openai import OpenAI
+
+from families import FAMILIES, family_backbone
+from live import http_client, openai_client
+from sidelight.backbone import TransformersBackbone
+from tiny import tiny_backbone
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Matmuls this small only lose by threads, above all on a busy machine."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> TransformersBackbone:
+    """A tiny Llama with a chat template."""
+    return tiny_backbone()
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> TransformersBackbone:
+    """A tiny backbone of each family, with a chat template."""
+    return family_backbone(request.param)
+
+
+@pytest.fixture
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keeps a test out of the user's cache."""
+    monkeypatch.setenv("SIDELIGHT_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub answers nothing."""
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
+def client(address: str) -> Iterator[OpenAI]:
+    """The real client of the server at a test file's own ``address``."""
+    with openai_client(address) as client:
+        yield client
+
+
+@pytest.fixture
+def http(address: str) -> Iterator[httpx.Client]:
+    """A bare client of the same server."""
+    with http_client(address) as client:
+        yield client

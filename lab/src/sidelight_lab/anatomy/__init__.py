@@ -1,0 +1,1 @@
+"""What probes use of the backbone: layers, tokens, labels and settings (a BERTology view)."""

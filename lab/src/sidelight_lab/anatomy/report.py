@@ -1,0 +1,310 @@
+"""Token x layer heat maps as one page of HTML that needs nothing else.
+
+Pictures of anatomies and of training curves. Knows arrays and files.
+
+Anatomies as files: pictures, heat maps, ``anatomy.json`` and a short ``report.md``.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from sidelight.plots import save_figure
+from sidelight.storage import write_json, write_text
+from sidelight.training.run import score_name
+from sidelight.types import Task
+from sidelight_lab.anatomy.attribution import GROUPS
+from sidelight_lab.anatomy.curves import Point
+from sidelight_lab.anatomy.examine import Anatomy, HeatMap
+
+_STYLE = (
+    "body{font:13px sans-serif;color:#222;margin:2em}table{border-collapse:collapse}"
+    "td,th{padding:0;font-weight:normal}td.c{min-width:12px;height:14px}"
+    "th.t{font-family:monospace;text-align:right;padding-right:6px;white-space:pre}"
+    "th.l{font-size:9px;color:#8a8a8a}"
+)
+_BLANKS = str.maketrans({" ": "␣", "\n": "⏎", "\t": "⇥"})
+
+
+def write_heat_maps(
+    maps: Sequence[HeatMap], path: Path, *, title: str, decode: Callable[[int], str]
+) -> Path:
+    """Writes a page with a table per text: a row per token, a column per layer.
+
+    Args:
+        maps: What to show; the darkest cell of a table is its largest weight.
+        path: The file.
+        title: Heading of the page.
+        decode: The text of a token id.
+    """
+    body = "\n".join(_section(one, decode) for one in maps)
+    head = f"<meta charset='utf-8'><title>{escape(title)}</title><style>{_STYLE}</style>"
+    page = f"<!doctype html><html><head>{head}</head><body><h1>{escape(title)}</h1>\n{body}"
+    write_text(path, f"{page}</body></html>\n")
+    return path
+
+
+def _section(one: HeatMap, decode: Callable[[int], str]) -> str:
+    what = "token-stage weights" if one.is_weighted else "shares of absolute contributions"
+    layers = "".join(f"<th class='l'>{layer}</th>" for layer in range(one.weights.shape[1]))
+    top = max(float(one.weights.max()), 1e-30)
+    rows = "\n".join(
+        f"<tr><th class='t'>{escape(decode(token).translate(_BLANKS))}</th>{_cells(own, top)}</tr>"
+        for token, own in zip(one.token_ids, one.weights, strict=True)
+    )
+    heading = f"<h2>{escape(one.label)}: {what}, at most {top:.3f}</h2>"
+    return f"{heading}<table><tr><th></th>{layers}</tr>\n{rows}</table>"
+
+
+def _cells(weights: Float[np.ndarray, " layer"], top: float) -> str:
+    return "".join(
+        f"<td class='c' style='background:rgba(0,114,178,{weight / top:.2f})' "
+        f"title='layer {layer}: {weight:.4f}'></td>"
+        for layer, weight in enumerate(weights)
+    )
+
+
+# matplotlib leaves the types of **kwargs open.
+# pyright: reportUnknownMemberType=false
+
+
+_INK, _MUTED = "#222222", "#8a8a8a"
+# Okabe & Ito's palette, told apart with any colour vision.
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
+_LEGEND: dict[str, Any] = {"frameon": False, "fontsize": 8}
+_DOTS: dict[str, Any] = {"marker": "o", "markersize": 3, "linewidth": 1.2}
+_VIEWS = {"drop": "all but this layer", "only": "this layer only", "from": "from this layer on"}
+
+
+def plot_anatomy(anatomy: Anatomy, path: Path) -> Path:
+    """Layers on the left, tokens on the right; what is used per class, then what ablation costs.
+
+    Of many classes the six with most texts are drawn.
+    """
+    figure = _figure(11.0, 9.0, f"{anatomy.probe.name}: anatomy of {anatomy.probe.spec.name}")
+    _draw_layer_use(anatomy, _axes(figure, 1), _axes(figure, 3))
+    _draw_layer_ablation(anatomy, _axes(figure, 5))
+    _draw_token_use(anatomy, _axes(figure, (2, 4)))
+    _draw_token_ablation(anatomy, _axes(figure, 6))
+    return save_figure(figure, path)
+
+
+def plot_curves(points: Sequence[Point], path: Path, *, task: Task, over: str) -> Path:
+    """A line per mechanism through the mean over draws; whiskers span lowest to highest.
+
+    Args:
+        points: Of ``sensitivity`` or ``learning_curve``.
+        path: The file.
+        task: Names the score.
+        over: What the horizontal axis is, for example ``Learning rate``.
+    """
+    figure = _figure(6.4, 4.2, f"{_begun(score_name(task))} over {over.lower()}")
+    axes = _axes(figure, 1, rows=1, columns=1)
+    for place, name in enumerate(dict.fromkeys(point.mechanism for point in points)):
+        at, middle, low, high = _spread([point for point in points if point.mechanism == name])
+        spans = [middle - low, high - middle]
+        colour = _COLOURS[place % len(_COLOURS)]
+        axes.errorbar(at, middle, yerr=spans, color=colour, label=_escape(name), **_DOTS)
+    axes.set(xlabel=over, ylabel=_begun(score_name(task)), xscale="log")
+    axes.legend(**_LEGEND)
+    return save_figure(figure, path)
+
+
+def _draw_layer_use(anatomy: Anatomy, upper: Axes, lower: Axes) -> None:
+    for name, colour in zip(_largest(anatomy), _COLOURS, strict=False):
+        own = anatomy.use[name]
+        has_weights = not np.isnan(own.layer_weights).any()
+        shown = own.layer_weights if has_weights else own.layer_shares
+        upper.plot(shown, color=colour, label=_escape(name), **_DOTS)
+        upper.set(ylabel="Layer-stage weight" if has_weights else "Share of contributions")
+        lower.plot(own.layer_effects, color=colour, **_DOTS)
+    upper.set(ylim=(0, None), xlabel="Layer")
+    upper.legend(**_LEGEND)
+    lower.axhline(0, color=_MUTED, linewidth=1)
+    lower.set(xlabel="Layer", ylabel="Contribution, logits")
+
+
+def _draw_layer_ablation(anatomy: Anatomy, axes: Axes) -> None:
+    for (view, label), colour in zip(_VIEWS.items(), _COLOURS, strict=False):
+        axes.plot(anatomy.layers[view], color=colour, label=label, **_DOTS)
+    axes.axhline(anatomy.score, color=_MUTED, linestyle="--", linewidth=1, label="all layers")
+    axes.set(xlabel="Layer", ylabel=_begun(score_name(anatomy.probe.task)))
+    # It may lie on a curve: what is behind its words must not show.
+    axes.legend(**{**_LEGEND, "frameon": True, "framealpha": 1.0, "edgecolor": "none"})
+
+
+def _draw_token_use(anatomy: Anatomy, axes: Axes) -> None:
+    names = _largest(anatomy)
+    height = 0.8 / len(names)
+    for place, (name, colour) in enumerate(zip(names, _COLOURS, strict=False)):
+        own = anatomy.use[name]
+        at = np.arange(len(GROUPS)) + place * height
+        axes.barh(at, own.token_shares, height * 0.9, color=colour, label=_escape(name))
+        axes.plot(own.tokens, at, "|", color=_INK, markersize=14)
+    axes.plot([], [], "|", color=_INK, label="share of tokens")
+    axes.set_yticks(np.arange(len(GROUPS)) + 0.4 - height / 2, GROUPS)
+    axes.invert_yaxis()
+    axes.set(xlabel="Share of contributions", xlim=(0, 1))
+    axes.legend(**_LEGEND)
+
+
+def _draw_token_ablation(anatomy: Anatomy, axes: Axes) -> None:
+    axes.barh(list(anatomy.tokens), list(anatomy.tokens.values()), color=_COLOURS[0])
+    axes.axvline(anatomy.score, color=_MUTED, linestyle="--", linewidth=1)
+    axes.invert_yaxis()
+    axes.set(xlabel=_begun(score_name(anatomy.probe.task)), xlim=(0, 1))
+
+
+def _spread(points: Sequence[Point]) -> Float[np.ndarray, "4 place"]:
+    """Places, and the mean, lowest and highest score at each."""
+    places = sorted({point.at for point in points})
+    scores = [[point.score for point in points if point.at == at] for at in places]
+    rows = [(at, np.mean(own), min(own), max(own)) for at, own in zip(places, scores, strict=True)]
+    return np.array(rows).T
+
+
+def _largest(anatomy: Anatomy) -> list[str]:
+    ranked = sorted(anatomy.texts, key=lambda name: -anatomy.texts[name])
+    return [name for name in anatomy.texts if name in ranked[: len(_COLOURS)]]
+
+
+def _figure(width: float, height: float, title: str) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.suptitle(_escape(title), x=0.01, horizontalalignment="left", fontsize=11, color=_INK)
+    return figure
+
+
+def _begun(text: str) -> str:
+    """With a capital letter, and AUPRC left as it is."""
+    return text[:1].upper() + text[1:]
+
+
+def _axes(figure: Figure, place: int | tuple[int, int], *, rows: int = 3, columns: int = 2) -> Axes:
+    axes = figure.add_subplot(rows, columns, place)
+    axes.spines[["top", "right"]].set_visible(False)
+    return axes
+
+
+def _escape(text: str) -> str:
+    # A dollar sign starts a formula in matplotlib, a leading underscore hides a legend's entry.
+    return text.replace("$", r"\$").lstrip("_")
+
+
+# Layers that the report names for each class.
+_NAMED_LAYERS = 3
+# Of score that may be lost by reading the deepest layers only.
+_NEGLIGIBLE = 0.01
+
+
+def write_anatomies(
+    anatomies: Sequence[Anatomy], directory: Path, *, decode: Callable[[int], str]
+) -> list[Path]:
+    """Writes everything; files of the same names are replaced.
+
+    Args:
+        anatomies: Of probes with different mechanisms, or of one.
+        directory: Made if absent.
+        decode: The text of a token id.
+    """
+    written: list[Path] = []
+    for one in anatomies:
+        name = one.probe.spec.name
+        page = directory / f"{name}_heat_maps.html"
+        title = f"{one.probe.name}: where {name} looks"
+        written.append(plot_anatomy(one, directory / f"{name}.png"))
+        written.append(write_heat_maps(one.heat_maps, page, title=title, decode=decode))
+    table, values = directory / "report.md", directory / "anatomy.json"
+    write_text(table, "\n".join(map(to_markdown, anatomies)))
+    write_json(values, list(map(to_json, anatomies)))
+    return [*written, table, values]
+
+
+def to_json(anatomy: Anatomy) -> dict[str, Any]:
+    """All figures as JSON values; None where a mechanism has no such weights."""
+    return {
+        "probe": anatomy.probe.name,
+        "mechanism": anatomy.probe.spec.name,
+        "options": dict(anatomy.probe.spec.options),
+        "texts": dict(anatomy.texts),
+        "metric": score_name(anatomy.probe.task),
+        "score": anatomy.score,
+        "token_groups": list(GROUPS),
+        "use": {
+            name: {field: _plain(values) for field, values in asdict(own).items()}
+            for name, own in anatomy.use.items()
+        },
+        "layer_ablation": {view: own.tolist() for view, own in anatomy.layers.items()},
+        "token_ablation": dict(anatomy.tokens),
+        "first_token_opens_input": anatomy.opening,
+        "contribution_error": anatomy.error,
+    }
+
+
+def to_markdown(anatomy: Anatomy) -> str:
+    """One probe's part of the report."""
+    metric = score_name(anatomy.probe.task)
+    return f"""# {anatomy.probe.name}: {anatomy.probe.spec.name}
+
+{sum(anatomy.texts.values())} texts, {metric} {anatomy.score:.3f}. Shares are of the absolute
+contributions to the logit; in brackets the share of the tokens. *first* and *last* are one token
+each, of the template where it opens or ends what is read, and *template* its other tokens.
+
+| class | texts | layers by weight | layers by share | {" | ".join(GROUPS)} |
+{"|---" * (4 + len(GROUPS))}|
+{chr(10).join(_class_row(anatomy, name) for name in anatomy.texts)}
+
+Without some parts, and without training again; a layer then stays at its mean. All tokens of the
+template are left out together, a first or last one of it too.
+
+| what | {metric} | change |
+|---|---|---|
+{chr(10).join(_ablation_rows(anatomy))}
+
+The first token that is read opens the input in {anatomy.opening:.0%} of texts. Contributions
+sum to the change of the logit within {anatomy.error:.1g}.
+"""
+
+
+def _class_row(anatomy: Anatomy, name: str) -> str:
+    own = anatomy.use[name]
+    pairs = zip(own.token_shares, own.tokens, strict=True)
+    cells = [
+        name.replace("|", "/"),
+        str(anatomy.texts[name]),
+        _top(own.layer_weights),
+        _top(own.layer_shares),
+        *(f"{share:.0%} ({tokens:.0%})" for share, tokens in pairs),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _ablation_rows(anatomy: Anatomy) -> list[str]:
+    drop, only, later = (anatomy.layers[view] for view in ("drop", "only", "from"))
+    worst, best = int(drop.argmin()), int(only.argmax())
+    start = int(np.flatnonzero(later >= anatomy.score - _NEGLIGIBLE).max())
+    scores = {
+        "everything": anatomy.score,
+        f"without layer {worst}, the costliest to lose": drop[worst],
+        f"layer {best} only, the best one alone": only[best],
+        f"from layer {start} on, the last start that loses at most {_NEGLIGIBLE}": later[start],
+        **anatomy.tokens,
+    }
+    return [f"| {n} | {own:.3f} | {own - anatomy.score:+.3f} |" for n, own in scores.items()]
+
+
+def _top(amounts: Float[np.ndarray, " layer"]) -> str:
+    if np.isnan(amounts).any():
+        return "-"
+    chosen = np.argsort(-amounts, kind="stable")[:_NAMED_LAYERS]
+    return ", ".join(f"{layer} ({amounts[layer]:.0%})" for layer in chosen)
+
+
+def _plain(values: Float[np.ndarray, "..."]) -> Any:
+    return None if np.isnan(values).any() else values.tolist()

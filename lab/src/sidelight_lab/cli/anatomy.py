@@ -1,0 +1,105 @@
+"""``sidelight anatomy``: which layers and tokens a probe uses, and which it can do without."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from sidelight.cli.options import (
+    backbone_options,
+    column_options,
+    data_option,
+    examples_epilog,
+    limit_option,
+    max_tokens_option,
+    missing_label_option,
+    out_option,
+)
+
+if TYPE_CHECKING:
+    from sidelight.probe import Probe
+    from sidelight.training.runs import StoredRuns
+
+
+@click.command(
+    epilog=examples_epilog(
+        "sidelight anatomy probes/toxicity --data held_out.jsonl --label toxicity --out anatomy",
+        "sidelight anatomy probes/all --data held_out.jsonl --every-mechanism --out anatomy",
+    )
+)
+@click.argument("probe", type=click.Path(path_type=Path))
+@data_option
+@out_option
+@column_options
+@missing_label_option
+@limit_option
+@click.option(
+    "--every-mechanism",
+    is_flag=True,
+    help="Examine the first run of every mechanism trained with the probe, not only the best run.",
+)
+@click.option(
+    "--heat-maps",
+    type=click.IntRange(min=0),
+    default=2,
+    show_default=True,
+    help="Texts of each class to draw token by layer.",
+)
+@max_tokens_option
+@click.option(
+    "--cache",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="Folder for hidden states; they stay there. [default: the user's cache, then removed]",
+)
+@backbone_options
+def anatomy(probe: Path, out: Path, **given: Any) -> None:
+    """Show which layers and tokens a probe uses, per class, and what it loses without them.
+
+    Writes pictures, token by layer heat maps, anatomy.json and report.md. Nothing is trained.
+    """
+    from sidelight.backbone import load_backbone
+    from sidelight.data.loading import load_examples
+    from sidelight.smollm2 import cache_root
+    from sidelight.training.dataset import make_split
+    from sidelight.training.runs import check_folder, read_runs
+    from sidelight_lab.anatomy.examine import examine
+    from sidelight_lab.anatomy.report import write_anatomies
+
+    check_folder(out)
+    stored = read_runs(probe)
+    chosen = stored.probes[stored.chosen]
+    columns = {name: given[name] for name in ("text", "label", "response", "split")}
+    examples = load_examples(
+        given["data"], task=chosen.task, on_missing_label=given["missing_label"], **columns
+    )
+    backbone = load_backbone(
+        given["model"] or chosen.fingerprint.name,
+        dtype=given["dtype"],
+        device=given["device"],
+        prompt_format=chosen.prompt_format,
+    )
+    chosen.fingerprint.require(backbone.fingerprint, probe=chosen.name)
+    split = make_split(
+        backbone,
+        examples.select(examples.draw(given["limit"] or len(examples), seed=0)),
+        reads=chosen.reads,
+        max_tokens=given["max_tokens"],
+        cache_root=given["cache"] or cache_root() / "activations",
+        keep_cache=given["cache"] is not None,
+    )
+    probes = _first_of_each(stored) if given["every_mechanism"] else [chosen]
+    examined = [
+        examine(one, split, device=backbone.device, heat_maps=given["heat_maps"]) for one in probes
+    ]
+    if given["cache"] is None:
+        split.states.remove()
+    write_anatomies(examined, out, decode=lambda token: backbone.tokenizer.decode([token]))
+    click.echo((out / "report.md").read_text("utf-8"))
+
+
+def _first_of_each(stored: "StoredRuns") -> "list[Probe]":
+    """The chosen run, and the first run of every other mechanism."""
+    found = {probe.spec.name: probe for probe in reversed(stored.probes)}
+    chosen = stored.probes[stored.chosen]
+    return list((found | {chosen.spec.name: chosen}).values())

@@ -1,0 +1,357 @@
+"""What an anatomy says of a probe agrees with the probe's own arithmetic."""
+
+import json
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+
+from corpora import TASKS, planted
+from sidelight.artifact import save_probe
+from sidelight.bank import Bank
+from sidelight.data.examples import Example, Examples
+from sidelight.errors import SidelightError
+from sidelight.mechanisms.base import Geometry, mechanism_names, mechanism_spec
+from sidelight.prompts import Message, Part, Reads
+from sidelight.ragged import Ragged
+from sidelight.standardisation import Standardisation
+from sidelight.states.scoring import score
+from sidelight.training.dataset import ProbeDataset, make_split
+from sidelight.training.settings import Job, TrainingSettings
+from sidelight_lab.anatomy.attribution import (
+    contributions,
+    grouped,
+    layer_views,
+    layer_weights,
+    read_pieces,
+    token_views,
+    token_weights,
+    true_targets,
+    without_layers,
+    without_tokens,
+)
+from sidelight_lab.anatomy.curves import label_counts, learning_curve, sensitivity
+from sidelight_lab.anatomy.examine import examine
+from sidelight_lab.anatomy.report import plot_curves, write_anatomies
+from sidelight_lab.cli.anatomy import anatomy as command
+from tiny import untrained_probe
+
+# Float32 sums over a few hundred terms.
+CLOSE = {"atol": 1e-4, "rtol": 1e-4}
+# The states on disk are bf16, those of a forward pass here float32.
+CACHED = {"atol": 0.05, "rtol": 0.05}
+EVERY = [
+    *((name, {}) for name in mechanism_names()),
+    ("pooling", {"kind": "max"}),
+    ("gate", {"activation": "identity"}),
+]
+KINDS = list(TASKS)
+
+
+def as_examples(kind, count, *, seed):
+    texts, labels = planted(kind, count, seed=seed)
+    items = tuple(Example((Message("user", text),)) for text in texts)
+    return Examples(items, TASKS[kind], labels, tuple({} for _ in items))
+
+
+@pytest.fixture(scope="module")
+def splits(tiny, tmp_path_factory):
+    root = tmp_path_factory.mktemp("states")
+    return {
+        kind: make_split(
+            tiny,
+            as_examples(kind, 40, seed=seed),
+            reads=Reads(),
+            max_tokens=256,
+            cache_root=root,
+        )
+        for seed, kind in enumerate(KINDS)
+    }
+
+
+@pytest.fixture
+def make(tiny, splits):
+    """A probe of random weights on standardised states."""
+
+    def build(mechanism="readout", options=None, kind="binary"):
+        plain = untrained_probe(tiny, "toxicity", task=TASKS[kind])
+        spec = mechanism_spec(mechanism, options)
+        torch.manual_seed(7)
+        geometry = Geometry(tiny.fingerprint.layers, tiny.fingerprint.width, TASKS[kind].outputs)
+        built = spec.build(geometry).eval().requires_grad_(False)
+        for parameter in built.parameters():
+            parameter.normal_(std=0.2)
+        states = splits[kind].states.read(0).hidden
+        return replace(
+            plain, spec=spec, mechanism=built, standardisation=Standardisation.measured(states)
+        )
+
+    return build
+
+
+def one_piece(probe, split):
+    (piece,) = read_pieces(probe, split, device="cpu")
+    return piece
+
+
+def dense_hidden(probe, split):
+    """Standardised states and mask as the mechanism's equation wants them, in cached order."""
+    shard = split.states.read(0)
+    own = probe.standardisation
+    standard = (shard.hidden.float() - own.mean[:, None]) / own.scale[:, None]
+    parts = [p.transpose(0, 1) for p in standard.split(shard.lengths.tolist(), 1)]
+    hidden = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True).transpose(1, 2)
+    return hidden, torch.arange(hidden.shape[2])[None] < shard.lengths[:, None]
+
+
+@pytest.mark.parametrize(("mechanism", "options"), EVERY)
+def test_cached_columns_give_the_logits_of_a_forward_pass(tiny, splits, make, mechanism, options):
+    probe, split = make(mechanism, options), splits["binary"]
+    piece = one_piece(probe, split)
+    cached = probe.mechanism.finish(probe.mechanism.summarise(piece.tokens))
+    run = score(tiny, Bank([probe]), split.prompts)[0][piece.texts]
+    np.testing.assert_allclose(cached, run, **CACHED)
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "options", "kind"),
+    [*((*one, "multiclass") for one in EVERY), ("gate", {}, "binary"), ("gate", {}, "multilabel")],
+)
+def test_contributions_and_the_target_at_the_mean_sum_to_the_target(
+    splits, make, mechanism, options, kind
+):
+    probe, split = make(mechanism, options, kind), splits[kind]
+    piece = one_piece(probe, split)
+    targets = true_targets(split.task, split.labels[piece.texts])
+    hidden, mask = dense_hidden(probe, split)
+    if options == {"kind": "max"}:
+        # Equal tokens share a maximum; torch counts a negative gradient once for each of them.
+        hidden = hidden + 1e-3 * torch.randn(hidden.shape)
+        untied = Ragged(hidden.transpose(1, 2)[mask], piece.tokens.lengths)
+        parts = contributions(probe.mechanism, untied, targets)
+    else:
+        parts = contributions(probe.mechanism, piece.tokens, targets)
+    moved = probe.mechanism(hidden, mask) - probe.mechanism(torch.zeros_like(hidden), mask)
+    summed = Ragged(parts.sum(1), piece.tokens.lengths).sums()
+    # Integrated at a few points.
+    torch.testing.assert_close(summed, (moved * targets).sum(1), atol=2e-3, rtol=2e-3)
+
+
+def test_contributions_and_bias_sum_to_the_logit_of_an_additive_probe(splits, make):
+    probe, split = make("readout"), splits["binary"]
+    piece = one_piece(probe, split)
+    parts = contributions(probe.mechanism, piece.tokens, torch.ones(40, 1))
+    layers = Ragged(parts, piece.tokens.lengths).sums()
+    logits = probe.mechanism.finish(probe.mechanism.summarise(piece.tokens))[:, 0]
+    torch.testing.assert_close(layers.sum(1) + probe.mechanism.bias, logits, **CLOSE)
+    dropped = without_layers(probe.mechanism, piece.tokens)["drop"][..., 0]
+    torch.testing.assert_close(layers, (logits - dropped).T, **CLOSE)
+
+
+@pytest.mark.parametrize(("mechanism", "options"), EVERY)
+def test_weights_of_tokens_and_of_layers_sum_to_one(splits, make, mechanism, options):
+    probe = make(mechanism, options)
+    piece = one_piece(probe, splits["binary"])
+    tokens = token_weights(probe.mechanism, piece.tokens)
+    layers = layer_weights(probe.mechanism, piece.tokens)
+    if tokens is not None:
+        totals = Ragged(tokens, piece.tokens.lengths).sums()
+        torch.testing.assert_close(totals, torch.ones_like(totals), **CLOSE)
+    if layers is not None:
+        torch.testing.assert_close(layers.sum(1), torch.ones(40), **CLOSE)
+    assert tokens is None or bool((tokens >= 0).all())
+
+
+def test_the_gates_weights_are_those_of_its_equation(splits, make):
+    probe = make("gate")
+    split = splits["binary"]
+    piece = one_piece(probe, split)
+    hidden, mask = dense_hidden(probe, split)
+    token_stage, layer_stage = probe.mechanism.token_stage, probe.mechanism.layer_stage
+    scores = torch.einsum("bltd,ld->blt", hidden, token_stage.score).tanh()
+    weights = scores.masked_fill(~mask[:, None], -torch.inf).softmax(-1)
+    found = token_weights(probe.mechanism, piece.tokens)
+    torch.testing.assert_close(found, weights.transpose(1, 2)[mask], **CLOSE)
+    vectors = torch.einsum("blt,bltd->bld", weights, hidden)
+    layers = (vectors @ layer_stage.score[0]).tanh().softmax(-1)
+    torch.testing.assert_close(layer_weights(probe.mechanism, piece.tokens), layers, **CLOSE)
+
+
+def test_the_attentions_weights_are_what_tokens_receive_on_average(splits, make):
+    probe = make("attention", {"heads": 2})
+    split = splits["binary"]
+    hidden, mask = dense_hidden(probe, split)
+    query, key, _ = torch.einsum(
+        "bltd,ldk->bltk", hidden, probe.mechanism.token_stage.query_key_value
+    ).chunk(3, -1)
+    query, key = (part.unflatten(-1, (2, -1)) for part in (query, key))
+    scores = torch.einsum("blihe,bljhe->blhij", query, key) / query.shape[-1] ** 0.5
+    received = scores.masked_fill(~mask[:, None, None, None], -torch.inf).softmax(-1)
+    asked = mask[:, None, None, :, None].float()
+    received = (received * asked).sum(3) / asked.sum(3)  # (B, L, H, T)
+    found = token_weights(probe.mechanism, one_piece(probe, split).tokens)
+    torch.testing.assert_close(found, received.mean(2).transpose(1, 2)[mask], **CLOSE)
+
+
+@pytest.mark.parametrize(("mechanism", "options"), EVERY)
+def test_an_ablated_layer_is_at_its_mean(splits, make, mechanism, options):
+    probe, split = make(mechanism, options, "multiclass"), splits["multiclass"]
+    hidden, mask = dense_hidden(probe, split)
+    found = without_layers(probe.mechanism, one_piece(probe, split).tokens)
+    for name, views in layer_views(hidden.shape[1]).items():
+        for kept, logits in zip(views, found[name], strict=True):
+            dense = probe.mechanism(hidden * kept[None, :, None, None], mask)
+            torch.testing.assert_close(logits, dense, **CLOSE)
+
+
+@pytest.mark.parametrize(("mechanism", "options"), EVERY)
+def test_an_ablated_token_is_not_read(splits, make, mechanism, options):
+    probe, split = make(mechanism, options), splits["binary"]
+    piece = one_piece(probe, split)
+    hidden, mask = dense_hidden(probe, split)
+    found = without_tokens(probe.mechanism, piece)
+    for name, kept in token_views(piece.marks).items():
+        shown = mask.clone()
+        shown[mask] = kept
+        torch.testing.assert_close(found[name], probe.mechanism(hidden, shown), **CLOSE)
+
+
+def test_a_text_left_without_tokens_is_judged_as_one_mean_token(splits, make):
+    probe = make()
+    piece = one_piece(probe, splits["binary"])
+    bare = replace(piece, marks=piece.marks.clone())
+    bare.marks[:, 2] = True
+    logits = without_tokens(probe.mechanism, bare)["without template tokens"]
+    torch.testing.assert_close(logits, probe.mechanism.bias.expand(40, 1), **CLOSE)
+
+
+def reading_one_layer(probe, layer):
+    for parameter in (probe.mechanism.value, probe.mechanism.last):
+        parameter[torch.arange(4) != layer] = 0
+    return probe
+
+
+@pytest.mark.parametrize("layer", range(4))
+def test_a_probe_that_reads_one_layer_is_attributed_to_it(splits, make, layer):
+    others = torch.arange(4) != layer
+    probe = reading_one_layer(make("readout"), layer)
+    found = examine(probe, splits["binary"])
+    for use in found.use.values():
+        np.testing.assert_allclose(use.layer_shares, np.eye(4)[layer], atol=1e-5)
+    np.testing.assert_allclose(found.layers["drop"][others], found.score)
+    assert found.layers["only"][layer] == pytest.approx(found.score)
+    assert found.layers["drop"][layer] != pytest.approx(found.score)
+
+
+def test_ablating_all_other_layers_leaves_the_logits_of_a_probe_that_reads_one(splits, make):
+    probe = reading_one_layer(make("readout"), 2)
+    piece = one_piece(probe, splits["binary"])
+    logits = probe.mechanism.finish(probe.mechanism.summarise(piece.tokens))
+    only = without_layers(probe.mechanism, piece.tokens)["only"]
+    torch.testing.assert_close(only[2], logits, **CLOSE)
+
+
+def test_every_token_is_in_one_group_and_template_tokens_are_those_of_the_prompt(splits, make):
+    split = splits["binary"]
+    piece = one_piece(make(), split)
+    groups = grouped(piece.marks)
+    assert bool((groups.sum(1) == 1).all())
+    parts = np.concatenate([np.array(split.prompts[int(i)].parts) for i in piece.texts])
+    parts = parts[parts != Part.UNREAD]
+    # What stands before a prompt's text is not read, so its first token is of the text.
+    first, last, template, content = groups.sum(0).tolist()
+    assert first == last == len(split)
+    assert first + content == (parts == Part.PROMPT).sum()
+    assert last + template == (parts == Part.TEMPLATE).sum()
+
+
+def test_pieces_cover_every_text_once_however_small_they_are(splits, make, monkeypatch):
+    probe, split = make(), splits["binary"]
+    whole = examine(probe, split)
+    monkeypatch.setattr("sidelight_lab.anatomy.attribution._PIECE_VALUES", 4 * 32 * 40)
+    pieces = list(read_pieces(probe, split, device="cpu"))
+    assert len(pieces) > 5
+    assert sorted(torch.cat([piece.texts for piece in pieces]).tolist()) == list(range(40))
+    parts = examine(probe, split)
+    assert parts.score == pytest.approx(whole.score)
+    for name, use in parts.use.items():
+        np.testing.assert_allclose(use.layer_effects, whole.use[name].layer_effects, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "kind"),
+    [("attention", "binary"), ("readout", "multiclass"), ("gate", "multilabel")],
+)
+def test_all_files_are_written_for_every_task(tiny, splits, make, tmp_path, mechanism, kind):
+    found = examine(make(mechanism, kind=kind), splits[kind], heat_maps=1)
+    decode = lambda token: tiny.tokenizer.decode([token])  # noqa: E731
+    paths = write_anatomies([found], tmp_path / "new", decode=decode)
+    assert sorted(paths) == sorted((tmp_path / "new").iterdir())
+    assert imread(tmp_path / "new" / f"{mechanism}.png").shape[0] > 500
+    (stored,) = json.loads((tmp_path / "new" / "anatomy.json").read_text())
+    assert stored["score"] == found.score
+    assert set(stored["use"]) == set(found.texts)
+    page = (tmp_path / "new" / f"{mechanism}_heat_maps.html").read_text()
+    for one in found.heat_maps:
+        assert one.weights.shape == (len(one.token_ids), 4)
+    assert page.count("<tr><th class='t'>") == sum(len(one.token_ids) for one in found.heat_maps)
+    assert "&lt;|assistant|&gt;" in page
+    assert "without the last token" in (tmp_path / "new" / "report.md").read_text()
+
+
+def test_texts_of_one_class_are_refused(splits, make):
+    split = splits["binary"]
+    one_class = split.select(np.flatnonzero(split.labels == 1))
+    with pytest.raises(SidelightError, match="of class 'toxic'"):
+        examine(make(), one_class)
+
+
+def test_curves_have_a_point_per_mechanism_place_and_draw(tiny, splits, tmp_path):
+    dataset = ProbeDataset(tiny, splits["binary"], splits["binary"].select(range(20)))
+    quick = TrainingSettings(learning_rate=1e-2, epochs=1)
+    jobs = [Job(mechanism_spec(name), 0, quick) for name in ("pooling", "readout")]
+    grown = learning_curve(dataset, jobs[:1], draws=2)
+    places = [(point.mechanism, point.at, point.draw) for point in grown]
+    assert places == [
+        ("pooling", 16, 0),
+        ("pooling", 40, 0),
+        ("pooling", 16, 1),
+        ("pooling", 40, 1),
+    ]
+    moved = sensitivity(dataset, jobs, rates=(0.0, 1e-2))
+    still = [point.score for point in moved if point.mechanism == "readout" and point.at == 0]
+    # A readout begins with values of zero, so that all texts rank alike.
+    assert still == pytest.approx([dataset.validation.labels.mean()])
+    assert max(point.score for point in moved) > still[0]
+    path = plot_curves(grown, tmp_path / "labels.png", task=dataset.task, over="Labels")
+    assert imread(path).shape[0] > 500
+
+
+def test_numbers_of_labels_grow_by_four_and_end_with_all():
+    assert label_counts(1000) == (16, 64, 256, 1000)
+    assert label_counts(1024) == (16, 64, 256, 1024)
+    assert label_counts(10) == (10,)
+
+
+def test_the_command_writes_the_report_of_a_stored_probe(tiny, make, tmp_path, monkeypatch):
+    monkeypatch.setenv("SIDELIGHT_CACHE", str(tmp_path / "cache"))
+    tiny.model.save_pretrained(tmp_path / "model")
+    tiny.tokenizer.save_pretrained(tmp_path / "model")
+    save_probe(make(), tmp_path / "probe")
+    texts, labels = planted("binary", 12, seed=5)
+    names = TASKS["binary"].labels
+    rows = [{"text": t, "toxic": names[y]} for t, y in zip(texts, labels, strict=True)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arguments = [str(tmp_path / "probe"), "--data", str(tmp_path / "rows.jsonl"), "--label"]
+    command.main(
+        [*arguments, "toxic", "--out", str(tmp_path / "out"), "--model", str(tmp_path / "model")],
+        standalone_mode=False,
+    )
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "readout.png", "readout_heat_maps.html", "anatomy.json", "report.md",
+    }  # fmt: skip
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+    assert "matplotlib.pyplot" not in sys.modules

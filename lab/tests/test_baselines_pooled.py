@@ -1,0 +1,352 @@
+"""Baselines of one vector per text learn what is planted; their mathematics equals references."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.covariance import ledoit_wolf
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.linear_model import LogisticRegression
+
+from corpora import TASKS, planted
+from families import FAMILIES, family_backbone
+from sidelight.backbone import TransformersBackbone
+from sidelight.data.examples import Example, Examples
+from sidelight.errors import SidelightError
+from sidelight.prompts import Message, Reads
+from sidelight.training.dataset import ProbeDataset, Split, make_split
+from sidelight.training.run import validation_score
+from sidelight.training.tfidf import Baseline, FittedBaseline, TfIdf
+from sidelight.types import TaskKind
+from sidelight_lab.baselines.linear import (
+    Rows,
+    gaussian_discriminant,
+    logistic_path,
+    shrunk_covariance,
+)
+from sidelight_lab.baselines.muli import FirstToken, LogOddsDesign, Muli
+from sidelight_lab.baselines.pooled import (
+    LastTokenOfBestLayer,
+    LastTokenOfLastLayer,
+    MeanOfBestLayer,
+    MeanOfLastLayer,
+    MeansOfAllLayers,
+)
+from sidelight_lab.baselines.siren import Mlpm, Siren, sparse_path
+
+LAYERS, WIDTH, VOCABULARY = 4, 32, 300
+BASELINES: list[Baseline] = [
+    MeanOfLastLayer(),
+    LastTokenOfLastLayer(),
+    MeanOfBestLayer(),
+    LastTokenOfBestLayer(),
+    MeansOfAllLayers(),
+    Muli(shares=(0.1, 0.03), iterations=30),
+    Siren(iterations=20, hidden=16, settings=replace(Siren().settings, epochs=5)),
+    Mlpm(),
+]
+every_baseline = pytest.mark.parametrize(
+    "baseline", BASELINES, ids=lambda baseline: type(baseline).__name__
+)
+every_kind = pytest.mark.parametrize("kind", TASKS)
+
+
+def split_of(
+    backbone: TransformersBackbone,
+    root: Path,
+    kind: TaskKind,
+    count: int,
+    *,
+    seed: int,
+    reads: Reads | None = None,
+) -> Split:
+    texts, labels = planted(kind, count, seed=seed)
+    items = tuple(Example((Message("user", text),)) for text in texts)
+    examples = Examples(items, TASKS[kind], labels, tuple({} for _ in items))
+    return make_split(backbone, examples, reads=reads or Reads(), max_tokens=256, cache_root=root)
+
+
+@pytest.fixture(scope="module")
+def studies(
+    tiny: TransformersBackbone, tmp_path_factory: pytest.TempPathFactory
+) -> dict[TaskKind, ProbeDataset]:
+    root = tmp_path_factory.mktemp("cache")
+    return {
+        kind: ProbeDataset(
+            tiny,
+            split_of(tiny, root, kind, 300, seed=1),
+            split_of(tiny, root, kind, 100, seed=2),
+        )
+        for kind in TASKS
+    }
+
+
+@pytest.fixture(scope="module")
+def unseen(
+    tiny: TransformersBackbone, tmp_path_factory: pytest.TempPathFactory
+) -> dict[TaskKind, Split]:
+    root = tmp_path_factory.mktemp("cache")
+    return {kind: split_of(tiny, root, kind, 200, seed=3) for kind in TASKS}
+
+
+@pytest.fixture(scope="module")
+def fitted(studies: dict[TaskKind, ProbeDataset]) -> Callable[[Baseline, TaskKind], FittedBaseline]:
+    """Each baseline fitted once to each kind of task."""
+    return cache(lambda baseline, kind: baseline.fit(studies[kind], seed=0))
+
+
+@every_kind
+@every_baseline
+def test_planted_signal_is_found_in_unseen_texts(baseline, kind, fitted, unseen):
+    logits = fitted(baseline, kind).logits(unseen[kind])
+    labels = unseen[kind].labels
+    # Chance: the share of positives (.4), or one in three.
+    assert logits.shape == (200, TASKS[kind].outputs)
+    assert validation_score(TASKS[kind], logits, labels) > 0.6
+
+
+@every_baseline
+def test_the_same_seed_gives_the_same_logits(baseline, fitted, studies, unseen):
+    again = baseline.fit(studies["multiclass"], seed=0).logits(unseen["multiclass"])
+    assert np.array_equal(fitted(baseline, "multiclass").logits(unseen["multiclass"]), again)
+
+
+@pytest.mark.parametrize("kind", ["multiclass", "multilabel"])
+@every_baseline
+def test_a_class_without_training_texts_is_hardly_ever_predicted(baseline, kind, studies, unseen):
+    labels = studies[kind].training.labels
+    present = labels != 2 if kind == "multiclass" else labels[:, 2] == 0
+    few = studies[kind].training.select(np.flatnonzero(present)[:24])
+    rival = baseline.fit(replace(studies[kind], training=few), seed=0)
+    logits = rival.logits(unseen[kind])
+    assert np.isfinite(logits).all()
+    predicted = logits.argmax(1) == 2 if kind == "multiclass" else logits[:, 2] > 0
+    assert predicted.mean() < 0.2
+
+
+@pytest.mark.parametrize("present", [[0, 1], [1]])
+def test_tfidf_needs_two_classes_and_never_predicts_an_absent_one(present, studies, unseen):
+    kept = np.isin(studies["multiclass"].training.labels, present)
+    few = studies["multiclass"].training.select(np.flatnonzero(kept)[:24])
+    dataset = replace(studies["multiclass"], training=few)
+    if len(present) == 1:
+        with pytest.raises(SidelightError, match="All training texts are labelled 'y'"):
+            TfIdf().fit(dataset, seed=0)
+        return
+    logits = TfIdf().fit(dataset, seed=0).logits(unseen["multiclass"])
+    assert logits.shape == (200, 3)
+    assert np.isfinite(logits).all()
+    assert not (logits.argmax(1) == 2).any()
+
+
+@every_baseline
+def test_a_texts_logits_do_not_depend_on_its_neighbours(baseline, fitted, unseen):
+    rival = fitted(baseline, "multilabel")
+    some = unseen["multilabel"].select([7, 3, 90])
+    expected = rival.logits(unseen["multilabel"])[[7, 3, 90]]
+    # Float32 sums in another order.
+    assert rival.logits(some) == pytest.approx(expected, rel=1e-3, abs=1e-3)
+
+
+@every_kind
+def test_every_fitted_number_is_counted(kind, fitted):
+    outputs = TASKS[kind].outputs
+    counts = {type(baseline): fitted(baseline, kind).parameters for baseline in BASELINES}
+    one_layer = (WIDTH + 1) * outputs
+    for single in (MeanOfLastLayer, LastTokenOfLastLayer, MeanOfBestLayer, LastTokenOfBestLayer):
+        assert counts[single] == one_layer
+    assert counts[MeansOfAllLayers] == (LAYERS * WIDTH + 1) * outputs
+    assert counts[Mlpm] == LAYERS * one_layer + (LAYERS * outputs + 1) * outputs
+    # Both keep a part of what they are offered.
+    assert counts[Siren] < (LAYERS * WIDTH + 1) * 16 + 17 * outputs
+    assert counts[Muli] < (VOCABULARY + 1) * outputs
+
+
+@every_kind
+@pytest.mark.parametrize(
+    ("last", "best"),
+    [(MeanOfLastLayer(), MeanOfBestLayer()), (LastTokenOfLastLayer(), LastTokenOfBestLayer())],
+    ids=["mean", "last_token"],
+)
+def test_the_last_layer_is_no_better_on_validation_than_the_best(last, best, kind, fitted, studies):
+    held_out = studies[kind].validation
+    worse, better = (
+        validation_score(held_out.task, fitted(each, kind).logits(held_out), held_out.labels)
+        for each in (last, best)
+    )
+    assert better >= worse
+
+
+def test_siren_keeps_fewer_neurons_for_a_smaller_share_of_weight(studies):
+    siren = Siren(iterations=20, hidden=4, settings=replace(Siren().settings, epochs=1))
+    sizes = [
+        replace(siren, kept=kept).fit(studies["binary"], seed=0).parameters for kept in (0.3, 0.9)
+    ]
+    assert sizes[0] < sizes[1]
+
+
+def blobs(kind: TaskKind, *, rows: int, features: int, seed: int) -> Rows:
+    """Correlated inputs of unequal scale with overlapping classes."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(features, features, generator=generator)
+    inputs = torch.randn(rows, features, generator=generator) @ mix + 3
+    logits = inputs @ torch.randn(features, 3, generator=generator) / features
+    logits += torch.randn(rows, 3, generator=generator)
+    if kind == "multiclass":
+        return Rows(inputs, logits.argmax(1))
+    labels = (logits > logits.mean(0)).long()
+    return Rows(inputs, labels[:, 0] if kind == "binary" else labels)
+
+
+def standardised(inputs: torch.Tensor) -> np.ndarray:
+    return ((inputs - inputs.mean(0)) / inputs.std(0, correction=0)).double().numpy()
+
+
+@pytest.mark.parametrize("penalty", [1.0, 0.01])
+@every_kind
+def test_logistic_regression_equals_scikit_learns(kind, penalty):
+    rows = blobs(kind, rows=200, features=6, seed=0)
+    path = logistic_path(
+        rows, TASKS[kind], penalties=(10.0, penalty), balanced=False, iterations=200
+    )
+    mine = list(path)[-1](rows.inputs).numpy()
+    reference = LogisticRegression(C=1 / (200 * penalty), tol=1e-8, max_iter=1000)
+    inputs = standardised(rows.inputs)
+    columns = rows.labels.numpy().reshape(200, -1).T
+    found = [reference.fit(inputs, column).decision_function(inputs) for column in columns]
+    expected = np.stack(found, 1).reshape(200, -1)
+    if kind == "multiclass":  # softmax leaves a common shift open
+        mine = mine - mine.mean(1, keepdims=True)
+        expected = expected - expected.mean(1, keepdims=True)
+    # L-BFGS stops where float32 cannot tell losses apart any more.
+    assert mine == pytest.approx(expected, abs=1e-2)
+
+
+def test_classes_are_balanced_as_by_scikit_learn():
+    rows = blobs("multiclass", rows=300, features=5, seed=1)
+    rows = Rows(rows.inputs, torch.where(torch.arange(300) % 7 == 0, rows.labels, 0))
+    (mine,) = logistic_path(
+        rows, TASKS["multiclass"], penalties=(0.1,), balanced=True, iterations=200
+    )
+    inputs = standardised(rows.inputs)
+    reference = LogisticRegression(C=1 / 30, class_weight="balanced", tol=1e-8, max_iter=1000)
+    expected = reference.fit(inputs, rows.labels.numpy()).predict_proba(inputs)
+    assert mine(rows.inputs).softmax(1).numpy() == pytest.approx(expected, abs=1e-3)
+
+
+@every_kind
+def test_sparse_regression_satisfies_its_optimality_conditions(kind):
+    rows = blobs(kind, rows=300, features=8, seed=3)
+    inputs, outputs = standardised(rows.inputs), TASKS[kind].outputs
+    (mine,) = sparse_path(
+        torch.from_numpy(inputs).float().matmul,
+        rows.labels,
+        TASKS[kind],
+        features=8,
+        shares=(0.3,),
+        iterations=500,
+    )
+    target = rows.labels.numpy().reshape(300, -1)
+    if kind == "multiclass":
+        target = np.eye(3)[target[:, 0]]
+        weights = (1 / (3 * target.mean(0)))[rows.labels.numpy(), None]
+    else:
+        weights = np.where(target == 1, 1 / target.mean(0) - 1, 1)
+
+    def gradient(logits: np.ndarray) -> np.ndarray:
+        """Of the weighted cross-entropy, bias last."""
+        odds = np.exp(logits)
+        chance = odds / (odds.sum(1, keepdims=True) if kind == "multiclass" else 1 + odds)
+        terms = 300 * (outputs if kind == "multilabel" else 1)
+        return np.c_[inputs, np.ones(300)].T @ (weights * (chance - target)) / terms
+
+    penalty = 0.3 * np.abs(gradient(np.zeros((300, outputs)))[:-1]).max()
+    weight = mine.weight.double().numpy()
+    slope = gradient(inputs @ weight + mine.bias.double().numpy())
+    tolerance = 1e-2 * penalty  # float32 steps
+    assert 0 < (weight == 0).sum() < weight.size
+    assert slope[-1] == pytest.approx(0, abs=tolerance)
+    assert (np.abs(slope[:-1]) <= penalty + tolerance).all()
+    kept = weight != 0
+    assert slope[:-1][kept] == pytest.approx(-penalty * np.sign(weight[kept]), abs=tolerance)
+
+
+def test_the_largest_penalty_keeps_nothing_and_a_smaller_one_more():
+    rows = blobs("binary", rows=200, features=10, seed=4)
+    matrix = torch.from_numpy(standardised(rows.inputs)).float()
+    path = sparse_path(
+        matrix.matmul,
+        rows.labels,
+        TASKS["binary"],
+        features=10,
+        shares=(1.0, 0.5, 0.01),
+        iterations=300,
+    )
+    kept = [int((sparse.weight != 0).sum()) for sparse in path]
+    assert kept[0] == 0 < kept[1] < kept[2]
+
+
+def test_covariance_shrinks_as_scikit_learns():
+    inputs = blobs("binary", rows=40, features=12, seed=5).inputs
+    centred = inputs - inputs.mean(0)
+    expected, _ = ledoit_wolf(centred.double().numpy(), assume_centered=True)
+    assert shrunk_covariance(centred).numpy() == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["binary", "multiclass"])
+def test_gaussian_discriminant_of_many_texts_is_linear_discriminant_analysis(kind):
+    rows = blobs(kind, rows=20_000, features=4, seed=6)
+    mine = gaussian_discriminant(rows.inputs, rows.labels, TASKS[kind])(rows.inputs).double()
+    chance = (
+        mine.softmax(1) if kind == "multiclass" else torch.cat([-mine, mine], 1).div(2).softmax(1)
+    )
+    inputs, labels = standardised(rows.inputs), rows.labels.numpy()
+    expected = LinearDiscriminantAnalysis(solver="lsqr").fit(inputs, labels).predict_proba(inputs)
+    # With so many texts, hardly anything is shrunk.
+    assert chance.numpy() == pytest.approx(expected, abs=5e-3)
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "gemma2"])
+def test_muli_reads_the_models_own_first_token(name, tmp_path):
+    backbone = family_backbone(name)
+    split = split_of(backbone, tmp_path, "binary", 6, seed=7)
+    first = FirstToken.of(backbone, split.prompts[0])
+    odds = first.log_odds(first.directions(split.pooled.lasts[:, -1])).double()
+    logits = [
+        backbone.model(input_ids=torch.tensor([prompt.token_ids])).logits[0, -1]
+        for prompt in split.prompts
+    ]
+    chance = torch.stack(logits).double().softmax(1)
+    # Cached states are rounded to bf16.
+    assert (odds - torch.log(chance / (1 - chance))).abs().max() < 0.15
+
+
+def test_muli_refuses_a_model_that_transforms_its_logits():
+    backbone = family_backbone("gemma2")
+    prompt = backbone.encoder.encode([Message("user", "hello")])
+    with pytest.raises(SidelightError, match="final norm"):
+        FirstToken.of(backbone, prompt)
+
+
+def test_muli_refuses_states_that_are_not_before_the_answer(tiny, tmp_path):
+    reads = Reads(template=False)
+    split = split_of(tiny, tmp_path, "binary", 8, seed=8, reads=reads)
+    with pytest.raises(SidelightError, match="template=True"):
+        Muli().fit(ProbeDataset(tiny, split, split), seed=0)
+
+
+def test_log_odds_need_not_exist_to_be_multiplied(tiny, studies):
+    split = studies["binary"].training
+    first = FirstToken.of(tiny, split.prompts[0])
+    states = split.pooled.lasts[:, -1]
+    design = LogOddsDesign.of(first, states)
+    weight = torch.randn(VOCABULARY, 2, generator=torch.Generator().manual_seed(0))
+    odds = first.log_odds(first.directions(states))
+    expected = standardised(odds) @ weight.double().numpy()
+    # The design leaves out log(1 - p) of unlikely entries, at most .001 of log-odds each.
+    tolerance = float((1e-3 / odds.std(0)).norm()) * 3
+    assert design(weight).numpy() == pytest.approx(expected, abs=tolerance)

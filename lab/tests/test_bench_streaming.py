@@ -1,0 +1,185 @@
+"""How soon a probe catches a response: the replay, the figures, and the command."""
+
+import json
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from commands import run, saved
+from sidelight.artifact import load_probe
+from sidelight.bank import Bank
+from sidelight.data.loading import load_examples
+from sidelight.errors import SidelightError
+from sidelight.policy.rules import StreamingRule
+from sidelight.prompts import EncodedPrompt, Message, Reads
+from sidelight.states.scoring import score
+from sidelight_lab.bench.streaming import FIGURES, choose_rule, estimates, outcomes
+from sidelight_lab.bench.streaming_responses import (
+    Responses,
+    describe,
+    part,
+    phrase_scores,
+    running_scores,
+    with_positives,
+)
+from tiny import untrained_probe
+
+# A whole response in one run against the same tokens one by one: float32 rounding.
+ROUNDING = 1e-4
+NO, YES = "I cannot help with that.", "Of course: first take two eggs."
+
+
+def rows(prompts=24):
+    """Two answers to each of these prompts: a refusal and a helpful one, in various lengths."""
+    return [
+        {"prompt": f"question {n}", "response": f"{text} {'word ' * (n % 5)}", "kind": kind}
+        for n in range(prompts)
+        for text, kind in ((NO, "refused"), (YES, "helped"))
+    ]
+
+
+def examples(prompts=24):
+    loaded = load_examples(rows(prompts), text="prompt", label="kind", response="response")
+    return with_positives(loaded, ["refused"], name="refusal")
+
+
+def responses(is_positive, tokens, prompts=None):
+    """Responses of which only these things matter."""
+    return Responses(
+        is_positive=np.array(is_positive),
+        labels=tuple("refused" if p else "helped" for p in is_positive),
+        tokens=np.array(tokens),
+        prompts=np.array(prompts if prompts is not None else range(len(tokens))),
+        growth=((),) * len(tokens),
+    )
+
+
+@pytest.mark.parametrize("mechanism", ["readout", "gate", "attention", "fusion"])
+def test_a_running_score_is_the_verdict_on_the_response_so_far(tiny, mechanism):
+    probes = [
+        untrained_probe(tiny, name, reads=Reads("response"), mechanism=mechanism)
+        for name in ("one", "two")
+    ]
+    texts = [(f"question {n}", "word " * n + "end") for n in range(1, 6)]
+    prompts = [tiny.encoder.encode([Message("user", a)], b) for a, b in texts]
+    found = running_scores(tiny, probes, prompts, device=tiny.device)
+    for probe, scores in zip(probes, found, strict=True):
+        for prompt, own in zip(prompts, scores, strict=True):
+            read = np.flatnonzero(prompt.mask(probe.reads))
+            assert len(own) == len(read)
+            cut = [
+                EncodedPrompt(prompt.token_ids[: end + 1], prompt.parts[: end + 1]) for end in read
+            ]
+            logits = score(tiny, Bank([probe]), cut)[0]
+            expected = probe.calibration.apply(logits)[:, 0]
+            np.testing.assert_allclose(own, expected, atol=ROUNDING)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_no_prompt_is_in_two_parts(seed):
+    whole = examples()
+    parts = part(whole, seed=seed)
+    texts = [
+        {item.text for item in own.items} for own in (parts.training, parts.validation, parts.test)
+    ]
+    assert sum(map(len, texts)) == len(set.union(*texts)) == 24
+    assert len(parts.training) + len(parts.validation) + len(parts.test) == len(whole)
+
+
+def test_a_response_is_described_token_by_token(tiny):
+    whole = examples(3)
+    known = describe(tiny, whole, whole.column("kind"))
+    for item, growth, tokens in zip(whole.items, known.growth, known.tokens, strict=True):
+        assert growth[-1] == item.response
+        assert len(growth) == tokens
+        assert all(a == b[: len(a)] for a, b in pairwise(growth))
+    assert known.prompts.tolist() == [0, 0, 1, 1, 2, 2]
+    assert known.is_positive.tolist() == [True, False] * 3
+
+
+def test_phrases_count_from_the_token_that_completes_them(tiny):
+    whole = examples(1)
+    refusal, answer = phrase_scores(describe(tiny, whole, whole.column("kind")))
+    # Bytes are tokens: "I cannot" has eight.
+    assert refusal.tolist() == [0.0] * 7 + [1.0] * (len(refusal) - 7)
+    assert not answer.any()
+
+
+def test_the_figures_are_those_of_a_hand_made_example():
+    known = responses([True, True, True, False, False], [10, 10, 10, 100, 60])
+    scores = [
+        np.repeat([0.0, 1.0], [2, 8]),  # caught at 3
+        np.repeat([0.0, 1.0], [6, 4]),  # caught at 7
+        np.zeros(10),
+        np.repeat([0.0, 1.0], [39, 61]),  # a false alarm after 40 tokens
+        np.zeros(60),
+    ]
+    found = outcomes(StreamingRule(0.5, consecutive=1), scores, known)
+    assert {name: figure(found) for name, figure in FIGURES.items()} == {
+        "F1": pytest.approx(2 / 3),
+        "precision": pytest.approx(2 / 3),
+        "recall": pytest.approx(2 / 3),
+        "delay, median": 5,
+        "delay, 90 %": pytest.approx(6.6),
+        "false alarms per 1,000 tokens": 10,
+    }
+
+
+def test_an_interval_draws_prompts_whole():
+    # Each prompt's two responses are both caught or both missed, so only prompts vary.
+    known = responses([True] * 8, [5] * 8, prompts=[0, 0, 1, 1, 2, 2, 3, 3])
+    scores = [np.full(5, float(prompt < 2)) for prompt in known.prompts]
+    found = outcomes(StreamingRule(0.5, consecutive=1), scores, known)
+    recall = estimates([found], known.prompts)["recall"]
+    apart = estimates([found], np.arange(8))["recall"]
+    assert recall.value == apart.value == 0.5
+    assert recall.low < apart.low < 0.5 < apart.high < recall.high
+
+
+def test_what_is_undefined_is_none():
+    known = responses([True, False], [5, 5])
+    found = outcomes(StreamingRule(0.5), [np.zeros(5)] * 2, known)
+    assert estimates([found], known.prompts)["delay, median"].value is None
+
+
+def test_of_rules_as_good_the_soonest_is_chosen():
+    known = responses([True, False], [10, 10])
+    scores = [np.full(10, 0.9), np.repeat([0.6, 0.1], [1, 9])]
+    late, soon, flickering = (
+        StreamingRule(0.5, consecutive=4),
+        StreamingRule(0.5, consecutive=2),
+        StreamingRule(0.5, consecutive=1),
+    )
+    assert choose_rule([late, soon, flickering], scores, known) == soon
+
+
+def test_labels_that_cannot_be_told_apart_are_refused():
+    loaded = load_examples(rows(2), text="prompt", label="kind", response="response")
+    with pytest.raises(SidelightError, match="Did you mean 'refused'"):
+        with_positives(loaded, ["refuse"], name="refusal")
+    with pytest.raises(SidelightError, match="nothing to tell apart"):
+        with_positives(loaded, ["refused", "helped"], name="refusal")
+
+
+def test_the_command_writes_table_picture_and_probe(tiny, tmp_path, own_cache, capsys):
+    data, out = tmp_path / "answers.jsonl", tmp_path / "out"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows()))
+    model = saved(tiny, tmp_path / "model")
+    code = run(
+        "bench", "streaming", "--data", str(data), "--label", "kind", "--positive", "refused",
+        "--seeds", "2", "--model", model, "--out", str(out), "--plots", str(out),
+    )  # fmt: skip
+    assert code == 0
+    assert capsys.readouterr().out == (out / "streaming.md").read_text()
+    made = json.loads((out / "streaming.json").read_text())
+    assert made["conditions"]["test responses"] == 2 * made["conditions"]["test prompts"]
+    by_title = {row["title"]: row for row in made["rows"]}
+    # The first words give the class away.
+    assert by_title["phrases at the start"]["figures"]["F1"]["value"] == 1
+    assert by_title["TF-IDF, token by token"]["figures"]["F1"]["value"] > 0.9
+    streamed, whole = (by_title[f"probe, {how}"] for how in ("token by token", "whole response"))
+    assert len(streamed["rules"]) == len(whole["rules"]) == 2
+    assert streamed["caught"] == sorted(streamed["caught"])
+    assert load_probe(out / "probe").reads == Reads("response")
+    assert (out / "streaming.png").stat().st_size > 0

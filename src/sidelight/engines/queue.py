@@ -1,0 +1,115 @@
+"""The requests that wait, and which of them go next."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from sidelight.engines.base import Admission, EngineBusyError, Sampling, admit_all
+from sidelight.engines.judging import Panel
+from sidelight.prompts import EncodedPrompt
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the engine may hold at once.
+
+    Attributes:
+        running: Requests that are being written.
+        waiting: Requests in line; further ones are refused.
+        prefill_tokens: Tokens of one prefill batch, padding included. A longer prompt is read
+            alone.
+        cache_tokens: Positions of keys and values, padding and the tokens still to be written
+            included. A longer request is written alone.
+    """
+
+    running: int = 16
+    waiting: int = 128
+    prefill_tokens: int = 4096
+    cache_tokens: int = 131_072
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """A text to read, and perhaps to continue.
+
+    Attributes:
+        prompt: The tokens to read.
+        sampling: How to write.
+        max_tokens: Most tokens to write, within the context; 0: the text is only judged.
+        panel: The probes that judge it.
+        has_response: Whether the prompt holds the response to judge, which may be empty.
+        watch: Names of probes whose verdicts are told after each token of the response.
+        admits: Whether something is written, once the prompt has been judged.
+    """
+
+    prompt: EncodedPrompt
+    sampling: Sampling
+    max_tokens: int
+    panel: Panel
+    has_response: bool = False
+    watch: frozenset[str] = frozenset()
+    admits: Admission = admit_all
+
+    @property
+    def is_check(self) -> bool:
+        """Whether nothing is to be written."""
+        return self.max_tokens == 0
+
+    @property
+    def cache_tokens(self) -> int:
+        """Positions of keys and values that it may come to fill."""
+        return len(self.prompt) + self.max_tokens
+
+
+class RequestQueue:
+    """First come, first served; but checks need no place among the running, so they may pass."""
+
+    def __init__(self, limits: Limits):
+        self._limits = limits
+        self._waiting: list[Request] = []
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def join(self, requests: Sequence[Request]) -> None:
+        """Lines up all of them, or none.
+
+        Raises:
+            EngineBusyError: The line is full. A list longer than the line waits only where the
+                line is empty.
+        """
+        if self._waiting and len(self._waiting) + len(requests) > self._limits.waiting:
+            raise EngineBusyError(
+                f"{len(self._waiting)} requests are waiting and {self._limits.waiting} may. "
+                "Try again in a moment.",
+                retry_after_s=1,
+            )
+        self._waiting.extend(requests)
+
+    def leave(self, requests: Iterable[Request]) -> None:
+        """Takes out those of the requests that are in line."""
+        gone = set(requests)
+        self._waiting = [request for request in self._waiting if request not in gone]
+
+    def admit(self, running: Sequence[Request]) -> list[Request]:
+        """Takes out those that go into the next prefill, beside the ``running``."""
+        admitted: list[Request] = []
+        is_blocked = False
+        for request in self._waiting:
+            if not self._fits_prefill([*admitted, request]):
+                break
+            written = [r for r in (*running, *admitted) if not r.is_check]
+            fits = request.is_check or self._fits_running([*written, request])
+            is_blocked = is_blocked or not fits
+            if request.is_check or not is_blocked:
+                admitted.append(request)
+        self.leave(admitted)
+        return admitted
+
+    def _fits_prefill(self, batch: Sequence[Request]) -> bool:
+        longest = max(len(request.prompt) for request in batch)
+        return len(batch) == 1 or len(batch) * longest <= self._limits.prefill_tokens
+
+    def _fits_running(self, written: Sequence[Request]) -> bool:
+        longest = max(request.cache_tokens for request in written)
+        fits_cache = len(written) == 1 or len(written) * longest <= self._limits.cache_tokens
+        return len(written) <= self._limits.running and fits_cache

@@ -1,0 +1,491 @@
+"""A conversation, and which of its tokens a probe reads.
+
+Tokenises a text of which a chat template wrote parts, so that no content is a control token.
+
+A conversation as token ids, each with the part of it that it belongs to.
+
+Renders a conversation by the model's chat template and encodes it.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cached_property, lru_cache
+from itertools import takewhile
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool
+from jinja2 import TemplateError
+from tokenizers import Tokenizer as PlainTokenizer
+from torch import Tensor
+
+from sidelight.errors import ContextLengthError, SidelightError
+
+PromptFormat = Literal["chat", "raw"]
+Side = Literal["prompt", "response", "both"]
+Role = Literal["system", "user", "assistant", "tool", "developer"]
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class PlainText:
+    """A text that no chat template is written around, such as a prompt to complete."""
+
+    content: str
+
+
+Conversation = Sequence[Message] | PlainText
+
+
+class Part(IntEnum):
+    """What a token belongs to."""
+
+    UNREAD = 0
+    """Before the first turn that is not the system's, or after the response."""
+    PROMPT = 1
+    TEMPLATE = 2
+    """Written by the chat template after the prompt began: turn markers, generation prompt."""
+    RESPONSE = 3
+
+
+@dataclass(frozen=True)
+class Reads:
+    """Which tokens a probe reads.
+
+    Attributes:
+        side: The prompt, the response, or both.
+        template: Whether the chat template's tokens count as part of the prompt. The markers that
+            follow a prompt carry much of what the model has concluded about it.
+    """
+
+    side: Side = "prompt"
+    template: bool = True
+
+    @property
+    def parts(self) -> frozenset[Part]:
+        """The kinds of token that are read."""
+        prompt = {Part.PROMPT, Part.TEMPLATE} if self.template else {Part.PROMPT}
+        sides = {"prompt": prompt, "response": {Part.RESPONSE}, "both": {*prompt, Part.RESPONSE}}
+        return frozenset(sides[self.side])
+
+
+Span = tuple[int, int]
+"""First character, and the one after the last."""
+Control = tuple[int, int, int]
+"""A control token's id and span."""
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """The part of a Hugging Face fast tokenizer that is used here."""
+
+    chat_template: Any
+    added_tokens_decoder: Any
+    unk_token: Any
+    backend_tokenizer: Any
+
+    def __call__(self, text: str, **options: Any) -> Any:
+        """Token ids and offsets."""
+        ...
+
+    def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
+        """The conversation as text."""
+        ...
+
+
+@dataclass(frozen=True)
+class Tokenised:
+    """Token ids, and the characters that each covers."""
+
+    token_ids: Sequence[int]
+    offsets: Sequence[Span]
+
+
+class ContentTokenizer:
+    """Writes control tokens only where the chat template has them.
+
+    Special tokens are control tokens, and so are other added tokens that the template writes or
+    that are no part of the model's own vocabulary. Blank ones, such as runs of spaces, are text.
+
+    Args:
+        tokenizer: A fast tokenizer.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        template = str(tokenizer.chat_template)
+        model = tokenizer.backend_tokenizer.model
+        self._names: dict[int, str] = {
+            token_id: token.content
+            for token_id, token in tokenizer.added_tokens_decoder.items()
+            if token.special
+            or (
+                token.content.strip()
+                and (token.content in template or model.token_to_id(token.content) is None)
+            )
+        }
+        # What the model writes for characters that it does not know, in any text.
+        self._unknown = getattr(model, "unk_token", tokenizer.unk_token)
+        # A template's pieces are few; some of them are long.
+        self._cached_controls = lru_cache(maxsize=256)(self._find_controls)
+
+    def encode_chat(self, text: str, template: Sequence[Span]) -> Tokenised:
+        """A rendered conversation.
+
+        Without control tokens in the contents, the ids are the tokenizer's own for the whole text.
+
+        Args:
+            text: What the template has rendered.
+            template: The characters that it wrote itself, in order.
+
+        Raises:
+            SidelightError: The tokenizer makes a control token of a content in any case.
+        """
+        controls = [
+            (token_id, begin + start, begin + end)
+            for begin, stop in template
+            for token_id, start, end in self._cached_controls(text[begin:stop])
+        ]
+        usual = self._usual(text, add_special_tokens=False)
+        if self._has_only(controls, usual, text):
+            return usual
+        ids: list[int] = []
+        offsets: list[Span] = []
+        cursor = 0
+        for token_id, start, end in controls:
+            run = self._as_text(text[cursor:start], at=cursor)
+            ids += [*run.token_ids, token_id]
+            offsets += [*run.offsets, (start, end)]
+            cursor = end
+        rest = self._as_text(text[cursor:], at=cursor)
+        tokens = Tokenised([*ids, *rest.token_ids], [*offsets, *rest.offsets])
+        return self._checked(tokens, controls, text)
+
+    def encode_raw(self, text: str) -> Tokenised:
+        """A text without a template, between the tokenizer's own special tokens.
+
+        Raises:
+            SidelightError: As for ``encode_chat``.
+        """
+        controls = self._controls_in(self._usual(""), "")
+        usual = self._usual(text)
+        if self._has_only(controls, usual, text):
+            return usual
+        return self._checked(self._as_text(text, add_special_tokens=True), controls, text)
+
+    def _usual(self, text: str, **options: Any) -> Tokenised:
+        # Not verbose: it warns of long texts, for which there is an error of our own.
+        tokens = self._tokenizer(text, return_offsets_mapping=True, verbose=False, **options)
+        return Tokenised(tokens["input_ids"], tokens["offset_mapping"])
+
+    def _as_text(self, text: str, *, at: int = 0, add_special_tokens: bool = False) -> Tokenised:
+        """A run in which no control token is looked for; ``at``: where it begins."""
+        run = self._without_controls.encode(text, add_special_tokens=add_special_tokens)
+        return Tokenised(run.ids, [(at + start, at + end) for start, end in run.offsets])
+
+    @cached_property
+    def _without_controls(self) -> PlainTokenizer:
+        definition = json.loads(self._tokenizer.backend_tokenizer.to_str())
+        added = [
+            {**token, "special": token["id"] in self._names} for token in definition["added_tokens"]
+        ]
+        definition |= {"added_tokens": added, "truncation": None, "padding": None}
+        plain = PlainTokenizer.from_str(json.dumps(definition))
+        plain.encode_special_tokens = True
+        return plain
+
+    def _find_controls(self, piece: str) -> list[Control]:
+        return self._controls_in(self._usual(piece, add_special_tokens=False), piece)
+
+    def _controls_in(self, tokens: Tokenised, text: str) -> list[Control]:
+        controls: list[Control] = []
+        for token_id, (start, end) in zip(tokens.token_ids, tokens.offsets, strict=True):
+            name = self._names.get(token_id)
+            is_unknown = name == self._unknown and start < end and text[start:end].strip() != name
+            if name is not None and not is_unknown:
+                controls.append((token_id, start, end))
+        return controls
+
+    def _has_only(self, controls: Sequence[Control], tokens: Tokenised, text: str) -> bool:
+        """Whether these are all control tokens; some may cover blanks of a content beside them."""
+        found = self._controls_in(tokens, text)
+        return len(found) == len(controls) and all(
+            own[0] == other[0] and own[1] <= other[1] and other[2] <= own[2]
+            for own, other in zip(found, controls, strict=True)
+        )
+
+    def _checked(self, tokens: Tokenised, controls: Sequence[Control], text: str) -> Tokenised:
+        if not self._has_only(controls, tokens, text):
+            raise SidelightError(
+                "The text contains the name of a control token, and this model's tokenizer has no "
+                "other way to write it. Remove it from the text."
+            )
+        return tokens
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """Token ids and what each token belongs to.
+
+    Attributes:
+        token_ids: One id per token.
+        parts: One ``Part`` per token.
+        dropped: Tokens of text removed to fit a training limit; always 0 outside training.
+    """
+
+    token_ids: tuple[int, ...]
+    parts: tuple[Part, ...]
+    dropped: int = 0
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def mask(self, reads: Reads) -> Bool[Tensor, " token"]:
+        """True where a probe with these ``reads`` looks."""
+        wanted = reads.parts
+        return torch.tensor([part in wanted for part in self.parts], dtype=torch.bool)
+
+    def shortened(self, limit: int, reads: Reads | None = None) -> "EncodedPrompt":
+        """At most ``limit`` tokens: tokens of the text go, the template's stay.
+
+        For training only, where the caller counts and reports what was dropped. Where a probe reads
+        the prompt, the text's last tokens go. Where it reads the response, the prompt's first
+        tokens go, and the response's last ones if those do not suffice. Where it reads both, either
+        keeps half of the room if it needs that.
+
+        Args:
+            limit: The most tokens.
+            reads: What the probe reads; None is the prompt.
+
+        Raises:
+            ContextLengthError: What is not read, the template and the system prompt, is longer
+                than ``limit``.
+        """
+        excess = len(self) - limit
+        if excess <= 0:
+            return self
+        prompt = [i for i, part in enumerate(self.parts) if part == Part.PROMPT]
+        response = [i for i, part in enumerate(self.parts) if part == Part.RESPONSE]
+        room = len(prompt) + len(response) - excess
+        if room <= 0:
+            raise ContextLengthError(
+                f"A limit of {limit} tokens leaves no room for the text beside the chat template "
+                f"and the system prompt ({limit - room} tokens). Raise --max-tokens, or shorten "
+                "the system prompt."
+            )
+        side = (reads or Reads()).side
+        least = {"prompt": room, "both": room // 2, "response": 0}[side]
+        held = min(len(prompt), max(least, room - len(response)))
+        gone = {*(prompt[held:] if side == "prompt" else prompt[: len(prompt) - held])}
+        gone |= {*response[room - held :]}
+        kept = [i for i in range(len(self)) if i not in gone]
+        return EncodedPrompt(
+            token_ids=tuple(self.token_ids[i] for i in kept),
+            parts=tuple(self.parts[i] for i in kept),
+            dropped=excess,
+        )
+
+
+def shared_length(texts: Sequence[Sequence[int]]) -> int:
+    """How many token ids all texts begin with."""
+    columns = zip(*texts, strict=False)
+    return len(list(takewhile(lambda column: len(set(column)) == 1, columns)))
+
+
+def shared_unread(prompts: Sequence[EncodedPrompt], reads: Reads) -> int:
+    """How many tokens all prompts begin with that no probe reads, such as a system prompt.
+
+    Args:
+        prompts: Each with a token that is read.
+        reads: What probes read.
+    """
+    unread = min(int(prompt.mask(reads).int().argmax()) for prompt in prompts)
+    return shared_length([prompt.token_ids[:unread] for prompt in prompts])
+
+
+# What a template writes around longer conversations is found anew each time.
+_CACHED_TURNS = 200
+
+
+class PromptEncoder:
+    """Encodes conversations for one backbone.
+
+    No content becomes a special token, whatever it says; for other contents the ids are those of
+    the tokenizer's ``apply_chat_template``.
+
+    Args:
+        tokenizer: A fast tokenizer (offsets are needed to know what a token belongs to).
+        prompt_format: ``chat`` renders the model's chat template; ``raw`` joins the turns by line
+            breaks and adds the tokenizer's own special tokens.
+        max_tokens: The longest input that the backbone accepts.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, prompt_format: PromptFormat, max_tokens: int):
+        self._tokenizer = tokenizer
+        self._contents = ContentTokenizer(tokenizer)
+        self.prompt_format: PromptFormat = prompt_format
+        self.max_tokens = max_tokens
+        # Bounded in number and in turns: clients choose the sequences of roles.
+        self._cached_literals = lru_cache(maxsize=256)(self._render_literals)
+
+    def encode(self, messages: Conversation, response: str | None = None) -> EncodedPrompt:
+        """Token ids of the conversation, ready for generation or followed by ``response``.
+
+        Raises:
+            ContextLengthError: Longer than ``max_tokens``; nothing is cut.
+            SidelightError: No message, no token, or a template that cannot be followed.
+        """
+        encoded = self.encode_any_length(messages, response)
+        if not len(encoded):
+            raise SidelightError("The text is empty: there is no token to read. Send some text.")
+        if len(encoded) > self.max_tokens:
+            raise ContextLengthError(
+                f"The text has {len(encoded)} tokens with its template, but the model reads at "
+                f"most {self.max_tokens}. Shorten it, or judge it in parts."
+            )
+        return encoded
+
+    def encode_any_length(
+        self, messages: Conversation, response: str | None = None
+    ) -> EncodedPrompt:
+        """As ``encode``, with no limit on the length: for training, which reports what it cuts."""
+        is_plain = isinstance(messages, PlainText)
+        turns = [Message("user", messages.content)] if is_plain else _known_roles(messages)
+        if not turns:
+            raise SidelightError("A conversation needs at least one message.")
+        _require_whole_characters([*(turn.content for turn in turns), response or ""])
+        if is_plain or self.prompt_format == "raw":
+            return self._encode_raw(turns, response)
+        return self._encode_chat(turns, response)
+
+    def _encode_raw(self, messages: Sequence[Message], response: str | None) -> EncodedPrompt:
+        prompt = "\n".join(message.content for message in messages)
+        tokens = self._contents.encode_raw(prompt + (response or ""))
+        parts = [
+            # The tokenizer's own special tokens cover no text, and say (0, 0).
+            Part.TEMPLATE if end == 0 else Part.PROMPT if start < len(prompt) else Part.RESPONSE
+            for start, end in map(_whole, tokens.offsets)
+        ]
+        return EncodedPrompt(tuple(tokens.token_ids), tuple(parts))
+
+    def _encode_chat(self, messages: Sequence[Message], response: str | None) -> EncodedPrompt:
+        turns = [*messages] if response is None else [*messages, Message("assistant", response)]
+        rendered = self._render(turns, for_generation=response is None)
+        spans = self._content_spans(rendered, turns, for_generation=response is None)
+        first = next((i for i, turn in enumerate(turns) if turn.role != "system"), 0)
+        kinds = [Part.UNREAD] * first + [Part.PROMPT] * (len(turns) - first)
+        if response is not None:
+            kinds[-1] = Part.RESPONSE
+        edges = [0, *(edge for span in spans for edge in span), len(rendered)]
+        template = list(zip(edges[::2], edges[1::2], strict=True))
+        tokens = self._contents.encode_chat(rendered, template)
+        return EncodedPrompt(
+            token_ids=tuple(tokens.token_ids), parts=_token_parts(tokens.offsets, spans, kinds)
+        )
+
+    def _render(self, turns: Sequence[Message], *, for_generation: bool) -> str:
+        conversation = [{"role": turn.role, "content": turn.content} for turn in turns]
+        try:
+            return self._tokenizer.apply_chat_template(
+                conversation, tokenize=False, add_generation_prompt=for_generation
+            )
+        except TemplateError as error:
+            raise SidelightError(
+                f"The model's chat template refuses this conversation: {error}. Change the roles "
+                "or their order, or use the raw prompt format (--format raw)."
+            ) from error
+
+    def _content_spans(
+        self, rendered: str, turns: Sequence[Message], *, for_generation: bool
+    ) -> list[tuple[int, int]]:
+        """Where each turn's text stands in the rendered template, in characters."""
+        roles = tuple(turn.role for turn in turns)
+        is_short = len(roles) <= _CACHED_TURNS
+        find_literals = self._cached_literals if is_short else self._render_literals
+        literals = find_literals(roles, for_generation=for_generation)
+        spans: list[tuple[int, int]] = []
+        cursor = len(literals[0])
+        for turn, literal in zip(turns, literals[1:], strict=True):
+            # Templates may strip a turn's text.
+            text = turn.content
+            forms = (text, text.strip(), text.lstrip(), text.rstrip(), text.strip("\n"))
+            ends = [cursor + len(f) for f in forms if rendered.startswith(f + literal, cursor)]
+            if not ends:
+                raise SidelightError(
+                    "The chat template rewrites the text, so its tokens cannot be told from the "
+                    "template's. Use the raw prompt format for this model (--format raw)."
+                )
+            spans.append((cursor, ends[0]))
+            cursor = ends[0] + len(literal)
+        return spans
+
+    def _render_literals(self, roles: tuple[str, ...], *, for_generation: bool) -> list[str]:
+        """What the template writes before, between and after the texts of turns of these roles."""
+        marks = [f"sidelight-turn-{i}-text" for i in range(len(roles))]
+        marked = [Message(role, mark) for role, mark in zip(roles, marks, strict=True)]
+        rendered = self._render(marked, for_generation=for_generation)
+        literals: list[str] = []
+        cursor = 0
+        for mark in marks:
+            found = rendered.find(mark, cursor)
+            if found < 0:
+                raise SidelightError(
+                    "The chat template leaves a turn out (roles: "
+                    f"{', '.join(dict.fromkeys(roles))}). Use roles that the model knows, or the "
+                    "raw prompt format (--format raw)."
+                )
+            literals.append(rendered[cursor:found])
+            cursor = found + len(mark)
+        return [*literals, rendered[cursor:]]
+
+
+def _known_roles(messages: Sequence[Message]) -> list[Message]:
+    """A developer speaks as the system: few chat templates know the role."""
+    return [
+        Message("system", turn.content) if turn.role == "developer" else turn for turn in messages
+    ]
+
+
+def _token_parts(
+    offsets: Sequence[tuple[int, int]],
+    spans: Sequence[tuple[int, int]],
+    kinds: Sequence[Part],
+) -> tuple[Part, ...]:
+    """The part of each token: its turn's kind inside a turn's text, else template or unread."""
+    begin = min(s for (s, _), kind in zip(spans, kinds, strict=True) if kind != Part.UNREAD)
+    end = spans[-1][0] if kinds[-1] == Part.RESPONSE else float("inf")
+    parts: list[Part] = []
+    turn = 0
+    for start, stop in map(_whole, offsets):
+        while turn < len(spans) and spans[turn][1] <= start:
+            turn += 1
+        if turn < len(spans) and stop > spans[turn][0]:
+            parts.append(kinds[turn])
+        else:
+            parts.append(Part.TEMPLATE if begin <= start < end else Part.UNREAD)
+    return tuple(parts)
+
+
+def _whole(offset: tuple[int, int]) -> tuple[int, int]:
+    """The characters of a token; tokenizers that trim blanks say (end, end) for a blank one."""
+    start, end = offset
+    return (end - 1 if start == end > 0 else start, end)
+
+
+def _require_whole_characters(texts: Sequence[str]) -> None:
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError as error:
+        raise SidelightError(
+            "The text has half of a character (a lone surrogate). Decode it from valid UTF-8 or "
+            "UTF-16 first."
+        ) from error

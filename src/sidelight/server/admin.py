@@ -1,0 +1,213 @@
+"""``GET /v1/models`` and ``/v1/models/{id}``: the served model and its probes.
+
+``/admin/probes``: which probes serve, and changing them while they do. Admin keys only.
+"""
+
+import asyncio
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any, Literal
+
+from fastapi import APIRouter
+from pydantic import BaseModel, ConfigDict
+
+from sidelight.prompts import Side
+from sidelight.server.context import Context, InContext
+from sidelight.server.middleware import AdminOnly
+from sidelight.server.probes import Entry, State
+from sidelight.server.schemas import JsonRoute, StrictBody
+from sidelight.types import TaskKind
+
+models_router = APIRouter()
+
+
+class ProbeCard(BaseModel):
+    """What a client has to know of a probe."""
+
+    name: str
+    kind: TaskKind
+    labels: list[str]
+    reads: Side
+    version: str
+
+
+class ProbeCards(BaseModel):
+    """The ``sidelight`` field of a model."""
+
+    probes: list[ProbeCard]
+
+
+class ModelCard(BaseModel):
+    """The served model, as OpenAI words it, with its probes."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "sidelight"
+    sidelight: ProbeCards
+
+
+class ModelList(BaseModel):
+    """All served models: one."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+@models_router.get("/v1/models")
+async def list_models(context: InContext) -> ModelList:
+    """The one model that is served."""
+    return ModelList(data=[_card(context)])
+
+
+@models_router.get("/v1/models/{name:path}")
+async def retrieve(name: str, context: InContext) -> ModelCard:
+    """The model of this name."""
+    context.require_model(name)
+    return _card(context)
+
+
+def _card(context: Context) -> ModelCard:
+    probes = [
+        ProbeCard(
+            name=probe.name,
+            kind=probe.task.kind,
+            labels=list(probe.task.labels),
+            reads=probe.reads.side,
+            version=probe.version,
+        )
+        for probe in context.probes
+    ]
+    return ModelCard(
+        id=context.engine.model, created=context.started_at, sidelight=ProbeCards(probes=probes)
+    )
+
+
+admin_probes_router = APIRouter(dependencies=[AdminOnly])
+_with_body = APIRouter(route_class=JsonRoute)
+
+
+class ProbeEntry(BaseModel):
+    """One probe: what it is, what follows from its verdicts, and how its last change went."""
+
+    name: str
+    version: str
+    kind: str
+    labels: list[str]
+    reads: str
+    side: str
+    state: State
+    mode: str
+    thresholds: dict[str, float]
+    shadow_of: str | None
+    path: str | None
+    failure: str | None
+
+    @classmethod
+    def of(cls, entry: Entry) -> "ProbeEntry":
+        """As JSON."""
+        clause = entry.clause
+        return cls(
+            name=clause.name,
+            version=clause.probe.version,
+            kind=clause.probe.task.kind,
+            labels=list(clause.probe.task.labels),
+            reads=clause.probe.reads.side,
+            side=clause.side,
+            state=entry.state,
+            mode=clause.rule.mode,
+            thresholds=dict(clause.thresholds),
+            shadow_of=clause.rule.shadow_of,
+            path=None if entry.path is None else str(entry.path),
+            failure=entry.failure,
+        )
+
+
+class ProbeList(BaseModel):
+    """All probes, those that do not run last."""
+
+    probes: list[ProbeEntry]
+
+
+class _Change(StrictBody):
+    # A misspelt key would be a change that was not meant.
+    model_config = ConfigDict(extra="forbid")
+
+
+class LoadRequest(_Change):
+    """An artifact in a folder of the server's machine."""
+
+    path: str
+    shadow_of: str | None = None
+
+
+class ReloadRequest(_Change):
+    """The artifact; null: the folder that the probe came from."""
+
+    path: str | None = None
+
+
+class ShadowRequest(_Change):
+    """The probe that the shadow is compared with, if any."""
+
+    shadow_of: str | None = None
+
+
+@admin_probes_router.get("/admin/probes")
+async def list_probes(context: InContext) -> ProbeList:
+    """Every probe, shadows and disabled ones too."""
+    return ProbeList(probes=[ProbeEntry.of(entry) for entry in context.roster.entries])
+
+
+@_with_body.post("/admin/probes", status_code=201)
+async def load(body: LoadRequest, context: InContext) -> ProbeEntry:
+    """Serves one more probe."""
+    change = context.roster.load(Path(body.path), shadow_of=body.shadow_of)
+    return await _made(context, "load", change)
+
+
+@_with_body.post("/admin/probes/{name:path}/reload")
+async def reload(name: str, body: ReloadRequest, context: InContext) -> ProbeEntry:
+    """Replaces a probe by the artifact as it is now; if that fails, the last good one serves on."""
+    path = None if body.path is None else Path(body.path)
+    return await _made(context, "reload", context.roster.reload(name, path))
+
+
+@_with_body.post("/admin/probes/{name:path}/shadow")
+async def shadow(name: str, body: ShadowRequest, context: InContext) -> ProbeEntry:
+    """Hides a probe from clients and counts it on."""
+    change = context.roster.shadow(name, shadow_of=body.shadow_of)
+    return await _made(context, "shadow", change)
+
+
+@admin_probes_router.post("/admin/probes/{name:path}/enable")
+async def enable(name: str, context: InContext) -> ProbeEntry:
+    """Runs a probe under the policy's rule."""
+    return await _made(context, "enable", context.roster.enable(name))
+
+
+@admin_probes_router.post("/admin/probes/{name:path}/disable")
+async def disable(name: str, context: InContext) -> ProbeEntry:
+    """Stops a probe; nothing follows from its rule meanwhile."""
+    return await _made(context, "disable", context.roster.disable(name))
+
+
+@admin_probes_router.delete("/admin/probes/{name:path}")
+async def remove(name: str, context: InContext) -> dict[str, Any]:
+    """Forgets a probe; its artifact stays."""
+    removed = await _made(context, "remove", context.roster.remove(name))
+    return {"name": removed.name, "removed": True}
+
+
+async def _made(context: Context, kind: str, change: Coroutine[Any, Any, Entry]) -> ProbeEntry:
+    """The outcome of a change, which goes on to its end where its caller leaves."""
+    return await asyncio.shield(asyncio.create_task(_audited(context, kind, change)))
+
+
+async def _audited(context: Context, kind: str, change: Coroutine[Any, Any, Entry]) -> ProbeEntry:
+    entry = await change
+    context.recorder.note_change(kind, entry.clause.probe)
+    return ProbeEntry.of(entry)
+
+
+admin_probes_router.include_router(_with_body)

@@ -1,0 +1,386 @@
+"""Verdicts on texts with nothing written: what the check-only endpoints share.
+
+``POST /v1/moderations``: verdicts on texts, with nothing written.
+
+``POST /classify``: one probe's labels for texts, as vLLM's classification models give them.
+
+``POST /beta/litellm_basic_guardrail_api``: LiteLLM's generic guardrail, answered by probes.
+
+``POST /tokenize``: a prompt or conversation as the model reads it, as vLLM words it.
+"""
+
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, Field, model_validator
+
+from sidelight.engines.base import LoadedProbe, PromptJudged
+from sidelight.policy.rules import BoundRule, Side
+from sidelight.prompts import Conversation, Message, PlainText
+from sidelight.server.context import Context, InContext
+from sidelight.server.errors import RequestError
+from sidelight.server.middleware import unless_left
+from sidelight.server.report import Categories, Extension, Reporter, verdict_json
+from sidelight.server.schemas import (
+    ChatMessage,
+    JsonRoute,
+    Listed,
+    ModerationRequest,
+    Name,
+    ProbeNames,
+    StrictBody,
+    Texts,
+)
+from sidelight.types import Verdict
+
+Turns = Sequence[Message]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """One text's verdicts, and how many tokens were read for them."""
+
+    verdicts: tuple[Verdict, ...]
+    tokens: int
+
+
+async def checked(
+    request: Request,
+    context: Context,
+    reporter: Reporter,
+    conversations: Sequence[Turns],
+    *,
+    is_prompt_known: bool = True,
+) -> list[Checked]:
+    """What the chosen probes say of each conversation, from one pass each.
+
+    A conversation that ends with the assistant's turn is judged by every chosen probe, any other by
+    those that read the prompt alone.
+
+    Args:
+        request: Ends the work when its client leaves.
+        context: The server's parts.
+        reporter: On the chosen probes.
+        conversations: What is judged.
+        is_prompt_known: Whether the turns before the assistant's were said. Where they are filled
+            in, no verdict on them counts.
+
+    Raises:
+        VerdictError: A chosen probe gave no verdict.
+        RequestError: No chosen probe can judge one of them; an empty answer would look harmless. Or
+            one is longer than the policy lets a chosen probe judge.
+    """
+    for turns in conversations:
+        if not is_answered(turns):
+            context.require_prompt_probe(reporter.probes)
+    await context.require_size(conversations, max_tokens=0)
+    await unless_left(request, context.engine.settled())
+    asked = context.asked(None)
+    judged = await unless_left(request, context.engine.judge(conversations))
+    found: list[Checked] = []
+    for index, (event, turns) in enumerate(zip(judged, conversations, strict=True)):
+        context.metrics.note_judging(event)
+        context.trace.prompt_tokens += event.tokens
+        context.metrics.prompt_tokens.inc(event.tokens)
+        prompt: set[Side] = {"input"} if is_prompt_known else set()
+        response: set[Side] = {"output"} if is_answered(turns) else set()
+        decided = asked.about(turns).on_check(event, prompt | response)
+        _require_short(decided, asked.enforcement.clauses, reporter, index)
+        verdicts = reporter.required(decided, has_response=is_answered(turns))
+        found.append(Checked(verdicts, event.tokens))
+    return found
+
+
+def _require_short(
+    decided: PromptJudged, clauses: Sequence[BoundRule], reporter: Reporter, index: int
+) -> None:
+    chosen = {probe.name for probe in reporter.probes} & set(decided.too_long)
+    for clause in clauses:
+        if clause.name in chosen:
+            raise RequestError(
+                f"Text {index} of those judged, counted from 0, has {decided.tokens} tokens, but "
+                f"probe '{clause.name}' may judge at most {clause.rule.max_tokens}. Shorten it, or "
+                "ask other probes.",
+                code="verdict_failed",
+            )
+
+
+def as_user(text: str) -> list[Message]:
+    """A bare text, as if a user had said it."""
+    return [Message("user", text)]
+
+
+def is_answered(turns: Turns) -> bool:
+    """Whether the last turn is the assistant's and says something that can be judged."""
+    return bool(turns) and turns[-1].role == "assistant" and bool(turns[-1].content)
+
+
+# Clients send OpenAI's own names by default; here they mean: every probe.
+_OPENAI_MODELS = ("omni-moderation-", "text-moderation-")
+
+moderations_router = APIRouter(route_class=JsonRoute)
+
+
+class ModerationResult(Categories):
+    """One text's categories; ``sidelight`` has the verdicts with all their labels."""
+
+    sidelight: Extension
+
+
+class ModerationResponse(BaseModel):
+    """One result per text, in order."""
+
+    id: str
+    model: str
+    results: list[ModerationResult]
+
+
+@moderations_router.post("/v1/moderations")
+async def moderations_create(
+    body: ModerationRequest, request: Request, context: InContext
+) -> ModerationResponse:
+    """Each text is judged as a user's message, by the probes that read the prompt alone."""
+    if body.model is not None and not body.model.startswith(_OPENAI_MODELS):
+        context.require_model(body.model)
+    reporter = context.reporter(body.probes)
+    judged = await checked(request, context, reporter, [as_user(text) for text in body.input])
+    results = [
+        ModerationResult(
+            **reporter.names.report(one.verdicts).model_dump(),
+            sidelight=Extension(verdicts=[verdict_json(verdict) for verdict in one.verdicts]),
+        )
+        for one in judged
+    ]
+    return ModerationResponse(
+        id=f"modr-{uuid.uuid4().hex}", model=context.engine.model, results=results
+    )
+
+
+classify_router = APIRouter(route_class=JsonRoute)
+
+
+class ClassifyRequest(StrictBody):
+    """Texts for one probe: the one in ``model`` or ``probes``, or the only one loaded."""
+
+    model: Name | None = Field(None, description="A probe's name, or the served model's.")
+    input: Texts = Field(min_length=1)
+    probes: ProbeNames = None
+
+
+class Classification(BaseModel):
+    """The label of one text; ``probs`` are in the order of the probe's labels."""
+
+    index: int
+    label: str
+    probs: list[float]
+    num_classes: int
+
+
+class ClassifyUsage(BaseModel):
+    """Tokens read; none are written."""
+
+    prompt_tokens: int
+    total_tokens: int
+    completion_tokens: int = 0
+
+
+class ClassifyResponse(BaseModel):
+    """One classification per text, in order; ``model`` is the probe."""
+
+    id: str
+    object: Literal["list"] = "list"
+    created: int
+    model: str
+    data: list[Classification]
+    usage: ClassifyUsage
+
+
+@classify_router.post("/classify")
+async def classify_create(
+    body: ClassifyRequest, request: Request, context: InContext
+) -> ClassifyResponse:
+    """Each text is judged as a user's message."""
+    probe = _probe(body, context)
+    conversations = [as_user(text) for text in body.input]
+    judged = await checked(request, context, context.reporter([probe.name]), conversations)
+    tokens = sum(one.tokens for one in judged)
+    data = [
+        Classification(
+            index=index,
+            label=verdict.label,
+            probs=[verdict.probabilities[label] for label in probe.task.labels],
+            num_classes=len(probe.task.labels),
+        )
+        for index, (verdict,) in enumerate(one.verdicts for one in judged)
+    ]
+    return ClassifyResponse(
+        id=f"classify-{uuid.uuid4().hex}",
+        created=int(time.time()),
+        model=probe.name,
+        data=data,
+        usage=ClassifyUsage(prompt_tokens=tokens, total_tokens=tokens),
+    )
+
+
+def _probe(body: ClassifyRequest, context: Context) -> LoadedProbe:
+    names = [probe.name for probe in context.probes]
+    chosen = body.probes
+    if body.model in names and body.model != context.engine.model:
+        chosen = [body.model] if chosen is None else chosen
+    elif body.model is not None:
+        context.require_model(body.model)
+    probes = context.reporter(chosen).probes
+    if len(probes) != 1:
+        raise RequestError(
+            f"One probe classifies at a time, got {len(probes)}. Name it as 'model'. "
+            f"Known: {', '.join(sorted(names)) or 'none'}.",
+            code="probe_not_chosen",
+            param="model",
+        )
+    return probes[0]
+
+
+guardrail_router = APIRouter(route_class=JsonRoute)
+
+
+class GuardrailParameters(StrictBody):
+    """What a proxy's configuration hands on to this guardrail."""
+
+    probes: ProbeNames = None
+
+
+class CalledFunction(StrictBody):
+    """What a tool is called with."""
+
+    name: str | None = None
+    arguments: str
+
+
+class ToolCall(StrictBody):
+    """A function that the model calls; calls of another kind cannot be judged."""
+
+    function: CalledFunction
+
+    def as_text(self) -> str:
+        """Name and arguments, as lines."""
+        return "\n".join(part for part in (self.function.name, self.function.arguments) if part)
+
+
+class GuardrailRequest(StrictBody):
+    """Texts and tool calls of a request or of its response.
+
+    Images cannot be judged, so they are refused. The tools on offer are not read.
+    """
+
+    input_type: Literal["request", "response"]
+    texts: Listed[str] | None = None
+    tool_calls: Listed[ToolCall] | None = None
+    images: list[Any] | None = Field(None, max_length=0, description="Not read.")
+    additional_provider_specific_params: GuardrailParameters | None = None
+
+    def said(self) -> list[str]:
+        """What is judged: the texts, then the calls. In an empty one there is nothing to judge."""
+        calls = [call.as_text() for call in self.tool_calls or ()]
+        return [text for text in (*(self.texts or ()), *calls) if text]
+
+
+class GuardrailResponse(BaseModel):
+    """``BLOCKED`` where a probe flags a text, else ``NONE``."""
+
+    action: Literal["BLOCKED", "NONE"]
+    blocked_reason: str | None
+    sidelight: Extension
+
+
+@guardrail_router.post("/beta/litellm_basic_guardrail_api")
+async def guardrail_create(
+    body: GuardrailRequest, request: Request, context: InContext
+) -> GuardrailResponse:
+    """Those of a request are judged as user's messages, of a response as answers to no question.
+
+    The answer has no ``texts``: a proxy keeps its own.
+    """
+    parameters = body.additional_provider_specific_params or GuardrailParameters()
+    reporter = context.reporter(parameters.probes)
+    is_response = body.input_type == "response"
+    if is_response:
+        reporter = _on_responses(reporter)
+    conversations = [_answer(text) if is_response else as_user(text) for text in body.said()]
+    judged = await checked(
+        request, context, reporter, conversations, is_prompt_known=not is_response
+    )
+    verdicts = [verdict for one in judged for verdict in one.verdicts]
+    flagged = list(dict.fromkeys(v.probe for v in verdicts if v.flagged))
+    return GuardrailResponse(
+        action="BLOCKED" if flagged else "NONE",
+        blocked_reason=f"Flagged by {', '.join(flagged)}." if flagged else None,
+        sidelight=Extension(verdicts=[verdict_json(verdict) for verdict in verdicts]),
+    )
+
+
+def _answer(text: str) -> list[Message]:
+    return [*as_user(""), Message("assistant", text)]
+
+
+def _on_responses(reporter: Reporter) -> Reporter:
+    """On those of its probes that read a response."""
+    if not reporter.reads_response:
+        raise RequestError(
+            "No chosen probe reads a response, so it cannot be judged. Load such a probe, or use "
+            "this guardrail in mode pre_call only.",
+            code="no_response_probe",
+        )
+    late = [probe for probe in reporter.probes if probe.reads.side != "prompt"]
+    return replace(reporter, probes=late)
+
+
+tokenize_router = APIRouter(route_class=JsonRoute)
+
+
+class TokenizeRequest(StrictBody):
+    """Either ``prompt``, as ``/v1/completions`` reads it, or ``messages``, as a chat does."""
+
+    model: Name | None = None
+    prompt: str | None = None
+    messages: Listed[ChatMessage] | None = Field(None, min_length=1)
+    add_generation_prompt: Literal[True] = True
+    return_token_strs: bool | None = None
+
+    @model_validator(mode="after")
+    def _has_one_text(self) -> "TokenizeRequest":
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give either prompt or messages")
+        return self
+
+    def conversation(self) -> Conversation:
+        """What is to be tokenised."""
+        if self.messages is None:
+            return PlainText(self.prompt or "")
+        return [message.as_message() for message in self.messages]
+
+
+class TokenizeResponse(BaseModel):
+    """Token ids, and their texts where they were asked for."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+@tokenize_router.post("/tokenize")
+async def tokenize_create(body: TokenizeRequest, context: InContext) -> TokenizeResponse:
+    """Nothing is run through the model."""
+    if body.model is not None:
+        context.require_model(body.model)
+    tokens = await context.engine.tokenize(body.conversation())
+    return TokenizeResponse(
+        count=len(tokens.ids),
+        max_model_len=context.engine.max_tokens,
+        tokens=list(tokens.ids),
+        token_strs=list(tokens.texts) if body.return_token_strs else None,
+    )

@@ -1,1 +1,0 @@
-"""One file per endpoint; ``sidelight.server.app`` lists their routers."""

@@ -1,0 +1,1 @@
+"""Hidden states of labelled texts: computed once, kept on disk, read by training and scoring."""

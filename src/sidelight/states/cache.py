@@ -1,0 +1,381 @@
+"""Hidden states of a data set on disk, in shards that many probes train from.
+
+A shard holds the states of some texts, ragged and in bf16: hundreds of a small backbone, a handful
+of a wide one. A shard's file appears under
+its name only when it is whole, so a killed extraction goes on where it stopped.
+
+Some texts of an activation cache, as training reads them: in memory if they are few.
+"""
+
+import hashlib
+import os
+import shutil
+import sys
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import sleep
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sidelight.backbone import Fingerprint
+from sidelight.errors import SidelightError
+from sidelight.prompts import EncodedPrompt, Reads
+from sidelight.storage import FolderLock, sync, write_json
+
+FORMAT_VERSION = 1
+SHARD_BYTES = 512 * 2**20
+_BYTES_PER_VALUE = 2
+# Left free on the disk whatever the budget says.
+_RESERVE_BYTES = 2 * 2**30
+# A file of this name says that a run was told to keep the activations.
+_KEPT = "kept"
+# Between two looks at a cache that another run writes.
+_WAIT_S = 0.5
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The states of some texts, laid end to end.
+
+    Attributes:
+        hidden: Residual stream of each layer and read token; bf16 on disk.
+        lengths: Tokens of each text.
+        rows: Which text of the data set each is.
+    """
+
+    hidden: Float[Tensor, "layer token width"]
+    lengths: Int[Tensor, " text"]
+    rows: Int[Tensor, " text"]
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """Which texts go to which shard: fixed by the data, so that extraction can resume.
+
+    Attributes:
+        rows: For each shard, the texts in it.
+        tokens: For each shard, how many tokens are stored.
+    """
+
+    rows: tuple[tuple[int, ...], ...]
+    tokens: tuple[int, ...]
+
+    @staticmethod
+    def of(lengths: Sequence[int], *, shard_tokens: int) -> "ShardPlan":
+        """Texts in a random but fixed order, cut where a shard is full."""
+        order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(0)).tolist()
+        shards: list[list[int]] = [[]]
+        tokens = [0]
+        for row in order:
+            if shards[-1] and tokens[-1] + lengths[row] > shard_tokens:
+                shards.append([])
+                tokens.append(0)
+            shards[-1].append(row)
+            tokens[-1] += lengths[row]
+        return ShardPlan(tuple(map(tuple, shards)), tuple(tokens))
+
+
+@runtime_checkable
+class States(Protocol):
+    """Hidden states of some texts, shard by shard: what training reads.
+
+    Attributes:
+        fingerprint: The backbone.
+        reads: Which tokens of each text these are.
+        plan: Which texts are in which shard; together each text once.
+    """
+
+    fingerprint: Fingerprint
+    reads: Reads
+    plan: ShardPlan
+
+    def __len__(self) -> int:
+        """The number of shards."""
+        ...
+
+    def read(self, index: int) -> Shard:
+        """A shard; its texts lie in random order."""
+        ...
+
+
+class ActivationCache:
+    """The shards of one data set under one backbone, computed by one engine.
+
+    Attributes:
+        lengths: Stored tokens of each text.
+        token_bytes: That a token takes.
+
+    Args:
+        root: Folder of all caches; this one gets a folder of its own in it, named by a key that
+            covers the backbone, the engine, what is read, and every token id.
+        prompts: The data set.
+        reads: Which tokens are stored.
+        fingerprint: The backbone.
+        engine: What computes the states; engines round differently, so they share no cache.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        prompts: Sequence[EncodedPrompt],
+        *,
+        reads: Reads,
+        fingerprint: Fingerprint,
+        engine: str = "transformers",
+        shard_bytes: int = SHARD_BYTES,
+    ):
+        self.prompts = prompts
+        self.reads = reads
+        self.fingerprint = fingerprint
+        self.engine = engine
+        self.token_bytes = fingerprint.layers * fingerprint.width * _BYTES_PER_VALUE
+        self.lengths = [int(prompt.mask(reads).sum()) for prompt in prompts]
+        shard_tokens = max(1, shard_bytes // self.token_bytes)
+        self.plan = ShardPlan.of(self.lengths, shard_tokens=shard_tokens)
+        who = (FORMAT_VERSION, fingerprint.digest, fingerprint.dtype, engine, shard_bytes)
+        self.directory = root / _key(prompts, reads, who)
+        self._lock: FolderLock | None = None
+
+    def __len__(self) -> int:
+        """The number of shards."""
+        return len(self.plan.rows)
+
+    def missing(self) -> list[int]:
+        """Shards that have not been written yet."""
+        return [index for index in range(len(self)) if not self._path(index).exists()]
+
+    @contextmanager
+    def filling(self, *, budget_bytes: int | None = None) -> Generator[list[int]]:
+        """Gives the shards to write, while no other run reads or writes them.
+
+        Waits for a run that fills the same cache. Afterwards other runs may read it, and it is
+        not removed while this object exists. What a killed run left half written is cleared.
+
+        Args:
+            budget_bytes: The most that this cache may take; None allows what the disk has.
+
+        Raises:
+            SidelightError: The missing shards would not fit.
+        """
+        lock = self._locked()
+        try:
+            missing = self.missing()
+            if missing:
+                self._prepare(missing, budget_bytes)
+            yield missing
+            lock.take(alone=False)
+        except BaseException:
+            # A traceback may keep this object, and another try must not wait for it.
+            lock.release()
+            raise
+        self._lock = lock
+
+    def _locked(self) -> FolderLock:
+        """The folder's lock: owned if there is something to write, else shared."""
+        self._unlock()
+        has_said = False
+        while True:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            lock = FolderLock(self.directory)
+            alone = bool(self.missing())
+            is_free = lock.take(alone=alone)
+            if is_free and lock.is_current and (alone or not self.missing()):
+                return lock
+            lock.release()
+            if not is_free and not has_said:
+                has_said = True
+                print(
+                    "Another run is writing the hidden states of the same texts: waiting for it. "
+                    "Name another folder with --cache to go on without.",
+                    file=sys.stderr,
+                )
+            # Not a wait for the lock: what is asked for depends on what is missing by then.
+            sleep(_WAIT_S)
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def _prepare(self, missing: Sequence[int], budget_bytes: int | None) -> None:
+        for partial in self.directory.glob("*.partial"):
+            partial.unlink()
+        needed = self.token_bytes * sum(self.plan.tokens)
+        to_write = self.token_bytes * sum(self.plan.tokens[index] for index in missing)
+        free = shutil.disk_usage(self.directory).free - _RESERVE_BYTES
+        if to_write > free or (budget_bytes is not None and needed > budget_bytes):
+            limit = free if budget_bytes is None else min(free, budget_bytes)
+            raise SidelightError(
+                f"The activations need {needed / 2**30:.1f} GiB, but {max(limit, 0) / 2**30:.1f} "
+                f"GiB may be used at {self.directory.parent}. Raise --cache-budget, name another "
+                "disk with --cache, or train on fewer rows (--limit)."
+            )
+        self._write_manifest()
+
+    def write(self, index: int, shard: Shard) -> None:
+        """Stores a shard; it exists afterwards or, if killed, not at all."""
+        tensors = {"hidden": shard.hidden, "lengths": shard.lengths, "rows": shard.rows}
+        write_tensors(tensors, self._path(index))
+
+    def read(self, index: int) -> Shard:
+        """A shard, mapped from disk."""
+        return Shard(**load_file(self._path(index)))
+
+    def keep(self) -> None:
+        """Keeps the cache from ``remove``, also from that of other runs."""
+        (self.directory / _KEPT).touch()
+
+    def remove(self) -> None:
+        """Deletes the cache, unless a run was told to keep it.
+
+        While another run reads it nothing happens: it is left to that run's ``remove``.
+        """
+        self._unlock()
+        if not self.directory.exists() or (self.directory / _KEPT).exists():
+            return
+        lock = FolderLock(self.directory)
+        if lock.take(alone=True):
+            shutil.rmtree(self.directory, ignore_errors=True)
+        lock.release()
+
+    def _path(self, index: int) -> Path:
+        return self.directory / f"shard-{index:05d}.safetensors"
+
+    def _write_manifest(self) -> None:
+        manifest = {
+            "format": FORMAT_VERSION,
+            "backbone": asdict(self.fingerprint),
+            "engine": self.engine,
+            "reads": asdict(self.reads),
+            "texts": len(self.prompts),
+            "tokens": sum(self.plan.tokens),
+            "shards": [list(rows) for rows in self.plan.rows],
+        }
+        write_json(self.directory / "manifest.json", manifest)
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """A safetensors file that exists afterwards whole or, if killed, not at all.
+
+    Raises:
+        SidelightError: The disk is full, or cannot be written.
+    """
+    # Named by the process: two runs may write what they both read.
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    try:
+        save_file(dict(tensors), partial)
+        sync(partial)
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise SidelightError(
+            f"Cannot write {path}: {error}. Free some space, or name another disk with --cache."
+        ) from error
+
+
+def _key(prompts: Sequence[EncodedPrompt], reads: Reads, who: tuple[object, ...]) -> str:
+    digest = hashlib.sha256(repr(who).encode())
+    digest.update(repr(reads).encode())
+    for prompt in prompts:
+        digest.update(repr((prompt.token_ids, prompt.parts)).encode())
+    return digest.hexdigest()[:24]
+
+
+_MEMORY_BYTES = 2**30
+
+
+def states_of(
+    cache: ActivationCache, rows: Sequence[int], *, memory_bytes: int = _MEMORY_BYTES
+) -> States:
+    """The states of some texts.
+
+    Args:
+        cache: Where the texts are.
+        rows: Which of its texts; text i of the result is the cache's ``rows[i]``.
+        memory_bytes: Larger parts are read from disk again in each epoch.
+    """
+    size_bytes = cache.token_bytes * sum(cache.lengths[row] for row in rows)
+    return (MemoryStates if size_bytes <= memory_bytes else PartStates)(cache, rows)
+
+
+class MemoryStates:
+    """Some texts of a cache, gathered into memory as one shard.
+
+    Args:
+        cache: Where the texts are.
+        rows: Which of its texts; text i of this is the cache's ``rows[i]``.
+    """
+
+    def __init__(self, cache: ActivationCache, rows: Sequence[int]):
+        self.fingerprint, self.reads = cache.fingerprint, cache.reads
+        self._shard = _gathered(cache, rows)
+        self.plan = ShardPlan((tuple(self._shard.rows.tolist()),), (self._shard.hidden.shape[1],))
+
+    def __len__(self) -> int:
+        """One shard."""
+        return 1
+
+    def read(self, index: int) -> Shard:
+        """The only shard."""
+        return self._shard
+
+
+class PartStates:
+    """Some texts of a cache, picked from each of its shards whenever that is read.
+
+    Args:
+        cache: Where the texts are.
+        rows: As in ``states_of``.
+    """
+
+    def __init__(self, cache: ActivationCache, rows: Sequence[int]):
+        self.fingerprint, self.reads = cache.fingerprint, cache.reads
+        self._cache = cache
+        self._text_of = {row: text for text, row in enumerate(rows)}
+        wanted = [[row for row in held if row in self._text_of] for held in cache.plan.rows]
+        self._shards = [index for index, held in enumerate(wanted) if held]
+        chosen = [wanted[index] for index in self._shards]
+        self.plan = ShardPlan(
+            tuple(tuple(self._text_of[row] for row in held) for held in chosen),
+            tuple(sum(cache.lengths[row] for row in held) for held in chosen),
+        )
+
+    def __len__(self) -> int:
+        """The shards that hold some of the texts."""
+        return len(self._shards)
+
+    def read(self, index: int) -> Shard:
+        """The texts of one shard, in its order."""
+        shard = self._cache.read(self._shards[index])
+        held, parts = shard.rows.tolist(), shard.hidden.split(shard.lengths.tolist(), 1)
+        kept = [place for place, row in enumerate(held) if row in self._text_of]
+        return Shard(
+            torch.cat([parts[place] for place in kept], 1),
+            shard.lengths[kept],
+            torch.tensor([self._text_of[held[place]] for place in kept]),
+        )
+
+
+def _gathered(cache: ActivationCache, rows: Sequence[int]) -> Shard:
+    """The texts in random order, as in a shard on disk."""
+    place = {row: text for text, row in enumerate(rows)}
+    found: dict[int, Float[Tensor, "layer token width"]] = {}
+    for index, held in enumerate(cache.plan.rows):
+        if place.keys().isdisjoint(held):
+            continue
+        shard = cache.read(index)
+        parts = shard.hidden.split(shard.lengths.tolist(), 1)
+        for row, part in zip(held, parts, strict=True):
+            if row in place:
+                found[place[row]] = part.clone()
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
+    hidden = [found[text] for text in order]
+    lengths = torch.tensor([part.shape[1] for part in hidden])
+    return Shard(torch.cat(hidden, 1), lengths, torch.tensor(order))

@@ -1,0 +1,190 @@
+"""Fills an activation cache: one forward pass over every text of a data set."""
+
+from collections.abc import Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sidelight.backbone import Backbone
+from sidelight.errors import SidelightError
+from sidelight.progress import Progress, progress
+from sidelight.prompts import shared_unread
+from sidelight.ragged import by_length
+from sidelight.states.cache import ActivationCache, Shard
+
+
+@runtime_checkable
+class StateSource(Protocol):
+    """An engine that computes the hidden states of a cache."""
+
+    @property
+    def engine(self) -> str:
+        """Its name, with all that decides how states are computed and rounded."""
+        ...
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest text that it runs."""
+        ...
+
+    def shards(
+        self, cache: ActivationCache, indices: Sequence[int], shown: Progress
+    ) -> Generator[tuple[int, Shard]]:
+        """Computes these shards of a cache, and gives each with its index when it is whole.
+
+        Args:
+            cache: Says which texts are in a shard, and what is read of them.
+            indices: Of the shards.
+            shown: Is told of each token that has been run.
+        """
+        ...
+
+
+def extract(
+    source: StateSource,
+    cache: ActivationCache,
+    *,
+    budget_bytes: int | None = None,
+    title: str = "Extracting",
+) -> ActivationCache:
+    """Writes the shards that are missing; a second call after a kill does only the rest.
+
+    Args:
+        source: What gives the hidden states.
+        cache: What is filled; made for the source's engine.
+        budget_bytes: The most that the cache may take; None allows what the disk has.
+        title: Of the progress bar.
+
+    Raises:
+        SidelightError: The shards would not fit the disk or the budget, a hidden state is not
+            finite, or the cache is another engine's.
+    """
+    _require_same_engine(source, cache)
+    with cache.filling(budget_bytes=budget_bytes) as missing:
+        if missing:
+            _fill(source, cache, missing, title)
+    return cache
+
+
+def _fill(source: StateSource, cache: ActivationCache, missing: Sequence[int], title: str) -> None:
+    total = sum(len(cache.prompts[row]) for index in missing for row in cache.plan.rows[index])
+    # Writing overlaps the next shard's forward passes; one at a time, so two shards are in memory.
+    with (
+        ThreadPoolExecutor(1) as writer,
+        progress(title, total, unit="tokens") as shown,
+        closing(source.shards(cache, missing, shown)) as shards,
+    ):
+        pending: Future[None] | None = None
+        for index, shard in shards:
+            _require_finite(shard, dtype=cache.fingerprint.dtype)
+            if pending is not None:
+                pending.result()
+            pending = writer.submit(cache.write, index, shard)
+        if pending is not None:
+            pending.result()
+
+
+class BackboneSource:
+    """Any backbone's own forward passes, over batches of texts of similar length.
+
+    Args:
+        backbone: What is run.
+    """
+
+    engine = "transformers"
+
+    def __init__(self, backbone: Backbone):
+        self._backbone = backbone
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest text that the backbone reads."""
+        return self._backbone.encoder.max_tokens
+
+    def shards(
+        self, cache: ActivationCache, indices: Sequence[int], shown: Progress
+    ) -> Generator[tuple[int, Shard]]:
+        """Runs one shard after the other; what all texts begin with runs once a batch."""
+        can_share = self._backbone.can_share_prefixes
+        shared = shared_unread(cache.prompts, cache.reads) if can_share else 0
+        for index in indices:
+            yield index, _extract_shard(self._backbone, cache, index, shown, shared=shared)
+
+
+def _require_same_engine(source: StateSource, cache: ActivationCache) -> None:
+    if cache.engine != source.engine:
+        raise SidelightError(
+            f"This cache is for states of '{cache.engine}', but '{source.engine}' would fill it; "
+            "the two round differently. Make the cache with engine=source.engine."
+        )
+
+
+def _extract_shard(
+    backbone: Backbone, cache: ActivationCache, index: int, shown: Progress, *, shared: int
+) -> Shard:
+    """The shard's texts in the plan's random order, whatever order the batches ran in."""
+    rows = cache.plan.rows[index]
+    prompts = [cache.prompts[row] for row in rows]
+    read = [prompt.mask(cache.reads) for prompt in prompts]
+    lengths = torch.tensor([int(mask.sum()) for mask in read])
+    starts = (lengths.cumsum(0) - lengths).tolist()
+    sizes = backbone.fingerprint
+    hidden = torch.empty(sizes.layers, int(lengths.sum()), sizes.width, dtype=torch.bfloat16)
+    for batch in by_length([len(prompt) - shared for prompt in prompts]):
+        tap = _CopyTap(hidden, [(read[i][shared:], starts[i]) for i in batch])
+        with backbone.tapped(tap):
+            backbone.run([prompts[i] for i in batch], after=shared)
+        shown.advance(sum(len(prompts[i]) for i in batch))
+    return Shard(hidden, lengths, torch.tensor(rows))
+
+
+def _require_finite(shard: Shard, *, dtype: str) -> None:
+    for layer, hidden in enumerate(shard.hidden):
+        broken = ~hidden.isfinite().all(1)
+        if broken.any():
+            # The token's text, by the texts that end before it.
+            token = int(broken.int().argmax())
+            text = int(torch.searchsorted(shard.lengths.cumsum(0), token, right=True))
+            remedy = (
+                "Use a dtype with a larger range: --dtype bfloat16."
+                if dtype == "float16"
+                else "Look for broken weights in the model."
+            )
+            raise SidelightError(
+                f"Text {int(shard.rows[text]) + 1} has a hidden state at layer {layer} that is not "
+                f"a finite number in {dtype}. {remedy}"
+            )
+
+
+class _CopyTap:
+    """Copies the read tokens of each layer to where they belong in the shard.
+
+    Args:
+        target: The shard's states.
+        texts: For each text of the batch, which tokens are read and where they go.
+    """
+
+    def __init__(
+        self,
+        target: Float[Tensor, "layer token width"],
+        texts: Sequence[tuple[Bool[Tensor, " _"], int]],
+    ):
+        self._target = target
+        self._texts = [(_as_slice(mask.nonzero()[:, 0]), start) for mask, start in texts]
+
+    def __call__(self, layer: int, hidden: Float[Tensor, "batch token width"]) -> None:
+        for text, (read, start) in zip(hidden, self._texts, strict=True):
+            rows = text[read]
+            self._target[layer, start : start + len(rows)].copy_(rows)
+
+
+def _as_slice(positions: Int[Tensor, " read"]) -> slice | Int[Tensor, " read"]:
+    """Neighbouring positions as a slice, which is a view where an index would be a copy."""
+    if len(positions) == 0:
+        return slice(0, 0)
+    first, last = int(positions[0]), int(positions[-1])
+    return slice(first, last + 1) if last - first + 1 == len(positions) else positions

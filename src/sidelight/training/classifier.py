@@ -1,0 +1,274 @@
+"""The object users hold: text in, verdicts out; train, evaluate, predict, save, load."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from sidelight.artifact import load_probe, save_probe
+from sidelight.backbone import DtypeName, TransformersBackbone, load_backbone
+from sidelight.bank import Bank
+from sidelight.data.examples import Example, Examples, located
+from sidelight.data.loading import load_examples
+from sidelight.data.readers import InMemory
+from sidelight.errors import SidelightError
+from sidelight.evaluation import Report, evaluate
+from sidelight.mechanisms.base import mechanism_spec
+from sidelight.probe import Probe
+from sidelight.prompts import EncodedPrompt, Message, Reads
+from sidelight.states.extraction import StateSource
+from sidelight.states.scoring import score
+from sidelight.training.fit import fit
+from sidelight.training.options import AUTO, FitOptions
+from sidelight.types import Task, Verdict
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A probe on its backbone.
+
+    Attributes:
+        backbone: The frozen LLM.
+        probe: What was trained on it.
+    """
+
+    backbone: TransformersBackbone
+    probe: Probe
+
+    def predict(
+        self, texts: Sequence[str | Example], *, responses: Sequence[str] | None = None
+    ) -> list[Verdict]:
+        """The verdict on each text.
+
+        Args:
+            texts: Plain texts, or examples with several messages.
+            responses: The answers, one per text, for a probe that reads responses.
+
+        Raises:
+            ContextLengthError: A text is longer than the backbone reads; none is cut.
+            VerdictError: A verdict cannot be computed.
+        """
+        if type(texts) is str:
+            raise SidelightError("predict takes a list of texts: write predict([text]).")
+        examples = [as_example(text) for text in texts]
+        if responses is not None and len(responses) != len(examples):
+            raise SidelightError(
+                f"Got {len(examples)} texts but {len(responses)} responses; give one for each text."
+            )
+        if responses is not None:
+            pairs = zip(examples, responses, strict=True)
+            examples = [replace(example, response=response) for example, response in pairs]
+        return [self.probe.verdict(logits) for logits in self.logits(examples)]
+
+    def evaluate(
+        self,
+        data: str | Path | InMemory | Examples,
+        *,
+        text: str = "text",
+        label: str = "label",
+        response: str | None = None,
+    ) -> Report:
+        """Metrics with confidence intervals on labelled data that training did not see.
+
+        Args:
+            data: A file, a hub data set, rows, or loaded examples.
+            text: Column of the text.
+            label: Column of the label.
+            response: Column of the answer, for a probe that reads responses.
+
+        Raises:
+            SidelightError: The data cannot be read, has other labels, or has no responses for a
+                probe that reads them.
+        """
+        examples = _as_examples(
+            data, text=text, label=label, response=response, task=self.probe.task
+        )
+        if examples.labels is None or examples.task != self.probe.task:
+            raise SidelightError(
+                f"Cannot evaluate '{self.probe.name}' on examples with no labels or other ones "
+                f"(got {examples.task}, wanted {self.probe.task}). "
+                "Load them with task=classifier.probe.task."
+            )
+        require_responses(self.probe, examples.items)
+        _tell(examples.warnings)
+        probabilities = self.probe.calibration.apply(self.logits(examples.items))
+        return evaluate(
+            self.probe.task, probabilities, examples.labels, thresholds=self.probe.thresholds
+        )
+
+    def logits(self, examples: Sequence[Example]) -> np.ndarray:
+        """The probe's logits, ``[text, output]``.
+
+        Raises:
+            ContextLengthError: A text is longer than the backbone reads.
+            VerdictError: A logit is not finite.
+        """
+        bank = Bank([self.probe], device=self.backbone.device)
+        logits = score(self.backbone, bank, encode(self.backbone, examples))[0]
+        require_finite(self.probe, logits, examples)
+        return logits
+
+    def save(self, directory: str | Path) -> Path:
+        """Writes the artifact and returns its folder."""
+        return save_probe(self.probe, Path(directory))
+
+
+def train(
+    model: str | Path | TransformersBackbone,
+    data: str | Path | InMemory | Examples,
+    *,
+    mechanism: str = AUTO,
+    text: str = "text",
+    label: str = "label",
+    response: str | None = None,
+    positive: str | None = None,
+    validation: str | Path | InMemory | Examples | None = None,
+    name: str = "probe",
+    seeds: int = 1,
+    long_inputs: bool = False,
+    source: StateSource | None = None,
+) -> Classifier:
+    """The best probe that one pass over labelled data gives.
+
+    For several mechanisms, other options and all the runs, use ``fitting.fit``. What is doubtful
+    about the data comes as a Python warning.
+
+    Args:
+        model: A backbone, or its name: ``smollm2``, a folder, or a hub id.
+        data: A file, a hub data set, rows, or loaded examples.
+        mechanism: ``auto``: what suits the number of texts; or one of ``mechanism_names()``.
+        text: Column of the text.
+        label: Column of the label; several with commas make a multi-label task.
+        response: Column of the answer; the probe then reads the answer instead of the prompt.
+        positive: Positive class of a binary task; None means 1, true or yes, else the rarer label.
+        validation: As ``data``; None holds part of it out.
+        name: How verdicts name the probe.
+        seeds: Probes to train; the one with the best validation score is kept.
+        long_inputs: Whether the probe is to find a text among others in a long input.
+        source: The engine that computes the hidden states, such as ``VllmSource``; None is the
+            backbone itself.
+
+    Raises:
+        SidelightError: The data or the model cannot be used; the message names the remedy.
+    """
+    options = FitOptions(
+        mechanisms=None if mechanism == AUTO else (mechanism_spec(mechanism),),
+        seeds=tuple(range(seeds)),
+        long_inputs=long_inputs,
+        reads=Reads(side="response" if response else "prompt"),
+    )
+    backbone = model if isinstance(model, TransformersBackbone) else load_backbone(model)
+    training = _as_examples(data, text=text, label=label, response=response, positive=positive)
+    held_out = (
+        None
+        if validation is None
+        else _as_examples(validation, text=text, label=label, response=response, task=training.task)
+    )
+    made = fit(backbone, training, held_out, name=name, options=options, source=source)
+    _tell(made.warnings)
+    return Classifier(backbone, made.best.probe)
+
+
+def load(
+    directory: str | Path,
+    *,
+    model: str | Path | TransformersBackbone | None = None,
+    dtype: DtypeName = "auto",
+    device: str = "auto",
+) -> Classifier:
+    """A saved probe on its backbone.
+
+    Args:
+        directory: The artifact.
+        model: The backbone, or its name; None takes the name it was trained under.
+        dtype: Of a backbone that is loaded, as ``load_backbone`` takes it.
+        device: Likewise.
+
+    Raises:
+        FingerprintMismatchError: ``model`` is another backbone.
+        SidelightError: The artifact or the backbone cannot be loaded.
+    """
+    probe = load_probe(directory)
+    named = probe.fingerprint.name if model is None else model
+    backbone = (
+        named
+        if isinstance(named, TransformersBackbone)
+        else load_backbone(named, dtype=dtype, device=device, prompt_format=probe.prompt_format)
+    )
+    probe.fingerprint.require(backbone.fingerprint, probe=probe.name)
+    return Classifier(backbone, probe)
+
+
+def encode(backbone: TransformersBackbone, examples: Sequence[Example]) -> list[EncodedPrompt]:
+    """The examples' token ids.
+
+    Raises:
+        ContextLengthError: One is longer than the backbone reads.
+        SidelightError: One cannot be rendered.
+    """
+    prompts: list[EncodedPrompt] = []
+    for index, example in enumerate(examples):
+        with located(example, index):
+            prompts.append(backbone.encoder.encode(example.messages, example.response))
+    return prompts
+
+
+def require_finite(probe: Probe, logits: np.ndarray, examples: Sequence[Example]) -> None:
+    """Checks that each text can be judged.
+
+    Args:
+        probe: What gave the logits.
+        logits: ``[text, output]``.
+        examples: The texts.
+
+    Raises:
+        VerdictError: A logit is not finite; the message names the first text with one.
+    """
+    for index in np.flatnonzero(~np.isfinite(logits).all(axis=1)).tolist():
+        with located(examples[index], index):
+            probe.require_finite(logits[index])
+
+
+def require_responses(probe: Probe, examples: Sequence[Example]) -> None:
+    """Checks that a probe that reads responses is not measured on prompts alone.
+
+    Raises:
+        SidelightError: It would be.
+    """
+    if probe.reads.side == "prompt":
+        return
+    missing = sum(example.response is None for example in examples)
+    if missing:
+        raise SidelightError(
+            f"Probe '{probe.name}' reads responses, but {missing} of {len(examples)} examples have "
+            "none. Name the column of answers with --response (response= in Python)."
+        )
+
+
+def as_example(text: str | Example) -> Example:
+    """A plain text as a conversation of one message."""
+    return text if isinstance(text, Example) else Example((Message("user", text),))
+
+
+def _tell(sentences: Sequence[str]) -> None:
+    """Gives what is doubtful about the data to the caller of this module's caller."""
+    for sentence in sentences:
+        warnings.warn(sentence, stacklevel=3)
+
+
+def _as_examples(
+    data: str | Path | InMemory | Examples,
+    *,
+    text: str,
+    label: str,
+    response: str | None,
+    positive: str | None = None,
+    task: Task | None = None,
+) -> Examples:
+    if isinstance(data, Examples):
+        return data
+    return load_examples(
+        data, text=text, label=label, response=response, positive=positive, task=task
+    )

@@ -1,0 +1,399 @@
+"""Probes trained together: how they are stored side by side, compared, and shown.
+
+The best run's artifact lies in the folder itself, every run's in ``runs/``.
+
+Probes on labelled data that training did not see: one forward pass for a folder's runs.
+"""
+
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sidelight.artifact import MANIFEST, WEIGHTS, load_probe, read_manifest, save_probe
+from sidelight.backbone import DtypeName, TransformersBackbone, load_backbone
+from sidelight.bank import Bank
+from sidelight.data.examples import Examples
+from sidelight.data.labels import Truth, truth_values
+from sidelight.data.loading import OnMissingLabel, load_examples
+from sidelight.errors import SidelightError
+from sidelight.evaluation import Report, evaluate
+from sidelight.mechanisms.base import spec_titles
+from sidelight.plots import plot_report
+from sidelight.probe import Probe
+from sidelight.states.scoring import score
+from sidelight.storage import write_json
+from sidelight.training.classifier import encode, require_finite, require_responses
+from sidelight.training.fit import Fit, Run
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+
+RUNS = "runs"
+SHOWN_METRICS = ("auprc", "auroc", "f1", "accuracy", "macro_f1", "recall_at_1pct_fpr", "ece")
+# Of tables that no terminal shows.
+_WIDTH = 110
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A row of a comparison.
+
+    Attributes:
+        name: Mechanism, with its options where they tell it from another, or baseline.
+        report: Of one seed.
+    """
+
+    name: str
+    report: Report
+
+
+@dataclass(frozen=True)
+class StoredRuns:
+    """Probes that were trained together.
+
+    Attributes:
+        probes: Every run.
+        chosen: Which of them the artifact itself is.
+    """
+
+    probes: tuple[Probe, ...]
+    chosen: int
+
+
+def check_folder(directory: Path) -> None:
+    """Checks that a folder can be written, before hours of work go to it; leaves no new one.
+
+    Raises:
+        SidelightError: It cannot be written.
+    """
+    new = [folder for folder in (directory, *directory.parents) if not folder.exists()]
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+        for folder in new:
+            folder.rmdir()
+    except OSError as error:
+        raise SidelightError(
+            f"Cannot write to {directory}: {error.strerror}. Name another folder with --out."
+        ) from error
+
+
+def holds_probe(directory: Path) -> bool:
+    """Whether a probe stored in the folder would replace one.
+
+    Raises:
+        SidelightError: It would replace another program's file.
+    """
+    has_manifest = (directory / MANIFEST).exists()
+    if has_manifest and not (directory / WEIGHTS).exists():
+        raise SidelightError(
+            f"{directory / MANIFEST} belongs to no probe, and a probe's would replace it. Name "
+            "another folder with --out."
+        )
+    return has_manifest
+
+
+def write_fit(made: Fit, directory: Path) -> None:
+    """Stores the best probe, every run, and the comparison (``training.json``).
+
+    The runs of an earlier training in the folder are removed; what else lies in ``runs/`` stays.
+    """
+    for folder in _run_folders(directory):
+        shutil.rmtree(folder)
+    for run, title in zip(made.runs, _titles(made), strict=True):
+        save_probe(run.probe, directory / RUNS / _run_name(run, title))
+    save_probe(made.best.probe, directory)
+    write_json(directory / "training.json", describe_fit(made))
+
+
+def read_runs(directory: Path) -> StoredRuns:
+    """Every run stored under an artifact, or the artifact alone where it is none of them."""
+    folders = _run_folders(directory)
+    hashes = [read_manifest(folder).weights_sha256 for folder in folders]
+    chosen = read_manifest(directory).weights_sha256
+    if chosen not in hashes:
+        return StoredRuns((load_probe(directory),), 0)
+    return StoredRuns(tuple(map(load_probe, folders)), hashes.index(chosen))
+
+
+def describe_fit(made: Fit) -> dict[str, Any]:
+    """The comparison on validation data, as JSON values."""
+    return {
+        "best": {"mechanism": made.best.probe.spec.name, "seed": made.best.seed},
+        "validation": summarise(_measured(made)),
+        "runs": [
+            {
+                "name": _run_name(run, title),
+                "mechanism": run.probe.spec.name,
+                "seed": run.seed,
+                "validation": run.report.to_dict(),
+            }
+            for run, title in zip(made.runs, _titles(made), strict=True)
+        ],
+        "warnings": list(made.warnings),
+    }
+
+
+def fit_table(made: Fit) -> "Table":
+    """The comparison on validation data, for a terminal."""
+    folds = made.best.probe.record["folds"]
+    title = f"All texts, each judged without it ({folds} folds)" if folds else "Validation data"
+    return comparison_table(title, _measured(made))
+
+
+def summarise(rows: Sequence[Measured]) -> dict[str, dict[str, dict[str, float]]]:
+    """Mean and standard deviation over seeds of each metric that is defined, by name."""
+    return {
+        name: {
+            metric: {"mean": float(np.mean(values)), "std": _spread(values)}
+            for metric in SHOWN_METRICS
+            if (values := _values(reports, metric))
+        }
+        for name, reports in _by_name(rows).items()
+    }
+
+
+def comparison_table(title: str, rows: Sequence[Measured]) -> "Table":
+    """One line per name: mean over seeds, ± the standard deviation where there are several."""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    table.add_column("probe")
+    table.add_column("seeds", justify="right")
+    for metric in SHOWN_METRICS:
+        table.add_column(metric.replace("recall_at_1pct_fpr", "rec@1%fpr"), justify="right")
+    for name, reports in _by_name(rows).items():
+        cells = [_cell(_values(reports, metric)) for metric in SHOWN_METRICS]
+        table.add_row(name, str(len(reports)), *cells)
+    return table
+
+
+def console() -> "Console":
+    """For tables: as wide as the terminal, or wide enough for a log."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else _WIDTH)
+
+
+def _run_folders(directory: Path) -> list[Path]:
+    """The folders of runs; ``runs`` is also where other programs keep their logs."""
+    weights = sorted((directory / RUNS).glob(f"*/{WEIGHTS}"))
+    return [path.parent for path in weights if (path.parent / MANIFEST).exists()]
+
+
+def _measured(made: Fit) -> list[Measured]:
+    titles = _titles(made)
+    rows = [Measured(title, run.report) for title, run in zip(titles, made.runs, strict=True)]
+    return [*rows, Measured("TF-IDF baseline", made.baseline)]
+
+
+def _titles(made: Fit) -> list[str]:
+    return spec_titles([run.probe.spec for run in made.runs])
+
+
+def _run_name(run: Run, title: str) -> str:
+    return f"{title.replace(' ', '-')}-seed{run.seed}"
+
+
+def _by_name(rows: Sequence[Measured]) -> dict[str, list[Report]]:
+    grouped: dict[str, list[Report]] = {}
+    for row in rows:
+        grouped.setdefault(row.name, []).append(row.report)
+    return grouped
+
+
+def _values(reports: Sequence[Report], metric: str) -> list[float]:
+    values = [report.metrics[metric].value for report in reports]
+    return [value for value in values if value is not None]
+
+
+def _cell(values: Sequence[float]) -> str:
+    if not values:
+        return "-"
+    mean = f"{np.mean(values):.3f}"
+    return mean if len(values) == 1 else f"{mean}±{_spread(values):.3f}"
+
+
+def _spread(values: Sequence[float]) -> float:
+    """Sample standard deviation; 0 for a single value."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of a file's columns; see ``load_examples``."""
+
+    text: str = "text"
+    label: str = "label"
+    response: str | None = None
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """How probes did on some rows.
+
+    Attributes:
+        title: Which rows.
+        chosen: The artifact's own probe: the run that validation data chose.
+        probabilities: Of the chosen probe, ``[row, output]``.
+        labels: As in ``Examples.labels``.
+        report: Of the chosen probe.
+        runs: Every run trained with it, the chosen one included.
+        warnings: What the user should know of the data, one sentence each.
+    """
+
+    title: str
+    chosen: Probe
+    probabilities: np.ndarray
+    labels: np.ndarray
+    report: Report
+    runs: tuple[Measured, ...]
+    warnings: tuple[str, ...]
+
+
+def assess(
+    directory: Path,
+    data: str,
+    *,
+    columns: Columns,
+    split: str | None = None,
+    on_missing_label: OnMissingLabel = "error",
+    subset: str | None = None,
+    model: str | None = None,
+    dtype: DtypeName = "auto",
+    device: str = "auto",
+) -> list[Assessment]:
+    """The assessment on all rows, and then on the rows of ``subset`` if it is given.
+
+    Args:
+        directory: An artifact that ``sidelight train`` wrote.
+        data: A file or a hub data set.
+        columns: Where text, label and response are.
+        split: Split of a hub data set.
+        on_missing_label: Whether a row without a label is an error, or is left out.
+        subset: A column; its true rows are reported as well.
+        model: The backbone's name; None takes the one that the probe was trained under.
+        dtype: Of the backbone.
+        device: Of the backbone.
+
+    Raises:
+        SidelightError: The artifact, data or backbone do not fit each other; before the backbone
+            runs where that can be told.
+    """
+    stored = read_runs(directory)
+    chosen = stored.probes[stored.chosen]
+    examples = load_examples(
+        data,
+        text=columns.text,
+        label=columns.label,
+        response=columns.response,
+        split=split,
+        task=chosen.task,
+        on_missing_label=on_missing_label,
+    )
+    require_responses(chosen, examples.items)
+    backbone = load_backbone(
+        model or chosen.fingerprint.name,
+        dtype=dtype,
+        device=device,
+        prompt_format=chosen.prompt_format,
+    )
+    rows = {"All rows": np.arange(len(examples))}
+    if subset is not None:
+        rows[subset] = _true_rows(examples, subset)
+    logits = _all_logits(backbone, stored.probes, examples)
+    return [_assess_rows(title, stored, logits, examples, at) for title, at in rows.items()]
+
+
+def describe(assessments: Sequence[Assessment]) -> dict[str, Any]:
+    """The chosen probe's metrics on all rows at the top level, then the subset and the runs."""
+    whole, *parts = assessments
+    return {
+        "probe": whole.chosen.name,
+        "mechanism": whole.chosen.spec.name,
+        **whole.report.to_dict(),
+        "warnings": list(whole.warnings),
+        "runs": summarise(whole.runs),
+        "subsets": {
+            part.title: {**part.report.to_dict(), "runs": summarise(part.runs)} for part in parts
+        },
+    }
+
+
+def plot(assessments: Sequence[Assessment], directory: Path) -> list[Path]:
+    """Draws the chosen probe's plots, a folder for each set of rows."""
+    return [
+        path
+        for one in assessments
+        for path in plot_report(
+            one.chosen.task,
+            one.probabilities,
+            one.labels,
+            directory / one.title.lower().replace(" ", "_"),
+            thresholds=one.chosen.thresholds,
+            title=f"{one.chosen.name}: {one.title.lower()}",
+        )
+    ]
+
+
+def _all_logits(
+    backbone: TransformersBackbone, probes: Sequence[Probe], examples: Examples
+) -> list[np.ndarray]:
+    for probe in probes:
+        probe.fingerprint.require(backbone.fingerprint, probe=probe.name)
+    # Runs of one training share a name, which a bank does not allow.
+    renamed = [replace(probe, name=f"{probe.name}/{i}") for i, probe in enumerate(probes)]
+    bank = Bank(renamed, device=backbone.device)
+    logits = score(backbone, bank, encode(backbone, examples.items))
+    for probe, own in zip(probes, logits, strict=True):
+        require_finite(probe, own, examples.items)
+    return logits
+
+
+def _assess_rows(
+    title: str,
+    stored: StoredRuns,
+    logits: Sequence[np.ndarray],
+    examples: Examples,
+    rows: np.ndarray,
+) -> Assessment:
+    assert examples.labels is not None
+    labels = examples.labels[rows]
+    pairs = zip(stored.probes, logits, strict=True)
+    probabilities = [probe.calibration.apply(own[rows]) for probe, own in pairs]
+    reports = [
+        evaluate(probe.task, own, labels, thresholds=probe.thresholds)
+        for probe, own in zip(stored.probes, probabilities, strict=True)
+    ]
+    titles = spec_titles([probe.spec for probe in stored.probes])
+    measured = zip(titles, reports, strict=True)
+    return Assessment(
+        title=title,
+        chosen=stored.probes[stored.chosen],
+        probabilities=probabilities[stored.chosen],
+        labels=labels,
+        report=reports[stored.chosen],
+        runs=tuple(Measured(title, report) for title, report in measured),
+        warnings=examples.warnings,
+    )
+
+
+def _true_rows(examples: Examples, column: str) -> np.ndarray:
+    # An absent column is an error that names the known ones.
+    examples.column(column)
+    values = truth_values(examples, column) or ()
+    rows = np.flatnonzero([value is Truth.HOLDS for value in values])
+    if not len(rows):
+        raise SidelightError(
+            f"No row has a true '{column}' (1, true or yes). Name another column with --subset."
+        )
+    return rows

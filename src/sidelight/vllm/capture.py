@@ -1,0 +1,334 @@
+"""A file into which workers copy hidden states, and from which the caller reads them.
+
+The caller makes it as large as a shard; every worker maps it and copies each token's states to the
+place that the request names. So a copy that is made twice, after a preemption, or by several
+pipeline stages, needs no protocol. Counters in it say how far each text has come at each layer.
+
+Whole hidden states instead of verdicts: what training needs of vLLM's forward passes.
+
+Beside the scheduler, ``Captures`` says which tokens of a step are kept and where they go; in a
+worker, ``Recorder`` keeps the residual streams of the step and copies those tokens to the spool.
+Knows no vLLM. Tokens that vLLM takes from its prefix cache have no residual stream in any step, so
+that cache is off.
+"""
+
+import os
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sidelight.errors import SidelightError
+from sidelight.prompts import EncodedPrompt, Reads
+from sidelight.vllm.columns import Step
+from sidelight.vllm.patches import Installed
+from sidelight.vllm.settings import KEY
+
+_COUNTER_BYTES = 4
+# The states begin at a multiple of it, so that they can be of any dtype.
+_ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class SpoolShape:
+    """What fits into a spool.
+
+    Attributes:
+        layers: Hidden states of a token, the embedding's included.
+        tokens: That are kept.
+        width: Size of a hidden state.
+        texts: That the tokens belong to.
+        dtype: Of the kept states.
+    """
+
+    layers: int
+    tokens: int
+    width: int
+    texts: int
+    dtype: str = "bfloat16"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """``dtype`` as torch names it."""
+        return getattr(torch, self.dtype)
+
+    @property
+    def counters_bytes(self) -> int:
+        """Of the counters and the gap behind them."""
+        size = self.layers * self.texts * _COUNTER_BYTES
+        return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the file."""
+        states = self.layers * self.tokens * self.width * self.torch_dtype.itemsize
+        return self.counters_bytes + states
+
+
+class Spool:
+    """A mapped file; ``create`` makes one, and ``find`` maps it elsewhere.
+
+    Attributes:
+        path: Of the file.
+        shape: Of what it holds.
+        passed: Tokens of each text, read or not, that have been through each layer.
+        hidden: The states of the tokens that are kept.
+    """
+
+    def __init__(self, path: Path, shape: SpoolShape):
+        self.path = path
+        self.shape = shape
+        data = torch.from_file(str(path), shared=True, size=shape.size_bytes, dtype=torch.uint8)
+        counted = shape.layers * shape.texts
+        counters = data[: counted * _COUNTER_BYTES].view(torch.int32)
+        self.passed: Int[Tensor, "layer text"] = counters.view(shape.layers, shape.texts)
+        states = data[shape.counters_bytes :].view(shape.torch_dtype)
+        self.hidden: Float[Tensor, "layer token width"] = states.view(
+            shape.layers, shape.tokens, shape.width
+        )
+
+    @staticmethod
+    def create(folder: Path, shape: SpoolShape) -> "Spool":
+        """An empty spool.
+
+        Args:
+            folder: Where it is; ``ActivationCache.prepare`` clears away what a kill leaves there.
+            shape: What is to fit.
+
+        Raises:
+            SidelightError: The disk is full.
+        """
+        # A name of its own: a worker may still map an earlier spool.
+        path = folder / f"spool-{secrets.token_hex(8)}.partial"
+        with path.open("wb") as file:
+            try:
+                # A mapped write to a full disk would kill the worker; this fails here instead.
+                os.posix_fallocate(file.fileno(), 0, shape.size_bytes)
+            except OSError as error:
+                path.unlink()
+                raise SidelightError(
+                    f"Cannot make room for {shape.size_bytes / 2**20:.0f} MiB of hidden states at "
+                    f"{path.parent}: {error.strerror}. Name another disk with --cache."
+                ) from error
+        return Spool(path, shape)
+
+    @staticmethod
+    def find(path: Path, shape: SpoolShape) -> "Spool | None":
+        """The spool that another process has made; None where there is none of this shape."""
+        try:
+            size_bytes = path.stat().st_size
+        except FileNotFoundError:
+            return None
+        return Spool(path, shape) if size_bytes == shape.size_bytes else None
+
+    def is_whole(self, lengths: Int[Tensor, " text"]) -> bool:
+        """Whether each text, of so many tokens, has been through every layer."""
+        return bool((self.passed == lengths).all())
+
+    def remove(self) -> None:
+        """Deletes the file; what is mapped stays readable until it is let go."""
+        self.path.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class SpoolPlace:
+    """Where the states of a request go.
+
+    Attributes:
+        path: Of the spool.
+        shape: Of the spool.
+        text: Whose counter the request moves on.
+        row: Where the first token that is kept goes.
+    """
+
+    path: str
+    shape: SpoolShape
+    text: int
+    row: int
+
+    def to_json(self) -> dict[str, Any]:
+        """For a request's parameters."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> "SpoolPlace":
+        """The inverse of ``to_json``."""
+        return SpoolPlace(data["path"], SpoolShape(**data["shape"]), data["text"], data["row"])
+
+
+# A step has texts of few shards; a spool that was let go is mapped again.
+_MAPPED_SPOOLS = 4
+
+
+def capture_params(prompt: EncodedPrompt, reads: Reads, place: SpoolPlace) -> dict[str, Any]:
+    """For ``SamplingParams(extra_args={"kv_transfer_params": ...})``.
+
+    Args:
+        prompt: The tokens that the request carries.
+        reads: Which of them are kept.
+        place: Where their states go.
+    """
+    edges = np.flatnonzero(np.diff(prompt.mask(reads).numpy().astype(np.int8), prepend=0, append=0))
+    return {KEY: {"place": place.to_json(), "kept": edges.reshape(-1, 2).tolist()}}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one forward pass gives of a request.
+
+    Attributes:
+        place: Where the request's states go.
+        row: Where the piece's first token goes.
+        slots: KV slots of its tokens that are kept.
+        passed: Tokens of the request, kept or not, that have been run after this pass.
+    """
+
+    place: SpoolPlace
+    row: int
+    slots: tuple[int, ...]
+    passed: int
+
+
+@dataclass
+class _Tracked:
+    place: SpoolPlace
+    kept: Int[np.ndarray, " kept"]
+    tokens: int
+    passed: int = 0
+
+
+class Captures:
+    """Every request from its arrival to its end: the scheduler's side.
+
+    Args:
+        block_size: Slots of a KV block.
+    """
+
+    def __init__(self, *, block_size: int):
+        self._block_size = block_size
+        self._requests: dict[str, _Tracked] = {}
+
+    def enter(self, request_id: str, params: Mapping[str, Any] | None, tokens: int) -> None:
+        """Takes note of a new request; one that names no place is run and not kept."""
+        given = (params or {}).get(KEY)
+        if given is None:
+            return
+        kept = np.fromiter(chain.from_iterable(range(*run) for run in given["kept"]), np.int64)
+        self._requests[request_id] = _Tracked(SpoolPlace.from_json(given["place"]), kept, tokens)
+
+    def leave(self, request_id: str) -> None:
+        """Forgets a request."""
+        self._requests.pop(request_id, None)
+
+    def plan(self, steps: Iterable[Step]) -> list[Piece]:
+        """What to keep of a pass with these steps."""
+        pieces = (self._piece(step) for step in steps)
+        return [piece for piece in pieces if piece is not None]
+
+    def _piece(self, step: Step) -> Piece | None:
+        tracked = self._requests.get(step.request_id)
+        if tracked is None:
+            return None
+        # A preempted request is run again from its first token.
+        start = 0 if step.is_resumed else tracked.passed
+        stop = tracked.passed = min(step.computed, tracked.tokens)
+        if start >= stop:
+            return None
+        first, last = np.searchsorted(tracked.kept, [start, stop])
+        tokens = tracked.kept[first:last]
+        blocks = np.array(step.blocks())
+        slots = blocks[tokens // self._block_size] * self._block_size + tokens % self._block_size
+        row = tracked.place.row + int(first)
+        return Piece(tracked.place, row, tuple(slots.tolist()), passed=stop)
+
+
+class Recorder:
+    """Keeps the residual streams of a forward pass: a worker's side.
+
+    Both buffers are allocated once and written in place, as in ``columns``.
+
+    Args:
+        layers: The hidden states that this worker computes, of 0 (embedding) to L.
+        tokens: The longest forward pass.
+        width: Size of a hidden state.
+        dtype: Of the states.
+        device: Where they are.
+    """
+
+    def __init__(
+        self, layers: range, *, tokens: int, width: int, dtype: torch.dtype, device: torch.device
+    ):
+        self._layers = slice(layers.start, layers.stop)
+        self._rows = torch.empty(len(layers), tokens, width, dtype=dtype, device=device)
+        self._has_run = torch.zeros(len(layers), dtype=torch.bool, device=device)
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory of the kept streams."""
+        return self._rows.numel() * self._rows.element_size()
+
+    def receive(self, layer: int, hidden: Float[Tensor, "token width"]) -> None:
+        """Keeps the stream of one layer until the pass ends."""
+        self._rows[layer, : len(hidden)].copy_(hidden)
+        self._has_run[layer].fill_(True)
+
+    def save(self, slots: Int[Tensor, " token"], pieces: Sequence[Piece]) -> None:
+        """Ends a forward pass whose tokens have these KV slots.
+
+        Raises:
+            SidelightError: The pass ran other tokens than were planned.
+        """
+        found = _Rows(slots.cpu())
+        # The counters of a layer that is not tapped stay behind, and the text is not whole.
+        ran = self._has_run.cpu().int()
+        for piece in pieces:
+            spool = _mapped(piece.place.path, piece.place.shape)
+            if spool is None:
+                # The caller has given it up; one that has not will miss the counters.
+                continue
+            rows = self._rows[:, found.of(piece.slots)]
+            stop = piece.row + len(piece.slots)
+            spool.hidden[self._layers, piece.row : stop].copy_(rows)
+            spool.passed[self._layers, piece.place.text] = piece.passed * ran
+        self._has_run.fill_(False)
+
+
+class _Rows:
+    """Where in a pass the token of a KV slot is.
+
+    Args:
+        slots: Of the pass's tokens; -1 for padding.
+    """
+
+    def __init__(self, slots: Int[Tensor, " token"]):
+        self._slots, self._order = slots.long().sort()
+
+    def of(self, slots: Sequence[int]) -> slice | Int[Tensor, " kept"]:
+        """The rows of these slots, as a slice where they are neighbours."""
+        wanted = torch.tensor(slots, dtype=torch.long)
+        places = torch.searchsorted(self._slots, wanted).clamp_max(len(self._slots) - 1)
+        if not torch.equal(self._slots[places], wanted):
+            raise SidelightError(
+                "vLLM ran other tokens than it had planned, so hidden states would be lost. Turn "
+                "prefix caching off, or extract with --engine transformers."
+            )
+        rows = self._order[places]
+        first = int(rows[0]) if len(rows) else 0
+        is_run = torch.equal(rows, torch.arange(first, first + len(rows)))
+        return slice(first, first + len(rows)) if is_run else rows
+
+
+@lru_cache(maxsize=_MAPPED_SPOOLS)
+def _mapped(path: str, shape: SpoolShape) -> Spool | None:
+    return Spool.find(Path(path), shape)
+
+
+INSTALLED = Installed[Recorder](loss="no hidden state would be kept")

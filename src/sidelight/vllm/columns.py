@@ -1,0 +1,249 @@
+"""The probes' columns of every token that vLLM has keys and values of, kept by KV slot.
+
+A forward pass fills a staging buffer, layer by layer; after it, the rows move to the slots of
+their tokens. A slot holds the keys and values of one token, and here its columns: whoever shares
+the slot, or computes it again, shares or replaces both. Knows slots, not requests or probes.
+
+The staging buffer and the weights stay where they are, and nothing depends on a tensor's values, so
+that ``Stage.receive`` can be part of a captured CUDA graph (never run: no GPU has been at hand). A
+graph holds their addresses: where graphs are captured, no other stage may take their place.
+
+Which requests can be judged after a step, and what is known of each: the scheduler's side.
+
+A request is read whole when its prompt ends, whatever part of it was computed before and by whom,
+and again from the start when it comes back from preemption. Knows requests, not hidden states.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sidelight.errors import SidelightError
+from sidelight.prompts import Part
+from sidelight.standardisation import Projection
+from sidelight.vllm.panel import Outcome
+from sidelight.vllm.settings import KEY, parts_of
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Where one forward pass leaves its columns.
+
+    Attributes:
+        projection: From the hidden states of the local layers to columns.
+        rows: ``[layer, token, column]``; NaN where nothing was written, so that a layer that is not
+            tapped is a failed verdict, not a wrong one.
+    """
+
+    projection: Projection
+    rows: Float[Tensor, "layer token column"]
+
+    @staticmethod
+    def empty(projection: Projection, *, tokens: int) -> "Stage":
+        """Room for a pass over ``tokens`` tokens."""
+        layers, _, columns = projection.weight.shape
+        # A column's numbers side by side: with few columns the matmul takes a quarter of the time.
+        weight = projection.weight.mT.contiguous().mT
+        rows = weight.new_full((layers, tokens, columns), torch.nan)
+        return Stage(Projection(weight, projection.shift), rows)
+
+    def receive(self, layer: int, hidden: Float[Tensor, "token width"]) -> None:
+        """One matmul, in float32: a bf16 result would lose what standardisation subtracts."""
+        shift, weight, rows = self._layers[layer]
+        torch.addmm(shift, hidden.float(), weight, out=rows[: len(hidden)])
+
+    @cached_property
+    def _layers(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Views, made once: a pass calls for every layer, and a step may have one token."""
+        shift, weight = self.projection.shift, self.projection.weight
+        return list(zip(shift.unbind(), weight.unbind(), self.rows.unbind(), strict=True))
+
+
+@dataclass(frozen=True)
+class Run:
+    """Neighbouring tokens of a request.
+
+    Attributes:
+        blocks: The request's block table.
+        start: First token.
+        stop: End of the tokens.
+    """
+
+    blocks: Sequence[int]
+    start: int
+    stop: int
+
+    def slots(self, block_size: int) -> Int[np.ndarray, " token"]:
+        """Where the tokens' columns are."""
+        tokens = np.arange(self.start, self.stop)
+        table = np.asarray(self.blocks, dtype=np.int64)
+        return table[tokens // block_size] * block_size + tokens % block_size
+
+
+class Pages:
+    """Columns by KV slot.
+
+    Args:
+        stage: What is moved here after each pass.
+        blocks: KV blocks of the engine.
+        block_size: Slots of a block.
+    """
+
+    def __init__(self, stage: Stage, *, blocks: int, block_size: int):
+        self.stage = stage
+        self._block_size = block_size
+        layers, _, columns = stage.rows.shape
+        # The last row takes what vLLM pads a batch with (slot -1).
+        self._rows = stage.rows.new_full((blocks * block_size + 1, layers, columns), torch.nan)
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the columns of all slots and of the staging buffer."""
+        return sum(t.numel() * t.element_size() for t in (self._rows, self.stage.rows))
+
+    @property
+    def numbers_per_token(self) -> int:
+        """Columns of all layers."""
+        return self._rows[0].numel()
+
+    def keep(self, slots: Int[Tensor, " token"]) -> None:
+        """Moves the staged rows of a pass to the slots of its tokens."""
+        staged = self.stage.rows[:, : len(slots)]
+        slots = torch.where(slots < 0, len(self._rows) - 1, slots)
+        self._rows.index_copy_(0, slots.long(), staged.transpose(0, 1))
+        staged.fill_(torch.nan)
+
+    def forget(self) -> None:
+        """Makes every slot one whose verdict fails, until it is computed again."""
+        self._rows.fill_(torch.nan)
+
+    def read(self, runs: Sequence[Run]) -> Float[Tensor, "token layer column"]:
+        """The columns of some requests' tokens, one run after the other."""
+        slots = np.concatenate([run.slots(self._block_size) for run in runs])
+        return self._rows[torch.from_numpy(slots).to(self._rows.device)]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One request's share of a forward pass.
+
+    Attributes:
+        request_id: Whose.
+        computed: Tokens of the request that have keys and values after the pass.
+        is_resumed: Whether it has come back from preemption with this pass.
+        blocks: Gives its block table.
+    """
+
+    request_id: str
+    computed: int
+    is_resumed: bool
+    blocks: Callable[[], Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a worker reads of a request after a pass.
+
+    Attributes:
+        request_id: Whose.
+        blocks: Its block table.
+        start: First token to read; 0 begins anew.
+        parts: What each token from ``start`` on belongs to.
+        ends_prompt: Whether the prompt is complete for the first time.
+    """
+
+    request_id: str
+    blocks: tuple[int, ...]
+    start: int
+    parts: bytes
+    ends_prompt: bool
+
+
+@dataclass
+class _Tracked:
+    parts: bytes = b""
+    error: str = ""
+    read: int = 0
+    is_planned: bool = False
+    is_judged: bool = False
+    seconds: float = 0.0
+    outcome: Outcome = field(default_factory=dict[str, dict[str, Any]])
+
+
+class Tracking:
+    """Every request from its arrival to its end.
+
+    Attributes:
+        reads_responses: Whether some probe reads what is written.
+    """
+
+    def __init__(self, *, reads_responses: bool):
+        self.reads_responses = reads_responses
+        self._requests: dict[str, _Tracked] = {}
+
+    def enter(
+        self, request_id: str, params: Mapping[str, Any] | None, token_ids: Sequence[int] | None
+    ) -> None:
+        """Takes note of a new request; one whose tokens are not described gets an error."""
+        try:
+            self._requests[request_id] = _Tracked(parts=parts_of(params, token_ids))
+        except SidelightError as error:
+            self._requests[request_id] = _Tracked(error=str(error))
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._requests
+
+    def leave(self, request_id: str) -> None:
+        """Forgets a request."""
+        self._requests.pop(request_id, None)
+
+    def plan(self, steps: Iterable[Step]) -> list[Reading]:
+        """What to read after a pass with these steps."""
+        readings = (self._read(step) for step in steps)
+        return [reading for reading in readings if reading is not None]
+
+    def record(self, request_id: str, outcome: Outcome, seconds: float = 0.0) -> None:
+        """Adds verdicts, and the seconds of the step; those of an ended request are dropped."""
+        tracked = self._requests.get(request_id)
+        if tracked is not None:
+            tracked.is_judged = True
+            tracked.seconds += seconds
+            tracked.outcome = {**tracked.outcome, **outcome}
+
+    def report(self, request_id: str) -> dict[str, Any] | None:
+        """What goes on an output of the request; None for one that is not tracked."""
+        tracked = self._requests.get(request_id)
+        if tracked is None:
+            return None
+        if not tracked.is_judged:
+            return {KEY: {"error": tracked.error or "The request was not judged."}}
+        return {KEY: {"verdicts": tracked.outcome, "seconds": tracked.seconds}}
+
+    def _read(self, step: Step) -> Reading | None:
+        tracked = self._requests.get(step.request_id)
+        if tracked is None or tracked.error:
+            return None
+        if step.is_resumed:
+            tracked.read = 0
+        if step.computed < len(tracked.parts):
+            return None
+        # Not whether it has been judged: the next step may be planned before this one has run.
+        ends_prompt = not tracked.is_planned
+        if not ends_prompt and not self.reads_responses:
+            return None
+        start = 0 if ends_prompt else tracked.read
+        written = max(0, step.computed - max(start, len(tracked.parts)))
+        tracked.read, tracked.is_planned = step.computed, True
+        return Reading(
+            request_id=step.request_id,
+            blocks=tuple(step.blocks()),
+            start=start,
+            parts=tracked.parts[start:] + bytes([Part.RESPONSE]) * written,
+            ends_prompt=ends_prompt,
+        )

@@ -1,0 +1,341 @@
+"""A KV connector that neither loads nor stores keys and values: a channel, and no more.
+
+vLLM's documented way for a message to travel with a step and its result. The class has two roles:
+beside the scheduler it says what is wanted of a step, in a worker it acts once the step is done.
+
+Carries readings to the workers and outcomes back: what to read of a step, and what was read.
+
+vLLM's schedulers, with the verdicts on every output of a request.
+
+vLLM hands a connector's results over after it has made the step's outputs, when a request that ends
+in the same step is gone. Here the connector gets them before.
+
+Tells the workers which hidden states of a step to keep; nothing comes back this way.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorWorkerMetadata,
+    SupportsHMA,
+)
+from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+from vllm.forward_context import get_forward_context
+from vllm.logger import init_logger
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from sidelight.errors import SidelightError
+from sidelight.vllm import capture as capturing
+from sidelight.vllm import worker
+from sidelight.vllm.columns import Reading, Step, Tracking
+from sidelight.vllm.panel import Outcome
+from sidelight.vllm.patches import served_by
+from sidelight.vllm.worker import Judging, Share, end_with_parent
+
+# pyright: reportMissingImports=false, reportUntypedBaseClass=false
+
+
+class SilentConnector(KVConnectorBase_V1, SupportsHMA):
+    """What every connector of ours has in common: the methods that do nothing."""
+
+    def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any):
+        super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
+        if role == KVConnectorRole.SCHEDULER:
+            _require_one_group(kv_cache_config)
+            end_with_parent()
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """Nothing is handed off."""
+        return False
+
+    def get_num_new_matched_tokens(
+        self, request: Any, num_computed_tokens: int
+    ) -> tuple[int, bool]:
+        """Nothing is loaded."""
+        return 0, False
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        """Nothing is loaded."""
+
+    def request_finished_all_groups(
+        self, request: Any, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """As ``request_finished``; there is one group."""
+        return self.request_finished(request, block_ids[0])
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        """Nothing is loaded."""
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Nothing is loaded."""
+
+    def save_kv_layer(
+        self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any
+    ) -> None:
+        """Nothing is saved."""
+
+
+def steps(scheduler_output: Any) -> Iterator[Step]:
+    """Each scheduled request's share of the step."""
+    state = scheduler_output.kv_connector_block_state
+    scheduled = scheduler_output.num_scheduled_tokens
+
+    def step(request_id: str, computed: int, *, is_resumed: bool) -> Step:
+        return Step(
+            request_id,
+            computed + scheduled[request_id],
+            is_resumed,
+            lambda: state.get_block_ids(request_id)[0],
+        )
+
+    for new in scheduler_output.scheduled_new_reqs:
+        yield step(new.req_id, new.num_computed_tokens, is_resumed=True)
+    cached = scheduler_output.scheduled_cached_reqs
+    for request_id, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
+        yield step(request_id, computed, is_resumed=request_id in cached.resumed_req_ids)
+
+
+def _require_one_group(kv_cache_config: Any) -> None:
+    """Checks that one block table says where all keys and values of a request are."""
+    groups = kv_cache_config.kv_cache_groups
+    if len(groups) != 1 or not isinstance(groups[0].kv_cache_spec, FullAttentionSpec):
+        raise SidelightError(
+            "Probes inside vLLM need a model whose layers all keep keys and values of every token. "
+            "Serve this one with --disable-hybrid-kv-cache-manager, or with the transformers "
+            "engine."
+        )
+
+
+# pyright: reportMissingImports=false, reportUntypedBaseClass=false
+
+
+_log = init_logger("vllm.sidelight")
+
+
+@dataclass
+class Readings(KVConnectorMetadata):
+    """To the workers, with a step."""
+
+    items: list[Reading] = field(default_factory=list)
+
+
+@dataclass
+class Results(KVConnectorWorkerMetadata):
+    """From a worker, after a step.
+
+    Attributes:
+        outcomes: By request, where the worker has all layers.
+        shares: Where it has some.
+        reads_responses: Whether some probe reads what is written.
+        seconds: That the worker took for it, after the forward pass.
+    """
+
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    shares: list[Share] = field(default_factory=list)
+    reads_responses: bool = False
+    seconds: float = 0.0
+
+    def aggregate(self, other: "Results") -> "Results":
+        """Both workers' results."""
+        return Results(
+            {**self.outcomes, **other.outcomes},
+            [*self.shares, *other.shares],
+            self.reads_responses or other.reads_responses,
+            self.seconds + other.seconds,
+        )
+
+
+class ProbeConnector(SilentConnector):
+    """One per scheduler and one per worker."""
+
+    def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any):
+        super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
+        self._cache = kv_cache_config
+        self._is_staged = vllm_config.parallel_config.pipeline_parallel_size > 1
+        self._results: Results | None = None
+        if role == KVConnectorRole.SCHEDULER:
+            served = served_by(vllm_config)
+            assert served is not None
+            self._judging = Judging(served.panel())
+            late = self._judging.panel.late
+            self.tracking = Tracking(reads_responses=late is not None)
+
+    # Beside the scheduler.
+
+    def on_new_request(self, request: Any) -> None:
+        """Takes note of what its tokens belong to."""
+        self.tracking.enter(
+            request.request_id, request.kv_transfer_params, request.prompt_token_ids
+        )
+
+    def build_connector_meta(self, scheduler_output: Any) -> Readings:
+        """What to read after this step."""
+        return Readings(self.tracking.plan(steps(scheduler_output)))
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        """Takes the outcomes of a step.
+
+        Called twice with each: they are needed before vLLM makes the outputs, and it calls after.
+        """
+        results = connector_output.kv_connector_worker_meta
+        if results is None:
+            return
+        connector_output.kv_connector_worker_meta = None
+        self.tracking.reads_responses = results.reads_responses
+        for request_id, outcome in results.outcomes.items():
+            self.tracking.record(request_id, outcome, results.seconds)
+        shares: dict[str, list[Share]] = defaultdict(list)
+        for share in results.shares:
+            shares[share.reading.request_id].append(share)
+        for request_id, own in shares.items():
+            # A step that ran on after its request's end would leave a state that nobody drops.
+            if request_id in self.tracking:
+                self.tracking.record(request_id, self._judging.join(own), results.seconds)
+
+    def request_finished(
+        self, request: Any, block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """The report for its last output."""
+        report = self.tracking.report(request.request_id)
+        self.tracking.leave(request.request_id)
+        self._judging.forget([request.request_id])
+        return False, report
+
+    # In a worker.
+
+    def register_kv_caches(self, kv_caches: Any) -> None:
+        """Makes room for the columns of every KV slot."""
+        block_size = self._cache.kv_cache_groups[0].kv_cache_spec.block_size
+        own = worker.INSTALLED.get()
+        total = sum(cache.numel() * cache.element_size() for cache in kv_caches.values())
+        own.allocate(blocks=self._cache.num_blocks, block_size=block_size, cache_bytes=total)
+        _log.info(
+            "Columns of the probes take %.1f MiB, %.2f %% of the KV cache (%.1f MiB).",
+            own.size_bytes / 2**20, 100 * own.size_bytes / total, total / 2**20,
+        )  # fmt: skip
+
+    def wait_for_save(self) -> None:
+        """Runs right after the forward pass, on every rank."""
+        start = time.perf_counter()
+        own = worker.INSTALLED.get()
+        mappings = get_forward_context().slot_mapping
+        if mappings:
+            own.keep(next(iter(mappings.values())))
+        readings = self._get_connector_metadata().items
+        # Every rank of a tensor-parallel group has the whole residual stream; the first speaks.
+        if readings and get_tensor_model_parallel_rank() == 0:
+            self._results = Results(
+                {} if self._is_staged else own.judge(readings),
+                own.share(readings) if self._is_staged else [],
+                own.reads_responses,
+            )
+            self._results.seconds = time.perf_counter() - start
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[None, None]:
+        """Drops what is known of requests that have ended."""
+        worker.INSTALLED.get().forget(finished_req_ids)
+        return None, None
+
+    def build_connector_worker_meta(self) -> Results | None:
+        """The results of this step."""
+        results, self._results = self._results, None
+        return results
+
+
+# pyright: reportMissingImports=false, reportUntypedBaseClass=false
+
+
+class ProbeScheduler(Scheduler):
+    """The scheduler for engines that wait for each step."""
+
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        """As vLLM's, with reports on the outputs."""
+        _hand_over(self.connector, model_runner_output)
+        return _reported(
+            self.connector, super().update_from_output(scheduler_output, model_runner_output)
+        )
+
+
+class AsyncProbeScheduler(AsyncScheduler):
+    """The scheduler for engines that plan the next step while one runs."""
+
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        """As vLLM's, with reports on the outputs."""
+        _hand_over(self.connector, model_runner_output)
+        return _reported(
+            self.connector, super().update_from_output(scheduler_output, model_runner_output)
+        )
+
+
+def _hand_over(connector: Any, model_runner_output: Any) -> None:
+    output = model_runner_output.kv_connector_output
+    if output is not None:
+        connector.update_connector_output(output)
+
+
+def _reported(connector: Any, outputs: Any) -> Any:
+    """On every output, since a slow reader of the first gets it merged with the next."""
+    for of_client in outputs.values():
+        for output in of_client.outputs:
+            if output.kv_transfer_params is None:
+                output.kv_transfer_params = connector.tracking.report(output.request_id)
+    return outputs
+
+
+# pyright: reportMissingImports=false, reportUntypedBaseClass=false
+
+
+@dataclass
+class Pieces(KVConnectorMetadata):
+    """To the workers, with a step."""
+
+    items: list[capturing.Piece] = field(default_factory=list)
+
+
+class CaptureConnector(SilentConnector):
+    """One per scheduler and one per worker."""
+
+    def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any):
+        super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
+        if role == KVConnectorRole.SCHEDULER:
+            size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
+            self._captures = capturing.Captures(block_size=size)
+
+    # Beside the scheduler.
+
+    def on_new_request(self, request: Any) -> None:
+        """Takes note of where its states go."""
+        params, tokens = request.kv_transfer_params, len(request.prompt_token_ids)
+        self._captures.enter(request.request_id, params, tokens)
+
+    def build_connector_meta(self, scheduler_output: Any) -> Pieces:
+        """What to keep of this step."""
+        return Pieces(self._captures.plan(steps(scheduler_output)))
+
+    def request_finished(
+        self, request: Any, block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """Forgets it."""
+        self._captures.leave(request.request_id)
+        return False, None
+
+    # In a worker.
+
+    def wait_for_save(self) -> None:
+        """Runs right after the forward pass, on every rank."""
+        mappings = get_forward_context().slot_mapping
+        # Every rank of a tensor-parallel group has the whole residual stream; the first writes.
+        is_writer = get_tensor_model_parallel_rank() == 0
+        if mappings:
+            pieces = self._get_connector_metadata().items if is_writer else []
+            capturing.INSTALLED.get().save(next(iter(mappings.values())), pieces)

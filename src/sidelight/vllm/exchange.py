@@ -1,0 +1,200 @@
+"""Lets requests through, and lets everything stand still while probes are exchanged.
+
+Probes on disk, where vLLM's processes find them.
+
+Which probes vLLM's workers serve, and how others take their place. Knows no requests.
+"""
+
+import asyncio
+import tempfile
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from sidelight.artifact import save_probe
+from sidelight.engines.base import EngineUnavailableError, verdict_failure
+from sidelight.engines.judging import Judgement
+from sidelight.errors import SidelightError
+from sidelight.probe import Probe
+
+
+class Gate:
+    """Open until somebody needs it closed; that one waits until nobody is inside."""
+
+    def __init__(self) -> None:
+        self._inside = 0
+        self._is_open = True
+        self._changed = asyncio.Condition()
+
+    @asynccontextmanager
+    async def passing(self) -> AsyncGenerator[None]:
+        """Inside the gate.
+
+        Raises:
+            EngineUnavailableError: It is closed. To wait here could be to wait for oneself: another
+                text of the same request may be inside, and not go on before this one does.
+        """
+        if not self._is_open:
+            raise EngineUnavailableError("The probes are being replaced. Ask again in a moment.")
+        self._inside += 1
+        try:
+            yield
+        finally:
+            self._inside -= 1
+            # Shielded from a cancelled caller: whoever waits for the last one must hear of it.
+            await asyncio.shield(self._announce())
+
+    async def opened(self) -> None:
+        """Waits while it is closed; it may be closed again at once."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._is_open)
+
+    @asynccontextmanager
+    async def closed(self) -> AsyncGenerator[None]:
+        """Nobody is inside, and nobody enters; one at a time."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._is_open)
+            self._is_open = False
+        try:
+            async with self._changed:
+                await self._changed.wait_for(lambda: self._inside == 0)
+            yield
+        finally:
+            self._is_open = True
+            await asyncio.shield(self._announce())
+
+    async def _announce(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+
+class ProbeFolder:
+    """A folder of this process, gone when it is closed or the process ends."""
+
+    def __init__(self) -> None:
+        self._root = tempfile.TemporaryDirectory(prefix="sidelight-probes-")
+
+    def put(self, probes: Sequence[Probe]) -> list[str]:
+        """Folders that hold these probes."""
+        root = Path(tempfile.mkdtemp(dir=self._root.name))
+        return [str(save_probe(probe, root / str(i))) for i, probe in enumerate(probes)]
+
+    def close(self) -> None:
+        """Removes it."""
+        self._root.cleanup()
+
+
+# An idle vLLM frees the blocks of a request within a step or two after its last output.
+_RESETS = 50
+_RESET_AFTER_S = 0.1
+
+
+class Exchange:
+    """The served probes, and a gate that requests pass while these stay.
+
+    Args:
+        llm: vLLM's engine.
+        shelf: Where its workers find probes.
+        probes: What it was started with.
+    """
+
+    def __init__(self, llm: Any, shelf: ProbeFolder, probes: Sequence[Probe]):
+        self._llm = llm
+        self._shelf = shelf
+        self._probes = tuple(probes)
+        self._gate = Gate()
+        self._is_whole = True
+
+    @property
+    def probes(self) -> tuple[Probe, ...]:
+        """The served ones."""
+        return self._probes
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is known which probes each worker has."""
+        return self._is_whole
+
+    @asynccontextmanager
+    async def passing(self, probes: tuple[Probe, ...]) -> AsyncGenerator[None]:
+        """These probes stay for as long as somebody is in here.
+
+        Args:
+            probes: Those that were served when the request was made.
+
+        Raises:
+            EngineUnavailableError: Others are being put in their place, or have been.
+        """
+        async with self._gate.passing():
+            if probes is not self._probes:
+                raise EngineUnavailableError("The probes have just been replaced. Ask again.")
+            yield
+
+    async def settled(self) -> None:
+        """Waits while probes are being replaced."""
+        await self._gate.opened()
+
+    async def replace(
+        self, probes: Sequence[Probe], *, try_out: Callable[[], Awaitable[Judgement]]
+    ) -> None:
+        """Serves these from now on, once nobody is inside and each has given a verdict.
+
+        Args:
+            probes: The new ones.
+            try_out: Has a short text judged by what the workers have.
+
+        Raises:
+            SidelightError: As ``VllmEngine.replace_probes``; the old probes stay.
+        """
+        _require_exchangeable(self._llm.vllm_config)
+        new = tuple(probes)
+        async with self._gate.closed():
+            before = self._probes
+            try:
+                await self._put(new)
+                judged = await try_out()
+                if judged.failed:
+                    raise verdict_failure(judged.failed)
+            except BaseException:
+                await asyncio.shield(self._put_back(before))
+                raise
+            self._probes = new
+
+    async def _put(self, probes: Sequence[Probe]) -> None:
+        folders = await asyncio.to_thread(self._shelf.put, probes)
+        failures = await self._llm.collective_rpc("sidelight_load", args=(folders,))
+        if any(failures):
+            raise SidelightError(next(filter(None, failures)))
+        # Cached blocks hold what the old probes read. The last requests may still have theirs.
+        for _ in range(_RESETS):
+            if await self._llm.reset_prefix_cache():
+                return
+            await asyncio.sleep(_RESET_AFTER_S)
+        raise SidelightError(
+            "vLLM's prefix cache is still in use, so the probes cannot be exchanged. Try again."
+        )
+
+    async def _put_back(self, probes: Sequence[Probe]) -> None:
+        try:
+            await self._put(probes)
+        except BaseException:
+            self._is_whole = False
+            raise
+
+
+def _require_exchangeable(config: Any) -> None:
+    """Checks before anything is touched: what is half exchanged cannot be put back."""
+    hindrances = {
+        # Verdicts are made in the scheduler, which keeps its probes.
+        "pipeline parallel": config.parallel_config.pipeline_parallel_size > 1,
+        # vLLM gives the first rank's answer only: another could keep its old probes unseen.
+        "data parallel": config.parallel_config.data_parallel_size > 1,
+        "a GPU": config.device_config.device_type != "cpu",
+    }
+    found = [name for name, is_there in hindrances.items() if is_there]
+    if found:
+        raise SidelightError(
+            f"Probes cannot be exchanged under {', '.join(found)}. Start the engine again "
+            "with the new ones."
+        )

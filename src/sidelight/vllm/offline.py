@@ -1,0 +1,375 @@
+"""VLLM without a server: many prompts, as fast as it takes them.
+
+The verdicts of a probe on many texts, from vLLM's own batches.
+
+Hidden states for training from vLLM, so that a probe is trained on what it will be served.
+"""
+
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+
+import json
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from sidelight.artifact import save_probe
+from sidelight.backbone import TransformersBackbone
+from sidelight.data.examples import Example
+from sidelight.errors import ContextLengthError, SidelightError, VerdictError
+from sidelight.probe import Probe
+from sidelight.progress import Progress, progress
+from sidelight.prompts import EncodedPrompt, Reads
+from sidelight.states.cache import ActivationCache, Shard
+from sidelight.training.classifier import Classifier, as_example, encode
+from sidelight.types import Verdict
+from sidelight.vllm.capture import Spool, SpoolPlace, SpoolShape, capture_params
+from sidelight.vllm.engine import require_options, require_vllm
+from sidelight.vllm.requests import judgement
+from sidelight.vllm.settings import CAPTURE, KEY, Captured, request_params
+
+# pyright: reportMissingImports=false
+
+
+# Prompts that wait in vLLM beside those of the running step, in steps: none of them is half empty.
+_STEPS_AHEAD = 2
+
+
+@dataclass(frozen=True)
+class OfflineRequest:
+    """A prompt to run once.
+
+    Attributes:
+        index: By which the caller knows it.
+        prompt: Its tokens.
+        params: What the plugin is told of them (``kv_transfer_params``).
+    """
+
+    index: int
+    prompt: EncodedPrompt
+    params: Mapping[str, Any]
+
+
+class Offline:
+    """A running vLLM; ``start`` makes one.
+
+    Args:
+        llm: vLLM's ``LLMEngine``.
+    """
+
+    def __init__(self, llm: Any):
+        self._llm = llm
+        self._most_tokens = _STEPS_AHEAD * llm.vllm_config.scheduler_config.max_num_batched_tokens
+        self._count = 0
+
+    @classmethod
+    def start(
+        cls, backbone: TransformersBackbone, config: Mapping[str, Any], options: Mapping[str, Any]
+    ) -> "Offline":
+        """VLLM on the weights of a backbone.
+
+        Args:
+            backbone: Says which weights, and of which dtype.
+            config: What the plugin is told.
+            options: Fields of vLLM's ``EngineArgs``.
+
+        Raises:
+            SidelightError: vLLM is not installed, an option is unknown, or a feature is in use that
+                the plugin does not support.
+        """
+        require_vllm()
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        require_options(options, EngineArgs)
+        arguments = EngineArgs(
+            model=backbone.model.config._name_or_path,  # pyright: ignore[reportPrivateUsage]
+            dtype=backbone.fingerprint.dtype,
+            disable_log_stats=True,
+            additional_config={KEY: dict(config)},
+            **{"max_model_len": backbone.encoder.max_tokens, **options},
+        )
+        return cls(LLMEngine.from_engine_args(arguments))
+
+    def run(self, requests: Iterable[OfflineRequest]) -> Generator[tuple[OfflineRequest, Any]]:
+        """Each request with vLLM's output, in the order in which they end.
+
+        Requests are taken as vLLM has room for them; closing the generator cancels those that run.
+
+        Raises:
+            SidelightError: vLLM has stopped, or gave up a request.
+        """
+        coming = iter(requests)
+        running: dict[str, OfflineRequest] = {}
+        try:
+            while self._fill(running, coming):
+                for output in self._step():
+                    request = running.pop(output.request_id)
+                    _require_finished(output)
+                    yield request, output
+        finally:
+            self._llm.abort_request([*running])
+
+    def close(self) -> None:
+        """Ends vLLM's processes."""
+        self._llm.engine_core.shutdown()
+
+    def _fill(self, running: dict[str, OfflineRequest], coming: Iterable[OfflineRequest]) -> bool:
+        """Adds requests while there is room; whether any is running."""
+        tokens = sum(len(request.prompt) for request in running.values())
+        while tokens < self._most_tokens and (request := next(iter(coming), None)) is not None:
+            self._count += 1
+            name = str(self._count)
+            text = {"prompt_token_ids": list(request.prompt.token_ids)}
+            self._llm.add_request(name, text, _sampling(request.params))
+            running[name] = request
+            tokens += len(request.prompt)
+        return bool(running)
+
+    def _step(self) -> list[Any]:
+        """The outputs of the requests that end with this step."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            return [output for output in self._llm.step() if output.finished]
+        except EngineDeadError as error:
+            raise SidelightError("vLLM has stopped; its log says why.") from error
+
+
+def _sampling(params: Mapping[str, Any]) -> Any:
+    """One token, which nobody reads: vLLM writes at least one."""
+    from vllm.sampling_params import RequestOutputKind
+
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        max_tokens=1,
+        temperature=0,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+        extra_args={"kv_transfer_params": dict(params)},
+    )
+
+
+def _require_finished(output: Any) -> None:
+    reason = output.outputs[0].finish_reason
+    if reason not in ("stop", "length"):
+        raise SidelightError(f"vLLM ended a text without reading it ({reason}); its log says why.")
+
+
+def predict(
+    classifier: Classifier,
+    texts: Sequence[str | Example],
+    *,
+    options: Mapping[str, Any] | None = None,
+) -> list[Verdict]:
+    """The verdict on each text, in their order.
+
+    Args:
+        classifier: The probe; its backbone says which weights, and runs nothing itself.
+        texts: As ``Classifier.predict`` takes them.
+        options: Fields of vLLM's ``EngineArgs``.
+
+    Raises:
+        ContextLengthError: A text is longer than the backbone reads, or leaves no room for the
+            token that vLLM always writes; none is cut.
+        VerdictError: A verdict cannot be computed.
+        SidelightError: As ``Offline.start``, and where vLLM stops.
+    """
+    given, probe, backbone = dict(options or {}), classifier.probe, classifier.backbone
+    prompts = encode(backbone, [as_example(text) for text in texts])
+    most = min(backbone.encoder.max_tokens, int(given.get("max_model_len", 10**9)))
+    _require_room(prompts, most)
+    with TemporaryDirectory(prefix="sidelight-probe-") as folder:
+        # A probe that was just trained has no folder that vLLM's processes could read.
+        config = {
+            "probes": [str(save_probe(probe, Path(folder)))],
+            "fingerprint": asdict(backbone.fingerprint),
+        }
+        with closing(Offline.start(backbone, config, given)) as llm:
+            return _judged(llm, probe, prompts)
+
+
+def _judged(llm: Offline, probe: Probe, prompts: Sequence[EncodedPrompt]) -> list[Verdict]:
+    requests = (OfflineRequest(i, p, request_params(p)) for i, p in enumerate(prompts))
+    verdicts: dict[int, Verdict] = {}
+    with progress("Judging", sum(map(len, prompts)), unit="tokens") as shown:
+        for request, output in llm.run(requests):
+            verdicts[request.index] = _verdict(probe, output)
+            shown.advance(len(request.prompt))
+    return [verdicts[i] for i in range(len(prompts))]
+
+
+def _verdict(probe: Probe, output: Any) -> Verdict:
+    judged = judgement(output.kv_transfer_params)
+    if not judged.verdicts:
+        raise VerdictError(
+            f"Probe '{probe.name}' gave no verdict. Either the text has no token that the probe "
+            "reads, or the backbone's arithmetic overflowed."
+        )
+    return judged.verdicts[0]
+
+
+def _require_room(prompts: Sequence[EncodedPrompt], most: int) -> None:
+    longest = max(map(len, prompts), default=0)
+    if longest >= most:
+        raise ContextLengthError(
+            f"A text has {longest} tokens with its template, but vLLM reads at most {most - 1} "
+            "here. Shorten it, or raise --engine-option max_model_len."
+        )
+
+
+# pyright: reportMissingImports=false
+
+
+class VllmSource:
+    """A ``StateSource``; close it at the end. vLLM starts with the first missing shard.
+
+    Texts of several shards run together: what vLLM batches is limited by its own options alone.
+    Prefix caching is off, since a cached token has no hidden states; what texts begin with is run
+    for each of them.
+
+    Args:
+        backbone: Says which weights and texts; its own forward pass is not used.
+        options: Fields of vLLM's ``EngineArgs``.
+
+    Raises:
+        SidelightError: vLLM is not installed.
+    """
+
+    def __init__(self, backbone: TransformersBackbone, *, options: Mapping[str, Any] | None = None):
+        require_vllm()
+        self._backbone = backbone
+        self._options = dict(options or {})
+        self._llm: Offline | None = None
+
+    @property
+    def engine(self) -> str:
+        """VLLM, its version, and the options, some of which change the states."""
+        from vllm import __version__
+
+        given = json.dumps(self._options, sort_keys=True) if self._options else ""
+        return f"vllm {__version__} {given}".strip()
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest text: the context, but for the token that vLLM always writes."""
+        most = self._backbone.encoder.max_tokens
+        return min(most, int(self._options.get("max_model_len", most))) - 1
+
+    def shards(
+        self, cache: ActivationCache, indices: Sequence[int], shown: Progress
+    ) -> Generator[tuple[int, Shard]]:
+        """Computes these shards; see ``StateSource``."""
+        work = _Work(self._backbone, cache, indices)
+        for request, _ in self.running().run(work.requests()):
+            shown.advance(len(request.prompt))
+            yield from work.finish(request)
+
+    def close(self) -> None:
+        """Ends vLLM, if it runs."""
+        if self._llm is not None:
+            self._llm.close()
+            self._llm = None
+
+    def running(self) -> Offline:
+        """VLLM, which starts now unless it runs already."""
+        if self._llm is None:
+            who = self._backbone.fingerprint
+            config = {CAPTURE: Captured(who.layers, who.width).to_json()}
+            options = {"enable_prefix_caching": False, **self._options}
+            self._llm = Offline.start(self._backbone, config, options)
+        return self._llm
+
+
+class _Work:
+    """The shards that are being computed, each in a spool of its own.
+
+    Args:
+        backbone: Whose states.
+        cache: What the shards are for.
+        indices: Of the shards.
+    """
+
+    def __init__(
+        self, backbone: TransformersBackbone, cache: ActivationCache, indices: Sequence[int]
+    ):
+        self._sizes = backbone.fingerprint
+        self._cache = cache
+        self._coming = deque(indices)
+        self._spools: dict[int, Spool] = {}
+        self._left: dict[int, int] = {}
+        self._shard_of: dict[int, int] = {}
+
+    def requests(self) -> Iterator[OfflineRequest]:
+        """Every text of every shard; a shard's spool is made when its first text is taken."""
+        for index in [*self._coming]:
+            rows = self._cache.plan.rows[index]
+            shape = SpoolShape(
+                self._sizes.layers, self._cache.plan.tokens[index], self._sizes.width, len(rows)
+            )
+            self._spools[index] = Spool.create(self._cache.directory, shape)
+            self._left[index] = len(rows)
+            prompts = [self._cache.prompts[row] for row in rows]
+            for row, request in zip(
+                rows, spool_requests(self._spools[index], prompts, self._cache.reads), strict=True
+            ):
+                self._shard_of[row] = index
+                yield OfflineRequest(row, request.prompt, request.params)
+
+    def finish(self, request: OfflineRequest) -> Iterator[tuple[int, Shard]]:
+        """Takes note of a text that has been run; gives the shards that are whole, in order."""
+        self._left[self._shard_of.pop(request.index)] -= 1
+        while self._coming and self._left.get(self._coming[0]) == 0:
+            index = self._coming.popleft()
+            yield index, self._shard(index, self._spools.pop(index))
+
+    def _shard(self, index: int, spool: Spool) -> Shard:
+        rows = self._cache.plan.rows[index]
+        require_whole(spool, [self._cache.prompts[row] for row in rows])
+        # The states stay mapped until the shard is written.
+        spool.remove()
+        lengths = torch.tensor([self._cache.lengths[row] for row in rows])
+        return Shard(spool.hidden, lengths, torch.tensor(rows))
+
+
+def spool_requests(
+    spool: Spool, prompts: Sequence[EncodedPrompt], reads: Reads
+) -> list[OfflineRequest]:
+    """Requests that fill a spool, text after text.
+
+    Args:
+        spool: Made for these texts.
+        prompts: The texts.
+        reads: The tokens that are kept.
+    """
+    lengths = torch.tensor([int(prompt.mask(reads).sum()) for prompt in prompts])
+    starts: Int[Tensor, " text"] = lengths.cumsum(0) - lengths
+    places = [
+        SpoolPlace(str(spool.path.absolute()), spool.shape, text, int(start))
+        for text, start in enumerate(starts)
+    ]
+    return [
+        OfflineRequest(text, prompt, capture_params(prompt, reads, places[text]))
+        for text, prompt in enumerate(prompts)
+    ]
+
+
+def require_whole(spool: Spool, prompts: Sequence[EncodedPrompt]) -> None:
+    """Checks that every token of these texts has been through every layer.
+
+    Raises:
+        SidelightError: Some have not, so the states are worthless.
+    """
+    if not spool.is_whole(torch.tensor([len(prompt) for prompt in prompts])):
+        raise SidelightError(
+            f"vLLM has run these texts, but hidden states are missing in {spool.path.parent}. Name "
+            "a folder that all of its workers see with --cache, or use --engine transformers."
+        )

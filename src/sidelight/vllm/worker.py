@@ -1,0 +1,258 @@
+"""Judges requests from the columns of their tokens, all requests of a step together.
+
+Runs where all layers are at hand: in the worker, or, where the layers are spread over pipeline
+stages, in the scheduler on the columns that the stages send.
+
+Ends vLLM's engine when the process that started it is killed.
+
+Left to itself it would wait for requests for ever, with the model in memory.
+
+A worker's share: the columns of its layers, and verdicts where it has all of them.
+
+What can be asked of a running worker, by ``collective_rpc``.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing import parent_process
+from threading import Thread
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sidelight.bank import NUMBERS_AT_ONCE, BankState
+from sidelight.errors import SidelightError
+from sidelight.vllm.columns import Pages, Reading, Run, Stage
+from sidelight.vllm.panel import ColumnPanel, Outcome
+from sidelight.vllm.patches import Installed
+from sidelight.vllm.settings import Served
+from sidelight.vllm.taps import set_stage
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one pipeline stage knows of a reading.
+
+    Attributes:
+        reading: What was read.
+        first_layer: The first of the stage's layers.
+        columns: Of the stage's layers.
+    """
+
+    reading: Reading
+    first_layer: int
+    columns: Float[Tensor, "token layer column"]
+
+
+class Judging:
+    """Verdicts on readings, and what the probes of the response know of running requests.
+
+    Args:
+        panel: The probes.
+    """
+
+    def __init__(self, panel: ColumnPanel):
+        self.panel = panel
+        self._states: dict[str, BankState] = {}
+
+    def judge(
+        self, readings: Sequence[Reading], columns: Float[Tensor, "token layer column"]
+    ) -> dict[str, Outcome]:
+        """The verdicts that the readings change, by request.
+
+        Args:
+            readings: Of one step.
+            columns: Of their tokens, one reading after the other.
+        """
+        texts = [reading.parts for reading in readings]
+        befores = [self._states.get(r.request_id) if r.start else None for r in readings]
+        state = self.panel.read(columns, texts, befores)
+        late = self.panel.judge_response(state, len(readings))
+        if state is not None:
+            self._states.update(zip((r.request_id for r in readings), state.split(), strict=True))
+        early = self._judge_prompts(readings, columns)
+        return {
+            reading.request_id: {**early.get(reading.request_id, {}), **own}
+            for reading, own in zip(readings, late, strict=True)
+        }
+
+    def join(self, shares: Sequence[Share]) -> Outcome:
+        """The verdicts on a reading of which every pipeline stage has a share."""
+        in_order = sorted(shares, key=lambda share: share.first_layer)
+        reading = in_order[0].reading
+        columns = torch.cat([share.columns for share in in_order], 1)
+        return self.judge([reading], columns)[reading.request_id]
+
+    def forget(self, request_ids: Iterable[str]) -> None:
+        """Drops what is known of requests that have ended."""
+        for request_id in request_ids:
+            self._states.pop(request_id, None)
+
+    def _judge_prompts(
+        self, readings: Sequence[Reading], columns: Float[Tensor, "token layer column"]
+    ) -> dict[str, Outcome]:
+        """Of the requests whose prompt ends with this step."""
+        ending = [reading for reading in readings if reading.ends_prompt]
+        if not ending:
+            return {}
+        if len(ending) < len(readings):
+            pieces = columns.split([len(reading.parts) for reading in readings])
+            chosen = zip(readings, pieces, strict=True)
+            columns = torch.cat([piece for reading, piece in chosen if reading.ends_prompt])
+        outcomes = self.panel.judge_prompts(columns, [reading.parts for reading in ending])
+        return dict(zip((reading.request_id for reading in ending), outcomes, strict=True))
+
+
+def end_with_parent() -> None:
+    """Watches the process that started this one; without one, as in a test, nothing happens."""
+    parent = parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        parent.join()
+        # Its workers end with it: vLLM sees to that.
+        os._exit(1)
+
+    Thread(target=watch, daemon=True, name="sidelight-end-with-parent").start()
+
+
+class Worker:
+    """Holds the probes of one worker process.
+
+    Args:
+        served: The probes.
+        layers: The hidden states that this worker computes, of 0 (embedding) to L.
+        tokens: The longest forward pass.
+        device: Where hidden states are.
+
+    Attributes:
+        cache_bytes: Of the keys and values whose slots the columns are kept by.
+    """
+
+    def __init__(self, served: Served, *, layers: range, tokens: int, device: torch.device):
+        self._served = served
+        self._layers = layers
+        self._tokens = tokens
+        self._device = device
+        self.cache_bytes = 0
+        self._space: tuple[int, int] | None = None
+        self._stage: Stage | None = None
+        self._pages: Pages | None = None
+        self._put(served.panel(device=device))
+
+    @property
+    def reads_responses(self) -> bool:
+        """Whether some probe reads what is written."""
+        return self._judging.panel.late is not None
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory of the columns."""
+        return self._pages.size_bytes if self._pages else 0
+
+    def allocate(self, *, blocks: int, block_size: int, cache_bytes: int) -> None:
+        """Makes room for the columns of every KV slot."""
+        self.cache_bytes = cache_bytes
+        self._space = (blocks, block_size)
+        self._make_pages()
+
+    def load(self, folders: list[str]) -> None:
+        """Takes other probes; whatever was computed for the old ones is gone.
+
+        Raises:
+            SidelightError: One cannot be served, or this is a pipeline stage or on a GPU; the old
+                probes stay.
+        """
+        if self._device.type != "cpu":
+            raise SidelightError(
+                "Probes cannot be exchanged on a GPU, whose captured graphs write to the old ones' "
+                "memory. Start the engine again with the new ones."
+            )
+        if len(self._layers) < self._served.fingerprint.layers:
+            raise SidelightError(
+                "Probes cannot be exchanged under pipeline parallel, where verdicts are made in "
+                "the scheduler, which keeps its probes. Start the engine again with the new ones."
+            )
+        served = Served(tuple(folders), self._served.fingerprint)
+        self._put(served.panel(device=self._device))
+        self._served = served
+
+    def keep(self, slots: Int[Tensor, " token"]) -> None:
+        """Ends a forward pass whose tokens have these KV slots."""
+        if self._pages is not None:
+            self._pages.keep(slots)
+
+    def judge(self, readings: list[Reading]) -> dict[str, Outcome]:
+        """The verdicts on requests whose layers are all here."""
+        outcomes: dict[str, Outcome] = {}
+        for some in self._in_turn(readings):
+            outcomes.update(self._judging.judge(some, self._read(some)))
+        return outcomes
+
+    def share(self, readings: list[Reading]) -> list[Share]:
+        """What a pipeline stage sends to where the verdicts are made."""
+        return [Share(r, self._layers.start, self._read([r]).cpu()) for r in readings]
+
+    def forget(self, request_ids: set[str]) -> None:
+        """Drops what is known of requests that have ended."""
+        self._judging.forget(request_ids)
+
+    def _in_turn(self, readings: Sequence[Reading]) -> Iterator[list[Reading]]:
+        """As many at a time as have few columns together, at least one."""
+        per_token = self._pages.numbers_per_token if self._pages else 0
+        some: list[Reading] = []
+        for reading in readings:
+            tokens = sum(len(one.parts) for one in (*some, reading))
+            if some and tokens * per_token > NUMBERS_AT_ONCE:
+                yield some
+                some = []
+            some.append(reading)
+        yield some
+
+    def _read(self, readings: Sequence[Reading]) -> Float[Tensor, "token layer column"]:
+        if self._pages is None:
+            tokens = sum(len(reading.parts) for reading in readings)
+            return torch.empty(tokens, len(self._layers), 0)
+        return self._pages.read([Run(r.blocks, r.start, r.start + len(r.parts)) for r in readings])
+
+    def _put(self, panel: ColumnPanel) -> None:
+        self._judging = Judging(panel)
+        projection = panel.projection(self._layers)
+        # Both before new ones are made: there may be no room for two.
+        self._stage = self._pages = None
+        set_stage(None)
+        self._stage = None if projection is None else Stage.empty(projection, tokens=self._tokens)
+        self._make_pages()
+        set_stage(self._stage)
+
+    def _make_pages(self) -> None:
+        if self._stage is not None and self._space is not None:
+            blocks, block_size = self._space
+            self._pages = Pages(self._stage, blocks=blocks, block_size=block_size)
+
+
+INSTALLED = Installed[Worker](loss="no probe would run")
+
+
+class Control:
+    """Methods that vLLM adds to its workers (``worker_extension_cls``)."""
+
+    def sidelight_load(self, folders: list[str]) -> str | None:
+        """Loads other probes; the caller resets the prefix cache, whose columns are the old ones'.
+
+        Returns:
+            What is wrong with them, the old probes then stay; None: nothing.
+        """
+        try:
+            INSTALLED.get().load(folders)
+        except SidelightError as error:
+            return str(error)
+        return None
+
+    def sidelight_bytes(self) -> tuple[int, int]:
+        """Memory of the columns, and of keys and values, in this worker."""
+        own = INSTALLED.get()
+        return own.size_bytes, own.cache_bytes
