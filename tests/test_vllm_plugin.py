@@ -175,7 +175,7 @@ def test_a_response_is_read_as_it_is_written(backbone, probes):
         late = [probe for probe in probes if probe.reads.side == "both"]
         whole = EncodedPrompt(tuple(ids[: token + 1]), parts)
         require_equal(late, played.verdicts("r"), backbone, whole)
-        early = [probe for probe in probes if probe.reads.side == "prompt"]
+        early = [probe for probe in probes if not probe.reads.includes_response]
         require_equal(early, played.verdicts("r"), backbone, prompt)
 
 

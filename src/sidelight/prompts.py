@@ -71,6 +71,11 @@ class Reads:
     template: bool = True
 
     @property
+    def includes_response(self) -> bool:
+        """Whether the response is read, so that there is no verdict before it is written."""
+        return self.side != "prompt"
+
+    @property
     def parts(self) -> frozenset[Part]:
         """The kinds of token that are read."""
         prompt = {Part.PROMPT, Part.TEMPLATE} if self.template else {Part.PROMPT}

@@ -27,13 +27,13 @@ def test_parity_finds_no_difference_but_rounding(model, tmp_path, capsys):
     early = [
         folder
         for probe, folder in zip(model.probes, model.folders, strict=False)
-        if probe.reads.side == "prompt"
+        if not probe.reads.includes_response
     ]
     command = ["parity", *early, "--data", str(data), "--model", model.path]
     assert run(*command, "--dtype", "float32", "--out", str(out), *OPTIONS) == 0
     found = json.loads(out.read_text())
     assert "transformers - vllm" in capsys.readouterr().out
-    names = [probe.name for probe in model.probes if probe.reads.side == "prompt"]
+    names = [probe.name for probe in model.probes if not probe.reads.includes_response]
     between = {row["between"] for row in found}
     assert between == {
         "transformers - vllm",

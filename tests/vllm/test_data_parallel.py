@@ -47,7 +47,7 @@ def test_every_rank_judges_and_none_is_left_with_old_probes(tmp_path):
 
     prompts = [model.backbone.encoder.encode([Message("user", text)]) for text in TEXTS]
     wanted = expected(model, prompts)
-    early = {probe.name for probe in model.probes if probe.reads.side == "prompt"}
+    early = {probe.name for probe in model.probes if not probe.reads.includes_response}
     for answers in asyncio.run(ask()):
         for (event,), probabilities in zip(answers, wanted, strict=False):
             assert {verdict.probe for verdict in event.verdicts} == early

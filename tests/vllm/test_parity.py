@@ -83,7 +83,7 @@ def test_several_texts_of_one_prompt_have_its_verdict(llm, model, prompts, wante
     output = run(llm, [prompts[longest]], n=3, temperature=1.0, max_tokens=4)[0]
     assert len(output.outputs) == 3
     verdicts = reported(output)
-    early = {probe.name for probe in model.probes if probe.reads.side == "prompt"}
+    early = {probe.name for probe in model.probes if not probe.reads.includes_response}
     require_equal(
         [{name: verdicts[name] for name in early}],
         [{name: wanted[longest][name] for name in early}],

@@ -78,7 +78,7 @@ def by_probe(extension):
 
 
 def prompt_probes(model):
-    return {probe.name for probe in model.probes if probe.reads.side == "prompt"}
+    return {probe.name for probe in model.probes if not probe.reads.includes_response}
 
 
 def test_a_chat_answer_carries_the_verdicts_and_a_cached_one_the_same(address, model):
@@ -123,7 +123,7 @@ def test_each_of_several_texts_has_its_own_verdicts(address, model):
         for probe in model.probes:
             np.testing.assert_allclose(
                 list(verdicts[probe.name].values()),
-                wanted[probe.reads.side != "prompt"][probe.name],
+                wanted[probe.reads.includes_response][probe.name],
                 rtol=0,
                 atol=ROUNDING,
             )

@@ -16,12 +16,11 @@ from collections.abc import (
     Coroutine,
     Generator,
     Iterable,
-    Mapping,
     Sequence,
 )
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -29,8 +28,8 @@ from sidelight.backbone import Fingerprint
 from sidelight.engines.logprobs import TokenLogprobs
 from sidelight.errors import SidelightError, VerdictError, did_you_mean
 from sidelight.probe import Probe, common_format
-from sidelight.prompts import Conversation, Message, PlainText, Reads
-from sidelight.types import Task, Verdict
+from sidelight.prompts import Conversation, Message, PlainText
+from sidelight.types import Verdict
 
 # "content_filter" is the server's, where a policy cut the text; no engine says it.
 FinishReason = Literal["stop", "length", "content_filter"]
@@ -216,41 +215,6 @@ class Load:
     waiting: int
 
 
-@runtime_checkable
-class LoadedProbe(Protocol):
-    """What the server has to know of a probe."""
-
-    @property
-    def name(self) -> str:
-        """Unique among the loaded probes."""
-        ...
-
-    @property
-    def task(self) -> Task:
-        """What it decides."""
-        ...
-
-    @property
-    def reads(self) -> Reads:
-        """Which side of the conversation it reads."""
-        ...
-
-    @property
-    def thresholds(self) -> tuple[float, ...]:
-        """Probability from which a class counts: one (binary), one per label, or none."""
-        ...
-
-    @property
-    def record(self) -> Mapping[str, Any]:
-        """How it was trained, with the scores of its validation texts."""
-        ...
-
-    @property
-    def version(self) -> str:
-        """Twelve hexadecimal digits that stand for its artifact; empty if it was never saved."""
-        ...
-
-
 class Engine(ABC):
     """One served model with its probes."""
 
@@ -390,13 +354,13 @@ async def without_verdicts(events: AsyncGenerator[Event, None]) -> AsyncGenerato
             yield unjudged(event)
 
 
-def require_watchable(watch: Iterable[str], probes: Sequence[LoadedProbe]) -> None:
+def require_watchable(watch: Iterable[str], probes: Sequence[Probe]) -> None:
     """Checks that each name is that of a probe that reads the response.
 
     Raises:
         SidelightError: One is not; it would never be scored while the text is written.
     """
-    known = [probe.name for probe in probes if probe.reads.side != "prompt"]
+    known = [probe.name for probe in probes if probe.reads.includes_response]
     for name in watch:
         if name not in known:
             raise SidelightError(

@@ -143,8 +143,8 @@ class Panel:
             SidelightError: Two share a name.
         """
         require_distinct_names(probes)
-        early = [probe for probe in probes if probe.reads.side == "prompt"]
-        late = [probe for probe in probes if probe.reads.side != "prompt"]
+        early = [probe for probe in probes if not probe.reads.includes_response]
+        late = [probe for probe in probes if probe.reads.includes_response]
         return cls(tuple(probes), Judges(early, device=device), Judges(late, device=device))
 
 

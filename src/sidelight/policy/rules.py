@@ -17,8 +17,8 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float
 
-from sidelight.engines.base import LoadedProbe
 from sidelight.errors import SidelightError, VerdictError, did_you_mean
+from sidelight.probe import Probe
 from sidelight.types import Verdict
 
 
@@ -206,7 +206,7 @@ class BoundRule:
         is_tightened: Whether a request wants a flag to block, whatever the rule's mode.
     """
 
-    probe: LoadedProbe
+    probe: Probe
     rule: Rule
     is_tightened: bool = False
 
@@ -275,17 +275,17 @@ class BoundRule:
         }
 
 
-def side_of(probe: LoadedProbe) -> Side:
+def side_of(probe: Probe) -> Side:
     """What a probe judges: it is the response as soon as it reads some of it."""
-    return "input" if probe.reads.side == "prompt" else "output"
+    return "output" if probe.reads.includes_response else "input"
 
 
-def clauses_of(policy: Policy, probes: Iterable[LoadedProbe]) -> tuple[BoundRule, ...]:
+def clauses_of(policy: Policy, probes: Iterable[Probe]) -> tuple[BoundRule, ...]:
     """Each probe with its rule; rules whose probe is not among them wait for it."""
     return tuple(BoundRule(p, policy.side(side_of(p)).get(p.name, Rule())) for p in probes)
 
 
-def require_fitting(policy: Policy, probes: Sequence[LoadedProbe]) -> None:
+def require_fitting(policy: Policy, probes: Sequence[Probe]) -> None:
     """Checks that every rule has its probe, and can hold for it.
 
     Raises:
@@ -304,7 +304,7 @@ def require_fitting(policy: Policy, probes: Sequence[LoadedProbe]) -> None:
         require_fitting_probe(clause, probes)
 
 
-def require_fitting_probe(clause: BoundRule, probes: Iterable[LoadedProbe]) -> None:
+def require_fitting_probe(clause: BoundRule, probes: Iterable[Probe]) -> None:
     """Checks that a rule can hold for its probe.
 
     Raises:
@@ -334,7 +334,7 @@ def _require_known(clause: BoundRule, labels: Iterable[str], known: Sequence[str
             )
 
 
-def _require_rival(clause: BoundRule, rival: str, probes: Iterable[LoadedProbe]) -> None:
+def _require_rival(clause: BoundRule, rival: str, probes: Iterable[Probe]) -> None:
     known = [p.name for p in probes if side_of(p) == clause.side and p.name != clause.name]
     if clause.rule.mode != "shadow" or rival not in known:
         raise SidelightError(

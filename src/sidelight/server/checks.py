@@ -18,8 +18,9 @@ from typing import Any, Literal
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field, model_validator
 
-from sidelight.engines.base import LoadedProbe, PromptJudged
+from sidelight.engines.base import PromptJudged
 from sidelight.policy.rules import BoundRule, Side
+from sidelight.probe import Probe
 from sidelight.prompts import Conversation, Message, PlainText
 from sidelight.server.context import Context, InContext
 from sidelight.server.errors import RequestError
@@ -226,7 +227,7 @@ async def classify_create(
     )
 
 
-def _probe(body: ClassifyRequest, context: Context) -> LoadedProbe:
+def _probe(body: ClassifyRequest, context: Context) -> Probe:
     names = [probe.name for probe in context.probes]
     chosen = body.probes
     if body.model in names and body.model != context.engine.model:
@@ -334,7 +335,7 @@ def _on_responses(reporter: Reporter) -> Reporter:
             "this guardrail in mode pre_call only.",
             code="no_response_probe",
         )
-    late = [probe for probe in reporter.probes if probe.reads.side != "prompt"]
+    late = [probe for probe in reporter.probes if probe.reads.includes_response]
     return replace(reporter, probes=late)
 
 

@@ -7,8 +7,9 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
-from sidelight.engines.base import Engine, Event, Finished, LoadedProbe, PromptJudged, Sampling
+from sidelight.engines.base import Engine, Event, Finished, PromptJudged, Sampling
 from sidelight.errors import did_you_mean
+from sidelight.probe import Probe
 from sidelight.prompts import Conversation
 from sidelight.server.config import ServerLimits
 from sidelight.server.connections import Drain
@@ -84,7 +85,7 @@ class Context:
         return cls(engine, roster, Metrics(engine), limits, audit, Drain(), int(time.time()))
 
     @property
-    def probes(self) -> Sequence[LoadedProbe]:
+    def probes(self) -> Sequence[Probe]:
         """The probes that clients hear of; to be read anew in every request."""
         return self.roster.visible
 
@@ -198,13 +199,13 @@ class Context:
         """The categories of all probes that clients hear of."""
         return CategoryNames.of(self.probes)
 
-    def require_prompt_probe(self, probes: Sequence[LoadedProbe]) -> None:
+    def require_prompt_probe(self, probes: Sequence[Probe]) -> None:
         """Checks that a bare text can be judged: an empty answer would look harmless.
 
         Raises:
             RequestError: All of the probes wait for a response.
         """
-        if not any(probe.reads.side == "prompt" for probe in probes):
+        if all(probe.reads.includes_response for probe in probes):
             raise RequestError(
                 "No chosen probe reads a prompt alone, so a text by itself cannot be judged. Load "
                 "such a probe, or use /v1/chat/completions.",

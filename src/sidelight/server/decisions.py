@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, BeforeValidator, Field, StrictBool, StrictStr
 
-from sidelight.engines.base import LoadedProbe
+from sidelight.probe import Probe
 from sidelight.prompts import Message
 from sidelight.server.checks import as_user, checked, is_answered
 from sidelight.server.context import Context, InContext
@@ -55,13 +55,13 @@ class Findings:
         verdicts: On the text; a probe without one cannot answer.
     """
 
-    probes: Mapping[str, LoadedProbe]
+    probes: Mapping[str, Probe]
     names: CategoryNames
     verdicts: Mapping[str, Verdict]
 
     @classmethod
     def of(
-        cls, probes: Iterable[LoadedProbe], names: CategoryNames, verdicts: Iterable[Verdict]
+        cls, probes: Iterable[Probe], names: CategoryNames, verdicts: Iterable[Verdict]
     ) -> "Findings":
         """By name."""
         by_name = {probe.name: probe for probe in probes}
@@ -140,7 +140,9 @@ async def find(
     require_read([turns], context.roster.policy)
     blank = Findings.of(context.probes, context.names, ())
     can_judge = {
-        probe.name for probe in context.probes if probe.reads.side == "prompt" or is_answered(turns)
+        probe.name
+        for probe in context.probes
+        if not probe.reads.includes_response or is_answered(turns)
     }
     asked = [name for name in blank.asked(names) if name in can_judge]
     if not asked:

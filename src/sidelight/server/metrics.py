@@ -20,7 +20,6 @@ from sidelight.engines.base import (
     Engine,
     Event,
     Finished,
-    LoadedProbe,
     PromptJudged,
     ResponseScored,
     TextDelta,
@@ -28,6 +27,7 @@ from sidelight.engines.base import (
 )
 from sidelight.metrics import BINS, score_counts, stability_index
 from sidelight.policy.decisions import Decision, agreements
+from sidelight.probe import Probe
 from sidelight.server.middleware import route_of
 from sidelight.types import Verdict
 
@@ -48,7 +48,7 @@ class Drift(Collector):
         self._engine = engine
         self._recent: dict[tuple[str, str], dict[str, deque[float]]] = {}
 
-    def add(self, probe: LoadedProbe, verdict: Verdict) -> None:
+    def add(self, probe: Probe, verdict: Verdict) -> None:
         """Keeps the verdict's scores; a new version begins anew."""
         key = _key(probe)
         if key not in self._recent:
@@ -75,11 +75,11 @@ class Drift(Collector):
         return [family]
 
 
-def _key(probe: LoadedProbe) -> tuple[str, str]:
+def _key(probe: Probe) -> tuple[str, str]:
     return probe.name, probe.version
 
 
-def scores(probe: LoadedProbe, verdict: Verdict) -> dict[str, float]:
+def scores(probe: Probe, verdict: Verdict) -> dict[str, float]:
     """The probability of each label; of a binary probe that of the positive one alone."""
     if probe.task.kind != "binary":
         return verdict.probabilities

@@ -28,9 +28,10 @@ from fastapi import Request
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sidelight.engines.base import Event, LoadedProbe, PromptJudged, written_by
+from sidelight.engines.base import Event, PromptJudged, written_by
 from sidelight.errors import SidelightError
 from sidelight.policy.decisions import Decision
+from sidelight.probe import Probe
 from sidelight.prompts import Conversation, PlainText
 from sidelight.server.config import Caller
 from sidelight.server.errors import RequestError
@@ -298,7 +299,7 @@ class Recorder:
         """The same for one more text of a prompt."""
         return replace(self, is_output_only=True)
 
-    def note_change(self, change: str, probe: LoadedProbe) -> None:
+    def note_change(self, change: str, probe: Probe) -> None:
         """Audits what an operator has done to a probe; it stands even where that fails."""
         if self.audit is not None:
             told = {"change": change, "probe": probe.name, "version": probe.version}

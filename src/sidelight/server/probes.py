@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from sidelight.artifact import load_probe
-from sidelight.engines.base import Engine, LoadedProbe
+from sidelight.engines.base import Engine
 from sidelight.errors import SidelightError, did_you_mean
 from sidelight.policy.rules import BoundRule, Policy, Rule, clauses_of, require_fitting_probe
 from sidelight.probe import Probe
@@ -73,7 +73,7 @@ class ProbeRegistry:
         return tuple(map(self._ruled, clauses_of(self._policy, self._engine.probes)))
 
     @property
-    def visible(self) -> Sequence[LoadedProbe]:
+    def visible(self) -> Sequence[Probe]:
         """The probes that clients hear of: all but shadows."""
         return [clause.probe for clause in self.clauses if not clause.is_shadow]
 
@@ -242,7 +242,7 @@ class ProbeRegistry:
         )
 
 
-def _require_same_labels(new: LoadedProbe, old: LoadedProbe) -> None:
+def _require_same_labels(new: Probe, old: Probe) -> None:
     if new.task != old.task:
         raise SidelightError(
             f"Probe '{old.name}' tells {', '.join(old.task.labels)}, and the new one "

@@ -14,7 +14,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from sidelight.engines.base import Finished, LoadedProbe, PromptJudged, verdict_failure
+from sidelight.engines.base import Finished, PromptJudged, verdict_failure
+from sidelight.probe import Probe
 from sidelight.types import Verdict
 
 # Names of a positive class that say nothing: the probe's own name says more.
@@ -48,7 +49,7 @@ class CategoryNames:
     by_probe: Mapping[str, Mapping[str, str]]
 
     @classmethod
-    def of(cls, probes: Sequence[LoadedProbe]) -> "CategoryNames":
+    def of(cls, probes: Sequence[Probe]) -> "CategoryNames":
         """Bare names where they are unique, ``probe/name`` where probes share one."""
         bare = {probe.name: _bare_names(probe) for probe in probes}
         uses = Counter(name for names in bare.values() for name in names.values())
@@ -82,7 +83,7 @@ class CategoryNames:
         )
 
 
-def _bare_names(probe: LoadedProbe) -> dict[str, str]:
+def _bare_names(probe: Probe) -> dict[str, str]:
     labels = probe.task.labels
     if probe.task.kind != "binary":
         return {label: label for label in labels}
@@ -140,7 +141,7 @@ class Reporter:
     """
 
     model: str
-    probes: Sequence[LoadedProbe]
+    probes: Sequence[Probe]
     names: CategoryNames
 
     def side(self, event: PromptJudged | Finished) -> SideReport:
@@ -169,7 +170,7 @@ class Reporter:
         silent = [
             probe.name
             for probe in self.probes
-            if probe.name not in told and (has_response or probe.reads.side == "prompt")
+            if probe.name not in told and (has_response or not probe.reads.includes_response)
         ]
         if silent:
             raise verdict_failure(silent)
@@ -178,7 +179,7 @@ class Reporter:
     @property
     def reads_response(self) -> bool:
         """Whether a chosen probe has to wait for the response."""
-        return any(probe.reads.side != "prompt" for probe in self.probes)
+        return any(probe.reads.includes_response for probe in self.probes)
 
     def moderation(self, prompt: SideReport, response: SideReport | None) -> dict[str, Any]:
         """The ``moderation`` field; ``response`` is None while the text is being written."""

@@ -237,7 +237,7 @@ def require_responses(probe: Probe, examples: Sequence[Example]) -> None:
     Raises:
         SidelightError: It would be.
     """
-    if probe.reads.side == "prompt":
+    if not probe.reads.includes_response:
         return
     missing = sum(example.response is None for example in examples)
     if missing:

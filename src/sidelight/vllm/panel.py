@@ -39,8 +39,8 @@ class ColumnPanel:
     @staticmethod
     def of(probes: Sequence[Probe], *, device: torch.device | str = "cpu") -> "ColumnPanel":
         """A panel of these probes."""
-        early = [probe for probe in probes if probe.reads.side == "prompt"]
-        late = [probe for probe in probes if probe.reads.side != "prompt"]
+        early = [probe for probe in probes if not probe.reads.includes_response]
+        late = [probe for probe in probes if probe.reads.includes_response]
         return ColumnPanel(
             Bank(early, device=device) if early else None,
             Bank(late, device=device) if late else None,

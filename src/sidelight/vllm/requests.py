@@ -189,7 +189,7 @@ class Names:
     @staticmethod
     def of(probes: Sequence[Probe]) -> "Names":
         """Those of the prompt, and those of the response."""
-        early = frozenset(probe.name for probe in probes if probe.reads.side == "prompt")
+        early = frozenset(probe.name for probe in probes if not probe.reads.includes_response)
         return Names(early, frozenset(probe.name for probe in probes) - early)
 
 

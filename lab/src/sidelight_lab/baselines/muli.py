@@ -265,7 +265,7 @@ def _last_states(split: Split) -> Float[Tensor, "text width"]:
 
 def _require_first_token(split: Split) -> None:
     reads = split.states.reads
-    if reads.side != "prompt" or not all(bool(prompt.mask(reads)[-1]) for prompt in split.prompts):
+    if reads.includes_response or not all(bool(prompt.mask(reads)[-1]) for prompt in split.prompts):
         raise SidelightError(
             f"MULI reads the state that the answer's first token comes from, but these states are "
             f"of {reads}. Read the prompt with its template: Reads(side='prompt', template=True)."
