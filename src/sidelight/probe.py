@@ -62,8 +62,18 @@ class Probe:
             VerdictError: A logit is not finite; there is no verdict then, not even a harmless one.
         """
         self.require_finite(logits)
-        probabilities = self.calibration.apply(logits[None])[0]
-        return self._decide(probabilities)
+        probabilities = self.calibration.apply(logits[None])[0].tolist()
+        if self.task.kind == "binary":
+            (positive,) = probabilities
+            probabilities = [1 - positive, positive]
+        by_label = dict(zip(self.task.labels, probabilities, strict=True))
+        return self.task.decide(self.name, by_label, self.label_thresholds)
+
+    @property
+    def label_thresholds(self) -> dict[str, float]:
+        """``thresholds`` by label; empty for a multi-class task."""
+        counted = self.task.labels[-len(self.thresholds) :] if self.thresholds else ()
+        return dict(zip(counted, self.thresholds, strict=True))
 
     def require_finite(self, logits: np.ndarray) -> None:
         """Checks that a text's logits, ``[output]``, can be judged.
@@ -76,25 +86,6 @@ class Probe:
                 f"Probe '{self.name}' gave a logit that is not finite. Either the text has no "
                 "token that the probe reads, or the backbone's arithmetic overflowed."
             )
-
-    def _decide(self, probabilities: np.ndarray) -> Verdict:
-        labels = self.task.labels
-        if self.task.kind == "binary":
-            positive = float(probabilities[0])
-            flagged = positive >= self.thresholds[0]
-            chosen = labels[1] if flagged else labels[0]
-            by_label = {labels[0]: 1 - positive, labels[1]: positive}
-            return Verdict(self.name, chosen, (chosen,), by_label, flagged)
-        by_label = {label: float(p) for label, p in zip(labels, probabilities, strict=True)}
-        best = max(by_label, key=by_label.__getitem__)
-        if self.task.kind == "multiclass":
-            return Verdict(self.name, best, (best,), by_label, flagged=False)
-        held = tuple(
-            label
-            for label, threshold in zip(labels, self.thresholds, strict=True)
-            if by_label[label] >= threshold
-        )
-        return Verdict(self.name, best, held, by_label, flagged=bool(held))
 
 
 def common_format(probes: Iterable[Probe]) -> PromptFormat | None:

@@ -11,7 +11,7 @@ A loaded probe with the rule that holds for it.
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -237,14 +237,12 @@ class BoundRule:
         A multi-class probe names a class. Its labels count only where the rule names them, with a
         threshold.
         """
-        task, own = self.probe.task, self.probe.thresholds
-        if task.kind == "multiclass":
-            threshold = self.rule.threshold
+        threshold = self.rule.threshold
+        if self.probe.task.kind == "multiclass":
             return {} if threshold is None else dict.fromkeys(self.rule.labels, threshold)
-        counting = task.labels[1:] if task.kind == "binary" else task.labels
         return {
-            label: threshold if self.rule.threshold is None else self.rule.threshold
-            for label, threshold in zip(counting, own, strict=True)
+            label: own if threshold is None else threshold
+            for label, own in self.probe.label_thresholds.items()
             if not self.rule.labels or label in self.rule.labels
         }
 
@@ -254,17 +252,7 @@ class BoundRule:
 
     def decide(self, verdict: Verdict) -> Verdict:
         """The verdict at the rule's thresholds."""
-        labels = self.probe.task.labels
-        scores = verdict.probabilities
-        held = tuple(name for name, least in self.thresholds.items() if scores[name] >= least)
-        match self.probe.task.kind:
-            case "binary":
-                label = held[0] if held else labels[0]
-                return replace(verdict, label=label, labels=(label,), flagged=bool(held))
-            case "multilabel":
-                return replace(verdict, labels=held, flagged=bool(held))
-            case "multiclass":
-                return replace(verdict, labels=held or (verdict.label,), flagged=bool(held))
+        return self.probe.task.decide(self.name, verdict.probabilities, self.thresholds)
 
     def streaming_rules(self) -> dict[str, StreamingRule]:
         """When a running score of each label cuts the text."""
