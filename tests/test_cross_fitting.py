@@ -107,7 +107,7 @@ def test_a_baseline_that_fails_costs_no_training(tiny, tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise SidelightError("no baseline")
 
-    monkeypatch.setattr("sidelight.training.cross_fitting.TfIdf.fit", refuse)
+    monkeypatch.setattr("sidelight.training.cross_fitting.fit_tfidf", refuse)
     module = import_module("sidelight.training.fit")
     monkeypatch.setattr(module, "cross_fit", lambda *_: pytest.fail("probes were trained"))
     options = FitOptions(mechanisms=(mechanism_spec("pooling"),), cache_root=tmp_path)

@@ -20,8 +20,8 @@ from sidelight.errors import SidelightError
 from sidelight.prompts import Message, Reads
 from sidelight.training.dataset import ProbeDataset, Split, make_split
 from sidelight.training.run import validation_score
-from sidelight.training.tfidf import Baseline, FittedBaseline, TfIdf
 from sidelight.types import TaskKind
+from sidelight_lab.baselines.base import Baseline, FittedBaseline, TfIdf
 from sidelight_lab.baselines.linear import (
     Rows,
     gaussian_discriminant,

@@ -22,7 +22,7 @@ from sidelight.training.dataset import ProbeDataset
 from sidelight.training.loop import Trained, train_mechanisms
 from sidelight.training.options import FEW_TEXTS
 from sidelight.training.settings import Job
-from sidelight.training.tfidf import TfIdf
+from sidelight.training.tfidf import fit_tfidf
 from sidelight.types import Task
 
 
@@ -203,7 +203,8 @@ def cross_fit_baseline(whole: ProbeDataset, folds: Folds) -> Float[np.ndarray, "
     logits = _blank(whole)
     for fold in folds:
         part = _without(whole, fold)
-        logits[fold] = TfIdf().fit(part, seed=0).logits(part.validation)
+        words = fit_tfidf(part.training.texts, part.training.labels, part.task)
+        logits[fold] = words.logits(part.validation.texts)
     return logits
 
 

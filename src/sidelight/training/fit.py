@@ -42,7 +42,7 @@ from sidelight.training.loop import Trained, divergence, train_mechanisms
 from sidelight.training.options import FitOptions
 from sidelight.training.run import validation_score
 from sidelight.training.settings import Job
-from sidelight.training.tfidf import TfIdf
+from sidelight.training.tfidf import fit_tfidf
 from sidelight.types import Task
 
 
@@ -290,7 +290,8 @@ def fit(
         baseline = cross_fit_baseline(dataset, folds)
         trained = cross_fit(jobs, dataset, folds)
     else:
-        baseline = TfIdf().fit(dataset, seed=0).logits(dataset.validation)
+        words = fit_tfidf(dataset.training.texts, dataset.training.labels, dataset.task)
+        baseline = words.logits(dataset.validation.texts)
         trained = train_mechanisms(
             jobs,
             task=dataset.task,

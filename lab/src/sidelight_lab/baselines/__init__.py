@@ -1,6 +1,6 @@
 """Rivals that probes are compared with, fitted to the same texts. One file each."""
 
-from sidelight.training.tfidf import Baseline, FittedBaseline, TfIdf
+from sidelight_lab.baselines.base import Baseline, FittedBaseline, TfIdf
 from sidelight_lab.baselines.muli import Muli
 from sidelight_lab.baselines.pooled import (
     LastTokenOfBestLayer,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sidelight.training.dataset import ProbeDataset, Split
 from sidelight.training.run import validation_score
-from sidelight.training.tfidf import Baseline, FittedBaseline
+from sidelight_lab.baselines.base import Baseline, FittedBaseline
 from sidelight_lab.baselines.linear import PENALTIES, Linear, Rows, class_targets, fit_logistic
 
 # Of features of variance 1, relative to the mean over texts: from hardly any to mostly penalty.

@@ -21,8 +21,8 @@ from sidelight.progress import progress
 from sidelight.prompts import EncodedPrompt, Message, shared_length
 from sidelight.ragged import BATCH_TOKENS, by_length
 from sidelight.training.dataset import ProbeDataset, Split
-from sidelight.training.tfidf import Baseline, FittedBaseline
 from sidelight.types import Task
+from sidelight_lab.baselines.base import Baseline, FittedBaseline
 
 _QUESTION = "Which label describes the text?"
 # More names than these are listed before the first text only.

@@ -21,8 +21,8 @@ from sidelight.data.examples import Example
 from sidelight.errors import SidelightError, VerdictError, did_you_mean
 from sidelight.progress import progress
 from sidelight.training.dataset import ProbeDataset, Split
-from sidelight.training.tfidf import Baseline, FittedBaseline
 from sidelight.types import Task
+from sidelight_lab.baselines.base import Baseline, FittedBaseline
 
 if TYPE_CHECKING:
     from openai import OpenAI

@@ -20,8 +20,8 @@ from sidelight.errors import SidelightError
 from sidelight.training.dataset import ProbeDataset, Split
 from sidelight.training.run import make_loss
 from sidelight.training.settings import TrainingSettings
-from sidelight.training.tfidf import Baseline, FittedBaseline
 from sidelight.types import Task
+from sidelight_lab.baselines.base import Baseline, FittedBaseline
 from sidelight_lab.baselines.linear import (
     PENALTIES,
     Linear,

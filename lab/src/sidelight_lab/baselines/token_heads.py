@@ -24,8 +24,8 @@ from sidelight.standardisation import Standardisation
 from sidelight.states.cache import Shard
 from sidelight.training.dataset import ProbeDataset, Split
 from sidelight.training.settings import TrainingSettings
-from sidelight.training.tfidf import Baseline, FittedBaseline
 from sidelight.types import Task
+from sidelight_lab.baselines.base import Baseline, FittedBaseline
 from sidelight_lab.baselines.linear import class_targets
 from sidelight_lab.baselines.token_training import (
     TokenModel,

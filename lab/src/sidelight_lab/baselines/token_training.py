@@ -28,8 +28,8 @@ from sidelight.training.batches import batches, neighbours
 from sidelight.training.dataset import ProbeDataset, Split
 from sidelight.training.run import Loss, make_loss
 from sidelight.training.settings import TrainingSettings
-from sidelight.training.tfidf import FittedBaseline
 from sidelight.types import Task
+from sidelight_lab.baselines.base import FittedBaseline
 from sidelight_lab.baselines.linear import STEPS_AT_LEAST, train_to_best
 from sidelight_lab.baselines.pooled import ranked_layers
 

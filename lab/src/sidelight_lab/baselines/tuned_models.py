@@ -23,7 +23,7 @@ from torch.nn import functional
 from sidelight.errors import SidelightError
 from sidelight.smollm2 import cache_root
 from sidelight.training.dataset import ProbeDataset, Split
-from sidelight.training.tfidf import Baseline, FittedBaseline
+from sidelight_lab.baselines.base import Baseline, FittedBaseline
 from sidelight_lab.baselines.fine_tuning import (
     FineTuneTask,
     FineTuning,

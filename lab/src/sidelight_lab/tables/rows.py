@@ -15,8 +15,8 @@ from sidelight.errors import SidelightError, did_you_mean
 from sidelight.mechanisms.base import MechanismSpec, mechanism_spec
 from sidelight.training.dataset import ProbeDataset
 from sidelight.training.settings import TrainingSettings, suggested_settings
-from sidelight.training.tfidf import Baseline
 from sidelight_lab.baselines import BASELINES
+from sidelight_lab.baselines.base import Baseline
 from sidelight_lab.tables.recipes import BaselineRow, ProbeRow, Recipe, Sweep, Value
 from sidelight_lab.tables.rounds import LabelledData
 
