@@ -15,7 +15,7 @@ from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import SidelightError
 from sidelight.policy.files import read_policy
 from sidelight.policy.hold_back import End, HoldBack
-from sidelight.policy.rules import Policy, Rule, clauses_of, require_fitting
+from sidelight.policy.rules import Policy, Rule, bound_rules, require_fitting
 from sidelight.prompts import Reads
 from sidelight.server.app import Service, create_app
 from sidelight.types import Verdict
@@ -173,7 +173,7 @@ def test_text_is_held_and_cut_by_definition(
         warm_up=warm_up,
         hold_back=hold_back,
     )
-    (clause,) = clauses_of(Policy(output={"late": rule}), probes[3:])
+    (clause,) = bound_rules(Policy(output={"late": rule}), probes[3:])
     holding = HoldBack([clause], prompt_tokens=7)
     held = consecutive if hold_back is None else hold_back
     count = [i > warm_up and scores[i - 1] >= threshold for i in range(1, len(scores) + 1)]
@@ -217,7 +217,7 @@ def verdict(score):
 
 def test_text_that_an_engine_did_not_score_is_not_sent(probes):
     """An engine that forgets to score is a fault, and closes."""
-    (clause,) = clauses_of(Policy(output={"late": Rule("block", threshold=1.0)}), probes[3:])
+    (clause,) = bound_rules(Policy(output={"late": Rule("block", threshold=1.0)}), probes[3:])
     holding = HoldBack([clause], prompt_tokens=7)
     assert holding.push(TextDelta("a", tokens=1)) == []
     (end,) = holding.push(Finished("stop", 7, 2, verdicts=(verdict(0.0),)))
@@ -228,7 +228,7 @@ def test_text_that_an_engine_did_not_score_is_not_sent(probes):
 @pytest.mark.parametrize("at_the_end", [True, False])
 def test_what_is_cut_by_a_flag_is_told_so_even_after_a_failure(probes, at_the_end):
     rule = Rule("block", consecutive=1, on_failure="pass")
-    (clause,) = clauses_of(Policy(output={"late": rule}), probes[3:])
+    (clause,) = bound_rules(Policy(output={"late": rule}), probes[3:])
     holding = HoldBack([clause], prompt_tokens=7)
     holding.push(TextDelta("a", tokens=1))
     assert holding.push(ResponseScored(1, ())) == []
@@ -245,7 +245,7 @@ def test_what_is_cut_by_a_flag_is_told_so_even_after_a_failure(probes, at_the_en
 @pytest.mark.parametrize("jump", [2, 5])
 def test_tokens_without_a_score_of_their_own_are_not_sent(probes, jump):
     """Scores come token by token; where one stands for several, none of the others was judged."""
-    (clause,) = clauses_of(Policy(output={"late": Rule("block", threshold=1.0)}), probes[3:])
+    (clause,) = bound_rules(Policy(output={"late": Rule("block", threshold=1.0)}), probes[3:])
     holding = HoldBack([clause], prompt_tokens=7)
     assert holding.push(TextDelta("a", tokens=jump)) == []
     (end,) = holding.push(ResponseScored(jump, (verdict(0.0),)))
@@ -254,7 +254,7 @@ def test_tokens_without_a_score_of_their_own_are_not_sent(probes, jump):
 
 
 def test_an_empty_answer_has_nothing_to_judge(probes):
-    (clause,) = clauses_of(Policy(output={"late": Rule("block")}), probes[3:])
+    (clause,) = bound_rules(Policy(output={"late": Rule("block")}), probes[3:])
     (end,) = HoldBack([clause], prompt_tokens=7).push(Finished("stop", 7, 1, failed=("late",)))
     assert end.finished.reason == "stop"
 

@@ -14,7 +14,7 @@ from sidelight.cli.serve import audit_of
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import SidelightError
 from sidelight.policy.decisions import decide
-from sidelight.policy.rules import Policy, Rule, clauses_of
+from sidelight.policy.rules import Policy, Rule, bound_rules
 from sidelight.prompts import Message, Reads
 from sidelight.server.config import Access, ServerLimits, numbered_keys
 from sidelight.server.errors import RequestError
@@ -207,7 +207,7 @@ def test_a_text_is_hashed_once_for_all_that_is_decided_on_it(path):
     probes, text = engine().probes, Read([Message("user", "zebra")])
     metrics = Metrics(TransformersEngine(tiny_backbone(), []))
     record = Recorder(metrics, AuditLog(path, salt=b"salt"), text=text)
-    record([decide(clause, None) for clause in clauses_of(Policy(), probes)])
+    record([decide(clause, None) for clause in bound_rules(Policy(), probes)])
     assert (len(lines(path)), text.times) == (3, 1)
 
 

@@ -20,7 +20,7 @@ class Decision:
     """What one probe's verdict on one side of a request led to.
 
     Attributes:
-        clause: The probe and its rule.
+        rule: The probe and its rule.
         verdict: At the rule's thresholds; None where there is none.
         action: What was done. ``fail_closed`` and ``fail_open`` are a blocking rule's answers to a
             verdict that could not be computed; ``shadow`` is a flag that nobody saw.
@@ -28,7 +28,7 @@ class Decision:
             first tokens then, or was still to come.
     """
 
-    clause: BoundRule
+    rule: BoundRule
     verdict: Verdict | None
     action: Action
     is_unfinished: bool = False
@@ -50,44 +50,44 @@ class Decision:
     @property
     def route(self) -> str | None:
         """Where a gateway should send the request; None: nowhere, or the rule says nothing."""
-        if self.is_blocking or self.clause.rule.mode != "route":
+        if self.is_blocking or self.rule.mode != "route":
             return None
-        return _route(self.clause, self.verdict)
+        return _route(self.rule, self.verdict)
 
 
 def too_long(decisions: Iterable[Decision], tokens: int) -> tuple[str, ...]:
     """The probes that gave no verdict since the text has more tokens than their rules allow."""
-    failed = [d.clause for d in decisions if d.verdict is None]
-    return tuple(clause.name for clause in failed if clause.is_too_long(tokens))
+    failed = [d.rule for d in decisions if d.verdict is None]
+    return tuple(bound.name for bound in failed if bound.is_too_long(tokens))
 
 
 # Takes what was decided at one point of a request: for counts and logs.
 Record = Callable[[Sequence[Decision]], None]
 
 
-def decide(clause: BoundRule, verdict: Verdict | None) -> Decision:
+def decide(bound: BoundRule, verdict: Verdict | None) -> Decision:
     """What follows; no verdict is never taken for a harmless one."""
     if verdict is None:
-        return Decision(clause, None, _on_failure(clause))
-    decided = clause.decide(verdict)
-    return Decision(clause, decided, _on_verdict(clause, decided))
+        return Decision(bound, None, _on_failure(bound))
+    decided = bound.decide(verdict)
+    return Decision(bound, decided, _on_verdict(bound, decided))
 
 
-def unfinished(clause: BoundRule, verdict: Verdict | None) -> Decision:
+def unfinished(bound: BoundRule, verdict: Verdict | None) -> Decision:
     """Of a text that was given up while it was written: nothing follows.
 
     Args:
-        clause: The probe and its rule.
+        bound: The probe and its rule.
         verdict: On the text so far; None: there was none yet.
     """
-    decided = None if verdict is None else clause.decide(verdict)
-    return Decision(clause, decided, "none", is_unfinished=True)
+    decided = None if verdict is None else bound.decide(verdict)
+    return Decision(bound, decided, "none", is_unfinished=True)
 
 
 def marks(decisions: Iterable[Decision]) -> dict[str, str]:
     """Headers for a gateway: which probes flagged, and the routes. Shadows are not among them."""
-    shown = [decision for decision in decisions if not decision.clause.is_shadow]
-    flagged = dict.fromkeys(d.clause.name for d in shown if d.action in ("flag", "block"))
+    shown = [decision for decision in decisions if not decision.rule.is_shadow]
+    flagged = dict.fromkeys(d.rule.name for d in shown if d.action in ("flag", "block"))
     routes = dict.fromkeys(route for d in shown if (route := d.route) is not None)
     headers = {FLAGGED_HEADER: _listed(flagged), ROUTE_HEADER: _listed(routes)}
     return {name: value for name, value in headers.items() if value}
@@ -97,9 +97,9 @@ def agreements(
     decisions: Iterable[Decision],
 ) -> list[tuple[BoundRule, Literal["same", "different", "failed"]]]:
     """For each shadow, whether it said what the probe that it shadows said of a whole text."""
-    by_name = {d.clause.name: d for d in decisions if not d.is_unfinished}
-    shadows = [d for d in by_name.values() if d.clause.rule.shadow_of in by_name]
-    return [(d.clause, _agreement(d, by_name[d.clause.rule.shadow_of or ""])) for d in shadows]
+    by_name = {d.rule.name: d for d in decisions if not d.is_unfinished}
+    shadows = [d for d in by_name.values() if d.rule.shadow_of in by_name]
+    return [(d.rule, _agreement(d, by_name[d.rule.shadow_of or ""])) for d in shadows]
 
 
 def _agreement(one: Decision, other: Decision) -> Literal["same", "different", "failed"]:
@@ -113,29 +113,29 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(quote(name, safe=" /-_.:@") for name in names)
 
 
-def _on_failure(clause: BoundRule) -> Action:
-    if not clause.is_blocking:
+def _on_failure(bound: BoundRule) -> Action:
+    if not bound.is_blocking:
         return "none"
-    return "fail_closed" if clause.rule.on_failure == "block" else "fail_open"
+    return "fail_closed" if bound.fails_closed else "fail_open"
 
 
-def _on_verdict(clause: BoundRule, verdict: Verdict) -> Action:
-    if clause.is_blocking and verdict.flagged:
+def _on_verdict(bound: BoundRule, verdict: Verdict) -> Action:
+    if bound.is_blocking and verdict.flagged:
         return "block"
-    match clause.rule.mode:
+    match bound.mode:
         case "score" | "block":
             return "none"
         case "route":
-            return "none" if _route(clause, verdict) is None else "route"
+            return "none" if _route(bound, verdict) is None else "route"
         case "flag" | "shadow" as mode:
             return mode if verdict.flagged else "none"
 
 
-def _route(clause: BoundRule, verdict: Verdict | None) -> str | None:
-    routes = clause.rule.routes
+def _route(bound: BoundRule, verdict: Verdict | None) -> str | None:
+    routes = bound.rule.routes
     if verdict is None:
         return routes.get(FAILED_LABEL, FAILED_LABEL)
     if routes:
         return next((routes[label] for label in verdict.labels if label in routes), None)
-    names_class = verdict.flagged or clause.probe.task.kind == "multiclass"
+    names_class = verdict.flagged or bound.probe.task.kind == "multiclass"
     return verdict.labels[0] if names_class else None

@@ -30,13 +30,13 @@ class HoldBack:
     """One answer's text between the engine and the client.
 
     Args:
-        clauses: Those of the output; without a blocking one, nothing is held.
+        rules: Those of the output; without a blocking one, nothing is held.
         prompt_tokens: Of the request, for the usage of an answer that is cut.
     """
 
-    def __init__(self, clauses: Sequence[BoundRule], *, prompt_tokens: int):
-        self._clauses = clauses
-        self._tripwires = [_Tripwire(clause) for clause in clauses if clause.is_blocking]
+    def __init__(self, rules: Sequence[BoundRule], *, prompt_tokens: int):
+        self._rules = rules
+        self._tripwires = [_Tripwire(bound) for bound in rules if bound.is_blocking]
         self._prompt_tokens = prompt_tokens
         self._held: list[TextDelta] = []
         self._scored = 0
@@ -62,8 +62,7 @@ class HoldBack:
     def unfinished(self) -> list[Decision]:
         """What is known of the text if it is given up now."""
         return [
-            unfinished(clause, judged(clause, self._running, self._written))
-            for clause in self._clauses
+            unfinished(bound, judged(bound, self._running, self._written)) for bound in self._rules
         ]
 
     def _after_score(self, event: ResponseScored) -> list[Event | End]:
@@ -105,12 +104,12 @@ class HoldBack:
         return End(self._finished(finished, decisions), decisions)
 
     def _decisions(self, verdicts: Mapping[str, Verdict]) -> tuple[Decision, ...]:
-        wires = {wire.clause.name: wire for wire in self._tripwires}
+        wires = {wire.rule.name: wire for wire in self._tripwires}
         return tuple(
-            wires[clause.name].decision(verdicts)
-            if clause.name in wires
-            else decide(clause, judged(clause, verdicts, self._written))
-            for clause in self._clauses
+            wires[bound.name].decision(verdicts)
+            if bound.name in wires
+            else decide(bound, judged(bound, verdicts, self._written))
+            for bound in self._rules
         )
 
     def _finished(self, event: Finished, decisions: Sequence[Decision]) -> Finished:
@@ -118,7 +117,7 @@ class HoldBack:
         return replace(
             event,
             verdicts=tuple(d.verdict for d in decisions if d.verdict is not None),
-            failed=tuple(d.clause.name for d in decisions if d.verdict is None),
+            failed=tuple(d.rule.name for d in decisions if d.verdict is None),
             too_long=too_long(decisions, max(self._scored, self._written)),
         )
 
@@ -126,25 +125,25 @@ class HoldBack:
 class _Tripwire:
     """What one blocking rule has seen of a text."""
 
-    def __init__(self, clause: BoundRule):
-        self.clause = clause
-        self.held_tokens = clause.rule.held_tokens
-        self.blind_until = clause.rule.warm_up + clause.rule.consecutive
+    def __init__(self, bound: BoundRule):
+        self.rule = bound
+        self.held_tokens = bound.rule.held_tokens
+        self.blind_until = bound.rule.warm_up + bound.rule.consecutive
         self.is_cut = False
         self._flagged = False
         self._failed = False
         self._tokens = 0
-        self._rules: dict[str, StreamingRule] = clause.streaming_rules()
-        self._watched = dict.fromkeys(self._rules, Watched())
+        self._streaming: dict[str, StreamingRule] = bound.streaming_rules()
+        self._watched = dict.fromkeys(self._streaming, Watched())
 
     def step(self, verdicts: Mapping[str, Verdict], *, tokens: int) -> bool:
         """Whether the text is cut after one more token; a token that was left out is a failure."""
-        verdict, expected = judged(self.clause, verdicts, tokens), self._tokens + 1
+        verdict, expected = judged(self.rule, verdicts, tokens), self._tokens + 1
         self._tokens = tokens
         if verdict is None or tokens != expected:
             self._fail()
             return self.is_cut
-        for label, rule in self._rules.items():
+        for label, rule in self._streaming.items():
             self._watched[label] = rule.advance(self._watched[label], verdict.probabilities[label])
         if any(watched.has_fired for watched in self._watched.values()):
             self._flag()
@@ -154,28 +153,28 @@ class _Tripwire:
         """Takes the verdict on the whole text; an empty one has nothing to judge."""
         if not tokens:
             return
-        verdict = judged(self.clause, verdicts, tokens)
+        verdict = judged(self.rule, verdicts, tokens)
         if verdict is None or not is_judged:
             self._fail()
-        elif self.clause.decide(verdict).flagged:
+        elif self.rule.decide(verdict).flagged:
             self._flag()
 
     def decision(self, verdicts: Mapping[str, Verdict]) -> Decision:
         """What it came to."""
         if self._failed and not self._flagged:
-            return decide(self.clause, None)
-        verdict = verdicts.get(self.clause.name)
+            return decide(self.rule, None)
+        verdict = verdicts.get(self.rule.name)
         if verdict is None:
-            return Decision(self.clause, None, "none")
-        decided = self.clause.decide(verdict)
-        return Decision(self.clause, decided, "block" if self.is_cut else "none")
+            return Decision(self.rule, None, "none")
+        decided = self.rule.decide(verdict)
+        return Decision(self.rule, decided, "block" if self.is_cut else "none")
 
     def _flag(self) -> None:
         self._flagged = self.is_cut = True
 
     def _fail(self) -> None:
         self._failed = True
-        self.is_cut = self.is_cut or self.clause.rule.on_failure == "block"
+        self.is_cut = self.is_cut or self.rule.fails_closed
 
 
 def by_probe(verdicts: Sequence[Verdict]) -> dict[str, Verdict]:
@@ -183,6 +182,6 @@ def by_probe(verdicts: Sequence[Verdict]) -> dict[str, Verdict]:
     return {verdict.probe: verdict for verdict in verdicts}
 
 
-def judged(clause: BoundRule, verdicts: Mapping[str, Verdict], tokens: int) -> Verdict | None:
+def judged(bound: BoundRule, verdicts: Mapping[str, Verdict], tokens: int) -> Verdict | None:
     """The probe's verdict; None where it gave none, or the text is longer than it may judge."""
-    return None if clause.is_too_long(tokens) else verdicts.get(clause.name)
+    return None if bound.is_too_long(tokens) else verdicts.get(bound.name)

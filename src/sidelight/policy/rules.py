@@ -221,14 +221,29 @@ class BoundRule:
         return side_of(self.probe)
 
     @property
+    def mode(self) -> Mode:
+        """The rule's."""
+        return self.rule.mode
+
+    @property
+    def shadow_of(self) -> str | None:
+        """The probe that a shadow is compared with."""
+        return self.rule.shadow_of
+
+    @property
     def is_blocking(self) -> bool:
         """Whether a flag ends the answer."""
-        return self.is_tightened or self.rule.mode == "block"
+        return self.is_tightened or self.mode == "block"
+
+    @property
+    def fails_closed(self) -> bool:
+        """Whether a missing verdict ends the answer."""
+        return self.is_blocking and self.rule.on_failure == "block"
 
     @property
     def is_shadow(self) -> bool:
         """Whether clients never hear of it."""
-        return self.rule.mode == "shadow"
+        return self.mode == "shadow"
 
     @property
     def thresholds(self) -> Mapping[str, float]:
@@ -268,7 +283,7 @@ def side_of(probe: Probe) -> Side:
     return "output" if probe.reads.includes_response else "input"
 
 
-def clauses_of(policy: Policy, probes: Iterable[Probe]) -> tuple[BoundRule, ...]:
+def bound_rules(policy: Policy, probes: Iterable[Probe]) -> tuple[BoundRule, ...]:
     """Each probe with its rule; rules whose probe is not among them wait for it."""
     return tuple(BoundRule(p, policy.side(side_of(p)).get(p.name, Rule())) for p in probes)
 
@@ -288,44 +303,44 @@ def require_fitting(policy: Policy, probes: Sequence[Probe]) -> None:
                     f"The policy has a rule for the {side}, but no probe '{name}' judges it."
                     f"{did_you_mean(name, known)}"
                 )
-    for clause in clauses_of(policy, probes):
-        require_fitting_probe(clause, probes)
+    for bound in bound_rules(policy, probes):
+        require_fitting_probe(bound, probes)
 
 
-def require_fitting_probe(clause: BoundRule, probes: Iterable[Probe]) -> None:
+def require_fitting_probe(bound: BoundRule, probes: Iterable[Probe]) -> None:
     """Checks that a rule can hold for its probe.
 
     Raises:
         SidelightError: It cannot, so it would never do what it says.
     """
-    _require_known(clause, clause.rule.labels, clause.probe.task.labels)
-    _require_known(clause, clause.rule.routes, (*clause.probe.task.labels, FAILED_LABEL))
-    if clause.rule.mode in ("flag", "block") and not clause.thresholds:
+    _require_known(bound, bound.rule.labels, bound.probe.task.labels)
+    _require_known(bound, bound.rule.routes, (*bound.probe.task.labels, FAILED_LABEL))
+    if bound.mode in ("flag", "block") and not bound.thresholds:
         raise SidelightError(
-            f"Probe '{clause.name}' flags nothing as it is, so its rule '{clause.rule.mode}' would "
+            f"Probe '{bound.name}' flags nothing as it is, so its rule '{bound.mode}' would "
             "never hold. Name the 'labels' that count and their 'threshold'."
         )
-    if clause.rule.mode == "route" and clause.side == "output":
+    if bound.mode == "route" and bound.side == "output":
         raise SidelightError(
-            f"Probe '{clause.name}' judges the output: too late for a route. Use another mode."
+            f"Probe '{bound.name}' judges the output: too late for a route. Use another mode."
         )
-    if clause.rule.shadow_of is not None:
-        _require_rival(clause, clause.rule.shadow_of, probes)
+    if bound.shadow_of is not None:
+        _require_rival(bound, bound.shadow_of, probes)
 
 
-def _require_known(clause: BoundRule, labels: Iterable[str], known: Sequence[str]) -> None:
+def _require_known(bound: BoundRule, labels: Iterable[str], known: Sequence[str]) -> None:
     for label in labels:
         if label not in known:
             raise SidelightError(
-                f"The rule of probe '{clause.name}' names label '{label}', which it does not have."
+                f"The rule of probe '{bound.name}' names label '{label}', which it does not have."
                 f"{did_you_mean(label, known)}"
             )
 
 
-def _require_rival(clause: BoundRule, rival: str, probes: Iterable[Probe]) -> None:
-    known = [p.name for p in probes if side_of(p) == clause.side and p.name != clause.name]
-    if clause.rule.mode != "shadow" or rival not in known:
+def _require_rival(bound: BoundRule, rival: str, probes: Iterable[Probe]) -> None:
+    known = [p.name for p in probes if side_of(p) == bound.side and p.name != bound.name]
+    if bound.mode != "shadow" or rival not in known:
         raise SidelightError(
-            f"Probe '{clause.name}' cannot be the shadow of '{rival}': that takes the mode "
-            f"'shadow' and a probe that judges the {clause.side}.{did_you_mean(rival, known)}"
+            f"Probe '{bound.name}' cannot be the shadow of '{rival}': that takes the mode "
+            f"'shadow' and a probe that judges the {bound.side}.{did_you_mean(rival, known)}"
         )

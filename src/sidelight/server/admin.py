@@ -106,18 +106,18 @@ class ProbeEntry(BaseModel):
     @classmethod
     def of(cls, entry: Entry) -> "ProbeEntry":
         """As JSON."""
-        clause = entry.clause
+        rule = entry.rule
         return cls(
-            name=clause.name,
-            version=clause.probe.version,
-            kind=clause.probe.task.kind,
-            labels=list(clause.probe.task.labels),
-            reads=clause.probe.reads.side,
-            side=clause.side,
+            name=rule.name,
+            version=rule.probe.version,
+            kind=rule.probe.task.kind,
+            labels=list(rule.probe.task.labels),
+            reads=rule.probe.reads.side,
+            side=rule.side,
             state=entry.state,
-            mode=clause.rule.mode,
-            thresholds=dict(clause.thresholds),
-            shadow_of=clause.rule.shadow_of,
+            mode=rule.mode,
+            thresholds=dict(rule.thresholds),
+            shadow_of=rule.shadow_of,
             path=None if entry.path is None else str(entry.path),
             failure=entry.failure,
         )
@@ -156,13 +156,13 @@ class ShadowRequest(_Change):
 @admin_probes_router.get("/admin/probes")
 async def list_probes(context: InContext) -> ProbeList:
     """Every probe, shadows and disabled ones too."""
-    return ProbeList(probes=[ProbeEntry.of(entry) for entry in context.roster.entries])
+    return ProbeList(probes=[ProbeEntry.of(entry) for entry in context.registry.entries])
 
 
 @_with_body.post("/admin/probes", status_code=201)
 async def load(body: LoadRequest, context: InContext) -> ProbeEntry:
     """Serves one more probe."""
-    change = context.roster.load(Path(body.path), shadow_of=body.shadow_of)
+    change = context.registry.load(Path(body.path), shadow_of=body.shadow_of)
     return await _made(context, "load", change)
 
 
@@ -170,32 +170,32 @@ async def load(body: LoadRequest, context: InContext) -> ProbeEntry:
 async def reload(name: str, body: ReloadRequest, context: InContext) -> ProbeEntry:
     """Replaces a probe by the artifact as it is now; if that fails, the last good one serves on."""
     path = None if body.path is None else Path(body.path)
-    return await _made(context, "reload", context.roster.reload(name, path))
+    return await _made(context, "reload", context.registry.reload(name, path))
 
 
 @_with_body.post("/admin/probes/{name:path}/shadow")
 async def shadow(name: str, body: ShadowRequest, context: InContext) -> ProbeEntry:
     """Hides a probe from clients and counts it on."""
-    change = context.roster.shadow(name, shadow_of=body.shadow_of)
+    change = context.registry.shadow(name, shadow_of=body.shadow_of)
     return await _made(context, "shadow", change)
 
 
 @admin_probes_router.post("/admin/probes/{name:path}/enable")
 async def enable(name: str, context: InContext) -> ProbeEntry:
     """Runs a probe under the policy's rule."""
-    return await _made(context, "enable", context.roster.enable(name))
+    return await _made(context, "enable", context.registry.enable(name))
 
 
 @admin_probes_router.post("/admin/probes/{name:path}/disable")
 async def disable(name: str, context: InContext) -> ProbeEntry:
     """Stops a probe; nothing follows from its rule meanwhile."""
-    return await _made(context, "disable", context.roster.disable(name))
+    return await _made(context, "disable", context.registry.disable(name))
 
 
 @admin_probes_router.delete("/admin/probes/{name:path}")
 async def remove(name: str, context: InContext) -> dict[str, Any]:
     """Forgets a probe; its artifact stays."""
-    removed = await _made(context, "remove", context.roster.remove(name))
+    removed = await _made(context, "remove", context.registry.remove(name))
     return {"name": removed.name, "removed": True}
 
 
@@ -206,7 +206,7 @@ async def _made(context: Context, kind: str, change: Coroutine[Any, Any, Entry])
 
 async def _audited(context: Context, kind: str, change: Coroutine[Any, Any, Entry]) -> ProbeEntry:
     entry = await change
-    context.recorder.note_change(kind, entry.clause.probe)
+    context.recorder.note_change(kind, entry.rule.probe)
     return ProbeEntry.of(entry)
 
 

@@ -168,8 +168,8 @@ def create_app(engine: Engine, service: Service | None = None) -> FastAPI:
             await engine.close()
 
     app = FastAPI(title="Sidelight", lifespan=lifespan)
-    roster = ProbeRegistry(engine, chosen.policy, chosen.sources)
-    app.state.context = context = Context.new(engine, roster, chosen.limits, chosen.audit)
+    registry = ProbeRegistry(engine, chosen.policy, chosen.sources)
+    app.state.context = context = Context.new(engine, registry, chosen.limits, chosen.audit)
     for router in _ROUTERS:
         app.include_router(router, responses=REFUSALS)
     add_error_handlers(app)

@@ -45,11 +45,11 @@ async def answer(
 ) -> Response:
     """The texts, plain or streamed; either begins once all prompts have been judged."""
     context.require_model(body.model)
-    require_read(prompts, context.roster.policy)
+    require_read(prompts, context.registry.policy)
     sampling, n = body.sampling(), body.n or 1
     await context.require_size(prompts, n=n, max_tokens=sampling.max_tokens)
     await unless_left(request, context.engine.settled())
-    asked = context.asked(body.probes, body.wishes())
+    asked = context.asked(body.probes, body.overrides())
     envelope = Envelope.new(body.model, form)
     choices = await begin(request, context, asked, prompts, sampling, n=n)
     if body.stream:

@@ -90,21 +90,21 @@ async def checked(
         prompt: set[Side] = {"input"} if is_prompt_known else set()
         response: set[Side] = {"output"} if is_answered(turns) else set()
         decided = asked.about(turns).on_check(event, prompt | response)
-        _require_short(decided, asked.enforcement.clauses, reporter, index)
+        _require_short(decided, asked.enforcement.rules, reporter, index)
         verdicts = reporter.required(decided, has_response=is_answered(turns))
         found.append(Checked(verdicts, event.tokens))
     return found
 
 
 def _require_short(
-    decided: PromptJudged, clauses: Sequence[BoundRule], reporter: Reporter, index: int
+    decided: PromptJudged, rules: Sequence[BoundRule], reporter: Reporter, index: int
 ) -> None:
     chosen = {probe.name for probe in reporter.probes} & set(decided.too_long)
-    for clause in clauses:
-        if clause.name in chosen:
+    for rule in rules:
+        if rule.name in chosen:
             raise RequestError(
                 f"Text {index} of those judged, counted from 0, has {decided.tokens} tokens, but "
-                f"probe '{clause.name}' may judge at most {clause.rule.max_tokens}. Shorten it, or "
+                f"probe '{rule.name}' may judge at most {rule.rule.max_tokens}. Shorten it, or "
                 "ask other probes.",
                 code="verdict_failed",
             )

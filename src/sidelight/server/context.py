@@ -57,7 +57,7 @@ class Context:
 
     Attributes:
         engine: What answers.
-        roster: Its probes and their rules.
+        registry: Its probes and their rules.
         metrics: What is counted.
         limits: How much a request may take.
         audit: Where decisions are written; None: nowhere.
@@ -68,7 +68,7 @@ class Context:
     """
 
     engine: Engine
-    roster: ProbeRegistry
+    registry: ProbeRegistry
     metrics: Metrics
     limits: ServerLimits
     audit: AuditLog | None
@@ -79,18 +79,18 @@ class Context:
 
     @classmethod
     def new(
-        cls, engine: Engine, roster: ProbeRegistry, limits: ServerLimits, audit: AuditLog | None
+        cls, engine: Engine, registry: ProbeRegistry, limits: ServerLimits, audit: AuditLog | None
     ) -> "Context":
         """The parts of a server that starts now."""
-        return cls(engine, roster, Metrics(engine), limits, audit, Drain(), int(time.time()))
+        return cls(engine, registry, Metrics(engine), limits, audit, Drain(), int(time.time()))
 
     @property
     def probes(self) -> Sequence[Probe]:
         """The probes that clients hear of; to be read anew in every request."""
-        return self.roster.visible
+        return self.registry.visible
 
     def asked(
-        self, names: Sequence[str] | None, wishes: PolicyOverrides | None = None
+        self, names: Sequence[str] | None, overrides: PolicyOverrides | None = None
     ) -> RequestContext:
         """A request about these probes; None: all. Whatever may block it is reported too.
 
@@ -102,10 +102,10 @@ class Context:
         """
         reporter = self.reporter(names)
         chosen = [probe.name for probe in reporter.probes]
-        clauses = tightened(self.roster.clauses, chosen, wishes or PolicyOverrides())
-        blocking = [clause.name for clause in clauses if clause.is_blocking]
+        rules = tightened(self.registry.rules, chosen, overrides or PolicyOverrides())
+        blocking = [rule.name for rule in rules if rule.is_blocking]
         self.trace.model = self.engine.model
-        enforcement = Enforcement(clauses, self.roster.timeout_s, self.recorder)
+        enforcement = Enforcement(rules, self.registry.timeout_s, self.recorder)
         return RequestContext(self.reporter([*chosen, *blocking]), enforcement, self.recorder)
 
     @property

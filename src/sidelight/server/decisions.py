@@ -137,7 +137,7 @@ async def find(
     Raises:
         RequestError: The policy refuses how it begins.
     """
-    require_read([turns], context.roster.policy)
+    require_read([turns], context.registry.policy)
     blank = Findings.of(context.probes, context.names, ())
     can_judge = {
         probe.name

@@ -52,12 +52,12 @@ class Enforcement:
     """The rules of one request.
 
     Attributes:
-        clauses: Of every loaded probe, whether or not the client asked for its verdict.
+        rules: Of every loaded probe, whether or not the client asked for its verdict.
         timeout_s: Seconds that the prompt's verdicts may take where a rule blocks; None: any.
         record: Takes what was decided.
     """
 
-    clauses: Sequence[BoundRule]
+    rules: Sequence[BoundRule]
     timeout_s: float | None
     record: Record
 
@@ -65,8 +65,8 @@ class Enforcement:
     def watch(self) -> list[str]:
         """The probes that are read after each token: those of the output, if one may cut it."""
         output = self._side("output")
-        is_blocking = any(clause.is_blocking for clause in output)
-        return [clause.name for clause in output] if is_blocking else []
+        is_blocking = any(bound.is_blocking for bound in output)
+        return [bound.name for bound in output] if is_blocking else []
 
     def admits(self, event: PromptJudged) -> bool:
         """Whether a prompt is answered; the engine asks before it draws the first token."""
@@ -94,8 +94,8 @@ class Enforcement:
 
     def on_check(self, event: PromptJudged, sides: Collection[Side]) -> PromptJudged:
         """A check's verdicts on these sides at the rules' thresholds; recorded, never blocked."""
-        clauses = [clause for clause in self.clauses if clause.side in sides]
-        decisions = self._decide(clauses, event)
+        rules = [bound for bound in self.rules if bound.side in sides]
+        decisions = self._decide(rules, event)
         # Nothing is written, so there is nothing to block.
         self.record([_only_told(decision) for decision in decisions])
         return _decided(event, decisions)
@@ -135,46 +135,46 @@ class Enforcement:
                     self.record(holding.unfinished())
 
     def _side(self, side: Side) -> list[BoundRule]:
-        return [clause for clause in self.clauses if clause.side == side]
+        return [bound for bound in self.rules if bound.side == side]
 
-    def _decide(self, clauses: Sequence[BoundRule], event: PromptJudged) -> list[Decision]:
+    def _decide(self, rules: Sequence[BoundRule], event: PromptJudged) -> list[Decision]:
         verdicts = by_probe(event.verdicts)
-        return [decide(clause, judged(clause, verdicts, event.tokens)) for clause in clauses]
+        return [decide(bound, judged(bound, verdicts, event.tokens)) for bound in rules]
 
     async def _prompt(self, events: AsyncGenerator[Event, None]) -> PromptJudged:
-        closed = [c for c in self._side("input") if c.is_blocking and c.rule.on_failure == "block"]
+        closed = [bound for bound in self._side("input") if bound.fails_closed]
         try:
             async with asyncio.timeout(self.timeout_s if closed else None):
                 event = await anext(events)
         except TimeoutError as error:
-            self.record([decide(clause, None) for clause in closed])
-            raise _late([clause.name for clause in closed], self.timeout_s) from error
+            self.record([decide(bound, None) for bound in closed])
+            raise _late([bound.name for bound in closed], self.timeout_s) from error
         assert isinstance(event, PromptJudged)
         return event
 
     def _require_passed(self, event: PromptJudged, decisions: Sequence[Decision]) -> None:
         headers = {**_verdict_header(decisions), **marks(decisions)}
-        blocking = [d.clause.name for d in decisions if d.action == "block"]
+        blocking = [d.rule.name for d in decisions if d.action == "block"]
         if blocking:
             raise RequestError(
                 f"The prompt was blocked by {', '.join(blocking)}.",
                 code="content_filter",
                 headers=headers,
             )
-        failed = [d.clause for d in decisions if d.action == "fail_closed"]
-        unread = [clause for clause in failed if clause.is_too_long(event.tokens)]
+        failed = [d.rule for d in decisions if d.action == "fail_closed"]
+        unread = [bound for bound in failed if bound.is_too_long(event.tokens)]
         if unread:
             raise _too_long(unread[0], event.tokens, headers)
         if failed and event.is_unfamiliar:
-            raise _unfamiliar([clause.name for clause in failed], headers)
+            raise _unfamiliar([bound.name for bound in failed], headers)
         if failed:
-            raise _failed([clause.name for clause in failed], headers)
+            raise _failed([bound.name for bound in failed], headers)
 
 
-def _too_long(clause: BoundRule, tokens: int, headers: Mapping[str, str]) -> RequestError:
+def _too_long(bound: BoundRule, tokens: int, headers: Mapping[str, str]) -> RequestError:
     return RequestError(
-        f"The prompt has {tokens} tokens, but probe '{clause.name}' may judge at most "
-        f"{clause.rule.max_tokens}, and the policy blocks what is not judged. Shorten it.",
+        f"The prompt has {tokens} tokens, but probe '{bound.name}' may judge at most "
+        f"{bound.rule.max_tokens}, and the policy blocks what is not judged. Shorten it.",
         code="verdict_failed",
         headers=headers,
     )
@@ -215,21 +215,21 @@ def _only_told(decision: Decision) -> Decision:
 
 
 def _verdict_header(decisions: Sequence[Decision]) -> Mapping[str, str]:
-    shown = [decision for decision in decisions if not decision.clause.is_shadow]
+    shown = [decision for decision in decisions if not decision.rule.is_shadow]
     verdicts = tuple(d.verdict for d in shown if d.verdict is not None)
-    return header(SideReport(verdicts, tuple(d.clause.name for d in shown if d.verdict is None)))
+    return header(SideReport(verdicts, tuple(d.rule.name for d in shown if d.verdict is None)))
 
 
 def _decided(event: PromptJudged, decisions: Sequence[Decision]) -> PromptJudged:
     return replace(
         event,
         verdicts=tuple(d.verdict for d in decisions if d.verdict is not None),
-        failed=tuple(d.clause.name for d in decisions if d.verdict is None),
+        failed=tuple(d.rule.name for d in decisions if d.verdict is None),
         too_long=too_long(decisions, event.tokens),
     )
 
 
-WishedMode = Literal["score", "block"]
+OverrideMode = Literal["score", "block"]
 
 
 @dataclass(frozen=True)
@@ -241,7 +241,7 @@ class PolicyOverride:
         threshold: Probability from which its labels count.
     """
 
-    mode: WishedMode | None = None
+    mode: OverrideMode | None = None
     threshold: float | None = None
 
 
@@ -255,88 +255,88 @@ class PolicyOverrides:
         probes: For one probe each.
     """
 
-    input: WishedMode | None = None
-    output: WishedMode | None = None
+    input: OverrideMode | None = None
+    output: OverrideMode | None = None
     probes: Mapping[str, PolicyOverride] = field(default_factory=dict)
 
-    def sides(self, mode: WishedMode) -> list[Side]:
+    def sides(self, mode: OverrideMode) -> list[Side]:
         """The sides for which this is asked."""
-        asked: dict[Side, WishedMode | None] = {"input": self.input, "output": self.output}
+        asked: dict[Side, OverrideMode | None] = {"input": self.input, "output": self.output}
         return [side for side, own in asked.items() if own == mode]
 
 
 def tightened(
-    clauses: Sequence[BoundRule], chosen: Collection[str], wishes: PolicyOverrides
+    rules: Sequence[BoundRule], chosen: Collection[str], overrides: PolicyOverrides
 ) -> tuple[BoundRule, ...]:
-    """The clauses of a request.
+    """The rules of a request.
 
     Args:
-        clauses: As the policy has them.
+        rules: As the policy has them.
         chosen: Names of the probes that the request asks about.
-        wishes: What it wants.
+        overrides: What it wants.
 
     Raises:
         RequestError: A wish is looser than the policy, or could not be fulfilled.
     """
-    visible = [clause.name for clause in clauses if not clause.is_shadow]
-    for name in wishes.probes:
+    visible = [bound.name for bound in rules if not bound.is_shadow]
+    for name in overrides.probes:
         if name not in visible:
             raise RequestError(
                 f"Unknown probe '{name}' in 'policies'.{did_you_mean(name, visible)}",
                 code="probe_not_found",
                 param="policies",
             )
-    for side in wishes.sides("score"):
-        _require_loose(clauses, side)
-    tight = tuple(_tightened(clause, chosen, wishes) for clause in clauses)
-    for side in wishes.sides("block"):
+    for side in overrides.sides("score"):
+        _require_loose(rules, side)
+    tight = tuple(_tightened(bound, chosen, overrides) for bound in rules)
+    for side in overrides.sides("block"):
         _require_effect(tight, chosen, side)
     return tight
 
 
-def _tightened(clause: BoundRule, chosen: Collection[str], wishes: PolicyOverrides) -> BoundRule:
-    wish = wishes.probes.get(clause.name, PolicyOverride())
-    if clause.is_shadow:
-        return clause
-    if wish.mode == "score" and clause.is_blocking:
-        raise _too_loose(f"policies.{clause.name}", "The policy blocks where this probe flags.")
-    if (wish.mode == "block" or wish.threshold is not None) and not clause.thresholds:
+def _tightened(bound: BoundRule, chosen: Collection[str], overrides: PolicyOverrides) -> BoundRule:
+    wish = overrides.probes.get(bound.name, PolicyOverride())
+    if bound.is_shadow:
+        return bound
+    if wish.mode == "score" and bound.is_blocking:
+        raise _too_loose(f"policies.{bound.name}", "The policy blocks where this probe flags.")
+    if (wish.mode == "block" or wish.threshold is not None) and not bound.thresholds:
         raise RequestError(
-            f"Probe '{clause.name}' names a class and flags nothing, so it cannot block and has no "
+            f"Probe '{bound.name}' names a class and flags nothing, so it cannot block and has no "
             "threshold.",
             code="cannot_block",
             param="policies",
         )
     if wish.threshold is not None:
-        clause = _at(clause, wish.threshold)
-    is_of_side = clause.side in wishes.sides("block") and clause.name in chosen
-    if wish.mode == "block" or (is_of_side and clause.thresholds):
-        return replace(clause, is_tightened=True)
-    return clause
+        bound = _at(bound, wish.threshold)
+    is_of_side = bound.side in overrides.sides("block") and bound.name in chosen
+    if wish.mode == "block" or (is_of_side and bound.thresholds):
+        return replace(bound, is_tightened=True)
+    return bound
 
 
-def _at(clause: BoundRule, threshold: float) -> BoundRule:
-    if clause.rule.mode == "route":
+def _at(bound: BoundRule, threshold: float) -> BoundRule:
+    if bound.mode == "route":
         raise _too_loose(
-            f"policies.{clause.name}", "It routes by this threshold, and another changes the route."
+            f"policies.{bound.name}", "It routes by this threshold, and another changes the route."
         )
-    lowest = min(clause.thresholds.values())
+    lowest = min(bound.thresholds.values())
     if threshold > lowest:
         raise _too_loose(
-            f"policies.{clause.name}", f"Got threshold {threshold}, wanted {lowest} or less."
+            f"policies.{bound.name}", f"Got threshold {threshold}, wanted {lowest} or less."
         )
-    return replace(clause, rule=replace(clause.rule, threshold=threshold))
+    return replace(bound, rule=replace(bound.rule, threshold=threshold))
 
 
-def _require_loose(clauses: Sequence[BoundRule], side: Side) -> None:
-    blocking = [c.name for c in clauses if c.side == side and c.is_blocking]
+def _require_loose(rules: Sequence[BoundRule], side: Side) -> None:
+    blocking = [c.name for c in rules if c.side == side and c.is_blocking]
     if blocking:
         raise _too_loose(f"moderation.policy.{side}", f"The policy blocks by {blocking[0]}.")
 
 
-def _require_effect(clauses: Sequence[BoundRule], chosen: Collection[str], side: Side) -> None:
+def _require_effect(rules: Sequence[BoundRule], chosen: Collection[str], side: Side) -> None:
     """A block that no probe can bring about must not look like one."""
-    if any(c.side == side and c.is_blocking and c.name in chosen for c in clauses):
+    if any(c.side == side and c.is_blocking and c.name in chosen for c in rules):
         return
     reads = "prompt" if side == "input" else "response"
     raise RequestError(

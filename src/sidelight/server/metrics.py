@@ -133,20 +133,20 @@ class VerdictSeries:
     def count(self, decisions: Sequence[Decision]) -> None:
         """Counts what probes said, what was done, and whether shadows agreed."""
         for decision in decisions:
-            clause = decision.clause
-            self._verdicts.labels(clause.name, decision.outcome).inc()
+            rule = decision.rule
+            self._verdicts.labels(rule.name, decision.outcome).inc()
             if decision.action != "none":
-                self._actions.labels(clause.name, clause.side, decision.action).inc()
+                self._actions.labels(rule.name, rule.side, decision.action).inc()
             # Scores of whole texts are compared with each other, and with those of validation.
             if not decision.is_unfinished:
                 self._note_scores(decision)
         for shadow, agreement in agreements(decisions):
-            self._agreements.labels(shadow.rule.shadow_of, shadow.name, agreement).inc()
+            self._agreements.labels(shadow.shadow_of, shadow.name, agreement).inc()
 
     def _note_scores(self, decision: Decision) -> None:
         if decision.verdict is None:
             return
-        probe = decision.clause.probe
+        probe = decision.rule.probe
         for label, score in scores(probe, decision.verdict).items():
             self._scores.labels(probe.name, label).observe(score)
         self._drift.add(probe, decision.verdict)

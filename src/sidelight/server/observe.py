@@ -283,7 +283,7 @@ class Recorder:
             RequestError: The audit log cannot be written, and a rule of these blocks what cannot be
                 judged. Without such a rule the failure is logged and counted, and that is all.
         """
-        taken = [d for d in decisions if not self.is_output_only or d.clause.side == "output"]
+        taken = [d for d in decisions if not self.is_output_only or d.rule.side == "output"]
         self.metrics.count(taken)
         self.trace.add(taken)
         for decision in taken:
@@ -311,7 +311,7 @@ class Recorder:
         try:
             self._write(audit, [self._line(text_hmac, decision) for decision in decisions])
         except RequestError:
-            if any(d.clause.is_blocking and d.clause.rule.on_failure == "block" for d in decisions):
+            if any(d.rule.fails_closed for d in decisions):
                 raise
 
     def _write(self, audit: AuditLog, lines: Sequence[dict[str, Any]]) -> None:
@@ -330,13 +330,13 @@ class Recorder:
         }
 
     def _line(self, text_hmac: str, decision: Decision) -> dict[str, Any]:
-        probe, verdict = decision.clause.probe, decision.verdict
+        probe, verdict = decision.rule.probe, decision.verdict
         return {
             **self._who(),
             "text_hmac": text_hmac,
             "probe": probe.name,
             "version": probe.version,
-            "side": decision.clause.side,
+            "side": decision.rule.side,
             "outcome": decision.outcome,
             "labels": None if verdict is None else list(verdict.labels),
             "scores": None if verdict is None else verdict.probabilities,
@@ -345,17 +345,17 @@ class Recorder:
 
 
 def _log_one(decision: Decision) -> None:
-    clause = decision.clause
+    rule = decision.rule
     match decision.action:
         case "block":
-            _log.info("Blocked the %s by probe '%s'.", clause.side, clause.name)
+            _log.info("Blocked the %s by probe '%s'.", rule.side, rule.name)
         case "fail_closed":
-            _log.warning("Probe '%s' gave no verdict on the %s: blocked.", clause.name, clause.side)
+            _log.warning("Probe '%s' gave no verdict on the %s: blocked.", rule.name, rule.side)
         case "fail_open":
             _log.warning(
                 "Probe '%s' gave no verdict on the %s: passed, as its rule says.",
-                clause.name,
-                clause.side,
+                rule.name,
+                rule.side,
             )
         case "none" | "flag" | "route" | "shadow":
             pass

@@ -62,7 +62,7 @@ def attributes(trace: Trace) -> Attributes:
         found["gen_ai.request.model"] = trace.model
         found["gen_ai.usage.input_tokens"] = trace.prompt_tokens
         found["gen_ai.usage.output_tokens"] = trace.completion_tokens
-        found["sidelight.probes"] = list(dict.fromkeys(d.clause.name for d in trace.decisions))
+        found["sidelight.probes"] = list(dict.fromkeys(d.rule.name for d in trace.decisions))
     return {**found, **_verdicts(trace.decisions)}
 
 
@@ -70,11 +70,11 @@ def _verdicts(decisions: Sequence[Decision]) -> Attributes:
     words: dict[str, list[str]] = {}
     numbers: dict[str, list[float]] = {}
     for decision in decisions:
-        name = f"sidelight.probe.{decision.clause.name}"
+        name = f"sidelight.probe.{decision.rule.name}"
         words.setdefault(f"{name}.outcome", []).append(decision.outcome)
         words.setdefault(f"{name}.action", []).append(decision.action)
         if decision.verdict is not None:
-            for label, score in scores(decision.clause.probe, decision.verdict).items():
+            for label, score in scores(decision.rule.probe, decision.verdict).items():
                 numbers.setdefault(f"{name}.score.{label}", []).append(score)
     return {**words, **numbers}
 

@@ -13,7 +13,7 @@ from typing import Literal
 from sidelight.artifact import load_probe
 from sidelight.engines.base import Engine
 from sidelight.errors import SidelightError, did_you_mean
-from sidelight.policy.rules import BoundRule, Policy, Rule, clauses_of, require_fitting_probe
+from sidelight.policy.rules import BoundRule, Policy, Rule, bound_rules, require_fitting_probe
 from sidelight.probe import Probe
 from sidelight.server.errors import RequestError
 
@@ -27,13 +27,13 @@ class Entry:
     """One probe as an operator sees it.
 
     Attributes:
-        clause: The probe and its rule.
+        rule: The probe and its rule.
         state: Whether it runs, and whether clients hear of it.
         path: The artifact it came from; None: unknown.
         failure: Why its last reload failed; None: it did not, or there was none.
     """
 
-    clause: BoundRule
+    rule: BoundRule
     state: State
     path: Path | None
     failure: str | None
@@ -68,20 +68,20 @@ class ProbeRegistry:
         return self._policy
 
     @property
-    def clauses(self) -> tuple[BoundRule, ...]:
+    def rules(self) -> tuple[BoundRule, ...]:
         """Every probe that runs, with its rule."""
-        return tuple(map(self._ruled, clauses_of(self._policy, self._engine.probes)))
+        return tuple(map(self._ruled, bound_rules(self._policy, self._engine.probes)))
 
     @property
     def visible(self) -> Sequence[Probe]:
         """The probes that clients hear of: all but shadows."""
-        return [clause.probe for clause in self.clauses if not clause.is_shadow]
+        return [bound.probe for bound in self.rules if not bound.is_shadow]
 
     @property
     def entries(self) -> list[Entry]:
         """Every probe, also those that do not run."""
-        disabled = map(self._ruled, clauses_of(self._policy, self._disabled.values()))
-        return [self._entry(clause) for clause in (*self.clauses, *disabled)]
+        disabled = map(self._ruled, bound_rules(self._policy, self._disabled.values()))
+        return [self._entry(bound) for bound in (*self.rules, *disabled)]
 
     def entry(self, name: str) -> Entry:
         """One of them.
@@ -89,7 +89,7 @@ class ProbeRegistry:
         Raises:
             RequestError: 404; there is no such probe.
         """
-        entries = {entry.clause.name: entry for entry in self.entries}
+        entries = {entry.rule.name: entry for entry in self.entries}
         if name not in entries:
             raise RequestError(
                 f"Unknown probe '{name}'.{did_you_mean(name, entries)}",
@@ -108,7 +108,7 @@ class ProbeRegistry:
         async with self._changing:
             probe = await asyncio.to_thread(load_probe, path)
             name = probe.name if shadow_of is None else f"{probe.name}@{probe.version}"
-            if any(entry.clause.name == name for entry in self.entries):
+            if any(entry.rule.name == name for entry in self.entries):
                 raise RequestError(
                     f"There is a probe '{name}' already. Reload it, or load this one as a shadow.",
                     status=409,
@@ -156,7 +156,7 @@ class ProbeRegistry:
                 )
             try:
                 probe = replace(await asyncio.to_thread(load_probe, source), name=name)
-                _require_same_labels(probe, entry.clause.probe)
+                _require_same_labels(probe, entry.rule.probe)
                 self._require_fitting(probe, self._shadows.get(name))
                 new = [probe if old.name == name else old for old in self._engine.probes]
                 await self._engine.replace_probes(new)
@@ -166,7 +166,7 @@ class ProbeRegistry:
                 raise
             self._paths[name] = source
             self._failures.pop(name, None)
-            before = entry.clause.probe.version
+            before = entry.rule.probe.version
             _log.warning("Reloaded probe '%s': %s is now %s.", name, before, probe.version)
             return self.entry(name)
 
@@ -201,8 +201,8 @@ class ProbeRegistry:
         """
         async with self._changing:
             entry = self.entry(name)
-            rule = replace(entry.clause.rule, mode="shadow", shadow_of=shadow_of)
-            require_fitting_probe(BoundRule(entry.clause.probe, rule), self._engine.probes)
+            rule = replace(entry.rule.rule, mode="shadow", shadow_of=shadow_of)
+            require_fitting_probe(BoundRule(entry.rule.probe, rule), self._engine.probes)
             self._shadows[name] = rule
             _log.warning("Probe '%s' is a shadow now.", name)
             return self.entry(name)
@@ -222,20 +222,20 @@ class ProbeRegistry:
         return [probe for probe in self._engine.probes if probe.name != name]
 
     def _require_fitting(self, probe: Probe, rule: Rule | None = None) -> None:
-        (clause,) = clauses_of(self._policy, [probe])
-        clause = clause if rule is None else BoundRule(probe, rule)
-        self._policy.require_side(probe.name, clause.side)
-        require_fitting_probe(clause, [*self._others(probe.name), probe])
+        (bound,) = bound_rules(self._policy, [probe])
+        bound = bound if rule is None else BoundRule(probe, rule)
+        self._policy.require_side(probe.name, bound.side)
+        require_fitting_probe(bound, [*self._others(probe.name), probe])
 
-    def _ruled(self, clause: BoundRule) -> BoundRule:
-        shadow = self._shadows.get(clause.name)
-        return clause if shadow is None else BoundRule(clause.probe, shadow)
+    def _ruled(self, bound: BoundRule) -> BoundRule:
+        shadow = self._shadows.get(bound.name)
+        return bound if shadow is None else BoundRule(bound.probe, shadow)
 
-    def _entry(self, clause: BoundRule) -> Entry:
-        name = clause.name
-        state: State = "shadow" if clause.is_shadow else "serving"
+    def _entry(self, bound: BoundRule) -> Entry:
+        name = bound.name
+        state: State = "shadow" if bound.is_shadow else "serving"
         return Entry(
-            clause,
+            bound,
             "disabled" if name in self._disabled else state,
             self._paths.get(name),
             self._failures.get(name),

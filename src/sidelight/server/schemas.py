@@ -26,7 +26,7 @@ from sidelight.engines.base import Sampling
 from sidelight.errors import did_you_mean
 from sidelight.prompts import Message, PlainText
 from sidelight.server.config import ServerLimits
-from sidelight.server.enforcement import PolicyOverride, PolicyOverrides, WishedMode
+from sidelight.server.enforcement import OverrideMode, PolicyOverride, PolicyOverrides
 from sidelight.server.errors import RequestError
 
 
@@ -237,7 +237,7 @@ class ClosedBody(StrictBody):
 class ModerationMode(ClosedBody):
     """What follows from a flag; ``score`` adds nothing, and is a 400 where the server blocks."""
 
-    mode: WishedMode
+    mode: OverrideMode
 
 
 class ModerationPolicy(ClosedBody):
@@ -260,7 +260,7 @@ class ChatModeration(ClosedBody):
 class ProbePolicy(ClosedBody):
     """What a request asks of one probe: only what is stricter than the server's policy."""
 
-    mode: WishedMode | None = None
+    mode: OverrideMode | None = None
     threshold: float | None = Field(None, ge=0, le=1)
 
 
@@ -291,7 +291,7 @@ class WritingRequest(StrictBody):
         return None
 
     def sampling(self) -> Sampling:
-        """The request's wishes, with OpenAI's defaults."""
+        """The request's settings, with OpenAI's defaults."""
         return Sampling(
             max_tokens=self.limit,
             temperature=1.0 if self.temperature is None else self.temperature,
@@ -301,7 +301,7 @@ class WritingRequest(StrictBody):
             logprobs=self.likeliest,
         )
 
-    def wishes(self) -> PolicyOverrides:
+    def overrides(self) -> PolicyOverrides:
         """What it asks of the policy."""
         policy = self.moderation and self.moderation.policy
         return PolicyOverrides(
