@@ -19,8 +19,7 @@ from sidelight.prompts import Message, Part, Reads
 from sidelight.ragged import Ragged
 from sidelight.standardisation import Standardisation
 from sidelight.states.scoring import score
-from sidelight.training.dataset import ProbeDataset, make_split
-from sidelight.training.settings import Job, TrainingSettings
+from sidelight.training.dataset import make_split
 from sidelight_lab.anatomy.attribution import (
     contributions,
     grouped,
@@ -33,9 +32,8 @@ from sidelight_lab.anatomy.attribution import (
     without_layers,
     without_tokens,
 )
-from sidelight_lab.anatomy.curves import label_counts, learning_curve, sensitivity
 from sidelight_lab.anatomy.examine import examine
-from sidelight_lab.anatomy.report import plot_curves, write_anatomies
+from sidelight_lab.anatomy.report import write_anatomies
 from sidelight_lab.cli.anatomy import anatomy as command
 from tiny import untrained_probe
 
@@ -307,33 +305,6 @@ def test_texts_of_one_class_are_refused(splits, make):
     one_class = split.select(np.flatnonzero(split.labels == 1))
     with pytest.raises(SidelightError, match="of class 'toxic'"):
         examine(make(), one_class)
-
-
-def test_curves_have_a_point_per_mechanism_place_and_draw(tiny, splits, tmp_path):
-    dataset = ProbeDataset(tiny, splits["binary"], splits["binary"].select(range(20)))
-    quick = TrainingSettings(learning_rate=1e-2, epochs=1)
-    jobs = [Job(mechanism_spec(name), 0, quick) for name in ("pooling", "readout")]
-    grown = learning_curve(dataset, jobs[:1], draws=2)
-    places = [(point.mechanism, point.at, point.draw) for point in grown]
-    assert places == [
-        ("pooling", 16, 0),
-        ("pooling", 40, 0),
-        ("pooling", 16, 1),
-        ("pooling", 40, 1),
-    ]
-    moved = sensitivity(dataset, jobs, rates=(0.0, 1e-2))
-    still = [point.score for point in moved if point.mechanism == "readout" and point.at == 0]
-    # A readout begins with values of zero, so that all texts rank alike.
-    assert still == pytest.approx([dataset.validation.labels.mean()])
-    assert max(point.score for point in moved) > still[0]
-    path = plot_curves(grown, tmp_path / "labels.png", task=dataset.task, over="Labels")
-    assert imread(path).shape[0] > 500
-
-
-def test_numbers_of_labels_grow_by_four_and_end_with_all():
-    assert label_counts(1000) == (16, 64, 256, 1000)
-    assert label_counts(1024) == (16, 64, 256, 1024)
-    assert label_counts(10) == (10,)
 
 
 def test_the_command_writes_the_report_of_a_stored_probe(tiny, make, tmp_path, monkeypatch):

@@ -1,6 +1,6 @@
 """Token x layer heat maps as one page of HTML that needs nothing else.
 
-Pictures of anatomies and of training curves. Knows arrays and files.
+Pictures of anatomies. Knows arrays and files.
 
 Anatomies as files: pictures, heat maps, ``anatomy.json`` and a short ``report.md``.
 """
@@ -19,9 +19,7 @@ from matplotlib.figure import Figure
 from sidelight.plots import save_figure
 from sidelight.storage import write_json, write_text
 from sidelight.training.run import score_name
-from sidelight.types import Task
 from sidelight_lab.anatomy.attribution import GROUPS
-from sidelight_lab.anatomy.curves import Point
 from sidelight_lab.anatomy.examine import Anatomy, HeatMap
 
 _STYLE = (
@@ -96,27 +94,6 @@ def plot_anatomy(anatomy: Anatomy, path: Path) -> Path:
     return save_figure(figure, path)
 
 
-def plot_curves(points: Sequence[Point], path: Path, *, task: Task, over: str) -> Path:
-    """A line per mechanism through the mean over draws; whiskers span lowest to highest.
-
-    Args:
-        points: Of ``sensitivity`` or ``learning_curve``.
-        path: The file.
-        task: Names the score.
-        over: What the horizontal axis is, for example ``Learning rate``.
-    """
-    figure = _figure(6.4, 4.2, f"{_begun(score_name(task))} over {over.lower()}")
-    axes = _axes(figure, 1, rows=1, columns=1)
-    for place, name in enumerate(dict.fromkeys(point.mechanism for point in points)):
-        at, middle, low, high = _spread([point for point in points if point.mechanism == name])
-        spans = [middle - low, high - middle]
-        colour = _COLOURS[place % len(_COLOURS)]
-        axes.errorbar(at, middle, yerr=spans, color=colour, label=_escape(name), **_DOTS)
-    axes.set(xlabel=over, ylabel=_begun(score_name(task)), xscale="log")
-    axes.legend(**_LEGEND)
-    return save_figure(figure, path)
-
-
 def _draw_layer_use(anatomy: Anatomy, upper: Axes, lower: Axes) -> None:
     for name, colour in zip(_largest(anatomy), _COLOURS, strict=False):
         own = anatomy.use[name]
@@ -162,14 +139,6 @@ def _draw_token_ablation(anatomy: Anatomy, axes: Axes) -> None:
     axes.set(xlabel=_begun(score_name(anatomy.probe.task)), xlim=(0, 1))
 
 
-def _spread(points: Sequence[Point]) -> Float[np.ndarray, "4 place"]:
-    """Places, and the mean, lowest and highest score at each."""
-    places = sorted({point.at for point in points})
-    scores = [[point.score for point in points if point.at == at] for at in places]
-    rows = [(at, np.mean(own), min(own), max(own)) for at, own in zip(places, scores, strict=True)]
-    return np.array(rows).T
-
-
 def _largest(anatomy: Anatomy) -> list[str]:
     ranked = sorted(anatomy.texts, key=lambda name: -anatomy.texts[name])
     return [name for name in anatomy.texts if name in ranked[: len(_COLOURS)]]
@@ -186,8 +155,8 @@ def _begun(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _axes(figure: Figure, place: int | tuple[int, int], *, rows: int = 3, columns: int = 2) -> Axes:
-    axes = figure.add_subplot(rows, columns, place)
+def _axes(figure: Figure, place: int | tuple[int, int]) -> Axes:
+    axes = figure.add_subplot(3, 2, place)
     axes.spines[["top", "right"]].set_visible(False)
     return axes
 
