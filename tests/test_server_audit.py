@@ -19,7 +19,7 @@ from sidelight.prompts import Message, Reads
 from sidelight.server.config import Access, ServerLimits, numbered_keys
 from sidelight.server.errors import RequestError
 from sidelight.server.metrics import Metrics
-from sidelight.server.observe import AuditLog, Recorder
+from sidelight.server.observe import AuditLog, Observer
 from tiny import tiny_backbone, untrained_probe
 
 CHAT = "/v1/chat/completions"
@@ -206,8 +206,8 @@ class Read(list):
 def test_a_text_is_hashed_once_for_all_that_is_decided_on_it(path):
     probes, text = engine().probes, Read([Message("user", "zebra")])
     metrics = Metrics(TransformersEngine(tiny_backbone(), []))
-    record = Recorder(metrics, AuditLog(path, salt=b"salt"), text=text)
-    record([decide(clause, None) for clause in bound_rules(Policy(), probes)])
+    observed = Observer(metrics, AuditLog(path, salt=b"salt")).text(text)
+    observed.end([decide(clause, None) for clause in bound_rules(Policy(), probes)])
     assert (len(lines(path)), text.times) == (3, 1)
 
 

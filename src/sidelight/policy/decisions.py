@@ -1,6 +1,6 @@
 """What follows from one verdict, and how it is told outside."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 from urllib.parse import quote
@@ -59,10 +59,6 @@ def too_long(decisions: Iterable[Decision], tokens: int) -> tuple[str, ...]:
     """The probes that gave no verdict since the text has more tokens than their rules allow."""
     failed = [d.rule for d in decisions if d.verdict is None]
     return tuple(bound.name for bound in failed if bound.is_too_long(tokens))
-
-
-# Takes what was decided at one point of a request: for counts and logs.
-Record = Callable[[Sequence[Decision]], None]
 
 
 def decide(bound: BoundRule, verdict: Verdict | None) -> Decision:

@@ -206,7 +206,7 @@ async def _made(context: Context, kind: str, change: Coroutine[Any, Any, Entry])
 
 async def _audited(context: Context, kind: str, change: Coroutine[Any, Any, Entry]) -> ProbeEntry:
     entry = await change
-    context.recorder.note_change(kind, entry.rule.probe)
+    context.observer.change(kind, entry.rule.probe)
     return ProbeEntry.of(entry)
 
 

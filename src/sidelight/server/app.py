@@ -118,7 +118,7 @@ metrics_router = APIRouter()
 )
 async def metrics(context: InContext) -> Response:
     """All series."""
-    return Response(context.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+    return Response(context.observer.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
 
 
 version_router = APIRouter()
@@ -177,7 +177,7 @@ def create_app(engine: Engine, service: Service | None = None) -> FastAPI:
     app.add_middleware(Deadline, seconds=chosen.limits.deadline_s, drain=context.drain)
     app.add_middleware(BoundRequests, limit=chosen.limits.concurrent)
     app.add_middleware(BearerAuth, access=chosen.access)
-    app.add_middleware(CountRequests, metrics=context.metrics)
+    app.add_middleware(CountRequests, metrics=context.observer.metrics)
     if chosen.traces is not None:
         app.add_middleware(TraceRequests, sink=chosen.traces)
     app.add_middleware(AnswerCrashes)

@@ -84,12 +84,9 @@ async def checked(
     judged = await unless_left(request, context.engine.judge(conversations))
     found: list[Checked] = []
     for index, (event, turns) in enumerate(zip(judged, conversations, strict=True)):
-        context.metrics.note_judging(event)
-        context.trace.prompt_tokens += event.tokens
-        context.metrics.prompt_tokens.inc(event.tokens)
         prompt: set[Side] = {"input"} if is_prompt_known else set()
         response: set[Side] = {"output"} if is_answered(turns) else set()
-        decided = asked.about(turns).on_check(event, prompt | response)
+        decided = asked.enforcement.on_check(event, turns, prompt | response)
         _require_short(decided, asked.enforcement.rules, reporter, index)
         verdicts = reporter.required(decided, has_response=is_answered(turns))
         found.append(Checked(verdicts, event.tokens))

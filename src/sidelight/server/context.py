@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 from fastapi import Depends, Request
@@ -16,7 +16,7 @@ from sidelight.server.connections import Drain
 from sidelight.server.enforcement import Enforcement, PolicyOverrides, tightened
 from sidelight.server.errors import RequestError
 from sidelight.server.metrics import Metrics
-from sidelight.server.observe import NOBODY, AuditLog, Note, Recorder, Trace
+from sidelight.server.observe import AuditLog, Observer
 from sidelight.server.probes import ProbeRegistry
 from sidelight.server.report import CategoryNames, Reporter, header
 
@@ -28,12 +28,12 @@ class RequestContext:
     Attributes:
         reporter: Writes the verdicts that the client is told.
         enforcement: Lets through what the policy lets through.
-        recorder: Takes what is decided.
+        is_prompt_known: Whether this is one more text of a prompt whose judgement is recorded.
     """
 
     reporter: Reporter
     enforcement: Enforcement
-    recorder: Recorder
+    is_prompt_known: bool = False
 
     def headers(
         self, prompts: Sequence[PromptJudged], finished: Sequence[Finished] = ()
@@ -44,11 +44,7 @@ class RequestContext:
 
     def for_another_text(self) -> "RequestContext":
         """The same for one more text of a prompt, whose judgement is recorded already."""
-        return replace(self, recorder=self.recorder.output_only())
-
-    def about(self, text: Conversation) -> Enforcement:
-        """The rules for one text, with what is decided recorded as said of it."""
-        return replace(self.enforcement, record=self.recorder.about(text))
+        return replace(self, is_prompt_known=True)
 
 
 @dataclass(frozen=True)
@@ -58,31 +54,26 @@ class Context:
     Attributes:
         engine: What answers.
         registry: Its probes and their rules.
-        metrics: What is counted.
         limits: How much a request may take.
-        audit: Where decisions are written; None: nowhere.
-        note: Of the request that is served.
-        trace: What is told of it to a tracing system.
+        observer: Of the request that is served.
         drain: Whether the server is about to stop.
         started_at: Unix time.
     """
 
     engine: Engine
     registry: ProbeRegistry
-    metrics: Metrics
     limits: ServerLimits
-    audit: AuditLog | None
+    observer: Observer
     drain: Drain
     started_at: int
-    note: Note = NOBODY
-    trace: Trace = field(default_factory=Trace)
 
     @classmethod
     def new(
         cls, engine: Engine, registry: ProbeRegistry, limits: ServerLimits, audit: AuditLog | None
     ) -> "Context":
         """The parts of a server that starts now."""
-        return cls(engine, registry, Metrics(engine), limits, audit, Drain(), int(time.time()))
+        observer = Observer(Metrics(engine), audit)
+        return cls(engine, registry, limits, observer, Drain(), int(time.time()))
 
     @property
     def probes(self) -> Sequence[Probe]:
@@ -104,25 +95,17 @@ class Context:
         chosen = [probe.name for probe in reporter.probes]
         rules = tightened(self.registry.rules, chosen, overrides or PolicyOverrides())
         blocking = [rule.name for rule in rules if rule.is_blocking]
-        self.trace.model = self.engine.model
-        enforcement = Enforcement(rules, self.registry.timeout_s, self.recorder)
-        return RequestContext(self.reporter([*chosen, *blocking]), enforcement, self.recorder)
-
-    @property
-    def recorder(self) -> Recorder:
-        """Takes what this request decides or changes."""
-        return Recorder(self.metrics, self.audit, self.note, trace=self.trace)
+        self.observer.trace.model = self.engine.model
+        enforcement = Enforcement(rules, self.registry.timeout_s, self.observer)
+        return RequestContext(self.reporter([*chosen, *blocking]), enforcement)
 
     def generate(
         self, messages: Conversation, sampling: Sampling, asked: RequestContext
     ) -> AsyncGenerator[Event, None]:
-        """The events of an answer under the policy, counted as the engine gives them."""
-        rules = asked.about(messages)
+        """The events of an answer under the policy."""
+        rules = asked.enforcement
         events = self.engine.generate(messages, sampling, watch=rules.watch, admits=rules.admits)
-        read = self.trace.followed(
-            self.metrics.read(events), is_prompt_known=asked.recorder.is_output_only
-        )
-        return self.metrics.observed(rules.guard(read))
+        return rules.guard(events, messages, is_prompt_known=asked.is_prompt_known)
 
     def require_model(self, name: str) -> None:
         """Checks that a request asks for the served model.
@@ -215,7 +198,7 @@ class Context:
 
 def _context(request: Request) -> Context:
     context: Context = request.app.state.context
-    return replace(context, note=Note.of(request), trace=Trace.of(request))
+    return replace(context, observer=context.observer.of(request))
 
 
 InContext = Annotated[Context, Depends(_context)]

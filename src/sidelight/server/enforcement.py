@@ -9,17 +9,18 @@ What a request asks of the policy: only what makes it stricter.
 
 import asyncio
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from sidelight.engines.base import Event, Finished, PromptJudged, verdict_failure
+from sidelight.engines.base import Event, Finished, PromptJudged, TextDelta, verdict_failure
 from sidelight.errors import did_you_mean
-from sidelight.policy.decisions import Decision, Record, decide, marks, too_long
+from sidelight.policy.decisions import Decision, decide, marks, too_long
 from sidelight.policy.hold_back import End, HoldBack, by_probe, judged
 from sidelight.policy.rules import BoundRule, Policy, Side
 from sidelight.prompts import Conversation, PlainText
 from sidelight.server.errors import RequestError
+from sidelight.server.observe import Observer, TextObserver
 from sidelight.server.report import SideReport, header
 
 _ROLES = frozenset({"system", "developer"})
@@ -54,12 +55,12 @@ class Enforcement:
     Attributes:
         rules: Of every loaded probe, whether or not the client asked for its verdict.
         timeout_s: Seconds that the prompt's verdicts may take where a rule blocks; None: any.
-        record: Takes what was decided.
+        observer: Takes note of what is judged, written and decided.
     """
 
     rules: Sequence[BoundRule]
     timeout_s: float | None
-    record: Record
+    observer: Observer
 
     @property
     def watch(self) -> list[str]:
@@ -72,32 +73,63 @@ class Enforcement:
         """Whether a prompt is answered; the engine asks before it draws the first token."""
         return not any(decision.is_blocking for decision in self.on_prompt(event))
 
-    async def guard(self, events: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:
+    async def guard(
+        self,
+        events: AsyncGenerator[Event, None],
+        text: Conversation,
+        *,
+        is_prompt_known: bool = False,
+    ) -> AsyncGenerator[Event, None]:
         """The events that may go out, with verdicts at the rules' thresholds.
+
+        Args:
+            events: As the engine gives them.
+            text: The prompt.
+            is_prompt_known: Whether this is one more text of a prompt.
 
         Raises:
             RequestError: The prompt is blocked, by a flag or since it could not be judged.
         """
+        observed = self.observer.text(text, is_prompt_known=is_prompt_known)
         async with aclosing(events):
-            prompt = await self._prompt(events)
+            prompt = await self._prompt(events, observed)
             decisions = self.on_prompt(prompt)
-            self.record(decisions)
+            observed.prompt(prompt, decisions)
             self._require_passed(prompt, decisions)
             yield _decided(prompt, decisions)
-            async with aclosing(self._written(events, prompt)) as written:
-                async for event in written:
-                    yield event
+            holding = HoldBack(self._side("output"), prompt_tokens=prompt.tokens)
+            has_sent = False
+            try:
+                async for event in events:
+                    observed.read(event)
+                    passed = holding.push(event)
+                    for end in passed:
+                        if isinstance(end, End):
+                            # Before the last of the text goes out, and with the slot free by then.
+                            await events.aclose()
+                            observed.end(end.decisions)
+                    for each in passed:
+                        has_sent = True
+                        if isinstance(each, TextDelta):
+                            observed.delta()
+                        yield each.finished if isinstance(each, End) else each
+            finally:
+                # Of a text that never went out, nothing was decided.
+                observed.end(holding.unfinished() if has_sent else (), is_given_up=True)
 
     def on_prompt(self, event: PromptJudged) -> list[Decision]:
         """What follows from the verdicts on the prompt."""
         return self._decide(self._side("input"), event)
 
-    def on_check(self, event: PromptJudged, sides: Collection[Side]) -> PromptJudged:
+    def on_check(
+        self, event: PromptJudged, text: Conversation, sides: Collection[Side]
+    ) -> PromptJudged:
         """A check's verdicts on these sides at the rules' thresholds; recorded, never blocked."""
         rules = [bound for bound in self.rules if bound.side in sides]
         decisions = self._decide(rules, event)
         # Nothing is written, so there is nothing to block.
-        self.record([_only_told(decision) for decision in decisions])
+        told = [_only_told(decision) for decision in decisions]
+        self.observer.text(text).check(event, told)
         return _decided(event, decisions)
 
     def marks(
@@ -110,30 +142,6 @@ class Enforcement:
             decisions += [decide(c, verdicts.get(c.name)) for c in self._side("output")]
         return marks(decisions)
 
-    async def _written(
-        self, events: AsyncGenerator[Event, None], prompt: PromptJudged
-    ) -> AsyncGenerator[Event, None]:
-        """What may go out of the text; whatever ends it, a text that went out is recorded once."""
-        holding = HoldBack(self._side("output"), prompt_tokens=prompt.tokens)
-        has_sent = has_ended = False
-        try:
-            async for event in events:
-                passed = holding.push(event)
-                for end in passed:
-                    if isinstance(end, End):
-                        # Before the last of the text goes out, and with the slot free by then.
-                        await events.aclose()
-                        has_ended = True
-                        self.record(end.decisions)
-                for each in passed:
-                    has_sent = True
-                    yield each.finished if isinstance(each, End) else each
-        finally:
-            if has_sent and not has_ended:
-                # No answer is left that could be refused.
-                with suppress(RequestError):
-                    self.record(holding.unfinished())
-
     def _side(self, side: Side) -> list[BoundRule]:
         return [bound for bound in self.rules if bound.side == side]
 
@@ -141,13 +149,15 @@ class Enforcement:
         verdicts = by_probe(event.verdicts)
         return [decide(bound, judged(bound, verdicts, event.tokens)) for bound in rules]
 
-    async def _prompt(self, events: AsyncGenerator[Event, None]) -> PromptJudged:
+    async def _prompt(
+        self, events: AsyncGenerator[Event, None], observed: TextObserver
+    ) -> PromptJudged:
         closed = [bound for bound in self._side("input") if bound.fails_closed]
         try:
             async with asyncio.timeout(self.timeout_s if closed else None):
                 event = await anext(events)
         except TimeoutError as error:
-            self.record([decide(bound, None) for bound in closed])
+            observed.prompt(None, [decide(bound, None) for bound in closed])
             raise _late([bound.name for bound in closed], self.timeout_s) from error
         assert isinstance(event, PromptJudged)
         return event

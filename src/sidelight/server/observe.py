@@ -1,12 +1,6 @@
-"""What is told of each request to a tracing system. Knows none: ``otel.py`` does.
+"""What is observed of a request: its counts, its trace, its audit lines and its log lines.
 
-Numbers and the operator's own names only: never a text, a key, or a word that a client chose.
-
-The audit log: who had which text judged, by which probe, and what followed; without the text.
-
-Notes what was decided and changed: as counts, in the log and in the audit log, without text.
-
-The server's logs: where and what, never a message that may quote a prompt, never a key.
+Names, numbers and hashes only: never a text, a key, or a word that a client chose.
 """
 
 import hashlib
@@ -17,8 +11,8 @@ import os
 import threading
 import time
 import traceback
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,7 +22,13 @@ from fastapi import Request
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sidelight.engines.base import Event, PromptJudged, written_by
+from sidelight.engines.base import (
+    Event,
+    Finished,
+    PromptJudged,
+    ResponseScored,
+    written_by,
+)
 from sidelight.errors import SidelightError
 from sidelight.policy.decisions import Decision
 from sidelight.probe import Probe
@@ -38,6 +38,7 @@ from sidelight.server.errors import RequestError
 from sidelight.server.metrics import Metrics
 from sidelight.server.middleware import route_of
 
+_log = logging.getLogger(__name__)
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 # Asked every few seconds by machines.
 _UNTRACED = frozenset({"/health", "/ready", "/metrics"})
@@ -45,18 +46,18 @@ _UNTRACED = frozenset({"/health", "/ready", "/metrics"})
 
 @dataclass
 class Trace:
-    """One request, as it goes on.
+    """What a tracing system is told of one request, filled in while the request runs.
 
     Attributes:
-        start_ns: Unix time of its begin.
-        traceparent: The caller's span, as W3C's header names it; None: none.
+        start_ns: Unix time at which the request began.
+        traceparent: The caller's span, as in W3C's header; None: none was sent.
         method: ``_OTHER`` for one that HTTP does not define.
         route: The route's template.
-        status: Of the answer; 500 where there was none.
-        request_id: The server's.
-        model: The served model; None where the request did not come to it.
-        prompt_tokens: Of its texts, each once.
-        completion_tokens: Written.
+        status: Status of the answer; 500 where there was none.
+        request_id: As in the answer's ``x-request-id``.
+        model: The served model; None where the request was refused before it reached the model.
+        prompt_tokens: Tokens of its prompts; a prompt with several texts counts once.
+        completion_tokens: Tokens written.
         decisions: What followed from each verdict.
     """
 
@@ -71,34 +72,180 @@ class Trace:
     completion_tokens: int = 0
     decisions: list[Decision] = field(default_factory=list[Decision])
 
-    @classmethod
-    def of(cls, request: Request) -> "Trace":
-        """The request's; where nobody traces, one that nobody reads."""
-        return getattr(request.state, "trace", None) or cls()
 
-    def add(self, decisions: Sequence[Decision]) -> None:
-        """Takes note of what was decided."""
-        self.decisions += decisions
+@dataclass(frozen=True)
+class Observer:
+    """Counts, traces, audits and logs what happens in one request.
 
-    async def followed(
-        self, events: AsyncGenerator[Event, None], *, is_prompt_known: bool
-    ) -> AsyncGenerator[Event, None]:
-        """The same events of one text, with its tokens counted.
+    Attributes:
+        metrics: Series of the server.
+        audit: Where decisions are written; None: nowhere.
+        trace: The request's; where nobody traces, one that nobody reads.
+        request_id: As in the answer's ``x-request-id``.
+        key_id: Of the API key that was sent; None: the request had none.
+    """
+
+    metrics: Metrics
+    audit: "AuditLog | None" = None
+    trace: Trace = field(default_factory=Trace)
+    request_id: str | None = None
+    key_id: str | None = None
+
+    def of(self, request: Request) -> "Observer":
+        """The same for one request, from what the middleware has put into its state."""
+        state = request.state
+        caller: Caller = getattr(state, "caller", Caller())
+        trace = getattr(state, "trace", None) or Trace()
+        request_id = getattr(state, "request_id", None)
+        return replace(self, trace=trace, request_id=request_id, key_id=caller.key_id)
+
+    def text(self, text: Conversation, *, is_prompt_known: bool = False) -> "TextObserver":
+        """Observes one text of the request.
 
         Args:
-            events: As the engine gives them.
-            is_prompt_known: Whether another text has counted the prompt.
+            text: The conversation or plain text that is judged; the audit log gets its hash.
+            is_prompt_known: Whether this is one more text of a prompt whose decisions have been
+                recorded.
         """
-        written = 0
+        return TextObserver(self, text, is_prompt_known=is_prompt_known)
+
+    def change(self, change: str, probe: Probe) -> None:
+        """Audits what an operator did to a probe; the change stands even where that fails."""
+        with suppress(RequestError):
+            self.append([{"change": change, "probe": probe.name, "version": probe.version}])
+
+    def append(self, lines: Sequence[dict[str, Any]]) -> None:
+        """Writes lines to the audit log, if there is one.
+
+        Raises:
+            RequestError: It cannot be written.
+        """
+        if self.audit is None:
+            return
+        time = datetime.now(UTC).isoformat(timespec="milliseconds")
+        who = {"time": time, "request_id": self.request_id, "key_id": self.key_id}
         try:
-            async with aclosing(events):
-                async for event in events:
-                    written = max(written, written_by(event))
-                    if isinstance(event, PromptJudged) and not is_prompt_known:
-                        self.prompt_tokens += event.tokens
-                    yield event
-        finally:
-            self.completion_tokens += written
+            self.audit.write([{**who, **line} for line in lines])
+        except RequestError as error:
+            self.metrics.audit_failures.inc()
+            _log.error("The audit log cannot be written (%s).", type(error.__cause__).__name__)
+            raise
+
+
+class TextObserver:
+    """Observes one text from its prompt to its end. Its clock starts when it is made.
+
+    Call ``prompt`` once, then ``read`` for every event of the engine, ``delta`` for every piece of
+    text that goes out, and ``end`` however the text ends. A text that is only checked has a
+    ``check`` and nothing else.
+    """
+
+    def __init__(self, request: Observer, text: Conversation, *, is_prompt_known: bool):
+        self._request, self._metrics, self._trace = request, request.metrics, request.trace
+        self._text = text
+        self._is_prompt_known = is_prompt_known
+        self._start = self._last = time.perf_counter()
+        self._until_text = self._metrics.time_to_first_text
+        self._tokens = 0
+        self._judging_s: float | None = None
+        self._has_ended = False
+
+    def prompt(self, event: PromptJudged | None, decisions: Sequence[Decision]) -> None:
+        """The prompt was judged, or (None) its verdicts did not come in time.
+
+        Raises:
+            RequestError: The audit log cannot be written, and one of these rules blocks what cannot
+                be judged. Without such a rule, the failure is only logged and counted.
+        """
+        self.check(event, decisions)
+        if not any(decision.is_blocking for decision in decisions):
+            self._metrics.time_to_verdict.observe(time.perf_counter() - self._start)
+
+    def check(self, event: PromptJudged | None, decisions: Sequence[Decision]) -> None:
+        """As ``prompt``, for a text after which nothing is written."""
+        if event is not None:
+            self._metrics.prompt_tokens.inc(event.tokens)
+            self._metrics.judging.labels("input").observe(event.judging_s)
+            self._trace.prompt_tokens += 0 if self._is_prompt_known else event.tokens
+        self._record(decisions)
+
+    def read(self, event: Event) -> None:
+        """The engine has written or judged more, whether or not the client gets it."""
+        self._tokens = max(self._tokens, written_by(event))
+        # A text that no probe reads took none of a probe's time.
+        if isinstance(event, ResponseScored | Finished) and (event.verdicts or event.failed):
+            self._judging_s = event.judging_s
+
+    def delta(self) -> None:
+        """A piece of text goes out."""
+        now = time.perf_counter()
+        self._until_text.observe(now - self._last)
+        self._until_text, self._last = self._metrics.inter_text_latency, now
+
+    def end(self, decisions: Sequence[Decision], *, is_given_up: bool = False) -> None:
+        """The text is complete, cut, or given up; only the first call counts.
+
+        Raises:
+            RequestError: As for ``prompt``, unless the text is given up: then no answer is left
+                that could be refused.
+        """
+        if self._has_ended:
+            return
+        self._has_ended = True
+        self._metrics.completion_tokens.inc(self._tokens)
+        self._trace.completion_tokens += self._tokens
+        if self._judging_s is not None:
+            self._metrics.judging.labels("output").observe(self._judging_s)
+        if is_given_up:
+            with suppress(RequestError):
+                self._record(decisions)
+        else:
+            self._record(decisions)
+            self._metrics.request_latency.observe(time.perf_counter() - self._start)
+
+    def _record(self, decisions: Sequence[Decision]) -> None:
+        new = [d for d in decisions if not self._is_prompt_known or d.rule.side == "output"]
+        self._metrics.count(new)
+        self._trace.decisions += new
+        for decision in new:
+            _log_decision(decision)
+        if self._request.audit is None or not new:
+            return
+        text_hmac = self._request.audit.hash(self._text)
+        try:
+            self._request.append([_audit_line(text_hmac, decision) for decision in new])
+        except RequestError:
+            if any(d.rule.fails_closed for d in new):
+                raise
+
+
+def _audit_line(text_hmac: str, decision: Decision) -> dict[str, Any]:
+    probe, verdict = decision.rule.probe, decision.verdict
+    return {
+        "text_hmac": text_hmac,
+        "probe": probe.name,
+        "version": probe.version,
+        "side": decision.rule.side,
+        "outcome": decision.outcome,
+        "labels": None if verdict is None else list(verdict.labels),
+        "scores": None if verdict is None else verdict.probabilities,
+        "action": decision.action,
+    }
+
+
+def _log_decision(decision: Decision) -> None:
+    side, name = decision.rule.side, decision.rule.name
+    match decision.action:
+        case "block":
+            _log.info("Probe '%s' blocked the %s.", name, side)
+        case "fail_closed":
+            _log.warning("Probe '%s' gave no verdict on the %s: blocked.", name, side)
+        case "fail_open":
+            _log.warning(
+                "Probe '%s' gave no verdict on the %s: let through, as its rule says.", name, side
+            )
+        case "none" | "flag" | "route" | "shadow":
+            pass
 
 
 # Takes a request that is over.
@@ -140,25 +287,6 @@ class TraceRequests:
         finally:
             trace.route = route_of(scope)
             self._sink(trace)
-
-
-@dataclass(frozen=True)
-class Note:
-    """What the audit log says of a request.
-
-    Attributes:
-        request_id: As in the answer's ``x-request-id``.
-        key_id: Of the key that was sent; None: nobody's.
-    """
-
-    request_id: str | None = None
-    key_id: str | None = None
-
-    @classmethod
-    def of(cls, request: Request) -> "Note":
-        """From what the middleware has put into the request's state."""
-        caller: Caller = getattr(request.state, "caller", Caller())
-        return cls(getattr(request.state, "request_id", None), caller.key_id)
 
 
 class AuditLog:
@@ -230,14 +358,6 @@ class AuditLog:
             self._file = new
 
 
-NOBODY = Note()
-
-
-def now() -> str:
-    """The time as a line has it: UTC, with milliseconds."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
-
-
 def _turns(text: Conversation) -> list[list[str]]:
     assert not isinstance(text, PlainText)
     return [[message.role, message.content] for message in text]
@@ -251,114 +371,6 @@ def _unwritten() -> RequestError:
         type="server_error",
         code="audit_failed",
     )
-
-
-_log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Recorder:
-    """Takes the decisions of one request.
-
-    Attributes:
-        metrics: Where they are counted.
-        audit: Where they are written; None: nowhere.
-        note: Whose request it is.
-        text: The conversation or text that was judged; the audit log gets its hash.
-        trace: Takes them too.
-        is_output_only: Whether what is decided on the prompt has been recorded already.
-    """
-
-    metrics: Metrics
-    audit: AuditLog | None = None
-    note: Note = NOBODY
-    text: Conversation = ()
-    trace: Trace = field(default_factory=Trace)
-    is_output_only: bool = False
-
-    def __call__(self, decisions: Sequence[Decision]) -> None:
-        """Counts and audits all; logs what was blocked, and what could not be judged.
-
-        Raises:
-            RequestError: The audit log cannot be written, and a rule of these blocks what cannot be
-                judged. Without such a rule the failure is logged and counted, and that is all.
-        """
-        taken = [d for d in decisions if not self.is_output_only or d.rule.side == "output"]
-        self.metrics.count(taken)
-        self.trace.add(taken)
-        for decision in taken:
-            _log_one(decision)
-        if self.audit is not None and taken:
-            self._audit(self.audit, taken)
-
-    def about(self, text: Conversation) -> "Recorder":
-        """The same for this text."""
-        return replace(self, text=text)
-
-    def output_only(self) -> "Recorder":
-        """The same for one more text of a prompt."""
-        return replace(self, is_output_only=True)
-
-    def note_change(self, change: str, probe: Probe) -> None:
-        """Audits what an operator has done to a probe; it stands even where that fails."""
-        if self.audit is not None:
-            told = {"change": change, "probe": probe.name, "version": probe.version}
-            with suppress(RequestError):
-                self._write(self.audit, [{**self._who(), **told}])
-
-    def _audit(self, audit: AuditLog, decisions: Sequence[Decision]) -> None:
-        text_hmac = audit.hash(self.text)
-        try:
-            self._write(audit, [self._line(text_hmac, decision) for decision in decisions])
-        except RequestError:
-            if any(d.rule.fails_closed for d in decisions):
-                raise
-
-    def _write(self, audit: AuditLog, lines: Sequence[dict[str, Any]]) -> None:
-        try:
-            audit.write(lines)
-        except RequestError as error:
-            self.metrics.audit_failures.inc()
-            _log.error("The audit log cannot be written (%s).", type(error.__cause__).__name__)
-            raise
-
-    def _who(self) -> dict[str, Any]:
-        return {
-            "time": now(),
-            "request_id": self.note.request_id,
-            "key_id": self.note.key_id,
-        }
-
-    def _line(self, text_hmac: str, decision: Decision) -> dict[str, Any]:
-        probe, verdict = decision.rule.probe, decision.verdict
-        return {
-            **self._who(),
-            "text_hmac": text_hmac,
-            "probe": probe.name,
-            "version": probe.version,
-            "side": decision.rule.side,
-            "outcome": decision.outcome,
-            "labels": None if verdict is None else list(verdict.labels),
-            "scores": None if verdict is None else verdict.probabilities,
-            "action": decision.action,
-        }
-
-
-def _log_one(decision: Decision) -> None:
-    rule = decision.rule
-    match decision.action:
-        case "block":
-            _log.info("Blocked the %s by probe '%s'.", rule.side, rule.name)
-        case "fail_closed":
-            _log.warning("Probe '%s' gave no verdict on the %s: blocked.", rule.name, rule.side)
-        case "fail_open":
-            _log.warning(
-                "Probe '%s' gave no verdict on the %s: passed, as its rule says.",
-                rule.name,
-                rule.side,
-            )
-        case "none" | "flag" | "route" | "shadow":
-            pass
 
 
 # Fields that the server's own records carry, next to the message.
