@@ -12,7 +12,7 @@ from sidelight.errors import SidelightError
 from sidelight.server.app import serve
 from sidelight.server.config import Access, Caller, Key, numbered_keys, read_keys
 from sidelight.server.errors import add_error_handlers
-from sidelight.server.middleware import AdminOnly, BearerAuth
+from sidelight.server.middleware import AdminOnly, Gatekeeper
 
 SECRET = "sk-user-secret"
 ADMIN = "sk-admin-secret"
@@ -34,7 +34,7 @@ def guarded(access):
     def use() -> str:
         return "done"
 
-    app.add_middleware(BearerAuth, access=access)
+    app.add_middleware(Gatekeeper, access=access, limit=1)
     return TestClient(app)
 
 

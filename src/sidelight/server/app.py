@@ -52,15 +52,8 @@ from sidelight.server.connections import (
 )
 from sidelight.server.context import Context, InContext
 from sidelight.server.errors import add_error_handlers
-from sidelight.server.metrics import CountRequests
-from sidelight.server.middleware import (
-    AnswerCrashes,
-    BearerAuth,
-    BoundRequests,
-    Deadline,
-    LogRequests,
-)
-from sidelight.server.observe import AuditLog, Sink, TraceRequests, log_settings
+from sidelight.server.middleware import Deadline, Gatekeeper, RequestScope
+from sidelight.server.observe import AuditLog, Sink, log_settings
 from sidelight.server.probes import ProbeRegistry
 from sidelight.server.schemas import REFUSALS
 
@@ -175,13 +168,8 @@ def create_app(engine: Engine, service: Service | None = None) -> FastAPI:
     add_error_handlers(app)
     # The last one added stands outermost: refused requests are counted too.
     app.add_middleware(Deadline, seconds=chosen.limits.deadline_s, drain=context.drain)
-    app.add_middleware(BoundRequests, limit=chosen.limits.concurrent)
-    app.add_middleware(BearerAuth, access=chosen.access)
-    app.add_middleware(CountRequests, metrics=context.observer.metrics)
-    if chosen.traces is not None:
-        app.add_middleware(TraceRequests, sink=chosen.traces)
-    app.add_middleware(AnswerCrashes)
-    app.add_middleware(LogRequests)
+    app.add_middleware(Gatekeeper, access=chosen.access, limit=chosen.limits.concurrent)
+    app.add_middleware(RequestScope, metrics=context.observer.metrics, sink=chosen.traces)
     return app
 
 

@@ -80,7 +80,7 @@ def failure_body(error: SidelightError) -> dict[str, Any]:
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Makes every failure of ``app`` answer in OpenAI's shape; crashes are ``AnswerCrashes``'."""
+    """Makes every failure of ``app`` answer in OpenAI's shape; ``RequestScope`` answers crashes."""
     app.exception_handler(RequestError)(_refused)
     app.exception_handler(EngineBusyError)(_busy)
     app.exception_handler(EngineUnavailableError)(_unavailable)

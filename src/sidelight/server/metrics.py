@@ -10,13 +10,11 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sidelight.engines.base import Engine
 from sidelight.metrics import BINS, score_counts, stability_index
 from sidelight.policy.decisions import Decision, agreements
 from sidelight.probe import Probe
-from sidelight.server.middleware import route_of
 from sidelight.types import Verdict
 
 # Drift compares the last WINDOW scores, once there are ENOUGH. Without drift, ENOUGH scores exceed
@@ -155,35 +153,3 @@ def _validation_counts(record: Mapping[str, Any]) -> dict[str, list[int]]:
     """Counts of each label's validation scores, stored by training; older probes have none."""
     stored: dict[str, list[int]] = record.get("validation", {}).get("scores", {})
     return {label: counts for label, counts in stored.items() if len(counts) == BINS}
-
-
-class CountRequests:
-    """Counts every answer by route template and status; unknown routes share one label."""
-
-    def __init__(self, app: ASGIApp, *, metrics: Metrics):
-        self._app = app
-        self._metrics = metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes the request on and notes its status."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        is_answered = False
-
-        async def noted(message: Message) -> None:
-            nonlocal is_answered
-            if message["type"] == "http.response.start":
-                is_answered = True
-                self._count(scope, message["status"])
-            await send(message)
-
-        try:
-            await self._app(scope, receive, noted)
-        finally:
-            # An exception that no handler took becomes a 500 further out.
-            if not is_answered:
-                self._count(scope, 500)
-
-    def _count(self, scope: Scope, status: int) -> None:
-        self._metrics.requests.labels(route_of(scope), str(status)).inc()

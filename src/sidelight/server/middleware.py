@@ -1,15 +1,4 @@
-"""Names each request, and writes one line about it: by its route, never by its path or query.
-
-The answer to an exception that nothing else takes.
-
-Lets requests pass that carry one of the keys.
-
-Bounds the requests that are answered at the same time.
-
-Stops work for a client that has left.
-
-Gives a request up when it takes too long, or when the server ends.
-"""
+"""What every request passes before a route: its scope, the gate, and the deadline."""
 
 import asyncio
 import json
@@ -28,141 +17,160 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from sidelight.server.config import Access, Caller
 from sidelight.server.connections import Drain
 from sidelight.server.errors import RequestError, error_body
+from sidelight.server.metrics import Metrics
+from sidelight.server.observe import Sink, Trace
 
 REQUEST_ID = "x-request-id"
-UNROUTED = "other"
-_access_log_log = logging.getLogger("sidelight.access")
+# Operators have to see a busy server too, and ask every few seconds.
+_OPERATORS = frozenset({"/health", "/ready", "/metrics"})
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+_RETRY_S = 1
+_access_log = logging.getLogger("sidelight.access")
+_log = logging.getLogger(__name__)
 
 
-class LogRequests:
-    """Gives each request an id of its own, in its state and in the answer's ``x-request-id``.
+class RequestScope:
+    """Gives each request an id, answers its crash, and counts, traces and logs its end.
 
-    An id that the client sends is not taken over: it would be the client's text in our logs.
-
-    Args:
-        app: What answers.
-    """
-
-    def __init__(self, app: ASGIApp):
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes the request on, and logs its route, status and duration."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        start = time.perf_counter()
-        state = scope.setdefault("state", {})
-        state["request_id"] = request_id = f"req_{uuid.uuid4().hex}"
-        status = 500
-
-        async def named(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                MutableHeaders(scope=message)[REQUEST_ID] = request_id
-            await send(message)
-
-        try:
-            await self._app(scope, receive, named)
-        finally:
-            _write(scope, request_id, status, time.perf_counter() - start)
-
-
-def route_of(scope: Scope) -> str:
-    """The template of the request's route; all unknown routes are one."""
-    return getattr(scope.get("route"), "path", UNROUTED)
-
-
-def _write(scope: Scope, request_id: str, status: int, seconds: float) -> None:
-    caller: Caller = scope["state"].get("caller", Caller())
-    fields = {
-        "request_id": request_id,
-        "key_id": caller.key_id,
-        "method": scope["method"],
-        "route": route_of(scope),
-        "status": status,
-        "seconds": round(seconds, 4),
-    }
-    _access_log_log.info(
-        "%s %s %d %.3f s", fields["method"], fields["route"], status, seconds, extra=fields
-    )
-
-
-_crash_log = logging.getLogger(__name__)
-
-
-class AnswerCrashes:
-    """Answers 500, and logs where the exception happened, by the request's id.
-
-    Starlette's own handler stands outside of all middleware: its answer would have no id, and the
-    log would not say whose request it was. An answer that has begun is cut off.
+    The id is in the answer's ``x-request-id``. One that the client sends is not taken over: it
+    would be the client's text in our logs. For the same reason, requests are counted and logged by
+    the template of their route, never by path or query. Starlette's own handler of crashes stands
+    outside of all middleware: its answer would have no id, and nobody could find its request.
 
     Args:
         app: What answers.
+        metrics: Where answers are counted.
+        sink: Takes the trace of each request; None: nobody does.
     """
 
-    def __init__(self, app: ASGIApp):
+    def __init__(self, app: ASGIApp, *, metrics: Metrics, sink: Sink | None):
         self._app = app
+        self._metrics = metrics
+        self._sink = sink
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes the request on."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        start = time.perf_counter()
+        trace = Trace(
+            start_ns=time.time_ns(),
+            traceparent=Headers(scope=scope).get("traceparent"),
+            method=scope["method"] if scope["method"] in _METHODS else "_OTHER",
+            request_id=f"req_{uuid.uuid4().hex}",
+        )
+        scope.setdefault("state", {}).update(request_id=trace.request_id, trace=trace)
         has_begun = False
 
-        async def noted(message: Message) -> None:
+        def begin(status: int) -> None:
             nonlocal has_begun
             has_begun = True
+            trace.status, trace.route = status, _route_of(scope)
+            self._metrics.requests.labels(trace.route, str(status)).inc()
+
+        async def named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)[REQUEST_ID] = trace.request_id
+                begin(message["status"])
             await send(message)
 
         try:
-            await self._app(scope, receive, noted)
+            await self._app(scope, receive, named)
         except Exception:
-            request_id = scope["state"]["request_id"]
-            _crash_log.exception("Request %s failed.", request_id, extra={"request_id": request_id})
+            extra = {"request_id": trace.request_id}
+            _log.exception("Request %s failed.", trace.request_id, extra=extra)
+            # An answer that has begun is cut off.
             if has_begun:
                 raise
-            await _answer(request_id)(scope, receive, send)
+            message = f"The server failed. Look for {trace.request_id} in its log."
+            body = error_body(message, type="server_error")
+            await JSONResponse(body, status_code=500)(scope, receive, named)
+        finally:
+            if not has_begun:
+                begin(500)
+            self._end(scope, trace, time.perf_counter() - start)
+
+    def _end(self, scope: Scope, trace: Trace, seconds: float) -> None:
+        caller: Caller = scope["state"].get("caller", Caller())
+        fields = {
+            "request_id": trace.request_id,
+            "key_id": caller.key_id,
+            "method": scope["method"],
+            "route": trace.route,
+            "status": trace.status,
+            "seconds": round(seconds, 4),
+        }
+        _access_log.info(
+            "%s %s %d %.3f s", fields["method"], trace.route, trace.status, seconds, extra=fields
+        )
+        if self._sink is not None and scope["path"] not in _OPERATORS:
+            self._sink(trace)
 
 
-def _answer(request_id: str) -> JSONResponse:
-    body = error_body(
-        f"The server failed. Its log says where: look for {request_id}.", type="server_error"
-    )
-    return JSONResponse(body, status_code=500)
+def _route_of(scope: Scope) -> str:
+    """The template of the request's route; all unknown routes share one."""
+    return getattr(scope.get("route"), "path", "other")
 
 
-_OPEN_PATHS = frozenset({"/health"})
+class Gatekeeper:
+    """Answers 401 to requests without a key, and 429 while ``limit`` requests are being answered.
 
-
-class BearerAuth:
-    """Answers 401 unless ``Authorization: Bearer`` holds a key; ``/health`` is open to all.
-
-    Stands before the routing, so that nobody without a key learns which routes exist. What passes
-    carries its ``Caller`` in the request's state.
+    ``/health`` is open to all; ``/ready`` and ``/metrics`` need a key but no free place. Stands
+    before the routing, so that nobody without a key learns which routes exist. A request that
+    passes carries its ``Caller`` in its state.
 
     Args:
         app: What is protected.
         access: Who may pass.
+        limit: Requests at a time.
     """
 
-    def __init__(self, app: ASGIApp, *, access: Access):
+    def __init__(self, app: ASGIApp, *, access: Access, limit: int):
         self._app = app
         self._access = access
+        self._limit = limit
+        self._running = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes the request on, or answers it."""
-        if scope["type"] != "http" or scope["path"] in _OPEN_PATHS:
+        if scope["type"] != "http" or scope["path"] == "/health":
             await self._app(scope, receive, send)
             return
         caller = self._access.caller(Headers(scope=scope).get("authorization", ""))
         if caller is None:
-            await _refusal()(scope, receive, send)
+            await _unauthorized()(scope, receive, send)
             return
         scope.setdefault("state", {})["caller"] = caller
-        await self._app(scope, receive, send)
+        if scope["path"] in _OPERATORS:
+            await self._app(scope, receive, send)
+            return
+        if self._running >= self._limit:
+            await self._too_many()(scope, receive, send)
+            return
+        self._running += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._running -= 1
+
+    def _too_many(self) -> JSONResponse:
+        body = error_body(
+            f"The server is answering {self._limit} requests, its limit (--max-concurrent). Try "
+            "again in a moment.",
+            type="rate_limit_error",
+            code="too_many_requests",
+        )
+        return JSONResponse(body, status_code=429, headers={"Retry-After": str(_RETRY_S)})
+
+
+def _unauthorized() -> JSONResponse:
+    body = error_body(
+        "Missing or unknown API key. Send it as 'Authorization: Bearer KEY'.",
+        type="authentication_error",
+        code="invalid_api_key",
+    )
+    return JSONResponse(body, status_code=401, headers={"WWW-Authenticate": "Bearer"})
 
 
 def require_admin(request: Request) -> None:
@@ -175,7 +183,7 @@ def require_admin(request: Request) -> None:
     if not caller.is_admin:
         raise RequestError(
             "This route needs an admin key. Start the server with --admin-key or "
-            "--admin-keys-file, and send one of these.",
+            "--admin-keys-file, and send that key.",
             status=403,
             type="permission_error",
             code="admin_key_required",
@@ -183,85 +191,6 @@ def require_admin(request: Request) -> None:
 
 
 AdminOnly = Depends(require_admin)
-
-
-def _refusal() -> JSONResponse:
-    body = error_body(
-        "Missing or unknown API key. Send it as 'Authorization: Bearer KEY'.",
-        type="authentication_error",
-        code="invalid_api_key",
-    )
-    return JSONResponse(body, status_code=401, headers={"WWW-Authenticate": "Bearer"})
-
-
-# Operators have to see a busy server too.
-_EXEMPT = frozenset({"/health", "/ready", "/metrics"})
-_RETRY_S = 1
-
-
-class BoundRequests:
-    """Answers 429 with ``Retry-After`` while ``limit`` requests are being answered.
-
-    Args:
-        app: What answers.
-        limit: Requests at a time; those of ``/health``, ``/ready`` and ``/metrics`` do not count.
-    """
-
-    def __init__(self, app: ASGIApp, *, limit: int):
-        self._app = app
-        self._limit = limit
-        self._answered_now = 0
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes the request on, or answers it."""
-        if scope["type"] != "http" or scope["path"] in _EXEMPT:
-            await self._app(scope, receive, send)
-            return
-        if self._answered_now >= self._limit:
-            await self._refusal()(scope, receive, send)
-            return
-        self._answered_now += 1
-        try:
-            await self._app(scope, receive, send)
-        finally:
-            self._answered_now -= 1
-
-    def _refusal(self) -> JSONResponse:
-        body = error_body(
-            f"{self._limit} requests are being answered, as many as may be. Try again in a moment.",
-            type="rate_limit_error",
-            code="too_many_requests",
-        )
-        return JSONResponse(body, status_code=429, headers={"Retry-After": str(_RETRY_S)})
-
-
-T = TypeVar("T")
-
-
-async def unless_left(request: Request, work: Awaitable[T]) -> T:
-    """The outcome of ``work``, which is cancelled as soon as the client leaves.
-
-    Raises:
-        ClientDisconnect: It left.
-    """
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_left(request))
-    try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientDisconnect
-        return working.result()
-    finally:
-        working.cancel()
-        leaving.cancel()
-        # What fails now is of no interest, but has to be fetched: asyncio would log it.
-        await asyncio.gather(working, leaving, return_exceptions=True)
-
-
-async def _left(request: Request) -> None:
-    # The body has been read: the only message that can follow is the disconnect.
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 class Deadline:
@@ -314,14 +243,43 @@ class Deadline:
     def _refusal(self) -> tuple[int, dict[str, object]]:
         if self._drain.is_over:
             return 503, error_body(
-                "The server stops and gave the request up. Send it again, to another server or "
-                "once this one is back.",
+                "The server is stopping and has given the request up. Send it again, to another "
+                "server or once this one is back.",
                 type="server_error",
                 code="shutting_down",
             )
         return 504, error_body(
-            f"The request took longer than {self._seconds:g} seconds and was given up. Ask for "
-            "less at a time, or try again when the server is less busy.",
+            f"The request took longer than {self._seconds:g} seconds (--deadline) and was given "
+            "up. Ask for less at a time, or try again when the server is less busy.",
             type="server_error",
             code="deadline_exceeded",
         )
+
+
+T = TypeVar("T")
+
+
+async def unless_left(request: Request, work: Awaitable[T]) -> T:
+    """The outcome of ``work``, which is cancelled as soon as the client leaves.
+
+    Raises:
+        ClientDisconnect: It left.
+    """
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_left(request))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        working.cancel()
+        leaving.cancel()
+        # What fails now is of no interest, but has to be fetched: asyncio would log it.
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _left(request: Request) -> None:
+    # The body has been read: the only message that can follow is the disconnect.
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

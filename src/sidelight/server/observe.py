@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import Request
-from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sidelight.engines.base import (
     Event,
@@ -36,12 +34,8 @@ from sidelight.prompts import Conversation, PlainText
 from sidelight.server.config import Caller
 from sidelight.server.errors import RequestError
 from sidelight.server.metrics import Metrics
-from sidelight.server.middleware import route_of
 
 _log = logging.getLogger(__name__)
-_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-# Asked every few seconds by machines.
-_UNTRACED = frozenset({"/health", "/ready", "/metrics"})
 
 
 @dataclass
@@ -71,6 +65,10 @@ class Trace:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     decisions: list[Decision] = field(default_factory=list[Decision])
+
+
+# Takes the trace of a request that is over.
+Sink = Callable[[Trace], None]
 
 
 @dataclass(frozen=True)
@@ -246,47 +244,6 @@ def _log_decision(decision: Decision) -> None:
             )
         case "none" | "flag" | "route" | "shadow":
             pass
-
-
-# Takes a request that is over.
-Sink = Callable[[Trace], None]
-
-
-class TraceRequests:
-    """Follows each request to its end, and hands over what there is to tell of it.
-
-    Args:
-        app: What answers.
-        sink: Takes it.
-    """
-
-    def __init__(self, app: ASGIApp, *, sink: Sink):
-        self._app = app
-        self._sink = sink
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes the request on."""
-        if scope["type"] != "http" or scope["path"] in _UNTRACED:
-            await self._app(scope, receive, send)
-            return
-        state = scope.setdefault("state", {})
-        state["trace"] = trace = Trace(
-            start_ns=time.time_ns(),
-            traceparent=Headers(scope=scope).get("traceparent"),
-            method=scope["method"] if scope["method"] in _METHODS else "_OTHER",
-            request_id=state.get("request_id", ""),
-        )
-
-        async def noted(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                trace.status = message["status"]
-            await send(message)
-
-        try:
-            await self._app(scope, receive, noted)
-        finally:
-            trace.route = route_of(scope)
-            self._sink(trace)
 
 
 class AuditLog:
