@@ -96,13 +96,13 @@ class RequestScope:
         fields = {
             "request_id": trace.request_id,
             "key_id": caller.key_id,
-            "method": scope["method"],
+            "method": trace.method,
             "route": trace.route,
             "status": trace.status,
             "seconds": round(seconds, 4),
         }
         _access_log.info(
-            "%s %s %d %.3f s", fields["method"], trace.route, trace.status, seconds, extra=fields
+            "%s %s %d %.3f s", trace.method, trace.route, trace.status, seconds, extra=fields
         )
         if self._sink is not None and scope["path"] not in _OPERATORS:
             self._sink(trace)
