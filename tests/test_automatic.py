@@ -2,7 +2,7 @@
 
 import pytest
 
-from sidelight.training.options import automatic_mechanisms
+from sidelight.training.settings import automatic_mechanisms
 
 
 @pytest.mark.parametrize(

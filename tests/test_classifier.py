@@ -17,9 +17,8 @@ from sidelight.prompts import Reads
 from sidelight.training.classifier import Classifier, load, train
 from sidelight.training.cross_fitting import shared_texts
 from sidelight.training.fit import fit
-from sidelight.training.options import FitOptions
 from sidelight.training.runs import Columns, assess
-from sidelight.training.settings import TrainingSettings
+from sidelight.training.settings import FitOptions, TrainingSettings
 from tiny import untrained_probe
 
 pytestmark = pytest.mark.usefixtures("own_cache")

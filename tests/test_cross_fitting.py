@@ -14,8 +14,7 @@ from sidelight.training.cross_fitting import FOLDS, choose_folds, cross_fit
 from sidelight.training.dataset import ProbeDataset, make_split
 from sidelight.training.fit import fit
 from sidelight.training.loop import train_mechanisms
-from sidelight.training.options import FitOptions
-from sidelight.training.settings import Job, suggested_settings
+from sidelight.training.settings import FitOptions, Job, suggested_settings
 
 # Two float32 programs of the same sums.
 ROUNDING = 1e-4

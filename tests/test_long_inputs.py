@@ -20,8 +20,7 @@ from sidelight.ragged import Ragged
 from sidelight.training.batches import among_others
 from sidelight.training.fit import fit
 from sidelight.training.loop import train_mechanisms
-from sidelight.training.options import FitOptions, automatic_mechanisms
-from sidelight.training.settings import Job, suggested_settings
+from sidelight.training.settings import FitOptions, Job, automatic_mechanisms, suggested_settings
 
 
 def batch(labels, *, seed=0):
@@ -104,7 +103,7 @@ def test_several_classes_are_refused_before_the_backbone_runs(tiny, tmp_path, mo
     monkeypatch.setattr(type(tiny), "run", None)
     texts, labels = planted("multiclass", 60, seed=0)
     rows = load_examples(list(zip(texts, map(str, labels), strict=True)))
-    with pytest.raises(SidelightError, match="of 3 classes"):
+    with pytest.raises(SidelightError, match="With 3 classes"):
         fit(tiny, rows, None, name="p", options=FitOptions(long_inputs=True, cache_root=tmp_path))
 
 
@@ -115,7 +114,7 @@ def test_the_command_line_has_the_option(tiny, tmp_path, capsys):
     data.write_text("\n".join(json.dumps({"text": a, "label": f"is {b}"}) for a, b in rows))
     arguments = ["--data", str(data), "--model", str(saved(tiny, tmp_path / "model"))]
     assert run("train", *arguments, "--long-inputs", "--out", str(tmp_path / "probe"))
-    assert "of 3 classes" in capsys.readouterr().err
+    assert "With 3 classes" in capsys.readouterr().err
 
 
 def test_several_classes_are_refused_by_training_itself(tiny, tmp_path):
@@ -123,7 +122,7 @@ def test_several_classes_are_refused_by_training_itself(tiny, tmp_path):
     job = Job(
         mechanism_spec("readout"), 0, replace(suggested_settings("readout"), long_inputs=True)
     )
-    with pytest.raises(SidelightError, match="of 3 classes"):
+    with pytest.raises(SidelightError, match="With 3 classes"):
         train_mechanisms([job], task=TASKS["multiclass"], training=training, validation=None)
 
 

@@ -20,7 +20,7 @@ from sidelight.prompts import Reads
 from sidelight.states.cache import SHARD_BYTES, ActivationCache, Shard
 from sidelight.states.extraction import BackboneSource, extract
 from sidelight.training.fit import fit
-from sidelight.training.options import FitOptions
+from sidelight.training.settings import FitOptions
 from sidelight.vllm.settings import CAPTURE, KEY
 from vllm_served import mixed_prompts, tiny_model
 

@@ -16,7 +16,7 @@ from sidelight.errors import SidelightError
 
 if TYPE_CHECKING:
     from sidelight.data.examples import Examples
-    from sidelight.training.options import FitOptions
+    from sidelight.training.settings import FitOptions
 
 
 Command = Callable[..., Any]
@@ -217,7 +217,7 @@ def reading_options(given: dict[str, Any]) -> "FitOptions":
         given: The values of ``training_options``.
     """
     from sidelight.prompts import Reads
-    from sidelight.training.options import FitOptions
+    from sidelight.training.settings import FitOptions
 
     budget = given["cache_budget"]
     return FitOptions(

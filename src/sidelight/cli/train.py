@@ -23,8 +23,7 @@ from sidelight.errors import SidelightError
 
 if TYPE_CHECKING:
     from sidelight.mechanisms.base import MechanismSpec, OptionValue
-    from sidelight.training.options import FitOptions
-    from sidelight.training.settings import TrainingSettings
+    from sidelight.training.settings import FitOptions, TrainingSettings
 
 
 # As ``fitting.AUTO``, whose import takes seconds.

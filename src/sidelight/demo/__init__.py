@@ -19,8 +19,8 @@ from sidelight.server.process import ServerProcess
 from sidelight.smollm2 import EMBEDDED_NAME, cache_root
 from sidelight.training.classifier import Classifier
 from sidelight.training.fit import fit
-from sidelight.training.options import FitOptions
 from sidelight.training.runs import console
+from sidelight.training.settings import FitOptions
 
 _DATA = Path(__file__).parent / "data"
 # Task, and the positive class of a binary one.

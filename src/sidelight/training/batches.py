@@ -17,10 +17,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from sidelight.errors import SidelightError
 from sidelight.ragged import Ragged
 from sidelight.states.cache import Shard
-from sidelight.types import Task
 
 
 def batches(shard: Shard, *, size: int, shuffle: torch.Generator) -> Iterator[Shard]:
@@ -81,17 +79,3 @@ def among_others(tokens: Ragged, labels: Int[Tensor, "text ..."]) -> Ragged:
     parts = tokens.chosen(members)
     ends = parts.lengths.cumsum(0)[sizes.cumsum(0) - 1]
     return Ragged(parts.values, ends.diff(prepend=ends.new_zeros(1)))
-
-
-def require_labels_of_parts(task: Task) -> None:
-    """Checks that a label can be one of a part of a text, as long inputs need it.
-
-    Raises:
-        SidelightError: There are several classes.
-    """
-    if task.kind == "multiclass":
-        raise SidelightError(
-            f"Long inputs are for labels that a part of a text can have, but of {len(task.labels)} "
-            "classes a text of several parts could have any. Leave --long-inputs out "
-            "(long_inputs=False), or train on one label."
-        )

@@ -21,7 +21,7 @@ from sidelight.prompts import EncodedPrompt, Message, Reads
 from sidelight.states.extraction import StateSource
 from sidelight.states.scoring import score
 from sidelight.training.fit import fit
-from sidelight.training.options import AUTO, FitOptions
+from sidelight.training.settings import AUTO, FitOptions
 from sidelight.types import Task, Verdict
 
 

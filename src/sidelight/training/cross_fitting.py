@@ -20,8 +20,7 @@ from sidelight.errors import SidelightError
 from sidelight.prompts import EncodedPrompt
 from sidelight.training.dataset import ProbeDataset
 from sidelight.training.loop import Trained, train_mechanisms
-from sidelight.training.options import FEW_TEXTS
-from sidelight.training.settings import Job
+from sidelight.training.settings import FEW_TEXTS, Job
 from sidelight.training.tfidf import fit_tfidf
 from sidelight.types import Task
 

@@ -22,7 +22,6 @@ from sidelight.metrics import score_counts
 from sidelight.probe import Probe
 from sidelight.smollm2 import cache_root
 from sidelight.states.extraction import StateSource
-from sidelight.training.batches import require_labels_of_parts
 from sidelight.training.cross_fitting import (
     Folds,
     choose_folds,
@@ -39,9 +38,8 @@ from sidelight.training.cross_fitting import (
 )
 from sidelight.training.dataset import ProbeDataset, Split, make_split
 from sidelight.training.loop import Trained, divergence, train_mechanisms
-from sidelight.training.options import FitOptions
 from sidelight.training.run import validation_score
-from sidelight.training.settings import Job
+from sidelight.training.settings import FitOptions, Job, require_labels_of_parts
 from sidelight.training.tfidf import fit_tfidf
 from sidelight.types import Task
 

@@ -14,10 +14,10 @@ from sidelight.progress import Progress, progress
 from sidelight.ragged import Ragged
 from sidelight.standardisation import Standardisation
 from sidelight.states.cache import Shard, States
-from sidelight.training.batches import batches, on_device, require_labels_of_parts
+from sidelight.training.batches import batches, on_device
 from sidelight.training.layer_weights import layer_weights
 from sidelight.training.run import TrainingRun, make_loss, measured, pooled_sample, validation_score
-from sidelight.training.settings import Job
+from sidelight.training.settings import Job, require_labels_of_parts
 from sidelight.types import Task
 
 _VALIDATION_BATCH = 128

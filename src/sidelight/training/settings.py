@@ -1,17 +1,23 @@
-"""How a mechanism is trained, and which mechanisms are trained together."""
+"""What to train and how: mechanisms, seeds, optimisation, and where the activations go."""
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
+from sidelight.calibration import CalibrationKind
 from sidelight.errors import SidelightError
-from sidelight.mechanisms.base import MechanismSpec
+from sidelight.mechanisms.base import MechanismSpec, mechanism_spec
+from sidelight.prompts import Reads
+from sidelight.types import Task
 
-ClassWeight = Literal["none", "balanced"]
-# Of few texts: larger batches would be too few.
-_STEPS_OF_AN_EPOCH = 8
-
-LayerWeights = Literal["equal", "predictive"]
+AUTO = "auto"
+TRAINING_MAX_TOKENS = 1024
+# Below FEW_TEXTS extremes overfit, below MANY_TEXTS features do; docs/results.md has the runs.
+FEW_TEXTS, _MANY_TEXTS = 1000, 5000
+# Few texts are trained in smaller batches, so that an epoch has this many steps.
+_STEPS_PER_EPOCH = 8
 
 
 @dataclass(frozen=True)
@@ -22,20 +28,19 @@ class TrainingSettings:
         learning_rate: At the start of the cosine.
         weight_decay: Decoupled, per step relative to the learning rate.
         epochs: Passes over the data at most; the cosine ends there.
-        least_steps: Few texts are trained in smaller batches and for more epochs, so that there are
-            so many steps; 0 takes epochs and batch size as they are.
-        batch_size: Texts per step; where shards of activations hold fewer, several make a step.
-        patience: Epochs without a better validation score after which training stops; more in
-            proportion where there are more epochs.
+        least_steps: Few texts are trained in smaller batches and for more epochs until there are
+            this many steps; 0 takes ``epochs`` and ``batch_size`` as they are.
+        batch_size: Texts per step; if a shard of activations holds fewer, several shards make one.
+        patience: Training stops after this many epochs without a better validation score; more
+            epochs give proportionally more patience.
         class_weight: ``balanced`` weighs each class by its inverse frequency; the threshold that
             validation chooses handles imbalance either way.
         layer_weights: ``predictive`` weighs layers by how well each predicts left-out training
-            texts (``training/layer_weights.py``), if states are standardised.
-        beginnings: Whether a probe of responses also learns from a random beginning of each: it is
-            asked for scores while a response is written.
-        long_inputs: Whether each text also teaches as a part of long inputs
-            (``training/long_inputs.py``); not for several classes, of which an input of several
-            texts could have any.
+            texts (see ``layer_weights``), if states are standardised.
+        beginnings: Whether a probe of responses also learns from a random beginning of each, since
+            it is asked for scores while a response is being written.
+        long_inputs: Whether each text is also trained on as a part of long inputs (see
+            ``among_others``); not for several classes.
     """
 
     learning_rate: float = 1e-3
@@ -44,8 +49,8 @@ class TrainingSettings:
     least_steps: int = 96
     batch_size: int = 32
     patience: int = 3
-    class_weight: ClassWeight = "none"
-    layer_weights: LayerWeights = "equal"
+    class_weight: Literal["none", "balanced"] = "none"
+    layer_weights: Literal["equal", "predictive"] = "equal"
     beginnings: bool = True
     long_inputs: bool = False
 
@@ -54,29 +59,24 @@ class TrainingSettings:
         if not 0 <= self.learning_rate < 1 or not 0 <= self.weight_decay < math.inf:
             raise SidelightError(
                 f"Cannot train with learning rate {self.learning_rate} and weight decay "
-                f"{self.weight_decay}: the rate lies from 0 to 1, the decay is 0 or more."
+                f"{self.weight_decay}: the rate must be 0 or more and below 1, the decay 0 or more."
             )
-        least = {"epochs": 1, "batch_size": 1, "patience": 1, "least_steps": 0}
-        for name, low in least.items():
-            if getattr(self, name) < low:
+        for name, least in {"epochs": 1, "batch_size": 1, "patience": 1, "least_steps": 0}.items():
+            if getattr(self, name) < least:
                 raise SidelightError(
-                    f"Cannot train with {name} = {getattr(self, name)}: give {low} or more."
+                    f"Cannot train with {name} = {getattr(self, name)}: give {least} or more."
                 )
 
     def changed(self, **given: Any) -> "TrainingSettings":
-        """With other values; epochs or a batch size that are given hold for few texts too."""
+        """With other values; given epochs or a given batch size hold for few texts too."""
         exact = {"least_steps": 0} if {"epochs", "batch_size"} & given.keys() else {}
         return replace(self, **{**exact, **given})
 
     def fitted_to(self, texts: int) -> "TrainingSettings":
-        """What so few texts are really trained with: smaller batches and more epochs.
-
-        Args:
-            texts: For training.
-        """
+        """The settings for this many training texts: few get smaller batches and more epochs."""
         if not self.least_steps:
             return self
-        batch_size = min(self.batch_size, max(1, texts // _STEPS_OF_AN_EPOCH))
+        batch_size = min(self.batch_size, max(1, texts // _STEPS_PER_EPOCH))
         epochs = max(self.epochs, math.ceil(self.least_steps / math.ceil(texts / batch_size)))
         patience = math.ceil(self.patience * epochs / self.epochs)
         return replace(self, batch_size=batch_size, epochs=epochs, patience=patience)
@@ -98,6 +98,17 @@ def suggested_settings(mechanism: str) -> TrainingSettings:
     return _SUGGESTED.get(mechanism, TrainingSettings())
 
 
+def automatic_mechanisms(texts: int, *, long_inputs: bool = False) -> tuple[MechanismSpec, ...]:
+    """The mechanisms that suit this many training texts; validation chooses if they are several."""
+    # Extremes overfit long inputs too.
+    if texts < FEW_TEXTS or long_inputs:
+        return (mechanism_spec("readout"),)
+    extremes = mechanism_spec("readout", {"extremes": "pair"})
+    if texts < _MANY_TEXTS:
+        return (extremes,)
+    return (extremes, mechanism_spec("blend"))
+
+
 @dataclass(frozen=True)
 class Job:
     """One probe to train.
@@ -105,7 +116,7 @@ class Job:
     Attributes:
         spec: The mechanism.
         seed: Of its initial parameters and the order of the data.
-        settings: Of the optimisation.
+        settings: How it is optimised.
         standardise: Whether it reads hidden states standardised per layer.
     """
 
@@ -113,3 +124,72 @@ class Job:
     seed: int
     settings: TrainingSettings
     standardise: bool = True
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """What to train, and from what.
+
+    Attributes:
+        mechanisms: Each is trained with every seed; None takes what suits the number of texts.
+        seeds: Of initial parameters and data order; the split is the same for all.
+        settings: By mechanism name; a missing one has its suggested settings.
+        long_inputs: Whether the probe is to find a text among others in a long input: for labels
+            that a part of a text can have.
+        standardise: Whether hidden states are standardised per layer.
+        reads: The tokens that the probe reads.
+        calibration: From logits to probabilities.
+        max_tokens: Longer training texts are cut, and counted.
+        cache_root: Folder for the activations while training; None is the user's cache.
+        cache_budget_bytes: The most that the activations of training texts may take, and those of
+            validation texts; None allows what the disk has.
+        keep_cache: Whether the activations stay for another training.
+    """
+
+    mechanisms: tuple[MechanismSpec, ...] | None = None
+    seeds: tuple[int, ...] = (0,)
+    settings: Mapping[str, TrainingSettings] = field(default_factory=dict)
+    long_inputs: bool = False
+    standardise: bool = True
+    reads: Reads = field(default_factory=Reads)
+    calibration: CalibrationKind = "platt"
+    max_tokens: int = TRAINING_MAX_TOKENS
+    cache_root: Path | None = None
+    cache_budget_bytes: int | None = None
+    keep_cache: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuses to train nothing."""
+        if not self.seeds:
+            raise SidelightError("There is no seed to train with. Give one or more, such as 0.")
+        if self.mechanisms is not None and not self.mechanisms:
+            raise SidelightError(
+                "There is no mechanism to train. Name one or more, or give None to take what suits "
+                "the number of texts."
+            )
+
+    def jobs(self, texts: int) -> list[Job]:
+        """Every mechanism with every seed, for this many training texts."""
+        specs = self.mechanisms
+        if specs is None:
+            specs = automatic_mechanisms(texts, long_inputs=self.long_inputs)
+        jobs: list[Job] = []
+        for spec in specs:
+            settings = self.settings.get(spec.name, suggested_settings(spec.name))
+            settings = replace(settings, long_inputs=settings.long_inputs or self.long_inputs)
+            jobs += [Job(spec, seed, settings, standardise=self.standardise) for seed in self.seeds]
+        return jobs
+
+
+def require_labels_of_parts(task: Task) -> None:
+    """Checks that a part of a text can have a label of its own, as long inputs need it.
+
+    Raises:
+        SidelightError: There are several classes.
+    """
+    if task.kind == "multiclass":
+        raise SidelightError(
+            f"Long inputs need labels that a part of a text can have. With {len(task.labels)} "
+            "classes, a text of several parts could have any of them. Leave --long-inputs out "
+            "(long_inputs=False), or train on one label."
+        )

@@ -27,7 +27,7 @@ from sidelight.mechanisms.base import mechanism_spec
 from sidelight.prompts import Message, Reads
 from sidelight.training.classifier import load
 from sidelight.training.fit import fit
-from sidelight.training.options import FitOptions
+from sidelight.training.settings import FitOptions
 from sidelight.types import Task
 
 # A word that names the ticket: a verdict that went to another request most likely names another.

@@ -27,7 +27,7 @@ from sidelight.probe import Probe
 from sidelight.prompts import Reads
 from sidelight.storage import write_text
 from sidelight.training.fit import fit
-from sidelight.training.options import FitOptions
+from sidelight.training.settings import FitOptions
 from sidelight_lab.bench.streaming_responses import (
     Parts,
     Responses,

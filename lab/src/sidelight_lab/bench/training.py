@@ -17,8 +17,7 @@ from sidelight.ragged import by_length
 from sidelight.states.cache import ActivationCache, ShardPlan
 from sidelight.states.extraction import BackboneSource, StateSource, extract
 from sidelight.training.loop import TrainingSet, train_mechanisms
-from sidelight.training.options import TRAINING_MAX_TOKENS
-from sidelight.training.settings import Job, suggested_settings
+from sidelight.training.settings import TRAINING_MAX_TOKENS, Job, suggested_settings
 from sidelight_lab.bench.timing import interleaved, spread
 
 

@@ -24,8 +24,7 @@ from sidelight.storage import replacing
 from sidelight.training.dataset import ProbeDataset
 from sidelight.training.fit import make_run
 from sidelight.training.loop import train_mechanisms
-from sidelight.training.options import FitOptions
-from sidelight.training.settings import Job
+from sidelight.training.settings import FitOptions, Job
 from sidelight_lab.baselines.base import FittedBaseline
 from sidelight_lab.tables.rounds import Round
 from sidelight_lab.tables.rows import BaselineConfig, ProbeConfig, Rows
