@@ -13,8 +13,10 @@ from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import Geometry, mechanism_names, mechanism_spec
 from sidelight.prompts import Reads
 from sidelight.ragged import Ragged
+from sidelight.training.batches import random_beginnings
 from sidelight.training.loop import train_mechanisms
-from sidelight.training.run import TrainingRun, _begun, make_loss, validation_score
+from sidelight.training.objective import make_loss, validation_score
+from sidelight.training.run import TrainingRun
 from sidelight.training.settings import Job, TrainingSettings, suggested_settings
 
 QUICK = TrainingSettings(
@@ -329,7 +331,7 @@ def test_a_beginning_is_the_first_tokens_of_its_text():
     torch.manual_seed(0)
     seen = set()
     for _ in range(200):
-        begun = _begun(tokens)
+        begun = random_beginnings(tokens)
         for own, text in zip(begun.split(), tokens.split(), strict=True):
             assert torch.equal(own.values, text.values[: len(own.values)])
         seen.add(tuple(begun.lengths.tolist()))
@@ -346,8 +348,8 @@ def test_shards_smaller_than_a_batch_fill_it_together(tiny, tmp_path, monkeypatc
     training = training_set(tiny, tmp_path, "binary", texts, seed=0, shard_bytes=60 * token_bytes)
     assert max(map(len, training.states.plan.rows)) < size
     steps = []
-    step = TrainingRun._step
-    monkeypatch.setattr(TrainingRun, "_step", lambda self: (steps.append(1), step(self)))
+    step = TrainingRun.step
+    monkeypatch.setattr(TrainingRun, "step", lambda self: (steps.append(1), step(self)))
     settings = replace(QUICK, batch_size=size)
     train_mechanisms(
         [job("gate", settings=settings)], task=TASKS["binary"], training=training, validation=None

@@ -29,7 +29,7 @@ from sidelight.prompts import Message, Reads
 from sidelight.server.config import Access, numbered_keys
 from sidelight.states.cache import ActivationCache
 from sidelight.training.dataset import ProbeDataset, Split
-from sidelight.training.run import make_loss
+from sidelight.training.objective import make_loss
 from sidelight.types import Task
 from sidelight_lab.baselines.fine_tuning import (
     FineTuneTask,
@@ -193,7 +193,7 @@ def test_fine_tuning_keeps_the_best_epoch(dataset):
         task=dataset.task, **parts, settings=FineTuning(0.5, epochs=6), seed=0, title="Tuning"
     )
     history = fine_tune(model, lesson).history
-    from sidelight.training.run import validation_score
+    from sidelight.training.objective import validation_score
 
     logits = score_sequences(model, parts["validation"].sequences, title="Judging")
     assert len(history) == 6

@@ -22,7 +22,7 @@ from sidelight.metrics import METRICS
 from sidelight.prompts import Message, Reads
 from sidelight.states.scoring import score
 from sidelight.training.dataset import ProbeDataset, make_split
-from sidelight.training.run import validation_score
+from sidelight.training.objective import validation_score
 from sidelight.types import TaskKind
 from sidelight_lab.baselines import BASELINES
 from sidelight_lab.cli.reproduce import reproduce as command

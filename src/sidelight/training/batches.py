@@ -1,12 +1,6 @@
-"""A shard of the cache in batches, without a copy.
+"""A shard of the cache in batches, and what a batch teaches besides its whole texts.
 
-The texts of a shard lie in random order, so neighbours are a random batch.
-
-Long inputs out of a batch: each text among others that have no label.
-
-A probe that has seen short texts only misses one of them in a long input. Where a label says that
-some part of a text is so, several texts in one input have the labels of all. The hidden states are
-those of each text by itself, so this costs no forward pass (docs/results.md has what it brings).
+The texts of a shard lie in random order, so neighbours are a random batch, without a copy.
 """
 
 import math
@@ -20,16 +14,15 @@ from torch import Tensor
 from sidelight.ragged import Ragged
 from sidelight.states.cache import Shard
 
+# Two thousand tokens of short prompts.
+_MOST_OTHERS = 40
+
 
 def batches(shard: Shard, *, size: int, shuffle: torch.Generator) -> Iterator[Shard]:
-    """Neighbours together, in random order and with a random first cut.
+    """Neighbouring texts, in random order and with a random first cut.
 
-    A shard with fewer texts than a batch is not cut.
-
-    Args:
-        shard: Of a cache.
-        size: Texts of a batch; the first one and the last one may have fewer.
-        shuffle: Decides the first cut and the order.
+    A shard with fewer texts than ``size`` is one batch; the first and the last batch of a larger
+    one may have fewer texts.
     """
     texts = len(shard.rows)
     first = int(torch.randint(1, size + 1, (), generator=shuffle)) if texts >= size else texts
@@ -46,27 +39,29 @@ def neighbours(shard: Shard, cuts: Sequence[int]) -> Iterator[Shard]:
         yield Shard(hidden, shard.lengths[start:stop], shard.rows[start:stop])
 
 
-def on_device(shard: Shard, device: torch.device, dtype: torch.dtype) -> Shard:
-    """The shard where it is trained on."""
-    return Shard(shard.hidden.to(device, dtype), shard.lengths.to(device), shard.rows)
-
-
-# Two thousand tokens, of short prompts.
-_MOST_OTHERS = 40
+def random_beginnings(tokens: Ragged) -> Ragged:
+    """A beginning of each text, its length log-uniform: running scores matter from the start."""
+    share = torch.rand(len(tokens.lengths), device=tokens.lengths.device)
+    lengths = ((tokens.lengths + 1) ** share).long()
+    return tokens.beginnings(lengths.minimum(tokens.lengths))
 
 
 def among_others(tokens: Ragged, labels: Int[Tensor, "text ..."]) -> Ragged:
-    """Each text at a random place among texts of the batch without a label.
+    """Each text at a random place among texts of the batch that have no label.
 
-    The number of others is log-uniform, from 1 to 40. Where all texts have a label, they stay as
-    they are.
+    A probe that has only seen short texts misses one of them in a long input. If a label says that
+    some part of a text has a property, several texts in one input have the labels of all. The
+    hidden states are those of each text by itself, so this costs no forward pass; docs/results.md
+    has what it brings.
+
+    The number of others is log-uniform, from 1 to 40. If every text has a label, nothing changes.
 
     Args:
-        tokens: Of each text, in whatever form.
-        labels: 0 or 1; of a multi-label task, a column for each label.
+        tokens: Of each text, in any form.
+        labels: 0 or 1; for a multi-label task a column per label.
 
     Returns:
-        As many segments as texts, in their order, whose labels hold.
+        One long input for each text, in their order, with the labels of that text.
     """
     others = (~labels.reshape(len(labels), -1).any(1)).nonzero()[:, 0]
     if not len(others):

@@ -38,7 +38,7 @@ from sidelight.training.cross_fitting import (
 )
 from sidelight.training.dataset import ProbeDataset, Split, make_split
 from sidelight.training.loop import Trained, divergence, train_mechanisms
-from sidelight.training.run import validation_score
+from sidelight.training.objective import validation_score
 from sidelight.training.settings import FitOptions, Job, require_labels_of_parts
 from sidelight.training.tfidf import fit_tfidf
 from sidelight.types import Task

@@ -1,41 +1,56 @@
 """How much each layer counts when training starts: by how well it alone predicts left-out texts.
 
-Layers differ in what they know of a task. A layer's standardised states are multiplied by its
+Layers differ in what they know about a task. A layer's standardised states are multiplied by its
 weight, which sets how fast its parameters learn: AdamW's steps do not depend on how large a
 gradient is.
 
-Each layer's mean, and each layer's last token, is a *view* of a text. A view is worth the R^2 of a
-kernel ridge regression on it alone, on left-out texts; a layer is worth its better view, and weighs
-its worth relative to the best layer's to the eighth power (docs/results.md has others). The
-leave-one-out error of a ridge regression has a closed form (Allen 1974), so this costs a few
-eigendecompositions, and no validation text is looked at.
+A layer's mean and its last token are two *views* of a text. A view is worth the R^2, on left-out
+texts, of a kernel ridge regression on it alone. A layer is worth its better view; its weight is
+that worth, relative to the best layer's, to the eighth power (docs/results.md has other powers).
+The leave-one-out error of a ridge regression has a closed form (Allen 1974), so this costs a few
+eigendecompositions and no validation text.
 """
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from sidelight.states.pooled import Pooled
+from sidelight.states.cache import States
+from sidelight.states.pooled import Pooled, pool_shard
 from sidelight.types import Task
 
 # Enough to rank views by; each needs an eigendecomposition.
 TEXTS = 500
 # Ridge strengths, relative to the kernel's mean eigenvalue.
 _STRENGTHS = tuple(10.0**k for k in np.arange(-2, 1.51, 0.5))
-# A class with fewer texts says more about these than about layers.
+# A class with fewer texts says more about those texts than about layers.
 _LEAST_OF_A_CLASS = 3
 _POWER = 8
 # Of the best layer's weight, so that training may still use any layer.
 _LEAST = 0.01
 
 
+def pooled_sample(states: States) -> tuple[Pooled, Int[Tensor, " text"]]:
+    """Means and last tokens of the first shards' texts, ``TEXTS`` or more, and which they are."""
+    parts: list[Pooled] = []
+    rows: list[Tensor] = []
+    for index in range(len(states)):
+        shard = states.read(index)
+        parts.append(pool_shard(shard))
+        rows.append(shard.rows)
+        if sum(map(len, rows)) >= TEXTS:
+            break
+    means, lasts = torch.cat([p.means for p in parts]), torch.cat([p.lasts for p in parts])
+    return Pooled(means, lasts), torch.cat(rows)
+
+
 def layer_weights(pooled: Pooled, labels: np.ndarray, *, task: Task) -> Float[Tensor, " layer"]:
     """A weight for each layer; their mean square is 1.
 
     Args:
-        pooled: Of some training texts, in random order; the first ``TEXTS`` of them are used.
-        labels: Theirs, as in ``Examples.labels``.
+        pooled: Training texts in random order; only the first ``TEXTS`` are used.
+        labels: Their labels, as in ``LabelledExamples.labels``.
         task: The classes.
     """
     target = _targets(labels[:TEXTS], task)
@@ -51,7 +66,7 @@ def layer_weights(pooled: Pooled, labels: np.ndarray, *, task: Task) -> Float[Te
 
 
 def _worth(view: Float[Tensor, "text width"], target: Float[Tensor, "text output"]) -> float:
-    """The R^2 of predictions of each text from the others; below 0 is no better than the mean."""
+    """The R^2 of predicting each text from the others; below 0 is worse than the mean."""
     spread, center = torch.std_mean(view, 0, correction=0)
     # A view that is the same for all texts, such as the template's last embedding; or one class.
     if spread.max() < 1e-3 * view.abs().mean().clamp(min=1e-9) or not target.any():
@@ -62,7 +77,7 @@ def _worth(view: Float[Tensor, "text width"], target: Float[Tensor, "text output
 
 
 def _targets(labels: np.ndarray, task: Task) -> Float[Tensor, "text output"]:
-    """1 for what a text is, -1 for what it is not; centred. 0 where that is too rare to tell by."""
+    """1 if a text has the label, else -1, centred; 0 for a label too rare to tell layers by."""
     if task.kind == "multiclass":
         signs = torch.nn.functional.one_hot(torch.from_numpy(labels), task.outputs).double() * 2 - 1
     else:
@@ -74,7 +89,7 @@ def _targets(labels: np.ndarray, task: Task) -> Float[Tensor, "text output"]:
 def _left_out_error(
     kernel: Float[Tensor, "text text"], target: Float[Tensor, "text output"]
 ) -> float:
-    """Squared error of each text's prediction from the others, of the strength that has least."""
+    """Squared error of predicting each text from the others, with the best ridge strength."""
     values, vectors = torch.linalg.eigh(kernel)
     turned = vectors.T @ target
     errors: list[float] = []

@@ -1,12 +1,13 @@
 """Trains many mechanisms from one activation cache: each shard that is read updates all of them."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import Geometry, Mechanism
@@ -14,13 +15,16 @@ from sidelight.progress import Progress, progress
 from sidelight.ragged import Ragged
 from sidelight.standardisation import Standardisation
 from sidelight.states.cache import Shard, States
-from sidelight.training.batches import batches, on_device
-from sidelight.training.layer_weights import layer_weights
-from sidelight.training.run import TrainingRun, make_loss, measured, pooled_sample, validation_score
+from sidelight.training.batches import batches
+from sidelight.training.layer_weights import layer_weights, pooled_sample
+from sidelight.training.objective import make_loss, validation_score
+from sidelight.training.run import TrainingRun
 from sidelight.training.settings import Job, require_labels_of_parts
 from sidelight.types import Task
 
 _VALIDATION_BATCH = 128
+# Enough tokens to know a mean to about a hundredth of a standard deviation.
+_MOMENT_TOKENS = 8192
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,7 @@ class Trained:
         job: What was asked for.
         mechanism: With the parameters of its best epoch.
         standardisation: Of the states that it reads.
-        logits: Of the texts to judge, ``[text, output]``, of the best epoch, in the order of the
-            texts.
+        logits: Of the texts to judge, ``[text, output]``, in their order.
         history: Validation score of each epoch; empty without validation texts.
         best_epoch: Counted from 1.
     """
@@ -68,7 +71,7 @@ def train_mechanisms(
     device: torch.device | str = "cpu",
     title: str = "Training",
 ) -> list[Trained | None]:
-    """All jobs, trained side by side; the result of a job does not depend on its neighbours.
+    """Trains all jobs side by side; the result of a job does not depend on its neighbours.
 
     Args:
         jobs: What to train.
@@ -80,21 +83,19 @@ def train_mechanisms(
         title: Of the progress bar.
 
     Returns:
-        None for a job that diverged: its numbers are not finite.
+        The results in the order of the jobs; None for a job whose numbers are no longer finite.
     """
-    place = torch.device(device)
-    run = _Run(task=task, training=training, validation=validation, device=place)
-    trainees = run.enrol(jobs)
-    epochs = max((trainee.job.settings.epochs for trainee in trainees), default=0)
+    trainer = _Trainer(jobs, task, training, validation, torch.device(device))
+    epochs = max((run.job.settings.epochs for run in trainer.runs), default=0)
     tokens = sum(training.states.plan.tokens)
     with progress(title, epochs * tokens, unit="tokens") as shown:
         for epoch in range(epochs):
-            active = [t for t in trainees if not (t.has_finished or t.has_diverged)]
+            active = [run for run in trainer.runs if not (run.has_finished or run.has_diverged)]
             if not active:
                 break
-            run.train_epoch(active, epoch, shown)
-            run.end_epoch(active)
-    return run.results(trainees, judged or validation)
+            trainer.train_epoch(active, epoch, shown)
+            trainer.end_epoch(active)
+    return trainer.results(judged or validation)
 
 
 def divergence(job: Job) -> SidelightError:
@@ -105,10 +106,10 @@ def divergence(job: Job) -> SidelightError:
     )
 
 
-class _Run:
+class _Trainer:
     def __init__(
         self,
-        *,
+        jobs: Sequence[Job],
         task: Task,
         training: TrainingSet,
         validation: TrainingSet | None,
@@ -118,153 +119,149 @@ class _Run:
         self._training = training
         self._validation = validation
         self._device = device
-        sizes = training.states.fingerprint
-        self._geometry = Geometry(sizes.layers, sizes.width, task.outputs)
         self._labels = torch.from_numpy(training.labels).to(device)
-        self._raw = Standardisation.identity(self._geometry).to(device)
-        self._measured = measured(training.states).to(device)
-
-    @cached_property
-    def _weighted(self) -> Standardisation:
-        """As measured, with predictive layer weights: only computed if some job wants them."""
-        pooled, rows = pooled_sample(self._training.states)
-        labels = self._training.labels[rows.numpy()]
-        return self._measured.weighted(layer_weights(pooled, labels, task=self._task))
-
-    def standardisation(self, job: Job) -> Standardisation:
-        if not job.standardise:
-            return self._raw
-        return self._weighted if job.settings.layer_weights == "predictive" else self._measured
-
-    def enrol(self, jobs: Sequence[Job]) -> list[TrainingRun]:
+        sizes = training.states.fingerprint
+        geometry = Geometry(sizes.layers, sizes.width, task.outputs)
+        self._raw = Standardisation.identity(geometry).to(device)
+        self._measured = _measured(training.states).to(device)
         if any(job.settings.long_inputs for job in jobs):
-            require_labels_of_parts(self._task)
-        texts = len(self._training.labels)
-        is_written = self._training.states.reads.side == "response"
-        fitted = [replace(job, settings=job.settings.fitted_to(texts)) for job in jobs]
-        return [
-            TrainingRun(
-                job,
-                self._geometry,
-                steps=self._steps(job.settings.batch_size),
-                loss=make_loss(
-                    self._task,
-                    self._labels,
-                    balanced=job.settings.class_weight == "balanced",
-                ),
-                reads_beginnings=job.settings.beginnings and is_written,
-                device=self._device,
+            require_labels_of_parts(task)
+        is_response = training.states.reads.side == "response"
+        self.runs: list[TrainingRun] = []
+        for job in jobs:
+            settings = job.settings.fitted_to(len(training.labels))
+            run = TrainingRun(
+                replace(job, settings=settings),
+                geometry,
+                steps=self._steps_per_epoch(settings.batch_size),
+                loss=make_loss(task, self._labels, balanced=settings.class_weight == "balanced"),
+                reads_beginnings=settings.beginnings and is_response,
+                device=device,
             )
-            for job in fitted
-        ]
+            self.runs.append(run)
 
-    def _steps(self, batch_size: int) -> int:
-        """Of an epoch, at most."""
+    def _steps_per_epoch(self, batch_size: int) -> int:
+        """At most."""
         sizes = [len(rows) for rows in self._training.states.plan.rows]
         # A shard's random first cut can add a batch.
         whole = sum(math.ceil(size / batch_size) + 1 for size in sizes if size >= batch_size)
         return whole + math.ceil(sum(size for size in sizes if size < batch_size) / batch_size)
 
-    def train_epoch(self, trainees: Sequence[TrainingRun], epoch: int, shown: Progress) -> None:
-        order = torch.randperm(
-            len(self._training.states), generator=torch.Generator().manual_seed(epoch)
-        )
+    @cached_property
+    def _weighted(self) -> Standardisation:
+        """As measured, with predictive layer weights; only computed if some job wants them."""
+        pooled, rows = pooled_sample(self._training.states)
+        labels = self._training.labels[rows.numpy()]
+        return self._measured.weighted(layer_weights(pooled, labels, task=self._task))
+
+    def _standardisation(self, job: Job) -> Standardisation:
+        if not job.standardise:
+            return self._raw
+        return self._weighted if job.settings.layer_weights == "predictive" else self._measured
+
+    def train_epoch(self, runs: Sequence[TrainingRun], epoch: int, shown: Progress) -> None:
+        # Runs that see the same texts in the same order share each batch.
+        groups: dict[tuple[int, int], list[TrainingRun]] = {}
+        for run in runs:
+            groups.setdefault((run.job.seed, run.job.settings.batch_size), []).append(run)
+        states = self._training.states
+        order = torch.randperm(len(states), generator=torch.Generator().manual_seed(epoch))
         for index in order.tolist():
-            shard = self._training.states.read(index)
-            for group in _grouped_by_batches(trainees):
-                self._train_group(group, shard, epoch=epoch)
+            shard = states.read(index)
+            for (seed, batch_size), group in groups.items():
+                shuffle = torch.Generator().manual_seed(seed * 7919 + epoch)
+                # A shard with fewer texts than a batch is a part of one.
+                share = min(1.0, len(shard.rows) / batch_size)
+                for batch in batches(shard, size=batch_size, shuffle=shuffle):
+                    self._train_batch(group, batch, share)
             shown.advance(shard.hidden.shape[1])
-        for trainee in trainees:
-            trainee.finish_batch()
+        for run in runs:
+            run.finish_batch()
 
-    def _train_group(self, group: Sequence[TrainingRun], shard: Shard, *, epoch: int) -> None:
-        job = group[0].job
-        shuffle = torch.Generator().manual_seed(job.seed * 7919 + epoch)
-        for chosen in batches(shard, size=job.settings.batch_size, shuffle=shuffle):
-            batch = on_device(chosen, self._device, torch.bfloat16)
-            labels = self._labels[batch.rows]
-            parts = self._project(batch, group)
-            losses = [t.loss(part, labels) for t, part in zip(group, parts, strict=True)]
-            # The texts of a wide backbone's shard can be fewer than a batch: they are a part of it.
-            share = min(1.0, len(shard.rows) / job.settings.batch_size)
-            # Parameters are disjoint, so the sum's gradient is each one's own.
-            (torch.stack(losses).sum() * share).backward()
-            for trainee in group:
-                trainee.take(share)
+    def _train_batch(self, runs: Sequence[TrainingRun], batch: Shard, share: float) -> None:
+        labels = self._labels[batch.rows]
+        parts = self._project(batch, runs, dtype=torch.bfloat16)
+        losses = [run.loss(part, labels) for run, part in zip(runs, parts, strict=True)]
+        # Parameters are disjoint, so the sum's gradient is each run's own.
+        (torch.stack(losses).sum() * share).backward()
+        for run in runs:
+            run.take(share)
 
-    def _project(self, batch: Shard, trainees: Sequence[TrainingRun]) -> list[Ragged]:
-        """Each trainee's columns of every token, from one matmul a layer."""
-        dtype = batch.hidden.dtype
+    def _project(
+        self, batch: Shard, runs: Sequence[TrainingRun], *, dtype: torch.dtype
+    ) -> list[Ragged]:
+        """Each run's columns of every token, ``[token, layer, column]``: one matmul a layer."""
         folded = [
-            self.standardisation(t.job).fold(t.mechanism.columns(), dtype=dtype) for t in trainees
+            self._standardisation(run.job).fold(run.mechanism.columns(), dtype=dtype)
+            for run in runs
         ]
         weight = torch.cat([own.weight for own in folded], 2)
         # Rounded like the states; calibration, fitted in float32, absorbs what that moves.
         shift = torch.cat([own.shift for own in folded], 1).to(dtype)
-        projected = torch.baddbmm(shift[:, None], batch.hidden, weight)
+        hidden = batch.hidden.to(self._device, dtype)
+        projected = torch.baddbmm(shift[:, None], hidden, weight)
         parts = projected.transpose(0, 1).split([own.weight.shape[2] for own in folded], 2)
-        return [Ragged(part, batch.lengths) for part in parts]  # (T, L, M)
+        return [Ragged(part, batch.lengths.to(self._device)) for part in parts]
 
-    def end_epoch(self, trainees: Sequence[TrainingRun]) -> None:
+    def end_epoch(self, runs: Sequence[TrainingRun]) -> None:
         if self._validation is None:
-            for trainee in trainees:
-                trainee.end_epoch(None)
+            for run in runs:
+                run.end_epoch(None)
             return
-        scores = self._judge(trainees, self._validation, dtype=torch.bfloat16)
-        for trainee, logits in zip(trainees, scores, strict=True):
+        scores = self._judge(runs, self._validation.states, dtype=torch.bfloat16)
+        for run, logits in zip(runs, scores, strict=True):
             if np.isfinite(logits).all():
-                trainee.end_epoch(validation_score(self._task, logits, self._validation.labels))
+                run.end_epoch(validation_score(self._task, logits, self._validation.labels))
             else:
-                trainee.has_diverged = True
+                run.has_diverged = True
 
     @torch.inference_mode()
     def _judge(
-        self, trainees: Sequence[TrainingRun], judged: TrainingSet, *, dtype: torch.dtype
+        self, runs: Sequence[TrainingRun], states: States, *, dtype: torch.dtype
     ) -> list[np.ndarray]:
-        states = judged.states
-        shape = (len(judged.labels), self._task.outputs)
-        scores = {id(trainee): np.empty(shape) for trainee in trainees}
+        """The logits of every text, ``[text, output]``, for each run."""
+        shape = (sum(map(len, states.plan.rows)), self._task.outputs)
+        scores = [np.empty(shape) for _ in runs]
         for index in range(len(states)):
             shuffle = torch.Generator().manual_seed(0)
-            for chosen in batches(states.read(index), size=_VALIDATION_BATCH, shuffle=shuffle):
-                batch = on_device(chosen, self._device, dtype)
-                for trainee, part in zip(trainees, self._project(batch, trainees), strict=True):
-                    scores[id(trainee)][batch.rows] = trainee.logits(part).cpu().numpy()
-        return [scores[id(trainee)] for trainee in trainees]
+            for batch in batches(states.read(index), size=_VALIDATION_BATCH, shuffle=shuffle):
+                parts = self._project(batch, runs, dtype=dtype)
+                for run, own, part in zip(runs, scores, parts, strict=True):
+                    own[batch.rows] = run.logits(part).cpu().numpy()
+        return scores
 
-    def results(
-        self, trainees: Sequence[TrainingRun], judged: TrainingSet | None
-    ) -> list[Trained | None]:
-        """What each gave; None where it diverged."""
-        for trainee in trainees:
-            trainee.restore_best()
-        left = [trainee for trainee in trainees if not trainee.has_diverged]
-        scores = [np.empty((0, self._task.outputs)) for _ in left]
-        if judged is not None and left:
-            # As in serving: the calibration is fitted to these.
-            scores = self._judge(left, judged, dtype=torch.float32)
-        found = {
-            id(trainee): self._trained(trainee, logits)
-            for trainee, logits in zip(left, scores, strict=True)
-            if np.isfinite(logits).all()
-        }
-        return [found.get(id(trainee)) for trainee in trainees]
+    def results(self, judged: TrainingSet | None) -> list[Trained | None]:
+        """What each job gave; None if it diverged."""
+        for run in self.runs:
+            run.restore_best()
+        finite = [run for run in self.runs if not run.has_diverged]
+        scores = [np.empty((0, self._task.outputs)) for _ in finite]
+        if judged is not None and finite:
+            # In float32, as in serving: calibration is fitted to these.
+            scores = self._judge(finite, judged.states, dtype=torch.float32)
+        logits = {id(run): own for run, own in zip(finite, scores, strict=True)}
+        return [self._result(run, logits.get(id(run))) for run in self.runs]
 
-    def _trained(self, trainee: TrainingRun, logits: np.ndarray) -> Trained:
+    def _result(self, run: TrainingRun, logits: np.ndarray | None) -> Trained | None:
+        if logits is None or not np.isfinite(logits).all():
+            return None
         return Trained(
-            job=trainee.job,
-            mechanism=trainee.mechanism,
-            standardisation=self.standardisation(trainee.job),
+            job=run.job,
+            mechanism=run.mechanism,
+            standardisation=self._standardisation(run.job),
             logits=logits,
-            history=tuple(trainee.history),
-            best_epoch=trainee.best_epoch,
+            history=tuple(run.history),
+            best_epoch=run.best_epoch,
         )
 
 
-def _grouped_by_batches(trainees: Sequence[TrainingRun]) -> Iterator[list[TrainingRun]]:
-    """Trainees that see the same texts in the same order, so that they share each batch."""
-    groups: dict[tuple[int, int], list[TrainingRun]] = {}
-    for trainee in trainees:
-        key = (trainee.job.seed, trainee.job.settings.batch_size)
-        groups.setdefault(key, []).append(trainee)
-    yield from groups.values()
+def _measured(states: States) -> Standardisation:
+    """Mean and scale of each layer's values, from the first shards: random samples of the texts."""
+    hidden: list[Tensor] = []
+    tokens = 0
+    for index in range(len(states)):
+        hidden.append(states.read(index).hidden)
+        tokens += hidden[-1].shape[1]
+        if tokens >= _MOMENT_TOKENS:
+            break
+    return Standardisation.measured(torch.cat(hidden, 1)[:, :_MOMENT_TOKENS])

@@ -1,91 +1,91 @@
-"""The training loss of each kind of task.
+"""One mechanism in training: its parameters, optimiser and best epoch."""
 
-What is known of the hidden states before training, from the first shards of the cache.
-
-Shards are random samples of the texts.
-
-One mechanism on its way through training: parameters, optimiser, and its best epoch.
-"""
-
-from collections.abc import Callable
 from copy import deepcopy
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
-from sklearn.metrics import average_precision_score
 from torch import Tensor, nn
-from torch.nn import functional
 
-from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import Geometry, Mechanism
 from sidelight.ragged import Ragged
-from sidelight.standardisation import Standardisation
-from sidelight.states.cache import States
-from sidelight.states.pooled import Pooled, pool_shard
-from sidelight.training.batches import among_others
-from sidelight.training.layer_weights import TEXTS
-from sidelight.training.settings import Job
-from sidelight.types import Task
-
-Loss = Callable[[Tensor, Tensor], Tensor]
+from sidelight.training.batches import among_others, random_beginnings
+from sidelight.training.objective import Loss
+from sidelight.training.settings import Job, TrainingSettings
 
 
-def make_loss(task: Task, labels: Int[Tensor, "text ..."], *, balanced: bool) -> Loss:
-    """Cross-entropy for the task, weighted by inverse class frequency if ``balanced``."""
-    if task.kind == "multiclass":
-        counts = torch.bincount(labels, minlength=task.outputs).clamp(min=1)
-        weight = len(labels) / (task.outputs * counts) if balanced else None
-        return nn.CrossEntropyLoss(weight=weight)
-    positives = labels.float().reshape(len(labels), -1).mean(0)
-    ratio = (1 - positives) / positives.clamp(min=1 / len(labels)) if balanced else None
+class Optimisation:
+    """Trains a module by AdamW on a cosine schedule, and goes back to its best epoch at the end.
 
-    def binary(logits: Tensor, target: Tensor) -> Tensor:
-        return functional.binary_cross_entropy_with_logits(
-            logits, target.float().reshape(logits.shape), pos_weight=ratio
+    Attributes:
+        history: The validation score of each epoch; empty without validation texts.
+        has_diverged: Whether the restored parameters are not all finite.
+
+    Args:
+        module: What is trained, in place.
+        settings: Learning rate, weight decay, epochs and patience.
+        steps: Optimiser steps per epoch.
+    """
+
+    def __init__(self, module: nn.Module, settings: TrainingSettings, *, steps: int):
+        self._module = module
+        self._settings = settings
+        self._optimizer = torch.optim.AdamW(
+            module.parameters(),
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            fused=True,
         )
+        self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
+            self._optimizer, T_max=settings.epochs * steps
+        )
+        self._best = deepcopy(module.state_dict())
+        self._epochs = 0
+        self.history: list[float] = []
+        self.has_diverged = False
 
-    return binary
+    @property
+    def best_epoch(self) -> int:
+        """Counted from 1: the first with the best score, or the latest if there are no scores."""
+        return 1 + self.history.index(max(self.history)) if self.history else self._epochs
+
+    @property
+    def has_finished(self) -> bool:
+        """Whether all epochs are done, or ``patience`` of them brought no better score."""
+        idle = self._epochs - self.best_epoch
+        is_idle = self._epochs > 0 and idle >= self._settings.patience
+        return is_idle or self._epochs >= self._settings.epochs
+
+    def step(self) -> None:
+        """Updates the parameters by their gradients."""
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self._schedule.step()
+
+    def end_epoch(self, score: float | None) -> None:
+        """Records the validation score, and keeps the parameters if it is the best so far.
+
+        Args:
+            score: None without validation texts: the latest epoch is then the best.
+        """
+        self._epochs += 1
+        if score is not None:
+            self.history.append(score)
+        if self.best_epoch == self._epochs:
+            self._best = deepcopy(self._module.state_dict())
+
+    def restore_best(self) -> None:
+        """Puts the best epoch's parameters back and freezes them."""
+        self._module.load_state_dict(self._best)
+        self._module.eval().requires_grad_(False)
+        self.has_diverged |= not all(bool(p.isfinite().all()) for p in self._module.parameters())
 
 
-# Enough tokens to know a mean to about a hundredth of a standard deviation.
-_MOMENT_TOKENS = 8192
-
-
-def measured(states: States) -> Standardisation:
-    """Mean and scale of each layer's values."""
-    hidden: list[Float[Tensor, "layer token width"]] = []
-    tokens = 0
-    for index in range(len(states)):
-        hidden.append(states.read(index).hidden)
-        tokens += hidden[-1].shape[1]
-        if tokens >= _MOMENT_TOKENS:
-            break
-    return Standardisation.measured(torch.cat(hidden, 1)[:, :_MOMENT_TOKENS])
-
-
-def pooled_sample(states: States) -> tuple[Pooled, Int[Tensor, " text"]]:
-    """Means and last tokens of as many texts as layer weights look at, and which texts they are."""
-    parts: list[Pooled] = []
-    rows: list[Tensor] = []
-    for index in range(len(states)):
-        shard = states.read(index)
-        parts.append(pool_shard(shard))
-        rows.append(shard.rows)
-        if sum(map(len, rows)) >= TEXTS:
-            break
-    means, lasts = (
-        torch.cat([getattr(part, name) for part in parts]) for name in ("means", "lasts")
-    )
-    return Pooled(means, lasts), torch.cat(rows)
-
-
-class TrainingRun:
-    """A mechanism with its optimiser; remembers the parameters of its best epoch.
+class TrainingRun(Optimisation):
+    """The training of one job.
 
     Args:
         job: What to train.
-        geometry: Sizes.
+        geometry: Sizes of the mechanism.
         steps: Optimiser steps per epoch.
         loss: Of logits and labels.
         reads_beginnings: Whether the loss also counts a random beginning of each text.
@@ -107,135 +107,49 @@ class TrainingRun:
             torch.manual_seed(job.seed)
             self.mechanism: Mechanism = job.spec.build(geometry).to(device)
         for parameter in self.mechanism.parameters():
-            # One of size 0, as of a readout without extremes, has no gradient worth a warning.
+            # Parameters of size 0, as in a readout without extremes, have no gradient.
             parameter.requires_grad_(parameter.numel() > 0)
-        settings = job.settings
-        self._optimizer = torch.optim.AdamW(
-            self.mechanism.parameters(),
-            lr=settings.learning_rate,
-            weight_decay=settings.weight_decay,
-            fused=True,
-        )
-        self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
-            self._optimizer, T_max=settings.epochs * steps
-        )
+        super().__init__(self.mechanism, job.settings, steps=steps)
         self._loss = loss
         self._reads_beginnings = reads_beginnings
         self._draws = 0
         self._filled = 0.0
-        self._best = deepcopy(self.mechanism.state_dict())
-        self._epochs = 0
-        self.history: list[float] = []
-        self.has_diverged = False
-
-    @property
-    def best_epoch(self) -> int:
-        """Counted from 1; the first of equals, or the last of all where none has a score."""
-        return 1 + self.history.index(max(self.history)) if self.history else self._epochs
-
-    @property
-    def has_finished(self) -> bool:
-        """All epochs done, or no better score for as many as its patience."""
-        settings = self.job.settings
-        idle = self._epochs - self.best_epoch
-        return self._epochs >= settings.epochs or (self._epochs > 0 and idle >= settings.patience)
 
     def logits(self, tokens: Ragged) -> Float[Tensor, "text output"]:
-        """The logits of projected tokens, ``[token, layer, column]``, as when serving."""
+        """The logits of projected tokens, ``[token, layer, column]``, as in serving."""
         self.mechanism.eval()
         return self.mechanism.finish(self.mechanism.summarise(tokens))
 
     def loss(self, tokens: Ragged, labels: Int[Tensor, "text ..."]) -> Float[Tensor, ""]:
-        """The loss on a batch."""
+        """The loss on a batch of projected tokens."""
         self.mechanism.train()
         self._draws += 1
         with torch.random.fork_rng():
-            # Draws of its own: what a job draws does not depend on its neighbours.
+            # Random numbers of its own: what a job draws does not depend on its neighbours.
             torch.manual_seed(self.job.seed * 1_000_003 + self._draws)
-            seen = [tokens]
+            inputs = [tokens]
             if self._reads_beginnings:
-                seen.append(_begun(tokens))
+                inputs.append(random_beginnings(tokens))
             if self.job.settings.long_inputs:
-                seen.append(among_others(tokens, labels))
-            return torch.stack([self._loss_of(one, labels) for one in seen]).mean()
-
-    def _loss_of(self, tokens: Ragged, labels: Int[Tensor, "text ..."]) -> Float[Tensor, ""]:
-        votes = self.mechanism.votes(self.mechanism.summarise(tokens))
-        return torch.stack([self._loss(logits, labels) for logits in votes.unbind(1)]).sum()
+                inputs.append(among_others(tokens, labels))
+            losses: list[Tensor] = []
+            for each in inputs:
+                votes = self.mechanism.votes(self.mechanism.summarise(each)).unbind(1)
+                losses.append(torch.stack([self._loss(vote, labels) for vote in votes]).sum())
+            return torch.stack(losses).mean()
 
     def take(self, share: float) -> None:
-        """Counts the gradients that were just computed; a full batch updates the parameters.
+        """Counts the gradients just computed as this share of a batch; a full batch makes a step.
 
-        Args:
-            share: Of a batch, in texts.
+        The texts of a wide backbone's shard can be fewer than a batch.
         """
         self._filled += share
         # Shares of a batch are fractions of its size: they add up to 1 within rounding.
         if self._filled > 1 - 1e-6:
-            self._step()
+            self.finish_batch()
 
     def finish_batch(self) -> None:
-        """Updates the parameters by what a batch has so far."""
+        """Makes a step from what the batch has so far, if anything."""
         if self._filled:
-            self._step()
-
-    def _step(self) -> None:
-        self._filled = 0.0
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        self._schedule.step()
-
-    def end_epoch(self, score: float | None) -> None:
-        """Records the epoch's validation score and keeps its parameters if it is the best.
-
-        Args:
-            score: None without validation texts: the latest epoch is then the best.
-        """
-        self._epochs += 1
-        if score is not None:
-            self.history.append(score)
-        if self.best_epoch == self._epochs:
-            self._best = deepcopy(self.mechanism.state_dict())
-
-    def restore_best(self) -> None:
-        """Goes back to the best epoch's parameters; where they are not finite, it has diverged."""
-        self.mechanism.load_state_dict(self._best)
-        self.mechanism.eval().requires_grad_(False)
-        self.has_diverged |= not all(bool(p.isfinite().all()) for p in self.mechanism.parameters())
-
-
-def _begun(tokens: Ragged) -> Ragged:
-    """A beginning of each text, its length log-uniform: running scores matter from the start."""
-    share = torch.rand(len(tokens.lengths), device=tokens.lengths.device)
-    lengths = ((tokens.lengths + 1) ** share).long()
-    return tokens.beginnings(lengths.minimum(tokens.lengths))
-
-
-def score_name(task: Task) -> str:
-    """What ``validation_score`` is for a task."""
-    return {"binary": "AUPRC", "multilabel": "mean AUPRC"}.get(task.kind, "accuracy")
-
-
-def validation_score(task: Task, logits: np.ndarray, labels: np.ndarray) -> float:
-    """What early stopping maximises: average precision, or accuracy for a multi-class task.
-
-    Args:
-        task: The classes.
-        logits: ``[text, output]``.
-        labels: As in ``Examples.labels``. Of a multi-label task those labels count that some texts
-            have and others have not.
-
-    Raises:
-        SidelightError: There is nothing to tell apart: no text, or no label that some texts have
-            and others have not.
-    """
-    if task.kind == "multiclass" and len(labels):
-        return float((logits.argmax(1) == labels).mean())
-    target = labels.reshape(len(labels), -1).astype(bool)
-    told = target.any(0) & ~target.all(0)
-    if not told.any():
-        raise SidelightError(
-            "These validation texts cannot score a probe: there is no label that some of them have "
-            "and others have not. Add texts of both."
-        )
-    return float(average_precision_score(target[:, told], logits[:, told], average="macro"))
+            self._filled = 0.0
+            self.step()

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from sidelight.plots import save_figure
 from sidelight.storage import write_json, write_text
-from sidelight.training.run import score_name
+from sidelight.training.objective import score_name
 from sidelight_lab.anatomy.attribution import GROUPS
 from sidelight_lab.anatomy.examine import Anatomy, HeatMap
 

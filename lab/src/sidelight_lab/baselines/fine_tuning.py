@@ -30,7 +30,7 @@ from sidelight.prompts import shared_unread
 from sidelight.ragged import by_length
 from sidelight.storage import replacing
 from sidelight.training.dataset import Split
-from sidelight.training.run import make_loss, validation_score
+from sidelight.training.objective import make_loss, validation_score
 from sidelight.types import Task
 from sidelight_lab.baselines.linear import finite
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sidelight.errors import SidelightError
-from sidelight.training.run import make_loss, validation_score
+from sidelight.training.objective import make_loss, validation_score
 from sidelight.training.settings import TrainingSettings
 from sidelight.types import Task
 

@@ -20,7 +20,7 @@ from sidelight.backbone import TransformersBackbone
 from sidelight.errors import SidelightError
 from sidelight.prompts import EncodedPrompt
 from sidelight.training.dataset import ProbeDataset, Split
-from sidelight.training.run import validation_score
+from sidelight.training.objective import validation_score
 from sidelight_lab.baselines.base import Baseline, FittedBaseline
 from sidelight_lab.baselines.linear import Linear, Scaling
 from sidelight_lab.baselines.siren import Sparse, sparse_path

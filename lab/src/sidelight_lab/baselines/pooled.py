@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sidelight.training.dataset import ProbeDataset, Split
-from sidelight.training.run import validation_score
+from sidelight.training.objective import validation_score
 from sidelight_lab.baselines.base import Baseline, FittedBaseline
 from sidelight_lab.baselines.linear import PENALTIES, Linear, Rows, class_targets, fit_logistic
 

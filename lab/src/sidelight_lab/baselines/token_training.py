@@ -26,7 +26,7 @@ from sidelight.standardisation import Standardisation
 from sidelight.states.cache import Shard
 from sidelight.training.batches import batches, neighbours
 from sidelight.training.dataset import ProbeDataset, Split
-from sidelight.training.run import Loss, make_loss
+from sidelight.training.objective import Loss, make_loss
 from sidelight.training.settings import TrainingSettings
 from sidelight.types import Task
 from sidelight_lab.baselines.base import FittedBaseline

@@ -70,7 +70,7 @@ def search(out: Path, as_json: bool, **given: Any) -> None:
     # Before imports that take seconds: what is misspelt is told at once.
     _require_known(given["mechanisms"])
     training, validation = load_labelled(given)
-    from sidelight.training.run import score_name
+    from sidelight.training.objective import score_name
     from sidelight.training.runs import check_folder, console
     from sidelight_lab.search.results import describe, write_search
     from sidelight_lab.search.trials import search_settings

@@ -27,7 +27,7 @@ from sidelight.mechanisms.base import Geometry, MechanismSpec, mechanism_spec
 from sidelight.training.cross_fitting import Folds, judge_by_folds
 from sidelight.training.dataset import ProbeDataset, Split
 from sidelight.training.loop import train_mechanisms
-from sidelight.training.run import validation_score
+from sidelight.training.objective import validation_score
 from sidelight.training.settings import Job, TrainingSettings
 from sidelight_lab.search.space import defaults, draw_settings, draw_spec, possible_specs, space_of
 

@@ -14,7 +14,7 @@ from sidelight.errors import SidelightError
 from sidelight.storage import write_json, write_text
 from sidelight.training.cross_fitting import class_counts, require_same_task
 from sidelight.training.dataset import ProbeDataset, Split
-from sidelight.training.run import score_name, validation_score
+from sidelight.training.objective import score_name, validation_score
 from sidelight_lab.tables.fitting import Bench, Runs
 from sidelight_lab.tables.recipes import Recipe
 from sidelight_lab.tables.rounds import Round

@@ -29,7 +29,7 @@ from sidelight.standardisation import Projection
 from sidelight.states.cache import Shard
 from sidelight.storage import write_json
 from sidelight.training.dataset import Split
-from sidelight.training.run import validation_score
+from sidelight.training.objective import validation_score
 from sidelight.types import Task
 from sidelight_lab.baselines import BASELINES
 from sidelight_lab.tables.fitting import PROBE, Bench, ProbeRun, Run, Runs, digest

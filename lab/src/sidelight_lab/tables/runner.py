@@ -18,7 +18,7 @@ from sidelight.errors import SidelightError
 from sidelight.prompts import Reads
 from sidelight.training.cross_fitting import require_same_task
 from sidelight.training.dataset import ProbeDataset, Split, make_split
-from sidelight.training.run import score_name
+from sidelight.training.objective import score_name
 from sidelight_lab.tables.figures import TableFigures, measure_rows
 from sidelight_lab.tables.fitting import Bench, Runs, digest
 from sidelight_lab.tables.judging import (

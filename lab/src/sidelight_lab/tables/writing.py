@@ -19,7 +19,7 @@ import torch
 
 from sidelight.backbone import Fingerprint
 from sidelight.storage import write_json, write_text
-from sidelight.training.run import score_name
+from sidelight.training.objective import score_name
 from sidelight_lab.tables.figures import SHOWN, RowFigures, Spread, TableFigures
 
 if TYPE_CHECKING:
