@@ -1,17 +1,16 @@
 """Who goes next, and who is refused."""
 
 import pytest
-import torch
 
+from sidelight.bank import Panel
 from sidelight.engines.base import EngineBusyError, Sampling
-from sidelight.engines.judging import Panel
 from sidelight.engines.queue import Limits, Request, RequestQueue
 from sidelight.prompts import EncodedPrompt, Part
 
 
 def request(length=10, max_tokens=10):
     prompt = EncodedPrompt((1,) * length, (Part.PROMPT,) * length)
-    panel = Panel.of([], device=torch.device("cpu"))
+    panel = Panel([])
     return Request(prompt, Sampling(), max_tokens, panel)
 
 
@@ -34,7 +33,7 @@ def test_first_come_first_served():
 def test_a_full_line_refuses():
     line = RequestQueue(Limits(waiting=2))
     line.join([request(), request()])
-    with pytest.raises(EngineBusyError, match="2 requests are waiting and 2 may") as busy:
+    with pytest.raises(EngineBusyError, match="2 waiting, the limit is 2") as busy:
         line.join([request()])
     assert busy.value.retry_after_s > 0
     assert len(line) == 2

@@ -8,8 +8,14 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from sidelight.engines.base import Finished, Sampling, TextDelta
-from sidelight.engines.logprobs import LOWEST, Spelling, TokenLogprobs, odds_of
-from sidelight.engines.text import UNFINISHED, Speller
+from sidelight.engines.logprobs import (
+    LOWEST,
+    UNFINISHED,
+    Speller,
+    Spelling,
+    TokenLogprobs,
+    likeliest_tokens,
+)
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.prompts import Message
 from tiny import SIZES, tiny_backbone, tiny_tokenizer
@@ -99,10 +105,10 @@ def test_offsets_count_the_characters_before_a_token(backbone):
 def test_odds_are_those_of_the_whole_distribution():
     logits = torch.tensor([0.0, 2.0, -torch.inf, 1.0])
     wanted = torch.log_softmax(logits, dim=0)
-    odds = odds_of(logits, 2, count=9)
-    assert (odds.drawn, odds.logprob) == (2, LOWEST)
-    assert [token for token, _ in odds.likeliest] == [1, 3, 0, 2]
-    assert [p for _, p in odds.likeliest[:3]] == pytest.approx(wanted[[1, 3, 0]].tolist())
+    drawn, likeliest = likeliest_tokens(logits, 2, count=9)
+    assert drawn == (2, LOWEST)
+    assert [token for token, _ in likeliest] == [1, 3, 0, 2]
+    assert [p for _, p in likeliest[:3]] == pytest.approx(wanted[[1, 3, 0]].tolist())
 
 
 def test_byte_letters_are_spelled_as_their_bytes():

@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 
 from live import MODEL, http_client, served
-from sidelight.bank import BankTap
+from sidelight.bank import BankTap, Panel
 from sidelight.engines.base import Engine
-from sidelight.engines.judging import Judges
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.policy.rules import Policy, Rule
 from sidelight.prompts import Reads
@@ -72,7 +71,7 @@ def test_no_time_counts_for_a_text_that_no_probe_reads():
 def test_the_time_of_a_slow_probe_is_in_it(monkeypatch: pytest.MonkeyPatch):
     """Its projection inside the forward pass, and its state: of each pass, once for each text."""
     monkeypatch.setattr(BankTap, "__call__", delayed(BankTap.__call__))
-    monkeypatch.setattr(Judges, "read_step", delayed(Judges.read_step))
+    monkeypatch.setattr(Panel, "read", delayed(Panel.read))
     found = series(engine_of("output"), [("/v1/chat/completions", SHORT)], Policy())
     layers, steps = 4, 2
     assert found["input"][1] >= layers * DELAY_S

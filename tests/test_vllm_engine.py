@@ -111,7 +111,7 @@ def replacing(backbone, change):
             encoder=backbone.encoder,
             tokenizer=backbone.tokenizer,
             fingerprint=backbone.fingerprint,
-            shelf=ProbeFolder(),
+            folder=ProbeFolder(),
         )
         await engine.start()
         await change(engine, llm, new)
@@ -228,7 +228,7 @@ def test_a_list_takes_all_its_places_at_once_or_none():
     async def main():
         places = Capacity(waiting=4)
         with places.taken(300) as many:
-            busy = pytest.raises(EngineBusyError, match="300 requests are waiting and 4 may")
+            busy = pytest.raises(EngineBusyError, match="300 waiting, the limit is 4")
             with busy, places.taken(1):
                 pass
             running = [places.followed(place, outputs()) for place in many[3:]]

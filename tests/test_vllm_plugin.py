@@ -13,7 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sidelight.artifact import save_probe
-from sidelight.bank import Bank
+from sidelight.bank import Bank, Panel
 from sidelight.cli.engines import load_engine
 from sidelight.engines.base import require_same_model
 from sidelight.errors import FingerprintMismatchError, SidelightError
@@ -22,20 +22,19 @@ from sidelight.probe import common_format
 from sidelight.prompts import EncodedPrompt, Part, Reads
 from sidelight.standardisation import Projection
 from sidelight.states.scoring import score
-from sidelight.vllm.columns import Pages, Reading, Run, Stage, Step, Tracking
-from sidelight.vllm.panel import ColumnPanel, verdict_of
+from sidelight.vllm.columns import Pages, Reading, Stage, Step, Tracking
 from sidelight.vllm.settings import (
     ENVIRONMENT,
     KEY,
     Served,
     fingerprint_of,
-    load_checked,
+    judgement_of,
     named_folders,
     parts_of,
     request_params,
 )
-from sidelight.vllm.taps import set_stage, tap_layers
-from sidelight.vllm.worker import Judging, Share, Worker
+from sidelight.vllm.taps import set_receiver, tap_layers
+from sidelight.vllm.worker import RequestJudge, Share, Worker
 from tiny import TOPICS, tiny_backbone, untrained_probe
 
 BLOCK = 4
@@ -76,12 +75,11 @@ class Played:
     """A worker and a scheduler with a paged cache, without a model."""
 
     def __init__(self, probes):
-        self.panel = ColumnPanel.of(probes)
-        projection = self.panel.projection(range(probes[0].fingerprint.layers))
-        self.stage = Stage.empty(projection, tokens=64)
+        self.panel = Panel(probes)
+        self.stage = Stage.empty(self.panel.projection, tokens=64)
         self.pages = Pages(self.stage, blocks=BLOCKS, block_size=BLOCK)
         self.tracking = Tracking(reads_responses=self.panel.late is not None)
-        self.judging = Judging(self.panel)
+        self.request_judge = RequestJudge(self.panel)
 
     def enter(self, request_id, prompt):
         self.tracking.enter(request_id, request_params(prompt), prompt.token_ids)
@@ -100,22 +98,22 @@ class Played:
             Step(request, stop, request in resumed or start == 0, lambda blocks=blocks: blocks)
             for request, _, blocks, start, stop in shares
         ]
-        for request_id, outcome in self.judge(self.tracking.plan(steps)).items():
-            self.tracking.record(request_id, outcome)
+        for request_id, judgement in self.judge(self.tracking.plan(steps)).items():
+            self.tracking.record(request_id, judgement)
 
     def judge(self, readings):
-        runs = [Run(r.blocks, r.start, r.start + len(r.parts)) for r in readings]
-        return self.judging.judge(readings, self.pages.read(runs)) if readings else {}
+        return self.request_judge.judge(readings, self.pages.read(readings)) if readings else {}
 
-    def verdicts(self, request_id):
-        return self.tracking.report(request_id)[KEY]["verdicts"]
+    def judgement(self, request_id):
+        """As it arrives where vLLM's outputs are read."""
+        return judgement_of(json.loads(json.dumps(self.tracking.report(request_id))))[0]
 
 
-def require_equal(probes, verdicts, backbone, prompt, rounding=ROUNDING):
+def require_equal(probes, judgement, backbone, prompt, rounding=ROUNDING):
+    verdicts = {verdict.probe: verdict for verdict in judgement.verdicts}
     for probe, logits in zip(probes, score(backbone, Bank(probes), [prompt]), strict=True):
         wanted = probe.verdict(logits[0])
-        actual = verdict_of(probe.name, verdicts[probe.name])
-        assert actual is not None
+        actual = verdicts[probe.name]
         assert list(actual.probabilities.values()) == pytest.approx(
             list(wanted.probabilities.values()), abs=rounding
         )
@@ -155,7 +153,7 @@ def test_any_schedule_gives_the_verdicts_of_one_pass(data):
         cuts = sorted({begin, len(prompt), *data.draw(st.lists(st.integers(begin, len(prompt))))})
         for start, stop in pairwise(cuts):
             played.step([(request, hidden, blocks, start, stop)], resumed={request})
-        require_equal(probes, played.verdicts(request), backbone, prompt)
+        require_equal(probes, played.judgement(request), backbone, prompt)
         cached = blocks[: len(shared) // BLOCK]
         # What is not shared is used again by the next request.
         free += [block for block in blocks if block not in cached]
@@ -174,9 +172,9 @@ def test_a_response_is_read_as_it_is_written(backbone, probes):
         parts = prompt.parts + (Part.RESPONSE,) * (token + 1 - 9)
         late = [probe for probe in probes if probe.reads.side == "both"]
         whole = EncodedPrompt(tuple(ids[: token + 1]), parts)
-        require_equal(late, played.verdicts("r"), backbone, whole)
+        require_equal(late, played.judgement("r"), backbone, whole)
         early = [probe for probe in probes if not probe.reads.includes_response]
-        require_equal(early, played.verdicts("r"), backbone, prompt)
+        require_equal(early, played.judgement("r"), backbone, prompt)
 
 
 @pytest.mark.parametrize("chunk", [3, 9, 12, 17])
@@ -197,7 +195,7 @@ def test_a_response_is_read_again_after_preemption(backbone, probes, chunk):
         played.step([("r", hidden, blocks, start, stop)], resumed=resumed)
     whole = EncodedPrompt(tuple(ids), prompt.parts + (Part.RESPONSE,) * 9)
     late = [probe for probe in probes if probe.reads.side == "both"]
-    require_equal(late, played.verdicts("r"), backbone, whole)
+    require_equal(late, played.judgement("r"), backbone, whole)
 
 
 def test_a_layer_that_is_not_tapped_is_a_failed_verdict(backbone, probes):
@@ -206,17 +204,16 @@ def test_a_layer_that_is_not_tapped_is_a_failed_verdict(backbone, probes):
     hidden = states_of(backbone, prompt.token_ids)
     played.enter("r", prompt)
     played.step([("r", hidden, [0, 1], 0, 8)])
-    assert all("error" not in fields for fields in played.verdicts("r").values())
+    assert played.judgement("r").failed == ()
     # The next request's last layer is never projected: its rows are not those of the pass before.
     played.enter("s", prompt)
     for layer, states in enumerate(hidden[:-1]):
         played.stage.receive(layer, states)
     played.pages.keep(torch.arange(12, 20))
     (reading,) = played.tracking.plan([Step("s", 8, True, lambda: [3, 4])])
-    outcome = played.judge([reading])["s"]
-    assert {name: fields.get("error") for name, fields in outcome.items()} == dict.fromkeys(
-        (probe.name for probe in probes), "verdict_failed"
-    )
+    judgement = played.judge([reading])["s"]
+    assert judgement.verdicts == ()
+    assert sorted(judgement.failed) == sorted(probe.name for probe in probes)
 
 
 def test_forgotten_slots_are_failed_verdicts(backbone, probes):
@@ -226,7 +223,8 @@ def test_forgotten_slots_are_failed_verdicts(backbone, probes):
     played.step([("r", states_of(backbone, prompt.token_ids), [0, 1], 0, 7)])
     played.pages.forget()
     played.step([("r", states_of(backbone, prompt.token_ids), [0, 1], 7, 8)])
-    assert all(fields["error"] for fields in played.verdicts("r").values())
+    verdicts = played.tracking.report("r")[KEY]["verdicts"]
+    assert verdicts == {probe.name: {"error": "verdict_failed"} for probe in probes}
 
 
 def test_pipeline_stages_together_give_the_verdict(backbone, probes):
@@ -235,13 +233,12 @@ def test_pipeline_stages_together_give_the_verdict(backbone, probes):
     hidden = states_of(backbone, prompt.token_ids)
     played.enter("r", prompt)
     (reading,) = played.tracking.plan([Step("r", 20, True, lambda: list(range(5)))])
-    projection = played.panel.projection(range(4))
+    projection = played.panel.projection
     columns = torch.stack(
         [hidden[i] @ projection.weight[i] + projection.shift[i] for i in range(4)], 1
     )
     later, first = Share(reading, 2, columns[:, 2:]), Share(reading, 0, columns[:, :2])
-    outcome = played.judging.join([later, first])
-    require_equal(probes, outcome, backbone, prompt)
+    require_equal(probes, played.request_judge.join([later, first]), backbone, prompt)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -281,8 +278,8 @@ def test_a_worker_keeps_its_stage_when_the_cache_comes(backbone, tmp_path):
     worker.keep(torch.arange(4, 8))
     reading = Reading("r", (1,), 0, bytes([Part.PROMPT] * 4), True)
     prompt = EncodedPrompt(tuple(range(10, 14)), (Part.PROMPT,) * 4)
-    require_equal(served.panel().probes, worker.judge([reading])["r"], backbone, prompt)
-    set_stage(None)
+    require_equal(served.load(), worker.judge([reading])["r"], backbone, prompt)
+    set_receiver(None)
 
 
 def test_a_pipeline_stage_keeps_its_probes(backbone, tmp_path):
@@ -295,7 +292,7 @@ def test_a_pipeline_stage_keeps_its_probes(backbone, tmp_path):
     stage = Worker(served, layers=range(2, layers), tokens=8, device=device)
     with pytest.raises(SidelightError, match="pipeline parallel"):
         stage.load(folders[1:])
-    set_stage(None)
+    set_receiver(None)
 
 
 def test_hooks_see_the_stream_in_one_or_two_addends():
@@ -313,12 +310,12 @@ def test_hooks_see_the_stream_in_one_or_two_addends():
     assert tap_layers([split, whole], reads_embedding=True, width=8) == 3
     projection = Projection(torch.randn(3, 8, 2), torch.randn(3, 2))
     stage = Stage.empty(projection, tokens=6)
-    set_stage(stage)
+    set_receiver(stage)
     hidden = torch.randn(5, 8)
     with torch.inference_mode():
         first, residual = split(torch.arange(5), hidden)
         last = whole(first + residual)
-    set_stage(None)
+    set_receiver(None)
     for layer, stream in enumerate((hidden, first + residual, last)):
         wanted = stream @ projection.weight[layer] + projection.shift[layer]
         torch.testing.assert_close(stage.rows[layer, :5], wanted)
@@ -332,7 +329,7 @@ def test_a_layer_of_another_kind_is_refused():
 
     layer = Pooled(8, 8)
     tap_layers([layer], reads_embedding=False, width=8)
-    with pytest.raises(SidelightError, match="Pooled is no decoder layer"):
+    with pytest.raises(SidelightError, match="does not know how to tap Pooled"):
         layer(torch.randn(5, 8))
 
 
@@ -392,12 +389,12 @@ def test_served_probes_survive_json_and_belong_to_the_model(backbone, tmp_path):
     served = Served((folder,), backbone.fingerprint)
     again = Served.from_json(json.loads(json.dumps(served.to_json())))
     assert again == served
-    assert [probe.name for probe in again.panel().probes] == ["topics"]
+    assert [probe.name for probe in again.load()] == ["topics"]
     with pytest.raises(SidelightError, match="distinct names"):
-        load_checked([folder, folder], backbone.fingerprint)
+        replace(served, folders=(folder, folder)).load()
     other = Served((folder,), untrained_probe(backbone, "x").fingerprint)
     with pytest.raises(FingerprintMismatchError):
-        replace(other, fingerprint=replace(backbone.fingerprint, weights="0")).panel()
+        replace(other, fingerprint=replace(backbone.fingerprint, weights="0")).load()
 
 
 def test_probes_of_chats_and_of_raw_texts_are_refused_whoever_serves_them(backbone, tmp_path):

@@ -6,8 +6,8 @@ import json
 import pytest
 
 from sidelight.prompts import Message
-from sidelight.vllm.endpoint import Described, ProbeMiddleware, current_report
-from sidelight.vllm.requests import Said
+from sidelight.vllm.endpoint import ProbeMiddleware, RequestDescriber, current_report
+from sidelight.vllm.requests import StepReport
 from sidelight.vllm.settings import KEY, request_params
 from tiny import tiny_backbone
 
@@ -46,7 +46,7 @@ def asked(encoder, body, *, said=(), texts=1, events=None):
         sent.append(event)
 
     scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": []}
-    middleware = ProbeMiddleware(vllm, described=Described(encoder))
+    middleware = ProbeMiddleware(vllm, describer=RequestDescriber(encoder))
     asyncio.run(middleware(scope, receive, send))
     return read, sent[0]["status"], b"".join(event.get("body", b"") for event in sent)
 
@@ -70,13 +70,13 @@ def test_what_is_posted_elsewhere_is_marked_as_not_judged(encoder, method, path,
         sent.append(event)
 
     scope = {"type": "http", "method": method, "path": path, "headers": []}
-    asyncio.run(ProbeMiddleware(vllm, described=Described(encoder))(scope, None, send))
+    asyncio.run(ProbeMiddleware(vllm, describer=RequestDescriber(encoder))(scope, None, send))
     assert (b"x-sidelight-error" in dict(sent[0]["headers"])) == is_marked
     assert sent[1]["body"] == b"data: text"
 
 
 def says(text, **fields):
-    return Said(text, 1, {KEY: {"verdicts": {"toxicity": fields}}})
+    return StepReport(text, 1, {KEY: {"verdicts": {"toxicity": fields}}})
 
 
 @pytest.mark.parametrize(

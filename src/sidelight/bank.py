@@ -1,24 +1,26 @@
 """Many probes on one backbone, served by one thin matmul per layer.
 
 The probes' projections are concatenated, so 1 or 50 probes run the same number of matmuls. Probes
-that do the same to their columns do it together. The bank holds no request: states are values that
-the caller keeps, splits, packs and merges.
+that do the same to their columns do it together. ``Bank`` summarises and judges; ``Panel`` says
+which probes are judged when. Neither holds a request: states are values that the caller keeps,
+splits, packs and merges.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sidelight.errors import SidelightError
+from sidelight.errors import SidelightError, VerdictError
 from sidelight.probe import Probe, require_distinct_names
 from sidelight.prompts import Reads
 from sidelight.ragged import Ragged
 from sidelight.standardisation import Projection
-from sidelight.types import Verdict
+from sidelight.types import Judgement, Verdict
 
 NUMBERS_AT_ONCE = 2**21
 """So many columns are best summarised together: more do not stay in a processor's cache."""
@@ -218,6 +220,124 @@ class Bank:
             tuple(probe.verdict(row) for probe, row in zip(self.probes, rows, strict=True))
             for rows in zip(*by_probe, strict=True)
         ]
+
+    def judge(self, state: BankState) -> list[Judgement]:
+        """For each request, what the probes say; those without a verdict are named."""
+        return [self._judge_one(logits) for logits in zip(*self.logits(state), strict=True)]
+
+    def _judge_one(self, logits: Sequence[np.ndarray]) -> Judgement:
+        verdicts: list[Verdict] = []
+        failed: list[str] = []
+        for probe, own in zip(self.probes, logits, strict=True):
+            try:
+                verdicts.append(probe.verdict(own))
+            except VerdictError:
+                failed.append(probe.name)
+        return Judgement(tuple(verdicts), tuple(failed))
+
+
+class Panel:
+    """The probes of an engine, in two banks that are judged at different times.
+
+    Probes that read the prompt alone are done when it ends. Probes that read the response are
+    judged at any token of it, from a state that grows token by token.
+
+    Args:
+        probes: Probes of one backbone, with distinct names; possibly none.
+        device: Where the backbone's hidden states are.
+
+    Attributes:
+        probes: All of them, in the given order.
+        early: Those that read the prompt alone; None if there are none.
+        late: Those that read the response; None if there are none.
+
+    Raises:
+        SidelightError: Two probes share a name.
+    """
+
+    def __init__(self, probes: Sequence[Probe], *, device: torch.device | str = "cpu"):
+        require_distinct_names(probes)
+        self.probes = tuple(probes)
+        early = [probe for probe in probes if not probe.reads.includes_response]
+        late = [probe for probe in probes if probe.reads.includes_response]
+        self.early = Bank(early, device=device) if early else None
+        self.late = Bank(late, device=device) if late else None
+
+    @cached_property
+    def projection(self) -> Projection | None:
+        """To the columns of all probes, ``early`` before ``late``; None without probes."""
+        parts = [bank.projection for bank in (self.early, self.late) if bank]
+        if len(parts) < 2:
+            return parts[0] if parts else None
+        weight = torch.cat([part.weight for part in parts], 2)
+        return Projection(weight, torch.cat([part.shift for part in parts], 1))
+
+    def prompt_tap(self) -> BankTap | None:
+        """A tap for a pass over prompts; None: nothing reads it."""
+        return BankTap(self.projection.weight, self.projection.shift) if self.projection else None
+
+    def response_tap(self) -> BankTap | None:
+        """A tap for a pass over tokens of responses; None: nothing reads it."""
+        return self.late.tap() if self.late else None
+
+    def judge_prompts(
+        self, columns: Float[Tensor, "token layer column"], parts: Sequence[bytes]
+    ) -> list[Judgement]:
+        """For each prompt, what the early probes say.
+
+        Args:
+            columns: Those of all probes for all tokens, one prompt after the other.
+            parts: For each prompt, the ``Part`` of every token.
+        """
+        if self.early is None:
+            return [Judgement()] * len(parts)
+        width = self.early.projection.weight.shape[2]
+        return self.early.judge(_summarise(self.early, columns[..., :width], parts))
+
+    def read(
+        self,
+        columns: Float[Tensor, "token layer column"],
+        parts: Sequence[bytes],
+        before: Sequence[BankState | None],
+    ) -> list[BankState | None]:
+        """For each text, what the late probes know after some more tokens.
+
+        Args:
+            columns: Those of all probes, or of the late ones, for all tokens, one text after the
+                other.
+            parts: For each text, the ``Part`` of every new token.
+            before: What the probes knew of each text; None at its beginning.
+        """
+        if self.late is None:
+            return [None] * len(parts)
+        width = self.late.projection.weight.shape[2]
+        new = _summarise(self.late, columns[..., columns.shape[2] - width :], parts)
+        known = [state for state in before if state is not None]
+        if len(known) == len(before):
+            return [*self.late.merge(BankState.pack(known), new).split()]
+        return [
+            state if old is None else self.late.merge(old, state)
+            for old, state in zip(before, new.split(), strict=True)
+        ]
+
+    def judge_responses(self, states: Sequence[BankState | None]) -> list[Judgement]:
+        """For each text, what the late probes say of it as far as they have read it."""
+        known = [state for state in states if state is not None]
+        if self.late is None or not known:
+            return [Judgement()] * len(states)
+        return self.late.judge(BankState.pack(known))
+
+
+def _summarise(
+    bank: Bank, columns: Float[Tensor, "token layer column"], parts: Sequence[bytes]
+) -> BankState:
+    of_tokens = np.frombuffer(b"".join(parts), np.uint8)
+    masks = {
+        reads: torch.from_numpy(np.isin(of_tokens, [*reads.parts])).to(columns.device)
+        for reads in bank.reads
+    }
+    lengths = torch.tensor([len(text) for text in parts], device=columns.device)
+    return bank.summarise_rows(columns, masks, lengths)
 
 
 def _teams(probes: Sequence[Probe], widths: Sequence[int]) -> list[_Team]:

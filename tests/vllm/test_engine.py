@@ -24,7 +24,7 @@ from sidelight.engines.base import (
     Sampling,
     TextDelta,
 )
-from sidelight.engines.text import Speller
+from sidelight.engines.logprobs import Speller
 from sidelight.errors import ContextLengthError, FingerprintMismatchError, SidelightError
 from sidelight.prompts import EncodedPrompt, Message, Part, PlainText, Reads
 from tiny import tiny_backbone, untrained_probe
@@ -400,15 +400,14 @@ def test_a_seeded_draw_is_refused_where_it_would_end_vllm(engine, loop):
 def test_a_verdict_that_does_not_come_is_an_error(engine, loop):
     """The tokens are not those that the request describes."""
     from sidelight.vllm.requests import sampling_params
+    from sidelight.vllm.settings import judgement_of
 
     prompt = EncodedPrompt((5, 6, 7), (Part.PROMPT,) * 3)
     other = EncodedPrompt((5, 6, 8), (Part.PROMPT,) * 3)
 
     async def ask():
-        from sidelight.vllm.requests import judgement
-
         params = sampling_params(Sampling(temperature=0), 1, other)
-        return [judgement(o.steps[-1].params) async for o in engine.outputs(prompt, params)]
+        return [judgement_of(o.steps[-1].params) async for o in engine.outputs(prompt, params)]
 
     with pytest.raises(GenerationError, match="other tokens"):
         loop.run(ask())

@@ -1,28 +1,13 @@
-"""What an engine tells of one request, in the order in which it happens.
+"""What every inference engine offers: verdicts and text, as events of one forward pass.
 
-What an inference engine gives the server: verdicts and text, as events of one forward pass.
-
-The HTTP layer knows this interface and no engine; an engine knows messages, and nothing of HTTP.
-
-How long probes take within the steps of an engine.
+The server knows this interface and no engine; an engine knows messages, and nothing of HTTP.
 """
 
-import time
 from abc import ABC, abstractmethod
-from collections.abc import (
-    AsyncGenerator,
-    Callable,
-    Collection,
-    Coroutine,
-    Generator,
-    Iterable,
-    Sequence,
-)
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Iterable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
-
-import torch
 
 from sidelight.backbone import Fingerprint
 from sidelight.engines.logprobs import TokenLogprobs
@@ -31,7 +16,7 @@ from sidelight.probe import Probe, common_format
 from sidelight.prompts import Conversation, Message, PlainText
 from sidelight.types import Verdict
 
-# "content_filter" is the server's, where a policy cut the text; no engine says it.
+# No engine reports "content_filter"; the server does, where a policy cut the text.
 FinishReason = Literal["stop", "length", "content_filter"]
 
 
@@ -40,15 +25,15 @@ class PromptJudged:
     """The prompt has been read; nothing is written yet.
 
     Attributes:
-        verdicts: Of every probe that reads the prompt only.
-        failed: Names of such probes that gave no verdict; never to be read as a harmless one.
-        too_long: Those of the failed that a policy lets judge no text of this length; the server's,
-            no engine says it.
-        is_unfamiliar: Whether the probes have failed since the prompt is plain text, and they were
+        verdicts: From every probe that reads the prompt alone.
+        failed: Names of such probes without a verdict; never to be taken for a harmless one.
+        too_long: Those of the failed that a policy lets judge no text of this length. Set by the
+            server, never by an engine.
+        is_unfamiliar: Whether the probes failed because the prompt is plain text and they were
             trained on chats.
-        tokens: Of the prompt.
-        judging_s: Seconds by which the probes made the pass over the prompt longer. All requests of
-            one pass wait for all of it, so it is not divided among them.
+        tokens: Length of the prompt.
+        judging_s: Seconds that the probes added to the pass over the prompt. All requests of a pass
+            wait for all of it, so it is not divided among them.
     """
 
     verdicts: tuple[Verdict, ...]
@@ -65,9 +50,9 @@ class TextDelta:
 
     Attributes:
         text: What follows the text so far.
-        tokens: How many tokens have been sampled: no token after these has a part in the text.
-        logprobs: Of the tokens that the text comes from, where they were asked for. Whoever holds
-            the text back holds back these.
+        tokens: How many tokens have been sampled: no later token has a part in the text.
+        logprobs: For the tokens that the text comes from, where the request asked for them. Hold
+            them back together with the text.
     """
 
     text: str
@@ -80,11 +65,11 @@ class ResponseScored:
     """The watched probes have read one more token of the response.
 
     Attributes:
-        tokens: How many tokens they have read, the ones that were sampled first. A ``TextDelta``
-            is judged once this reaches its own ``tokens``.
+        tokens: How many sampled tokens they have read. A ``TextDelta`` is judged once this reaches
+            its own ``tokens``.
         verdicts: On the response so far, as if it ended here.
-        failed: Names of watched probes that gave no verdict; never to be read as a harmless one.
-        judging_s: As ``Finished`` has it, so far.
+        failed: Names of watched probes without a verdict; never to be taken for a harmless one.
+        judging_s: As in ``Finished``, so far.
     """
 
     tokens: int
@@ -100,15 +85,15 @@ class Finished:
     Attributes:
         reason: ``stop`` (end of turn or stop string) or ``length``.
         prompt_tokens: Tokens read.
-        completion_tokens: Tokens sampled, with the end-of-turn token.
-        verdicts: Of every probe that reads the response. An end-of-turn token is never read. Where
-            no probe is watched, the last sampled token is not run through the model either, so at
-            ``length`` or a stop string they do not cover the last token of the text.
-        failed: Names of such probes that gave no verdict; never to be read as a harmless one.
-        too_long: As ``PromptJudged`` has it.
-        logprobs: Of the last tokens, where they were asked for and are only a part of a character:
-            no text comes from these.
-        judging_s: Seconds by which the probes made the steps after the prompt longer, in all.
+        completion_tokens: Tokens sampled, including the end-of-turn token.
+        verdicts: From every probe that reads the response. An end-of-turn token is never read.
+            Where no probe is watched, the last sampled token is not run through the model either,
+            so at ``length`` or a stop string they do not cover the last token of the text.
+        failed: Names of such probes without a verdict; never to be taken for a harmless one.
+        too_long: As in ``PromptJudged``.
+        logprobs: For last tokens that are only a part of a character, so that no text comes from
+            them.
+        judging_s: Seconds that the probes added to all steps after the prompt.
     """
 
     reason: FinishReason
@@ -125,18 +110,8 @@ Event = PromptJudged | TextDelta | ResponseScored | Finished
 E = TypeVar("E", bound=Event)
 
 
-def unjudged(event: E) -> E:
-    """The event of a plain text whose probes were trained on chats: each has failed."""
-    if isinstance(event, TextDelta):
-        return event
-    failed = (*(verdict.probe for verdict in event.verdicts), *event.failed)
-    if isinstance(event, PromptJudged):
-        return replace(event, verdicts=(), failed=failed, is_unfamiliar=True)
-    return replace(event, verdicts=(), failed=failed)
-
-
 def written_by(event: Event) -> int:
-    """How many tokens the event says have been sampled; 0 where it says nothing of it."""
+    """How many tokens the event says have been sampled; 0 if it does not say."""
     match event:
         case TextDelta() | ResponseScored():
             return event.tokens
@@ -147,15 +122,20 @@ def written_by(event: Event) -> int:
 
 
 class EngineBusyError(SidelightError):
-    """The line is full; ask again after ``retry_after_s`` seconds."""
+    """The queue is full; try again after ``retry_after_s`` seconds."""
 
-    def __init__(self, message: str, *, retry_after_s: int):
-        super().__init__(message)
+    def __init__(self, *, waiting: int, limit: int, retry_after_s: int = 1):
+        super().__init__(
+            f"The queue is full ({waiting} waiting, the limit is {limit}). Retry in a moment."
+        )
         self.retry_after_s = retry_after_s
 
 
 class EngineUnavailableError(SidelightError):
     """The engine is still loading, or has stopped."""
+
+    def __init__(self, message: str = "The engine is not running. Retry when /ready answers 200."):
+        super().__init__(message)
 
 
 class GenerationError(SidelightError):
@@ -164,7 +144,7 @@ class GenerationError(SidelightError):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to write.
+    """How to write a text.
 
     Attributes:
         max_tokens: Most tokens to write; None: as many as the context has room for.
@@ -172,8 +152,8 @@ class Sampling:
         top_p: Draws from the most probable tokens that together reach this probability, in (0, 1].
         stop: Strings that end the text; none of them is part of it.
         seed: The same seed draws the same text; None: a fresh one.
-        logprobs: How many of the likeliest tokens are told with each token's log-probability;
-            None: not even that is.
+        logprobs: How many of the likeliest tokens to report beside each token's log-probability;
+            None: report no log-probability at all.
     """
 
     max_tokens: int | None = None
@@ -184,13 +164,13 @@ class Sampling:
     logprobs: int | None = None
 
 
-# Whether a prompt that has been judged may be answered. Called in a thread of the engine's: it
-# decides by the event alone, at once, and raises nothing.
+# Decides whether a judged prompt is answered. Called in a thread of the engine's, so it must decide
+# from the event alone, at once, and raise nothing.
 Admission = Callable[[PromptJudged], bool]
 
 
 def admit_all(_judged: PromptJudged) -> bool:
-    """Every prompt is answered."""
+    """Answers every prompt."""
     return True
 
 
@@ -231,12 +211,12 @@ class Engine(ABC):
     @property
     @abstractmethod
     def max_tokens(self) -> int:
-        """The longest input that the model reads."""
+        """The longest input that the model reads, in tokens."""
 
     @property
     @abstractmethod
     def load(self) -> Load:
-        """The requests in it now."""
+        """The requests in the engine now."""
 
     @property
     @abstractmethod
@@ -249,24 +229,24 @@ class Engine(ABC):
 
     @abstractmethod
     async def close(self) -> None:
-        """Ends the work; requests still in it fail with ``EngineUnavailableError``."""
+        """Ends the work; requests still in the engine fail with ``EngineUnavailableError``."""
 
     @abstractmethod
     async def replace_probes(self, probes: Sequence[Probe]) -> None:
         """Serves these probes from now on, once each has given a verdict on a short text.
 
         A request that is in the engine keeps the probes that were loaded when it was called, or
-        fails; none is judged by another set in silence. After an error nothing has changed.
+        fails; none is silently judged by another set. After an error nothing has changed.
 
         Raises:
             FingerprintMismatchError: A probe belongs to another backbone.
             VerdictError: A probe gives no verdict.
-            SidelightError: Two probes share a name.
+            SidelightError: Two probes share a name, or the engine cannot replace probes.
             EngineBusyError, EngineUnavailableError, GenerationError: As for ``generate``.
         """
 
     async def settled(self) -> None:
-        """Waits while probes are being replaced: who asks then is judged by the new ones.
+        """Waits while probes are being replaced: later calls are judged by the new ones.
 
         An engine that replaces them at once has nothing to wait for.
         """
@@ -274,14 +254,13 @@ class Engine(ABC):
 
     @abstractmethod
     async def tokenize(self, text: Conversation) -> Tokens:
-        """The tokens that ``generate``, or for a text with a response ``judge``, would read.
+        """The tokens that ``generate``, or ``judge`` for a text with a response, would read.
 
         Raises:
             ContextLengthError: It is too long; nothing is cut.
-            EngineUnavailableError: Loading.
+            EngineUnavailableError: The model is loading.
         """
 
-    @abstractmethod
     def generate(
         self,
         messages: Conversation,
@@ -292,24 +271,46 @@ class Engine(ABC):
     ) -> AsyncGenerator[Event, None]:
         """``PromptJudged``, any number of ``TextDelta``, ``Finished``; closing it cancels.
 
-        The probes are those loaded when this is called, until the end. Of a plain text, probes that
+        The probes are those loaded when this is called, until the end. On plain text, probes that
         were trained on chats give no verdict: they are among the ``failed``.
 
         Args:
-            messages: The conversation, or a text to go on with.
+            messages: The conversation, or a text to continue.
             sampling: How to write.
             watch: Names of loaded probes that read the response. After each token of the response,
-                the text's last one included, there is a ``ResponseScored`` with their verdicts;
-                that costs time, so nothing of it happens where no probe is named.
-            admits: Asked before the first token is drawn. Where it says no, ``PromptJudged`` is the
-                only event, nothing is written, and the request has left the engine by then.
+                including the last one of the text, there is a ``ResponseScored`` with their
+                verdicts. That costs time; where no probe is named, none of it is spent.
+            admits: Asked before the first token is drawn. If it refuses, ``PromptJudged`` is the
+                only event, nothing is written, and the request has already left the engine.
 
         Raises:
             ContextLengthError: The prompt leaves no room for a token.
-            EngineBusyError: The line is full.
-            EngineUnavailableError: Loading or stopped.
+            EngineBusyError: The queue is full.
+            EngineUnavailableError: The engine is loading or has stopped.
             GenerationError: A step failed.
             SidelightError: A watched probe is not loaded, or does not read the response.
+        """
+        probes = self.probes
+        known = [probe.name for probe in probes if probe.reads.includes_response]
+        for name in watch:
+            if name not in known:
+                raise SidelightError(
+                    f"Probe '{name}' cannot be watched: no such probe reads the response."
+                    f"{did_you_mean(name, known)}"
+                )
+        if not isinstance(messages, PlainText) or common_format(probes) != "chat":
+            return self._write(messages, sampling, frozenset(watch), admits)
+        return _without_verdicts(
+            self._write(messages, sampling, frozenset(watch), lambda e: admits(_unjudged(e)))
+        )
+
+    @abstractmethod
+    def _write(
+        self, messages: Conversation, sampling: Sampling, watch: frozenset[str], admits: Admission
+    ) -> AsyncGenerator[Event, None]:
+        """As ``generate``, for a text that all probes can judge.
+
+        Takes the loaded probes when it is called, not when its first event is asked for.
         """
 
     @abstractmethod
@@ -320,12 +321,28 @@ class Engine(ABC):
 
         A conversation that ends with the assistant's turn is judged by every probe, that turn being
         the response; any other only by the probes that read the prompt alone. The probes are those
-        loaded when this is called. A probe that gave no verdict is among the ``failed``.
+        loaded when this is called. A probe without a verdict is among the ``failed``.
 
         Raises:
             ContextLengthError: A conversation is too long; nothing is cut.
             EngineBusyError, EngineUnavailableError, GenerationError: As for ``generate``.
         """
+
+
+def _unjudged(event: E) -> E:
+    """The event of a plain text whose probes were trained on chats: each of them has failed."""
+    if isinstance(event, TextDelta):
+        return event
+    failed = (*(verdict.probe for verdict in event.verdicts), *event.failed)
+    if isinstance(event, PromptJudged):
+        return replace(event, verdicts=(), failed=failed, is_unfamiliar=True)
+    return replace(event, verdicts=(), failed=failed)
+
+
+async def _without_verdicts(events: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:
+    async with aclosing(events):
+        async for event in events:
+            yield _unjudged(event)
 
 
 def verdict_failure(probes: Iterable[str]) -> VerdictError:
@@ -335,38 +352,6 @@ def verdict_failure(probes: Iterable[str]) -> VerdictError:
         "token that the probe reads, or it is plain text and the probe was trained on chats. Treat "
         "the text as not judged."
     )
-
-
-def can_judge(probes: Iterable[Probe], text: Conversation) -> bool:
-    """Whether the probes were trained on texts of this kind: chats teach nothing of plain text."""
-    return not isinstance(text, PlainText) or common_format(probes) != "chat"
-
-
-def unjudged_admission(admits: Admission) -> Admission:
-    """Asks about the prompt as ``unjudged`` tells of it."""
-    return lambda judged: admits(unjudged(judged))
-
-
-async def without_verdicts(events: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:
-    """The events with a failure in the place of each verdict."""
-    async with aclosing(events):
-        async for event in events:
-            yield unjudged(event)
-
-
-def require_watchable(watch: Iterable[str], probes: Sequence[Probe]) -> None:
-    """Checks that each name is that of a probe that reads the response.
-
-    Raises:
-        SidelightError: One is not; it would never be scored while the text is written.
-    """
-    known = [probe.name for probe in probes if probe.reads.includes_response]
-    for name in watch:
-        if name not in known:
-            raise SidelightError(
-                f"Probe '{name}' cannot be watched: no such probe reads the response."
-                f"{did_you_mean(name, known)}"
-            )
 
 
 def require_same_model(probes: Sequence[Probe], fingerprint: Fingerprint) -> None:
@@ -379,30 +364,3 @@ def require_same_model(probes: Sequence[Probe], fingerprint: Fingerprint) -> Non
     common_format(probes)
     for probe in probes:
         probe.fingerprint.require(fingerprint, probe=probe.name)
-
-
-class Stopwatch:
-    """Adds up the wall-clock time of some parts of one step.
-
-    Attributes:
-        seconds: So far.
-    """
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    @contextmanager
-    def running(self, *, after: torch.device | None = None) -> Generator[None]:
-        """Counts what happens meanwhile.
-
-        Args:
-            after: Waits first until this device has done what it was told: a GPU works on while
-                Python goes ahead, and what it still has to do must not count.
-        """
-        if after is not None and after.type == "cuda":
-            torch.cuda.synchronize(after)
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds += time.perf_counter() - start

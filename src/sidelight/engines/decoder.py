@@ -1,13 +1,13 @@
-"""Keys and values of the requests being written: one left-padded batch that rows come and go in.
+"""The model as the batching engine drives it: tokens in, logits of the last position out.
 
-Works through the public face of ``transformers``' ``DynamicCache``: its layers' ``keys`` and
+The keys and values of running requests are one left-padded batch that rows enter and leave. It
+works through the public face of ``transformers``' ``DynamicCache``: its layers' ``keys`` and
 ``values``, and ``update``. A plain ``DynamicCache()`` keeps every position in every layer; models
 with sliding windows get their windows from the attention mask.
-
-The model as the batching engine drives it: tokens in, logits of the last position out.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,7 +17,6 @@ from torch.nn.functional import pad
 from transformers import DynamicCache
 
 from sidelight.backbone import Tap, TransformersBackbone, cache_name
-from sidelight.engines.text import Speller
 from sidelight.errors import SidelightError
 from sidelight.prompts import EncodedPrompt
 
@@ -34,15 +33,6 @@ class CachedRows:
         self.cache = cache
         self.mask = mask
 
-    @property
-    def lengths(self) -> Int[Tensor, " row"]:
-        """Tokens of each row, which is the position of its next token."""
-        return self.mask.sum(dim=1)
-
-    def append_column(self) -> None:
-        """Makes room in the mask for the token that each row is about to read."""
-        self.mask = pad(self.mask, (0, 1), value=True)
-
     def kept(self, rows: Sequence[int]) -> "CachedRows":
         """These rows only, in their order, without the columns that pad all of them."""
         if len(rows) == len(self.mask):
@@ -50,7 +40,9 @@ class CachedRows:
         index = torch.tensor(rows, device=self.mask.device)
         mask = self.mask[index]
         start = int(mask.any(dim=0).int().argmax())
-        cache = _changed(self.cache, lambda states: states[index, :, start:])
+        cache = DynamicCache()
+        for i, layer in enumerate(_layers(self.cache)):
+            cache.update(layer.keys[index, :, start:], layer.values[index, :, start:], i)
         return CachedRows(cache, mask[:, start:])
 
     def joined(self, other: "CachedRows") -> "CachedRows":
@@ -70,13 +62,6 @@ def _layers(cache: DynamicCache) -> list[Any]:
     return cache.layers
 
 
-def _changed(cache: DynamicCache, change: Callable[[Tensor], Tensor]) -> DynamicCache:
-    changed = DynamicCache()
-    for index, layer in enumerate(_layers(cache)):
-        changed.update(change(layer.keys), change(layer.values), index)
-    return changed
-
-
 def _stacked(
     mine: Float[Tensor, "row head column width"],
     theirs: Float[Tensor, "newrow head newcolumn width"],
@@ -94,6 +79,9 @@ class Decoder:
     Args:
         backbone: The model; only this object runs it, in one thread.
 
+    Attributes:
+        end_tokens: Ids that end a turn; they are counted, and no part of the text.
+
     Raises:
         SidelightError: The model keeps a state other than keys and values, so rows cannot be
             batched.
@@ -103,17 +91,13 @@ class Decoder:
         self._backbone = backbone
         _require_attention(backbone)
         self._cache_name = cache_name(backbone.model)
-        self.end_tokens = _end_tokens(backbone)
-        self.spell = Speller(backbone.tokenizer)
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        """The text of the tokens, special ones left out."""
-        return self._backbone.tokenizer.decode(
-            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        configured = backbone.model.generation_config.eos_token_id
+        several = configured if isinstance(configured, list) else [configured]
+        ends = (*several, backbone.tokenizer.eos_token_id)
+        self.end_tokens = frozenset(token for token in ends if token is not None)
 
     def read_prompts(
-        self, prompts: Sequence[EncodedPrompt], tap: Tap
+        self, prompts: Sequence[EncodedPrompt], tap: Tap | None
     ) -> tuple[Float[Tensor, "row vocabulary"], CachedRows]:
         """One pass over whole prompts: the logits after each, and their keys and values."""
         longest = max(len(prompt) for prompt in prompts)
@@ -127,11 +111,11 @@ class Decoder:
         return self._run(token_ids.to(self._backbone.device), positions, rows, tap), rows
 
     def read_step(
-        self, tokens: Sequence[int], rows: CachedRows, tap: Tap
+        self, tokens: Sequence[int], rows: CachedRows, tap: Tap | None
     ) -> Float[Tensor, "row vocabulary"]:
         """One pass over the newest token of each row, which ``rows`` then holds."""
-        positions = rows.lengths[:, None]
-        rows.append_column()
+        positions = rows.mask.sum(dim=1)[:, None]
+        rows.mask = pad(rows.mask, (0, 1), value=True)
         token_ids = torch.tensor(tokens, device=self._backbone.device)[:, None]
         return self._run(token_ids, positions, rows, tap)
 
@@ -141,10 +125,10 @@ class Decoder:
         token_ids: Int[Tensor, "row token"],
         positions: Int[Tensor, "row token"],
         rows: CachedRows,
-        tap: Tap,
+        tap: Tap | None,
     ) -> Float[Tensor, "row vocabulary"]:
         cache: dict[str, Any] = {self._cache_name: rows.cache}
-        with self._backbone.tapped(tap):
+        with self._backbone.tapped(tap) if tap else nullcontext():
             output = self._backbone.model(
                 input_ids=token_ids,
                 attention_mask=rows.mask.long(),
@@ -165,9 +149,3 @@ def _require_attention(backbone: TransformersBackbone) -> None:
             "keys and values; the transformers engine cannot batch it. Serve a model with "
             "attention layers only."
         )
-
-
-def _end_tokens(backbone: TransformersBackbone) -> frozenset[int]:
-    configured = backbone.model.generation_config.eos_token_id
-    several = configured if isinstance(configured, list) else [configured]
-    return frozenset(i for i in (*several, backbone.tokenizer.eos_token_id) if i is not None)

@@ -1,7 +1,7 @@
 """An engine whose model loads in the background, so that the server can say that it is loading."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from typing import Any
 
 from sidelight.engines.base import (
@@ -13,7 +13,6 @@ from sidelight.engines.base import (
     PromptJudged,
     Sampling,
     Tokens,
-    admit_all,
 )
 from sidelight.probe import Probe
 from sidelight.prompts import Conversation, Message
@@ -23,8 +22,11 @@ class LoadingEngine(Engine):
     """Refuses with ``EngineUnavailableError`` until the loaded engine takes over.
 
     Args:
-        load: Gives the engine; runs once, in a thread of its own.
+        load: Returns the engine; runs once, in a thread of its own.
         on_failure: Called in the event loop when ``load`` has raised.
+
+    Attributes:
+        failure: What ``load`` raised.
     """
 
     def __init__(
@@ -38,27 +40,22 @@ class LoadingEngine(Engine):
 
     @property
     def model(self) -> str:
-        """The name of the loaded model."""
         return self._loaded().model
 
     @property
     def probes(self) -> Sequence[Probe]:
-        """The probes of the loaded model."""
         return self._loaded().probes
 
     @property
     def max_tokens(self) -> int:
-        """The longest input of the loaded model."""
         return self._loaded().max_tokens
 
     @property
     def load(self) -> Load:
-        """The requests in the engine; none while it loads."""
         return Load(running=0, waiting=0) if self._engine is None else self._engine.load
 
     @property
     def is_ready(self) -> bool:
-        """Whether the model has been loaded and its engine accepts requests."""
         return self._engine is not None and self._engine.is_ready
 
     async def start(self) -> None:
@@ -75,32 +72,22 @@ class LoadingEngine(Engine):
             await self._engine.close()
 
     async def replace_probes(self, probes: Sequence[Probe]) -> None:
-        """As the loaded engine's."""
         await self._loaded().replace_probes(probes)
 
     async def settled(self) -> None:
-        """As the loaded engine's."""
         await self._loaded().settled()
 
     async def tokenize(self, text: Conversation) -> Tokens:
-        """As the loaded engine's."""
         return await self._loaded().tokenize(text)
 
-    def generate(
-        self,
-        messages: Conversation,
-        sampling: Sampling,
-        *,
-        watch: Collection[str] = (),
-        admits: Admission = admit_all,
+    def _write(
+        self, messages: Conversation, sampling: Sampling, watch: frozenset[str], admits: Admission
     ) -> AsyncGenerator[Event, None]:
-        """As the loaded engine's."""
-        return self._loaded().generate(messages, sampling, watch=watch, admits=admits)
+        return self._loaded()._write(messages, sampling, watch, admits)
 
     def judge(
         self, conversations: Sequence[Sequence[Message]]
     ) -> Coroutine[Any, Any, list[PromptJudged]]:
-        """As the loaded engine's."""
         return self._loaded().judge(conversations)
 
     async def _take_over(self) -> None:
@@ -116,6 +103,6 @@ class LoadingEngine(Engine):
     def _loaded(self) -> Engine:
         if self._engine is None:
             raise EngineUnavailableError(
-                "The model is still loading. Try again when /ready is 200."
+                "The model is still loading. Retry when /ready answers 200."
             )
         return self._engine

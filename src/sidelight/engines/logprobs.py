@@ -1,10 +1,12 @@
-"""How probable the model found each token that it wrote, and which it found the likeliest.
+"""How probable the model found each token that it wrote, and which tokens it found the likeliest.
 
-All are of the model's own distribution: before temperature and ``top_p``.
+All log-probabilities are of the model's own distribution, before temperature and ``top_p``.
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -12,21 +14,11 @@ from torch import Tensor
 
 # What OpenAI writes for "very unlikely"; JSON has no word for minus infinity.
 LOWEST = -9999.0
+# What a decoder writes for bytes that are not yet, or not at all, a character.
+UNFINISHED = "\ufffd"
 
-
-@dataclass(frozen=True)
-class Odds:
-    """Log-probabilities at one position, by token id.
-
-    Attributes:
-        drawn: The token that was written.
-        logprob: Its own, at least ``LOWEST``.
-        likeliest: The most probable tokens, in this order, each with its log-probability.
-    """
-
-    drawn: int
-    logprob: float
-    likeliest: tuple[tuple[int, float], ...] = ()
+TokenScore = tuple[int, float]
+"""A token id and its log-probability."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +27,8 @@ class Spelling:
 
     Attributes:
         text: The characters; ``\xf0\x9f`` for a token that is only a part of one.
-        bytes: Those that it adds to a text; None for a special token, which adds none, and where
-            the tokenizer does not tell.
+        bytes: What it adds to a text; None for a special token, which adds nothing, and where the
+            tokenizer does not say.
     """
 
     text: str
@@ -50,12 +42,7 @@ class Spelling:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A token that was written, or could have been.
-
-    Attributes:
-        spelling: What it stands for.
-        logprob: The natural logarithm of its probability, at least ``LOWEST``.
-    """
+    """A token that was written, or could have been, with its log-probability (natural)."""
 
     spelling: Spelling
     logprob: float
@@ -67,7 +54,7 @@ class TokenLogprobs:
 
     Attributes:
         drawn: The token.
-        likeliest: The most probable tokens at its place, in this order.
+        likeliest: The most probable tokens at its place, best first.
         offset: Characters of the text before it.
     """
 
@@ -76,19 +63,21 @@ class TokenLogprobs:
     offset: int
 
 
-def odds_of(logits: Float[Tensor, " vocabulary"], token: int, *, count: int) -> Odds:
-    """The odds of the token that was drawn, and of the ``count`` likeliest."""
+def likeliest_tokens(
+    logits: Float[Tensor, " vocabulary"], token: int, *, count: int
+) -> tuple[TokenScore, list[TokenScore]]:
+    """The score of the token that was drawn, and the ``count`` likeliest; at least ``LOWEST``."""
     logprobs = torch.log_softmax(logits.float(), dim=-1).clamp(min=LOWEST)
     best = logprobs.topk(min(count, len(logprobs)))
-    ranked = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    return Odds(token, logprobs[token].item(), tuple(ranked))
+    likeliest = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return (token, logprobs[token].item()), [*likeliest]
 
 
-class Trail:
-    """The tokens of a growing text, each told together with the text that it has a part in.
+class LogprobStream:
+    """The tokens of a growing text, each sent together with the text that it has a part in.
 
-    Text may be held back: it may turn out to be part of a stop string, or half a character. So may
-    then be what is told of its tokens.
+    Text may be held back: it may turn out to be part of a stop string, or half a character. Then
+    its tokens are held back too.
 
     Args:
         spell: What a token stands for.
@@ -100,26 +89,88 @@ class Trail:
         self._length = 0
         self._sent = 0
 
-    def add(self, odds: Odds, *, characters: int) -> None:
-        """Takes a token with the number of characters that it completes."""
-        likeliest = tuple(self._candidate(*pair) for pair in odds.likeliest)
-        drawn = self._candidate(odds.drawn, odds.logprob)
+    def add(self, drawn: TokenScore, likeliest: Iterable[TokenScore], *, characters: int) -> None:
+        """Takes a token that completes so many characters."""
+        token, *others = (Candidate(self._spell(t), score) for t, score in (drawn, *likeliest))
         # A whole token's characters are the last ones; before them may stand what it completes.
-        text = 0 if drawn.spelling.is_partial else min(characters, len(drawn.spelling.text))
+        spelling = token.spelling
+        text = 0 if spelling.is_partial else min(characters, len(spelling.text))
         offset = self._length + (characters - text if text else 0)
-        self._waiting.append(TokenLogprobs(drawn, likeliest, offset))
+        self._waiting.append(TokenLogprobs(token, tuple(others), offset))
         self._length += characters
 
-    def told(self, characters: int) -> tuple[TokenLogprobs, ...]:
-        """The tokens to tell with the next ``characters`` of the text."""
+    def send(self, characters: int) -> tuple[TokenLogprobs, ...]:
+        """The tokens that go with the next ``characters`` of the text."""
         self._sent += characters
-        told = tuple(token for token in self._waiting if token.offset < self._sent)
-        self._waiting = self._waiting[len(told) :]
-        return told
+        due = tuple(token for token in self._waiting if token.offset < self._sent)
+        self._waiting = self._waiting[len(due) :]
+        return due
 
     def rest(self) -> tuple[TokenLogprobs, ...]:
         """The tokens that are left where the text ends by itself: parts of a character."""
         return tuple(self._waiting)
 
-    def _candidate(self, token: int, logprob: float) -> Candidate:
-        return Candidate(self._spell(token), logprob)
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+class Speller:
+    """Spells the tokens of one tokenizer of ``transformers``, each once."""
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        self._special = frozenset(tokenizer.all_special_ids)
+        self._known: dict[int, Spelling] = {}
+
+    def __call__(self, token: int) -> Spelling:
+        """What the token stands for."""
+        if token not in self._known:
+            self._known[token] = self._spell(token)
+        return self._known[token]
+
+    def _spell(self, token: int) -> Spelling:
+        text = self._decode([token])
+        name = self._tokenizer.convert_ids_to_tokens(token)
+        if name is None or token in self._special:
+            return Spelling(text, None)
+        if UNFINISHED in text:
+            return _spell_part(name, text)
+        # Some tokenizers drop the space before the first word; the second one's is kept.
+        twice = self._decode([token, token])
+        text = twice[len(text) :] if twice.startswith(text) else text
+        return Spelling(text, text.encode())
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        return self._tokenizer.decode(
+            tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+
+
+def _spell_part(name: str, decoded: str) -> Spelling:
+    """Spells a token whose bytes are not whole characters, by its name in the vocabulary.
+
+    That is a byte token of SentencePiece (``<0xF0>``), or written in the letters of GPT-2's bytes.
+    """
+    if byte := _BYTE_TOKEN.fullmatch(name):
+        found = bytes([int(byte[1], 16)])
+    elif all(letter in _BYTE_OF_LETTER for letter in name):
+        found = bytes(_BYTE_OF_LETTER[letter] for letter in name)
+    else:
+        return Spelling(decoded, None)
+    if found.decode(errors="replace") != decoded:
+        return Spelling(decoded, None)
+    try:
+        return Spelling(found.decode(), found)
+    except UnicodeDecodeError:
+        return Spelling("".join(f"\\x{byte:02x}" for byte in found), found)
+
+
+def _gpt2_letters() -> dict[str, int]:
+    """GPT-2's alphabet: printable bytes are themselves, the others the letters from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    moved = {chr(0x100 + place): byte for place, byte in enumerate(others)}
+    return {chr(byte): byte for byte in printable} | moved
+
+
+_BYTE_OF_LETTER = _gpt2_letters()

@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from sidelight.bank import Panel
 from sidelight.engines.base import Admission, EngineBusyError, Sampling, admit_all
-from sidelight.engines.judging import Panel
 from sidelight.prompts import EncodedPrompt
 
 
@@ -14,11 +14,11 @@ class Limits:
 
     Attributes:
         running: Requests that are being written.
-        waiting: Requests in line; further ones are refused.
+        waiting: Requests in the queue; further ones are refused.
         prefill_tokens: Tokens of one prefill batch, padding included. A longer prompt is read
             alone.
-        cache_tokens: Positions of keys and values, padding and the tokens still to be written
-            included. A longer request is written alone.
+        cache_tokens: Positions of keys and values, including padding and the tokens still to be
+            written. A longer request is written alone.
     """
 
     running: int = 16
@@ -36,9 +36,9 @@ class Request:
         sampling: How to write.
         max_tokens: Most tokens to write, within the context; 0: the text is only judged.
         panel: The probes that judge it.
-        has_response: Whether the prompt holds the response to judge, which may be empty.
-        watch: Names of probes whose verdicts are told after each token of the response.
-        admits: Whether something is written, once the prompt has been judged.
+        has_response: Whether the prompt ends with the response to judge, which may be empty.
+        watch: Names of probes that are judged after each token of the response.
+        admits: Whether to write at all, once the prompt has been judged.
     """
 
     prompt: EncodedPrompt
@@ -61,7 +61,7 @@ class Request:
 
 
 class RequestQueue:
-    """First come, first served; but checks need no place among the running, so they may pass."""
+    """First come, first served; only checks may overtake, since they need no running row."""
 
     def __init__(self, limits: Limits):
         self._limits = limits
@@ -71,27 +71,24 @@ class RequestQueue:
         return len(self._waiting)
 
     def join(self, requests: Sequence[Request]) -> None:
-        """Lines up all of them, or none.
+        """Adds all of them, or none.
 
         Raises:
-            EngineBusyError: The line is full. A list longer than the line waits only where the
-                line is empty.
+            EngineBusyError: The queue is full. A list longer than the limit may only join an empty
+                queue.
         """
-        if self._waiting and len(self._waiting) + len(requests) > self._limits.waiting:
-            raise EngineBusyError(
-                f"{len(self._waiting)} requests are waiting and {self._limits.waiting} may. "
-                "Try again in a moment.",
-                retry_after_s=1,
-            )
+        waiting = len(self._waiting)
+        if waiting and waiting + len(requests) > self._limits.waiting:
+            raise EngineBusyError(waiting=waiting, limit=self._limits.waiting)
         self._waiting.extend(requests)
 
     def leave(self, requests: Iterable[Request]) -> None:
-        """Takes out those of the requests that are in line."""
+        """Removes those of the requests that are in the queue."""
         gone = set(requests)
         self._waiting = [request for request in self._waiting if request not in gone]
 
     def admit(self, running: Sequence[Request]) -> list[Request]:
-        """Takes out those that go into the next prefill, beside the ``running``."""
+        """Removes and returns those that go into the next prefill, beside the ``running``."""
         admitted: list[Request] = []
         is_blocked = False
         for request in self._waiting:

@@ -1,13 +1,5 @@
-"""Turns sampled tokens into text that can be sent: whole characters, stop strings cut away.
+"""Between texts and tokens: encoding within the context, drawing, decoding, stop strings."""
 
-What single tokens stand for, as text and as bytes.
-
-Draws the next token of one request.
-
-Texts as tokens within the model's context: what every engine does before it runs them.
-"""
-
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,12 +8,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sidelight.engines.base import Sampling, Tokens
-from sidelight.engines.logprobs import Spelling
+from sidelight.engines.logprobs import UNFINISHED, Speller
 from sidelight.errors import ContextLengthError
 from sidelight.prompts import Conversation, EncodedPrompt, Message, PlainText, PromptEncoder
-
-# What a decoder writes for bytes that are not yet, or not at all, a character.
-UNFINISHED = "\ufffd"
 
 
 class Detokenizer:
@@ -93,80 +82,10 @@ class StopGate:
         """Length of the longest end of the held text that begins a stop string."""
         longest = max(map(len, self._stop), default=1) - 1
         lengths = range(min(longest, len(self._held)), 0, -1)
-        return next((n for n in lengths if self._begins_stop(self._held[-n:])), 0)
+        return next((n for n in lengths if self._may_stop(self._held[-n:])), 0)
 
-    def _begins_stop(self, text: str) -> bool:
+    def _may_stop(self, text: str) -> bool:
         return any(stop.startswith(text) for stop in self._stop)
-
-
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
-
-
-class Speller:
-    """Spells the tokens of one tokenizer; each once.
-
-    Args:
-        tokenizer: Of ``transformers``.
-    """
-
-    def __init__(self, tokenizer: Any):
-        self._tokenizer = tokenizer
-        self._special = frozenset(tokenizer.all_special_ids)
-        self._known: dict[int, Spelling] = {}
-
-    def __call__(self, token: int) -> Spelling:
-        """What the token stands for."""
-        if token not in self._known:
-            self._known[token] = self._spelled(token)
-        return self._known[token]
-
-    def _spelled(self, token: int) -> Spelling:
-        text = self._decode([token])
-        name = self._tokenizer.convert_ids_to_tokens(token)
-        if name is None or token in self._special:
-            return Spelling(text, None)
-        if UNFINISHED in text:
-            return _partial(name, text)
-        # Some tokenizers drop the space before the first word: the second one's is kept.
-        twice = self._decode([token, token])
-        text = twice[len(text) :] if twice.startswith(text) else text
-        return Spelling(text, text.encode())
-
-    def _decode(self, tokens: Sequence[int]) -> str:
-        return self._tokenizer.decode(
-            tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
-
-
-def _partial(name: str, decoded: str) -> Spelling:
-    """A token whose bytes are not whole characters, by what the vocabulary calls it."""
-    found = _bytes_of(name)
-    if found is None or found.decode(errors="replace") != decoded:
-        return Spelling(decoded, None)
-    try:
-        return Spelling(found.decode(), found)
-    except UnicodeDecodeError:
-        return Spelling("".join(f"\\x{byte:02x}" for byte in found), found)
-
-
-def _bytes_of(name: str) -> bytes | None:
-    """From a byte token of SentencePiece (``<0xF0>``), or from the letters of GPT-2's bytes."""
-    if byte := _BYTE_TOKEN.fullmatch(name):
-        return bytes([int(byte[1], 16)])
-    if all(letter in _BYTE_OF_LETTER for letter in name):
-        return bytes(_BYTE_OF_LETTER[letter] for letter in name)
-    return None
-
-
-def _letters() -> dict[str, int]:
-    """GPT-2's alphabet: printable bytes are themselves, the others the letters from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    moved = {chr(0x100 + place): byte for place, byte in enumerate(others)}
-    return {chr(byte): byte for byte in printable} | moved
-
-
-_BYTE_OF_LETTER = _letters()
 
 
 # Below this, dividing by the temperature overflows before it changes the choice.
@@ -214,21 +133,36 @@ class Sampler:
 WARM_UP = (Message("user", "Hello"), Message("assistant", "Hello"))
 
 
-class TextReader:
-    """Encodes for one model.
+def has_response(messages: Sequence[Message]) -> bool:
+    """Whether the last turn is the assistant's."""
+    return bool(messages) and messages[-1].role == "assistant"
+
+
+class TextCodec:
+    """Encodes texts within a model's context, and decodes its tokens.
 
     Args:
-        encoder: Of the model.
-        tokenizer: Of the model.
-        max_tokens: What it reads and writes together.
+        encoder: The model's.
+        tokenizer: The model's.
+        max_tokens: Most tokens that the model reads and writes together.
+
+    Attributes:
+        spell: What a token stands for.
     """
 
     def __init__(self, encoder: PromptEncoder, tokenizer: Any, *, max_tokens: int):
         self._encoder = encoder
         self._tokenizer = tokenizer
         self.max_tokens = max_tokens
+        self.spell = Speller(tokenizer)
 
-    def read(self, text: Conversation) -> EncodedPrompt:
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of the tokens, special ones left out."""
+        return self._tokenizer.decode(
+            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+    def encode(self, text: Conversation) -> EncodedPrompt:
         """A text to judge; a last turn of the assistant's is the response.
 
         Raises:
@@ -241,9 +175,26 @@ class TextReader:
         self.require_fitting(prompt)
         return prompt
 
+    def encode_to_continue(
+        self, text: Conversation, max_tokens: int | None
+    ) -> tuple[EncodedPrompt, int]:
+        """A text to continue, and how many tokens may follow: at most ``max_tokens``.
+
+        Raises:
+            ContextLengthError: It leaves no room for a token.
+        """
+        prompt = self._encoder.encode(text)
+        room = self.max_tokens - len(prompt)
+        if room < 1:
+            raise ContextLengthError(
+                f"The prompt has {len(prompt)} tokens with its template and fills the context of "
+                f"{self.max_tokens}, so nothing can be written. Shorten it."
+            )
+        return prompt, room if max_tokens is None else min(room, max_tokens)
+
     def tokens(self, text: Conversation) -> Tokens:
-        """The same, as the tokenizer writes it."""
-        ids = self.read(text).token_ids
+        """The tokens of ``encode``, also as the tokenizer writes them."""
+        ids = self.encode(text).token_ids
         return Tokens(ids, tuple(self._tokenizer.convert_ids_to_tokens(ids)))
 
     def require_fitting(self, prompt: EncodedPrompt) -> None:
@@ -254,29 +205,6 @@ class TextReader:
         """
         if len(prompt) > self.max_tokens:
             raise ContextLengthError(
-                f"The text has {len(prompt)} tokens with its template, and this engine judges "
+                f"The text has {len(prompt)} tokens with its template, but this engine judges "
                 f"{self.max_tokens} at most. Shorten it, or judge it in parts."
             )
-
-    def room(self, prompt: EncodedPrompt, wanted: int | None) -> int:
-        """How many tokens may follow.
-
-        Args:
-            prompt: What they follow.
-            wanted: Most of them; None: any number.
-
-        Raises:
-            ContextLengthError: None.
-        """
-        room = self.max_tokens - len(prompt)
-        if room < 1:
-            raise ContextLengthError(
-                f"The prompt has {len(prompt)} tokens with its template and fills the context of "
-                f"{self.max_tokens}, so nothing can be written. Shorten it."
-            )
-        return min(room, room if wanted is None else wanted)
-
-
-def has_response(messages: Sequence[Message]) -> bool:
-    """Whether the last turn is the assistant's."""
-    return bool(messages) and messages[-1].role == "assistant"

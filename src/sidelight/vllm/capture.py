@@ -1,15 +1,11 @@
-"""A file into which workers copy hidden states, and from which the caller reads them.
-
-The caller makes it as large as a shard; every worker maps it and copies each token's states to the
-place that the request names. So a copy that is made twice, after a preemption, or by several
-pipeline stages, needs no protocol. Counters in it say how far each text has come at each layer.
-
-Whole hidden states instead of verdicts: what training needs of vLLM's forward passes.
+"""Whole hidden states instead of verdicts: what training needs of vLLM's forward passes.
 
 Beside the scheduler, ``Captures`` says which tokens of a step are kept and where they go; in a
-worker, ``Recorder`` keeps the residual streams of the step and copies those tokens to the spool.
-Knows no vLLM. Tokens that vLLM takes from its prefix cache have no residual stream in any step, so
-that cache is off.
+worker, ``Recorder`` keeps the residual streams of the step and copies those tokens to a ``Spool``:
+a file as large as a shard, which the caller makes and every worker maps. So a copy that is made
+twice, after a preemption, or by several pipeline stages, needs no protocol; counters in the file
+say how far each text has come at each layer. Tokens that vLLM takes from its prefix cache have no
+residual stream in any step, so that cache is off.
 """
 
 import os
@@ -28,9 +24,9 @@ from torch import Tensor
 
 from sidelight.errors import SidelightError
 from sidelight.prompts import EncodedPrompt, Reads
-from sidelight.vllm.columns import Step
-from sidelight.vllm.patches import Installed
+from sidelight.vllm.columns import Step, slots_of
 from sidelight.vllm.settings import KEY
+from sidelight.vllm.taps import Installed
 
 _COUNTER_BYTES = 4
 # The states begin at a multiple of it, so that they can be of any dtype.
@@ -42,11 +38,11 @@ class SpoolShape:
     """What fits into a spool.
 
     Attributes:
-        layers: Hidden states of a token, the embedding's included.
-        tokens: That are kept.
+        layers: Hidden states of a token, including the embedding's.
+        tokens: Tokens that are kept.
         width: Size of a hidden state.
-        texts: That the tokens belong to.
-        dtype: Of the kept states.
+        texts: Texts that the tokens belong to.
+        dtype: The kept states'.
     """
 
     layers: int
@@ -57,18 +53,17 @@ class SpoolShape:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """``dtype`` as torch names it."""
         return getattr(torch, self.dtype)
 
     @property
     def counters_bytes(self) -> int:
-        """Of the counters and the gap behind them."""
+        """Size of the counters and the gap behind them."""
         size = self.layers * self.texts * _COUNTER_BYTES
         return -(-size // _ALIGNMENT) * _ALIGNMENT
 
     @property
     def size_bytes(self) -> int:
-        """Of the file."""
+        """Size of the file."""
         states = self.layers * self.tokens * self.width * self.torch_dtype.itemsize
         return self.counters_bytes + states
 
@@ -77,8 +72,6 @@ class Spool:
     """A mapped file; ``create`` makes one, and ``find`` maps it elsewhere.
 
     Attributes:
-        path: Of the file.
-        shape: Of what it holds.
         passed: Tokens of each text, read or not, that have been through each layer.
         hidden: The states of the tokens that are kept.
     """
@@ -97,11 +90,7 @@ class Spool:
 
     @staticmethod
     def create(folder: Path, shape: SpoolShape) -> "Spool":
-        """An empty spool.
-
-        Args:
-            folder: Where it is; ``ActivationCache.prepare`` clears away what a kill leaves there.
-            shape: What is to fit.
+        """An empty spool; ``ActivationCache.prepare`` clears away what a kill leaves in the folder.
 
         Raises:
             SidelightError: The disk is full.
@@ -122,7 +111,7 @@ class Spool:
 
     @staticmethod
     def find(path: Path, shape: SpoolShape) -> "Spool | None":
-        """The spool that another process has made; None where there is none of this shape."""
+        """The spool that another process has made; None if there is none of this shape."""
         try:
             size_bytes = path.stat().st_size
         except FileNotFoundError:
@@ -140,12 +129,10 @@ class Spool:
 
 @dataclass(frozen=True)
 class SpoolPlace:
-    """Where the states of a request go.
+    """Where in the spool at ``path`` the states of a request go.
 
     Attributes:
-        path: Of the spool.
-        shape: Of the spool.
-        text: Whose counter the request moves on.
+        text: Whose counter the request advances.
         row: Where the first token that is kept goes.
     """
 
@@ -154,30 +141,15 @@ class SpoolPlace:
     text: int
     row: int
 
-    def to_json(self) -> dict[str, Any]:
-        """For a request's parameters."""
-        return asdict(self)
-
-    @staticmethod
-    def from_json(data: Mapping[str, Any]) -> "SpoolPlace":
-        """The inverse of ``to_json``."""
-        return SpoolPlace(data["path"], SpoolShape(**data["shape"]), data["text"], data["row"])
-
 
 # A step has texts of few shards; a spool that was let go is mapped again.
 _MAPPED_SPOOLS = 4
 
 
 def capture_params(prompt: EncodedPrompt, reads: Reads, place: SpoolPlace) -> dict[str, Any]:
-    """For ``SamplingParams(extra_args={"kv_transfer_params": ...})``.
-
-    Args:
-        prompt: The tokens that the request carries.
-        reads: Which of them are kept.
-        place: Where their states go.
-    """
+    """For ``SamplingParams(extra_args={"kv_transfer_params": ...})``: keep what ``reads`` reads."""
     edges = np.flatnonzero(np.diff(prompt.mask(reads).numpy().astype(np.int8), prepend=0, append=0))
-    return {KEY: {"place": place.to_json(), "kept": edges.reshape(-1, 2).tolist()}}
+    return {KEY: {"place": asdict(place), "kept": edges.reshape(-1, 2).tolist()}}
 
 
 @dataclass(frozen=True)
@@ -185,7 +157,6 @@ class Piece:
     """What one forward pass gives of a request.
 
     Attributes:
-        place: Where the request's states go.
         row: Where the piece's first token goes.
         slots: KV slots of its tokens that are kept.
         passed: Tokens of the request, kept or not, that have been run after this pass.
@@ -206,23 +177,21 @@ class _Tracked:
 
 
 class Captures:
-    """Every request from its arrival to its end: the scheduler's side.
-
-    Args:
-        block_size: Slots of a KV block.
-    """
+    """Every request from its arrival to its end: the scheduler's side."""
 
     def __init__(self, *, block_size: int):
         self._block_size = block_size
         self._requests: dict[str, _Tracked] = {}
 
     def enter(self, request_id: str, params: Mapping[str, Any] | None, tokens: int) -> None:
-        """Takes note of a new request; one that names no place is run and not kept."""
+        """Notes a new request; one that names no place is run and not kept."""
         given = (params or {}).get(KEY)
         if given is None:
             return
         kept = np.fromiter(chain.from_iterable(range(*run) for run in given["kept"]), np.int64)
-        self._requests[request_id] = _Tracked(SpoolPlace.from_json(given["place"]), kept, tokens)
+        where = given["place"]
+        place = SpoolPlace(where["path"], SpoolShape(**where["shape"]), where["text"], where["row"])
+        self._requests[request_id] = _Tracked(place, kept, tokens)
 
     def leave(self, request_id: str) -> None:
         """Forgets a request."""
@@ -244,8 +213,7 @@ class Captures:
             return None
         first, last = np.searchsorted(tracked.kept, [start, stop])
         tokens = tracked.kept[first:last]
-        blocks = np.array(step.blocks())
-        slots = blocks[tokens // self._block_size] * self._block_size + tokens % self._block_size
+        slots = slots_of(step.blocks(), tokens, self._block_size)
         row = tracked.place.row + int(first)
         return Piece(tracked.place, row, tuple(slots.tolist()), passed=stop)
 
@@ -256,10 +224,10 @@ class Recorder:
     Both buffers are allocated once and written in place, as in ``columns``.
 
     Args:
-        layers: The hidden states that this worker computes, of 0 (embedding) to L.
+        layers: The hidden states that this worker computes, from 0 (embedding) to L.
         tokens: The longest forward pass.
         width: Size of a hidden state.
-        dtype: Of the states.
+        dtype: The states'.
         device: Where they are.
     """
 

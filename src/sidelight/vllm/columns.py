@@ -1,17 +1,16 @@
-"""The probes' columns of every token that vLLM has keys and values of, kept by KV slot.
+"""The probes' columns of every token, kept by KV slot, and which requests to read after a step.
 
 A forward pass fills a staging buffer, layer by layer; after it, the rows move to the slots of
 their tokens. A slot holds the keys and values of one token, and here its columns: whoever shares
-the slot, or computes it again, shares or replaces both. Knows slots, not requests or probes.
+the slot, or computes it again, shares or replaces both. So chunked prefill, batching, preemption
+and shared prefixes need no bookkeeping.
+
+``Tracking`` is the scheduler's side. A request is read whole when its prompt ends, whatever part of
+it was computed before and by whom, and again from the start when it comes back from preemption.
 
 The staging buffer and the weights stay where they are, and nothing depends on a tensor's values, so
 that ``Stage.receive`` can be part of a captured CUDA graph (never run: no GPU has been at hand). A
 graph holds their addresses: where graphs are captured, no other stage may take their place.
-
-Which requests can be judged after a step, and what is known of each: the scheduler's side.
-
-A request is read whole when its prompt ends, whatever part of it was computed before and by whom,
-and again from the start when it comes back from preemption. Knows requests, not hidden states.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,8 +26,8 @@ from torch import Tensor
 from sidelight.errors import SidelightError
 from sidelight.prompts import Part
 from sidelight.standardisation import Projection
-from sidelight.vllm.panel import Outcome
-from sidelight.vllm.settings import KEY, parts_of
+from sidelight.types import Judgement
+from sidelight.vllm.settings import KEY, parts_of, report_of
 
 
 @dataclass(frozen=True)
@@ -37,8 +36,8 @@ class Stage:
 
     Attributes:
         projection: From the hidden states of the local layers to columns.
-        rows: ``[layer, token, column]``; NaN where nothing was written, so that a layer that is not
-            tapped is a failed verdict, not a wrong one.
+        rows: NaN where nothing was written, so that a layer that is not tapped is a failed verdict,
+            not a wrong one.
     """
 
     projection: Projection
@@ -48,7 +47,7 @@ class Stage:
     def empty(projection: Projection, *, tokens: int) -> "Stage":
         """Room for a pass over ``tokens`` tokens."""
         layers, _, columns = projection.weight.shape
-        # A column's numbers side by side: with few columns the matmul takes a quarter of the time.
+        # With a column's numbers side by side, a matmul of few columns takes a quarter of the time.
         weight = projection.weight.mT.contiguous().mT
         rows = weight.new_full((layers, tokens, columns), torch.nan)
         return Stage(Projection(weight, projection.shift), rows)
@@ -60,37 +59,58 @@ class Stage:
 
     @cached_property
     def _layers(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Views, made once: a pass calls for every layer, and a step may have one token."""
+        # Views, made once: a pass calls for every layer, and a step may have one token.
         shift, weight = self.projection.shift, self.projection.weight
         return list(zip(shift.unbind(), weight.unbind(), self.rows.unbind(), strict=True))
 
 
 @dataclass(frozen=True)
-class Run:
-    """Neighbouring tokens of a request.
+class Step:
+    """One request's share of a forward pass.
+
+    Attributes:
+        computed: Tokens of the request that have keys and values after the pass.
+        is_resumed: Whether it begins, or comes back from preemption, with this pass.
+        blocks: Returns its block table.
+    """
+
+    request_id: str
+    computed: int
+    is_resumed: bool
+    blocks: Callable[[], Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a worker reads of a request after a pass.
 
     Attributes:
         blocks: The request's block table.
-        start: First token.
-        stop: End of the tokens.
+        start: First token to read; 0 begins anew.
+        parts: What each token from ``start`` on belongs to.
+        ends_prompt: Whether the prompt is complete for the first time.
     """
 
-    blocks: Sequence[int]
+    request_id: str
+    blocks: tuple[int, ...]
     start: int
-    stop: int
+    parts: bytes
+    ends_prompt: bool
 
-    def slots(self, block_size: int) -> Int[np.ndarray, " token"]:
-        """Where the tokens' columns are."""
-        tokens = np.arange(self.start, self.stop)
-        table = np.asarray(self.blocks, dtype=np.int64)
-        return table[tokens // block_size] * block_size + tokens % block_size
+
+def slots_of(
+    blocks: Sequence[int], tokens: Int[np.ndarray, " token"], block_size: int
+) -> Int[np.ndarray, " token"]:
+    """The KV slots of some tokens of a request with this block table."""
+    table = np.asarray(blocks, dtype=np.int64)
+    return table[tokens // block_size] * block_size + tokens % block_size
 
 
 class Pages:
     """Columns by KV slot.
 
     Args:
-        stage: What is moved here after each pass.
+        stage: What moves here after each pass.
         blocks: KV blocks of the engine.
         block_size: Slots of a block.
     """
@@ -104,7 +124,7 @@ class Pages:
 
     @property
     def size_bytes(self) -> int:
-        """Of the columns of all slots and of the staging buffer."""
+        """Memory of the columns of all slots and of the staging buffer."""
         return sum(t.numel() * t.element_size() for t in (self._rows, self.stage.rows))
 
     @property
@@ -123,46 +143,15 @@ class Pages:
         """Makes every slot one whose verdict fails, until it is computed again."""
         self._rows.fill_(torch.nan)
 
-    def read(self, runs: Sequence[Run]) -> Float[Tensor, "token layer column"]:
-        """The columns of some requests' tokens, one run after the other."""
-        slots = np.concatenate([run.slots(self._block_size) for run in runs])
+    def read(self, readings: Sequence[Reading]) -> Float[Tensor, "token layer column"]:
+        """The columns of the readings' tokens, one reading after the other."""
+        slots = np.concatenate(
+            [
+                slots_of(r.blocks, np.arange(r.start, r.start + len(r.parts)), self._block_size)
+                for r in readings
+            ]
+        )
         return self._rows[torch.from_numpy(slots).to(self._rows.device)]
-
-
-@dataclass(frozen=True)
-class Step:
-    """One request's share of a forward pass.
-
-    Attributes:
-        request_id: Whose.
-        computed: Tokens of the request that have keys and values after the pass.
-        is_resumed: Whether it has come back from preemption with this pass.
-        blocks: Gives its block table.
-    """
-
-    request_id: str
-    computed: int
-    is_resumed: bool
-    blocks: Callable[[], Sequence[int]]
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What a worker reads of a request after a pass.
-
-    Attributes:
-        request_id: Whose.
-        blocks: Its block table.
-        start: First token to read; 0 begins anew.
-        parts: What each token from ``start`` on belongs to.
-        ends_prompt: Whether the prompt is complete for the first time.
-    """
-
-    request_id: str
-    blocks: tuple[int, ...]
-    start: int
-    parts: bytes
-    ends_prompt: bool
 
 
 @dataclass
@@ -173,7 +162,7 @@ class _Tracked:
     is_planned: bool = False
     is_judged: bool = False
     seconds: float = 0.0
-    outcome: Outcome = field(default_factory=dict[str, dict[str, Any]])
+    judgement: Judgement = field(default_factory=Judgement)
 
 
 class Tracking:
@@ -190,7 +179,7 @@ class Tracking:
     def enter(
         self, request_id: str, params: Mapping[str, Any] | None, token_ids: Sequence[int] | None
     ) -> None:
-        """Takes note of a new request; one whose tokens are not described gets an error."""
+        """Notes a new request; one whose tokens are not described gets an error."""
         try:
             self._requests[request_id] = _Tracked(parts=parts_of(params, token_ids))
         except SidelightError as error:
@@ -208,13 +197,13 @@ class Tracking:
         readings = (self._read(step) for step in steps)
         return [reading for reading in readings if reading is not None]
 
-    def record(self, request_id: str, outcome: Outcome, seconds: float = 0.0) -> None:
+    def record(self, request_id: str, judgement: Judgement, seconds: float = 0.0) -> None:
         """Adds verdicts, and the seconds of the step; those of an ended request are dropped."""
         tracked = self._requests.get(request_id)
         if tracked is not None:
             tracked.is_judged = True
             tracked.seconds += seconds
-            tracked.outcome = {**tracked.outcome, **outcome}
+            tracked.judgement |= judgement
 
     def report(self, request_id: str) -> dict[str, Any] | None:
         """What goes on an output of the request; None for one that is not tracked."""
@@ -223,7 +212,7 @@ class Tracking:
             return None
         if not tracked.is_judged:
             return {KEY: {"error": tracked.error or "The request was not judged."}}
-        return {KEY: {"verdicts": tracked.outcome, "seconds": tracked.seconds}}
+        return {KEY: report_of(tracked.judgement, tracked.seconds)}
 
     def _read(self, step: Step) -> Reading | None:
         tracked = self._requests.get(step.request_id)

@@ -1,17 +1,13 @@
-"""A KV connector that neither loads nor stores keys and values: a channel, and no more.
+"""What travels with each of vLLM's steps: readings to the workers, verdicts back.
 
-vLLM's documented way for a message to travel with a step and its result. The class has two roles:
-beside the scheduler it says what is wanted of a step, in a worker it acts once the step is done.
-
-Carries readings to the workers and outcomes back: what to read of a step, and what was read.
-
-vLLM's schedulers, with the verdicts on every output of a request.
-
-vLLM hands a connector's results over after it has made the step's outputs, when a request that ends
-in the same step is gone. Here the connector gets them before.
-
-Tells the workers which hidden states of a step to keep; nothing comes back this way.
+A KV connector is vLLM's documented way for a message to travel with a step and its result. The
+class has two roles: beside the scheduler it says what is wanted of a step, in a worker it acts once
+the step is done. Ours neither load nor store keys and values. vLLM hands a connector's results over
+after it has made the step's outputs, when a request that ends in the same step is gone; so two
+schedulers give the connector its results earlier, and put the verdicts on the outputs.
 """
+
+# pyright: reportMissingImports=false, reportUntypedBaseClass=false
 
 import time
 from collections import defaultdict
@@ -33,19 +29,19 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
+from sidelight.bank import Panel
 from sidelight.errors import SidelightError
-from sidelight.vllm import capture as capturing
-from sidelight.vllm import worker
+from sidelight.types import Judgement
+from sidelight.vllm import capture, worker
 from sidelight.vllm.columns import Reading, Step, Tracking
-from sidelight.vllm.panel import Outcome
 from sidelight.vllm.patches import served_by
-from sidelight.vllm.worker import Judging, Share, end_with_parent
+from sidelight.vllm.worker import RequestJudge, Share, end_with_parent
 
-# pyright: reportMissingImports=false, reportUntypedBaseClass=false
+_log = init_logger("vllm.sidelight")
 
 
-class SilentConnector(KVConnectorBase_V1, SupportsHMA):
-    """What every connector of ours has in common: the methods that do nothing."""
+class BaseConnector(KVConnectorBase_V1, SupportsHMA):
+    """What our connectors have in common: nothing is loaded, stored or handed off."""
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any):
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
@@ -55,34 +51,32 @@ class SilentConnector(KVConnectorBase_V1, SupportsHMA):
 
     @property
     def requires_kv_delivery(self) -> bool:
-        """Nothing is handed off."""
         return False
 
     def get_num_new_matched_tokens(
         self, request: Any, num_computed_tokens: int
     ) -> tuple[int, bool]:
-        """Nothing is loaded."""
         return 0, False
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
-        """Nothing is loaded."""
+        pass
 
     def request_finished_all_groups(
         self, request: Any, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
-        """As ``request_finished``; there is one group."""
+        # There is one group.
         return self.request_finished(request, block_ids[0])
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        """Nothing is loaded."""
+        pass
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Nothing is loaded."""
+        pass
 
     def save_kv_layer(
         self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any
     ) -> None:
-        """Nothing is saved."""
+        pass
 
 
 def steps(scheduler_output: Any) -> Iterator[Step]:
@@ -116,12 +110,6 @@ def _require_one_group(kv_cache_config: Any) -> None:
         )
 
 
-# pyright: reportMissingImports=false, reportUntypedBaseClass=false
-
-
-_log = init_logger("vllm.sidelight")
-
-
 @dataclass
 class Readings(KVConnectorMetadata):
     """To the workers, with a step."""
@@ -134,13 +122,13 @@ class Results(KVConnectorWorkerMetadata):
     """From a worker, after a step.
 
     Attributes:
-        outcomes: By request, where the worker has all layers.
-        shares: Where it has some.
+        judgements: By request, where the worker has all layers.
+        shares: Where it has some of them.
         reads_responses: Whether some probe reads what is written.
-        seconds: That the worker took for it, after the forward pass.
+        seconds: What the worker took for it, after the forward pass.
     """
 
-    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    judgements: dict[str, Judgement] = field(default_factory=dict)
     shares: list[Share] = field(default_factory=list)
     reads_responses: bool = False
     seconds: float = 0.0
@@ -148,14 +136,14 @@ class Results(KVConnectorWorkerMetadata):
     def aggregate(self, other: "Results") -> "Results":
         """Both workers' results."""
         return Results(
-            {**self.outcomes, **other.outcomes},
+            {**self.judgements, **other.judgements},
             [*self.shares, *other.shares],
             self.reads_responses or other.reads_responses,
             self.seconds + other.seconds,
         )
 
 
-class ProbeConnector(SilentConnector):
+class ProbeConnector(BaseConnector):
     """One per scheduler and one per worker."""
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any):
@@ -166,14 +154,14 @@ class ProbeConnector(SilentConnector):
         if role == KVConnectorRole.SCHEDULER:
             served = served_by(vllm_config)
             assert served is not None
-            self._judging = Judging(served.panel())
-            late = self._judging.panel.late
-            self.tracking = Tracking(reads_responses=late is not None)
+            panel = Panel(served.load())
+            self._judge = RequestJudge(panel)
+            self.tracking = Tracking(reads_responses=panel.late is not None)
 
     # Beside the scheduler.
 
     def on_new_request(self, request: Any) -> None:
-        """Takes note of what its tokens belong to."""
+        """Notes what its tokens belong to."""
         self.tracking.enter(
             request.request_id, request.kv_transfer_params, request.prompt_token_ids
         )
@@ -183,7 +171,7 @@ class ProbeConnector(SilentConnector):
         return Readings(self.tracking.plan(steps(scheduler_output)))
 
     def update_connector_output(self, connector_output: Any) -> None:
-        """Takes the outcomes of a step.
+        """Takes the verdicts of a step.
 
         Called twice with each: they are needed before vLLM makes the outputs, and it calls after.
         """
@@ -192,23 +180,23 @@ class ProbeConnector(SilentConnector):
             return
         connector_output.kv_connector_worker_meta = None
         self.tracking.reads_responses = results.reads_responses
-        for request_id, outcome in results.outcomes.items():
-            self.tracking.record(request_id, outcome, results.seconds)
+        for request_id, judgement in results.judgements.items():
+            self.tracking.record(request_id, judgement, results.seconds)
         shares: dict[str, list[Share]] = defaultdict(list)
         for share in results.shares:
             shares[share.reading.request_id].append(share)
         for request_id, own in shares.items():
             # A step that ran on after its request's end would leave a state that nobody drops.
             if request_id in self.tracking:
-                self.tracking.record(request_id, self._judging.join(own), results.seconds)
+                self.tracking.record(request_id, self._judge.join(own), results.seconds)
 
     def request_finished(
         self, request: Any, block_ids: list[int]
     ) -> tuple[bool, dict[str, Any] | None]:
-        """The report for its last output."""
+        """Returns the report for its last output."""
         report = self.tracking.report(request.request_id)
         self.tracking.leave(request.request_id)
-        self._judging.forget([request.request_id])
+        self._judge.forget([request.request_id])
         return False, report
 
     # In a worker.
@@ -252,29 +240,22 @@ class ProbeConnector(SilentConnector):
         return results
 
 
-# pyright: reportMissingImports=false, reportUntypedBaseClass=false
-
-
 class ProbeScheduler(Scheduler):
     """The scheduler for engines that wait for each step."""
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
-        """As vLLM's, with reports on the outputs."""
         _hand_over(self.connector, model_runner_output)
-        return _reported(
-            self.connector, super().update_from_output(scheduler_output, model_runner_output)
-        )
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        return _report_on(self.connector, outputs)
 
 
 class AsyncProbeScheduler(AsyncScheduler):
     """The scheduler for engines that plan the next step while one runs."""
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
-        """As vLLM's, with reports on the outputs."""
         _hand_over(self.connector, model_runner_output)
-        return _reported(
-            self.connector, super().update_from_output(scheduler_output, model_runner_output)
-        )
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        return _report_on(self.connector, outputs)
 
 
 def _hand_over(connector: Any, model_runner_output: Any) -> None:
@@ -283,8 +264,8 @@ def _hand_over(connector: Any, model_runner_output: Any) -> None:
         connector.update_connector_output(output)
 
 
-def _reported(connector: Any, outputs: Any) -> Any:
-    """On every output, since a slow reader of the first gets it merged with the next."""
+def _report_on(connector: Any, outputs: Any) -> Any:
+    # On every output, since a slow reader of the first gets it merged with the next.
     for of_client in outputs.values():
         for output in of_client.outputs:
             if output.kv_transfer_params is None:
@@ -292,29 +273,26 @@ def _reported(connector: Any, outputs: Any) -> Any:
     return outputs
 
 
-# pyright: reportMissingImports=false, reportUntypedBaseClass=false
-
-
 @dataclass
 class Pieces(KVConnectorMetadata):
     """To the workers, with a step."""
 
-    items: list[capturing.Piece] = field(default_factory=list)
+    items: list[capture.Piece] = field(default_factory=list)
 
 
-class CaptureConnector(SilentConnector):
-    """One per scheduler and one per worker."""
+class CaptureConnector(BaseConnector):
+    """Tells the workers which hidden states of a step to keep; nothing comes back this way."""
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any):
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
         if role == KVConnectorRole.SCHEDULER:
             size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
-            self._captures = capturing.Captures(block_size=size)
+            self._captures = capture.Captures(block_size=size)
 
     # Beside the scheduler.
 
     def on_new_request(self, request: Any) -> None:
-        """Takes note of where its states go."""
+        """Notes where its states go."""
         params, tokens = request.kv_transfer_params, len(request.prompt_token_ids)
         self._captures.enter(request.request_id, params, tokens)
 
@@ -338,4 +316,4 @@ class CaptureConnector(SilentConnector):
         is_writer = get_tensor_model_parallel_rank() == 0
         if mappings:
             pieces = self._get_connector_metadata().items if is_writer else []
-            capturing.INSTALLED.get().save(next(iter(mappings.values())), pieces)
+            capture.INSTALLED.get().save(next(iter(mappings.values())), pieces)

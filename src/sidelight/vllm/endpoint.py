@@ -1,15 +1,14 @@
-"""Chat requests and answers of vLLM's server, rewritten: what tokens belong to, and the verdicts.
+"""Verdicts in the chat answers of vLLM's own server (``vllm.endpoint_plugins``).
 
-An ASGI layer. A request that cannot be described goes on without a description, also without one of
-the client's own, and its answer says that it was not judged. Bodies are rewritten as JSON; a stream
-gets chunks of its own, with ``choices: []``. What is posted to any other route is answered with a
-header that says that it was not judged, since not all of those answers have a place for it.
-
-Verdicts in the chat answers of vLLM's own server (``vllm.endpoint_plugins``).
-
-vLLM loads it where ``VLLM_PLUGINS`` names ``sidelight``. Requests are described on their way in,
-and verdicts are put into the answers on their way out (``rewriting``). No route is added.
+vLLM loads it where ``VLLM_PLUGINS`` names ``sidelight``. An ASGI layer describes chat requests on
+their way in, and puts the verdicts into the answers on their way out; no route is added. A request
+that cannot be described goes on without a description, also without one of the client's own, and
+its answer says that it was not judged. Bodies are rewritten as JSON; a stream gets chunks of its
+own, with ``choices: []``. What is posted to any other route is answered with a header that says
+that it was not judged, since not all of those answers have a place for it.
 """
+
+# pyright: reportMissingImports=false
 
 import json
 import uuid
@@ -29,7 +28,7 @@ from sidelight.errors import SidelightError
 from sidelight.probe import common_format
 from sidelight.prompts import Message, PromptEncoder
 from sidelight.vllm.patches import served_by
-from sidelight.vllm.requests import OutputListener, Said
+from sidelight.vllm.requests import OutputListener, StepReport
 from sidelight.vllm.settings import KEY, request_params
 
 _PATH = "/v1/chat/completions"
@@ -50,27 +49,27 @@ _NOT_JUDGED_HEADER = (b"x-sidelight-error", b"not judged: only " + _PATH.encode(
 
 @dataclass
 class Report:
-    """What the engine says of the texts of one HTTP request.
+    """What the engine reports on the texts of one HTTP request.
 
     Attributes:
         texts: How many are written.
-        said: The newest report on each, by its index.
+        newest: The newest report on each, by its index.
     """
 
     texts: int = 1
-    said: dict[int, Mapping[str, Any]] = field(default_factory=dict[int, Mapping[str, Any]])
+    newest: dict[int, Mapping[str, Any]] = field(default_factory=dict[int, Mapping[str, Any]])
 
-    def take(self, said: Said) -> None:
+    def take(self, step: StepReport) -> None:
         """Notes a step's report."""
-        if said.params and KEY in said.params:
-            self.said[said.text] = said.params[KEY]
+        if step.params and KEY in step.params:
+            self.newest[step.text] = step.params[KEY]
 
     def extension(self) -> dict[str, Any]:
         """As in the answers of our own server; of several texts, each entry names its ``choice``.
 
-        A text that nothing was said of is an entry with ``error``.
+        A text without a report is an entry with ``error``.
         """
-        reports = [self.said.get(index, _NOT_JUDGED) for index in range(self.texts)]
+        reports = [self.newest.get(index, _NOT_JUDGED) for index in range(self.texts)]
         if self.texts > 1:
             numbered = enumerate(map(_entries, reports))
             return {"verdicts": [{"choice": i, **entry} for i, own in numbered for entry in own]}
@@ -82,13 +81,13 @@ _report: ContextVar[Report | None] = ContextVar("sidelight_report", default=None
 
 
 def current_report() -> Report | None:
-    """Where the engine notes what it says of the HTTP request that is being answered."""
+    """Where the engine's reports on the current HTTP request are noted."""
     return _report.get()
 
 
 @dataclass
-class Described:
-    """How requests are described; nothing is done until there is an encoder."""
+class RequestDescriber:
+    """Says what a chat request's tokens belong to, once there is an encoder."""
 
     encoder: PromptEncoder | None = None
 
@@ -125,28 +124,23 @@ class Described:
 
 
 class ProbeMiddleware:
-    """Stands around vLLM's application.
+    """Stands around vLLM's application."""
 
-    Args:
-        app: What is inside.
-        described: Describes the requests.
-    """
-
-    def __init__(self, app: ASGIApp, *, described: Described):
+    def __init__(self, app: ASGIApp, *, describer: RequestDescriber):
         self._app = app
-        self._described = described
+        self._describer = describer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Rewrites chat requests and their answers; other posts are marked, all else passes."""
         is_post = scope["type"] == "http" and scope["method"] == "POST"
-        if not is_post or self._described.encoder is None:
+        if not is_post or self._describer.encoder is None:
             await self._app(scope, receive, send)
             return
         if scope["path"] != _PATH:
             await self._app(scope, receive, _marked(send))
             return
         try:
-            body = self._described.describe(await _whole_body(receive))
+            body = self._describer.describe(await _whole_body(receive))
         except RecursionError:
             await JSONResponse(_TOO_DEEP, status_code=400)(scope, receive, send)
             return
@@ -187,14 +181,14 @@ class _Answer:
 
     def _with_chunks(self, body: bytes) -> bytes:
         """Verdicts go first; those that have changed since go before the end."""
-        says = {KEY: self._report.extension()}
+        extension = {KEY: self._report.extension()}
         # Whole events: a model may write the words of the last one.
         events = body.split(_EVENT_END)
         is_due = self._sent is None or _DONE in events
-        if not body or not is_due or says == self._sent:
+        if not body or not is_due or extension == self._sent:
             return body
-        self._sent = says
-        chunk = {"object": "chat.completion.chunk", "choices": [], **says}
+        self._sent = extension
+        chunk = {"object": "chat.completion.chunk", "choices": [], **extension}
         place = events.index(_DONE) if _DONE in events else 0
         events.insert(place, b"data: " + json.dumps(chunk).encode())
         return _EVENT_END.join(events)
@@ -223,7 +217,7 @@ def _entries(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One for each probe, or one that says why there is none."""
     if "verdicts" not in report:
         return [dict(report)]
-    return [{"probe": name, **says} for name, says in report["verdicts"].items()]
+    return [{"probe": name, **fields} for name, fields in report["verdicts"].items()]
 
 
 def _message(turn: Mapping[str, Any]) -> Message:
@@ -259,9 +253,6 @@ def _with_length(headers: Sequence[tuple[bytes, bytes]], length: int) -> list[tu
     return [*others, (b"content-length", str(length).encode())]
 
 
-# pyright: reportMissingImports=false
-
-
 class ProbeEndpoint:
     """What vLLM asks of an endpoint plugin."""
 
@@ -269,33 +260,33 @@ class ProbeEndpoint:
     required_tasks = ("generate",)
 
     def __init__(self) -> None:
-        self._described = Described()
+        self._describer = RequestDescriber()
 
     def attach_router(self, app: Any) -> None:
         """Stands inside vLLM's own authentication."""
-        app.add_middleware(ProbeMiddleware, described=self._described)
+        app.add_middleware(ProbeMiddleware, describer=self._describer)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
-        """Learns the model's chat template, and listens to what the engine says of each request."""
+        """Learns the model's chat template, and listens to the engine's reports."""
         if engine_client is None:
             return
         served = served_by(engine_client.vllm_config)
         if served is None:
             return
         model = engine_client.model_config
-        self._described.encoder = PromptEncoder(
+        self._describer.encoder = PromptEncoder(
             AutoTokenizer.from_pretrained(model.tokenizer),
             prompt_format=common_format(map(load_probe, served.folders)) or "chat",
             max_tokens=model.max_model_len,
         )
-        hearing = OutputListener(engine_client.output_processor)
-        engine_client.generate = _listened(engine_client.generate, hearing)
+        listener = OutputListener(engine_client.output_processor)
+        engine_client.generate = _listened(engine_client.generate, listener)
 
 
 def _listened(
-    generate: Callable[..., AsyncGenerator[Any, None]], hearing: OutputListener
+    generate: Callable[..., AsyncGenerator[Any, None]], listener: OutputListener
 ) -> Callable[..., AsyncGenerator[Any, None]]:
-    """The engine's outputs, what it says noted for the HTTP request that they belong to."""
+    """The engine's outputs; its reports are noted for the HTTP request that they belong to."""
 
     async def outputs(
         prompt: Any, params: Any, request_id: str, **options: Any
@@ -304,7 +295,7 @@ def _listened(
         report.texts = params.n
         # Clients may name their requests, and two may choose the same name.
         own_id = f"{request_id}-{uuid.uuid4().hex}"
-        with hearing.of(own_id, report.take):
+        with listener.to(own_id, report.take):
             async with aclosing(generate(prompt, params, own_id, **options)) as written:
                 async for output in written:
                     yield output

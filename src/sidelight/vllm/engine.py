@@ -1,13 +1,12 @@
-"""Conversations to requests of vLLM, with their places and order.
+"""The engine over vLLM: conversations as its requests, in their order; and how vLLM is started."""
 
-Starts vLLM with the plugin in it.
-"""
+# pyright: reportMissingImports=false
 
 import asyncio
 import os
 import uuid
 from collections import deque
-from collections.abc import AsyncGenerator, Collection, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import asdict
 from typing import Any
@@ -23,37 +22,26 @@ from sidelight.engines.base import (
     PromptJudged,
     Sampling,
     Tokens,
-    admit_all,
-    can_judge,
     require_same_model,
-    require_watchable,
-    unjudged_admission,
-    without_verdicts,
 )
-from sidelight.engines.judging import Judgement
-from sidelight.engines.logprobs import Trail
 from sidelight.engines.queue import Limits
-from sidelight.engines.text import WARM_UP, Speller, TextReader, has_response
+from sidelight.engines.text import WARM_UP, TextCodec, has_response
 from sidelight.errors import SidelightError, did_you_mean
 from sidelight.probe import Probe, common_format
 from sidelight.prompts import Conversation, EncodedPrompt, Message, PromptEncoder
+from sidelight.types import Judgement
 from sidelight.vllm.exchange import Exchange, ProbeFolder
 from sidelight.vllm.requests import (
     Capacity,
-    Likelihoods,
-    Names,
+    Output,
     OutputListener,
     Place,
-    RequestsOutput,
-    Said,
+    StepReport,
     WrittenText,
-    judgement,
-    require_drawable,
+    early_names,
     sampling_params,
 )
-from sidelight.vllm.settings import KEY
-
-# pyright: reportMissingImports=false
+from sidelight.vllm.settings import KEY, judgement_of
 
 
 class VllmEngine(Engine):
@@ -62,13 +50,13 @@ class VllmEngine(Engine):
     Args:
         llm: vLLM's engine, the plugin loaded in it.
         probes: What it was started with.
-        name: Of the model, in requests.
-        encoder: Of the model.
-        tokenizer: Of the model.
-        fingerprint: Of the model.
-        shelf: Where its workers find probes.
-        limits: ``waiting`` requests that vLLM has not begun, and of a longer list of texts to judge
-            ``running`` at once.
+        name: The model's, in requests.
+        encoder: The model's.
+        tokenizer: The model's.
+        fingerprint: The model's.
+        folder: Where its workers find probes.
+        limits: ``waiting`` requests that vLLM has not begun; a longer list of texts to judge has
+            ``running`` of them in vLLM at once.
     """
 
     def __init__(
@@ -80,74 +68,64 @@ class VllmEngine(Engine):
         encoder: PromptEncoder,
         tokenizer: Any,
         fingerprint: Fingerprint,
-        shelf: ProbeFolder,
+        folder: ProbeFolder,
         limits: Limits | None = None,
     ):
         self._llm = llm
-        self._hearing = OutputListener(llm.output_processor)
-        self._exchange = Exchange(llm, shelf, probes)
+        self._listener = OutputListener(llm.output_processor)
+        self._exchange = Exchange(llm, folder, probes)
         self._name = name
-        self._encoder = encoder
-        self._tokenizer = tokenizer
-        self._speller = Speller(tokenizer)
         self._fingerprint = fingerprint
-        self._shelf = shelf
+        self._folder = folder
         self._limits = limits or Limits()
         # vLLM always writes, also where a text is only judged: one position is kept for that token.
         room = min(encoder.max_tokens, llm.vllm_config.model_config.max_model_len - 1)
-        self._reader = TextReader(encoder, tokenizer, max_tokens=room)
-        self._places = Capacity(self._limits.waiting)
+        self._codec = TextCodec(encoder, tokenizer, max_tokens=room)
+        self._capacity = Capacity(self._limits.waiting)
         self._is_open = False
 
     @property
     def model(self) -> str:
-        """The name that requests give as ``model``."""
         return self._name
 
     @property
     def probes(self) -> Sequence[Probe]:
-        """Every loaded probe."""
         return self._exchange.probes
 
     @property
     def max_tokens(self) -> int:
-        """The longest input that the model reads."""
-        return self._reader.max_tokens
+        return self._codec.max_tokens
 
     @property
     def load(self) -> Load:
         """The requests in it now; one waits until its prompt has been read."""
-        return self._places.load
+        return self._capacity.load
 
     @property
     def is_ready(self) -> bool:
-        """Whether requests are accepted."""
         return self._is_open and self._exchange.is_whole and not self._llm.errored
 
     async def start(self) -> None:
-        """Begins to accept requests."""
         self._is_open = True
 
     async def close(self) -> None:
         """Ends vLLM's processes."""
         self._is_open = False
         await asyncio.to_thread(self._llm.shutdown)
-        self._shelf.close()
+        self._folder.cleanup()
 
     async def replace_probes(self, probes: Sequence[Probe]) -> None:
-        """Serves these probes from now on, once each has given a verdict on a short text.
-
-        Waits until the requests in the engine are done; new ones wait meanwhile (``settled``).
+        """Waits until the requests in the engine are done; new ones wait meanwhile (``settled``).
 
         Raises:
             SidelightError: One cannot be served, or the engine has several pipeline stages or
                 data-parallel ranks or is on a GPU; the old probes stay.
         """
         require_same_model(probes, self._fingerprint)
-        await self._exchange.replace(probes, try_out=lambda: self.check(self._reader.read(WARM_UP)))
+        warm_up = self._codec.encode(WARM_UP)
+        await self._exchange.replace(probes, try_out=lambda: self._last(self._checked(warm_up)))
 
     async def settled(self) -> None:
-        """Waits while probes are being replaced."""
         await self._exchange.settled()
 
     async def memory_share(self) -> float:
@@ -156,76 +134,56 @@ class VllmEngine(Engine):
         return columns / cache
 
     async def tokenize(self, text: Conversation) -> Tokens:
-        """The tokens that ``generate``, or for a text with a response ``judge``, would read."""
-        return await asyncio.to_thread(self._reader.tokens, text)
+        return await asyncio.to_thread(self._codec.tokens, text)
 
-    def generate(
-        self,
-        messages: Conversation,
-        sampling: Sampling,
-        *,
-        watch: Collection[str] = (),
-        admits: Admission = admit_all,
+    def _write(
+        self, messages: Conversation, sampling: Sampling, watch: frozenset[str], admits: Admission
     ) -> AsyncGenerator[Event, None]:
-        """``PromptJudged``, any number of ``TextDelta``, ``Finished``; closing it cancels.
-
-        vLLM draws the first token in the step that gives the verdicts; where ``admits`` says no,
-        nobody sees it.
-        """
+        # vLLM draws the first token in the step that gives the verdicts; where ``admits`` refuses,
+        # nobody sees it.
         probes = self._exchange.probes
-        require_watchable(watch, probes)
-        is_judged = can_judge(probes, messages)
-        admission = admits if is_judged else unjudged_admission(admits)
-        names, likelihoods = Names.of(probes), self._likelihoods(sampling.logprobs)
-        request = WrittenText(self, names, frozenset(watch), admission, likelihoods)
-        events = self._written(messages, sampling, request, probes)
-        return events if is_judged else without_verdicts(events)
 
-    def _likelihoods(self, count: int | None) -> Likelihoods | None:
-        return (
-            None if count is None else Likelihoods(Trail(self._speller), self._decode, count=count)
-        )
+        async def events() -> AsyncGenerator[Event, None]:
+            prompt, room = await asyncio.to_thread(
+                self._codec.encode_to_continue, messages, sampling.max_tokens
+            )
+            params = sampling_params(sampling, room, prompt)
+            text = WrittenText(
+                prompt,
+                probes,
+                watch,
+                admits,
+                logprobs=sampling.logprobs,
+                codec=self._codec,
+                check=lambda whole: self._last(self._checked(whole)),
+            )
+            with self._capacity.taken(1) as (place,):
+                async with self._exchange.passing(probes):
+                    outputs = self._capacity.followed(place, self.outputs(prompt, params))
+                    async with aclosing(text.events(outputs)) as written:
+                        async for event in written:
+                            yield event
 
-    def _decode(self, tokens: Sequence[int]) -> str:
-        return self._tokenizer.decode(
-            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-
-    async def _written(
-        self,
-        messages: Conversation,
-        sampling: Sampling,
-        request: WrittenText,
-        probes: tuple[Probe, ...],
-    ) -> AsyncGenerator[Event, None]:
-        require_drawable(sampling)
-        prompt = await asyncio.to_thread(self._encoder.encode, messages)
-        params = sampling_params(sampling, self._reader.room(prompt, sampling.max_tokens), prompt)
-        with self._places.taken(1) as (place,):
-            async with self._exchange.passing(probes):
-                outputs = self._places.followed(place, self.outputs(prompt, params))
-                async with aclosing(request.events(prompt, outputs)) as events:
-                    async for event in events:
-                        yield event
+        return events()
 
     def judge(
         self, conversations: Sequence[Sequence[Message]]
     ) -> Coroutine[Any, Any, list[PromptJudged]]:
-        """The verdicts on each conversation, from one pass each."""
         return self._judge(conversations, self._exchange.probes)
 
     async def _judge(
         self, conversations: Sequence[Sequence[Message]], probes: tuple[Probe, ...]
     ) -> list[PromptJudged]:
-        prompts = await asyncio.to_thread(lambda: [self._reader.read(c) for c in conversations])
-        with self._places.taken(len(prompts)) as places:
+        prompts = await asyncio.to_thread(lambda: [self._codec.encode(c) for c in conversations])
+        with self._capacity.taken(len(prompts)) as places:
             async with self._exchange.passing(probes):
                 judged = await self._check_all(prompts, places)
-        names = Names.of(probes)
-        return [
-            _judged(prompt, own.of(names.all if has_response(turns) else names.early))
-            for turns, prompt, own in zip(conversations, prompts, judged, strict=True)
-        ]
+        early = early_names(probes)
+        events: list[PromptJudged] = []
+        for turns, prompt, judgement in zip(conversations, prompts, judged, strict=True):
+            own = judgement if has_response(turns) else judgement.of(early)
+            events.append(PromptJudged(own.verdicts, own.failed, tokens=len(prompt)))
+        return events
 
     async def _check_all(
         self, prompts: Sequence[EncodedPrompt], places: Sequence[Place]
@@ -235,7 +193,7 @@ class VllmEngine(Engine):
 
         async def check(prompt: EncodedPrompt, place: Place) -> Judgement:
             async with together:
-                return await _last(self._places.followed(place, self._checked(prompt)))
+                return await self._last(self._capacity.followed(place, self._checked(prompt)))
 
         try:
             async with asyncio.TaskGroup() as group:
@@ -246,19 +204,21 @@ class VllmEngine(Engine):
             raise errors.exceptions[0] from None
         return [task.result() for task in tasks]
 
-    async def check(self, prompt: EncodedPrompt) -> Judgement:
-        """What all probes say of these tokens, as a part of a request that has its place."""
-        return await _last(self._checked(prompt))
-
-    def _checked(self, prompt: EncodedPrompt) -> AsyncGenerator[RequestsOutput, None]:
+    def _checked(self, prompt: EncodedPrompt) -> AsyncGenerator[Output, None]:
         """The one token that vLLM must write of a text that is only judged."""
-        self._reader.require_fitting(prompt)
+        self._codec.require_fitting(prompt)
         return self.outputs(prompt, sampling_params(Sampling(temperature=0.0), 1, prompt))
 
-    async def outputs(
-        self, prompt: EncodedPrompt, params: Any
-    ) -> AsyncGenerator[RequestsOutput, None]:
-        """VLLM's outputs of one request.
+    async def _last(self, outputs: AsyncGenerator[Output, None]) -> Judgement:
+        """What all probes say in the end."""
+        judgement = Judgement()
+        async with aclosing(outputs):
+            async for output in outputs:
+                judgement, _ = judgement_of(output.steps[-1].params)
+        return judgement
+
+    async def outputs(self, prompt: EncodedPrompt, params: Any) -> AsyncGenerator[Output, None]:
+        """The outputs of one request.
 
         Raises:
             EngineUnavailableError: vLLM has stopped.
@@ -267,15 +227,20 @@ class VllmEngine(Engine):
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
         if not self.is_ready:
-            raise EngineUnavailableError("The engine is not running. Try again when /ready is 200.")
+            raise EngineUnavailableError()
         tokens = {"prompt_token_ids": list(prompt.token_ids)}
-        request_id, said = uuid.uuid4().hex, deque[Said]()
+        request_id, reports = uuid.uuid4().hex, deque[StepReport]()
         try:
-            with self._hearing.of(request_id, said.append):
+            with self._listener.to(request_id, reports.append):
                 async with aclosing(self._llm.generate(tokens, params, request_id)) as outputs:
                     async for output in outputs:
                         (text,) = output.outputs
-                        yield RequestsOutput(text, _steps(said, len(text.token_ids)))
+                        # The steps that wrote these tokens: at least one, which may have written
+                        # none.
+                        steps = [reports.popleft()]
+                        while sum(step.tokens for step in steps) < len(text.token_ids):
+                            steps.append(reports.popleft())
+                        yield Output(text, tuple(steps))
         except EngineDeadError as error:
             raise EngineUnavailableError(
                 "vLLM has stopped; its log says why. Start the server again."
@@ -284,30 +249,7 @@ class VllmEngine(Engine):
             raise GenerationError("vLLM gave up this request; its log says why.") from error
 
 
-def _steps(said: deque[Said], tokens: int) -> tuple[Said, ...]:
-    """Takes the steps that wrote these tokens: one at least, which may have written none."""
-    steps = [said.popleft()]
-    while sum(step.tokens for step in steps) < tokens:
-        steps.append(said.popleft())
-    return tuple(steps)
-
-
-async def _last(outputs: AsyncGenerator[RequestsOutput, None]) -> Judgement:
-    judged = Judgement()
-    async with aclosing(outputs):
-        async for output in outputs:
-            judged = judgement(output.steps[-1].params)
-    return judged
-
-
-def _judged(prompt: EncodedPrompt, judged: Judgement) -> PromptJudged:
-    return PromptJudged(judged.verdicts, judged.failed, tokens=len(prompt))
-
-
-# pyright: reportMissingImports=false
-
-
-# Options of vLLM's that are no user's, with what to do instead; any command may meet them.
+# Options of vLLM's that Sidelight sets itself, with what to do instead; for any command.
 _SET_HERE = {
     "model": "Give --model instead.",
     "dtype": "Give --dtype instead.",
@@ -338,18 +280,21 @@ def load_vllm_engine(
             model or reads another format than the others, or a feature is in use that the plugin
             does not support.
     """
-    args_type, engine_type = _vllm()
+    require_vllm()
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
     # Loaded for who it is and how it reads text; the weights that serve are vLLM's own.
     backbone = load_backbone(model, device="cpu", prompt_format=common_format(probes))
     path = backbone.model.config._name_or_path  # pyright: ignore[reportPrivateUsage]
     encoder, tokenizer, fingerprint = backbone.encoder, backbone.tokenizer, backbone.fingerprint
     del backbone
     require_same_model(probes, fingerprint)
-    shelf = ProbeFolder()
-    named = {"probes": shelf.put(probes), "fingerprint": asdict(fingerprint)}
+    folder = ProbeFolder()
+    named = {"probes": folder.put(probes), "fingerprint": asdict(fingerprint)}
     given = {"max_model_len": encoder.max_tokens, **(options or {})}
-    require_options(given, args_type)
-    arguments = args_type(
+    require_options(given, AsyncEngineArgs)
+    arguments = AsyncEngineArgs(
         model=path,
         dtype=dtype,
         disable_log_stats=True,
@@ -357,11 +302,11 @@ def load_vllm_engine(
         **given,
     )
     try:
-        llm = engine_type.from_engine_args(arguments)
+        llm = AsyncLLM.from_engine_args(arguments)
     except TypeError as error:
         # vLLM compares numbers with whatever it was given.
         raise SidelightError(
-            f"vLLM cannot work with these options ({error}): {given}. See to their types."
+            f"vLLM cannot work with these options ({error}): {given}. Check their types."
         ) from error
     return VllmEngine(
         llm,
@@ -370,7 +315,7 @@ def load_vllm_engine(
         encoder=encoder,
         tokenizer=tokenizer,
         fingerprint=fingerprint,
-        shelf=shelf,
+        folder=folder,
         limits=limits,
     )
 
@@ -379,7 +324,7 @@ def require_options(given: Mapping[str, Any], args_type: Any) -> None:
     """Checks that these are fields of vLLM's arguments, and none that Sidelight sets.
 
     Raises:
-        SidelightError: One is not; names or Sidelight's own option are proposed.
+        SidelightError: One is not.
     """
     known = args_type.__dataclass_fields__
     for name in given:
@@ -404,11 +349,3 @@ def require_vllm() -> None:
             "vLLM is not installed in this environment. docs/vllm.md says how; or use "
             "--engine transformers."
         ) from error
-
-
-def _vllm() -> tuple[Any, Any]:
-    require_vllm()
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    return AsyncEngineArgs, AsyncLLM

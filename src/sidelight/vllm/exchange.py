@@ -1,9 +1,4 @@
-"""Lets requests through, and lets everything stand still while probes are exchanged.
-
-Probes on disk, where vLLM's processes find them.
-
-Which probes vLLM's workers serve, and how others take their place. Knows no requests.
-"""
+"""Which probes vLLM's workers serve, and how others take their place while nothing runs."""
 
 import asyncio
 import tempfile
@@ -14,13 +9,13 @@ from typing import Any
 
 from sidelight.artifact import save_probe
 from sidelight.engines.base import EngineUnavailableError, verdict_failure
-from sidelight.engines.judging import Judgement
 from sidelight.errors import SidelightError
 from sidelight.probe import Probe
+from sidelight.types import Judgement
 
 
 class Gate:
-    """Open until somebody needs it closed; that one waits until nobody is inside."""
+    """Open until somebody needs it closed, who then waits until nobody is inside."""
 
     def __init__(self) -> None:
         self._inside = 0
@@ -36,7 +31,7 @@ class Gate:
                 text of the same request may be inside, and not go on before this one does.
         """
         if not self._is_open:
-            raise EngineUnavailableError("The probes are being replaced. Ask again in a moment.")
+            raise EngineUnavailableError("The probes are being replaced. Retry in a moment.")
         self._inside += 1
         try:
             yield
@@ -69,20 +64,16 @@ class Gate:
             self._changed.notify_all()
 
 
-class ProbeFolder:
-    """A folder of this process, gone when it is closed or the process ends."""
+class ProbeFolder(tempfile.TemporaryDirectory[str]):
+    """Probes on disk, where vLLM's processes find them; gone when the process ends."""
 
     def __init__(self) -> None:
-        self._root = tempfile.TemporaryDirectory(prefix="sidelight-probes-")
+        super().__init__(prefix="sidelight-probes-")
 
     def put(self, probes: Sequence[Probe]) -> list[str]:
         """Folders that hold these probes."""
-        root = Path(tempfile.mkdtemp(dir=self._root.name))
+        root = Path(tempfile.mkdtemp(dir=self.name))
         return [str(save_probe(probe, root / str(i))) for i, probe in enumerate(probes)]
-
-    def close(self) -> None:
-        """Removes it."""
-        self._root.cleanup()
 
 
 # An idle vLLM frees the blocks of a request within a step or two after its last output.
@@ -95,26 +86,20 @@ class Exchange:
 
     Args:
         llm: vLLM's engine.
-        shelf: Where its workers find probes.
+        folder: Where its workers find probes.
         probes: What it was started with.
+
+    Attributes:
+        probes: The served ones.
+        is_whole: Whether it is known which probes each worker has.
     """
 
-    def __init__(self, llm: Any, shelf: ProbeFolder, probes: Sequence[Probe]):
+    def __init__(self, llm: Any, folder: ProbeFolder, probes: Sequence[Probe]):
         self._llm = llm
-        self._shelf = shelf
-        self._probes = tuple(probes)
+        self._folder = folder
         self._gate = Gate()
-        self._is_whole = True
-
-    @property
-    def probes(self) -> tuple[Probe, ...]:
-        """The served ones."""
-        return self._probes
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether it is known which probes each worker has."""
-        return self._is_whole
+        self.probes = tuple(probes)
+        self.is_whole = True
 
     @asynccontextmanager
     async def passing(self, probes: tuple[Probe, ...]) -> AsyncGenerator[None]:
@@ -127,8 +112,8 @@ class Exchange:
             EngineUnavailableError: Others are being put in their place, or have been.
         """
         async with self._gate.passing():
-            if probes is not self._probes:
-                raise EngineUnavailableError("The probes have just been replaced. Ask again.")
+            if probes is not self.probes:
+                raise EngineUnavailableError("The probes have just been replaced. Retry.")
             yield
 
     async def settled(self) -> None:
@@ -148,21 +133,19 @@ class Exchange:
             SidelightError: As ``VllmEngine.replace_probes``; the old probes stay.
         """
         _require_exchangeable(self._llm.vllm_config)
-        new = tuple(probes)
         async with self._gate.closed():
-            before = self._probes
             try:
-                await self._put(new)
+                await self._put(probes)
                 judged = await try_out()
                 if judged.failed:
                     raise verdict_failure(judged.failed)
             except BaseException:
-                await asyncio.shield(self._put_back(before))
+                await asyncio.shield(self._put_back())
                 raise
-            self._probes = new
+            self.probes = tuple(probes)
 
     async def _put(self, probes: Sequence[Probe]) -> None:
-        folders = await asyncio.to_thread(self._shelf.put, probes)
+        folders = await asyncio.to_thread(self._folder.put, probes)
         failures = await self._llm.collective_rpc("sidelight_load", args=(folders,))
         if any(failures):
             raise SidelightError(next(filter(None, failures)))
@@ -172,14 +155,14 @@ class Exchange:
                 return
             await asyncio.sleep(_RESET_AFTER_S)
         raise SidelightError(
-            "vLLM's prefix cache is still in use, so the probes cannot be exchanged. Try again."
+            "vLLM's prefix cache is still in use, so the probes cannot be replaced. Retry."
         )
 
-    async def _put_back(self, probes: Sequence[Probe]) -> None:
+    async def _put_back(self) -> None:
         try:
-            await self._put(probes)
+            await self._put(self.probes)
         except BaseException:
-            self._is_whole = False
+            self.is_whole = False
             raise
 
 
@@ -195,6 +178,6 @@ def _require_exchangeable(config: Any) -> None:
     found = [name for name, is_there in hindrances.items() if is_there]
     if found:
         raise SidelightError(
-            f"Probes cannot be exchanged under {', '.join(found)}. Start the engine again "
-            "with the new ones."
+            f"Probes cannot be replaced under {', '.join(found)}. Restart the engine with the new "
+            "ones."
         )

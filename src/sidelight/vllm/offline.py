@@ -1,8 +1,6 @@
-"""VLLM without a server: many prompts, as fast as it takes them.
+"""vLLM without a server: verdicts on many texts, and hidden states for training.
 
-The verdicts of a probe on many texts, from vLLM's own batches.
-
-Hidden states for training from vLLM, so that a probe is trained on what it will be served.
+A probe that is to be served by vLLM can be trained on vLLM's own hidden states.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
@@ -32,11 +30,7 @@ from sidelight.training.classifier import Classifier, as_example, encode
 from sidelight.types import Verdict
 from sidelight.vllm.capture import Spool, SpoolPlace, SpoolShape, capture_params
 from sidelight.vllm.engine import require_options, require_vllm
-from sidelight.vllm.requests import judgement
-from sidelight.vllm.settings import CAPTURE, KEY, Captured, request_params
-
-# pyright: reportMissingImports=false
-
+from sidelight.vllm.settings import CAPTURE, KEY, Captured, judgement_of, request_params
 
 # Prompts that wait in vLLM beside those of the running step, in steps: none of them is half empty.
 _STEPS_AHEAD = 2
@@ -208,7 +202,7 @@ def _judged(llm: Offline, probe: Probe, prompts: Sequence[EncodedPrompt]) -> lis
 
 
 def _verdict(probe: Probe, output: Any) -> Verdict:
-    judged = judgement(output.kv_transfer_params)
+    judged, _ = judgement_of(output.kv_transfer_params)
     if not judged.verdicts:
         raise VerdictError(
             f"Probe '{probe.name}' gave no verdict. Either the text has no token that the probe "
@@ -224,9 +218,6 @@ def _require_room(prompts: Sequence[EncodedPrompt], most: int) -> None:
             f"A text has {longest} tokens with its template, but vLLM reads at most {most - 1} "
             "here. Shorten it, or raise --engine-option max_model_len."
         )
-
-
-# pyright: reportMissingImports=false
 
 
 class VllmSource:
@@ -283,7 +274,7 @@ class VllmSource:
         """VLLM, which starts now unless it runs already."""
         if self._llm is None:
             who = self._backbone.fingerprint
-            config = {CAPTURE: Captured(who.layers, who.width).to_json()}
+            config = {CAPTURE: asdict(Captured(who.layers, who.width))}
             options = {"enable_prefix_caching": False, **self._options}
             self._llm = Offline.start(self._backbone, config, options)
         return self._llm

@@ -1,71 +1,27 @@
-"""What a worker process has one of, since it runs one model.
-
-Everything of vLLM that its documentation does not promise, in one place.
+"""Everything of vLLM that its documentation does not promise, and what is refused.
 
 Tested with the versions in ``TESTED``. Two methods are wrapped. In
 ``EngineArgs.create_engine_config`` our connector, scheduler and worker extension are named in the
 configuration; in ``BaseModelLoader.load_model`` the layers are hooked before they are compiled.
 Used besides:
-``ForwardContext.slot_mapping``, ``SchedulerOutput.kv_connector_block_state`` (connector),
-``Scheduler.update_from_output`` (scheduler), and ``OutputProcessor.process_outputs`` with the
-``external_req_id`` and ``request_index`` of its ``request_states`` (hearing).
+``ForwardContext.slot_mapping``, ``SchedulerOutput.kv_connector_block_state`` and
+``Scheduler.update_from_output`` (connector), and ``OutputProcessor.process_outputs`` with the
+``external_req_id`` and ``request_index`` of its ``request_states`` (requests).
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 import os
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import wraps
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from sidelight.errors import SidelightError
-from sidelight.vllm.settings import (
-    CAPTURE,
-    KEY,
-    Captured,
-    Served,
-    fingerprint_of,
-    load_checked,
-    named_folders,
-)
-
-T = TypeVar("T")
-
-
-class Installed(Generic[T]):
-    """Holds the one object of its kind in this process.
-
-    Args:
-        loss: What happens without it, for the error.
-    """
-
-    def __init__(self, *, loss: str):
-        self._loss = loss
-        self._held: T | None = None
-
-    def put(self, held: T | None) -> None:
-        """Makes it the one of this process."""
-        self._held = held
-
-    def get(self) -> T:
-        """The one of this process.
-
-        Raises:
-            SidelightError: The model was loaded in a way that the plugin does not see.
-        """
-        if self._held is None:
-            raise SidelightError(
-                f"This model loader does not tap the model, so {self._loss}. Use vLLM's default "
-                "--load-format."
-            )
-        return self._held
-
-
-# pyright: reportMissingImports=false
-
+from sidelight.vllm.settings import CAPTURE, KEY, Captured, Served, fingerprint_of, named_folders
 
 TESTED = SpecifierSet(">=0.32,<0.33")
 UNTESTED = "SIDELIGHT_VLLM_UNTESTED"
@@ -74,14 +30,17 @@ ARCHITECTURES = frozenset({"LlamaForCausalLM"})
 
 CONNECTOR = "ProbeConnector"
 CAPTURE_CONNECTOR = "CaptureConnector"
-_MODULE = "sidelight.vllm"
+_PACKAGE = "sidelight.vllm"
 # Part of the key of vLLM's compile cache: a graph without our operation must not be taken for one
 # with it. The probes are no part of it, since they change no graph.
 _GRAPH = {KEY: "taps-1"}
 
 
 def install() -> None:
-    """Wraps the two methods, once per process; without named probes both pass everything on."""
+    """Wraps the two methods, once per process; without named probes both pass everything on.
+
+    The entry point of ``vllm.general_plugins``: vLLM calls it in each of its processes.
+    """
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
@@ -122,52 +81,40 @@ def _configure(original: Callable[..., Any], arguments: Any, *args: Any, **kwarg
     """The engine's configuration with our parts named in it."""
     given = arguments.additional_config.get(KEY, {})
     given = given if isinstance(given, dict) else {}
-    if CAPTURE in given:
-        return _configure_capture(original, arguments, Captured(**given[CAPTURE]), args, kwargs)
     folders = named_folders(given)
-    if folders is None:
+    captured = Captured(**given[CAPTURE]) if CAPTURE in given else None
+    if captured is None and folders is None:
         return original(arguments, *args, **kwargs)
     _require_version()
     _require_free(arguments)
-    served = _served(arguments.model, folders, given)
-    arguments.worker_extension_cls = f"{_MODULE}.worker.Control"
-    _connect(arguments, CONNECTOR, "connector", served.to_json())
+    if captured is not None:
+        _require_offline(arguments)
+        _connect(arguments, CAPTURE_CONNECTOR, asdict(captured))
+    else:
+        served = _served(arguments.model, folders or (), given)
+        arguments.worker_extension_cls = f"{_PACKAGE}.worker.WorkerExtension"
+        _connect(arguments, CONNECTOR, served.to_json())
     config = original(arguments, *args, **kwargs)
     _require_supported(config)
-    kind = "AsyncProbeScheduler" if config.scheduler_config.async_scheduling else "ProbeScheduler"
-    config.scheduler_config.scheduler_cls = f"{_MODULE}.connector.{kind}"
-    return config
-
-
-def _configure_capture(
-    original: Callable[..., Any],
-    arguments: Any,
-    captured: Captured,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:
-    """The configuration of an engine that keeps hidden states."""
-    _require_version()
-    _require_free(arguments)
-    _require_offline(arguments)
-    _connect(arguments, CAPTURE_CONNECTOR, "connector", captured.to_json())
-    config = original(arguments, *args, **kwargs)
-    _require_supported(config)
-    if config.cache_config.enable_prefix_caching:
+    if captured is None:
+        is_async = config.scheduler_config.async_scheduling
+        kind = "AsyncProbeScheduler" if is_async else "ProbeScheduler"
+        config.scheduler_config.scheduler_cls = f"{_PACKAGE}.connector.{kind}"
+    elif config.cache_config.enable_prefix_caching:
         raise SidelightError(
-            "Tokens from vLLM's prefix cache have no hidden states that could be kept. Leave "
+            "Tokens from vLLM's prefix cache have no hidden states to keep. Leave "
             "enable_prefix_caching out."
         )
     return config
 
 
-def _connect(arguments: Any, name: str, module: str, extra: dict[str, Any]) -> None:
+def _connect(arguments: Any, name: str, extra: dict[str, Any]) -> None:
     from vllm.config import KVTransferConfig
 
     arguments.additional_config = {**arguments.additional_config, **_GRAPH}
     arguments.kv_transfer_config = KVTransferConfig(
         kv_connector=name,
-        kv_connector_module_path=f"{_MODULE}.{module}",
+        kv_connector_module_path=f"{_PACKAGE}.connector",
         kv_role="kv_producer",
         kv_connector_extra_config=extra,
     )
@@ -178,7 +125,8 @@ def _served(model: str, folders: tuple[str, ...], given: dict[str, Any]) -> Serv
         served = Served.from_json({**given, "folders": folders})
     else:
         served = Served(folders, fingerprint_of(model, folders))
-    load_checked(served.folders, served.fingerprint)
+    # Now, since an error in a worker is harder to read.
+    served.load()
     return served
 
 
@@ -200,19 +148,15 @@ def _load(
         layers = _tap(model, served.fingerprint.width)
         worker.INSTALLED.put(worker.Worker(served, layers=layers, tokens=tokens, device=device))
     if captured is not None:
-        from sidelight.vllm import capture as capturing
-        from sidelight.vllm.taps import set_stage
+        from sidelight.vllm import capture
+        from sidelight.vllm.taps import set_receiver
 
-        layers = _tap(model, captured.width)
-        recorder = capturing.Recorder(
-            layers,
-            tokens=tokens,
-            width=captured.width,
-            dtype=model_config.dtype,
-            device=device,
+        layers, dtype = _tap(model, captured.width), model_config.dtype
+        recorder = capture.Recorder(
+            layers, tokens=tokens, width=captured.width, dtype=dtype, device=device
         )
-        capturing.INSTALLED.put(recorder)
-        set_stage(recorder)
+        capture.INSTALLED.put(recorder)
+        set_receiver(recorder)
     return model
 
 
@@ -241,7 +185,7 @@ def _require_version() -> None:
 
 
 def _require_free(arguments: Any) -> None:
-    """Checks that nobody else has taken the places that we need."""
+    """Checks that the options that we set are free."""
     taken = {
         "--kv-transfer-config": arguments.kv_transfer_config,
         "--kv-offloading-size": arguments.kv_offloading_size,
@@ -251,8 +195,8 @@ def _require_free(arguments: Any) -> None:
     names = [name for name, value in taken.items() if value]
     if names:
         raise SidelightError(
-            f"Probes inside vLLM need the place of {', '.join(names)} for themselves. Leave it "
-            "out, or unset SIDELIGHT_PROBES."
+            f"Probes inside vLLM set {', '.join(names)} themselves. Leave it out, or unset "
+            "SIDELIGHT_PROBES."
         )
 
 
@@ -267,11 +211,7 @@ def _require_offline(arguments: Any) -> None:
 
 
 def _require_supported(config: Any) -> None:
-    """Checks that every feature in use is one that a test covers.
-
-    Raises:
-        SidelightError: Some is not; nothing is ever served unjudged.
-    """
+    """Checks that a test covers every feature in use: nothing is ever served unjudged."""
     parallel = config.parallel_config
     refused = {
         "speculative decoding": config.speculative_config is not None,

@@ -1,9 +1,8 @@
-"""Which probes vLLM serves, and the model that they were checked against.
+"""What vLLM's processes are told: the probes to serve, and what each request's tokens belong to.
 
-``SIDELIGHT_PROBES`` names folders, with the system's path separator between them; so does
-``additional_config={"sidelight": {"probes": [...]}}``. With neither, the plugin does nothing.
-
-What a request says of its tokens, and what comes back: both as vLLM's ``kv_transfer_params``.
+``SIDELIGHT_PROBES`` names folders of probes, with the system's path separator between them; so does
+``additional_config={"sidelight": {"probes": [...]}}``. With neither, the plugin does nothing. A
+request says what its tokens belong to, and gets its verdicts, in vLLM's ``kv_transfer_params``.
 """
 
 import hashlib
@@ -14,14 +13,13 @@ from dataclasses import asdict, dataclass
 from itertools import chain, groupby, repeat
 from typing import Any
 
-import torch
-
 from sidelight.artifact import load_probe
 from sidelight.backbone import Fingerprint, TransformersBackbone
+from sidelight.engines.base import GenerationError
 from sidelight.errors import SidelightError
 from sidelight.probe import Probe, common_format, require_distinct_names
 from sidelight.prompts import EncodedPrompt, Part
-from sidelight.vllm.panel import ColumnPanel
+from sidelight.types import Judgement, Verdict
 
 ENVIRONMENT = "SIDELIGHT_PROBES"
 KEY = "sidelight"
@@ -31,11 +29,11 @@ CAPTURE = "capture"
 
 @dataclass(frozen=True)
 class Served:
-    """What travels to the scheduler and the workers, as JSON.
+    """The probes to serve, as it travels to the scheduler and the workers.
 
     Attributes:
-        folders: Of the probes.
-        fingerprint: Of the served model.
+        folders: The probes' artifacts.
+        fingerprint: The served model's.
     """
 
     folders: tuple[str, ...]
@@ -50,13 +48,17 @@ class Served:
         """The inverse of ``to_json``."""
         return Served(tuple(data["folders"]), Fingerprint(**data["fingerprint"]))
 
-    def panel(self, *, device: torch.device | str = "cpu") -> ColumnPanel:
-        """The probes, loaded.
+    def load(self) -> list[Probe]:
+        """The probes.
 
         Raises:
-            SidelightError: One of them is damaged or belongs to another model.
+            SidelightError: One is damaged, two share a name, or one belongs to another model.
         """
-        return ColumnPanel.of(load_checked(self.folders, self.fingerprint), device=device)
+        probes = [load_probe(folder) for folder in self.folders]
+        for probe in probes:
+            probe.fingerprint.require(self.fingerprint, probe=probe.name)
+        require_distinct_names(probes)
+        return probes
 
 
 @dataclass(frozen=True)
@@ -64,16 +66,12 @@ class Captured:
     """In place of ``Served`` where hidden states are kept for training.
 
     Attributes:
-        layers: Hidden states of a token, the embedding's included.
+        layers: Hidden states of a token, including the embedding's.
         width: Size of a hidden state.
     """
 
     layers: int
     width: int
-
-    def to_json(self) -> dict[str, Any]:
-        """For a configuration of vLLM's."""
-        return asdict(self)
 
 
 def named_folders(config: Mapping[str, Any]) -> tuple[str, ...] | None:
@@ -88,19 +86,6 @@ def named_folders(config: Mapping[str, Any]) -> tuple[str, ...] | None:
     return tuple(filter(None, named.split(os.pathsep))) or None
 
 
-def load_checked(folders: Sequence[str], fingerprint: Fingerprint) -> list[Probe]:
-    """The probes of these folders, all of them trained on the same model.
-
-    Raises:
-        SidelightError: One is damaged, two share a name, or one belongs to another model.
-    """
-    probes = [load_probe(folder) for folder in folders]
-    for probe in probes:
-        probe.fingerprint.require(fingerprint, probe=probe.name)
-    require_distinct_names(probes)
-    return probes
-
-
 def fingerprint_of(model: str, folders: Sequence[str]) -> Fingerprint:
     """The fingerprint of the model that vLLM is about to serve.
 
@@ -108,7 +93,7 @@ def fingerprint_of(model: str, folders: Sequence[str]) -> Fingerprint:
 
     Args:
         model: Folder or hub id.
-        folders: Of the probes: they say how texts are rendered.
+        folders: The probes' artifacts, which say how texts are rendered.
 
     Raises:
         SidelightError: A probe is damaged, or some read chats and others raw texts.
@@ -138,7 +123,7 @@ def parts_of(params: Mapping[str, Any] | None, token_ids: Sequence[int] | None) 
         token_ids: The tokens that the engine runs.
 
     Raises:
-        SidelightError: The request does not say, or it speaks of other tokens.
+        SidelightError: The request does not say, or it describes other tokens.
     """
     given = (params or {}).get(KEY)
     if given is None or token_ids is None:
@@ -162,3 +147,48 @@ def parts_of(params: Mapping[str, Any] | None, token_ids: Sequence[int] | None) 
 def token_hash(token_ids: Sequence[int]) -> str:
     """Names a list of token ids."""
     return hashlib.blake2b(array("q", token_ids).tobytes(), digest_size=8).hexdigest()
+
+
+def report_of(judgement: Judgement, seconds: float) -> dict[str, Any]:
+    """What stands under ``KEY`` in an output's ``kv_transfer_params``.
+
+    Args:
+        judgement: What the probes say so far.
+        seconds: What the workers have taken for it.
+    """
+    verdicts: dict[str, Any] = {
+        verdict.probe: {
+            "label": verdict.label,
+            "labels": list(verdict.labels),
+            "probabilities": dict(verdict.probabilities),
+            "flagged": verdict.flagged,
+        }
+        for verdict in judgement.verdicts
+    }
+    failed = {name: {"error": "verdict_failed"} for name in judgement.failed}
+    return {"verdicts": verdicts | failed, "seconds": seconds}
+
+
+def judgement_of(params: Mapping[str, Any] | None) -> tuple[Judgement, float]:
+    """The inverse of ``report_of``, from an output's ``kv_transfer_params``.
+
+    Raises:
+        GenerationError: They hold no verdict; the request must not pass for judged.
+    """
+    report = (params or {}).get(KEY, {})
+    if "verdicts" not in report:
+        raise GenerationError(
+            f"vLLM sent no verdict ({report.get('error', 'the plugin did not run')}). Treat the "
+            "text as not judged."
+        )
+    verdicts: list[Verdict] = []
+    failed: list[str] = []
+    for name, fields in report["verdicts"].items():
+        if "error" in fields:
+            failed.append(name)
+        else:
+            labels, probabilities = tuple(fields["labels"]), dict(fields["probabilities"])
+            verdicts.append(
+                Verdict(name, fields["label"], labels, probabilities, fields["flagged"])
+            )
+    return Judgement(tuple(verdicts), tuple(failed)), report.get("seconds", 0.0)

@@ -1,12 +1,12 @@
 """Hooks on vLLM's decoder layers, and the operation that they call.
 
 The hooks are set before vLLM compiles the model, so that they become part of the graph. What they
-call is one operation that the compiler cannot look into: it finds the current stage in this file,
-so that other probes need no other graph. A worker process runs one model, hence one stage.
+call is one operation that the compiler cannot look into: it finds the current receiver in this
+file, so that other probes need no other graph. A worker process runs one model, hence one receiver.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -14,8 +14,39 @@ from torch import Tensor, nn
 
 from sidelight.errors import SidelightError
 
+T = TypeVar("T")
+
 _library = torch.library.Library("sidelight", "FRAGMENT")
 _library.define("project(Tensor hidden, Tensor? residual, int layer, Tensor(a!) order) -> ()")
+
+
+class Installed(Generic[T]):
+    """Holds the one object of its kind in a worker process.
+
+    Args:
+        loss: What happens without it, for the error.
+    """
+
+    def __init__(self, *, loss: str):
+        self._loss = loss
+        self._held: T | None = None
+
+    def put(self, held: T | None) -> None:
+        """Makes it the one of this process."""
+        self._held = held
+
+    def get(self) -> T:
+        """The one of this process.
+
+        Raises:
+            SidelightError: The model was loaded in a way that the plugin does not see.
+        """
+        if self._held is None:
+            raise SidelightError(
+                f"This model loader does not tap the model, so {self._loss}. Use vLLM's default "
+                "--load-format."
+            )
+        return self._held
 
 
 @runtime_checkable
@@ -27,12 +58,12 @@ class Receiver(Protocol):
         ...
 
 
-_stages: list[Receiver] = []
+_receivers: list[Receiver] = []
 
 
-def set_stage(stage: Receiver | None) -> None:
+def set_receiver(receiver: Receiver | None) -> None:
     """Where the next forward passes of this process leave their states; None: nowhere."""
-    _stages[:] = [] if stage is None else [stage]
+    _receivers[:] = [] if receiver is None else [receiver]
 
 
 def _project(
@@ -41,8 +72,8 @@ def _project(
     layer: int,
     order: Float[Tensor, ""],  # noqa: ARG001 - what keeps the operation in its place
 ) -> None:
-    for stage in _stages:
-        stage.receive(layer, hidden if residual is None else hidden + residual)
+    for receiver in _receivers:
+        receiver.receive(layer, hidden if residual is None else hidden + residual)
 
 
 def _nothing(hidden: Tensor, residual: Tensor | None, layer: int, order: Tensor) -> None:
@@ -99,6 +130,6 @@ def _is_state(value: Any, width: int) -> bool:
 
 def _unknown(module: nn.Module) -> SidelightError:
     return SidelightError(
-        f"{type(module).__name__} is no decoder layer that Sidelight knows how to tap. "
-        "docs/vllm.md lists the tested models; serve this one with the transformers engine."
+        f"Sidelight does not know how to tap {type(module).__name__}. docs/vllm.md lists the "
+        "tested models; serve this one with the transformers engine."
     )

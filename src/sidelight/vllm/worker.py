@@ -1,20 +1,12 @@
-"""Judges requests from the columns of their tokens, all requests of a step together.
+"""A worker's share: the columns of its layers, and verdicts where it has all of them.
 
-Runs where all layers are at hand: in the worker, or, where the layers are spread over pipeline
-stages, in the scheduler on the columns that the stages send.
-
-Ends vLLM's engine when the process that started it is killed.
-
-Left to itself it would wait for requests for ever, with the model in memory.
-
-A worker's share: the columns of its layers, and verdicts where it has all of them.
-
-What can be asked of a running worker, by ``collective_rpc``.
+Verdicts are made where all layers are at hand: in the worker, or, where the layers are spread over
+pipeline stages, in the scheduler from the columns that the stages send.
 """
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import parent_process
 from threading import Thread
 
@@ -22,63 +14,58 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sidelight.bank import NUMBERS_AT_ONCE, BankState
+from sidelight.bank import NUMBERS_AT_ONCE, BankState, Panel
 from sidelight.errors import SidelightError
-from sidelight.vllm.columns import Pages, Reading, Run, Stage
-from sidelight.vllm.panel import ColumnPanel, Outcome
-from sidelight.vllm.patches import Installed
+from sidelight.standardisation import Projection
+from sidelight.types import Judgement
+from sidelight.vllm.columns import Pages, Reading, Stage
 from sidelight.vllm.settings import Served
-from sidelight.vllm.taps import set_stage
+from sidelight.vllm.taps import Installed, set_receiver
 
 
 @dataclass(frozen=True)
 class Share:
-    """What one pipeline stage knows of a reading.
-
-    Attributes:
-        reading: What was read.
-        first_layer: The first of the stage's layers.
-        columns: Of the stage's layers.
-    """
+    """What one pipeline stage knows of a reading: the columns of its layers."""
 
     reading: Reading
     first_layer: int
     columns: Float[Tensor, "token layer column"]
 
 
-class Judging:
-    """Verdicts on readings, and what the probes of the response know of running requests.
+class RequestJudge:
+    """Verdicts on readings, and what the probes of the response know of running requests."""
 
-    Args:
-        panel: The probes.
-    """
-
-    def __init__(self, panel: ColumnPanel):
+    def __init__(self, panel: Panel):
         self.panel = panel
-        self._states: dict[str, BankState] = {}
+        self._states: dict[str, BankState | None] = {}
 
     def judge(
         self, readings: Sequence[Reading], columns: Float[Tensor, "token layer column"]
-    ) -> dict[str, Outcome]:
+    ) -> dict[str, Judgement]:
         """The verdicts that the readings change, by request.
 
         Args:
-            readings: Of one step.
-            columns: Of their tokens, one reading after the other.
+            readings: From one step.
+            columns: Those of their tokens, one reading after the other.
         """
-        texts = [reading.parts for reading in readings]
-        befores = [self._states.get(r.request_id) if r.start else None for r in readings]
-        state = self.panel.read(columns, texts, befores)
-        late = self.panel.judge_response(state, len(readings))
-        if state is not None:
-            self._states.update(zip((r.request_id for r in readings), state.split(), strict=True))
-        early = self._judge_prompts(readings, columns)
-        return {
-            reading.request_id: {**early.get(reading.request_id, {}), **own}
-            for reading, own in zip(readings, late, strict=True)
-        }
+        parts = [reading.parts for reading in readings]
+        before = [self._states.get(r.request_id) if r.start else None for r in readings]
+        states = self.panel.read(columns, parts, before)
+        ids = [reading.request_id for reading in readings]
+        if self.panel.late:
+            self._states.update(zip(ids, states, strict=True))
+        judgements = dict(zip(ids, self.panel.judge_responses(states), strict=True))
+        ending = [reading for reading in readings if reading.ends_prompt]
+        if ending:
+            pieces = columns.split([len(reading.parts) for reading in readings])
+            chosen = [p for r, p in zip(readings, pieces, strict=True) if r.ends_prompt]
+            columns = columns if len(ending) == len(readings) else torch.cat(chosen)
+            early = self.panel.judge_prompts(columns, [reading.parts for reading in ending])
+            for reading, judgement in zip(ending, early, strict=True):
+                judgements[reading.request_id] = judgement | judgements[reading.request_id]
+        return judgements
 
-    def join(self, shares: Sequence[Share]) -> Outcome:
+    def join(self, shares: Sequence[Share]) -> Judgement:
         """The verdicts on a reading of which every pipeline stage has a share."""
         in_order = sorted(shares, key=lambda share: share.first_layer)
         reading = in_order[0].reading
@@ -90,46 +77,18 @@ class Judging:
         for request_id in request_ids:
             self._states.pop(request_id, None)
 
-    def _judge_prompts(
-        self, readings: Sequence[Reading], columns: Float[Tensor, "token layer column"]
-    ) -> dict[str, Outcome]:
-        """Of the requests whose prompt ends with this step."""
-        ending = [reading for reading in readings if reading.ends_prompt]
-        if not ending:
-            return {}
-        if len(ending) < len(readings):
-            pieces = columns.split([len(reading.parts) for reading in readings])
-            chosen = zip(readings, pieces, strict=True)
-            columns = torch.cat([piece for reading, piece in chosen if reading.ends_prompt])
-        outcomes = self.panel.judge_prompts(columns, [reading.parts for reading in ending])
-        return dict(zip((reading.request_id for reading in ending), outcomes, strict=True))
-
-
-def end_with_parent() -> None:
-    """Watches the process that started this one; without one, as in a test, nothing happens."""
-    parent = parent_process()
-    if parent is None:
-        return
-
-    def watch() -> None:
-        parent.join()
-        # Its workers end with it: vLLM sees to that.
-        os._exit(1)
-
-    Thread(target=watch, daemon=True, name="sidelight-end-with-parent").start()
-
 
 class Worker:
     """Holds the probes of one worker process.
 
     Args:
         served: The probes.
-        layers: The hidden states that this worker computes, of 0 (embedding) to L.
+        layers: The hidden states that this worker computes, from 0 (embedding) to L.
         tokens: The longest forward pass.
         device: Where hidden states are.
 
     Attributes:
-        cache_bytes: Of the keys and values whose slots the columns are kept by.
+        cache_bytes: Memory of the keys and values whose slots the columns are kept by.
     """
 
     def __init__(self, served: Served, *, layers: range, tokens: int, device: torch.device):
@@ -141,12 +100,12 @@ class Worker:
         self._space: tuple[int, int] | None = None
         self._stage: Stage | None = None
         self._pages: Pages | None = None
-        self._put(served.panel(device=device))
+        self._serve(Panel(served.load(), device=device))
 
     @property
     def reads_responses(self) -> bool:
         """Whether some probe reads what is written."""
-        return self._judging.panel.late is not None
+        return self._judge.panel.late is not None
 
     @property
     def size_bytes(self) -> int:
@@ -168,16 +127,16 @@ class Worker:
         """
         if self._device.type != "cpu":
             raise SidelightError(
-                "Probes cannot be exchanged on a GPU, whose captured graphs write to the old ones' "
-                "memory. Start the engine again with the new ones."
+                "Probes cannot be replaced on a GPU, whose captured graphs write to the old ones' "
+                "memory. Restart the engine with the new ones."
             )
         if len(self._layers) < self._served.fingerprint.layers:
             raise SidelightError(
-                "Probes cannot be exchanged under pipeline parallel, where verdicts are made in "
-                "the scheduler, which keeps its probes. Start the engine again with the new ones."
+                "Probes cannot be replaced under pipeline parallel, where verdicts are made in "
+                "the scheduler, which keeps its probes. Restart the engine with the new ones."
             )
-        served = Served(tuple(folders), self._served.fingerprint)
-        self._put(served.panel(device=self._device))
+        served = replace(self._served, folders=tuple(folders))
+        self._serve(Panel(served.load(), device=self._device))
         self._served = served
 
     def keep(self, slots: Int[Tensor, " token"]) -> None:
@@ -185,12 +144,12 @@ class Worker:
         if self._pages is not None:
             self._pages.keep(slots)
 
-    def judge(self, readings: list[Reading]) -> dict[str, Outcome]:
+    def judge(self, readings: list[Reading]) -> dict[str, Judgement]:
         """The verdicts on requests whose layers are all here."""
-        outcomes: dict[str, Outcome] = {}
+        judgements: dict[str, Judgement] = {}
         for some in self._in_turn(readings):
-            outcomes.update(self._judging.judge(some, self._read(some)))
-        return outcomes
+            judgements |= self._judge.judge(some, self._read(some))
+        return judgements
 
     def share(self, readings: list[Reading]) -> list[Share]:
         """What a pipeline stage sends to where the verdicts are made."""
@@ -198,7 +157,7 @@ class Worker:
 
     def forget(self, request_ids: set[str]) -> None:
         """Drops what is known of requests that have ended."""
-        self._judging.forget(request_ids)
+        self._judge.forget(request_ids)
 
     def _in_turn(self, readings: Sequence[Reading]) -> Iterator[list[Reading]]:
         """As many at a time as have few columns together, at least one."""
@@ -213,20 +172,22 @@ class Worker:
         yield some
 
     def _read(self, readings: Sequence[Reading]) -> Float[Tensor, "token layer column"]:
-        if self._pages is None:
-            tokens = sum(len(reading.parts) for reading in readings)
-            return torch.empty(tokens, len(self._layers), 0)
-        return self._pages.read([Run(r.blocks, r.start, r.start + len(r.parts)) for r in readings])
+        if self._pages is not None:
+            return self._pages.read(readings)
+        tokens = sum(len(reading.parts) for reading in readings)
+        return torch.empty(tokens, len(self._layers), 0)
 
-    def _put(self, panel: ColumnPanel) -> None:
-        self._judging = Judging(panel)
-        projection = panel.projection(self._layers)
+    def _serve(self, panel: Panel) -> None:
+        self._judge = RequestJudge(panel)
         # Both before new ones are made: there may be no room for two.
         self._stage = self._pages = None
-        set_stage(None)
-        self._stage = None if projection is None else Stage.empty(projection, tokens=self._tokens)
+        set_receiver(None)
+        if panel.projection is not None:
+            local = slice(self._layers.start, self._layers.stop)
+            projection = Projection(panel.projection.weight[local], panel.projection.shift[local])
+            self._stage = Stage.empty(projection, tokens=self._tokens)
         self._make_pages()
-        set_stage(self._stage)
+        set_receiver(self._stage)
 
     def _make_pages(self) -> None:
         if self._stage is not None and self._space is not None:
@@ -237,14 +198,14 @@ class Worker:
 INSTALLED = Installed[Worker](loss="no probe would run")
 
 
-class Control:
-    """Methods that vLLM adds to its workers (``worker_extension_cls``)."""
+class WorkerExtension:
+    """Methods that vLLM adds to its workers (``worker_extension_cls``), for ``collective_rpc``."""
 
     def sidelight_load(self, folders: list[str]) -> str | None:
         """Loads other probes; the caller resets the prefix cache, whose columns are the old ones'.
 
         Returns:
-            What is wrong with them, the old probes then stay; None: nothing.
+            What is wrong with them, in which case the old probes stay; None: nothing.
         """
         try:
             INSTALLED.get().load(folders)
@@ -256,3 +217,21 @@ class Control:
         """Memory of the columns, and of keys and values, in this worker."""
         own = INSTALLED.get()
         return own.size_bytes, own.cache_bytes
+
+
+def end_with_parent() -> None:
+    """Ends this process when the one that started it is killed.
+
+    Left to itself, vLLM's engine would wait for requests for ever, with the model in memory. Where
+    there is no parent, as in a test, nothing happens.
+    """
+    parent = parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        parent.join()
+        # Its workers end with it: vLLM sees to that.
+        os._exit(1)
+
+    Thread(target=watch, daemon=True, name="sidelight-end-with-parent").start()

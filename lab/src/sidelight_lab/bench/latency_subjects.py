@@ -27,14 +27,14 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import BertConfig, BertForSequenceClassification
 
 from sidelight.backbone import TransformersBackbone
-from sidelight.engines.base import Stopwatch
+from sidelight.bank import Panel
+from sidelight.engines.batch import Stopwatch
 from sidelight.engines.decoder import Decoder
-from sidelight.engines.judging import Judges, TimedTaps
 from sidelight.errors import ContextLengthError
 from sidelight.mechanisms.base import mechanism_names, mechanism_spec
 from sidelight.probe import Probe
 from sidelight.prompts import EncodedPrompt, Part
-from sidelight.types import Verdict
+from sidelight.types import Judgement, Verdict
 from sidelight_lab.bench.timing import untrained_probe
 
 Prompts = tuple[EncodedPrompt, ...]
@@ -227,7 +227,7 @@ class Served:
         self.name = name
         self.weights_bytes = module_bytes(backbone.model) + sum(map(_probe_bytes, probes))
         self._decoder = Decoder(backbone)
-        self._judges = Judges(probes, device=backbone.device)
+        self._panel = Panel(probes, device=backbone.device)
 
     def accepts(self, batch: Sequence[EncodedPrompt]) -> bool:
         """Always."""
@@ -235,10 +235,12 @@ class Served:
 
     def run(self, batch: Sequence[EncodedPrompt]) -> Answer:
         """One forward pass."""
-        taps = self._judges.taps()
-        logits, _ = self._decoder.read_prompts(batch, TimedTaps(taps, Stopwatch()))
-        state = self._judges.read_prompts(taps, batch)
-        judgements = self._judges.judge(state, range(len(batch)))
+        tap = self._panel.prompt_tap()
+        logits, cached = self._decoder.read_prompts(batch, Stopwatch().around(tap))
+        judgements = [Judgement()] * len(batch)
+        if tap:
+            parts = [bytes(prompt.parts) for prompt in batch]
+            judgements = self._panel.judge_prompts(tap.projected()[cached.mask], parts)
         tokens = tuple(logits.argmax(1).tolist())
         return Answer(tokens, tuple(judgement.verdicts for judgement in judgements))
 
