@@ -1,6 +1,8 @@
 """``sidelight reproduce``: a table of the paper, or of your own, from one recipe."""
 
 import json
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +21,9 @@ from sidelight.cli.options import (
 from sidelight.errors import SidelightError
 
 if TYPE_CHECKING:
-    from sidelight_lab.bench.latency_subjects import Load as LatencyLoad
+    from sidelight_lab.bench.latency_subjects import Load
+    from sidelight_lab.tables.context import LoadDataSet, RecipeContext
     from sidelight_lab.tables.recipes import Recipe
-    from sidelight_lab.tables.rows import Load, Tools
 
 
 _NAMES = """
@@ -29,7 +31,7 @@ _NAMES = """
 \b
 Names: toxicchat, sst2, emotion, imdb, wildguardmix (every row on one data set),
 ood (trained on WildGuardMix, tested on ToxicChat), downcast, sensitivity,
-fewshot, fewshot-sst2, fewshot-emotion, latency; own (every row on files of yours)."""
+fewshot, fewshot-sst2, fewshot-emotion, latency; own (every row on your own files)."""
 
 
 @click.command(
@@ -55,7 +57,7 @@ fewshot, fewshot-sst2, fewshot-emotion, latency; own (every row on files of your
     "--folds",
     type=click.IntRange(min=2),
     default=None,
-    help="Cross-validate on the training texts instead; the test stays closed.",
+    help="Cross-validate on the training texts; the test data stays closed.",
 )
 @click.option("--train", default=None, help="File to train on, instead of the recipe's data set.")
 @click.option("--test", default=None, help="File to test on; goes with --train.")
@@ -64,20 +66,20 @@ fewshot, fewshot-sst2, fewshot-emotion, latency; own (every row on files of your
 @label_option
 @positive_option
 @click.option("--seeds", type=click.IntRange(min=1), default=None, help="[default: the recipe's]")
-@click.option("--only", default=None, metavar="ROW,ROW", help="Rows of the recipe; others are not.")
+@click.option("--only", default=None, metavar="ROW,ROW", help="Make only these rows of the recipe.")
 @limit_option
 @click.option(
     "--cache",
     type=click.Path(path_type=Path),
     default=None,
-    help="Folder for activations, which stay there. [default: the user's cache]",
+    help="Folder for activations; they stay there. [default: the user's cache]",
 )
 @click.option(
     "--trials",
     type=click.IntRange(min=1),
     default=100,
     show_default=True,
-    help="Configurations tried for each probe that the recipe says to search.",
+    help="Configurations to try for each probe that the recipe searches.",
 )
 @backbone_options
 @json_option
@@ -85,102 +87,63 @@ def reproduce(recipe: str, out: Path, as_json: bool, **given: Any) -> None:
     """Make a table: RECIPE is a name (see below) or your own file that ends in .toml.
 
     The backbone runs once over the texts. Probes are stored when all of them are trained, and a
-    baseline when it is fitted, so a killed run goes on, and a row that was changed in the recipe is
-    made anew. Test data is opened once, after every row has its validation results;
-    test_opened.json says when.
+    baseline when it is fitted. Run the same command again after a kill, and it goes on; a row that
+    changed in the recipe is made anew. Test data is opened once, after every row has its validation
+    results; test_opened.json says when.
     """
     from sidelight_lab.tables.recipes import parse_recipe, recipe_text
 
     text = recipe_text(recipe)
     parsed = parse_recipe(text, name=recipe)
     if parsed.kind == "latency":
-        _require_latency_options(given)
-        _latency(parsed, out, text, as_json, given)
+        refused = ("folds", "train", "test", "validation", "seeds", "only", "limit")
+        useless = [f"--{name}" for name in refused if given[name] is not None]
+        if useless:
+            raise SidelightError(
+                f"A latency table trains nothing and takes no {', '.join(useless)}. Leave it out; "
+                "set lengths, batch sizes and texts in the recipe's [latency]."
+            )
+        _time(_context(parsed, text, out, given), as_json)
         return
     if parsed.data == "own" and given["train"] is None:
         raise SidelightError("'own' is a table of your own files: give --train and --test.")
-    chosen = _narrowed(parsed, given)
-    if given["folds"]:
-        _cross_validation(chosen, out, text, as_json, given)
-        return
-    _comparison(chosen, out, text, as_json, given)
-
-
-def _require_latency_options(given: dict[str, Any]) -> None:
-    """Refuses what a table of times has no use for, rather than leave it out in silence."""
-    trained = ("folds", "train", "test", "validation", "seeds", "only", "limit")
-    useless = [f"--{name}" for name in trained if given[name] is not None]
-    if useless:
-        raise SidelightError(
-            f"A latency table trains nothing and takes no {', '.join(useless)}. Leave it out; "
-            "lengths, batch sizes and texts stand in the recipe's [latency]."
-        )
-
-
-def _narrowed(recipe: "Recipe", given: dict[str, Any]) -> "Recipe":
-    from dataclasses import replace
-
     if given["only"]:
-        recipe = recipe.only([name.strip() for name in given["only"].split(",") if name.strip()])
+        parsed = parsed.only(name.strip() for name in given["only"].split(",") if name.strip())
     if given["seeds"]:
         # The runs of a few-shot table are its draws.
-        recipe = replace(recipe, seeds=given["seeds"], draws=given["seeds"])
-    return recipe
+        parsed = replace(parsed, seeds=given["seeds"], draws=given["seeds"])
+    context = _context(parsed, text, out, given)
+    if given["folds"]:
+        _cross_validate(context, given["folds"], as_json)
+    else:
+        _make_table(context, as_json)
 
 
-def _comparison(
-    recipe: "Recipe", out: Path, text: str, as_json: bool, given: dict[str, Any]
-) -> None:
-    from sidelight.training.runs import console
-    from sidelight_lab.tables.runner import reproduce as make
-    from sidelight_lab.tables.writing import describe, grid, terminal
-
-    made = make(recipe, out, text=text, tools=_tools(given), limit=given["limit"])
-    if as_json:
-        click.echo(json.dumps(describe(made), indent=2))
-        return
-    for figures in made.tables:
-        console().print(terminal(grid(figures)))
-    for note in made.notes:
-        click.echo(note)
-    click.echo(f"All columns: {out / 'table.md'}")
-
-
-def _cross_validation(
-    recipe: "Recipe", out: Path, text: str, as_json: bool, given: dict[str, Any]
-) -> None:
-    from dataclasses import asdict
-
-    from sidelight_lab.tables.cross_validation import cross_validate, shown
-
-    found = cross_validate(
-        recipe, out, text=text, tools=_tools(given), folds=given["folds"], limit=given["limit"]
-    )
-    if as_json:
-        click.echo(json.dumps([asdict(one) for one in found], indent=2))
-        return
-    click.echo(f"{found[0].score} on the folds: mean, row, and each")
-    for one in found:
-        click.echo(f"{shown(one.mean)}  {one.row}  ({', '.join(map(shown, one.folds))})")
-    click.echo(f"Written to {out / 'cross_validation.md'}")
-
-
-def _tools(given: dict[str, Any]) -> "Tools":
+def _context(
+    recipe: "Recipe", text: str, directory: Path, given: dict[str, Any]
+) -> "RecipeContext":
     from sidelight.backbone import load_backbone
     from sidelight.smollm2 import cache_root
-    from sidelight_lab.tables.rows import Tools, searched
+    from sidelight_lab.search.trials import search_settings
+    from sidelight_lab.tables.context import RecipeContext
 
-    return Tools(
+    def search(dataset: Any, mechanism: str, storage: Path) -> Any:
+        best = search_settings(dataset, mechanism, trials=given["trials"], seed=0, storage=storage)
+        return best.spec, best.settings
+
+    return RecipeContext(
+        recipe,
+        text,
+        directory,
         load_backbone(given["model"] or "smollm2", dtype=given["dtype"], device=given["device"]),
-        _loader(given),
-        searched(trials=given["trials"]),
-        given["cache"] or cache_root() / "activations",
+        load=_loader(given),
+        search=search,
+        cache_root=given["cache"] or cache_root() / "activations",
+        limit=given["limit"],
     )
 
 
-def _loader(given: dict[str, Any]) -> "Load":
-    from functools import partial
-
+def _loader(given: dict[str, Any]) -> "LoadDataSet":
     from sidelight_lab.datasets.loading import from_files, load_data_set
 
     if (given["train"] is None) != (given["test"] is None):
@@ -191,16 +154,46 @@ def _loader(given: dict[str, Any]) -> "Load":
     return lambda _name: from_files(given["train"], given["test"], given["validation"], **columns)
 
 
-def _latency(recipe: "Recipe", out: Path, text: str, as_json: bool, given: dict[str, Any]) -> None:
+def _make_table(context: "RecipeContext", as_json: bool) -> None:
+    from sidelight.training.runs import console
+    from sidelight_lab.tables.reproduce import reproduce
+    from sidelight_lab.tables.writing import grid
+
+    table = reproduce(context)
+    if as_json:
+        click.echo(json.dumps(table.to_dict(), indent=2))
+        return
+    for figures in table.tables:
+        console().print(grid(figures).terminal())
+    for note in table.notes:
+        click.echo(note)
+    click.echo(f"All columns: {context.directory / 'table.md'}")
+
+
+def _cross_validate(context: "RecipeContext", folds: int, as_json: bool) -> None:
+    from sidelight_lab.tables.cross_validation import cross_validate
+
+    found = cross_validate(context, folds=folds)
+    if as_json:
+        click.echo(json.dumps([asdict(one) for one in found], indent=2))
+        return
+    click.echo(f"{found[0].score} on the folds: mean, row, and each")
+    for one in found:
+        row, mean, each = one.cells()
+        click.echo(f"{mean}  {row}  ({each})")
+    click.echo(f"Written to {context.directory / 'cross_validation.md'}")
+
+
+def _time(context: "RecipeContext", as_json: bool) -> None:
     from sidelight.training.runs import console
     from sidelight_lab.bench.latency import Record, compare_latency, conditions, grids, plot_latency
     from sidelight_lab.bench.latency_subjects import default_subjects
-    from sidelight_lab.tables.writing import environment, write_origin
+    from sidelight_lab.tables.context import environment, write_origin
 
-    tools = _tools(given)
-    backbone, repeats = tools.backbone, recipe.latency.repeats
-    loads = _loads(recipe, tools)
-    write_origin(out, recipe=text, environment=environment(backbone.fingerprint), notes=())
+    backbone, repeats, out = context.backbone, context.recipe.latency.repeats, context.directory
+    loads = _loads(context)
+    made_with = environment(backbone.fingerprint)
+    write_origin(out, text=context.text, environment=made_with, notes=())
     where = conditions(backbone, repeats=repeats)
     rows = compare_latency(
         default_subjects(backbone), loads, repeats=repeats, device=backbone.device
@@ -215,22 +208,22 @@ def _latency(recipe: "Recipe", out: Path, text: str, as_json: bool, given: dict[
         console().print(one.table())
 
 
-def _loads(recipe: "Recipe", tools: "Tools") -> "list[LatencyLoad]":
+def _loads(context: "RecipeContext") -> "list[Load]":
     from sidelight_lab.bench.latency_subjects import prompt_load, synthetic_load
 
-    sizes, wanted = recipe.latency.batch_sizes, recipe.latency
+    wanted, backbone = context.recipe.latency, context.backbone
     loads = [
-        synthetic_load(tools.backbone, batch_size=size, tokens=tokens)
-        for size in sizes
+        synthetic_load(backbone, batch_size=size, tokens=tokens)
+        for size in wanted.batch_sizes
         for tokens in wanted.tokens
     ]
-    if not recipe.data:
+    if not context.recipe.data:
         return loads
-    data, encoder = tools.load(recipe.data), tools.backbone.encoder
-    limit = min(recipe.max_tokens, encoder.max_tokens)
+    data, encoder = context.load(context.recipe.data), backbone.encoder
+    limit = min(context.recipe.max_tokens, encoder.max_tokens)
     prompts = [
         encoder.encode_any_length(item.messages, item.response).shortened(limit)
         for item in data.validation.items[: wanted.texts]
     ]
     title = f"{len(prompts)} {data.title} texts"
-    return loads + [prompt_load(prompts, batch_size=size, title=title) for size in sizes]
+    return loads + [prompt_load(prompts, batch_size=n, title=title) for n in wanted.batch_sizes]

@@ -1,10 +1,8 @@
-"""Whether two rows of a table differ by more than chance.
+"""The numbers of a table: each row on some test texts, and whether two rows differ by chance.
 
 A row is its mean over seeds, so that is what is compared: in each resample of the test texts the
 metric is measured for every seed of both rows, averaged over the seeds of each, and subtracted.
-What makes texts hard for both rows cancels out: much sharper than comparing two intervals.
-
-A table's numbers: each row on the test texts and on each subset of them.
+What makes texts hard for both rows cancels out, which is much sharper than comparing two intervals.
 """
 
 from collections.abc import Sequence
@@ -16,7 +14,7 @@ from jaxtyping import Float
 
 from sidelight.evaluation import Estimate, Report, evaluate
 from sidelight.metrics import Values, decide, measure_resamples
-from sidelight_lab.tables.judging import JudgedRow, Scored
+from sidelight_lab.tables.judging import JudgedRow, JudgedTable
 
 
 @dataclass(frozen=True)
@@ -25,8 +23,7 @@ class Difference:
 
     Attributes:
         estimate: The difference and its interval.
-        p_value: Two-sided: twice the share of resamples in which the difference is zero or has the
-            rarer sign; None where the difference is undefined.
+        p_value: Two-sided; None where the difference is undefined.
     """
 
     estimate: Estimate
@@ -34,24 +31,19 @@ class Difference:
 
 
 def mean_draws(
-    scored: Scored,
-    row: JudgedRow,
-    *,
-    metric: str,
-    resamples: int = 1000,
-    seed: int = 0,
+    judged: JudgedTable, row: JudgedRow, *, metric: str, resamples: int = 1000, seed: int = 0
 ) -> Float[Values, " draw"]:
     """The mean over seeds of a metric: first on the texts themselves, then on each resample.
 
     Args:
-        scored: The texts' labels.
+        judged: The table of the row.
         row: One of its rows.
         metric: One of ``METRICS``.
-        resamples: Of the texts, with replacement; the same for every row.
-        seed: Of the resamples.
+        resamples: Number of resamples of the texts, with replacement; the same for every row.
+        seed: Decides the resamples.
     """
     decided = [
-        decide(scored.task, run.probabilities, scored.labels, thresholds=run.thresholds)
+        decide(judged.task, run.probabilities, judged.labels, thresholds=run.thresholds)
         for run in row.runs
     ]
     drawn = [measure_resamples(one, resamples=resamples, seed=seed)[metric] for one in decided]
@@ -61,9 +53,8 @@ def mean_draws(
 def difference(ours: Float[Values, " draw"], theirs: Float[Values, " draw"]) -> Difference:
     """How much higher ours is, its 95 % interval, and the two-sided p-value.
 
-    Args:
-        ours: Of ``mean_draws``.
-        theirs: Of ``mean_draws`` with the same resamples.
+    The p-value is twice the share of resamples in which the difference is zero or has the rarer
+    sign. Both rows come from ``mean_draws`` with the same resamples.
     """
     estimate = Estimate.of(ours - theirs)
     if estimate.low is None:
@@ -78,24 +69,24 @@ def difference(ours: Float[Values, " draw"], theirs: Float[Values, " draw"]) -> 
 def difference_over_draws(
     ours: Float[Values, " draw"], theirs: Float[Values, " draw"]
 ) -> Difference:
-    """Of few-shot draws: the mean difference, and a test that flips signs of whole draws.
+    """The mean difference over few-shot draws, and a test that flips signs of whole draws.
 
-    The test is exact up to 13 draws, and beyond them one of 9,999 random flips.
-
-    Args:
-        ours: The metric of each draw; NaN where it is undefined.
-        theirs: Likewise, of the same draws.
+    The test is exact up to 13 draws; beyond them it draws 9,999 random flips. A draw in which the
+    metric of a row is undefined (NaN) is left out.
     """
     from scipy.stats import permutation_test  # pyright: ignore
 
+    def mean_difference(ours: Float[Values, " draw"], theirs: Float[Values, " draw"]) -> float:
+        return float(np.mean(ours - theirs))
+
     defined = ~np.isnan(ours - theirs)
     ours, theirs = ours[defined], theirs[defined]
-    value = _mean_difference(ours, theirs) if len(ours) else None
+    value = mean_difference(ours, theirs) if len(ours) else None
     if len(ours) < 2:
         return Difference(Estimate(value, None, None), None)
     found = permutation_test(
         (ours, theirs),
-        _mean_difference,
+        mean_difference,
         permutation_type="samples",
         n_resamples=9999,
         rng=np.random.default_rng(0),
@@ -103,19 +94,12 @@ def difference_over_draws(
     return Difference(Estimate(value, None, None), float(found.pvalue))
 
 
-def _mean_difference(ours: Float[Values, " draw"], theirs: Float[Values, " draw"]) -> float:
-    return float(np.mean(ours - theirs))
-
-
-SHOWN = ("auprc", "f1", "accuracy", "macro_f1", "recall_at_1pct_fpr", "ece")
-
-
 @dataclass(frozen=True)
 class Spread:
     """A number over seeds or draws.
 
     Attributes:
-        mean: Over those in which it is defined.
+        mean: Over the seeds in which it is defined; None without any.
         deviation: Sample standard deviation; 0 of a single one.
         values: One per seed; None where undefined.
     """
@@ -140,7 +124,7 @@ class RowFigures:
 
     Attributes:
         row: What was measured.
-        reports: One per seed; the chosen seed's has bootstrap intervals, but for few-shot draws.
+        reports: One per seed; the chosen seed's has bootstrap intervals, except for few-shot draws.
         difference: How much higher ours is in the table's metric; None for ours itself.
     """
 
@@ -150,23 +134,18 @@ class RowFigures:
 
     @property
     def chosen(self) -> Report:
-        """Of the seed with the best validation score."""
+        """The report of the seed with the best validation score."""
         return self.reports[self.row.chosen]
 
     @property
     def parameters(self) -> int:
-        """Of the chosen seed."""
+        """Fitted numbers of the chosen seed."""
         return self.row.runs[self.row.chosen].parameters
 
     @property
     def validation(self) -> Spread:
         """What early stopping maximised, on validation texts."""
         return Spread.of([run.score for run in self.row.runs])
-
-    @property
-    def seconds(self) -> Spread:
-        """That fitting took."""
-        return Spread.of([run.seconds for run in self.row.runs])
 
     def spread(self, metric: str) -> Spread:
         """A metric over seeds."""
@@ -186,7 +165,7 @@ class RowFigures:
             "parameters": self.parameters,
             "seeds": [run.seed for run in self.row.runs],
             "validation": {"mean": self.validation.mean, "values": list(self.validation.values)},
-            "seconds": list(self.seconds.values),
+            "seconds": [run.seconds for run in self.row.runs],
             "metrics": metrics,
             "chosen": {"seed": self.row.runs[self.row.chosen].seed, **self.chosen.to_dict()},
             "ours_minus_this": None
@@ -197,13 +176,13 @@ class RowFigures:
 
 @dataclass(frozen=True)
 class TableFigures:
-    """One table: all rows on some texts.
+    """All rows on some texts.
 
     Attributes:
         title: Which texts.
         texts: How many.
         metric: What rows are compared by.
-        ours: Name of the row that they are compared with.
+        ours: Name of the row that they are compared with; "" where there is none.
         rows: In the recipe's order.
     """
 
@@ -215,55 +194,56 @@ class TableFigures:
 
 
 def measure_rows(
-    scored: Scored, *, title: str, metric: str, ours: str, are_draws: bool
+    judged: JudgedTable, *, title: str, metric: str, ours: str, are_draws: bool
 ) -> TableFigures:
     """Measures all rows on the same texts.
 
     Args:
-        scored: The rows and the labels.
-        title: Of the table.
+        judged: The rows and the labels.
+        title: Which texts these are.
         metric: What rows are compared by.
         ours: The row to compare with; where there is none of this name, nothing is compared.
         are_draws: Whether runs are few-shot draws, whose training texts differ: the spread over
             draws says what an interval of one draw would not.
     """
-    reports = [_reports(scored, row, bootstrap=0 if are_draws else 1000) for row in scored.rows]
-    draws = 1 + max(run.seed for row in scored.rows for run in row.runs)
+    reports = {row.name: _report_runs(judged, row, are_draws=are_draws) for row in judged.rows}
+    draws = 1 + max(run.seed for row in judged.rows for run in row.runs)
     samples = {
-        row.name: _by_draw(row, own, metric, draws=draws)
+        row.name: _by_draw(row, reports[row.name], metric, draws=draws)
         if are_draws
-        else mean_draws(scored, row, metric=metric)
-        for row, own in zip(scored.rows, reports, strict=True)
+        else mean_draws(judged, row, metric=metric)
+        for row in judged.rows
     }
     compare = difference_over_draws if are_draws else difference
+    rows = [
+        RowFigures(
+            row,
+            reports[row.name],
+            None
+            if ours not in samples or row.name == ours
+            else compare(samples[ours], samples[row.name]),
+        )
+        for row in judged.rows
+    ]
+    return TableFigures(title, len(judged.labels), metric, ours, tuple(rows))
 
-    def against_ours(name: str) -> Difference | None:
-        if ours not in samples or name == ours:
-            return None
-        return compare(samples[ours], samples[name])
 
-    rows = tuple(
-        RowFigures(row, own, against_ours(row.name))
-        for row, own in zip(scored.rows, reports, strict=True)
-    )
-    return TableFigures(title, len(scored.labels), metric, ours, rows)
-
-
-def _reports(scored: Scored, row: JudgedRow, *, bootstrap: int) -> tuple[Report, ...]:
-    """One per seed; only the chosen one's has intervals."""
+def _report_runs(judged: JudgedTable, row: JudgedRow, *, are_draws: bool) -> tuple[Report, ...]:
     return tuple(
         evaluate(
-            scored.task,
+            judged.task,
             run.probabilities,
-            scored.labels,
+            judged.labels,
             thresholds=run.thresholds,
-            bootstrap=bootstrap if place == row.chosen else 0,
+            bootstrap=1000 if place == row.chosen and not are_draws else 0,
         )
         for place, run in enumerate(row.runs)
     )
 
 
-def _by_draw(row: JudgedRow, reports: Sequence[Report], metric: str, *, draws: int) -> np.ndarray:
+def _by_draw(
+    row: JudgedRow, reports: Sequence[Report], metric: str, *, draws: int
+) -> Float[Values, " draw"]:
     """The metric of each draw; NaN for one that the row lacks, as a slow row does."""
     values = np.full(draws, np.nan)
     for run, report in zip(row.runs, reports, strict=True):

@@ -3,175 +3,130 @@
 Draws on figures of its own, without a display or pyplot's global state.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from sklearn.metrics import average_precision_score, precision_recall_curve
 
-from sidelight.metrics import decide, walk
 from sidelight.plots import save_figure
 from sidelight_lab.tables.figures import RowFigures, Spread, TableFigures
-from sidelight_lab.tables.judging import JudgedRow, Scored
+from sidelight_lab.tables.judging import JudgedTable
 from sidelight_lab.tables.rows import ProbeConfig
 from sidelight_lab.tables.writing import heading
 
 # matplotlib leaves the types of **kwargs open.
 # pyright: reportUnknownMemberType=false
 
-
 # Okabe & Ito's palette, told apart with any colour vision; ours is always the first.
 _COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 _PLAIN, _FAINT = "#7d9bb5", "#d0d0d0"
 
 
-def draw_bars(figures: TableFigures, path: Path) -> Path:
+def draw_bars(figures: TableFigures, path: Path) -> None:
     """The mean of each row, its seeds as dots, and the chosen seed's 95 % interval."""
     height = 0.32 * len(figures.rows) + 1.4
-    figure = Figure(figsize=(7.2, height), layout="constrained")
-    axes = _axes(figure)
+    figure, axes = _figure(figures.title, 7.2, height)
+    ends: list[float | None] = []
     for place, row in enumerate(figures.rows):
-        _draw_bar(axes, place, row, figures.metric, is_ours=row.row.name == figures.ours)
+        spread, chosen = row.spread(figures.metric), row.chosen.metrics[figures.metric]
+        ends += [*spread.values, chosen.low]
+        if spread.mean is None:
+            continue
+        colour = _COLOURS[0] if row.row.name == figures.ours else _PLAIN
+        axes.barh(place, spread.mean, height=0.62, color=colour)
+        values = [value for value in spread.values if value is not None]
+        axes.plot(values, [place] * len(values), ".", color="black", markersize=4)
+        if chosen.low is not None and chosen.high is not None:
+            axes.hlines(place, chosen.low, chosen.high, color="black", linewidth=1)
     axes.set_yticks(range(len(figures.rows)), [_plain(row.row.title) for row in figures.rows])
     axes.invert_yaxis()
     axes.set_xlabel(heading(figures.metric))
-    axes.set_xlim(left=_left_end(figures))
-    axes.set_title(_plain(figures.title), loc="left", fontsize=11)
-    return save_figure(figure, path)
+    # Differences between rows are small beside the values.
+    lowest = min((value for value in ends if value is not None), default=0.0)
+    axes.set_xlim(left=max(0.0, lowest - 0.05))
+    save_figure(figure, path)
 
 
-def draw_precision_recall(scored: Scored, path: Path, *, ours: str, title: str) -> Path:
+def draw_precision_recall(judged: JudgedTable, path: Path, *, ours: str, title: str) -> None:
     """Curves of each row's chosen seed: ours and the best others in colour, the rest behind.
 
     Args:
-        scored: Rows of a binary task.
+        judged: Rows of a binary task.
         path: Where to write.
         ours: Name of our row.
-        title: Of the picture.
+        title: Title of the picture.
     """
-    curves = sorted((_curve(scored, row) for row in scored.rows), key=lambda one: -one.area)
-    first = sorted(curves, key=lambda curve: curve.name != ours)
-    figure = Figure(figsize=(7.6, 4.6), layout="constrained")
-    axes = _axes(figure)
-    for curve in first[len(_COLOURS) :]:
-        axes.step(curve.recall, curve.precision, where="pre", color=_FAINT, linewidth=0.8)
-    for curve, colour in zip(first, _COLOURS, strict=False):
-        label = f"{curve.area:.3f}  {_plain(curve.title)}"
-        axes.step(curve.recall, curve.precision, where="pre", color=colour, label=label)
+    figure, axes = _figure(title, 7.6, 4.6)
+    chances = {row.name: row.runs[row.chosen].probabilities[:, 0] for row in judged.rows}
+    areas = {
+        name: float(average_precision_score(judged.labels, own)) for name, own in chances.items()
+    }
+    ranked = sorted(judged.rows, key=lambda row: (row.name != ours, -areas[row.name]))
+    for place, row in enumerate(ranked):
+        curve = precision_recall_curve(judged.labels, chances[row.name])
+        precision, recall = (values[::-1] for values in curve[:2])
+        rises = np.diff(recall, prepend=-1) > 0
+        style: dict[str, Any] = {"color": _FAINT, "linewidth": 0.8, "zorder": 1}
+        if place < len(_COLOURS):
+            label = f"{areas[row.name]:.3f}  {_plain(row.title)}"
+            style = {"color": _COLOURS[place], "zorder": 2, "label": label}
+        axes.step(recall[rises], precision[rises], where="pre", **style)
     axes.set(xlabel="Recall", ylabel="Precision", xlim=(0, 1), ylim=(0, 1.02))
-    axes.set_title(_plain(title), loc="left", fontsize=11)
     axes.legend(
         title="AUPRC", frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.02, 1)
     )
-    return save_figure(figure, path)
+    save_figure(figure, path)
 
 
 def draw_sweep(
-    figures: TableFigures, path: Path, *, configs: Mapping[str, ProbeConfig], parameter: str
-) -> Path:
+    figures: TableFigures, path: Path, *, probes: Mapping[str, ProbeConfig], parameter: str
+) -> None:
     """The metric on the test (solid) and the validation score (dashed) over the swept values.
 
     Args:
         figures: A row for each probe and value.
         path: Where to write.
-        configs: By name of the row.
-        parameter: That was swept.
+        probes: What was trained, by the name of the row.
+        parameter: The swept parameter.
     """
     lines: dict[str, list[RowFigures]] = {}
     for row in figures.rows:
-        lines.setdefault(configs[row.row.name].line, []).append(row)
-    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
-    axes = _axes(figure)
-    # Values are a few powers of something as a rule, so they stand at equal distances.
-    values = list(dict.fromkeys(str(config.swept) for config in configs.values()))
+        lines.setdefault(probes[row.row.name].line, []).append(row)
+    figure, axes = _figure(figures.title, 7.2, 4.4)
+    # Values are usually powers of something, so they stand at equal distances.
+    values = list(dict.fromkeys(str(probe.swept) for probe in probes.values()))
     for number, (name, rows) in enumerate(lines.items()):
         # A row whose every run diverged is not there.
-        places = np.array([values.index(str(configs[row.row.name].swept)) for row in rows])
+        places = [values.index(str(probes[row.row.name].swept)) for row in rows]
+        tested = [row.spread(figures.metric) for row in rows]
+        spans = [one.deviation for one in tested]
         colour = _COLOURS[number % len(_COLOURS)]
-        _draw_line(axes, places, rows, figures.metric, name=name, colour=colour)
+        axes.errorbar(
+            places, _means(tested), yerr=spans, color=colour, marker="o", label=_plain(name)
+        )
+        held_out = _means([row.validation for row in rows])
+        axes.plot(places, held_out, color=colour, linestyle="--", linewidth=1)
     axes.set_xticks(range(len(values)), values)
     axes.plot([], [], color="black", linestyle="--", linewidth=1, label="validation")
     axes.set(xlabel=parameter.replace("_", " "), ylabel=heading(figures.metric))
-    axes.set_title(_plain(figures.title), loc="left", fontsize=11)
     axes.legend(frameon=False, fontsize=8)
-    return save_figure(figure, path)
+    save_figure(figure, path)
 
 
-def _draw_line(
-    axes: Axes,
-    places: Int[np.ndarray, " value"],
-    rows: Sequence[RowFigures],
-    metric: str,
-    *,
-    name: str,
-    colour: str,
-) -> None:
-    spreads = [row.spread(metric) for row in rows]
-    axes.errorbar(
-        places,
-        _means(spreads),
-        yerr=[one.deviation for one in spreads],
-        color=colour,
-        marker="o",
-        label=_plain(name),
-    )
-    validation = _means([row.validation for row in rows])
-    axes.plot(places, validation, color=colour, linestyle="--", linewidth=1)
+def _means(spreads: list[Spread]) -> list[float]:
+    return [np.nan if one.mean is None else one.mean for one in spreads]
 
 
-def _means(spreads: Sequence[Spread]) -> Float[np.ndarray, " value"]:
-    return np.array([np.nan if one.mean is None else one.mean for one in spreads])
-
-
-@dataclass(frozen=True)
-class _Curve:
-    name: str
-    title: str
-    recall: Float[np.ndarray, " step"]
-    precision: Float[np.ndarray, " step"]
-
-    @property
-    def area(self) -> float:
-        """The average precision: each step reaches back to the one before."""
-        return float((np.diff(self.recall) * self.precision[1:]).sum())
-
-
-def _curve(scored: Scored, row: JudgedRow) -> _Curve:
-    run = row.runs[row.chosen]
-    decided = decide(scored.task, run.probabilities, scored.labels, thresholds=run.thresholds)
-    walked = walk(decided.rankings[decided.headline][0], decided.once)
-    recall = walked.recalled[:, 0] / walked.positives[0]
-    precision = walked.recalled[:, 0] / (walked.recalled + walked.alarms)[:, 0]
-    return _Curve(row.name, row.title, np.append(0, recall), np.append(precision[0], precision))
-
-
-def _draw_bar(axes: Axes, place: int, row: RowFigures, metric: str, *, is_ours: bool) -> None:
-    spread, chosen = row.spread(metric), row.chosen.metrics[metric]
-    if spread.mean is None:
-        return
-    colour = _COLOURS[0] if is_ours else _PLAIN
-    axes.barh(place, spread.mean, height=0.62, color=colour)
-    values = [value for value in spread.values if value is not None]
-    axes.plot(values, [place] * len(values), ".", color="black", markersize=4)
-    if chosen.low is not None and chosen.high is not None:
-        axes.hlines(place, chosen.low, chosen.high, color="black", linewidth=1)
-
-
-def _left_end(figures: TableFigures) -> float:
-    """A little left of all that is drawn: differences between rows are small beside the values."""
-    seen = [value for row in figures.rows for value in row.spread(figures.metric).values]
-    seen += [row.chosen.metrics[figures.metric].low for row in figures.rows]
-    lowest = min((value for value in seen if value is not None), default=0.0)
-    return max(0.0, lowest - 0.05)
-
-
-def _axes(figure: Figure) -> Axes:
+def _figure(title: str, width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
-    return axes
+    axes.set_title(_plain(title), loc="left", fontsize=11)
+    return figure, axes
 
 
 def _plain(text: str) -> str:

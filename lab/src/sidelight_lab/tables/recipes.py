@@ -1,45 +1,36 @@
-"""What a table is made of. Knows names, not what they build.
+"""What a table is made of: recipes as TOML files, of the package or of a user.
 
-Recipes as TOML files, of the package or of a user; every key is checked.
+Every key is checked here. What the names in a recipe stand for is looked up in `rows.py`.
 """
 
 import json
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
+import pydantic.dataclasses
 from pydantic import ConfigDict, TypeAdapter, ValidationError
-from pydantic.dataclasses import dataclass
 
 from sidelight.errors import SidelightError, did_you_mean
 from sidelight.metrics import METRICS
+from sidelight.prompts import Reads
 
 Kind = Literal["comparison", "transfer", "few-shot", "sensitivity", "latency"]
 Value = int | float | str
 
-_CHECKED = ConfigDict(extra="forbid", strict=True)
+_FOLDER = files("sidelight_lab.tables") / "recipes"
 
 
-@dataclass(frozen=True, config=_CHECKED)
-class ReadsRow:
-    """Which tokens probes read; see ``prompts.Reads``."""
-
-    side: Literal["prompt", "response", "both"] = "prompt"
-    template: bool = True
-
-
-@dataclass(frozen=True, config=_CHECKED)
+@dataclass(frozen=True)
 class ProbeRow:
     """A mechanism in the table.
 
     Attributes:
-        name: Of the row.
-        mechanism: A registered mechanism.
-        options: Of the mechanism, over its defaults.
-        settings: Of its training, over the suggested ones.
+        options: Options of the mechanism that differ from its defaults.
+        settings: Training settings that differ from the suggested ones.
         search: Whether options and settings are searched on validation data instead.
     """
 
@@ -50,14 +41,13 @@ class ProbeRow:
     search: bool = False
 
 
-@dataclass(frozen=True, config=_CHECKED)
+@dataclass(frozen=True)
 class BaselineRow:
     """A baseline in the table.
 
     Attributes:
-        name: Of the row.
-        baseline: Its key in ``BASELINES``; None means that it is the row's name.
-        options: Over its defaults.
+        baseline: Its key in ``BASELINES``; None means that the row's name is the key.
+        options: Options that differ from the baseline's defaults.
         seeds: 1 for a baseline in which nothing is random; None means the table's.
     """
 
@@ -68,31 +58,30 @@ class BaselineRow:
 
     @property
     def key(self) -> str:
-        """Its name in ``BASELINES``."""
+        """The key in ``BASELINES``."""
         return self.baseline or self.name
 
 
-@dataclass(frozen=True, config=_CHECKED)
+@dataclass(frozen=True)
 class Sweep:
-    """What a sensitivity table varies: every probe is trained with every value.
+    """The parameter that a sensitivity table varies: every probe is trained with every value.
 
     Attributes:
         parameter: A training setting, such as ``learning_rate``, or an option of the mechanisms.
-        values: What it takes.
     """
 
     parameter: str
     values: tuple[Value, ...]
 
 
-@dataclass(frozen=True, config=_CHECKED)
+@dataclass(frozen=True)
 class LatencyRow:
     """What a latency table measures.
 
     Attributes:
-        batch_sizes: Requests of one forward pass.
+        batch_sizes: Prompts per forward pass.
         tokens: Lengths of prompts of random tokens.
-        texts: Validation texts of the data set that are run as well, if the table names one.
+        texts: Number of validation texts that are run as well, if the table names a data set.
         repeats: Timed rounds.
     """
 
@@ -102,30 +91,26 @@ class LatencyRow:
     repeats: int = 5
 
 
-@dataclass(frozen=True, config=_CHECKED)
+# The strict configuration holds for the nested dataclasses as well.
+@pydantic.dataclasses.dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
 class Recipe:
     """A table.
 
     Attributes:
-        title: Of the table.
         kind: ``comparison``; ``transfer``: trained on one data set, tested on another;
-            ``few-shot``: a few labels a class, drawn anew for each seed; ``sensitivity``: one
-            parameter swept; ``latency``: milliseconds of every registered mechanism
-            and of what it replaces, nothing is trained.
+            ``few-shot``: a few labels per class, drawn anew for each seed; ``sensitivity``: one
+            parameter is swept; ``latency``: milliseconds of every registered mechanism and of
+            what it replaces, nothing is trained.
         data: Name of the data set.
-        test_data: Of the one that a transfer is tested on.
+        test_data: Name of the data set that a transfer is tested on.
         metric: What rows are compared by, one of ``METRICS``.
-        ours: The row that the others are compared with; of several, validation's choice. None in a
-            sensitivity table.
+        ours: The row that the others are compared with; of several, validation chooses. Empty in
+            a sensitivity table.
         reads: The tokens that probes and baselines read.
         max_tokens: Longer texts are cut.
         seeds: Runs of each row.
         labels_per_class: Training labels of a few-shot draw.
         draws: Few-shot draws.
-        sweep: Of a sensitivity table.
-        latency: Of a latency table.
-        probe: Rows of mechanisms.
-        baseline: Rows of baselines.
     """
 
     title: str
@@ -134,7 +119,7 @@ class Recipe:
     test_data: str | None = None
     metric: str = "auprc"
     ours: tuple[str, ...] = ()
-    reads: ReadsRow = field(default_factory=ReadsRow)
+    reads: Reads = field(default_factory=Reads)
     max_tokens: int = 512
     seeds: int = 3
     labels_per_class: int = 64
@@ -149,11 +134,7 @@ class Recipe:
         return tuple(row.name for row in (*self.probe, *self.baseline))
 
     def only(self, names: Iterable[str]) -> "Recipe":
-        """The table with these rows alone; nothing is compared where no row of ours is left.
-
-        Raises:
-            SidelightError: There is no such row.
-        """
+        """The table with these rows alone; nothing is compared where no row of ours is left."""
         chosen = set(names)
         if not chosen:
             raise SidelightError(f"No row is named. Known: {', '.join(self.names())}.")
@@ -167,38 +148,29 @@ class Recipe:
         )
 
 
-_ADAPTER = TypeAdapter(Recipe)
-# By where in the file an unknown key stands, what may stand there.
-_PLACES: dict[str, type[Any]] = {
+_SECTIONS: dict[str, type[Any]] = {
     "probe": ProbeRow,
     "baseline": BaselineRow,
     "sweep": Sweep,
     "latency": LatencyRow,
-    "reads": ReadsRow,
+    "reads": Reads,
 }
 
 
 def recipe_names() -> tuple[str, ...]:
     """The recipes that come with the package."""
-    folder = files("sidelight_lab.tables") / "recipes"
-    return tuple(sorted(file.name[:-5] for file in folder.iterdir() if file.name[-5:] == ".toml"))
+    names = (file.name for file in _FOLDER.iterdir())
+    return tuple(sorted(name[:-5] for name in names if name.endswith(".toml")))
 
 
 def recipe_text(name: str) -> str:
-    """A recipe's TOML.
-
-    Args:
-        name: Of a recipe of the package, or a path that ends in ``.toml``.
-
-    Raises:
-        SidelightError: There is no such recipe, or the file cannot be read.
-    """
+    """The TOML of a recipe of the package, or of a file whose path ends in ``.toml``."""
     if name in recipe_names():
-        return (files("sidelight_lab.tables") / "recipes" / f"{name}.toml").read_text("utf-8")
+        return (_FOLDER / f"{name}.toml").read_text("utf-8")
     if not name.endswith(".toml"):
         raise SidelightError(
             f"Unknown recipe '{name}'.{did_you_mean(name, recipe_names())} "
-            "Or name your own file, which ends in .toml."
+            "Or name your own file, which must end in .toml."
         )
     try:
         return Path(name).read_text("utf-8")
@@ -207,24 +179,17 @@ def recipe_text(name: str) -> str:
 
 
 def parse_recipe(text: str, *, name: str) -> Recipe:
-    """A recipe from its TOML.
-
-    Args:
-        text: The file's contents.
-        name: How messages call it.
-
-    Raises:
-        SidelightError: Not TOML, an unknown key, a value of another type, or keys that do not fit
-            the kind of table.
-    """
+    """A recipe from its TOML; messages call it by its name."""
     try:
         # Through JSON, where a list may become a tuple and yet "3" is no number.
-        recipe = _ADAPTER.validate_json(json.dumps(tomllib.loads(text)))
+        recipe = TypeAdapter(Recipe).validate_json(json.dumps(tomllib.loads(text)))
     except (tomllib.TOMLDecodeError, TypeError) as error:
         raise SidelightError(f"Recipe {name} is not plain TOML: {error}.") from error
     except ValidationError as error:
         raise SidelightError(f"Recipe {name}: {_first_complaint(error)}") from error
-    _require_sense(recipe, name)
+    for requirement, holds in _requirements(recipe).items():
+        if not holds:
+            raise SidelightError(f"Recipe {name}: {requirement}.")
     return recipe
 
 
@@ -233,48 +198,41 @@ def _first_complaint(error: ValidationError) -> str:
     place = ".".join(map(str, first["loc"]))
     if first["type"] != "unexpected_keyword_argument":
         return f"{place}: {first['msg']}."
-    outer, _, key = place.rpartition(".")
-    known = fields(_PLACES[outer.partition(".")[0]] if outer else Recipe)
+    section, _, key = place.rpartition(".")
+    known = fields(_SECTIONS[section.partition(".")[0]] if section else Recipe)
     return f"unknown key '{place}'.{did_you_mean(key, [one.name for one in known])}"
 
 
-def _require_sense(recipe: Recipe, name: str) -> None:
-    rows = recipe.names()
-    trains = recipe.kind != "latency"
-    swept = recipe.sweep is not None
-    claims = {
-        f"metric is one of {', '.join(METRICS)}": recipe.metric in METRICS,
-        "every row has a name of its own": len(set(rows)) == len(rows),
-        "there is a [[probe]] or a [[baseline]], but for latency": bool(rows) == trains,
-        "'data' names a data set": bool(recipe.data) or not trains,
-        f"'ours' lists rows ({', '.join(rows)})": set(recipe.ours) <= set(rows),
-        "a transfer, and only a transfer, has 'test_data'": (
-            (recipe.kind == "transfer") == (recipe.test_data is not None)
+def _requirements(recipe: Recipe) -> dict[str, bool]:
+    """What must hold between the keys, and whether it does."""
+    rows, kind, probes = recipe.names(), recipe.kind, recipe.probe
+    swept = recipe.sweep.values if recipe.sweep else None
+    counts = (recipe.seeds, recipe.draws, recipe.labels_per_class, recipe.max_tokens)
+    return {
+        f"'metric' must be one of {', '.join(METRICS)}": recipe.metric in METRICS,
+        "every row needs a name of its own": len(set(rows)) == len(rows),
+        "a latency table takes no rows, and any other kind needs a [[probe]] or a [[baseline]]": (
+            bool(rows) == (kind != "latency")
         ),
-        "a sensitivity, and only a sensitivity, has a [sweep]": (
-            (recipe.kind == "sensitivity") == swept
+        "'data' must name a data set": bool(recipe.data) or kind == "latency",
+        f"'ours' must name rows of the table ({', '.join(rows)})": set(recipe.ours) <= set(rows),
+        "a transfer needs 'test_data', and no other kind takes it": (
+            (kind == "transfer") == (recipe.test_data is not None)
         ),
-        "a [sweep] has values": recipe.sweep is None or bool(recipe.sweep.values),
-        "the values of a [sweep] differ": (
-            recipe.sweep is None or len(set(recipe.sweep.values)) == len(recipe.sweep.values)
+        "a sensitivity table needs a [sweep], and no other kind takes it": (
+            (kind == "sensitivity") == (swept is not None)
         ),
-        "a sensitivity has no [[baseline]]": not (swept and recipe.baseline),
-        "a sensitivity has no 'ours', for its rows are probes with a value": (
-            not (swept and recipe.ours)
+        "a [sweep] needs values that differ": swept is None or 0 < len(swept) == len(set(swept)),
+        "a sensitivity table takes no [[baseline]] and no 'ours': its rows are probes, each with a "
+        "value": swept is None or not (recipe.baseline or recipe.ours),
+        "a searched probe takes no options and settings of its own": not any(
+            row.search and (row.options or row.settings) for row in probes
         ),
-        "a searched probe has no options and settings of its own": not any(
-            row.search and (row.options or row.settings) for row in recipe.probe
+        "only a comparison or a transfer can search its probes": (
+            kind in ("comparison", "transfer") or not any(row.search for row in probes)
         ),
-        "probes are searched on the whole training split only": (
-            recipe.kind in ("comparison", "transfer") or not any(row.search for row in recipe.probe)
-        ),
-        "seeds, draws, labels_per_class and max_tokens are 1 or more": (
-            min(recipe.seeds, recipe.draws, recipe.labels_per_class, recipe.max_tokens) >= 1
-        ),
-        "a baseline's seeds are 1 or more": all(
+        "'seeds', 'draws', 'labels_per_class' and 'max_tokens' must be 1 or more": min(counts) >= 1,
+        "the 'seeds' of a baseline must be 1 or more": all(
             row.seeds is None or row.seeds >= 1 for row in recipe.baseline
         ),
     }
-    for claim, holds in claims.items():
-        if not holds:
-            raise SidelightError(f"Recipe {name}: it must be that {claim}.")

@@ -1,24 +1,19 @@
-"""The rows of a table, built from what a recipe names.
-
-What a table takes from outside: the backbone, data sets by name, and a search.
-"""
+"""The rows of a table, built from the names in its recipe."""
 
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
+from typing import Any, ClassVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from sidelight.backbone import TransformersBackbone
 from sidelight.errors import SidelightError, did_you_mean
 from sidelight.mechanisms.base import MechanismSpec, mechanism_spec
-from sidelight.training.dataset import ProbeDataset
 from sidelight.training.settings import TrainingSettings, suggested_settings
-from sidelight_lab.baselines import BASELINES
-from sidelight_lab.baselines.base import Baseline
-from sidelight_lab.tables.recipes import BaselineRow, ProbeRow, Recipe, Sweep, Value
-from sidelight_lab.tables.rounds import LabelledData
+from sidelight_lab.baselines import BASELINES, Baseline
+from sidelight_lab.tables.recipes import BaselineRow, ProbeRow, Recipe, Value
+
+Configuration = tuple[MechanismSpec, TrainingSettings]
 
 
 @dataclass(frozen=True)
@@ -26,11 +21,8 @@ class ProbeConfig:
     """A mechanism with everything that decides how it is trained.
 
     Attributes:
-        name: Of the row.
-        spec: The mechanism.
-        settings: Of its training.
         swept: The value of the swept parameter; None outside a sensitivity table.
-        line: The probe that was swept: rows of one line are one curve.
+        line: Name of the probe that was swept: rows of one line make one curve.
     """
 
     name: str
@@ -38,41 +30,53 @@ class ProbeConfig:
     settings: TrainingSettings
     swept: Value | None = None
     line: str = ""
+    seeds: ClassVar[None] = None
+    is_single_pass: ClassVar[bool] = True
+
+    @property
+    def title(self) -> str:
+        """The row as the table shows it."""
+        return self.name
+
+    def describe(self) -> dict[str, Any]:
+        """Everything that decides a result beside the texts and the seed; goes into its hash."""
+        return {"spec": asdict(self.spec), "settings": asdict(self.settings)}
 
 
 @dataclass(frozen=True)
 class BaselineConfig:
-    """A baseline with its options.
+    """A baseline that is ready to be fitted.
 
     Attributes:
-        name: Of the row.
-        baseline: Ready to be fitted.
-        seeds: At most so many; None means all of the table's.
+        title: The row as the table shows it.
+        seeds: Runs at most; None means all of the table's seeds.
     """
 
     name: str
+    title: str
     baseline: Baseline
     seeds: int | None
 
+    @property
+    def is_single_pass(self) -> bool:
+        """Whether the served LLM's own forward pass gives all that it reads."""
+        return self.baseline.is_single_pass
 
-@dataclass(frozen=True)
-class Rows:
-    """All rows of a table, in its order."""
-
-    probes: tuple[ProbeConfig, ...]
-    baselines: tuple[BaselineConfig, ...]
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a search on validation data chose."""
-
-    spec: MechanismSpec
-    settings: TrainingSettings
+    def describe(self) -> dict[str, Any]:
+        """Everything that decides a result beside the texts and the seed; goes into its hash."""
+        return {"baseline": type(self.baseline).__name__, "options": repr(self.baseline)}
 
 
-def build_rows(recipe: Recipe, search: Callable[[str], Found]) -> Rows:
-    """The rows of a recipe, swept and searched where it says so.
+Row = ProbeConfig | BaselineConfig
+
+
+def suggested(mechanism: str) -> Configuration:
+    """The configuration that needs no search."""
+    return mechanism_spec(mechanism), suggested_settings(mechanism)
+
+
+def build_rows(recipe: Recipe, search: Callable[[str], Configuration]) -> tuple[Row, ...]:
+    """The rows in the order of the recipe, swept and searched where it says so.
 
     Args:
         recipe: The table.
@@ -81,40 +85,25 @@ def build_rows(recipe: Recipe, search: Callable[[str], Found]) -> Rows:
     Raises:
         SidelightError: An unknown mechanism, baseline, option or setting, or a value it refuses.
     """
-    baselines = tuple(map(_baseline, recipe.baseline))
-    probes = [_probe(row) for row in recipe.probe if not row.search]
+    probes = [_probe(row, search) for row in recipe.probe]
     if recipe.sweep is not None:
-        return Rows(tuple(_swept(probes, recipe.sweep)), baselines)
-    checked = {probe.name: probe for probe in probes}
-    return Rows(
-        tuple(
-            checked[row.name] if not row.search else _searched(row, search(row.mechanism))
-            for row in recipe.probe
-        ),
-        baselines,
-    )
+        parameter, values = recipe.sweep.parameter, recipe.sweep.values
+        probes = [_swept(probe, parameter, value) for probe in probes for value in values]
+    return (*probes, *map(_baseline, recipe.baseline))
 
 
-def _probe(row: ProbeRow) -> ProbeConfig:
-    suggested = suggested_settings(row.mechanism)
+def _probe(row: ProbeRow, search: Callable[[str], Configuration]) -> ProbeConfig:
+    if row.search:
+        return ProbeConfig(row.name, *search(row.mechanism), line=row.name)
+    settings = _changed(suggested_settings(row.mechanism), row.settings)
     spec = mechanism_spec(row.mechanism, row.options)
-    return ProbeConfig(row.name, spec, _with_settings(suggested, row.settings), line=row.name)
+    return ProbeConfig(row.name, spec, settings, line=row.name)
 
 
-def _searched(row: ProbeRow, found: Found) -> ProbeConfig:
-    return ProbeConfig(row.name, found.spec, found.settings, line=row.name)
-
-
-def _swept(probes: list[ProbeConfig], sweep: Sweep) -> list[ProbeConfig]:
-    return [
-        _with_value(probe, sweep.parameter, value) for probe in probes for value in sweep.values
-    ]
-
-
-def _with_value(probe: ProbeConfig, parameter: str, value: Value) -> ProbeConfig:
+def _swept(probe: ProbeConfig, parameter: str, value: Value) -> ProbeConfig:
     spec, settings = probe.spec, probe.settings
     if parameter in _SETTINGS:
-        settings = _with_settings(settings, {parameter: value})
+        settings = _changed(settings, {parameter: value})
     else:
         spec = mechanism_spec(spec.name, {**spec.options, parameter: value})  # pyright: ignore
     name = f"{probe.name}, {parameter} {value}"
@@ -124,12 +113,12 @@ def _with_value(probe: ProbeConfig, parameter: str, value: Value) -> ProbeConfig
 _SETTINGS = tuple(setting.name for setting in fields(TrainingSettings))
 
 
-def _with_settings(settings: TrainingSettings, given: Mapping[str, Value]) -> TrainingSettings:
+def _changed(settings: TrainingSettings, given: Mapping[str, Value]) -> TrainingSettings:
     for name in given:
         if name not in _SETTINGS:
             raise SidelightError(f"Unknown setting '{name}'.{did_you_mean(name, _SETTINGS)}")
     try:
-        # Through JSON: strictly, Python's dict is no dataclass.
+        # Through JSON: in strict mode, a Python dict is no dataclass.
         values = json.dumps({**asdict(settings), **given})
         checked = TypeAdapter(TrainingSettings).validate_json(values, strict=True)
     except ValidationError as error:
@@ -151,52 +140,12 @@ def _baseline(row: BaselineRow) -> BaselineConfig:
         baseline = TypeAdapter(kind).validate_python(row.options)
     except ValidationError as error:
         raise SidelightError(f"Option {row.key}.{_refusal(error)}") from error
-    return BaselineConfig(row.name, baseline, row.seeds)
+    # A recipe that names a row otherwise tells two configurations of a baseline apart.
+    title = kind.title if row.name == row.key else row.name
+    return BaselineConfig(row.name, title, baseline, row.seeds)
 
 
 def _refusal(error: ValidationError) -> str:
     first = error.errors()[0]
     place = ".".join(map(str, first["loc"]))
     return f"{place} cannot be {first['input']!r}: {first['msg']}."
-
-
-Load = Callable[[str], LabelledData]
-Search = Callable[[ProbeDataset, str, Path], Found]
-
-
-@dataclass(frozen=True)
-class Tools:
-    """What a table takes from outside.
-
-    Attributes:
-        backbone: The frozen LLM.
-        load: Gives a data set by name.
-        search: Gives the best configuration of a mechanism on a study's validation texts; the path
-            is a file that it keeps its trials in.
-        cache_root: Folder of activations.
-    """
-
-    backbone: TransformersBackbone
-    load: Load
-    search: Search
-    cache_root: Path
-
-
-def suggested(mechanism: str) -> Found:
-    """The configuration that needs no search."""
-    return Found(mechanism_spec(mechanism), suggested_settings(mechanism))
-
-
-def searched(*, trials: int) -> Search:
-    """The search of the package.
-
-    Args:
-        trials: Configurations of each mechanism.
-    """
-    from sidelight_lab.search.trials import search_settings
-
-    def search(dataset: ProbeDataset, mechanism: str, storage: Path) -> Found:
-        best = search_settings(dataset, mechanism, trials=trials, seed=0, storage=storage)
-        return Found(best.spec, best.settings)
-
-    return search

