@@ -12,8 +12,7 @@ from sidelight.artifact import load_probe
 from sidelight.backbone import load_backbone
 from sidelight.engines.base import Engine, EngineUnavailableError
 from sidelight.engines.transformers import TransformersEngine
-from sidelight.policy.files import read_policy
-from sidelight.policy.rules import Policy
+from sidelight.policy.rules import Policy, read_policy
 from sidelight.probe import Probe
 from sidelight.server.app import Service, create_app
 from sidelight.server.config import Access, ServerLimits, numbered_keys

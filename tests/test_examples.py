@@ -28,7 +28,7 @@ from live import http_client, openai_client, served
 from sidelight.artifact import save_probe
 from sidelight.calibration import Calibration
 from sidelight.engines.transformers import TransformersEngine
-from sidelight.policy.files import read_policy
+from sidelight.policy.rules import read_policy
 from sidelight.server.config import Access, numbered_keys
 from sidelight.types import Task
 from sockets import answers, connection, read_all

@@ -13,9 +13,8 @@ from live import MODEL, http_client, openai_client, served
 from sidelight.engines.base import Finished, ResponseScored, TextDelta
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import SidelightError
-from sidelight.policy.files import read_policy
-from sidelight.policy.hold_back import End, HoldBack
-from sidelight.policy.rules import Policy, Rule, bound_rules, require_fitting
+from sidelight.policy.hold_back import Ended, HoldBack
+from sidelight.policy.rules import Policy, Rule, bound_rules, read_policy, require_fitting
 from sidelight.prompts import Reads
 from sidelight.server.app import Service, create_app
 from sidelight.types import Verdict
@@ -173,8 +172,8 @@ def test_text_is_held_and_cut_by_definition(
         warm_up=warm_up,
         hold_back=hold_back,
     )
-    (clause,) = bound_rules(Policy(output={"late": rule}), probes[3:])
-    holding = HoldBack([clause], prompt_tokens=7)
+    (bound,) = bound_rules(Policy(output={"late": rule}), probes[3:])
+    holding = HoldBack([bound])
     held = consecutive if hold_back is None else hold_back
     count = [i > warm_up and scores[i - 1] >= threshold for i in range(1, len(scores) + 1)]
     fires = [i for i in range(consecutive, len(scores) + 1) if all(count[i - consecutive : i])]
@@ -183,7 +182,7 @@ def test_text_is_held_and_cut_by_definition(
         out = holding.push(TextDelta(f"<{i}>", tokens=i)) if text_of[i - 1] else []
         out += holding.push(ResponseScored(i, (verdict(scores[i - 1]),)))
         for event in out:
-            if isinstance(event, End):
+            if isinstance(event, Ended):
                 ended = (i, event)
                 break
             sent.append(event.tokens)
@@ -197,16 +196,16 @@ def test_text_is_held_and_cut_by_definition(
         # What was sent had been judged, and did not end a streak.
         assert not fires or at < fires[0]
     if ended:
-        assert ended[1].finished.reason == "content_filter"
+        assert ended[1].reason == "content_filter"
         return
     finished = Finished("stop", 7, len(scores), verdicts=(verdict(final),))
     *rest, end = holding.push(finished)
     texts = [i for i in range(1, len(scores) + 1) if text_of[i - 1]]
     if final >= threshold and texts:
-        assert (rest, end.finished.reason) == ([], "content_filter")
+        assert (rest, end.reason) == ([], "content_filter")
     else:
         assert sent + [event.tokens for event in rest] == texts
-        assert end.finished.reason == "stop"
+        assert end.reason == "stop"
 
 
 def verdict(score):
@@ -217,19 +216,19 @@ def verdict(score):
 
 def test_text_that_an_engine_did_not_score_is_not_sent(probes):
     """An engine that forgets to score is a fault, and closes."""
-    (clause,) = bound_rules(Policy(output={"late": Rule("block", threshold=1.0)}), probes[3:])
-    holding = HoldBack([clause], prompt_tokens=7)
+    (bound,) = bound_rules(Policy(output={"late": Rule("block", threshold=1.0)}), probes[3:])
+    holding = HoldBack([bound])
     assert holding.push(TextDelta("a", tokens=1)) == []
     (end,) = holding.push(Finished("stop", 7, 2, verdicts=(verdict(0.0),)))
-    assert end.finished.reason == "content_filter"
+    assert end.reason == "content_filter"
     assert end.decisions[0].action == "fail_closed"
 
 
 @pytest.mark.parametrize("at_the_end", [True, False])
 def test_what_is_cut_by_a_flag_is_told_so_even_after_a_failure(probes, at_the_end):
     rule = Rule("block", consecutive=1, on_failure="pass")
-    (clause,) = bound_rules(Policy(output={"late": rule}), probes[3:])
-    holding = HoldBack([clause], prompt_tokens=7)
+    (bound,) = bound_rules(Policy(output={"late": rule}), probes[3:])
+    holding = HoldBack([bound])
     holding.push(TextDelta("a", tokens=1))
     assert holding.push(ResponseScored(1, ())) == []
     holding.push(TextDelta("b", tokens=2))
@@ -238,25 +237,25 @@ def test_what_is_cut_by_a_flag_is_told_so_even_after_a_failure(probes, at_the_en
         (end,) = holding.push(Finished("stop", 7, 2, verdicts=(verdict(1.0),)))
     else:
         (end,) = holding.push(ResponseScored(2, (verdict(1.0),)))
-    assert end.finished.reason == "content_filter"
+    assert end.reason == "content_filter"
     assert (end.decisions[0].action, end.decisions[0].outcome) == ("block", "flagged")
 
 
 @pytest.mark.parametrize("jump", [2, 5])
 def test_tokens_without_a_score_of_their_own_are_not_sent(probes, jump):
     """Scores come token by token; where one stands for several, none of the others was judged."""
-    (clause,) = bound_rules(Policy(output={"late": Rule("block", threshold=1.0)}), probes[3:])
-    holding = HoldBack([clause], prompt_tokens=7)
+    (bound,) = bound_rules(Policy(output={"late": Rule("block", threshold=1.0)}), probes[3:])
+    holding = HoldBack([bound])
     assert holding.push(TextDelta("a", tokens=jump)) == []
     (end,) = holding.push(ResponseScored(jump, (verdict(0.0),)))
-    assert end.finished.reason == "content_filter"
+    assert end.reason == "content_filter"
     assert end.decisions[0].action == "fail_closed"
 
 
 def test_an_empty_answer_has_nothing_to_judge(probes):
-    (clause,) = bound_rules(Policy(output={"late": Rule("block")}), probes[3:])
-    (end,) = HoldBack([clause], prompt_tokens=7).push(Finished("stop", 7, 1, failed=("late",)))
-    assert end.finished.reason == "stop"
+    (bound,) = bound_rules(Policy(output={"late": Rule("block")}), probes[3:])
+    (end,) = HoldBack([bound]).push(Finished("stop", 7, 1, failed=("late",)))
+    assert end.reason == "stop"
 
 
 def asked(backbone, loaded, policy, **request):

@@ -207,7 +207,7 @@ def test_a_text_is_hashed_once_for_all_that_is_decided_on_it(path):
     probes, text = engine().probes, Read([Message("user", "zebra")])
     metrics = Metrics(TransformersEngine(tiny_backbone(), []))
     observed = Observer(metrics, AuditLog(path, salt=b"salt")).text(text)
-    observed.end([decide(clause, None) for clause in bound_rules(Policy(), probes)])
+    observed.end([decide(bound, {}, tokens=9) for bound in bound_rules(Policy(), probes)])
     assert (len(lines(path)), text.times) == (3, 1)
 
 

@@ -2,11 +2,14 @@
 
 import pytest
 
-from sidelight.engines.base import Finished, PromptJudged
+from sidelight.engines.base import PromptJudged
 from sidelight.errors import VerdictError
+from sidelight.policy.decisions import by_probe, decide
+from sidelight.policy.enforcement import check_decisions
+from sidelight.policy.rules import Policy, Rule, bound_rules
 from sidelight.prompts import Reads
 from sidelight.server.errors import RequestError, failure_body
-from sidelight.server.report import CategoryNames, Reporter, SideReport
+from sidelight.server.report import Report, category_names
 from sidelight.types import Verdict
 from tiny import tiny_backbone, untrained_probe
 
@@ -14,18 +17,25 @@ SAID = Verdict("early", "fine", ("fine",), {"fine": 1.0, "toxic": 0.0}, flagged=
 
 
 @pytest.fixture(scope="module")
-def reporter():
+def report():
     backbone = tiny_backbone()
     probes = [
         untrained_probe(backbone, "early"),
         untrained_probe(backbone, "late", reads=Reads("response")),
     ]
-    return Reporter("tiny/llama", probes, CategoryNames.of(probes))
+    return Report("tiny/llama", probes, category_names(probes))
 
 
-def test_a_probe_of_the_response_is_not_required_where_there_is_none(reporter):
-    event = PromptJudged((SAID,), tokens=3)
-    assert reporter.required(event, has_response=False) == (SAID,)
+def decisions_on(report, event):
+    """Of the probes that the event speaks of, as of a check."""
+    known = {*by_probe(event.verdicts), *event.failed}
+    probes = [probe for probe in report.probes if probe.name in known]
+    return check_decisions(bound_rules(Policy(), probes), event, {"input", "output"})
+
+
+def test_a_probe_of_the_response_is_not_required_where_there_is_none(report):
+    decisions = decisions_on(report, PromptJudged((SAID,), tokens=3))
+    assert report.required(decisions, has_response=False) == [SAID]
 
 
 @pytest.mark.parametrize(
@@ -38,14 +48,15 @@ def test_a_probe_of_the_response_is_not_required_where_there_is_none(reporter):
         (PromptJudged((), tokens=3), False, "early"),
     ],
 )
-def test_a_probe_that_said_nothing_is_an_error(reporter, event, has_response, name):
+def test_a_probe_that_said_nothing_is_an_error(report, event, has_response, name):
     with pytest.raises(VerdictError, match=name):
-        reporter.required(event, has_response=has_response)
+        report.required(decisions_on(report, event), has_response=has_response)
 
 
-def test_each_failure_has_its_own_reason(reporter):
-    finished = Finished("length", 3, 9, (), ("early", "late"), too_long=("late",))
-    message = reporter.moderation(SideReport((SAID,)), reporter.side(finished))["output"]["message"]
+def test_each_failure_has_its_own_reason(report):
+    policy = Policy(output={"late": Rule(max_tokens=8)})
+    response = [decide(bound, {}, tokens=9) for bound in bound_rules(policy, report.probes)]
+    message = report.moderation((), response)["output"]["message"]
     assert "early: the output was not a finite number" in message
     assert "late: the text is longer than the policy" in message
 

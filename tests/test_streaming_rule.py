@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sidelight.errors import SidelightError, VerdictError
-from sidelight.policy.rules import StreamingRule, Watched
+from sidelight.policy.hold_back import StreamingRule, Watched
 
 # Few distinct values, so that scores often equal the threshold and streaks occur.
 _SCORES = st.lists(st.sampled_from([0.0, 0.4, 0.5, 0.6, 1.0]), max_size=20)

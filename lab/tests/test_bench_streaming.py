@@ -11,7 +11,7 @@ from sidelight.artifact import load_probe
 from sidelight.bank import Bank
 from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
-from sidelight.policy.rules import StreamingRule
+from sidelight.policy.hold_back import StreamingRule
 from sidelight.prompts import EncodedPrompt, Message, Reads
 from sidelight.states.scoring import score
 from sidelight_lab.bench.streaming import FIGURES, choose_rule, estimates, outcomes

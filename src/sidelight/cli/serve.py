@@ -249,8 +249,7 @@ def serve(
 ) -> None:
     """Serve an LLM and its probes: OpenAI-compatible, every answer with its verdicts."""
     from sidelight.artifact import load_probe
-    from sidelight.policy.files import read_policy
-    from sidelight.policy.rules import Policy, require_fitting
+    from sidelight.policy.rules import Policy, read_policy, require_fitting
     from sidelight.server.app import Service
     from sidelight.server.app import serve as run
 

@@ -1,18 +1,17 @@
-"""What follows from one verdict, and how it is told outside."""
+"""What follows from one verdict, and the error of a request that is refused for it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
-from urllib.parse import quote
 
+from sidelight.errors import SidelightError
 from sidelight.policy.rules import FAILED_LABEL, BoundRule
 from sidelight.types import Verdict
 
 Outcome = Literal["flagged", "passed", "failed", "unfinished"]
 Action = Literal["none", "flag", "route", "block", "fail_closed", "fail_open", "shadow"]
-
-FLAGGED_HEADER = "x-sidelight-flagged"
-ROUTE_HEADER = "x-sidelight-route"
+Fault = Literal["request", "failed", "late"]
+Agreement = Literal["same", "different", "failed"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +23,7 @@ class Decision:
         verdict: At the rule's thresholds; None where there is none.
         action: What was done. ``fail_closed`` and ``fail_open`` are a blocking rule's answers to a
             verdict that could not be computed; ``shadow`` is a flag that nobody saw.
+        is_too_long: Whether there is no verdict because the text is longer than the rule allows.
         is_unfinished: Whether the text was given up while it was written: the verdict is on its
             first tokens then, or was still to come.
     """
@@ -31,6 +31,7 @@ class Decision:
     rule: BoundRule
     verdict: Verdict | None
     action: Action
+    is_too_long: bool = False
     is_unfinished: bool = False
 
     @property
@@ -48,6 +49,12 @@ class Decision:
         return self.action in ("block", "fail_closed")
 
     @property
+    def is_marked(self) -> bool:
+        """Whether a gateway is told of a flag."""
+        asks = self.rule.is_blocking or self.rule.mode == "flag"
+        return asks and self.verdict is not None and self.verdict.flagged
+
+    @property
     def route(self) -> str | None:
         """Where a gateway should send the request; None: nowhere, or the rule says nothing."""
         if self.is_blocking or self.rule.mode != "route":
@@ -55,67 +62,72 @@ class Decision:
         return _route(self.rule, self.verdict)
 
 
-def too_long(decisions: Iterable[Decision], tokens: int) -> tuple[str, ...]:
-    """The probes that gave no verdict since the text has more tokens than their rules allow."""
-    failed = [d.rule for d in decisions if d.verdict is None]
-    return tuple(bound.name for bound in failed if bound.is_too_long(tokens))
+class PolicyError(SidelightError):
+    """A request that the policy refuses.
+
+    Args:
+        message: What was got, what was wanted, what to do.
+        code: A word for programs.
+        param: The field of the request at fault.
+        decisions: On the prompt, where they led to the refusal.
+        fault: Whose fault it is: the ``request``'s, or that of a probe that ``failed`` or was
+            ``late``.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: str,
+        param: str | None = None,
+        decisions: Sequence[Decision] = (),
+        fault: Fault = "request",
+    ):
+        super().__init__(message)
+        self.code = code
+        self.param = param
+        self.decisions = decisions
+        self.fault = fault
 
 
-def decide(bound: BoundRule, verdict: Verdict | None) -> Decision:
-    """What follows; no verdict is never taken for a harmless one."""
-    if verdict is None:
-        return Decision(bound, None, _on_failure(bound))
-    decided = bound.decide(verdict)
-    return Decision(bound, decided, _on_verdict(bound, decided))
-
-
-def unfinished(bound: BoundRule, verdict: Verdict | None) -> Decision:
-    """Of a text that was given up while it was written: nothing follows.
+def decide(bound: BoundRule, verdicts: Mapping[str, Verdict], *, tokens: int) -> Decision:
+    """What follows from the verdicts, by probe; no verdict is never taken for a harmless one.
 
     Args:
         bound: The probe and its rule.
-        verdict: On the text so far; None: there was none yet.
+        verdicts: Those that there are.
+        tokens: Length of what was judged.
     """
-    decided = None if verdict is None else bound.decide(verdict)
-    return Decision(bound, decided, "none", is_unfinished=True)
+    is_too_long = bound.is_too_long(tokens)
+    verdict = None if is_too_long else verdicts.get(bound.name)
+    if verdict is None:
+        action: Action = "none"
+        if bound.is_blocking:
+            action = "fail_closed" if bound.fails_closed else "fail_open"
+        return Decision(bound, None, action, is_too_long)
+    decided = bound.decide(verdict)
+    return Decision(bound, decided, _action(bound, decided))
 
 
-def marks(decisions: Iterable[Decision]) -> dict[str, str]:
-    """Headers for a gateway: which probes flagged, and the routes. Shadows are not among them."""
-    shown = [decision for decision in decisions if not decision.rule.is_shadow]
-    flagged = dict.fromkeys(d.rule.name for d in shown if d.action in ("flag", "block"))
-    routes = dict.fromkeys(route for d in shown if (route := d.route) is not None)
-    headers = {FLAGGED_HEADER: _listed(flagged), ROUTE_HEADER: _listed(routes)}
-    return {name: value for name, value in headers.items() if value}
+def by_probe(verdicts: Iterable[Verdict]) -> dict[str, Verdict]:
+    """The verdicts by their probe's name."""
+    return {verdict.probe: verdict for verdict in verdicts}
 
 
-def agreements(
-    decisions: Iterable[Decision],
-) -> list[tuple[BoundRule, Literal["same", "different", "failed"]]]:
+def agreements(decisions: Iterable[Decision]) -> list[tuple[BoundRule, Agreement]]:
     """For each shadow, whether it said what the probe that it shadows said of a whole text."""
     by_name = {d.rule.name: d for d in decisions if not d.is_unfinished}
-    shadows = [d for d in by_name.values() if d.rule.shadow_of in by_name]
-    return [(d.rule, _agreement(d, by_name[d.rule.shadow_of or ""])) for d in shadows]
+    pairs = [(d, by_name.get(d.rule.shadow_of or "")) for d in by_name.values()]
+    return [(d.rule, _agreement(d.verdict, rival.verdict)) for d, rival in pairs if rival]
 
 
-def _agreement(one: Decision, other: Decision) -> Literal["same", "different", "failed"]:
-    if one.verdict is None or other.verdict is None:
+def _agreement(one: Verdict | None, other: Verdict | None) -> Agreement:
+    if one is None or other is None:
         return "failed"
-    return "same" if set(one.verdict.labels) == set(other.verdict.labels) else "different"
+    return "same" if set(one.labels) == set(other.labels) else "different"
 
 
-def _listed(names: Iterable[str]) -> str:
-    # Labels are a user's own words: a comma or a line break must not reach a header.
-    return ", ".join(quote(name, safe=" /-_.:@") for name in names)
-
-
-def _on_failure(bound: BoundRule) -> Action:
-    if not bound.is_blocking:
-        return "none"
-    return "fail_closed" if bound.fails_closed else "fail_open"
-
-
-def _on_verdict(bound: BoundRule, verdict: Verdict) -> Action:
+def _action(bound: BoundRule, verdict: Verdict) -> Action:
     if bound.is_blocking and verdict.flagged:
         return "block"
     match bound.mode:

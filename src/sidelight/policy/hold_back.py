@@ -4,26 +4,128 @@ Every token is judged before it is sent, with ``hold_back`` more behind it. Noth
 rule is still warming up. The verdict on the whole text decides on what is left at its end.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from sidelight.engines.base import Event, Finished, PromptJudged, ResponseScored, TextDelta
-from sidelight.policy.decisions import Decision, decide, too_long, unfinished
-from sidelight.policy.rules import BoundRule, StreamingRule, Watched
+import numpy as np
+from jaxtyping import Float
+
+from sidelight.engines.base import (
+    Event,
+    Finished,
+    FinishReason,
+    PromptJudged,
+    ResponseScored,
+    TextDelta,
+)
+from sidelight.engines.logprobs import TokenLogprobs
+from sidelight.errors import SidelightError, VerdictError
+from sidelight.policy.decisions import Decision, by_probe, decide
+from sidelight.policy.rules import BoundRule
 from sidelight.types import Verdict
 
 
 @dataclass(frozen=True)
-class End:
+class Watched:
+    """What a rule remembers of one response.
+
+    Attributes:
+        tokens: Scores seen.
+        streak: Scores at or over the threshold since the last one below it, after the warm-up.
+        fired_at: Tokens seen when the rule first held; None while it has not. It stays.
+    """
+
+    tokens: int = 0
+    streak: int = 0
+    fired_at: int | None = None
+
+    @property
+    def has_fired(self) -> bool:
+        """Whether the rule held at some token."""
+        return self.fired_at is not None
+
+
+@dataclass(frozen=True)
+class StreamingRule:
+    """When a running score counts: at the first token that ends a streak over the threshold.
+
+    A running score is the probe's probability after each token of the response. A single token
+    over the threshold is often noise, so the rule wants several in a row. Holding back
+    ``consecutive`` tokens of text keeps the whole streak from the reader.
+
+    Attributes:
+        threshold: Probability from which a token counts, in [0, 1].
+        consecutive: Tokens in a row that have to count, 1 or more.
+        warm_up: First tokens of the response that never count.
+
+    Raises:
+        SidelightError: A value is out of its range.
+    """
+
+    threshold: float
+    consecutive: int = 2
+    warm_up: int = 0
+
+    def __post_init__(self):
+        if not 0 <= self.threshold <= 1 or self.consecutive < 1 or self.warm_up < 0:
+            raise SidelightError(
+                "A streaming rule needs a threshold from 0 to 1, one or more consecutive tokens "
+                f"and a warm-up of 0 or more, got: {self}."
+            )
+
+    def advance(self, watched: Watched, score: float) -> Watched:
+        """What is remembered after one more token, which begins with ``Watched()``.
+
+        Raises:
+            VerdictError: The score is not finite. There is no verdict then, not even a harmless
+                one: a blocking policy blocks.
+        """
+        if not math.isfinite(score):
+            raise VerdictError(
+                f"The running score of token {watched.tokens + 1} is not finite. Treat the text "
+                "as not judged."
+            )
+        tokens = watched.tokens + 1
+        counts = tokens > self.warm_up and score >= self.threshold
+        streak = watched.streak + 1 if counts else 0
+        fires = not watched.has_fired and streak >= self.consecutive
+        return Watched(tokens, streak, tokens if fires else watched.fired_at)
+
+    def first_firing(self, scores: Float[np.ndarray, " token"]) -> int | None:
+        """Tokens seen when the rule first holds on a complete response; None: it never does.
+
+        The same as `advance` over all scores, for measuring many rules on many responses.
+
+        Raises:
+            VerdictError: A score is not finite.
+        """
+        if not np.isfinite(scores).all():
+            raise VerdictError("A running score is not finite. Treat the text as not judged.")
+        if len(scores) < self.consecutive:
+            return None
+        counts = scores >= self.threshold
+        counts[: self.warm_up] = False
+        windows = np.lib.stride_tricks.sliding_window_view(counts, self.consecutive)
+        starts = np.flatnonzero(windows.all(1))
+        return int(starts[0]) + self.consecutive if len(starts) else None
+
+
+@dataclass(frozen=True)
+class Ended:
     """The answer is complete, or cut.
 
     Attributes:
-        finished: The last event.
-        decisions: What led to it, of every probe that judges the output.
+        reason: ``content_filter`` where it was cut.
+        completion_tokens: Tokens written.
+        decisions: What led to the end, of every probe that judges the output.
+        logprobs: Of the last tokens, where they were asked for and no text comes from them.
     """
 
-    finished: Finished
+    reason: FinishReason
+    completion_tokens: int
     decisions: tuple[Decision, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class HoldBack:
@@ -31,20 +133,18 @@ class HoldBack:
 
     Args:
         rules: Those of the output; without a blocking one, nothing is held.
-        prompt_tokens: Of the request, for the usage of an answer that is cut.
     """
 
-    def __init__(self, rules: Sequence[BoundRule], *, prompt_tokens: int):
+    def __init__(self, rules: Sequence[BoundRule]):
         self._rules = rules
-        self._tripwires = [_Tripwire(bound) for bound in rules if bound.is_blocking]
-        self._prompt_tokens = prompt_tokens
+        self._tripwires = {bound.name: _Tripwire(bound) for bound in rules if bound.is_blocking}
         self._held: list[TextDelta] = []
         self._scored = 0
         self._written = 0
-        self._running: dict[str, Verdict] = {}
+        self._running: Mapping[str, Verdict] = {}
 
-    def push(self, event: Event) -> list[Event | End]:
-        """What may go out because of the event; nothing may follow an ``End``."""
+    def push(self, event: Event) -> Sequence[TextDelta | Ended]:
+        """What may go out because of the event; nothing may follow an ``Ended``."""
         match event:
             case TextDelta():
                 self._written = event.tokens
@@ -57,35 +157,35 @@ class HoldBack:
             case Finished():
                 return self._after_all(event)
             case PromptJudged():
-                return [event]
+                return []
 
     def unfinished(self) -> list[Decision]:
-        """What is known of the text if it is given up now."""
-        return [
-            unfinished(bound, judged(bound, self._running, self._written)) for bound in self._rules
-        ]
+        """What is known of the text if it is given up now; nothing follows."""
+        known = [decide(bound, self._running, tokens=self._written) for bound in self._rules]
+        return [replace(decision, action="none", is_unfinished=True) for decision in known]
 
-    def _after_score(self, event: ResponseScored) -> list[Event | End]:
+    def _after_score(self, event: ResponseScored) -> Sequence[TextDelta | Ended]:
         self._scored = event.tokens
-        self._running = verdicts = by_probe(event.verdicts)
-        cuts = [wire.step(verdicts, tokens=event.tokens) for wire in self._tripwires]
+        self._running = by_probe(event.verdicts)
+        wires = self._tripwires.values()
+        cuts = [wire.step(self._running, tokens=event.tokens) for wire in wires]
         if any(cuts):
-            return [self._cut(event, verdicts)]
-        if any(event.tokens < wire.blind_until for wire in self._tripwires):
+            return [self._cut(self._running)]
+        if any(event.tokens < wire.blind_until for wire in wires):
             return []
-        safe = event.tokens - max((wire.held_tokens for wire in self._tripwires), default=0)
-        return list(self._release(safe))
+        return self._release(event.tokens - max((wire.held_tokens for wire in wires), default=0))
 
-    def _after_all(self, event: Finished) -> list[Event | End]:
+    def _after_all(self, event: Finished) -> Sequence[TextDelta | Ended]:
         verdicts = by_probe(event.verdicts)
-        # Tokens without text are told too, by their log-probabilities.
+        # Tokens without text have log-probabilities of their own at the end.
         is_judged = self._scored >= self._written + len(event.logprobs)
-        for wire in self._tripwires:
+        for wire in self._tripwires.values():
             wire.finish(verdicts, tokens=self._written, is_judged=is_judged)
-        if any(wire.is_cut for wire in self._tripwires):
-            return [self._cut(event, verdicts)]
+        if any(wire.is_cut for wire in self._tripwires.values()):
+            return [self._cut(verdicts)]
         decisions = self._decisions(verdicts)
-        return [*self._release(self._written), End(self._finished(event, decisions), decisions)]
+        end = Ended(event.reason, event.completion_tokens, decisions, event.logprobs)
+        return [*self._release(self._written), end]
 
     def _release(self, tokens: int) -> list[TextDelta]:
         """The held text that comes from the first tokens."""
@@ -93,32 +193,18 @@ class HoldBack:
         self._held = self._held[len(released) :]
         return released
 
-    def _cut(self, event: ResponseScored | Finished, verdicts: Mapping[str, Verdict]) -> End:
+    def _cut(self, verdicts: Mapping[str, Verdict]) -> Ended:
         self._held = []
-        decisions = self._decisions(verdicts)
-        finished = Finished(
-            reason="content_filter",
-            prompt_tokens=self._prompt_tokens,
-            completion_tokens=max(self._scored, self._written),
-        )
-        return End(self._finished(finished, decisions), decisions)
+        tokens = max(self._scored, self._written)
+        return Ended("content_filter", tokens, self._decisions(verdicts))
 
     def _decisions(self, verdicts: Mapping[str, Verdict]) -> tuple[Decision, ...]:
-        wires = {wire.rule.name: wire for wire in self._tripwires}
+        tokens = max(self._scored, self._written)
         return tuple(
-            wires[bound.name].decision(verdicts)
-            if bound.name in wires
-            else decide(bound, judged(bound, verdicts, self._written))
+            self._tripwires[bound.name].decision(verdicts, tokens=tokens)
+            if bound.is_blocking
+            else decide(bound, verdicts, tokens=self._written)
             for bound in self._rules
-        )
-
-    def _finished(self, event: Finished, decisions: Sequence[Decision]) -> Finished:
-        """The event with the verdicts as they were decided."""
-        return replace(
-            event,
-            verdicts=tuple(d.verdict for d in decisions if d.verdict is not None),
-            failed=tuple(d.rule.name for d in decisions if d.verdict is None),
-            too_long=too_long(decisions, max(self._scored, self._written)),
         )
 
 
@@ -126,62 +212,53 @@ class _Tripwire:
     """What one blocking rule has seen of a text."""
 
     def __init__(self, bound: BoundRule):
-        self.rule = bound
-        self.held_tokens = bound.rule.held_tokens
-        self.blind_until = bound.rule.warm_up + bound.rule.consecutive
+        rule = bound.rule
+        self.held_tokens = rule.consecutive if rule.hold_back is None else rule.hold_back
+        self.blind_until = rule.warm_up + rule.consecutive
         self.is_cut = False
-        self._flagged = False
-        self._failed = False
+        self._bound = bound
+        self._has_flagged = False
+        self._has_failed = False
         self._tokens = 0
-        self._streaming: dict[str, StreamingRule] = bound.streaming_rules()
-        self._watched = dict.fromkeys(self._streaming, Watched())
+        self._rules = {
+            label: StreamingRule(threshold, rule.consecutive, rule.warm_up)
+            for label, threshold in bound.thresholds.items()
+        }
+        self._watched = dict.fromkeys(self._rules, Watched())
 
     def step(self, verdicts: Mapping[str, Verdict], *, tokens: int) -> bool:
         """Whether the text is cut after one more token; a token that was left out is a failure."""
-        verdict, expected = judged(self.rule, verdicts, tokens), self._tokens + 1
+        verdict, expected = decide(self._bound, verdicts, tokens=tokens).verdict, self._tokens + 1
         self._tokens = tokens
         if verdict is None or tokens != expected:
             self._fail()
             return self.is_cut
-        for label, rule in self._streaming.items():
+        for label, rule in self._rules.items():
             self._watched[label] = rule.advance(self._watched[label], verdict.probabilities[label])
         if any(watched.has_fired for watched in self._watched.values()):
-            self._flag()
+            self._has_flagged = self.is_cut = True
         return self.is_cut
 
     def finish(self, verdicts: Mapping[str, Verdict], *, tokens: int, is_judged: bool) -> None:
         """Takes the verdict on the whole text; an empty one has nothing to judge."""
         if not tokens:
             return
-        verdict = judged(self.rule, verdicts, tokens)
+        verdict = decide(self._bound, verdicts, tokens=tokens).verdict
         if verdict is None or not is_judged:
             self._fail()
-        elif self.rule.decide(verdict).flagged:
-            self._flag()
+        elif verdict.flagged:
+            self._has_flagged = self.is_cut = True
 
-    def decision(self, verdicts: Mapping[str, Verdict]) -> Decision:
+    def decision(self, verdicts: Mapping[str, Verdict], *, tokens: int) -> Decision:
         """What it came to."""
-        if self._failed and not self._flagged:
-            return decide(self.rule, None)
-        verdict = verdicts.get(self.rule.name)
+        if self._has_failed and not self._has_flagged:
+            return decide(self._bound, {}, tokens=tokens)
+        verdict = verdicts.get(self._bound.name)
         if verdict is None:
-            return Decision(self.rule, None, "none")
-        decided = self.rule.decide(verdict)
-        return Decision(self.rule, decided, "block" if self.is_cut else "none")
-
-    def _flag(self) -> None:
-        self._flagged = self.is_cut = True
+            return Decision(self._bound, None, "none")
+        action = "block" if self._has_flagged else "none"
+        return Decision(self._bound, self._bound.decide(verdict), action)
 
     def _fail(self) -> None:
-        self._failed = True
-        self.is_cut = self.is_cut or self.rule.fails_closed
-
-
-def by_probe(verdicts: Sequence[Verdict]) -> dict[str, Verdict]:
-    """The verdicts by their probe's name."""
-    return {verdict.probe: verdict for verdict in verdicts}
-
-
-def judged(bound: BoundRule, verdicts: Mapping[str, Verdict], tokens: int) -> Verdict | None:
-    """The probe's verdict; None where it gave none, or the text is longer than it may judge."""
-    return None if bound.is_too_long(tokens) else verdicts.get(bound.name)
+        self._has_failed = True
+        self.is_cut = self.is_cut or self._bound.fails_closed

@@ -1,121 +1,28 @@
-"""When a score that runs along with a response counts: the rule against flicker.
+"""What an operator lets follow from verdicts: one rule per probe and side, from a TOML file."""
 
-A running score is the probe's probability after each token of the response. A single token over
-the threshold is often noise, so the rule wants several in a row. The server cuts text by it, and
-`sidelight bench streaming` measures it. Knows scores, not probes or text.
-
-What an operator lets follow from verdicts: one rule per probe and side. Knows no requests.
-
-A loaded probe with the rule that holds for it.
-"""
-
-import math
+import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-import numpy as np
-from jaxtyping import Float
+from pydantic import Field, TypeAdapter, ValidationError
 
-from sidelight.errors import SidelightError, VerdictError, did_you_mean
+from sidelight.errors import SidelightError, did_you_mean
 from sidelight.probe import Probe
 from sidelight.types import Verdict
 
-
-@dataclass(frozen=True)
-class Watched:
-    """What a rule remembers of one response.
-
-    Attributes:
-        tokens: Scores seen.
-        streak: Scores at or over the threshold since the last one below it, after the warm-up.
-        fired_at: Tokens seen when the rule first held; None while it has not. It stays.
-    """
-
-    tokens: int = 0
-    streak: int = 0
-    fired_at: int | None = None
-
-    @property
-    def has_fired(self) -> bool:
-        """Whether the rule held at some token."""
-        return self.fired_at is not None
-
-
-@dataclass(frozen=True)
-class StreamingRule:
-    """Fires at the first token that ends a streak over the threshold.
-
-    Holding back `consecutive` tokens of text keeps the whole streak from the reader.
-
-    Attributes:
-        threshold: Probability from which a token counts, in [0, 1].
-        consecutive: Tokens in a row that have to count, 1 or more.
-        warm_up: First tokens of the response that never count.
-
-    Raises:
-        SidelightError: A value is out of its range.
-    """
-
-    threshold: float
-    consecutive: int = 2
-    warm_up: int = 0
-
-    def __post_init__(self):
-        if not 0 <= self.threshold <= 1 or self.consecutive < 1 or self.warm_up < 0:
-            raise SidelightError(
-                "A streaming rule needs a threshold from 0 to 1, one or more consecutive tokens "
-                f"and a warm-up of 0 or more, got: {self}."
-            )
-
-    def advance(self, watched: Watched, score: float) -> Watched:
-        """What is remembered after one more token.
-
-        Args:
-            watched: `Watched()` before the first token.
-            score: The running probability with this token.
-
-        Raises:
-            VerdictError: The score is not finite. There is no verdict then, not even a harmless
-                one: a blocking policy blocks.
-        """
-        if not math.isfinite(score):
-            raise VerdictError(
-                f"The running score of token {watched.tokens + 1} is not finite. Treat the text "
-                "as not judged."
-            )
-        tokens = watched.tokens + 1
-        counts = tokens > self.warm_up and score >= self.threshold
-        streak = watched.streak + 1 if counts else 0
-        fires = not watched.has_fired and streak >= self.consecutive
-        return Watched(tokens, streak, tokens if fires else watched.fired_at)
-
-    def first_firing(self, scores: Float[np.ndarray, " token"]) -> int | None:
-        """Tokens seen when the rule first holds on a complete response; None: it never does.
-
-        The same as `advance` over all scores, for measuring many rules on many responses.
-
-        Raises:
-            VerdictError: A score is not finite.
-        """
-        if not np.isfinite(scores).all():
-            raise VerdictError("A running score is not finite. Treat the text as not judged.")
-        if len(scores) < self.consecutive:
-            return None
-        counts = scores >= self.threshold
-        counts[: self.warm_up] = False
-        windows = np.lib.stride_tricks.sliding_window_view(counts, self.consecutive)
-        starts = np.flatnonzero(windows.all(1))
-        return int(starts[0]) + self.consecutive if len(starts) else None
-
-
 Side = Literal["input", "output"]
 Mode = Literal["score", "flag", "route", "block", "shadow"]
-OnFailure = Literal["block", "pass"]
-SystemTurns = Literal["trust", "refuse"]
 
 # What a rule's routes call a verdict that could not be computed.
 FAILED_LABEL = "verdict_failed"
+
+# The limits hold for files only; pydantic reads the annotations in `read_policy`.
+_Probability = Annotated[float, Field(ge=0, le=1, strict=True)]
+_Count = Annotated[int, Field(ge=0, strict=True)]
+_Positive = Annotated[int, Field(ge=1, strict=True)]
+_Seconds = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
@@ -129,29 +36,24 @@ class Rule:
         labels: The labels that count; empty: the positive one, or all of a multi-label probe.
         on_failure: Whether a blocking rule blocks what could not be judged.
         max_tokens: Longest text that the probe may judge; a longer one is not judged. None: any.
-        routes: Route by label; empty: a flagged label is its own route.
+        routes: Input only: route by label; empty: a flagged label is its own route.
         shadow_of: The probe that a shadow is compared with.
-        consecutive: Output: tokens in a row that have to count before the text is cut.
-        warm_up: Output: first tokens that never count.
-        hold_back: Output: tokens that a text is sent behind what has been judged; None:
-            ``consecutive``, so that nothing of the streak that cuts the text was sent.
+        consecutive: Output only: tokens in a row that have to count before the text is cut.
+        warm_up: Output only: first tokens that never count.
+        hold_back: Output only: tokens by which the text that is sent stays behind the text that is
+            judged; None: ``consecutive``, so that the streak that cuts the text is never sent.
     """
 
     mode: Mode = "score"
-    threshold: float | None = None
+    threshold: _Probability | None = None
     labels: tuple[str, ...] = ()
-    on_failure: OnFailure = "block"
-    max_tokens: int | None = None
+    on_failure: Literal["block", "pass"] = "block"
+    max_tokens: _Positive | None = None
     routes: Mapping[str, str] = field(default_factory=dict)
     shadow_of: str | None = None
-    consecutive: int = 2
-    warm_up: int = 0
-    hold_back: int | None = None
-
-    @property
-    def held_tokens(self) -> int:
-        """Tokens that a text is sent behind what has been judged."""
-        return self.consecutive if self.hold_back is None else self.hold_back
+    consecutive: _Positive = 2
+    warm_up: _Count = 0
+    hold_back: _Count | None = None
 
 
 @dataclass(frozen=True)
@@ -168,8 +70,8 @@ class Policy:
 
     input: Mapping[str, Rule] = field(default_factory=dict)
     output: Mapping[str, Rule] = field(default_factory=dict)
-    timeout_s: float | None = None
-    system_turns: SystemTurns | None = None
+    timeout_s: _Seconds | None = None
+    system_turns: Literal["trust", "refuse"] | None = None
 
     @property
     def refuses_system_turns(self) -> bool:
@@ -177,6 +79,10 @@ class Policy:
         if self.system_turns is None:
             return any(rule.mode == "block" for rule in self.input.values())
         return self.system_turns == "refuse"
+
+    def side(self, side: Side) -> Mapping[str, Rule]:
+        """The rules of one side."""
+        return self.input if side == "input" else self.output
 
     def require_side(self, name: str, side: Side) -> None:
         """Checks that no rule waits for a probe of this name on the other side.
@@ -191,14 +97,10 @@ class Policy:
                 f"{side}: the rule would no longer hold. Give it another name."
             )
 
-    def side(self, side: Side) -> Mapping[str, Rule]:
-        """The rules of one side."""
-        return self.input if side == "input" else self.output
-
 
 @dataclass(frozen=True)
 class BoundRule:
-    """One probe and its rule.
+    """A rule and the loaded probe that it holds for.
 
     Attributes:
         probe: The loaded probe.
@@ -269,17 +171,9 @@ class BoundRule:
         """The verdict at the rule's thresholds."""
         return self.probe.task.decide(self.name, verdict.probabilities, self.thresholds)
 
-    def streaming_rules(self) -> dict[str, StreamingRule]:
-        """When a running score of each label cuts the text."""
-        rule = self.rule
-        return {
-            label: StreamingRule(threshold, rule.consecutive, rule.warm_up)
-            for label, threshold in self.thresholds.items()
-        }
-
 
 def side_of(probe: Probe) -> Side:
-    """What a probe judges: it is the response as soon as it reads some of it."""
+    """What a probe judges: the response, as soon as it reads some of it."""
     return "output" if probe.reads.includes_response else "input"
 
 
@@ -296,8 +190,8 @@ def require_fitting(policy: Policy, probes: Sequence[Probe]) -> None:
     """
     sides: tuple[Side, ...] = ("input", "output")
     for side in sides:
+        known = [probe.name for probe in probes if side_of(probe) == side]
         for name in policy.side(side):
-            known = [probe.name for probe in probes if side_of(probe) == side]
             if name not in known:
                 raise SidelightError(
                     f"The policy has a rule for the {side}, but no probe '{name}' judges it."
@@ -313,8 +207,14 @@ def require_fitting_probe(bound: BoundRule, probes: Iterable[Probe]) -> None:
     Raises:
         SidelightError: It cannot, so it would never do what it says.
     """
-    _require_known(bound, bound.rule.labels, bound.probe.task.labels)
-    _require_known(bound, bound.rule.routes, (*bound.probe.task.labels, FAILED_LABEL))
+    labels = bound.probe.task.labels
+    for named, known in ((bound.rule.labels, labels), (bound.rule.routes, (*labels, FAILED_LABEL))):
+        for label in named:
+            if label not in known:
+                raise SidelightError(
+                    f"The rule of probe '{bound.name}' names label '{label}', which the probe does "
+                    f"not have.{did_you_mean(label, known)}"
+                )
     if bound.mode in ("flag", "block") and not bound.thresholds:
         raise SidelightError(
             f"Probe '{bound.name}' flags nothing as it is, so its rule '{bound.mode}' would "
@@ -322,25 +222,56 @@ def require_fitting_probe(bound: BoundRule, probes: Iterable[Probe]) -> None:
         )
     if bound.mode == "route" and bound.side == "output":
         raise SidelightError(
-            f"Probe '{bound.name}' judges the output: too late for a route. Use another mode."
+            f"Probe '{bound.name}' judges the output, which is too late for a route. Use another "
+            "mode."
         )
-    if bound.shadow_of is not None:
-        _require_rival(bound, bound.shadow_of, probes)
-
-
-def _require_known(bound: BoundRule, labels: Iterable[str], known: Sequence[str]) -> None:
-    for label in labels:
-        if label not in known:
-            raise SidelightError(
-                f"The rule of probe '{bound.name}' names label '{label}', which it does not have."
-                f"{did_you_mean(label, known)}"
-            )
-
-
-def _require_rival(bound: BoundRule, rival: str, probes: Iterable[Probe]) -> None:
-    known = [p.name for p in probes if side_of(p) == bound.side and p.name != bound.name]
-    if bound.mode != "shadow" or rival not in known:
+    rivals = [p.name for p in probes if side_of(p) == bound.side and p.name != bound.name]
+    rival = bound.shadow_of
+    if rival is not None and (not bound.is_shadow or rival not in rivals):
         raise SidelightError(
             f"Probe '{bound.name}' cannot be the shadow of '{rival}': that takes the mode "
-            f"'shadow' and a probe that judges the {bound.side}.{did_you_mean(rival, known)}"
+            f"'shadow' and a probe that judges the {bound.side}.{did_you_mean(rival, rivals)}"
         )
+
+
+_KEYS = {key.name for key in fields(Rule)}
+_RULE_KEYS = {
+    "input": _KEYS - {"consecutive", "warm_up", "hold_back"},
+    "output": _KEYS - {"routes"},
+}
+
+
+def read_policy(path: Path) -> Policy:
+    """The policy in a TOML file. Every key is checked: an ignored safety setting is a hole.
+
+    Raises:
+        SidelightError: Not readable, not TOML, an unknown key, or a value that cannot be.
+    """
+    try:
+        table = tomllib.loads(path.read_text("utf-8"))
+        _require_known_keys(path, table)
+        return TypeAdapter(Policy).validate_python(table)
+    except (OSError, UnicodeDecodeError) as error:
+        raise SidelightError(f"Cannot read {path}: {error}. Name a TOML file.") from error
+    except tomllib.TOMLDecodeError as error:
+        raise SidelightError(f"{path} is not TOML: {error}.") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise SidelightError(
+            f"{place} in {path}: {first['msg']}, got {first['input']!r}."
+        ) from error
+
+
+def _require_known_keys(path: Path, table: Mapping[str, Any]) -> None:
+    tables: list[tuple[str, Any, set[str]]] = [("", table, {key.name for key in fields(Policy)})]
+    for side, keys in _RULE_KEYS.items():
+        rules = table.get(side)
+        if isinstance(rules, dict):
+            tables += [(f"{side}.{name}.", own, keys) for name, own in rules.items()]
+    for place, own, known in tables:
+        for key in own if isinstance(own, dict) else ():
+            if key not in known:
+                raise SidelightError(
+                    f"{path} has an unknown key: {place}{key}.{did_you_mean(key, known)}"
+                )

@@ -32,16 +32,7 @@ from sidelight.engines.base import Engine, EngineUnavailableError
 from sidelight.engines.loading import LoadingEngine
 from sidelight.errors import SidelightError
 from sidelight.policy.rules import Policy, require_fitting
-from sidelight.server import admin as admin_probes
-from sidelight.server import admin as models
-from sidelight.server import chat as chat_completions
-from sidelight.server import chat as completions
-from sidelight.server import checks as classify
-from sidelight.server import checks as guardrail
-from sidelight.server import checks as moderations
-from sidelight.server import checks as tokenize
-from sidelight.server import decisions
-from sidelight.server import decisions as systemone
+from sidelight.server import admin, chat, checks, decisions
 from sidelight.server.config import Access, ServerLimits
 from sidelight.server.connections import (
     ACCEPTED_AT_ONCE,
@@ -124,20 +115,15 @@ async def get_version() -> dict[str, str]:
 
 
 _ROUTERS = (
-    chat_completions.chat_completions_router,
-    completions.completions_router,
-    moderations.moderations_router,
-    decisions.decisions_router,
-    systemone.systemone_router,
-    classify.classify_router,
-    guardrail.guardrail_router,
-    tokenize.tokenize_router,
-    models.models_router,
+    chat.router,
+    checks.router,
+    decisions.router,
+    admin.models_router,
     health_router,
     ready_router,
     metrics_router,
     version_router,
-    admin_probes.admin_probes_router,
+    admin.admin_probes_router,
 )
 
 

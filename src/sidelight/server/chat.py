@@ -1,29 +1,30 @@
-"""An answer with text, plain or streamed: what chat and text completions share.
+"""``POST /v1/chat/completions`` and ``/v1/completions``: text and verdicts from one forward pass.
 
-``POST /v1/chat/completions``: text and every probe's verdict from one forward pass.
-
-``POST /v1/completions``: goes on with plain texts, which are judged in the same pass.
+The texts of a request are written side by side; all its prompts are judged before the first text
+is sent.
 """
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import suppress
+from dataclasses import replace
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from openai.types import Completion
 from openai.types.chat import ChatCompletion
 
+from sidelight.engines.base import Sampling, TextDelta
+from sidelight.policy.enforcement import Admitted, Passed, require_trusted_turns
+from sidelight.policy.hold_back import Ended
 from sidelight.prompts import Conversation
-from sidelight.server.choices import begin
 from sidelight.server.context import Context, InContext
-from sidelight.server.enforcement import require_read
 from sidelight.server.formats import (
-    ChatForm,
-    Chunks,
-    Envelope,
+    ChatFormat,
+    CompletionFormat,
     EventStream,
-    Form,
-    TextForm,
-    completion,
+    TextFormat,
+    Written,
 )
 from sidelight.server.middleware import unless_left
 from sidelight.server.report import Extension
@@ -35,34 +36,14 @@ from sidelight.server.schemas import (
     WritingRequest,
 )
 
+# What goes out of each choice; those of one prompt are neighbours.
+Streams = Sequence[AsyncGenerator[Passed, None]]
+# A seed is a signed number of 64 bits; the one after the last is the first.
+_SEEDS = 2**63
+# Of one request, at once: many texts must fit into an engine's queue, and leave room for others.
+_WAITING = 16
 
-async def answer(
-    body: WritingRequest,
-    request: Request,
-    context: Context,
-    prompts: Sequence[Conversation],
-    form: Form,
-) -> Response:
-    """The texts, plain or streamed; either begins once all prompts have been judged."""
-    context.require_model(body.model)
-    require_read(prompts, context.registry.policy)
-    sampling, n = body.sampling(), body.n or 1
-    await context.require_size(prompts, n=n, max_tokens=sampling.max_tokens)
-    await unless_left(request, context.engine.settled())
-    asked = context.asked(body.probes, body.overrides())
-    envelope = Envelope.new(body.model, form)
-    choices = await begin(request, context, asked, prompts, sampling, n=n)
-    if body.stream:
-        chunks = Chunks(envelope, asked.reporter, choices, body.includes_usage)
-        return EventStream(chunks.stream(), asked.headers(choices.judged))
-    written = await unless_left(request, choices.collect())
-    return JSONResponse(
-        completion(envelope, asked.reporter, choices.judged, written),
-        headers=asked.headers(choices.judged, [each.finished for each in written]),
-    )
-
-
-chat_completions_router = APIRouter(route_class=JsonRoute)
+router = APIRouter(route_class=JsonRoute)
 
 
 class ChatAnswer(ChatCompletion):
@@ -71,36 +52,137 @@ class ChatAnswer(ChatCompletion):
     sidelight: Extension
 
 
-@chat_completions_router.post(
-    "/v1/chat/completions",
-    response_class=Response,
-    responses={200: {"model": ChatAnswer, "content": EVENTS}},
-)
-async def chat_completions_create(
-    body: ChatRequest, request: Request, context: InContext
-) -> Response:
-    """The text, plain or streamed; either begins once the prompt has been judged."""
-    form = ChatForm(has_logprobs=body.likeliest is not None)
-    return await answer(body, request, context, [body.conversation()], form)
-
-
-completions_router = APIRouter(route_class=JsonRoute)
-
-
 class CompletionAnswer(Completion):
     """OpenAI's completion, with every verdict in a field of its own."""
 
     sidelight: Extension
 
 
-@completions_router.post(
+@router.post(
+    "/v1/chat/completions",
+    name="create",
+    response_class=Response,
+    responses={200: {"model": ChatAnswer, "content": EVENTS}},
+)
+async def complete_chat(body: ChatRequest, request: Request, context: InContext) -> Response:
+    """The text, plain or streamed; either begins once the prompt has been judged."""
+    return await _answer(body, request, context, [body.conversation()], ChatFormat)
+
+
+@router.post(
     "/v1/completions",
+    name="create",
     response_class=Response,
     responses={200: {"model": CompletionAnswer, "content": EVENTS}},
 )
-async def completions_create(
-    body: CompletionRequest, request: Request, context: InContext
-) -> Response:
+async def complete_text(body: CompletionRequest, request: Request, context: InContext) -> Response:
     """The texts, plain or streamed; no chat template is written around the prompts."""
-    form = TextForm(has_logprobs=body.likeliest is not None)
-    return await answer(body, request, context, body.texts(), form)
+    return await _answer(body, request, context, body.texts(), TextFormat)
+
+
+async def _answer(
+    body: WritingRequest,
+    request: Request,
+    context: Context,
+    prompts: Sequence[Conversation],
+    format_class: type[CompletionFormat],
+) -> Response:
+    context.require_model(body.model)
+    require_trusted_turns(context.registry.policy, prompts)
+    sampling, n = body.sampling(), body.n or 1
+    await context.require_size(prompts, n=n, max_tokens=sampling.max_tokens)
+    await unless_left(request, context.engine.settled())
+    # Nothing is awaited until the engine has all texts, so that it judges by these very probes.
+    report, rules = context.rules(body.probes, body.overrides())
+    answer = format_class(
+        report, has_logprobs=sampling.logprobs is not None, includes_usage=body.includes_usage
+    )
+    streams = [
+        context.generate(prompt, _reseeded(sampling, number), rules, is_prompt_known=number > 0)
+        for prompt in prompts
+        for number in range(n)
+    ]
+    admitted = (await unless_left(request, _admitted(streams)))[::n]
+    decisions = [decision for prompt in admitted for decision in prompt.decisions]
+    if body.stream:
+        chunks = answer.chunks(admitted, _side_by_side(streams), per_prompt=n)
+        return EventStream(chunks, report.headers(decisions))
+    texts = await unless_left(request, _collected(streams))
+    decisions += [decision for text in texts for decision in text.end.decisions]
+    return JSONResponse(answer.completion(admitted, texts), headers=report.headers(decisions))
+
+
+async def _admitted(streams: Streams) -> list[Admitted]:
+    """Waits until the prompt of each choice has been judged.
+
+    Raises:
+        PolicyError: One is blocked, and so the request.
+    """
+    places = asyncio.Semaphore(_WAITING)
+
+    async def first(stream: AsyncGenerator[Passed, None]) -> Admitted:
+        async with places:
+            event = await anext(stream)
+        assert isinstance(event, Admitted)
+        return event
+
+    waiting = [asyncio.ensure_future(first(stream)) for stream in streams]
+    try:
+        return [await each for each in waiting]
+    except BaseException:
+        for each in waiting:
+            each.cancel()
+        # Other failures do not matter any more, but asyncio would log what nobody has fetched.
+        await asyncio.gather(*waiting, return_exceptions=True)
+        await _close(streams)
+        raise
+
+
+async def _side_by_side(streams: Streams) -> AsyncGenerator[tuple[int, Passed], None]:
+    """The events of all choices, one of each in turn."""
+    alive = dict(enumerate(streams))
+    try:
+        while alive:
+            for index, stream in list(alive.items()):
+                try:
+                    yield index, await anext(stream)
+                except StopAsyncIteration:
+                    del alive[index]
+    finally:
+        await _close(streams)
+
+
+async def _collected(streams: Streams) -> list[Written]:
+    """Waits for all texts."""
+    deltas: list[list[TextDelta]] = [[] for _ in streams]
+    ends: dict[int, Ended] = {}
+    async for index, event in _side_by_side(streams):
+        match event:
+            case TextDelta():
+                deltas[index].append(event)
+            case Ended():
+                ends[index] = event
+            case Admitted():
+                pass
+    return [
+        Written(
+            "".join(delta.text for delta in own),
+            [token for part in (*own, ends[index]) for token in part.logprobs],
+            ends[index],
+        )
+        for index, own in enumerate(deltas)
+    ]
+
+
+async def _close(streams: Streams) -> None:
+    for stream in streams:
+        # A stream may still be at work for a task that was cancelled.
+        with suppress(RuntimeError):
+            await stream.aclose()
+
+
+def _reseeded(sampling: Sampling, number: int) -> Sampling:
+    """The sampling of one more text of a prompt, which has the next seed."""
+    if sampling.seed is None:
+        return sampling
+    return replace(sampling, seed=(sampling.seed + number + _SEEDS) % (2 * _SEEDS) - _SEEDS)

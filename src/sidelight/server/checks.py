@@ -1,13 +1,4 @@
-"""Verdicts on texts with nothing written: what the check-only endpoints share.
-
-``POST /v1/moderations``: verdicts on texts, with nothing written.
-
-``POST /classify``: one probe's labels for texts, as vLLM's classification models give them.
-
-``POST /beta/litellm_basic_guardrail_api``: LiteLLM's generic guardrail, answered by probes.
-
-``POST /tokenize``: a prompt or conversation as the model reads it, as vLLM words it.
-"""
+"""The endpoints that judge texts and write none, in the words of OpenAI, vLLM and LiteLLM."""
 
 import time
 import uuid
@@ -18,14 +9,14 @@ from typing import Any, Literal
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field, model_validator
 
-from sidelight.engines.base import PromptJudged
-from sidelight.policy.rules import BoundRule, Side
-from sidelight.probe import Probe
+from sidelight.policy.decisions import Decision
+from sidelight.policy.enforcement import check_decisions
+from sidelight.policy.rules import Side
 from sidelight.prompts import Conversation, Message, PlainText
 from sidelight.server.context import Context, InContext
 from sidelight.server.errors import RequestError
 from sidelight.server.middleware import unless_left
-from sidelight.server.report import Categories, Extension, Reporter, verdict_json
+from sidelight.server.report import Categories, Extension, Report, categories, verdict_json
 from sidelight.server.schemas import (
     ChatMessage,
     JsonRoute,
@@ -38,22 +29,25 @@ from sidelight.server.schemas import (
 )
 from sidelight.types import Verdict
 
-Turns = Sequence[Message]
+# Clients send OpenAI's own names by default; here they mean: every probe.
+_OPENAI_MODELS = ("omni-moderation-", "text-moderation-")
+
+router = APIRouter(route_class=JsonRoute)
 
 
 @dataclass(frozen=True)
 class Checked:
     """One text's verdicts, and how many tokens were read for them."""
 
-    verdicts: tuple[Verdict, ...]
+    verdicts: Sequence[Verdict]
     tokens: int
 
 
-async def checked(
+async def check(
     request: Request,
     context: Context,
-    reporter: Reporter,
-    conversations: Sequence[Turns],
+    report: Report,
+    conversations: Sequence[Sequence[Message]],
     *,
     is_prompt_known: bool = True,
 ) -> list[Checked]:
@@ -65,7 +59,7 @@ async def checked(
     Args:
         request: Ends the work when its client leaves.
         context: The server's parts.
-        reporter: On the chosen probes.
+        report: On the chosen probes.
         conversations: What is judged.
         is_prompt_known: Whether the turns before the assistant's were said. Where they are filled
             in, no verdict on them counts.
@@ -75,36 +69,30 @@ async def checked(
         RequestError: No chosen probe can judge one of them; an empty answer would look harmless. Or
             one is longer than the policy lets a chosen probe judge.
     """
-    for turns in conversations:
-        if not is_answered(turns):
-            context.require_prompt_probe(reporter.probes)
+    if all(probe.reads.includes_response for probe in report.probes):
+        for turns in conversations:
+            if not is_answered(turns):
+                raise RequestError(
+                    "No chosen probe reads a prompt alone, so a text by itself cannot be judged. "
+                    "Load such a probe, or use /v1/chat/completions.",
+                    code="no_prompt_probe",
+                )
     await context.require_size(conversations, max_tokens=0)
     await unless_left(request, context.engine.settled())
-    asked = context.asked(None)
-    judged = await unless_left(request, context.engine.judge(conversations))
-    found: list[Checked] = []
-    for index, (event, turns) in enumerate(zip(judged, conversations, strict=True)):
+    # Nothing is awaited until the engine has all texts, so that it judges by these very probes.
+    rules = context.registry.rules
+    context.observer.trace.model = context.engine.model
+    events = await unless_left(request, context.engine.judge(conversations))
+    checked: list[Checked] = []
+    for index, (event, turns) in enumerate(zip(events, conversations, strict=True)):
         prompt: set[Side] = {"input"} if is_prompt_known else set()
         response: set[Side] = {"output"} if is_answered(turns) else set()
-        decided = asked.enforcement.on_check(event, turns, prompt | response)
-        _require_short(decided, asked.enforcement.rules, reporter, index)
-        verdicts = reporter.required(decided, has_response=is_answered(turns))
-        found.append(Checked(verdicts, event.tokens))
-    return found
-
-
-def _require_short(
-    decided: PromptJudged, rules: Sequence[BoundRule], reporter: Reporter, index: int
-) -> None:
-    chosen = {probe.name for probe in reporter.probes} & set(decided.too_long)
-    for rule in rules:
-        if rule.name in chosen:
-            raise RequestError(
-                f"Text {index} of those judged, counted from 0, has {decided.tokens} tokens, but "
-                f"probe '{rule.name}' may judge at most {rule.rule.max_tokens}. Shorten it, or "
-                "ask other probes.",
-                code="verdict_failed",
-            )
+        decisions = check_decisions(rules, event, prompt | response)
+        context.observer.text(turns).check(event, decisions)
+        _require_short(report.chosen(decisions), index, event.tokens)
+        verdicts = report.required(decisions, has_response=is_answered(turns))
+        checked.append(Checked(verdicts, event.tokens))
+    return checked
 
 
 def as_user(text: str) -> list[Message]:
@@ -112,15 +100,20 @@ def as_user(text: str) -> list[Message]:
     return [Message("user", text)]
 
 
-def is_answered(turns: Turns) -> bool:
+def is_answered(turns: Sequence[Message]) -> bool:
     """Whether the last turn is the assistant's and says something that can be judged."""
     return bool(turns) and turns[-1].role == "assistant" and bool(turns[-1].content)
 
 
-# Clients send OpenAI's own names by default; here they mean: every probe.
-_OPENAI_MODELS = ("omni-moderation-", "text-moderation-")
-
-moderations_router = APIRouter(route_class=JsonRoute)
+def _require_short(decisions: Sequence[Decision], index: int, tokens: int) -> None:
+    for decision in decisions:
+        if decision.is_too_long:
+            raise RequestError(
+                f"Text {index} of those judged, counted from 0, has {tokens} tokens, but probe "
+                f"'{decision.rule.name}' may judge at most {decision.rule.rule.max_tokens}. "
+                "Shorten it, or ask other probes.",
+                code="verdict_failed",
+            )
 
 
 class ModerationResult(Categories):
@@ -137,28 +130,25 @@ class ModerationResponse(BaseModel):
     results: list[ModerationResult]
 
 
-@moderations_router.post("/v1/moderations")
-async def moderations_create(
+@router.post("/v1/moderations", name="create")
+async def moderate(
     body: ModerationRequest, request: Request, context: InContext
 ) -> ModerationResponse:
     """Each text is judged as a user's message, by the probes that read the prompt alone."""
     if body.model is not None and not body.model.startswith(_OPENAI_MODELS):
         context.require_model(body.model)
-    reporter = context.reporter(body.probes)
-    judged = await checked(request, context, reporter, [as_user(text) for text in body.input])
+    report = context.report(body.probes)
+    checked = await check(request, context, report, [as_user(text) for text in body.input])
     results = [
         ModerationResult(
-            **reporter.names.report(one.verdicts).model_dump(),
+            **categories(one.verdicts, report.names).model_dump(),
             sidelight=Extension(verdicts=[verdict_json(verdict) for verdict in one.verdicts]),
         )
-        for one in judged
+        for one in checked
     ]
     return ModerationResponse(
         id=f"modr-{uuid.uuid4().hex}", model=context.engine.model, results=results
     )
-
-
-classify_router = APIRouter(route_class=JsonRoute)
 
 
 class ClassifyRequest(StrictBody):
@@ -197,15 +187,13 @@ class ClassifyResponse(BaseModel):
     usage: ClassifyUsage
 
 
-@classify_router.post("/classify")
-async def classify_create(
-    body: ClassifyRequest, request: Request, context: InContext
-) -> ClassifyResponse:
-    """Each text is judged as a user's message."""
-    probe = _probe(body, context)
-    conversations = [as_user(text) for text in body.input]
-    judged = await checked(request, context, context.reporter([probe.name]), conversations)
-    tokens = sum(one.tokens for one in judged)
+@router.post("/classify", name="create")
+async def classify(body: ClassifyRequest, request: Request, context: InContext) -> ClassifyResponse:
+    """Each text is judged as a user's message, as by a classification model of vLLM."""
+    report = _classifier(body, context)
+    (probe,) = report.probes
+    checked = await check(request, context, report, [as_user(text) for text in body.input])
+    tokens = sum(one.tokens for one in checked)
     data = [
         Classification(
             index=index,
@@ -213,7 +201,7 @@ async def classify_create(
             probs=[verdict.probabilities[label] for label in probe.task.labels],
             num_classes=len(probe.task.labels),
         )
-        for index, (verdict,) in enumerate(one.verdicts for one in judged)
+        for index, (verdict,) in enumerate(one.verdicts for one in checked)
     ]
     return ClassifyResponse(
         id=f"classify-{uuid.uuid4().hex}",
@@ -224,25 +212,23 @@ async def classify_create(
     )
 
 
-def _probe(body: ClassifyRequest, context: Context) -> Probe:
+def _classifier(body: ClassifyRequest, context: Context) -> Report:
+    """A report on the one probe that is asked for."""
     names = [probe.name for probe in context.probes]
     chosen = body.probes
     if body.model in names and body.model != context.engine.model:
         chosen = [body.model] if chosen is None else chosen
     elif body.model is not None:
         context.require_model(body.model)
-    probes = context.reporter(chosen).probes
-    if len(probes) != 1:
+    report = context.report(chosen)
+    if len(report.probes) != 1:
         raise RequestError(
-            f"One probe classifies at a time, got {len(probes)}. Name it as 'model'. "
+            f"One probe classifies at a time, got {len(report.probes)}. Name it as 'model'. "
             f"Known: {', '.join(sorted(names)) or 'none'}.",
             code="probe_not_chosen",
             param="model",
         )
-    return probes[0]
-
-
-guardrail_router = APIRouter(route_class=JsonRoute)
+    return report
 
 
 class GuardrailParameters(StrictBody):
@@ -263,10 +249,6 @@ class ToolCall(StrictBody):
 
     function: CalledFunction
 
-    def as_text(self) -> str:
-        """Name and arguments, as lines."""
-        return "\n".join(part for part in (self.function.name, self.function.arguments) if part)
-
 
 class GuardrailRequest(StrictBody):
     """Texts and tool calls of a request or of its response.
@@ -282,7 +264,8 @@ class GuardrailRequest(StrictBody):
 
     def said(self) -> list[str]:
         """What is judged: the texts, then the calls. In an empty one there is nothing to judge."""
-        calls = [call.as_text() for call in self.tool_calls or ()]
+        functions = [call.function for call in self.tool_calls or ()]
+        calls = ["\n".join(filter(None, (f.name, f.arguments))) for f in functions]
         return [text for text in (*(self.texts or ()), *calls) if text]
 
 
@@ -294,49 +277,36 @@ class GuardrailResponse(BaseModel):
     sidelight: Extension
 
 
-@guardrail_router.post("/beta/litellm_basic_guardrail_api")
-async def guardrail_create(
-    body: GuardrailRequest, request: Request, context: InContext
-) -> GuardrailResponse:
+@router.post("/beta/litellm_basic_guardrail_api", name="create")
+async def guard(body: GuardrailRequest, request: Request, context: InContext) -> GuardrailResponse:
     """Those of a request are judged as user's messages, of a response as answers to no question.
 
     The answer has no ``texts``: a proxy keeps its own.
     """
     parameters = body.additional_provider_specific_params or GuardrailParameters()
-    reporter = context.reporter(parameters.probes)
+    report = context.report(parameters.probes)
     is_response = body.input_type == "response"
     if is_response:
-        reporter = _on_responses(reporter)
-    conversations = [_answer(text) if is_response else as_user(text) for text in body.said()]
-    judged = await checked(
-        request, context, reporter, conversations, is_prompt_known=not is_response
-    )
-    verdicts = [verdict for one in judged for verdict in one.verdicts]
+        late = [probe for probe in report.probes if probe.reads.includes_response]
+        if not late:
+            raise RequestError(
+                "No chosen probe reads a response, so it cannot be judged. Load such a probe, or "
+                "use this guardrail in mode pre_call only.",
+                code="no_response_probe",
+            )
+        report = replace(report, probes=late)
+    conversations = [
+        [*as_user(""), Message("assistant", text)] if is_response else as_user(text)
+        for text in body.said()
+    ]
+    checked = await check(request, context, report, conversations, is_prompt_known=not is_response)
+    verdicts = [verdict for one in checked for verdict in one.verdicts]
     flagged = list(dict.fromkeys(v.probe for v in verdicts if v.flagged))
     return GuardrailResponse(
         action="BLOCKED" if flagged else "NONE",
         blocked_reason=f"Flagged by {', '.join(flagged)}." if flagged else None,
         sidelight=Extension(verdicts=[verdict_json(verdict) for verdict in verdicts]),
     )
-
-
-def _answer(text: str) -> list[Message]:
-    return [*as_user(""), Message("assistant", text)]
-
-
-def _on_responses(reporter: Reporter) -> Reporter:
-    """On those of its probes that read a response."""
-    if not reporter.reads_response:
-        raise RequestError(
-            "No chosen probe reads a response, so it cannot be judged. Load such a probe, or use "
-            "this guardrail in mode pre_call only.",
-            code="no_response_probe",
-        )
-    late = [probe for probe in reporter.probes if probe.reads.includes_response]
-    return replace(reporter, probes=late)
-
-
-tokenize_router = APIRouter(route_class=JsonRoute)
 
 
 class TokenizeRequest(StrictBody):
@@ -370,9 +340,9 @@ class TokenizeResponse(BaseModel):
     token_strs: list[str] | None
 
 
-@tokenize_router.post("/tokenize")
-async def tokenize_create(body: TokenizeRequest, context: InContext) -> TokenizeResponse:
-    """Nothing is run through the model."""
+@router.post("/tokenize", name="create")
+async def tokenize(body: TokenizeRequest, context: InContext) -> TokenizeResponse:
+    """A prompt or conversation as the model reads it; nothing is run through the model."""
     if body.model is not None:
         context.require_model(body.model)
     tokens = await context.engine.tokenize(body.conversation())

@@ -1,50 +1,27 @@
-"""What the endpoints share: the engine, its metrics, and the choice of probes."""
+"""What the endpoints share: the engine, its probes and their rules, and the limits of a request."""
 
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated
 
 from fastapi import Depends, Request
 
-from sidelight.engines.base import Engine, Event, Finished, PromptJudged, Sampling
+from sidelight.engines.base import Engine, Sampling
 from sidelight.errors import did_you_mean
+from sidelight.policy.enforcement import Enforcement, Passed
+from sidelight.policy.overrides import PolicyOverrides, tightened
+from sidelight.policy.rules import BoundRule
 from sidelight.probe import Probe
 from sidelight.prompts import Conversation
 from sidelight.server.config import ServerLimits
 from sidelight.server.connections import Drain
-from sidelight.server.enforcement import Enforcement, PolicyOverrides, tightened
 from sidelight.server.errors import RequestError
 from sidelight.server.metrics import Metrics
 from sidelight.server.observe import AuditLog, Observer
 from sidelight.server.probes import ProbeRegistry
-from sidelight.server.report import CategoryNames, Reporter, header
-
-
-@dataclass(frozen=True)
-class RequestContext:
-    """What a request wants to know, and the rules it runs under.
-
-    Attributes:
-        reporter: Writes the verdicts that the client is told.
-        enforcement: Lets through what the policy lets through.
-        is_prompt_known: Whether this is one more text of a prompt whose judgement is recorded.
-    """
-
-    reporter: Reporter
-    enforcement: Enforcement
-    is_prompt_known: bool = False
-
-    def headers(
-        self, prompts: Sequence[PromptJudged], finished: Sequence[Finished] = ()
-    ) -> Mapping[str, str]:
-        """Those of the answer: verdicts, and marks for a gateway."""
-        sides = [self.reporter.side(event) for event in (*prompts, *finished)]
-        return {**header(*sides), **self.enforcement.marks(prompts, finished)}
-
-    def for_another_text(self) -> "RequestContext":
-        """The same for one more text of a prompt, whose judgement is recorded already."""
-        return replace(self, is_prompt_known=True)
+from sidelight.server.report import Report, category_names
 
 
 @dataclass(frozen=True)
@@ -55,7 +32,7 @@ class Context:
         engine: What answers.
         registry: Its probes and their rules.
         limits: How much a request may take.
-        observer: Of the request that is served.
+        observer: Takes note of the current request.
         drain: Whether the server is about to stop.
         started_at: Unix time.
     """
@@ -80,32 +57,63 @@ class Context:
         """The probes that clients hear of; to be read anew in every request."""
         return self.registry.visible
 
-    def asked(
-        self, names: Sequence[str] | None, overrides: PolicyOverrides | None = None
-    ) -> RequestContext:
-        """A request about these probes; None: all. Whatever may block it is reported too.
+    def report(self, names: Sequence[str] | None) -> Report:
+        """A report on the probes that a request names; None: on all.
+
+        Raises:
+            RequestError: An unknown name; a probe that does not run must not pass unnoticed.
+        """
+        loaded = {probe.name: probe for probe in self.probes}
+        chosen = list(loaded) if names is None else list(dict.fromkeys(names))
+        for name in chosen:
+            if name not in loaded:
+                raise RequestError(
+                    f"Unknown probe '{name}'.{did_you_mean(name, loaded)}",
+                    code="probe_not_found",
+                    param="probes",
+                )
+        probes = [loaded[name] for name in chosen]
+        return Report(self.engine.model, probes, category_names(self.probes))
+
+    def rules(
+        self, names: Sequence[str] | None, overrides: PolicyOverrides
+    ) -> tuple[Report, tuple[BoundRule, ...]]:
+        """The rules of a request, and a report on the probes that it names or that may block it.
 
         Together with ``generate`` it has to run without an ``await`` in between: then no probe
         can be loaded that it does not know.
 
         Raises:
-            RequestError: An unknown probe, or a wish that is looser than the policy.
+            RequestError: An unknown probe.
+            PolicyError: An override is looser than the policy, or would have no effect.
         """
-        reporter = self.reporter(names)
-        chosen = [probe.name for probe in reporter.probes]
-        rules = tightened(self.registry.rules, chosen, overrides or PolicyOverrides())
-        blocking = [rule.name for rule in rules if rule.is_blocking]
-        self.observer.trace.model = self.engine.model
-        enforcement = Enforcement(rules, self.registry.timeout_s, self.observer)
-        return RequestContext(self.reporter([*chosen, *blocking]), enforcement)
+        chosen = [probe.name for probe in self.report(names).probes]
+        rules = tightened(self.registry.rules, chosen, overrides)
+        blocking = [bound.name for bound in rules if bound.is_blocking]
+        return self.report([*chosen, *blocking]), rules
 
     def generate(
-        self, messages: Conversation, sampling: Sampling, asked: RequestContext
-    ) -> AsyncGenerator[Event, None]:
-        """The events of an answer under the policy."""
-        rules = asked.enforcement
-        events = self.engine.generate(messages, sampling, watch=rules.watch, admits=rules.admits)
-        return rules.guard(events, messages, is_prompt_known=asked.is_prompt_known)
+        self,
+        prompt: Conversation,
+        sampling: Sampling,
+        rules: Sequence[BoundRule],
+        *,
+        is_prompt_known: bool,
+    ) -> AsyncGenerator[Passed, None]:
+        """What goes out of one answer under these rules.
+
+        Args:
+            prompt: What is answered.
+            sampling: How to write.
+            rules: Of the request.
+            is_prompt_known: Whether this is one more text of a prompt whose decisions have been
+                recorded.
+        """
+        self.observer.trace.model = self.engine.model
+        observe = partial(self.observer.text, prompt, is_prompt_known=is_prompt_known)
+        policy = Enforcement(rules, observe, timeout_s=self.registry.timeout_s)
+        events = self.engine.generate(prompt, sampling, watch=policy.watch, admits=policy.admits)
+        return policy.guard(events)
 
     def require_model(self, name: str) -> None:
         """Checks that a request asks for the served model.
@@ -139,8 +147,8 @@ class Context:
         count = n * len(texts)
         if count > self.limits.batch_items:
             raise RequestError(
-                f"{count} texts in one request, and {self.limits.batch_items} may be. Send them "
-                "in several requests.",
+                f"Too many inputs: got {count}, the limit is {self.limits.batch_items}. Split the "
+                "request.",
                 code="too_many_inputs",
             )
         limit = self.limits.request_tokens
@@ -153,50 +161,13 @@ class Context:
         tokens = n * (sum(read) + sum(written))
         if tokens > limit:
             raise RequestError(
-                f"The request may take {tokens} tokens, read and written, and {limit} are allowed. "
-                "Shorten it, or ask for fewer with max_tokens.",
+                f"Too many tokens: the request may take {tokens}, read and written, the limit is "
+                f"{limit}. Shorten it, or ask for fewer with max_tokens.",
                 code="request_too_large",
             )
 
-    def reporter(self, names: Sequence[str] | None) -> Reporter:
-        """Reports on the probes that a request names; None: on all.
 
-        Raises:
-            RequestError: An unknown name; a probe that does not run must not pass unnoticed.
-        """
-        loaded = {probe.name: probe for probe in self.probes}
-        for name in names or ():
-            if name not in loaded:
-                raise RequestError(
-                    f"Unknown probe '{name}'.{did_you_mean(name, loaded)}",
-                    code="probe_not_found",
-                    param="probes",
-                )
-        probes = (
-            list(loaded.values()) if names is None else [loaded[n] for n in dict.fromkeys(names)]
-        )
-        return Reporter(self.engine.model, probes, self.names)
-
-    @property
-    def names(self) -> CategoryNames:
-        """The categories of all probes that clients hear of."""
-        return CategoryNames.of(self.probes)
-
-    def require_prompt_probe(self, probes: Sequence[Probe]) -> None:
-        """Checks that a bare text can be judged: an empty answer would look harmless.
-
-        Raises:
-            RequestError: All of the probes wait for a response.
-        """
-        if all(probe.reads.includes_response for probe in probes):
-            raise RequestError(
-                "No chosen probe reads a prompt alone, so a text by itself cannot be judged. Load "
-                "such a probe, or use /v1/chat/completions.",
-                code="no_prompt_probe",
-            )
-
-
-def _context(request: Request) -> Context:
+async def _context(request: Request) -> Context:
     context: Context = request.app.state.context
     return replace(context, observer=context.observer.of(request))
 

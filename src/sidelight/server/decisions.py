@@ -1,48 +1,36 @@
-"""Questions that a client puts to the probes by name, answered or refused; never guessed.
+"""Questions that a client puts to the probes by name about one text, which is read once.
 
-Questions put to the probes about one text, which is read once.
-
-``POST /v1/decisions``: OpenAI's questions about a text, each answered by the probe it names.
-
-``POST /v1/systemone``: the questions of vLLM's structured decisions, answered by probes.
+A question is answered by the probe that it names, or refused; never guessed. ``/v1/decisions`` has
+OpenAI's questions, ``/v1/systemone`` those of vLLM's structured decisions.
 """
 
 import json
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, BeforeValidator, Field, StrictBool, StrictStr
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictStr
 
+from sidelight.policy.decisions import by_probe
+from sidelight.policy.enforcement import require_trusted_turns
 from sidelight.probe import Probe
 from sidelight.prompts import Message
-from sidelight.server.checks import as_user, checked, is_answered
+from sidelight.server.checks import as_user, check, is_answered
 from sidelight.server.context import Context, InContext
-from sidelight.server.enforcement import require_read
 from sidelight.server.errors import RequestError
-from sidelight.server.report import CategoryNames
+from sidelight.server.report import CategoryNames, category_names
 from sidelight.server.schemas import FIRST_ERROR, JsonRoute, Listed, Name, Named, StrictBody
 from sidelight.types import Verdict
 
+_MAX_QUESTIONS = 400
+_MAX_CHOICES = 255
+
 Value = str | bool
 
-
-@dataclass(frozen=True)
-class Choice:
-    """An answer to a question with given choices.
-
-    Attributes:
-        value: What the probe chose.
-        confidence: Its probability.
-        probabilities: Of each value, in the order of the question.
-    """
-
-    value: Value
-    confidence: float
-    probabilities: tuple[float, ...]
+router = APIRouter(route_class=JsonRoute)
 
 
 @dataclass(frozen=True)
@@ -53,110 +41,79 @@ class Findings:
         probes: The loaded probes.
         names: Their categories.
         verdicts: On the text; a probe without one cannot answer.
+        tokens: Tokens read; 0 where no question names a probe that can judge the text.
     """
 
     probes: Mapping[str, Probe]
     names: CategoryNames
-    verdicts: Mapping[str, Verdict]
+    verdicts: Mapping[str, Verdict] = field(default_factory=dict[str, Verdict])
+    tokens: int = 0
 
-    @classmethod
-    def of(
-        cls, probes: Iterable[Probe], names: CategoryNames, verdicts: Iterable[Verdict]
-    ) -> "Findings":
-        """By name."""
-        by_name = {probe.name: probe for probe in probes}
-        return cls(by_name, names, {verdict.probe: verdict for verdict in verdicts})
+    def meaning(self, name: str | None) -> tuple[str, str] | None:
+        """The probe and the label whose probability ``name`` asks for.
+
+        That is the positive label of a binary probe, or a category of any probe.
+        """
+        probe = self.probes.get(name or "")
+        if probe is not None and probe.task.kind == "binary":
+            return probe.name, probe.task.labels[1]
+        labels = (
+            (by_probe, label)
+            for by_probe, categories in self.names.items()
+            for label, category in categories.items()
+            if category == name
+        )
+        return next(labels, None)
 
     def probability(self, name: str | None) -> float | None:
-        """Of the class that ``name`` means: a binary probe, or a category of any probe."""
-        meant = self._meant(name)
-        if meant is None or meant[0] not in self.verdicts:
-            return None
-        probe, label = meant
-        return self.verdicts[probe].probabilities[label]
+        """Of the label that ``name`` means."""
+        probe, label = self.meaning(name) or ("", "")
+        return self.verdicts[probe].probabilities[label] if probe in self.verdicts else None
 
-    def choice(self, name: str | None, values: Sequence[Value]) -> Choice | None:
-        """Of probe ``name`` among ``values``, which have to be exactly its labels.
+    def choice(
+        self, name: str | None, values: Sequence[Value]
+    ) -> tuple[Value, dict[Value, float]] | None:
+        """What probe ``name`` chooses among ``values``, and the probability of each.
 
-        A binary probe also takes ``true`` for its positive label and ``false`` for the other.
+        The values have to be exactly its labels. A binary probe also takes ``true`` for its
+        positive label and ``false`` for the other.
         """
         verdict = self.verdicts.get(name or "")
         if verdict is None or self.probes[verdict.probe].task.kind == "multilabel":
             return None
-        labels = [self._label(verdict.probe, value) for value in values]
+        task = self.probes[verdict.probe].task
+        of_bool = task.labels if task.kind == "binary" else ("", "")
+        labels = [value if isinstance(value, str) else of_bool[value] for value in values]
         if sorted(labels) != sorted(verdict.probabilities):
             return None
-        return Choice(
-            value=values[labels.index(verdict.label)],
-            confidence=verdict.probabilities[verdict.label],
-            probabilities=tuple(verdict.probabilities[label] for label in labels),
-        )
-
-    def asked(self, names: Iterable[str | None]) -> list[str]:
-        """The loaded probes that these names mean."""
-        meant = [self._meant(name) for name in names]
-        found = [name for name in names if name in self.probes]
-        return list(dict.fromkeys([*(m[0] for m in meant if m), *(n for n in found if n)]))
-
-    def _meant(self, name: str | None) -> tuple[str, str] | None:
-        """The probe and the label whose probability ``name`` asks for."""
-        probe = self.probes.get(name or "")
-        if probe is not None and probe.task.kind == "binary":
-            return probe.name, probe.task.labels[1]
-        for by_probe, categories in self.names.by_probe.items():
-            for label, category in categories.items():
-                if category == name:
-                    return by_probe, label
-        return None
-
-    def _label(self, probe: str, value: Value) -> str:
-        labels = self.probes[probe].task.labels
-        if isinstance(value, str):
-            return value
-        return labels[int(value)] if self.probes[probe].task.kind == "binary" else ""
-
-
-@dataclass(frozen=True)
-class Found:
-    """What was found, and what it cost.
-
-    Attributes:
-        findings: The verdicts, by the names that questions use.
-        tokens: Tokens read; 0 where no question names a probe that can judge the text.
-    """
-
-    findings: Findings
-    tokens: int
+        chosen = values[labels.index(verdict.label)]
+        return chosen, {
+            value: verdict.probabilities[label] for value, label in zip(values, labels, strict=True)
+        }
 
 
 async def find(
     request: Request, context: Context, turns: Sequence[Message], names: Sequence[str | None]
-) -> Found:
+) -> Findings:
     """Judges the conversation by the probes that ``names`` mean; others are not reported.
 
     Raises:
-        RequestError: The policy refuses how it begins.
+        PolicyError: The policy refuses how the conversation begins.
     """
-    require_read([turns], context.registry.policy)
-    blank = Findings.of(context.probes, context.names, ())
-    can_judge = {
-        probe.name
-        for probe in context.probes
-        if not probe.reads.includes_response or is_answered(turns)
-    }
-    asked = [name for name in blank.asked(names) if name in can_judge]
-    if not asked:
-        return Found(blank, tokens=0)
-    reporter = context.reporter(asked)
-    (found,) = await checked(request, context, reporter, [turns])
-    findings = Findings.of(context.probes, context.names, found.verdicts)
-    return Found(findings, found.tokens)
-
-
-_MAX_QUESTIONS = 400
-_MAX_CHOICES = 255
-
-decisions_router = APIRouter(route_class=JsonRoute)
+    require_trusted_turns(context.registry.policy, [turns])
+    probes = {probe.name: probe for probe in context.probes}
+    blank = Findings(probes, category_names(context.probes))
+    meant = [meaning[0] for name in names if (meaning := blank.meaning(name))]
+    named = [name for name in names if name in probes]
+    chosen = [
+        name
+        for name in dict.fromkeys([*meant, *named])
+        if name and (is_answered(turns) or not probes[name].reads.includes_response)
+    ]
+    if not chosen:
+        return blank
+    (checked,) = await check(request, context, context.report(chosen), [turns])
+    return replace(blank, verdicts=by_probe(checked.verdicts), tokens=checked.tokens)
 
 
 class InputPart(StrictBody):
@@ -254,8 +211,14 @@ class ChoiceProbability(BaseModel):
     probability: float
 
 
-class DecisionsChoiceAnswer(BaseModel):
+# Four answers are listed in the API's description under longer names, which clients may be
+# generated from: the name that a class is listed under is its ``__qualname__``.
+
+
+class ChoiceAnswer(BaseModel):
     """The probe's label, and the probability of each."""
+
+    __qualname__ = "sidelight__server__endpoints__decisions__ChoiceAnswer"
 
     type: Literal["choice"] = "choice"
     name: str | None
@@ -264,8 +227,10 @@ class DecisionsChoiceAnswer(BaseModel):
     confidence: float
 
 
-class DecisionsRefusal(BaseModel):
+class Refusal(BaseModel):
     """No loaded probe answers this question on this text."""
+
+    __qualname__ = "sidelight__server__endpoints__decisions__Refusal"
 
     type: Literal["refusal"] = "refusal"
     name: str | None
@@ -298,61 +263,46 @@ class DecisionResponse(BaseModel):
     """Answers in the order of the questions."""
 
     model: str
-    answers: list[PredicateAnswer | DecisionsChoiceAnswer | DecisionsRefusal]
+    answers: list[PredicateAnswer | ChoiceAnswer | Refusal]
     usage: DecisionUsage
 
 
-@decisions_router.post("/v1/decisions")
-async def decisions_create(
-    body: DecisionRequest, request: Request, context: InContext
-) -> DecisionResponse:
+@router.post("/v1/decisions", name="create")
+async def decide(body: DecisionRequest, request: Request, context: InContext) -> DecisionResponse:
     """The input is read once, whatever the number of questions; a question names its probe."""
     context.require_model(body.model)
     turns = [message.as_message() for message in body.input]
-    found = await find(request, context, turns, [q.name for q in body.questions])
+    findings = await find(request, context, turns, [q.name for q in body.questions])
     return DecisionResponse(
         model=body.model,
-        answers=[_decisions_answer(question, found.findings) for question in body.questions],
-        usage=DecisionUsage(input_tokens=found.tokens, total_tokens=found.tokens),
+        answers=[_answer(question, findings) for question in body.questions],
+        usage=DecisionUsage(input_tokens=findings.tokens, total_tokens=findings.tokens),
     )
 
 
-def _decisions_answer(
+def _answer(
     question: PredicateQuestion | ChoiceQuestion | ScoreQuestion, findings: Findings
-) -> PredicateAnswer | DecisionsChoiceAnswer | DecisionsRefusal:
-    match question:
-        case PredicateQuestion(name=name):
-            probability = findings.probability(name)
-            if probability is not None:
-                return PredicateAnswer(name=name, probability=probability)
-        case ChoiceQuestion(name=name, choices=choices):
-            values = [option.value for option in choices]
-            choice = findings.choice(name, values)
-            if choice is not None:
-                probabilities = [
-                    ChoiceProbability(value=value, probability=probability)
-                    for value, probability in zip(values, choice.probabilities, strict=True)
-                ]
-                return DecisionsChoiceAnswer(
-                    name=name,
-                    choice=choice.value,
-                    probabilities=probabilities,
-                    confidence=choice.confidence,
-                )
-        case ScoreQuestion():
-            pass
-    return DecisionsRefusal(name=question.name)
-
-
-_Type = Literal["choice", "noul", "score"]
-
-systemone_router = APIRouter(route_class=JsonRoute)
+) -> PredicateAnswer | ChoiceAnswer | Refusal:
+    name = question.name
+    if isinstance(question, PredicateQuestion):
+        probability = findings.probability(name)
+        if probability is not None:
+            return PredicateAnswer(name=name, probability=probability)
+    if isinstance(question, ChoiceQuestion):
+        found = findings.choice(name, [option.value for option in question.choices])
+        if found is not None:
+            chosen, by_value = found
+            each = [ChoiceProbability(value=v, probability=p) for v, p in by_value.items()]
+            return ChoiceAnswer(
+                name=name, choice=chosen, probabilities=each, confidence=by_value[chosen]
+            )
+    return Refusal(name=name)
 
 
 class SystemOneQuestion(StrictBody):
     """``noul`` asks yes or no, ``choice`` for one of the names in ``criteria``."""
 
-    type: _Type
+    type: Literal["choice", "noul", "score"]
     instructions: Any = ""
     criteria: dict[str, Any] | list[Any] | None = None
 
@@ -368,6 +318,22 @@ class SystemOneRequest(StrictBody):
     audio: Listed[str] | None = Field(None, max_length=0, description="Not read.")
     videos: Listed[str] | None = Field(None, max_length=0, description="Not read.")
 
+    def text(self) -> str:
+        """The state as it is judged.
+
+        Raises:
+            RequestError: It has a number that no float holds.
+        """
+        if isinstance(self.state, str):
+            return self.state
+        try:
+            # One line: indented, a body of deep lists would be two hundred times as long.
+            return json.dumps(self.state, ensure_ascii=False, allow_nan=False)
+        except ValueError as error:
+            raise RequestError(
+                "A number in 'state' is too large for a float. Write it as a text.", param="state"
+            ) from error
+
 
 class NoulAnswer(BaseModel):
     """The probability of yes."""
@@ -378,8 +344,11 @@ class NoulAnswer(BaseModel):
     confidence: float
 
 
-class SystemoneChoiceAnswer(BaseModel):
+class SystemOneChoice(BaseModel):
     """The probe's label, and the probability of each."""
+
+    __qualname__ = "sidelight__server__endpoints__systemone__ChoiceAnswer"
+    model_config = ConfigDict(title="ChoiceAnswer")
 
     type: Literal["choice"] = "choice"
     choice: str
@@ -387,8 +356,11 @@ class SystemoneChoiceAnswer(BaseModel):
     confidence: float
 
 
-class SystemoneRefusal(BaseModel):
+class SystemOneRefusal(BaseModel):
     """No loaded probe answers this question."""
+
+    __qualname__ = "sidelight__server__endpoints__systemone__Refusal"
+    model_config = ConfigDict(title="Refusal")
 
     type: Literal["refusal"] = "refusal"
 
@@ -414,63 +386,48 @@ class SystemOneResponse(BaseModel):
     object: Literal["structured_decision"] = "structured_decision"
     created: int
     model: str
-    answers: dict[str, NoulAnswer | SystemoneChoiceAnswer | SystemoneRefusal]
+    answers: dict[str, NoulAnswer | SystemOneChoice | SystemOneRefusal]
     usage: SystemOneUsage
     diagnostics: dict[str, Diagnostics]
 
 
-@systemone_router.post("/v1/systemone")
-async def systemone_create(
+@router.post("/v1/systemone", name="create")
+async def decide_state(
     body: SystemOneRequest, request: Request, context: InContext
 ) -> SystemOneResponse:
     """The state is read once, as a user's message."""
     if body.model is not None:
         context.require_model(body.model)
-    turns = as_user(_as_text(body.state))
-    found = await find(request, context, turns, list(body.questions))
-    answers = {
-        name: _systemone_answer(name, q, found.findings) for name, q in body.questions.items()
-    }
+    findings = await find(request, context, as_user(body.text()), list(body.questions))
+    answers = {name: _of_state(name, own, findings) for name, own in body.questions.items()}
     return SystemOneResponse(
         id=f"decision-{uuid.uuid4().hex}",
         created=int(time.time()),
         model=context.engine.model,
         answers=answers,
-        usage=SystemOneUsage(input_tokens=found.tokens),
+        usage=SystemOneUsage(input_tokens=findings.tokens),
         diagnostics={
             name: Diagnostics()
-            for name, a in answers.items()
-            if not isinstance(a, SystemoneRefusal)
+            for name, answer in answers.items()
+            if not isinstance(answer, SystemOneRefusal)
         },
     )
 
 
-def _as_text(state: Any) -> str:
-    if isinstance(state, str):
-        return state
-    try:
-        # One line: indented, a body of deep lists would be two hundred times as long.
-        return json.dumps(state, ensure_ascii=False, allow_nan=False)
-    except ValueError as error:
-        raise RequestError(
-            "A number in 'state' is too large for a float. Write it as a text.", param="state"
-        ) from error
-
-
-def _systemone_answer(
+def _of_state(
     name: str, question: SystemOneQuestion, findings: Findings
-) -> NoulAnswer | SystemoneChoiceAnswer | SystemoneRefusal:
+) -> NoulAnswer | SystemOneChoice | SystemOneRefusal:
     if question.type == "noul":
         yes = findings.probability(name)
         if yes is not None:
             both = {"yes": yes, "no": 1 - yes}
             return NoulAnswer(noul=yes, probabilities=both, confidence=max(both.values()))
     if question.type == "choice" and isinstance(question.criteria, dict):
-        values = list(question.criteria)
-        choice = findings.choice(name, values)
-        if choice is not None:
-            by_value = dict(zip(values, choice.probabilities, strict=True))
-            return SystemoneChoiceAnswer(
-                choice=str(choice.value), probabilities=by_value, confidence=choice.confidence
+        found = findings.choice(name, list(question.criteria))
+        if found is not None:
+            chosen = str(found[0])
+            by_value = {str(value): probability for value, probability in found[1].items()}
+            return SystemOneChoice(
+                choice=chosen, probabilities=by_value, confidence=by_value[chosen]
             )
-    return SystemoneRefusal()
+    return SystemOneRefusal()

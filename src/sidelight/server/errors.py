@@ -12,6 +12,8 @@ from starlette.requests import ClientDisconnect
 
 from sidelight.engines.base import EngineBusyError, EngineUnavailableError, GenerationError
 from sidelight.errors import ContextLengthError, SidelightError, VerdictError
+from sidelight.policy.decisions import PolicyError
+from sidelight.server.report import refusal_headers
 
 _RELOAD_S = 5
 # As nginx logs a client that left; nobody receives it.
@@ -33,6 +35,13 @@ _KINDS: dict[type[SidelightError], _Kind] = {
     EngineUnavailableError: _Kind(503, "server_error", "unavailable"),
     GenerationError: _Kind(500, "server_error", "generation_failed"),
     VerdictError: _Kind(500, "server_error", "verdict_failed"),
+}
+
+# By whose fault the policy refuses a request.
+_POLICY_KINDS = {
+    "request": _Kind(400, "invalid_request_error"),
+    "failed": _Kind(500, "server_error"),
+    "late": _Kind(504, "server_error"),
 }
 
 
@@ -76,12 +85,15 @@ def failure_body(error: SidelightError) -> dict[str, Any]:
     if isinstance(error, RequestError):
         return error.body
     kind = _kind(error)
+    if isinstance(error, PolicyError):
+        return error_body(str(error), type=kind.type, code=error.code, param=error.param)
     return error_body(str(error), type=kind.type, code=kind.code)
 
 
 def add_error_handlers(app: FastAPI) -> None:
     """Makes every failure of ``app`` answer in OpenAI's shape; ``RequestScope`` answers crashes."""
     app.exception_handler(RequestError)(_refused)
+    app.exception_handler(PolicyError)(_refused_by_policy)
     app.exception_handler(EngineBusyError)(_busy)
     app.exception_handler(EngineUnavailableError)(_unavailable)
     app.exception_handler(SidelightError)(_failed)
@@ -91,6 +103,8 @@ def add_error_handlers(app: FastAPI) -> None:
 
 
 def _kind(error: SidelightError) -> _Kind:
+    if isinstance(error, PolicyError):
+        return _POLICY_KINDS[error.fault]
     return next(_KINDS[base] for base in type(error).__mro__ if base in _KINDS)
 
 
@@ -100,6 +114,10 @@ def _answer(error: SidelightError, headers: Mapping[str, str] | None = None) -> 
 
 async def _refused(_request: Request, error: RequestError) -> Response:
     return JSONResponse(error.body, status_code=error.status, headers=error.headers)
+
+
+async def _refused_by_policy(_request: Request, error: PolicyError) -> Response:
+    return _answer(error, refusal_headers(error.decisions) if error.decisions else None)
 
 
 async def _busy(_request: Request, error: EngineBusyError) -> Response:

@@ -1,100 +1,43 @@
-"""Verdicts as moderation categories, the words that OpenAI's clients know.
+"""Decisions as clients and gateways see them.
 
-A chat completion's verdicts, in every form in which they reach a client.
-
-Clients drop what they do not know, each another part: so the same verdicts go into a header, the
-typed ``moderation`` field, one extension field, and the first delta of a stream.
+Each client drops other fields that it does not know, so the same verdicts go into a header, the
+typed ``moderation`` field, an extension field, and the first delta of a stream.
 """
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 from pydantic import BaseModel
 
-from sidelight.engines.base import Finished, PromptJudged, verdict_failure
+from sidelight.engines.base import verdict_failure
+from sidelight.policy.decisions import Decision
 from sidelight.probe import Probe
 from sidelight.types import Verdict
 
+VERDICTS_HEADER = "x-sidelight-verdicts"
+FLAGGED_HEADER = "x-sidelight-flagged"
+ROUTE_HEADER = "x-sidelight-route"
+# Proxies refuse answers whose headers pass 4 to 8 KiB in all.
+_MAX_HEADER_BYTES = 3072
+_HEADER_DIGITS = 6
 # Names of a positive class that say nothing: the probe's own name says more.
 _BARE_LABELS = frozenset({"1", "true", "yes"})
 
+# For each probe, its categories by label; a binary probe's negative label has none.
+CategoryNames = Mapping[str, Mapping[str, str]]
+
 
 class Categories(BaseModel):
-    """What one or more verdicts say, by category.
-
-    Attributes:
-        flagged: Whether any category is.
-        categories: Whether each is flagged.
-        category_scores: Its probability.
-        category_applied_input_types: What was read for it: always text.
-    """
+    """What verdicts say, by category: whether it is flagged, its score, and that text was read."""
 
     flagged: bool
     categories: dict[str, bool]
     category_scores: dict[str, float]
     category_applied_input_types: dict[str, list[str]]
-
-
-@dataclass(frozen=True)
-class CategoryNames:
-    """The category of each probe's labels: only what a loaded probe covers has one.
-
-    Attributes:
-        by_probe: For each probe, its categories by label; a binary probe's negative label has none.
-    """
-
-    by_probe: Mapping[str, Mapping[str, str]]
-
-    @classmethod
-    def of(cls, probes: Sequence[Probe]) -> "CategoryNames":
-        """Bare names where they are unique, ``probe/name`` where probes share one."""
-        bare = {probe.name: _bare_names(probe) for probe in probes}
-        uses = Counter(name for names in bare.values() for name in names.values())
-        return cls(
-            {
-                probe: {
-                    label: name if uses[name] == 1 else f"{probe}/{name}"
-                    for label, name in names.items()
-                }
-                for probe, names in bare.items()
-            }
-        )
-
-    def report(self, verdicts: Sequence[Verdict]) -> Categories:
-        """All categories of these verdicts.
-
-        A multi-class verdict is never flagged, so neither are its categories: its label is in the
-        scores and in the ``sidelight`` field.
-        """
-        scores: dict[str, float] = {}
-        flags: dict[str, bool] = {}
-        for verdict in verdicts:
-            for label, category in self.by_probe[verdict.probe].items():
-                scores[category] = verdict.probabilities[label]
-                flags[category] = verdict.flagged and label in verdict.labels
-        return Categories(
-            flagged=any(verdict.flagged for verdict in verdicts),
-            categories=flags,
-            category_scores=scores,
-            category_applied_input_types={category: ["text"] for category in scores},
-        )
-
-
-def _bare_names(probe: Probe) -> dict[str, str]:
-    labels = probe.task.labels
-    if probe.task.kind != "binary":
-        return {label: label for label in labels}
-    positive = labels[1]
-    return {positive: probe.name if positive.lower() in _BARE_LABELS else positive}
-
-
-HEADER = "x-sidelight-verdicts"
-# Proxies refuse answers whose headers pass 4 to 8 KiB in all.
-_MAX_HEADER_BYTES = 3072
-_HEADER_DIGITS = 6
 
 
 class Extension(BaseModel):
@@ -104,123 +47,131 @@ class Extension(BaseModel):
 
 
 @dataclass(frozen=True)
-class SideReport:
-    """The verdicts of the probes that are judged at one point.
-
-    Attributes:
-        verdicts: Of the chosen probes.
-        failed: The chosen probes that gave none.
-        too_long: Those of the failed that may not judge so long a text.
-    """
-
-    verdicts: tuple[Verdict, ...] = ()
-    failed: tuple[str, ...] = ()
-    too_long: tuple[str, ...] = ()
-
-    @property
-    def failure(self) -> str:
-        """Why verdicts are missing."""
-        other = [name for name in self.failed if name not in self.too_long]
-        reasons = [str(verdict_failure(other))] if other else []
-        if self.too_long:
-            reasons.append(
-                f"No verdict from {', '.join(self.too_long)}: the text is longer than the policy "
-                "lets them judge. Treat the text as not judged."
-            )
-        return " ".join(reasons)
-
-
-@dataclass(frozen=True)
-class Reporter:
-    """Writes reports on the chosen probes.
+class Report:
+    """What a client is told of the probes that it chose.
 
     Attributes:
         model: The served model's name.
         probes: The chosen probes.
-        names: Categories of all loaded probes.
+        names: Categories of all probes that clients hear of.
     """
 
     model: str
     probes: Sequence[Probe]
     names: CategoryNames
 
-    def side(self, event: PromptJudged | Finished) -> SideReport:
-        """What the event says of the chosen probes."""
-        chosen = {probe.name for probe in self.probes}
-        return SideReport(
-            tuple(verdict for verdict in event.verdicts if verdict.probe in chosen),
-            tuple(name for name in event.failed if name in chosen),
-            tuple(name for name in event.too_long if name in chosen),
-        )
-
-    def required(self, event: PromptJudged, *, has_response: bool) -> tuple[Verdict, ...]:
-        """The verdicts of the chosen probes.
-
-        Args:
-            event: What was said of the text.
-            has_response: Whether the probes that read a response had one.
-
-        Raises:
-            VerdictError: One of them gave none.
-        """
-        side = self.side(event)
-        told = {verdict.probe for verdict in side.verdicts}
-        # One that was unloaded since the request began has said nothing, and is not among the
-        # failed.
-        silent = [
-            probe.name
-            for probe in self.probes
-            if probe.name not in told and (has_response or not probe.reads.includes_response)
-        ]
-        if silent:
-            raise verdict_failure(silent)
-        return side.verdicts
-
     @property
     def reads_response(self) -> bool:
         """Whether a chosen probe has to wait for the response."""
         return any(probe.reads.includes_response for probe in self.probes)
 
-    def moderation(self, prompt: SideReport, response: SideReport | None) -> dict[str, Any]:
+    def chosen(self, decisions: Iterable[Decision]) -> list[Decision]:
+        """Those of the chosen probes."""
+        names = {probe.name for probe in self.probes}
+        return [decision for decision in decisions if decision.rule.name in names]
+
+    def extension(self, decisions: Iterable[Decision]) -> dict[str, Any]:
+        """The ``sidelight`` field: every verdict, and an entry with ``error`` for a failed one."""
+        chosen = self.chosen(decisions)
+        verdicts = [verdict_json(d.verdict) for d in chosen if d.verdict is not None]
+        failed = dict.fromkeys(d.rule.name for d in chosen if d.verdict is None)
+        return {"verdicts": [*verdicts, *map(_failure_json, failed)]}
+
+    def headers(self, decisions: Sequence[Decision]) -> dict[str, str]:
+        """Those of an answer: verdicts, and marks for a gateway."""
+        return {**_verdict_header(self.chosen(decisions)), **_marks(decisions)}
+
+    def moderation(
+        self, prompt: Iterable[Decision], response: Iterable[Decision] | None
+    ) -> dict[str, Any]:
         """The ``moderation`` field; ``response`` is None while the text is being written."""
-        pending = _error("pending", "The response is still being written.")
-        output = pending if response is None and self.reads_response else None
+        if response is None and self.reads_response:
+            output = _error("pending", "The response is still being written.")
+        else:
+            output = self._moderated(response or (), "No chosen probe reads the response.")
         return {
             "input": self._moderated(prompt, "No chosen probe reads the prompt alone."),
-            "output": output
-            or self._moderated(response or SideReport(), "No chosen probe reads the response."),
+            "output": output,
         }
 
-    def _moderated(self, side: SideReport, not_run: str) -> dict[str, Any]:
-        if side.failed:
-            return _error("verdict_failed", side.failure)
-        if not side.verdicts:
+    def required(self, decisions: Iterable[Decision], *, has_response: bool) -> list[Verdict]:
+        """The verdicts of the chosen probes.
+
+        Args:
+            decisions: On one text.
+            has_response: Whether the probes that read a response had one.
+
+        Raises:
+            VerdictError: One of them gave none.
+        """
+        verdicts = [d.verdict for d in self.chosen(decisions) if d.verdict is not None]
+        judges = {verdict.probe for verdict in verdicts}
+        # A probe that was unloaded since the request began is in no decision.
+        silent = [
+            probe.name
+            for probe in self.probes
+            if probe.name not in judges and (has_response or not probe.reads.includes_response)
+        ]
+        if silent:
+            raise verdict_failure(silent)
+        return verdicts
+
+    def _moderated(self, decisions: Iterable[Decision], not_run: str) -> dict[str, Any]:
+        chosen = self.chosen(decisions)
+        failed = [decision for decision in chosen if decision.verdict is None]
+        if failed:
+            return _error("verdict_failed", _failure(failed))
+        if not chosen:
             return _error("not_run", not_run)
         results = [
             {
                 "type": "moderation_result",
-                "model": verdict.probe,
-                **self.names.report([verdict]).model_dump(),
+                "model": decision.verdict.probe,
+                **categories([decision.verdict], self.names).model_dump(),
             }
-            for verdict in side.verdicts
+            for decision in chosen
+            if decision.verdict is not None
         ]
         return {"type": "moderation_results", "model": self.model, "results": results}
 
 
-def joined(sides: Sequence[SideReport]) -> SideReport:
-    """Several texts' verdicts, one text after the other."""
-    return SideReport(
-        tuple(verdict for side in sides for verdict in side.verdicts),
-        tuple(dict.fromkeys(name for side in sides for name in side.failed)),
-        tuple(dict.fromkeys(name for side in sides for name in side.too_long)),
+def category_names(probes: Sequence[Probe]) -> CategoryNames:
+    """Bare names where they are unique, ``probe/name`` where probes share one."""
+    bare: dict[str, dict[str, str]] = {}
+    for probe in probes:
+        labels = probe.task.labels
+        own = {label: label for label in labels}
+        if probe.task.kind == "binary":
+            is_bare = labels[1].lower() in _BARE_LABELS
+            own = {labels[1]: probe.name if is_bare else labels[1]}
+        bare[probe.name] = own
+    uses = Counter(name for names in bare.values() for name in names.values())
+    return {
+        probe: {
+            label: name if uses[name] == 1 else f"{probe}/{name}" for label, name in names.items()
+        }
+        for probe, names in bare.items()
+    }
+
+
+def categories(verdicts: Sequence[Verdict], names: CategoryNames) -> Categories:
+    """All categories of these verdicts.
+
+    A multi-class verdict is never flagged, so neither are its categories: its label is in the
+    scores and in the ``sidelight`` field.
+    """
+    scores: dict[str, float] = {}
+    flags: dict[str, bool] = {}
+    for verdict in verdicts:
+        for label, category in names[verdict.probe].items():
+            scores[category] = verdict.probabilities[label]
+            flags[category] = verdict.flagged and label in verdict.labels
+    return Categories(
+        flagged=any(verdict.flagged for verdict in verdicts),
+        categories=flags,
+        category_scores=scores,
+        category_applied_input_types={category: ["text"] for category in scores},
     )
-
-
-def extension(*sides: SideReport) -> dict[str, Any]:
-    """The ``sidelight`` field: every verdict, and an entry with ``error`` for a failed one."""
-    verdicts = [verdict_json(verdict) for side in sides for verdict in side.verdicts]
-    failures = [_failure_json(name) for side in sides for name in side.failed]
-    return {"verdicts": [*verdicts, *failures]}
 
 
 def verdict_json(verdict: Verdict) -> dict[str, Any]:
@@ -234,19 +185,41 @@ def verdict_json(verdict: Verdict) -> dict[str, Any]:
     }
 
 
-def header(*sides: SideReport) -> Mapping[str, str]:
-    """The verdicts as an HTTP header: compact ASCII JSON.
+def refusal_headers(decisions: Sequence[Decision]) -> dict[str, str]:
+    """Those of a refused prompt: every verdict that clients may hear of, and the marks."""
+    shown = [decision for decision in decisions if not decision.rule.is_shadow]
+    return {**_verdict_header(shown), **_marks(decisions)}
+
+
+def _verdict_header(decisions: Sequence[Decision]) -> dict[str, str]:
+    """Compact ASCII JSON.
 
     Probabilities are rounded; where they would make the header too long for proxies, only probe,
     label and flag are left, and where even these do, one entry with ``error``.
     """
-    full = [_rounded(verdict) for side in sides for verdict in side.verdicts]
+    full = [_rounded(d.verdict) for d in decisions if d.verdict is not None]
     short = [{k: v for k, v in entry.items() if k != "probabilities"} for entry in full]
-    failures = [_failure_json(name) for side in sides for name in side.failed]
+    failed = [_failure_json(d.rule.name) for d in decisions if d.verdict is None]
     too_long = [{"error": "too_long"}]
-    texts = [_compact(entries) for entries in (full + failures, short + failures, too_long)]
+    texts = [
+        json.dumps(entries, separators=(",", ":"))
+        for entries in (full + failed, short + failed, too_long)
+    ]
     fitting = next(text for text in texts if len(text) <= _MAX_HEADER_BYTES or text == texts[-1])
-    return {HEADER: fitting}
+    return {VERDICTS_HEADER: fitting}
+
+
+def _marks(decisions: Iterable[Decision]) -> dict[str, str]:
+    """For a gateway: which probes flagged, and the routes. Shadows are not among them."""
+    shown = [decision for decision in decisions if not decision.rule.is_shadow]
+    flagged = dict.fromkeys(d.rule.name for d in shown if d.is_marked)
+    routes = dict.fromkeys(route for d in shown if (route := d.route) is not None)
+    # Labels are a user's own words: a comma or a line break must not reach a header.
+    return {
+        header: ", ".join(quote(name, safe=" /-_.:@") for name in names)
+        for header, names in ((FLAGGED_HEADER, flagged), (ROUTE_HEADER, routes))
+        if names
+    }
 
 
 def _rounded(verdict: Verdict) -> dict[str, Any]:
@@ -259,8 +232,17 @@ def _rounded(verdict: Verdict) -> dict[str, Any]:
     }
 
 
-def _compact(entries: Sequence[Mapping[str, Any]]) -> str:
-    return json.dumps(entries, ensure_ascii=True, separators=(",", ":"))
+def _failure(failed: Sequence[Decision]) -> str:
+    """Why verdicts are missing."""
+    too_long = dict.fromkeys(d.rule.name for d in failed if d.is_too_long)
+    other = dict.fromkeys(d.rule.name for d in failed if d.rule.name not in too_long)
+    reasons = [str(verdict_failure(other))] if other else []
+    if too_long:
+        reasons.append(
+            f"No verdict from {', '.join(too_long)}: the text is longer than the policy lets them "
+            "judge. Treat the text as not judged."
+        )
+    return " ".join(reasons)
 
 
 def _failure_json(probe: str) -> dict[str, Any]:

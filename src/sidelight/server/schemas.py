@@ -24,9 +24,9 @@ from pydantic_core import from_json
 
 from sidelight.engines.base import Sampling
 from sidelight.errors import did_you_mean
+from sidelight.policy.overrides import OverrideMode, PolicyOverride, PolicyOverrides
 from sidelight.prompts import Message, PlainText
 from sidelight.server.config import ServerLimits
-from sidelight.server.enforcement import OverrideMode, PolicyOverride, PolicyOverrides
 from sidelight.server.errors import RequestError
 
 

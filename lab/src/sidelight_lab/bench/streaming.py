@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from sidelight.backbone import TransformersBackbone
 from sidelight.data.examples import Examples
 from sidelight.plots import save_figure
-from sidelight.policy.rules import StreamingRule
+from sidelight.policy.hold_back import StreamingRule
 from sidelight.probe import Probe
 from sidelight.prompts import Reads
 from sidelight.storage import write_text

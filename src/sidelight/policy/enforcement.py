@@ -1,0 +1,204 @@
+"""One text under the policy: whether its prompt is answered, and what goes out of the answer.
+
+Knows the events of an engine, and nothing of HTTP: any server can enforce a policy by it.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from sidelight.engines.base import Event, PromptJudged, TextDelta, verdict_failure
+from sidelight.policy.decisions import Action, Decision, Fault, PolicyError, by_probe, decide
+from sidelight.policy.hold_back import Ended, HoldBack
+from sidelight.policy.rules import BoundRule, Policy, Side
+from sidelight.prompts import Conversation, PlainText
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """The prompt has been judged and may be answered.
+
+    Attributes:
+        tokens: Of the prompt.
+        decisions: Of every probe that judges the input.
+    """
+
+    tokens: int
+    decisions: tuple[Decision, ...]
+
+
+# What may go out of an answer: ``Admitted``, any number of ``TextDelta``, ``Ended``.
+Passed = Admitted | TextDelta | Ended
+
+
+class Observer(Protocol):
+    """Takes note of one text. What it raises ends the text."""
+
+    def prompt(self, event: PromptJudged | None, decisions: Sequence[Decision]) -> None:
+        """The prompt was judged, or (None) its verdicts did not come in time."""
+
+    def read(self, event: Event) -> None:
+        """The engine has written or judged more, whether or not it goes out."""
+
+    def delta(self) -> None:
+        """A piece of text goes out."""
+
+    def end(self, decisions: Sequence[Decision], *, is_given_up: bool = False) -> None:
+        """The text is complete, cut, or given up; only the first call counts."""
+
+
+class Enforcement:
+    """The rules of one text.
+
+    Args:
+        rules: Of every loaded probe, whether or not the client asked for its verdict.
+        observe: Gives the observer when the work on the text begins.
+        timeout_s: Seconds that the prompt's verdicts may take where a rule blocks; None: any.
+    """
+
+    def __init__(
+        self,
+        rules: Sequence[BoundRule],
+        observe: Callable[[], Observer],
+        *,
+        timeout_s: float | None = None,
+    ):
+        self._input = [bound for bound in rules if bound.side == "input"]
+        self._output = [bound for bound in rules if bound.side == "output"]
+        self._observe = observe
+        self._timeout_s = timeout_s
+        self._judged: PromptJudged | None = None
+        self._decisions: tuple[Decision, ...] = ()
+
+    @property
+    def watch(self) -> list[str]:
+        """The probes that are read after each token: those of the output, if one may cut it."""
+        is_blocking = any(bound.is_blocking for bound in self._output)
+        return [bound.name for bound in self._output] if is_blocking else []
+
+    def admits(self, event: PromptJudged) -> bool:
+        """Whether the prompt is answered; the engine asks before it draws the first token."""
+        return not any(decision.is_blocking for decision in self._on_prompt(event))
+
+    async def guard(self, events: AsyncGenerator[Event, None]) -> AsyncGenerator[Passed, None]:
+        """What may go out of the engine's events.
+
+        Raises:
+            PolicyError: The prompt is blocked, by a flag or since it could not be judged.
+        """
+        observer = self._observe()
+        async with aclosing(events):
+            prompt = await self._prompt(events, observer)
+            decisions = self._on_prompt(prompt)
+            observer.prompt(prompt, decisions)
+            _require_passed(prompt, decisions)
+            yield Admitted(prompt.tokens, decisions)
+            holding = HoldBack(self._output)
+            has_sent = False
+            try:
+                async for event in events:
+                    observer.read(event)
+                    passed = holding.push(event)
+                    if passed and isinstance(passed[-1], Ended):
+                        # Before the last of the text goes out, and with the slot free by then.
+                        await events.aclose()
+                        observer.end(passed[-1].decisions)
+                    for each in passed:
+                        has_sent = True
+                        if isinstance(each, TextDelta):
+                            observer.delta()
+                        yield each
+            finally:
+                # Nothing was decided on a text that never went out.
+                observer.end(holding.unfinished() if has_sent else (), is_given_up=True)
+
+    def _on_prompt(self, event: PromptJudged) -> tuple[Decision, ...]:
+        """What follows from the verdicts on the prompt; decided once, when the engine asks."""
+        if event != self._judged:
+            self._decisions = _decide_all(self._input, event)
+            self._judged = event
+        return self._decisions
+
+    async def _prompt(
+        self, events: AsyncGenerator[Event, None], observer: Observer
+    ) -> PromptJudged:
+        closed = [bound for bound in self._input if bound.fails_closed]
+        try:
+            async with asyncio.timeout(self._timeout_s if closed else None):
+                event = await anext(events)
+        except TimeoutError as error:
+            decisions = [decide(bound, {}, tokens=0) for bound in closed]
+            observer.prompt(None, decisions)
+            raise PolicyError(
+                f"No verdict from {_names(decisions)} within {self._timeout_s} s. The policy "
+                "blocks what is not judged. Try again later.",
+                code="verdict_failed",
+                fault="late",
+            ) from error
+        assert isinstance(event, PromptJudged)
+        return event
+
+
+def check_decisions(
+    rules: Sequence[BoundRule], event: PromptJudged, sides: Collection[Side]
+) -> list[Decision]:
+    """What follows where nothing is written, so that there is nothing to block: a flag, at most."""
+    shown: dict[Action, Action] = {"block": "flag", "fail_closed": "none", "fail_open": "none"}
+    decisions = _decide_all([bound for bound in rules if bound.side in sides], event)
+    return [replace(d, action=shown.get(d.action, d.action)) for d in decisions]
+
+
+def require_trusted_turns(policy: Policy, texts: Sequence[Conversation]) -> None:
+    """Checks that probes read each conversation from its first turn on, where the policy wants it.
+
+    Raises:
+        PolicyError: One begins with a system or developer turn, and the policy refuses these.
+    """
+    if not policy.refuses_system_turns:
+        return
+    for text in texts:
+        if not isinstance(text, PlainText) and text and text[0].role in ("system", "developer"):
+            raise PolicyError(
+                f"The conversation begins with a {text[0].role} turn. Probes of chats do not read "
+                "it, so the server's policy refuses it. Begin with a user's turn. If nobody but "
+                'the operator writes such turns, the policy may say system_turns = "trust".',
+                code="system_turn_refused",
+            )
+
+
+def _decide_all(rules: Sequence[BoundRule], event: PromptJudged) -> tuple[Decision, ...]:
+    verdicts = by_probe(event.verdicts)
+    return tuple(decide(bound, verdicts, tokens=event.tokens) for bound in rules)
+
+
+def _require_passed(event: PromptJudged, decisions: Sequence[Decision]) -> None:
+    blocked = [d for d in decisions if d.action == "block"]
+    if blocked:
+        message = f"The prompt was blocked by {_names(blocked)}."
+        raise PolicyError(message, code="content_filter", decisions=decisions)
+    failed = [d for d in decisions if d.action == "fail_closed"]
+    if not failed:
+        return
+    fault: Fault = "request"
+    too_long = next((d.rule for d in failed if d.is_too_long), None)
+    if too_long is not None:
+        message = (
+            f"The prompt has {event.tokens} tokens, but probe '{too_long.name}' may judge at most "
+            f"{too_long.rule.max_tokens}, and the policy blocks what is not judged. Shorten it."
+        )
+    elif event.is_unfamiliar:
+        message = (
+            f"No verdict from {_names(failed)}: probes that were trained on chats cannot judge "
+            "plain text, and the policy blocks what is not judged. Use /v1/chat/completions."
+        )
+    else:
+        names = [decision.rule.name for decision in failed]
+        message = f"{verdict_failure(names)} The policy blocks what is not judged."
+        fault = "failed"
+    raise PolicyError(message, code="verdict_failed", decisions=decisions, fault=fault)
+
+
+def _names(decisions: Sequence[Decision]) -> str:
+    return ", ".join(decision.rule.name for decision in decisions)

@@ -1,0 +1,116 @@
+"""What a request asks of the policy: only what makes it stricter."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from sidelight.errors import did_you_mean
+from sidelight.policy.decisions import PolicyError
+from sidelight.policy.rules import BoundRule, Side
+
+# ``score`` changes nothing; a request that asks for it where the policy blocks is refused.
+OverrideMode = Literal["score", "block"]
+
+
+@dataclass(frozen=True)
+class PolicyOverride:
+    """For one probe; None: as the policy says.
+
+    Attributes:
+        mode: What follows from a flag.
+        threshold: Probability from which its labels count.
+    """
+
+    mode: OverrideMode | None = None
+    threshold: float | None = None
+
+
+@dataclass(frozen=True)
+class PolicyOverrides:
+    """What one request asks.
+
+    Attributes:
+        input: For all chosen probes that judge the input.
+        output: For all chosen probes that judge the output.
+        probes: For one probe each.
+    """
+
+    input: OverrideMode | None = None
+    output: OverrideMode | None = None
+    probes: Mapping[str, PolicyOverride] = field(default_factory=dict)
+
+    def sides(self, mode: OverrideMode) -> list[Side]:
+        """The sides for which this mode is asked."""
+        by_side: dict[Side, OverrideMode | None] = {"input": self.input, "output": self.output}
+        return [side for side, own in by_side.items() if own == mode]
+
+
+def tightened(
+    rules: Sequence[BoundRule], chosen: Collection[str], overrides: PolicyOverrides
+) -> tuple[BoundRule, ...]:
+    """The rules of one request.
+
+    Args:
+        rules: As the policy has them.
+        chosen: Names of the probes that the request asks about.
+        overrides: What it asks.
+
+    Raises:
+        PolicyError: An override is looser than the policy, or would have no effect.
+    """
+    visible = [bound.name for bound in rules if not bound.is_shadow]
+    for name in overrides.probes:
+        if name not in visible:
+            raise PolicyError(
+                f"Unknown probe '{name}' in 'policies'.{did_you_mean(name, visible)}",
+                code="probe_not_found",
+                param="policies",
+            )
+    for side in overrides.sides("score"):
+        blocking = [bound.name for bound in rules if bound.side == side and bound.is_blocking]
+        if blocking:
+            raise _too_loose(f"moderation.policy.{side}", f"The policy blocks by {blocking[0]}.")
+    tight = tuple(bound if bound.is_shadow else _tight(bound, chosen, overrides) for bound in rules)
+    for side in overrides.sides("block"):
+        if not any(b.side == side and b.is_blocking and b.name in chosen for b in tight):
+            # A block that no probe can bring about must not look like one.
+            reads = "prompt" if side == "input" else "response"
+            raise PolicyError(
+                f"No chosen probe reads the {reads} and flags, so moderation.policy.{side} cannot "
+                "block. Choose such a probe, or leave the policy out.",
+                code=f"no_{reads}_probe",
+                param=f"moderation.policy.{side}",
+            )
+    return tight
+
+
+def _tight(bound: BoundRule, chosen: Collection[str], overrides: PolicyOverrides) -> BoundRule:
+    own, param = overrides.probes.get(bound.name, PolicyOverride()), f"policies.{bound.name}"
+    if own.mode == "score" and bound.is_blocking:
+        raise _too_loose(param, "The policy blocks where this probe flags.")
+    if (own.mode == "block" or own.threshold is not None) and not bound.thresholds:
+        raise PolicyError(
+            f"Probe '{bound.name}' names a class and flags nothing, so it cannot block and has no "
+            "threshold.",
+            code="cannot_block",
+            param="policies",
+        )
+    if own.threshold is not None:
+        if bound.mode == "route":
+            raise _too_loose(param, "It routes by this threshold, and another changes the route.")
+        lowest = min(bound.thresholds.values())
+        if own.threshold > lowest:
+            raise _too_loose(param, f"Got threshold {own.threshold}, wanted {lowest} or less.")
+        bound = replace(bound, rule=replace(bound.rule, threshold=own.threshold))
+    blocks_side = bound.side in overrides.sides("block") and bound.name in chosen
+    if own.mode == "block" or (blocks_side and bound.thresholds):
+        return replace(bound, is_tightened=True)
+    return bound
+
+
+def _too_loose(param: str, why: str) -> PolicyError:
+    return PolicyError(
+        f"{param} asks for less than the server's policy. {why} A request can only be stricter.",
+        code="policy_too_loose",
+        param=param,
+    )
