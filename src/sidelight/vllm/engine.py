@@ -123,7 +123,7 @@ class VllmEngine(Engine):
         """
         require_same_model(probes, self._fingerprint)
         warm_up = self._codec.encode(WARM_UP)
-        await self._exchange.replace(probes, try_out=lambda: self._last(self._checked(warm_up)))
+        await self._exchange.replace(probes, try_out=lambda: self.check(warm_up))
 
     async def settled(self) -> None:
         await self._exchange.settled()
@@ -155,7 +155,7 @@ class VllmEngine(Engine):
                 admits,
                 logprobs=sampling.logprobs,
                 codec=self._codec,
-                check=lambda whole: self._last(self._checked(whole)),
+                check=self.check,
             )
             with self._capacity.taken(1) as (place,):
                 async with self._exchange.passing(probes):
@@ -193,7 +193,7 @@ class VllmEngine(Engine):
 
         async def check(prompt: EncodedPrompt, place: Place) -> Judgement:
             async with together:
-                return await self._last(self._capacity.followed(place, self._checked(prompt)))
+                return await _last_judgement(self._capacity.followed(place, self._checked(prompt)))
 
         try:
             async with asyncio.TaskGroup() as group:
@@ -209,13 +209,9 @@ class VllmEngine(Engine):
         self._codec.require_fitting(prompt)
         return self.outputs(prompt, sampling_params(Sampling(temperature=0.0), 1, prompt))
 
-    async def _last(self, outputs: AsyncGenerator[Output, None]) -> Judgement:
-        """What all probes say in the end."""
-        judgement = Judgement()
-        async with aclosing(outputs):
-            async for output in outputs:
-                judgement, _ = judgement_of(output.steps[-1].params)
-        return judgement
+    async def check(self, prompt: EncodedPrompt) -> Judgement:
+        """What all probes say of these tokens, as a part of a request that has its place."""
+        return await _last_judgement(self._checked(prompt))
 
     async def outputs(self, prompt: EncodedPrompt, params: Any) -> AsyncGenerator[Output, None]:
         """The outputs of one request.
@@ -247,6 +243,14 @@ class VllmEngine(Engine):
             ) from error
         except EngineGenerateError as error:
             raise GenerationError("vLLM gave up this request; its log says why.") from error
+
+
+async def _last_judgement(outputs: AsyncGenerator[Output, None]) -> Judgement:
+    judgement = Judgement()
+    async with aclosing(outputs):
+        async for output in outputs:
+            judgement, _ = judgement_of(output.steps[-1].params)
+    return judgement
 
 
 # Options of vLLM's that Sidelight sets itself, with what to do instead; for any command.
