@@ -15,6 +15,7 @@ import httpx
 import pytest
 from transformers import LlamaConfig
 
+from engine_runs import run
 from live import MODEL, served
 from sidelight.artifact import load_probe, save_probe
 from sidelight.engines.transformers import TransformersEngine
@@ -26,7 +27,6 @@ from sidelight.server.context import Context
 from sidelight.server.observe import AuditLog
 from sidelight.server.probes import ProbeRegistry
 from sidelight.types import Task
-from test_engine_decoding import run
 from tiny import INTENT, SIZES, tiny_backbone, untrained_probe
 
 KEY, ADMIN = "user-key", "admin-key"

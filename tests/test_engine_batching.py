@@ -1,63 +1,32 @@
-"""What the batching engine writes is what the model alone would write."""
+"""Who goes next, and that a batch writes what the model alone would write."""
 
 import asyncio
-from dataclasses import dataclass
 
 import pytest
-import torch
 from transformers import Gemma3TextConfig, GemmaConfig
 
-from sidelight.engines.base import Finished, PromptJudged, Sampling, TextDelta
-from sidelight.engines.queue import Limits
+from engine_runs import (
+    GREEDY,
+    ask,
+    count_passes,
+    events_of,
+    reference,
+    run,
+    until_idle,
+    written_alone,
+)
+from sidelight.bank import Panel
+from sidelight.engines.base import EngineBusyError, Finished, PromptJudged, Sampling
+from sidelight.engines.queue import Limits, Request, RequestQueue
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import ContextLengthError, SidelightError
-from sidelight.prompts import Message
-from tiny import SIZES, three_probes, tiny_backbone
+from sidelight.prompts import EncodedPrompt, Message, Part, Reads
+from tiny import SIZES, three_probes, tiny_backbone, untrained_probe
 
 GROUPED = {**SIZES, "num_key_value_heads": 2, "head_dim": 8}
 # Beyond the families that backbones are tested on: windows narrower than the prompts.
 MORE_CONFIGS = [GemmaConfig(**GROUPED), Gemma3TextConfig(**GROUPED, sliding_window=8)]
 TEXTS = ["hi", "a longer text than the others, so that they are padded", "of middle length"]
-GREEDY = Sampling(temperature=0.0, max_tokens=16)
-
-
-@dataclass(frozen=True)
-class Answer:
-    judged: PromptJudged
-    text: str
-    finished: Finished
-
-
-async def ask(engine, text, sampling=GREEDY, delay_s=0.0):
-    await asyncio.sleep(delay_s)
-    events = [event async for event in engine.generate([Message("user", text)], sampling)]
-    assert isinstance(events[0], PromptJudged)
-    assert isinstance(events[-1], Finished)
-    assert all(isinstance(event, TextDelta) for event in events[1:-1])
-    return Answer(events[0], "".join(event.text for event in events[1:-1]), events[-1])
-
-
-def run(backbone, work, *, probes=(), limits=None):
-    """The outcome of ``work(engine)`` with a started engine."""
-
-    async def main():
-        engine = TransformersEngine(backbone, probes, limits=limits)
-        await engine.start()
-        try:
-            return await work(engine)
-        finally:
-            await engine.close()
-
-    return asyncio.run(main())
-
-
-def reference(backbone, text):
-    ids = torch.tensor([backbone.encoder.encode([Message("user", text)]).token_ids])
-    options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0}
-    written = backbone.model.generate(ids, max_new_tokens=16, **options)[0, ids.shape[1] :]
-    # An unfinished character at the end is not sent.
-    text = backbone.tokenizer.decode(written, skip_special_tokens=True).rstrip("\ufffd")
-    return text, len(written)
 
 
 @pytest.fixture(scope="module")
@@ -108,16 +77,11 @@ def test_a_stop_string_ends_the_text(llama):
 
 def test_an_end_of_turn_token_ends_the_text(llama):
     backbone = tiny_backbone()
-    first = int(backbone.model.generate(**_inputs(backbone), max_new_tokens=1)[0, -1])
+    _, (first,) = written_alone(backbone, "hi", max_tokens=1)
     backbone.model.generation_config.eos_token_id = [first, 2]
     answer = run(backbone, lambda engine: ask(engine, "hi"))
     assert (answer.text, answer.finished.reason) == ("", "stop")
     assert answer.finished.completion_tokens == 1
-
-
-def _inputs(backbone):
-    ids = torch.tensor([backbone.encoder.encode([Message("user", "hi")]).token_ids])
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "do_sample": False}
 
 
 def test_a_seed_gives_the_same_text_beside_any_neighbours(llama):
@@ -170,3 +134,125 @@ def test_two_probes_of_one_name_are_refused(llama):
     probes = three_probes(llama)
     with pytest.raises(SidelightError, match="distinct names"):
         TransformersEngine(llama, [*probes, probes[0]])
+
+
+def test_nothing_is_written_for_what_is_not_admitted(llama):
+    seen: list[PromptJudged] = []
+
+    def refuse(judged):
+        seen.append(judged)
+        return False
+
+    async def refused(engine):
+        events = await events_of(engine, "hello", admits=refuse)
+        assert engine.load.running == engine.load.waiting == 0
+        return events
+
+    passes = count_passes(llama)
+    probes = [
+        untrained_probe(llama, "early"),
+        untrained_probe(llama, "late", reads=Reads("response")),
+    ]
+    events = run(llama, refused, probes=probes)
+    assert events == seen
+    assert [verdict.probe for verdict in seen[0].verdicts] == ["early"]
+    assert len(passes) == 1
+
+
+def test_admission_is_decided_for_each_request_by_itself(llama):
+    async def some(engine):
+        gate = [engine.generate([Message("user", "first")], GREEDY)]
+        await anext(gate[0])
+        # All in one prefill, beside a row that is being written.
+        events = await asyncio.gather(
+            *(events_of(engine, f"text {i}", admits=lambda _, i=i: i % 2 == 0) for i in range(6))
+        )
+        async for _ in gate[0]:
+            pass
+        await until_idle(engine)
+        return events, [await ask(engine, f"text {i}") for i in range(6)]
+
+    events, alone = run(llama, some, probes=[untrained_probe(llama, "early")])
+    for i, (own, answer) in enumerate(zip(events, alone, strict=True)):
+        assert own[0].verdicts[0].label == answer.judged.verdicts[0].label
+        if i % 2:
+            assert len(own) == 1
+        else:
+            assert isinstance(own[-1], Finished)
+            assert "".join(event.text for event in own[1:-1]) == answer.text
+
+
+def request(length=10, max_tokens=10):
+    prompt = EncodedPrompt((1,) * length, (Part.PROMPT,) * length)
+    panel = Panel([])
+    return Request(prompt, Sampling(), max_tokens, panel)
+
+
+def check(length=10):
+    return request(length, max_tokens=0)
+
+
+def admitted(line, running=()):
+    return line.admit(list(running))
+
+
+def test_first_come_first_served():
+    line = RequestQueue(Limits(running=2))
+    requests = [request() for _ in range(3)]
+    line.join(requests)
+    assert admitted(line) == requests[:2]
+    assert admitted(line, [requests[0]]) == requests[2:]
+
+
+def test_a_full_line_refuses():
+    line = RequestQueue(Limits(waiting=2))
+    line.join([request(), request()])
+    with pytest.raises(EngineBusyError, match="2 waiting, the limit is 2") as busy:
+        line.join([request()])
+    assert busy.value.retry_after_s > 0
+    assert len(line) == 2
+
+
+def test_a_prefill_batch_counts_its_padding():
+    line = RequestQueue(Limits(prefill_tokens=100))
+    requests = [request(10), request(10), request(60)]
+    line.join(requests)
+    assert admitted(line) == requests[:2]
+
+
+def test_a_prompt_beyond_the_budget_goes_alone():
+    line = RequestQueue(Limits(prefill_tokens=50))
+    requests = [request(80), request(10)]
+    line.join(requests)
+    assert admitted(line) == requests[:1]
+
+
+def test_the_cache_has_room_for_what_is_still_to_be_written():
+    line = RequestQueue(Limits(cache_tokens=100))
+    requests = [request(10, 30), request(10, 30), request(10, 30)]
+    line.join(requests)
+    assert admitted(line) == requests[:2]
+
+
+def test_checks_pass_while_every_place_is_taken():
+    line = RequestQueue(Limits(running=1))
+    running, waiting, small = request(), request(), check()
+    line.join([waiting, small])
+    assert admitted(line, [running]) == [small]
+    assert admitted(line) == [waiting]
+
+
+def test_nobody_overtakes_a_request_that_does_not_fit_yet():
+    line = RequestQueue(Limits(cache_tokens=100))
+    large, small = request(10, 80), request(1, 1)
+    line.join([large, small])
+    assert admitted(line, [request(10, 30)]) == []
+    assert admitted(line) == [large]
+
+
+def test_those_who_leave_are_not_admitted():
+    line = RequestQueue(Limits())
+    stays, leaves = request(), request()
+    line.join([stays, leaves])
+    line.leave([leaves])
+    assert admitted(line) == [stays]

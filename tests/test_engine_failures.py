@@ -6,6 +6,7 @@ import logging
 import pytest
 import torch
 
+from engine_runs import ask, count_passes, run, until_idle
 from sidelight.engines.base import (
     EngineBusyError,
     EngineUnavailableError,
@@ -17,7 +18,6 @@ from sidelight.engines.loading import LoadingEngine
 from sidelight.engines.queue import Limits
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.prompts import Message
-from test_engine_decoding import ask, run
 from tiny import three_probes, tiny_backbone
 
 LONG = Sampling(temperature=0.0, max_tokens=200)
@@ -39,12 +39,6 @@ def fail_once(backbone, *, is_prefill):
             raise RuntimeError(f"out of memory while reading {PROMPT}")
 
     hook = backbone.model.register_forward_pre_hook(note, with_kwargs=True)
-
-
-async def until_idle(engine):
-    async with asyncio.timeout(5):
-        while engine.load.running or engine.load.waiting:
-            await asyncio.sleep(0.005)
 
 
 @pytest.mark.parametrize("is_prefill", [True, False])
@@ -113,16 +107,6 @@ def test_leaving_frees_the_row(backbone):
     run(backbone, leave)
     # The second request's passes, and few of the first's 200.
     assert len(steps) < 16 + 30
-
-
-def count_passes(backbone):
-    steps: list[torch.Size] = []
-
-    def note(_module, _args, kwargs):
-        steps.append(kwargs["input_ids"].shape)
-
-    backbone.model.register_forward_pre_hook(note, with_kwargs=True)
-    return steps
 
 
 def test_leaving_while_waiting_frees_the_place_in_line(backbone):

@@ -5,14 +5,13 @@ import asyncio
 import pytest
 from transformers import LlamaConfig
 
+from engine_runs import ROUNDING, ask, probabilities, run
 from sidelight.artifact import load_probe, save_probe
 from sidelight.engines.base import EngineUnavailableError, Finished, Sampling
 from sidelight.engines.loading import LoadingEngine
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import FingerprintMismatchError, SidelightError, VerdictError
 from sidelight.prompts import Message, Reads
-from test_engine_decoding import ask, run
-from test_engine_verdicts import ROUNDING, probabilities
 from tiny import SIZES, tiny_backbone, untrained_probe
 
 LONG = Sampling(temperature=0.0, max_tokens=60)

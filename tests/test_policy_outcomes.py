@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from engine_runs import events_of, run
 from live import MODEL, http_client, served
 from sidelight.backbone import TransformersBackbone
 from sidelight.engines.base import ResponseScored, Sampling, TextDelta
@@ -21,8 +22,6 @@ from sidelight.probe import Probe
 from sidelight.prompts import Reads
 from sidelight.server.config import Access, numbered_keys
 from sidelight.server.observe import AuditLog
-from test_engine_decoding import run
-from test_engine_running_verdicts import events_of
 from tiny import tiny_backbone, untrained_probe
 
 PAGE = Path(__file__).parent.parent / "docs" / "policies.md"
@@ -99,7 +98,11 @@ def written():
     server = new_server()
     sampling = Sampling(temperature=0.0, max_tokens=TOKENS)
     probes = [server.early, server.late]
-    events = run(server.backbone, lambda engine: events_of(engine, TEXT, sampling), probes=probes)
+    events = run(
+        server.backbone,
+        lambda engine: events_of(engine, TEXT, sampling, watch=("late",)),
+        probes=probes,
+    )
     scores = [e.verdicts[0].probabilities["toxic"] for e in events if isinstance(e, ResponseScored)]
     return [event for event in events if isinstance(event, TextDelta)], scores
 

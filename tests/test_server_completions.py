@@ -7,12 +7,12 @@ import json
 
 import pytest
 
+from engine_runs import run
 from live import MODEL, http_client, served
 from sidelight.engines.base import Finished, PromptJudged, Sampling
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.policy.rules import Policy, Rule
 from sidelight.prompts import PlainText, Reads
-from test_engine_decoding import run
 from tiny import three_probes, tiny_backbone, untrained_probe
 
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 8}
