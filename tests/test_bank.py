@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sidelight.bank import Bank, BankState
+from sidelight.bank import Bank, BankState, Panel
 from sidelight.errors import SidelightError, VerdictError
 from sidelight.mechanisms.base import Geometry, mechanism_names
 from sidelight.prompts import Message, Reads
 from sidelight.standardisation import Standardisation
 from sidelight.states.scoring import read_masks, score
+from sidelight.types import Judgement, Verdict
 from tiny import INTENT, TOPICS, TOXICITY, untrained_probe
 
 # float32: matmuls of another width add the same products in another order.
@@ -289,3 +290,56 @@ def test_names_that_are_not_distinct_and_empty_banks_are_refused(tiny):
         Bank([probe, probe])
     with pytest.raises(SidelightError, match="one or more probes"):
         Bank([])
+
+
+def test_a_panel_judges_each_probe_when_its_tokens_have_been_read(tiny):
+    """Prompts that end together, then their responses, each read in pieces of its own."""
+    panel, prompts = Panel(many_probes(tiny)), prompts_of(tiny)
+    tap = panel.prompt_tap()
+    with tiny.tapped(tap):
+        tiny.run(prompts)
+    columns = [row[: len(prompt)] for row, prompt in zip(tap.projected(), prompts, strict=True)]
+    parts = [bytes(prompt.parts) for prompt in prompts]
+    early = panel.judge_prompts(torch.cat(columns), parts)
+    cuts = [1, len(prompts[1]) // 2, 2, len(prompts[3]) - 1]
+    states = [None] * len(prompts)
+    # The first piece of two texts comes one pass before that of the others.
+    for chosen, piece in (
+        ([0, 2], [slice(None, cuts[0]), slice(None, cuts[2])]),
+        ([0, 1, 2, 3], [slice(cuts[0], None), slice(None, cuts[1]), slice(cuts[2], None),
+                        slice(None, cuts[3])]),
+        ([1, 3], [slice(cuts[1], None), slice(cuts[3], None)]),
+    ):  # fmt: skip
+        new = panel.read(
+            torch.cat([columns[i][own] for i, own in zip(chosen, piece, strict=True)]),
+            [parts[i][own] for i, own in zip(chosen, piece, strict=True)],
+            [states[i] for i in chosen],
+        )
+        for i, state in zip(chosen, new, strict=True):
+            states[i] = state
+    late = panel.judge_responses(states)
+    for bank, judged in ((panel.early, early), (panel.late, late)):
+        for row, judgement in enumerate(judged):
+            wanted = score(tiny, bank, [prompts[row]])
+            for probe, logits, verdict in zip(bank.probes, wanted, judgement.verdicts, strict=True):
+                expected = list(probe.verdict(logits[0]).probabilities.values())
+                actual = list(verdict.probabilities.values())
+                np.testing.assert_allclose(actual, expected, **ROUNDING, err_msg=probe.name)
+
+
+def test_a_panel_without_probes_says_nothing():
+    panel = Panel([])
+    assert panel.projection is panel.prompt_tap() is panel.response_tap() is None
+    assert panel.judge_prompts(torch.zeros(1, 2, 0), [b"\1"]) == [Judgement()]
+    states = panel.read(torch.zeros(1, 2, 0), [b"\1"], [None])
+    assert panel.judge_responses(states) == [Judgement()]
+
+
+def test_of_two_judgements_the_newer_one_holds_for_a_probe_in_both():
+    old, new = (Verdict("a", "x", ("x",), {"x": p}, flagged=False) for p in (0.2, 0.8))
+    other = Verdict("b", "x", ("x",), {"x": 0.5}, flagged=False)
+    assert Judgement((old, other), ("c",)) | Judgement((new,), ("d",)) == Judgement(
+        (other, new), ("c", "d")
+    )
+    assert Judgement((old,)) | Judgement((), ("a",)) == Judgement((), ("a",))
+    assert Judgement((), ("a",)) | Judgement((old,)) == Judgement((old,))
