@@ -8,16 +8,19 @@ import time
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request
-from safetensors import safe_open
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from sklearn.metrics import roc_auc_score
 from torch import nn
-from transformers import BertConfig, BertModel, BertTokenizerFast
+from transformers import BertConfig, BertModel, BertTokenizerFast, Trainer
+from transformers.trainer_callback import TrainerState
 
 from corpora import planted
 from live import served
@@ -29,20 +32,18 @@ from sidelight.prompts import Message, Reads
 from sidelight.server.config import Access, numbered_keys
 from sidelight.states.cache import ActivationCache
 from sidelight.training.dataset import ProbeDataset, Split
-from sidelight.training.objective import make_loss
+from sidelight.training.objective import validation_score
 from sidelight.types import Task
+from sidelight_lab.baselines import fine_tuning
+from sidelight_lab.baselines.endpoints import GuardEndpoint, ModerationEndpoint
 from sidelight_lab.baselines.fine_tuning import (
-    FineTuneTask,
-    FineTuning,
-    Labelled,
-    SequenceClassifier,
-    Sequences,
-    fine_tune,
-    score_sequences,
+    FineTunedEncoder,
+    Lora,
+    classifier,
+    prompt_items,
+    score_items,
 )
 from sidelight_lab.baselines.prompting import FewShot, ZeroShot, score_answers
-from sidelight_lab.baselines.services import GuardEndpoint, ModerationEndpoint
-from sidelight_lab.baselines.tuned_models import FineTunedEncoder, Lora
 from tiny import tiny_backbone, untrained_probe
 
 # Whole models run in bf16: 8 bits of mantissa, a few roundings deep.
@@ -54,7 +55,7 @@ QUICK = {"epochs": 6, "batch_size": 16, "learning_rate": 1e-2}
 BINARY = Task("binary", ("fine", "toxic"))
 
 
-def make_study(backbone, root, kind="binary", counts=(160, 60)):
+def make_dataset(backbone, root, kind="binary", counts=(160, 60)):
     """Texts whose capitals decide the class. No states: these baselines read none."""
 
     def split(count, seed):
@@ -74,12 +75,15 @@ def make_study(backbone, root, kind="binary", counts=(160, 60)):
 
 @pytest.fixture(scope="module")
 def dataset(tiny, tmp_path_factory):
-    return make_study(tiny, tmp_path_factory.mktemp("states"))
+    return make_dataset(tiny, tmp_path_factory.mktemp("states"))
 
 
 @pytest.fixture(scope="module")
 def tuned(dataset, tmp_path_factory):
-    return Lora(**QUICK, checkpoints=tmp_path_factory.mktemp("lora")).fit(dataset, seed=0)
+    """A LoRA model, and the same as a baseline."""
+    lora, folder = Lora(**QUICK), tmp_path_factory.mktemp("lora")
+    model = lora.adapted(dataset, seed=0)
+    return model, lora.tune(model, dataset, prompt_items, folder=folder, seed=0)
 
 
 def identity(backbone):
@@ -87,13 +91,14 @@ def identity(backbone):
 
 
 def test_lora_learns_a_separable_task(dataset, tuned):
-    logits = tuned.logits(dataset.validation)
+    logits = tuned[1].logits(dataset.validation)
     assert logits.shape == (60, 1)
     assert roc_auc_score(dataset.validation.labels, logits[:, 0]) > 0.95
 
 
 def test_lora_leaves_the_backbone_as_it_was(dataset, tuned):
     assert identity(dataset.backbone) == dataset.backbone.fingerprint.digest
+    assert not any(isinstance(m, BaseTunerLayer) for m in dataset.backbone.model.modules())
     hooks = sum(len(m._forward_hooks) for m in dataset.backbone.model.modules())
     assert hooks == dataset.backbone.fingerprint.layers - 1  # the backbone's own, one per block
     assert not any(p.requires_grad for p in dataset.backbone.model.parameters())
@@ -105,109 +110,146 @@ def test_lora_counts_adapters_and_head(dataset, tuned):
         for layer in dataset.backbone.model.base_model.modules()
         if isinstance(layer, nn.Linear)
     ]
-    assert tuned.parameters == sum(sizes) + 32 + 1
+    assert tuned[1].parameters == sum(sizes) + 32 + 1
 
 
 def test_lora_is_the_model_with_updated_weights(dataset, tuned):
-    """Against weights W + (alpha / r) B A in a model without hooks, prefix and padding."""
+    """Against weights W + (alpha / r) B A in a model without adapters, prefix and padding."""
+    model, fitted = tuned
     merged = tiny_backbone().model.base_model
     layers = [layer for layer in merged.modules() if isinstance(layer, nn.Linear)]
-    for layer, adapter in zip(layers, tuned.model.adapters, strict=True):
-        layer.weight += 2.0 * adapter.up @ adapter.down
+    adapted = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for layer, own in zip(layers, adapted, strict=True):
+        layer.weight += 2.0 * own.lora_B["default"].weight @ own.lora_A["default"].weight
     few = dataset.validation.select(range(8))
     expected = []
     with torch.inference_mode():
         for prompt in few.prompts:
             hidden = merged(input_ids=torch.tensor([prompt.token_ids])).last_hidden_state[0]
-            expected.append(tuned.model.head(hidden[prompt.mask(Reads())].mean(0)))
-    found = tuned.logits(few)
+            expected.append(model.base_model.model.head(hidden[prompt.mask(Reads())].mean(0)))
     spread = torch.stack(expected).std().item()
-    np.testing.assert_allclose(found, torch.stack(expected), atol=BF16 * spread * 4)
+    np.testing.assert_allclose(fitted.logits(few), torch.stack(expected), atol=BF16 * spread * 4)
 
 
-def test_the_same_seed_gives_the_same_lora(dataset):
-    part = ProbeDataset(dataset.backbone, dataset.training.select(range(32)), dataset.validation)
+def part_of(dataset, count):
+    return ProbeDataset(dataset.backbone, dataset.training.select(range(count)), dataset.validation)
+
+
+def test_the_same_seed_gives_the_same_lora(dataset, tmp_path):
+    part = part_of(dataset, 32)
     once, again, other = (
-        Lora(epochs=1, batch_size=16).fit(part, seed=seed).logits(part.validation)
-        for seed in (3, 3, 4)
+        Lora(epochs=1, batch_size=16, checkpoints=tmp_path / name)
+        .fit(part, seed=seed)
+        .logits(part.validation)
+        for name, seed in (("once", 3), ("again", 3), ("other", 4))
     )
     np.testing.assert_array_equal(once, again)
     assert not np.array_equal(once, other)
 
 
+class KilledError(Exception):
+    """Stands for a signal."""
+
+
+def dying_after(monkeypatch, passes):
+    """No more than so many forward and backward passes; 0 means that nothing is trained."""
+    train = Trainer.training_step
+    left = iter(range(passes))
+
+    def step(*args, **kwargs):
+        if next(left, None) is None:
+            raise KilledError
+        return train(*args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "training_step", step)
+
+
 def test_a_killed_lora_ends_where_an_unbroken_one_does(dataset, tmp_path, monkeypatch):
-    part = ProbeDataset(dataset.backbone, dataset.training.select(range(48)), dataset.validation)
-    whole = Lora(epochs=3, learning_rate=1e-2).fit(part, seed=0).logits(part.validation)
-    broken = Lora(epochs=3, learning_rate=1e-2, checkpoints=tmp_path)
-
-    def kill(*_):
-        raise KeyboardInterrupt
-
-    from sidelight_lab.baselines import fine_tuning
-
+    part = part_of(dataset, 48)
+    whole = Lora(epochs=3, learning_rate=1e-2, checkpoints=tmp_path / "whole")
+    expected = whole.fit(part, seed=0).logits(part.validation)
+    broken = Lora(epochs=3, learning_rate=1e-2, checkpoints=tmp_path / "broken")
     with monkeypatch.context() as patch:
-        # Dies in the second epoch's first step.
-        steps = iter(
-            [make_loss(part.task, torch.zeros(1, dtype=torch.long), balanced=False)] * 2
-            + [kill] * 9
-        )
-        patch.setattr(fine_tuning, "make_loss", lambda *_, **__: lambda *a: next(steps)(*a))
-        with pytest.raises(KeyboardInterrupt):
+        dying_after(patch, 8)  # An epoch has 6: in the second epoch.
+        with pytest.raises(KilledError):
             broken.fit(part, seed=0)
-    (saved,) = tmp_path.glob("*.safetensors")
-    with safe_open(saved, "pt") as file:
-        told = json.loads(file.metadata()["told"])
-    assert len(told["history"]) == 1
+    (state,) = tmp_path.glob("broken/*/*/trainer_state.json")
+    seconds = json.loads(state.read_text())["log_history"][0]["eval_seconds"]
     resumed = broken.fit(part, seed=0)
-    assert resumed.seconds_before == told["seconds"] > 0
-    np.testing.assert_array_equal(resumed.logits(part.validation), whole)
-    # Finished: nothing is trained again.
+    assert resumed.seconds_before == seconds > 0
+    np.testing.assert_array_equal(resumed.logits(part.validation), expected)
     with monkeypatch.context() as patch:
-        patch.setattr(fine_tuning, "make_loss", lambda *_, **__: kill)
+        dying_after(patch, 0)
         finished = broken.fit(part, seed=0)
-    np.testing.assert_array_equal(finished.logits(part.validation), whole)
+    np.testing.assert_array_equal(finished.logits(part.validation), expected)
+    assert finished.seconds_before > resumed.seconds_before
 
 
-def test_another_version_does_not_go_on_from_a_checkpoint(dataset, monkeypatch):
-    from sidelight_lab.baselines import fine_tuning
-
-    labelled = fine_tuning.Labelled(Sequences.of(dataset.training), dataset.training.labels)
-    lesson = fine_tuning.FineTuneTask(
-        dataset.task, labelled, labelled, fine_tuning.FineTuning(1e-3), seed=0, title="x"
+@pytest.mark.parametrize("written", [None, '{"log_his'], ids=["missing", "cut"])
+def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(
+    dataset, tmp_path, monkeypatch, written
+):
+    part = part_of(dataset, 32)
+    whole, broken = (
+        Lora(epochs=2, batch_size=16, learning_rate=1e-2, checkpoints=tmp_path / name)
+        for name in ("whole", "broken")
     )
-    key = lesson.key()
-    assert key == lesson.key()
+    expected = whole.fit(part, seed=0).logits(part.validation)
+    save = TrainerState.save_to_json
+
+    def die_at_the_second(state, path):
+        if state.epoch < 2:
+            return save(state, path)
+        if written:
+            Path(path).write_text(written)
+        raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainerState, "save_to_json", die_at_the_second)
+        with pytest.raises(KilledError):
+            broken.fit(part, seed=0)
+    assert len([*tmp_path.glob("broken/*/checkpoint-*")]) == 2
+    np.testing.assert_array_equal(broken.fit(part, seed=0).logits(part.validation), expected)
+
+
+def test_another_version_does_not_go_on_from_a_checkpoint(dataset, tmp_path, monkeypatch):
+    part = part_of(dataset, 8)
+    lora = Lora(epochs=1, checkpoints=tmp_path)
+    lora.fit(part, seed=0)
     monkeypatch.setattr(fine_tuning, "version", lambda _name: "another")
-    assert lesson.key() != key
+    dying_after(monkeypatch, 0)
+    with pytest.raises(KilledError):
+        lora.fit(part, seed=0)
 
 
-def test_fine_tuning_keeps_the_best_epoch(dataset):
+def test_fine_tuning_keeps_the_best_epoch(dataset, tmp_path):
     """A rate that wrecks the head after the first epoch: the last epoch is not the best."""
     torch.manual_seed(0)
-    model = SequenceClassifier(dataset.backbone.model.base_model, width=32, outputs=1)
-    parts = {
-        name: Labelled(Sequences.of(split), split.labels)
-        for name, split in (("training", dataset.training), ("validation", dataset.validation))
-    }
-    lesson = FineTuneTask(
-        task=dataset.task, **parts, settings=FineTuning(0.5, epochs=6), seed=0, title="Tuning"
-    )
-    history = fine_tune(model, lesson).history
-    from sidelight.training.objective import validation_score
-
-    logits = score_sequences(model, parts["validation"].sequences, title="Judging")
+    model = classifier(dataset.backbone.model.base_model, dataset)
+    tuning = Lora(learning_rate=0.5, epochs=6)
+    fitted = tuning.tune(model, dataset, prompt_items, folder=tmp_path, seed=0)
+    log = json.loads((tmp_path / "checkpoint-30" / "trainer_state.json").read_text())["log_history"]
+    history = [entry["eval_score"] for entry in log if "eval_score" in entry]
     assert len(history) == 6
     assert history[-1] < max(history)
-    assert validation_score(dataset.task, logits, dataset.validation.labels) == max(history)
+    logits = fitted.logits(dataset.validation)
+    found = validation_score(dataset.task, logits, dataset.validation.labels)
+    # Batches differ, and the body runs in bf16.
+    assert found == pytest.approx(max(history), abs=0.01)
+
+
+def test_a_fine_tuning_that_diverges_names_its_rate(dataset, tmp_path):
+    part = part_of(dataset, 16)
+    lora = Lora(learning_rate=1e30, batch_size=4, checkpoints=tmp_path)
+    with pytest.raises(SidelightError, match=r"Lower its learning rate \(it was 1e\+30\)"):
+        lora.fit(part, seed=0)
 
 
 @pytest.mark.parametrize("pooling", ["mean", "last"])
 def test_batches_and_prefix_have_no_influence(dataset, pooling):
     body = dataset.backbone.model.base_model
-    model = SequenceClassifier(body, width=32, outputs=2, pooling=pooling).eval()
-    sequences = Sequences.of(dataset.validation)
-    assert len(sequences.prefix) > 0
-    together = score_sequences(model, sequences, title="Judging")
+    model = classifier(body, dataset, pooling=pooling).eval()
+    together = score_items(model, prompt_items(dataset.validation))
     for row, prompt in enumerate(dataset.validation.prompts[:6]):
         with torch.inference_mode():
             hidden = body(input_ids=torch.tensor([prompt.token_ids])).last_hidden_state[0]
@@ -216,9 +258,21 @@ def test_batches_and_prefix_have_no_influence(dataset, pooling):
         np.testing.assert_allclose(together[row], alone, atol=BF16)
 
 
+def test_what_all_texts_begin_with_is_run_once(dataset):
+    body = dataset.backbone.model.base_model
+    items = prompt_items(dataset.validation.select(range(6)))
+    shapes = []
+    handle = body.layers[0].register_forward_hook(lambda *call: shapes.append(call[-1].shape))
+    score_items(classifier(body, dataset), items)
+    handle.remove()
+    prefix = next(i for i, read in enumerate(items[0]["read"]) if read)
+    longest = max(len(item["input_ids"]) for item in items)
+    assert shapes == [(1, prefix, 32), (6, longest - prefix, 32)]
+
+
 @pytest.mark.parametrize("kind", ["multiclass", "multilabel"])
 def test_whole_models_take_every_kind_of_task(tiny, tmp_path, kind):
-    dataset = make_study(tiny, tmp_path, kind, counts=(24, 12))
+    dataset = make_dataset(tiny, tmp_path, kind, counts=(24, 12))
     for baseline in (Lora(epochs=1), ZeroShot(), FewShot(shots=3, max_tokens=250)):
         logits = baseline.fit(dataset, seed=0).logits(dataset.validation)
         assert logits.shape == (12, 3)
@@ -247,11 +301,11 @@ def encoder_folder(tmp_path_factory):
 
 
 def test_a_fine_tuned_encoder_learns_a_separable_task(dataset, encoder_folder):
-    rival = FineTunedEncoder(path=encoder_folder, **QUICK).fit(dataset, seed=0)
-    logits = rival.logits(dataset.validation)
+    fitted = FineTunedEncoder(path=encoder_folder, **QUICK).fit(dataset, seed=0)
+    logits = fitted.logits(dataset.validation)
     assert roc_auc_score(dataset.validation.labels, logits[:, 0]) > 0.95
     plain = BertModel.from_pretrained(encoder_folder)
-    assert rival.parameters == sum(p.numel() for p in plain.parameters()) + 32 + 1
+    assert fitted.parameters == sum(p.numel() for p in plain.parameters()) + 32 + 1
 
 
 def test_a_missing_encoder_is_named_with_its_remedy(dataset, monkeypatch):
@@ -303,7 +357,7 @@ def test_zero_shot_is_the_log_odds_of_the_names(dataset):
 
 def test_shots_are_balanced_and_drawn_by_seed(dataset):
     def shots(seed):
-        return FewShot(shots=6).fit(dataset, seed=seed).asking.shots
+        return FewShot(shots=6).prompt(dataset, seed=seed).shots
 
     answers = [answer for _, answer in shots(0)]
     assert sorted(answers) == ["fine"] * 3 + ["toxic"] * 3
@@ -317,8 +371,8 @@ def test_shots_are_balanced_and_drawn_by_seed(dataset):
 @pytest.mark.parametrize(("labels", "listed"), [(3, 3), (77, 1)])
 def test_many_names_are_listed_once(dataset, labels, listed):
     names = tuple(f"label {number}" for number in range(labels))
-    asking = replace(FewShot(shots=2).fit(dataset, seed=0).asking, names=names)
-    users = [turn.content for turn in asking.turns("own text") if turn.role == "user"]
+    prompt = replace(FewShot(shots=2).prompt(dataset, seed=0), names=names)
+    users = [turn.content for turn in prompt.turns("own text") if turn.role == "user"]
     assert len(users) == 3
     assert users[-1].endswith("own text")
     assert sum(", ".join(names) in text for text in users) == listed
@@ -412,9 +466,9 @@ def test_a_guard_without_log_probabilities_gives_a_sign(dataset, monkeypatch):
 def test_a_guard_that_does_not_answer_is_an_error(dataset):
     with listening(guard_app(seen=[])) as url:
         guard = GuardEndpoint(url, "g", prompt="mumble {text}", alternatives=0)
-        rival = guard.fit(dataset, seed=0)
+        fitted = guard.fit(dataset, seed=0)
         with pytest.raises(VerdictError, match="60 of 60 answers"):
-            rival.logits(dataset.validation)
+            fitted.logits(dataset.validation)
     with pytest.raises(SidelightError, match=r"no \{text\}"):
         GuardEndpoint(url, "g", prompt="Is it bad?").fit(dataset, seed=0)
 
@@ -424,9 +478,9 @@ def test_a_failing_guard_is_asked_again(dataset):
     with listening(guard_app(seen=[], fails=1)) as url:
         assert GuardEndpoint(url, "g").fit(dataset, seed=0).logits(few).shape == (4, 1)
     with listening(guard_app(seen=[], fails=99)) as url:
-        rival = GuardEndpoint(url, "g", retries=0).fit(dataset, seed=0)
+        fitted = GuardEndpoint(url, "g", retries=0).fit(dataset, seed=0)
         with pytest.raises(SidelightError, match=f"{url} answered 503") as raised:
-            rival.logits(few)
+            fitted.logits(few)
     assert not any(text in str(raised.value) for text in few.texts)
     with pytest.raises(SidelightError, match="Cannot reach"):
         GuardEndpoint(url, "g", retries=0).fit(dataset, seed=0).logits(few)
@@ -461,14 +515,14 @@ def test_a_key_that_is_refused_is_named_and_not_shown(dataset, monkeypatch):
     monkeypatch.setenv("GUARD_KEY", "secret")
     engine = TransformersEngine(tiny_backbone(), [])
     with served(engine, access=Access(numbered_keys(["right"], prefix="key"))) as address:
-        rival = ModerationEndpoint(f"{address}/v1", key_env="GUARD_KEY").fit(dataset, seed=0)
+        fitted = ModerationEndpoint(f"{address}/v1", key_env="GUARD_KEY").fit(dataset, seed=0)
         with pytest.raises(SidelightError, match=r"key into .* GUARD_KEY") as raised:
-            rival.logits(dataset.validation.select([0]))
-    assert "secret" not in str(raised.value) + repr(rival)
+            fitted.logits(dataset.validation.select([0]))
+    assert "secret" not in str(raised.value) + repr(fitted)
 
 
 def test_endpoints_are_for_binary_tasks(tiny, tmp_path):
-    dataset = make_study(tiny, tmp_path, "multiclass", counts=(24, 12))
+    dataset = make_dataset(tiny, tmp_path, "multiclass", counts=(24, 12))
     for endpoint in (ModerationEndpoint("http://x/v1"), GuardEndpoint("http://x/v1", "g")):
         with pytest.raises(SidelightError, match="multiclass with labels x, y, z"):
             endpoint.fit(dataset, seed=0)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from sklearn.covariance import ledoit_wolf
+from scipy.special import softmax
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression
 
@@ -22,12 +22,7 @@ from sidelight.training.dataset import ProbeDataset, Split, make_split
 from sidelight.training.objective import validation_score
 from sidelight.types import TaskKind
 from sidelight_lab.baselines.base import Baseline, FittedBaseline, TfIdf
-from sidelight_lab.baselines.linear import (
-    Rows,
-    gaussian_discriminant,
-    logistic_path,
-    shrunk_covariance,
-)
+from sidelight_lab.baselines.linear import fit_logistic, gaussian_discriminant
 from sidelight_lab.baselines.muli import FirstToken, LogOddsDesign, Muli
 from sidelight_lab.baselines.pooled import (
     LastTokenOfBestLayer,
@@ -35,8 +30,9 @@ from sidelight_lab.baselines.pooled import (
     MeanOfBestLayer,
     MeanOfLastLayer,
     MeansOfAllLayers,
+    Mlpm,
 )
-from sidelight_lab.baselines.siren import Mlpm, Siren, sparse_path
+from sidelight_lab.baselines.siren import Siren, sparse_path
 
 LAYERS, WIDTH, VOCABULARY = 4, 32, 300
 BASELINES: list[Baseline] = [
@@ -71,7 +67,7 @@ def split_of(
 
 
 @pytest.fixture(scope="module")
-def studies(
+def datasets(
     tiny: TransformersBackbone, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[TaskKind, ProbeDataset]:
     root = tmp_path_factory.mktemp("cache")
@@ -94,9 +90,11 @@ def unseen(
 
 
 @pytest.fixture(scope="module")
-def fitted(studies: dict[TaskKind, ProbeDataset]) -> Callable[[Baseline, TaskKind], FittedBaseline]:
+def fitted(
+    datasets: dict[TaskKind, ProbeDataset],
+) -> Callable[[Baseline, TaskKind], FittedBaseline]:
     """Each baseline fitted once to each kind of task."""
-    return cache(lambda baseline, kind: baseline.fit(studies[kind], seed=0))
+    return cache(lambda baseline, kind: baseline.fit(datasets[kind], seed=0))
 
 
 @every_kind
@@ -110,18 +108,18 @@ def test_planted_signal_is_found_in_unseen_texts(baseline, kind, fitted, unseen)
 
 
 @every_baseline
-def test_the_same_seed_gives_the_same_logits(baseline, fitted, studies, unseen):
-    again = baseline.fit(studies["multiclass"], seed=0).logits(unseen["multiclass"])
+def test_the_same_seed_gives_the_same_logits(baseline, fitted, datasets, unseen):
+    again = baseline.fit(datasets["multiclass"], seed=0).logits(unseen["multiclass"])
     assert np.array_equal(fitted(baseline, "multiclass").logits(unseen["multiclass"]), again)
 
 
 @pytest.mark.parametrize("kind", ["multiclass", "multilabel"])
 @every_baseline
-def test_a_class_without_training_texts_is_hardly_ever_predicted(baseline, kind, studies, unseen):
-    labels = studies[kind].training.labels
+def test_a_class_without_training_texts_is_hardly_ever_predicted(baseline, kind, datasets, unseen):
+    labels = datasets[kind].training.labels
     present = labels != 2 if kind == "multiclass" else labels[:, 2] == 0
-    few = studies[kind].training.select(np.flatnonzero(present)[:24])
-    rival = baseline.fit(replace(studies[kind], training=few), seed=0)
+    few = datasets[kind].training.select(np.flatnonzero(present)[:24])
+    rival = baseline.fit(replace(datasets[kind], training=few), seed=0)
     logits = rival.logits(unseen[kind])
     assert np.isfinite(logits).all()
     predicted = logits.argmax(1) == 2 if kind == "multiclass" else logits[:, 2] > 0
@@ -129,10 +127,10 @@ def test_a_class_without_training_texts_is_hardly_ever_predicted(baseline, kind,
 
 
 @pytest.mark.parametrize("present", [[0, 1], [1]])
-def test_tfidf_needs_two_classes_and_never_predicts_an_absent_one(present, studies, unseen):
-    kept = np.isin(studies["multiclass"].training.labels, present)
-    few = studies["multiclass"].training.select(np.flatnonzero(kept)[:24])
-    dataset = replace(studies["multiclass"], training=few)
+def test_tfidf_needs_two_classes_and_never_predicts_an_absent_one(present, datasets, unseen):
+    kept = np.isin(datasets["multiclass"].training.labels, present)
+    few = datasets["multiclass"].training.select(np.flatnonzero(kept)[:24])
+    dataset = replace(datasets["multiclass"], training=few)
     if len(present) == 1:
         with pytest.raises(SidelightError, match="All training texts are labelled 'y'"):
             TfIdf().fit(dataset, seed=0)
@@ -172,8 +170,10 @@ def test_every_fitted_number_is_counted(kind, fitted):
     [(MeanOfLastLayer(), MeanOfBestLayer()), (LastTokenOfLastLayer(), LastTokenOfBestLayer())],
     ids=["mean", "last_token"],
 )
-def test_the_last_layer_is_no_better_on_validation_than_the_best(last, best, kind, fitted, studies):
-    held_out = studies[kind].validation
+def test_the_last_layer_is_no_better_on_validation_than_the_best(
+    last, best, kind, fitted, datasets
+):
+    held_out = datasets[kind].validation
     worse, better = (
         validation_score(held_out.task, fitted(each, kind).logits(held_out), held_out.labels)
         for each in (last, best)
@@ -181,79 +181,72 @@ def test_the_last_layer_is_no_better_on_validation_than_the_best(last, best, kin
     assert better >= worse
 
 
-def test_siren_keeps_fewer_neurons_for_a_smaller_share_of_weight(studies):
+def test_siren_keeps_fewer_neurons_for_a_smaller_share_of_weight(datasets):
     siren = Siren(iterations=20, hidden=4, settings=replace(Siren().settings, epochs=1))
     sizes = [
-        replace(siren, kept=kept).fit(studies["binary"], seed=0).parameters for kept in (0.3, 0.9)
+        replace(siren, kept=kept).fit(datasets["binary"], seed=0).parameters for kept in (0.3, 0.9)
     ]
     assert sizes[0] < sizes[1]
 
 
-def blobs(kind: TaskKind, *, rows: int, features: int, seed: int) -> Rows:
-    """Correlated inputs of unequal scale with overlapping classes."""
-    generator = torch.Generator().manual_seed(seed)
-    mix = torch.randn(features, features, generator=generator)
-    inputs = torch.randn(rows, features, generator=generator) @ mix + 3
-    logits = inputs @ torch.randn(features, 3, generator=generator) / features
-    logits += torch.randn(rows, 3, generator=generator)
+def blobs(kind: TaskKind, *, rows: int, features: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Correlated inputs of unequal scale with overlapping classes, and their labels."""
+    random = np.random.default_rng(seed)
+    inputs = random.standard_normal((rows, features)) @ random.standard_normal((features,) * 2) + 3
+    logits = inputs @ random.standard_normal((features, 3)) / features
+    logits += random.standard_normal((rows, 3))
     if kind == "multiclass":
-        return Rows(inputs, logits.argmax(1))
-    labels = (logits > logits.mean(0)).long()
-    return Rows(inputs, labels[:, 0] if kind == "binary" else labels)
+        return inputs, logits.argmax(1)
+    labels = (logits > logits.mean(0)).astype(np.int64)
+    return inputs, labels[:, 0] if kind == "binary" else labels
 
 
-def standardised(inputs: torch.Tensor) -> np.ndarray:
-    return ((inputs - inputs.mean(0)) / inputs.std(0, correction=0)).double().numpy()
+def standardised(inputs: np.ndarray) -> np.ndarray:
+    return (inputs - inputs.mean(0)) / inputs.std(0)
 
 
 @pytest.mark.parametrize("penalty", [1.0, 0.01])
 @every_kind
-def test_logistic_regression_equals_scikit_learns(kind, penalty):
-    rows = blobs(kind, rows=200, features=6, seed=0)
-    path = logistic_path(
-        rows, TASKS[kind], penalties=(10.0, penalty), balanced=False, iterations=200
+def test_logistic_regression_minimises_the_stated_loss(kind, penalty):
+    inputs, labels = blobs(kind, rows=300, features=6, seed=0)
+    if kind == "multiclass":
+        labels = np.where(np.arange(300) % 7 == 0, labels, 0)  # classes of unequal size
+    mine = fit_logistic(inputs, labels, TASKS[kind], penalty=penalty, iterations=1000)
+    columns = labels.reshape(300, -1).T
+    reference = LogisticRegression(
+        C=1 / (300 * penalty), class_weight="balanced", tol=1e-8, max_iter=1000
     )
-    mine = list(path)[-1](rows.inputs).numpy()
-    reference = LogisticRegression(C=1 / (200 * penalty), tol=1e-8, max_iter=1000)
-    inputs = standardised(rows.inputs)
-    columns = rows.labels.numpy().reshape(200, -1).T
-    found = [reference.fit(inputs, column).decision_function(inputs) for column in columns]
-    expected = np.stack(found, 1).reshape(200, -1)
-    if kind == "multiclass":  # softmax leaves a common shift open
-        mine = mine - mine.mean(1, keepdims=True)
-        expected = expected - expected.mean(1, keepdims=True)
-    # L-BFGS stops where float32 cannot tell losses apart any more.
-    assert mine == pytest.approx(expected, abs=1e-2)
+    scaled = standardised(inputs)
+    found = [reference.fit(scaled, column).decision_function(scaled) for column in columns]
+    expected = np.stack(found, 1).reshape(300, -1)
+    # Default and tight tolerance of L-BFGS, and weights that are kept in float32.
+    assert mine(inputs) == pytest.approx(expected, abs=1e-2)
 
 
-def test_classes_are_balanced_as_by_scikit_learn():
-    rows = blobs("multiclass", rows=300, features=5, seed=1)
-    rows = Rows(rows.inputs, torch.where(torch.arange(300) % 7 == 0, rows.labels, 0))
-    (mine,) = logistic_path(
-        rows, TASKS["multiclass"], penalties=(0.1,), balanced=True, iterations=200
-    )
-    inputs = standardised(rows.inputs)
-    reference = LogisticRegression(C=1 / 30, class_weight="balanced", tol=1e-8, max_iter=1000)
-    expected = reference.fit(inputs, rows.labels.numpy()).predict_proba(inputs)
-    assert mine(rows.inputs).softmax(1).numpy() == pytest.approx(expected, abs=1e-3)
+@pytest.mark.parametrize("kind", ["multiclass", "multilabel"])
+def test_a_single_class_is_predicted_without_a_fit(kind):
+    inputs, labels = blobs(kind, rows=20, features=3, seed=0)
+    linear = fit_logistic(inputs, np.ones_like(labels), TASKS[kind], penalty=1.0)
+    assert not linear.weight.any()
+    assert (linear.bias[1] > linear.bias[[0, 2]] if kind == "multiclass" else linear.bias > 0).all()
 
 
 @every_kind
 def test_sparse_regression_satisfies_its_optimality_conditions(kind):
-    rows = blobs(kind, rows=300, features=8, seed=3)
-    inputs, outputs = standardised(rows.inputs), TASKS[kind].outputs
-    (mine,) = sparse_path(
+    rows, labels = blobs(kind, rows=300, features=8, seed=3)
+    inputs, outputs = standardised(rows), TASKS[kind].outputs
+    ((weight, bias),) = sparse_path(
         torch.from_numpy(inputs).float().matmul,
-        rows.labels,
+        torch.from_numpy(labels),
         TASKS[kind],
         features=8,
         shares=(0.3,),
         iterations=500,
     )
-    target = rows.labels.numpy().reshape(300, -1)
+    target = labels.reshape(300, -1)
     if kind == "multiclass":
         target = np.eye(3)[target[:, 0]]
-        weights = (1 / (3 * target.mean(0)))[rows.labels.numpy(), None]
+        weights = (1 / (3 * target.mean(0)))[labels, None]
     else:
         weights = np.where(target == 1, 1 / target.mean(0) - 1, 1)
 
@@ -265,8 +258,8 @@ def test_sparse_regression_satisfies_its_optimality_conditions(kind):
         return np.c_[inputs, np.ones(300)].T @ (weights * (chance - target)) / terms
 
     penalty = 0.3 * np.abs(gradient(np.zeros((300, outputs)))[:-1]).max()
-    weight = mine.weight.double().numpy()
-    slope = gradient(inputs @ weight + mine.bias.double().numpy())
+    weight = weight.double().numpy()
+    slope = gradient(inputs @ weight + bias.double().numpy())
     tolerance = 1e-2 * penalty  # float32 steps
     assert 0 < (weight == 0).sum() < weight.size
     assert slope[-1] == pytest.approx(0, abs=tolerance)
@@ -276,45 +269,47 @@ def test_sparse_regression_satisfies_its_optimality_conditions(kind):
 
 
 def test_the_largest_penalty_keeps_nothing_and_a_smaller_one_more():
-    rows = blobs("binary", rows=200, features=10, seed=4)
-    matrix = torch.from_numpy(standardised(rows.inputs)).float()
+    inputs, labels = blobs("binary", rows=200, features=10, seed=4)
     path = sparse_path(
-        matrix.matmul,
-        rows.labels,
+        torch.from_numpy(standardised(inputs)).float().matmul,
+        torch.from_numpy(labels),
         TASKS["binary"],
         features=10,
-        shares=(1.0, 0.5, 0.01),
+        shares=(1.001, 0.5, 0.01),  # rounding decides at exactly 1
         iterations=300,
     )
-    kept = [int((sparse.weight != 0).sum()) for sparse in path]
+    kept = [int((weight != 0).sum()) for weight, _ in path]
     assert kept[0] == 0 < kept[1] < kept[2]
-
-
-def test_covariance_shrinks_as_scikit_learns():
-    inputs = blobs("binary", rows=40, features=12, seed=5).inputs
-    centred = inputs - inputs.mean(0)
-    expected, _ = ledoit_wolf(centred.double().numpy(), assume_centered=True)
-    assert shrunk_covariance(centred).numpy() == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["binary", "multiclass"])
 def test_gaussian_discriminant_of_many_texts_is_linear_discriminant_analysis(kind):
-    rows = blobs(kind, rows=20_000, features=4, seed=6)
-    mine = gaussian_discriminant(rows.inputs, rows.labels, TASKS[kind])(rows.inputs).double()
-    chance = (
-        mine.softmax(1) if kind == "multiclass" else torch.cat([-mine, mine], 1).div(2).softmax(1)
-    )
-    inputs, labels = standardised(rows.inputs), rows.labels.numpy()
-    expected = LinearDiscriminantAnalysis(solver="lsqr").fit(inputs, labels).predict_proba(inputs)
+    inputs, labels = blobs(kind, rows=20_000, features=4, seed=6)
+    mine = gaussian_discriminant(inputs, labels, TASKS[kind])(inputs)
+    logits = mine if kind == "multiclass" else np.hstack([np.zeros_like(mine), mine])
+    scaled = standardised(inputs)
+    expected = LinearDiscriminantAnalysis(solver="lsqr").fit(scaled, labels).predict_proba(scaled)
     # With so many texts, hardly anything is shrunk.
-    assert chance.numpy() == pytest.approx(expected, abs=5e-3)
+    assert softmax(logits, 1) == pytest.approx(expected, abs=5e-3)
+
+
+def test_few_texts_shrink_the_covariance_all_the_way_to_distances_from_means():
+    random = np.random.default_rng(0)
+    inputs, labels = random.standard_normal((6, 400)), np.array([0, 1] * 3)
+    linear = gaussian_discriminant(inputs, labels, TASKS["binary"])
+    scaled = standardised(inputs)
+    apart = scaled[labels == 1].mean(0) - scaled[labels == 0].mean(0)
+    direction = linear.weight[:, 0] * inputs.std(0)
+    cosine = direction @ apart / np.linalg.norm(direction) / np.linalg.norm(apart)
+    assert cosine > 0.99
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "gemma2"])
 def test_muli_reads_the_models_own_first_token(name, tmp_path):
     backbone = family_backbone(name)
     split = split_of(backbone, tmp_path, "binary", 6, seed=7)
-    first = FirstToken.of(backbone, split.prompts[0])
+    first = FirstToken.of(backbone)
+    first.require(backbone, split.prompts[0])
     odds = first.log_odds(first.directions(split.pooled.lasts[:, -1])).double()
     logits = [
         backbone.model(input_ids=torch.tensor([prompt.token_ids])).logits[0, -1]
@@ -329,7 +324,7 @@ def test_muli_refuses_a_model_that_transforms_its_logits():
     backbone = family_backbone("gemma2")
     prompt = backbone.encoder.encode([Message("user", "hello")])
     with pytest.raises(SidelightError, match="final norm"):
-        FirstToken.of(backbone, prompt)
+        FirstToken.of(backbone).require(backbone, prompt)
 
 
 def test_muli_refuses_states_that_are_not_before_the_answer(tiny, tmp_path):
@@ -339,14 +334,14 @@ def test_muli_refuses_states_that_are_not_before_the_answer(tiny, tmp_path):
         Muli().fit(ProbeDataset(tiny, split, split), seed=0)
 
 
-def test_log_odds_need_not_exist_to_be_multiplied(tiny, studies):
-    split = studies["binary"].training
-    first = FirstToken.of(tiny, split.prompts[0])
+def test_log_odds_need_not_exist_to_be_multiplied(tiny, datasets):
+    split = datasets["binary"].training
+    first = FirstToken.of(tiny)
     states = split.pooled.lasts[:, -1]
     design = LogOddsDesign.of(first, states)
     weight = torch.randn(VOCABULARY, 2, generator=torch.Generator().manual_seed(0))
     odds = first.log_odds(first.directions(states))
-    expected = standardised(odds) @ weight.double().numpy()
+    expected = standardised(odds.double().numpy()) @ weight.double().numpy()
     # The design leaves out log(1 - p) of unlikely entries, at most .001 of log-odds each.
     tolerance = float((1e-3 / odds.std(0)).norm()) * 3
     assert design(weight).numpy() == pytest.approx(expected, abs=tolerance)

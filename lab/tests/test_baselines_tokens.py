@@ -5,7 +5,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from sklearn.linear_model import Ridge
 from torch.nn import functional
 
 from corpora import TASKS, planted
@@ -18,7 +17,6 @@ from sidelight.states.cache import Shard
 from sidelight.training.dataset import ProbeDataset, make_split
 from sidelight.training.objective import validation_score
 from sidelight.training.settings import TrainingSettings
-from sidelight_lab.baselines.pooled import ranked_layers
 from sidelight_lab.baselines.token_heads import (
     AttentionHeads,
     AttentionProbe,
@@ -27,12 +25,12 @@ from sidelight_lab.baselines.token_heads import (
     RollingHeads,
     RollingMax,
     SmoothedLinear,
-)
-from sidelight_lab.baselines.token_training import (
-    TokenModel,
-    TokenSource,
     Windows,
-    fit_single_layer,
+)
+from sidelight_lab.baselines.training import (
+    TokenSource,
+    fit_best_layer,
+    ranked_layers,
     token_logits,
     train_on_tokens,
 )
@@ -68,20 +66,20 @@ def splits(tiny, tmp_path_factory):
     }
 
 
-def study_of(tiny, splits, kind="binary"):
+def dataset_of(tiny, splits, kind="binary"):
     return ProbeDataset(tiny, splits[kind]["training"], splits[kind]["validation"])
 
 
-def held_out_score(rival, split):
-    return validation_score(split.task, rival.logits(split), split.labels)
+def held_out_score(fitted, split):
+    return validation_score(split.task, fitted.logits(split), split.labels)
 
 
 @EVERY
 @pytest.mark.parametrize("kind", TASKS)
 def test_every_baseline_learns_a_planted_signal(tiny, splits, baseline, kind):
-    rival = baseline.fit(study_of(tiny, splits, kind), seed=0)
+    fitted = baseline.fit(dataset_of(tiny, splits, kind), seed=0)
     # Chance is 0.4 for the binary and multi-label tasks, a third for the multi-class one.
-    assert held_out_score(rival, splits[kind]["held out"]) > 0.8
+    assert held_out_score(fitted, splits[kind]["held out"]) > 0.8
 
 
 @EVERY
@@ -89,13 +87,13 @@ def test_a_few_texts_of_a_data_set_are_enough_to_fit_to(tiny, splits, baseline):
     training = splits["binary"]["training"]
     few = np.concatenate([np.flatnonzero(training.labels == value)[:16] for value in (1, 0)])
     dataset = ProbeDataset(tiny, training.select(few), splits["binary"]["validation"])
-    rival = baseline.fit(dataset, seed=0)
-    assert held_out_score(rival, splits["binary"]["held out"]) > 0.55
+    fitted = baseline.fit(dataset, seed=0)
+    assert held_out_score(fitted, splits["binary"]["held out"]) > 0.55
 
 
 @EVERY
 def test_the_seed_decides_every_byte(tiny, splits, baseline):
-    dataset, test = study_of(tiny, splits), splits["binary"]["held out"]
+    dataset, test = dataset_of(tiny, splits), splits["binary"]["held out"]
     quick = replace(baseline, settings=BRIEF)
     torch.manual_seed(1)
     first = quick.fit(dataset, seed=0).logits(test)
@@ -110,12 +108,12 @@ def test_the_seed_decides_every_byte(tiny, splits, baseline):
 
 @EVERY
 def test_logits_follow_the_texts(tiny, splits, baseline):
-    rival = replace(baseline, settings=BRIEF).fit(study_of(tiny, splits), seed=0)
+    fitted = replace(baseline, settings=BRIEF).fit(dataset_of(tiny, splits), seed=0)
     test = splits["binary"]["held out"]
     some = [70, 3, 11, 119]
     # Batches differ, and states are bf16 in one of the baselines.
     np.testing.assert_allclose(
-        rival.logits(test.select(some)), rival.logits(test)[some], rtol=1e-3, atol=1e-3
+        fitted.logits(test.select(some)), fitted.logits(test)[some], rtol=1e-3, atol=1e-3
     )
 
 
@@ -127,9 +125,9 @@ def test_parameters_are_counted_exactly(tiny, splits, kind):
         "binary": [8 * 32 * 2 + 1, *[features + 10 * 100 * 2 + 1] * 2, 4 * 32 + 1],
         "multiclass": [8 * 32 * 4 + 3, *[features + 10 * 100 * 4 + 3] * 2, 3 * (4 * 32 + 1)],
     }
-    dataset = study_of(tiny, splits, kind)
+    dataset = dataset_of(tiny, splits, kind)
     fitted = [replace(baseline, settings=BRIEF).fit(dataset, seed=0) for baseline in BASELINES]
-    assert [rival.parameters for rival in fitted] == expected[kind]
+    assert [fitted.parameters for fitted in fitted] == expected[kind]
 
 
 def random_tokens(width=6):
@@ -249,19 +247,21 @@ def test_large_means_leave_no_rounding_in_smoothed_logits():
 
 @pytest.mark.parametrize("kind", TASKS)
 def test_layers_are_ranked_as_ridge_regressions_rank_them(tiny, splits, kind):
-    dataset = study_of(tiny, splits, kind)
+    """Against the closed form."""
+    dataset = dataset_of(tiny, splits, kind)
     task, train, held_out = dataset.task, dataset.training, dataset.validation
-    target = np.eye(3)[train.labels] if kind == "multiclass" else train.labels
+    target = np.eye(3)[train.labels] if kind == "multiclass" else train.labels.reshape(200, -1)
     scores = []
     for layer in range(4):
-        fitted_to = train.pooled.means[:, layer].numpy()
-        mean, scale = fitted_to.mean(0), fitted_to.std(0, ddof=1)
+        fitted_to = train.pooled.means[:, layer].double().numpy()
+        mean, scale = fitted_to.mean(0), fitted_to.std(0)
+        inputs = (fitted_to - mean) / scale
         unseen = (held_out.pooled.means[:, layer].numpy() - mean) / scale
+        moments = inputs.T @ (target - target.mean(0)) / len(inputs)
         logits = [
-            Ridge(alpha=penalty * len(fitted_to))
-            .fit((fitted_to - mean) / scale, target)
-            .predict(unseen)
-            .reshape(len(unseen), -1)
+            unseen
+            @ np.linalg.solve(inputs.T @ inputs / len(inputs) + penalty * np.eye(32), moments)
+            + target.mean(0)
             for penalty in (0.01, 0.1, 1.0, 10.0)
         ]
         scores.append(max(validation_score(task, each, held_out.labels) for each in logits))
@@ -294,27 +294,32 @@ class Blind(torch.nn.Module):
 
 
 @pytest.mark.parametrize("seeing", [0, 1, 2])
-def test_the_best_of_the_tried_layers_is_kept(tiny, splits, seeing):
-    dataset = study_of(tiny, splits)
-    networks = iter([AttentionHeads(32, 1, heads=2) if i == seeing else Blind() for i in range(3)])
-    rival = fit_single_layer(dataset, lambda *_: next(networks), layers=3, settings=BRIEF, seed=0)
-    assert rival.layer == ranked_layers(dataset)[seeing]
-    assert rival.parameters == 2 * 32 * 2 + 1
-    assert next(networks, None) is None, "as many layers are tried as were asked for"
+def test_the_best_of_the_tried_layers_is_kept_and_read(tiny, splits, seeing):
+    dataset, test = dataset_of(tiny, splits), splits["binary"]["held out"]
+    networks = [AttentionHeads(32, 1, heads=2) if i == seeing else Blind() for i in range(3)]
+    left = iter(networks)
+    fitted = fit_best_layer(dataset, lambda *_: next(left), layers=3, settings=BRIEF, seed=0)
+    assert next(left, None) is None, "as many layers are tried as were asked for"
+    assert fitted.parameters == 2 * 32 * 2 + 1
+    layer = ranked_layers(dataset)[seeing]
+    scaling = TokenSource.one_layer(dataset.training, layer).scaling()
+    tokens = test.tokens(layer)
+    values = (tokens.values.float() - scaling.mean[0]) / scaling.scale[0]
+    expected = networks[seeing](Ragged(values, tokens.lengths))
+    np.testing.assert_allclose(fitted.logits(test), expected, rtol=1e-4, atol=1e-4)
 
 
-class Counting(TokenModel):
+class Counting(torch.nn.Module):
     """A logit that grows with every step; counts the steps and the texts that it has seen."""
 
-    def __init__(self, power=1.0):
+    def __init__(self):
         super().__init__()
         self.slope = torch.nn.Parameter(torch.ones(()))
-        self.power = power
         self.steps = 0
         self.seen = []
 
     def forward(self, batch):
-        return batch.hidden[0, batch.lengths.cumsum(0) - 1] * self.slope**self.power
+        return batch.hidden[0, batch.lengths.cumsum(0) - 1] * self.slope
 
     def loss(self, batch, labels):
         self.steps += 1
@@ -331,12 +336,12 @@ def source_of(values, labels):
     return TokenSource((len(values),), lambda _: shard, torch.tensor(labels))
 
 
-def counted(model, settings, *, validation=((1.0, 2.0), (0, 1))):
-    training = source_of([-1.0, 1.0, 2.0], [0, 1, 0])
+def score_of(model, settings, *, validation=((1.0, 2.0), (0, 1))):
     return train_on_tokens(
-        lambda: model,
+        model,
+        model.loss,
         task=TASKS["binary"],
-        training=training,
+        training=source_of([-1.0, 1.0, 2.0], [0, 1, 0]),
         validation=source_of(*validation),
         settings=settings,
         seed=0,
@@ -345,7 +350,7 @@ def counted(model, settings, *, validation=((1.0, 2.0), (0, 1))):
 
 def test_an_epoch_of_few_texts_repeats_them_until_forty_steps():
     model = Counting()
-    counted(model, replace(BRIEF, batch_size=1))
+    score_of(model, replace(BRIEF, batch_size=1))
     assert model.steps == 40
     assert {text: model.seen.count(text) for text in range(3)} in (
         {0: 14, 1: 13, 2: 13},
@@ -355,18 +360,18 @@ def test_an_epoch_of_few_texts_repeats_them_until_forty_steps():
 
 
 def test_training_stops_when_its_patience_is_over_and_keeps_the_first_of_equals():
-    model = Counting()
-    trained = counted(model, replace(QUICK, epochs=9, patience=2))
+    model, after_one = Counting(), Counting()
+    assert score_of(model, replace(QUICK, epochs=9, patience=2)) == 1.0
     assert model.steps == 3 * 40
-    assert trained.score == 1.0
-    after_one = counted(Counting(), replace(QUICK, epochs=9, patience=1))
-    assert trained.model.slope == after_one.model.slope
-    assert not trained.model.slope.requires_grad
+    score_of(after_one, replace(QUICK, epochs=9, patience=1))
+    assert after_one.steps == 2 * 40
+    assert model.slope == after_one.slope
+    assert not model.slope.requires_grad
 
 
 def test_logits_that_are_not_finite_are_an_error_that_names_the_rate():
     with pytest.raises(SidelightError, match=r"Lower its learning rate \(it was 0.01\)"):
-        counted(Counting(), QUICK, validation=((1.0, torch.inf), (0, 1)))
+        score_of(Counting(), QUICK, validation=((1.0, torch.inf), (0, 1)))
 
 
 def test_texts_are_scored_in_the_order_of_their_labels(splits):

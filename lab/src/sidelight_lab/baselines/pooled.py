@@ -1,201 +1,156 @@
-"""Which layers a single-layer probe should try: ridge regression on each layer's mean token.
+"""Baselines on one vector per text and layer: its mean token or its last one."""
 
-Logistic regressions of one vector per text: mean or last token of one layer, or all means.
-"""
-
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
-import torch
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Float, Int
 
 from sidelight.training.dataset import ProbeDataset, Split
 from sidelight.training.objective import validation_score
+from sidelight.types import Task
 from sidelight_lab.baselines.base import Baseline, FittedBaseline
-from sidelight_lab.baselines.linear import PENALTIES, Linear, Rows, class_targets, fit_logistic
-
-# Of features of variance 1, relative to the mean over texts: from hardly any to mostly penalty.
-_PENALTIES = (0.01, 0.1, 1.0, 10.0)
-
-
-def ranked_layers(dataset: ProbeDataset) -> list[int]:
-    """All layers, the best by validation score first; of equals the lower one.
-
-    Closed form, so that all layers take seconds. Each layer is scored with the penalty that suits
-    it best. A layer's means are a proxy: a probe that weighs tokens may do better on another layer
-    near the top of the list, so train it on a few.
-    """
-    target = class_targets(torch.from_numpy(dataset.training.labels), dataset.task)
-    train, held_out = dataset.training.pooled.means, dataset.validation.pooled.means
-    scores = [
-        _score(train[:, layer], target, held_out[:, layer], dataset.validation)
-        for layer in range(train.shape[1])
-    ]
-    return sorted(range(len(scores)), key=lambda layer: -scores[layer])
-
-
-def _score(
-    train: Float[Tensor, "text width"],
-    target: Float[Tensor, "text output"],
-    held_out: Float[Tensor, "held_out width"],
-    validation: Split,
-) -> float:
-    scale, mean = torch.std_mean(train, 0)
-    inputs, unseen = ((part - mean) / scale.clamp(min=1e-6) for part in (train, held_out))
-    gram = (inputs.T @ inputs / len(inputs)).double()
-    moments = (inputs.T @ (target - target.mean(0)) / len(inputs)).double()
-    eye = torch.eye(len(gram), dtype=gram.dtype)
-    weights = [torch.linalg.solve(gram + penalty * eye, moments) for penalty in _PENALTIES]
-    logits = [(unseen @ weight.float() + target.mean(0)).numpy() for weight in weights]
-    return max(validation_score(validation.task, each, validation.labels) for each in logits)
-
-
-Features = Callable[[Split], Float[Tensor, "text feature"]]
+from sidelight_lab.baselines.linear import (
+    PENALTIES,
+    fit_logistic,
+    gaussian_discriminant,
+)
 
 
 @dataclass(frozen=True)
-class MeanOfLastLayer(Baseline):
-    """Mean token after the last block, before the final norm.
+class Pooled(Baseline):
+    """A logistic regression on the mean or last token of a layer, before the final norm.
 
     Attributes:
-        penalties: Of the regression, strongest first; validation texts choose.
-    """
-
-    title: ClassVar[str] = "Mean token of the last layer, logistic regression"
-    is_single_pass: ClassVar[bool] = True
-    penalties: tuple[float, ...] = PENALTIES
-
-    def fit(self, dataset: ProbeDataset, *, seed: int) -> FittedBaseline:
-        """Chooses the penalty on validation texts; nothing is random."""
-        return _best(dataset, [_mean(_last_layer(dataset))], self.penalties)
-
-
-@dataclass(frozen=True)
-class LastTokenOfLastLayer(Baseline):
-    """Last token after the last block, before the final norm.
-
-    Attributes:
-        penalties: As in ``MeanOfLastLayer``.
-    """
-
-    title: ClassVar[str] = "Last token of the last layer, logistic regression"
-    is_single_pass: ClassVar[bool] = True
-    penalties: tuple[float, ...] = PENALTIES
-
-    def fit(self, dataset: ProbeDataset, *, seed: int) -> FittedBaseline:
-        """Chooses the penalty on validation texts; nothing is random."""
-        return _best(dataset, [_last_token(_last_layer(dataset))], self.penalties)
-
-
-@dataclass(frozen=True)
-class MeanOfBestLayer(Baseline):
-    """Mean token of the layer that does best.
-
-    Attributes:
-        penalties: As in ``MeanOfLastLayer``.
-    """
-
-    title: ClassVar[str] = "Mean token of the best layer, logistic regression"
-    is_single_pass: ClassVar[bool] = True
-    penalties: tuple[float, ...] = PENALTIES
-
-    def fit(self, dataset: ProbeDataset, *, seed: int) -> FittedBaseline:
-        """Chooses the layer with its penalty on validation texts; nothing is random."""
-        return _best(dataset, [_mean(layer) for layer in _all_layers(dataset)], self.penalties)
-
-
-@dataclass(frozen=True)
-class LastTokenOfBestLayer(Baseline):
-    """Last token of the layer that does best.
-
-    Attributes:
-        penalties: As in ``MeanOfLastLayer``.
-    """
-
-    title: ClassVar[str] = "Last token of the best layer, logistic regression"
-    is_single_pass: ClassVar[bool] = True
-    penalties: tuple[float, ...] = PENALTIES
-
-    def fit(self, dataset: ProbeDataset, *, seed: int) -> FittedBaseline:
-        """Chooses the layer with its penalty on validation texts; nothing is random."""
-        return _best(
-            dataset, [_last_token(layer) for layer in _all_layers(dataset)], self.penalties
-        )
-
-
-@dataclass(frozen=True)
-class MeansOfAllLayers(Baseline):
-    """Mean tokens of all layers, concatenated.
-
-    Attributes:
-        penalties: As in ``MeanOfLastLayer``.
+        token: The mean of the tokens that probes read, or the last of them.
+        layer: The last one, the best one on validation texts, or all of them side by side.
+        penalties: L2 penalties per text, of which validation texts choose one.
         iterations: The most per penalty. A fit that stops early is a smoother one.
     """
 
-    title: ClassVar[str] = "Mean tokens of all layers, logistic regression"
+    token: ClassVar[Literal["mean", "last"]]
+    layer: ClassVar[Literal["last", "best", "all"]]
     is_single_pass: ClassVar[bool] = True
     penalties: tuple[float, ...] = PENALTIES
-    iterations: int = 30
+    iterations: int = 100
 
     def fit(self, dataset: ProbeDataset, *, seed: int) -> FittedBaseline:
-        """Chooses the penalty on validation texts; nothing is random."""
-        return _best(dataset, [_all_means], self.penalties, iterations=self.iterations)
+        """Chooses penalty and layer on validation texts; nothing is random."""
+        training, validation = dataset.training, dataset.validation
+        layers = dataset.backbone.fingerprint.layers
+        tried = {"last": [slice(layers - 1, layers)], "all": [slice(layers)]}.get(
+            self.layer, [slice(layer, layer + 1) for layer in range(layers)]
+        )
+        best_score, best = -1.0, None
+        for part in tried:
+            unseen = self._features(validation, part)
+            for penalty in self.penalties:
+                linear = fit_logistic(
+                    self._features(training, part),
+                    training.labels,
+                    dataset.task,
+                    penalty=penalty,
+                    iterations=self.iterations,
+                )
+                score = validation_score(dataset.task, linear(unseen), validation.labels)
+                if score > best_score:
+                    best_score, best = score, (linear, part)
+        assert best is not None
+        linear, part = best
+        return FittedBaseline(lambda split: linear(self._features(split, part)), linear.parameters)
+
+    def _features(self, split: Split, layers: slice) -> Float[np.ndarray, "text feature"]:
+        pooled = split.pooled.means if self.token == "mean" else split.pooled.lasts
+        return pooled[:, layers].flatten(1).numpy()
+
+
+class MeanOfLastLayer(Pooled):
+    title = "Mean token of the last layer, logistic regression"
+    token, layer = "mean", "last"
+
+
+class LastTokenOfLastLayer(Pooled):
+    title = "Last token of the last layer, logistic regression"
+    token, layer = "last", "last"
+
+
+class MeanOfBestLayer(Pooled):
+    title = "Mean token of the best layer, logistic regression"
+    token, layer = "mean", "best"
+
+
+class LastTokenOfBestLayer(Pooled):
+    title = "Last token of the best layer, logistic regression"
+    token, layer = "last", "best"
 
 
 @dataclass(frozen=True)
-class _Fitted(FittedBaseline):
-    linear: Linear
-    features: Features
-
-    def logits(self, split: Split) -> Float[np.ndarray, "text output"]:
-        return self.linear(self.features(split)).numpy()
+class MeansOfAllLayers(Pooled):
+    title: ClassVar[str] = "Mean tokens of all layers, logistic regression"
+    token, layer = "mean", "all"
+    iterations: int = 30
 
 
-def _best(
-    dataset: ProbeDataset,
-    tried: Sequence[Features],
-    penalties: tuple[float, ...],
-    *,
-    iterations: int = 100,
-) -> FittedBaseline:
-    """The regression on the features that do best; of equals the first."""
-    fits = [
-        fit_logistic(
-            _rows(dataset.training, features),
-            _rows(dataset.validation, features),
-            dataset.task,
-            penalties=penalties,
-            iterations=iterations,
+@dataclass(frozen=True)
+class Mlpm(Baseline):
+    """Multi-layer prototype moderator (ICML 2026).
+
+    A logistic regression stacks a Gaussian discriminant of each layer's last token. It is fitted to
+    out-of-fold scores, so that it learns how far to trust each layer on texts that the layer has
+    not seen.
+
+    Attributes:
+        folds: Parts of the training texts; one is left out at a time.
+        penalties: L2 penalties of the stacking regression, of which validation texts choose one.
+    """
+
+    title: ClassVar[str] = "MLPM: Gaussian discriminants of all layers, stacked"
+    is_single_pass: ClassVar[bool] = True
+    folds: int = 5
+    penalties: tuple[float, ...] = PENALTIES
+
+    def fit(self, dataset: ProbeDataset, *, seed: int) -> FittedBaseline:
+        """Chooses the stacking penalty on validation texts; the seed draws the folds."""
+        task, labels = dataset.task, dataset.training.labels
+        folds = _folds(labels, self.folds, seed=seed)
+        layers = [part.numpy() for part in dataset.training.pooled.lasts.unbind(1)]
+        discriminants = [gaussian_discriminant(layer, labels, task) for layer in layers]
+        stacked = np.hstack([_out_of_fold(layer, labels, task, folds) for layer in layers])
+
+        def scores(split: Split) -> Float[np.ndarray, "text score"]:
+            parts = zip(discriminants, split.pooled.lasts.unbind(1), strict=True)
+            return np.hstack([discriminant(part.numpy()) for discriminant, part in parts])
+
+        unseen, unseen_labels = scores(dataset.validation), dataset.validation.labels
+        stacker = max(
+            (fit_logistic(stacked, labels, task, penalty=penalty) for penalty in self.penalties),
+            key=lambda linear: validation_score(task, linear(unseen), unseen_labels),
         )
-        for features in tried
-    ]
-    best = max(range(len(fits)), key=lambda index: fits[index].score)
-    linear = fits[best].linear
-    return _Fitted(linear.parameters, linear, tried[best])
+        parameters = sum(linear.parameters for linear in (*discriminants, stacker))
+        return FittedBaseline(lambda split: stacker(scores(split)), parameters)
 
 
-def _rows(split: Split, features: Features) -> Rows:
-    return Rows(features(split), torch.from_numpy(split.labels))
+def _out_of_fold(
+    inputs: Float[np.ndarray, "text width"],
+    labels: Int[np.ndarray, "text ..."],
+    task: Task,
+    folds: Int[np.ndarray, " text"],
+) -> Float[np.ndarray, "text output"]:
+    """Each text's scores by a discriminant that was fitted without its fold."""
+    scores = np.empty((len(inputs), task.outputs), dtype=np.float32)
+    for fold in np.unique(folds):
+        left_out = folds == fold
+        linear = gaussian_discriminant(inputs[~left_out], labels[~left_out], task)
+        scores[left_out] = linear(inputs[left_out])
+    return scores
 
 
-def _mean(layer: int) -> Features:
-    return lambda split: split.pooled.means[:, layer]
-
-
-def _last_token(layer: int) -> Features:
-    return lambda split: split.pooled.lasts[:, layer]
-
-
-def _all_means(split: Split) -> Float[Tensor, "text feature"]:
-    return split.pooled.means.flatten(1)
-
-
-def _all_layers(dataset: ProbeDataset) -> range:
-    return range(dataset.backbone.fingerprint.layers)
-
-
-def _last_layer(dataset: ProbeDataset) -> int:
-    return dataset.backbone.fingerprint.layers - 1
+def _folds(
+    labels: Int[np.ndarray, "text ..."], count: int, *, seed: int
+) -> Int[np.ndarray, " text"]:
+    """A random fold for each text; texts of the same labels are spread evenly."""
+    kinds = np.unique(labels.reshape(len(labels), -1), axis=0, return_inverse=True)[1].ravel()
+    order = np.lexsort((np.random.default_rng(seed).random(len(labels)), kinds))
+    folds = np.empty(len(labels), dtype=np.int64)
+    folds[order] = np.arange(len(labels)) % count
+    return folds

@@ -1,31 +1,32 @@
-"""Asks the backbone itself: the label whose name is the likeliest answer.
+"""Prompting: the backbone is asked, and the label whose name is the likeliest answer is taken.
 
-Not single-pass: the question, the label names and the shots are not part of the conversation that
-is served, so they need a forward pass of their own.
+Not single-pass: question, label names and examples are not part of the conversation that is served,
+so they need a forward pass of their own.
 """
 
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from sidelight.backbone import TransformersBackbone, cache_name, run_after, run_once
 from sidelight.errors import SidelightError
 from sidelight.progress import progress
-from sidelight.prompts import EncodedPrompt, Message, shared_length
+from sidelight.prompts import Message, shared_length
 from sidelight.ragged import BATCH_TOKENS, by_length
 from sidelight.training.dataset import ProbeDataset, Split
 from sidelight.types import Task
 from sidelight_lab.baselines.base import Baseline, FittedBaseline
 
 _QUESTION = "Which label describes the text?"
-# More names than these are listed before the first text only.
+# More names than this are listed before the first text only.
 _LISTED = 20
 
 
@@ -36,7 +37,7 @@ class ZeroShot(Baseline):
     Attributes:
         names: What each label is called in the prompt; None takes the data's own names, which say
             nothing where they are numbers.
-        question: What is asked of the text.
+        question: What is asked about the text.
         max_tokens: Longer prompts lose the end of their text.
     """
 
@@ -48,9 +49,8 @@ class ZeroShot(Baseline):
 
     def fit(self, dataset: ProbeDataset, *, seed: int) -> FittedBaseline:
         """Fits nothing."""
-        names = _names(self.names, dataset.task)
-        asking = _Asking(self.question, names)
-        return _Prompted(0, dataset.backbone, dataset.task, asking, self.max_tokens)
+        prompt = PromptForm(self.question, _names(self.names, dataset.task))
+        return _fitted(dataset.backbone, prompt, max_tokens=self.max_tokens)
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,11 @@ class FewShot(Baseline):
     """Training texts and their labels as earlier turns of the conversation.
 
     Attributes:
-        shots: Examples in all, as many of each label as can be, in random order.
+        shots: Number of examples, spread evenly over the labels, in random order.
         names: As in ``ZeroShot``.
         question: As in ``ZeroShot``.
         max_tokens: As in ``ZeroShot``.
-        shot_characters: Of each example at most; the rest is cut.
+        shot_characters: Longer examples are cut.
     """
 
     title: ClassVar[str] = "Few-shot prompting"
@@ -75,71 +75,79 @@ class FewShot(Baseline):
 
     def fit(self, dataset: ProbeDataset, *, seed: int) -> FittedBaseline:
         """Draws the examples."""
+        return _fitted(
+            dataset.backbone, self.prompt(dataset, seed=seed), max_tokens=self.max_tokens
+        )
+
+    def prompt(self, dataset: ProbeDataset, *, seed: int) -> "PromptForm":
+        """The prompt with its examples."""
         names = _names(self.names, dataset.task)
         texts, labels = dataset.training.texts, dataset.training.labels
-        chosen = _balanced(labels, count=self.shots, seed=seed)
-        shots = [
-            (texts[row][: self.shot_characters], _answer(labels[row], names)) for row in chosen
-        ]
-        asking = _Asking(self.question, names, tuple(shots))
-        return _Prompted(0, dataset.backbone, dataset.task, asking, self.max_tokens)
+        shots = tuple(
+            (texts[row][: self.shot_characters], _answer(labels[row], names))
+            for row in _balanced(labels, count=self.shots, seed=seed)
+        )
+        return PromptForm(self.question, names, shots)
 
 
 @dataclass(frozen=True)
-class _Asking:
+class PromptForm:
     """How a text is put to the model.
 
     Attributes:
         question: Asked before every text.
-        names: The answers to choose from.
-        shots: Texts and their answers.
+        names: The answers to choose from, one for each label.
+        shots: Example texts and their answers.
     """
 
     question: str
     names: tuple[str, ...]
-    shots: tuple[tuple[str, str], ...] = field(default=())
+    shots: tuple[tuple[str, str], ...] = ()
 
     def turns(self, text: str) -> list[Message]:
-        texts = [*(shot for shot, _ in self.shots), text]
-        asked = [self._ask(own, is_first=place == 0) for place, own in enumerate(texts)]
-        earlier = [
-            turn
-            for ask, (_, answer) in zip(asked, self.shots, strict=False)
-            for turn in (Message("user", ask), Message("assistant", answer))
-        ]
-        return [*earlier, Message("user", asked[-1])]
+        """The conversation up to the question about a text."""
+        turns: list[Message] = []
+        for shot, answer in self.shots:
+            turns += [
+                Message("user", self._ask(shot, is_first=not turns)),
+                Message("assistant", answer),
+            ]
+        return [*turns, Message("user", self._ask(text, is_first=not turns))]
 
     def _ask(self, text: str, *, is_first: bool) -> str:
-        # The text comes last: what is cut from a long prompt is then never the question.
+        # The text comes last, so that the question is never cut from a long prompt.
         lists = is_first or len(self.names) <= _LISTED
         names = f"one of: {', '.join(self.names)}" if lists else "one of these labels"
         return f"{self.question} Answer with {names}.\n\nText: {text}"
 
 
-@dataclass(frozen=True)
-class _Prompted(FittedBaseline):
-    backbone: TransformersBackbone
-    task: Task
-    asking: _Asking
-    max_tokens: int
+def _fitted(
+    backbone: TransformersBackbone, prompt: PromptForm, *, max_tokens: int
+) -> FittedBaseline:
+    encoder = backbone.encoder
 
-    def logits(self, split: Split) -> Float[np.ndarray, "text output"]:
-        encode = self.backbone.tokenizer
-        answers = [
-            encode(name, add_special_tokens=False)["input_ids"] for name in self.asking.names
-        ]
-        prompts = [self._encode(text) for text in split.texts]
-        scores = score_answers(self.backbone, [prompt.token_ids for prompt in prompts], answers)
-        return _as_logits(scores, self.task)
-
-    def _encode(self, text: str) -> EncodedPrompt:
-        encoder = self.backbone.encoder
-        turns = self.asking.turns(text)
+    def encode(text: str) -> Sequence[int]:
+        turns = prompt.turns(text)
         if encoder.prompt_format == "raw":
             # An empty last turn: its line break separates the text from the answer.
             turns.append(Message("assistant", ""))
-        limit = min(self.max_tokens, encoder.max_tokens)
-        return encoder.encode_any_length(turns).shortened(limit)
+        limit = min(max_tokens, encoder.max_tokens)
+        return encoder.encode_any_length(turns).shortened(limit).token_ids
+
+    def logits(split: Split) -> Float[np.ndarray, "text output"]:
+        answers = [
+            backbone.tokenizer(name, add_special_tokens=False)["input_ids"] for name in prompt.names
+        ]
+        scores = score_answers(backbone, [encode(text) for text in split.texts], answers)
+        if split.task.kind == "multiclass":
+            return scores
+        if split.task.kind == "binary":
+            return scores[:, 1:] - scores[:, :1]
+        # Log-odds of each label against all others.
+        others = [np.delete(scores, label, 1) for label in range(scores.shape[1])]
+        return scores - np.stack([np.logaddexp.reduce(each, 1) for each in others], 1)
+
+    return FittedBaseline(logits, parameters=0)
 
 
 @torch.inference_mode()
@@ -155,7 +163,7 @@ def score_answers(
         prompts: Token ids, up to where the answer begins.
         answers: Token ids of each possible answer.
     """
-    # One token at least is left after what all share.
+    # At least one token is left after what all share.
     shared = min(shared_length(prompts), min(map(len, prompts)) - 1)
     prefix = torch.tensor(prompts[0][:shared], dtype=torch.long, device=backbone.device)
     begun = run_once(backbone.model, prefix)
@@ -164,16 +172,10 @@ def score_answers(
     with progress("Prompting", sum(map(len, rests)), unit="tokens") as shown:
         # Padding between the prefix and a text would shift what a sliding window sees.
         most = BATCH_TOKENS if backbone.can_share_prefixes else 1
-        # The whole lengths: a row has keys and values of the prefix too.
+        # Whole lengths: a row has keys and values of the prefix too.
         for batch in by_length([len(prompt) for prompt in prompts], batch_tokens=most):
-            token_ids, present = _left_padded([rests[row] for row in batch])
-            found = _score_batch(
-                backbone,
-                deepcopy(begun),
-                token_ids.to(backbone.device),
-                present.to(backbone.device),
-                answers,
-            )
+            token_ids, present = _left_padded([rests[row] for row in batch], backbone.device)
+            found = _score_batch(backbone, deepcopy(begun), token_ids, present, answers)
             scores[batch] = found.cpu().numpy()
             shown.advance(sum(len(rests[row]) for row in batch))
     return scores
@@ -224,26 +226,15 @@ def _score_batch(
 
 
 def _left_padded(
-    rows: Sequence[Sequence[int]],
+    rows: Sequence[Sequence[int]], device: torch.device
 ) -> tuple[Int[Tensor, "text token"], Bool[Tensor, "text token"]]:
-    """On the left, so that every row's answer begins at the same place."""
-    longest = max(map(len, rows))
-    token_ids = torch.zeros(len(rows), longest, dtype=torch.long)
-    present = torch.zeros(len(rows), longest, dtype=torch.bool)
-    for index, row in enumerate(rows):
-        token_ids[index, longest - len(row) :] = torch.tensor(row)
-        present[index, longest - len(row) :] = True
-    return token_ids, present
-
-
-def _as_logits(scores: np.ndarray, task: Task) -> Float[np.ndarray, "text output"]:
-    """Log-odds among the answers, except multi-class, where the scores are logits already."""
-    if task.kind == "multiclass":
-        return scores
-    if task.kind == "binary":
-        return scores[:, 1:] - scores[:, :1]
-    others = [np.delete(scores, label, 1) for label in range(scores.shape[1])]
-    return scores - np.stack([np.logaddexp.reduce(each, 1) for each in others], 1)
+    """Padding on the left, so that every row's answer begins at the same place."""
+    ids = [torch.tensor(row) for row in rows]
+    present = [torch.ones(len(row), dtype=torch.bool) for row in rows]
+    padded, mask = (
+        pad_sequence(parts, batch_first=True, padding_side="left") for parts in (ids, present)
+    )
+    return padded.to(device), mask.to(device)
 
 
 def _names(names: tuple[str, ...] | None, task: Task) -> tuple[str, ...]:
@@ -251,13 +242,13 @@ def _names(names: tuple[str, ...] | None, task: Task) -> tuple[str, ...]:
     if len(chosen) != len(task.labels):
         raise SidelightError(
             f"Got {len(chosen)} names for the prompt ({', '.join(chosen)}), but the task has "
-            f"{len(task.labels)} labels: {', '.join(task.labels)}. Give each a name, in order."
+            f"{len(task.labels)} labels: {', '.join(task.labels)}. Name each of them, in order."
         )
     return chosen
 
 
 def _balanced(labels: np.ndarray, *, count: int, seed: int) -> list[int]:
-    """Rows of training texts: labels in turn, each time one that has not been drawn."""
+    """Rows of training texts, the labels in turn, none drawn twice."""
     random = np.random.default_rng(seed)
     order = random.permutation(len(labels))
     classes = labels.shape[1] if labels.ndim > 1 else int(labels.max()) + 1
@@ -266,10 +257,10 @@ def _balanced(labels: np.ndarray, *, count: int, seed: int) -> list[int]:
     drawn: list[int] = []
     while len(drawn) < count and any(queues):
         for queue in queues:
-            fresh = next((row for row in queue if row not in drawn), None)
-            queue[:] = [] if fresh is None else [row for row in queue if row != fresh]
-            if fresh is not None and len(drawn) < count:
-                drawn.append(int(fresh))
+            while queue and queue[0] in drawn:
+                queue.pop(0)
+            if queue and len(drawn) < count:
+                drawn.append(int(queue.pop(0)))
     return [drawn[index] for index in random.permutation(len(drawn))]
 
 

@@ -1,19 +1,11 @@
-"""Attention probe at the best single layer: learned queries weigh tokens, values are logits.
+"""Baselines that read every token: attention heads, rolling windows, a smoothed linear probe."""
 
-Attention heads on features that a small network makes of each token of the best layer.
-
-The strongest window of a text: attention within rolling windows, the maximum over them.
-
-Linear probe on all layers of each token, its logits smoothed over a sliding window.
-"""
-
-from dataclasses import dataclass
-from functools import partial
+from abc import abstractmethod
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -22,21 +14,23 @@ from sidelight.mechanisms import stages as online_softmax
 from sidelight.ragged import Ragged
 from sidelight.standardisation import Standardisation
 from sidelight.states.cache import Shard
-from sidelight.training.dataset import ProbeDataset, Split
+from sidelight.training.dataset import ProbeDataset
 from sidelight.training.settings import TrainingSettings
 from sidelight.types import Task
 from sidelight_lab.baselines.base import Baseline, FittedBaseline
-from sidelight_lab.baselines.linear import class_targets
-from sidelight_lab.baselines.token_training import (
-    TokenModel,
+from sidelight_lab.baselines.training import (
     TokenSource,
-    Windows,
-    fit_single_layer,
+    class_targets,
+    count_parameters,
+    fit_best_layer,
     token_logits,
     train_on_tokens,
 )
 
-_ATTENTION_PROBE_SETTINGS = TrainingSettings(learning_rate=3e-3, epochs=6, patience=2)
+_SETTINGS = TrainingSettings(learning_rate=1e-3, epochs=6, patience=2)
+_ATTENTION_SETTINGS = TrainingSettings(learning_rate=3e-3, epochs=6, patience=2)
+# Values of all tokens of some windows: 64 MiB in float32.
+_CELLS = 2**24
 
 
 class AttentionHeads(nn.Module):
@@ -55,7 +49,6 @@ class AttentionHeads(nn.Module):
         self.bias = nn.Parameter(torch.zeros(outputs))
 
     def forward(self, tokens: Ragged) -> Float[Tensor, "text output"]:
-        """The logits of each text."""
         heads = self.query.shape[1]
         columns = tokens.values @ torch.cat([self.query, self.value.flatten(1)], 1)
         scores, values = columns[:, None].tensor_split([heads], -1)
@@ -64,126 +57,97 @@ class AttentionHeads(nn.Module):
         return online_softmax.finish(state).sum((1, 2)) + self.bias
 
 
-@dataclass(frozen=True)
-class AttentionProbe(Baseline):
-    """Attention heads on one layer's tokens (EleutherAI's attention probes, 2025).
-
-    Without their optional weight for a token's position.
-
-    Attributes:
-        heads: Learned queries.
-        layers: The most promising layers, by ridge regression on mean tokens, are trained on; the
-            best of them by validation score is kept.
-        settings: Of the optimisation.
-    """
-
-    title: ClassVar[str] = "Attention probe, best layer"
-    is_single_pass: ClassVar[bool] = True
-    heads: int = 8
-    layers: int = 3
-    settings: TrainingSettings = _ATTENTION_PROBE_SETTINGS
-
-    def fit(self, dataset: ProbeDataset, *, seed: int) -> FittedBaseline:
-        """Chooses the layer and the epoch on validation texts."""
-        network = partial(AttentionHeads, heads=self.heads)
-        return fit_single_layer(
-            dataset, network, layers=self.layers, settings=self.settings, seed=seed
-        )
-
-
-_MLP_HEADS_SETTINGS = TrainingSettings(learning_rate=1e-3, epochs=6, patience=2)
-
-
-class TokenFeatures(nn.Module):
-    """Two linear layers with a ReLU after each, token by token.
-
-    Args:
-        width: Size of a token.
-        features: Size of both layers.
-    """
-
-    def __init__(self, width: int, features: int):
-        super().__init__()
-        self._layers = nn.Sequential(
-            nn.Linear(width, features), nn.ReLU(), nn.Linear(features, features), nn.ReLU()
-        )
-
-    def forward(self, tokens: Ragged) -> Ragged:
-        """The features of each token."""
-        return Ragged(self._layers(tokens.values), tokens.lengths)
-
-
-@dataclass(frozen=True)
-class MlpHeads(Baseline):
-    """The Gemini production probe with attention over all tokens (arXiv 2601.11516).
-
-    Attributes:
-        features: Per token.
-        heads: Learned queries.
-        layers: As in ``AttentionProbe``.
-        settings: Of the optimisation.
-    """
-
-    title: ClassVar[str] = "MLP and attention heads, best layer"
-    is_single_pass: ClassVar[bool] = True
-    features: int = 100
-    heads: int = 10
-    layers: int = 3
-    settings: TrainingSettings = _MLP_HEADS_SETTINGS
-
-    def fit(self, dataset: ProbeDataset, *, seed: int) -> FittedBaseline:
-        """Chooses the layer and the epoch on validation texts."""
-        return fit_single_layer(
-            dataset, self._network, layers=self.layers, settings=self.settings, seed=seed
-        )
-
-    def _network(self, width: int, outputs: int) -> nn.Module:
-        heads = AttentionHeads(self.features, outputs, heads=self.heads)
-        return nn.Sequential(TokenFeatures(width, self.features), heads)
-
-
-# Of the values of all tokens of some windows: 64 MiB in float32.
-_CELLS = 2**24
-_ROLLING_MAX_SETTINGS = TrainingSettings(learning_rate=1e-3, epochs=6, patience=2)
-
-
-class RollingHeads(nn.Module):
+class RollingHeads(AttentionHeads):
     """Adds each head's maximum over windows: logits = b + sum_k max_w sum_(t in w) a_kwt v_k . x_t.
 
-    The weights a are a softmax of q_k . x_t over the tokens of window w.
+    The weights a are a softmax of q_k . x_t over the tokens of window w; each output takes its own
+    maximum.
 
     Args:
         width: Size of a token.
-        outputs: Logits; each takes its own maximum.
+        outputs: Logits.
         heads: Queries (k).
         window: Tokens of a window; a shorter text is one window.
     """
 
     def __init__(self, width: int, outputs: int, *, heads: int, window: int):
-        super().__init__()
-        self.query = nn.Parameter(torch.randn(width, heads) / width)
-        self.value = nn.Parameter(torch.randn(width, heads, outputs) / width)
-        self.bias = nn.Parameter(torch.zeros(outputs))
+        super().__init__(width, outputs, heads=heads)
         self._window = window
 
     def forward(self, tokens: Ragged) -> Float[Tensor, "text output"]:
-        """The logits of each text."""
         windows = Windows.of(tokens.lengths, size=self._window)
         scores = tokens.values @ self.query
         values = (tokens.values @ self.value.flatten(1)).unflatten(-1, self.value.shape[1:])
         size = self._window * self.value[0].numel()
         parts = windows.split(max(1, _CELLS // size))
         means = torch.cat(
-            [_means(part, scores, values) for part in parts]
+            [_window_means(part, scores, values) for part in parts]
             if len(parts) == 1
             # What a part gathers is a window's length times the values: it is gathered once more
             # for the backward pass rather than kept.
-            else [checkpoint(_means, part, scores, values, use_reentrant=False) for part in parts]
+            else [
+                checkpoint(_window_means, part, scores, values, use_reentrant=False)
+                for part in parts
+            ]
         )
         return Ragged(means, windows.counts).maxima().sum(1) + self.bias
 
 
-def _means(
+@dataclass(frozen=True)
+class Windows:
+    """Every run of ``size`` neighbouring tokens within a text; a shorter text is one window.
+
+    Attributes:
+        size: Tokens of a window.
+        starts: The first token of each window, text after text.
+        sizes: Tokens of each window: ``size``, or all of a shorter text.
+        counts: Windows of each text.
+    """
+
+    size: int
+    starts: Int[Tensor, " window"]
+    sizes: Int[Tensor, " window"]
+    counts: Int[Tensor, " text"]
+
+    @staticmethod
+    def of(lengths: Int[Tensor, " text"], *, size: int) -> "Windows":
+        """The windows of texts of these lengths, laid end to end."""
+        counts = (lengths - size + 1).clamp(min=1)
+        text = torch.arange(len(lengths)).repeat_interleave(counts)
+        skipped = (lengths - counts).cumsum(0) - (lengths - counts)
+        return Windows(
+            size=size,
+            starts=torch.arange(len(text)) + skipped[text],
+            sizes=lengths.clamp(max=size)[text],
+            counts=counts,
+        )
+
+    def means(self, values: Float[Tensor, "token output"]) -> Ragged:
+        """The mean over each window, ``[window, output]``, the windows of a text a segment."""
+        # float64: differences of running sums would lose digits.
+        zero = values.new_zeros(1, values.shape[1], dtype=torch.float64)
+        running = torch.cat([zero, values.double().cumsum(0)])
+        sums = running[self.starts + self.sizes] - running[self.starts]
+        return Ragged((sums / self.sizes[:, None]).to(values.dtype), self.counts)
+
+    def gather(self, values: Float[Tensor, "token ..."]) -> Float[Tensor, "window size ..."]:
+        """The tokens of each window; where ``mask`` is false, some other token."""
+        places = self.starts[:, None] + torch.arange(self.size)
+        places = places.clamp(max=len(values) - 1)
+        return values.index_select(0, places.flatten()).unflatten(0, places.shape)
+
+    def split(self, count: int) -> list["Windows"]:
+        """Parts of at most ``count`` windows; the counts stay those of the whole."""
+        pairs = zip(self.starts.split(count), self.sizes.split(count), strict=True)
+        return [replace(self, starts=starts, sizes=sizes) for starts, sizes in pairs]
+
+    @property
+    def mask(self) -> Bool[Tensor, "window size"]:
+        """Which of the gathered tokens are the window's own."""
+        return torch.arange(self.size) < self.sizes[:, None]
+
+
+def _window_means(
     windows: Windows,
     scores: Float[Tensor, "token head"],
     values: Float[Tensor, "token head output"],
@@ -192,41 +156,103 @@ def _means(
     return (weights[..., None] * windows.gather(values)).sum(1)
 
 
-@dataclass(frozen=True)
-class RollingMax(Baseline):
-    """The Gemini production probe for long texts: max of rolling windows (arXiv 2601.11516).
+class TokenFeatures(nn.Module):
+    """Two linear layers with a ReLU after each, token by token."""
+
+    def __init__(self, width: int, features: int):
+        super().__init__()
+        self._layers = nn.Sequential(
+            nn.Linear(width, features), nn.ReLU(), nn.Linear(features, features), nn.ReLU()
+        )
+
+    def forward(self, tokens: Ragged) -> Ragged:
+        return Ragged(self._layers(tokens.values), tokens.lengths)
+
+
+class BestLayer(Baseline):
+    """A network on the tokens of one layer.
 
     Attributes:
-        features: Per token, as in ``MlpHeads``.
-        heads: Learned queries.
-        window: Tokens.
-        layers: As in ``AttentionProbe``.
+        layers: How many of the most promising layers, by ridge regression on mean tokens, are
+            trained on; the best of them by validation score is kept.
         settings: Of the optimisation.
     """
 
-    title: ClassVar[str] = "MLP and rolling attention, best layer"
     is_single_pass: ClassVar[bool] = True
+    layers: int
+    settings: TrainingSettings
+
+    @abstractmethod
+    def network(self, width: int, outputs: int) -> nn.Module:
+        """Untrained, from a layer's ragged tokens to logits."""
+
+    def fit(self, dataset: ProbeDataset, *, seed: int) -> FittedBaseline:
+        """Chooses the layer and the epoch on validation texts."""
+        return fit_best_layer(
+            dataset, self.network, layers=self.layers, settings=self.settings, seed=seed
+        )
+
+
+@dataclass(frozen=True)
+class AttentionProbe(BestLayer):
+    """EleutherAI's attention probe (2025), without its optional weight for a token's position.
+
+    Attributes:
+        heads: Learned queries.
+    """
+
+    title: ClassVar[str] = "Attention probe, best layer"
+    heads: int = 8
+    layers: int = 3
+    settings: TrainingSettings = _ATTENTION_SETTINGS
+
+    def network(self, width: int, outputs: int) -> nn.Module:
+        return AttentionHeads(width, outputs, heads=self.heads)
+
+
+@dataclass(frozen=True)
+class MlpHeads(BestLayer):
+    """The Gemini production probe with attention over all tokens (arXiv 2601.11516).
+
+    Attributes:
+        features: Per token, by a small network.
+        heads: Learned queries.
+    """
+
+    title: ClassVar[str] = "MLP and attention heads, best layer"
+    features: int = 100
+    heads: int = 10
+    layers: int = 3
+    settings: TrainingSettings = _SETTINGS
+
+    def network(self, width: int, outputs: int) -> nn.Module:
+        heads = AttentionHeads(self.features, outputs, heads=self.heads)
+        return nn.Sequential(TokenFeatures(width, self.features), heads)
+
+
+@dataclass(frozen=True)
+class RollingMax(BestLayer):
+    """The Gemini production probe for long texts: max of rolling windows (arXiv 2601.11516).
+
+    Attributes:
+        features: Per token, by a small network.
+        heads: Learned queries.
+        window: Tokens.
+    """
+
+    title: ClassVar[str] = "MLP and rolling attention, best layer"
     features: int = 100
     heads: int = 10
     window: int = 10
     layers: int = 3
-    settings: TrainingSettings = _ROLLING_MAX_SETTINGS
+    settings: TrainingSettings = _SETTINGS
 
-    def fit(self, dataset: ProbeDataset, *, seed: int) -> FittedBaseline:
-        """Chooses the layer and the epoch on validation texts."""
-        return fit_single_layer(
-            dataset, self._network, layers=self.layers, settings=self.settings, seed=seed
-        )
-
-    def _network(self, width: int, outputs: int) -> nn.Module:
+    def network(self, width: int, outputs: int) -> nn.Module:
         heads = RollingHeads(self.features, outputs, heads=self.heads, window=self.window)
         return nn.Sequential(TokenFeatures(width, self.features), heads)
 
 
-_CONCATENATED_SETTINGS = TrainingSettings(learning_rate=1e-3, epochs=6, patience=2)
-
-
-class SmoothedLinear(TokenModel):
+class SmoothedLinear(nn.Module):
     """The largest sliding-window mean of a text's token logits, z_t = b + sum_l w_l . x_lt.
 
     Trained by the cross-entropy of every window's mean, the windows of a text weighted by a softmax
@@ -260,12 +286,7 @@ class SmoothedLinear(TokenModel):
         return online_softmax.finish(state).mean()
 
     def smoothed(self, batch: Shard, *, dtype: torch.dtype) -> Ragged:
-        """``[window, output]``: the mean logit of each window.
-
-        Args:
-            batch: The texts.
-            dtype: Of the products of states and weights.
-        """
+        """``[window, output]``: the mean logit of each window, products taken in ``dtype``."""
         folded = self._scaling.fold(self.weight, dtype=dtype)
         # Layer by layer: a thin batched product of bf16 views is several times slower on a CPU.
         parts = [
@@ -289,26 +310,22 @@ class Concatenated(Baseline):
     title: ClassVar[str] = "All layers concatenated, sliding mean"
     is_single_pass: ClassVar[bool] = True
     window: int = 16
-    settings: TrainingSettings = _CONCATENATED_SETTINGS
+    settings: TrainingSettings = _SETTINGS
 
     def fit(self, dataset: ProbeDataset, *, seed: int) -> FittedBaseline:
         """Chooses the epoch on validation texts; reads the training states once per epoch."""
         training = TokenSource.all_layers(dataset.training)
-        scaling = training.scaling()
-        trained = train_on_tokens(
-            lambda: SmoothedLinear(scaling, dataset.task, window=self.window),
+        model = SmoothedLinear(training.scaling(), dataset.task, window=self.window)
+        train_on_tokens(
+            model,
+            model.loss,
             task=dataset.task,
             training=training,
             validation=TokenSource.all_layers(dataset.validation),
             settings=self.settings,
             seed=seed,
         )
-        return _Fitted(trained.parameters, trained.model)
-
-
-@dataclass(frozen=True)
-class _Fitted(FittedBaseline):
-    model: SmoothedLinear
-
-    def logits(self, split: Split) -> Float[np.ndarray, "text output"]:
-        return token_logits(self.model, TokenSource.all_layers(split))
+        return FittedBaseline(
+            lambda split: token_logits(model, TokenSource.all_layers(split)),
+            count_parameters(model),
+        )

@@ -10,7 +10,8 @@ from pydantic import TypeAdapter, ValidationError
 from sidelight.errors import SidelightError, did_you_mean
 from sidelight.mechanisms.base import MechanismSpec, mechanism_spec
 from sidelight.training.settings import TrainingSettings, suggested_settings
-from sidelight_lab.baselines import BASELINES, Baseline
+from sidelight_lab.baselines.base import Baseline
+from sidelight_lab.baselines.registry import BASELINES
 from sidelight_lab.tables.recipes import BaselineRow, ProbeRow, Recipe, Value
 
 Configuration = tuple[MechanismSpec, TrainingSettings]

@@ -24,7 +24,7 @@ from sidelight.training.dataset import ProbeDataset, Split
 from sidelight.training.fit import make_run
 from sidelight.training.loop import train_mechanisms
 from sidelight.training.settings import FitOptions, Job
-from sidelight_lab.baselines import FittedBaseline
+from sidelight_lab.baselines.base import FittedBaseline
 from sidelight_lab.tables.recipes import Recipe
 from sidelight_lab.tables.rows import BaselineConfig, ProbeConfig, Row
 

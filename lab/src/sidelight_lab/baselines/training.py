@@ -1,0 +1,282 @@
+"""Training of small networks on the CPU: one loop, and the tokens that token models read."""
+
+import math
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from sklearn.linear_model import Ridge
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sidelight.errors import SidelightError
+from sidelight.ragged import Ragged
+from sidelight.standardisation import Standardisation
+from sidelight.states.cache import Shard
+from sidelight.training.batches import batches, neighbours
+from sidelight.training.dataset import ProbeDataset, Split
+from sidelight.training.objective import make_loss, validation_score
+from sidelight.training.settings import TrainingSettings
+from sidelight.types import Task
+from sidelight_lab.baselines.base import FittedBaseline
+
+Batch = TypeVar("Batch")
+# With few texts, an epoch repeats them: a handful of steps is too few to judge progress by.
+STEPS_AT_LEAST = 40
+# Enough tokens to know a mean to about a hundredth of a standard deviation.
+_MOMENT_TOKENS = 8192
+_SCORED_TEXTS = 128
+# Of features of variance 1, relative to the mean over texts: from hardly any to mostly penalty.
+_RIDGE_PENALTIES = (0.01, 0.1, 1.0, 10.0)
+
+
+def train(
+    model: nn.Module,
+    data: Iterator[Batch],
+    loss: Callable[[Batch], Float[Tensor, ""]],
+    validation_logits: Callable[[], Float[np.ndarray, "text output"]],
+    *,
+    task: Task,
+    labels: np.ndarray,
+    steps: int,
+    settings: TrainingSettings,
+) -> float:
+    """AdamW with a cosine schedule and early stopping; the model ends frozen at its best epoch.
+
+    Args:
+        model: What is trained, in place.
+        data: Batches without end.
+        loss: The mean over a batch.
+        validation_logits: The model's, of the validation texts.
+        task: The classes.
+        labels: Of the validation texts.
+        steps: Batches of an epoch; at least 40 are taken.
+        settings: Of the optimisation; ``class_weight`` is up to ``loss``.
+
+    Returns:
+        The best validation score; of equals, the first epoch is kept.
+
+    Raises:
+        SidelightError: The logits are no longer finite.
+    """
+    steps = max(STEPS_AT_LEAST, steps)
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=settings.epochs * steps)
+    best_score, best_epoch, best_state = -math.inf, 0, deepcopy(model.state_dict())
+    for epoch in range(settings.epochs):
+        for batch in islice(data, steps):
+            loss(batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+        with torch.inference_mode():
+            logits = finite(validation_logits(), learning_rate=settings.learning_rate)
+        score = validation_score(task, logits, labels)
+        if score > best_score:
+            best_score, best_epoch, best_state = score, epoch, deepcopy(model.state_dict())
+        if epoch - best_epoch >= settings.patience:
+            break
+    model.load_state_dict(best_state)
+    model.requires_grad_(False)
+    return best_score
+
+
+def finite(
+    logits: Float[np.ndarray, "text output"], *, learning_rate: float
+) -> Float[np.ndarray, "text output"]:
+    """The same logits; raises a ``SidelightError`` if one is NaN or infinite."""
+    if not np.isfinite(logits).all():
+        raise SidelightError(
+            "Training a baseline diverged: its logits are not finite. "
+            f"Lower its learning rate (it was {learning_rate})."
+        )
+    return logits
+
+
+@dataclass(frozen=True)
+class TokenSource:
+    """Tokens and labels of some texts: one layer in memory, or all layers shard by shard.
+
+    Attributes:
+        sizes: Texts in each shard.
+        read: Gives a shard; its ``rows`` are positions in ``labels``.
+        labels: As in ``Examples.labels``.
+    """
+
+    sizes: tuple[int, ...]
+    read: Callable[[int], Shard]
+    labels: Int[Tensor, "text ..."]
+
+    @staticmethod
+    def one_layer(split: Split, layer: int) -> "TokenSource":
+        """A single shard of a single layer, in memory."""
+        order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))
+        tokens = split.select(order.tolist()).tokens(layer)
+        shard = Shard(tokens.values[None], tokens.lengths, order)
+        return TokenSource((len(split),), lambda _index: shard, torch.from_numpy(split.labels))
+
+    @staticmethod
+    def all_layers(split: Split) -> "TokenSource":
+        """The shards on disk, or one in memory if the split is part of a data set."""
+        states = split.training_set().states
+        sizes = tuple(len(rows) for rows in states.plan.rows)
+        return TokenSource(sizes, states.read, torch.from_numpy(split.labels))
+
+    def scaling(self) -> Standardisation:
+        """Per-layer mean and scale of the first shard's first tokens."""
+        return Standardisation.measured(self.read(0).hidden[:, :_MOMENT_TOKENS])
+
+    def batches(self, *, size: int, seed: int) -> Iterator[Shard]:
+        """Batches without end: shards in random order, each with a random first cut."""
+        shuffle = torch.Generator().manual_seed(seed)
+        while True:
+            for index in torch.randperm(len(self.sizes), generator=shuffle).tolist():
+                yield from batches(self.read(index), size=size, shuffle=shuffle)
+
+
+@torch.inference_mode()
+def token_logits(
+    model: Callable[[Shard], Tensor], source: TokenSource
+) -> Float[np.ndarray, "text output"]:
+    """The logits of every text, in the order of the labels."""
+    found: list[Tensor] = []
+    rows: list[Tensor] = []
+    for index in range(len(source.sizes)):
+        shard = source.read(index)
+        texts = len(shard.rows)
+        for batch in neighbours(shard, [*range(0, texts, _SCORED_TEXTS), texts]):
+            found.append(model(batch))
+            rows.append(batch.rows)
+    return torch.cat(found)[torch.cat(rows).argsort()].numpy()
+
+
+def train_on_tokens(
+    model: nn.Module,
+    loss: Callable[[Shard, Tensor], Float[Tensor, ""]],
+    *,
+    task: Task,
+    training: TokenSource,
+    validation: TokenSource,
+    settings: TrainingSettings,
+    seed: int,
+) -> float:
+    """Trains a model that takes shards; see ``train``. The seed decides the order of the texts."""
+    size = settings.batch_size
+    return train(
+        model,
+        training.batches(size=size, seed=seed),
+        lambda batch: loss(batch, training.labels[batch.rows]),
+        lambda: token_logits(model, validation),
+        task=task,
+        labels=validation.labels.numpy(),
+        steps=sum(math.ceil(texts / size) for texts in training.sizes),
+        settings=settings,
+    )
+
+
+class OneLayer(nn.Module):
+    """Standardises a layer's tokens and hands them to a network.
+
+    Args:
+        scaling: Of the layer.
+        network: From the ragged tokens, float32, to the logits of each text.
+    """
+
+    def __init__(self, scaling: Standardisation, network: nn.Module):
+        super().__init__()
+        self._scaling = scaling
+        self._network = network
+
+    def forward(self, batch: Shard) -> Float[Tensor, "text output"]:
+        tokens = (batch.hidden[0].float() - self._scaling.mean[0]) / self._scaling.scale[0]
+        return self._network(Ragged(tokens, batch.lengths))
+
+
+def fit_best_layer(
+    dataset: ProbeDataset,
+    network: Callable[[int, int], nn.Module],
+    *,
+    layers: int,
+    settings: TrainingSettings,
+    seed: int,
+) -> FittedBaseline:
+    """Trains on each of the most promising layers and keeps the best by validation score.
+
+    Args:
+        dataset: The data.
+        network: Makes an untrained network for a width and a number of outputs.
+        layers: How many to train on; see ``ranked_layers``.
+        settings: Of the optimisation.
+        seed: Of everything random.
+    """
+    width, task = dataset.backbone.fingerprint.width, dataset.task
+    best_score, best = -math.inf, None
+    for layer in ranked_layers(dataset)[:layers]:
+        training = TokenSource.one_layer(dataset.training, layer)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = OneLayer(training.scaling(), network(width, task.outputs))
+        loss = make_loss(task, training.labels, balanced=settings.class_weight == "balanced")
+        score = train_on_tokens(
+            model,
+            lambda batch, labels, model=model, loss=loss: loss(model(batch), labels),
+            task=task,
+            training=training,
+            validation=TokenSource.one_layer(dataset.validation, layer),
+            settings=settings,
+            seed=seed,
+        )
+        if score > best_score:
+            best_score, best = score, (layer, model)
+    assert best is not None
+    layer, model = best
+    return FittedBaseline(
+        lambda split: token_logits(model, TokenSource.one_layer(split, layer)),
+        count_parameters(model),
+    )
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def ranked_layers(dataset: ProbeDataset) -> list[int]:
+    """All layers, the best by validation score first; of equals the lower one.
+
+    Ridge regression on each layer's mean tokens, with the penalty that suits the layer best: closed
+    form, so that all layers take seconds. Means are a proxy: a probe that weighs tokens may do
+    better on another layer near the top of the list, so train it on a few.
+    """
+    validation = dataset.validation
+    targets = class_targets(torch.from_numpy(dataset.training.labels), dataset.task).numpy()
+
+    def score(train: np.ndarray, unseen: np.ndarray) -> float:
+        scaler: Any = StandardScaler().fit(train)
+        inputs, unseen = scaler.transform(train), scaler.transform(unseen)
+        fits = [Ridge(penalty * len(inputs)).fit(inputs, targets) for penalty in _RIDGE_PENALTIES]
+        logits = [fit.predict(unseen).reshape(len(unseen), -1) for fit in fits]
+        return max(validation_score(dataset.task, each, validation.labels) for each in logits)
+
+    pairs = zip(
+        dataset.training.pooled.means.unbind(1), validation.pooled.means.unbind(1), strict=True
+    )
+    scores = [score(train.numpy(), unseen.numpy()) for train, unseen in pairs]
+    return sorted(range(len(scores)), key=lambda layer: -scores[layer])
+
+
+def class_targets(labels: Int[Tensor, "text ..."], task: Task) -> Float[Tensor, "text output"]:
+    """1 where a text has an output's class, else 0."""
+    if task.kind == "multiclass":
+        return functional.one_hot(labels, task.outputs).float()
+    return labels.to(torch.float32).reshape(len(labels), -1)
