@@ -1,7 +1,9 @@
 """The latency table: every row does the same work, and its figures are what they say they are."""
 
 import json
+import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,55 +14,52 @@ from torch import nn
 from commands import run, saved
 from corpora import encoded
 from sidelight.backbone import TransformersBackbone
+from sidelight.data.examples import Example
 from sidelight.errors import ContextLengthError, SidelightError
 from sidelight.mechanisms.base import mechanism_names
-from sidelight_lab.bench.latency import Record, compare_latency, conditions, grids
-from sidelight_lab.bench.latency_subjects import (
+from sidelight.prompts import Message
+from sidelight_lab.bench.latency import compare_latency, latency_record
+from sidelight_lab.bench.record import conditions
+from sidelight_lab.bench.subjects import (
     Answer,
-    EncoderFirst,
-    Kind,
+    Load,
     Subject,
     default_subjects,
-    prompt_load,
-    synthetic_load,
+    encoder_first,
+    random_loads,
+    text_loads,
+    untrained_probe,
 )
-from sidelight_lab.bench.timing import peak_bytes, untrained_probe
+from sidelight_lab.bench.timing import interleaved, peak_bytes
 from tiny import tiny_backbone
 
 CPU = torch.device("cpu")
 MB = 2**20
+RAGGED = ["a", "some words", "a somewhat longer text"]
 # Two float32 programs of the same sums: the order of additions differs.
 ROUNDING = 1e-5
 
 
 @pytest.fixture(scope="module")
-def subjects(tiny: TransformersBackbone) -> tuple[Subject, ...]:
+def subjects(tiny: TransformersBackbone) -> list[Subject]:
     return default_subjects(tiny)
 
 
 def ragged_prompts(backbone: TransformersBackbone):
-    return encoded(backbone, ["a", "some words", "a somewhat longer text"])
+    return encoded(backbone, RAGGED)
 
 
-def named(subjects: tuple[Subject, ...], name: str) -> Subject:
+def named(subjects: list[Subject], name: str) -> Subject:
     return next(subject for subject in subjects if subject.name == name)
 
 
-class Other:
+def other(most_pairs: float) -> Subject:
     """What somebody else's engine would add: a row that needs nothing of ours."""
 
-    name = "other"
-    kind: Kind = "one pass"
-    weights_bytes = 7
-
-    def __init__(self, longest: int):
-        self.longest = longest
-
-    def accepts(self, batch) -> bool:
-        return max(map(len, batch)) <= self.longest
-
-    def run(self, batch) -> Answer:
+    def run(batch) -> Answer:
         return Answer((0,) * len(batch), ((),) * len(batch))
+
+    return Subject("other", "one pass", weights_bytes=7, run=run, most_pairs=most_pairs)
 
 
 def test_every_row_writes_the_token_that_the_llm_alone_writes(tiny, subjects):
@@ -102,8 +101,8 @@ def test_the_bank_gives_ten_verdicts_on_each_prompt(tiny, subjects):
 
 
 def test_an_encoder_reads_all_of_a_text_longer_than_its_positions(tiny, subjects):
-    encoder = EncoderFirst("encoder", Other(10**6), device=CPU, dtype=torch.float32)
-    (batch,) = prompt_load(ragged_prompts(tiny), batch_size=3, title="short").batches
+    encoder = encoder_first("encoder", other(10**9), device=CPU, dtype=torch.float32)
+    batch = ragged_prompts(tiny)
     long = batch[0].__class__(batch[0].token_ids * 300, batch[0].parts * 300)
     assert len(long) > 1000
     assert encoder.run([long, batch[1]]).tokens == (0, 0)
@@ -119,39 +118,47 @@ def test_the_encoder_has_the_parameters_of_minilm_and_the_guard_those_of_the_llm
 
 
 def test_ratios_are_paired_with_the_first_row(tiny, subjects):
-    load = synthetic_load(tiny, batch_size=2, tokens=8)
-    base, other = compare_latency(
-        [subjects[0], Other(8)], [load], repeats=3, device=CPU, shortest_s=0.0
+    loads = random_loads(tiny, [8], batch_sizes=[2])
+    base, second = compare_latency(
+        [subjects[0], other(2 * 8**2)], loads, repeats=3, device=CPU, shortest_s=0.0
     )
     assert (base.ratio.low, base.ratio.median, base.ratio.high) == (1, 1, 1)
-    assert (base.batch_size, base.mean_tokens, other.weights_bytes) == (2, 8, 7)
-    assert other.ratio.low >= other.ms.low / base.ms.high
-    assert other.ratio.high <= other.ms.high / base.ms.low
-    for row in (base, other):
+    assert (base.batch_size, base.mean_tokens, second.weights_bytes) == (2, 8, 7)
+    assert second.ratio.low >= second.ms.low / base.ms.high
+    assert second.ratio.high <= second.ms.high / base.ms.low
+    for row in (base, second):
         assert 0 < row.ms.low <= row.ms.median <= row.ms.high
 
 
+def test_each_round_begins_with_another_action():
+    order: list[str] = []
+    actions = {name: partial(order.append, name) for name in "abc"}
+    seconds = interleaved(actions, repeats=4)
+    assert "".join(order) == "abcbcacababc"
+    assert {name: len(own) for name, own in seconds.items()} == {"a": 4, "b": 4, "c": 4}
+
+
 def test_a_row_is_left_out_where_its_subject_does_not_accept_the_load(tiny, subjects):
-    loads = [synthetic_load(tiny, batch_size=1, tokens=tokens) for tokens in (4, 8)]
-    rows = compare_latency([subjects[0], Other(4)], loads, repeats=1, device=CPU, shortest_s=0.0)
+    loads = random_loads(tiny, [4, 8], batch_sizes=[1])
+    rows = compare_latency([subjects[0], other(4**2)], loads, repeats=1, device=CPU, shortest_s=0.0)
     assert [(row.subject, row.load) for row in rows] == [
         ("LLM", "4 tokens"),
         ("other", "4 tokens"),
         ("LLM", "8 tokens"),
     ]
-    for grid in grids(rows):
-        assert [(line[0], line[2] == "-") for line in grid.lines] == [
-            ("LLM", False),
-            ("other", True),
-        ]
+    tables = latency_record(rows, {}).sections
+    assert len(tables) == 3
+    for table in tables:
+        lines = [[cell.strip() for cell in line.split("|")] for line in table.splitlines()[4:]]
+        assert [(line[1], line[3] == "-") for line in lines] == [("LLM", False), ("other", True)]
 
 
 def test_kept_states_are_not_read_at_a_size_that_fills_the_memory(tiny, subjects):
     naive = named(subjects, "+ attention, naive")
     prompt = ragged_prompts(tiny)[0]
     long = prompt.__class__((5,) * 2048, (prompt.parts[-1],) * 2048)
-    assert naive.accepts([long])
-    assert not naive.accepts([long, prompt])
+    assert naive.accepts(Load("one", 2, ((long,),)))
+    assert not naive.accepts(Load("two", 2, ((long, prompt),)))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process its own peak")
@@ -175,21 +182,22 @@ def test_memory_that_stays_held_is_not_counted_again():
 
 
 def test_synthetic_prompts_have_the_length_and_the_same_ids_each_time(tiny):
-    first, again = (synthetic_load(tiny, batch_size=3, tokens=17) for _ in range(2))
+    (first,), (again,) = (random_loads(tiny, [17], batch_sizes=[3]) for _ in range(2))
     assert first == again
     assert [len(prompt) for batch in first.batches for prompt in batch] == [17] * 3
     assert len({prompt.token_ids for batch in first.batches for prompt in batch}) == 3
 
 
 def test_a_length_that_the_backbone_cannot_read_is_refused(tiny):
-    with pytest.raises(ContextLengthError, match="up to 256 \\(--lengths"):
-        synthetic_load(tiny, batch_size=1, tokens=257)
+    with pytest.raises(ContextLengthError, match=r"reads up to 256\. .*--lengths"):
+        random_loads(tiny, [16, 257], batch_sizes=[1])
 
 
 def test_prompts_keep_their_order_in_batches(tiny):
+    texts = [Example((Message("user", text),)) for text in RAGGED]
+    (load,) = text_loads(tiny, texts, batch_sizes=[2], max_tokens=512, title="texts")
     prompts = ragged_prompts(tiny)
-    load = prompt_load(prompts, batch_size=2, title="three")
-    assert [len(batch) for batch in load.batches] == [2, 1]
+    assert (load.title, [len(batch) for batch in load.batches]) == ("3 texts", [2, 1])
     assert [prompt for batch in load.batches for prompt in batch] == prompts
     assert load.mean_tokens == np.mean([len(prompt) for prompt in prompts])
 
@@ -211,16 +219,19 @@ def test_an_unknown_mechanism_is_named(tiny):
 
 
 def test_the_record_holds_every_figure_and_what_it_was_measured_on(tiny, subjects, tmp_path):
-    loads = [synthetic_load(tiny, batch_size=size, tokens=4) for size in (1, 2)]
-    rows = compare_latency([subjects[0], Other(4)], loads, repeats=2, device=CPU, shortest_s=0.0)
-    record = Record(conditions(tiny, repeats=2), rows)
-    record.save(tmp_path / "new")
+    loads = random_loads(tiny, [4], batch_sizes=[1, 2])
+    rows = compare_latency([subjects[0], other(64)], loads, repeats=2, device=CPU, shortest_s=0.0)
+    latency_record(rows, conditions(tiny, {"rounds": 2})).save(tmp_path / "new")
     saved = json.loads((tmp_path / "new" / "latency.json").read_text())
     assert len(saved["rows"]) == 4
     assert saved["conditions"]["model"] == "tiny/llama"
+    assert saved["conditions"].keys() >= {
+        "fingerprint", "dtype", "rounds", "device", "cores", "threads", "load before",
+        "torch", "transformers", "sidelight",
+    }  # fmt: skip
     assert saved["rows"][1]["ratio"]["median"] == rows[1].ratio.median
     text = (tmp_path / "new" / "latency.md").read_text()
-    assert text.count("| other |") == 6
+    assert len(re.findall(r"\| other +\|", text)) == 6
 
 
 @pytest.fixture(scope="module")
@@ -277,7 +288,7 @@ def test_the_command_takes_prompts_of_a_file_without_labels(
     ("arguments", "remedy"),
     [
         (["--lengths", "16,many"], "like 16,64,256"),
-        (["--batch-sizes", "0"], "1 or more"),
+        (["--batch-sizes", "0"], "of 1 or more"),
         (["--lengths", "9999"], "up to 256"),
         (["--mechanisms", "gat"], "Did you mean 'gate'"),
     ],

@@ -1,4 +1,4 @@
-"""Many clients at once: each fault is found, and a short run of the command finds none."""
+"""Servers under load: each fault is found, a sound server has none, and costs are paired."""
 
 import json
 from collections import Counter
@@ -9,8 +9,10 @@ from itertools import islice
 import pytest
 
 from commands import run
-from sidelight_lab.bench.load import total
-from sidelight_lab.bench.load_clients import WORDS, Answer, Ticket, faults, tickets
+from sidelight_lab.bench.load import Answer, faults
+from sidelight_lab.bench.serving import MEASURES, NOTHING, costs_of
+from sidelight_lab.bench.tickets import WORDS, Ticket, tickets
+from sidelight_lab.bench.timing import total
 
 TICKET = Ticket(7, "amber", is_abuse=False)
 ABUSE = Ticket(8, "basalt", is_abuse=True)
@@ -71,8 +73,28 @@ def test_tickets_have_numbers_and_words_of_their_own():
 def test_series_are_added_over_their_labels():
     text = 'a_total{probe="x",outcome="passed"} 2.0\na_total{probe="y"} 3.0\nb 4.0\n# a_total 9\n'
     assert total(text, "a_total") == 5
-    assert total(text, "a_total", containing='probe="x"') == 2
+    assert total(text, "a_total", probe="x") == 2
+    assert total(text, "a_total", probe="x", outcome="refused") == 0
     assert total(text, "b") == 4
+
+
+def test_what_probes_add_is_paired_with_the_same_round_without_them():
+    # The machine gets three times slower, which no comparison within a round notices.
+    without = [[10.0 * n, 1.0 * n, 5.0 * n, 8.0 / n] for n in (1, 2, 3)]
+    with_one = [[1.2 * a, b, 1.1 * c, 0.9 * d] for a, b, c, d in without]
+    costs = {one.measure: one for one in costs_of({NOTHING: without, "one": with_one})}
+    assert list(costs) == list(MEASURES)
+    assert [one.without for one in costs.values()] == [20, 2, 10, 4]
+    for one, added in zip(costs.values(), (0.2, 0, 0.1, -0.1), strict=True):
+        assert one.probes == "one"
+        assert (one.added, one.low, one.high) == pytest.approx((added, added, added))
+
+
+def test_the_interval_of_a_cost_covers_the_rounds():
+    without = [[1.0] * 4] * 4
+    (first, *_) = costs_of({"one": [[1.0] * 4, [1.2] * 4] * 2, NOTHING: without})
+    assert first.added == pytest.approx(0.1)
+    assert 0 <= first.low < 0.1 < first.high <= 0.2 + 1e-9
 
 
 @pytest.mark.slow

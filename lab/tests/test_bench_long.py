@@ -11,8 +11,8 @@ from sidelight.artifact import save_probe
 from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import mechanism_names, mechanism_spec
-from sidelight_lab.bench.long_inputs import Comparison, compare_lengths
-from sidelight_lab.bench.timing import untrained_probe
+from sidelight_lab.bench.long_inputs import compare_lengths
+from sidelight_lab.bench.subjects import untrained_probe
 
 
 @pytest.fixture(scope="module")
@@ -21,13 +21,15 @@ def labelled():
     return [{"text": text, "label": int(label)} for text, label in zip(texts, labels, strict=True)]
 
 
-def figures(backbone, rows, comparison, names=("readout",)):
+def figures(backbone, rows, lengths, count, window, names=("readout",)):
     probes = [untrained_probe(backbone, name, spec=mechanism_spec(name)) for name in names]
-    return compare_lengths(backbone, probes, load_examples(rows), comparison)
+    return compare_lengths(
+        backbone, probes, load_examples(rows), lengths=lengths, count=count, window=window, seed=0
+    )
 
 
 def test_one_window_over_the_whole_says_the_same_as_the_whole(tiny, labelled):
-    rows = figures(tiny, labelled, Comparison((0, 30), 4, 10_000, 0), mechanism_names())
+    rows = figures(tiny, labelled, (0, 30), 4, 10_000, mechanism_names())
     assert len(rows) == 2 * 2 * len(mechanism_names())
     for whole, windows in zip(rows[::2], rows[1::2], strict=True):
         assert (whole["read"], windows["read"]) == ("whole", "windows")
@@ -35,7 +37,7 @@ def test_one_window_over_the_whole_says_the_same_as_the_whole(tiny, labelled):
 
 
 def test_windows_of_a_mean_say_other_things_than_the_whole(tiny, labelled):
-    rows = figures(tiny, labelled, Comparison((60,), 8, 8, 0), ("pooling", "readout"))
+    rows = figures(tiny, labelled, (60,), 8, 8, ("pooling", "readout"))
     assert any(a["AUROC"] != b["AUROC"] for a, b in zip(rows[::2], rows[1::2], strict=True))
 
 
@@ -48,7 +50,7 @@ def test_the_length_is_that_of_the_text_around(tiny, labelled, monkeypatch):
         return run_prompts(self, prompts, **options)
 
     monkeypatch.setattr(type(tiny), "run", count)
-    figures(tiny, labelled, Comparison((0, 100), 5, 16, 0))
+    figures(tiny, labelled, (0, 100), 5, 16)
     alone, around = np.array(lengths[:10]), np.array(lengths[10:])
     # Blank lines between the pieces add tokens; no piece is left out.
     assert ((around - alone) >= 100).all()
@@ -57,7 +59,7 @@ def test_the_length_is_that_of_the_text_around(tiny, labelled, monkeypatch):
 
 def test_too_few_texts_are_refused(tiny, labelled):
     with pytest.raises(SidelightError, match="--texts"):
-        figures(tiny, labelled, Comparison((0,), 30, 16, 0))
+        figures(tiny, labelled, (0,), 30, 16)
 
 
 def test_the_command_prints_every_length(tiny, labelled, tmp_path, capsys):

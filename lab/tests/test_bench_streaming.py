@@ -1,6 +1,7 @@
 """How soon a probe catches a response: the replay, the figures, and the command."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -14,15 +15,15 @@ from sidelight.errors import SidelightError
 from sidelight.policy.hold_back import StreamingRule
 from sidelight.prompts import EncodedPrompt, Message, Reads
 from sidelight.states.scoring import score
-from sidelight_lab.bench.streaming import FIGURES, choose_rule, estimates, outcomes
-from sidelight_lab.bench.streaming_responses import (
+from sidelight_lab.bench.responses import (
     Responses,
     describe,
-    part,
+    parted,
     phrase_scores,
     running_scores,
     with_positives,
 )
+from sidelight_lab.bench.streaming import choose_rule, estimates, figures, firings
 from tiny import untrained_probe
 
 # A whole response in one run against the same tokens one by one: float32 rounding.
@@ -63,7 +64,7 @@ def test_a_running_score_is_the_verdict_on_the_response_so_far(tiny, mechanism):
     ]
     texts = [(f"question {n}", "word " * n + "end") for n in range(1, 6)]
     prompts = [tiny.encoder.encode([Message("user", a)], b) for a, b in texts]
-    found = running_scores(tiny, probes, prompts, device=tiny.device)
+    found = running_scores(tiny, probes, prompts)
     for probe, scores in zip(probes, found, strict=True):
         for prompt, own in zip(prompts, scores, strict=True):
             read = np.flatnonzero(prompt.mask(probe.reads))
@@ -79,17 +80,15 @@ def test_a_running_score_is_the_verdict_on_the_response_so_far(tiny, mechanism):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_no_prompt_is_in_two_parts(seed):
     whole = examples()
-    parts = part(whole, seed=seed)
-    texts = [
-        {item.text for item in own.items} for own in (parts.training, parts.validation, parts.test)
-    ]
+    parts = parted(whole, seed=seed)
+    texts = [{item.text for item in part.items} for part in parts.values()]
     assert sum(map(len, texts)) == len(set.union(*texts)) == 24
-    assert len(parts.training) + len(parts.validation) + len(parts.test) == len(whole)
+    assert sum(map(len, parts.values())) == len(whole)
 
 
 def test_a_response_is_described_token_by_token(tiny):
     whole = examples(3)
-    known = describe(tiny, whole, whole.column("kind"))
+    known = describe(tiny, whole, "kind")
     for item, growth, tokens in zip(whole.items, known.growth, known.tokens, strict=True):
         assert growth[-1] == item.response
         assert len(growth) == tokens
@@ -100,7 +99,7 @@ def test_a_response_is_described_token_by_token(tiny):
 
 def test_phrases_count_from_the_token_that_completes_them(tiny):
     whole = examples(1)
-    refusal, answer = phrase_scores(describe(tiny, whole, whole.column("kind")))
+    refusal, answer = phrase_scores(describe(tiny, whole, "kind"))
     # Bytes are tokens: "I cannot" has eight.
     assert refusal.tolist() == [0.0] * 7 + [1.0] * (len(refusal) - 7)
     assert not answer.any()
@@ -115,8 +114,9 @@ def test_the_figures_are_those_of_a_hand_made_example():
         np.repeat([0.0, 1.0], [39, 61]),  # a false alarm after 40 tokens
         np.zeros(60),
     ]
-    found = outcomes(StreamingRule(0.5, consecutive=1), scores, known)
-    assert {name: figure(found) for name, figure in FIGURES.items()} == {
+    fired_at = firings(StreamingRule(0.5, consecutive=1), scores)
+    assert fired_at.tolist() == [3, 7, 0, 40, 0]
+    assert figures(known, fired_at) == {
         "F1": pytest.approx(2 / 3),
         "precision": pytest.approx(2 / 3),
         "recall": pytest.approx(2 / 3),
@@ -130,17 +130,17 @@ def test_an_interval_draws_prompts_whole():
     # Each prompt's two responses are both caught or both missed, so only prompts vary.
     known = responses([True] * 8, [5] * 8, prompts=[0, 0, 1, 1, 2, 2, 3, 3])
     scores = [np.full(5, float(prompt < 2)) for prompt in known.prompts]
-    found = outcomes(StreamingRule(0.5, consecutive=1), scores, known)
-    recall = estimates([found], known.prompts)["recall"]
-    apart = estimates([found], np.arange(8))["recall"]
+    fired_at = firings(StreamingRule(0.5, consecutive=1), scores)
+    recall = estimates(known, [fired_at])["recall"]
+    apart = estimates(replace(known, prompts=np.arange(8)), [fired_at])["recall"]
     assert recall.value == apart.value == 0.5
     assert recall.low < apart.low < 0.5 < apart.high < recall.high
 
 
 def test_what_is_undefined_is_none():
     known = responses([True, False], [5, 5])
-    found = outcomes(StreamingRule(0.5), [np.zeros(5)] * 2, known)
-    assert estimates([found], known.prompts)["delay, median"].value is None
+    fired_at = firings(StreamingRule(0.5), [np.zeros(5)] * 2)
+    assert estimates(known, [fired_at])["delay, median"].value is None
 
 
 def test_of_rules_as_good_the_soonest_is_chosen():

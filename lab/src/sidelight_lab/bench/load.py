@@ -1,317 +1,301 @@
-"""What a server says of itself while it is asked: its line, its counts, its memory.
+"""Many chat clients at once: whether each gets its own verdicts, and what probes cost them.
 
-The figures with what they were measured on, as files.
-
-A server with probes and policies, and one without, asked in turn by as many clients.
+A server with probes and policies, and one without, are asked in turn by as many clients. The
+clients are the openai package's, as users have them; each asks one question after the other.
 """
 
 import asyncio
 import json
-import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from statistics import median
-from urllib.request import urlopen
+from time import perf_counter
+from typing import Any
 
 import numpy as np
+from openai import APIError, APIStatusError, AsyncOpenAI
 
 from sidelight.backbone import load_backbone
 from sidelight.progress import progress
 from sidelight.server.process import ServerProcess
-from sidelight.storage import write_text
-from sidelight_lab.bench.load_clients import (
-    PROMPT_PROBES,
-    Answer,
-    Asking,
-    Prepared,
-    Ticket,
-    ask_for,
-    endings,
-    faults,
-    prepare,
-    tickets,
-)
+from sidelight_lab.bench.record import Record, conditions, table
+from sidelight_lab.bench.tickets import PROBES, Ticket, prepare, tickets
+from sidelight_lab.bench.timing import Range, look_at, ratios, read_metrics, total
 
-_EVERY_S = 0.5
-_TIMEOUT_S = 300.0
-_MB = 1e6
+_BLOCKED = "content_filter"
+_WARM_UP_S = 5.0
+_TIMEOUT_S = 600.0
+_WATCH_EVERY_S = 0.5
+
+Verdicts = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one client got.
+
+    Attributes:
+        id: Of the completion; None where there is none.
+        verdicts: Every verdict of the answer's body or stream, in order.
+        in_header: Those of the header.
+        ending: The reason for the end, or the error's code.
+    """
+
+    ticket: Ticket
+    id: str | None
+    seconds: float
+    verdicts: Verdicts
+    in_header: Verdicts
+    ending: str
 
 
 @dataclass
-class Watcher:
-    """Keeps the longest line that it sees.
+class Server:
+    """One of the two servers: its answers by round, and the longest queues seen in it."""
 
-    Attributes:
-        url: Of the server.
-        waiting: Most requests in line.
-        running: Most requests being written.
-    """
-
-    url: str
-    waiting: int = 0
-    running: int = 0
+    process: ServerProcess
+    round_s: float
+    most_waiting: int = 0
+    most_running: int = 0
+    answers: list[list[Answer]] = field(default_factory=list[list[Answer]])
 
     async def watch(self) -> None:
-        """Looks until it is cancelled."""
+        """Looks at the queues until it is cancelled."""
         while True:
-            text = await asyncio.to_thread(read_metrics, self.url)
-            self.waiting = max(self.waiting, int(total(text, "sidelight_requests_waiting")))
-            self.running = max(self.running, int(total(text, "sidelight_requests_running")))
-            await asyncio.sleep(_EVERY_S)
+            text = await asyncio.to_thread(read_metrics, self.process.url)
+            waiting, running = (
+                int(total(text, f"sidelight_requests_{state}")) for state in ("waiting", "running")
+            )
+            self.most_waiting = max(self.most_waiting, waiting)
+            self.most_running = max(self.most_running, running)
+            await asyncio.sleep(_WATCH_EVERY_S)
+
+    def judged(self) -> int:
+        """Verdicts of the probe `word` that the server has counted."""
+        metrics = read_metrics(self.process.url)
+        return int(total(metrics, "sidelight_verdicts_total", probe="word"))
 
 
-def read_metrics(url: str) -> str:
-    """The server's Prometheus text."""
-    with urlopen(f"{url}/metrics", timeout=_TIMEOUT_S) as answer:
-        return answer.read().decode()
+def run_load(
+    folder: Path,
+    *,
+    model: str,
+    clients: int,
+    seconds: float,
+    round_s: float,
+    plain_round_s: float,
+    max_tokens: int,
+) -> Record:
+    """Trains the probes, starts both servers, and asks them in turn.
 
+    ``is_sound`` in the results says whether nothing was lost, duplicated, swapped, or let through.
 
-def total(text: str, series: str, *, containing: str = "") -> float:
-    """The sum of a series over its labels, or over those that contain some text."""
-    lines = re.findall(rf"^{series}(?:{{(.*)}})? (\S+)$", text, re.MULTILINE)
-    return sum(float(value) for labels, value in lines if containing in labels)
-
-
-def resident_mb(pid: int) -> float | None:
-    """Memory of a process, MB; None where the system does not tell."""
-    path = Path(f"/proc/{pid}/status")
-    found = re.search(r"VmRSS:\s+(\d+) kB", path.read_text()) if path.exists() else None
-    return int(found[1]) * 1024 / _MB if found else None
-
-
-@dataclass(frozen=True)
-class Round:
-    """Seconds until an answer was complete, with probes and without, one after the other."""
-
-    p50_with: float
-    p50_without: float
-    p99_with: float
-    p99_without: float
-
-
-@dataclass(frozen=True)
-class Span:
-    """Resident memory at the first round and after the last, MB; None where it is not known."""
-
-    first: float | None
-    last: float | None
-
-
-@dataclass(frozen=True)
-class Record:
-    """What was measured, and on what. Pairs are of the server with probes, and without.
-
-    Attributes:
-        conditions: Of the run.
-        rounds: Times.
-        answers: Of the server with probes.
-        endings: How often each ending came there.
-        faults: How many answers of it had each fault.
-        waiting: Most requests that stood in line.
-        running: Most requests that were written at once.
-        memory: Of the servers.
-    """
-
-    conditions: Mapping[str, str | int | float]
-    rounds: tuple[Round, ...]
-    answers: int
-    endings: Mapping[str, int]
-    faults: Mapping[str, int]
-    waiting: tuple[int, ...]
-    running: tuple[int, ...]
-    memory: tuple[Span, ...]
-
-    @property
-    def is_sound(self) -> bool:
-        """Whether nothing was lost, duplicated, swapped, or let through."""
-        return self.answers > 0 and not any(self.faults.values())
-
-    def to_json(self) -> str:
-        """Everything, for programs."""
-        return json.dumps({**asdict(self), "is_sound": self.is_sound}, indent=2) + "\n"
-
-    def to_markdown(self) -> str:
-        """The conditions in a line, the times, and the faults."""
-        line = ", ".join(f"{name} {value}" for name, value in self.conditions.items())
-        times = [
-            "| seconds of an answer, median over rounds (range) | with probes | without | ratio |",
-            "| --- | ---: | ---: | ---: |",
-            _times("p50", [(one.p50_with, one.p50_without) for one in self.rounds]),
-            _times("p99", [(one.p99_with, one.p99_without) for one in self.rounds]),
-        ]
-        faults = ["| fault | answers |", "| --- | ---: |"]
-        faults += [f"| {name} | {number} |" for name, number in self.faults.items()]
-        ends = ", ".join(f"{name} {number}" for name, number in self.endings.items())
-        states = [
-            f"{self.answers} answers with probes ({ends}).",
-            f"Most requests in line {_pair(self.waiting)}, written at once {_pair(self.running)}.",
-            f"Memory of the server, MB: {'; without probes '.join(map(_span, self.memory))}.",
-        ]
-        return "\n\n".join([line, "\n".join(times), "\n".join(faults), " ".join(states)]) + "\n"
-
-    def save(self, directory: Path) -> None:
-        """Writes ``load.json`` and ``load.md``; the folder is made if absent."""
-        write_text(directory / "load.json", self.to_json())
-        write_text(directory / "load.md", self.to_markdown())
-
-
-def _times(name: str, pairs: Sequence[tuple[float, float]]) -> str:
-    judging, plain = zip(*pairs, strict=True)
-    ratios = [own / other for own, other in pairs]
-    return f"| {name} | {_range(judging)} | {_range(plain)} | {_range(ratios)} |"
-
-
-def _range(values: Sequence[float]) -> str:
-    return f"{median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
-
-
-def _pair(values: Sequence[int]) -> str:
-    return f"{values[0]} (without probes {values[1]})"
-
-
-def _span(span: Span) -> str:
-    if span.first is None or span.last is None:
-        return "not known"
-    return f"{span.first:.0f} to {span.last:.0f}"
-
-
-_WARM_UP_S = 5.0
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a load test runs.
-
-    Attributes:
-        model: As `load_backbone` takes it.
+    Args:
+        folder: For probes, policy and activations.
+        model: As ``load_backbone`` takes it.
         clients: At once.
         seconds: With probes, in all.
         round_s: Of one round with probes.
         plain_round_s: Of one without, which follows or precedes it.
-        max_tokens: Of an answer.
+        max_tokens: Tokens of an answer.
     """
-
-    model: str = "smollm2"
-    clients: int = 64
-    seconds: float = 600.0
-    round_s: float = 60.0
-    plain_round_s: float = 20.0
-    max_tokens: int = 16
-
-
-@dataclass(frozen=True)
-class _Side:
-    """One of the two servers."""
-
-    server: ServerProcess
-    asking: Asking
-    watcher: Watcher
-
-
-def run_load(settings: Settings, directory: Path) -> Record:
-    """Trains the probes, starts both servers, and asks them in turn.
-
-    Args:
-        settings: How.
-        directory: For probes, policy and activations.
-    """
-    backbone = load_backbone(settings.model)
-    prepared = prepare(backbone, directory)
-    name = backbone.name
+    backbone = load_backbone(model)
+    rounds = max(1, round(seconds / round_s))
+    probes, policy = prepare(backbone, folder)
+    where = conditions(
+        backbone,
+        {
+            "clients": clients,
+            "rounds": rounds,
+            "round s": round_s,
+            "without probes s": plain_round_s,
+            "tokens of an answer": max_tokens,
+            "probes": len(probes),
+        },
+    )
+    ask = partial(
+        _round, queue=tickets(), clients=clients, model=backbone.name, max_tokens=max_tokens
+    )
     del backbone
-    model = ("--model", settings.model)
-    guarded = (*model, "--policy", str(prepared.policy))
+    options = ("--model", model)
     with (
-        ServerProcess(prepared.probes, options=guarded) as judging,
-        ServerProcess((), options=model) as plain,
+        ServerProcess(probes, options=(*options, "--policy", str(policy))) as judging,
+        ServerProcess((), options=options) as plain,
     ):
-        for server in (judging, plain):
-            server.wait_until_ready()
-        sides = [_side(server, settings, name) for server in (judging, plain)]
-        return asyncio.run(_run(settings, sides, prepared))
+        servers = [Server(judging, round_s), Server(plain, plain_round_s)]
+        for server in servers:
+            server.process.wait_until_ready()
+        results = asyncio.run(_measure(servers, ask, rounds))
+    return Record("load", where, results, _sections(results))
 
 
-def _side(server: ServerProcess, settings: Settings, model: str) -> _Side:
-    # Without probes nobody is blocked. Such a ticket is answered with one token there, so that
-    # both servers read and write as much.
-    asking = Asking(server.url, model, settings.max_tokens, blocked_tokens=1)
-    return _Side(server, asking, Watcher(server.url))
-
-
-async def _run(settings: Settings, sides: Sequence[_Side], prepared: Prepared) -> Record:
-    queue = tickets()
-    for side in sides:
-        await _round(side, queue, settings, seconds=min(_WARM_UP_S, settings.round_s))
-    before = [resident_mb(side.server.pid) for side in sides]
-    seen = _judged(sides[0])
-    rounds = max(1, round(settings.seconds / settings.round_s))
-    lengths = (settings.round_s, settings.plain_round_s)
-    answers: list[list[list[Answer]]] = [[], []]
-    with progress("Asking", rounds * sum(lengths), unit="seconds") as shown:
+async def _measure(
+    servers: Sequence[Server], ask: Callable[..., Awaitable[list[Answer]]], rounds: int
+) -> dict[str, Any]:
+    for server in servers:
+        await ask(server, seconds=min(_WARM_UP_S, servers[0].round_s))
+    memory = [{"first": look_at(server.process.pid)["resident_mb"]} for server in servers]
+    counted = servers[0].judged()
+    with progress("Asking", rounds * sum(one.round_s for one in servers), unit="seconds") as shown:
         for number in range(rounds):
             # Neither goes first in every round.
-            for which in (0, 1) if number % 2 == 0 else (1, 0):
-                got = await _round(sides[which], queue, settings, seconds=lengths[which])
-                answers[which].append(got)
-                shown.advance(lengths[which])
-    judged = [answer for own in answers[0] for answer in own]
-    return Record(
-        conditions={
-            "model": settings.model,
-            "clients": settings.clients,
-            "rounds": rounds,
-            "round s": settings.round_s,
-            "without probes s": settings.plain_round_s,
-            "load before": round(os.getloadavg()[0], 1),
-            "cores": os.cpu_count() or 0,
-            "tokens of an answer": settings.max_tokens,
-            "probes": len(prepared.probes),
-        },
-        rounds=tuple(_compare(*pair) for pair in zip(*answers, strict=True)),
-        answers=len(judged),
-        endings=endings(judged),
-        faults={
-            **faults(judged),
-            "judged by the server, but not answered, or the reverse": abs(
-                _judged(sides[0]) - seen - len(judged)
-            ),
-        },
-        waiting=tuple(side.watcher.waiting for side in sides),
-        running=tuple(side.watcher.running for side in sides),
-        memory=tuple(
-            Span(first, resident_mb(side.server.pid))
-            for first, side in zip(before, sides, strict=True)
-        ),
-    )
-
-
-def _judged(side: _Side) -> int:
-    """Verdicts that the server has counted of one probe of the prompt."""
-    text = read_metrics(side.server.url)
-    probe = f'probe="{PROMPT_PROBES[0]}"'
-    return int(total(text, "sidelight_verdicts_total", containing=probe))
+            for server in servers if number % 2 == 0 else reversed(servers):
+                server.answers.append(await ask(server, seconds=server.round_s))
+                shown.advance(server.round_s)
+    for own, server in zip(memory, servers, strict=True):
+        own["last"] = look_at(server.process.pid)["resident_mb"]
+    answers = [answer for own in servers[0].answers for answer in own]
+    found = faults(answers)
+    unanswered = abs(servers[0].judged() - counted - len(answers))
+    found["judged by the server, but not answered, or the reverse"] = unanswered
+    return {
+        "rounds": [
+            {
+                f"p{percent}_{side}": _percentile(own, percent)
+                for percent in (50, 99)
+                for side, own in zip(("with", "without"), pair, strict=True)
+            }
+            for pair in zip(servers[0].answers, servers[1].answers, strict=True)
+        ],
+        "answers": len(answers),
+        "endings": dict(sorted(Counter(answer.ending for answer in answers).items())),
+        "faults": found,
+        "waiting": [server.most_waiting for server in servers],
+        "running": [server.most_running for server in servers],
+        "memory": memory,
+        "is_sound": bool(answers) and not any(found.values()),
+    }
 
 
 async def _round(
-    side: _Side, queue: Iterator[Ticket], settings: Settings, *, seconds: float
+    server: Server,
+    *,
+    seconds: float,
+    queue: Iterator[Ticket],
+    clients: int,
+    model: str,
+    max_tokens: int,
 ) -> list[Answer]:
-    watching = asyncio.create_task(side.watcher.watch())
-    try:
-        return await ask_for(side.asking, queue, clients=settings.clients, seconds=seconds)
-    finally:
+    """Clients ask until the time is over; answers in progress are waited for."""
+    found: list[Answer] = []
+    deadline = perf_counter() + seconds
+    url = f"{server.process.url}/v1"
+    async with AsyncOpenAI(
+        base_url=url, api_key="unused", max_retries=0, timeout=_TIMEOUT_S
+    ) as openai:
+
+        async def ask_on() -> None:
+            while perf_counter() < deadline:
+                found.append(await _ask(openai, next(queue), model, max_tokens))
+
+        watching = asyncio.create_task(server.watch())
+        await asyncio.gather(*(ask_on() for _ in range(clients)))
         watching.cancel()
         with suppress(asyncio.CancelledError):
             await watching
+    return found
 
 
-def _compare(judging: Sequence[Answer], plain: Sequence[Answer]) -> Round:
-    return Round(*(_percentile(own, p) for p in (50, 99) for own in (judging, plain)))
+async def _ask(openai: AsyncOpenAI, ticket: Ticket, model: str, max_tokens: int) -> Answer:
+    """Asks; every other ticket is asked as a stream."""
+    start = perf_counter()
+    question: dict[str, Any] = {
+        "model": model,
+        "messages": [{"role": "user", "content": ticket.text}],
+        # Without probes nobody is blocked. Such a ticket is answered with one token there, so that
+        # both servers read and write as much.
+        "max_tokens": 1 if ticket.is_abuse else max_tokens,
+        "temperature": 0,
+    }
+    create = openai.chat.completions.with_raw_response.create
+    verdicts: list[Mapping[str, Any]] = []
+    id, ending = "", ""
+    try:
+        if ticket.number // 2 % 2:
+            raw = await create(**question, stream=True)
+            async for chunk in raw.parse():
+                id = chunk.id
+                for choice in chunk.choices:
+                    extension = (choice.delta.model_extra or {}).get("sidelight") or {}
+                    verdicts += extension.get("verdicts", [])
+                    ending = choice.finish_reason or ending
+        else:
+            raw = await create(**question)
+            answer = raw.parse()
+            id, ending = answer.id, str(answer.choices[0].finish_reason)
+            verdicts += (answer.model_extra or {})["sidelight"]["verdicts"]
+    except APIStatusError as error:
+        return Answer(ticket, None, perf_counter() - start, (), (), str(error.code))
+    except APIError as error:
+        return Answer(ticket, None, perf_counter() - start, (), (), type(error).__name__)
+    in_header = json.loads(raw.headers["x-sidelight-verdicts"])
+    return Answer(ticket, id, perf_counter() - start, verdicts, in_header, ending)
 
 
-def _percentile(answers: Sequence[Answer], percent: int) -> float:
-    """Seconds of an answer that is written out: blocked ones are short."""
+def faults(answers: Sequence[Answer]) -> dict[str, int]:
+    """How many answers of the server with probes have each fault; a sound run has none."""
+    written = [answer for answer in answers if answer.id is not None]
+    others = [answer for answer in answers if answer.id is None]
+    counts = [
+        sum(verdict["probe"] == probe and "error" not in verdict for verdict in answer.verdicts)
+        for answer in written
+        for probe in PROBES
+    ]
+    blocked = [answer for answer in others if answer.ending == _BLOCKED]
+    return {
+        "failed requests": len(others) - len(blocked),
+        "lost verdicts": sum(count == 0 for count in counts),
+        "duplicated verdicts": sum(count > 1 for count in counts),
+        "answers that share an id": len(written) - len({answer.id for answer in written}),
+        "verdicts of another request": sum(map(_is_swapped, written)),
+        "header unlike the answer": sum(map(_is_contradicted, written)),
+        "abuse that was answered": sum(answer.ticket.is_abuse for answer in written),
+        "others that were blocked": sum(not answer.ticket.is_abuse for answer in blocked),
+    }
+
+
+def _is_swapped(answer: Answer) -> bool:
+    word = answer.ticket.word
+    said = [one for one in (*answer.verdicts, *answer.in_header) if one["probe"] == "word"]
+    return any(verdict.get("label", word) != word for verdict in said)
+
+
+def _is_contradicted(answer: Answer) -> bool:
+    own = {verdict["probe"]: verdict.get("label") for verdict in answer.verdicts}
+    return any(own.get(one["probe"]) != one.get("label") for one in answer.in_header)
+
+
+def _percentile(answers: Sequence[Answer], percent: int) -> float | None:
+    """Seconds of an answer that is written out: blocked ones are short. None without any."""
     seconds = [own.seconds for own in answers if own.id is not None and not own.ticket.is_abuse]
-    return float(np.percentile(seconds, percent)) if seconds else float("nan")
+    return float(np.percentile(seconds, percent)) if seconds else None
+
+
+def _sections(results: Mapping[str, Any]) -> list[str]:
+    """The times, the faults, and what the servers held."""
+    times: list[list[str]] = []
+    for name in ("p50", "p99"):
+        pairs = [(one[f"{name}_with"], one[f"{name}_without"]) for one in results["rounds"]]
+        known = [pair for pair in pairs if None not in pair]
+        if known:
+            judging, plain = zip(*known, strict=True)
+            values = (judging, plain, ratios(judging, plain))
+            times.append([name, *(Range.of(own).text(2) for own in values)])
+    ends = ", ".join(f"{name} {number}" for name, number in results["endings"].items())
+    (waiting, waiting_plain), (running, running_plain) = results["waiting"], results["running"]
+    memory = [f"{own['first']:.0f} to {own['last']:.0f}" for own in results["memory"]]
+    return [
+        table(
+            "Seconds of an answer, median over rounds (range)",
+            ["", "with probes", "without", "ratio"],
+            times,
+        ),
+        table("Faults", ["", "answers"], list(results["faults"].items())),
+        f"{results['answers']} answers with probes ({ends}). "
+        f"Longest queue {waiting} (without probes {waiting_plain}), most written at once "
+        f"{running} (without probes {running_plain}). "
+        f"Memory of the server, MB: {memory[0]}; without probes {memory[1]}.",
+    ]

@@ -1,14 +1,12 @@
 """Whether a probe still finds one positive text in a long input, by the length of the rest."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from sklearn.metrics import roc_auc_score
-from torch import Tensor
 
 from sidelight.backbone import TransformersBackbone
 from sidelight.bank import Bank
@@ -19,29 +17,18 @@ from sidelight.progress import progress
 from sidelight.prompts import EncodedPrompt, Message
 from sidelight.ragged import Ragged
 
-
-@dataclass(frozen=True)
-class Comparison:
-    """What is compared.
-
-    Attributes:
-        lengths: Tokens of negative text around the hidden one; 0: it stands alone.
-        count: Inputs with a positive text, and as many without, at each length.
-        window: Tokens that get a logit of their own.
-        seed: Decides the texts and the places.
-    """
-
-    lengths: tuple[int, ...]
-    count: int
-    window: int
-    seed: int
+WAYS = ("whole", "windows")
 
 
 def compare_lengths(
     backbone: TransformersBackbone,
     probes: Sequence[Probe],
     examples: Examples,
-    comparison: Comparison,
+    *,
+    lengths: Sequence[int],
+    count: int,
+    window: int,
+    seed: int,
 ) -> list[dict[str, Any]]:
     """Recall, false alarms and AUROC of each probe at each length, whole and by windows.
 
@@ -52,80 +39,81 @@ def compare_lengths(
         backbone: Of the probes.
         probes: Of one binary task.
         examples: Labelled texts that the probes were not trained on.
-        comparison: Lengths and counts.
+        lengths: Tokens of negative text around the hidden text; 0: it stands alone.
+        count: Inputs with a positive text, and as many without, at each length.
+        window: Tokens that get a logit of their own.
+        seed: Decides the texts and the places.
 
     Raises:
-        SidelightError: A task that is not binary, or too few positive texts.
+        SidelightError: The task is not binary, or there are too few texts of a label.
     """
-    hidden, hides = _hidden(examples, count=comparison.count, seed=comparison.seed)
-    pairs = zip(examples.items, _labels(examples), strict=True)
-    negatives = [example.text for example, label in pairs if not label]
+    if examples.labels is None or examples.task is None or examples.task.kind != "binary":
+        raise SidelightError("Long inputs need labels of a binary task: check --label.")
+    random = np.random.default_rng(seed)
+    positive, negative = (np.flatnonzero(examples.labels == label) for label in (1, 0))
+    if min(len(positive), len(negative)) < count:
+        raise SidelightError(
+            f"Got {len(positive)} positive and {len(negative)} negative texts, wanted {count} of "
+            "each. Choose a smaller --texts, or give more data."
+        )
+    drawn = np.concatenate([random.permutation(rows)[:count] for rows in (positive, negative)])
+    hides = np.repeat([True, False], count)
+    filler = [examples.items[row].text for row in negative]
     rows: list[dict[str, Any]] = []
-    tokens = sum(comparison.lengths) * len(hidden)
-    with progress("Long inputs", tokens, unit="tokens around texts") as shown:
-        for length in comparison.lengths:
-            random = np.random.default_rng(comparison.seed)
-            scores: list[Float[np.ndarray, "probe way"]] = []
-            for text in hidden:
-                prompt = _haystack(backbone, text, negatives, tokens=length, random=random)
-                scores.append(_score(backbone, probes, prompt, window=comparison.window))
+    with progress("Long inputs", sum(lengths) * len(drawn), unit="tokens around texts") as shown:
+        for length in lengths:
+            random = np.random.default_rng(seed)
+            found: list[Float[np.ndarray, "probe way"]] = []
+            for row in drawn:
+                text = _hide(backbone, examples.items[row].text, filler, length, random)
+                prompt = backbone.encoder.encode([Message("user", text)])
+                found.append(_scores(backbone, probes, prompt, window=window))
                 shown.advance(length)
-            rows += _figures(probes, np.stack(scores), hides, length=length)
+            scores = np.stack(found, axis=-1)  # (probe, way, text)
+            rows += [
+                {
+                    "probe": probe.name,
+                    "read": way,
+                    "tokens around": length,
+                    "recall": float((own[hides] >= probe.thresholds[0]).mean()),
+                    "false alarms": float((own[~hides] >= probe.thresholds[0]).mean()),
+                    "AUROC": float(roc_auc_score(hides, own)),
+                }
+                for probe, by_way in zip(probes, scores, strict=True)
+                for way, own in zip(WAYS, by_way, strict=True)
+            ]
     return rows
 
 
-def _hidden(
-    examples: Examples, *, count: int, seed: int
-) -> tuple[list[str], Bool[np.ndarray, " text"]]:
-    labels = _labels(examples)
-    random = np.random.default_rng(seed)
-    by_label = [np.flatnonzero(labels == label) for label in (1, 0)]
-    if min(map(len, by_label)) < count:
-        raise SidelightError(
-            f"{count} texts of each label are wanted, but the data has {len(by_label[0])} positive "
-            f"and {len(by_label[1])} negative ones. Choose a smaller --texts."
-        )
-    drawn = np.concatenate([random.permutation(rows)[:count] for rows in by_label])
-    return [examples.items[row].text for row in drawn], labels[drawn].astype(bool)
-
-
-def _labels(examples: Examples) -> np.ndarray:
-    if examples.labels is None or examples.task is None or examples.task.kind != "binary":
-        raise SidelightError("Long inputs are measured with the labels of a binary task.")
-    return examples.labels
-
-
-def _haystack(
+def _hide(
     backbone: TransformersBackbone,
     text: str,
-    negatives: Sequence[str],
-    *,
+    filler: Sequence[str],
     tokens: int,
     random: np.random.Generator,
-) -> EncodedPrompt:
-    """The text among negative ones, in the chat template."""
+) -> str:
+    """The text at a random place among so many tokens of other texts."""
     pieces: list[str] = []
     found = 0
     while found < tokens:
-        piece = negatives[int(random.integers(len(negatives)))]
+        piece = filler[int(random.integers(len(filler)))]
         ids = backbone.tokenizer(piece, add_special_tokens=False)["input_ids"]
         pieces.append(backbone.tokenizer.decode(ids[: tokens - found]))
         found += len(ids)
     place = int(random.integers(len(pieces) + 1))
-    whole = "\n\n".join([*pieces[:place], text, *pieces[place:]])
-    return backbone.encoder.encode([Message("user", whole)])
+    return "\n\n".join([*pieces[:place], text, *pieces[place:]])
 
 
-def _score(
+@torch.inference_mode()
+def _scores(
     backbone: TransformersBackbone,
     probes: Sequence[Probe],
     prompt: EncodedPrompt,
     *,
     window: int,
 ) -> Float[np.ndarray, "probe way"]:
-    """The probability of each probe: of the whole, and of the highest window."""
-    bank = Bank(probes, device=backbone.device)
-    tap = bank.tap()
+    """Each probe's probability: of the whole input, and of its highest window."""
+    tap = Bank(probes, device=backbone.device).tap()
     with backbone.tapped(tap):
         backbone.run([prompt])
     projected = tap.projected()[0]
@@ -135,42 +123,11 @@ def _score(
         width = probe.projection().weight.shape[2]
         own = projected[prompt.mask(probe.reads).to(projected.device), :, start : start + width]
         start += width
-        parts = [_pieces(own, len(own)), _pieces(own, window)]
-        found.append([_highest(probe, part) for part in parts])
+        scores: list[float] = []
+        for size in (len(own), window):
+            lengths = torch.tensor([len(piece) for piece in own.split(size)], device=own.device)
+            state = probe.mechanism.summarise(Ragged(own, lengths))
+            logits = probe.mechanism.finish(state).double().cpu().numpy()
+            scores.append(float(probe.calibration.apply(logits).max()))
+        found.append(scores)
     return np.array(found)
-
-
-def _pieces(tokens: Float[Tensor, "token layer column"], size: int) -> Ragged:
-    lengths = [len(piece) for piece in tokens.split(size)]
-    return Ragged(tokens, torch.tensor(lengths, device=tokens.device))
-
-
-@torch.inference_mode()
-def _highest(probe: Probe, tokens: Ragged) -> float:
-    logits = probe.mechanism.finish(probe.mechanism.summarise(tokens)).double().cpu().numpy()
-    return float(probe.calibration.apply(logits).max())
-
-
-def _figures(
-    probes: Sequence[Probe],
-    scores: Float[np.ndarray, "text probe way"],
-    hides: Bool[np.ndarray, " text"],
-    *,
-    length: int,
-) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    for index, probe in enumerate(probes):
-        for way, name in enumerate(("whole", "windows")):
-            own = scores[:, index, way]
-            flagged = own >= probe.thresholds[0]
-            rows.append(
-                {
-                    "probe": probe.name,
-                    "read": name,
-                    "tokens around": length,
-                    "recall": float(flagged[hides].mean()),
-                    "false alarms": float(flagged[~hides].mean()),
-                    "AUROC": float(roc_auc_score(hides, own)),
-                }
-            )
-    return rows

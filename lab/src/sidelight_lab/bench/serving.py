@@ -7,19 +7,19 @@ intervals are over rounds.
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from time import perf_counter
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 
-from sidelight.backbone import Backbone
+from sidelight.backbone import Backbone, load_backbone
 from sidelight.engines.base import Event, Finished, Sampling, TextDelta
 from sidelight.mechanisms.base import mechanism_spec
 from sidelight.probe import Probe
 from sidelight.prompts import PlainText
-from sidelight.vllm.engine import VllmEngine
-from sidelight_lab.bench.timing import untrained_probe
+from sidelight.vllm.engine import VllmEngine, load_vllm_engine
+from sidelight_lab.bench.subjects import untrained_probe
 
 NOTHING = "no probe"
 # The first is of a request alone, the others of requests together; the throughput is from the first
@@ -30,17 +30,12 @@ MEASURES = {
     "time per prompt": "ms",
     "throughput": "requests/s",
 }
+_RESAMPLES = 10_000
 
 
 @dataclass(frozen=True)
 class Work:
-    """What each measurement does.
-
-    Attributes:
-        tokens: Of a prompt.
-        requests: That run together.
-        written: Tokens that each of them writes.
-    """
+    """What each measurement does: requests that run together, each with so many tokens."""
 
     tokens: int = 256
     requests: int = 8
@@ -49,13 +44,10 @@ class Work:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a set of probes adds to one measure.
+    """What a set of probes adds to one of ``MEASURES``.
 
     Attributes:
-        probes: Which set.
-        measure: One of ``MEASURES``.
-        unit: Of ``without``.
-        without: Median without probes.
+        without: Median without probes, in ``unit``.
         added: Mean over rounds, as a share of the same round's value without probes.
         low: Lower end of its 95 % interval (bootstrap over rounds).
         high: Upper end.
@@ -68,10 +60,6 @@ class Cost:
     added: float
     low: float
     high: float
-
-    def to_dict(self) -> dict[str, object]:
-        """For JSON."""
-        return asdict(self)
 
 
 def probe_sets(backbone: Backbone) -> dict[str, list[Probe]]:
@@ -87,60 +75,77 @@ def probe_sets(backbone: Backbone) -> dict[str, list[Probe]]:
     }
 
 
-async def measure(
-    engine: VllmEngine, sets: Mapping[str, Sequence[Probe]], *, work: Work, rounds: int
-) -> list[Cost]:
-    """The cost of each set.
-
-    Args:
-        engine: A running engine, without a prefix cache.
-        sets: Probes by name; ``NOTHING`` is among them.
-        work: What is measured.
-        rounds: How often.
-    """
+async def measure_costs(
+    model: str, *, dtype: str, options: Mapping[str, Any], work: Work, rounds: int
+) -> tuple[list[Cost], dict[str, float]]:
+    """The costs of all sets of probes, and their shares of the KV cache's memory."""
+    sets = probe_sets(load_backbone(model, device="cpu"))
+    # A prefix cache would answer the later rounds of the same prompts.
+    options = {"enable_prefix_caching": False, **options}
+    engine = await asyncio.to_thread(load_vllm_engine, model, [], dtype=dtype, options=options)
     random = np.random.default_rng(0)
-    measured: dict[str, list[list[float]]] = {name: [] for name in sets}
-    await _measure_once(engine, work)
-    for _ in range(rounds):
-        for name in random.permutation(list(sets)):
-            await engine.replace_probes(sets[str(name)])
-            measured[str(name)].append(await _measure_once(engine, work))
-    by_set = {name: np.array(values) for name, values in measured.items()}
-    return [
-        _cost(name, measure, by_set[NOTHING][:, i], by_set[name][:, i])
-        for name in sets
-        if name != NOTHING
-        for i, measure in enumerate(MEASURES)
-    ]
+    values: dict[str, list[list[float]]] = {name: [] for name in sets}
+    memory: dict[str, float] = {}
+    await engine.start()
+    try:
+        await _measure_once(engine, work)
+        for _ in range(rounds):
+            for name in map(str, random.permutation(list(sets))):
+                await engine.replace_probes(sets[name])
+                values[name].append(await _measure_once(engine, work))
+        for name, probes in sets.items():
+            await engine.replace_probes(probes)
+            memory[name] = await engine.memory_share()
+    finally:
+        await engine.close()
+    return costs_of(values), memory
+
+
+def costs_of(values: Mapping[str, Sequence[Sequence[float]]]) -> list[Cost]:
+    """The costs of all sets, from the values of ``MEASURES`` of each in each round."""
+    without = np.array(values[NOTHING])  # (round, measure)
+    rounds = len(without)
+    costs: list[Cost] = []
+    for name in [name for name in values if name != NOTHING]:
+        added = np.array(values[name]) / without - 1
+        draws = np.random.default_rng(1).integers(0, rounds, (_RESAMPLES, rounds))
+        low, high = np.quantile(added[draws].mean(1), [0.025, 0.975], axis=0)
+        costs += [
+            Cost(
+                name,
+                measure,
+                unit,
+                without=float(np.median(without[:, i])),
+                added=float(added[:, i].mean()),
+                low=float(low[i]),
+                high=float(high[i]),
+            )
+            for i, (measure, unit) in enumerate(MEASURES.items())
+        ]
+    return costs
 
 
 async def _measure_once(engine: VllmEngine, work: Work) -> list[float]:
     """The value of each of ``MEASURES``."""
     prompts = [PlainText(" word" * (work.tokens - 1) + f" {i}") for i in range(work.requests)]
+    one = Sampling(max_tokens=1, temperature=0)
     start = perf_counter()
     for prompt in prompts[:2]:
-        await _last(engine.generate(prompt, Sampling(max_tokens=1, temperature=0)))
+        await _s_per_token(engine.generate(prompt, one))
     first = (perf_counter() - start) / 2
     start = perf_counter()
-    await asyncio.gather(
-        *(_last(engine.generate(p, Sampling(max_tokens=1, temperature=0))) for p in prompts)
-    )
+    await asyncio.gather(*(_s_per_token(engine.generate(prompt, one)) for prompt in prompts))
     prompt_time = (perf_counter() - start) / work.requests
-    sampling = Sampling(max_tokens=work.written, temperature=0)
+    many = Sampling(max_tokens=work.written, temperature=0)
     start = perf_counter()
-    spans = await asyncio.gather(*(_writing(engine.generate(p, sampling)) for p in prompts))
+    spans = await asyncio.gather(*(_s_per_token(engine.generate(p, many)) for p in prompts))
     elapsed = perf_counter() - start
     times = [first, float(np.mean(spans)), prompt_time]
     return [*(1000 * time for time in times), work.requests / elapsed]
 
 
-async def _last(events: AsyncGenerator[Event, None]) -> None:
-    async for _ in events:
-        pass
-
-
-async def _writing(events: AsyncGenerator[Event, None]) -> float:
-    """Seconds for each token after those of the first text."""
+async def _s_per_token(events: AsyncGenerator[Event, None]) -> float:
+    """Reads to the end; seconds for each token after those of the first text."""
     begun, early, tokens = perf_counter(), 0, 0
     async for event in events:
         if isinstance(event, TextDelta) and not early:
@@ -148,23 +153,3 @@ async def _writing(events: AsyncGenerator[Event, None]) -> float:
         if isinstance(event, Finished):
             tokens = event.completion_tokens
     return (perf_counter() - begun) / max(1, tokens - early)
-
-
-def _cost(
-    name: str,
-    measure: str,
-    without: Float[np.ndarray, " round"],
-    with_probes: Float[np.ndarray, " round"],
-) -> Cost:
-    added = with_probes / without - 1
-    draws = np.random.default_rng(1).integers(0, len(added), (10_000, len(added)))
-    low, high = np.quantile(added[draws].mean(1), [0.025, 0.975])
-    return Cost(
-        name,
-        measure,
-        unit=MEASURES[measure],
-        without=float(np.median(without)),
-        added=float(added.mean()),
-        low=float(low),
-        high=float(high),
-    )

@@ -1,16 +1,10 @@
-"""Where a rule fired on each response, and the figures that follow. Knows no scores.
+"""How soon and how surely detectors catch responses while they are written.
 
-The rule of a detector, chosen on validation responses. Never sees the test.
-
-The figures with what they were measured on, as files.
-
-Detectors trained, their rules chosen, and both measured, each on responses of its own.
-
-How many responses each detector has caught after each token.
+Detectors are trained on one part of the prompts, their rules are chosen on another, and both are
+measured on the third.
 """
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -21,196 +15,125 @@ from matplotlib.figure import Figure
 
 from sidelight.backbone import TransformersBackbone
 from sidelight.data.examples import Examples
+from sidelight.evaluation import Estimate
 from sidelight.plots import save_figure
 from sidelight.policy.hold_back import StreamingRule
 from sidelight.probe import Probe
 from sidelight.prompts import Reads
-from sidelight.storage import write_text
 from sidelight.training.fit import fit
 from sidelight.training.settings import FitOptions
-from sidelight_lab.bench.streaming_responses import (
-    Parts,
+from sidelight_lab.bench.record import Record, conditions, table
+from sidelight_lab.bench.responses import (
     Responses,
     Scores,
     describe,
-    part,
+    parted,
     phrase_scores,
     running_scores,
     word_scores,
 )
 
-_PER_TOKENS = 1000
+# matplotlib leaves the types of **kwargs open.
+# pyright: reportUnknownMemberType=false
+
 _RESAMPLES = 1000
-_INTERVAL = (2.5, 97.5)
-
-
-@dataclass(frozen=True, eq=False)
-class Outcomes:
-    """Where a rule fired.
-
-    Attributes:
-        is_positive: Whether each response was to be caught.
-        tokens: Of each response.
-        fired_at: Tokens read when the rule fired; 0: it did not.
-    """
-
-    is_positive: Bool[np.ndarray, " response"]
-    tokens: Int[np.ndarray, " response"]
-    fired_at: Int[np.ndarray, " response"]
-
-    def select(self, rows: Shaped[np.ndarray, " row"]) -> "Outcomes":
-        """Some of the responses."""
-        return Outcomes(self.is_positive[rows], self.tokens[rows], self.fired_at[rows])
-
-    @property
-    def fired(self) -> Bool[np.ndarray, " response"]:
-        """Whether the rule fired at all."""
-        return self.fired_at > 0
-
-
-def outcomes(rule: StreamingRule, scores: Scores, responses: Responses) -> Outcomes:
-    """Where the rule fires on each response."""
-    fired_at = [rule.first_firing(own) or 0 for own in scores]
-    return Outcomes(responses.is_positive, responses.tokens, np.array(fired_at, dtype=np.int64))
-
-
-def precision(these: Outcomes) -> float:
-    """Share of firings that are right; NaN without any."""
-    return _mean(these.is_positive[these.fired])
-
-
-def recall(these: Outcomes) -> float:
-    """Share of the positive responses that are caught before they end."""
-    return _mean(these.fired[these.is_positive])
-
-
-def f1(these: Outcomes) -> float:
-    """Harmonic mean of precision and recall, response by response."""
-    hits = int((these.fired & these.is_positive).sum())
-    return 2 * hits / max(1, int(these.fired.sum()) + int(these.is_positive.sum()))
-
-
-def median_delay(these: Outcomes) -> float:
-    """Tokens read when a positive response is caught, half of the time or more."""
-    return _percentile(these.fired_at[these.fired & these.is_positive], 50)
-
-
-def late_delay(these: Outcomes) -> float:
-    """Tokens read when nine of ten positive responses that are caught at all are caught."""
-    return _percentile(these.fired_at[these.fired & these.is_positive], 90)
-
-
-def false_alarms(these: Outcomes) -> float:
-    """Firings per 1,000 tokens read of the other responses; each is read until it fires."""
-    other = these.select(np.flatnonzero(~these.is_positive))
-    read = np.where(other.fired, other.fired_at, other.tokens).sum()
-    return _PER_TOKENS * int(other.fired.sum()) / max(1, int(read))
-
-
-FIGURES: dict[str, Callable[[Outcomes], float]] = {
-    "F1": f1,
-    "precision": precision,
-    "recall": recall,
-    "delay, median": median_delay,
-    "delay, 90 %": late_delay,
-    "false alarms per 1,000 tokens": false_alarms,
-}
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A figure, mean over seeds, with its 95 % interval over prompts and seeds.
-
-    None stands for what is undefined, such as a delay where nothing is caught.
-    """
-
-    value: float | None
-    low: float | None
-    high: float | None
-
-
-def estimates(
-    by_seed: Sequence[Outcomes], prompts: Int[np.ndarray, " response"], *, seed: int = 0
-) -> dict[str, Estimate]:
-    """Every figure, bootstrapped: prompts with all their responses, and seeds, drawn again.
-
-    Args:
-        by_seed: Of one detector, for each training seed.
-        prompts: Number of each response's prompt.
-        seed: Of the resamples.
-    """
-    generator = np.random.default_rng(seed)
-    rows = [np.flatnonzero(prompts == prompt) for prompt in np.unique(prompts)]
-    drawn: list[dict[str, float]] = []
-    for _ in range(_RESAMPLES):
-        chosen = np.concatenate([rows[i] for i in generator.integers(len(rows), size=len(rows))])
-        seeds = generator.integers(len(by_seed), size=len(by_seed))
-        drawn.append(_means([by_seed[i].select(chosen) for i in seeds]))
-    whole = _means(by_seed)
-    return {name: _estimate(whole[name], [one[name] for one in drawn]) for name in FIGURES}
-
-
-def _means(by_seed: Sequence[Outcomes]) -> dict[str, float]:
-    return {
-        name: float(np.mean([figure(these) for these in by_seed]))
-        for name, figure in FIGURES.items()
-    }
-
-
-def _estimate(value: float, drawn: Sequence[float]) -> Estimate:
-    if np.isnan(value):
-        return Estimate(None, None, None)
-    defined = [one for one in drawn if not np.isnan(one)]
-    low, high = np.percentile(defined, _INTERVAL)
-    return Estimate(value, float(low), float(high))
-
-
-def _mean(values: Bool[np.ndarray, " _"]) -> float:
-    return float(values.mean()) if len(values) else float("nan")
-
-
-def _percentile(values: Int[np.ndarray, " _"], percent: int) -> float:
-    return float(np.percentile(values, percent)) if len(values) else float("nan")
-
+# Okabe & Ito's palette, told apart with any colour vision.
+_COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7")
 
 _THRESHOLDS = (*(round(0.05 * step, 2) for step in range(1, 20)), 0.97, 0.99)
 _CONSECUTIVE = (1, 2, 3, 5, 8)
 _WARM_UPS = (0, 4, 8, 16)
+# What a running score may be judged by, and what a single score is.
+_RUNNING = [StreamingRule(*values) for values in product(_THRESHOLDS, _CONSECUTIVE, _WARM_UPS)]
+_SINGLE = [StreamingRule(threshold, consecutive=1) for threshold in _THRESHOLDS]
+_HALF = [StreamingRule(0.5, consecutive=1)]
 # A rule this much worse in F1 is as good, if it fires sooner.
 _NEAR_BEST = 0.01
 
-# What a running score may be judged by, and what a single score is.
-RUNNING = tuple(
-    StreamingRule(threshold, consecutive, warm_up)
-    for threshold, consecutive, warm_up in product(_THRESHOLDS, _CONSECUTIVE, _WARM_UPS)
-)
-SINGLE = tuple(StreamingRule(threshold, consecutive=1) for threshold in _THRESHOLDS)
-HALF = (StreamingRule(0.5, consecutive=1),)
+
+def firings(rule: StreamingRule, scores: Scores) -> Int[np.ndarray, " response"]:
+    """Tokens of each response that were read when the rule fired; 0: it did not."""
+    return np.array([rule.first_firing(own) or 0 for own in scores])
+
+
+def figures(
+    responses: Responses,
+    fired_at: Int[np.ndarray, " response"],
+    rows: Shaped[np.ndarray, " row"] | None = None,
+) -> dict[str, float]:
+    """What is reported of a rule, response by response; NaN where it is undefined.
+
+    A delay is the number of tokens read when a positive response is caught: half of those that are
+    caught are caught by the median, nine of ten by the other. Each negative response is read until
+    the rule fires.
+
+    Args:
+        responses: What is known of them.
+        fired_at: Of ``firings``.
+        rows: Some of the responses, possibly several times; None: each once.
+    """
+    rows = np.arange(len(fired_at)) if rows is None else rows
+    is_positive, fired_at, tokens = (
+        responses.is_positive[rows],
+        fired_at[rows],
+        responses.tokens[rows],
+    )
+    fired = fired_at > 0
+    caught = fired_at[fired & is_positive]
+    positives, all_fired = int(is_positive.sum()), int(fired.sum())
+    read = int(np.where(fired, fired_at, tokens)[~is_positive].sum())
+    median, late = np.percentile(caught, [50, 90]) if len(caught) else (np.nan, np.nan)
+    return {
+        "F1": 2 * len(caught) / max(1, all_fired + positives),
+        "precision": len(caught) / all_fired if all_fired else np.nan,
+        "recall": len(caught) / positives if positives else np.nan,
+        "delay, median": float(median),
+        "delay, 90 %": float(late),
+        "false alarms per 1,000 tokens": 1000 * (all_fired - len(caught)) / max(1, read),
+    }
+
+
+def estimates(
+    responses: Responses, by_seed: Sequence[Int[np.ndarray, " response"]]
+) -> dict[str, Estimate]:
+    """Every figure, the mean over seeds, with its interval over prompts and seeds.
+
+    Prompts with all their responses, and seeds, are drawn again; `metrics.measure_resamples` draws
+    rows one by one, and knows no seeds and no delays.
+    """
+
+    def means(some: Sequence[Int[np.ndarray, " response"]], rows: np.ndarray) -> dict[str, float]:
+        found = [figures(responses, fired_at, rows) for fired_at in some]
+        return {name: float(np.mean([one[name] for one in found])) for name in found[0]}
+
+    generator = np.random.default_rng(0)
+    numbers = responses.prompts
+    rows = [np.flatnonzero(numbers == number) for number in np.unique(numbers)]
+    drawn = [means(by_seed, np.arange(len(numbers)))]
+    for _ in range(_RESAMPLES):
+        chosen = np.concatenate([rows[i] for i in generator.integers(len(rows), size=len(rows))])
+        seeds = generator.integers(len(by_seed), size=len(by_seed))
+        drawn.append(means([by_seed[i] for i in seeds], chosen))
+    return {name: Estimate.of(np.array([one[name] for one in drawn])) for name in drawn[0]}
 
 
 def choose_rule(
     candidates: Sequence[StreamingRule], scores: Scores, responses: Responses
 ) -> StreamingRule:
-    """Of the rules with almost the best F1, the one that fires soonest.
+    """The rule that fires soonest among those with almost the best F1 on validation responses.
 
-    How soon is the mean number of tokens read of the positive responses, whole ones where the rule
-    does not fire. Of rules that are equal in this too, the one with the fewest false alarms.
-
-    Args:
-        candidates: To choose from.
-        scores: Running scores of validation responses.
-        responses: The same responses.
+    How soon is the mean number of tokens read of the positive responses. Of rules that are equal in
+    this too, it is the one with the fewest false alarms.
     """
-    found = [outcomes(rule, scores, responses) for rule in candidates]
-    quality = [f1(these) for these in found]
-    good = [i for i, value in enumerate(quality) if value >= max(quality) - _NEAR_BEST]
+    fired = [firings(rule, scores) for rule in candidates]
+    found = [figures(responses, fired_at) for fired_at in fired]
+    least = max(one["F1"] for one in found) - _NEAR_BEST
 
     def cost(i: int) -> tuple[float, float]:
-        these = found[i].select(np.flatnonzero(responses.is_positive))
-        read = np.where(these.fired, these.fired_at, these.tokens)
-        return float(read.mean()), false_alarms(found[i])
+        read = np.where(fired[i] > 0, fired[i], responses.tokens)[responses.is_positive]
+        return float(read.mean()), found[i]["false alarms per 1,000 tokens"]
 
-    return candidates[min(good, key=cost)]
+    return candidates[min((i for i, one in enumerate(found) if one["F1"] >= least), key=cost)]
 
 
 @dataclass(frozen=True)
@@ -218,7 +141,6 @@ class Row:
     """One detector on the test responses.
 
     Attributes:
-        title: Its name.
         rules: The chosen rule of each training seed.
         figures: With intervals.
         recalls: Share that is caught of each positive label of the data.
@@ -227,187 +149,79 @@ class Row:
     """
 
     title: str
-    rules: tuple[StreamingRule, ...]
+    rules: Sequence[StreamingRule]
     figures: Mapping[str, Estimate]
     recalls: Mapping[str, float]
-    caught: tuple[float, ...]
-    alarmed: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Record:
-    """What was measured, and on what.
-
-    Attributes:
-        conditions: Of the run.
-        rows: The detectors.
-    """
-
-    conditions: Mapping[str, str | int]
-    rows: tuple[Row, ...]
-
-    def to_json(self) -> str:
-        """Everything, for programs."""
-        rows = [asdict(row) for row in self.rows]
-        content = {"conditions": dict(self.conditions), "rows": rows}
-        return json.dumps(content, indent=2, allow_nan=False) + "\n"
-
-    def to_markdown(self) -> str:
-        """The conditions in a line, the figures, and the rules."""
-        line = ", ".join(f"{name} {value}" for name, value in self.conditions.items())
-        figures = [["detector", *FIGURES]]
-        figures += [
-            [row.title, *(_cell(row.figures[name]) for name in FIGURES)] for row in self.rows
-        ]
-        labels = list(self.rows[0].recalls)
-        details = [["detector", "rule of each seed", *(f"recall of {label}" for label in labels)]]
-        details += [
-            [row.title, _rules(row), *(f"{row.recalls[label]:.3f}" for label in labels)]
-            for row in self.rows
-        ]
-        return "\n\n".join([line, _table(figures), _table(details)]) + "\n"
-
-    def save(self, directory: Path) -> None:
-        """Writes ``streaming.json`` and ``streaming.md``; the folder is made if absent."""
-        write_text(directory / "streaming.json", self.to_json())
-        write_text(directory / "streaming.md", self.to_markdown())
-
-
-def _cell(estimate: Estimate) -> str:
-    return " ".join(
-        [_number(estimate.value), f"[{_number(estimate.low)}, {_number(estimate.high)}]"]
-    )
-
-
-def _number(value: float | None) -> str:
-    """Shares with three digits, counts of tokens with one."""
-    if value is None:
-        return "-"
-    return f"{value:.3f}" if abs(value) < 2 else f"{value:.1f}"
-
-
-def _rules(row: Row) -> str:
-    said = [
-        f"{rule.consecutive} at {rule.threshold:g}, warm-up {rule.warm_up}" for rule in row.rules
-    ]
-    return "; ".join(said)
-
-
-def _table(lines: list[list[str]]) -> str:
-    rule = ["---", *("---:" for _ in lines[0][1:])]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (lines[0], rule, *lines[1:]))
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What is compared.
-
-    Attributes:
-        name: Of what is caught, and of the probe.
-        seeds: Trainings of the probe.
-        max_tokens: Of a prompt with its response, in training; replayed responses are whole.
-        split_seed: Decides which prompts are in which part.
-        cache_root: Where hidden states are kept while training; None is the user's cache.
-    """
-
-    name: str = "refusal"
-    seeds: int = 3
-    max_tokens: int = 128
-    split_seed: int = 0
-    cache_root: Path | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Detector:
-    """Something that scores responses while they are written.
-
-    Attributes:
-        title: For tables.
-        validation: Running scores of the validation responses, for each training seed.
-        test: Of the test responses.
-        rules: What its rule is chosen from.
-    """
-
-    title: str
-    validation: Sequence[Scores]
-    test: Sequence[Scores]
-    rules: Sequence[StreamingRule]
-
-
-@dataclass(frozen=True, eq=False)
-class Comparison:
-    """What a run gives.
-
-    Attributes:
-        record: The figures.
-        probe: Of the first seed, to be served.
-    """
-
-    record: Record
-    probe: Probe
+    caught: Sequence[float]
+    alarmed: Sequence[float]
 
 
 def compare_streaming(
     backbone: TransformersBackbone,
     examples: Examples,
     *,
-    label: Callable[[Examples], Sequence[str]],
-    settings: Settings,
-) -> Comparison:
-    """Trains on one part of the prompts, chooses rules on another, and measures on the third.
+    label: str,
+    name: str,
+    seeds: int,
+    max_tokens: int,
+    cache_root: Path | None,
+) -> tuple[list[Row], Record, Probe]:
+    """A row for each detector, their record, and the probe of the first seed.
 
     Args:
         backbone: The LLM.
         examples: Responses of two classes.
-        label: The labels in the data of some of the examples.
-        settings: What is compared.
+        label: Column of the labels in the data, which the classes were made of.
+        name: Of what is caught, and of the probe.
+        seeds: Trainings of the probe.
+        max_tokens: Of a prompt with its response, in training; replayed responses are whole.
+        cache_root: Where hidden states are kept while training; None is the user's cache.
     """
-    parts = part(examples, seed=settings.split_seed)
-    probes = _train(backbone, parts, settings)
-    validation = describe(backbone, parts.validation, label(parts.validation))
-    test = describe(backbone, parts.test, label(parts.test))
-    detectors = _detectors(backbone, probes, parts, validation, test)
-    rows = tuple(_measure(detector, validation, test) for detector in detectors)
-    return Comparison(Record(_conditions(backbone, parts, settings), rows), probes[0])
-
-
-def _train(backbone: TransformersBackbone, parts: Parts, settings: Settings) -> list[Probe]:
+    parts = parted(examples, seed=0)
+    training, validation, test = parts.values()
     options = FitOptions(
-        seeds=tuple(range(settings.seeds)),
+        seeds=tuple(range(seeds)),
         reads=Reads("response"),
-        max_tokens=settings.max_tokens,
-        cache_root=settings.cache_root,
+        max_tokens=max_tokens,
+        cache_root=cache_root,
     )
-    made = fit(backbone, parts.training, parts.validation, name=settings.name, options=options)
-    runs = [run for run in made.runs if run.probe.spec == made.best.probe.spec]
+    made = fit(backbone, training, validation, name=name, options=options)
     # A bank wants distinct names.
-    return [replace(run.probe, name=f"{settings.name}-seed{run.seed}") for run in runs]
-
-
-def _detectors(
-    backbone: TransformersBackbone,
-    probes: Sequence[Probe],
-    parts: Parts,
-    validation: Responses,
-    test: Responses,
-) -> list[Detector]:
-    seen, unseen = (
+    probes = [
+        replace(run.probe, name=f"{name}-seed{run.seed}")
+        for run in made.runs
+        if run.probe.spec == made.best.probe.spec
+    ]
+    known = [describe(backbone, part, label) for part in (validation, test)]
+    running = [
         running_scores(
             backbone,
             probes,
-            [backbone.encoder.encode(item.messages, item.response) for item in own.items],
-            device=backbone.device,
+            [backbone.encoder.encode(item.messages, item.response) for item in part.items],
         )
-        for own in (parts.validation, parts.test)
-    )
-    words = [word_scores(parts.training, own) for own in (validation, test)]
-    phrases = [phrase_scores(own) for own in (validation, test)]
-    return [
-        Detector("probe, token by token", seen, unseen, RUNNING),
-        Detector("probe, whole response", _at_end(seen), _at_end(unseen), SINGLE),
-        Detector("TF-IDF, token by token", [words[0]], [words[1]], RUNNING),
-        Detector("phrases at the start", [phrases[0]], [phrases[1]], HALF),
+        for part in (validation, test)
     ]
+    words = [[word_scores(training, own)] for own in known]
+    phrases = [[phrase_scores(own)] for own in known]
+    rows = [
+        _row("probe, token by token", _RUNNING, running, known),
+        _row("probe, whole response", _SINGLE, [_at_end(own) for own in running], known),
+        _row("TF-IDF, token by token", _RUNNING, words, known),
+        _row("phrases at the start", _HALF, phrases, known),
+    ]
+    where = conditions(
+        backbone,
+        {
+            "seeds": seeds,
+            "training tokens": max_tokens,
+            **{f"{part} responses": len(own) for part, own in parts.items()},
+            **{
+                f"{part} prompts": len({item.text for item in own.items})
+                for part, own in parts.items()
+            },
+        },
+    )
+    return rows, streaming_record(rows, where), probes[0]
 
 
 def _at_end(by_seed: Sequence[Scores]) -> list[Scores]:
@@ -415,72 +229,76 @@ def _at_end(by_seed: Sequence[Scores]) -> list[Scores]:
     return [[np.append(np.zeros(len(own) - 1), own[-1]) for own in scores] for scores in by_seed]
 
 
-def _measure(detector: Detector, validation: Responses, test: Responses) -> Row:
-    rules = [choose_rule(detector.rules, own, validation) for own in detector.validation]
-    fired = [outcomes(rule, own, test) for rule, own in zip(rules, detector.test, strict=True)]
-    positive = sorted({n for n, p in zip(test.labels, test.is_positive, strict=True) if p})
+def _row(
+    title: str,
+    rules: Sequence[StreamingRule],
+    scores: Sequence[Sequence[Scores]],
+    responses: Sequence[Responses],
+) -> Row:
+    """Scores of each training seed and responses: of the validation part, then of the test."""
+    validation, test = responses
+    chosen = [choose_rule(rules, own, validation) for own in scores[0]]
+    fired = [firings(rule, own) for rule, own in zip(chosen, scores[1], strict=True)]
+    longest = int(test.tokens.max())
+
+    def shares(rows: Bool[np.ndarray, " response"]) -> list[float]:
+        """Of these responses, those on which the rule had fired after each token."""
+        counts = [np.bincount(fired_at[rows], minlength=longest + 1)[1:] for fired_at in fired]
+        return (np.mean(counts, axis=0).cumsum() / max(1, int(rows.sum()))).tolist()
+
+    labels = np.array(test.labels)
     return Row(
-        title=detector.title,
-        rules=tuple(rules),
-        figures=estimates(fired, test.prompts),
-        recalls={label: _recall(fired, test, label) for label in positive},
-        caught=_caught(fired, is_positive=True),
-        alarmed=_caught(fired, is_positive=False),
+        title=title,
+        rules=chosen,
+        figures=estimates(test, fired),
+        recalls={
+            str(label): float(np.mean([own[labels == label] > 0 for own in fired]))
+            for label in np.unique(labels[test.is_positive])
+        },
+        caught=shares(test.is_positive),
+        alarmed=shares(~test.is_positive),
     )
 
 
-def _recall(fired: Sequence[Outcomes], test: Responses, label: str) -> float:
-    rows = np.flatnonzero([own == label for own in test.labels])
-    return float(np.mean([own.fired[rows].mean() for own in fired]))
+def streaming_record(rows: Sequence[Row], where: Mapping[str, object]) -> Record:
+    """The figures, then the rules and the recall of each positive label."""
+    labels = list(rows[0].recalls)
+    rules = [
+        "; ".join(f"{r.consecutive} at {r.threshold:g}, warm-up {r.warm_up}" for r in row.rules)
+        for row in rows
+    ]
+    sections = [
+        table(
+            "Detectors on the test responses",
+            ["detector", *rows[0].figures],
+            [[row.title, *map(_cell, row.figures.values())] for row in rows],
+        ),
+        table(
+            "Rules",
+            ["detector", "rule of each seed", *(f"recall of {label}" for label in labels)],
+            [
+                [row.title, said, *(f"{row.recalls[label]:.3f}" for label in labels)]
+                for row, said in zip(rows, rules, strict=True)
+            ],
+        ),
+    ]
+    return Record("streaming", where, {"rows": [asdict(row) for row in rows]}, sections)
 
 
-def _caught(fired: Sequence[Outcomes], *, is_positive: bool) -> tuple[float, ...]:
-    """Share of the responses of a class on which the rule had fired after each token."""
-    longest = max(int(own.tokens.max()) for own in fired)
-    shares: list[np.ndarray] = []
-    for own in fired:
-        chosen = own.select(np.flatnonzero(own.is_positive == is_positive))
-        counts = np.bincount(chosen.fired_at, minlength=longest + 1)[1:]
-        shares.append(counts.cumsum() / max(1, len(chosen.tokens)))
-    return tuple(float(share) for share in np.mean(shares, axis=0))
+def _cell(estimate: Estimate) -> str:
+    """Shares with three digits, counts of tokens with one."""
+    value, low, high = (
+        "-" if one is None else f"{one:.3f}" if abs(one) < 2 else f"{one:.1f}"
+        for one in (estimate.value, estimate.low, estimate.high)
+    )
+    return f"{value} [{low}, {high}]"
 
 
-def _conditions(
-    backbone: TransformersBackbone, parts: Parts, settings: Settings
-) -> dict[str, str | int]:
-    named = {"training": parts.training, "validation": parts.validation, "test": parts.test}
-    counts = {f"{name} responses": len(own) for name, own in named.items()}
-    prompts = {
-        f"{name} prompts": len({item.text for item in own.items}) for name, own in named.items()
-    }
-    return {
-        "model": backbone.name,
-        "fingerprint": backbone.fingerprint.digest,
-        "seeds": settings.seeds,
-        "training tokens": settings.max_tokens,
-        **counts,
-        **prompts,
-    }
-
-
-# matplotlib leaves the types of **kwargs open.
-# pyright: reportUnknownMemberType=false
-
-
-# Okabe & Ito's palette, told apart with any colour vision.
-_COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7")
-
-
-def plot_streaming(record: Record, directory: Path) -> Path:
-    """Draws ``streaming.png``: solid lines for what is to be caught, dotted ones for the rest.
-
-    Args:
-        record: Of a comparison.
-        directory: Where to write; made if absent.
-    """
+def plot_streaming(rows: Sequence[Row], folder: Path) -> Path:
+    """Draws ``streaming.png``: solid lines for what is to be caught, dotted ones for the rest."""
     figure = Figure(figsize=(7.6, 4.4), layout="constrained")
     axes = figure.add_subplot()
-    for row, colour in zip(record.rows, _COLOURS, strict=True):
+    for row, colour in zip(rows, _COLOURS, strict=True):
         tokens = range(1, len(row.caught) + 1)
         axes.step(tokens, row.caught, where="post", color=colour, linewidth=1.8, label=row.title)
         axes.step(tokens, row.alarmed, where="post", color=colour, linewidth=1.2, linestyle=":")
@@ -489,4 +307,4 @@ def plot_streaming(record: Record, directory: Path) -> Path:
     axes.set_title("To be caught (solid), and the others: false alarms (dotted)", loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="upper left", frameon=False, fontsize=8)
-    return save_figure(figure, directory / "streaming.png")
+    return save_figure(figure, folder / "streaming.png")

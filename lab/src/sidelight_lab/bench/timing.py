@@ -1,145 +1,125 @@
-"""Times of things measured in turn, so that the machine's drift hits all of them.
-
-Peak memory of a piece of work, beyond what was held before it.
-
-Probes of random weights: a benchmark needs their sizes, not their judgement.
-"""
+"""How long work takes, how much memory it needs, and what a server process says of itself."""
 
 import ctypes
 import gc
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+from urllib.request import urlopen
 
+import psutil
 import torch
+from prometheus_client.parser import text_string_to_metric_families
 
-from sidelight.backbone import Backbone
-from sidelight.calibration import Calibration
-from sidelight.mechanisms import DEFAULT_MECHANISM
-from sidelight.mechanisms.base import Geometry, MechanismSpec, mechanism_spec
-from sidelight.probe import Probe
-from sidelight.prompts import Reads
-from sidelight.standardisation import Standardisation
-from sidelight.types import Task
+from sidelight.errors import SidelightError
+
+MB = 1e6
+
+
+@dataclass(frozen=True)
+class Range:
+    """Median, smallest and largest of some values."""
+
+    median: float
+    low: float
+    high: float
+
+    @staticmethod
+    def of(values: Sequence[float]) -> "Range":
+        return Range(median(values), min(values), max(values))
+
+    def text(self, digits: int = 3) -> str:
+        """For example ``1.02 (0.99 to 1.20)``."""
+        return f"{self.median:.{digits}f} ({self.low:.{digits}f} to {self.high:.{digits}f})"
+
+
+def ratios(values: Sequence[float], base: Sequence[float]) -> list[float]:
+    """Each value over the base's in the same round."""
+    return [own / other for own, other in zip(values, base, strict=True)]
 
 
 def interleaved(
-    actions: Mapping[str, Callable[[], object]], *, repeats: int
+    actions: Mapping[str, Callable[[], object]],
+    *,
+    repeats: int,
+    advance: Callable[[int], object] = lambda _: None,
 ) -> dict[str, list[float]]:
-    """Seconds of each repeat of each action, taken in turn: A B, A B, ...
+    """Seconds of each action in each round; tells ``advance`` of each timing.
 
-    Args:
-        actions: What to time, by name.
-        repeats: Timed rounds.
+    A round runs all actions one after the other, and each round begins with another one, so that
+    neither a drift of the machine nor the order favours any.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in actions}
-    for _ in range(repeats):
-        for name, action in actions.items():
+    names = list(actions)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(repeats):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
             start = perf_counter()
-            action()
+            actions[name]()
             seconds[name].append(perf_counter() - start)
+            advance(1)
     return seconds
 
 
-def spread(values: list[float], *, digits: int = 3) -> str:
-    """Median, and smallest to largest."""
-    return f"{median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
-
-
-_PROCESS = Path("/proc/self")
-
-
 def peak_bytes(work: Callable[[], object], *, device: torch.device) -> int | None:
-    """How far memory rose while the work ran.
+    """How far memory rose while the work ran: tensors on a GPU, else this process's resident pages.
 
-    On a GPU: bytes of tensors. On a CPU: resident pages of this process, as Linux counts them.
-    Run the work once before, so that what is only made the first time does not count.
-
-    Args:
-        work: What to run.
-        device: Where it runs.
-
-    Returns:
-        Bytes, or None where the system does not tell.
+    Run the work once before, so that what is made only the first time does not count. None where
+    the system cannot tell (it is not Linux).
     """
     gc.collect()
-    return _cuda_peak(work, device) if device.type == "cuda" else _resident_peak(work)
-
-
-def _cuda_peak(work: Callable[[], object], device: torch.device) -> int:
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    work()
-    return torch.cuda.max_memory_allocated(device) - before
-
-
-def _resident_peak(work: Callable[[], object]) -> int | None:
-    _return_free_memory()
-    try:
-        # Sets the peak to what is resident now (proc(5), clear_refs).
-        (_PROCESS / "clear_refs").write_text("5")
-        before = _status("VmRSS")
-    except OSError:
-        return None
-    work()
-    return max(0, _status("VmHWM") - before)
-
-
-def _return_free_memory() -> None:
-    """Hands freed pages back to the system; otherwise the work could use them unseen."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) - before
+    # Freed pages go back to the system first; otherwise the work could use them unseen.
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+    try:
+        # Sets the peak to what is resident now (proc(5), clear_refs).
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return None
+    before = psutil.Process().memory_info().rss
+    work()
+    peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return max(0, int(peak[1]) * 1024 - before) if peak else None
 
 
-def _status(field: str) -> int:
-    """A field of the process's status, in bytes."""
-    for line in (_PROCESS / "status").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == field:
-            return int(value.split()[0]) * 1024
-    raise OSError(f"/proc/self/status has no {field}")
+# What a process holds after some visits: ``visits``, ``seconds``, ``resident_mb``, ``descriptors``.
+Sample = dict[str, float]
 
 
-_TASK = Task("binary", ("no", "yes"))
+def look_at(pid: int, *, visits: int = 0, seconds: float = 0.0) -> Sample:
+    """The memory and the open files of a process, connections among them.
 
-
-def untrained_probe(
-    backbone: Backbone,
-    name: str,
-    *,
-    spec: MechanismSpec | None = None,
-    reads: Reads | None = None,
-    seed: int = 0,
-) -> Probe:
-    """A binary probe that costs what a trained one costs.
-
-    Args:
-        backbone: What it fits.
-        name: Of the probe.
-        spec: Its mechanism; None: the default one.
-        reads: What it reads; None: the prompt.
-        seed: Of its weights.
+    Raises:
+        SidelightError: The process has ended.
     """
-    who = backbone.fingerprint
-    geometry = Geometry(layers=who.layers, width=who.width, outputs=_TASK.outputs)
-    spec = spec or mechanism_spec(DEFAULT_MECHANISM)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        mechanism = spec.build(geometry).eval().requires_grad_(False)
-        for parameter in mechanism.parameters():
-            # Some parameters start at zero, which would hide a wrong verdict.
-            parameter.normal_(std=who.width**-0.5)
-    return Probe(
-        name=name,
-        task=_TASK,
-        reads=reads or Reads(),
-        prompt_format=backbone.encoder.prompt_format,
-        spec=spec,
-        mechanism=mechanism,
-        standardisation=Standardisation.identity(geometry),
-        calibration=Calibration("none", _TASK.kind, (1.0,), (0.0,)),
-        thresholds=(0.5,),
-        fingerprint=who,
+    process = psutil.Process(pid)
+    try:
+        held = {"resident_mb": process.memory_info().rss / MB, "descriptors": process.num_fds()}
+    except psutil.NoSuchProcess as error:
+        raise SidelightError(f"The server (process {pid}) ended during the benchmark.") from error
+    return {"visits": visits, "seconds": seconds, **held}
+
+
+def read_metrics(url: str) -> str:
+    """The server's Prometheus text."""
+    with urlopen(f"{url}/metrics", timeout=300) as answer:
+        return answer.read().decode()
+
+
+def total(text: str, series: str, **labels: str) -> float:
+    """The sum of a series over all samples that have these labels."""
+    return sum(
+        sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name == series and labels.items() <= sample.labels.items()
     )

@@ -1,24 +1,20 @@
-"""Extraction against a plain forward pass over the same batches, and against another engine.
-
-Training all mechanisms with several seeds against the extraction that feeds them.
-"""
+"""Speed of extraction beside a plain forward pass, and of training beside the extraction."""
 
 import tempfile
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from sidelight.backbone import TransformersBackbone
 from sidelight.data.examples import Examples
 from sidelight.mechanisms.base import mechanism_names, mechanism_spec
-from sidelight.prompts import EncodedPrompt, Reads, shared_unread
+from sidelight.prompts import Reads, shared_unread
 from sidelight.ragged import by_length
-from sidelight.states.cache import ActivationCache, ShardPlan
+from sidelight.states.cache import ActivationCache
 from sidelight.states.extraction import BackboneSource, StateSource, extract
 from sidelight.training.loop import TrainingSet, train_mechanisms
 from sidelight.training.settings import TRAINING_MAX_TOKENS, Job, suggested_settings
-from sidelight_lab.bench.timing import interleaved, spread
+from sidelight_lab.bench.timing import Range, interleaved, ratios
 
 
 def compare_extraction(
@@ -28,76 +24,39 @@ def compare_extraction(
     repeats: int,
     rival: StateSource | None = None,
 ) -> dict[str, Any]:
-    """Tokens/s of each, and their ratios; what is compared runs back to back.
+    """Tokens/s of extraction and of a plain pass over the same batches, and their ratio.
 
-    The plain pass runs the same batches without a tap and keeps nothing.
-
-    Args:
-        backbone: The frozen LLM.
-        examples: The texts.
-        repeats: Timed rounds.
-        rival: Another engine that fills a cache; it is run once before the rounds, untimed.
+    The plain pass runs without a tap and keeps nothing. A rival is another engine that fills a
+    cache; it is run once before the rounds, untimed.
     """
-    prompts = [
-        backbone.encoder.encode_any_length(e.messages).shortened(TRAINING_MAX_TOKENS)
-        for e in examples.items
-    ]
-    tokens = sum(len(prompt) for prompt in prompts)
     with tempfile.TemporaryDirectory() as scratch:
-        plan = _cache(BackboneSource(backbone), prompts, backbone, Path(scratch)).plan
-        fill = partial(_fill, prompts=prompts, backbone=backbone, root=Path(scratch))
-        actions: dict[str, Callable[[], object]] = {
-            "plain": partial(_plain, backbone, prompts, plan),
-            "extract": partial(fill, BackboneSource(backbone)),
-        }
+        own = BackboneSource(backbone)
+        cache = _cache(own, backbone, examples, scratch)
+        prompts = cache.prompts
+        shared = shared_unread(prompts, Reads()) if backbone.can_share_prefixes else 0
+
+        def plain() -> None:
+            for rows in cache.plan.rows:
+                for batch in by_length([len(prompts[row]) - shared for row in rows]):
+                    backbone.run([prompts[rows[i]] for i in batch], after=shared)
+
+        actions = {"plain": plain, "extract": _filling([(own, cache)])}
         if rival is not None:
             # The first word of an engine's name; its version and options follow.
             name = rival.engine.split()[0]
-            actions[name] = partial(fill, rival)
+            actions[name] = _filling([(rival, _cache(rival, backbone, examples, scratch))])
             actions[name]()
         seconds = interleaved(actions, repeats=repeats)
+    tokens = sum(map(len, prompts))
     rates = {name: [tokens / s for s in spent] for name, spent in seconds.items()}
-    figures = {f"{name} tokens/s": spread(rate, digits=0) for name, rate in rates.items()}
-    ratios = {"extract / plain": _ratio(rates["extract"], rates["plain"])}
-    others = rates.keys() - {"plain", "extract"}
-    ratios |= {f"{name} / extract": _ratio(rates[name], rates["extract"]) for name in others}
-    return {"tokens": tokens, **figures, **ratios}
-
-
-def _fill(
-    source: StateSource,
-    *,
-    prompts: Sequence[EncodedPrompt],
-    backbone: TransformersBackbone,
-    root: Path,
-) -> None:
-    cache = _cache(source, prompts, backbone, root)
-    cache.remove()
-    extract(source, cache)
-
-
-def _cache(
-    source: StateSource,
-    prompts: Sequence[EncodedPrompt],
-    backbone: TransformersBackbone,
-    root: Path,
-) -> ActivationCache:
-    return ActivationCache(
-        root, prompts, reads=Reads(), fingerprint=backbone.fingerprint, engine=source.engine
-    )
-
-
-def _ratio(rates: Sequence[float], others: Sequence[float]) -> str:
-    return spread([own / other for own, other in zip(rates, others, strict=True)])
-
-
-def _plain(
-    backbone: TransformersBackbone, prompts: Sequence[EncodedPrompt], plan: ShardPlan
-) -> None:
-    shared = shared_unread(prompts, Reads()) if backbone.can_share_prefixes else 0
-    for rows in plan.rows:
-        for batch in by_length([len(prompts[row]) - shared for row in rows]):
-            backbone.run([prompts[rows[i]] for i in batch], after=shared)
+    compared = {"extract / plain": ratios(rates["extract"], rates["plain"])}
+    for name in rates.keys() - {"plain", "extract"}:
+        compared[f"{name} / extract"] = ratios(rates[name], rates["extract"])
+    return {
+        "tokens": tokens,
+        **{f"{name} tokens/s": Range.of(rate).text(0) for name, rate in rates.items()},
+        **{name: Range.of(values).text() for name, values in compared.items()},
+    }
 
 
 def compare_training(
@@ -108,57 +67,62 @@ def compare_training(
     assert examples.task is not None
     task = examples.task
     with tempfile.TemporaryDirectory() as scratch:
-        caches = [_uncached(backbone, part, Path(scratch)) for part in parts]
-        training, validation = map(_labelled, caches, parts)
+        source = BackboneSource(backbone)
+        caches = [_cache(source, backbone, part, scratch) for part in parts]
+        sets: list[TrainingSet] = []
+        for cache, part in zip(caches, parts, strict=True):
+            assert part.labels is not None
+            sets.append(TrainingSet(cache, part.labels))
 
-        def extraction() -> None:
-            for cache in caches:
-                cache.remove()
-                extract(BackboneSource(backbone), cache)
-
-        def train(names: Sequence[str]) -> None:
-            train_mechanisms(
-                _jobs(names, seeds),
-                task=task,
-                training=training,
-                validation=validation,
-                device=backbone.device,
+        def training(names: Sequence[str]) -> Callable[[], object]:
+            jobs = [
+                Job(mechanism_spec(name), seed, suggested_settings(name))
+                for name in names
+                for seed in range(seeds)
+            ]
+            return lambda: train_mechanisms(
+                jobs, task=task, training=sets[0], validation=sets[1], device=backbone.device
             )
 
         names = mechanism_names()
-        each = {name: partial(train, [name]) for name in names}
-        seconds = interleaved(
-            {"extract": extraction, **each, "all": partial(train, names)}, repeats=repeats
-        )
+        # The first round begins with the extraction, so the states are there for the others.
+        actions = {
+            "extract": _filling([(source, cache) for cache in caches]),
+            **{name: training([name]) for name in names},
+            "all": training(names),
+        }
+        seconds = interleaved(actions, repeats=repeats)
     extracted = seconds.pop("extract")
     return {
         "texts": len(examples),
         "seeds": seeds,
-        "extract s": spread(extracted, digits=1),
-        **{f"{name} s": spread(own, digits=1) for name, own in seconds.items()},
+        "extract s": Range.of(extracted).text(1),
+        **{f"{name} s": Range.of(own).text(1) for name, own in seconds.items()},
         **{
-            f"{name} / extract": spread([a / b for a, b in zip(own, extracted, strict=True)])
+            f"{name} / extract": Range.of(ratios(own, extracted)).text()
             for name, own in seconds.items()
         },
     }
 
 
-def _jobs(names: Sequence[str], seeds: int) -> list[Job]:
-    return [
-        Job(mechanism_spec(name), seed, suggested_settings(name))
-        for name in names
-        for seed in range(seeds)
-    ]
-
-
-def _uncached(backbone: TransformersBackbone, examples: Examples, root: Path) -> ActivationCache:
+def _cache(
+    source: StateSource, backbone: TransformersBackbone, examples: Examples, root: str
+) -> ActivationCache:
     prompts = [
-        backbone.encoder.encode_any_length(e.messages).shortened(TRAINING_MAX_TOKENS)
-        for e in examples.items
+        backbone.encoder.encode_any_length(item.messages).shortened(TRAINING_MAX_TOKENS)
+        for item in examples.items
     ]
-    return ActivationCache(root, prompts, reads=Reads(), fingerprint=backbone.fingerprint)
+    return ActivationCache(
+        Path(root), prompts, reads=Reads(), fingerprint=backbone.fingerprint, engine=source.engine
+    )
 
 
-def _labelled(cache: ActivationCache, examples: Examples) -> TrainingSet:
-    assert examples.labels is not None
-    return TrainingSet(cache, examples.labels)
+def _filling(pairs: Sequence[tuple[StateSource, ActivationCache]]) -> Callable[[], None]:
+    """What empties the caches and fills them again."""
+
+    def fill() -> None:
+        for source, cache in pairs:
+            cache.remove()
+            extract(source, cache)
+
+    return fill

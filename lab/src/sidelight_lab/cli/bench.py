@@ -1,7 +1,9 @@
-"""``sidelight bench``: what extraction, training and serving cost on this machine."""
+"""``sidelight bench``: what extraction, training, judging and serving cost on this machine."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,89 +11,123 @@ import click
 
 from sidelight.cli.engines import engine_options, state_source
 from sidelight.cli.options import (
+    backbone_options,
     checked_folder,
     device_option,
     dtype_option,
     examples_epilog,
     json_option,
     label_option,
-    model_option,
     text_option,
 )
-from sidelight_lab.cli.bench_serving import bench_load, bench_serve, bench_soak, bench_streaming
+from sidelight_lab.cli.bench_serving import (
+    AT_LEAST_ONE,
+    FOLDER,
+    bench_load,
+    bench_serve,
+    bench_soak,
+    option,
+    publish,
+)
 
 if TYPE_CHECKING:
     from sidelight.backbone import TransformersBackbone
-    from sidelight_lab.bench.latency import Record
-    from sidelight_lab.bench.latency_subjects import Load
+    from sidelight.data.examples import Examples
+
+_XSTEST = "xstest_completions/all.jsonl.gz"
 
 
 @click.group(epilog=examples_epilog("sidelight bench extract --data train.jsonl --label toxicity"))
 def bench() -> None:
-    """Measure side by side in one run; no figure is compared across runs."""
+    """Measure things side by side in one run; no figure is compared across runs."""
 
 
-bench.add_command(bench_serve)
-bench.add_command(bench_streaming)
-bench.add_command(bench_load)
-bench.add_command(bench_soak)
+for command in (bench_load, bench_serve, bench_soak):
+    bench.add_command(command)
+
+_rows_option = option(
+    "--rows", type=click.IntRange(min=20), help="Use N rows, drawn at random, class by class."
+)
 
 
-def _with_data(command: Any) -> Any:
+def _data_options(command: Callable[..., Any]) -> Callable[..., Any]:
     options = [
-        click.option("--data", required=True, help="A labelled file."),
+        option("--data", required=True, help="A labelled file."),
         text_option,
         label_option,
-        click.option(
-            "--rows",
-            type=click.IntRange(min=20),
-            default=None,
-            help="Use N rows, drawn at random, class by class.",
-        ),
-        click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True),
-        model_option,
-        dtype_option,
-        device_option,
+        _rows_option,
+        option("--repeats", type=AT_LEAST_ONE, default=3, help="Timed rounds."),
+        backbone_options,
         json_option,
     ]
-    for option in reversed(options):
-        command = option(command)
+    for one in reversed(options):
+        command = one(command)
     return command
 
 
 @bench.command("extract")
-@_with_data
+@_data_options
 @engine_options
-def bench_extract(as_json: bool, engine: str, **given: Any) -> None:
-    """Extraction into the cache against a plain forward pass over the same batches.
+def bench_extract(as_json: bool, engine: str, repeats: int, **given: Any) -> None:
+    """Time extraction into the cache beside a plain forward pass over the same batches.
 
-    With --engine vllm, also against extraction through vLLM.
+    With --engine vllm, extraction through vLLM is timed too.
     """
     from sidelight_lab.bench.training import compare_extraction
 
-    subject, repeats = _subject(given), given["repeats"]
+    examples, backbone = _examples(given), _backbone(given)
+    compare = partial(compare_extraction, backbone=backbone, examples=examples, repeats=repeats)
     if engine == "transformers":
-        _show(compare_extraction(**subject, repeats=repeats), as_json)
+        _print_figures(compare(), as_json)
         return
-    with state_source(engine, subject["backbone"], given) as rival:
-        _show(compare_extraction(**subject, repeats=repeats, rival=rival), as_json)
+    with state_source(engine, backbone, given) as rival:
+        _print_figures(compare(rival=rival), as_json)
 
 
 @bench.command("train")
-@_with_data
-@click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True)
-def bench_train(as_json: bool, seeds: int, **given: Any) -> None:
-    """Training every mechanism with several seeds against one extraction."""
+@_data_options
+@option("--seeds", type=AT_LEAST_ONE, default=3, help="Trainings of each mechanism.")
+def bench_train(as_json: bool, repeats: int, seeds: int, **given: Any) -> None:
+    """Time the training of every mechanism with several seeds beside one extraction."""
     from sidelight_lab.bench.training import compare_training
 
-    _show(compare_training(**_subject(given), repeats=given["repeats"], seeds=seeds), as_json)
+    examples, backbone = _examples(given), _backbone(given)
+    figures = compare_training(backbone=backbone, examples=examples, repeats=repeats, seeds=seeds)
+    _print_figures(figures, as_json)
 
 
-def _numbers(_context: click.Context, _option: click.Parameter, value: str) -> tuple[int, ...]:
+def _print_figures(figures: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(figures, indent=2))
+        return
+    for name, value in figures.items():
+        click.echo(f"{name:<28} {value}")
+
+
+def _backbone(given: dict[str, Any]) -> "TransformersBackbone":
+    from sidelight.backbone import load_backbone
+
+    return load_backbone(given["model"] or "smollm2", dtype=given["dtype"], device=given["device"])
+
+
+def _examples(given: dict[str, Any], **columns: Any) -> "Examples":
+    from sidelight.data.loading import load_examples
+
+    loaded = load_examples(given["data"], text=given["text"], label=given["label"], **columns)
+    if given.get("rows") is None:
+        return loaded
+    return loaded.select(loaded.draw(given["rows"], seed=0))
+
+
+def _numbers(
+    _context: click.Context, _option: click.Parameter, value: str | None
+) -> tuple[int, ...]:
     """Positive whole numbers with commas between them; none where nothing is given."""
     words = [word.strip() for word in value.split(",")] if value else []
     if not all(word.isdecimal() and int(word) for word in words):
-        raise click.BadParameter(f"'{value}' is not like 16,64,256: whole numbers, 1 or more.")
+        raise click.BadParameter(
+            f"got '{value}', wanted whole numbers of 1 or more with commas, like 16,64,256."
+        )
     return tuple(map(int, words))
 
 
@@ -99,43 +135,42 @@ def _numbers(_context: click.Context, _option: click.Parameter, value: str) -> t
     "long", epilog=examples_epilog("sidelight bench long probes/toxicity --data t.jsonl")
 )
 @click.argument("probes", nargs=-1, required=True, metavar="PROBE...")
-@click.option("--data", required=True, help="Labelled texts that the probes were not trained on.")
+@option("--data", required=True, help="Labelled texts that the probes were not trained on.")
 @text_option
 @label_option
-@click.option("--lengths", callback=_numbers, default="500,1000,2000,4000", show_default=True,
-              help="Tokens of negative text around one text.")  # fmt: skip
-@click.option("--texts", type=click.IntRange(min=2), default=40, show_default=True,
-              help="Positive and negative ones, each, at each length.")  # fmt: skip
-@click.option("--window", type=click.IntRange(min=8), default=256, show_default=True,
-              help="Tokens that get a logit of their own.")  # fmt: skip
-@click.option("--seed", type=int, default=0, show_default=True)
+@option(
+    "--lengths",
+    callback=_numbers,
+    default="500,1000,2000,4000",
+    help="Tokens of negative text around one text.",
+)
+@option(
+    "--texts",
+    type=click.IntRange(min=2),
+    default=40,
+    help="Texts of each label, at each length.",
+)
+@option(
+    "--window",
+    type=click.IntRange(min=8),
+    default=256,
+    help="Tokens of a window, which is judged on its own.",
+)
+@option("--seed", type=int, default=0, help="Decides the texts and their places.")
 @dtype_option
 @device_option
 @json_option
 def bench_long(probes: tuple[str, ...], as_json: bool, **given: Any) -> None:
-    """Whether binary probes find one positive text in a long input, whole and by windows."""
-    from sidelight_lab.bench.long_inputs import Comparison, compare_lengths
-
-    comparison = Comparison((0, *given["lengths"]), given["texts"], given["window"], given["seed"])
-    backbone, loaded, examples = _long_subject(probes, given)
-    rows = compare_lengths(backbone, loaded, examples, comparison)
-    if as_json:
-        click.echo(json.dumps(rows, indent=2))
-        return
-    _print_rows(rows)
-
-
-def _long_subject(probes: tuple[str, ...], given: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """Test whether binary probes find one positive text in a long input, whole and by windows."""
     from sidelight.artifact import load_probe
     from sidelight.backbone import load_backbone
-    from sidelight.data.loading import load_examples
+    from sidelight_lab.bench.long_inputs import compare_lengths
+    from sidelight_lab.bench.record import table
 
     # Seeds of one training have one name.
     loaded = [replace(load_probe(folder), name=folder) for folder in probes]
     first = loaded[0]
-    examples = load_examples(
-        given["data"], text=given["text"], label=given["label"], task=first.task
-    )
+    examples = _examples(given, task=first.task)
     backbone = load_backbone(
         first.fingerprint.name,
         dtype=given["dtype"],
@@ -144,19 +179,20 @@ def _long_subject(probes: tuple[str, ...], given: dict[str, Any]) -> tuple[Any, 
     )
     for probe in loaded:
         probe.fingerprint.require(backbone.fingerprint, probe=probe.name)
-    return backbone, loaded, examples
-
-
-def _print_rows(rows: list[dict[str, Any]]) -> None:
-    from rich.table import Table
-
-    from sidelight.training.runs import console
-
-    table = Table(*rows[0])
-    for row in rows:
-        cells = (f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values())
-        table.add_row(*cells)
-    console().print(table)
+    rows = compare_lengths(
+        backbone,
+        loaded,
+        examples,
+        lengths=(0, *given["lengths"]),
+        count=given["texts"],
+        window=given["window"],
+        seed=given["seed"],
+    )
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+        return
+    cells = [[f"{v:.3f}" if isinstance(v, float) else v for v in row.values()] for row in rows]
+    click.echo(table("Texts in long inputs", list(rows[0]), cells))
 
 
 @bench.command(
@@ -167,107 +203,125 @@ def _print_rows(rows: list[dict[str, Any]]) -> None:
         "sidelight bench latency --data test.jsonl.gz --rows 100 --batch-sizes 1 --mechanisms gate",
     ),
 )
-@click.option("--data", default=None, help="Prompts of a file, instead of random token ids.")
+@option("--data", help="Prompts of a file, instead of random token ids.")
 @text_option
-@click.option("--rows", type=click.IntRange(min=1), default=64, show_default=True,
-              help="Prompts to use of --data.")  # fmt: skip
-@click.option("--max-tokens", type=click.IntRange(min=1), default=512, show_default=True,
-              help="Longer prompts of --data are cut.")  # fmt: skip
-@click.option("--batch-sizes", callback=_numbers, default="", help="[default: 1,16]")
-@click.option("--lengths", callback=_numbers, default="",
-              help="Tokens of a random prompt. [default: 16,64,256,512,1024,2048]")  # fmt: skip
-@click.option("--mechanisms", default=None, help="Names with commas. [default: all]")
-@click.option("--cascades/--no-cascades", default=True, help="Two models in turn.  [default: yes]")
-@click.option("--repeats", type=click.IntRange(min=1), default=None, help="[default: 5]")
-@click.option("--quick", is_flag=True, help="Batch 1, lengths 16 and 256, 2 repeats.")
-@click.option("--out", type=click.Path(path_type=Path), default=None, callback=checked_folder,
-              help="Folder for latency.json and latency.md.")  # fmt: skip
-@click.option("--plots", type=click.Path(path_type=Path), default=None, help="Folder for plots.")
-@model_option
-@dtype_option
-@device_option
+@option("--rows", type=AT_LEAST_ONE, default=64, help="Prompts of --data to use.")
+@option("--max-tokens", type=AT_LEAST_ONE, default=512, help="Longer prompts of --data are cut.")
+@option("--batch-sizes", callback=_numbers, help="Prompts of a batch. [default: 1,16]")
+@option(
+    "--lengths",
+    callback=_numbers,
+    help="Tokens of a random prompt. [default: 16,64,256,512,1024,2048]",
+)
+@option("--mechanisms", help="Names, separated by commas. [default: all]")
+@option("--cascades/--no-cascades", default=True, help="Include two models in turn.")
+@option("--repeats", type=AT_LEAST_ONE, help="Timed rounds. [default: 5]")
+@option("--quick", is_flag=True, help="Batch 1, lengths 16 and 256, 2 repeats.")
+@option("--out", type=FOLDER, callback=checked_folder, help="Folder for latency.json, latency.md.")
+@option("--plots", type=FOLDER, help="Folder for plots.")
+@backbone_options
 @json_option
 def bench_latency(as_json: bool, out: Path | None, plots: Path | None, **given: Any) -> None:
-    """One new token of the LLM, with and without probes, and what probes replace.
+    """Time one new token of the LLM with and without probes, and with what probes replace.
 
     The rows are the LLM alone, with each mechanism, with ten probes, with each mechanism reading
     kept hidden states, and behind a classifier or a guard of its own. Weights of probes and
     classifiers are random, which does not change their speed.
     """
-    from sidelight.backbone import load_backbone
-    from sidelight_lab.bench.latency import Record, compare_latency, conditions
-    from sidelight_lab.bench.latency_subjects import default_subjects
+    from sidelight.data.loading import load_examples
+    from sidelight_lab.bench.latency import compare_latency, latency_record, plot_latency
+    from sidelight_lab.bench.record import conditions
+    from sidelight_lab.bench.subjects import default_subjects, random_loads, text_loads
 
     names = given["mechanisms"]
     repeats = given["repeats"] or (2 if given["quick"] else 5)
-    backbone = load_backbone(
-        given["model"] or "smollm2", dtype=given["dtype"], device=given["device"]
-    )
+    backbone = _backbone(given)
     subjects = default_subjects(
         backbone,
         mechanisms=None if names is None else [name.strip() for name in names.split(",")],
         cascades=given["cascades"],
     )
-    loads = _loads(backbone, given)
-    where = conditions(backbone, repeats=repeats)
-    rows = compare_latency(subjects, loads, repeats=repeats, device=backbone.device)
-    _publish(Record(where, rows), as_json=as_json, out=out, plots=plots)
-
-
-def _loads(backbone: "TransformersBackbone", given: dict[str, Any]) -> "list[Load]":
-    from sidelight.data.loading import load_examples
-    from sidelight_lab.bench.latency_subjects import prompt_load, synthetic_load
-
     sizes = given["batch_sizes"] or ((1,) if given["quick"] else (1, 16))
     if given["data"] is None:
         usual = (16, 256) if given["quick"] else (16, 64, 256, 512, 1024, 2048)
-        fitting = [tokens for tokens in usual if tokens <= backbone.encoder.max_tokens]
-        return [
-            synthetic_load(backbone, batch_size=size, tokens=tokens)
-            for size in sizes
-            for tokens in given["lengths"] or fitting
-        ]
-    examples = load_examples(given["data"], text=given["text"], label=None)
-    limit = min(given["max_tokens"], backbone.encoder.max_tokens)
-    prompts = [
-        backbone.encoder.encode_any_length(example.messages).shortened(limit)
-        for example in examples.items[: given["rows"]]
-    ]
-    title = f"{len(prompts)} prompts of {Path(given['data']).name}"
-    return [prompt_load(prompts, batch_size=size, title=title) for size in sizes]
-
-
-def _publish(record: "Record", *, as_json: bool, out: Path | None, plots: Path | None) -> None:
-    from sidelight.training.runs import console
-    from sidelight_lab.bench.latency import grids, plot_latency
-
-    if out is not None:
-        record.save(out)
+        fitting = [length for length in usual if length <= backbone.encoder.max_tokens]
+        loads = random_loads(backbone, given["lengths"] or fitting, batch_sizes=sizes)
+    else:
+        loads = text_loads(
+            backbone,
+            load_examples(given["data"], text=given["text"], label=None).items[: given["rows"]],
+            batch_sizes=sizes,
+            max_tokens=given["max_tokens"],
+            title=f"prompts of {Path(given['data']).name}",
+        )
+    where = conditions(backbone, {"rounds": repeats})
+    rows = compare_latency(subjects, loads, repeats=repeats, device=backbone.device)
     if plots is not None:
-        plot_latency(record.rows, plots)
-    if as_json:
-        click.echo(record.to_json(), nl=False)
-        return
-    for grid in grids(record.rows):
-        console().print(grid.table())
+        plot_latency(rows, plots)
+    publish(latency_record(rows, where), out, as_json=as_json)
 
 
-def _subject(given: dict[str, Any]) -> dict[str, Any]:
-    from sidelight.backbone import load_backbone
-    from sidelight.data.loading import load_examples
+@bench.command(
+    "streaming",
+    epilog=examples_epilog(
+        "sidelight bench streaming --out streaming --plots streaming",
+        "sidelight bench streaming --data answers.jsonl --label kind --positive leak --name leak",
+    ),
+)
+@option("--data", help=f"Responses with labels. [default: {_XSTEST} in $SIDELIGHT_DATA]")
+@option("--text", default="prompt", help="Column of the prompt.")
+@option("--response", default="response", help="Column of the response.")
+@option("--label", default="final_label", help="Column of the label.")
+@option(
+    "--positive",
+    default="2_full_refusal,3_partial_refusal",
+    help="Labels to catch, separated by commas.",
+)
+@option("--name", default="refusal", help="Name of what is caught, and of the probe.")
+@option("--seeds", type=AT_LEAST_ONE, default=3, help="Trainings of the probe.")
+@option(
+    "--max-tokens",
+    type=click.IntRange(min=8),
+    default=128,
+    help="Longer training texts (prompt and response) are cut; tested ones are whole.",
+)
+@_rows_option
+@option("--cache", type=FOLDER, help="Folder for activations. [default: the user's cache]")
+@option(
+    "--out",
+    type=FOLDER,
+    callback=checked_folder,
+    help="Folder for streaming.json, streaming.md and one probe.",
+)
+@option("--plots", type=FOLDER, help="Folder for plots.")
+@backbone_options
+@json_option
+def bench_streaming(as_json: bool, out: Path | None, plots: Path | None, **given: Any) -> None:
+    """Measure how soon and how surely a probe catches a response while it is written.
 
-    examples = load_examples(given["data"], text=given["text"], label=given["label"])
-    if given["rows"]:
-        examples = examples.select(examples.draw(given["rows"], seed=0))
-    backbone = load_backbone(
-        given["model"] or "smollm2", dtype=given["dtype"], device=given["device"]
+    Probes are trained on the responses to one part of the prompts, rules are chosen on a second
+    part, and the figures are those of a third. The probe stands beside its verdict on the whole
+    response, TF-IDF on the text so far, and a list of phrases.
+    """
+    from sidelight.artifact import save_probe
+    from sidelight_lab.bench.responses import with_positives
+    from sidelight_lab.bench.streaming import compare_streaming, plot_streaming
+    from sidelight_lab.datasets.loading import default_root
+
+    backbone = _backbone(given)
+    given["data"] = given["data"] or default_root() / _XSTEST
+    positives = [label.strip() for label in given["positive"].split(",")]
+    examples = with_positives(
+        _examples(given, response=given["response"]), positives, name=given["name"]
     )
-    return {"backbone": backbone, "examples": examples}
-
-
-def _show(figures: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        click.echo(json.dumps(figures, indent=2))
-        return
-    for name, value in figures.items():
-        click.echo(f"{name:<28} {value}")
+    rows, record, probe = compare_streaming(
+        backbone,
+        examples,
+        cache_root=given["cache"],
+        **{option: given[option] for option in ("label", "name", "seeds", "max_tokens")},
+    )
+    if out is not None:
+        save_probe(probe, out / "probe")
+    if plots is not None:
+        plot_streaming(rows, plots)
+    publish(record, out, as_json=as_json)

@@ -21,7 +21,6 @@ from sidelight.cli.options import (
 from sidelight.errors import SidelightError
 
 if TYPE_CHECKING:
-    from sidelight_lab.bench.latency_subjects import Load
     from sidelight_lab.tables.context import LoadDataSet, RecipeContext
     from sidelight_lab.tables.recipes import Recipe
 
@@ -185,45 +184,29 @@ def _cross_validate(context: "RecipeContext", folds: int, as_json: bool) -> None
 
 
 def _time(context: "RecipeContext", as_json: bool) -> None:
-    from sidelight.training.runs import console
-    from sidelight_lab.bench.latency import Record, compare_latency, conditions, grids, plot_latency
-    from sidelight_lab.bench.latency_subjects import default_subjects
+    from sidelight_lab.bench.latency import compare_latency, latency_record, plot_latency
+    from sidelight_lab.bench.record import conditions
+    from sidelight_lab.bench.subjects import default_subjects, random_loads, text_loads
     from sidelight_lab.tables.context import environment, write_origin
 
-    backbone, repeats, out = context.backbone, context.recipe.latency.repeats, context.directory
-    loads = _loads(context)
+    recipe, backbone, out = context.recipe, context.backbone, context.directory
+    wanted = recipe.latency
+    loads = random_loads(backbone, wanted.tokens, batch_sizes=wanted.batch_sizes)
+    if recipe.data:
+        data = context.load(recipe.data)
+        loads += text_loads(
+            backbone,
+            data.validation.items[: wanted.texts],
+            batch_sizes=wanted.batch_sizes,
+            max_tokens=recipe.max_tokens,
+            title=f"{data.title} texts",
+        )
     made_with = environment(backbone.fingerprint)
     write_origin(out, text=context.text, environment=made_with, notes=())
-    where = conditions(backbone, repeats=repeats)
-    rows = compare_latency(
-        default_subjects(backbone), loads, repeats=repeats, device=backbone.device
-    )
-    record = Record(where, rows)
+    where = conditions(backbone, {"rounds": wanted.repeats})
+    subjects = default_subjects(backbone)
+    rows = compare_latency(subjects, loads, repeats=wanted.repeats, device=backbone.device)
+    record = latency_record(rows, where)
     record.save(out)
     plot_latency(rows, out / "plots")
-    if as_json:
-        click.echo(record.to_json())
-        return
-    for one in grids(rows):
-        console().print(one.table())
-
-
-def _loads(context: "RecipeContext") -> "list[Load]":
-    from sidelight_lab.bench.latency_subjects import prompt_load, synthetic_load
-
-    wanted, backbone = context.recipe.latency, context.backbone
-    loads = [
-        synthetic_load(backbone, batch_size=size, tokens=tokens)
-        for size in wanted.batch_sizes
-        for tokens in wanted.tokens
-    ]
-    if not context.recipe.data:
-        return loads
-    data, encoder = context.load(context.recipe.data), backbone.encoder
-    limit = min(context.recipe.max_tokens, encoder.max_tokens)
-    prompts = [
-        encoder.encode_any_length(item.messages, item.response).shortened(limit)
-        for item in data.validation.items[: wanted.texts]
-    ]
-    title = f"{len(prompts)} {data.title} texts"
-    return loads + [prompt_load(prompts, batch_size=n, title=title) for n in wanted.batch_sizes]
+    click.echo(record.to_json() if as_json else record.to_markdown(), nl=False)

@@ -1,0 +1,308 @@
+"""What is timed: untrained probes, batches of prompts, and the rows of the latency table."""
+
+import math
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import BertConfig, BertForSequenceClassification
+
+from sidelight.backbone import Backbone, TransformersBackbone
+from sidelight.bank import Panel
+from sidelight.calibration import Calibration
+from sidelight.data.examples import Example
+from sidelight.engines.batch import Stopwatch
+from sidelight.engines.decoder import Decoder
+from sidelight.errors import ContextLengthError
+from sidelight.mechanisms import DEFAULT_MECHANISM
+from sidelight.mechanisms.base import Geometry, MechanismSpec, mechanism_names, mechanism_spec
+from sidelight.probe import Probe
+from sidelight.prompts import EncodedPrompt, Part, Reads
+from sidelight.standardisation import Standardisation
+from sidelight.types import Judgement, Task, Verdict
+
+# In the LLM's own pass, from hidden states that the pass kept, or by a second model.
+Kind = Literal["one pass", "naive", "cascade"]
+Batch = Sequence[EncodedPrompt]
+
+BANK_SIZE = 10
+# Pairs of tokens in a batch, B T^2. The dense attention holds a score of each, layer and head, so
+# this many take a few gigabytes; 16 texts of 512 tokens and 1 of 2,048 are just within.
+_MOST_DENSE_PAIRS = 2**22
+# The sizes of MiniLM-L6 (Wang et al. 2020), which the usual small text classifiers share.
+_MINILM = BertConfig(
+    vocab_size=30522,
+    hidden_size=384,
+    num_hidden_layers=6,
+    num_attention_heads=12,
+    intermediate_size=1536,
+    max_position_embeddings=512,
+)
+_TASK = Task("binary", ("no", "yes"))
+
+
+def untrained_probe(
+    backbone: Backbone,
+    name: str,
+    *,
+    spec: MechanismSpec | None = None,
+    reads: Reads | None = None,
+    seed: int = 0,
+) -> Probe:
+    """A binary probe of random weights, which costs what a trained one costs."""
+    who = backbone.fingerprint
+    geometry = Geometry(layers=who.layers, width=who.width, outputs=_TASK.outputs)
+    spec = spec or mechanism_spec(DEFAULT_MECHANISM)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        mechanism = spec.build(geometry).eval().requires_grad_(False)
+        for parameter in mechanism.parameters():
+            # Some parameters start at zero, which would hide a wrong verdict.
+            parameter.normal_(std=who.width**-0.5)
+    return Probe(
+        name=name,
+        task=_TASK,
+        reads=reads or Reads(),
+        prompt_format=backbone.encoder.prompt_format,
+        spec=spec,
+        mechanism=mechanism,
+        standardisation=Standardisation.identity(geometry),
+        calibration=Calibration("none", _TASK.kind, (1.0,), (0.0,)),
+        thresholds=(0.5,),
+        fingerprint=who,
+    )
+
+
+@dataclass(frozen=True)
+class Load:
+    """Prompts that are run batch by batch; the last batch may be smaller."""
+
+    title: str
+    batch_size: int
+    batches: tuple[tuple[EncodedPrompt, ...], ...]
+
+    @property
+    def texts(self) -> int:
+        return sum(map(len, self.batches))
+
+    @property
+    def mean_tokens(self) -> float:
+        return sum(len(prompt) for batch in self.batches for prompt in batch) / self.texts
+
+
+def random_loads(
+    backbone: TransformersBackbone, lengths: Sequence[int], *, batch_sizes: Sequence[int]
+) -> list[Load]:
+    """One batch of random token ids for each size and length, all prompts of the same length.
+
+    Raises:
+        ContextLengthError: The backbone cannot read prompts of a length.
+    """
+    limit = backbone.encoder.max_tokens
+    if lengths and max(lengths) > limit:
+        raise ContextLengthError(
+            f"Got prompts of {max(lengths)} tokens, but {backbone.name} reads up to {limit}. "
+            "Choose shorter ones (--lengths, or 'tokens' in a recipe's [latency])."
+        )
+    vocabulary = backbone.model.config.get_text_config().vocab_size
+    loads: list[Load] = []
+    for size in batch_sizes:
+        for length in lengths:
+            ids = np.random.default_rng(0).integers(vocabulary, size=(size, length)).tolist()
+            batch = tuple(EncodedPrompt(tuple(row), (Part.PROMPT,) * length) for row in ids)
+            loads.append(Load(f"{length} tokens", size, (batch,)))
+    return loads
+
+
+def text_loads(
+    backbone: TransformersBackbone,
+    examples: Sequence[Example],
+    *,
+    batch_sizes: Sequence[int],
+    max_tokens: int,
+    title: str,
+) -> list[Load]:
+    """The texts in their order, as a server meets them: a batch is padded to its longest."""
+    limit = min(max_tokens, backbone.encoder.max_tokens)
+    prompts = [
+        backbone.encoder.encode_any_length(item.messages, item.response).shortened(limit)
+        for item in examples
+    ]
+    return [
+        Load(
+            f"{len(prompts)} {title}",
+            size,
+            tuple(tuple(prompts[at : at + size]) for at in range(0, len(prompts), size)),
+        )
+        for size in batch_sizes
+    ]
+
+
+class Answer(NamedTuple):
+    """The LLM's next token for each prompt, and what the probes say of each prompt.
+
+    Both are on the host, so the work was done when the run returned.
+    """
+
+    tokens: tuple[int, ...]
+    verdicts: tuple[tuple[Verdict, ...], ...]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A row of the table.
+
+    Attributes:
+        name: In the table.
+        kind: How it classifies.
+        weights_bytes: Size of all weights that must be resident to run it.
+        run: Reads a batch and writes one token for each prompt.
+        most_pairs: The most pairs of tokens in a batch, B T^2, that it runs on a usual machine; it
+            has no row for larger batches.
+    """
+
+    name: str
+    kind: Kind
+    weights_bytes: int
+    run: Callable[[Batch], Answer]
+    most_pairs: float = math.inf
+
+    def accepts(self, load: Load) -> bool:
+        return all(
+            len(batch) * max(map(len, batch)) ** 2 <= self.most_pairs for batch in load.batches
+        )
+
+
+def served(name: str, backbone: TransformersBackbone, probes: Sequence[Probe] = ()) -> Subject:
+    """The engine's prefill of a batch of requests with probes in the same pass, and a greedy token.
+
+    Without probes, this is the base that the other rows are compared with.
+    """
+    decoder = Decoder(backbone)
+    panel = Panel(probes, device=backbone.device)
+
+    def run(batch: Batch) -> Answer:
+        tap = panel.prompt_tap()
+        logits, cached = decoder.read_prompts(batch, Stopwatch().around(tap))
+        judgements = [Judgement()] * len(batch)
+        if tap:
+            parts = [bytes(prompt.parts) for prompt in batch]
+            judgements = panel.judge_prompts(tap.projected()[cached.mask], parts)
+        tokens = tuple(logits.argmax(1).tolist())
+        return Answer(tokens, tuple(judgement.verdicts for judgement in judgements))
+
+    size = _bytes(backbone.model)
+    for probe in probes:
+        projection = probe.projection()  # the bank's copy
+        size += _bytes(probe.mechanism) + projection.weight.nbytes + projection.shift.nbytes
+    return Subject(name, "one pass", size, run)
+
+
+def naive(name: str, backbone: TransformersBackbone, probe: Probe) -> Subject:
+    """The LLM with ``output_hidden_states=True``, then the mechanism's dense form.
+
+    Every hidden state is kept, stacked and read again, which is why a probe is thought to be
+    expensive. The mechanism runs in the LLM's dtype, the faster choice; serving uses float32. The
+    probe's standardisation must be the identity.
+    """
+    mechanism = deepcopy(probe.mechanism).to(backbone.device, backbone.model.dtype)
+
+    def padded(rows: list[Tensor]) -> Tensor:
+        return pad_sequence(rows, batch_first=True, padding_side="left").to(backbone.device)
+
+    @torch.inference_mode()
+    def run(batch: Batch) -> Answer:
+        mask = padded([torch.ones(len(prompt), dtype=torch.bool) for prompt in batch])
+        output = backbone.model(
+            input_ids=padded([torch.tensor(prompt.token_ids) for prompt in batch]),
+            attention_mask=mask.long(),
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+            output_hidden_states=True,
+            use_cache=True,
+            logits_to_keep=backbone.last_position,
+        )
+        hidden = torch.stack(output.hidden_states, 1)  # (B, L, T, D)
+        logits = mechanism(hidden, padded([prompt.mask(probe.reads) for prompt in batch]))
+        verdicts = tuple((probe.verdict(row),) for row in logits.double().cpu().numpy())
+        return Answer(tuple(output.logits[:, -1].argmax(1).tolist()), verdicts)
+
+    size = _bytes(backbone.model) + _bytes(mechanism)
+    return Subject(name, "naive", size, run, most_pairs=_MOST_DENSE_PAIRS)
+
+
+def encoder_first(name: str, llm: Subject, *, device: torch.device, dtype: torch.dtype) -> Subject:
+    """An encoder of MiniLM's size classifies the prompts, then the LLM answers them.
+
+    Random weights do not change the encoder's speed. It reads the LLM's token ids folded into its
+    vocabulary, so that both read the same number of tokens; a text longer than its 512 positions
+    is read in windows.
+    """
+    with torch.random.fork_rng():
+        encoder = BertForSequenceClassification(_MINILM).eval().requires_grad_(False)
+    encoder.to(dtype).to(device)  # pyright: ignore[reportArgumentType]
+
+    @torch.inference_mode()
+    def run(batch: Batch) -> Answer:
+        ids = [torch.tensor(prompt.token_ids) % _MINILM.vocab_size for prompt in batch]
+        windows = [part for own in ids for part in own.split(_MINILM.max_position_embeddings)]
+        mask = pad_sequence([torch.ones_like(window) for window in windows], batch_first=True)
+        output = encoder(
+            input_ids=pad_sequence(windows, batch_first=True).to(device),
+            attention_mask=mask.to(device),
+        )
+        # Its classes are read back before the LLM begins.
+        output.logits.argmax(1).tolist()
+        return llm.run(batch)
+
+    return Subject(name, "cascade", _bytes(encoder) + llm.weights_bytes, run)
+
+
+def guard_first(name: str, guard: Subject, llm: Subject) -> Subject:
+    """A generative guard says its one-token verdict, then the LLM answers.
+
+    Where one model stands for both, its weights count twice.
+    """
+
+    def run(batch: Batch) -> Answer:
+        guard.run(batch)
+        return llm.run(batch)
+
+    return Subject(name, "cascade", guard.weights_bytes + llm.weights_bytes, run)
+
+
+def default_subjects(
+    backbone: TransformersBackbone,
+    *,
+    mechanisms: Sequence[str] | None = None,
+    cascades: bool = True,
+) -> list[Subject]:
+    """The LLM alone, with each mechanism, with ten probes, and what probes replace.
+
+    Raises:
+        SidelightError: An unknown mechanism.
+    """
+    names = mechanism_names() if mechanisms is None else mechanisms
+    probes = [untrained_probe(backbone, name, spec=mechanism_spec(name)) for name in names]
+    bank = [untrained_probe(backbone, f"probe {i}", seed=i) for i in range(BANK_SIZE)]
+    llm = served("LLM", backbone)
+    rows = [
+        llm,
+        *(served(f"+ {probe.name}", backbone, [probe]) for probe in probes),
+        served(f"+ {BANK_SIZE} probes", backbone, bank),
+        *(naive(f"+ {probe.name}, naive", backbone, probe) for probe in probes),
+    ]
+    if cascades:
+        device, dtype = backbone.device, backbone.model.dtype
+        rows.append(encoder_first("MiniLM, then LLM", llm, device=device, dtype=dtype))
+        rows.append(guard_first("guard of its size, then LLM", llm, llm))
+    return rows
+
+
+def _bytes(module: nn.Module) -> int:
+    """Size of the parameters and buffers; what is tied counts once."""
+    return sum(part.nbytes for part in (*module.parameters(), *module.buffers()))

@@ -1,0 +1,137 @@
+"""Prompts whose verdicts are known beforehand, since each carries what decides them."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count, islice
+from pathlib import Path
+
+import numpy as np
+
+from sidelight.artifact import save_probe
+from sidelight.backbone import TransformersBackbone
+from sidelight.data.examples import Example, Examples
+from sidelight.errors import SidelightError
+from sidelight.mechanisms.base import mechanism_spec
+from sidelight.prompts import Message, Reads
+from sidelight.training.classifier import load
+from sidelight.training.fit import fit
+from sidelight.training.settings import FitOptions
+from sidelight.types import Task
+
+# A word that names the ticket: a verdict that went to another request most likely names another.
+WORDS = (
+    "amber", "basalt", "cedar", "dune", "ember", "fjord", "glacier", "harbor",
+    "iris", "juniper", "kelp", "lagoon", "maple", "nectar", "onyx", "pebble",
+)  # fmt: skip
+_HARMLESS = (
+    "the parcel came today, thank you.",
+    "please add one more chair to the order.",
+    "which colours does the lamp come in?",
+    "I will pick it up on Friday.",
+)
+_HARMFUL = (
+    "you are all useless idiots and thieves.",
+    "I hate you, you stupid liars.",
+)
+# One of so many tickets is blocked.
+_BLOCKED_EVERY = 8
+
+_ABUSE = Task("binary", ("fine", "abuse"))
+# `word` and `abuse` read the prompt, `reply` reads the response.
+PROBES = {"word": Task("multiclass", WORDS), "abuse": _ABUSE, "reply": _ABUSE}
+# Enough for words as plain as these; more would only take longer.
+_TRAINING_TICKETS = {"word": 320, "abuse": 96, "reply": 96}
+_CHECKED_TICKETS = 64
+# The rule on the output is worked out after every token, but never fires: answers keep their
+# length.
+_POLICY = """[input.abuse]
+mode = "block"
+
+[output.reply]
+mode = "block"
+threshold = 1.0
+"""
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """One prompt.
+
+    Attributes:
+        number: No two tickets of a run share it.
+        word: The label that the probe `word` has to give.
+        is_abuse: Whether the probe `abuse` has to flag it.
+    """
+
+    number: int
+    word: str
+    is_abuse: bool
+
+    @property
+    def text(self) -> str:
+        """What is sent."""
+        sentences = _HARMFUL if self.is_abuse else _HARMLESS
+        round_of_words = self.number // len(WORDS)
+        return f"Ticket {self.word} {self.number}: {sentences[round_of_words % len(sentences)]}"
+
+
+def tickets(first: int = 100_000) -> Iterator[Ticket]:
+    """Tickets without end, numbered from ``first``."""
+    for number in count(first):
+        # 7 and 16 share no factor, so that neighbours differ and every word comes in turn; abuse
+        # comes with other words in each turn.
+        is_abuse = (number + number // len(WORDS)) % _BLOCKED_EVERY == 0
+        yield Ticket(number, WORDS[number * 7 % len(WORDS)], is_abuse)
+
+
+def prepare(backbone: TransformersBackbone, folder: Path) -> tuple[list[Path], Path]:
+    """Trains the probes, on tickets that are not asked later.
+
+    Returns:
+        The folders of the probes, and the file of a policy that blocks by them.
+
+    Raises:
+        SidelightError: A probe of the prompt is wrong about a ticket that it has not seen.
+    """
+    # Half of them are abuse, with every word, so that few tickets are enough.
+    plain = islice(tickets(first=500_000), max(_TRAINING_TICKETS.values()))
+    training = [Ticket(one.number, one.word, one.number // len(WORDS) % 2 == 0) for one in plain]
+    checked = list(islice(tickets(first=900_000), _CHECKED_TICKETS))
+    folders: list[Path] = []
+    for name in PROBES:
+        options = FitOptions(
+            mechanisms=(mechanism_spec("readout", {"extremes": "pair"}),),
+            reads=Reads("response" if name == "reply" else "prompt"),
+            cache_root=folder / "activations",
+        )
+        examples = _examples(name, training[: _TRAINING_TICKETS[name]])
+        made = fit(backbone, examples, None, name=name, options=options)
+        folders.append(save_probe(made.best.probe, folder / name))
+        if name != "reply":
+            report = load(folders[-1], model=backbone).evaluate(_examples(name, checked))
+            accuracy = report.metrics["accuracy"].value
+            if accuracy != 1:
+                raise SidelightError(
+                    f"Got a probe '{name}' of accuracy {accuracy} on this model, wanted one that "
+                    "is always right, since its verdicts must be known beforehand. Choose another "
+                    "--model."
+                )
+    policy = folder / "policy.toml"
+    policy.write_text(_POLICY, "utf-8")
+    return folders, policy
+
+
+def _examples(probe: str, some: Sequence[Ticket]) -> Examples:
+    """The tickets as prompts, or as answers for the probe of the response."""
+    if probe == "reply":
+        asked = [f"Write to number {ticket.number}." for ticket in some]
+        items = [
+            Example((Message("user", text),), ticket.text)
+            for text, ticket in zip(asked, some, strict=True)
+        ]
+    else:
+        items = [Example((Message("user", ticket.text),)) for ticket in some]
+    labels = [
+        WORDS.index(ticket.word) if probe == "word" else int(ticket.is_abuse) for ticket in some
+    ]
+    return Examples(tuple(items), PROBES[probe], np.array(labels), ({},) * len(items))
