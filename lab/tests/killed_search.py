@@ -49,7 +49,9 @@ def split_at(
     return Split(split.examples, split.prompts, ObservedCache(split), split.rows)
 
 
-def study_at(backbone: TransformersBackbone, root: Path, *, flipped: bool = False) -> ProbeDataset:
+def dataset_at(
+    backbone: TransformersBackbone, root: Path, *, flipped: bool = False
+) -> ProbeDataset:
     """A signal to learn; ``flipped`` validation labels say the opposite."""
     return ProbeDataset(
         backbone,
@@ -60,7 +62,7 @@ def study_at(backbone: TransformersBackbone, root: Path, *, flipped: bool = Fals
 
 def main(root: str, storage: str) -> None:
     torch.set_num_threads(1)
-    dataset = study_at(tiny_backbone(), Path(root))
+    dataset = dataset_at(tiny_backbone(), Path(root))
 
     def die_at_the_next_read(_trials: object) -> None:
         dataset.training.states.on_read = lambda: os.kill(os.getpid(), signal.SIGKILL)

@@ -13,7 +13,7 @@ from pathlib import Path
 import optuna
 import pytest
 from click.testing import CliRunner
-from killed_search import PLAN, study_at
+from killed_search import PLAN, dataset_at
 from matplotlib.image import imread
 from sklearn.metrics import average_precision_score
 
@@ -29,7 +29,7 @@ from sidelight.training.loop import train_mechanisms
 from sidelight.training.settings import Job, TrainingSettings, suggested_settings
 from sidelight_lab.cli.search import search
 from sidelight_lab.search.results import write_search
-from sidelight_lab.search.space import SPACES, Range, Space, possible_specs, space_of
+from sidelight_lab.search.space import SPACES, Range, Space, possible_specs
 from sidelight_lab.search.trials import search_settings
 
 SMOLLM2 = Geometry(layers=31, width=576, outputs=1)
@@ -47,14 +47,14 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def dataset(tiny: TransformersBackbone, cache: Path) -> ProbeDataset:
-    return study_at(tiny, cache)
+    return dataset_at(tiny, cache)
 
 
 @pytest.fixture(scope="module")
 def found(tiny: TransformersBackbone, cache: Path, tmp_path_factory: pytest.TempPathFactory):
     """The plan's search, not disturbed."""
     storage = tmp_path_factory.mktemp("search") / "new" / "journal"
-    return search_settings(study_at(tiny, cache), "gate", storage=storage, **PLAN)
+    return search_settings(dataset_at(tiny, cache), "gate", storage=storage, **PLAN)
 
 
 def configurations(best):
@@ -98,12 +98,22 @@ def test_a_finished_search_reads_nothing_and_a_longer_one_adds_trials(dataset, t
     assert len(longer.trials) == 3
 
 
-def test_what_a_kill_left_half_written_does_not_count(dataset, found, tmp_path):
+@pytest.mark.parametrize("trained", [0, 3])
+def test_what_a_kill_left_half_written_does_not_count(dataset, found, tmp_path, trained):
     storage = tmp_path / "journal"
     plan = {**PLAN, "storage": storage}
-    search_settings(dataset, "gate", **{**plan, "trials": 3})
+    if trained:
+        search_settings(dataset, "gate", **{**plan, "trials": trained})
     journal = optuna.storages.journal.JournalFileBackend(str(storage))
-    stored = optuna.load_study(study_name="gate", storage=optuna.storages.JournalStorage(journal))
+    stored = optuna.create_study(
+        storage=optuna.storages.JournalStorage(journal),
+        study_name="gate",
+        direction="maximize",
+        load_if_exists=True,
+    )
+    if not trained:
+        # Killed while it drew its very first trial, the defaults.
+        stored.enqueue_trial({"learning rate": 1e-2})
     stored.ask().suggest_float("learning rate", 1e-5, 5e-2, log=True)
     with storage.open("a") as file:
         file.write('{"op_code": 6, "trial')
@@ -152,14 +162,14 @@ def test_the_best_has_the_highest_score(found):
 
 
 def test_other_validation_labels_choose_other_settings(tiny, cache, found, tmp_path):
-    flipped = study_at(tiny, cache, flipped=True)
+    flipped = dataset_at(tiny, cache, flipped=True)
     other = search_settings(flipped, "gate", storage=tmp_path / "journal", **PLAN)
     # The first generation is proposed without scores.
     assert configurations(other)[:3] == configurations(found)[:3]
     assert (other.spec, other.settings) != (found.spec, found.settings)
 
 
-def test_a_study_has_no_place_for_test_data():
+def test_a_probe_dataset_has_no_place_for_test_data():
     assert {field.name for field in fields(ProbeDataset)} == {"backbone", "training", "validation"}
 
 
@@ -169,7 +179,7 @@ def test_every_mechanism_has_a_usable_space_that_starts_at_its_defaults(name, da
         dataset, name, trials=2, generation=2, seed=0, storage=tmp_path / "journal"
     )
     defaults, drawn = best.trials
-    space = space_of(name)
+    space = SPACES.get(name, Space())
     assert (defaults.spec, defaults.settings) == (mechanism_spec(name), exactly(name))
     assert space.learning_rate.low <= drawn.settings.learning_rate <= space.learning_rate.high
     assert space.weight_decay.low <= drawn.settings.weight_decay <= space.weight_decay.high
@@ -178,7 +188,7 @@ def test_every_mechanism_has_a_usable_space_that_starts_at_its_defaults(name, da
 
 
 def test_impossible_options_are_not_tried(dataset, tmp_path):
-    specs = possible_specs("attention", SMOLLM2, space_of("attention").options)
+    specs = possible_specs("attention", SMOLLM2, SPACES["attention"].options)
     pairs = {(spec.options["factor"], spec.options["heads"]) for spec in specs}
     shared = {
         (factor, heads)
@@ -217,7 +227,7 @@ def test_another_search_in_the_same_file_is_refused(dataset, tiny, cache, tmp_pa
     with pytest.raises(SidelightError, match="another seed"):
         search_settings(dataset, "pooling", seed=1, **plan)
     with pytest.raises(SidelightError, match="another validation set"):
-        search_settings(study_at(tiny, cache, flipped=True), "pooling", seed=0, **plan)
+        search_settings(dataset_at(tiny, cache, flipped=True), "pooling", seed=0, **plan)
     search_settings(dataset, "gate", seed=1, **plan)
 
 
@@ -225,7 +235,7 @@ def test_a_training_that_diverges_ends_neither_the_search_nor_its_neighbours(
     dataset, tmp_path, monkeypatch
 ):
     explosive = Space(weight_decay=Range(0.0, 1e38))
-    monkeypatch.setattr("sidelight_lab.search.space.SPACES", {**SPACES, "pooling": explosive})
+    monkeypatch.setattr("sidelight_lab.search.trials.SPACES", {**SPACES, "pooling": explosive})
     best = search_settings(
         dataset, "pooling", trials=5, generation=5, seed=0, storage=tmp_path / "journal"
     )
@@ -237,7 +247,7 @@ def test_a_training_that_diverges_ends_neither_the_search_nor_its_neighbours(
 
 def test_a_search_that_only_diverged_is_told_so(dataset, tmp_path, monkeypatch):
     explosive = Space(weight_decay=Range(1e37, 1e38))
-    monkeypatch.setattr("sidelight_lab.search.space.SPACES", {**SPACES, "pooling": explosive})
+    monkeypatch.setattr("sidelight_lab.search.trials.SPACES", {**SPACES, "pooling": explosive})
     with pytest.raises(SidelightError, match="diverged"):
         search_settings(dataset, "pooling", trials=2, seed=0, storage=tmp_path / "journal")
 

@@ -1,7 +1,4 @@
-"""Where each mechanism's settings are looked for. Knows ranges, not how they are searched.
-
-Draws a configuration from a space, as parameters that optuna knows by name.
-"""
+"""Where each mechanism's options and settings are looked for: knows parameters, not training."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,10 +19,6 @@ class Range:
     low: float
     high: float
 
-    def nearest(self, value: float) -> float:
-        """The number of the range that is closest to ``value``."""
-        return min(max(value, self.low), self.high)
-
 
 @dataclass(frozen=True)
 class Space:
@@ -35,10 +28,9 @@ class Space:
     at most 10 epochs (Meyoyan & Del Corro 2026). Standardised states bear more decay.
 
     Attributes:
-        learning_rate: Even on a logarithmic scale.
-        weight_decay: Even on a linear scale.
-        most_epochs: At most; early stopping may end a trial before.
-        batch_sizes: Texts per step.
+        learning_rate: Drawn evenly on a logarithmic scale.
+        weight_decay: Drawn evenly on a linear scale.
+        most_epochs: The most epochs; early stopping may end a trial before.
         options: Values of the mechanism's options; an option that is missing keeps its default.
     """
 
@@ -49,10 +41,8 @@ class Space:
     options: Mapping[str, tuple[OptionValue, ...]] = field(default_factory=dict)
 
 
-# Of a mechanism without an entry below.
-GENERIC = Space()
-
 # Heads of a single layer learn best above the paper's rates; `docs/results.md` has the runs.
+# A mechanism without an entry has the space of all defaults.
 SPACES: Mapping[str, Space] = {
     "pooling": Space(options={"kind": ("mean", "max")}),
     "gate": Space(options={"activation": ("tanh", "identity")}),
@@ -72,109 +62,87 @@ SPACES: Mapping[str, Space] = {
 }
 
 
-def space_of(mechanism: str) -> Space:
-    """The mechanism's space, or the generic one.
-
-    Raises:
-        SidelightError: Unknown mechanism.
-    """
-    return SPACES.get(mechanism_spec(mechanism).name, GENERIC)
-
-
 def possible_specs(
     mechanism: str, geometry: Geometry, options: Mapping[str, tuple[OptionValue, ...]]
 ) -> list[MechanismSpec]:
-    """Every combination of the options that the mechanism can be built with for these sizes.
-
-    Raises:
-        SidelightError: Unknown mechanism or option, or no combination fits.
-    """
-    specs = [
-        mechanism_spec(mechanism, dict(zip(options, values, strict=True)))
-        for values in product(*options.values())
-    ]
-    refusals = [_refusal(spec, geometry) for spec in specs]
-    possible = [spec for spec, refusal in zip(specs, refusals, strict=True) if refusal is None]
+    """Every combination of the options that the mechanism can be built with for these sizes."""
+    possible: list[MechanismSpec] = []
+    refusal = ""
+    for values in product(*options.values()):
+        spec = mechanism_spec(mechanism, dict(zip(options, values, strict=True)))
+        try:
+            # Shapes without memory: on a large backbone the parameters would be gigabytes.
+            with torch.device("meta"):
+                spec.build(geometry)
+        except SidelightError as error:
+            refusal = str(error)
+        else:
+            possible.append(spec)
     if not possible:
         raise SidelightError(
-            f"None of the {len(specs)} combinations of options searched for '{mechanism}' fits "
-            f"hidden states of width {geometry.width}; search other mechanisms. The last one: "
-            f"{refusals[-1]}"
+            f"No combination of the options searched for '{mechanism}' fits hidden states of width "
+            f"{geometry.width}. Search other mechanisms. The last refusal: {refusal}"
         )
     return possible
 
 
-def narrow(
-    specs: Sequence[MechanismSpec],
-    options: Sequence[str],
-    pick: Callable[[str, Sequence[OptionValue]], object],
-) -> MechanismSpec:
-    """Picks one option after the other, each among the values that are still possible.
+def draw(
+    trial: optuna.Trial, space: Space, specs: Sequence[MechanismSpec]
+) -> tuple[MechanismSpec, TrainingSettings]:
+    """One of the possible specifications, and settings of the space.
 
-    Args:
-        specs: The possible combinations.
-        options: What to pick.
-        pick: Given an option and its values, two or more, gives one of them.
+    Settings that the space does not cover are as suggested for the mechanism.
     """
-    for option in options:
-        values = list(dict.fromkeys(spec.options[option] for spec in specs))
-        chosen = pick(option, values) if len(values) > 1 else values[0]
-        specs = [spec for spec in specs if spec.options[option] == chosen]
-    return specs[0]
-
-
-def _refusal(spec: MechanismSpec, geometry: Geometry) -> SidelightError | None:
-    try:
-        # Shapes without memory: on a large backbone the parameters would be gigabytes.
-        with torch.device("meta"):
-            spec.build(geometry)
-    except SidelightError as refusal:
-        return refusal
-    return None
-
-
-def draw_spec(trial: optuna.Trial, space: Space, specs: Sequence[MechanismSpec]) -> MechanismSpec:
-    """One of the possible specifications, option by option."""
-    return narrow(
-        specs,
-        tuple(space.options),
-        lambda option, values: trial.suggest_categorical(_asked(option, values), values),
-    )
-
-
-def draw_settings(trial: optuna.Trial, space: Space, mechanism: str) -> TrainingSettings:
-    """Settings of the space; what it does not cover is as suggested for the mechanism."""
+    spec = _pick_options(specs, space, trial.suggest_categorical)
     rate, decay = space.learning_rate, space.weight_decay
-    return suggested_settings(mechanism).changed(
+    settings = suggested_settings(spec.name).changed(
         learning_rate=trial.suggest_float("learning rate", rate.low, rate.high, log=True),
         weight_decay=trial.suggest_float("weight decay", decay.low, decay.high),
         epochs=trial.suggest_int("epochs", 1, space.most_epochs),
         batch_size=trial.suggest_categorical("batch size", space.batch_sizes),
     )
+    return spec, settings
 
 
-def defaults(
-    mechanism: str, space: Space, specs: Sequence[MechanismSpec]
+def default_parameters(
+    space: Space, specs: Sequence[MechanismSpec]
 ) -> dict[str, OptionValue | float]:
-    """The parameters of a mechanism's default options and settings, or the nearest possible."""
-    settings, options = suggested_settings(mechanism), mechanism_spec(mechanism).options
-    sizes = space.batch_sizes
+    """The parameters of the mechanism's default options and settings, or the nearest possible."""
+    mechanism = specs[0].name
+    settings, defaults = suggested_settings(mechanism), mechanism_spec(mechanism).options
+    rate, decay = space.learning_rate, space.weight_decay
     parameters: dict[str, OptionValue | float] = {
-        "learning rate": space.learning_rate.nearest(settings.learning_rate),
-        "weight decay": space.weight_decay.nearest(settings.weight_decay),
+        "learning rate": min(max(settings.learning_rate, rate.low), rate.high),
+        "weight decay": min(max(settings.weight_decay, decay.low), decay.high),
         "epochs": min(settings.epochs, space.most_epochs),
-        "batch size": min(sizes, key=lambda size: abs(size - settings.batch_size)),
+        "batch size": min(space.batch_sizes, key=lambda size: abs(size - settings.batch_size)),
     }
 
-    def answer(option: str, values: Sequence[OptionValue]) -> OptionValue:
-        value = options[option] if options[option] in values else values[0]
-        parameters[_asked(option, values)] = value
-        return value
+    def pick(name: str, values: Sequence[OptionValue]) -> OptionValue:
+        default = defaults[name.partition(" of ")[0]]
+        parameters[name] = default if default in values else values[0]
+        return parameters[name]  # pyright: ignore[reportReturnType]
 
-    narrow(specs, tuple(space.options), answer)
+    _pick_options(specs, space, pick)
     return parameters
 
 
-def _asked(option: str, values: Sequence[OptionValue]) -> str:
-    """A parameter's choices may not change, so where some are ruled out it is another one."""
-    return f"{option} of {', '.join(map(str, values))}"
+def _pick_options(
+    specs: Sequence[MechanismSpec],
+    space: Space,
+    pick: Callable[[str, Sequence[OptionValue]], object],
+) -> MechanismSpec:
+    """One of the possible specifications, by picking each option among the values still possible.
+
+    Args:
+        specs: The possible specifications.
+        space: Names the options to pick.
+        pick: Given a parameter's name and its values, two or more, gives one of them.
+    """
+    for option in space.options:
+        values = list(dict.fromkeys(spec.options[option] for spec in specs))
+        # A parameter's choices may not change, so where some are ruled out it is another one.
+        name = f"{option} of {', '.join(map(str, values))}"
+        chosen = pick(name, values) if len(values) > 1 else values[0]
+        specs = [spec for spec in specs if spec.options[option] == chosen]
+    return specs[0]
