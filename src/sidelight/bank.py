@@ -23,7 +23,7 @@ from sidelight.standardisation import Projection
 from sidelight.types import Judgement, Verdict
 
 NUMBERS_AT_ONCE = 2**21
-"""So many columns are best summarised together: more do not stay in a processor's cache."""
+"""Most columns that are summarised together: more do not stay in a processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class BankState:
     """What all probes know so far of one or more requests.
 
     Attributes:
-        states: One per team of probes, each with a segment per request.
+        states: One for each team of probes, each with a segment for each request.
     """
 
     states: tuple[Ragged, ...]
@@ -74,7 +74,7 @@ class _Team:
     """Probes whose columns are summarised and merged in one call, as if they were more layers.
 
     Args:
-        places: Where the probes stand in their bank.
+        places: The probes' indices in their bank.
         probes: Their mechanisms have one ``summary_kind``, or there is one probe.
     """
 
@@ -84,7 +84,7 @@ class _Team:
         self.mechanisms = [probe.mechanism for probe in probes]
 
     def summarise(self, columns: Float[Tensor, "row layer column"], lengths: Tensor) -> Ragged:
-        """The state of each segment; ``columns`` are those of the probes, side by side."""
+        """The state of each segment, from the probes' columns side by side."""
         if len(self.places) == 1:
             return self.mechanisms[0].summarise(Ragged(columns, lengths))
         side_by_side = columns.unflatten(2, (len(self.places), -1)).flatten(1, 2)
@@ -100,7 +100,7 @@ class _Team:
         return self.mechanisms[0].merge(left, right)
 
     def logits(self, state: Ragged) -> list[Float[Tensor, "segment output"]]:
-        """Of each probe."""
+        """One for each probe."""
         members = len(self.places)
         if members == 1:
             return [self.mechanisms[0].finish(state)]
@@ -140,7 +140,7 @@ class Bank:
 
     @property
     def reads(self) -> frozenset[Reads]:
-        """Every way of reading that some probe asks for."""
+        """Every way of reading among the probes."""
         return frozenset(probe.reads for probe in self.probes)
 
     @property
@@ -176,7 +176,7 @@ class Bank:
         masks: Mapping[Reads, Bool[Tensor, " row"]],
         lengths: Int[Tensor, " segment"],
     ) -> BankState:
-        """As ``summarise``, of requests laid end to end.
+        """As ``summarise``, for requests laid end to end.
 
         Args:
             projected: The columns of all their tokens.
@@ -341,7 +341,7 @@ def _summarise(
 
 
 def _teams(probes: Sequence[Probe], widths: Sequence[int]) -> list[_Team]:
-    """Probes that read the same tokens and do the same to as many columns."""
+    """Groups probes that read the same tokens and do the same to as many columns."""
     places: dict[Hashable, list[int]] = {}
     for place, probe in enumerate(probes):
         kind = probe.mechanism.summary_kind()

@@ -1,4 +1,4 @@
-"""A trained probe: a mechanism with everything needed to turn its logits into a verdict."""
+"""A trained probe: a mechanism and everything that turns its logits into a verdict."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -20,19 +20,19 @@ class Probe:
     """What training makes, an artifact stores, and a bank serves.
 
     Attributes:
-        name: How verdicts name it.
+        name: Its name in verdicts.
         task: The classes.
-        reads: The tokens it looks at.
+        reads: The tokens that it looks at.
         prompt_format: How texts are rendered for it.
         spec: Name and options of the mechanism.
         mechanism: The trained mechanism.
-        standardisation: What hidden states are standardised by.
+        standardisation: Mean and scale by which hidden states are standardised.
         calibration: From logits to probabilities.
         thresholds: Probability from which a class counts: one for a binary task, one per label
             for a multi-label task, none for a multi-class task.
-        fingerprint: The backbone it belongs to.
-        record: How it was trained and how it did: settings, data, metrics. Only JSON values.
-        version: Stands for the artifact that it was loaded from; empty if from none.
+        fingerprint: The backbone that it belongs to.
+        record: Settings, data and metrics of its training. Only JSON values.
+        version: Twelve hexadecimal digits of the artifact that it was loaded from; empty if none.
     """
 
     name: str

@@ -22,10 +22,9 @@ Judged = Mapping[str, Sequence[Verdict]]
 
 @dataclass(frozen=True)
 class Difference:
-    """How far the probabilities of one probe on the same texts are apart.
+    """How far apart the probabilities of one probe on the same texts are.
 
     Attributes:
-        probe: Its name.
         between: Two engines, or one engine and two batch sizes.
         largest: Largest difference of a probability, over texts and labels.
         median: Median over texts of each text's largest difference.

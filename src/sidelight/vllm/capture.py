@@ -273,7 +273,7 @@ class _Rows:
     """Where in a pass the token of a KV slot is.
 
     Args:
-        slots: Of the pass's tokens; -1 for padding.
+        slots: Those of the pass's tokens; -1 for padding.
     """
 
     def __init__(self, slots: Int[Tensor, " token"]):

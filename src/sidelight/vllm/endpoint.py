@@ -101,7 +101,7 @@ class RequestDescriber:
         try:
             request = json.loads(body)
         except ValueError:
-            # vLLM says itself what is wrong with it.
+            # vLLM reports itself what is wrong with it.
             return body
         if not isinstance(request, dict):
             return body

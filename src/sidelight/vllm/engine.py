@@ -257,7 +257,7 @@ async def _last_judgement(outputs: AsyncGenerator[Output, None]) -> Judgement:
 _SET_HERE = {
     "model": "Give --model instead.",
     "dtype": "Give --dtype instead.",
-    "additional_config": "Leave it out; it carries what the plugin is told.",
+    "additional_config": "Leave it out; it carries the plugin's settings.",
     "disable_log_stats": "Leave it out; a server has its figures at /metrics.",
 }
 

@@ -42,8 +42,7 @@ class OfflineRequest:
 
     Attributes:
         index: By which the caller knows it.
-        prompt: Its tokens.
-        params: What the plugin is told of them (``kv_transfer_params``).
+        params: What the plugin is told of its tokens (``kv_transfer_params``).
     """
 
     index: int
@@ -67,7 +66,7 @@ class Offline:
     def start(
         cls, backbone: TransformersBackbone, config: Mapping[str, Any], options: Mapping[str, Any]
     ) -> "Offline":
-        """VLLM on the weights of a backbone.
+        """An engine on the weights of a backbone.
 
         Args:
             backbone: Says which weights, and of which dtype.
@@ -106,7 +105,11 @@ class Offline:
             while self._fill(running, coming):
                 for output in self._step():
                     request = running.pop(output.request_id)
-                    _require_finished(output)
+                    reason = output.outputs[0].finish_reason
+                    if reason not in ("stop", "length"):
+                        raise SidelightError(
+                            f"vLLM ended a text without reading it ({reason}); its log says why."
+                        )
                     yield request, output
         finally:
             self._llm.abort_request([*running])
@@ -117,12 +120,24 @@ class Offline:
 
     def _fill(self, running: dict[str, OfflineRequest], coming: Iterable[OfflineRequest]) -> bool:
         """Adds requests while there is room; whether any is running."""
+        from vllm.sampling_params import RequestOutputKind
+
+        from vllm import SamplingParams
+
         tokens = sum(len(request.prompt) for request in running.values())
         while tokens < self._most_tokens and (request := next(iter(coming), None)) is not None:
             self._count += 1
             name = str(self._count)
+            # One token, which nobody reads: vLLM writes at least one.
+            params = SamplingParams(
+                max_tokens=1,
+                temperature=0,
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+                extra_args={"kv_transfer_params": dict(request.params)},
+            )
             text = {"prompt_token_ids": list(request.prompt.token_ids)}
-            self._llm.add_request(name, text, _sampling(request.params))
+            self._llm.add_request(name, text, params)
             running[name] = request
             tokens += len(request.prompt)
         return bool(running)
@@ -135,27 +150,6 @@ class Offline:
             return [output for output in self._llm.step() if output.finished]
         except EngineDeadError as error:
             raise SidelightError("vLLM has stopped; its log says why.") from error
-
-
-def _sampling(params: Mapping[str, Any]) -> Any:
-    """One token, which nobody reads: vLLM writes at least one."""
-    from vllm.sampling_params import RequestOutputKind
-
-    from vllm import SamplingParams
-
-    return SamplingParams(
-        max_tokens=1,
-        temperature=0,
-        detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-        extra_args={"kv_transfer_params": dict(params)},
-    )
-
-
-def _require_finished(output: Any) -> None:
-    reason = output.outputs[0].finish_reason
-    if reason not in ("stop", "length"):
-        raise SidelightError(f"vLLM ended a text without reading it ({reason}); its log says why.")
 
 
 def predict(
@@ -179,8 +173,13 @@ def predict(
     """
     given, probe, backbone = dict(options or {}), classifier.probe, classifier.backbone
     prompts = encode(backbone, [as_example(text) for text in texts])
-    most = min(backbone.encoder.max_tokens, int(given.get("max_model_len", 10**9)))
-    _require_room(prompts, most)
+    limit = min(backbone.encoder.max_tokens, int(given.get("max_model_len", 10**9))) - 1
+    longest = max(map(len, prompts), default=0)
+    if longest > limit:
+        raise ContextLengthError(
+            f"A text has {longest} tokens with its template, but vLLM reads at most {limit} here. "
+            "Shorten it, or raise --engine-option max_model_len."
+        )
     with TemporaryDirectory(prefix="sidelight-probe-") as folder:
         # A probe that was just trained has no folder that vLLM's processes could read.
         config = {
@@ -188,36 +187,23 @@ def predict(
             "fingerprint": asdict(backbone.fingerprint),
         }
         with closing(Offline.start(backbone, config, given)) as llm:
-            return _judged(llm, probe, prompts)
+            return _judge(llm, probe, prompts)
 
 
-def _judged(llm: Offline, probe: Probe, prompts: Sequence[EncodedPrompt]) -> list[Verdict]:
+def _judge(llm: Offline, probe: Probe, prompts: Sequence[EncodedPrompt]) -> list[Verdict]:
     requests = (OfflineRequest(i, p, request_params(p)) for i, p in enumerate(prompts))
     verdicts: dict[int, Verdict] = {}
     with progress("Judging", sum(map(len, prompts)), unit="tokens") as shown:
         for request, output in llm.run(requests):
-            verdicts[request.index] = _verdict(probe, output)
+            judgement, _ = judgement_of(output.kv_transfer_params)
+            if not judgement.verdicts:
+                raise VerdictError(
+                    f"Probe '{probe.name}' gave no verdict. Either the text has no token that the "
+                    "probe reads, or the backbone's arithmetic overflowed."
+                )
+            verdicts[request.index] = judgement.verdicts[0]
             shown.advance(len(request.prompt))
     return [verdicts[i] for i in range(len(prompts))]
-
-
-def _verdict(probe: Probe, output: Any) -> Verdict:
-    judged, _ = judgement_of(output.kv_transfer_params)
-    if not judged.verdicts:
-        raise VerdictError(
-            f"Probe '{probe.name}' gave no verdict. Either the text has no token that the probe "
-            "reads, or the backbone's arithmetic overflowed."
-        )
-    return judged.verdicts[0]
-
-
-def _require_room(prompts: Sequence[EncodedPrompt], most: int) -> None:
-    longest = max(map(len, prompts), default=0)
-    if longest >= most:
-        raise ContextLengthError(
-            f"A text has {longest} tokens with its template, but vLLM reads at most {most - 1} "
-            "here. Shorten it, or raise --engine-option max_model_len."
-        )
 
 
 class VllmSource:
@@ -243,7 +229,7 @@ class VllmSource:
 
     @property
     def engine(self) -> str:
-        """VLLM, its version, and the options, some of which change the states."""
+        """``vllm``, its version, and the options, some of which change the states."""
         from vllm import __version__
 
         given = json.dumps(self._options, sort_keys=True) if self._options else ""
@@ -271,7 +257,7 @@ class VllmSource:
             self._llm = None
 
     def running(self) -> Offline:
-        """VLLM, which starts now unless it runs already."""
+        """The engine, which starts now unless it runs already."""
         if self._llm is None:
             who = self._backbone.fingerprint
             config = {CAPTURE: asdict(Captured(who.layers, who.width))}
@@ -281,13 +267,7 @@ class VllmSource:
 
 
 class _Work:
-    """The shards that are being computed, each in a spool of its own.
-
-    Args:
-        backbone: Whose states.
-        cache: What the shards are for.
-        indices: Of the shards.
-    """
+    """The shards that are being computed, each in a spool of its own."""
 
     def __init__(
         self, backbone: TransformersBackbone, cache: ActivationCache, indices: Sequence[int]
@@ -316,31 +296,22 @@ class _Work:
                 yield OfflineRequest(row, request.prompt, request.params)
 
     def finish(self, request: OfflineRequest) -> Iterator[tuple[int, Shard]]:
-        """Takes note of a text that has been run; gives the shards that are whole, in order."""
+        """Notes that a text has been run; gives the shards that are whole, in order."""
         self._left[self._shard_of.pop(request.index)] -= 1
         while self._coming and self._left.get(self._coming[0]) == 0:
             index = self._coming.popleft()
-            yield index, self._shard(index, self._spools.pop(index))
-
-    def _shard(self, index: int, spool: Spool) -> Shard:
-        rows = self._cache.plan.rows[index]
-        require_whole(spool, [self._cache.prompts[row] for row in rows])
-        # The states stay mapped until the shard is written.
-        spool.remove()
-        lengths = torch.tensor([self._cache.lengths[row] for row in rows])
-        return Shard(spool.hidden, lengths, torch.tensor(rows))
+            rows, spool = self._cache.plan.rows[index], self._spools.pop(index)
+            require_whole(spool, [self._cache.prompts[row] for row in rows])
+            # The states stay mapped until the shard is written.
+            spool.remove()
+            lengths = torch.tensor([self._cache.lengths[row] for row in rows])
+            yield index, Shard(spool.hidden, lengths, torch.tensor(rows))
 
 
 def spool_requests(
     spool: Spool, prompts: Sequence[EncodedPrompt], reads: Reads
 ) -> list[OfflineRequest]:
-    """Requests that fill a spool, text after text.
-
-    Args:
-        spool: Made for these texts.
-        prompts: The texts.
-        reads: The tokens that are kept.
-    """
+    """Requests that fill a spool made for these texts with the states of the tokens read."""
     lengths = torch.tensor([int(prompt.mask(reads).sum()) for prompt in prompts])
     starts: Int[Tensor, " text"] = lengths.cumsum(0) - lengths
     places = [

@@ -73,7 +73,7 @@ class OutputListener:
     def _hear(self, outputs: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
         for output in outputs:
             state = self._states.get(output.request_id)
-            # vLLM may still write what nobody wants any more.
+            # vLLM may still write for a request that has been cancelled.
             if state is not None and state.external_req_id in self._listeners:
                 tokens = len(output.new_token_ids)
                 report = StepReport(state.request_index, tokens, output.kv_transfer_params)
@@ -196,8 +196,8 @@ class WrittenText:
         """As ``Engine.generate``, from vLLM's outputs."""
         async with aclosing(written) as outputs:
             first = await anext(outputs)
-            said, self._prompt_s = judgement_of(first.steps[0].params)
-            early = said.of(self._early)
+            judgement, self._prompt_s = judgement_of(first.steps[0].params)
+            early = judgement.of(self._early)
             judged = PromptJudged(
                 early.verdicts, early.failed, tokens=len(self._prompt), judging_s=self._prompt_s
             )
