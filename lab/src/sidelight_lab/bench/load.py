@@ -89,18 +89,10 @@ def run_load(
     plain_round_s: float,
     max_tokens: int,
 ) -> Record:
-    """Trains the probes, starts both servers, and asks them in turn.
+    """Trains the probes into the folder, starts both servers, and asks them in turn.
 
-    ``is_sound`` in the results says whether nothing was lost, duplicated, swapped, or let through.
-
-    Args:
-        folder: For probes, policy and activations.
-        model: As ``load_backbone`` takes it.
-        clients: At once.
-        seconds: With probes, in all.
-        round_s: Of one round with probes.
-        plain_round_s: Of one without, which follows or precedes it.
-        max_tokens: Tokens of an answer.
+    Rounds with probes take ``seconds`` in all; next to each stands one without. ``is_sound`` in the
+    results says whether nothing was lost, duplicated, swapped, or let through.
     """
     backbone = load_backbone(model)
     rounds = max(1, round(seconds / round_s))

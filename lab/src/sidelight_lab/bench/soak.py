@@ -46,17 +46,10 @@ def run_soak(
     max_tokens: int,
     allowed_growth: float,
 ) -> Record:
-    """Starts a server with two untrained probes and visits it.
+    """Starts a server with two untrained probes, which go to the folder, and visits it.
 
-    Args:
-        folder: For the probes.
-        model: As ``load_backbone`` takes it.
-        connections: Connections in bursts, most of them broken off.
-        burst: Connections at once.
-        requests: Requests of all kinds, after the bursts.
-        clients: Requests at once.
-        max_tokens: Tokens of an answer, three or more.
-        allowed_growth: Of memory, MB per 1,000 requests; the slope's interval must not lie above.
+    Connections come in bursts, most of them broken off; then clients send requests of all kinds.
+    Memory may grow by ``allowed_growth`` MB per 1,000 requests.
 
     Raises:
         SidelightError: The server ended.

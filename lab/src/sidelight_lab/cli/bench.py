@@ -12,7 +12,6 @@ import click
 from sidelight.cli.engines import engine_options, state_source
 from sidelight.cli.options import (
     backbone_options,
-    checked_folder,
     device_option,
     dtype_option,
     examples_epilog,
@@ -27,6 +26,8 @@ from sidelight_lab.cli.bench_serving import (
     bench_serve,
     bench_soak,
     option,
+    out_option,
+    plots_option,
     publish,
 )
 
@@ -138,24 +139,9 @@ def _numbers(
 @option("--data", required=True, help="Labelled texts that the probes were not trained on.")
 @text_option
 @label_option
-@option(
-    "--lengths",
-    callback=_numbers,
-    default="500,1000,2000,4000",
-    help="Tokens of negative text around one text.",
-)
-@option(
-    "--texts",
-    type=click.IntRange(min=2),
-    default=40,
-    help="Texts of each label, at each length.",
-)
-@option(
-    "--window",
-    type=click.IntRange(min=8),
-    default=256,
-    help="Tokens of a window, which is judged on its own.",
-)
+@option("--lengths", callback=_numbers, default="500,1000,2000,4000", help="Tokens around a text.")
+@option("--texts", type=click.IntRange(min=2), default=40, help="Texts of each label, per length.")
+@option("--window", type=click.IntRange(min=8), default=256, help="Tokens judged by themselves.")
 @option("--seed", type=int, default=0, help="Decides the texts and their places.")
 @dtype_option
 @device_option
@@ -171,12 +157,8 @@ def bench_long(probes: tuple[str, ...], as_json: bool, **given: Any) -> None:
     loaded = [replace(load_probe(folder), name=folder) for folder in probes]
     first = loaded[0]
     examples = _examples(given, task=first.task)
-    backbone = load_backbone(
-        first.fingerprint.name,
-        dtype=given["dtype"],
-        device=given["device"],
-        prompt_format=first.prompt_format,
-    )
+    where = {"dtype": given["dtype"], "device": given["device"]}
+    backbone = load_backbone(first.fingerprint.name, **where, prompt_format=first.prompt_format)
     for probe in loaded:
         probe.fingerprint.require(backbone.fingerprint, probe=probe.name)
     rows = compare_lengths(
@@ -217,8 +199,8 @@ def bench_long(probes: tuple[str, ...], as_json: bool, **given: Any) -> None:
 @option("--cascades/--no-cascades", default=True, help="Include two models in turn.")
 @option("--repeats", type=AT_LEAST_ONE, help="Timed rounds. [default: 5]")
 @option("--quick", is_flag=True, help="Batch 1, lengths 16 and 256, 2 repeats.")
-@option("--out", type=FOLDER, callback=checked_folder, help="Folder for latency.json, latency.md.")
-@option("--plots", type=FOLDER, help="Folder for plots.")
+@out_option("latency.json and latency.md")
+@plots_option
 @backbone_options
 @json_option
 def bench_latency(as_json: bool, out: Path | None, plots: Path | None, **given: Any) -> None:
@@ -256,9 +238,9 @@ def bench_latency(as_json: bool, out: Path | None, plots: Path | None, **given: 
         )
     where = conditions(backbone, {"rounds": repeats})
     rows = compare_latency(subjects, loads, repeats=repeats, device=backbone.device)
+    publish(latency_record(rows, where), out, as_json=as_json)
     if plots is not None:
         plot_latency(rows, plots)
-    publish(latency_record(rows, where), out, as_json=as_json)
 
 
 @bench.command(
@@ -272,11 +254,7 @@ def bench_latency(as_json: bool, out: Path | None, plots: Path | None, **given: 
 @option("--text", default="prompt", help="Column of the prompt.")
 @option("--response", default="response", help="Column of the response.")
 @option("--label", default="final_label", help="Column of the label.")
-@option(
-    "--positive",
-    default="2_full_refusal,3_partial_refusal",
-    help="Labels to catch, separated by commas.",
-)
+@option("--positive", default="2_full_refusal,3_partial_refusal", help="To catch, with commas.")
 @option("--name", default="refusal", help="Name of what is caught, and of the probe.")
 @option("--seeds", type=AT_LEAST_ONE, default=3, help="Trainings of the probe.")
 @option(
@@ -287,13 +265,8 @@ def bench_latency(as_json: bool, out: Path | None, plots: Path | None, **given: 
 )
 @_rows_option
 @option("--cache", type=FOLDER, help="Folder for activations. [default: the user's cache]")
-@option(
-    "--out",
-    type=FOLDER,
-    callback=checked_folder,
-    help="Folder for streaming.json, streaming.md and one probe.",
-)
-@option("--plots", type=FOLDER, help="Folder for plots.")
+@out_option("streaming.json, streaming.md and one probe")
+@plots_option
 @backbone_options
 @json_option
 def bench_streaming(as_json: bool, out: Path | None, plots: Path | None, **given: Any) -> None:
@@ -322,6 +295,6 @@ def bench_streaming(as_json: bool, out: Path | None, plots: Path | None, **given
     )
     if out is not None:
         save_probe(probe, out / "probe")
+    publish(record, out, as_json=as_json)
     if plots is not None:
         plot_streaming(rows, plots)
-    publish(record, out, as_json=as_json)

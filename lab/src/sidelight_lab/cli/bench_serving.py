@@ -3,6 +3,7 @@
 import asyncio
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -29,8 +30,13 @@ option = partial(click.option, show_default=True)
 AT_LEAST_ONE = click.IntRange(min=1)
 FOLDER = click.Path(path_type=Path)
 _POSITIVE = click.FloatRange(min=0, min_open=True)
-
+plots_option = option("--plots", type=FOLDER, help="Folder for plots.")
 _served_model_option = option("--model", default="smollm2", help="As `sidelight serve` takes it.")
+
+
+def out_option(files: str) -> Callable[[Any], Any]:
+    """Where a benchmark writes these files."""
+    return option("--out", type=FOLDER, callback=checked_folder, help=f"Folder for {files}.")
 
 
 def publish(record: "Record", out: Path | None, *, as_json: bool) -> None:
@@ -53,7 +59,7 @@ def publish(record: "Record", out: Path | None, *, as_json: bool) -> None:
 @option("--round", "round_s", type=_POSITIVE, default=60.0, help="Seconds with probes in a round.")
 @option("--plain-round", "plain_round_s", type=_POSITIVE, default=20.0, help="Seconds without.")
 @option("--max-tokens", type=click.IntRange(min=2), default=16, help="Tokens of an answer.")
-@option("--out", type=FOLDER, callback=checked_folder, help="Folder for load.json and load.md.")
+@out_option("load.json and load.md")
 @json_option
 def bench_load(minutes: float, out: Path | None, as_json: bool, **given: Any) -> None:
     """Let many chat clients ask at once, with blocking policies on prompt and response.
@@ -81,7 +87,7 @@ def bench_load(minutes: float, out: Path | None, as_json: bool, **given: Any) ->
 @_served_model_option
 @option("--connections", type=AT_LEAST_ONE, default=10_000, help="Connections in bursts.")
 @option("--burst", type=click.IntRange(1, 1000), default=500, help="Connections at once.")
-@option("--requests", type=click.IntRange(min=60), default=5_000, help="Requests after them.")
+@option("--requests", type=click.IntRange(min=60), default=5_000, help="Requests, sent afterwards.")
 @option("--clients", type=click.IntRange(1, 64), default=32, help="Requests at once.")
 @option("--max-tokens", type=click.IntRange(min=3), default=4, help="Tokens of an answer.")
 @option(
@@ -91,8 +97,8 @@ def bench_load(minutes: float, out: Path | None, as_json: bool, **given: Any) ->
     default=1.0,
     help="Growth of memory that is allowed, in MB per 1,000 requests.",
 )
-@option("--out", type=FOLDER, callback=checked_folder, help="Folder for soak.json and soak.md.")
-@option("--plots", type=FOLDER, help="Folder for soak.png.")
+@out_option("soak.json and soak.md")
+@plots_option
 @json_option
 def bench_soak(out: Path | None, plots: Path | None, as_json: bool, **given: Any) -> None:
     """Open connections in bursts, most of them broken off, then send requests of every kind.
@@ -105,9 +111,9 @@ def bench_soak(out: Path | None, plots: Path | None, as_json: bool, **given: Any
 
     with tempfile.TemporaryDirectory() as scratch:
         record = run_soak(Path(scratch), **given)
+    publish(record, out, as_json=as_json)
     if plots is not None:
         plot_soak(record.results, plots)
-    publish(record, out, as_json=as_json)
     if record.results["faults"]:
         sys.exit(1)
 
