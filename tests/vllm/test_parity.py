@@ -1,13 +1,20 @@
 """vLLM's verdicts are those of ``transformers``, however it schedules the work."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import torch
 
 from sidelight.backbone import load_backbone
-from sidelight.bank import Bank
+from sidelight.bank import Bank, Panel
 from sidelight.mechanisms.base import mechanism_names
-from sidelight.prompts import EncodedPrompt, Part
+from sidelight.prompts import EncodedPrompt, Part, Reads
 from sidelight.states.scoring import score
+from sidelight.vllm.columns import Step, Tracking
+from sidelight.vllm.settings import KEY, request_params
+from sidelight.vllm.worker import RequestJudge, Share
+from tiny import tiny_backbone, untrained_probe
 from vllm_served import (
     Model,
     expected,
@@ -179,3 +186,23 @@ def test_the_mean_of_all_tokens_is_not_the_mean_of_the_read_ones(model, prompts,
     all_read = score(model.backbone, Bank([model.probes[-1]]), everything)[0]
     plain = [model.probes[-1].verdict(row).probabilities["toxic"] for row in all_read]
     assert np.abs(np.array(plain) - [row["plain"][1] for row in some]).max() > 0.01
+
+
+def test_a_share_of_a_request_that_has_ended_leaves_no_state():
+    """Under pipeline parallel a step may still run when its request ends."""
+    from sidelight.vllm.connector import ProbeConnector, Results
+
+    judge = RequestJudge(Panel([untrained_probe(tiny_backbone(), "late", reads=Reads("both"))]))
+    tracking = Tracking(reads_responses=True)
+    prompt = EncodedPrompt((5, 6, 7), (Part.PROMPT,) * 3)
+    for request_id in ("ended", "running"):
+        tracking.enter(request_id, request_params(prompt), prompt.token_ids)
+    steps = [Step(request_id, 3, True, lambda: [0]) for request_id in ("ended", "running")]
+    columns = torch.zeros(3, 4, judge.panel.projection.weight.shape[-1])
+    shares = [Share(reading, 0, columns) for reading in tracking.plan(steps)]
+    tracking.leave("ended")
+    output = SimpleNamespace(kv_connector_worker_meta=Results(shares=shares, reads_responses=True))
+    connector = SimpleNamespace(tracking=tracking, _judge=judge)
+    ProbeConnector.update_connector_output(connector, output)
+    assert list(judge._states) == ["running"]
+    assert "verdicts" in tracking.report("running")[KEY]
