@@ -19,9 +19,9 @@ from sidelight.engines.queue import Limits
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.server.checks import ClassifyRequest, GuardrailRequest, TokenizeRequest
 from sidelight.server.config import Access, ServerLimits, numbered_keys
-from sidelight.server.decisions import DecisionRequest, SystemOneRequest
 from sidelight.server.middleware import unless_left
 from sidelight.server.observe import without_message
+from sidelight.server.questions import DecisionRequest, SystemOneRequest
 from sidelight.server.schemas import ChatRequest, CompletionRequest, ModerationRequest
 from tiny import three_probes, tiny_backbone
 

@@ -36,7 +36,6 @@ class Decision:
 
     @property
     def outcome(self) -> Outcome:
-        """What the probe said."""
         if self.is_unfinished:
             return "unfinished"
         if self.verdict is None:
@@ -91,12 +90,9 @@ class PolicyError(SidelightError):
 
 
 def decide(bound: BoundRule, verdicts: Mapping[str, Verdict], *, tokens: int) -> Decision:
-    """What follows from the verdicts, by probe; no verdict is never taken for a harmless one.
+    """What follows from the verdicts on a text of some tokens.
 
-    Args:
-        bound: The probe and its rule.
-        verdicts: Those that there are.
-        tokens: Length of what was judged.
+    A verdict that is missing is never taken for a harmless one.
     """
     is_too_long = bound.is_too_long(tokens)
     verdict = None if is_too_long else verdicts.get(bound.name)
@@ -110,7 +106,6 @@ def decide(bound: BoundRule, verdicts: Mapping[str, Verdict], *, tokens: int) ->
 
 
 def by_probe(verdicts: Iterable[Verdict]) -> dict[str, Verdict]:
-    """The verdicts by their probe's name."""
     return {verdict.probe: verdict for verdict in verdicts}
 
 

@@ -18,12 +18,7 @@ from sidelight.prompts import Conversation, PlainText
 
 @dataclass(frozen=True)
 class Admitted:
-    """The prompt has been judged and may be answered.
-
-    Attributes:
-        tokens: Of the prompt.
-        decisions: Of every probe that judges the input.
-    """
+    """The prompt has been judged by every probe of the input, and may be answered."""
 
     tokens: int
     decisions: tuple[Decision, ...]
@@ -86,7 +81,7 @@ class Enforcement:
         """What may go out of the engine's events.
 
         Raises:
-            PolicyError: The prompt is blocked, by a flag or since it could not be judged.
+            PolicyError: The prompt is blocked, by a flag or because it could not be judged.
         """
         observer = self._observe()
         async with aclosing(events):
@@ -151,11 +146,7 @@ def check_decisions(
 
 
 def require_trusted_turns(policy: Policy, texts: Sequence[Conversation]) -> None:
-    """Checks that probes read each conversation from its first turn on, where the policy wants it.
-
-    Raises:
-        PolicyError: One begins with a system or developer turn, and the policy refuses these.
-    """
+    """Refuses conversations that begin with turns that no probe reads, unless these are trusted."""
     if not policy.refuses_system_turns:
         return
     for text in texts:

@@ -42,7 +42,6 @@ class Watched:
 
     @property
     def has_fired(self) -> bool:
-        """Whether the rule held at some token."""
         return self.fired_at is not None
 
 
@@ -58,9 +57,6 @@ class StreamingRule:
         threshold: Probability from which a token counts, in [0, 1].
         consecutive: Tokens in a row that have to count, 1 or more.
         warm_up: First tokens of the response that never count.
-
-    Raises:
-        SidelightError: A value is out of its range.
     """
 
     threshold: float
@@ -75,7 +71,7 @@ class StreamingRule:
             )
 
     def advance(self, watched: Watched, score: float) -> Watched:
-        """What is remembered after one more token, which begins with ``Watched()``.
+        """What is remembered after one more token; before the first, ``Watched()``.
 
         Raises:
             VerdictError: The score is not finite. There is no verdict then, not even a harmless
@@ -96,9 +92,6 @@ class StreamingRule:
         """Tokens seen when the rule first holds on a complete response; None: it never does.
 
         The same as `advance` over all scores, for measuring many rules on many responses.
-
-        Raises:
-            VerdictError: A score is not finite.
         """
         if not np.isfinite(scores).all():
             raise VerdictError("A running score is not finite. Treat the text as not judged.")
@@ -129,10 +122,9 @@ class Ended:
 
 
 class HoldBack:
-    """One answer's text between the engine and the client.
+    """One answer's text between the engine and the client, under the rules of the output.
 
-    Args:
-        rules: Those of the output; without a blocking one, nothing is held.
+    Without a blocking rule, nothing is held.
     """
 
     def __init__(self, rules: Sequence[BoundRule]):

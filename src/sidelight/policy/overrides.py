@@ -40,7 +40,6 @@ class PolicyOverrides:
     probes: Mapping[str, PolicyOverride] = field(default_factory=dict)
 
     def sides(self, mode: OverrideMode) -> list[Side]:
-        """The sides for which this mode is asked."""
         by_side: dict[Side, OverrideMode | None] = {"input": self.input, "output": self.output}
         return [side for side, own in by_side.items() if own == mode]
 
@@ -48,15 +47,9 @@ class PolicyOverrides:
 def tightened(
     rules: Sequence[BoundRule], chosen: Collection[str], overrides: PolicyOverrides
 ) -> tuple[BoundRule, ...]:
-    """The rules of one request.
+    """The rules of one request, which asks about the chosen probes.
 
-    Args:
-        rules: As the policy has them.
-        chosen: Names of the probes that the request asks about.
-        overrides: What it asks.
-
-    Raises:
-        PolicyError: An override is looser than the policy, or would have no effect.
+    Refuses an override that is looser than the policy, or that would have no effect.
     """
     visible = [bound.name for bound in rules if not bound.is_shadow]
     for name in overrides.probes:

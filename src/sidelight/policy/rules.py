@@ -81,15 +81,10 @@ class Policy:
         return self.system_turns == "refuse"
 
     def side(self, side: Side) -> Mapping[str, Rule]:
-        """The rules of one side."""
         return self.input if side == "input" else self.output
 
     def require_side(self, name: str, side: Side) -> None:
-        """Checks that no rule waits for a probe of this name on the other side.
-
-        Raises:
-            SidelightError: One does; it would no longer hold.
-        """
+        """Refuses a probe that a rule of this name on the other side waits for."""
         other: Side = "output" if side == "input" else "input"
         if name in self.side(other):
             raise SidelightError(
@@ -103,8 +98,6 @@ class BoundRule:
     """A rule and the loaded probe that it holds for.
 
     Attributes:
-        probe: The loaded probe.
-        rule: What follows from its verdict.
         is_tightened: Whether a request wants a flag to block, whatever the rule's mode.
     """
 
@@ -114,22 +107,18 @@ class BoundRule:
 
     @property
     def name(self) -> str:
-        """The probe's."""
         return self.probe.name
 
     @property
     def side(self) -> Side:
-        """What is judged."""
         return side_of(self.probe)
 
     @property
     def mode(self) -> Mode:
-        """The rule's."""
         return self.rule.mode
 
     @property
     def shadow_of(self) -> str | None:
-        """The probe that a shadow is compared with."""
         return self.rule.shadow_of
 
     @property
@@ -164,7 +153,6 @@ class BoundRule:
         }
 
     def is_too_long(self, tokens: int) -> bool:
-        """Whether a text is longer than the probe may judge."""
         return self.rule.max_tokens is not None and tokens > self.rule.max_tokens
 
     def decide(self, verdict: Verdict) -> Verdict:
@@ -183,11 +171,7 @@ def bound_rules(policy: Policy, probes: Iterable[Probe]) -> tuple[BoundRule, ...
 
 
 def require_fitting(policy: Policy, probes: Sequence[Probe]) -> None:
-    """Checks that every rule has its probe, and can hold for it.
-
-    Raises:
-        SidelightError: A rule names no such probe, or something that the probe does not have.
-    """
+    """Refuses a rule without its probe, or one that cannot hold for it."""
     sides: tuple[Side, ...] = ("input", "output")
     for side in sides:
         known = [probe.name for probe in probes if side_of(probe) == side]
@@ -202,11 +186,7 @@ def require_fitting(policy: Policy, probes: Sequence[Probe]) -> None:
 
 
 def require_fitting_probe(bound: BoundRule, probes: Iterable[Probe]) -> None:
-    """Checks that a rule can hold for its probe.
-
-    Raises:
-        SidelightError: It cannot, so it would never do what it says.
-    """
+    """Refuses a rule that cannot hold for its probe: it would never do what it says."""
     labels = bound.probe.task.labels
     for named, known in ((bound.rule.labels, labels), (bound.rule.routes, (*labels, FAILED_LABEL))):
         for label in named:

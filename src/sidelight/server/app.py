@@ -32,7 +32,7 @@ from sidelight.engines.base import Engine, EngineUnavailableError
 from sidelight.engines.loading import LoadingEngine
 from sidelight.errors import SidelightError
 from sidelight.policy.rules import Policy, require_fitting
-from sidelight.server import admin, chat, checks, decisions
+from sidelight.server import admin, chat, checks, questions
 from sidelight.server.config import Access, ServerLimits
 from sidelight.server.connections import (
     ACCEPTED_AT_ONCE,
@@ -117,7 +117,7 @@ async def get_version() -> dict[str, str]:
 _ROUTERS = (
     chat.router,
     checks.router,
-    decisions.router,
+    questions.router,
     admin.models_router,
     health_router,
     ready_router,

@@ -8,6 +8,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
@@ -15,8 +16,10 @@ from openai.types import Completion
 from openai.types.chat import ChatCompletion
 
 from sidelight.engines.base import Sampling, TextDelta
-from sidelight.policy.enforcement import Admitted, Passed, require_trusted_turns
+from sidelight.policy.enforcement import Admitted, Enforcement, Passed, require_trusted_turns
 from sidelight.policy.hold_back import Ended
+from sidelight.policy.overrides import tightened
+from sidelight.policy.rules import BoundRule
 from sidelight.prompts import Conversation
 from sidelight.server.context import Context, InContext
 from sidelight.server.formats import (
@@ -93,15 +96,14 @@ async def _answer(
     await context.require_size(prompts, n=n, max_tokens=sampling.max_tokens)
     await unless_left(request, context.engine.settled())
     # Nothing is awaited until the engine has all texts, so that it judges by these very probes.
-    report, rules = context.rules(body.probes, body.overrides())
+    chosen = [probe.name for probe in context.report(body.probes).probes]
+    rules = tightened(context.registry.rules, chosen, body.overrides())
+    # Whatever may block the answer is reported too.
+    report = context.report([*chosen, *(bound.name for bound in rules if bound.is_blocking)])
     answer = format_class(
         report, has_logprobs=sampling.logprobs is not None, includes_usage=body.includes_usage
     )
-    streams = [
-        context.generate(prompt, _reseeded(sampling, number), rules, is_prompt_known=number > 0)
-        for prompt in prompts
-        for number in range(n)
-    ]
+    streams = _guarded(context, rules, prompts, sampling, n=n)
     admitted = (await unless_left(request, _admitted(streams)))[::n]
     decisions = [decision for prompt in admitted for decision in prompt.decisions]
     if body.stream:
@@ -110,6 +112,28 @@ async def _answer(
     texts = await unless_left(request, _collected(streams))
     decisions += [decision for text in texts for decision in text.end.decisions]
     return JSONResponse(answer.completion(admitted, texts), headers=report.headers(decisions))
+
+
+def _guarded(
+    context: Context,
+    rules: Sequence[BoundRule],
+    prompts: Sequence[Conversation],
+    sampling: Sampling,
+    *,
+    n: int,
+) -> Streams:
+    """``n`` texts for each prompt; its decisions are recorded with the first."""
+    engine, observer = context.engine, context.observer
+    observer.trace.model = engine.model
+    streams: list[AsyncGenerator[Passed, None]] = []
+    for prompt in prompts:
+        for number in range(n):
+            observe = partial(observer.text, prompt, is_prompt_known=number > 0)
+            policy = Enforcement(rules, observe, timeout_s=context.registry.timeout_s)
+            own = _reseeded(sampling, number)
+            events = engine.generate(prompt, own, watch=policy.watch, admits=policy.admits)
+            streams.append(policy.guard(events))
+    return streams
 
 
 async def _admitted(streams: Streams) -> list[Admitted]:

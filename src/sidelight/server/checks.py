@@ -66,8 +66,8 @@ async def check(
 
     Raises:
         VerdictError: A chosen probe gave no verdict.
-        RequestError: No chosen probe can judge one of them; an empty answer would look harmless. Or
-            one is longer than the policy lets a chosen probe judge.
+        RequestError: No chosen probe can or may judge one of them. An empty answer would look
+            harmless.
     """
     if all(probe.reads.includes_response for probe in report.probes):
         for turns in conversations:

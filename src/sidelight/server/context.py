@@ -1,18 +1,14 @@
 """What the endpoints share: the engine, its probes and their rules, and the limits of a request."""
 
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Annotated
 
 from fastapi import Depends, Request
 
-from sidelight.engines.base import Engine, Sampling
+from sidelight.engines.base import Engine
 from sidelight.errors import did_you_mean
-from sidelight.policy.enforcement import Enforcement, Passed
-from sidelight.policy.overrides import PolicyOverrides, tightened
-from sidelight.policy.rules import BoundRule
 from sidelight.probe import Probe
 from sidelight.prompts import Conversation
 from sidelight.server.config import ServerLimits
@@ -58,11 +54,7 @@ class Context:
         return self.registry.visible
 
     def report(self, names: Sequence[str] | None) -> Report:
-        """A report on the probes that a request names; None: on all.
-
-        Raises:
-            RequestError: An unknown name; a probe that does not run must not pass unnoticed.
-        """
+        """A report on the probes that a request names; None: on all. Refuses unknown names."""
         loaded = {probe.name: probe for probe in self.probes}
         chosen = list(loaded) if names is None else list(dict.fromkeys(names))
         for name in chosen:
@@ -75,52 +67,8 @@ class Context:
         probes = [loaded[name] for name in chosen]
         return Report(self.engine.model, probes, category_names(self.probes))
 
-    def rules(
-        self, names: Sequence[str] | None, overrides: PolicyOverrides
-    ) -> tuple[Report, tuple[BoundRule, ...]]:
-        """The rules of a request, and a report on the probes that it names or that may block it.
-
-        Together with ``generate`` it has to run without an ``await`` in between: then no probe
-        can be loaded that it does not know.
-
-        Raises:
-            RequestError: An unknown probe.
-            PolicyError: An override is looser than the policy, or would have no effect.
-        """
-        chosen = [probe.name for probe in self.report(names).probes]
-        rules = tightened(self.registry.rules, chosen, overrides)
-        blocking = [bound.name for bound in rules if bound.is_blocking]
-        return self.report([*chosen, *blocking]), rules
-
-    def generate(
-        self,
-        prompt: Conversation,
-        sampling: Sampling,
-        rules: Sequence[BoundRule],
-        *,
-        is_prompt_known: bool,
-    ) -> AsyncGenerator[Passed, None]:
-        """What goes out of one answer under these rules.
-
-        Args:
-            prompt: What is answered.
-            sampling: How to write.
-            rules: Of the request.
-            is_prompt_known: Whether this is one more text of a prompt whose decisions have been
-                recorded.
-        """
-        self.observer.trace.model = self.engine.model
-        observe = partial(self.observer.text, prompt, is_prompt_known=is_prompt_known)
-        policy = Enforcement(rules, observe, timeout_s=self.registry.timeout_s)
-        events = self.engine.generate(prompt, sampling, watch=policy.watch, admits=policy.admits)
-        return policy.guard(events)
-
     def require_model(self, name: str) -> None:
-        """Checks that a request asks for the served model.
-
-        Raises:
-            RequestError: 404; it asks for another.
-        """
+        """Refuses a request that asks for another model than the served one."""
         served = self.engine.model
         if name != served:
             raise RequestError(
@@ -133,16 +81,12 @@ class Context:
     async def require_size(
         self, texts: Sequence[Conversation], *, n: int = 1, max_tokens: int | None = None
     ) -> None:
-        """Checks that a request is within the limits of items and tokens.
+        """Refuses a request that is beyond the limits of items and tokens.
 
         Args:
             texts: What is to be read.
             n: How often each.
             max_tokens: How much is to be written after each; None: as much as fits.
-
-        Raises:
-            RequestError: Too many texts, or too many tokens together.
-            ContextLengthError: A text is longer than the context.
         """
         count = n * len(texts)
         if count > self.limits.batch_items:

@@ -95,14 +95,10 @@ class Report:
         }
 
     def required(self, decisions: Iterable[Decision], *, has_response: bool) -> list[Verdict]:
-        """The verdicts of the chosen probes.
-
-        Args:
-            decisions: On one text.
-            has_response: Whether the probes that read a response had one.
+        """The verdicts of the chosen probes on one text, with or without a response.
 
         Raises:
-            VerdictError: One of them gave none.
+            VerdictError: One of those that can judge it gave none.
         """
         verdicts = [d.verdict for d in self.chosen(decisions) if d.verdict is not None]
         judges = {verdict.probe for verdict in verdicts}
@@ -197,8 +193,19 @@ def _verdict_header(decisions: Sequence[Decision]) -> dict[str, str]:
     Probabilities are rounded; where they would make the header too long for proxies, only probe,
     label and flag are left, and where even these do, one entry with ``error``.
     """
-    full = [_rounded(d.verdict) for d in decisions if d.verdict is not None]
-    short = [{k: v for k, v in entry.items() if k != "probabilities"} for entry in full]
+    verdicts = [d.verdict for d in decisions if d.verdict is not None]
+    full = [
+        {
+            "probe": verdict.probe,
+            "label": verdict.label,
+            "probabilities": {
+                k: round(p, _HEADER_DIGITS) for k, p in verdict.probabilities.items()
+            },
+            "flagged": verdict.flagged,
+        }
+        for verdict in verdicts
+    ]
+    short = [{"probe": v.probe, "label": v.label, "flagged": v.flagged} for v in verdicts]
     failed = [_failure_json(d.rule.name) for d in decisions if d.verdict is None]
     too_long = [{"error": "too_long"}]
     texts = [
@@ -219,16 +226,6 @@ def _marks(decisions: Iterable[Decision]) -> dict[str, str]:
         header: ", ".join(quote(name, safe=" /-_.:@") for name in names)
         for header, names in ((FLAGGED_HEADER, flagged), (ROUTE_HEADER, routes))
         if names
-    }
-
-
-def _rounded(verdict: Verdict) -> dict[str, Any]:
-    rounded = {k: round(p, _HEADER_DIGITS) for k, p in verdict.probabilities.items()}
-    return {
-        "probe": verdict.probe,
-        "label": verdict.label,
-        "probabilities": rounded,
-        "flagged": verdict.flagged,
     }
 
 
