@@ -24,7 +24,8 @@ from sidelight.prompts import Reads
 from sidelight.server import admin as admin_probes
 from sidelight.server.config import Access, ServerLimits, numbered_keys
 from sidelight.server.context import Context
-from sidelight.server.observe import AuditLog
+from sidelight.server.metrics import Metrics
+from sidelight.server.observe import AuditLog, Observer
 from sidelight.server.probes import ProbeRegistry
 from sidelight.types import Task
 from tiny import INTENT, SIZES, tiny_backbone, untrained_probe
@@ -337,8 +338,8 @@ def test_a_change_whose_caller_leaves_is_made_and_audited(backbone, tmp_path):
 
     async def change(engine):
         roster = ProbeRegistry(engine, Policy(), {})
-        audit = AuditLog(path, salt=b"salt")
-        context = Context.new(engine, roster, ServerLimits(), audit)
+        observer = Observer(Metrics(engine), AuditLog(path, salt=b"salt"))
+        context = Context(engine, roster, ServerLimits(), observer)
         for make, state in (
             (admin_probes.disable, "disabled"),
             (admin_probes.enable, "serving"),

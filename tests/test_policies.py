@@ -6,18 +6,13 @@ from dataclasses import replace
 
 import openai
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from live import MODEL, http_client, openai_client, served
-from sidelight.engines.base import Finished, ResponseScored, TextDelta
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import SidelightError
-from sidelight.policy.hold_back import Ended, HoldBack
-from sidelight.policy.rules import Policy, Rule, bound_rules, read_policy, require_fitting
+from sidelight.policy.rules import Policy, Rule
 from sidelight.prompts import Reads
 from sidelight.server.app import Service, create_app
-from sidelight.types import Verdict
 from tiny import INTENT, TOPICS, tiny_backbone, untrained_probe
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -39,103 +34,6 @@ def probes(backbone):
     ]
 
 
-@pytest.fixture
-def policy_file(tmp_path):
-    def write(text):
-        path = tmp_path / "policy.toml"
-        path.write_text(text)
-        return path
-
-    return write
-
-
-def test_a_file_says_all_that_a_rule_holds(policy_file):
-    path = policy_file(
-        """
-        timeout_s = 5
-        system_turns = "refuse"
-        [input.toxicity]
-        mode = "block"
-        threshold = 1
-        on_failure = "pass"
-        max_tokens = 100
-        [input.intent]
-        mode = "route"
-        routes = { billing = "desk-2" }
-        [output.late]
-        mode = "block"
-        consecutive = 3
-        warm_up = 4
-        hold_back = 5
-        """
-    )
-    assert read_policy(path) == Policy(
-        input={
-            "toxicity": Rule("block", threshold=1.0, on_failure="pass", max_tokens=100),
-            "intent": Rule("route", routes={"billing": "desk-2"}),
-        },
-        output={"late": Rule("block", consecutive=3, warm_up=4, hold_back=5)},
-        timeout_s=5.0,
-        system_turns="refuse",
-    )
-
-
-@pytest.mark.parametrize(
-    ("text", "told"),
-    [
-        (
-            "[input.toxicity]\nmod = 'block'",
-            r"input.toxicity.mod\. .* 'mode'\? .* routes",
-        ),
-        (
-            "[output.late]\nholdback = 3",
-            r"holdback\. .* 'hold_back'\? Known: consecutive",
-        ),
-        ("[inputs.toxicity]\nmode = 'block'", r"inputs\. Did you mean 'input'\? .* timeout_s"),
-        ("[input.toxicity]\nmode = 'forbid'", "input.toxicity.mode"),
-        ("[input.toxicity]\nthreshold = 1.1", "input.toxicity.threshold"),
-        ("[input.toxicity]\nthreshold = nan", "input.toxicity.threshold"),
-        ("[input.toxicity]\nthreshold = '0.5'", "input.toxicity.threshold"),
-        ("[input.toxicity]\nconsecutive = 2", "input.toxicity.consecutive"),
-        ("[output.late]\nconsecutive = 0", "output.late.consecutive"),
-        ("[output.late]\nhold_back = -1", "output.late.hold_back"),
-        ("[output.late]\nroutes = {}", "output.late.routes"),
-        ("[output.late]\non_failure = 'open'", "output.late.on_failure"),
-        ("timeout_s = 0", "timeout_s"),
-        ("system_turns = 'read'", "system_turns"),
-        ("[input", "is not TOML"),
-    ],
-)
-def test_what_a_file_cannot_say_is_an_error_that_names_it(policy_file, text, told):
-    with pytest.raises(SidelightError, match=told):
-        read_policy(policy_file(text))
-
-
-def test_a_file_that_is_not_there_is_told(tmp_path):
-    with pytest.raises(SidelightError, match=r"nowhere\.toml"):
-        read_policy(tmp_path / "nowhere.toml")
-
-
-@pytest.mark.parametrize(
-    ("policy", "told"),
-    [
-        (Policy(input={"toxic": Rule()}), "Did you mean 'toxicity'"),
-        (Policy(input={"late": Rule("block")}), "no probe 'late' judges it"),
-        (Policy(output={"toxicity": Rule("block")}), "no probe 'toxicity' judges it"),
-        (Policy(input={"intent": Rule("block")}), "flags nothing as it is"),
-        (Policy(input={"intent": Rule("flag", labels=("refund",))}), "flags nothing as it is"),
-        (Policy(input={"topics": Rule("block", labels=("violent",))}), "Did you mean 'violence'"),
-        (Policy(input={"intent": Rule("route", routes={"bill": "x"})}), "names label 'bill'"),
-        (Policy(output={"late": Rule("route")}), "too late for a route"),
-        (Policy(input={"topics": Rule("shadow", shadow_of="late")}), "cannot be the shadow"),
-        (Policy(input={"topics": Rule("block", shadow_of="toxicity")}), "cannot be the shadow"),
-    ],
-)
-def test_a_rule_that_could_not_hold_is_an_error(probes, policy, told):
-    with pytest.raises(SidelightError, match=told):
-        require_fitting(policy, probes)
-
-
 def test_a_server_does_not_start_with_a_policy_that_does_not_fit(backbone, probes):
     engine = TransformersEngine(backbone, probes)
     app = create_app(engine, Service(policy=Policy(input={"toxic": Rule()})))
@@ -147,115 +45,6 @@ def test_a_server_does_not_start_with_a_policy_that_does_not_fit(backbone, probe
     with pytest.raises(SidelightError, match="Did you mean 'toxicity'"):
         asyncio.run(start())
     assert not engine.is_ready
-
-
-VERDICTS = st.lists(st.floats(0, 1), min_size=1, max_size=30)
-
-
-@given(
-    scores=VERDICTS,
-    final=st.floats(0, 1),
-    threshold=st.floats(0, 1),
-    consecutive=st.integers(1, 4),
-    warm_up=st.integers(0, 6),
-    hold_back=st.integers(0, 6) | st.none(),
-    text_of=st.lists(st.booleans(), min_size=30, max_size=30),
-)
-def test_text_is_held_and_cut_by_definition(
-    probes, scores, final, threshold, consecutive, warm_up, hold_back, text_of
-):
-    """One token at a time, against a definition that looks at the whole response at once."""
-    rule = Rule(
-        "block",
-        threshold=threshold,
-        consecutive=consecutive,
-        warm_up=warm_up,
-        hold_back=hold_back,
-    )
-    (bound,) = bound_rules(Policy(output={"late": rule}), probes[3:])
-    holding = HoldBack([bound])
-    held = consecutive if hold_back is None else hold_back
-    count = [i > warm_up and scores[i - 1] >= threshold for i in range(1, len(scores) + 1)]
-    fires = [i for i in range(consecutive, len(scores) + 1) if all(count[i - consecutive : i])]
-    sent, ended, sent_at = [], None, {}
-    for i in range(1, len(scores) + 1):
-        out = holding.push(TextDelta(f"<{i}>", tokens=i)) if text_of[i - 1] else []
-        out += holding.push(ResponseScored(i, (verdict(scores[i - 1]),)))
-        for event in out:
-            if isinstance(event, Ended):
-                ended = (i, event)
-                break
-            sent.append(event.tokens)
-            sent_at[event.tokens] = i
-        if ended:
-            break
-    assert (ended[0] if ended else None) == (fires[0] if fires else None)
-    for token, at in sent_at.items():
-        assert at >= token + held
-        assert at >= warm_up + consecutive
-        # What was sent had been judged, and did not end a streak.
-        assert not fires or at < fires[0]
-    if ended:
-        assert ended[1].reason == "content_filter"
-        return
-    finished = Finished("stop", 7, len(scores), verdicts=(verdict(final),))
-    *rest, end = holding.push(finished)
-    texts = [i for i in range(1, len(scores) + 1) if text_of[i - 1]]
-    if final >= threshold and texts:
-        assert (rest, end.reason) == ([], "content_filter")
-    else:
-        assert sent + [event.tokens for event in rest] == texts
-        assert end.reason == "stop"
-
-
-def verdict(score):
-    flagged = score >= 0.5
-    label = "toxic" if flagged else "fine"
-    return Verdict("late", label, (label,), {"fine": 1 - score, "toxic": score}, flagged)
-
-
-def test_text_that_an_engine_did_not_score_is_not_sent(probes):
-    """An engine that forgets to score is a fault, and closes."""
-    (bound,) = bound_rules(Policy(output={"late": Rule("block", threshold=1.0)}), probes[3:])
-    holding = HoldBack([bound])
-    assert holding.push(TextDelta("a", tokens=1)) == []
-    (end,) = holding.push(Finished("stop", 7, 2, verdicts=(verdict(0.0),)))
-    assert end.reason == "content_filter"
-    assert end.decisions[0].action == "fail_closed"
-
-
-@pytest.mark.parametrize("at_the_end", [True, False])
-def test_what_is_cut_by_a_flag_is_told_so_even_after_a_failure(probes, at_the_end):
-    rule = Rule("block", consecutive=1, on_failure="pass")
-    (bound,) = bound_rules(Policy(output={"late": rule}), probes[3:])
-    holding = HoldBack([bound])
-    holding.push(TextDelta("a", tokens=1))
-    assert holding.push(ResponseScored(1, ())) == []
-    holding.push(TextDelta("b", tokens=2))
-    if at_the_end:
-        holding.push(ResponseScored(2, (verdict(0.0),)))
-        (end,) = holding.push(Finished("stop", 7, 2, verdicts=(verdict(1.0),)))
-    else:
-        (end,) = holding.push(ResponseScored(2, (verdict(1.0),)))
-    assert end.reason == "content_filter"
-    assert (end.decisions[0].action, end.decisions[0].outcome) == ("block", "flagged")
-
-
-@pytest.mark.parametrize("jump", [2, 5])
-def test_tokens_without_a_score_of_their_own_are_not_sent(probes, jump):
-    """Scores come token by token; where one stands for several, none of the others was judged."""
-    (bound,) = bound_rules(Policy(output={"late": Rule("block", threshold=1.0)}), probes[3:])
-    holding = HoldBack([bound])
-    assert holding.push(TextDelta("a", tokens=jump)) == []
-    (end,) = holding.push(ResponseScored(jump, (verdict(0.0),)))
-    assert end.reason == "content_filter"
-    assert end.decisions[0].action == "fail_closed"
-
-
-def test_an_empty_answer_has_nothing_to_judge(probes):
-    (bound,) = bound_rules(Policy(output={"late": Rule("block")}), probes[3:])
-    (end,) = HoldBack([bound]).push(Finished("stop", 7, 1, failed=("late",)))
-    assert end.reason == "stop"
 
 
 def asked(backbone, loaded, policy, **request):
@@ -498,22 +287,6 @@ def test_a_turn_that_no_probe_reads_is_trusted_or_refused(backbone, probes, path
     assert error["code"] == "system_turn_refused"
     assert "system_turns" in error["message"]
     assert "abuse" not in error["message"]
-
-
-@pytest.mark.parametrize(
-    ("text", "refuses"),
-    [
-        ("", False),
-        ("[input.toxicity]\nmode = 'flag'", False),
-        ("[output.late]\nmode = 'block'", False),
-        ("[input.toxicity]\nmode = 'block'", True),
-        ("system_turns = 'trust'\n[input.toxicity]\nmode = 'block'", False),
-    ],
-)
-def test_a_file_without_a_word_on_system_turns_refuses_them_where_it_blocks_prompts(
-    policy_file, text, refuses
-):
-    assert read_policy(policy_file(text)).refuses_system_turns == refuses
 
 
 CHECKS = {

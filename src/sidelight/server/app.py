@@ -43,8 +43,9 @@ from sidelight.server.connections import (
 )
 from sidelight.server.context import Context, InContext
 from sidelight.server.errors import add_error_handlers
+from sidelight.server.metrics import Metrics
 from sidelight.server.middleware import Deadline, Gatekeeper, RequestScope
-from sidelight.server.observe import AuditLog, Sink, log_settings
+from sidelight.server.observe import AuditLog, Observer, Sink, log_settings
 from sidelight.server.probes import ProbeRegistry
 from sidelight.server.schemas import REFUSALS
 
@@ -148,7 +149,8 @@ def create_app(engine: Engine, service: Service | None = None) -> FastAPI:
 
     app = FastAPI(title="Sidelight", lifespan=lifespan)
     registry = ProbeRegistry(engine, chosen.policy, chosen.sources)
-    app.state.context = context = Context.new(engine, registry, chosen.limits, chosen.audit)
+    observer = Observer(Metrics(engine), chosen.audit)
+    app.state.context = context = Context(engine, registry, chosen.limits, observer)
     for router in _ROUTERS:
         app.include_router(router, responses=REFUSALS)
     add_error_handlers(app)

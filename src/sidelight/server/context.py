@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated
 
 from fastapi import Depends, Request
@@ -14,8 +14,7 @@ from sidelight.prompts import Conversation
 from sidelight.server.config import ServerLimits
 from sidelight.server.connections import Drain
 from sidelight.server.errors import RequestError
-from sidelight.server.metrics import Metrics
-from sidelight.server.observe import AuditLog, Observer
+from sidelight.server.observe import Observer
 from sidelight.server.probes import ProbeRegistry
 from sidelight.server.report import Report, category_names
 
@@ -37,16 +36,8 @@ class Context:
     registry: ProbeRegistry
     limits: ServerLimits
     observer: Observer
-    drain: Drain
-    started_at: int
-
-    @classmethod
-    def new(
-        cls, engine: Engine, registry: ProbeRegistry, limits: ServerLimits, audit: AuditLog | None
-    ) -> "Context":
-        """The parts of a server that starts now."""
-        observer = Observer(Metrics(engine), audit)
-        return cls(engine, registry, limits, observer, Drain(), int(time.time()))
+    drain: Drain = field(default_factory=Drain)
+    started_at: int = field(default_factory=lambda: int(time.time()))
 
     @property
     def probes(self) -> Sequence[Probe]:

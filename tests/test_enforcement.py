@@ -1,0 +1,274 @@
+"""What goes out of a text: when a running score counts, what is held back, and who may begin."""
+
+import asyncio
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sidelight.engines.base import Finished, PromptJudged, ResponseScored, TextDelta
+from sidelight.errors import SidelightError, VerdictError
+from sidelight.policy.decisions import PolicyError
+from sidelight.policy.enforcement import Admitted, Enforcement
+from sidelight.policy.hold_back import Ended, HoldBack, StreamingRule, Watched
+from sidelight.policy.rules import BoundRule, Rule
+from sidelight.prompts import Reads
+from sidelight.types import Verdict
+from tiny import tiny_backbone, untrained_probe
+
+# Few distinct values, so that scores often equal the threshold and streaks occur.
+_SCORES = st.lists(st.sampled_from([0.0, 0.4, 0.5, 0.6, 1.0]), max_size=20)
+_RULES = st.builds(
+    StreamingRule,
+    threshold=st.sampled_from([0.0, 0.5, 1.0]),
+    consecutive=st.integers(1, 4),
+    warm_up=st.integers(0, 6),
+)
+
+
+def watch(rule, scores):
+    watched = Watched()
+    for score in scores:
+        watched = rule.advance(watched, score)
+    return watched
+
+
+@given(_RULES, _SCORES)
+def test_both_forms_fire_at_the_same_token(rule, scores):
+    assert watch(rule, scores).fired_at == rule.first_firing(np.array(scores))
+
+
+@given(_RULES, _SCORES)
+def test_it_fires_at_the_first_token_that_ends_a_streak(rule, scores):
+    ends = range(rule.warm_up + rule.consecutive, len(scores) + 1)
+    expected = [
+        end
+        for end in ends
+        if all(score >= rule.threshold for score in scores[end - rule.consecutive : end])
+    ]
+    assert watch(rule, scores).fired_at == next(iter(expected), None)
+
+
+@given(_RULES, _SCORES, _SCORES)
+def test_what_was_fired_stays_fired(rule, before, after):
+    first = watch(rule, before)
+    if first.has_fired:
+        assert watch(rule, before + after).fired_at == first.fired_at
+
+
+def test_a_single_token_over_the_threshold_is_flicker():
+    rule = StreamingRule(0.5, consecutive=2)
+    assert not watch(rule, [0.9, 0.1, 0.9, 0.1]).has_fired
+    assert watch(rule, [0.9, 0.1, 0.9, 0.5]).fired_at == 4
+
+
+def test_the_warm_up_does_not_count():
+    rule = StreamingRule(0.5, consecutive=2, warm_up=3)
+    assert watch(rule, [0.9] * 4).fired_at is None
+    assert watch(rule, [0.9] * 5).fired_at == 5
+
+
+@pytest.mark.parametrize("score", [math.nan, math.inf])
+def test_a_score_that_is_not_finite_is_no_verdict(score):
+    rule = StreamingRule(0.5)
+    with pytest.raises(VerdictError, match="not judged"):
+        rule.advance(Watched(), score)
+    with pytest.raises(VerdictError, match="not judged"):
+        rule.first_firing(np.array([0.9, score]))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"threshold": 1.5}, {"threshold": math.nan}, {"consecutive": 0}, {"warm_up": -1}]
+)
+def test_a_rule_out_of_range_is_refused(wrong):
+    with pytest.raises(SidelightError, match="streaming rule needs"):
+        StreamingRule(**{"threshold": 0.5, **wrong})
+
+
+@pytest.fixture(scope="module")
+def late():
+    return untrained_probe(tiny_backbone(), "late", reads=Reads("response"))
+
+
+VERDICTS = st.lists(st.floats(0, 1), min_size=1, max_size=30)
+
+
+@given(
+    scores=VERDICTS,
+    final=st.floats(0, 1),
+    threshold=st.floats(0, 1),
+    consecutive=st.integers(1, 4),
+    warm_up=st.integers(0, 6),
+    hold_back=st.integers(0, 6) | st.none(),
+    text_of=st.lists(st.booleans(), min_size=30, max_size=30),
+)
+def test_text_is_held_and_cut_by_definition(
+    late, scores, final, threshold, consecutive, warm_up, hold_back, text_of
+):
+    """One token at a time, against a definition that looks at the whole response at once."""
+    rule = Rule(
+        "block",
+        threshold=threshold,
+        consecutive=consecutive,
+        warm_up=warm_up,
+        hold_back=hold_back,
+    )
+    bound = BoundRule(late, rule)
+    holding = HoldBack([bound])
+    held = consecutive if hold_back is None else hold_back
+    count = [i > warm_up and scores[i - 1] >= threshold for i in range(1, len(scores) + 1)]
+    fires = [i for i in range(consecutive, len(scores) + 1) if all(count[i - consecutive : i])]
+    sent, ended, sent_at = [], None, {}
+    for i in range(1, len(scores) + 1):
+        out = holding.push(TextDelta(f"<{i}>", tokens=i)) if text_of[i - 1] else []
+        out += holding.push(ResponseScored(i, (verdict(scores[i - 1]),)))
+        for event in out:
+            if isinstance(event, Ended):
+                ended = (i, event)
+                break
+            sent.append(event.tokens)
+            sent_at[event.tokens] = i
+        if ended:
+            break
+    assert (ended[0] if ended else None) == (fires[0] if fires else None)
+    for token, at in sent_at.items():
+        assert at >= token + held
+        assert at >= warm_up + consecutive
+        # What was sent had been judged, and did not end a streak.
+        assert not fires or at < fires[0]
+    if ended:
+        assert ended[1].reason == "content_filter"
+        return
+    finished = Finished("stop", 7, len(scores), verdicts=(verdict(final),))
+    *rest, end = holding.push(finished)
+    texts = [i for i in range(1, len(scores) + 1) if text_of[i - 1]]
+    if final >= threshold and texts:
+        assert (rest, end.reason) == ([], "content_filter")
+    else:
+        assert sent + [event.tokens for event in rest] == texts
+        assert end.reason == "stop"
+
+
+def verdict(score):
+    flagged = score >= 0.5
+    label = "toxic" if flagged else "fine"
+    return Verdict("late", label, (label,), {"fine": 1 - score, "toxic": score}, flagged)
+
+
+def test_text_that_an_engine_did_not_score_is_not_sent(late):
+    """An engine that forgets to score is a fault, and closes."""
+    bound = BoundRule(late, Rule("block", threshold=1.0))
+    holding = HoldBack([bound])
+    assert holding.push(TextDelta("a", tokens=1)) == []
+    (end,) = holding.push(Finished("stop", 7, 2, verdicts=(verdict(0.0),)))
+    assert end.reason == "content_filter"
+    assert end.decisions[0].action == "fail_closed"
+
+
+@pytest.mark.parametrize("at_the_end", [True, False])
+def test_what_is_cut_by_a_flag_is_told_so_even_after_a_failure(late, at_the_end):
+    rule = Rule("block", consecutive=1, on_failure="pass")
+    bound = BoundRule(late, rule)
+    holding = HoldBack([bound])
+    holding.push(TextDelta("a", tokens=1))
+    assert holding.push(ResponseScored(1, ())) == []
+    holding.push(TextDelta("b", tokens=2))
+    if at_the_end:
+        holding.push(ResponseScored(2, (verdict(0.0),)))
+        (end,) = holding.push(Finished("stop", 7, 2, verdicts=(verdict(1.0),)))
+    else:
+        (end,) = holding.push(ResponseScored(2, (verdict(1.0),)))
+    assert end.reason == "content_filter"
+    assert (end.decisions[0].action, end.decisions[0].outcome) == ("block", "flagged")
+
+
+@pytest.mark.parametrize("jump", [2, 5])
+def test_tokens_without_a_score_of_their_own_are_not_sent(late, jump):
+    """Scores come token by token; where one stands for several, none of the others was judged."""
+    bound = BoundRule(late, Rule("block", threshold=1.0))
+    holding = HoldBack([bound])
+    assert holding.push(TextDelta("a", tokens=jump)) == []
+    (end,) = holding.push(ResponseScored(jump, (verdict(0.0),)))
+    assert end.reason == "content_filter"
+    assert end.decisions[0].action == "fail_closed"
+
+
+def test_an_empty_answer_has_nothing_to_judge(late):
+    bound = BoundRule(late, Rule("block"))
+    (end,) = HoldBack([bound]).push(Finished("stop", 7, 1, failed=("late",)))
+    assert end.reason == "stop"
+
+
+class Notes:
+    """What an observer hears, in order."""
+
+    def __init__(self):
+        self.heard = []
+
+    def prompt(self, event, decisions):
+        self.heard.append(("prompt", decisions))
+
+    def read(self, event):
+        self.heard.append(("read", event))
+
+    def delta(self):
+        self.heard.append(("delta", None))
+
+    def end(self, decisions, *, is_given_up=False):
+        self.heard.append(("given up" if is_given_up else "end", decisions))
+
+
+@pytest.fixture(scope="module")
+def early():
+    return untrained_probe(tiny_backbone(), "early")
+
+
+def said_of_prompt(score):
+    label = "toxic" if score >= 0.5 else "fine"
+    probabilities = {"fine": 1 - score, "toxic": score}
+    return PromptJudged(
+        (Verdict("early", label, (label,), probabilities, flagged=score >= 0.5),), tokens=3
+    )
+
+
+def guarded(policy, *events):
+    async def engine():
+        for event in events:
+            yield event
+
+    async def passed():
+        return [event async for event in policy.guard(engine())]
+
+    return asyncio.run(passed())
+
+
+def test_a_prompt_that_the_engine_did_not_ask_about_is_decided_by_what_it_says(early):
+    """Decisions are kept from the engine's question on, but hold for that prompt alone."""
+    bound = BoundRule(early, Rule("block"))
+    policy = Enforcement([bound], Notes)
+    assert policy.admits(said_of_prompt(0.1))
+    with pytest.raises(PolicyError, match="blocked by early"):
+        guarded(policy, said_of_prompt(0.9), Finished("stop", 3, 0))
+
+
+def test_a_prompt_is_decided_once_for_engine_record_and_client(early):
+    notes = Notes()
+    policy = Enforcement([BoundRule(early, Rule("flag"))], lambda: notes)
+    assert policy.admits(said_of_prompt(0.9))
+    admitted, ended = guarded(policy, said_of_prompt(0.9), Finished("stop", 3, 0))
+    assert isinstance(admitted, Admitted)
+    assert [decision.action for decision in admitted.decisions] == ["flag"]
+    assert notes.heard[0][1] is admitted.decisions
+    assert ("end", ended.decisions) in notes.heard
+
+
+def test_a_prompt_without_a_verdict_is_refused_with_what_was_decided(early):
+    policy = Enforcement([BoundRule(early, Rule("block"))], Notes)
+    failed = PromptJudged((), ("early",), tokens=3)
+    assert not policy.admits(failed)
+    with pytest.raises(PolicyError, match="No verdict from early") as refused:
+        guarded(policy, failed)
+    assert refused.value.fault == "failed"
+    assert [decision.action for decision in refused.value.decisions] == ["fail_closed"]

@@ -1,0 +1,132 @@
+"""The rules of a policy: read from a file, and checked against the probes that they name."""
+
+import pytest
+
+from sidelight.errors import SidelightError
+from sidelight.policy.rules import Policy, Rule, read_policy, require_fitting
+from sidelight.prompts import Reads
+from tiny import INTENT, TOPICS, tiny_backbone, untrained_probe
+
+
+@pytest.fixture(scope="module")
+def probes():
+    backbone = tiny_backbone()
+    return [
+        untrained_probe(backbone, "toxicity"),
+        untrained_probe(backbone, "intent", task=INTENT, mechanism="gate"),
+        untrained_probe(backbone, "topics", task=TOPICS),
+        untrained_probe(backbone, "late", reads=Reads("response")),
+    ]
+
+
+@pytest.fixture
+def policy_file(tmp_path):
+    def write(text):
+        path = tmp_path / "policy.toml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def test_a_file_says_all_that_a_rule_holds(policy_file):
+    path = policy_file(
+        """
+        timeout_s = 5
+        system_turns = "refuse"
+        [input.toxicity]
+        mode = "block"
+        threshold = 1
+        on_failure = "pass"
+        max_tokens = 100
+        [input.intent]
+        mode = "route"
+        routes = { billing = "desk-2" }
+        [output.late]
+        mode = "block"
+        consecutive = 3
+        warm_up = 4
+        hold_back = 5
+        """
+    )
+    assert read_policy(path) == Policy(
+        input={
+            "toxicity": Rule("block", threshold=1.0, on_failure="pass", max_tokens=100),
+            "intent": Rule("route", routes={"billing": "desk-2"}),
+        },
+        output={"late": Rule("block", consecutive=3, warm_up=4, hold_back=5)},
+        timeout_s=5.0,
+        system_turns="refuse",
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (
+            "[input.toxicity]\nmod = 'block'",
+            r"input.toxicity.mod\. .* 'mode'\? .* routes",
+        ),
+        (
+            "[output.late]\nholdback = 3",
+            r"holdback\. .* 'hold_back'\? Known: consecutive",
+        ),
+        ("[inputs.toxicity]\nmode = 'block'", r"inputs\. Did you mean 'input'\? .* timeout_s"),
+        ("[input.toxicity]\nmode = 'forbid'", "input.toxicity.mode"),
+        ("[input.toxicity]\nthreshold = 1.1", "input.toxicity.threshold"),
+        ("[input.toxicity]\nthreshold = nan", "input.toxicity.threshold"),
+        ("[input.toxicity]\nthreshold = '0.5'", "input.toxicity.threshold"),
+        ("[input.toxicity]\nconsecutive = 2", "input.toxicity.consecutive"),
+        ("[output.late]\nconsecutive = 0", "output.late.consecutive"),
+        ("[output.late]\nhold_back = -1", "output.late.hold_back"),
+        ("[output.late]\nroutes = {}", "output.late.routes"),
+        ("[output.late]\non_failure = 'open'", "output.late.on_failure"),
+        ("timeout_s = 0", "timeout_s"),
+        ("system_turns = 'read'", "system_turns"),
+        ("[input", "is not TOML"),
+    ],
+)
+def test_what_a_file_cannot_say_is_an_error_that_names_it(policy_file, text, told):
+    with pytest.raises(SidelightError, match=told):
+        read_policy(policy_file(text))
+
+
+def test_a_file_that_is_not_there_is_told(tmp_path):
+    with pytest.raises(SidelightError, match=r"nowhere\.toml"):
+        read_policy(tmp_path / "nowhere.toml")
+
+
+@pytest.mark.parametrize(
+    ("policy", "told"),
+    [
+        (Policy(input={"toxic": Rule()}), "Did you mean 'toxicity'"),
+        (Policy(input={"late": Rule("block")}), "no probe 'late' judges it"),
+        (Policy(output={"toxicity": Rule("block")}), "no probe 'toxicity' judges it"),
+        (Policy(input={"intent": Rule("block")}), "flags nothing as it is"),
+        (Policy(input={"intent": Rule("flag", labels=("refund",))}), "flags nothing as it is"),
+        (Policy(input={"topics": Rule("block", labels=("violent",))}), "Did you mean 'violence'"),
+        (Policy(input={"intent": Rule("route", routes={"bill": "x"})}), "names label 'bill'"),
+        (Policy(output={"late": Rule("route")}), "too late for a route"),
+        (Policy(input={"topics": Rule("shadow", shadow_of="late")}), "cannot be the shadow"),
+        (Policy(input={"topics": Rule("block", shadow_of="toxicity")}), "cannot be the shadow"),
+    ],
+)
+def test_a_rule_that_could_not_hold_is_an_error(probes, policy, told):
+    with pytest.raises(SidelightError, match=told):
+        require_fitting(policy, probes)
+
+
+@pytest.mark.parametrize(
+    ("text", "refuses"),
+    [
+        ("", False),
+        ("[input.toxicity]\nmode = 'flag'", False),
+        ("[output.late]\nmode = 'block'", False),
+        ("[input.toxicity]\nmode = 'block'", True),
+        ("system_turns = 'trust'\n[input.toxicity]\nmode = 'block'", False),
+    ],
+)
+def test_a_file_without_a_word_on_system_turns_refuses_them_where_it_blocks_prompts(
+    policy_file, text, refuses
+):
+    assert read_policy(policy_file(text)).refuses_system_turns == refuses
