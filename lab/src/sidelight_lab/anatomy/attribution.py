@@ -1,32 +1,7 @@
-"""What each read token is: the first, the last, the chat template's, the opening of the input.
+"""What a probe reads of each text and what it makes of it: contributions, weights, ablations.
 
-A two-stage mechanism in halves: the layers' vectors, and the verdict on them.
-
-``judge_vectors(m, layer_vectors(m, tokens)) == m.finish(m.summarise(tokens))``.
-
-A probe's columns of cached texts, piece by piece: what every part of an anatomy reads.
-
-The backbone does not run, and each hidden state is projected once.
-
-What each token of each layer adds to a logit: integrated gradients, for every mechanism.
-
-c = x . integral_0^1 d target(a x) / dx da, from all layers at their mean (x = 0) to the text itself
-(Sundararajan, Taly & Yan 2017), on a probe's columns. Contributions and the target at x = 0 sum to
-the target whatever the mechanism. Where layers only add up, as in ``readout``, a layer's
-contribution is exactly what its ablation takes away, and the target at x = 0 is the bias.
-
-The weights that a mechanism itself gives to tokens and to layers, where it has any.
-
-A stage computes v = sum_i a_i x_i. The derivative of v by item i's *values* alone is a_i, so one
-backward pass reads the weights of any mechanism off its own streaming form: the softmax of a gate,
-1 / N of a mean, the attention that an item receives averaged over heads and queries, the share of
-dimensions in which an item is the maximum. Weights of the items of a group sum to 1. (Those of
-attention with a maximum over items are shares of that derivative.)
-
-Verdicts without some layers or tokens. Nothing is trained again.
-
-An ablated layer stays at its standardisation mean (at zero for a probe that reads raw states).
-An ablated token is not read at all.
+Everything here starts from a probe's columns of cached texts; the backbone does not run, nothing is
+trained, and each hidden state is projected once.
 """
 
 from collections.abc import Callable, Iterator
@@ -79,7 +54,7 @@ def grouped(marks: Bool[Tensor, "token mark"]) -> Bool[Tensor, "token group"]:
 
 
 def token_views(marks: Bool[Tensor, "token mark"]) -> dict[str, Bool[Tensor, " token"]]:
-    """The tokens that are kept, by what is done."""
+    """The tokens that are kept in each ablation."""
     first, last, template, _ = marks.unbind(1)
     return {
         "without template tokens": ~template,
@@ -88,29 +63,6 @@ def token_views(marks: Bool[Tensor, "token mark"]) -> dict[str, Bool[Tensor, " t
         "without the last token": ~last,
         "the last token only": last,
     }
-
-
-def layer_vectors(mechanism: TwoStage, tokens: Ragged) -> Float[Tensor, "text layer carry"]:
-    """What the token stage hands to the layer stage, from columns ``[token, layer, column]``."""
-    carry = mechanism.layer_stage.columns(mechanism.head.weight.T[None])
-    every_layer = carry.expand(tokens.values.shape[1], -1, -1)
-    return mechanism.token_stage.finish(mechanism.token_stage.summarise(tokens), every_layer)
-
-
-def judge_vectors(
-    mechanism: TwoStage, vectors: Float[Tensor, "text layer carry"]
-) -> Float[Tensor, "text output"]:
-    """The logits."""
-    state = mechanism.layer_stage.summarise(as_items(vectors))
-    vector = mechanism.layer_stage.finish(state, mechanism.head.weight.T[None])
-    return vector[:, 0] + mechanism.head.bias
-
-
-def as_items(vectors: Float[Tensor, "text layer carry"]) -> Ragged:
-    """Layers as the items of one group, ``[text * layer, 1, carry]``."""
-    texts, layers, _ = vectors.shape
-    lengths = torch.full((texts,), layers, device=vectors.device)
-    return Ragged(vectors.flatten(0, 1)[:, None], lengths)
 
 
 # Values of hidden states in one piece: 128 MiB in float32.
@@ -123,7 +75,8 @@ class Piece:
 
     Attributes:
         tokens: Columns, ``[token, layer, column]`` in float32. Columns have no constant term, so
-            zeros stand for a layer at its standardisation mean.
+            zeros stand for a layer at its standardisation mean (at zero for a probe that reads raw
+            states).
         marks: What each token is; see ``mark_tokens``.
         texts: Where in the split each text is.
     """
@@ -160,8 +113,8 @@ def _cut(shard: Shard) -> Iterator[Shard]:
         yield Shard(hidden, shard.lengths[first:last], shard.rows[first:last])
 
 
-# Of Gauss and Legendre in u, where a = u^4: a normalised feature turns within the first hundredths
-# of the way.
+# Points of Gauss and Legendre in u, where a = u^4: a normalised feature turns within the first
+# hundredths of the way.
 _POINTS = 24
 _POWER = 4
 
@@ -184,7 +137,12 @@ def true_targets(task: Task, labels: Int[np.ndarray, "text ..."]) -> Float[Tenso
 def contributions(
     mechanism: Mechanism, tokens: Ragged, targets: Float[Tensor, "text output"]
 ) -> Float[Tensor, "token layer"]:
-    """Each token's and layer's part of its text's target.
+    """What each token of each layer adds to its text's target: integrated gradients.
+
+    c = x . integral_0^1 d target(a x) / dx da, from all layers at their mean (x = 0) to the text
+    itself (Sundararajan, Taly & Yan 2017). Contributions and the target at x = 0 sum to the target
+    whatever the mechanism. Where layers only add up, as in ``readout``, a layer's contribution is
+    exactly what its ablation takes away, and the target at x = 0 is the bias.
 
     Args:
         mechanism: In evaluation mode.
@@ -203,8 +161,8 @@ def contributions(
     return (total * tokens.values).sum(-1)
 
 
-# By type, from the object and its number of columns: the column at which its values begin, which
-# is where its scores end. What is not here has contributions (``contributions.py``) only.
+# The column at which a stage's values begin, which is where its scores end; by type, from the stage
+# and its number of columns. A type that is not here has contributions only.
 _FIRST_VALUE: dict[type[Any], Callable[[Any, int], int]] = {
     MeanPooling: lambda _stage, _columns: 0,
     MaxPooling: lambda _stage, _columns: 0,
@@ -215,11 +173,14 @@ _FIRST_VALUE: dict[type[Any], Callable[[Any, int], int]] = {
 
 
 def token_weights(mechanism: Mechanism, tokens: Ragged) -> Float[Tensor, "token layer"] | None:
-    """The token stage's weights, or None; a text's sum to 1 in each layer.
+    """The weights that the token stage gives; those of a text sum to 1 in each layer.
 
-    Args:
-        mechanism: In evaluation mode. The weights of one with heads are the mean over them.
-        tokens: Its columns, ``[token, layer, column]``.
+    None for a mechanism without any; the mean over heads for one that has heads. A stage computes
+    v = sum_i a_i x_i. The derivative of v by item i's *values* alone is a_i, so one backward pass
+    reads the weights of any mechanism off its own streaming form: the softmax of a gate, 1 / N of
+    a mean, the attention that an item receives averaged over heads and queries, the share of
+    dimensions in which an item is the maximum. (Those of attention with a maximum over items are
+    shares of that derivative.)
     """
     if isinstance(mechanism, TwoStage):
         return _stage_weights(mechanism.token_stage, tokens)
@@ -227,16 +188,11 @@ def token_weights(mechanism: Mechanism, tokens: Ragged) -> Float[Tensor, "token 
 
 
 def layer_weights(mechanism: Mechanism, tokens: Ragged) -> Float[Tensor, "text layer"] | None:
-    """The layer stage's weights, or None; a text's sum to 1.
-
-    Args:
-        mechanism: In evaluation mode.
-        tokens: Its columns, ``[token, layer, column]``.
-    """
+    """The weights that the layer stage gives, likewise; those of a text sum to 1."""
     if not isinstance(mechanism, TwoStage):
         return None
     vectors = layer_vectors(mechanism, tokens)
-    weights = _stage_weights(mechanism.layer_stage, as_items(vectors))
+    weights = _stage_weights(mechanism.layer_stage, _as_items(vectors))
     return None if weights is None else weights.unflatten(0, vectors.shape[:2])[..., 0]
 
 
@@ -270,7 +226,30 @@ def _shares(
     return own / Ragged(own, items.lengths).sums()[items.segments]
 
 
-LayerJudge = Callable[[Bool[Tensor, " layer"]], Float[Tensor, "text output"]]
+def layer_vectors(mechanism: TwoStage, tokens: Ragged) -> Float[Tensor, "text layer carry"]:
+    """What the token stage hands to the layer stage, from columns ``[token, layer, column]``.
+
+    ``_judge_vectors`` is the other half of the mechanism.
+    """
+    carry = mechanism.layer_stage.columns(mechanism.head.weight.T[None])
+    every_layer = carry.expand(tokens.values.shape[1], -1, -1)
+    return mechanism.token_stage.finish(mechanism.token_stage.summarise(tokens), every_layer)
+
+
+def _judge_vectors(
+    mechanism: TwoStage, vectors: Float[Tensor, "text layer carry"]
+) -> Float[Tensor, "text output"]:
+    """The logits."""
+    state = mechanism.layer_stage.summarise(_as_items(vectors))
+    vector = mechanism.layer_stage.finish(state, mechanism.head.weight.T[None])
+    return vector[:, 0] + mechanism.head.bias
+
+
+def _as_items(vectors: Float[Tensor, "text layer carry"]) -> Ragged:
+    """Layers as the items of one group, ``[text * layer, 1, carry]``."""
+    texts, layers, _ = vectors.shape
+    lengths = torch.full((texts,), layers, device=vectors.device)
+    return Ragged(vectors.flatten(0, 1)[:, None], lengths)
 
 
 def layer_views(layers: int) -> dict[str, Bool[Tensor, "view layer"]]:
@@ -283,13 +262,22 @@ def layer_views(layers: int) -> dict[str, Bool[Tensor, "view layer"]]:
 def without_layers(
     mechanism: Mechanism, tokens: Ragged
 ) -> dict[str, Float[Tensor, "view text output"]]:
-    """The logits in each of ``layer_views``."""
-    # The token stage of two runs once: no layer's vector depends on another layer.
-    judge = (
-        _judge_vectors(mechanism, tokens)
-        if isinstance(mechanism, TwoStage)
-        else _judge_columns(mechanism, tokens)
-    )
+    """The logits in each of ``layer_views``; an ablated layer stays at its mean."""
+    if isinstance(mechanism, TwoStage):
+        # The token stage of two runs once: no layer's vector depends on another layer.
+        whole = layer_vectors(mechanism, tokens)
+        # Tokens that are all alike aggregate to any one of them.
+        mean = layer_vectors(mechanism, Ragged.one_row_each(torch.zeros_like(tokens.values[:1])))
+
+        def judge(kept: Bool[Tensor, " layer"]) -> Float[Tensor, "text output"]:
+            return _judge_vectors(mechanism, torch.where(kept[:, None], whole, mean))
+
+    else:
+
+        def judge(kept: Bool[Tensor, " layer"]) -> Float[Tensor, "text output"]:
+            own = Ragged(tokens.values * kept[:, None], tokens.lengths)
+            return mechanism.finish(mechanism.summarise(own))
+
     return {
         name: torch.stack([judge(kept) for kept in views.to(tokens.values.device)])
         for name, views in layer_views(tokens.values.shape[1]).items()
@@ -303,21 +291,6 @@ def without_tokens(mechanism: Mechanism, piece: Piece) -> dict[str, Float[Tensor
         name: mechanism.finish(mechanism.summarise(_only(piece.tokens, kept)))
         for name, kept in token_views(piece.marks).items()
     }
-
-
-def _judge_columns(mechanism: Mechanism, tokens: Ragged) -> LayerJudge:
-    def judge(kept: Bool[Tensor, " layer"]) -> Float[Tensor, "text output"]:
-        own = Ragged(tokens.values * kept[:, None], tokens.lengths)
-        return mechanism.finish(mechanism.summarise(own))
-
-    return judge
-
-
-def _judge_vectors(mechanism: TwoStage, tokens: Ragged) -> LayerJudge:
-    whole = layer_vectors(mechanism, tokens)
-    # Tokens that are all alike aggregate to any one of them.
-    mean = layer_vectors(mechanism, Ragged.one_row_each(torch.zeros_like(tokens.values[:1])))
-    return lambda kept: judge_vectors(mechanism, torch.where(kept[:, None], whole, mean))
 
 
 def _only(tokens: Ragged, kept: Bool[Tensor, " token"]) -> Ragged:

@@ -1,9 +1,6 @@
-"""What a probe uses on each text, and on the texts of a class.
+"""The anatomy of a probe on labelled texts: what it uses, and what it can do without."""
 
-The anatomy of a probe: what it uses, and what it can do without, on labelled texts.
-"""
-
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -25,6 +22,7 @@ from sidelight_lab.anatomy.attribution import (
     Piece,
     contributions,
     grouped,
+    layer_views,
     layer_weights,
     read_pieces,
     token_weights,
@@ -39,12 +37,12 @@ class Use:
     """What a probe uses; per text, or the mean over texts.
 
     Attributes:
-        layer_weights: The layer stage's weights; NaN for a mechanism without one.
+        layer_weights: The layer stage's weights; NaN for a mechanism without any.
         layer_shares: Each layer's share of the absolute contributions.
         layer_effects: Each layer's contribution, in logits; see ``contributions``.
-        token_weights: The token stage's, by kind of token (``GROUPS``); NaN without them.
-        token_shares: By kind of token, of the absolute contributions of all tokens and layers.
-        tokens: By kind, the share of the tokens: what weighing all tokens alike would give.
+        token_weights: The token stage's weights by kind of token (``GROUPS``); NaN without any.
+        token_shares: Share of the absolute contributions by kind of token.
+        tokens: Share of the tokens by kind: what weighing all tokens alike would give.
     """
 
     layer_weights: Float[np.ndarray, "*text layer"]
@@ -55,69 +53,11 @@ class Use:
     tokens: Float[np.ndarray, "*text group"]
 
     @staticmethod
-    def pack(parts: "list[Use]") -> "Use":
-        """All texts of all parts, in order."""
+    def mean(parts: "Sequence[Use]", chosen: Bool[np.ndarray, " text"]) -> "Use":
+        """The mean over some of the texts of all parts."""
         names = [field.name for field in fields(Use)]
-        return Use(**{n: np.concatenate([getattr(part, n) for part in parts]) for n in names})
-
-    def mean(self, chosen: Bool[np.ndarray, " text"]) -> "Use":
-        """Over these texts."""
-        return Use(**{f.name: getattr(self, f.name)[chosen].mean(0) for f in fields(Use)})
-
-
-def use_of(
-    mechanism: Mechanism,
-    piece: Piece,
-    parts: Float[Tensor, "token layer"],
-    weights: Float[Tensor, "token layer"] | None,
-) -> Use:
-    """Per text.
-
-    Args:
-        mechanism: In evaluation mode.
-        piece: The texts.
-        parts: Contributions of its tokens.
-        weights: Of the token stage.
-    """
-    lengths, groups = piece.tokens.lengths, grouped(piece.marks).float()
-
-    def by_group(amounts: Float[Tensor, "token layer"]) -> Float[Tensor, "text group layer"]:
-        return Ragged(groups[:, :, None] * amounts[:, None], lengths).sums()
-
-    effects = Ragged(parts, lengths).sums()
-    own = layer_weights(mechanism, piece.tokens)
-    missing = torch.full_like(parts, torch.nan)
-    return Use(
-        layer_weights=array(missing[: len(lengths)] if own is None else own),
-        layer_shares=array(_shares(effects)),
-        layer_effects=array(effects),
-        token_weights=array(by_group(missing if weights is None else weights)),
-        token_shares=array(_shares(by_group(parts.abs()).sum(2))),
-        tokens=array(_shares(Ragged(groups, lengths).sums())),
-    )
-
-
-def members(
-    task: Task, labels: Int[np.ndarray, "text ..."]
-) -> dict[str, Bool[np.ndarray, " text"]]:
-    """The texts of each true class that has any; a multi-label text may be in several."""
-    if task.kind == "multilabel":
-        held = {name: labels[:, i] == 1 for i, name in enumerate(task.labels)}
-        held["(none)"] = ~labels.any(1)
-    else:
-        held = {name: labels == i for i, name in enumerate(task.labels)}
-    return {name: own for name, own in held.items() if own.any()}
-
-
-def array(values: Tensor) -> Float[np.ndarray, "..."]:
-    """In float64, on the CPU."""
-    return values.detach().double().cpu().numpy()
-
-
-def _shares(amounts: Float[Tensor, "text part"]) -> Float[Tensor, "text part"]:
-    """Of the absolute sum; zeros where all are zero."""
-    sizes = amounts.abs()
-    return sizes / sizes.sum(1, keepdim=True).clamp(min=torch.finfo(sizes.dtype).tiny)
+        joined = {n: np.concatenate([getattr(part, n) for part in parts]) for n in names}
+        return Use(**{name: values[chosen].mean(0) for name, values in joined.items()})
 
 
 @dataclass(frozen=True)
@@ -127,7 +67,7 @@ class HeatMap:
     Attributes:
         label: Its true class.
         token_ids: The tokens that are read.
-        weights: The token stage's; without one, shares of the absolute contributions.
+        weights: The token stage's weights; without any, shares of the absolute contributions.
         is_weighted: Whether they are the token stage's.
     """
 
@@ -142,15 +82,14 @@ class Anatomy:
     """What a probe uses, and what it can do without.
 
     Attributes:
-        probe: The probe.
-        texts: Of each true class, how many it was examined on.
-        score: ``validation_score`` on all texts, as every score here.
-        use: For each true class the mean over its texts.
+        texts: Number of texts of each true class.
+        score: ``validation_score`` on all texts, like every score here.
+        use: The mean over the texts of each true class.
         layers: For each of ``layer_views`` the score by layer.
         tokens: For each of ``token_views`` the score.
         opening: Share of texts whose first read token opens the whole input.
         error: Largest error of the contributions' sum, in logits.
-        heat_maps: Of the first texts of each class.
+        heat_maps: The first texts of each class.
     """
 
     probe: Probe
@@ -162,6 +101,9 @@ class Anatomy:
     opening: float
     error: float
     heat_maps: tuple[HeatMap, ...]
+
+
+_WHOLE = "everything"
 
 
 def examine(
@@ -178,7 +120,7 @@ def examine(
     Raises:
         SidelightError: All texts are of one class, so that nothing can be scored.
     """
-    classes = members(split.task, split.labels)
+    classes = _members(split.task, split.labels)
     if len(classes) < 2:
         raise SidelightError(
             f"All {len(split)} texts are of class '{next(iter(classes), None)}', but an anatomy "
@@ -188,46 +130,101 @@ def examine(
         i: name for name, own in classes.items() for i in np.flatnonzero(own)[:heat_maps].tolist()
     }
     mechanism = probe.mechanism.to(device).eval()
-    findings: list[_Findings] = []
+    texts: list[Int[np.ndarray, " text"]] = []
+    uses: list[Use] = []
+    # By view, ``[..., text, output]``.
+    logits: dict[str, list[np.ndarray]] = {}
+    maps: list[HeatMap] = []
+    openings, error = 0, 0.0
     with progress(f"Examining {probe.spec.name}", len(split), unit="texts") as done:
         for piece in read_pieces(probe, split, device=device):
-            findings.append(_find(mechanism, piece, split, shown))
+            tokens = piece.tokens
+            targets = true_targets(split.task, split.labels[piece.texts.numpy()])
+            targets = targets.to(tokens.values.device)
+            parts = contributions(mechanism, tokens, targets)
+            weights = token_weights(mechanism, tokens)
+            with torch.no_grad():
+                whole = mechanism.finish(mechanism.summarise(tokens))
+                at_mean = Ragged(torch.zeros_like(tokens.values), tokens.lengths)
+                moved = whole - mechanism.finish(mechanism.summarise(at_mean))
+            missed = Ragged(parts.sum(1), tokens.lengths).sums() - (moved * targets).sum(1)
+            error = max(error, float(missed.abs().max()))
+            openings += int((piece.marks[:, FIRST] & piece.marks[:, OPENING]).sum())
+            ablated = {**without_layers(mechanism, tokens), **without_tokens(mechanism, piece)}
+            for view, own in {_WHOLE: whole, **ablated}.items():
+                logits.setdefault(view, []).append(_array(own))
+            uses.append(_use_of(mechanism, piece, parts, weights))
+            maps += _heat_maps(piece, split, shown, parts, weights)
+            texts.append(piece.texts.numpy())
             done.advance(len(piece.texts))
-    return _summarise(probe, split, findings)
+    labels = split.labels[np.concatenate(texts)]
+
+    def score(view: str) -> Float[np.ndarray, "..."]:
+        joined = np.concatenate(logits[view], axis=-2)
+        each = joined.reshape(-1, *joined.shape[-2:])
+        scores = [validation_score(split.task, own, labels) for own in each]
+        return np.array(scores).reshape(joined.shape[:-2])
+
+    by_layer = layer_views(probe.fingerprint.layers)
+    classes = _members(split.task, labels)
+    return Anatomy(
+        probe=probe,
+        texts={name: int(own.sum()) for name, own in classes.items()},
+        score=float(score(_WHOLE)),
+        use={name: Use.mean(uses, own) for name, own in classes.items()},
+        layers={view: score(view) for view in by_layer},
+        tokens={view: float(score(view)) for view in logits if view not in {_WHOLE, *by_layer}},
+        opening=openings / len(split),
+        error=error,
+        heat_maps=tuple(maps),
+    )
 
 
-@dataclass(frozen=True)
-class _Findings:
-    """Of one piece: its texts, what is used on each, and their logits in each view."""
-
-    texts: Int[np.ndarray, " text"]
-    use: Use
-    whole: Float[np.ndarray, "text output"]
-    layers: Mapping[str, Float[np.ndarray, "view text output"]]
-    tokens: Mapping[str, Float[np.ndarray, "text output"]]
-    openings: int
-    error: float
-    heat_maps: tuple[HeatMap, ...]
+def _members(
+    task: Task, labels: Int[np.ndarray, "text ..."]
+) -> dict[str, Bool[np.ndarray, " text"]]:
+    """The texts of each true class that has any; a multi-label text may be in several."""
+    if task.kind == "multilabel":
+        held = {name: labels[:, i] == 1 for i, name in enumerate(task.labels)}
+        held["(none)"] = ~labels.any(1)
+    else:
+        held = {name: labels == i for i, name in enumerate(task.labels)}
+    return {name: own for name, own in held.items() if own.any()}
 
 
-def _find(mechanism: Mechanism, piece: Piece, split: Split, shown: Mapping[int, str]) -> _Findings:
-    tokens, texts = piece.tokens, piece.texts.numpy()
-    targets = true_targets(split.task, split.labels[texts]).to(tokens.values.device)
-    parts = contributions(mechanism, tokens, targets)
-    weights = token_weights(mechanism, tokens)
-    with torch.no_grad():
-        whole = mechanism.finish(mechanism.summarise(tokens))
-        at_mean = Ragged(torch.zeros_like(tokens.values), tokens.lengths)
-        moved = ((whole - mechanism.finish(mechanism.summarise(at_mean))) * targets).sum(1)
-    return _Findings(
-        texts=texts,
-        use=use_of(mechanism, piece, parts, weights),
-        whole=array(whole),
-        layers={view: array(own) for view, own in without_layers(mechanism, tokens).items()},
-        tokens={view: array(own) for view, own in without_tokens(mechanism, piece).items()},
-        openings=int((piece.marks[:, FIRST] & piece.marks[:, OPENING]).sum()),
-        error=float((Ragged(parts.sum(1), tokens.lengths).sums() - moved).abs().max()),
-        heat_maps=tuple(_heat_maps(piece, split, shown, parts, weights)),
+def _array(values: Tensor) -> Float[np.ndarray, "..."]:
+    """In float64, on the CPU."""
+    return values.detach().double().cpu().numpy()
+
+
+def _shares(amounts: Float[Tensor, "text part"]) -> Float[Tensor, "text part"]:
+    """Of the absolute sum; zeros where all are zero."""
+    sizes = amounts.abs()
+    return sizes / sizes.sum(1, keepdim=True).clamp(min=torch.finfo(sizes.dtype).tiny)
+
+
+def _use_of(
+    mechanism: Mechanism,
+    piece: Piece,
+    parts: Float[Tensor, "token layer"],
+    weights: Float[Tensor, "token layer"] | None,
+) -> Use:
+    """What is used on each text, from its contributions and the weights of the token stage."""
+    lengths, groups = piece.tokens.lengths, grouped(piece.marks).float()
+
+    def by_group(amounts: Float[Tensor, "token layer"]) -> Float[Tensor, "text group layer"]:
+        return Ragged(groups[:, :, None] * amounts[:, None], lengths).sums()
+
+    effects = Ragged(parts, lengths).sums()
+    own = layer_weights(mechanism, piece.tokens)
+    missing = torch.full_like(parts, torch.nan)
+    return Use(
+        layer_weights=_array(missing[: len(lengths)] if own is None else own),
+        layer_shares=_array(_shares(effects)),
+        layer_effects=_array(effects),
+        token_weights=_array(by_group(missing if weights is None else weights)),
+        token_shares=_array(_shares(by_group(parts.abs()).sum(2))),
+        tokens=_array(_shares(Ragged(groups, lengths).sums())),
     )
 
 
@@ -245,34 +242,4 @@ def _heat_maps(
             read = prompt.mask(split.states.reads).nonzero()[:, 0].tolist()
             ids = tuple(prompt.token_ids[i] for i in read)
             total = own.sum().clamp(min=1e-30) if weights is None else 1.0
-            yield HeatMap(shown[text], ids, array(own / total), weights is not None)
-
-
-def _summarise(probe: Probe, split: Split, findings: list[_Findings]) -> Anatomy:
-    labels = split.labels[np.concatenate([own.texts for own in findings])]
-    use = Use.pack([own.use for own in findings])
-    classes = members(split.task, labels)
-
-    def score(logits: Float[np.ndarray, "text output"]) -> float:
-        return validation_score(split.task, logits, labels)
-
-    views = findings[0]
-    return Anatomy(
-        probe=probe,
-        texts={name: int(own.sum()) for name, own in classes.items()},
-        score=score(np.concatenate([own.whole for own in findings])),
-        use={name: use.mean(own) for name, own in classes.items()},
-        layers={
-            view: np.array(
-                list(map(score, np.concatenate([own.layers[view] for own in findings], 1)))
-            )
-            for view in views.layers
-        },
-        tokens={
-            view: score(np.concatenate([own.tokens[view] for own in findings]))
-            for view in views.tokens
-        },
-        opening=sum(own.openings for own in findings) / len(split),
-        error=max(own.error for own in findings),
-        heat_maps=tuple(one for own in findings for one in own.heat_maps),
-    )
+            yield HeatMap(shown[text], ids, _array(own / total), weights is not None)

@@ -1,9 +1,4 @@
-"""Token x layer heat maps as one page of HTML that needs nothing else.
-
-Pictures of anatomies. Knows arrays and files.
-
-Anatomies as files: pictures, heat maps, ``anatomy.json`` and a short ``report.md``.
-"""
+"""Anatomies as files: pictures, token by layer heat maps, ``anatomy.json`` and ``report.md``."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -15,12 +10,137 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from tabulate import tabulate
 
 from sidelight.plots import save_figure
 from sidelight.storage import write_json, write_text
 from sidelight.training.objective import score_name
 from sidelight_lab.anatomy.attribution import GROUPS
 from sidelight_lab.anatomy.examine import Anatomy, HeatMap
+
+# matplotlib leaves the types of **kwargs open.
+# pyright: reportUnknownMemberType=false
+
+# Layers that the report names for each class.
+_NAMED_LAYERS = 3
+# Score that may be lost by reading the deepest layers only.
+_NEGLIGIBLE = 0.01
+
+
+def write_anatomies(
+    anatomies: Sequence[Anatomy], directory: Path, *, decode: Callable[[int], str]
+) -> list[Path]:
+    """Writes everything, and returns the files; those of the same names are replaced.
+
+    Args:
+        anatomies: Of probes with different mechanisms, or of one.
+        directory: Made if absent.
+        decode: The text of a token id.
+    """
+    written: list[Path] = []
+    for one in anatomies:
+        name = one.probe.spec.name
+        picture, page = directory / f"{name}.png", directory / f"{name}_heat_maps.html"
+        _draw(one, picture)
+        title = f"{one.probe.name}: where {name} looks"
+        write_text(page, _page(one.heat_maps, title=title, decode=decode))
+        written += [picture, page]
+    table, values = directory / "report.md", directory / "anatomy.json"
+    write_text(table, "\n".join(map(_to_markdown, anatomies)))
+    write_json(values, list(map(_to_json, anatomies)))
+    return [*written, table, values]
+
+
+def _to_json(anatomy: Anatomy) -> dict[str, Any]:
+    """All figures as JSON values; None where a mechanism has no such weights."""
+    return {
+        "probe": anatomy.probe.name,
+        "mechanism": anatomy.probe.spec.name,
+        "options": dict(anatomy.probe.spec.options),
+        "texts": dict(anatomy.texts),
+        "metric": score_name(anatomy.probe.task),
+        "score": anatomy.score,
+        "token_groups": list(GROUPS),
+        "use": {
+            name: {
+                field: None if np.isnan(values).any() else values.tolist()
+                for field, values in asdict(own).items()
+            }
+            for name, own in anatomy.use.items()
+        },
+        "layer_ablation": {view: own.tolist() for view, own in anatomy.layers.items()},
+        "token_ablation": dict(anatomy.tokens),
+        "first_token_opens_input": anatomy.opening,
+        "contribution_error": anatomy.error,
+    }
+
+
+def _to_markdown(anatomy: Anatomy) -> str:
+    metric = score_name(anatomy.probe.task)
+    classes = tabulate(
+        [_class_row(anatomy, name) for name in anatomy.texts],
+        ["class", "texts", "layers by weight", "layers by share", *GROUPS],
+        "github",
+        disable_numparse=True,
+    )
+    ablations = tabulate(
+        [
+            (what, f"{score:.3f}", f"{score - anatomy.score:+.3f}")
+            for what, score in _ablations(anatomy).items()
+        ],
+        ["what", metric, "change"],
+        "github",
+        disable_numparse=True,
+    )
+    return f"""# {anatomy.probe.name}: {anatomy.probe.spec.name}
+
+{sum(anatomy.texts.values())} texts, {metric} {anatomy.score:.3f}. Shares are of the absolute
+contributions to the logit; in brackets the share of the tokens. *first* and *last* are one token
+each, of the template where it opens or ends what is read, and *template* its other tokens.
+
+{classes}
+
+The score without some parts; nothing is trained again. A layer that is left out stays at its mean.
+All tokens of the template are left out together, including a first or last one.
+
+{ablations}
+
+The first token that is read opens the input in {anatomy.opening:.0%} of texts. Contributions
+sum to the change of the logit within {anatomy.error:.1g}.
+"""
+
+
+def _class_row(anatomy: Anatomy, name: str) -> list[str]:
+    own = anatomy.use[name]
+    pairs = zip(own.token_shares, own.tokens, strict=True)
+    return [
+        name.replace("|", "/"),
+        str(anatomy.texts[name]),
+        _top(own.layer_weights),
+        _top(own.layer_shares),
+        *(f"{share:.0%} ({tokens:.0%})" for share, tokens in pairs),
+    ]
+
+
+def _ablations(anatomy: Anatomy) -> dict[str, float]:
+    drop, only, later = (anatomy.layers[view] for view in ("drop", "only", "from"))
+    worst, best = int(drop.argmin()), int(only.argmax())
+    start = int(np.flatnonzero(later >= anatomy.score - _NEGLIGIBLE).max())
+    return {
+        "everything": anatomy.score,
+        f"without layer {worst}, the costliest to lose": drop[worst],
+        f"layer {best} only, the best one alone": only[best],
+        f"from layer {start} on, the last start that loses at most {_NEGLIGIBLE}": later[start],
+        **anatomy.tokens,
+    }
+
+
+def _top(amounts: Float[np.ndarray, " layer"]) -> str:
+    if np.isnan(amounts).any():
+        return "-"
+    chosen = np.argsort(-amounts, kind="stable")[:_NAMED_LAYERS]
+    return ", ".join(f"{layer} ({amounts[layer]:.0%})" for layer in chosen)
+
 
 _STYLE = (
     "body{font:13px sans-serif;color:#222;margin:2em}table{border-collapse:collapse}"
@@ -31,22 +151,15 @@ _STYLE = (
 _BLANKS = str.maketrans({" ": "␣", "\n": "⏎", "\t": "⇥"})
 
 
-def write_heat_maps(
-    maps: Sequence[HeatMap], path: Path, *, title: str, decode: Callable[[int], str]
-) -> Path:
-    """Writes a page with a table per text: a row per token, a column per layer.
+def _page(maps: Sequence[HeatMap], *, title: str, decode: Callable[[int], str]) -> str:
+    """One page of HTML with a table per text: a row per token, a column per layer.
 
-    Args:
-        maps: What to show; the darkest cell of a table is its largest weight.
-        path: The file.
-        title: Heading of the page.
-        decode: The text of a token id.
+    The darkest cell of a table is its largest weight.
     """
     body = "\n".join(_section(one, decode) for one in maps)
     head = f"<meta charset='utf-8'><title>{escape(title)}</title><style>{_STYLE}</style>"
     page = f"<!doctype html><html><head>{head}</head><body><h1>{escape(title)}</h1>\n{body}"
-    write_text(path, f"{page}</body></html>\n")
-    return path
+    return f"{page}</body></html>\n"
 
 
 def _section(one: HeatMap, decode: Callable[[int], str]) -> str:
@@ -69,10 +182,6 @@ def _cells(weights: Float[np.ndarray, " layer"], top: float) -> str:
     )
 
 
-# matplotlib leaves the types of **kwargs open.
-# pyright: reportUnknownMemberType=false
-
-
 _INK, _MUTED = "#222222", "#8a8a8a"
 # Okabe & Ito's palette, told apart with any colour vision.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
@@ -81,17 +190,19 @@ _DOTS: dict[str, Any] = {"marker": "o", "markersize": 3, "linewidth": 1.2}
 _VIEWS = {"drop": "all but this layer", "only": "this layer only", "from": "from this layer on"}
 
 
-def plot_anatomy(anatomy: Anatomy, path: Path) -> Path:
+def _draw(anatomy: Anatomy, path: Path) -> None:
     """Layers on the left, tokens on the right; what is used per class, then what ablation costs.
 
-    Of many classes the six with most texts are drawn.
+    The six classes with most texts are drawn.
     """
-    figure = _figure(11.0, 9.0, f"{anatomy.probe.name}: anatomy of {anatomy.probe.spec.name}")
+    figure = Figure(figsize=(11.0, 9.0), layout="constrained")
+    title = _escape(f"{anatomy.probe.name}: anatomy of {anatomy.probe.spec.name}")
+    figure.suptitle(title, x=0.01, horizontalalignment="left", fontsize=11, color=_INK)
     _draw_layer_use(anatomy, _axes(figure, 1), _axes(figure, 3))
     _draw_layer_ablation(anatomy, _axes(figure, 5))
     _draw_token_use(anatomy, _axes(figure, (2, 4)))
     _draw_token_ablation(anatomy, _axes(figure, 6))
-    return save_figure(figure, path)
+    save_figure(figure, path)
 
 
 def _draw_layer_use(anatomy: Anatomy, upper: Axes, lower: Axes) -> None:
@@ -144,12 +255,6 @@ def _largest(anatomy: Anatomy) -> list[str]:
     return [name for name in anatomy.texts if name in ranked[: len(_COLOURS)]]
 
 
-def _figure(width: float, height: float, title: str) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.suptitle(_escape(title), x=0.01, horizontalalignment="left", fontsize=11, color=_INK)
-    return figure
-
-
 def _begun(text: str) -> str:
     """With a capital letter, and AUPRC left as it is."""
     return text[:1].upper() + text[1:]
@@ -164,116 +269,3 @@ def _axes(figure: Figure, place: int | tuple[int, int]) -> Axes:
 def _escape(text: str) -> str:
     # A dollar sign starts a formula in matplotlib, a leading underscore hides a legend's entry.
     return text.replace("$", r"\$").lstrip("_")
-
-
-# Layers that the report names for each class.
-_NAMED_LAYERS = 3
-# Of score that may be lost by reading the deepest layers only.
-_NEGLIGIBLE = 0.01
-
-
-def write_anatomies(
-    anatomies: Sequence[Anatomy], directory: Path, *, decode: Callable[[int], str]
-) -> list[Path]:
-    """Writes everything; files of the same names are replaced.
-
-    Args:
-        anatomies: Of probes with different mechanisms, or of one.
-        directory: Made if absent.
-        decode: The text of a token id.
-    """
-    written: list[Path] = []
-    for one in anatomies:
-        name = one.probe.spec.name
-        page = directory / f"{name}_heat_maps.html"
-        title = f"{one.probe.name}: where {name} looks"
-        written.append(plot_anatomy(one, directory / f"{name}.png"))
-        written.append(write_heat_maps(one.heat_maps, page, title=title, decode=decode))
-    table, values = directory / "report.md", directory / "anatomy.json"
-    write_text(table, "\n".join(map(to_markdown, anatomies)))
-    write_json(values, list(map(to_json, anatomies)))
-    return [*written, table, values]
-
-
-def to_json(anatomy: Anatomy) -> dict[str, Any]:
-    """All figures as JSON values; None where a mechanism has no such weights."""
-    return {
-        "probe": anatomy.probe.name,
-        "mechanism": anatomy.probe.spec.name,
-        "options": dict(anatomy.probe.spec.options),
-        "texts": dict(anatomy.texts),
-        "metric": score_name(anatomy.probe.task),
-        "score": anatomy.score,
-        "token_groups": list(GROUPS),
-        "use": {
-            name: {field: _plain(values) for field, values in asdict(own).items()}
-            for name, own in anatomy.use.items()
-        },
-        "layer_ablation": {view: own.tolist() for view, own in anatomy.layers.items()},
-        "token_ablation": dict(anatomy.tokens),
-        "first_token_opens_input": anatomy.opening,
-        "contribution_error": anatomy.error,
-    }
-
-
-def to_markdown(anatomy: Anatomy) -> str:
-    """One probe's part of the report."""
-    metric = score_name(anatomy.probe.task)
-    return f"""# {anatomy.probe.name}: {anatomy.probe.spec.name}
-
-{sum(anatomy.texts.values())} texts, {metric} {anatomy.score:.3f}. Shares are of the absolute
-contributions to the logit; in brackets the share of the tokens. *first* and *last* are one token
-each, of the template where it opens or ends what is read, and *template* its other tokens.
-
-| class | texts | layers by weight | layers by share | {" | ".join(GROUPS)} |
-{"|---" * (4 + len(GROUPS))}|
-{chr(10).join(_class_row(anatomy, name) for name in anatomy.texts)}
-
-Without some parts, and without training again; a layer then stays at its mean. All tokens of the
-template are left out together, a first or last one of it too.
-
-| what | {metric} | change |
-|---|---|---|
-{chr(10).join(_ablation_rows(anatomy))}
-
-The first token that is read opens the input in {anatomy.opening:.0%} of texts. Contributions
-sum to the change of the logit within {anatomy.error:.1g}.
-"""
-
-
-def _class_row(anatomy: Anatomy, name: str) -> str:
-    own = anatomy.use[name]
-    pairs = zip(own.token_shares, own.tokens, strict=True)
-    cells = [
-        name.replace("|", "/"),
-        str(anatomy.texts[name]),
-        _top(own.layer_weights),
-        _top(own.layer_shares),
-        *(f"{share:.0%} ({tokens:.0%})" for share, tokens in pairs),
-    ]
-    return f"| {' | '.join(cells)} |"
-
-
-def _ablation_rows(anatomy: Anatomy) -> list[str]:
-    drop, only, later = (anatomy.layers[view] for view in ("drop", "only", "from"))
-    worst, best = int(drop.argmin()), int(only.argmax())
-    start = int(np.flatnonzero(later >= anatomy.score - _NEGLIGIBLE).max())
-    scores = {
-        "everything": anatomy.score,
-        f"without layer {worst}, the costliest to lose": drop[worst],
-        f"layer {best} only, the best one alone": only[best],
-        f"from layer {start} on, the last start that loses at most {_NEGLIGIBLE}": later[start],
-        **anatomy.tokens,
-    }
-    return [f"| {n} | {own:.3f} | {own - anatomy.score:+.3f} |" for n, own in scores.items()]
-
-
-def _top(amounts: Float[np.ndarray, " layer"]) -> str:
-    if np.isnan(amounts).any():
-        return "-"
-    chosen = np.argsort(-amounts, kind="stable")[:_NAMED_LAYERS]
-    return ", ".join(f"{layer} ({amounts[layer]:.0%})" for layer in chosen)
-
-
-def _plain(values: Float[np.ndarray, "..."]) -> Any:
-    return None if np.isnan(values).any() else values.tolist()

@@ -1,7 +1,7 @@
 """``sidelight anatomy``: which layers and tokens a probe uses, and which it can do without."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -15,10 +15,6 @@ from sidelight.cli.options import (
     missing_label_option,
     out_option,
 )
-
-if TYPE_CHECKING:
-    from sidelight.probe import Probe
-    from sidelight.training.runs import StoredRuns
 
 
 @click.command(
@@ -43,7 +39,7 @@ if TYPE_CHECKING:
     type=click.IntRange(min=0),
     default=2,
     show_default=True,
-    help="Texts of each class to draw token by layer.",
+    help="Number of texts of each class to draw token by layer.",
 )
 @max_tokens_option
 @click.option(
@@ -56,7 +52,8 @@ if TYPE_CHECKING:
 def anatomy(probe: Path, out: Path, **given: Any) -> None:
     """Show which layers and tokens a probe uses, per class, and what it loses without them.
 
-    Writes pictures, token by layer heat maps, anatomy.json and report.md. Nothing is trained.
+    Writes pictures, token by layer heat maps, anatomy.json and report.md. Give texts that the probe
+    was not trained on; nothing is trained.
     """
     from sidelight.backbone import load_backbone
     from sidelight.data.loading import load_examples
@@ -88,7 +85,11 @@ def anatomy(probe: Path, out: Path, **given: Any) -> None:
         cache_root=given["cache"] or cache_root() / "activations",
         keep_cache=given["cache"] is not None,
     )
-    probes = _first_of_each(stored) if given["every_mechanism"] else [chosen]
+    probes = [chosen]
+    if given["every_mechanism"]:
+        # The first run of every other mechanism.
+        firsts = {probe.spec.name: probe for probe in reversed(stored.probes)}
+        probes = list((firsts | {chosen.spec.name: chosen}).values())
     examined = [
         examine(one, split, device=backbone.device, heat_maps=given["heat_maps"]) for one in probes
     ]
@@ -96,10 +97,3 @@ def anatomy(probe: Path, out: Path, **given: Any) -> None:
         split.states.remove()
     write_anatomies(examined, out, decode=lambda token: backbone.tokenizer.decode([token]))
     click.echo((out / "report.md").read_text("utf-8"))
-
-
-def _first_of_each(stored: "StoredRuns") -> "list[Probe]":
-    """The chosen run, and the first run of every other mechanism."""
-    found = {probe.spec.name: probe for probe in reversed(stored.probes)}
-    chosen = stored.probes[stored.chosen]
-    return list((found | {chosen.spec.name: chosen}).values())
