@@ -184,7 +184,7 @@ def test_a_probe_of_the_response_is_trained_and_asked_with_responses(tiny):
     ]
     # The split keeps equal texts together, so each question is its own.
     rows = [{**row, "text": f"question {i}"} for i, row in enumerate(rows)]
-    with pytest.warns(UserWarning, match="No positive class was named: 'bad' is taken"):
+    with pytest.warns(UserWarning, match="No positive class was named, so 'bad' is taken"):
         classifier = train(tiny, rows, response="answer", mechanism="gate")
     assert classifier.probe.reads == Reads(side="response")
     verdicts = classifier.predict(["question"] * 2, responses=["tab", "tXXXX"])

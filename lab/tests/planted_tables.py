@@ -7,7 +7,7 @@ import numpy as np
 
 from corpora import TASKS, planted
 from sidelight.backbone import TransformersBackbone
-from sidelight.data.examples import Example, Examples
+from sidelight.data.examples import Example, LabelledExamples
 from sidelight.prompts import Message
 from sidelight.types import TaskKind
 from sidelight_lab.datasets.published import DataSet
@@ -44,10 +44,11 @@ def recipe(text: str = TABLE) -> Recipe:
     return parse_recipe(text, name="test")
 
 
-def examples(kind: TaskKind, count: int, seed: int) -> Examples:
+def examples(kind: TaskKind, count: int, seed: int) -> LabelledExamples:
     texts, labels = planted(kind, count, seed=seed)
     items = tuple(Example((Message("user", text),)) for text in texts)
-    return Examples(items, TASKS[kind], labels, tuple({"text": text} for text in texts))
+    rows = tuple({"text": text} for text in texts)
+    return LabelledExamples(items, rows, task=TASKS[kind], labels=labels)
 
 
 class Data(DataSet):
@@ -58,9 +59,9 @@ class Data(DataSet):
         kind: TaskKind = "binary",
         *,
         title: str = "Planted",
-        training: Examples | None = None,
-        validation: Examples | None = None,
-        tested: Examples | None = None,
+        training: LabelledExamples | None = None,
+        validation: LabelledExamples | None = None,
+        tested: LabelledExamples | None = None,
         parts: Mapping[str, np.ndarray] | None = None,
         on_test: Callable[[], None] = lambda: None,
     ):
@@ -78,7 +79,7 @@ class Data(DataSet):
         self._on_test = on_test
 
     @property
-    def test(self) -> Examples:
+    def test(self) -> LabelledExamples:
         self._on_test()
         return self._tested
 

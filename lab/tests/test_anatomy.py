@@ -12,7 +12,7 @@ from matplotlib.image import imread
 from corpora import TASKS, planted
 from sidelight.artifact import save_probe
 from sidelight.bank import Bank
-from sidelight.data.examples import Example, Examples
+from sidelight.data.examples import Example, LabelledExamples
 from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import Geometry, mechanism_names, mechanism_spec
 from sidelight.prompts import Message, Part, Reads
@@ -52,7 +52,7 @@ KINDS = list(TASKS)
 def as_examples(kind, count, *, seed):
     texts, labels = planted(kind, count, seed=seed)
     items = tuple(Example((Message("user", text),)) for text in texts)
-    return Examples(items, TASKS[kind], labels, tuple({} for _ in items))
+    return LabelledExamples(items, tuple({} for _ in items), task=TASKS[kind], labels=labels)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from sklearn.linear_model import LogisticRegression
 from corpora import TASKS, planted
 from families import FAMILIES, family_backbone
 from sidelight.backbone import TransformersBackbone
-from sidelight.data.examples import Example, Examples
+from sidelight.data.examples import Example, LabelledExamples
 from sidelight.errors import SidelightError
 from sidelight.prompts import Message, Reads
 from sidelight.training.dataset import ProbeDataset, Split, make_split
@@ -62,7 +62,7 @@ def split_of(
 ) -> Split:
     texts, labels = planted(kind, count, seed=seed)
     items = tuple(Example((Message("user", text),)) for text in texts)
-    examples = Examples(items, TASKS[kind], labels, tuple({} for _ in items))
+    examples = LabelledExamples(items, tuple({} for _ in items), task=TASKS[kind], labels=labels)
     return make_split(backbone, examples, reads=reads or Reads(), max_tokens=256, cache_root=root)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 
 from corpora import TASKS, planted
-from sidelight.data.examples import Example, Examples
+from sidelight.data.examples import Example, LabelledExamples
 from sidelight.errors import SidelightError
 from sidelight.prompts import Message, Reads
 from sidelight.ragged import Ragged
@@ -57,7 +57,7 @@ def splits(tiny, tmp_path_factory):
     def split(kind, count, seed):
         texts, labels = planted(kind, count, seed=seed)
         items = tuple(Example((Message("user", text),)) for text in texts)
-        examples = Examples(items=items, task=TASKS[kind], labels=labels, rows=({},) * count)
+        examples = LabelledExamples(items, ({},) * count, task=TASKS[kind], labels=labels)
         return make_split(tiny, examples, reads=Reads(), max_tokens=256, cache_root=root)
 
     return {

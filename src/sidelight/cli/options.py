@@ -15,7 +15,7 @@ import click
 from sidelight.errors import SidelightError
 
 if TYPE_CHECKING:
-    from sidelight.data.examples import Examples
+    from sidelight.data.examples import LabelledExamples
     from sidelight.training.settings import FitOptions
 
 
@@ -185,7 +185,7 @@ json_file_option = click.option(
 )
 
 
-def load_labelled(given: dict[str, Any]) -> "tuple[Examples, Examples | None]":
+def load_labelled(given: dict[str, Any]) -> "tuple[LabelledExamples, LabelledExamples | None]":
     """Training texts, and validation texts where some are named.
 
     Args:

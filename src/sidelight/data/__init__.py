@@ -1,1 +1,1 @@
-"""Labelled texts from files, the Hugging Face hub or memory. Knows texts, not token ids."""
+"""Texts with labels, from files, the Hugging Face hub or memory. Knows texts, not token ids."""

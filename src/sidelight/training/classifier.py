@@ -10,7 +10,7 @@ import numpy as np
 from sidelight.artifact import load_probe, save_probe
 from sidelight.backbone import DtypeName, TransformersBackbone, load_backbone
 from sidelight.bank import Bank
-from sidelight.data.examples import Example, Examples, located
+from sidelight.data.examples import Example, Examples, LabelledExamples, located, require_labelled
 from sidelight.data.loading import load_examples
 from sidelight.data.readers import InMemory
 from sidelight.errors import SidelightError
@@ -85,10 +85,10 @@ class Classifier:
         examples = _as_examples(
             data, text=text, label=label, response=response, task=self.probe.task
         )
-        if examples.labels is None or examples.task != self.probe.task:
+        if examples.task != self.probe.task:
             raise SidelightError(
-                f"Cannot evaluate '{self.probe.name}' on examples with no labels or other ones "
-                f"(got {examples.task}, wanted {self.probe.task}). "
+                f"Cannot evaluate '{self.probe.name}' on examples with other labels (got "
+                f"{examples.task}, wanted {self.probe.task}). "
                 "Load them with task=classifier.probe.task."
             )
         require_responses(self.probe, examples.items)
@@ -266,9 +266,9 @@ def _as_examples(
     response: str | None,
     positive: str | None = None,
     task: Task | None = None,
-) -> Examples:
+) -> LabelledExamples:
     if isinstance(data, Examples):
-        return data
+        return require_labelled(data)
     return load_examples(
         data, text=text, label=label, response=response, positive=positive, task=task
     )

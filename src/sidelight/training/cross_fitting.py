@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 from jaxtyping import Float, Int
 
-from sidelight.data.examples import Examples
+from sidelight.data.examples import LabelledExamples
 from sidelight.data.splitting import validation_share
 from sidelight.errors import SidelightError
 from sidelight.prompts import EncodedPrompt
@@ -37,9 +37,9 @@ def cut_warnings(prompts: Sequence[EncodedPrompt], max_tokens: int) -> list[str]
     ]
 
 
-def rarity(validation: Examples) -> list[str]:
+def rarity(validation: LabelledExamples) -> list[str]:
     """Says where few texts of a class make the chosen threshold and calibration doubtful."""
-    smallest = int(class_counts(task_of(validation), labels_of(validation)).min())
+    smallest = int(class_counts(validation.task, validation.labels).min())
     if smallest >= 10:
         return []
     return [
@@ -48,27 +48,27 @@ def rarity(validation: Examples) -> list[str]:
     ]
 
 
-def shared_texts(training: Examples, validation: Examples) -> list[str]:
+def shared_texts(training: LabelledExamples, validation: LabelledExamples) -> list[str]:
     """Says how many texts are on both sides, with the same response if any."""
     seen = {(item.text, item.response) for item in training.items}
     shared = sum((item.text, item.response) in seen for item in validation.items)
     return [f"{shared} validation texts are also training texts."] if shared else []
 
 
-def require_same_task(training: Examples, validation: Examples) -> None:
+def require_same_task(training: LabelledExamples, validation: LabelledExamples) -> None:
     """Checks that validation can choose what training needs.
 
     Raises:
         SidelightError: Other labels, no text of a class of a binary task, or of a multi-label task
             no label that some texts have and others have not.
     """
-    task = task_of(training)
+    task = training.task
     if validation.task != task:
         raise SidelightError(
             f"The validation data has the labels {validation.task}, the training data {task}. "
             "Load it with task=training.task."
         )
-    counts = class_counts(task, labels_of(validation))
+    counts = class_counts(task, validation.labels)
     missing = [label for label, count in zip(task.labels, counts, strict=True) if count == 0]
     if missing and task.kind == "binary":
         raise SidelightError(
@@ -89,33 +89,14 @@ def class_counts(task: Task, labels: np.ndarray) -> np.ndarray:
     return np.bincount(labels, minlength=len(task.labels))
 
 
-def labels_of(examples: Examples) -> np.ndarray:
-    """The labels.
-
-    Raises:
-        SidelightError: There are none.
-    """
-    if examples.labels is None:
-        raise SidelightError(
-            "These examples have no labels. Name the column with --label (label= in Python)."
-        )
-    return examples.labels
-
-
-def task_of(examples: Examples) -> Task:
-    """The task of labelled examples."""
-    assert examples.task is not None
-    return examples.task
-
-
 FOLDS = 5
 
 Folds = tuple[Int[np.ndarray, " _"], ...]
 
 
-def choose_folds(examples: Examples) -> Folds:
+def choose_folds(examples: LabelledExamples) -> Folds:
     """Numbers of the texts of each fold; none if there are many texts, or a fold lacks a class."""
-    task, labels = task_of(examples), labels_of(examples)
+    task, labels = examples.task, examples.labels
     rarest = int(class_counts(task, labels).min())
     if len(examples) >= FEW_TEXTS or min(rarest, examples.distinct) < FOLDS:
         return ()
@@ -124,11 +105,11 @@ def choose_folds(examples: Examples) -> Folds:
     return folds if min(counts) else ()
 
 
-def why_held_out(examples: Examples) -> list[str]:
+def why_held_out(examples: LabelledExamples) -> list[str]:
     """Says why few texts are not cross-fitted, in place of folds of which one lacks a class."""
     if len(examples) >= FEW_TEXTS:
         return []
-    task, counts = task_of(examples), class_counts(task_of(examples), labels_of(examples))
+    task, counts = examples.task, class_counts(examples.task, examples.labels)
     rarest = int(counts.argmin())
     return [
         f"Few texts are cross-fitted, but of '{task.labels[rarest]}' there are {counts[rarest]}, "

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sidelight.backbone import TransformersBackbone
-from sidelight.data.examples import Examples, located, place_of
+from sidelight.data.examples import LabelledExamples, located, place_of
 from sidelight.errors import SidelightError
 from sidelight.prompts import EncodedPrompt, Reads
 from sidelight.ragged import Ragged
@@ -38,7 +38,7 @@ class Split:
         rows: Where in that data set each text is.
     """
 
-    examples: Examples
+    examples: LabelledExamples
     prompts: tuple[EncodedPrompt, ...]
     states: ActivationCache
     rows: Int[np.ndarray, " text"]
@@ -49,14 +49,12 @@ class Split:
 
     @property
     def labels(self) -> np.ndarray:
-        """As in ``Examples.labels``."""
-        assert self.examples.labels is not None
+        """As in ``LabelledExamples.labels``."""
         return self.examples.labels
 
     @property
     def task(self) -> Task:
         """The classes."""
-        assert self.examples.task is not None
         return self.examples.task
 
     @property
@@ -131,7 +129,7 @@ class ProbeDataset:
 
 def make_split(
     backbone: TransformersBackbone,
-    examples: Examples,
+    examples: LabelledExamples,
     *,
     reads: Reads,
     max_tokens: int,
@@ -155,12 +153,8 @@ def make_split(
         source: The engine that computes the states; None is the backbone itself.
 
     Raises:
-        SidelightError: No labels, a text without a token to read, or no room for the states.
+        SidelightError: A text without a token to read, or no room for the states.
     """
-    if examples.labels is None:
-        raise SidelightError(
-            "These examples have no labels. Name the column with --label (label= in Python)."
-        )
     source = source or BackboneSource(backbone)
     limit = min(max_tokens, source.max_tokens)
     prompts = _encode(backbone, examples, reads, limit)
@@ -175,7 +169,7 @@ def make_split(
 
 
 def _encode(
-    backbone: TransformersBackbone, examples: Examples, reads: Reads, limit: int
+    backbone: TransformersBackbone, examples: LabelledExamples, reads: Reads, limit: int
 ) -> tuple[EncodedPrompt, ...]:
     """The texts' tokens, at most ``limit`` of each."""
     prompts: list[EncodedPrompt] = []
@@ -187,7 +181,7 @@ def _encode(
 
 
 def _require_read(
-    prompts: Sequence[EncodedPrompt], examples: Examples, reads: Reads, limit: int
+    prompts: Sequence[EncodedPrompt], examples: LabelledExamples, reads: Reads, limit: int
 ) -> None:
     unread = [index for index, prompt in enumerate(prompts) if not prompt.mask(reads).any()]
     if not unread:

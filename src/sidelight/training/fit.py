@@ -15,7 +15,7 @@ import numpy as np
 
 from sidelight.backbone import TransformersBackbone
 from sidelight.calibration import choose_thresholds, fit_calibration, require_calibratable
-from sidelight.data.examples import Examples
+from sidelight.data.examples import LabelledExamples
 from sidelight.data.splitting import validation_share
 from sidelight.evaluation import Report, evaluate
 from sidelight.metrics import score_counts
@@ -29,11 +29,9 @@ from sidelight.training.cross_fitting import (
     cross_fit,
     cross_fit_baseline,
     cut_warnings,
-    labels_of,
     rarity,
     require_same_task,
     shared_texts,
-    task_of,
     why_held_out,
 )
 from sidelight.training.dataset import ProbeDataset, Split, make_split
@@ -61,8 +59,8 @@ class Prepared:
 
 def prepare(
     backbone: TransformersBackbone,
-    training: Examples,
-    validation: Examples | None,
+    training: LabelledExamples,
+    validation: LabelledExamples | None,
     *,
     options: FitOptions,
     source: StateSource | None = None,
@@ -83,9 +81,9 @@ def prepare(
     """
     sides = _choose_sides(training, validation)
     if options.long_inputs:
-        require_labels_of_parts(task_of(training))
+        require_labels_of_parts(training.task)
     require_same_task(sides.training, sides.validation)
-    require_calibratable(options.calibration, labels_of(sides.validation), task_of(sides.training))
+    require_calibratable(options.calibration, sides.validation.labels, sides.training.task)
     parts = {"Training texts": sides.training}
     doubts = rarity(sides.validation)
     if not sides.folds:
@@ -102,15 +100,14 @@ def prepare(
 
 @dataclass(frozen=True)
 class _Sides:
-    training: Examples
-    validation: Examples
+    training: LabelledExamples
+    validation: LabelledExamples
     folds: Folds
     warnings: tuple[str, ...]
 
 
-def _choose_sides(whole: Examples, validation: Examples | None) -> _Sides:
+def _choose_sides(whole: LabelledExamples, validation: LabelledExamples | None) -> _Sides:
     """What trains and what judges: the same texts where they are cross-fitted."""
-    labels_of(whole)
     if validation is not None:
         return _Sides(whole, validation, (), (*whole.warnings, *validation.warnings))
     folds = choose_folds(whole)
@@ -124,7 +121,7 @@ def _choose_sides(whole: Examples, validation: Examples | None) -> _Sides:
 def _extract(
     source: StateSource | None,
     backbone: TransformersBackbone,
-    examples: Examples,
+    examples: LabelledExamples,
     options: FitOptions,
     title: str,
 ) -> Split:
@@ -257,8 +254,8 @@ class Fit:
 
 def fit(
     backbone: TransformersBackbone,
-    training: Examples,
-    validation: Examples | None,
+    training: LabelledExamples,
+    validation: LabelledExamples | None,
     *,
     name: str,
     options: FitOptions,

@@ -18,8 +18,7 @@ import numpy as np
 from sidelight.artifact import MANIFEST, WEIGHTS, load_probe, read_manifest, save_probe
 from sidelight.backbone import DtypeName, TransformersBackbone, load_backbone
 from sidelight.bank import Bank
-from sidelight.data.examples import Examples
-from sidelight.data.labels import Truth, truth_values
+from sidelight.data.examples import LabelledExamples
 from sidelight.data.loading import OnMissingLabel, load_examples
 from sidelight.errors import SidelightError
 from sidelight.evaluation import Report, evaluate
@@ -245,7 +244,7 @@ class Assessment:
         title: Which rows.
         chosen: The artifact's own probe: the run that validation data chose.
         probabilities: Of the chosen probe, ``[row, output]``.
-        labels: As in ``Examples.labels``.
+        labels: As in ``LabelledExamples.labels``.
         report: Of the chosen probe.
         runs: Every run trained with it, the chosen one included.
         warnings: What the user should know of the data, one sentence each.
@@ -346,7 +345,7 @@ def plot(assessments: Sequence[Assessment], directory: Path) -> list[Path]:
 
 
 def _all_logits(
-    backbone: TransformersBackbone, probes: Sequence[Probe], examples: Examples
+    backbone: TransformersBackbone, probes: Sequence[Probe], examples: LabelledExamples
 ) -> list[np.ndarray]:
     for probe in probes:
         probe.fingerprint.require(backbone.fingerprint, probe=probe.name)
@@ -363,10 +362,9 @@ def _assess_rows(
     title: str,
     stored: StoredRuns,
     logits: Sequence[np.ndarray],
-    examples: Examples,
+    examples: LabelledExamples,
     rows: np.ndarray,
 ) -> Assessment:
-    assert examples.labels is not None
     labels = examples.labels[rows]
     pairs = zip(stored.probes, logits, strict=True)
     probabilities = [probe.calibration.apply(own[rows]) for probe, own in pairs]
@@ -387,11 +385,8 @@ def _assess_rows(
     )
 
 
-def _true_rows(examples: Examples, column: str) -> np.ndarray:
-    # An absent column is an error that names the known ones.
-    examples.column(column)
-    values = truth_values(examples, column) or ()
-    rows = np.flatnonzero([value is Truth.HOLDS for value in values])
+def _true_rows(examples: LabelledExamples, column: str) -> np.ndarray:
+    rows = np.flatnonzero([value is True for value in examples.truth_values(column)])
     if not len(rows):
         raise SidelightError(
             f"No row has a true '{column}' (1, true or yes). Name another column with --subset."

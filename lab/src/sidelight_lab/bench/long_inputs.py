@@ -10,7 +10,7 @@ from sklearn.metrics import roc_auc_score
 
 from sidelight.backbone import TransformersBackbone
 from sidelight.bank import Bank
-from sidelight.data.examples import Examples
+from sidelight.data.examples import LabelledExamples
 from sidelight.errors import SidelightError
 from sidelight.probe import Probe
 from sidelight.progress import progress
@@ -23,7 +23,7 @@ WAYS = ("whole", "windows")
 def compare_lengths(
     backbone: TransformersBackbone,
     probes: Sequence[Probe],
-    examples: Examples,
+    examples: LabelledExamples,
     *,
     lengths: Sequence[int],
     count: int,
@@ -47,7 +47,7 @@ def compare_lengths(
     Raises:
         SidelightError: The task is not binary, or there are too few texts of a label.
     """
-    if examples.labels is None or examples.task is None or examples.task.kind != "binary":
+    if examples.task.kind != "binary":
         raise SidelightError("Long inputs need labels of a binary task: check --label.")
     random = np.random.default_rng(seed)
     positive, negative = (np.flatnonzero(examples.labels == label) for label in (1, 0))

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from sidelight.backbone import TransformersBackbone
 from sidelight.bank import Bank, BankState
-from sidelight.data.examples import Examples
+from sidelight.data.examples import LabelledExamples
 from sidelight.errors import SidelightError, did_you_mean
 from sidelight.probe import Probe
 from sidelight.progress import progress
@@ -58,13 +58,15 @@ class Responses:
     growth: tuple[tuple[str, ...], ...]
 
 
-def with_positives(examples: Examples, positives: Sequence[str], *, name: str) -> Examples:
+def with_positives(
+    examples: LabelledExamples, positives: Sequence[str], *, name: str
+) -> LabelledExamples:
     """The examples with two classes: the positive labels together, named so, and all others.
 
     Raises:
         SidelightError: A label is unknown, or no label is left for the other class.
     """
-    if examples.task is None or examples.labels is None or examples.task.kind == "multilabel":
+    if examples.task.kind == "multilabel":
         raise SidelightError(
             "A streaming benchmark needs one label for each response: check --label."
         )
@@ -79,22 +81,21 @@ def with_positives(examples: Examples, positives: Sequence[str], *, name: str) -
         )
     task = Task("binary", (f"not {name}", name))
     labels = np.isin(examples.labels, [known.index(label) for label in positives]).astype(np.int64)
-    return Examples(examples.items, task, labels, examples.rows)
+    return LabelledExamples(examples.items, examples.rows, task=task, labels=labels)
 
 
-def parted(examples: Examples, *, seed: int) -> dict[str, Examples]:
+def parted(examples: LabelledExamples, *, seed: int) -> dict[str, LabelledExamples]:
     """Examples to train on, to choose rules on, and to report; all of a prompt are in one part."""
     rest, test = examples.split(_TEST_SHARE, seed=seed)
     training, validation = rest.split(_VALIDATION_SHARE, seed=seed)
     return {"training": training, "validation": validation, "test": test}
 
 
-def describe(backbone: TransformersBackbone, examples: Examples, label: str) -> Responses:
+def describe(backbone: TransformersBackbone, examples: LabelledExamples, label: str) -> Responses:
     """What is known of responses of two classes, with the tokens as the backbone reads them.
 
     ``label`` is the column of the labels in the data.
     """
-    assert examples.labels is not None
     growth: list[tuple[str, ...]] = []
     for item in examples.items:
         encoded = backbone.encoder.encode(item.messages, item.response)
@@ -169,10 +170,8 @@ def phrase_scores(responses: Responses) -> Scores:
     return [np.array([float(has_phrase(text)) for text in growth]) for growth in responses.growth]
 
 
-def word_scores(training: Examples, responses: Responses) -> Scores:
+def word_scores(training: LabelledExamples, responses: Responses) -> Scores:
     """The probability that TF-IDF, trained on other responses, gives to the text so far."""
-    assert training.task is not None
-    assert training.labels is not None
     texts = [item.response or "" for item in training.items]
     model = fit_tfidf(texts, training.labels, training.task)
     return [expit(model.logits(growth)[:, 0]) for growth in responses.growth]

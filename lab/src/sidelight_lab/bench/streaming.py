@@ -14,7 +14,7 @@ from jaxtyping import Bool, Int, Shaped
 from matplotlib.figure import Figure
 
 from sidelight.backbone import TransformersBackbone
-from sidelight.data.examples import Examples
+from sidelight.data.examples import LabelledExamples
 from sidelight.evaluation import Estimate
 from sidelight.plots import save_figure
 from sidelight.policy.hold_back import StreamingRule
@@ -158,7 +158,7 @@ class Row:
 
 def compare_streaming(
     backbone: TransformersBackbone,
-    examples: Examples,
+    examples: LabelledExamples,
     *,
     label: str,
     name: str,

@@ -9,7 +9,7 @@ import numpy as np
 
 from sidelight.artifact import save_probe
 from sidelight.backbone import TransformersBackbone
-from sidelight.data.examples import Example, Examples
+from sidelight.data.examples import Example, LabelledExamples
 from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import mechanism_spec
 from sidelight.prompts import Message, Reads
@@ -121,7 +121,7 @@ def prepare(backbone: TransformersBackbone, folder: Path) -> tuple[list[Path], P
     return folders, policy
 
 
-def _examples(probe: str, some: Sequence[Ticket]) -> Examples:
+def _examples(probe: str, some: Sequence[Ticket]) -> LabelledExamples:
     """The tickets as prompts, or as answers for the probe of the response."""
     if probe == "reply":
         asked = [f"Write to number {ticket.number}." for ticket in some]
@@ -134,4 +134,5 @@ def _examples(probe: str, some: Sequence[Ticket]) -> Examples:
     labels = [
         WORDS.index(ticket.word) if probe == "word" else int(ticket.is_abuse) for ticket in some
     ]
-    return Examples(tuple(items), PROBES[probe], np.array(labels), ({},) * len(items))
+    rows = ({},) * len(items)
+    return LabelledExamples(tuple(items), rows, task=PROBES[probe], labels=np.array(labels))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sidelight.backbone import TransformersBackbone
-from sidelight.data.examples import Examples
+from sidelight.data.examples import LabelledExamples
 from sidelight.mechanisms.base import mechanism_names, mechanism_spec
 from sidelight.prompts import Reads, shared_unread
 from sidelight.ragged import by_length
@@ -20,7 +20,7 @@ from sidelight_lab.bench.timing import Range, interleaved, ratios
 def compare_extraction(
     *,
     backbone: TransformersBackbone,
-    examples: Examples,
+    examples: LabelledExamples,
     repeats: int,
     rival: StateSource | None = None,
 ) -> dict[str, Any]:
@@ -60,18 +60,16 @@ def compare_extraction(
 
 
 def compare_training(
-    *, backbone: TransformersBackbone, examples: Examples, repeats: int, seeds: int
+    *, backbone: TransformersBackbone, examples: LabelledExamples, repeats: int, seeds: int
 ) -> dict[str, Any]:
     """Seconds of one extraction, of training each mechanism from it, and of all together."""
     parts = examples.split(0.15, seed=0)
-    assert examples.task is not None
     task = examples.task
     with tempfile.TemporaryDirectory() as scratch:
         source = BackboneSource(backbone)
         caches = [_cache(source, backbone, part, scratch) for part in parts]
         sets: list[TrainingSet] = []
         for cache, part in zip(caches, parts, strict=True):
-            assert part.labels is not None
             sets.append(TrainingSet(cache, part.labels))
 
         def training(names: Sequence[str]) -> Callable[[], object]:
@@ -106,7 +104,7 @@ def compare_training(
 
 
 def _cache(
-    source: StateSource, backbone: TransformersBackbone, examples: Examples, root: str
+    source: StateSource, backbone: TransformersBackbone, examples: LabelledExamples, root: str
 ) -> ActivationCache:
     prompts = [
         backbone.encoder.encode_any_length(item.messages).shortened(TRAINING_MAX_TOKENS)

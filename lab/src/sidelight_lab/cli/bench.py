@@ -33,7 +33,7 @@ from sidelight_lab.cli.bench_serving import (
 
 if TYPE_CHECKING:
     from sidelight.backbone import TransformersBackbone
-    from sidelight.data.examples import Examples
+    from sidelight.data.examples import LabelledExamples
 
 _XSTEST = "xstest_completions/all.jsonl.gz"
 
@@ -111,10 +111,11 @@ def _backbone(given: dict[str, Any]) -> "TransformersBackbone":
     return load_backbone(given["model"] or "smollm2", dtype=given["dtype"], device=given["device"])
 
 
-def _examples(given: dict[str, Any], **columns: Any) -> "Examples":
+def _examples(given: dict[str, Any], **columns: Any) -> "LabelledExamples":
     from sidelight.data.loading import load_examples
 
-    loaded = load_examples(given["data"], text=given["text"], label=given["label"], **columns)
+    label: str = given["label"]
+    loaded = load_examples(given["data"], text=given["text"], label=label, **columns)
     if given.get("rows") is None:
         return loaded
     return loaded.select(loaded.draw(given["rows"], seed=0))

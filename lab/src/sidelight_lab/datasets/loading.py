@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
-from sidelight.data.examples import Examples
+from sidelight.data.examples import LabelledExamples
 from sidelight.data.loading import load_examples
-from sidelight.data.readers import column_names, is_readable, read_file
+from sidelight.data.readers import is_readable, read_file
 from sidelight.data.splitting import validation_share
 from sidelight.errors import SidelightError
 from sidelight.types import Task
@@ -78,7 +78,7 @@ def split_file(folder: Path, split: str) -> Path:
     )
 
 
-def count_notes(name: str, examples: Examples | None, part: Part | None) -> tuple[str, ...]:
+def count_notes(name: str, examples: LabelledExamples | None, part: Part | None) -> tuple[str, ...]:
     """A split whose number of rows is not the official one."""
     if examples is None or part is None or _rows_read(examples) == part.rows:
         return ()
@@ -101,7 +101,7 @@ def test_notes(splits: Splits) -> tuple[str, ...]:
     return _left_out("test", splits.test)
 
 
-def overlap_notes(training: Examples, test: Examples) -> tuple[str, ...]:
+def overlap_notes(training: LabelledExamples, test: LabelledExamples) -> tuple[str, ...]:
     """Test texts that were trained on, equal but for case and spacing."""
     seen = _texts(training)
     count = sum(text in seen for text in _texts_in_order(test))
@@ -119,12 +119,12 @@ def absence_notes(wanted: Iterable[Subset], found: Iterable[str]) -> tuple[str, 
     )
 
 
-def _rows_read(examples: Examples) -> int:
+def _rows_read(examples: LabelledExamples) -> int:
     skipped = examples.skipped
     return len(examples) + skipped.empty_text + skipped.missing_label
 
 
-def _left_out(name: str, examples: Examples) -> tuple[str, ...]:
+def _left_out(name: str, examples: LabelledExamples) -> tuple[str, ...]:
     counts = {
         "without a label": examples.skipped.missing_label,
         "without a text": examples.skipped.empty_text,
@@ -134,11 +134,11 @@ def _left_out(name: str, examples: Examples) -> tuple[str, ...]:
     )
 
 
-def _texts(examples: Examples) -> frozenset[str]:
+def _texts(examples: LabelledExamples) -> frozenset[str]:
     return frozenset(_texts_in_order(examples))
 
 
-def _texts_in_order(examples: Examples) -> list[str]:
+def _texts_in_order(examples: LabelledExamples) -> list[str]:
     return [" ".join(item.text.split()).casefold() for item in examples.items]
 
 
@@ -217,7 +217,7 @@ def from_files(
     path = Path(training).expanduser()
     learned = load_examples(path, text=text, label=label, positive=positive)
 
-    def read(file: str | Path) -> Examples:
+    def read(file: str | Path) -> LabelledExamples:
         return load_examples(Path(file).expanduser(), text=text, label=label, task=learned.task)
 
     tested = read(test)
@@ -232,7 +232,7 @@ def from_files(
     )
 
 
-_Reader = Callable[[Part, Task | None], Examples]
+_Reader = Callable[[Part, Task | None], LabelledExamples]
 
 
 def load_data_set(name: str, *, root: Path | None = None) -> DataSet:
@@ -296,7 +296,7 @@ def _load(entry: Published, layout: Layout, read: _Reader) -> DataSet:
 
 
 def _local_reader(entry: Published, folder: Path) -> _Reader:
-    def read(part: Part, task: Task | None) -> Examples:
+    def read(part: Part, task: Task | None) -> LabelledExamples:
         path = split_file(folder, part.split)
         columns = _columns_of(path, entry.local.columns, entry.hub.columns)
         return _read(path, columns, entry=entry, task=task)
@@ -309,12 +309,12 @@ def _columns_of(path: Path, own: Columns, hub: Columns) -> Columns:
     if own == hub:
         return own
     # Reads the file twice: cheap beside a forward pass over its texts.
-    known = set(column_names(read_file(path)))
+    known = {name for row in read_file(path) for name in row.cells}
     return hub if {hub.text, hub.label} <= known and not {own.text, own.label} <= known else own
 
 
 def _hub_reader(entry: Published) -> _Reader:
-    def read(part: Part, task: Task | None) -> Examples:
+    def read(part: Part, task: Task | None) -> LabelledExamples:
         source = f"{entry.repository}:{part.config}" if part.config else entry.repository
         return _read(source, entry.hub.columns, entry=entry, task=task, split=part.split)
 
@@ -328,7 +328,7 @@ def _read(
     entry: Published,
     task: Task | None,
     split: str | None = None,
-) -> Examples:
+) -> LabelledExamples:
     return load_examples(
         source,
         text=columns.text,

@@ -23,8 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int
 
-from sidelight.data.examples import Examples
-from sidelight.data.labels import Truth, truth_values
+from sidelight.data.examples import LabelledExamples
 from sidelight.data.loading import OnMissingLabel
 from sidelight.errors import SidelightError, did_you_mean
 
@@ -47,9 +46,9 @@ class DataSet:
 
     name: str
     title: str
-    training: Examples
-    validation: Examples
-    test: Examples
+    training: LabelledExamples
+    validation: LabelledExamples
+    test: LabelledExamples
     subsets: Mapping[str, Int[np.ndarray, " row"]]
     notes: tuple[str, ...]
     training_notes: tuple[str, ...]
@@ -66,9 +65,9 @@ class Splits:
         test: The test split.
     """
 
-    training: Examples
-    validation: Examples | None
-    test: Examples
+    training: LabelledExamples
+    validation: LabelledExamples | None
+    test: LabelledExamples
 
 
 @dataclass(frozen=True)
@@ -128,7 +127,7 @@ class Subset:
     holds: bool = True
 
 
-def no_remarks(_: Examples) -> tuple[str, ...]:
+def no_remarks(_: LabelledExamples) -> tuple[str, ...]:
     """Nothing to say of the training split."""
     return ()
 
@@ -161,10 +160,12 @@ class Published:
     positive: str | None = None
     on_missing_label: OnMissingLabel = "error"
     subsets: tuple[Subset, ...] = ()
-    remarks: Callable[[Examples], tuple[str, ...]] = no_remarks
+    remarks: Callable[[LabelledExamples], tuple[str, ...]] = no_remarks
 
 
-def find_subsets(test: Examples, subsets: Iterable[Subset]) -> dict[str, Int[np.ndarray, " row"]]:
+def find_subsets(
+    test: LabelledExamples, subsets: Iterable[Subset]
+) -> dict[str, Int[np.ndarray, " row"]]:
     """Row positions of each subset; those whose column is absent, or that are empty, are left out.
 
     Raises:
@@ -174,9 +175,11 @@ def find_subsets(test: Examples, subsets: Iterable[Subset]) -> dict[str, Int[np.
     return {name: positions for name, positions in rows.items() if len(positions)}
 
 
-def _rows(test: Examples, subset: Subset) -> Int[np.ndarray, " row"]:
-    values = truth_values(test, subset.column) or ()
-    return np.flatnonzero([value is Truth(subset.holds) for value in values])
+def _rows(test: LabelledExamples, subset: Subset) -> Int[np.ndarray, " row"]:
+    if not any(subset.column in row for row in test.rows):
+        return np.array([], dtype=np.int64)
+    values = test.truth_values(subset.column)
+    return np.flatnonzero([value is subset.holds for value in values])
 
 
 # Rows: the hub's data set card, configuration `split`.
@@ -261,13 +264,14 @@ _TOXICCHAT_TRAINING_ROWS, _TOXICCHAT_TEST_ROWS = 5082, 5083
 _TOXIC_PERCENT = 7.33
 
 
-def _remarks(training: Examples) -> tuple[str, ...]:
+def _remarks(training: LabelledExamples) -> tuple[str, ...]:
     """Says so if the machine-screened rows of the training split are missing."""
-    human = truth_values(training, "human_annotation") or ()
-    if len(training) >= _TOXICCHAT_TRAINING_ROWS or not human or set(human) != {Truth.HOLDS}:
+    column = "human_annotation"
+    if len(training) >= _TOXICCHAT_TRAINING_ROWS or not any(column in r for r in training.rows):
         return ()
-    labels = training.labels
-    percent = 0.0 if labels is None else 100 * float(labels.mean())
+    if set(training.truth_values(column)) != {True}:
+        return ()
+    percent = 100 * float(training.labels.mean())
     return (
         "All training rows are human-annotated; the machine-screened, mostly harmless ones are "
         f"missing, so {percent:.1f} % are toxic, against {_TOXIC_PERCENT} % of the official rows.",

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from sidelight.backbone import Fingerprint, TransformersBackbone
-from sidelight.data.examples import Examples
+from sidelight.data.examples import LabelledExamples
 from sidelight.storage import write_json, write_text
 from sidelight.training.cross_fitting import require_same_task
 from sidelight.training.dataset import ProbeDataset, Split, make_split
@@ -70,7 +70,7 @@ class RecipeContext:
 
         return build_rows(self.recipe, search)
 
-    def sample(self, examples: Examples) -> Examples:
+    def sample(self, examples: LabelledExamples) -> LabelledExamples:
         """The rows that are used of a part: all, or as many as the limit says."""
         if self.limit is None:
             return examples
@@ -95,7 +95,7 @@ class RecipeContext:
             self.extract(validation, "Validation texts"),
         )
 
-    def extract(self, examples: Examples, title: str) -> Split:
+    def extract(self, examples: LabelledExamples, title: str) -> Split:
         """Texts with their hidden states."""
         return make_split(
             self.backbone,

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 
 from sidelight.artifact import load_probe
 from sidelight.calibration import choose_thresholds, fit_calibration
-from sidelight.data.examples import Examples
+from sidelight.data.examples import LabelledExamples
 from sidelight.errors import SidelightError
 from sidelight.probe import Probe
 from sidelight.progress import progress
@@ -134,16 +134,16 @@ def record_opening(
     return [entry["time"] for entry in entries[:place]]
 
 
-def fit_to_task(test: Examples, task: Task) -> Examples:
+def fit_to_task(test: LabelledExamples, task: Task) -> LabelledExamples:
     """Test texts with the labels of the training task.
 
     Two binary tasks are the same question under other names: negative and positive correspond.
     """
     own = test.task
-    if own != task and not (own is not None and own.kind == task.kind == "binary"):
+    if own != task and not own.kind == task.kind == "binary":
         raise SidelightError(
             f"The rows were trained on the labels {task.labels}, but the test data has "
-            f"{own and own.labels}. Choose a test set with the same labels."
+            f"{own.labels}. Choose a test set with the same labels."
         )
     return replace(test, task=task)
 
