@@ -1,0 +1,224 @@
+"""Loaded texts are what the rows say, and their parts keep texts whole and labels in proportion."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rows import ROWS, labelled
+from sidelight.data.examples import Examples
+from sidelight.data.loading import load_examples
+from sidelight.errors import SidelightError
+from sidelight.prompts import Message
+from sidelight.types import Task
+
+
+def test_content_hash_depends_on_texts_labels_and_order_only() -> None:
+    base = load_examples(ROWS)
+    other_text = load_examples([{**ROWS[0], "text": "where is it"}, *ROWS[1:]])
+    other_label = load_examples([{**ROWS[0], "label": "fault"}, *ROWS[1:]])
+    reordered = load_examples(ROWS[::-1])
+    other_column = load_examples([{**row, "id": 7} for row in ROWS])
+    other_polarity = load_examples(ROWS, positive="delivery")
+    assert len({e.content_hash for e in (base, other_text, other_label, reordered)}) == 4
+    assert other_column.content_hash == other_polarity.content_hash == base.content_hash
+
+
+def test_a_plain_text_is_a_chat_of_one_user_message() -> None:
+    chat = [{"role": "user", "content": "where is my parcel"}]
+    parts = [{"role": "user", "content": [{"type": "text", "text": "where is my parcel"}]}]
+    for cell in ("where is my parcel", chat, parts):
+        examples = load_examples([{"text": cell}], label=None)
+        assert examples.items[0].messages == (Message("user", "where is my parcel"),)
+
+
+def test_arrays_of_messages_are_chats() -> None:
+    parts = np.array([{"type": "text", "text": "Why?"}])
+    chat = np.array([{"role": "user", "content": parts}])
+    examples = load_examples([{"text": chat}], label=None)
+    assert examples.items[0].messages == (Message("user", "Why?"),)
+
+
+def test_without_labels_the_label_column_need_not_exist() -> None:
+    examples = load_examples([{"text": "hello"}], label=None)
+    assert (type(examples), len(examples)) == (Examples, 1)
+
+
+def test_empty_texts_and_responses_are_left_out_and_counted() -> None:
+    rows = [{**row, "answer": "ok"} for row in ROWS]
+    rows += [{"text": " \n", "label": "fault", "answer": "ok"}, {"label": "fault", "answer": "ok"}]
+    rows += [{"text": "hello", "label": "fault", "answer": ""}]
+    examples = load_examples(rows, response="answer")
+    assert len(examples) == 4
+    assert examples.skipped.empty_text == 3
+    assert "Left out 3 rows with an empty text" in examples.warnings[0]
+
+
+def test_conflicting_labels_of_one_text_are_a_warning() -> None:
+    rows = [*ROWS, {**ROWS[0], "label": "fault"}, ROWS[1]]
+    assert "1 texts appear more than once" in load_examples(rows).warnings[-1]
+
+
+def test_rows_without_any_text_are_an_error() -> None:
+    with pytest.raises(SidelightError, match=r"'text' is empty in all 2 rows"):
+        load_examples([("", "a"), (" ", "b")])
+    with pytest.raises(SidelightError, match=r"'text' is empty in all 1 rows\. .*\(text="):
+        load_examples([{"text": "", "answer": "b", "label": 1}], response="answer")
+    with pytest.raises(SidelightError, match=r"'answer' is empty in all 1 rows\. .* --response"):
+        load_examples([{"text": "a", "answer": " ", "label": 1}], response="answer")
+    halves = [{"text": "a", "label": 0}, {"answer": "b", "label": 1}]
+    with pytest.raises(SidelightError, match=r"none of the 2 rows has both a 'text' and a 'answe"):
+        load_examples(halves, response="answer")
+    with pytest.raises(SidelightError, match=r"There are no rows"):
+        load_examples([])
+    with pytest.raises(SidelightError, match=r"row 1: expected a mapping or a \(text, label\)"):
+        load_examples([("a",)])
+
+
+def test_select_keeps_texts_labels_and_columns_together() -> None:
+    examples = load_examples([{**row, "id": number} for number, row in enumerate(ROWS)])
+    part = examples.select([3, 0])
+    assert [item.text for item in part.items] == ["screen stays black", "where is my parcel"]
+    assert part.labels.tolist() == [1, 0]
+    assert part.column("id") == (3, 0)
+    with pytest.raises(SidelightError, match=r"no column 'idd'\. Did you mean 'id'"):
+        part.column("idd")
+
+
+@settings(deadline=None)
+@given(
+    picks=st.lists(st.integers(0, 25), min_size=8, max_size=60),
+    fraction=st.floats(0.05, 0.95),
+    seed=st.integers(0, 9),
+)
+def test_a_split_parts_no_text_and_loses_no_row(
+    picks: list[int], fraction: float, seed: int
+) -> None:
+    picks += [0, 1, 2, 3, 4, 5]  # two texts of each of three labels
+    rows = [
+        {"text": f"Text  {pick}" if number % 2 else f"text {pick}", "label": "abc"[pick % 3]}
+        for number, pick in enumerate(picks)
+    ]
+    examples = load_examples([{**row, "id": number} for number, row in enumerate(rows)])
+    training, held_out = examples.split(fraction, seed)
+    sides = [
+        {item.text.casefold().replace("  ", " ") for item in part.items}
+        for part in (training, held_out)
+    ]
+    assert not sides[0] & sides[1]
+    assert sorted((*training.column("id"), *held_out.column("id"))) == list(range(len(rows)))  # pyright: ignore[reportArgumentType]
+    assert set(training.labels.tolist()) == set(held_out.labels.tolist()) == {0, 1, 2}
+    assert training.warnings == ()
+
+
+@given(fraction=st.floats(0.05, 0.95), seed=st.integers(0, 99))
+def test_a_split_of_distinct_texts_keeps_the_share_of_each_label(
+    fraction: float, seed: int
+) -> None:
+    examples = load_examples(labelled(["a"] * 40 + ["b"] * 9 + ["c"] * 3))
+    _, held_out = examples.split(fraction, seed)
+    for label, count in enumerate([40, 9, 3]):
+        share = held_out.labels.tolist().count(label)
+        assert abs(share - fraction * count) <= 1, "one row is the finest step"
+
+
+def test_a_multilabel_split_gives_every_label_to_both_sides() -> None:
+    rng = np.random.default_rng(0)
+    rows = [
+        {"text": str(number), "often": int(rng.random() < 0.5), "rare": int(number % 50 == 0)}
+        for number in range(200)
+    ]
+    for part in load_examples(rows, label="often,rare").split(0.25, 0):
+        assert part.labels.any(axis=0).all()
+        assert part.labels[:, 1].sum() in (1, 3)
+
+
+def test_answers_to_one_prompt_are_split_by_answer() -> None:
+    rows = [
+        {"text": "Reply." if number % 3 else "reply. ", "answer": answer, "label": number % 2}
+        for number in range(40)
+        for answer in (f"answer {number}", f"Answer  {number}")
+    ]
+    examples = load_examples(rows, response="answer")
+    answers = [
+        {" ".join((item.response or "").casefold().split()) for item in part.items}
+        for part in examples.split(0.3, 0)
+    ]
+    assert [len(part) for part in answers] == [28, 12]
+    assert not answers[0] & answers[1]
+    folds = examples.folds(5, seed=0)
+    assert sorted(np.concatenate(folds).tolist()) == list(range(len(examples)))
+
+
+def test_the_key_of_a_text_leaves_out_case_and_spacing_only() -> None:
+    keys = [item.text_key for item in load_examples([("A  b", 0), ("a b\n", 1), ("ab", 1)]).items]
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_the_seed_decides_a_split() -> None:
+    examples = load_examples(labelled(["a", "b"] * 20))
+    first, again, other = (examples.split(0.3, seed)[1].content_hash for seed in (0, 0, 1))
+    assert first == again != other
+
+
+def test_examples_without_labels_can_be_split() -> None:
+    examples = load_examples([{"text": str(number)} for number in range(10)], label=None)
+    assert [len(part) for part in examples.split(0.3, 0)] == [7, 3]
+
+
+def test_a_label_with_one_text_stays_in_training_with_a_warning() -> None:
+    rows = labelled(["a", "b"] * 10)
+    examples = load_examples([*rows, ("rare", "c"), ("Rare ", "c")])
+    training, held_out = examples.split(0.5, 0)
+    assert training.labels.tolist().count(2) == 2
+    assert held_out.labels.tolist().count(2) == 0
+    assert training.warnings == (
+        "Label 'c' has only one distinct text: it stays in the training part.",
+    )
+
+
+def test_folds_have_each_row_once_and_part_no_text() -> None:
+    rows = labelled(["a"] * 40 + ["b"] * 9 + ["c"] * 5)
+    examples = load_examples([*rows, *[(f"{text} ", label) for text, label in rows[:20]]])
+    folds = examples.folds(5, seed=0)
+    assert sorted(np.concatenate(folds).tolist()) == list(range(len(examples)))
+    texts = [{examples.items[row].text.strip() for row in fold} for fold in folds]
+    assert sum(map(len, texts)) == len(set.union(*texts))
+    for fold in folds:
+        found = examples.select(fold).labels.tolist()
+        assert set(found) == {0, 1, 2}
+        assert found.count(2) == 1
+
+
+def test_drawn_rows_keep_the_share_of_each_label_and_lose_none() -> None:
+    labels = ["a"] * 70 + ["b"] * 28 + ["c"] * 2
+    rows = [{"text": f"text {n}", "label": label} for n, label in enumerate(labels)]
+    examples = load_examples(rows)
+    drawn = examples.draw(20, seed=0)
+    assert len(set(drawn.tolist())) == 20
+    assert (np.diff(drawn) > 0).all()
+    counts = np.bincount(examples.select(drawn).labels)
+    assert counts[2] == 1
+    assert abs(counts[0] - 14) <= 1
+    assert (examples.draw(20, seed=1) != drawn).any()
+    assert (examples.draw(500, seed=0) == np.arange(100)).all()
+    with pytest.raises(SidelightError, match="2 examples cannot show 3 labels"):
+        examples.draw(2, seed=0)
+
+
+def test_drawn_rows_of_several_labels_have_each_label() -> None:
+    rows = [{"text": f"text {n}", "a": int(n < 50), "b": int(n == 7)} for n in range(60)]
+    examples = load_examples(rows, label="a,b")
+    assert examples.select(examples.draw(6, seed=0)).labels.any(0).all()
+
+
+def test_an_impossible_split_is_an_error() -> None:
+    with pytest.raises(SidelightError, match=r"Cannot make 5 parts"):
+        load_examples(ROWS[:2]).folds(5, 0)
+    with pytest.raises(SidelightError, match=r"Cannot hold out 1"):
+        load_examples(ROWS).split(1.0, 0)
+    with pytest.raises(SidelightError, match=r"all examples have the same text"):
+        load_examples([("a", 0), ("A", 1)]).split(0.5, 0)
+    answered = [{"text": "a", "answer": answer, "label": answer == "b"} for answer in "bB "]
+    with pytest.raises(SidelightError, match=r"and the same response"):
+        load_examples(answered, response="answer", task=Task("binary", ("0", "1"))).split(0.5, 0)

@@ -1,0 +1,202 @@
+"""However labels are spelled, they make the same task and the same numbers, or a clear error."""
+
+from decimal import Decimal
+
+import numpy as np
+import pytest
+
+from rows import ROWS, labelled
+from sidelight.data.loading import load_examples
+from sidelight.errors import SidelightError
+from sidelight.types import Task
+
+
+@pytest.mark.parametrize(
+    ("negative", "positive", "names"),
+    [
+        ([0, "0", "0.0", 0.0], [1, " 1 ", "1.0", 1.0], ("0", "1")),
+        ([False, "False", "FALSE"], [True, "true", "TRUE"], ("false", "true")),
+        (["no", "No"], ["yes", "YES"], ("no", "yes")),
+        ([False, 0, "no"], [True, 1, "1"], ("0", "1")),
+        ([np.int64(0), np.bool_(False)], [np.int64(1), np.float32(1)], ("0", "1")),
+    ],
+)
+def test_truth_values_are_one_task_however_they_are_spelled(
+    negative: list[object], positive: list[object], names: tuple[str, ...]
+) -> None:
+    examples = load_examples(labelled([*positive, *negative]))
+    assert examples.task == Task("binary", names)
+    assert examples.labels.tolist() == [1] * len(positive) + [0] * len(negative)
+    assert examples.warnings == ()
+
+
+def test_of_minus_one_and_one_one_is_positive() -> None:
+    examples = load_examples(labelled([1, "1", -1, 1.0]))
+    assert examples.task == Task("binary", ("-1", "1"))
+    assert examples.labels.tolist() == [1, 1, 0, 1]
+    assert examples.warnings == ()
+    turned = load_examples(labelled([1, 1, -1]), positive="-1")
+    assert turned.task == Task("binary", ("1", "-1"))
+    three = load_examples(labelled([-1, 0, 1] * 2))
+    assert three.task == Task("multiclass", ("-1", "0", "1"))
+
+
+@pytest.mark.parametrize("trained", [("0", "1"), ("false", "true"), ("no", "yes")])
+def test_a_task_of_truth_values_accepts_every_spelling(trained: tuple[str, ...]) -> None:
+    values = [1, "1", True, 1.0, "TRUE", "Yes", 0, "0", False, 0.0, "no"]
+    expected = [1] * 6 + [0] * 5
+    examples = load_examples(labelled(values), task=Task("binary", trained))
+    assert examples.labels.tolist() == expected
+    reverse = load_examples(labelled(values), task=Task("binary", trained[::-1]))
+    assert reverse.labels.tolist() == [1 - number for number in expected]
+
+
+def test_the_rarer_label_is_positive_and_the_user_is_told() -> None:
+    examples = load_examples(labelled(["spam", "ham", "ham"]))
+    assert examples.task == Task("binary", ("ham", "spam"))
+    assert "'spam' is taken" in examples.warnings[0]
+
+
+def test_of_two_equally_frequent_labels_the_last_in_the_alphabet_is_positive() -> None:
+    assert load_examples(ROWS).task == Task("binary", ("delivery", "fault"))
+
+
+@pytest.mark.parametrize(("values", "positive"), [(["a", "b", "b"], "b"), ([True, False], "0")])
+def test_the_named_positive_class_wins(values: list[object], positive: str) -> None:
+    examples = load_examples(labelled(values), positive=positive)
+    assert examples.task.labels[1] in (positive, "false")
+    assert examples.warnings == ()
+
+
+def test_numeric_classes_are_in_numeric_order() -> None:
+    examples = load_examples(labelled([10, 9, "2", 10.0, "9", 2]))
+    assert examples.task == Task("multiclass", ("2", "9", "10"))
+    assert examples.labels.tolist() == [2, 1, 0, 2, 1, 0]
+
+
+def test_lists_and_flag_columns_make_the_same_multilabel_task() -> None:
+    lists = [("a", ["rude", "spam"]), ("b", []), ("c", ["spam"]), ("d", ["rude"])]
+    flags = [
+        {"text": text, "rude": int("rude" in names), "spam": "spam" in names}
+        for text, names in lists
+    ]
+    by_list, by_flag = load_examples(lists), load_examples(flags, label="rude, spam")
+    assert by_list.task == by_flag.task == Task("multilabel", ("rude", "spam"))
+    assert by_list.labels.tolist() == by_flag.labels.tolist() == [[1, 1], [0, 0], [0, 1], [1, 0]]
+    assert by_list.content_hash == by_flag.content_hash
+
+
+def test_arrays_and_tuples_of_labels_are_lists() -> None:
+    lists = [["rude", "spam"], [], ["spam"], ["rude"]]
+    expected = load_examples(labelled(lists))
+    arrays = [np.array(names, dtype=object) for names in lists]
+    for cells in (arrays, [np.array(names, dtype="U4") for names in lists], map(tuple, lists)):
+        loaded = load_examples(labelled(list(cells)))
+        assert (loaded.task, loaded.labels.tolist()) == (expected.task, expected.labels.tolist())
+
+
+def test_a_number_of_any_type_is_the_same_label() -> None:
+    ones = [1, 1.0, np.int8(1), np.float64(1), np.bool_(True), Decimal("1"), Decimal("1.0")]
+    examples = load_examples(labelled([*ones, 0]))
+    assert examples.labels.tolist() == [1] * len(ones) + [0]
+
+
+def test_a_trained_task_orders_the_flag_columns() -> None:
+    task = Task("multilabel", ("spam", "rude"))
+    rows = [{"text": "a", "rude": 1, "spam": 0}]
+    assert load_examples(rows, label="rude,spam", task=task).labels.tolist() == [[0, 1]]
+
+
+def test_a_multilabel_column_that_never_varies_is_a_warning() -> None:
+    rows = [{"text": str(number), "a": number % 2, "b": 0} for number in range(4)]
+    assert "'b' holds in 0 of 4 rows" in load_examples(rows, label="a,b").warnings[0]
+
+
+def test_a_task_allows_one_class_only_and_keeps_its_numbers() -> None:
+    task = Task("multiclass", ("late", "fault", "delivery"))
+    assert load_examples(ROWS, task=task).labels.tolist() == [2, 1, 2, 1]
+    assert load_examples(ROWS[:1], task=task).labels.tolist() == [2]
+
+
+@pytest.mark.parametrize("nothing", [None, float("nan"), "", " ", "NaN", "null"])
+def test_missing_labels_are_an_error_or_are_left_out(nothing: object) -> None:
+    rows = [*ROWS, {"text": "hello", "label": nothing}]
+    with pytest.raises(
+        SidelightError, match=r"1 of 5 rows have no label .* row 5\. .* skip \(on_missing_label="
+    ):
+        load_examples(rows)
+    examples = load_examples(rows, on_missing_label="skip")
+    assert (len(examples), examples.skipped.missing_label) == (4, 1)
+
+
+UNUSABLE = {
+    "one class": (["a", "a"], {}, r"only one label, 'a', in all 2 rows"),
+    "one class in two spellings": ([True, "1"], {}, r"only one label"),
+    "free text": (["a", "b", "c", "d"], {}, r"4 distinct values in 4 rows .* free text"),
+    "too many labels": (list(range(201)) * 3, {}, r"201 distinct values"),
+    "measurement": ([0.73, 0.2], {}, r"row 1: the label 0\.73 is a measurement"),
+    "measurement as text": (["1", "2.5e-1"], {}, r"row 2: .* measurement"),
+    "object": ([{"a": 1}, "b"], {}, r"row 1: expected one label .*\. Write one"),
+    "list after name": (["a", ["b"]], {}, r"row 2: expected one label .* list of labels in every"),
+    "bytes": ([b"spam", b"ham"], {}, r"row 1: expected one label .* got b'spam'"),
+    "sets": (["a", {"b"}], {}, r"row 2: expected one label"),
+    "list in a list": ([["a"], ["b", ["a"]]], {}, r"row 2: expected one label"),
+    "bytes in a list": ([["a"], [b"b"]], {}, r"row 2: expected one label"),
+    "None in a list": ([["a", "b"], ["b", None]], {}, r"row 2: the list .* holds an empty one"),
+    "nothing in an array": ([["a", "b"], np.array(["b", ""])], {}, r"row 2: .* an empty one"),
+    "half a character": (["a", "b\ud83d"], {}, r"row 2: .* half a character .* position 1"),
+    "half a character in a list": ([["a"], ["\ud83d"]], {}, r"row 2: .* half a character"),
+    "name after list": ([["a"], "b"], {}, r"row 2: expected a list of labels"),
+    "one label in lists": ([["a"], []], {}, r"Got 1 distinct labels"),
+    "unknown positive": (["a", "b"], {"positive": "c"}, r"'c' is not a label\. Known: a, b"),
+    "positive of three": (["a", "b", "c"] * 2, {"positive": "c"}, r"two classes, .* has 3"),
+    "positive of lists": ([["a"], ["b"]], {"positive": "a"}, r"may have several labels"),
+    "positive and task": (
+        ["a", "b"],
+        {"positive": "a", "task": Task("binary", ("a", "b"))},
+        r"Leave it out",
+    ),
+    "unknown label": (
+        ["ham", "spma"],
+        {"task": Task("binary", ("ham", "spam"))},
+        r"row 2: unknown label 'spma'\. Did you mean 'spam'\? Known: ham, spam\. .* `sidel",
+    ),
+    "0/1 for names": ([1, 0], {"task": Task("binary", ("ham", "spam"))}, r"unknown label '1'"),
+    "name for multilabel": (["a"], {"task": Task("multilabel", ("a", "b"))}, r"Give lists"),
+    "list for multiclass": (
+        [["a"]],
+        {"task": Task("multiclass", ("a", "b"))},
+        r"have several labels",
+    ),
+    "no label at all": ([None, None], {"on_missing_label": "skip"}, r"2 of 2 rows have no label"),
+    "no label column": (
+        ["a", "b"],
+        {"label": "lable"},
+        r"no column 'lable'\. Did you .* --label \(label= in",
+    ),
+    "no text column": (
+        ["a", "b"],
+        {"response": "answer"},
+        r"no column 'answer'.* --response \(response= in",
+    ),
+    "no column of that text": (["a", "b"], {"text": "txt"}, r"no column 'txt'.* --text \(text= in"),
+    "split of rows": (["a", "b"], {"split": "test"}, r"split='test' chooses"),
+}
+
+
+@pytest.mark.parametrize(("values", "options", "message"), UNUSABLE.values(), ids=UNUSABLE)
+def test_unusable_labels_are_an_error_with_the_remedy(
+    values: list[object], options: dict[str, object], message: str
+) -> None:
+    columns = {"label": "label", **options}
+    rows = [{"text": text, "label": value} for text, value in labelled(values)]
+    with pytest.raises(SidelightError, match=message):
+        load_examples(rows, **columns)  # pyright: ignore[reportArgumentType]
+
+
+def test_flag_columns_must_be_flags_of_the_task() -> None:
+    rows = [{"text": "a", "x": 2, "y": 0}]
+    with pytest.raises(SidelightError, match=r"row 1: column 'x' holds '2'"):
+        load_examples(rows, label="x,y")
+    with pytest.raises(SidelightError, match=r"labels x, z, but the columns are x, y"):
+        load_examples(rows, label="x,y", task=Task("multilabel", ("x", "z")))

@@ -1,0 +1,226 @@
+"""Every source gives the same rows, and what cannot be read is an error that names its place."""
+
+import csv
+import gzip
+import sys
+from pathlib import Path
+
+import httpx
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from rows import ROWS, WRITERS, DatasetsError, HubTable, stand_in_for_datasets, write
+from sidelight.data.loading import load_examples
+from sidelight.errors import SidelightError
+from sidelight.prompts import Message
+from sidelight.types import Task
+
+in_temporary_folder = settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@in_temporary_folder
+@given(
+    texts=st.lists(st.text(min_size=1, max_size=40), min_size=6, max_size=12),
+    names=st.sampled_from([("no", "yes"), ("0", "1", "2"), ("billing", "élan", 'a "b", c')]),
+)
+def test_every_format_gives_the_same_examples(
+    tmp_path: Path, texts: list[str], names: tuple[str, ...]
+) -> None:
+    rows = [
+        {"text": "x" + text, "label": names[number % len(names)], "source": str(number)}
+        for number, text in enumerate(texts)
+    ]
+    expected = load_examples(rows)
+    for ending in WRITERS:
+        path = write(tmp_path / f"rows{ending}", rows)
+        loaded = load_examples(path)
+        assert loaded.items == expected.items, path
+        assert loaded.task == expected.task
+        assert loaded.labels.tolist() == expected.labels.tolist()
+        assert loaded.content_hash == expected.content_hash
+        assert loaded.column("source") == expected.column("source")
+
+
+def test_pairs_equal_mappings() -> None:
+    pairs = load_examples([(row["text"], row["label"]) for row in ROWS])
+    assert pairs.content_hash == load_examples(ROWS).content_hash
+
+
+def test_a_chat_keeps_its_turns_and_its_response(tmp_path: Path) -> None:
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
+    row = {"chat": turns, "answer": "Because.", "label": None}
+    files = [write(tmp_path / f"chats{ending}", [row]) for ending in (".jsonl", ".parquet")]
+    for source in ([row], *files):
+        item = load_examples(source, text="chat", response="answer", label=None).items[0]
+        assert item.messages == (Message("system", "Be brief."), Message("user", "Why?"))
+        assert item.response == "Because."
+        assert item.text == "Be brief.\nWhy?"
+
+
+def test_an_example_knows_where_it_stood(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text('text,label\n"two\nlines",a\n,a\nc,b\n')
+    examples = load_examples(path)
+    assert [item.place for item in examples.items] == ["rows.csv, line 2", "rows.csv, line 5"]
+    assert examples.skipped.first_empty == "rows.csv, line 4"
+    assert examples.items == load_examples([("two\nlines", "a"), ("c", "b")]).items
+    answered = load_examples([{"text": "a", "answer": "b"}], label=None, response="answer")
+    assert answered.items[0].place == "Given rows, row 1"
+
+
+def test_a_byte_order_mark_is_not_part_of_the_first_column(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label\na,x\nb,y\n", encoding="utf-8-sig")
+    assert [item.text for item in load_examples(path).items] == ["a", "b"]
+
+
+def test_a_text_of_any_length_is_read_from_csv(tmp_path: Path) -> None:
+    rows = [{"text": "word " * 60_000, "label": "a"}, {"text": "short", "label": "b"}]
+    limit = csv.field_size_limit()
+    examples = load_examples(write(tmp_path / "rows.csv", rows))
+    assert len(examples.items[0].text) == 300_000
+    assert csv.field_size_limit() == limit
+
+
+def test_a_line_number_counts_the_lines_inside_quotes(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text('text,label\n"two\nlines",x\n\nb\n')
+    with pytest.raises(SidelightError, match=r"rows\.csv, line 5: 1 fields, but the header has 2"):
+        load_examples(path)
+
+
+MALFORMED = {
+    "one field too many": ("a.csv", b"text,label\na,x\nb,y,z\n", r"line 3: 3 fields"),
+    "open quote": ("a.csv", b'text,label\n"a,x\n', r"line 2: unexpected end of data"),
+    "column twice": ("a.csv", b"text,text\na,b\n", r"'text' appears twice"),
+    "header only": ("a.csv", b"text,label\n", r"has no rows"),
+    "not UTF-8": ("a.csv", b"text,label\na,x\n\xff,y\n", r"line 3: byte 0xff is not UTF-8"),
+    "binary": ("a.jsonl", b"\x89PNG\r\n", r"line 1: byte 0x89 is not UTF-8"),
+    "damaged gzip": ("a.jsonl.gz", gzip.compress(b"{}" * 99)[:-9], r"not a complete gzip file"),
+    "damaged Parquet": ("a.parquet", b"PAR1", r"not a complete Parquet file"),
+    "empty file": ("a.jsonl", b"", r"has no rows"),
+    "empty array": ("a.json", b"[]", r"has no rows"),
+    "not JSON": ("a.jsonl", b'{"text": "a", "label": 1}\n{"text": \n', r"line 2: not valid JSON"),
+    "member twice": (
+        "a.jsonl",
+        b'{"text": "a", "label": 1}\n{"text": "a", "text": "b", "label": 1}',
+        r"line 2: 'text' appears twice",
+    ),
+    "member of a message twice": (
+        "a.json",
+        b'[{"text": [{"role": "user", "role": "system", "content": "a"}], "label": 1}]',
+        r"a\.json: 'role' appears twice",
+    ),
+    "deep JSON": ("a.jsonl", b"[" * 100_000, r"line 1: not valid JSON"),
+    "line is no object": ("a.jsonl", b'\n["a", 1]\n', r"line 2: expected an object .* got"),
+    "element is no object": ("a.json", b'[{"text": "a"}, 3]', r"row 2: expected an object"),
+    "object for array": ("a.json", b'{"data": []}', r"expected one array"),
+    "text is a number": ("a.jsonl", b'{"text": 3, "label": 1}', r"line 1: expected a text .* 3"),
+    "half a character": ("a.jsonl", b'{"text": "\\ud800", "label": 1}', r"line 1: .*half"),
+    "message without role": ("a.jsonl", b'{"text": [{"content": "a"}], "label": 1}', r"'role'"),
+    "image part": (
+        "a.jsonl",
+        b'{"text": [{"role": "user", "content": [{"type": "image"}]}], "label": 1}',
+        r"reads only text",
+    ),
+    "unknown ending": ("a.xlsx", b"", r"'a\.xlsx': its name must end in \.csv, \.json"),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "message"), MALFORMED.values(), ids=MALFORMED)
+def test_a_malformed_file_is_an_error_that_names_the_place(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(SidelightError, match=message):
+        load_examples(path)
+
+
+def test_an_absent_file_names_its_neighbours(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", ROWS)
+    with pytest.raises(SidelightError, match=r"Did you mean 'train\.jsonl'"):
+        load_examples(tmp_path / "trian.jsonl")
+    with pytest.raises(SidelightError, match=r"is a directory\. Give one file"):
+        load_examples(str(tmp_path))
+    with pytest.raises(SidelightError, match=r"there is no directory"):
+        load_examples(tmp_path / "absent" / "train.jsonl")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SidelightError, match=r"empty' has no file that can be read"):
+        load_examples(tmp_path / "empty" / "train.jsonl")
+
+
+def test_a_hub_name_without_the_package_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    remedy = r"no file 'owner/name:config'.*pip install 'sidelight\[datasets\]'"
+    with pytest.raises(SidelightError, match=remedy):
+        load_examples("owner/name:config")
+
+
+def test_a_parquet_column_that_appears_twice_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    columns = [pyarrow.array(["a", "b"])] * 2
+    pyarrow.parquet.write_table(pyarrow.table(columns, names=["text", "text"]), path)
+    with pytest.raises(SidelightError, match=r"^a\.parquet: 'text' appears twice\. Give"):
+        load_examples(path)
+
+
+def test_parquet_without_pyarrow_names_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(SidelightError, match=r"pip install pyarrow"):
+        load_examples(tmp_path / "a.parquet")
+
+
+def test_the_hub_gives_class_names_for_three_classes_and_numbers_for_two(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[tuple[object, ...]] = []
+    values = [0, 1, 2, 0, 1, 2, -1]
+    table = HubTable(
+        [{"text": str(i), "label": v, "flag": (i + 1) % 3 - 1} for i, v in enumerate(values)],
+        label=["sad", "glad", "calm"],
+        flag=["negative", "positive"],
+    )
+
+    def load_dataset(name: str, config: str | None, *, split: str) -> HubTable:
+        asked.append((name, config, split))
+        return table
+
+    monkeypatch.setitem(sys.modules, "datasets", stand_in_for_datasets(load_dataset))
+    examples = load_examples("owner/name:config", split="test", on_missing_label="skip")
+    flags = load_examples("name", label="flag", on_missing_label="skip")
+    assert examples.task == Task("multiclass", ("calm", "glad", "sad"))
+    assert examples.skipped.missing_label == 1
+    assert flags.task == Task("binary", ("0", "1"))
+    assert flags.skipped.missing_label == 2
+    assert asked == [("owner/name", "config", "test"), ("name", None, "train")]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionError("offline"),
+        httpx.ConnectTimeout("too slow"),
+        ValueError("Unknown split"),
+        RuntimeError("Dataset scripts are no longer supported"),
+        DatasetsError("An error occurred while generating the dataset"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_hub_that_fails_is_an_error_of_the_user(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def load_dataset(*_: str | None, **__: str) -> HubTable:
+        raise error
+
+    monkeypatch.setitem(sys.modules, "datasets", stand_in_for_datasets(load_dataset))
+    with pytest.raises(SidelightError, match=rf"{error}.*network"):
+        load_examples("owner/name")
