@@ -32,10 +32,7 @@ def write_anatomies(
 ) -> list[Path]:
     """Writes everything, and returns the files; those of the same names are replaced.
 
-    Args:
-        anatomies: Of probes with different mechanisms, or of one.
-        directory: Made if absent.
-        decode: The text of a token id.
+    The mechanisms name the files, so each may occur once. ``decode`` gives the text of a token id.
     """
     written: list[Path] = []
     for one in anatomies:

@@ -24,13 +24,7 @@ _MARKERS = "osD^vP"
 
 
 def write_search(found: Mapping[str, Best], directory: Path, *, score: str) -> None:
-    """Writes ``trials.csv``, ``best.json`` and ``sensitivity.png``, replacing earlier ones.
-
-    Args:
-        found: The best of each mechanism, by its name.
-        directory: Where to write; made if absent.
-        score: Name of what is compared, for the picture.
-    """
+    """Writes ``trials.csv``, ``best.json`` and ``sensitivity.png``, replacing earlier ones."""
     text = StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["mechanism", "trial", "score", *_SETTINGS, "options"])

@@ -134,10 +134,7 @@ def _pick_options(
 ) -> MechanismSpec:
     """One of the possible specifications, by picking each option among the values still possible.
 
-    Args:
-        specs: The possible specifications.
-        space: Names the options to pick.
-        pick: Given a parameter's name and its values, two or more, gives one of them.
+    ``pick`` gets a parameter's name and its values, two or more, and gives one of them.
     """
     for option in space.options:
         values = list(dict.fromkeys(spec.options[option] for spec in specs))

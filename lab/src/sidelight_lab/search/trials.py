@@ -154,10 +154,7 @@ def search_settings(
 def _open_study(name: str, storage: Path, subject: Mapping[str, str]) -> optuna.Study:
     """The mechanism's study in the journal, without what a kill left half written or half drawn.
 
-    Args:
-        name: Name of the mechanism.
-        storage: The journal.
-        subject: What scores depend on; a study of another subject is refused.
+    The subject is what scores depend on; a study of another subject is refused.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage.parent.mkdir(parents=True, exist_ok=True)

@@ -1,1 +1,1 @@
-"""Tables of the paper and beyond, each from one recipe: every row on the same splits and seeds."""
+"""Tables of probes and baselines, made from recipes: fitted, tested once, compared, written."""

@@ -50,14 +50,7 @@ class RowScores:
 def cross_validate(context: RecipeContext, *, folds: int) -> list[RowScores]:
     """Each row's scores, the best row first; writes ``cross_validation.md`` and ``.json``.
 
-    What an earlier, killed run finished is not done again.
-
-    Args:
-        context: Of a comparison; its seeds are trained in every fold.
-        folds: Two or more.
-
-    Raises:
-        SidelightError: Another kind of table, or a class with fewer distinct texts than folds.
+    Every seed is trained in every fold. What an earlier, killed run finished is not done again.
     """
     recipe, directory = context.recipe, context.directory
     if recipe.kind != "comparison":

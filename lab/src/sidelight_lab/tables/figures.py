@@ -35,12 +35,7 @@ def mean_draws(
 ) -> Float[Values, " draw"]:
     """The mean over seeds of a metric: first on the texts themselves, then on each resample.
 
-    Args:
-        judged: The table of the row.
-        row: One of its rows.
-        metric: One of ``METRICS``.
-        resamples: Number of resamples of the texts, with replacement; the same for every row.
-        seed: Decides the resamples.
+    The seed decides the resamples of the texts, with replacement; they are the same for every row.
     """
     decided = [
         decide(judged.task, run.probabilities, judged.labels, thresholds=run.thresholds)
@@ -196,15 +191,10 @@ class TableFigures:
 def measure_rows(
     judged: JudgedTable, *, title: str, metric: str, ours: str, are_draws: bool
 ) -> TableFigures:
-    """Measures all rows on the same texts.
+    """Measures all rows on the same texts; nothing is compared where there is no row of ours.
 
-    Args:
-        judged: The rows and the labels.
-        title: Which texts these are.
-        metric: What rows are compared by.
-        ours: The row to compare with; where there is none of this name, nothing is compared.
-        are_draws: Whether runs are few-shot draws, whose training texts differ: the spread over
-            draws says what an interval of one draw would not.
+    Few-shot draws differ in their training texts: the spread over draws says what an interval of
+    one draw would not.
     """
     reports = {row.name: _report_runs(judged, row, are_draws=are_draws) for row in judged.rows}
     draws = 1 + max(run.seed for row in judged.rows for run in row.runs)

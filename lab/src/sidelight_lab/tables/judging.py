@@ -206,10 +206,7 @@ def _score_probes(runs: Sequence[Run], split: Split, test: str) -> None:
 def score_split(probes: Sequence[Probe], split: Split, *, device: torch.device) -> list[np.ndarray]:
     """For each probe ``[text, output]`` on cached states, in float32 as when serving.
 
-    Args:
-        probes: Of the split's backbone.
-        split: A whole data set, as ``make_split`` gives it.
-        device: Where to compute.
+    The split must be a whole data set, as ``make_split`` gives it.
     """
     assert len(split) == len(split.states.prompts)
     scores = [np.empty((len(split), probe.task.outputs)) for probe in probes]

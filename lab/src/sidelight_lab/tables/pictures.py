@@ -52,14 +52,7 @@ def draw_bars(figures: TableFigures, path: Path) -> None:
 
 
 def draw_precision_recall(judged: JudgedTable, path: Path, *, ours: str, title: str) -> None:
-    """Curves of each row's chosen seed: ours and the best others in colour, the rest behind.
-
-    Args:
-        judged: Rows of a binary task.
-        path: Where to write.
-        ours: Name of our row.
-        title: Title of the picture.
-    """
+    """Curves of each row's chosen seed: ours and the best others in colour, the rest behind."""
     figure, axes = _figure(title, 7.6, 4.6)
     chances = {row.name: row.runs[row.chosen].probabilities[:, 0] for row in judged.rows}
     areas = {
@@ -85,14 +78,7 @@ def draw_precision_recall(judged: JudgedTable, path: Path, *, ours: str, title: 
 def draw_sweep(
     figures: TableFigures, path: Path, *, probes: Mapping[str, ProbeConfig], parameter: str
 ) -> None:
-    """The metric on the test (solid) and the validation score (dashed) over the swept values.
-
-    Args:
-        figures: A row for each probe and value.
-        path: Where to write.
-        probes: What was trained, by the name of the row.
-        parameter: The swept parameter.
-    """
+    """The metric on the test (solid) and the validation score (dashed) over the swept values."""
     lines: dict[str, list[RowFigures]] = {}
     for row in figures.rows:
         lines.setdefault(probes[row.row.name].line, []).append(row)

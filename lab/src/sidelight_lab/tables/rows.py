@@ -77,15 +77,7 @@ def suggested(mechanism: str) -> Configuration:
 
 
 def build_rows(recipe: Recipe, search: Callable[[str], Configuration]) -> tuple[Row, ...]:
-    """The rows in the order of the recipe, swept and searched where it says so.
-
-    Args:
-        recipe: The table.
-        search: Gives the best configuration of a mechanism.
-
-    Raises:
-        SidelightError: An unknown mechanism, baseline, option or setting, or a value it refuses.
-    """
+    """The rows in the order of the recipe, swept and searched where it says so."""
     probes = [_probe(row, search) for row in recipe.probe]
     if recipe.sweep is not None:
         parameter, values = recipe.sweep.parameter, recipe.sweep.values
@@ -141,7 +133,7 @@ def _baseline(row: BaselineRow) -> BaselineConfig:
         baseline = TypeAdapter(kind).validate_python(row.options)
     except ValidationError as error:
         raise SidelightError(f"Option {row.key}.{_refusal(error)}") from error
-    # A recipe that names a row otherwise tells two configurations of a baseline apart.
+    # A row with a name of its own tells two configurations of one baseline apart.
     title = kind.title if row.name == row.key else row.name
     return BaselineConfig(row.name, title, baseline, row.seeds)
 

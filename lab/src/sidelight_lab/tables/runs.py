@@ -50,9 +50,9 @@ class Run:
 
     Attributes:
         dataset: What it is fitted to.
-        folder: Keeps what it gave; the name holds a hash of everything that decides the result.
-        fitted: A baseline that was fitted here, kept for the test. Baselines have no file format,
-            so one of an earlier, killed process is fitted once more when the test comes.
+        folder: Keeps its results; the name holds a hash of everything that decides them.
+        fitted: A baseline that was fitted in this process, kept for the test. Baselines have no
+            file format, so one of an earlier, killed process is fitted once more for the test.
     """
 
     row: Row
@@ -174,11 +174,8 @@ def fit_runs(runs: Sequence[Run], *, max_tokens: int) -> None:
     """Fits what is missing of runs on the same texts.
 
     Probes are trained in one call, since they share each read of the cache. One that diverges is
-    noted, so that it is not trained again, and the others go on.
-
-    Args:
-        runs: Of one data set.
-        max_tokens: The limit that texts were cut to, for the probes' records.
+    noted, so that it is not trained again, and the others go on. ``max_tokens`` is the limit that
+    texts were cut to; it goes into the probes' records.
     """
     missing = [run for run in runs if not (run.is_fitted or run.has_diverged)]
     _train(
