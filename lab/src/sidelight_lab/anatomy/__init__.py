@@ -1,1 +1,1 @@
-"""What probes use of the backbone: layers, tokens, labels and settings (a BERTology view)."""
+"""What a trained probe uses of the backbone: its layers and tokens (a BERTology view)."""
