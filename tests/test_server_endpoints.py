@@ -1,11 +1,17 @@
-"""The endpoints beside chat."""
+"""The endpoints beside chat, and the report that leaves no chosen probe out in silence."""
 
 import pytest
 
 from live import MODEL, http_client, served
+from sidelight.engines.base import PromptJudged
 from sidelight.engines.transformers import TransformersEngine
+from sidelight.errors import VerdictError
+from sidelight.policy.decisions import by_probe, decide
+from sidelight.policy.enforcement import check_decisions
+from sidelight.policy.rules import Policy, Rule, bound_rules
 from sidelight.prompts import Reads
-from sidelight.types import Task
+from sidelight.server.report import Report, category_names
+from sidelight.types import Task, Verdict
 from tiny import TOPICS, three_probes, tiny_backbone, untrained_probe
 
 # Batches of other shapes add in another order: float32 rounding over three layers.
@@ -111,26 +117,49 @@ def test_health_ready_and_version(http):
     assert http.get("/version").json()["version"]
 
 
-def test_metrics_count_requests_tokens_and_verdicts():
+SAID = Verdict("early", "fine", ("fine",), {"fine": 1.0, "toxic": 0.0}, flagged=False)
+
+
+@pytest.fixture(scope="module")
+def report():
     backbone = tiny_backbone()
-    request = {"model": MODEL, "messages": [{"role": "user", "content": "zebra"}]}
-    probes = [untrained_probe(backbone, "always", threshold=0.0)]
-    with served(TransformersEngine(backbone, probes)) as address, http_client(address) as http:
-        answer = http.post(
-            "/v1/chat/completions", json={**request, "max_tokens": 7, "temperature": 0}
-        ).json()
-        http.post("/v1/moderations", json={"input": "zebra"})
-        http.post("/v1/chat/completions", json={})
-        http.get("/some/path/of/zebra")
-        series = dict(line.rsplit(" ", 1) for line in http.get("/metrics").text.splitlines())
-    chat = 'sidelight_requests_total{route="/v1/chat/completions",status="%d"}'
-    assert series[chat % 200] == series[chat % 400] == "1.0"
-    assert series['sidelight_requests_total{route="other",status="404"}'] == "1.0"
-    written = answer["usage"]["completion_tokens"]
-    assert float(series["sidelight_completion_tokens_total"]) == written > 0
-    assert float(series["sidelight_prompt_tokens_total"]) == 2 * answer["usage"]["prompt_tokens"]
-    assert series['sidelight_verdicts_total{outcome="flagged",probe="always"}'] == "2.0"
-    for name in ("time_to_verdict", "time_to_first_text", "e2e_request_latency"):
-        assert series[f"sidelight_{name}_seconds_count"] == "1.0"
-    assert series["sidelight_requests_running"] == series["sidelight_requests_waiting"] == "0.0"
-    assert "zebra" not in str(series)
+    probes = [
+        untrained_probe(backbone, "early"),
+        untrained_probe(backbone, "late", reads=Reads("response")),
+    ]
+    return Report("tiny/llama", probes, category_names(probes))
+
+
+def decisions_on(report, event):
+    """Of the probes that the event speaks of, as of a check."""
+    known = {*by_probe(event.verdicts), *event.failed}
+    probes = [probe for probe in report.probes if probe.name in known]
+    return check_decisions(bound_rules(Policy(), probes), event, {"input", "output"})
+
+
+def test_a_probe_of_the_response_is_not_required_where_there_is_none(report):
+    decisions = decisions_on(report, PromptJudged((SAID,), tokens=3))
+    assert report.required(decisions, has_response=False) == [SAID]
+
+
+@pytest.mark.parametrize(
+    ("event", "has_response", "name"),
+    [
+        (PromptJudged((SAID,), tokens=3), True, "late"),
+        (PromptJudged((SAID,), ("late",), tokens=3), True, "late"),
+        (PromptJudged((), ("early",), tokens=3), False, "early"),
+        # Unloaded since the request began.
+        (PromptJudged((), tokens=3), False, "early"),
+    ],
+)
+def test_a_probe_that_said_nothing_is_an_error(report, event, has_response, name):
+    with pytest.raises(VerdictError, match=name):
+        report.required(decisions_on(report, event), has_response=has_response)
+
+
+def test_each_failure_has_its_own_reason(report):
+    policy = Policy(output={"late": Rule(max_tokens=8)})
+    response = [decide(bound, {}, tokens=9) for bound in bound_rules(policy, report.probes)]
+    message = report.moderation((), response)["output"]["message"]
+    assert "early: the output was not a finite number" in message
+    assert "late: the text is longer than the policy" in message

@@ -49,7 +49,7 @@ class Decision:
 
     @property
     def is_marked(self) -> bool:
-        """Whether a gateway is told of a flag."""
+        """Whether the answer marks a flag for the gateway."""
         asks = self.rule.is_blocking or self.rule.mode == "flag"
         return asks and self.verdict is not None and self.verdict.flagged
 
@@ -110,7 +110,7 @@ def by_probe(verdicts: Iterable[Verdict]) -> dict[str, Verdict]:
 
 
 def agreements(decisions: Iterable[Decision]) -> list[tuple[BoundRule, Agreement]]:
-    """For each shadow, whether it said what the probe that it shadows said of a whole text."""
+    """For each shadow, whether it agrees with the probe that it shadows on a whole text."""
     by_name = {d.rule.name: d for d in decisions if not d.is_unfinished}
     pairs = [(d, by_name.get(d.rule.shadow_of or "")) for d in by_name.values()]
     return [(d.rule, _agreement(d.verdict, rival.verdict)) for d, rival in pairs if rival]

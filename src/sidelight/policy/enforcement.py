@@ -48,7 +48,7 @@ class Enforcement:
     """The rules of one text.
 
     Args:
-        rules: Of every loaded probe, whether or not the client asked for its verdict.
+        rules: One for every loaded probe, whether or not the client chose it.
         observe: Gives the observer when the work on the text begins.
         timeout_s: Seconds that the prompt's verdicts may take where a rule blocks; None: any.
     """

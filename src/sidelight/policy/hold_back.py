@@ -112,7 +112,7 @@ class Ended:
         reason: ``content_filter`` where it was cut.
         completion_tokens: Tokens written.
         decisions: What led to the end, of every probe that judges the output.
-        logprobs: Of the last tokens, where they were asked for and no text comes from them.
+        logprobs: The last tokens that no text comes from, if log-probabilities were requested.
     """
 
     reason: FinishReason

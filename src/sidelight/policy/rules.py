@@ -133,7 +133,7 @@ class BoundRule:
 
     @property
     def is_shadow(self) -> bool:
-        """Whether clients never hear of it."""
+        """Whether clients never see it."""
         return self.mode == "shadow"
 
     @property

@@ -43,7 +43,7 @@ from sidelight.server.schemas import (
 Streams = Sequence[AsyncGenerator[Passed, None]]
 # A seed is a signed number of 64 bits; the one after the last is the first.
 _SEEDS = 2**63
-# Of one request, at once: many texts must fit into an engine's queue, and leave room for others.
+# Most prompts of one request in the engine's queue at once; the rest of the queue is for others.
 _WAITING = 16
 
 router = APIRouter(route_class=JsonRoute)
@@ -137,11 +137,7 @@ def _guarded(
 
 
 async def _admitted(streams: Streams) -> list[Admitted]:
-    """Waits until the prompt of each choice has been judged.
-
-    Raises:
-        PolicyError: One is blocked, and so the request.
-    """
+    """Waits until the prompt of each choice has been judged; one that is blocked refuses all."""
     places = asyncio.Semaphore(_WAITING)
 
     async def first(stream: AsyncGenerator[Passed, None]) -> Admitted:

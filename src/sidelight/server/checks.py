@@ -61,8 +61,8 @@ async def check(
         context: The server's parts.
         report: On the chosen probes.
         conversations: What is judged.
-        is_prompt_known: Whether the turns before the assistant's were said. Where they are filled
-            in, no verdict on them counts.
+        is_prompt_known: Whether the turns before the assistant's are real. Where they are made up,
+            no verdict on them counts.
 
     Raises:
         VerdictError: A chosen probe gave no verdict.
@@ -213,7 +213,7 @@ async def classify(body: ClassifyRequest, request: Request, context: InContext) 
 
 
 def _classifier(body: ClassifyRequest, context: Context) -> Report:
-    """A report on the one probe that is asked for."""
+    """A report on the one probe that the request names."""
     names = [probe.name for probe in context.probes]
     chosen = body.probes
     if body.model in names and body.model != context.engine.model:
@@ -262,8 +262,8 @@ class GuardrailRequest(StrictBody):
     images: list[Any] | None = Field(None, max_length=0, description="Not read.")
     additional_provider_specific_params: GuardrailParameters | None = None
 
-    def said(self) -> list[str]:
-        """What is judged: the texts, then the calls. In an empty one there is nothing to judge."""
+    def judged(self) -> list[str]:
+        """The texts, then the calls, without empty ones: there is nothing to judge in these."""
         functions = [call.function for call in self.tool_calls or ()]
         calls = ["\n".join(filter(None, (f.name, f.arguments))) for f in functions]
         return [text for text in (*(self.texts or ()), *calls) if text]
@@ -279,7 +279,7 @@ class GuardrailResponse(BaseModel):
 
 @router.post("/beta/litellm_basic_guardrail_api", name="create")
 async def guard(body: GuardrailRequest, request: Request, context: InContext) -> GuardrailResponse:
-    """Those of a request are judged as user's messages, of a response as answers to no question.
+    """Texts of a request are judged as user's messages, of a response as answers to no question.
 
     The answer has no ``texts``: a proxy keeps its own.
     """
@@ -297,7 +297,7 @@ async def guard(body: GuardrailRequest, request: Request, context: InContext) ->
         report = replace(report, probes=late)
     conversations = [
         [*as_user(""), Message("assistant", text)] if is_response else as_user(text)
-        for text in body.said()
+        for text in body.judged()
     ]
     checked = await check(request, context, report, conversations, is_prompt_known=not is_response)
     verdicts = [verdict for one in checked for verdict in one.verdicts]
@@ -332,7 +332,7 @@ class TokenizeRequest(StrictBody):
 
 
 class TokenizeResponse(BaseModel):
-    """Token ids, and their texts where they were asked for."""
+    """Token ids, and their texts if requested."""
 
     count: int
     max_model_len: int

@@ -41,7 +41,7 @@ class Context:
 
     @property
     def probes(self) -> Sequence[Probe]:
-        """The probes that clients hear of; to be read anew in every request."""
+        """The probes that clients see. Read it again in every request: probes may be replaced."""
         return self.registry.visible
 
     def report(self, names: Sequence[str] | None) -> Report:

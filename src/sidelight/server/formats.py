@@ -29,9 +29,8 @@ class Written:
     """A complete text.
 
     Attributes:
-        text: What was sent of it.
-        logprobs: Of its tokens, where they were asked for.
-        end: How it ended.
+        text: The part that may be sent.
+        logprobs: One for each of its tokens, if requested.
     """
 
     text: str
@@ -40,7 +39,7 @@ class Written:
 
 
 class CompletionFormat(ABC):
-    """Writes one answer: a base of the two endpoints' formats.
+    """Writes one answer; the endpoints differ in how they word a text.
 
     Args:
         report: On the chosen probes.
@@ -48,9 +47,9 @@ class CompletionFormat(ABC):
         includes_usage: Whether a stream ends with a usage chunk.
 
     Attributes:
-        prefix: Of the answer's id.
-        whole: The kind of a plain answer.
-        piece: The kind of a chunk.
+        prefix: How the answer's id begins.
+        whole: ``object`` of a plain answer.
+        piece: ``object`` of a chunk.
         opening: What the first chunk of a choice says besides its verdicts.
     """
 
@@ -111,7 +110,7 @@ class CompletionFormat(ABC):
         for complete.
 
         Args:
-            prompts: What was decided on each.
+            prompts: The prompts, all judged.
             events: By choice; those of one prompt are neighbours.
             per_prompt: How many choices each prompt has.
         """
@@ -120,8 +119,8 @@ class CompletionFormat(ABC):
         ends: dict[int, Ended] = {}
         async with aclosing(events):
             try:
-                for index, said in enumerate(openings):
-                    extra = {**self.opening, "sidelight": _numbered(said)}
+                for index, verdicts in enumerate(openings):
+                    extra = {**self.opening, "sidelight": _numbered(verdicts)}
                     yield self._chunk([self._piece(index, "", extra=extra)])
                 if report.probes:
                     yield self._moderation(prompts, None)
@@ -221,8 +220,8 @@ class TextFormat(CompletionFormat):
         return {
             "tokens": [_name(token.drawn.spelling) for token in tokens],
             "token_logprobs": [token.drawn.logprob for token in tokens],
-            # The drawn token stands among the likeliest in any case. Of two tokens that are
-            # spelled alike, the likelier counts.
+            # OpenAI lists the drawn token among the likeliest. Of two tokens that are spelled
+            # alike, the likelier counts.
             "top_logprobs": [
                 {_name(one.spelling): one.logprob for one in (token.drawn, *token.likeliest[::-1])}
                 for token in tokens

@@ -66,7 +66,7 @@ class Findings:
         return next(labels, None)
 
     def probability(self, name: str | None) -> float | None:
-        """Of the label that ``name`` means."""
+        """The probability of the label that ``name`` means."""
         probe, label = self.meaning(name) or ("", "")
         return self.verdicts[probe].probabilities[label] if probe in self.verdicts else None
 
@@ -205,7 +205,7 @@ class PredicateAnswer(BaseModel):
 
 
 class ChoiceProbability(BaseModel):
-    """Of one value."""
+    """The probability of one value."""
 
     value: StrictStr | StrictBool
     probability: float

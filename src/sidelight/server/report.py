@@ -48,12 +48,12 @@ class Extension(BaseModel):
 
 @dataclass(frozen=True)
 class Report:
-    """What a client is told of the probes that it chose.
+    """What a client sees of the probes that it chose.
 
     Attributes:
         model: The served model's name.
         probes: The chosen probes.
-        names: Categories of all probes that clients hear of.
+        names: Categories of all probes that clients see.
     """
 
     model: str
@@ -66,7 +66,7 @@ class Report:
         return any(probe.reads.includes_response for probe in self.probes)
 
     def chosen(self, decisions: Iterable[Decision]) -> list[Decision]:
-        """Those of the chosen probes."""
+        """Only those of the chosen probes."""
         names = {probe.name for probe in self.probes}
         return [decision for decision in decisions if decision.rule.name in names]
 
@@ -78,7 +78,7 @@ class Report:
         return {"verdicts": [*verdicts, *map(_failure_json, failed)]}
 
     def headers(self, decisions: Sequence[Decision]) -> dict[str, str]:
-        """Those of an answer: verdicts, and marks for a gateway."""
+        """The headers of an answer: verdicts, and marks for a gateway."""
         return {**_verdict_header(self.chosen(decisions)), **_marks(decisions)}
 
     def moderation(
@@ -182,7 +182,7 @@ def verdict_json(verdict: Verdict) -> dict[str, Any]:
 
 
 def refusal_headers(decisions: Sequence[Decision]) -> dict[str, str]:
-    """Those of a refused prompt: every verdict that clients may hear of, and the marks."""
+    """The headers of a refused prompt: every verdict but those of shadows, and the marks."""
     shown = [decision for decision in decisions if not decision.rule.is_shadow]
     return {**_verdict_header(shown), **_marks(decisions)}
 
@@ -217,7 +217,7 @@ def _verdict_header(decisions: Sequence[Decision]) -> dict[str, str]:
 
 
 def _marks(decisions: Iterable[Decision]) -> dict[str, str]:
-    """For a gateway: which probes flagged, and the routes. Shadows are not among them."""
+    """Headers for a gateway: which probes flagged, and the routes. Shadows are left out."""
     shown = [decision for decision in decisions if not decision.rule.is_shadow]
     flagged = dict.fromkeys(d.rule.name for d in shown if d.is_marked)
     routes = dict.fromkeys(route for d in shown if (route := d.route) is not None)

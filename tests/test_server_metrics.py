@@ -1,4 +1,4 @@
-"""The series of the time that probes take: whose, and of what."""
+"""The series of a live server: what they count, and the time that probes take."""
 
 import time
 from collections.abc import Callable
@@ -84,3 +84,28 @@ def delayed(call: Callable[..., Any]) -> Callable[..., Any]:
         return call(*args)
 
     return slow
+
+
+def test_metrics_count_requests_tokens_and_verdicts():
+    backbone = tiny_backbone()
+    request = {"model": MODEL, "messages": [{"role": "user", "content": "zebra"}]}
+    probes = [untrained_probe(backbone, "always", threshold=0.0)]
+    with served(TransformersEngine(backbone, probes)) as address, http_client(address) as http:
+        answer = http.post(
+            "/v1/chat/completions", json={**request, "max_tokens": 7, "temperature": 0}
+        ).json()
+        http.post("/v1/moderations", json={"input": "zebra"})
+        http.post("/v1/chat/completions", json={})
+        http.get("/some/path/of/zebra")
+        series = dict(line.rsplit(" ", 1) for line in http.get("/metrics").text.splitlines())
+    chat = 'sidelight_requests_total{route="/v1/chat/completions",status="%d"}'
+    assert series[chat % 200] == series[chat % 400] == "1.0"
+    assert series['sidelight_requests_total{route="other",status="404"}'] == "1.0"
+    written = answer["usage"]["completion_tokens"]
+    assert float(series["sidelight_completion_tokens_total"]) == written > 0
+    assert float(series["sidelight_prompt_tokens_total"]) == 2 * answer["usage"]["prompt_tokens"]
+    assert series['sidelight_verdicts_total{outcome="flagged",probe="always"}'] == "2.0"
+    for name in ("time_to_verdict", "time_to_first_text", "e2e_request_latency"):
+        assert series[f"sidelight_{name}_seconds_count"] == "1.0"
+    assert series["sidelight_requests_running"] == series["sidelight_requests_waiting"] == "0.0"
+    assert "zebra" not in str(series)
