@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Self, SupportsIndex
+from typing import SupportsIndex, TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -71,6 +71,10 @@ class Skipped:
     first_empty: str = ""
 
 
+# Not typing.Self, which run-time shape checks refuse in a method that is checked alone.
+_Rows = TypeVar("_Rows", bound="Examples")
+
+
 @dataclass(frozen=True, eq=False)
 class Examples:
     """Texts in the order of their source. Compare two of them by `content_hash`.
@@ -126,7 +130,7 @@ class Examples:
             for n, cell in cells
         )
 
-    def select(self, indices: Iterable[SupportsIndex]) -> Self:
+    def select(self: _Rows, indices: Iterable[SupportsIndex]) -> _Rows:
         """The examples at these positions, in this order."""
         chosen = [operator.index(position) for position in indices]
         return replace(
@@ -137,7 +141,7 @@ class Examples:
             warnings=(),
         )
 
-    def split(self, fraction: float, seed: int) -> tuple[Self, Self]:
+    def split(self: _Rows, fraction: float, seed: int) -> tuple[_Rows, _Rows]:
         """Two parts: the examples to train on, and about `fraction` of them held out.
 
         Each label keeps its share and, if it has two distinct texts, appears on both sides.
@@ -249,7 +253,7 @@ class LabelledExamples(Examples):
     task: Task
     labels: Int[Numbers, "row ..."]
 
-    def select(self, indices: Iterable[SupportsIndex]) -> Self:
+    def select(self, indices: Iterable[SupportsIndex]) -> "LabelledExamples":
         """The examples at these positions, in this order."""
         chosen = [operator.index(position) for position in indices]
         return replace(super().select(chosen), labels=self.labels[chosen])
