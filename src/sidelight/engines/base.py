@@ -27,8 +27,6 @@ class PromptJudged:
     Attributes:
         verdicts: From every probe that reads the prompt alone.
         failed: Names of such probes without a verdict; never to be taken for a harmless one.
-        too_long: Those of the failed that a policy lets judge no text of this length. Set by the
-            server, never by an engine.
         is_unfamiliar: Whether the probes failed because the prompt is plain text and they were
             trained on chats.
         tokens: Length of the prompt.
@@ -38,7 +36,6 @@ class PromptJudged:
 
     verdicts: tuple[Verdict, ...]
     failed: tuple[str, ...] = ()
-    too_long: tuple[str, ...] = field(default=(), kw_only=True)
     is_unfamiliar: bool = field(default=False, kw_only=True)
     tokens: int = field(kw_only=True)
     judging_s: float = field(default=0.0, compare=False)
@@ -90,7 +87,6 @@ class Finished:
             Where no probe is watched, the last sampled token is not run through the model either,
             so at ``length`` or a stop string they do not cover the last token of the text.
         failed: Names of such probes without a verdict; never to be taken for a harmless one.
-        too_long: As in ``PromptJudged``.
         logprobs: For last tokens that are only a part of a character, so that no text comes from
             them.
         judging_s: Seconds that the probes added to all steps after the prompt.
@@ -101,7 +97,6 @@ class Finished:
     completion_tokens: int
     verdicts: tuple[Verdict, ...] = ()
     failed: tuple[str, ...] = ()
-    too_long: tuple[str, ...] = field(default=(), kw_only=True)
     logprobs: tuple[TokenLogprobs, ...] = ()
     judging_s: float = field(default=0.0, compare=False)
 
