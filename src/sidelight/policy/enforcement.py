@@ -153,8 +153,8 @@ def require_trusted_turns(policy: Policy, texts: Sequence[Conversation]) -> None
         if not isinstance(text, PlainText) and text and text[0].role in ("system", "developer"):
             raise PolicyError(
                 f"The conversation begins with a {text[0].role} turn. Probes of chats do not read "
-                "it, so the server's policy refuses it. Begin with a user's turn. If nobody but "
-                'the operator writes such turns, the policy may say system_turns = "trust".',
+                "it, so the server's policy refuses it. Begin with a user's turn. If only the "
+                'operator writes such turns, set system_turns = "trust" in the policy.',
                 code="system_turn_refused",
             )
 

@@ -28,6 +28,7 @@ from sidelight.server.formats import (
     EventStream,
     TextFormat,
     Written,
+    decisions_of,
 )
 from sidelight.server.middleware import unless_left
 from sidelight.server.report import Extension
@@ -105,12 +106,12 @@ async def _answer(
     )
     streams = _guarded(context, rules, prompts, sampling, n=n)
     admitted = (await unless_left(request, _admitted(streams)))[::n]
-    decisions = [decision for prompt in admitted for decision in prompt.decisions]
+    decisions = decisions_of(admitted)
     if body.stream:
         chunks = answer.chunks(admitted, _side_by_side(streams), per_prompt=n)
         return EventStream(chunks, report.headers(decisions))
     texts = await unless_left(request, _collected(streams))
-    decisions += [decision for text in texts for decision in text.end.decisions]
+    decisions += decisions_of([text.end for text in texts])
     return JSONResponse(answer.completion(admitted, texts), headers=report.headers(decisions))
 
 

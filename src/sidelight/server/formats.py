@@ -78,9 +78,8 @@ class CompletionFormat(ABC):
 
     def completion(self, prompts: Sequence[Admitted], texts: Sequence[Written]) -> Json:
         """The body of a plain answer."""
-        prompt = [decision for judged in prompts for decision in judged.decisions]
-        response = [decision for text in texts for decision in text.end.decisions]
-        report = self._report
+        ends = [text.end for text in texts]
+        prompt, response, report = decisions_of(prompts), decisions_of(ends), self._report
         return {
             **self._fields(self.whole),
             "choices": [
@@ -92,7 +91,7 @@ class CompletionFormat(ABC):
                 }
                 for index, text in enumerate(texts)
             ],
-            "usage": _usage(prompts, [text.end for text in texts]),
+            "usage": _usage(prompts, ends),
             "moderation": report.moderation(prompt, response) if report.probes else None,
             "sidelight": report.extension([*prompt, *response]),
         }
@@ -162,10 +161,7 @@ class CompletionFormat(ABC):
         return self._piece(index, None, extra=extra, logprobs=end.logprobs, reason=end.reason)
 
     def _moderation(self, prompts: Sequence[Admitted], ends: Sequence[Ended] | None) -> str:
-        prompt = [decision for judged in prompts for decision in judged.decisions]
-        response: list[Decision] | None = None
-        if ends is not None:
-            response = [decision for end in ends for decision in end.decisions]
+        prompt, response = decisions_of(prompts), None if ends is None else decisions_of(ends)
         moderation = self._report.moderation(prompt, response)
         extension = self._report.extension([*prompt, *(response or ())])
         return self._chunk([], moderation=moderation, sidelight=extension)
@@ -244,6 +240,10 @@ class EventStream(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._events):
             await super().__call__(scope, receive, send)
+
+
+def decisions_of(parts: Sequence[Admitted] | Sequence[Ended]) -> list[Decision]:
+    return [decision for part in parts for decision in part.decisions]
 
 
 def _usage(prompts: Sequence[Admitted], ends: Sequence[Ended]) -> dict[str, int]:
