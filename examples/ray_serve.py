@@ -12,10 +12,9 @@ from sidelight.artifact import load_probe
 from sidelight.backbone import load_backbone
 from sidelight.engines.base import Engine, EngineUnavailableError
 from sidelight.engines.transformers import TransformersEngine
-from sidelight.policy.rules import Policy, read_policy
 from sidelight.probe import Probe
-from sidelight.server.app import Service, create_app
-from sidelight.server.config import Access, ServerLimits, numbered_keys
+from sidelight.server.app import create_app
+from sidelight.server.config import ServerConfig
 
 
 class Settings(BaseModel, extra="forbid"):
@@ -53,18 +52,16 @@ def app(settings: Settings) -> serve.Application:
         # Ray sends no request before this returns, so the model may load in it. Without a key
         # the replica does not start: Ray may listen beyond this machine.
         probes = [load_probe(folder) for folder in settings.probes.split(os.pathsep)]
-        service = Service(
-            policy=read_policy(settings.policy) if settings.policy else Policy(),
-            access=Access(numbered_keys([os.environ.get("SIDELIGHT_API_KEY", "")], prefix="key")),
-        )
-        return create_app(engine_of(settings, probes), service)
+        key = os.environ.get("SIDELIGHT_API_KEY", "")
+        config = ServerConfig(policy=settings.policy, api_key=(key,))
+        return create_app(engine_of(settings, probes), config)
 
     deployment = serve.deployment(
         serve.ingress(replica_app)(Replica),
         name="sidelight",
         num_replicas=settings.replicas,
         # Ray's default of five would leave the engine's batches empty.
-        max_ongoing_requests=ServerLimits().concurrent,
+        max_ongoing_requests=ServerConfig().max_concurrent,
         ray_actor_options={"num_cpus": settings.cpus, "num_gpus": settings.gpus},
     )
     return deployment.bind()

@@ -2,8 +2,10 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import httpx
 import uvicorn
@@ -11,26 +13,36 @@ from fastapi import FastAPI
 from openai import OpenAI
 
 from sidelight.engines.base import Engine
-from sidelight.server.app import Service, create_app, server_settings
-from sidelight.server.config import ServerLimits
+from sidelight.policy.rules import Policy
+from sidelight.server.app import create_app, server_settings
+from sidelight.server.config import ServerConfig
+from sidelight.server.observe import Sink
 
 MODEL = "tiny/llama"
 
 
 @contextmanager
-def served(engine: Engine, **options) -> Iterator[str]:
-    """The address of a live server of ``engine``; the options are those of ``Service``."""
-    service = Service(**options)
-    with listening(create_app(engine, service), service.limits) as address:
+def served(
+    engine: Engine,
+    *,
+    policy: Policy | None = None,
+    sources: Mapping[str, Path] | None = None,
+    traces: Sink | None = None,
+    **settings: Any,
+) -> Iterator[str]:
+    """The address of a live server of ``engine``; the settings are those of ``ServerConfig``."""
+    config = ServerConfig(log_level="warning", **settings)
+    app = create_app(engine, config, policy=policy, sources=sources, traces=traces)
+    with listening(app, config) as address:
         yield address
 
 
 @contextmanager
-def listening(app: FastAPI, limits: ServerLimits | None = None) -> Iterator[str]:
+def listening(app: FastAPI, config: ServerConfig | None = None) -> Iterator[str]:
     """The address of a live server of ``app``."""
-    config = server_settings(app, limits or ServerLimits(), log_level="warning")
-    config.port = 0
-    server = uvicorn.Server(config)
+    settings = server_settings(app, config or ServerConfig(log_level="warning"))
+    settings.port = 0
+    server = uvicorn.Server(settings)
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:

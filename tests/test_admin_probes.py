@@ -22,7 +22,7 @@ from sidelight.engines.transformers import TransformersEngine
 from sidelight.policy.rules import Policy, Rule
 from sidelight.prompts import Reads
 from sidelight.server import admin as admin_probes
-from sidelight.server.config import Access, ServerLimits, numbered_keys
+from sidelight.server.config import ServerConfig
 from sidelight.server.context import Context
 from sidelight.server.metrics import Metrics
 from sidelight.server.observe import AuditLog, Observer
@@ -31,7 +31,6 @@ from sidelight.types import Task
 from tiny import INTENT, SIZES, tiny_backbone, untrained_probe
 
 KEY, ADMIN = "user-key", "admin-key"
-ACCESS = Access(numbered_keys([KEY], prefix="key"), numbered_keys([ADMIN], prefix="admin"))
 CHAT = {
     "model": MODEL,
     "messages": [{"role": "user", "content": "hello"}],
@@ -67,7 +66,7 @@ def serving(backbone, folders, **options):
     sources = {name: folders[name] for name in ("toxicity", "late")}
     engine = TransformersEngine(backbone, [load_probe(path) for path in sources.values()])
     with (
-        served(engine, sources=sources, access=ACCESS, **options) as address,
+        served(engine, sources=sources, api_key=KEY, admin_key=ADMIN, **options) as address,
         client(address, ADMIN) as admin,
         client(address, KEY) as user,
     ):
@@ -339,7 +338,7 @@ def test_a_change_whose_caller_leaves_is_made_and_audited(backbone, tmp_path):
     async def change(engine):
         roster = ProbeRegistry(engine, Policy(), {})
         observer = Observer(Metrics(engine), AuditLog(path, salt=b"salt"))
-        context = Context(engine, roster, ServerLimits(), observer)
+        context = Context(engine, roster, ServerConfig(), observer)
         for make, state in (
             (admin_probes.disable, "disabled"),
             (admin_probes.enable, "serving"),
@@ -374,8 +373,7 @@ def test_who_waits_for_a_change_is_judged_by_the_new_probe(backbone, path, body,
 
 
 def test_changes_are_audited_with_the_key_that_made_them(backbone, folders, tmp_path):
-    audit = AuditLog(tmp_path / "audit.jsonl", salt=b"salt")
-    with serving(backbone, folders, audit=audit) as (admin, user):
+    with serving(backbone, folders, audit_log=tmp_path / "audit.jsonl") as (admin, user):
         old = listed(admin)["toxicity"]["version"]
         reloaded = admin.post("/admin/probes/toxicity/reload", json={"path": str(folders["newer"])})
         admin.post("/admin/probes/toxicity/reload", json={"path": "nowhere"})
@@ -386,12 +384,11 @@ def test_changes_are_audited_with_the_key_that_made_them(backbone, folders, tmp_
     assert first["request_id"] == reloaded.headers["x-request-id"]
     assert (first["change"], first["probe"]) == ("reload", "toxicity")
     assert (second["change"], second["probe"]) == ("remove", "late")
-    assert {first["key_id"], second["key_id"]} == {"admin-1"}
+    assert {first["key_id"], second["key_id"]} == {"admin-key-1"}
 
 
 def test_a_change_that_cannot_be_audited_stands_and_is_counted(backbone, folders):
-    audit = AuditLog(Path("/dev/full"), salt=b"salt")
-    with serving(backbone, folders, audit=audit) as (admin, _):
+    with serving(backbone, folders, audit_log=Path("/dev/full")) as (admin, _):
         assert admin.post("/admin/probes/toxicity/disable").json()["state"] == "disabled"
         assert "sidelight_audit_failures_total 1.0" in admin.get("/metrics").text
 

@@ -4,14 +4,16 @@ import json
 import shlex
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from commands import run, saved
 from corpora import planted
 from sidelight.backbone import TransformersBackbone
-from sidelight.cli.options import load_labelled
+from sidelight.cli.options import TrainingInputs
 from sidelight.cli.train import train
 from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import mechanism_names
@@ -124,7 +126,10 @@ def test_an_empty_text_in_a_file_to_judge_is_named_by_its_line(
     data = tmp_path / "texts.jsonl"
     data.write_text("\n".join(json.dumps({"text": text}) for text in ("a", " ", "c", "")))
     assert run("predict", str(trained), "--data", str(data)) == 2
-    assert "2 texts or responses are empty, first texts.jsonl, line 2, " in capsys.readouterr().err
+    assert (
+        "2 texts or responses are empty, the first in texts.jsonl, line 2, "
+        in capsys.readouterr().err
+    )
 
 
 def test_inspect_says_what_the_probe_is(trained: Path, capsys: pytest.CaptureFixture[str]):
@@ -273,7 +278,7 @@ def test_rows_without_a_label_are_left_out_of_validation_data_too(tmp_path: Path
         validation=labelled_rows(tmp_path / "held.jsonl", ["no", None, "yes"]),
         missing_label="skip",
     )
-    training, validation = load_labelled(given)
+    training, validation = given.load()
     assert validation is not None
     assert (len(training), len(validation)) == (3, 2)
 
@@ -282,21 +287,22 @@ def test_a_split_of_validation_data_is_not_that_of_training_data(tmp_path: Path)
     data = labelled_rows(tmp_path / "train.jsonl", ["yes", "no", "no"])
     # A file has no splits, which shows that the option arrives.
     with pytest.raises(SidelightError, match="split='held'"):
-        load_labelled(_given(data=data, validation=data, validation_split="held"))
+        _given(data=data, validation=data, validation_split="held").load()
 
 
 def test_a_limit_keeps_what_is_doubtful_about_the_data(tmp_path: Path):
     data = labelled_rows(tmp_path / "train.jsonl", ["cat", "dog"] * 4)
-    whole, _ = load_labelled(_given(data=data))
+    whole, _ = _given(data=data).load()
     assert whole.warnings
-    limited, _ = load_labelled(_given(data=data, limit=4))
+    limited, _ = _given(data=data, limit=4).load()
     assert limited.warnings == whole.warnings
     assert len(limited) == 4
 
 
-def _given(**chosen: object) -> dict[str, object]:
+def _given(**chosen: Any) -> TrainingInputs:
     parsed = train.make_context("train", ["--data", "d", "--out", "o"]).params
-    return {**parsed, **chosen}
+    names = [field.name for field in fields(TrainingInputs)]
+    return TrainingInputs(**{**{name: parsed[name] for name in names}, **chosen})
 
 
 def test_eval_leaves_out_rows_without_a_label(

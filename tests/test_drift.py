@@ -10,7 +10,6 @@ from sidelight.artifact import load_probe, save_probe
 from sidelight.engines.loading import LoadingEngine
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.metrics import BINS, score_counts, stability_index
-from sidelight.server.config import Access, numbered_keys
 from sidelight.server.metrics import ENOUGH, Drift
 from sidelight.types import Verdict
 from tiny import tiny_backbone, untrained_probe
@@ -85,10 +84,9 @@ def test_drift_is_told_of_the_probes_that_run_and_of_no_others(tmp_path):
     probe = untrained_probe(backbone, "toxicity")
     known = replace(probe, record={"validation": {"scores": {"toxic": [5] * BINS}}})
     engine = TransformersEngine(backbone, [known])
-    access = Access(admin_keys=numbered_keys(["admin"], prefix="admin"))
     unknown = str(save_probe(probe, tmp_path / "unknown"))
     texts = {"input": [f"text {i}" for i in range(ENOUGH)]}
-    with served(engine, access=access) as address, http_client(address) as http:
+    with served(engine, admin_key="admin") as address, http_client(address) as http:
         http.headers["Authorization"] = "Bearer admin"
 
         def told():

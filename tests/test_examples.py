@@ -29,7 +29,6 @@ from sidelight.artifact import save_probe
 from sidelight.calibration import Calibration
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.policy.rules import read_policy
-from sidelight.server.config import Access, numbered_keys
 from sidelight.types import Task
 from sockets import answers, connection, read_all
 from tiny import three_probes, tiny_backbone, untrained_probe
@@ -51,7 +50,7 @@ pytestmark = [
 def address():
     backbone = tiny_backbone()
     engine = TransformersEngine(backbone, three_probes(backbone), model="smollm2")
-    with served(engine, access=Access(numbered_keys([KEY], prefix="key"))) as address:
+    with served(engine, api_key=KEY) as address:
         yield address
 
 
@@ -200,10 +199,9 @@ def gateway(engine: TransformersEngine) -> Iterator[tuple[str, list[tuple[str, s
     thread.start()
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    keys = Access(numbered_keys([KEY], prefix="key"))
     policy = read_policy(EXAMPLES / "gateway_policy.toml")
     try:
-        with served(engine, policy=policy, access=keys) as address:
+        with served(engine, policy=policy, api_key=KEY) as address:
             environment = {
                 **os.environ,
                 "GATEWAY_PORT": str(port),

@@ -12,7 +12,7 @@ from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import SidelightError
 from sidelight.policy.rules import Policy, Rule
 from sidelight.prompts import Reads
-from sidelight.server.app import Service, create_app
+from sidelight.server.app import create_app
 from tiny import INTENT, TOPICS, tiny_backbone, untrained_probe
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -36,7 +36,7 @@ def probes(backbone):
 
 def test_a_server_does_not_start_with_a_policy_that_does_not_fit(backbone, probes):
     engine = TransformersEngine(backbone, probes)
-    app = create_app(engine, Service(policy=Policy(input={"toxic": Rule()})))
+    app = create_app(engine, policy=Policy(input={"toxic": Rule()}))
 
     async def start():
         async with app.router.lifespan_context(app):

@@ -20,8 +20,6 @@ from sidelight.engines.transformers import TransformersEngine
 from sidelight.policy.rules import Policy, Rule
 from sidelight.probe import Probe
 from sidelight.prompts import Reads
-from sidelight.server.config import Access, numbered_keys
-from sidelight.server.observe import AuditLog
 from tiny import tiny_backbone, untrained_probe
 
 PAGE = Path(__file__).parent.parent / "docs" / "policies.md"
@@ -196,11 +194,10 @@ def serving(case, rule, folder):
     server = new_server()
     engine = TransformersEngine(server.backbone, [server.early, server.late])
     case.fault(server)
-    access = Access(admin_keys=numbered_keys([ADMIN], prefix="admin"))
     # A real device on which every write fails as on a full disk.
-    audit = AuditLog(Path("/dev/full"), salt=b"") if case.is_unaudited else None
+    audit = Path("/dev/full") if case.is_unaudited else None
     policy = policy_of(case, rule)
-    with served(engine, policy=policy, access=access, audit=audit) as address:
+    with served(engine, policy=policy, admin_key=ADMIN, audit_log=audit) as address:
         if case.is_reloaded:
             reload_garbage(address, folder)
         yield address

@@ -10,13 +10,12 @@ import pytest
 
 from commands import run
 from live import MODEL, http_client, served
-from sidelight.cli.serve import audit_of
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import SidelightError
 from sidelight.policy.decisions import decide
 from sidelight.policy.rules import Policy, Rule, bound_rules
 from sidelight.prompts import Message, Reads
-from sidelight.server.config import Access, ServerLimits, numbered_keys
+from sidelight.server.config import read_config
 from sidelight.server.errors import RequestError
 from sidelight.server.metrics import Metrics
 from sidelight.server.observe import AuditLog, Observer
@@ -52,9 +51,10 @@ def path(tmp_path):
 
 
 def test_every_decision_is_written_once_and_no_text(path):
-    audit = AuditLog(path, salt=b"salt")
-    access = Access(numbered_keys(["secret"], prefix="team"))
-    with served(engine(), audit=audit, access=access) as address, http_client(address) as http:
+    with (
+        served(engine(), audit_log=path, api_key="secret") as address,
+        http_client(address) as http,
+    ):
         http.headers["Authorization"] = "Bearer secret"
         answer = http.post(CHAT, json=BODY)
         http.post("/v1/moderations", json={"input": "zebra"}).raise_for_status()
@@ -65,7 +65,7 @@ def test_every_decision_is_written_once_and_no_text(path):
         ("late", "output", written[2]["outcome"]),
     ]
     assert [line["probe"] for line in written[3:]] == ["never", "always"]
-    assert {line["key_id"] for line in written} == {"team-1"}
+    assert {line["key_id"] for line in written} == {"api-key-1"}
     assert {line["request_id"] for line in written[:3]} == {answer.headers["x-request-id"]}
     verdicts = {v["probe"]: v for v in answer.json()["sidelight"]["verdicts"]}
     for line in written[:3]:
@@ -96,8 +96,7 @@ def wait_for(condition):
 
 @pytest.mark.parametrize("policy", [Policy(), LATE])
 def test_a_text_that_a_client_leaves_is_audited_and_counted(path, policy):
-    audit = AuditLog(path, salt=b"salt")
-    with served(engine(), audit=audit, policy=policy) as address, http_client(address) as http:
+    with served(engine(), audit_log=path, policy=policy) as address, http_client(address) as http:
         left_midway(http, BODY)
         wait_for(lambda: len(lines(path)) == 3)
         series = http.get("/metrics").text
@@ -125,9 +124,8 @@ def test_a_text_that_nobody_got_leaves_no_line(path):
     backbone.model.register_forward_pre_hook(fail)
     late = untrained_probe(backbone, "late", reads=Reads("response"))
     policy = Policy(output={"late": Rule("block", threshold=1.0, warm_up=100)})
-    audit = AuditLog(path, salt=b"salt")
     with (
-        served(TransformersEngine(backbone, [late]), audit=audit, policy=policy) as address,
+        served(TransformersEngine(backbone, [late]), audit_log=path, policy=policy) as address,
         http_client(address) as http,
     ):
         answer = http.post(CHAT, json={**BODY, "stream": True, "max_tokens": 20})
@@ -138,10 +136,10 @@ def test_a_text_that_nobody_got_leaves_no_line(path):
     assert "sidelight_completion_tokens_total 3.0" in series
 
 
-@pytest.mark.parametrize("limits", [ServerLimits(deadline_s=1.0), ServerLimits()])
-def test_a_text_that_the_deadline_or_the_engine_ends_is_audited_too(path, limits):
+@pytest.mark.parametrize("deadline", [1, 600])
+def test_a_text_that_the_deadline_or_the_engine_ends_is_audited_too(path, deadline):
     backbone = tiny_backbone()
-    is_slow = limits.deadline_s == 1
+    is_slow = deadline == 1
     passes = []
 
     def fail(*_):
@@ -153,9 +151,8 @@ def test_a_text_that_the_deadline_or_the_engine_ends_is_audited_too(path, limits
 
     backbone.model.register_forward_pre_hook(fail)
     late = untrained_probe(backbone, "late", reads=Reads("response"))
-    audit = AuditLog(path, salt=b"salt")
     with (
-        served(TransformersEngine(backbone, [late]), audit=audit, limits=limits) as address,
+        served(TransformersEngine(backbone, [late]), audit_log=path, deadline=deadline) as address,
         http_client(address) as http,
     ):
         answer = http.post(CHAT, json={**BODY, "stream": True, "max_tokens": 200})
@@ -170,27 +167,27 @@ def test_the_hash_depends_on_text_and_salt(path):
     assert len(hashes) == 2
 
 
-def test_the_salt_is_the_options_then_the_variables_and_never_blank(path):
-    def hash_of(option, environment):
-        given = {"audit_log": path, "audit_salt": option}
-        return audit_of(given, environment).hash([])
+def test_the_salt_is_the_options_then_the_variables_and_never_blank(path, monkeypatch):
+    def salt_of(**options):
+        return read_config(audit_log=path, **options).salt
 
-    variable = {"SIDELIGHT_AUDIT_SALT": "salt"}
-    assert hash_of("1", variable) == AuditLog(path, salt=b"1").hash([])
-    assert hash_of(None, variable) == AuditLog(path, salt=b"salt").hash([])
-    assert hash_of(None, {}) != hash_of(None, {})
-    assert audit_of({"audit_log": None, "audit_salt": None}, {}) is None
+    assert salt_of() != salt_of()
+    monkeypatch.setenv("SIDELIGHT_AUDIT_SALT", "salt")
+    assert salt_of(audit_salt="1") == b"1"
+    assert salt_of() == b"salt"
     for blank in ("", " ", "\n"):
-        with pytest.raises(SidelightError, match="SIDELIGHT_AUDIT_SALT is set and blank"):
-            hash_of(None, {"SIDELIGHT_AUDIT_SALT": blank})
         with pytest.raises(SidelightError, match="--audit-salt is blank"):
-            hash_of(blank, variable)
+            salt_of(audit_salt=blank)
+        with monkeypatch.context() as patch:
+            patch.setenv("SIDELIGHT_AUDIT_SALT", blank)
+            with pytest.raises(SidelightError, match="SIDELIGHT_AUDIT_SALT is blank"):
+                salt_of()
 
 
 def test_a_server_does_not_start_with_a_blank_salt(path, monkeypatch, capsys):
     monkeypatch.setenv("SIDELIGHT_AUDIT_SALT", "")
     assert run("serve", "--audit-log", str(path), "--host", "0.0.0.0") == 2
-    assert "SIDELIGHT_AUDIT_SALT is set and blank" in capsys.readouterr().err
+    assert "SIDELIGHT_AUDIT_SALT is blank" in capsys.readouterr().err
 
 
 class Read(list):
@@ -225,15 +222,14 @@ def test_a_log_that_cannot_be_opened_is_told_at_the_start(tmp_path):
         AuditLog(tmp_path / "none" / "audit.jsonl", salt=b"")
 
 
-def full():
-    """A real device on which every write fails as on a full disk."""
-    return AuditLog(Path("/dev/full"), salt=b"")
+# A real device on which every write fails as on a full disk.
+FULL = Path("/dev/full")
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
+@pytest.mark.skipif(not FULL.exists(), reason="needs Linux's /dev/full")
 @pytest.mark.parametrize("stream", [False, True])
 def test_under_a_blocking_policy_nothing_passes_unaudited(stream):
-    with served(engine(), audit=full(), policy=BLOCKING) as address, http_client(address) as http:
+    with served(engine(), audit_log=FULL, policy=BLOCKING) as address, http_client(address) as http:
         refused = http.post(CHAT, json={**BODY, "stream": stream})
         checked = http.post("/v1/moderations", json={"input": "zebra"})
         series = http.get("/metrics").text
@@ -242,18 +238,18 @@ def test_under_a_blocking_policy_nothing_passes_unaudited(stream):
     assert "sidelight_audit_failures_total 2.0" in series
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
+@pytest.mark.skipif(not FULL.exists(), reason="needs Linux's /dev/full")
 def test_text_that_is_held_to_its_end_waits_for_its_line():
     policy = Policy(output={"late": Rule("block", threshold=1.0, hold_back=100)})
-    with served(engine(), audit=full(), policy=policy) as address, http_client(address) as http:
+    with served(engine(), audit_log=FULL, policy=policy) as address, http_client(address) as http:
         answer = http.post(CHAT, json={**BODY, "stream": True})
     assert "audit_failed" in answer.text
     assert set(re.findall(r'"content":"([^"]*)"', answer.text)) <= {""}
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
+@pytest.mark.skipif(not FULL.exists(), reason="needs Linux's /dev/full")
 def test_without_a_blocking_policy_a_failure_is_counted_and_requests_go_on():
-    with served(engine(), audit=full()) as address, http_client(address) as http:
+    with served(engine(), audit_log=FULL) as address, http_client(address) as http:
         assert http.post(CHAT, json=BODY).status_code == 200
         series = http.get("/metrics").text
     assert "sidelight_audit_failures_total 2.0" in series

@@ -14,8 +14,7 @@ from live import MODEL, served
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.policy.rules import Policy, Rule
 from sidelight.prompts import Reads
-from sidelight.server.config import Access, ServerLimits, numbered_keys
-from sidelight.server.observe import AuditLog, JsonFormatter, without_message
+from sidelight.server.observe import JsonFormatter, without_message
 from sidelight.server.otel import OtelSink
 from sockets import connection, read_all, request
 from tiny import three_probes, tiny_backbone, untrained_probe
@@ -125,9 +124,12 @@ def test_a_canary_is_found_nowhere(logged, capfd, tmp_path):
     ]
     path = tmp_path / "audit.jsonl"
     options = {
-        "access": Access(numbered_keys([KEY], prefix="team")),
-        "limits": ServerLimits(body_bytes=5000, body_s=0.5, header_s=0.5),
-        "audit": AuditLog(path, salt=b"salt"),
+        "api_key": KEY,
+        "max_body_bytes": 5000,
+        "body_s": 0.5,
+        "header_s": 0.5,
+        "audit_log": path,
+        "audit_salt": "salt",
         "policy": Policy(input={"topics": Rule("block"), "always": Rule("flag")}),
     }
     spans = InMemorySpanExporter()

@@ -18,7 +18,6 @@ from sidelight.engines.loading import LoadingEngine
 from sidelight.engines.queue import Limits
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.server.checks import ClassifyRequest, GuardrailRequest, TokenizeRequest
-from sidelight.server.config import Access, ServerLimits, numbered_keys
 from sidelight.server.middleware import unless_left
 from sidelight.server.observe import without_message
 from sidelight.server.questions import DecisionRequest, SystemOneRequest
@@ -40,7 +39,7 @@ LONG = "x" * 5000
 def address():
     backbone = tiny_backbone()
     engine = TransformersEngine(backbone, three_probes(backbone))
-    with served(engine, limits=ServerLimits(body_bytes=LIMIT)) as address:
+    with served(engine, max_body_bytes=LIMIT) as address:
         yield address
 
 
@@ -350,7 +349,7 @@ def test_what_fails_once_its_client_has_left_is_not_logged(logged):
 def guarded():
     backbone = tiny_backbone()
     engine = TransformersEngine(backbone, three_probes(backbone))
-    with served(engine, access=Access(numbered_keys(["first", KEY], prefix="key"))) as address:
+    with served(engine, api_key=["first", KEY]) as address:
         yield address
 
 

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from live import MODEL, http_client, served
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.prompts import Reads
-from sidelight.server.config import ServerLimits
 from sockets import answers, connection, read_all, request
 from tiny import three_probes, tiny_backbone, untrained_probe
 
@@ -56,9 +55,13 @@ PATHS = st.sampled_from(sorted(VALID))
 BODY_BYTES = 20_000
 # Fewer places than examples: one that is lost by each would soon be missed.
 PLACES = 4
-LIMITS = ServerLimits(
-    body_bytes=BODY_BYTES, concurrent=PLACES, connections=PLACES, header_s=0.2, body_s=0.2
-)
+LIMITS = {
+    "max_body_bytes": BODY_BYTES,
+    "max_concurrent": PLACES,
+    "connections": PLACES,
+    "header_s": 0.2,
+    "body_s": 0.2,
+}
 SOME = settings(
     max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
@@ -69,7 +72,7 @@ def running():
     backbone = tiny_backbone()
     late = untrained_probe(backbone, "refusal", reads=Reads("response"))
     engine = TransformersEngine(backbone, [*three_probes(backbone), late])
-    with served(engine, limits=LIMITS) as address:
+    with served(engine, **LIMITS) as address:
         yield address, engine
 
 

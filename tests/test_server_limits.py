@@ -19,7 +19,7 @@ from live import MODEL, http_client, served, wait_until_ready
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import SidelightError
 from sidelight.server.app import serve
-from sidelight.server.config import ServerLimits
+from sidelight.server.config import ServerConfig
 from sidelight.server.connections import Drain, DrainingServer, within_system
 from sockets import connection, read_all, request
 from tiny import three_probes, tiny_backbone
@@ -59,14 +59,13 @@ def is_idle(http):
 
 @pytest.fixture(scope="module")
 def bounded():
-    with served(engine()[0], limits=ServerLimits(batch_items=3, request_tokens=60)) as address:
+    with served(engine()[0], max_batch_items=3, max_request_tokens=60) as address:
         yield address
 
 
 @pytest.fixture(scope="module")
 def impatient():
-    limits = ServerLimits(header_s=SOON_S, body_s=SOON_S, connections=20)
-    with served(engine()[0], limits=limits) as address:
+    with served(engine()[0], header_s=SOON_S, body_s=SOON_S, connections=20) as address:
         yield address
 
 
@@ -103,7 +102,7 @@ def test_a_prompt_of_several_texts_is_counted_once_and_weighs_for_each(monkeypat
 
     monkeypatch.setattr(one, "tokenize", noted)
     with (
-        served(one, limits=ServerLimits(request_tokens=60)) as address,
+        served(one, max_request_tokens=60) as address,
         http_client(address) as http,
     ):
         assert http.post(CHAT, json={**VALID, "n": 2}).status_code == 200
@@ -165,12 +164,11 @@ def test_too_many_connections_are_closed_and_the_others_are_served(impatient):
 
 
 def test_a_client_that_reads_nothing_frees_its_place():
-    limits = ServerLimits(write_s=LATER_S, concurrent=1)
     # More than the buffers of both ends hold.
     unread = b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 1000
     codes = []
     with (
-        served(engine()[0], limits=limits) as address,
+        served(engine()[0], write_s=LATER_S, max_concurrent=1) as address,
         http_client(address) as http,
         connection(address) as opened,
         ThreadPoolExecutor(1) as pool,
@@ -187,8 +185,7 @@ def test_a_client_that_reads_nothing_frees_its_place():
 def test_a_deadline_is_a_504_and_frees_the_place():
     one, backbone = engine()
     slow(backbone)
-    limits = ServerLimits(deadline_s=SOON_S)
-    with served(one, limits=limits) as address, http_client(address) as http:
+    with served(one, deadline=SOON_S) as address, http_client(address) as http:
         late = http.post(CHAT, json={**VALID, "max_tokens": 200})
         assert (late.status_code, late.json()["error"]["code"]) == (504, "deadline_exceeded")
         assert is_idle(http)
@@ -197,8 +194,7 @@ def test_a_deadline_is_a_504_and_frees_the_place():
 def test_a_stream_past_its_deadline_ends_with_an_error_and_no_done():
     one, backbone = engine()
     slow(backbone)
-    limits = ServerLimits(deadline_s=LATER_S)
-    with served(one, limits=limits) as address, http_client(address) as http:
+    with served(one, deadline=LATER_S) as address, http_client(address) as http:
         body = {**VALID, "max_tokens": 200, "stream": True}
         events = [line for line in http.post(CHAT, json=body).text.splitlines() if line]
         assert is_idle(http)
@@ -213,7 +209,7 @@ def test_more_requests_at_once_than_allowed_are_a_429_and_operators_are_served()
     may_write = threading.Event()
     backbone.model.register_forward_pre_hook(lambda *_: (may_write.wait(PATIENCE_S), None)[1])
     with (
-        served(one, limits=ServerLimits(concurrent=2)) as address,
+        served(one, max_concurrent=2) as address,
         http_client(address) as http,
         ThreadPoolExecutor(6) as pool,
     ):
@@ -235,7 +231,7 @@ def test_a_client_that_leaves_frees_its_place(stream):
     one, backbone = engine()
     slow(backbone)
     body = json.dumps({**VALID, "max_tokens": 200, "stream": stream}).encode()
-    with served(one, limits=ServerLimits(concurrent=1)) as address, http_client(address) as http:
+    with served(one, max_concurrent=1) as address, http_client(address) as http:
         with connection(address) as opened:
             opened.sendall(request(CHAT, body))
             while one.load.running == 0:
@@ -263,7 +259,7 @@ def serve_until_stopped(one, client, **options):
     previous = signal.signal(signal.SIGTERM, lambda *_: None)
     try:
         thread.start()
-        serve(lambda: one, port=port, **options)
+        serve(lambda: one, ServerConfig(port=port, **options))
         thread.join()
     finally:
         signal.signal(signal.SIGTERM, previous)
@@ -331,10 +327,10 @@ def test_no_more_connections_are_accepted_than_the_process_may_open_files(monkey
     allowed = {"files": (300, 1000)}
     monkeypatch.setattr(resource, "getrlimit", lambda _which: allowed["files"])
     monkeypatch.setattr(resource, "setrlimit", lambda _which, files: allowed.update(files=files))
-    few = ServerLimits(connections=200)
+    few = ServerConfig(connections=200)
     assert within_system(few) == few
     assert 200 < allowed["files"][0] < 1000
-    many = within_system(ServerLimits(connections=4096))
+    many = within_system(ServerConfig(connections=4096))
     assert allowed["files"] == (1000, 1000)
     assert 0 < many.connections < 1000
     assert f"at most {many.connections} connections, not 4096" in caplog.text

@@ -12,6 +12,7 @@ from live import MODEL, wait_until_ready
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import SidelightError
 from sidelight.server.app import serve
+from sidelight.server.config import ServerConfig
 from tiny import three_probes, tiny_backbone
 
 
@@ -40,7 +41,7 @@ def test_a_signal_ends_the_server_once_the_running_text_is_complete():
 
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(ask)
-        serve(lambda: TransformersEngine(backbone, three_probes(backbone)), port=port)
+        serve(lambda: TransformersEngine(backbone, three_probes(backbone)), ServerConfig(port=port))
         assert answer.result().json()["usage"]["completion_tokens"] == 200
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"http://127.0.0.1:{port}/health")
@@ -51,11 +52,11 @@ def test_a_failure_to_load_ends_the_server_with_its_error():
         raise SidelightError("no such model")
 
     with pytest.raises(SidelightError, match="no such model"):
-        serve(load, port=free_port())
+        serve(load, ServerConfig(port=free_port()))
 
 
 def test_a_taken_port_is_told():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(SidelightError, match=f"Cannot listen on 127.0.0.1:{port}"):
-            serve(lambda: pytest.fail("must not load"), port=port)
+            serve(lambda: pytest.fail("must not load"), ServerConfig(port=port))

@@ -17,7 +17,6 @@ from schemathesis.specs.openapi.checks import (
 from live import MODEL, served
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.prompts import Reads
-from sidelight.server.config import Access, numbered_keys
 from tiny import three_probes, tiny_backbone, untrained_probe
 
 # The server's thread shares this process's random numbers, which hypothesis watches.
@@ -55,7 +54,7 @@ def address():
     backbone = tiny_backbone()
     late = untrained_probe(backbone, "refusal", reads=Reads("response"))
     engine = TransformersEngine(backbone, [*three_probes(backbone), late])
-    with served(engine, access=Access(numbered_keys([KEY], prefix="key"))) as address:
+    with served(engine, api_key=KEY) as address:
         yield address
 
 

@@ -25,7 +25,7 @@ from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import SidelightError
 from sidelight.policy.rules import Policy, Rule
 from sidelight.prompts import Reads
-from sidelight.server.app import Service, create_app
+from sidelight.server.app import create_app
 from sidelight.server.observe import Trace
 from sidelight.server.otel import OtelSink
 from tiny import TOPICS, tiny_backbone, untrained_probe
@@ -126,7 +126,7 @@ def test_a_text_that_nobody_takes_is_told_before_its_request_is_over():
     backbone = tiny_backbone()
     engine = TransformersEngine(backbone, [untrained_probe(backbone, "late", reads=LATE)])
     traces: list[Trace] = []
-    app = create_app(engine, Service(traces=traces.append))
+    app = create_app(engine, traces=traces.append)
     body = json.dumps({**BODY, "stream": True, "max_tokens": 200}).encode()
 
     async def main() -> None:

@@ -208,7 +208,7 @@ def commands(group):
         yield from commands(command) if isinstance(command, click.Group) else [command]
 
 
-TAKERS = [one for one in commands(app) if "engine_options" in {p.name for p in one.params}]
+TAKERS = [one for one in commands(app) if "engine_option" in {p.name for p in one.params}]
 
 
 @pytest.mark.parametrize("command", TAKERS, ids=lambda command: command.name)

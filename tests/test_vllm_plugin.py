@@ -401,10 +401,10 @@ def test_probes_of_chats_and_of_raw_texts_are_refused_whoever_serves_them(backbo
     chat = untrained_probe(backbone, "toxicity")
     raw = replace(untrained_probe(backbone, "topics", task=TOPICS), prompt_format="raw")
     folders = [str(save_probe(probe, tmp_path / probe.name)) for probe in (chat, raw)]
-    options = {"model": None, "dtype": "auto", "device": "auto"}
+    options = {"model": None, "dtype": "auto", "device": "auto", "options": {}}
     told = "such as 'toxicity', and of raw texts, such as 'topics', cannot be served together"
     for serve in (
-        lambda: load_engine("transformers", [chat, raw], options),
+        lambda: load_engine("transformers", [chat, raw], **options),
         lambda: fingerprint_of("smollm2", folders),
         lambda: require_same_model([chat, raw], backbone.fingerprint),
     ):

@@ -17,7 +17,6 @@ from live import served
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import SidelightError, VerdictError
 from sidelight.prompts import Message
-from sidelight.server.config import Access, numbered_keys
 from sidelight_lab.baselines.endpoints import GuardEndpoint, ModerationEndpoint
 from sidelight_lab.baselines.prompting import FewShot, ZeroShot, score_answers
 from tiny import tiny_backbone, untrained_probe
@@ -237,7 +236,7 @@ def test_a_moderation_endpoint_gives_the_log_odds_of_its_scores(dataset):
 def test_a_key_that_is_refused_is_named_and_not_shown(dataset, monkeypatch):
     monkeypatch.setenv("GUARD_KEY", "secret")
     engine = TransformersEngine(tiny_backbone(), [])
-    with served(engine, access=Access(numbered_keys(["right"], prefix="key"))) as address:
+    with served(engine, api_key="right") as address:
         fitted = ModerationEndpoint(f"{address}/v1", key_env="GUARD_KEY").fit(dataset, seed=0)
         with pytest.raises(SidelightError, match=r"key into .* GUARD_KEY") as raised:
             fitted.logits(dataset.validation.select([0]))

@@ -14,7 +14,7 @@ from live import MODEL, listening
 from sidelight.engines.base import Engine
 from sidelight.policy.rules import Policy, Rule
 from sidelight.prompts import Reads
-from sidelight.server.app import Service, create_app
+from sidelight.server.app import create_app
 from test_clients import (
     CUTTING,
     Servers,
@@ -65,6 +65,6 @@ def mounted(engine: Engine) -> FastAPI:
     app = FastAPI(lifespan=lifespan)
     always = Rule("block", threshold=0.0)
     app.mount("/scoring", create_app(engine))
-    app.mount("/blocking", create_app(engine, Service(policy=Policy(input={"toxicity": always}))))
-    app.mount("/cutting", create_app(engine, Service(policy=Policy(output={"late": CUTTING}))))
+    app.mount("/blocking", create_app(engine, policy=Policy(input={"toxicity": always})))
+    app.mount("/cutting", create_app(engine, policy=Policy(output={"late": CUTTING})))
     return app

@@ -1,4 +1,4 @@
-"""Options that say which engine runs the model, and how it is made."""
+"""Options that say which engine runs the model, and what they make."""
 
 import json
 from collections.abc import Generator, Mapping, Sequence
@@ -8,33 +8,43 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sidelight.cli.options import Command
+from sidelight.errors import SidelightError
 
 if TYPE_CHECKING:
-    from sidelight.backbone import TransformersBackbone
+    from sidelight.backbone import DtypeName, TransformersBackbone
     from sidelight.engines.base import Engine
     from sidelight.probe import Probe
+    from sidelight.prompts import PromptFormat
     from sidelight.states.extraction import StateSource
 
 
-def _options(
+def _assigned(
     _context: click.Context, _option: click.Parameter, value: tuple[str, ...]
 ) -> dict[str, Any]:
-    return dict(map(_option_of, value))
+    options: dict[str, Any] = {}
+    for assignment in value:
+        name, equals, text = assignment.partition("=")
+        if not equals:
+            raise click.BadParameter(f"'{assignment}' is not like max_num_seqs=64.")
+        try:
+            options[name] = json.loads(text)
+        except ValueError:
+            # A text needs no quotes.
+            options[name] = text
+    return options
 
 
-def _option_of(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise click.BadParameter(f"'{text}' is not like max_num_seqs=64.")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        # A text needs no quotes.
-        return name, value
+engine_option_option = click.option(
+    "--engine-option",
+    multiple=True,
+    callback=_assigned,
+    metavar="NAME=VALUE",
+    help="Option of vLLM's engine, such as max_num_seqs=64; may be repeated.",
+)
 
 
 def engine_options(command: Command) -> Command:
-    """Which engine, and what it is told: ``load_engine`` reads their values."""
+    """Which engine, and what it is told."""
     engine = click.option(
         "--engine",
         type=click.Choice(["transformers", "vllm"]),
@@ -45,118 +55,96 @@ def engine_options(command: Command) -> Command:
     return engine(engine_option_option(command))
 
 
-engine_option_option = click.option(
-    "--engine-option",
-    "engine_options",
-    multiple=True,
-    callback=_options,
-    metavar="NAME=VALUE",
-    help="Option of vLLM's engine, such as max_num_seqs=64; may be repeated.",
-)
-
-
-def load_engine(engine: str, probes: "Sequence[Probe]", given: Mapping[str, Any]) -> "Engine":
-    """The engine, its model loaded.
-
-    Args:
-        engine: Its name.
-        probes: Probes to serve.
-        given: Values of ``backbone_options`` and ``--engine-option``.
-    """
-    model = given["model"] or (probes[0].fingerprint.name if probes else "smollm2")
-    make = {"transformers": _transformers, "vllm": _vllm}[engine]
-    return make(model, probes, given)
-
-
-def require_own_options(engine: str, given: Mapping[str, Any]) -> None:
+def require_own_options(engine: str, options: Mapping[str, Any]) -> None:
     """Checks that vLLM's options are not given to another engine.
-
-    Args:
-        engine: Its name.
-        given: Values of ``--engine-option``.
 
     Raises:
         SidelightError: They are.
     """
-    from sidelight.errors import SidelightError
-
-    if engine != "vllm" and given["engine_options"]:
+    if engine != "vllm" and options:
         raise SidelightError("--engine-option is for vLLM: give --engine vllm, or leave it out.")
 
 
-def _transformers(model: str, probes: "Sequence[Probe]", given: Mapping[str, Any]) -> "Engine":
+def require_own_device(device: str) -> None:
+    """Checks that vLLM is not told its device.
+
+    Raises:
+        SidelightError: It is.
+    """
+    if device != "auto":
+        raise SidelightError("vLLM chooses its device itself; leave --device out.")
+
+
+def load_engine(
+    engine: str,
+    probes: "Sequence[Probe]",
+    *,
+    model: str | None,
+    dtype: "DtypeName",
+    device: str,
+    options: Mapping[str, Any],
+) -> "Engine":
+    """The engine with its model and these probes.
+
+    Args:
+        engine: ``transformers`` or ``vllm``.
+        probes: Probes to serve.
+        model: None: the one that the first probe was trained on.
+        dtype: Dtype of the model.
+        device: For transformers; vLLM takes only ``auto``.
+        options: Options of vLLM's engine.
+    """
+    model = model or (probes[0].fingerprint.name if probes else "smollm2")
+    if engine == "vllm":
+        from sidelight.vllm.engine import load_vllm_engine
+
+        require_own_device(device)
+        return load_vllm_engine(model, probes, dtype=dtype, options=options)
     from sidelight.backbone import load_backbone
     from sidelight.engines.transformers import TransformersEngine
     from sidelight.probe import common_format
 
-    backbone = load_backbone(
-        model,
-        dtype=given["dtype"],
-        device=given["device"],
-        prompt_format=common_format(probes),
-    )
+    backbone = load_backbone(model, dtype=dtype, device=device, prompt_format=common_format(probes))
     return TransformersEngine(backbone, probes)
+
+
+def encoding_backbone(
+    engine: str,
+    model: str | None,
+    *,
+    dtype: "DtypeName",
+    device: str,
+    prompt_format: "PromptFormat | None",
+) -> "TransformersBackbone":
+    """The backbone that encodes texts, and that runs them where the engine is transformers."""
+    from sidelight.backbone import load_backbone
+
+    if engine == "vllm":
+        require_own_device(device)
+        device = "cpu"
+    return load_backbone(
+        model or "smollm2", dtype=dtype, device=device, prompt_format=prompt_format
+    )
 
 
 @contextmanager
 def state_source(
-    engine: str, backbone: "TransformersBackbone", given: Mapping[str, Any]
+    engine: str, backbone: "TransformersBackbone", options: Mapping[str, Any]
 ) -> "Generator[StateSource]":
     """What computes hidden states for training; it ends with the block.
 
     Args:
-        engine: Its name.
+        engine: ``transformers`` or ``vllm``.
         backbone: Of ``encoding_backbone``.
-        given: Values of ``--engine-option``.
+        options: Options of vLLM's engine.
     """
-    require_own_options(engine, given)
+    require_own_options(engine, options)
     if engine == "vllm":
         from sidelight.vllm.offline import VllmSource
 
-        with closing(VllmSource(backbone, options=given["engine_options"])) as source:
+        with closing(VllmSource(backbone, options=options)) as source:
             yield source
     else:
         from sidelight.states.extraction import BackboneSource
 
         yield BackboneSource(backbone)
-
-
-def encoding_backbone(engine: str, given: Mapping[str, Any]) -> "TransformersBackbone":
-    """The backbone that encodes texts, and that runs them where the engine is its own.
-
-    Args:
-        engine: Its name.
-        given: Values of ``backbone_options`` and ``prompt_format``.
-    """
-    from sidelight.backbone import load_backbone
-
-    if engine == "vllm":
-        require_own_device(given)
-    return load_backbone(
-        given["model"] or "smollm2",
-        dtype=given["dtype"],
-        device="cpu" if engine == "vllm" else given["device"],
-        prompt_format=given["prompt_format"],
-    )
-
-
-def require_own_device(given: Mapping[str, Any]) -> None:
-    """Checks that vLLM is not told its device.
-
-    Args:
-        given: Values of ``backbone_options``.
-
-    Raises:
-        SidelightError: It is.
-    """
-    from sidelight.errors import SidelightError
-
-    if given["device"] != "auto":
-        raise SidelightError("vLLM chooses its device itself; leave --device out.")
-
-
-def _vllm(model: str, probes: "Sequence[Probe]", given: Mapping[str, Any]) -> "Engine":
-    from sidelight.vllm.engine import load_vllm_engine
-
-    require_own_device(given)
-    return load_vllm_engine(model, probes, dtype=given["dtype"], options=given["engine_options"])

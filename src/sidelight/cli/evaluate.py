@@ -1,11 +1,8 @@
-"""``sidelight eval``: how good trained probes are on data that training did not see.
-
-``sidelight predict``: verdicts on texts or on a file of texts, as JSON lines.
-"""
+"""``sidelight eval``, on labelled data that training did not see, and ``sidelight predict``."""
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,9 +27,10 @@ from sidelight.errors import SidelightError
 from sidelight.storage import replacing, write_text
 
 if TYPE_CHECKING:
+    from sidelight.backbone import DtypeName
     from sidelight.data.examples import Example
+    from sidelight.data.loading import OnMissingLabel
     from sidelight.training.runs import Assessment
-    from sidelight.types import Verdict
 
 
 @click.command(
@@ -64,7 +62,20 @@ if TYPE_CHECKING:
 @backbone_options
 @json_option
 def evaluate(
-    probe: Path, plots: Path | None, out: Path | None, as_json: bool, **given: Any
+    probe: Path,
+    data: str,
+    text: str,
+    label: str,
+    response: str | None,
+    split: str | None,
+    missing_label: "OnMissingLabel",
+    subset: str | None,
+    plots: Path | None,
+    out: Path | None,
+    model: str | None,
+    dtype: "DtypeName",
+    device: str,
+    as_json: bool,
 ) -> None:
     """Measure a probe, and every run trained with it, on labelled data.
 
@@ -75,14 +86,14 @@ def evaluate(
 
     assessments = assess(
         probe,
-        given["data"],
-        columns=Columns(given["text"], given["label"], given["response"]),
-        split=given["split"],
-        on_missing_label=given["missing_label"],
-        subset=given["subset"],
-        model=given["model"],
-        dtype=given["dtype"],
-        device=given["device"],
+        data,
+        columns=Columns(text, label, response),
+        split=split,
+        on_missing_label=missing_label,
+        subset=subset,
+        model=model,
+        dtype=dtype,
+        device=device,
     )
     for warning in assessments[0].warnings:
         click.echo(f"Warning: {warning}", err=True)
@@ -131,56 +142,52 @@ def _print(assessments: "list[Assessment]") -> None:
 @engine_options
 @backbone_options
 def predict(
-    probe: Path, texts: tuple[str, ...], data: str | None, out: Path | None, **given: Any
+    probe: Path,
+    texts: tuple[str, ...],
+    data: str | None,
+    text: str,
+    response: str | None,
+    split: str | None,
+    out: Path | None,
+    engine: str,
+    engine_option: dict[str, Any],
+    model: str | None,
+    dtype: "DtypeName",
+    device: str,
 ) -> None:
     """Print one verdict per text, as JSON lines, in the order of the texts."""
     if bool(texts) == (data is not None):
-        raise SidelightError("Give texts to judge, or a file of them with --data, and not both.")
-    require_own_options(given["engine"], given)
-    items: Sequence[str | Example] = list(texts) if data is None else _examples(data, given)
-    judge = {"transformers": _by_transformers, "vllm": _by_vllm}[given["engine"]]
-    lines = (json.dumps(asdict(v), ensure_ascii=False) for v in judge(probe, items, given))
-    _write(lines, out)
-
-
-def _by_transformers(
-    probe: Path, items: "Sequence[str | Example]", given: dict[str, Any]
-) -> "list[Verdict]":
+        raise SidelightError("Give either texts to judge, or a file of texts with --data.")
+    require_own_options(engine, engine_option)
+    items: Sequence[str | Example] = (
+        list(texts) if data is None else _examples(data, text, response, split)
+    )
     from sidelight.training.classifier import load
 
-    classifier = load(probe, model=given["model"], dtype=given["dtype"], device=given["device"])
-    return classifier.predict(items)
+    if engine == "vllm":
+        from sidelight.vllm.offline import predict as predict_by_vllm
+
+        require_own_device(device)
+        classifier = load(probe, model=model, dtype=dtype, device="cpu")
+        verdicts = predict_by_vllm(classifier, items, options=engine_option)
+    else:
+        verdicts = load(probe, model=model, dtype=dtype, device=device).predict(items)
+    lines = (json.dumps(asdict(verdict), ensure_ascii=False) + "\n" for verdict in verdicts)
+    if out is None:
+        sys.stdout.writelines(lines)
+        return
+    with replacing(out) as partial, partial.open("w", encoding="utf-8") as file:
+        file.writelines(lines)
 
 
-def _by_vllm(
-    probe: Path, items: "Sequence[str | Example]", given: dict[str, Any]
-) -> "list[Verdict]":
-    from sidelight.training.classifier import load
-    from sidelight.vllm.offline import predict as predict_by_vllm
-
-    require_own_device(given)
-    classifier = load(probe, model=given["model"], dtype=given["dtype"], device="cpu")
-    return predict_by_vllm(classifier, items, options=given["engine_options"])
-
-
-def _examples(data: str, given: dict[str, Any]) -> "list[Example]":
+def _examples(data: str, text: str, response: str | None, split: str | None) -> "Sequence[Example]":
     from sidelight.data.loading import load_examples
 
-    examples = load_examples(
-        data, text=given["text"], label=None, response=given["response"], split=given["split"]
-    )
+    examples = load_examples(data, text=text, label=None, response=response, split=split)
     if examples.skipped.empty_text:
         raise SidelightError(
-            f"{examples.skipped.empty_text} texts or responses are empty, first "
+            f"{examples.skipped.empty_text} texts or responses are empty, the first in "
             f"{examples.skipped.first_empty}, so verdicts would not line up with rows. Remove the "
             "empty rows first."
         )
-    return list(examples.items)
-
-
-def _write(lines: Iterator[str], out: Path | None) -> None:
-    if out is None:
-        sys.stdout.writelines(f"{line}\n" for line in lines)
-        return
-    with replacing(out) as partial, partial.open("w", encoding="utf-8") as file:
-        file.writelines(f"{line}\n" for line in lines)
+    return examples.items

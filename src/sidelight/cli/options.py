@@ -1,12 +1,8 @@
-"""Options that several commands share.
-
-Where a command's results go: checked before the work, which may take hours.
-
-The labelled texts that a command trains on, and how it reads them.
-"""
+"""Options that several commands share, and what they make. Folders are checked before the work."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +12,7 @@ from sidelight.errors import SidelightError
 
 if TYPE_CHECKING:
     from sidelight.data.examples import LabelledExamples
+    from sidelight.data.loading import OnMissingLabel
     from sidelight.training.settings import FitOptions
 
 
@@ -117,8 +114,70 @@ def mechanism_option(*, default: str, help: str) -> Callable[[Command], Command]
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainingInputs:
+    """What to train on, how texts are read, and where activations go: see ``training_options``."""
+
+    data: str
+    text: str
+    label: str
+    response: str | None
+    split: str | None
+    missing_label: "OnMissingLabel"
+    positive: str | None
+    validation: str | None
+    validation_split: str | None
+    limit: int | None
+    max_tokens: int
+    cache: Path | None
+    cache_budget: float | None
+    keep_cache: bool
+
+    def load(self) -> "tuple[LabelledExamples, LabelledExamples | None]":
+        """Training texts, and validation texts where some are named."""
+        from sidelight.data.loading import load_examples
+
+        whole = load_examples(
+            self.data,
+            text=self.text,
+            label=self.label,
+            response=self.response,
+            on_missing_label=self.missing_label,
+            split=self.split,
+            positive=self.positive,
+        )
+        rows = whole.draw(self.limit or len(whole), seed=0)
+        # Warnings about the file hold for some of its rows too.
+        training = replace(whole.select(rows), warnings=whole.warnings)
+        if self.validation is None:
+            return training, None
+        return training, load_examples(
+            self.validation,
+            text=self.text,
+            label=self.label,
+            response=self.response,
+            on_missing_label=self.missing_label,
+            split=self.validation_split,
+            task=training.task,
+        )
+
+    def fit_options(self) -> "FitOptions":
+        """How the texts are read, and where their activations go."""
+        from sidelight.prompts import Reads
+        from sidelight.training.settings import FitOptions
+
+        budget = self.cache_budget
+        return FitOptions(
+            reads=Reads(side="response" if self.response else "prompt"),
+            max_tokens=self.max_tokens,
+            cache_root=self.cache,
+            cache_budget_bytes=None if budget is None else int(budget * 2**30),
+            keep_cache=self.keep_cache,
+        )
+
+
 def training_options(command: Command) -> Command:
-    """What to train on, where activations go meanwhile, and where the result goes."""
+    """What to train on; the command gets ``inputs``, and ``out`` for the result."""
     validation = click.option(
         "--validation", default=None, help="Validation data. [default: held out of --data]"
     )
@@ -129,9 +188,16 @@ def training_options(command: Command) -> Command:
         data_option, out_option, column_options, missing_label_option, positive_option, validation,
         validation_split, limit_option, max_tokens_option, *_CACHE_OPTIONS,
     )  # fmt: skip
+
+    @wraps(command)
+    def gathered(**given: Any) -> Any:
+        inputs = {field.name: given.pop(field.name) for field in fields(TrainingInputs)}
+        return command(inputs=TrainingInputs(**inputs), **given)
+
+    result: Command = gathered
     for option in reversed(options):
-        command = option(command)
-    return command
+        result = option(result)
+    return result
 
 
 def column_options(command: Command) -> Command:
@@ -183,47 +249,3 @@ json_file_option = click.option(
     default=None,
     help="File for the JSON.",
 )
-
-
-def load_labelled(given: dict[str, Any]) -> "tuple[LabelledExamples, LabelledExamples | None]":
-    """Training texts, and validation texts where some are named.
-
-    Args:
-        given: The values of ``training_options``.
-    """
-    from sidelight.data.loading import load_examples
-
-    how = {
-        "text": given["text"],
-        "label": given["label"],
-        "response": given["response"],
-        "on_missing_label": given["missing_label"],
-    }
-    whole = load_examples(given["data"], **how, split=given["split"], positive=given["positive"])
-    rows = whole.draw(given["limit"] or len(whole), seed=0)
-    # What is doubtful about the file is so of some of its rows.
-    training = replace(whole.select(rows), warnings=whole.warnings)
-    if given["validation"] is None:
-        return training, None
-    return training, load_examples(
-        given["validation"], **how, split=given["validation_split"], task=training.task
-    )
-
-
-def reading_options(given: dict[str, Any]) -> "FitOptions":
-    """How the texts are read, and where their activations go.
-
-    Args:
-        given: The values of ``training_options``.
-    """
-    from sidelight.prompts import Reads
-    from sidelight.training.settings import FitOptions
-
-    budget = given["cache_budget"]
-    return FitOptions(
-        reads=Reads(side="response" if given["response"] else "prompt"),
-        max_tokens=given["max_tokens"],
-        cache_root=given["cache"],
-        cache_budget_bytes=None if budget is None else int(budget * 2**30),
-        keep_cache=given["keep_cache"],
-    )

@@ -21,6 +21,7 @@ from sidelight.errors import SidelightError
 from sidelight.storage import write_text
 
 if TYPE_CHECKING:
+    from sidelight.backbone import DtypeName
     from sidelight.engines.base import Engine
 
 
@@ -42,7 +43,16 @@ _ENGINES = ("transformers", "vllm")
 @engine_option_option
 @json_file_option
 def parity(
-    probes: tuple[Path, ...], data: str, engines: str, out: Path | None, **given: Any
+    probes: tuple[Path, ...],
+    data: str,
+    text: str,
+    limit: int | None,
+    engines: str,
+    model: str | None,
+    dtype: "DtypeName",
+    device: str,
+    engine_option: dict[str, Any],
+    out: Path | None,
 ) -> None:
     """Compare the verdicts of engines, and of each engine's batch sizes, on the same texts.
 
@@ -53,13 +63,24 @@ def parity(
     from sidelight.data.loading import load_examples
     from sidelight.engines.parity import compare_engines
 
-    names = _known(engines)
+    names = [name.strip() for name in engines.split(",")]
+    if not set(names) <= set(_ENGINES):
+        raise SidelightError(f"--engines takes {', '.join(_ENGINES)}; got: {engines}.")
     loaded = [load_probe(probe) for probe in probes]
-    examples = load_examples(data, text=given["text"], label=None)
-    drawn = examples.draw(given["limit"] or len(examples), seed=0)
+    examples = load_examples(data, text=text, label=None)
+    drawn = examples.draw(limit or len(examples), seed=0)
     texts = [examples.items[row].messages for row in drawn]
     makers: dict[str, Callable[[], Engine]] = {
-        name: partial(load_engine, name, loaded, given) for name in names
+        name: partial(
+            load_engine,
+            name,
+            loaded,
+            model=model,
+            dtype=dtype,
+            device=device,
+            options=engine_option,
+        )
+        for name in names
     }
     differences = compare_engines(makers, texts)
     if out is not None:
@@ -70,10 +91,3 @@ def parity(
             f"{difference.probe:<20} {difference.between:<32} largest {difference.largest:.2e}, "
             f"median {difference.median:.2e}, {difference.flips} of {difference.texts} flipped"
         )
-
-
-def _known(engines: str) -> list[str]:
-    names = [name.strip() for name in engines.split(",")]
-    if not set(names) <= set(_ENGINES):
-        raise SidelightError(f"Engines are {', '.join(_ENGINES)}; got: {engines}.")
-    return names

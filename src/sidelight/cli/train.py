@@ -11,22 +11,22 @@ from click.core import ParameterSource
 
 from sidelight.cli.engines import encoding_backbone, engine_options, state_source
 from sidelight.cli.options import (
+    TrainingInputs,
     backbone_options,
     examples_epilog,
     json_option,
-    load_labelled,
     mechanism_option,
-    reading_options,
     training_options,
 )
 from sidelight.errors import SidelightError
 
 if TYPE_CHECKING:
-    from sidelight.mechanisms.base import MechanismSpec, OptionValue
-    from sidelight.training.settings import FitOptions, TrainingSettings
+    from sidelight.backbone import DtypeName
+    from sidelight.calibration import CalibrationKind
+    from sidelight.mechanisms.base import OptionValue
+    from sidelight.prompts import PromptFormat, Side
 
-
-# As ``fitting.AUTO``, whose import takes seconds.
+# As ``training.settings.AUTO``, whose import takes seconds.
 _AUTO = "auto"
 
 
@@ -112,17 +112,46 @@ _AUTO = "auto"
 @engine_options
 @backbone_options
 @json_option
-def train(out: Path, as_json: bool, engine: str, **given: Any) -> None:
+def train(
+    inputs: TrainingInputs,
+    out: Path,
+    mechanisms: list[str],
+    assignments: tuple[str, ...],
+    seeds: int,
+    name: str | None,
+    reads: "Side | None",
+    template: bool,
+    prompt_format: "PromptFormat | None",
+    standardise: bool,
+    calibration: "CalibrationKind",
+    long_inputs: bool,
+    engine: str,
+    engine_option: dict[str, Any],
+    model: str | None,
+    dtype: "DtypeName",
+    device: str,
+    as_json: bool,
+    **settings: Any,
+) -> None:
     """Train probes on a labelled file, and keep the best.
 
-    The backbone runs once over the texts; all mechanisms and seeds train from what it showed.
+    The backbone runs once over the texts; all mechanisms and seeds train from its hidden states.
     Early stopping, threshold and calibration use validation rows only. Fewer than 1,000 rows
     without --validation are cross-fitted: all of them train the probe, and each is judged by one
     that it did not train. A killed run keeps the shards of activations that it finished.
     """
-    # Before imports that take seconds: what is misspelt is told at once.
-    specs = _specs(given)
-    training, validation = load_labelled(given)
+    # Before imports that take seconds: a misspelt name is refused at once.
+    from sidelight.mechanisms.base import mechanism_names, mechanism_spec
+
+    assigned = _assignments(assignments, mechanisms)
+    is_automatic = mechanisms == [_AUTO]
+    specs = (
+        None
+        if is_automatic
+        else tuple(mechanism_spec(mechanism, assigned.get(mechanism)) for mechanism in mechanisms)
+    )
+    training, validation = inputs.load()
+    from sidelight.prompts import Reads
     from sidelight.training.fit import fit
     from sidelight.training.runs import (
         check_folder,
@@ -132,19 +161,35 @@ def train(out: Path, as_json: bool, engine: str, **given: Any) -> None:
         holds_probe,
         write_fit,
     )
+    from sidelight.training.settings import suggested_settings
 
-    options = _options(given, specs)
+    chosen = {setting: value for setting, value in settings.items() if value is not None}
+    shared = inputs.fit_options()
+    options = replace(
+        shared,
+        mechanisms=specs,
+        seeds=tuple(range(seeds)),
+        settings={
+            mechanism: suggested_settings(mechanism).changed(**chosen)
+            for mechanism in (mechanism_names() if is_automatic else mechanisms)
+        },
+        long_inputs=long_inputs,
+        standardise=standardise,
+        reads=Reads(side=reads or shared.reads.side, template=template),
+        calibration=calibration,
+    )
     check_folder(out)
     if holds_probe(out):
         click.echo(f"Warning: the probe in {out} will be replaced.", err=True)
-    backbone = encoding_backbone(engine, given)
-    with state_source(engine, backbone, given) as source:
-        name = given["name"] or out.resolve().name
+    backbone = encoding_backbone(
+        engine, model, dtype=dtype, device=device, prompt_format=prompt_format
+    )
+    with state_source(engine, backbone, engine_option) as source:
         made = fit(
             backbone,
             training,
             validation,
-            name=name,
+            name=name or out.resolve().name,
             options=options,
             source=source,
             store=lambda made: write_fit(made, out),
@@ -156,54 +201,17 @@ def train(out: Path, as_json: bool, engine: str, **given: Any) -> None:
         return
     console().print(fit_table(made))
     click.echo(f"Best: {made.best.probe.spec.name}, seed {made.best.seed}. Saved to {out}")
-    click.echo(f"Next: {_eval_command(out, given)}")
+    click.echo(f"Next: {_eval_command(out, inputs)}")
 
 
-def _eval_command(out: Path, given: dict[str, Any]) -> str:
-    """How the probe is judged on a file with the same columns."""
+def _eval_command(out: Path, inputs: TrainingInputs) -> str:
+    """How to evaluate the probe on a file with the same columns."""
     context = click.get_current_context()
     command = ["sidelight", "eval", str(out), "--data", "TEST_FILE"]
-    for name in ("text", "label", "response"):
-        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-            command += [f"--{name}", given[name]]
+    for column in ("text", "label", "response"):
+        if context.get_parameter_source(column) is ParameterSource.COMMANDLINE:
+            command += [f"--{column}", getattr(inputs, column)]
     return shlex.join(command)
-
-
-def _specs(given: dict[str, Any]) -> "tuple[MechanismSpec, ...] | None":
-    """What is to be trained, with its options; None where the number of texts decides."""
-    from sidelight.mechanisms.base import mechanism_spec
-
-    names = given["mechanisms"]
-    assigned = _assignments(given["assignments"], names)
-    if names == [_AUTO]:
-        return None
-    return tuple(mechanism_spec(name, assigned.get(name)) for name in names)
-
-
-def _options(given: dict[str, Any], specs: "tuple[MechanismSpec, ...] | None") -> "FitOptions":
-    from sidelight.mechanisms.base import mechanism_names
-    from sidelight.prompts import Reads
-
-    shared = reading_options(given)
-    names = mechanism_names() if specs is None else [spec.name for spec in specs]
-    return replace(
-        shared,
-        mechanisms=specs,
-        seeds=tuple(range(given["seeds"])),
-        settings={name: _settings(name, given) for name in names},
-        long_inputs=given["long_inputs"],
-        standardise=given["standardise"],
-        reads=Reads(side=given["reads"] or shared.reads.side, template=given["template"]),
-        calibration=given["calibration"],
-    )
-
-
-def _settings(mechanism: str, given: dict[str, Any]) -> "TrainingSettings":
-    from sidelight.training.settings import suggested_settings
-
-    names = ("learning_rate", "weight_decay", "epochs", "batch_size", "class_weight")
-    chosen = {name: given[name] for name in names if given[name] is not None}
-    return suggested_settings(mechanism).changed(**chosen)
 
 
 def _assignments(

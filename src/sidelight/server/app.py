@@ -1,25 +1,9 @@
-"""What an operator decides about a server, whatever its engine and address.
-
-``GET /health``: the server lives. Open to all, and says nothing else.
-
-``GET /ready``: whether requests would be served now.
-
-``GET /metrics``: counts and times in Prometheus' text format.
-
-``GET /version``: which Sidelight this is.
-
-The HTTP application: an engine behind OpenAI's API.
-
-To add an endpoint, write its file in ``endpoints/`` and add its router to the list below.
-
-Runs the server until it is told to stop.
-"""
+"""The HTTP application, an engine behind OpenAI's API, and the server that runs it."""
 
 import logging
 import socket
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -31,9 +15,9 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from sidelight.engines.base import Engine, EngineUnavailableError
 from sidelight.engines.loading import LoadingEngine
 from sidelight.errors import SidelightError
-from sidelight.policy.rules import Policy, require_fitting
+from sidelight.policy.rules import Policy, read_policy, require_fitting
 from sidelight.server import admin, chat, checks, questions
-from sidelight.server.config import Access, ServerLimits
+from sidelight.server.config import ServerConfig
 from sidelight.server.connections import (
     ACCEPTED_AT_ONCE,
     QUEUED,
@@ -49,41 +33,18 @@ from sidelight.server.observe import AuditLog, Observer, Sink, log_settings
 from sidelight.server.probes import ProbeRegistry
 from sidelight.server.schemas import REFUSALS
 
-
-@dataclass(frozen=True)
-class Service:
-    """How requests are served.
-
-    Attributes:
-        policy: What follows from verdicts; by default nothing, they are told.
-        sources: The folders that probes came from, by name: where they are reloaded from.
-        access: Who may do what; by default everybody everything but administer.
-        limits: How much a request may take.
-        audit: Where decisions are written; None: nowhere.
-        traces: Takes what there is to tell of each request; None: nobody.
-    """
-
-    policy: Policy = field(default_factory=Policy)
-    sources: Mapping[str, Path] = field(default_factory=dict[str, Path])
-    access: Access = field(default_factory=Access)
-    limits: ServerLimits = field(default_factory=ServerLimits)
-    audit: AuditLog | None = None
-    traces: Sink | None = None
+_log = logging.getLogger("sidelight.server")
+_LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
+status_router = APIRouter()
 
 
-health_router = APIRouter()
-
-
-@health_router.get("/health")
+@status_router.get("/health")
 async def health() -> dict[str, str]:
     """Always the same answer."""
     return {"status": "ok"}
 
 
-ready_router = APIRouter()
-
-
-@ready_router.get("/ready")
+@status_router.get("/ready")
 async def ready(context: InContext) -> dict[str, str]:
     """200 once the model is loaded; 503 before, and once the server is about to stop."""
     if context.drain.is_draining:
@@ -93,10 +54,7 @@ async def ready(context: InContext) -> dict[str, str]:
     return {"status": "ready"}
 
 
-metrics_router = APIRouter()
-
-
-@metrics_router.get(
+@status_router.get(
     "/metrics",
     response_class=Response,
     responses={200: {"content": {CONTENT_TYPE_LATEST: {"schema": {"type": "string"}}}}},
@@ -106,10 +64,7 @@ async def metrics(context: InContext) -> Response:
     return Response(context.observer.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
 
 
-version_router = APIRouter()
-
-
-@version_router.get("/version")
+@status_router.get("/version")
 async def get_version() -> dict[str, str]:
     """The installed version."""
     return {"version": version("sidelight")}
@@ -120,62 +75,67 @@ _ROUTERS = (
     checks.router,
     questions.router,
     admin.models_router,
-    health_router,
-    ready_router,
-    metrics_router,
-    version_router,
+    status_router,
     admin.admin_probes_router,
 )
 
 
-def create_app(engine: Engine, service: Service | None = None) -> FastAPI:
+def create_app(
+    engine: Engine,
+    config: ServerConfig | None = None,
+    *,
+    policy: Policy | None = None,
+    sources: Mapping[str, Path] | None = None,
+    traces: Sink | None = None,
+) -> FastAPI:
     """The application; it starts the engine when it starts, and closes it when it ends.
 
     Args:
         engine: What answers; ``LoadingEngine`` for one whose model takes a while.
-        service: How requests are served; None: as ``Service`` has it by default.
+        config: Who may ask, and how much; None: the defaults, with keys of the environment.
+        policy: What follows from verdicts; None: what the file says that ``config`` names.
+        sources: The folders that probes came from, by name: where they are reloaded from.
+        traces: Takes the trace of each request; None: nobody does.
+
+    Raises:
+        SidelightError: A file that ``config`` names cannot be read or written.
     """
-    chosen = service or Service()
+    config = config or ServerConfig()
+    if policy is None:
+        policy = read_policy(config.policy) if config.policy else Policy()
+    audit = AuditLog(config.audit_log, salt=config.salt) if config.audit_log else None
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncGenerator[None]:
         await engine.start()
         try:
             if engine.is_ready:
-                require_fitting(chosen.policy, engine.probes)
+                require_fitting(policy, engine.probes)
             yield
         finally:
             await engine.close()
 
     app = FastAPI(title="Sidelight", lifespan=lifespan)
-    registry = ProbeRegistry(engine, chosen.policy, chosen.sources)
-    observer = Observer(Metrics(engine), chosen.audit)
-    app.state.context = context = Context(engine, registry, chosen.limits, observer)
+    registry = ProbeRegistry(engine, policy, sources or {})
+    observer = Observer(Metrics(engine), audit)
+    app.state.context = context = Context(engine, registry, config, observer)
     for router in _ROUTERS:
         app.include_router(router, responses=REFUSALS)
     add_error_handlers(app)
     # The last one added stands outermost: refused requests are counted too.
-    app.add_middleware(Deadline, seconds=chosen.limits.deadline_s, drain=context.drain)
-    app.add_middleware(Gatekeeper, access=chosen.access, limit=chosen.limits.concurrent)
-    app.add_middleware(RequestScope, metrics=context.observer.metrics, sink=chosen.traces)
+    app.add_middleware(Deadline, seconds=config.deadline, drain=context.drain)
+    app.add_middleware(Gatekeeper, access=config.access, limit=config.max_concurrent)
+    app.add_middleware(RequestScope, metrics=context.observer.metrics, sink=traces)
     return app
-
-
-_log = logging.getLogger("sidelight.server")
-_LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 
 
 def serve(
     load: Callable[[], Engine],
-    service: Service | None = None,
+    config: ServerConfig | None = None,
     *,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    allow_anonymous: bool = False,
-    notice_s: float = 5.0,
-    drain_s: float = 30.0,
-    log_level: str = "info",
-    json_logs: bool = False,
+    policy: Policy | None = None,
+    sources: Mapping[str, Path] | None = None,
+    traces: Sink | None = None,
 ) -> None:
     """Serves until SIGINT or SIGTERM; requests in flight may finish.
 
@@ -183,43 +143,43 @@ def serve(
 
     Args:
         load: Gives the engine; runs in a thread of its own.
-        service: How requests are served; None: as ``Service`` has it by default.
-        host: Address to listen on; the default is reachable from this machine only.
-        port: Port to listen on; 0 takes a free one and logs it.
-        allow_anonymous: Listens beyond this machine even where no key is needed.
-        notice_s: Seconds that the server listens on after SIGTERM, with ``/ready`` at 503.
-        drain_s: Seconds that requests in flight may then take.
-        log_level: Of the server's log: ``debug``, ``info``, ``warning`` or ``error``.
-        json_logs: One JSON object a line, in place of text.
+        config: Address, keys, limits and logs; None: the defaults, with keys of the environment.
+        policy: As for ``create_app``.
+        sources: As for ``create_app``.
+        traces: As for ``create_app``.
 
     Raises:
         SidelightError: The address cannot be listened on, everybody would be served beyond this
             machine, or what ``load`` raised.
     """
-    given = service or Service()
-    chosen = replace(given, limits=within_system(given.limits))
-    if host not in _LOOPBACK and chosen.access.is_open and not allow_anonymous:
+    config = within_system(config or ServerConfig())
+    if config.host not in _LOOPBACK and config.access.is_open and not config.allow_anonymous:
         raise SidelightError(
-            f"Everybody who reaches {host} would be served. Set SIDELIGHT_API_KEY or "
+            f"Everybody who reaches {config.host} would be served. Set SIDELIGHT_API_KEY or "
             "--api-keys-file, or say --allow-anonymous if something else keeps strangers out."
         )
+    if policy is None:
+        policy = read_policy(config.policy) if config.policy else Policy()
 
     def stop() -> None:
         server.should_exit = True
 
     def load_fitting() -> Engine:
         loaded = load()
-        require_fitting(chosen.policy, loaded.probes)
+        require_fitting(policy, loaded.probes)
         return loaded
 
     engine = LoadingEngine(load_fitting, on_failure=stop)
-    app = create_app(engine, chosen)
-    config = server_settings(app, chosen.limits, log_level=log_level, json_logs=json_logs)
+    app = create_app(engine, config, policy=policy, sources=sources, traces=traces)
     server = DrainingServer(
-        config, drain=app.state.context.drain, drain_s=drain_s, notice_s=notice_s
+        server_settings(app, config),
+        drain=app.state.context.drain,
+        drain_s=config.drain_s,
+        notice_s=config.notice_s,
     )
-    listener = _listen(host, port)
-    _log.info("Listening on http://%s:%d (Ctrl-C stops)", host, listener.getsockname()[1])
+    listener = _listen(config.host, config.port)
+    port = listener.getsockname()[1]
+    _log.info("Listening on http://%s:%d (Ctrl-C stops)", config.host, port)
     # uvicorn passes a SIGINT on once it has drained.
     with suppress(KeyboardInterrupt):
         server.run(sockets=[listener])
@@ -227,23 +187,17 @@ def serve(
         raise engine.failure
 
 
-def server_settings(
-    app: FastAPI,
-    limits: ServerLimits,
-    *,
-    log_level: str = "info",
-    json_logs: bool = False,
-) -> uvicorn.Config:
+def server_settings(app: FastAPI, config: ServerConfig) -> uvicorn.Config:
     """Uvicorn's settings for ``app``."""
     return uvicorn.Config(
         app,
-        http=bounded_protocol(limits),
+        http=bounded_protocol(config),
         ws="none",
         lifespan="on",
         backlog=ACCEPTED_AT_ONCE,
         access_log=False,
-        log_config=log_settings(log_level, as_json=json_logs),
-        log_level=log_level,
+        log_config=log_settings(config.log_level, as_json=config.json_logs),
+        log_level=config.log_level,
     )
 
 

@@ -1,44 +1,228 @@
-"""How much one client, and all of them together, may take of the server.
+"""The configuration of a server: command-line options, environment variables, one TOML file.
 
-API keys: who may ask, and who may administer. Only digests are kept, and nothing prints them.
+Keys are read here too: only their digests are kept, and nothing prints them.
 """
 
 import hashlib
 import hmac
+import os
 import re
+import secrets
+import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from sidelight.errors import SidelightError
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError, ValidationInfo
+from pydantic.fields import FieldInfo
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    InitSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from sidelight.errors import SidelightError, did_you_mean
+
+_PREFIX = "SIDELIGHT_"
+_SECRETS = frozenset({"api_key", "admin_key", "audit_salt"})
 
 
-@dataclass(frozen=True)
-class ServerLimits:
-    """Bounds of the HTTP layer; the engine has its own.
+def _as_secrets(value: Any) -> Any:
+    """One secret or several, without the line break that one from a file ends with."""
+    given = [value] if isinstance(value, str) else value
+    if not isinstance(given, list | tuple):
+        return given
+    found = [secret.strip(" \t\r\n") if isinstance(secret, str) else secret for secret in given]
+    if "" in found:
+        raise ValueError("is blank. Give it a secret, or leave it out")
+    return found
 
-    Attributes:
-        body_bytes: Of one request.
-        batch_items: Texts of one request.
-        request_tokens: Tokens of one request, all its texts and what it may write together; None:
-            as many as the model's context, per text.
-        concurrent: Requests being answered; further ones are a 429.
-        connections: Open connections; further ones are closed at once.
-        deadline_s: Seconds from the end of a request's head to the last byte of the answer.
-        header_s: Seconds that a client may take to send a request's head.
-        body_s: Seconds that it may take to send the body.
-        write_s: Seconds that it may leave what is sent to it unread.
+
+def _as_salt(value: Any, info: ValidationInfo) -> Any:
+    # Anybody could compute hashes under a blank salt; without an audit log there are none.
+    if isinstance(value, str) and not value.strip() and info.data.get("audit_log"):
+        raise ValueError("is blank. Give it a secret, or leave it out")
+    return value
+
+
+_Keys = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_as_secrets)]
+
+
+class ServerConfig(BaseSettings):
+    """What an operator decides about a server.
+
+    A value given by name (an option of ``sidelight serve``) wins over an environment variable, and
+    that over the TOML file named by ``config``. Fields with a description are options, whose names
+    have hyphens; the file knows every field but ``config``.
     """
 
-    body_bytes: int = 4 * 2**20
-    batch_items: int = 512
-    request_tokens: int | None = None
-    concurrent: int = 256
-    connections: int = 4096
-    deadline_s: float = 600.0
-    header_s: float = 10.0
-    body_s: float = 30.0
-    write_s: float = 30.0
+    model_config = SettingsConfigDict(
+        env_prefix=_PREFIX,
+        extra="forbid",
+        frozen=True,
+        hide_input_in_errors=True,
+        allow_inf_nan=False,
+    )
+
+    config: Path | None = Field(
+        default=None, description="TOML file of these options; their names have underscores there."
+    )
+    probe: tuple[Path, ...] = Field(default=(), description="Folder of a probe; may be repeated.")
+    policy: Path | None = Field(
+        default=None,
+        description="TOML file that says what follows from verdicts; docs/policies.md describes "
+        "it.",
+    )
+    host: str = Field(default="127.0.0.1", description="Address to listen on.")
+    port: int = Field(
+        default=8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="Level of the server's own log."
+    )
+    json_logs: bool = Field(default=False, description="Log one JSON object a line.")
+    audit_log: Path | None = Field(
+        default=None, description="File that every decision is appended to."
+    )
+    audit_salt: Annotated[SecretStr | None, BeforeValidator(_as_salt)] = Field(
+        default=None,
+        description="Secret of the hashes in the audit log. [env: SIDELIGHT_AUDIT_SALT; default: a "
+        "new one]",
+    )
+    api_key: _Keys = Field(
+        default=(),
+        description="Key that requests must carry; may be repeated. [env: SIDELIGHT_API_KEY]",
+    )
+    api_keys_file: Path | None = Field(
+        default=None, description="File of keys, one 'ID KEY' a line."
+    )
+    admin_key: _Keys = Field(
+        default=(), description="Key that opens /admin; may be repeated. [env: SIDELIGHT_ADMIN_KEY]"
+    )
+    admin_keys_file: Path | None = Field(
+        default=None, description="File of keys that open /admin, one 'ID KEY' a line."
+    )
+    allow_anonymous: bool = Field(
+        default=False, description="Listen beyond this machine even without keys."
+    )
+    max_body_bytes: int = Field(default=4 * 2**20, ge=1, description="Size of one request's body.")
+    max_batch_items: int = Field(default=512, ge=1, le=512, description="Texts of one request.")
+    max_request_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Tokens that one request may read and write. [default: the context, per text]",
+    )
+    max_concurrent: int = Field(
+        default=256, ge=1, description="Requests being answered; further ones are a 429."
+    )
+    deadline: float = Field(default=600, gt=0, description="Seconds until a request is given up.")
+    # Options that other commands have too.
+    engine: Literal["transformers", "vllm"] = "transformers"
+    engine_option: dict[str, Any] = Field(default_factory=dict)
+    model: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "auto"
+    # Open connections; seconds that a client may take to send a head, to send a body, and to read
+    # what is sent to it; seconds between SIGTERM and the end of listening, and that running
+    # requests may then take.
+    connections: int = Field(default=4096, ge=1)
+    header_s: float = Field(default=10, gt=0)
+    body_s: float = Field(default=30, gt=0)
+    write_s: float = Field(default=30, gt=0)
+    notice_s: float = Field(default=5, ge=0)
+    drain_s: float = Field(default=30, ge=0)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Pydantic's hook for where values come from, the strongest first."""
+        assert isinstance(init_settings, InitSettingsSource)
+        path = init_settings.init_kwargs.get("config")
+        file = () if path is None else (_config_file(settings_cls, Path(path)),)
+        return init_settings, _SecretVariables(settings_cls), *file
+
+    @cached_property
+    def access(self) -> "Access":
+        """Who may do what.
+
+        Raises:
+            SidelightError: A key or a file of keys is wrong.
+        """
+        return Access(
+            _keys("api-key", self.api_key, self.api_keys_file),
+            _keys("admin-key", self.admin_key, self.admin_keys_file),
+        )
+
+    @cached_property
+    def salt(self) -> bytes:
+        """Secret of the hashes in the audit log; a new one where none is given."""
+        return (
+            secrets.token_bytes(32)
+            if self.audit_salt is None
+            else self.audit_salt.get_secret_value().encode()
+        )
+
+
+class _SecretVariables(EnvSettingsSource):
+    """Only secrets have a variable: Kubernetes sets SIDELIGHT_PORT for a service of that name."""
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        if field_name in _SECRETS:
+            return super().get_field_value(field, field_name)
+        return None, field_name, False
+
+
+def _config_file(settings: type[BaseSettings], path: Path) -> TomlConfigSettingsSource:
+    # Pydantic takes a file that is missing for an empty one.
+    if not path.is_file():
+        raise SidelightError(f"There is no configuration file {path}. Name a TOML file.")
+    try:
+        source = TomlConfigSettingsSource(settings, path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise SidelightError(f"Cannot read {path}: {error}. Name a TOML file.") from error
+    except tomllib.TOMLDecodeError as error:
+        raise SidelightError(f"{path} is not TOML: {error}.") from error
+    known = settings.model_fields.keys() - {"config"}
+    for name in source.toml_data:
+        if name not in known:
+            raise SidelightError(f"{path} has an unknown key: {name}.{did_you_mean(name, known)}")
+    return source
+
+
+def read_config(**options: Any) -> ServerConfig:
+    """The configuration of these options, the environment, and the file that ``config`` names.
+
+    Raises:
+        SidelightError: A value cannot be; the message says where it stands.
+    """
+    try:
+        return ServerConfig(**options)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+    name = str(first["loc"][0])
+    variable = f"{_PREFIX}{name.upper()}"
+    if name in options:
+        place = f"--{name.replace('_', '-')}"
+    elif name in _SECRETS and variable in os.environ:
+        place = variable
+    else:
+        place = f"{'.'.join(map(str, first['loc']))} in {options.get('config')}"
+    if first["type"] == "value_error":
+        raise SidelightError(f"{place} {first['msg'].removeprefix('Value error, ')}.")
+    got = "" if name in _SECRETS else f", got {first['input']!r}"
+    raise SidelightError(f"{place}: {first['msg']}{got}.")
 
 
 # Those at the ends of a header's value. Others are part of a key: in latin-1, as headers are, the
@@ -68,7 +252,7 @@ class Key:
                 digest and is none, which would make what stands in a file the secret.
         """
         if not secret.strip():
-            raise SidelightError(f"Key '{id}' is empty. Set the variable that holds it.")
+            raise SidelightError(f"Key '{id}' is blank: everybody could send it. Give it a secret.")
         hashed = _DIGEST.fullmatch(secret)
         if not hashed and secret.startswith("sha256:"):
             raise SidelightError(
@@ -120,13 +304,11 @@ class Access:
         return Caller() if self.is_open else None
 
 
-def numbered_keys(secrets: Sequence[str], *, prefix: str) -> tuple[Key, ...]:
-    """Keys named ``prefix-1``, ``prefix-2`` in their order.
-
-    Raises:
-        SidelightError: As ``Key.of``.
-    """
-    return tuple(Key.of(f"{prefix}-{i}", secret) for i, secret in enumerate(secrets, 1))
+def _keys(prefix: str, given: Sequence[SecretStr], path: Path | None) -> tuple[Key, ...]:
+    numbered = (
+        Key.of(f"{prefix}-{i}", secret.get_secret_value()) for i, secret in enumerate(given, 1)
+    )
+    return (*numbered, *(read_keys(path) if path else ()))
 
 
 def read_keys(path: Path) -> tuple[Key, ...]:

@@ -1,9 +1,4 @@
-"""HTTP connections that cannot be held by a client that neither sends nor reads.
-
-How many connections the system lets this process open.
-
-Stops a server without losing a request: first it says so, then it waits, then it ends.
-"""
+"""The server below HTTP: connections that no client can hold, and an end that loses no request."""
 
 import asyncio
 import json
@@ -14,7 +9,6 @@ import socket
 import threading
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import replace
 from math import ceil
 from types import FrameType
 
@@ -22,19 +16,26 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from sidelight.errors import SidelightError
-from sidelight.server.config import ServerLimits
+from sidelight.server.config import ServerConfig
 from sidelight.server.errors import error_body
+
+# Connections accepted in one turn of the event loop. All of them are open for some turns before
+# those that are too many are closed.
+ACCEPTED_AT_ONCE = 16
+# Connections that the system keeps until they are accepted.
+QUEUED = 2048
+# File descriptors for these, the listening socket, logs, and probes that are read.
+_SPARE = 128
+# For the last words to requests that are given up, before uvicorn cuts what is left.
+_LAST_WORDS_S = 2
+_log = logging.getLogger("sidelight.server")
 
 
 class BoundedProtocol(H11Protocol):
-    """uvicorn's connection with limits: uvicorn itself waits forever for a head, and for a reader.
+    """uvicorn's connection, which waits forever for a head and for a reader, with limits."""
 
-    Attributes:
-        limits: ``header_s``, ``write_s`` and ``connections`` are used here. Of the class, since
-            uvicorn makes the instances.
-    """
-
-    limits = ServerLimits()
+    # Of a subclass, since uvicorn makes the instances.
+    limits: ServerConfig
     _head_timer: asyncio.TimerHandle | None = None
     _read_timer: asyncio.TimerHandle | None = None
 
@@ -102,21 +103,13 @@ class BoundedProtocol(H11Protocol):
             self._read_timer = None
 
 
-def bounded_protocol(limits: ServerLimits) -> type[BoundedProtocol]:
+def bounded_protocol(config: ServerConfig) -> type[BoundedProtocol]:
     """The class of each connection, as uvicorn's ``http`` setting."""
-    return type("BoundedProtocol", (BoundedProtocol,), {"limits": limits})
+    return type("BoundedProtocol", (BoundedProtocol,), {"limits": config})
 
 
-# Connections in one turn of the event loop. All are open for some turns before those that are too
-# many are closed.
-ACCEPTED_AT_ONCE = 16
-# Those, the listening socket, logs, and probes that are read.
-_SPARE = 128
-_log = logging.getLogger("sidelight.server")
-
-
-def within_system(limits: ServerLimits) -> ServerLimits:
-    """The limits with no more connections than this process may open files.
+def within_system(config: ServerConfig) -> ServerConfig:
+    """The configuration with no more connections than this process may open files.
 
     Raises the process's own limit as far as the system allows. Where that is not enough, fewer
     connections are accepted, and the log says so: running out of files would hit whatever opens
@@ -125,39 +118,27 @@ def within_system(limits: ServerLimits) -> ServerLimits:
     Raises:
         SidelightError: Not even one connection would be left.
     """
-    allowed = _allowed_files(limits.connections + _SPARE)
-    room = limits.connections if allowed is None else allowed - _SPARE
+    wanted = config.connections + _SPARE
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return config
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    room = allowed - _SPARE
     if room < 1:
         raise SidelightError(
             f"This process may open {allowed} files, too few to serve. Raise the limit (ulimit -n) "
-            f"to {limits.connections + _SPARE}."
+            f"to {wanted}."
         )
-    if room < limits.connections:
+    if room < config.connections:
         _log.warning(
             "This process may open %d files: at most %d connections, not %d. Raise the limit "
             "(ulimit -n).",
             allowed,
             room,
-            limits.connections,
+            config.connections,
         )
-        return replace(limits, connections=room)
-    return limits
-
-
-def _allowed_files(wanted: int) -> int | None:
-    """How many files this process may open, up to those wanted; None: the system has no limit."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or soft >= wanted:
-        return None
-    raised = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
-    return raised
-
-
-# Connections that the system keeps until they are accepted.
-QUEUED = 2048
-# For the last words to requests that are given up, before uvicorn cuts what is left.
-_LAST_WORDS_S = 2
+    return config.model_copy(update={"connections": room})
 
 
 class Drain:

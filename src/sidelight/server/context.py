@@ -11,7 +11,7 @@ from sidelight.engines.base import Engine
 from sidelight.errors import did_you_mean
 from sidelight.probe import Probe
 from sidelight.prompts import Conversation
-from sidelight.server.config import ServerLimits
+from sidelight.server.config import ServerConfig
 from sidelight.server.connections import Drain
 from sidelight.server.errors import RequestError
 from sidelight.server.observe import Observer
@@ -26,7 +26,7 @@ class Context:
     Attributes:
         engine: What answers.
         registry: Its probes and their rules.
-        limits: How much a request may take.
+        config: What the operator decided.
         observer: Takes note of the current request.
         drain: Whether the server is about to stop.
         started_at: Unix time.
@@ -34,7 +34,7 @@ class Context:
 
     engine: Engine
     registry: ProbeRegistry
-    limits: ServerLimits
+    config: ServerConfig
     observer: Observer
     drain: Drain = field(default_factory=Drain)
     started_at: int = field(default_factory=lambda: int(time.time()))
@@ -80,13 +80,13 @@ class Context:
             max_tokens: How much is to be written after each; None: as much as fits.
         """
         count = n * len(texts)
-        if count > self.limits.batch_items:
+        if count > self.config.max_batch_items:
             raise RequestError(
-                f"Too many inputs: got {count}, the limit is {self.limits.batch_items}. Split the "
-                "request.",
+                f"Too many inputs: got {count}, the limit is {self.config.max_batch_items} "
+                "(--max-batch-items). Split the request.",
                 code="too_many_inputs",
             )
-        limit = self.limits.request_tokens
+        limit = self.config.max_request_tokens
         if limit is None:
             return
         read = [len((await self.engine.tokenize(text)).ids) for text in texts]

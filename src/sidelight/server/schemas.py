@@ -26,7 +26,7 @@ from sidelight.engines.base import Sampling
 from sidelight.errors import did_you_mean
 from sidelight.policy.overrides import OverrideMode, PolicyOverride, PolicyOverrides
 from sidelight.prompts import Message, PlainText
-from sidelight.server.config import ServerLimits
+from sidelight.server.config import ServerConfig
 from sidelight.server.errors import RequestError
 
 
@@ -71,8 +71,7 @@ class JsonRoute(APIRoute):
 
         async def handle_strictly(request: Request) -> Response:
             # Before FastAPI's own reading, which would turn every error into a bare 400.
-            limits: ServerLimits = request.app.state.context.limits
-            body = await _read_in_time(request, limits)
+            body = await _read_in_time(request, request.app.state.context.config)
             return await handle(_JsonRequest(request, body))
 
         return handle_strictly
@@ -93,13 +92,13 @@ class _JsonRequest(Request):
         return self._value
 
 
-async def _read_in_time(request: Request, limits: ServerLimits) -> bytes:
+async def _read_in_time(request: Request, config: ServerConfig) -> bytes:
     try:
-        async with asyncio.timeout(limits.body_s):
-            return await _read(request, limit=limits.body_bytes)
+        async with asyncio.timeout(config.body_s):
+            return await _read(request, limit=config.max_body_bytes)
     except TimeoutError as error:
         raise RequestError(
-            f"The body did not arrive within {limits.body_s:g} seconds. Send it faster, or less.",
+            f"The body did not arrive within {config.body_s:g} seconds. Send it faster, or less.",
             status=408,
             code="body_timeout",
         ) from error

@@ -81,7 +81,7 @@ def bench_extract(as_json: bool, engine: str, repeats: int, **given: Any) -> Non
     if engine == "transformers":
         _print_figures(compare(), as_json)
         return
-    with state_source(engine, backbone, given) as rival:
+    with state_source(engine, backbone, given["engine_option"]) as rival:
         _print_figures(compare(rival=rival), as_json)
 
 

@@ -154,7 +154,7 @@ def bench_serve(rounds: int, out: Path | None, **given: Any) -> None:
         measure_costs(
             given["model"] or "smollm2",
             dtype=given["dtype"],
-            options=given["engine_options"],
+            options=given["engine_option"],
             work=work,
             rounds=rounds,
         )

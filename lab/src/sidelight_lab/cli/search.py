@@ -10,12 +10,11 @@ import click
 from click.core import ParameterSource
 
 from sidelight.cli.options import (
+    TrainingInputs,
     backbone_options,
     examples_epilog,
     json_option,
-    load_labelled,
     mechanism_option,
-    reading_options,
     training_options,
 )
 
@@ -60,7 +59,7 @@ _SHARED = (
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything random.")
 @backbone_options
 @json_option
-def search(out: Path, as_json: bool, **given: Any) -> None:
+def search(inputs: TrainingInputs, out: Path, as_json: bool, **given: Any) -> None:
     """Search options and settings of mechanisms on validation data.
 
     The backbone runs once over the texts. Every trial trains from its cached activations, and
@@ -72,7 +71,7 @@ def search(out: Path, as_json: bool, **given: Any) -> None:
     # Before imports that take seconds: a misspelt name is refused at once.
     for name in given["mechanisms"]:
         mechanism_spec(name)
-    training, validation = load_labelled(given)
+    training, validation = inputs.load()
     from sidelight.backbone import load_backbone
     from sidelight.training.fit import prepare
     from sidelight.training.objective import score_name
@@ -85,7 +84,7 @@ def search(out: Path, as_json: bool, **given: Any) -> None:
         given["model"] or "smollm2", dtype=given["dtype"], device=given["device"]
     )
     # Trials are scored as they are; training chooses the calibration.
-    options = replace(reading_options(given), calibration="none")
+    options = replace(inputs.fit_options(), calibration="none")
     prepared = prepare(backbone, training, validation, options=options)
     dataset = prepared.dataset
     for warning in prepared.warnings:
@@ -103,7 +102,7 @@ def search(out: Path, as_json: bool, **given: Any) -> None:
             on_generation=lambda trials: _report(trials, given["trials"]),
         )
         write_search(found, out, score=score_name(dataset.task))
-    if not given["keep_cache"]:
+    if not inputs.keep_cache:
         for split in {dataset.training, dataset.validation}:
             split.states.remove()
     if as_json:
@@ -112,7 +111,7 @@ def search(out: Path, as_json: bool, **given: Any) -> None:
     console().print(_table(found, score_name(dataset.task)))
     click.echo(f"Saved to {out}: best.json, trials.csv, sensitivity.png. To train the best:")
     for best in found.values():
-        click.echo(_train_command(best, given, out))
+        click.echo(_train_command(best, inputs, out))
 
 
 def _report(trials: "tuple[Trial, ...]", wanted: int) -> None:
@@ -148,15 +147,15 @@ def _table(found: "dict[str, Best]", score: str) -> "Table":
     return table
 
 
-def _train_command(best: "Best", given: dict[str, Any], out: Path) -> str:
+def _train_command(best: "Best", inputs: TrainingInputs, out: Path) -> str:
     from sidelight_lab.search.results import train_arguments
 
     context = click.get_current_context()
     command = ["sidelight", "train"]
     for name in _SHARED:
         if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-            command += [f"--{name.replace('_', '-')}", str(given[name])]
+            command += [f"--{name.replace('_', '-')}", str(context.params[name])]
     # Without it, the first of these commands would remove what the others read.
-    if given["keep_cache"]:
+    if inputs.keep_cache:
         command.append("--keep-cache")
     return shlex.join([*command, *train_arguments(best), "--out", str(out / best.spec.name)])
