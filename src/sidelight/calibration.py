@@ -1,44 +1,46 @@
-"""Between logits, log-odds and probabilities. Knows a task's kind, not how a map was fitted.
+"""From logits to calibrated probabilities, and the thresholds to decide by."""
 
-A map from logits to probabilities, as plain JSON. Knows its numbers, not how they are fitted.
-
-Fits calibrations on validation rows. Knows logits and labels, not probes or thresholds.
-
-The thresholds to decide by. Knows probabilities and labels, not how they were calibrated.
-"""
-
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, cast, get_args
 
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from sidelight.errors import SidelightError, did_you_mean
 from sidelight.metrics import AnyArray, Flags, Values, checked_labels
 from sidelight.types import Task, TaskKind
 
+CalibrationKind = Literal["none", "temperature", "platt", "isotonic"]
 
-def link(task: TaskKind, logits: Float[Values, "row output"]) -> Float[Values, "row output"]:
+# In units of the logits' root mean square, so that no size of logits is out of reach. The lower
+# bound keeps every calibration rising: the order of scores is the probe's, only their size is ours.
+_SCALE_BOUNDS = (1e-2, 1e2)
+# In pseudo-rows. Softmax ignores a shift common to all classes; this settles it, and nothing else
+# at 50 rows or more.
+_SHIFT_PENALTY = 1e-3
+# Scores closer than this to 0 or 1 count as equal: no threshold within (0, 1) could separate them.
+_SATURATED = 1e-9
+
+
+def _link(task: TaskKind, logits: Float[Values, "row output"]) -> Float[Values, "row output"]:
     """Probabilities of logits: the softmax if multi-class, else the sigmoid of each output."""
     if task == "multiclass":
-        return np.exp(log_softmax(logits))
+        return np.exp(_log_softmax(logits))
     return np.exp(-np.logaddexp(0, -logits))
 
 
-def log_softmax(logits: Float[Values, "row label"]) -> Float[Values, "row label"]:
+def _log_softmax(logits: Float[Values, "row label"]) -> Float[Values, "row label"]:
     """The logarithm of each row's softmax; no size of logits overflows."""
     shifted = logits - logits.max(axis=1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
 
 
-def to_log_odds(probabilities: Float[Values, "*shape"]) -> Float[Values, "*shape"]:
+def _log_odds(probabilities: Float[Values, "*shape"]) -> Float[Values, "*shape"]:
     """The logarithm of p / (1 - p), with p kept 1e-15 away from 0 and 1."""
     within = np.clip(probabilities, 1e-15, 1 - 1e-15)
     return np.log(within) - np.log1p(-within)
-
-
-CalibrationKind = Literal["none", "temperature", "platt", "isotonic"]
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,21 @@ class Knots:
         probabilities: The value at each, never falling, within (0, 1).
     """
 
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
     log_odds: tuple[float, ...]
     probabilities: tuple[float, ...]
+
+    @property
+    def is_rising(self) -> bool:
+        """Whether the numbers are as the attributes say."""
+        places, heights = np.array(self.log_odds), np.array(self.probabilities)
+        return bool(
+            0 < len(places) == len(heights)
+            and (np.diff(places) > 0).all()
+            and (np.diff(heights) >= 0).all()
+            and 0 < heights[0] <= heights[-1] < 1
+        )
 
 
 @dataclass(frozen=True)
@@ -61,7 +76,7 @@ class Calibration:
     It never falls: in a binary or multi-label task a higher logit never gets a lower probability.
     In a multi-class task ``platt`` and ``isotonic`` may change which class wins.
 
-    Without knots it is ``link(scale * logits + shift)``, the link being the softmax for a
+    Without knots it is ``link(scale * logits + shift)``, where the link is the softmax for a
     multi-class task and the sigmoid otherwise. With knots each output's log-odds (a sigmoid's
     logit; for a softmax, that of the class against the rest) is looked up, and the classes of a
     multi-class task are divided by their sum.
@@ -73,6 +88,8 @@ class Calibration:
         shift: Summand of each output.
         knots: One map per output if isotonic, else none.
     """
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     kind: CalibrationKind
     task: TaskKind
@@ -88,22 +105,22 @@ class Calibration:
         """
         if logits.ndim != 2 or logits.shape[1] != len(self.scale):
             raise SidelightError(
-                f"Got logits of shape {logits.shape}, wanted [row, {len(self.scale)}], as this "
-                "calibration was fitted. Use the calibration that was saved with the probe."
+                f"Got logits of shape {logits.shape}, but this calibration was fitted to "
+                f"[row, {len(self.scale)}]. Use the calibration that was saved with the probe."
             )
         if not np.isfinite(logits).all():
             raise SidelightError(
-                "Got NaN or infinite logits, wanted finite ones. Look for hidden states that "
-                "overflow in half precision; a bfloat16 or float32 backbone avoids it."
+                "Got NaN or infinite logits, wanted finite ones. The hidden states may overflow in "
+                "half precision: use a bfloat16 or float32 backbone."
             )
-        probabilities = link(self.task, logits * self.scale + self.shift)
-        return self._look_up(probabilities) if self.knots else probabilities
-
-    def _look_up(self, probabilities: Values) -> Values:
-        calibrated = np.empty_like(probabilities)
-        for output, knots in enumerate(self.knots):
-            log_odds = to_log_odds(probabilities[:, output])
-            calibrated[:, output] = np.interp(log_odds, knots.log_odds, knots.probabilities)
+        probabilities = _link(self.task, logits * self.scale + self.shift)
+        if not self.knots:
+            return probabilities
+        columns = zip(self.knots, _log_odds(probabilities).T, strict=True)
+        calibrated = np.stack(
+            [np.interp(odds, knots.log_odds, knots.probabilities) for knots, odds in columns],
+            axis=1,
+        )
         if self.task != "multiclass":
             return calibrated
         return calibrated / calibrated.sum(axis=1, keepdims=True)
@@ -120,75 +137,44 @@ class Calibration:
             SidelightError: The kind is unknown, a field is missing or unknown, or its values cannot
                 be a calibration's.
         """
-        kind = data.get("kind")
-        if kind not in get_args(CalibrationKind):
-            raise SidelightError(unknown_kind(str(kind)))
+        _require_kind(str(data.get("kind")))
+        missing = [field.name for field in fields(cls) if field.name not in data]
+        if missing:
+            raise _unreadable(f"it has no {missing[0]}")
         try:
-            fields = dict(data)
-            knots = tuple(_read_knots(one) for one in fields.pop("knots"))
-            numbers = {name: _read_numbers(fields.pop(name)) for name in ("scale", "shift")}
-            calibration = cls(knots=knots, **numbers, **fields)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise SidelightError(_unreadable(f"{type(error).__name__}: {error}")) from error
-        _check(calibration)
+            calibration = _ADAPTER.validate_python(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise _unreadable(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        outputs = len(calibration.scale)
+        claims = {
+            "scale and shift must have the same length": 0 < outputs == len(calibration.shift),
+            "scale must be positive": min(calibration.scale, default=0) > 0,
+            "isotonic, and nothing else, must have one knots entry per output": (
+                len(calibration.knots) == (outputs if calibration.kind == "isotonic" else 0)
+            ),
+            "knots must rise and lie within (0, 1)": all(k.is_rising for k in calibration.knots),
+        }
+        for claim, holds in claims.items():
+            if not holds:
+                raise _unreadable(claim)
         return calibration
 
 
-def unknown_kind(kind: str) -> str:
-    """What to tell a user who asked for a kind that does not exist."""
-    return f"Unknown calibration '{kind}'.{did_you_mean(kind, get_args(CalibrationKind))}"
+_ADAPTER = TypeAdapter(Calibration)
 
 
-def _read_knots(data: Mapping[str, Any]) -> Knots:
-    return Knots(_read_numbers(data["log_odds"]), _read_numbers(data["probabilities"]))
+def _require_kind(kind: str) -> None:
+    kinds = get_args(CalibrationKind)
+    if kind not in kinds:
+        raise SidelightError(f"Unknown calibration '{kind}'.{did_you_mean(kind, kinds)}")
 
 
-def _read_numbers(data: Iterable[Any]) -> tuple[float, ...]:
-    return tuple(float(number) for number in data)
-
-
-def _check(calibration: Calibration) -> None:
-    outputs = len(calibration.scale)
-    numbers = np.array(calibration.scale + calibration.shift)
-    claims = {
-        "the task is binary, multiclass or multilabel": calibration.task in get_args(TaskKind),
-        "scale and shift are as long": 0 < outputs == len(calibration.shift),
-        "scale and shift are finite": bool(np.isfinite(numbers).all()),
-        "scale is positive": min(calibration.scale, default=0) > 0,
-        "isotonic, and only isotonic, has one knots entry per output": (
-            len(calibration.knots) == (outputs if calibration.kind == "isotonic" else 0)
-        ),
-        "knots rise and lie within (0, 1)": all(map(_is_rising, calibration.knots)),
-    }
-    for claim, holds in claims.items():
-        if not holds:
-            raise SidelightError(_unreadable(f"it must be that {claim}"))
-
-
-def _is_rising(knots: Knots) -> bool:
-    places, heights = np.array(knots.log_odds), np.array(knots.probabilities)
-    return bool(
-        0 < len(places) == len(heights)
-        and np.isfinite(places).all()
-        and (np.diff(places) > 0).all()
-        and (np.diff(heights) >= 0).all()
-        and 0 < heights[0] <= heights[-1] < 1
-    )
-
-
-def _unreadable(reason: str) -> str:
-    return (
+def _unreadable(reason: str) -> SidelightError:
+    return SidelightError(
         f"Cannot read this calibration ({reason}). The probe's manifest was edited or damaged: "
         "restore it, or calibrate the probe again."
     )
-
-
-# In units of the logits' root mean square, so that no size of logits is out of reach. The lower
-# bound keeps every calibration rising: the order of scores is the probe's, only their size is ours.
-_SCALE_BOUNDS = (1e-2, 1e2)
-# In pseudo-rows. Softmax does not feel a shift common to all classes; this settles it, and nothing
-# else at 50 rows or more.
-_SHIFT_PENALTY = 1e-3
 
 
 def fit_calibration(
@@ -217,112 +203,95 @@ def fit_calibration(
         task: The classes.
 
     Raises:
-        SidelightError: As `checked_labels`; or the kind is unknown; or all rows have the same class
-            and the kind is not ``none``; or the kind is ``isotonic`` and all or no rows have some
-            label.
+        SidelightError: See `checked_labels`; or the kind is unknown; or all rows have the same
+            class and the kind is not ``none``; or the kind is ``isotonic`` and all or no rows have
+            some label.
     """
-    if kind not in _FITS:
-        raise SidelightError(unknown_kind(kind))
+    _require_kind(kind)
     integers = checked_labels(task, logits, labels)
+    ones, zeros = (1.0,) * task.outputs, (0.0,) * task.outputs
+    if kind == "none":
+        return Calibration("none", task.kind, ones, zeros)
     if task.kind == "multiclass":
         holds = integers[:, None] == np.arange(task.outputs)
     else:
         holds = integers.reshape(logits.shape) == 1
-    return _FITS[kind](task, logits.astype(np.float64), holds)
+    logits = logits.astype(np.float64)
+    _require_variety(kind, task, holds)
+    if kind == "isotonic":
+        log_odds = _log_odds(_link(task.kind, logits))
+        knots = tuple(_fit_knots(*column) for column in zip(log_odds.T, holds.T, strict=True))
+        return Calibration("isotonic", task.kind, ones, zeros, knots)
+    if task.kind == "multiclass":
+        errors = np.full((len(holds), 1), 2 / (len(holds) + 4))
+        scale, shifts = _fit_affine(kind, logits, holds, errors)
+        return Calibration(
+            cast(CalibrationKind, kind), task.kind, (scale,) * task.outputs, tuple(shifts.tolist())
+        )
+    pairs = [_fit_output(kind, *column) for column in zip(logits.T, holds.T, strict=True)]
+    scales, shifts = zip(*pairs, strict=True)
+    return Calibration(cast(CalibrationKind, kind), task.kind, scales, shifts)
 
 
 def require_calibratable(kind: str, labels: Shaped[AnyArray, "..."], task: Task) -> None:
     """Checks that ``fit_calibration`` will take these labels, before there are logits.
 
-    Args:
-        kind: As there.
-        labels: As there.
-        task: As there.
-
     Raises:
-        SidelightError: As there.
+        SidelightError: As ``fit_calibration`` raises.
     """
-    any_logits = np.zeros((len(labels), task.outputs))
-    fit_calibration(kind, any_logits, labels, task)
+    fit_calibration(kind, np.zeros((len(labels), task.outputs)), labels, task)
 
 
-@dataclass(frozen=True)
-class _Affine:
-    scale: float
-    shift: Float[Values, " label"]
+def _require_variety(kind: str, task: Task, holds: Bool[Flags, "row output"]) -> None:
+    names = task.labels[1:] if task.kind == "binary" else task.labels
+    culprits = [name for name, rows in zip(names, holds.T, strict=True) if len(set(rows)) == 1]
+    some = len(culprits) == len(names) and task.kind != "multilabel"
+    if some or (culprits and kind == "isotonic"):
+        raise SidelightError(
+            f"Cannot fit a {kind} calibration on {len(holds)} rows of which all or none are "
+            f"{', '.join(culprits)}; rows of both kinds are needed. Add validation rows, or use "
+            f"kind '{'platt' if kind == 'isotonic' else 'none'}'."
+        )
 
 
-_Solve = Callable[[Values, Values], _Affine]
-
-
-def _fit_none(task: Task, _logits: Values, _holds: Flags) -> Calibration:
-    return Calibration("none", task.kind, (1.0,) * task.outputs, (0.0,) * task.outputs)
-
-
-def _fit_temperature(task: Task, logits: Values, holds: Flags) -> Calibration:
-    return _fit_affine("temperature", task, logits, holds, _solve_scale)
-
-
-def _fit_platt(task: Task, logits: Values, holds: Flags) -> Calibration:
-    return _fit_affine("platt", task, logits, holds, _solve_scale_and_shift)
-
-
-def _fit_affine(
-    kind: CalibrationKind, task: Task, logits: Values, holds: Flags, solve: _Solve
-) -> Calibration:
-    if task.kind != "multilabel":
-        _require_variety(kind, task, holds)
-    if task.kind == "multiclass":
-        errors = np.full((len(holds), 1), 2 / (len(holds) + 4))
-        solved = solve(logits, _smooth(holds, errors))
-        scale = (solved.scale,) * task.outputs
-        return Calibration(kind, task.kind, scale, tuple(solved.shift.tolist()))
-    pairs = [_solve_output(*column, solve) for column in zip(logits.T, holds.T, strict=True)]
-    scale = tuple(pair.scale for pair in pairs)
-    shift = tuple(float(pair.shift[1] - pair.shift[0]) for pair in pairs)
-    return Calibration(kind, task.kind, scale, shift)
-
-
-def _solve_output(logit: Values, holds: Flags, solve: _Solve) -> _Affine:
+def _fit_output(
+    kind: str, logit: Float[Values, " row"], holds: Bool[Flags, " row"]
+) -> tuple[float, float]:
+    """Scale and shift of one sigmoid."""
     if holds.all() or not holds.any():
-        return _Affine(1.0, np.zeros(2))
+        return 1.0, 0.0
     # A sigmoid is the softmax over the logits (0, z): one solver serves both.
     logits = np.stack([np.zeros_like(logit), logit], axis=1)  # (row, 2)
     either = np.stack([~holds, holds], axis=1)
     errors = 1 / (either @ either.sum(axis=0) + 2)
-    return solve(logits, _smooth(either, errors[:, None]))
+    scale, shifts = _fit_affine(kind, logits, either, errors[:, None])
+    return scale, float(shifts[1] - shifts[0])
 
 
-def _smooth(holds: Bool[Flags, "row label"], errors: Float[Values, "row 1"]) -> Values:
-    return np.where(holds, 1 - errors, errors / (holds.shape[1] - 1))
-
-
-def _solve_scale(logits: Values, targets: Values) -> _Affine:
-    return _minimise_log_loss(logits, targets, shift_bounds=(0.0, 0.0))
-
-
-def _solve_scale_and_shift(logits: Values, targets: Values) -> _Affine:
-    centre = logits.mean(axis=0)
-    solved = _minimise_log_loss(logits - centre, targets, shift_bounds=(None, None))
-    return _Affine(solved.scale, solved.shift - solved.scale * centre)
-
-
-def _minimise_log_loss(
+def _fit_affine(
+    kind: str,
     logits: Float[Values, "row label"],
-    targets: Float[Values, "row label"],
-    *,
-    shift_bounds: tuple[float | None, float | None],
-) -> _Affine:
+    holds: Bool[Flags, "row label"],
+    errors: Float[Values, "row 1"],
+) -> tuple[float, Float[Values, " label"]]:
+    """The scale and, if Platt, the shifts that minimise the log loss of the softmax.
+
+    ``errors`` is how far each row's targets stay away from 0 and 1.
+    """
     # Imported here: serving applies a calibration and never fits one.
     from scipy.optimize import minimize  # pyright: ignore
 
+    targets = np.where(holds, 1 - errors, errors / (holds.shape[1] - 1))
     rows, outputs = logits.shape
-    spread = float(np.sqrt(np.square(logits).mean())) or 1.0
-    inputs = logits / spread
+    centre = logits.mean(axis=0) if kind == "platt" else np.zeros(outputs)
+    shift_bounds = (None, None) if kind == "platt" else (0.0, 0.0)
+    inputs = logits - centre
+    spread = float(np.sqrt(np.square(inputs).mean())) or 1.0
+    inputs = inputs / spread
 
     def loss_and_slope(parameters: Values) -> tuple[float, Values]:
         scale, shift = parameters[0], parameters[1:]
-        log_probabilities = log_softmax(inputs * scale + shift)
+        log_probabilities = _log_softmax(inputs * scale + shift)
         loss = -(targets * log_probabilities).sum() + _SHIFT_PENALTY / 2 * (shift @ shift)
         excess = np.exp(log_probabilities) - targets
         slopes = excess.sum(axis=0) + _SHIFT_PENALTY * shift
@@ -331,18 +300,11 @@ def _minimise_log_loss(
     start = np.append(np.clip(spread, *_SCALE_BOUNDS), np.zeros(outputs))
     bounds = [_SCALE_BOUNDS] + [shift_bounds] * outputs
     found = cast(Any, minimize)(loss_and_slope, start, jac=True, method="L-BFGS-B", bounds=bounds)
-    return _Affine(float(found.x[0]) / spread, found.x[1:])
+    scale = float(found.x[0]) / spread
+    return scale, found.x[1:] - scale * centre
 
 
-def _fit_isotonic(task: Task, logits: Values, holds: Flags) -> Calibration:
-    _require_variety("isotonic", task, holds)
-    log_odds = to_log_odds(link(task.kind, logits))
-    knots = tuple(_rising_knots(*column) for column in zip(log_odds.T, holds.T, strict=True))
-    ones, zeros = (1.0,) * task.outputs, (0.0,) * task.outputs
-    return Calibration("isotonic", task.kind, ones, zeros, knots)
-
-
-def _rising_knots(log_odds: Values, holds: Flags) -> Knots:
+def _fit_knots(log_odds: Float[Values, " row"], holds: Bool[Flags, " row"]) -> Knots:
     # Imported here: serving applies a calibration and never fits one.
     from sklearn.isotonic import IsotonicRegression  # pyright: ignore
 
@@ -350,28 +312,6 @@ def _rising_knots(log_odds: Values, holds: Flags) -> Knots:
     margin = 1 / (len(holds) + 2)
     probabilities: Values = np.clip(fitted.y_thresholds_, margin, 1 - margin)
     return Knots(tuple(fitted.X_thresholds_.tolist()), tuple(probabilities.tolist()))
-
-
-_FITS: dict[str, Callable[[Task, Values, Flags], Calibration]] = {
-    "none": _fit_none,
-    "temperature": _fit_temperature,
-    "platt": _fit_platt,
-    "isotonic": _fit_isotonic,
-}
-
-
-def _require_variety(kind: str, task: Task, holds: Bool[Flags, "row output"]) -> None:
-    names = task.labels[1:] if task.kind == "binary" else task.labels
-    culprits = [name for name, rows in zip(names, holds.T, strict=True) if len(set(rows)) == 1]
-    if len(culprits) == len(names) or (culprits and kind == "isotonic"):
-        raise SidelightError(
-            f"Cannot fit a {kind} calibration on {len(holds)} rows of which all or none are "
-            f"{', '.join(culprits)}; rows of both kinds are needed. Add validation rows, or use "
-            f"kind '{'platt' if kind == 'isotonic' else 'none'}'."
-        )
-
-
-_SATURATED = 1e-9
 
 
 def choose_thresholds(
@@ -392,7 +332,7 @@ def choose_thresholds(
         none for a multi-class task, whose decision is the most probable class.
 
     Raises:
-        SidelightError: As `checked_labels`.
+        SidelightError: See `checked_labels`.
     """
     integers = checked_labels(task, probabilities, labels)
     if task.kind == "multiclass":
