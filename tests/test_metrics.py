@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from sklearn import metrics as reference
 
 from sidelight.errors import SidelightError
-from sidelight.metrics import METRICS, Predictions, confusion_matrix, decide, measure
+from sidelight.metrics import METRICS, Predictions, decide, measure
 from sidelight.types import Task
 
 BINARY = Task("binary", ("safe", "toxic"))
@@ -161,11 +161,11 @@ def test_confusion_matrix_agrees_with_the_reference():
         predictions = decided(task, probabilities, labels)
         chosen = predictions.decisions.argmax(axis=1)
         theirs = reference.confusion_matrix(labels, chosen)
-        assert confusion_matrix(predictions).tolist() == theirs.tolist()
+        assert predictions.confusion_matrix().tolist() == theirs.tolist()
     probabilities, labels = draw_rows(MULTILABEL, rows=80, seed=1)
     predictions = decided(MULTILABEL, probabilities, labels)
     theirs = reference.multilabel_confusion_matrix(labels, predictions.decisions)
-    assert confusion_matrix(predictions).tolist() == theirs.tolist()
+    assert predictions.confusion_matrix().tolist() == theirs.tolist()
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,4 @@
-"""How good probabilities are on labelled rows: a report with intervals, for people and for JSON.
-
-Knows probabilities and labels, not where they came from.
-"""
+"""A report on how good probabilities are on labelled rows, with intervals, as table and as JSON."""
 
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,22 +12,13 @@ from sidelight.metrics import (
     Numbers,
     Predictions,
     Values,
-    auprc,
-    auroc,
-    confusion_matrix,
-    count,
     decide,
-    f1,
     measure_resamples,
-    precision,
-    recall,
-    walk,
 )
 from sidelight.types import Task
 
 if TYPE_CHECKING:
     from rich.console import Group
-    from rich.table import Table
 
 
 @dataclass(frozen=True)
@@ -89,7 +77,7 @@ class Report:
     Attributes:
         task: The classes.
         rows: Number of rows.
-        metrics: The metrics of `METRICS`, averaged over labels as `metrics.measure` says.
+        metrics: Those of `METRICS`, averaged over labels as `metrics.measure` says.
         per_class: Each label against the rest; both classes of a binary task.
         thresholds: What the decisions were made with; none for a multi-class task.
         confusion_matrix: [actual, predicted] counts; for a multi-label task one 2 x 2 matrix per
@@ -118,31 +106,22 @@ class Report:
     def table(self) -> "Group":
         """The report for a terminal: the metrics, then the labels. Print it with `rich.print`."""
         from rich.console import Group
-
-        return Group(self._metrics_table(), self._labels_table())
-
-    def _metrics_table(self) -> "Table":
-        from rich.table import Table
-
-        table = Table(title=f"{self.rows:,} rows, {self.task.kind}", title_justify="left")
-        table.add_column("metric")
-        table.add_column("value [95 % interval]")
-        for name, estimate in self.metrics.items():
-            table.add_row(name, str(estimate))
-        return table
-
-    def _labels_table(self) -> "Table":
         from rich.table import Table
         from rich.text import Text
 
-        table = Table()
-        table.add_column("label")
+        metrics = Table(title=f"{self.rows:,} rows, {self.task.kind}", title_justify="left")
+        metrics.add_column("metric")
+        metrics.add_column("value [95 % interval]")
+        for name, estimate in self.metrics.items():
+            metrics.add_row(name, str(estimate))
+        labels = Table()
+        labels.add_column("label")
         for name in ("precision", "recall", "f1", "auprc", "auroc", "rows"):
-            table.add_column(name, justify="right")
+            labels.add_column(name, justify="right")
         for label, one in self.per_class.items():
             numbers = (one.precision, one.recall, one.f1, one.auprc, one.auroc)
-            table.add_row(Text(label), *map(_short, numbers), f"{one.support:,}")
-        return table
+            labels.add_row(Text(label), *map(_short, numbers), f"{one.support:,}")
+        return Group(metrics, labels)
 
 
 def evaluate(
@@ -176,17 +155,17 @@ def evaluate(
         metrics={name: Estimate.of(draws[name]) for name in METRICS},
         per_class=_per_class(task, predictions),
         thresholds=thresholds,
-        confusion_matrix=confusion_matrix(predictions),
+        confusion_matrix=predictions.confusion_matrix(),
     )
 
 
 def _per_class(task: Task, predictions: Predictions) -> dict[str, ClassReport]:
-    confusion = count(predictions.targets, predictions.decisions, predictions.once)
-    decided = np.hstack([precision(confusion), recall(confusion), f1(confusion)])
+    confusion = predictions.confusion(predictions.once)
+    decided = np.hstack([confusion.precision(), confusion.recall(), confusion.f1()])
     reports: dict[str, ClassReport] = {}
     for label, numbers, ranking in zip(task.labels, decided, predictions.rankings, strict=True):
-        walked = walk(ranking, predictions.once)
-        ranked = (auprc(walked)[0], auroc(walked)[0])
+        curve = ranking.curve(predictions.once)
+        ranked = (curve.auprc()[0], curve.auroc()[0])
         support = len(ranking.positives)
         reports[label] = ClassReport(*map(_number, (*numbers, *ranked)), support=support)
     return reports
