@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from commands import run
 from sidelight.errors import SidelightError
 from sidelight.plots import plot_report
 from sidelight.types import Task
@@ -85,3 +86,27 @@ def test_wrong_rows_leave_no_folder_behind(tmp_path):
 def test_drawing_leaves_pyplot_and_its_global_state_alone():
     check = "import sys, sidelight.plots; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+
+
+def test_without_matplotlib_the_extra_is_named_and_only_plots_need_it():
+    code = """
+import sys
+sys.modules["matplotlib"] = None
+import sidelight.training.runs
+try:
+    import sidelight.plots
+except sidelight.SidelightError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [
+        "Plots need the package matplotlib. Run `pip install 'sidelight[plots]'`."
+    ]
+
+
+def test_evaluation_names_the_extra_before_it_looks_at_the_probe(monkeypatch, tmp_path, capsys):
+    monkeypatch.delitem(sys.modules, "sidelight.plots", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
+    absent = str(tmp_path / "absent")
+    assert run("eval", absent, "--data", absent, "--plots", str(tmp_path)) == 2
+    assert capsys.readouterr().err.endswith("Run `pip install 'sidelight[plots]'`.\n")

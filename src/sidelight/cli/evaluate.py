@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +85,9 @@ def evaluate(
     """
     from sidelight.training.runs import Columns, assess, describe, plot
 
+    if plots is not None:
+        # If matplotlib is missing, say so before the backbone runs.
+        import_module("sidelight.plots")
     assessments = assess(
         probe,
         data,

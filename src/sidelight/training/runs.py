@@ -23,7 +23,6 @@ from sidelight.data.loading import OnMissingLabel, load_examples
 from sidelight.errors import SidelightError
 from sidelight.evaluation import Report, evaluate
 from sidelight.mechanisms.base import spec_titles
-from sidelight.plots import plot_report
 from sidelight.probe import Probe
 from sidelight.states.scoring import score
 from sidelight.storage import write_json
@@ -330,6 +329,8 @@ def describe(assessments: Sequence[Assessment]) -> dict[str, Any]:
 
 def plot(assessments: Sequence[Assessment], directory: Path) -> list[Path]:
     """Draws the chosen probe's plots, a folder for each set of rows."""
+    from sidelight.plots import plot_report
+
     return [
         path
         for one in assessments
