@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, SecretStr, ValidationError, ValidationInfo
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
@@ -44,7 +44,8 @@ def _as_secrets(value: Any) -> Any:
     return found
 
 
-def _as_salt(value: Any, info: ValidationInfo) -> Any:
+# `info` is pydantic's ValidationInfo, a protocol that cannot be checked at run time.
+def _as_salt(value: Any, info: Any) -> Any:
     # Anybody could compute hashes under a blank salt; without an audit log there are none.
     if isinstance(value, str) and not value.strip() and info.data.get("audit_log"):
         raise ValueError("is blank. Give it a secret, or leave it out")
