@@ -6,7 +6,7 @@ import numpy as np
 
 from corpora import TASKS, planted
 from sidelight.backbone import TransformersBackbone
-from sidelight.data.examples import Example, Examples
+from sidelight.data.examples import Example, LabelledExamples
 from sidelight.prompts import Message, Reads
 from sidelight.states.cache import ActivationCache
 from sidelight.training.dataset import ProbeDataset, Split
@@ -26,7 +26,9 @@ def dataset_without_states(
     def split(count: int, seed: int) -> Split:
         texts, labels = planted(kind, count, seed=seed)
         items = tuple(Example((Message("user", text),)) for text in texts)
-        examples = Examples(items, TASKS[kind], labels, tuple({} for _ in items))
+        examples = LabelledExamples(
+            items, tuple({} for _ in items), task=TASKS[kind], labels=labels
+        )
         prompts = tuple(backbone.encoder.encode(item.messages) for item in items)
         states = ActivationCache(root, prompts, reads=Reads(), fingerprint=backbone.fingerprint)
         return Split(examples, prompts, states, np.arange(count))
