@@ -1,6 +1,6 @@
-"""The requests being written: each step runs the model, judges, and writes.
+"""The texts being written: each pass of the model reads, judges and writes.
 
-A step is a pass over new prompts (``prefill``) or over one more token of each row (``decode``).
+``prefill`` is a pass over new prompts, ``decode`` one over the newest token of each text.
 Everything here is synchronous and runs in one thread; nothing knows of callers that wait.
 """
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from sidelight.backbone import Tap, TransformersBackbone
@@ -35,11 +35,7 @@ from sidelight.types import Judgement
 
 @dataclass(frozen=True)
 class Emission:
-    """Something that happened to a request; the request is lost if it is an error.
-
-    Attributes:
-        is_last: Whether nothing follows.
-    """
+    """Something that happened to a request. An error ends it; ``is_last`` says what else does."""
 
     request: Request
     event: Event | SidelightError
@@ -47,18 +43,18 @@ class Emission:
 
 
 class Stopwatch:
-    """Adds up the wall-clock seconds that probes take within a step."""
+    """Adds up the wall-clock seconds that probes take within a pass."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
 
     @contextmanager
     def running(self, *, after: torch.device | None = None) -> Generator[None]:
-        """Counts what happens meanwhile.
+        """Counts the time spent inside.
 
         Args:
-            after: Waits first until this device has finished its work: a GPU runs behind Python,
-                and what it still has to do must not count.
+            after: Wait first until this device has finished its work. A GPU runs behind Python, and
+                what it still has to do must not count.
         """
         if after is not None and after.type == "cuda":
             torch.cuda.synchronize(after)
@@ -81,13 +77,14 @@ class Stopwatch:
 
 
 class Generation:
-    """What has been written for a request.
+    """A text being written.
 
     Attributes:
         state: What the probes of the response have read; None if there are none.
+        sampler: Draws the next token from its logits.
         tokens: How many have been sampled.
-        judging_s: Seconds that the probes took in its steps after the prompt.
-        last_token: The newest one; the next step reads it.
+        judging_s: Seconds that the probes took in its passes after the prompt.
+        last_token: The newest one, which the next pass reads.
         reason: Why the text is complete; None while it is not.
         is_settled: Whether it is complete and the watched probes have read all of it.
     """
@@ -102,6 +99,7 @@ class Generation:
     ):
         self.request = request
         self.state = state
+        self.sampler = Sampler(request.sampling)
         self.tokens = 0
         self.judging_s = 0.0
         self.last_token = 0
@@ -109,49 +107,39 @@ class Generation:
         self.is_settled = False
         self._text_tokens = 0
         self._end_tokens = end_tokens
-        self._sampler = Sampler(request.sampling)
         self._detokenizer = Detokenizer(codec.decode)
         self._gate = StopGate(request.sampling.stop)
         self._logprobs = LogprobStream(codec.spell)
 
-    def draw(self, logits: Float[Tensor, " vocabulary"]) -> Int[Tensor, ""]:
-        """The next token, still on the device; ``accept`` takes it."""
-        return self._sampler(logits)
-
     def accept(self, token: int, logits: Float[Tensor, " vocabulary"]) -> TextDelta | None:
-        """Counts the token that was drawn from ``logits``; the text that can now be sent."""
+        """Takes the token that was drawn from ``logits``; returns the text that can now be sent."""
         self.last_token = token
         self.tokens += 1
         if token in self._end_tokens:
-            self.reason = "stop"
-            self.is_settled = True
+            self.reason, self.is_settled = "stop", True
             text = self._gate.flush()
         else:
-            text = self._continue(token, logits)
+            self._text_tokens += 1
+            new = self._detokenizer.push(token)
+            if (count := self.request.sampling.logprobs) is not None:
+                drawn, likeliest = likeliest_tokens(logits, token, count=count)
+                self._logprobs.add(drawn, likeliest, characters=len(new))
+            text = self._gate.push(new)
+            if self._gate.is_closed:
+                self.reason = "stop"
+            elif self.tokens == self.request.max_tokens:
+                self.reason = "length"
+                text += self._gate.flush()
+            # The last token of a watched text is still to be read.
+            self.is_settled = self.reason is not None and not self.request.watch
         if not text:
             return None
         return TextDelta(text, tokens=self._text_tokens, logprobs=self._logprobs.send(len(text)))
 
-    def _continue(self, token: int, logits: Float[Tensor, " vocabulary"]) -> str:
-        self._text_tokens += 1
-        new = self._detokenizer.push(token)
-        if (count := self.request.sampling.logprobs) is not None:
-            drawn, likeliest = likeliest_tokens(logits, token, count=count)
-            self._logprobs.add(drawn, likeliest, characters=len(new))
-        text = self._gate.push(new)
-        if self._gate.is_closed:
-            self.reason = "stop"
-        elif self.tokens == self.request.max_tokens:
-            self.reason = "length"
-            text += self._gate.flush()
-        # The last token of a watched text is still to be read.
-        self.is_settled = self.reason is not None and not self.request.watch
-        return text
-
-    def finished(self, judgement: Judgement) -> Emission:
+    def finished(self, judgement: Judgement) -> Finished:
         """The last event of a settled text."""
         assert self.reason is not None
-        event = Finished(
+        return Finished(
             reason=self.reason,
             prompt_tokens=len(self.request.prompt),
             completion_tokens=self.tokens,
@@ -160,19 +148,18 @@ class Generation:
             logprobs=() if self._gate.is_closed else self._logprobs.rest(),
             judging_s=self.judging_s,
         )
-        return Emission(self.request, event, is_last=True)
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """The generations of one panel, and their keys and values row by row."""
+    """The texts of one panel, and their keys and values row by row."""
 
     generations: list[Generation]
     cached: CachedRows
 
-    def kept(self, generations: Collection[Generation]) -> "_Rows | None":
-        """Those of the rows that are among the generations; None if there are none."""
-        left = [i for i, generation in enumerate(self.generations) if generation in generations]
+    def without(self, gone: Collection[Generation]) -> "_Rows | None":
+        """The rows that are not among these; None if there are none."""
+        left = [i for i, generation in enumerate(self.generations) if generation not in gone]
         if not left:
             return None
         return _Rows([self.generations[i] for i in left], self.cached.kept(left))
@@ -182,10 +169,10 @@ class _Rows:
 
 
 class Batch:
-    """Rows that enter after their prefill and leave when their text is complete.
+    """Texts that enter after their prefill and leave when they are complete.
 
-    The rows of each panel run together: there are several panels from a change of the probes until
-    the texts that began before it are complete.
+    Texts of one panel run together. There are several panels from a change of the probes until the
+    texts that began before it are complete.
     """
 
     def __init__(self, backbone: TransformersBackbone, codec: TextCodec):
@@ -195,24 +182,22 @@ class Batch:
 
     @property
     def requests(self) -> list[Request]:
-        """What is being written."""
+        """The requests whose texts are being written."""
         return [g.request for rows in self._rows.values() for g in rows.generations]
 
-    def clear(self) -> None:
-        """Forgets all rows."""
-        self._rows = {}
-
     def drop(self, requests: Collection[Request]) -> list[Emission]:
-        """Frees the rows of these requests."""
+        """Frees the rows of these requests, if they have any."""
         for panel, rows in [*self._rows.items()]:
-            self._put(panel, rows.kept([g for g in rows.generations if g.request not in requests]))
+            self._put(panel, rows.without([g for g in rows.generations if g.request in requests]))
         return []
 
     def prefill(self, requests: Sequence[Request]) -> list[Emission]:
-        """Reads whole prompts in one pass; the running rows change last, once all went well.
+        """Reads whole prompts in one pass, judges them, and writes the first tokens.
+
+        The texts being written are touched last, once everything went well.
 
         Args:
-            requests: All of one panel.
+            requests: Requests of one panel.
         """
         panel = requests[0].panel
         prompts = [request.prompt for request in requests]
@@ -243,35 +228,40 @@ class Batch:
             emissions.append(Emission(request, event, is_last))
             if not is_last:
                 entering.append(i)
-        if entering:
-            generations = [
-                Generation(
-                    requests[i], states[i], codec=self._codec, end_tokens=self._decoder.end_tokens
-                )
-                for i in entering
-            ]
-            rows = _Rows(generations, cached.kept(entering))
-            left, written = _write(panel, rows, logits[entering])
-            running = self._rows.get(panel)
-            self._put(panel, running.joined(left) if running and left else running or left)
-            emissions += written
-        return emissions
+        if not entering:
+            return emissions
+        new = [
+            Generation(
+                requests[i], states[i], codec=self._codec, end_tokens=self._decoder.end_tokens
+            )
+            for i in entering
+        ]
+        left, written = _write(panel, _Rows(new, cached.kept(entering)), logits[entering])
+        running = self._rows.get(panel)
+        self._put(panel, running.joined(left) if running and left else running or left)
+        return emissions + written
 
     def decode(self) -> list[Emission]:
-        """Reads each row's newest token and writes the next."""
+        """Reads the newest token of each text, judges the response so far, and writes the next."""
         emissions: list[Emission] = []
         for panel, rows in [*self._rows.items()]:
-            left, events = self._step(panel, rows)
+            scored, logits = self._read_step(panel, rows)
+            left, written = _write(panel, rows, logits)
             self._put(panel, left)
-            emissions += events
+            emissions += scored + written
         return emissions
 
-    def _step(self, panel: Panel, rows: _Rows) -> tuple[_Rows | None, list[Emission]]:
+    def _read_step(
+        self, panel: Panel, rows: _Rows
+    ) -> tuple[list[Emission], Float[Tensor, "row vocabulary"]]:
         generations = rows.generations
-        tap, stopwatch = panel.response_tap(), Stopwatch()
-        tokens = [generation.last_token for generation in generations]
-        logits = self._decoder.read_step(tokens, rows.cached, stopwatch.around(tap))
         watched = [generation for generation in generations if generation.request.watch]
+        tap, stopwatch = panel.response_tap(), Stopwatch()
+        logits = self._decoder.read_step(
+            [generation.last_token for generation in generations],
+            rows.cached,
+            stopwatch.around(tap),
+        )
         judgements: list[Judgement] = []
         if tap:
             with stopwatch.running(after=logits.device):
@@ -288,12 +278,11 @@ class Batch:
         scored: list[Emission] = []
         for generation, judgement in zip(watched, judgements, strict=True):
             own = judgement.of(generation.request.watch)
-            score = ResponseScored(
+            event = ResponseScored(
                 generation.tokens, own.verdicts, own.failed, generation.judging_s
             )
-            scored.append(Emission(generation.request, score))
-        left, written = _write(panel, rows, logits)
-        return left, scored + written
+            scored.append(Emission(generation.request, event))
+        return scored, logits
 
     def _put(self, panel: Panel, rows: _Rows | None) -> None:
         if rows is None:
@@ -305,14 +294,18 @@ class Batch:
 def _write(
     panel: Panel, rows: _Rows, logits: Float[Tensor, "row vocabulary"]
 ) -> tuple[_Rows | None, list[Emission]]:
-    """Writes a token in each row that is not complete, and finishes those that are settled."""
+    """Writes a token of each text that is not complete, and ends those that are settled.
+
+    Returns:
+        The rows that go on, and what happened.
+    """
     emissions: list[Emission] = []
     lost: list[Generation] = []
     writing = [i for i, generation in enumerate(rows.generations) if generation.reason is None]
     if writing:
         logits = logits[writing]
         generations = [rows.generations[i] for i in writing]
-        drawn = torch.stack([g.draw(row) for g, row in zip(generations, logits, strict=True)])
+        drawn = torch.stack([g.sampler(row) for g, row in zip(generations, logits, strict=True)])
         # In float16 a logit overflows to infinity before others become not a number.
         overflowed = (logits.isnan() | logits.isposinf()).any(dim=1)
         for generation, token, row, has_overflowed in zip(
@@ -333,5 +326,6 @@ def _write(
         judgements = panel.judge_responses([generation.state for generation in settled])
     for generation in rows.generations:
         generation.judging_s += stopwatch.seconds
-    emissions += [g.finished(own) for g, own in zip(settled, judgements, strict=True)]
-    return rows.kept([g for g in rows.generations if not g.is_settled and g not in lost]), emissions
+    for generation, judgement in zip(settled, judgements, strict=True):
+        emissions.append(Emission(generation.request, generation.finished(judgement), is_last=True))
+    return rows.without([*settled, *lost]), emissions

@@ -2,9 +2,8 @@
 
 ``transformers`` has a batching loop of its own, ContinuousBatchingManager. It takes no seed per
 request, tells which rows belong to which request in private attributes only, and reached 586
-tokens/s on two CPU cores where plain forward calls reached 1,596. So the loop is ours: each turn
-drops what was cancelled, reads the waiting prompts in one pass, and writes one token of each
-running request. The prompt is read once, and its verdicts leave before the first token does.
+tokens/s on two CPU cores where plain forward calls reached 1,596. So the loop is ours: see
+``TransformersEngine._step``. A prompt is read once, and its verdicts leave with its first token.
 """
 
 import asyncio
@@ -40,7 +39,7 @@ from sidelight.prompts import Conversation, Message
 
 _log = logging.getLogger(__name__)
 
-Outbox = asyncio.Queue[Emission]
+_Outbox = asyncio.Queue[Emission]
 
 
 class TransformersEngine(Engine):
@@ -50,9 +49,9 @@ class TransformersEngine(Engine):
 
     Args:
         backbone: The model. Nothing else may run it meanwhile.
-        probes: Probes trained on this backbone; their names are distinct.
+        probes: Probes trained on this backbone, with distinct names.
         limits: How much is held at once.
-        model: The name that requests use; None: the backbone's.
+        model: The name that requests use; None takes the backbone's.
     """
 
     def __init__(
@@ -71,8 +70,8 @@ class TransformersEngine(Engine):
         )
         self._batch = Batch(backbone, self._codec)
         self._queue = RequestQueue(limits or Limits())
-        self._outboxes: dict[Request, Outbox] = {}
-        self._cancelled: set[Request] = set()
+        # Of each request that somebody still waits for.
+        self._outboxes: dict[Request, _Outbox] = {}
         self._has_work = asyncio.Event()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sidelight-model")
         self._loop: asyncio.Task[None] | None = None
@@ -100,11 +99,11 @@ class TransformersEngine(Engine):
     async def start(self) -> None:
         self._loop = asyncio.create_task(self._run())
         self._loop.add_done_callback(
-            lambda _: self._fail(list(self._outboxes), EngineUnavailableError())
+            lambda _: self._deliver(_failures(self._outboxes, EngineUnavailableError()))
         )
 
     async def close(self) -> None:
-        """Ends the work after the step in progress."""
+        """Stops the engine after the pass in progress."""
         if self._loop is not None:
             self._loop.cancel()
             await asyncio.wait({self._loop})
@@ -123,15 +122,14 @@ class TransformersEngine(Engine):
     def _write(
         self, messages: Conversation, sampling: Sampling, watch: frozenset[str], admits: Admission
     ) -> AsyncGenerator[Event, None]:
-        # Not in the generator: that begins later, and other probes may be loaded until then.
+        # Not in the generator, which begins later, when other probes may have been loaded.
         panel = self._panel
 
-        def encode() -> Request:
-            prompt, room = self._codec.encode_to_continue(messages, sampling.max_tokens)
-            return Request(prompt, sampling, room, panel, watch=watch, admits=admits)
-
         async def events() -> AsyncGenerator[Event, None]:
-            request = await asyncio.to_thread(encode)
+            prompt, room = await asyncio.to_thread(
+                self._codec.encode_to_continue, messages, sampling.max_tokens
+            )
+            request = Request(prompt, sampling, room, panel, watch=watch, admits=admits)
             with self._submitted([request]) as (outbox,):
                 is_last = False
                 while not is_last:
@@ -149,20 +147,13 @@ class TransformersEngine(Engine):
     async def _judge(
         self, conversations: Sequence[Sequence[Message]], panel: Panel
     ) -> list[PromptJudged]:
-        def encode() -> list[Request]:
-            return [
-                Request(
-                    self._codec.encode(turns),
-                    Sampling(),
-                    max_tokens=0,
-                    panel=panel,
-                    has_response=has_response(turns),
-                )
-                for turns in conversations
-            ]
-
+        prompts = await asyncio.to_thread(lambda: [self._codec.encode(c) for c in conversations])
+        requests = [
+            Request(prompt, Sampling(), max_tokens=0, panel=panel, has_response=has_response(turns))
+            for turns, prompt in zip(conversations, prompts, strict=True)
+        ]
         judged: list[PromptJudged] = []
-        with self._submitted(await asyncio.to_thread(encode)) as outboxes:
+        with self._submitted(requests) as outboxes:
             for outbox in outboxes:
                 event = _event(await outbox.get())
                 assert isinstance(event, PromptJudged)
@@ -174,79 +165,68 @@ class TransformersEngine(Engine):
         return Panel(probes, device=self._backbone.device)
 
     @contextmanager
-    def _submitted(self, requests: Sequence[Request]) -> Generator[list[Outbox]]:
-        """Queues the requests; when the caller leaves, what is unfinished is cancelled."""
+    def _submitted(self, requests: Sequence[Request]) -> Generator[list[_Outbox]]:
+        """Queues the requests; those that are unfinished when the caller leaves are cancelled."""
         if not self.is_ready:
             raise EngineUnavailableError()
         self._queue.join(requests)
-        outboxes = [Outbox() for _ in requests]
-        self._outboxes.update(zip(requests, outboxes, strict=True))
+        outboxes = {request: _Outbox() for request in requests}
+        self._outboxes |= outboxes
         self._has_work.set()
         try:
-            yield outboxes
+            yield [*outboxes.values()]
         finally:
-            unfinished = self._outboxes.keys() & set(requests)
-            self._forget(unfinished)
-            self._queue.leave(unfinished)
-            self._cancelled |= unfinished
+            self._queue.leave(requests)
+            for request in requests:
+                del self._outboxes[request]
 
     async def _run(self) -> None:
         while True:
             await self._has_work.wait()
-            await self._turn()
+            await self._step()
             if not self._queue and not self._batch.requests:
                 self._has_work.clear()
 
-    async def _turn(self) -> None:
-        if self._cancelled:
-            gone, self._cancelled = self._cancelled, set[Request]()
-            await self._step_running(partial(self._batch.drop, gone))
+    async def _step(self) -> None:
+        """Frees cancelled rows, reads the prompts that go next, writes a token of each text."""
+        cancelled = {r for r in self._batch.requests if r not in self._outboxes}
+        if cancelled:
+            drop = partial(self._batch.drop, cancelled)
+            self._deliver(await self._pass(drop, self._batch.requests))
         admitted = self._queue.admit(self._batch.requests)
         for panel in dict.fromkeys(request.panel for request in admitted):
-            together = [request for request in admitted if request.panel is panel]
-            await self._step(partial(self._batch.prefill, together), together)
-        if self._batch.requests:
-            await self._step_running(self._batch.decode)
+            prompts = [request for request in admitted if request.panel is panel]
+            self._deliver(await self._pass(partial(self._batch.prefill, prompts), prompts))
+        if running := self._batch.requests:
+            self._deliver(await self._pass(self._batch.decode, running))
 
-    async def _step_running(self, step: Callable[[], list[Emission]]) -> None:
-        if not await self._step(step, self._batch.requests):
-            self._batch.clear()
-
-    async def _step(self, step: Callable[[], list[Emission]], concerned: Sequence[Request]) -> bool:
-        """Runs one step in the model's thread; if it fails, the requests concerned fail."""
-        future = asyncio.get_running_loop().run_in_executor(self._thread, step)
+    async def _pass(
+        self, work: Callable[[], list[Emission]], requests: Sequence[Request]
+    ) -> list[Emission]:
+        """Works in the model's thread; if that fails, these requests fail and leave the batch."""
+        future = asyncio.get_running_loop().run_in_executor(self._thread, work)
         await asyncio.wait({future})
         error = future.exception()
-        if error is not None:
-            name = type(error).__name__
-            # Without the error's message, which may quote a prompt.
-            places = "".join(traceback.format_tb(error.__traceback__))
-            _log.error("A step failed: %s at\n%s", name, places)
-            message = (
-                f"The engine failed while it worked on this request ({name}); its log says where. "
-                "Other requests go on."
-            )
-            self._fail(concerned, GenerationError(message))
-            return False
-        for emission in future.result():
-            self._deliver(emission)
-        return True
+        if error is None:
+            return future.result()
+        name = type(error).__name__
+        # Without the error's message, which may quote a prompt.
+        places = "".join(traceback.format_tb(error.__traceback__))
+        _log.error("A pass of the engine failed: %s at\n%s", name, places)
+        self._batch.drop(requests)
+        message = (
+            f"The engine failed on this request ({name}); its log says where. Other requests go on."
+        )
+        return _failures(requests, GenerationError(message))
 
-    def _deliver(self, emission: Emission) -> None:
-        outbox = self._outboxes.get(emission.request)
-        if outbox is not None:
-            outbox.put_nowait(emission)
-        if emission.is_last:
-            self._forget([emission.request])
+    def _deliver(self, emissions: Iterable[Emission]) -> None:
+        for emission in emissions:
+            if (outbox := self._outboxes.get(emission.request)) is not None:
+                outbox.put_nowait(emission)
 
-    def _fail(self, requests: Sequence[Request], error: SidelightError) -> None:
-        for request in requests:
-            self._deliver(Emission(request, error, is_last=True))
 
-    def _forget(self, requests: Iterable[Request]) -> None:
-        for request in requests:
-            self._outboxes.pop(request, None)
-            self._cancelled.discard(request)
+def _failures(requests: Iterable[Request], error: SidelightError) -> list[Emission]:
+    return [Emission(request, error, is_last=True) for request in requests]
 
 
 def _event(emission: Emission) -> Event:
