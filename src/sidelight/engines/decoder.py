@@ -1,9 +1,9 @@
-"""The model as the batching engine drives it: tokens in, logits of the last position out.
+"""How the batching engine runs the model: tokens in, logits of the last position out.
 
-The keys and values of running requests are one left-padded batch that rows enter and leave. It
-works through the public face of ``transformers``' ``DynamicCache``: its layers' ``keys`` and
-``values``, and ``update``. A plain ``DynamicCache()`` keeps every position in every layer; models
-with sliding windows get their windows from the attention mask.
+The keys and values of running requests are one left-padded batch that rows enter and leave. It uses
+only public parts of ``transformers``' ``DynamicCache``: its layers' ``keys`` and ``values``, and
+``update``. A plain ``DynamicCache()`` keeps every position in every layer; models with sliding
+windows get their windows from the attention mask.
 """
 
 from collections.abc import Sequence
@@ -22,11 +22,11 @@ from sidelight.prompts import EncodedPrompt
 
 
 class CachedRows:
-    """A cache, and which of its columns are real in each row.
+    """A cache, and which of its columns hold a token in each row.
 
     Args:
         cache: Keys and values, ``[row, head, column, width]`` in each layer.
-        mask: True where a column holds a token of the row; the false ones come first.
+        mask: True where a column holds a token of the row; the padding comes first.
     """
 
     def __init__(self, cache: DynamicCache, mask: Bool[Tensor, "row column"]):
@@ -41,33 +41,27 @@ class CachedRows:
         mask = self.mask[index]
         start = int(mask.any(dim=0).int().argmax())
         cache = DynamicCache()
-        for i, layer in enumerate(_layers(self.cache)):
-            cache.update(layer.keys[index, :, start:], layer.values[index, :, start:], i)
+        for i, (keys, values) in enumerate(_layers(self.cache)):
+            cache.update(keys[index, :, start:], values[index, :, start:], i)
         return CachedRows(cache, mask[:, start:])
 
     def joined(self, other: "CachedRows") -> "CachedRows":
         """The rows of both, padded on the left to one length."""
         columns = max(self.mask.shape[1], other.mask.shape[1])
         cache = DynamicCache()
-        pairs = zip(_layers(self.cache), _layers(other.cache), strict=True)
-        for index, (mine, theirs) in enumerate(pairs):
-            keys = _stacked(mine.keys, theirs.keys, columns)
-            cache.update(keys, _stacked(mine.values, theirs.values, columns), index)
-        short = [rows.mask for rows in (self, other)]
-        mask = torch.cat([pad(m, (columns - m.shape[1], 0), value=False) for m in short])
-        return CachedRows(cache, mask)
+        for i, pair in enumerate(zip(_layers(self.cache), _layers(other.cache), strict=True)):
+            keys, values = (
+                torch.cat([pad(s, (0, 0, columns - s.shape[2], 0)) for s in states])
+                for states in zip(*pair, strict=True)
+            )
+            cache.update(keys, values, i)
+        masks = [pad(m, (columns - m.shape[1], 0), value=False) for m in (self.mask, other.mask)]
+        return CachedRows(cache, torch.cat(masks))
 
 
-def _layers(cache: DynamicCache) -> list[Any]:
-    return cache.layers
-
-
-def _stacked(
-    mine: Float[Tensor, "row head column width"],
-    theirs: Float[Tensor, "newrow head newcolumn width"],
-    columns: int,
-) -> Float[Tensor, "allrows head columns width"]:
-    return torch.cat([pad(s, (0, 0, columns - s.shape[2], 0)) for s in (mine, theirs)])
+def _layers(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
+    layers: list[Any] = cache.layers
+    return [(layer.keys, layer.values) for layer in layers]
 
 
 _ATTENTION_KINDS = frozenset({"full_attention", "sliding_attention"})
@@ -80,7 +74,7 @@ class Decoder:
         backbone: The model; only this object runs it, in one thread.
 
     Attributes:
-        end_tokens: Ids that end a turn; they are counted, and no part of the text.
+        end_tokens: Ids that end a turn; they are counted, but are not part of the text.
 
     Raises:
         SidelightError: The model keeps a state other than keys and values, so rows cannot be
@@ -88,8 +82,14 @@ class Decoder:
     """
 
     def __init__(self, backbone: TransformersBackbone):
+        kinds = set(backbone.model.config.get_text_config().to_dict().get("layer_types") or ())
+        if others := kinds - _ATTENTION_KINDS:
+            raise SidelightError(
+                f"{backbone.name} has layers of kind {', '.join(sorted(others))}, whose state is "
+                "not keys and values; the transformers engine cannot batch it. Serve a model with "
+                "attention layers only."
+            )
         self._backbone = backbone
-        _require_attention(backbone)
         self._cache_name = cache_name(backbone.model)
         configured = backbone.model.generation_config.eos_token_id
         several = configured if isinstance(configured, list) else [configured]
@@ -138,14 +138,3 @@ class Decoder:
                 **cache,
             )
         return output.logits[:, -1]
-
-
-def _require_attention(backbone: TransformersBackbone) -> None:
-    config = backbone.model.config.get_text_config().to_dict()
-    others = set(config.get("layer_types") or ()) - _ATTENTION_KINDS
-    if others:
-        raise SidelightError(
-            f"{backbone.name} has layers of kind {', '.join(sorted(others))}, whose state is not "
-            "keys and values; the transformers engine cannot batch it. Serve a model with "
-            "attention layers only."
-        )

@@ -1,6 +1,6 @@
-"""How probable the model found each token that it wrote, and which tokens it found the likeliest.
+"""The log-probabilities of the tokens that were written and of the likeliest alternatives.
 
-All log-probabilities are of the model's own distribution, before temperature and ``top_p``.
+They are those of the model's own distribution, before temperature and ``top_p``.
 """
 
 import re
@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-# What OpenAI writes for "very unlikely"; JSON has no word for minus infinity.
+# What OpenAI reports for "very unlikely"; JSON has no minus infinity.
 LOWEST = -9999.0
-# What a decoder writes for bytes that are not yet, or not at all, a character.
+# What a decoder writes for bytes that are not a character, or not yet.
 UNFINISHED = "\ufffd"
 
 TokenScore = tuple[int, float]
@@ -27,8 +28,8 @@ class Spelling:
 
     Attributes:
         text: The characters; ``\xf0\x9f`` for a token that is only a part of one.
-        bytes: What it adds to a text; None for a special token, which adds nothing, and where the
-            tokenizer does not say.
+        bytes: What it adds to a text; None if the tokenizer does not say, and for a special token,
+            which adds nothing.
     """
 
     text: str
@@ -36,7 +37,7 @@ class Spelling:
 
     @property
     def is_partial(self) -> bool:
-        """Whether it is a part of a character, so that ``text`` only describes it."""
+        """Whether it is part of a character, so that ``text`` only describes it."""
         return self.bytes is not None and self.text.encode() != self.bytes
 
 
@@ -66,7 +67,7 @@ class TokenLogprobs:
 def likeliest_tokens(
     logits: Float[Tensor, " vocabulary"], token: int, *, count: int
 ) -> tuple[TokenScore, list[TokenScore]]:
-    """The score of the token that was drawn, and the ``count`` likeliest; at least ``LOWEST``."""
+    """The scores of the drawn token and of the ``count`` likeliest, each at least ``LOWEST``."""
     logprobs = torch.log_softmax(logits.float(), dim=-1).clamp(min=LOWEST)
     best = logprobs.topk(min(count, len(logprobs)))
     likeliest = zip(best.indices.tolist(), best.values.tolist(), strict=True)
@@ -74,13 +75,13 @@ def likeliest_tokens(
 
 
 class LogprobStream:
-    """The tokens of a growing text, each sent together with the text that it has a part in.
+    """Sends the tokens of a growing text, each with the text that it contributes to.
 
-    Text may be held back: it may turn out to be part of a stop string, or half a character. Then
-    its tokens are held back too.
+    Text that may still become a stop string, or is half a character, is held back, and so are its
+    tokens.
 
     Args:
-        spell: What a token stands for.
+        spell: Says what a token stands for.
     """
 
     def __init__(self, spell: Callable[[int], Spelling]):
@@ -90,9 +91,9 @@ class LogprobStream:
         self._sent = 0
 
     def add(self, drawn: TokenScore, likeliest: Iterable[TokenScore], *, characters: int) -> None:
-        """Takes a token that completes so many characters."""
+        """Takes a token that completes this many characters."""
         token, *others = (Candidate(self._spell(t), score) for t, score in (drawn, *likeliest))
-        # A whole token's characters are the last ones; before them may stand what it completes.
+        # A whole token's characters are the last ones; they may follow a character it completes.
         spelling = token.spelling
         text = 0 if spelling.is_partial else min(characters, len(spelling.text))
         offset = self._length + (characters - text if text else 0)
@@ -107,15 +108,16 @@ class LogprobStream:
         return due
 
     def rest(self) -> tuple[TokenLogprobs, ...]:
-        """The tokens that are left where the text ends by itself: parts of a character."""
+        """The tokens that are left when the text ends by itself: parts of a character."""
         return tuple(self._waiting)
 
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+_BYTE_OF_LETTER = {letter: byte for byte, letter in bytes_to_unicode().items()}
 
 
 class Speller:
-    """Spells the tokens of one tokenizer of ``transformers``, each once."""
+    """Spells the tokens of one ``transformers`` tokenizer, each once."""
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
@@ -123,7 +125,6 @@ class Speller:
         self._known: dict[int, Spelling] = {}
 
     def __call__(self, token: int) -> Spelling:
-        """What the token stands for."""
         if token not in self._known:
             self._known[token] = self._spell(token)
         return self._known[token]
@@ -149,7 +150,7 @@ class Speller:
 def _spell_part(name: str, decoded: str) -> Spelling:
     """Spells a token whose bytes are not whole characters, by its name in the vocabulary.
 
-    That is a byte token of SentencePiece (``<0xF0>``), or written in the letters of GPT-2's bytes.
+    The name is a byte token of SentencePiece (``<0xF0>``), or spells bytes in GPT-2's alphabet.
     """
     if byte := _BYTE_TOKEN.fullmatch(name):
         found = bytes([int(byte[1], 16)])
@@ -163,14 +164,3 @@ def _spell_part(name: str, decoded: str) -> Spelling:
         return Spelling(found.decode(), found)
     except UnicodeDecodeError:
         return Spelling("".join(f"\\x{byte:02x}" for byte in found), found)
-
-
-def _gpt2_letters() -> dict[str, int]:
-    """GPT-2's alphabet: printable bytes are themselves, the others the letters from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    moved = {chr(0x100 + place): byte for place, byte in enumerate(others)}
-    return {chr(byte): byte for byte in printable} | moved
-
-
-_BYTE_OF_LETTER = _gpt2_letters()

@@ -1,28 +1,26 @@
 """Do two engines give the same verdicts? Differences, flips, and the jitter within each engine.
 
-An engine batches as load comes, and each shape of a batch rounds in another way. So every engine
-judges the same texts one at a time and together; what differs between engines is read beside what
-differs within one.
+An engine batches whatever is waiting, and each batch shape rounds differently. So every engine
+judges the same texts one at a time and together, to compare the difference between engines with
+the difference within one.
 """
 
 import asyncio
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 
 import numpy as np
-from jaxtyping import Float
 
 from sidelight.engines.base import Engine
 from sidelight.prompts import Message
 from sidelight.types import Verdict
 
-Judged = Mapping[str, Sequence[Verdict]]
-
 
 @dataclass(frozen=True)
 class Difference:
-    """How far apart the probabilities of one probe on the same texts are.
+    """How far apart one probe's probabilities on the same texts are.
 
     Attributes:
         between: Two engines, or one engine and two batch sizes.
@@ -50,12 +48,12 @@ def compare_engines(
     *,
     batch_sizes: Sequence[int] = (1, 4, 16),
 ) -> list[Difference]:
-    """Differences between engines, then within each.
+    """The differences between engines, then within each.
 
     Args:
-        engines: How to make each; one is closed before the next is made.
-        conversations: Texts to judge, two or more.
-        batch_sizes: Texts that are judged together; engines are compared at the first.
+        engines: Makes each engine; one is closed before the next is made.
+        conversations: Two or more texts to judge.
+        batch_sizes: How many texts are judged together. Engines are compared at the first size.
     """
     judged = {
         name: asyncio.run(_judge_in_batches(make, conversations, batch_sizes))
@@ -82,28 +80,30 @@ async def _judge_in_batches(
     make: Callable[[], Engine],
     conversations: Sequence[Sequence[Message]],
     batch_sizes: Sequence[int],
-) -> dict[int, Judged]:
+) -> dict[int, dict[str, list[Verdict]]]:
+    """By batch size and probe, the verdict on each text."""
+    found = {size: defaultdict[str, list[Verdict]](list) for size in batch_sizes}
     engine = await asyncio.to_thread(make)
     await engine.start()
     try:
-        return {size: await _judge(engine, conversations, size) for size in batch_sizes}
+        for size, by_probe in found.items():
+            for start in range(0, len(conversations), size):
+                for judged in await engine.judge(conversations[start : start + size]):
+                    for verdict in judged.verdicts:
+                        by_probe[verdict.probe].append(verdict)
     finally:
         await engine.close()
-
-
-async def _judge(engine: Engine, conversations: Sequence[Sequence[Message]], size: int) -> Judged:
-    found: dict[str, list[Verdict]] = {}
-    for start in range(0, len(conversations), size):
-        for judged in await engine.judge(conversations[start : start + size]):
-            for verdict in judged.verdicts:
-                found.setdefault(verdict.probe, []).append(verdict)
-    return found
+    return {size: dict(by_probe) for size, by_probe in found.items()}
 
 
 def _difference(
     probe: str, between: str, one: Sequence[Verdict], other: Sequence[Verdict]
 ) -> Difference:
-    apart = np.abs(_probabilities(one) - _probabilities(other)).max(1)
+    probabilities = (
+        np.array([[*verdict.probabilities.values()] for verdict in verdicts])
+        for verdicts in (one, other)
+    )
+    apart = np.abs(np.subtract(*probabilities)).max(1)
     pairs = zip(one, other, strict=True)
     return Difference(
         probe,
@@ -113,7 +113,3 @@ def _difference(
         flips=sum((a.labels, a.flagged) != (b.labels, b.flagged) for a, b in pairs),
         texts=len(one),
     )
-
-
-def _probabilities(verdicts: Sequence[Verdict]) -> Float[np.ndarray, "text label"]:
-    return np.array([[*verdict.probabilities.values()] for verdict in verdicts])
