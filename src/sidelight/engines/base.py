@@ -26,12 +26,12 @@ class PromptJudged:
 
     Attributes:
         verdicts: From every probe that reads the prompt alone.
-        failed: Names of such probes without a verdict; never to be taken for a harmless one.
+        failed: Names of such probes without a verdict. Never treat one as a harmless verdict.
         is_unfamiliar: Whether the probes failed because the prompt is plain text and they were
             trained on chats.
         tokens: Length of the prompt.
-        judging_s: Seconds that the probes added to the pass over the prompt. All requests of a pass
-            wait for all of it, so it is not divided among them.
+        judging_s: Seconds that the probes added to the pass over the prompt. Every request in a
+            pass waits for all of it, so it is not divided among them.
     """
 
     verdicts: tuple[Verdict, ...]
@@ -43,13 +43,13 @@ class PromptJudged:
 
 @dataclass(frozen=True)
 class TextDelta:
-    """More text: whole characters, and nothing that a stop string may still take back.
+    """More text: whole characters, and nothing that a stop string can still take back.
 
     Attributes:
         text: What follows the text so far.
-        tokens: How many tokens have been sampled: no later token has a part in the text.
-        logprobs: For the tokens that the text comes from, where the request asked for them. Hold
-            them back together with the text.
+        tokens: How many tokens have been sampled; no later token contributes to the text.
+        logprobs: For the tokens that the text comes from, if the request asked for them. Hold them
+            back together with the text.
     """
 
     text: str
@@ -65,7 +65,7 @@ class ResponseScored:
         tokens: How many sampled tokens they have read. A ``TextDelta`` is judged once this reaches
             its own ``tokens``.
         verdicts: On the response so far, as if it ended here.
-        failed: Names of watched probes without a verdict; never to be taken for a harmless one.
+        failed: Names of watched probes without a verdict.
         judging_s: As in ``Finished``, so far.
     """
 
@@ -84,11 +84,10 @@ class Finished:
         prompt_tokens: Tokens read.
         completion_tokens: Tokens sampled, including the end-of-turn token.
         verdicts: From every probe that reads the response. An end-of-turn token is never read.
-            Where no probe is watched, the last sampled token is not run through the model either,
-            so at ``length`` or a stop string they do not cover the last token of the text.
-        failed: Names of such probes without a verdict; never to be taken for a harmless one.
-        logprobs: For last tokens that are only a part of a character, so that no text comes from
-            them.
+            If no probe is watched, the last sampled token is not run through the model either, so
+            at ``length`` or a stop string they do not cover the last token of the text.
+        failed: Names of such probes without a verdict.
+        logprobs: For trailing tokens that only begin a character, so that no text comes from them.
         judging_s: Seconds that the probes added to all steps after the prompt.
     """
 
@@ -127,14 +126,14 @@ class EngineBusyError(SidelightError):
 
 
 class EngineUnavailableError(SidelightError):
-    """The engine is still loading, or has stopped."""
+    """The engine is loading or has stopped."""
 
     def __init__(self, message: str = "The engine is not running. Retry when /ready answers 200."):
         super().__init__(message)
 
 
 class GenerationError(SidelightError):
-    """A step of the engine failed; the requests of that step are lost, the engine goes on."""
+    """A step of the engine failed. The requests in that step are lost; the engine goes on."""
 
 
 @dataclass(frozen=True)
@@ -142,13 +141,13 @@ class Sampling:
     """How to write a text.
 
     Attributes:
-        max_tokens: Most tokens to write; None: as many as the context has room for.
+        max_tokens: Most tokens to write. None fills the context.
         temperature: 0 takes the most probable token every time.
         top_p: Draws from the most probable tokens that together reach this probability, in (0, 1].
-        stop: Strings that end the text; none of them is part of it.
-        seed: The same seed draws the same text; None: a fresh one.
-        logprobs: How many of the likeliest tokens to report beside each token's log-probability;
-            None: report no log-probability at all.
+        stop: Strings that end the text and are not part of it.
+        seed: The same seed draws the same text. None takes a fresh one.
+        logprobs: How many of the likeliest tokens to report beside each token's log-probability.
+            None reports no log-probabilities at all.
     """
 
     max_tokens: int | None = None
@@ -159,9 +158,12 @@ class Sampling:
     logprobs: int | None = None
 
 
-# Decides whether a judged prompt is answered. Called in a thread of the engine's, so it must decide
-# from the event alone, at once, and raise nothing.
 Admission = Callable[[PromptJudged], bool]
+"""Decides whether a judged prompt is answered.
+
+The engine calls it in a thread of its own. It must decide from the event alone, without waiting,
+and must not raise.
+"""
 
 
 def admit_all(_judged: PromptJudged) -> bool:
@@ -171,12 +173,7 @@ def admit_all(_judged: PromptJudged) -> bool:
 
 @dataclass(frozen=True)
 class Tokens:
-    """A text as the model reads it.
-
-    Attributes:
-        ids: One per token.
-        texts: Each token as the tokenizer writes it.
-    """
+    """A text as the model reads it: token ids, and each token as the tokenizer writes it."""
 
     ids: tuple[int, ...]
     texts: tuple[str, ...]
@@ -220,18 +217,18 @@ class Engine(ABC):
 
     @abstractmethod
     async def start(self) -> None:
-        """Begins to work, in the running event loop."""
+        """Starts the engine in the running event loop."""
 
     @abstractmethod
     async def close(self) -> None:
-        """Ends the work; requests still in the engine fail with ``EngineUnavailableError``."""
+        """Stops the engine; requests still in it fail with ``EngineUnavailableError``."""
 
     @abstractmethod
     async def replace_probes(self, probes: Sequence[Probe]) -> None:
         """Serves these probes from now on, once each has given a verdict on a short text.
 
-        A request that is in the engine keeps the probes that were loaded when it was called, or
-        fails; none is silently judged by another set. After an error nothing has changed.
+        A request in the engine keeps the probes that were loaded when it was made, or it fails; it
+        is never silently judged by other ones. After an error nothing has changed.
 
         Raises:
             FingerprintMismatchError: A probe belongs to another backbone.
@@ -241,10 +238,7 @@ class Engine(ABC):
         """
 
     async def settled(self) -> None:
-        """Waits while probes are being replaced: later calls are judged by the new ones.
-
-        An engine that replaces them at once has nothing to wait for.
-        """
+        """Waits while probes are being replaced, so that later calls are judged by the new ones."""
         return
 
     @abstractmethod
@@ -252,7 +246,7 @@ class Engine(ABC):
         """The tokens that ``generate``, or ``judge`` for a text with a response, would read.
 
         Raises:
-            ContextLengthError: It is too long; nothing is cut.
+            ContextLengthError: The text is too long; it is never cut.
             EngineUnavailableError: The model is loading.
         """
 
@@ -264,17 +258,18 @@ class Engine(ABC):
         watch: Collection[str] = (),
         admits: Admission = admit_all,
     ) -> AsyncGenerator[Event, None]:
-        """``PromptJudged``, any number of ``TextDelta``, ``Finished``; closing it cancels.
+        """Yields ``PromptJudged``, any number of ``TextDelta``, and ``Finished``.
 
-        The probes are those loaded when this is called, until the end. On plain text, probes that
-        were trained on chats give no verdict: they are among the ``failed``.
+        Closing the generator cancels the request. It is judged to its end by the probes that were
+        loaded when this was called. Probes that were trained on chats give no verdict on plain
+        text: they are among the ``failed``.
 
         Args:
             messages: The conversation, or a text to continue.
             sampling: How to write.
             watch: Names of loaded probes that read the response. After each token of the response,
-                including the last one of the text, there is a ``ResponseScored`` with their
-                verdicts. That costs time; where no probe is named, none of it is spent.
+                including the last one of the text, a ``ResponseScored`` carries their verdicts.
+                That costs time, and none if no probe is named.
             admits: Asked before the first token is drawn. If it refuses, ``PromptJudged`` is the
                 only event, nothing is written, and the request has already left the engine.
 
@@ -295,49 +290,50 @@ class Engine(ABC):
                 )
         if not isinstance(messages, PlainText) or common_format(probes) != "chat":
             return self._write(messages, sampling, frozenset(watch), admits)
-        return _without_verdicts(
-            self._write(messages, sampling, frozenset(watch), lambda e: admits(_unjudged(e)))
+        written = self._write(
+            messages, sampling, frozenset(watch), lambda judged: admits(_unjudged(judged))
         )
+
+        async def events() -> AsyncGenerator[Event, None]:
+            async with aclosing(written):
+                async for event in written:
+                    yield _unjudged(event)
+
+        return events()
 
     @abstractmethod
     def _write(
         self, messages: Conversation, sampling: Sampling, watch: frozenset[str], admits: Admission
     ) -> AsyncGenerator[Event, None]:
-        """As ``generate``, for a text that all probes can judge.
+        """As ``generate``, for a text that every probe can judge.
 
-        Takes the loaded probes when it is called, not when its first event is asked for.
+        Takes the loaded probes when it is called, not when its first event is requested.
         """
 
     @abstractmethod
     def judge(
         self, conversations: Sequence[Sequence[Message]]
     ) -> Coroutine[Any, Any, list[PromptJudged]]:
-        """The verdicts on each conversation, from one pass each; writes nothing.
+        """The verdicts on each conversation, from one pass over it; writes nothing.
 
-        A conversation that ends with the assistant's turn is judged by every probe, that turn being
-        the response; any other only by the probes that read the prompt alone. The probes are those
-        loaded when this is called. A probe without a verdict is among the ``failed``.
+        If the last turn is the assistant's, it is taken as the response, and every probe judges the
+        conversation. Otherwise only the probes that read the prompt alone do. The probes are those
+        loaded when this is called.
 
         Raises:
-            ContextLengthError: A conversation is too long; nothing is cut.
+            ContextLengthError: A conversation is too long; it is never cut.
             EngineBusyError, EngineUnavailableError, GenerationError: As for ``generate``.
         """
 
 
 def _unjudged(event: E) -> E:
-    """The event of a plain text whose probes were trained on chats: each of them has failed."""
+    """The event with every probe failed, for plain text and probes trained on chats."""
     if isinstance(event, TextDelta):
         return event
     failed = (*(verdict.probe for verdict in event.verdicts), *event.failed)
     if isinstance(event, PromptJudged):
         return replace(event, verdicts=(), failed=failed, is_unfamiliar=True)
     return replace(event, verdicts=(), failed=failed)
-
-
-async def _without_verdicts(events: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:
-    async with aclosing(events):
-        async for event in events:
-            yield _unjudged(event)
 
 
 def verdict_failure(probes: Iterable[str]) -> VerdictError:

@@ -1,4 +1,4 @@
-"""An engine whose model loads in the background, so that the server can say that it is loading."""
+"""An engine whose model loads in the background, so that the server can answer meanwhile."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
@@ -22,7 +22,7 @@ class LoadingEngine(Engine):
     """Refuses with ``EngineUnavailableError`` until the loaded engine takes over.
 
     Args:
-        load: Returns the engine; runs once, in a thread of its own.
+        load: Makes the engine; runs once, in a thread of its own.
         on_failure: Called in the event loop when ``load`` has raised.
 
     Attributes:
@@ -59,7 +59,7 @@ class LoadingEngine(Engine):
         return self._engine is not None and self._engine.is_ready
 
     async def start(self) -> None:
-        """Begins to load and returns at once."""
+        """Begins to load, and returns at once."""
         self._loading = asyncio.create_task(self._take_over())
         self._loading.add_done_callback(self._note_outcome)
 

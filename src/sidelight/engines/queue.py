@@ -10,11 +10,11 @@ from sidelight.prompts import EncodedPrompt
 
 @dataclass(frozen=True)
 class Limits:
-    """What the engine may hold at once.
+    """How much the engine may hold at once.
 
     Attributes:
         running: Requests that are being written.
-        waiting: Requests in the queue; further ones are refused.
+        waiting: Requests in the queue; more are refused.
         prefill_tokens: Tokens of one prefill batch, padding included. A longer prompt is read
             alone.
         cache_tokens: Positions of keys and values, including padding and the tokens still to be
@@ -32,8 +32,6 @@ class Request:
     """A text to read, and perhaps to continue.
 
     Attributes:
-        prompt: The tokens to read.
-        sampling: How to write.
         max_tokens: Most tokens to write, within the context; 0: the text is only judged.
         panel: The probes that judge it.
         has_response: Whether the prompt ends with the response to judge, which may be empty.
@@ -56,12 +54,12 @@ class Request:
 
     @property
     def cache_tokens(self) -> int:
-        """Positions of keys and values that it may come to fill."""
+        """Positions of keys and values that it can come to fill."""
         return len(self.prompt) + self.max_tokens
 
 
 class RequestQueue:
-    """First come, first served; only checks may overtake, since they need no running row."""
+    """First come, first served. Only checks may overtake, since they need no running row."""
 
     def __init__(self, limits: Limits):
         self._limits = limits
@@ -74,7 +72,7 @@ class RequestQueue:
         """Adds all of them, or none.
 
         Raises:
-            EngineBusyError: The queue is full. A list longer than the limit may only join an empty
+            EngineBusyError: The queue is full. A list longer than the limit can only join an empty
                 queue.
         """
         waiting = len(self._waiting)

@@ -1,4 +1,4 @@
-"""Between texts and tokens: encoding within the context, drawing, decoding, stop strings."""
+"""From texts to tokens and back: encoding within the context, drawing, decoding, stop strings."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,14 +14,14 @@ from sidelight.prompts import Conversation, EncodedPrompt, Message, PlainText, P
 
 
 class Detokenizer:
-    """Text of a growing list of tokens, one whole character at a time.
+    """Decodes a growing list of tokens, one whole character at a time.
 
-    A token may hold part of a character, and its text may depend on the token before it. So each
-    step decodes a short window, and sends what the window shows beyond what was sent.
-    Characters that stay unfinished at the end are never sent.
+    A token can hold part of a character, and its text can depend on the token before it. So each
+    step decodes a short window and sends what the window shows beyond what was sent. Characters
+    that stay unfinished at the end are never sent.
 
     Args:
-        decode: Token ids to text, special tokens left out.
+        decode: Turns token ids into text, without special tokens.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str]):
@@ -45,10 +45,10 @@ class Detokenizer:
 
 
 class StopGate:
-    """Lets text pass up to the stop string that is complete first; holds back what may become one.
+    """Passes text up to the first complete stop string, and holds back what may become one.
 
     Args:
-        stop: Strings that end the text; empty strings do not count.
+        stop: Strings that end the text; empty ones are ignored.
     """
 
     def __init__(self, stop: Sequence[str]):
@@ -59,7 +59,7 @@ class StopGate:
     def push(self, text: str) -> str:
         """The part of the text so far that can be sent now."""
         self._held += text
-        # The one complete first counts, so that the cut does not depend on the pieces of text.
+        # The first one to be complete counts, so that the cut does not depend on the pieces.
         ends = [
             (start + len(stop), start)
             for stop in self._stop
@@ -68,24 +68,21 @@ class StopGate:
         if ends:
             self.is_closed = True
             return self._release(min(ends)[1])
-        return self._release(len(self._held) - self._overlap())
+        begun = (
+            length
+            for stop in self._stop
+            for length in range(1, len(stop))
+            if self._held.endswith(stop[:length])
+        )
+        return self._release(len(self._held) - max(begun, default=0))
 
     def flush(self) -> str:
-        """What is still held back, when no more text comes."""
+        """What is still held back when no more text comes."""
         return "" if self.is_closed else self._release(len(self._held))
 
     def _release(self, end: int) -> str:
         passed, self._held = self._held[:end], self._held[end:]
         return passed
-
-    def _overlap(self) -> int:
-        """Length of the longest end of the held text that begins a stop string."""
-        longest = max(map(len, self._stop), default=1) - 1
-        lengths = range(min(longest, len(self._held)), 0, -1)
-        return next((n for n in lengths if self._may_stop(self._held[-n:])), 0)
-
-    def _may_stop(self, text: str) -> bool:
-        return any(stop.startswith(text) for stop in self._stop)
 
 
 # Below this, dividing by the temperature overflows before it changes the choice.
@@ -95,8 +92,7 @@ _GREEDY_BELOW = 1e-5
 class Sampler:
     """Draws tokens by inverting the cumulative distribution at one uniform number per token.
 
-    The numbers come from a generator of the request's own, so what a request draws does not depend
-    on the requests beside it.
+    Each request has its own generator, so what it draws does not depend on the requests beside it.
     """
 
     def __init__(self, sampling: Sampling):
@@ -129,7 +125,7 @@ class Sampler:
         return torch.searchsorted(cumulative, target, right=True).clamp(max=len(weights) - 1)
 
 
-# Every probe has to judge it before it is served.
+# Every probe must judge it before it is served.
 WARM_UP = (Message("user", "Hello"), Message("assistant", "Hello"))
 
 
@@ -144,10 +140,7 @@ class TextCodec:
     Args:
         encoder: The model's.
         tokenizer: The model's.
-        max_tokens: Most tokens that the model reads and writes together.
-
-    Attributes:
-        spell: What a token stands for.
+        max_tokens: The most tokens that the model reads and writes together.
     """
 
     def __init__(self, encoder: PromptEncoder, tokenizer: Any, *, max_tokens: int):
@@ -157,16 +150,16 @@ class TextCodec:
         self.spell = Speller(tokenizer)
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of the tokens, special ones left out."""
+        """The text of the tokens, without special ones."""
         return self._tokenizer.decode(
             tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
 
     def encode(self, text: Conversation) -> EncodedPrompt:
-        """A text to judge; a last turn of the assistant's is the response.
+        """A text to judge. If the last turn is the assistant's, it is the response.
 
         Raises:
-            ContextLengthError: It is too long; nothing is cut.
+            ContextLengthError: The text is too long; it is never cut.
         """
         if isinstance(text, PlainText) or not has_response(text):
             prompt = self._encoder.encode(text)
@@ -178,27 +171,27 @@ class TextCodec:
     def encode_to_continue(
         self, text: Conversation, max_tokens: int | None
     ) -> tuple[EncodedPrompt, int]:
-        """A text to continue, and how many tokens may follow: at most ``max_tokens``.
+        """A text to continue, and how many tokens can follow: at most ``max_tokens``.
 
         Raises:
-            ContextLengthError: It leaves no room for a token.
+            ContextLengthError: The text leaves no room for a token.
         """
         prompt = self._encoder.encode(text)
         room = self.max_tokens - len(prompt)
         if room < 1:
             raise ContextLengthError(
-                f"The prompt has {len(prompt)} tokens with its template and fills the context of "
-                f"{self.max_tokens}, so nothing can be written. Shorten it."
+                f"The prompt has {len(prompt)} tokens with its template, which leaves no room for "
+                f"an answer: the context has {self.max_tokens}. Shorten it."
             )
         return prompt, room if max_tokens is None else min(room, max_tokens)
 
     def tokens(self, text: Conversation) -> Tokens:
-        """The tokens of ``encode``, also as the tokenizer writes them."""
+        """The tokens of ``encode``, with their texts."""
         ids = self.encode(text).token_ids
         return Tokens(ids, tuple(self._tokenizer.convert_ids_to_tokens(ids)))
 
     def require_fitting(self, prompt: EncodedPrompt) -> None:
-        """Checks that the model can read it.
+        """Checks that the model can read the prompt.
 
         Raises:
             ContextLengthError: It is too long.
