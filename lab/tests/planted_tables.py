@@ -10,7 +10,7 @@ from sidelight.backbone import TransformersBackbone
 from sidelight.data.examples import Example, LabelledExamples
 from sidelight.prompts import Message
 from sidelight.types import TaskKind
-from sidelight_lab.datasets.published import DataSet
+from sidelight_lab.datasets import DataSet
 from sidelight_lab.tables.context import RecipeContext
 from sidelight_lab.tables.recipes import Recipe, parse_recipe
 from sidelight_lab.tables.writing import FinishedTable

@@ -280,7 +280,7 @@ def bench_streaming(as_json: bool, out: Path | None, plots: Path | None, **given
     from sidelight.artifact import save_probe
     from sidelight_lab.bench.responses import with_positives
     from sidelight_lab.bench.streaming import compare_streaming, plot_streaming
-    from sidelight_lab.datasets.loading import default_root
+    from sidelight_lab.datasets import default_root
 
     backbone = _backbone(given)
     given["data"] = given["data"] or default_root() / _XSTEST

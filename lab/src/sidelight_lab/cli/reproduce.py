@@ -143,7 +143,7 @@ def _context(
 
 
 def _loader(given: dict[str, Any]) -> "LoadDataSet":
-    from sidelight_lab.datasets.loading import from_files, load_data_set
+    from sidelight_lab.datasets import from_files, load_data_set
 
     if (given["train"] is None) != (given["test"] is None):
         raise SidelightError("--train and --test go together: a table needs both.")

@@ -12,8 +12,7 @@ from jaxtyping import Int
 from sidelight.errors import SidelightError
 from sidelight.training.dataset import ProbeDataset
 from sidelight.training.objective import score_name
-from sidelight_lab.datasets.loading import overlap_notes
-from sidelight_lab.datasets.published import DataSet
+from sidelight_lab.datasets import DataSet, overlap_notes
 from sidelight_lab.tables.context import RecipeContext, package_versions
 from sidelight_lab.tables.figures import TableFigures, measure_rows
 from sidelight_lab.tables.judging import JudgedTable, fit_to_task, judge_runs, record_opening
