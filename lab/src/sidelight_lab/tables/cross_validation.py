@@ -77,7 +77,7 @@ def cross_validate(context: RecipeContext, *, folds: int) -> list[RowScores]:
     found.sort(key=lambda one: -1.0 if one.mean is None else one.mean, reverse=True)
     some = "" if context.limit is None else f", at most {context.limit} training rows"
     cells = [list(map(cell, one.cells())) for one in found]
-    table = tabulate(cells, ["row", f"{name}, mean", "folds"], "github", disable_numparse=True)
+    table = tabulate(cells, ["row", f"{name}, mean", "folds"], "pipe", disable_numparse=True)
     title = f"# {recipe.title}, {folds}-fold cross-validation{some}"
     write_text(directory / "cross_validation.md", f"{title}\n\n{table}\n")
     write_json(directory / "cross_validation.json", [asdict(one) for one in found])

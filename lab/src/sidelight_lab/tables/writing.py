@@ -51,7 +51,7 @@ class Grid:
 
     def markdown(self) -> str:
         """A Markdown table under its title."""
-        return f"## {self.title}\n\n{self._tabulated('github', cell, '**{}**')}\n"
+        return f"## {self.title}\n\n{self._tabulated('pipe', cell, '**{}**')}\n"
 
     def latex(self) -> str:
         """A LaTeX table for the package booktabs."""
