@@ -87,14 +87,15 @@ def test_what_probes_add_is_paired_with_the_same_round_without_them():
     assert [one.without for one in costs.values()] == [20, 2, 10, 4]
     for one, added in zip(costs.values(), (0.2, 0, 0.1, -0.1), strict=True):
         assert one.probes == "one"
-        assert (one.added, one.low, one.high) == pytest.approx((added, added, added))
+        found = (one.added.value, one.added.low, one.added.high)
+        assert found == pytest.approx((added, added, added))
 
 
 def test_the_interval_of_a_cost_covers_the_rounds():
     without = [[1.0] * 4] * 4
     (first, *_) = costs_of({"one": [[1.0] * 4, [1.2] * 4] * 2, NOTHING: without})
-    assert first.added == pytest.approx(0.1)
-    assert 0 <= first.low < 0.1 < first.high <= 0.2 + 1e-9
+    assert first.added.value == pytest.approx(0.1)
+    assert 0 <= first.added.low < 0.1 < first.added.high <= 0.2 + 1e-9
 
 
 @pytest.mark.slow

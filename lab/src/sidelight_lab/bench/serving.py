@@ -1,8 +1,8 @@
 """What probes cost inside vLLM: the same work with and without them, in one worker, round by round.
 
-Two engine processes differ by more than probes cost, so the probes are exchanged in a running
-engine. Every round has all sets of probes in an order of its own and is compared with itself; the
-intervals are over rounds.
+Two engine processes differ by more than what probes cost, so the probes are exchanged in a running
+engine. Every round measures all sets of probes in a random order, and costs are compared within a
+round; the intervals are over rounds.
 """
 
 import asyncio
@@ -15,6 +15,7 @@ import numpy as np
 
 from sidelight.backbone import Backbone, load_backbone
 from sidelight.engines.base import Event, Finished, Sampling, TextDelta
+from sidelight.evaluation import Estimate
 from sidelight.mechanisms.base import mechanism_spec
 from sidelight.probe import Probe
 from sidelight.prompts import PlainText
@@ -22,8 +23,8 @@ from sidelight.vllm.engine import VllmEngine, load_vllm_engine
 from sidelight_lab.bench.subjects import untrained_probe
 
 NOTHING = "no probe"
-# The first is of a request alone, the others of requests together; the throughput is from the first
-# prompt to the last token.
+# With their units. The first is of a single request, the others of requests that run together; the
+# throughput counts from the first prompt to the last token.
 MEASURES = {
     "time to first token": "ms",
     "time per token": "ms",
@@ -35,7 +36,7 @@ _RESAMPLES = 10_000
 
 @dataclass(frozen=True)
 class Work:
-    """What each measurement does: requests that run together, each with so many tokens."""
+    """What each measurement does: ``requests`` that run together, of ``tokens`` each."""
 
     tokens: int = 256
     requests: int = 8
@@ -47,23 +48,31 @@ class Cost:
     """What a set of probes adds to one of ``MEASURES``.
 
     Attributes:
-        without: Median without probes, in ``unit``.
-        added: Mean over rounds, as a share of the same round's value without probes.
-        low: Lower end of its 95 % interval (bootstrap over rounds).
-        high: Upper end.
+        without: Median without probes, in the measure's unit.
+        added: Mean over rounds, as a share of the same round's value without probes, with its 95 %
+            interval over rounds.
     """
 
     probes: str
     measure: str
-    unit: str
     without: float
-    added: float
-    low: float
-    high: float
+    added: Estimate
+
+    def to_dict(self) -> dict[str, Any]:
+        """The cost as JSON-ready values."""
+        return {
+            "probes": self.probes,
+            "measure": self.measure,
+            "unit": MEASURES[self.measure],
+            "without": self.without,
+            "added": self.added.value,
+            "low": self.added.low,
+            "high": self.added.high,
+        }
 
 
 def probe_sets(backbone: Backbone) -> dict[str, list[Probe]]:
-    """None, some readouts, and an attention probe; their weights are random."""
+    """No probes, some readouts, and an attention probe, all with random weights."""
     readouts = [untrained_probe(backbone, f"readout-{i}", seed=i) for i in range(100)]
     attention = untrained_probe(backbone, "attention", spec=mechanism_spec("attention"))
     return {
@@ -78,9 +87,9 @@ def probe_sets(backbone: Backbone) -> dict[str, list[Probe]]:
 async def measure_costs(
     model: str, *, dtype: str, options: Mapping[str, Any], work: Work, rounds: int
 ) -> tuple[list[Cost], dict[str, float]]:
-    """The costs of all sets of probes, and their shares of the KV cache's memory."""
+    """The costs of all sets of probes, and the share of the KV cache's memory that each takes."""
     sets = probe_sets(load_backbone(model, device="cpu"))
-    # A prefix cache would answer the later rounds of the same prompts.
+    # With a prefix cache, later rounds would not compute the same prompts again.
     options = {"enable_prefix_caching": False, **options}
     engine = await asyncio.to_thread(load_vllm_engine, model, [], dtype=dtype, options=options)
     random = np.random.default_rng(0)
@@ -105,22 +114,14 @@ def costs_of(values: Mapping[str, Sequence[Sequence[float]]]) -> list[Cost]:
     """The costs of all sets, from the values of ``MEASURES`` of each in each round."""
     without = np.array(values[NOTHING])  # (round, measure)
     rounds = len(without)
+    drawn = np.random.default_rng(1).integers(0, rounds, (_RESAMPLES, rounds))
     costs: list[Cost] = []
     for name in [name for name in values if name != NOTHING]:
         added = np.array(values[name]) / without - 1
-        draws = np.random.default_rng(1).integers(0, rounds, (_RESAMPLES, rounds))
-        low, high = np.quantile(added[draws].mean(1), [0.025, 0.975], axis=0)
+        means = np.concatenate([added.mean(0)[None], added[drawn].mean(1)])
         costs += [
-            Cost(
-                name,
-                measure,
-                unit,
-                without=float(np.median(without[:, i])),
-                added=float(added[:, i].mean()),
-                low=float(low[i]),
-                high=float(high[i]),
-            )
-            for i, (measure, unit) in enumerate(MEASURES.items())
+            Cost(name, measure, float(np.median(without[:, i])), Estimate.of(means[:, i]))
+            for i, measure in enumerate(MEASURES)
         ]
     return costs
 
@@ -145,7 +146,7 @@ async def _measure_once(engine: VllmEngine, work: Work) -> list[float]:
 
 
 async def _s_per_token(events: AsyncGenerator[Event, None]) -> float:
-    """Reads to the end; seconds for each token after those of the first text."""
+    """Reads to the end; seconds per token, from the first piece of text on."""
     begun, early, tokens = perf_counter(), 0, 0
     async for event in events:
         if isinstance(event, TextDelta) and not early:
