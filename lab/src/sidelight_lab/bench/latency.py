@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
+from sidelight.backbone import TransformersBackbone
 from sidelight.plots import save_figure
 from sidelight.progress import progress
-from sidelight_lab.bench.record import Record, table
+from sidelight_lab.bench.record import Record, conditions, table
 from sidelight_lab.bench.subjects import Kind, Load, Subject
 from sidelight_lab.bench.timing import MB, Range, interleaved, peak_bytes, ratios
 
@@ -100,6 +101,19 @@ def compare_latency(
                 for subject, seconds, peak in zip(able, found.values(), peaks, strict=True)
             ]
     return rows
+
+
+def measure_latency(
+    backbone: TransformersBackbone,
+    subjects: Sequence[Subject],
+    loads: Sequence[Load],
+    *,
+    repeats: int,
+) -> tuple[list[Row], Record]:
+    """The rows of ``compare_latency`` on the backbone's device, and their record."""
+    where = conditions(backbone, {"rounds": repeats})
+    rows = compare_latency(subjects, loads, repeats=repeats, device=backbone.device)
+    return rows, latency_record(rows, where)
 
 
 def _run(subject: Subject, load: Load, *, calls: int = 1) -> None:

@@ -15,6 +15,7 @@ from sidelight.cli.options import (
     missing_label_option,
     out_option,
 )
+from sidelight_lab.cli.options import FOLDER, cache_option, given_backbone, option
 
 
 @click.command(
@@ -23,31 +24,25 @@ from sidelight.cli.options import (
         "sidelight anatomy probes/all --data held_out.jsonl --every-mechanism --out anatomy",
     )
 )
-@click.argument("probe", type=click.Path(path_type=Path))
+@click.argument("probe", type=FOLDER)
 @data_option
 @out_option
 @column_options
 @missing_label_option
 @limit_option
-@click.option(
+@option(
     "--every-mechanism",
     is_flag=True,
     help="Examine the first run of every mechanism trained with the probe, not only the best run.",
 )
-@click.option(
+@option(
     "--heat-maps",
     type=click.IntRange(min=0),
     default=2,
-    show_default=True,
     help="Number of texts of each class to draw token by layer.",
 )
 @max_tokens_option
-@click.option(
-    "--cache",
-    type=click.Path(path_type=Path),
-    default=None,
-    help="Folder for hidden states; they stay there. [default: the user's cache, then removed]",
-)
+@cache_option("the user's cache; removed afterwards")
 @backbone_options
 def anatomy(probe: Path, out: Path, **given: Any) -> None:
     """Show which layers and tokens a probe uses, per class, and what it loses without them.
@@ -55,7 +50,6 @@ def anatomy(probe: Path, out: Path, **given: Any) -> None:
     Writes pictures, token by layer heat maps, anatomy.json and report.md. Give texts that the probe
     was not trained on; nothing is trained.
     """
-    from sidelight.backbone import load_backbone
     from sidelight.data.loading import load_examples
     from sidelight.smollm2 import cache_root
     from sidelight.training.dataset import make_split
@@ -70,12 +64,8 @@ def anatomy(probe: Path, out: Path, **given: Any) -> None:
     examples = load_examples(
         given["data"], task=chosen.task, on_missing_label=given["missing_label"], **columns
     )
-    backbone = load_backbone(
-        given["model"] or chosen.fingerprint.name,
-        dtype=given["dtype"],
-        device=given["device"],
-        prompt_format=chosen.prompt_format,
-    )
+    given["model"] = given["model"] or chosen.fingerprint.name
+    backbone = given_backbone(given, prompt_format=chosen.prompt_format)
     chosen.fingerprint.require(backbone.fingerprint, probe=chosen.name)
     split = make_split(
         backbone,

@@ -19,36 +19,37 @@ from sidelight.cli.options import (
     label_option,
     text_option,
 )
-from sidelight_lab.cli.bench_serving import (
+from sidelight_lab.cli.bench_serving import bench_load, bench_serve, bench_soak
+from sidelight_lab.cli.options import (
     AT_LEAST_ONE,
-    FOLDER,
-    bench_load,
-    bench_serve,
-    bench_soak,
+    AT_LEAST_TWO,
+    cache_option,
+    files_option,
+    given_backbone,
     option,
-    out_option,
     plots_option,
     publish,
+    split_names,
+    split_numbers,
 )
 
 if TYPE_CHECKING:
-    from sidelight.backbone import TransformersBackbone
     from sidelight.data.examples import LabelledExamples
 
 _XSTEST = "xstest_completions/all.jsonl.gz"
+_TOKENS = click.IntRange(min=8)
+_rows_option = option(
+    "--rows", type=click.IntRange(min=20), help="Use N rows, drawn at random, class by class."
+)
 
 
 @click.group(epilog=examples_epilog("sidelight bench extract --data train.jsonl --label toxicity"))
 def bench() -> None:
-    """Measure things side by side in one run; no figure is compared across runs."""
+    """Compare costs side by side in one run; do not compare figures of different runs."""
 
 
 for command in (bench_load, bench_serve, bench_soak):
     bench.add_command(command)
-
-_rows_option = option(
-    "--rows", type=click.IntRange(min=20), help="Use N rows, drawn at random, class by class."
-)
 
 
 def _data_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -76,7 +77,7 @@ def bench_extract(as_json: bool, engine: str, repeats: int, **given: Any) -> Non
     """
     from sidelight_lab.bench.training import compare_extraction
 
-    examples, backbone = _examples(given), _backbone(given)
+    examples, backbone = _examples(given), given_backbone(given)
     compare = partial(compare_extraction, backbone=backbone, examples=examples, repeats=repeats)
     if engine == "transformers":
         _print_figures(compare(), as_json)
@@ -92,7 +93,7 @@ def bench_train(as_json: bool, repeats: int, seeds: int, **given: Any) -> None:
     """Time the training of every mechanism with several seeds beside one extraction."""
     from sidelight_lab.bench.training import compare_training
 
-    examples, backbone = _examples(given), _backbone(given)
+    examples, backbone = _examples(given), given_backbone(given)
     figures = compare_training(backbone=backbone, examples=examples, repeats=repeats, seeds=seeds)
     _print_figures(figures, as_json)
 
@@ -105,12 +106,6 @@ def _print_figures(figures: dict[str, Any], as_json: bool) -> None:
         click.echo(f"{name:<28} {value}")
 
 
-def _backbone(given: dict[str, Any]) -> "TransformersBackbone":
-    from sidelight.backbone import load_backbone
-
-    return load_backbone(given["model"] or "smollm2", dtype=given["dtype"], device=given["device"])
-
-
 def _examples(given: dict[str, Any], **columns: Any) -> "LabelledExamples":
     from sidelight.data.loading import load_examples
 
@@ -121,18 +116,6 @@ def _examples(given: dict[str, Any], **columns: Any) -> "LabelledExamples":
     return loaded.select(loaded.draw(given["rows"], seed=0))
 
 
-def _numbers(
-    _context: click.Context, _option: click.Parameter, value: str | None
-) -> tuple[int, ...]:
-    """Positive whole numbers with commas between them; none where nothing is given."""
-    words = [word.strip() for word in value.split(",")] if value else []
-    if not all(word.isdecimal() and int(word) for word in words):
-        raise click.BadParameter(
-            f"got '{value}', wanted whole numbers of 1 or more with commas, like 16,64,256."
-        )
-    return tuple(map(int, words))
-
-
 @bench.command(
     "long", epilog=examples_epilog("sidelight bench long probes/toxicity --data t.jsonl")
 )
@@ -140,9 +123,11 @@ def _numbers(
 @option("--data", required=True, help="Labelled texts that the probes were not trained on.")
 @text_option
 @label_option
-@option("--lengths", callback=_numbers, default="500,1000,2000,4000", help="Tokens around a text.")
-@option("--texts", type=click.IntRange(min=2), default=40, help="Texts of each label, per length.")
-@option("--window", type=click.IntRange(min=8), default=256, help="Tokens judged by themselves.")
+@option(
+    "--lengths", callback=split_numbers, default="500,1000,2000,4000", help="Tokens around a text."
+)
+@option("--texts", type=AT_LEAST_TWO, default=40, help="Texts of each label, per length.")
+@option("--window", type=_TOKENS, default=256, help="Tokens judged by themselves.")
 @option("--seed", type=int, default=0, help="Decides the texts and their places.")
 @dtype_option
 @device_option
@@ -150,16 +135,15 @@ def _numbers(
 def bench_long(probes: tuple[str, ...], as_json: bool, **given: Any) -> None:
     """Test whether binary probes find one positive text in a long input, whole and by windows."""
     from sidelight.artifact import load_probe
-    from sidelight.backbone import load_backbone
     from sidelight_lab.bench.long_inputs import compare_lengths
     from sidelight_lab.bench.record import table
 
-    # Seeds of one training have one name.
+    # Seeds of one training have the same name.
     loaded = [replace(load_probe(folder), name=folder) for folder in probes]
     first = loaded[0]
     examples = _examples(given, task=first.task)
-    where = {"dtype": given["dtype"], "device": given["device"]}
-    backbone = load_backbone(first.fingerprint.name, **where, prompt_format=first.prompt_format)
+    model = {**given, "model": first.fingerprint.name}
+    backbone = given_backbone(model, prompt_format=first.prompt_format)
     for probe in loaded:
         probe.fingerprint.require(backbone.fingerprint, probe=probe.name)
     rows = compare_lengths(
@@ -190,17 +174,17 @@ def bench_long(probes: tuple[str, ...], as_json: bool, **given: Any) -> None:
 @text_option
 @option("--rows", type=AT_LEAST_ONE, default=64, help="Prompts of --data to use.")
 @option("--max-tokens", type=AT_LEAST_ONE, default=512, help="Longer prompts of --data are cut.")
-@option("--batch-sizes", callback=_numbers, help="Prompts of a batch. [default: 1,16]")
+@option("--batch-sizes", callback=split_numbers, help="Prompts of a batch. [default: 1,16]")
 @option(
     "--lengths",
-    callback=_numbers,
+    callback=split_numbers,
     help="Tokens of a random prompt. [default: 16,64,256,512,1024,2048]",
 )
 @option("--mechanisms", help="Names, separated by commas. [default: all]")
 @option("--cascades/--no-cascades", default=True, help="Include two models in turn.")
 @option("--repeats", type=AT_LEAST_ONE, help="Timed rounds. [default: 5]")
 @option("--quick", is_flag=True, help="Batch 1, lengths 16 and 256, 2 repeats.")
-@out_option("latency.json and latency.md")
+@files_option("latency.json and latency.md")
 @plots_option
 @backbone_options
 @json_option
@@ -212,18 +196,13 @@ def bench_latency(as_json: bool, out: Path | None, plots: Path | None, **given: 
     classifiers are random, which does not change their speed.
     """
     from sidelight.data.loading import load_examples
-    from sidelight_lab.bench.latency import compare_latency, latency_record, plot_latency
-    from sidelight_lab.bench.record import conditions
+    from sidelight_lab.bench.latency import measure_latency, plot_latency
     from sidelight_lab.bench.subjects import default_subjects, random_loads, text_loads
 
-    names = given["mechanisms"]
     repeats = given["repeats"] or (2 if given["quick"] else 5)
-    backbone = _backbone(given)
-    subjects = default_subjects(
-        backbone,
-        mechanisms=None if names is None else [name.strip() for name in names.split(",")],
-        cascades=given["cascades"],
-    )
+    backbone = given_backbone(given)
+    names = None if given["mechanisms"] is None else split_names(given["mechanisms"])
+    subjects = default_subjects(backbone, mechanisms=names, cascades=given["cascades"])
     sizes = given["batch_sizes"] or ((1,) if given["quick"] else (1, 16))
     if given["data"] is None:
         usual = (16, 256) if given["quick"] else (16, 64, 256, 512, 1024, 2048)
@@ -237,9 +216,8 @@ def bench_latency(as_json: bool, out: Path | None, plots: Path | None, **given: 
             max_tokens=given["max_tokens"],
             title=f"prompts of {Path(given['data']).name}",
         )
-    where = conditions(backbone, {"rounds": repeats})
-    rows = compare_latency(subjects, loads, repeats=repeats, device=backbone.device)
-    publish(latency_record(rows, where), out, as_json=as_json)
+    rows, record = measure_latency(backbone, subjects, loads, repeats=repeats)
+    publish(record, out, as_json=as_json)
     if plots is not None:
         plot_latency(rows, plots)
 
@@ -255,18 +233,22 @@ def bench_latency(as_json: bool, out: Path | None, plots: Path | None, **given: 
 @option("--text", default="prompt", help="Column of the prompt.")
 @option("--response", default="response", help="Column of the response.")
 @option("--label", default="final_label", help="Column of the label.")
-@option("--positive", default="2_full_refusal,3_partial_refusal", help="To catch, with commas.")
+@option(
+    "--positive",
+    default="2_full_refusal,3_partial_refusal",
+    help="Labels to catch, separated by commas.",
+)
 @option("--name", default="refusal", help="Name of what is caught, and of the probe.")
 @option("--seeds", type=AT_LEAST_ONE, default=3, help="Trainings of the probe.")
 @option(
     "--max-tokens",
-    type=click.IntRange(min=8),
+    type=_TOKENS,
     default=128,
-    help="Longer training texts (prompt and response) are cut; tested ones are whole.",
+    help="Longer training texts (prompt and response) are cut; test texts are read whole.",
 )
 @_rows_option
-@option("--cache", type=FOLDER, help="Folder for activations. [default: the user's cache]")
-@out_option("streaming.json, streaming.md and one probe")
+@cache_option()
+@files_option("streaming.json, streaming.md and one probe")
 @plots_option
 @backbone_options
 @json_option
@@ -282,11 +264,12 @@ def bench_streaming(as_json: bool, out: Path | None, plots: Path | None, **given
     from sidelight_lab.bench.streaming import compare_streaming, plot_streaming
     from sidelight_lab.datasets import default_root
 
-    backbone = _backbone(given)
+    backbone = given_backbone(given)
     given["data"] = given["data"] or default_root() / _XSTEST
-    positives = [label.strip() for label in given["positive"].split(",")]
     examples = with_positives(
-        _examples(given, response=given["response"]), positives, name=given["name"]
+        _examples(given, response=given["response"]),
+        split_names(given["positive"]),
+        name=given["name"],
     )
     rows, record, probe = compare_streaming(
         backbone,

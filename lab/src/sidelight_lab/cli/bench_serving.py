@@ -1,19 +1,15 @@
-"""``sidelight bench load``, ``serve`` and ``soak``: servers under work."""
+"""``sidelight bench load``, ``serve`` and ``soak``: servers at work."""
 
 import asyncio
 import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import asdict
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from sidelight.cli.engines import engine_option_option
 from sidelight.cli.options import (
-    checked_folder,
     dtype_option,
     examples_epilog,
     json_file_option,
@@ -22,28 +18,17 @@ from sidelight.cli.options import (
 )
 from sidelight.errors import SidelightError
 from sidelight.storage import write_json
+from sidelight_lab.cli.options import (
+    AT_LEAST_ONE,
+    AT_LEAST_TWO,
+    POSITIVE,
+    files_option,
+    option,
+    plots_option,
+    publish,
+)
 
-if TYPE_CHECKING:
-    from sidelight_lab.bench.record import Record
-
-option = partial(click.option, show_default=True)
-AT_LEAST_ONE = click.IntRange(min=1)
-FOLDER = click.Path(path_type=Path)
-_POSITIVE = click.FloatRange(min=0, min_open=True)
-plots_option = option("--plots", type=FOLDER, help="Folder for plots.")
 _served_model_option = option("--model", default="smollm2", help="As `sidelight serve` takes it.")
-
-
-def out_option(files: str) -> Callable[[Any], Any]:
-    """Where a benchmark writes these files."""
-    return option("--out", type=FOLDER, callback=checked_folder, help=f"Folder for {files}.")
-
-
-def publish(record: "Record", out: Path | None, *, as_json: bool) -> None:
-    """Saves the record where a folder is given, and prints it."""
-    if out is not None:
-        record.save(out)
-    click.echo(record.to_json() if as_json else record.to_markdown(), nl=False)
 
 
 @click.command(
@@ -55,18 +40,24 @@ def publish(record: "Record", out: Path | None, *, as_json: bool) -> None:
 )
 @_served_model_option
 @option("--clients", type=AT_LEAST_ONE, default=64, help="Clients at once.")
-@option("--minutes", type=_POSITIVE, default=10.0, help="Time with probes, in all.")
-@option("--round", "round_s", type=_POSITIVE, default=60.0, help="Seconds with probes in a round.")
-@option("--plain-round", "plain_round_s", type=_POSITIVE, default=20.0, help="Seconds without.")
-@option("--max-tokens", type=click.IntRange(min=2), default=16, help="Tokens of an answer.")
-@out_option("load.json and load.md")
+@option("--minutes", type=POSITIVE, default=10.0, help="Minutes with probes, in total.")
+@option("--round", "round_s", type=POSITIVE, default=60.0, help="Seconds with probes in a round.")
+@option(
+    "--plain-round",
+    "plain_round_s",
+    type=POSITIVE,
+    default=20.0,
+    help="Seconds without probes in a round.",
+)
+@option("--max-tokens", type=AT_LEAST_TWO, default=16, help="Tokens of an answer.")
+@files_option("load.json and load.md")
 @json_option
 def bench_load(minutes: float, out: Path | None, as_json: bool, **given: Any) -> None:
     """Let many chat clients ask at once, with blocking policies on prompt and response.
 
-    Each prompt holds what decides its verdicts, so that a verdict that is lost, comes twice or
-    belongs to another request is found: the command then ends with an error. A second server
-    without probes is asked in turn, for the times.
+    The right verdicts on each prompt are known beforehand, so a verdict that is lost, comes twice
+    or belongs to another request is found: the command then ends with an error. A second server
+    without probes is asked in turn, to compare times.
     """
     from sidelight_lab.bench.load import run_load
 
@@ -74,7 +65,7 @@ def bench_load(minutes: float, out: Path | None, as_json: bool, **given: Any) ->
         record = run_load(Path(scratch), seconds=60 * minutes, **given)
     publish(record, out, as_json=as_json)
     if not record.results["is_sound"]:
-        raise SidelightError("Some answers were faulty; the table of faults says which.")
+        raise SidelightError("Some answers were faulty: see the table of faults.")
 
 
 @click.command(
@@ -85,9 +76,14 @@ def bench_load(minutes: float, out: Path | None, as_json: bool, **given: Any) ->
     ),
 )
 @_served_model_option
-@option("--connections", type=AT_LEAST_ONE, default=10_000, help="Connections in bursts.")
-@option("--burst", type=click.IntRange(1, 1000), default=500, help="Connections at once.")
-@option("--requests", type=click.IntRange(min=60), default=5_000, help="Requests, sent afterwards.")
+@option("--connections", type=AT_LEAST_ONE, default=10_000, help="Connections, opened in bursts.")
+@option("--burst", type=click.IntRange(1, 1000), default=500, help="Connections of a burst.")
+@option(
+    "--requests",
+    type=click.IntRange(min=60),
+    default=5_000,
+    help="Requests, sent after the bursts.",
+)
 @option("--clients", type=click.IntRange(1, 64), default=32, help="Requests at once.")
 @option("--max-tokens", type=click.IntRange(min=3), default=4, help="Tokens of an answer.")
 @option(
@@ -95,17 +91,17 @@ def bench_load(minutes: float, out: Path | None, as_json: bool, **given: Any) ->
     "allowed_growth",
     type=click.FloatRange(min=0),
     default=1.0,
-    help="Growth of memory that is allowed, in MB per 1,000 requests.",
+    help="How much memory may grow, in MB per 1,000 requests.",
 )
-@out_option("soak.json and soak.md")
+@files_option("soak.json and soak.md")
 @plots_option
 @json_option
 def bench_soak(out: Path | None, plots: Path | None, as_json: bool, **given: Any) -> None:
     """Open connections in bursts, most of them broken off, then send requests of every kind.
 
-    Requests are answered, streamed, blocked, cut, refused and left. Memory and open files of the
-    server are watched meanwhile. Exit code 1 if a visit did not end as it had to, if memory grew,
-    or if files or requests were left over at the end.
+    Requests are answered, streamed, blocked, cut, refused and given up. Memory and open files of
+    the server are watched meanwhile. The exit code is 1 if a visit did not end as it had to, if
+    memory grew, or if files or requests were left over at the end.
     """
     from sidelight_lab.bench.soak import plot_soak, run_soak
 
@@ -132,10 +128,10 @@ def bench_soak(out: Path | None, plots: Path | None, as_json: bool, **given: Any
     expose_value=False,
     help="The engine that can exchange probes in a running worker.",
 )
-@option("--rounds", type=click.IntRange(min=2), default=15, help="Paired rounds.")
-@option("--tokens", type=click.IntRange(min=8), default=256, help="Tokens of a prompt, about.")
-@option("--requests", type=click.IntRange(min=2), default=8, help="Requests that run together.")
-@option("--written", type=click.IntRange(min=2), default=24, help="Tokens that each writes.")
+@option("--rounds", type=AT_LEAST_TWO, default=15, help="Paired rounds.")
+@option("--tokens", type=click.IntRange(min=8), default=256, help="Tokens of a prompt, roughly.")
+@option("--requests", type=AT_LEAST_TWO, default=8, help="Requests that run together.")
+@option("--written", type=AT_LEAST_TWO, default=24, help="Tokens that each request writes.")
 @json_file_option
 @model_option
 @dtype_option
@@ -159,13 +155,13 @@ def bench_serve(rounds: int, out: Path | None, **given: Any) -> None:
             rounds=rounds,
         )
     )
+    found = [cost.to_dict() for cost in costs]
     if out is not None:
-        costs_json = [asdict(cost) for cost in costs]
-        write_json(out, {"rounds": rounds, "memory": memory, "costs": costs_json})
+        write_json(out, {"rounds": rounds, "memory": memory, "costs": found})
     for name, share in memory.items():
-        for cost in (cost for cost in costs if cost.probes == name):
+        for cost in (cost for cost in found if cost["probes"] == name):
             click.echo(
-                f"{name:<14} {cost.measure:<20} {cost.without:9.2f} {cost.unit:<10} without  "
-                f"{cost.added:+7.1%}  ({cost.low:+.1%} to {cost.high:+.1%})"
+                "{probes:<14} {measure:<20} {without:9.2f} {unit:<10} without  {added:+7.1%}  "
+                "({low:+.1%} to {high:+.1%})".format(**cost)
             )
         click.echo(f"{name:<14} {'memory':<20} {share:.2%} of the KV cache")

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +18,20 @@ from sidelight.cli.options import (
     text_option,
 )
 from sidelight.errors import SidelightError
+from sidelight_lab.cli.options import (
+    AT_LEAST_ONE,
+    AT_LEAST_TWO,
+    FOLDER,
+    cache_option,
+    given_backbone,
+    option,
+    publish,
+    split_names,
+    trials_option,
+)
 
 if TYPE_CHECKING:
-    from sidelight_lab.tables.context import LoadDataSet, RecipeContext
-    from sidelight_lab.tables.recipes import Recipe
+    from sidelight_lab.tables.context import RecipeContext
 
 
 _NAMES = """
@@ -45,41 +54,28 @@ fewshot, fewshot-sst2, fewshot-emotion, latency; own (every row on your own file
 )
 @click.argument("recipe")
 @out_option
-@click.option(
+@option(
     "--data",
     "root",
-    type=click.Path(path_type=Path),
-    default=None,
+    type=FOLDER,
     help="Folder with a folder for each data set. [default: SIDELIGHT_DATA, then the hub]",
 )
-@click.option(
+@option(
     "--folds",
-    type=click.IntRange(min=2),
-    default=None,
+    type=AT_LEAST_TWO,
     help="Cross-validate on the training texts; the test data stays closed.",
 )
-@click.option("--train", default=None, help="File to train on, instead of the recipe's data set.")
-@click.option("--test", default=None, help="File to test on; goes with --train.")
-@click.option("--validation", default=None, help="[default: held out of --train]")
+@option("--train", help="File to train on, instead of the recipe's data set.")
+@option("--test", help="File to test on; goes with --train.")
+@option("--validation", help="[default: held out of --train]")
 @text_option
 @label_option
 @positive_option
-@click.option("--seeds", type=click.IntRange(min=1), default=None, help="[default: the recipe's]")
-@click.option("--only", default=None, metavar="ROW,ROW", help="Make only these rows of the recipe.")
+@option("--seeds", type=AT_LEAST_ONE, help="[default: the recipe's]")
+@option("--only", metavar="ROW,ROW", help="Make only these rows of the recipe.")
 @limit_option
-@click.option(
-    "--cache",
-    type=click.Path(path_type=Path),
-    default=None,
-    help="Folder for activations; they stay there. [default: the user's cache]",
-)
-@click.option(
-    "--trials",
-    type=click.IntRange(min=1),
-    default=100,
-    show_default=True,
-    help="Configurations to try for each probe that the recipe searches.",
-)
+@cache_option()
+@trials_option
 @backbone_options
 @json_option
 def reproduce(recipe: str, out: Path, as_json: bool, **given: Any) -> None:
@@ -102,55 +98,47 @@ def reproduce(recipe: str, out: Path, as_json: bool, **given: Any) -> None:
                 f"A latency table trains nothing and takes no {', '.join(useless)}. Leave it out; "
                 "set lengths, batch sizes and texts in the recipe's [latency]."
             )
-        _time(_context(parsed, text, out, given), as_json)
-        return
     if parsed.data == "own" and given["train"] is None:
         raise SidelightError("'own' is a table of your own files: give --train and --test.")
+    if (given["train"] is None) != (given["test"] is None):
+        raise SidelightError("--train and --test go together: a table needs both.")
     if given["only"]:
-        parsed = parsed.only(name.strip() for name in given["only"].split(",") if name.strip())
+        parsed = parsed.only(split_names(given["only"]))
     if given["seeds"]:
         # The runs of a few-shot table are its draws.
         parsed = replace(parsed, seeds=given["seeds"], draws=given["seeds"])
-    context = _context(parsed, text, out, given)
-    if given["folds"]:
-        _cross_validate(context, given["folds"], as_json)
-    else:
-        _make_table(context, as_json)
 
-
-def _context(
-    recipe: "Recipe", text: str, directory: Path, given: dict[str, Any]
-) -> "RecipeContext":
-    from sidelight.backbone import load_backbone
     from sidelight.smollm2 import cache_root
+    from sidelight_lab.datasets import from_files, load_data_set
     from sidelight_lab.search.trials import search_settings
     from sidelight_lab.tables.context import RecipeContext
+
+    def load(name: str) -> Any:
+        if given["train"] is None:
+            return load_data_set(name, root=given["root"])
+        columns = {column: given[column] for column in ("text", "label", "positive")}
+        return from_files(given["train"], given["test"], given["validation"], **columns)
 
     def search(dataset: Any, mechanism: str, storage: Path) -> Any:
         best = search_settings(dataset, mechanism, trials=given["trials"], seed=0, storage=storage)
         return best.spec, best.settings
 
-    return RecipeContext(
-        recipe,
+    context = RecipeContext(
+        parsed,
         text,
-        directory,
-        load_backbone(given["model"] or "smollm2", dtype=given["dtype"], device=given["device"]),
-        load=_loader(given),
+        out,
+        given_backbone(given),
+        load=load,
         search=search,
         cache_root=given["cache"] or cache_root() / "activations",
         limit=given["limit"],
     )
-
-
-def _loader(given: dict[str, Any]) -> "LoadDataSet":
-    from sidelight_lab.datasets import from_files, load_data_set
-
-    if (given["train"] is None) != (given["test"] is None):
-        raise SidelightError("--train and --test go together: a table needs both.")
-    if given["train"] is None:
-        return partial(load_data_set, root=given["root"])
-    columns = {name: given[name] for name in ("text", "label", "positive")}
-    return lambda _name: from_files(given["train"], given["test"], given["validation"], **columns)
+    if parsed.kind == "latency":
+        _time(context, as_json)
+    elif given["folds"]:
+        _cross_validate(context, given["folds"], as_json)
+    else:
+        _make_table(context, as_json)
 
 
 def _make_table(context: "RecipeContext", as_json: bool) -> None:
@@ -176,7 +164,7 @@ def _cross_validate(context: "RecipeContext", folds: int, as_json: bool) -> None
     if as_json:
         click.echo(json.dumps([asdict(one) for one in found], indent=2))
         return
-    click.echo(f"{found[0].score} on the folds: mean, row, and each")
+    click.echo(f"{found[0].score} on the folds: mean, row, and each fold")
     for one in found:
         row, mean, each = one.cells()
         click.echo(f"{mean}  {row}  ({each})")
@@ -184,8 +172,7 @@ def _cross_validate(context: "RecipeContext", folds: int, as_json: bool) -> None
 
 
 def _time(context: "RecipeContext", as_json: bool) -> None:
-    from sidelight_lab.bench.latency import compare_latency, latency_record, plot_latency
-    from sidelight_lab.bench.record import conditions
+    from sidelight_lab.bench.latency import measure_latency, plot_latency
     from sidelight_lab.bench.subjects import default_subjects, random_loads, text_loads
     from sidelight_lab.tables.context import environment, write_origin
 
@@ -203,10 +190,7 @@ def _time(context: "RecipeContext", as_json: bool) -> None:
         )
     made_with = environment(backbone.fingerprint)
     write_origin(out, text=context.text, environment=made_with, notes=())
-    where = conditions(backbone, {"rounds": wanted.repeats})
     subjects = default_subjects(backbone)
-    rows = compare_latency(subjects, loads, repeats=wanted.repeats, device=backbone.device)
-    record = latency_record(rows, where)
-    record.save(out)
+    rows, record = measure_latency(backbone, subjects, loads, repeats=wanted.repeats)
     plot_latency(rows, out / "plots")
-    click.echo(record.to_json() if as_json else record.to_markdown(), nl=False)
+    publish(record, out, as_json=as_json)

@@ -17,14 +17,14 @@ from sidelight.cli.options import (
     mechanism_option,
     training_options,
 )
+from sidelight_lab.cli.options import AT_LEAST_ONE, given_backbone, option, trials_option
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from sidelight_lab.search.trials import Best, Trial
+    from sidelight_lab.tables.writing import Grid
 
 
-# Options that ``sidelight train`` has to be given as well, to train on what was searched on.
+# Options that ``sidelight train`` needs as well, to train on what was searched on.
 _SHARED = (
     "data", "text", "label", "response", "split", "missing_label", "positive", "validation",
     "validation_split", "limit", "max_tokens", "cache", "cache_budget", "model", "dtype", "device",
@@ -42,21 +42,14 @@ _SHARED = (
 @mechanism_option(
     default="readout", help="Mechanisms that `sidelight train` knows, with commas between them."
 )
-@click.option(
-    "--trials",
-    type=click.IntRange(min=1),
-    default=100,
-    show_default=True,
-    help="Trials per mechanism, including those of an earlier run in the same folder.",
-)
-@click.option(
+@trials_option
+@option(
     "--together",
-    type=click.IntRange(min=1),
+    type=AT_LEAST_ONE,
     default=8,
-    show_default=True,
     help="Trials that share one read of the activations; more take more memory.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything random.")
+@option("--seed", type=int, default=0, help="Seed of everything random.")
 @backbone_options
 @json_option
 def search(inputs: TrainingInputs, out: Path, as_json: bool, **given: Any) -> None:
@@ -72,7 +65,6 @@ def search(inputs: TrainingInputs, out: Path, as_json: bool, **given: Any) -> No
     for name in given["mechanisms"]:
         mechanism_spec(name)
     training, validation = inputs.load()
-    from sidelight.backbone import load_backbone
     from sidelight.training.fit import prepare
     from sidelight.training.objective import score_name
     from sidelight.training.runs import check_folder, console
@@ -80,9 +72,7 @@ def search(inputs: TrainingInputs, out: Path, as_json: bool, **given: Any) -> No
     from sidelight_lab.search.trials import search_settings
 
     check_folder(out)
-    backbone = load_backbone(
-        given["model"] or "smollm2", dtype=given["dtype"], device=given["device"]
-    )
+    backbone = given_backbone(given)
     # Trials are scored as they are; training chooses the calibration.
     options = replace(inputs.fit_options(), calibration="none")
     prepared = prepare(backbone, training, validation, options=options)
@@ -108,7 +98,7 @@ def search(inputs: TrainingInputs, out: Path, as_json: bool, **given: Any) -> No
     if as_json:
         click.echo(json.dumps(describe(found), indent=2))
         return
-    console().print(_table(found, score_name(dataset.task)))
+    console().print(_grid(found, score_name(dataset.task)).terminal())
     click.echo(f"Saved to {out}: best.json, trials.csv, sensitivity.png. To train the best:")
     for best in found.values():
         click.echo(_train_command(best, inputs, out))
@@ -125,26 +115,34 @@ def _report(trials: "tuple[Trial, ...]", wanted: int) -> None:
     click.echo(f"{done}, best score {best.score:.4f} ({rate})", err=True)
 
 
-def _table(found: "dict[str, Best]", score: str) -> "Table":
-    from rich.table import Table
-
+def _grid(found: "dict[str, Best]", score: str) -> "Grid":
     from sidelight_lab.search.results import describe_options
+    from sidelight_lab.tables.writing import Grid
 
-    titles = ("mechanism", "trials", score, "learning rate", "decay", "epochs", "batch", "options")
-    table = Table(*titles, title="Best on validation data", title_justify="left")
-    for name, best in found.items():
-        settings = best.settings
-        table.add_row(
+    headings = (
+        "mechanism",
+        "trials",
+        score,
+        "learning rate",
+        "decay",
+        "epochs",
+        "batch",
+        "options",
+    )
+    lines = [
+        (
             name,
             str(len(best.trials)),
             f"{best.score:.4f}",
-            f"{settings.learning_rate:.2g}",
-            f"{settings.weight_decay:.2g}",
-            str(settings.epochs),
-            str(settings.batch_size),
+            f"{best.settings.learning_rate:.2g}",
+            f"{best.settings.weight_decay:.2g}",
+            str(best.settings.epochs),
+            str(best.settings.batch_size),
             describe_options(best.spec),
         )
-    return table
+        for name, best in found.items()
+    ]
+    return Grid("Best on validation data", headings, tuple(lines))
 
 
 def _train_command(best: "Best", inputs: TrainingInputs, out: Path) -> str:
