@@ -12,6 +12,7 @@ from sidelight.cli.evaluate import evaluate, predict
 from sidelight.cli.parity import parity
 from sidelight.cli.serve import serve
 from sidelight.cli.share import env, inspect, pull, push
+from sidelight.cli.threads import limit_threads
 from sidelight.cli.train import train
 from sidelight.errors import SidelightError
 
@@ -43,7 +44,11 @@ class _Commands(click.Group):
 @click.group(cls=_Commands, context_settings=_WIDTH)
 @click.version_option(package_name="sidelight")
 def app() -> None:
-    """Text and classification from one forward pass of the LLM you already serve."""
+    """Text and classification from one forward pass of the LLM you already serve.
+
+    Commands use no more CPU threads than the container's quota gives. OMP_NUM_THREADS sets another
+    number.
+    """
 
 
 _COMMANDS = (
@@ -57,6 +62,7 @@ for _command in _COMMANDS:
 
 def main() -> None:
     """Runs the command; what a user can put right is one line and exit code 2."""
+    limit_threads()
     try:
         app(standalone_mode=False)
     except SidelightError as error:
