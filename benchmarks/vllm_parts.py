@@ -1,8 +1,8 @@
-"""CPU time of what probes add to a pass inside vLLM, part by part, without vLLM.
+"""CPU time that probes add to a pass inside vLLM, part by part, measured without vLLM.
 
-The embedded model's sizes, random states and probes: eight requests of 256 tokens that end in one
-pass, and one pass that decodes a token of each. CPU time of the thread, since wall time tells more
-of who else is on the machine. In an environment with Sidelight: python benchmarks/vllm_parts.py
+It uses the embedded model's sizes with random states and probes: one pass in which eight requests
+of 256 tokens end, and one that decodes a token of each. It counts CPU time of the thread, since
+wall time depends on what else the machine runs. Run it with: python benchmarks/vllm_parts.py
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ REQUESTS, TOKENS, BLOCK, ROUNDS = 8, 256, 32, 7
 
 
 def best_ms(work: Callable[[], object]) -> float:
-    """The least of some rounds, after one that warms up."""
+    """The shortest of some rounds, after one that warms up."""
     times: list[float] = []
     for _ in range(ROUNDS + 1):
         start = thread_time()

@@ -93,7 +93,7 @@ def test_states_are_those_of_transformers(source, backbone, prompts, reads, tmp_
     who, tokens = backbone.fingerprint, sum(states.shape[1] for states in wanted)
     shape = SpoolShape(who.layers, tokens, who.width, len(prompts), "float32")
     spool = Spool.create(tmp_path, shape)
-    requests = spool_requests(spool, prompts, reads)
+    requests = spool_requests(spool, prompts, reads, indices=range(len(prompts)))
     assert {request.index for request, _ in source.running().run(requests)} == set(
         range(len(prompts))
     )

@@ -74,7 +74,7 @@ def test_a_feature_that_no_test_covers_is_refused(model, options, message):
 
 
 def test_an_option_of_the_wrong_type_is_refused(model):
-    with pytest.raises(SidelightError, match="See to their types"):
+    with pytest.raises(SidelightError, match="Check their types"):
         load_vllm_engine(model.path, [], options={"max_num_seqs": "abc"})
 
 

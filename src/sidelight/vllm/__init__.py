@@ -6,5 +6,5 @@ layer, ``columns`` keeps the columns of every token by KV slot, and ``worker`` j
 scheduler, ``connector`` says what to read after each step and puts verdicts on vLLM's outputs.
 ``engine``, ``requests`` and ``exchange`` make an ``Engine`` of it, ``endpoint`` adds verdicts to
 vLLM's own server, ``offline`` judges many texts, and ``capture`` keeps hidden states for training.
-All that is kept is kept by KV slot, never by request. ``docs/vllm.md`` says what is supported.
+Everything is kept by KV slot, never by request. ``docs/vllm.md`` says what is supported.
 """

@@ -1,10 +1,10 @@
-"""Whole hidden states instead of verdicts: what training needs of vLLM's forward passes.
+"""Captures whole hidden states from vLLM's forward passes, for training.
 
-Beside the scheduler, ``Captures`` says which tokens of a step are kept and where they go; in a
+Beside the scheduler, ``Captures`` says which tokens of a step are kept and where they go. In a
 worker, ``Recorder`` keeps the residual streams of the step and copies those tokens to a ``Spool``:
-a file as large as a shard, which the caller makes and every worker maps. So a copy that is made
-twice, after a preemption, or by several pipeline stages, needs no protocol; counters in the file
-say how far each text has come at each layer. Tokens that vLLM takes from its prefix cache have no
+a file as large as a shard, which the caller makes and every worker maps. So several pipeline
+stages, or a second run after a preemption, write to it without a protocol; counters in the file say
+how far each text has come at each layer. Tokens that vLLM takes from its prefix cache have no
 residual stream in any step, so that cache is off.
 """
 
@@ -29,7 +29,7 @@ from sidelight.vllm.settings import KEY
 from sidelight.vllm.taps import Installed
 
 _COUNTER_BYTES = 4
-# The states begin at a multiple of it, so that they can be of any dtype.
+# The states begin at a multiple of this, so that they can be of any dtype.
 _ALIGNMENT = 64
 
 
@@ -42,7 +42,7 @@ class SpoolShape:
         tokens: Tokens that are kept.
         width: Size of a hidden state.
         texts: Texts that the tokens belong to.
-        dtype: The kept states'.
+        dtype: That of the kept states.
     """
 
     layers: int
@@ -63,16 +63,15 @@ class SpoolShape:
 
     @property
     def size_bytes(self) -> int:
-        """Size of the file."""
         states = self.layers * self.tokens * self.width * self.torch_dtype.itemsize
         return self.counters_bytes + states
 
 
 class Spool:
-    """A mapped file; ``create`` makes one, and ``find`` maps it elsewhere.
+    """A mapped file. ``create`` makes one, and ``find`` maps it in another process.
 
     Attributes:
-        passed: Tokens of each text, read or not, that have been through each layer.
+        passed: How many tokens of each text, kept or not, have been through each layer.
         hidden: The states of the tokens that are kept.
     """
 
@@ -90,16 +89,16 @@ class Spool:
 
     @staticmethod
     def create(folder: Path, shape: SpoolShape) -> "Spool":
-        """An empty spool; ``ActivationCache.prepare`` clears away what a kill leaves in the folder.
+        """Makes an empty spool; ``ActivationCache.prepare`` clears away what a kill leaves behind.
 
         Raises:
             SidelightError: The disk is full.
         """
-        # A name of its own: a worker may still map an earlier spool.
+        # A new name, since a worker may still map an earlier spool.
         path = folder / f"spool-{secrets.token_hex(8)}.partial"
         with path.open("wb") as file:
             try:
-                # A mapped write to a full disk would kill the worker; this fails here instead.
+                # A mapped write to a full disk would kill the worker; this fails first.
                 os.posix_fallocate(file.fileno(), 0, shape.size_bytes)
             except OSError as error:
                 path.unlink()
@@ -119,11 +118,11 @@ class Spool:
         return Spool(path, shape) if size_bytes == shape.size_bytes else None
 
     def is_whole(self, lengths: Int[Tensor, " text"]) -> bool:
-        """Whether each text, of so many tokens, has been through every layer."""
+        """Whether all tokens of each text have been through every layer."""
         return bool((self.passed == lengths).all())
 
     def remove(self) -> None:
-        """Deletes the file; what is mapped stays readable until it is let go."""
+        """Deletes the file; whoever has mapped it can still read it."""
         self.path.unlink(missing_ok=True)
 
 
@@ -132,7 +131,7 @@ class SpoolPlace:
     """Where in the spool at ``path`` the states of a request go.
 
     Attributes:
-        text: Whose counter the request advances.
+        text: The index of its counter.
         row: Where the first token that is kept goes.
     """
 
@@ -142,24 +141,20 @@ class SpoolPlace:
     row: int
 
 
-# A step has texts of few shards; a spool that was let go is mapped again.
-_MAPPED_SPOOLS = 4
-
-
 def capture_params(prompt: EncodedPrompt, reads: Reads, place: SpoolPlace) -> dict[str, Any]:
-    """For ``SamplingParams(extra_args={"kv_transfer_params": ...})``: keep what ``reads`` reads."""
+    """The ``kv_transfer_params`` of a request whose tokens that ``reads`` reads are kept."""
     edges = np.flatnonzero(np.diff(prompt.mask(reads).numpy().astype(np.int8), prepend=0, append=0))
     return {KEY: {"place": asdict(place), "kept": edges.reshape(-1, 2).tolist()}}
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What one forward pass gives of a request.
+    """The part of a request that one forward pass runs.
 
     Attributes:
         row: Where the piece's first token goes.
         slots: KV slots of its tokens that are kept.
-        passed: Tokens of the request, kept or not, that have been run after this pass.
+        passed: How many tokens of the request, kept or not, have been run after this pass.
     """
 
     place: SpoolPlace
@@ -177,14 +172,14 @@ class _Tracked:
 
 
 class Captures:
-    """Every request from its arrival to its end: the scheduler's side."""
+    """The scheduler's side: follows every request from its arrival to its end."""
 
     def __init__(self, *, block_size: int):
         self._block_size = block_size
         self._requests: dict[str, _Tracked] = {}
 
     def enter(self, request_id: str, params: Mapping[str, Any] | None, tokens: int) -> None:
-        """Notes a new request; one that names no place is run and not kept."""
+        """Notes a new request. One that names no place is run, but not kept."""
         given = (params or {}).get(KEY)
         if given is None:
             return
@@ -194,11 +189,10 @@ class Captures:
         self._requests[request_id] = _Tracked(place, kept, tokens)
 
     def leave(self, request_id: str) -> None:
-        """Forgets a request."""
         self._requests.pop(request_id, None)
 
     def plan(self, steps: Iterable[Step]) -> list[Piece]:
-        """What to keep of a pass with these steps."""
+        """What to keep from a pass with these steps."""
         pieces = (self._piece(step) for step in steps)
         return [piece for piece in pieces if piece is not None]
 
@@ -219,15 +213,15 @@ class Captures:
 
 
 class Recorder:
-    """Keeps the residual streams of a forward pass: a worker's side.
+    """A worker's side: keeps the residual streams of a forward pass.
 
     Both buffers are allocated once and written in place, as in ``columns``.
 
     Args:
         layers: The hidden states that this worker computes, from 0 (embedding) to L.
-        tokens: The longest forward pass.
+        tokens: Length of the longest forward pass.
         width: Size of a hidden state.
-        dtype: The states'.
+        dtype: That of the states.
         device: Where they are.
     """
 
@@ -238,63 +232,48 @@ class Recorder:
         self._rows = torch.empty(len(layers), tokens, width, dtype=dtype, device=device)
         self._has_run = torch.zeros(len(layers), dtype=torch.bool, device=device)
 
-    @property
-    def size_bytes(self) -> int:
-        """Memory of the kept streams."""
-        return self._rows.numel() * self._rows.element_size()
-
     def receive(self, layer: int, hidden: Float[Tensor, "token width"]) -> None:
         """Keeps the stream of one layer until the pass ends."""
         self._rows[layer, : len(hidden)].copy_(hidden)
         self._has_run[layer].fill_(True)
 
     def save(self, slots: Int[Tensor, " token"], pieces: Sequence[Piece]) -> None:
-        """Ends a forward pass whose tokens have these KV slots.
+        """Ends a forward pass whose tokens have these KV slots; -1 is padding.
 
         Raises:
             SidelightError: The pass ran other tokens than were planned.
         """
-        found = _Rows(slots.cpu())
-        # The counters of a layer that is not tapped stay behind, and the text is not whole.
+        in_order, order = slots.cpu().long().sort()
+        # The counters of a layer that is not tapped stay behind, so the text is never whole.
         ran = self._has_run.cpu().int()
         for piece in pieces:
             spool = _mapped(piece.place.path, piece.place.shape)
             if spool is None:
                 # The caller has given it up; one that has not will miss the counters.
                 continue
-            rows = self._rows[:, found.of(piece.slots)]
+            wanted = torch.tensor(piece.slots, dtype=torch.long)
+            places = torch.searchsorted(in_order, wanted).clamp_max(len(in_order) - 1)
+            if not torch.equal(in_order[places], wanted):
+                raise SidelightError(
+                    "vLLM ran other tokens than it had planned, so hidden states would be lost. "
+                    "Turn prefix caching off, or extract with --engine transformers."
+                )
+            rows = self._rows[:, _as_slice(order[places])]
             stop = piece.row + len(piece.slots)
             spool.hidden[self._layers, piece.row : stop].copy_(rows)
             spool.passed[self._layers, piece.place.text] = piece.passed * ran
         self._has_run.fill_(False)
 
 
-class _Rows:
-    """Where in a pass the token of a KV slot is.
-
-    Args:
-        slots: Those of the pass's tokens; -1 for padding.
-    """
-
-    def __init__(self, slots: Int[Tensor, " token"]):
-        self._slots, self._order = slots.long().sort()
-
-    def of(self, slots: Sequence[int]) -> slice | Int[Tensor, " kept"]:
-        """The rows of these slots, as a slice where they are neighbours."""
-        wanted = torch.tensor(slots, dtype=torch.long)
-        places = torch.searchsorted(self._slots, wanted).clamp_max(len(self._slots) - 1)
-        if not torch.equal(self._slots[places], wanted):
-            raise SidelightError(
-                "vLLM ran other tokens than it had planned, so hidden states would be lost. Turn "
-                "prefix caching off, or extract with --engine transformers."
-            )
-        rows = self._order[places]
-        first = int(rows[0]) if len(rows) else 0
-        is_run = torch.equal(rows, torch.arange(first, first + len(rows)))
-        return slice(first, first + len(rows)) if is_run else rows
+def _as_slice(rows: Int[Tensor, " kept"]) -> slice | Int[Tensor, " kept"]:
+    """Rows that are neighbours, as a slice, so that they are copied only once."""
+    first = int(rows[0]) if len(rows) else 0
+    is_run = torch.equal(rows, torch.arange(first, first + len(rows)))
+    return slice(first, first + len(rows)) if is_run else rows
 
 
-@lru_cache(maxsize=_MAPPED_SPOOLS)
+# A step has texts of few shards; a spool that was let go is mapped again.
+@lru_cache(maxsize=4)
 def _mapped(path: str, shape: SpoolShape) -> Spool | None:
     return Spool.find(Path(path), shape)
 

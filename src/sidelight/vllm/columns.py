@@ -1,16 +1,16 @@
 """The probes' columns of every token, kept by KV slot, and which requests to read after a step.
 
-A forward pass fills a staging buffer, layer by layer; after it, the rows move to the slots of
-their tokens. A slot holds the keys and values of one token, and here its columns: whoever shares
-the slot, or computes it again, shares or replaces both. So chunked prefill, batching, preemption
-and shared prefixes need no bookkeeping.
+A forward pass fills a staging buffer, layer by layer; after it, the rows move to the slots of their
+tokens. A slot holds the keys and values of one token, and here its columns. Whoever shares the
+slot, or computes it again, shares or replaces both. So chunked prefill, batching, preemption and
+shared prefixes need no bookkeeping.
 
-``Tracking`` is the scheduler's side. A request is read whole when its prompt ends, whatever part of
-it was computed before and by whom, and again from the start when it comes back from preemption.
+``Tracking`` is the scheduler's side. A request is read whole when its prompt ends, no matter which
+part was computed earlier or by another request, and again from the start after a preemption.
 
-The staging buffer and the weights stay where they are, and nothing depends on a tensor's values, so
-that ``Stage.receive`` can be part of a captured CUDA graph (never run: no GPU has been at hand). A
-graph holds their addresses: where graphs are captured, no other stage may take their place.
+The staging buffer and the weights never move, and nothing depends on a tensor's values, so that
+``Stage.receive`` can be part of a captured CUDA graph (not yet tried on a GPU). A graph holds their
+addresses, so a stage must not be replaced where graphs are captured.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -36,8 +36,8 @@ class Stage:
 
     Attributes:
         projection: From the hidden states of the local layers to columns.
-        rows: NaN where nothing was written, so that a layer that is not tapped is a failed verdict,
-            not a wrong one.
+        rows: NaN where nothing was written, so that a layer that is not tapped gives a failed
+            verdict, not a wrong one.
     """
 
     projection: Projection
@@ -45,7 +45,7 @@ class Stage:
 
     @staticmethod
     def empty(projection: Projection, *, tokens: int) -> "Stage":
-        """Room for a pass over ``tokens`` tokens."""
+        """A stage for passes over at most ``tokens`` tokens."""
         layers, _, columns = projection.weight.shape
         # With a column's numbers side by side, a matmul of few columns takes a quarter of the time.
         weight = projection.weight.mT.contiguous().mT
@@ -59,7 +59,7 @@ class Stage:
 
     @cached_property
     def _layers(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        # Views, made once: a pass calls for every layer, and a step may have one token.
+        # The views are made once: a pass asks for every layer, and it may have a single token.
         shift, weight = self.projection.shift, self.projection.weight
         return list(zip(shift.unbind(), weight.unbind(), self.rows.unbind(), strict=True))
 
@@ -70,7 +70,7 @@ class Step:
 
     Attributes:
         computed: Tokens of the request that have keys and values after the pass.
-        is_resumed: Whether it begins, or comes back from preemption, with this pass.
+        is_resumed: Whether it begins with this pass, or comes back from preemption.
         blocks: Returns its block table.
     """
 
@@ -86,8 +86,8 @@ class Reading:
 
     Attributes:
         blocks: The request's block table.
-        start: First token to read; 0 begins anew.
-        parts: What each token from ``start`` on belongs to.
+        start: The first token to read; 0 starts over.
+        parts: The ``Part`` of each token from ``start`` on.
         ends_prompt: Whether the prompt is complete for the first time.
     """
 
@@ -101,7 +101,7 @@ class Reading:
 def slots_of(
     blocks: Sequence[int], tokens: Int[np.ndarray, " token"], block_size: int
 ) -> Int[np.ndarray, " token"]:
-    """The KV slots of some tokens of a request with this block table."""
+    """The KV slots of these tokens of a request with this block table."""
     table = np.asarray(blocks, dtype=np.int64)
     return table[tokens // block_size] * block_size + tokens % block_size
 
@@ -111,15 +111,15 @@ class Pages:
 
     Args:
         stage: What moves here after each pass.
-        blocks: KV blocks of the engine.
-        block_size: Slots of a block.
+        blocks: The engine's KV blocks.
+        block_size: Slots in a block.
     """
 
     def __init__(self, stage: Stage, *, blocks: int, block_size: int):
         self.stage = stage
         self._block_size = block_size
         layers, _, columns = stage.rows.shape
-        # The last row takes what vLLM pads a batch with (slot -1).
+        # The last row takes vLLM's padding (slot -1).
         self._rows = stage.rows.new_full((blocks * block_size + 1, layers, columns), torch.nan)
 
     @property
@@ -129,7 +129,7 @@ class Pages:
 
     @property
     def numbers_per_token(self) -> int:
-        """Columns of all layers."""
+        """Columns of a token, over all layers."""
         return self._rows[0].numel()
 
     def keep(self, slots: Int[Tensor, " token"]) -> None:
@@ -140,7 +140,7 @@ class Pages:
         staged.fill_(torch.nan)
 
     def forget(self) -> None:
-        """Makes every slot one whose verdict fails, until it is computed again."""
+        """Makes the verdict on every slot fail until it is computed again."""
         self._rows.fill_(torch.nan)
 
     def read(self, readings: Sequence[Reading]) -> Float[Tensor, "token layer column"]:
@@ -166,10 +166,10 @@ class _Tracked:
 
 
 class Tracking:
-    """Every request from its arrival to its end.
+    """Follows every request from its arrival to its end.
 
     Attributes:
-        reads_responses: Whether some probe reads what is written.
+        reads_responses: Whether some probe reads the response.
     """
 
     def __init__(self, *, reads_responses: bool):
@@ -179,7 +179,7 @@ class Tracking:
     def enter(
         self, request_id: str, params: Mapping[str, Any] | None, token_ids: Sequence[int] | None
     ) -> None:
-        """Notes a new request; one whose tokens are not described gets an error."""
+        """Notes a new request. One whose tokens are not described gets an error."""
         try:
             self._requests[request_id] = _Tracked(parts=parts_of(params, token_ids))
         except SidelightError as error:
@@ -189,7 +189,6 @@ class Tracking:
         return request_id in self._requests
 
     def leave(self, request_id: str) -> None:
-        """Forgets a request."""
         self._requests.pop(request_id, None)
 
     def plan(self, steps: Iterable[Step]) -> list[Reading]:
@@ -198,7 +197,7 @@ class Tracking:
         return [reading for reading in readings if reading is not None]
 
     def record(self, request_id: str, judgement: Judgement, seconds: float = 0.0) -> None:
-        """Adds verdicts, and the seconds of the step; those of an ended request are dropped."""
+        """Adds verdicts and the seconds of the step, unless the request has ended."""
         tracked = self._requests.get(request_id)
         if tracked is not None:
             tracked.is_judged = True
@@ -206,7 +205,7 @@ class Tracking:
             tracked.judgement |= judgement
 
     def report(self, request_id: str) -> dict[str, Any] | None:
-        """What goes on an output of the request; None for one that is not tracked."""
+        """What goes on an output of the request; None if it is not tracked."""
         tracked = self._requests.get(request_id)
         if tracked is None:
             return None
@@ -222,7 +221,7 @@ class Tracking:
             tracked.read = 0
         if step.computed < len(tracked.parts):
             return None
-        # Not whether it has been judged: the next step may be planned before this one has run.
+        # Not "is judged": the next step may be planned before this one has run.
         ends_prompt = not tracked.is_planned
         if not ends_prompt and not self.reads_responses:
             return None

@@ -1,9 +1,9 @@
 """What travels with each of vLLM's steps: readings to the workers, verdicts back.
 
-A KV connector is vLLM's documented way for a message to travel with a step and its result. The
-class has two roles: beside the scheduler it says what is wanted of a step, in a worker it acts once
-the step is done. Ours neither load nor store keys and values. vLLM hands a connector's results over
-after it has made the step's outputs, when a request that ends in the same step is gone; so two
+A KV connector is vLLM's documented way to send a message with a step and with its result. The class
+has two roles: beside the scheduler it says what a step must give, and in a worker it acts once the
+step is done. Ours neither load nor store keys and values. vLLM hands a connector's results over
+after it has made the step's outputs, when a request that ends in that step is gone. So our
 schedulers give the connector its results earlier, and put the verdicts on the outputs.
 """
 
@@ -41,12 +41,22 @@ _log = init_logger("vllm.sidelight")
 
 
 class BaseConnector(KVConnectorBase_V1, SupportsHMA):
-    """What our connectors have in common: nothing is loaded, stored or handed off."""
+    """What our connectors have in common: nothing is loaded, stored or handed off.
+
+    Raises:
+        SidelightError: No single block table says where all keys and values of a request are.
+    """
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any):
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
         if role == KVConnectorRole.SCHEDULER:
-            _require_one_group(kv_cache_config)
+            groups = kv_cache_config.kv_cache_groups
+            if len(groups) != 1 or not isinstance(groups[0].kv_cache_spec, FullAttentionSpec):
+                raise SidelightError(
+                    "Probes inside vLLM need a model whose layers all keep keys and values of "
+                    "every token. Serve this one with --disable-hybrid-kv-cache-manager, or with "
+                    "the transformers engine."
+                )
             end_with_parent()
 
     @property
@@ -99,22 +109,11 @@ def steps(scheduler_output: Any) -> Iterator[Step]:
         yield step(request_id, computed, is_resumed=request_id in cached.resumed_req_ids)
 
 
-def _require_one_group(kv_cache_config: Any) -> None:
-    """Checks that one block table says where all keys and values of a request are."""
-    groups = kv_cache_config.kv_cache_groups
-    if len(groups) != 1 or not isinstance(groups[0].kv_cache_spec, FullAttentionSpec):
-        raise SidelightError(
-            "Probes inside vLLM need a model whose layers all keep keys and values of every token. "
-            "Serve this one with --disable-hybrid-kv-cache-manager, or with the transformers "
-            "engine."
-        )
-
-
 @dataclass
-class Readings(KVConnectorMetadata):
-    """To the workers, with a step."""
+class Orders(KVConnectorMetadata):
+    """What the workers are to do with a step: to read requests, or to keep hidden states."""
 
-    items: list[Reading] = field(default_factory=list)
+    items: list[Any] = field(default_factory=list)
 
 
 @dataclass
@@ -122,10 +121,10 @@ class Results(KVConnectorWorkerMetadata):
     """From a worker, after a step.
 
     Attributes:
-        judgements: By request, where the worker has all layers.
-        shares: Where it has some of them.
-        reads_responses: Whether some probe reads what is written.
-        seconds: What the worker took for it, after the forward pass.
+        judgements: By request, if the worker has all layers.
+        shares: The columns of its layers, if it has some of them.
+        reads_responses: Whether some probe reads the response.
+        seconds: What the worker spent on them after the forward pass.
     """
 
     judgements: dict[str, Judgement] = field(default_factory=dict)
@@ -134,7 +133,6 @@ class Results(KVConnectorWorkerMetadata):
     seconds: float = 0.0
 
     def aggregate(self, other: "Results") -> "Results":
-        """Both workers' results."""
         return Results(
             {**self.judgements, **other.judgements},
             [*self.shares, *other.shares],
@@ -161,19 +159,17 @@ class ProbeConnector(BaseConnector):
     # Beside the scheduler.
 
     def on_new_request(self, request: Any) -> None:
-        """Notes what its tokens belong to."""
         self.tracking.enter(
             request.request_id, request.kv_transfer_params, request.prompt_token_ids
         )
 
-    def build_connector_meta(self, scheduler_output: Any) -> Readings:
-        """What to read after this step."""
-        return Readings(self.tracking.plan(steps(scheduler_output)))
+    def build_connector_meta(self, scheduler_output: Any) -> Orders:
+        return Orders(self.tracking.plan(steps(scheduler_output)))
 
     def update_connector_output(self, connector_output: Any) -> None:
         """Takes the verdicts of a step.
 
-        Called twice with each: they are needed before vLLM makes the outputs, and it calls after.
+        It is called twice for each: by us before vLLM makes the outputs, and by vLLM afterwards.
         """
         results = connector_output.kv_connector_worker_meta
         if results is None:
@@ -186,14 +182,14 @@ class ProbeConnector(BaseConnector):
         for share in results.shares:
             shares[share.reading.request_id].append(share)
         for request_id, own in shares.items():
-            # A step that ran on after its request's end would leave a state that nobody drops.
+            # A step that ran on past its request's end would leave a state that nobody drops.
             if request_id in self.tracking:
                 self.tracking.record(request_id, self._judge.join(own), results.seconds)
 
     def request_finished(
         self, request: Any, block_ids: list[int]
     ) -> tuple[bool, dict[str, Any] | None]:
-        """Returns the report for its last output."""
+        """Gives the report for the request's last output."""
         report = self.tracking.report(request.request_id)
         self.tracking.leave(request.request_id)
         self._judge.forget([request.request_id])
@@ -202,7 +198,6 @@ class ProbeConnector(BaseConnector):
     # In a worker.
 
     def register_kv_caches(self, kv_caches: Any) -> None:
-        """Makes room for the columns of every KV slot."""
         block_size = self._cache.kv_cache_groups[0].kv_cache_spec.block_size
         own = worker.INSTALLED.get()
         total = sum(cache.numel() * cache.element_size() for cache in kv_caches.values())
@@ -219,8 +214,8 @@ class ProbeConnector(BaseConnector):
         mappings = get_forward_context().slot_mapping
         if mappings:
             own.keep(next(iter(mappings.values())))
-        readings = self._get_connector_metadata().items
-        # Every rank of a tensor-parallel group has the whole residual stream; the first speaks.
+        readings: list[Reading] = self._get_connector_metadata().items
+        # Every rank of a tensor-parallel group has the whole residual stream; the first one judges.
         if readings and get_tensor_model_parallel_rank() == 0:
             self._results = Results(
                 {} if self._is_staged else own.judge(readings),
@@ -230,12 +225,10 @@ class ProbeConnector(BaseConnector):
             self._results.seconds = time.perf_counter() - start
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[None, None]:
-        """Drops what is known of requests that have ended."""
         worker.INSTALLED.get().forget(finished_req_ids)
         return None, None
 
     def build_connector_worker_meta(self) -> Results | None:
-        """The results of this step."""
         results, self._results = self._results, None
         return results
 
@@ -244,40 +237,20 @@ class ProbeScheduler(Scheduler):
     """The scheduler for engines that wait for each step."""
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
-        _hand_over(self.connector, model_runner_output)
+        """Puts the verdicts of the step on its outputs."""
+        if (results := model_runner_output.kv_connector_output) is not None:
+            self.connector.update_connector_output(results)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
-        return _report_on(self.connector, outputs)
+        # On every output, since a slow reader gets the first one merged with the next.
+        for of_client in outputs.values():
+            for output in of_client.outputs:
+                if output.kv_transfer_params is None:
+                    output.kv_transfer_params = self.connector.tracking.report(output.request_id)
+        return outputs
 
 
-class AsyncProbeScheduler(AsyncScheduler):
+class AsyncProbeScheduler(ProbeScheduler, AsyncScheduler):
     """The scheduler for engines that plan the next step while one runs."""
-
-    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
-        _hand_over(self.connector, model_runner_output)
-        outputs = super().update_from_output(scheduler_output, model_runner_output)
-        return _report_on(self.connector, outputs)
-
-
-def _hand_over(connector: Any, model_runner_output: Any) -> None:
-    output = model_runner_output.kv_connector_output
-    if output is not None:
-        connector.update_connector_output(output)
-
-
-def _report_on(connector: Any, outputs: Any) -> Any:
-    # On every output, since a slow reader of the first gets it merged with the next.
-    for of_client in outputs.values():
-        for output in of_client.outputs:
-            if output.kv_transfer_params is None:
-                output.kv_transfer_params = connector.tracking.report(output.request_id)
-    return outputs
-
-
-@dataclass
-class Pieces(KVConnectorMetadata):
-    """To the workers, with a step."""
-
-    items: list[capture.Piece] = field(default_factory=list)
 
 
 class CaptureConnector(BaseConnector):
@@ -292,18 +265,15 @@ class CaptureConnector(BaseConnector):
     # Beside the scheduler.
 
     def on_new_request(self, request: Any) -> None:
-        """Notes where its states go."""
         params, tokens = request.kv_transfer_params, len(request.prompt_token_ids)
         self._captures.enter(request.request_id, params, tokens)
 
-    def build_connector_meta(self, scheduler_output: Any) -> Pieces:
-        """What to keep of this step."""
-        return Pieces(self._captures.plan(steps(scheduler_output)))
+    def build_connector_meta(self, scheduler_output: Any) -> Orders:
+        return Orders(self._captures.plan(steps(scheduler_output)))
 
     def request_finished(
         self, request: Any, block_ids: list[int]
     ) -> tuple[bool, dict[str, Any] | None]:
-        """Forgets it."""
         self._captures.leave(request.request_id)
         return False, None
 

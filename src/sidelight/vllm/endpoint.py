@@ -1,11 +1,11 @@
 """Verdicts in the chat answers of vLLM's own server (``vllm.endpoint_plugins``).
 
-vLLM loads it where ``VLLM_PLUGINS`` names ``sidelight``. An ASGI layer describes chat requests on
-their way in, and puts the verdicts into the answers on their way out; no route is added. A request
-that cannot be described goes on without a description, also without one of the client's own, and
-its answer says that it was not judged. Bodies are rewritten as JSON; a stream gets chunks of its
-own, with ``choices: []``. What is posted to any other route is answered with a header that says
-that it was not judged, since not all of those answers have a place for it.
+vLLM loads this if ``VLLM_PLUGINS`` names ``sidelight``. An ASGI middleware describes chat requests
+on their way in and puts the verdicts into the answers on their way out; it adds no route. A request
+that cannot be described goes on without a description, even if the client gave one, and its answer
+says that it was not judged. Bodies are rewritten as JSON; a stream gets extra chunks with
+``choices: []``. The answer to a post to any other route has a header that says that it was not
+judged, since not all of those answers have a place for it.
 """
 
 # pyright: reportMissingImports=false
@@ -52,20 +52,19 @@ class Report:
     """What the engine reports on the texts of one HTTP request.
 
     Attributes:
-        texts: How many are written.
-        newest: The newest report on each, by its index.
+        texts: How many texts are written.
+        newest: The newest report on each text, by its index.
     """
 
     texts: int = 1
     newest: dict[int, Mapping[str, Any]] = field(default_factory=dict[int, Mapping[str, Any]])
 
     def take(self, step: StepReport) -> None:
-        """Notes a step's report."""
         if step.params and KEY in step.params:
             self.newest[step.text] = step.params[KEY]
 
     def extension(self) -> dict[str, Any]:
-        """As in the answers of our own server; of several texts, each entry names its ``choice``.
+        """As in our own server's answers. Of several texts, each entry names its ``choice``.
 
         A text without a report is an entry with ``error``.
         """
@@ -81,27 +80,27 @@ _report: ContextVar[Report | None] = ContextVar("sidelight_report", default=None
 
 
 def current_report() -> Report | None:
-    """Where the engine's reports on the current HTTP request are noted."""
+    """The report on the current HTTP request."""
     return _report.get()
 
 
 @dataclass
 class RequestDescriber:
-    """Says what a chat request's tokens belong to, once there is an encoder."""
+    """Describes what a chat request's tokens belong to, once it has an encoder."""
 
     encoder: PromptEncoder | None = None
 
     def describe(self, body: bytes) -> bytes:
-        """The body with what its tokens belong to, and with nothing that the client says of them.
+        """The body with our description of its tokens, and without any of the client's.
 
         Raises:
-            RecursionError: It is nested too deep to be read.
+            RecursionError: The body is nested too deep to be read.
         """
         assert self.encoder is not None
         try:
             request = json.loads(body)
         except ValueError:
-            # vLLM reports itself what is wrong with it.
+            # vLLM itself reports what is wrong with it.
             return body
         if not isinstance(request, dict):
             return body
@@ -113,25 +112,25 @@ class RequestDescriber:
         return json.dumps(described).encode()
 
     def _params(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """What the tokens belong to; nothing where that cannot be said."""
+        """The description of the tokens; nothing if they cannot be described."""
         assert self.encoder is not None
         try:
             prompt = self.encoder.encode([_message(turn) for turn in request["messages"]])
         except (ValueError, KeyError, TypeError, SidelightError):
-            # vLLM refuses it, or answers without a verdict, which we say.
+            # vLLM refuses it, or answers without a verdict, which the answer says.
             return {}
         return request_params(prompt)
 
 
 class ProbeMiddleware:
-    """Stands around vLLM's application."""
+    """Wraps vLLM's application."""
 
     def __init__(self, app: ASGIApp, *, describer: RequestDescriber):
         self._app = app
         self._describer = describer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Rewrites chat requests and their answers; other posts are marked, all else passes."""
+        """Rewrites chat requests and their answers, and marks the answers to other posts."""
         is_post = scope["type"] == "http" and scope["method"] == "POST"
         if not is_post or self._describer.encoder is None:
             await self._app(scope, receive, send)
@@ -180,9 +179,9 @@ class _Answer:
                 await self._finish()
 
     def _with_chunks(self, body: bytes) -> bytes:
-        """Verdicts go first; those that have changed since go before the end."""
+        """Adds a chunk with the verdicts at the start, and one at the end if they have changed."""
         extension = {KEY: self._report.extension()}
-        # Whole events: a model may write the words of the last one.
+        # Compared as whole events, since a model may write the words of the last one.
         events = body.split(_EVENT_END)
         is_due = self._sent is None or _DONE in events
         if not body or not is_due or extension == self._sent:
@@ -214,7 +213,7 @@ def _marked(send: Send) -> Send:
 
 
 def _entries(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One for each probe, or one that says why there is none."""
+    """One entry for each probe, or one that says why there is none."""
     if "verdicts" not in report:
         return [dict(report)]
     return [{"probe": name, **fields} for name, fields in report["verdicts"].items()]
@@ -224,7 +223,7 @@ def _message(turn: Mapping[str, Any]) -> Message:
     content = turn["content"]
     if isinstance(content, str):
         return Message(turn["role"], content)
-    # As vLLM joins parts for templates that take text.
+    # Joined as vLLM joins parts for templates that take text.
     texts = [part["text"] for part in cast(Sequence[Mapping[str, Any]], content)]
     return Message(turn["role"], "\n".join(texts))
 
@@ -239,7 +238,7 @@ async def _whole_body(receive: Receive) -> bytes:
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:
-    """Gives the body once, then what comes from the client: that it has left."""
+    """Gives the body once, then what the client sends: that it has left."""
     waiting: list[Event] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def next_event() -> Event:
@@ -254,7 +253,7 @@ def _with_length(headers: Sequence[tuple[bytes, bytes]], length: int) -> list[tu
 
 
 class ProbeEndpoint:
-    """What vLLM asks of an endpoint plugin."""
+    """vLLM's interface for endpoint plugins."""
 
     name = KEY
     required_tasks = ("generate",)
@@ -263,7 +262,7 @@ class ProbeEndpoint:
         self._describer = RequestDescriber()
 
     def attach_router(self, app: Any) -> None:
-        """Stands inside vLLM's own authentication."""
+        """Adds the middleware inside vLLM's own authentication."""
         app.add_middleware(ProbeMiddleware, describer=self._describer)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
@@ -286,7 +285,7 @@ class ProbeEndpoint:
 def _listened(
     generate: Callable[..., AsyncGenerator[Any, None]], listener: OutputListener
 ) -> Callable[..., AsyncGenerator[Any, None]]:
-    """The engine's outputs; its reports are noted for the HTTP request that they belong to."""
+    """The engine's outputs; its reports go to the HTTP request that they belong to."""
 
     async def outputs(
         prompt: Any, params: Any, request_id: str, **options: Any

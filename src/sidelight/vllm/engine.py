@@ -1,4 +1,4 @@
-"""The engine over vLLM: conversations as its requests, in their order; and how vLLM is started."""
+"""The engine over vLLM: conversations as vLLM's requests, and how vLLM is started."""
 
 # pyright: reportMissingImports=false
 
@@ -48,15 +48,15 @@ class VllmEngine(Engine):
     """Serves one model with its probes; made by ``load_vllm_engine``.
 
     Args:
-        llm: vLLM's engine, the plugin loaded in it.
-        probes: What it was started with.
-        name: The model's, in requests.
+        llm: vLLM's engine, with the plugin loaded in it.
+        probes: Those that it was started with.
+        name: The name that requests use.
         encoder: The model's.
         tokenizer: The model's.
         fingerprint: The model's.
         folder: Where its workers find probes.
-        limits: ``waiting`` requests that vLLM has not begun; a longer list of texts to judge has
-            ``running`` of them in vLLM at once.
+        limits: At most ``waiting`` requests wait for vLLM to begin them. Of a list of texts to
+            judge, ``running`` are in vLLM at a time.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class VllmEngine(Engine):
         self._fingerprint = fingerprint
         self._folder = folder
         self._limits = limits or Limits()
-        # vLLM always writes, also where a text is only judged: one position is kept for that token.
+        # vLLM always writes a token, also when a text is only judged, so one position is kept free.
         room = min(encoder.max_tokens, llm.vllm_config.model_config.max_model_len - 1)
         self._codec = TextCodec(encoder, tokenizer, max_tokens=room)
         self._capacity = Capacity(self._limits.waiting)
@@ -98,7 +98,7 @@ class VllmEngine(Engine):
 
     @property
     def load(self) -> Load:
-        """The requests in it now; one waits until its prompt has been read."""
+        """The requests in the engine; one waits until its prompt has been read."""
         return self._capacity.load
 
     @property
@@ -115,11 +115,11 @@ class VllmEngine(Engine):
         self._folder.cleanup()
 
     async def replace_probes(self, probes: Sequence[Probe]) -> None:
-        """Waits until the requests in the engine are done; new ones wait meanwhile (``settled``).
+        """As for every engine, once the requests in it are done; new ones wait (``settled``).
 
         Raises:
             SidelightError: One cannot be served, or the engine has several pipeline stages or
-                data-parallel ranks or is on a GPU; the old probes stay.
+                data-parallel ranks, or is on a GPU. The old probes stay.
         """
         require_same_model(probes, self._fingerprint)
         warm_up = self._codec.encode(WARM_UP)
@@ -129,7 +129,7 @@ class VllmEngine(Engine):
         await self._exchange.settled()
 
     async def memory_share(self) -> float:
-        """Memory of the probes' columns over that of keys and values, in the first worker."""
+        """Memory of the probes' columns as a share of that of keys and values (first worker)."""
         columns, cache = (await self._llm.collective_rpc("sidelight_bytes"))[0]
         return columns / cache
 
@@ -139,7 +139,7 @@ class VllmEngine(Engine):
     def _write(
         self, messages: Conversation, sampling: Sampling, watch: frozenset[str], admits: Admission
     ) -> AsyncGenerator[Event, None]:
-        # vLLM draws the first token in the step that gives the verdicts; where ``admits`` refuses,
+        # vLLM draws the first token in the step that gives the verdicts. If ``admits`` refuses,
         # nobody sees it.
         probes = self._exchange.probes
 
@@ -188,7 +188,7 @@ class VllmEngine(Engine):
     async def _check_all(
         self, prompts: Sequence[EncodedPrompt], places: Sequence[Place]
     ) -> list[Judgement]:
-        """In their order; only some of a long list are in vLLM at once, for others to get in."""
+        """In order. Of a long list only some are in vLLM at once, so that others get in."""
         together = asyncio.Semaphore(self._limits.running)
 
         async def check(prompt: EncodedPrompt, place: Place) -> Judgement:
@@ -205,12 +205,12 @@ class VllmEngine(Engine):
         return [task.result() for task in tasks]
 
     def _checked(self, prompt: EncodedPrompt) -> AsyncGenerator[Output, None]:
-        """The one token that vLLM must write of a text that is only judged."""
+        """The outputs for a text that is only judged: one token, which vLLM must write."""
         self._codec.require_fitting(prompt)
         return self.outputs(prompt, sampling_params(Sampling(temperature=0.0), 1, prompt))
 
     async def check(self, prompt: EncodedPrompt) -> Judgement:
-        """What all probes say of these tokens, as a part of a request that has its place."""
+        """What all probes say of these tokens, for a request that already has its place."""
         return await _last_judgement(self._checked(prompt))
 
     async def outputs(self, prompt: EncodedPrompt, params: Any) -> AsyncGenerator[Output, None]:
@@ -218,7 +218,7 @@ class VllmEngine(Engine):
 
         Raises:
             EngineUnavailableError: vLLM has stopped.
-            GenerationError: It gave up this request.
+            GenerationError: vLLM gave up this request.
         """
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
@@ -231,8 +231,7 @@ class VllmEngine(Engine):
                 async with aclosing(self._llm.generate(tokens, params, request_id)) as outputs:
                     async for output in outputs:
                         (text,) = output.outputs
-                        # The steps that wrote these tokens: at least one, which may have written
-                        # none.
+                        # The steps that wrote these tokens: at least one, perhaps of no token.
                         steps = [reports.popleft()]
                         while sum(step.tokens for step in steps) < len(text.token_ids):
                             steps.append(reports.popleft())
@@ -253,7 +252,7 @@ async def _last_judgement(outputs: AsyncGenerator[Output, None]) -> Judgement:
     return judgement
 
 
-# Options of vLLM's that Sidelight sets itself, with what to do instead; for any command.
+# vLLM's options that Sidelight sets itself, and what to do instead, in any command.
 _SET_HERE = {
     "model": "Give --model instead.",
     "dtype": "Give --dtype instead.",
@@ -270,7 +269,7 @@ def load_vllm_engine(
     limits: Limits | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> VllmEngine:
-    """A running engine.
+    """Starts vLLM and returns the engine over it.
 
     Args:
         model: ``smollm2``, a folder, or a hub id.
@@ -281,14 +280,14 @@ def load_vllm_engine(
 
     Raises:
         SidelightError: vLLM is not installed, an option is unknown, a probe belongs to another
-            model or reads another format than the others, or a feature is in use that the plugin
-            does not support.
+            model or reads another format than the others, or the plugin does not support a feature
+            that is in use.
     """
     require_vllm()
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    # Loaded for who it is and how it reads text; the weights that serve are vLLM's own.
+    # Loaded for its fingerprint and its encoder; the weights that serve are vLLM's own.
     backbone = load_backbone(model, device="cpu", prompt_format=common_format(probes))
     path = backbone.model.config._name_or_path  # pyright: ignore[reportPrivateUsage]
     encoder, tokenizer, fingerprint = backbone.encoder, backbone.tokenizer, backbone.fingerprint
@@ -308,7 +307,7 @@ def load_vllm_engine(
     try:
         llm = AsyncLLM.from_engine_args(arguments)
     except TypeError as error:
-        # vLLM compares numbers with whatever it was given.
+        # vLLM compares numbers with whatever it is given.
         raise SidelightError(
             f"vLLM cannot work with these options ({error}): {given}. Check their types."
         ) from error
@@ -325,7 +324,7 @@ def load_vllm_engine(
 
 
 def require_options(given: Mapping[str, Any], args_type: Any) -> None:
-    """Checks that these are fields of vLLM's arguments, and none that Sidelight sets.
+    """Checks that these are fields of vLLM's arguments that Sidelight does not set.
 
     Raises:
         SidelightError: One is not.
@@ -344,7 +343,7 @@ def require_vllm() -> None:
     Raises:
         SidelightError: It is not installed.
     """
-    # What a command prints is for its user.
+    # Standard output belongs to what a command prints.
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     try:
         import vllm.engine.arg_utils  # noqa: F401 # pyright: ignore[reportUnusedImport]

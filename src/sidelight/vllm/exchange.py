@@ -1,4 +1,4 @@
-"""Which probes vLLM's workers serve, and how others take their place while nothing runs."""
+"""The probes that vLLM's workers serve, and how they are replaced while no request runs."""
 
 import asyncio
 import tempfile
@@ -15,7 +15,7 @@ from sidelight.types import Judgement
 
 
 class Gate:
-    """Open until somebody needs it closed, who then waits until nobody is inside."""
+    """Requests pass while it is open. Whoever closes it waits until nobody is inside."""
 
     def __init__(self) -> None:
         self._inside = 0
@@ -24,11 +24,11 @@ class Gate:
 
     @asynccontextmanager
     async def passing(self) -> AsyncGenerator[None]:
-        """Inside the gate.
+        """Is inside the gate.
 
         Raises:
-            EngineUnavailableError: It is closed. To wait here could be to wait for oneself: another
-                text of the same request may be inside, and not go on before this one does.
+            EngineUnavailableError: It is closed. Waiting here could be a deadlock: another text of
+                the same request may be inside, and not go on before this one does.
         """
         if not self._is_open:
             raise EngineUnavailableError("The probes are being replaced. Retry in a moment.")
@@ -37,7 +37,7 @@ class Gate:
             yield
         finally:
             self._inside -= 1
-            # Shielded from a cancelled caller: whoever waits for the last one must hear of it.
+            # Shielded from a cancelled caller: whoever waits for the last one must be woken.
             await asyncio.shield(self._announce())
 
     async def opened(self) -> None:
@@ -47,7 +47,7 @@ class Gate:
 
     @asynccontextmanager
     async def closed(self) -> AsyncGenerator[None]:
-        """Nobody is inside, and nobody enters; one at a time."""
+        """Keeps everybody out; only one caller at a time."""
         async with self._changed:
             await self._changed.wait_for(lambda: self._is_open)
             self._is_open = False
@@ -65,13 +65,13 @@ class Gate:
 
 
 class ProbeFolder(tempfile.TemporaryDirectory[str]):
-    """Probes on disk, where vLLM's processes find them; gone when the process ends."""
+    """Probes on disk, where vLLM's processes find them. Deleted when this process ends."""
 
     def __init__(self) -> None:
         super().__init__(prefix="sidelight-probes-")
 
     def put(self, probes: Sequence[Probe]) -> list[str]:
-        """Folders that hold these probes."""
+        """Saves these probes; returns their folders."""
         root = Path(tempfile.mkdtemp(dir=self.name))
         return [str(save_probe(probe, root / str(i))) for i, probe in enumerate(probes)]
 
@@ -87,10 +87,10 @@ class Exchange:
     Args:
         llm: vLLM's engine.
         folder: Where its workers find probes.
-        probes: What it was started with.
+        probes: Those that it was started with.
 
     Attributes:
-        probes: The served ones.
+        probes: Those that are served.
         is_whole: Whether it is known which probes each worker has.
     """
 
@@ -103,13 +103,13 @@ class Exchange:
 
     @asynccontextmanager
     async def passing(self, probes: tuple[Probe, ...]) -> AsyncGenerator[None]:
-        """These probes stay for as long as somebody is in here.
+        """These probes stay while somebody is inside.
 
         Args:
             probes: Those that were served when the request was made.
 
         Raises:
-            EngineUnavailableError: Others are being put in their place, or have been.
+            EngineUnavailableError: They are being replaced, or have been.
         """
         async with self._gate.passing():
             if probes is not self.probes:
@@ -127,7 +127,7 @@ class Exchange:
 
         Args:
             probes: The new ones.
-            try_out: Has a short text judged by what the workers have.
+            try_out: Has the workers' probes judge a short text.
 
         Raises:
             SidelightError: As ``VllmEngine.replace_probes``; the old probes stay.
@@ -149,7 +149,7 @@ class Exchange:
         failures = await self._llm.collective_rpc("sidelight_load", args=(folders,))
         if any(failures):
             raise SidelightError(next(filter(None, failures)))
-        # Cached blocks hold what the old probes read. The last requests may still have theirs.
+        # Cached blocks hold what the old probes read. The last requests may still use theirs.
         for _ in range(_RESETS):
             if await self._llm.reset_prefix_cache():
                 return
@@ -167,11 +167,11 @@ class Exchange:
 
 
 def _require_exchangeable(config: Any) -> None:
-    """Checks before anything is touched: what is half exchanged cannot be put back."""
+    """Checks this before anything is touched: a half exchange cannot be undone."""
     hindrances = {
         # Verdicts are made in the scheduler, which keeps its probes.
         "pipeline parallel": config.parallel_config.pipeline_parallel_size > 1,
-        # vLLM gives the first rank's answer only: another could keep its old probes unseen.
+        # vLLM returns only the first rank's answer: another could keep its old probes unnoticed.
         "data parallel": config.parallel_config.data_parallel_size > 1,
         "a GPU": config.device_config.device_type != "cpu",
     }

@@ -1,6 +1,6 @@
 """vLLM without a server: verdicts on many texts, and hidden states for training.
 
-A probe that is to be served by vLLM can be trained on vLLM's own hidden states.
+So a probe that vLLM will serve can be trained on vLLM's own hidden states.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
@@ -15,8 +15,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
 
 from sidelight.artifact import save_probe
 from sidelight.backbone import TransformersBackbone
@@ -32,7 +30,7 @@ from sidelight.vllm.capture import Spool, SpoolPlace, SpoolShape, capture_params
 from sidelight.vllm.engine import require_options, require_vllm
 from sidelight.vllm.settings import CAPTURE, KEY, Captured, judgement_of, request_params
 
-# Prompts that wait in vLLM beside those of the running step, in steps: none of them is half empty.
+# How much vLLM is given, in full steps: one runs while the next waits, so that none is half empty.
 _STEPS_AHEAD = 2
 
 
@@ -41,8 +39,8 @@ class OfflineRequest:
     """A prompt to run once.
 
     Attributes:
-        index: By which the caller knows it.
-        params: What the plugin is told of its tokens (``kv_transfer_params``).
+        index: The caller's name for it.
+        params: What the plugin is told about its tokens (``kv_transfer_params``).
     """
 
     index: int
@@ -66,16 +64,16 @@ class Offline:
     def start(
         cls, backbone: TransformersBackbone, config: Mapping[str, Any], options: Mapping[str, Any]
     ) -> "Offline":
-        """An engine on the weights of a backbone.
+        """Starts vLLM on the weights of a backbone.
 
         Args:
-            backbone: Says which weights, and of which dtype.
+            backbone: Says which weights, in which dtype.
             config: What the plugin is told.
             options: Fields of vLLM's ``EngineArgs``.
 
         Raises:
-            SidelightError: vLLM is not installed, an option is unknown, or a feature is in use that
-                the plugin does not support.
+            SidelightError: vLLM is not installed, an option is unknown, or the plugin does not
+                support a feature that is in use.
         """
         require_vllm()
         from vllm.engine.arg_utils import EngineArgs
@@ -92,18 +90,24 @@ class Offline:
         return cls(LLMEngine.from_engine_args(arguments))
 
     def run(self, requests: Iterable[OfflineRequest]) -> Generator[tuple[OfflineRequest, Any]]:
-        """Each request with vLLM's output, in the order in which they end.
+        """Yields each request with vLLM's output, in the order in which they end.
 
-        Requests are taken as vLLM has room for them; closing the generator cancels those that run.
+        Requests are taken when vLLM has room for them; closing the generator cancels those running.
 
         Raises:
             SidelightError: vLLM has stopped, or gave up a request.
         """
+        from vllm.v1.engine.exceptions import EngineDeadError
+
         coming = iter(requests)
         running: dict[str, OfflineRequest] = {}
         try:
             while self._fill(running, coming):
-                for output in self._step():
+                try:
+                    ended = [output for output in self._llm.step() if output.finished]
+                except EngineDeadError as error:
+                    raise SidelightError("vLLM has stopped; its log says why.") from error
+                for output in ended:
                     request = running.pop(output.request_id)
                     reason = output.outputs[0].finish_reason
                     if reason not in ("stop", "length"):
@@ -119,7 +123,7 @@ class Offline:
         self._llm.engine_core.shutdown()
 
     def _fill(self, running: dict[str, OfflineRequest], coming: Iterable[OfflineRequest]) -> bool:
-        """Adds requests while there is room; whether any is running."""
+        """Adds requests while there is room; returns whether any is running."""
         from vllm.sampling_params import RequestOutputKind
 
         from vllm import SamplingParams
@@ -128,7 +132,7 @@ class Offline:
         while tokens < self._most_tokens and (request := next(iter(coming), None)) is not None:
             self._count += 1
             name = str(self._count)
-            # One token, which nobody reads: vLLM writes at least one.
+            # vLLM writes at least one token, which nobody reads.
             params = SamplingParams(
                 max_tokens=1,
                 temperature=0,
@@ -142,15 +146,6 @@ class Offline:
             tokens += len(request.prompt)
         return bool(running)
 
-    def _step(self) -> list[Any]:
-        """The outputs of the requests that end with this step."""
-        from vllm.v1.engine.exceptions import EngineDeadError
-
-        try:
-            return [output for output in self._llm.step() if output.finished]
-        except EngineDeadError as error:
-            raise SidelightError("vLLM has stopped; its log says why.") from error
-
 
 def predict(
     classifier: Classifier,
@@ -158,18 +153,18 @@ def predict(
     *,
     options: Mapping[str, Any] | None = None,
 ) -> list[Verdict]:
-    """The verdict on each text, in their order.
+    """The verdict on each text, in order.
 
     Args:
-        classifier: The probe; its backbone says which weights, and runs nothing itself.
+        classifier: The probe. Its backbone says which weights, but runs nothing itself.
         texts: As ``Classifier.predict`` takes them.
         options: Fields of vLLM's ``EngineArgs``.
 
     Raises:
         ContextLengthError: A text is longer than the backbone reads, or leaves no room for the
-            token that vLLM always writes; none is cut.
+            token that vLLM always writes. None is cut.
         VerdictError: A verdict cannot be computed.
-        SidelightError: As ``Offline.start``, and where vLLM stops.
+        SidelightError: As ``Offline.start``, or vLLM stops.
     """
     given, probe, backbone = dict(options or {}), classifier.probe, classifier.backbone
     prompts = encode(backbone, [as_example(text) for text in texts])
@@ -181,7 +176,7 @@ def predict(
             "Shorten it, or raise --engine-option max_model_len."
         )
     with TemporaryDirectory(prefix="sidelight-probe-") as folder:
-        # A probe that was just trained has no folder that vLLM's processes could read.
+        # A probe that was just trained has no folder for vLLM's processes to read.
         config = {
             "probes": [str(save_probe(probe, Path(folder)))],
             "fingerprint": asdict(backbone.fingerprint),
@@ -207,14 +202,13 @@ def _judge(llm: Offline, probe: Probe, prompts: Sequence[EncodedPrompt]) -> list
 
 
 class VllmSource:
-    """A ``StateSource``; close it at the end. vLLM starts with the first missing shard.
+    """A ``StateSource`` that runs vLLM from the first missing shard until it is closed.
 
-    Texts of several shards run together: what vLLM batches is limited by its own options alone.
-    Prefix caching is off, since a cached token has no hidden states; what texts begin with is run
-    for each of them.
+    Texts of several shards run together: only vLLM's own options limit its batches. Prefix caching
+    is off, since a cached token has no hidden states, so a shared beginning is run for each text.
 
     Args:
-        backbone: Says which weights and texts; its own forward pass is not used.
+        backbone: Says which weights, and encodes texts; its own forward pass is not used.
         options: Fields of vLLM's ``EngineArgs``.
 
     Raises:
@@ -237,7 +231,7 @@ class VllmSource:
 
     @property
     def max_tokens(self) -> int:
-        """The longest text: the context, but for the token that vLLM always writes."""
+        """The longest text: the context less the token that vLLM always writes."""
         most = self._backbone.encoder.max_tokens
         return min(most, int(self._options.get("max_model_len", most))) - 1
 
@@ -251,13 +245,13 @@ class VllmSource:
             yield from work.finish(request)
 
     def close(self) -> None:
-        """Ends vLLM, if it runs."""
+        """Ends vLLM if it is running."""
         if self._llm is not None:
             self._llm.close()
             self._llm = None
 
     def running(self) -> Offline:
-        """The engine, which starts now unless it runs already."""
+        """The engine, started if it is not running yet."""
         if self._llm is None:
             who = self._backbone.fingerprint
             config = {CAPTURE: asdict(Captured(who.layers, who.width))}
@@ -267,7 +261,7 @@ class VllmSource:
 
 
 class _Work:
-    """The shards that are being computed, each in a spool of its own."""
+    """The shards being computed, each in its own spool."""
 
     def __init__(
         self, backbone: TransformersBackbone, cache: ActivationCache, indices: Sequence[int]
@@ -288,15 +282,12 @@ class _Work:
             )
             self._spools[index] = Spool.create(self._cache.directory, shape)
             self._left[index] = len(rows)
+            self._shard_of.update(dict.fromkeys(rows, index))
             prompts = [self._cache.prompts[row] for row in rows]
-            for row, request in zip(
-                rows, spool_requests(self._spools[index], prompts, self._cache.reads), strict=True
-            ):
-                self._shard_of[row] = index
-                yield OfflineRequest(row, request.prompt, request.params)
+            yield from spool_requests(self._spools[index], prompts, self._cache.reads, indices=rows)
 
     def finish(self, request: OfflineRequest) -> Iterator[tuple[int, Shard]]:
-        """Notes that a text has been run; gives the shards that are whole, in order."""
+        """Notes that a text has been run; yields the shards that are whole, in order."""
         self._left[self._shard_of.pop(request.index)] -= 1
         while self._coming and self._left.get(self._coming[0]) == 0:
             index = self._coming.popleft()
@@ -309,29 +300,24 @@ class _Work:
 
 
 def spool_requests(
-    spool: Spool, prompts: Sequence[EncodedPrompt], reads: Reads
-) -> list[OfflineRequest]:
-    """Requests that fill a spool made for these texts with the states of the tokens read."""
-    lengths = torch.tensor([int(prompt.mask(reads).sum()) for prompt in prompts])
-    starts: Int[Tensor, " text"] = lengths.cumsum(0) - lengths
-    places = [
-        SpoolPlace(str(spool.path.absolute()), spool.shape, text, int(start))
-        for text, start in enumerate(starts)
-    ]
-    return [
-        OfflineRequest(text, prompt, capture_params(prompt, reads, places[text]))
-        for text, prompt in enumerate(prompts)
-    ]
+    spool: Spool, prompts: Sequence[EncodedPrompt], reads: Reads, *, indices: Sequence[int]
+) -> Iterator[OfflineRequest]:
+    """Requests that fill a spool, made for these texts, with the states of the tokens read."""
+    path, start = str(spool.path.absolute()), 0
+    for text, (index, prompt) in enumerate(zip(indices, prompts, strict=True)):
+        place = SpoolPlace(path, spool.shape, text, start)
+        yield OfflineRequest(index, prompt, capture_params(prompt, reads, place))
+        start += int(prompt.mask(reads).sum())
 
 
 def require_whole(spool: Spool, prompts: Sequence[EncodedPrompt]) -> None:
     """Checks that every token of these texts has been through every layer.
 
     Raises:
-        SidelightError: Some have not, so the states are worthless.
+        SidelightError: Some have not, so their states are missing.
     """
     if not spool.is_whole(torch.tensor([len(prompt) for prompt in prompts])):
         raise SidelightError(
-            f"vLLM has run these texts, but hidden states are missing in {spool.path.parent}. Name "
-            "a folder that all of its workers see with --cache, or use --engine transformers."
+            f"vLLM has run these texts, but hidden states are missing in {spool.path.parent}. Use "
+            "--cache to name a folder that all of its workers see, or --engine transformers."
         )

@@ -1,9 +1,9 @@
-"""Everything of vLLM that its documentation does not promise, and what is refused.
+"""Everything that we use of vLLM beyond its documentation, and what is refused.
 
-Tested with the versions in ``TESTED``. Two methods are wrapped. In
+Tested with the versions in ``TESTED``. Two methods are wrapped. Around
 ``EngineArgs.create_engine_config`` our connector, scheduler and worker extension are named in the
-configuration; in ``BaseModelLoader.load_model`` the layers are hooked before they are compiled.
-Used besides:
+configuration; around ``BaseModelLoader.load_model`` the layers are hooked before they are compiled.
+Also used:
 ``ForwardContext.slot_mapping``, ``SchedulerOutput.kv_connector_block_state`` and
 ``Scheduler.update_from_output`` (connector), and ``OutputProcessor.process_outputs`` with the
 ``external_req_id`` and ``request_index`` of its ``request_states`` (requests).
@@ -25,19 +25,19 @@ from sidelight.vllm.settings import CAPTURE, KEY, Captured, Served, fingerprint_
 
 TESTED = SpecifierSet(">=0.32,<0.33")
 UNTESTED = "SIDELIGHT_VLLM_UNTESTED"
-"""Set to 1, it lets a version, a device or an architecture pass that has not been tried."""
+"""Set it to 1 to allow versions, devices and architectures that have not been tested."""
 ARCHITECTURES = frozenset({"LlamaForCausalLM"})
 
 CONNECTOR = "ProbeConnector"
 CAPTURE_CONNECTOR = "CaptureConnector"
 _PACKAGE = "sidelight.vllm"
-# Part of the key of vLLM's compile cache: a graph without our operation must not be taken for one
-# with it. The probes are no part of it, since they change no graph.
+# Part of the key of vLLM's compile cache, so that a graph without our operation is not taken for
+# one with it. The probes do not belong in it, since they change no graph.
 _GRAPH = {KEY: "taps-1"}
 
 
 def install() -> None:
-    """Wraps the two methods, once per process; without named probes both pass everything on.
+    """Wraps the two methods, once per process. If no probes are named, both do nothing more.
 
     The entry point of ``vllm.general_plugins``: vLLM calls it in each of its processes.
     """
@@ -49,7 +49,7 @@ def install() -> None:
 
 
 def served_by(vllm_config: Any) -> Served | None:
-    """The probes that a configuration names; None where the plugin is not part of it."""
+    """The probes that a configuration names; None if the plugin is not part of it."""
     transfer = vllm_config.kv_transfer_config
     if transfer is None or transfer.kv_connector != CONNECTOR:
         return None
@@ -57,7 +57,7 @@ def served_by(vllm_config: Any) -> Served | None:
 
 
 def captured_by(vllm_config: Any) -> Captured | None:
-    """The hidden states that a configuration keeps; None where it keeps none."""
+    """The hidden states that a configuration keeps; None if it keeps none."""
     transfer = vllm_config.kv_transfer_config
     if transfer is None or transfer.kv_connector != CAPTURE_CONNECTOR:
         return None
@@ -78,7 +78,7 @@ def _wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
 
 
 def _configure(original: Callable[..., Any], arguments: Any, *args: Any, **kwargs: Any) -> Any:
-    """The engine's configuration with our parts named in it."""
+    """The engine's configuration, with our parts named in it."""
     given = arguments.additional_config.get(KEY, {})
     given = given if isinstance(given, dict) else {}
     folders = named_folders(given)
@@ -125,7 +125,7 @@ def _served(model: str, folders: tuple[str, ...], given: dict[str, Any]) -> Serv
         served = Served.from_json({**given, "folders": folders})
     else:
         served = Served(folders, fingerprint_of(model, folders))
-    # Now, since an error in a worker is harder to read.
+    # Loaded here too, since an error in a worker is harder to read.
     served.load()
     return served
 
@@ -137,7 +137,7 @@ def _load(
     model_config: Any,
     prefix: str = "",
 ) -> Any:
-    """The loaded model, its layers hooked."""
+    """The loaded model, with its layers hooked."""
     model = original(loader, vllm_config, model_config, prefix)
     served, captured = served_by(vllm_config), captured_by(vllm_config)
     tokens = vllm_config.scheduler_config.max_num_batched_tokens
@@ -161,7 +161,7 @@ def _load(
 
 
 def _tap(model: Any, width: int) -> range:
-    """Hooks the layers of this worker; returns which hidden states they give."""
+    """Hooks the layers of this worker; returns the range of hidden states that they give."""
     from vllm.distributed.parallel_state import get_pp_group
 
     from sidelight.vllm.taps import tap_layers
@@ -185,7 +185,7 @@ def _require_version() -> None:
 
 
 def _require_free(arguments: Any) -> None:
-    """Checks that the options that we set are free."""
+    """Checks that the user has not set the options that we set."""
     taken = {
         "--kv-transfer-config": arguments.kv_transfer_config,
         "--kv-offloading-size": arguments.kv_offloading_size,
@@ -201,7 +201,7 @@ def _require_free(arguments: Any) -> None:
 
 
 def _require_offline(arguments: Any) -> None:
-    """Requests name the files that states go to, so they must not come from a network."""
+    """Requests name the files that states are written to, so they must not come from a network."""
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     if isinstance(arguments, AsyncEngineArgs):
@@ -211,7 +211,7 @@ def _require_offline(arguments: Any) -> None:
 
 
 def _require_supported(config: Any) -> None:
-    """Checks that a test covers every feature in use: nothing is ever served unjudged."""
+    """Checks that a test covers every feature in use, so that nothing is served unjudged."""
     parallel = config.parallel_config
     refused = {
         "speculative decoding": config.speculative_config is not None,

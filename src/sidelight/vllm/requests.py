@@ -1,4 +1,4 @@
-"""Requests as vLLM runs them: their steps' reports, their number, and one text as events."""
+"""Requests as vLLM runs them: the reports of their steps, their number, and a text as events."""
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
@@ -35,8 +35,8 @@ class StepReport:
     """One step's report on one text.
 
     Attributes:
-        text: Its index among the texts of the request.
-        tokens: How many the step has written.
+        text: The text's index in its request.
+        tokens: How many tokens the step has written.
         params: The ``kv_transfer_params`` of its output.
     """
 
@@ -46,10 +46,10 @@ class StepReport:
 
 
 class OutputListener:
-    """Listens to an engine, in the process that takes its outputs.
+    """Hears every report of an engine, in the process that takes its outputs.
 
-    vLLM merges the outputs that a reader has not taken yet: several tokens, and several texts of
-    one request, with the last report only. Here every report is heard before that.
+    vLLM merges outputs that have not been read yet, also those of several texts of a request, and
+    keeps only the last report. This listens before that.
 
     Args:
         processor: vLLM's ``OutputProcessor``. Its ``process_outputs`` is wrapped.
@@ -63,7 +63,7 @@ class OutputListener:
 
     @contextmanager
     def to(self, request_id: str, listener: Callable[[StepReport], object]) -> Generator[None]:
-        """Gives the listener every report on the request, before its outputs can be read."""
+        """Gives the listener every report on the request before its outputs can be read."""
         self._listeners[request_id] = listener
         try:
             yield
@@ -83,16 +83,16 @@ class OutputListener:
 
 @dataclass(eq=False)
 class Place:
-    """One request in the engine; it is running once vLLM has read its prompt."""
+    """One request in the engine. It is running once vLLM has read its prompt."""
 
     is_running: bool = False
 
 
 class Capacity:
-    """How many requests are in the engine; vLLM itself bounds those that run (``max_num_seqs``).
+    """Counts the requests in the engine. vLLM itself limits those that run (``max_num_seqs``).
 
     Args:
-        waiting: Requests that may wait; further ones are refused.
+        waiting: How many requests may wait; more are refused.
     """
 
     def __init__(self, waiting: int):
@@ -101,16 +101,15 @@ class Capacity:
 
     @property
     def load(self) -> Load:
-        """The requests that have a place."""
         running = sum(place.is_running for place in self._taken)
         return Load(running=running, waiting=len(self._taken) - running)
 
     @contextmanager
     def taken(self, count: int) -> Generator[list[Place]]:
-        """Places for all of these requests, or for none; freed at the end.
+        """Places for all of these requests or for none, freed at the end.
 
         Raises:
-            EngineBusyError: Too many wait. A list longer than the limit may only enter where nobody
+            EngineBusyError: Too many wait. A list longer than the limit can only enter if nobody
                 waits.
         """
         waiting = self.load.waiting
@@ -126,7 +125,7 @@ class Capacity:
     async def followed(
         self, place: Place, outputs: AsyncGenerator[T, None]
     ) -> AsyncGenerator[T, None]:
-        """The outputs of the request whose place it is, which is freed when they end."""
+        """The outputs of the request that has the place, which is freed when they end."""
         try:
             async with aclosing(outputs):
                 async for output in outputs:
@@ -142,7 +141,7 @@ class Output:
 
     Attributes:
         text: vLLM's ``CompletionOutput``.
-        steps: The report of the step of each of its tokens.
+        steps: The reports of the steps that wrote its tokens.
     """
 
     text: Any
@@ -150,21 +149,21 @@ class Output:
 
 
 def early_names(probes: Sequence[Probe]) -> frozenset[str]:
-    """Names of the probes that are done with the prompt."""
+    """Names of the probes that read the prompt alone."""
     return frozenset(probe.name for probe in probes if not probe.reads.includes_response)
 
 
 class WrittenText:
-    """One text being written, as events.
+    """A text being written, as events.
 
     Args:
-        prompt: What is continued.
-        probes: Those that judge it.
+        prompt: The text to continue.
+        probes: The probes that judge it.
         watch: Names of the probes that are judged after every token.
-        admits: Whether the text is written, once the prompt has been judged.
+        admits: Decides whether the text is written, once the prompt has been judged.
         logprobs: As in ``Sampling``.
-        codec: Decodes tokens for log-probabilities: vLLM does not say how much text comes from
-            which token.
+        codec: Decodes tokens for log-probabilities, since vLLM does not say how much text comes
+            from which token.
         check: Judges a whole text.
     """
 
@@ -193,7 +192,7 @@ class WrittenText:
         self._judging_s = 0.0
 
     async def events(self, written: AsyncGenerator[Output, None]) -> AsyncGenerator[Event, None]:
-        """As ``Engine.generate``, from vLLM's outputs."""
+        """Yields the events of ``Engine.generate``, from vLLM's outputs."""
         async with aclosing(written) as outputs:
             first = await anext(outputs)
             judgement, self._prompt_s = judgement_of(first.steps[0].params)
@@ -221,7 +220,7 @@ class WrittenText:
             judgement, seconds = judgement_of(step.params)
             self._judging_s = seconds - self._prompt_s
             tokens += step.tokens
-            # The newest token is not read yet.
+            # The newest token has not been read yet.
             if self._watch and step.tokens and tokens > 1:
                 yield self._scored(tokens - 1, judgement)
         logprobs = self._new_logprobs(completion)
@@ -236,7 +235,7 @@ class WrittenText:
             raise GenerationError(f"vLLM ended this request: {completion.finish_reason}.")
         has_stopped = isinstance(completion.stop_reason, str)
         if self._watch and (completion.finish_reason == "length" or has_stopped):
-            # Of the prompt and the response, the prefix cache has all but the end.
+            # The prefix cache has all of it but the end.
             whole = EncodedPrompt(
                 self._prompt.token_ids + tuple(self._written),
                 self._prompt.parts + (Part.RESPONSE,) * len(self._written),
@@ -250,7 +249,7 @@ class WrittenText:
             completion_tokens=len(self._written),
             verdicts=late.verdicts,
             failed=late.failed,
-            # Nothing of a stop string is reported.
+            # No token of a stop string is reported.
             logprobs=() if has_stopped else self._logprobs.rest(),
             judging_s=self._judging_s,
         )
@@ -260,16 +259,16 @@ class WrittenText:
         return ResponseScored(tokens, own.verdicts, own.failed, self._judging_s)
 
     def _new_logprobs(self, completion: Any) -> tuple[TokenLogprobs, ...]:
-        """What goes with this output's text."""
+        """The tokens that go with this output's text."""
         if self._count is None:
             return ()
         tokens = completion.token_ids
         if completion.finish_reason == "stop" and not isinstance(completion.stop_reason, str):
-            # The newest token ends the turn, and so is no part of the text.
+            # The newest token ends the turn, so it is not part of the text.
             tokens = tokens[:-1]
         entries: Sequence[Mapping[int, Any]] = completion.logprobs or ()
         for token, found in zip(tokens, entries, strict=False):
-            # vLLM's entry holds the drawn token beside the likeliest.
+            # vLLM's entry holds the drawn token beside the likeliest ones.
             ranked = sorted(found.items(), key=lambda item: item[1].rank)[: self._count]
             self._logprobs.add(
                 (token, max(found[token].logprob, LOWEST)),
@@ -283,7 +282,7 @@ def sampling_params(sampling: Sampling, limit: int, prompt: EncodedPrompt) -> An
     """What vLLM needs to write, and the plugin to judge.
 
     Raises:
-        SidelightError: The draw would end vLLM. Its CPU backend (0.32) dies of a seeded draw whose
+        SidelightError: A seed would crash vLLM. Its CPU backend (0.32) dies of a seeded draw if the
             prompt is read in more than one step.
     """
     from vllm.platforms import current_platform

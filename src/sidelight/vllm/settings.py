@@ -1,7 +1,7 @@
 """What vLLM's processes are told: the probes to serve, and what each request's tokens belong to.
 
-``SIDELIGHT_PROBES`` names folders of probes, with the system's path separator between them; so does
-``additional_config={"sidelight": {"probes": [...]}}``. With neither, the plugin does nothing. A
+``SIDELIGHT_PROBES`` names folders of probes, separated by the system's path separator. So does
+``additional_config={"sidelight": {"probes": [...]}}``. Without either, the plugin does nothing. A
 request says what its tokens belong to, and gets its verdicts, in vLLM's ``kv_transfer_params``.
 """
 
@@ -24,23 +24,23 @@ from sidelight.types import Judgement, Verdict
 ENVIRONMENT = "SIDELIGHT_PROBES"
 KEY = "sidelight"
 CAPTURE = "capture"
-"""Under ``KEY``: a ``Captured``, where hidden states are kept and no probe is served."""
+"""Under ``KEY``: a ``Captured``, if hidden states are kept and no probe is served."""
 
 
 @dataclass(frozen=True)
 class Served:
-    """The probes to serve, as it travels to the scheduler and the workers.
+    """The probes to serve, in the form that travels to the scheduler and the workers.
 
     Attributes:
         folders: The probes' artifacts.
-        fingerprint: The served model's.
+        fingerprint: That of the served model.
     """
 
     folders: tuple[str, ...]
     fingerprint: Fingerprint
 
     def to_json(self) -> dict[str, Any]:
-        """For a configuration of vLLM's."""
+        """For vLLM's configuration."""
         return {"folders": list(self.folders), "fingerprint": asdict(self.fingerprint)}
 
     @staticmethod
@@ -49,7 +49,7 @@ class Served:
         return Served(tuple(data["folders"]), Fingerprint(**data["fingerprint"]))
 
     def load(self) -> list[Probe]:
-        """The probes.
+        """Loads the probes.
 
         Raises:
             SidelightError: One is damaged, two share a name, or one belongs to another model.
@@ -63,7 +63,7 @@ class Served:
 
 @dataclass(frozen=True)
 class Captured:
-    """In place of ``Served`` where hidden states are kept for training.
+    """Replaces ``Served`` when hidden states are kept for training.
 
     Attributes:
         layers: Hidden states of a token, including the embedding's.
@@ -75,10 +75,10 @@ class Captured:
 
 
 def named_folders(config: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """Folders that the engine's configuration or the environment names; None: nothing is named.
+    """The folders that the engine's configuration or the environment names; None if neither does.
 
     Args:
-        config: What stands under ``sidelight`` in ``additional_config``.
+        config: What ``additional_config`` has under ``sidelight``.
     """
     if "probes" in config:
         return tuple(map(str, config["probes"]))
@@ -89,7 +89,7 @@ def named_folders(config: Mapping[str, Any]) -> tuple[str, ...] | None:
 def fingerprint_of(model: str, folders: Sequence[str]) -> Fingerprint:
     """The fingerprint of the model that vLLM is about to serve.
 
-    It is loaded once with ``transformers`` on the CPU for this, and dropped.
+    To compute it, the model is loaded once with ``transformers`` on the CPU, and dropped.
 
     Args:
         model: Folder or hub id.
@@ -106,10 +106,9 @@ def fingerprint_of(model: str, folders: Sequence[str]) -> Fingerprint:
 
 
 def request_params(prompt: EncodedPrompt) -> dict[str, Any]:
-    """For ``SamplingParams(extra_args={"kv_transfer_params": ...})`` or a request's field.
+    """The ``kv_transfer_params`` of a request that carries these tokens.
 
-    Args:
-        prompt: The tokens that the request carries.
+    They go in a request's field, or in ``SamplingParams(extra_args=...)``.
     """
     runs = [[int(part), len(list(same))] for part, same in groupby(prompt.parts)]
     return {KEY: {"parts": runs, "tokens": token_hash(prompt.token_ids)}}
@@ -123,7 +122,7 @@ def parts_of(params: Mapping[str, Any] | None, token_ids: Sequence[int] | None) 
         token_ids: The tokens that the engine runs.
 
     Raises:
-        SidelightError: The request does not say, or it describes other tokens.
+        SidelightError: The request does not describe its tokens, or describes other ones.
     """
     given = (params or {}).get(KEY)
     if given is None or token_ids is None:
@@ -145,16 +144,16 @@ def parts_of(params: Mapping[str, Any] | None, token_ids: Sequence[int] | None) 
 
 
 def token_hash(token_ids: Sequence[int]) -> str:
-    """Names a list of token ids."""
+    """A short name for a list of token ids."""
     return hashlib.blake2b(array("q", token_ids).tobytes(), digest_size=8).hexdigest()
 
 
 def report_of(judgement: Judgement, seconds: float) -> dict[str, Any]:
-    """What stands under ``KEY`` in an output's ``kv_transfer_params``.
+    """The report under ``KEY`` in an output's ``kv_transfer_params``.
 
     Args:
         judgement: What the probes say so far.
-        seconds: What the workers have taken for it.
+        seconds: How long the workers took for it.
     """
     verdicts: dict[str, Any] = {
         verdict.probe: {
@@ -173,7 +172,7 @@ def judgement_of(params: Mapping[str, Any] | None) -> tuple[Judgement, float]:
     """The inverse of ``report_of``, from an output's ``kv_transfer_params``.
 
     Raises:
-        GenerationError: They hold no verdict; the request must not pass for judged.
+        GenerationError: They hold no verdict, so the request must not pass for judged.
     """
     report = (params or {}).get(KEY, {})
     if "verdicts" not in report:

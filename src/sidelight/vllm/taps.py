@@ -1,8 +1,8 @@
 """Hooks on vLLM's decoder layers, and the operation that they call.
 
-The hooks are set before vLLM compiles the model, so that they become part of the graph. What they
-call is one operation that the compiler cannot look into: it finds the current receiver in this
-file, so that other probes need no other graph. A worker process runs one model, hence one receiver.
+The hooks are set before vLLM compiles the model, so they become part of the graph. They call one
+operation that the compiler cannot look into. It finds the current receiver in this file, so
+different probes need no different graph. A worker process runs one model, hence one receiver.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ class Installed(Generic[T]):
     """Holds the one object of its kind in a worker process.
 
     Args:
-        loss: What happens without it, for the error.
+        loss: What would happen without it, for the error.
     """
 
     def __init__(self, *, loss: str):
@@ -32,11 +32,10 @@ class Installed(Generic[T]):
         self._held: T | None = None
 
     def put(self, held: T | None) -> None:
-        """Makes it the one of this process."""
         self._held = held
 
     def get(self) -> T:
-        """The one of this process.
+        """The object of this process.
 
         Raises:
             SidelightError: The model was loaded in a way that the plugin does not see.
@@ -51,18 +50,16 @@ class Installed(Generic[T]):
 
 @runtime_checkable
 class Receiver(Protocol):
-    """What is done with a hidden state while it exists."""
+    """Takes the residual stream after each layer of this worker, while it exists."""
 
-    def receive(self, layer: int, hidden: Float[Tensor, "token width"]) -> None:
-        """Takes the residual stream after a layer of this worker."""
-        ...
+    def receive(self, layer: int, hidden: Float[Tensor, "token width"]) -> None: ...
 
 
 _receivers: list[Receiver] = []
 
 
 def set_receiver(receiver: Receiver | None) -> None:
-    """Where the next forward passes of this process leave their states; None: nowhere."""
+    """Says who receives the states of the next forward passes of this process."""
     _receivers[:] = [] if receiver is None else [receiver]
 
 
@@ -70,14 +67,14 @@ def _project(
     hidden: Float[Tensor, "token width"],
     residual: Float[Tensor, "token width"] | None,
     layer: int,
-    order: Float[Tensor, ""],  # noqa: ARG001 - what keeps the operation in its place
+    order: Float[Tensor, ""],  # noqa: ARG001 - keeps the operation in its place
 ) -> None:
     for receiver in _receivers:
         receiver.receive(layer, hidden if residual is None else hidden + residual)
 
 
 def _nothing(hidden: Tensor, residual: Tensor | None, layer: int, order: Tensor) -> None:
-    """What the compiler sees."""
+    """All that the compiler sees."""
 
 
 _library.impl("project", _project, "CompositeExplicitAutograd")
@@ -92,7 +89,7 @@ def tap_layers(layers: Sequence[nn.Module], *, reads_embedding: bool, width: int
         reads_embedding: Whether the first layer's input is the embedding, which is layer 0.
         width: Size of a hidden state.
     """
-    # The compiler neither drops nor reorders operations that write the same tensor.
+    # The compiler neither drops nor reorders operations that write to the same tensor.
     order = next(layers[0].parameters()).new_zeros((), dtype=torch.float32)
     first = int(reads_embedding)
     if reads_embedding:
@@ -113,7 +110,7 @@ def _input_hook(order: Tensor, width: int) -> Callable[..., None]:
 
 
 def _output_hook(layer: int, order: Tensor, width: int) -> Callable[..., None]:
-    """Layers of vLLM return the stream in two addends, the second of them the residual."""
+    """vLLM's layers return the stream as two addends; the second is the residual."""
 
     def left(module: nn.Module, _args: Any, output: Any) -> None:
         hidden, residual = output if isinstance(output, tuple) else (output, None)

@@ -1,7 +1,7 @@
-"""A worker's share: the columns of its layers, and verdicts where it has all of them.
+"""What a worker does: it keeps the columns of its layers, and judges if it has all of them.
 
-Verdicts are made where all layers are at hand: in the worker, or, where the layers are spread over
-pipeline stages, in the scheduler from the columns that the stages send.
+If the layers are spread over pipeline stages, verdicts are made in the scheduler, from the columns
+that the stages send.
 """
 
 import os
@@ -25,7 +25,7 @@ from sidelight.vllm.taps import Installed, set_receiver
 
 @dataclass(frozen=True)
 class Share:
-    """What one pipeline stage knows of a reading: the columns of its layers."""
+    """One pipeline stage's part of a reading: the columns of its layers."""
 
     reading: Reading
     first_layer: int
@@ -33,7 +33,7 @@ class Share:
 
 
 class RequestJudge:
-    """Verdicts on readings, and what the probes of the response know of running requests."""
+    """Judges readings, and keeps what the probes of the response know of running requests."""
 
     def __init__(self, panel: Panel):
         self.panel = panel
@@ -46,7 +46,7 @@ class RequestJudge:
 
         Args:
             readings: From one step.
-            columns: Those of their tokens, one reading after the other.
+            columns: The columns of their tokens, one reading after the other.
         """
         parts = [reading.parts for reading in readings]
         before = [self._states.get(r.request_id) if r.start else None for r in readings]
@@ -66,14 +66,14 @@ class RequestJudge:
         return judgements
 
     def join(self, shares: Sequence[Share]) -> Judgement:
-        """The verdicts on a reading of which every pipeline stage has a share."""
+        """The verdicts on one reading, from every pipeline stage's share of it."""
         in_order = sorted(shares, key=lambda share: share.first_layer)
         reading = in_order[0].reading
         columns = torch.cat([share.columns for share in in_order], 1)
         return self.judge([reading], columns)[reading.request_id]
 
     def forget(self, request_ids: Iterable[str]) -> None:
-        """Drops what is known of requests that have ended."""
+        """Drops the state of requests that have ended."""
         for request_id in request_ids:
             self._states.pop(request_id, None)
 
@@ -84,11 +84,11 @@ class Worker:
     Args:
         served: The probes.
         layers: The hidden states that this worker computes, from 0 (embedding) to L.
-        tokens: The longest forward pass.
+        tokens: Length of the longest forward pass.
         device: Where hidden states are.
 
     Attributes:
-        cache_bytes: Memory of the keys and values whose slots the columns are kept by.
+        cache_bytes: Memory of the keys and values.
     """
 
     def __init__(self, served: Served, *, layers: range, tokens: int, device: torch.device):
@@ -104,7 +104,7 @@ class Worker:
 
     @property
     def reads_responses(self) -> bool:
-        """Whether some probe reads what is written."""
+        """Whether some probe reads the response."""
         return self._judge.panel.late is not None
 
     @property
@@ -119,11 +119,11 @@ class Worker:
         self._make_pages()
 
     def load(self, folders: list[str]) -> None:
-        """Takes other probes; whatever was computed for the old ones is gone.
+        """Takes other probes, and drops everything that was computed for the old ones.
 
         Raises:
-            SidelightError: One cannot be served, or this is a pipeline stage or on a GPU; the old
-                probes stay.
+            SidelightError: A probe cannot be served, or this is a pipeline stage or on a GPU. The
+                old probes stay.
         """
         if self._device.type != "cpu":
             raise SidelightError(
@@ -145,22 +145,21 @@ class Worker:
             self._pages.keep(slots)
 
     def judge(self, readings: list[Reading]) -> dict[str, Judgement]:
-        """The verdicts on requests whose layers are all here."""
+        """The verdicts on readings of which this worker has all layers."""
         judgements: dict[str, Judgement] = {}
         for some in self._in_turn(readings):
             judgements |= self._judge.judge(some, self._read(some))
         return judgements
 
     def share(self, readings: list[Reading]) -> list[Share]:
-        """What a pipeline stage sends to where the verdicts are made."""
+        """What a pipeline stage sends to the scheduler, which judges."""
         return [Share(r, self._layers.start, self._read([r]).cpu()) for r in readings]
 
     def forget(self, request_ids: set[str]) -> None:
-        """Drops what is known of requests that have ended."""
         self._judge.forget(request_ids)
 
     def _in_turn(self, readings: Sequence[Reading]) -> Iterator[list[Reading]]:
-        """As many at a time as have few columns together, at least one."""
+        """Groups of readings with few columns together, each of at least one reading."""
         per_token = self._pages.numbers_per_token if self._pages else 0
         some: list[Reading] = []
         for reading in readings:
@@ -179,7 +178,7 @@ class Worker:
 
     def _serve(self, panel: Panel) -> None:
         self._judge = RequestJudge(panel)
-        # Both before new ones are made: there may be no room for two.
+        # Both are dropped before new ones are made: there may be no room for two.
         self._stage = self._pages = None
         set_receiver(None)
         if panel.projection is not None:
@@ -202,10 +201,10 @@ class WorkerExtension:
     """Methods that vLLM adds to its workers (``worker_extension_cls``), for ``collective_rpc``."""
 
     def sidelight_load(self, folders: list[str]) -> str | None:
-        """Loads other probes; the caller resets the prefix cache, whose columns are the old ones'.
+        """Loads other probes. The caller resets the prefix cache, which has the old ones' columns.
 
         Returns:
-            What is wrong with them, in which case the old probes stay; None: nothing.
+            Why they cannot be served, in which case the old probes stay; None if they are.
         """
         try:
             INSTALLED.get().load(folders)
@@ -220,10 +219,9 @@ class WorkerExtension:
 
 
 def end_with_parent() -> None:
-    """Ends this process when the one that started it is killed.
+    """Ends this process when the one that started it is killed, if there is one.
 
-    Left to itself, vLLM's engine would wait for requests for ever, with the model in memory. Where
-    there is no parent, as in a test, nothing happens.
+    Otherwise vLLM's engine would wait for requests forever, with the model in memory.
     """
     parent = parent_process()
     if parent is None:
@@ -231,7 +229,7 @@ def end_with_parent() -> None:
 
     def watch() -> None:
         parent.join()
-        # Its workers end with it: vLLM sees to that.
+        # vLLM ends the workers with it.
         os._exit(1)
 
     Thread(target=watch, daemon=True, name="sidelight-end-with-parent").start()
