@@ -1,12 +1,13 @@
-"""Starts a process as vLLM starts its engine, and says its id: run by ``test_vllm_capture.py``."""
+"""Starts a process as vLLM starts its engine, and prints its id; for ``test_vllm_capture.py``."""
 
 import multiprocessing
 import time
 
-from sidelight.vllm.worker import end_with_parent
-
 
 def wait() -> None:
+    # Here, so that only the child pays for the import.
+    from sidelight.vllm.worker import end_with_parent
+
     end_with_parent()
     time.sleep(600)
 

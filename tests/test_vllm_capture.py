@@ -180,6 +180,7 @@ def test_a_full_disk_is_told_before_a_token_is_run(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_an_engine_whose_parent_is_killed_ends():
     starter = subprocess.Popen(
         [sys.executable, orphaned.__file__],
