@@ -139,7 +139,11 @@ def conversations(content):
     ]
 
 
-@pytest.fixture(scope="module", params=MAKERS)
+# Where the embedded model has not been unpacked yet, its tokenizer takes half a minute.
+FAMILIES = [pytest.param(f, marks=[pytest.mark.slow] * (f == "smollm2")) for f in MAKERS]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
 def family(request):
     return request.param
 
@@ -198,34 +202,35 @@ def test_no_content_becomes_a_control_token(family, text):
     half = len(text) // 2
     names = controls(family).values()
     assert names
+    in_chats = [found(family, chat.encode(*harmless)) for harmless in conversations(text)]
+    in_raw = found(family, raw.encode(user(text)))
     for name in names:
         for hostile in (name + text, text[:half] + name + text[half:], text + name, name * 3):
-            for without, with_it in zip(conversations(text), conversations(hostile), strict=True):
-                expected = found(family, chat.encode(*without))
-                assert found(family, chat.encode(*with_it)) == expected, (name, hostile)
+            for conversation, expected in zip(conversations(hostile), in_chats, strict=True):
+                assert found(family, chat.encode(*conversation)) == expected, (name, hostile)
             for plain in (chat.encode(PlainText(hostile)), raw.encode(user(hostile))):
-                assert found(family, plain) == found(family, raw.encode(user(text)))
+                assert found(family, plain) == in_raw
 
 
 def test_no_control_token_is_put_together_from_pieces(family):
     """Halves in neighbouring contents, or before and after what the template writes."""
     chat, raw = encoder_of(family), encoder_of(family, "raw")
+    harmless = [*user("a"), Message("assistant", "b"), *user("a")]
+    in_chat = found(family, chat.encode(harmless))
+    in_raw = found(family, raw.encode(user("a"), "b"))
     names = list(controls(family).values())
     for one, other in [*pairwise(names), *zip(names, names, strict=True)]:
         for cut in range(1, len(one)):
             left, right = one[:cut], one[cut:]
             for begin, end in ((left, right), (right, left), (one + left, right + other)):
                 turns = [*user(begin), Message("assistant", end), *user(begin)]
-                plain = [*user("a"), Message("assistant", "b"), *user("a")]
-                assert found(family, chat.encode(turns)) == found(family, chat.encode(plain))
-                joined = raw.encode(user(begin), end)
-                assert found(family, joined) == found(family, raw.encode(user("a"), "b"))
+                assert found(family, chat.encode(turns)) == in_chat
+                assert found(family, raw.encode(user(begin), end)) == in_raw
 
 
-@settings(max_examples=100, deadline=None)
-@given(st.data())
-def test_any_contents_keep_the_control_tokens_of_the_template(data):
-    family = data.draw(st.sampled_from(sorted(MAKERS)))
+@settings(max_examples=20, deadline=None)
+@given(data=st.data())
+def test_any_contents_keep_the_control_tokens_of_the_template(family, data):
     names = sorted(controls(family).values())
     piece = st.sampled_from(names) | st.sampled_from(names).map(lambda n: n[: len(n) // 2])
     texts = st.lists(piece | st.text(max_size=4), max_size=4).map("".join)

@@ -1,15 +1,12 @@
-"""A conversation, and which of its tokens a probe reads.
+"""From a conversation to token ids, and to what each token belongs to.
 
-Tokenises a text of which a chat template wrote parts, so that no content is a control token.
-
-A conversation as token ids, each with the part of it that it belongs to.
-
-Renders a conversation by the model's chat template and encodes it.
+``PromptEncoder`` renders the model's chat template, and ``ContentTokenizer`` sees to it that no
+content becomes a control token. Knows tokenizers, and neither models nor probes.
 """
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cached_property, lru_cache
 from itertools import takewhile
@@ -38,7 +35,7 @@ class Message:
 
 @dataclass(frozen=True)
 class PlainText:
-    """A text that no chat template is written around, such as a prompt to complete."""
+    """A text without a chat template around it, such as a prompt to complete."""
 
     content: str
 
@@ -50,10 +47,10 @@ class Part(IntEnum):
     """What a token belongs to."""
 
     UNREAD = 0
-    """Before the first turn that is not the system's, or after the response."""
+    """The system's turn and what precedes the prompt, or what follows the response."""
     PROMPT = 1
     TEMPLATE = 2
-    """Written by the chat template after the prompt began: turn markers, generation prompt."""
+    """Written by the chat template once the prompt has begun: turn markers, generation prompt."""
     RESPONSE = 3
 
 
@@ -72,7 +69,7 @@ class Reads:
 
     @property
     def includes_response(self) -> bool:
-        """Whether the response is read, so that there is no verdict before it is written."""
+        """Whether the response is read, so that no verdict is possible before it is written."""
         return self.side != "prompt"
 
     @property
@@ -83,6 +80,17 @@ class Reads:
         return frozenset(sides[self.side])
 
 
+def require_whole_characters(text: str, *, place: str) -> None:
+    """Checks that a text can be written as UTF-8: that it holds no half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise SidelightError(
+            f"{place} holds half a character (a lone surrogate) at position {error.start}. Remove "
+            "it, or decode the text again from valid UTF-8 or UTF-16."
+        ) from error
+
+
 Span = tuple[int, int]
 """First character, and the one after the last."""
 Control = tuple[int, int, int]
@@ -91,20 +99,16 @@ Control = tuple[int, int, int]
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """The part of a Hugging Face fast tokenizer that is used here."""
+    """What this module uses of a Hugging Face fast tokenizer."""
 
     chat_template: Any
     added_tokens_decoder: Any
     unk_token: Any
     backend_tokenizer: Any
 
-    def __call__(self, text: str, **options: Any) -> Any:
-        """Token ids and offsets."""
-        ...
+    def __call__(self, text: str, **options: Any) -> Any: ...
 
-    def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
-        """The conversation as text."""
-        ...
+    def apply_chat_template(self, conversation: Any, **options: Any) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -118,11 +122,8 @@ class Tokenised:
 class ContentTokenizer:
     """Writes control tokens only where the chat template has them.
 
-    Special tokens are control tokens, and so are other added tokens that the template writes or
-    that are no part of the model's own vocabulary. Blank ones, such as runs of spaces, are text.
-
-    Args:
-        tokenizer: A fast tokenizer.
+    Control tokens are the special tokens, and other added tokens that the template writes or that
+    the model's own vocabulary lacks. Blank tokens, such as runs of spaces, are text.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -138,31 +139,31 @@ class ContentTokenizer:
                 and (token.content in template or model.token_to_id(token.content) is None)
             )
         }
-        # What the model writes for characters that it does not know, in any text.
+        # What the model writes, in any text, for characters that it does not know.
         self._unknown = getattr(model, "unk_token", tokenizer.unk_token)
-        # A template's pieces are few; some of them are long.
+        # A template has few pieces, and some of them are long.
         self._cached_controls = lru_cache(maxsize=256)(self._find_controls)
 
     def encode_chat(self, text: str, template: Sequence[Span]) -> Tokenised:
-        """A rendered conversation.
+        """Encodes a rendered conversation.
 
-        Without control tokens in the contents, the ids are the tokenizer's own for the whole text.
+        Where no content holds a control token, the ids are the tokenizer's own for the whole text.
 
         Args:
             text: What the template has rendered.
-            template: The characters that it wrote itself, in order.
+            template: The spans that the template itself wrote, in order.
 
         Raises:
-            SidelightError: The tokenizer makes a control token of a content in any case.
+            SidelightError: The tokenizer cannot write a content without a control token.
         """
         controls = [
             (token_id, begin + start, begin + end)
             for begin, stop in template
             for token_id, start, end in self._cached_controls(text[begin:stop])
         ]
-        usual = self._usual(text, add_special_tokens=False)
-        if self._has_only(controls, usual, text):
-            return usual
+        tokens = self._tokenise(text, add_special_tokens=False)
+        if self._has_only(controls, tokens, text):
+            return tokens
         ids: list[int] = []
         offsets: list[Span] = []
         cursor = 0
@@ -176,24 +177,20 @@ class ContentTokenizer:
         return self._checked(tokens, controls, text)
 
     def encode_raw(self, text: str) -> Tokenised:
-        """A text without a template, between the tokenizer's own special tokens.
-
-        Raises:
-            SidelightError: As for ``encode_chat``.
-        """
-        controls = self._controls_in(self._usual(""), "")
-        usual = self._usual(text)
-        if self._has_only(controls, usual, text):
-            return usual
+        """Encodes a text without a template, between the tokenizer's own special tokens."""
+        controls = self._controls_in(self._tokenise(""), "")
+        tokens = self._tokenise(text)
+        if self._has_only(controls, tokens, text):
+            return tokens
         return self._checked(self._as_text(text, add_special_tokens=True), controls, text)
 
-    def _usual(self, text: str, **options: Any) -> Tokenised:
-        # Not verbose: it warns of long texts, for which there is an error of our own.
+    def _tokenise(self, text: str, **options: Any) -> Tokenised:
+        # Not verbose: it would warn of long texts, for which we have an error of our own.
         tokens = self._tokenizer(text, return_offsets_mapping=True, verbose=False, **options)
         return Tokenised(tokens["input_ids"], tokens["offset_mapping"])
 
     def _as_text(self, text: str, *, at: int = 0, add_special_tokens: bool = False) -> Tokenised:
-        """A run in which no control token is looked for; ``at``: where it begins."""
+        """Encodes a run without looking for control tokens; it begins at character ``at``."""
         run = self._without_controls.encode(text, add_special_tokens=add_special_tokens)
         return Tokenised(run.ids, [(at + start, at + end) for start, end in run.offsets])
 
@@ -209,7 +206,7 @@ class ContentTokenizer:
         return plain
 
     def _find_controls(self, piece: str) -> list[Control]:
-        return self._controls_in(self._usual(piece, add_special_tokens=False), piece)
+        return self._controls_in(self._tokenise(piece, add_special_tokens=False), piece)
 
     def _controls_in(self, tokens: Tokenised, text: str) -> list[Control]:
         controls: list[Control] = []
@@ -221,7 +218,7 @@ class ContentTokenizer:
         return controls
 
     def _has_only(self, controls: Sequence[Control], tokens: Tokenised, text: str) -> bool:
-        """Whether these are all control tokens; some may cover blanks of a content beside them."""
+        """Whether these are all its control tokens; they may cover blanks of a content nearby."""
         found = self._controls_in(tokens, text)
         return len(found) == len(controls) and all(
             own[0] == other[0] and own[1] <= other[1] and other[2] <= own[2]
@@ -231,8 +228,8 @@ class ContentTokenizer:
     def _checked(self, tokens: Tokenised, controls: Sequence[Control], text: str) -> Tokenised:
         if not self._has_only(controls, tokens, text):
             raise SidelightError(
-                "The text contains the name of a control token, and this model's tokenizer has no "
-                "other way to write it. Remove it from the text."
+                "The text contains the name of a control token, and this model's tokenizer cannot "
+                "write it as plain text. Remove it from the text."
             )
         return tokens
 
@@ -244,7 +241,7 @@ class EncodedPrompt:
     Attributes:
         token_ids: One id per token.
         parts: One ``Part`` per token.
-        dropped: Tokens of text removed to fit a training limit; always 0 outside training.
+        dropped: Tokens of text that were removed to fit a training limit; 0 outside training.
     """
 
     token_ids: tuple[int, ...]
@@ -255,25 +252,24 @@ class EncodedPrompt:
         return len(self.token_ids)
 
     def mask(self, reads: Reads) -> Bool[Tensor, " token"]:
-        """True where a probe with these ``reads`` looks."""
+        """True for the tokens that a probe reads."""
         wanted = reads.parts
         return torch.tensor([part in wanted for part in self.parts], dtype=torch.bool)
 
     def shortened(self, limit: int, reads: Reads | None = None) -> "EncodedPrompt":
-        """At most ``limit`` tokens: tokens of the text go, the template's stay.
+        """Removes tokens of the text, and none of the template, until ``limit`` remain.
 
-        For training only, where the caller counts and reports what was dropped. Where a probe reads
-        the prompt, the text's last tokens go. Where it reads the response, the prompt's first
-        tokens go, and the response's last ones if those do not suffice. Where it reads both, either
-        keeps half of the room if it needs that.
+        For training only, where the caller counts and reports what was dropped. A probe of the
+        prompt loses the text's last tokens. A probe of the response loses the prompt's first
+        tokens and, if that is not enough, the response's last ones. For a probe of both, prompt and
+        response each keep at least half of the room if they need it.
 
         Args:
-            limit: The most tokens.
-            reads: What the probe reads; None is the prompt.
+            limit: The largest length.
+            reads: What the probe reads; None means the prompt.
 
         Raises:
-            ContextLengthError: What is not read, the template and the system prompt, is longer
-                than ``limit``.
+            ContextLengthError: The template and the system prompt alone exceed ``limit``.
         """
         excess = len(self) - limit
         if excess <= 0:
@@ -301,34 +297,32 @@ class EncodedPrompt:
 
 
 def shared_length(texts: Sequence[Sequence[int]]) -> int:
-    """How many token ids all texts begin with."""
+    """The length of the longest beginning that all texts share."""
     columns = zip(*texts, strict=False)
     return len(list(takewhile(lambda column: len(set(column)) == 1, columns)))
 
 
 def shared_unread(prompts: Sequence[EncodedPrompt], reads: Reads) -> int:
-    """How many tokens all prompts begin with that no probe reads, such as a system prompt.
+    """The length of the unread beginning that all prompts share, such as a system prompt.
 
-    Args:
-        prompts: Each with a token that is read.
-        reads: What probes read.
+    Each prompt must have a token that is read.
     """
     unread = min(int(prompt.mask(reads).int().argmax()) for prompt in prompts)
     return shared_length([prompt.token_ids[:unread] for prompt in prompts])
 
 
-# What a template writes around longer conversations is found anew each time.
+# What a template writes around longer conversations is not cached.
 _CACHED_TURNS = 200
 
 
 class PromptEncoder:
     """Encodes conversations for one backbone.
 
-    No content becomes a special token, whatever it says; for other contents the ids are those of
-    the tokenizer's ``apply_chat_template``.
+    No content becomes a control token, whatever it says. Where no content contains the name of
+    one, the ids are those of the tokenizer's ``apply_chat_template``.
 
     Args:
-        tokenizer: A fast tokenizer (offsets are needed to know what a token belongs to).
+        tokenizer: A fast tokenizer (its offsets tell what each token belongs to).
         prompt_format: ``chat`` renders the model's chat template; ``raw`` joins the turns by line
             breaks and adds the tokenizer's own special tokens.
         max_tokens: The longest input that the backbone accepts.
@@ -339,15 +333,15 @@ class PromptEncoder:
         self._contents = ContentTokenizer(tokenizer)
         self.prompt_format: PromptFormat = prompt_format
         self.max_tokens = max_tokens
-        # Bounded in number and in turns: clients choose the sequences of roles.
+        # Clients choose the sequences of roles, so both their number and length are bounded.
         self._cached_literals = lru_cache(maxsize=256)(self._render_literals)
 
     def encode(self, messages: Conversation, response: str | None = None) -> EncodedPrompt:
         """Token ids of the conversation, ready for generation or followed by ``response``.
 
         Raises:
-            ContextLengthError: Longer than ``max_tokens``; nothing is cut.
-            SidelightError: No message, no token, or a template that cannot be followed.
+            ContextLengthError: It is longer than ``max_tokens``; nothing is cut.
+            SidelightError: It has no message or no token, or the template cannot be followed.
         """
         encoded = self.encode_any_length(messages, response)
         if not len(encoded):
@@ -362,12 +356,13 @@ class PromptEncoder:
     def encode_any_length(
         self, messages: Conversation, response: str | None = None
     ) -> EncodedPrompt:
-        """As ``encode``, with no limit on the length: for training, which reports what it cuts."""
+        """As ``encode``, without a limit: for training, which cuts by itself and reports it."""
         is_plain = isinstance(messages, PlainText)
-        turns = [Message("user", messages.content)] if is_plain else _known_roles(messages)
+        turns = [Message("user", messages.content)] if is_plain else [*messages]
         if not turns:
             raise SidelightError("A conversation needs at least one message.")
-        _require_whole_characters([*(turn.content for turn in turns), response or ""])
+        for text in (*(turn.content for turn in turns), response or ""):
+            require_whole_characters(text, place="The text")
         if is_plain or self.prompt_format == "raw":
             return self._encode_raw(turns, response)
         return self._encode_chat(turns, response)
@@ -376,14 +371,17 @@ class PromptEncoder:
         prompt = "\n".join(message.content for message in messages)
         tokens = self._contents.encode_raw(prompt + (response or ""))
         parts = [
-            # The tokenizer's own special tokens cover no text, and say (0, 0).
+            # The tokenizer's own special tokens cover no text: their offsets are (0, 0).
             Part.TEMPLATE if end == 0 else Part.PROMPT if start < len(prompt) else Part.RESPONSE
             for start, end in map(_whole, tokens.offsets)
         ]
         return EncodedPrompt(tuple(tokens.token_ids), tuple(parts))
 
     def _encode_chat(self, messages: Sequence[Message], response: str | None) -> EncodedPrompt:
-        turns = [*messages] if response is None else [*messages, Message("assistant", response)]
+        # Few chat templates know the role "developer", which speaks as the system.
+        turns = [replace(m, role="system") if m.role == "developer" else m for m in messages]
+        if response is not None:
+            turns.append(Message("assistant", response))
         rendered = self._render(turns, for_generation=response is None)
         spans = self._content_spans(rendered, turns, for_generation=response is None)
         first = next((i for i, turn in enumerate(turns) if turn.role != "system"), 0)
@@ -412,7 +410,7 @@ class PromptEncoder:
     def _content_spans(
         self, rendered: str, turns: Sequence[Message], *, for_generation: bool
     ) -> list[tuple[int, int]]:
-        """Where each turn's text stands in the rendered template, in characters."""
+        """The characters that each turn's text takes in the rendered template."""
         roles = tuple(turn.role for turn in turns)
         is_short = len(roles) <= _CACHED_TURNS
         find_literals = self._cached_literals if is_short else self._render_literals
@@ -420,21 +418,21 @@ class PromptEncoder:
         spans: list[tuple[int, int]] = []
         cursor = len(literals[0])
         for turn, literal in zip(turns, literals[1:], strict=True):
-            # Templates may strip a turn's text.
             text = turn.content
+            # Templates may strip a turn's text.
             forms = (text, text.strip(), text.lstrip(), text.rstrip(), text.strip("\n"))
             ends = [cursor + len(f) for f in forms if rendered.startswith(f + literal, cursor)]
             if not ends:
                 raise SidelightError(
-                    "The chat template rewrites the text, so its tokens cannot be told from the "
-                    "template's. Use the raw prompt format for this model (--format raw)."
+                    "The chat template rewrites the text, so its tokens cannot be told from those "
+                    "of the template. Use the raw prompt format for this model (--format raw)."
                 )
             spans.append((cursor, ends[0]))
             cursor = ends[0] + len(literal)
         return spans
 
     def _render_literals(self, roles: tuple[str, ...], *, for_generation: bool) -> list[str]:
-        """What the template writes before, between and after the texts of turns of these roles."""
+        """What the template writes before, between and after the texts of these turns."""
         marks = [f"sidelight-turn-{i}-text" for i in range(len(roles))]
         marked = [Message(role, mark) for role, mark in zip(roles, marks, strict=True)]
         rendered = self._render(marked, for_generation=for_generation)
@@ -453,19 +451,12 @@ class PromptEncoder:
         return [*literals, rendered[cursor:]]
 
 
-def _known_roles(messages: Sequence[Message]) -> list[Message]:
-    """A developer speaks as the system: few chat templates know the role."""
-    return [
-        Message("system", turn.content) if turn.role == "developer" else turn for turn in messages
-    ]
-
-
 def _token_parts(
     offsets: Sequence[tuple[int, int]],
     spans: Sequence[tuple[int, int]],
     kinds: Sequence[Part],
 ) -> tuple[Part, ...]:
-    """The part of each token: its turn's kind inside a turn's text, else template or unread."""
+    """The part of each token: the kind of the turn whose text it is in, or template or unread."""
     begin = min(s for (s, _), kind in zip(spans, kinds, strict=True) if kind != Part.UNREAD)
     end = spans[-1][0] if kinds[-1] == Part.RESPONSE else float("inf")
     parts: list[Part] = []
@@ -481,16 +472,6 @@ def _token_parts(
 
 
 def _whole(offset: tuple[int, int]) -> tuple[int, int]:
-    """The characters of a token; tokenizers that trim blanks say (end, end) for a blank one."""
+    """The span of a token; tokenizers that trim blanks give (end, end) for a blank one."""
     start, end = offset
     return (end - 1 if start == end > 0 else start, end)
-
-
-def _require_whole_characters(texts: Sequence[str]) -> None:
-    try:
-        "".join(texts).encode()
-    except UnicodeEncodeError as error:
-        raise SidelightError(
-            "The text has half of a character (a lone surrogate). Decode it from valid UTF-8 or "
-            "UTF-16 first."
-        ) from error

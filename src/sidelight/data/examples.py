@@ -1,4 +1,4 @@
-"""Texts with or without labels, and their parts. Knows no file format and no token ids."""
+"""Texts with or without labels, and how to split them. Knows no file format and no token ids."""
 
 import hashlib
 import json
@@ -24,9 +24,9 @@ class Example:
     """One chat to classify. A plain text is a chat of one user message.
 
     Attributes:
-        messages: The prompt, oldest turn first; at least one of them has some text.
+        messages: The prompt, oldest turn first; at least one message has some text.
         response: The assistant's answer, for probes that read responses.
-        place: Where it was read, such as `train.jsonl, line 17`, or "". Equality ignores it.
+        place: Where it was read, such as `train.jsonl, line 17`, or "". Ignored by equality.
     """
 
     messages: tuple[Message, ...]
@@ -40,7 +40,7 @@ class Example:
 
     @property
     def text_key(self) -> str:
-        """The same for prompts that differ only in case and spacing."""
+        """Equal for prompts that differ only in case and spacing."""
         return _without_case_and_spacing(self.text)
 
 
@@ -49,13 +49,13 @@ def _without_case_and_spacing(text: str) -> str:
 
 
 def place_of(example: Example, index: int) -> str:
-    """Where an example was read, or its number among those that are classified together."""
+    """Where an example was read, or else its number among the texts of the call."""
     return example.place or f"Text {index + 1}"
 
 
 @contextmanager
 def located(example: Example, index: int) -> Generator[None]:
-    """Puts `place_of` an example before the message of any error about it."""
+    """Begins the message of any error raised inside with the place of the example."""
     try:
         yield
     except SidelightError as error:
@@ -64,7 +64,7 @@ def located(example: Example, index: int) -> Generator[None]:
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """How many rows of the source were left out, and where the first empty one was."""
+    """How many rows of the source were left out, and the place of the first empty one."""
 
     empty_text: int = 0
     missing_label: int = 0
@@ -82,9 +82,9 @@ class Examples:
     Attributes:
         items: The texts.
         rows: All cells of each text's row, as read.
-        skipped: What loading left out; zero for a part made by `select` or `split`.
+        skipped: What loading left out; nothing for a part made by `select` or `split`.
         warnings: What the user should know about the data, one sentence each. A part made by
-            `select` or `split` has warnings of its own, not those of the whole.
+            `select` or `split` does not inherit them.
     """
 
     items: tuple[Example, ...]
@@ -93,12 +93,11 @@ class Examples:
     warnings: tuple[str, ...] = ()
 
     def __len__(self) -> int:
-        """The number of examples."""
         return len(self.items)
 
     @cached_property
     def content_hash(self) -> str:
-        """Sha256 over texts, responses and label names, in order; the same for every format."""
+        """SHA-256 of texts, responses and label names, in order; the same for every format."""
         digest = hashlib.sha256()
         for item, names in zip(self.items, self._label_names(), strict=True):
             turns = [[message.role, message.content] for message in item.messages]
@@ -106,11 +105,7 @@ class Examples:
         return digest.hexdigest()
 
     def column(self, name: str) -> tuple[object, ...]:
-        """One cell of each row, None where the row lacks it.
-
-        Raises:
-            SidelightError: No row has the column.
-        """
+        """This column's cell of each row; None where a row lacks it."""
         if not any(name in row for row in self.rows):
             known = {key for row in self.rows for key in row}
             raise SidelightError(
@@ -119,11 +114,7 @@ class Examples:
         return tuple(row.get(name) for row in self.rows)
 
     def truth_values(self, column: str) -> tuple[bool | None, ...]:
-        """What a column says about each row; None where the cell is empty.
-
-        Raises:
-            SidelightError: No row has the column, or a cell is neither empty nor a truth value.
-        """
+        """A column of truth values; None where the cell is empty."""
         cells = enumerate(self.column(column), start=1)
         return tuple(
             None if is_missing(cell) else truth_value(cell, f"example {n}", column)
@@ -142,19 +133,12 @@ class Examples:
         )
 
     def split(self: _Rows, fraction: float, seed: int) -> tuple[_Rows, _Rows]:
-        """Two parts: the examples to train on, and about `fraction` of them held out.
+        """Two parts: the examples to train on, and about `fraction` of the whole held out.
 
-        Each label keeps its share and, if it has two distinct texts, appears on both sides.
+        Each label keeps its share and, if it has two distinct texts, appears in both parts.
         Texts that differ only in case and spacing stay together, whatever their responses. If all
-        examples have the same text, responses that differ only in case and spacing do. A label with
-        a single text stays in the first part, which then carries a warning.
-
-        Args:
-            fraction: Share to hold out, above 0 and below 1.
-            seed: Decides which examples are held out.
-
-        Raises:
-            SidelightError: The fraction is out of range, or there are no two distinct texts.
+        examples have the same text, this holds for their responses instead. A label with a single
+        text stays in the first part, which then carries a warning.
         """
         if not 0 < fraction < 1:
             raise SidelightError(
@@ -162,7 +146,7 @@ class Examples:
             )
         if self.distinct < 2:
             raise SidelightError(
-                "Cannot split: all examples have the same text, and the same response if any. "
+                "Cannot split: all examples have the same text and the same response (if any). "
                 "Add more texts."
             )
         groups = self._text_groups()
@@ -172,13 +156,10 @@ class Examples:
         return warned, self.select(np.flatnonzero(held_out))
 
     def draw(self, count: int, seed: int) -> Int[Numbers, " _"]:
-        """Row numbers of `count` random examples, or of all if there are fewer, in their order.
+        """Row numbers, in order, of `count` random examples, or of all if there are fewer.
 
-        Each label keeps about its share, and none is lost. A text with several labels counts for
-        its rarest.
-
-        Raises:
-            SidelightError: There are more labels than examples to draw.
+        Each label keeps about its share, and none is lost. A text with several labels counts
+        towards the rarest of them.
         """
         if count >= len(self):
             return np.arange(len(self))
@@ -193,15 +174,11 @@ class Examples:
         for stratum in np.unique(rarest):
             own = shuffled[rarest[shuffled] == stratum]
             place[own] = np.arange(len(own)) / len(own)
-        # The first example of every label has place 0, so all of these are drawn before any other.
+        # The first example of each label has place 0, so these are drawn before all others.
         return np.sort(shuffled[np.argsort(place[shuffled], kind="stable")[:count]])
 
     def folds(self, count: int, seed: int) -> tuple[Int[Numbers, " _"], ...]:
-        """Row numbers of two or more parts, each drawn like the part that `split` holds out.
-
-        Raises:
-            SidelightError: There are fewer distinct texts than parts.
-        """
+        """Row numbers of two or more parts, each drawn like the part that `split` holds out."""
         if self.distinct < count:
             raise SidelightError(
                 f"Cannot make {count} parts of {self.distinct} distinct texts. Add more texts."
@@ -218,11 +195,11 @@ class Examples:
 
     @property
     def distinct(self) -> int:
-        """The number of distinct texts, which `split` and `folds` never divide."""
+        """The number of distinct texts; `split` and `folds` keep equal texts together."""
         return int(self._text_groups().max(initial=-1)) + 1
 
     def _text_groups(self) -> Int[Numbers, " row"]:
-        """Number of each example's text, or of its response if all have the same text."""
+        """The number of each example's text, or of its response if all texts are the same."""
         numbers: dict[str, int] = {}
         keys = [item.text_key for item in self.items]
         if len(set(keys)) == 1:
@@ -233,7 +210,7 @@ class Examples:
         return [[] for _ in self.items]
 
     def _strata(self) -> Bool[Flags, "row stratum"]:
-        """The groups of rows whose shares a split keeps: here all rows, with labels each label."""
+        """The groups of rows whose shares a split keeps: one per label, or all rows in one."""
         return np.ones((len(self), 1), dtype=np.bool_)
 
     def _split_warnings(self, groups: Int[Numbers, " row"]) -> tuple[str, ...]:
@@ -246,7 +223,7 @@ class LabelledExamples(Examples):
 
     Attributes:
         task: The label space.
-        labels: `[row]` class index (0/1 for a binary task), or `[row, label]` of 0/1 for a
+        labels: `[row]` of class indices (0/1 for a binary task), or `[row, label]` of 0/1 for a
             multi-label task.
     """
 
@@ -254,7 +231,6 @@ class LabelledExamples(Examples):
     labels: Int[Numbers, "row ..."]
 
     def select(self, indices: Iterable[SupportsIndex]) -> "LabelledExamples":
-        """The examples at these positions, in this order."""
         chosen = [operator.index(position) for position in indices]
         return replace(super().select(chosen), labels=self.labels[chosen])
 
@@ -278,11 +254,7 @@ class LabelledExamples(Examples):
 
 
 def require_labelled(examples: Examples) -> LabelledExamples:
-    """The examples, known to have labels.
-
-    Raises:
-        SidelightError: They have none.
-    """
+    """The examples, if they have labels; else an error."""
     if not isinstance(examples, LabelledExamples):
         raise SidelightError(
             "These examples have no labels. Name the column with --label (label= in Python)."

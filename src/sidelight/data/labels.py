@@ -1,4 +1,4 @@
-"""Label cells as a task and an array of numbers. Knows no file format and no texts."""
+"""Turns label cells into a task and an array of numbers. Knows no file format and no texts."""
 
 import re
 from collections import Counter
@@ -9,9 +9,10 @@ from numbers import Real
 import numpy as np
 from jaxtyping import Int
 
-from sidelight.data.readers import Row, is_list, plain, require_whole_characters
+from sidelight.data.readers import Row, is_list, plain
 from sidelight.data.splitting import Numbers
 from sidelight.errors import SidelightError, did_you_mean
+from sidelight.prompts import require_whole_characters
 from sidelight.types import Task
 
 _TRUTH = {"0": False, "1": True, "false": False, "true": True, "no": False, "yes": True}
@@ -31,11 +32,7 @@ def is_missing(cell: object) -> bool:
 
 
 def truth_value(cell: object, place: str, column: str) -> bool:
-    """A cell of 0/1, true/false or no/yes.
-
-    Raises:
-        SidelightError: It holds something else.
-    """
+    """The truth value in a cell: 0/1, true/false or no/yes, in any spelling."""
     name = _label_name(cell, f"{place}, column '{column}'")
     if name not in _TRUTH:
         raise SidelightError(
@@ -47,38 +44,29 @@ def truth_value(cell: object, place: str, column: str) -> bool:
 def encode_labels(
     rows: Sequence[Row], columns: Sequence[str], *, positive: str | None, task: Task | None
 ) -> _Encoded:
-    """Encodes one column of labels or lists of labels, or several columns of 0/1.
+    """Encodes one column of labels or of lists of labels, or several columns of 0/1.
 
     Args:
         rows: At least one row, none with a missing label.
         columns: Names of the columns.
         positive: The positive class of a binary task.
-        task: A label space to map to, for evaluation; None infers one from the labels.
-
-    Returns:
-        The task, the labels, and warnings.
-
-    Raises:
-        SidelightError: A value is not a label of the task, or the labels make no task.
+        task: The label space to map to, for evaluation; None infers one from the labels.
     """
-    are_flags = len(columns) > 1
-    if not are_flags and not is_list(plain(rows[0].cells[columns[0]])):
-        return _encode_names(rows, columns[0], positive=positive, task=task)
+    if len(columns) == 1 and not is_list(plain(rows[0].cells[columns[0]])):
+        return _encode_classes(rows, columns[0], positive=positive, task=task)
     if positive is not None:
         raise SidelightError(
             f"positive='{positive}' is for two classes, but here a text may have several labels. "
             "Leave it out."
         )
-    return (
-        _encode_flags(rows, columns, task) if are_flags else _encode_lists(rows, columns[0], task)
-    )
+    return _encode_sets(rows, columns, task)
 
 
 def _label_name(cell: object, place: str) -> str:
-    """The one spelling of a label, the same for every file format.
+    """The spelling of a label, which is the same for every file format.
 
-    1, 1.0, "1" and " 1 " are all the label "1". True and "TRUE" are "true", "Yes" is "yes". In all
-    other names, upper and lower case differ.
+    1, 1.0, "1" and " 1 " all become "1"; True and "TRUE" become "true", "Yes" becomes "yes". All
+    other names keep their case.
     """
     value = plain(cell)
     if not isinstance(value, str | Real | Decimal):
@@ -87,7 +75,7 @@ def _label_name(cell: object, place: str) -> str:
             f"{str(value)[:60]}. Write one label, or a list of labels in every row."
         )
     name = str(value).strip()
-    require_whole_characters(name, place=place)
+    require_whole_characters(name, place=f"{place}: the label")
     if name.lower() in _TRUTH:
         return name.lower()
     whole = _WHOLE_NUMBER.fullmatch(name)
@@ -126,14 +114,14 @@ def _lookup(row: Row, name: str, index: Mapping[str, int]) -> int:
     return index[name]
 
 
-def _encode_names(
+def _encode_classes(
     rows: Sequence[Row], column: str, *, positive: str | None, task: Task | None
 ) -> _Encoded:
     names = [_label_name(row.cells[column], row.place) for row in rows]
     warnings: tuple[str, ...] = ()
     if task is None:
         task = _infer_task(names, column, positive)
-        if positive is None and task.kind == "binary" and not _name_truth(task.labels):
+        if positive is None and task.kind == "binary" and not _has_known_order(task.labels):
             other, chosen = task.labels
             warnings = (
                 f"No positive class was named, so '{chosen}' is taken (the rarer label, or the "
@@ -142,7 +130,7 @@ def _encode_names(
             )
     elif task.kind == "multilabel":
         raise SidelightError(
-            f"Column '{column}' holds one label a row, but the task is multi-label "
+            f"Column '{column}' holds one label per row, but the task is multi-label "
             f"({', '.join(task.labels)}). Give lists of labels, or one column of 0/1 per label."
         )
     elif positive is not None:
@@ -186,8 +174,8 @@ def _infer_task(names: Sequence[str], column: str, positive: str | None) -> Task
     return Task("multiclass", labels)
 
 
-def _name_truth(labels: tuple[str, ...]) -> bool:
-    """Whether two names say by themselves which is positive; -1 does so beside 1 only."""
+def _has_known_order(labels: tuple[str, ...]) -> bool:
+    """Whether the two names themselves say which is positive; -1 is negative only beside 1."""
     return set(labels) <= _TRUTH.keys() or set(labels) == _SIGNS
 
 
@@ -196,7 +184,7 @@ def _ordered_pair(
 ) -> tuple[str, ...]:
     """Negative and positive."""
     if positive is None:
-        if _name_truth(labels):
+        if _has_known_order(labels):
             return labels
         # The sort is stable and labels are in order: of two equal counts the last one is positive.
         return tuple(sorted(labels, key=lambda name: -counts[name]))
@@ -209,14 +197,40 @@ def _ordered_pair(
     return labels if index[name] == 1 else labels[::-1]
 
 
-def _encode_lists(rows: Sequence[Row], column: str, task: Task | None) -> _Encoded:
-    sets = [_label_set(row, column) for row in rows]
-    task = _multilabel_task(_sorted(set[str]().union(*sets)), task)
+def _encode_sets(rows: Sequence[Row], columns: Sequence[str], task: Task | None) -> _Encoded:
+    """Each row's set of labels: a list in one column, or several columns of 0/1."""
+    if task is not None and task.kind != "multilabel":
+        raise SidelightError(
+            f"The task is {task.kind} ({', '.join(task.labels)}), but here a text may have several "
+            "labels. Name one column with one label per row."
+        )
+    if len(columns) > 1:
+        if task is not None and set(columns) != set(task.labels):
+            raise SidelightError(
+                f"The task has the labels {', '.join(task.labels)}, but the columns are "
+                f"{', '.join(columns)}. Name one column of 0/1 per label."
+            )
+        names = tuple(columns)
+        sets = [{n for n in names if truth_value(row.cells[n], row.place, n)} for row in rows]
+    else:
+        sets = [_label_set(row, columns[0]) for row in rows]
+        names = _sorted(set[str]().union(*sets))
+    if task is None and not 2 <= len(names) <= _MOST_LABELS:
+        raise SidelightError(
+            f"Got {len(names)} distinct labels where a text may have several, wanted 2 to "
+            f"{_MOST_LABELS}. For a single label, use one column of 0/1."
+        )
+    task = task or Task("multilabel", names)
     index = _label_index(task)
-    labels = np.zeros((len(rows), len(task.labels)), dtype=np.int64)
-    for number, (row, names) in enumerate(zip(rows, sets, strict=True)):
-        labels[number, [_lookup(row, name, index) for name in names]] = 1
-    return task, labels, _constant_labels(task, labels)
+    labels = np.zeros((len(rows), len(index)), dtype=np.int64)
+    for row, held, flags in zip(rows, sets, labels, strict=True):
+        flags[[_lookup(row, name, index) for name in held]] = 1
+    warnings = tuple(
+        f"Label '{name}' holds in {count} of {len(rows)} rows: nothing can be learned from it."
+        for name, count in zip(task.labels, labels.sum(axis=0), strict=True)
+        if count in (0, len(rows))
+    )
+    return task, labels, warnings
 
 
 def _label_set(row: Row, column: str) -> set[str]:
@@ -231,40 +245,3 @@ def _label_set(row: Row, column: str) -> set[str]:
             f"{row.place}: the list of labels {str(cell)[:60]} holds an empty one. Remove it."
         )
     return {_label_name(value, row.place) for value in cell}
-
-
-def _encode_flags(rows: Sequence[Row], columns: Sequence[str], task: Task | None) -> _Encoded:
-    task = _multilabel_task(columns, task)
-    if set(columns) != set(task.labels):
-        raise SidelightError(
-            f"The task has the labels {', '.join(task.labels)}, but the columns are "
-            f"{', '.join(columns)}. Name one column of 0/1 per label."
-        )
-    flags = [
-        [truth_value(row.cells[name], row.place, name) for name in task.labels] for row in rows
-    ]
-    labels = np.array(flags, dtype=np.int64)
-    return task, labels, _constant_labels(task, labels)
-
-
-def _multilabel_task(labels: Sequence[str], task: Task | None) -> Task:
-    if task is not None and task.kind != "multilabel":
-        raise SidelightError(
-            f"The task is {task.kind} ({', '.join(task.labels)}), but here a text may have several "
-            "labels. Name one column with one label a row."
-        )
-    if task is None and not 2 <= len(labels) <= _MOST_LABELS:
-        raise SidelightError(
-            f"Got {len(labels)} distinct labels where a text may have several, wanted 2 to "
-            f"{_MOST_LABELS}. For a single label, use one column of 0/1."
-        )
-    return task or Task("multilabel", tuple(labels))
-
-
-def _constant_labels(task: Task, labels: Int[Numbers, "row label"]) -> tuple[str, ...]:
-    counts = labels.sum(axis=0)
-    return tuple(
-        f"Label '{name}' holds in {count} of {len(labels)} rows: nothing can be learned from it."
-        for name, count in zip(task.labels, counts, strict=True)
-        if count in (0, len(labels))
-    )

@@ -16,11 +16,10 @@ from sidelight.data.readers import (
     is_mapping,
     plain,
     read_rows,
-    require_whole_characters,
 )
 from sidelight.data.splitting import Numbers
 from sidelight.errors import SidelightError, did_you_mean
-from sidelight.prompts import Message
+from sidelight.prompts import Message, require_whole_characters
 from sidelight.types import Task
 
 OnMissingLabel = Literal["error", "skip"]
@@ -111,11 +110,7 @@ def load_examples(
 def _find_columns(
     rows: Sequence[Row], *, text: str, label: str | None, response: str | None
 ) -> tuple[str, ...]:
-    """The columns of labels: `label` may name several, or one whose own name has a comma.
-
-    Raises:
-        SidelightError: No row has one of the columns.
-    """
+    """The columns of labels: `label` names several, or a single one whose name has a comma."""
     known = tuple(dict.fromkeys(name for row in rows for name in row.cells))
     labels = () if label is None else (label,)
     if label is not None and label not in known:
@@ -137,17 +132,13 @@ def _find_columns(
 def _parse_example(row: Row, text: str, response: str | None) -> Example | None:
     """The row's example; None if its text or response is empty."""
     messages = _parse_chat(row.cells.get(text), row.place)
-    if response is None:
-        return Example(messages, place=row.place) if messages else None
-    answer = _parse_text(row.cells.get(response), row.place)
-    return Example(messages, answer, row.place) if messages and answer.strip() else None
+    answer = None if response is None else _parse_text(row.cells.get(response), row.place)
+    is_empty = not messages or (answer is not None and not answer.strip())
+    return None if is_empty else Example(messages, answer, row.place)
 
 
 def _parse_chat(cell: object, place: str) -> tuple[Message, ...]:
-    """The messages of a cell: a string is one user message, a list is a chat.
-
-    Empty if the cell holds nothing but white space.
-    """
+    """The messages of a cell (a string is one user message); none if all are white space."""
     cell = plain(cell)
     if not is_list(cell):
         cell = [{"role": "user", "content": cell}]
@@ -184,7 +175,7 @@ def _parse_text(cell: object, place: str) -> str:
             f"{place}: expected a text (a string, or a list of messages), got {_shown(cell)}. "
             "Put quotes around it, or name the right column."
         )
-    require_whole_characters(cell, place=place)
+    require_whole_characters(cell, place=f"{place}: the text")
     return cell
 
 
@@ -193,7 +184,7 @@ def _shown(value: object) -> str:
 
 
 def _emptiness(rows: Sequence[Row], text: str, response: str | None) -> str:
-    """Names the column to blame when no row can be used."""
+    """Says which column is to blame when no row can be used."""
     if not any(_parse_chat(row.cells.get(text), row.place) for row in rows):
         return (
             f"column '{text}' is empty in all {len(rows)} rows. Name another column of texts with "

@@ -1,4 +1,7 @@
-"""Rows of a table, from a file, the Hugging Face hub or memory. Knows no texts and no labels."""
+"""Rows of a table, from a file, the Hugging Face hub or memory. Knows no texts and no labels.
+
+The files are read by hand, for errors that name the line (docs/dependencies.md says more).
+"""
 
 import csv
 import gzip
@@ -26,12 +29,12 @@ _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """The cells of one row by column, and where they stood.
+    """The cells of one row by column, and where they were.
 
     Attributes:
         source: Name of the file or data set.
         position: Where in the source, such as `line 17`.
-        cells: Value of each column.
+        cells: The value of each column.
     """
 
     source: str
@@ -40,38 +43,22 @@ class Row:
 
     @property
     def place(self) -> str:
-        """Source and position, to begin an error message with."""
+        """Source and position, as error messages begin."""
         return f"{self.source}, {self.position}"
 
 
 def plain(value: object) -> object:
-    """A NumPy array as a list and a NumPy scalar as a Python one; anything else as it is."""
+    """A NumPy array as a list, a NumPy scalar as a Python value; anything else unchanged."""
     return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
 
 
 def is_mapping(value: object) -> TypeGuard[Mapping[str, object]]:
-    """Whether a cell is an object with named fields."""
     return isinstance(value, Mapping)
 
 
 def is_list(value: object) -> TypeGuard[Sequence[object]]:
     """Whether a cell is a list; a string is not."""
     return isinstance(value, Sequence) and not isinstance(value, str | bytes)
-
-
-def require_whole_characters(text: str, *, place: str) -> None:
-    """Checks that a text can be written as UTF-8.
-
-    Raises:
-        SidelightError: It holds half of a surrogate pair.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise SidelightError(
-            f"{place}: the text holds half a character (a lone surrogate) at position "
-            f"{error.start}. Remove it, or write the file again from the original."
-        ) from error
 
 
 def read_rows(
@@ -82,11 +69,8 @@ def read_rows(
     Args:
         source: A file, a Hugging Face data set as `name` or `name:config`, or rows.
         split: Split of a Hugging Face data set; None means `train`.
-        text: Column that the first half of a (text, label) pair becomes.
-        label: Column that the second half becomes.
-
-    Raises:
-        SidelightError: The source cannot be read.
+        text: Name to give to the first half of (text, label) pairs.
+        label: Name to give to the second half.
     """
     if isinstance(source, str):
         path = Path(source)
@@ -96,7 +80,7 @@ def read_rows(
     if split is not None:
         raise SidelightError(
             f"split='{split}' chooses a part of a Hugging Face data set, but the source is a file "
-            "or rows in memory. Give only the rows of that split."
+            "or rows in memory. Leave split out, and give only the rows of that split."
         )
     return read_file(source) if isinstance(source, Path) else _read_memory(source, text, label)
 
@@ -112,8 +96,8 @@ def read_file(path: Path) -> list[Row]:
         raise SidelightError(_absence(path))
     if not is_readable(path):
         raise SidelightError(
-            f"Cannot read '{path.name}': its name must end in {', '.join(_READERS)}; all but "
-            ".parquet also with .gz. Convert the file, or rename it to what it holds."
+            f"Cannot read '{path.name}': its name must end in {', '.join(_READERS)} (or, except "
+            "for .parquet, in one of these and .gz). Convert the file, or correct its name."
         )
     try:
         rows = _READERS[_format_suffix(path)](path)
@@ -127,20 +111,20 @@ def read_file(path: Path) -> list[Row]:
 
 
 def is_readable(path: Path) -> bool:
-    """Whether a name ends like a format that can be read; the file need not exist."""
+    """Whether the name has the ending of a format that can be read; no file need exist."""
     return _format_suffix(path) in _READERS
 
 
 def _format_suffix(path: Path) -> str:
-    """The ending that tells the format: `.csv` for `train.csv.gz`."""
+    """The ending that names the format: `.csv` for `train.csv.gz`."""
     suffix = path.suffix.lower()
     inner = Path(path.stem).suffix.lower()
-    # A Parquet file is compressed inside.
+    # Parquet has compression of its own.
     return inner if suffix == ".gz" and inner != ".parquet" else suffix
 
 
 def _files_beside(path: Path) -> list[str]:
-    """The readable files beside a path, or in a folder: those of a similar name, or any."""
+    """Readable files in a folder, or beside a file: those of similar names, or else any."""
     directory = path if path.is_dir() else path.parent
     if not directory.is_dir():
         return []
@@ -164,7 +148,7 @@ def _absence(path: Path) -> str:
 
 
 def _read_text(path: Path) -> str:
-    """The UTF-8 text of a plain or gzip file, without a byte order mark."""
+    """The text of a UTF-8 file, plain or gzip, without a byte order mark."""
     content = path.read_bytes()
     if path.suffix.lower() == ".gz":
         try:

@@ -1,6 +1,6 @@
-"""Which examples to hold out, so that labels keep their share and groups stay whole.
+"""Chooses examples to hold out, so that labels keep their share and groups stay whole.
 
-Knows numbers only: group and label indices, no texts.
+Knows only numbers (group and label indices), no texts.
 """
 
 import numpy as np
@@ -10,25 +10,19 @@ from numpy.typing import NDArray
 Numbers = NDArray[np.int64]
 Flags = NDArray[np.bool_]
 
-
-# Rows that are enough to choose a threshold and a calibration by.
+# Enough rows to choose a threshold and a calibration on.
 _ENOUGH_VALIDATION_ROWS = 150
 
 
 def validation_share(rows: int) -> float:
-    """Which part of so many rows to hold out for validation: 15 %, or up to 30 % of few."""
+    """The share of the rows to hold out for validation: 15 %, or up to 30 % if there are few."""
     return max(0.15, min(0.3, _ENOUGH_VALIDATION_ROWS / rows))
 
 
 def indicators(labels: Int[Numbers, "row ..."], *, classes: int) -> Bool[Flags, "row stratum"]:
-    """Which stratum each row belongs to.
+    """The strata that each row belongs to: one per label.
 
-    Args:
-        labels: Class index of each row, or 0/1 for each row and label.
-        classes: Number of labels of the task.
-
-    Returns:
-        One stratum per label; a multi-label task has a last one for the rows where no label holds.
+    A multi-label task (`labels` has two axes) gets one more, for the rows where no label holds.
     """
     if labels.ndim == 1:
         return labels[:, None] == np.arange(classes)
@@ -43,13 +37,13 @@ def hold_out(
     fraction: float,
     seed: int,
 ) -> Bool[Flags, " row"]:
-    """Chooses whole groups, the rarest stratum first, until each has its share held out.
+    """Chooses whole groups, the rarest stratum first, until each stratum has its share held out.
 
-    A greedy form of iterative stratification (Sechidis, Tsoumakas & Vlahavas 2011): with one label
+    A greedy form of iterative stratification (Sechidis, Tsoumakas & Vlahavas 2011); with one label
     per row it is plain stratified sampling.
 
     Args:
-        groups: Number of each row's group, from 0; rows of one group are never parted.
+        groups: Number of each row's group, from 0; rows of one group stay together.
         strata: Which strata each row belongs to, at least one.
         fraction: Share of each stratum's rows to hold out, between 0 and 1.
         seed: Decides the order in which groups are tried.
@@ -57,21 +51,14 @@ def hold_out(
     Returns:
         Whether each row is held out.
     """
-    sizes = _rows_by_group(groups, strata)
+    # The number of rows that each group has in each stratum.
+    sizes = np.zeros((int(groups.max(initial=-1)) + 1, strata.shape[1]), dtype=np.int64)
+    np.add.at(sizes, groups, strata)
     order = np.random.default_rng(seed).permutation(len(sizes))
     training, held_out = np.zeros((2, len(sizes)), dtype=np.bool_)
     for stratum in np.argsort(sizes.sum(axis=0), kind="stable"):
         _assign(training, held_out, sizes=sizes[:, stratum], order=order, fraction=fraction)
     return held_out[groups]
-
-
-def _rows_by_group(
-    groups: Int[Numbers, " row"], strata: Bool[Flags, "row stratum"]
-) -> Int[Numbers, "group stratum"]:
-    """The number of rows that each group has in each stratum."""
-    sizes = np.zeros((int(groups.max(initial=-1)) + 1, strata.shape[1]), dtype=np.int64)
-    np.add.at(sizes, groups, strata)
-    return sizes
 
 
 def _assign(
@@ -82,7 +69,7 @@ def _assign(
     order: Int[Numbers, " group"],
     fraction: float,
 ) -> None:
-    """Puts every free group of one stratum on a side, in place; both sides get one if they can."""
+    """Puts every free group of one stratum on a side, in place; each side gets one if it can."""
     free = [group for group in order if sizes[group] and not training[group] | held_out[group]]
     if free and not sizes[training].any():
         training[free.pop(0)] = True
