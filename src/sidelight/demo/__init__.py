@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
@@ -15,12 +15,16 @@ from sidelight.artifact import save_probe
 from sidelight.backbone import TransformersBackbone, load_backbone
 from sidelight.data.loading import load_examples
 from sidelight.evaluation import Report
+from sidelight.server import needs_extra
 from sidelight.server.process import ServerProcess
 from sidelight.smollm2 import EMBEDDED_NAME, cache_root
 from sidelight.training.classifier import Classifier
 from sidelight.training.fit import fit
 from sidelight.training.runs import console
 from sidelight.training.settings import FitOptions
+
+if TYPE_CHECKING:
+    from openai import OpenAI
 
 _DATA = Path(__file__).parent / "data"
 # Task, and the positive class of a binary one.
@@ -40,6 +44,8 @@ def run_demo(*, keep: bool, port: int) -> None:
         keep: Whether the server stays until Ctrl-C.
         port: To serve on; 0 takes a free one.
     """
+    with needs_extra():
+        from openai import OpenAI
     start = time.monotonic()
     _say("Loading the embedded model (unpacked to the cache the first time)")
     backbone = load_backbone(EMBEDDED_NAME)
@@ -47,7 +53,7 @@ def run_demo(*, keep: bool, port: int) -> None:
     _say("Serving the model and its probes")
     with ServerProcess(folders, port=port) as server:
         server.wait_until_ready()
-        _ask(server.url)
+        _ask(OpenAI(base_url=f"{server.url}/v1", api_key="unused"))
         _say(f"Done in {time.monotonic() - start:.0f} s. Your own probe: sidelight train --help")
         _say("Serve these: sidelight serve " + " ".join(f"--probe {path}" for path in folders))
         if keep:
@@ -73,11 +79,8 @@ def _table(task: str, report: Report) -> Table:
     return table
 
 
-def _ask(url: str) -> None:
-    from openai import OpenAI
-
+def _ask(client: "OpenAI") -> None:
     _say("One chat completion through the openai client: text and verdicts together")
-    client = OpenAI(base_url=f"{url}/v1", api_key="unused")
     answer = client.chat.completions.create(
         model=EMBEDDED_NAME,
         messages=[{"role": "user", "content": _QUESTION}],
