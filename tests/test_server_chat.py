@@ -11,7 +11,7 @@ from live import MODEL, http_client, openai_client, served
 from sidelight.engines.queue import Limits
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.prompts import Reads
-from sidelight.server.errors import RequestError, failure_body
+from sidelight.server.errors import RequestError, as_request_error
 from tiny import three_probes, tiny_backbone, untrained_probe
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -260,7 +260,7 @@ def test_a_failure_midway_ends_the_stream_with_an_error(backbone):
 
 def test_a_refusal_in_the_midst_of_a_stream_keeps_its_code():
     error = RequestError("no", status=503, type="server_error", code="audit_failed", param="x")
-    assert failure_body(error) == error.body
+    assert as_request_error(error).body == error.body
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -17,7 +17,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from sidelight.errors import SidelightError
 from sidelight.server.config import ServerConfig
-from sidelight.server.errors import error_body
+from sidelight.server.errors import RequestError
 
 # Connections accepted in one turn of the event loop. All of them are open for some turns before
 # those that are too many are closed.
@@ -73,7 +73,7 @@ class BoundedProtocol(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """Refuses what is not HTTP, in the shape of every other refusal."""
-        body = json.dumps(error_body(msg, type="invalid_request_error")).encode()
+        body = json.dumps(RequestError(msg).body).encode()
         head = (
             "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\n"
             f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"

@@ -1,8 +1,6 @@
 """Every failure as an answer in OpenAI's error shape, without tracebacks and without prompts."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -18,35 +16,27 @@ from sidelight.server.report import refusal_headers
 _RELOAD_S = 5
 # As nginx logs a client that left; nobody receives it.
 _CLIENT_LEFT = 499
-_MAX_TOLD = 500
+_MAX_QUOTED = 500
 
-
-@dataclass(frozen=True)
-class _Kind:
-    status: int
-    type: str
-    code: str | None = None
-
-
-_KINDS: dict[type[SidelightError], _Kind] = {
-    SidelightError: _Kind(400, "invalid_request_error"),
-    ContextLengthError: _Kind(400, "invalid_request_error", "context_length_exceeded"),
-    EngineBusyError: _Kind(429, "rate_limit_error", "engine_busy"),
-    EngineUnavailableError: _Kind(503, "server_error", "unavailable"),
-    GenerationError: _Kind(500, "server_error", "generation_failed"),
-    VerdictError: _Kind(500, "server_error", "verdict_failed"),
+# Status, OpenAI's type, and code, by the nearest class of an error.
+_KINDS: dict[type[SidelightError], tuple[int, str, str | None]] = {
+    SidelightError: (400, "invalid_request_error", None),
+    ContextLengthError: (400, "invalid_request_error", "context_length_exceeded"),
+    EngineBusyError: (429, "rate_limit_error", "engine_busy"),
+    EngineUnavailableError: (503, "server_error", "unavailable"),
+    GenerationError: (500, "server_error", "generation_failed"),
+    VerdictError: (500, "server_error", "verdict_failed"),
 }
-
-# By whose fault the policy refuses a request.
-_POLICY_KINDS = {
-    "request": _Kind(400, "invalid_request_error"),
-    "failed": _Kind(500, "server_error"),
-    "late": _Kind(504, "server_error"),
+# Status and type of a policy's refusal, by who is at fault.
+_FAULTS = {
+    "request": (400, "invalid_request_error"),
+    "failed": (500, "server_error"),
+    "late": (504, "server_error"),
 }
 
 
 class RequestError(SidelightError):
-    """A request that the HTTP layer refuses.
+    """An error as HTTP answers it.
 
     Args:
         message: What was got, what was wanted, what to do.
@@ -69,67 +59,44 @@ class RequestError(SidelightError):
     ):
         super().__init__(message)
         self.status = status
-        self.body = error_body(message, type=type, code=code, param=param)
+        self.body = {"error": {"message": message, "type": type, "param": param, "code": code}}
         self.headers = headers
 
-
-def error_body(
-    message: str, *, type: str, code: str | None = None, param: str | None = None
-) -> dict[str, Any]:
-    """The JSON of an error."""
-    return {"error": {"message": message, "type": type, "param": param, "code": code}}
+    def answer(self) -> JSONResponse:
+        return JSONResponse(self.body, status_code=self.status, headers=self.headers)
 
 
-def failure_body(error: SidelightError) -> dict[str, Any]:
-    """The JSON of an error in the midst of a stream."""
-    if isinstance(error, RequestError):
-        return error.body
-    kind = _kind(error)
-    if isinstance(error, PolicyError):
-        return error_body(str(error), type=kind.type, code=error.code, param=error.param)
-    return error_body(str(error), type=kind.type, code=kind.code)
+def as_request_error(error: SidelightError) -> RequestError:
+    message, headers = str(error), None
+    match error:
+        case RequestError():
+            return error
+        case PolicyError(code=code, param=param, decisions=decisions):
+            status, kind = _FAULTS[error.fault]
+            headers = refusal_headers(decisions) if decisions else None
+            return RequestError(
+                message, status=status, type=kind, code=code, param=param, headers=headers
+            )
+        case EngineBusyError():
+            headers = {"Retry-After": str(error.retry_after_s)}
+        case EngineUnavailableError():
+            headers = {"Retry-After": str(_RELOAD_S)}
+        case _:
+            pass
+    status, kind, code = next(_KINDS[base] for base in type(error).__mro__ if base in _KINDS)
+    return RequestError(message, status=status, type=kind, code=code, headers=headers)
 
 
 def add_error_handlers(app: FastAPI) -> None:
     """Makes every failure of ``app`` answer in OpenAI's shape; ``RequestScope`` answers crashes."""
-    app.exception_handler(RequestError)(_refused)
-    app.exception_handler(PolicyError)(_refused_by_policy)
-    app.exception_handler(EngineBusyError)(_busy)
-    app.exception_handler(EngineUnavailableError)(_unavailable)
     app.exception_handler(SidelightError)(_failed)
     app.exception_handler(RequestValidationError)(_invalid)
     app.exception_handler(HTTPException)(_not_served)
     app.exception_handler(ClientDisconnect)(_left)
 
 
-def _kind(error: SidelightError) -> _Kind:
-    if isinstance(error, PolicyError):
-        return _POLICY_KINDS[error.fault]
-    return next(_KINDS[base] for base in type(error).__mro__ if base in _KINDS)
-
-
-def _answer(error: SidelightError, headers: Mapping[str, str] | None = None) -> Response:
-    return JSONResponse(failure_body(error), status_code=_kind(error).status, headers=headers)
-
-
-async def _refused(_request: Request, error: RequestError) -> Response:
-    return JSONResponse(error.body, status_code=error.status, headers=error.headers)
-
-
-async def _refused_by_policy(_request: Request, error: PolicyError) -> Response:
-    return _answer(error, refusal_headers(error.decisions) if error.decisions else None)
-
-
-async def _busy(_request: Request, error: EngineBusyError) -> Response:
-    return _answer(error, {"Retry-After": str(error.retry_after_s)})
-
-
-async def _unavailable(_request: Request, error: EngineUnavailableError) -> Response:
-    return _answer(error, {"Retry-After": str(_RELOAD_S)})
-
-
 async def _failed(_request: Request, error: SidelightError) -> Response:
-    return _answer(error)
+    return as_request_error(error).answer()
 
 
 async def _invalid(_request: Request, error: RequestValidationError) -> Response:
@@ -141,19 +108,17 @@ async def _invalid(_request: Request, error: RequestValidationError) -> Response
         if param
         else "The body must be a JSON object, sent with Content-Type: application/json."
     )
-    body = error_body(message, type="invalid_request_error", param=param or None)
-    return JSONResponse(body, status_code=400)
+    return RequestError(message, param=param or None).answer()
 
 
 def _shortened(text: str) -> str:
-    """The text without what the client has written at length: keys, and values of a wrong kind."""
-    return text if len(text) <= _MAX_TOLD else f"{text[:_MAX_TOLD]}..."
+    """Without what the client has written at length: keys, and values of a wrong kind."""
+    return text if len(text) <= _MAX_QUOTED else f"{text[:_MAX_QUOTED]}..."
 
 
 async def _not_served(request: Request, error: HTTPException) -> Response:
     message = f"{request.method} {request.url.path}: {error.detail}"
-    body = error_body(message, type="invalid_request_error", code=None)
-    return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+    return RequestError(message, status=error.status_code, headers=error.headers).answer()
 
 
 async def _left(_request: Request, _error: ClientDisconnect) -> Response:

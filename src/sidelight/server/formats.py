@@ -18,7 +18,7 @@ from sidelight.errors import SidelightError
 from sidelight.policy.decisions import Decision
 from sidelight.policy.enforcement import Admitted, Passed
 from sidelight.policy.hold_back import Ended
-from sidelight.server.errors import failure_body
+from sidelight.server.errors import as_request_error
 from sidelight.server.report import Report
 
 Json = dict[str, Any]
@@ -139,7 +139,7 @@ class CompletionFormat(ABC):
                     yield self._chunk([], usage=_usage(prompts, in_order))
                 yield "data: [DONE]\n\n"
             except SidelightError as error:
-                yield _sse(failure_body(error))
+                yield _sse(as_request_error(error).body)
 
     def _piece(
         self,

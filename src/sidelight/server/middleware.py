@@ -9,14 +9,13 @@ from collections.abc import Awaitable
 from typing import TypeVar
 
 from fastapi import Depends, Request
-from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sidelight.server.config import Access, Caller
 from sidelight.server.connections import Drain
-from sidelight.server.errors import RequestError, error_body
+from sidelight.server.errors import RequestError
 from sidelight.server.metrics import Metrics
 from sidelight.server.observe import Sink, Trace
 
@@ -49,7 +48,6 @@ class RequestScope:
         self._sink = sink
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes the request on."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -66,7 +64,9 @@ class RequestScope:
         def begin(status: int) -> None:
             nonlocal has_begun
             has_begun = True
-            trace.status, trace.route = status, _route_of(scope)
+            trace.status = status
+            # The template of the route; all unknown routes share one.
+            trace.route = getattr(scope.get("route"), "path", "other")
             self._metrics.requests.labels(trace.route, str(status)).inc()
 
         async def named(message: Message) -> None:
@@ -84,8 +84,8 @@ class RequestScope:
             if has_begun:
                 raise
             message = f"The server failed. Look for {trace.request_id} in its log."
-            body = error_body(message, type="server_error")
-            await JSONResponse(body, status_code=500)(scope, receive, named)
+            error = RequestError(message, status=500, type="server_error")
+            await error.answer()(scope, receive, named)
         finally:
             if not has_begun:
                 begin(500)
@@ -108,11 +108,6 @@ class RequestScope:
             self._sink(trace)
 
 
-def _route_of(scope: Scope) -> str:
-    """The template of the request's route; all unknown routes share one."""
-    return getattr(scope.get("route"), "path", "other")
-
-
 class Gatekeeper:
     """Answers 401 to requests without a key, and 429 while ``limit`` requests are being answered.
 
@@ -133,44 +128,40 @@ class Gatekeeper:
         self._running = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes the request on, or answers it."""
         if scope["type"] != "http" or scope["path"] == "/health":
             await self._app(scope, receive, send)
             return
         caller = self._access.caller(Headers(scope=scope).get("authorization", ""))
         if caller is None:
-            await _unauthorized()(scope, receive, send)
+            error = RequestError(
+                "Missing or unknown API key. Send it as 'Authorization: Bearer KEY'.",
+                status=401,
+                type="authentication_error",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+            await error.answer()(scope, receive, send)
             return
         scope.setdefault("state", {})["caller"] = caller
         if scope["path"] in _OPERATORS:
             await self._app(scope, receive, send)
             return
         if self._running >= self._limit:
-            await self._too_many()(scope, receive, send)
+            error = RequestError(
+                f"The server is answering {self._limit} requests, its limit (--max-concurrent). "
+                "Try again in a moment.",
+                status=429,
+                type="rate_limit_error",
+                code="too_many_requests",
+                headers={"Retry-After": str(_RETRY_S)},
+            )
+            await error.answer()(scope, receive, send)
             return
         self._running += 1
         try:
             await self._app(scope, receive, send)
         finally:
             self._running -= 1
-
-    def _too_many(self) -> JSONResponse:
-        body = error_body(
-            f"The server is answering {self._limit} requests, its limit (--max-concurrent). Try "
-            "again in a moment.",
-            type="rate_limit_error",
-            code="too_many_requests",
-        )
-        return JSONResponse(body, status_code=429, headers={"Retry-After": str(_RETRY_S)})
-
-
-def _unauthorized() -> JSONResponse:
-    body = error_body(
-        "Missing or unknown API key. Send it as 'Authorization: Bearer KEY'.",
-        type="authentication_error",
-        code="invalid_api_key",
-    )
-    return JSONResponse(body, status_code=401, headers={"WWW-Authenticate": "Bearer"})
 
 
 def require_admin(request: Request) -> None:
@@ -211,7 +202,6 @@ class Deadline:
         self._drain = drain
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes the request on for as long as it may take."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -231,26 +221,28 @@ class Deadline:
         except TimeoutError:
             if not timeout.expired():
                 raise
-            status, body = self._refusal()
+            error = self._refusal()
             if content_type is None:
-                await JSONResponse(body, status_code=status)(scope, receive, send)
+                await error.answer()(scope, receive, send)
             elif content_type.startswith("text/event-stream"):
-                event = f"data: {json.dumps(body)}\n\n".encode()
+                event = f"data: {json.dumps(error.body)}\n\n".encode()
                 await send({"type": "http.response.body", "body": event})
             else:
                 raise
 
-    def _refusal(self) -> tuple[int, dict[str, object]]:
+    def _refusal(self) -> RequestError:
         if self._drain.is_over:
-            return 503, error_body(
-                "The server is stopping and has given the request up. Send it again, to another "
-                "server or once this one is back.",
+            return RequestError(
+                "The server is stopping and has given up the request. Send it to another server, "
+                "or again once this one is back.",
+                status=503,
                 type="server_error",
                 code="shutting_down",
             )
-        return 504, error_body(
+        return RequestError(
             f"The request took longer than {self._seconds:g} seconds (--deadline) and was given "
             "up. Ask for less at a time, or try again when the server is less busy.",
+            status=504,
             type="server_error",
             code="deadline_exceeded",
         )
