@@ -58,7 +58,7 @@ class RequestScope:
             method=scope["method"] if scope["method"] in _METHODS else "_OTHER",
             request_id=f"req_{uuid.uuid4().hex}",
         )
-        scope.setdefault("state", {}).update(request_id=trace.request_id, trace=trace)
+        scope.setdefault("state", {})["trace"] = trace
         has_begun = False
 
         def begin(status: int) -> None:

@@ -20,15 +20,9 @@ from typing import Any
 
 from fastapi import Request
 
-from sidelight.engines.base import (
-    Event,
-    Finished,
-    PromptJudged,
-    ResponseScored,
-    written_by,
-)
+from sidelight.engines.base import Event, Finished, PromptJudged, ResponseScored, written_by
 from sidelight.errors import SidelightError
-from sidelight.policy.decisions import Decision
+from sidelight.policy.decisions import Action, Decision
 from sidelight.probe import Probe
 from sidelight.prompts import Conversation, PlainText
 from sidelight.server.config import Caller
@@ -36,11 +30,19 @@ from sidelight.server.errors import RequestError
 from sidelight.server.metrics import Metrics
 
 _log = logging.getLogger(__name__)
+_LOGGED: dict[Action, tuple[int, str]] = {
+    "block": (logging.INFO, "Probe '%s' blocked the %s."),
+    "fail_closed": (logging.WARNING, "Probe '%s' gave no verdict on the %s: blocked."),
+    "fail_open": (
+        logging.WARNING,
+        "Probe '%s' gave no verdict on the %s: let through, as its rule says.",
+    ),
+}
 
 
 @dataclass
 class Trace:
-    """What a tracing system is told of one request, filled in while the request runs.
+    """What a tracing system is told about one request, filled in while the request runs.
 
     Attributes:
         start_ns: Unix time at which the request began.
@@ -78,32 +80,27 @@ class Observer:
     Attributes:
         metrics: Series of the server.
         audit: Where decisions are written; None: nowhere.
-        trace: The request's; where nobody traces, one that nobody reads.
-        request_id: As in the answer's ``x-request-id``.
+        trace: The current request's.
         key_id: Of the API key that was sent; None: the request had none.
     """
 
     metrics: Metrics
     audit: "AuditLog | None" = None
     trace: Trace = field(default_factory=Trace)
-    request_id: str | None = None
     key_id: str | None = None
 
     def of(self, request: Request) -> "Observer":
         """The same for one request, from what the middleware has put into its state."""
-        state = request.state
-        caller: Caller = getattr(state, "caller", Caller())
-        trace = getattr(state, "trace", None) or Trace()
-        request_id = getattr(state, "request_id", None)
-        return replace(self, trace=trace, request_id=request_id, key_id=caller.key_id)
+        caller: Caller = getattr(request.state, "caller", Caller())
+        return replace(self, trace=request.state.trace, key_id=caller.key_id)
 
     def text(self, text: Conversation, *, is_prompt_known: bool = False) -> "TextObserver":
         """Observes one text of the request.
 
         Args:
-            text: The conversation or plain text that is judged; the audit log gets its hash.
-            is_prompt_known: Whether this is one more text of a prompt whose decisions have been
-                recorded.
+            text: What is judged; the audit log gets its hash.
+            is_prompt_known: Whether the decisions on its prompt have been recorded already, with
+                another text.
         """
         return TextObserver(self, text, is_prompt_known=is_prompt_known)
 
@@ -121,7 +118,7 @@ class Observer:
         if self.audit is None:
             return
         time = datetime.now(UTC).isoformat(timespec="milliseconds")
-        who = {"time": time, "request_id": self.request_id, "key_id": self.key_id}
+        who = {"time": time, "request_id": self.trace.request_id, "key_id": self.key_id}
         try:
             self.audit.write([{**who, **line} for line in lines])
         except RequestError as error:
@@ -206,56 +203,42 @@ class TextObserver:
         self._metrics.count(new)
         self._trace.decisions += new
         for decision in new:
-            _log_decision(decision)
+            if decision.action in _LOGGED:
+                level, message = _LOGGED[decision.action]
+                _log.log(level, message, decision.rule.name, decision.rule.side)
         if self._request.audit is None or not new:
             return
         text_hmac = self._request.audit.hash(self._text)
+        lines = [
+            {
+                "text_hmac": text_hmac,
+                "probe": d.rule.name,
+                "version": d.rule.probe.version,
+                "side": d.rule.side,
+                "outcome": d.outcome,
+                "labels": None if d.verdict is None else list(d.verdict.labels),
+                "scores": None if d.verdict is None else d.verdict.probabilities,
+                "action": d.action,
+            }
+            for d in new
+        ]
         try:
-            self._request.append([_audit_line(text_hmac, decision) for decision in new])
+            self._request.append(lines)
         except RequestError:
             if any(d.rule.fails_closed for d in new):
                 raise
 
 
-def _audit_line(text_hmac: str, decision: Decision) -> dict[str, Any]:
-    probe, verdict = decision.rule.probe, decision.verdict
-    return {
-        "text_hmac": text_hmac,
-        "probe": probe.name,
-        "version": probe.version,
-        "side": decision.rule.side,
-        "outcome": decision.outcome,
-        "labels": None if verdict is None else list(verdict.labels),
-        "scores": None if verdict is None else verdict.probabilities,
-        "action": decision.action,
-    }
-
-
-def _log_decision(decision: Decision) -> None:
-    side, name = decision.rule.side, decision.rule.name
-    match decision.action:
-        case "block":
-            _log.info("Probe '%s' blocked the %s.", name, side)
-        case "fail_closed":
-            _log.warning("Probe '%s' gave no verdict on the %s: blocked.", name, side)
-        case "fail_open":
-            _log.warning(
-                "Probe '%s' gave no verdict on the %s: let through, as its rule says.", name, side
-            )
-        case "none" | "flag" | "route" | "shadow":
-            pass
-
-
 class AuditLog:
     """Appends JSON lines to a file.
 
-    A line is handed to the operating system before the request goes on, and not synced to the disk:
-    it outlives the process, but not a crash of the machine. Where another file stands at the path,
-    or none, as after a rotation, that one is written from then on.
+    A line is handed to the operating system before the request goes on, but not synced to the disk:
+    it survives a crash of the process, not one of the machine. If the file is replaced or removed,
+    as by a rotation, later lines go to the new file at the path.
 
     Args:
         path: The file.
-        salt: Secret of the texts' hashes; the same text has the same hash under the same salt.
+        salt: Secret of the texts' hashes; equal texts have equal hashes under the same salt.
 
     Raises:
         SidelightError: It cannot be written.
@@ -277,7 +260,7 @@ class AuditLog:
         """Appends the lines, all at once.
 
         Raises:
-            RequestError: They could not be written, or not wholly.
+            RequestError: They could not be written, or only in part.
         """
         data = "".join(json.dumps(line) + "\n" for line in lines).encode()
         try:
@@ -287,14 +270,24 @@ class AuditLog:
                 data = b"\n" * self._is_torn + data
                 written = os.write(self._file, data)
                 self._is_torn = 0 < written < len(data) or (self._is_torn and not written)
+                if written < len(data):
+                    raise OSError("written in part")
         except OSError as error:
-            raise _unwritten() from error
-        if written < len(data):
-            raise _unwritten()
+            raise RequestError(
+                "The audit log cannot be written, and the policy answers nothing that is not "
+                "audited. Ask the operator to check the disk.",
+                status=500,
+                type="server_error",
+                code="audit_failed",
+            ) from error
 
     def hash(self, text: Conversation) -> str:
         """HMAC-SHA256 of the conversation as compact JSON, ``[["user","Hello"]]``."""
-        turns = [["text", text.content]] if isinstance(text, PlainText) else _turns(text)
+        turns = (
+            [["text", text.content]]
+            if isinstance(text, PlainText)
+            else [[message.role, message.content] for message in text]
+        )
         words = json.dumps(turns, ensure_ascii=False, separators=(",", ":"))
         return hmac.new(self._salt, words.encode(), hashlib.sha256).hexdigest()
 
@@ -302,7 +295,7 @@ class AuditLog:
         return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
 
     def _follow(self) -> None:
-        """Opens the file that stands at the path now, if it is another one."""
+        """Opens the file that is at the path now, if it is another one."""
         mine = os.fstat(self._file)
         try:
             there = os.stat(self._path)
@@ -315,30 +308,14 @@ class AuditLog:
             self._file = new
 
 
-def _turns(text: Conversation) -> list[list[str]]:
-    assert not isinstance(text, PlainText)
-    return [[message.role, message.content] for message in text]
-
-
-def _unwritten() -> RequestError:
-    return RequestError(
-        "The audit log cannot be written, and the policy answers nothing that is not audited. Ask "
-        "the operator to look at the disk.",
-        status=500,
-        type="server_error",
-        code="audit_failed",
-    )
-
-
 # Fields that the server's own records carry, next to the message.
 _FIELDS = ("request_id", "key_id", "method", "route", "status", "seconds")
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time, level, logger, message, and the record's own fields."""
+    """One JSON object per line: time, level, logger, message, and the record's own fields."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line."""
         line: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
@@ -354,7 +331,7 @@ class JsonFormatter(logging.Formatter):
 def without_message(record: logging.LogRecord) -> bool:
     """A log filter: keeps where an exception happened; its message may quote a prompt."""
     if record.name == "asyncio":
-        # Behind the bracket are a callback's arguments, in further lines a task with its exception.
+        # The bracket holds a callback's arguments, the lines below a task with its exception.
         record.msg = record.getMessage().split("\n")[0].split("(")[0]
         record.args = None
     error = record.exc_info[1] if record.exc_info else None
@@ -369,10 +346,9 @@ def log_settings(level: str, *, as_json: bool) -> dict[str, Any]:
     """Settings for ``logging.config``: every record of the process goes to standard error.
 
     Args:
-        level: Of the server's own loggers; others are logged from ``warning`` on.
-        as_json: One JSON object a line, in place of text.
+        level: Of the server's own loggers; others log warnings and errors only.
+        as_json: One JSON object per line, in place of text.
     """
-    text = {"format": "%(levelname)s %(name)s: %(message)s"}
     handler = {
         "class": "logging.StreamHandler",
         "stream": "ext://sys.stderr",
@@ -384,7 +360,10 @@ def log_settings(level: str, *, as_json: bool) -> dict[str, Any]:
         "version": 1,
         "disable_existing_loggers": False,
         "filters": {"without_message": {"()": lambda: without_message}},
-        "formatters": {"text": text, "json": {"()": JsonFormatter}},
+        "formatters": {
+            "text": {"format": "%(levelname)s %(name)s: %(message)s"},
+            "json": {"()": JsonFormatter},
+        },
         "handlers": {"stderr": handler},
         "root": {"level": "WARNING", "handlers": ["stderr"]},
         "loggers": {"uvicorn": own, "sidelight": own},

@@ -1,4 +1,4 @@
-"""Requests as spans of OpenTelemetry. Imported only where traces are asked for."""
+"""Requests as spans of OpenTelemetry. Imported only where tracing is on."""
 
 import os
 from collections.abc import Sequence
@@ -10,7 +10,6 @@ from opentelemetry.trace import SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from sidelight.errors import SidelightError
-from sidelight.policy.decisions import Decision
 from sidelight.server.metrics import scores
 from sidelight.server.observe import Trace
 
@@ -20,8 +19,8 @@ Attributes = dict[str, str | int | Sequence[str] | Sequence[float]]
 class OtelSink:
     """Makes one span of each request, as a child of the caller's.
 
-    The span is made when the request is over, with the times at which it began and ended: nothing
-    of OpenTelemetry's runs meanwhile.
+    The span is made when the request is over, with the times at which it began and ended: until
+    then, nothing of OpenTelemetry runs.
 
     Args:
         provider: Gives the spans to their exporter.
@@ -32,8 +31,7 @@ class OtelSink:
         self._propagator = TraceContextTextMapPropagator()
 
     def __call__(self, trace: Trace) -> None:
-        """Hands the request over."""
-        # Only this header: what else a client may send along (tracestate, baggage) is its own text.
+        # Only this header: tracestate and baggage are a client's own text.
         caller = {} if trace.traceparent is None else {"traceparent": trace.traceparent}
         span = self._tracer.start_span(
             f"{trace.method} {trace.route}",
@@ -48,9 +46,9 @@ class OtelSink:
 
 
 def attributes(trace: Trace) -> Attributes:
-    """By OpenTelemetry's names where it has some.
+    """The span's attributes, by OpenTelemetry's names where it has some.
 
-    Each probe's are lists with an entry per verdict, in order: a request may have several texts.
+    Those of a probe are lists with one entry per verdict: a request may have several texts.
     """
     found: Attributes = {
         "http.request.method": trace.method,
@@ -63,20 +61,16 @@ def attributes(trace: Trace) -> Attributes:
         found["gen_ai.usage.input_tokens"] = trace.prompt_tokens
         found["gen_ai.usage.output_tokens"] = trace.completion_tokens
         found["sidelight.probes"] = list(dict.fromkeys(d.rule.name for d in trace.decisions))
-    return {**found, **_verdicts(trace.decisions)}
-
-
-def _verdicts(decisions: Sequence[Decision]) -> Attributes:
     words: dict[str, list[str]] = {}
     numbers: dict[str, list[float]] = {}
-    for decision in decisions:
+    for decision in trace.decisions:
         name = f"sidelight.probe.{decision.rule.name}"
         words.setdefault(f"{name}.outcome", []).append(decision.outcome)
         words.setdefault(f"{name}.action", []).append(decision.action)
         if decision.verdict is not None:
             for label, score in scores(decision.rule.probe, decision.verdict).items():
                 numbers.setdefault(f"{name}.score.{label}", []).append(score)
-    return {**words, **numbers}
+    return {**found, **words, **numbers}
 
 
 def otlp_sink() -> OtelSink:
@@ -91,15 +85,12 @@ def otlp_sink() -> OtelSink:
         if os.environ.get(name, "http/protobuf") != "http/protobuf":
             raise SidelightError(
                 f"{name} is '{os.environ[name]}', but spans are sent as 'http/protobuf' only. Set "
-                "it to that, with the collector's HTTP port (4318)."
+                "it to 'http/protobuf', and the endpoint to the collector's HTTP port (4318)."
             )
-    provider = TracerProvider(resource=_resource())
-    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
-    return OtelSink(provider)
-
-
-def _resource() -> Resource:
     is_named = "OTEL_SERVICE_NAME" in os.environ or "service.name=" in os.environ.get(
         "OTEL_RESOURCE_ATTRIBUTES", ""
     )
-    return Resource.create({} if is_named else {"service.name": "sidelight"})
+    resource = Resource.create({} if is_named else {"service.name": "sidelight"})
+    provider = TracerProvider(resource=resource)
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    return OtelSink(provider)
