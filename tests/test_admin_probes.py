@@ -200,7 +200,7 @@ def test_what_does_not_fit_is_refused_by_name(backbone, folders, tmp_path):
             replace(untrained_probe(backbone, "toxicity"), prompt_format="raw"),
             "Probes of chats, such as 'late', and of raw texts, such as 'toxicity'",
         ),
-        "other task": (untrained_probe(backbone, "toxicity", task=INTENT), "a name of its own"),
+        "other task": (untrained_probe(backbone, "toxicity", task=INTENT), "under another name"),
     }
     policy = Policy(input={"toxicity": Rule("block")})
     with serving(backbone, folders, policy=policy) as (admin, _):

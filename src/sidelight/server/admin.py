@@ -1,7 +1,4 @@
-"""``GET /v1/models`` and ``/v1/models/{id}``: the served model and its probes.
-
-``/admin/probes``: which probes serve, and changing them while they do. Admin keys only.
-"""
+"""The served model and its probes at ``/v1/models``, and changes of them at ``/admin/probes``."""
 
 import asyncio
 from collections.abc import Coroutine
@@ -9,13 +6,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastapi import APIRouter
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from sidelight.prompts import Side
 from sidelight.server.context import Context, InContext
 from sidelight.server.middleware import AdminOnly
-from sidelight.server.probes import Entry, State
-from sidelight.server.schemas import JsonRoute, StrictBody
+from sidelight.server.probes import ProbeEntry
+from sidelight.server.schemas import ClosedBody, JsonRoute
 from sidelight.types import TaskKind
 
 models_router = APIRouter()
@@ -87,67 +84,26 @@ admin_probes_router = APIRouter(dependencies=[AdminOnly])
 _with_body = APIRouter(route_class=JsonRoute)
 
 
-class ProbeEntry(BaseModel):
-    """One probe: what it is, what follows from its verdicts, and how its last change went."""
-
-    name: str
-    version: str
-    kind: str
-    labels: list[str]
-    reads: str
-    side: str
-    state: State
-    mode: str
-    thresholds: dict[str, float]
-    shadow_of: str | None
-    path: str | None
-    failure: str | None
-
-    @classmethod
-    def of(cls, entry: Entry) -> "ProbeEntry":
-        """As JSON."""
-        rule = entry.rule
-        return cls(
-            name=rule.name,
-            version=rule.probe.version,
-            kind=rule.probe.task.kind,
-            labels=list(rule.probe.task.labels),
-            reads=rule.probe.reads.side,
-            side=rule.side,
-            state=entry.state,
-            mode=rule.mode,
-            thresholds=dict(rule.thresholds),
-            shadow_of=rule.shadow_of,
-            path=None if entry.path is None else str(entry.path),
-            failure=entry.failure,
-        )
-
-
 class ProbeList(BaseModel):
     """All probes, those that do not run last."""
 
     probes: list[ProbeEntry]
 
 
-class _Change(StrictBody):
-    # A misspelt key would be a change that was not meant.
-    model_config = ConfigDict(extra="forbid")
-
-
-class LoadRequest(_Change):
+class LoadRequest(ClosedBody):
     """An artifact in a folder of the server's machine."""
 
     path: str
     shadow_of: str | None = None
 
 
-class ReloadRequest(_Change):
+class ReloadRequest(ClosedBody):
     """The artifact; null: the folder that the probe came from."""
 
     path: str | None = None
 
 
-class ShadowRequest(_Change):
+class ShadowRequest(ClosedBody):
     """The probe that the shadow is compared with, if any."""
 
     shadow_of: str | None = None
@@ -156,7 +112,7 @@ class ShadowRequest(_Change):
 @admin_probes_router.get("/admin/probes")
 async def list_probes(context: InContext) -> ProbeList:
     """Every probe, shadows and disabled ones too."""
-    return ProbeList(probes=[ProbeEntry.of(entry) for entry in context.registry.entries])
+    return ProbeList(probes=context.registry.entries)
 
 
 @_with_body.post("/admin/probes", status_code=201)
@@ -175,7 +131,7 @@ async def reload(name: str, body: ReloadRequest, context: InContext) -> ProbeEnt
 
 @_with_body.post("/admin/probes/{name:path}/shadow")
 async def shadow(name: str, body: ShadowRequest, context: InContext) -> ProbeEntry:
-    """Hides a probe from clients and counts it on."""
+    """Hides a probe from clients; it is still counted."""
     change = context.registry.shadow(name, shadow_of=body.shadow_of)
     return await _made(context, "shadow", change)
 
@@ -199,15 +155,15 @@ async def remove(name: str, context: InContext) -> dict[str, Any]:
     return {"name": removed.name, "removed": True}
 
 
-async def _made(context: Context, kind: str, change: Coroutine[Any, Any, Entry]) -> ProbeEntry:
-    """The outcome of a change, which goes on to its end where its caller leaves."""
-    return await asyncio.shield(asyncio.create_task(_audited(context, kind, change)))
+async def _made(context: Context, kind: str, change: Coroutine[Any, Any, ProbeEntry]) -> ProbeEntry:
+    """The outcome of a change, which is made and audited even if its caller leaves."""
 
+    async def audited() -> ProbeEntry:
+        entry = await change
+        context.observer.change(kind, entry.name, entry.version)
+        return entry
 
-async def _audited(context: Context, kind: str, change: Coroutine[Any, Any, Entry]) -> ProbeEntry:
-    entry = await change
-    context.observer.change(kind, entry.rule.probe)
-    return ProbeEntry.of(entry)
+    return await asyncio.shield(asyncio.create_task(audited()))
 
 
 admin_probes_router.include_router(_with_body)

@@ -102,7 +102,9 @@ async def _answer(
     # Whatever may block the answer is reported too.
     report = context.report([*chosen, *(bound.name for bound in rules if bound.is_blocking)])
     answer = format_class(
-        report, has_logprobs=sampling.logprobs is not None, includes_usage=body.includes_usage
+        report,
+        has_logprobs=sampling.logprobs is not None,
+        includes_usage=body.stream_options is not None and body.stream_options.include_usage,
     )
     streams = _guarded(context, rules, prompts, sampling, n=n)
     admitted = (await unless_left(request, _admitted(streams)))[::n]
@@ -130,7 +132,7 @@ def _guarded(
     for prompt in prompts:
         for number in range(n):
             observe = partial(observer.text, prompt, is_prompt_known=number > 0)
-            policy = Enforcement(rules, observe, timeout_s=context.registry.timeout_s)
+            policy = Enforcement(rules, observe, timeout_s=context.registry.policy.timeout_s)
             own = _reseeded(sampling, number)
             events = engine.generate(prompt, own, watch=policy.watch, admits=policy.admits)
             streams.append(policy.guard(events))

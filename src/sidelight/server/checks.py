@@ -1,4 +1,4 @@
-"""The endpoints that judge texts and write none, in the words of OpenAI, vLLM and LiteLLM."""
+"""The endpoints that judge texts and write none, as OpenAI, vLLM and LiteLLM define them."""
 
 import time
 import uuid
@@ -9,7 +9,6 @@ from typing import Any, Literal
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field, model_validator
 
-from sidelight.policy.decisions import Decision
 from sidelight.policy.enforcement import check_decisions
 from sidelight.policy.rules import Side
 from sidelight.prompts import Conversation, Message, PlainText
@@ -51,18 +50,18 @@ async def check(
     *,
     is_prompt_known: bool = True,
 ) -> list[Checked]:
-    """What the chosen probes say of each conversation, from one pass each.
+    """The verdicts of the report's probes on each conversation, from one pass each.
 
     A conversation that ends with the assistant's turn is judged by every chosen probe, any other by
-    those that read the prompt alone.
+    those that read the prompt alone. The work ends when the request's client leaves.
 
     Args:
-        request: Ends the work when its client leaves.
+        request: The request.
         context: The server's parts.
         report: On the chosen probes.
         conversations: What is judged.
-        is_prompt_known: Whether the turns before the assistant's are real. Where they are made up,
-            no verdict on them counts.
+        is_prompt_known: Whether the turns before the assistant's are real. If they are made up, no
+            verdict on them counts.
 
     Raises:
         VerdictError: A chosen probe gave no verdict.
@@ -73,7 +72,7 @@ async def check(
         for turns in conversations:
             if not is_answered(turns):
                 raise RequestError(
-                    "No chosen probe reads a prompt alone, so a text by itself cannot be judged. "
+                    "No chosen probe reads a prompt alone, so none can judge a text by itself. "
                     "Load such a probe, or use /v1/chat/completions.",
                     code="no_prompt_probe",
                 )
@@ -89,31 +88,27 @@ async def check(
         response: set[Side] = {"output"} if is_answered(turns) else set()
         decisions = check_decisions(rules, event, prompt | response)
         context.observer.text(turns).check(event, decisions)
-        _require_short(report.chosen(decisions), index, event.tokens)
+        for decision in report.chosen(decisions):
+            if decision.is_too_long:
+                raise RequestError(
+                    f"Text {index} (counted from 0) has {event.tokens} tokens, but probe "
+                    f"'{decision.rule.name}' may judge at most {decision.rule.rule.max_tokens}. "
+                    "Shorten it, or choose other probes.",
+                    code="verdict_failed",
+                )
         verdicts = report.required(decisions, has_response=is_answered(turns))
         checked.append(Checked(verdicts, event.tokens))
     return checked
 
 
 def as_user(text: str) -> list[Message]:
-    """A bare text, as if a user had said it."""
+    """A bare text as a user's message."""
     return [Message("user", text)]
 
 
 def is_answered(turns: Sequence[Message]) -> bool:
     """Whether the last turn is the assistant's and says something that can be judged."""
     return bool(turns) and turns[-1].role == "assistant" and bool(turns[-1].content)
-
-
-def _require_short(decisions: Sequence[Decision], index: int, tokens: int) -> None:
-    for decision in decisions:
-        if decision.is_too_long:
-            raise RequestError(
-                f"Text {index} of those judged, counted from 0, has {tokens} tokens, but probe "
-                f"'{decision.rule.name}' may judge at most {decision.rule.rule.max_tokens}. "
-                "Shorten it, or ask other probes.",
-                code="verdict_failed",
-            )
 
 
 class ModerationResult(Categories):
@@ -189,7 +184,7 @@ class ClassifyResponse(BaseModel):
 
 @router.post("/classify", name="create")
 async def classify(body: ClassifyRequest, request: Request, context: InContext) -> ClassifyResponse:
-    """Each text is judged as a user's message, as by a classification model of vLLM."""
+    """Each text is judged as a user's message; the answer is that of vLLM's classifiers."""
     report = _classifier(body, context)
     (probe,) = report.probes
     checked = await check(request, context, report, [as_user(text) for text in body.input])
@@ -214,8 +209,7 @@ async def classify(body: ClassifyRequest, request: Request, context: InContext) 
 
 def _classifier(body: ClassifyRequest, context: Context) -> Report:
     """A report on the one probe that the request names."""
-    names = [probe.name for probe in context.probes]
-    chosen = body.probes
+    names, chosen = [probe.name for probe in context.probes], body.probes
     if body.model in names and body.model != context.engine.model:
         chosen = [body.model] if chosen is None else chosen
     elif body.model is not None:
@@ -223,8 +217,8 @@ def _classifier(body: ClassifyRequest, context: Context) -> Report:
     report = context.report(chosen)
     if len(report.probes) != 1:
         raise RequestError(
-            f"One probe classifies at a time, got {len(report.probes)}. Name it as 'model'. "
-            f"Known: {', '.join(sorted(names)) or 'none'}.",
+            f"Choose one probe, got {len(report.probes)}. Name it as 'model'. Known: "
+            f"{', '.join(sorted(names)) or 'none'}.",
             code="probe_not_chosen",
             param="model",
         )
@@ -232,13 +226,13 @@ def _classifier(body: ClassifyRequest, context: Context) -> Report:
 
 
 class GuardrailParameters(StrictBody):
-    """What a proxy's configuration hands on to this guardrail."""
+    """What a proxy's configuration passes to this guardrail."""
 
     probes: ProbeNames = None
 
 
 class CalledFunction(StrictBody):
-    """What a tool is called with."""
+    """A tool's name and arguments."""
 
     name: str | None = None
     arguments: str
@@ -263,14 +257,14 @@ class GuardrailRequest(StrictBody):
     additional_provider_specific_params: GuardrailParameters | None = None
 
     def judged(self) -> list[str]:
-        """The texts, then the calls, without empty ones: there is nothing to judge in these."""
+        """The texts, then the calls; empty ones have nothing to judge."""
         functions = [call.function for call in self.tool_calls or ()]
         calls = ["\n".join(filter(None, (f.name, f.arguments))) for f in functions]
         return [text for text in (*(self.texts or ()), *calls) if text]
 
 
 class GuardrailResponse(BaseModel):
-    """``BLOCKED`` where a probe flags a text, else ``NONE``."""
+    """``BLOCKED`` if a probe flags a text, else ``NONE``."""
 
     action: Literal["BLOCKED", "NONE"]
     blocked_reason: str | None
@@ -279,7 +273,7 @@ class GuardrailResponse(BaseModel):
 
 @router.post("/beta/litellm_basic_guardrail_api", name="create")
 async def guard(body: GuardrailRequest, request: Request, context: InContext) -> GuardrailResponse:
-    """Texts of a request are judged as user's messages, of a response as answers to no question.
+    """Texts of a request are judged as users' messages, those of a response as answers.
 
     The answer has no ``texts``: a proxy keeps its own.
     """
@@ -290,8 +284,8 @@ async def guard(body: GuardrailRequest, request: Request, context: InContext) ->
         late = [probe for probe in report.probes if probe.reads.includes_response]
         if not late:
             raise RequestError(
-                "No chosen probe reads a response, so it cannot be judged. Load such a probe, or "
-                "use this guardrail in mode pre_call only.",
+                "No chosen probe reads a response, so none can judge this one. Load such a probe, "
+                "or use this guardrail in mode pre_call only.",
                 code="no_response_probe",
             )
         report = replace(report, probes=late)
@@ -325,7 +319,6 @@ class TokenizeRequest(StrictBody):
         return self
 
     def conversation(self) -> Conversation:
-        """What is to be tokenised."""
         if self.messages is None:
             return PlainText(self.prompt or "")
         return [message.as_message() for message in self.messages]

@@ -23,7 +23,6 @@ from fastapi import Request
 from sidelight.engines.base import Event, Finished, PromptJudged, ResponseScored, written_by
 from sidelight.errors import SidelightError
 from sidelight.policy.decisions import Action, Decision
-from sidelight.probe import Probe
 from sidelight.prompts import Conversation, PlainText
 from sidelight.server.config import Caller
 from sidelight.server.errors import RequestError
@@ -104,10 +103,10 @@ class Observer:
         """
         return TextObserver(self, text, is_prompt_known=is_prompt_known)
 
-    def change(self, change: str, probe: Probe) -> None:
-        """Audits what an operator did to a probe; the change stands even where that fails."""
+    def change(self, change: str, probe: str, version: str) -> None:
+        """Audits what an operator did to a probe; the change stands even if that fails."""
         with suppress(RequestError):
-            self.append([{"change": change, "probe": probe.name, "version": probe.version}])
+            self.append([{"change": change, "probe": probe, "version": version}])
 
     def append(self, lines: Sequence[dict[str, Any]]) -> None:
         """Writes lines to the audit log, if there is one.

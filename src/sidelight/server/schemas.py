@@ -1,12 +1,11 @@
-"""What the API's description says of every route: the shape of its refusals.
+"""Bodies of requests: how they are read, the types that they share, and OpenAI's own requests.
 
-Reads a request's body: no more than the limit, and nothing but strict JSON.
-
-The requests, as OpenAI words them. Unknown fields are ignored; wrong values are errors.
+Unknown fields are ignored; wrong values are errors.
 """
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import Request, Response
@@ -54,24 +53,21 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
 EVENTS: dict[str, Any] = {"text/event-stream": {}}
 
 
-_Handler = Callable[[Request], Coroutine[Any, Any, Response]]
-
-
 class JsonRoute(APIRoute):
     """A route whose body is strict JSON, within the server's limits of size and time.
 
     Refused with 400: ``NaN``, ``Infinity``, half surrogate pairs, invalid UTF-8, endless nesting.
-    The standard library's parser lets the first three pass. ``1e999`` arrives as an infinity, which
-    the field that reads it has to refuse: ``StrictBody`` does for fields of numbers.
+    The standard library's parser accepts the first three. ``1e999`` arrives as an infinity, which
+    the field that reads it has to refuse: ``StrictBody`` does so for fields of numbers.
     """
 
-    def get_route_handler(self) -> _Handler:
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """FastAPI's hook for requests of another class."""
         handle = super().get_route_handler()
 
         async def handle_strictly(request: Request) -> Response:
             # Before FastAPI's own reading, which would turn every error into a bare 400.
-            body = await _read_in_time(request, request.app.state.context.config)
+            body = await _read(request, request.app.state.context.config)
             return await handle(_JsonRequest(request, body))
 
         return handle_strictly
@@ -83,7 +79,10 @@ class _JsonRequest(Request):
     def __init__(self, request: Request, body: bytes):
         super().__init__(request.scope, request.receive)
         self._bytes = body
-        self._value = _parse(body)
+        try:
+            self._value = from_json(body, allow_inf_nan=False)
+        except ValueError as error:
+            raise RequestError(f"The body is not valid JSON: {error}.") from error
 
     async def body(self) -> bytes:
         return self._bytes
@@ -92,26 +91,22 @@ class _JsonRequest(Request):
         return self._value
 
 
-async def _read_in_time(request: Request, config: ServerConfig) -> bytes:
+async def _read(request: Request, config: ServerConfig) -> bytes:
+    limit, received, size = config.max_body_bytes, bytearray(), 0
     try:
         async with asyncio.timeout(config.body_s):
-            return await _read(request, limit=config.max_body_bytes)
+            async for chunk in request.stream():
+                size += len(chunk)
+                # The rest is read and dropped: closing the connection on a client that still sends
+                # would reset it, and the client might never see the reason.
+                if size <= limit:
+                    received += chunk
     except TimeoutError as error:
         raise RequestError(
             f"The body did not arrive within {config.body_s:g} seconds. Send it faster, or less.",
             status=408,
             code="body_timeout",
         ) from error
-
-
-async def _read(request: Request, *, limit: int) -> bytes:
-    received, size = bytearray(), 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        # The rest is read and dropped: closing on a client that still sends resets the connection,
-        # and the reason may be lost on its way.
-        if size <= limit:
-            received += chunk
     if size > limit:
         raise RequestError(
             f"The body is larger than {limit:,} bytes. Send less at a time.",
@@ -119,13 +114,6 @@ async def _read(request: Request, *, limit: int) -> bytes:
             code="request_too_large",
         )
     return bytes(received)
-
-
-def _parse(body: bytes) -> Any:
-    try:
-        return from_json(body, allow_inf_nan=False)
-    except ValueError as error:
-        raise RequestError(f"The body is not valid JSON: {error}.") from error
 
 
 # The path of a folder may be a model's name.
@@ -145,18 +133,18 @@ def _as_list(value: Any) -> Any:
 
 def _as_parts(value: Any) -> Any:
     if value is None:
-        raise ValueError("a message without text, as one of tool calls, is not read by this model")
+        raise ValueError("this model reads no message without text, such as one of tool calls")
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
 def _require_few(value: Any) -> Any:
     if isinstance(value, dict) and len(value) > _MAX_NAMED:
-        raise ValueError(f"{len(value)} names, and {_MAX_NAMED} may be")
+        raise ValueError(f"got {len(value)} names, the limit is {_MAX_NAMED}")
     return value
 
 
 class _FirstError(FailFast):
-    """Ends a list at its first wrong item: nothing else is told, and each error takes its time."""
+    """Ends a list at its first wrong item: only that one is reported, and each error costs time."""
 
     def __hash__(self) -> int:
         # Python 3.11 hashes the members of a union; pydantic's class has no hash.
@@ -167,7 +155,7 @@ T = TypeVar("T")
 FIRST_ERROR = _FirstError()
 Name = Annotated[str, Field(max_length=_MAX_NAME)]
 Listed = Annotated[list[T], FIRST_ERROR]
-# Nothing ends an object at its first wrong value, so its size is checked before.
+# Pydantic cannot stop at an object's first wrong value, so its size is checked before.
 Named = Annotated[dict[Name, T], Field(max_length=_MAX_NAMED), BeforeValidator(_require_few)]
 # One text or several. Not a union: that would blame one member for an error in the other.
 Texts = Annotated[
@@ -177,7 +165,7 @@ ProbeNames = Annotated[Listed[Name] | None, Field(description="Only these probes
 
 
 class StrictBody(BaseModel):
-    """What a client sends: each value of its own type, nothing converted."""
+    """What a client sends: each value of the declared type, nothing converted."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
@@ -192,7 +180,7 @@ class ContentPart(StrictBody):
     @classmethod
     def _is_text(cls, value: str) -> str:
         if value != "text":
-            raise ValueError("only parts of type 'text' are read by this model")
+            raise ValueError("this model reads only parts of type 'text'")
         return value
 
 
@@ -225,7 +213,7 @@ class ClosedBody(StrictBody):
     @model_validator(mode="before")
     @classmethod
     def _holds_no_other(cls, value: Any) -> Any:
-        # Pydantic would tell each of them.
+        # Only the first is reported; pydantic would report each.
         for name in value if isinstance(value, dict) else {}:
             if name not in cls.model_fields:
                 hint = did_you_mean(str(name), cls.model_fields)
@@ -240,7 +228,7 @@ class ModerationMode(ClosedBody):
 
 
 class ModerationPolicy(ClosedBody):
-    """Policies for both sides."""
+    """Policies for prompts and responses."""
 
     input: ModerationMode | None = None
     output: ModerationMode | None = None
@@ -249,7 +237,7 @@ class ModerationPolicy(ClosedBody):
 class ChatModeration(ClosedBody):
     """Asks for moderation, which every answer carries anyway, and perhaps for blocking.
 
-    The model is read by nobody: the probes moderate.
+    ``model`` is ignored: the probes moderate.
     """
 
     model: str | None = None
@@ -257,7 +245,7 @@ class ChatModeration(ClosedBody):
 
 
 class ProbePolicy(ClosedBody):
-    """What a request asks of one probe: only what is stricter than the server's policy."""
+    """What a request asks of one probe: stricter than the server's policy, never looser."""
 
     mode: OverrideMode | None = None
     threshold: float | None = Field(None, ge=0, le=1)
@@ -279,29 +267,17 @@ class WritingRequest(StrictBody):
     probes: ProbeNames = None
     policies: Named[ProbePolicy] | None = None
 
-    @property
-    def limit(self) -> int | None:
-        """Most tokens to write."""
-        return self.max_tokens
-
-    @property
-    def likeliest(self) -> int | None:
-        """How many likeliest tokens are told with each token; None: no log-probabilities are."""
-        return None
-
     def sampling(self) -> Sampling:
         """The request's settings, with OpenAI's defaults."""
         return Sampling(
-            max_tokens=self.limit,
+            max_tokens=self.max_tokens,
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=1.0 if self.top_p is None else self.top_p,
             stop=tuple(self.stop or ()),
             seed=self.seed,
-            logprobs=self.likeliest,
         )
 
     def overrides(self) -> PolicyOverrides:
-        """What it asks of the policy."""
         policy = self.moderation and self.moderation.policy
         return PolicyOverrides(
             input=policy.input.mode if policy and policy.input else None,
@@ -310,11 +286,6 @@ class WritingRequest(StrictBody):
                 n: PolicyOverride(p.mode, p.threshold) for n, p in (self.policies or {}).items()
             },
         )
-
-    @property
-    def includes_usage(self) -> bool:
-        """Whether a stream ends with a usage chunk."""
-        return self.stream_options is not None and self.stream_options.include_usage
 
 
 class ChatRequest(WritingRequest):
@@ -333,18 +304,15 @@ class ChatRequest(WritingRequest):
         return value
 
     def conversation(self) -> list[Message]:
-        """The turns as the engine takes them."""
         return [message.as_message() for message in self.messages]
 
-    @property
-    def limit(self) -> int | None:
-        """Most tokens to write; the newer field counts."""
-        return self.max_completion_tokens or self.max_tokens
-
-    @property
-    def likeliest(self) -> int | None:
-        """How many likeliest tokens are told with each token; None: no log-probabilities are."""
-        return (self.top_logprobs or 0) if self.logprobs else None
+    def sampling(self) -> Sampling:
+        """The request's settings; of the two limits, OpenAI's newer one counts."""
+        return replace(
+            super().sampling(),
+            max_tokens=self.max_completion_tokens or self.max_tokens,
+            logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+        )
 
 
 class CompletionRequest(WritingRequest):
@@ -357,18 +325,11 @@ class CompletionRequest(WritingRequest):
     logprobs: int | None = Field(None, ge=0, le=_MAX_TEXT_LOGPROBS)
 
     def texts(self) -> list[PlainText]:
-        """What is to be gone on with."""
         return [PlainText(text) for text in self.prompt]
 
-    @property
-    def limit(self) -> int:
-        """Most tokens to write: sixteen, unless told."""
-        return self.max_tokens or _COMPLETION_TOKENS
-
-    @property
-    def likeliest(self) -> int | None:
-        """How many likeliest tokens are told with each token; None: no log-probabilities are."""
-        return self.logprobs
+    def sampling(self) -> Sampling:
+        limit = self.max_tokens or _COMPLETION_TOKENS
+        return replace(super().sampling(), max_tokens=limit, logprobs=self.logprobs)
 
 
 class ModerationRequest(StrictBody):
