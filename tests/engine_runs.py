@@ -1,4 +1,4 @@
-"""Runs an embedded engine, and computes what the model alone would answer."""
+"""An embedded engine at work: what to ask it, and what the model alone would answer."""
 
 import asyncio
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class Answer:
 
 
 def run(backbone, work, *, probes=(), limits=None):
-    """The result of ``work(engine)`` with a started engine."""
+    """The outcome of ``work(engine)`` with a started engine."""
 
     async def main():
         engine = TransformersEngine(backbone, probes, limits=limits)
@@ -37,7 +37,7 @@ def run(backbone, work, *, probes=(), limits=None):
 
 
 async def ask(engine, text, sampling=GREEDY, delay_s=0.0):
-    """The answer to a text, while no probe is watched."""
+    """The answer to a text, of which no probe is watched."""
     await asyncio.sleep(delay_s)
     events = await events_of(engine, text, sampling)
     assert isinstance(events[0], PromptJudged)

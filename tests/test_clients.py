@@ -1,4 +1,4 @@
-"""The table of ``docs/serving.md`` that says what each client keeps is what the clients do."""
+"""The table of ``docs/routes.md`` that says what each client keeps is what the clients do."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]
-DOCS = Path(__file__).parent.parent / "docs" / "serving.md"
+DOCS = Path(__file__).parent.parent / "docs" / "routes.md"
 MODES = ("plain", "streamed")
 # Some text is sent before the rule can hold.
 CUTTING = Rule("block", threshold=0.0, warm_up=4, hold_back=1)

@@ -1,15 +1,20 @@
 """What README and docs say of the project holds."""
 
+import ast
 import re
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+import torch
 
 from sidelight.cli import app
 from sidelight.engines.loading import LoadingEngine
+from sidelight.mechanisms import base
+from sidelight.ragged import Ragged
 from sidelight.server.app import create_app
 from tiny import tiny_backbone
 
@@ -51,6 +56,20 @@ def test_every_link_to_a_file_leads_somewhere(page: Path):
     assert [link for link in local if not (page.parent / link).exists()] == []
 
 
+def anchors(page: Path) -> set[str]:
+    """What GitHub calls the headings of a page."""
+    outside = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", outside, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", text).lower().replace(" ", "-") for text in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_to_a_heading_finds_it(page: Path):
+    links = re.findall(r"\]\(([^)#:]*)#([^)]+)\)", page.read_text())
+    there = [(page.parent / path if path else page, anchor) for path, anchor in links]
+    assert [anchor for path, anchor in there if anchor not in anchors(path)] == []
+
+
 def first_cells(page: str, head: str) -> list[str]:
     """The first column of the table with this head."""
     table = (ROOT / "docs" / page).read_text().split(f"{head}\n")[1].split("\n\n")[0]
@@ -77,14 +96,39 @@ def test_every_dependency_has_its_sentence():
     assert tools - told - set(words) == set()
 
 
+# What a declared package brings, and engines that whoever wants them installs.
+BROUGHT = {"pydantic_core", "starlette", "tokenizers", "packaging", "opentelemetry", "vllm"}
+
+
+def test_the_product_imports_only_what_it_declares():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    declared = names_of(
+        sum((extras[name] for name in ("serve", "plots", "datasets")), project["dependencies"])
+    )
+    homes = packages_distributions()
+    imported: set[str] = set()
+    for path in SOURCE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module or ""]
+            imported |= {name.split(".")[0] for name in names}
+    foreign = imported - sys.stdlib_module_names - BROUGHT - {"sidelight"}
+    packages = {
+        name: {re.sub("_", "-", p).lower() for p in homes.get(name, ())} for name in foreign
+    }
+    assert {name for name in foreign if not declared & packages[name]} == set()
+
+
 def test_the_tables_of_routes_hold_what_the_server_has():
     paths = create_app(LoadingEngine(tiny_backbone)).openapi()["paths"]
     has = {f"{method.upper()} {path}" for path, methods in paths.items() for method in methods}
     # FastAPI's own pages are not in the document that they show.
     has |= {"GET /docs", "GET /openapi.json"}
-    cells = first_cells("serving.md", "| route | gives |")
+    cells = first_cells("routes.md", "| route | gives |")
     cells.remove("`/admin/probes...`")
-    cells += first_cells("policies.md", "| route | does |")
+    cells += first_cells("routes.md", "| route | does |")
     told = [
         f"{method} {re.sub(r'{id}|NAME', '{name}', path)}"
         for method, *listed in (re.findall(r"[^`, ]+", cell) for cell in cells)
@@ -97,6 +141,21 @@ def test_every_option_of_the_server_is_described():
     said = "".join(page.read_text() for page in PAGES)
     options = [name for option in app.commands["serve"].params for name in option.opts]
     assert [name for name in options if not re.search(rf"{name}(?![\w-])", said)] == []
+
+
+def test_the_mechanism_of_the_how_to_streams_what_it_defines(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(base, "_ENTRIES", dict(base._ENTRIES))
+    page = (ROOT / "docs" / "own-mechanism.md").read_text()
+    exec(page.split("```python\n")[1].split("```")[0], {"__name__": "linear_mean"})
+    mechanism = base.mechanism_spec("linear_mean").build(base.Geometry(3, 32, 2))
+    hidden = torch.randn(1, 3, 5, 32)
+    tokens = torch.einsum("ltd,ldm->tlm", hidden[0], mechanism.columns())
+    pieces = [
+        mechanism.summarise(Ragged(piece, torch.tensor([len(piece)])))
+        for piece in (tokens[:2], tokens[2:])
+    ]
+    dense = mechanism(hidden, torch.ones(1, 5, dtype=torch.bool))
+    torch.testing.assert_close(mechanism.finish(mechanism.merge(*pieces)), dense)
 
 
 def test_import_and_help_load_nothing_heavy():

@@ -1,4 +1,4 @@
-"""Which requests go next, and that a batch writes what the model alone would write."""
+"""Who goes next, and that a batch writes what the model alone would write."""
 
 import asyncio
 
@@ -24,7 +24,7 @@ from sidelight.prompts import EncodedPrompt, Message, Part, Reads
 from tiny import SIZES, three_probes, tiny_backbone, untrained_probe
 
 GROUPED = {**SIZES, "num_key_value_heads": 2, "head_dim": 8}
-# Besides the families that backbones are tested on: windows narrower than the prompts.
+# Beyond the families that backbones are tested on: windows narrower than the prompts.
 MORE_CONFIGS = [GemmaConfig(**GROUPED), Gemma3TextConfig(**GROUPED, sliding_window=8)]
 TEXTS = ["hi", "a longer text than the others, so that they are padded", "of middle length"]
 
@@ -113,7 +113,7 @@ def test_a_prompt_without_room_for_an_answer_is_refused(llama, length):
         run(llama, lambda engine: ask(engine, "x" * length))
 
 
-def test_a_queue_longer_than_the_limits_is_worked_off(llama):
+def test_a_line_longer_than_the_limits_is_worked_off(llama):
     limits = Limits(running=2, prefill_tokens=64, cache_tokens=256)
 
     async def ask_many(engine):
@@ -192,67 +192,67 @@ def check(length=10):
     return request(length, max_tokens=0)
 
 
-def admitted(queue, running=()):
-    return queue.admit(list(running))
+def admitted(line, running=()):
+    return line.admit(list(running))
 
 
 def test_first_come_first_served():
-    queue = RequestQueue(Limits(running=2))
+    line = RequestQueue(Limits(running=2))
     requests = [request() for _ in range(3)]
-    queue.join(requests)
-    assert admitted(queue) == requests[:2]
-    assert admitted(queue, [requests[0]]) == requests[2:]
+    line.join(requests)
+    assert admitted(line) == requests[:2]
+    assert admitted(line, [requests[0]]) == requests[2:]
 
 
-def test_a_full_queue_refuses():
-    queue = RequestQueue(Limits(waiting=2))
-    queue.join([request(), request()])
+def test_a_full_line_refuses():
+    line = RequestQueue(Limits(waiting=2))
+    line.join([request(), request()])
     with pytest.raises(EngineBusyError, match="2 waiting, the limit is 2") as busy:
-        queue.join([request()])
+        line.join([request()])
     assert busy.value.retry_after_s > 0
-    assert len(queue) == 2
+    assert len(line) == 2
 
 
 def test_a_prefill_batch_counts_its_padding():
-    queue = RequestQueue(Limits(prefill_tokens=100))
+    line = RequestQueue(Limits(prefill_tokens=100))
     requests = [request(10), request(10), request(60)]
-    queue.join(requests)
-    assert admitted(queue) == requests[:2]
+    line.join(requests)
+    assert admitted(line) == requests[:2]
 
 
 def test_a_prompt_beyond_the_budget_goes_alone():
-    queue = RequestQueue(Limits(prefill_tokens=50))
+    line = RequestQueue(Limits(prefill_tokens=50))
     requests = [request(80), request(10)]
-    queue.join(requests)
-    assert admitted(queue) == requests[:1]
+    line.join(requests)
+    assert admitted(line) == requests[:1]
 
 
 def test_the_cache_has_room_for_what_is_still_to_be_written():
-    queue = RequestQueue(Limits(cache_tokens=100))
+    line = RequestQueue(Limits(cache_tokens=100))
     requests = [request(10, 30), request(10, 30), request(10, 30)]
-    queue.join(requests)
-    assert admitted(queue) == requests[:2]
+    line.join(requests)
+    assert admitted(line) == requests[:2]
 
 
-def test_checks_overtake_while_every_row_is_taken():
-    queue = RequestQueue(Limits(running=1))
+def test_checks_pass_while_every_place_is_taken():
+    line = RequestQueue(Limits(running=1))
     running, waiting, small = request(), request(), check()
-    queue.join([waiting, small])
-    assert admitted(queue, [running]) == [small]
-    assert admitted(queue) == [waiting]
+    line.join([waiting, small])
+    assert admitted(line, [running]) == [small]
+    assert admitted(line) == [waiting]
 
 
-def test_no_request_overtakes_one_that_does_not_fit_yet():
-    queue = RequestQueue(Limits(cache_tokens=100))
+def test_nobody_overtakes_a_request_that_does_not_fit_yet():
+    line = RequestQueue(Limits(cache_tokens=100))
     large, small = request(10, 80), request(1, 1)
-    queue.join([large, small])
-    assert admitted(queue, [request(10, 30)]) == []
-    assert admitted(queue) == [large]
+    line.join([large, small])
+    assert admitted(line, [request(10, 30)]) == []
+    assert admitted(line) == [large]
 
 
-def test_requests_that_leave_are_not_admitted():
-    queue = RequestQueue(Limits())
+def test_those_who_leave_are_not_admitted():
+    line = RequestQueue(Limits())
     stays, leaves = request(), request()
-    queue.join([stays, leaves])
-    queue.leave([leaves])
-    assert admitted(queue) == [stays]
+    line.join([stays, leaves])
+    line.leave([leaves])
+    assert admitted(line) == [stays]

@@ -1,4 +1,4 @@
-"""A failure hits the requests of one pass; the engine goes on."""
+"""A failure is the concern of the requests it hit; the engine goes on."""
 
 import asyncio
 import logging
@@ -42,7 +42,7 @@ def fail_once(backbone, *, is_prefill):
 
 
 @pytest.mark.parametrize("is_prefill", [True, False])
-def test_a_failed_pass_fails_its_requests_only(backbone, is_prefill, caplog):
+def test_a_failed_step_is_the_concern_of_its_request_only(backbone, is_prefill, caplog):
     async def ask_some(engine):
         fail_once(backbone, is_prefill=is_prefill)
         with pytest.raises(GenerationError) as lost:
@@ -52,7 +52,7 @@ def test_a_failed_pass_fails_its_requests_only(backbone, is_prefill, caplog):
     message, answer = run(backbone, ask_some)
     assert answer.text
     assert "RuntimeError" in message
-    # Places are logged, not what an error says, which may quote a prompt.
+    # Places are logged; what an error says may quote a prompt.
     assert "decoder.py" in caplog.text
     assert PROMPT not in message + str([record.getMessage() for record in caplog.records])
 
@@ -85,7 +85,7 @@ def test_a_logit_that_overflowed_fails_the_request(backbone, temperature):
         run(backbone, lambda engine: ask(engine, "hi", Sampling(temperature=temperature)))
 
 
-def test_logits_of_minus_infinity_rule_tokens_out(backbone):
+def test_logits_that_rule_tokens_out_are_drawn_from(backbone):
     backbone.model.lm_head.register_forward_hook(
         lambda _module, _inputs, logits: logits.index_fill(-1, torch.tensor([5]), -torch.inf)
     )
@@ -109,7 +109,7 @@ def test_leaving_frees_the_row(backbone):
     assert len(steps) < 16 + 30
 
 
-def test_leaving_while_waiting_frees_the_place_in_the_queue(backbone):
+def test_leaving_while_waiting_frees_the_place_in_line(backbone):
     async def leave(engine):
         running = asyncio.create_task(ask(engine, "a", LONG))
         while not engine.load.running:
@@ -125,7 +125,7 @@ def test_leaving_while_waiting_frees_the_place_in_the_queue(backbone):
     run(backbone, leave, limits=Limits(running=1))
 
 
-def test_a_full_queue_refuses(backbone):
+def test_a_full_line_refuses(backbone):
     async def ask_many(engine):
         return await asyncio.gather(
             *(ask(engine, str(i)) for i in range(8)), return_exceptions=True
@@ -180,7 +180,7 @@ def test_a_loading_engine_refuses_until_it_is_loaded(backbone):
     asyncio.run(main())
 
 
-def test_a_failure_to_load_is_reported():
+def test_a_failure_to_load_is_told():
     def load():
         raise OSError("no such model")
 

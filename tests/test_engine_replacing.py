@@ -1,4 +1,4 @@
-"""Replacing probes at run time: every request is judged only by the set it began with."""
+"""Other probes at run time: every request keeps those it began with, and none is judged by two."""
 
 import asyncio
 
@@ -95,7 +95,7 @@ def test_probes_replaced_under_load_lose_no_verdict(backbone):
     assert seen == {"early-0", "early-1"}
 
 
-def test_probes_that_cannot_serve_are_refused_and_nothing_changes(backbone):
+def test_what_cannot_serve_is_refused_and_nothing_changes(backbone):
     other = tiny_backbone(LlamaConfig(**{**SIZES, "rope_theta": 5000.0}))
     broken = late(backbone, "broken")
     broken.mechanism.bias.fill_(float("nan"))
@@ -117,7 +117,7 @@ def test_probes_that_cannot_serve_are_refused_and_nothing_changes(backbone):
     assert [verdict.probe for verdict in answer.judged.verdicts] == ["old"]
 
 
-def test_all_probes_may_be_removed(backbone):
+def test_all_probes_may_go(backbone):
     async def replace(engine):
         await engine.replace_probes([])
         return await ask(engine, "x")
@@ -127,7 +127,7 @@ def test_all_probes_may_be_removed(backbone):
     assert isinstance(answer.finished, Finished)
 
 
-def test_an_engine_that_is_not_running_refuses(backbone):
+def test_an_engine_that_does_not_run_refuses(backbone):
     async def main():
         for engine in (
             TransformersEngine(backbone, []),
@@ -139,7 +139,7 @@ def test_an_engine_that_is_not_running_refuses(backbone):
     asyncio.run(main())
 
 
-def test_a_version_identifies_the_artifact(backbone, tmp_path):
+def test_a_version_stands_for_the_artifact(backbone, tmp_path):
     probe = untrained_probe(backbone, "a")
     assert probe.version == ""
     first, again = (load_probe(save_probe(probe, tmp_path / n)).version for n in ("a", "b"))

@@ -1,4 +1,4 @@
-"""Tokens to text: drawing, whole characters, stop strings, and log-probabilities."""
+"""Tokens to text: drawing, whole characters, stop strings, and what is reported of each token."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ from tiny import SIZES, tiny_backbone, tiny_tokenizer
 BYTES = st.binary(max_size=40)
 SHORT_TEXT = st.text(alphabet="ab\u00e9", max_size=30)
 STOPS = st.lists(st.text(alphabet="ab\u00e9", min_size=1, max_size=4), max_size=3)
-# With this seed the text has all its tokens, some of them parts of characters, also the last.
+# This seed writes to the end, with parts of characters, one of them at the end.
 SAMPLING = {"max_tokens": 40, "temperature": 1.0, "seed": 0, "logprobs": 2}
 
 
@@ -113,19 +113,19 @@ def test_top_p_leaves_the_tail_out():
 
 @pytest.fixture(scope="module")
 def backbone():
-    """Every id of this model is a token of its tokenizer."""
+    """Every id of this model is a token of its tokenizer's."""
     return tiny_backbone(LlamaConfig(**{**SIZES, "vocab_size": len(tiny_tokenizer())}))
 
 
 def write(backbone, **options) -> tuple[str, list[TokenLogprobs], Finished]:
-    """The text, the log-probabilities of its tokens, and the last event."""
+    """The text, what was told of its tokens, and the last event."""
 
     sampling = Sampling(**{**SAMPLING, **options})
     events = run(backbone, lambda engine: events_of(engine, "hi", sampling))
     deltas = [event for event in events if isinstance(event, TextDelta)]
     finished = events[-1]
-    reported = [token for event in (*deltas, finished) for token in event.logprobs]
-    return "".join(delta.text for delta in deltas), reported, finished
+    told = [token for event in (*deltas, finished) for token in event.logprobs]
+    return "".join(delta.text for delta in deltas), told, finished
 
 
 def joined(tokens) -> bytes:
@@ -133,55 +133,55 @@ def joined(tokens) -> bytes:
 
 
 def test_the_bytes_of_all_tokens_are_the_text(backbone):
-    text, reported, finished = write(backbone)
-    assert len(reported) == finished.completion_tokens == SAMPLING["max_tokens"]
-    assert joined(reported).decode(errors="replace").startswith(text)
+    text, told, finished = write(backbone)
+    assert len(told) == finished.completion_tokens == SAMPLING["max_tokens"]
+    assert joined(told).decode(errors="replace").startswith(text)
     assert len(finished.logprobs) == 1
-    assert joined(reported[:-1]).decode(errors="replace") == text
-    assert any(token.drawn.spelling.is_partial for token in reported)
+    assert joined(told[:-1]).decode(errors="replace") == text
+    assert any(token.drawn.spelling.is_partial for token in told)
 
 
-def test_log_probabilities_are_reported_on_request_only(backbone):
+def test_nothing_is_told_that_was_not_asked_for(backbone):
     assert write(backbone, logprobs=None)[1] == []
     assert [token.likeliest for token in write(backbone, logprobs=0)[1]] == [()] * 40
 
 
-def test_no_log_probability_of_a_stop_string_is_reported(backbone):
-    """Wherever a stop string cuts the text, the reported tokens are those that were sent."""
+def test_nothing_is_told_of_a_stop_string(backbone):
+    """Whichever part of the text stops it, what is told is what is sent."""
     whole, _, _ = write(backbone)
     cut = 0
     for start in range(len(whole) - 3):
         if whole[start] == UNFINISHED:
-            # Bytes that are not a character: a stop string cannot begin within them.
+            # Bytes that are no character: nobody can say which of them a stop string begins with.
             continue
-        text, reported, finished = write(backbone, stop=(whole[start : start + 3],))
-        assert joined(reported).decode(errors="replace") == text
+        text, told, finished = write(backbone, stop=(whole[start : start + 3],))
+        assert joined(told).decode(errors="replace") == text
         assert finished.logprobs == ()
-        cut += finished.reason == "stop" and len(reported) < finished.completion_tokens
+        cut += finished.reason == "stop" and len(told) < finished.completion_tokens
     assert cut > 5
 
 
-def test_an_end_of_turn_is_not_reported(backbone):
-    """Some seed draws the end-of-turn token before the limit."""
+def test_an_end_of_turn_is_not_told(backbone):
+    """The end-of-turn token is written as soon as it may be."""
     for seed in range(40):
-        text, reported, finished = write(backbone, seed=seed, max_tokens=120, temperature=2.0)
+        text, told, finished = write(backbone, seed=seed, max_tokens=120, temperature=2.0)
         if finished.reason == "stop":
             break
     assert finished.reason == "stop"
-    assert len(reported) == finished.completion_tokens - 1
-    assert joined(reported).decode(errors="replace").startswith(text)
+    assert len(told) == finished.completion_tokens - 1
+    assert joined(told).decode(errors="replace").startswith(text)
 
 
 def test_offsets_count_the_characters_before_a_token(backbone):
-    text, reported, _ = write(backbone)
-    for token in reported:
+    text, told, _ = write(backbone)
+    for token in told:
         spelling = token.drawn.spelling
         end = token.offset + len(spelling.text)
         is_text = spelling.bytes is not None and not spelling.is_partial
         assert not is_text or text[token.offset : end] == spelling.text
 
 
-def test_log_probabilities_are_those_of_the_whole_distribution():
+def test_odds_are_those_of_the_whole_distribution():
     logits = torch.tensor([0.0, 2.0, -torch.inf, 1.0])
     wanted = torch.log_softmax(logits, dim=0)
     drawn, likeliest = likeliest_tokens(logits, 2, count=9)
@@ -194,7 +194,7 @@ def test_byte_letters_are_spelled_as_their_bytes():
     tokenizer = tiny_tokenizer()
     spell = Speller(tokenizer)
     for byte, text in ((0x20, " "), (0xE2, r"\xe2"), (0x0A, "\n"), (0xAD, r"\xad")):
-        # Either a character of its own, or a byte that occurs only within longer ones.
+        # A byte of its own, or one that only stands in a longer character.
         of_text = tokenizer.encode(chr(byte))
         tokens = [t for t in (*of_text, *range(len(tokenizer))) if spell(t).bytes == bytes([byte])]
         assert {spell(token).text for token in tokens} == {text}

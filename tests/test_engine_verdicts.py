@@ -1,7 +1,7 @@
-"""Every request gets the verdicts on its own tokens, or an error, from the pass that serves it.
+"""Every request gets the verdicts of its own tokens, or an error, from the pass that serves it.
 
-It never gets another's verdict or a guess. After each token of the response, watched probes judge
-the response so far.
+Never another's verdict, and never a guess. Watched probes say after each token of the response what
+they would say of it so far.
 """
 
 import asyncio
@@ -256,7 +256,7 @@ def test_every_token_of_a_watched_text_is_read(backbone, max_tokens, stop):
     assert scores == list(range(1, finished.completion_tokens + 1))
 
 
-def test_only_watched_probes_are_scored(backbone):
+def test_nothing_is_scored_that_nobody_watches(backbone):
     probes = [untrained_probe(backbone, n, reads=Reads("response")) for n in ("late", "other")]
 
     async def both(engine):
@@ -271,7 +271,7 @@ def test_only_watched_probes_are_scored(backbone):
     assert [v.probe for v in watched[-1].verdicts] == ["late", "other"]
 
 
-def test_a_probe_that_overflows_is_reported_at_each_token(backbone):
+def test_a_probe_that_overflows_is_told_at_each_token(backbone):
     broken = untrained_probe(backbone, "late", reads=Reads("response"))
     broken.mechanism.bias.fill_(float("nan"))
     events = run(backbone, lambda engine: events_of(engine, "hi", watch=LATE), probes=[broken])
@@ -281,7 +281,7 @@ def test_a_probe_that_overflows_is_reported_at_each_token(backbone):
 
 
 @pytest.mark.parametrize("name", ["early", "nobody"])
-def test_watching_a_probe_that_does_not_read_the_response_is_refused(backbone, name):
+def test_what_cannot_be_watched_is_refused(backbone, name):
     probes = [
         untrained_probe(backbone, "early"),
         untrained_probe(backbone, "late", reads=Reads("response")),

@@ -1,4 +1,4 @@
-"""The table of outcomes in docs/policies.md is what a live server does."""
+"""The table of outcomes in docs/policy-file.md is what a live server does."""
 
 import json
 import re
@@ -22,7 +22,7 @@ from sidelight.probe import Probe
 from sidelight.prompts import Reads
 from tiny import tiny_backbone, untrained_probe
 
-PAGE = Path(__file__).parent.parent / "docs" / "policies.md"
+PAGE = Path(__file__).parent.parent / "docs" / "policy-file.md"
 TEXT = "hello"
 TOKENS = 24
 ADMIN = "admin-key"

@@ -1,4 +1,4 @@
-"""Capturing hidden states, without vLLM: its scheduler and its passes are simulated."""
+"""Laws of capturing hidden states that hold without vLLM: its scheduler and passes are played."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from tiny import untrained_probe
 BLOCK = 4
 LAYERS, WIDTH = 3, 5
 LENGTHS = (1, 9, 14)
-# Out of order, and not neighbours.
+# In no order, and not neighbours.
 BLOCKS = ([7], [2, 11, 0], [9, 3, 8, 1])
 
 
@@ -37,8 +37,8 @@ def prompt_of(length: int, seed: int) -> EncodedPrompt:
 PROMPTS = [prompt_of(length, seed) for seed, length in enumerate(LENGTHS)]
 
 
-class Simulated:
-    """Requests that run in chunks, several in a pass."""
+class Played:
+    """Requests that are run in chunks, several in a pass."""
 
     def __init__(self, folder, reads=None, layers=(range(LAYERS),)):
         self.reads = reads or Reads()
@@ -88,65 +88,65 @@ class Simulated:
 
 @pytest.mark.parametrize("reads", [Reads(), Reads("both"), Reads("prompt", template=False)])
 @pytest.mark.parametrize("chunk", [1, 3, 5, 14])
-def test_the_states_of_the_tokens_read_are_kept(tmp_path, reads, chunk):
-    simulated = Simulated(tmp_path, reads)
+def test_what_is_kept_are_the_states_of_the_read_tokens(tmp_path, reads, chunk):
+    played = Played(tmp_path, reads)
     edges = [*range(0, max(LENGTHS), chunk), max(LENGTHS)]
     for start, stop in pairwise(edges):
-        assert not simulated.is_whole
+        assert not played.is_whole
         ends = [(i, start, min(stop, n)) for i, n in enumerate(LENGTHS) if start < n]
-        # The longest first, since no order is promised.
-        simulated.step(ends[::-1])
-    simulated.require_equal()
+        # The longest first, as no order is promised.
+        played.step(ends[::-1])
+    played.require_equal()
 
 
 def test_pipeline_stages_fill_one_spool(tmp_path):
-    simulated = Simulated(tmp_path, layers=(range(0, 1), range(1, LAYERS)))
-    simulated.step([(i, 0, n) for i, n in enumerate(LENGTHS[:2])])
-    simulated.step([(2, 0, LENGTHS[2])])
-    simulated.require_equal()
+    played = Played(tmp_path, layers=(range(0, 1), range(1, LAYERS)))
+    played.step([(i, 0, n) for i, n in enumerate(LENGTHS[:2])])
+    played.step([(2, 0, LENGTHS[2])])
+    played.require_equal()
 
 
 def test_a_preempted_text_is_run_again_from_its_first_token(tmp_path):
-    simulated = Simulated(tmp_path)
-    simulated.step([(0, 0, 1), (1, 0, 9)])
-    simulated.step([(2, 0, 6)])
-    simulated.spool.hidden.zero_()
-    simulated.step([(0, 0, 1), (1, 0, 9)])
-    simulated.step([(2, 0, 10)])
-    simulated.step([(2, 10, 14)])
-    simulated.require_equal()
+    played = Played(tmp_path)
+    played.step([(0, 0, 1), (1, 0, 9)])
+    played.step([(2, 0, 6)])
+    played.spool.hidden.zero_()
+    played.step([(0, 0, 1), (1, 0, 9)])
+    played.step([(2, 0, 10)])
+    played.step([(2, 10, 14)])
+    played.require_equal()
 
 
 def test_what_is_written_after_the_prompt_is_not_kept(tmp_path):
-    simulated = Simulated(tmp_path)
-    simulated.step([(i, 0, n) for i, n in enumerate(LENGTHS[:2])])
-    simulated.step([(2, 0, 14)])
-    kept = simulated.spool.hidden.clone()
-    assert simulated.captures.plan([Step("2", 15, False, lambda: BLOCKS[2])]) == []
-    assert torch.equal(simulated.spool.hidden, kept)
+    played = Played(tmp_path)
+    played.step([(i, 0, n) for i, n in enumerate(LENGTHS[:2])])
+    played.step([(2, 0, 14)])
+    kept = played.spool.hidden.clone()
+    assert played.captures.plan([Step("2", 15, False, lambda: BLOCKS[2])]) == []
+    assert torch.equal(played.spool.hidden, kept)
 
 
 def test_a_layer_that_is_not_tapped_is_noticed(tmp_path):
-    simulated = Simulated(tmp_path)
-    simulated.step([(0, 0, 1), (1, 0, 9)])
-    simulated.step([(2, 0, 14)], untapped={1})
-    assert not simulated.is_whole
+    played = Played(tmp_path)
+    played.step([(0, 0, 1), (1, 0, 9)])
+    played.step([(2, 0, 14)], untapped={1})
+    assert not played.is_whole
 
 
 def test_tokens_that_the_pass_did_not_run_are_an_error(tmp_path):
     """As if the first block had come from a prefix cache."""
-    simulated = Simulated(tmp_path)
-    (piece,) = simulated.captures.plan([Step("1", 9, True, lambda: BLOCKS[1])])
+    played = Played(tmp_path)
+    (piece,) = played.captures.plan([Step("1", 9, True, lambda: BLOCKS[1])])
     with pytest.raises(SidelightError, match="prefix"):
-        simulated.recorders[0].save(torch.tensor([44, 45, 46, 47, 0]), [piece])
+        played.recorders[0].save(torch.tensor([44, 45, 46, 47, 0]), [piece])
 
 
-def test_a_pass_goes_on_without_a_spool_that_was_given_up(tmp_path):
-    """A cancelled request may be in a pass that has begun."""
-    simulated = Simulated(tmp_path)
-    simulated.spool.remove()
-    simulated.step([(0, 0, 1), (1, 0, 9)])
-    assert not simulated.spool.passed.any()
+def test_a_spool_that_was_given_up_stops_nobody(tmp_path):
+    """Requests that were cancelled may be in a pass that has begun."""
+    played = Played(tmp_path)
+    played.spool.remove()
+    played.step([(0, 0, 1), (1, 0, 9)])
+    assert not played.spool.passed.any()
 
 
 def test_a_request_that_names_no_place_is_run_and_not_kept(tmp_path):
@@ -170,7 +170,7 @@ def test_a_spool_is_found_by_its_path_and_shape(tmp_path):
     assert (spool.hidden == 3).all()
 
 
-def test_a_full_disk_is_reported_before_a_token_is_run(tmp_path, monkeypatch):
+def test_a_full_disk_is_told_before_a_token_is_run(tmp_path, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -189,12 +189,12 @@ def test_an_engine_whose_parent_is_killed_ends():
         text=True,
     )
     assert starter.stdout is not None
-    with starter.stdout as output:
-        engine = int(output.readline())
+    with starter.stdout as told:
+        engine = int(told.readline())
         os.kill(engine, 0)
         starter.kill()
-        # The engine holds the other end, so this returns once it has ended.
-        assert output.read() == ""
+        # It holds the other end: nothing more is read until it has ended.
+        assert told.read() == ""
     starter.wait()
 
 

@@ -1,4 +1,4 @@
-"""The engine over vLLM when vLLM refuses: which probes serve, and which requests get in."""
+"""The engine over vLLM where vLLM refuses: which probes serve then, and who gets in."""
 
 import asyncio
 import re
@@ -21,9 +21,9 @@ from tiny import tiny_backbone, untrained_probe
 
 
 class Workers:
-    """Stands in for vLLM: two workers that load the probes they are given, and a prefix cache.
+    """Stands in for vLLM: two workers that load what they are told, and a prefix cache.
 
-    It writes one token of each text, and ends the text only if that token is all it was asked for.
+    It writes one token of each text, and no end of it unless that is all that is asked for.
     """
 
     errored = False
@@ -99,7 +99,7 @@ def names_of_vllm(monkeypatch):
 
 
 def replacing(backbone, change):
-    """Replaces a probe; returns the engine's and the workers' probes, and whether it is ready."""
+    """Exchanges a probe; the workers' and the engine's probes after it did not work out."""
 
     async def main():
         llm = Workers()
@@ -133,7 +133,7 @@ def test_a_worker_that_refuses_puts_all_back(backbone):
     assert replacing(backbone, change) == (["old"], [["old"], ["old"]], True)
 
 
-def test_a_cancelled_replacement_leaves_the_old_probes(backbone):
+def test_one_who_gives_up_leaves_the_old_probes(backbone):
     async def change(engine, llm, new):
         changing = asyncio.create_task(engine.replace_probes([new]))
         await llm.waits.wait()
@@ -150,7 +150,7 @@ def test_a_cancelled_replacement_leaves_the_old_probes(backbone):
 def test_texts_of_one_request_do_not_hold_up_a_change_that_comes_between_them(
     backbone, names_of_vllm
 ):
-    """A server reads no more of the first text until it has the second one's verdicts."""
+    """A server takes nothing more from the first text before it has the second one's verdicts."""
 
     async def change(engine, llm, new):
         llm.free.set()
@@ -178,7 +178,7 @@ def test_a_cache_that_cannot_be_reset_is_tried_again_and_then_an_error(backbone,
         assert llm.resets > 2
 
     names, _, is_ready = replacing(backbone, change)
-    # The old probes' columns could not be reset either, so nothing is served any more.
+    # The old probes' columns could not be reset either: nothing is served any more.
     assert (names, is_ready) == (["old"], False)
 
 
@@ -212,7 +212,7 @@ TAKERS = [one for one in commands(app) if "engine_option" in {p.name for p in on
 
 
 @pytest.mark.parametrize("command", TAKERS, ids=lambda command: command.name)
-def test_every_command_that_takes_vllms_options_has_the_options_to_give_instead(command):
+def test_an_option_to_give_instead_is_one_of_every_command_that_takes_vllms(command):
     known = {word for parameter in command.params for word in parameter.opts}
     assert set(re.findall(r"--[a-z-]+", " ".join(_SET_HERE.values()))) <= known
 
@@ -237,7 +237,7 @@ def test_a_list_takes_all_its_places_at_once_or_none():
             with places.taken(1), pytest.raises(EngineBusyError), places.taken(1):
                 pass
             assert (places.load.running, places.load.waiting) == (297, 3)
-            # One has ended, one is closed early, and three never began.
+            # One has written all, one is given up, and three never came so far.
             assert [each async for each in running[0]] == []
             await running[1].aclose()
             assert (places.load.running, places.load.waiting) == (295, 3)
@@ -255,7 +255,7 @@ async def settled(task):
     return task
 
 
-def test_a_cancelled_close_leaves_the_gate_open():
+def test_one_who_gives_up_waiting_leaves_the_gate_open():
     async def main():
         gate, leave = Gate(), asyncio.Event()
 
@@ -278,7 +278,7 @@ def test_a_cancelled_close_leaves_the_gate_open():
     asyncio.run(main())
 
 
-def test_waiting_for_the_gate_ends_when_it_opens():
+def test_who_waits_for_it_to_open_goes_on_when_it_does():
     async def main():
         gate = Gate()
         async with gate.closed():
@@ -289,7 +289,7 @@ def test_waiting_for_the_gate_ends_when_it_opens():
     asyncio.run(main())
 
 
-def test_a_closed_gate_refuses_at_once():
+def test_nobody_enters_while_it_is_closed_or_waits_for_it():
     async def main():
         gate = Gate()
         async with gate.closed():
@@ -302,7 +302,7 @@ def test_a_closed_gate_refuses_at_once():
     asyncio.run(main())
 
 
-def test_closing_waits_for_everybody_inside():
+def test_who_is_inside_is_waited_for():
     async def main():
         gate, order = Gate(), []
 

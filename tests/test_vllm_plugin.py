@@ -1,4 +1,4 @@
-"""The plugin without vLLM: a paged cache is simulated, with every trap it has."""
+"""Laws of the plugin that hold without vLLM: a paged cache is played, with every trap it has."""
 
 import json
 from dataclasses import replace
@@ -71,7 +71,7 @@ def states_of(backbone, token_ids) -> torch.Tensor:
     return torch.stack(states)
 
 
-class Simulated:
+class Played:
     """A worker and a scheduler with a paged cache, without a model."""
 
     def __init__(self, probes):
@@ -129,7 +129,7 @@ def test_any_schedule_gives_the_verdicts_of_one_pass(data):
         untrained_probe(backbone, name, mechanism=name, reads=WAYS[i % len(WAYS)])
         for i, name in enumerate(mechanism_names())
     ]
-    simulated = Simulated(probes)
+    played = Played(probes)
     random = np.random.default_rng(data.draw(st.integers(0, 2**16)))
     shared = [int(t) for t in random.integers(5, 300, BLOCK * data.draw(st.integers(0, 3)))]
     free = list(range(BLOCKS))
@@ -141,109 +141,109 @@ def test_any_schedule_gives_the_verdicts_of_one_pass(data):
         own = [free.pop() for _ in range(-(-len(prompt) // BLOCK) - len(cached))]
         blocks = cached + own
         request = f"r{number}"
-        simulated.enter(request, prompt)
+        played.enter(request, prompt)
         begin = len(cached) * BLOCK
         if begin >= len(prompt):
             begin = len(prompt) - 1
         if data.draw(st.booleans()) and len(prompt) - begin > 1:
             # Half of it is computed, then it is preempted, loses its blocks, and begins again.
-            simulated.step([(request, hidden, blocks, begin, len(prompt) - 1)])
+            played.step([(request, hidden, blocks, begin, len(prompt) - 1)])
             own = own[::-1]
             blocks = cached + own
         cuts = sorted({begin, len(prompt), *data.draw(st.lists(st.integers(begin, len(prompt))))})
         for start, stop in pairwise(cuts):
-            simulated.step([(request, hidden, blocks, start, stop)], resumed={request})
-        require_equal(probes, simulated.judgement(request), backbone, prompt)
+            played.step([(request, hidden, blocks, start, stop)], resumed={request})
+        require_equal(probes, played.judgement(request), backbone, prompt)
         cached = blocks[: len(shared) // BLOCK]
-        # The next request uses the blocks that are not shared.
+        # What is not shared is used again by the next request.
         free += [block for block in blocks if block not in cached]
 
 
 def test_a_response_is_read_as_it_is_written(backbone, probes):
-    simulated = Simulated(probes)
+    played = Played(probes)
     ids = [int(t) for t in np.random.default_rng(3).integers(5, 300, 20)]
     prompt = prompt_of(ids[:9])
     hidden = states_of(backbone, ids)
-    simulated.enter("r", prompt)
+    played.enter("r", prompt)
     blocks = list(range(5))
-    simulated.step([("r", hidden, blocks, 0, 9)])
+    played.step([("r", hidden, blocks, 0, 9)])
     for token in range(9, 20):
-        simulated.step([("r", hidden, blocks, token, token + 1)])
+        played.step([("r", hidden, blocks, token, token + 1)])
         parts = prompt.parts + (Part.RESPONSE,) * (token + 1 - 9)
         late = [probe for probe in probes if probe.reads.side == "both"]
         whole = EncodedPrompt(tuple(ids[: token + 1]), parts)
-        require_equal(late, simulated.judgement("r"), backbone, whole)
+        require_equal(late, played.judgement("r"), backbone, whole)
         early = [probe for probe in probes if not probe.reads.includes_response]
-        require_equal(early, simulated.judgement("r"), backbone, prompt)
+        require_equal(early, played.judgement("r"), backbone, prompt)
 
 
 @pytest.mark.parametrize("chunk", [3, 9, 12, 17])
 def test_a_response_is_read_again_after_preemption(backbone, probes, chunk):
-    simulated = Simulated(probes)
+    played = Played(probes)
     ids = [int(t) for t in np.random.default_rng(4).integers(5, 300, 18)]
     prompt = prompt_of(ids[:9])
     hidden = states_of(backbone, ids)
-    simulated.enter("r", prompt)
-    simulated.step([("r", hidden, [0, 1, 2, 3, 4], 0, 9)])
+    played.enter("r", prompt)
+    played.step([("r", hidden, [0, 1, 2, 3, 4], 0, 9)])
     for token in range(9, 17):
-        simulated.step([("r", hidden, [0, 1, 2, 3, 4], token, token + 1)])
-    simulated.pages.forget()
+        played.step([("r", hidden, [0, 1, 2, 3, 4], token, token + 1)])
+    played.pages.forget()
     blocks = [9, 8, 7, 6, 5]
     for start in range(0, 18, chunk):
         stop = min(18, start + chunk)
         resumed = {"r"} if start == 0 else set()
-        simulated.step([("r", hidden, blocks, start, stop)], resumed=resumed)
+        played.step([("r", hidden, blocks, start, stop)], resumed=resumed)
     whole = EncodedPrompt(tuple(ids), prompt.parts + (Part.RESPONSE,) * 9)
     late = [probe for probe in probes if probe.reads.side == "both"]
-    require_equal(late, simulated.judgement("r"), backbone, whole)
+    require_equal(late, played.judgement("r"), backbone, whole)
 
 
 def test_a_layer_that_is_not_tapped_is_a_failed_verdict(backbone, probes):
-    simulated = Simulated(probes)
+    played = Played(probes)
     prompt = prompt_of(range(10, 18))
     hidden = states_of(backbone, prompt.token_ids)
-    simulated.enter("r", prompt)
-    simulated.step([("r", hidden, [0, 1], 0, 8)])
-    assert simulated.judgement("r").failed == ()
+    played.enter("r", prompt)
+    played.step([("r", hidden, [0, 1], 0, 8)])
+    assert played.judgement("r").failed == ()
     # The next request's last layer is never projected: its rows are not those of the pass before.
-    simulated.enter("s", prompt)
+    played.enter("s", prompt)
     for layer, states in enumerate(hidden[:-1]):
-        simulated.stage.receive(layer, states)
-    simulated.pages.keep(torch.arange(12, 20))
-    (reading,) = simulated.tracking.plan([Step("s", 8, True, lambda: [3, 4])])
-    judgement = simulated.judge([reading])["s"]
+        played.stage.receive(layer, states)
+    played.pages.keep(torch.arange(12, 20))
+    (reading,) = played.tracking.plan([Step("s", 8, True, lambda: [3, 4])])
+    judgement = played.judge([reading])["s"]
     assert judgement.verdicts == ()
     assert sorted(judgement.failed) == sorted(probe.name for probe in probes)
 
 
 def test_forgotten_slots_are_failed_verdicts(backbone, probes):
-    simulated = Simulated(probes)
+    played = Played(probes)
     prompt = prompt_of(range(10, 18))
-    simulated.enter("r", prompt)
-    simulated.step([("r", states_of(backbone, prompt.token_ids), [0, 1], 0, 7)])
-    simulated.pages.forget()
-    simulated.step([("r", states_of(backbone, prompt.token_ids), [0, 1], 7, 8)])
-    verdicts = simulated.tracking.report("r")[KEY]["verdicts"]
+    played.enter("r", prompt)
+    played.step([("r", states_of(backbone, prompt.token_ids), [0, 1], 0, 7)])
+    played.pages.forget()
+    played.step([("r", states_of(backbone, prompt.token_ids), [0, 1], 7, 8)])
+    verdicts = played.tracking.report("r")[KEY]["verdicts"]
     assert verdicts == {probe.name: {"error": "verdict_failed"} for probe in probes}
 
 
 def test_pipeline_stages_together_give_the_verdict(backbone, probes):
-    simulated = Simulated(probes)
+    played = Played(probes)
     prompt = prompt_of(range(10, 30))
     hidden = states_of(backbone, prompt.token_ids)
-    simulated.enter("r", prompt)
-    (reading,) = simulated.tracking.plan([Step("r", 20, True, lambda: list(range(5)))])
-    projection = simulated.panel.projection
+    played.enter("r", prompt)
+    (reading,) = played.tracking.plan([Step("r", 20, True, lambda: list(range(5)))])
+    projection = played.panel.projection
     columns = torch.stack(
         [hidden[i] @ projection.weight[i] + projection.shift[i] for i in range(4)], 1
     )
     later, first = Share(reading, 2, columns[:, 2:]), Share(reading, 0, columns[:, :2])
-    require_equal(probes, simulated.request_judge.join([later, first]), backbone, prompt)
+    require_equal(probes, played.request_judge.join([later, first]), backbone, prompt)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_staging_is_one_product_in_place_and_reads_no_value(dtype):
-    """What a captured CUDA graph requires, as far as a test without a GPU can say."""
+    """What a captured CUDA graph asks for, as far as it can be said without a GPU."""
     torch.manual_seed(0)
     projection = Projection(torch.randn(2, 8, 3), torch.randn(2, 3))
     hidden = torch.randn(5, 8, dtype=dtype)
@@ -265,7 +265,7 @@ def test_staging_is_one_product_in_place_and_reads_no_value(dtype):
 
 
 def test_a_worker_keeps_its_stage_when_the_cache_comes(backbone, tmp_path):
-    """Graphs may have been captured before that, so taps must still reach its pages."""
+    """Graphs may have been captured before that: what passes through a tap lands in its pages."""
     folder = str(save_probe(untrained_probe(backbone, "p"), tmp_path / "p"))
     served = Served((folder,), backbone.fingerprint)
     layers = range(backbone.fingerprint.layers)
@@ -402,12 +402,12 @@ def test_probes_of_chats_and_of_raw_texts_are_refused_whoever_serves_them(backbo
     raw = replace(untrained_probe(backbone, "topics", task=TOPICS), prompt_format="raw")
     folders = [str(save_probe(probe, tmp_path / probe.name)) for probe in (chat, raw)]
     options = {"model": None, "dtype": "auto", "device": "auto", "options": {}}
-    message = "such as 'toxicity', and of raw texts, such as 'topics', cannot be served together"
+    told = "such as 'toxicity', and of raw texts, such as 'topics', cannot be served together"
     for serve in (
         lambda: load_engine("transformers", [chat, raw], **options),
         lambda: fingerprint_of("smollm2", folders),
         lambda: require_same_model([chat, raw], backbone.fingerprint),
     ):
-        with pytest.raises(SidelightError, match=message):
+        with pytest.raises(SidelightError, match=told):
             serve()
     assert [common_format(probes) for probes in ([], [chat], [raw, raw])] == [None, "chat", "raw"]

@@ -1,4 +1,4 @@
-"""What vLLM's own server reads in a chat request, and what a client reads in the answer."""
+"""What vLLM's own server reads of a chat request, and what a client reads of its answer."""
 
 import asyncio
 import json

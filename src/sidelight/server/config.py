@@ -77,8 +77,7 @@ class ServerConfig(BaseSettings):
     probe: tuple[Path, ...] = Field(default=(), description="Folder of a probe; may be repeated.")
     policy: Path | None = Field(
         default=None,
-        description="TOML file that says what follows from verdicts; docs/policies.md describes "
-        "it.",
+        description="TOML file that says what follows from verdicts; see docs/policy-file.md.",
     )
     host: str = Field(default="127.0.0.1", description="Address to listen on.")
     port: int = Field(
