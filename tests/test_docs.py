@@ -70,6 +70,15 @@ def test_every_link_to_a_heading_finds_it(page: Path):
     assert [anchor for path, anchor in there if anchor not in anchors(path)] == []
 
 
+def test_every_stop_of_the_walks_exists():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    lines = re.findall(r"^ +\d+  (\w[\w.]*(?:, \w+)*)  ", page, flags=re.MULTILINE)
+    stops = [place.split(".")[-1] for line in lines for place in line.split(", ")]
+    code = "\n".join(path.read_text() for path in SOURCE.rglob("*.py"))
+    assert len(lines) == 12 + 4 + 8
+    assert [name for name in stops if not re.search(rf"(def|class) {name}\b", code)] == []
+
+
 def first_cells(page: str, head: str) -> list[str]:
     """The first column of the table with this head."""
     table = (ROOT / "docs" / page).read_text().split(f"{head}\n")[1].split("\n\n")[0]
