@@ -1,4 +1,4 @@
-"""The commands that speak of vLLM, as a user calls them."""
+"""The commands that use vLLM, as a user calls them."""
 
 import json
 

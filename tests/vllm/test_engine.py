@@ -1,4 +1,4 @@
-"""The engine behind our server: events, verdicts, other probes, and its end."""
+"""The engine behind our server: events, verdicts, replacing probes, and shutting down."""
 
 import asyncio
 import itertools
@@ -163,7 +163,7 @@ def test_a_watched_probe_is_scored_after_every_token(engine, loop, model):
 
 
 def test_a_slow_reader_gets_a_score_of_every_token(engine, loop, model):
-    """VLLM writes on while nobody takes its outputs, and gives several tokens as one."""
+    """VLLM goes on while nobody reads its outputs, and then gives several tokens at once."""
     late = names(model, "response", "both")
 
     async def read_slowly():
@@ -212,7 +212,7 @@ def test_judge_gives_what_a_completion_gives_and_reads_given_responses(engine, l
     assert {v.probe for v in without.verdicts} == set(names(model, "prompt"))
 
 
-def test_more_texts_than_may_wait_are_judged_where_nobody_does(engine, loop):
+def test_more_texts_than_may_wait_are_judged_if_nobody_else_waits(engine, loop):
     texts = [[Message("user", f"text {i}")] for i in range(150)]
     judged = loop.run(engine.judge(texts))
     assert len(judged) == len(texts)
@@ -257,7 +257,7 @@ def test_one_token_and_stop_strings(engine, loop, model):
 
 @pytest.mark.parametrize("count", [0, 3])
 def test_log_probabilities_are_the_models_own(engine, loop, model, count):
-    """Drawn at a temperature, and told before it."""
+    """They are reported before temperature, though the tokens are drawn with it."""
     sampling = Sampling(max_tokens=20, temperature=1.5, top_p=0.9, logprobs=count)
 
     async def ask_all():
@@ -265,23 +265,23 @@ def test_log_probabilities_are_the_models_own(engine, loop, model, count):
 
     compared = 0
     for text, events in zip(TEXTS, loop.run(ask_all()), strict=False):
-        told = [t for e in events if isinstance(e, TextDelta | Finished) for t in e.logprobs]
+        reported = [t for e in events if isinstance(e, TextDelta | Finished) for t in e.logprobs]
         is_ended = events[-1].reason == "stop"
-        assert len(told) == events[-1].completion_tokens - is_ended
+        assert len(reported) == events[-1].completion_tokens - is_ended
         prompt = model.backbone.encoder.encode([Message("user", text)])
-        written = known_tokens(model, told)
+        written = known_tokens(model, reported)
         compared += len(written)
         wanted = log_probabilities(model, prompt, written)
-        for token, drawn, row in zip(told, written, wanted, strict=False):
+        for token, drawn, row in zip(reported, written, wanted, strict=False):
             best = row.topk(count).values.tolist()
             assert token.drawn.logprob == pytest.approx(row[drawn].item(), abs=ROUNDING)
             assert [o.logprob for o in token.likeliest] == pytest.approx(best, abs=ROUNDING)
     assert compared > 10
 
 
-def test_what_is_told_of_the_tokens_is_what_is_sent_of_them(engine, loop):
-    """With a stop string, of which nothing is told, and without."""
-    whole = told_text(loop.run(events_of(engine, TEXTS[5], replace(GREEDY, logprobs=0))))
+def test_the_reported_tokens_are_those_that_were_sent(engine, loop):
+    """With a stop string, whose tokens are not reported, and without."""
+    whole = reported_text(loop.run(events_of(engine, TEXTS[5], replace(GREEDY, logprobs=0))))
     text = "".join(
         e.text for e in loop.run(events_of(engine, TEXTS[5])) if isinstance(e, TextDelta)
     )
@@ -290,20 +290,20 @@ def test_what_is_told_of_the_tokens_is_what_is_sent_of_them(engine, loop):
     stopped = replace(GREEDY, logprobs=0, stop=(text[place : place + 2],))
     events = loop.run(events_of(engine, TEXTS[5], stopped))
     assert events[-1].reason == "stop"
-    assert told_text(events) == "".join(e.text for e in events if isinstance(e, TextDelta))
+    assert reported_text(events) == "".join(e.text for e in events if isinstance(e, TextDelta))
 
 
-def told_text(events):
-    told = [t for e in events if isinstance(e, TextDelta | Finished) for t in e.logprobs]
-    return b"".join(t.drawn.spelling.bytes or b"" for t in told).decode(errors="replace")
+def reported_text(events):
+    reported = [t for e in events if isinstance(e, TextDelta | Finished) for t in e.logprobs]
+    return b"".join(t.drawn.spelling.bytes or b"" for t in reported).decode(errors="replace")
 
 
-def known_tokens(model, told):
-    """Up to the first that its spelling does not tell: the model has more ids than names."""
+def known_tokens(model, reported):
+    """Up to the first without a known spelling: the model has more ids than names."""
     tokenizer = model.backbone.tokenizer
     spell = Speller(tokenizer)
     by_spelling = {spell(token): token for token in range(len(tokenizer))}
-    known = [by_spelling.get(token.drawn.spelling) for token in told]
+    known = [by_spelling.get(token.drawn.spelling) for token in reported]
     return list(itertools.takewhile(lambda token: token is not None, known))
 
 
@@ -326,7 +326,7 @@ def test_a_prompt_that_is_not_admitted_is_judged_and_has_left(engine, loop):
     assert running == 0
 
 
-def test_a_client_that_leaves_frees_its_place_and_harms_nobody(engine, loop, model):
+def test_a_client_that_leaves_frees_its_place_and_disturbs_no_other(engine, loop, model):
     async def leave_one():
         leaving = engine.generate([Message("user", TEXTS[2])], Sampling(max_tokens=200))
         await anext(leaving)
@@ -341,7 +341,7 @@ def test_a_client_that_leaves_frees_its_place_and_harms_nobody(engine, loop, mod
     assert (engine.load.running, engine.load.waiting) == (0, 0)
 
 
-def test_other_probes_take_over_and_old_states_are_not_read(engine, loop, model):
+def test_new_probes_take_over_and_old_states_are_not_read(engine, loop, model):
     other = [
         untrained_probe(model.backbone, "other"),
         untrained_probe(model.backbone, "late", reads=Reads("both")),
@@ -392,12 +392,12 @@ def test_probes_that_cannot_be_served_leave_the_old_ones(engine, loop, model):
     assert [probe.name for probe in engine.probes] == [probe.name for probe in model.probes]
 
 
-def test_a_seeded_draw_is_refused_where_it_would_end_vllm(engine, loop):
+def test_a_seeded_draw_is_refused_if_it_would_crash_vllm(engine, loop):
     with pytest.raises(SidelightError, match="seed"):
         loop.run(events_of(engine, "hi", Sampling(max_tokens=2, seed=1)))
 
 
-def test_a_verdict_that_does_not_come_is_an_error(engine, loop):
+def test_a_missing_verdict_is_an_error(engine, loop):
     """The tokens are not those that the request describes."""
     from sidelight.vllm.requests import sampling_params
     from sidelight.vllm.settings import judgement_of

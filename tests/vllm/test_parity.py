@@ -61,7 +61,7 @@ def llm(request, model):
         yield engine
 
 
-def test_the_reference_could_tell_a_difference(model, wanted):
+def test_the_reference_would_show_a_difference(model, wanted):
     """Every mechanism is there, and no probe says the same of all prompts."""
     assert set(mechanism_names()) < {probe.name for probe in model.probes}
     for probe in model.probes:
@@ -130,7 +130,7 @@ def test_a_state_kept_by_request_would_be_wrong(model, prompts):
 
 
 def test_preempted_requests_are_read_again(model):
-    """Eight requests of which the cache holds about four at their longest."""
+    """Eight requests, of which the cache holds about four at full length."""
     prompts = [random_prompt(model.backbone, 60 + i, seed=40 + i) for i in range(8)]
     with llm_of(model, num_gpu_blocks_override=24, max_model_len=512) as engine:
         outputs = run(engine, prompts, max_tokens=90, ignore_eos=True)

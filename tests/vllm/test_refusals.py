@@ -1,4 +1,4 @@
-"""What the plugin does not support does not start; what names no probe is left alone."""
+"""vLLM does not start with what the plugin does not support; without probes, nothing changes."""
 
 import json
 from dataclasses import replace
@@ -23,7 +23,7 @@ def model(tmp_path_factory) -> Model:
 
 
 def configured(path, folders, **options):
-    """The engine's configuration, as far as it comes without starting anything."""
+    """The engine's configuration, made without starting anything."""
     from vllm.engine.arg_utils import EngineArgs
 
     config = {} if folders is None else {KEY: {"probes": folders}}
