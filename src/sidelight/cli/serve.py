@@ -69,7 +69,7 @@ def serve(context: click.Context, **values: Any) -> None:
     with needs_extra():
         from sidelight.server.app import serve as run
     from sidelight.artifact import load_probe
-    from sidelight.policy.rules import Policy, read_policy, require_fitting
+    from sidelight.policy.rules import require_fitting
 
     config = read_config(
         **{
@@ -80,8 +80,7 @@ def serve(context: click.Context, **values: Any) -> None:
     )
     require_own_options(config.engine, config.engine_option)
     loaded = [load_probe(folder) for folder in config.probe]
-    policy = read_policy(config.policy) if config.policy else Policy()
-    require_fitting(policy, loaded)
+    require_fitting(config.rules, loaded)
     run(
         lambda: load_engine(
             config.engine,
@@ -92,7 +91,6 @@ def serve(context: click.Context, **values: Any) -> None:
             options=config.engine_option,
         ),
         config,
-        policy=policy,
         sources={probe.name: path for probe, path in zip(loaded, config.probe, strict=True)},
         traces=traces_of(os.environ),
     )

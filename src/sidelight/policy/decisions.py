@@ -1,4 +1,4 @@
-"""What follows from one verdict, and the error of a request that is refused for it."""
+"""What follows from one verdict, and the error of a request that is refused because of it."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,12 +20,12 @@ class Decision:
 
     Attributes:
         rule: The probe and its rule.
-        verdict: At the rule's thresholds; None where there is none.
-        action: What was done. ``fail_closed`` and ``fail_open`` are a blocking rule's answers to a
-            verdict that could not be computed; ``shadow`` is a flag that nobody saw.
+        verdict: At the rule's thresholds; None: there is none.
+        action: What was done. ``fail_closed`` and ``fail_open`` are what a blocking rule does when
+            the verdict could not be computed; ``shadow`` is a flag that clients do not see.
         is_too_long: Whether there is no verdict because the text is longer than the rule allows.
-        is_unfinished: Whether the text was given up while it was written: the verdict is on its
-            first tokens then, or was still to come.
+        is_unfinished: Whether the text was given up while it was written: then the verdict is on
+            its first tokens, or missing.
     """
 
     rule: BoundRule
@@ -50,12 +50,12 @@ class Decision:
     @property
     def is_marked(self) -> bool:
         """Whether the answer marks a flag for the gateway."""
-        asks = self.rule.is_blocking or self.rule.mode == "flag"
-        return asks and self.verdict is not None and self.verdict.flagged
+        marks = self.rule.is_blocking or self.rule.mode == "flag"
+        return marks and self.verdict is not None and self.verdict.flagged
 
     @property
     def route(self) -> str | None:
-        """Where a gateway should send the request; None: nowhere, or the rule says nothing."""
+        """Where a gateway should send the request; None: the rule names no place."""
         if self.is_blocking or self.rule.mode != "route":
             return None
         return _route(self.rule, self.verdict)
@@ -68,9 +68,8 @@ class PolicyError(SidelightError):
         message: What was got, what was wanted, what to do.
         code: A word for programs.
         param: The field of the request at fault.
-        decisions: On the prompt, where they led to the refusal.
-        fault: Whose fault it is: the ``request``'s, or that of a probe that ``failed`` or was
-            ``late``.
+        decisions: On the prompt, if they led to the refusal.
+        fault: Who is at fault: the ``request``, or a probe that ``failed`` or was ``late``.
     """
 
     def __init__(
@@ -90,9 +89,9 @@ class PolicyError(SidelightError):
 
 
 def decide(bound: BoundRule, verdicts: Mapping[str, Verdict], *, tokens: int) -> Decision:
-    """What follows from the verdicts on a text of some tokens.
+    """What follows from the verdicts on a text of so many tokens.
 
-    A verdict that is missing is never taken for a harmless one.
+    A missing verdict is never taken for a harmless one.
     """
     is_too_long = bound.is_too_long(tokens)
     verdict = None if is_too_long else verdicts.get(bound.name)
@@ -112,14 +111,17 @@ def by_probe(verdicts: Iterable[Verdict]) -> dict[str, Verdict]:
 def agreements(decisions: Iterable[Decision]) -> list[tuple[BoundRule, Agreement]]:
     """For each shadow, whether it agrees with the probe that it shadows on a whole text."""
     by_name = {d.rule.name: d for d in decisions if not d.is_unfinished}
-    pairs = [(d, by_name.get(d.rule.shadow_of or "")) for d in by_name.values()]
-    return [(d.rule, _agreement(d.verdict, rival.verdict)) for d, rival in pairs if rival]
-
-
-def _agreement(one: Verdict | None, other: Verdict | None) -> Agreement:
-    if one is None or other is None:
-        return "failed"
-    return "same" if set(one.labels) == set(other.labels) else "different"
+    found: list[tuple[BoundRule, Agreement]] = []
+    for shadow in by_name.values():
+        shadowed = by_name.get(shadow.rule.shadow_of or "")
+        if shadowed is None:
+            continue
+        agreement: Agreement = "failed"
+        if shadow.verdict is not None and shadowed.verdict is not None:
+            is_same = set(shadow.verdict.labels) == set(shadowed.verdict.labels)
+            agreement = "same" if is_same else "different"
+        found.append((shadow.rule, agreement))
+    return found
 
 
 def _action(bound: BoundRule, verdict: Verdict) -> Action:

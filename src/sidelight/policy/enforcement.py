@@ -1,6 +1,6 @@
-"""One text under the policy: whether its prompt is answered, and what goes out of the answer.
+"""One text under the policy: whether its prompt is answered, and what is sent of the answer.
 
-Knows the events of an engine, and nothing of HTTP: any server can enforce a policy by it.
+It knows an engine's events and nothing of HTTP, so that any server can enforce a policy with it.
 """
 
 import asyncio
@@ -24,21 +24,21 @@ class Admitted:
     decisions: tuple[Decision, ...]
 
 
-# What may go out of an answer: ``Admitted``, any number of ``TextDelta``, ``Ended``.
+# What may be sent of an answer: ``Admitted``, any number of ``TextDelta``, ``Ended``.
 Passed = Admitted | TextDelta | Ended
 
 
 class Observer(Protocol):
-    """Takes note of one text. What it raises ends the text."""
+    """Records what happens to one text. An error that it raises ends the text."""
 
     def prompt(self, event: PromptJudged | None, decisions: Sequence[Decision]) -> None:
         """The prompt was judged, or (None) its verdicts did not come in time."""
 
     def read(self, event: Event) -> None:
-        """The engine has written or judged more, whether or not it goes out."""
+        """The engine has written or judged more, whether or not it is sent."""
 
     def delta(self) -> None:
-        """A piece of text goes out."""
+        """A piece of text is sent."""
 
     def end(self, decisions: Sequence[Decision], *, is_given_up: bool = False) -> None:
         """The text is complete, cut, or given up; only the first call counts."""
@@ -50,7 +50,7 @@ class Enforcement:
     Args:
         rules: One for every loaded probe, whether or not the client chose it.
         observe: Gives the observer when the work on the text begins.
-        timeout_s: Seconds that the prompt's verdicts may take where a rule blocks; None: any.
+        timeout_s: Seconds that the prompt's verdicts may take if a rule blocks; None: no limit.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Enforcement:
 
     @property
     def watch(self) -> list[str]:
-        """The probes that are read after each token: those of the output, if one may cut it."""
+        """The probes to read after each token: those of the output, if one may cut it."""
         is_blocking = any(bound.is_blocking for bound in self._output)
         return [bound.name for bound in self._output] if is_blocking else []
 
@@ -78,7 +78,7 @@ class Enforcement:
         return not any(decision.is_blocking for decision in self._on_prompt(event))
 
     async def guard(self, events: AsyncGenerator[Event, None]) -> AsyncGenerator[Passed, None]:
-        """What may go out of the engine's events.
+        """What may be sent of the engine's events.
 
         Raises:
             PolicyError: The prompt is blocked, by a flag or because it could not be judged.
@@ -97,7 +97,7 @@ class Enforcement:
                     observer.read(event)
                     passed = holding.push(event)
                     if passed and isinstance(passed[-1], Ended):
-                        # Before the last of the text goes out, and with the slot free by then.
+                        # Before the last of the text is sent, with the engine's slot already free.
                         await events.aclose()
                         observer.end(passed[-1].decisions)
                     for each in passed:
@@ -106,7 +106,7 @@ class Enforcement:
                             observer.delta()
                         yield each
             finally:
-                # Nothing was decided on a text that never went out.
+                # Nothing was decided on a text of which nothing was sent.
                 observer.end(holding.unfinished() if has_sent else (), is_given_up=True)
 
     def _on_prompt(self, event: PromptJudged) -> tuple[Decision, ...]:
@@ -127,8 +127,8 @@ class Enforcement:
             decisions = [decide(bound, {}, tokens=0) for bound in closed]
             observer.prompt(None, decisions)
             raise PolicyError(
-                f"No verdict from {_names(decisions)} within {self._timeout_s} s. The policy "
-                "blocks what is not judged. Try again later.",
+                f"No verdict from {_names(decisions)} within {self._timeout_s} s, and the policy "
+                "blocks what is not judged. Retry in a moment.",
                 code="verdict_failed",
                 fault="late",
             ) from error
@@ -139,21 +139,21 @@ class Enforcement:
 def check_decisions(
     rules: Sequence[BoundRule], event: PromptJudged, sides: Collection[Side]
 ) -> list[Decision]:
-    """What follows where nothing is written, so that there is nothing to block: a flag, at most."""
+    """What follows if nothing is written, so that nothing can be blocked: a flag at most."""
     shown: dict[Action, Action] = {"block": "flag", "fail_closed": "none", "fail_open": "none"}
     decisions = _decide_all([bound for bound in rules if bound.side in sides], event)
     return [replace(d, action=shown.get(d.action, d.action)) for d in decisions]
 
 
 def require_trusted_turns(policy: Policy, texts: Sequence[Conversation]) -> None:
-    """Refuses conversations that begin with turns that no probe reads, unless these are trusted."""
+    """Refuses conversations that begin with turns that no probe reads, unless they are trusted."""
     if not policy.refuses_system_turns:
         return
     for text in texts:
         if not isinstance(text, PlainText) and text and text[0].role in ("system", "developer"):
             raise PolicyError(
-                f"The conversation begins with a {text[0].role} turn. Probes of chats do not read "
-                "it, so the server's policy refuses it. Begin with a user's turn. If only the "
+                f"The conversation begins with a {text[0].role} turn, which no probe of chats "
+                "reads, so the server's policy refuses it. Begin with a user's turn. If only the "
                 'operator writes such turns, set system_turns = "trust" in the policy.',
                 code="system_turn_refused",
             )
@@ -185,8 +185,8 @@ def _require_passed(event: PromptJudged, decisions: Sequence[Decision]) -> None:
             "plain text, and the policy blocks what is not judged. Use /v1/chat/completions."
         )
     else:
-        names = [decision.rule.name for decision in failed]
-        message = f"{verdict_failure(names)} The policy blocks what is not judged."
+        failure = verdict_failure([decision.rule.name for decision in failed])
+        message = f"{failure} The policy blocks what is not judged."
         fault = "failed"
     raise PolicyError(message, code="verdict_failed", decisions=decisions, fault=fault)
 

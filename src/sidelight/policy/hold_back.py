@@ -1,7 +1,7 @@
-"""Text on its way out: sent once it is judged, cut where a blocking rule says so.
+"""Text between engine and client: sent once it is judged, cut if a blocking rule says so.
 
-Every token is judged before it is sent, with ``hold_back`` more behind it. Nothing is sent while a
-rule is still warming up. The verdict on the whole text decides on what is left at its end.
+A token is sent once it and ``hold_back`` more are judged, and nothing is sent while a rule is still
+warming up. The verdict on the whole text decides about the rest at its end.
 """
 
 import math
@@ -74,7 +74,7 @@ class StreamingRule:
         """What is remembered after one more token; before the first, ``Watched()``.
 
         Raises:
-            VerdictError: The score is not finite. There is no verdict then, not even a harmless
+            VerdictError: The score is not finite. Then there is no verdict, not even a harmless
                 one: a blocking policy blocks.
         """
         if not math.isfinite(score):
@@ -136,7 +136,7 @@ class HoldBack:
         self._running: Mapping[str, Verdict] = {}
 
     def push(self, event: Event) -> Sequence[TextDelta | Ended]:
-        """What may go out because of the event; nothing may follow an ``Ended``."""
+        """What the event allows to be sent; nothing may follow an ``Ended``."""
         match event:
             case TextDelta():
                 self._written = event.tokens
@@ -219,7 +219,7 @@ class _Tripwire:
         self._watched = dict.fromkeys(self._rules, Watched())
 
     def step(self, verdicts: Mapping[str, Verdict], *, tokens: int) -> bool:
-        """Whether the text is cut after one more token; a token that was left out is a failure."""
+        """Whether the text is cut after one more token; a token without a score is a failure."""
         verdict, expected = decide(self._bound, verdicts, tokens=tokens).verdict, self._tokens + 1
         self._tokens = tokens
         if verdict is None or tokens != expected:
@@ -242,7 +242,6 @@ class _Tripwire:
             self._has_flagged = self.is_cut = True
 
     def decision(self, verdicts: Mapping[str, Verdict], *, tokens: int) -> Decision:
-        """What it came to."""
         if self._has_failed and not self._has_flagged:
             return decide(self._bound, {}, tokens=tokens)
         verdict = verdicts.get(self._bound.name)

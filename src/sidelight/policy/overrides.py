@@ -1,4 +1,4 @@
-"""What a request asks of the policy: only what makes it stricter."""
+"""What a request may change in the policy: it can only make it stricter."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,7 +27,7 @@ class PolicyOverride:
 
 @dataclass(frozen=True)
 class PolicyOverrides:
-    """What one request asks.
+    """What one request asks for.
 
     Attributes:
         input: For all chosen probes that judge the input.
@@ -47,9 +47,10 @@ class PolicyOverrides:
 def tightened(
     rules: Sequence[BoundRule], chosen: Collection[str], overrides: PolicyOverrides
 ) -> tuple[BoundRule, ...]:
-    """The rules of one request, which asks about the chosen probes.
+    """The rules of one request, which has chosen these probes.
 
-    Refuses an override that is looser than the policy, or that would have no effect.
+    Raises:
+        PolicyError: An override is looser than the policy, or would have no effect.
     """
     visible = [bound.name for bound in rules if not bound.is_shadow]
     for name in overrides.probes:
@@ -66,11 +67,11 @@ def tightened(
     tight = tuple(bound if bound.is_shadow else _tight(bound, chosen, overrides) for bound in rules)
     for side in overrides.sides("block"):
         if not any(b.side == side and b.is_blocking and b.name in chosen for b in tight):
-            # A block that no probe can bring about must not look like one.
+            # Nobody may believe in a block that no probe can cause.
             reads = "prompt" if side == "input" else "response"
             raise PolicyError(
-                f"No chosen probe reads the {reads} and flags, so moderation.policy.{side} cannot "
-                "block. Choose such a probe, or leave the policy out.",
+                f"No chosen probe both reads the {reads} and flags, so moderation.policy.{side} "
+                "cannot block. Choose such a probe, or leave out the policy.",
                 code=f"no_{reads}_probe",
                 param=f"moderation.policy.{side}",
             )
@@ -84,13 +85,13 @@ def _tight(bound: BoundRule, chosen: Collection[str], overrides: PolicyOverrides
     if (own.mode == "block" or own.threshold is not None) and not bound.thresholds:
         raise PolicyError(
             f"Probe '{bound.name}' names a class and flags nothing, so it cannot block and has no "
-            "threshold.",
+            "threshold. Leave it out of 'policies'.",
             code="cannot_block",
             param="policies",
         )
     if own.threshold is not None:
         if bound.mode == "route":
-            raise _too_loose(param, "It routes by this threshold, and another changes the route.")
+            raise _too_loose(param, "It routes by its threshold, and another changes the route.")
         lowest = min(bound.thresholds.values())
         if own.threshold > lowest:
             raise _too_loose(param, f"Got threshold {own.threshold}, wanted {lowest} or less.")

@@ -1,4 +1,4 @@
-"""What an operator lets follow from verdicts: one rule per probe and side, from a TOML file."""
+"""The rules of a policy, from an operator's TOML file: what follows from each probe's verdicts."""
 
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
@@ -35,13 +35,13 @@ class Rule:
         threshold: Probability from which a label counts; None: the artifact's own.
         labels: The labels that count; empty: the positive one, or all of a multi-label probe.
         on_failure: Whether a blocking rule blocks what could not be judged.
-        max_tokens: Longest text that the probe may judge; a longer one is not judged. None: any.
+        max_tokens: Longest text that the probe judges; None: any.
         routes: Input only: route by label; empty: a flagged label is its own route.
         shadow_of: The probe that a shadow is compared with.
         consecutive: Output only: tokens in a row that have to count before the text is cut.
         warm_up: Output only: first tokens that never count.
-        hold_back: Output only: tokens by which the text that is sent stays behind the text that is
-            judged; None: ``consecutive``, so that the streak that cuts the text is never sent.
+        hold_back: Output only: judged tokens that are not sent yet; None: ``consecutive``, so that
+            the streak that cuts the text is never sent.
     """
 
     mode: Mode = "score"
@@ -63,9 +63,9 @@ class Policy:
     Attributes:
         input: By name of a probe that reads the prompt.
         output: By name of a probe that reads the response.
-        timeout_s: Seconds that a prompt's verdicts may take where a rule blocks; None: any.
+        timeout_s: Seconds that a prompt's verdicts may take if a rule blocks; None: no limit.
         system_turns: Whether a conversation may begin with turns that no probe reads, the system's
-            or a developer's; None: only where no rule blocks prompts.
+            or a developer's; None: only if no rule blocks prompts.
     """
 
     input: Mapping[str, Rule] = field(default_factory=dict)
@@ -75,7 +75,7 @@ class Policy:
 
     @property
     def refuses_system_turns(self) -> bool:
-        """Whether a conversation that begins with such a turn is refused."""
+        """Whether a conversation that begins with a system or developer turn is refused."""
         if self.system_turns is None:
             return any(rule.mode == "block" for rule in self.input.values())
         return self.system_turns == "refuse"
@@ -84,21 +84,21 @@ class Policy:
         return self.input if side == "input" else self.output
 
     def require_side(self, name: str, side: Side) -> None:
-        """Refuses a probe that a rule of this name on the other side waits for."""
+        """Refuses a probe if a rule with its name is on the other side."""
         other: Side = "output" if side == "input" else "input"
         if name in self.side(other):
             raise SidelightError(
-                f"The policy has a rule for probe '{name}' on the {other}, but this one judges the "
-                f"{side}: the rule would no longer hold. Give it another name."
+                f"The policy has a rule for probe '{name}' on the {other}, but this probe judges "
+                f"the {side}, so that the rule would no longer apply. Give it another name."
             )
 
 
 @dataclass(frozen=True)
 class BoundRule:
-    """A rule and the loaded probe that it holds for.
+    """A rule and the loaded probe that it applies to.
 
     Attributes:
-        is_tightened: Whether a request wants a flag to block, whatever the rule's mode.
+        is_tightened: Whether a request asks that a flag blocks, whatever the rule's mode.
     """
 
     probe: Probe
@@ -140,8 +140,7 @@ class BoundRule:
     def thresholds(self) -> Mapping[str, float]:
         """Probability from which each label counts; labels that never count are absent.
 
-        A multi-class probe names a class. Its labels count only where the rule names them, with a
-        threshold.
+        The labels of a multi-class probe count only if the rule names them, with a threshold.
         """
         threshold = self.rule.threshold
         if self.probe.task.kind == "multiclass":
@@ -161,17 +160,17 @@ class BoundRule:
 
 
 def side_of(probe: Probe) -> Side:
-    """What a probe judges: the response, as soon as it reads some of it."""
+    """What a probe judges: the response, if it reads any of it."""
     return "output" if probe.reads.includes_response else "input"
 
 
 def bound_rules(policy: Policy, probes: Iterable[Probe]) -> tuple[BoundRule, ...]:
-    """Each probe with its rule; rules whose probe is not among them wait for it."""
+    """Each probe with its rule; a rule without its probe waits for it."""
     return tuple(BoundRule(p, policy.side(side_of(p)).get(p.name, Rule())) for p in probes)
 
 
 def require_fitting(policy: Policy, probes: Sequence[Probe]) -> None:
-    """Refuses a rule without its probe, or one that cannot hold for it."""
+    """Refuses a rule without its probe, or one that cannot apply to it."""
     sides: tuple[Side, ...] = ("input", "output")
     for side in sides:
         known = [probe.name for probe in probes if side_of(probe) == side]
@@ -186,7 +185,7 @@ def require_fitting(policy: Policy, probes: Sequence[Probe]) -> None:
 
 
 def require_fitting_probe(bound: BoundRule, probes: Iterable[Probe]) -> None:
-    """Refuses a rule that cannot hold for its probe: it would never do what it says."""
+    """Refuses a rule that could never do what it says for this probe."""
     labels = bound.probe.task.labels
     for named, known in ((bound.rule.labels, labels), (bound.rule.routes, (*labels, FAILED_LABEL))):
         for label in named:
@@ -198,7 +197,7 @@ def require_fitting_probe(bound: BoundRule, probes: Iterable[Probe]) -> None:
     if bound.mode in ("flag", "block") and not bound.thresholds:
         raise SidelightError(
             f"Probe '{bound.name}' flags nothing as it is, so its rule '{bound.mode}' would "
-            "never hold. Name the 'labels' that count and their 'threshold'."
+            "never apply. Name the 'labels' that count and their 'threshold'."
         )
     if bound.mode == "route" and bound.side == "output":
         raise SidelightError(
@@ -209,8 +208,8 @@ def require_fitting_probe(bound: BoundRule, probes: Iterable[Probe]) -> None:
     rival = bound.shadow_of
     if rival is not None and (not bound.is_shadow or rival not in rivals):
         raise SidelightError(
-            f"Probe '{bound.name}' cannot be the shadow of '{rival}': that takes the mode "
-            f"'shadow' and a probe that judges the {bound.side}.{did_you_mean(rival, rivals)}"
+            f"Probe '{bound.name}' cannot be the shadow of '{rival}': its mode must be 'shadow', "
+            f"and both must judge the {bound.side}.{did_you_mean(rival, rivals)}"
         )
 
 
@@ -225,7 +224,7 @@ def read_policy(path: Path) -> Policy:
     """The policy in a TOML file. Every key is checked: an ignored safety setting is a hole.
 
     Raises:
-        SidelightError: Not readable, not TOML, an unknown key, or a value that cannot be.
+        SidelightError: The file is unreadable or not TOML, a key is unknown, or a value is wrong.
     """
     try:
         table = tomllib.loads(path.read_text("utf-8"))

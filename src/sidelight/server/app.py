@@ -15,14 +15,14 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from sidelight.engines.base import Engine, EngineUnavailableError
 from sidelight.engines.loading import LoadingEngine
 from sidelight.errors import SidelightError
-from sidelight.policy.rules import Policy, read_policy, require_fitting
+from sidelight.policy.rules import Policy, require_fitting
 from sidelight.server import admin, chat, checks, questions
 from sidelight.server.config import ServerConfig
 from sidelight.server.connections import (
     ACCEPTED_AT_ONCE,
     QUEUED,
+    BoundedProtocol,
     DrainingServer,
-    bounded_protocol,
     within_system,
 )
 from sidelight.server.context import Context, InContext
@@ -40,7 +40,7 @@ status_router = APIRouter()
 
 @status_router.get("/health")
 async def health() -> dict[str, str]:
-    """Always the same answer."""
+    """200 while the server runs."""
     return {"status": "ok"}
 
 
@@ -48,7 +48,7 @@ async def health() -> dict[str, str]:
 async def ready(context: InContext) -> dict[str, str]:
     """200 once the model is loaded; 503 before, and once the server is about to stop."""
     if context.drain.is_draining:
-        raise EngineUnavailableError("The server is about to stop. Ask another one.")
+        raise EngineUnavailableError("The server is about to stop. Use another one.")
     if not context.engine.is_ready:
         raise EngineUnavailableError("The model is still loading, or its engine has stopped.")
     return {"status": "ready"}
@@ -88,21 +88,20 @@ def create_app(
     sources: Mapping[str, Path] | None = None,
     traces: Sink | None = None,
 ) -> FastAPI:
-    """The application; it starts the engine when it starts, and closes it when it ends.
+    """The application, which starts the engine when it starts, and closes it when it ends.
 
     Args:
-        engine: What answers; ``LoadingEngine`` for one whose model takes a while.
-        config: Who may ask, and how much; None: the defaults, with keys of the environment.
-        policy: What follows from verdicts; None: what the file says that ``config`` names.
-        sources: The folders that probes came from, by name: where they are reloaded from.
-        traces: Takes the trace of each request; None: nobody does.
+        engine: What answers; ``LoadingEngine`` if its model takes a while to load.
+        config: The configuration; None: the defaults, with the environment's keys.
+        policy: What follows from verdicts; None: what the configuration says.
+        sources: The folders that probes are reloaded from, by name.
+        traces: Takes the trace of each request; None: there are no traces.
 
     Raises:
         SidelightError: A file that ``config`` names cannot be read or written.
     """
     config = config or ServerConfig()
-    if policy is None:
-        policy = read_policy(config.policy) if config.policy else Policy()
+    policy = policy or config.rules
     audit = AuditLog(config.audit_log, salt=config.salt) if config.audit_log else None
 
     @asynccontextmanager
@@ -131,56 +130,59 @@ def create_app(
 
 def serve(
     load: Callable[[], Engine],
-    config: ServerConfig | None = None,
+    config: ServerConfig,
     *,
-    policy: Policy | None = None,
     sources: Mapping[str, Path] | None = None,
     traces: Sink | None = None,
 ) -> None:
-    """Serves until SIGINT or SIGTERM; requests in flight may finish.
+    """Serves until SIGINT or SIGTERM; running requests may finish.
 
-    The port is open at once; until ``load`` returns, what needs the model answers 503.
+    The port is open at once; until ``load`` returns, routes that need the model answer 503.
 
     Args:
         load: Gives the engine; runs in a thread of its own.
-        config: Address, keys, limits and logs; None: the defaults, with keys of the environment.
-        policy: As for ``create_app``.
+        config: The configuration.
         sources: As for ``create_app``.
         traces: As for ``create_app``.
 
     Raises:
-        SidelightError: The address cannot be listened on, everybody would be served beyond this
-            machine, or what ``load`` raised.
+        SidelightError: The address cannot be listened on, everybody beyond this machine would be
+            served, or ``load`` failed.
     """
-    config = within_system(config or ServerConfig())
-    if config.host not in _LOOPBACK and config.access.is_open and not config.allow_anonymous:
+    config = within_system(config)
+    if config.host not in _LOOPBACK and not config.access.keys and not config.allow_anonymous:
         raise SidelightError(
             f"Everybody who reaches {config.host} would be served. Set SIDELIGHT_API_KEY or "
-            "--api-keys-file, or say --allow-anonymous if something else keeps strangers out."
+            "--api-keys-file, or pass --allow-anonymous if something else keeps strangers out."
         )
-    if policy is None:
-        policy = read_policy(config.policy) if config.policy else Policy()
 
     def stop() -> None:
         server.should_exit = True
 
     def load_fitting() -> Engine:
         loaded = load()
-        require_fitting(policy, loaded.probes)
+        require_fitting(config.rules, loaded.probes)
         return loaded
 
     engine = LoadingEngine(load_fitting, on_failure=stop)
-    app = create_app(engine, config, policy=policy, sources=sources, traces=traces)
+    app = create_app(engine, config, sources=sources, traces=traces)
     server = DrainingServer(
         server_settings(app, config),
         drain=app.state.context.drain,
         drain_s=config.drain_s,
         notice_s=config.notice_s,
     )
-    listener = _listen(config.host, config.port)
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    try:
+        listener = socket.create_server((config.host, config.port), family=family, backlog=QUEUED)
+    except OSError as error:
+        raise SidelightError(
+            f"Cannot listen on {config.host}:{config.port} ({error.strerror}). Choose another "
+            "--port or --host."
+        ) from error
     port = listener.getsockname()[1]
     _log.info("Listening on http://%s:%d (Ctrl-C stops)", config.host, port)
-    # uvicorn passes a SIGINT on once it has drained.
+    # uvicorn raises a SIGINT again once it has drained.
     with suppress(KeyboardInterrupt):
         server.run(sockets=[listener])
     if engine.failure is not None:
@@ -188,10 +190,10 @@ def serve(
 
 
 def server_settings(app: FastAPI, config: ServerConfig) -> uvicorn.Config:
-    """Uvicorn's settings for ``app``."""
     return uvicorn.Config(
         app,
-        http=bounded_protocol(config),
+        # Uvicorn makes the instances, so the limits are the class's.
+        http=type("BoundedProtocol", (BoundedProtocol,), {"limits": config}),
         ws="none",
         lifespan="on",
         backlog=ACCEPTED_AT_ONCE,
@@ -199,13 +201,3 @@ def server_settings(app: FastAPI, config: ServerConfig) -> uvicorn.Config:
         log_config=log_settings(config.log_level, as_json=config.json_logs),
         log_level=config.log_level,
     )
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family, backlog=QUEUED)
-    except OSError as error:
-        raise SidelightError(
-            f"Cannot listen on {host}:{port} ({error.strerror}). Give another --port or --host."
-        ) from error

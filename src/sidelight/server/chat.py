@@ -40,11 +40,11 @@ from sidelight.server.schemas import (
     WritingRequest,
 )
 
-# What goes out of each choice; those of one prompt are neighbours.
+# What is sent of each choice; choices of one prompt are neighbours.
 Streams = Sequence[AsyncGenerator[Passed, None]]
-# A seed is a signed number of 64 bits; the one after the last is the first.
+# A seed is a signed number of 64 bits; the first follows the last.
 _SEEDS = 2**63
-# Most prompts of one request in the engine's queue at once; the rest of the queue is for others.
+# Most prompts of one request in the engine's queue at once, so that others find room there.
 _WAITING = 16
 
 router = APIRouter(route_class=JsonRoute)
@@ -80,7 +80,7 @@ async def complete_chat(body: ChatRequest, request: Request, context: InContext)
     responses={200: {"model": CompletionAnswer, "content": EVENTS}},
 )
 async def complete_text(body: CompletionRequest, request: Request, context: InContext) -> Response:
-    """The texts, plain or streamed; no chat template is written around the prompts."""
+    """The texts, plain or streamed; prompts get no chat template."""
     return await _answer(body, request, context, body.texts(), TextFormat)
 
 
@@ -96,10 +96,10 @@ async def _answer(
     sampling, n = body.sampling(), body.n or 1
     await context.require_size(prompts, n=n, max_tokens=sampling.max_tokens)
     await unless_left(request, context.engine.settled())
-    # Nothing is awaited until the engine has all texts, so that it judges by these very probes.
+    # Nothing is awaited until the engine has all texts, so that it judges with these very probes.
     chosen = [probe.name for probe in context.report(body.probes).probes]
     rules = tightened(context.registry.rules, chosen, body.overrides())
-    # Whatever may block the answer is reported too.
+    # Probes that may block the answer are reported too.
     report = context.report([*chosen, *(bound.name for bound in rules if bound.is_blocking)])
     answer = format_class(
         report,
@@ -155,7 +155,7 @@ async def _admitted(streams: Streams) -> list[Admitted]:
     except BaseException:
         for each in waiting:
             each.cancel()
-        # Other failures do not matter any more, but asyncio would log what nobody has fetched.
+        # Other failures no longer matter, but asyncio would log them if nobody fetched them.
         await asyncio.gather(*waiting, return_exceptions=True)
         await _close(streams)
         raise
@@ -199,7 +199,7 @@ async def _collected(streams: Streams) -> list[Written]:
 
 async def _close(streams: Streams) -> None:
     for stream in streams:
-        # A stream may still be at work for a task that was cancelled.
+        # A stream may still be running for a task that was cancelled.
         with suppress(RuntimeError):
             await stream.aclose()
 

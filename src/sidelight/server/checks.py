@@ -78,7 +78,7 @@ async def check(
                 )
     await context.require_size(conversations, max_tokens=0)
     await unless_left(request, context.engine.settled())
-    # Nothing is awaited until the engine has all texts, so that it judges by these very probes.
+    # Nothing is awaited until the engine has all texts, so that it judges with these very probes.
     rules = context.registry.rules
     context.observer.trace.model = context.engine.model
     events = await unless_left(request, context.engine.judge(conversations))

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
@@ -29,12 +29,15 @@ from pydantic_settings import (
 
 from sidelight.errors import SidelightError, did_you_mean
 
+if TYPE_CHECKING:
+    from sidelight.policy.rules import Policy
+
 _PREFIX = "SIDELIGHT_"
 _SECRETS = frozenset({"api_key", "admin_key", "audit_salt"})
 
 
 def _as_secrets(value: Any) -> Any:
-    """One secret or several, without the line break that one from a file ends with."""
+    """One secret or several, without the line break at the end of one from a file."""
     given = [value] if isinstance(value, str) else value
     if not isinstance(given, list | tuple):
         return given
@@ -46,7 +49,7 @@ def _as_secrets(value: Any) -> Any:
 
 # `info` is pydantic's ValidationInfo, a protocol that cannot be checked at run time.
 def _as_salt(value: Any, info: Any) -> Any:
-    # Anybody could compute hashes under a blank salt; without an audit log there are none.
+    # Anybody could compute hashes with a blank salt; without an audit log there are none.
     if isinstance(value, str) and not value.strip() and info.data.get("audit_log"):
         raise ValueError("is blank. Give it a secret, or leave it out")
     return value
@@ -56,11 +59,11 @@ _Keys = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_as_secrets)]
 
 
 class ServerConfig(BaseSettings):
-    """What an operator decides about a server.
+    """The configuration of one server.
 
     A value given by name (an option of ``sidelight serve``) wins over an environment variable, and
     that over the TOML file named by ``config``. Fields with a description are options, whose names
-    have hyphens; the file knows every field but ``config``.
+    have hyphens; the file may set every field but ``config``.
     """
 
     model_config = SettingsConfigDict(
@@ -72,7 +75,7 @@ class ServerConfig(BaseSettings):
     )
 
     config: Path | None = Field(
-        default=None, description="TOML file of these options; their names have underscores there."
+        default=None, description="TOML file with these options; names have underscores there."
     )
     probe: tuple[Path, ...] = Field(default=(), description="Folder of a probe; may be repeated.")
     policy: Path | None = Field(
@@ -86,10 +89,8 @@ class ServerConfig(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="Level of the server's own log."
     )
-    json_logs: bool = Field(default=False, description="Log one JSON object a line.")
-    audit_log: Path | None = Field(
-        default=None, description="File that every decision is appended to."
-    )
+    json_logs: bool = Field(default=False, description="Log one JSON object per line.")
+    audit_log: Path | None = Field(default=None, description="File to append every decision to.")
     audit_salt: Annotated[SecretStr | None, BeforeValidator(_as_salt)] = Field(
         default=None,
         description="Secret of the hashes in the audit log. [env: SIDELIGHT_AUDIT_SALT; default: a "
@@ -100,37 +101,38 @@ class ServerConfig(BaseSettings):
         description="Key that requests must carry; may be repeated. [env: SIDELIGHT_API_KEY]",
     )
     api_keys_file: Path | None = Field(
-        default=None, description="File of keys, one 'ID KEY' a line."
+        default=None, description="File of keys, one 'ID KEY' per line."
     )
     admin_key: _Keys = Field(
         default=(), description="Key that opens /admin; may be repeated. [env: SIDELIGHT_ADMIN_KEY]"
     )
     admin_keys_file: Path | None = Field(
-        default=None, description="File of keys that open /admin, one 'ID KEY' a line."
+        default=None, description="File of keys that open /admin, one 'ID KEY' per line."
     )
     allow_anonymous: bool = Field(
         default=False, description="Listen beyond this machine even without keys."
     )
-    max_body_bytes: int = Field(default=4 * 2**20, ge=1, description="Size of one request's body.")
-    max_batch_items: int = Field(default=512, ge=1, le=512, description="Texts of one request.")
+    max_body_bytes: int = Field(default=4 * 2**20, ge=1, description="Largest body of a request.")
+    max_batch_items: int = Field(default=512, ge=1, le=512, description="Most texts of a request.")
     max_request_tokens: int | None = Field(
         default=None,
         ge=1,
-        description="Tokens that one request may read and write. [default: the context, per text]",
+        description="Most tokens that a request may read and write. [default: the context, per "
+        "text]",
     )
     max_concurrent: int = Field(
-        default=256, ge=1, description="Requests being answered; further ones are a 429."
+        default=256, ge=1, description="Most requests answered at a time; others get a 429."
     )
-    deadline: float = Field(default=600, gt=0, description="Seconds until a request is given up.")
+    deadline: float = Field(default=600, gt=0, description="Most seconds for a request.")
     # Options that other commands have too.
     engine: Literal["transformers", "vllm"] = "transformers"
     engine_option: dict[str, Any] = Field(default_factory=dict)
     model: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
-    # Open connections; seconds that a client may take to send a head, to send a body, and to read
-    # what is sent to it; seconds between SIGTERM and the end of listening, and that running
-    # requests may then take.
+    # Most open connections; seconds a client has to send a head, to send a body, and to read what
+    # is sent to it; seconds from SIGTERM to the end of listening, and those that running requests
+    # have from then on.
     connections: int = Field(default=4096, ge=1)
     header_s: float = Field(default=10, gt=0)
     body_s: float = Field(default=30, gt=0)
@@ -147,7 +149,7 @@ class ServerConfig(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Pydantic's hook for where values come from, the strongest first."""
+        """Pydantic's hook for where values come from, the one that wins first."""
         assert isinstance(init_settings, InitSettingsSource)
         path = init_settings.init_kwargs.get("config")
         file = () if path is None else (_config_file(settings_cls, Path(path)),)
@@ -167,16 +169,26 @@ class ServerConfig(BaseSettings):
 
     @cached_property
     def salt(self) -> bytes:
-        """Secret of the hashes in the audit log; a new one where none is given."""
-        return (
-            secrets.token_bytes(32)
-            if self.audit_salt is None
-            else self.audit_salt.get_secret_value().encode()
-        )
+        """Secret of the hashes in the audit log; a new one if none is given."""
+        if self.audit_salt is None:
+            return secrets.token_bytes(32)
+        return self.audit_salt.get_secret_value().encode()
+
+    @cached_property
+    def rules(self) -> "Policy":
+        """What the file says that ``policy`` names; without one, every probe is scored.
+
+        Raises:
+            SidelightError: The file is wrong.
+        """
+        # Heavy: the options of the command line come from this class.
+        from sidelight.policy.rules import Policy, read_policy
+
+        return read_policy(self.policy) if self.policy else Policy()
 
 
 class _SecretVariables(EnvSettingsSource):
-    """Only secrets have a variable: Kubernetes sets SIDELIGHT_PORT for a service of that name."""
+    """Only secrets have one: Kubernetes sets SIDELIGHT_PORT for a service named sidelight."""
 
     def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
         if field_name in _SECRETS:
@@ -185,7 +197,7 @@ class _SecretVariables(EnvSettingsSource):
 
 
 def _config_file(settings: type[BaseSettings], path: Path) -> TomlConfigSettingsSource:
-    # Pydantic takes a file that is missing for an empty one.
+    # Pydantic treats a missing file as an empty one.
     if not path.is_file():
         raise SidelightError(f"There is no configuration file {path}. Name a TOML file.")
     try:
@@ -202,10 +214,10 @@ def _config_file(settings: type[BaseSettings], path: Path) -> TomlConfigSettings
 
 
 def read_config(**options: Any) -> ServerConfig:
-    """The configuration of these options, the environment, and the file that ``config`` names.
+    """The configuration from these options, the environment, and the file that ``config`` names.
 
     Raises:
-        SidelightError: A value cannot be; the message says where it stands.
+        SidelightError: A value is wrong; the message says where it is.
     """
     try:
         return ServerConfig(**options)
@@ -225,38 +237,33 @@ def read_config(**options: Any) -> ServerConfig:
     raise SidelightError(f"{place}: {first['msg']}{got}.")
 
 
-# Those at the ends of a header's value. Others are part of a key: in latin-1, as headers are, the
-# last byte of "à" in UTF-8 is a blank.
+# What may surround a key in a header. Other blanks are part of it: headers are latin-1, in which
+# the last byte of "à" in UTF-8 is a blank.
 _BLANKS = " \t"
 _DIGEST = re.compile(r"sha256:([0-9a-fA-F]{64})")
 
 
 @dataclass(frozen=True)
 class Key:
-    """One key, by the name under which it is counted and audited.
-
-    Attributes:
-        id: The name; no secret.
-        digest: SHA-256 of the secret.
-    """
+    """One key: the name under which it is audited, and the SHA-256 digest of its secret."""
 
     id: str
     digest: bytes = field(repr=False)
 
     @classmethod
     def of(cls, id: str, secret: str) -> "Key":
-        """The key of a secret, or of ``sha256:`` with the secret's digest in hexadecimal.
+        """The key with a secret, or with ``sha256:`` and the secret's digest in hexadecimal.
 
         Raises:
-            SidelightError: The secret is blank, which everybody could send, or it begins like a
-                digest and is none, which would make what stands in a file the secret.
+            SidelightError: The secret is blank, or it begins like a digest but is none, so that
+                the text in the file would itself be the secret.
         """
         if not secret.strip():
             raise SidelightError(f"Key '{id}' is blank: everybody could send it. Give it a secret.")
         hashed = _DIGEST.fullmatch(secret)
         if not hashed and secret.startswith("sha256:"):
             raise SidelightError(
-                f"Key '{id}' is no SHA-256 digest. Write 64 hexadecimal digits after 'sha256:'."
+                f"Key '{id}' is not a SHA-256 digest. Write 64 hexadecimal digits after 'sha256:'."
             )
         digest = bytes.fromhex(hashed[1]) if hashed else _digest(secret.encode())
         return cls(id, digest)
@@ -264,12 +271,7 @@ class Key:
 
 @dataclass(frozen=True)
 class Caller:
-    """Who asks.
-
-    Attributes:
-        key_id: Of the key that was sent; None: nobody's.
-        is_admin: Whether it is an admin key.
-    """
+    """Who sends a request, by the id of the key; None: without one."""
 
     key_id: str | None = None
     is_admin: bool = False
@@ -280,20 +282,15 @@ class Access:
     """Who may do what.
 
     Attributes:
-        keys: Open everything but ``/admin``; none: everybody may do so.
-        admin_keys: Open everything; none: nobody reaches ``/admin``.
+        keys: Open everything but ``/admin``; without any, that is open to everybody.
+        admin_keys: Open everything; without any, nobody reaches ``/admin``.
     """
 
     keys: tuple[Key, ...] = ()
     admin_keys: tuple[Key, ...] = ()
 
-    @property
-    def is_open(self) -> bool:
-        """Whether requests without a key are served."""
-        return not self.keys
-
     def caller(self, authorization: str) -> Caller | None:
-        """Who sends this header; None: nobody who is served."""
+        """Who sends this header; None: nobody who may be served."""
         scheme, _, secret = authorization.partition(" ")
         # Headers are latin-1 on the wire; a key in UTF-8 arrives as its bytes.
         given = _digest(secret.strip(_BLANKS).encode("latin-1"))
@@ -301,7 +298,7 @@ class Access:
         found = admin or user
         if found is not None and scheme.lower() == "bearer":
             return Caller(found.id, is_admin=admin is not None)
-        return Caller() if self.is_open else None
+        return None if self.keys else Caller()
 
 
 def _keys(prefix: str, given: Sequence[SecretStr], path: Path | None) -> tuple[Key, ...]:
@@ -312,11 +309,11 @@ def _keys(prefix: str, given: Sequence[SecretStr], path: Path | None) -> tuple[K
 
 
 def read_keys(path: Path) -> tuple[Key, ...]:
-    """The keys of a file: one ``ID KEY`` a line; blank lines and ``#`` lines do not count.
+    """The keys of a file: one ``ID KEY`` per line; blank lines and ``#`` lines do not count.
 
     Raises:
-        SidelightError: Unreadable, a line of another form, or an id that stands twice. The message
-            names the line and quotes nothing of it.
+        SidelightError: It is unreadable, a line has another form, or an id occurs twice. The
+            message names the line and quotes nothing of it.
     """
     try:
         lines = path.read_text("utf-8").splitlines()
@@ -329,17 +326,17 @@ def read_keys(path: Path) -> tuple[Key, ...]:
             continue
         if len(words) != 2 or words[0] in keys:
             raise SidelightError(
-                f"Line {number} of {path} is not 'ID KEY' with an id of its own. Write one key a "
+                f"Line {number} of {path} is not 'ID KEY' with an id of its own. Write one key per "
                 "line; KEY is the secret or sha256:DIGEST."
             )
         keys[words[0]] = Key.of(words[0], words[1])
     if not keys:
-        raise SidelightError(f"{path} holds no key. Write one 'ID KEY' a line.")
+        raise SidelightError(f"{path} holds no key. Write one 'ID KEY' per line.")
     return tuple(keys.values())
 
 
 def _match(keys: Sequence[Key], given: bytes) -> Key | None:
-    # All are compared, each in constant time: the time taken tells nothing about them.
+    # All are compared, each in constant time: the time taken reveals nothing about them.
     matches = [key for key in keys if hmac.compare_digest(key.digest, given)]
     return matches[0] if matches else None
 

@@ -1,4 +1,4 @@
-"""The server below HTTP: connections that no client can hold, and an end that loses no request."""
+"""The server below HTTP: no client can hold a connection, and no request is lost at the end."""
 
 import asyncio
 import json
@@ -19,60 +19,55 @@ from sidelight.errors import SidelightError
 from sidelight.server.config import ServerConfig
 from sidelight.server.errors import RequestError
 
-# Connections accepted in one turn of the event loop. All of them are open for some turns before
-# those that are too many are closed.
+# Connections accepted in one turn of the event loop. All are open for some turns before those
+# beyond the limit are closed.
 ACCEPTED_AT_ONCE = 16
-# Connections that the system keeps until they are accepted.
+# Connections that the system queues until they are accepted.
 QUEUED = 2048
-# File descriptors for these, the listening socket, logs, and probes that are read.
+# File descriptors for these, the listening socket, logs, and probes being loaded.
 _SPARE = 128
-# For the last words to requests that are given up, before uvicorn cuts what is left.
+# For the answers to requests that are given up, before uvicorn cuts what is left.
 _LAST_WORDS_S = 2
 _log = logging.getLogger("sidelight.server")
 
 
 class BoundedProtocol(H11Protocol):
-    """uvicorn's connection, which waits forever for a head and for a reader, with limits."""
+    """uvicorn's connection with limits: on its own it waits forever for a head and for a reader."""
 
-    # Of a subclass, since uvicorn makes the instances.
     limits: ServerConfig
-    _head_timer: asyncio.TimerHandle | None = None
-    _read_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Starts to wait for a request, unless there are too many connections."""
         super().connection_made(transport)
+        self._timers: dict[str, asyncio.TimerHandle] = {}
         if len(self.connections) > self.limits.connections:
             transport.abort()
         else:
-            self._await_head()
+            self._start("head", self.limits.header_s)
 
     def data_received(self, data: bytes) -> None:
-        """Waits on for the rest of a head, however slowly it comes."""
         super().data_received(data)
         if self._is_answering:
-            self._stop_head_timer()
+            self._stop("head")
         else:
-            self._await_head()
+            # One timer for the whole head, however slowly it comes.
+            self._start("head", self.limits.header_s)
 
     def pause_writing(self) -> None:
-        """Starts to wait for the client to read what fills the buffer."""
+        """The buffer is full: the client has to read."""
         super().pause_writing()
-        self._read_timer = self.loop.call_later(self.limits.write_s, self.transport.abort)
+        self._start("reader", self.limits.write_s)
 
     def resume_writing(self) -> None:
-        """The client has read."""
         super().resume_writing()
-        self._stop_read_timer()
+        self._stop("reader")
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Ends all waiting."""
         super().connection_lost(exc)
-        self._stop_head_timer()
-        self._stop_read_timer()
+        self._stop("head")
+        self._stop("reader")
 
     def send_400_response(self, msg: str) -> None:
-        """Refuses what is not HTTP, in the shape of every other refusal."""
+        """Refuses what is not HTTP, in the shape of every other error."""
         body = json.dumps(RequestError(msg).body).encode()
         head = (
             "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\n"
@@ -88,32 +83,22 @@ class BoundedProtocol(H11Protocol):
         # uvicorn types the cycle as never None; before the first request it is.
         return bool(self.cycle) and not self.cycle.response_complete
 
-    def _await_head(self) -> None:
-        if self._head_timer is None:
-            self._head_timer = self.loop.call_later(self.limits.header_s, self.transport.abort)
+    def _start(self, name: str, seconds: float) -> None:
+        if name not in self._timers:
+            self._timers[name] = self.loop.call_later(seconds, self.transport.abort)
 
-    def _stop_head_timer(self) -> None:
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-            self._head_timer = None
-
-    def _stop_read_timer(self) -> None:
-        if self._read_timer is not None:
-            self._read_timer.cancel()
-            self._read_timer = None
-
-
-def bounded_protocol(config: ServerConfig) -> type[BoundedProtocol]:
-    """The class of each connection, as uvicorn's ``http`` setting."""
-    return type("BoundedProtocol", (BoundedProtocol,), {"limits": config})
+    def _stop(self, name: str) -> None:
+        timer = self._timers.pop(name, None)
+        if timer is not None:
+            timer.cancel()
 
 
 def within_system(config: ServerConfig) -> ServerConfig:
     """The configuration with no more connections than this process may open files.
 
-    Raises the process's own limit as far as the system allows. Where that is not enough, fewer
+    Raises the process's own limit as far as the system allows. If that is not enough, fewer
     connections are accepted, and the log says so: running out of files would hit whatever opens
-    the next one, a log or a probe among them.
+    the next one, such as a log or a probe.
 
     Raises:
         SidelightError: Not even one connection would be left.
@@ -127,13 +112,13 @@ def within_system(config: ServerConfig) -> ServerConfig:
     room = allowed - _SPARE
     if room < 1:
         raise SidelightError(
-            f"This process may open {allowed} files, too few to serve. Raise the limit (ulimit -n) "
-            f"to {wanted}."
+            f"This process may open {allowed} files, which is too few to serve. Raise the limit "
+            f"(ulimit -n) to {wanted}."
         )
     if room < config.connections:
         _log.warning(
-            "This process may open %d files: at most %d connections, not %d. Raise the limit "
-            "(ulimit -n).",
+            "This process may open %d files, so it takes at most %d connections, not %d. Raise the "
+            "limit (ulimit -n).",
             allowed,
             room,
             config.connections,
@@ -142,11 +127,11 @@ def within_system(config: ServerConfig) -> ServerConfig:
 
 
 class Drain:
-    """How far the server's end has come.
+    """How far the server has stopped.
 
     Attributes:
-        is_draining: The server is about to stop; ``/ready`` then answers 503.
-        is_over: Requests that still run are given up.
+        is_draining: Whether it is about to stop; ``/ready`` then answers 503.
+        is_over: Whether requests that still run are given up.
     """
 
     def __init__(self) -> None:
@@ -156,7 +141,7 @@ class Drain:
 
     @contextmanager
     def ending(self, timeout: asyncio.Timeout) -> Generator[None]:
-        """Lets a timeout that has been entered pass at the end of the drain too."""
+        """Makes a timeout that has been entered pass at the end of the drain too."""
         self._timeouts.add(timeout)
         try:
             yield
@@ -174,13 +159,14 @@ class Drain:
 class DrainingServer(uvicorn.Server):
     """Serves on for a while after SIGTERM, so that a load balancer can see ``/ready`` turn 503.
 
-    SIGINT, or a second signal, stops to listen at once. Either way, running requests may finish.
+    After SIGINT, or a second signal, it stops listening at once. Either way, running requests may
+    finish.
 
     Args:
         config: uvicorn's settings.
-        drain: Told of the signal, and of the end of the wait.
-        drain_s: Seconds that running requests may take once nothing listens any more.
-        notice_s: Seconds between SIGTERM and the end of listening.
+        drain: Notes the signal, and the end of the wait.
+        drain_s: Seconds that running requests have once the server has stopped listening.
+        notice_s: Seconds from SIGTERM to the end of listening.
     """
 
     def __init__(self, config: uvicorn.Config, *, drain: Drain, drain_s: float, notice_s: float):
@@ -191,13 +177,13 @@ class DrainingServer(uvicorn.Server):
         self._notice_s = notice_s
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listens with a long queue; asyncio's is as short as what it accepts in one turn."""
+        """Listens with a long queue; asyncio's holds only what it accepts in one turn."""
         await super().startup(sockets)
         for listener in sockets or ():
             listener.listen(QUEUED)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Stops to listen and waits for running requests; those that take too long are told so."""
+        """Stops listening and waits for running requests; those that take too long get an error."""
         asyncio.get_running_loop().call_later(self._drain_s, self._drain.end)
         await super().shutdown(sockets)
 

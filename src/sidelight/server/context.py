@@ -26,8 +26,8 @@ class Context:
     Attributes:
         engine: What answers.
         registry: Its probes and their rules.
-        config: What the operator decided.
-        observer: Takes note of the current request.
+        config: The configuration.
+        observer: Of the current request.
         drain: Whether the server is about to stop.
         started_at: Unix time.
     """
@@ -41,7 +41,7 @@ class Context:
 
     @property
     def probes(self) -> Sequence[Probe]:
-        """The probes that clients see. Read it again in every request: probes may be replaced."""
+        """The probes that clients see. They may be replaced, so no request keeps them."""
         return self.registry.visible
 
     def report(self, names: Sequence[str] | None) -> Report:
@@ -59,7 +59,7 @@ class Context:
         return Report(self.engine.model, probes, category_names(self.probes))
 
     def require_model(self, name: str) -> None:
-        """Refuses a request that asks for another model than the served one."""
+        """Refuses a request for another model than the served one."""
         served = self.engine.model
         if name != served:
             raise RequestError(
@@ -72,12 +72,12 @@ class Context:
     async def require_size(
         self, texts: Sequence[Conversation], *, n: int = 1, max_tokens: int | None = None
     ) -> None:
-        """Refuses a request that is beyond the limits of items and tokens.
+        """Refuses a request beyond the limits of items and tokens.
 
         Args:
-            texts: What is to be read.
-            n: How often each.
-            max_tokens: How much is to be written after each; None: as much as fits.
+            texts: What is read.
+            n: How often each is read.
+            max_tokens: Most tokens written after each; None: as many as fit.
         """
         count = n * len(texts)
         if count > self.config.max_batch_items:
@@ -96,8 +96,8 @@ class Context:
         tokens = n * (sum(read) + sum(written))
         if tokens > limit:
             raise RequestError(
-                f"Too many tokens: the request may take {tokens}, read and written, the limit is "
-                f"{limit}. Shorten it, or ask for fewer with max_tokens.",
+                f"Too many tokens: reading and writing may take {tokens}, the limit is {limit} "
+                "(--max-request-tokens). Shorten the texts, or lower max_tokens.",
                 code="request_too_large",
             )
 

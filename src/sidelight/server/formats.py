@@ -1,4 +1,4 @@
-"""Answers with text in OpenAI's words: as one JSON object, or as server-sent events."""
+"""Answers with text in OpenAI's formats: one JSON object, or server-sent events."""
 
 import json
 import time
@@ -39,7 +39,7 @@ class Written:
 
 
 class CompletionFormat(ABC):
-    """Writes one answer; the endpoints differ in how they word a text.
+    """Formats one answer; the endpoints differ in where they put a text.
 
     Args:
         report: On the chosen probes.
@@ -50,7 +50,7 @@ class CompletionFormat(ABC):
         prefix: How the answer's id begins.
         whole: ``object`` of a plain answer.
         piece: ``object`` of a chunk.
-        opening: What the first chunk of a choice says besides its verdicts.
+        opening: Fields of a choice's first chunk besides its verdicts.
     """
 
     prefix: str
@@ -110,7 +110,7 @@ class CompletionFormat(ABC):
 
         Args:
             prompts: The prompts, all judged.
-            events: By choice; those of one prompt are neighbours.
+            events: With the index of their choice; choices of one prompt are neighbours.
             per_prompt: How many choices each prompt has.
         """
         report = self._report
@@ -216,8 +216,8 @@ class TextFormat(CompletionFormat):
         return {
             "tokens": [_name(token.drawn.spelling) for token in tokens],
             "token_logprobs": [token.drawn.logprob for token in tokens],
-            # OpenAI lists the drawn token among the likeliest. Of two tokens that are spelled
-            # alike, the likelier counts.
+            # OpenAI lists the drawn token among the likeliest. If two tokens are spelled alike,
+            # the likelier counts.
             "top_logprobs": [
                 {_name(one.spelling): one.logprob for one in (token.drawn, *token.likeliest[::-1])}
                 for token in tokens
@@ -229,7 +229,7 @@ class TextFormat(CompletionFormat):
 class EventStream(StreamingResponse):
     """Sends events, and closes them when the answer is over, so that their end is recorded.
 
-    Starlette leaves them to the garbage collector where a send is given up.
+    Starlette leaves them to the garbage collector if sending fails.
     """
 
     def __init__(self, events: AsyncGenerator[str, None], headers: Mapping[str, str]):
@@ -271,7 +271,7 @@ def _name(spelling: Spelling) -> str:
 
 
 def _numbered(extension: Mapping[str, Any], *, first: int = 0) -> Json:
-    """The verdicts of a delta, which OpenAI's stream helper adds up by their ``index``.
+    """The verdicts of a delta with an ``index``, by which OpenAI's stream helper merges them.
 
     Without one it raises as soon as a second delta has verdicts.
     """

@@ -17,8 +17,8 @@ from sidelight.policy.decisions import Decision, agreements
 from sidelight.probe import Probe
 from sidelight.types import Verdict
 
-# Drift compares the last WINDOW scores, once there are ENOUGH. Without drift, ENOUGH scores exceed
-# an index of 0.1 in at most 5 of 100 comparisons with 150 scores of validation.
+# Drift is computed on the last WINDOW scores, once there are ENOUGH. Without drift, ENOUGH scores
+# exceed an index of 0.1 in at most 5 of 100 comparisons with 150 validation scores.
 WINDOW = 1000
 ENOUGH = 200
 
@@ -31,7 +31,7 @@ class Metrics:
     """The series of one server, in a registry of its own.
 
     Args:
-        engine: Gives the requests that run and wait, and the probes whose drift is computed.
+        engine: Has the requests that run and wait, and the probes whose drift is computed.
     """
 
     def __init__(self, engine: Engine):
@@ -77,17 +77,17 @@ class Metrics:
         waiting.set_function(lambda: engine.load.waiting)
 
     def exposition(self) -> bytes:
-        """All series in Prometheus' text format."""
+        """All series in Prometheus's text format."""
         return generate_latest(self._registry)
 
     def count(self, decisions: Sequence[Decision]) -> None:
-        """Counts what probes said, what was done, and whether shadows agreed."""
+        """Counts verdicts, what followed from them, and whether shadows agreed."""
         for decision in decisions:
             rule, verdict = decision.rule, decision.verdict
             self._verdicts.labels(rule.name, decision.outcome).inc()
             if decision.action != "none":
                 self._actions.labels(rule.name, rule.side, decision.action).inc()
-            # Only scores of whole texts can be compared with each other and with validation's.
+            # Only scores of whole texts are comparable with each other and with validation's.
             if verdict is not None and not decision.is_unfinished:
                 for label, score in scores(rule.probe, verdict).items():
                     self._scores.labels(rule.name, label).observe(score)
@@ -116,7 +116,7 @@ class Drift(Collector):
         self._recent: dict[tuple[str, str], dict[str, deque[float]]] = {}
 
     def add(self, probe: Probe, verdict: Verdict) -> None:
-        """Keeps the verdict's scores; a new version of a probe starts from none."""
+        """Keeps the verdict's scores; a new version of a probe starts with none."""
         key = (probe.name, probe.version)
         if key not in self._recent:
             running = {key, *((p.name, p.version) for p in self._engine.probes)}
@@ -150,6 +150,6 @@ def scores(probe: Probe, verdict: Verdict) -> dict[str, float]:
 
 
 def _validation_counts(record: Mapping[str, Any]) -> dict[str, list[int]]:
-    """Counts of each label's validation scores, stored by training; older probes have none."""
+    """Counts of each label's validation scores, which training stores; older probes have none."""
     stored: dict[str, list[int]] = record.get("validation", {}).get("scores", {})
     return {label: counts for label, counts in stored.items() if len(counts) == BINS}

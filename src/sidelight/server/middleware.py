@@ -20,7 +20,7 @@ from sidelight.server.metrics import Metrics
 from sidelight.server.observe import Sink, Trace
 
 REQUEST_ID = "x-request-id"
-# Operators have to see a busy server too, and ask every few seconds.
+# Operators have to see a busy server too, and they ask every few seconds.
 _OPERATORS = frozenset({"/health", "/ready", "/metrics"})
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _RETRY_S = 1
@@ -31,15 +31,15 @@ _log = logging.getLogger(__name__)
 class RequestScope:
     """Gives each request an id, answers its crash, and counts, traces and logs its end.
 
-    The id is in the answer's ``x-request-id``. One that the client sends is not taken over: it
-    would be the client's text in our logs. For the same reason, requests are counted and logged by
-    the template of their route, never by path or query. Starlette's own handler of crashes stands
-    outside of all middleware: its answer would have no id, and nobody could find its request.
+    The id is in the answer's ``x-request-id``. One that the client sends is ignored: it would be
+    the client's text in our logs. For the same reason, requests are counted and logged by the
+    template of their route, never by path or query. Crashes are answered here, since Starlette's
+    own handler is outside all middleware: its answer would have no id.
 
     Args:
         app: What answers.
         metrics: Where answers are counted.
-        sink: Takes the trace of each request; None: nobody does.
+        sink: Takes the trace of each request; None: there are no traces.
     """
 
     def __init__(self, app: ASGIApp, *, metrics: Metrics, sink: Sink | None):
@@ -111,14 +111,14 @@ class RequestScope:
 class Gatekeeper:
     """Answers 401 to requests without a key, and 429 while ``limit`` requests are being answered.
 
-    ``/health`` is open to all; ``/ready`` and ``/metrics`` need a key but no free place. Stands
-    before the routing, so that nobody without a key learns which routes exist. A request that
+    ``/health`` is open to all; ``/ready`` and ``/metrics`` need a key but are not limited. The gate
+    is before the routing, so that nobody without a key learns which routes exist. A request that
     passes carries its ``Caller`` in its state.
 
     Args:
         app: What is protected.
         access: Who may pass.
-        limit: Requests at a time.
+        limit: Most requests at a time.
     """
 
     def __init__(self, app: ASGIApp, *, access: Access, limit: int):
@@ -164,12 +164,7 @@ class Gatekeeper:
             self._running -= 1
 
 
-def require_admin(request: Request) -> None:
-    """A dependency of the routes that only an admin key opens.
-
-    Raises:
-        RequestError: 403; the request carries another key, or none.
-    """
+def _require_admin(request: Request) -> None:
     caller: Caller = request.state.caller
     if not caller.is_admin:
         raise RequestError(
@@ -181,19 +176,20 @@ def require_admin(request: Request) -> None:
         )
 
 
-AdminOnly = Depends(require_admin)
+# A dependency of the routes that only an admin key opens.
+AdminOnly = Depends(_require_admin)
 
 
 class Deadline:
     """Cancels a request after ``seconds``, which frees its place in the engine.
 
-    An answer that has not begun becomes a 504, or a 503 where the server ends. A stream of events
-    ends with an error event and no ``[DONE]``; any other answer that has begun is cut off.
+    An answer that has not begun becomes a 504, or a 503 if the server is stopping. A stream of
+    events ends with an error event and no ``[DONE]``; any other answer that has begun is cut off.
 
     Args:
         app: What answers.
         seconds: From the end of the request's head to the last byte of the answer.
-        drain: Its end is everybody's deadline.
+        drain: Its end is the deadline of every request.
     """
 
     def __init__(self, app: ASGIApp, *, seconds: float, drain: Drain):
@@ -267,7 +263,7 @@ async def unless_left(request: Request, work: Awaitable[T]) -> T:
     finally:
         working.cancel()
         leaving.cancel()
-        # What fails now is of no interest, but has to be fetched: asyncio would log it.
+        # What fails now does not matter, but asyncio would log it if nobody fetched it.
         await asyncio.gather(working, leaving, return_exceptions=True)
 
 

@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from urllib.error import HTTPError, URLError
 from urllib.request import urlopen
 
@@ -26,25 +25,19 @@ class ServerProcess:
     """
 
     def __init__(self, probes: Sequence[Path], *, port: int = 0, options: Sequence[str] = ()):
-        self._port = port or _free_port()
-        self.url = f"http://127.0.0.1:{self._port}"
-        self._probes = probes
-        self._options = options
+        if not port:
+            with socket.create_server(("127.0.0.1", 0)) as free:
+                port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        named = [word for probe in probes for word in ("--probe", str(probe))]
+        command = [sys.executable, "-m", "sidelight", "serve", "--port", str(port)]
+        self._command = [*command, "--log-level", "warning", *named, *options]
 
     def __enter__(self) -> "ServerProcess":
-        named = [word for probe in self._probes for word in ("--probe", str(probe))]
-        command = [sys.executable, "-m", "sidelight", "serve", "--port", str(self._port)]
-        self._process = subprocess.Popen(
-            [*command, "--log-level", "warning", *named, *self._options], stdout=subprocess.DEVNULL
-        )
+        self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._process.terminate()
         try:
             self._process.wait(_STOP_S)
@@ -55,11 +48,11 @@ class ServerProcess:
         """Returns when the server answers.
 
         Raises:
-            SidelightError: It ended, or did not answer in ten minutes.
+            SidelightError: It ended, or did not answer within ten minutes.
         """
         deadline = time.monotonic() + _START_S
         while time.monotonic() < deadline:
-            if self._process.poll() is not None:
+            if not self.is_alive:
                 raise SidelightError("The server ended while starting; its message is above.")
             try:
                 with urlopen(f"{self.url}/ready", timeout=5):
@@ -70,20 +63,12 @@ class ServerProcess:
 
     @property
     def pid(self) -> int:
-        """Of the process, once it has begun."""
         return self._process.pid
 
     @property
     def is_alive(self) -> bool:
-        """Whether it has not ended."""
         return self._process.poll() is None
 
     def wait(self) -> None:
         """Returns when the server ends."""
         self._process.wait()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

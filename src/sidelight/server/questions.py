@@ -1,7 +1,7 @@
-"""Questions that a client puts to the probes by name about one text, which is read once.
+"""Questions about one text, which is read once; each names the probe that answers it.
 
-A question is answered by the probe that it names, or refused; never guessed. ``/v1/decisions`` has
-OpenAI's questions, ``/v1/systemone`` those of vLLM's structured decisions.
+A question that no probe can answer is refused, never guessed. ``/v1/decisions`` takes OpenAI's
+questions, ``/v1/systemone`` those of vLLM's structured decisions.
 """
 
 import json
@@ -35,13 +35,13 @@ router = APIRouter(route_class=JsonRoute)
 
 @dataclass(frozen=True)
 class Findings:
-    """What the probes say of one text, by the names that questions use.
+    """Verdicts on one text, by the names that questions use.
 
     Attributes:
         probes: The loaded probes.
         names: Their categories.
-        verdicts: On the text; a probe without one cannot answer.
-        tokens: Tokens read; 0 where no question names a probe that can judge the text.
+        verdicts: By probe; a probe without one cannot answer.
+        tokens: Tokens read; 0 if no question names a probe that can judge the text.
     """
 
     probes: Mapping[str, Probe]
@@ -50,10 +50,7 @@ class Findings:
     tokens: int = 0
 
     def meaning(self, name: str | None) -> tuple[str, str] | None:
-        """The probe and the label whose probability ``name`` asks for.
-
-        That is the positive label of a binary probe, or a category of any probe.
-        """
+        """The probe and the label that ``name`` means: the positive one, or a category."""
         probe = self.probes.get(name or "")
         if probe is not None and probe.task.kind == "binary":
             return probe.name, probe.task.labels[1]
@@ -66,7 +63,6 @@ class Findings:
         return next(labels, None)
 
     def probability(self, name: str | None) -> float | None:
-        """The probability of the label that ``name`` means."""
         probe, label = self.meaning(name) or ("", "")
         return self.verdicts[probe].probabilities[label] if probe in self.verdicts else None
 
@@ -75,8 +71,8 @@ class Findings:
     ) -> tuple[Value, dict[Value, float]] | None:
         """What probe ``name`` chooses among ``values``, and the probability of each.
 
-        The values have to be exactly its labels. A binary probe also takes ``true`` for its
-        positive label and ``false`` for the other.
+        The values must be exactly its labels. A binary probe also takes ``true`` for its positive
+        label and ``false`` for the other.
         """
         verdict = self.verdicts.get(name or "")
         if verdict is None or self.probes[verdict.probe].task.kind == "multilabel":
@@ -95,10 +91,10 @@ class Findings:
 async def find(
     request: Request, context: Context, turns: Sequence[Message], names: Sequence[str | None]
 ) -> Findings:
-    """Judges the conversation by the probes that ``names`` mean; others are not reported.
+    """Judges the conversation with the probes that ``names`` mean; others are not reported.
 
     Raises:
-        PolicyError: The policy refuses how the conversation begins.
+        PolicyError: The policy refuses the turns that the conversation begins with.
     """
     require_trusted_turns(context.registry.policy, [turns])
     probes = {probe.name: probe for probe in context.probes}
@@ -181,7 +177,7 @@ Question = Annotated[
 
 
 class DecisionRequest(StrictBody):
-    """A text or conversation, and what to say of it. Instructions are not read by probes."""
+    """A text or conversation, and questions about it. Probes do not read instructions."""
 
     model: Name
     input: Annotated[
@@ -211,8 +207,8 @@ class ChoiceProbability(BaseModel):
     probability: float
 
 
-# Four answers are listed in the API's description under longer names, which clients may be
-# generated from: the name that a class is listed under is its ``__qualname__``.
+# Four answers have longer names in the OpenAPI document, from which clients may be generated: a
+# class is listed there by its ``__qualname__``.
 
 
 class ChoiceAnswer(BaseModel):
@@ -228,7 +224,7 @@ class ChoiceAnswer(BaseModel):
 
 
 class Refusal(BaseModel):
-    """No loaded probe answers this question on this text."""
+    """No loaded probe answers this question about this text."""
 
     __qualname__ = "sidelight__server__endpoints__decisions__Refusal"
 
@@ -269,7 +265,7 @@ class DecisionResponse(BaseModel):
 
 @router.post("/v1/decisions", name="create")
 async def decide(body: DecisionRequest, request: Request, context: InContext) -> DecisionResponse:
-    """The input is read once, whatever the number of questions; a question names its probe."""
+    """The input is read once, however many questions there are; each names its probe."""
     context.require_model(body.model)
     turns = [message.as_message() for message in body.input]
     findings = await find(request, context, turns, [q.name for q in body.questions])
@@ -322,7 +318,7 @@ class SystemOneRequest(StrictBody):
         """The state as it is judged.
 
         Raises:
-            RequestError: It has a number that no float holds.
+            RequestError: It has a number that no float can hold.
         """
         if isinstance(self.state, str):
             return self.state
@@ -331,7 +327,7 @@ class SystemOneRequest(StrictBody):
             return json.dumps(self.state, ensure_ascii=False, allow_nan=False)
         except ValueError as error:
             raise RequestError(
-                "A number in 'state' is too large for a float. Write it as a text.", param="state"
+                "A number in 'state' is too large for a float. Send it as text.", param="state"
             ) from error
 
 
@@ -373,7 +369,7 @@ class SystemOneUsage(BaseModel):
 
 
 class Diagnostics(BaseModel):
-    """vLLM's: a probe has no output but its labels, so all its mass is on them."""
+    """As vLLM reports them; a probe has no outputs but its labels, so these have all the mass."""
 
     label_mass: float = 1.0
     argmax_is_label: bool = True

@@ -24,7 +24,7 @@ ROUTE_HEADER = "x-sidelight-route"
 # Proxies refuse answers whose headers pass 4 to 8 KiB in all.
 _MAX_HEADER_BYTES = 3072
 _HEADER_DIGITS = 6
-# Names of a positive class that say nothing: the probe's own name says more.
+# Names of a positive class that say less than the probe's own name.
 _BARE_LABELS = frozenset({"1", "true", "yes"})
 
 # For each probe, its categories by label; a binary probe's negative label has none.
@@ -32,7 +32,7 @@ CategoryNames = Mapping[str, Mapping[str, str]]
 
 
 class Categories(BaseModel):
-    """What verdicts say, by category: whether it is flagged, its score, and that text was read."""
+    """Verdicts by category: whether it is flagged, its score, and that text was read."""
 
     flagged: bool
     categories: dict[str, bool]
@@ -48,7 +48,7 @@ class Extension(BaseModel):
 
 @dataclass(frozen=True)
 class Report:
-    """What a client sees of the probes that it chose.
+    """What a client sees of the verdicts of the probes that it chose.
 
     Attributes:
         model: The served model's name.
@@ -98,7 +98,7 @@ class Report:
         """The verdicts of the chosen probes on one text, with or without a response.
 
         Raises:
-            VerdictError: One of those that can judge it gave none.
+            VerdictError: A probe that can judge it gave none.
         """
         verdicts = [d.verdict for d in self.chosen(decisions) if d.verdict is not None]
         judges = {verdict.probe for verdict in verdicts}
@@ -153,8 +153,8 @@ def category_names(probes: Sequence[Probe]) -> CategoryNames:
 def categories(verdicts: Sequence[Verdict], names: CategoryNames) -> Categories:
     """All categories of these verdicts.
 
-    A multi-class verdict is never flagged, so neither are its categories: its label is in the
-    scores and in the ``sidelight`` field.
+    A multi-class verdict is never flagged, so neither are its categories; its label is in the
+    ``sidelight`` field.
     """
     scores: dict[str, float] = {}
     flags: dict[str, bool] = {}
@@ -190,22 +190,20 @@ def refusal_headers(decisions: Sequence[Decision]) -> dict[str, str]:
 def _verdict_header(decisions: Sequence[Decision]) -> dict[str, str]:
     """Compact ASCII JSON.
 
-    Probabilities are rounded; where they would make the header too long for proxies, only probe,
-    label and flag are left, and where even these do, one entry with ``error``.
+    Probabilities are rounded. If the header would be too long for proxies, only probe, label and
+    flag are left; if it still is, one entry with ``error``.
     """
     verdicts = [d.verdict for d in decisions if d.verdict is not None]
     full = [
         {
-            "probe": verdict.probe,
-            "label": verdict.label,
-            "probabilities": {
-                k: round(p, _HEADER_DIGITS) for k, p in verdict.probabilities.items()
-            },
-            "flagged": verdict.flagged,
+            "probe": v.probe,
+            "label": v.label,
+            "probabilities": {k: round(p, _HEADER_DIGITS) for k, p in v.probabilities.items()},
+            "flagged": v.flagged,
         }
-        for verdict in verdicts
+        for v in verdicts
     ]
-    short = [{"probe": v.probe, "label": v.label, "flagged": v.flagged} for v in verdicts]
+    short = [{k: x for k, x in entry.items() if k != "probabilities"} for entry in full]
     failed = [_failure_json(d.rule.name) for d in decisions if d.verdict is None]
     too_long = [{"error": "too_long"}]
     texts = [
@@ -230,13 +228,12 @@ def _marks(decisions: Iterable[Decision]) -> dict[str, str]:
 
 
 def _failure(failed: Sequence[Decision]) -> str:
-    """Why verdicts are missing."""
     too_long = dict.fromkeys(d.rule.name for d in failed if d.is_too_long)
     other = dict.fromkeys(d.rule.name for d in failed if d.rule.name not in too_long)
     reasons = [str(verdict_failure(other))] if other else []
     if too_long:
         reasons.append(
-            f"No verdict from {', '.join(too_long)}: the text is longer than the policy lets them "
+            f"No verdict from {', '.join(too_long)}: the text is longer than the policy lets it "
             "judge. Treat the text as not judged."
         )
     return " ".join(reasons)
