@@ -5,10 +5,11 @@ from pathlib import Path
 import numpy as np
 
 from sidelight.backbone import Backbone
+from sidelight.data.examples import Example, LabelledExamples
 from sidelight.prompts import EncodedPrompt, Message, Reads
 from sidelight.states.cache import ActivationCache
 from sidelight.states.extraction import BackboneSource, extract
-from sidelight.training.loop import TrainingSet
+from sidelight.training.dataset import Split
 from sidelight.types import Task, TaskKind
 
 SIGNALS = "XYZ"
@@ -59,14 +60,18 @@ def training_set(
     *,
     seed: int,
     shard_bytes: int = 500_000,
-) -> TrainingSet:
+) -> Split:
     """An extracted corpus in a few shards."""
     texts, labels = planted(kind, count, seed=seed)
+    items = tuple(Example((Message("user", text),)) for text in texts)
+    examples = LabelledExamples(items, ({},) * count, task=TASKS[kind], labels=labels)
+    prompts = encoded(backbone, texts)
     cache = ActivationCache(
         root,
-        encoded(backbone, texts),
+        prompts,
         reads=Reads(),
         fingerprint=backbone.fingerprint,
         shard_bytes=shard_bytes,
     )
-    return TrainingSet(extract(BackboneSource(backbone), cache), labels)
+    states = extract(BackboneSource(backbone), cache)
+    return Split(examples, tuple(prompts), states, np.arange(count))

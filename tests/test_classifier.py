@@ -15,7 +15,7 @@ from sidelight.errors import ContextLengthError, SidelightError, VerdictError
 from sidelight.mechanisms.base import mechanism_spec
 from sidelight.prompts import Reads
 from sidelight.training.classifier import Classifier, load, train
-from sidelight.training.cross_fitting import shared_texts
+from sidelight.training.dataset import shared_texts
 from sidelight.training.fit import fit
 from sidelight.training.runs import Columns, assess
 from sidelight.training.settings import FitOptions, TrainingSettings

@@ -10,8 +10,8 @@ from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import mechanism_spec
 from sidelight.prompts import Reads
-from sidelight.training.cross_fitting import FOLDS, choose_folds, cross_fit
-from sidelight.training.dataset import ProbeDataset, make_split
+from sidelight.training.cross_fitting import cross_fit
+from sidelight.training.dataset import FOLDS, ProbeDataset, choose_folds, make_split
 from sidelight.training.fit import fit
 from sidelight.training.loop import train_mechanisms
 from sidelight.training.settings import FitOptions, Job, suggested_settings
@@ -49,18 +49,16 @@ def test_the_logits_of_a_fold_are_those_of_a_mechanism_that_the_others_taught(wh
     # In the order of the texts, as training sees them.
     expected = train_mechanisms(
         jobs(),
-        task=whole.task,
-        training=whole.training.select(np.sort(rest)).training_set(),
+        training=whole.training.select(np.sort(rest)),
         validation=None,
-        judged=whole.training.select(fold).training_set(),
+        judged=whole.training.select(fold),
     )
     for one, alone in zip(cross_fit(jobs(), whole, folds), expected, strict=True):
         np.testing.assert_allclose(one.logits[fold], alone.logits, atol=ROUNDING)
 
 
 def test_the_probe_itself_is_trained_on_all_texts_for_every_epoch(whole):
-    training = whole.training.training_set()
-    expected = train_mechanisms(jobs(), task=whole.task, training=training, validation=None)
+    expected = train_mechanisms(jobs(), training=whole.training, validation=None)
     folds = choose_folds(whole.training.examples)
     for one, alone in zip(cross_fit(jobs(), whole, folds), expected, strict=True):
         assert one.best_epoch == one.job.settings.epochs

@@ -11,7 +11,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 import sidelight
 from commands import run, saved
-from corpora import TASKS, planted, training_set
+from corpora import planted, training_set
 from sidelight.artifact import model_card, read_manifest
 from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
@@ -90,9 +90,7 @@ def test_a_probe_that_learned_from_long_inputs_is_surer_of_them(tiny, tmp_path):
         for wanted in (False, True)
         for seed in range(3)
     ]
-    made = train_mechanisms(
-        jobs, task=TASKS["binary"], training=training, validation=None, judged=held_out
-    )
+    made = train_mechanisms(jobs, training=training, validation=None, judged=held_out)
     losses = np.array([joined_loss(one, held_out) for one in made]).reshape(2, 3).mean(1)
     alone = [roc_auc_score(held_out.labels, one.logits[:, 0]) for one in made]
     assert losses[1] < losses[0] / 2
@@ -123,7 +121,7 @@ def test_several_classes_are_refused_by_training_itself(tiny, tmp_path):
         mechanism_spec("readout"), 0, replace(suggested_settings("readout"), long_inputs=True)
     )
     with pytest.raises(SidelightError, match="With 3 classes"):
-        train_mechanisms([job], task=TASKS["multiclass"], training=training, validation=None)
+        train_mechanisms([job], training=training, validation=None)
 
 
 def test_python_has_the_option_and_the_card_tells(tiny, own_cache, tmp_path):

@@ -16,7 +16,7 @@ from sidelight.ragged import Ragged
 from sidelight.training.batches import random_beginnings
 from sidelight.training.loop import train_mechanisms
 from sidelight.training.objective import make_loss, validation_score
-from sidelight.training.run import TrainingRun
+from sidelight.training.optimisation import TrainingRun
 from sidelight.training.settings import Job, TrainingSettings, suggested_settings
 
 QUICK = TrainingSettings(
@@ -44,7 +44,7 @@ def job(mechanism="readout", *, seed=0, settings=QUICK, standardise=True, **opti
 
 
 def trained(corpora, *jobs, kind="binary"):
-    return train_mechanisms(jobs, task=TASKS[kind], **corpora[kind])
+    return train_mechanisms(jobs, **corpora[kind])
 
 
 def contents(one):
@@ -302,12 +302,12 @@ def test_a_job_that_diverges_leaves_its_neighbours_alone(corpora):
         Job(mechanism_spec("pooling"), 0, settings)
         for settings in (usual, replace(usual, weight_decay=1e38), usual)
     ]
-    found = train_mechanisms(jobs, task=TASKS["binary"], **corpora["binary"])
+    found = train_mechanisms(jobs, **corpora["binary"])
     assert [one is None for one in found] == [False, True, False]
-    (alone,) = train_mechanisms(jobs[:1], task=TASKS["binary"], **corpora["binary"])
+    (alone,) = train_mechanisms(jobs[:1], **corpora["binary"])
     np.testing.assert_allclose(found[0].logits, alone.logits, rtol=1e-3, atol=1e-4)
     without = {**corpora["binary"], "validation": None}
-    assert train_mechanisms(jobs[1:2], task=TASKS["binary"], **without) == [None]
+    assert train_mechanisms(jobs[1:2], **without) == [None]
 
 
 @pytest.mark.parametrize(("side", "differs"), [("response", True), ("prompt", False)])
@@ -317,7 +317,6 @@ def test_only_a_probe_of_responses_learns_from_beginnings(tiny, tmp_path, side, 
     whole = replace(BRIEF, beginnings=False)
     both, one = train_mechanisms(
         [job(settings=BRIEF), job(settings=whole)],
-        task=TASKS["binary"],
         training=training,
         validation=None,
         judged=training,
@@ -351,9 +350,7 @@ def test_shards_smaller_than_a_batch_fill_it_together(tiny, tmp_path, monkeypatc
     step = TrainingRun.step
     monkeypatch.setattr(TrainingRun, "step", lambda self: (steps.append(1), step(self)))
     settings = replace(QUICK, batch_size=size)
-    train_mechanisms(
-        [job("gate", settings=settings)], task=TASKS["binary"], training=training, validation=None
-    )
+    train_mechanisms([job("gate", settings=settings)], training=training, validation=None)
     assert len(steps) in range(2 * settings.epochs, 3 * settings.epochs + 1)
 
 

@@ -263,9 +263,9 @@ def test_all_texts_in_another_order_keep_their_labels(splits):
     whole = splits["binary"]["validation"]
     turned = whole.select(range(len(whole) - 1, -1, -1))
     for split in (whole, turned):
-        found = split.training_set()
-        assert found.labels.tolist() == whole.labels[split.rows].tolist()
-        for shard in map(found.states.read, range(len(found.states))):
+        states = split.own_states()
+        assert split.labels.tolist() == whole.labels[split.rows].tolist()
+        for shard in map(states.read, range(len(states))):
             prompts = [split.prompts[text] for text in shard.rows.tolist()]
             assert shard.lengths.tolist() == [int(one.mask(Reads()).sum()) for one in prompts]
 

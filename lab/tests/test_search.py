@@ -147,9 +147,8 @@ def test_a_score_is_that_of_one_training_with_these_settings(dataset, found):
     trial = found.trials[2]
     (alone,) = train_mechanisms(
         [Job(trial.spec, PLAN["seed"], trial.settings)],
-        task=dataset.task,
-        training=dataset.training.training_set(),
-        validation=dataset.validation.training_set(),
+        training=dataset.training,
+        validation=dataset.validation,
     )
     assert trial.score == average_precision_score(dataset.validation.labels, alone.logits[:, 0])
 

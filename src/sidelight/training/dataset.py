@@ -1,4 +1,4 @@
-"""A labelled data set on a backbone: texts, labels and hidden states, as a table's rows need them.
+"""Labelled texts with their hidden states: which of them train, and which judge.
 
 Probes and baselines of one table read the same splits, so that no row of it has an advantage.
 """
@@ -16,15 +16,20 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sidelight.backbone import TransformersBackbone
+from sidelight.calibration import require_calibratable
 from sidelight.data.examples import LabelledExamples, located, place_of
+from sidelight.data.splitting import validation_share
 from sidelight.errors import SidelightError
 from sidelight.prompts import EncodedPrompt, Reads
 from sidelight.ragged import Ragged
-from sidelight.states.cache import ActivationCache, states_of, write_tensors
+from sidelight.smollm2 import cache_root
+from sidelight.states.cache import ActivationCache, States, states_of, write_tensors
 from sidelight.states.extraction import BackboneSource, StateSource, extract
 from sidelight.states.pooled import Pooled, pool
-from sidelight.training.loop import TrainingSet
+from sidelight.training.settings import FEW_TEXTS, FitOptions, require_labels_of_parts
 from sidelight.types import Task
+
+FOLDS = 5
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,12 +104,15 @@ class Split:
         chosen = [found[row] for row in self.rows.tolist()]
         return Ragged(torch.cat(chosen), torch.tensor([len(part) for part in chosen]))
 
-    def training_set(self) -> TrainingSet:
-        """What ``train_mechanisms`` reads; a small part of a data set lies in memory."""
+    def own_states(self) -> States:
+        """The hidden states of these texts alone, as training reads them."""
         # All texts in another order are as many, but their labels are in that order.
         if np.array_equal(self.rows, np.arange(len(self.states.prompts))):
-            return TrainingSet(self.states, self.labels)
-        return TrainingSet(states_of(self.states, self.rows.tolist()), self.labels)
+            return self.states
+        return states_of(self.states, self.rows.tolist())
+
+
+Folds = tuple[Int[np.ndarray, " _"], ...]
 
 
 @dataclass(frozen=True)
@@ -114,17 +122,170 @@ class ProbeDataset:
     Attributes:
         backbone: The frozen LLM.
         training: What parameters are fitted to.
-        validation: What early stopping, settings, calibration and thresholds are chosen on.
+        validation: What early stopping, settings, calibration and thresholds are chosen on. If
+            texts are cross-fitted, these are the training texts.
+        folds: Numbers of the texts of each fold if texts are cross-fitted, else none.
+        warnings: What is doubtful about the texts, one sentence each.
     """
 
     backbone: TransformersBackbone
     training: Split
     validation: Split
+    folds: Folds = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def task(self) -> Task:
         """The classes."""
         return self.training.task
+
+
+def prepare(
+    backbone: TransformersBackbone,
+    training: LabelledExamples,
+    validation: LabelledExamples | None,
+    *,
+    options: FitOptions,
+    source: StateSource | None = None,
+) -> ProbeDataset:
+    """Chooses the texts that judge, and runs the backbone over all of them.
+
+    A fit and a search both begin here, so that a search chooses by the texts that will calibrate.
+
+    Args:
+        backbone: The frozen LLM.
+        training: Labelled texts.
+        validation: Labelled texts; None holds out part of ``training``, or cross-fits it if it is
+            small.
+        options: How texts are read and calibrated, and where their activations go.
+        source: The engine that computes the hidden states; None is the backbone itself.
+
+    Raises:
+        SidelightError: Validation texts that cannot choose or calibrate, or activations that do
+            not fit the disk.
+    """
+    folds: Folds = ()
+    warnings = list(training.warnings)
+    if validation is not None:
+        warnings += validation.warnings
+    elif folds := choose_folds(training):
+        validation = training
+    else:
+        warnings += _why_held_out(training)
+        training, validation = training.split(validation_share(len(training)), seed=0)
+        warnings += training.warnings
+    if options.long_inputs:
+        require_labels_of_parts(training.task)
+    require_same_task(training, validation)
+    require_calibratable(options.calibration, validation.labels, training.task)
+    warnings += _rarity(validation)
+    parts = {"Training texts": training}
+    if not folds:
+        parts["Validation texts"] = validation
+        warnings += shared_texts(training, validation)
+    splits = [
+        make_split(
+            backbone,
+            examples,
+            reads=options.reads,
+            max_tokens=options.max_tokens,
+            cache_root=options.cache_root or cache_root() / "activations",
+            budget_bytes=options.cache_budget_bytes,
+            keep_cache=options.keep_cache,
+            title=title,
+            source=source,
+        )
+        for title, examples in parts.items()
+    ]
+    for split in splits:
+        warnings += _cut_warnings(split.prompts, options.max_tokens)
+    return ProbeDataset(backbone, splits[0], splits[-1], folds, tuple(warnings))
+
+
+def choose_folds(examples: LabelledExamples) -> Folds:
+    """The folds to cross-fit by; none if there are many texts, or if a fold would lack a class."""
+    task, labels = examples.task, examples.labels
+    rarest = int(class_counts(task, labels).min())
+    if len(examples) >= FEW_TEXTS or min(rarest, examples.distinct) < FOLDS:
+        return ()
+    folds = examples.folds(FOLDS, seed=0)
+    counts = [class_counts(task, labels[fold]).min() for fold in folds]
+    return folds if min(counts) else ()
+
+
+def _why_held_out(examples: LabelledExamples) -> list[str]:
+    """Why texts that are few enough to be cross-fitted are not."""
+    if len(examples) >= FEW_TEXTS:
+        return []
+    task, counts = examples.task, class_counts(examples.task, examples.labels)
+    rarest = int(counts.argmin())
+    return [
+        f"Few texts are cross-fitted, but of '{task.labels[rarest]}' there are {counts[rarest]}, "
+        f"too few or too alike for {FOLDS} folds: {validation_share(len(examples)):.0%} of all "
+        "texts were held out from training to choose by. More texts of it would help most."
+    ]
+
+
+def require_same_task(training: LabelledExamples, validation: LabelledExamples) -> None:
+    """Checks that validation can choose what training needs.
+
+    Raises:
+        SidelightError: Other labels, no text of a class of a binary task, or of a multi-label task
+            no label that some texts have and others have not.
+    """
+    task = training.task
+    if validation.task != task:
+        raise SidelightError(
+            f"The validation data has the labels {validation.task}, the training data {task}. "
+            "Load it with task=training.task."
+        )
+    counts = class_counts(task, validation.labels)
+    missing = [label for label, count in zip(task.labels, counts, strict=True) if count == 0]
+    if missing and task.kind == "binary":
+        raise SidelightError(
+            f"The validation data has no '{missing[0]}' text, so no threshold can be chosen. "
+            "Add some, or leave validation data out: part of the training data is held out then."
+        )
+    if task.kind == "multilabel" and not ((counts > 0) & (counts < len(validation))).any():
+        raise SidelightError(
+            "The validation data has no label that some texts have and others have not, so no "
+            "threshold can be chosen. Add texts of both."
+        )
+
+
+def shared_texts(training: LabelledExamples, validation: LabelledExamples) -> list[str]:
+    """A warning if texts, with the same response if any, are on both sides."""
+    seen = {(item.text, item.response) for item in training.items}
+    shared = sum((item.text, item.response) in seen for item in validation.items)
+    return [f"{shared} validation texts are also training texts."] if shared else []
+
+
+def _rarity(validation: LabelledExamples) -> list[str]:
+    smallest = int(class_counts(validation.task, validation.labels).min())
+    if smallest >= 10:
+        return []
+    return [
+        f"The rarest class has {smallest} validation texts: threshold, calibration and the "
+        "validation figures are rough. More labelled texts of it would help most."
+    ]
+
+
+def _cut_warnings(prompts: Sequence[EncodedPrompt], max_tokens: int) -> list[str]:
+    cut = [prompt for prompt in prompts if prompt.dropped]
+    if not cut:
+        return []
+    limit = min(max_tokens, max(map(len, cut)))
+    return [
+        f"{len(cut)} of {len(prompts)} texts were cut to {limit} tokens for training "
+        "(--max-tokens); judging never cuts."
+    ]
+
+
+def class_counts(task: Task, labels: np.ndarray) -> np.ndarray:
+    """Texts of each label."""
+    if task.kind == "multilabel":
+        return labels.sum(0)
+    return np.bincount(labels, minlength=len(task.labels))
 
 
 def make_split(

@@ -1,11 +1,4 @@
-"""From labelled examples to what mechanisms are trained on: which texts judge, and hidden states.
-
-A search begins as a fit does, so that it chooses by the texts that will calibrate.
-
-From a trained mechanism to a calibrated probe with its figures.
-
-From labelled examples to trained probes: extraction, training, calibration, choice.
-"""
+"""From labelled examples to calibrated probes with their figures, and the choice of the best."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -14,128 +7,19 @@ from typing import Any
 import numpy as np
 
 from sidelight.backbone import TransformersBackbone
-from sidelight.calibration import choose_thresholds, fit_calibration, require_calibratable
+from sidelight.calibration import choose_thresholds, fit_calibration
 from sidelight.data.examples import LabelledExamples
-from sidelight.data.splitting import validation_share
 from sidelight.evaluation import Report, evaluate
 from sidelight.metrics import score_counts
 from sidelight.probe import Probe
-from sidelight.smollm2 import cache_root
 from sidelight.states.extraction import StateSource
-from sidelight.training.cross_fitting import (
-    Folds,
-    choose_folds,
-    class_counts,
-    cross_fit,
-    cross_fit_baseline,
-    cut_warnings,
-    rarity,
-    require_same_task,
-    shared_texts,
-    why_held_out,
-)
-from sidelight.training.dataset import ProbeDataset, Split, make_split
+from sidelight.training.cross_fitting import cross_fit, cross_fit_baseline
+from sidelight.training.dataset import ProbeDataset, Split, class_counts, prepare
 from sidelight.training.loop import Trained, divergence, train_mechanisms
 from sidelight.training.objective import validation_score
-from sidelight.training.settings import FitOptions, Job, require_labels_of_parts
+from sidelight.training.settings import FitOptions
 from sidelight.training.tfidf import fit_tfidf
 from sidelight.types import Task
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Texts with their hidden states, ready for training.
-
-    Attributes:
-        study: Training and validation texts; all texts on both sides where folds tell them apart.
-        folds: Of ``choose_folds``; none where validation texts judge.
-        warnings: What is doubtful about the texts, one sentence each.
-    """
-
-    dataset: ProbeDataset
-    folds: Folds
-    warnings: tuple[str, ...]
-
-
-def prepare(
-    backbone: TransformersBackbone,
-    training: LabelledExamples,
-    validation: LabelledExamples | None,
-    *,
-    options: FitOptions,
-    source: StateSource | None = None,
-) -> Prepared:
-    """Chooses the texts that judge, and runs the backbone over all of them.
-
-    Args:
-        backbone: The frozen LLM.
-        training: Labelled texts.
-        validation: Labelled texts; None holds out part of ``training``, or cross-fits it if it is
-            small.
-        options: How texts are read and calibrated, and where their activations go.
-        source: The engine that computes the hidden states; None is the backbone itself.
-
-    Raises:
-        SidelightError: No labels, validation texts that cannot choose or calibrate, or activations
-            that do not fit the disk.
-    """
-    sides = _choose_sides(training, validation)
-    if options.long_inputs:
-        require_labels_of_parts(training.task)
-    require_same_task(sides.training, sides.validation)
-    require_calibratable(options.calibration, sides.validation.labels, sides.training.task)
-    parts = {"Training texts": sides.training}
-    doubts = rarity(sides.validation)
-    if not sides.folds:
-        parts["Validation texts"] = sides.validation
-        doubts += shared_texts(sides.training, sides.validation)
-    splits = [
-        _extract(source, backbone, examples, options, title) for title, examples in parts.items()
-    ]
-    for split in splits:
-        doubts += cut_warnings(split.prompts, options.max_tokens)
-    dataset = ProbeDataset(backbone, splits[0], splits[-1])
-    return Prepared(dataset, sides.folds, (*sides.warnings, *doubts))
-
-
-@dataclass(frozen=True)
-class _Sides:
-    training: LabelledExamples
-    validation: LabelledExamples
-    folds: Folds
-    warnings: tuple[str, ...]
-
-
-def _choose_sides(whole: LabelledExamples, validation: LabelledExamples | None) -> _Sides:
-    """What trains and what judges: the same texts where they are cross-fitted."""
-    if validation is not None:
-        return _Sides(whole, validation, (), (*whole.warnings, *validation.warnings))
-    folds = choose_folds(whole)
-    if folds:
-        return _Sides(whole, whole, folds, whole.warnings)
-    training, held_out = whole.split(validation_share(len(whole)), seed=0)
-    warnings = (*whole.warnings, *why_held_out(whole), *training.warnings)
-    return _Sides(training, held_out, (), warnings)
-
-
-def _extract(
-    source: StateSource | None,
-    backbone: TransformersBackbone,
-    examples: LabelledExamples,
-    options: FitOptions,
-    title: str,
-) -> Split:
-    return make_split(
-        backbone,
-        examples,
-        reads=options.reads,
-        max_tokens=options.max_tokens,
-        cache_root=options.cache_root or cache_root() / "activations",
-        budget_bytes=options.cache_budget_bytes,
-        keep_cache=options.keep_cache,
-        title=title,
-        source=source,
-    )
 
 
 @dataclass(frozen=True)
@@ -155,18 +39,8 @@ class Run:
     report: Report
 
 
-def make_run(
-    trained: Trained, dataset: ProbeDataset, *, name: str, options: FitOptions, folds: int = 0
-) -> Run:
-    """Calibrates on validation logits, chooses the threshold there, and measures there.
-
-    Args:
-        trained: The mechanism and its validation logits.
-        study: What it was trained on.
-        name: Of the probe.
-        options: It was trained with.
-        folds: That it was cross-fitted on; 0 for a validation part.
-    """
+def make_run(trained: Trained, dataset: ProbeDataset, *, name: str, options: FitOptions) -> Run:
+    """Calibrates on validation logits, chooses the threshold there, and measures there."""
     task, labels, logits = dataset.task, dataset.validation.labels, trained.logits
     calibration = fit_calibration(options.calibration, logits, labels, task)
     probabilities = calibration.apply(logits)
@@ -189,7 +63,7 @@ def make_run(
             "training": _data(dataset.training),
             "validation": {**_data(dataset.validation), **shown},
             "max_tokens": options.max_tokens,
-            "folds": folds,
+            "folds": len(dataset.folds),
             **_how(trained),
         },
     )
@@ -277,52 +151,37 @@ def fit(
     Raises:
         SidelightError: No labels, the activations do not fit the disk, or every training diverged.
     """
-    prepared = prepare(backbone, training, validation, options=options, source=source)
-    dataset, folds = prepared.dataset, prepared.folds
+    dataset = prepare(backbone, training, validation, options=options, source=source)
     jobs = options.jobs(len(dataset.training))
     # The baseline first: what it refuses in seconds must not cost the hours of training.
-    if folds:
-        baseline = cross_fit_baseline(dataset, folds)
-        trained = cross_fit(jobs, dataset, folds)
+    if dataset.folds:
+        baseline = cross_fit_baseline(dataset, dataset.folds)
+        trained = cross_fit(jobs, dataset, dataset.folds)
     else:
         words = fit_tfidf(dataset.training.texts, dataset.training.labels, dataset.task)
         baseline = words.logits(dataset.validation.texts)
         trained = train_mechanisms(
             jobs,
-            task=dataset.task,
-            training=dataset.training.training_set(),
-            validation=dataset.validation.training_set(),
+            training=dataset.training,
+            validation=dataset.validation,
             device=backbone.device,
         )
     runs = tuple(
-        make_run(one, dataset, name=name, options=options, folds=len(folds))
-        for one in _finite(jobs, trained)
+        make_run(one, dataset, name=name, options=options) for one in trained if one is not None
     )
-    warnings = (*prepared.warnings, *_divergence_warnings(jobs, trained))
-    made = Fit(runs, _best(runs), report_on(baseline, dataset.validation), warnings)
+    if not runs:
+        raise divergence(jobs[0])
+    pairs = zip(jobs, trained, strict=True)
+    diverged = [f"{divergence(job)} This run is left out." for job, one in pairs if one is None]
+    made = Fit(
+        runs, _best(runs), report_on(baseline, dataset.validation), (*dataset.warnings, *diverged)
+    )
     if store is not None:
         store(made)
     if not options.keep_cache:
         for split in (dataset.training, dataset.validation):
             split.states.remove()
     return made
-
-
-def _finite(jobs: Sequence[Job], trained: Sequence[Trained | None]) -> list[Trained]:
-    """The trainings that did not diverge.
-
-    Raises:
-        SidelightError: All of them did.
-    """
-    finite = [one for one in trained if one is not None]
-    if not finite:
-        raise divergence(jobs[0])
-    return finite
-
-
-def _divergence_warnings(jobs: Sequence[Job], trained: Sequence[Trained | None]) -> list[str]:
-    pairs = zip(jobs, trained, strict=True)
-    return [f"{divergence(job)} This run is left out." for job, one in pairs if one is None]
 
 
 def _best(runs: Sequence[Run]) -> Run:

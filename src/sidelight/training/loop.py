@@ -16,28 +16,15 @@ from sidelight.ragged import Ragged
 from sidelight.standardisation import Standardisation
 from sidelight.states.cache import Shard, States
 from sidelight.training.batches import batches
+from sidelight.training.dataset import Split
 from sidelight.training.layer_weights import layer_weights, pooled_sample
 from sidelight.training.objective import make_loss, validation_score
-from sidelight.training.run import TrainingRun
+from sidelight.training.optimisation import TrainingRun
 from sidelight.training.settings import Job, require_labels_of_parts
-from sidelight.types import Task
 
 _VALIDATION_BATCH = 128
 # Enough tokens to know a mean to about a hundredth of a standard deviation.
 _MOMENT_TOKENS = 8192
-
-
-@dataclass(frozen=True)
-class TrainingSet:
-    """Hidden states and labels of one split.
-
-    Attributes:
-        states: Of every text.
-        labels: As in ``Examples.labels``, in the order of the texts.
-    """
-
-    states: States
-    labels: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -64,10 +51,9 @@ class Trained:
 def train_mechanisms(
     jobs: Sequence[Job],
     *,
-    task: Task,
-    training: TrainingSet,
-    validation: TrainingSet | None,
-    judged: TrainingSet | None = None,
+    training: Split,
+    validation: Split | None,
+    judged: Split | None = None,
     device: torch.device | str = "cpu",
     title: str = "Training",
 ) -> list[Trained | None]:
@@ -75,7 +61,6 @@ def train_mechanisms(
 
     Args:
         jobs: What to train.
-        task: The classes.
         training: What the parameters are fitted to.
         validation: What early stopping looks at; None trains every epoch and keeps the last.
         judged: What gets logits when training is over; None: the validation texts, if any.
@@ -85,9 +70,9 @@ def train_mechanisms(
     Returns:
         The results in the order of the jobs; None for a job whose numbers are no longer finite.
     """
-    trainer = _Trainer(jobs, task, training, validation, torch.device(device))
+    trainer = _Trainer(jobs, training, validation, torch.device(device))
     epochs = max((run.job.settings.epochs for run in trainer.runs), default=0)
-    tokens = sum(training.states.plan.tokens)
+    tokens = sum(trainer.states.plan.tokens)
     with progress(title, epochs * tokens, unit="tokens") as shown:
         for epoch in range(epochs):
             active = [run for run in trainer.runs if not (run.has_finished or run.has_diverged)]
@@ -95,7 +80,7 @@ def train_mechanisms(
                 break
             trainer.train_epoch(active, epoch, shown)
             trainer.end_epoch(active)
-    return trainer.results(judged or validation)
+    return trainer.results(judged)
 
 
 def divergence(job: Job) -> SidelightError:
@@ -110,23 +95,24 @@ class _Trainer:
     def __init__(
         self,
         jobs: Sequence[Job],
-        task: Task,
-        training: TrainingSet,
-        validation: TrainingSet | None,
+        training: Split,
+        validation: Split | None,
         device: torch.device,
     ):
-        self._task = task
+        self.states = training.own_states()
         self._training = training
         self._validation = validation
+        self._judging_states = None if validation is None else validation.own_states()
+        self._task = task = training.task
         self._device = device
         self._labels = torch.from_numpy(training.labels).to(device)
-        sizes = training.states.fingerprint
+        sizes = self.states.fingerprint
         geometry = Geometry(sizes.layers, sizes.width, task.outputs)
         self._raw = Standardisation.identity(geometry).to(device)
-        self._measured = _measured(training.states).to(device)
+        self._measured = _measured(self.states).to(device)
         if any(job.settings.long_inputs for job in jobs):
             require_labels_of_parts(task)
-        is_response = training.states.reads.side == "response"
+        is_response = self.states.reads.side == "response"
         self.runs: list[TrainingRun] = []
         for job in jobs:
             settings = job.settings.fitted_to(len(training.labels))
@@ -142,7 +128,7 @@ class _Trainer:
 
     def _steps_per_epoch(self, batch_size: int) -> int:
         """At most."""
-        sizes = [len(rows) for rows in self._training.states.plan.rows]
+        sizes = [len(rows) for rows in self.states.plan.rows]
         # A shard's random first cut can add a batch.
         whole = sum(math.ceil(size / batch_size) + 1 for size in sizes if size >= batch_size)
         return whole + math.ceil(sum(size for size in sizes if size < batch_size) / batch_size)
@@ -150,7 +136,7 @@ class _Trainer:
     @cached_property
     def _weighted(self) -> Standardisation:
         """As measured, with predictive layer weights; only computed if some job wants them."""
-        pooled, rows = pooled_sample(self._training.states)
+        pooled, rows = pooled_sample(self.states)
         labels = self._training.labels[rows.numpy()]
         return self._measured.weighted(layer_weights(pooled, labels, task=self._task))
 
@@ -164,10 +150,9 @@ class _Trainer:
         groups: dict[tuple[int, int], list[TrainingRun]] = {}
         for run in runs:
             groups.setdefault((run.job.seed, run.job.settings.batch_size), []).append(run)
-        states = self._training.states
-        order = torch.randperm(len(states), generator=torch.Generator().manual_seed(epoch))
+        order = torch.randperm(len(self.states), generator=torch.Generator().manual_seed(epoch))
         for index in order.tolist():
-            shard = states.read(index)
+            shard = self.states.read(index)
             for (seed, batch_size), group in groups.items():
                 shuffle = torch.Generator().manual_seed(seed * 7919 + epoch)
                 # A shard with fewer texts than a batch is a part of one.
@@ -204,11 +189,11 @@ class _Trainer:
         return [Ragged(part, batch.lengths.to(self._device)) for part in parts]
 
     def end_epoch(self, runs: Sequence[TrainingRun]) -> None:
-        if self._validation is None:
+        if self._validation is None or self._judging_states is None:
             for run in runs:
                 run.end_epoch(None)
             return
-        scores = self._judge(runs, self._validation.states, dtype=torch.bfloat16)
+        scores = self._judge(runs, self._judging_states, dtype=torch.bfloat16)
         for run, logits in zip(runs, scores, strict=True):
             if np.isfinite(logits).all():
                 run.end_epoch(validation_score(self._task, logits, self._validation.labels))
@@ -230,15 +215,16 @@ class _Trainer:
                     own[batch.rows] = run.logits(part).cpu().numpy()
         return scores
 
-    def results(self, judged: TrainingSet | None) -> list[Trained | None]:
+    def results(self, judged: Split | None) -> list[Trained | None]:
         """What each job gave; None if it diverged."""
+        states = self._judging_states if judged is None else judged.own_states()
         for run in self.runs:
             run.restore_best()
         finite = [run for run in self.runs if not run.has_diverged]
         scores = [np.empty((0, self._task.outputs)) for _ in finite]
-        if judged is not None and finite:
+        if states is not None and finite:
             # In float32, as in serving: calibration is fitted to these.
-            scores = self._judge(finite, judged.states, dtype=torch.float32)
+            scores = self._judge(finite, states, dtype=torch.float32)
         logits = {id(run): own for run, own in zip(finite, scores, strict=True)}
         return [self._result(run, logits.get(id(run))) for run in self.runs]
 

@@ -91,7 +91,7 @@ def read_pieces(probe: Probe, split: Split, *, device: torch.device | str) -> It
     projection = probe.projection()
     weight = projection.weight.detach().float().to(device)
     shift = projection.shift.detach().float().to(device)[:, None]
-    states = split.training_set().states
+    states = split.own_states()
     for index in range(len(states)):
         for part in _cut(states.read(index)):
             hidden = part.hidden.to(device).float()

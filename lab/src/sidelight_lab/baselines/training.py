@@ -129,7 +129,7 @@ class TokenSource:
     @staticmethod
     def all_layers(split: Split) -> "TokenSource":
         """The shards on disk, or one in memory if the split is part of a data set."""
-        states = split.training_set().states
+        states = split.own_states()
         sizes = tuple(len(rows) for rows in states.plan.rows)
         return TokenSource(sizes, states.read, torch.from_numpy(split.labels))
 

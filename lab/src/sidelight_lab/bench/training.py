@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sidelight.backbone import TransformersBackbone
 from sidelight.data.examples import LabelledExamples
 from sidelight.mechanisms.base import mechanism_names, mechanism_spec
@@ -12,7 +14,8 @@ from sidelight.prompts import Reads, shared_unread
 from sidelight.ragged import by_length
 from sidelight.states.cache import ActivationCache
 from sidelight.states.extraction import BackboneSource, StateSource, extract
-from sidelight.training.loop import TrainingSet, train_mechanisms
+from sidelight.training.dataset import Split
+from sidelight.training.loop import train_mechanisms
 from sidelight.training.settings import TRAINING_MAX_TOKENS, Job, suggested_settings
 from sidelight_lab.bench.timing import Range, interleaved, ratios
 
@@ -64,13 +67,13 @@ def compare_training(
 ) -> dict[str, Any]:
     """Seconds of one extraction, of training each mechanism from it, and of all together."""
     parts = examples.split(0.15, seed=0)
-    task = examples.task
     with tempfile.TemporaryDirectory() as scratch:
         source = BackboneSource(backbone)
         caches = [_cache(source, backbone, part, scratch) for part in parts]
-        sets: list[TrainingSet] = []
-        for cache, part in zip(caches, parts, strict=True):
-            sets.append(TrainingSet(cache, part.labels))
+        fitted, held_out = (
+            Split(part, tuple(cache.prompts), cache, np.arange(len(part)))
+            for cache, part in zip(caches, parts, strict=True)
+        )
 
         def training(names: Sequence[str]) -> Callable[[], object]:
             jobs = [
@@ -79,7 +82,7 @@ def compare_training(
                 for seed in range(seeds)
             ]
             return lambda: train_mechanisms(
-                jobs, task=task, training=sets[0], validation=sets[1], device=backbone.device
+                jobs, training=fitted, validation=held_out, device=backbone.device
             )
 
         names = mechanism_names()

@@ -65,7 +65,7 @@ def search(inputs: TrainingInputs, out: Path, as_json: bool, **given: Any) -> No
     for name in given["mechanisms"]:
         mechanism_spec(name)
     training, validation = inputs.load()
-    from sidelight.training.fit import prepare
+    from sidelight.training.dataset import prepare
     from sidelight.training.objective import score_name
     from sidelight.training.runs import check_folder, console
     from sidelight_lab.search.results import describe, write_search
@@ -75,9 +75,8 @@ def search(inputs: TrainingInputs, out: Path, as_json: bool, **given: Any) -> No
     backbone = given_backbone(given)
     # Trials are scored as they are; training chooses the calibration.
     options = replace(inputs.fit_options(), calibration="none")
-    prepared = prepare(backbone, training, validation, options=options)
-    dataset = prepared.dataset
-    for warning in prepared.warnings:
+    dataset = prepare(backbone, training, validation, options=options)
+    for warning in dataset.warnings:
         click.echo(f"Warning: {warning}", err=True)
     found: dict[str, Best] = {}
     for name in given["mechanisms"]:
@@ -87,7 +86,7 @@ def search(inputs: TrainingInputs, out: Path, as_json: bool, **given: Any) -> No
             trials=given["trials"],
             seed=given["seed"],
             storage=out / "journal.log",
-            folds=prepared.folds,
+            folds=dataset.folds,
             generation=given["together"],
             on_generation=lambda trials: _report(trials, given["trials"]),
         )

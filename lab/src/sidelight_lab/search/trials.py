@@ -20,8 +20,8 @@ from optuna.trial import TrialState
 
 from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import Geometry, MechanismSpec, mechanism_spec
-from sidelight.training.cross_fitting import Folds, judge_by_folds
-from sidelight.training.dataset import ProbeDataset
+from sidelight.training.cross_fitting import judge_by_folds
+from sidelight.training.dataset import Folds, ProbeDataset
 from sidelight.training.loop import train_mechanisms
 from sidelight.training.objective import validation_score
 from sidelight.training.settings import Job, TrainingSettings
@@ -205,9 +205,8 @@ def _judge(jobs: Sequence[Job], dataset: ProbeDataset, folds: Folds) -> list[np.
         return judge_by_folds(jobs, dataset, folds)
     trained = train_mechanisms(
         jobs,
-        task=dataset.task,
-        training=dataset.training.training_set(),
-        validation=dataset.validation.training_set(),
+        training=dataset.training,
+        validation=dataset.validation,
         device=dataset.backbone.device,
     )
     return [None if one is None else one.logits for one in trained]

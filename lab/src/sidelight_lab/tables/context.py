@@ -15,8 +15,7 @@ import torch
 from sidelight.backbone import Fingerprint, TransformersBackbone
 from sidelight.data.examples import LabelledExamples
 from sidelight.storage import write_json, write_text
-from sidelight.training.cross_fitting import require_same_task
-from sidelight.training.dataset import ProbeDataset, Split, make_split
+from sidelight.training.dataset import ProbeDataset, Split, make_split, require_same_task
 from sidelight_lab.datasets import DataSet
 from sidelight_lab.tables.recipes import Recipe
 from sidelight_lab.tables.rows import (

@@ -197,9 +197,8 @@ def _train(missing: Sequence[tuple[Run, ProbeConfig]], *, max_tokens: int) -> No
     start = perf_counter()
     trained = train_mechanisms(
         [Job(row.spec, run.seed, row.settings) for run, row in missing],
-        task=dataset.task,
-        training=dataset.training.training_set(),
-        validation=dataset.validation.training_set(),
+        training=dataset.training,
+        validation=dataset.validation,
         device=dataset.backbone.device,
     )
     seconds = (perf_counter() - start) / len(missing)

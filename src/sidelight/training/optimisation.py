@@ -4,90 +4,28 @@ from copy import deepcopy
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from sidelight.mechanisms.base import Geometry, Mechanism
 from sidelight.ragged import Ragged
 from sidelight.training.batches import among_others, random_beginnings
 from sidelight.training.objective import Loss
-from sidelight.training.settings import Job, TrainingSettings
+from sidelight.training.settings import Job
 
 
-class Optimisation:
-    """Trains a module by AdamW on a cosine schedule, and goes back to its best epoch at the end.
+class TrainingRun:
+    """The training of one job by AdamW on a cosine schedule; its best epoch is restored at the end.
 
     Attributes:
+        mechanism: What is trained, in place.
         history: The validation score of each epoch; empty without validation texts.
         has_diverged: Whether the restored parameters are not all finite.
-
-    Args:
-        module: What is trained, in place.
-        settings: Learning rate, weight decay, epochs and patience.
-        steps: Optimiser steps per epoch.
-    """
-
-    def __init__(self, module: nn.Module, settings: TrainingSettings, *, steps: int):
-        self._module = module
-        self._settings = settings
-        self._optimizer = torch.optim.AdamW(
-            module.parameters(),
-            lr=settings.learning_rate,
-            weight_decay=settings.weight_decay,
-            fused=True,
-        )
-        self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
-            self._optimizer, T_max=settings.epochs * steps
-        )
-        self._best = deepcopy(module.state_dict())
-        self._epochs = 0
-        self.history: list[float] = []
-        self.has_diverged = False
-
-    @property
-    def best_epoch(self) -> int:
-        """Counted from 1: the first with the best score, or the latest if there are no scores."""
-        return 1 + self.history.index(max(self.history)) if self.history else self._epochs
-
-    @property
-    def has_finished(self) -> bool:
-        """Whether all epochs are done, or ``patience`` of them brought no better score."""
-        idle = self._epochs - self.best_epoch
-        is_idle = self._epochs > 0 and idle >= self._settings.patience
-        return is_idle or self._epochs >= self._settings.epochs
-
-    def step(self) -> None:
-        """Updates the parameters by their gradients."""
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        self._schedule.step()
-
-    def end_epoch(self, score: float | None) -> None:
-        """Records the validation score, and keeps the parameters if it is the best so far.
-
-        Args:
-            score: None without validation texts: the latest epoch is then the best.
-        """
-        self._epochs += 1
-        if score is not None:
-            self.history.append(score)
-        if self.best_epoch == self._epochs:
-            self._best = deepcopy(self._module.state_dict())
-
-    def restore_best(self) -> None:
-        """Puts the best epoch's parameters back and freezes them."""
-        self._module.load_state_dict(self._best)
-        self._module.eval().requires_grad_(False)
-        self.has_diverged |= not all(bool(p.isfinite().all()) for p in self._module.parameters())
-
-
-class TrainingRun(Optimisation):
-    """The training of one job.
 
     Args:
         job: What to train.
         geometry: Sizes of the mechanism.
         steps: Optimiser steps per epoch.
-        loss: Of logits and labels.
+        loss: A function of logits and labels.
         reads_beginnings: Whether the loss also counts a random beginning of each text.
         device: Where to train.
     """
@@ -103,17 +41,41 @@ class TrainingRun(Optimisation):
         device: torch.device,
     ):
         self.job = job
+        self.history: list[float] = []
+        self.has_diverged = False
         with torch.random.fork_rng():
             torch.manual_seed(job.seed)
             self.mechanism: Mechanism = job.spec.build(geometry).to(device)
         for parameter in self.mechanism.parameters():
             # Parameters of size 0, as in a readout without extremes, have no gradient.
             parameter.requires_grad_(parameter.numel() > 0)
-        super().__init__(self.mechanism, job.settings, steps=steps)
+        self._optimizer = torch.optim.AdamW(
+            self.mechanism.parameters(),
+            lr=job.settings.learning_rate,
+            weight_decay=job.settings.weight_decay,
+            fused=True,
+        )
+        self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
+            self._optimizer, T_max=job.settings.epochs * steps
+        )
+        self._best = deepcopy(self.mechanism.state_dict())
+        self._epochs = 0
         self._loss = loss
         self._reads_beginnings = reads_beginnings
         self._draws = 0
         self._filled = 0.0
+
+    @property
+    def best_epoch(self) -> int:
+        """Counted from 1: the first with the best score, or the latest if there are no scores."""
+        return 1 + self.history.index(max(self.history)) if self.history else self._epochs
+
+    @property
+    def has_finished(self) -> bool:
+        """Whether all epochs are done, or ``patience`` of them brought no better score."""
+        idle = self._epochs - self.best_epoch
+        is_idle = self._epochs > 0 and idle >= self.job.settings.patience
+        return is_idle or self._epochs >= self.job.settings.epochs
 
     def logits(self, tokens: Ragged) -> Float[Tensor, "text output"]:
         """The logits of projected tokens, ``[token, layer, column]``, as in serving."""
@@ -153,3 +115,27 @@ class TrainingRun(Optimisation):
         if self._filled:
             self._filled = 0.0
             self.step()
+
+    def step(self) -> None:
+        """Updates the parameters by their gradients."""
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self._schedule.step()
+
+    def end_epoch(self, score: float | None) -> None:
+        """Records the validation score, and keeps the parameters if it is the best so far.
+
+        Args:
+            score: None without validation texts: the latest epoch is then the best.
+        """
+        self._epochs += 1
+        if score is not None:
+            self.history.append(score)
+        if self.best_epoch == self._epochs:
+            self._best = deepcopy(self.mechanism.state_dict())
+
+    def restore_best(self) -> None:
+        """Puts the best epoch's parameters back and freezes them."""
+        self.mechanism.load_state_dict(self._best)
+        self.mechanism.eval().requires_grad_(False)
+        self.has_diverged |= not all(bool(p.isfinite().all()) for p in self.mechanism.parameters())
