@@ -17,7 +17,7 @@ from sidelight.prompts import Reads
 from sidelight.training.classifier import Classifier, load, train
 from sidelight.training.dataset import shared_texts
 from sidelight.training.fit import fit
-from sidelight.training.runs import Columns, assess
+from sidelight.training.runs import assess
 from sidelight.training.settings import FitOptions, TrainingSettings
 from tiny import untrained_probe
 
@@ -240,7 +240,7 @@ def test_runs_without_a_verdict_name_the_place_of_the_text(tiny, tmp_path):
     data.write_text("\n".join(map(json.dumps, rows_of("binary", 8, seed=0))))
     model = saved(tiny, tmp_path / "model")
     with pytest.raises(VerdictError, match=r"^rows\.jsonl, line 1: Probe 'p' gave a logit"):
-        assess(folder, str(data), columns=Columns(), model=model)
+        assess(folder, str(data), model=model)
 
 
 def test_a_text_that_cannot_be_trained_on_is_named_by_its_place(tiny, tmp_path):
@@ -387,7 +387,7 @@ def test_a_probe_of_responses_is_not_measured_on_prompts(tiny, tmp_path, monkeyp
     with pytest.raises(SidelightError, match=refusal):
         classifier.evaluate(rows)
     with pytest.raises(SidelightError, match=refusal):
-        assess(folder, str(data), columns=Columns())
+        assess(folder, str(data))
 
 
 def test_another_number_of_responses_than_texts_is_one_clear_error(tiny):

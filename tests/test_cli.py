@@ -5,6 +5,7 @@ import shlex
 import subprocess
 import sys
 from dataclasses import fields
+from importlib.metadata import EntryPoints
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +169,7 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
 def test_training_names_every_mechanism(capsys: pytest.CaptureFixture[str]):
     assert run("train", "--help") == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert f"with commas of {', '.join(mechanism_names())}." in text
+    assert f"with commas, of {', '.join(mechanism_names())}." in text
 
 
 @pytest.mark.parametrize(
@@ -247,7 +248,7 @@ def test_what_the_system_refuses_is_one_line(
 
     monkeypatch.setattr("sidelight.artifact.read_manifest", refuse)
     assert run("inspect", "probe") == 2
-    line = "Error: No space left on device (/full/disk). Check the path, who may write there, and"
+    line = "Error: No space left on device (/full/disk). Check the path, its permissions, and"
     assert capsys.readouterr().err.startswith(line)
 
 
@@ -263,7 +264,49 @@ def test_only_a_command_that_goes_on_says_so_when_it_is_stopped(
 
     monkeypatch.setattr("sidelight.cli.app", stop)
     assert run(command) == 130
-    assert ("goes on" in capsys.readouterr().err) == is_resumed
+    assert ("Run the same command again" in capsys.readouterr().err) == is_resumed
+
+
+WITHOUT_EXTRAS = """
+import sys
+
+class Missing:
+    def find_spec(name, path=None, target=None):
+        package = name.partition(".")[0]
+        if package in {"fastapi", "uvicorn", "prometheus_client", "pydantic_settings"}:
+            raise ModuleNotFoundError(f"No module named '{name}'", name=name)
+
+sys.meta_path.insert(0, Missing)
+from sidelight.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"), [(["--help"], 0), (["serve", "--probe", "p"], 2), (["demo"], 2)]
+)
+def test_without_the_packages_of_a_server_its_commands_say_what_to_install(
+    arguments: list[str], code: int
+):
+    ended = subprocess.run(
+        [sys.executable, "-c", WITHOUT_EXTRAS, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == code
+    assert "pip install 'sidelight[serve]'" in (ended.stderr if code else ended.stdout)
+    assert len(ended.stderr.splitlines()) == (1 if code else 0)
+
+
+def test_without_the_laboratory_its_commands_say_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("sidelight.cli.entry_points", lambda **_: EntryPoints())
+    assert run("reproduce", "toxicchat") == 2
+    assert capsys.readouterr().err.endswith("Run `pip install sidelight-lab`.\n")
+    assert run("--help") == 0
+    assert "reproduce" not in capsys.readouterr().out
 
 
 def labelled_rows(path: Path, labels: list[str | None]) -> str:

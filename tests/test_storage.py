@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from sidelight.errors import SidelightError
-from sidelight.storage import replacing, write_json, write_text
-from sidelight.training.runs import check_folder
+from sidelight.storage import check_folder, replacing, write_json, write_text
 
 
 def die_while_writing(path: Path) -> None:

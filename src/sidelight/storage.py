@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import tempfile
 import weakref
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -27,6 +28,25 @@ def replacing(path: Path) -> Generator[Path]:
     partial = path.with_name(f"{path.name}.partial")
     yield partial
     os.replace(partial, path)
+
+
+def check_folder(directory: Path) -> None:
+    """Checks that a folder can be written, before hours of work go into it. Makes none.
+
+    Raises:
+        SidelightError: It cannot be written.
+    """
+    new = [folder for folder in (directory, *directory.parents) if not folder.exists()]
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+        for folder in new:
+            folder.rmdir()
+    except OSError as error:
+        raise SidelightError(
+            f"Cannot write to {directory}: {error.strerror}. Name another folder with --out."
+        ) from error
 
 
 def write_text(path: Path, text: str) -> None:

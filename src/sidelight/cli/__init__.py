@@ -2,15 +2,14 @@
 
 import os
 import sys
-from collections.abc import Sequence
 from importlib.metadata import entry_points
+from typing import Any
 
 import click
 
 from sidelight.cli.demo import demo
 from sidelight.cli.evaluate import evaluate, predict
 from sidelight.cli.parity import parity
-from sidelight.cli.serve import serve
 from sidelight.cli.share import env, inspect, pull, push
 from sidelight.cli.threads import limit_threads
 from sidelight.cli.train import train
@@ -18,7 +17,8 @@ from sidelight.errors import SidelightError
 
 _GROUP = "sidelight.commands"
 _LABORATORY = ("search", "reproduce", "anatomy", "bench")
-_WIDTH = {"max_content_width": 100, "help_option_names": ["-h", "--help"]}
+_RESUMED = ("train", "search", "reproduce")
+_SERVING = ("fastapi", "prometheus_client", "pydantic_settings", "uvicorn")
 
 
 class _Commands(click.Group):
@@ -41,7 +41,10 @@ class _Commands(click.Group):
         return None
 
 
-@click.group(cls=_Commands, context_settings=_WIDTH)
+@click.group(
+    cls=_Commands,
+    context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]},
+)
 @click.version_option(package_name="sidelight")
 def app() -> None:
     """Text and classification from one forward pass of the LLM you already serve.
@@ -51,12 +54,27 @@ def app() -> None:
     """
 
 
-_COMMANDS = (
-    train, evaluate, predict, serve, demo, inspect, push, pull, env,
-    parity,
-)  # fmt: skip
-_RESUMED = ("train", "search", "reproduce")
-for _command in _COMMANDS:
+def _serve() -> click.Command:
+    """The command, or one that says what to install: its options come from what it needs."""
+    try:
+        from sidelight.cli.serve import serve
+    except ModuleNotFoundError as error:
+        missing = error
+
+        def refuse(**_: Any) -> None:
+            raise missing
+
+        return click.Command(
+            "serve",
+            callback=refuse,
+            params=[click.Argument(["arguments"], nargs=-1, type=click.UNPROCESSED)],
+            short_help="Serve an LLM and its probes (pip install 'sidelight[serve]').",
+            context_settings={"ignore_unknown_options": True},
+        )
+    return serve
+
+
+for _command in (train, evaluate, predict, _serve(), demo, inspect, push, pull, env, parity):
     app.add_command(_command)
 
 
@@ -73,8 +91,9 @@ def main() -> None:
     except click.ClickException as error:
         _fail(error.format_message())
     except (click.Abort, KeyboardInterrupt):
-        goes_on = " The same command goes on from what is finished."
-        print(f"Stopped.{goes_on if _is_resumed(sys.argv[1:]) else ''}", file=sys.stderr)
+        is_resumed = sys.argv[1:2] and sys.argv[1] in _RESUMED
+        remedy = " Run the same command again to continue from what is finished."
+        print(f"Stopped.{remedy if is_resumed else ''}", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         # Who read the output has left, such as `head`; Python must not write the rest at exit.
@@ -82,17 +101,17 @@ def main() -> None:
         sys.exit(1)
     except OSError as error:
         _fail(_described(error))
-
-
-def _is_resumed(arguments: Sequence[str]) -> bool:
-    return any(arguments[:1] == [name] for name in _RESUMED)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in _SERVING:
+            raise
+        _fail(f"A server needs the package {error.name}. Run `pip install 'sidelight[serve]'`.")
 
 
 def _described(error: OSError) -> str:
     if error.strerror is None:
         return str(error)
     place = f" ({error.filename})" if error.filename else ""
-    return f"{error.strerror}{place}. Check the path, who may write there, and the free space."
+    return f"{error.strerror}{place}. Check the path, its permissions, and the free space."
 
 
 def _fail(message: str) -> None:

@@ -1,5 +1,7 @@
 """``sidelight demo``: the main job from end to end."""
 
+from importlib import import_module
+
 import click
 
 from sidelight.cli.options import examples_epilog
@@ -13,6 +15,8 @@ def demo(keep: bool, port: int) -> None:
 
     The texts are the bundled example set, which is written for demonstration.
     """
+    # If the packages of a server are missing, say so before anything is trained.
+    import_module("sidelight.server.app")
     from sidelight.demo import run_demo
 
     run_demo(keep=keep, port=port)

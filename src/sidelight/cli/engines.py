@@ -1,4 +1,4 @@
-"""Options that say which engine runs the model, and what they make."""
+"""Options that say which engine runs the model, and the engines that they stand for."""
 
 import json
 from collections.abc import Generator, Mapping, Sequence
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sidelight.cli.options import Command
+from sidelight.cli.options import Command, option
 from sidelight.errors import SidelightError
 
 if TYPE_CHECKING:
@@ -25,7 +25,9 @@ def _assigned(
     for assignment in value:
         name, equals, text = assignment.partition("=")
         if not equals:
-            raise click.BadParameter(f"'{assignment}' is not like max_num_seqs=64.")
+            raise click.BadParameter(
+                f"got '{assignment}', wanted NAME=VALUE, such as max_num_seqs=64."
+            )
         try:
             options[name] = json.loads(text)
         except ValueError:
@@ -34,7 +36,7 @@ def _assigned(
     return options
 
 
-engine_option_option = click.option(
+engine_option_option = option(
     "--engine-option",
     multiple=True,
     callback=_assigned,
@@ -44,33 +46,24 @@ engine_option_option = click.option(
 
 
 def engine_options(command: Command) -> Command:
-    """Which engine, and what it is told."""
-    engine = click.option(
+    """Which engine, and its own options."""
+    engine = option(
         "--engine",
         type=click.Choice(["transformers", "vllm"]),
         default="transformers",
-        show_default=True,
         help="What runs the model; docs/vllm.md says how to install vLLM.",
     )
     return engine(engine_option_option(command))
 
 
 def require_own_options(engine: str, options: Mapping[str, Any]) -> None:
-    """Checks that vLLM's options are not given to another engine.
-
-    Raises:
-        SidelightError: They are.
-    """
+    """Refuses options of vLLM's engine for another one."""
     if engine != "vllm" and options:
         raise SidelightError("--engine-option is for vLLM: give --engine vllm, or leave it out.")
 
 
 def require_own_device(device: str) -> None:
-    """Checks that vLLM is not told its device.
-
-    Raises:
-        SidelightError: It is.
-    """
+    """Refuses a device for vLLM."""
     if device != "auto":
         raise SidelightError("vLLM chooses its device itself; leave --device out.")
 
@@ -84,15 +77,10 @@ def load_engine(
     device: str,
     options: Mapping[str, Any],
 ) -> "Engine":
-    """The engine with its model and these probes.
+    """An engine with its model and these probes.
 
-    Args:
-        engine: ``transformers`` or ``vllm``.
-        probes: Probes to serve.
-        model: None: the one that the first probe was trained on.
-        dtype: Dtype of the model.
-        device: For transformers; vLLM takes only ``auto``.
-        options: Options of vLLM's engine.
+    Without a name of a model, it is the one that the first probe was trained on. ``options`` are
+    those of vLLM's engine.
     """
     model = model or (probes[0].fingerprint.name if probes else "smollm2")
     if engine == "vllm":
@@ -116,7 +104,7 @@ def encoding_backbone(
     device: str,
     prompt_format: "PromptFormat | None",
 ) -> "TransformersBackbone":
-    """The backbone that encodes texts, and that runs them where the engine is transformers."""
+    """The backbone that encodes texts, and that runs them if the engine is transformers."""
     from sidelight.backbone import load_backbone
 
     if engine == "vllm":
@@ -131,13 +119,7 @@ def encoding_backbone(
 def state_source(
     engine: str, backbone: "TransformersBackbone", options: Mapping[str, Any]
 ) -> "Generator[StateSource]":
-    """What computes hidden states for training; it ends with the block.
-
-    Args:
-        engine: ``transformers`` or ``vllm``.
-        backbone: Of ``encoding_backbone``.
-        options: Options of vLLM's engine.
-    """
+    """What computes hidden states for training; an engine of vLLM ends with the block."""
     require_own_options(engine, options)
     if engine == "vllm":
         from sidelight.vllm.offline import VllmSource

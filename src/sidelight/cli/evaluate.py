@@ -12,14 +12,18 @@ import click
 
 from sidelight.cli.engines import engine_options, require_own_device, require_own_options
 from sidelight.cli.options import (
+    PATH,
     backbone_options,
     checked_file,
     checked_folder,
     column_options,
+    data_option,
     examples_epilog,
     json_file_option,
     json_option,
     missing_label_option,
+    option,
+    optional_data_option,
     response_option,
     split_option,
     text_option,
@@ -30,7 +34,6 @@ from sidelight.storage import replacing, write_text
 if TYPE_CHECKING:
     from sidelight.backbone import DtypeName
     from sidelight.data.examples import Example
-    from sidelight.data.loading import OnMissingLabel
     from sidelight.training.runs import Assessment
 
 
@@ -42,20 +45,14 @@ if TYPE_CHECKING:
         "--subset human_annotation --plots plots",
     ),
 )
-@click.argument("probe", type=click.Path(path_type=Path))
-@click.option("--data", required=True, help="JSONL, JSON, CSV, TSV (or .gz), Parquet, or hub name.")
+@click.argument("probe", type=PATH)
+@data_option
 @column_options
 @missing_label_option
-@click.option(
-    "--subset",
-    default=None,
-    metavar="COLUMN",
-    help="Report the rows where this column is true as well.",
-)
-@click.option(
+@option("--subset", metavar="COLUMN", help="Also report on the rows where this column is true.")
+@option(
     "--plots",
-    type=click.Path(path_type=Path),
-    default=None,
+    type=PATH,
     callback=checked_folder,
     help="Folder for precision-recall, reliability and confusion plots.",
 )
@@ -63,42 +60,19 @@ if TYPE_CHECKING:
 @backbone_options
 @json_option
 def evaluate(
-    probe: Path,
-    data: str,
-    text: str,
-    label: str,
-    response: str | None,
-    split: str | None,
-    missing_label: "OnMissingLabel",
-    subset: str | None,
-    plots: Path | None,
-    out: Path | None,
-    model: str | None,
-    dtype: "DtypeName",
-    device: str,
-    as_json: bool,
+    probe: Path, plots: Path | None, out: Path | None, as_json: bool, **given: Any
 ) -> None:
     """Measure a probe, and every run trained with it, on labelled data.
 
-    All of them read the same forward pass. Each metric has a 95 % bootstrap interval; the table
-    gives mean and standard deviation over seeds.
+    One forward pass serves all of them. Each metric has a 95 % bootstrap interval; the table gives
+    the mean and the standard deviation over seeds.
     """
-    from sidelight.training.runs import Columns, assess, describe, plot
+    from sidelight.training.runs import assess, describe, plot
 
     if plots is not None:
         # If matplotlib is missing, say so before the backbone runs.
         import_module("sidelight.plots")
-    assessments = assess(
-        probe,
-        data,
-        columns=Columns(text, label, response),
-        split=split,
-        on_missing_label=missing_label,
-        subset=subset,
-        model=model,
-        dtype=dtype,
-        device=device,
-    )
+    assessments = assess(probe, on_missing_label=given.pop("missing_label"), **given)
     for warning in assessments[0].warnings:
         click.echo(f"Warning: {warning}", err=True)
     described = json.dumps(describe(assessments), indent=2)
@@ -117,7 +91,7 @@ def _print(assessments: "list[Assessment]") -> None:
 
     out = console()
     for one in assessments:
-        if len(one.runs) > 1:
+        if sum(map(len, one.runs.values())) > 1:
             out.print(comparison_table(f"{one.title}: every run", one.runs))
         out.print(f"\n{one.title}: '{one.chosen.name}', {one.chosen.spec.name}")
         out.print(one.report.table())
@@ -130,17 +104,16 @@ def _print(assessments: "list[Assessment]") -> None:
         "sidelight predict probes/toxicity --data texts.jsonl --engine vllm --out verdicts.jsonl",
     )
 )
-@click.argument("probe", type=click.Path(path_type=Path))
+@click.argument("probe", type=PATH)
 @click.argument("texts", nargs=-1)
-@click.option("--data", default=None, help="JSONL, JSON, CSV, TSV (or .gz), Parquet, or hub name.")
+@optional_data_option
 @text_option
 @response_option
 @split_option
-@click.option(
+@option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=PATH,
     callback=checked_file,
-    default=None,
     help="File for the verdicts. [default: standard output]",
 )
 @engine_options
@@ -161,7 +134,7 @@ def predict(
 ) -> None:
     """Print one verdict per text, as JSON lines, in the order of the texts."""
     if bool(texts) == (data is not None):
-        raise SidelightError("Give either texts to judge, or a file of texts with --data.")
+        raise SidelightError("Give texts to judge, or a file of texts with --data, but not both.")
     require_own_options(engine, engine_option)
     items: Sequence[str | Example] = (
         list(texts) if data is None else _examples(data, text, response, split)
@@ -191,7 +164,7 @@ def _examples(data: str, text: str, response: str | None, split: str | None) -> 
     if examples.skipped.empty_text:
         raise SidelightError(
             f"{examples.skipped.empty_text} texts or responses are empty, the first in "
-            f"{examples.skipped.first_empty}, so verdicts would not line up with rows. Remove the "
-            "empty rows first."
+            f"{examples.skipped.first_empty}, so the verdicts would not line up with the rows. "
+            "Remove the empty rows first."
         )
     return examples.items

@@ -1,14 +1,15 @@
-"""Options that several commands share, and what they make. Folders are checked before the work."""
+"""Options that several commands share, and what the commands make of them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from sidelight.errors import SidelightError
+from sidelight.storage import check_folder
 
 if TYPE_CHECKING:
     from sidelight.data.examples import LabelledExamples
@@ -17,79 +18,104 @@ if TYPE_CHECKING:
 
 
 Command = Callable[..., Any]
+PATH = click.Path(path_type=Path)
+AT_LEAST_ONE = click.IntRange(min=1)
 
-model_option = click.option(
-    "--model",
-    default=None,
-    help="Backbone: smollm2 (embedded), a folder, or a hub id. [default: smollm2, or the probe's]",
+option = partial(click.option, show_default=True)
+
+
+def checked_folder(_context: click.Context, _option: Any, folder: Path | None) -> Path | None:
+    """Refuses a folder that cannot be written, before the work begins."""
+    if folder is not None:
+        check_folder(folder)
+    return folder
+
+
+def checked_file(_context: click.Context, _option: Any, path: Path | None) -> Path | None:
+    """Refuses a file that cannot be written, before the work begins."""
+    if path is None:
+        return None
+    if path.is_dir():
+        raise SidelightError(f"{path} is a folder. Name a file in it with --out.")
+    check_folder(path.parent)
+    return path
+
+
+def examples_epilog(*commands: str) -> str:
+    """Example commands for the end of a help page, each on its own line."""
+    return "\b\nExamples:\n" + "\n".join(f"  {command}" for command in commands)
+
+
+_data_file = partial(option, "--data", help="JSONL, JSON, CSV, TSV (or .gz), Parquet, or hub name.")
+data_option = _data_file(required=True)
+optional_data_option = _data_file()
+out_option = option(
+    "--out", required=True, type=PATH, callback=checked_folder, help="Folder to write."
 )
-dtype_option = click.option(
-    "--dtype",
-    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-    default="auto",
-    show_default=True,
-    help="Dtype of the backbone; auto is as its weights are stored.",
-)
-device_option = click.option(
-    "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, or auto."
-)
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
-text_option = click.option(
-    "--text", default="text", show_default=True, help="Column of the text (or chat messages)."
-)
-label_option = click.option(
+json_file_option = option("--out", type=PATH, callback=checked_file, help="File for the JSON.")
+json_option = option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
+text_option = option("--text", default="text", help="Column of the text (or chat messages).")
+label_option = option(
     "--label",
     default="label",
-    show_default=True,
-    help="Column of the label; several with commas make a multi-label task.",
+    help="Column of the label; several, with commas, make a multi-label task.",
 )
-response_option = click.option("--response", default=None, help="Column of the assistant's answer.")
-split_option = click.option("--split", default=None, help="Split of a hub data set.")
-missing_label_option = click.option(
+response_option = option("--response", help="Column of the assistant's answer.")
+split_option = option("--split", help="Split of a hub data set.")
+missing_label_option = option(
     "--missing-label",
     type=click.Choice(["error", "skip"]),
     default="error",
-    show_default=True,
-    help="What a row without a label is.",
+    help="What to do about a row without a label.",
 )
-data_option = click.option(
-    "--data", required=True, help="JSONL, JSON, CSV, TSV (or .gz), Parquet, or hub name."
-)
-out_option = click.option(
-    "--out", required=True, type=click.Path(path_type=Path), help="Folder to write."
-)
-positive_option = click.option(
-    "--positive", default=None, help="The positive class of a binary task."
-)
-limit_option = click.option(
+limit_option = option(
     "--limit",
     type=click.IntRange(min=2),
-    default=None,
     help="Use N rows, drawn at random, class by class.",
 )
-max_tokens_option = click.option(
+max_tokens_option = option(
     "--max-tokens",
     type=click.IntRange(min=8),
     default=1024,
-    show_default=True,
-    help="Longer texts are cut, and counted; judging never cuts.",
+    help="Cut longer texts, and count them; judging never cuts.",
 )
-_CACHE_OPTIONS = (
-    click.option(
-        "--cache",
-        type=click.Path(path_type=Path),
-        default=None,
-        help="Folder for activations. [default: the user's cache]",
-    ),
-    click.option(
+positive_option = option("--positive", help="The positive class of a binary task.")
+model_option = option(
+    "--model",
+    help="Backbone: smollm2 (embedded), a folder, or a hub id. [default: smollm2, or the probe's]",
+)
+dtype_option = option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    help="Dtype of the backbone; auto keeps that of its weights.",
+)
+device_option = option("--device", default="auto", help="cpu, cuda, cuda:1, or auto.")
+_TRAINING_OPTIONS = (
+    positive_option,
+    option("--validation", help="Validation data. [default: held out of --data]"),
+    option("--validation-split", help="Split of a hub data set in --validation."),
+    limit_option,
+    max_tokens_option,
+    option("--cache", type=PATH, help="Folder for activations. [default: the user's cache]"),
+    option(
         "--cache-budget",
         type=float,
-        default=None,
         metavar="GIB",
-        help="The most that activations of one file may take.",
+        help="The most disk that the activations of one file may take.",
     ),
-    click.option("--keep-cache", is_flag=True, help="Keep the activations for another run."),
+    option("--keep-cache", is_flag=True, help="Keep the activations for another run."),
 )
+
+
+def column_options(command: Command) -> Command:
+    """Where a data file has text, label and response."""
+    return text_option(label_option(response_option(split_option(command))))
+
+
+def backbone_options(command: Command) -> Command:
+    """Which backbone, and how it is loaded."""
+    return model_option(dtype_option(device_option(command)))
 
 
 def _names(_context: click.Context, _option: click.Parameter, value: str) -> list[str]:
@@ -98,20 +124,13 @@ def _names(_context: click.Context, _option: click.Parameter, value: str) -> lis
         from sidelight.mechanisms.base import mechanism_names
 
         known = ", ".join(mechanism_names())
-        raise click.BadParameter(f"it names none. Leave it out, or choose: {known}.")
+        raise click.BadParameter(f"no mechanism is named. Leave it out, or choose: {known}.")
     return names
 
 
 def mechanism_option(*, default: str, help: str) -> Callable[[Command], Command]:
-    """Names of mechanisms, as a list.
-
-    Args:
-        default: With commas, as users write them.
-        help: What may be named.
-    """
-    return click.option(
-        "--mechanism", "mechanisms", default=default, callback=_names, show_default=True, help=help
-    )
+    """Names of mechanisms, written with commas, as a list."""
+    return option("--mechanism", "mechanisms", default=default, callback=_names, help=help)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,16 +197,6 @@ class TrainingInputs:
 
 def training_options(command: Command) -> Command:
     """What to train on; the command gets ``inputs``, and ``out`` for the result."""
-    validation = click.option(
-        "--validation", default=None, help="Validation data. [default: held out of --data]"
-    )
-    validation_split = click.option(
-        "--validation-split", default=None, help="Split of a hub data set in --validation."
-    )
-    options = (
-        data_option, out_option, column_options, missing_label_option, positive_option, validation,
-        validation_split, limit_option, max_tokens_option, *_CACHE_OPTIONS,
-    )  # fmt: skip
 
     @wraps(command)
     def gathered(**given: Any) -> Any:
@@ -195,57 +204,6 @@ def training_options(command: Command) -> Command:
         return command(inputs=TrainingInputs(**inputs), **given)
 
     result: Command = gathered
-    for option in reversed(options):
-        result = option(result)
-    return result
-
-
-def column_options(command: Command) -> Command:
-    """Where a data file has text, label and response."""
-    return text_option(label_option(response_option(split_option(command))))
-
-
-def backbone_options(command: Command) -> Command:
-    """Which backbone, and how it is loaded."""
-    return model_option(dtype_option(device_option(command)))
-
-
-def examples_epilog(*commands: str) -> str:
-    """Example commands for the end of a help page, each on its own line."""
-    return "\b\nExamples:\n" + "\n".join(f"  {command}" for command in commands)
-
-
-def checked_folder(_context: click.Context, _option: Any, folder: Path | None) -> Path | None:
-    """The folder, if it can be written.
-
-    Raises:
-        SidelightError: It cannot.
-    """
-    from sidelight.training.runs import check_folder
-
-    if folder is not None:
-        check_folder(folder)
-    return folder
-
-
-def checked_file(context: click.Context, option: Any, path: Path | None) -> Path | None:
-    """The file, if it can be written.
-
-    Raises:
-        SidelightError: It cannot, or is a folder.
-    """
-    if path is None:
-        return None
-    if path.is_dir():
-        raise SidelightError(f"{path} is a folder. Name a file in it with --out.")
-    checked_folder(context, option, path.parent)
-    return path
-
-
-json_file_option = click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    callback=checked_file,
-    default=None,
-    help="File for the JSON.",
-)
+    for each in reversed(_TRAINING_OPTIONS):
+        result = each(result)
+    return data_option(out_option(column_options(missing_label_option(result))))

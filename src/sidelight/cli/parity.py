@@ -1,4 +1,4 @@
-"""``sidelight parity``: whether engines give the same verdicts."""
+"""``sidelight parity``: compares the verdicts of engines on the same texts."""
 
 import json
 from collections.abc import Callable
@@ -10,11 +10,13 @@ import click
 
 from sidelight.cli.engines import engine_option_option, load_engine
 from sidelight.cli.options import (
+    PATH,
     backbone_options,
     data_option,
     examples_epilog,
     json_file_option,
     limit_option,
+    option,
     text_option,
 )
 from sidelight.errors import SidelightError
@@ -34,11 +36,11 @@ _ENGINES = ("transformers", "vllm")
         "sidelight parity probes/toxicity --data test.jsonl --engines vllm --dtype float32",
     )
 )
-@click.argument("probes", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("probes", nargs=-1, required=True, type=PATH)
 @data_option
 @text_option
 @limit_option
-@click.option("--engines", default=",".join(_ENGINES), show_default=True, help="With commas.")
+@option("--engines", default=",".join(_ENGINES), help="Engines to compare, with commas.")
 @backbone_options
 @engine_option_option
 @json_file_option
@@ -56,8 +58,8 @@ def parity(
 ) -> None:
     """Compare the verdicts of engines, and of each engine's batch sizes, on the same texts.
 
-    Compare in float32 to see whether two engines compute the same; in the dtype that is served to
-    see what users get.
+    Compare in float32 to see whether two engines compute the same, and in the dtype that you serve
+    to see what users get.
     """
     from sidelight.artifact import load_probe
     from sidelight.data.loading import load_examples
@@ -65,22 +67,16 @@ def parity(
 
     names = [name.strip() for name in engines.split(",")]
     if not set(names) <= set(_ENGINES):
-        raise SidelightError(f"--engines takes {', '.join(_ENGINES)}; got: {engines}.")
+        raise SidelightError(
+            f"Cannot compare '{engines}'. Choose from {', '.join(_ENGINES)} (--engines)."
+        )
     loaded = [load_probe(probe) for probe in probes]
     examples = load_examples(data, text=text, label=None)
     drawn = examples.draw(limit or len(examples), seed=0)
     texts = [examples.items[row].messages for row in drawn]
+    how = {"model": model, "dtype": dtype, "device": device, "options": engine_option}
     makers: dict[str, Callable[[], Engine]] = {
-        name: partial(
-            load_engine,
-            name,
-            loaded,
-            model=model,
-            dtype=dtype,
-            device=device,
-            options=engine_option,
-        )
-        for name in names
+        name: partial(load_engine, name, loaded, **how) for name in names
     }
     differences = compare_engines(makers, texts)
     if out is not None:

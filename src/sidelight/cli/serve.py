@@ -10,7 +10,7 @@ from click.core import ParameterSource
 from pydantic.fields import FieldInfo
 
 from sidelight.cli.engines import engine_options, load_engine, require_own_options
-from sidelight.cli.options import Command, backbone_options, examples_epilog
+from sidelight.cli.options import PATH, Command, backbone_options, examples_epilog
 from sidelight.errors import SidelightError
 from sidelight.server import needs_extra
 from sidelight.server.config import ServerConfig, read_config
@@ -22,12 +22,12 @@ _OTLP_ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_END
 _TYPES: dict[Any, Any] = {
     int: click.INT,
     float: click.FLOAT,
-    Path: click.Path(path_type=Path),
+    Path: PATH,
 }
 
 
 def _option(name: str, field: FieldInfo) -> Any:
-    """The option of a field; what it accepts beyond its type, the configuration checks."""
+    """The option of a field; the configuration checks what the type of the option does not."""
     kinds = get_args(field.annotation) or (field.annotation,)
     is_flag = field.annotation is bool
     is_choice = get_origin(field.annotation) is Literal
@@ -97,7 +97,7 @@ def serve(context: click.Context, **values: Any) -> None:
 
 
 def traces_of(environment: Mapping[str, str]) -> "Sink | None":
-    """What takes traces, by OpenTelemetry's environment variables; None: nobody asks for them.
+    """What takes traces, by OpenTelemetry's environment variables; None if they ask for none.
 
     Raises:
         SidelightError: Traces are asked for, but what sends them is not installed.

@@ -1,9 +1,4 @@
-"""``sidelight push`` and ``pull``: probes to and from the Hugging Face hub or a shared folder.
-
-``sidelight inspect``: what an artifact is, without loading its weights or a backbone.
-
-``sidelight env``: what a bug report needs to say of the machine.
-"""
+"""``sidelight push`` and ``pull`` share probes, ``inspect`` shows one, and ``env`` the machine."""
 
 import json
 import os
@@ -14,7 +9,7 @@ from typing import Any
 
 import click
 
-from sidelight.cli.options import examples_epilog, json_option
+from sidelight.cli.options import PATH, examples_epilog, json_option
 
 
 @click.command(
@@ -23,9 +18,11 @@ from sidelight.cli.options import examples_epilog, json_option
         "sidelight push probes/toxicity /mnt/shared/toxicity",
     )
 )
-@click.argument("probe", type=click.Path(path_type=Path))
+@click.argument("probe", type=PATH)
 @click.argument("repository")
-@click.option("--private", is_flag=True, help="Of a hub repository that this creates.")
+@click.option(
+    "--private", is_flag=True, help="Make the repository private, if this creates it on the hub."
+)
 def push(probe: Path, repository: str, private: bool) -> None:
     """Share a probe, with a model card written from its manifest.
 
@@ -43,8 +40,8 @@ def push(probe: Path, repository: str, private: bool) -> None:
     )
 )
 @click.argument("repository")
-@click.argument("probe", type=click.Path(path_type=Path))
-@click.option("--revision", default=None, help="Branch, tag or commit. [default: main]")
+@click.argument("probe", type=PATH)
+@click.option("--revision", help="Branch, tag or commit. [default: main]")
 def pull(repository: str, probe: Path, revision: str | None) -> None:
     """Get a probe that was shared, into the folder PROBE, and check it.
 
@@ -63,10 +60,10 @@ def _place(repository: str) -> str | Path:
 
 
 @click.command(epilog=examples_epilog("sidelight inspect probes/toxicity"))
-@click.argument("probe", type=click.Path(path_type=Path))
+@click.argument("probe", type=PATH)
 @json_option
 def inspect(probe: Path, as_json: bool) -> None:
-    """Show what a probe decides, what it reads, its backbone, and how it did in training."""
+    """Show what a probe decides and reads, its backbone, and its figures from training."""
     from sidelight.artifact import read_manifest, summary
 
     manifest = read_manifest(probe)
@@ -84,29 +81,24 @@ _PACKAGES = ("sidelight", "torch", "transformers", "safetensors", "fastapi", "ll
 @json_option
 def env(as_json: bool) -> None:
     """Show versions, devices and folders."""
-    found = _describe()
+    import torch
+
+    from sidelight.smollm2 import cache_root
+
+    found: dict[str, Any] = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "cache": str(cache_root()),
+        **{package: _version(package) for package in _PACKAGES},
+    }
     if as_json:
         click.echo(json.dumps(found, indent=2))
         return
     for name, value in found.items():
         click.echo(f"{name:<14} {value}")
-
-
-def _describe() -> dict[str, Any]:
-    import torch
-
-    from sidelight.smollm2 import cache_root
-
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpus": gpus,
-        "cache": str(cache_root()),
-        **{package: _version(package) for package in _PACKAGES},
-    }
 
 
 def _version(package: str) -> str:

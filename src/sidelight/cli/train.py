@@ -9,13 +9,20 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from sidelight.cli.engines import encoding_backbone, engine_options, state_source
+from sidelight.cli.engines import (
+    encoding_backbone,
+    engine_options,
+    require_own_options,
+    state_source,
+)
 from sidelight.cli.options import (
+    AT_LEAST_ONE,
     TrainingInputs,
     backbone_options,
     examples_epilog,
     json_option,
     mechanism_option,
+    option,
     training_options,
 )
 from sidelight.errors import SidelightError
@@ -42,73 +49,55 @@ _AUTO = "auto"
 @training_options
 @mechanism_option(
     default=_AUTO,
-    help="auto: what suits the number of texts. Or several with commas of attention, blend, "
+    help="auto: what suits the number of texts. Or several, with commas, of attention, blend, "
     "fusion, gate, pooling, readout.",
 )
-@click.option(
+@option(
     "--set",
     "assignments",
     multiple=True,
     metavar="MECHANISM.OPTION=VALUE",
     help="An option of a mechanism; may be repeated.",
 )
-@click.option(
-    "--seeds",
-    type=click.IntRange(min=1),
-    default=1,
-    show_default=True,
-    help="Probes per mechanism.",
-)
-@click.option("--name", default=None, help="Name in verdicts. [default: the output folder's]")
-@click.option(
+@option("--seeds", type=AT_LEAST_ONE, default=1, help="Probes per mechanism.")
+@option("--name", help="Name in verdicts. [default: the output folder's]")
+@option(
     "--reads",
     type=click.Choice(["prompt", "response", "both"]),
-    default=None,
     help="What the probe reads. [default: response with --response, else prompt]",
 )
-@click.option(
-    "--template/--no-template",
-    default=True,
-    show_default=True,
-    help="Whether chat-template tokens count as prompt.",
-)
-@click.option(
+@option("--template/--no-template", default=True, help="Whether template tokens count as prompt.")
+@option(
     "--format",
     "prompt_format",
     type=click.Choice(["chat", "raw"]),
-    default=None,
-    help="How texts are rendered. [default: chat where the model has a template]",
+    help="How texts are rendered. [default: chat if the model has a template]",
 )
-@click.option(
+@option(
     "--standardise/--no-standardise",
     default=True,
-    show_default=True,
     help="Whether hidden states are standardised per layer.",
 )
-@click.option(
+@option(
     "--calibration",
     type=click.Choice(["platt", "temperature", "isotonic", "none"]),
     default="platt",
-    show_default=True,
-    help="From logits to probabilities.",
+    help="How logits become probabilities.",
 )
-@click.option(
+@option(
     "--class-weight",
     type=click.Choice(["none", "balanced"]),
-    default=None,
     help="Weigh classes by inverse frequency. [default: the mechanism's]",
 )
-@click.option(
+@option(
     "--long-inputs",
     is_flag=True,
     help="Learn to find a text among others: for labels that a part of a text can have.",
 )
-@click.option("--learning-rate", type=float, default=None, help="[default: the mechanism's]")
-@click.option("--weight-decay", type=float, default=None, help="[default: the mechanism's]")
-@click.option(
-    "--epochs", type=click.IntRange(min=1), default=None, help="At most. [default: the mechanism's]"
-)
-@click.option("--batch-size", type=click.IntRange(min=1), default=None, help="[default: 32]")
+@option("--learning-rate", type=float, help="At the start. [default: the mechanism's]")
+@option("--weight-decay", type=float, help="Of AdamW. [default: the mechanism's]")
+@option("--epochs", type=AT_LEAST_ONE, help="The most epochs. [default: the mechanism's]")
+@option("--batch-size", type=AT_LEAST_ONE, help="Texts per step. [default: 32; less for few texts]")
 @engine_options
 @backbone_options
 @json_option
@@ -137,12 +126,13 @@ def train(
 
     The backbone runs once over the texts; all mechanisms and seeds train from its hidden states.
     Early stopping, threshold and calibration use validation rows only. Fewer than 1,000 rows
-    without --validation are cross-fitted: all of them train the probe, and each is judged by one
-    that it did not train. A killed run keeps the shards of activations that it finished.
+    without --validation are cross-fitted: all of them train the probe, and each row is judged by a
+    probe that it did not train. A killed run keeps the shards of activations that it finished.
     """
     # Before imports that take seconds: a misspelt name is refused at once.
     from sidelight.mechanisms.base import mechanism_names, mechanism_spec
 
+    require_own_options(engine, engine_option)
     assigned = _assignments(assignments, mechanisms)
     is_automatic = mechanisms == [_AUTO]
     specs = (
@@ -153,14 +143,7 @@ def train(
     training, validation = inputs.load()
     from sidelight.prompts import Reads
     from sidelight.training.fit import fit
-    from sidelight.training.runs import (
-        check_folder,
-        console,
-        describe_fit,
-        fit_table,
-        holds_probe,
-        write_fit,
-    )
+    from sidelight.training.runs import console, describe_fit, fit_table, holds_probe, write_fit
     from sidelight.training.settings import suggested_settings
 
     chosen = {setting: value for setting, value in settings.items() if value is not None}
@@ -178,7 +161,6 @@ def train(
         reads=Reads(side=reads or shared.reads.side, template=template),
         calibration=calibration,
     )
-    check_folder(out)
     if holds_probe(out):
         click.echo(f"Warning: the probe in {out} will be replaced.", err=True)
     backbone = encoding_backbone(
@@ -224,9 +206,9 @@ def _assignments(
         mechanism, dot, option = target.partition(".")
         if not (equals and dot) or mechanism not in mechanisms:
             raise SidelightError(
-                f"Cannot read --set {assignment}: write MECHANISM.OPTION=VALUE for one of the "
-                f"chosen mechanisms ({', '.join(mechanisms)}), such as attention.factor=16, and "
-                f"choose that one: --mechanism {mechanism if dot else 'attention'}."
+                f"Cannot read --set {assignment}. Write MECHANISM.OPTION=VALUE, such as "
+                f"attention.factor=16, for a mechanism that --mechanism names (it names "
+                f"{', '.join(mechanisms)}): --mechanism {mechanism if dot else 'attention'}."
             )
         options.setdefault(mechanism, {})[option] = int(value) if value.isdigit() else value
     return options

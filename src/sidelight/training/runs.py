@@ -1,14 +1,11 @@
-"""Probes trained together: how they are stored side by side, compared, and shown.
+"""Probes trained together: stored side by side, compared, and measured on other data.
 
 The best run's artifact lies in the folder itself, every run's in ``runs/``.
-
-Probes on labelled data that training did not see: one forward pass for a folder's runs.
 """
 
 import shutil
 import sys
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,19 +38,6 @@ _WIDTH = 110
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A row of a comparison.
-
-    Attributes:
-        name: Mechanism, with its options where they tell it from another, or baseline.
-        report: Of one seed.
-    """
-
-    name: str
-    report: Report
-
-
-@dataclass(frozen=True)
 class StoredRuns:
     """Probes that were trained together.
 
@@ -64,25 +48,6 @@ class StoredRuns:
 
     probes: tuple[Probe, ...]
     chosen: int
-
-
-def check_folder(directory: Path) -> None:
-    """Checks that a folder can be written, before hours of work go to it; leaves no new one.
-
-    Raises:
-        SidelightError: It cannot be written.
-    """
-    new = [folder for folder in (directory, *directory.parents) if not folder.exists()]
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
-        for folder in new:
-            folder.rmdir()
-    except OSError as error:
-        raise SidelightError(
-            f"Cannot write to {directory}: {error.strerror}. Name another folder with --out."
-        ) from error
 
 
 def holds_probe(directory: Path) -> bool:
@@ -125,9 +90,10 @@ def read_runs(directory: Path) -> StoredRuns:
 
 def describe_fit(made: Fit) -> dict[str, Any]:
     """The comparison on validation data, as JSON values."""
+    titles = _titles(made)
     return {
         "best": {"mechanism": made.best.probe.spec.name, "seed": made.best.seed},
-        "validation": summarise(_measured(made)),
+        "validation": summarise(_comparison(made)),
         "runs": [
             {
                 "name": _run_name(run, title),
@@ -135,7 +101,7 @@ def describe_fit(made: Fit) -> dict[str, Any]:
                 "seed": run.seed,
                 "validation": run.report.to_dict(),
             }
-            for run, title in zip(made.runs, _titles(made), strict=True)
+            for run, title in zip(made.runs, titles, strict=True)
         ],
         "warnings": list(made.warnings),
     }
@@ -145,23 +111,23 @@ def fit_table(made: Fit) -> "Table":
     """The comparison on validation data, for a terminal."""
     folds = made.best.probe.record["folds"]
     title = f"All texts, each judged without it ({folds} folds)" if folds else "Validation data"
-    return comparison_table(title, _measured(made))
+    return comparison_table(title, _comparison(made))
 
 
-def summarise(rows: Sequence[Measured]) -> dict[str, dict[str, dict[str, float]]]:
-    """Mean and standard deviation over seeds of each metric that is defined, by name."""
+def summarise(comparison: Mapping[str, Sequence[Report]]) -> dict[str, dict[str, Any]]:
+    """Mean and standard deviation over seeds of each metric that is defined, by title."""
     return {
         name: {
             metric: {"mean": float(np.mean(values)), "std": _spread(values)}
             for metric in SHOWN_METRICS
             if (values := _values(reports, metric))
         }
-        for name, reports in _by_name(rows).items()
+        for name, reports in comparison.items()
     }
 
 
-def comparison_table(title: str, rows: Sequence[Measured]) -> "Table":
-    """One line per name: mean over seeds, ± the standard deviation where there are several."""
+def comparison_table(title: str, comparison: Mapping[str, Sequence[Report]]) -> "Table":
+    """A line for each probe: mean over seeds, ± the standard deviation if there are several."""
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")
@@ -169,7 +135,7 @@ def comparison_table(title: str, rows: Sequence[Measured]) -> "Table":
     table.add_column("seeds", justify="right")
     for metric in SHOWN_METRICS:
         table.add_column(metric.replace("recall_at_1pct_fpr", "rec@1%fpr"), justify="right")
-    for name, reports in _by_name(rows).items():
+    for name, reports in comparison.items():
         cells = [_cell(_values(reports, metric)) for metric in SHOWN_METRICS]
         table.add_row(name, str(len(reports)), *cells)
     return table
@@ -188,10 +154,18 @@ def _run_folders(directory: Path) -> list[Path]:
     return [path.parent for path in weights if (path.parent / MANIFEST).exists()]
 
 
-def _measured(made: Fit) -> list[Measured]:
-    titles = _titles(made)
-    rows = [Measured(title, run.report) for title, run in zip(titles, made.runs, strict=True)]
-    return [*rows, Measured("TF-IDF baseline", made.baseline)]
+def _comparison(made: Fit) -> dict[str, list[Report]]:
+    runs = _by_title([run.probe for run in made.runs], [run.report for run in made.runs])
+    return {**runs, "TF-IDF baseline": [made.baseline]}
+
+
+def _by_title(probes: Sequence[Probe], reports: Sequence[Report]) -> dict[str, list[Report]]:
+    """The reports of a mechanism's seeds, by a title that tells it from the others."""
+    grouped: dict[str, list[Report]] = {}
+    titles = spec_titles([probe.spec for probe in probes])
+    for title, report in zip(titles, reports, strict=True):
+        grouped.setdefault(title, []).append(report)
+    return grouped
 
 
 def _titles(made: Fit) -> list[str]:
@@ -200,13 +174,6 @@ def _titles(made: Fit) -> list[str]:
 
 def _run_name(run: Run, title: str) -> str:
     return f"{title.replace(' ', '-')}-seed{run.seed}"
-
-
-def _by_name(rows: Sequence[Measured]) -> dict[str, list[Report]]:
-    grouped: dict[str, list[Report]] = {}
-    for row in rows:
-        grouped.setdefault(row.name, []).append(row.report)
-    return grouped
 
 
 def _values(reports: Sequence[Report], metric: str) -> list[float]:
@@ -227,15 +194,6 @@ def _spread(values: Sequence[float]) -> float:
 
 
 @dataclass(frozen=True)
-class Columns:
-    """Names of a file's columns; see ``load_examples``."""
-
-    text: str = "text"
-    label: str = "label"
-    response: str | None = None
-
-
-@dataclass(frozen=True)
 class Assessment:
     """How probes did on some rows.
 
@@ -245,7 +203,7 @@ class Assessment:
         probabilities: Of the chosen probe, ``[row, output]``.
         labels: As in ``LabelledExamples.labels``.
         report: Of the chosen probe.
-        runs: Every run trained with it, the chosen one included.
+        runs: The reports of every run trained with it, itself included, by title.
         warnings: What the user should know of the data, one sentence each.
     """
 
@@ -254,7 +212,7 @@ class Assessment:
     probabilities: np.ndarray
     labels: np.ndarray
     report: Report
-    runs: tuple[Measured, ...]
+    runs: Mapping[str, Sequence[Report]]
     warnings: tuple[str, ...]
 
 
@@ -262,7 +220,9 @@ def assess(
     directory: Path,
     data: str,
     *,
-    columns: Columns,
+    text: str = "text",
+    label: str = "label",
+    response: str | None = None,
     split: str | None = None,
     on_missing_label: OnMissingLabel = "error",
     subset: str | None = None,
@@ -270,12 +230,14 @@ def assess(
     dtype: DtypeName = "auto",
     device: str = "auto",
 ) -> list[Assessment]:
-    """The assessment on all rows, and then on the rows of ``subset`` if it is given.
+    """Measures a folder's probes, by one forward pass: on all rows, then on those of ``subset``.
 
     Args:
         directory: An artifact that ``sidelight train`` wrote.
         data: A file or a hub data set.
-        columns: Where text, label and response are.
+        text: The column of the text.
+        label: The column of the label.
+        response: The column of the answer, for a probe that reads responses.
         split: Split of a hub data set.
         on_missing_label: Whether a row without a label is an error, or is left out.
         subset: A column; its true rows are reported as well.
@@ -285,15 +247,15 @@ def assess(
 
     Raises:
         SidelightError: The artifact, data or backbone do not fit each other; before the backbone
-            runs where that can be told.
+            runs wherever that is possible.
     """
     stored = read_runs(directory)
     chosen = stored.probes[stored.chosen]
     examples = load_examples(
         data,
-        text=columns.text,
-        label=columns.label,
-        response=columns.response,
+        text=text,
+        label=label,
+        response=response,
         split=split,
         task=chosen.task,
         on_missing_label=on_missing_label,
@@ -373,15 +335,13 @@ def _assess_rows(
         evaluate(probe.task, own, labels, thresholds=probe.thresholds)
         for probe, own in zip(stored.probes, probabilities, strict=True)
     ]
-    titles = spec_titles([probe.spec for probe in stored.probes])
-    measured = zip(titles, reports, strict=True)
     return Assessment(
         title=title,
         chosen=stored.probes[stored.chosen],
         probabilities=probabilities[stored.chosen],
         labels=labels,
         report=reports[stored.chosen],
-        runs=tuple(Measured(title, report) for title, report in measured),
+        runs=_by_title(stored.probes, reports),
         warnings=examples.warnings,
     )
 

@@ -53,11 +53,10 @@ def anatomy(probe: Path, out: Path, **given: Any) -> None:
     from sidelight.data.loading import load_examples
     from sidelight.smollm2 import cache_root
     from sidelight.training.dataset import make_split
-    from sidelight.training.runs import check_folder, read_runs
+    from sidelight.training.runs import read_runs
     from sidelight_lab.anatomy.examine import examine
     from sidelight_lab.anatomy.report import write_anatomies
 
-    check_folder(out)
     stored = read_runs(probe)
     chosen = stored.probes[stored.chosen]
     columns = {name: given[name] for name in ("text", "label", "response", "split")}

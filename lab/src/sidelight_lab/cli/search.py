@@ -67,11 +67,10 @@ def search(inputs: TrainingInputs, out: Path, as_json: bool, **given: Any) -> No
     training, validation = inputs.load()
     from sidelight.training.dataset import prepare
     from sidelight.training.objective import score_name
-    from sidelight.training.runs import check_folder, console
+    from sidelight.training.runs import console
     from sidelight_lab.search.results import describe, write_search
     from sidelight_lab.search.trials import search_settings
 
-    check_folder(out)
     backbone = given_backbone(given)
     # Trials are scored as they are; training chooses the calibration.
     options = replace(inputs.fit_options(), calibration="none")
