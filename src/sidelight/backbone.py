@@ -1,18 +1,9 @@
-"""What every backbone engine gives: hidden states while the forward pass runs, and who it is.
+"""Frozen LLMs: how to get one by name, taps on its hidden states, and its fingerprint.
 
-Computes who a backbone is: hashes of its configuration, weights, tokenizer and template.
-
-Runs a causal model on texts that begin alike: what they share passes through it once.
-
-Any Hugging Face causal LM as a backbone, tapped by hooks on its decoder blocks.
-
-Blocks are found by structure, not by model name. Training, evaluation and the one-machine server
-use it; it holds the model, not the batching of requests.
-
-Frozen LLMs: how to get one by name, and what it gives.
+Any Hugging Face causal LM can be a backbone: decoder blocks are found by structure, not by name.
+Training, evaluation and the one-machine server use it. It does not batch requests (``engines/``).
 """
 
-import hashlib
 import json
 from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -42,14 +33,14 @@ from sidelight.smollm2 import EMBEDDED_NAME, embedded_model_path
 
 @runtime_checkable
 class Tap(Protocol):
-    """Called with each hidden state while it exists; must not keep it.
+    """Called with each hidden state while it exists; it must not keep the tensor.
 
     ``layer`` 0 is the residual stream after the embedding, ``layer`` l the stream after block l,
     before the final norm.
     """
 
     def __call__(self, layer: int, hidden: Float[Tensor, "batch token width"]) -> None:
-        """Receives the state of one layer."""
+        """Receives the hidden states of one layer."""
         ...
 
 
@@ -58,7 +49,7 @@ _NOT_COMPARED = ("name", "dtype")
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Who a backbone is. Two backbones with the same fingerprint give a probe the same states.
+    """Identifies a backbone: equal fingerprints mean equal hidden states for a probe.
 
     Attributes:
         name: What the user called it; not compared.
@@ -67,9 +58,9 @@ class Fingerprint:
             weights in another dtype are the same backbone.
         tokenizer: Hash of the vocabulary and of the ids of a sample text.
         template: Hash of the chat template, or ``raw``.
-        layers: Hidden states that a probe reads: embedding output and one per block.
+        layers: Hidden states that a probe reads: the embedding output and one per block.
         width: Size of a hidden state.
-        dtype: Dtype of the weights; not compared, since verdicts move only within its rounding.
+        dtype: Dtype of the weights; not compared, since it changes verdicts only by rounding.
     """
 
     name: str
@@ -90,15 +81,15 @@ class Fingerprint:
         """Checks that ``served`` is the backbone that the probe was trained on.
 
         Raises:
-            FingerprintMismatchError: It is not; both are named, and what differs.
+            FingerprintMismatchError: It is not; the message names both and what differs.
         """
         theirs = served._compared()
         different = [name for name, value in self._compared().items() if value != theirs[name]]
         if different:
             raise FingerprintMismatchError(
                 f"Probe '{probe}' was trained on {self.name} (fingerprint {self.digest}), but this "
-                f"backbone is {served.name} ({served.digest}); different: {', '.join(different)}. "
-                "Train the probe on this model, or serve the other."
+                f"backbone is {served.name} ({served.digest}); they differ in "
+                f"{', '.join(different)}. Train the probe on this model, or serve the other."
             )
 
     def _compared(self) -> dict[str, str | int]:
@@ -115,24 +106,24 @@ class Backbone(Protocol):
 
     @property
     def can_share_prefixes(self) -> bool:
-        """Whether ``run`` takes ``after``."""
+        """Whether ``run`` accepts ``after``."""
         ...
 
     def tapped(self, tap: Tap) -> AbstractContextManager[None]:
-        """Calls ``tap`` with every hidden state of the forward passes run inside the block."""
+        """Calls ``tap`` with every hidden state of the forward passes inside the block."""
         ...
 
     def run(self, prompts: Sequence[EncodedPrompt], *, after: int = 0) -> None:
-        """One forward pass over right-padded prompts; the result is what the tap saw.
+        """One forward pass over right-padded prompts, for what the tap sees of it.
 
         Args:
             prompts: The batch.
-            after: Tokens that all prompts begin with; they are run once, and not tapped.
+            after: Number of tokens that all prompts begin with; they are run once, and not tapped.
         """
         ...
 
 
-# What a configuration says of where and how it was saved or run, not of what the model computes.
+# Entries of a configuration that do not change what the model computes.
 _VOLATILE = {
     "_name_or_path", "architectures", "attn_implementation", "dtype", "torch_dtype",
     "transformers_version", "use_cache", "name_or_path",
@@ -144,12 +135,17 @@ _VALUES_PER_WEIGHT = 16
 def fingerprint(
     model: PreTrainedModel, tokenizer: Any, *, name: str, prompt_format: PromptFormat
 ) -> Fingerprint:
-    """The fingerprint of a loaded model, in well under a second."""
+    """The fingerprint of a loaded model; takes well under a second."""
     config = model.config.get_text_config()
+    stable = {
+        key: value
+        for key, value in config.to_dict().items()
+        if key not in _VOLATILE and not key.startswith("_")
+    }
     template = "raw" if prompt_format == "raw" else _hash(str(tokenizer.chat_template))
     return Fingerprint(
         name=name,
-        config=_hash(_stable_config(config.to_dict())),
+        config=_hash(stable),
         weights=_weights_hash(model),
         tokenizer=_hash(sorted(tokenizer.get_vocab().items()), tokenizer(_SAMPLE)["input_ids"]),
         template=template,
@@ -159,13 +155,9 @@ def fingerprint(
     )
 
 
-def _stable_config(config: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in config.items() if k not in _VOLATILE and not k.startswith("_")}
-
-
 def _weights_hash(model: PreTrainedModel) -> str:
-    """Hash of every weight's name, shape, and a few of its values spread over its length."""
-    digest = hashlib.sha256()
+    """Hash of each weight's name, shape, and a few values spread over its length."""
+    digest = sha256()
     for key, weight in sorted(model.state_dict().items()):
         step = max(1, weight.numel() // _VALUES_PER_WEIGHT)
         sample = weight.flatten()[::step].to(torch.bfloat16).view(torch.int16).cpu()
@@ -176,15 +168,15 @@ def _weights_hash(model: PreTrainedModel) -> str:
 
 def _hash(*values: Any) -> str:
     text = json.dumps(values, sort_keys=True, default=str, ensure_ascii=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return sha256(text.encode()).hexdigest()[:16]
 
 
 def run_once(model: Any, prefix: Int[Tensor, " prefix"]) -> DynamicCache:
-    """The keys and values of a prefix.
+    """The keys and values of a prefix of at least one token.
 
     Args:
-        model: A causal model of ``transformers`` for which ``can_share`` holds.
-        prefix: Token ids; at least one.
+        model: A causal model of ``transformers`` for which ``can_share`` is true.
+        prefix: Token ids.
     """
     cache = DynamicCache()
     model(input_ids=prefix[None], use_cache=True, **{cache_name(model): cache})
@@ -198,16 +190,16 @@ def run_after(
     present: Bool[Tensor, "text token"],
     **options: Any,
 ) -> Any:
-    """The model's output on ``token_ids``, each row after the prefix in ``cache``.
+    """The model's output on ``token_ids``, where each row follows the prefix in ``cache``.
 
-    Gradients flow back through the prefix. The cache holds the rows as well afterwards.
+    Gradients flow back through the prefix. Afterwards the cache holds the rows as well.
 
     Args:
-        model: As in ``run_once``.
-        cache: Of ``run_once``.
+        model: The one that ``run_once`` got.
+        cache: What ``run_once`` returned.
         token_ids: What follows the prefix.
-        present: Where there is a token; the padding may be on either side.
-        options: Of the model's forward pass.
+        present: Where there is a token; padding may be on either side.
+        options: Passed to the model's forward pass.
     """
     before = present.new_ones(len(token_ids), cache.get_seq_length())
     cache.batch_repeat_interleave(len(token_ids))
@@ -218,7 +210,7 @@ def run_after(
 
 
 def can_share(model: Any) -> bool:
-    """Whether a prefix's state is keys and values of every token, and no more."""
+    """Whether the state after a prefix is the keys and values of all its tokens, and no more."""
     config = model.config.get_text_config()
     window = getattr(config, "sliding_window", None)
     usual = "full_attention" if window is None else "sliding_attention"
@@ -227,12 +219,11 @@ def can_share(model: Any) -> bool:
 
 
 def cache_name(model: Any) -> str:
-    """The argument that takes a cache: transformers 5.24 renamed it."""
+    """The name of the model's argument for a cache, which transformers 5.24 renamed."""
     return "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
 
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
-# Tokenizers without a limit of their own report an astronomically large one.
 _NO_LIMIT = 10**9
 
 
@@ -242,8 +233,8 @@ class TransformersBackbone:
     Args:
         model: The model; it is put into evaluation mode and its weights are frozen.
         tokenizer: Its fast tokenizer.
-        name: How messages and manifests call it.
-        prompt_format: ``chat``, ``raw``, or None: chat where the tokenizer has a template.
+        name: Its name in messages and manifests.
+        prompt_format: ``chat`` or ``raw``; None means chat if the tokenizer has a template.
     """
 
     def __init__(
@@ -260,9 +251,10 @@ class TransformersBackbone:
         self._tap: Tap | None = None
         self._watch(_decoder_blocks(model))
         chosen = prompt_format or ("chat" if tokenizer.chat_template else "raw")
-        self.encoder = PromptEncoder(
-            tokenizer, prompt_format=chosen, max_tokens=_max_tokens(model, tokenizer)
-        )
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", _NO_LIMIT)
+        # A tokenizer without a limit reports an astronomically large one.
+        limit = min(positions, tokenizer.model_max_length)
+        self.encoder = PromptEncoder(tokenizer, prompt_format=chosen, max_tokens=int(limit))
         self.fingerprint: Fingerprint = fingerprint(
             model, tokenizer, name=name, prompt_format=chosen
         )
@@ -277,13 +269,13 @@ class TransformersBackbone:
         device: str = "auto",
         prompt_format: PromptFormat | None = None,
     ) -> "TransformersBackbone":
-        """The model at a local folder or hub id.
+        """Loads the model from a local folder or by its hub id.
 
         Raises:
-            SidelightError: No such model, or not a causal LM.
+            SidelightError: There is no such model, or it is not a causal LM.
         """
         place = _device(device)
-        # Loading takes a second; its progress bars would only clutter ours.
+        # Loading takes a second, and its progress bars would clutter ours.
         disable_progress_bar()
         try:
             config = AutoConfig.from_pretrained(path)
@@ -305,7 +297,7 @@ class TransformersBackbone:
 
     @contextmanager
     def tapped(self, tap: Tap) -> Generator[None]:
-        """Calls ``tap`` with every hidden state of the forward passes run inside the block."""
+        """Calls ``tap`` with every hidden state of the forward passes inside the block."""
         self._tap = tap
         try:
             yield
@@ -314,14 +306,14 @@ class TransformersBackbone:
 
     @torch.inference_mode()
     def run(self, prompts: Sequence[EncodedPrompt], *, after: int = 0) -> None:
-        """One forward pass over right-padded prompts; the result is what the tap saw.
+        """One forward pass over right-padded prompts, for what the tap sees of it.
 
         Args:
             prompts: The batch.
-            after: Tokens that all prompts begin with; they are run once, and not tapped.
+            after: Number of tokens that all prompts begin with; they are run once, and not tapped.
         """
         token_ids, mask = self.pad(prompts)
-        # Without the language-model head: nobody reads its logits here.
+        # Without the language-model head, whose logits nobody reads here.
         body = self.model.base_model
         if after:
             tap, self._tap = self._tap, None
@@ -333,22 +325,22 @@ class TransformersBackbone:
 
     @property
     def can_share_prefixes(self) -> bool:
-        """Whether ``run`` takes ``after``: a prefix leaves keys and values, and no more."""
+        """Whether ``run`` accepts ``after``: a prefix leaves keys and values, and no more."""
         return can_share(self.model)
 
     @property
     def last_position(self) -> Int[Tensor, " one"]:
-        """The ``logits_to_keep`` of the last token only.
+        """The value of ``logits_to_keep`` that keeps the last token only.
 
-        The number 1 keeps a slice, which is not contiguous in a batch: PyTorch then copies the
-        output matrix once for every row.
+        The number 1 would keep a slice, which is not contiguous in a batch, so that PyTorch would
+        copy the output matrix once for every row.
         """
         return torch.tensor([-1], device=self.device)
 
     def pad(
         self, prompts: Sequence[EncodedPrompt]
     ) -> tuple[Int[Tensor, "batch token"], Bool[Tensor, "batch token"]]:
-        """The prompts' ids, padded on the right, and where they are real."""
+        """The prompts' ids, padded on the right, and a mask of the real ones."""
         longest = max(len(prompt) for prompt in prompts)
         token_ids = torch.zeros(len(prompts), longest, dtype=torch.long)
         mask = torch.zeros(len(prompts), longest, dtype=torch.bool)
@@ -378,7 +370,7 @@ class TransformersBackbone:
 
 
 def _decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:
-    """The list of decoder blocks: of the module lists with one entry a layer, the heaviest."""
+    """The decoder blocks: the heaviest of the module lists with one entry per layer."""
     depth = model.config.get_text_config().num_hidden_layers
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
     if not lists:
@@ -401,12 +393,6 @@ def _device(name: str) -> torch.device:
         ) from error
 
 
-def _max_tokens(model: PreTrainedModel, tokenizer: Any) -> int:
-    config = model.config.get_text_config()
-    limits = [getattr(config, "max_position_embeddings", _NO_LIMIT), tokenizer.model_max_length]
-    return int(min(limits))
-
-
 def load_backbone(
     name: str | Path = EMBEDDED_NAME,
     *,
@@ -414,16 +400,16 @@ def load_backbone(
     device: str = "auto",
     prompt_format: PromptFormat | None = None,
 ) -> TransformersBackbone:
-    """A backbone by name.
+    """Loads a backbone by name.
 
     Args:
         name: ``smollm2`` (the embedded default), a local folder, or a hub id.
-        dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto``: as the weights are stored.
-        device: ``cpu``, ``cuda``, ``cuda:1``, or ``auto``: the first GPU where there is one.
-        prompt_format: ``chat`` or ``raw``; None takes the chat template where the model has one.
+        dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto``: that of the stored weights.
+        device: ``cpu``, ``cuda``, ``cuda:1``, or ``auto``: the first GPU, or the CPU without one.
+        prompt_format: ``chat`` or ``raw``; None means chat if the model has a chat template.
 
     Raises:
-        SidelightError: The model cannot be found or is not a causal LM with decoder blocks.
+        SidelightError: The model cannot be found, or is not a causal LM with decoder blocks.
     """
     path = embedded_model_path() if str(name) == EMBEDDED_NAME else str(name)
     return TransformersBackbone.load(

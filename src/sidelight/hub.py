@@ -1,4 +1,4 @@
-"""Sharing probes: an artifact with its model card to the Hugging Face hub or a folder, and back."""
+"""Shares artifacts, with their model cards, on the Hugging Face hub or in a folder."""
 
 import shutil
 from pathlib import Path
@@ -19,14 +19,14 @@ def push(directory: str | Path, repository: str | Path, *, private: bool = False
 
     Args:
         directory: The artifact; the card is written there.
-        repository: ``owner/name`` on the hub; a ``Path`` is a folder, such as a shared drive.
+        repository: ``owner/name`` on the hub, or a ``Path``: a folder, such as a shared drive.
         private: Whether a hub repository that this call creates is private.
 
     Returns:
-        Where it can be found.
+        Where to find it.
 
     Raises:
-        SidelightError: No artifact there, or the hub refuses.
+        SidelightError: There is no artifact in the folder, or the hub refuses.
     """
     directory = Path(directory)
     probe = load_probe(directory)
@@ -54,8 +54,8 @@ def pull(repository: str | Path, directory: str | Path, *, revision: str | None 
 
     Args:
         repository: ``owner/name`` on the hub, or a ``Path`` that ``push`` wrote to.
-        directory: Where to.
-        revision: Branch, tag or commit of the hub; None is the main branch.
+        directory: Where to put it.
+        revision: Branch, tag or commit on the hub; None means the main branch.
 
     Raises:
         SidelightError: There is no such artifact, or the hub cannot be reached.

