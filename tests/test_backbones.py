@@ -220,7 +220,7 @@ def test_a_change_of_the_model_is_another_backbone_and_is_named(change, field):
     with pytest.raises(FingerprintMismatchError) as caught:
         before.require(after, probe="toxicity")
     message = str(caught.value)
-    assert f"different: {field}." in message
+    assert f"they differ in {field}." in message
     for named in ("'toxicity'", "tiny/llama", before.digest, "tiny/changed", after.digest):
         assert named in message
 

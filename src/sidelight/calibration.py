@@ -1,4 +1,4 @@
-"""From logits to calibrated probabilities, and the thresholds to decide by."""
+"""From logits to calibrated probabilities, and the thresholds to decide with."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -14,13 +14,13 @@ from sidelight.types import Task, TaskKind
 
 CalibrationKind = Literal["none", "temperature", "platt", "isotonic"]
 
-# In units of the logits' root mean square, so that no size of logits is out of reach. The lower
-# bound keeps every calibration rising: the order of scores is the probe's, only their size is ours.
+# In units of the logits' root mean square, so that logits of any size can be fitted. The lower
+# bound keeps every calibration rising: it may change the size of scores, never their order.
 _SCALE_BOUNDS = (1e-2, 1e2)
-# In pseudo-rows. Softmax ignores a shift common to all classes; this settles it, and nothing else
-# at 50 rows or more.
+# In pseudo-rows. Softmax ignores a shift that all classes share; the penalty settles it, and
+# changes nothing else from 50 rows on.
 _SHIFT_PENALTY = 1e-3
-# Scores closer than this to 0 or 1 count as equal: no threshold within (0, 1) could separate them.
+# Scores this close to 0 or 1 count as equal, since no threshold within (0, 1) could part them.
 _SATURATED = 1e-9
 
 
@@ -32,24 +32,24 @@ def _link(task: TaskKind, logits: Float[Values, "row output"]) -> Float[Values, 
 
 
 def _log_softmax(logits: Float[Values, "row label"]) -> Float[Values, "row label"]:
-    """The logarithm of each row's softmax; no size of logits overflows."""
+    """The logarithm of each row's softmax, for logits of any size."""
     shifted = logits - logits.max(axis=1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
 
 
 def _log_odds(probabilities: Float[Values, "*shape"]) -> Float[Values, "*shape"]:
-    """The logarithm of p / (1 - p), with p kept 1e-15 away from 0 and 1."""
+    """log(p / (1 - p)), with p kept 1e-15 away from 0 and 1."""
     within = np.clip(probabilities, 1e-15, 1 - 1e-15)
     return np.log(within) - np.log1p(-within)
 
 
 @dataclass(frozen=True)
 class Knots:
-    """A rising, piecewise linear map from a log-odds to a probability; flat beyond its ends.
+    """A piecewise linear map from log-odds to a probability, rising, and flat beyond its ends.
 
     Attributes:
         log_odds: Where the pieces meet, strictly rising.
-        probabilities: The value at each, never falling, within (0, 1).
+        probabilities: The values there, within (0, 1) and never falling.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -59,7 +59,7 @@ class Knots:
 
     @property
     def is_rising(self) -> bool:
-        """Whether the numbers are as the attributes say."""
+        """Whether the numbers are as the class describes them."""
         places, heights = np.array(self.log_odds), np.array(self.probabilities)
         return bool(
             0 < len(places) == len(heights)
@@ -73,19 +73,19 @@ class Knots:
 class Calibration:
     """A map from logits to probabilities.
 
-    It never falls: in a binary or multi-label task a higher logit never gets a lower probability.
-    In a multi-class task ``platt`` and ``isotonic`` may change which class wins.
+    In a binary or multi-label task, a higher logit never gets a lower probability. In a multi-class
+    task, ``platt`` and ``isotonic`` may change which class wins.
 
     Without knots it is ``link(scale * logits + shift)``, where the link is the softmax for a
-    multi-class task and the sigmoid otherwise. With knots each output's log-odds (a sigmoid's
-    logit; for a softmax, that of the class against the rest) is looked up, and the classes of a
-    multi-class task are divided by their sum.
+    multi-class task and the sigmoid otherwise. With knots, each output's log-odds (for a softmax,
+    those of the class against the rest) are mapped by them, and the probabilities of a multi-class
+    task are divided by their sum.
 
     Attributes:
         kind: How it was fitted.
         task: The kind of task, which decides the link.
-        scale: Factor of each output; 1 / temperature.
-        shift: Summand of each output.
+        scale: The factor of each output: 1 / temperature.
+        shift: What is added to each output.
         knots: One map per output if isotonic, else none.
     """
 
@@ -98,7 +98,7 @@ class Calibration:
     knots: tuple[Knots, ...] = ()
 
     def apply(self, logits: Float[Values, "row output"]) -> Float[Values, "row output"]:
-        """Calibrated probabilities; a multi-class task's rows sum to 1.
+        """Calibrated probabilities; in a multi-class task, each row sums to 1.
 
         Raises:
             SidelightError: The logits have another number of outputs, or are NaN or infinite.
@@ -134,8 +134,8 @@ class Calibration:
         """Reads what `to_dict` wrote, also after a trip through JSON.
 
         Raises:
-            SidelightError: The kind is unknown, a field is missing or unknown, or its values cannot
-                be a calibration's.
+            SidelightError: The kind is unknown, a field is missing or unknown, or the values do not
+                make a calibration.
         """
         _require_kind(str(data.get("kind")))
         missing = [field.name for field in fields(cls) if field.name not in data]
@@ -172,8 +172,8 @@ def _require_kind(kind: str) -> None:
 
 def _unreadable(reason: str) -> SidelightError:
     return SidelightError(
-        f"Cannot read this calibration ({reason}). The probe's manifest was edited or damaged: "
-        "restore it, or calibrate the probe again."
+        f"Cannot read this calibration ({reason}). The probe's manifest was edited or damaged. "
+        "Restore it, or train the probe again."
     )
 
 
@@ -185,27 +185,27 @@ def fit_calibration(
 ) -> Calibration:
     """Fits a calibration on validation rows.
 
-    ``none`` only applies the link. ``temperature`` divides the logits by one number, per label if
-    multi-label (Guo et al. 2017, section 4.2). ``platt`` also shifts them (Platt 1999); its
-    multi-class form is ``softmax(logits / T + b)``, with one shift per class. ``isotonic`` fits any
-    rising map per output, in a multi-class task each class against the rest (Zadrozny & Elkan
-    2002); it needs some 1,000 rows.
+    ``none`` only applies the link. ``temperature`` divides the logits by one number, or one per
+    label if multi-label (Guo et al. 2017, section 4.2). ``platt`` also shifts them (Platt 1999);
+    its multi-class form is ``softmax(logits / T + b)``, with one shift per class. ``isotonic`` fits
+    any rising map to each output, in a multi-class task to each class against the rest (Zadrozny &
+    Elkan 2002); it needs some 1,000 rows.
 
-    Separable rows do not give certainty: temperature and Platt fit Platt's smoothed targets,
-    1 / (N + 2) in place of 0 and 1 for the N rows of a class (multi-class: 2 / (rows + 4)), and
-    isotonic stays 1 / (rows + 2) away from 0 and 1. A label of a multi-label task that all rows or
-    no rows have stays as it is under temperature and Platt.
+    Separable rows do not give certainty. Temperature and Platt fit Platt's smoothed targets, which
+    stay 1 / (N + 2) away from 0 and 1 for the N rows of a class (multi-class: 2 / (rows + 4)), and
+    isotonic stays 1 / (rows + 2) away. Temperature and Platt leave a label of a multi-label task as
+    it is if all rows or no rows have it.
 
     Args:
-        kind: Which map to fit: none, temperature, platt or isotonic.
+        kind: The map to fit: none, temperature, platt or isotonic.
         logits: What the probe's head gives; a binary task has one column.
         labels: [row] of class numbers, or [row, label] of 0 and 1 for a multi-label task.
         task: The classes.
 
     Raises:
-        SidelightError: See `checked_labels`; or the kind is unknown; or all rows have the same
-            class and the kind is not ``none``; or the kind is ``isotonic`` and all or no rows have
-            some label.
+        SidelightError: As `checked_labels`; or the kind is unknown; or all rows have the same class
+            and the kind is not ``none``; or the kind is ``isotonic`` and all or no rows have some
+            label.
     """
     _require_kind(kind)
     integers = checked_labels(task, logits, labels)
@@ -234,19 +234,15 @@ def fit_calibration(
 
 
 def require_calibratable(kind: str, labels: Shaped[AnyArray, "..."], task: Task) -> None:
-    """Checks that ``fit_calibration`` will take these labels, before there are logits.
-
-    Raises:
-        SidelightError: As ``fit_calibration`` raises.
-    """
+    """Checks that ``fit_calibration`` will accept these labels, before there are logits."""
     fit_calibration(kind, np.zeros((len(labels), task.outputs)), labels, task)
 
 
 def _require_variety(kind: str, task: Task, holds: Bool[Flags, "row output"]) -> None:
     names = task.labels[1:] if task.kind == "binary" else task.labels
     culprits = [name for name, rows in zip(names, holds.T, strict=True) if len(set(rows)) == 1]
-    some = len(culprits) == len(names) and task.kind != "multilabel"
-    if some or (culprits and kind == "isotonic"):
+    is_single_class = len(culprits) == len(names) and task.kind != "multilabel"
+    if is_single_class or (culprits and kind == "isotonic"):
         raise SidelightError(
             f"Cannot fit a {kind} calibration on {len(holds)} rows of which all or none are "
             f"{', '.join(culprits)}; rows of both kinds are needed. Add validation rows, or use "
@@ -257,10 +253,10 @@ def _require_variety(kind: str, task: Task, holds: Bool[Flags, "row output"]) ->
 def _fit_output(
     kind: str, logit: Float[Values, " row"], holds: Bool[Flags, " row"]
 ) -> tuple[float, float]:
-    """Scale and shift of one sigmoid."""
+    """Scale and shift for one sigmoid."""
     if holds.all() or not holds.any():
         return 1.0, 0.0
-    # A sigmoid is the softmax over the logits (0, z): one solver serves both.
+    # A sigmoid is the softmax over the logits (0, z), so one solver serves both.
     logits = np.stack([np.zeros_like(logit), logit], axis=1)  # (row, 2)
     either = np.stack([~holds, holds], axis=1)
     errors = 1 / (either @ either.sum(axis=0) + 2)
@@ -274,9 +270,9 @@ def _fit_affine(
     holds: Bool[Flags, "row label"],
     errors: Float[Values, "row 1"],
 ) -> tuple[float, Float[Values, " label"]]:
-    """The scale and, if Platt, the shifts that minimise the log loss of the softmax.
+    """The scale and, for Platt, the shifts that minimise the log loss of the softmax.
 
-    ``errors`` is how far each row's targets stay away from 0 and 1.
+    ``errors`` says how far each row's targets stay away from 0 and 1.
     """
     # Imported here: serving applies a calibration and never fits one.
     from scipy.optimize import minimize  # pyright: ignore
@@ -319,8 +315,8 @@ def choose_thresholds(
 ) -> tuple[float, ...]:
     """The threshold of each label that gives the highest F1 on these rows.
 
-    It lies midway between neighbouring scores; of several equally good cuts the middle one is
-    taken. A label that no row has, or whose rows all score 0, gets 0.5.
+    It lies midway between neighbouring scores; of several equally good cuts, it is the middle one.
+    A label that no row has, or whose rows all score 0, gets 0.5.
 
     Args:
         task: The classes.
@@ -332,7 +328,7 @@ def choose_thresholds(
         none for a multi-class task, whose decision is the most probable class.
 
     Raises:
-        SidelightError: See `checked_labels`.
+        SidelightError: As `checked_labels`.
     """
     integers = checked_labels(task, probabilities, labels)
     if task.kind == "multiclass":
@@ -342,7 +338,7 @@ def choose_thresholds(
 
 
 def _best_cut(scores: Float[Values, " row"], holds: Bool[Flags, " row"]) -> float:
-    # Saturated scores are one step at either end: no threshold in (0, 1) could part them.
+    # Saturated scores make one step at either end: no threshold within (0, 1) could part them.
     within = np.clip(scores, _SATURATED, 1 - _SATURATED)
     steps, place = np.unique(-within, return_inverse=True)  # falling scores
     hits = np.bincount(place, weights=holds).cumsum()

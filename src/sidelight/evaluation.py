@@ -1,4 +1,4 @@
-"""A report on how good probabilities are on labelled rows, with intervals, as table and as JSON."""
+"""Reports how good probabilities are on labelled rows, with intervals, as a table and as JSON."""
 
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -26,9 +26,9 @@ class Estimate:
     """A metric and its 95 % bootstrap interval.
 
     Attributes:
-        value: On the rows themselves; None if undefined there.
-        low: 2.5th percentile over the resamples in which it is defined; None without any.
-        high: 97.5th percentile, likewise.
+        value: The metric on the rows themselves; None if undefined there.
+        low: The 2.5th percentile over the resamples in which it is defined; None if there are none.
+        high: The 97.5th percentile, likewise.
     """
 
     value: float | None
@@ -37,7 +37,7 @@ class Estimate:
 
     @staticmethod
     def of(draws: Float[Values, " draw"]) -> "Estimate":
-        """From the value on the rows themselves, then that on each resample; NaN is undefined."""
+        """From the value on the rows, followed by the value on each resample; NaN is undefined."""
         value, resampled = _number(draws[0]), draws[1:][~np.isnan(draws[1:])]
         if value is None or len(resampled) == 0:
             return Estimate(value, None, None)
@@ -104,7 +104,7 @@ class Report:
         }
 
     def table(self) -> "Group":
-        """The report for a terminal: the metrics, then the labels. Print it with `rich.print`."""
+        """The metrics, then the labels, for a terminal: print it with `rich.print`."""
         from rich.console import Group
         from rich.table import Table
         from rich.text import Text
@@ -140,11 +140,11 @@ def evaluate(
         probabilities: Calibrated; a binary task has one column, the positive class.
         labels: [row] of class numbers, or [row, label] of 0 and 1 for a multi-label task.
         thresholds: From `calibration.choose_thresholds` on validation rows.
-        bootstrap: Number of resamples of rows for the intervals; with 0 there are none.
-        seed: Of the resamples.
+        bootstrap: Number of resamples of rows for the intervals; with 0 there are no intervals.
+        seed: Seed of the resamples.
 
     Raises:
-        SidelightError: The arrays do not fit the task or each other, hold NaN, or are no
+        SidelightError: The arrays do not fit the task or each other, hold NaN, or are not
             probabilities (see `metrics.decide`).
     """
     predictions = decide(task, probabilities, labels, thresholds=thresholds)

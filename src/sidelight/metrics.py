@@ -1,8 +1,8 @@
 """Metrics of probabilities against labels, and the drift of scores.
 
-A metric is measured on many resamples of the rows at once: weights say how often each resample
-counts each row. A loop over scikit-learn's metrics gives the same numbers far more slowly. A metric
-is NaN where it is undefined.
+All resamples of the rows are measured at once: weights say how often each resample counts each row.
+A loop over scikit-learn's metrics gives the same numbers far more slowly (docs/dependencies.md).
+An undefined metric is NaN.
 """
 
 from collections.abc import Iterator, Sequence
@@ -34,19 +34,19 @@ METRICS = (
     "ece",
 )
 
-BINS = 10  # of a histogram of scores, to find drift by
+BINS = 10  # of the histograms of scores that drift is measured with
 _ECE_BINS = 15
 _BLOCK_CELLS = 2**20
 
 
 def _ratio(numerator: Values, denominator: Values) -> Values:
-    """Numerator / denominator; NaN where the denominator is not positive."""
+    """The quotient; NaN where the denominator is not positive."""
     undefined = np.full(numerator.shape, np.nan)
     return np.divide(numerator, denominator, out=undefined, where=denominator > 0)
 
 
 def _mean_of_defined(values: Float[Values, "label resample"]) -> Float[Values, " resample"]:
-    """The mean over the labels that are not NaN; NaN if all are."""
+    """The mean over labels, without those that are NaN; NaN if all are."""
     defined = ~np.isnan(values)
     return _ratio(np.where(defined, values, 0).sum(axis=0), defined.sum(axis=0).astype(np.float64))
 
@@ -56,10 +56,10 @@ class Curve:
     """Weighted counts of one label's rows at each step of falling score.
 
     Attributes:
-        hits: Positives that have the step's score.
-        recalled: Positives that have the step's score or a higher one.
-        alarms_before: Negatives above the step.
-        alarms: Negatives above the step or on it.
+        hits: Positives with the step's score.
+        recalled: Positives with the step's score or a higher one.
+        alarms_before: Negatives with a higher score.
+        alarms: Negatives with the step's score or a higher one.
         positives: All positives.
         negatives: All negatives.
     """
@@ -72,24 +72,21 @@ class Curve:
     negatives: Float[Values, " resample"]
 
     def auprc(self) -> Float[Values, " resample"]:
-        """Average precision: sum over steps of the rise in recall times the precision there.
+        """Average precision: the sum over steps of the rise in recall times the precision there.
 
-        Not interpolated, like `sklearn.metrics.average_precision_score`. NaN with one class only.
+        Not interpolated, as in `sklearn.metrics.average_precision_score`. NaN with one class only.
         """
         passed = np.maximum(self.recalled + self.alarms, 1)
         total = (self.hits * self.recalled / passed).sum(axis=0)
         return _ratio(total, np.where(self.negatives > 0, self.positives, 0))
 
     def auroc(self) -> Float[Values, " resample"]:
-        """Chance that a positive row outranks a negative one, with ties counted half.
-
-        NaN with one class only.
-        """
+        """The chance that a positive outranks a negative; ties count half. NaN with one class."""
         beaten = self.negatives - (self.alarms_before + self.alarms) / 2
         return _ratio((self.hits * beaten).sum(axis=0), self.positives * self.negatives)
 
     def recall_at_fpr(self, limit: float) -> Float[Values, " resample"]:
-        """The highest recall at which at most `limit` of the negatives are flagged.
+        """The highest recall that flags at most a share `limit` of the negatives.
 
         NaN with one class only.
         """
@@ -100,17 +97,17 @@ class Curve:
 
 @dataclass(frozen=True)
 class Ranking:
-    """One label's rows by falling score, cut at the steps where recall can rise.
+    """One label's rows by falling score, and the steps at which recall can rise.
 
-    A step is a distinct score that at least one positive row has; rows with equal scores are
-    passed together, as in scikit-learn.
+    A step is a distinct score of a positive row. Rows with equal scores count together, as in
+    scikit-learn.
 
     Attributes:
         order: Row numbers by falling score.
-        positives: The positive ones among them, in the same order.
-        first: Where in `positives` each step begins.
+        positives: The positive rows among them, in the same order.
+        first: Where each step begins in `positives`.
         before: How many rows score higher than the step.
-        through: How many rows score as high as the step, or higher.
+        through: How many rows score as high as the step or higher.
     """
 
     order: Int[Numbers, " row"]
@@ -130,7 +127,7 @@ class Ranking:
         return Ranking(order, positives, first, before, through)
 
     def curve(self, weights: Float[Values, "row resample"]) -> Curve:
-        """Walks down the ranking and counts each row as often as its weight says."""
+        """Counts along the ranking, where each row counts as often as its weight says."""
         seen = np.zeros((len(weights) + 1, weights.shape[1]))
         np.cumsum(weights[self.order], axis=0, out=seen[1:])
         hits = np.add.reduceat(weights[self.positives], self.first, axis=0)  # (step, resample)
@@ -152,8 +149,8 @@ class Confusion:
 
     Attributes:
         hits: The label holds and was predicted.
-        false_alarms: It was predicted and does not hold.
-        misses: It holds and was not predicted.
+        false_alarms: The label was predicted but does not hold.
+        misses: The label holds but was not predicted.
     """
 
     hits: Float[Values, "label resample"]
@@ -161,12 +158,12 @@ class Confusion:
     misses: Float[Values, "label resample"]
 
     def pooled(self) -> "Confusion":
-        """The counts summed over the labels, for micro averages."""
+        """The counts summed over labels, for micro averages."""
         counts = (self.hits, self.false_alarms, self.misses)
         return Confusion(*(count.sum(axis=0, keepdims=True) for count in counts))
 
     def precision(self) -> Float[Values, "label resample"]:
-        """Hits / predicted; 0 if the label holds but is never predicted, NaN if neither happens."""
+        """Hits / predicted; 0 if the label holds but is never predicted, NaN if neither is so."""
         predicted = self.hits + self.false_alarms
         occurs = predicted + self.misses > 0
         return np.where(occurs, self.hits / np.maximum(predicted, 1), np.nan)
@@ -182,12 +179,12 @@ class Confusion:
 
 @dataclass(frozen=True)
 class Confidences:
-    """Stated probabilities, and whether what was stated is true.
+    """Predicted probabilities, and whether the labels that they are about hold.
 
     Attributes:
-        stated: The positive class's probability if binary, the winner's if multi-class, that of
-            every label if multi-label.
-        correct: Whether the label holds.
+        stated: Probability of the positive class if binary, of the most probable class if
+            multi-class, of every label if multi-label.
+        correct: Whether that label holds.
     """
 
     stated: Float[Values, "row item"]
@@ -196,16 +193,16 @@ class Confidences:
 
     @cached_property
     def bins(self) -> Int[Numbers, "row item"]:
-        """Which of `count` equal bins of [0, 1] each stated probability falls into."""
+        """The bin of each probability, out of `count` equal bins of [0, 1]."""
         return np.minimum(self.stated * self.count, self.count - 1).astype(np.int64)
 
     def ece(self, weights: Float[Values, "row resample"]) -> Float[Values, " resample"]:
-        """Expected calibration error: sum over bins of the share of items times the gap.
+        """Expected calibration error: the sum over bins of the share of items times the gap.
 
-        The gap is |mean stated probability - share that is true| (Guo et al. 2017, equation 3). A
-        multi-label task pools the bins over its labels. The error is biased upwards: chance gaps of
-        small bins add up, in a resample even more, so a bootstrap interval of a small value can lie
-        above it.
+        The gap is |mean probability - share that is true| (Guo et al. 2017, equation 3). A
+        multi-label task pools its labels in the same bins. The error is biased upwards, since
+        chance gaps of small bins add up. A resample adds more of them, so the bootstrap interval of
+        a small value can lie above the value.
         """
         rows, items = self.stated.shape
         gaps = np.zeros((rows, self.count))
@@ -219,8 +216,8 @@ class Predictions:
     """What every metric is computed from: one column per label, whatever the task.
 
     Attributes:
-        kind: Of the task; decides which labels are headlined and how they are averaged.
-        scores: Probability of each label; a binary task has two columns, the negative first.
+        kind: The kind of task; decides which labels the metrics are about, and how to average.
+        scores: Probability of each label; a binary task has two columns, the negative class first.
         targets: Whether the label holds.
         decisions: Whether the label was predicted.
     """
@@ -237,16 +234,16 @@ class Predictions:
 
     @property
     def once(self) -> Float[Values, "row 1"]:
-        """The weights that count every row once: the rows as they are, not a resample."""
+        """Weights that count each row once: the rows themselves, not a resample."""
         return np.ones((len(self.scores), 1))
 
     @cached_property
     def rankings(self) -> tuple[Ranking, ...]:
-        """Each label's rows, sorted."""
+        """One for each label."""
         return tuple(map(Ranking.of, self.scores.T, self.targets.T))
 
     def confusion(self, weights: Float[Values, "row resample"]) -> Confusion:
-        """Counts each label's decisions, each row as often as its weight says."""
+        """Counts each label's decisions, where each row counts as often as its weight says."""
         outcomes = (
             self.targets & self.decisions,
             ~self.targets & self.decisions,
@@ -255,10 +252,10 @@ class Predictions:
         return Confusion(*(outcome.T.astype(np.float64) @ weights for outcome in outcomes))
 
     def confusion_matrix(self) -> Int[Numbers, "..."]:
-        """Counts of rows by actual and predicted label, [actual, predicted].
+        """Counts of rows by actual and predicted label: [actual, predicted].
 
-        A multi-label task has one matrix per label, [label, actual, predicted], absent before
-        present.
+        A multi-label task has a 2 x 2 matrix per label, [label, actual, predicted], where absent
+        comes before present.
         """
         actual, predicted = self.targets.astype(np.int64), self.decisions.astype(np.int64)
         if self.kind != "multilabel":
@@ -267,7 +264,7 @@ class Predictions:
         return np.einsum("arl,prl->lap", actual, predicted)
 
     def confidences(self) -> Confidences:
-        """The stated probabilities, for a reliability diagram or ECE."""
+        """The probabilities that a reliability diagram or ECE is about."""
         stated, correct = self.scores[:, self.headline], self.targets[:, self.headline]
         if self.kind == "multiclass":
             winner = stated.argmax(axis=1, keepdims=True)
@@ -295,20 +292,20 @@ def decide(
         thresholds: One for a binary task, one per label if multi-label, none if multi-class.
 
     Raises:
-        SidelightError: See `checked_labels`; or a probability lies outside [0, 1], or the number of
+        SidelightError: As `checked_labels`; or a probability lies outside [0, 1], or the number of
             thresholds does not fit the task.
     """
     integers = checked_labels(task, probabilities, labels)
     if probabilities.min() < 0 or probabilities.max() > 1:
         raise SidelightError(
             f"Got values from {probabilities.min():.3g} to {probabilities.max():.3g}, wanted "
-            "probabilities from 0 to 1. Apply a Calibration to logits first; 'none' will do."
+            "probabilities from 0 to 1. Apply a Calibration to the logits first, such as 'none'."
         )
     wanted = 0 if task.kind == "multiclass" else task.outputs
     if len(thresholds) != wanted:
         raise SidelightError(
             f"Got {len(thresholds)} thresholds, wanted {wanted} for this {task.kind} task. "
-            "Take them from choose_thresholds on validation rows of the same task."
+            "Choose them with choose_thresholds on validation rows of the same task."
         )
     if task.kind == "multilabel":
         return Predictions(task.kind, probabilities, integers == 1, probabilities >= thresholds)
@@ -325,7 +322,7 @@ def decide(
 def checked_labels(
     task: Task, outputs: Shaped[AnyArray, "row output"], labels: Shaped[AnyArray, "..."]
 ) -> Int[Numbers, "..."]:
-    """The labels as integers, after checking that they and the outputs fit the task.
+    """The labels as integers, after checking that labels and outputs fit the task.
 
     Raises:
         SidelightError: A shape does not fit the task or the other array, there are no rows, an
@@ -341,22 +338,22 @@ def checked_labels(
     is_finite = np.isfinite(outputs.astype(np.float64)).all(axis=1)
     if not is_finite.all():
         raise SidelightError(
-            f"Row {is_finite.argmin()} of the outputs holds NaN or infinity. Check whether that "
-            "text's hidden states overflow in half precision, or whether training diverged."
+            f"Row {is_finite.argmin()} of the outputs holds NaN or infinity. Check whether its "
+            "hidden states overflow in half precision, or whether training diverged."
         )
     is_multilabel = task.kind == "multilabel"
     shape = (rows, len(task.labels)) if is_multilabel else (rows,)
     if labels.shape != shape:
         raise SidelightError(
             f"Got labels of shape {labels.shape}, wanted {shape} for {rows} rows of a {task.kind} "
-            "task. Pass the labels of exactly the rows that the outputs are for."
+            "task. Pass the labels of exactly the rows that the outputs belong to."
         )
     highest = 1 if is_multilabel else len(task.labels) - 1
     is_known = np.isin(labels, np.arange(highest + 1))
     if not is_known.all():
         raise SidelightError(
             f"Got labels such as {labels[~is_known][0]}, wanted whole numbers from 0 to {highest} "
-            f"for a {task.kind} task. Map label names to their position in the task."
+            f"for a {task.kind} task. Turn label names into their positions in the task."
         )
     return labels.astype(np.int64)
 
@@ -368,10 +365,10 @@ def measure(
 
     `f1`, `precision`, `recall`: of the positive class (binary), macro average (multi-class) or
     micro average (multi-label). `macro_f1`: the mean over all labels, both classes if binary.
-    `auprc`, `auroc`, `recall_at_1pct_fpr`: of the positive class, else the mean over labels, each
-    against the rest. `accuracy`: share of rows that are right, in all labels if multi-label.
-    `ece`: see `Confidences`. A mean over labels leaves out those whose metric is undefined: a label
-    that holds nowhere, or, for F1 and precision, is not predicted either.
+    `auprc`, `auroc`, `recall_at_1pct_fpr`: of the positive class, or else the mean over labels,
+    each against the rest. `accuracy`: the share of rows that are right, in all labels if
+    multi-label. `ece`: see `Confidences`. A mean over labels leaves out labels whose metric is
+    undefined: those that hold nowhere and, for F1 and precision, are never predicted either.
     """
     confusion = predictions.confusion(weights)
     is_pooled = predictions.kind == "multilabel"
@@ -397,10 +394,9 @@ def measure(
 def measure_resamples(
     predictions: Predictions, *, resamples: int, seed: int
 ) -> dict[str, Float[Values, " draw"]]:
-    """Every metric: first on the rows themselves, then on each of `resamples` draws of all rows.
+    """Every metric, first on the rows themselves, then on each of `resamples` bootstrap draws.
 
-    The draws are with replacement. The same number of rows and resamples and the same seed give the
-    same draws, whatever was predicted.
+    The draws depend only on the number of rows, the number of resamples and the seed.
     """
     drawn = _resample(len(predictions.scores), resamples=resamples, seed=seed)
     measured = [measure(predictions, weights) for weights in chain([predictions.once], drawn)]
@@ -408,7 +404,7 @@ def measure_resamples(
 
 
 def _resample(rows: int, *, resamples: int, seed: int) -> Iterator[Float[Values, "row resample"]]:
-    """How often each draw took each row, in blocks that stay in the processor's cache."""
+    """How often each draw takes each row, in blocks that fit the processor's cache."""
     random = np.random.default_rng(seed)
     block = max(1, _BLOCK_CELLS // rows)
     for start in range(0, resamples, block):
@@ -419,19 +415,19 @@ def _resample(rows: int, *, resamples: int, seed: int) -> Iterator[Float[Values,
 
 
 def score_counts(scores: Sequence[float]) -> list[int]:
-    """How many of the probabilities fall into each of ten equal bins of [0, 1]."""
+    """How many probabilities fall into each of ten equal bins of [0, 1]."""
     counts, _ = np.histogram(np.asarray(scores, dtype=float), bins=BINS, range=(0.0, 1.0))
     return counts.tolist()
 
 
 def stability_index(reference: Sequence[int], observed: Sequence[int]) -> float:
-    """The population stability index of two histograms, less what chance alone adds to it.
+    """The population stability index of two histograms, minus what chance alone adds to it.
 
-    The index is the sum of (p - q) ln(p / q) over the bins. For counts n and m of one distribution
-    it is about (bins - 1) (1 / n + 1 / m), which is subtracted; the result is never below 0.
-    Symmetric. Below 0.1 is usually called stable, above 0.25 changed.
+    The index is the sum of (p - q) ln(p / q) over the bins. For n and m draws from one distribution
+    its expectation is about (bins - 1) (1 / n + 1 / m), which is subtracted; the result is never
+    below 0. Symmetric. Values below 0.1 are usually called stable, above 0.25 changed.
     """
-    # Half a count more in each bin, so that an empty bin is rare and not impossible.
+    # Half a count more in each bin, so that an empty bin means rare and not impossible.
     n, m = np.asarray(reference, dtype=float) + 0.5, np.asarray(observed, dtype=float) + 0.5
     p, q = n / n.sum(), m / m.sum()
     chance = (len(n) - 1) * (1 / n.sum() + 1 / m.sum())

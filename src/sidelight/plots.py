@@ -1,6 +1,7 @@
-"""Pictures of probabilities on labelled rows: precision-recall, reliability and confusion.
+"""Plots of probabilities on labelled rows: precision-recall, reliability and confusion.
 
-They are drawn on figures of their own, without a display or pyplot's global state.
+They are drawn on figures of their own, without a display and without pyplot's global state. Why not
+scikit-learn's displays: see docs/dependencies.md.
 """
 
 from pathlib import Path
@@ -48,13 +49,13 @@ def plot_report(
     thresholds: tuple[float, ...],
     title: str,
 ) -> list[Path]:
-    """Draws the three pictures that go with an evaluation.
+    """Draws the three plots that go with an evaluation.
 
     Args:
         task: The classes.
         probabilities: Calibrated; a binary task has one column, the positive class.
         labels: [row] of class numbers, or [row, label] of 0 and 1 for a multi-label task.
-        directory: Where to write; made if absent. Pictures of the same names are replaced.
+        directory: Where to write; made if absent. Plots of the same names are replaced.
         thresholds: What the decisions are made with; none for a multi-class task.
         title: What was measured on what, for example ``toxicity on ToxicChat test``.
 
@@ -74,14 +75,14 @@ def plot_report(
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
-    """Writes a PNG whole or, if killed, not at all; makes its folder."""
+    """Writes a PNG, whole or not at all, and makes its folder."""
     with replacing(path) as partial:
         figure.savefig(partial, format="png", dpi=_DPI, metadata={"Software": None})
     return path
 
 
 def _precision_recall(task: Task, predictions: Predictions, title: str) -> Figure:
-    """A curve per label. Those with the lowest areas are in colour and named, the others grey."""
+    """One curve per label: those with the lowest areas coloured and named, the others grey."""
     figure = _figure(7.2, 4.4, title)
     axes = _subplot(figure, (1, 1, 1))
     shown = predictions.headline
@@ -101,7 +102,7 @@ def _precision_recall(task: Task, predictions: Predictions, title: str) -> Figur
         if place in coloured:
             label = f"{areas[place]:.3f}  {_name(names[place])}"
             style = {"color": coloured[place], "linewidth": 1.8, "zorder": 2, "label": label}
-        # Each step reaches back to the one before, so the area drawn is the average precision.
+        # Each step reaches back to the last one, so the area drawn is the average precision.
         axes.step(np.append(0, recalled), np.append(precise[0], precise), where="pre", **style)
     confusion = predictions.confusion(predictions.once)
     precision, recall = confusion.precision()[shown, 0], confusion.recall()[shown, 0]
@@ -126,7 +127,7 @@ def _precision_recall(task: Task, predictions: Predictions, title: str) -> Figur
 def _reliability(
     task: Task, predictions: Predictions, thresholds: tuple[float, ...], title: str
 ) -> Figure:
-    """How often what was stated is true, above a histogram of what was stated."""
+    """How often labels hold at each predicted probability, above a histogram of those."""
     figure = _figure(5.2, 6.2, title)
     upper, lower = _subplot(figure, (4, 1, (1, 3))), _subplot(figure, (4, 1, 4))
     confidences = predictions.confidences()
@@ -172,7 +173,7 @@ def _reliability(
 
 
 def _wilson(shares: Float[Values, " bin"], sizes: Int[Numbers, " bin"]) -> Float[Values, "2 bin"]:
-    """The 95 % interval of a share (Wilson 1927); unlike the usual one it fits small bins."""
+    """The 95 % interval of a share (Wilson 1927), which suits small bins, unlike the usual one."""
     z = 1.96
     inflation = 1 + z**2 / sizes
     centre = (shares + z**2 / (2 * sizes)) / inflation
@@ -181,11 +182,11 @@ def _wilson(shares: Float[Values, " bin"], sizes: Int[Numbers, " bin"]) -> Float
 
 
 def _confusion(task: Task, predictions: Predictions, title: str) -> Figure:
-    """Actual by predicted class; for a multi-label task the four outcomes of each label."""
+    """Actual by predicted class, or the four outcomes of each label of a multi-label task."""
     counts, classes = predictions.confusion_matrix(), len(task.labels)
     shares = counts / np.maximum(counts.sum(axis=-1, keepdims=True), 1)
     if task.kind == "multilabel":
-        # Present before absent, and hits before misses: what a reader looks for comes first.
+        # What a reader looks for comes first: present before absent, hits before misses.
         shares, counts = shares[:, ::-1, ::-1].reshape(-1, 4), counts[:, ::-1, ::-1].reshape(-1, 4)
         figure = _figure(6.8, float(np.clip(0.34 * classes + 1.8, 3, 14)), title)
         axes = _subplot(figure, (1, 1, 1))
