@@ -1,9 +1,9 @@
 """Many probes on one backbone, served by one thin matmul per layer.
 
-The probes' projections are concatenated, so 1 or 50 probes run the same number of matmuls. Probes
-that do the same to their columns do it together. ``Bank`` summarises and judges; ``Panel`` says
-which probes are judged when. Neither holds a request: states are values that the caller keeps,
-splits, packs and merges.
+The probes' projections are concatenated, so 50 probes run as many matmuls as one. Probes that do
+the same to their columns do it in one call. ``Bank`` summarises and judges; ``Panel`` decides which
+probes are judged when. Neither holds a request: states are values that the caller keeps, splits,
+packs and merges.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
@@ -23,15 +23,15 @@ from sidelight.standardisation import Projection
 from sidelight.types import Judgement, Verdict
 
 NUMBERS_AT_ONCE = 2**21
-"""Most columns that are summarised together: more do not stay in a processor's cache."""
+"""Most columns that are summarised together; more would not fit a processor's cache."""
 
 
 @dataclass(frozen=True)
 class BankState:
-    """What all probes know so far of one or more requests.
+    """What all probes know so far about one or more requests.
 
     Attributes:
-        states: One for each team of probes, each with a segment for each request.
+        states: One for each team of probes, with a segment for each request.
     """
 
     states: tuple[Ragged, ...]
@@ -58,13 +58,13 @@ class BankTap:
         self._columns: list[Float[Tensor, "batch token column"]] = []
 
     def __call__(self, layer: int, hidden: Float[Tensor, "batch token width"]) -> None:
-        """One matmul, in float32: a bf16 result would lose what standardisation subtracts."""
+        """One matmul, in float32: in bf16, what standardisation subtracts would be lost."""
         flat = hidden.flatten(0, 1).float()
         columns = torch.addmm(self._shift[layer], flat, self._weight[layer])
         self._columns.append(columns.unflatten(0, hidden.shape[:2]))
 
     def projected(self) -> Float[Tensor, "batch token layer column"]:
-        """The columns of the last forward pass; the tap is ready for the next."""
+        """The columns of the last forward pass; then the tap is ready for the next."""
         projected = torch.stack(self._columns, 2)
         self._columns.clear()
         return projected
@@ -75,7 +75,7 @@ class _Team:
 
     Args:
         places: The probes' indices in their bank.
-        probes: Their mechanisms have one ``summary_kind``, or there is one probe.
+        probes: Probes with the same ``summary_kind``, or a single probe.
     """
 
     def __init__(self, places: Sequence[int], probes: Sequence[Probe]):
@@ -100,7 +100,7 @@ class _Team:
         return self.mechanisms[0].merge(left, right)
 
     def logits(self, state: Ragged) -> list[Float[Tensor, "segment output"]]:
-        """One for each probe."""
+        """Those of each probe."""
         members = len(self.places)
         if members == 1:
             return [self.mechanisms[0].finish(state)]
@@ -133,19 +133,19 @@ class Bank:
         widths = [projection.weight.shape[2] for projection in projections]
         self._teams = _teams(probes, widths)
         self._widths = [sum(widths[place] for place in team.places) for team in self._teams]
-        # Columns stand team by team.
+        # The columns are laid out team by team.
         in_order = [projections[place] for team in self._teams for place in team.places]
         self._weight = torch.cat([p.weight.detach() for p in in_order], 2).float().to(device)
         self._shift = torch.cat([p.shift.detach() for p in in_order], 1).float().to(device)
 
     @property
     def reads(self) -> frozenset[Reads]:
-        """Every way of reading among the probes."""
+        """What the probes read; some may read alike."""
         return frozenset(probe.reads for probe in self.probes)
 
     @property
     def projection(self) -> Projection:
-        """What a tap computes, for engines that project where their hidden states are."""
+        """What a tap computes, for engines that project hidden states themselves."""
         return Projection(self._weight, self._shift)
 
     def tap(self) -> BankTap:
@@ -162,7 +162,7 @@ class Bank:
 
         Args:
             projected: What the tap collected.
-            masks: For each way of reading, the tokens that count; padding never does.
+            masks: For each of ``reads``, the tokens that count; padding never does.
         """
         batch, tokens = projected.shape[:2]
         lengths = torch.full((batch,), tokens, device=projected.device)
@@ -180,8 +180,8 @@ class Bank:
 
         Args:
             projected: The columns of all their tokens.
-            masks: For each way of reading, the tokens that count.
-            lengths: Tokens of each request.
+            masks: For each of ``reads``, the tokens that count.
+            lengths: Number of tokens of each request.
         """
         segments = Ragged(projected, lengths).segments
         kept = {
@@ -196,7 +196,7 @@ class Bank:
 
     @torch.inference_mode()
     def merge(self, left: BankState, right: BankState) -> BankState:
-        """The state of each request's two runs of tokens together."""
+        """The state of each request after both its runs of tokens."""
         pairs = zip(self._teams, left.states, right.states, strict=True)
         return BankState(tuple(team.merge(a, b) for team, a, b in pairs))
 
@@ -222,7 +222,7 @@ class Bank:
         ]
 
     def judge(self, state: BankState) -> list[Judgement]:
-        """For each request, what the probes say; those without a verdict are named."""
+        """For each request, what the probes say; those without a verdict are named as failed."""
         return [self._judge_one(logits) for logits in zip(*self.logits(state), strict=True)]
 
     def _judge_one(self, logits: Sequence[np.ndarray]) -> Judgement:
@@ -239,8 +239,8 @@ class Bank:
 class Panel:
     """The probes of an engine, in two banks that are judged at different times.
 
-    Probes that read the prompt alone are done when it ends. Probes that read the response are
-    judged at any token of it, from a state that grows token by token.
+    Probes that read the prompt alone are judged when it ends. Probes that read the response can be
+    judged at any of its tokens, from a state that grows token by token.
 
     Args:
         probes: Probes of one backbone, with distinct names; possibly none.
@@ -265,7 +265,7 @@ class Panel:
 
     @cached_property
     def projection(self) -> Projection | None:
-        """To the columns of all probes, ``early`` before ``late``; None without probes."""
+        """The projection to the columns of all probes, ``early`` before ``late``, if any."""
         parts = [bank.projection for bank in (self.early, self.late) if bank]
         if len(parts) < 2:
             return parts[0] if parts else None
@@ -273,11 +273,11 @@ class Panel:
         return Projection(weight, torch.cat([part.shift for part in parts], 1))
 
     def prompt_tap(self) -> BankTap | None:
-        """A tap for a pass over prompts; None: nothing reads it."""
+        """A tap for a pass over prompts; None if there are no probes."""
         return BankTap(self.projection.weight, self.projection.shift) if self.projection else None
 
     def response_tap(self) -> BankTap | None:
-        """A tap for a pass over tokens of responses; None: nothing reads it."""
+        """A tap for a pass over tokens of responses; None if no probe reads them."""
         return self.late.tap() if self.late else None
 
     def judge_prompts(
@@ -286,7 +286,7 @@ class Panel:
         """For each prompt, what the early probes say.
 
         Args:
-            columns: Those of all probes for all tokens, one prompt after the other.
+            columns: The columns of all probes for all tokens, one prompt after the other.
             parts: For each prompt, the ``Part`` of every token.
         """
         if self.early is None:
@@ -303,10 +303,10 @@ class Panel:
         """For each text, what the late probes know after some more tokens.
 
         Args:
-            columns: Those of all probes, or of the late ones, for all tokens, one text after the
-                other.
+            columns: The columns of all probes, or of the late ones alone, for all tokens, one text
+                after the other.
             parts: For each text, the ``Part`` of every new token.
-            before: What the probes knew of each text; None at its beginning.
+            before: What the late probes knew about each text; None at its beginning.
         """
         if self.late is None:
             return [None] * len(parts)
@@ -321,7 +321,7 @@ class Panel:
         ]
 
     def judge_responses(self, states: Sequence[BankState | None]) -> list[Judgement]:
-        """For each text, what the late probes say of it as far as they have read it."""
+        """For each text, what the late probes say about as much as they have read."""
         known = [state for state in states if state is not None]
         if self.late is None or not known:
             return [Judgement()] * len(states)
@@ -341,7 +341,7 @@ def _summarise(
 
 
 def _teams(probes: Sequence[Probe], widths: Sequence[int]) -> list[_Team]:
-    """Groups probes that read the same tokens and do the same to as many columns."""
+    """Groups probes that read the same tokens and do the same to the same number of columns."""
     places: dict[Hashable, list[int]] = {}
     for place, probe in enumerate(probes):
         kind = probe.mechanism.summary_kind()

@@ -1,15 +1,15 @@
-"""The errors that a user can cause, and the sentence that helps with a misspelt name."""
+"""Errors that a user can cause, and the hint for a misspelt name."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 
 class SidelightError(Exception):
-    """Something the user can put right; the message says what was got, wanted, and what to do."""
+    """An error that the user can fix; the message says what was got, wanted, and what to do."""
 
 
 class FingerprintMismatchError(SidelightError):
-    """A probe meets a backbone other than the one it was trained on."""
+    """A probe was given another backbone than the one it was trained on."""
 
 
 class ContextLengthError(SidelightError):
@@ -17,11 +17,11 @@ class ContextLengthError(SidelightError):
 
 
 class VerdictError(SidelightError):
-    """A verdict that could not be computed; never to be read as a harmless one."""
+    """A verdict could not be computed; this must never be taken for a harmless verdict."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The closest known name and the list of all, as the end of an error message.
+    """The end of an error message: the closest known name, and all known names.
 
     Args:
         name: What the user wrote.

@@ -22,17 +22,17 @@ class Probe:
     Attributes:
         name: Its name in verdicts.
         task: The classes.
-        reads: The tokens that it looks at.
+        reads: The tokens that it reads.
         prompt_format: How texts are rendered for it.
         spec: Name and options of the mechanism.
         mechanism: The trained mechanism.
-        standardisation: Mean and scale by which hidden states are standardised.
+        standardisation: Mean and scale that hidden states are standardised by.
         calibration: From logits to probabilities.
-        thresholds: Probability from which a class counts: one for a binary task, one per label
+        thresholds: The probability from which a label holds: one for a binary task, one per label
             for a multi-label task, none for a multi-class task.
         fingerprint: The backbone that it belongs to.
-        record: Settings, data and metrics of its training. Only JSON values.
-        version: Twelve hexadecimal digits of the artifact that it was loaded from; empty if none.
+        record: Settings, data and metrics of its training, as JSON values.
+        version: Twelve hexadecimal digits of the artifact that it was loaded from, or "".
     """
 
     name: str
@@ -49,7 +49,7 @@ class Probe:
     version: str = ""
 
     def projection(self) -> Projection:
-        """The few numbers that the probe needs from each token and layer."""
+        """The map from hidden states to the few numbers that the probe needs of each of them."""
         return self.standardisation.fold(self.mechanism.columns())
 
     def verdict(self, logits: np.ndarray) -> Verdict:
@@ -59,7 +59,7 @@ class Probe:
             logits: ``[output]``.
 
         Raises:
-            VerdictError: A logit is not finite; there is no verdict then, not even a harmless one.
+            VerdictError: A logit is not finite. There is no verdict then, not even a harmless one.
         """
         self.require_finite(logits)
         probabilities = self.calibration.apply(logits[None])[0].tolist()
@@ -89,25 +89,25 @@ class Probe:
 
 
 def common_format(probes: Iterable[Probe]) -> PromptFormat | None:
-    """How texts are rendered for probes that are served together; None: there are none.
+    """How texts are rendered for probes that are served together; None if there are none.
 
     Raises:
-        SidelightError: Some were trained on chats and others on raw texts.
+        SidelightError: Some were trained on chats, others on raw texts.
     """
     by_format: dict[PromptFormat, str] = {probe.prompt_format: probe.name for probe in probes}
     if len(by_format) > 1:
         raise SidelightError(
             f"Probes of chats, such as '{by_format['chat']}', and of raw texts, such as "
-            f"'{by_format['raw']}', cannot be served together. Start one server for each."
+            f"'{by_format['raw']}', cannot be served together. Start a server for each kind."
         )
     return next(iter(by_format), None)
 
 
 def require_distinct_names(probes: Iterable[Probe]) -> None:
-    """Checks that verdicts of probes that are served together can be told apart.
+    """Checks that the verdicts of probes that are served together can be told apart.
 
     Raises:
-        SidelightError: Two share a name.
+        SidelightError: Two probes have the same name.
     """
     names = [probe.name for probe in probes]
     if len(set(names)) < len(names):

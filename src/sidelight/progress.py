@@ -14,7 +14,7 @@ class Progress:
     """Receives how much of the work is done.
 
     Attributes:
-        advance: Called with the amount done since the last call.
+        advance: To be called with the amount done since the last call.
     """
 
     advance: Callable[[int | float], object]
@@ -22,12 +22,12 @@ class Progress:
 
 @contextmanager
 def progress(title: str, total: int | float, *, unit: str) -> Generator[Progress]:
-    """A bar with rate and time left on a terminal; elsewhere, as in a log, a line now and then.
+    """A progress bar on a terminal; elsewhere, as in a log, a line every 15 seconds.
 
     Args:
         title: What is being done.
         total: The amount of work, in ``unit``.
-        unit: Plural name of what is counted.
+        unit: What is counted, in the plural.
     """
     if sys.stderr.isatty():
         from tqdm import tqdm

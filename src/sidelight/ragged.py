@@ -1,9 +1,7 @@
-"""Sequences of different lengths laid end to end, and reductions over each of them.
+"""Sequences of different lengths laid end to end, reductions over each, and batches by length.
 
-Tokens of a packed batch and the states of streaming mechanisms are both ragged: nothing is padded,
-so no padding can leak into a result.
-
-Groups prompts of similar length into batches, so that little of a forward pass is padding.
+The tokens of a packed batch and the states of streaming mechanisms are both ragged: nothing is
+padded, so no padding can leak into a result.
 """
 
 from collections.abc import Sequence
@@ -13,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-# Stands for "no item yet" in a running maximum: finite, so that the difference of two is not NaN.
+# "No item yet" in a running maximum; finite, so that the difference of two is not NaN.
 LOWEST = -1e30
 
 
@@ -37,7 +35,7 @@ class Ragged:
 
     @staticmethod
     def one_row_each(values: Float[Tensor, "segment ..."]) -> "Ragged":
-        """Segments of a single row: a state of fixed size."""
+        """Segments of one row each: a state of fixed size."""
         return Ragged(values, torch.ones(len(values), dtype=torch.long, device=values.device))
 
     def sums(self) -> Float[Tensor, "segment ..."]:
@@ -52,19 +50,15 @@ class Ragged:
         )
 
     def beginnings(self, lengths: Int[Tensor, " segment"]) -> "Ragged":
-        """The first rows of each segment.
-
-        Args:
-            lengths: How many; at most as many as the segment has.
-        """
+        """The first rows of each segment; ``lengths`` says how many, and none exceeds its own."""
         starts = self.lengths.cumsum(0) - self.lengths
         rows = torch.arange(len(self.values), device=self.lengths.device)
         return Ragged(self.values[rows < (starts + lengths)[self.segments]], lengths)
 
     def chosen(self, segments: Int[Tensor, " chosen"]) -> "Ragged":
-        """These segments in this order; one that is named twice is there twice."""
+        """These segments, in this order and as often as they are named."""
         lengths = self.lengths[segments]
-        # From a row's place in the result to its place here, the same for all rows of a segment.
+        # From a row's place in the result to its place here: the same for all rows of a segment.
         moved = (self.lengths.cumsum(0) - self.lengths)[segments] - (lengths.cumsum(0) - lengths)
         rows = torch.arange(int(lengths.sum()), device=lengths.device)
         return Ragged(self.values[rows + moved.repeat_interleave(lengths)], lengths)
@@ -91,16 +85,19 @@ class Ragged:
         return Ragged(torch.cat(values), self.lengths + other.lengths)
 
 
-# Padded tokens of one forward pass: large enough to fill the matmuls, small enough for a laptop.
+# Padded tokens of a forward pass: enough to fill the matmuls, few enough for a laptop.
 BATCH_TOKENS = 4096
 
 
 def by_length(lengths: Sequence[int], *, batch_tokens: int = BATCH_TOKENS) -> list[list[int]]:
-    """Indices of the prompts of each batch, the longest prompts first.
+    """Groups prompts of similar length into batches, so that little is padding.
 
     Args:
         lengths: Tokens of each prompt.
-        batch_tokens: The most tokens of a batch, padding included; a longer prompt is alone.
+        batch_tokens: The largest size of a batch, padding included; a longer prompt is alone.
+
+    Returns:
+        Indices of the prompts of each batch, the longest prompts first.
     """
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):

@@ -21,8 +21,9 @@ class Projection:
 class Standardisation:
     """x = (h - mean) / scale, for each layer and hidden dimension.
 
-    The residual stream's norm grows with depth and a few dimensions dominate it; standardised
-    states let one learning rate fit all layers. The map is affine, so it costs nothing to serve.
+    The norm of the residual stream grows with depth, and a few dimensions dominate it. With
+    standardised states, one learning rate suits all layers. The map is affine, so serving it costs
+    nothing.
     """
 
     mean: Float[Tensor, "layer width"]
@@ -36,7 +37,7 @@ class Standardisation:
 
     @staticmethod
     def measured(hidden: Float[Tensor, "layer token width"]) -> "Standardisation":
-        """Mean and standard deviation over tokens; a constant dimension keeps scale 1."""
+        """From the mean and standard deviation over tokens; constant dimensions keep scale 1."""
         scale, mean = torch.std_mean(hidden.float(), dim=1)
         return Standardisation(mean, torch.where(scale > 1e-6, scale, 1.0))
 
@@ -50,13 +51,12 @@ class Standardisation:
         """The projection of raw states that equals ``columns`` on standardised ones.
 
         Args:
-            columns: Of standardised states.
-            dtype: Of the states that will be projected; the weight is rounded to it before the
-                shift is computed, so that rounding cannot move the mean.
+            columns: A projection of standardised states.
+            dtype: Dtype of the states that will be projected. The weight is rounded to it before
+                the shift is computed, so that rounding cannot move the mean.
         """
         weight = (columns / self.scale[..., None]).to(dtype)
         return Projection(weight, -torch.einsum("ld,ldm->lm", self.mean, weight.float()))
 
     def to(self, device: torch.device) -> "Standardisation":
-        """The same on another device."""
         return Standardisation(self.mean.to(device), self.scale.to(device))

@@ -1,4 +1,4 @@
-"""What is written whole or not at all, and folders that several processes use."""
+"""Files that are written whole or not at all, and locks on folders that processes share."""
 
 import errno
 import fcntl
@@ -19,10 +19,9 @@ _NOT_SUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
 @contextmanager
 def replacing(path: Path) -> Generator[Path]:
-    """Where to write what becomes ``path`` when the block ends, or nothing if it is killed.
+    """A path to write to, whose file becomes ``path`` when the block ends without an error.
 
-    Args:
-        path: The file; its folder is made if absent.
+    The folder is made if absent.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
@@ -50,18 +49,18 @@ def check_folder(directory: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """A text file, by ``replacing``."""
+    """Writes a text file, whole or not at all."""
     with replacing(path) as partial:
         partial.write_text(text, "utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """A JSON file, by ``replacing``."""
+    """Writes a JSON file, whole or not at all."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def sync(path: Path) -> None:
-    """Returns when a file, or the names in a folder, would survive a power cut."""
+    """Returns once a file, or the list of files in a folder, would survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -70,13 +69,13 @@ def sync(path: Path) -> None:
 
 
 class FolderLock:
-    """A lock on an existing folder, shared by readers or owned by one writer.
+    """A lock on an existing folder, shared by readers or held by a single writer.
 
-    It ends with ``release``, with the object, or with the process, however that ends. It is held by
-    the object: a second one in the same process is locked out as another process is.
+    It ends with ``release``, with the object, or with the process, however that ends. The object
+    holds it: a second one in the same process is locked out like one of another process.
 
     Args:
-        folder: Holds a file for it.
+        folder: The folder, which gets a file for the lock.
     """
 
     def __init__(self, folder: Path):
@@ -86,23 +85,23 @@ class FolderLock:
 
     @property
     def is_current(self) -> bool:
-        """Whether the folder still is the one that was locked: who owned it may have removed it."""
+        """Whether this still is the folder that was locked: its writer may have removed it."""
         try:
             return os.path.samestat(os.fstat(self._file), self._path.stat())
         except FileNotFoundError:
             return False
 
     def take(self, *, alone: bool) -> bool:
-        """Takes the lock, or changes how it is held; waits for no one.
+        """Takes the lock, or changes how it is held, without waiting.
 
         Args:
-            alone: Owned, not shared.
+            alone: Whether to hold it alone (to write) or to share it (to read).
 
         Returns:
             Whether it is held now.
 
         Raises:
-            SidelightError: The disk has no locks.
+            SidelightError: The disk has no file locks.
         """
         kind = fcntl.LOCK_EX if alone else fcntl.LOCK_SH
         try:
@@ -114,6 +113,6 @@ class FolderLock:
                 raise
             raise SidelightError(
                 f"The disk of {self._path.parent} has no file locks, so two runs there could "
-                "destroy each other's activations. Name another disk with --cache."
+                "destroy each other's activations. Name a folder on another disk with --cache."
             ) from error
         return True

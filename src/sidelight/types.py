@@ -1,4 +1,4 @@
-"""What a probe decides, its verdict on one text, and the outcome of several probes."""
+"""What a probe decides, its verdict on a text, and the judgement of several probes."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ class Task:
     Attributes:
         kind: ``binary`` (one positive class), ``multiclass`` (exactly one label holds) or
             ``multilabel`` (each label holds or not).
-        labels: Names in the order of the outputs; for a binary task (negative, positive).
+        labels: Names in the order of the outputs; (negative, positive) for a binary task.
     """
 
     kind: TaskKind
@@ -33,7 +33,7 @@ class Task:
         Args:
             probe: Name of the probe.
             probabilities: Calibrated probability of every label, in the order of ``labels``.
-            thresholds: Probability from which a label holds; labels that are absent never do.
+            thresholds: The probability from which each label holds; a label without one never does.
         """
         best = max(probabilities, key=probabilities.__getitem__)
         held = tuple(name for name, least in thresholds.items() if probabilities[name] >= least)
@@ -45,13 +45,13 @@ class Task:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one probe says of one text.
+    """What one probe says about one text.
 
     Attributes:
         probe: Name of the probe.
-        label: The most probable label; for a multi-label task the most probable one even when
+        label: The class that was decided on (binary), else the most probable label, even if
             nothing is flagged.
-        labels: The labels that hold at the probe's thresholds (multi-label: none to all).
+        labels: The labels that hold at the probe's thresholds; none to all if multi-label.
         probabilities: Calibrated probability of every label.
         flagged: Whether the threshold of the positive class (binary) or of any label (multi-label)
             is reached. A multi-class verdict is never flagged: it names a class, not a danger.
@@ -66,18 +66,18 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What several probes say of one text, or of one part of it.
+    """What several probes say about one text, or about a part of it.
 
     Attributes:
         verdicts: One for each probe that gave one.
-        failed: Names of the probes that gave none; never to be read as a harmless verdict.
+        failed: Names of the probes that gave none; never to be taken for a harmless verdict.
     """
 
     verdicts: tuple[Verdict, ...] = ()
     failed: tuple[str, ...] = ()
 
     def __or__(self, newer: "Judgement") -> "Judgement":
-        """Both; where a probe is in both, what it said last."""
+        """Both together; where a probe is in both, the newer verdict or failure counts."""
         said = {*(verdict.probe for verdict in newer.verdicts), *newer.failed}
         return Judgement(
             tuple(verdict for verdict in self.verdicts if verdict.probe not in said)
@@ -86,7 +86,7 @@ class Judgement:
         )
 
     def of(self, names: Collection[str]) -> "Judgement":
-        """What these probes say."""
+        """The part of it that comes from these probes."""
         return Judgement(
             tuple(verdict for verdict in self.verdicts if verdict.probe in names),
             tuple(name for name in self.failed if name in names),

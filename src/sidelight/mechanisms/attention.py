@@ -10,13 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sidelight.errors import SidelightError
-from sidelight.mechanisms import stages as online_softmax
 from sidelight.mechanisms.base import Aggregator, Geometry, hide, register
 from sidelight.mechanisms.pooling import pooling
-from sidelight.mechanisms.stages import TwoStage
+from sidelight.mechanisms.stages import TwoStage, masked_softmax
 from sidelight.ragged import Ragged
 
-# Tokens of a text that ask in training; see ``DowncastAttention._asking``.
+# Tokens of a text whose queries are used in training; see ``DowncastAttention._queries``.
 TRAINING_QUERIES = 32
 
 
@@ -25,7 +24,7 @@ class DowncastAttention(Aggregator):
 
     Q, K, V: width -> inner; scaled dot-product attention per head; inner -> width; mean or max
     over items (Meyoyan & Del Corro 2026, section 3). No positions, residual, norm or biases.
-    The state is the projected items themselves: it grows with them, as a small KV cache does.
+    The state is the projected items themselves, so it grows like a small KV cache.
 
     Args:
         groups: Groups with projections of their own.
@@ -65,7 +64,7 @@ class DowncastAttention(Aggregator):
             part.unflatten(-1, (self._heads, -1)) for part in projected.chunk(3, -1)
         )  # (B, G, N, H, inner / H)
         scores = torch.einsum("bgihe,bgjhe->bgijh", query, key) / query.shape[-1] ** 0.5
-        weights = online_softmax.masked_softmax(scores, mask[:, None, None, :, None])
+        weights = masked_softmax(scores, mask[:, None, None, :, None])
         attended = torch.einsum("bgijh,bgjhe->bgihe", weights, value).flatten(-2)
         return self._pool(torch.einsum("bgne,ged->bgnd", attended, self.out), mask)
 
@@ -88,27 +87,27 @@ class DowncastAttention(Aggregator):
     ) -> Float[Tensor, "segment group carry"]:
         """Attends within each segment, then pools what the carry needs.
 
-        Under mean pooling the way back to full width is composed with the carry, so no item is
-        ever as wide as a hidden state again.
+        Under mean pooling, the way back to full width is composed with the carry, so that no item
+        becomes as wide as a hidden state again.
         """
         pooled: list[Tensor] = []
         for items, shown in _padded(state):
-            asking = self._asking(shown)
-            attended = self._attend(items, shown, asking)
+            queries = self._queries(shown)
+            attended = self._attend(items, shown, queries)
             if self._over_items == "max":
                 attended = torch.einsum("bgne,ged->bgnd", attended, self.out)
-            pooled.append(self._pool(attended, shown.gather(1, asking)))
+            pooled.append(self._pool(attended, shown.gather(1, queries)))
         vectors = torch.cat(pooled)[_similar_lengths(state.lengths).inverse]
         through = (
             carry if self._over_items == "max" else torch.einsum("ged,gdk->gek", self.out, carry)
         )
         return torch.einsum("bge,gek->bgk", vectors, through)
 
-    def _asking(self, shown: Bool[Tensor, "batch item"]) -> Int[Tensor, "batch query"]:
-        """The items whose queries are used: all, but in training a sample of long segments.
+    def _queries(self, shown: Bool[Tensor, "batch item"]) -> Int[Tensor, "batch query"]:
+        """The items whose queries are used: all, or in training a sample of long segments.
 
         The mean over evenly spread queries estimates the mean over all, at a cost that grows with
-        the length and not with its square.
+        the length instead of its square.
         """
         lengths = shown.sum(1, keepdim=True)
         sample = self._training_queries
@@ -121,11 +120,11 @@ class DowncastAttention(Aggregator):
         self,
         items: Float[Tensor, "batch item group column"],
         shown: Bool[Tensor, "batch item"],
-        asking: Int[Tensor, "batch query"],
+        queries: Int[Tensor, "batch query"],
     ) -> Float[Tensor, "batch group query inner"]:
         query, key, value = items.chunk(3, -1)
-        if asking.shape[1] < items.shape[1]:
-            query = query[torch.arange(len(items), device=items.device)[:, None], asking]
+        if queries.shape[1] < items.shape[1]:
+            query = query[torch.arange(len(items), device=items.device)[:, None], queries]
         query, key, value = (
             part.float().unflatten(-1, (self._heads, -1)).permute(0, 2, 3, 1, 4).flatten(1, 2)
             for part in (query, key, value)
@@ -149,7 +148,7 @@ class _Grouping:
 
 
 def _similar_lengths(lengths: Int[Tensor, " segment"]) -> _Grouping:
-    """Groups in which no length is a third longer than another, so that padding is cheap."""
+    """Groups in which no segment is a third longer than another, so that padding is cheap."""
     order = lengths.argsort(stable=True)
     bucket = (lengths[order].clamp(min=1).float().log2() * 2.5).floor()
     sizes = torch.unique_consecutive(bucket, return_counts=True)[1]
@@ -194,7 +193,7 @@ def _build(geometry: Geometry, options: AttentionOptions) -> TwoStage:
         )
 
     def stage(groups: int) -> DowncastAttention:
-        # Tokens can be sampled; layers are few, and each is its own. A maximum needs all.
+        # Tokens can be sampled. Layers are few and differ, and a maximum needs all items.
         samples = groups == geometry.layers and options.pooling == "mean"
         return DowncastAttention(
             groups=groups,

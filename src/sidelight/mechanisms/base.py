@@ -1,12 +1,11 @@
-"""What a mechanism must give: the dense form that defines it, the streaming form that computes it.
+"""The contract of a mechanism, and the registry of mechanisms by name.
 
-The dense form is the mechanism's equation over a padded tensor. The streaming form needs a few
-numbers from each token (``columns``) and keeps a small state; those of two neighbouring runs merge
-(``summarise``, ``merge``, ``finish``). Training and serving both use the streaming form; laws in
-``tests/test_mechanisms.py`` prove it equal to the dense form for any chunking, merge order and
-packing. Knows hidden states, not text; states are assumed standardised by the probe if at all.
-
-Mechanisms by name, with their options checked.
+The dense form, which defines a mechanism, is its equation over a padded tensor. The streaming form
+needs a few numbers from each token (``columns``) and keeps a small state (``summarise``,
+``finish``); the states of two neighbouring runs of tokens merge (``merge``). Training and serving
+both use the streaming form. Laws in ``tests/test_mechanisms.py`` prove it equal to the dense form
+for any chunking, merge order and packing. Knows hidden states, which the probe standardises if at
+all, and no text.
 """
 
 from abc import ABC, abstractmethod
@@ -44,7 +43,7 @@ class Mechanism(nn.Module, ABC):
     def forward(
         self, hidden: Float[Tensor, "batch layer token width"], mask: Bool[Tensor, "batch token"]
     ) -> Float[Tensor, "batch output"]:
-        """The dense form; what the mask hides may hold anything, NaN included."""
+        """The dense form; where the mask is False, ``hidden`` may hold anything, even NaN."""
 
     @abstractmethod
     def columns(self) -> Float[Tensor, "layer width column"]:
@@ -55,32 +54,32 @@ class Mechanism(nn.Module, ABC):
         """The state of each segment of projected tokens, ``[row, layer, column]``, in float32."""
 
     def summary_kind(self) -> Hashable | None:
-        """What mechanisms have in common that can be summarised and merged together.
+        """Equal for mechanisms that can be summarised and merged in one call.
 
-        Equal kinds do the same to every layer's columns, whatever their parameters, so the layers
-        of one can stand beside those of another in one call. None: only by itself.
+        They do the same to every layer's columns, whatever their parameters, so the layers of one
+        can stand beside those of another. None means that the mechanism must be called by itself.
         """
         return None
 
     @abstractmethod
     def merge(self, left: Ragged, right: Ragged) -> Ragged:
-        """The state of each segment's two runs of tokens together; ``right`` follows ``left``."""
+        """The state of each segment after both runs of tokens; ``right`` follows ``left``."""
 
     @abstractmethod
     def finish(self, state: Ragged) -> Float[Tensor, "segment output"]:
         """The logits of each segment; NaN for a segment without tokens."""
 
     def votes(self, state: Ragged) -> Float[Tensor, "segment voter output"]:
-        """What training compares with the labels: logits that each get a loss of their own."""
+        """The logits that training compares with the labels; each voter gets its own loss."""
         return self.finish(state)[:, None]
 
 
 class Aggregator(nn.Module, ABC):
     """Reduces a group's items to one vector: a stage of the paper's mechanisms.
 
-    In the token stage the groups are layers and the items tokens; in the layer stage there is one
-    group and the items are layers. Everything after a stage's weights is linear, so a stage can
-    *carry* the projections that the next stage needs instead of whole vectors:
+    In the token stage, groups are layers and items are tokens; in the layer stage there is one
+    group, and items are layers. Everything after a stage's weights is linear, so instead of whole
+    vectors a stage can *carry* the projections that the next stage needs:
     ``finish(summarise(items @ columns(carry)), carry) == forward(items) @ carry``.
     """
 
@@ -88,7 +87,7 @@ class Aggregator(nn.Module, ABC):
     def forward(
         self, items: Float[Tensor, "batch group item width"], mask: Bool[Tensor, "batch item"]
     ) -> Float[Tensor, "batch group width"]:
-        """The dense form; what the mask hides may hold anything, NaN included."""
+        """The dense form; where the mask is False, ``items`` may hold anything, even NaN."""
 
     @abstractmethod
     def columns(
@@ -101,12 +100,12 @@ class Aggregator(nn.Module, ABC):
         """The state of each segment of projected items, ``[row, group, column]``, in float32."""
 
     def summary_kind(self) -> Hashable | None:
-        """As ``Mechanism.summary_kind``, of groups in place of layers."""
+        """As ``Mechanism.summary_kind``, with groups in place of layers."""
         return None
 
     @abstractmethod
     def merge(self, left: Ragged, right: Ragged) -> Ragged:
-        """The state of each segment's two runs of items together."""
+        """The state of each segment after both runs of items."""
 
     @abstractmethod
     def finish(
@@ -118,10 +117,8 @@ class Aggregator(nn.Module, ABC):
 def hide(
     items: Float[Tensor, "batch group item width"], mask: Bool[Tensor, "batch item"]
 ) -> Float[Tensor, "batch group item width"]:
-    """The items with masked ones set to zero.
-
-    Filled, not multiplied: padding can hold NaN, and NaN * 0 is NaN.
-    """
+    """The items, with masked ones set to zero."""
+    # Filled, not multiplied: padding can hold NaN, and NaN * 0 is NaN.
     return torch.where(mask[:, None, :, None], items, items.new_zeros(()))
 
 
@@ -136,7 +133,7 @@ class MechanismSpec:
     options: Mapping[str, OptionValue]
 
     def build(self, geometry: Geometry) -> Mechanism:
-        """The mechanism with fresh parameters from torch's current seed."""
+        """A mechanism with fresh parameters, drawn with torch's current seed."""
         entry = _entry(self.name)
         return entry.build(geometry, entry.options(**self.options))
 
@@ -153,11 +150,11 @@ _ENTRIES: dict[str, _Entry] = {}
 def register(
     name: str, options: type[Any]
 ) -> Callable[[Callable[[Geometry, Any], Mechanism]], Callable[[Geometry, Any], Mechanism]]:
-    """Makes a builder known by ``name``.
+    """Registers the decorated builder of mechanisms.
 
     Args:
-        name: What users write.
-        options: A frozen dataclass; its fields are the options and its defaults theirs.
+        name: What users call the mechanism.
+        options: A frozen dataclass, whose fields are the options with their defaults.
     """
 
     def remember(
@@ -178,7 +175,7 @@ def mechanism_spec(name: str, options: Mapping[str, OptionValue] | None = None) 
     """A checked specification with every option filled in.
 
     Raises:
-        SidelightError: Unknown mechanism or option, or a value that the mechanism refuses.
+        SidelightError: The mechanism or an option is unknown, or a value is not allowed.
     """
     entry = _entry(name)
     known = {field.name: field.type for field in fields(entry.options)}
@@ -192,20 +189,17 @@ def mechanism_spec(name: str, options: Mapping[str, OptionValue] | None = None) 
 
 
 def spec_titles(specs: Sequence[MechanismSpec]) -> list[str]:
-    """Each one's name; where several of a name differ, with the options in which they do."""
-    named: dict[str, list[MechanismSpec]] = {}
+    """Each one's name, with the options in which it differs from others of that name."""
+    titles: list[str] = []
     for spec in specs:
-        named.setdefault(spec.name, []).append(spec)
-    return [_title(spec, named[spec.name]) for spec in specs]
-
-
-def _title(spec: MechanismSpec, others: Sequence[MechanismSpec]) -> str:
-    differing = [
-        f"{option}={value}"
-        for option, value in spec.options.items()
-        if any(other.options.get(option) != value for other in others)
-    ]
-    return " ".join([spec.name, *differing])
+        others = [other.options for other in specs if other.name == spec.name]
+        differing = [
+            f"{option}={value}"
+            for option, value in spec.options.items()
+            if any(other.get(option) != value for other in others)
+        ]
+        titles.append(" ".join([spec.name, *differing]))
+    return titles
 
 
 def _check_value(option: str, value: OptionValue, kind: Any) -> None:

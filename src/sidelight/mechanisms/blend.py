@@ -20,16 +20,16 @@ class Blend(Mechanism):
     """The mean of its members' logits.
 
     A linear readout and a non-linear fusion err on different texts, so their mean is better than
-    either; trained by one loss on the sum they would lose that (docs/results.md). Every state of a
-    member has a fixed size; a blend's state is theirs, laid end to end.
+    either. A single loss on their sum would undo that (docs/results.md). A member's state has a
+    fixed size; a blend's state is the states of its members, laid end to end.
 
     Args:
-        members: What is averaged.
+        members: Mechanisms whose states have a fixed size.
     """
 
     def __init__(self, members: list[Mechanism]):
         super().__init__()
-        # A ModuleList, which forgets the type of what it holds.
+        # The type of a ModuleList does not say what it holds.
         self.members = cast(Iterable[Mechanism], nn.ModuleList(members))
         self._widths = [member.columns().shape[2] for member in members]
 
@@ -77,7 +77,7 @@ class Blend(Mechanism):
 
     @cached_property
     def _shapes(self) -> list[torch.Size]:
-        """Of each member's state; when first needed, since a module on "meta" has no numbers."""
+        """The shapes of the members' states; found late, since on "meta" there are no numbers."""
         return [_state_shape(member) for member in self.members]
 
 
@@ -86,7 +86,7 @@ def _joined(states: list[Ragged]) -> Ragged:
 
 
 def _state_shape(member: Mechanism) -> torch.Size:
-    """Of one segment; a state of a fixed size has it without any token."""
+    """The shape of one segment's state, which is the same without any token."""
     columns = member.columns()
     nothing = columns.new_zeros(0, columns.shape[0], columns.shape[2])
     lengths = torch.zeros(1, dtype=torch.long, device=columns.device)
@@ -99,8 +99,8 @@ class BlendOptions:
 
     Attributes:
         heads: Gates per layer of the readout.
-        extremes: Of the readout.
-        fusions: How many layer fusions, which differ by their initial parameters.
+        extremes: As in the readout.
+        fusions: Number of layer fusions, which differ by their initial parameters.
         rank: Features of a token in each fusion.
     """
 

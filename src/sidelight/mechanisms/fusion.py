@@ -8,22 +8,29 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sidelight.mechanisms import stages as online_softmax
 from sidelight.mechanisms.base import Geometry, Mechanism, hide, register
-from sidelight.mechanisms.stages import last_token, merge_last, with_last
+from sidelight.mechanisms.stages import (
+    finish_softmax,
+    last_token,
+    masked_softmax,
+    merge_last,
+    merge_softmax,
+    summarise_softmax,
+    with_last,
+)
 from sidelight.ragged import Ragged
 
-# Of the features while training; chosen on validation data (docs/results.md).
+# Dropout of the features in training; chosen on validation data (docs/results.md).
 DROPOUT = 0.3
 
 
 class Fusion(Mechanism):
-    """Reads a text by attention heads over features that all layers of a token share.
+    """Reads a text by attention heads over features that a token's layers share.
 
     z_t = gelu(norm((1 / sqrt(L + 1)) sum_l A_l x_lt)), norm: layer normalisation over the r numbers
     logits = b + u . z_last + sum_k sum_t softmax_t(g_k . z_t) (v_k . z_t)
 
-    A linear readout weighs each layer by itself; here a token's layers can meet in a feature before
+    A linear readout weighs each layer by itself. Here, a token's layers meet in a feature before
     the softmax over tokens. A token costs r numbers per layer, which are summed over the layers.
 
     Args:
@@ -48,13 +55,13 @@ class Fusion(Mechanism):
         """The equations above, literally."""
         inner = torch.einsum("bltd,ldr->btr", hide(hidden, mask), self.columns())
         features = functional.gelu(self.norm(inner))
-        weights = online_softmax.masked_softmax(features @ self.gate, mask[..., None])  # (B, T, H)
+        weights = masked_softmax(features @ self.gate, mask[..., None])  # (B, T, H)
         values = torch.einsum("btr,rhc->bthc", features, self.value)
         ends = last_token(features[:, None], mask)[:, 0] @ self.last
         return (weights[..., None] * values).sum((1, 2)) + ends + self.bias
 
     def columns(self) -> Float[Tensor, "layer width column"]:
-        """The features' share of each layer."""
+        """What each layer adds to the features."""
         return self.features / math.sqrt(len(self.features))
 
     def summarise(self, tokens: Ragged) -> Ragged:
@@ -62,16 +69,16 @@ class Fusion(Mechanism):
         features = functional.gelu(self.norm(tokens.values.float().sum(1)))
         features = functional.dropout(features, DROPOUT, self.training)
         values = torch.einsum("tr,rhc->thc", features, self.value)
-        gated = online_softmax.summarise((features @ self.gate)[:, None], values[:, None], tokens)
+        gated = summarise_softmax((features @ self.gate)[:, None], values[:, None], tokens)
         return with_last(gated, (features @ self.last)[:, None], tokens)
 
     def merge(self, left: Ragged, right: Ragged) -> Ragged:
         """Exact."""
-        return merge_last(online_softmax.merge(left, right), left, right)
+        return merge_last(merge_softmax(left, right), left, right)
 
     def finish(self, state: Ragged) -> Float[Tensor, "segment output"]:
         """The heads' logits, added."""
-        return online_softmax.finish(state).sum((1, 2)) + self.bias
+        return finish_softmax(state).sum((1, 2)) + self.bias
 
 
 @dataclass(frozen=True)

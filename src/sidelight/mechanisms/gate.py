@@ -9,9 +9,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from sidelight.mechanisms import stages as online_softmax
 from sidelight.mechanisms.base import Aggregator, Geometry, hide, register
-from sidelight.mechanisms.stages import TwoStage
+from sidelight.mechanisms.stages import (
+    TwoStage,
+    finish_softmax,
+    masked_softmax,
+    merge_softmax,
+    summarise_softmax,
+)
 from sidelight.ragged import Ragged
 
 Activation = Literal["tanh", "identity"]
@@ -21,11 +26,11 @@ class Gate(Aggregator):
     """Weights each item by a softmax over learned scores.
 
     s_i = tanh(w . x_i), a = softmax(s), v = sum_i a_i x_i, one w per group (Meyoyan & Del Corro
-    2026, section 3, scoring attention gate). ``identity`` drops the tanh, which otherwise lets two
-    weights differ by a factor of at most e^2.
+    2026, section 3, scoring attention gate). ``identity`` drops the tanh, under which two weights
+    differ at most by a factor of e^2.
 
     Args:
-        groups: Groups with a scoring vector of their own: layers in the token stage, else 1.
+        groups: Groups with their own scoring vector: layers in the token stage, else 1.
         width: Size of an item.
         activation: What bounds the scores.
     """
@@ -41,7 +46,7 @@ class Gate(Aggregator):
         """The gated sum over the items that the mask shows."""
         items = hide(items, mask)
         scores = self._bound(torch.einsum("bgnd,gd->bgn", items, self.score))
-        weights = online_softmax.masked_softmax(scores[..., None], mask[:, None, :, None])
+        weights = masked_softmax(scores[..., None], mask[:, None, :, None])
         return (weights * items).sum(2)
 
     def columns(
@@ -53,21 +58,21 @@ class Gate(Aggregator):
     def summarise(self, items: Ragged) -> Ragged:
         """``[segment, group, 1, (maximum, normaliser, *sums)]``."""
         values = items.values.float()[:, :, None]
-        return online_softmax.summarise(self._bound(values[..., 0]), values[..., 1:], items)
+        return summarise_softmax(self._bound(values[..., 0]), values[..., 1:], items)
 
     def summary_kind(self) -> Hashable:
-        """Gates of the same bound."""
+        """Gates with the same activation."""
         return (Gate, self._bound)
 
     def merge(self, left: Ragged, right: Ragged) -> Ragged:
         """Exact, in any order."""
-        return online_softmax.merge(left, right)
+        return merge_softmax(left, right)
 
     def finish(
         self, state: Ragged, carry: Float[Tensor, "group width carry"]
     ) -> Float[Tensor, "segment group carry"]:
         """The gated sums, already projected."""
-        return online_softmax.finish(state)[:, :, 0]
+        return finish_softmax(state)[:, :, 0]
 
 
 @dataclass(frozen=True)

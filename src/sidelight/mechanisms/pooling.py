@@ -28,7 +28,7 @@ class MeanPooling(Aggregator):
     def columns(
         self, carry: Float[Tensor, "group width carry"]
     ) -> Float[Tensor, "group width carry"]:
-        """What is carried is all that is needed."""
+        """What is carried, and nothing else."""
         return carry
 
     def summarise(self, items: Ragged) -> Ragged:
@@ -56,7 +56,7 @@ class MeanPooling(Aggregator):
 class MaxPooling(Aggregator):
     """The elementwise maximum over items (direct pooling).
 
-    A maximum does not commute with projections, so this stage needs every column of every item,
+    A maximum does not commute with projections, so this stage needs every dimension of every item,
     and its state is as wide as a hidden state.
     """
 

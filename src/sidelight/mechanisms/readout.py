@@ -9,12 +9,19 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from sidelight.mechanisms import stages as online_softmax
 from sidelight.mechanisms.base import Geometry, Mechanism, hide, register
-from sidelight.mechanisms.stages import last_token, merge_last, with_last
+from sidelight.mechanisms.stages import (
+    finish_softmax,
+    last_token,
+    masked_softmax,
+    merge_last,
+    merge_softmax,
+    summarise_softmax,
+    with_last,
+)
 from sidelight.ragged import LOWEST, Ragged
 
-# A class gains by one maximum of a layer and loses by another.
+# One maximum of a layer adds to a class's logit, the other is subtracted.
 _SIGNS = (1.0, -1.0)
 
 
@@ -25,9 +32,9 @@ class Readout(Mechanism):
     r_lk = sum_t softmax_t(g_lk . x_lt) (v_lk . x_lt)
     e_l = max_t (p_l . x_lt) - max_t (q_l . x_lt), if there are extremes
 
-    Where the paper's gate shares one head over all layers, every layer and gate here has a value
-    vector per class. Values are linear, so a token costs (1 + C) H + C numbers per layer, and 2 C
-    more for extremes.
+    The paper's gate shares one head among all layers; here, every layer and gate has a value vector
+    per class. Values are linear, so a token costs (1 + C) H + C numbers per layer, and 2 C more for
+    extremes.
 
     Args:
         geometry: Sizes.
@@ -42,7 +49,7 @@ class Readout(Mechanism):
         self.gate = nn.Parameter(torch.randn(layers, width, heads) * 0.01)
         self.value = nn.Parameter(torch.zeros(layers, width, heads, outputs))
         self.last = nn.Parameter(torch.zeros(layers, width, outputs))
-        # Not zero: a maximum of equal numbers tells no token from another.
+        # Not zero: a maximum over equal numbers could not tell tokens apart.
         self.extremes = nn.Parameter(torch.randn(layers, width, signs, outputs) * 0.001)
         self.bias = nn.Parameter(torch.zeros(outputs))
 
@@ -52,7 +59,7 @@ class Readout(Mechanism):
         """The equation above, literally."""
         hidden = hide(hidden, mask)
         scores = torch.einsum("bltd,ldh->blth", hidden, self.gate)
-        weights = online_softmax.masked_softmax(scores, mask[:, None, :, None])
+        weights = masked_softmax(scores, mask[:, None, :, None])
         values = torch.einsum("bltd,ldhc->blthc", hidden, self.value)
         gated = (weights[..., None] * values).sum((2, 3))  # (B, L, C)
         ends = torch.einsum("bld,ldc->blc", last_token(hidden, mask), self.last)
@@ -61,20 +68,20 @@ class Readout(Mechanism):
         return self._add_layers(gated + ends + self._signed(maxima))
 
     def columns(self) -> Float[Tensor, "layer width column"]:
-        """H gates, H x C values, C of the last token, then 2 C of which maxima are taken."""
+        """H gates, H x C values, C for the last token, then 2 C whose maxima are taken."""
         return torch.cat([self.gate, self.value.flatten(2), self.last, self.extremes.flatten(2)], 2)
 
     def summarise(self, tokens: Ragged) -> Ragged:
         """``[segment, layer, head, (maximum, normaliser, *sums)]``.
 
-        The last token is one more head, whose weight is 1 there and 0 elsewhere. Extremes are two
-        more, with the maxima in place of sums.
+        The last token is one more head, with weight 1 on that token and 0 elsewhere. Extremes are
+        two more, with maxima in place of sums.
         """
         heads, outputs = self.gate.shape[2], len(self.bias)
         signs = self.extremes.shape[2]
         sizes = [heads, heads * outputs, outputs, signs * outputs]
         scores, values, last, candidates = tokens.values.float().split(sizes, -1)
-        gated = online_softmax.summarise(scores, values.unflatten(-1, (heads, -1)), tokens)
+        gated = summarise_softmax(scores, values.unflatten(-1, (heads, -1)), tokens)
         means = with_last(gated, last, tokens)
         if not signs:
             return means
@@ -89,16 +96,16 @@ class Readout(Mechanism):
     def merge(self, left: Ragged, right: Ragged) -> Ragged:
         """Exact."""
         (earlier, low), (later, high) = self._parted(left), self._parted(right)
-        means = merge_last(online_softmax.merge(earlier, later), earlier, later)
+        means = merge_last(merge_softmax(earlier, later), earlier, later)
         return Ragged.one_row_each(torch.cat([means.values, torch.maximum(low, high)], 2))
 
     def finish(self, state: Ragged) -> Float[Tensor, "segment output"]:
         """The layers' and heads' logits, added."""
         means, maxima = self._parted(state)
-        return self._add_layers(online_softmax.finish(means).sum(2) + self._signed(maxima[..., 2:]))
+        return self._add_layers(finish_softmax(means).sum(2) + self._signed(maxima[..., 2:]))
 
     def _parted(self, state: Ragged) -> tuple[Ragged, Float[Tensor, "segment layer sign number"]]:
-        """What is summed, and what maxima are taken of."""
+        """The state of what is summed, and that of the extremes."""
         heads = self.gate.shape[2] + 1
         return Ragged.one_row_each(state.values[:, :, :heads]), state.values[:, :, heads:]
 

@@ -1,13 +1,9 @@
-"""Softmax-weighted sums in one pass: the state that gate and readout share.
+"""What mechanisms are built from: the running softmax, the last token, and the paper's two stages.
 
-Per group and head the state holds the largest score so far, the normaliser relative to it, and the
-weighted sums; two states merge exactly and in any order (Milakov & Gimelshein 2018).
-
-The last token as a head of the running softmax state: weight 1 there, 0 elsewhere.
-
-An empty segment has maximum ``LOWEST`` and weight 0; any other has maximum 0 and weight 1.
-
-The paper's probe: a token stage, a layer stage of the same mechanism, a head.
+Running softmax: per group and head, the state holds the largest score so far, the normaliser
+relative to it, and the weighted sums; two states merge exactly and in any order (Milakov &
+Gimelshein 2018). The last token is one more head, with weight 1 on that token and 0 elsewhere: its
+maximum is 0, or ``LOWEST`` (with weight 0) in an empty segment.
 """
 
 from collections.abc import Callable, Hashable
@@ -20,7 +16,7 @@ from sidelight.mechanisms.base import Aggregator, Geometry, Mechanism
 from sidelight.ragged import LOWEST, Ragged
 
 
-def summarise(
+def summarise_softmax(
     scores: Float[Tensor, "row group head"],
     values: Float[Tensor, "row group head value"],
     tokens: Ragged,
@@ -32,21 +28,21 @@ def summarise(
         values: What is weighted, float32.
         tokens: Gives the rows' segments.
     """
-    # The maximum only keeps exp() in range: its gradient cancels.
+    # The maximum only keeps exp() in range; its gradient cancels.
     top = Ragged(scores.detach(), tokens.lengths).maxima()
     weight = (scores - top[tokens.segments]).exp()[..., None]
     parts = (Ragged(part, tokens.lengths).sums() for part in (weight, weight * values))
     return Ragged.one_row_each(torch.cat([top[..., None], *parts], -1))
 
 
-def merge(left: Ragged, right: Ragged) -> Ragged:
-    """The state of both runs of tokens."""
+def merge_softmax(left: Ragged, right: Ragged) -> Ragged:
+    """The state after both runs of tokens."""
     top = torch.maximum(left.values[..., :1], right.values[..., :1])
     sums = [(side.values[..., :1] - top).exp() * side.values[..., 1:] for side in (left, right)]
     return Ragged.one_row_each(torch.cat([top, sums[0] + sums[1]], -1))
 
 
-def finish(state: Ragged) -> Float[Tensor, "segment group head value"]:
+def finish_softmax(state: Ragged) -> Float[Tensor, "segment group head value"]:
     """The weighted means; NaN for a segment without tokens."""
     return state.values[..., 2:] / state.values[..., 1:2]
 
@@ -54,16 +50,16 @@ def finish(state: Ragged) -> Float[Tensor, "segment group head value"]:
 def masked_softmax(
     scores: Float[Tensor, "*batch item head"], mask: Bool[Tensor, "*#batch item #head"]
 ) -> Float[Tensor, "*batch item head"]:
-    """Softmax over items, masked ones weighing nothing."""
+    """Softmax over items, where masked ones have weight 0."""
     return torch.where(mask, scores, LOWEST).softmax(-2)
 
 
 def with_last(gated: Ragged, values: Float[Tensor, "row group value"], tokens: Ragged) -> Ragged:
-    """The state of an online softmax with one head more.
+    """The state of a running softmax with the last token as one more head.
 
     Args:
         gated: ``[segment, group, head, (maximum, normaliser, *sums)]``.
-        values: Of every token; only a segment's last one counts.
+        values: Those of every token; only a segment's last one counts.
         tokens: Gives the rows' segments.
     """
     has_token = tokens.lengths > 0
@@ -76,10 +72,10 @@ def with_last(gated: Ragged, values: Float[Tensor, "row group value"], tokens: R
 
 
 def merge_last(merged: Ragged, left: Ragged, right: Ragged) -> Ragged:
-    """Puts the last head right: it is that of ``right``, where ``right`` has a token.
+    """Corrects the last head, which is that of ``right`` wherever ``right`` has a token.
 
     Args:
-        merged: What ``online_softmax.merge`` made of both.
+        merged: What ``merge_softmax`` made of both.
         left: The earlier run of tokens.
         right: The later one.
     """
@@ -91,7 +87,7 @@ def merge_last(merged: Ragged, left: Ragged, right: Ragged) -> Ragged:
 def last_token(
     items: Float[Tensor, "batch group item width"], mask: Bool[Tensor, "batch item"]
 ) -> Float[Tensor, "batch group width"]:
-    """The dense form: each text's last item that the mask shows."""
+    """The dense form: each text's last item among those that the mask shows."""
     positions = torch.arange(mask.shape[1], device=mask.device)
     ends = torch.where(mask, positions, -1).argmax(1)
     return items[torch.arange(len(items), device=mask.device), :, ends]

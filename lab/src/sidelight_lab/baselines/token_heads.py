@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sidelight.mechanisms import stages as online_softmax
+from sidelight.mechanisms.stages import finish_softmax, summarise_softmax
 from sidelight.ragged import Ragged
 from sidelight.standardisation import Standardisation
 from sidelight.states.cache import Shard
@@ -50,8 +50,8 @@ class AttentionHeads(nn.Module):
         columns = tokens.values @ torch.cat([self.query, self.value.flatten(1)], 1)
         scores, values = columns[:, None].tensor_split([heads], -1)
         values = values.unflatten(-1, (heads, -1))
-        state = online_softmax.summarise(scores, values, tokens)
-        return online_softmax.finish(state).sum((1, 2)) + self.bias
+        state = summarise_softmax(scores, values, tokens)
+        return finish_softmax(state).sum((1, 2)) + self.bias
 
 
 class RollingHeads(AttentionHeads):
@@ -216,8 +216,8 @@ class SmoothedLinear(nn.Module):
         logits = smoothed.values
         target = class_targets(labels, self._task)[smoothed.segments]
         losses = functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
-        state = online_softmax.summarise(logits[:, None], losses[:, None, :, None], smoothed)
-        return online_softmax.finish(state).mean()
+        state = summarise_softmax(logits[:, None], losses[:, None, :, None], smoothed)
+        return finish_softmax(state).mean()
 
     def smoothed(self, batch: Shard, *, dtype: torch.dtype) -> Ragged:
         """``[window, output]``: the mean logit of each window, products taken in ``dtype``."""
