@@ -5,17 +5,24 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
+from dataclasses import fields
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
+import click
 import pytest
 import torch
 
+from sidelight.artifact import Manifest
 from sidelight.cli import app
 from sidelight.engines.loading import LoadingEngine
 from sidelight.mechanisms import base
+from sidelight.policy.rules import Policy, Rule
 from sidelight.ragged import Ragged
 from sidelight.server.app import create_app
+from sidelight.server.config import ServerConfig
+from sidelight.server.metrics import Metrics
 from tiny import tiny_backbone
 
 ROOT = Path(__file__).parent.parent
@@ -146,10 +153,47 @@ def test_the_tables_of_routes_hold_what_the_server_has():
     assert sorted(told) == sorted(has)
 
 
-def test_every_option_of_the_server_is_described():
-    said = "".join(page.read_text() for page in PAGES)
-    options = [name for option in app.commands["serve"].params for name in option.opts]
-    assert [name for name in options if not re.search(rf"{name}(?![\w-])", said)] == []
+def commands() -> Iterator[str]:
+    for name in app.list_commands(click.Context(app)):
+        command = app.get_command(click.Context(app), name)
+        subcommands = command.commands if isinstance(command, click.Group) else [""]
+        yield from (f"sidelight {name} {sub}".strip() for sub in subcommands)
+
+
+def series() -> set[str]:
+    page = Metrics(LoadingEngine(tiny_backbone)).exposition().decode()
+    names = re.findall(r"^# TYPE (\w+)", page, flags=re.MULTILINE)
+    return {name for name in names if not name.endswith("_created")}
+
+
+def error_codes() -> set[str]:
+    code = "\n".join(path.read_text() for path in SOURCE.rglob("*.py"))
+    return set(re.findall(r"""(?:\bcode=|_error", )"(\w+)\"""", code))
+
+
+def options() -> set[str]:
+    """The options of the server, and the keys of its file that have none."""
+    parameters = app.commands["serve"].params
+    named = {name for option in parameters for name in option.opts}
+    return named | (ServerConfig.model_fields.keys() - {option.name for option in parameters})
+
+
+REFERENCE = {
+    "commands.md": commands,
+    "configuration.md": options,
+    "manifest.md": lambda: [field.name for field in fields(Manifest)],
+    "metrics.md": series,
+    "policy-file.md": lambda: [field.name for kind in (Policy, Rule) for field in fields(kind)],
+    "routes.md": error_codes,
+}
+
+
+@pytest.mark.parametrize("page", REFERENCE)
+def test_a_page_of_reference_names_all_there_is(page: str):
+    told = (ROOT / "docs" / page).read_text()
+    names = sorted(REFERENCE[page]())
+    assert names
+    assert [name for name in names if not re.search(rf"(?<![\w-]){name}(?![\w-])", told)] == []
 
 
 def test_the_mechanism_of_the_how_to_streams_what_it_defines(monkeypatch: pytest.MonkeyPatch):
