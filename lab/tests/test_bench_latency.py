@@ -18,6 +18,7 @@ from sidelight.data.examples import Example
 from sidelight.errors import ContextLengthError, SidelightError
 from sidelight.mechanisms.base import mechanism_names
 from sidelight.prompts import Message
+from sidelight_lab.bench import latency
 from sidelight_lab.bench.latency import compare_latency, latency_record
 from sidelight_lab.bench.record import conditions
 from sidelight_lab.bench.subjects import (
@@ -38,6 +39,12 @@ MB = 2**20
 RAGGED = ["a", "some words", "a somewhat longer text"]
 # Two float32 programs of the same sums: the order of additions differs.
 ROUNDING = 1e-5
+
+
+@pytest.fixture(autouse=True)
+def single_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each timing is of one run: no test looks at how long one takes."""
+    monkeypatch.setattr(latency, "SHORTEST_S", 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -119,9 +126,7 @@ def test_the_encoder_has_the_parameters_of_minilm_and_the_guard_those_of_the_llm
 
 def test_ratios_are_paired_with_the_first_row(tiny, subjects):
     loads = random_loads(tiny, [8], batch_sizes=[2])
-    base, second = compare_latency(
-        [subjects[0], other(2 * 8**2)], loads, repeats=3, device=CPU, shortest_s=0.0
-    )
+    base, second = compare_latency([subjects[0], other(2 * 8**2)], loads, repeats=3, device=CPU)
     assert (base.ratio.low, base.ratio.median, base.ratio.high) == (1, 1, 1)
     assert (base.batch_size, base.mean_tokens, second.weights_bytes) == (2, 8, 7)
     assert second.ratio.low >= second.ms.low / base.ms.high
@@ -140,7 +145,7 @@ def test_each_round_begins_with_another_action():
 
 def test_a_row_is_left_out_where_its_subject_does_not_accept_the_load(tiny, subjects):
     loads = random_loads(tiny, [4, 8], batch_sizes=[1])
-    rows = compare_latency([subjects[0], other(4**2)], loads, repeats=1, device=CPU, shortest_s=0.0)
+    rows = compare_latency([subjects[0], other(4**2)], loads, repeats=1, device=CPU)
     assert [(row.subject, row.load) for row in rows] == [
         ("LLM", "4 tokens"),
         ("other", "4 tokens"),
@@ -220,7 +225,7 @@ def test_an_unknown_mechanism_is_named(tiny):
 
 def test_the_record_holds_every_figure_and_what_it_was_measured_on(tiny, subjects, tmp_path):
     loads = random_loads(tiny, [4], batch_sizes=[1, 2])
-    rows = compare_latency([subjects[0], other(64)], loads, repeats=2, device=CPU, shortest_s=0.0)
+    rows = compare_latency([subjects[0], other(64)], loads, repeats=2, device=CPU)
     latency_record(rows, conditions(tiny, {"rounds": 2})).save(tmp_path / "new")
     saved = json.loads((tmp_path / "new" / "latency.json").read_text())
     assert len(saved["rows"]) == 4

@@ -1,5 +1,6 @@
 """Time and memory of one new token: every subject on every load, in turn."""
 
+import gc
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -28,6 +29,9 @@ _COLOURS = (
     "#999933",
 )  # fmt: skip
 _LINES: dict[Kind, str] = {"one pass": "-", "naive": "--", "cascade": ":"}
+# A timing averages as many runs as the first subject needs to fill this: one interrupt would decide
+# a shorter one.
+SHORTEST_S = 0.2
 # Overheads below this share are drawn on a linear scale, larger ones on a logarithmic one.
 _LINEAR_PERCENT = 10
 
@@ -61,7 +65,6 @@ def compare_latency(
     *,
     repeats: int,
     device: torch.device,
-    shortest_s: float = 0.2,
 ) -> list[Row]:
     """A row for every subject on every load that it accepts.
 
@@ -70,11 +73,12 @@ def compare_latency(
         loads: What is run.
         repeats: Timed rounds.
         device: Where the subjects run.
-        shortest_s: A timing averages as many runs as the first subject needs to fill this, since
-            one interrupt would decide a shorter one.
     """
-    rows: list[Row] = []
     with progress("Timing", len(loads) * len(subjects) * repeats, unit="timings") as shown:
+        rows: list[Row] = []
+        # Memory is measured after a garbage collection, which then skips all that is alive now.
+        gc.collect()
+        gc.freeze()
         for load in loads:
             able = [subject for subject in subjects if subject.accepts(load)]
             shown.advance((len(subjects) - len(able)) * repeats)
@@ -83,7 +87,7 @@ def compare_latency(
             peaks = [peak_bytes(partial(_run, one, load), device=device) for one in able]
             start = perf_counter()
             _run(able[0], load)
-            calls = max(1, math.ceil(shortest_s / (perf_counter() - start)))
+            calls = max(1, math.ceil(SHORTEST_S / (perf_counter() - start)))
             actions = {one.name: partial(_run, one, load, calls=calls) for one in able}
             found = interleaved(actions, repeats=repeats, advance=shown.advance)
             rows += [
@@ -100,6 +104,7 @@ def compare_latency(
                 )
                 for subject, seconds, peak in zip(able, found.values(), peaks, strict=True)
             ]
+        gc.unfreeze()
     return rows
 
 
