@@ -21,7 +21,7 @@ from sidelight.prompts import Reads
 from sidelight.states.scoring import score
 from sidelight.training.dataset import ProbeDataset, make_split
 from sidelight.training.objective import validation_score
-from sidelight_lab.baselines.registry import BASELINES
+from sidelight_lab.baselines import BASELINES
 from sidelight_lab.tables.judging import score_split
 from sidelight_lab.tables.reproduce import reproduce
 from sidelight_lab.tables.rows import Configuration, build_rows, suggested

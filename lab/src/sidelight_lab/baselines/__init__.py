@@ -1,5 +1,32 @@
-"""Baselines that probes are compared with, fitted to the same texts. `registry` lists them.
+"""Baselines that probes are compared with, fitted to the same texts, by the names in recipes.
 
 Some read the hidden states that probes read (`pooled`, `siren`, `muli`, `token_heads`), others run
 a whole model of their own (`fine_tuning`, `prompting`, `endpoints`).
 """
+
+from sidelight_lab.baselines import endpoints, fine_tuning, pooled, prompting, token_heads
+from sidelight_lab.baselines.base import Baseline, TfIdf
+from sidelight_lab.baselines.muli import Muli
+from sidelight_lab.baselines.siren import Siren
+
+BASELINES: dict[str, type[Baseline]] = {
+    "tfidf": TfIdf,
+    "mean_last_layer": pooled.MeanOfLastLayer,
+    "last_token_last_layer": pooled.LastTokenOfLastLayer,
+    "mean_best_layer": pooled.MeanOfBestLayer,
+    "last_token_best_layer": pooled.LastTokenOfBestLayer,
+    "means_all_layers": pooled.MeansOfAllLayers,
+    "muli": Muli,
+    "siren": Siren,
+    "mlpm": pooled.Mlpm,
+    "attention_probe": token_heads.AttentionProbe,
+    "mlp_heads": token_heads.MlpHeads,
+    "rolling_max": token_heads.RollingMax,
+    "concatenated": token_heads.Concatenated,
+    "encoder": fine_tuning.FineTunedEncoder,
+    "lora": fine_tuning.Lora,
+    "zero_shot": prompting.ZeroShot,
+    "few_shot": prompting.FewShot,
+    "moderation_endpoint": endpoints.ModerationEndpoint,
+    "guard_endpoint": endpoints.GuardEndpoint,
+}

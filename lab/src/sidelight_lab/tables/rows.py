@@ -10,8 +10,8 @@ from pydantic import TypeAdapter, ValidationError
 from sidelight.errors import SidelightError, did_you_mean
 from sidelight.mechanisms.base import MechanismSpec, mechanism_spec
 from sidelight.training.settings import TrainingSettings, suggested_settings
+from sidelight_lab.baselines import BASELINES
 from sidelight_lab.baselines.base import Baseline
-from sidelight_lab.baselines.registry import BASELINES
 from sidelight_lab.tables.recipes import BaselineRow, ProbeRow, Recipe, Value
 
 Configuration = tuple[MechanismSpec, TrainingSettings]
@@ -23,7 +23,7 @@ class ProbeConfig:
 
     Attributes:
         swept: The value of the swept parameter; None outside a sensitivity table.
-        line: Name of the probe that was swept: rows of one line make one curve.
+        line: Name of the probe that is swept: rows with the same line make one curve.
     """
 
     name: str
@@ -36,11 +36,11 @@ class ProbeConfig:
 
     @property
     def title(self) -> str:
-        """The row as the table shows it."""
+        """The row's name in the table."""
         return self.name
 
     def describe(self) -> dict[str, Any]:
-        """Everything that decides a result beside the texts and the seed; goes into its hash."""
+        """Everything that decides a result besides texts and seed, for its hash."""
         return {"spec": asdict(self.spec), "settings": asdict(self.settings)}
 
 
@@ -49,8 +49,8 @@ class BaselineConfig:
     """A baseline that is ready to be fitted.
 
     Attributes:
-        title: The row as the table shows it.
-        seeds: Runs at most; None means all of the table's seeds.
+        title: The row's name in the table.
+        seeds: The most runs; None means all of the table's seeds.
     """
 
     name: str
@@ -60,11 +60,11 @@ class BaselineConfig:
 
     @property
     def is_single_pass(self) -> bool:
-        """Whether the served LLM's own forward pass gives all that it reads."""
+        """Whether it reads nothing but the served LLM's own forward pass."""
         return self.baseline.is_single_pass
 
     def describe(self) -> dict[str, Any]:
-        """Everything that decides a result beside the texts and the seed; goes into its hash."""
+        """Everything that decides a result besides texts and seed, for its hash."""
         return {"baseline": type(self.baseline).__name__, "options": repr(self.baseline)}
 
 
@@ -77,7 +77,7 @@ def suggested(mechanism: str) -> Configuration:
 
 
 def build_rows(recipe: Recipe, search: Callable[[str], Configuration]) -> tuple[Row, ...]:
-    """The rows in the order of the recipe, swept and searched where it says so."""
+    """The rows in the order of the recipe, swept or searched as it says."""
     probes = [_probe(row, search) for row in recipe.probe]
     if recipe.sweep is not None:
         parameter, values = recipe.sweep.parameter, recipe.sweep.values
@@ -133,7 +133,7 @@ def _baseline(row: BaselineRow) -> BaselineConfig:
         baseline = TypeAdapter(kind).validate_python(row.options)
     except ValidationError as error:
         raise SidelightError(f"Option {row.key}.{_refusal(error)}") from error
-    # A row with a name of its own tells two configurations of one baseline apart.
+    # A row that has its own name tells two configurations of one baseline apart.
     title = kind.title if row.name == row.key else row.name
     return BaselineConfig(row.name, title, baseline, row.seeds)
 
