@@ -36,8 +36,8 @@ GROUPS = ("first", "last", "template", "content")
 def mark_tokens(prompt: EncodedPrompt, reads: Reads) -> Bool[Tensor, "token mark"]:
     """The marks of the tokens that a probe reads.
 
-    The first one is an attention sink where it opens the input; after a system turn, which is not
-    read, it does not.
+    The first token is an attention sink if it opens the whole input. It does not after a system
+    turn, which is not read.
     """
     at = prompt.mask(reads).nonzero()[:, 0]
     order = torch.arange(len(at))
@@ -71,14 +71,14 @@ _PIECE_VALUES = 2**25
 
 @dataclass(frozen=True)
 class Piece:
-    """Some texts as a probe sees them.
+    """Some texts as the probe sees them.
 
     Attributes:
         tokens: Columns, ``[token, layer, column]`` in float32. Columns have no constant term, so
             zeros stand for a layer at its standardisation mean (at zero for a probe that reads raw
             states).
-        marks: What each token is; see ``mark_tokens``.
-        texts: Where in the split each text is.
+        marks: The marks of each token; see ``mark_tokens``.
+        texts: Position of each text in the split.
     """
 
     tokens: Ragged
@@ -87,7 +87,7 @@ class Piece:
 
 
 def read_pieces(probe: Probe, split: Split, *, device: torch.device | str) -> Iterator[Piece]:
-    """All texts of a split, in the order they are cached in."""
+    """All texts of a split, in the order of the cache."""
     projection = probe.projection()
     weight = projection.weight.detach().float().to(device)
     shift = projection.shift.detach().float().to(device)[:, None]
@@ -113,8 +113,8 @@ def _cut(shard: Shard) -> Iterator[Shard]:
         yield Shard(hidden, shard.lengths[first:last], shard.rows[first:last])
 
 
-# Points of Gauss and Legendre in u, where a = u^4: a normalised feature turns within the first
-# hundredths of the way.
+# Gauss-Legendre points in u, where a = u^4: a normalised feature turns within the first hundredths
+# of the way.
 _POINTS = 24
 _POWER = 4
 
@@ -122,8 +122,9 @@ _POWER = 4
 def true_targets(task: Task, labels: Int[np.ndarray, "text ..."]) -> Float[Tensor, "text output"]:
     """For each text the weights of its logits whose sum is the target.
 
-    Binary: the logit. Multi-class: the true class's, less the mean of all, since a shift of all
-    changes no verdict. Multi-label: the mean of the labels that hold, or of all where none does.
+    Binary: the logit. Multi-class: the logit of the true class less the mean of all, since a shift
+    of all logits changes no verdict. Multi-label: the mean over the labels of the text, or over all
+    labels if it has none.
     """
     if task.kind == "binary":
         return torch.ones(len(labels), 1)
@@ -161,8 +162,8 @@ def contributions(
     return (total * tokens.values).sum(-1)
 
 
-# The column at which a stage's values begin, which is where its scores end; by type, from the stage
-# and its number of columns. A type that is not here has contributions only.
+# The column at which a stage's values begin, after its scores: by type of stage, from the stage and
+# its number of columns. A type that is not listed has contributions only.
 _FIRST_VALUE: dict[type[Any], Callable[[Any, int], int]] = {
     MeanPooling: lambda _stage, _columns: 0,
     MaxPooling: lambda _stage, _columns: 0,
@@ -188,7 +189,7 @@ def token_weights(mechanism: Mechanism, tokens: Ragged) -> Float[Tensor, "token 
 
 
 def layer_weights(mechanism: Mechanism, tokens: Ragged) -> Float[Tensor, "text layer"] | None:
-    """The weights that the layer stage gives, likewise; those of a text sum to 1."""
+    """The weights that the layer stage gives; those of a text sum to 1. See ``token_weights``."""
     if not isinstance(mechanism, TwoStage):
         return None
     vectors = layer_vectors(mechanism, tokens)
@@ -253,7 +254,7 @@ def _as_items(vectors: Float[Tensor, "text layer carry"]) -> Ragged:
 
 
 def layer_views(layers: int) -> dict[str, Bool[Tensor, "view layer"]]:
-    """The layers that are kept: all but one, only one, or from one on; one view per layer."""
+    """Which layers are kept: all but one, only one, or all from one on; one view per layer."""
     one = torch.eye(layers, dtype=torch.bool)
     return {"drop": ~one, "only": one, "from": torch.ones_like(one).triu()}
 
@@ -266,7 +267,7 @@ def without_layers(
     if isinstance(mechanism, TwoStage):
         # The token stage of two runs once: no layer's vector depends on another layer.
         whole = layer_vectors(mechanism, tokens)
-        # Tokens that are all alike aggregate to any one of them.
+        # Equal tokens aggregate to one of them, so a single mean token is enough.
         mean = layer_vectors(mechanism, Ragged.one_row_each(torch.zeros_like(tokens.values[:1])))
 
         def judge(kept: Bool[Tensor, " layer"]) -> Float[Tensor, "text output"]:
@@ -286,7 +287,7 @@ def without_layers(
 
 @torch.no_grad()
 def without_tokens(mechanism: Mechanism, piece: Piece) -> dict[str, Float[Tensor, "text output"]]:
-    """The logits in each of ``token_views``; a text left without tokens has one mean token."""
+    """The logits in each of ``token_views``; a text without any token left gets one mean token."""
     return {
         name: mechanism.finish(mechanism.summarise(_only(piece.tokens, kept)))
         for name, kept in token_views(piece.marks).items()

@@ -88,7 +88,7 @@ class Anatomy:
         layers: For each of ``layer_views`` the score by layer.
         tokens: For each of ``token_views`` the score.
         opening: Share of texts whose first read token opens the whole input.
-        error: Largest error of the contributions' sum, in logits.
+        error: The largest error of the sum of the contributions, in logits.
         heat_maps: The first texts of each class.
     """
 
@@ -112,8 +112,8 @@ def examine(
     """Examines a probe on cached states; the backbone does not run.
 
     Args:
-        probe: Of the split's backbone and task.
-        split: Texts that it was not trained on.
+        probe: Trained on the split's backbone and task.
+        split: Texts that the probe was not trained on.
         device: Where to compute.
         heat_maps: Texts of each class to keep token weights of.
 
@@ -124,7 +124,7 @@ def examine(
     if len(classes) < 2:
         raise SidelightError(
             f"All {len(split)} texts are of class '{next(iter(classes), None)}', but an anatomy "
-            "compares classes. Give texts of two or more with --data."
+            "compares classes. Give texts of two or more classes with --data."
         )
     shown = {
         i: name for name, own in classes.items() for i in np.flatnonzero(own)[:heat_maps].tolist()
@@ -132,7 +132,7 @@ def examine(
     mechanism = probe.mechanism.to(device).eval()
     texts: list[Int[np.ndarray, " text"]] = []
     uses: list[Use] = []
-    # By view, ``[..., text, output]``.
+    # For each view ``[..., text, output]``.
     logits: dict[str, list[np.ndarray]] = {}
     maps: list[HeatMap] = []
     openings, error = 0, 0.0
@@ -193,12 +193,12 @@ def _members(
 
 
 def _array(values: Tensor) -> Float[np.ndarray, "..."]:
-    """In float64, on the CPU."""
+    """The values in float64, on the CPU."""
     return values.detach().double().cpu().numpy()
 
 
 def _shares(amounts: Float[Tensor, "text part"]) -> Float[Tensor, "text part"]:
-    """Of the absolute sum; zeros where all are zero."""
+    """Shares of the absolute sum; zeros where all are zero."""
     sizes = amounts.abs()
     return sizes / sizes.sum(1, keepdim=True).clamp(min=torch.finfo(sizes.dtype).tiny)
 

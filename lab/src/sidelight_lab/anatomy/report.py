@@ -30,9 +30,10 @@ _NEGLIGIBLE = 0.01
 def write_anatomies(
     anatomies: Sequence[Anatomy], directory: Path, *, decode: Callable[[int], str]
 ) -> list[Path]:
-    """Writes everything, and returns the files; those of the same names are replaced.
+    """Writes all files, replacing those of the same names, and returns their paths.
 
-    The mechanisms name the files, so each may occur once. ``decode`` gives the text of a token id.
+    Files are named after the mechanisms, so each may occur once. ``decode`` gives the text of a
+    token id.
     """
     written: list[Path] = []
     for one in anatomies:
@@ -91,14 +92,14 @@ def _to_markdown(anatomy: Anatomy) -> str:
     )
     return f"""# {anatomy.probe.name}: {anatomy.probe.spec.name}
 
-{sum(anatomy.texts.values())} texts, {metric} {anatomy.score:.3f}. Shares are of the absolute
-contributions to the logit; in brackets the share of the tokens. *first* and *last* are one token
-each, of the template where it opens or ends what is read, and *template* its other tokens.
+{sum(anatomy.texts.values())} texts, {metric} {anatomy.score:.3f}. Shares are shares of the absolute
+contributions to the logit; the share of the tokens stands in brackets. *first* and *last* are one
+token each, which may belong to the template; *template* is the rest of the template.
 
 {classes}
 
-The score without some parts; nothing is trained again. A layer that is left out stays at its mean.
-All tokens of the template are left out together, including a first or last one.
+The score when some parts are left out; nothing is trained again. A layer that is left out stays at
+its mean. All template tokens are left out together, including a first or last one.
 
 {ablations}
 
@@ -125,9 +126,9 @@ def _ablations(anatomy: Anatomy) -> dict[str, float]:
     start = int(np.flatnonzero(later >= anatomy.score - _NEGLIGIBLE).max())
     return {
         "everything": anatomy.score,
-        f"without layer {worst}, the costliest to lose": drop[worst],
+        f"without layer {worst}, the costliest one to lose": drop[worst],
         f"layer {best} only, the best one alone": only[best],
-        f"from layer {start} on, the last start that loses at most {_NEGLIGIBLE}": later[start],
+        f"from layer {start} on, the deepest start that loses at most {_NEGLIGIBLE}": later[start],
         **anatomy.tokens,
     }
 
@@ -190,7 +191,7 @@ _VIEWS = {"drop": "all but this layer", "only": "this layer only", "from": "from
 def _draw(anatomy: Anatomy, path: Path) -> None:
     """Layers on the left, tokens on the right; what is used per class, then what ablation costs.
 
-    The six classes with most texts are drawn.
+    The six classes with the most texts are drawn.
     """
     figure = Figure(figsize=(11.0, 9.0), layout="constrained")
     title = _escape(f"{anatomy.probe.name}: anatomy of {anatomy.probe.spec.name}")
@@ -221,7 +222,7 @@ def _draw_layer_ablation(anatomy: Anatomy, axes: Axes) -> None:
         axes.plot(anatomy.layers[view], color=colour, label=label, **_DOTS)
     axes.axhline(anatomy.score, color=_MUTED, linestyle="--", linewidth=1, label="all layers")
     axes.set(xlabel="Layer", ylabel=_begun(score_name(anatomy.probe.task)))
-    # It may lie on a curve: what is behind its words must not show.
+    # The legend may lie on a curve, which must not show behind its words.
     axes.legend(**{**_LEGEND, "frameon": True, "framealpha": 1.0, "edgecolor": "none"})
 
 

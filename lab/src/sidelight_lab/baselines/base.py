@@ -17,9 +17,9 @@ class FittedBaseline:
     """A fitted baseline.
 
     Attributes:
-        logits: Scores of texts before calibration, as a probe's; a binary task has one column.
-        parameters: Numbers fitted to the training texts that are kept for prediction.
-        seconds_before: What an earlier, killed fit took for the part that was not done again.
+        logits: Gives the logits of texts before calibration; a binary task has one column.
+        parameters: How many fitted numbers prediction needs.
+        seconds_before: Time of an earlier, killed fit that this one went on from.
     """
 
     logits: Callable[[Split], Float[np.ndarray, "text output"]]
@@ -28,21 +28,21 @@ class FittedBaseline:
 
 
 class Baseline(ABC):
-    """A way to classify that probes are compared with: a frozen dataclass whose fields are options.
+    """A kind of classifier to compare probes with: a frozen dataclass whose fields are its options.
 
     Attributes:
-        title: As tables show it.
-        is_single_pass: Whether the served LLM's own forward pass gives all that it reads.
+        title: Its name in tables.
+        is_single_pass: Whether it reads nothing but the served LLM's own forward pass.
     """
 
     title: ClassVar[str]
     is_single_pass: ClassVar[bool]
 
     def require(self) -> None:
-        """Checks what must be installed, before others are fitted for hours.
+        """Checks that everything it needs is installed, before other rows are fitted for hours.
 
         Raises:
-            SidelightError: It is not there; the message names the remedy.
+            SidelightError: Something is missing; the message names the remedy.
         """
         return
 
@@ -51,8 +51,8 @@ class Baseline(ABC):
         """Fits to the training texts; chooses its settings, if any, on the validation texts.
 
         Args:
-            dataset: The data.
-            seed: Of everything random.
+            dataset: Training and validation texts with their hidden states.
+            seed: Decides everything random.
 
         Raises:
             SidelightError: The baseline cannot be used here; the message names the remedy.

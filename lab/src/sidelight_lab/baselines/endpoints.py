@@ -37,11 +37,11 @@ class Endpoint(Baseline):
     """A service that scores texts.
 
     Attributes:
-        url: Up to and including ``/v1``.
-        key_env: Environment variable that holds the key; unset where no key is needed.
-        concurrency: Requests at a time.
-        retries: Of a request that fails on the way or by overload.
-        timeout_s: For each try.
+        url: The URL up to and including ``/v1``.
+        key_env: Environment variable that holds the key; may be unset if no key is needed.
+        concurrency: Number of requests at a time.
+        retries: How often a request is repeated after a network failure or an overload.
+        timeout_s: Limit of each try.
     """
 
     is_single_pass: ClassVar[bool] = False
@@ -92,7 +92,7 @@ class Endpoint(Baseline):
         return np.array(found)[:, None]
 
     def _refusal(self, status: int) -> str:
-        """Without the server's own words, which may repeat the text."""
+        """The error without the server's own words, which may repeat the text."""
         remedies = {
             400: "Check the model's name; for a server without log-probabilities, "
             "set alternatives=0.",
@@ -110,8 +110,8 @@ class ModerationEndpoint(Endpoint):
     """The score of any service that speaks OpenAI's ``/v1/moderations``.
 
     Attributes:
-        model: Name sent along; None lets the service choose.
-        category: Whose score is taken; None takes the highest of all.
+        model: Name of the model; None lets the service choose.
+        category: The category whose score is taken; None takes the highest score.
     """
 
     title: ClassVar[str] = "Moderation endpoint"
@@ -166,7 +166,7 @@ class GuardEndpoint(Endpoint):
         prompt: What is asked, with ``{text}`` where the text goes; None sends the conversation as
             it is, for guards whose chat template asks the question (Llama Guard).
         alternatives: How many log-probabilities to ask for; 0 for servers that give none.
-        max_tokens: Of the answer.
+        max_tokens: Longest answer.
     """
 
     title: ClassVar[str] = "Guard endpoint"
@@ -192,7 +192,7 @@ class GuardEndpoint(Endpoint):
         return FittedBaseline(self._logits, parameters=0)
 
     def _logits(self, split: Split) -> Float[np.ndarray, "text 1"]:
-        """Undecided answers count as even odds, as long as they are rare."""
+        """The log-odds of all texts; a few undecided answers count as even odds."""
         logits = self.ask(self._score, split.examples.items)
         undecided = int(np.isnan(logits).sum())
         if undecided > _UNDECIDED_SHARE * len(logits):
@@ -225,7 +225,7 @@ class GuardEndpoint(Endpoint):
 
 
 def _first_word(answer: ChatCompletion) -> Mapping[str, float]:
-    """What the answer may begin with, after blank tokens, and how probable each is."""
+    """The words that the answer may begin with, and the probability of each."""
     choice = answer.choices[0]
     for token in (choice.logprobs.content if choice.logprobs else None) or ():
         if token.token.strip() and token.top_logprobs:

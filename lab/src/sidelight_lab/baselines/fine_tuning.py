@@ -97,7 +97,7 @@ class FineTuned(Baseline):
     """A whole model, trained by AdamW: linear warm-up, then a cosine to zero.
 
     Attributes:
-        learning_rate: At the end of the warm-up.
+        learning_rate: Learning rate at the end of the warm-up.
         epochs: Passes over the data; the one with the best validation score is kept.
         batch_size: Texts per step, of similar length.
     """
@@ -123,7 +123,7 @@ class FineTuned(Baseline):
             dataset: The data.
             encode: Turns texts into items.
             folder: For checkpoints, one after each epoch; a killed fit goes on from the last one.
-            seed: Of dropout and the order of the texts.
+            seed: Decides dropout and the order of the texts.
 
         Raises:
             SidelightError: The logits are no longer finite.
@@ -158,7 +158,7 @@ class FineTuned(Baseline):
             train_sampling_strategy="group_by_length",
             eval_strategy="epoch",
             save_strategy="epoch",
-            # With a limit of one, a finished fit would be without its last epoch.
+            # With a limit of one, a finished fit would not have its last epoch.
             save_total_limit=2,
             load_best_model_at_end=True,
             metric_for_best_model="score",
@@ -191,7 +191,7 @@ class FineTuned(Baseline):
             )
             trainer.remove_callback(PrinterCallback)
             trainer.train(resume_from_checkpoint=checkpoint)
-        # Large, and a finished fit needs it no more.
+        # The optimiser's state is large, and a finished fit does not need it.
         for moments in folder.glob("checkpoint-*/optimizer.pt"):
             moments.unlink()
         model.eval().requires_grad_(False)
@@ -201,7 +201,7 @@ class FineTuned(Baseline):
 
 
 def _last_checkpoint(folder: Path) -> tuple[str | None, float]:
-    """The last one that was written to its end, and the seconds that the fit had taken by then."""
+    """The last complete checkpoint, and the seconds that the fit had taken by then."""
     found = folder.glob("checkpoint-*/trainer_state.json")
     for path in sorted(found, key=lambda path: -int(path.parent.name.split("-")[1])):
         try:
@@ -244,14 +244,14 @@ def score_items(model: nn.Module, items: Sequence[Item]) -> Float[np.ndarray, "t
 class Lora(FineTuned):
     """LoRA on every linear layer of the decoder blocks, and a linear head.
 
-    Not single-pass: generating text needs a pass of the unchanged weights.
+    This is not single-pass: generating text needs a pass of the unchanged weights.
 
     Attributes:
-        rank: Of the update of each weight (r).
-        alpha: The update counts ``alpha / rank`` times.
-        dropout: On the input of an update.
-        pooling: What the head reads of the final-norm hidden states.
-        checkpoints: Folder that a killed fit goes on from; None is one in the user's cache.
+        rank: Rank (r) of the update of each weight.
+        alpha: Updates are multiplied by ``alpha / rank``.
+        dropout: Dropout on the input of an update.
+        pooling: Which final-norm hidden states the head reads: their mean, or the last.
+        checkpoints: Folder that a killed fit goes on from; None means one in the user's cache.
     """
 
     title: ClassVar[str] = "LoRA fine-tuning"
@@ -312,7 +312,7 @@ class Lora(FineTuned):
 
 
 def prompt_items(split: Split) -> list[Item]:
-    """The backbone's tokens; those are read that a probe would read."""
+    """The backbone's tokens; those that a probe would read are pooled."""
     return [
         {"input_ids": torch.tensor(prompt.token_ids), "read": mask, "labels": label}
         for prompt, mask, label in zip(
@@ -328,7 +328,7 @@ def prompt_items(split: Split) -> list[Item]:
 class FineTunedEncoder(FineTuned):
     """A small sentence encoder, all of it, and a linear head on its mean token.
 
-    Not single-pass: it is a second model that reads every text.
+    This is not single-pass: it is a second model that reads every text.
 
     Attributes:
         path: A folder or hub id of an encoder; None takes the packaged MiniLM (22M parameters).
@@ -343,7 +343,7 @@ class FineTunedEncoder(FineTuned):
     max_tokens: int = 512
 
     def require(self) -> None:
-        """The packaged encoder, unless another one is named."""
+        """Checks that the packaged encoder is there, unless another one is named."""
         if self.path is None:
             _packaged_encoder()
 

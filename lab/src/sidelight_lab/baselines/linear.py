@@ -14,8 +14,7 @@ from sklearn.preprocessing import StandardScaler
 
 from sidelight.types import Task
 
-# L2 penalties per text, of features of variance 1: from one that leaves hardly any weight to one
-# that is hardly felt.
+# L2 penalties per text, for features of variance 1: from very strong to very weak.
 PENALTIES = (10.0, 1.0, 0.1, 0.01, 0.001)
 # The logit of a class that no training text has.
 _ABSENT = -20.0
@@ -47,7 +46,7 @@ def fit_logistic(
     penalty: float,
     iterations: int = 100,
 ) -> Linear:
-    """A regression on standardised inputs, balanced by class; one for each label if multi-label.
+    """A class-balanced regression on standardised inputs; one for each label of a multi-label task.
 
     Minimises mean loss + penalty / 2 * |weight|^2.
     """
@@ -60,10 +59,10 @@ def fit_logistic(
             strength = 1 / (penalty * len(scaled))
             model = LogisticRegression(C=strength, class_weight="balanced", max_iter=iterations)
             with warnings.catch_warnings():
-                # The penalty is chosen among fits that stop after as many iterations.
+                # Penalties are compared after the same number of iterations.
                 warnings.simplefilter("ignore", ConvergenceWarning)
                 model.fit(scaled, column)
-            # scikit-learn has weights for the second of two classes only.
+            # scikit-learn gives weights for the second of two classes only.
             weight[:, present[-len(model.coef_) :]] = model.coef_.T
             bias[present[-len(model.coef_) :]] = model.intercept_
         return Linear(weight, bias)
@@ -87,10 +86,10 @@ def gaussian_discriminant(
         ).astype(scaled.dtype)[:, None]
         estimate = LedoitWolf(assume_centered=True, store_precision=False)
         covariance = estimate.fit(scaled - means[column]).covariance_
-        # A floor, so that equal texts do not make it singular.
+        # The floor keeps it regular when all texts are equal.
         floor = 1e-6 * np.eye(len(covariance))
         weight = np.linalg.solve(covariance + floor, means.T.astype(np.float64))
-        # One more text in each class, so that an absent class has a prior.
+        # One text is added to each class, so that an absent class has a prior.
         prior = np.log((counts + 1) / (len(scaled) + classes))
         return Linear(weight, prior - (means.T * weight).sum(0) / 2)
 
@@ -106,7 +105,8 @@ def _fit_columns(
     """Standardises inputs and folds that into the fit; two classes become their log-odds.
 
     Args:
-        fit: From standardised inputs, class indices and the number of classes to a logit per class.
+        fit: Takes standardised inputs, class indices and the number of classes, and gives a logit
+            per class.
     """
     scaler: Any = StandardScaler().fit(inputs)
     scaled = scaler.transform(inputs)

@@ -63,7 +63,7 @@ class FirstToken:
 
     @torch.no_grad()
     def directions(self, states: Float[Tensor, "text width"]) -> Float[Tensor, "text width"]:
-        """What the head reads, from states of the prompts' last tokens after the last block."""
+        """The head's inputs, from the states of the prompts' last tokens after the last block."""
         return self.norm(states)
 
     def logits(self, directions: Float[Tensor, "text width"]) -> Float[Tensor, "text entry"]:
@@ -81,7 +81,7 @@ class FirstToken:
 
 
 def _final_norm(backbone: TransformersBackbone) -> nn.Module:
-    """The only module beside the blocks whose parameters all have a state's size."""
+    """The only module beside the blocks whose parameters all have the size of a state."""
     width = (backbone.fingerprint.width,)
     found = [
         module
@@ -109,11 +109,11 @@ class LogOddsDesign:
 
     Attributes:
         first: Final norm and head.
-        directions: What the head reads of each text.
-        normaliser: log sum exp of each text's logits.
+        directions: The head's input for each text.
+        normaliser: log sum exp of the logits of each text.
         likely: log(1 - p), sparse.
-        mean: Of each entry's log-odds over the texts.
-        scale: Their standard deviation; 1 where they are constant.
+        mean: Mean log-odds of each entry over the texts.
+        scale: Standard deviation of the log-odds; 1 where they are constant.
     """
 
     first: FirstToken
@@ -167,7 +167,7 @@ class Muli(Baseline):
     L1 penalty, classes weighted by inverse frequency; softmax for more than two classes.
 
     Attributes:
-        shares: Penalties; see ``sparse_path``. The paper has one; here validation texts choose.
+        shares: Penalties; see ``sparse_path``. The paper has one; here validation texts choose one.
         iterations: Steps per penalty.
     """
 
@@ -217,7 +217,7 @@ def _fitted(
     weight: Float[Tensor, "entry output"],
     bias: Float[Tensor, " output"],
 ) -> FittedBaseline:
-    """Holds the entries with a weight only, and no copy of the LLM's head."""
+    """The baseline, which keeps only the entries with a weight, and no copy of the LLM's head."""
     entries = weight.any(1).nonzero()[:, 0]
     raw = weight[entries] / design.scale[entries, None]
     shift = bias - design.mean[entries] @ raw

@@ -22,10 +22,11 @@ class Pooled(Baseline):
     """A logistic regression on the mean or last token of a layer, before the final norm.
 
     Attributes:
-        token: The mean of the tokens that probes read, or the last of them.
-        layer: The last one, the best one on validation texts, or all of them side by side.
-        penalties: L2 penalties per text, of which validation texts choose one.
-        iterations: The most per penalty. A fit that stops early is a smoother one.
+        token: Whether it reads the mean of the tokens that probes read, or the last of them.
+        layer: Whether it reads the last layer, the best one on validation texts, or all of them
+            side by side.
+        penalties: L2 penalties per text; validation texts choose one.
+        iterations: Most iterations per penalty. A fit that stops early is smoother.
     """
 
     token: ClassVar[Literal["mean", "last"]]
@@ -100,8 +101,8 @@ class Mlpm(Baseline):
     not seen.
 
     Attributes:
-        folds: Parts of the training texts; one is left out at a time.
-        penalties: L2 penalties of the stacking regression, of which validation texts choose one.
+        folds: Number of parts of the training texts; one is left out at a time.
+        penalties: L2 penalties of the stacking regression; validation texts choose one.
     """
 
     title: ClassVar[str] = "MLPM: Gaussian discriminants of all layers, stacked"

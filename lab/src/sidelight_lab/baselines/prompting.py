@@ -1,7 +1,7 @@
-"""Prompting: the backbone is asked, and the label whose name is the likeliest answer is taken.
+"""Prompting: asks the backbone, and takes the label whose name is the likeliest answer.
 
-Not single-pass: question, label names and examples are not part of the conversation that is served,
-so they need a forward pass of their own.
+This is not single-pass: question, label names and examples are not part of the conversation that is
+served, so they need a forward pass of their own.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ from sidelight.types import Task
 from sidelight_lab.baselines.base import Baseline, FittedBaseline
 
 _QUESTION = "Which label describes the text?"
-# More names than this are listed before the first text only.
+# A longer list of names is given before the first text only.
 _LISTED = 20
 
 
@@ -35,8 +35,8 @@ class ZeroShot(Baseline):
     """The question and the label names, no examples.
 
     Attributes:
-        names: What each label is called in the prompt; None takes the data's own names, which say
-            nothing where they are numbers.
+        names: What each label is called in the prompt; None takes the names in the data, which mean
+            nothing to the model if they are numbers.
         question: What is asked about the text.
         max_tokens: Longer prompts lose the end of their text.
     """
@@ -48,7 +48,7 @@ class ZeroShot(Baseline):
     max_tokens: int = 1024
 
     def fit(self, dataset: ProbeDataset, *, seed: int) -> FittedBaseline:
-        """Fits nothing."""
+        """Fits nothing and only writes the prompt."""
         prompt = PromptForm(self.question, _names(self.names, dataset.task))
         return _fitted(dataset.backbone, prompt, max_tokens=self.max_tokens)
 
@@ -159,11 +159,11 @@ def score_answers(
     """The mean log-probability of each answer's tokens after each prompt.
 
     Args:
-        backbone: What answers.
-        prompts: Token ids, up to where the answer begins.
+        backbone: The model that is asked.
+        prompts: Token ids up to where the answer begins.
         answers: Token ids of each possible answer.
     """
-    # At least one token is left after what all share.
+    # At least one token of each prompt is left after what all share.
     shared = min(shared_length(prompts), min(map(len, prompts)) - 1)
     prefix = torch.tensor(prompts[0][:shared], dtype=torch.long, device=backbone.device)
     begun = run_once(backbone.model, prefix)
@@ -172,7 +172,7 @@ def score_answers(
     with progress("Prompting", sum(map(len, rests)), unit="tokens") as shown:
         # Padding between the prefix and a text would shift what a sliding window sees.
         most = BATCH_TOKENS if backbone.can_share_prefixes else 1
-        # Whole lengths: a row has keys and values of the prefix too.
+        # Lengths include the prefix: each row has its keys and values too.
         for batch in by_length([len(prompt) for prompt in prompts], batch_tokens=most):
             token_ids, present = _left_padded([rests[row] for row in batch], backbone.device)
             found = _score_batch(backbone, deepcopy(begun), token_ids, present, answers)
@@ -188,11 +188,11 @@ def _score_batch(
     present: Bool[Tensor, "text token"],
     answers: Sequence[Sequence[int]],
 ) -> Float[Tensor, "text answer"]:
-    """The prompts' keys and values are computed once, and each answer is run after them.
+    """Computes the prompts' keys and values once, and runs each answer after them.
 
     Args:
-        backbone: What answers.
-        cache: Of what all prompts begin with; it is used up.
+        backbone: The model that is asked.
+        cache: Keys and values of the prompts' common beginning; it is used up.
         token_ids: The rest of each prompt, padded on the left.
         present: Where there is a token.
         answers: Token ids of each possible answer.
@@ -228,7 +228,7 @@ def _score_batch(
 def _left_padded(
     rows: Sequence[Sequence[int]], device: torch.device
 ) -> tuple[Int[Tensor, "text token"], Bool[Tensor, "text token"]]:
-    """Padding on the left, so that every row's answer begins at the same place."""
+    """Rows padded on the left, so that every answer begins at the same place."""
     ids = [torch.tensor(row) for row in rows]
     present = [torch.ones(len(row), dtype=torch.bool) for row in rows]
     padded, mask = (
@@ -248,7 +248,7 @@ def _names(names: tuple[str, ...] | None, task: Task) -> tuple[str, ...]:
 
 
 def _balanced(labels: np.ndarray, *, count: int, seed: int) -> list[int]:
-    """Rows of training texts, the labels in turn, none drawn twice."""
+    """Rows of training texts, drawn from each label in turn; no row is drawn twice."""
     random = np.random.default_rng(seed)
     order = random.permutation(len(labels))
     classes = labels.shape[1] if labels.ndim > 1 else int(labels.max()) + 1

@@ -34,11 +34,11 @@ def sparse_path(
     points uphill (O'Donoghue & Candes 2015). Each penalty starts from the solution before.
 
     Args:
-        design: Standardised features of the training texts times weights; a function, since MULI's
-            wide matrix need not exist for it.
-        labels: Of the same texts, as in ``Examples.labels``.
+        design: Multiplies the standardised features of the training texts by weights. A function,
+            so that MULI's wide matrix need not exist.
+        labels: Labels of the same texts.
         task: The classes; the penalty of a multi-label task is the same for all labels.
-        features: Number of them.
+        features: Number of features.
         shares: Penalties as shares of the weakest one under which all weights are zero; largest
             first.
         iterations: Steps per penalty.
@@ -108,7 +108,7 @@ class Siren(Baseline):
         iterations: Steps per penalty.
         kept: Share of a probe's absolute weight that the selected neurons hold.
         hidden: Units of the hidden layer.
-        settings: Of the network's training.
+        settings: Settings of the network's training.
     """
 
     title: ClassVar[str] = "SIREN: selected neurons of all layers, small network"
@@ -134,7 +134,7 @@ class Siren(Baseline):
                 "class? Add texts of another."
             )
         scores = torch.tensor([score for _, score in probes])
-        # Above zero, should no probe get a single class right.
+        # Positive even if every score is zero.
         strengths = scores / scores.max().clamp(min=1e-9)
         weights = strengths[:, None].expand_as(selected)[selected]
         mean, scale = moments(dataset.training.pooled.means[:, selected])
@@ -215,7 +215,7 @@ def _heaviest(weight: Float[Tensor, " width"], *, share: float) -> Bool[Tensor, 
 
 
 def _shuffled(texts: int, *, size: int, seed: int) -> Iterator[Int[Tensor, " batch"]]:
-    """Batches of texts without end; each text is seen once before any is seen again."""
+    """Endless batches of texts; each text is seen once before any is seen again."""
     shuffle = torch.Generator().manual_seed(seed)
     while True:
         yield from torch.randperm(texts, generator=shuffle).split(size)

@@ -35,8 +35,8 @@ class AttentionHeads(nn.Module):
 
     Args:
         width: Size of a token.
-        outputs: Logits; a head has a value vector for each.
-        heads: Queries (k).
+        outputs: Number of logits; a head has a value vector for each.
+        heads: Number of queries (k).
     """
 
     def __init__(self, width: int, outputs: int, *, heads: int):
@@ -62,8 +62,8 @@ class RollingHeads(AttentionHeads):
 
     Args:
         width: Size of a token.
-        outputs: Logits.
-        heads: Queries (k).
+        outputs: Number of logits.
+        heads: Number of queries (k).
         window: Tokens of a window.
     """
 
@@ -107,9 +107,9 @@ class BestLayer(Baseline):
     """A network on the tokens of one layer.
 
     Attributes:
-        layers: How many of the most promising layers, by ridge regression on mean tokens, are
-            trained on; the best of them by validation score is kept.
-        settings: Of the optimisation.
+        layers: How many layers to train on, the most promising first (by ridge regression on mean
+            tokens); the best by validation score is kept.
+        settings: Settings of the optimisation.
     """
 
     is_single_pass: ClassVar[bool] = True
@@ -118,7 +118,7 @@ class BestLayer(Baseline):
 
     @abstractmethod
     def network(self, width: int, outputs: int) -> nn.Module:
-        """Untrained, from a layer's ragged tokens to logits."""
+        """An untrained network from a layer's ragged tokens to logits."""
 
     def fit(self, dataset: ProbeDataset, *, seed: int) -> FittedBaseline:
         """Chooses the layer and the epoch on validation texts."""
@@ -149,7 +149,7 @@ class MlpHeads(BestLayer):
     """The Gemini production probe with attention over all tokens (arXiv 2601.11516).
 
     Attributes:
-        features: Per token, by a small network.
+        features: Features of a token, computed by a small network.
         heads: Learned queries.
     """
 
@@ -169,9 +169,9 @@ class RollingMax(BestLayer):
     """The Gemini production probe for long texts: max of rolling windows (arXiv 2601.11516).
 
     Attributes:
-        features: Per token, by a small network.
+        features: Features of a token, computed by a small network.
         heads: Learned queries.
-        window: Tokens.
+        window: Tokens of a window.
     """
 
     title: ClassVar[str] = "MLP and rolling attention, best layer"
@@ -193,7 +193,7 @@ class SmoothedLinear(nn.Module):
     of those means. Classes of a multi-class task are trained one against the rest.
 
     Args:
-        scaling: Of all layers.
+        scaling: Mean and scale of each layer.
         task: The classes.
         window: Tokens of a window; a shorter text is one window.
     """
@@ -224,7 +224,7 @@ class SmoothedLinear(nn.Module):
         folded = self._scaling.fold(self.weight, dtype=dtype)
         # Layer by layer: a thin batched product of bf16 views is several times slower on a CPU.
         parts = [
-            # The shift before the rounding to bf16: it takes away most of a large product.
+            # Adding the shift before rounding to bf16 takes away most of a large product.
             torch.addmm(shift.to(dtype), states.to(dtype), weight)
             for shift, states, weight in zip(folded.shift, batch.hidden, folded.weight, strict=True)
         ]
@@ -240,7 +240,7 @@ class Concatenated(Baseline):
 
     Attributes:
         window: Tokens over which logits are averaged.
-        settings: Of the optimisation.
+        settings: Settings of the optimisation.
     """
 
     title: ClassVar[str] = "All layers concatenated, sliding mean"

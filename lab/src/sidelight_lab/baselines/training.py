@@ -32,7 +32,7 @@ STEPS_AT_LEAST = 40
 # Enough tokens to know a mean to about a hundredth of a standard deviation.
 _MOMENT_TOKENS = 8192
 _SCORED_TEXTS = 128
-# Of features of variance 1, relative to the mean over texts: from hardly any to mostly penalty.
+# Penalties for features of variance 1, relative to the mean over texts: from weak to dominant.
 _RIDGE_PENALTIES = (0.01, 0.1, 1.0, 10.0)
 
 
@@ -50,17 +50,17 @@ def train(
     """AdamW with a cosine schedule and early stopping; the model ends frozen at its best epoch.
 
     Args:
-        model: What is trained, in place.
-        data: Batches without end.
-        loss: The mean over a batch.
-        validation_logits: The model's, of the validation texts.
+        model: Trained in place.
+        data: Endless batches.
+        loss: The mean loss of a batch.
+        validation_logits: Gives the model's logits of the validation texts.
         task: The classes.
-        labels: Of the validation texts.
+        labels: Labels of the validation texts.
         steps: Batches of an epoch; at least 40 are taken.
-        settings: Of the optimisation; ``class_weight`` is up to ``loss``.
+        settings: Settings of the optimisation; ``loss`` has to heed ``class_weight``.
 
     Returns:
-        The best validation score; of equals, the first epoch is kept.
+        The best validation score; of equal epochs, the first is kept.
 
     Raises:
         SidelightError: The logits are no longer finite.
@@ -109,9 +109,9 @@ class TokenSource:
     """Tokens and labels of some texts: one layer in memory, or all layers shard by shard.
 
     Attributes:
-        sizes: Texts in each shard.
-        read: Gives a shard; its ``rows`` are positions in ``labels``.
-        labels: As in ``Examples.labels``.
+        sizes: Number of texts in each shard.
+        read: Gives a shard by its number; its ``rows`` are positions in ``labels``.
+        labels: As in ``LabelledExamples.labels``.
     """
 
     sizes: tuple[int, ...]
@@ -138,7 +138,7 @@ class TokenSource:
         return Standardisation.measured(self.read(0).hidden[:, :_MOMENT_TOKENS])
 
     def batches(self, *, size: int, seed: int) -> Iterator[Shard]:
-        """Batches without end: shards in random order, each with a random first cut."""
+        """Endless batches: shards in random order, each with a random first cut."""
         shuffle = torch.Generator().manual_seed(seed)
         while True:
             for index in torch.randperm(len(self.sizes), generator=shuffle).tolist():
@@ -189,8 +189,8 @@ class OneLayer(nn.Module):
     """Standardises a layer's tokens and hands them to a network.
 
     Args:
-        scaling: Of the layer.
-        network: From the ragged tokens, float32, to the logits of each text.
+        scaling: Mean and scale of the layer.
+        network: Takes ragged float32 tokens and gives the logits of each text.
     """
 
     def __init__(self, scaling: Standardisation, network: nn.Module):
@@ -216,9 +216,9 @@ def fit_best_layer(
     Args:
         dataset: The data.
         network: Makes an untrained network for a width and a number of outputs.
-        layers: How many to train on; see ``ranked_layers``.
-        settings: Of the optimisation.
-        seed: Of everything random.
+        layers: How many layers to train on; see ``ranked_layers``.
+        settings: Settings of the optimisation.
+        seed: Decides everything random.
     """
     width, task = dataset.backbone.fingerprint.width, dataset.task
     best_score, best = -math.inf, None
@@ -252,11 +252,11 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def ranked_layers(dataset: ProbeDataset) -> list[int]:
-    """All layers, the best by validation score first; of equals the lower one.
+    """All layers, the best by validation score first; of equal layers, the lower one.
 
-    Ridge regression on each layer's mean tokens, with the penalty that suits the layer best: closed
-    form, so that all layers take seconds. Means are a proxy: a probe that weighs tokens may do
-    better on another layer near the top of the list, so train it on a few.
+    Layers are ranked by ridge regression on their mean tokens, each with the penalty that suits it
+    best; the closed form takes seconds for all layers. Means are a proxy: a probe that weighs
+    tokens may do better on another layer near the top of the list, so train it on a few of them.
     """
     validation = dataset.validation
     targets = class_targets(torch.from_numpy(dataset.training.labels), dataset.task).numpy()

@@ -1,4 +1,4 @@
-"""Time and memory of one new token: every subject on every load, in turn."""
+"""Time and memory of one new token: every subject on every load, in turns."""
 
 import gc
 import math
@@ -43,9 +43,9 @@ class Row:
     Attributes:
         mean_tokens: Mean length of the load's prompts.
         ms: Milliseconds per prompt, over the rounds.
-        ratio: Over the first subject's time in the same round.
-        weights_bytes: What must be resident.
-        working_bytes: Peak beyond what was resident before; None where it cannot be measured.
+        ratio: Time over the first subject's time in the same round.
+        weights_bytes: Size of the weights.
+        working_bytes: Peak memory beyond what was resident; None where it cannot be measured.
     """
 
     subject: str
@@ -70,8 +70,8 @@ def compare_latency(
 
     Args:
         subjects: The others are compared with the first, which accepts every load.
-        loads: What is run.
-        repeats: Timed rounds.
+        loads: The prompts.
+        repeats: Number of timed rounds.
         device: Where the subjects run.
     """
     with progress("Timing", len(loads) * len(subjects) * repeats, unit="timings") as shown:
@@ -128,7 +128,7 @@ def _run(subject: Subject, load: Load, *, calls: int = 1) -> None:
 
 
 def latency_record(rows: Sequence[Row], conditions: Mapping[str, Any]) -> Record:
-    """The rows with, for each batch size, tables of time, time over the first row's, and memory."""
+    """Three tables for each batch size: time, time over the first row's, and memory."""
 
     def memory(row: Row) -> str:
         if row.working_bytes is None:
@@ -141,7 +141,7 @@ def latency_record(rows: Sequence[Row], conditions: Mapping[str, Any]) -> Record
     shown: dict[str, Callable[[Row], str]] = {
         "ms per text, median (range)": lambda row: row.ms.text(1),
         f"time over {base}'s, median (range)": lambda row: row.ratio.text(2),
-        "peak memory, MB (of it weights)": memory,
+        "peak memory, MB (weights)": memory,
     }
     sections: list[str] = []
     for size in dict.fromkeys(row.batch_size for row in rows):
@@ -158,7 +158,7 @@ def latency_record(rows: Sequence[Row], conditions: Mapping[str, Any]) -> Record
 
 
 def plot_latency(rows: Sequence[Row], folder: Path) -> list[Path]:
-    """Draws ``latency-batch-N.png``: percent over the first subject, by tokens of a prompt."""
+    """Draws ``latency-batch-N.png``: overhead over the first subject by tokens of a prompt."""
     folder.mkdir(parents=True, exist_ok=True)
     sizes = dict.fromkeys(row.batch_size for row in rows)
     return [_plot([row for row in rows if row.batch_size == size], folder) for size in sizes]

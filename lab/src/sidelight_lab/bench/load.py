@@ -1,7 +1,7 @@
-"""Many chat clients at once: whether each gets its own verdicts, and what probes cost them.
+"""Many chat clients at once: does each get its own verdicts, and how long do they wait?
 
-A server with probes and policies, and one without, are asked in turn by as many clients. The
-clients are the openai package's, as users have them; each asks one question after the other.
+A server with probes and policies, and one without, are asked in turn by the same number of clients.
+Clients are those of the openai package; each asks one question after the other.
 """
 
 import asyncio
@@ -38,10 +38,10 @@ class Answer:
     """What one client got.
 
     Attributes:
-        id: Of the completion; None where there is none.
-        verdicts: Every verdict of the answer's body or stream, in order.
-        in_header: Those of the header.
-        ending: The reason for the end, or the error's code.
+        id: Id of the completion; None for an error.
+        verdicts: All verdicts of the answer's body or stream, in order.
+        in_header: The verdicts of the header.
+        ending: The finish reason, or the error's code.
     """
 
     ticket: Ticket
@@ -54,7 +54,7 @@ class Answer:
 
 @dataclass
 class Server:
-    """One of the two servers: its answers by round, and the longest queues seen in it."""
+    """One of the two servers: its answers by round, and its longest queues."""
 
     process: ServerProcess
     round_s: float
@@ -63,7 +63,7 @@ class Server:
     answers: list[list[Answer]] = field(default_factory=list[list[Answer]])
 
     async def watch(self) -> None:
-        """Looks at the queues until it is cancelled."""
+        """Looks at the queues until cancelled."""
         while True:
             text = await asyncio.to_thread(read_metrics, self.process.url)
             waiting, running = (
@@ -74,7 +74,7 @@ class Server:
             await asyncio.sleep(_WATCH_EVERY_S)
 
     def judged(self) -> int:
-        """Verdicts of the probe `word` that the server has counted."""
+        """How many verdicts of the probe `word` the server has counted."""
         metrics = read_metrics(self.process.url)
         return int(total(metrics, "sidelight_verdicts_total", probe="word"))
 
@@ -91,8 +91,8 @@ def run_load(
 ) -> Record:
     """Trains the probes into the folder, starts both servers, and asks them in turn.
 
-    Rounds with probes take ``seconds`` in all; next to each stands one without. ``is_sound`` in the
-    results says whether nothing was lost, duplicated, swapped, or let through.
+    Rounds with probes take ``seconds`` in total; each is paired with one without. ``is_sound`` in
+    the results says that nothing was lost, duplicated, swapped, or let through.
     """
     backbone = load_backbone(model)
     rounds = max(1, round(seconds / round_s))
@@ -133,7 +133,7 @@ async def _measure(
     counted = servers[0].judged()
     with progress("Asking", rounds * sum(one.round_s for one in servers), unit="seconds") as shown:
         for number in range(rounds):
-            # Neither goes first in every round.
+            # The servers take turns in going first.
             for server in servers if number % 2 == 0 else reversed(servers):
                 server.answers.append(await ask(server, seconds=server.round_s))
                 shown.advance(server.round_s)
@@ -171,7 +171,7 @@ async def _round(
     model: str,
     max_tokens: int,
 ) -> list[Answer]:
-    """Clients ask until the time is over; answers in progress are waited for."""
+    """Clients ask until the time is up; then their last answers are waited for."""
     found: list[Answer] = []
     deadline = perf_counter() + seconds
     url = f"{server.process.url}/v1"
@@ -192,13 +192,13 @@ async def _round(
 
 
 async def _ask(openai: AsyncOpenAI, ticket: Ticket, model: str, max_tokens: int) -> Answer:
-    """Asks; every other ticket is asked as a stream."""
+    """Asks one ticket; half of all tickets are asked as streams."""
     start = perf_counter()
     question: dict[str, Any] = {
         "model": model,
         "messages": [{"role": "user", "content": ticket.text}],
-        # Without probes nobody is blocked. Such a ticket is answered with one token there, so that
-        # both servers read and write as much.
+        # The server without probes blocks nothing: it answers such a ticket with one token, so that
+        # both servers read and write the same amount.
         "max_tokens": 1 if ticket.is_abuse else max_tokens,
         "temperature": 0,
     }
@@ -261,13 +261,13 @@ def _is_contradicted(answer: Answer) -> bool:
 
 
 def _percentile(answers: Sequence[Answer], percent: int) -> float | None:
-    """Seconds of an answer that is written out: blocked ones are short. None without any."""
+    """Seconds of the answers that were not to be blocked; None if there are none."""
     seconds = [own.seconds for own in answers if own.id is not None and not own.ticket.is_abuse]
     return float(np.percentile(seconds, percent)) if seconds else None
 
 
 def _sections(results: Mapping[str, Any]) -> list[str]:
-    """The times, the faults, and what the servers held."""
+    """The times, the faults, and the queues and memory of the servers."""
     times: list[list[str]] = []
     for name in ("p50", "p99"):
         pairs = [(one[f"{name}_with"], one[f"{name}_without"]) for one in results["rounds"]]
@@ -287,7 +287,7 @@ def _sections(results: Mapping[str, Any]) -> list[str]:
         ),
         table("Faults", ["", "answers"], list(results["faults"].items())),
         f"{results['answers']} answers with probes ({ends}). "
-        f"Longest queue {waiting} (without probes {waiting_plain}), most written at once "
+        f"Longest queue {waiting} (without probes {waiting_plain}), most requests running at once "
         f"{running} (without probes {running_plain}). "
         f"Memory of the server, MB: {memory[0]}; without probes {memory[1]}.",
     ]

@@ -1,4 +1,4 @@
-"""Whether a probe still finds one positive text in a long input, by the length of the rest."""
+"""Recall of one positive text hidden in a long input, by the length of the input."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -32,16 +32,16 @@ def compare_lengths(
 ) -> list[dict[str, Any]]:
     """Recall, false alarms and AUROC of each probe at each length, whole and by windows.
 
-    By windows, a probe gives each run of ``window`` tokens a logit of its own, out of the same
-    forward pass, and the highest one counts.
+    By windows, a probe gives each run of ``window`` tokens its own logit, from the same forward
+    pass, and the highest one counts.
 
     Args:
-        backbone: Of the probes.
-        probes: Of one binary task.
+        backbone: The backbone of the probes.
+        probes: Probes of one binary task.
         examples: Labelled texts that the probes were not trained on.
-        lengths: Tokens of negative text around the hidden text; 0: it stands alone.
-        count: Inputs with a positive text, and as many without, at each length.
-        window: Tokens that get a logit of their own.
+        lengths: Tokens of negative text around the hidden text; 0 leaves it alone.
+        count: Number of inputs with a positive text, and of inputs without, at each length.
+        window: Tokens of a window.
         seed: Decides the texts and the places.
 
     Raises:
@@ -92,7 +92,7 @@ def _hide(
     tokens: int,
     random: np.random.Generator,
 ) -> str:
-    """The text at a random place among so many tokens of other texts."""
+    """The text at a random place among ``tokens`` tokens of other texts."""
     pieces: list[str] = []
     found = 0
     while found < tokens:
@@ -112,7 +112,7 @@ def _scores(
     *,
     window: int,
 ) -> Float[np.ndarray, "probe way"]:
-    """Each probe's probability: of the whole input, and of its highest window."""
+    """Each probe's probability for the whole input, and for its highest window."""
     tap = Bank(probes, device=backbone.device).tap()
     with backbone.tapped(tap):
         backbone.run([prompt])

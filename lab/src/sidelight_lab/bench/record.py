@@ -1,4 +1,4 @@
-"""What a benchmark measured and on what, as JSON and as Markdown."""
+"""The results and conditions of a benchmark, as JSON and as Markdown."""
 
 import json
 import os
@@ -23,7 +23,7 @@ def table(title: str, headings: Sequence[str], rows: Sequence[Sequence[object]])
 
 
 def conditions(backbone: TransformersBackbone, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What figures depend on: the model, the benchmark's settings, the machine, and versions."""
+    """What the figures depend on: the model, the settings, the machine, and package versions."""
     device = backbone.device
     is_gpu = device.type == "cuda"
     versions = package_versions()
@@ -45,9 +45,9 @@ class Record:
     """The outcome of a benchmark.
 
     Attributes:
-        name: Of its files.
-        conditions: What it was measured on.
-        results: Its other keys in the JSON.
+        name: Name of the files, without their endings.
+        conditions: See ``conditions``.
+        results: The other keys in the JSON.
         sections: Tables and sentences that follow the conditions in the Markdown.
     """
 

@@ -1,4 +1,4 @@
-"""Whether a server loses or leaks anything over many visits of every kind."""
+"""A long test of one server: does it lose or leak anything over many visits of every kind?"""
 
 import asyncio
 from collections import Counter
@@ -27,11 +27,11 @@ from sidelight_lab.bench.visits import Visit
 # matplotlib leaves the types of **kwargs open.
 # pyright: reportUnknownMemberType=false
 
-# Samples of each phase, and the share of the requests that warm the server up.
+# Samples of each phase, and the share of the requests that only warm the server up.
 _SAMPLES = 200
 _WARM_UP = 0.2
 _BLOCKS = 20
-# How long the server may take to let go of what its last clients left behind.
+# How long the server may take to release what its last clients left behind.
 _SETTLE_S = 60.0
 
 
@@ -74,7 +74,7 @@ def run_soak(
     del backbone
 
     async def soak(server: ServerProcess) -> dict[str, Any]:
-        # One of each kind first: the files that the server opens once are none that it leaks.
+        # One visit of each kind first: files that the server opens once are not leaks.
         for visit in kinds:
             await visits.pay(visit, server.url)
         await _settle(server)
@@ -100,10 +100,10 @@ def run_soak(
 async def _phase(
     title: str, kinds: Sequence[Visit], server: ServerProcess, number: int, at_once: int
 ) -> dict[str, Any]:
-    """How so many visits end, each kind in turn, and what the server holds meanwhile.
+    """How ``number`` visits end, each kind in turn, and what the server holds meanwhile.
 
-    A burst of connections is over when all its visits are; otherwise each client goes on to the
-    next visit.
+    Connections come in bursts: the next one begins when all visits of a burst have ended. Otherwise
+    each client goes on to the next visit at once.
     """
     endings: dict[str, Counter[str]] = {visit.name: Counter() for visit in kinds}
     queue = islice(cycle(kinds), number)
@@ -134,7 +134,7 @@ async def _phase(
 
 
 async def _settle(server: ServerProcess, *, descriptors: float = float("inf")) -> int:
-    """Waits until the server holds nothing that it need not; the requests that it still holds."""
+    """Waits until the server has no requests and few files; the requests that it still holds."""
     deadline = perf_counter() + _SETTLE_S
     while True:
         text = await asyncio.to_thread(read_metrics, server.url)
@@ -149,9 +149,9 @@ async def _settle(server: ServerProcess, *, descriptors: float = float("inf")) -
 def memory_slope(samples: Sequence[Sample], *, warm_up: int) -> dict[str, float]:
     """MB per 1,000 visits with a 95 % interval, by Theil and Sen's estimator.
 
-    The line goes through the medians of twenty neighbouring blocks of samples: neighbouring samples
-    are alike, so an interval over all of them would be too narrow, and a median is not moved by a
-    passing peak. Samples of the first ``warm_up`` visits are left out; twenty or more must remain.
+    The line goes through the medians of twenty blocks of neighbouring samples. Neighbours are
+    alike, so an interval over all samples would be too narrow, and a median ignores a passing peak.
+    Samples of the first ``warm_up`` visits are left out; twenty or more must remain.
     """
     kept = [(one["visits"], one["resident_mb"]) for one in samples if one["visits"] > warm_up]
     blocks = [np.median(block, axis=0) for block in np.array_split(np.array(kept), _BLOCKS)]
@@ -163,7 +163,7 @@ def memory_slope(samples: Sequence[Sample], *, warm_up: int) -> dict[str, float]
 
 
 def faults(results: Mapping[str, Any]) -> list[str]:
-    """What went wrong, each in a sentence; none in a sound run."""
+    """One sentence for each thing that went wrong; none in a sound run."""
     found = [
         f"{number} of '{one['name']}' ended with '{end}', not '{' or '.join(one['expected'])}'."
         for phase in (results["connections"], results["requests"])
@@ -183,7 +183,7 @@ def faults(results: Mapping[str, Any]) -> list[str]:
 
 
 def soak_record(results: Mapping[str, Any], where: Mapping[str, Any]) -> Record:
-    """What became of the visits, what the server held, and the faults."""
+    """How the visits ended, what the server held, and the faults."""
     before, after = results["before"], results["after"]
     most = max(sample["descriptors"] for sample in results["connections"]["samples"])
     found = faults(results)

@@ -43,16 +43,16 @@ _COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7")
 _THRESHOLDS = (*(round(0.05 * step, 2) for step in range(1, 20)), 0.97, 0.99)
 _CONSECUTIVE = (1, 2, 3, 5, 8)
 _WARM_UPS = (0, 4, 8, 16)
-# What a running score may be judged by, and what a single score is.
+# The candidate rules for a running score, and for a single score.
 _RUNNING = [StreamingRule(*values) for values in product(_THRESHOLDS, _CONSECUTIVE, _WARM_UPS)]
 _SINGLE = [StreamingRule(threshold, consecutive=1) for threshold in _THRESHOLDS]
 _HALF = [StreamingRule(0.5, consecutive=1)]
-# A rule this much worse in F1 is as good, if it fires sooner.
+# A rule may be this much worse in F1 if it fires sooner.
 _NEAR_BEST = 0.01
 
 
 def firings(rule: StreamingRule, scores: Scores) -> Int[np.ndarray, " response"]:
-    """Tokens of each response that were read when the rule fired; 0: it did not."""
+    """How many tokens of each response were read when the rule fired; 0 if it did not."""
     return np.array([rule.first_firing(own) or 0 for own in scores])
 
 
@@ -61,16 +61,15 @@ def figures(
     fired_at: Int[np.ndarray, " response"],
     rows: Shaped[np.ndarray, " row"] | None = None,
 ) -> dict[str, float]:
-    """What is reported of a rule, response by response; NaN where it is undefined.
+    """The figures of a rule; NaN where one is undefined.
 
-    A delay is the number of tokens read when a positive response is caught: half of those that are
-    caught are caught by the median, nine of ten by the other. Each negative response is read until
-    the rule fires.
+    A delay is the number of tokens read when a positive response is caught: its median and its 90th
+    percentile over the caught ones. A negative response counts as read until the rule fires.
 
     Args:
-        responses: What is known of them.
-        fired_at: Of ``firings``.
-        rows: Some of the responses, possibly several times; None: each once.
+        responses: The responses.
+        fired_at: What ``firings`` gives.
+        rows: Positions of the responses to count, possibly several times; None counts each once.
     """
     rows = np.arange(len(fired_at)) if rows is None else rows
     is_positive, fired_at, tokens = (
@@ -96,10 +95,10 @@ def figures(
 def estimates(
     responses: Responses, by_seed: Sequence[Int[np.ndarray, " response"]]
 ) -> dict[str, Estimate]:
-    """Every figure, the mean over seeds, with its interval over prompts and seeds.
+    """The mean of every figure over seeds, with its interval over prompts and seeds.
 
-    Prompts with all their responses, and seeds, are drawn again; `metrics.measure_resamples` draws
-    rows one by one, and knows no seeds and no delays.
+    The bootstrap draws whole prompts, with all their responses, and seeds;
+    `metrics.measure_resamples` draws single rows, and knows neither seeds nor delays.
     """
 
     def means(some: Sequence[Int[np.ndarray, " response"]], rows: np.ndarray) -> dict[str, float]:
@@ -122,8 +121,8 @@ def choose_rule(
 ) -> StreamingRule:
     """The rule that fires soonest among those with almost the best F1 on validation responses.
 
-    How soon is the mean number of tokens read of the positive responses. Of rules that are equal in
-    this too, it is the one with the fewest false alarms.
+    The soonest has read the fewest tokens of a positive response on average. Of equal rules, it is
+    the one with the fewest false alarms.
     """
     fired = [firings(rule, scores) for rule in candidates]
     found = [figures(responses, fired_at) for fired_at in fired]
@@ -142,10 +141,10 @@ class Row:
 
     Attributes:
         rules: The chosen rule of each training seed.
-        figures: With intervals.
-        recalls: Share that is caught of each positive label of the data.
+        figures: Figures with their intervals.
+        recalls: Share of the responses that are caught, by positive label of the data.
         caught: Share of the positive responses that are caught after each token.
-        alarmed: Share of the others on which it fired after each token.
+        alarmed: Share of the other responses on which it has fired after each token.
     """
 
     title: str
@@ -171,10 +170,10 @@ def compare_streaming(
     Args:
         backbone: The LLM.
         examples: Responses of two classes.
-        label: Column of the labels in the data, which the classes were made of.
-        name: Of what is caught, and of the probe.
-        seeds: Trainings of the probe.
-        max_tokens: Of a prompt with its response, in training; replayed responses are whole.
+        label: Column of the labels in the data that the classes were made from.
+        name: Name of what is caught, and of the probe.
+        seeds: Number of trainings of the probe.
+        max_tokens: Longer training texts (prompt with response) are cut; replayed ones are whole.
         cache_root: Where hidden states are kept while training; None is the user's cache.
     """
     parts = parted(examples, seed=0)
@@ -186,7 +185,7 @@ def compare_streaming(
         cache_root=cache_root,
     )
     made = fit(backbone, training, validation, name=name, options=options)
-    # A bank wants distinct names.
+    # A bank needs distinct names.
     probes = [
         replace(run.probe, name=f"{name}-seed{run.seed}")
         for run in made.runs
@@ -225,7 +224,7 @@ def compare_streaming(
 
 
 def _at_end(by_seed: Sequence[Scores]) -> list[Scores]:
-    """The verdict on the whole response: no score but the last counts."""
+    """The verdict on the whole response: only the last score counts."""
     return [[np.append(np.zeros(len(own) - 1), own[-1]) for own in scores] for scores in by_seed]
 
 
@@ -235,14 +234,14 @@ def _row(
     scores: Sequence[Sequence[Scores]],
     responses: Sequence[Responses],
 ) -> Row:
-    """Scores of each training seed and responses: of the validation part, then of the test."""
+    """A row from scores by training seed, and responses; each first of validation, then of test."""
     validation, test = responses
     chosen = [choose_rule(rules, own, validation) for own in scores[0]]
     fired = [firings(rule, own) for rule, own in zip(chosen, scores[1], strict=True)]
     longest = int(test.tokens.max())
 
     def shares(rows: Bool[np.ndarray, " response"]) -> list[float]:
-        """Of these responses, those on which the rule had fired after each token."""
+        """The share of these responses on which the rule had fired after each token."""
         counts = [np.bincount(fired_at[rows], minlength=longest + 1)[1:] for fired_at in fired]
         return (np.mean(counts, axis=0).cumsum() / max(1, int(rows.sum()))).tolist()
 
@@ -295,7 +294,7 @@ def _cell(estimate: Estimate) -> str:
 
 
 def plot_streaming(rows: Sequence[Row], folder: Path) -> Path:
-    """Draws ``streaming.png``: solid lines for what is to be caught, dotted ones for the rest."""
+    """Draws ``streaming.png``: solid lines for positive responses, dotted ones for false alarms."""
     figure = Figure(figsize=(7.6, 4.4), layout="constrained")
     axes = figure.add_subplot()
     for row, colour in zip(rows, _COLOURS, strict=True):

@@ -1,4 +1,4 @@
-"""What is timed: untrained probes, batches of prompts, and the rows of the latency table."""
+"""The rows of the latency table, and the prompts and untrained probes that they run on."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -26,13 +26,13 @@ from sidelight.prompts import EncodedPrompt, Part, Reads
 from sidelight.standardisation import Standardisation
 from sidelight.types import Judgement, Task, Verdict
 
-# In the LLM's own pass, from hidden states that the pass kept, or by a second model.
+# How verdicts are made: in the LLM's own pass, from its kept hidden states, or by a second model.
 Kind = Literal["one pass", "naive", "cascade"]
 Batch = Sequence[EncodedPrompt]
 
 BANK_SIZE = 10
-# Pairs of tokens in a batch, B T^2. The dense attention holds a score of each, layer and head, so
-# this many take a few gigabytes; 16 texts of 512 tokens and 1 of 2,048 are just within.
+# Pairs of tokens in a batch, B T^2. Dense attention holds a score of each pair, layer and head:
+# this many take a few gigabytes. 16 texts of 512 tokens, or 1 of 2,048, are just within.
 _MOST_DENSE_PAIRS = 2**22
 # The sizes of MiniLM-L6 (Wang et al. 2020), which the usual small text classifiers share.
 _MINILM = BertConfig(
@@ -54,7 +54,7 @@ def untrained_probe(
     reads: Reads | None = None,
     seed: int = 0,
 ) -> Probe:
-    """A binary probe of random weights, which costs what a trained one costs."""
+    """A binary probe with random weights, which costs as much as a trained one."""
     who = backbone.fingerprint
     geometry = Geometry(layers=who.layers, width=who.width, outputs=_TASK.outputs)
     spec = spec or mechanism_spec(DEFAULT_MECHANISM)
@@ -62,7 +62,7 @@ def untrained_probe(
         torch.manual_seed(seed)
         mechanism = spec.build(geometry).eval().requires_grad_(False)
         for parameter in mechanism.parameters():
-            # Some parameters start at zero, which would hide a wrong verdict.
+            # Parameters that start at zero would hide a wrong verdict.
             parameter.normal_(std=who.width**-0.5)
     return Probe(
         name=name,
@@ -80,7 +80,7 @@ def untrained_probe(
 
 @dataclass(frozen=True)
 class Load:
-    """Prompts that are run batch by batch; the last batch may be smaller."""
+    """Prompts, run batch by batch; the last batch may be smaller."""
 
     title: str
     batch_size: int
@@ -127,7 +127,7 @@ def text_loads(
     max_tokens: int,
     title: str,
 ) -> list[Load]:
-    """The texts in their order, as a server meets them: a batch is padded to its longest."""
+    """The texts in their order, not sorted by length, as a server meets them."""
     limit = min(max_tokens, backbone.encoder.max_tokens)
     prompts = [
         backbone.encoder.encode_any_length(item.messages, item.response).shortened(limit)
@@ -144,9 +144,9 @@ def text_loads(
 
 
 class Answer(NamedTuple):
-    """The LLM's next token for each prompt, and what the probes say of each prompt.
+    """The LLM's next token for each prompt, and the probes' verdicts on it.
 
-    Both are on the host, so the work was done when the run returned.
+    Both are on the host, so the work is done when the run returns.
     """
 
     tokens: tuple[int, ...]
@@ -158,12 +158,12 @@ class Subject:
     """A row of the table.
 
     Attributes:
-        name: In the table.
+        name: Name in the table.
         kind: How it classifies.
         weights_bytes: Size of all weights that must be resident to run it.
         run: Reads a batch and writes one token for each prompt.
-        most_pairs: The most pairs of tokens in a batch, B T^2, that it runs on a usual machine; it
-            has no row for larger batches.
+        most_pairs: The most pairs of tokens in a batch, B T^2, that a usual machine can hold;
+            larger batches get no row.
     """
 
     name: str
@@ -181,7 +181,7 @@ class Subject:
 def served(name: str, backbone: TransformersBackbone, probes: Sequence[Probe] = ()) -> Subject:
     """The engine's prefill of a batch of requests with probes in the same pass, and a greedy token.
 
-    Without probes, this is the base that the other rows are compared with.
+    Without probes, this is the row that all others are compared with.
     """
     decoder = Decoder(backbone)
     panel = Panel(probes, device=backbone.device)
@@ -206,7 +206,7 @@ def served(name: str, backbone: TransformersBackbone, probes: Sequence[Probe] = 
 def naive(name: str, backbone: TransformersBackbone, probe: Probe) -> Subject:
     """The LLM with ``output_hidden_states=True``, then the mechanism's dense form.
 
-    Every hidden state is kept, stacked and read again, which is why a probe is thought to be
+    Every hidden state is kept, stacked and read again: the reason why probes are thought to be
     expensive. The mechanism runs in the LLM's dtype, the faster choice; serving uses float32. The
     probe's standardisation must be the identity.
     """
@@ -238,9 +238,9 @@ def naive(name: str, backbone: TransformersBackbone, probe: Probe) -> Subject:
 def encoder_first(name: str, llm: Subject, *, device: torch.device, dtype: torch.dtype) -> Subject:
     """An encoder of MiniLM's size classifies the prompts, then the LLM answers them.
 
-    Random weights do not change the encoder's speed. It reads the LLM's token ids folded into its
-    vocabulary, so that both read the same number of tokens; a text longer than its 512 positions
-    is read in windows.
+    Random weights do not change the encoder's speed. It reads the LLM's token ids modulo its own
+    vocabulary, so both read the same number of tokens. A text longer than its 512 positions is read
+    in windows.
     """
     with torch.random.fork_rng():
         encoder = BertForSequenceClassification(_MINILM).eval().requires_grad_(False)
@@ -263,9 +263,9 @@ def encoder_first(name: str, llm: Subject, *, device: torch.device, dtype: torch
 
 
 def guard_first(name: str, guard: Subject, llm: Subject) -> Subject:
-    """A generative guard says its one-token verdict, then the LLM answers.
+    """A generative guard writes its one-token verdict, then the LLM answers.
 
-    Where one model stands for both, its weights count twice.
+    If one model stands for both, its weights count twice.
     """
 
     def run(batch: Batch) -> Answer:
@@ -304,5 +304,5 @@ def default_subjects(
 
 
 def _bytes(module: nn.Module) -> int:
-    """Size of the parameters and buffers; what is tied counts once."""
+    """Size of the parameters and buffers; tied ones count once."""
     return sum(part.nbytes for part in (*module.parameters(), *module.buffers()))

@@ -1,4 +1,4 @@
-"""Prompts whose verdicts are known beforehand, since each carries what decides them."""
+"""Prompts whose right verdicts are known beforehand, and probes that always give them."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from sidelight.training.fit import fit
 from sidelight.training.settings import FitOptions
 from sidelight.types import Task
 
-# A word that names the ticket: a verdict that went to another request most likely names another.
+# The word of a ticket: a verdict of another request most likely names another word.
 WORDS = (
     "amber", "basalt", "cedar", "dune", "ember", "fjord", "glacier", "harbor",
     "iris", "juniper", "kelp", "lagoon", "maple", "nectar", "onyx", "pebble",
@@ -33,17 +33,16 @@ _HARMFUL = (
     "you are all useless idiots and thieves.",
     "I hate you, you stupid liars.",
 )
-# One of so many tickets is blocked.
+# One of this many tickets is blocked.
 _BLOCKED_EVERY = 8
 
 _ABUSE = Task("binary", ("fine", "abuse"))
 # `word` and `abuse` read the prompt, `reply` reads the response.
 PROBES = {"word": Task("multiclass", WORDS), "abuse": _ABUSE, "reply": _ABUSE}
-# Enough for words as plain as these; more would only take longer.
+# Enough for such plain words; more would only take longer.
 _TRAINING_TICKETS = {"word": 320, "abuse": 96, "reply": 96}
 _CHECKED_TICKETS = 64
-# The rule on the output is worked out after every token, but never fires: answers keep their
-# length.
+# The rule on the output is checked after every token but never fires, so answers keep their length.
 _POLICY = """[input.abuse]
 mode = "block"
 
@@ -58,9 +57,9 @@ class Ticket:
     """One prompt.
 
     Attributes:
-        number: No two tickets of a run share it.
-        word: The label that the probe `word` has to give.
-        is_abuse: Whether the probe `abuse` has to flag it.
+        number: Unique in a run.
+        word: The label that the probe `word` must give.
+        is_abuse: Whether the probe `abuse` must flag it.
     """
 
     number: int
@@ -69,31 +68,31 @@ class Ticket:
 
     @property
     def text(self) -> str:
-        """What is sent."""
+        """The text of the prompt."""
         sentences = _HARMFUL if self.is_abuse else _HARMLESS
         round_of_words = self.number // len(WORDS)
         return f"Ticket {self.word} {self.number}: {sentences[round_of_words % len(sentences)]}"
 
 
 def tickets(first: int = 100_000) -> Iterator[Ticket]:
-    """Tickets without end, numbered from ``first``."""
+    """Endless tickets, numbered from ``first``."""
     for number in count(first):
-        # 7 and 16 share no factor, so that neighbours differ and every word comes in turn; abuse
-        # comes with other words in each turn.
+        # 7 and 16 share no factor, so every word comes in turn and neighbours differ; in each turn,
+        # abuse comes with other words.
         is_abuse = (number + number // len(WORDS)) % _BLOCKED_EVERY == 0
         yield Ticket(number, WORDS[number * 7 % len(WORDS)], is_abuse)
 
 
 def prepare(backbone: TransformersBackbone, folder: Path) -> tuple[list[Path], Path]:
-    """Trains the probes, on tickets that are not asked later.
+    """Trains the probes on tickets that are not asked later.
 
     Returns:
         The folders of the probes, and the file of a policy that blocks by them.
 
     Raises:
-        SidelightError: A probe of the prompt is wrong about a ticket that it has not seen.
+        SidelightError: A probe of the prompt is wrong about an unseen ticket.
     """
-    # Half of them are abuse, with every word, so that few tickets are enough.
+    # Half of them are abuse, with every word, so few tickets are enough.
     plain = islice(tickets(first=500_000), max(_TRAINING_TICKETS.values()))
     training = [Ticket(one.number, one.word, one.number // len(WORDS) % 2 == 0) for one in plain]
     checked = list(islice(tickets(first=900_000), _CHECKED_TICKETS))
@@ -122,7 +121,7 @@ def prepare(backbone: TransformersBackbone, folder: Path) -> tuple[list[Path], P
 
 
 def _examples(probe: str, some: Sequence[Ticket]) -> LabelledExamples:
-    """The tickets as prompts, or as answers for the probe of the response."""
+    """The tickets as prompts, or as responses for the probe `reply`."""
     if probe == "reply":
         asked = [f"Write to number {ticket.number}." for ticket in some]
         items = [

@@ -1,4 +1,4 @@
-"""How long work takes, how much memory it needs, and what a server process says of itself."""
+"""Measures time and memory of work in this process, and memory and metrics of a server process."""
 
 import ctypes
 import gc
@@ -47,10 +47,10 @@ def interleaved(
     repeats: int,
     advance: Callable[[int], object] = lambda _: None,
 ) -> dict[str, list[float]]:
-    """Seconds of each action in each round; tells ``advance`` of each timing.
+    """Seconds of each action in each round; calls ``advance`` after each timing.
 
-    A round runs all actions one after the other, and each round begins with another one, so that
-    neither a drift of the machine nor the order favours any.
+    A round runs all actions one after the other, and each round begins with another one, so neither
+    a drift of the machine nor the order favours any.
     """
     names = list(actions)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -65,10 +65,10 @@ def interleaved(
 
 
 def peak_bytes(work: Callable[[], object], *, device: torch.device) -> int | None:
-    """How far memory rose while the work ran: tensors on a GPU, else this process's resident pages.
+    """How far memory rose during the work: tensors on a GPU, else resident pages of this process.
 
-    Run the work once before, so that what is made only the first time does not count. None where
-    the system cannot tell (it is not Linux).
+    Run the work once before, so that one-time allocations do not count. None where the system
+    cannot tell (any but Linux).
     """
     gc.collect()
     if device.type == "cuda":
@@ -76,7 +76,7 @@ def peak_bytes(work: Callable[[], object], *, device: torch.device) -> int | Non
         before = torch.cuda.memory_allocated(device)
         work()
         return torch.cuda.max_memory_allocated(device) - before
-    # Freed pages go back to the system first; otherwise the work could use them unseen.
+    # Give freed pages back to the system, or the work would reuse them unnoticed.
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
@@ -91,12 +91,12 @@ def peak_bytes(work: Callable[[], object], *, device: torch.device) -> int | Non
     return max(0, int(peak[1]) * 1024 - before) if peak else None
 
 
-# What a process holds after some visits: ``visits``, ``seconds``, ``resident_mb``, ``descriptors``.
+# What a process holds after some visits; keys: visits, seconds, resident_mb, descriptors.
 Sample = dict[str, float]
 
 
 def look_at(pid: int, *, visits: int = 0, seconds: float = 0.0) -> Sample:
-    """The memory and the open files of a process, connections among them.
+    """The memory and the open files (with connections) of a process.
 
     Raises:
         SidelightError: The process has ended.

@@ -1,4 +1,4 @@
-"""Speed of extraction beside a plain forward pass, and of training beside the extraction."""
+"""Compares extraction with a plain forward pass, and training with extraction."""
 
 import tempfile
 from collections.abc import Callable, Sequence
@@ -29,8 +29,8 @@ def compare_extraction(
 ) -> dict[str, Any]:
     """Tokens/s of extraction and of a plain pass over the same batches, and their ratio.
 
-    The plain pass runs without a tap and keeps nothing. A rival is another engine that fills a
-    cache; it is run once before the rounds, untimed.
+    The plain pass has no tap and keeps nothing. ``rival`` is another engine that fills a cache; it
+    runs once untimed before the rounds.
     """
     with tempfile.TemporaryDirectory() as scratch:
         own = BackboneSource(backbone)
@@ -45,7 +45,7 @@ def compare_extraction(
 
         actions = {"plain": plain, "extract": _filling([(own, cache)])}
         if rival is not None:
-            # The first word of an engine's name; its version and options follow.
+            # The engine's name without its version and options.
             name = rival.engine.split()[0]
             actions[name] = _filling([(rival, _cache(rival, backbone, examples, scratch))])
             actions[name]()
@@ -86,7 +86,7 @@ def compare_training(
             )
 
         names = mechanism_names()
-        # The first round begins with the extraction, so the states are there for the others.
+        # The first round begins with the extraction, so the others find the states.
         actions = {
             "extract": _filling([(source, cache) for cache in caches]),
             **{name: training([name]) for name in names},
@@ -119,7 +119,7 @@ def _cache(
 
 
 def _filling(pairs: Sequence[tuple[StateSource, ActivationCache]]) -> Callable[[], None]:
-    """What empties the caches and fills them again."""
+    """An action that empties the caches and fills them again."""
 
     def fill() -> None:
         for source, cache in pairs:

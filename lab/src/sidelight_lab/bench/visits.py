@@ -1,4 +1,4 @@
-"""What clients do, good and bad, on sockets of their own, and how each visit has to end."""
+"""Visits of well-behaved and of broken clients, each on its own socket, and how they must end."""
 
 import asyncio
 import json
@@ -11,10 +11,10 @@ from urllib.parse import urlsplit
 
 PROMPT_PROBE, RESPONSE_PROBE = "prompt", "response"
 _CHAT, _MODERATIONS = "/v1/chat/completions", "/v1/moderations"
-# Over the server's default limit of 4 MiB.
+# More than the server's default limit of 4 MiB.
 _LARGE_BYTES = 5 * 2**20
 _CHUNK_BYTES = 65536
-# As long as the server gives a request.
+# The time that the server gives a request.
 _TIMEOUT_S = 600.0
 _BUSY = "429 too_many_requests"
 _QUESTION = "Where is my refund?"
@@ -22,7 +22,7 @@ _ALWAYS = {"mode": "block", "threshold": 0.0}
 _PROMPT = (f'"probe":"{PROMPT_PROBE}"'.encode(),)
 _BOTH = (*_PROMPT, f'"probe":"{RESPONSE_PROBE}"'.encode())
 
-# What a client does once it has sent what it sends.
+# What a client does after it has sent everything.
 Manner = Literal["reads on", "half-closes", "leaves", "leaves midway"]
 
 
@@ -31,12 +31,13 @@ class Visit:
     """One client's connection.
 
     Attributes:
-        name: Of its kind.
-        sent: All that it sends.
-        endings: How it may end: the status and, where there is one, the error's code, the reason
-            for the end or ``[DONE]``; ``closed`` without an answer; or ``left``.
-        manner: What it does then. ``leaves midway`` waits for the first bytes of the answer.
-        needs: What an answer with a verdict or a list contains.
+        name: Name of its kind.
+        sent: Everything that the client sends.
+        endings: How it may end: the status and, if there is one, the error code, the finish reason
+            or ``[DONE]``; ``closed`` without an answer; or ``left``.
+        manner: What the client does then. ``leaves midway`` waits for the first bytes of the
+            answer.
+        needs: What a successful answer must contain.
     """
 
     name: str
@@ -47,9 +48,9 @@ class Visit:
 
 
 def connections() -> Sequence[Visit]:
-    """Those of the bursts: most of them send nothing that is whole.
+    """The visits of the bursts: most of them send no complete request.
 
-    More at once than the server answers at a time are a 429, as its limits say.
+    When there are more at once than the server's limits allow, some end with a 429.
     """
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     half = head + b'Content-Length: 1000\r\n\r\n{"model":'
@@ -70,9 +71,9 @@ def connections() -> Sequence[Visit]:
 
 
 def requests(model: str, *, max_tokens: int) -> Sequence[Visit]:
-    """Whole requests: answered, streamed, blocked, cut, refused and given up.
+    """Complete requests: answered, streamed, blocked, cut, refused and given up.
 
-    ``max_tokens`` is at least three, so that a text can be cut.
+    ``max_tokens`` must be at least three, so that a text can be cut.
     """
     chat: dict[str, Any] = {
         "model": model,
@@ -82,7 +83,7 @@ def requests(model: str, *, max_tokens: int) -> Sequence[Visit]:
     stream = {**chat, "stream": True}
     long = {"max_tokens": 50 * max_tokens}
     blocked = {**chat, "policies": {PROMPT_PROBE: _ALWAYS}}
-    # The most probable text is never empty; one that is drawn may be, and has nothing to cut.
+    # The most probable text is never empty; a sampled one may be, and then nothing can be cut.
     cut = {**chat, "policies": {RESPONSE_PROBE: _ALWAYS}, "temperature": 0}
     texts = {"input": [_QUESTION, "Hello!", "Thank you."]}
     probes = {**chat, "probes": ["none"]}
@@ -144,7 +145,8 @@ async def _perform(visit: Visit, reader: asyncio.StreamReader, writer: asyncio.S
             if visit.manner == "leaves midway":
                 return "left"
     except ConnectionError:
-        # A server that refuses a body closes before all of it has been sent: what it said counts.
+        # A server that refuses a body closes before all of it has been sent; its answer still
+        # counts.
         with suppress(ConnectionError):
             received += await reader.read(_CHUNK_BYTES)
     found = ending(received)
@@ -153,7 +155,7 @@ async def _perform(visit: Visit, reader: asyncio.StreamReader, writer: asyncio.S
 
 
 def ending(received: bytes) -> str:
-    """An answer in few words, as ``Visit.endings`` puts it."""
+    """An answer in a few words, as in ``Visit.endings``."""
     if not received:
         return "closed"
     head, _, body = received.partition(b"\r\n\r\n")

@@ -1,4 +1,4 @@
-"""What a search leaves in its folder: a table of all trials, the best of them, and a picture."""
+"""The files of a search: a table of all trials, the best of them, and a picture."""
 
 import csv
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ _MARKERS = "osD^vP"
 
 
 def write_search(found: Mapping[str, Best], directory: Path, *, score: str) -> None:
-    """Writes ``trials.csv``, ``best.json`` and ``sensitivity.png``, replacing earlier ones."""
+    """Writes ``trials.csv``, ``best.json`` and ``sensitivity.png``."""
     text = StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["mechanism", "trial", "score", *_SETTINGS, "options"])
@@ -39,7 +39,7 @@ def write_search(found: Mapping[str, Best], directory: Path, *, score: str) -> N
 
 
 def describe(found: Mapping[str, Best]) -> dict[str, Any]:
-    """The best of each mechanism, and which mechanism is ahead, as JSON values."""
+    """The best of each mechanism, and the best mechanism, as JSON values."""
     return {
         "best": max(found, key=lambda name: found[name].score),
         "mechanisms": {
@@ -56,12 +56,12 @@ def describe(found: Mapping[str, Best]) -> dict[str, Any]:
 
 
 def describe_options(spec: MechanismSpec) -> str:
-    """The options of a mechanism in one line."""
+    """The options of a mechanism on one line."""
     return " ".join(f"{option}={value}" for option, value in spec.options.items())
 
 
 def train_arguments(best: Best) -> list[str]:
-    """The arguments of ``sidelight train`` that stand for a configuration."""
+    """The arguments of ``sidelight train`` for a configuration."""
     name = best.spec.name
     arguments = ["--mechanism", name]
     for option, value in best.spec.options.items():
@@ -74,8 +74,8 @@ def train_arguments(best: Best) -> list[str]:
 def _draw_sensitivity(found: Mapping[str, Best], *, score: str) -> Figure:
     """Each trial's score over its learning rate, the best of each mechanism ringed.
 
-    As the paper's Figure 3 (Meyoyan & Del Corro 2026), of all trials at once: the other settings
-    of two neighbouring points differ too. Trainings that diverged are not drawn.
+    Like the paper's Figure 3 (Meyoyan & Del Corro 2026) but of all trials at once, so the other
+    settings of neighbouring points differ too. Trainings that diverged are not drawn.
     """
     figure = Figure(figsize=(7.2, 4.4), dpi=200, layout="constrained")
     axes = figure.add_subplot()

@@ -1,4 +1,4 @@
-"""Where each mechanism's options and settings are looked for: knows parameters, not training."""
+"""The search space of each mechanism's options and settings. Knows parameters, not training."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,16 +22,16 @@ class Range:
 
 @dataclass(frozen=True)
 class Space:
-    """Where one mechanism's settings are looked for.
+    """The search space of one mechanism.
 
     The paper searches learning rates of 1e-5 to 1e-3, decays of 0 to .05, batches of 8 to 64 and
     at most 10 epochs (Meyoyan & Del Corro 2026). Standardised states bear more decay.
 
     Attributes:
-        learning_rate: Drawn evenly on a logarithmic scale.
-        weight_decay: Drawn evenly on a linear scale.
-        most_epochs: The most epochs; early stopping may end a trial before.
-        options: Values of the mechanism's options; an option that is missing keeps its default.
+        learning_rate: Drawn uniformly on a logarithmic scale.
+        weight_decay: Drawn uniformly on a linear scale.
+        most_epochs: The most epochs; early stopping may end a trial sooner.
+        options: Values of the mechanism's options; a missing option keeps its default.
     """
 
     learning_rate: Range = Range(1e-5, 5e-2)
@@ -42,7 +42,7 @@ class Space:
 
 
 # Heads of a single layer learn best above the paper's rates; `docs/results.md` has the runs.
-# A mechanism without an entry has the space of all defaults.
+# A mechanism without an entry has the default space.
 SPACES: Mapping[str, Space] = {
     "pooling": Space(options={"kind": ("mean", "max")}),
     "gate": Space(options={"activation": ("tanh", "identity")}),
@@ -65,13 +65,13 @@ SPACES: Mapping[str, Space] = {
 def possible_specs(
     mechanism: str, geometry: Geometry, options: Mapping[str, tuple[OptionValue, ...]]
 ) -> list[MechanismSpec]:
-    """Every combination of the options that the mechanism can be built with for these sizes."""
+    """All combinations of the options that the mechanism can be built with for these sizes."""
     possible: list[MechanismSpec] = []
     refusal = ""
     for values in product(*options.values()):
         spec = mechanism_spec(mechanism, dict(zip(options, values, strict=True)))
         try:
-            # Shapes without memory: on a large backbone the parameters would be gigabytes.
+            # The meta device allocates nothing: for a large backbone the parameters take gigabytes.
             with torch.device("meta"):
                 spec.build(geometry)
         except SidelightError as error:
@@ -89,9 +89,9 @@ def possible_specs(
 def draw(
     trial: optuna.Trial, space: Space, specs: Sequence[MechanismSpec]
 ) -> tuple[MechanismSpec, TrainingSettings]:
-    """One of the possible specifications, and settings of the space.
+    """One of the possible specifications, and settings from the space.
 
-    Settings that the space does not cover are as suggested for the mechanism.
+    Settings that the space does not cover are the suggested ones of the mechanism.
     """
     spec = _pick_options(specs, space, trial.suggest_categorical)
     rate, decay = space.learning_rate, space.weight_decay
@@ -107,7 +107,7 @@ def draw(
 def default_parameters(
     space: Space, specs: Sequence[MechanismSpec]
 ) -> dict[str, OptionValue | float]:
-    """The parameters of the mechanism's default options and settings, or the nearest possible."""
+    """The parameters of the mechanism's default options and settings, or the nearest ones."""
     mechanism = specs[0].name
     settings, defaults = suggested_settings(mechanism), mechanism_spec(mechanism).options
     rate, decay = space.learning_rate, space.weight_decay
@@ -132,13 +132,13 @@ def _pick_options(
     space: Space,
     pick: Callable[[str, Sequence[OptionValue]], object],
 ) -> MechanismSpec:
-    """One of the possible specifications, by picking each option among the values still possible.
+    """Narrows the specifications down to one by picking each option among the possible values.
 
-    ``pick`` gets a parameter's name and its values, two or more, and gives one of them.
+    ``pick`` gets a parameter's name and its values, two or more, and returns one of them.
     """
     for option in space.options:
         values = list(dict.fromkeys(spec.options[option] for spec in specs))
-        # A parameter's choices may not change, so where some are ruled out it is another one.
+        # Optuna does not let a parameter's choices change, so each set of choices has its own name.
         name = f"{option} of {', '.join(map(str, values))}"
         chosen = pick(name, values) if len(values) > 1 else values[0]
         specs = [spec for spec in specs if spec.options[option] == chosen]

@@ -1,9 +1,8 @@
 """Searches a mechanism's options and training settings on validation data, from the cache alone.
 
-Optuna proposes a generation of configurations, which are trained in one call, so that each shard
-that is read updates all of them; their scores go into a journal on disk. Each proposal is drawn
-with a seed of its own from the trials before it: a search that goes on after a kill proposes what
-it would have proposed anyway.
+Optuna proposes a generation of configurations, which are trained in one call, so that each read of
+a shard updates all of them; their scores go into a journal on disk. Each proposal is drawn with its
+own seed from the trials before it, so a search that was killed goes on with the same proposals.
 """
 
 import os
@@ -36,7 +35,7 @@ from sidelight_lab.search.space import (
 # Random trials before the estimator has enough scores to learn from.
 _RANDOM_TRIALS = 12
 _ENOUGH_FOR_IMPORTANCE = 16
-# A training that diverged has no score; as pruned it ranks below all that have one.
+# A diverged training has no score; as pruned, it ranks below all that have one.
 _FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 _KNOWN = (*_FINISHED, TrialState.RUNNING)
 # Names of what the storage keeps beside parameters and scores.
@@ -48,8 +47,8 @@ class Trial:
     """One configuration.
 
     Attributes:
-        number: Place in the search, from 0.
-        score: On validation data, what early stopping maximises; None where training diverged.
+        number: Position in the search, from 0.
+        score: ``validation_score``, which early stopping maximises; None if training diverged.
     """
 
     number: int
@@ -62,13 +61,13 @@ class Trial:
 class Best:
     """The first configuration with the highest score on validation data.
 
-    The highest of many scores is too high an estimate of what another data set would give.
+    The highest of many scores overestimates what other data would give.
 
     Attributes:
         score: Average precision, or accuracy for a multi-class task.
-        trials: Everything that was tried, in order.
-        importance: Share of the scores' differences that each parameter explains; empty while
-            there are too few trials to say.
+        trials: All trials, in order.
+        importance: Share of the variance of the scores that each parameter explains; empty if there
+            are too few trials to say.
     """
 
     spec: MechanismSpec
@@ -92,19 +91,20 @@ def search_settings(
     """The options and settings of a mechanism that do best on validation data.
 
     The first trial is the mechanism's defaults, the next are random, and then a tree-structured
-    Parzen estimator proposes (Bergstra et al. 2011). A search that was killed goes on with what it
-    had not trained, and ends as if it had not been killed.
+    Parzen estimator proposes (Bergstra et al. 2011). A search that was killed goes on where it was
+    and ends as if it had not been killed.
 
     Args:
         dataset: Parameters are fitted to its training texts, scores are of its validation texts.
         mechanism: Its name.
-        trials: Total number, including those that the storage holds already.
+        trials: Total number, with those that the storage has already.
         seed: Decides proposals, initial parameters and the order of the data.
         storage: File that keeps the trials; several mechanisms may share it.
-        folds: Of ``choose_folds``, for a data set with all texts on both sides: each fold is judged
-            by what the others taught, as ``fit`` judges few texts. Empty: validation texts judge.
-        generation: Trials that are proposed and trained together. More of them share each read,
-            but they do not know each other's scores, and need more memory.
+        folds: Folds from ``choose_folds``, for a data set with the same texts on both sides: each
+            fold is scored by a training on the others, as in ``fit`` for few texts. Empty scores on
+            the validation texts.
+        generation: Trials that are proposed and trained together. A larger one shares each read
+            among more trials, but they do not know each other's scores, and need more memory.
         on_generation: Called after each generation with all trials so far.
 
     Raises:
@@ -127,7 +127,7 @@ def search_settings(
         study.enqueue_trial(default_parameters(space, specs))
     while (missing := trials - len(_trials(study, _FINISHED))) > 0:
         count = min(generation, missing)
-        # First what a killed search left untrained.
+        # The untrained trials of a killed search come first.
         asked = _trials(study, (TrialState.RUNNING,))[:count]
         while len(asked) < count:
             asked.append(_propose(study, space, specs, seed))
@@ -143,7 +143,7 @@ def search_settings(
     first = best_of(tried)
     if first is None or first.score is None:
         raise SidelightError(
-            f"All {len(tried)} trainings diverged: no score can be compared. Look for hidden "
+            f"All {len(tried)} trainings diverged, so no scores can be compared. Look for hidden "
             "states that are not finite, or load the backbone with --dtype float32."
         )
     enough = len(_trials(study, (TrialState.COMPLETE,))) >= _ENOUGH_FOR_IMPORTANCE
@@ -152,14 +152,14 @@ def search_settings(
 
 
 def _open_study(name: str, storage: Path, subject: Mapping[str, str]) -> optuna.Study:
-    """The mechanism's study in the journal, without what a kill left half written or half drawn.
+    """The mechanism's study in the journal, without what a kill left unfinished.
 
-    The subject is what scores depend on; a study of another subject is refused.
+    The subject is what scores depend on; a study of another subject is an error.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage.parent.mkdir(parents=True, exist_ok=True)
     if storage.exists():
-        # A write that the power failed in has no line end; optuna would go on in the same line.
+        # An interrupted write has no line end, and optuna would go on in the same line.
         whole = storage.read_bytes().rfind(b"\n") + 1
         if whole < storage.stat().st_size:
             os.truncate(storage, whole)
@@ -193,7 +193,7 @@ def _propose(study: optuna.Study, space: Space, specs: Sequence[MechanismSpec], 
     )
     trial = study.ask()
     spec, settings = draw(trial, space, specs)
-    # Written last, so that a trial that has it is whole.
+    # Written last: a trial that has it is complete.
     configuration = {"options": dict(spec.options), "settings": asdict(settings)}
     trial.set_user_attr(_CONFIGURATION, configuration)
     return Trial(trial.number, spec, settings, None)
@@ -224,7 +224,7 @@ def _trials(study: optuna.Study, states: Sequence[TrialState]) -> list[Trial]:
 
 
 def _tried(study: optuna.Study) -> tuple[Trial, ...]:
-    """What was trained, numbered without the trials that a kill left half drawn."""
+    """The trained trials, numbered without those that a kill left half drawn."""
     trials = _trials(study, _FINISHED)
     return tuple(replace(trial, number=place) for place, trial in enumerate(trials))
 

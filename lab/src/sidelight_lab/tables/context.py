@@ -1,4 +1,4 @@
-"""What a recipe is followed with, and the record of it: versions, machine, commit."""
+"""A recipe with everything to follow it; records of versions, machine and commit."""
 
 import os
 import platform
@@ -32,16 +32,16 @@ Search = Callable[[ProbeDataset, str, Path], Configuration]
 
 @dataclass(frozen=True)
 class RecipeContext:
-    """A recipe with what it takes to follow it.
+    """A recipe with everything to follow it.
 
     Attributes:
-        text: The recipe's TOML as it was given.
+        text: The TOML of the recipe.
         directory: Folder of the table.
-        load: Gives a data set by name.
-        search: Gives the best configuration of a mechanism on validation texts; the path is a file
+        load: Loads a data set by name.
+        search: Finds the best configuration of a mechanism on validation texts; the path is a file
             that keeps its trials.
         cache_root: Folder of activations.
-        limit: Rows that are used of each part; None uses all.
+        limit: The most rows to use of each split; None uses all.
     """
 
     recipe: Recipe
@@ -54,13 +54,13 @@ class RecipeContext:
     limit: int | None = None
 
     def check(self) -> None:
-        """Refuses a misspelt name or a missing package, before hours of extraction."""
+        """Raises for a misspelt name or a missing package, before hours of extraction."""
         for row in build_rows(self.recipe, suggested):
             if isinstance(row, BaselineConfig):
                 row.baseline.require()
 
     def rows(self, dataset: ProbeDataset, *, searches: str = "search") -> tuple[Row, ...]:
-        """The rows; those that are searched keep their trials in a folder of this name."""
+        """The rows; those that are searched keep their trials in the folder ``searches``."""
 
         def search(mechanism: str) -> Configuration:
             folder = self.directory / searches
@@ -70,18 +70,18 @@ class RecipeContext:
         return build_rows(self.recipe, search)
 
     def sample(self, examples: LabelledExamples) -> LabelledExamples:
-        """The rows that are used of a part: all, or as many as the limit says."""
+        """The rows of a split that are used: all, or a sample of ``limit`` rows."""
         if self.limit is None:
             return examples
         return examples.select(examples.draw(self.limit, seed=0))
 
     def notes(self, notes: Sequence[str]) -> tuple[str, ...]:
-        """Notes on data, and one on the limit if there is any."""
+        """The notes on the data, and one on the limit if there is any."""
         if self.limit is None:
             return tuple(notes)
         return (
             *notes,
-            f"At most {self.limit} rows of each part were used, drawn at random, class by class.",
+            f"At most {self.limit} rows of each split were used, drawn at random, class by class.",
         )
 
     def dataset(self, data: DataSet) -> ProbeDataset:
@@ -106,7 +106,7 @@ class RecipeContext:
         )
 
     def write_origin(self, data: DataSet, folder: Path) -> None:
-        """Writes what the table is made from, before the work begins."""
+        """Records the recipe, the environment and the data, before the work begins."""
         notes = data.notes if self.recipe.test_data is None else data.training_notes
         as_run = {"recipe": asdict(self.recipe), "limit": self.limit}
         write_origin(
@@ -169,7 +169,7 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    """The commit of the source tree that runs, marked ``-dirty`` if it was changed since."""
+    """The commit of the running source tree, with ``-dirty`` if it was changed since."""
     source = Path(__file__)
 
     def git(*arguments: str) -> str:
@@ -177,7 +177,7 @@ def _commit() -> str | None:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         return done.stdout.strip() if done.returncode == 0 else ""
 
-    # An installed package may lie in somebody else's repository.
+    # An installed package may lie inside another repository.
     if shutil.which("git") is None or not git("ls-files", source.name):
         return None
     return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") or None

@@ -1,8 +1,7 @@
 """Compares rows on training texts alone: each fold is scored by what the other folds taught.
 
-This is for choosing: the validation split and the test stay closed. A fold takes the part of
-validation, so early stopping and settings are chosen on the texts that are scored, for every row
-alike.
+This is for choosing: the validation split and the test stay closed. The fold serves as validation
+data, so early stopping and settings are chosen on the scored texts, in the same way for every row.
 """
 
 from collections.abc import Sequence
@@ -25,8 +24,8 @@ class RowScores:
     """One row on left-out texts.
 
     Attributes:
-        score: Name of what is compared; see ``validation_score``.
-        folds: For each fold the mean over seeds; None where a training diverged.
+        score: Name of the score; see ``validation_score``.
+        folds: The mean over seeds for each fold; None where a training diverged.
     """
 
     row: str
@@ -35,7 +34,7 @@ class RowScores:
 
     @property
     def mean(self) -> float | None:
-        """Over folds; None where a training diverged."""
+        """The mean over folds; None if a training diverged."""
         return _mean(self.folds)
 
     def cells(self) -> tuple[str, str, str]:
@@ -49,7 +48,7 @@ class RowScores:
 def cross_validate(context: RecipeContext, *, folds: int) -> list[RowScores]:
     """Each row's scores, the best row first; writes ``cross_validation.md`` and ``.json``.
 
-    Every seed is trained in every fold. What an earlier, killed run finished is not done again.
+    Every seed is trained in every fold. What an earlier, killed run finished is not repeated.
     """
     recipe, directory = context.recipe, context.directory
     if recipe.kind != "comparison":
@@ -59,7 +58,7 @@ def cross_validate(context: RecipeContext, *, folds: int) -> list[RowScores]:
         )
     context.check()
     data = context.load(recipe.data)
-    # Beside the table's own origin, which another command may have written.
+    # In a folder of its own: the table itself may have written its origin already.
     context.write_origin(data, directory / "cross_validation")
     split = context.extract(context.sample(data.training), "Training texts")
     scores: dict[str, list[float | None]] = {}
@@ -91,7 +90,7 @@ def _folds(whole: ProbeDataset, count: int) -> list[ProbeDataset]:
         rest, held_out = (whole.training.select(own) for own in (np.setdiff1d(rows, fold), fold))
         if _lacks_a_class(rest) or _lacks_a_class(held_out):
             raise SidelightError(
-                f"A class has fewer distinct texts than {count} folds. Ask for fewer (--folds)."
+                f"A class has fewer distinct texts than {count} folds. Choose fewer (--folds)."
             )
         require_same_task(rest.examples, held_out.examples)
         datasets.append(ProbeDataset(whole.backbone, rest, held_out))

@@ -49,7 +49,7 @@ def difference(ours: Float[Values, " draw"], theirs: Float[Values, " draw"]) -> 
     """How much higher ours is, its 95 % interval, and the two-sided p-value.
 
     The p-value is twice the share of resamples in which the difference is zero or has the rarer
-    sign. Both rows come from ``mean_draws`` with the same resamples.
+    sign. Both rows must come from ``mean_draws`` with the same resamples.
     """
     estimate = Estimate.of(ours - theirs)
     if estimate.low is None:
@@ -94,8 +94,8 @@ class Spread:
     """A number over seeds or draws.
 
     Attributes:
-        mean: Over the seeds in which it is defined; None without any.
-        deviation: Sample standard deviation; 0 of a single one.
+        mean: Mean over the seeds in which it is defined; None without any.
+        deviation: Sample standard deviation; 0 for a single value.
         values: One per seed; None where undefined.
     """
 
@@ -118,7 +118,7 @@ class RowFigures:
     """A row of the table.
 
     Attributes:
-        row: What was measured.
+        row: The row that was measured.
         reports: One per seed; the chosen seed's has bootstrap intervals, except for few-shot draws.
         difference: How much higher ours is in the table's metric; None for ours itself.
     """
@@ -134,12 +134,12 @@ class RowFigures:
 
     @property
     def parameters(self) -> int:
-        """Fitted numbers of the chosen seed."""
+        """How many fitted numbers the chosen seed needs for prediction."""
         return self.row.runs[self.row.chosen].parameters
 
     @property
     def validation(self) -> Spread:
-        """What early stopping maximised, on validation texts."""
+        """``validation_score`` over seeds."""
         return Spread.of([run.score for run in self.row.runs])
 
     def spread(self, metric: str) -> Spread:
@@ -174,11 +174,11 @@ class TableFigures:
     """All rows on some texts.
 
     Attributes:
-        title: Which texts.
-        texts: How many.
-        metric: What rows are compared by.
-        ours: Name of the row that they are compared with; "" where there is none.
-        rows: In the recipe's order.
+        title: Names the texts.
+        texts: Number of texts.
+        metric: The metric that rows are compared by.
+        ours: Name of the row that the others are compared with; "" if there is none.
+        rows: Rows in the recipe's order.
     """
 
     title: str
@@ -191,10 +191,10 @@ class TableFigures:
 def measure_rows(
     judged: JudgedTable, *, title: str, metric: str, ours: str, are_draws: bool
 ) -> TableFigures:
-    """Measures all rows on the same texts; nothing is compared where there is no row of ours.
+    """Measures all rows on the same texts; nothing is compared if there is no row of ours.
 
-    Few-shot draws differ in their training texts: the spread over draws says what an interval of
-    one draw would not.
+    Few-shot draws differ in their training texts, so they have a spread over draws instead of an
+    interval.
     """
     reports = {row.name: _report_runs(judged, row, are_draws=are_draws) for row in judged.rows}
     draws = 1 + max(run.seed for row in judged.rows for run in row.runs)
@@ -234,7 +234,7 @@ def _report_runs(judged: JudgedTable, row: JudgedRow, *, are_draws: bool) -> tup
 def _by_draw(
     row: JudgedRow, reports: Sequence[Report], metric: str, *, draws: int
 ) -> Float[Values, " draw"]:
-    """The metric of each draw; NaN for one that the row lacks, as a slow row does."""
+    """The metric of each draw; NaN for a draw that the row lacks, as slow rows do."""
     values = np.full(draws, np.nan)
     for run, report in zip(row.runs, reports, strict=True):
         value = report.metrics[metric].value

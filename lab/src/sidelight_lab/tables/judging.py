@@ -1,4 +1,4 @@
-"""The test, once every run is fitted: the record of its opening, the logits, and the judgement.
+"""The test, once every run is fitted: the record of its opening, logits, and probabilities.
 
 Calibration and thresholds are fitted to validation logits, for probes and baselines alike.
 """
@@ -28,7 +28,7 @@ from sidelight.types import Task
 from sidelight_lab.tables.rows import ProbeConfig, Row
 from sidelight_lab.tables.runs import Run, digest, fit_baseline
 
-# Texts of one matmul: what is projected of them fits memory with any number of columns.
+# Texts of one matmul: few enough that any number of columns fits in memory.
 _CHUNK = 64
 
 
@@ -37,7 +37,7 @@ class JudgedRun:
     """One run on the test texts.
 
     Attributes:
-        score: What early stopping maximised, on its validation texts.
+        score: ``validation_score`` on its validation texts, which early stopping maximises.
         probabilities: Calibrated, of all test texts.
         thresholds: As ``choose_thresholds`` gives them.
         seconds: Time of fitting.
@@ -69,7 +69,7 @@ class JudgedRow:
 
     @property
     def chosen(self) -> int:
-        """The run with the best validation score; the first of equals."""
+        """The run with the best validation score; of equal runs, the first."""
         return int(np.argmax([run.score for run in self.runs]))
 
 
@@ -82,7 +82,7 @@ class JudgedTable:
     rows: tuple[JudgedRow, ...]
 
     def preferred(self, names: Collection[str]) -> str:
-        """Of these rows the one with the best mean validation score; "" where none is there."""
+        """Whichever of these rows has the best mean validation score; "" if none is there."""
         rows = [row for row in self.rows if row.name in names]
         means = [float(np.mean([run.score for run in row.runs])) for row in rows]
         return rows[int(np.argmax(means))].name if rows else ""
@@ -102,19 +102,19 @@ class JudgedTable:
 def record_opening(
     directory: Path, *, config: str, test: str | None, versions: Mapping[str, str]
 ) -> list[str]:
-    """Notes in ``test_opened.json`` that test data is opened.
+    """Records in ``test_opened.json`` that test data is opened.
 
-    Called before anything of it is read, and again once it is read and before it is measured on.
-    An opening of the same texts with the same settings is noted once.
+    Call it before test data is read, and again after reading but before measuring. Opening the same
+    texts with the same settings is recorded once.
 
     Args:
         directory: Folder of the table.
-        config: Hash of every run that is measured, and of how.
-        test: Hash of the test texts and labels; None while they are not read.
+        config: Hash of every run that is measured, and of how it is measured.
+        test: Hash of the test texts and labels; None before they are read.
         versions: Versions of packages.
 
     Returns:
-        When test data was opened before with other settings or other texts: rows chosen since have
+        When test data was opened before with other settings or other texts: choices since then have
         seen test data.
     """
     path = directory / "test_opened.json"
@@ -137,7 +137,7 @@ def record_opening(
 def fit_to_task(test: LabelledExamples, task: Task) -> LabelledExamples:
     """Test texts with the labels of the training task.
 
-    Two binary tasks are the same question under other names: negative and positive correspond.
+    Two binary tasks may name their labels differently: negative and positive correspond.
     """
     own = test.task
     if own != task and not own.kind == task.kind == "binary":
@@ -149,7 +149,7 @@ def fit_to_task(test: LabelledExamples, task: Task) -> LabelledExamples:
 
 
 def judge_runs(rows: Sequence[Row], runs: Sequence[Run], split: Split) -> JudgedTable:
-    """All runs on the test texts, gathered by row; a row is left out if all its runs diverged.
+    """All runs on the test texts by row; a row whose runs all diverged is left out.
 
     Runs that were scored on these texts before are read from their files.
     """

@@ -52,7 +52,7 @@ def draw_bars(figures: TableFigures, path: Path) -> None:
 
 
 def draw_precision_recall(judged: JudgedTable, path: Path, *, ours: str, title: str) -> None:
-    """Curves of each row's chosen seed: ours and the best others in colour, the rest behind."""
+    """Curves of each row's chosen seed: ours and the best others in colour, the rest in grey."""
     figure, axes = _figure(title, 7.6, 4.6)
     chances = {row.name: row.runs[row.chosen].probabilities[:, 0] for row in judged.rows}
     areas = {
@@ -83,10 +83,10 @@ def draw_sweep(
     for row in figures.rows:
         lines.setdefault(probes[row.row.name].line, []).append(row)
     figure, axes = _figure(figures.title, 7.2, 4.4)
-    # Values are usually powers of something, so they stand at equal distances.
+    # Values are usually powers of a number, so they stand at equal distances.
     values = list(dict.fromkeys(str(probe.swept) for probe in probes.values()))
     for number, (name, rows) in enumerate(lines.items()):
-        # A row whose every run diverged is not there.
+        # Rows whose runs all diverged are missing.
         places = [values.index(str(probes[row.row.name].swept)) for row in rows]
         tested = [row.spread(figures.metric) for row in rows]
         spans = [one.deviation for one in tested]

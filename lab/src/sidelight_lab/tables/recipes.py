@@ -1,6 +1,6 @@
-"""What a table is made of: recipes as TOML files, of the package or of a user.
+"""Recipes of tables as TOML files, of the package or of a user.
 
-Every key is checked here. What the names in a recipe stand for is looked up in `rows.py`.
+Every key is checked here; `rows.py` looks up what the names in a recipe stand for.
 """
 
 import json
@@ -31,7 +31,7 @@ class ProbeRow:
     Attributes:
         options: Options of the mechanism that differ from its defaults.
         settings: Training settings that differ from the suggested ones.
-        search: Whether options and settings are searched on validation data instead.
+        search: Search options and settings on validation data instead.
     """
 
     name: str
@@ -46,9 +46,9 @@ class BaselineRow:
     """A baseline in the table.
 
     Attributes:
-        baseline: Its key in ``BASELINES``; None means that the row's name is the key.
+        baseline: Its key in ``BASELINES``; None takes the row's name.
         options: Options that differ from the baseline's defaults.
-        seeds: 1 for a baseline in which nothing is random; None means the table's.
+        seeds: 1 for a baseline in which nothing is random; None means the seeds of the table.
     """
 
     name: str
@@ -64,7 +64,7 @@ class BaselineRow:
 
 @dataclass(frozen=True)
 class Sweep:
-    """The parameter that a sensitivity table varies: every probe is trained with every value.
+    """The parameter that a sensitivity table varies; every probe is trained with every value.
 
     Attributes:
         parameter: A training setting, such as ``learning_rate``, or an option of the mechanisms.
@@ -81,8 +81,8 @@ class LatencyRow:
     Attributes:
         batch_sizes: Prompts per forward pass.
         tokens: Lengths of prompts of random tokens.
-        texts: Number of validation texts that are run as well, if the table names a data set.
-        repeats: Timed rounds.
+        texts: Number of validation texts to run as well, if the recipe names a data set.
+        repeats: Number of timed rounds.
     """
 
     batch_sizes: tuple[int, ...] = (1, 16)
@@ -98,19 +98,19 @@ class Recipe:
 
     Attributes:
         kind: ``comparison``; ``transfer``: trained on one data set, tested on another;
-            ``few-shot``: a few labels per class, drawn anew for each seed; ``sensitivity``: one
-            parameter is swept; ``latency``: milliseconds of every registered mechanism and of
-            what it replaces, nothing is trained.
+            ``few-shot``: a few labels per class, drawn again for each seed; ``sensitivity``: one
+            parameter is swept; ``latency``: the time of every mechanism and of what it replaces,
+            without any training.
         data: Name of the data set.
         test_data: Name of the data set that a transfer is tested on.
-        metric: What rows are compared by, one of ``METRICS``.
-        ours: The row that the others are compared with; of several, validation chooses. Empty in
+        metric: The metric that rows are compared by, one of ``METRICS``.
+        ours: The row that the others are compared with; validation chooses one of several. Empty in
             a sensitivity table.
         reads: The tokens that probes and baselines read.
         max_tokens: Longer texts are cut.
-        seeds: Runs of each row.
-        labels_per_class: Training labels of a few-shot draw.
-        draws: Few-shot draws.
+        seeds: Number of runs of each row.
+        labels_per_class: Training labels per class of a few-shot draw.
+        draws: Number of few-shot draws.
     """
 
     title: str
@@ -134,7 +134,7 @@ class Recipe:
         return tuple(row.name for row in (*self.probe, *self.baseline))
 
     def only(self, names: Iterable[str]) -> "Recipe":
-        """The table with these rows alone; nothing is compared where no row of ours is left."""
+        """The recipe with these rows only; nothing is compared if no row of ours is left."""
         chosen = set(names)
         if not chosen:
             raise SidelightError(f"No row is named. Known: {', '.join(self.names())}.")
@@ -179,9 +179,9 @@ def recipe_text(name: str) -> str:
 
 
 def parse_recipe(text: str, *, name: str) -> Recipe:
-    """A recipe from its TOML; messages call it by its name."""
+    """A recipe from its TOML; ``name`` stands in messages."""
     try:
-        # Through JSON, where a list may become a tuple and yet "3" is no number.
+        # Through JSON: in strict mode a list may then become a tuple, while "3" is still no number.
         recipe = TypeAdapter(Recipe).validate_json(json.dumps(tomllib.loads(text)))
     except (tomllib.TOMLDecodeError, TypeError) as error:
         raise SidelightError(f"Recipe {name} is not plain TOML: {error}.") from error
@@ -204,7 +204,7 @@ def _first_complaint(error: ValidationError) -> str:
 
 
 def _requirements(recipe: Recipe) -> dict[str, bool]:
-    """What must hold between the keys, and whether it does."""
+    """Each requirement across keys, and whether it is met."""
     rows, kind, probes = recipe.names(), recipe.kind, recipe.probe
     swept = recipe.sweep.values if recipe.sweep else None
     counts = (recipe.seeds, recipe.draws, recipe.labels_per_class, recipe.max_tokens)

@@ -1,7 +1,7 @@
-"""Makes a table from its recipe: extract, fit, store; then, once, open the test data and measure.
+"""Makes a table from its recipe: extract, fit, store; then open the test data once and measure.
 
-No test text passes through the backbone, and no test label is compared with anything, before every
-row has its validation results.
+Before every row has its validation results, no test text passes through the backbone and no test
+label is compared with anything.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +24,7 @@ from sidelight_lab.tables.writing import HOW, HOW_DRAWS, FinishedTable
 
 
 def reproduce(context: RecipeContext) -> FinishedTable:
-    """Makes the table of a recipe; what an earlier, killed run finished is not done again."""
+    """Makes the table of a recipe; what an earlier, killed run finished is not repeated."""
     recipe, directory = context.recipe, context.directory
     context.check()
     data = context.load(recipe.data)
@@ -90,12 +90,11 @@ def _hash(recipe: Recipe, runs: Sequence[Run], limit: int | None) -> str:
 def _further_notes(
     recipe: Recipe, tried: Sequence[Run], judged: JudgedTable, earlier: Sequence[str]
 ) -> Iterator[str]:
-    """On openings of the test, on runs that diverged, and on how ours was chosen."""
+    """Notes on openings of the test, on runs that diverged, and on how ours was chosen."""
     if earlier:
         yield (
             "Test data had been opened before with other settings or other texts "
-            f"({', '.join(earlier)}): what was changed since was changed with test figures in "
-            "sight."
+            f"({', '.join(earlier)}): changes since then were made with test figures in sight."
         )
     else:
         yield (
@@ -113,7 +112,7 @@ def _further_notes(
         yield f"Ours is '{ours}'."
     elif ours:
         yield (
-            f"Ours is '{ours}': of {', '.join(recipe.ours)} the row with the best mean validation "
+            f"Ours is '{ours}': among {', '.join(recipe.ours)}, it has the best mean validation "
             f"{score_name(judged.task)}."
         )
 
@@ -147,7 +146,7 @@ def _measured(
 
 
 def _subsets(context: RecipeContext, tested: DataSet) -> Mapping[str, Int[np.ndarray, " row"]]:
-    """Where the rows of each subset are among the test texts that are used."""
+    """The positions of each subset's rows among the test texts that are used."""
     if context.limit is None:
         return tested.subsets
     drawn = tested.test.draw(context.limit, seed=0)

@@ -1,6 +1,6 @@
-"""The runs of a table: each row with each seed, fitted once and stored as soon as it is there.
+"""The runs of a table: each row with each seed, fitted once and stored at once.
 
-Sees training and validation texts only.
+This module sees training and validation texts only.
 """
 
 import hashlib
@@ -35,8 +35,8 @@ class Result:
 
     Attributes:
         validation_logits: Before calibration.
-        seconds: Time of fitting; probes that were trained together share theirs evenly.
-        parameters: Numbers that were fitted and are kept.
+        seconds: Time of fitting; probes that are trained together share it evenly.
+        parameters: How many fitted numbers prediction needs.
     """
 
     validation_logits: Float[np.ndarray, "text output"]
@@ -49,10 +49,10 @@ class Run:
     """One row with one seed.
 
     Attributes:
-        dataset: What it is fitted to.
-        folder: Keeps its results; the name holds a hash of everything that decides them.
+        dataset: The data it is fitted to.
+        folder: Folder of its results; the name has a hash of everything that decides them.
         fitted: A baseline that was fitted in this process, kept for the test. Baselines have no
-            file format, so one of an earlier, killed process is fitted once more for the test.
+            file format, so one from an earlier, killed process is fitted again for the test.
     """
 
     row: Row
@@ -63,7 +63,7 @@ class Run:
 
     @property
     def is_fitted(self) -> bool:
-        """Whether its validation results are there."""
+        """Whether its validation results are stored."""
         return self._result.exists()
 
     @property
@@ -77,7 +77,7 @@ class Run:
         return self.folder / "probe"
 
     def save(self, result: Result) -> None:
-        """Stores the result whole or, if killed, not at all."""
+        """Stores the result completely or, if killed, not at all."""
         _save_arrays(self._result, **vars(result))
 
     def load(self) -> Result:
@@ -88,7 +88,7 @@ class Run:
             )
 
     def is_tested(self, test: str) -> bool:
-        """Whether the logits of the test texts with this hash are there."""
+        """Whether the logits of the test texts with this hash are stored."""
         return self._test(test).exists()
 
     def save_test(self, test: str, logits: Float[np.ndarray, "text output"]) -> None:
@@ -142,8 +142,8 @@ def plan_runs(
 def draw_few(dataset: ProbeDataset, recipe: Recipe) -> list[ProbeDataset]:
     """The few-shot draws of a recipe.
 
-    A draw has the same number of texts of each class, at most ``labels_per_class``, in training
-    and, drawn from the validation split, in validation: a few-shot user has no more to choose by.
+    A draw has the same number of texts of each class, at most ``labels_per_class``, in training and
+    also in validation (drawn from the validation split): a few-shot user has no more to choose by.
     """
     if dataset.task.kind == "multilabel":
         raise SidelightError(
@@ -171,11 +171,11 @@ def _balanced(split: Split, count: int, random: np.random.Generator) -> Int[np.n
 
 
 def fit_runs(runs: Sequence[Run], *, max_tokens: int) -> None:
-    """Fits what is missing of runs on the same texts.
+    """Fits the missing ones of runs on the same texts.
 
-    Probes are trained in one call, since they share each read of the cache. One that diverges is
-    noted, so that it is not trained again, and the others go on. ``max_tokens`` is the limit that
-    texts were cut to; it goes into the probes' records.
+    Probes are trained in one call, to share each read of the cache. One that diverges is marked, so
+    that it is not trained again, and the others go on. ``max_tokens`` is the limit that texts were
+    cut to, for the probes' records.
     """
     missing = [run for run in runs if not (run.is_fitted or run.has_diverged)]
     _train(
@@ -209,7 +209,7 @@ def _train(missing: Sequence[tuple[Run, ProbeConfig]], *, max_tokens: int) -> No
             (run.folder / "diverged").touch()
             continue
         probe = make_run(one, dataset, name=row.name, options=options).probe
-        # The probe first: a run counts as fitted once its result is there.
+        # The probe comes first: a run counts as fitted once its result is stored.
         save_probe(probe, run.probe_folder)
         run.save(Result(one.logits, seconds, probe.record["parameters"]))
 

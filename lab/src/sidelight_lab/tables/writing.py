@@ -22,7 +22,7 @@ _SHOWN = {
     "recall_at_1pct_fpr": "recall at 1 % FPR",
     "ece": "ECE",
 }
-# Beginnings of the headings for which a terminal has no room.
+# Headings that begin like these are left out in a terminal, for lack of room.
 _FILE_ONLY = ("macro F1", "validation", "single pass", "parameters")
 _LATEX = str.maketrans(
     {
@@ -40,8 +40,8 @@ class Grid:
     """A table as text.
 
     Attributes:
-        lines: Cells of each row.
-        bold: The row that is ours; None if there is none.
+        lines: The cells of each row.
+        bold: Number of the row that is ours; None if there is none.
     """
 
     title: str
@@ -66,7 +66,7 @@ class Grid:
         from rich.table import Table
         from rich.text import Text
 
-        # The second column holds what rows are compared by, whatever it is.
+        # The second column holds the metric that rows are compared by.
         shown = [
             place
             for place, name in enumerate(self.headings)
@@ -86,7 +86,7 @@ class Grid:
             lines[self.bold] = [text and bold.format(text) for text in lines[self.bold]]
         headings = list(map(escape, self.headings))
         align = ("left", *["right"] * (len(headings) - 1))
-        # Cells stay as they are: "0.860" is not 0.86.
+        # Cells are texts: "0.860" must not become 0.86.
         return tabulate(lines, headings, style, disable_numparse=True, colalign=align)
 
 
@@ -101,7 +101,7 @@ def heading(metric: str) -> str:
 
 
 def grid(figures: TableFigures) -> Grid:
-    """The cells of a table: the compared metric comes first, with its interval."""
+    """The table as text: the metric that rows are compared by comes first, with its interval."""
     others = [name for name in _SHOWN if name != figures.metric]
     first = heading(figures.metric)
     headings = (
@@ -156,10 +156,10 @@ HOW = (
 )
 HOW_DRAWS = (
     "Mean ± standard deviation over draws of training texts. Each draw has the same number of "
-    "texts of every class, and its validation part, drawn from the validation split, is as small: "
-    "early stopping, settings, calibration and thresholds see no more, and they see balanced "
-    "classes. 'ours - row' is the mean difference over the draws that both rows have; p is a "
-    "paired permutation test over them, exact up to 13. All draws share the test texts."
+    "texts of every class, and a validation part of the same size, drawn from the validation "
+    "split: early stopping, settings, calibration and thresholds see no more than that, and they "
+    "see balanced classes. 'ours - row' is the mean difference over the draws that both rows have; "
+    "p is a paired permutation test over them, exact up to 13. All draws share the test texts."
 )
 
 
@@ -168,9 +168,9 @@ class FinishedTable:
     """What ``reproduce`` makes.
 
     Attributes:
-        how: What its numbers are.
-        notes: On the data and on when test data was opened, one sentence each.
-        tables: All test texts first, then each subset.
+        how: How its numbers were computed.
+        notes: Notes on the data and on when test data was opened, one sentence each.
+        tables: The table of all test texts, then one for each subset.
     """
 
     title: str
