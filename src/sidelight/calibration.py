@@ -9,8 +9,8 @@ from jaxtyping import Bool, Float, Shaped
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from sidelight.errors import SidelightError, did_you_mean
-from sidelight.metrics import AnyArray, Flags, Values, checked_labels
-from sidelight.types import Task, TaskKind
+from sidelight.metrics import checked_labels
+from sidelight.types import AnyArray, Flags, Task, TaskKind, Values
 
 CalibrationKind = Literal["none", "temperature", "platt", "isotonic"]
 

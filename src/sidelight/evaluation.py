@@ -6,16 +6,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
-from sidelight.metrics import (
-    METRICS,
-    AnyArray,
-    Numbers,
-    Predictions,
-    Values,
-    decide,
-    measure_resamples,
-)
-from sidelight.types import Task
+from sidelight.metrics import METRICS, Predictions, decide, measure_resamples
+from sidelight.types import AnyArray, Numbers, Task, Values
 
 if TYPE_CHECKING:
     from rich.console import Group

@@ -5,22 +5,16 @@ A loop over scikit-learn's metrics gives the same numbers far more slowly (docs/
 An undefined metric is NaN.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 
 import numpy as np
-import numpy.typing as npt
 from jaxtyping import Bool, Float, Int, Shaped
 
 from sidelight.errors import SidelightError
-from sidelight.types import Task, TaskKind
-
-Values = npt.NDArray[np.float64]
-Numbers = npt.NDArray[np.int64]
-Flags = npt.NDArray[np.bool_]
-AnyArray = npt.NDArray[np.generic]
+from sidelight.types import AnyArray, Flags, Numbers, Task, TaskKind, Values
 
 METRICS = (
     "f1",
@@ -375,18 +369,20 @@ def measure(
     counts = confusion.pooled() if is_pooled else confusion
     shown = slice(None) if is_pooled else predictions.headline
     curves = [one.curve(weights) for one in predictions.rankings[predictions.headline]]
+
+    def mean_of_curves(metric: Callable[[Curve], Float[Values, " resample"]]) -> Values:
+        return _mean_of_defined(np.array([metric(curve) for curve in curves]))
+
     is_right = (predictions.decisions == predictions.targets).all(axis=1)
     return {
         "f1": _mean_of_defined(counts.f1()[shown]),
         "precision": _mean_of_defined(counts.precision()[shown]),
         "recall": _mean_of_defined(counts.recall()[shown]),
-        "auprc": _mean_of_defined(np.array([one.auprc() for one in curves])),
-        "auroc": _mean_of_defined(np.array([one.auroc() for one in curves])),
+        "auprc": mean_of_curves(Curve.auprc),
+        "auroc": mean_of_curves(Curve.auroc),
         "accuracy": is_right.astype(np.float64) @ weights / weights.sum(axis=0),
         "macro_f1": _mean_of_defined(confusion.f1()),
-        "recall_at_1pct_fpr": _mean_of_defined(
-            np.array([one.recall_at_fpr(0.01) for one in curves])
-        ),
+        "recall_at_1pct_fpr": mean_of_curves(lambda curve: curve.recall_at_fpr(0.01)),
         "ece": predictions.confidences().ece(weights),
     }
 

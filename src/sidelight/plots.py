@@ -12,9 +12,9 @@ import numpy as np
 from jaxtyping import Float, Int, Shaped
 
 from sidelight.errors import SidelightError
-from sidelight.metrics import AnyArray, Numbers, Predictions, Values, decide
+from sidelight.metrics import Predictions, decide
 from sidelight.storage import replacing
-from sidelight.types import Task
+from sidelight.types import AnyArray, Numbers, Task, Values
 
 try:
     from matplotlib.axes import Axes

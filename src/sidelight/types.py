@@ -4,6 +4,15 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
+# The arrays of labels, probabilities and metrics; jaxtyping adds their axes.
+Values = NDArray[np.float64]
+Numbers = NDArray[np.int64]
+Flags = NDArray[np.bool_]
+AnyArray = NDArray[np.generic]
+
 TaskKind = Literal["binary", "multiclass", "multilabel"]
 
 

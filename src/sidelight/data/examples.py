@@ -13,10 +13,10 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from sidelight.data.labels import is_missing, truth_value
-from sidelight.data.splitting import Flags, Numbers, hold_out, indicators
+from sidelight.data.splitting import hold_out, indicators
 from sidelight.errors import SidelightError, did_you_mean
 from sidelight.prompts import Message
-from sidelight.types import Task
+from sidelight.types import Flags, Numbers, Task
 
 
 @dataclass(frozen=True, slots=True)

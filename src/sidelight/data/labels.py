@@ -10,10 +10,9 @@ import numpy as np
 from jaxtyping import Int
 
 from sidelight.data.readers import Row, is_list, plain
-from sidelight.data.splitting import Numbers
 from sidelight.errors import SidelightError, did_you_mean
 from sidelight.prompts import require_whole_characters
-from sidelight.types import Task
+from sidelight.types import Numbers, Task
 
 _TRUTH = {"0": False, "1": True, "false": False, "true": True, "no": False, "yes": True}
 _SIGNS = {"-1", "1"}

@@ -17,10 +17,9 @@ from sidelight.data.readers import (
     plain,
     read_rows,
 )
-from sidelight.data.splitting import Numbers
 from sidelight.errors import SidelightError, did_you_mean
 from sidelight.prompts import Message, require_whole_characters
-from sidelight.types import Task
+from sidelight.types import Numbers, Task
 
 OnMissingLabel = Literal["error", "skip"]
 

@@ -5,10 +5,8 @@ Knows only numbers (group and label indices), no texts.
 
 import numpy as np
 from jaxtyping import Bool, Int
-from numpy.typing import NDArray
 
-Numbers = NDArray[np.int64]
-Flags = NDArray[np.bool_]
+from sidelight.types import Flags, Numbers
 
 # Enough rows to choose a threshold and a calibration on.
 _ENOUGH_VALIDATION_ROWS = 150

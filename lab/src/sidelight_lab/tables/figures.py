@@ -13,7 +13,8 @@ import numpy as np
 from jaxtyping import Float
 
 from sidelight.evaluation import Estimate, Report, evaluate
-from sidelight.metrics import Values, decide, measure_resamples
+from sidelight.metrics import decide, measure_resamples
+from sidelight.types import Values
 from sidelight_lab.tables.judging import JudgedRow, JudgedTable
 
 
