@@ -48,7 +48,7 @@ format: .venv/.dev ## Format the code
 house: ## Print the size and shape of the code
 	@$(PYTHON) .ci/house.py
 
-docs: .venv/.dev ## Check that README and docs name only files that exist
+docs: .venv/.dev ## Check that README and docs agree with the code
 	$(BIN)/python -m pytest tests/test_docs.py
 
 clean: ## Remove the environment and caches
