@@ -15,9 +15,8 @@ from fastapi.responses import JSONResponse, Response
 from openai.types import Completion
 from openai.types.chat import ChatCompletion
 
-from sidelight.engines.base import Sampling, TextDelta
+from sidelight.engines.base import Sampling
 from sidelight.policy.enforcement import Admitted, Enforcement, Passed, require_trusted_turns
-from sidelight.policy.hold_back import Ended
 from sidelight.policy.overrides import tightened
 from sidelight.policy.rules import BoundRule
 from sidelight.prompts import Conversation
@@ -26,9 +25,10 @@ from sidelight.server.formats import (
     ChatFormat,
     CompletionFormat,
     EventStream,
+    Sent,
     TextFormat,
-    Written,
     decisions_of,
+    ends_of,
 )
 from sidelight.server.middleware import unless_left
 from sidelight.server.report import Extension
@@ -113,7 +113,7 @@ async def _answer(
         chunks = answer.chunks(admitted, _side_by_side(streams), per_prompt=n)
         return EventStream(chunks, report.headers(decisions))
     texts = await unless_left(request, _collected(streams))
-    decisions += decisions_of([text.end for text in texts])
+    decisions += decisions_of(ends_of(texts))
     return JSONResponse(answer.completion(admitted, texts), headers=report.headers(decisions))
 
 
@@ -161,40 +161,27 @@ async def _admitted(streams: Streams) -> list[Admitted]:
         raise
 
 
-async def _side_by_side(streams: Streams) -> AsyncGenerator[tuple[int, Passed], None]:
-    """The events of all choices, one of each in turn."""
+async def _side_by_side(streams: Streams) -> AsyncGenerator[tuple[int, Sent], None]:
+    """The events of all admitted choices, one of each in turn."""
     alive = dict(enumerate(streams))
     try:
         while alive:
             for index, stream in list(alive.items()):
-                try:
-                    yield index, await anext(stream)
-                except StopAsyncIteration:
+                event = await anext(stream, None)
+                if event is None:
                     del alive[index]
+                else:
+                    assert not isinstance(event, Admitted)
+                    yield index, event
     finally:
         await _close(streams)
 
 
-async def _collected(streams: Streams) -> list[Written]:
-    """Waits for all texts."""
-    deltas: list[list[TextDelta]] = [[] for _ in streams]
-    ends: dict[int, Ended] = {}
+async def _collected(streams: Streams) -> list[list[Sent]]:
+    texts: list[list[Sent]] = [[] for _ in streams]
     async for index, event in _side_by_side(streams):
-        match event:
-            case TextDelta():
-                deltas[index].append(event)
-            case Ended():
-                ends[index] = event
-            case Admitted():
-                pass
-    return [
-        Written(
-            "".join(delta.text for delta in own),
-            [token for part in (*own, ends[index]) for token in part.logprobs],
-            ends[index],
-        )
-        for index, own in enumerate(deltas)
-    ]
+        texts[index].append(event)
+    return texts
 
 
 async def _close(streams: Streams) -> None:

@@ -6,7 +6,6 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from starlette.responses import StreamingResponse
@@ -16,7 +15,7 @@ from sidelight.engines.base import FinishReason, TextDelta
 from sidelight.engines.logprobs import Candidate, Spelling, TokenLogprobs
 from sidelight.errors import SidelightError
 from sidelight.policy.decisions import Decision
-from sidelight.policy.enforcement import Admitted, Passed
+from sidelight.policy.enforcement import Admitted
 from sidelight.policy.hold_back import Ended
 from sidelight.server.errors import as_request_error
 from sidelight.server.report import Report
@@ -24,18 +23,8 @@ from sidelight.server.report import Report
 Json = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Written:
-    """A complete text.
-
-    Attributes:
-        text: The part that may be sent.
-        logprobs: One for each of its tokens, if requested.
-    """
-
-    text: str
-    logprobs: Sequence[TokenLogprobs]
-    end: Ended
+# What is sent of one choice: text, then its end.
+Sent = TextDelta | Ended
 
 
 class CompletionFormat(ABC):
@@ -76,21 +65,24 @@ class CompletionFormat(ABC):
     @abstractmethod
     def _logprobs(self, tokens: Sequence[TokenLogprobs]) -> Json: ...
 
-    def completion(self, prompts: Sequence[Admitted], texts: Sequence[Written]) -> Json:
+    def completion(self, prompts: Sequence[Admitted], texts: Sequence[Sequence[Sent]]) -> Json:
         """The body of a plain answer."""
-        ends = [text.end for text in texts]
-        prompt, response, report = decisions_of(prompts), decisions_of(ends), self._report
-        return {
-            **self._fields(self.whole),
-            "choices": [
+        ends, report = ends_of(texts), self._report
+        prompt, response = decisions_of(prompts), decisions_of(ends)
+        choices: list[Json] = []
+        for index, (parts, end) in enumerate(zip(texts, ends, strict=True)):
+            tokens = [token for part in parts for token in part.logprobs]
+            choices.append(
                 {
                     "index": index,
-                    **self._message(text.text),
-                    "logprobs": self._logprobs(text.logprobs) if self._has_logprobs else None,
-                    "finish_reason": text.end.reason,
+                    **self._message("".join(p.text for p in parts if isinstance(p, TextDelta))),
+                    "logprobs": self._logprobs(tokens) if self._has_logprobs else None,
+                    "finish_reason": end.reason,
                 }
-                for index, text in enumerate(texts)
-            ],
+            )
+        return {
+            **self._fields(self.whole),
+            "choices": choices,
             "usage": _usage(prompts, ends),
             "moderation": report.moderation(prompt, response) if report.probes else None,
             "sidelight": report.extension([*prompt, *response]),
@@ -99,7 +91,7 @@ class CompletionFormat(ABC):
     async def chunks(
         self,
         prompts: Sequence[Admitted],
-        events: AsyncGenerator[tuple[int, Passed], None],
+        events: AsyncGenerator[tuple[int, Sent], None],
         *,
         per_prompt: int,
     ) -> AsyncGenerator[str, None]:
@@ -130,8 +122,6 @@ class CompletionFormat(ABC):
                         case Ended():
                             ends[index] = event
                             yield self._chunk([self._last_piece(index, event, openings[index])])
-                        case Admitted():
-                            pass
                 in_order = [ends[index] for index in sorted(ends)]
                 if report.reads_response:
                     yield self._moderation(prompts, in_order)
@@ -240,6 +230,10 @@ class EventStream(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._events):
             await super().__call__(scope, receive, send)
+
+
+def ends_of(texts: Sequence[Sequence[Sent]]) -> list[Ended]:
+    return [part for text in texts for part in text if isinstance(part, Ended)]
 
 
 def decisions_of(parts: Sequence[Admitted] | Sequence[Ended]) -> list[Decision]:

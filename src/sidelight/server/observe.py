@@ -127,11 +127,11 @@ class Observer:
 
 
 class TextObserver:
-    """Observes one text from its prompt to its end. Its clock starts when it is made.
+    """Observes one text as ``policy.enforcement.Observer`` says. Its clock starts when it is made.
 
-    Call ``prompt`` once, then ``read`` for every event of the engine, ``delta`` for every piece of
-    text that goes out, and ``end`` however the text ends. A text that is only checked has a
-    ``check`` and nothing else.
+    Where the audit log cannot be written, ``prompt``, ``check`` and ``end`` raise ``RequestError``
+    if one of their rules blocks what cannot be judged; otherwise the failure is only logged and
+    counted. A text that is only checked has a ``check`` and nothing else.
     """
 
     def __init__(self, request: Observer, text: Conversation, *, is_prompt_known: bool):
@@ -145,12 +145,6 @@ class TextObserver:
         self._has_ended = False
 
     def prompt(self, event: PromptJudged | None, decisions: Sequence[Decision]) -> None:
-        """The prompt was judged, or (None) its verdicts did not come in time.
-
-        Raises:
-            RequestError: The audit log cannot be written, and one of these rules blocks what cannot
-                be judged. Without such a rule, the failure is only logged and counted.
-        """
         self.check(event, decisions)
         if not any(decision.is_blocking for decision in decisions):
             self._metrics.time_to_verdict.observe(time.perf_counter() - self._start)
@@ -164,25 +158,17 @@ class TextObserver:
         self._record(decisions)
 
     def read(self, event: Event) -> None:
-        """The engine has written or judged more, whether or not the client gets it."""
         self._tokens = max(self._tokens, written_by(event))
         # A text that no probe reads took none of a probe's time.
         if isinstance(event, ResponseScored | Finished) and (event.verdicts or event.failed):
             self._judging_s = event.judging_s
 
     def delta(self) -> None:
-        """A piece of text goes out."""
         now = time.perf_counter()
         self._until_text.observe(now - self._last)
         self._until_text, self._last = self._metrics.inter_text_latency, now
 
     def end(self, decisions: Sequence[Decision], *, is_given_up: bool = False) -> None:
-        """The text is complete, cut, or given up; only the first call counts.
-
-        Raises:
-            RequestError: As for ``prompt``, unless the text is given up: then no answer is left
-                that could be refused.
-        """
         if self._has_ended:
             return
         self._has_ended = True
@@ -191,6 +177,7 @@ class TextObserver:
         if self._judging_s is not None:
             self._metrics.judging.labels("output").observe(self._judging_s)
         if is_given_up:
+            # No answer is left that could be refused.
             with suppress(RequestError):
                 self._record(decisions)
         else:
