@@ -30,18 +30,12 @@ class PolicyOverrides:
     """What one request asks for.
 
     Attributes:
-        input: For all chosen probes that judge the input.
-        output: For all chosen probes that judge the output.
-        probes: For one probe each.
+        sides: For all chosen probes that judge a side.
+        probes: For one probe each, by name.
     """
 
-    input: OverrideMode | None = None
-    output: OverrideMode | None = None
+    sides: Mapping[Side, OverrideMode] = field(default_factory=dict)
     probes: Mapping[str, PolicyOverride] = field(default_factory=dict)
-
-    def sides(self, mode: OverrideMode) -> list[Side]:
-        by_side: dict[Side, OverrideMode | None] = {"input": self.input, "output": self.output}
-        return [side for side, own in by_side.items() if own == mode]
 
 
 def tightened(
@@ -60,13 +54,15 @@ def tightened(
                 code="probe_not_found",
                 param="policies",
             )
-    for side in overrides.sides("score"):
-        blocking = [bound.name for bound in rules if bound.side == side and bound.is_blocking]
-        if blocking:
-            raise _too_loose(f"moderation.policy.{side}", f"The policy blocks by {blocking[0]}.")
+    for bound in rules:
+        if bound.is_blocking and overrides.sides.get(bound.side) == "score":
+            raise _too_loose(
+                f"moderation.policy.{bound.side}", f"The policy blocks by {bound.name}."
+            )
     tight = tuple(bound if bound.is_shadow else _tight(bound, chosen, overrides) for bound in rules)
-    for side in overrides.sides("block"):
-        if not any(b.side == side and b.is_blocking and b.name in chosen for b in tight):
+    for side, mode in overrides.sides.items():
+        blocking = (b for b in tight if b.side == side and b.is_blocking)
+        if mode == "block" and not any(bound.name in chosen for bound in blocking):
             # Nobody may believe in a block that no probe can cause.
             reads = "prompt" if side == "input" else "response"
             raise PolicyError(
@@ -96,7 +92,7 @@ def _tight(bound: BoundRule, chosen: Collection[str], overrides: PolicyOverrides
         if own.threshold > lowest:
             raise _too_loose(param, f"Got threshold {own.threshold}, wanted {lowest} or less.")
         bound = replace(bound, rule=replace(bound.rule, threshold=own.threshold))
-    blocks_side = bound.side in overrides.sides("block") and bound.name in chosen
+    blocks_side = overrides.sides.get(bound.side) == "block" and bound.name in chosen
     if own.mode == "block" or (blocks_side and bound.thresholds):
         return replace(bound, is_tightened=True)
     return bound

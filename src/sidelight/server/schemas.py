@@ -24,6 +24,7 @@ from pydantic_core import from_json
 from sidelight.engines.base import Sampling
 from sidelight.errors import did_you_mean
 from sidelight.policy.overrides import OverrideMode, PolicyOverride, PolicyOverrides
+from sidelight.policy.rules import Side
 from sidelight.prompts import Message, PlainText
 from sidelight.server.config import ServerConfig
 from sidelight.server.errors import RequestError
@@ -278,13 +279,12 @@ class WritingRequest(StrictBody):
         )
 
     def overrides(self) -> PolicyOverrides:
-        policy = self.moderation and self.moderation.policy
+        asked = (self.moderation and self.moderation.policy) or ModerationPolicy()
+        sides: dict[Side, ModerationMode | None] = {"input": asked.input, "output": asked.output}
+        probes = self.policies or {}
         return PolicyOverrides(
-            input=policy.input.mode if policy and policy.input else None,
-            output=policy.output.mode if policy and policy.output else None,
-            probes={
-                n: PolicyOverride(p.mode, p.threshold) for n, p in (self.policies or {}).items()
-            },
+            {side: own.mode for side, own in sides.items() if own is not None},
+            {name: PolicyOverride(own.mode, own.threshold) for name, own in probes.items()},
         )
 
 
