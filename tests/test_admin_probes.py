@@ -107,7 +107,7 @@ def test_only_an_admin_key_opens_the_routes(backbone, folders, method, path):
         assert listed(admin)["toxicity"]["state"] == "serving"
 
 
-def test_the_list_says_what_serves(backbone, folders):
+def test_the_list_has_every_probe_with_its_state(backbone, folders):
     with serving(backbone, folders, policy=BLOCKING) as (admin, _):
         entries = listed(admin)
     assert list(entries) == ["toxicity", "late"]
@@ -324,7 +324,7 @@ def test_a_removed_probe_is_gone_and_can_come_back(backbone, folders):
         ("/admin/probes/toxic/enable", None, 404),
     ],
 )
-def test_a_wrong_change_is_told(backbone, folders, path, body, status):
+def test_a_wrong_change_is_an_error(backbone, folders, path, body, status):
     with serving(backbone, folders) as (admin, _):
         response = admin.post(path, json=body)
         assert response.status_code == status
@@ -361,7 +361,7 @@ def test_a_change_whose_caller_leaves_is_made_and_audited(backbone, tmp_path):
         ("/v1/moderations", {"input": "hello"}, lambda said: said["results"]),
     ],
 )
-def test_who_waits_for_a_change_is_judged_by_the_new_probe(backbone, path, body, told):
+def test_requests_that_wait_for_a_change_are_judged_by_the_new_probe(backbone, path, body, told):
     class Replacing(TransformersEngine):
         async def settled(self):
             await self.replace_probes([untrained_probe(backbone, "p", threshold=0.0)])

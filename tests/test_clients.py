@@ -100,7 +100,7 @@ def test_an_unknown_probe_is_an_error_in_each_client(servers: Servers, name: str
     assert CLIENTS[name]().code(servers.scoring, mode == "streamed", unknown) == "probe_not_found"
 
 
-def test_the_stream_helper_of_openai_adds_up_the_verdicts(servers: Servers):
+def test_openais_stream_helper_merges_the_verdicts(servers: Servers):
     plain, _ = server_itself(servers.scoring)
     with (
         openai_client(servers.scoring) as client,
@@ -115,7 +115,7 @@ def test_the_stream_helper_of_openai_adds_up_the_verdicts(servers: Servers):
     assert found == plain.lanes["`sidelight`"]["verdicts"]
 
 
-def test_the_stream_helper_of_openai_raises_where_a_text_is_cut(servers: Servers):
+def test_openais_stream_helper_raises_if_a_text_is_cut(servers: Servers):
     with (
         openai_client(servers.cutting) as client,
         pytest.raises(ContentFilterFinishReasonError),

@@ -52,13 +52,13 @@ def test_it_fires_at_the_first_token_that_ends_a_streak(rule, scores):
 
 
 @given(_RULES, _SCORES, _SCORES)
-def test_what_was_fired_stays_fired(rule, before, after):
+def test_a_rule_that_has_fired_stays_fired(rule, before, after):
     first = watch(rule, before)
     if first.has_fired:
         assert watch(rule, before + after).fired_at == first.fired_at
 
 
-def test_a_single_token_over_the_threshold_is_flicker():
+def test_a_single_token_over_the_threshold_does_not_fire():
     rule = StreamingRule(0.5, consecutive=2)
     assert not watch(rule, [0.9, 0.1, 0.9, 0.1]).has_fired
     assert watch(rule, [0.9, 0.1, 0.9, 0.5]).fired_at == 4
@@ -71,7 +71,7 @@ def test_the_warm_up_does_not_count():
 
 
 @pytest.mark.parametrize("score", [math.nan, math.inf])
-def test_a_score_that_is_not_finite_is_no_verdict(score):
+def test_a_score_that_is_not_finite_is_not_a_verdict(score):
     rule = StreamingRule(0.5)
     with pytest.raises(VerdictError, match="not judged"):
         rule.advance(Watched(), score)
@@ -168,7 +168,7 @@ def test_text_that_an_engine_did_not_score_is_not_sent(late):
 
 
 @pytest.mark.parametrize("at_the_end", [True, False])
-def test_what_is_cut_by_a_flag_is_told_so_even_after_a_failure(late, at_the_end):
+def test_a_cut_by_a_flag_is_reported_as_such_even_after_a_failure(late, at_the_end):
     rule = Rule("block", consecutive=1, on_failure="pass")
     bound = BoundRule(late, rule)
     holding = HoldBack([bound])
@@ -244,7 +244,7 @@ def guarded(policy, *events):
     return asyncio.run(passed())
 
 
-def test_a_prompt_that_the_engine_did_not_ask_about_is_decided_by_what_it_says(early):
+def test_a_prompt_that_the_engine_did_not_ask_about_is_decided_by_its_own_verdicts(early):
     """Decisions are kept from the engine's question on, but hold for that prompt alone."""
     bound = BoundRule(early, Rule("block"))
     policy = Enforcement([bound], Notes)

@@ -304,7 +304,7 @@ def test_the_gateway_serves_the_named_routes_only_and_refuses_as_the_server_does
 
 
 @needs_caddy
-def test_the_gateway_answers_for_a_server_that_is_away():
+def test_the_gateway_answers_for_a_server_that_is_down():
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     environment = {**os.environ, "GATEWAY_PORT": str(port), "SIDELIGHT_URL": "http://127.0.0.1:9"}

@@ -114,7 +114,7 @@ def test_a_blocked_prompt_is_openais_own_error(backbone, probes):
     assert verdicts[0]["flagged"]
 
 
-def test_a_probe_that_blocks_is_reported_whoever_was_asked_for(backbone, probes):
+def test_a_probe_that_blocks_is_reported_whichever_were_chosen(backbone, probes):
     policy = Policy(output={"late": Rule("block", threshold=0.0, consecutive=1)})
     answer = asked(backbone, probes, policy, probes=["intent"]).parse()
     assert answer.choices[0].finish_reason == "content_filter"
@@ -179,7 +179,7 @@ def test_a_request_cannot_change_a_route(backbone):
         ({"moderation": BLOCK_OUTPUT, "probes": ["toxicity"]}, "no_response_probe"),
     ],
 )
-def test_a_wish_that_is_looser_or_without_effect_is_a_400(backbone, probes, request_, code):
+def test_an_override_that_is_looser_or_without_effect_is_a_400(backbone, probes, request_, code):
     policy = Policy(input={"toxicity": Rule("block", threshold=0.8), "hidden": Rule("shadow")})
     hidden = untrained_probe(backbone, "hidden")
     with pytest.raises(openai.BadRequestError) as refused:
@@ -200,7 +200,7 @@ def test_a_wish_that_is_looser_or_without_effect_is_a_400(backbone, probes, requ
         ({"moderation": {"model": "x", "polcy": {"input": {"mode": "block"}}}}, "polcy.*'policy'"),
     ],
 )
-def test_a_misspelt_wish_is_a_400(backbone, probes, request_, message):
+def test_a_misspelt_override_is_a_400(backbone, probes, request_, message):
     with pytest.raises(openai.BadRequestError, match=message):
         asked(backbone, probes, Policy(), **request_)
 
@@ -307,7 +307,9 @@ CHECKS = {
 
 
 @pytest.mark.parametrize("mode", ["score", "block"])
-def test_a_check_of_a_text_beyond_its_rule_is_a_400_with_both_numbers(backbone, probes, mode):
+def test_a_check_of_a_text_longer_than_its_rule_allows_is_a_400_with_both_numbers(
+    backbone, probes, mode
+):
     policy = Policy(input={"toxicity": Rule(mode, max_tokens=40)})
     with (
         served(TransformersEngine(backbone, probes), policy=policy) as address,
@@ -327,7 +329,7 @@ def test_a_check_of_a_text_beyond_its_rule_is_a_400_with_both_numbers(backbone, 
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("mode", ["score", "block"])
-def test_a_text_beyond_its_rule_is_told_as_that(backbone, probes, mode, stream):
+def test_a_text_longer_than_its_rule_allows_is_reported_as_such(backbone, probes, mode, stream):
     rule = Rule(mode, max_tokens=3)
     policy = Policy(input={"toxicity": Rule(max_tokens=3)}, output={"late": rule})
     with (

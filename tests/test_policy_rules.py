@@ -29,7 +29,7 @@ def policy_file(tmp_path):
     return write
 
 
-def test_a_file_says_all_that_a_rule_holds(policy_file):
+def test_a_file_can_set_every_field_of_a_rule(policy_file):
     path = policy_file(
         """
         timeout_s = 5
@@ -86,7 +86,7 @@ def test_a_file_says_all_that_a_rule_holds(policy_file):
         ("[input", "is not TOML"),
     ],
 )
-def test_what_a_file_cannot_say_is_an_error_that_names_it(policy_file, text, told):
+def test_a_wrong_key_or_value_is_an_error_that_names_it(policy_file, text, told):
     with pytest.raises(SidelightError, match=told):
         read_policy(policy_file(text))
 
@@ -111,7 +111,7 @@ def test_a_file_that_is_not_there_is_told(tmp_path):
         (Policy(input={"topics": Rule("block", shadow_of="toxicity")}), "cannot be the shadow"),
     ],
 )
-def test_a_rule_that_could_not_hold_is_an_error(probes, policy, told):
+def test_a_rule_that_could_not_apply_is_an_error(probes, policy, told):
     with pytest.raises(SidelightError, match=told):
         require_fitting(policy, probes)
 
@@ -126,7 +126,7 @@ def test_a_rule_that_could_not_hold_is_an_error(probes, policy, told):
         ("system_turns = 'trust'\n[input.toxicity]\nmode = 'block'", False),
     ],
 )
-def test_a_file_without_a_word_on_system_turns_refuses_them_where_it_blocks_prompts(
+def test_a_file_that_does_not_mention_system_turns_refuses_them_if_it_blocks_prompts(
     policy_file, text, refuses
 ):
     assert read_policy(policy_file(text)).refuses_system_turns == refuses

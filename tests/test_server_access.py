@@ -62,7 +62,7 @@ def test_only_an_admin_key_administers(access, headers, use, administer):
     assert administer == 200 or response.json()["error"]["code"]
 
 
-def test_a_key_is_known_by_its_id():
+def test_a_key_is_identified_by_its_id():
     assert BOTH.caller(f"Bearer {SECRET}") == Caller("api-key-1")
     assert BOTH.caller(f"bearer {ADMIN}") == Caller("admin-key-1", is_admin=True)
     assert BOTH.caller(f"Basic {SECRET}") is None
@@ -97,7 +97,7 @@ def test_a_variable_holds_one_key_and_options_come_before_it(monkeypatch):
     assert read_config(api_key=[SECRET]).access.keys == (Key.of("api-key-1", SECRET),)
 
 
-def test_a_file_of_keys(tmp_path):
+def test_a_key_file_has_one_key_per_line(tmp_path):
     digest = hashlib.sha256(b"other").hexdigest()
     path = tmp_path / "keys"
     path.write_text(f"# team keys\n\nalpha {SECRET}\nbeta sha256:{digest}\n")
@@ -107,7 +107,7 @@ def test_a_file_of_keys(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "# none", "alpha", "a b c", f"a {SECRET}\na x", "\x00\xff"])
-def test_a_wrong_file_of_keys_is_told_without_quoting_it(tmp_path, text):
+def test_the_error_of_a_wrong_key_file_does_not_quote_it(tmp_path, text):
     path = tmp_path / "keys"
     path.write_text(text, encoding="latin-1")
     with pytest.raises(SidelightError, match="keys") as raised:
@@ -126,7 +126,7 @@ def test_a_digest_may_be_in_capitals():
     assert Key.of("a", f"sha256:{digest}") == Key.of("a", SECRET)
 
 
-def test_a_missing_file_of_keys_is_told(tmp_path):
+def test_a_missing_key_file_is_an_error(tmp_path):
     with pytest.raises(SidelightError, match="Cannot read the keys"):
         read_keys(tmp_path / "none")
 
@@ -137,6 +137,6 @@ def test_nothing_prints_a_key():
     assert BOTH.keys[0].digest.hex() not in repr(BOTH)
 
 
-def test_strangers_are_not_served_beyond_this_machine_unless_told():
+def test_the_server_listens_beyond_this_machine_only_with_keys_or_on_request():
     with pytest.raises(SidelightError, match="--allow-anonymous"):
         serve(lambda: pytest.fail("must not load"), ServerConfig(host="0.0.0.0", port=0))

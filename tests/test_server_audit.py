@@ -111,7 +111,7 @@ def test_a_text_that_a_client_leaves_is_audited_and_counted(path, policy):
     assert 0 < float(written) < 200
 
 
-def test_a_text_that_nobody_got_leaves_no_line(path):
+def test_a_text_of_which_nothing_was_sent_is_not_audited(path):
     """All of it is held back by the warm-up when the engine fails."""
     backbone = tiny_backbone()
     passes = []
@@ -200,7 +200,7 @@ class Read(list):
         return super().__iter__()
 
 
-def test_a_text_is_hashed_once_for_all_that_is_decided_on_it(path):
+def test_a_text_is_hashed_once_for_all_its_decisions(path):
     probes, text = engine().probes, Read([Message("user", "zebra")])
     metrics = Metrics(TransformersEngine(tiny_backbone(), []))
     observed = Observer(metrics, AuditLog(path, salt=b"salt")).text(text)
@@ -217,7 +217,7 @@ def test_a_rotated_log_goes_on_in_a_new_file(path):
     assert lines(path) == [{"line": 2}]
 
 
-def test_a_log_that_cannot_be_opened_is_told_at_the_start(tmp_path):
+def test_an_audit_log_that_cannot_be_opened_is_an_error_at_the_start(tmp_path):
     with pytest.raises(SidelightError, match="Cannot write the audit log"):
         AuditLog(tmp_path / "none" / "audit.jsonl", salt=b"")
 
@@ -239,7 +239,7 @@ def test_under_a_blocking_policy_nothing_passes_unaudited(stream):
 
 
 @pytest.mark.skipif(not FULL.exists(), reason="needs Linux's /dev/full")
-def test_text_that_is_held_to_its_end_waits_for_its_line():
+def test_text_that_is_held_to_its_end_is_not_sent_unaudited():
     policy = Policy(output={"late": Rule("block", threshold=1.0, hold_back=100)})
     with served(engine(), audit_log=FULL, policy=policy) as address, http_client(address) as http:
         answer = http.post(CHAT, json={**BODY, "stream": True})
@@ -255,7 +255,7 @@ def test_without_a_blocking_policy_a_failure_is_counted_and_requests_go_on():
     assert "sidelight_audit_failures_total 2.0" in series
 
 
-def test_a_line_that_was_cut_off_spoils_no_other(path, monkeypatch):
+def test_a_line_that_was_cut_off_damages_no_other(path, monkeypatch):
     audit, write = AuditLog(path, salt=b"salt"), os.write
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", lambda file, data: write(file, data[:5]))

@@ -192,7 +192,7 @@ def test_content_may_come_in_text_parts(client):
     assert first.usage == second.usage
 
 
-def test_a_developer_speaks_as_the_system(client):
+def test_a_developer_turn_is_read_as_a_system_turn(client):
     answers = [
         client.chat.completions.create(
             **{**GREEDY, "messages": [{"role": r, "content": "x"}, *HELLO]}
@@ -208,7 +208,7 @@ def test_the_newer_name_of_the_limit_counts(client):
     assert answer.usage.completion_tokens == 3
 
 
-def test_named_probes_only_are_reported(client):
+def test_only_named_probes_are_reported(client):
     answer = client.chat.completions.create(**GREEDY, extra_body={"probes": ["intent"]})
     assert [v["probe"] for v in answer.model_extra["sidelight"]["verdicts"]] == ["intent"]
     assert len(answer.moderation.input.results) == 1
@@ -258,7 +258,7 @@ def test_a_failure_midway_ends_the_stream_with_an_error(backbone):
     assert "[DONE]" not in text
 
 
-def test_a_refusal_in_the_midst_of_a_stream_keeps_its_code():
+def test_an_error_during_a_stream_keeps_its_code():
     error = RequestError("no", status=503, type="server_error", code="audit_failed", param="x")
     assert as_request_error(error).body == error.body
 

@@ -56,7 +56,7 @@ def choice(name, *values):
     return {"type": "choice", "name": name, "instructions": "?", "choices": choices}
 
 
-def test_openais_client_asks_several_questions_of_one_reading(address, http, expected):
+def test_openais_client_asks_several_questions_about_one_text(address, http, expected):
     labels = ["refund", "other", "billing"]
     with openai_client(address) as client:
         decision = client.decisions.create(
@@ -227,7 +227,7 @@ def test_the_guardrail_blocks_what_a_probe_flags(http):
     assert TEXT not in answer["blocked_reason"]
 
 
-def test_the_guardrail_lets_pass_what_none_flags(http):
+def test_the_guardrail_passes_what_no_probe_flags(http):
     chosen = {"additional_provider_specific_params": {"probes": ["intent"]}}
     answer = guard(http, **chosen).json()
     assert (answer["action"], answer["blocked_reason"]) == ("NONE", None)
@@ -274,7 +274,7 @@ def test_the_guardrail_refuses_a_tool_call_that_it_cannot_read(http, call):
     assert refused.json()["error"]["param"].startswith("tool_calls.0.function")
 
 
-def test_of_a_response_the_guardrail_asks_no_probe_of_the_prompt_that_nobody_sent():
+def test_the_guardrail_does_not_judge_the_missing_prompt_of_a_response():
     backbone = tiny_backbone()
     probes = [
         untrained_probe(backbone, "wordy", reads=Reads(template=False)),

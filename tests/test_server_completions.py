@@ -32,7 +32,7 @@ def names(verdicts):
     return [verdict["probe"] for verdict in verdicts]
 
 
-def test_a_text_is_gone_on_with_without_a_chat_template(client, http):
+def test_a_text_is_continued_without_a_chat_template(client, http):
     answer = client.completions.create(**TEXT)
     tokens = http.post("/tokenize", json={"prompt": TEXT["prompt"]}).json()["count"]
     assert answer.object == "text_completion"
@@ -56,7 +56,7 @@ def test_a_streamed_text_says_what_the_plain_one_says(client):
     assert [chunk.moderation for chunk in chunks if "moderation" in (chunk.model_extra or {})]
 
 
-def test_the_verdicts_stand_in_the_header_too(client):
+def test_the_verdicts_are_in_the_header_too(client):
     raw = client.completions.with_raw_response.create(**TEXT)
     header = json.loads(raw.headers["x-sidelight-verdicts"])
     assert names(header) == [*PROMPT_PROBES, "refusal"]
@@ -71,7 +71,7 @@ def test_several_prompts_are_written_in_their_order(client):
     assert together.usage.prompt_tokens == sum(a.usage.prompt_tokens for a in alone)
 
 
-def test_many_texts_of_many_prompts_fit_into_the_line(client):
+def test_many_texts_of_many_prompts_fit_into_the_queue(client):
     prompts = [f"Once upon a time {i}" for i in range(16)]
     answer = client.completions.create(**{**TEXT, "prompt": prompts, "max_tokens": 1}, n=16)
     assert [choice.index for choice in answer.choices] == list(range(256))
@@ -94,7 +94,7 @@ def test_without_a_limit_sixteen_tokens_are_written(client):
         ("n", 17),
     ],
 )
-def test_what_is_not_offered_is_a_400_that_names_the_field(http, field, value):
+def test_an_unsupported_field_is_a_400_that_names_it(http, field, value):
     refused = http.post("/v1/completions", json={**TEXT, field: value})
     assert refused.status_code == 400
     assert field in refused.json()["error"]["message"]
@@ -138,7 +138,7 @@ def test_several_streamed_texts_say_what_the_plain_ones_say(client):
     assert chunks[-1].usage == plain.usage
 
 
-def test_the_judgement_of_a_prompt_counts_once_however_many_texts_follow():
+def test_a_prompt_is_counted_once_however_many_texts_follow():
     backbone = tiny_backbone()
     probes = [
         untrained_probe(backbone, "early", threshold=0.0),
@@ -152,7 +152,7 @@ def test_the_judgement_of_a_prompt_counts_once_however_many_texts_follow():
     assert series[counted % "late"] == "3.0"
 
 
-def test_one_prompt_too_long_refuses_all_and_frees_every_place(http):
+def test_one_prompt_that_is_too_long_refuses_all_and_frees_every_place(http):
     refused = http.post("/v1/completions", json={**TEXT, "prompt": ["x", "y" * 300, "z"]})
     assert refused.json()["error"]["code"] == "context_length_exceeded"
     series = dict(line.rsplit(" ", 1) for line in http.get("/metrics").text.splitlines())
@@ -254,7 +254,7 @@ def test_nothing_is_sent_of_plain_text_whose_response_probe_blocks(chat_probes, 
     assert chat["choices"][0]["finish_reason"] != "content_filter"
 
 
-def test_without_a_rule_plain_text_is_answered_and_told_as_not_judged(chat_probes):
+def test_without_a_rule_plain_text_is_answered_and_reported_as_not_judged(chat_probes):
     backbone, probes = chat_probes
     with served(TransformersEngine(backbone, probes)) as address, http_client(address) as http:
         answer = http.post("/v1/completions", json=TEXT).json()

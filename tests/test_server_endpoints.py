@@ -152,7 +152,7 @@ def test_a_probe_of_the_response_is_not_required_where_there_is_none(report):
         (PromptJudged((), tokens=3), False, "early"),
     ],
 )
-def test_a_probe_that_said_nothing_is_an_error(report, event, has_response, name):
+def test_a_probe_without_a_verdict_is_an_error(report, event, has_response, name):
     with pytest.raises(VerdictError, match=name):
         report.required(decisions_on(report, event), has_response=has_response)
 

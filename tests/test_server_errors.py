@@ -118,7 +118,7 @@ def test_a_wrong_value_is_a_400_that_names_the_field(http, field, value):
         (SystemOneRequest, {"state": "x", "questions": {"x": {"type": "noul"}}, "images": WRONG}),
     ],
 )
-def test_of_many_wrong_items_only_the_first_is_looked_at(model, body):
+def test_only_the_first_of_many_wrong_items_is_checked(model, body):
     with pytest.raises(ValidationError) as raised:
         model.model_validate({"model": MODEL, **body})
     assert raised.value.error_count() == 1
@@ -138,7 +138,7 @@ def test_of_many_wrong_items_only_the_first_is_looked_at(model, body):
         ("/v1/systemone", {"state": "x", "questions": {LONG: {}}}),
     ],
 )
-def test_a_long_name_is_not_told_back(http, path, fields):
+def test_an_error_does_not_repeat_a_long_name(http, path, fields):
     response = http.post(path, json={**VALID, **fields})
     error_of(response, 400)
     assert len(response.content) < len(LONG)
@@ -165,7 +165,7 @@ def test_what_is_not_a_json_object_is_a_400(http, path, body):
     error_of(http.post(path, content=body, headers=headers), 400)
 
 
-def test_a_body_of_another_type_is_told_about_it(http):
+def test_a_body_of_another_type_is_a_400_that_names_the_type(http):
     response = http.post(CHAT, content=b"{}", headers={"Content-Type": "text/plain"})
     assert "Content-Type: application/json" in error_of(response, 400)["message"]
 
@@ -306,7 +306,7 @@ def logged():
     logging.getLogger().removeHandler(handler)
 
 
-def test_asyncio_logs_no_text_of_what_nobody_took(logged):
+def test_asyncio_logs_no_text_of_failures_that_nobody_fetched(logged):
     def fail(text):
         raise RuntimeError(text)
 

@@ -290,7 +290,7 @@ def test_sigterm_turns_ready_503_and_running_requests_finish():
         httpx.get(f"{address}/health")
 
 
-def test_requests_that_outlast_the_drain_are_told():
+def test_requests_that_outlast_the_drain_get_an_error():
     one, backbone = engine()
     slow(backbone)
     long = {**VALID, "max_tokens": 200}

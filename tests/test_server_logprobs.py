@@ -52,7 +52,7 @@ def reference(backbone, prompt, written):
     return torch.log_softmax(logits[len(prompt) - 1 : -1], dim=-1)
 
 
-def test_a_chat_tells_the_models_own_log_probabilities(client, backbone, ids):
+def test_a_chat_has_the_models_own_log_probabilities(client, backbone, ids):
     answer = client.chat.completions.create(**CHAT, **DRAWN, top_logprobs=20)
     told = answer.choices[0].logprobs.content
     written = [ids[token.token] for token in told]
@@ -69,7 +69,7 @@ def test_a_chat_tells_the_models_own_log_probabilities(client, backbone, ids):
             assert top.logprob == pytest.approx(own, abs=ROUNDING)
 
 
-def test_a_text_tells_the_same_in_its_older_format(client, backbone, ids):
+def test_a_text_has_the_same_in_its_older_format(client, backbone, ids):
     answer = client.completions.create(**TEXT, **DRAWN, logprobs=5)
     choice = answer.choices[0]
     told = choice.logprobs
@@ -95,7 +95,7 @@ def _name(ids, token):
 
 
 @pytest.mark.parametrize("n", [1, 3])
-def test_a_stream_tells_what_the_plain_answer_tells(client, n):
+def test_a_stream_has_the_log_probabilities_of_the_plain_answer(client, n):
     request = {**CHAT, **DRAWN, "top_logprobs": 3, "n": n}
     plain = client.chat.completions.create(**request)
     told = {index: [] for index in range(n)}
@@ -111,7 +111,7 @@ def test_a_stream_tells_what_the_plain_answer_tells(client, n):
         )
 
 
-def test_a_streamed_text_tells_what_the_plain_one_tells(client):
+def test_a_streamed_text_has_the_log_probabilities_of_the_plain_one(client):
     request = {**TEXT, **DRAWN, "logprobs": 2, "n": 2}
     plain = client.completions.create(**request)
     told = {0: [], 1: []}
@@ -126,7 +126,7 @@ def test_a_streamed_text_tells_what_the_plain_one_tells(client):
     }
 
 
-def test_the_stream_helper_of_openai_adds_them_up(client):
+def test_openais_stream_helper_merges_them(client):
     plain = client.chat.completions.create(**CHAT, temperature=0, top_logprobs=1)
     with client.chat.completions.stream(**CHAT, temperature=0, top_logprobs=1) as stream:
         list(stream)
@@ -134,7 +134,7 @@ def test_the_stream_helper_of_openai_adds_them_up(client):
     assert whole.choices[0].logprobs.content == plain.choices[0].logprobs.content
 
 
-def test_without_asking_there_are_none(client):
+def test_without_a_request_for_them_there_are_none(client):
     chat = client.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=3, logprobs=False)
     text = client.completions.create(**{**TEXT, "max_tokens": 3})
     assert chat.choices[0].logprobs is None
@@ -156,7 +156,9 @@ def test_without_asking_there_are_none(client):
         ("/v1/completions", {"logprobs": True}, "logprobs"),
     ],
 )
-def test_what_cannot_be_asked_is_a_400_that_names_the_field(address, path, fields, param):
+def test_a_wrong_number_of_log_probabilities_is_a_400_that_names_the_field(
+    address, path, fields, param
+):
     body = {"model": MODEL, "messages": HELLO, "prompt": "x", "max_tokens": 2, **fields}
     with http_client(address) as http:
         refused = http.post(path, json=body)
@@ -166,7 +168,7 @@ def test_what_cannot_be_asked_is_a_400_that_names_the_field(address, path, field
 
 @pytest.mark.parametrize("threshold", [0.0, 1.0])
 @pytest.mark.parametrize("stream", [False, True])
-def test_nothing_of_a_withheld_text_is_told(backbone, late, threshold, stream):
+def test_withheld_text_has_no_log_probabilities(backbone, late, threshold, stream):
     """What is told of a text that a policy cuts is what was sent of it."""
     request = {**CHAT, "temperature": 0, "top_logprobs": 2}
     rule = Rule("block", threshold=threshold, warm_up=4, hold_back=1)

@@ -57,7 +57,7 @@ def test_a_failure_to_load_ends_the_server_with_its_error():
         serve(load, ServerConfig(port=free_port()))
 
 
-def test_a_taken_port_is_told():
+def test_a_taken_port_is_an_error():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(SidelightError, match=f"Cannot listen on 127.0.0.1:{port}"):

@@ -104,7 +104,7 @@ def test_a_span_has_the_verdicts_and_tokens_of_its_answer(traced: Traced, stream
         assert found[f"sidelight.probe.topics.score.{label}"] == pytest.approx([score], abs=1e-5)
 
 
-def test_a_span_tells_of_a_text_that_its_client_leaves(traced: Traced):
+def test_a_span_covers_a_text_that_its_client_leaves(traced: Traced):
     traced.exporter.clear()
     body = {**BODY, "stream": True, "max_tokens": 200, "temperature": 0}
     with (
@@ -121,7 +121,7 @@ def test_a_span_tells_of_a_text_that_its_client_leaves(traced: Traced):
     assert found["sidelight.probe.late.outcome"] == ("unfinished",)
 
 
-def test_a_text_that_nobody_takes_is_told_before_its_request_is_over():
+def test_a_text_that_nobody_takes_is_recorded_before_its_request_is_over():
     """The client leaves while a piece waits to be sent: nobody is at work on the next one then."""
     backbone = tiny_backbone()
     engine = TransformersEngine(backbone, [untrained_probe(backbone, "late", reads=LATE)])
@@ -155,7 +155,7 @@ def test_a_text_that_nobody_takes_is_told_before_its_request_is_over():
     assert [decision.outcome for decision in trace.decisions] == ["unfinished"]
 
 
-def test_a_span_goes_on_from_the_callers(traced: Traced):
+def test_a_span_is_a_child_of_the_callers(traced: Traced):
     header = {"traceparent": f"00-{TRACE}-{CALLER}-01"}
     span, _ = traced.span("POST", CHAT, json=BODY, headers=header)
     assert span.parent is not None
@@ -173,7 +173,7 @@ def test_a_call_that_is_not_to_be_sampled_is_not(traced: Traced):
     assert span.name == "GET /version"
 
 
-def test_a_blocked_prompt_is_told_as_such():
+def test_a_span_says_that_a_prompt_was_blocked():
     backbone = tiny_backbone()
     exporter = InMemorySpanExporter()
     provider = TracerProvider()
@@ -186,7 +186,7 @@ def test_a_blocked_prompt_is_told_as_such():
     assert told(span)["http.response.status_code"] == 400
 
 
-def test_checks_and_refusals_have_a_span_and_machines_questions_none(traced: Traced):
+def test_checks_and_refusals_have_a_span_but_health_checks_have_none(traced: Traced):
     checked, _ = traced.span("POST", "/v1/moderations", json={"input": ["one", "two"]})
     assert len(told(checked)["sidelight.probe.topics.score.violence"]) == 2
     assert told(checked)["gen_ai.usage.input_tokens"] > 0

@@ -113,7 +113,7 @@ class ServerConfig(BaseSettings):
         default=False, description="Listen beyond this machine even without keys."
     )
     max_body_bytes: int = Field(default=4 * 2**20, ge=1, description="Largest body of a request.")
-    max_batch_items: int = Field(default=512, ge=1, le=512, description="Most texts of a request.")
+    max_batch_items: int = Field(default=512, ge=1, le=512, description="Most texts in a request.")
     max_request_tokens: int | None = Field(
         default=None,
         ge=1,
@@ -123,7 +123,9 @@ class ServerConfig(BaseSettings):
     max_concurrent: int = Field(
         default=256, ge=1, description="Most requests answered at a time; others get a 429."
     )
-    deadline: float = Field(default=600, gt=0, description="Most seconds for a request.")
+    deadline: float = Field(
+        default=600, gt=0, description="Seconds after which a request is given up."
+    )
     # Options that other commands have too.
     engine: Literal["transformers", "vllm"] = "transformers"
     engine_option: dict[str, Any] = Field(default_factory=dict)
