@@ -18,10 +18,10 @@ from sidelight.artifact import Manifest
 from sidelight.cli import app
 from sidelight.engines.loading import LoadingEngine
 from sidelight.mechanisms import base
-from sidelight.policy.rules import Policy, Rule
+from sidelight.policy.rules import Policy, Rule, read_policy
 from sidelight.ragged import Ragged
 from sidelight.server.app import create_app
-from sidelight.server.config import ServerConfig
+from sidelight.server.config import ServerConfig, read_config
 from sidelight.server.metrics import Metrics
 from tiny import tiny_backbone
 
@@ -194,6 +194,41 @@ def test_a_page_of_reference_names_all_there_is(page: str):
     names = sorted(REFERENCE[page]())
     assert names
     assert [name for name in names if not re.search(rf"(?<![\w-]){name}(?![\w-])", told)] == []
+
+
+def shown_commands(page: Path) -> Iterator[tuple[click.Command, list[str]]]:
+    """The `sidelight` commands of a page's consoles, with the options that they are given."""
+    for console in re.findall(r"```console\n(.*?)```", page.read_text(), flags=re.DOTALL):
+        for line in re.sub(r"\\\n", " ", console).splitlines():
+            for words in re.findall(r"(?:\$|&&) (?:\w+=\S+ )*sidelight (\w[^|&]*)", line):
+                name, *rest = words.split()
+                command = app.get_command(click.Context(app), name)
+                if isinstance(command, click.Group):
+                    command = command.commands[rest[0]]
+                assert command is not None, words
+                yield command, re.findall(r"(?<= )--[\w-]+", words)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_shown_has_the_options_it_is_given(page: Path):
+    for command, given in shown_commands(page):
+        known = {name for o in command.params for name in (*o.opts, *o.secondary_opts)}
+        assert set(given) - known == set(), command.name
+
+
+@pytest.mark.parametrize("page", ["tutorial.md", "policies.md", "policy-file.md"])
+def test_every_policy_shown_is_one(page: str, tmp_path: Path):
+    shown = re.findall(r"```toml\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
+    assert shown
+    for policy in shown:
+        (tmp_path / "policy.toml").write_text(policy)
+        read_policy(tmp_path / "policy.toml")
+
+
+def test_the_configuration_shown_is_one(tmp_path: Path):
+    page = (ROOT / "docs" / "configuration.md").read_text()
+    (tmp_path / "server.toml").write_text(page.split("```toml\n")[1].split("```")[0])
+    assert read_config(config=tmp_path / "server.toml").max_concurrent == 64
 
 
 def test_the_mechanism_of_the_how_to_streams_what_it_defines(monkeypatch: pytest.MonkeyPatch):
