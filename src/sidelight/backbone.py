@@ -8,6 +8,7 @@ import json
 from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from hashlib import sha256
 from inspect import signature
 from pathlib import Path
@@ -259,37 +260,6 @@ class TransformersBackbone:
             model, tokenizer, name=name, prompt_format=chosen
         )
 
-    @classmethod
-    def load(
-        cls,
-        path: str,
-        *,
-        name: str,
-        dtype: DtypeName = "auto",
-        device: str = "auto",
-        prompt_format: PromptFormat | None = None,
-    ) -> "TransformersBackbone":
-        """Loads the model from a local folder or by its hub id.
-
-        Raises:
-            SidelightError: There is no such model, or it is not a causal LM.
-        """
-        place = _device(device)
-        # Loading takes a second, and its progress bars would clutter ours.
-        disable_progress_bar()
-        try:
-            config = AutoConfig.from_pretrained(path)
-            model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype)
-            tokenizer = AutoTokenizer.from_pretrained(path)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise SidelightError(
-                f"Cannot load '{name}' as a causal language model: {str(error).splitlines()[0]} "
-                "Give 'smollm2', a folder saved by save_pretrained, or a hub id."
-            ) from error
-        model = cast(PreTrainedModel, model)
-        model.to(place)  # pyright: ignore[reportArgumentType]
-        return cls(model, tokenizer, name=name, prompt_format=prompt_format)
-
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
@@ -350,23 +320,17 @@ class TransformersBackbone:
         return token_ids.to(self.device), mask.to(self.device)
 
     def _watch(self, blocks: nn.ModuleList) -> None:
-        def embedded(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def before_first(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self._tap is not None:
                 self._tap(0, args[0] if args else kwargs["hidden_states"])
 
-        blocks[0].register_forward_pre_hook(embedded, with_kwargs=True)
-        for layer, block in enumerate(blocks, start=1):
-            block.register_forward_hook(self._block_hook(layer))
-
-    def _block_hook(self, layer: int) -> Any:
-        def passed(_module: nn.Module, _args: Any, output: Any) -> None:
+        def after(layer: int, _module: nn.Module, _args: Any, output: Any) -> None:
             if self._tap is not None:
-                hidden: Float[Tensor, "batch token width"] = (
-                    output if torch.is_tensor(output) else output[0]
-                )
-                self._tap(layer, hidden)
+                self._tap(layer, output if torch.is_tensor(output) else output[0])
 
-        return passed
+        blocks[0].register_forward_pre_hook(before_first, with_kwargs=True)
+        for layer, block in enumerate(blocks, start=1):
+            block.register_forward_hook(partial(after, layer))
 
 
 def _decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:
@@ -411,7 +375,20 @@ def load_backbone(
     Raises:
         SidelightError: The model cannot be found, or is not a causal LM with decoder blocks.
     """
-    path = embedded_model_path() if str(name) == EMBEDDED_NAME else str(name)
-    return TransformersBackbone.load(
-        path, name=str(name), dtype=dtype, device=device, prompt_format=prompt_format
-    )
+    name = str(name)
+    path = embedded_model_path() if name == EMBEDDED_NAME else name
+    place = _device(device)
+    # Loading takes a second, and its progress bars would clutter ours.
+    disable_progress_bar()
+    try:
+        config = AutoConfig.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise SidelightError(
+            f"Cannot load '{name}' as a causal language model: {str(error).splitlines()[0]} "
+            "Give 'smollm2', a folder saved by save_pretrained, or a hub id."
+        ) from error
+    model = cast(PreTrainedModel, model)
+    model.to(place)  # pyright: ignore[reportArgumentType]
+    return TransformersBackbone(model, tokenizer, name=name, prompt_format=prompt_format)

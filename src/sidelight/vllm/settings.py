@@ -14,7 +14,7 @@ from itertools import chain, groupby, repeat
 from typing import Any
 
 from sidelight.artifact import load_probe
-from sidelight.backbone import Fingerprint, TransformersBackbone
+from sidelight.backbone import Fingerprint, load_backbone
 from sidelight.engines.base import GenerationError
 from sidelight.errors import SidelightError
 from sidelight.probe import Probe, common_format, require_distinct_names
@@ -99,10 +99,7 @@ def fingerprint_of(model: str, folders: Sequence[str]) -> Fingerprint:
         SidelightError: A probe is damaged, or some read chats and others raw texts.
     """
     prompt_format = common_format(map(load_probe, folders))
-    backbone = TransformersBackbone.load(
-        model, name=model, device="cpu", prompt_format=prompt_format
-    )
-    return backbone.fingerprint
+    return load_backbone(model, device="cpu", prompt_format=prompt_format).fingerprint
 
 
 def request_params(prompt: EncodedPrompt) -> dict[str, Any]:
