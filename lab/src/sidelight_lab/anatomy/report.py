@@ -17,9 +17,7 @@ from sidelight.storage import write_json, write_text
 from sidelight.training.objective import score_name
 from sidelight_lab.anatomy.attribution import GROUPS
 from sidelight_lab.anatomy.examine import Anatomy, HeatMap
-
-# matplotlib leaves the types of **kwargs open.
-# pyright: reportUnknownMemberType=false
+from sidelight_lab.plots import COLOURS, LEGEND, literal, open_frame
 
 # Layers that the report names for each class.
 _NAMED_LAYERS = 3
@@ -181,9 +179,6 @@ def _cells(weights: Float[np.ndarray, " layer"], top: float) -> str:
 
 
 _INK, _MUTED = "#222222", "#8a8a8a"
-# Okabe & Ito's palette, told apart with any colour vision.
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
-_LEGEND: dict[str, Any] = {"frameon": False, "fontsize": 8}
 _DOTS: dict[str, Any] = {"marker": "o", "markersize": 3, "linewidth": 1.2}
 _VIEWS = {"drop": "all but this layer", "only": "this layer only", "from": "from this layer on"}
 
@@ -194,7 +189,7 @@ def _draw(anatomy: Anatomy, path: Path) -> None:
     The six classes with the most texts are drawn.
     """
     figure = Figure(figsize=(11.0, 9.0), layout="constrained")
-    title = _escape(f"{anatomy.probe.name}: anatomy of {anatomy.probe.spec.name}")
+    title = literal(f"{anatomy.probe.name}: anatomy of {anatomy.probe.spec.name}")
     figure.suptitle(title, x=0.01, horizontalalignment="left", fontsize=11, color=_INK)
     _draw_layer_use(anatomy, _axes(figure, 1), _axes(figure, 3))
     _draw_layer_ablation(anatomy, _axes(figure, 5))
@@ -204,45 +199,45 @@ def _draw(anatomy: Anatomy, path: Path) -> None:
 
 
 def _draw_layer_use(anatomy: Anatomy, upper: Axes, lower: Axes) -> None:
-    for name, colour in zip(_largest(anatomy), _COLOURS, strict=False):
+    for name, colour in zip(_largest(anatomy), COLOURS, strict=False):
         own = anatomy.use[name]
         has_weights = not np.isnan(own.layer_weights).any()
         shown = own.layer_weights if has_weights else own.layer_shares
-        upper.plot(shown, color=colour, label=_escape(name), **_DOTS)
+        upper.plot(shown, color=colour, label=literal(name), **_DOTS)
         upper.set(ylabel="Layer-stage weight" if has_weights else "Share of contributions")
         lower.plot(own.layer_effects, color=colour, **_DOTS)
     upper.set(ylim=(0, None), xlabel="Layer")
-    upper.legend(**_LEGEND)
+    upper.legend(**LEGEND)
     lower.axhline(0, color=_MUTED, linewidth=1)
     lower.set(xlabel="Layer", ylabel="Contribution, logits")
 
 
 def _draw_layer_ablation(anatomy: Anatomy, axes: Axes) -> None:
-    for (view, label), colour in zip(_VIEWS.items(), _COLOURS, strict=False):
+    for (view, label), colour in zip(_VIEWS.items(), COLOURS, strict=False):
         axes.plot(anatomy.layers[view], color=colour, label=label, **_DOTS)
     axes.axhline(anatomy.score, color=_MUTED, linestyle="--", linewidth=1, label="all layers")
     axes.set(xlabel="Layer", ylabel=_begun(score_name(anatomy.probe.task)))
     # The legend may lie on a curve, which must not show behind its words.
-    axes.legend(**{**_LEGEND, "frameon": True, "framealpha": 1.0, "edgecolor": "none"})
+    axes.legend(**{**LEGEND, "frameon": True, "framealpha": 1.0, "edgecolor": "none"})
 
 
 def _draw_token_use(anatomy: Anatomy, axes: Axes) -> None:
     names = _largest(anatomy)
     height = 0.8 / len(names)
-    for place, (name, colour) in enumerate(zip(names, _COLOURS, strict=False)):
+    for place, (name, colour) in enumerate(zip(names, COLOURS, strict=False)):
         own = anatomy.use[name]
         at = np.arange(len(GROUPS)) + place * height
-        axes.barh(at, own.token_shares, height * 0.9, color=colour, label=_escape(name))
+        axes.barh(at, own.token_shares, height * 0.9, color=colour, label=literal(name))
         axes.plot(own.tokens, at, "|", color=_INK, markersize=14)
     axes.plot([], [], "|", color=_INK, label="share of tokens")
     axes.set_yticks(np.arange(len(GROUPS)) + 0.4 - height / 2, GROUPS)
     axes.invert_yaxis()
     axes.set(xlabel="Share of contributions", xlim=(0, 1))
-    axes.legend(**_LEGEND)
+    axes.legend(**LEGEND)
 
 
 def _draw_token_ablation(anatomy: Anatomy, axes: Axes) -> None:
-    axes.barh(list(anatomy.tokens), list(anatomy.tokens.values()), color=_COLOURS[0])
+    axes.barh(list(anatomy.tokens), list(anatomy.tokens.values()), color=COLOURS[0])
     axes.axvline(anatomy.score, color=_MUTED, linestyle="--", linewidth=1)
     axes.invert_yaxis()
     axes.set(xlabel=_begun(score_name(anatomy.probe.task)), xlim=(0, 1))
@@ -250,7 +245,7 @@ def _draw_token_ablation(anatomy: Anatomy, axes: Axes) -> None:
 
 def _largest(anatomy: Anatomy) -> list[str]:
     ranked = sorted(anatomy.texts, key=lambda name: -anatomy.texts[name])
-    return [name for name in anatomy.texts if name in ranked[: len(_COLOURS)]]
+    return [name for name in anatomy.texts if name in ranked[: len(COLOURS)]]
 
 
 def _begun(text: str) -> str:
@@ -260,10 +255,5 @@ def _begun(text: str) -> str:
 
 def _axes(figure: Figure, place: int | tuple[int, int]) -> Axes:
     axes = figure.add_subplot(3, 2, place)
-    axes.spines[["top", "right"]].set_visible(False)
+    open_frame(axes)
     return axes
-
-
-def _escape(text: str) -> str:
-    # A dollar sign starts a formula in matplotlib, a leading underscore hides a legend's entry.
-    return text.replace("$", r"\$").lstrip("_")

@@ -11,7 +11,6 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 
 from sidelight.backbone import TransformersBackbone
 from sidelight.plots import save_figure
@@ -19,9 +18,7 @@ from sidelight.progress import progress
 from sidelight_lab.bench.record import Record, conditions, table
 from sidelight_lab.bench.subjects import Kind, Load, Subject
 from sidelight_lab.bench.timing import MB, Range, interleaved, peak_bytes, ratios
-
-# matplotlib leaves the types of **kwargs open.
-# pyright: reportUnknownMemberType=false
+from sidelight_lab.plots import LEGEND_BESIDE, new_axes
 
 # Paul Tol's muted palette: nine colours, told apart with any colour vision.
 _COLOURS = (
@@ -166,8 +163,8 @@ def plot_latency(rows: Sequence[Row], folder: Path) -> list[Path]:
 
 def _plot(rows: Sequence[Row], folder: Path) -> Path:
     base, size = rows[0].subject, rows[0].batch_size
-    figure = Figure(figsize=(8.6, 4.8), layout="constrained")
-    axes = figure.add_subplot()
+    title = f"Time over {base} alone, batch {size}: median and range"
+    figure, axes = new_axes(8.6, 4.8, title)
     for kind, line in _LINES.items():
         names = dict.fromkeys(r.subject for r in rows if r.kind == kind and r.subject != base)
         # The same mechanisms stand in the same order in each kind, so they share a colour.
@@ -190,7 +187,5 @@ def _plot(rows: Sequence[Row], folder: Path) -> Path:
     axes.set_yticks(ticks, [f"{tick:+d} %" for tick in ticks])
     axes.minorticks_off()
     axes.set(xlabel="Tokens of a prompt", ylabel="Overhead")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False, fontsize=8)
-    axes.set_title(f"Time over {base} alone, batch {size}: median and range", loc="left")
+    axes.legend(**LEGEND_BESIDE)
     return save_figure(figure, folder / f"latency-batch-{size}.png")

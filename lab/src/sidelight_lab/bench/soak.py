@@ -23,9 +23,7 @@ from sidelight_lab.bench.record import Record, conditions, table
 from sidelight_lab.bench.subjects import untrained_probe
 from sidelight_lab.bench.timing import Sample, look_at, read_metrics, total
 from sidelight_lab.bench.visits import Visit
-
-# matplotlib leaves the types of **kwargs open.
-# pyright: reportUnknownMemberType=false
+from sidelight_lab.plots import COLOURS, open_frame
 
 # Samples of each phase, and the share of the requests that only warm the server up.
 _SAMPLES = 200
@@ -228,13 +226,13 @@ def plot_soak(results: Mapping[str, Any], folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     figure = Figure(figsize=(9.2, 5.2), layout="constrained")
     grid = figure.subplots(2, 2, sharex="col", sharey="row")
-    lines = {"resident_mb": "#0072b2", "descriptors": "#d55e00"}  # of Okabe & Ito's palette
+    lines = {"resident_mb": COLOURS[1], "descriptors": COLOURS[0]}
     for column, phase in zip(grid.T, (results["connections"], results["requests"]), strict=True):
         numbers = [sample["visits"] for sample in phase["samples"]]
         for axes, (name, colour) in zip(column, lines.items(), strict=True):
             held = [sample[name] for sample in phase["samples"]]
             axes.plot(numbers, held, color=colour, linewidth=1.2)
-            axes.spines[["top", "right"]].set_visible(False)
+            open_frame(axes)
         column[0].set_title(phase["title"], loc="left")
         column[1].set_xlabel(phase["title"])
     grid[0][0].set(ylabel="Resident memory, MB", ylim=(0, None))

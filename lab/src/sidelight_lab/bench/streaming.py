@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, Int, Shaped
-from matplotlib.figure import Figure
 
 from sidelight.backbone import TransformersBackbone
 from sidelight.data.examples import LabelledExamples
@@ -32,13 +31,9 @@ from sidelight_lab.bench.responses import (
     running_scores,
     word_scores,
 )
-
-# matplotlib leaves the types of **kwargs open.
-# pyright: reportUnknownMemberType=false
+from sidelight_lab.plots import COLOURS, LEGEND, new_axes
 
 _RESAMPLES = 1000
-# Okabe & Ito's palette, told apart with any colour vision.
-_COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7")
 
 _THRESHOLDS = (*(round(0.05 * step, 2) for step in range(1, 20)), 0.97, 0.99)
 _CONSECUTIVE = (1, 2, 3, 5, 8)
@@ -295,15 +290,13 @@ def _cell(estimate: Estimate) -> str:
 
 def plot_streaming(rows: Sequence[Row], folder: Path) -> Path:
     """Draws ``streaming.png``: solid lines for positive responses, dotted ones for false alarms."""
-    figure = Figure(figsize=(7.6, 4.4), layout="constrained")
-    axes = figure.add_subplot()
-    for row, colour in zip(rows, _COLOURS, strict=True):
+    title = "Positive responses caught (solid), and false alarms (dotted)"
+    figure, axes = new_axes(7.6, 4.4, title)
+    for row, colour in zip(rows, COLOURS, strict=False):
         tokens = range(1, len(row.caught) + 1)
         axes.step(tokens, row.caught, where="post", color=colour, linewidth=1.8, label=row.title)
         axes.step(tokens, row.alarmed, where="post", color=colour, linewidth=1.2, linestyle=":")
     axes.set_xscale("log")
-    axes.set(xlabel="Tokens of the response", ylabel="Share of responses caught", ylim=(0, 1))
-    axes.set_title("To be caught (solid), and the others: false alarms (dotted)", loc="left")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="upper left", frameon=False, fontsize=8)
+    axes.set(xlabel="Tokens of the response", ylabel="Share of responses", ylim=(0, 1))
+    axes.legend(loc="upper left", **LEGEND)
     return save_figure(figure, folder / "streaming.png")

@@ -12,14 +12,10 @@ from matplotlib.figure import Figure
 from sidelight.mechanisms.base import MechanismSpec
 from sidelight.plots import save_figure
 from sidelight.storage import write_json, write_text
+from sidelight_lab.plots import COLOURS, LEGEND_BESIDE, new_axes
 from sidelight_lab.search.trials import Best
 
-# matplotlib leaves the types of **kwargs open.
-# pyright: reportUnknownMemberType=false
-
 _SETTINGS = ("learning_rate", "weight_decay", "epochs", "batch_size")
-# Okabe & Ito's palette, told apart with any colour vision.
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 _MARKERS = "osD^vP"
 
 
@@ -77,14 +73,12 @@ def _draw_sensitivity(found: Mapping[str, Best], *, score: str) -> Figure:
     Like the paper's Figure 3 (Meyoyan & Del Corro 2026) but of all trials at once, so the other
     settings of neighbouring points differ too. Trainings that diverged are not drawn.
     """
-    figure = Figure(figsize=(7.2, 4.4), dpi=200, layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
+    figure, axes = new_axes(7.2, 4.4)
     for number, (name, best) in enumerate(found.items()):
         points = [(t.settings.learning_rate, t.score) for t in best.trials if t.score is not None]
         axes.scatter(
             *zip(*points, strict=True),
-            color=_COLOURS[number % len(_COLOURS)],
+            color=COLOURS[number % len(COLOURS)],
             marker=_MARKERS[number % len(_MARKERS)],
             s=22,
             alpha=0.7,
@@ -94,6 +88,5 @@ def _draw_sensitivity(found: Mapping[str, Best], *, score: str) -> Figure:
         ring: dict[str, Any] = {"facecolors": "none", "edgecolors": "#222222", "linewidths": 1.2}
         axes.scatter(best.settings.learning_rate, best.score, s=70, **ring)
     axes.set(xscale="log", xlabel="Learning rate", ylabel=f"{score} on validation data")
-    place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.02, 1), "alignment": "left"}
-    axes.legend(title="best", frameon=False, fontsize=8, title_fontsize=8, **place)
+    axes.legend(title="best", title_fontsize=8, alignment="left", **LEGEND_BESIDE)
     return figure
