@@ -23,7 +23,9 @@ from tiny import untrained_probe
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 QUICK = {
-    name: TrainingSettings(learning_rate=3e-2, weight_decay=0.01, epochs=3, batch_size=16)
+    name: TrainingSettings(
+        learning_rate=3e-2, weight_decay=0.01, epochs=5, batch_size=16, least_steps=0
+    )
     for name in ("readout", "gate")
 }
 TRAINING, TESTING = 120, 40

@@ -27,6 +27,9 @@ def model(tiny: TransformersBackbone, tmp_path_factory: pytest.TempPathFactory) 
     return saved(tiny, tmp_path_factory.mktemp("model"))
 
 
+QUICKLY = ("--epochs", "4", "--batch-size", "16", "--learning-rate", "0.03")
+
+
 def write_rows(path: Path, count: int, *, seed: int) -> str:
     texts, labels = planted("binary", count, seed=seed)
     rows = [
@@ -45,7 +48,9 @@ def trained(
     data = write_rows(folder / "train.jsonl", 160, seed=1)
     module_patch.setenv("SIDELIGHT_CACHE", str(folder / "cache"))
     arguments = ["train", "--model", model, "--data", data, "--label", "toxic", "--seeds", "2"]
-    code = run(*arguments, "--mechanism", "pooling,readout", "--out", str(folder / "probe"))
+    code = run(
+        *arguments, *QUICKLY, "--mechanism", "pooling,readout", "--out", str(folder / "probe")
+    )
     assert code == 0
     return folder / "probe"
 
@@ -376,7 +381,7 @@ def test_a_response_probe_learns_from_answers_to_long_prompts(
     data.write_text("\n".join(map(json.dumps, rows)))
     arguments = ["train", "--model", model, "--data", str(data), "--response", "answer"]
     out = str(tmp_path / "probe")
-    assert run(*arguments, "--mechanism", "pooling", "--max-tokens", "64", "--out", out) == 0
+    assert run(*arguments, *QUICKLY, "--mechanism", "pooling", "--max-tokens", "64", "--out", out) == 0
     assert "were cut to 64 tokens" in capfd.readouterr().err
 
 
@@ -394,7 +399,7 @@ def test_the_command_that_training_names_next_judges_the_probe(
     Path("TEST_FILE.jsonl").write_text("\n".join(map(json.dumps, rows)))
     columns = ["--text", "user's turn", "--response", "the answer", "--label", "is bad"]
     arguments = ["--model", model, "--data", "TEST_FILE.jsonl", "--mechanism", "pooling", *columns]
-    assert run("train", *arguments, "--out", ".") == 0
+    assert run("train", *arguments, *QUICKLY, "--out", ".") == 0
     (hint,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Next: ")]
     _, program, *command = shlex.split(hint.replace("TEST_FILE", "TEST_FILE.jsonl"))
     assert program == "sidelight"

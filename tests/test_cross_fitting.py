@@ -29,38 +29,55 @@ def rows(kind, count, *, seed=0):
     ]
 
 
-@pytest.fixture
-def whole(tiny, tmp_path):
+QUICK = {
+    name: suggested_settings(name).changed(learning_rate=3e-2, epochs=4, batch_size=16)
+    for name in ("readout", "pooling")
+}
+JOBS = [Job(mechanism_spec(name), 3, settings) for name, settings in QUICK.items()]
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, tmp_path_factory):
     examples = load_examples(rows("binary", 40))
-    split = make_split(tiny, examples, reads=Reads(), max_tokens=512, cache_root=tmp_path)
+    split = make_split(
+        tiny,
+        examples,
+        reads=Reads(),
+        max_tokens=512,
+        cache_root=tmp_path_factory.mktemp("activations"),
+    )
     return ProbeDataset(tiny, split, split)
 
 
-def jobs():
-    return [
-        Job(mechanism_spec(name), 3, suggested_settings(name)) for name in ("readout", "pooling")
-    ]
+@pytest.fixture(scope="module")
+def folds(whole):
+    return choose_folds(whole.training.examples)
 
 
-def test_the_logits_of_a_fold_are_those_of_a_mechanism_that_the_others_taught(whole):
-    folds = choose_folds(whole.training.examples)
+@pytest.fixture(scope="module")
+def cross_fitted(whole, folds):
+    return cross_fit(JOBS, whole, folds)
+
+
+def test_the_logits_of_a_fold_are_those_of_a_mechanism_that_the_others_taught(
+    whole, folds, cross_fitted
+):
     assert len(folds) == FOLDS
     fold, rest = folds[1], np.concatenate([own for own in folds if own is not folds[1]])
     # In the order of the texts, as training sees them.
     expected = train_mechanisms(
-        jobs(),
+        JOBS,
         training=whole.training.select(np.sort(rest)),
         validation=None,
         judged=whole.training.select(fold),
     )
-    for one, alone in zip(cross_fit(jobs(), whole, folds), expected, strict=True):
+    for one, alone in zip(cross_fitted, expected, strict=True):
         np.testing.assert_allclose(one.logits[fold], alone.logits, atol=ROUNDING)
 
 
-def test_the_probe_itself_is_trained_on_all_texts_for_every_epoch(whole):
-    expected = train_mechanisms(jobs(), training=whole.training, validation=None)
-    folds = choose_folds(whole.training.examples)
-    for one, alone in zip(cross_fit(jobs(), whole, folds), expected, strict=True):
+def test_the_probe_itself_is_trained_on_all_texts_for_every_epoch(whole, cross_fitted):
+    expected = train_mechanisms(JOBS, training=whole.training, validation=None)
+    for one, alone in zip(cross_fitted, expected, strict=True):
         assert one.best_epoch == one.job.settings.epochs
         assert one.history == ()
         for name, parameter in alone.mechanism.state_dict().items():
@@ -69,7 +86,7 @@ def test_the_probe_itself_is_trained_on_all_texts_for_every_epoch(whole):
 
 def test_few_texts_are_cross_fitted_unless_validation_texts_are_given(tiny, own_cache, capsys):
     few, more = load_examples(rows("multiclass", 60)), rows("multiclass", 40, seed=1)
-    options = FitOptions(mechanisms=(mechanism_spec("readout"),))
+    options = FitOptions(mechanisms=(mechanism_spec("readout"),), settings=QUICK)
     made = fit(tiny, few, None, name="a", options=options)
     record = made.best.probe.record
     said = capsys.readouterr().err
@@ -94,7 +111,9 @@ def test_many_texts_or_a_rare_class_are_not_cross_fitted():
 @pytest.mark.parametrize("marks", ["ABC", "👍👎🤷"])
 def test_texts_without_a_word_of_two_characters_train_a_probe(tiny, tmp_path, marks):
     texts = [{"text": mark, "label": mark} for mark in marks for _ in range(2)]
-    options = FitOptions(mechanisms=(mechanism_spec("pooling"),), cache_root=tmp_path)
+    options = FitOptions(
+        mechanisms=(mechanism_spec("pooling"),), settings=QUICK, cache_root=tmp_path
+    )
     texts = load_examples(texts)
     made = fit(tiny, texts, texts, name="marks", options=options)
     assert made.baseline.metrics["accuracy"].value == 1.0
@@ -107,14 +126,18 @@ def test_a_baseline_that_fails_costs_no_training(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("sidelight.training.cross_fitting.fit_tfidf", refuse)
     module = import_module("sidelight.training.fit")
     monkeypatch.setattr(module, "cross_fit", lambda *_: pytest.fail("probes were trained"))
-    options = FitOptions(mechanisms=(mechanism_spec("pooling"),), cache_root=tmp_path)
+    options = FitOptions(
+        mechanisms=(mechanism_spec("pooling"),), settings=QUICK, cache_root=tmp_path
+    )
     with pytest.raises(SidelightError, match="no baseline"):
         fit(tiny, load_examples(rows("binary", 40)), None, name="x", options=options)
 
 
 def test_few_texts_that_are_held_out_from_say_so(tiny, tmp_path):
     few = [*rows("binary", 40), *({"text": f"rare {n}", "label": "z"} for n in range(4))]
-    options = FitOptions(mechanisms=(mechanism_spec("pooling"),), cache_root=tmp_path)
+    options = FitOptions(
+        mechanisms=(mechanism_spec("pooling"),), settings=QUICK, cache_root=tmp_path
+    )
     made = fit(tiny, load_examples(few), None, name="rare", options=options)
     assert made.best.probe.record["folds"] == 0
     assert any("of 'z' there are 4" in warning for warning in made.warnings)

@@ -86,7 +86,7 @@ def test_a_probe_that_learned_from_long_inputs_is_surer_of_them(tiny, tmp_path):
     held_out = training_set(tiny, tmp_path, "binary", 200, seed=2, shard_bytes=10**9)
     spec, usual = mechanism_spec("readout"), suggested_settings("readout")
     jobs = [
-        Job(spec, seed, replace(usual.changed(epochs=60), long_inputs=wanted))
+        Job(spec, seed, replace(usual.changed(epochs=15, learning_rate=4e-3), long_inputs=wanted))
         for wanted in (False, True)
         for seed in range(3)
     ]
