@@ -381,7 +381,9 @@ def test_a_response_probe_learns_from_answers_to_long_prompts(
     data.write_text("\n".join(map(json.dumps, rows)))
     arguments = ["train", "--model", model, "--data", str(data), "--response", "answer"]
     out = str(tmp_path / "probe")
-    assert run(*arguments, *QUICKLY, "--mechanism", "pooling", "--max-tokens", "64", "--out", out) == 0
+    assert (
+        run(*arguments, *QUICKLY, "--mechanism", "pooling", "--max-tokens", "64", "--out", out) == 0
+    )
     assert "were cut to 64 tokens" in capfd.readouterr().err
 
 

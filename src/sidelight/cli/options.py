@@ -156,29 +156,20 @@ class TrainingInputs:
         """Training texts, and validation texts where some are named."""
         from sidelight.data.loading import load_examples
 
-        whole = load_examples(
-            self.data,
+        read = partial(
+            load_examples,
             text=self.text,
             label=self.label,
             response=self.response,
             on_missing_label=self.missing_label,
-            split=self.split,
-            positive=self.positive,
         )
+        whole = read(self.data, split=self.split, positive=self.positive)
         rows = whole.draw(self.limit or len(whole), seed=0)
         # Warnings about the file hold for some of its rows too.
         training = replace(whole.select(rows), warnings=whole.warnings)
         if self.validation is None:
             return training, None
-        return training, load_examples(
-            self.validation,
-            text=self.text,
-            label=self.label,
-            response=self.response,
-            on_missing_label=self.missing_label,
-            split=self.validation_split,
-            task=training.task,
-        )
+        return training, read(self.validation, split=self.validation_split, task=training.task)
 
     def fit_options(self) -> "FitOptions":
         """How the texts are read, and where their activations go."""

@@ -1,10 +1,8 @@
 """Hidden states of a data set on disk, in shards that many probes train from.
 
-A shard holds the states of some texts, ragged and in bf16: hundreds of a small backbone, a handful
-of a wide one. A shard's file appears under
-its name only when it is whole, so a killed extraction goes on where it stopped.
-
-Some texts of an activation cache, as training reads them: in memory if they are few.
+A shard holds the states of some texts, ragged and in bf16: hundreds of texts of a small backbone, a
+handful of a wide one. Its file appears under its name only when it is whole, so an extraction that
+was killed continues where it stopped.
 """
 
 import hashlib
@@ -36,6 +34,8 @@ _BYTES_PER_VALUE = 2
 _RESERVE_BYTES = 2 * 2**30
 # A file of this name says that a run was told to keep the activations.
 _KEPT = "kept"
+# Up to this size, some texts of a cache are held in memory.
+_MEMORY_BYTES = 2**30
 # Between two looks at a cache that another run writes.
 _WAIT_S = 0.5
 
@@ -109,8 +109,8 @@ class ActivationCache:
     """The shards of one data set under one backbone, computed by one engine.
 
     Attributes:
-        lengths: Stored tokens of each text.
-        token_bytes: That a token takes.
+        lengths: The stored tokens of each text.
+        token_bytes: Size of a token.
 
     Args:
         root: Folder of all caches; this one gets a folder of its own in it, named by a key that
@@ -213,9 +213,9 @@ class ActivationCache:
         if to_write > free or (budget_bytes is not None and needed > budget_bytes):
             limit = free if budget_bytes is None else min(free, budget_bytes)
             raise SidelightError(
-                f"The activations need {needed / 2**30:.1f} GiB, but {max(limit, 0) / 2**30:.1f} "
-                f"GiB may be used at {self.directory.parent}. Raise --cache-budget, name another "
-                "disk with --cache, or train on fewer rows (--limit)."
+                f"The activations need {needed / 2**30:.1f} GiB, but only "
+                f"{max(limit, 0) / 2**30:.1f} GiB may be used at {self.directory.parent}. "
+                "Raise --cache-budget, name another disk with --cache, or use fewer rows (--limit)."
             )
         self._write_manifest()
 
@@ -288,52 +288,22 @@ def _key(prompts: Sequence[EncodedPrompt], reads: Reads, who: tuple[object, ...]
     return digest.hexdigest()[:24]
 
 
-_MEMORY_BYTES = 2**30
-
-
 def states_of(
     cache: ActivationCache, rows: Sequence[int], *, memory_bytes: int = _MEMORY_BYTES
 ) -> States:
     """The states of some texts.
 
     Args:
-        cache: Where the texts are.
-        rows: Which of its texts; text i of the result is the cache's ``rows[i]``.
-        memory_bytes: Larger parts are read from disk again in each epoch.
+        cache: The cache that holds the texts.
+        rows: Their rows in it; text i of the result is the cache's ``rows[i]``.
+        memory_bytes: More than this is read from disk again in each epoch.
     """
     size_bytes = cache.token_bytes * sum(cache.lengths[row] for row in rows)
     return (MemoryStates if size_bytes <= memory_bytes else PartStates)(cache, rows)
 
 
-class MemoryStates:
-    """Some texts of a cache, gathered into memory as one shard.
-
-    Args:
-        cache: Where the texts are.
-        rows: Which of its texts; text i of this is the cache's ``rows[i]``.
-    """
-
-    def __init__(self, cache: ActivationCache, rows: Sequence[int]):
-        self.fingerprint, self.reads = cache.fingerprint, cache.reads
-        self._shard = _gathered(cache, rows)
-        self.plan = ShardPlan((tuple(self._shard.rows.tolist()),), (self._shard.hidden.shape[1],))
-
-    def __len__(self) -> int:
-        """One shard."""
-        return 1
-
-    def read(self, index: int) -> Shard:
-        """The only shard."""
-        return self._shard
-
-
 class PartStates:
-    """Some texts of a cache, picked from each of its shards whenever that is read.
-
-    Args:
-        cache: Where the texts are.
-        rows: As in ``states_of``.
-    """
+    """Some texts of a cache, picked from each of its shards whenever that is read."""
 
     def __init__(self, cache: ActivationCache, rows: Sequence[int]):
         self.fingerprint, self.reads = cache.fingerprint, cache.reads
@@ -363,19 +333,26 @@ class PartStates:
         )
 
 
-def _gathered(cache: ActivationCache, rows: Sequence[int]) -> Shard:
-    """The texts in random order, as in a shard on disk."""
-    place = {row: text for text, row in enumerate(rows)}
-    found: dict[int, Float[Tensor, "layer token width"]] = {}
-    for index, held in enumerate(cache.plan.rows):
-        if place.keys().isdisjoint(held):
-            continue
-        shard = cache.read(index)
-        parts = shard.hidden.split(shard.lengths.tolist(), 1)
-        for row, part in zip(held, parts, strict=True):
-            if row in place:
-                found[place[row]] = part.clone()
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
-    hidden = [found[text] for text in order]
-    lengths = torch.tensor([part.shape[1] for part in hidden])
-    return Shard(torch.cat(hidden, 1), lengths, torch.tensor(order))
+class MemoryStates:
+    """The same texts in memory, in random order in one shard."""
+
+    def __init__(self, cache: ActivationCache, rows: Sequence[int]):
+        self.fingerprint, self.reads = cache.fingerprint, cache.reads
+        parts = PartStates(cache, rows)
+        found: dict[int, Float[Tensor, "layer token width"]] = {}
+        for shard in map(parts.read, range(len(parts))):
+            texts = shard.hidden.split(shard.lengths.tolist(), 1)
+            found.update(zip(shard.rows.tolist(), texts, strict=True))
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
+        hidden = [found[text] for text in order]
+        lengths = torch.tensor([text.shape[1] for text in hidden])
+        self._shard = Shard(torch.cat(hidden, 1), lengths, torch.tensor(order))
+        self.plan = ShardPlan((tuple(order),), (int(lengths.sum()),))
+
+    def __len__(self) -> int:
+        """One shard."""
+        return 1
+
+    def read(self, index: int) -> Shard:
+        """The only shard."""
+        return self._shard

@@ -37,9 +37,9 @@ class StateSource(Protocol):
         """Computes these shards of a cache, and gives each with its index when it is whole.
 
         Args:
-            cache: Says which texts are in a shard, and what is read of them.
-            indices: Of the shards.
-            shown: Is told of each token that has been run.
+            cache: The cache, with its texts, their shards, and what is read of them.
+            indices: The shards to compute.
+            shown: The progress bar, which advances by each token that has been run.
         """
         ...
 
@@ -51,11 +51,11 @@ def extract(
     budget_bytes: int | None = None,
     title: str = "Extracting",
 ) -> ActivationCache:
-    """Writes the shards that are missing; a second call after a kill does only the rest.
+    """Writes the missing shards; after a kill, a second call writes only the rest.
 
     Args:
-        source: What gives the hidden states.
-        cache: What is filled; made for the source's engine.
+        source: The engine that computes the hidden states.
+        cache: The cache to fill, made for the source's engine.
         budget_bytes: The most that the cache may take; None allows what the disk has.
         title: Of the progress bar.
 
@@ -63,7 +63,11 @@ def extract(
         SidelightError: The shards would not fit the disk or the budget, a hidden state is not
             finite, or the cache is another engine's.
     """
-    _require_same_engine(source, cache)
+    if cache.engine != source.engine:
+        raise SidelightError(
+            f"This cache is for states of '{cache.engine}', but '{source.engine}' would fill it; "
+            "the two round differently. Make the cache with engine=source.engine."
+        )
     with cache.filling(budget_bytes=budget_bytes) as missing:
         if missing:
             _fill(source, cache, missing, title)
@@ -89,11 +93,7 @@ def _fill(source: StateSource, cache: ActivationCache, missing: Sequence[int], t
 
 
 class BackboneSource:
-    """Any backbone's own forward passes, over batches of texts of similar length.
-
-    Args:
-        backbone: What is run.
-    """
+    """Any backbone's own forward passes, over batches of texts of similar length."""
 
     engine = "transformers"
 
@@ -113,14 +113,6 @@ class BackboneSource:
         shared = shared_unread(cache.prompts, cache.reads) if can_share else 0
         for index in indices:
             yield index, _extract_shard(self._backbone, cache, index, shown, shared=shared)
-
-
-def _require_same_engine(source: StateSource, cache: ActivationCache) -> None:
-    if cache.engine != source.engine:
-        raise SidelightError(
-            f"This cache is for states of '{cache.engine}', but '{source.engine}' would fill it; "
-            "the two round differently. Make the cache with engine=source.engine."
-        )
 
 
 def _extract_shard(

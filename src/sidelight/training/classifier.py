@@ -1,4 +1,4 @@
-"""The object users hold: text in, verdicts out; train, evaluate, predict, save, load."""
+"""The classifier that users hold: text in, verdicts out; train, evaluate, predict, save, load."""
 
 import warnings
 from collections.abc import Sequence
@@ -105,10 +105,7 @@ class Classifier:
             ContextLengthError: A text is longer than the backbone reads.
             VerdictError: A logit is not finite.
         """
-        bank = Bank([self.probe], device=self.backbone.device)
-        logits = score(self.backbone, bank, encode(self.backbone, examples))[0]
-        require_finite(self.probe, logits, examples)
-        return logits
+        return judge(self.backbone, [self.probe], examples)[0]
 
     def save(self, directory: str | Path) -> Path:
         """Writes the artifact and returns its folder."""
@@ -130,24 +127,25 @@ def train(
     long_inputs: bool = False,
     source: StateSource | None = None,
 ) -> Classifier:
-    """The best probe that one pass over labelled data gives.
+    """Trains a probe on labelled data, and keeps the best run.
 
-    For several mechanisms, other options and all the runs, use ``fitting.fit``. What is doubtful
-    about the data comes as a Python warning.
+    For several mechanisms, other options and all the runs, use ``sidelight.training.fit.fit``.
+    Doubts about the data come as Python warnings.
 
     Args:
         model: A backbone, or its name: ``smollm2``, a folder, or a hub id.
         data: A file, a hub data set, rows, or loaded examples.
-        mechanism: ``auto``: what suits the number of texts; or one of ``mechanism_names()``.
+        mechanism: ``auto`` takes what suits the number of texts; else one of
+            ``mechanism_names()``.
         text: Column of the text.
         label: Column of the label; several with commas make a multi-label task.
         response: Column of the answer; the probe then reads the answer instead of the prompt.
         positive: Positive class of a binary task; None means 1, true or yes, else the rarer label.
-        validation: As ``data``; None holds part of it out.
+        validation: Like ``data``; None holds part of ``data`` out, or cross-fits it if it is small.
         name: How verdicts name the probe.
         seeds: Probes to train; the one with the best validation score is kept.
-        long_inputs: Whether the probe is to find a text among others in a long input.
-        source: The engine that computes the hidden states, such as ``VllmSource``; None is the
+        long_inputs: Whether the probe learns to find a text among others in a long input.
+        source: The engine that computes the hidden states, such as ``VllmSource``; None means the
             backbone itself.
 
     Raises:
@@ -183,8 +181,8 @@ def load(
     Args:
         directory: The artifact.
         model: The backbone, or its name; None takes the name it was trained under.
-        dtype: Of a backbone that is loaded, as ``load_backbone`` takes it.
-        device: Likewise.
+        dtype: The dtype of a backbone that is loaded, as ``load_backbone`` takes it.
+        device: Its device, likewise.
 
     Raises:
         FingerprintMismatchError: ``model`` is another backbone.
@@ -215,27 +213,31 @@ def encode(backbone: TransformersBackbone, examples: Sequence[Example]) -> list[
     return prompts
 
 
-def require_finite(probe: Probe, logits: np.ndarray, examples: Sequence[Example]) -> None:
-    """Checks that each text can be judged.
-
-    Args:
-        probe: What gave the logits.
-        logits: ``[text, output]``.
-        examples: The texts.
+def judge(
+    backbone: TransformersBackbone, probes: Sequence[Probe], examples: Sequence[Example]
+) -> list[np.ndarray]:
+    """Each probe's logits of the texts, ``[text, output]``, from one forward pass.
 
     Raises:
+        ContextLengthError: A text is longer than the backbone reads.
         VerdictError: A logit is not finite; the message names the first text with one.
     """
-    for index in np.flatnonzero(~np.isfinite(logits).all(axis=1)).tolist():
-        with located(examples[index], index):
-            probe.require_finite(logits[index])
+    # Runs of one training share a name, which a bank does not allow.
+    renamed = [replace(probe, name=f"{probe.name}/{i}") for i, probe in enumerate(probes)]
+    bank = Bank(renamed, device=backbone.device)
+    logits = score(backbone, bank, encode(backbone, examples))
+    for probe, own in zip(probes, logits, strict=True):
+        for index in np.flatnonzero(~np.isfinite(own).all(axis=1)).tolist():
+            with located(examples[index], index):
+                probe.require_finite(own[index])
+    return logits
 
 
 def require_responses(probe: Probe, examples: Sequence[Example]) -> None:
-    """Checks that a probe that reads responses is not measured on prompts alone.
+    """Refuses to measure a probe that reads responses on prompts alone.
 
     Raises:
-        SidelightError: It would be.
+        SidelightError: A text has no response.
     """
     if not probe.reads.includes_response:
         return
@@ -253,7 +255,7 @@ def as_example(text: str | Example) -> Example:
 
 
 def _tell(sentences: Sequence[str]) -> None:
-    """Gives what is doubtful about the data to the caller of this module's caller."""
+    """Warns at the line that called this module."""
     for sentence in sentences:
         warnings.warn(sentence, stacklevel=3)
 

@@ -318,7 +318,11 @@ def make_split(
     """
     source = source or BackboneSource(backbone)
     limit = min(max_tokens, source.max_tokens)
-    prompts = _encode(backbone, examples, reads, limit)
+    prompts: list[EncodedPrompt] = []
+    for index, item in enumerate(examples.items):
+        with located(item, index):
+            whole = backbone.encoder.encode_any_length(item.messages, item.response)
+            prompts.append(whole.shortened(limit, reads))
     _require_read(prompts, examples, reads, limit)
     cache = ActivationCache(
         cache_root, prompts, reads=reads, fingerprint=backbone.fingerprint, engine=source.engine
@@ -326,19 +330,7 @@ def make_split(
     states = extract(source, cache, budget_bytes=budget_bytes, title=title)
     if keep_cache:
         states.keep()
-    return Split(examples, prompts, states, np.arange(len(examples)))
-
-
-def _encode(
-    backbone: TransformersBackbone, examples: LabelledExamples, reads: Reads, limit: int
-) -> tuple[EncodedPrompt, ...]:
-    """The texts' tokens, at most ``limit`` of each."""
-    prompts: list[EncodedPrompt] = []
-    for index, item in enumerate(examples.items):
-        with located(item, index):
-            whole = backbone.encoder.encode_any_length(item.messages, item.response)
-            prompts.append(whole.shortened(limit, reads))
-    return tuple(prompts)
+    return Split(examples, tuple(prompts), states, np.arange(len(examples)))
 
 
 def _require_read(

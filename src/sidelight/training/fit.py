@@ -28,9 +28,9 @@ class Run:
 
     Attributes:
         probe: Ready to serve.
-        seed: It was trained with.
-        score: What early stopping maximised, on validation data.
-        report: On validation data, with the threshold chosen there.
+        seed: The seed that it was trained with.
+        score: The validation score, which early stopping maximises.
+        report: Its figures on validation data, with the threshold chosen there.
     """
 
     probe: Probe
@@ -64,33 +64,22 @@ def make_run(trained: Trained, dataset: ProbeDataset, *, name: str, options: Fit
             "validation": {**_data(dataset.validation), **shown},
             "max_tokens": options.max_tokens,
             "folds": len(dataset.folds),
-            **_how(trained),
+            "settings": asdict(trained.job.settings),
+            "seed": trained.job.seed,
+            "standardise": trained.job.standardise,
+            "epochs": {"scores": list(trained.history), "best": trained.best_epoch},
+            "parameters": sum(p.numel() for p in trained.mechanism.parameters()),
         },
     )
     return Run(probe, trained.job.seed, validation_score(task, logits, labels), report)
 
 
-def report_on(logits: np.ndarray, split: Split) -> Report:
-    """Any logits of these texts, treated like a probe's: calibrated, their threshold chosen.
-
-    Args:
-        logits: ``[text, output]``.
-        split: The texts.
-    """
+def _report_on(logits: np.ndarray, split: Split) -> Report:
+    """The figures of any logits, ``[text, output]``, when they are treated like a probe's."""
     task, labels = split.task, split.labels
     probabilities = fit_calibration("platt", logits, labels, task).apply(logits)
     thresholds = choose_thresholds(task, probabilities, labels)
     return evaluate(task, probabilities, labels, thresholds=thresholds)
-
-
-def _how(trained: Trained) -> dict[str, Any]:
-    return {
-        "settings": asdict(trained.job.settings),
-        "seed": trained.job.seed,
-        "standardise": trained.job.standardise,
-        "epochs": {"scores": list(trained.history), "best": trained.best_epoch},
-        "parameters": sum(p.numel() for p in trained.mechanism.parameters()),
-    }
 
 
 def _score_counts(task: Task, probabilities: np.ndarray) -> dict[str, list[int]]:
@@ -115,8 +104,8 @@ class Fit:
 
     Attributes:
         runs: One per mechanism and seed.
-        best: Of the mechanism with the best mean validation score, the run with the best one.
-        baseline: TF-IDF with logistic regression on the same validation texts.
+        best: The best run of the mechanism whose mean validation score is the best.
+        baseline: The figures of TF-IDF with logistic regression on the same validation texts.
         warnings: What the user should know, one sentence each.
     """
 
@@ -136,7 +125,7 @@ def fit(
     source: StateSource | None = None,
     store: Callable[[Fit], None] | None = None,
 ) -> Fit:
-    """Trains every mechanism with every seed from one pass of the backbone over the texts.
+    """Trains every mechanism with every seed, from one pass of the backbone over the texts.
 
     Args:
         backbone: The frozen LLM.
@@ -146,7 +135,7 @@ def fit(
         name: How verdicts will name the probe.
         options: What to train.
         source: The engine that computes the hidden states; None is the backbone itself.
-        store: Gets what was made while the activations are still there: if it fails, they stay.
+        store: Called with the fit while the activations are still there: if it fails, they stay.
 
     Raises:
         SidelightError: No labels, the activations do not fit the disk, or every training diverged.
@@ -174,7 +163,7 @@ def fit(
     pairs = zip(jobs, trained, strict=True)
     diverged = [f"{divergence(job)} This run is left out." for job, one in pairs if one is None]
     made = Fit(
-        runs, _best(runs), report_on(baseline, dataset.validation), (*dataset.warnings, *diverged)
+        runs, _best(runs), _report_on(baseline, dataset.validation), (*dataset.warnings, *diverged)
     )
     if store is not None:
         store(made)

@@ -6,24 +6,22 @@ The best run's artifact lies in the folder itself, every run's in ``runs/``.
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sidelight.artifact import MANIFEST, WEIGHTS, load_probe, read_manifest, save_probe
-from sidelight.backbone import DtypeName, TransformersBackbone, load_backbone
-from sidelight.bank import Bank
+from sidelight.backbone import DtypeName, load_backbone
 from sidelight.data.examples import LabelledExamples
 from sidelight.data.loading import OnMissingLabel, load_examples
 from sidelight.errors import SidelightError
 from sidelight.evaluation import Report, evaluate
 from sidelight.mechanisms.base import spec_titles
 from sidelight.probe import Probe
-from sidelight.states.scoring import score
 from sidelight.storage import write_json
-from sidelight.training.classifier import encode, require_finite, require_responses
+from sidelight.training.classifier import judge, require_responses
 from sidelight.training.fit import Fit, Run
 
 if TYPE_CHECKING:
@@ -33,7 +31,7 @@ if TYPE_CHECKING:
 
 RUNS = "runs"
 SHOWN_METRICS = ("auprc", "auroc", "f1", "accuracy", "macro_f1", "recall_at_1pct_fpr", "ece")
-# Of tables that no terminal shows.
+# The width of a table that is not shown in a terminal.
 _WIDTH = 110
 
 
@@ -43,7 +41,7 @@ class StoredRuns:
 
     Attributes:
         probes: Every run.
-        chosen: Which of them the artifact itself is.
+        chosen: The place of the one that is the artifact itself.
     """
 
     probes: tuple[Probe, ...]
@@ -51,16 +49,12 @@ class StoredRuns:
 
 
 def holds_probe(directory: Path) -> bool:
-    """Whether a probe stored in the folder would replace one.
-
-    Raises:
-        SidelightError: It would replace another program's file.
-    """
+    """Whether there is a probe in the folder; refuses one with another program's manifest."""
     has_manifest = (directory / MANIFEST).exists()
     if has_manifest and not (directory / WEIGHTS).exists():
         raise SidelightError(
-            f"{directory / MANIFEST} belongs to no probe, and a probe's would replace it. Name "
-            "another folder with --out."
+            f"{directory / MANIFEST} belongs to no probe, and that of a probe would replace it. "
+            "Name another folder with --out."
         )
     return has_manifest
 
@@ -79,7 +73,7 @@ def write_fit(made: Fit, directory: Path) -> None:
 
 
 def read_runs(directory: Path) -> StoredRuns:
-    """Every run stored under an artifact, or the artifact alone where it is none of them."""
+    """Every run stored under an artifact, or the artifact alone if it is none of them."""
     folders = _run_folders(directory)
     hashes = [read_manifest(folder).weights_sha256 for folder in folders]
     chosen = read_manifest(directory).weights_sha256
@@ -142,7 +136,7 @@ def comparison_table(title: str, comparison: Mapping[str, Sequence[Report]]) -> 
 
 
 def console() -> "Console":
-    """For tables: as wide as the terminal, or wide enough for a log."""
+    """A console for tables, as wide as the terminal or wide enough for a log."""
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else _WIDTH)
@@ -270,7 +264,9 @@ def assess(
     rows = {"All rows": np.arange(len(examples))}
     if subset is not None:
         rows[subset] = _true_rows(examples, subset)
-    logits = _all_logits(backbone, stored.probes, examples)
+    for probe in stored.probes:
+        probe.fingerprint.require(backbone.fingerprint, probe=probe.name)
+    logits = judge(backbone, stored.probes, examples.items)
     return [_assess_rows(title, stored, logits, examples, at) for title, at in rows.items()]
 
 
@@ -305,20 +301,6 @@ def plot(assessments: Sequence[Assessment], directory: Path) -> list[Path]:
             title=f"{one.chosen.name}: {one.title.lower()}",
         )
     ]
-
-
-def _all_logits(
-    backbone: TransformersBackbone, probes: Sequence[Probe], examples: LabelledExamples
-) -> list[np.ndarray]:
-    for probe in probes:
-        probe.fingerprint.require(backbone.fingerprint, probe=probe.name)
-    # Runs of one training share a name, which a bank does not allow.
-    renamed = [replace(probe, name=f"{probe.name}/{i}") for i, probe in enumerate(probes)]
-    bank = Bank(renamed, device=backbone.device)
-    logits = score(backbone, bank, encode(backbone, examples.items))
-    for probe, own in zip(probes, logits, strict=True):
-        require_finite(probe, own, examples.items)
-    return logits
 
 
 def _assess_rows(
