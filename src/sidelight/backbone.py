@@ -211,7 +211,7 @@ def run_after(
 
 
 def can_share(model: Any) -> bool:
-    """Whether the state after a prefix is the keys and values of all its tokens, and no more."""
+    """Whether the state after a prefix is exactly the keys and values of all its tokens."""
     config = model.config.get_text_config()
     window = getattr(config, "sliding_window", None)
     usual = "full_attention" if window is None else "sliding_attention"
@@ -295,7 +295,7 @@ class TransformersBackbone:
 
     @property
     def can_share_prefixes(self) -> bool:
-        """Whether ``run`` accepts ``after``: a prefix leaves keys and values, and no more."""
+        """Whether ``run`` accepts ``after``: see ``can_share``."""
         return can_share(self.model)
 
     @property

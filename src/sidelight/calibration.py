@@ -244,7 +244,7 @@ def _require_variety(kind: str, task: Task, holds: Bool[Flags, "row output"]) ->
     is_single_class = len(culprits) == len(names) and task.kind != "multilabel"
     if is_single_class or (culprits and kind == "isotonic"):
         raise SidelightError(
-            f"Cannot fit a {kind} calibration on {len(holds)} rows of which all or none are "
+            f"Cannot fit a {kind} calibration on {len(holds)} rows, since all or none are "
             f"{', '.join(culprits)}; rows of both kinds are needed. Add validation rows, or use "
             f"kind '{'platt' if kind == 'isotonic' else 'none'}'."
         )

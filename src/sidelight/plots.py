@@ -1,7 +1,7 @@
 """Plots of probabilities on labelled rows: precision-recall, reliability and confusion.
 
-They are drawn on figures of their own, without a display and without pyplot's global state. Why not
-scikit-learn's displays: see docs/dependencies.md.
+They are drawn on figures of their own, without a display and without pyplot's global state;
+docs/dependencies.md says why scikit-learn's displays do not serve.
 """
 
 from pathlib import Path

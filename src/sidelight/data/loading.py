@@ -195,8 +195,8 @@ def _emptiness(rows: Sequence[Row], text: str, response: str | None) -> str:
             "with --response (response= in Python)."
         )
     return (
-        f"none of the {len(rows)} rows has both a '{text}' and a '{response}'. Fill in the missing "
-        "ones."
+        f"none of the {len(rows)} rows has both a '{text}' and a '{response}'. Fill in what is "
+        "missing."
     )
 
 

@@ -103,7 +103,7 @@ def read_file(path: Path) -> list[Row]:
         rows = _READERS[_format_suffix(path)](path)
     except PermissionError as error:
         raise SidelightError(
-            f"Cannot read '{path}': permission denied. Change its permissions."
+            f"Cannot read '{path}': permission denied. Change its permissions, or copy the file."
         ) from error
     if not rows:
         raise SidelightError(f"{path.name} has no rows. Give a file with at least one example.")
@@ -225,7 +225,7 @@ def _read_json(path: Path) -> list[Row]:
     if not is_list(content):
         raise SidelightError(
             f"{path.name}: expected one array of objects, got another JSON value. "
-            "Write [{...}, {...}], or one object a line in a file that ends in .jsonl."
+            "Write [{...}, {...}], or one object per line in a file that ends in .jsonl."
         )
     return [_json_row(cells, path.name, f"row {n}") for n, cells in enumerate(content, start=1)]
 
@@ -239,7 +239,7 @@ def _parse_json(text: str, place: str) -> object:
         return json.loads(text, object_pairs_hook=build)
     except (ValueError, RecursionError) as error:
         raise SidelightError(
-            f"{place}: not valid JSON ({error}). A .jsonl file has one object a line, "
+            f"{place}: not valid JSON ({error}). A .jsonl file has one object per line, "
             "a .json file has one array of objects."
         ) from error
 
@@ -318,7 +318,7 @@ def _read_hub(source: str, split: str) -> list[Row]:
         for n, cells in enumerate(table, start=1)
     ]
     if not rows:
-        raise SidelightError(f"'{source}' has no rows in split '{split}'. Name another.")
+        raise SidelightError(f"'{source}' has no rows in split '{split}'. Name another split.")
     return rows
 
 
