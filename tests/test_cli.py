@@ -275,10 +275,11 @@ def test_only_a_command_that_goes_on_says_so_when_it_is_stopped(
 WITHOUT_EXTRAS = """
 import sys
 
+packages = sys.argv.pop(1).split(",")
+
 class Missing:
     def find_spec(name, path=None, target=None):
-        package = name.partition(".")[0]
-        if package in {"fastapi", "uvicorn", "prometheus_client", "pydantic_settings"}:
+        if name.partition(".")[0] in packages:
             raise ModuleNotFoundError(f"No module named '{name}'", name=name)
 
 sys.meta_path.insert(0, Missing)
@@ -287,14 +288,23 @@ main()
 """
 
 
+SERVING = "fastapi,openai,uvicorn,prometheus_client,pydantic_settings"
+
+
 @pytest.mark.parametrize(
-    ("arguments", "code"), [(["--help"], 0), (["serve", "--probe", "p"], 2), (["demo"], 2)]
+    ("missing", "arguments", "code"),
+    [
+        (SERVING, ["--help"], 0),
+        (SERVING, ["serve", "--probe", "p"], 2),
+        (SERVING, ["demo"], 2),
+        ("openai", ["serve"], 2),
+    ],
 )
 def test_without_the_packages_of_a_server_its_commands_say_what_to_install(
-    arguments: list[str], code: int
+    missing: str, arguments: list[str], code: int
 ):
     ended = subprocess.run(
-        [sys.executable, "-c", WITHOUT_EXTRAS, *arguments],
+        [sys.executable, "-c", WITHOUT_EXTRAS, missing, *arguments],
         capture_output=True,
         text=True,
         check=False,

@@ -3,8 +3,6 @@
 import os
 import signal
 import socket
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -62,16 +60,3 @@ def test_a_taken_port_is_an_error():
         port = taken.getsockname()[1]
         with pytest.raises(SidelightError, match=f"Cannot listen on 127.0.0.1:{port}"):
             serve(lambda: pytest.fail("must not load"), ServerConfig(port=port))
-
-
-@pytest.mark.parametrize(
-    ("command", "missing"), [("serve", "fastapi"), ("serve", "openai"), ("demo", "openai")]
-)
-def test_without_the_extra_the_error_says_what_to_install(command, missing):
-    code = (
-        f"import sys; sys.modules['{missing}'] = None; sys.argv = ['sidelight', '{command}']; "
-        "from sidelight.cli import main; main()"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    told = f"Error: Serving needs the package {missing}. Run `pip install 'sidelight[serve]'`.\n"
-    assert (done.returncode, done.stderr) == (2, told)

@@ -18,7 +18,7 @@ from sidelight.errors import SidelightError
 _GROUP = "sidelight.commands"
 _LABORATORY = ("search", "reproduce", "anatomy", "bench")
 _RESUMED = ("train", "search", "reproduce")
-_SERVING = ("fastapi", "prometheus_client", "pydantic_settings", "uvicorn")
+_SERVING = ("fastapi", "openai", "prometheus_client", "pydantic_settings", "uvicorn")
 
 
 class _Commands(click.Group):
@@ -102,9 +102,10 @@ def main() -> None:
     except OSError as error:
         _fail(_described(error))
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in _SERVING:
+        package = (error.name or "").partition(".")[0]
+        if package not in _SERVING:
             raise
-        _fail(f"A server needs the package {error.name}. Run `pip install 'sidelight[serve]'`.")
+        _fail(f"A server needs the package {package}. Run `pip install 'sidelight[serve]'`.")
 
 
 def _described(error: OSError) -> str:

@@ -12,7 +12,6 @@ from pydantic.fields import FieldInfo
 from sidelight.cli.engines import engine_options, load_engine, require_own_options
 from sidelight.cli.options import PATH, Command, backbone_options, examples_epilog
 from sidelight.errors import SidelightError
-from sidelight.server import needs_extra
 from sidelight.server.config import ServerConfig, read_config
 
 if TYPE_CHECKING:
@@ -66,10 +65,9 @@ def serve(context: click.Context, **values: Any) -> None:
 
     An option wins over its environment variable, and that over the file of --config.
     """
-    with needs_extra():
-        from sidelight.server.app import serve as run
     from sidelight.artifact import load_probe
     from sidelight.policy.rules import require_fitting
+    from sidelight.server.app import serve as run
 
     config = read_config(
         **{

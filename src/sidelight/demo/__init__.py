@@ -7,24 +7,20 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from openai import OpenAI
 from rich.table import Table
 
 from sidelight.artifact import save_probe
 from sidelight.backbone import TransformersBackbone, load_backbone
 from sidelight.data.loading import load_examples
-from sidelight.evaluation import Report
-from sidelight.server import needs_extra
 from sidelight.server.process import ServerProcess
 from sidelight.smollm2 import EMBEDDED_NAME, cache_root
 from sidelight.training.classifier import Classifier
 from sidelight.training.fit import fit
 from sidelight.training.runs import console
 from sidelight.training.settings import FitOptions
-
-if TYPE_CHECKING:
-    from openai import OpenAI
 
 _DATA = Path(__file__).parent / "data"
 # Task, and the positive class of a binary one.
@@ -44,8 +40,6 @@ def run_demo(*, keep: bool, port: int) -> None:
         keep: Whether the server stays until Ctrl-C.
         port: To serve on; 0 takes a free one.
     """
-    with needs_extra():
-        from openai import OpenAI
     start = time.monotonic()
     _say("Loading the embedded model (unpacked to the cache the first time)")
     backbone = load_backbone(EMBEDDED_NAME)
@@ -67,19 +61,16 @@ def _train(backbone: TransformersBackbone, task: str, positive: str | None) -> P
     best = fit(backbone, training, None, name=task, options=FitOptions()).best
     classifier = Classifier(backbone, best.probe)
     test = load_examples(_DATA / f"{task}_test.jsonl", task=best.probe.task)
-    _console.print(_table(task, classifier.evaluate(test)))
-    return save_probe(best.probe, cache_root() / "demo" / task)
-
-
-def _table(task: str, report: Report) -> Table:
+    report = classifier.evaluate(test)
     table = Table(title=f"{task}: {report.rows} test texts", title_justify="left")
     for metric in _METRICS:
         table.add_column(f"{metric} [95 % interval]")
     table.add_row(*(str(report.metrics[metric]) for metric in _METRICS))
-    return table
+    _console.print(table)
+    return save_probe(best.probe, cache_root() / "demo" / task)
 
 
-def _ask(client: "OpenAI") -> None:
+def _ask(client: OpenAI) -> None:
     _say("One chat completion through the openai client: text and verdicts together")
     answer = client.chat.completions.create(
         model=EMBEDDED_NAME,

@@ -167,8 +167,9 @@ async def _side_by_side(streams: Streams) -> AsyncGenerator[tuple[int, Sent], No
     try:
         while alive:
             for index, stream in list(alive.items()):
-                event = await anext(stream, None)
-                if event is None:
+                try:
+                    event = await anext(stream)
+                except StopAsyncIteration:
                     del alive[index]
                 else:
                     assert not isinstance(event, Admitted)
