@@ -1,1 +1,1 @@
-"""Training of mechanisms on cached hidden states. Knows labels and logits, not texts."""
+"""From labelled examples to calibrated probes, and the classifier that users hold."""

@@ -1,4 +1,4 @@
-"""A shard of the cache in batches, and what a batch teaches besides its whole texts.
+"""The batches of a shard, and the beginnings and long inputs that are made of a batch.
 
 The texts of a shard lie in random order, so neighbours are a random batch, without a copy.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 from sidelight.ragged import Ragged
 from sidelight.states.cache import Shard
 
-# Two thousand tokens of short prompts.
+# About two thousand tokens of short prompts.
 _MOST_OTHERS = 40
 
 
@@ -40,7 +40,7 @@ def neighbours(shard: Shard, cuts: Sequence[int]) -> Iterator[Shard]:
 
 
 def random_beginnings(tokens: Ragged) -> Ragged:
-    """A beginning of each text, its length log-uniform: running scores matter from the start."""
+    """A beginning of each text, of log-uniform length: running scores matter from the start."""
     share = torch.rand(len(tokens.lengths), device=tokens.lengths.device)
     lengths = ((tokens.lengths + 1) ** share).long()
     return tokens.beginnings(lengths.minimum(tokens.lengths))
@@ -57,8 +57,8 @@ def among_others(tokens: Ragged, labels: Int[Tensor, "text ..."]) -> Ragged:
     The number of others is log-uniform, from 1 to 40. If every text has a label, nothing changes.
 
     Args:
-        tokens: Of each text, in any form.
-        labels: 0 or 1; for a multi-label task a column per label.
+        tokens: The tokens of each text, in any form.
+        labels: 0 or 1, with a column per label for a multi-label task.
 
     Returns:
         One long input for each text, in their order, with the labels of that text.

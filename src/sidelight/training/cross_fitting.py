@@ -1,8 +1,8 @@
-"""Few texts: each of them both teaches the probe and judges it.
+"""Cross-fitting for few texts: each of them both teaches the probe and judges it.
 
-A fold is judged by what the other folds taught. Calibration, threshold and figures are made from
-these logits of all texts; the probe itself is trained on all texts, for every epoch. A part held
-out of few texts would be missed in training, and too small to stop or choose by
+A fold is judged by probes that the other folds taught. Calibration, threshold and figures are made
+from these logits of all texts; the probe itself is trained on all texts, for every epoch. A part
+held out of few texts would be missed in training, and too small to stop or choose by
 (docs/results.md has the comparison).
 """
 
@@ -24,10 +24,10 @@ def cross_fit(jobs: Sequence[Job], whole: ProbeDataset, folds: Folds) -> list[Tr
     Args:
         jobs: What to train.
         whole: All texts, as both of its splits.
-        folds: Of ``choose_folds``.
+        folds: The folds that ``choose_folds`` gives.
 
     Returns:
-        None for a job that diverged, on a fold or on all texts.
+        One result per job; None if it diverged, on a fold or on all texts.
     """
     judged = judge_by_folds(jobs, whole, folds)
     final = train_mechanisms(
@@ -46,15 +46,15 @@ def cross_fit(jobs: Sequence[Job], whole: ProbeDataset, folds: Folds) -> list[Tr
 def judge_by_folds(
     jobs: Sequence[Job], whole: ProbeDataset, folds: Folds
 ) -> list[Float[np.ndarray, "text output"] | None]:
-    """For each job the logits of all texts, each from what the other folds taught.
+    """For each job the logits of all texts, each by a probe that the other folds taught.
 
     Args:
         jobs: What to train.
         whole: All texts, as both of its splits.
-        folds: Of ``choose_folds``.
+        folds: The folds that ``choose_folds`` gives.
 
     Returns:
-        None for a job that diverged.
+        One result per job; None if it diverged.
     """
     logits = [_blank(whole) for _ in jobs]
     diverged: set[int] = set()

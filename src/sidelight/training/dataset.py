@@ -39,8 +39,8 @@ class Split:
     Attributes:
         examples: The texts.
         prompts: Their token ids.
-        states: Hidden states of the data set that the texts are part of.
-        rows: Where in that data set each text is.
+        states: Hidden states of the whole data set that the texts are part of.
+        rows: The place of each text in that data set.
     """
 
     examples: LabelledExamples
@@ -305,12 +305,12 @@ def make_split(
     Args:
         backbone: The frozen LLM.
         examples: The texts.
-        reads: The tokens that probes look at.
+        reads: The tokens that probes read.
         max_tokens: Longer texts are cut; see ``EncodedPrompt.shortened``.
         cache_root: Folder of all caches.
         budget_bytes: The most that the states may take; None allows what the disk has.
         keep_cache: Whether the states stay on disk, whichever run calls ``states.remove``.
-        title: Of the progress bar.
+        title: The title of the progress bar.
         source: The engine that computes the states; None is the backbone itself.
 
     Raises:

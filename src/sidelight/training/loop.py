@@ -32,11 +32,11 @@ class Trained:
     """A trained mechanism.
 
     Attributes:
-        job: What was asked for.
-        mechanism: With the parameters of its best epoch.
-        standardisation: Of the states that it reads.
-        logits: Of the texts to judge, ``[text, output]``, in their order.
-        history: Validation score of each epoch; empty without validation texts.
+        job: The job that it was trained for.
+        mechanism: The mechanism with the parameters of its best epoch.
+        standardisation: How the states that it reads are standardised.
+        logits: The logits of the judged texts, ``[text, output]``, in their order.
+        history: The validation score of each epoch; empty without validation texts.
         best_epoch: Counted from 1.
     """
 
@@ -63,7 +63,7 @@ def train_mechanisms(
         jobs: What to train.
         training: What the parameters are fitted to.
         validation: What early stopping looks at; None trains every epoch and keeps the last.
-        judged: What gets logits when training is over; None: the validation texts, if any.
+        judged: The texts that get logits when training is over; None takes the validation texts.
         device: Where to train.
         title: Of the progress bar.
 
@@ -84,7 +84,7 @@ def train_mechanisms(
 
 
 def divergence(job: Job) -> SidelightError:
-    """The error to raise for a job that diverged."""
+    """The error for a job that diverged."""
     return SidelightError(
         f"Training '{job.spec.name}' with seed {job.seed} diverged: its numbers are not finite. "
         f"Lower --learning-rate (it was {job.settings.learning_rate})."
@@ -127,7 +127,7 @@ class _Trainer:
             self.runs.append(run)
 
     def _steps_per_epoch(self, batch_size: int) -> int:
-        """At most."""
+        """The most steps that an epoch can have."""
         sizes = [len(rows) for rows in self.states.plan.rows]
         # A shard's random first cut can add a batch.
         whole = sum(math.ceil(size / batch_size) + 1 for size in sizes if size >= batch_size)

@@ -25,12 +25,12 @@ class TrainingSettings:
     """Optimisation by AdamW with a cosine schedule and early stopping.
 
     Attributes:
-        learning_rate: At the start of the cosine.
+        learning_rate: The rate at the start of the cosine.
         weight_decay: Decoupled, per step relative to the learning rate.
-        epochs: Passes over the data at most; the cosine ends there.
-        least_steps: Few texts are trained in smaller batches and for more epochs until there are
-            this many steps; 0 takes ``epochs`` and ``batch_size`` as they are.
-        batch_size: Texts per step; if a shard of activations holds fewer, several shards make one.
+        epochs: The most passes over the data; the cosine ends with the last of them.
+        least_steps: Few texts are trained in smaller batches and for more epochs, so that there
+            are this many steps; 0 takes ``epochs`` and ``batch_size`` as they are.
+        batch_size: Texts per step. If a shard of activations holds fewer, several shards make one.
         patience: Training stops after this many epochs without a better validation score; more
             epochs give proportionally more patience.
         class_weight: ``balanced`` weighs each class by its inverse frequency; the threshold that
@@ -38,9 +38,9 @@ class TrainingSettings:
         layer_weights: ``predictive`` weighs layers by how well each predicts left-out training
             texts (see ``layer_weights``), if states are standardised.
         beginnings: Whether a probe of responses also learns from a random beginning of each, since
-            it is asked for scores while a response is being written.
+            it has to give scores while a response is being written.
         long_inputs: Whether each text is also trained on as a part of long inputs (see
-            ``among_others``); not for several classes.
+            ``among_others``). Several classes do not allow it.
     """
 
     learning_rate: float = 1e-3
@@ -68,7 +68,7 @@ class TrainingSettings:
                 )
 
     def changed(self, **given: Any) -> "TrainingSettings":
-        """With other values; given epochs or a given batch size hold for few texts too."""
+        """The same with other values. Given epochs or batch sizes also hold for few texts."""
         exact = {"least_steps": 0} if {"epochs", "batch_size"} & given.keys() else {}
         return replace(self, **{**exact, **given})
 
@@ -94,12 +94,12 @@ _SUGGESTED = {
 
 
 def suggested_settings(mechanism: str) -> TrainingSettings:
-    """The settings that did well on validation data for a mechanism, or general ones."""
+    """The settings that did well for a mechanism on validation data, or general ones."""
     return _SUGGESTED.get(mechanism, TrainingSettings())
 
 
 def automatic_mechanisms(texts: int, *, long_inputs: bool = False) -> tuple[MechanismSpec, ...]:
-    """The mechanisms that suit this many training texts; validation chooses if they are several."""
+    """The mechanisms that suit this many training texts; validation chooses between several."""
     # Extremes overfit long inputs too.
     if texts < FEW_TEXTS or long_inputs:
         return (mechanism_spec("readout"),)
@@ -115,7 +115,7 @@ class Job:
 
     Attributes:
         spec: The mechanism.
-        seed: Of its initial parameters and the order of the data.
+        seed: Decides its initial parameters and the order of the data.
         settings: How it is optimised.
         standardise: Whether it reads hidden states standardised per layer.
     """
@@ -132,17 +132,17 @@ class FitOptions:
 
     Attributes:
         mechanisms: Each is trained with every seed; None takes what suits the number of texts.
-        seeds: Of initial parameters and data order; the split is the same for all.
-        settings: By mechanism name; a missing one has its suggested settings.
-        long_inputs: Whether the probe is to find a text among others in a long input: for labels
-            that a part of a text can have.
+        seeds: They decide initial parameters and data order; the split is the same for all.
+        settings: By mechanism name; a mechanism that is not named has its suggested settings.
+        long_inputs: Whether the probe learns to find a text among others in a long input: for
+            labels that a part of a text can have.
         standardise: Whether hidden states are standardised per layer.
         reads: The tokens that the probe reads.
-        calibration: From logits to probabilities.
+        calibration: How logits become probabilities.
         max_tokens: Longer training texts are cut, and counted.
         cache_root: Folder for the activations while training; None is the user's cache.
-        cache_budget_bytes: The most that the activations of training texts may take, and those of
-            validation texts; None allows what the disk has.
+        cache_budget_bytes: The most that the activations of the training texts may take, and the
+            most for those of the validation texts; None allows what the disk has.
         keep_cache: Whether the activations stay for another training.
     """
 
@@ -161,11 +161,11 @@ class FitOptions:
     def __post_init__(self) -> None:
         """Refuses to train nothing."""
         if not self.seeds:
-            raise SidelightError("There is no seed to train with. Give one or more, such as 0.")
+            raise SidelightError("There is no seed to train with. Give at least one, such as 0.")
         if self.mechanisms is not None and not self.mechanisms:
             raise SidelightError(
-                "There is no mechanism to train. Name one or more, or give None to take what suits "
-                "the number of texts."
+                "There is no mechanism to train. Name at least one, or give None to take what "
+                "suits the number of texts."
             )
 
     def jobs(self, texts: int) -> list[Job]:
@@ -182,11 +182,7 @@ class FitOptions:
 
 
 def require_labels_of_parts(task: Task) -> None:
-    """Checks that a part of a text can have a label of its own, as long inputs need it.
-
-    Raises:
-        SidelightError: There are several classes.
-    """
+    """Refuses several classes, whose labels a part of a text cannot have."""
     if task.kind == "multiclass":
         raise SidelightError(
             f"Long inputs need labels that a part of a text can have. With {len(task.labels)} "
