@@ -1,6 +1,7 @@
 """Baselines that read token states: what they compute, that they learn, and that seeds decide."""
 
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from sidelight.training.settings import TrainingSettings
 from sidelight_lab.baselines.token_heads import (
     AttentionHeads,
     AttentionProbe,
+    BestLayer,
     Concatenated,
     MlpHeads,
     RollingHeads,
@@ -28,7 +30,6 @@ from sidelight_lab.baselines.token_heads import (
 )
 from sidelight_lab.baselines.training import (
     TokenSource,
-    fit_best_layer,
     ranked_layers,
     token_logits,
     train_on_tokens,
@@ -281,12 +282,24 @@ class Blind(torch.nn.Module):
         return self.bias.expand(len(tokens.lengths), 1)
 
 
+@dataclass(frozen=True)
+class Given(BestLayer):
+    """Trains these networks, one on each layer."""
+
+    networks: Iterator[torch.nn.Module]
+    layers: int = 3
+    settings: TrainingSettings = BRIEF
+
+    def network(self, width, outputs):
+        return next(self.networks)
+
+
 @pytest.mark.parametrize("seeing", [0, 1, 2])
 def test_the_best_of_the_tried_layers_is_kept_and_read(tiny, splits, seeing):
     dataset, test = dataset_of(tiny, splits), splits["binary"]["held out"]
     networks = [AttentionHeads(32, 1, heads=2) if i == seeing else Blind() for i in range(3)]
     left = iter(networks)
-    fitted = fit_best_layer(dataset, lambda *_: next(left), layers=3, settings=BRIEF, seed=0)
+    fitted = Given(left).fit(dataset, seed=0)
     assert next(left, None) is None, "as many layers are tried as were asked for"
     assert fitted.parameters == 2 * 32 * 2 + 1
     layer = ranked_layers(dataset)[seeing]

@@ -1,5 +1,6 @@
 """Baselines that read every token: attention heads, rolling windows, a smoothed linear probe."""
 
+import math
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,6 +15,7 @@ from sidelight.ragged import Ragged
 from sidelight.standardisation import Standardisation
 from sidelight.states.cache import Shard
 from sidelight.training.dataset import ProbeDataset
+from sidelight.training.objective import make_loss
 from sidelight.training.settings import TrainingSettings
 from sidelight.types import Task
 from sidelight_lab.baselines.base import Baseline, FittedBaseline
@@ -21,7 +23,7 @@ from sidelight_lab.baselines.training import (
     TokenSource,
     class_targets,
     count_parameters,
-    fit_best_layer,
+    ranked_layers,
     token_logits,
     train_on_tokens,
 )
@@ -103,12 +105,30 @@ class TokenFeatures(nn.Module):
         return Ragged(self._layers(tokens.values), tokens.lengths)
 
 
+class OneLayer(nn.Module):
+    """Standardises a layer's tokens and hands them to a network.
+
+    Args:
+        scaling: Mean and scale of the layer.
+        network: Takes ragged float32 tokens and gives the logits of each text.
+    """
+
+    def __init__(self, scaling: Standardisation, network: nn.Module):
+        super().__init__()
+        self._scaling = scaling
+        self._network = network
+
+    def forward(self, batch: Shard) -> Float[Tensor, "text output"]:
+        tokens = (batch.hidden[0].float() - self._scaling.mean[0]) / self._scaling.scale[0]
+        return self._network(Ragged(tokens, batch.lengths))
+
+
 class BestLayer(Baseline):
     """A network on the tokens of one layer.
 
     Attributes:
-        layers: How many layers to train on, the most promising first (by ridge regression on mean
-            tokens); the best by validation score is kept.
+        layers: How many of the most promising layers (see ``ranked_layers``) to train on; the best
+            by validation score is kept.
         settings: Settings of the optimisation.
     """
 
@@ -122,8 +142,30 @@ class BestLayer(Baseline):
 
     def fit(self, dataset: ProbeDataset, *, seed: int) -> FittedBaseline:
         """Chooses the layer and the epoch on validation texts."""
-        return fit_best_layer(
-            dataset, self.network, layers=self.layers, settings=self.settings, seed=seed
+        width, task, settings = dataset.backbone.fingerprint.width, dataset.task, self.settings
+        best_score, best = -math.inf, None
+        for layer in ranked_layers(dataset)[: self.layers]:
+            training = TokenSource.one_layer(dataset.training, layer)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                model = OneLayer(training.scaling(), self.network(width, task.outputs))
+            loss = make_loss(task, training.labels, balanced=settings.class_weight == "balanced")
+            score = train_on_tokens(
+                model,
+                lambda batch, labels, model=model, loss=loss: loss(model(batch), labels),
+                task=task,
+                training=training,
+                validation=TokenSource.one_layer(dataset.validation, layer),
+                settings=settings,
+                seed=seed,
+            )
+            if score > best_score:
+                best_score, best = score, (layer, model)
+        assert best is not None
+        layer, model = best
+        return FittedBaseline(
+            lambda split: token_logits(model, TokenSource.one_layer(split, layer)),
+            count_parameters(model),
         )
 
 

@@ -16,15 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sidelight.errors import SidelightError
-from sidelight.ragged import Ragged
 from sidelight.standardisation import Standardisation
 from sidelight.states.cache import Shard
 from sidelight.training.batches import batches, neighbours
 from sidelight.training.dataset import ProbeDataset, Split
-from sidelight.training.objective import make_loss, validation_score
+from sidelight.training.objective import validation_score
 from sidelight.training.settings import TrainingSettings
 from sidelight.types import Task
-from sidelight_lab.baselines.base import FittedBaseline
 
 Batch = TypeVar("Batch")
 # With few texts, an epoch repeats them: a handful of steps is too few to judge progress by.
@@ -182,68 +180,6 @@ def train_on_tokens(
         labels=validation.labels.numpy(),
         steps=sum(math.ceil(texts / size) for texts in training.sizes),
         settings=settings,
-    )
-
-
-class OneLayer(nn.Module):
-    """Standardises a layer's tokens and hands them to a network.
-
-    Args:
-        scaling: Mean and scale of the layer.
-        network: Takes ragged float32 tokens and gives the logits of each text.
-    """
-
-    def __init__(self, scaling: Standardisation, network: nn.Module):
-        super().__init__()
-        self._scaling = scaling
-        self._network = network
-
-    def forward(self, batch: Shard) -> Float[Tensor, "text output"]:
-        tokens = (batch.hidden[0].float() - self._scaling.mean[0]) / self._scaling.scale[0]
-        return self._network(Ragged(tokens, batch.lengths))
-
-
-def fit_best_layer(
-    dataset: ProbeDataset,
-    network: Callable[[int, int], nn.Module],
-    *,
-    layers: int,
-    settings: TrainingSettings,
-    seed: int,
-) -> FittedBaseline:
-    """Trains on each of the most promising layers and keeps the best by validation score.
-
-    Args:
-        dataset: The data.
-        network: Makes an untrained network for a width and a number of outputs.
-        layers: How many layers to train on; see ``ranked_layers``.
-        settings: Settings of the optimisation.
-        seed: Decides everything random.
-    """
-    width, task = dataset.backbone.fingerprint.width, dataset.task
-    best_score, best = -math.inf, None
-    for layer in ranked_layers(dataset)[:layers]:
-        training = TokenSource.one_layer(dataset.training, layer)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = OneLayer(training.scaling(), network(width, task.outputs))
-        loss = make_loss(task, training.labels, balanced=settings.class_weight == "balanced")
-        score = train_on_tokens(
-            model,
-            lambda batch, labels, model=model, loss=loss: loss(model(batch), labels),
-            task=task,
-            training=training,
-            validation=TokenSource.one_layer(dataset.validation, layer),
-            settings=settings,
-            seed=seed,
-        )
-        if score > best_score:
-            best_score, best = score, (layer, model)
-    assert best is not None
-    layer, model = best
-    return FittedBaseline(
-        lambda split: token_logits(model, TokenSource.one_layer(split, layer)),
-        count_parameters(model),
     )
 
 
