@@ -68,6 +68,7 @@ def test_the_same_seed_gives_the_same_trials_and_another_seed_others(dataset, fo
     assert len(set(map(repr, configurations(found)[1:] + configurations(other)[1:]))) == 10
 
 
+@pytest.mark.slow
 def test_a_killed_search_ends_as_if_it_had_not_been_killed(dataset, found, cache, tmp_path):
     storage = tmp_path / "journal"
     killer = Path(__file__).parent / "killed_search.py"
@@ -199,7 +200,7 @@ def test_impossible_options_are_not_tried(dataset, tmp_path):
     assert pairs == shared
     assert len(specs) == 2 * len(shared)
     best = search_settings(
-        dataset, "attention", trials=4, generation=4, seed=0, storage=tmp_path / "journal"
+        dataset, "attention", trials=3, generation=3, seed=0, storage=tmp_path / "journal"
     )
     width = dataset.backbone.fingerprint.width
     tried = {(trial.spec.options["factor"], trial.spec.options["heads"]) for trial in best.trials}
