@@ -44,8 +44,18 @@ def dataset(tiny, tmp_path_factory):
     return dataset_without_states(tiny, tmp_path_factory.mktemp("states"))
 
 
+def hooks(model):
+    return sum(len(module._forward_hooks) for module in model.modules())
+
+
 @pytest.fixture(scope="module")
-def tuned(dataset, tmp_path_factory):
+def hooks_before(dataset):
+    # transformers leaves hooks of its own where a test asked for all hidden states before.
+    return hooks(dataset.backbone.model)
+
+
+@pytest.fixture(scope="module")
+def tuned(dataset, hooks_before, tmp_path_factory):
     """A LoRA model, and the same as a baseline."""
     lora, folder = Lora(**QUICK), tmp_path_factory.mktemp("lora")
     model = lora.adapted(dataset, seed=0)
@@ -62,11 +72,10 @@ def test_lora_learns_a_separable_task(dataset, tuned):
     assert roc_auc_score(dataset.validation.labels, logits[:, 0]) > 0.95
 
 
-def test_lora_leaves_the_backbone_as_it_was(dataset, tuned):
+def test_lora_leaves_the_backbone_as_it_was(dataset, hooks_before, tuned):
     assert identity(dataset.backbone) == dataset.backbone.fingerprint.digest
     assert not any(isinstance(m, BaseTunerLayer) for m in dataset.backbone.model.modules())
-    hooks = sum(len(m._forward_hooks) for m in dataset.backbone.model.modules())
-    assert hooks == dataset.backbone.fingerprint.layers - 1  # the backbone's own, one per block
+    assert hooks(dataset.backbone.model) == hooks_before
     assert not any(p.requires_grad for p in dataset.backbone.model.parameters())
 
 
