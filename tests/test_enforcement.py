@@ -15,7 +15,7 @@ from sidelight.policy.enforcement import Admitted, Enforcement
 from sidelight.policy.hold_back import Ended, HoldBack, StreamingRule, Watched
 from sidelight.policy.rules import BoundRule, Rule
 from sidelight.prompts import Reads
-from sidelight.types import Verdict
+from sidelight.types import Judgement, Verdict
 from tiny import tiny_backbone, untrained_probe
 
 # Few distinct values, so that scores often equal the threshold and streaks occur.
@@ -123,7 +123,7 @@ def test_text_is_held_and_cut_by_definition(
     sent, ended, sent_at = [], None, {}
     for i in range(1, len(scores) + 1):
         out = holding.push(TextDelta(f"<{i}>", tokens=i)) if text_of[i - 1] else []
-        out += holding.push(ResponseScored(i, (verdict(scores[i - 1]),)))
+        out += holding.push(ResponseScored(i, Judgement((verdict(scores[i - 1]),))))
         for event in out:
             if isinstance(event, Ended):
                 ended = (i, event)
@@ -141,7 +141,7 @@ def test_text_is_held_and_cut_by_definition(
     if ended:
         assert ended[1].reason == "content_filter"
         return
-    finished = Finished("stop", 7, len(scores), verdicts=(verdict(final),))
+    finished = Finished("stop", 7, len(scores), judgement=Judgement((verdict(final),)))
     *rest, end = holding.push(finished)
     texts = [i for i in range(1, len(scores) + 1) if text_of[i - 1]]
     if final >= threshold and texts:
@@ -162,7 +162,7 @@ def test_text_that_an_engine_did_not_score_is_not_sent(late):
     bound = BoundRule(late, Rule("block", threshold=1.0))
     holding = HoldBack([bound])
     assert holding.push(TextDelta("a", tokens=1)) == []
-    (end,) = holding.push(Finished("stop", 7, 2, verdicts=(verdict(0.0),)))
+    (end,) = holding.push(Finished("stop", 7, 2, judgement=Judgement((verdict(0.0),))))
     assert end.reason == "content_filter"
     assert end.decisions[0].action == "fail_closed"
 
@@ -173,13 +173,13 @@ def test_a_cut_by_a_flag_is_reported_as_such_even_after_a_failure(late, at_the_e
     bound = BoundRule(late, rule)
     holding = HoldBack([bound])
     holding.push(TextDelta("a", tokens=1))
-    assert holding.push(ResponseScored(1, ())) == []
+    assert holding.push(ResponseScored(1, Judgement())) == []
     holding.push(TextDelta("b", tokens=2))
     if at_the_end:
-        holding.push(ResponseScored(2, (verdict(0.0),)))
-        (end,) = holding.push(Finished("stop", 7, 2, verdicts=(verdict(1.0),)))
+        holding.push(ResponseScored(2, Judgement((verdict(0.0),))))
+        (end,) = holding.push(Finished("stop", 7, 2, judgement=Judgement((verdict(1.0),))))
     else:
-        (end,) = holding.push(ResponseScored(2, (verdict(1.0),)))
+        (end,) = holding.push(ResponseScored(2, Judgement((verdict(1.0),))))
     assert end.reason == "content_filter"
     assert (end.decisions[0].action, end.decisions[0].outcome) == ("block", "flagged")
 
@@ -190,14 +190,14 @@ def test_tokens_without_a_score_of_their_own_are_not_sent(late, jump):
     bound = BoundRule(late, Rule("block", threshold=1.0))
     holding = HoldBack([bound])
     assert holding.push(TextDelta("a", tokens=jump)) == []
-    (end,) = holding.push(ResponseScored(jump, (verdict(0.0),)))
+    (end,) = holding.push(ResponseScored(jump, Judgement((verdict(0.0),))))
     assert end.reason == "content_filter"
     assert end.decisions[0].action == "fail_closed"
 
 
 def test_an_empty_answer_has_nothing_to_judge(late):
     bound = BoundRule(late, Rule("block"))
-    (end,) = HoldBack([bound]).push(Finished("stop", 7, 1, failed=("late",)))
+    (end,) = HoldBack([bound]).push(Finished("stop", 7, 1, judgement=Judgement((), ("late",))))
     assert end.reason == "stop"
 
 
@@ -228,9 +228,8 @@ def early():
 def said_of_prompt(score):
     label = "toxic" if score >= 0.5 else "fine"
     probabilities = {"fine": 1 - score, "toxic": score}
-    return PromptJudged(
-        (Verdict("early", label, (label,), probabilities, flagged=score >= 0.5),), tokens=3
-    )
+    verdict = Verdict("early", label, (label,), probabilities, flagged=score >= 0.5)
+    return PromptJudged(Judgement((verdict,)), tokens=3)
 
 
 def guarded(policy, *events):
@@ -266,7 +265,7 @@ def test_a_prompt_is_decided_once_for_engine_record_and_client(early):
 
 def test_a_prompt_without_a_verdict_is_refused_with_what_was_decided(early):
     policy = Enforcement([BoundRule(early, Rule("block"))], Notes)
-    failed = PromptJudged((), ("early",), tokens=3)
+    failed = PromptJudged(Judgement((), ("early",)), tokens=3)
     assert not policy.admits(failed)
     with pytest.raises(PolicyError, match="No verdict from early") as refused:
         guarded(policy, failed)

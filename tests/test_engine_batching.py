@@ -155,7 +155,7 @@ def test_nothing_is_written_for_what_is_not_admitted(llama):
     ]
     events = run(llama, refused, probes=probes)
     assert events == seen
-    assert [verdict.probe for verdict in seen[0].verdicts] == ["early"]
+    assert [verdict.probe for verdict in seen[0].judgement.verdicts] == ["early"]
     assert len(passes) == 1
 
 
@@ -174,7 +174,7 @@ def test_admission_is_decided_for_each_request_by_itself(llama):
 
     events, alone = run(llama, some, probes=[untrained_probe(llama, "early")])
     for i, (own, answer) in enumerate(zip(events, alone, strict=True)):
-        assert own[0].verdicts[0].label == answer.judged.verdicts[0].label
+        assert own[0].judgement.verdicts[0].label == answer.judged.judgement.verdicts[0].label
         if i % 2:
             assert len(own) == 1
         else:

@@ -174,7 +174,7 @@ def test_a_loading_engine_refuses_until_it_is_loaded(backbone):
         async with asyncio.timeout(5):
             while not engine.is_ready:
                 await asyncio.sleep(0.01)
-        assert len((await engine.judge([HELLO]))[0].verdicts) == len(engine.probes) == 3
+        assert len((await engine.judge([HELLO]))[0].judgement.verdicts) == len(engine.probes) == 3
         await engine.close()
 
     asyncio.run(main())

@@ -37,8 +37,8 @@ def test_new_requests_get_the_new_probes_and_running_ones_keep_theirs(backbone):
         return await asyncio.gather(*before), await asyncio.gather(*after)
 
     before, after = run(backbone, replace, probes=[late(backbone, "old")])
-    assert [v.probe for answer in before for v in answer.finished.verdicts] == ["old"] * 3
-    assert [v.probe for answer in after for v in answer.finished.verdicts] == ["new"] * 3
+    assert [v.probe for answer in before for v in answer.finished.judgement.verdicts] == ["old"] * 3
+    assert [v.probe for answer in after for v in answer.finished.judgement.verdicts] == ["new"] * 3
 
     async def alone(engine):
         return [await ask(engine, f"before {i}", LONG) for i in range(3)]
@@ -47,8 +47,8 @@ def test_new_requests_get_the_new_probes_and_running_ones_keep_theirs(backbone):
         before, run(backbone, alone, probes=[late(backbone, "old")]), strict=True
     ):
         assert one.text == other.text
-        assert probabilities(one.finished.verdicts) == pytest.approx(
-            probabilities(other.finished.verdicts), abs=ROUNDING
+        assert probabilities(one.finished.judgement.verdicts) == pytest.approx(
+            probabilities(other.finished.judgement.verdicts), abs=ROUNDING
         )
 
 
@@ -59,7 +59,7 @@ def test_the_probes_are_those_of_the_call_not_of_its_first_step(backbone):
         await engine.replace_probes([untrained_probe(backbone, "new")])
         judged = await anext(events)
         await events.aclose()
-        return judged.verdicts, (await checked)[0].verdicts
+        return judged.judgement.verdicts, (await checked)[0].judgement.verdicts
 
     for verdicts in run(backbone, replace, probes=[untrained_probe(backbone, "old")]):
         assert [verdict.probe for verdict in verdicts] == ["old"]
@@ -84,7 +84,10 @@ def test_probes_replaced_under_load_lose_no_verdict(backbone):
         async def keep_asking(text):
             while not replacing.done():
                 answer = await ask(engine, text)
-                (early,), (later,) = answer.judged.verdicts, answer.finished.verdicts
+                (early,), (later,) = (
+                    answer.judged.judgement.verdicts,
+                    answer.finished.judgement.verdicts,
+                )
                 assert early.probe[-1] == later.probe[-1]
                 seen.add(early.probe)
 
@@ -114,7 +117,7 @@ def test_what_cannot_serve_is_refused_and_nothing_changes(backbone):
         return await ask(engine, "x")
 
     answer = run(backbone, replace, probes=[untrained_probe(backbone, "old")])
-    assert [verdict.probe for verdict in answer.judged.verdicts] == ["old"]
+    assert [verdict.probe for verdict in answer.judged.judgement.verdicts] == ["old"]
 
 
 def test_all_probes_may_go(backbone):
@@ -123,7 +126,7 @@ def test_all_probes_may_go(backbone):
         return await ask(engine, "x")
 
     answer = run(backbone, replace, probes=[untrained_probe(backbone, "old")])
-    assert answer.judged.verdicts == answer.finished.verdicts == ()
+    assert answer.judged.judgement.verdicts == answer.finished.judgement.verdicts == ()
     assert isinstance(answer.finished, Finished)
 
 

@@ -65,11 +65,13 @@ def test_sixteen_requests_together_get_their_own_verdicts(backbone):
         return together, [await ask(engine, text) for text in TEXTS]
 
     together, alone = run(backbone, ask_all, probes=probes)
-    assert len({str(probabilities(answer.judged.verdicts)) for answer in alone}) == len(TEXTS)
+    assert len({str(probabilities(answer.judged.judgement.verdicts)) for answer in alone}) == len(
+        TEXTS
+    )
     for one, other in zip(together, alone, strict=True):
-        assert [v.probe for v in one.judged.verdicts] == ["toxicity", "intent", "topics"]
-        assert probabilities(one.judged.verdicts) == pytest.approx(
-            probabilities(other.judged.verdicts), abs=ROUNDING
+        assert [v.probe for v in one.judged.judgement.verdicts] == ["toxicity", "intent", "topics"]
+        assert probabilities(one.judged.judgement.verdicts) == pytest.approx(
+            probabilities(other.judged.judgement.verdicts), abs=ROUNDING
         )
         assert one.text == other.text
 
@@ -83,8 +85,8 @@ def test_a_check_gives_the_verdicts_of_a_completion(backbone):
     limits = Limits(prefill_tokens=128)
     checked, answers = run(backbone, both, probes=three_probes(backbone), limits=limits)
     for judged, answer in zip(checked, answers, strict=True):
-        assert probabilities(judged.verdicts) == pytest.approx(
-            probabilities(answer.judged.verdicts), abs=ROUNDING
+        assert probabilities(judged.judgement.verdicts) == pytest.approx(
+            probabilities(answer.judged.judgement.verdicts), abs=ROUNDING
         )
 
 
@@ -99,8 +101,8 @@ def test_a_probe_of_the_response_reads_all_but_the_last_token(backbone, side, me
     for text, answer in zip(TEXTS, run(backbone, ask_some, probes=[probe]), strict=False):
         prompt, tokens = written_alone(backbone, text)
         read = followed(prompt, tokens[:-1])
-        assert answer.judged.verdicts == ()
-        assert probabilities(answer.finished.verdicts) == pytest.approx(
+        assert answer.judged.judgement.verdicts == ()
+        assert probabilities(answer.finished.judgement.verdicts) == pytest.approx(
             expected(backbone, probe, read), abs=ROUNDING
         )
 
@@ -111,7 +113,7 @@ def test_a_given_response_is_judged_without_writing(backbone):
     turns = [Message("user", "hello"), Message("assistant", "go away")]
 
     async def judge(engine):
-        return [judged.verdicts for judged in await engine.judge([turns, turns[:1]])]
+        return [judged.judgement.verdicts for judged in await engine.judge([turns, turns[:1]])]
 
     with_response, without = run(backbone, judge, probes=[late, early])
     assert [v.probe for v in with_response] == ["early", "late"]
@@ -137,11 +139,11 @@ def test_a_content_that_names_a_control_token_is_judged_as_its_letters(backbone,
     checked, answers = run(backbone, ask_all, probes=probes)
     for text, judged, answer in zip(texts, checked, answers, strict=True):
         letters, control = (_by_hand(backbone, text, split=split) for split in (True, False))
-        for probe, verdict in zip(probes, judged.verdicts, strict=True):
+        for probe, verdict in zip(probes, judged.judgement.verdicts, strict=True):
             own = expected(backbone, probe, letters)
             assert probabilities([verdict]) == pytest.approx(own, abs=ROUNDING)
             assert own != pytest.approx(expected(backbone, probe, control), abs=ROUNDING)
-        assert probabilities(answer.judged.verdicts) == pytest.approx(
+        assert probabilities(answer.judged.judgement.verdicts) == pytest.approx(
             expected(backbone, probes[0], _by_hand(backbone, text, None, split=True)), abs=ROUNDING
         )
 
@@ -173,8 +175,8 @@ def test_a_probe_that_overflows_gives_no_verdict(backbone):
     broken.mechanism.bias.fill_(float("nan"))
     probes = [broken, untrained_probe(backbone, "sound")]
     answer = run(backbone, lambda engine: ask(engine, "hi"), probes=probes)
-    assert answer.judged.failed == ("broken",)
-    assert [verdict.probe for verdict in answer.judged.verdicts] == ["sound"]
+    assert answer.judged.judgement.failed == ("broken",)
+    assert [verdict.probe for verdict in answer.judged.judgement.verdicts] == ["sound"]
     (judged,) = run(backbone, lambda engine: engine.judge([[Message("user", "hi")]]), probes=probes)
     assert judged == answer.judged
 
@@ -183,7 +185,7 @@ def test_an_empty_response_gives_no_verdict(backbone):
     late = untrained_probe(backbone, "late", reads=Reads("response"))
     turns = [Message("user", "hello"), Message("assistant", "")]
     (judged,) = run(backbone, lambda engine: engine.judge([turns]), probes=[late])
-    assert (judged.verdicts, judged.failed) == ((), ("late",))
+    assert (judged.judgement.verdicts, judged.judgement.failed) == ((), ("late",))
 
 
 def test_a_probe_of_another_backbone_is_refused(backbone):
@@ -208,10 +210,10 @@ def test_a_running_verdict_is_that_of_the_text_so_far(backbone, side, mechanism)
         assert [score.tokens for score in scores] == list(range(1, len(tokens) + 1))
         for score in scores:
             read = followed(prompt, tokens[: score.tokens])
-            assert probabilities(score.verdicts) == pytest.approx(
+            assert probabilities(score.judgement.verdicts) == pytest.approx(
                 expected(backbone, probe, read), abs=ROUNDING
             )
-        assert events[-1].verdicts == scores[-1].verdicts
+        assert events[-1].judgement.verdicts == scores[-1].judgement.verdicts
 
 
 def test_watching_changes_no_text_and_costs_the_reading_of_the_last_token(backbone):
@@ -267,8 +269,8 @@ def test_nothing_is_scored_that_nobody_watches(backbone):
     plain, watched = run(backbone, both, probes=probes)
     assert not any(isinstance(event, ResponseScored) for event in plain)
     scores = [event for event in watched if isinstance(event, ResponseScored)]
-    assert {verdict.probe for score in scores for verdict in score.verdicts} == {"other"}
-    assert [v.probe for v in watched[-1].verdicts] == ["late", "other"]
+    assert {verdict.probe for score in scores for verdict in score.judgement.verdicts} == {"other"}
+    assert [v.probe for v in watched[-1].judgement.verdicts] == ["late", "other"]
 
 
 def test_a_probe_that_overflows_is_told_at_each_token(backbone):
@@ -277,7 +279,9 @@ def test_a_probe_that_overflows_is_told_at_each_token(backbone):
     events = run(backbone, lambda engine: events_of(engine, "hi", watch=LATE), probes=[broken])
     scores = [event for event in events if isinstance(event, ResponseScored)]
     assert scores
-    assert all(score.failed == ("late",) and not score.verdicts for score in scores)
+    assert all(
+        score.judgement.failed == ("late",) and not score.judgement.verdicts for score in scores
+    )
 
 
 @pytest.mark.parametrize("name", ["early", "nobody"])
@@ -311,7 +315,7 @@ def test_three_probes_add_no_forward_pass_and_no_token():
     assert with_probes == without
     prompt = judged.finished.prompt_tokens
     assert without == [(1, prompt)] + [(1, 1)] * (judged.finished.completion_tokens - 1)
-    assert len(judged.judged.verdicts) == 3
+    assert len(judged.judged.judgement.verdicts) == 3
     assert judged.text == plain.text
 
 
@@ -320,7 +324,7 @@ def test_probes_of_the_response_add_no_forward_pass_either():
     late = [untrained_probe(backbone, "late", reads=Reads("both"))]
     with_probe, judged = passes(backbone, late)
     assert with_probe == passes(backbone, [])[0]
-    assert len(judged.finished.verdicts) == 1
+    assert len(judged.finished.judgement.verdicts) == 1
 
 
 def test_a_hidden_state_is_dead_once_the_next_layer_has_run():

@@ -101,7 +101,11 @@ def written():
         lambda engine: events_of(engine, TEXT, sampling, watch=("late",)),
         probes=probes,
     )
-    scores = [e.verdicts[0].probabilities["toxic"] for e in events if isinstance(e, ResponseScored)]
+    scores = [
+        e.judgement.verdicts[0].probabilities["toxic"]
+        for e in events
+        if isinstance(e, ResponseScored)
+    ]
     return [event for event in events if isinstance(event, TextDelta)], scores
 
 

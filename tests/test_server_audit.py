@@ -19,6 +19,7 @@ from sidelight.server.config import read_config
 from sidelight.server.errors import RequestError
 from sidelight.server.metrics import Metrics
 from sidelight.server.observe import AuditLog, Observer
+from sidelight.types import Judgement
 from tiny import tiny_backbone, untrained_probe
 
 CHAT = "/v1/chat/completions"
@@ -204,7 +205,7 @@ def test_a_text_is_hashed_once_for_all_its_decisions(path):
     probes, text = engine().probes, Read([Message("user", "zebra")])
     metrics = Metrics(TransformersEngine(tiny_backbone(), []))
     observed = Observer(metrics, AuditLog(path, salt=b"salt")).text(text)
-    observed.end([decide(bound, {}, tokens=9) for bound in bound_rules(Policy(), probes)])
+    observed.end([decide(bound, Judgement(), tokens=9) for bound in bound_rules(Policy(), probes)])
     assert (len(lines(path)), text.times) == (3, 1)
 
 

@@ -198,11 +198,15 @@ def test_probes_of_chats_give_no_verdict_on_plain_text(chat_probes, prompt, watc
     judged, finished = events[0], events[-1]
     assert isinstance(judged, PromptJudged)
     assert isinstance(finished, Finished)
-    assert (judged.verdicts, judged.failed, judged.is_unfamiliar) == ((), ("early",), True)
+    assert (judged.judgement.verdicts, judged.judgement.failed, judged.is_unfamiliar) == (
+        (),
+        ("early",),
+        True,
+    )
     assert asked == [judged]
     for event in (*events[1:-1], finished):
         assert getattr(event, "verdicts", ()) == ()
-    assert finished.failed == ("late",)
+    assert finished.judgement.failed == ("late",)
 
 
 @pytest.mark.parametrize("stream", [False, True])

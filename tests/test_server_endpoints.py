@@ -6,12 +6,12 @@ from live import MODEL, http_client, served
 from sidelight.engines.base import PromptJudged
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import VerdictError
-from sidelight.policy.decisions import by_probe, decide
+from sidelight.policy.decisions import decide
 from sidelight.policy.enforcement import check_decisions
 from sidelight.policy.rules import Policy, Rule, bound_rules
 from sidelight.prompts import Reads
 from sidelight.server.report import Report, category_names
-from sidelight.types import Task, Verdict
+from sidelight.types import Judgement, Task, Verdict
 from tiny import TOPICS, three_probes, tiny_backbone, untrained_probe
 
 # Batches of other shapes add in another order: float32 rounding over three layers.
@@ -132,24 +132,24 @@ def report():
 
 def decisions_on(report, event):
     """Of the probes that the event speaks of, as of a check."""
-    known = {*by_probe(event.verdicts), *event.failed}
+    known = {verdict.probe for verdict in event.judgement.verdicts} | {*event.judgement.failed}
     probes = [probe for probe in report.probes if probe.name in known]
     return check_decisions(bound_rules(Policy(), probes), event, {"input", "output"})
 
 
 def test_a_probe_of_the_response_is_not_required_where_there_is_none(report):
-    decisions = decisions_on(report, PromptJudged((SAID,), tokens=3))
+    decisions = decisions_on(report, PromptJudged(Judgement((SAID,)), tokens=3))
     assert report.required(decisions, has_response=False) == [SAID]
 
 
 @pytest.mark.parametrize(
     ("event", "has_response", "name"),
     [
-        (PromptJudged((SAID,), tokens=3), True, "late"),
-        (PromptJudged((SAID,), ("late",), tokens=3), True, "late"),
-        (PromptJudged((), ("early",), tokens=3), False, "early"),
+        (PromptJudged(Judgement((SAID,)), tokens=3), True, "late"),
+        (PromptJudged(Judgement((SAID,), ("late",)), tokens=3), True, "late"),
+        (PromptJudged(Judgement((), ("early",)), tokens=3), False, "early"),
         # Unloaded since the request began.
-        (PromptJudged((), tokens=3), False, "early"),
+        (PromptJudged(Judgement(), tokens=3), False, "early"),
     ],
 )
 def test_a_probe_without_a_verdict_is_an_error(report, event, has_response, name):
@@ -159,7 +159,9 @@ def test_a_probe_without_a_verdict_is_an_error(report, event, has_response, name
 
 def test_each_failure_has_its_own_reason(report):
     policy = Policy(output={"late": Rule(max_tokens=8)})
-    response = [decide(bound, {}, tokens=9) for bound in bound_rules(policy, report.probes)]
+    response = [
+        decide(bound, Judgement(), tokens=9) for bound in bound_rules(policy, report.probes)
+    ]
     message = report.moderation((), response)["output"]["message"]
     assert "early: the output was not a finite number" in message
     assert "late: the text is longer than the policy" in message

@@ -94,6 +94,10 @@ class Judgement:
             tuple(name for name in self.failed if name not in said) + newer.failed,
         )
 
+    def verdict(self, probe: str) -> Verdict | None:
+        """The verdict of the probe of this name; None if it gave none."""
+        return next((verdict for verdict in self.verdicts if verdict.probe == probe), None)
+
     def of(self, names: Collection[str]) -> "Judgement":
         """The part of it that comes from these probes."""
         return Judgement(

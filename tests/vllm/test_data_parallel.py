@@ -50,8 +50,8 @@ def test_every_rank_judges_and_none_is_left_with_old_probes(tmp_path):
     early = {probe.name for probe in model.probes if not probe.reads.includes_response}
     for answers in asyncio.run(ask()):
         for (event,), probabilities in zip(answers, wanted, strict=False):
-            assert {verdict.probe for verdict in event.verdicts} == early
-            for verdict in event.verdicts:
+            assert {verdict.probe for verdict in event.judgement.verdicts} == early
+            for verdict in event.judgement.verdicts:
                 actual = list(verdict.probabilities.values())
                 np.testing.assert_allclose(
                     actual, probabilities[verdict.probe], rtol=0, atol=ROUNDING

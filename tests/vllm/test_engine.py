@@ -27,6 +27,7 @@ from sidelight.engines.base import (
 from sidelight.engines.logprobs import Speller
 from sidelight.errors import ContextLengthError, FingerprintMismatchError, SidelightError
 from sidelight.prompts import EncodedPrompt, Message, Part, PlainText, Reads
+from sidelight.types import Judgement
 from tiny import tiny_backbone, untrained_probe
 from vllm_served import ROUNDING, Model, expected, tiny_model
 
@@ -88,11 +89,11 @@ def values(verdicts):
     return {v.probe: np.array(list(v.probabilities.values())) for v in verdicts}
 
 
-def require_equal(verdicts, failed, wanted, names):
-    actual = values(verdicts)
+def require_equal(judgement, wanted, names):
+    actual = values(judgement.verdicts)
     for name in names:
         if np.isnan(wanted[name]).any():
-            assert name in failed
+            assert name in judgement.failed
         else:
             np.testing.assert_allclose(actual[name], wanted[name], rtol=0, atol=ROUNDING)
 
@@ -114,11 +115,11 @@ def test_probes_of_chats_give_no_verdict_on_plain_text(engine, loop, model):
         return [event async for event in events]
 
     events = loop.run(written())
-    assert all(getattr(event, "verdicts", ()) == () for event in events)
-    assert sorted(events[0].failed) == sorted(names(model, "prompt"))
+    assert all(getattr(event, "judgement", Judgement()).verdicts == () for event in events)
+    assert sorted(events[0].judgement.failed) == sorted(names(model, "prompt"))
     assert events[0].is_unfamiliar
     assert asked == events[:1]
-    assert sorted(events[-1].failed) == sorted(names(model, "response", "both"))
+    assert sorted(events[-1].judgement.failed) == sorted(names(model, "response", "both"))
 
 
 def test_concurrent_requests_get_their_own_verdicts_before_their_text(engine, loop, model):
@@ -134,9 +135,10 @@ def test_concurrent_requests_get_their_own_verdicts_before_their_text(engine, lo
         assert isinstance(finished, Finished)
         assert judged.tokens == len(prompt) == finished.prompt_tokens
         assert min(judged.judging_s, finished.judging_s) > 0
-        require_equal(judged.verdicts, judged.failed, wanted, names(model, "prompt"))
+        require_equal(judged.judgement, wanted, names(model, "prompt"))
         assert finished.completion_tokens <= GREEDY.max_tokens
-        assert {v.probe for v in finished.verdicts} | set(finished.failed) == set(
+        late = finished.judgement
+        assert {v.probe for v in late.verdicts} | set(late.failed) == set(
             names(model, "response", "both")
         )
 
@@ -158,8 +160,10 @@ def test_a_watched_probe_is_scored_after_every_token(engine, loop, model):
         whole = EncodedPrompt(
             prompt.token_ids + read, prompt.parts + (Part.RESPONSE,) * event.tokens
         )
-        require_equal(event.verdicts, event.failed, expected(model, [whole])[0], late)
-    assert values(finished.verdicts).keys() == values(scored[-1].verdicts).keys()
+        require_equal(event.judgement, expected(model, [whole])[0], late)
+    assert (
+        values(finished.judgement.verdicts).keys() == values(scored[-1].judgement.verdicts).keys()
+    )
 
 
 def test_a_slow_reader_gets_a_score_of_every_token(engine, loop, model):
@@ -177,13 +181,15 @@ def test_a_slow_reader_gets_a_score_of_every_token(engine, loop, model):
 
     events = loop.run(read_slowly())
     quick = loop.run(events_of(engine, TEXTS[3], LONG, watch=late))
-    scored = {e.tokens: values(e.verdicts) for e in events if isinstance(e, ResponseScored)}
+    scored = {
+        e.tokens: values(e.judgement.verdicts) for e in events if isinstance(e, ResponseScored)
+    }
     assert list(scored) == list(range(1, events[-1].completion_tokens + 1))
     deltas = [event for event in events if isinstance(event, TextDelta)]
     assert len(deltas) < len([event for event in quick if isinstance(event, TextDelta)])
     for event in quick:
         if isinstance(event, ResponseScored):
-            for name, probabilities in values(event.verdicts).items():
+            for name, probabilities in values(event.judgement.verdicts).items():
                 np.testing.assert_allclose(
                     scored[event.tokens][name], probabilities, rtol=0, atol=ROUNDING
                 )
@@ -207,16 +213,16 @@ def test_judge_gives_what_a_completion_gives_and_reads_given_responses(engine, l
     encode = model.backbone.encoder.encode
     both = expected(model, [encode(turns[:1], "no, never"), encode(turns[:1])])
     everything = names(model, "prompt", "both", "response")
-    require_equal(with_response.verdicts, with_response.failed, both[0], everything)
-    require_equal(without.verdicts, without.failed, both[1], names(model, "prompt"))
-    assert {v.probe for v in without.verdicts} == set(names(model, "prompt"))
+    require_equal(with_response.judgement, both[0], everything)
+    require_equal(without.judgement, both[1], names(model, "prompt"))
+    assert {v.probe for v in without.judgement.verdicts} == set(names(model, "prompt"))
 
 
 def test_more_texts_than_may_wait_are_judged_if_nobody_else_waits(engine, loop):
     texts = [[Message("user", f"text {i}")] for i in range(150)]
     judged = loop.run(engine.judge(texts))
     assert len(judged) == len(texts)
-    assert all(each.verdicts for each in judged)
+    assert all(each.judgement.verdicts for each in judged)
     assert (engine.load.running, engine.load.waiting) == (0, 0)
 
 
@@ -322,7 +328,7 @@ def test_a_prompt_that_is_not_admitted_is_judged_and_has_left(engine, loop):
 
     ((judged, running),) = loop.run(ask())
     assert isinstance(judged, PromptJudged)
-    assert judged.verdicts
+    assert judged.judgement.verdicts
     assert running == 0
 
 
@@ -337,7 +343,7 @@ def test_a_client_that_leaves_frees_its_place_and_disturbs_no_other(engine, loop
     events = loop.run(leave_one())
     prompt = model.backbone.encoder.encode([Message("user", TEXTS[4])])
     wanted = expected(model, [prompt])[0]
-    require_equal(events[0].verdicts, events[0].failed, wanted, names(model, "prompt"))
+    require_equal(events[0].judgement, wanted, names(model, "prompt"))
     assert (engine.load.running, engine.load.waiting) == (0, 0)
 
 
@@ -368,11 +374,15 @@ def test_new_probes_take_over_and_old_states_are_not_read(engine, loop, model):
         return before, await running, after, await events_of(engine, long)
 
     before, running, after, again = loop.run(replace_and_ask())
-    assert {v.probe for v in after[0].verdicts} == {"other"}
-    require_equal(after[0].verdicts, (), expected(replaced, [prompt])[0], ["other"])
-    assert {v.probe for v in running[0].verdicts} == set(names(model, "prompt"))
-    assert values(again[0].verdicts).keys() == values(before[0].verdicts).keys()
-    require_equal(again[0].verdicts, (), expected(model, [prompt])[0], names(model, "prompt"))
+    assert {v.probe for v in after[0].judgement.verdicts} == {"other"}
+    require_equal(
+        Judgement(after[0].judgement.verdicts), expected(replaced, [prompt])[0], ["other"]
+    )
+    assert {v.probe for v in running[0].judgement.verdicts} == set(names(model, "prompt"))
+    assert values(again[0].judgement.verdicts).keys() == values(before[0].judgement.verdicts).keys()
+    require_equal(
+        Judgement(again[0].judgement.verdicts), expected(model, [prompt])[0], names(model, "prompt")
+    )
 
 
 def test_probes_that_cannot_be_served_leave_the_old_ones(engine, loop, model):
@@ -388,7 +398,7 @@ def test_probes_that_cannot_be_served_leave_the_old_ones(engine, loop, model):
         return await events_of(engine, TEXTS[0])
 
     judged = loop.run(try_both())[0]
-    assert {v.probe for v in judged.verdicts} == set(names(model, "prompt"))
+    assert {v.probe for v in judged.judgement.verdicts} == set(names(model, "prompt"))
     assert [probe.name for probe in engine.probes] == [probe.name for probe in model.probes]
 
 

@@ -14,9 +14,9 @@ from sidelight.engines.logprobs import TokenLogprobs
 from sidelight.errors import SidelightError, VerdictError, did_you_mean
 from sidelight.probe import Probe, common_format
 from sidelight.prompts import Conversation, Message, PlainText
-from sidelight.types import Verdict
+from sidelight.types import Judgement
 
-# No engine reports "content_filter"; the server does, where a policy cut the text.
+# Engines report "stop" or "length"; `policy/` reports "content_filter" where it cut the text.
 FinishReason = Literal["stop", "length", "content_filter"]
 
 
@@ -25,8 +25,7 @@ class PromptJudged:
     """The prompt has been read; nothing is written yet.
 
     Attributes:
-        verdicts: From every probe that reads the prompt alone.
-        failed: Names of such probes without a verdict. Never treat one as a harmless verdict.
+        judgement: By every probe that reads the prompt alone.
         is_unfamiliar: Whether the probes failed because the prompt is plain text and they were
             trained on chats.
         tokens: Length of the prompt.
@@ -34,8 +33,7 @@ class PromptJudged:
             pass waits for all of it, so it is not divided among them.
     """
 
-    verdicts: tuple[Verdict, ...]
-    failed: tuple[str, ...] = ()
+    judgement: Judgement
     is_unfamiliar: bool = field(default=False, kw_only=True)
     tokens: int = field(kw_only=True)
     judging_s: float = field(default=0.0, compare=False)
@@ -64,14 +62,12 @@ class ResponseScored:
     Attributes:
         tokens: How many sampled tokens they have read. A ``TextDelta`` is judged once this reaches
             its own ``tokens``.
-        verdicts: On the response so far, as if it ended here.
-        failed: Names of watched probes without a verdict.
+        judgement: By the watched probes, on the response so far, as if it ended here.
         judging_s: As in ``Finished``, so far.
     """
 
     tokens: int
-    verdicts: tuple[Verdict, ...]
-    failed: tuple[str, ...] = ()
+    judgement: Judgement
     judging_s: float = field(default=0.0, compare=False)
 
 
@@ -83,10 +79,9 @@ class Finished:
         reason: ``stop`` (end of turn or stop string) or ``length``.
         prompt_tokens: Tokens read.
         completion_tokens: Tokens sampled, including the end-of-turn token.
-        verdicts: From every probe that reads the response. An end-of-turn token is never read.
+        judgement: By every probe that reads the response. An end-of-turn token is never read.
             If no probe is watched, the last sampled token is not run through the model either, so
-            at ``length`` or a stop string they do not cover the last token of the text.
-        failed: Names of such probes without a verdict.
+            at ``length`` or a stop string the verdicts do not cover the last token of the text.
         logprobs: For trailing tokens that only begin a character, so that no text comes from them.
         judging_s: Seconds that the probes added to all steps after the prompt.
     """
@@ -94,8 +89,7 @@ class Finished:
     reason: FinishReason
     prompt_tokens: int
     completion_tokens: int
-    verdicts: tuple[Verdict, ...] = ()
-    failed: tuple[str, ...] = ()
+    judgement: Judgement = field(default_factory=Judgement)
     logprobs: tuple[TokenLogprobs, ...] = ()
     judging_s: float = field(default=0.0, compare=False)
 
@@ -330,10 +324,12 @@ def _unjudged(event: E) -> E:
     """The event with every probe failed, for plain text and probes trained on chats."""
     if isinstance(event, TextDelta):
         return event
-    failed = (*(verdict.probe for verdict in event.verdicts), *event.failed)
-    if isinstance(event, PromptJudged):
-        return replace(event, verdicts=(), failed=failed, is_unfamiliar=True)
-    return replace(event, verdicts=(), failed=failed)
+    judgement = event.judgement
+    failed = (*(verdict.probe for verdict in judgement.verdicts), *judgement.failed)
+    unjudged = replace(event, judgement=Judgement((), failed))
+    if isinstance(unjudged, PromptJudged):
+        return replace(unjudged, is_unfamiliar=True)
+    return unjudged
 
 
 def verdict_failure(probes: Iterable[str]) -> VerdictError:

@@ -143,8 +143,7 @@ class Generation:
             reason=self.reason,
             prompt_tokens=len(self.request.prompt),
             completion_tokens=self.tokens,
-            verdicts=judgement.verdicts,
-            failed=judgement.failed,
+            judgement=judgement,
             logprobs=() if self._gate.is_closed else self._logprobs.rest(),
             judging_s=self.judging_s,
         )
@@ -219,8 +218,7 @@ class Batch:
         entering: list[int] = []
         for i, (request, judgement) in enumerate(zip(requests, judgements, strict=True)):
             event = PromptJudged(
-                judgement.verdicts,
-                judgement.failed,
+                judgement,
                 tokens=len(request.prompt),
                 judging_s=stopwatch.seconds,
             )
@@ -278,9 +276,7 @@ class Batch:
         scored: list[Emission] = []
         for generation, judgement in zip(watched, judgements, strict=True):
             own = judgement.of(generation.request.watch)
-            event = ResponseScored(
-                generation.tokens, own.verdicts, own.failed, generation.judging_s
-            )
+            event = ResponseScored(generation.tokens, own, generation.judging_s)
             scored.append(Emission(generation.request, event))
         return scored, logits
 

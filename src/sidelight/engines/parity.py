@@ -89,7 +89,7 @@ async def _judge_in_batches(
         for size, by_probe in found.items():
             for start in range(0, len(conversations), size):
                 for judged in await engine.judge(conversations[start : start + size]):
-                    for verdict in judged.verdicts:
+                    for verdict in judged.judgement.verdicts:
                         by_probe[verdict.probe].append(verdict)
     finally:
         await engine.close()

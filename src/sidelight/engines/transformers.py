@@ -112,8 +112,8 @@ class TransformersEngine(Engine):
     async def replace_probes(self, probes: Sequence[Probe]) -> None:
         panel = await asyncio.to_thread(self._load_panel, probes)
         (judged,) = await self._judge([WARM_UP], panel)
-        if judged.failed:
-            raise verdict_failure(judged.failed)
+        if judged.judgement.failed:
+            raise verdict_failure(judged.judgement.failed)
         self._panel = panel
 
     async def tokenize(self, text: Conversation) -> Tokens:

@@ -1,12 +1,12 @@
 """What follows from one verdict, and the error of a request that is refused because of it."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from sidelight.errors import SidelightError
 from sidelight.policy.rules import FAILED_LABEL, BoundRule
-from sidelight.types import Verdict
+from sidelight.types import Judgement, Verdict
 
 Outcome = Literal["flagged", "passed", "failed", "unfinished"]
 Action = Literal["none", "flag", "route", "block", "fail_closed", "fail_open", "shadow"]
@@ -88,13 +88,13 @@ class PolicyError(SidelightError):
         self.fault = fault
 
 
-def decide(bound: BoundRule, verdicts: Mapping[str, Verdict], *, tokens: int) -> Decision:
-    """What follows from the verdicts on a text of so many tokens.
+def decide(bound: BoundRule, judgement: Judgement, *, tokens: int) -> Decision:
+    """What follows from the judgement of a text of so many tokens.
 
     A missing verdict is never taken for a harmless one.
     """
     is_too_long = bound.is_too_long(tokens)
-    verdict = None if is_too_long else verdicts.get(bound.name)
+    verdict = None if is_too_long else judgement.verdict(bound.name)
     if verdict is None:
         action: Action = "none"
         if bound.is_blocking:
@@ -102,10 +102,6 @@ def decide(bound: BoundRule, verdicts: Mapping[str, Verdict], *, tokens: int) ->
         return Decision(bound, None, action, is_too_long)
     decided = bound.decide(verdict)
     return Decision(bound, decided, _action(bound, decided))
-
-
-def by_probe(verdicts: Iterable[Verdict]) -> dict[str, Verdict]:
-    return {verdict.probe: verdict for verdict in verdicts}
 
 
 def agreements(decisions: Iterable[Decision]) -> list[tuple[BoundRule, Agreement]]:

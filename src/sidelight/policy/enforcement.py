@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from sidelight.engines.base import Event, PromptJudged, TextDelta, verdict_failure
-from sidelight.policy.decisions import Action, Decision, Fault, PolicyError, by_probe, decide
+from sidelight.policy.decisions import Action, Decision, Fault, PolicyError, decide
 from sidelight.policy.hold_back import Ended, HoldBack
 from sidelight.policy.rules import BoundRule, Policy, Side
 from sidelight.prompts import Conversation, PlainText
+from sidelight.types import Judgement
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ class Enforcement:
             async with asyncio.timeout(self._timeout_s if closed else None):
                 event = await anext(events)
         except TimeoutError as error:
-            decisions = [decide(bound, {}, tokens=0) for bound in closed]
+            decisions = [decide(bound, Judgement(), tokens=0) for bound in closed]
             observer.prompt(None, decisions)
             raise PolicyError(
                 f"No verdict from {_names(decisions)} within {self._timeout_s} s, and the policy "
@@ -160,8 +161,7 @@ def require_trusted_turns(policy: Policy, texts: Sequence[Conversation]) -> None
 
 
 def _decide_all(rules: Sequence[BoundRule], event: PromptJudged) -> tuple[Decision, ...]:
-    verdicts = by_probe(event.verdicts)
-    return tuple(decide(bound, verdicts, tokens=event.tokens) for bound in rules)
+    return tuple(decide(bound, event.judgement, tokens=event.tokens) for bound in rules)
 
 
 def _require_passed(event: PromptJudged, decisions: Sequence[Decision]) -> None:

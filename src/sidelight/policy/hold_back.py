@@ -5,7 +5,7 @@ warming up. The verdict on the whole text decides about the rest at its end.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,9 +21,9 @@ from sidelight.engines.base import (
 )
 from sidelight.engines.logprobs import TokenLogprobs
 from sidelight.errors import SidelightError, VerdictError
-from sidelight.policy.decisions import Decision, by_probe, decide
+from sidelight.policy.decisions import Decision, decide
 from sidelight.policy.rules import BoundRule
-from sidelight.types import Verdict
+from sidelight.types import Judgement
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class HoldBack:
         self._held: list[TextDelta] = []
         self._scored = 0
         self._written = 0
-        self._running: Mapping[str, Verdict] = {}
+        self._running = Judgement()
 
     def push(self, event: Event) -> Sequence[TextDelta | Ended]:
         """What the event allows to be sent; nothing may follow an ``Ended``."""
@@ -158,7 +158,7 @@ class HoldBack:
 
     def _after_score(self, event: ResponseScored) -> Sequence[TextDelta | Ended]:
         self._scored = event.tokens
-        self._running = by_probe(event.verdicts)
+        self._running = event.judgement
         wires = self._tripwires.values()
         cuts = [wire.step(self._running, tokens=event.tokens) for wire in wires]
         if any(cuts):
@@ -168,14 +168,15 @@ class HoldBack:
         return self._release(event.tokens - max((wire.held_tokens for wire in wires), default=0))
 
     def _after_all(self, event: Finished) -> Sequence[TextDelta | Ended]:
-        verdicts = by_probe(event.verdicts)
-        # Tokens without text have log-probabilities of their own at the end.
+        judgement = event.judgement
+        # Trailing tokens that complete no character come only as log-probabilities of
+        # ``Finished``; they must have been scored too.
         is_judged = self._scored >= self._written + len(event.logprobs)
         for wire in self._tripwires.values():
-            wire.finish(verdicts, tokens=self._written, is_judged=is_judged)
+            wire.finish(judgement, tokens=self._written, is_judged=is_judged)
         if any(wire.is_cut for wire in self._tripwires.values()):
-            return [self._cut(verdicts)]
-        decisions = self._decisions(verdicts)
+            return [self._cut(judgement)]
+        decisions = self._decisions(judgement)
         end = Ended(event.reason, event.completion_tokens, decisions, event.logprobs)
         return [*self._release(self._written), end]
 
@@ -185,17 +186,17 @@ class HoldBack:
         self._held = self._held[len(released) :]
         return released
 
-    def _cut(self, verdicts: Mapping[str, Verdict]) -> Ended:
+    def _cut(self, judgement: Judgement) -> Ended:
         self._held = []
         tokens = max(self._scored, self._written)
-        return Ended("content_filter", tokens, self._decisions(verdicts))
+        return Ended("content_filter", tokens, self._decisions(judgement))
 
-    def _decisions(self, verdicts: Mapping[str, Verdict]) -> tuple[Decision, ...]:
+    def _decisions(self, judgement: Judgement) -> tuple[Decision, ...]:
         tokens = max(self._scored, self._written)
         return tuple(
-            self._tripwires[bound.name].decision(verdicts, tokens=tokens)
+            self._tripwires[bound.name].decision(judgement, tokens=tokens)
             if bound.is_blocking
-            else decide(bound, verdicts, tokens=self._written)
+            else decide(bound, judgement, tokens=self._written)
             for bound in self._rules
         )
 
@@ -218,9 +219,9 @@ class _Tripwire:
         }
         self._watched = dict.fromkeys(self._rules, Watched())
 
-    def step(self, verdicts: Mapping[str, Verdict], *, tokens: int) -> bool:
+    def step(self, judgement: Judgement, *, tokens: int) -> bool:
         """Whether the text is cut after one more token; a token without a score is a failure."""
-        verdict, expected = decide(self._bound, verdicts, tokens=tokens).verdict, self._tokens + 1
+        verdict, expected = decide(self._bound, judgement, tokens=tokens).verdict, self._tokens + 1
         self._tokens = tokens
         if verdict is None or tokens != expected:
             self._fail()
@@ -231,20 +232,20 @@ class _Tripwire:
             self._has_flagged = self.is_cut = True
         return self.is_cut
 
-    def finish(self, verdicts: Mapping[str, Verdict], *, tokens: int, is_judged: bool) -> None:
+    def finish(self, judgement: Judgement, *, tokens: int, is_judged: bool) -> None:
         """Takes the verdict on the whole text; an empty one has nothing to judge."""
         if not tokens:
             return
-        verdict = decide(self._bound, verdicts, tokens=tokens).verdict
+        verdict = decide(self._bound, judgement, tokens=tokens).verdict
         if verdict is None or not is_judged:
             self._fail()
         elif verdict.flagged:
             self._has_flagged = self.is_cut = True
 
-    def decision(self, verdicts: Mapping[str, Verdict], *, tokens: int) -> Decision:
+    def decision(self, judgement: Judgement, *, tokens: int) -> Decision:
         if self._has_failed and not self._has_flagged:
-            return decide(self._bound, {}, tokens=tokens)
-        verdict = verdicts.get(self._bound.name)
+            return decide(self._bound, Judgement(), tokens=tokens)
+        verdict = judgement.verdict(self._bound.name)
         if verdict is None:
             return Decision(self._bound, None, "none")
         action = "block" if self._has_flagged else "none"

@@ -27,6 +27,7 @@ from sidelight.prompts import Conversation, PlainText
 from sidelight.server.config import Caller
 from sidelight.server.errors import RequestError
 from sidelight.server.metrics import Metrics
+from sidelight.types import Judgement
 
 _log = logging.getLogger(__name__)
 _LOGGED: dict[Action, tuple[int, str]] = {
@@ -160,7 +161,7 @@ class TextObserver:
     def read(self, event: Event) -> None:
         self._tokens = max(self._tokens, written_by(event))
         # A text that no probe reads took none of a probe's time.
-        if isinstance(event, ResponseScored | Finished) and (event.verdicts or event.failed):
+        if isinstance(event, ResponseScored | Finished) and event.judgement != Judgement():
             self._judging_s = event.judging_s
 
     def delta(self) -> None:

@@ -14,7 +14,6 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictStr
 
-from sidelight.policy.decisions import by_probe
 from sidelight.policy.enforcement import require_trusted_turns
 from sidelight.probe import Probe
 from sidelight.prompts import Message
@@ -109,7 +108,11 @@ async def find(
     if not chosen:
         return blank
     (checked,) = await check(request, context, context.report(chosen), [turns])
-    return replace(blank, verdicts=by_probe(checked.verdicts), tokens=checked.tokens)
+    return replace(
+        blank,
+        verdicts={verdict.probe: verdict for verdict in checked.verdicts},
+        tokens=checked.tokens,
+    )
 
 
 class InputPart(StrictBody):

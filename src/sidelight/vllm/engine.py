@@ -182,7 +182,7 @@ class VllmEngine(Engine):
         events: list[PromptJudged] = []
         for turns, prompt, judgement in zip(conversations, prompts, judged, strict=True):
             own = judgement if has_response(turns) else judgement.of(early)
-            events.append(PromptJudged(own.verdicts, own.failed, tokens=len(prompt)))
+            events.append(PromptJudged(own, tokens=len(prompt)))
         return events
 
     async def _check_all(

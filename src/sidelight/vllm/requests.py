@@ -196,9 +196,8 @@ class WrittenText:
         async with aclosing(written) as outputs:
             first = await anext(outputs)
             judgement, self._prompt_s = judgement_of(first.steps[0].params)
-            early = judgement.of(self._early)
             judged = PromptJudged(
-                early.verdicts, early.failed, tokens=len(self._prompt), judging_s=self._prompt_s
+                judgement.of(self._early), tokens=len(self._prompt), judging_s=self._prompt_s
             )
             is_admitted = self._admits(judged)
             if is_admitted:
@@ -242,21 +241,18 @@ class WrittenText:
             )
             judgement = await self._check(whole)
             yield self._scored(len(self._written), judgement)
-        late = judgement.of(self._late)
         yield Finished(
             reason=completion.finish_reason,
             prompt_tokens=len(self._prompt),
             completion_tokens=len(self._written),
-            verdicts=late.verdicts,
-            failed=late.failed,
+            judgement=judgement.of(self._late),
             # No token of a stop string is reported.
             logprobs=() if has_stopped else self._logprobs.rest(),
             judging_s=self._judging_s,
         )
 
     def _scored(self, tokens: int, judgement: Judgement) -> ResponseScored:
-        own = judgement.of(self._watch)
-        return ResponseScored(tokens, own.verdicts, own.failed, self._judging_s)
+        return ResponseScored(tokens, judgement.of(self._watch), self._judging_s)
 
     def _new_logprobs(self, completion: Any) -> tuple[TokenLogprobs, ...]:
         """The tokens that go with this output's text."""
