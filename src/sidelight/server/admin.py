@@ -9,8 +9,7 @@ from fastapi import APIRouter
 from pydantic import BaseModel
 
 from sidelight.prompts import Side
-from sidelight.server.context import Context, InContext
-from sidelight.server.middleware import AdminOnly
+from sidelight.server.context import AdminOnly, Context, InContext
 from sidelight.server.probes import ProbeEntry
 from sidelight.server.schemas import ClosedBody, JsonRoute
 from sidelight.types import TaskKind

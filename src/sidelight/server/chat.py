@@ -20,7 +20,7 @@ from sidelight.policy.enforcement import Admitted, Enforcement, Passed, require_
 from sidelight.policy.overrides import tightened
 from sidelight.policy.rules import BoundRule
 from sidelight.prompts import Conversation
-from sidelight.server.context import Context, InContext
+from sidelight.server.context import Context, InContext, unless_left
 from sidelight.server.formats import (
     ChatFormat,
     CompletionFormat,
@@ -30,7 +30,6 @@ from sidelight.server.formats import (
     decisions_of,
     ends_of,
 )
-from sidelight.server.middleware import unless_left
 from sidelight.server.report import Extension
 from sidelight.server.schemas import (
     EVENTS,

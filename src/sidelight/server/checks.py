@@ -12,9 +12,8 @@ from pydantic import BaseModel, Field, model_validator
 from sidelight.policy.enforcement import check_decisions
 from sidelight.policy.rules import Side
 from sidelight.prompts import Conversation, Message, PlainText
-from sidelight.server.context import Context, InContext
+from sidelight.server.context import Context, InContext, unless_left
 from sidelight.server.errors import RequestError
-from sidelight.server.middleware import unless_left
 from sidelight.server.report import Categories, Extension, Report, categories, verdict_json
 from sidelight.server.schemas import (
     ChatMessage,

@@ -1,22 +1,26 @@
-"""What the endpoints share: the engine, its probes and their rules, and the limits of a request."""
+"""What the endpoints share: the server's parts, and what a request must fulfil to be answered."""
 
+import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from fastapi import Depends, Request
+from starlette.requests import ClientDisconnect
 
 from sidelight.engines.base import Engine
 from sidelight.errors import did_you_mean
 from sidelight.probe import Probe
 from sidelight.prompts import Conversation
-from sidelight.server.config import ServerConfig
+from sidelight.server.config import Caller, ServerConfig
 from sidelight.server.connections import Drain
 from sidelight.server.errors import RequestError
 from sidelight.server.observe import Observer
 from sidelight.server.probes import ProbeRegistry
 from sidelight.server.report import Report, category_names
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -108,3 +112,45 @@ async def _context(request: Request) -> Context:
 
 
 InContext = Annotated[Context, Depends(_context)]
+
+
+def _require_admin(request: Request) -> None:
+    caller: Caller = request.state.caller
+    if not caller.is_admin:
+        raise RequestError(
+            "This route needs an admin key. Start the server with --admin-key or "
+            "--admin-keys-file, and send that key.",
+            status=403,
+            type="permission_error",
+            code="admin_key_required",
+        )
+
+
+# A dependency of the routes that only an admin key opens.
+AdminOnly = Depends(_require_admin)
+
+
+async def unless_left(request: Request, work: Awaitable[T]) -> T:
+    """The outcome of ``work``, which is cancelled as soon as the client leaves.
+
+    Raises:
+        ClientDisconnect: It left.
+    """
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_left(request))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        working.cancel()
+        leaving.cancel()
+        # What fails now does not matter, but asyncio would log it if nobody fetched it.
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _left(request: Request) -> None:
+    # The body has been read: the only message that can follow is the disconnect.
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -5,12 +5,8 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Awaitable
-from typing import TypeVar
 
-from fastapi import Depends, Request
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sidelight.server.config import Access, Caller
@@ -164,22 +160,6 @@ class Gatekeeper:
             self._running -= 1
 
 
-def _require_admin(request: Request) -> None:
-    caller: Caller = request.state.caller
-    if not caller.is_admin:
-        raise RequestError(
-            "This route needs an admin key. Start the server with --admin-key or "
-            "--admin-keys-file, and send that key.",
-            status=403,
-            type="permission_error",
-            code="admin_key_required",
-        )
-
-
-# A dependency of the routes that only an admin key opens.
-AdminOnly = Depends(_require_admin)
-
-
 class Deadline:
     """Cancels a request after ``seconds``, which frees its place in the engine.
 
@@ -242,32 +222,3 @@ class Deadline:
             type="server_error",
             code="deadline_exceeded",
         )
-
-
-T = TypeVar("T")
-
-
-async def unless_left(request: Request, work: Awaitable[T]) -> T:
-    """The outcome of ``work``, which is cancelled as soon as the client leaves.
-
-    Raises:
-        ClientDisconnect: It left.
-    """
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_left(request))
-    try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientDisconnect
-        return working.result()
-    finally:
-        working.cancel()
-        leaving.cancel()
-        # What fails now does not matter, but asyncio would log it if nobody fetched it.
-        await asyncio.gather(working, leaving, return_exceptions=True)
-
-
-async def _left(request: Request) -> None:
-    # The body has been read: the only message that can follow is the disconnect.
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
