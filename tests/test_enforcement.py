@@ -216,8 +216,8 @@ class Notes:
     def delta(self):
         self.heard.append(("delta", None))
 
-    def end(self, decisions, *, is_given_up=False):
-        self.heard.append(("given up" if is_given_up else "end", decisions))
+    def end(self, decisions, *, is_cancelled=False):
+        self.heard.append(("cancelled" if is_cancelled else "end", decisions))
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ class Decision:
         action: What was done. ``fail_closed`` and ``fail_open`` are what a blocking rule does when
             the verdict could not be computed; ``shadow`` is a flag that clients do not see.
         is_too_long: Whether there is no verdict because the text is longer than the rule allows.
-        is_unfinished: Whether the text was given up while it was written: then the verdict is on
+        is_unfinished: Whether the text was cancelled while it was written: then the verdict is on
             its first tokens, or missing.
     """
 

@@ -41,8 +41,8 @@ class Observer(Protocol):
     def delta(self) -> None:
         """A piece of text is sent."""
 
-    def end(self, decisions: Sequence[Decision], *, is_given_up: bool = False) -> None:
-        """The text is complete, cut, or given up; only the first call counts."""
+    def end(self, decisions: Sequence[Decision], *, is_cancelled: bool = False) -> None:
+        """The text is complete, cut, or cancelled; only the first call counts."""
 
 
 class Enforcement:
@@ -108,7 +108,7 @@ class Enforcement:
                         yield each
             finally:
                 # Nothing was decided on a text of which nothing was sent.
-                observer.end(holding.unfinished() if has_sent else (), is_given_up=True)
+                observer.end(holding.unfinished() if has_sent else (), is_cancelled=True)
 
     def _on_prompt(self, event: PromptJudged) -> tuple[Decision, ...]:
         """What follows from the verdicts on the prompt; decided once, when the engine asks."""

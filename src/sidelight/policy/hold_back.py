@@ -152,7 +152,7 @@ class HoldBack:
                 return []
 
     def unfinished(self) -> list[Decision]:
-        """What is known of the text if it is given up now; nothing follows."""
+        """What is known of the text if it is cancelled now; nothing follows."""
         known = [decide(bound, self._running, tokens=self._written) for bound in self._rules]
         return [replace(decision, action="none", is_unfinished=True) for decision in known]
 

@@ -124,7 +124,7 @@ class ServerConfig(BaseSettings):
         default=256, ge=1, description="Most requests answered at a time; others get a 429."
     )
     deadline: float = Field(
-        default=600, gt=0, description="Seconds after which a request is given up."
+        default=600, gt=0, description="Seconds after which a request is cancelled."
     )
     # Options that other commands have too.
     engine: Literal["transformers", "vllm"] = "transformers"

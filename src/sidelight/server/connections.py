@@ -26,7 +26,7 @@ ACCEPTED_AT_ONCE = 16
 QUEUED = 2048
 # File descriptors for these, the listening socket, logs, and probes being loaded.
 _SPARE = 128
-# For the answers to requests that are given up, before uvicorn cuts what is left.
+# For the answers to requests that are cancelled, before uvicorn cuts what is left.
 _LAST_WORDS_S = 2
 _log = logging.getLogger("sidelight.server")
 
@@ -131,7 +131,7 @@ class Drain:
 
     Attributes:
         is_draining: Whether it is about to stop; ``/ready`` then answers 503.
-        is_over: Whether requests that still run are given up.
+        is_over: Whether requests that still run are cancelled.
     """
 
     def __init__(self) -> None:

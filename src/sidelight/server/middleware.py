@@ -209,15 +209,15 @@ class Deadline:
     def _refusal(self) -> RequestError:
         if self._drain.is_over:
             return RequestError(
-                "The server is stopping and has given up the request. Send it to another server, "
-                "or again once this one is back.",
+                "The server is stopping and cancelled the request. Send it to another server, or "
+                "again once this one is back.",
                 status=503,
                 type="server_error",
                 code="shutting_down",
             )
         return RequestError(
-            f"The request took longer than {self._seconds:g} seconds (--deadline) and was given "
-            "up. Ask for less at a time, or try again when the server is less busy.",
+            f"The request took longer than {self._seconds:g} seconds (--deadline) and was "
+            "cancelled. Ask for less at a time, or try again when the server is less busy.",
             status=504,
             type="server_error",
             code="deadline_exceeded",

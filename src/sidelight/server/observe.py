@@ -169,7 +169,7 @@ class TextObserver:
         self._until_text.observe(now - self._last)
         self._until_text, self._last = self._metrics.inter_text_latency, now
 
-    def end(self, decisions: Sequence[Decision], *, is_given_up: bool = False) -> None:
+    def end(self, decisions: Sequence[Decision], *, is_cancelled: bool = False) -> None:
         if self._has_ended:
             return
         self._has_ended = True
@@ -177,7 +177,7 @@ class TextObserver:
         self._trace.completion_tokens += self._tokens
         if self._judging_s is not None:
             self._metrics.judging.labels("output").observe(self._judging_s)
-        if is_given_up:
+        if is_cancelled:
             # No answer is left that could be refused.
             with suppress(RequestError):
                 self._record(decisions)
