@@ -25,7 +25,7 @@ from sidelight.server import admin as admin_probes
 from sidelight.server.config import ServerConfig
 from sidelight.server.context import Context
 from sidelight.server.metrics import Metrics
-from sidelight.server.observe import AuditLog, Observer
+from sidelight.server.observe import AuditLog, RequestObserver
 from sidelight.server.probes import ProbeRegistry
 from sidelight.types import Task
 from tiny import INTENT, SIZES, tiny_backbone, untrained_probe
@@ -337,7 +337,7 @@ def test_a_change_whose_caller_leaves_is_made_and_audited(backbone, tmp_path):
 
     async def change(engine):
         roster = ProbeRegistry(engine, Policy(), {})
-        observer = Observer(Metrics(engine), AuditLog(path, salt=b"salt"))
+        observer = RequestObserver(Metrics(engine), AuditLog(path, salt=b"salt"))
         context = Context(engine, roster, ServerConfig(), observer)
         for make, state in (
             (admin_probes.disable, "disabled"),

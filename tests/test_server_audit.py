@@ -18,7 +18,7 @@ from sidelight.prompts import Message, Reads
 from sidelight.server.config import read_config
 from sidelight.server.errors import RequestError
 from sidelight.server.metrics import Metrics
-from sidelight.server.observe import AuditLog, Observer
+from sidelight.server.observe import AuditLog, RequestObserver
 from sidelight.types import Judgement
 from tiny import tiny_backbone, untrained_probe
 
@@ -204,7 +204,7 @@ class Read(list):
 def test_a_text_is_hashed_once_for_all_its_decisions(path):
     probes, text = engine().probes, Read([Message("user", "zebra")])
     metrics = Metrics(TransformersEngine(tiny_backbone(), []))
-    observed = Observer(metrics, AuditLog(path, salt=b"salt")).text(text)
+    observed = RequestObserver(metrics, AuditLog(path, salt=b"salt")).text(text)
     observed.end([decide(bound, Judgement(), tokens=9) for bound in bound_rules(Policy(), probes)])
     assert (len(lines(path)), text.times) == (3, 1)
 

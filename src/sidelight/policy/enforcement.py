@@ -29,7 +29,7 @@ class Admitted:
 Passed = Admitted | TextDelta | Ended
 
 
-class Observer(Protocol):
+class TextObserver(Protocol):
     """Records what happens to one text. An error that it raises ends the text."""
 
     def prompt(self, event: PromptJudged | None, decisions: Sequence[Decision]) -> None:
@@ -57,7 +57,7 @@ class Enforcement:
     def __init__(
         self,
         rules: Sequence[BoundRule],
-        observe: Callable[[], Observer],
+        observe: Callable[[], TextObserver],
         *,
         timeout_s: float | None = None,
     ):
@@ -118,7 +118,7 @@ class Enforcement:
         return self._decisions
 
     async def _prompt(
-        self, events: AsyncGenerator[Event, None], observer: Observer
+        self, events: AsyncGenerator[Event, None], observer: TextObserver
     ) -> PromptJudged:
         closed = [bound for bound in self._input if bound.fails_closed]
         try:

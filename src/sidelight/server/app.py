@@ -29,7 +29,7 @@ from sidelight.server.context import Context, InContext
 from sidelight.server.errors import add_error_handlers
 from sidelight.server.metrics import Metrics
 from sidelight.server.middleware import Deadline, Gatekeeper, RequestScope
-from sidelight.server.observe import AuditLog, Observer, Sink, log_settings
+from sidelight.server.observe import AuditLog, RequestObserver, Sink, log_settings
 from sidelight.server.probes import ProbeRegistry
 from sidelight.server.schemas import REFUSALS
 
@@ -116,7 +116,7 @@ def create_app(
 
     app = FastAPI(title="Sidelight", lifespan=lifespan)
     registry = ProbeRegistry(engine, policy, sources or {})
-    observer = Observer(Metrics(engine), audit)
+    observer = RequestObserver(Metrics(engine), audit)
     app.state.context = context = Context(engine, registry, config, observer)
     for router in _ROUTERS:
         app.include_router(router, responses=REFUSALS)

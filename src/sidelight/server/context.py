@@ -16,7 +16,7 @@ from sidelight.prompts import Conversation
 from sidelight.server.config import Caller, ServerConfig
 from sidelight.server.connections import Drain
 from sidelight.server.errors import RequestError
-from sidelight.server.observe import Observer
+from sidelight.server.observe import RequestObserver
 from sidelight.server.probes import ProbeRegistry
 from sidelight.server.report import Report, category_names
 
@@ -39,7 +39,7 @@ class Context:
     engine: Engine
     registry: ProbeRegistry
     config: ServerConfig
-    observer: Observer
+    observer: RequestObserver
     drain: Drain = field(default_factory=Drain)
     started_at: int = field(default_factory=lambda: int(time.time()))
 

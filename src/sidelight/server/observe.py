@@ -74,7 +74,7 @@ Sink = Callable[[Trace], None]
 
 
 @dataclass(frozen=True)
-class Observer:
+class RequestObserver:
     """Counts, traces, audits and logs what happens in one request.
 
     Attributes:
@@ -89,12 +89,12 @@ class Observer:
     trace: Trace = field(default_factory=Trace)
     key_id: str | None = None
 
-    def of(self, request: Request) -> "Observer":
+    def of(self, request: Request) -> "RequestObserver":
         """The same for one request, from what the middleware has put into its state."""
         caller: Caller = getattr(request.state, "caller", Caller())
         return replace(self, trace=request.state.trace, key_id=caller.key_id)
 
-    def text(self, text: Conversation, *, is_prompt_known: bool = False) -> "TextObserver":
+    def text(self, text: Conversation, *, is_prompt_known: bool = False) -> "RequestTextObserver":
         """Observes one text of the request.
 
         Args:
@@ -102,7 +102,7 @@ class Observer:
             is_prompt_known: Whether the decisions on its prompt have been recorded already, with
                 another text.
         """
-        return TextObserver(self, text, is_prompt_known=is_prompt_known)
+        return RequestTextObserver(self, text, is_prompt_known=is_prompt_known)
 
     def change(self, change: str, probe: str, version: str) -> None:
         """Audits what an operator did to a probe; the change stands even if that fails."""
@@ -127,20 +127,20 @@ class Observer:
             raise
 
 
-class TextObserver:
-    """Observes one text as ``policy.enforcement.Observer`` says. Its clock starts when it is made.
+class RequestTextObserver:
+    """The ``policy.enforcement.TextObserver`` of one text, whose clock starts when it is made.
 
     Where the audit log cannot be written, ``prompt``, ``check`` and ``end`` raise ``RequestError``
     if one of their rules blocks what cannot be judged; otherwise the failure is only logged and
     counted. A text that is only checked has a ``check`` and nothing else.
     """
 
-    def __init__(self, request: Observer, text: Conversation, *, is_prompt_known: bool):
+    def __init__(self, request: RequestObserver, text: Conversation, *, is_prompt_known: bool):
         self._request, self._metrics, self._trace = request, request.metrics, request.trace
         self._text = text
         self._is_prompt_known = is_prompt_known
         self._start = self._last = time.perf_counter()
-        self._until_text = self._metrics.time_to_first_text
+        self._next_text_histogram = self._metrics.time_to_first_text
         self._tokens = 0
         self._judging_s: float | None = None
         self._has_ended = False
@@ -166,8 +166,9 @@ class TextObserver:
 
     def delta(self) -> None:
         now = time.perf_counter()
-        self._until_text.observe(now - self._last)
-        self._until_text, self._last = self._metrics.inter_text_latency, now
+        self._next_text_histogram.observe(now - self._last)
+        self._last = now
+        self._next_text_histogram = self._metrics.inter_text_latency
 
     def end(self, decisions: Sequence[Decision], *, is_cancelled: bool = False) -> None:
         if self._has_ended:
