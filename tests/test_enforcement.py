@@ -92,11 +92,11 @@ def late():
     return untrained_probe(tiny_backbone(), "late", reads=Reads("response"))
 
 
-VERDICTS = st.lists(st.floats(0, 1), min_size=1, max_size=30)
+RUNNING_SCORES = st.lists(st.floats(0, 1), min_size=1, max_size=30)
 
 
 @given(
-    scores=VERDICTS,
+    scores=RUNNING_SCORES,
     final=st.floats(0, 1),
     threshold=st.floats(0, 1),
     consecutive=st.integers(1, 4),
@@ -168,7 +168,7 @@ def test_text_that_an_engine_did_not_score_is_not_sent(late):
 
 
 @pytest.mark.parametrize("at_the_end", [True, False])
-def test_a_cut_by_a_flag_is_reported_as_such_even_after_a_failure(late, at_the_end):
+def test_a_cut_by_a_flag_is_reported_as_block_even_after_a_failure(late, at_the_end):
     rule = Rule("block", consecutive=1, on_failure="pass")
     bound = BoundRule(late, rule)
     holding = HoldBack([bound])
@@ -232,13 +232,13 @@ def said_of_prompt(score):
     return PromptJudged(Judgement((verdict,)), tokens=3)
 
 
-def guarded(policy, *events):
+def guarded(enforcement, *events):
     async def engine():
         for event in events:
             yield event
 
     async def passed():
-        return [event async for event in policy.guard(engine())]
+        return [event async for event in enforcement.guard(engine())]
 
     return asyncio.run(passed())
 
@@ -246,17 +246,17 @@ def guarded(policy, *events):
 def test_a_prompt_that_the_engine_did_not_ask_about_is_decided_by_its_own_verdicts(early):
     """Decisions are kept from the engine's question on, but hold for that prompt alone."""
     bound = BoundRule(early, Rule("block"))
-    policy = Enforcement([bound], Notes)
-    assert policy.admits(said_of_prompt(0.1))
+    enforcement = Enforcement([bound], Notes)
+    assert enforcement.admits(said_of_prompt(0.1))
     with pytest.raises(PolicyError, match="blocked by early"):
-        guarded(policy, said_of_prompt(0.9), Finished("stop", 3, 0))
+        guarded(enforcement, said_of_prompt(0.9), Finished("stop", 3, 0))
 
 
 def test_a_prompt_is_decided_once_for_engine_record_and_client(early):
     notes = Notes()
-    policy = Enforcement([BoundRule(early, Rule("flag"))], lambda: notes)
-    assert policy.admits(said_of_prompt(0.9))
-    admitted, ended = guarded(policy, said_of_prompt(0.9), Finished("stop", 3, 0))
+    enforcement = Enforcement([BoundRule(early, Rule("flag"))], lambda: notes)
+    assert enforcement.admits(said_of_prompt(0.9))
+    admitted, ended = guarded(enforcement, said_of_prompt(0.9), Finished("stop", 3, 0))
     assert isinstance(admitted, Admitted)
     assert [decision.action for decision in admitted.decisions] == ["flag"]
     assert notes.heard[0][1] is admitted.decisions
@@ -264,10 +264,10 @@ def test_a_prompt_is_decided_once_for_engine_record_and_client(early):
 
 
 def test_a_prompt_without_a_verdict_is_refused_with_what_was_decided(early):
-    policy = Enforcement([BoundRule(early, Rule("block"))], Notes)
+    enforcement = Enforcement([BoundRule(early, Rule("block"))], Notes)
     failed = PromptJudged(Judgement((), ("early",)), tokens=3)
-    assert not policy.admits(failed)
+    assert not enforcement.admits(failed)
     with pytest.raises(PolicyError, match="No verdict from early") as refused:
-        guarded(policy, failed)
+        guarded(enforcement, failed)
     assert refused.value.fault == "failed"
     assert [decision.action for decision in refused.value.decisions] == ["fail_closed"]

@@ -46,7 +46,7 @@ class TextObserver(Protocol):
 
 
 class Enforcement:
-    """The rules of one text.
+    """Enforces the policy on one text: decides on its prompt, then holds back or cuts the answer.
 
     Args:
         rules: One for every loaded probe, whether or not the client chose it.
@@ -107,7 +107,8 @@ class Enforcement:
                             observer.delta()
                         yield each
             finally:
-                # Nothing was decided on a text of which nothing was sent.
+                # No effect if `end` was called above. If nothing was sent, there is no partial
+                # verdict to record.
                 observer.end(holding.unfinished() if has_sent else (), is_cancelled=True)
 
     def _on_prompt(self, event: PromptJudged) -> tuple[Decision, ...]:

@@ -131,10 +131,13 @@ def _guarded(
     for prompt in prompts:
         for number in range(n):
             observe = partial(observer.text, prompt, is_prompt_known=number > 0)
-            policy = Enforcement(rules, observe, timeout_s=context.registry.policy.timeout_s)
+            timeout_s = context.registry.policy.timeout_s
+            enforcement = Enforcement(rules, observe, timeout_s=timeout_s)
             own = _reseeded(sampling, number)
-            events = engine.generate(prompt, own, watch=policy.watch, admits=policy.admits)
-            streams.append(policy.guard(events))
+            events = engine.generate(
+                prompt, own, watch=enforcement.watch, admits=enforcement.admits
+            )
+            streams.append(enforcement.guard(events))
     return streams
 
 
