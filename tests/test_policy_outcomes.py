@@ -269,12 +269,12 @@ def shape(text, case):
     return "judged part" if text == judged_part(case.cut_at) else "part"
 
 
-def judged_part(cut_at, hold_back=2, blind_until=2):
+def judged_part(cut_at, hold_back=2, first_decidable_token=2):
     """By definition: a text is sent once a token ``hold_back`` later was judged, before the cut."""
     return "".join(
         delta.text
         for delta in DELTAS
-        if any(delta.tokens + hold_back <= i >= blind_until for i in range(1, cut_at))
+        if any(delta.tokens + hold_back <= i >= first_decidable_token for i in range(1, cut_at))
     )
 
 

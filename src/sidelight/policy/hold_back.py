@@ -1,7 +1,13 @@
 """Text between engine and client: sent once it is judged, cut if a blocking rule says so.
 
-A token is sent once it and ``hold_back`` more are judged, and nothing is sent while a rule is still
-warming up. The verdict on the whole text decides about the rest at its end.
+A token is sent once it and ``hold_back`` more are judged, and nothing is sent before every rule
+could have cut the text. With a warm-up of 3 tokens, 2 in a row that cut, and 2 held back:
+
+    last token judged    1  2  3  4   5   6  7  8
+    tokens then sent     -  -  -  -  1-3  4  5  6
+
+If tokens 7 and 8 are over the threshold, the text is cut at 8, and 6, 7 and 8 are never sent. The
+verdict on the whole text decides about the last tokens at its end.
 """
 
 import math
@@ -124,23 +130,25 @@ class Ended:
 class HoldBack:
     """One answer's text between the engine and the client, under the rules of the output.
 
-    Without a blocking rule, nothing is held.
+    Without a blocking rule, each piece of text is sent as it comes.
     """
 
     def __init__(self, rules: Sequence[BoundRule]):
         self._rules = rules
-        self._tripwires = {bound.name: _Tripwire(bound) for bound in rules if bound.is_blocking}
+        self._blocking = {
+            bound.name: _BlockingRuleState(bound) for bound in rules if bound.is_blocking
+        }
         self._held: list[TextDelta] = []
-        self._scored = 0
-        self._written = 0
+        self._scored_tokens = 0
+        self._written_tokens = 0
         self._running = Judgement()
 
     def push(self, event: Event) -> Sequence[TextDelta | Ended]:
         """What the event allows to be sent; nothing may follow an ``Ended``."""
         match event:
             case TextDelta():
-                self._written = event.tokens
-                if not self._tripwires:
+                self._written_tokens = event.tokens
+                if not self._blocking:
                     return [event]
                 self._held.append(event)
                 return []
@@ -153,32 +161,32 @@ class HoldBack:
 
     def unfinished(self) -> list[Decision]:
         """What is known of the text if it is cancelled now; nothing follows."""
-        known = [decide(bound, self._running, tokens=self._written) for bound in self._rules]
+        known = [decide(bound, self._running, tokens=self._written_tokens) for bound in self._rules]
         return [replace(decision, action="none", is_unfinished=True) for decision in known]
 
     def _after_score(self, event: ResponseScored) -> Sequence[TextDelta | Ended]:
-        self._scored = event.tokens
+        self._scored_tokens = event.tokens
         self._running = event.judgement
-        wires = self._tripwires.values()
-        cuts = [wire.step(self._running, tokens=event.tokens) for wire in wires]
+        states = self._blocking.values()
+        cuts = [state.step(self._running, tokens=event.tokens) for state in states]
         if any(cuts):
             return [self._cut(self._running)]
-        if any(event.tokens < wire.blind_until for wire in wires):
+        if any(event.tokens < state.first_decidable_token for state in states):
             return []
-        return self._release(event.tokens - max((wire.held_tokens for wire in wires), default=0))
+        return self._release(event.tokens - max((state.held_tokens for state in states), default=0))
 
     def _after_all(self, event: Finished) -> Sequence[TextDelta | Ended]:
         judgement = event.judgement
         # Trailing tokens that complete no character come only as log-probabilities of
         # ``Finished``; they must have been scored too.
-        is_judged = self._scored >= self._written + len(event.logprobs)
-        for wire in self._tripwires.values():
-            wire.finish(judgement, tokens=self._written, is_judged=is_judged)
-        if any(wire.is_cut for wire in self._tripwires.values()):
+        is_judged = self._scored_tokens >= self._written_tokens + len(event.logprobs)
+        for state in self._blocking.values():
+            state.finish(judgement, tokens=self._written_tokens, is_judged=is_judged)
+        if any(state.is_cut for state in self._blocking.values()):
             return [self._cut(judgement)]
         decisions = self._decisions(judgement)
         end = Ended(event.reason, event.completion_tokens, decisions, event.logprobs)
-        return [*self._release(self._written), end]
+        return [*self._release(self._written_tokens), end]
 
     def _release(self, tokens: int) -> list[TextDelta]:
         """The held text that comes from the first tokens."""
@@ -188,26 +196,33 @@ class HoldBack:
 
     def _cut(self, judgement: Judgement) -> Ended:
         self._held = []
-        tokens = max(self._scored, self._written)
+        tokens = max(self._scored_tokens, self._written_tokens)
         return Ended("content_filter", tokens, self._decisions(judgement))
 
     def _decisions(self, judgement: Judgement) -> tuple[Decision, ...]:
-        tokens = max(self._scored, self._written)
+        tokens = max(self._scored_tokens, self._written_tokens)
         return tuple(
-            self._tripwires[bound.name].decision(judgement, tokens=tokens)
+            self._blocking[bound.name].decision(judgement, tokens=tokens)
             if bound.is_blocking
-            else decide(bound, judgement, tokens=self._written)
+            else decide(bound, judgement, tokens=self._written_tokens)
             for bound in self._rules
         )
 
 
-class _Tripwire:
-    """What one blocking rule has seen of a text."""
+class _BlockingRuleState:
+    """What one blocking rule has seen of a text, and whether it cuts it.
+
+    Attributes:
+        held_tokens: How many judged tokens are held back.
+        first_decidable_token: The first token at which the rule can cut, once its warm-up and a
+            whole streak are over. Nothing is sent before it is judged.
+        is_cut: Whether the rule cuts the text: it flagged, or could not judge and fails closed.
+    """
 
     def __init__(self, bound: BoundRule):
         rule = bound.rule
         self.held_tokens = rule.consecutive if rule.hold_back is None else rule.hold_back
-        self.blind_until = rule.warm_up + rule.consecutive
+        self.first_decidable_token = rule.warm_up + rule.consecutive
         self.is_cut = False
         self._bound = bound
         self._has_flagged = False
