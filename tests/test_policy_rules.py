@@ -3,7 +3,7 @@
 import pytest
 
 from sidelight.errors import SidelightError
-from sidelight.policy.rules import Policy, Rule, read_policy, require_fitting
+from sidelight.policy.rules import Policy, Rule, read_policy, require_policy_applies
 from sidelight.prompts import Reads
 from tiny import INTENT, TOPICS, tiny_backbone, untrained_probe
 
@@ -102,8 +102,12 @@ def test_a_file_that_is_not_there_is_told(tmp_path):
         (Policy(input={"toxic": Rule()}), "Did you mean 'toxicity'"),
         (Policy(input={"late": Rule("block")}), "no probe 'late' judges it"),
         (Policy(output={"toxicity": Rule("block")}), "no probe 'toxicity' judges it"),
-        (Policy(input={"intent": Rule("block")}), "flags nothing as it is"),
-        (Policy(input={"intent": Rule("flag", labels=("refund",))}), "flags nothing as it is"),
+        (Policy(input={"intent": Rule("block")}), "flags no label by default"),
+        (Policy(input={"intent": Rule("flag", labels=("refund",))}), "flags no label by default"),
+        (
+            Policy(input={"toxicity": Rule("flag", labels=("fine",))}),
+            "flags only toxic",
+        ),
         (Policy(input={"topics": Rule("block", labels=("violent",))}), "Did you mean 'violence'"),
         (Policy(input={"intent": Rule("route", routes={"bill": "x"})}), "names label 'bill'"),
         (Policy(output={"late": Rule("route")}), "too late for a route"),
@@ -113,7 +117,7 @@ def test_a_file_that_is_not_there_is_told(tmp_path):
 )
 def test_a_rule_that_could_not_apply_is_an_error(probes, policy, told):
     with pytest.raises(SidelightError, match=told):
-        require_fitting(policy, probes)
+        require_policy_applies(policy, probes)
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def serve(context: click.Context, **values: Any) -> None:
     An option wins over its environment variable, and that over the file of --config.
     """
     from sidelight.artifact import load_probe
-    from sidelight.policy.rules import require_fitting
+    from sidelight.policy.rules import require_policy_applies
     from sidelight.server.app import serve as run
 
     config = read_config(
@@ -78,7 +78,7 @@ def serve(context: click.Context, **values: Any) -> None:
     )
     require_own_options(config.engine, config.engine_option)
     loaded = [load_probe(folder) for folder in config.probe]
-    require_fitting(config.rules, loaded)
+    require_policy_applies(config.loaded_policy, loaded)
     run(
         lambda: load_engine(
             config.engine,

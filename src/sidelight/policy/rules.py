@@ -169,7 +169,7 @@ def bound_rules(policy: Policy, probes: Iterable[Probe]) -> tuple[BoundRule, ...
     return tuple(BoundRule(p, policy.side(side_of(p)).get(p.name, Rule())) for p in probes)
 
 
-def require_fitting(policy: Policy, probes: Sequence[Probe]) -> None:
+def require_policy_applies(policy: Policy, probes: Sequence[Probe]) -> None:
     """Refuses a rule without its probe, or one that cannot apply to it."""
     sides: tuple[Side, ...] = ("input", "output")
     for side in sides:
@@ -181,10 +181,10 @@ def require_fitting(policy: Policy, probes: Sequence[Probe]) -> None:
                     f"{did_you_mean(name, known)}"
                 )
     for bound in bound_rules(policy, probes):
-        require_fitting_probe(bound, probes)
+        require_rule_applies(bound, probes)
 
 
-def require_fitting_probe(bound: BoundRule, probes: Iterable[Probe]) -> None:
+def require_rule_applies(bound: BoundRule, probes: Iterable[Probe]) -> None:
     """Refuses a rule that could never do what it says for this probe."""
     labels = bound.probe.task.labels
     for named, known in ((bound.rule.labels, labels), (bound.rule.routes, (*labels, FAILED_LABEL))):
@@ -195,9 +195,12 @@ def require_fitting_probe(bound: BoundRule, probes: Iterable[Probe]) -> None:
                     f"not have.{did_you_mean(label, known)}"
                 )
     if bound.mode in ("flag", "block") and not bound.thresholds:
+        why = "is multi-class, so it flags no label by default. Set 'labels' and 'threshold'."
+        if bound.probe.task.kind != "multiclass":
+            flagged = ", ".join(bound.probe.label_thresholds)
+            why = f"flags only {flagged}, which is not in the rule's 'labels'. Name it there."
         raise SidelightError(
-            f"Probe '{bound.name}' flags nothing as it is, so its rule '{bound.mode}' would "
-            "never apply. Name the 'labels' that count and their 'threshold'."
+            f"Rule '{bound.mode}' of probe '{bound.name}' would never apply: the probe {why}"
         )
     if bound.mode == "route" and bound.side == "output":
         raise SidelightError(

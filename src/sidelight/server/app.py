@@ -15,7 +15,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from sidelight.engines.base import Engine, EngineUnavailableError
 from sidelight.engines.loading import LoadingEngine
 from sidelight.errors import SidelightError
-from sidelight.policy.rules import Policy, require_fitting
+from sidelight.policy.rules import Policy, require_policy_applies
 from sidelight.server import admin, chat, checks, questions
 from sidelight.server.config import ServerConfig
 from sidelight.server.connections import (
@@ -101,7 +101,7 @@ def create_app(
         SidelightError: A file that ``config`` names cannot be read or written.
     """
     config = config or ServerConfig()
-    policy = policy or config.rules
+    policy = policy or config.loaded_policy
     audit = AuditLog(config.audit_log, salt=config.salt) if config.audit_log else None
 
     @asynccontextmanager
@@ -109,7 +109,7 @@ def create_app(
         await engine.start()
         try:
             if engine.is_ready:
-                require_fitting(policy, engine.probes)
+                require_policy_applies(policy, engine.probes)
             yield
         finally:
             await engine.close()
@@ -159,12 +159,12 @@ def serve(
     def stop() -> None:
         server.should_exit = True
 
-    def load_fitting() -> Engine:
+    def load_checked() -> Engine:
         loaded = load()
-        require_fitting(config.rules, loaded.probes)
+        require_policy_applies(config.loaded_policy, loaded.probes)
         return loaded
 
-    engine = LoadingEngine(load_fitting, on_failure=stop)
+    engine = LoadingEngine(load_checked, on_failure=stop)
     app = create_app(engine, config, sources=sources, traces=traces)
     server = DrainingServer(
         server_settings(app, config),

@@ -177,7 +177,7 @@ class ServerConfig(BaseSettings):
         return self.audit_salt.get_secret_value().encode()
 
     @cached_property
-    def rules(self) -> "Policy":
+    def loaded_policy(self) -> "Policy":
         """What the file says that ``policy`` names; without one, every probe is scored.
 
         Raises:

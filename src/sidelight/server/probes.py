@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from sidelight.artifact import load_probe
 from sidelight.engines.base import Engine
 from sidelight.errors import SidelightError, did_you_mean
-from sidelight.policy.rules import BoundRule, Policy, Rule, bound_rules, require_fitting_probe
+from sidelight.policy.rules import BoundRule, Policy, Rule, bound_rules, require_rule_applies
 from sidelight.probe import Probe
 from sidelight.server.errors import RequestError
 
@@ -95,7 +95,7 @@ class ProbeRegistry:
                 )
             probe = replace(probe, name=name)
             rule = None if shadow_of is None else Rule("shadow", shadow_of=shadow_of)
-            self._require_fitting(probe, rule)
+            self._require_rule_applies(probe, rule)
             if rule is not None:
                 self._shadows[name] = rule
             try:
@@ -140,7 +140,7 @@ class ProbeRegistry:
                         f"one has {', '.join(probe.task.labels)}. Rules and metrics of this name "
                         "would change their meaning. Load it under another name."
                     )
-                self._require_fitting(probe, self._shadows.get(name))
+                self._require_rule_applies(probe, self._shadows.get(name))
                 new = [probe if one.name == name else one for one in self._engine.probes]
                 await self._engine.replace_probes(new)
             except SidelightError as error:
@@ -182,7 +182,7 @@ class ProbeRegistry:
         async with self._changing:
             bound = self._known(name)
             rule = replace(bound.rule, mode="shadow", shadow_of=shadow_of)
-            require_fitting_probe(BoundRule(bound.probe, rule), self._engine.probes)
+            require_rule_applies(BoundRule(bound.probe, rule), self._engine.probes)
             self._shadows[name] = rule
             _log.warning("Probe '%s' is a shadow now.", name)
             return self.entry(name)
@@ -215,11 +215,11 @@ class ProbeRegistry:
     def _others(self, name: str) -> list[Probe]:
         return [probe for probe in self._engine.probes if probe.name != name]
 
-    def _require_fitting(self, probe: Probe, rule: Rule | None) -> None:
+    def _require_rule_applies(self, probe: Probe, rule: Rule | None) -> None:
         (bound,) = bound_rules(self.policy, [probe])
         bound = bound if rule is None else BoundRule(probe, rule)
         self.policy.require_side(probe.name, bound.side)
-        require_fitting_probe(bound, [*self._others(probe.name), probe])
+        require_rule_applies(bound, [*self._others(probe.name), probe])
 
     def _bound(self, probes: Sequence[Probe]) -> tuple[BoundRule, ...]:
         return tuple(
