@@ -1,4 +1,7 @@
-"""The endpoints that judge texts and write none, as OpenAI, vLLM and LiteLLM define them."""
+"""The endpoints that write no text, as OpenAI, vLLM and LiteLLM define them.
+
+All but ``/tokenize``, which runs no model, judge texts.
+"""
 
 import time
 import uuid
@@ -252,7 +255,9 @@ class GuardrailRequest(StrictBody):
     input_type: Literal["request", "response"]
     texts: Listed[str] | None = None
     tool_calls: Listed[ToolCall] | None = None
-    images: list[Any] | None = Field(None, max_length=0, description="Not read.")
+    images: list[Any] | None = Field(
+        None, max_length=0, description="Must be empty: probes read text only."
+    )
     additional_provider_specific_params: GuardrailParameters | None = None
 
     def judged(self) -> list[str]:

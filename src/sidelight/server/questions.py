@@ -8,7 +8,7 @@ import json
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
@@ -26,6 +26,7 @@ from sidelight.types import Verdict
 
 _MAX_QUESTIONS = 400
 _MAX_CHOICES = 255
+_TEXT_ONLY = "Must be empty: probes read text only."
 
 Value = str | bool
 
@@ -33,36 +34,23 @@ router = APIRouter(route_class=JsonRoute)
 
 
 @dataclass(frozen=True)
-class Findings:
-    """Verdicts on one text, by the names that questions use.
+class QuestionAnswers:
+    """What is known of one text, looked up by the names that questions use.
 
     Attributes:
-        probes: The loaded probes.
-        names: Their categories.
-        verdicts: By probe; a probe without one cannot answer.
+        probes: The loaded probes by name, whether or not a question means them.
+        categories: The category of each label, by probe.
+        verdicts: On the text, by probe; a probe without one answers no question.
         tokens: Tokens read; 0 if no question names a probe that can judge the text.
     """
 
     probes: Mapping[str, Probe]
-    names: CategoryNames
-    verdicts: Mapping[str, Verdict] = field(default_factory=dict[str, Verdict])
-    tokens: int = 0
-
-    def meaning(self, name: str | None) -> tuple[str, str] | None:
-        """The probe and the label that ``name`` means: the positive one, or a category."""
-        probe = self.probes.get(name or "")
-        if probe is not None and probe.task.kind == "binary":
-            return probe.name, probe.task.labels[1]
-        labels = (
-            (by_probe, label)
-            for by_probe, categories in self.names.items()
-            for label, category in categories.items()
-            if category == name
-        )
-        return next(labels, None)
+    categories: CategoryNames
+    verdicts: Mapping[str, Verdict]
+    tokens: int
 
     def probability(self, name: str | None) -> float | None:
-        probe, label = self.meaning(name) or ("", "")
+        probe, label = _meaning(name, self.probes, self.categories) or ("", "")
         return self.verdicts[probe].probabilities[label] if probe in self.verdicts else None
 
     def choice(
@@ -89,7 +77,7 @@ class Findings:
 
 async def find(
     request: Request, context: Context, turns: Sequence[Message], names: Sequence[str | None]
-) -> Findings:
+) -> QuestionAnswers:
     """Judges the conversation with the probes that ``names`` mean; others are not reported.
 
     Raises:
@@ -97,8 +85,8 @@ async def find(
     """
     require_trusted_turns(context.registry.policy, [turns])
     probes = {probe.name: probe for probe in context.probes}
-    blank = Findings(probes, category_names(context.probes))
-    meant = [meaning[0] for name in names if (meaning := blank.meaning(name))]
+    categories = category_names(context.probes)
+    meant = [meaning[0] for name in names if (meaning := _meaning(name, probes, categories))]
     named = [name for name in names if name in probes]
     chosen = [
         name
@@ -106,13 +94,26 @@ async def find(
         if name and (is_answered(turns) or not probes[name].reads.includes_response)
     ]
     if not chosen:
-        return blank
+        return QuestionAnswers(probes, categories, verdicts={}, tokens=0)
     (checked,) = await check(request, context, context.report(chosen), [turns])
-    return replace(
-        blank,
-        verdicts={verdict.probe: verdict for verdict in checked.verdicts},
-        tokens=checked.tokens,
+    verdicts = {verdict.probe: verdict for verdict in checked.verdicts}
+    return QuestionAnswers(probes, categories, verdicts, checked.tokens)
+
+
+def _meaning(
+    name: str | None, probes: Mapping[str, Probe], categories: CategoryNames
+) -> tuple[str, str] | None:
+    """The probe and the label that ``name`` means: a binary probe's positive one, or a category."""
+    probe = probes.get(name or "")
+    if probe is not None and probe.task.kind == "binary":
+        return probe.name, probe.task.labels[1]
+    labels = (
+        (by_probe, label)
+        for by_probe, own in categories.items()
+        for label, category in own.items()
+        if category == name
     )
+    return next(labels, None)
 
 
 class InputPart(StrictBody):
@@ -210,8 +211,8 @@ class ChoiceProbability(BaseModel):
     probability: float
 
 
-# Four answers have longer names in the OpenAPI document, from which clients may be generated: a
-# class is listed there by its ``__qualname__``.
+# Frozen OpenAPI names, which are the classes' ``__qualname__``: clients were generated when these
+# classes lived in `server.endpoints`. Do not change them.
 
 
 class ChoiceAnswer(BaseModel):
@@ -271,24 +272,24 @@ async def decide(body: DecisionRequest, request: Request, context: InContext) ->
     """The input is read once, however many questions there are; each names its probe."""
     context.require_model(body.model)
     turns = [message.as_message() for message in body.input]
-    findings = await find(request, context, turns, [q.name for q in body.questions])
+    judged = await find(request, context, turns, [q.name for q in body.questions])
     return DecisionResponse(
         model=body.model,
-        answers=[_answer(question, findings) for question in body.questions],
-        usage=DecisionUsage(input_tokens=findings.tokens, total_tokens=findings.tokens),
+        answers=[_answer(question, judged) for question in body.questions],
+        usage=DecisionUsage(input_tokens=judged.tokens, total_tokens=judged.tokens),
     )
 
 
 def _answer(
-    question: PredicateQuestion | ChoiceQuestion | ScoreQuestion, findings: Findings
+    question: PredicateQuestion | ChoiceQuestion | ScoreQuestion, judged: QuestionAnswers
 ) -> PredicateAnswer | ChoiceAnswer | Refusal:
     name = question.name
     if isinstance(question, PredicateQuestion):
-        probability = findings.probability(name)
+        probability = judged.probability(name)
         if probability is not None:
             return PredicateAnswer(name=name, probability=probability)
     if isinstance(question, ChoiceQuestion):
-        found = findings.choice(name, [option.value for option in question.choices])
+        found = judged.choice(name, [option.value for option in question.choices])
         if found is not None:
             chosen, by_value = found
             each = [ChoiceProbability(value=v, probability=p) for v, p in by_value.items()]
@@ -313,9 +314,9 @@ class SystemOneRequest(StrictBody):
     state: Any = Field(description="Text, or JSON, which is judged as one line of text.")
     questions: Named[SystemOneQuestion] = Field(min_length=1)
     instructions: str | None = None
-    images: Listed[str] | None = Field(None, max_length=0, description="Not read.")
-    audio: Listed[str] | None = Field(None, max_length=0, description="Not read.")
-    videos: Listed[str] | None = Field(None, max_length=0, description="Not read.")
+    images: Listed[str] | None = Field(None, max_length=0, description=_TEXT_ONLY)
+    audio: Listed[str] | None = Field(None, max_length=0, description=_TEXT_ONLY)
+    videos: Listed[str] | None = Field(None, max_length=0, description=_TEXT_ONLY)
 
     def text(self) -> str:
         """The state as it is judged.
@@ -397,14 +398,14 @@ async def decide_state(
     """The state is read once, as a user's message."""
     if body.model is not None:
         context.require_model(body.model)
-    findings = await find(request, context, as_user(body.text()), list(body.questions))
-    answers = {name: _of_state(name, own, findings) for name, own in body.questions.items()}
+    judged = await find(request, context, as_user(body.text()), list(body.questions))
+    answers = {name: _of_state(name, own, judged) for name, own in body.questions.items()}
     return SystemOneResponse(
         id=f"decision-{uuid.uuid4().hex}",
         created=int(time.time()),
         model=context.engine.model,
         answers=answers,
-        usage=SystemOneUsage(input_tokens=findings.tokens),
+        usage=SystemOneUsage(input_tokens=judged.tokens),
         diagnostics={
             name: Diagnostics()
             for name, answer in answers.items()
@@ -414,15 +415,15 @@ async def decide_state(
 
 
 def _of_state(
-    name: str, question: SystemOneQuestion, findings: Findings
+    name: str, question: SystemOneQuestion, judged: QuestionAnswers
 ) -> NoulAnswer | SystemOneChoice | SystemOneRefusal:
     if question.type == "noul":
-        yes = findings.probability(name)
+        yes = judged.probability(name)
         if yes is not None:
             both = {"yes": yes, "no": 1 - yes}
             return NoulAnswer(noul=yes, probabilities=both, confidence=max(both.values()))
     if question.type == "choice" and isinstance(question.criteria, dict):
-        found = findings.choice(name, list(question.criteria))
+        found = judged.choice(name, list(question.criteria))
         if found is not None:
             chosen = str(found[0])
             by_value = {str(value): probability for value, probability in found[1].items()}
