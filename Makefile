@@ -17,10 +17,10 @@ help: ## Show the targets
 demo: .venv/.runtime ## Train three probes on the embedded model, serve them, ask one question
 	@$(BIN)/sidelight demo
 
-test: .venv/.dev .venv-vllm/.ready ## Run all tests: with run-time shape checks first, then the slow ones without
-	$(BIN)/python -m pytest -m "not slow and not unchecked" --ignore=tests/vllm \
+test: .venv/.dev .venv-vllm/.ready ## Run all tests: with run-time shape checks, but for those that they would disturb
+	$(BIN)/python -m pytest -m "not unchecked" --ignore=tests/vllm \
 	  --jaxtyping-packages=sidelight,sidelight_lab,beartype.beartype
-	$(BIN)/python -m pytest -m "slow or unchecked" --ignore=tests/vllm
+	$(BIN)/python -m pytest -m unchecked --ignore=tests/vllm
 	@$(MAKE) --no-print-directory vllm
 
 vllm: .venv-vllm/.ready ## Run the tests inside vLLM, where its wheel can be had
@@ -31,7 +31,7 @@ vllm: .venv-vllm/.ready ## Run the tests inside vLLM, where its wheel can be had
 	fi
 
 fast: .venv/.dev ## Run the fast tests (under a minute)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --ignore=tests/vllm -n auto --dist loadfile
 
 lint: .venv/.dev ## Check format, style and the one-way flow of imports
 	$(BIN)/ruff format --check .

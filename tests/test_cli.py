@@ -61,6 +61,7 @@ def module_patch():
         yield patch
 
 
+@pytest.mark.slow
 def test_training_keeps_every_run_and_the_best(trained: Path):
     runs = sorted(path.name for path in (trained / "runs").iterdir())
     assert runs == ["pooling-seed0", "pooling-seed1", "readout-seed0", "readout-seed1"]
@@ -227,6 +228,7 @@ def test_a_mistake_is_one_line_with_its_remedy_and_exit_code_2(
     assert not Path("o").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["train", "search"])
 def test_a_misspelt_file_is_told_before_the_imports_that_take_seconds(command: str):
     program = f"""
@@ -379,6 +381,7 @@ def test_eval_leaves_out_rows_without_a_label(
     assert json.loads((tmp_path / "new" / "e.json").read_text())["rows"] == 40
 
 
+@pytest.mark.slow
 def test_a_response_probe_learns_from_answers_to_long_prompts(
     model: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):
@@ -397,6 +400,7 @@ def test_a_response_probe_learns_from_answers_to_long_prompts(
     assert "were cut to 64 tokens" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_command_that_training_names_next_judges_the_probe(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
@@ -420,6 +424,7 @@ def test_the_command_that_training_names_next_judges_the_probe(
     assert (report["probe"], report["rows"]) == ("my probe", 60)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["serve", "predict", "train"])
 def test_options_of_vllm_are_refused_elsewhere(
     command: str, trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]

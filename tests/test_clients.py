@@ -75,6 +75,7 @@ def servers(request: pytest.FixtureRequest) -> Iterator[Servers]:
         yield Servers(scoring, blocking, cutting)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CLIENTS)
 def test_each_client_keeps_what_the_documentation_says(servers: Servers, name: str):
     client = CLIENTS[name]()

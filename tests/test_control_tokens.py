@@ -164,6 +164,7 @@ def is_text(value):
     return isinstance(value, str) and value != ""
 
 
+@pytest.mark.slow
 def test_harmless_contents_have_the_ids_of_the_chat_template(family):
     """Real texts, and blanks and line breaks that a tokenizer may merge with the template's."""
     tokenizer, encoder = tokenizer_of(family), encoder_of(family)
@@ -188,6 +189,7 @@ def test_harmless_contents_have_the_ids_of_the_chat_template(family):
         assert list(encoder.encode(turns[:1], other).token_ids) == expected
 
 
+@pytest.mark.slow
 def test_harmless_plain_texts_have_the_ids_of_the_tokenizer(family):
     tokenizer = tokenizer_of(family)
     for text in real_texts():
@@ -196,6 +198,7 @@ def test_harmless_plain_texts_have_the_ids_of_the_tokenizer(family):
             assert list(encoded.token_ids) == tokenizer(text)["input_ids"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["tell me a story", "  two  words\n"])
 def test_no_content_becomes_a_control_token(family, text):
     chat, raw = encoder_of(family), encoder_of(family, "raw")
@@ -212,6 +215,7 @@ def test_no_content_becomes_a_control_token(family, text):
                 assert found(family, plain) == in_raw
 
 
+@pytest.mark.slow
 def test_no_control_token_is_put_together_from_pieces(family):
     """Halves in neighbouring contents, or before and after what the template writes."""
     chat, raw = encoder_of(family), encoder_of(family, "raw")

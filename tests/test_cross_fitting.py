@@ -59,6 +59,7 @@ def cross_fitted(whole, folds):
     return cross_fit(JOBS, whole, folds)
 
 
+@pytest.mark.slow
 def test_the_logits_of_a_fold_are_those_of_a_mechanism_that_the_others_taught(
     whole, folds, cross_fitted
 ):
@@ -75,6 +76,7 @@ def test_the_logits_of_a_fold_are_those_of_a_mechanism_that_the_others_taught(
         np.testing.assert_allclose(one.logits[fold], alone.logits, atol=ROUNDING)
 
 
+@pytest.mark.slow
 def test_the_probe_itself_is_trained_on_all_texts_for_every_epoch(whole, cross_fitted):
     expected = train_mechanisms(JOBS, training=whole.training, validation=None)
     for one, alone in zip(cross_fitted, expected, strict=True):
@@ -84,6 +86,7 @@ def test_the_probe_itself_is_trained_on_all_texts_for_every_epoch(whole, cross_f
             assert one.mechanism.state_dict()[name].equal(parameter)
 
 
+@pytest.mark.slow
 def test_few_texts_are_cross_fitted_unless_validation_texts_are_given(tiny, own_cache, capsys):
     few, more = load_examples(rows("multiclass", 60)), rows("multiclass", 40, seed=1)
     options = FitOptions(mechanisms=(mechanism_spec("readout"),), settings=QUICK)

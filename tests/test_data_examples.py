@@ -85,6 +85,7 @@ def test_select_keeps_texts_labels_and_columns_together() -> None:
         part.column("idd")
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(
     picks=st.lists(st.integers(0, 25), min_size=8, max_size=60),
@@ -111,6 +112,7 @@ def test_a_split_parts_no_text_and_loses_no_row(
     assert training.warnings == ()
 
 
+@pytest.mark.slow
 @given(fraction=st.floats(0.05, 0.95), seed=st.integers(0, 99))
 def test_a_split_of_distinct_texts_keeps_the_share_of_each_label(
     fraction: float, seed: int

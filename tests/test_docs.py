@@ -246,6 +246,7 @@ def test_the_mechanism_of_the_how_to_streams_what_it_defines(monkeypatch: pytest
     torch.testing.assert_close(mechanism.finish(mechanism.merge(*pieces)), dense)
 
 
+@pytest.mark.slow
 def test_import_and_help_load_nothing_heavy():
     code = (
         "import sys, sidelight; from sidelight.cli import app\n"

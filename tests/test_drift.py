@@ -44,6 +44,7 @@ def test_a_shift_is_more_than_chance():
     assert stability_index(reference, shifted) > 0.25
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1, 1), (0.3, 0.3), (0.5, 2), (2, 5)])
 def test_chance_alone_is_rarely_more_than_stable(shape):
     rng = np.random.default_rng(0)

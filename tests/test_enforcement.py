@@ -35,6 +35,7 @@ def watch(rule, scores):
     return watched
 
 
+@pytest.mark.slow
 @given(_RULES, _SCORES)
 def test_both_forms_fire_at_the_same_token(rule, scores):
     assert watch(rule, scores).fired_at == rule.first_firing(np.array(scores))
@@ -95,6 +96,7 @@ def late():
 RUNNING_SCORES = st.lists(st.floats(0, 1), min_size=1, max_size=30)
 
 
+@pytest.mark.slow
 @given(
     scores=RUNNING_SCORES,
     final=st.floats(0, 1),

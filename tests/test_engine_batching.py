@@ -46,10 +46,12 @@ def check_batches(backbone):
         assert [(a.text, a.finished.completion_tokens) for a in answers] == expected
 
 
+@pytest.mark.slow
 def test_a_batch_writes_what_the_model_alone_writes(family):
     check_batches(family)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", MORE_CONFIGS, ids=lambda config: config.model_type)
 def test_windows_move_with_the_rows(config):
     check_batches(tiny_backbone(config))
@@ -113,6 +115,7 @@ def test_a_prompt_without_room_for_an_answer_is_refused(llama, length):
         run(llama, lambda engine: ask(engine, "x" * length))
 
 
+@pytest.mark.slow
 def test_a_line_longer_than_the_limits_is_worked_off(llama):
     limits = Limits(running=2, prefill_tokens=64, cache_tokens=256)
 

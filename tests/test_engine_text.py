@@ -141,11 +141,13 @@ def test_the_bytes_of_all_tokens_are_the_text(backbone):
     assert any(token.drawn.spelling.is_partial for token in told)
 
 
+@pytest.mark.slow
 def test_nothing_is_told_that_was_not_asked_for(backbone):
     assert write(backbone, logprobs=None)[1] == []
     assert [token.likeliest for token in write(backbone, logprobs=0)[1]] == [()] * 40
 
 
+@pytest.mark.slow
 def test_nothing_is_told_of_a_stop_string(backbone):
     """Whichever part of the text stops it, what is told is what is sent."""
     whole, _, _ = write(backbone)

@@ -90,6 +90,7 @@ def test_a_check_gives_the_verdicts_of_a_completion(backbone):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["response", "both"])
 @pytest.mark.parametrize("mechanism", ["readout", "gate", "attention"])
 def test_a_probe_of_the_response_reads_all_but_the_last_token(backbone, side, mechanism):
@@ -194,6 +195,7 @@ def test_a_probe_of_another_backbone_is_refused(backbone):
         run(backbone, lambda engine: ask(engine, "hi"), probes=three_probes(other))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["response", "both"])
 @pytest.mark.parametrize("mechanism", ["readout", "gate", "attention", "blend"])
 def test_a_running_verdict_is_that_of_the_text_so_far(backbone, side, mechanism):

@@ -76,6 +76,7 @@ def test_the_interval_of_accuracy_is_the_binomial_one():
     assert accuracy.high == pytest.approx(accuracy.value + half, abs=0.005)
 
 
+@pytest.mark.slow
 def test_intervals_hold_the_truth_about_as_often_as_they_say():
     truth = evaluate(BINARY, *draw_rows(BINARY, rows=200_000), thresholds=(0.5,), bootstrap=0)
     held = 0

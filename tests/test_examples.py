@@ -82,6 +82,7 @@ def prompt_labels(address: str) -> dict[str, str]:
     return {v["probe"]: v["label"] for v in answer["sidelight"]["verdicts"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*_chat.py")))
 def test_a_client_prints_the_verdicts_of_an_answer_and_of_a_stream(address, name):
     printed = run([sys.executable, str(EXAMPLES / name)], address)
@@ -104,6 +105,7 @@ def test_curl_shows_headers_verdicts_and_a_whole_stream(address):
     assert len(moderation["results"]) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [True, False])
 @pytest.mark.parametrize("said", [TEXTS, CALLS], ids=["texts", "tool_calls"])
 def test_the_proxy_configuration_blocks_what_a_probe_flags(flags, said, monkeypatch):
@@ -321,6 +323,7 @@ needs_ray = pytest.mark.skipif(
 
 
 @pytest.mark.slow
+@pytest.mark.unchecked
 @needs_ray
 def test_ray_serves_replicas_and_replaces_a_killed_one(tmp_path):
     backbone = tiny_backbone()

@@ -131,6 +131,7 @@ def identities(folder):
     }
 
 
+@pytest.mark.slow
 def test_an_extraction_killed_in_the_middle_goes_on_where_it_stopped(tiny, tmp_path):
     model, root = tmp_path / "model", tmp_path / "killed"
     tiny.model.save_pretrained(model)

@@ -81,6 +81,7 @@ def joined_loss(trained, held_out):
     return float(binary_cross_entropy_with_logits(logits, labels[shard.rows].float()))
 
 
+@pytest.mark.slow
 def test_a_probe_that_learned_from_long_inputs_is_surer_of_them(tiny, tmp_path):
     training = training_set(tiny, tmp_path, "binary", 160, seed=1)
     held_out = training_set(tiny, tmp_path, "binary", 200, seed=2, shard_bytes=10**9)
@@ -124,6 +125,7 @@ def test_several_classes_are_refused_by_training_itself(tiny, tmp_path):
         train_mechanisms([job], training=training, validation=None)
 
 
+@pytest.mark.slow
 def test_python_has_the_option_and_the_card_tells(tiny, own_cache, tmp_path):
     texts, labels = planted("binary", 60, seed=0)
     rows = list(zip([f"{text} {place}" for place, text in enumerate(texts)], labels, strict=True))

@@ -137,6 +137,7 @@ seeds = st.integers(0, 2**16)
 law = settings(max_examples=8, deadline=None)
 
 
+@pytest.mark.slow
 @law
 @given(lengths=lengths, seed=seeds)
 def test_any_chunking_merging_and_packing_gives_the_dense_form(mechanism, lengths, seed):
@@ -147,6 +148,7 @@ def test_any_chunking_merging_and_packing_gives_the_dense_form(mechanism, length
     torch.testing.assert_close(actual, expected, **ROUNDING)
 
 
+@pytest.mark.slow
 @law
 @given(lengths=lengths, seed=seeds, padding=st.sampled_from(POISON), extra=st.integers(0, 3))
 def test_padding_has_no_influence(mechanism, lengths, seed, padding, extra):
@@ -157,6 +159,7 @@ def test_padding_has_no_influence(mechanism, lengths, seed, padding, extra):
     torch.testing.assert_close(poisoned, torch.cat(alone), **ROUNDING)
 
 
+@pytest.mark.slow
 @law
 @given(lengths=lengths, seed=seeds, gap=st.integers(0, 4))
 def test_a_text_without_tokens_is_nan_and_disturbs_no_neighbour(mechanism, lengths, seed, gap):
@@ -179,6 +182,7 @@ def test_texts_of_no_tokens_at_all_are_nan(mechanism):
     assert logits.isnan().all()
 
 
+@pytest.mark.slow
 def test_lengths_may_differ_by_orders_of_magnitude(mechanism):
     texts = Texts.drawn([1, 300, 2, 37, 300, 5], 0)
     with torch.no_grad():
@@ -187,6 +191,7 @@ def test_lengths_may_differ_by_orders_of_magnitude(mechanism):
         )
 
 
+@pytest.mark.slow
 @law
 @given(lengths=lengths, seed=seeds)
 def test_states_in_bf16_move_logits_within_their_rounding(mechanism, lengths, seed):
@@ -209,6 +214,7 @@ def test_huge_scores_do_not_overflow(mechanism):
     torch.testing.assert_close(actual, expected, rtol=0.02, atol=1)
 
 
+@pytest.mark.slow
 @law
 @given(lengths=lengths, seed=seeds)
 def test_gradients_of_both_forms_are_equal(mechanism, lengths, seed):

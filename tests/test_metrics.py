@@ -89,6 +89,7 @@ def expected(task: Task, probabilities, labels) -> dict[str, float]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.kind)
 @settings(max_examples=25, deadline=None)
 @given(rows=st.integers(8, 250), seed=st.integers(0, 10_000), ties=st.booleans())

@@ -52,6 +52,7 @@ def drawn(request, tmp_path_factory):
     return plot(request.param, tmp_path_factory.mktemp("plots") / "new" / "folder")
 
 
+@pytest.mark.slow
 def test_every_task_gets_three_plots_and_nothing_else(drawn):
     assert sorted(path.name for path in drawn) == NAMES
     assert sorted(drawn) == sorted(drawn[0].parent.iterdir())
@@ -61,6 +62,7 @@ def test_every_task_gets_three_plots_and_nothing_else(drawn):
         assert 500 < width < 4000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("label", [0, 1])
 def test_rows_of_one_class_are_drawn(label, tmp_path):
     assert len(plot(named("binary", 2), tmp_path, np.full(200, label))) == 3
@@ -70,11 +72,13 @@ def test_classes_that_never_occur_are_drawn(tmp_path):
     assert len(plot(named("multiclass", 12), tmp_path, np.zeros(200, int))) == 3
 
 
+@pytest.mark.slow
 def test_names_with_special_characters_are_drawn(tmp_path):
     task = Task("multilabel", ("_hidden", "costs $5 and $6", r"\frac{", "x" * 300))
     assert len(plot(task, tmp_path)) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drawn", TASKS[:1], indirect=True)
 def test_the_same_rows_give_the_same_bytes(drawn, tmp_path):
     for one, other in zip(drawn, plot(TASKS[0], tmp_path), strict=True):
@@ -87,6 +91,7 @@ def test_wrong_rows_leave_no_folder_behind(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_drawing_leaves_pyplot_and_its_global_state_alone():
     check = "import sys, sidelight.plots; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0

@@ -259,6 +259,7 @@ ENDPOINTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("path", "field", "body"), ENDPOINTS)
 def test_a_turn_that_no_probe_reads_is_trusted_or_refused(backbone, probes, path, field, body):
     rule = Rule("block", threshold=1.0)

@@ -181,6 +181,7 @@ def test_every_case_is_in_the_table():
     assert {row[0] for row in ROWS} == CASES.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", TOLD, ids=[f"{row[0]}, {row[1]}" for row in TOLD])
 def test_what_happens_is_what_the_table_says(row, tmp_path):
     name, rule, plain, streamed, text = row

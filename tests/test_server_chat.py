@@ -123,6 +123,7 @@ def test_without_probes_of_the_response_the_output_was_not_run(early_client):
     assert moderated.moderation.to_dict() == answer.moderation.to_dict()
 
 
+@pytest.mark.slow
 def test_requests_at_once_get_their_own_verdicts(address, client):
     texts = [f"{'word ' * (i % 5)}{i}" for i in range(16)]
 
@@ -166,6 +167,7 @@ def test_probes_add_no_forward_pass_to_a_served_completion(backbone):
     assert plain.moderation is None
 
 
+@pytest.mark.slow
 def test_a_seed_gives_the_same_text(client):
     request = {**GREEDY, "temperature": 1.2, "top_p": 0.95, "seed": 11}
     first, again = (client.chat.completions.create(**request) for _ in range(2))
@@ -174,6 +176,7 @@ def test_a_seed_gives_the_same_text(client):
     assert texts[0] == texts[1] != texts[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("as_list", [False, True])
 def test_a_stop_string_ends_the_text(client, as_list):
     whole = client.chat.completions.create(**GREEDY).choices[0].message.content

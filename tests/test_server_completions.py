@@ -71,6 +71,7 @@ def test_several_prompts_are_written_in_their_order(client):
     assert together.usage.prompt_tokens == sum(a.usage.prompt_tokens for a in alone)
 
 
+@pytest.mark.slow
 def test_many_texts_of_many_prompts_fit_into_the_queue(client):
     prompts = [f"Once upon a time {i}" for i in range(16)]
     answer = client.completions.create(**{**TEXT, "prompt": prompts, "max_tokens": 1}, n=16)
@@ -209,6 +210,7 @@ def test_probes_of_chats_give_no_verdict_on_plain_text(chat_probes, prompt, watc
     assert finished.judgement.failed == ("late",)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("prompt", ["Once upon a time", chat_of("hello")])
 def test_a_blocking_rule_refuses_plain_text_that_its_probe_cannot_judge(

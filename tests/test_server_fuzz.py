@@ -200,6 +200,7 @@ def test_a_body_with_odd_parts_is_answered_or_refused(address, data, path):
     require_one_answer(talk(address, request(path, body, "Connection: close")))
 
 
+@pytest.mark.slow
 @SOME
 @given(data=st.data(), path=PATHS)
 def test_a_damaged_body_is_answered_or_refused(address, data, path):
@@ -227,6 +228,7 @@ TYPES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", TYPES)
 def test_a_body_of_any_type_is_answered_or_refused(address, kind):
     for path, value in VALID.items():
@@ -241,6 +243,7 @@ CHUNKED += b"Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
 MODERATION = b'{"input": "hello"}'
 
 
+@pytest.mark.slow
 @SOME
 @given(
     size=st.sampled_from([b"12", b"0012", b"12;x=y", b"0x12", b"-1", b"", b"ffffffffffffffffffff"]),
@@ -253,6 +256,7 @@ def test_any_chunks_are_read_refused_or_waited_for_in_vain(address, size, rest, 
         require_sound(answer)
 
 
+@pytest.mark.slow
 @SOME
 @given(head=st.binary(max_size=300), half_closes=st.booleans())
 def test_any_first_bytes_are_refused_or_waited_for_in_vain(address, head, half_closes):
@@ -281,6 +285,7 @@ BAD_HEADS = {
 TARGETS = [b"/v1/moderations", b"*", b"http://[", b"/%00%ff%", b"x" * 9000]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lines", BAD_HEADS.values(), ids=BAD_HEADS)
 def test_a_bad_head_is_refused(address, lines):
     for target in TARGETS:

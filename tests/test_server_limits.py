@@ -144,6 +144,7 @@ def test_what_is_not_http_is_a_400_of_the_usual_shape(impatient):
     assert json.loads(body)["error"]["type"] == "invalid_request_error"
 
 
+@pytest.mark.slow
 def test_too_many_connections_are_closed_and_the_others_are_served(impatient):
     opened = []
     try:
@@ -163,6 +164,7 @@ def test_too_many_connections_are_closed_and_the_others_are_served(impatient):
     pytest.fail("the server did not recover")
 
 
+@pytest.mark.slow
 def test_a_client_that_reads_nothing_frees_its_place():
     # More than the buffers of both ends hold.
     unread = b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 1000
@@ -191,6 +193,7 @@ def test_a_deadline_is_a_504_and_frees_the_place():
         assert is_idle(http)
 
 
+@pytest.mark.slow
 def test_a_stream_past_its_deadline_ends_with_an_error_and_no_done():
     one, backbone = engine()
     slow(backbone)
@@ -226,6 +229,7 @@ def test_more_requests_at_once_than_allowed_are_a_429_and_operators_are_served()
     assert int(refused[0].headers["retry-after"]) >= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_frees_its_place(stream):
     one, backbone = engine()
@@ -266,6 +270,7 @@ def serve_until_stopped(one, client, **options):
     return address
 
 
+@pytest.mark.slow
 def test_sigterm_turns_ready_503_and_running_requests_finish():
     one, backbone = engine()
     slow(backbone)

@@ -52,6 +52,7 @@ def reference(backbone, prompt, written):
     return torch.log_softmax(logits[len(prompt) - 1 : -1], dim=-1)
 
 
+@pytest.mark.slow
 def test_a_chat_has_the_models_own_log_probabilities(client, backbone, ids):
     answer = client.chat.completions.create(**CHAT, **DRAWN, top_logprobs=20)
     told = answer.choices[0].logprobs.content
@@ -94,6 +95,7 @@ def _name(ids, token):
     return f"bytes:{spelled}" if spelled.startswith("\\x") else spelled
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [1, 3])
 def test_a_stream_has_the_log_probabilities_of_the_plain_answer(client, n):
     request = {**CHAT, **DRAWN, "top_logprobs": 3, "n": n}
@@ -111,6 +113,7 @@ def test_a_stream_has_the_log_probabilities_of_the_plain_answer(client, n):
         )
 
 
+@pytest.mark.slow
 def test_a_streamed_text_has_the_log_probabilities_of_the_plain_one(client):
     request = {**TEXT, **DRAWN, "logprobs": 2, "n": 2}
     plain = client.completions.create(**request)
@@ -126,6 +129,7 @@ def test_a_streamed_text_has_the_log_probabilities_of_the_plain_one(client):
     }
 
 
+@pytest.mark.slow
 def test_openais_stream_helper_merges_them(client):
     plain = client.chat.completions.create(**CHAT, temperature=0, top_logprobs=1)
     with client.chat.completions.stream(**CHAT, temperature=0, top_logprobs=1) as stream:
@@ -166,6 +170,7 @@ def test_a_wrong_number_of_log_probabilities_is_a_400_that_names_the_field(
     assert refused.json()["error"]["param"] == param
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threshold", [0.0, 1.0])
 @pytest.mark.parametrize("stream", [False, True])
 def test_withheld_text_has_no_log_probabilities(backbone, late, threshold, stream):

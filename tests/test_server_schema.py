@@ -63,6 +63,7 @@ def schema(address):
     return schemathesis.openapi.from_url(f"{address}/openapi.json", headers=HEADERS)
 
 
+@pytest.mark.slow
 def test_every_operation_of_the_document_is_tried(schema):
     documented = {
         (method.upper(), path)
@@ -73,6 +74,7 @@ def test_every_operation_of_the_document_is_tried(schema):
     assert documented == set(OPERATIONS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "path"), OPERATIONS)
 @FEW
 @given(data=st.data())
@@ -81,6 +83,7 @@ def test_every_answer_is_as_the_document_says(schema, method, path, data):
     case.call_and_validate(checks=CHECKS, headers=HEADERS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", POSTS)
 @FEW
 @given(data=st.data())
@@ -93,6 +96,7 @@ def test_a_request_to_the_served_model_is_answered_as_the_document_says(schema, 
     case.call_and_validate(checks=CHECKS, headers=HEADERS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", POSTS)
 @FEW
 @given(data=st.data())

@@ -222,6 +222,7 @@ def test_without_the_extra_the_error_says_what_to_install(monkeypatch: pytest.Mo
         traces_of({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9"})
 
 
+@pytest.mark.slow
 def test_nothing_is_imported_while_traces_are_off():
     """What makes and sends spans; the bare interface is imported by other packages too."""
     code = (
@@ -247,6 +248,7 @@ class Collector(BaseHTTPRequestHandler):
         """Nothing."""
 
 
+@pytest.mark.slow
 def test_spans_reach_the_collector_at_the_latest_when_the_process_ends():
     code = (
         "import os; from sidelight.cli.serve import traces_of; "

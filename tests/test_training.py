@@ -65,6 +65,7 @@ def together(corpora):
     )
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bytes(corpora, together):
     # Whatever the caller's own random state is.
     torch.manual_seed(1234)
@@ -72,6 +73,7 @@ def test_the_same_seed_gives_the_same_bytes(corpora, together):
         assert contents(again) == contents(together[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", mechanism_names())
 def test_a_job_does_not_depend_on_its_neighbours(corpora, together, name):
     alone, among = trained(corpora, job(name, settings=BRIEF))[0], together[name]
@@ -108,11 +110,13 @@ def planted_auprc(corpora, kind, names):
     }
 
 
+@pytest.mark.slow
 def test_every_mechanism_learns_a_planted_signal(corpora):
     auprc = planted_auprc(corpora, "binary", mechanism_names())
     assert min(auprc.values()) > 0.95, auprc
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["multiclass", "multilabel"])
 def test_several_planted_signals_are_told_apart(corpora, kind):
     auprc = planted_auprc(corpora, kind, ["gate", "readout"])
@@ -296,6 +300,7 @@ def test_layer_weights_change_only_the_mechanisms_that_ask_for_them(corpora):
     assert weights.std() > 0.01
 
 
+@pytest.mark.slow
 def test_a_job_that_diverges_leaves_its_neighbours_alone(corpora):
     usual = TrainingSettings(epochs=2)
     jobs = [

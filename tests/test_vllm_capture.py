@@ -198,6 +198,7 @@ def test_an_engine_whose_parent_is_killed_ends():
     starter.wait()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["train", "predict"])
 def test_without_vllm_the_remedy_is_one_line(tiny, tmp_path, capsys, command):
     model = saved(tiny, tmp_path / "model")

@@ -120,6 +120,7 @@ def require_equal(probes, judgement, backbone, prompt, rounding=ROUNDING):
         assert actual.labels == wanted.labels
 
 
+@pytest.mark.slow
 @given(data=st.data())
 @settings(max_examples=30, deadline=None)
 def test_any_schedule_gives_the_verdicts_of_one_pass(data):
@@ -159,6 +160,7 @@ def test_any_schedule_gives_the_verdicts_of_one_pass(data):
         free += [block for block in blocks if block not in cached]
 
 
+@pytest.mark.slow
 def test_a_response_is_read_as_it_is_written(backbone, probes):
     played = Played(probes)
     ids = [int(t) for t in np.random.default_rng(3).integers(5, 300, 20)]
@@ -177,6 +179,7 @@ def test_a_response_is_read_as_it_is_written(backbone, probes):
         require_equal(early, played.judgement("r"), backbone, prompt)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [3, 9, 12, 17])
 def test_a_response_is_read_again_after_preemption(backbone, probes, chunk):
     played = Played(probes)
@@ -333,6 +336,7 @@ def test_a_layer_of_another_kind_is_refused():
         layer(torch.randn(5, 8))
 
 
+@pytest.mark.slow
 def test_the_compiler_keeps_the_operation():
     layer = nn.Linear(8, 8)
     tap_layers([layer], reads_embedding=False, width=8)

@@ -279,6 +279,7 @@ def test_pieces_cover_every_text_once_however_small_they_are(splits, make, monke
         np.testing.assert_allclose(use.layer_effects, whole.use[name].layer_effects, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mechanism", "kind"),
     [("attention", "binary"), ("readout", "multiclass"), ("gate", "multilabel")],

@@ -97,6 +97,7 @@ def fitted(
     return cache(lambda baseline, kind: baseline.fit(datasets[kind], seed=0))
 
 
+@pytest.mark.slow
 @every_kind
 @every_baseline
 def test_planted_signal_is_found_in_unseen_texts(baseline, kind, fitted, unseen):
@@ -107,12 +108,14 @@ def test_planted_signal_is_found_in_unseen_texts(baseline, kind, fitted, unseen)
     assert validation_score(TASKS[kind], logits, labels) > 0.6
 
 
+@pytest.mark.slow
 @every_baseline
 def test_the_same_seed_gives_the_same_logits(baseline, fitted, datasets, unseen):
     again = baseline.fit(datasets["multiclass"], seed=0).logits(unseen["multiclass"])
     assert np.array_equal(fitted(baseline, "multiclass").logits(unseen["multiclass"]), again)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["multiclass", "multilabel"])
 @every_baseline
 def test_a_class_without_training_texts_is_hardly_ever_predicted(baseline, kind, datasets, unseen):

@@ -74,6 +74,7 @@ def held_out_score(fitted, split):
     return validation_score(split.task, fitted.logits(split), split.labels)
 
 
+@pytest.mark.slow
 @EVERY
 @pytest.mark.parametrize("kind", TASKS)
 def test_every_baseline_learns_a_planted_signal(tiny, splits, baseline, kind):
@@ -82,6 +83,7 @@ def test_every_baseline_learns_a_planted_signal(tiny, splits, baseline, kind):
     assert held_out_score(fitted, splits[kind]["held out"]) > 0.8
 
 
+@pytest.mark.slow
 @EVERY
 def test_a_few_texts_of_a_data_set_are_enough_to_fit_to(tiny, splits, baseline):
     training = splits["binary"]["training"]
@@ -91,6 +93,7 @@ def test_a_few_texts_of_a_data_set_are_enough_to_fit_to(tiny, splits, baseline):
     assert held_out_score(fitted, splits["binary"]["held out"]) > 0.55
 
 
+@pytest.mark.slow
 @EVERY
 def test_the_seed_decides_every_byte(tiny, splits, baseline):
     dataset, test = dataset_of(tiny, splits), splits["binary"]["held out"]
@@ -117,6 +120,7 @@ def test_logits_follow_the_texts(tiny, splits, baseline):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["binary", "multiclass"])
 def test_parameters_are_counted_exactly(tiny, splits, kind):
     # Width 32, 4 layers of states.

@@ -69,6 +69,7 @@ def other(most_pairs: float) -> Subject:
     return Subject("other", "one pass", weights_bytes=7, run=run, most_pairs=most_pairs)
 
 
+@pytest.mark.slow
 def test_every_row_writes_the_token_that_the_llm_alone_writes(tiny, subjects):
     prompts = ragged_prompts(tiny)
     expected = subjects[0].run(prompts).tokens
@@ -107,6 +108,7 @@ def test_the_bank_gives_ten_verdicts_on_each_prompt(tiny, subjects):
     assert [len({v.probe for v in verdicts}) for verdicts in answer.verdicts] == [10, 10, 10]
 
 
+@pytest.mark.slow
 def test_an_encoder_reads_all_of_a_text_longer_than_its_positions(tiny, subjects):
     encoder = encoder_first("encoder", other(10**9), device=CPU, dtype=torch.float32)
     batch = ragged_prompts(tiny)
@@ -124,6 +126,7 @@ def test_the_encoder_has_the_parameters_of_minilm_and_the_guard_those_of_the_llm
     assert named(subjects, "guard of its size, then LLM").weights_bytes == 2 * llm
 
 
+@pytest.mark.slow
 def test_ratios_are_paired_with_the_first_row(tiny, subjects):
     loads = random_loads(tiny, [8], batch_sizes=[2])
     base, second = compare_latency([subjects[0], other(2 * 8**2)], loads, repeats=3, device=CPU)
@@ -143,6 +146,7 @@ def test_each_round_begins_with_another_action():
     assert {name: len(own) for name, own in seconds.items()} == {"a": 4, "b": 4, "c": 4}
 
 
+@pytest.mark.slow
 def test_a_row_is_left_out_where_its_subject_does_not_accept_the_load(tiny, subjects):
     loads = random_loads(tiny, [4, 8], batch_sizes=[1])
     rows = compare_latency([subjects[0], other(4**2)], loads, repeats=1, device=CPU)
@@ -166,6 +170,7 @@ def test_kept_states_are_not_read_at_a_size_that_fills_the_memory(tiny, subjects
     assert not naive.accepts(Load("two", 2, ((long, prompt),)))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process its own peak")
 def test_peak_memory_is_what_the_work_held_even_if_as_much_was_freed_before():
     def work() -> None:
@@ -223,6 +228,7 @@ def test_an_unknown_mechanism_is_named(tiny):
         default_subjects(tiny, mechanisms=["gat"])
 
 
+@pytest.mark.slow
 def test_the_record_holds_every_figure_and_what_it_was_measured_on(tiny, subjects, tmp_path):
     loads = random_loads(tiny, [4], batch_sizes=[1, 2])
     rows = compare_latency([subjects[0], other(64)], loads, repeats=2, device=CPU)
@@ -244,6 +250,7 @@ def model(tiny: TransformersBackbone, tmp_path_factory: pytest.TempPathFactory) 
     return saved(tiny, tmp_path_factory.mktemp("model"))
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_table_and_draws_a_picture_of_each_batch_size(
     model, tmp_path: Path, monkeypatch, capsys
 ):
@@ -262,6 +269,7 @@ def test_the_command_prints_the_table_and_draws_a_picture_of_each_batch_size(
     ]
 
 
+@pytest.mark.slow
 def test_the_command_takes_prompts_of_a_file_without_labels(
     model, tmp_path: Path, monkeypatch, capsys
 ):
@@ -289,6 +297,7 @@ def test_the_command_takes_prompts_of_a_file_without_labels(
     assert 32 < rows[0]["mean_tokens"] < 64
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "remedy"),
     [

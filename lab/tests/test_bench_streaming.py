@@ -56,6 +56,7 @@ def responses(is_positive, tokens, prompts=None):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mechanism", ["readout", "gate", "attention", "fusion"])
 def test_a_running_score_is_the_verdict_on_the_response_so_far(tiny, mechanism):
     probes = [
@@ -162,6 +163,7 @@ def test_labels_that_cannot_be_told_apart_are_refused():
         with_positives(loaded, ["refused", "helped"], name="refusal")
 
 
+@pytest.mark.slow
 def test_the_command_writes_table_picture_and_probe(tiny, tmp_path, own_cache, capsys):
     data, out = tmp_path / "answers.jsonl", tmp_path / "out"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows()))

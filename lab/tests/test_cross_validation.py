@@ -27,6 +27,7 @@ def closed() -> None:
     raise AssertionError("the test was opened")
 
 
+@pytest.mark.slow
 @pytest.mark.unchecked
 @pytest.mark.parametrize("kind", ["binary", "multiclass", "multilabel"])
 def test_every_row_is_scored_on_every_fold_and_the_test_stays_closed(context, tmp_path, kind):

@@ -397,6 +397,7 @@ def test_any_files_make_a_data_set(tmp_path: Path):
         from_files(train, test, text="words", label="urgent", subset="hrad")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not DATA.is_dir(), reason=f"no data sets at {DATA}: set SIDELIGHT_DATA to their folder"
 )

@@ -48,6 +48,7 @@ def local(tiny: TransformersBackbone, tmp_path: Path) -> list[str]:
     return [word for name, path in places.items() for word in (f"--{name}", str(path))]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("own_cache")
 def test_the_command_makes_a_table_of_local_files(local: list[str], tmp_path: Path):
     arguments = ["sst2", *local, "--only", "readout,tfidf", "--seeds", "1"]
@@ -58,6 +59,7 @@ def test_the_command_makes_a_table_of_local_files(local: list[str], tmp_path: Pa
     assert (tmp_path / "out" / "table.md").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("own_cache")
 def test_a_latency_recipe_times_random_and_real_prompts(
     local: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -85,6 +87,7 @@ def rows_file(path, count, seed):
     return str(path)
 
 
+@pytest.mark.slow
 def test_a_table_of_ones_own_files(tiny, tmp_path, own_cache, capsys):
     model = saved(tiny, tmp_path / "model")
     files = [rows_file(tmp_path / f"{i}.jsonl", 80, seed=i) for i in (1, 2)]

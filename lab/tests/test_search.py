@@ -61,6 +61,7 @@ def configurations(best):
     return [(trial.spec, trial.settings) for trial in best.trials]
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_trials_and_another_seed_others(dataset, found, tmp_path):
     again = search_settings(dataset, "gate", storage=tmp_path / "again", **PLAN)
     other = search_settings(dataset, "gate", storage=tmp_path / "other", **{**PLAN, "seed": 1})
@@ -86,6 +87,7 @@ def test_a_killed_search_ends_as_if_it_had_not_been_killed(dataset, found, cache
     assert resumed == found
 
 
+@pytest.mark.slow
 def test_a_finished_search_reads_nothing_and_a_longer_one_adds_trials(dataset, tmp_path):
     reads = []
     dataset.training.states.on_read = lambda: reads.append(1)
@@ -99,6 +101,7 @@ def test_a_finished_search_reads_nothing_and_a_longer_one_adds_trials(dataset, t
     assert len(longer.trials) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trained", [0, 3])
 def test_what_a_kill_left_half_written_does_not_count(dataset, found, tmp_path, trained):
     storage = tmp_path / "journal"
@@ -132,6 +135,7 @@ def test_opening_a_journal_writes_nothing_to_what_is_there(dataset, tmp_path):
     assert storage.read_bytes().startswith(before)
 
 
+@pytest.mark.slow
 def test_a_generation_reads_each_shard_once_an_epoch(dataset, tmp_path):
     reads = []
     dataset.training.states.on_read = lambda: reads.append(1)
@@ -161,6 +165,7 @@ def test_the_best_has_the_highest_score(found):
     assert [trial.number for trial in found.trials] == list(range(6))
 
 
+@pytest.mark.slow
 def test_other_validation_labels_choose_other_settings(tiny, cache, found, tmp_path):
     flipped = dataset_at(tiny, cache, flipped=True)
     other = search_settings(flipped, "gate", storage=tmp_path / "journal", **PLAN)
@@ -174,6 +179,7 @@ def test_a_probe_dataset_has_no_place_for_test_data():
     assert names == {"backbone", "training", "validation", "folds", "warnings"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", mechanism_names())
 def test_every_mechanism_has_a_usable_space_that_starts_at_its_defaults(name, dataset, tmp_path):
     best = search_settings(
@@ -188,6 +194,7 @@ def test_every_mechanism_has_a_usable_space_that_starts_at_its_defaults(name, da
     assert None not in (defaults.score, drawn.score)
 
 
+@pytest.mark.slow
 def test_impossible_options_are_not_tried(dataset, tmp_path):
     specs = possible_specs("attention", SMOLLM2, SPACES["attention"].options)
     pairs = {(spec.options["factor"], spec.options["heads"]) for spec in specs}
@@ -264,6 +271,7 @@ def test_a_search_leaves_a_table_the_best_and_a_picture(found, tmp_path):
     assert imread(tmp_path / "sensitivity.png").std() > 0.01
 
 
+@pytest.mark.slow
 def test_enough_trials_say_which_parameter_matters(dataset, tmp_path):
     best = search_settings(
         dataset, "pooling", trials=16, generation=16, seed=0, storage=tmp_path / "journal"
@@ -272,6 +280,7 @@ def test_enough_trials_say_which_parameter_matters(dataset, tmp_path):
     assert sum(best.importance.values()) == pytest.approx(1)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("own_cache")
 @pytest.mark.parametrize("has_validation", [True, False])
 def test_the_printed_command_trains_what_was_found(
@@ -308,6 +317,7 @@ def test_the_printed_command_trains_what_was_found(
     assert measured == pytest.approx(found["score"], abs=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("own_cache")
 @pytest.mark.parametrize("has_validation", [True, False])
 def test_a_search_warns_of_what_training_warns_of(

@@ -70,6 +70,7 @@ def make(tiny: TransformersBackbone, cache: Path, tmp_path: Path) -> Make:
     return run
 
 
+@pytest.mark.slow
 def test_a_comparison_is_made_end_to_end(finished: Finished):
     made, folder = finished.table, finished.folder
     assert [table.title for table in made.tables] == ["Planted, all", "Planted, odd"]
@@ -273,6 +274,7 @@ def test_a_searched_probe_is_trained_as_the_search_says(make: Make, tmp_path: Pa
     assert (settings["epochs"], settings["learning_rate"]) == (1, 5e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.unchecked
 def test_a_transfer_is_tested_on_the_other_data_set(make: Make):
     # The same question, its labels named otherwise.
@@ -311,6 +313,7 @@ def test_a_few_shot_draw_has_as_many_texts_of_each_class(make: Make, tmp_path: P
     assert shown["value"] == pytest.approx(mean)
 
 
+@pytest.mark.slow
 def test_a_sweep_trains_every_probe_with_every_value(make: Make, tmp_path: Path):
     text = TABLE.partition("[[baseline]]")[0].replace('"comparison"', '"sensitivity"')
     text = text.replace('ours = ["readout"]', "")
@@ -325,6 +328,7 @@ def test_a_sweep_trains_every_probe_with_every_value(make: Make, tmp_path: Path)
     assert [row.spec.options["heads"] for row in build_rows(only, suggested)] == [1, 4]
 
 
+@pytest.mark.slow
 def test_several_classes_make_a_table(make: Make, tmp_path: Path):
     text = TABLE.replace('"auprc"', '"accuracy"').replace("seeds = 2", "seeds = 1")
     made = make(text, data=Data("multiclass"))
@@ -337,6 +341,7 @@ def test_several_classes_make_a_table(make: Make, tmp_path: Path):
     assert row["metrics"]["accuracy"]["mean"] == pytest.approx(right.mean())
 
 
+@pytest.mark.slow
 def test_a_validation_score_is_that_of_the_stored_logits(make: Make, tmp_path: Path):
     row = rows_of(make())["tfidf"]
     (file,) = (tmp_path / "runs").glob("tfidf-*/result.npz")
@@ -357,6 +362,7 @@ def test_cached_states_give_the_logits_of_a_forward_pass(
         np.testing.assert_allclose(own, other, atol=0.02 * np.abs(other).max())
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_is_left_out_and_told(make: Make, tmp_path: Path):
     made = make(TABLE.replace("epochs = 2", "epochs = 2, weight_decay = 1e38"))
     assert list(rows_of(made)) == ["readout", "tfidf"]
@@ -376,6 +382,7 @@ def test_validation_texts_that_cannot_choose_are_refused_before_any_work(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_other_test_texts_are_another_opening(make: Make, tmp_path: Path):
     head, _, tail = TABLE.partition("[[probe]]")
     text = head.replace('ours = ["readout"]', "") + "".join(tail.rpartition("[[baseline]]")[1:])
