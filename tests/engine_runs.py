@@ -1,4 +1,4 @@
-"""An embedded engine at work: what to ask it, and what the model alone would answer."""
+"""The transformers engine at work: what to ask it, and what the model alone would answer."""
 
 import asyncio
 from dataclasses import dataclass

@@ -52,7 +52,7 @@ class Servers:
 
 
 def transformers_engine() -> Engine:
-    """The embedded engine with probes of both sides."""
+    """The transformers engine with probes of both sides."""
     backbone = tiny_backbone()
     late = untrained_probe(backbone, "late", reads=Reads("response"))
     return TransformersEngine(backbone, [*three_probes(backbone), late])

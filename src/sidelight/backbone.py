@@ -1,7 +1,7 @@
 """Frozen LLMs: how to get one by name, taps on its hidden states, and its fingerprint.
 
 Any Hugging Face causal LM can be a backbone: decoder blocks are found by structure, not by name.
-Training, evaluation and the one-machine server use it. It does not batch requests (``engines/``).
+Training, evaluation and the transformers engine use it. It does not batch requests (``engines/``).
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The embedded engine: continuous batching over plain ``transformers`` forward calls.
+"""The transformers engine: continuous batching over plain ``transformers`` forward calls.
 
 ``transformers`` has a batching loop of its own, ContinuousBatchingManager. It takes no seed per
 request, tells which rows belong to which request in private attributes only, and reached 586
