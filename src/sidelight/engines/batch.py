@@ -184,11 +184,10 @@ class Batch:
         """The requests whose texts are being written."""
         return [g.request for rows in self._rows.values() for g in rows.generations]
 
-    def drop(self, requests: Collection[Request]) -> list[Emission]:
+    def drop(self, requests: Collection[Request]) -> None:
         """Frees the rows of these requests, if they have any."""
         for panel, rows in [*self._rows.items()]:
             self._put(panel, rows.without([g for g in rows.generations if g.request in requests]))
-        return []
 
     def prefill(self, requests: Sequence[Request]) -> list[Emission]:
         """Reads whole prompts in one pass, judges them, and writes the first tokens.

@@ -85,20 +85,20 @@ class RequestQueue:
         gone = set(requests)
         self._waiting = [request for request in self._waiting if request not in gone]
 
-    def admit(self, running: Sequence[Request]) -> list[Request]:
+    def take_next(self, running: Sequence[Request]) -> list[Request]:
         """Removes and returns those that go into the next prefill, beside the ``running``."""
-        admitted: list[Request] = []
+        taken: list[Request] = []
         is_blocked = False
         for request in self._waiting:
-            if not self._fits_prefill([*admitted, request]):
+            if not self._fits_prefill([*taken, request]):
                 break
-            written = [r for r in (*running, *admitted) if not r.is_check]
+            written = [r for r in (*running, *taken) if not r.is_check]
             fits = request.is_check or self._fits_running([*written, request])
             is_blocked = is_blocked or not fits
             if request.is_check or not is_blocked:
-                admitted.append(request)
-        self.leave(admitted)
-        return admitted
+                taken.append(request)
+        self.leave(taken)
+        return taken
 
     def _fits_prefill(self, batch: Sequence[Request]) -> bool:
         longest = max(len(request.prompt) for request in batch)

@@ -193,22 +193,22 @@ class TransformersEngine(Engine):
         if cancelled:
             drop = partial(self._batch.drop, cancelled)
             self._deliver(await self._pass(drop, self._batch.requests))
-        admitted = self._queue.admit(self._batch.requests)
-        for panel in dict.fromkeys(request.panel for request in admitted):
-            prompts = [request for request in admitted if request.panel is panel]
+        taken = self._queue.take_next(self._batch.requests)
+        for panel in dict.fromkeys(request.panel for request in taken):
+            prompts = [request for request in taken if request.panel is panel]
             self._deliver(await self._pass(partial(self._batch.prefill, prompts), prompts))
         if running := self._batch.requests:
             self._deliver(await self._pass(self._batch.decode, running))
 
     async def _pass(
-        self, work: Callable[[], list[Emission]], requests: Sequence[Request]
+        self, work: Callable[[], list[Emission] | None], requests: Sequence[Request]
     ) -> list[Emission]:
         """Works in the model's thread; if that fails, these requests fail and leave the batch."""
         future = asyncio.get_running_loop().run_in_executor(self._thread, work)
         await asyncio.wait({future})
         error = future.exception()
         if error is None:
-            return future.result()
+            return future.result() or []
         name = type(error).__name__
         # Without the error's message, which may quote a prompt.
         places = "".join(traceback.format_tb(error.__traceback__))
