@@ -43,6 +43,11 @@ class PlainText:
 Conversation = Sequence[Message] | PlainText
 
 
+def has_response(turns: Sequence[Message]) -> bool:
+    """Whether the last turn is the assistant's, which is then taken as the response to judge."""
+    return bool(turns) and turns[-1].role == "assistant"
+
+
 class Part(IntEnum):
     """What a token belongs to."""
 

@@ -10,7 +10,14 @@ from torch import Tensor
 from sidelight.engines.base import Sampling, Tokens
 from sidelight.engines.logprobs import UNFINISHED, Speller
 from sidelight.errors import ContextLengthError
-from sidelight.prompts import Conversation, EncodedPrompt, Message, PlainText, PromptEncoder
+from sidelight.prompts import (
+    Conversation,
+    EncodedPrompt,
+    Message,
+    PlainText,
+    PromptEncoder,
+    has_response,
+)
 
 
 class Detokenizer:
@@ -129,17 +136,12 @@ class Sampler:
 WARM_UP = (Message("user", "Hello"), Message("assistant", "Hello"))
 
 
-def has_response(messages: Sequence[Message]) -> bool:
-    """Whether the last turn is the assistant's."""
-    return bool(messages) and messages[-1].role == "assistant"
-
-
 class TextCodec:
     """Encodes texts within a model's context, and decodes its tokens.
 
     Args:
-        encoder: The model's.
-        tokenizer: The model's.
+        encoder: Turns texts into tokens as the model reads them, within its chat template.
+        tokenizer: Turns tokens back into text; the model's own, from transformers.
         max_tokens: The most tokens that the model reads and writes together.
     """
 
@@ -165,7 +167,7 @@ class TextCodec:
             prompt = self._encoder.encode(text)
         else:
             prompt = self._encoder.encode(text[:-1], response=text[-1].content)
-        self.require_fitting(prompt)
+        self.require_within_context(prompt)
         return prompt
 
     def encode_to_continue(
@@ -190,8 +192,10 @@ class TextCodec:
         ids = self.encode(text).token_ids
         return Tokens(ids, tuple(self._tokenizer.convert_ids_to_tokens(ids)))
 
-    def require_fitting(self, prompt: EncodedPrompt) -> None:
+    def require_within_context(self, prompt: EncodedPrompt) -> None:
         """Checks that the model can read the prompt.
+
+        ``encode`` calls it; so does vLLM's engine, for prompts that its caller has encoded.
 
         Raises:
             ContextLengthError: It is too long.

@@ -32,10 +32,10 @@ from sidelight.engines.base import (
 )
 from sidelight.engines.batch import Batch, Emission
 from sidelight.engines.queue import Limits, Request, RequestQueue
-from sidelight.engines.text import WARM_UP, TextCodec, has_response
+from sidelight.engines.text import WARM_UP, TextCodec
 from sidelight.errors import SidelightError
 from sidelight.probe import Probe
-from sidelight.prompts import Conversation, Message
+from sidelight.prompts import Conversation, Message, has_response
 
 _log = logging.getLogger(__name__)
 

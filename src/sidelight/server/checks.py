@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from sidelight.policy.enforcement import check_decisions
 from sidelight.policy.rules import Side
-from sidelight.prompts import Conversation, Message, PlainText
+from sidelight.prompts import Conversation, Message, PlainText, has_response
 from sidelight.server.context import Context, InContext, unless_left
 from sidelight.server.errors import RequestError
 from sidelight.server.report import Categories, Extension, Report, categories, verdict_json
@@ -109,8 +109,8 @@ def as_user(text: str) -> list[Message]:
 
 
 def is_answered(turns: Sequence[Message]) -> bool:
-    """Whether the last turn is the assistant's and says something that can be judged."""
-    return bool(turns) and turns[-1].role == "assistant" and bool(turns[-1].content)
+    """Whether it has a response that says something; an empty one cannot be judged."""
+    return has_response(turns) and bool(turns[-1].content)
 
 
 class ModerationResult(Categories):

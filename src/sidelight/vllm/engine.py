@@ -25,10 +25,10 @@ from sidelight.engines.base import (
     require_same_model,
 )
 from sidelight.engines.queue import Limits
-from sidelight.engines.text import WARM_UP, TextCodec, has_response
+from sidelight.engines.text import WARM_UP, TextCodec
 from sidelight.errors import SidelightError, did_you_mean
 from sidelight.probe import Probe, common_format
-from sidelight.prompts import Conversation, EncodedPrompt, Message, PromptEncoder
+from sidelight.prompts import Conversation, EncodedPrompt, Message, PromptEncoder, has_response
 from sidelight.types import Judgement
 from sidelight.vllm.exchange import Exchange, ProbeFolder
 from sidelight.vllm.requests import (
@@ -206,7 +206,7 @@ class VllmEngine(Engine):
 
     def _checked(self, prompt: EncodedPrompt) -> AsyncGenerator[Output, None]:
         """The outputs for a text that is only judged: one token, which vLLM must write."""
-        self._codec.require_fitting(prompt)
+        self._codec.require_within_context(prompt)
         return self.outputs(prompt, sampling_params(Sampling(temperature=0.0), 1, prompt))
 
     async def check(self, prompt: EncodedPrompt) -> Judgement:
