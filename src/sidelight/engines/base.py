@@ -98,7 +98,7 @@ Event = PromptJudged | TextDelta | ResponseScored | Finished
 E = TypeVar("E", bound=Event)
 
 
-def written_by(event: Event) -> int:
+def sampled_tokens(event: Event) -> int:
     """How many tokens the event says have been sampled; 0 if it does not say."""
     match event:
         case TextDelta() | ResponseScored():

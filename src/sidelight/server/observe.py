@@ -20,7 +20,7 @@ from typing import Any
 
 from fastapi import Request
 
-from sidelight.engines.base import Event, Finished, PromptJudged, ResponseScored, written_by
+from sidelight.engines.base import Event, Finished, PromptJudged, ResponseScored, sampled_tokens
 from sidelight.errors import SidelightError
 from sidelight.policy.decisions import Action, Decision
 from sidelight.prompts import Conversation, PlainText
@@ -159,7 +159,7 @@ class RequestTextObserver:
         self._record(decisions)
 
     def read(self, event: Event) -> None:
-        self._tokens = max(self._tokens, written_by(event))
+        self._tokens = max(self._tokens, sampled_tokens(event))
         # A text that no probe reads took none of a probe's time.
         if isinstance(event, ResponseScored | Finished) and event.judgement != Judgement():
             self._judging_s = event.judging_s
