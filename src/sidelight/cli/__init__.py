@@ -74,7 +74,8 @@ def _serve() -> click.Command:
     return serve
 
 
-for _command in (train, evaluate, predict, _serve(), demo, inspect, push, pull, env, parity):
+_COMMANDS = (train, evaluate, predict, _serve(), demo, inspect, push, pull, env, parity)
+for _command in _COMMANDS:
     app.add_command(_command)
 
 
