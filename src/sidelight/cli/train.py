@@ -49,7 +49,7 @@ _AUTO = "auto"
 @training_options
 @mechanism_option(
     default=_AUTO,
-    help="auto: what suits the number of texts. Or several, with commas, of attention, blend, "
+    help="auto (chosen by the number of texts), or a comma-separated list: attention, blend, "
     "fusion, gate, pooling, readout.",
 )
 @option(
@@ -92,10 +92,11 @@ _AUTO = "auto"
 @option(
     "--long-inputs",
     is_flag=True,
-    help="Learn to find a text among others: for labels that a part of a text can have.",
+    help="Also train on long inputs made of several texts, so that a short match inside a long "
+    "input is found. Not for multi-class labels.",
 )
-@option("--learning-rate", type=float, help="At the start. [default: the mechanism's]")
-@option("--weight-decay", type=float, help="Of AdamW. [default: the mechanism's]")
+@option("--learning-rate", type=float, help="Initial learning rate. [default: the mechanism's]")
+@option("--weight-decay", type=float, help="Weight decay of AdamW. [default: the mechanism's]")
 @option("--epochs", type=AT_LEAST_ONE, help="The most epochs. [default: the mechanism's]")
 @option("--batch-size", type=AT_LEAST_ONE, help="Texts per step. [default: 32; less for few texts]")
 @engine_options
@@ -126,8 +127,8 @@ def train(
 
     The backbone runs once over the texts; all mechanisms and seeds train from its hidden states.
     Early stopping, threshold and calibration use validation rows only. Fewer than 1,000 rows
-    without --validation are cross-fitted: all of them train the probe, and each row is judged by a
-    probe that it did not train. A killed run keeps the shards of activations that it finished.
+    without --validation are cross-fitted: all of them train the probe, and each row is scored by a
+    probe that did not train on it. A killed run keeps the shards of hidden states that it finished.
     """
     # Before imports that take seconds: a misspelt name is refused at once.
     from sidelight.mechanisms.base import mechanism_names, mechanism_spec
@@ -204,11 +205,14 @@ def _assignments(
     for assignment in assignments:
         target, equals, value = assignment.partition("=")
         mechanism, dot, option = target.partition(".")
-        if not (equals and dot) or mechanism not in mechanisms:
+        if not (equals and dot):
             raise SidelightError(
                 f"Cannot read --set {assignment}. Write MECHANISM.OPTION=VALUE, such as "
-                f"attention.factor=16, for a mechanism that --mechanism names (it names "
-                f"{', '.join(mechanisms)}): --mechanism {mechanism if dot else 'attention'}."
+                "attention.factor=16."
+            )
+        if mechanism not in mechanisms:
+            raise SidelightError(
+                f"--set {assignment} needs --mechanism {mechanism} (got: {', '.join(mechanisms)})."
             )
         options.setdefault(mechanism, {})[option] = int(value) if value.isdigit() else value
     return options

@@ -1,5 +1,8 @@
 """Hidden states of a data set on disk, in shards that many probes train from.
 
+``ActivationCache`` writes and reads the shards; ``states_of`` gives some of its texts, from memory
+if they are small enough.
+
 A shard holds the states of some texts, ragged and in bf16: hundreds of texts of a small backbone, a
 handful of a wide one. Its file appears under its name only when it is whole, so an extraction that
 was killed continues where it stopped.
@@ -32,7 +35,7 @@ SHARD_BYTES = 512 * 2**20
 _BYTES_PER_VALUE = 2
 # Left free on the disk whatever the budget says.
 _RESERVE_BYTES = 2 * 2**30
-# A file of this name says that a run was told to keep the activations.
+# A file of this name says that a run was told to keep the hidden states.
 _KEPT = "kept"
 # Up to this size, some texts of a cache are held in memory.
 _MEMORY_BYTES = 2**30
@@ -213,7 +216,7 @@ class ActivationCache:
         if to_write > free or (budget_bytes is not None and needed > budget_bytes):
             limit = free if budget_bytes is None else min(free, budget_bytes)
             raise SidelightError(
-                f"The activations need {needed / 2**30:.1f} GiB, but only "
+                f"The hidden states need {needed / 2**30:.1f} GiB, but only "
                 f"{max(limit, 0) / 2**30:.1f} GiB may be used at {self.directory.parent}. "
                 "Raise --cache-budget, name another disk with --cache, or use fewer rows (--limit)."
             )

@@ -47,14 +47,15 @@ def random_beginnings(tokens: Ragged) -> Ragged:
 
 
 def among_others(tokens: Ragged, labels: Int[Tensor, "text ..."]) -> Ragged:
-    """Each text at a random place among texts of the batch that have no label.
+    """Each text inside a long input that is otherwise made of negative texts of its batch.
 
     A probe that has only seen short texts misses one of them in a long input. If a label says that
     some part of a text has a property, several texts in one input have the labels of all. The
     hidden states are those of each text by itself, so this costs no forward pass; docs/results.md
     has what it brings.
 
-    The number of others is log-uniform, from 1 to 40. If every text has a label, nothing changes.
+    The text's position is random, and the number of others is log-uniform, from 1 to 40. If every
+    text has a label, nothing changes.
 
     Args:
         tokens: The tokens of each text, in any form.

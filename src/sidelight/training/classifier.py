@@ -144,7 +144,8 @@ def train(
         validation: Like ``data``; None holds part of ``data`` out, or cross-fits it if it is small.
         name: How verdicts name the probe.
         seeds: Probes to train; the one with the best validation score is kept.
-        long_inputs: Whether the probe learns to find a text among others in a long input.
+        long_inputs: Whether to train on long inputs made of several texts too, so that a short
+            match inside a long input is found. Not for multi-class labels.
         source: The engine that computes the hidden states, such as ``VllmSource``; None means the
             backbone itself.
 
@@ -182,7 +183,7 @@ def load(
         directory: The artifact.
         model: The backbone, or its name; None takes the name it was trained under.
         dtype: The dtype of a backbone that is loaded, as ``load_backbone`` takes it.
-        device: Its device, likewise.
+        device: Its device, as ``load_backbone`` takes it.
 
     Raises:
         FingerprintMismatchError: ``model`` is another backbone.

@@ -1,9 +1,10 @@
-"""Cross-fitting for few texts: each of them both teaches the probe and judges it.
+"""Cross-fitting for small data.
 
-A fold is judged by probes that the other folds taught. Calibration, threshold and figures are made
-from these logits of all texts; the probe itself is trained on all texts, for every epoch. A part
-held out of few texts would be missed in training, and too small to stop or choose by
-(docs/results.md has the comparison).
+Every text trains the probe, and is scored by a probe that did not train on it: a fold is scored by
+probes that were trained on the other folds. Calibration, threshold and figures are made from these
+logits of all texts; the probe itself is trained on all texts, for every epoch. A part held out of
+few texts would be missed in training, and too small to stop or choose by (docs/results.md has the
+comparison).
 """
 
 from collections.abc import Sequence
@@ -46,7 +47,7 @@ def cross_fit(jobs: Sequence[Job], whole: ProbeDataset, folds: Folds) -> list[Tr
 def judge_by_folds(
     jobs: Sequence[Job], whole: ProbeDataset, folds: Folds
 ) -> list[Float[np.ndarray, "text output"] | None]:
-    """For each job the logits of all texts, each by a probe that the other folds taught.
+    """For each job the logits of all texts, each by a probe trained on the other folds.
 
     Args:
         jobs: What to train.
@@ -58,7 +59,7 @@ def judge_by_folds(
     """
     logits = [_blank(whole) for _ in jobs]
     diverged: set[int] = set()
-    for place, fold in enumerate(folds, 1):
+    for index, fold in enumerate(folds, 1):
         part = _without(whole, fold)
         trained = train_mechanisms(
             jobs,
@@ -66,7 +67,7 @@ def judge_by_folds(
             validation=None,
             judged=part.validation,
             device=whole.backbone.device,
-            title=f"Training, fold {place} of {len(folds)}",
+            title=f"Training, fold {index} of {len(folds)}",
         )
         for number, one in enumerate(trained):
             if one is None:
@@ -91,6 +92,6 @@ def _blank(whole: ProbeDataset) -> Float[np.ndarray, "text output"]:
 
 
 def _without(whole: ProbeDataset, fold: Int[np.ndarray, " text"]) -> ProbeDataset:
-    """The other folds to learn from, and this one."""
+    """The other folds for training, and this one to score."""
     rest = np.setdiff1d(np.arange(len(whole.training)), fold)
     return ProbeDataset(whole.backbone, whole.training.select(rest), whole.training.select(fold))

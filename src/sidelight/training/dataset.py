@@ -1,4 +1,4 @@
-"""Labelled texts with their hidden states: which of them train, and which judge.
+"""Labelled texts with their hidden states, split into training and validation texts.
 
 Probes and baselines of one table read the same splits, so that no row of it has an advantage.
 """
@@ -40,7 +40,7 @@ class Split:
         examples: The texts.
         prompts: Their token ids.
         states: Hidden states of the whole data set that the texts are part of.
-        rows: The place of each text in that data set.
+        rows: The index of each text in that data set.
     """
 
     examples: LabelledExamples
@@ -124,7 +124,7 @@ class ProbeDataset:
         training: What parameters are fitted to.
         validation: What early stopping, settings, calibration and thresholds are chosen on. If
             texts are cross-fitted, these are the training texts.
-        folds: Numbers of the texts of each fold if texts are cross-fitted, else none.
+        folds: Indices of the texts of each fold if texts are cross-fitted, else none.
         warnings: What is doubtful about the texts, one sentence each.
     """
 
@@ -148,21 +148,21 @@ def prepare(
     options: FitOptions,
     source: StateSource | None = None,
 ) -> ProbeDataset:
-    """Chooses the texts that judge, and runs the backbone over all of them.
+    """Chooses the validation texts, and runs the backbone over all texts.
 
-    A fit and a search both begin here, so that a search chooses by the texts that will calibrate.
+    A fit and a search both begin here, so that a search chooses by the texts that calibrate later.
 
     Args:
         backbone: The frozen LLM.
         training: Labelled texts.
         validation: Labelled texts; None holds out part of ``training``, or cross-fits it if it is
             small.
-        options: How texts are read and calibrated, and where their activations go.
+        options: How texts are read and calibrated, and where their hidden states go.
         source: The engine that computes the hidden states; None is the backbone itself.
 
     Raises:
-        SidelightError: Validation texts that cannot choose or calibrate, or activations that do
-            not fit the disk.
+        SidelightError: The validation texts do not allow a choice or a calibration, or the hidden
+            states do not fit the disk.
     """
     folds: Folds = ()
     warnings = list(training.warnings)
@@ -219,10 +219,12 @@ def _why_held_out(examples: LabelledExamples) -> list[str]:
         return []
     task, counts = examples.task, class_counts(examples.task, examples.labels)
     rarest = int(counts.argmin())
+    label = task.labels[rarest]
     return [
-        f"Few texts are cross-fitted, but of '{task.labels[rarest]}' there are {counts[rarest]}, "
-        f"too few or too alike for {FOLDS} folds: {validation_share(len(examples)):.0%} of all "
-        "texts were held out from training to choose by. More texts of it would help most."
+        f"Cross-fitting needs {FOLDS} distinct texts per label, but '{label}' has "
+        f"{counts[rarest]} that are too few or too similar. Instead, "
+        f"{validation_share(len(examples)):.0%} of the texts were held out for validation. Add "
+        f"more texts of '{label}'."
     ]
 
 
@@ -230,8 +232,8 @@ def require_same_task(training: LabelledExamples, validation: LabelledExamples) 
     """Checks that validation can choose what training needs.
 
     Raises:
-        SidelightError: Other labels, no text of a class of a binary task, or of a multi-label task
-            no label that some texts have and others have not.
+        SidelightError: The labels differ, a class of a binary task has no text, or every label of
+            a multi-label task is on all texts or on none.
     """
     task = training.task
     if validation.task != task:
@@ -248,8 +250,8 @@ def require_same_task(training: LabelledExamples, validation: LabelledExamples) 
         )
     if task.kind == "multilabel" and not ((counts > 0) & (counts < len(validation))).any():
         raise SidelightError(
-            "The validation data has no label that some texts have and others have not, so no "
-            "threshold can be chosen. Add texts of both."
+            "In the validation data every label is on all texts or on none, so no threshold can be "
+            "chosen. Add texts with and without a label."
         )
 
 
@@ -343,7 +345,7 @@ def _require_read(
     remedy = (
         f"{cut} of them were cut to {limit} tokens: raise --max-tokens."
         if cut
-        else "Read the prompt, or name the answers' column (--response, where there is one)."
+        else "Use --reads prompt, or name the column with the answers (--response COLUMN)."
     )
     raise SidelightError(
         f"{len(unread)} of {len(prompts)} texts have no token that the probe would read "

@@ -29,7 +29,7 @@ class Run:
     Attributes:
         probe: Ready to serve.
         seed: The seed that it was trained with.
-        score: The validation score, which early stopping maximises.
+        score: ``validation_score`` of its final logits; the best run is chosen by it.
         report: Its figures on validation data, with the threshold chosen there.
     """
 
@@ -135,10 +135,11 @@ def fit(
         name: How verdicts will name the probe.
         options: What to train.
         source: The engine that computes the hidden states; None is the backbone itself.
-        store: Called with the fit while the activations are still there: if it fails, they stay.
+        store: Called with the fit before the hidden states are deleted: if it fails, they stay.
 
     Raises:
-        SidelightError: No labels, the activations do not fit the disk, or every training diverged.
+        SidelightError: There are no labels, the hidden states do not fit the disk, or every
+            training diverged.
     """
     dataset = prepare(backbone, training, validation, options=options, source=source)
     jobs = options.jobs(len(dataset.training))

@@ -19,7 +19,7 @@ class TrainingRun:
     Attributes:
         mechanism: What is trained, in place.
         history: The validation score of each epoch; empty without validation texts.
-        has_diverged: Whether the restored parameters are not all finite.
+        has_diverged: Whether its parameters or its validation logits stopped being finite.
 
     Args:
         job: What to train.
