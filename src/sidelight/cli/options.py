@@ -97,14 +97,14 @@ _TRAINING_OPTIONS = (
     option("--validation-split", help="Split of a hub data set in --validation."),
     limit_option,
     max_tokens_option,
-    option("--cache", type=PATH, help="Folder for activations. [default: the user's cache]"),
+    option("--cache", type=PATH, help="Folder for hidden states. [default: the user's cache]"),
     option(
         "--cache-budget",
         type=float,
         metavar="GIB",
-        help="The most disk that the activations of one file may take.",
+        help="The most disk that the hidden states of one file may take.",
     ),
-    option("--keep-cache", is_flag=True, help="Keep the activations for another run."),
+    option("--keep-cache", is_flag=True, help="Keep the hidden states for another run."),
 )
 
 
@@ -135,7 +135,7 @@ def mechanism_option(*, default: str, help: str) -> Callable[[Command], Command]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingInputs:
-    """What to train on, how texts are read, and where activations go: see ``training_options``."""
+    """What to train on, how to read it, and where hidden states go: see ``training_options``."""
 
     data: str
     text: str
@@ -172,7 +172,7 @@ class TrainingInputs:
         return training, read(self.validation, split=self.validation_split, task=training.task)
 
     def fit_options(self) -> "FitOptions":
-        """How the texts are read, and where their activations go."""
+        """How the texts are read, and where their hidden states go."""
         from sidelight.prompts import Reads
         from sidelight.training.settings import FitOptions
 

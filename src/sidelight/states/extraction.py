@@ -1,4 +1,4 @@
-"""Fills an activation cache: one forward pass over every text of a data set."""
+"""Fills a cache of hidden states: one forward pass over every text of a data set."""
 
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor

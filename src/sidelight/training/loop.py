@@ -1,4 +1,4 @@
-"""Trains many mechanisms from one activation cache: each shard that is read updates all of them."""
+"""Trains many mechanisms from one cache: each shard that is read updates all of them."""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What to train and how: mechanisms, seeds, optimisation, and where the activations go."""
+"""What to train and how: mechanisms, seeds, optimisation, and where the hidden states go."""
 
 import math
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ class TrainingSettings:
         epochs: The most passes over the data; the cosine ends with the last of them.
         least_steps: Few texts are trained in smaller batches and for more epochs, so that there
             are this many steps; 0 takes ``epochs`` and ``batch_size`` as they are.
-        batch_size: Texts per step. If a shard of activations holds fewer, several shards make one.
+        batch_size: Texts per step. If a shard on disk holds fewer, several shards make one.
         patience: Training stops after this many epochs without a better validation score; more
             epochs give proportionally more patience.
         class_weight: ``balanced`` weighs each class by its inverse frequency; the threshold that
@@ -140,10 +140,10 @@ class FitOptions:
         reads: The tokens that the probe reads.
         calibration: How logits become probabilities.
         max_tokens: Longer training texts are cut, and counted.
-        cache_root: Folder for the activations while training; None is the user's cache.
-        cache_budget_bytes: The most that the activations of the training texts may take, and the
+        cache_root: Folder for the hidden states while training; None is the user's cache.
+        cache_budget_bytes: The most that the hidden states of the training texts may take, and the
             most for those of the validation texts; None allows what the disk has.
-        keep_cache: Whether the activations stay for another training.
+        keep_cache: Whether the hidden states stay for another training.
     """
 
     mechanisms: tuple[MechanismSpec, ...] | None = None

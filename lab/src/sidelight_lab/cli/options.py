@@ -29,11 +29,11 @@ trials_option = option(
 
 
 def cache_option(default: str = "the user's cache") -> Callable[[Any], Any]:
-    """The folder for activations; ``default`` says in the help what happens without it."""
+    """The folder for hidden states; ``default`` says in the help what happens without it."""
     return option(
         "--cache",
         type=FOLDER,
-        help=f"Folder for activations; they stay there. [default: {default}]",
+        help=f"Folder for hidden states; they stay there. [default: {default}]",
     )
 
 

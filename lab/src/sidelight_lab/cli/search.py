@@ -47,7 +47,7 @@ _SHARED = (
     "--together",
     type=AT_LEAST_ONE,
     default=8,
-    help="Trials that share one read of the activations; more take more memory.",
+    help="Trials that share one read of the hidden states; more take more memory.",
 )
 @option("--seed", type=int, default=0, help="Seed of everything random.")
 @backbone_options
@@ -55,7 +55,7 @@ _SHARED = (
 def search(inputs: TrainingInputs, out: Path, as_json: bool, **given: Any) -> None:
     """Search options and settings of mechanisms on validation data.
 
-    The backbone runs once over the texts. Every trial trains from its cached activations, and
+    The backbone runs once over the texts. Every trial trains from its cached hidden states, and
     several trials share each read. Fewer than 1,000 rows without --validation are scored by folds,
     as `sidelight train` does. Run the same command again after a kill, and the search goes on.
     """

@@ -40,7 +40,7 @@ class RecipeContext:
         load: Loads a data set by name.
         search: Finds the best configuration of a mechanism on validation texts; the path is a file
             that keeps its trials.
-        cache_root: Folder of activations.
+        cache_root: Folder of hidden states.
         limit: The most rows to use of each split; None uses all.
     """
 
