@@ -31,7 +31,7 @@ class BankState:
     """What all probes know so far about one or more requests.
 
     Attributes:
-        states: One for each team of probes, with a segment for each request.
+        states: One for each group of probes, with a segment for each request.
     """
 
     states: tuple[Ragged, ...]
@@ -70,24 +70,26 @@ class BankTap:
         return projected
 
 
-class _Team:
-    """Probes whose columns are summarised and merged in one call, as if they were more layers.
+class _ProbeGroup:
+    """Probes with equal ``summary_kind`` and ``reads``, or a single probe.
+
+    They are summarised in one call by stacking their columns as extra layers.
 
     Args:
-        places: The probes' indices in their bank.
-        probes: Probes with the same ``summary_kind``, or a single probe.
+        indices: The probes' indices in their bank.
+        probes: The probes.
     """
 
-    def __init__(self, places: Sequence[int], probes: Sequence[Probe]):
-        self.places = tuple(places)
+    def __init__(self, indices: Sequence[int], probes: Sequence[Probe]):
+        self.indices = tuple(indices)
         self.reads = probes[0].reads
         self.mechanisms = [probe.mechanism for probe in probes]
 
     def summarise(self, columns: Float[Tensor, "row layer column"], lengths: Tensor) -> Ragged:
         """The state of each segment, from the probes' columns side by side."""
-        if len(self.places) == 1:
+        if len(self.indices) == 1:
             return self.mechanisms[0].summarise(Ragged(columns, lengths))
-        side_by_side = columns.unflatten(2, (len(self.places), -1)).flatten(1, 2)
+        side_by_side = columns.unflatten(2, (len(self.indices), -1)).flatten(1, 2)
         at_once = max(1, NUMBERS_AT_ONCE * side_by_side.shape[1] // max(1, columns.numel()))
         states = [
             self.mechanisms[0].summarise(Ragged(piece, lengths)).values
@@ -100,8 +102,8 @@ class _Team:
         return self.mechanisms[0].merge(left, right)
 
     def logits(self, state: Ragged) -> list[Float[Tensor, "segment output"]]:
-        """Those of each probe."""
-        members = len(self.places)
+        """The logits of each probe of the group."""
+        members = len(self.indices)
         if members == 1:
             return [self.mechanisms[0].finish(state)]
         own = state.values.unflatten(1, (-1, members)).unbind(2)
@@ -131,10 +133,10 @@ class Bank:
             probe.mechanism.to(device).eval()
         projections = [probe.projection() for probe in probes]
         widths = [projection.weight.shape[2] for projection in projections]
-        self._teams = _teams(probes, widths)
-        self._widths = [sum(widths[place] for place in team.places) for team in self._teams]
-        # The columns are laid out team by team.
-        in_order = [projections[place] for team in self._teams for place in team.places]
+        self._groups = _groups(probes, widths)
+        self._widths = [sum(widths[index] for index in group.indices) for group in self._groups]
+        # The columns are laid out group by group.
+        in_order = [projections[index] for group in self._groups for index in group.indices]
         self._weight = torch.cat([p.weight.detach() for p in in_order], 2).float().to(device)
         self._shift = torch.cat([p.shift.detach() for p in in_order], 1).float().to(device)
 
@@ -189,25 +191,25 @@ class Bank:
             for reads, mask in masks.items()
         }
         states = [
-            team.summarise(own[masks[team.reads]], kept[team.reads])
-            for team, own in zip(self._teams, projected.split(self._widths, -1), strict=True)
+            group.summarise(own[masks[group.reads]], kept[group.reads])
+            for group, own in zip(self._groups, projected.split(self._widths, -1), strict=True)
         ]
         return BankState(tuple(states))
 
     @torch.inference_mode()
     def merge(self, left: BankState, right: BankState) -> BankState:
         """The state of each request after both its runs of tokens."""
-        pairs = zip(self._teams, left.states, right.states, strict=True)
-        return BankState(tuple(team.merge(a, b) for team, a, b in pairs))
+        pairs = zip(self._groups, left.states, right.states, strict=True)
+        return BankState(tuple(group.merge(a, b) for group, a, b in pairs))
 
     @torch.inference_mode()
     def logits(self, state: BankState) -> list[np.ndarray]:
         """For each probe ``[request, output]``, float64."""
-        by_place: dict[int, np.ndarray] = {}
-        for team, own in zip(self._teams, state.states, strict=True):
-            logits = (each.double().cpu().numpy() for each in team.logits(own))
-            by_place.update(zip(team.places, logits, strict=True))
-        return [by_place[place] for place in range(len(self.probes))]
+        by_index: dict[int, np.ndarray] = {}
+        for group, own in zip(self._groups, state.states, strict=True):
+            logits = (each.double().cpu().numpy() for each in group.logits(own))
+            by_index.update(zip(group.indices, logits, strict=True))
+        return [by_index[index] for index in range(len(self.probes))]
 
     def verdicts(self, state: BankState) -> list[tuple[Verdict, ...]]:
         """For each request, the verdict of every probe.
@@ -340,11 +342,11 @@ def _summarise(
     return bank.summarise_rows(columns, masks, lengths)
 
 
-def _teams(probes: Sequence[Probe], widths: Sequence[int]) -> list[_Team]:
+def _groups(probes: Sequence[Probe], widths: Sequence[int]) -> list[_ProbeGroup]:
     """Groups probes that read the same tokens and do the same to the same number of columns."""
-    places: dict[Hashable, list[int]] = {}
-    for place, probe in enumerate(probes):
+    indices: dict[Hashable, list[int]] = {}
+    for index, probe in enumerate(probes):
         kind = probe.mechanism.summary_kind()
-        alike = place if kind is None else (kind, probe.reads, widths[place])
-        places.setdefault(alike, []).append(place)
-    return [_Team(own, [probes[place] for place in own]) for own in places.values()]
+        key = index if kind is None else (kind, probe.reads, widths[index])
+        indices.setdefault(key, []).append(index)
+    return [_ProbeGroup(own, [probes[index] for index in own]) for own in indices.values()]
