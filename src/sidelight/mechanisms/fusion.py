@@ -73,7 +73,6 @@ class Fusion(Mechanism):
         return with_last(gated, (features @ self.last)[:, None], tokens)
 
     def merge(self, left: Ragged, right: Ragged) -> Ragged:
-        """Exact."""
         return merge_last(merge_softmax(left, right), left, right)
 
     def finish(self, state: Ragged) -> Float[Tensor, "segment output"]:

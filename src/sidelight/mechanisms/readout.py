@@ -94,7 +94,6 @@ class Readout(Mechanism):
         return (Readout, self.gate.shape[2], len(self.bias), self.extremes.shape[2])
 
     def merge(self, left: Ragged, right: Ragged) -> Ragged:
-        """Exact."""
         (earlier, low), (later, high) = self._parted(left), self._parted(right)
         means = merge_last(merge_softmax(earlier, later), earlier, later)
         return Ragged.one_row_each(torch.cat([means.values, torch.maximum(low, high)], 2))
