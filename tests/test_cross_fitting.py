@@ -70,7 +70,7 @@ def test_the_logits_of_a_fold_are_those_of_a_mechanism_that_the_others_taught(
         JOBS,
         training=whole.training.select(np.sort(rest)),
         validation=None,
-        judged=whole.training.select(fold),
+        to_score=whole.training.select(fold),
     )
     for one, alone in zip(cross_fitted, expected, strict=True):
         np.testing.assert_allclose(one.logits[fold], alone.logits, atol=ROUNDING)

@@ -91,7 +91,7 @@ def test_a_probe_that_learned_from_long_inputs_is_surer_of_them(tiny, tmp_path):
         for wanted in (False, True)
         for seed in range(3)
     ]
-    made = train_mechanisms(jobs, training=training, validation=None, judged=held_out)
+    made = train_mechanisms(jobs, training=training, validation=None, to_score=held_out)
     losses = np.array([joined_loss(one, held_out) for one in made]).reshape(2, 3).mean(1)
     alone = [roc_auc_score(held_out.labels, one.logits[:, 0]) for one in made]
     assert losses[1] < losses[0] / 2

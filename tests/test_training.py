@@ -324,7 +324,7 @@ def test_only_a_probe_of_responses_learns_from_beginnings(tiny, tmp_path, side, 
         [job(settings=BRIEF), job(settings=whole)],
         training=training,
         validation=None,
-        judged=training,
+        to_score=training,
     )
     assert np.allclose(both.logits, one.logits, rtol=1e-3, atol=1e-4) != differs
 

@@ -124,8 +124,9 @@ def _extract_shard(
     read = [prompt.mask(cache.reads) for prompt in prompts]
     lengths = torch.tensor([int(mask.sum()) for mask in read])
     starts = (lengths.cumsum(0) - lengths).tolist()
-    sizes = backbone.fingerprint
-    hidden = torch.empty(sizes.layers, int(lengths.sum()), sizes.width, dtype=torch.bfloat16)
+    fingerprint = backbone.fingerprint
+    shape = (fingerprint.layers, int(lengths.sum()), fingerprint.width)
+    hidden = torch.empty(shape, dtype=torch.bfloat16)
     for batch in by_length([len(prompt) - shared for prompt in prompts]):
         tap = _CopyTap(hidden, [(read[i][shared:], starts[i]) for i in batch])
         with backbone.tapped(tap):

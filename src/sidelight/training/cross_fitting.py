@@ -30,7 +30,7 @@ def cross_fit(jobs: Sequence[Job], whole: ProbeDataset, folds: Folds) -> list[Tr
     Returns:
         One result per job; None if it diverged, on a fold or on all texts.
     """
-    judged = judge_by_folds(jobs, whole, folds)
+    scored = score_by_folds(jobs, whole, folds)
     final = train_mechanisms(
         jobs,
         training=whole.training,
@@ -40,11 +40,11 @@ def cross_fit(jobs: Sequence[Job], whole: ProbeDataset, folds: Folds) -> list[Tr
     )
     return [
         None if one is None or logits is None else replace(one, logits=logits)
-        for one, logits in zip(final, judged, strict=True)
+        for one, logits in zip(final, scored, strict=True)
     ]
 
 
-def judge_by_folds(
+def score_by_folds(
     jobs: Sequence[Job], whole: ProbeDataset, folds: Folds
 ) -> list[Float[np.ndarray, "text output"] | None]:
     """For each job the logits of all texts, each by a probe trained on the other folds.
@@ -65,16 +65,16 @@ def judge_by_folds(
             jobs,
             training=part.training,
             validation=None,
-            judged=part.validation,
+            to_score=part.validation,
             device=whole.backbone.device,
             title=f"Training, fold {index} of {len(folds)}",
         )
-        for number, one in enumerate(trained):
+        for job, one in enumerate(trained):
             if one is None:
-                diverged.add(number)
+                diverged.add(job)
             else:
-                logits[number][fold] = one.logits
-    return [None if number in diverged else own for number, own in enumerate(logits)]
+                logits[job][fold] = one.logits
+    return [None if job in diverged else own for job, own in enumerate(logits)]
 
 
 def cross_fit_baseline(whole: ProbeDataset, folds: Folds) -> Float[np.ndarray, "text output"]:

@@ -35,7 +35,7 @@ class Trained:
         job: The job that it was trained for.
         mechanism: The mechanism with the parameters of its best epoch.
         standardisation: How the states that it reads are standardised.
-        logits: The logits of the judged texts, ``[text, output]``, in their order.
+        logits: The logits of the texts to score, ``[text, output]``, in their order.
         history: The validation score of each epoch; empty without validation texts.
         best_epoch: Counted from 1.
     """
@@ -53,7 +53,7 @@ def train_mechanisms(
     *,
     training: Split,
     validation: Split | None,
-    judged: Split | None = None,
+    to_score: Split | None = None,
     device: torch.device | str = "cpu",
     title: str = "Training",
 ) -> list[Trained | None]:
@@ -63,7 +63,7 @@ def train_mechanisms(
         jobs: What to train.
         training: What the parameters are fitted to.
         validation: What early stopping looks at; None trains every epoch and keeps the last.
-        judged: The texts that get logits when training is over; None takes the validation texts.
+        to_score: The texts that get logits after training; None takes the validation texts.
         device: Where to train.
         title: Of the progress bar.
 
@@ -80,7 +80,7 @@ def train_mechanisms(
                 break
             trainer.train_epoch(active, epoch, shown)
             trainer.end_epoch(active)
-    return trainer.results(judged)
+    return trainer.results(to_score)
 
 
 def divergence(job: Job) -> SidelightError:
@@ -102,14 +102,14 @@ class _Trainer:
         self.states = training.own_states()
         self._training = training
         self._validation = validation
-        self._judging_states = None if validation is None else validation.own_states()
+        self._validation_states = None if validation is None else validation.own_states()
         self._task = task = training.task
         self._device = device
         self._labels = torch.from_numpy(training.labels).to(device)
-        sizes = self.states.fingerprint
-        geometry = Geometry(sizes.layers, sizes.width, task.outputs)
+        fingerprint = self.states.fingerprint
+        geometry = Geometry(fingerprint.layers, fingerprint.width, task.outputs)
         self._raw = Standardisation.identity(geometry).to(device)
-        self._measured = _measured(self.states).to(device)
+        self._measured_scaling = measure_standardisation(self.states).to(device)
         if any(job.settings.long_inputs for job in jobs):
             require_labels_of_parts(task)
         is_response = self.states.reads.side == "response"
@@ -127,7 +127,7 @@ class _Trainer:
             self.runs.append(run)
 
     def _steps_per_epoch(self, batch_size: int) -> int:
-        """The most steps that an epoch can have."""
+        """An upper bound of the steps in an epoch."""
         sizes = [len(rows) for rows in self.states.plan.rows]
         # A shard's random first cut can add a batch.
         whole = sum(math.ceil(size / batch_size) + 1 for size in sizes if size >= batch_size)
@@ -138,12 +138,13 @@ class _Trainer:
         """As measured, with predictive layer weights; only computed if some job wants them."""
         pooled, rows = pooled_sample(self.states)
         labels = self._training.labels[rows.numpy()]
-        return self._measured.weighted(layer_weights(pooled, labels, task=self._task))
+        return self._measured_scaling.weighted(layer_weights(pooled, labels, task=self._task))
 
     def _standardisation(self, job: Job) -> Standardisation:
         if not job.standardise:
             return self._raw
-        return self._weighted if job.settings.layer_weights == "predictive" else self._measured
+        is_weighted = job.settings.layer_weights == "predictive"
+        return self._weighted if is_weighted else self._measured_scaling
 
     def train_epoch(self, runs: Sequence[TrainingRun], epoch: int, shown: Progress) -> None:
         # Runs that see the same texts in the same order share each batch.
@@ -189,11 +190,11 @@ class _Trainer:
         return [Ragged(part, batch.lengths.to(self._device)) for part in parts]
 
     def end_epoch(self, runs: Sequence[TrainingRun]) -> None:
-        if self._validation is None or self._judging_states is None:
+        if self._validation is None or self._validation_states is None:
             for run in runs:
                 run.end_epoch(None)
             return
-        scores = self._judge(runs, self._judging_states, dtype=torch.bfloat16)
+        scores = self._score(runs, self._validation_states, dtype=torch.bfloat16)
         for run, logits in zip(runs, scores, strict=True):
             if np.isfinite(logits).all():
                 run.end_epoch(validation_score(self._task, logits, self._validation.labels))
@@ -201,7 +202,7 @@ class _Trainer:
                 run.has_diverged = True
 
     @torch.inference_mode()
-    def _judge(
+    def _score(
         self, runs: Sequence[TrainingRun], states: States, *, dtype: torch.dtype
     ) -> list[np.ndarray]:
         """The logits of every text, ``[text, output]``, for each run."""
@@ -215,16 +216,16 @@ class _Trainer:
                     own[batch.rows] = run.logits(part).cpu().numpy()
         return scores
 
-    def results(self, judged: Split | None) -> list[Trained | None]:
+    def results(self, to_score: Split | None) -> list[Trained | None]:
         """What each job gave; None if it diverged."""
-        states = self._judging_states if judged is None else judged.own_states()
+        states = self._validation_states if to_score is None else to_score.own_states()
         for run in self.runs:
             run.restore_best()
         finite = [run for run in self.runs if not run.has_diverged]
         scores = [np.empty((0, self._task.outputs)) for _ in finite]
         if states is not None and finite:
             # In float32, as in serving: calibration is fitted to these.
-            scores = self._judge(finite, states, dtype=torch.float32)
+            scores = self._score(finite, states, dtype=torch.float32)
         logits = {id(run): own for run, own in zip(finite, scores, strict=True)}
         return [self._result(run, logits.get(id(run))) for run in self.runs]
 
@@ -241,7 +242,7 @@ class _Trainer:
         )
 
 
-def _measured(states: States) -> Standardisation:
+def measure_standardisation(states: States) -> Standardisation:
     """Mean and scale of each layer's values, from the first shards: random samples of the texts."""
     hidden: list[Tensor] = []
     tokens = 0

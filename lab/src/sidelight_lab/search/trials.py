@@ -19,7 +19,7 @@ from optuna.trial import TrialState
 
 from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import Geometry, MechanismSpec, mechanism_spec
-from sidelight.training.cross_fitting import judge_by_folds
+from sidelight.training.cross_fitting import score_by_folds
 from sidelight.training.dataset import Folds, ProbeDataset
 from sidelight.training.loop import train_mechanisms
 from sidelight.training.objective import validation_score
@@ -202,7 +202,7 @@ def _propose(study: optuna.Study, space: Space, specs: Sequence[MechanismSpec], 
 def _judge(jobs: Sequence[Job], dataset: ProbeDataset, folds: Folds) -> list[np.ndarray | None]:
     """The logits of the validation texts after each training; None where it diverged."""
     if folds:
-        return judge_by_folds(jobs, dataset, folds)
+        return score_by_folds(jobs, dataset, folds)
     trained = train_mechanisms(
         jobs,
         training=dataset.training,
