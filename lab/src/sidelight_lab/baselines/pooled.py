@@ -18,7 +18,7 @@ from sidelight_lab.baselines.linear import (
 
 
 @dataclass(frozen=True)
-class Pooled(Baseline):
+class PooledRegression(Baseline):
     """A logistic regression on the mean or last token of a layer, before the final norm.
 
     Attributes:
@@ -26,7 +26,7 @@ class Pooled(Baseline):
         layer: Whether it reads the last layer, the best one on validation texts, or all of them
             side by side.
         penalties: L2 penalties per text; validation texts choose one.
-        iterations: Most iterations per penalty. A fit that stops early is smoother.
+        iterations: Maximum solver iterations per penalty; stopping early acts as regularisation.
     """
 
     token: ClassVar[Literal["mean", "last"]]
@@ -39,9 +39,12 @@ class Pooled(Baseline):
         """Chooses penalty and layer on validation texts; nothing is random."""
         training, validation = dataset.training, dataset.validation
         layers = dataset.backbone.fingerprint.layers
-        tried = {"last": [slice(layers - 1, layers)], "all": [slice(layers)]}.get(
-            self.layer, [slice(layer, layer + 1) for layer in range(layers)]
-        )
+        if self.layer == "last":
+            tried = [slice(layers - 1, layers)]
+        elif self.layer == "all":
+            tried = [slice(layers)]
+        else:
+            tried = [slice(layer, layer + 1) for layer in range(layers)]
         best_score, best = -1.0, None
         for part in tried:
             unseen = self._features(validation, part)
@@ -65,28 +68,28 @@ class Pooled(Baseline):
         return pooled[:, layers].flatten(1).numpy()
 
 
-class MeanOfLastLayer(Pooled):
+class MeanOfLastLayer(PooledRegression):
     title = "Mean token of the last layer, logistic regression"
     token, layer = "mean", "last"
 
 
-class LastTokenOfLastLayer(Pooled):
+class LastTokenOfLastLayer(PooledRegression):
     title = "Last token of the last layer, logistic regression"
     token, layer = "last", "last"
 
 
-class MeanOfBestLayer(Pooled):
+class MeanOfBestLayer(PooledRegression):
     title = "Mean token of the best layer, logistic regression"
     token, layer = "mean", "best"
 
 
-class LastTokenOfBestLayer(Pooled):
+class LastTokenOfBestLayer(PooledRegression):
     title = "Last token of the best layer, logistic regression"
     token, layer = "last", "best"
 
 
 @dataclass(frozen=True)
-class MeansOfAllLayers(Pooled):
+class MeansOfAllLayers(PooledRegression):
     title: ClassVar[str] = "Mean tokens of all layers, logistic regression"
     token, layer = "mean", "all"
     iterations: int = 30

@@ -90,7 +90,7 @@ def _hash(recipe: Recipe, runs: Sequence[Run], limit: int | None) -> str:
 def _further_notes(
     recipe: Recipe, tried: Sequence[Run], judged: JudgedTable, earlier: Sequence[str]
 ) -> Iterator[str]:
-    """Notes on openings of the test, on runs that diverged, and on how ours was chosen."""
+    """Notes on earlier uses of the test data, on runs that diverged, and on how ours was chosen."""
     if earlier:
         yield (
             "Test data had been opened before with other settings or other texts "
