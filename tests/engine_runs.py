@@ -101,4 +101,6 @@ def expected(backbone, probe, prompt):
     with backbone.tapped(tap):
         backbone.run([prompt])
     state = bank.summarise(tap.projected(), {probe.reads: prompt.mask(probe.reads)[None]})
-    return probabilities(bank.verdicts(state)[0])
+    (judgement,) = bank.judge(state)
+    assert not judgement.failed
+    return probabilities(judgement.verdicts)

@@ -211,18 +211,6 @@ class Bank:
             by_index.update(zip(group.indices, logits, strict=True))
         return [by_index[index] for index in range(len(self.probes))]
 
-    def verdicts(self, state: BankState) -> list[tuple[Verdict, ...]]:
-        """For each request, the verdict of every probe.
-
-        Raises:
-            VerdictError: Some verdict cannot be computed; split the state to keep the others.
-        """
-        by_probe = self.logits(state)
-        return [
-            tuple(probe.verdict(row) for probe, row in zip(self.probes, rows, strict=True))
-            for rows in zip(*by_probe, strict=True)
-        ]
-
     def judge(self, state: BankState) -> list[Judgement]:
         """For each request, what the probes say; those without a verdict are named as failed."""
         return [self._judge_one(logits) for logits in zip(*self.logits(state), strict=True)]

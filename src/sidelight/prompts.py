@@ -22,7 +22,6 @@ from sidelight.errors import ContextLengthError, SidelightError
 
 PromptFormat = Literal["chat", "raw"]
 Side = Literal["prompt", "response", "both"]
-Role = Literal["system", "user", "assistant", "tool", "developer"]
 
 
 @dataclass(frozen=True)
