@@ -101,6 +101,11 @@ class Played:
         for request_id, judgement in self.judge(self.tracking.plan(steps)).items():
             self.tracking.record(request_id, judgement)
 
+    def forget(self):
+        """Nothing was projected for any slot: moves untouched rows to all of them."""
+        for slots in torch.arange(BLOCKS * BLOCK).split(self.stage.rows.shape[1]):
+            self.pages.keep(slots)
+
     def judge(self, readings):
         return self.request_judge.judge(readings, self.pages.read(readings)) if readings else {}
 
@@ -190,7 +195,7 @@ def test_a_response_is_read_again_after_preemption(backbone, probes, chunk):
     played.step([("r", hidden, [0, 1, 2, 3, 4], 0, 9)])
     for token in range(9, 17):
         played.step([("r", hidden, [0, 1, 2, 3, 4], token, token + 1)])
-    played.pages.forget()
+    played.forget()
     blocks = [9, 8, 7, 6, 5]
     for start in range(0, 18, chunk):
         stop = min(18, start + chunk)
@@ -224,7 +229,7 @@ def test_forgotten_slots_are_failed_verdicts(backbone, probes):
     prompt = prompt_of(range(10, 18))
     played.enter("r", prompt)
     played.step([("r", states_of(backbone, prompt.token_ids), [0, 1], 0, 7)])
-    played.pages.forget()
+    played.forget()
     played.step([("r", states_of(backbone, prompt.token_ids), [0, 1], 7, 8)])
     verdicts = played.tracking.report("r")[KEY]["verdicts"]
     assert verdicts == {probe.name: {"error": "verdict_failed"} for probe in probes}

@@ -139,10 +139,6 @@ class Pages:
         self._rows.index_copy_(0, slots.long(), staged.transpose(0, 1))
         staged.fill_(torch.nan)
 
-    def forget(self) -> None:
-        """Makes the verdict on every slot fail until it is computed again."""
-        self._rows.fill_(torch.nan)
-
     def read(self, readings: Sequence[Reading]) -> Float[Tensor, "token layer column"]:
         """The columns of the readings' tokens, one reading after the other."""
         slots = np.concatenate(
