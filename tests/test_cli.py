@@ -175,7 +175,7 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
 def test_training_names_every_mechanism(capsys: pytest.CaptureFixture[str]):
     assert run("train", "--help") == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert f"with commas, of {', '.join(mechanism_names())}." in text
+    assert f"a comma-separated list: {', '.join(mechanism_names())}." in text
 
 
 @pytest.mark.parametrize(
