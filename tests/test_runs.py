@@ -12,7 +12,7 @@ from sidelight.errors import SidelightError
 from sidelight.evaluation import evaluate
 from sidelight.mechanisms.base import Geometry, OptionValue, mechanism_spec
 from sidelight.probe import Probe
-from sidelight.training.fit import Fit, Run
+from sidelight.training.fit import Fit, FittedProbe
 from sidelight.training.runs import RUNS, describe_fit, holds_probe, read_runs, write_fit
 from tiny import TOXICITY, untrained_probe
 
@@ -29,7 +29,7 @@ def probe_of(backbone: TransformersBackbone, **options: OptionValue) -> Probe:
 
 
 def fit_of(*runs: tuple[Probe, int]) -> Fit:
-    made = tuple(Run(probe, seed, 0.5, REPORT) for probe, seed in runs)
+    made = tuple(FittedProbe(probe, seed, 0.5, REPORT) for probe, seed in runs)
     return Fit(made, made[0], REPORT, ())
 
 

@@ -23,7 +23,7 @@ from sidelight.types import Task
 
 
 @dataclass(frozen=True)
-class Run:
+class FittedProbe:
     """One trained probe.
 
     Attributes:
@@ -39,7 +39,9 @@ class Run:
     report: Report
 
 
-def make_run(trained: Trained, dataset: ProbeDataset, *, name: str, options: FitOptions) -> Run:
+def calibrate_probe(
+    trained: Trained, dataset: ProbeDataset, *, name: str, options: FitOptions
+) -> FittedProbe:
     """Calibrates on validation logits, chooses the threshold there, and measures there."""
     task, labels, logits = dataset.task, dataset.validation.labels, trained.logits
     calibration = fit_calibration(options.calibration, logits, labels, task)
@@ -71,7 +73,7 @@ def make_run(trained: Trained, dataset: ProbeDataset, *, name: str, options: Fit
             "parameters": sum(p.numel() for p in trained.mechanism.parameters()),
         },
     )
-    return Run(probe, trained.job.seed, validation_score(task, logits, labels), report)
+    return FittedProbe(probe, trained.job.seed, validation_score(task, logits, labels), report)
 
 
 def _report_on(logits: np.ndarray, split: Split) -> Report:
@@ -109,8 +111,8 @@ class Fit:
         warnings: What the user should know, one sentence each.
     """
 
-    runs: tuple[Run, ...]
-    best: Run
+    runs: tuple[FittedProbe, ...]
+    best: FittedProbe
     baseline: Report
     warnings: tuple[str, ...]
 
@@ -157,7 +159,9 @@ def fit(
             device=backbone.device,
         )
     runs = tuple(
-        make_run(one, dataset, name=name, options=options) for one in trained if one is not None
+        calibrate_probe(one, dataset, name=name, options=options)
+        for one in trained
+        if one is not None
     )
     if not runs:
         raise divergence(jobs[0])
@@ -174,7 +178,7 @@ def fit(
     return made
 
 
-def _best(runs: Sequence[Run]) -> Run:
+def _best(runs: Sequence[FittedProbe]) -> FittedProbe:
     by_mechanism: dict[str, list[float]] = {}
     for run in runs:
         by_mechanism.setdefault(repr(run.probe.spec), []).append(run.score)

@@ -22,7 +22,7 @@ from sidelight.mechanisms.base import spec_titles
 from sidelight.probe import Probe
 from sidelight.storage import write_json
 from sidelight.training.classifier import judge, require_responses
-from sidelight.training.fit import Fit, Run
+from sidelight.training.fit import Fit, FittedProbe
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,7 +41,7 @@ class StoredRuns:
 
     Attributes:
         probes: Every run.
-        chosen: The place of the one that is the artifact itself.
+        chosen: The index of the one that is the artifact itself.
     """
 
     probes: tuple[Probe, ...]
@@ -166,7 +166,7 @@ def _titles(made: Fit) -> list[str]:
     return spec_titles([run.probe.spec for run in made.runs])
 
 
-def _run_name(run: Run, title: str) -> str:
+def _run_name(run: FittedProbe, title: str) -> str:
     return f"{title.replace(' ', '-')}-seed{run.seed}"
 
 

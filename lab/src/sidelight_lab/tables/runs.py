@@ -21,7 +21,7 @@ from sidelight.errors import SidelightError
 from sidelight.progress import progress
 from sidelight.storage import replacing
 from sidelight.training.dataset import ProbeDataset, Split
-from sidelight.training.fit import make_run
+from sidelight.training.fit import calibrate_probe
 from sidelight.training.loop import train_mechanisms
 from sidelight.training.settings import FitOptions, Job
 from sidelight_lab.baselines.base import FittedBaseline
@@ -208,7 +208,7 @@ def _train(missing: Sequence[tuple[Run, ProbeConfig]], *, max_tokens: int) -> No
             run.folder.mkdir(parents=True, exist_ok=True)
             (run.folder / "diverged").touch()
             continue
-        probe = make_run(one, dataset, name=row.name, options=options).probe
+        probe = calibrate_probe(one, dataset, name=row.name, options=options).probe
         # The probe comes first: a run counts as fitted once its result is stored.
         save_probe(probe, run.probe_folder)
         run.save(Result(one.logits, seconds, probe.record["parameters"]))
