@@ -377,7 +377,7 @@ def load_backbone(
     """
     name = str(name)
     path = embedded_model_path() if name == EMBEDDED_NAME else name
-    place = _device(device)
+    target = _device(device)
     # Loading takes a second, and its progress bars would clutter ours.
     disable_progress_bar()
     try:
@@ -390,5 +390,5 @@ def load_backbone(
             "Give 'smollm2', a folder saved by save_pretrained, or a hub id."
         ) from error
     model = cast(PreTrainedModel, model)
-    model.to(place)  # pyright: ignore[reportArgumentType]
+    model.to(target)  # pyright: ignore[reportArgumentType]
     return TransformersBackbone(model, tokenizer, name=name, prompt_format=prompt_format)

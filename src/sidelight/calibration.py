@@ -340,9 +340,9 @@ def choose_thresholds(
 def _best_cut(scores: Float[Values, " row"], holds: Bool[Flags, " row"]) -> float:
     # Saturated scores make one step at either end: no threshold within (0, 1) could part them.
     within = np.clip(scores, _SATURATED, 1 - _SATURATED)
-    steps, place = np.unique(-within, return_inverse=True)  # falling scores
-    hits = np.bincount(place, weights=holds).cumsum()
-    flagged = np.bincount(place).cumsum()
+    steps, step = np.unique(-within, return_inverse=True)  # falling scores
+    hits = np.bincount(step, weights=holds).cumsum()
+    flagged = np.bincount(step).cumsum()
     f1 = np.where(-steps > _SATURATED, 2 * hits / (flagged + holds.sum()), 0)
     if f1.max() == 0:
         return 0.5

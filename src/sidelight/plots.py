@@ -92,23 +92,23 @@ def _precision_recall(task: Task, predictions: Predictions, title: str) -> Figur
     order = np.argsort(areas, kind="stable")
     worst: list[int] = order[~np.isnan(areas[order])][: len(_COLOURS)].tolist()
     coloured = dict(zip(worst, _COLOURS, strict=False))
-    for place in [*sorted(set(range(len(names))) - set(worst)), *worst]:
-        curve = curves[place]
+    for index in [*sorted(set(range(len(names))) - set(worst)), *worst]:
+        curve = curves[index]
         if not curve.positives[0]:
             continue
         recalled = curve.recalled[:, 0] / curve.positives[0]
         precise = curve.recalled[:, 0] / (curve.recalled + curve.alarms)[:, 0]
         style: dict[str, Any] = {"color": _FAINT, "linewidth": 0.7, "zorder": 1}
-        if place in coloured:
-            label = f"{areas[place]:.3f}  {_name(names[place])}"
-            style = {"color": coloured[place], "linewidth": 1.8, "zorder": 2, "label": label}
+        if index in coloured:
+            label = f"{areas[index]:.3f}  {_name(names[index])}"
+            style = {"color": coloured[index], "linewidth": 1.8, "zorder": 2, "label": label}
         # Each step reaches back to the last one, so the area drawn is the average precision.
         axes.step(np.append(0, recalled), np.append(precise[0], precise), where="pre", **style)
     confusion = predictions.confusion(predictions.once)
     precision, recall = confusion.precision()[shown, 0], confusion.recall()[shown, 0]
     style = {"s": 42, "edgecolors": "white", "linewidths": 1.0, "zorder": 4}
-    for place, colour in coloured.items():
-        axes.scatter(recall[place], precision[place], color=colour, clip_on=False, **style)
+    for index, colour in coloured.items():
+        axes.scatter(recall[index], precision[index], color=colour, clip_on=False, **style)
     decided = "chosen class" if predictions.kind == "multiclass" else "at the threshold"
     axes.scatter([], [], color=_MUTED, label=decided, **style)
     rate = float(predictions.targets[:, shown].mean())

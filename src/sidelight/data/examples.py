@@ -170,12 +170,12 @@ class Examples:
                 f"{count} examples cannot show {len(np.unique(rarest))} labels. Use more (--limit)."
             )
         shuffled = np.random.default_rng(seed).permutation(len(self))
-        place = np.empty(len(self))
+        rank = np.empty(len(self))
         for stratum in np.unique(rarest):
             own = shuffled[rarest[shuffled] == stratum]
-            place[own] = np.arange(len(own)) / len(own)
-        # The first example of each label has place 0, so these are drawn before all others.
-        return np.sort(shuffled[np.argsort(place[shuffled], kind="stable")[:count]])
+            rank[own] = np.arange(len(own)) / len(own)
+        # The first example of each label has rank 0, so these are drawn before all others.
+        return np.sort(shuffled[np.argsort(rank[shuffled], kind="stable")[:count]])
 
     def folds(self, count: int, seed: int) -> tuple[Int[Numbers, " _"], ...]:
         """Row numbers of two or more parts, each drawn like the part that `split` holds out."""

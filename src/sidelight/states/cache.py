@@ -328,11 +328,11 @@ class PartStates:
         """The texts of one shard, in its order."""
         shard = self._cache.read(self._shards[index])
         held, parts = shard.rows.tolist(), shard.hidden.split(shard.lengths.tolist(), 1)
-        kept = [place for place, row in enumerate(held) if row in self._text_of]
+        kept = [index for index, row in enumerate(held) if row in self._text_of]
         return Shard(
-            torch.cat([parts[place] for place in kept], 1),
+            torch.cat([parts[index] for index in kept], 1),
             shard.lengths[kept],
-            torch.tensor([self._text_of[held[place]] for place in kept]),
+            torch.tensor([self._text_of[held[index]] for index in kept]),
         )
 
 
