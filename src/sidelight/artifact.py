@@ -18,9 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from sidelight.backbone import Fingerprint
 from sidelight.calibration import Calibration
 from sidelight.errors import SidelightError
+from sidelight.fingerprint import Fingerprint
 from sidelight.mechanisms.base import Geometry, MechanismSpec, mechanism_spec
 from sidelight.probe import Probe
 from sidelight.prompts import PromptFormat, Reads

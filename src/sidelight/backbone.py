@@ -1,15 +1,12 @@
-"""Frozen LLMs: how to get one by name, taps on its hidden states, and its fingerprint.
+"""Frozen LLMs: how to get one by name, and taps on its hidden states.
 
 Any Hugging Face causal LM can be a backbone: decoder blocks are found by structure, not by name.
 Training, evaluation and the transformers engine use it. It does not batch requests (``engines/``).
 """
 
-import json
 from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
 from functools import partial
-from hashlib import sha256
 from inspect import signature
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast, runtime_checkable
@@ -27,7 +24,8 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from sidelight.errors import FingerprintMismatchError, SidelightError
+from sidelight.errors import SidelightError
+from sidelight.fingerprint import Fingerprint, fingerprint
 from sidelight.prompts import EncodedPrompt, PromptEncoder, PromptFormat
 from sidelight.smollm2 import EMBEDDED_NAME, embedded_model_path
 
@@ -43,58 +41,6 @@ class Tap(Protocol):
     def __call__(self, layer: int, hidden: Float[Tensor, "batch token width"]) -> None:
         """Receives the hidden states of one layer."""
         ...
-
-
-_NOT_COMPARED = ("name", "dtype")
-
-
-@dataclass(frozen=True)
-class Fingerprint:
-    """Identifies a backbone: equal fingerprints mean equal hidden states for a probe.
-
-    Attributes:
-        name: What the user called it; not compared.
-        config: Hash of the architecture's configuration.
-        weights: Hash of values sampled from every weight, rounded to bf16, so that the same
-            weights in another dtype are the same backbone.
-        tokenizer: Hash of the vocabulary and of the ids of a sample text.
-        template: Hash of the chat template, or ``raw``.
-        layers: Hidden states that a probe reads: the embedding output and one per block.
-        width: Size of a hidden state.
-        dtype: Dtype of the weights; not compared, since it changes verdicts only by rounding.
-    """
-
-    name: str
-    config: str
-    weights: str
-    tokenizer: str
-    template: str
-    layers: int
-    width: int
-    dtype: str
-
-    @property
-    def digest(self) -> str:
-        """Twelve hexadecimal digits that stand for all compared fields."""
-        return sha256(repr(self._compared()).encode()).hexdigest()[:12]
-
-    def require(self, served: "Fingerprint", *, probe: str) -> None:
-        """Checks that ``served`` is the backbone that the probe was trained on.
-
-        Raises:
-            FingerprintMismatchError: It is not; the message names both and what differs.
-        """
-        theirs = served._compared()
-        different = [name for name, value in self._compared().items() if value != theirs[name]]
-        if different:
-            raise FingerprintMismatchError(
-                f"Probe '{probe}' was trained on {self.name} (fingerprint {self.digest}), but this "
-                f"backbone is {served.name} ({served.digest}); they differ in "
-                f"{', '.join(different)}. Train the probe on this model, or serve the other."
-            )
-
-    def _compared(self) -> dict[str, str | int]:
-        return {name: value for name, value in asdict(self).items() if name not in _NOT_COMPARED}
 
 
 @runtime_checkable
@@ -124,55 +70,7 @@ class Backbone(Protocol):
         ...
 
 
-# Entries of a configuration that do not change what the model computes.
-_VOLATILE = {
-    "_name_or_path", "architectures", "attn_implementation", "dtype", "torch_dtype",
-    "transformers_version", "use_cache", "name_or_path",
-}  # fmt: skip
-_SAMPLE = "The quick brown fox, 1234567890 times: jumps!\n\tüber Straßen 你好"
-_VALUES_PER_WEIGHT = 16
-
-
-def fingerprint(
-    model: PreTrainedModel, tokenizer: Any, *, name: str, prompt_format: PromptFormat
-) -> Fingerprint:
-    """The fingerprint of a loaded model; takes well under a second."""
-    config = model.config.get_text_config()
-    stable = {
-        key: value
-        for key, value in config.to_dict().items()
-        if key not in _VOLATILE and not key.startswith("_")
-    }
-    template = "raw" if prompt_format == "raw" else _hash(str(tokenizer.chat_template))
-    return Fingerprint(
-        name=name,
-        config=_hash(stable),
-        weights=_weights_hash(model),
-        tokenizer=_hash(sorted(tokenizer.get_vocab().items()), tokenizer(_SAMPLE)["input_ids"]),
-        template=template,
-        layers=config.num_hidden_layers + 1,
-        width=config.hidden_size,
-        dtype=str(model.dtype).removeprefix("torch."),
-    )
-
-
-def _weights_hash(model: PreTrainedModel) -> str:
-    """Hash of each weight's name, shape, and a few values spread over its length."""
-    digest = sha256()
-    for key, weight in sorted(model.state_dict().items()):
-        step = max(1, weight.numel() // _VALUES_PER_WEIGHT)
-        sample = weight.flatten()[::step].to(torch.bfloat16).view(torch.int16).cpu()
-        digest.update(f"{key}{tuple(weight.shape)}".encode())
-        digest.update(sample.numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _hash(*values: Any) -> str:
-    text = json.dumps(values, sort_keys=True, default=str, ensure_ascii=True)
-    return sha256(text.encode()).hexdigest()[:16]
-
-
-def run_once(model: Any, prefix: Int[Tensor, " prefix"]) -> DynamicCache:
+def cache_prefix(model: Any, prefix: Int[Tensor, " prefix"]) -> DynamicCache:
     """The keys and values of a prefix of at least one token.
 
     Args:
@@ -184,7 +82,7 @@ def run_once(model: Any, prefix: Int[Tensor, " prefix"]) -> DynamicCache:
     return cache
 
 
-def run_after(
+def run_with_prefix(
     model: Any,
     cache: DynamicCache,
     token_ids: Int[Tensor, "text token"],
@@ -196,8 +94,8 @@ def run_after(
     Gradients flow back through the prefix. Afterwards the cache holds the rows as well.
 
     Args:
-        model: The one that ``run_once`` got.
-        cache: What ``run_once`` returned.
+        model: The one that ``cache_prefix`` got.
+        cache: What ``cache_prefix`` returned.
         token_ids: What follows the prefix.
         present: Where there is a token; padding may be on either side.
         options: Passed to the model's forward pass.
@@ -287,9 +185,9 @@ class TransformersBackbone:
         body = self.model.base_model
         if after:
             tap, self._tap = self._tap, None
-            begun = run_once(body, token_ids[0, :after])
+            begun = cache_prefix(body, token_ids[0, :after])
             self._tap = tap
-            run_after(body, begun, token_ids[:, after:], mask[:, after:])
+            run_with_prefix(body, begun, token_ids[:, after:], mask[:, after:])
         else:
             body(input_ids=token_ids, attention_mask=mask, use_cache=False)
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from sidelight.backbone import Fingerprint
 from sidelight.calibration import Calibration
 from sidelight.errors import SidelightError, VerdictError
+from sidelight.fingerprint import Fingerprint
 from sidelight.mechanisms.base import Mechanism, MechanismSpec
 from sidelight.prompts import PromptFormat, Reads
 from sidelight.standardisation import Projection, Standardisation

@@ -9,9 +9,9 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
-from sidelight.backbone import Fingerprint
 from sidelight.engines.logprobs import TokenLogprobs
 from sidelight.errors import SidelightError, VerdictError, did_you_mean
+from sidelight.fingerprint import Fingerprint
 from sidelight.probe import Probe, common_format
 from sidelight.prompts import Conversation, Message, PlainText
 from sidelight.types import Judgement

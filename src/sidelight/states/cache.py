@@ -25,8 +25,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sidelight.backbone import Fingerprint
 from sidelight.errors import SidelightError
+from sidelight.fingerprint import Fingerprint
 from sidelight.prompts import EncodedPrompt, Reads
 from sidelight.storage import FolderLock, sync, write_json
 

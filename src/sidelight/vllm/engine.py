@@ -11,7 +11,7 @@ from contextlib import aclosing
 from dataclasses import asdict
 from typing import Any
 
-from sidelight.backbone import Fingerprint, load_backbone
+from sidelight.backbone import load_backbone
 from sidelight.engines.base import (
     Admission,
     Engine,
@@ -27,6 +27,7 @@ from sidelight.engines.base import (
 from sidelight.engines.queue import Limits
 from sidelight.engines.text import WARM_UP, TextCodec
 from sidelight.errors import SidelightError, did_you_mean
+from sidelight.fingerprint import Fingerprint
 from sidelight.probe import Probe, common_format
 from sidelight.prompts import Conversation, EncodedPrompt, Message, PromptEncoder, has_response
 from sidelight.types import Judgement

@@ -14,9 +14,10 @@ from itertools import chain, groupby, repeat
 from typing import Any
 
 from sidelight.artifact import load_probe
-from sidelight.backbone import Fingerprint, load_backbone
+from sidelight.backbone import load_backbone
 from sidelight.engines.base import GenerationError
 from sidelight.errors import SidelightError
+from sidelight.fingerprint import Fingerprint
 from sidelight.probe import Probe, common_format, require_distinct_names
 from sidelight.prompts import EncodedPrompt, Part
 from sidelight.types import Judgement, Verdict

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from sidelight.backbone import can_share, run_after, run_once
+from sidelight.backbone import cache_prefix, can_share, run_with_prefix
 from sidelight.errors import SidelightError
 from sidelight.progress import progress
 from sidelight.ragged import by_length
@@ -86,8 +86,8 @@ class SequenceClassifier(nn.Module):
         same = ((input_ids == input_ids[:1]) & present & ~read).all(0)
         shared = int(same.cumprod(0).sum())
         if shared and can_share(self.body):
-            begun = run_once(self.body, input_ids[0, :shared])
-            rest = run_after(self.body, begun, input_ids[:, shared:], present[:, shared:])
+            begun = cache_prefix(self.body, input_ids[0, :shared])
+            rest = run_with_prefix(self.body, begun, input_ids[:, shared:], present[:, shared:])
             return rest.last_hidden_state
         output = self.body(input_ids=input_ids, attention_mask=present.long())
         return output.last_hidden_state

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
-from sidelight.backbone import TransformersBackbone, cache_name, run_after, run_once
+from sidelight.backbone import TransformersBackbone, cache_name, cache_prefix, run_with_prefix
 from sidelight.errors import SidelightError
 from sidelight.progress import progress
 from sidelight.prompts import Message, shared_length
@@ -166,7 +166,7 @@ def score_answers(
     # At least one token of each prompt is left after what all share.
     shared = min(shared_length(prompts), min(map(len, prompts)) - 1)
     prefix = torch.tensor(prompts[0][:shared], dtype=torch.long, device=backbone.device)
-    begun = run_once(backbone.model, prefix)
+    begun = cache_prefix(backbone.model, prefix)
     rests = [prompt[shared:] for prompt in prompts]
     scores = np.empty((len(prompts), len(answers)))
     with progress("Prompting", sum(map(len, rests)), unit="tokens") as shown:
@@ -200,7 +200,7 @@ def _score_batch(
     model = backbone.model
     shared = cache.get_seq_length()
     last = backbone.last_position
-    output = run_after(model, cache, token_ids, present, logits_to_keep=last)
+    output = run_with_prefix(model, cache, token_ids, present, logits_to_keep=last)
     first = output.logits[:, -1].float().log_softmax(-1)
     held = cache.get_seq_length()
     before = torch.cat([present.new_ones(len(present), shared), present], 1)

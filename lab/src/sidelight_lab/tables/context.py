@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from sidelight.backbone import Fingerprint, TransformersBackbone
+from sidelight.backbone import TransformersBackbone
 from sidelight.data.examples import LabelledExamples
+from sidelight.fingerprint import Fingerprint
 from sidelight.storage import write_json, write_text
 from sidelight.training.dataset import ProbeDataset, Split, make_split, require_same_task
 from sidelight_lab.datasets import DataSet
