@@ -20,7 +20,7 @@ from sidelight.mechanisms.base import mechanism_names
 from sidelight.prompts import Message
 from sidelight_lab.bench import latency
 from sidelight_lab.bench.latency import compare_latency, latency_record
-from sidelight_lab.bench.record import conditions
+from sidelight_lab.bench.measurement import conditions, interleaved, peak_bytes
 from sidelight_lab.bench.subjects import (
     Answer,
     Load,
@@ -31,7 +31,6 @@ from sidelight_lab.bench.subjects import (
     text_loads,
     untrained_probe,
 )
-from sidelight_lab.bench.timing import interleaved, peak_bytes
 from tiny import tiny_backbone
 
 CPU = torch.device("cpu")

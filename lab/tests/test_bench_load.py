@@ -9,10 +9,9 @@ from itertools import islice
 import pytest
 
 from commands import run
-from sidelight_lab.bench.load import Answer, faults
+from sidelight_lab.bench.load import WORDS, Answer, Ticket, faults, tickets
+from sidelight_lab.bench.measurement import total
 from sidelight_lab.bench.serving import MEASURES, NOTHING, costs_of
-from sidelight_lab.bench.tickets import WORDS, Ticket, tickets
-from sidelight_lab.bench.timing import total
 
 TICKET = Ticket(7, "amber", is_abuse=False)
 ABUSE = Ticket(8, "basalt", is_abuse=True)
@@ -82,20 +81,20 @@ def test_what_probes_add_is_paired_with_the_same_round_without_them():
     # The machine gets three times slower, which no comparison within a round notices.
     without = [[10.0 * n, 1.0 * n, 5.0 * n, 8.0 / n] for n in (1, 2, 3)]
     with_one = [[1.2 * a, b, 1.1 * c, 0.9 * d] for a, b, c, d in without]
-    costs = {one.measure: one for one in costs_of({NOTHING: without, "one": with_one})}
+    costs = {one["measure"]: one for one in costs_of({NOTHING: without, "one": with_one})}
     assert list(costs) == list(MEASURES)
-    assert [one.without for one in costs.values()] == [20, 2, 10, 4]
+    assert [one["without"] for one in costs.values()] == [20, 2, 10, 4]
     for one, added in zip(costs.values(), (0.2, 0, 0.1, -0.1), strict=True):
-        assert one.probes == "one"
-        found = (one.added.value, one.added.low, one.added.high)
+        assert one["probes"] == "one"
+        found = (one["added"], one["low"], one["high"])
         assert found == pytest.approx((added, added, added))
 
 
 def test_the_interval_of_a_cost_covers_the_rounds():
     without = [[1.0] * 4] * 4
     (first, *_) = costs_of({"one": [[1.0] * 4, [1.2] * 4] * 2, NOTHING: without})
-    assert first.added.value == pytest.approx(0.1)
-    assert 0 <= first.added.low < 0.1 < first.added.high <= 0.2 + 1e-9
+    assert first["added"] == pytest.approx(0.1)
+    assert 0 <= first["low"] < 0.1 < first["high"] <= 0.2 + 1e-9
 
 
 @pytest.mark.slow

@@ -10,8 +10,16 @@ import pytest
 from commands import run, saved
 from live import served
 from sidelight.engines.transformers import TransformersEngine
-from sidelight_lab.bench.soak import faults, memory_slope, soak_record
-from sidelight_lab.bench.visits import Visit, connections, ending, pay, requests
+from sidelight_lab.bench.soak import (
+    Visit,
+    connection_visits,
+    ending,
+    faults,
+    memory_slope,
+    pay,
+    request_visits,
+    soak_record,
+)
 from tiny import tiny_backbone
 
 BEFORE = {"visits": 0, "seconds": 0.0, "resident_mb": 100.0, "descriptors": 8}
@@ -96,14 +104,14 @@ def test_an_answer_in_few_words(received, said):
 
 
 def test_every_kind_has_a_name_of_its_own():
-    kinds = [*connections(), *requests("m", max_tokens=3)]
+    kinds = [*connection_visits(), *request_visits("m", max_tokens=3)]
     assert len({visit.name for visit in kinds}) == len(kinds)
 
 
 def test_a_verdict_that_is_missing_is_seen():
     # This server has no probes.
     with served(TransformersEngine(tiny_backbone(), [])) as url:
-        chat = next(v for v in requests("tiny/llama", max_tokens=3) if v.name == "chat")
+        chat = next(v for v in request_visits("tiny/llama", max_tokens=3) if v.name == "chat")
         assert asyncio.run(pay(chat, url)) == "200 incomplete"
         assert asyncio.run(pay(replace(chat, needs=()), url)) == "200"
     assert asyncio.run(pay(Visit("x", b"", ("left",)), url)).startswith("no connection")

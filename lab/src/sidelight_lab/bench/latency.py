@@ -15,9 +15,17 @@ import torch
 from sidelight.backbone import TransformersBackbone
 from sidelight.plots import save_figure
 from sidelight.progress import progress
-from sidelight_lab.bench.record import Record, conditions, table
+from sidelight_lab.bench.measurement import (
+    MB,
+    Range,
+    Record,
+    conditions,
+    interleaved,
+    peak_bytes,
+    ratios,
+    table,
+)
 from sidelight_lab.bench.subjects import Kind, Load, Subject
-from sidelight_lab.bench.timing import MB, Range, interleaved, peak_bytes, ratios
 from sidelight_lab.plots import LEGEND_BESIDE, new_axes
 
 # Paul Tol's muted palette: nine colours, told apart with any colour vision.
@@ -38,10 +46,8 @@ class Row:
     """One subject on one load.
 
     Attributes:
-        mean_tokens: Mean length of the load's prompts.
         ms: Milliseconds per prompt, over the rounds.
         ratio: Time over the first subject's time in the same round.
-        weights_bytes: Size of the weights.
         working_bytes: Peak memory beyond what was resident; None where it cannot be measured.
     """
 
@@ -65,11 +71,7 @@ def compare_latency(
 ) -> list[Row]:
     """A row for every subject on every load that it accepts.
 
-    Args:
-        subjects: The others are compared with the first, which accepts every load.
-        loads: The prompts.
-        repeats: Number of timed rounds.
-        device: Where the subjects run.
+    The others are compared with the first subject, which accepts every load.
     """
     with progress("Timing", len(loads) * len(subjects) * repeats, unit="timings") as shown:
         rows: list[Row] = []
@@ -111,11 +113,11 @@ def measure_latency(
     loads: Sequence[Load],
     *,
     repeats: int,
-) -> tuple[list[Row], Record]:
-    """The rows of ``compare_latency`` on the backbone's device, and their record."""
+) -> Record:
+    """The record of ``compare_latency`` on the backbone's device."""
     where = conditions(backbone, {"rounds": repeats})
     rows = compare_latency(subjects, loads, repeats=repeats, device=backbone.device)
-    return rows, latency_record(rows, where)
+    return latency_record(rows, where)
 
 
 def _run(subject: Subject, load: Load, *, calls: int = 1) -> None:
@@ -151,17 +153,18 @@ def latency_record(rows: Sequence[Row], conditions: Mapping[str, Any]) -> Record
                 for subject in dict.fromkeys(row.subject for row in own)
             ]
             sections.append(table(f"Batch {size}: {title}", ["", *loads], lines))
-    return Record("latency", conditions, {"rows": [asdict(row) for row in rows]}, sections)
+    results = {"rows": [asdict(row) for row in rows]}
+    return Record("latency", conditions, results, sections, draw=partial(_plot, rows))
 
 
-def plot_latency(rows: Sequence[Row], folder: Path) -> list[Path]:
+def _plot(rows: Sequence[Row], folder: Path) -> None:
     """Draws ``latency-batch-N.png``: overhead over the first subject by tokens of a prompt."""
     folder.mkdir(parents=True, exist_ok=True)
-    sizes = dict.fromkeys(row.batch_size for row in rows)
-    return [_plot([row for row in rows if row.batch_size == size], folder) for size in sizes]
+    for size in dict.fromkeys(row.batch_size for row in rows):
+        _plot_batch([row for row in rows if row.batch_size == size], folder)
 
 
-def _plot(rows: Sequence[Row], folder: Path) -> Path:
+def _plot_batch(rows: Sequence[Row], folder: Path) -> None:
     base, size = rows[0].subject, rows[0].batch_size
     title = f"Time over {base} alone, batch {size}: median and range"
     figure, axes = new_axes(8.6, 4.8, title)
@@ -188,4 +191,4 @@ def _plot(rows: Sequence[Row], folder: Path) -> Path:
     axes.minorticks_off()
     axes.set(xlabel="Tokens of a prompt", ylabel="Overhead")
     axes.legend(**LEGEND_BESIDE)
-    return save_figure(figure, folder / f"latency-batch-{size}.png")
+    save_figure(figure, folder / f"latency-batch-{size}.png")

@@ -1,7 +1,7 @@
 """Many chat clients at once: does each get its own verdicts, and how long do they wait?
 
-A server with probes and policies, and one without, are asked in turn by the same number of clients.
-Clients are those of the openai package; each asks one question after the other.
+The right verdicts on each prompt (a ticket) are known beforehand. A server with probes and policies
+and one without are asked in turn, by the same number of clients of the openai package.
 """
 
 import asyncio
@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count, islice
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -18,14 +19,62 @@ from typing import Any
 import numpy as np
 from openai import APIError, APIStatusError, AsyncOpenAI
 
-from sidelight.backbone import load_backbone
+from sidelight.artifact import save_probe
+from sidelight.backbone import TransformersBackbone, load_backbone
+from sidelight.data.examples import Example, LabelledExamples
+from sidelight.errors import SidelightError
+from sidelight.mechanisms.base import mechanism_spec
 from sidelight.progress import progress
+from sidelight.prompts import Message, Reads
 from sidelight.server.process import ServerProcess
-from sidelight_lab.bench.record import Record, conditions, table
-from sidelight_lab.bench.tickets import PROBES, Ticket, prepare, tickets
-from sidelight_lab.bench.timing import Range, look_at, ratios, read_metrics, total
+from sidelight.training.classifier import load
+from sidelight.training.fit import fit
+from sidelight.training.settings import FitOptions
+from sidelight.types import Task
+from sidelight_lab.bench.measurement import (
+    Range,
+    Record,
+    conditions,
+    count_requests,
+    look_at,
+    ratios,
+    read_metrics,
+    table,
+    total,
+)
 
-_BLOCKED = "content_filter"
+# The word of a ticket: a verdict of another request most likely names another word.
+WORDS = (
+    "amber", "basalt", "cedar", "dune", "ember", "fjord", "glacier", "harbor",
+    "iris", "juniper", "kelp", "lagoon", "maple", "nectar", "onyx", "pebble",
+)  # fmt: skip
+_HARMLESS = (
+    "the parcel came today, thank you.",
+    "please add one more chair to the order.",
+    "which colours does the lamp come in?",
+    "I will pick it up on Friday.",
+)
+_HARMFUL = (
+    "you are all useless idiots and thieves.",
+    "I hate you, you stupid liars.",
+)
+# One of this many tickets is blocked.
+_BLOCKED_EVERY = 8
+
+_ABUSE = Task("binary", ("fine", "abuse"))
+# `word` and `abuse` read the prompt, `reply` reads the response.
+PROBES = {"word": Task("multiclass", WORDS), "abuse": _ABUSE, "reply": _ABUSE}
+# Enough for such plain words; more would only take longer.
+_TRAINING_TICKETS = {"word": 320, "abuse": 96, "reply": 96}
+_CHECKED_TICKETS = 64
+# The rule on the output is checked after every token but never fires, so answers keep their length.
+_POLICY = """[input.abuse]
+mode = "block"
+
+[output.reply]
+mode = "block"
+threshold = 1.0
+"""
 _WARM_UP_S = 5.0
 _TIMEOUT_S = 600.0
 _WATCH_EVERY_S = 0.5
@@ -34,22 +83,87 @@ Verdicts = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What one client got.
+class Ticket:
+    """A prompt on which the probe `word` must give the word, and `abuse` must flag abuse."""
 
-    Attributes:
-        id: Id of the completion; None for an error.
-        verdicts: All verdicts of the answer's body or stream, in order.
-        in_header: The verdicts of the header.
-        ending: The finish reason, or the error's code.
+    number: int
+    word: str
+    is_abuse: bool
+
+    @property
+    def text(self) -> str:
+        sentences = _HARMFUL if self.is_abuse else _HARMLESS
+        round_of_words = self.number // len(WORDS)
+        return f"Ticket {self.word} {self.number}: {sentences[round_of_words % len(sentences)]}"
+
+
+def tickets(first: int = 100_000) -> Iterator[Ticket]:
+    """Endless tickets, numbered from ``first``."""
+    for number in count(first):
+        # 7 and 16 share no factor, so every word comes in turn and neighbours differ; in each turn,
+        # abuse comes with other words.
+        is_abuse = (number + number // len(WORDS)) % _BLOCKED_EVERY == 0
+        yield Ticket(number, WORDS[number * 7 % len(WORDS)], is_abuse)
+
+
+def _prepare(backbone: TransformersBackbone, folder: Path) -> tuple[list[Path], Path]:
+    """Trains the probes on tickets that are not asked later.
+
+    Returns their folders, and the file of a policy that blocks by them. Fails if a probe of the
+    prompt is wrong about an unseen ticket.
     """
+    # Half of them are abuse, with every word, so few tickets are enough.
+    plain = islice(tickets(first=500_000), max(_TRAINING_TICKETS.values()))
+    training = [Ticket(one.number, one.word, one.number // len(WORDS) % 2 == 0) for one in plain]
+    checked = list(islice(tickets(first=900_000), _CHECKED_TICKETS))
+    folders: list[Path] = []
+    for name in PROBES:
+        options = FitOptions(
+            mechanisms=(mechanism_spec("readout", {"extremes": "pair"}),),
+            reads=Reads("response" if name == "reply" else "prompt"),
+            cache_root=folder / "activations",
+        )
+        examples = _examples(name, training[: _TRAINING_TICKETS[name]])
+        made = fit(backbone, examples, None, name=name, options=options)
+        folders.append(save_probe(made.best.probe, folder / name))
+        if name != "reply":
+            report = load(folders[-1], model=backbone).evaluate(_examples(name, checked))
+            accuracy = report.metrics["accuracy"].value
+            if accuracy != 1:
+                raise SidelightError(
+                    f"Got a probe '{name}' of accuracy {accuracy} on this model, wanted one that "
+                    "is always right, since its verdicts must be known beforehand. Choose another "
+                    "--model."
+                )
+    policy = folder / "policy.toml"
+    policy.write_text(_POLICY, "utf-8")
+    return folders, policy
+
+
+def _examples(probe: str, some: Sequence[Ticket]) -> LabelledExamples:
+    """The tickets as prompts, or as responses for the probe `reply`."""
+    if probe == "reply":
+        asked = "Write to number {}."
+        items = [Example((Message("user", asked.format(t.number)),), t.text) for t in some]
+    else:
+        items = [Example((Message("user", ticket.text),)) for ticket in some]
+    labels = [
+        WORDS.index(ticket.word) if probe == "word" else int(ticket.is_abuse) for ticket in some
+    ]
+    rows = ({},) * len(items)
+    return LabelledExamples(tuple(items), rows, task=PROBES[probe], labels=np.array(labels))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one client got: verdicts of the body or stream, and of the header."""
 
     ticket: Ticket
-    id: str | None
+    id: str | None  # None for an error
     seconds: float
     verdicts: Verdicts
     in_header: Verdicts
-    ending: str
+    ending: str  # the finish reason, or the error's code
 
 
 @dataclass
@@ -58,19 +172,13 @@ class Server:
 
     process: ServerProcess
     round_s: float
-    most_waiting: int = 0
-    most_running: int = 0
+    longest: Counter[str] = field(default_factory=Counter[str])
     answers: list[list[Answer]] = field(default_factory=list[list[Answer]])
 
     async def watch(self) -> None:
         """Looks at the queues until cancelled."""
         while True:
-            text = await asyncio.to_thread(read_metrics, self.process.url)
-            waiting, running = (
-                int(total(text, f"sidelight_requests_{state}")) for state in ("waiting", "running")
-            )
-            self.most_waiting = max(self.most_waiting, waiting)
-            self.most_running = max(self.most_running, running)
+            self.longest |= Counter(await asyncio.to_thread(count_requests, self.process.url))
             await asyncio.sleep(_WATCH_EVERY_S)
 
     def judged(self) -> int:
@@ -96,7 +204,7 @@ def run_load(
     """
     backbone = load_backbone(model)
     rounds = max(1, round(seconds / round_s))
-    probes, policy = prepare(backbone, folder)
+    probes, policy = _prepare(backbone, folder)
     where = conditions(
         backbone,
         {
@@ -155,8 +263,7 @@ async def _measure(
         "answers": len(answers),
         "endings": dict(sorted(Counter(answer.ending for answer in answers).items())),
         "faults": found,
-        "waiting": [server.most_waiting for server in servers],
-        "running": [server.most_running for server in servers],
+        **{state: [one.longest[state] for one in servers] for state in ("waiting", "running")},
         "memory": memory,
         "is_sound": bool(answers) and not any(found.values()),
     }
@@ -219,10 +326,9 @@ async def _ask(openai: AsyncOpenAI, ticket: Ticket, model: str, max_tokens: int)
             answer = raw.parse()
             id, ending = answer.id, str(answer.choices[0].finish_reason)
             verdicts += (answer.model_extra or {})["sidelight"]["verdicts"]
-    except APIStatusError as error:
-        return Answer(ticket, None, perf_counter() - start, (), (), str(error.code))
     except APIError as error:
-        return Answer(ticket, None, perf_counter() - start, (), (), type(error).__name__)
+        ending = str(error.code) if isinstance(error, APIStatusError) else type(error).__name__
+        return Answer(ticket, None, perf_counter() - start, (), (), ending)
     in_header = json.loads(raw.headers["x-sidelight-verdicts"])
     return Answer(ticket, id, perf_counter() - start, verdicts, in_header, ending)
 
@@ -236,7 +342,7 @@ def faults(answers: Sequence[Answer]) -> dict[str, int]:
         for answer in written
         for probe in PROBES
     ]
-    blocked = [answer for answer in others if answer.ending == _BLOCKED]
+    blocked = [answer for answer in others if answer.ending == "content_filter"]
     return {
         "failed requests": len(others) - len(blocked),
         "lost verdicts": sum(count == 0 for count in counts),

@@ -7,7 +7,7 @@ round; the intervals are over rounds.
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -34,43 +34,6 @@ MEASURES = {
 _RESAMPLES = 10_000
 
 
-@dataclass(frozen=True)
-class Work:
-    """What each measurement does: ``requests`` that run together, of ``tokens`` each."""
-
-    tokens: int = 256
-    requests: int = 8
-    written: int = 24
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a set of probes adds to one of ``MEASURES``.
-
-    Attributes:
-        without: Median without probes, in the measure's unit.
-        added: Mean over rounds, as a share of the same round's value without probes, with its 95 %
-            interval over rounds.
-    """
-
-    probes: str
-    measure: str
-    without: float
-    added: Estimate
-
-    def to_dict(self) -> dict[str, Any]:
-        """The cost as JSON-ready values."""
-        return {
-            "probes": self.probes,
-            "measure": self.measure,
-            "unit": MEASURES[self.measure],
-            "without": self.without,
-            "added": self.added.value,
-            "low": self.added.low,
-            "high": self.added.high,
-        }
-
-
 def probe_sets(backbone: Backbone) -> dict[str, list[Probe]]:
     """No probes, some readouts, and an attention probe, all with random weights."""
     readouts = [untrained_probe(backbone, f"readout-{i}", seed=i) for i in range(100)]
@@ -85,9 +48,19 @@ def probe_sets(backbone: Backbone) -> dict[str, list[Probe]]:
 
 
 async def measure_costs(
-    model: str, *, dtype: str, options: Mapping[str, Any], work: Work, rounds: int
-) -> tuple[list[Cost], dict[str, float]]:
-    """The costs of all sets of probes, and the share of the KV cache's memory that each takes."""
+    model: str,
+    *,
+    dtype: str,
+    options: Mapping[str, Any],
+    rounds: int,
+    tokens: int,
+    requests: int,
+    written: int,
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """The costs of all sets of probes, and the share of the KV cache's memory that each takes.
+
+    Each measurement runs ``requests`` prompts of ``tokens`` together; each writes ``written``.
+    """
     sets = probe_sets(load_backbone(model, device="cpu"))
     # With a prefix cache, later rounds would not compute the same prompts again.
     options = {"enable_prefix_caching": False, **options}
@@ -95,13 +68,14 @@ async def measure_costs(
     random = np.random.default_rng(0)
     values: dict[str, list[list[float]]] = {name: [] for name in sets}
     memory: dict[str, float] = {}
+    measure = partial(_measure_once, engine, tokens, requests, written)
     await engine.start()
     try:
-        await _measure_once(engine, work)
+        await measure()
         for _ in range(rounds):
             for name in map(str, random.permutation(list(sets))):
                 await engine.replace_probes(sets[name])
-                values[name].append(await _measure_once(engine, work))
+                values[name].append(await measure())
         for name, probes in sets.items():
             await engine.replace_probes(probes)
             memory[name] = await engine.memory_share()
@@ -110,25 +84,40 @@ async def measure_costs(
     return costs_of(values), memory
 
 
-def costs_of(values: Mapping[str, Sequence[Sequence[float]]]) -> list[Cost]:
-    """The costs of all sets, from the values of ``MEASURES`` of each in each round."""
+def costs_of(values: Mapping[str, Sequence[Sequence[float]]]) -> list[dict[str, Any]]:
+    """What each set adds to each of ``MEASURES``, from the values of each round.
+
+    ``without`` is the median without probes; ``added``, with its 95 % interval over rounds, is a
+    share of the same round's value without probes.
+    """
     without = np.array(values[NOTHING])  # (round, measure)
     rounds = len(without)
     drawn = np.random.default_rng(1).integers(0, rounds, (_RESAMPLES, rounds))
-    costs: list[Cost] = []
+    costs: list[dict[str, Any]] = []
     for name in [name for name in values if name != NOTHING]:
         added = np.array(values[name]) / without - 1
         means = np.concatenate([added.mean(0)[None], added[drawn].mean(1)])
-        costs += [
-            Cost(name, measure, float(np.median(without[:, i])), Estimate.of(means[:, i]))
-            for i, measure in enumerate(MEASURES)
-        ]
+        for i, (measure, unit) in enumerate(MEASURES.items()):
+            share = Estimate.of(means[:, i])
+            costs.append(
+                {
+                    "probes": name,
+                    "measure": measure,
+                    "unit": unit,
+                    "without": float(np.median(without[:, i])),
+                    "added": share.value,
+                    "low": share.low,
+                    "high": share.high,
+                }
+            )
     return costs
 
 
-async def _measure_once(engine: VllmEngine, work: Work) -> list[float]:
+async def _measure_once(
+    engine: VllmEngine, tokens: int, requests: int, written: int
+) -> list[float]:
     """The value of each of ``MEASURES``."""
-    prompts = [PlainText(" word" * (work.tokens - 1) + f" {i}") for i in range(work.requests)]
+    prompts = [PlainText(" word" * (tokens - 1) + f" {i}") for i in range(requests)]
     one = Sampling(max_tokens=1, temperature=0)
     start = perf_counter()
     for prompt in prompts[:2]:
@@ -136,13 +125,13 @@ async def _measure_once(engine: VllmEngine, work: Work) -> list[float]:
     first = (perf_counter() - start) / 2
     start = perf_counter()
     await asyncio.gather(*(_s_per_token(engine.generate(prompt, one)) for prompt in prompts))
-    prompt_time = (perf_counter() - start) / work.requests
-    many = Sampling(max_tokens=work.written, temperature=0)
+    prompt_time = (perf_counter() - start) / requests
+    many = Sampling(max_tokens=written, temperature=0)
     start = perf_counter()
     spans = await asyncio.gather(*(_s_per_token(engine.generate(p, many)) for p in prompts))
     elapsed = perf_counter() - start
     times = [first, float(np.mean(spans)), prompt_time]
-    return [*(1000 * time for time in times), work.requests / elapsed]
+    return [*(1000 * time for time in times), requests / elapsed]
 
 
 async def _s_per_token(events: AsyncGenerator[Event, None]) -> float:

@@ -1,12 +1,21 @@
-"""A long test of one server: does it lose or leak anything over many visits of every kind?"""
+"""A long test of one server: does it lose or leak anything over many visits of every kind?
+
+Each visit is one client on its own socket, well-behaved or broken, and says how it must end.
+"""
 
 import asyncio
+import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -18,19 +27,171 @@ from sidelight.plots import save_figure
 from sidelight.progress import Progress, progress
 from sidelight.prompts import Reads
 from sidelight.server.process import ServerProcess
-from sidelight_lab.bench import visits
-from sidelight_lab.bench.record import Record, conditions, table
+from sidelight_lab.bench.measurement import (
+    Record,
+    Sample,
+    conditions,
+    count_requests,
+    look_at,
+    table,
+)
 from sidelight_lab.bench.subjects import untrained_probe
-from sidelight_lab.bench.timing import Sample, look_at, read_metrics, total
-from sidelight_lab.bench.visits import Visit
 from sidelight_lab.plots import COLOURS, open_frame
 
+_PROMPT_PROBE, _RESPONSE_PROBE = "prompt", "response"
+_CHAT, _MODERATIONS = "/v1/chat/completions", "/v1/moderations"
+# More than the server's default limit of 4 MiB.
+_LARGE_BYTES = 5 * 2**20
+_CHUNK_BYTES = 65536
+# The time that the server gives a request.
+_TIMEOUT_S = 600.0
+_BUSY = "429 too_many_requests"
+_QUESTION = "Where is my refund?"
+_ALWAYS = {"mode": "block", "threshold": 0.0}
+_PROMPT = (f'"probe":"{_PROMPT_PROBE}"'.encode(),)
+_BOTH = (*_PROMPT, f'"probe":"{_RESPONSE_PROBE}"'.encode())
 # Samples of each phase, and the share of the requests that only warm the server up.
 _SAMPLES = 200
 _WARM_UP = 0.2
 _BLOCKS = 20
 # How long the server may take to release what its last clients left behind.
 _SETTLE_S = 60.0
+
+# What a client does after it has sent everything; "midway" is after the answer's first bytes.
+Manner = Literal["reads on", "half-closes", "leaves", "leaves midway"]
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One client's connection: what it sends, what it does then, and how that may end.
+
+    An ending is the status and, if there is one, the error code, the finish reason or ``[DONE]``;
+    ``closed`` without an answer; or ``left``. A successful answer must contain all of ``needs``.
+    """
+
+    name: str
+    sent: bytes
+    endings: tuple[str, ...]
+    manner: Manner = "reads on"
+    needs: tuple[bytes, ...] = ()
+
+
+def connection_visits() -> Sequence[Visit]:
+    """The visits of the bursts: most of them send no complete request.
+
+    When there are more at once than the server's limits allow, some end with a 429.
+    """
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    half = head + b'Content-Length: 1000\r\n\r\n{"model":'
+    models = b"GET /v1/models HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    moderation = _post(_MODERATIONS, {"input": _QUESTION})
+    return (
+        Visit("nothing, leaves", b"", ("left",), "leaves"),
+        Visit("nothing, stays", b"", ("closed",)),
+        Visit("half a head, leaves", head, ("left",), "leaves"),
+        Visit("half a head, stays", head, ("closed",)),
+        Visit("half a body, leaves", half, ("left",), "leaves"),
+        Visit("half a body, half-closes", half, ("closed", _BUSY), "half-closes"),
+        Visit("no HTTP", b"\x16\x03\x01 hello\r\n\r\n", ("400",)),
+        Visit("asks and leaves", models, ("left",), "leaves"),
+        Visit("asks and reads", models, ("200", _BUSY), needs=(b'"data"',)),
+        Visit("moderation", moderation, ("200", _BUSY), needs=_PROMPT),
+    )
+
+
+def request_visits(model: str, *, max_tokens: int) -> Sequence[Visit]:
+    """Complete requests: answered, streamed, blocked, cut, refused and given up.
+
+    ``max_tokens`` must be at least three, so that a text can be cut.
+    """
+    chat: dict[str, Any] = {
+        "model": model,
+        "messages": [{"role": "user", "content": _QUESTION}],
+        "max_tokens": max_tokens,
+    }
+    stream = {**chat, "stream": True}
+    long = {"max_tokens": 50 * max_tokens}
+    blocked = {**chat, "policies": {_PROMPT_PROBE: _ALWAYS}}
+    # The most probable text is never empty; a sampled one may be, and then nothing can be cut.
+    cut = {**chat, "policies": {_RESPONSE_PROBE: _ALWAYS}, "temperature": 0}
+    texts = {"input": [_QUESTION, "Hello!", "Thank you."]}
+    probes = {**chat, "probes": ["none"]}
+    return (
+        Visit("chat", _post(_CHAT, chat), ("200",), needs=_BOTH),
+        Visit("stream", _post(_CHAT, stream), ("200 [DONE]",), needs=_BOTH),
+        Visit("two texts", _post(_CHAT, {**chat, "n": 2}), ("200",), needs=_BOTH),
+        Visit("moderations", _post(_MODERATIONS, texts), ("200",), needs=_PROMPT),
+        Visit("blocked prompt", _post(_CHAT, blocked), ("400 content_filter",)),
+        Visit("cut text", _post(_CHAT, cut), ("200 content_filter",), needs=_BOTH),
+        Visit("unknown model", _post(_CHAT, {**chat, "model": "none"}), ("404 model_not_found",)),
+        Visit("unknown probe", _post(_CHAT, probes), ("400 probe_not_found",)),
+        Visit("not JSON", _post(_CHAT, b"{"), ("400",)),
+        Visit("large body", _post(_CHAT, b" " * _LARGE_BYTES), ("413 request_too_large",)),
+        Visit("chat, left", _post(_CHAT, {**chat, **long}), ("left",), "leaves"),
+        Visit("stream, left midway", _post(_CHAT, {**stream, **long}), ("left",), "leaves midway"),
+    )
+
+
+def _post(path: str, body: Mapping[str, Any] | bytes) -> bytes:
+    if not isinstance(body, bytes):
+        body = json.dumps(body).encode()
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    )
+    return head.encode() + body
+
+
+async def pay(visit: Visit, url: str) -> str:
+    """How a visit to the server ended; one of ``visit.endings`` if all went well."""
+    server = urlsplit(url)
+    try:
+        async with asyncio.timeout(_TIMEOUT_S):
+            reader, writer = await asyncio.open_connection(server.hostname, server.port)
+            with closing(writer):
+                return await _perform(visit, reader, writer)
+    except TimeoutError:
+        return f"no end within {_TIMEOUT_S:g} s"
+    except OSError as error:
+        return f"no connection ({type(error).__name__})"
+
+
+async def _perform(visit: Visit, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> str:
+    received = b""
+    try:
+        writer.write(visit.sent)
+        await writer.drain()
+        if visit.manner == "half-closes":
+            writer.write_eof()
+        if visit.manner == "leaves":
+            return "left"
+        while chunk := await reader.read(_CHUNK_BYTES):
+            received += chunk
+            if visit.manner == "leaves midway":
+                return "left"
+    except ConnectionError:
+        # A server that refuses a body closes before all of it has been sent; its answer still
+        # counts.
+        with suppress(ConnectionError):
+            received += await reader.read(_CHUNK_BYTES)
+    found = ending(received)
+    is_complete = not found.startswith("200") or all(text in received for text in visit.needs)
+    return found if is_complete else f"{found} incomplete"
+
+
+def ending(received: bytes) -> str:
+    """An answer in a few words, as in ``Visit.endings``."""
+    if not received:
+        return "closed"
+    head, _, body = received.partition(b"\r\n\r\n")
+    detail = ""
+    if b"text/event-stream" in head:
+        detail = "[DONE]" if b"data: [DONE]\n\n" in body else "no [DONE]"
+    elif re.search(rb'"finish_reason":\s*"content_filter"', body):
+        detail = "content_filter"
+    elif body.startswith(b'{"error"'):
+        detail = json.loads(body)["error"]["code"] or ""
+    return f"{head.split(b' ')[1].decode()} {detail}".strip()
 
 
 def run_soak(
@@ -53,7 +214,7 @@ def run_soak(
         SidelightError: The server ended.
     """
     backbone = load_backbone(model)
-    sides = {visits.PROMPT_PROBE: Reads("prompt"), visits.RESPONSE_PROBE: Reads("response")}
+    sides = {_PROMPT_PROBE: Reads("prompt"), _RESPONSE_PROBE: Reads("response")}
     probes = [
         save_probe(untrained_probe(backbone, name, reads=reads), folder / name)
         for name, reads in sides.items()
@@ -68,16 +229,16 @@ def run_soak(
             "tokens of an answer": max_tokens,
         },
     )
-    kinds = visits.requests(backbone.name, max_tokens=max_tokens)
+    kinds = request_visits(backbone.name, max_tokens=max_tokens)
     del backbone
 
     async def soak(server: ServerProcess) -> dict[str, Any]:
         # One visit of each kind first: files that the server opens once are not leaks.
         for visit in kinds:
-            await visits.pay(visit, server.url)
+            await pay(visit, server.url)
         await _settle(server)
         before = look_at(server.pid)
-        bursts = await _phase("connections", visits.connections(), server, connections, burst)
+        bursts = await _phase("connections", connection_visits(), server, connections, burst)
         asked = await _phase("requests", kinds, server, requests, clients)
         held = await _settle(server, descriptors=before["descriptors"])
         return {
@@ -113,7 +274,7 @@ async def _phase(
     async def visit_all(some: Iterator[Visit], bar: Progress) -> None:
         nonlocal done
         for visit in some:
-            endings[visit.name][await visits.pay(visit, server.url)] += 1
+            endings[visit.name][await pay(visit, server.url)] += 1
             bar.advance(1)
             done += 1
             if done % every == 0:
@@ -135,9 +296,7 @@ async def _settle(server: ServerProcess, *, descriptors: float = float("inf")) -
     """Waits until the server has no requests and few files; the requests that it still holds."""
     deadline = perf_counter() + _SETTLE_S
     while True:
-        text = await asyncio.to_thread(read_metrics, server.url)
-        states = ("running", "waiting")
-        held = int(sum(total(text, f"sidelight_requests_{state}") for state in states))
+        held = sum((await asyncio.to_thread(count_requests, server.url)).values())
         is_settled = held == 0 and look_at(server.pid)["descriptors"] <= descriptors
         if is_settled or perf_counter() > deadline:
             return held
@@ -194,22 +353,18 @@ def soak_record(results: Mapping[str, Any], where: Mapping[str, Any]) -> Record:
         f"{after['descriptors']} after. Requests left in the engine: {results['held']}.",
         "\n".join(["Faults:", *found] if found else ["Faults: none."]),
     ]
-    return Record("soak", where, {**results, "faults": found}, sections)
+    draw = partial(_plot, results)
+    return Record("soak", where, {**results, "faults": found}, sections, draw)
 
 
 def _table(phase: Mapping[str, Any]) -> str:
-    def counted(endings: Mapping[str, int]) -> str:
-        return ", ".join(f"{end}: {number}" for end, number in endings.items()) or "none"
-
-    rows = [
-        (
-            one["name"],
-            sum(one["endings"].values()),
-            counted({end: n for end, n in one["endings"].items() if end in one["expected"]}),
-            counted({end: n for end, n in one["endings"].items() if end not in one["expected"]}),
-        )
-        for one in phase["outcomes"]
-    ]
+    rows: list[list[object]] = []
+    for one in phase["outcomes"]:
+        said: dict[bool, list[str]] = {True: [], False: []}
+        for end, number in one["endings"].items():
+            said[end in one["expected"]].append(f"{end}: {number}")
+        ends = [", ".join(own) or "none" for own in said.values()]
+        rows.append([one["name"], sum(one["endings"].values()), *ends])
     title = f"{phase['title'].capitalize()}, {phase['seconds']:.0f} s"
     return table(title, ["", "number", "ended as they had to", "otherwise"], rows)
 
@@ -221,7 +376,7 @@ def _described(slope: Mapping[str, float]) -> str:
     )
 
 
-def plot_soak(results: Mapping[str, Any], folder: Path) -> Path:
+def _plot(results: Mapping[str, Any], folder: Path) -> None:
     """Draws ``soak.png``: the bursts of connections on the left, the requests on the right."""
     folder.mkdir(parents=True, exist_ok=True)
     figure = Figure(figsize=(9.2, 5.2), layout="constrained")
@@ -238,4 +393,4 @@ def plot_soak(results: Mapping[str, Any], folder: Path) -> Path:
     grid[0][0].set(ylabel="Resident memory, MB", ylim=(0, None))
     grid[1][0].set(ylabel="Open files", ylim=(0, None))
     figure.suptitle(_described(results["slope"]), x=0.01, horizontalalignment="left")
-    return save_figure(figure, folder / "soak.png")
+    save_figure(figure, folder / "soak.png")

@@ -6,6 +6,7 @@ measured on the third.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from sidelight.probe import Probe
 from sidelight.prompts import Reads
 from sidelight.training.fit import fit
 from sidelight.training.settings import FitOptions
-from sidelight_lab.bench.record import Record, conditions, table
+from sidelight_lab.bench.measurement import Record, conditions, table
 from sidelight_lab.bench.responses import (
     Responses,
     Scores,
@@ -61,17 +62,11 @@ def figures(
     A delay is the number of tokens read when a positive response is caught: its median and its 90th
     percentile over the caught ones. A negative response counts as read until the rule fires.
 
-    Args:
-        responses: The responses.
-        fired_at: What ``firings`` gives.
-        rows: Positions of the responses to count, possibly several times; None counts each once.
+    ``rows`` are positions of the responses to count, possibly several times; None counts each once.
     """
     rows = np.arange(len(fired_at)) if rows is None else rows
-    is_positive, fired_at, tokens = (
-        responses.is_positive[rows],
-        fired_at[rows],
-        responses.tokens[rows],
-    )
+    is_positive, tokens = responses.is_positive[rows], responses.tokens[rows]
+    fired_at = fired_at[rows]
     fired = fired_at > 0
     caught = fired_at[fired & is_positive]
     positives, all_fired = int(is_positive.sum()), int(fired.sum())
@@ -159,14 +154,14 @@ def compare_streaming(
     seeds: int,
     max_tokens: int,
     cache_root: Path | None,
-) -> tuple[list[Row], Record, Probe]:
-    """A row for each detector, their record, and the probe of the first seed.
+) -> tuple[Record, Probe]:
+    """A row for each detector, and the probe of the first seed.
 
     Args:
         backbone: The LLM.
         examples: Responses of two classes.
         label: Column of the labels in the data that the classes were made from.
-        name: Name of what is caught, and of the probe.
+        name: What is caught, and the probe's name.
         seeds: Number of trainings of the probe.
         max_tokens: Longer training texts (prompt with response) are cut; replayed ones are whole.
         cache_root: Where hidden states are kept while training; None is the user's cache.
@@ -187,19 +182,21 @@ def compare_streaming(
         if run.probe.spec == made.best.probe.spec
     ]
     known = [describe(backbone, part, label) for part in (validation, test)]
+    encode = backbone.encoder.encode
     running = [
-        running_scores(
-            backbone,
-            probes,
-            [backbone.encoder.encode(item.messages, item.response) for item in part.items],
-        )
+        running_scores(backbone, probes, [encode(one.messages, one.response) for one in part.items])
         for part in (validation, test)
+    ]
+    # The verdict on the whole response: only the last score counts.
+    whole = [
+        [[np.append(np.zeros(len(own) - 1), own[-1]) for own in scores] for scores in by_seed]
+        for by_seed in running
     ]
     words = [[word_scores(training, own)] for own in known]
     phrases = [[phrase_scores(own)] for own in known]
     rows = [
         _row("probe, token by token", _RUNNING, running, known),
-        _row("probe, whole response", _SINGLE, [_at_end(own) for own in running], known),
+        _row("probe, whole response", _SINGLE, whole, known),
         _row("TF-IDF, token by token", _RUNNING, words, known),
         _row("phrases at the start", _HALF, phrases, known),
     ]
@@ -208,19 +205,11 @@ def compare_streaming(
         {
             "seeds": seeds,
             "training tokens": max_tokens,
-            **{f"{part} responses": len(own) for part, own in parts.items()},
-            **{
-                f"{part} prompts": len({item.text for item in own.items})
-                for part, own in parts.items()
-            },
+            **{f"{name} responses": len(part) for name, part in parts.items()},
+            **{f"{name} prompts": len({i.text for i in p.items}) for name, p in parts.items()},
         },
     )
-    return rows, streaming_record(rows, where), probes[0]
-
-
-def _at_end(by_seed: Sequence[Scores]) -> list[Scores]:
-    """The verdict on the whole response: only the last score counts."""
-    return [[np.append(np.zeros(len(own) - 1), own[-1]) for own in scores] for scores in by_seed]
+    return _record(rows, where), probes[0]
 
 
 def _row(
@@ -254,7 +243,7 @@ def _row(
     )
 
 
-def streaming_record(rows: Sequence[Row], where: Mapping[str, object]) -> Record:
+def _record(rows: Sequence[Row], where: Mapping[str, object]) -> Record:
     """The figures, then the rules and the recall of each positive label."""
     labels = list(rows[0].recalls)
     rules = [
@@ -276,7 +265,8 @@ def streaming_record(rows: Sequence[Row], where: Mapping[str, object]) -> Record
             ],
         ),
     ]
-    return Record("streaming", where, {"rows": [asdict(row) for row in rows]}, sections)
+    results = {"rows": [asdict(row) for row in rows]}
+    return Record("streaming", where, results, sections, draw=partial(_plot, rows))
 
 
 def _cell(estimate: Estimate) -> str:
@@ -288,7 +278,7 @@ def _cell(estimate: Estimate) -> str:
     return f"{value} [{low}, {high}]"
 
 
-def plot_streaming(rows: Sequence[Row], folder: Path) -> Path:
+def _plot(rows: Sequence[Row], folder: Path) -> None:
     """Draws ``streaming.png``: solid lines for positive responses, dotted ones for false alarms."""
     title = "Positive responses caught (solid), and false alarms (dotted)"
     figure, axes = new_axes(7.6, 4.4, title)
@@ -299,4 +289,4 @@ def plot_streaming(rows: Sequence[Row], folder: Path) -> Path:
     axes.set_xscale("log")
     axes.set(xlabel="Tokens of the response", ylabel="Share of responses", ylim=(0, 1))
     axes.legend(loc="upper left", **LEGEND)
-    return save_figure(figure, folder / "streaming.png")
+    save_figure(figure, folder / "streaming.png")

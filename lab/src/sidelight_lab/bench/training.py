@@ -17,7 +17,7 @@ from sidelight.states.extraction import BackboneSource, StateSource, extract
 from sidelight.training.dataset import Split
 from sidelight.training.loop import train_mechanisms
 from sidelight.training.settings import TRAINING_MAX_TOKENS, Job, suggested_settings
-from sidelight_lab.bench.timing import Range, interleaved, ratios
+from sidelight_lab.bench.measurement import Range, interleaved, ratios
 
 
 def compare_extraction(

@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from sidelight.cli.options import (
+    PATH,
     backbone_options,
     column_options,
     data_option,
@@ -13,9 +14,10 @@ from sidelight.cli.options import (
     limit_option,
     max_tokens_option,
     missing_label_option,
+    option,
     out_option,
 )
-from sidelight_lab.cli.options import FOLDER, cache_option, given_backbone, option
+from sidelight_lab.cli.options import cache_option, given_backbone
 
 
 @click.command(
@@ -24,7 +26,7 @@ from sidelight_lab.cli.options import FOLDER, cache_option, given_backbone, opti
         "sidelight anatomy probes/all --data held_out.jsonl --every-mechanism --out anatomy",
     )
 )
-@click.argument("probe", type=FOLDER)
+@click.argument("probe", type=PATH)
 @data_option
 @out_option
 @column_options

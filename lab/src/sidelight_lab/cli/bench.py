@@ -1,9 +1,8 @@
 """``sidelight bench``: what extraction, training, judging and serving cost on this machine."""
 
 import json
-from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,24 +10,24 @@ import click
 
 from sidelight.cli.engines import engine_options, state_source
 from sidelight.cli.options import (
+    AT_LEAST_ONE,
+    Command,
     backbone_options,
     device_option,
     dtype_option,
     examples_epilog,
     json_option,
     label_option,
+    option,
     text_option,
 )
 from sidelight_lab.cli.bench_serving import bench_load, bench_serve, bench_soak
 from sidelight_lab.cli.options import (
-    AT_LEAST_ONE,
     AT_LEAST_TWO,
     cache_option,
-    files_option,
     given_backbone,
-    option,
-    plots_option,
     publish,
+    record_options,
     split_names,
     split_numbers,
 )
@@ -52,7 +51,7 @@ for command in (bench_load, bench_serve, bench_soak):
     bench.add_command(command)
 
 
-def _data_options(command: Callable[..., Any]) -> Callable[..., Any]:
+def _data_options(command: Command) -> Command:
     options = [
         option("--data", required=True, help="A labelled file."),
         text_option,
@@ -78,12 +77,14 @@ def bench_extract(as_json: bool, engine: str, repeats: int, **given: Any) -> Non
     from sidelight_lab.bench.training import compare_extraction
 
     examples, backbone = _examples(given), given_backbone(given)
-    compare = partial(compare_extraction, backbone=backbone, examples=examples, repeats=repeats)
-    if engine == "transformers":
-        _print_figures(compare(), as_json)
-        return
-    with state_source(engine, backbone, given["engine_option"]) as rival:
-        _print_figures(compare(rival=rival), as_json)
+    other = nullcontext()
+    if engine != "transformers":
+        other = state_source(engine, backbone, given["engine_option"])
+    with other as rival:
+        figures = compare_extraction(
+            backbone=backbone, examples=examples, repeats=repeats, rival=rival
+        )
+    _print_figures(figures, as_json)
 
 
 @bench.command("train")
@@ -136,7 +137,7 @@ def bench_long(probes: tuple[str, ...], as_json: bool, **given: Any) -> None:
     """Test whether binary probes find one positive text in a long input, whole and by windows."""
     from sidelight.artifact import load_probe
     from sidelight_lab.bench.long_inputs import compare_lengths
-    from sidelight_lab.bench.record import table
+    from sidelight_lab.bench.measurement import table
 
     # Seeds of one training have the same name.
     loaded = [replace(load_probe(folder), name=folder) for folder in probes]
@@ -184,10 +185,8 @@ def bench_long(probes: tuple[str, ...], as_json: bool, **given: Any) -> None:
 @option("--cascades/--no-cascades", default=True, help="Include two models in turn.")
 @option("--repeats", type=AT_LEAST_ONE, help="Timed rounds. [default: 5]")
 @option("--quick", is_flag=True, help="Batch 1, lengths 16 and 256, 2 repeats.")
-@files_option("latency.json and latency.md")
-@plots_option
+@record_options("latency.json and latency.md")
 @backbone_options
-@json_option
 def bench_latency(as_json: bool, out: Path | None, plots: Path | None, **given: Any) -> None:
     """Time one new token of the LLM with and without probes, and with what probes replace.
 
@@ -196,7 +195,7 @@ def bench_latency(as_json: bool, out: Path | None, plots: Path | None, **given: 
     classifiers are random, which does not change their speed.
     """
     from sidelight.data.loading import load_examples
-    from sidelight_lab.bench.latency import measure_latency, plot_latency
+    from sidelight_lab.bench.latency import measure_latency
     from sidelight_lab.bench.subjects import default_subjects, random_loads, text_loads
 
     repeats = given["repeats"] or (2 if given["quick"] else 5)
@@ -216,10 +215,8 @@ def bench_latency(as_json: bool, out: Path | None, plots: Path | None, **given: 
             max_tokens=given["max_tokens"],
             title=f"prompts of {Path(given['data']).name}",
         )
-    rows, record = measure_latency(backbone, subjects, loads, repeats=repeats)
-    publish(record, out, as_json=as_json)
-    if plots is not None:
-        plot_latency(rows, plots)
+    record = measure_latency(backbone, subjects, loads, repeats=repeats)
+    publish(record, out, as_json=as_json, plots=plots)
 
 
 @bench.command(
@@ -248,10 +245,8 @@ def bench_latency(as_json: bool, out: Path | None, plots: Path | None, **given: 
 )
 @_rows_option
 @cache_option()
-@files_option("streaming.json, streaming.md and one probe")
-@plots_option
+@record_options("streaming.json, streaming.md and one probe")
 @backbone_options
-@json_option
 def bench_streaming(as_json: bool, out: Path | None, plots: Path | None, **given: Any) -> None:
     """Measure how soon and how surely a probe catches a response while it is written.
 
@@ -261,7 +256,7 @@ def bench_streaming(as_json: bool, out: Path | None, plots: Path | None, **given
     """
     from sidelight.artifact import save_probe
     from sidelight_lab.bench.responses import with_positives
-    from sidelight_lab.bench.streaming import compare_streaming, plot_streaming
+    from sidelight_lab.bench.streaming import compare_streaming
     from sidelight_lab.datasets import default_root
 
     backbone = given_backbone(given)
@@ -271,7 +266,7 @@ def bench_streaming(as_json: bool, out: Path | None, plots: Path | None, **given
         split_names(given["positive"]),
         name=given["name"],
     )
-    rows, record, probe = compare_streaming(
+    record, probe = compare_streaming(
         backbone,
         examples,
         cache_root=given["cache"],
@@ -279,6 +274,4 @@ def bench_streaming(as_json: bool, out: Path | None, plots: Path | None, **given
     )
     if out is not None:
         save_probe(probe, out / "probe")
-    publish(record, out, as_json=as_json)
-    if plots is not None:
-        plot_streaming(rows, plots)
+    publish(record, out, as_json=as_json, plots=plots)

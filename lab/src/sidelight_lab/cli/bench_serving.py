@@ -10,23 +10,16 @@ import click
 
 from sidelight.cli.engines import engine_option_option
 from sidelight.cli.options import (
+    AT_LEAST_ONE,
     dtype_option,
     examples_epilog,
     json_file_option,
-    json_option,
     model_option,
+    option,
 )
 from sidelight.errors import SidelightError
 from sidelight.storage import write_json
-from sidelight_lab.cli.options import (
-    AT_LEAST_ONE,
-    AT_LEAST_TWO,
-    POSITIVE,
-    files_option,
-    option,
-    plots_option,
-    publish,
-)
+from sidelight_lab.cli.options import AT_LEAST_TWO, POSITIVE, publish, record_options
 
 _served_model_option = option("--model", default="smollm2", help="As `sidelight serve` takes it.")
 
@@ -42,16 +35,9 @@ _served_model_option = option("--model", default="smollm2", help="As `sidelight 
 @option("--clients", type=AT_LEAST_ONE, default=64, help="Clients at once.")
 @option("--minutes", type=POSITIVE, default=10.0, help="Minutes with probes, in total.")
 @option("--round", "round_s", type=POSITIVE, default=60.0, help="Seconds with probes in a round.")
-@option(
-    "--plain-round",
-    "plain_round_s",
-    type=POSITIVE,
-    default=20.0,
-    help="Seconds without probes in a round.",
-)
+@option("--plain-round", "plain_round_s", type=POSITIVE, default=20.0, help="Seconds without them.")
 @option("--max-tokens", type=AT_LEAST_TWO, default=16, help="Tokens of an answer.")
-@files_option("load.json and load.md")
-@json_option
+@record_options("load.json and load.md", has_plots=False)
 def bench_load(minutes: float, out: Path | None, as_json: bool, **given: Any) -> None:
     """Let many chat clients ask at once, with blocking policies on prompt and response.
 
@@ -78,12 +64,7 @@ def bench_load(minutes: float, out: Path | None, as_json: bool, **given: Any) ->
 @_served_model_option
 @option("--connections", type=AT_LEAST_ONE, default=10_000, help="Connections, opened in bursts.")
 @option("--burst", type=click.IntRange(1, 1000), default=500, help="Connections of a burst.")
-@option(
-    "--requests",
-    type=click.IntRange(min=60),
-    default=5_000,
-    help="Requests, sent after the bursts.",
-)
+@option("--requests", type=click.IntRange(min=60), default=5_000, help="Sent after the bursts.")
 @option("--clients", type=click.IntRange(1, 64), default=32, help="Requests at once.")
 @option("--max-tokens", type=click.IntRange(min=3), default=4, help="Tokens of an answer.")
 @option(
@@ -93,9 +74,7 @@ def bench_load(minutes: float, out: Path | None, as_json: bool, **given: Any) ->
     default=1.0,
     help="How much memory may grow, in MB per 1,000 requests.",
 )
-@files_option("soak.json and soak.md")
-@plots_option
-@json_option
+@record_options("soak.json and soak.md")
 def bench_soak(out: Path | None, plots: Path | None, as_json: bool, **given: Any) -> None:
     """Open connections in bursts, most of them broken off, then send requests of every kind.
 
@@ -103,13 +82,11 @@ def bench_soak(out: Path | None, plots: Path | None, as_json: bool, **given: Any
     the server are watched meanwhile. The exit code is 1 if a visit did not end as it had to, if
     memory grew, or if files or requests were left over at the end.
     """
-    from sidelight_lab.bench.soak import plot_soak, run_soak
+    from sidelight_lab.bench.soak import run_soak
 
     with tempfile.TemporaryDirectory() as scratch:
         record = run_soak(Path(scratch), **given)
-    publish(record, out, as_json=as_json)
-    if plots is not None:
-        plot_soak(record.results, plots)
+    publish(record, out, as_json=as_json, plots=plots)
     if record.results["faults"]:
         sys.exit(1)
 
@@ -136,30 +113,24 @@ def bench_soak(out: Path | None, plots: Path | None, as_json: bool, **given: Any
 @model_option
 @dtype_option
 @engine_option_option
-def bench_serve(rounds: int, out: Path | None, **given: Any) -> None:
+def bench_serve(
+    rounds: int, out: Path | None, model: str | None, engine_option: dict[str, Any], **given: Any
+) -> None:
     """Do the same work with and without probes in one running vLLM, in paired rounds.
 
     The probes have random weights: 0, 1, 10 and 100 readout probes, and one attention probe. What
     they add is a share of the value without probes, with a 95 % interval over rounds. Their share
     of the KV cache's memory is printed too.
     """
-    from sidelight_lab.bench.serving import Work, measure_costs
+    from sidelight_lab.bench.serving import measure_costs
 
-    work = Work(tokens=given["tokens"], requests=given["requests"], written=given["written"])
     costs, memory = asyncio.run(
-        measure_costs(
-            given["model"] or "smollm2",
-            dtype=given["dtype"],
-            options=given["engine_option"],
-            work=work,
-            rounds=rounds,
-        )
+        measure_costs(model or "smollm2", options=engine_option, rounds=rounds, **given)
     )
-    found = [cost.to_dict() for cost in costs]
     if out is not None:
-        write_json(out, {"rounds": rounds, "memory": memory, "costs": found})
+        write_json(out, {"rounds": rounds, "memory": memory, "costs": costs})
     for name, share in memory.items():
-        for cost in (cost for cost in found if cost["probes"] == name):
+        for cost in (cost for cost in costs if cost["probes"] == name):
             click.echo(
                 "{probes:<14} {measure:<20} {without:9.2f} {unit:<10} without  {added:+7.1%}  "
                 "({low:+.1%} to {high:+.1%})".format(**cost)

@@ -1,25 +1,20 @@
 """Options that several commands of the laboratory share, and what they make of them."""
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from sidelight.cli.options import checked_folder
+from sidelight.cli.options import AT_LEAST_ONE, PATH, Command, checked_folder, json_option, option
 
 if TYPE_CHECKING:
     from sidelight.backbone import TransformersBackbone
-    from sidelight_lab.bench.record import Record
+    from sidelight_lab.bench.measurement import Record
 
-option = partial(click.option, show_default=True)
-AT_LEAST_ONE = click.IntRange(min=1)
 AT_LEAST_TWO = click.IntRange(min=2)
 POSITIVE = click.FloatRange(min=0, min_open=True)
-FOLDER = click.Path(path_type=Path)
 
-plots_option = option("--plots", type=FOLDER, help="Folder for plots.")
 trials_option = option(
     "--trials",
     type=AT_LEAST_ONE,
@@ -28,22 +23,20 @@ trials_option = option(
 )
 
 
-def cache_option(default: str = "the user's cache") -> Callable[[Any], Any]:
+def cache_option(default: str = "the user's cache") -> Callable[[Command], Command]:
     """The folder for hidden states; ``default`` says in the help what happens without it."""
-    return option(
-        "--cache",
-        type=FOLDER,
-        help=f"Folder for hidden states; they stay there. [default: {default}]",
-    )
+    text = f"Folder for hidden states; they stay there. [default: {default}]"
+    return option("--cache", type=PATH, help=text)
 
 
-def files_option(files: str) -> Callable[[Any], Any]:
-    """The folder in which a benchmark writes these files."""
-    return option("--out", type=FOLDER, callback=checked_folder, help=f"Folder for {files}.")
+def record_options(files: str, *, has_plots: bool = True) -> Callable[[Command], Command]:
+    """How a benchmark is published: see ``publish``. ``files`` are those that it writes."""
+    out = option("--out", type=PATH, callback=checked_folder, help=f"Folder for {files}.")
+    plots = option("--plots", type=PATH, help="Folder for plots.")
+    return lambda command: out(plots(json_option(command)) if has_plots else json_option(command))
 
 
 def split_names(text: str | None) -> list[str]:
-    """Names separated by commas."""
     return [name.strip() for name in (text or "").split(",") if name.strip()]
 
 
@@ -67,8 +60,13 @@ def given_backbone(given: Mapping[str, Any], **more: Any) -> "TransformersBackbo
     return load_backbone(model, dtype=given["dtype"], device=given["device"], **more)
 
 
-def publish(record: "Record", out: Path | None, *, as_json: bool) -> None:
-    """Saves the record if a folder is given, and prints it."""
+def publish(
+    record: "Record", out: Path | None, *, as_json: bool, plots: Path | None = None
+) -> None:
+    """Saves the record and its plots where folders are given, and prints the record."""
     if out is not None:
         record.save(out)
     click.echo(record.to_json() if as_json else record.to_markdown(), nl=False)
+    if plots is not None:
+        assert record.draw is not None
+        record.draw(plots)

@@ -8,23 +8,23 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sidelight.cli.options import (
+    AT_LEAST_ONE,
+    PATH,
     backbone_options,
     examples_epilog,
     json_option,
     label_option,
     limit_option,
+    option,
     out_option,
     positive_option,
     text_option,
 )
 from sidelight.errors import SidelightError
 from sidelight_lab.cli.options import (
-    AT_LEAST_ONE,
     AT_LEAST_TWO,
-    FOLDER,
     cache_option,
     given_backbone,
-    option,
     publish,
     split_names,
     trials_option,
@@ -57,7 +57,7 @@ fewshot, fewshot-sst2, fewshot-emotion, latency; own (every row on your own file
 @option(
     "--data",
     "root",
-    type=FOLDER,
+    type=PATH,
     help="Folder with a folder for each data set. [default: SIDELIGHT_DATA, then the hub]",
 )
 @option(
@@ -172,7 +172,7 @@ def _cross_validate(context: "RecipeContext", folds: int, as_json: bool) -> None
 
 
 def _time(context: "RecipeContext", as_json: bool) -> None:
-    from sidelight_lab.bench.latency import measure_latency, plot_latency
+    from sidelight_lab.bench.latency import measure_latency
     from sidelight_lab.bench.subjects import default_subjects, random_loads, text_loads
     from sidelight_lab.tables.context import environment, write_origin
 
@@ -191,6 +191,5 @@ def _time(context: "RecipeContext", as_json: bool) -> None:
     made_with = environment(backbone.fingerprint)
     write_origin(out, text=context.text, environment=made_with, notes=())
     subjects = default_subjects(backbone)
-    rows, record = measure_latency(backbone, subjects, loads, repeats=wanted.repeats)
-    plot_latency(rows, out / "plots")
-    publish(record, out, as_json=as_json)
+    record = measure_latency(backbone, subjects, loads, repeats=wanted.repeats)
+    publish(record, out, as_json=as_json, plots=out / "plots")

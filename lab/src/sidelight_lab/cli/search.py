@@ -10,14 +10,16 @@ import click
 from click.core import ParameterSource
 
 from sidelight.cli.options import (
+    AT_LEAST_ONE,
     TrainingInputs,
     backbone_options,
     examples_epilog,
     json_option,
     mechanism_option,
+    option,
     training_options,
 )
-from sidelight_lab.cli.options import AT_LEAST_ONE, given_backbone, option, trials_option
+from sidelight_lab.cli.options import given_backbone, trials_option
 
 if TYPE_CHECKING:
     from sidelight_lab.search.trials import Best, Trial

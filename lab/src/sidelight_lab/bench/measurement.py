@@ -1,20 +1,28 @@
-"""Measures time and memory of work in this process, and memory and metrics of a server process."""
+"""Measures time and memory, and writes what was found as JSON and as Markdown."""
 
 import ctypes
 import gc
+import json
+import os
+import platform
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+from typing import Any
 from urllib.request import urlopen
 
 import psutil
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
+from sidelight.backbone import TransformersBackbone
 from sidelight.errors import SidelightError
+from sidelight.storage import write_text
+from sidelight_lab.tables.context import package_versions
+from sidelight_lab.tables.writing import Grid
 
 MB = 1e6
 
@@ -115,6 +123,13 @@ def read_metrics(url: str) -> str:
         return answer.read().decode()
 
 
+def count_requests(url: str) -> dict[str, int]:
+    """How many requests are waiting and how many are running in the server."""
+    text = read_metrics(url)
+    states = ("waiting", "running")
+    return {state: int(total(text, f"sidelight_requests_{state}")) for state in states}
+
+
 def total(text: str, series: str, **labels: str) -> float:
     """The sum of a series over all samples that have these labels."""
     return sum(
@@ -123,3 +138,54 @@ def total(text: str, series: str, **labels: str) -> float:
         for sample in family.samples
         if sample.name == series and labels.items() <= sample.labels.items()
     )
+
+
+def table(title: str, headings: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table under its title."""
+    lines = tuple(tuple(map(str, row)) for row in rows)
+    return Grid(title, tuple(headings), lines).markdown().strip()
+
+
+def conditions(backbone: TransformersBackbone, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What the figures depend on: the model, the settings, the machine, and package versions."""
+    device = backbone.device
+    is_gpu = device.type == "cuda"
+    versions = package_versions()
+    return {
+        "model": backbone.name,
+        "fingerprint": backbone.fingerprint.digest,
+        "dtype": backbone.fingerprint.dtype,
+        **settings,
+        "device": torch.cuda.get_device_name(device) if is_gpu else platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load before": round(os.getloadavg()[0], 2),
+        **{name: versions.get(name) for name in ("torch", "transformers", "sidelight")},
+    }
+
+
+@dataclass(frozen=True)
+class Record:
+    """The outcome of a benchmark, written to ``NAME.json`` and ``NAME.md``.
+
+    ``results`` are the other keys of the JSON; ``sections`` follow the conditions in the Markdown;
+    ``draw`` draws the plots into a folder.
+    """
+
+    name: str
+    conditions: Mapping[str, Any]
+    results: Mapping[str, Any]
+    sections: Sequence[str]
+    draw: Callable[[Path], object] | None = None
+
+    def to_json(self) -> str:
+        content = {"conditions": dict(self.conditions), **self.results}
+        return json.dumps(content, indent=2, allow_nan=False) + "\n"
+
+    def to_markdown(self) -> str:
+        line = ", ".join(f"{name} {value}" for name, value in self.conditions.items())
+        return "\n\n".join([line, *self.sections]) + "\n"
+
+    def save(self, folder: Path) -> None:
+        write_text(folder / f"{self.name}.json", self.to_json())
+        write_text(folder / f"{self.name}.md", self.to_markdown())
