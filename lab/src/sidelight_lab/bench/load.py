@@ -337,11 +337,8 @@ def faults(answers: Sequence[Answer]) -> dict[str, int]:
     """How many answers of the server with probes have each fault; a sound run has none."""
     written = [answer for answer in answers if answer.id is not None]
     others = [answer for answer in answers if answer.id is None]
-    counts = [
-        sum(verdict["probe"] == probe and "error" not in verdict for verdict in answer.verdicts)
-        for answer in written
-        for probe in PROBES
-    ]
+    told = [Counter(one["probe"] for one in own.verdicts if "error" not in one) for own in written]
+    counts = [own[probe] for own in told for probe in PROBES]
     blocked = [answer for answer in others if answer.ending == "content_filter"]
     return {
         "failed requests": len(others) - len(blocked),

@@ -33,19 +33,11 @@ def compare_lengths(
     """Recall, false alarms and AUROC of each probe at each length, whole and by windows.
 
     By windows, a probe gives each run of ``window`` tokens its own logit, from the same forward
-    pass, and the highest one counts.
+    pass, and the highest one counts. All probes have one binary task.
 
     Args:
-        backbone: The backbone of the probes.
-        probes: Probes of one binary task.
-        examples: Labelled texts that the probes were not trained on.
         lengths: Tokens of negative text around the hidden text; 0 leaves it alone.
         count: Number of inputs with a positive text, and of inputs without, at each length.
-        window: Tokens of a window.
-        seed: Decides the texts and the places.
-
-    Raises:
-        SidelightError: The task is not binary, or there are too few texts of a label.
     """
     if examples.task.kind != "binary":
         raise SidelightError("Long inputs need labels of a binary task: check --label.")

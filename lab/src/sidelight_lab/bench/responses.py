@@ -41,21 +41,13 @@ Scores = list[Float[np.ndarray, " _"]]
 
 @dataclass(frozen=True, eq=False)
 class Responses:
-    """Some responses without their scores.
+    """Some responses without their scores. Those to the same prompt share its number."""
 
-    Attributes:
-        is_positive: Whether each response is to be caught.
-        labels: Labels as in the data.
-        tokens: Number of tokens of each response.
-        prompts: Number of each response's prompt; responses to the same prompt share it.
-        growth: For each response, the text after each of its tokens.
-    """
-
-    is_positive: Bool[np.ndarray, " response"]
-    labels: tuple[str, ...]
+    is_positive: Bool[np.ndarray, " response"]  # is to be caught
+    labels: tuple[str, ...]  # as in the data
     tokens: Int[np.ndarray, " response"]
     prompts: Int[np.ndarray, " response"]
-    growth: tuple[tuple[str, ...], ...]
+    growth: tuple[tuple[str, ...], ...]  # the text after each token
 
 
 def with_positives(
@@ -92,10 +84,7 @@ def parted(examples: LabelledExamples, *, seed: int) -> dict[str, LabelledExampl
 
 
 def describe(backbone: TransformersBackbone, examples: LabelledExamples, label: str) -> Responses:
-    """Responses of two classes, with their tokens as the backbone reads them.
-
-    ``label`` is the column of the labels in the data.
-    """
+    """Responses of two classes as the backbone reads them; ``label`` is a column of the data."""
     growth: list[tuple[str, ...]] = []
     for item in examples.items:
         encoded = backbone.encoder.encode(item.messages, item.response)
@@ -118,12 +107,7 @@ def running_scores(
     """For each probe and response, the probability of the positive class after each token.
 
     One pass over each text projects its tokens, which are then merged into the state one by one, as
-    while decoding.
-
-    Args:
-        backbone: The LLM.
-        probes: Binary probes that read the response, with distinct names.
-        prompts: Each with its response.
+    while decoding. The probes are binary, read the response, and have distinct names.
     """
     bank = Bank(probes, device=backbone.device)
     tap = bank.tap()

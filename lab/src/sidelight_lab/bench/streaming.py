@@ -129,18 +129,14 @@ def choose_rule(
 class Row:
     """One detector on the test responses.
 
-    Attributes:
-        rules: The chosen rule of each training seed.
-        figures: Figures with their intervals.
-        recalls: Share of the responses that are caught, by positive label of the data.
-        caught: Share of the positive responses that are caught after each token.
-        alarmed: Share of the other responses on which it has fired after each token.
+    ``caught`` and ``alarmed`` are the shares of the positive and of the other responses on which it
+    has fired after each token.
     """
 
     title: str
-    rules: Sequence[StreamingRule]
+    rules: Sequence[StreamingRule]  # one for each training seed
     figures: Mapping[str, Estimate]
-    recalls: Mapping[str, float]
+    recalls: Mapping[str, float]  # by positive label of the data
     caught: Sequence[float]
     alarmed: Sequence[float]
 
@@ -157,14 +153,9 @@ def compare_streaming(
 ) -> tuple[Record, Probe]:
     """A row for each detector, and the probe of the first seed.
 
-    Args:
-        backbone: The LLM.
-        examples: Responses of two classes.
-        label: Column of the labels in the data that the classes were made from.
-        name: What is caught, and the probe's name.
-        seeds: Number of trainings of the probe.
-        max_tokens: Longer training texts (prompt with response) are cut; replayed ones are whole.
-        cache_root: Where hidden states are kept while training; None is the user's cache.
+    ``examples`` have two classes, made from the column ``label`` of the data; ``name`` is what is
+    caught, and the probe's name. The probe is trained once with each seed. Longer training texts
+    (prompt with response) than ``max_tokens`` are cut; replayed ones are whole.
     """
     parts = parted(examples, seed=0)
     training, validation, test = parts.values()

@@ -133,14 +133,11 @@ def text_loads(
         backbone.encoder.encode_any_length(item.messages, item.response).shortened(limit)
         for item in examples
     ]
-    return [
-        Load(
-            f"{len(prompts)} {title}",
-            size,
-            tuple(tuple(prompts[at : at + size]) for at in range(0, len(prompts), size)),
-        )
-        for size in batch_sizes
-    ]
+    loads: list[Load] = []
+    for size in batch_sizes:
+        batches = [tuple(prompts[at : at + size]) for at in range(0, len(prompts), size)]
+        loads.append(Load(f"{len(prompts)} {title}", size, tuple(batches)))
+    return loads
 
 
 class Answer(NamedTuple):
@@ -155,15 +152,10 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class Subject:
-    """A row of the table.
+    """A row of the table: a program that reads a batch and writes one token for each prompt.
 
-    Attributes:
-        name: Name in the table.
-        kind: How it classifies.
-        weights_bytes: Size of all weights that must be resident to run it.
-        run: Reads a batch and writes one token for each prompt.
-        most_pairs: The most pairs of tokens in a batch, B T^2, that a usual machine can hold;
-            larger batches get no row.
+    ``weights_bytes`` counts all weights that must be resident. Batches of more than ``most_pairs``
+    pairs of tokens, B T^2, do not fit a usual machine and get no row.
     """
 
     name: str
@@ -206,8 +198,8 @@ def served(name: str, backbone: TransformersBackbone, probes: Sequence[Probe] = 
 def naive(name: str, backbone: TransformersBackbone, probe: Probe) -> Subject:
     """The LLM with ``output_hidden_states=True``, then the mechanism's dense form.
 
-    Every hidden state is kept, stacked and read again: the reason why probes are thought to be
-    expensive. The mechanism runs in the LLM's dtype, the faster choice; serving uses float32. The
+    Every hidden state is kept, stacked and read again, as when probes are thought to be expensive.
+    The mechanism runs in the LLM's dtype, the faster choice; serving uses float32. The
     probe's standardisation must be the identity.
     """
     mechanism = deepcopy(probe.mechanism).to(backbone.device, backbone.model.dtype)

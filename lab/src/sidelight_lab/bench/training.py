@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ from sidelight_lab.bench.measurement import Range, interleaved, ratios
 
 
 def compare_extraction(
-    *,
     backbone: TransformersBackbone,
     examples: LabelledExamples,
+    *,
     repeats: int,
     rival: StateSource | None = None,
 ) -> dict[str, Any]:
@@ -43,11 +44,11 @@ def compare_extraction(
                 for batch in by_length([len(prompts[row]) - shared for row in rows]):
                     backbone.run([prompts[rows[i]] for i in batch], after=shared)
 
-        actions = {"plain": plain, "extract": _filling([(own, cache)])}
+        actions = {"plain": plain, "extract": partial(_fill, own, [cache])}
         if rival is not None:
             # The engine's name without its version and options.
             name = rival.engine.split()[0]
-            actions[name] = _filling([(rival, _cache(rival, backbone, examples, scratch))])
+            actions[name] = partial(_fill, rival, [_cache(rival, backbone, examples, scratch)])
             actions[name]()
         seconds = interleaved(actions, repeats=repeats)
     tokens = sum(map(len, prompts))
@@ -63,7 +64,7 @@ def compare_extraction(
 
 
 def compare_training(
-    *, backbone: TransformersBackbone, examples: LabelledExamples, repeats: int, seeds: int
+    backbone: TransformersBackbone, examples: LabelledExamples, *, repeats: int, seeds: int
 ) -> dict[str, Any]:
     """Seconds of one extraction, of training each mechanism from it, and of all together."""
     parts = examples.split(0.15, seed=0)
@@ -75,22 +76,18 @@ def compare_training(
             for cache, part in zip(caches, parts, strict=True)
         )
 
-        def training(names: Sequence[str]) -> Callable[[], object]:
-            jobs = [
-                Job(mechanism_spec(name), seed, suggested_settings(name))
-                for name in names
-                for seed in range(seeds)
-            ]
-            return lambda: train_mechanisms(
-                jobs, training=fitted, validation=held_out, device=backbone.device
-            )
-
-        names = mechanism_names()
+        train = partial(
+            train_mechanisms, training=fitted, validation=held_out, device=backbone.device
+        )
+        jobs = {
+            name: [Job(mechanism_spec(name), n, suggested_settings(name)) for n in range(seeds)]
+            for name in mechanism_names()
+        }
         # The first round begins with the extraction, so the others find the states.
-        actions = {
-            "extract": _filling([(source, cache) for cache in caches]),
-            **{name: training([name]) for name in names},
-            "all": training(names),
+        actions: dict[str, Callable[[], object]] = {
+            "extract": partial(_fill, source, caches),
+            **{name: partial(train, own) for name, own in jobs.items()},
+            "all": partial(train, [job for own in jobs.values() for job in own]),
         }
         seconds = interleaved(actions, repeats=repeats)
     extracted = seconds.pop("extract")
@@ -118,12 +115,8 @@ def _cache(
     )
 
 
-def _filling(pairs: Sequence[tuple[StateSource, ActivationCache]]) -> Callable[[], None]:
-    """An action that empties the caches and fills them again."""
-
-    def fill() -> None:
-        for source, cache in pairs:
-            cache.remove()
-            extract(source, cache)
-
-    return fill
+def _fill(source: StateSource, caches: Sequence[ActivationCache]) -> None:
+    """Empties the caches and fills them again."""
+    for cache in caches:
+        cache.remove()
+        extract(source, cache)

@@ -1,1 +1,1 @@
-"""The ``sidelight`` command. Each subcommand is a file; what is heavy is imported when it runs."""
+"""The laboratory's commands. Each is a file, and imports what is heavy when it runs."""

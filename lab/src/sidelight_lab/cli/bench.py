@@ -81,9 +81,7 @@ def bench_extract(as_json: bool, engine: str, repeats: int, **given: Any) -> Non
     if engine != "transformers":
         other = state_source(engine, backbone, given["engine_option"])
     with other as rival:
-        figures = compare_extraction(
-            backbone=backbone, examples=examples, repeats=repeats, rival=rival
-        )
+        figures = compare_extraction(backbone, examples, repeats=repeats, rival=rival)
     _print_figures(figures, as_json)
 
 
@@ -95,7 +93,7 @@ def bench_train(as_json: bool, repeats: int, seeds: int, **given: Any) -> None:
     from sidelight_lab.bench.training import compare_training
 
     examples, backbone = _examples(given), given_backbone(given)
-    figures = compare_training(backbone=backbone, examples=examples, repeats=repeats, seeds=seeds)
+    figures = compare_training(backbone, examples, repeats=repeats, seeds=seeds)
     _print_figures(figures, as_json)
 
 

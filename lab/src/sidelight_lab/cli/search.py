@@ -119,30 +119,21 @@ def _grid(found: "dict[str, Best]", score: str) -> "Grid":
     from sidelight_lab.search.results import describe_options
     from sidelight_lab.tables.writing import Grid
 
-    headings = (
-        "mechanism",
-        "trials",
-        score,
-        "learning rate",
-        "decay",
-        "epochs",
-        "batch",
-        "options",
-    )
-    lines = [
-        (
-            name,
-            str(len(best.trials)),
-            f"{best.score:.4f}",
-            f"{best.settings.learning_rate:.2g}",
-            f"{best.settings.weight_decay:.2g}",
-            str(best.settings.epochs),
-            str(best.settings.batch_size),
-            describe_options(best.spec),
-        )
+    rows = [
+        {
+            "mechanism": name,
+            "trials": str(len(best.trials)),
+            score: f"{best.score:.4f}",
+            "learning rate": f"{best.settings.learning_rate:.2g}",
+            "decay": f"{best.settings.weight_decay:.2g}",
+            "epochs": str(best.settings.epochs),
+            "batch": str(best.settings.batch_size),
+            "options": describe_options(best.spec),
+        }
         for name, best in found.items()
     ]
-    return Grid("Best on validation data", headings, tuple(lines))
+    lines = tuple(tuple(row.values()) for row in rows)
+    return Grid("Best on validation data", tuple(rows[0]), lines)
 
 
 def _train_command(best: "Best", inputs: TrainingInputs, out: Path) -> str:
