@@ -12,7 +12,7 @@ import hashlib
 import os
 import shutil
 import sys
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -56,6 +56,10 @@ class Shard:
     hidden: Float[Tensor, "layer token width"]
     lengths: Int[Tensor, " text"]
     rows: Int[Tensor, " text"]
+
+    def texts(self) -> Iterable[tuple[int, Float[Tensor, "layer token width"]]]:
+        """Each text's row and hidden states, as views."""
+        return zip(self.rows.tolist(), self.hidden.split(self.lengths.tolist(), 1), strict=True)
 
 
 @dataclass(frozen=True)
@@ -327,12 +331,11 @@ class PartStates:
     def read(self, index: int) -> Shard:
         """The texts of one shard, in its order."""
         shard = self._cache.read(self._shards[index])
-        held, parts = shard.rows.tolist(), shard.hidden.split(shard.lengths.tolist(), 1)
-        kept = [index for index, row in enumerate(held) if row in self._text_of]
+        kept = {self._text_of[row]: hidden for row, hidden in shard.texts() if row in self._text_of}
         return Shard(
-            torch.cat([parts[index] for index in kept], 1),
-            shard.lengths[kept],
-            torch.tensor([self._text_of[held[index]] for index in kept]),
+            torch.cat([*kept.values()], 1),
+            torch.tensor([hidden.shape[1] for hidden in kept.values()]),
+            torch.tensor([*kept]),
         )
 
 
@@ -344,8 +347,7 @@ class MemoryStates:
         parts = PartStates(cache, rows)
         found: dict[int, Float[Tensor, "layer token width"]] = {}
         for shard in map(parts.read, range(len(parts))):
-            texts = shard.hidden.split(shard.lengths.tolist(), 1)
-            found.update(zip(shard.rows.tolist(), texts, strict=True))
+            found.update(shard.texts())
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
         hidden = [found[text] for text in order]
         lengths = torch.tensor([text.shape[1] for text in hidden])

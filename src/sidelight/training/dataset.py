@@ -96,11 +96,9 @@ class Split:
         found: dict[int, Tensor] = {}
         wanted = set(self.rows.tolist())
         for index in range(len(self.states)):
-            shard = self.states.read(index)
-            parts = shard.hidden[layer].split(shard.lengths.tolist())
-            for row, part in zip(shard.rows.tolist(), parts, strict=True):
+            for row, hidden in self.states.read(index).texts():
                 if row in wanted:
-                    found[row] = part.clone()
+                    found[row] = hidden[layer].clone()
         chosen = [found[row] for row in self.rows.tolist()]
         return Ragged(torch.cat(chosen), torch.tensor([len(part) for part in chosen]))
 
