@@ -206,15 +206,16 @@ class TransformersBackbone:
         return torch.tensor([-1], device=self.device)
 
     def pad(
-        self, prompts: Sequence[EncodedPrompt]
+        self, prompts: Sequence[EncodedPrompt], *, side: Literal["left", "right"] = "right"
     ) -> tuple[Int[Tensor, "batch token"], Bool[Tensor, "batch token"]]:
-        """The prompts' ids, padded on the right, and a mask of the real ones."""
+        """The prompts' ids, padded on one side, and a mask of the real ones."""
         longest = max(len(prompt) for prompt in prompts)
         token_ids = torch.zeros(len(prompts), longest, dtype=torch.long)
         mask = torch.zeros(len(prompts), longest, dtype=torch.bool)
         for row, prompt in enumerate(prompts):
-            token_ids[row, : len(prompt)] = torch.tensor(prompt.token_ids)
-            mask[row, : len(prompt)] = True
+            start = longest - len(prompt) if side == "left" else 0
+            token_ids[row, start : start + len(prompt)] = torch.tensor(prompt.token_ids)
+            mask[row, start : start + len(prompt)] = True
         return token_ids.to(self.device), mask.to(self.device)
 
     def _watch(self, blocks: nn.ModuleList) -> None:

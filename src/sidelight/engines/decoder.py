@@ -100,15 +100,10 @@ class Decoder:
         self, prompts: Sequence[EncodedPrompt], tap: Tap | None
     ) -> tuple[Float[Tensor, "row vocabulary"], CachedRows]:
         """One pass over whole prompts: the logits after each, and their keys and values."""
-        longest = max(len(prompt) for prompt in prompts)
-        token_ids = torch.zeros(len(prompts), longest, dtype=torch.long)
-        mask = torch.zeros(len(prompts), longest, dtype=torch.bool)
-        for row, prompt in enumerate(prompts):
-            token_ids[row, longest - len(prompt) :] = torch.tensor(prompt.token_ids)
-            mask[row, longest - len(prompt) :] = True
-        rows = CachedRows(DynamicCache(), mask.to(self._backbone.device))
-        positions = (rows.mask.cumsum(dim=1) - 1).clamp(min=0)
-        return self._run(token_ids.to(self._backbone.device), positions, rows, tap), rows
+        token_ids, mask = self._backbone.pad(prompts, side="left")
+        rows = CachedRows(DynamicCache(), mask)
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        return self._run(token_ids, positions, rows, tap), rows
 
     def read_step(
         self, tokens: Sequence[int], rows: CachedRows, tap: Tap | None
