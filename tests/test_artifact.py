@@ -44,6 +44,23 @@ def saved(tiny, tmp_path):
     return save_probe(probe_of(tiny), tmp_path / "probe")
 
 
+def test_a_file_overwritten_in_place_does_not_change_the_probe_that_was_loaded(saved):
+    """As a copy in progress does; mapped into memory, it would weaken or kill what serves."""
+    probe, weights = load_probe(saved), saved / WEIGHTS
+    before = [tensor.clone() for tensor in _tensors(probe)]
+    with weights.open("r+b") as file:
+        file.write(b"\xff" * weights.stat().st_size)
+        file.flush()
+        assert all(map(torch.equal, _tensors(probe), before))
+        file.truncate(100)
+    assert all(map(torch.equal, _tensors(probe), before))
+
+
+def _tensors(probe):
+    standardisation = probe.standardisation
+    return [standardisation.mean, standardisation.scale, *probe.mechanism.parameters()]
+
+
 @pytest.mark.parametrize("mechanism", mechanism_names())
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.kind)
 def test_a_round_trip_gives_identical_logits(tiny, tmp_path, mechanism, task):

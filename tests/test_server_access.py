@@ -122,6 +122,17 @@ def test_a_key_that_anybody_could_send_or_read_is_refused(secret):
         _ = read_config(api_key=[secret]).access
 
 
+def test_a_secret_that_is_not_utf8_is_refused_without_quoting_it(monkeypatch, tmp_path):
+    monkeypatch.setenv("SIDELIGHT_API_KEY", "TOP\udcff")
+    monkeypatch.setenv("SIDELIGHT_AUDIT_SALT", "TOP\udcff")
+    config = read_config(audit_log=tmp_path / "audit.jsonl")
+    for read in (lambda: config.access, lambda: config.salt):
+        with pytest.raises(SidelightError, match="is not UTF-8") as raised:
+            read()
+        assert "TOP" not in str(raised.value)
+        assert raised.value.__context__ is None
+
+
 def test_a_digest_may_be_in_capitals():
     digest = hashlib.sha256(SECRET.encode()).hexdigest().upper()
     assert Key.of("a", f"sha256:{digest}") == Key.of("a", SECRET)

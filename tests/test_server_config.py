@@ -111,6 +111,13 @@ def test_no_message_quotes_a_secret(path, name):
     assert raised.value.__context__ is None
 
 
+def test_options_of_an_engine_are_not_quoted(path):
+    path.write_text("engine_option = 'hf-secret'")
+    with pytest.raises(SidelightError, match="engine_option in") as raised:
+        read_config(config=path)
+    assert "hf-secret" not in str(raised.value)
+
+
 def test_a_wrong_option_is_one_line(capsys):
     assert run("serve", "--port", "70000") == 2
     assert capsys.readouterr().err.startswith("Error: --port: ")

@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from sidelight.calibration import Calibration
@@ -206,20 +206,24 @@ def load_probe(directory: str | Path) -> Probe:
     """
     directory = Path(directory)
     manifest = read_manifest(directory)
-    weights = _find_weights(manifest, directory)
+    weights = _read_weights(manifest, directory)
     try:
-        return _assemble(manifest, load_file(weights))
+        return _assemble(manifest, load(weights))
     except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise _damaged(directory, str(error)) from error
 
 
-def _find_weights(manifest: Manifest, directory: Path) -> Path:
-    """The weights that the manifest was written with."""
+def _read_weights(manifest: Manifest, directory: Path) -> bytes:
+    """The weights that the manifest was written with, read once.
+
+    They are not mapped into memory: a file that is overwritten later must not change a probe that
+    serves.
+    """
     current, previous = directory / WEIGHTS, directory / _PREVIOUS_WEIGHTS
-    if _sha256(current) == manifest.weights_sha256:
-        return current
-    if previous.exists() and _sha256(previous) == manifest.weights_sha256:
-        return previous
+    for path in (current, previous) if previous.exists() else (current,):
+        weights = _read(path)
+        if hashlib.sha256(weights).hexdigest() == manifest.weights_sha256:
+            return weights
     raise SidelightError(
         f"{current} is not the file that {MANIFEST} was written with. "
         "Copy the artifact again, or train it again."
@@ -258,9 +262,12 @@ def _assemble(manifest: Manifest, tensors: dict[str, Tensor]) -> Probe:
 
 
 def _sha256(path: Path) -> str:
+    return hashlib.sha256(_read(path)).hexdigest()
+
+
+def _read(path: Path) -> bytes:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return path.read_bytes()
     except OSError as error:
         raise SidelightError(
             f"Cannot read {path}: {error.strerror}. Copy the artifact again, or train it again."

@@ -178,10 +178,10 @@ class HoldBack:
     def _after_all(self, event: Finished) -> Sequence[TextDelta | Ended]:
         judgement = event.judgement
         # Trailing tokens that complete no character come only as log-probabilities of
-        # ``Finished``; they must have been scored too.
-        is_judged = self._scored_tokens >= self._written_tokens + len(event.logprobs)
+        # ``Finished``; they are judged with the rest.
+        tokens = self._written_tokens + len(event.logprobs)
         for state in self._blocking.values():
-            state.finish(judgement, tokens=self._written_tokens, is_judged=is_judged)
+            state.finish(judgement, tokens=tokens, is_judged=self._scored_tokens >= tokens)
         if any(state.is_cut for state in self._blocking.values()):
             return [self._cut(judgement)]
         decisions = self._decisions(judgement)

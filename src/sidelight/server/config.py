@@ -174,7 +174,10 @@ class ServerConfig(BaseSettings):
         """Secret of the hashes in the audit log; a new one if none is given."""
         if self.audit_salt is None:
             return secrets.token_bytes(32)
-        return self.audit_salt.get_secret_value().encode()
+        salt = self.audit_salt.get_secret_value()
+        if not _is_utf8(salt):
+            raise SidelightError("The audit salt is not UTF-8. Give another secret.")
+        return salt.encode()
 
     @cached_property
     def loaded_policy(self) -> "Policy":
@@ -235,7 +238,8 @@ def read_config(**options: Any) -> ServerConfig:
         place = f"{'.'.join(map(str, first['loc']))} in {options.get('config')}"
     if first["type"] == "value_error":
         raise SidelightError(f"{place} {first['msg'].removeprefix('Value error, ')}.")
-    got = "" if name in _SECRETS else f", got {first['input']!r}"
+    # Options of an engine may hold tokens, such as vLLM's `hf_token`.
+    got = "" if name in _SECRETS | {"engine_option"} else f", got {first['input']!r}"
     raise SidelightError(f"{place}: {first['msg']}{got}.")
 
 
@@ -267,6 +271,8 @@ class Key:
             raise SidelightError(
                 f"Key '{id}' is not a SHA-256 digest. Write 64 hexadecimal digits after 'sha256:'."
             )
+        if not _is_utf8(secret):
+            raise SidelightError(f"Key '{id}' is not UTF-8. Give it another secret.")
         digest = bytes.fromhex(hashed[1]) if hashed else _digest(secret.encode())
         return cls(id, digest)
 
@@ -341,6 +347,11 @@ def _match(keys: Sequence[Key], given: bytes) -> Key | None:
     # All are compared, each in constant time: the time taken reveals nothing about them.
     matches = [key for key in keys if hmac.compare_digest(key.digest, given)]
     return matches[0] if matches else None
+
+
+def _is_utf8(secret: str) -> bool:
+    # Bytes of an environment variable that are not UTF-8 become half characters.
+    return not any(0xD800 <= ord(character) <= 0xDFFF for character in secret)
 
 
 def _digest(secret: bytes) -> bytes:
