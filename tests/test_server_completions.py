@@ -191,7 +191,7 @@ def test_probes_of_chats_give_no_verdict_on_plain_text(chat_probes, prompt, watc
         return True
 
     async def written(engine):
-        sampling = Sampling(max_tokens=4, temperature=0)
+        sampling = Sampling(max_tokens=4, temperature=0.0)
         events = engine.generate(PlainText(prompt), sampling, watch=watch, admits=admits)
         return [event async for event in events]
 
