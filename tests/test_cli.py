@@ -1,6 +1,7 @@
 """The command line, in process, on a tiny backbone saved to disk."""
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -143,6 +144,7 @@ def test_inspect_says_what_the_probe_is(trained: Path, capsys: pytest.CaptureFix
     assert run("inspect", str(trained)) == 0
     shown = capsys.readouterr().out
     assert "binary: 0, 1" in shown
+    assert re.search(r"flags\s+1\b", shown)
     assert "validation" in shown
     assert run("inspect", str(trained), "--json") == 0
     assert json.loads(capsys.readouterr().out)["name"] == "probe"

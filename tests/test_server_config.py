@@ -130,4 +130,6 @@ def test_serve_reads_the_file_and_options_before_it(path, capsys):
     assert run("serve", "--config", str(path)) == 2
     assert f"port in {path}" in capsys.readouterr().err
     assert run("serve", "--config", str(path), "--port", "0") == 2
-    assert "Everybody who reaches 0.0.0.0 would be served" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "Everybody who reaches 0.0.0.0 would be served" in said
+    assert "no probe is named (--probe)" in said

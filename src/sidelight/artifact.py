@@ -308,6 +308,7 @@ def summary(manifest: Manifest) -> dict[str, str]:
     lines = {
         "name": manifest.name,
         "task": f"{manifest.task.kind}: {', '.join(manifest.task.labels)}",
+        **({"flags": manifest.task.labels[1]} if manifest.task.kind == "binary" else {}),
         "mechanism": f"{manifest.mechanism.name} ({options})",
         "reads": manifest.reads.side,
         "format": manifest.prompt_format,

@@ -79,6 +79,8 @@ def serve(context: click.Context, **values: Any) -> None:
     require_own_options(config.engine, config.engine_option)
     loaded = [load_probe(folder) for folder in config.probe]
     require_policy_applies(config.loaded_policy, loaded)
+    if not loaded:
+        click.echo("Warning: no probe is named (--probe), so no text is judged.", err=True)
     run(
         lambda: load_engine(
             config.engine,

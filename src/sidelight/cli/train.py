@@ -184,6 +184,9 @@ def train(
         return
     console().print(fit_table(made))
     click.echo(f"Best: {made.best.probe.spec.name}, seed {made.best.seed}. Saved to {out}")
+    task = made.best.probe.task
+    if task.kind == "binary":
+        click.echo(f"It flags '{task.labels[1]}'.")
     click.echo(f"Next: {_eval_command(out, inputs)}")
 
 
