@@ -342,5 +342,5 @@ def test_a_search_warns_of_what_training_warns_of(
         lines = capfd.readouterr().err.splitlines()
         told.append([line for line in lines if line.startswith("Warning: ")])
     assert told[0] == told[1]
-    expected = "Left out 1 rows with an empty text" if has_validation else "4, too few"
+    expected = "Left out 1 rows with an empty text" if has_validation else "has 4 that are too few"
     assert expected in " ".join(told[0])

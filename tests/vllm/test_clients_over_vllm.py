@@ -20,8 +20,8 @@ from test_clients import (
     Servers,
     test_an_unknown_probe_is_an_error_in_each_client,
     test_each_client_keeps_what_the_documentation_says,
-    test_the_stream_helper_of_openai_adds_up_the_verdicts,
-    test_the_stream_helper_of_openai_raises_where_a_text_is_cut,
+    test_openais_stream_helper_merges_the_verdicts,
+    test_openais_stream_helper_raises_if_a_text_is_cut,
 )
 from tiny import three_probes, untrained_probe
 from vllm_served import tiny_llama
@@ -29,8 +29,8 @@ from vllm_served import tiny_llama
 __all__ = [
     "test_an_unknown_probe_is_an_error_in_each_client",
     "test_each_client_keeps_what_the_documentation_says",
-    "test_the_stream_helper_of_openai_adds_up_the_verdicts",
-    "test_the_stream_helper_of_openai_raises_where_a_text_is_cut",
+    "test_openais_stream_helper_merges_the_verdicts",
+    "test_openais_stream_helper_raises_if_a_text_is_cut",
 ]
 
 

@@ -100,7 +100,7 @@ def peak_bytes(work: Callable[[], object], *, device: torch.device) -> int | Non
 
 
 # What a process holds after some visits; keys: visits, seconds, resident_mb, descriptors.
-Sample = dict[str, float]
+Sample = dict[str, int | float]
 
 
 def look_at(pid: int, *, visits: int = 0, seconds: float = 0.0) -> Sample:
@@ -132,12 +132,13 @@ def count_requests(url: str) -> dict[str, int]:
 
 def total(text: str, series: str, **labels: str) -> float:
     """The sum of a series over all samples that have these labels."""
-    return sum(
+    found = (
         sample.value
         for family in text_string_to_metric_families(text)
         for sample in family.samples
         if sample.name == series and labels.items() <= sample.labels.items()
     )
+    return sum(found, 0.0)
 
 
 def table(title: str, headings: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -130,7 +130,7 @@ def running_scores(
 
 
 def _running_logits(
-    bank: Bank, tokens: Sequence[Float[Tensor, "step layer column"]]
+    bank: Bank, tokens: Sequence[Float[Tensor, "_ layer column"]]
 ) -> list[Float[np.ndarray, "row step output"]]:
     """For each probe, the logits after each step; those after the end of a row mean nothing."""
     lengths = torch.tensor([len(own) for own in tokens], device=tokens[0].device)

@@ -162,7 +162,7 @@ class Subject:
     kind: Kind
     weights_bytes: int
     run: Callable[[Batch], Answer]
-    most_pairs: float = math.inf
+    most_pairs: int | float = math.inf
 
     def accepts(self, load: Load) -> bool:
         return all(
