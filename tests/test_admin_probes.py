@@ -87,6 +87,7 @@ def verdicts(user):
     return {verdict["probe"]: verdict for verdict in body["sidelight"]["verdicts"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "path"),
     [
@@ -174,6 +175,7 @@ def random_bytes(folder, rng):
 DAMAGES = [half_written, without_weights, without_manifest, emptied, random_bytes, garbled]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_garbage_leaves_the_last_good_one_serving(backbone, folders, damage):
     with serving(backbone, folders, policy=BLOCKING) as (admin, user):
@@ -214,6 +216,7 @@ def test_what_does_not_fit_is_refused_by_name(backbone, folders, tmp_path):
         assert admin.post("/admin/probes/toxicity/reload", json={}).json()["failure"] is None
 
 
+@pytest.mark.slow
 def test_nothing_passes_unjudged_while_probes_change(backbone, folders):
     """A blocking probe is reloaded, and others come and go, under requests that it must block."""
     stop = threading.Event()
@@ -313,6 +316,7 @@ def test_a_removed_probe_is_gone_and_can_come_back(backbone, folders):
         assert verdicts(user).keys() == {"late", "toxicity"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "body", "status"),
     [

@@ -230,6 +230,7 @@ GARBAGE = [None, 5, -1, 0, 1.5, "nonsense", "", [], ["a"], {}, {"a": 1}, True]
 MEANINGFUL = ("record", "weights_sha256", "format", "name")
 
 
+@pytest.mark.slow
 @settings(
     max_examples=250,
     deadline=None,

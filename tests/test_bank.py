@@ -174,6 +174,7 @@ def test_fifty_probes_run_as_many_matmuls_as_one(tiny):
     assert matmuls(gates) == matmuls([]) + tiny.fingerprint.layers
 
 
+@pytest.mark.slow
 def test_states_split_packed_and_merged_give_the_same_logits(tiny):
     bank, prompts = Bank(many_probes(tiny)), prompts_of(tiny)
     columns = projected(tiny, bank, prompts)
@@ -190,6 +191,7 @@ def test_states_split_packed_and_merged_give_the_same_logits(tiny):
         np.testing.assert_allclose(actual[::-1], expected, **ROUNDING)
 
 
+@pytest.mark.slow
 def test_a_batch_gives_each_prompt_what_it_gets_alone(tiny):
     bank, prompts = Bank(many_probes(tiny)), prompts_of(tiny)
     together = score(tiny, bank, prompts)
@@ -254,6 +256,7 @@ def test_names_that_are_not_distinct_and_empty_banks_are_refused(tiny):
         Bank([])
 
 
+@pytest.mark.slow
 def test_a_panel_judges_each_probe_when_its_tokens_have_been_read(tiny):
     """Prompts that end together, then their responses, each read in pieces of its own."""
     panel, prompts = Panel(many_probes(tiny)), prompts_of(tiny)

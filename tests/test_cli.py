@@ -77,6 +77,7 @@ def test_training_leaves_no_activations_behind(trained: Path):
     assert not list(activations.rglob("*.safetensors"))
 
 
+@pytest.mark.slow
 def test_eval_reports_every_metric_with_its_interval(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -137,6 +137,7 @@ def test_the_product_imports_only_what_it_declares():
     assert {name for name in foreign if not declared & packages[name]} == set()
 
 
+@pytest.mark.slow
 def test_the_tables_of_routes_hold_what_the_server_has():
     paths = create_app(LoadingEngine(tiny_backbone)).openapi()["paths"]
     has = {f"{method.upper()} {path}" for path, methods in paths.items() for method in methods}

@@ -58,6 +58,7 @@ def test_chance_alone_is_rarely_more_than_stable(shape):
     assert told.min() == 0
 
 
+@pytest.mark.slow
 def test_a_server_tells_drift_once_it_has_seen_enough():
     backbone = tiny_backbone()
     probe = untrained_probe(backbone, "toxicity")
@@ -80,6 +81,7 @@ def test_a_server_tells_drift_once_it_has_seen_enough():
     assert f"{count} {2 * ENOUGH - 1}.0" in after
 
 
+@pytest.mark.slow
 def test_drift_is_told_of_the_probes_that_run_and_of_no_others(tmp_path):
     backbone = tiny_backbone()
     probe = untrained_probe(backbone, "toxicity")

@@ -42,6 +42,7 @@ def test_both_forms_fire_at_the_same_token(rule, scores):
     assert watch(rule, scores).fired_at == rule.first_firing(np.array(scores))
 
 
+@pytest.mark.slow
 @given(_RULES, _SCORES)
 def test_it_fires_at_the_first_token_that_ends_a_streak(rule, scores):
     ends = range(rule.warm_up + rule.consecutive, len(scores) + 1)
@@ -53,6 +54,7 @@ def test_it_fires_at_the_first_token_that_ends_a_streak(rule, scores):
     assert watch(rule, scores).fired_at == next(iter(expected), None)
 
 
+@pytest.mark.slow
 @given(_RULES, _SCORES, _SCORES)
 def test_a_rule_that_has_fired_stays_fired(rule, before, after):
     first = watch(rule, before)

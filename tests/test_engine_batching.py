@@ -162,6 +162,7 @@ def test_nothing_is_written_for_what_is_not_admitted(llama):
     assert len(passes) == 1
 
 
+@pytest.mark.slow
 def test_admission_is_decided_for_each_request_by_itself(llama):
     async def some(engine):
         gate = [engine.generate([Message("user", "first")], GREEDY)]

@@ -57,6 +57,7 @@ def test_a_failed_step_is_the_concern_of_its_request_only(backbone, is_prefill, 
     assert PROMPT not in message + str([record.getMessage() for record in caplog.records])
 
 
+@pytest.mark.slow
 def test_a_failed_prefill_leaves_the_running_requests_alone(backbone):
     async def ask_some(engine):
         running = asyncio.create_task(ask(engine, "a", LONG))
@@ -109,6 +110,7 @@ def test_leaving_frees_the_row(backbone):
     assert len(steps) < 16 + 30
 
 
+@pytest.mark.slow
 def test_leaving_while_waiting_frees_the_place_in_line(backbone):
     async def leave(engine):
         running = asyncio.create_task(ask(engine, "a", LONG))

@@ -26,6 +26,7 @@ def late(backbone, name):
     return untrained_probe(backbone, name, reads=Reads("both"))
 
 
+@pytest.mark.slow
 def test_new_requests_get_the_new_probes_and_running_ones_keep_theirs(backbone):
     async def replace(engine):
         before = [asyncio.create_task(ask(engine, f"before {i}", LONG)) for i in range(3)]

@@ -52,6 +52,7 @@ def test_a_character_of_four_tokens_comes_with_its_last():
     assert deltas == ["a", "", "", "", "\U0001f600"]
 
 
+@pytest.mark.slow
 @given(st.lists(SHORT_TEXT, max_size=8), STOPS)
 def test_text_ends_before_a_stop_string(pieces, stops):
     gate = StopGate(stops)
@@ -65,6 +66,7 @@ def test_text_ends_before_a_stop_string(pieces, stops):
     assert cuts or sent == text
 
 
+@pytest.mark.slow
 @given(SHORT_TEXT, STOPS)
 def test_the_cut_does_not_depend_on_the_pieces(text, stops):
     at_once, by_character = StopGate(stops), StopGate(stops)
@@ -96,6 +98,7 @@ def test_a_seed_draws_the_same_tokens():
     assert len(set(draws[0])) > 1
 
 
+@pytest.mark.slow
 def test_draws_follow_the_softmax():
     logits = torch.tensor([0.0, 1.0, 2.0, float("-inf")])
     sampler = Sampler(Sampling(temperature=0.7, seed=1))
@@ -132,6 +135,7 @@ def joined(tokens) -> bytes:
     return b"".join(token.drawn.spelling.bytes or b"" for token in tokens)
 
 
+@pytest.mark.slow
 def test_the_bytes_of_all_tokens_are_the_text(backbone):
     text, told, finished = write(backbone)
     assert len(told) == finished.completion_tokens == SAMPLING["max_tokens"]
@@ -163,6 +167,7 @@ def test_nothing_is_told_of_a_stop_string(backbone):
     assert cut > 5
 
 
+@pytest.mark.slow
 def test_an_end_of_turn_is_not_told(backbone):
     """The end-of-turn token is written as soon as it may be."""
     for seed in range(40):
@@ -174,6 +179,7 @@ def test_an_end_of_turn_is_not_told(backbone):
     assert joined(told).decode(errors="replace").startswith(text)
 
 
+@pytest.mark.slow
 def test_offsets_count_the_characters_before_a_token(backbone):
     text, told, _ = write(backbone)
     for token in told:

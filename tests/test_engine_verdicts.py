@@ -125,6 +125,7 @@ def test_a_given_response_is_judged_without_writing(backbone):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", [0, 3, 6])
 def test_a_content_that_names_a_control_token_is_judged_as_its_letters(backbone, place):
     probes = [

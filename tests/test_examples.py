@@ -237,6 +237,7 @@ def running_caddy(environment: dict[str, str], url: str) -> Iterator[None]:
         process.wait()
 
 
+@pytest.mark.slow
 @needs_caddy
 def test_the_gateway_sends_what_a_probe_routes_to_the_other_model():
     with gateway(engine_that_says("technical_issue")) as (url, asked), http_client(url) as http:
@@ -246,6 +247,7 @@ def test_the_gateway_sends_what_a_probe_routes_to_the_other_model():
     assert asked == [(CHAT, f"Bearer {STRONGER_KEY}", ASKED)]
 
 
+@pytest.mark.slow
 @needs_caddy
 def test_the_gateway_streams_the_rest_as_it_is_written():
     may_write = threading.Event()

@@ -43,6 +43,7 @@ def states_by_row(cache):
     return states
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reads", [Reads(), Reads("response"), Reads("both", template=False)])
 @pytest.mark.parametrize("shard_bytes", [5_000, 10**6])
 def test_shards_hold_what_a_tap_sees_of_each_text(tiny, tmp_path, reads, shard_bytes):

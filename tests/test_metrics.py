@@ -102,6 +102,7 @@ def test_every_metric_agrees_with_the_reference(task, rows, seed, ties):
         assert ours[name] == pytest.approx(theirs[name], abs=ROUNDING), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.kind)
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10_000), ties=st.booleans())

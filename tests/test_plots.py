@@ -68,6 +68,7 @@ def test_rows_of_one_class_are_drawn(label, tmp_path):
     assert len(plot(named("binary", 2), tmp_path, np.full(200, label))) == 3
 
 
+@pytest.mark.slow
 def test_classes_that_never_occur_are_drawn(tmp_path):
     assert len(plot(named("multiclass", 12), tmp_path, np.zeros(200, int))) == 3
 

@@ -128,6 +128,7 @@ BLOCK = {"model": "probes", "policy": {"input": {"mode": "block"}}}
 BLOCK_OUTPUT = {"model": "probes", "policy": {"output": {"mode": "block"}}}
 
 
+@pytest.mark.slow
 def test_a_request_may_ask_to_be_blocked(backbone, probes):
     flagging = Policy(input={"toxicity": Rule(threshold=0.0)})
     with pytest.raises(openai.BadRequestError, match="blocked by toxicity"):
@@ -162,6 +163,7 @@ def test_a_request_cannot_change_a_route(backbone):
     assert failed.headers["x-sidelight-route"] == "desk"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("request_", "code"),
     [
@@ -328,6 +330,7 @@ def test_a_check_of_a_text_longer_than_its_rule_allows_is_a_400_with_both_number
         assert http.post("/v1/moderations", json=others).status_code == 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("mode", ["score", "block"])
 def test_a_text_longer_than_its_rule_allows_is_reported_as_such(backbone, probes, mode, stream):

@@ -279,6 +279,7 @@ def judged_part(cut_at, hold_back=2, first_decidable_token=2):
     )
 
 
+@pytest.mark.slow
 def test_nothing_unjudged_has_left_when_a_client_leaves():
     (row,) = [row for row in ROWS if row[0] == "client leaves midway"]
     assert row[2:] == ["", "", "judged part"]

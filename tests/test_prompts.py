@@ -297,6 +297,7 @@ def test_shortened_refuses_a_limit_below_the_template():
         led.shortened(60)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", [CHATML, LLAMA_3])
 def test_a_developer_speaks_as_the_system(template):
     own = encoder(template)

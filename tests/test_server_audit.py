@@ -95,6 +95,7 @@ def wait_for(condition):
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", [Policy(), LATE])
 def test_a_text_that_a_client_leaves_is_audited_and_counted(path, policy):
     with served(engine(), audit_log=path, policy=policy) as address, http_client(address) as http:
@@ -137,6 +138,7 @@ def test_a_text_of_which_nothing_was_sent_is_not_audited(path):
     assert "sidelight_completion_tokens_total 3.0" in series
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("deadline", [1, 600])
 def test_a_text_that_the_deadline_or_the_engine_ends_is_audited_too(path, deadline):
     backbone = tiny_backbone()
@@ -227,6 +229,7 @@ def test_an_audit_log_that_cannot_be_opened_is_an_error_at_the_start(tmp_path):
 FULL = Path("/dev/full")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not FULL.exists(), reason="needs Linux's /dev/full")
 @pytest.mark.parametrize("stream", [False, True])
 def test_under_a_blocking_policy_nothing_passes_unaudited(stream):

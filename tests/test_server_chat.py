@@ -42,6 +42,7 @@ def early_client(backbone):
         yield client
 
 
+@pytest.mark.slow
 def test_every_lane_carries_every_verdict(client):
     raw = client.chat.completions.with_raw_response.create(**GREEDY)
     answer = raw.parse()
@@ -82,6 +83,7 @@ def test_a_completion_has_openais_fields(client):
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + 12
 
 
+@pytest.mark.slow
 def test_a_stream_says_what_the_plain_answer_says(client):
     plain = client.chat.completions.create(**GREEDY)
     stream = client.chat.completions.create(
@@ -114,6 +116,7 @@ def test_a_stream_has_its_verdicts_before_the_first_byte(client):
     assert lines[-2:] == ["data: [DONE]", ""] or lines[-1] == "data: [DONE]"
 
 
+@pytest.mark.slow
 def test_without_probes_of_the_response_the_output_was_not_run(early_client):
     answer = early_client.chat.completions.create(**GREEDY)
     assert answer.moderation.output.code == "not_run"
@@ -142,6 +145,7 @@ def test_requests_at_once_get_their_own_verdicts(address, client):
         assert scores == pytest.approx(expected_scores, abs=ROUNDING)
 
 
+@pytest.mark.slow
 def test_probes_add_no_forward_pass_to_a_served_completion(backbone):
     def passes(probes):
         shapes: list[tuple[int, ...]] = []
@@ -186,6 +190,7 @@ def test_a_stop_string_ends_the_text(client, as_list):
     assert answer.choices[0].finish_reason == "stop"
 
 
+@pytest.mark.slow
 def test_content_may_come_in_text_parts(client):
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
     in_parts = {**GREEDY, "messages": [{"role": "user", "content": parts}]}
@@ -218,6 +223,7 @@ def test_only_named_probes_are_reported(client):
     assert answer.moderation.output.code == "not_run"
 
 
+@pytest.mark.slow
 def test_a_failed_verdict_is_an_error_in_every_lane(backbone):
     broken = untrained_probe(backbone, "broken")
     broken.mechanism.bias.fill_(float("nan"))
@@ -266,6 +272,7 @@ def test_an_error_during_a_stream_keeps_its_code():
     assert as_request_error(error).body == error.body
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_frees_its_row(backbone, stream):
     engine = TransformersEngine(backbone, [], limits=Limits(running=1))

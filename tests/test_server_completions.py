@@ -62,6 +62,7 @@ def test_the_verdicts_are_in_the_header_too(client):
     assert names(header) == [*PROMPT_PROBES, "refusal"]
 
 
+@pytest.mark.slow
 def test_several_prompts_are_written_in_their_order(client):
     prompts = ["one", "two, which is longer", "three"]
     together = client.completions.create(**{**TEXT, "prompt": prompts})
@@ -240,6 +241,7 @@ def test_a_blocking_rule_refuses_plain_text_that_its_probe_cannot_judge(
             assert "Once" not in error["message"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True])
 def test_nothing_is_sent_of_plain_text_whose_response_probe_blocks(chat_probes, stream):
     backbone, probes = chat_probes

@@ -51,6 +51,7 @@ def error_of(response, status):
     return body
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -219,6 +220,7 @@ def test_a_large_body_without_a_declared_length_is_a_413(http):
     error_of(http.post(CHAT, content=chunks(), headers=headers), 413)
 
 
+@pytest.mark.slow
 def test_a_busy_engine_is_a_429_with_a_time_to_retry():
     backbone = tiny_backbone()
     engine = TransformersEngine(backbone, [], limits=Limits(running=1, waiting=1))
@@ -306,6 +308,7 @@ def logged():
     logging.getLogger().removeHandler(handler)
 
 
+@pytest.mark.slow
 def test_asyncio_logs_no_text_of_failures_that_nobody_fetched(logged):
     def fail(text):
         raise RuntimeError(text)
@@ -326,6 +329,7 @@ def test_asyncio_logs_no_text_of_failures_that_nobody_fetched(logged):
     assert "zebra" not in log
 
 
+@pytest.mark.slow
 def test_what_fails_once_its_client_has_left_is_not_logged(logged):
     async def fail():
         try:

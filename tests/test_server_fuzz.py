@@ -192,6 +192,7 @@ def require_one_answer(found):
     assert answer.status != 429
 
 
+@pytest.mark.slow
 @SOME
 @given(data=st.data(), path=PATHS)
 def test_a_body_with_odd_parts_is_answered_or_refused(address, data, path):
@@ -295,6 +296,7 @@ def test_a_bad_head_is_refused(address, lines):
             require_sound(answer)
 
 
+@pytest.mark.slow
 @SOME
 @given(cuts=st.lists(st.integers(0, 200), max_size=12), copies=st.integers(1, 3))
 def test_a_request_in_any_pieces_is_answered_as_often_as_it_is_sent(address, cuts, copies):
@@ -309,6 +311,7 @@ def test_a_request_in_any_pieces_is_answered_as_often_as_it_is_sent(address, cut
     assert [answer.status for answer in found] == [200] * copies
 
 
+@pytest.mark.slow
 @SOME
 @given(data=st.data(), path=PATHS, half_closes=st.booleans())
 def test_a_client_may_leave_at_any_byte(address, data, path, half_closes):

@@ -76,6 +76,7 @@ def test_more_texts_than_allowed_are_refused(bounded):
     assert (refused.status_code, refused.json()["error"]["code"]) == (400, "too_many_inputs")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "body"),
     [
@@ -111,6 +112,7 @@ def test_a_prompt_of_several_texts_is_counted_once_and_weighs_for_each(monkeypat
     assert len(counted) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", [b"", b"POST /v1/chat", b"GET /health HTTP/1.1\r\nX: "])
 def test_a_client_that_sends_no_whole_head_is_cut_off(impatient, head):
     with connection(impatient) as opened:
@@ -184,6 +186,7 @@ def test_a_client_that_reads_nothing_frees_its_place():
         assert isinstance(sent.exception(), OSError | None)
 
 
+@pytest.mark.slow
 def test_a_deadline_is_a_504_and_frees_the_place():
     one, backbone = engine()
     slow(backbone)
@@ -207,6 +210,7 @@ def test_a_stream_past_its_deadline_ends_with_an_error_and_no_done():
     assert "data: [DONE]" not in events
 
 
+@pytest.mark.slow
 def test_more_requests_at_once_than_allowed_are_a_429_and_operators_are_served():
     one, backbone = engine()
     may_write = threading.Event()
@@ -295,6 +299,7 @@ def test_sigterm_turns_ready_503_and_running_requests_finish():
         httpx.get(f"{address}/health")
 
 
+@pytest.mark.slow
 def test_requests_that_outlast_the_drain_get_an_error():
     one, backbone = engine()
     slow(backbone)

@@ -70,6 +70,7 @@ def test_a_chat_has_the_models_own_log_probabilities(client, backbone, ids):
             assert top.logprob == pytest.approx(own, abs=ROUNDING)
 
 
+@pytest.mark.slow
 def test_a_text_has_the_same_in_its_older_format(client, backbone, ids):
     answer = client.completions.create(**TEXT, **DRAWN, logprobs=5)
     choice = answer.choices[0]
@@ -138,6 +139,7 @@ def test_openais_stream_helper_merges_them(client):
     assert whole.choices[0].logprobs.content == plain.choices[0].logprobs.content
 
 
+@pytest.mark.slow
 def test_without_a_request_for_them_there_are_none(client):
     chat = client.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=3, logprobs=False)
     text = client.completions.create(**{**TEXT, "max_tokens": 3})

@@ -21,6 +21,7 @@ def free_port():
         return probe.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_a_signal_ends_the_server_once_the_running_text_is_complete():
     backbone = tiny_backbone()
     port = free_port()

@@ -80,6 +80,7 @@ def told(span: ReadableSpan) -> Mapping[str, Any]:
     return span.attributes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_span_has_the_verdicts_and_tokens_of_its_answer(traced: Traced, stream: bool):
     body = {**BODY, "n": 2, "temperature": 0}

@@ -123,6 +123,7 @@ def test_several_planted_signals_are_told_apart(corpora, kind):
     assert min(auprc.values()) > 0.95, auprc
 
 
+@pytest.mark.slow
 def test_results_are_those_of_the_best_epoch(corpora):
     # A rate so high that later epochs undo what the first ones learned.
     wild = replace(QUICK, learning_rate=0.3, epochs=6, patience=6)

@@ -114,6 +114,7 @@ def test_cached_columns_give_the_logits_of_a_forward_pass(tiny, splits, make, me
     np.testing.assert_allclose(cached, run, **CACHED)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mechanism", "options", "kind"),
     [*((*one, "multiclass") for one in EVERY), ("gate", {}, "binary"), ("gate", {}, "multilabel")],
@@ -232,6 +233,7 @@ def reading_one_layer(probe, layer):
     return probe
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", range(4))
 def test_a_probe_that_reads_one_layer_is_attributed_to_it(splits, make, layer):
     others = torch.arange(4) != layer
@@ -266,6 +268,7 @@ def test_every_token_is_in_one_group_and_template_tokens_are_those_of_the_prompt
     assert last + template == (parts == Part.TEMPLATE).sum()
 
 
+@pytest.mark.slow
 def test_pieces_cover_every_text_once_however_small_they_are(splits, make, monkeypatch):
     probe, split = make(), splits["binary"]
     whole = examine(probe, split)
@@ -308,6 +311,7 @@ def test_texts_of_one_class_are_refused(splits, make):
         examine(make(), one_class)
 
 
+@pytest.mark.slow
 def test_the_command_writes_the_report_of_a_stored_probe(tiny, make, tmp_path, monkeypatch):
     monkeypatch.setenv("SIDELIGHT_CACHE", str(tmp_path / "cache"))
     tiny.model.save_pretrained(tmp_path / "model")

@@ -155,6 +155,7 @@ def guard_app(*, seen, fails=0):
     return app
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_key")
 def test_a_guard_scores_by_its_log_probabilities(dataset):
     seen = []
@@ -195,6 +196,7 @@ def test_a_guard_that_does_not_answer_is_an_error(dataset):
         GuardEndpoint(url, "g", prompt="Is it bad?").fit(dataset, seed=0)
 
 
+@pytest.mark.slow
 def test_a_failing_guard_is_asked_again(dataset):
     few = dataset.validation.select(range(4))
     with listening(guard_app(seen=[], fails=1)) as url:
@@ -213,6 +215,7 @@ def no_key(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_key")
 def test_a_moderation_endpoint_gives_the_log_odds_of_its_scores(dataset):
     """Against our own server, whose probe's logits are known."""

@@ -234,6 +234,7 @@ def test_a_single_class_is_predicted_without_a_fit(kind):
     assert (linear.bias[1] > linear.bias[[0, 2]] if kind == "multiclass" else linear.bias > 0).all()
 
 
+@pytest.mark.slow
 @every_kind
 def test_sparse_regression_satisfies_its_optimality_conditions(kind):
     rows, labels = blobs(kind, rows=300, features=8, seed=3)
@@ -285,6 +286,7 @@ def test_the_largest_penalty_keeps_nothing_and_a_smaller_one_more():
     assert kept[0] == 0 < kept[1] < kept[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["binary", "multiclass"])
 def test_gaussian_discriminant_of_many_texts_is_linear_discriminant_analysis(kind):
     inputs, labels = blobs(kind, rows=20_000, features=4, seed=6)
@@ -307,6 +309,7 @@ def test_few_texts_shrink_the_covariance_all_the_way_to_distances_from_means():
     assert cosine > 0.99
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "gemma2"])
 def test_muli_reads_the_models_own_first_token(name, tmp_path):
     backbone = family_backbone(name)

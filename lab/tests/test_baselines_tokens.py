@@ -109,6 +109,7 @@ def test_the_seed_decides_every_byte(tiny, splits, baseline):
     assert other.tobytes() != first.tobytes()
 
 
+@pytest.mark.slow
 @EVERY
 def test_logits_follow_the_texts(tiny, splits, baseline):
     fitted = replace(baseline, settings=BRIEF).fit(dataset_of(tiny, splits), seed=0)

@@ -87,6 +87,7 @@ def test_every_mechanism_is_served_and_naive_and_what_probes_replace_is_there(su
     assert len(kinds) == len(subjects)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mechanism", mechanism_names())
 def test_served_and_naive_give_the_same_verdicts(mechanism):
     backbone = tiny_backbone()
@@ -182,6 +183,7 @@ def test_peak_memory_is_what_the_work_held_even_if_as_much_was_freed_before():
         assert 64 * MB - MB <= peak <= 72 * MB
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process its own peak")
 def test_memory_that_stays_held_is_not_counted_again():
     kept = torch.ones(64 * MB // 4)

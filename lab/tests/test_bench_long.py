@@ -28,6 +28,7 @@ def figures(backbone, rows, lengths, count, window, names=("readout",)):
     )
 
 
+@pytest.mark.slow
 def test_one_window_over_the_whole_says_the_same_as_the_whole(tiny, labelled):
     rows = figures(tiny, labelled, (0, 30), 4, 10_000, mechanism_names())
     assert len(rows) == 2 * 2 * len(mechanism_names())
@@ -62,6 +63,7 @@ def test_too_few_texts_are_refused(tiny, labelled):
         figures(tiny, labelled, (0,), 30, 16)
 
 
+@pytest.mark.slow
 def test_the_command_prints_every_length(tiny, labelled, tmp_path, capsys):
     model = saved(tiny, tmp_path / "model")
     from sidelight.backbone import load_backbone

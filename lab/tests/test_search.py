@@ -124,6 +124,7 @@ def test_what_a_kill_left_half_written_does_not_count(dataset, found, tmp_path, 
     assert search_settings(dataset, "gate", **plan) == found
 
 
+@pytest.mark.slow
 def test_opening_a_journal_writes_nothing_to_what_is_there(dataset, tmp_path):
     """Another process may be adding to it."""
     storage = tmp_path / "journal"
@@ -148,6 +149,7 @@ def test_a_generation_reads_each_shard_once_an_epoch(dataset, tmp_path):
     assert len(reads) <= max(epochs) + to_measure_moments < sum(epochs)
 
 
+@pytest.mark.slow
 def test_a_score_is_that_of_one_training_with_these_settings(dataset, found):
     trial = found.trials[2]
     (alone,) = train_mechanisms(
@@ -239,6 +241,7 @@ def test_another_search_in_the_same_file_is_refused(dataset, tiny, cache, tmp_pa
     search_settings(dataset, "gate", seed=1, **plan)
 
 
+@pytest.mark.slow
 def test_a_training_that_diverges_ends_neither_the_search_nor_its_neighbours(
     dataset, tmp_path, monkeypatch
 ):

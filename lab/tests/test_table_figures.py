@@ -77,6 +77,7 @@ def test_a_clear_improvement_is_found_and_changes_sign_when_swapped():
     assert loss.p_value == gain.p_value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", METRICS)
 def test_reports_and_differences_see_the_same_resamples(metric: str):
     labels = np.random.default_rng(0).integers(0, 2, 150)

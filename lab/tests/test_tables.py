@@ -141,6 +141,7 @@ def test_table_cells_hold_the_figures(finished: Finished):
     assert json.loads((folder / "table.json").read_text()) == made.to_dict()
 
 
+@pytest.mark.slow
 def test_a_second_run_computes_nothing_and_says_the_same(
     finished: Finished, make: Make, tmp_path: Path
 ):
@@ -149,6 +150,7 @@ def test_a_second_run_computes_nothing_and_says_the_same(
     assert stored(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_a_deleted_row_is_made_again_alone_and_alike(
     finished: Finished, make: Make, tmp_path: Path
 ):
@@ -166,6 +168,7 @@ def test_a_deleted_row_is_made_again_alone_and_alike(
             assert found["values"] == pytest.approx(again[name]["metrics"][metric]["values"])
 
 
+@pytest.mark.slow
 @pytest.mark.unchecked
 def test_a_killed_run_goes_on_from_every_row_that_was_finished(make: Make, tmp_path: Path):
     def kill() -> None:
@@ -184,6 +187,7 @@ def test_a_killed_run_goes_on_from_every_row_that_was_finished(make: Make, tmp_p
     assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
 
 
+@pytest.mark.slow
 def test_a_run_killed_between_rows_keeps_the_rows_before(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -202,6 +206,7 @@ def test_a_run_killed_between_rows_keeps_the_rows_before(
     assert {name: after[name] for name in before} == before
 
 
+@pytest.mark.slow
 @pytest.mark.unchecked
 def test_no_test_data_is_read_before_every_row_has_its_validation_results(
     make: Make, tmp_path: Path
@@ -217,6 +222,7 @@ def test_no_test_data_is_read_before_every_row_has_its_validation_results(
     assert set(seen) == {(5, True)}
 
 
+@pytest.mark.slow
 def test_a_changed_row_is_made_anew_and_the_earlier_opening_is_told(
     finished: Finished, make: Make, tmp_path: Path
 ):
@@ -231,6 +237,7 @@ def test_a_changed_row_is_made_anew_and_the_earlier_opening_is_told(
     assert any("opened before" in note for note in changed.notes)
 
 
+@pytest.mark.slow
 def test_a_subset_without_a_positive_text_leaves_ranking_undefined(make: Make, tmp_path: Path):
     negative = np.flatnonzero(examples("binary", 70, 3).labels == 0)
     made = make(data=Data(parts={"no, positives": negative}))
@@ -242,6 +249,7 @@ def test_a_subset_without_a_positive_text_leaves_ranking_undefined(make: Make, t
     assert "precision_recall_no,_positives.png" not in drawn
 
 
+@pytest.mark.slow
 def test_rows_can_be_chosen_and_data_cut(tiny: TransformersBackbone, cache: Path, tmp_path: Path):
     chosen = recipe().only(["pooling", "tfidf"])
     data = Data(parts={"odd": np.arange(1, 70, 2)})
@@ -257,6 +265,7 @@ def test_rows_can_be_chosen_and_data_cut(tiny: TransformersBackbone, cache: Path
         recipe().only(["poling"])
 
 
+@pytest.mark.slow
 def test_a_searched_probe_is_trained_as_the_search_says(make: Make, tmp_path: Path):
     asked: list[str] = []
 
@@ -294,6 +303,7 @@ def test_a_transfer_is_tested_on_the_other_data_set(make: Make):
     assert rows_of(made)["readout"]["metrics"]["auprc"]["mean"] > 0.9
 
 
+@pytest.mark.slow
 def test_a_few_shot_draw_has_as_many_texts_of_each_class(make: Make, tmp_path: Path):
     text = TABLE.replace('"comparison"', '"few-shot"\nlabels_per_class = 8\ndraws = 3')
     made = make(text)
