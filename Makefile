@@ -31,7 +31,7 @@ vllm: .venv-vllm/.ready ## Run the tests inside vLLM, where its wheel can be had
 	fi
 
 fast: .venv/.dev ## Run the fast tests (under a minute)
-	$(BIN)/python -m pytest -m "not slow" --ignore=tests/vllm -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --ignore=tests/vllm -n auto --dist loadfile
 
 lint: .venv/.dev ## Check format, style and the one-way flow of imports
 	$(BIN)/ruff format --check .

@@ -21,7 +21,7 @@ from sidelight.training.runs import assess
 from sidelight.training.settings import FitOptions, TrainingSettings
 from tiny import untrained_probe
 
-pytestmark = pytest.mark.usefixtures("own_cache")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_cache")]
 QUICK = {
     name: TrainingSettings(
         learning_rate=3e-2, weight_decay=0.01, epochs=5, batch_size=16, least_steps=0
@@ -62,7 +62,6 @@ def fits(tiny, tmp_path_factory):
     }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", TASKS)
 def test_rows_are_fitted_evaluated_judged_saved_and_loaded(tiny, fits, tmp_path, kind):
     made = fits[kind]
@@ -112,7 +111,6 @@ def test_a_fit_reports_every_run_a_baseline_and_how_it_was_made(fits, tiny):
     assert made.best.probe.fingerprint == tiny.fingerprint
 
 
-@pytest.mark.slow
 def test_the_best_run_is_of_the_best_mechanism_on_average(tiny):
     rows = load_examples(rows_of("binary", TRAINING, seed=0))
     made = fit(tiny, rows, None, name="p", options=options_of("readout", "gate", seeds=(0, 1)))
@@ -124,7 +122,6 @@ def test_the_best_run_is_of_the_best_mechanism_on_average(tiny):
     assert means[made.best.probe.spec.name] == max(means.values())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("with_validation", [True, False])
 def test_a_run_that_diverges_is_left_out_and_told(tiny, with_validation):
     rows = load_examples(rows_of("binary", 60, seed=0), positive="toxic")
@@ -148,7 +145,6 @@ def test_validation_texts_that_cannot_calibrate_cost_no_extraction(tiny, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
 def test_activations_stay_where_the_probe_could_not_be_stored(tiny, tmp_path):
     rows = load_examples(rows_of("binary", 60, seed=0), positive="toxic")
 
@@ -162,7 +158,6 @@ def test_activations_stay_where_the_probe_could_not_be_stored(tiny, tmp_path):
     assert list(tmp_path.rglob("*.safetensors"))
 
 
-@pytest.mark.slow
 def test_activations_are_gone_after_a_fit_unless_kept(tiny, tmp_path):
     rows = load_examples(rows_of("binary", 60, seed=0))
     for keep in (False, True):
@@ -173,7 +168,6 @@ def test_activations_are_gone_after_a_fit_unless_kept(tiny, tmp_path):
         assert bool(list(tmp_path.rglob("*.safetensors"))) == keep
 
 
-@pytest.mark.slow
 def test_train_gives_a_classifier_and_leaves_no_activations(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("SIDELIGHT_CACHE", str(tmp_path))
     rows = rows_of("binary", 60, seed=0)
@@ -184,7 +178,6 @@ def test_train_gives_a_classifier_and_leaves_no_activations(tiny, tmp_path, monk
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
-@pytest.mark.slow
 def test_a_probe_of_the_response_is_trained_and_asked_with_responses(tiny):
     texts, labels = planted("binary", 80, seed=0)
     rows = [
@@ -278,7 +271,6 @@ def cut_warnings(tiny, tmp_path_factory):
     return [warning for warning in made.warnings if "cut" in warning]
 
 
-@pytest.mark.slow
 def test_training_cuts_a_long_text_and_says_how_many(cut_warnings):
     assert len(cut_warnings) == 1
     assert cut_warnings[0].startswith("7 of 80 texts were cut to ")

@@ -296,6 +296,7 @@ main()
 SERVING = "fastapi,openai,uvicorn,prometheus_client,pydantic_settings"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("missing", "arguments", "code"),
     [

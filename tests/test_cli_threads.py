@@ -54,16 +54,19 @@ def at_torchs_import(root: Path, **chosen: str) -> tuple[str, int]:
 HALF_A_CPU = {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "50000 100000\n"}
 
 
+@pytest.mark.slow
 def test_threads_sleep_while_they_wait_and_keep_to_the_quota(tmp_path: Path):
     assert at_torchs_import(put(tmp_path, HALF_A_CPU)) == ("PASSIVE 1", 1)
 
 
+@pytest.mark.slow
 def test_without_a_quota_the_number_of_threads_is_left_alone(tmp_path: Path):
     said, threads = at_torchs_import(tmp_path)
     assert said == "PASSIVE None"
     assert threads >= 1
 
 
+@pytest.mark.slow
 def test_what_the_user_has_set_wins(tmp_path: Path):
     chosen = {"OMP_WAIT_POLICY": "ACTIVE", "OMP_NUM_THREADS": "2"}
     assert at_torchs_import(put(tmp_path, HALF_A_CPU), **chosen) == ("ACTIVE 2", 2)

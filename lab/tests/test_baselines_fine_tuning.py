@@ -35,7 +35,7 @@ from tiny import tiny_backbone
 
 # Whole models run in bf16: 8 bits of mantissa, a few roundings deep.
 BF16 = 0.05
-pytestmark = pytest.mark.usefixtures("own_cache")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_cache")]
 QUICK = {"epochs": 6, "batch_size": 16, "learning_rate": 1e-2}
 
 
@@ -66,7 +66,6 @@ def identity(backbone):
     return fingerprint(backbone.model, backbone.tokenizer, name="", prompt_format="chat").digest
 
 
-@pytest.mark.slow
 def test_lora_learns_a_separable_task(dataset, tuned):
     logits = tuned[1].logits(dataset.validation)
     assert logits.shape == (60, 1)
@@ -111,7 +110,6 @@ def part_of(dataset, count):
     return ProbeDataset(dataset.backbone, dataset.training.select(range(count)), dataset.validation)
 
 
-@pytest.mark.slow
 def test_the_same_seed_gives_the_same_lora(dataset, tmp_path):
     part = part_of(dataset, 32)
     once, again, other = (
@@ -141,7 +139,6 @@ def dying_after(monkeypatch, passes):
     monkeypatch.setattr(Trainer, "training_step", step)
 
 
-@pytest.mark.slow
 @pytest.mark.unchecked
 def test_a_killed_lora_ends_where_an_unbroken_one_does(dataset, tmp_path, monkeypatch):
     part = part_of(dataset, 48)
@@ -164,7 +161,6 @@ def test_a_killed_lora_ends_where_an_unbroken_one_does(dataset, tmp_path, monkey
     assert finished.seconds_before > resumed.seconds_before
 
 
-@pytest.mark.slow
 @pytest.mark.unchecked
 @pytest.mark.parametrize("written", [None, '{"log_his'], ids=["missing", "cut"])
 def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(
@@ -193,7 +189,6 @@ def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(
     np.testing.assert_array_equal(broken.fit(part, seed=0).logits(part.validation), expected)
 
 
-@pytest.mark.slow
 def test_another_version_does_not_go_on_from_a_checkpoint(dataset, tmp_path, monkeypatch):
     part = part_of(dataset, 8)
     lora = Lora(epochs=1, checkpoints=tmp_path)
@@ -204,7 +199,6 @@ def test_another_version_does_not_go_on_from_a_checkpoint(dataset, tmp_path, mon
         lora.fit(part, seed=0)
 
 
-@pytest.mark.slow
 def test_fine_tuning_keeps_the_best_epoch(dataset, tmp_path):
     """With a rate that makes the head jump: the last epoch is not the best."""
     torch.manual_seed(0)
@@ -224,7 +218,6 @@ def test_fine_tuning_keeps_the_best_epoch(dataset, tmp_path):
     assert found == pytest.approx(max(history), abs=0.01)
 
 
-@pytest.mark.slow
 def test_a_batch_in_several_passes_is_one_step(dataset, tmp_path, monkeypatch):
     part = part_of(dataset, 32)
     lora = Lora(epochs=1, batch_size=16, dropout=0.0)
@@ -239,7 +232,6 @@ def test_a_batch_in_several_passes_is_one_step(dataset, tmp_path, monkeypatch):
     assert np.abs(found[0] - found[1]).max() < 0.1 * np.abs(found[0] - untrained).max()
 
 
-@pytest.mark.slow
 def test_a_fine_tuning_that_diverges_names_its_rate(dataset, tmp_path):
     part = part_of(dataset, 16)
     lora = Lora(learning_rate=1e30, batch_size=4, checkpoints=tmp_path)
@@ -272,7 +264,6 @@ def test_what_all_texts_begin_with_is_run_once(dataset):
     assert shapes == [(1, prefix, 32), (6, longest - prefix, 32)]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["multiclass", "multilabel"])
 def test_lora_takes_every_kind_of_task(tiny, tmp_path, kind):
     dataset = dataset_without_states(tiny, tmp_path, kind, training=24, validation=12)
@@ -302,7 +293,6 @@ def encoder_folder(tmp_path_factory):
     return str(folder)
 
 
-@pytest.mark.slow
 def test_a_fine_tuned_encoder_learns_a_separable_task(dataset, encoder_folder):
     fitted = FineTunedEncoder(path=encoder_folder, **QUICK).fit(dataset, seed=0)
     logits = fitted.logits(dataset.validation)
