@@ -2,11 +2,14 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
 import venv
 from pathlib import Path
 
+import httpx
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -121,3 +124,25 @@ def test_help_is_quick(bare):
         "          - before.children_user - before.children_system)",
     )
     assert all(float(seconds) < 0.5 for seconds in measured.split())
+
+
+def test_the_extra_brings_what_the_server_needs(bare, probe):
+    bare.install(f"{bare.wheel}[serve]")
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    command = [bare.folder / "env" / "bin" / "sidelight", "serve", "--port", str(port)]
+    server = subprocess.Popen([*command, "--probe", probe], cwd=bare.folder)
+    messages = [{"role": "user", "content": "Call me now!"}]
+    question = {"model": "smollm2", "messages": messages, "max_tokens": 2}
+    transport = httpx.HTTPTransport(retries=8)  # Each waits twice as long as the one before.
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", transport=transport) as client:
+            while client.get("/ready").status_code != 200:
+                time.sleep(0.5)
+            answer = client.post("/v1/chat/completions", json=question, timeout=60)
+    finally:
+        server.terminate()
+        server.wait()
+    assert answer.status_code == 200
+    assert answer.json()["sidelight"]["verdicts"]
