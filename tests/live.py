@@ -40,7 +40,13 @@ def served(
 @contextmanager
 def listening(app: FastAPI, config: ServerConfig | None = None) -> Iterator[str]:
     """The address of a live server of ``app``."""
-    settings = server_settings(app, config or ServerConfig(log_level="warning"))
+    with running(server_settings(app, config or ServerConfig(log_level="warning"))) as address:
+        yield address
+
+
+@contextmanager
+def running(settings: uvicorn.Config) -> Iterator[str]:
+    """The address of what uvicorn serves with these settings, on a free port."""
     settings.port = 0
     server = uvicorn.Server(settings)
     thread = threading.Thread(target=server.run)

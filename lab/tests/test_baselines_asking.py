@@ -1,8 +1,6 @@
 """Baselines that ask a model: the backbone by prompting, others by URL."""
 
 import math
-import threading
-import time
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -13,7 +11,7 @@ import uvicorn
 from fastapi import FastAPI, HTTPException, Request
 from planted_texts import dataset_without_states
 
-from live import served
+from live import running, served
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import SidelightError, VerdictError
 from sidelight.prompts import Message
@@ -108,19 +106,9 @@ def test_names_are_one_for_each_label(dataset):
 
 @contextmanager
 def listening(app):
-    """The address of a live application on loopback."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", ws="none"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.005)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    try:
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        server.should_exit = True
-        thread.join()
+    """The base URL of a live application on loopback."""
+    with running(uvicorn.Config(app, log_level="warning", ws="none")) as address:
+        yield f"{address}/v1"
 
 
 def guard_app(*, seen, fails=0):

@@ -112,7 +112,7 @@ class Enforcement:
                 observer.end(holding.unfinished() if has_sent else (), is_cancelled=True)
 
     def _on_prompt(self, event: PromptJudged) -> tuple[Decision, ...]:
-        """What follows from the verdicts on the prompt; decided once, when the engine asks."""
+        """The decisions on the prompt: made when first asked, and again only for another event."""
         if event != self._judged:
             self._decisions = _decide_all(self._input, event)
             self._judged = event

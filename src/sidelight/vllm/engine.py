@@ -52,9 +52,9 @@ class VllmEngine(Engine):
         llm: vLLM's engine, with the plugin loaded in it.
         probes: Those that it was started with.
         name: The name that requests use.
-        encoder: The model's.
-        tokenizer: The model's.
-        fingerprint: The model's.
+        encoder: Turns messages into the model's token ids.
+        tokenizer: The model's tokenizer.
+        fingerprint: Of the model; every probe must have been trained on it.
         folder: Where its workers find probes.
         limits: At most ``waiting`` requests wait for vLLM to begin them. Of a list of texts to
             judge, ``running`` are in vLLM at a time.
