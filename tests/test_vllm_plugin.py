@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sidelight.artifact import save_probe
 from sidelight.bank import Bank, Panel
-from sidelight.cli.engines import load_engine
+from sidelight.cli.options import Runtime
 from sidelight.engines.base import require_same_model
 from sidelight.errors import FingerprintMismatchError, SidelightError
 from sidelight.mechanisms.base import mechanism_names
@@ -410,10 +410,10 @@ def test_probes_of_chats_and_of_raw_texts_are_refused_whoever_serves_them(backbo
     chat = untrained_probe(backbone, "toxicity")
     raw = replace(untrained_probe(backbone, "topics", task=TOPICS), prompt_format="raw")
     folders = [str(save_probe(probe, tmp_path / probe.name)) for probe in (chat, raw)]
-    options = {"model": None, "dtype": "auto", "device": "auto", "options": {}}
+    runtime = Runtime(model=None, dtype="auto", device="auto")
     told = "such as 'toxicity', and of raw texts, such as 'topics', cannot be served together"
     for serve in (
-        lambda: load_engine("transformers", [chat, raw], **options),
+        lambda: runtime.load_engine([chat, raw]),
         lambda: fingerprint_of("smollm2", folders),
         lambda: require_same_model([chat, raw], backbone.fingerprint),
     ):

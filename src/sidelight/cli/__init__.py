@@ -2,14 +2,14 @@
 
 import os
 import sys
+from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
 
 import click
 
-from sidelight.cli.demo import demo
-from sidelight.cli.evaluate import evaluate, predict
-from sidelight.cli.parity import parity
+from sidelight.cli import options
+from sidelight.cli.evaluate import evaluate, parity, predict
 from sidelight.cli.share import env, inspect, pull, push
 from sidelight.cli.threads import limit_threads
 from sidelight.cli.train import train
@@ -43,7 +43,11 @@ class _Commands(click.Group):
 
 @click.group(
     cls=_Commands,
-    context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]},
+    context_settings={
+        "max_content_width": 100,
+        "help_option_names": ["-h", "--help"],
+        "show_default": True,
+    },
 )
 @click.version_option(package_name="sidelight")
 def app() -> None:
@@ -74,6 +78,27 @@ def _serve() -> click.Command:
     return serve
 
 
+@click.command(epilog=options.examples("sidelight demo", "sidelight demo --keep --port 8123"))
+@click.option("--keep", is_flag=True, help="Leave the server running until Ctrl-C.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=0,
+    show_default=False,
+    help="[default: a free one]",
+)
+def demo(keep: bool, port: int) -> None:
+    """Train three small probes on the embedded model, serve them, and ask one question.
+
+    The texts are the bundled example set, which is written for demonstration.
+    """
+    # If the packages of a server are missing, say so before anything is trained.
+    import_module("sidelight.server.app")
+    from sidelight.demo import run_demo
+
+    run_demo(keep=keep, port=port)
+
+
 _COMMANDS = (train, evaluate, predict, _serve(), demo, inspect, push, pull, env, parity)
 for _command in _COMMANDS:
     app.add_command(_command)
@@ -101,19 +126,14 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        _fail(_described(error))
+        place = f" ({error.filename})" if error.filename else ""
+        remedy = "Check the path, its permissions, and the free space."
+        _fail(f"{error.strerror}{place}. {remedy}" if error.strerror else str(error))
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in _SERVING:
             raise
         _fail(f"A server needs the package {package}. Run `pip install 'sidelight[serve]'`.")
-
-
-def _described(error: OSError) -> str:
-    if error.strerror is None:
-        return str(error)
-    place = f" ({error.filename})" if error.filename else ""
-    return f"{error.strerror}{place}. Check the path, its permissions, and the free space."
 
 
 def _fail(message: str) -> None:

@@ -1,66 +1,57 @@
-"""``sidelight eval``, on labelled data that training did not see, and ``sidelight predict``."""
+"""``sidelight eval``, ``predict`` and ``parity``: what trained probes say about texts."""
 
 import json
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from sidelight.cli.engines import engine_options, require_own_device, require_own_options
-from sidelight.cli.options import (
-    PATH,
-    backbone_options,
-    checked_file,
-    checked_folder,
-    column_options,
-    data_option,
-    examples_epilog,
-    json_file_option,
-    json_option,
-    missing_label_option,
-    option,
-    optional_data_option,
-    response_option,
-    split_option,
-    text_option,
-)
+from sidelight.cli import options
 from sidelight.errors import SidelightError
 from sidelight.storage import replacing, write_text
 
 if TYPE_CHECKING:
-    from sidelight.backbone import DtypeName
     from sidelight.data.examples import Example
+    from sidelight.engines.base import Engine
     from sidelight.training.runs import Assessment
 
 
 @click.command(
     "eval",
-    epilog=examples_epilog(
+    epilog=options.examples(
         "sidelight eval probes/toxicity --data test.jsonl.gz --label toxicity",
         "sidelight eval probes/toxicity --data test.jsonl.gz --label toxicity "
         "--subset human_annotation --plots plots",
     ),
 )
-@click.argument("probe", type=PATH)
-@data_option
-@column_options
-@missing_label_option
-@option("--subset", metavar="COLUMN", help="Also report on the rows where this column is true.")
-@option(
+@click.argument("probe", type=options.PATH)
+@options.data
+@options.columns
+@options.missing_label
+@click.option(
+    "--subset", metavar="COLUMN", help="Also report on the rows where this column is true."
+)
+@click.option(
     "--plots",
-    type=PATH,
-    callback=checked_folder,
+    type=options.PATH,
+    callback=options.checked_folder,
     help="Folder for precision-recall, reliability and confusion plots.",
 )
-@json_file_option
-@backbone_options
-@json_option
+@options.json_file
+@options.backbone
+@options.as_json
 def evaluate(
-    probe: Path, plots: Path | None, out: Path | None, as_json: bool, **given: Any
+    probe: Path,
+    runtime: options.Runtime,
+    plots: Path | None,
+    out: Path | None,
+    as_json: bool,
+    **given: Any,
 ) -> None:
     """Measure a probe, and every run trained with it, on labelled data.
 
@@ -72,7 +63,14 @@ def evaluate(
     if plots is not None:
         # If matplotlib is missing, say so before the backbone runs.
         import_module("sidelight.plots")
-    assessments = assess(probe, on_missing_label=given.pop("missing_label"), **given)
+    assessments = assess(
+        probe,
+        on_missing_label=given.pop("missing_label"),
+        model=runtime.model,
+        dtype=runtime.dtype,
+        device=runtime.device,
+        **given,
+    )
     for warning in assessments[0].warnings:
         click.echo(f"Warning: {warning}", err=True)
     described = json.dumps(describe(assessments), indent=2)
@@ -98,26 +96,26 @@ def _print(assessments: "list[Assessment]") -> None:
 
 
 @click.command(
-    epilog=examples_epilog(
+    epilog=options.examples(
         "sidelight predict probes/toxicity 'How do I bake bread?'",
         "sidelight predict probes/toxicity --data texts.jsonl --out verdicts.jsonl",
         "sidelight predict probes/toxicity --data texts.jsonl --engine vllm --out verdicts.jsonl",
     )
 )
-@click.argument("probe", type=PATH)
+@click.argument("probe", type=options.PATH)
 @click.argument("texts", nargs=-1)
-@optional_data_option
-@text_option
-@response_option
-@split_option
-@option(
+@options.optional_data
+@options.text
+@options.response
+@options.split
+@click.option(
     "--out",
-    type=PATH,
-    callback=checked_file,
+    type=options.PATH,
+    callback=options.checked_file,
     help="File for the verdicts. [default: standard output]",
 )
-@engine_options
-@backbone_options
+@options.engine
+@options.backbone
 def predict(
     probe: Path,
     texts: tuple[str, ...],
@@ -126,29 +124,25 @@ def predict(
     response: str | None,
     split: str | None,
     out: Path | None,
-    engine: str,
-    engine_option: dict[str, Any],
-    model: str | None,
-    dtype: "DtypeName",
-    device: str,
+    runtime: options.Runtime,
 ) -> None:
     """Print one verdict per text, as JSON lines, in the order of the texts."""
     if bool(texts) == (data is not None):
         raise SidelightError("Give texts to judge, or a file of texts with --data, but not both.")
-    require_own_options(engine, engine_option)
     items: Sequence[str | Example] = (
         list(texts) if data is None else _examples(data, text, response, split)
     )
     from sidelight.training.classifier import load
 
-    if engine == "vllm":
+    classifier = load(
+        probe, model=runtime.model, dtype=runtime.dtype, device=runtime.backbone_device
+    )
+    if runtime.engine == "vllm":
         from sidelight.vllm.offline import predict as predict_by_vllm
 
-        require_own_device(device)
-        classifier = load(probe, model=model, dtype=dtype, device="cpu")
-        verdicts = predict_by_vllm(classifier, items, options=engine_option)
+        verdicts = predict_by_vllm(classifier, items, options=runtime.engine_option)
     else:
-        verdicts = load(probe, model=model, dtype=dtype, device=device).predict(items)
+        verdicts = classifier.predict(items)
     lines = (json.dumps(asdict(verdict), ensure_ascii=False) + "\n" for verdict in verdicts)
     if out is None:
         sys.stdout.writelines(lines)
@@ -168,3 +162,63 @@ def _examples(data: str, text: str, response: str | None, split: str | None) -> 
             "Remove the empty rows first."
         )
     return examples.items
+
+
+_ENGINES = ("transformers", "vllm")
+
+
+@click.command(
+    epilog=options.examples(
+        "sidelight parity probes/toxicity --data test.jsonl",
+        "sidelight parity probes/toxicity --data test.jsonl --engines vllm --dtype float32",
+    )
+)
+@click.argument("probes", nargs=-1, required=True, type=options.PATH)
+@options.data
+@options.text
+@options.limit
+@click.option("--engines", default=",".join(_ENGINES), help="Engines to compare, with commas.")
+@options.backbone
+@options.engine_option("vllm_options")
+@options.json_file
+def parity(
+    probes: tuple[Path, ...],
+    data: str,
+    text: str,
+    limit: int | None,
+    engines: str,
+    runtime: options.Runtime,
+    vllm_options: dict[str, Any],
+    out: Path | None,
+) -> None:
+    """Compare the verdicts of engines, and of each engine's batch sizes, on the same texts.
+
+    Compare in float32 to see whether two engines compute the same, and in the dtype that you serve
+    to see what users get.
+    """
+    from sidelight.artifact import load_probe
+    from sidelight.data.loading import load_examples
+    from sidelight.engines.parity import compare_engines
+
+    names = [name.strip() for name in engines.split(",")]
+    if not set(names) <= set(_ENGINES):
+        raise SidelightError(
+            f"Cannot compare '{engines}'. Choose from {', '.join(_ENGINES)} (--engines)."
+        )
+    loaded = [load_probe(probe) for probe in probes]
+    examples = load_examples(data, text=text, label=None)
+    drawn = examples.draw(limit or len(examples), seed=0)
+    texts = [examples.items[row].messages for row in drawn]
+    makers: dict[str, Callable[[], Engine]] = {}
+    for name in names:
+        own = vllm_options if name == "vllm" else {}
+        makers[name] = partial(replace(runtime, engine=name, engine_option=own).load_engine, loaded)
+    differences = compare_engines(makers, texts)
+    if out is not None:
+        rows = [difference.to_dict() for difference in differences]
+        write_text(out, json.dumps(rows, indent=2) + "\n")
+    for difference in differences:
+        click.echo(
+            f"{difference.probe:<20} {difference.between:<32} largest {difference.largest:.2e}, "
+            f"median {difference.median:.2e}, {difference.flips} of {difference.texts} flipped"
+        )

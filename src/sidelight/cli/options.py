@@ -1,7 +1,9 @@
 """Options that several commands share, and what the commands make of them."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+import json
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field, fields, replace
 from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,16 +14,18 @@ from sidelight.errors import SidelightError
 from sidelight.storage import check_folder
 
 if TYPE_CHECKING:
+    from sidelight.backbone import DtypeName, TransformersBackbone
     from sidelight.data.examples import LabelledExamples
     from sidelight.data.loading import OnMissingLabel
+    from sidelight.engines.base import Engine
+    from sidelight.probe import Probe
+    from sidelight.states.extraction import StateSource
     from sidelight.training.settings import FitOptions
 
 
 Command = Callable[..., Any]
 PATH = click.Path(path_type=Path)
 AT_LEAST_ONE = click.IntRange(min=1)
-
-option = partial(click.option, show_default=True)
 
 
 def checked_folder(_context: click.Context, _option: Any, folder: Path | None) -> Path | None:
@@ -41,84 +45,23 @@ def checked_file(_context: click.Context, _option: Any, path: Path | None) -> Pa
     return path
 
 
-def examples_epilog(*commands: str) -> str:
-    """Example commands for the end of a help page, each on its own line."""
-    return "\b\nExamples:\n" + "\n".join(f"  {command}" for command in commands)
+def _assigned(_context: click.Context, _option: Any, value: tuple[str, ...]) -> dict[str, Any]:
+    """Each NAME=VALUE; the value is JSON, or a text without quotes."""
+    options: dict[str, Any] = {}
+    for assignment in value:
+        name, equals, text = assignment.partition("=")
+        if not equals:
+            raise click.BadParameter(
+                f"got '{assignment}', wanted NAME=VALUE, such as max_num_seqs=64."
+            )
+        try:
+            options[name] = json.loads(text)
+        except ValueError:
+            options[name] = text
+    return options
 
 
-_data_file = partial(option, "--data", help="JSONL, JSON, CSV, TSV (or .gz), Parquet, or hub name.")
-data_option = _data_file(required=True)
-optional_data_option = _data_file()
-out_option = option(
-    "--out", required=True, type=PATH, callback=checked_folder, help="Folder to write."
-)
-json_file_option = option("--out", type=PATH, callback=checked_file, help="File for the JSON.")
-json_option = option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
-text_option = option("--text", default="text", help="Column of the text (or chat messages).")
-label_option = option(
-    "--label",
-    default="label",
-    help="Column of the label; several, with commas, make a multi-label task.",
-)
-response_option = option("--response", help="Column of the assistant's answer.")
-split_option = option("--split", help="Split of a hub data set.")
-missing_label_option = option(
-    "--missing-label",
-    type=click.Choice(["error", "skip"]),
-    default="error",
-    help="What to do about a row without a label.",
-)
-limit_option = option(
-    "--limit",
-    type=click.IntRange(min=2),
-    help="Use N rows, drawn at random, class by class.",
-)
-max_tokens_option = option(
-    "--max-tokens",
-    type=click.IntRange(min=8),
-    default=1024,
-    help="Cut longer texts, and count them; judging never cuts.",
-)
-positive_option = option("--positive", help="The positive class of a binary task.")
-model_option = option(
-    "--model",
-    help="Backbone: smollm2 (embedded), a folder, or a hub id. [default: smollm2, or the probe's]",
-)
-dtype_option = option(
-    "--dtype",
-    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-    default="auto",
-    help="Dtype of the backbone; auto keeps that of its weights.",
-)
-device_option = option("--device", default="auto", help="cpu, cuda, cuda:1, or auto.")
-_TRAINING_OPTIONS = (
-    positive_option,
-    option("--validation", help="Validation data. [default: held out of --data]"),
-    option("--validation-split", help="Split of a hub data set in --validation."),
-    limit_option,
-    max_tokens_option,
-    option("--cache", type=PATH, help="Folder for hidden states. [default: the user's cache]"),
-    option(
-        "--cache-budget",
-        type=float,
-        metavar="GIB",
-        help="The most disk that the hidden states of one file may take.",
-    ),
-    option("--keep-cache", is_flag=True, help="Keep the hidden states for another run."),
-)
-
-
-def column_options(command: Command) -> Command:
-    """Where a data file has text, label and response."""
-    return text_option(label_option(response_option(split_option(command))))
-
-
-def backbone_options(command: Command) -> Command:
-    """Which backbone, and how it is loaded."""
-    return model_option(dtype_option(device_option(command)))
-
-
-def _names(_context: click.Context, _option: click.Parameter, value: str) -> list[str]:
+def _names(_context: click.Context, _option: Any, value: str) -> list[str]:
     names = [name.strip() for name in value.split(",") if name.strip()]
     if not names:
         from sidelight.mechanisms.base import mechanism_names
@@ -128,14 +71,206 @@ def _names(_context: click.Context, _option: click.Parameter, value: str) -> lis
     return names
 
 
-def mechanism_option(*, default: str, help: str) -> Callable[[Command], Command]:
-    """Names of mechanisms, written with commas, as a list."""
-    return option("--mechanism", "mechanisms", default=default, callback=_names, help=help)
+def examples(*commands: str) -> str:
+    """Example commands for the end of a help page, each on its own line."""
+    return "\b\nExamples:\n" + "\n".join(f"  {command}" for command in commands)
+
+
+_data = partial(
+    click.option, "--data", help="JSONL, JSON, CSV, TSV (or .gz), Parquet, or hub name."
+)
+data = _data(required=True)
+optional_data = _data()
+out = click.option(
+    "--out", required=True, type=PATH, callback=checked_folder, help="Folder to write."
+)
+json_file = click.option("--out", type=PATH, callback=checked_file, help="File for the JSON.")
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
+text = click.option("--text", default="text", help="Column of the text (or chat messages).")
+label = click.option(
+    "--label",
+    default="label",
+    help="Column of the label; several, with commas, make a multi-label task.",
+)
+response = click.option("--response", help="Column of the assistant's answer.")
+split = click.option("--split", help="Split of a hub data set.")
+missing_label = click.option(
+    "--missing-label",
+    type=click.Choice(["error", "skip"]),
+    default="error",
+    help="What to do about a row without a label.",
+)
+limit = click.option(
+    "--limit",
+    type=click.IntRange(min=2),
+    help="Use N rows, drawn at random, class by class.",
+)
+max_tokens = click.option(
+    "--max-tokens",
+    type=click.IntRange(min=8),
+    default=1024,
+    help="Cut longer texts, and count them; judging never cuts.",
+)
+positive = click.option("--positive", help="The positive class of a binary task.")
+model = click.option(
+    "--model",
+    help="Backbone: smollm2 (embedded), a folder, or a hub id. [default: smollm2, or the probe's]",
+)
+dtype = click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    help="Dtype of the backbone; auto keeps that of its weights.",
+)
+device = click.option("--device", default="auto", help="cpu, cuda, cuda:1, or auto.")
+# Names of mechanisms, as a list; each command has its own default and help.
+mechanisms = partial(click.option, "--mechanism", "mechanisms", callback=_names)
+engine_option = partial(
+    click.option,
+    "--engine-option",
+    multiple=True,
+    callback=_assigned,
+    metavar="NAME=VALUE",
+    help="Option of vLLM's engine, such as max_num_seqs=64; may be repeated.",
+)
+
+
+def columns(command: Command) -> Command:
+    """Where a data file has text, label and response."""
+    return text(label(response(split(command))))
+
+
+def engine(command: Command) -> Command:
+    """Which engine, and its own options; with ``backbone``, the command gets one ``Runtime``."""
+    choice = click.option(
+        "--engine",
+        type=click.Choice(["transformers", "vllm"]),
+        default="transformers",
+        help="What runs the model; docs/vllm.md says how to install vLLM.",
+    )
+    return choice(engine_option()(command))
+
+
+def backbone(command: Command) -> Command:
+    """Which backbone, and how it is loaded; the command gets ``runtime``."""
+    return model(dtype(device(_gathered(command, "runtime", Runtime))))
+
+
+def training(command: Command) -> Command:
+    """What to train on; the command gets ``inputs``, and ``out`` for the result."""
+    result = _gathered(command, "inputs", TrainingInputs)
+    for each in reversed(
+        (
+            data,
+            out,
+            columns,
+            missing_label,
+            positive,
+            click.option("--validation", help="Validation data. [default: held out of --data]"),
+            click.option("--validation-split", help="Split of a hub data set in --validation."),
+            limit,
+            max_tokens,
+            click.option(
+                "--cache", type=PATH, help="Folder for hidden states. [default: the user's cache]"
+            ),
+            click.option(
+                "--cache-budget",
+                type=float,
+                metavar="GIB",
+                help="The most disk that the hidden states of one file may take.",
+            ),
+            click.option(
+                "--keep-cache", is_flag=True, help="Keep the hidden states for another run."
+            ),
+        )
+    ):
+        result = each(result)
+    return result
+
+
+def _gathered(command: Command, name: str, kind: type[Any]) -> Command:
+    """The command; options that are fields of ``kind`` reach it as one object, named ``name``."""
+    own = {field.name for field in fields(kind)}
+
+    @wraps(command)
+    def gathered(**given: Any) -> Any:
+        options = {option: given.pop(option) for option in own & given.keys()}
+        return command(**{name: kind(**options)}, **given)
+
+    return gathered
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """Which model runs, and what runs it: see ``backbone`` and ``engine``.
+
+    Raises:
+        SidelightError: Options of vLLM's engine are given for another one.
+    """
+
+    model: str | None
+    dtype: "DtypeName"
+    device: str
+    engine: str = "transformers"
+    engine_option: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    def __post_init__(self) -> None:
+        if self.engine != "vllm" and self.engine_option:
+            raise SidelightError(
+                "--engine-option is for vLLM: give --engine vllm, or leave it out."
+            )
+
+    @property
+    def backbone_device(self) -> str:
+        """Where the backbone is, which only encodes texts if the engine is vLLM."""
+        if self.engine != "vllm":
+            return self.device
+        if self.device != "auto":
+            raise SidelightError("vLLM chooses its device itself; leave --device out.")
+        return "cpu"
+
+    def load_backbone(self, **more: Any) -> "TransformersBackbone":
+        """The backbone in transformers; ``more`` goes to ``sidelight.backbone.load_backbone``."""
+        from sidelight.backbone import load_backbone
+
+        return load_backbone(
+            self.model or "smollm2", dtype=self.dtype, device=self.backbone_device, **more
+        )
+
+    def load_engine(self, probes: "Sequence[Probe]") -> "Engine":
+        """An engine with these probes; if no model is named, it runs the first one's."""
+        name = self.model or (probes[0].fingerprint.name if probes else "smollm2")
+        device = self.backbone_device
+        if self.engine == "vllm":
+            from sidelight.vllm.engine import load_vllm_engine
+
+            return load_vllm_engine(name, probes, dtype=self.dtype, options=self.engine_option)
+        from sidelight.backbone import load_backbone
+        from sidelight.engines.transformers import TransformersEngine
+        from sidelight.probe import common_format
+
+        backbone = load_backbone(
+            name, dtype=self.dtype, device=device, prompt_format=common_format(probes)
+        )
+        return TransformersEngine(backbone, probes)
+
+    @contextmanager
+    def state_source(self, backbone: "TransformersBackbone") -> "Generator[StateSource]":
+        """What computes hidden states for training; an engine of vLLM ends with the block."""
+        if self.engine == "vllm":
+            from sidelight.vllm.offline import VllmSource
+
+            with closing(VllmSource(backbone, options=self.engine_option)) as source:
+                yield source
+        else:
+            from sidelight.states.extraction import BackboneSource
+
+            yield BackboneSource(backbone)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingInputs:
-    """What to train on, how to read it, and where hidden states go: see ``training_options``."""
+    """What to train on, how to read it, and where hidden states go: see ``training``."""
 
     data: str
     text: str
@@ -184,17 +319,3 @@ class TrainingInputs:
             cache_budget_bytes=None if budget is None else int(budget * 2**30),
             keep_cache=self.keep_cache,
         )
-
-
-def training_options(command: Command) -> Command:
-    """What to train on; the command gets ``inputs``, and ``out`` for the result."""
-
-    @wraps(command)
-    def gathered(**given: Any) -> Any:
-        inputs = {field.name: given.pop(field.name) for field in fields(TrainingInputs)}
-        return command(inputs=TrainingInputs(**inputs), **given)
-
-    result: Command = gathered
-    for each in reversed(_TRAINING_OPTIONS):
-        result = each(result)
-    return data_option(out_option(column_options(missing_label_option(result))))

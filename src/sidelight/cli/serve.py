@@ -2,15 +2,14 @@
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 import click
 from click.core import ParameterSource
-from pydantic.fields import FieldInfo
 
-from sidelight.cli.engines import engine_options, load_engine, require_own_options
-from sidelight.cli.options import PATH, Command, backbone_options, examples_epilog
+from sidelight.cli import options
 from sidelight.errors import SidelightError
 from sidelight.server.config import ServerConfig, read_config
 
@@ -18,47 +17,42 @@ if TYPE_CHECKING:
     from sidelight.server.observe import Sink
 
 _OTLP_ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
-_TYPES: dict[Any, Any] = {
-    int: click.INT,
-    float: click.FLOAT,
-    Path: PATH,
-}
 
 
-def _option(name: str, field: FieldInfo) -> Any:
-    """The option of a field; the configuration checks what the type of the option does not."""
-    kinds = get_args(field.annotation) or (field.annotation,)
-    is_flag = field.annotation is bool
-    is_choice = get_origin(field.annotation) is Literal
-    return click.option(
-        f"--{name.replace('_', '-')}",
-        name,
-        type=click.Choice(kinds) if is_choice else _TYPES.get(kinds[0], click.STRING),
-        is_flag=is_flag,
-        multiple=field.default == (),
-        default=field.default,
-        show_default=not is_flag and field.default not in (None, ()),
-        help=field.description,
-    )
-
-
-def _config_options(command: Command) -> Command:
+def _config_options(command: options.Command) -> options.Command:
+    """An option for each field of the configuration, which checks what its type does not."""
     for name, field in reversed(ServerConfig.model_fields.items()):
-        if field.description is not None:
-            command = _option(name, field)(command)
+        if field.description is None:
+            continue
+        kinds = get_args(field.annotation) or (field.annotation,)
+        kind = options.PATH if kinds[0] is Path else kinds[0] if kinds[0] in (int, float) else str
+        is_choice = get_origin(field.annotation) is Literal
+        is_flag = field.annotation is bool
+        command = click.option(
+            f"--{name.replace('_', '-')}",
+            name,
+            type=click.Choice(kinds) if is_choice else kind,
+            is_flag=is_flag,
+            multiple=field.default == (),
+            default=field.default,
+            show_default=not is_flag and field.default not in (None, ()),
+            help=field.description,
+        )(command)
     return command
 
 
 @click.command(
-    epilog=examples_epilog(
+    epilog=options.examples(
         "sidelight serve --probe probes/toxicity --probe probes/intent",
         "SIDELIGHT_API_KEY=secret sidelight serve --probe probes/toxicity --host 0.0.0.0",
         "sidelight serve --config server.toml",
     )
 )
 @_config_options
-@engine_options
-@backbone_options
+@options.engine
+@options.model
+@options.dtype
+@options.device
 @click.pass_context
 def serve(context: click.Context, **values: Any) -> None:
     """Serve an LLM and its probes: OpenAI-compatible, every answer with its verdicts.
@@ -76,20 +70,19 @@ def serve(context: click.Context, **values: Any) -> None:
             if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
         }
     )
-    require_own_options(config.engine, config.engine_option)
+    runtime = options.Runtime(
+        model=config.model,
+        dtype=config.dtype,
+        device=config.device,
+        engine=config.engine,
+        engine_option=config.engine_option,
+    )
     loaded = [load_probe(folder) for folder in config.probe]
     require_policy_applies(config.loaded_policy, loaded)
     if not loaded:
         click.echo("Warning: no probe is named (--probe), so no text is judged.", err=True)
     run(
-        lambda: load_engine(
-            config.engine,
-            loaded,
-            model=config.model,
-            dtype=config.dtype,
-            device=config.device,
-            options=config.engine_option,
-        ),
+        partial(runtime.load_engine, loaded),
         config,
         sources={probe.name: path for probe, path in zip(loaded, config.probe, strict=True)},
         traces=traces_of(os.environ),

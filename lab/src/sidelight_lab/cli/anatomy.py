@@ -1,52 +1,42 @@
 """``sidelight anatomy``: which layers and tokens a probe uses, and which it can do without."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
-from sidelight.cli.options import (
-    PATH,
-    backbone_options,
-    column_options,
-    data_option,
-    examples_epilog,
-    limit_option,
-    max_tokens_option,
-    missing_label_option,
-    option,
-    out_option,
-)
-from sidelight_lab.cli.options import cache_option, given_backbone
+from sidelight.cli import options
+from sidelight_lab.cli.options import cache_option
 
 
 @click.command(
-    epilog=examples_epilog(
+    epilog=options.examples(
         "sidelight anatomy probes/toxicity --data held_out.jsonl --label toxicity --out anatomy",
         "sidelight anatomy probes/all --data held_out.jsonl --every-mechanism --out anatomy",
     )
 )
-@click.argument("probe", type=PATH)
-@data_option
-@out_option
-@column_options
-@missing_label_option
-@limit_option
-@option(
+@click.argument("probe", type=options.PATH)
+@options.data
+@options.out
+@options.columns
+@options.missing_label
+@options.limit
+@click.option(
     "--every-mechanism",
     is_flag=True,
     help="Examine the first run of every mechanism trained with the probe, not only the best run.",
 )
-@option(
+@click.option(
     "--heat-maps",
     type=click.IntRange(min=0),
     default=2,
     help="Number of texts of each class to draw token by layer.",
 )
-@max_tokens_option
+@options.max_tokens
 @cache_option("the user's cache; removed afterwards")
-@backbone_options
-def anatomy(probe: Path, out: Path, **given: Any) -> None:
+@options.backbone
+def anatomy(probe: Path, runtime: options.Runtime, out: Path, **given: Any) -> None:
     """Show which layers and tokens a probe uses, per class, and what it loses without them.
 
     Writes pictures, token by layer heat maps, anatomy.json and report.md. Give texts that the probe
@@ -65,8 +55,8 @@ def anatomy(probe: Path, out: Path, **given: Any) -> None:
     examples = load_examples(
         given["data"], task=chosen.task, on_missing_label=given["missing_label"], **columns
     )
-    given["model"] = given["model"] or chosen.fingerprint.name
-    backbone = given_backbone(given, prompt_format=chosen.prompt_format)
+    runtime = replace(runtime, model=runtime.model or chosen.fingerprint.name)
+    backbone = runtime.load_backbone(prompt_format=chosen.prompt_format)
     chosen.fingerprint.require(backbone.fingerprint, probe=chosen.name)
     split = make_split(
         backbone,

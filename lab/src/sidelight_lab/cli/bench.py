@@ -8,24 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sidelight.cli.engines import engine_options, state_source
-from sidelight.cli.options import (
-    AT_LEAST_ONE,
-    Command,
-    backbone_options,
-    device_option,
-    dtype_option,
-    examples_epilog,
-    json_option,
-    label_option,
-    option,
-    text_option,
-)
+from sidelight.cli import options
 from sidelight_lab.cli.bench_serving import bench_load, bench_serve, bench_soak
 from sidelight_lab.cli.options import (
     AT_LEAST_TWO,
     cache_option,
-    given_backbone,
     publish,
     record_options,
     split_names,
@@ -37,12 +24,12 @@ if TYPE_CHECKING:
 
 _XSTEST = "xstest_completions/all.jsonl.gz"
 _TOKENS = click.IntRange(min=8)
-_rows_option = option(
+_rows_option = click.option(
     "--rows", type=click.IntRange(min=20), help="Use N rows, drawn at random, class by class."
 )
 
 
-@click.group(epilog=examples_epilog("sidelight bench extract --data train.jsonl --label toxicity"))
+@click.group(epilog=options.examples("sidelight bench extract --data train.jsonl --label toxicity"))
 def bench() -> None:
     """Compare costs side by side in one run; do not compare figures of different runs."""
 
@@ -51,35 +38,36 @@ for command in (bench_load, bench_serve, bench_soak):
     bench.add_command(command)
 
 
-def _data_options(command: Command) -> Command:
-    options = [
-        option("--data", required=True, help="A labelled file."),
-        text_option,
-        label_option,
+def _data_options(command: options.Command) -> options.Command:
+    several = [
+        click.option("--data", required=True, help="A labelled file."),
+        options.text,
+        options.label,
         _rows_option,
-        option("--repeats", type=AT_LEAST_ONE, default=3, help="Timed rounds."),
-        backbone_options,
-        json_option,
+        click.option("--repeats", type=options.AT_LEAST_ONE, default=3, help="Timed rounds."),
+        options.backbone,
+        options.as_json,
     ]
-    for one in reversed(options):
+    for one in reversed(several):
         command = one(command)
     return command
 
 
 @bench.command("extract")
 @_data_options
-@engine_options
-def bench_extract(as_json: bool, engine: str, repeats: int, **given: Any) -> None:
+@options.engine
+def bench_extract(runtime: options.Runtime, as_json: bool, repeats: int, **given: Any) -> None:
     """Time extraction into the cache beside a plain forward pass over the same batches.
 
     With --engine vllm, extraction through vLLM is timed too.
     """
     from sidelight_lab.bench.training import compare_extraction
 
-    examples, backbone = _examples(given), given_backbone(given)
+    examples = _examples(given)
+    backbone = replace(runtime, engine="transformers", engine_option={}).load_backbone()
     other = nullcontext()
-    if engine != "transformers":
-        other = state_source(engine, backbone, given["engine_option"])
+    if runtime.engine != "transformers":
+        other = runtime.state_source(backbone)
     with other as rival:
         figures = compare_extraction(backbone, examples, repeats=repeats, rival=rival)
     _print_figures(figures, as_json)
@@ -87,12 +75,14 @@ def bench_extract(as_json: bool, engine: str, repeats: int, **given: Any) -> Non
 
 @bench.command("train")
 @_data_options
-@option("--seeds", type=AT_LEAST_ONE, default=3, help="Trainings of each mechanism.")
-def bench_train(as_json: bool, repeats: int, seeds: int, **given: Any) -> None:
+@click.option("--seeds", type=options.AT_LEAST_ONE, default=3, help="Trainings of each mechanism.")
+def bench_train(
+    runtime: options.Runtime, as_json: bool, repeats: int, seeds: int, **given: Any
+) -> None:
     """Time the training of every mechanism with several seeds beside one extraction."""
     from sidelight_lab.bench.training import compare_training
 
-    examples, backbone = _examples(given), given_backbone(given)
+    examples, backbone = _examples(given), runtime.load_backbone()
     figures = compare_training(backbone, examples, repeats=repeats, seeds=seeds)
     _print_figures(figures, as_json)
 
@@ -116,21 +106,21 @@ def _examples(given: dict[str, Any], **columns: Any) -> "LabelledExamples":
 
 
 @bench.command(
-    "long", epilog=examples_epilog("sidelight bench long probes/toxicity --data t.jsonl")
+    "long", epilog=options.examples("sidelight bench long probes/toxicity --data t.jsonl")
 )
 @click.argument("probes", nargs=-1, required=True, metavar="PROBE...")
-@option("--data", required=True, help="Labelled texts that the probes were not trained on.")
-@text_option
-@label_option
-@option(
+@click.option("--data", required=True, help="Labelled texts that the probes were not trained on.")
+@options.text
+@options.label
+@click.option(
     "--lengths", callback=split_numbers, default="500,1000,2000,4000", help="Tokens around a text."
 )
-@option("--texts", type=AT_LEAST_TWO, default=40, help="Texts of each label, per length.")
-@option("--window", type=_TOKENS, default=256, help="Tokens judged by themselves.")
-@option("--seed", type=int, default=0, help="Decides the texts and their places.")
-@dtype_option
-@device_option
-@json_option
+@click.option("--texts", type=AT_LEAST_TWO, default=40, help="Texts of each label, per length.")
+@click.option("--window", type=_TOKENS, default=256, help="Tokens judged by themselves.")
+@click.option("--seed", type=int, default=0, help="Decides the texts and their places.")
+@options.dtype
+@options.device
+@options.as_json
 def bench_long(probes: tuple[str, ...], as_json: bool, **given: Any) -> None:
     """Test whether binary probes find one positive text in a long input, whole and by windows."""
     from sidelight.artifact import load_probe
@@ -141,8 +131,10 @@ def bench_long(probes: tuple[str, ...], as_json: bool, **given: Any) -> None:
     loaded = [replace(load_probe(folder), name=folder) for folder in probes]
     first = loaded[0]
     examples = _examples(given, task=first.task)
-    model = {**given, "model": first.fingerprint.name}
-    backbone = given_backbone(model, prompt_format=first.prompt_format)
+    runtime = options.Runtime(
+        model=first.fingerprint.name, dtype=given["dtype"], device=given["device"]
+    )
+    backbone = runtime.load_backbone(prompt_format=first.prompt_format)
     for probe in loaded:
         probe.fingerprint.require(backbone.fingerprint, probe=probe.name)
     rows = compare_lengths(
@@ -163,29 +155,33 @@ def bench_long(probes: tuple[str, ...], as_json: bool, **given: Any) -> None:
 
 @bench.command(
     "latency",
-    epilog=examples_epilog(
+    epilog=options.examples(
         "sidelight bench latency --quick",
         "sidelight bench latency --out latency --plots latency",
         "sidelight bench latency --data test.jsonl.gz --rows 100 --batch-sizes 1 --mechanisms gate",
     ),
 )
-@option("--data", help="Prompts of a file, instead of random token ids.")
-@text_option
-@option("--rows", type=AT_LEAST_ONE, default=64, help="Prompts of --data to use.")
-@option("--max-tokens", type=AT_LEAST_ONE, default=512, help="Longer prompts of --data are cut.")
-@option("--batch-sizes", callback=split_numbers, help="Prompts of a batch. [default: 1,16]")
-@option(
+@click.option("--data", help="Prompts of a file, instead of random token ids.")
+@options.text
+@click.option("--rows", type=options.AT_LEAST_ONE, default=64, help="Prompts of --data to use.")
+@click.option(
+    "--max-tokens", type=options.AT_LEAST_ONE, default=512, help="Longer prompts of --data are cut."
+)
+@click.option("--batch-sizes", callback=split_numbers, help="Prompts of a batch. [default: 1,16]")
+@click.option(
     "--lengths",
     callback=split_numbers,
     help="Tokens of a random prompt. [default: 16,64,256,512,1024,2048]",
 )
-@option("--mechanisms", help="Names, separated by commas. [default: all]")
-@option("--cascades/--no-cascades", default=True, help="Include two models in turn.")
-@option("--repeats", type=AT_LEAST_ONE, help="Timed rounds. [default: 5]")
-@option("--quick", is_flag=True, help="Batch 1, lengths 16 and 256, 2 repeats.")
+@click.option("--mechanisms", help="Names, separated by commas. [default: all]")
+@click.option("--cascades/--no-cascades", default=True, help="Include two models in turn.")
+@click.option("--repeats", type=options.AT_LEAST_ONE, help="Timed rounds. [default: 5]")
+@click.option("--quick", is_flag=True, help="Batch 1, lengths 16 and 256, 2 repeats.")
 @record_options("latency.json and latency.md")
-@backbone_options
-def bench_latency(as_json: bool, out: Path | None, plots: Path | None, **given: Any) -> None:
+@options.backbone
+def bench_latency(
+    runtime: options.Runtime, as_json: bool, out: Path | None, plots: Path | None, **given: Any
+) -> None:
     """Time one new token of the LLM with and without probes, and with what probes replace.
 
     The rows are the LLM alone, with each mechanism, with ten probes, with each mechanism reading
@@ -197,7 +193,7 @@ def bench_latency(as_json: bool, out: Path | None, plots: Path | None, **given: 
     from sidelight_lab.bench.subjects import default_subjects, random_loads, text_loads
 
     repeats = given["repeats"] or (2 if given["quick"] else 5)
-    backbone = given_backbone(given)
+    backbone = runtime.load_backbone()
     names = None if given["mechanisms"] is None else split_names(given["mechanisms"])
     subjects = default_subjects(backbone, mechanisms=names, cascades=given["cascades"])
     sizes = given["batch_sizes"] or ((1,) if given["quick"] else (1, 16))
@@ -219,23 +215,23 @@ def bench_latency(as_json: bool, out: Path | None, plots: Path | None, **given: 
 
 @bench.command(
     "streaming",
-    epilog=examples_epilog(
+    epilog=options.examples(
         "sidelight bench streaming --out streaming --plots streaming",
         "sidelight bench streaming --data answers.jsonl --label kind --positive leak --name leak",
     ),
 )
-@option("--data", help=f"Responses with labels. [default: {_XSTEST} in $SIDELIGHT_DATA]")
-@option("--text", default="prompt", help="Column of the prompt.")
-@option("--response", default="response", help="Column of the response.")
-@option("--label", default="final_label", help="Column of the label.")
-@option(
+@click.option("--data", help=f"Responses with labels. [default: {_XSTEST} in $SIDELIGHT_DATA]")
+@click.option("--text", default="prompt", help="Column of the prompt.")
+@click.option("--response", default="response", help="Column of the response.")
+@click.option("--label", default="final_label", help="Column of the label.")
+@click.option(
     "--positive",
     default="2_full_refusal,3_partial_refusal",
     help="Labels to catch, separated by commas.",
 )
-@option("--name", default="refusal", help="Name of what is caught, and of the probe.")
-@option("--seeds", type=AT_LEAST_ONE, default=3, help="Trainings of the probe.")
-@option(
+@click.option("--name", default="refusal", help="Name of what is caught, and of the probe.")
+@click.option("--seeds", type=options.AT_LEAST_ONE, default=3, help="Trainings of the probe.")
+@click.option(
     "--max-tokens",
     type=_TOKENS,
     default=128,
@@ -244,8 +240,10 @@ def bench_latency(as_json: bool, out: Path | None, plots: Path | None, **given: 
 @_rows_option
 @cache_option()
 @record_options("streaming.json, streaming.md and one probe")
-@backbone_options
-def bench_streaming(as_json: bool, out: Path | None, plots: Path | None, **given: Any) -> None:
+@options.backbone
+def bench_streaming(
+    runtime: options.Runtime, as_json: bool, out: Path | None, plots: Path | None, **given: Any
+) -> None:
     """Measure how soon and how surely a probe catches a response while it is written.
 
     Probes are trained on the responses to one part of the prompts, rules are chosen on a second
@@ -257,7 +255,7 @@ def bench_streaming(as_json: bool, out: Path | None, plots: Path | None, **given
     from sidelight_lab.bench.streaming import compare_streaming
     from sidelight_lab.datasets import default_root
 
-    backbone = given_backbone(given)
+    backbone = runtime.load_backbone()
     given["data"] = given["data"] or default_root() / _XSTEST
     examples = with_positives(
         _examples(given, response=given["response"]),

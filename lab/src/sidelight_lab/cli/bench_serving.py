@@ -8,35 +8,33 @@ from typing import Any
 
 import click
 
-from sidelight.cli.engines import engine_option_option
-from sidelight.cli.options import (
-    AT_LEAST_ONE,
-    dtype_option,
-    examples_epilog,
-    json_file_option,
-    model_option,
-    option,
-)
+from sidelight.cli import options
 from sidelight.errors import SidelightError
 from sidelight.storage import write_json
 from sidelight_lab.cli.options import AT_LEAST_TWO, POSITIVE, publish, record_options
 
-_served_model_option = option("--model", default="smollm2", help="As `sidelight serve` takes it.")
+_served_model_option = click.option(
+    "--model", default="smollm2", help="As `sidelight serve` takes it."
+)
 
 
 @click.command(
     "load",
-    epilog=examples_epilog(
+    epilog=options.examples(
         "sidelight bench load --out load",
         "sidelight bench load --clients 8 --minutes 0.5 --round 5",
     ),
 )
 @_served_model_option
-@option("--clients", type=AT_LEAST_ONE, default=64, help="Clients at once.")
-@option("--minutes", type=POSITIVE, default=10.0, help="Minutes with probes, in total.")
-@option("--round", "round_s", type=POSITIVE, default=60.0, help="Seconds with probes in a round.")
-@option("--plain-round", "plain_round_s", type=POSITIVE, default=20.0, help="Seconds without them.")
-@option("--max-tokens", type=AT_LEAST_TWO, default=16, help="Tokens of an answer.")
+@click.option("--clients", type=options.AT_LEAST_ONE, default=64, help="Clients at once.")
+@click.option("--minutes", type=POSITIVE, default=10.0, help="Minutes with probes, in total.")
+@click.option(
+    "--round", "round_s", type=POSITIVE, default=60.0, help="Seconds with probes in a round."
+)
+@click.option(
+    "--plain-round", "plain_round_s", type=POSITIVE, default=20.0, help="Seconds without them."
+)
+@click.option("--max-tokens", type=AT_LEAST_TWO, default=16, help="Tokens of an answer.")
 @record_options("load.json and load.md", has_plots=False)
 def bench_load(minutes: float, out: Path | None, as_json: bool, **given: Any) -> None:
     """Let many chat clients ask at once, with blocking policies on prompt and response.
@@ -56,18 +54,25 @@ def bench_load(minutes: float, out: Path | None, as_json: bool, **given: Any) ->
 
 @click.command(
     "soak",
-    epilog=examples_epilog(
+    epilog=options.examples(
         "sidelight bench soak --out soak --plots soak",
         "sidelight bench soak --connections 200 --burst 50 --requests 240",
     ),
 )
 @_served_model_option
-@option("--connections", type=AT_LEAST_ONE, default=10_000, help="Connections, opened in bursts.")
-@option("--burst", type=click.IntRange(1, 1000), default=500, help="Connections of a burst.")
-@option("--requests", type=click.IntRange(min=60), default=5_000, help="Sent after the bursts.")
-@option("--clients", type=click.IntRange(1, 64), default=32, help="Requests at once.")
-@option("--max-tokens", type=click.IntRange(min=3), default=4, help="Tokens of an answer.")
-@option(
+@click.option(
+    "--connections",
+    type=options.AT_LEAST_ONE,
+    default=10_000,
+    help="Connections, opened in bursts.",
+)
+@click.option("--burst", type=click.IntRange(1, 1000), default=500, help="Connections of a burst.")
+@click.option(
+    "--requests", type=click.IntRange(min=60), default=5_000, help="Sent after the bursts."
+)
+@click.option("--clients", type=click.IntRange(1, 64), default=32, help="Requests at once.")
+@click.option("--max-tokens", type=click.IntRange(min=3), default=4, help="Tokens of an answer.")
+@click.option(
     "--growth",
     "allowed_growth",
     type=click.FloatRange(min=0),
@@ -93,7 +98,7 @@ def bench_soak(out: Path | None, plots: Path | None, as_json: bool, **given: Any
 
 @click.command(
     "serve",
-    epilog=examples_epilog(
+    epilog=options.examples(
         "VLLM_CPU_KVCACHE_SPACE=1 sidelight bench serve --engine vllm --rounds 15",
         "sidelight bench serve --engine vllm --engine-option enforce_eager=true",
     ),
@@ -105,14 +110,16 @@ def bench_soak(out: Path | None, plots: Path | None, as_json: bool, **given: Any
     expose_value=False,
     help="The engine that can exchange probes in a running worker.",
 )
-@option("--rounds", type=AT_LEAST_TWO, default=15, help="Paired rounds.")
-@option("--tokens", type=click.IntRange(min=8), default=256, help="Tokens of a prompt, roughly.")
-@option("--requests", type=AT_LEAST_TWO, default=8, help="Requests that run together.")
-@option("--written", type=AT_LEAST_TWO, default=24, help="Tokens that each request writes.")
-@json_file_option
-@model_option
-@dtype_option
-@engine_option_option
+@click.option("--rounds", type=AT_LEAST_TWO, default=15, help="Paired rounds.")
+@click.option(
+    "--tokens", type=click.IntRange(min=8), default=256, help="Tokens of a prompt, roughly."
+)
+@click.option("--requests", type=AT_LEAST_TWO, default=8, help="Requests that run together.")
+@click.option("--written", type=AT_LEAST_TWO, default=24, help="Tokens that each request writes.")
+@options.json_file
+@options.model
+@options.dtype
+@options.engine_option()
 def bench_serve(
     rounds: int, out: Path | None, model: str | None, engine_option: dict[str, Any], **given: Any
 ) -> None:

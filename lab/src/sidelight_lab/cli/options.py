@@ -1,39 +1,44 @@
 """Options that several commands of the laboratory share, and what they make of them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from sidelight.cli.options import AT_LEAST_ONE, PATH, Command, checked_folder, json_option, option
+from sidelight.cli import options
 
 if TYPE_CHECKING:
-    from sidelight.backbone import TransformersBackbone
     from sidelight_lab.bench.measurement import Record
 
 AT_LEAST_TWO = click.IntRange(min=2)
 POSITIVE = click.FloatRange(min=0, min_open=True)
 
-trials_option = option(
+trials_option = click.option(
     "--trials",
-    type=AT_LEAST_ONE,
+    type=options.AT_LEAST_ONE,
     default=100,
     help="Trials of each searched mechanism, with those of an earlier run in the same folder.",
 )
 
 
-def cache_option(default: str = "the user's cache") -> Callable[[Command], Command]:
+def cache_option(default: str = "the user's cache") -> Callable[[options.Command], options.Command]:
     """The folder for hidden states; ``default`` says in the help what happens without it."""
     text = f"Folder for hidden states; they stay there. [default: {default}]"
-    return option("--cache", type=PATH, help=text)
+    return click.option("--cache", type=options.PATH, help=text)
 
 
-def record_options(files: str, *, has_plots: bool = True) -> Callable[[Command], Command]:
+def record_options(
+    files: str, *, has_plots: bool = True
+) -> Callable[[options.Command], options.Command]:
     """How a benchmark is published: see ``publish``. ``files`` are those that it writes."""
-    out = option("--out", type=PATH, callback=checked_folder, help=f"Folder for {files}.")
-    plots = option("--plots", type=PATH, help="Folder for plots.")
-    return lambda command: out(plots(json_option(command)) if has_plots else json_option(command))
+    out = click.option(
+        "--out", type=options.PATH, callback=options.checked_folder, help=f"Folder for {files}."
+    )
+    plots = click.option("--plots", type=options.PATH, help="Folder for plots.")
+    return lambda command: out(
+        plots(options.as_json(command)) if has_plots else options.as_json(command)
+    )
 
 
 def split_names(text: str | None) -> list[str]:
@@ -50,14 +55,6 @@ def split_numbers(
             f"got '{value}', wanted whole numbers of 1 or more with commas, like 16,64,256."
         )
     return tuple(map(int, words))
-
-
-def given_backbone(given: Mapping[str, Any], **more: Any) -> "TransformersBackbone":
-    """The backbone that ``backbone_options`` describe; ``more`` goes to ``load_backbone``."""
-    from sidelight.backbone import load_backbone
-
-    model = given["model"] or "smollm2"
-    return load_backbone(model, dtype=given["dtype"], device=given["device"], **more)
 
 
 def publish(

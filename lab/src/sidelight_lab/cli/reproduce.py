@@ -7,24 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sidelight.cli.options import (
-    AT_LEAST_ONE,
-    PATH,
-    backbone_options,
-    examples_epilog,
-    json_option,
-    label_option,
-    limit_option,
-    option,
-    out_option,
-    positive_option,
-    text_option,
-)
+from sidelight.cli import options
 from sidelight.errors import SidelightError
 from sidelight_lab.cli.options import (
     AT_LEAST_TWO,
     cache_option,
-    given_backbone,
     publish,
     split_names,
     trials_option,
@@ -43,7 +30,7 @@ fewshot, fewshot-sst2, fewshot-emotion, latency; own (every row on your own file
 
 
 @click.command(
-    epilog=examples_epilog(
+    epilog=options.examples(
         "sidelight reproduce toxicchat --out results/toxicchat",
         "sidelight reproduce sst2 --out results/quick --only readout,tfidf --limit 500 --seeds 1",
         "sidelight reproduce sst2 --folds 3 --only readout,blend --seeds 1 --out results/folds",
@@ -53,32 +40,34 @@ fewshot, fewshot-sst2, fewshot-emotion, latency; own (every row on your own file
     + _NAMES
 )
 @click.argument("recipe")
-@out_option
-@option(
+@options.out
+@click.option(
     "--data",
     "root",
-    type=PATH,
+    type=options.PATH,
     help="Folder with a folder for each data set. [default: SIDELIGHT_DATA, then the hub]",
 )
-@option(
+@click.option(
     "--folds",
     type=AT_LEAST_TWO,
     help="Cross-validate on the training texts; the test data stays closed.",
 )
-@option("--train", help="File to train on, instead of the recipe's data set.")
-@option("--test", help="File to test on; goes with --train.")
-@option("--validation", help="[default: held out of --train]")
-@text_option
-@label_option
-@positive_option
-@option("--seeds", type=AT_LEAST_ONE, help="[default: the recipe's]")
-@option("--only", metavar="ROW,ROW", help="Make only these rows of the recipe.")
-@limit_option
+@click.option("--train", help="File to train on, instead of the recipe's data set.")
+@click.option("--test", help="File to test on; goes with --train.")
+@click.option("--validation", help="[default: held out of --train]")
+@options.text
+@options.label
+@options.positive
+@click.option("--seeds", type=options.AT_LEAST_ONE, help="[default: the recipe's]")
+@click.option("--only", metavar="ROW,ROW", help="Make only these rows of the recipe.")
+@options.limit
 @cache_option()
 @trials_option
-@backbone_options
-@json_option
-def reproduce(recipe: str, out: Path, as_json: bool, **given: Any) -> None:
+@options.backbone
+@options.as_json
+def reproduce(
+    recipe: str, runtime: options.Runtime, out: Path, as_json: bool, **given: Any
+) -> None:
     """Make a table: RECIPE is a name (see below) or your own file that ends in .toml.
 
     The backbone runs once over the texts. Probes are stored when all of them are trained, and a
@@ -127,7 +116,7 @@ def reproduce(recipe: str, out: Path, as_json: bool, **given: Any) -> None:
         parsed,
         text,
         out,
-        given_backbone(given),
+        runtime.load_backbone(),
         load=load,
         search=search,
         cache_root=given["cache"] or cache_root() / "activations",

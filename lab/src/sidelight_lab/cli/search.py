@@ -9,17 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from sidelight.cli.options import (
-    AT_LEAST_ONE,
-    TrainingInputs,
-    backbone_options,
-    examples_epilog,
-    json_option,
-    mechanism_option,
-    option,
-    training_options,
-)
-from sidelight_lab.cli.options import given_backbone, trials_option
+from sidelight.cli import options
+from sidelight_lab.cli.options import trials_option
 
 if TYPE_CHECKING:
     from sidelight_lab.search.trials import Best, Trial
@@ -34,27 +25,33 @@ _SHARED = (
 
 
 @click.command(
-    epilog=examples_epilog(
+    epilog=options.examples(
         "sidelight search --data train.jsonl --label toxicity --mechanism gate,attention "
         "--out search/toxicity",
         "sidelight search --data t.jsonl --validation v.jsonl --trials 30 --keep-cache --out s",
     )
 )
-@training_options
-@mechanism_option(
+@options.training
+@options.mechanisms(
     default="readout", help="Mechanisms that `sidelight train` knows, with commas between them."
 )
 @trials_option
-@option(
+@click.option(
     "--together",
-    type=AT_LEAST_ONE,
+    type=options.AT_LEAST_ONE,
     default=8,
     help="Trials that share one read of the hidden states; more take more memory.",
 )
-@option("--seed", type=int, default=0, help="Seed of everything random.")
-@backbone_options
-@json_option
-def search(inputs: TrainingInputs, out: Path, as_json: bool, **given: Any) -> None:
+@click.option("--seed", type=int, default=0, help="Seed of everything random.")
+@options.backbone
+@options.as_json
+def search(
+    inputs: options.TrainingInputs,
+    runtime: options.Runtime,
+    out: Path,
+    as_json: bool,
+    **given: Any,
+) -> None:
     """Search options and settings of mechanisms on validation data.
 
     The backbone runs once over the texts. Every trial trains from its cached hidden states, and
@@ -73,10 +70,9 @@ def search(inputs: TrainingInputs, out: Path, as_json: bool, **given: Any) -> No
     from sidelight_lab.search.results import describe, write_search
     from sidelight_lab.search.trials import search_settings
 
-    backbone = given_backbone(given)
     # Trials are scored as they are; training chooses the calibration.
-    options = replace(inputs.fit_options(), calibration="none")
-    dataset = prepare(backbone, training, validation, options=options)
+    fit_options = replace(inputs.fit_options(), calibration="none")
+    dataset = prepare(runtime.load_backbone(), training, validation, options=fit_options)
     for warning in dataset.warnings:
         click.echo(f"Warning: {warning}", err=True)
     found: dict[str, Best] = {}
@@ -136,7 +132,7 @@ def _grid(found: "dict[str, Best]", score: str) -> "Grid":
     return Grid("Best on validation data", tuple(rows[0]), lines)
 
 
-def _train_command(best: "Best", inputs: TrainingInputs, out: Path) -> str:
+def _train_command(best: "Best", inputs: options.TrainingInputs, out: Path) -> str:
     from sidelight_lab.search.results import train_arguments
 
     context = click.get_current_context()
