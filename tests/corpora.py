@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sidelight.backbone import Backbone
+from sidelight.backbone import TransformersBackbone
 from sidelight.data.examples import Example, LabelledExamples
 from sidelight.prompts import EncodedPrompt, Message, Reads
 from sidelight.states.cache import ActivationCache
@@ -47,13 +47,13 @@ def _with_capitals(random: np.random.Generator, capitals: np.ndarray) -> str:
     return "t" + "".join(random.permutation(letters))
 
 
-def encoded(backbone: Backbone, texts: list[str]) -> list[EncodedPrompt]:
+def encoded(backbone: TransformersBackbone, texts: list[str]) -> list[EncodedPrompt]:
     """Each text as a conversation of one message."""
     return [backbone.encoder.encode([Message("user", text)]) for text in texts]
 
 
 def training_set(
-    backbone: Backbone,
+    backbone: TransformersBackbone,
     root: Path,
     kind: TaskKind,
     count: int,

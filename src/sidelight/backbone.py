@@ -4,15 +4,15 @@ Any Hugging Face causal LM can be a backbone: decoder blocks are found by struct
 Training, evaluation and the transformers engine use it. It does not batch requests (``engines/``).
 """
 
-from collections.abc import Generator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from inspect import signature
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast, runtime_checkable
+from typing import Any, Literal, cast
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
@@ -29,45 +29,10 @@ from sidelight.fingerprint import Fingerprint, fingerprint
 from sidelight.prompts import EncodedPrompt, PromptEncoder, PromptFormat
 from sidelight.smollm2 import EMBEDDED_NAME, embedded_model_path
 
-
-@runtime_checkable
-class Tap(Protocol):
-    """Called with each hidden state while it exists; it must not keep the tensor.
-
-    ``layer`` 0 is the residual stream after the embedding, ``layer`` l the stream after block l,
-    before the final norm.
-    """
-
-    def __call__(self, layer: int, hidden: Float[Tensor, "batch token width"]) -> None:
-        """Receives the hidden states of one layer."""
-        ...
-
-
-@runtime_checkable
-class Backbone(Protocol):
-    """A frozen LLM whose residual stream can be tapped."""
-
-    name: str
-    encoder: PromptEncoder
-    fingerprint: Fingerprint
-
-    @property
-    def can_share_prefixes(self) -> bool:
-        """Whether ``run`` accepts ``after``."""
-        ...
-
-    def tapped(self, tap: Tap) -> AbstractContextManager[None]:
-        """Calls ``tap`` with every hidden state of the forward passes inside the block."""
-        ...
-
-    def run(self, prompts: Sequence[EncodedPrompt], *, after: int = 0) -> None:
-        """One forward pass over right-padded prompts, for what the tap sees of it.
-
-        Args:
-            prompts: The batch.
-            after: Number of tokens that all prompts begin with; they are run once, and not tapped.
-        """
-        ...
+# Called with each layer's hidden states, ``[batch, token, width]``, while they exist; it must not
+# keep the tensor. Layer 0 is the residual stream after the embedding, layer l the stream after
+# block l, before the final norm.
+Tap = Callable[[int, Tensor], None]
 
 
 def cache_prefix(model: Any, prefix: Int[Tensor, " prefix"]) -> DynamicCache:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sidelight.backbone import Backbone
+from sidelight.backbone import TransformersBackbone
 from sidelight.errors import SidelightError
 from sidelight.progress import Progress, progress
 from sidelight.prompts import shared_unread
@@ -97,7 +97,7 @@ class BackboneSource:
 
     engine = "transformers"
 
-    def __init__(self, backbone: Backbone):
+    def __init__(self, backbone: TransformersBackbone):
         self._backbone = backbone
 
     @property
@@ -116,7 +116,12 @@ class BackboneSource:
 
 
 def _extract_shard(
-    backbone: Backbone, cache: ActivationCache, index: int, shown: Progress, *, shared: int
+    backbone: TransformersBackbone,
+    cache: ActivationCache,
+    index: int,
+    shown: Progress,
+    *,
+    shared: int,
 ) -> Shard:
     """The shard's texts in the plan's random order, whatever order the batches ran in."""
     rows = cache.plan.rows[index]

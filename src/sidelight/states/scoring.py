@@ -7,14 +7,16 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from sidelight.backbone import Backbone
+from sidelight.backbone import TransformersBackbone
 from sidelight.bank import Bank
 from sidelight.progress import progress
 from sidelight.prompts import EncodedPrompt, Reads
 from sidelight.ragged import by_length
 
 
-def score(backbone: Backbone, bank: Bank, prompts: Sequence[EncodedPrompt]) -> list[np.ndarray]:
+def score(
+    backbone: TransformersBackbone, bank: Bank, prompts: Sequence[EncodedPrompt]
+) -> list[np.ndarray]:
     """For each probe the logits of all prompts, ``[prompt, output]``, in the given order.
 
     Hidden states are projected while the pass runs and then gone. A prompt without any token that

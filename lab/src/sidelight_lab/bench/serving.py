@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from sidelight.backbone import Backbone, load_backbone
+from sidelight.backbone import TransformersBackbone, load_backbone
 from sidelight.engines.base import Event, Finished, Sampling, TextDelta
 from sidelight.evaluation import Estimate
 from sidelight.mechanisms.base import mechanism_spec
@@ -34,7 +34,7 @@ MEASURES = {
 _RESAMPLES = 10_000
 
 
-def probe_sets(backbone: Backbone) -> dict[str, list[Probe]]:
+def probe_sets(backbone: TransformersBackbone) -> dict[str, list[Probe]]:
     """No probes, some readouts, and an attention probe, all with random weights."""
     readouts = [untrained_probe(backbone, f"readout-{i}", seed=i) for i in range(100)]
     attention = untrained_probe(backbone, "attention", spec=mechanism_spec("attention"))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BertConfig, BertForSequenceClassification
 
-from sidelight.backbone import Backbone, TransformersBackbone
+from sidelight.backbone import TransformersBackbone
 from sidelight.bank import Panel
 from sidelight.calibration import Calibration
 from sidelight.data.examples import Example
@@ -47,7 +47,7 @@ _TASK = Task("binary", ("no", "yes"))
 
 
 def untrained_probe(
-    backbone: Backbone,
+    backbone: TransformersBackbone,
     name: str,
     *,
     spec: MechanismSpec | None = None,
