@@ -22,7 +22,7 @@ from sidelight.errors import FingerprintMismatchError, SidelightError
 from sidelight.mechanisms.base import mechanism_names
 from sidelight.prompts import Message, Reads
 from sidelight.standardisation import Standardisation
-from sidelight.states.scoring import score
+from sidelight.states.extraction import score
 from sidelight.training.classifier import load
 from tiny import INTENT, TOPICS, TOXICITY, untrained_probe
 

@@ -13,7 +13,7 @@ from sidelight.errors import SidelightError, VerdictError
 from sidelight.mechanisms.base import mechanism_names
 from sidelight.prompts import Message, Reads
 from sidelight.standardisation import Standardisation
-from sidelight.states.scoring import read_masks, score
+from sidelight.states.extraction import read_masks, score
 from sidelight.types import Judgement
 from tiny import INTENT, TOPICS, TOXICITY, untrained_probe
 

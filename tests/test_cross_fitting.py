@@ -10,9 +10,8 @@ from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import mechanism_spec
 from sidelight.prompts import Reads
-from sidelight.training.cross_fitting import cross_fit
 from sidelight.training.dataset import FOLDS, ProbeDataset, choose_folds, make_split
-from sidelight.training.fit import fit
+from sidelight.training.fit import cross_fit, fit
 from sidelight.training.loop import train_mechanisms
 from sidelight.training.settings import FitOptions, Job, suggested_settings
 
@@ -126,7 +125,7 @@ def test_a_baseline_that_fails_costs_no_training(tiny, tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise SidelightError("no baseline")
 
-    monkeypatch.setattr("sidelight.training.cross_fitting.fit_tfidf", refuse)
+    monkeypatch.setattr("sidelight.training.fit.fit_tfidf", refuse)
     module = import_module("sidelight.training.fit")
     monkeypatch.setattr(module, "cross_fit", lambda *_: pytest.fail("probes were trained"))
     options = FitOptions(

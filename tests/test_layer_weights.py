@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from sidelight.states.pooled import Pooled
+from sidelight.states.cache import Pooled
 from sidelight.training.layer_weights import layer_weights
 from sidelight.types import Task
 

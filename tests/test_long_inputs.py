@@ -17,9 +17,9 @@ from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import mechanism_spec
 from sidelight.ragged import Ragged
-from sidelight.training.batches import among_others
 from sidelight.training.fit import fit
 from sidelight.training.loop import train_mechanisms
+from sidelight.training.optimisation import among_others
 from sidelight.training.settings import FitOptions, Job, automatic_mechanisms, suggested_settings
 
 

@@ -13,10 +13,13 @@ from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import Geometry, mechanism_names, mechanism_spec
 from sidelight.prompts import Reads
 from sidelight.ragged import Ragged
-from sidelight.training.batches import random_beginnings
 from sidelight.training.loop import train_mechanisms
-from sidelight.training.objective import make_loss, validation_score
-from sidelight.training.optimisation import TrainingRun
+from sidelight.training.optimisation import (
+    TrainingRun,
+    make_loss,
+    random_beginnings,
+    validation_score,
+)
 from sidelight.training.settings import Job, TrainingSettings, suggested_settings
 
 QUICK = TrainingSettings(

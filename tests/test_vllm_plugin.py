@@ -21,7 +21,7 @@ from sidelight.mechanisms.base import mechanism_names
 from sidelight.probe import common_format
 from sidelight.prompts import EncodedPrompt, Part, Reads
 from sidelight.standardisation import Projection
-from sidelight.states.scoring import score
+from sidelight.states.extraction import score
 from sidelight.vllm.columns import Pages, Reading, Stage, Step, Tracking
 from sidelight.vllm.settings import (
     ENVIRONMENT,

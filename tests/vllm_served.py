@@ -15,7 +15,7 @@ from sidelight.bank import Bank
 from sidelight.mechanisms.base import mechanism_names
 from sidelight.prompts import EncodedPrompt, Part, Reads
 from sidelight.standardisation import Standardisation
-from sidelight.states.scoring import score
+from sidelight.states.extraction import score
 from sidelight.vllm.settings import KEY, request_params
 from tiny import INTENT, SIZES, TOPICS, TOXICITY, tiny_backbone, untrained_probe
 

@@ -18,7 +18,7 @@ from sidelight.mechanisms.base import Geometry, mechanism_names, mechanism_spec
 from sidelight.prompts import Message, Part, Reads
 from sidelight.ragged import Ragged
 from sidelight.standardisation import Standardisation
-from sidelight.states.scoring import score
+from sidelight.states.extraction import score
 from sidelight.training.dataset import make_split
 from sidelight_lab.anatomy.attribution import (
     contributions,

@@ -211,7 +211,7 @@ def test_a_moderation_endpoint_gives_the_log_odds_of_its_scores(dataset):
     probes = [untrained_probe(backbone, "toxicity"), untrained_probe(backbone, "other")]
     few = dataset.validation.select(range(6))
     from sidelight.bank import Bank
-    from sidelight.states.scoring import score
+    from sidelight.states.extraction import score
 
     toxicity, other = score(backbone, Bank(probes), few.prompts)
     with served(TransformersEngine(backbone, probes)) as address:

@@ -22,7 +22,7 @@ from sidelight.errors import SidelightError
 from sidelight.fingerprint import fingerprint
 from sidelight.prompts import Reads
 from sidelight.training.dataset import ProbeDataset
-from sidelight.training.objective import validation_score
+from sidelight.training.optimisation import validation_score
 from sidelight_lab.baselines import fine_tuning
 from sidelight_lab.baselines.fine_tuning import (
     FineTunedEncoder,

@@ -19,7 +19,7 @@ from sidelight.data.examples import Example, LabelledExamples
 from sidelight.errors import SidelightError
 from sidelight.prompts import Message, Reads
 from sidelight.training.dataset import ProbeDataset, Split, make_split
-from sidelight.training.objective import validation_score
+from sidelight.training.optimisation import validation_score
 from sidelight.types import TaskKind
 from sidelight_lab.baselines.base import Baseline, FittedBaseline, TfIdf
 from sidelight_lab.baselines.linear import fit_logistic, gaussian_discriminant

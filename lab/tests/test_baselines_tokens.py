@@ -16,7 +16,7 @@ from sidelight.ragged import Ragged
 from sidelight.standardisation import Standardisation
 from sidelight.states.cache import Shard
 from sidelight.training.dataset import ProbeDataset, make_split
-from sidelight.training.objective import validation_score
+from sidelight.training.optimisation import validation_score
 from sidelight.training.settings import TrainingSettings
 from sidelight_lab.baselines.token_heads import (
     AttentionHeads,

@@ -14,7 +14,7 @@ from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
 from sidelight.policy.hold_back import StreamingRule
 from sidelight.prompts import EncodedPrompt, Message, Reads
-from sidelight.states.scoring import score
+from sidelight.states.extraction import score
 from sidelight_lab.bench.responses import (
     Responses,
     describe,

@@ -18,9 +18,9 @@ from sidelight.bank import Bank
 from sidelight.errors import SidelightError
 from sidelight.evaluation import evaluate
 from sidelight.prompts import Reads
-from sidelight.states.scoring import score
+from sidelight.states.extraction import score
 from sidelight.training.dataset import ProbeDataset, make_split
-from sidelight.training.objective import validation_score
+from sidelight.training.optimisation import validation_score
 from sidelight_lab.baselines import BASELINES
 from sidelight_lab.tables.judging import score_split
 from sidelight_lab.tables.reproduce import reproduce

@@ -10,7 +10,7 @@ from sidelight.backbone import load_backbone
 from sidelight.bank import Bank, Panel
 from sidelight.mechanisms.base import mechanism_names
 from sidelight.prompts import EncodedPrompt, Part, Reads
-from sidelight.states.scoring import score
+from sidelight.states.extraction import score
 from sidelight.vllm.columns import Step, Tracking
 from sidelight.vllm.settings import KEY, request_params
 from sidelight.vllm.worker import RequestJudge, Share

@@ -12,9 +12,10 @@ import hashlib
 import os
 import shutil
 import sys
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from time import sleep
 from typing import Protocol, runtime_checkable
@@ -28,6 +29,7 @@ from torch import Tensor
 from sidelight.errors import SidelightError
 from sidelight.fingerprint import Fingerprint
 from sidelight.prompts import EncodedPrompt, Reads
+from sidelight.ragged import Ragged
 from sidelight.storage import FolderLock, sync, write_json
 
 FORMAT_VERSION = 1
@@ -60,6 +62,49 @@ class Shard:
     def texts(self) -> Iterable[tuple[int, Float[Tensor, "layer token width"]]]:
         """Each text's row and hidden states, as views."""
         return zip(self.rows.tolist(), self.hidden.split(self.lengths.tolist(), 1), strict=True)
+
+    def parts(self, cuts: Sequence[int]) -> Iterator["Shard"]:
+        """The texts between each two cuts, as views."""
+        ends = torch.cat([torch.zeros(1, dtype=torch.long), self.lengths.cumsum(0)]).tolist()
+        for start, stop in pairwise(cuts):
+            hidden = self.hidden[:, ends[start] : ends[stop]]
+            yield Shard(hidden, self.lengths[start:stop], self.rows[start:stop])
+
+    def batches(self, *, size: int, shuffle: torch.Generator) -> Iterator["Shard"]:
+        """Neighbouring texts, in random order and with a random first cut.
+
+        Texts lie in random order, so neighbours are a random batch, without a copy. A shard with
+        fewer texts than ``size`` is one batch; the first and the last batch of a larger one may
+        have fewer texts.
+        """
+        texts = len(self.rows)
+        first = int(torch.randint(1, size + 1, (), generator=shuffle)) if texts >= size else texts
+        parts = list(self.parts([0, *range(first, texts, size), texts]))
+        for index in torch.randperm(len(parts), generator=shuffle).tolist():
+            yield parts[index]
+
+    def pooled(self) -> "Pooled":
+        """Two vectors for each text, in the order of the texts; float32."""
+        # Layer by layer: a shard in float32 would not fit beside itself.
+        sums = [Ragged(layer.float(), self.lengths).sums() for layer in self.hidden]
+        ends = self.lengths.cumsum(0) - 1
+        return Pooled(
+            torch.stack(sums, 1) / self.lengths[:, None, None],
+            self.hidden[:, ends].transpose(0, 1).float(),
+        )
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """Two vectors that stand for each text at each layer.
+
+    Attributes:
+        means: Over the tokens that a probe reads.
+        lasts: Of the last of them.
+    """
+
+    means: Float[Tensor, "text layer width"]
+    lasts: Float[Tensor, "text layer width"]
 
 
 @dataclass(frozen=True)

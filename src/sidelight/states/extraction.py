@@ -1,18 +1,20 @@
-"""Fills a cache of hidden states: one forward pass over every text of a data set."""
+"""One forward pass over each of many texts: for their hidden states, or for logits alone."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sidelight.backbone import TransformersBackbone
+from sidelight.bank import Bank
 from sidelight.errors import SidelightError
 from sidelight.progress import Progress, progress
-from sidelight.prompts import shared_unread
+from sidelight.prompts import EncodedPrompt, Reads, shared_unread
 from sidelight.ragged import by_length
 from sidelight.states.cache import ActivationCache, Shard
 
@@ -186,3 +188,41 @@ def _as_slice(positions: Int[Tensor, " read"]) -> slice | Int[Tensor, " read"]:
         return slice(0, 0)
     first, last = int(positions[0]), int(positions[-1])
     return slice(first, last + 1) if last - first + 1 == len(positions) else positions
+
+
+def score(
+    backbone: TransformersBackbone, bank: Bank, prompts: Sequence[EncodedPrompt]
+) -> list[np.ndarray]:
+    """For each probe the logits of all prompts, ``[prompt, output]``, in the given order.
+
+    Hidden states are projected while the pass runs and then gone. A prompt without any token that
+    a probe reads gets NaN.
+    """
+    lengths = [len(prompt) for prompt in prompts]
+    scores = [np.full((len(prompts), probe.task.outputs), np.nan) for probe in bank.probes]
+    tap = bank.tap()
+    with progress("Judging", sum(lengths), unit="tokens") as shown:
+        for batch in by_length(lengths):
+            chosen = [prompts[i] for i in batch]
+            with backbone.tapped(tap):
+                backbone.run(chosen)
+            projected = tap.projected()
+            masks = read_masks(chosen, bank.reads, device=projected.device)
+            for own, logits in zip(
+                scores, bank.logits(bank.summarise(projected, masks)), strict=True
+            ):
+                own[batch] = logits
+            shown.advance(sum(lengths[i] for i in batch))
+    return scores
+
+
+def read_masks(
+    prompts: Sequence[EncodedPrompt], reads: frozenset[Reads], *, device: torch.device
+) -> Mapping[Reads, Bool[Tensor, "batch token"]]:
+    """For each way of reading, the tokens that count in a right-padded batch."""
+    return {
+        way: torch.nn.utils.rnn.pad_sequence(
+            [prompt.mask(way) for prompt in prompts], batch_first=True, padding_value=0
+        ).to(device)
+        for way in reads
+    }

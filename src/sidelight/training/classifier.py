@@ -18,8 +18,7 @@ from sidelight.evaluation import Report, evaluate
 from sidelight.mechanisms.base import mechanism_spec
 from sidelight.probe import Probe
 from sidelight.prompts import EncodedPrompt, Message, Reads
-from sidelight.states.extraction import StateSource
-from sidelight.states.scoring import score
+from sidelight.states.extraction import StateSource, score
 from sidelight.training.fit import fit
 from sidelight.training.settings import AUTO, FitOptions
 from sidelight.types import Task, Verdict

@@ -20,12 +20,12 @@ from sidelight.calibration import require_calibratable
 from sidelight.data.examples import LabelledExamples, located, place_of
 from sidelight.data.splitting import validation_share
 from sidelight.errors import SidelightError
+from sidelight.progress import progress
 from sidelight.prompts import EncodedPrompt, Reads
 from sidelight.ragged import Ragged
 from sidelight.smollm2 import cache_root
-from sidelight.states.cache import ActivationCache, States, states_of, write_tensors
+from sidelight.states.cache import ActivationCache, Pooled, States, states_of, write_tensors
 from sidelight.states.extraction import BackboneSource, StateSource, extract
-from sidelight.states.pooled import Pooled, pool
 from sidelight.training.settings import FEW_TEXTS, FitOptions, require_labels_of_parts
 from sidelight.types import Task
 
@@ -80,13 +80,24 @@ class Split:
             self.rows[chosen],
         )
 
+    def without(self, texts: Int[np.ndarray, " _"]) -> "Split":
+        """All but these texts."""
+        return self.select(np.setdiff1d(np.arange(len(self)), texts))
+
     @cached_property
     def pooled(self) -> Pooled:
         """Means and last tokens; computed once for a data set and kept beside its states."""
         path = self.states.directory / "pooled.safetensors"
         if not path.exists():
-            whole = pool(self.states)
-            write_tensors({"means": whole.means, "lasts": whole.lasts.bfloat16()}, path)
+            sizes = self.states.fingerprint
+            shape = (len(self.states.prompts), sizes.layers, sizes.width)
+            means, lasts = torch.empty(shape), torch.empty(shape, dtype=torch.bfloat16)
+            with progress("Pooling", shape[0], unit="texts") as shown:
+                for shard in map(self.states.read, range(len(self.states))):
+                    own = shard.pooled()
+                    means[shard.rows], lasts[shard.rows] = own.means, own.lasts.bfloat16()
+                    shown.advance(len(shard.rows))
+            write_tensors({"means": means, "lasts": lasts}, path)
         stored = load_file(path)
         rows = torch.from_numpy(self.rows)
         return Pooled(stored["means"][rows], stored["lasts"][rows].float())

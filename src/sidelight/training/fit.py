@@ -1,23 +1,23 @@
 """From labelled examples to calibrated probes with their figures, and the choice of the best."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from sidelight.backbone import TransformersBackbone
-from sidelight.calibration import choose_thresholds, fit_calibration
+from sidelight.calibration import Calibration, CalibrationKind, choose_thresholds, fit_calibration
 from sidelight.data.examples import LabelledExamples
 from sidelight.evaluation import Report, evaluate
 from sidelight.metrics import score_counts
 from sidelight.probe import Probe
 from sidelight.states.extraction import StateSource
-from sidelight.training.cross_fitting import cross_fit, cross_fit_baseline
-from sidelight.training.dataset import ProbeDataset, Split, class_counts, prepare
+from sidelight.training.dataset import Folds, ProbeDataset, Split, class_counts, prepare
 from sidelight.training.loop import Trained, divergence, train_mechanisms
-from sidelight.training.objective import validation_score
-from sidelight.training.settings import FitOptions
+from sidelight.training.optimisation import validation_score
+from sidelight.training.settings import FitOptions, Job
 from sidelight.training.tfidf import fit_tfidf
 from sidelight.types import Task
 
@@ -44,10 +44,7 @@ def calibrate_probe(
 ) -> FittedProbe:
     """Calibrates on validation logits, chooses the threshold there, and measures there."""
     task, labels, logits = dataset.task, dataset.validation.labels, trained.logits
-    calibration = fit_calibration(options.calibration, logits, labels, task)
-    probabilities = calibration.apply(logits)
-    thresholds = choose_thresholds(task, probabilities, labels)
-    report = evaluate(task, probabilities, labels, thresholds=thresholds)
+    calibration, probabilities, report = _calibrated(options.calibration, logits, labels, task)
     shown = {"metrics": report.to_dict(), "scores": _score_counts(task, probabilities)}
     probe = Probe(
         name=name,
@@ -58,7 +55,7 @@ def calibrate_probe(
         mechanism=trained.mechanism,
         standardisation=trained.standardisation,
         calibration=calibration,
-        thresholds=thresholds,
+        thresholds=report.thresholds,
         fingerprint=dataset.backbone.fingerprint,
         record={
             "engine": dataset.training.states.engine,
@@ -76,12 +73,14 @@ def calibrate_probe(
     return FittedProbe(probe, trained.job.seed, validation_score(task, logits, labels), report)
 
 
-def _report_on(logits: np.ndarray, split: Split) -> Report:
-    """The figures of any logits, ``[text, output]``, when they are treated like a probe's."""
-    task, labels = split.task, split.labels
-    probabilities = fit_calibration("platt", logits, labels, task).apply(logits)
+def _calibrated(
+    kind: CalibrationKind, logits: Float[np.ndarray, "text output"], labels: np.ndarray, task: Task
+) -> tuple[Calibration, Float[np.ndarray, "text output"], Report]:
+    """The calibration fitted to validation logits, the probabilities, and their figures there."""
+    calibration = fit_calibration(kind, logits, labels, task)
+    probabilities = calibration.apply(logits)
     thresholds = choose_thresholds(task, probabilities, labels)
-    return evaluate(task, probabilities, labels, thresholds=thresholds)
+    return calibration, probabilities, evaluate(task, probabilities, labels, thresholds=thresholds)
 
 
 def _score_counts(task: Task, probabilities: np.ndarray) -> dict[str, list[int]]:
@@ -146,12 +145,10 @@ def fit(
     dataset = prepare(backbone, training, validation, options=options, source=source)
     jobs = options.jobs(len(dataset.training))
     # The baseline first: what it refuses in seconds must not cost the hours of training.
+    baseline = _baseline(dataset)
     if dataset.folds:
-        baseline = cross_fit_baseline(dataset, dataset.folds)
         trained = cross_fit(jobs, dataset, dataset.folds)
     else:
-        words = fit_tfidf(dataset.training.texts, dataset.training.labels, dataset.task)
-        baseline = words.logits(dataset.validation.texts)
         trained = train_mechanisms(
             jobs,
             training=dataset.training,
@@ -167,9 +164,7 @@ def fit(
         raise divergence(jobs[0])
     pairs = zip(jobs, trained, strict=True)
     diverged = [f"{divergence(job)} This run is left out." for job, one in pairs if one is None]
-    made = Fit(
-        runs, _best(runs), _report_on(baseline, dataset.validation), (*dataset.warnings, *diverged)
-    )
+    made = Fit(runs, _best(runs), baseline, (*dataset.warnings, *diverged))
     if store is not None:
         store(made)
     if not options.keep_cache:
@@ -185,3 +180,75 @@ def _best(runs: Sequence[FittedProbe]) -> FittedProbe:
     return max(
         runs, key=lambda run: (float(np.mean(by_mechanism[repr(run.probe.spec)])), run.score)
     )
+
+
+# Cross-fitting, for small data: every text trains the probe, and is scored by a probe that did not
+# train on it. Calibration, threshold and figures are made from these logits of all texts. A part
+# held out of few texts would be missed in training, and too small to stop or choose by
+# (docs/results.md has the comparison).
+
+
+def cross_fit(jobs: Sequence[Job], whole: ProbeDataset, folds: Folds) -> list[Trained | None]:
+    """Each job trained on all texts, for every epoch; the logits of a text are those of its fold.
+
+    Args:
+        jobs: What to train.
+        whole: All texts, as both of its splits.
+        folds: The folds that ``choose_folds`` gives.
+
+    Returns:
+        One result per job; None if it diverged, on a fold or on all texts.
+    """
+    scored = score_by_folds(jobs, whole, folds)
+    final = train_mechanisms(
+        jobs,
+        training=whole.training,
+        validation=None,
+        device=whole.backbone.device,
+        title="Training on all texts",
+    )
+    return [
+        None if one is None or logits is None else replace(one, logits=logits)
+        for one, logits in zip(final, scored, strict=True)
+    ]
+
+
+def score_by_folds(
+    jobs: Sequence[Job], whole: ProbeDataset, folds: Folds
+) -> list[Float[np.ndarray, "text output"] | None]:
+    """For each job the logits of all texts, each by a probe trained on the other folds.
+
+    None for a job that diverged.
+    """
+    logits = [np.empty((len(whole.training), whole.task.outputs)) for _ in jobs]
+    diverged: set[int] = set()
+    for index, fold in enumerate(folds, 1):
+        trained = train_mechanisms(
+            jobs,
+            training=whole.training.without(fold),
+            validation=None,
+            to_score=whole.training.select(fold),
+            device=whole.backbone.device,
+            title=f"Training, fold {index} of {len(folds)}",
+        )
+        for job, one in enumerate(trained):
+            if one is None:
+                diverged.add(job)
+            else:
+                logits[job][fold] = one.logits
+    return [None if job in diverged else own for job, own in enumerate(logits)]
+
+
+def _baseline(dataset: ProbeDataset) -> Report:
+    """The figures of TF-IDF with logistic regression, trained and treated like a probe."""
+    task, training, labels = dataset.task, dataset.training, dataset.validation.labels
+    if dataset.folds:
+        logits = np.empty((len(training), task.outputs))
+        for fold in dataset.folds:
+            rest = training.without(fold)
+            words = fit_tfidf(rest.texts, rest.labels, task)
+            logits[fold] = words.logits(training.select(fold).texts)
+    else:
+        words = fit_tfidf(training.texts, training.labels, task)
+        logits = words.logits(dataset.validation.texts)
+    return _calibrated("platt", logits, labels, task)[2]

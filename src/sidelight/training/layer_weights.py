@@ -16,8 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sidelight.states.cache import States
-from sidelight.states.pooled import Pooled, pool_shard
+from sidelight.states.cache import Pooled, States
 from sidelight.types import Task
 
 # Enough to rank views by; each needs an eigendecomposition.
@@ -37,7 +36,7 @@ def pooled_sample(states: States) -> tuple[Pooled, Int[Tensor, " text"]]:
     rows: list[Tensor] = []
     for index in range(len(states)):
         shard = states.read(index)
-        parts.append(pool_shard(shard))
+        parts.append(shard.pooled())
         rows.append(shard.rows)
         if sum(map(len, rows)) >= TEXTS:
             break

@@ -15,11 +15,9 @@ from sidelight.progress import Progress, progress
 from sidelight.ragged import Ragged
 from sidelight.standardisation import Standardisation
 from sidelight.states.cache import Shard, States
-from sidelight.training.batches import batches
 from sidelight.training.dataset import Split
 from sidelight.training.layer_weights import layer_weights, pooled_sample
-from sidelight.training.objective import make_loss, validation_score
-from sidelight.training.optimisation import TrainingRun
+from sidelight.training.optimisation import TrainingRun, make_loss, validation_score
 from sidelight.training.settings import Job, require_labels_of_parts
 
 _VALIDATION_BATCH = 128
@@ -158,7 +156,7 @@ class _Trainer:
                 shuffle = torch.Generator().manual_seed(seed * 7919 + epoch)
                 # A shard with fewer texts than a batch is a part of one.
                 share = min(1.0, len(shard.rows) / batch_size)
-                for batch in batches(shard, size=batch_size, shuffle=shuffle):
+                for batch in shard.batches(size=batch_size, shuffle=shuffle):
                     self._train_batch(group, batch, share)
             shown.advance(shard.hidden.shape[1])
         for run in runs:
@@ -210,7 +208,7 @@ class _Trainer:
         scores = [np.empty(shape) for _ in runs]
         for index in range(len(states)):
             shuffle = torch.Generator().manual_seed(0)
-            for batch in batches(states.read(index), size=_VALIDATION_BATCH, shuffle=shuffle):
+            for batch in states.read(index).batches(size=_VALIDATION_BATCH, shuffle=shuffle):
                 parts = self._project(batch, runs, dtype=dtype)
                 for run, own, part in zip(runs, scores, parts, strict=True):
                     own[batch.rows] = run.logits(part).cpu().numpy()

@@ -1,16 +1,73 @@
-"""One mechanism in training: its parameters, optimiser and best epoch."""
+"""One mechanism in training: its loss, parameters, optimiser, validation score and best epoch."""
 
+import math
+from collections.abc import Callable
 from copy import deepcopy
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from sklearn.metrics import average_precision_score
+from torch import Tensor, nn
+from torch.nn import functional
 
+from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import Geometry, Mechanism
 from sidelight.ragged import Ragged
-from sidelight.training.batches import among_others, random_beginnings
-from sidelight.training.objective import Loss
 from sidelight.training.settings import Job
+from sidelight.types import Task
+
+# About two thousand tokens of short prompts.
+_MOST_OTHERS = 40
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def make_loss(task: Task, labels: Int[Tensor, "text ..."], *, balanced: bool) -> Loss:
+    """Cross-entropy for the task, weighted by inverse class frequency if ``balanced``."""
+    if task.kind == "multiclass":
+        counts = torch.bincount(labels, minlength=task.outputs).clamp(min=1)
+        weight = len(labels) / (task.outputs * counts) if balanced else None
+        return nn.CrossEntropyLoss(weight=weight)
+    positives = labels.float().reshape(len(labels), -1).mean(0)
+    ratio = (1 - positives) / positives.clamp(min=1 / len(labels)) if balanced else None
+
+    def binary(logits: Tensor, target: Tensor) -> Tensor:
+        return functional.binary_cross_entropy_with_logits(
+            logits, target.float().reshape(logits.shape), pos_weight=ratio
+        )
+
+    return binary
+
+
+def score_name(task: Task) -> str:
+    """What ``validation_score`` is for a task."""
+    return {"binary": "AUPRC", "multilabel": "mean AUPRC"}.get(task.kind, "accuracy")
+
+
+def validation_score(task: Task, logits: np.ndarray, labels: np.ndarray) -> float:
+    """Average precision, or accuracy for a multi-class task.
+
+    A multi-label task is scored by the mean over the labels that only some of the texts have.
+
+    Args:
+        task: The classes.
+        logits: ``[text, output]``.
+        labels: As in ``LabelledExamples.labels``.
+
+    Raises:
+        SidelightError: There is no text, or no label that only some of the texts have.
+    """
+    if task.kind == "multiclass" and len(labels):
+        return float((logits.argmax(1) == labels).mean())
+    target = labels.reshape(len(labels), -1).astype(bool)
+    told = target.any(0) & ~target.all(0)
+    if not told.any():
+        raise SidelightError(
+            "These validation texts cannot score a probe: there is no label that some of them have "
+            "and others have not. Add texts of both."
+        )
+    return float(average_precision_score(target[:, told], logits[:, told], average="macro"))
 
 
 class TrainingRun:
@@ -139,3 +196,41 @@ class TrainingRun:
         self.mechanism.load_state_dict(self._best)
         self.mechanism.eval().requires_grad_(False)
         self.has_diverged |= not all(bool(p.isfinite().all()) for p in self.mechanism.parameters())
+
+
+def random_beginnings(tokens: Ragged) -> Ragged:
+    """A beginning of each text, of log-uniform length: running scores matter from the start."""
+    share = torch.rand(len(tokens.lengths), device=tokens.lengths.device)
+    lengths = ((tokens.lengths + 1) ** share).long()
+    return tokens.beginnings(lengths.minimum(tokens.lengths))
+
+
+def among_others(tokens: Ragged, labels: Int[Tensor, "text ..."]) -> Ragged:
+    """Each text inside a long input that is otherwise made of negative texts of its batch.
+
+    A probe that has only seen short texts misses one of them in a long input. If a label says that
+    some part of a text has a property, several texts in one input have the labels of all. The
+    hidden states are those of each text by itself, so this costs no forward pass; docs/results.md
+    has what it brings.
+
+    The text's position is random, and the number of others is log-uniform, from 1 to 40. If every
+    text has a label, nothing changes.
+
+    Args:
+        tokens: The tokens of each text, in any form.
+        labels: 0 or 1, with a column per label for a multi-label task.
+
+    Returns:
+        One long input for each text, in their order, with the labels of that text.
+    """
+    others = (~labels.reshape(len(labels), -1).any(1)).nonzero()[:, 0]
+    if not len(others):
+        return tokens
+    texts = torch.arange(len(labels), device=labels.device)
+    drawn = torch.rand(2, len(labels), device=labels.device)
+    sizes = 1 + (drawn[0] * math.log(_MOST_OTHERS + 1)).exp().long().clamp(max=_MOST_OTHERS)
+    members = others[torch.randint(len(others), (int(sizes.sum()),), device=labels.device)]
+    members[sizes.cumsum(0) - sizes + (drawn[1] * sizes).long()] = texts
+    parts = tokens.chosen(members)
+    ends = parts.lengths.cumsum(0)[sizes.cumsum(0) - 1]
+    return Ragged(parts.values, ends.diff(prepend=ends.new_zeros(1)))

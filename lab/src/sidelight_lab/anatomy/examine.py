@@ -14,7 +14,7 @@ from sidelight.probe import Probe
 from sidelight.progress import progress
 from sidelight.ragged import Ragged
 from sidelight.training.dataset import Split
-from sidelight.training.objective import validation_score
+from sidelight.training.optimisation import validation_score
 from sidelight.types import Task
 from sidelight_lab.anatomy.attribution import (
     FIRST,

@@ -14,7 +14,7 @@ from tabulate import tabulate
 
 from sidelight.plots import save_figure
 from sidelight.storage import write_json, write_text
-from sidelight.training.objective import score_name
+from sidelight.training.optimisation import score_name
 from sidelight_lab.anatomy.attribution import GROUPS
 from sidelight_lab.anatomy.examine import Anatomy, HeatMap
 from sidelight_lab.plots import COLOURS, LEGEND, literal, open_frame

@@ -24,7 +24,7 @@ from sidelight.progress import progress
 from sidelight.ragged import by_length
 from sidelight.smollm2 import cache_root
 from sidelight.training.dataset import ProbeDataset, Split
-from sidelight.training.objective import make_loss, validation_score
+from sidelight.training.optimisation import make_loss, validation_score
 from sidelight_lab.baselines.base import Baseline, FittedBaseline
 from sidelight_lab.baselines.training import finite
 

@@ -13,7 +13,7 @@ from sidelight.backbone import TransformersBackbone
 from sidelight.errors import SidelightError
 from sidelight.prompts import EncodedPrompt
 from sidelight.training.dataset import ProbeDataset, Split
-from sidelight.training.objective import validation_score
+from sidelight.training.optimisation import validation_score
 from sidelight_lab.baselines.base import Baseline, FittedBaseline
 from sidelight_lab.baselines.siren import sparse_path
 

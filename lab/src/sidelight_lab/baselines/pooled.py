@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from sidelight.training.dataset import ProbeDataset, Split
-from sidelight.training.objective import validation_score
+from sidelight.training.optimisation import validation_score
 from sidelight.types import Task
 from sidelight_lab.baselines.base import Baseline, FittedBaseline
 from sidelight_lab.baselines.linear import (

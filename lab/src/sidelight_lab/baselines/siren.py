@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sidelight.errors import SidelightError
 from sidelight.training.dataset import ProbeDataset, Split
-from sidelight.training.objective import make_loss, validation_score
+from sidelight.training.optimisation import make_loss, validation_score
 from sidelight.training.settings import TrainingSettings
 from sidelight.types import Task
 from sidelight_lab.baselines.base import Baseline, FittedBaseline

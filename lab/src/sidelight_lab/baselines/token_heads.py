@@ -15,7 +15,7 @@ from sidelight.ragged import Ragged
 from sidelight.standardisation import Standardisation
 from sidelight.states.cache import Shard
 from sidelight.training.dataset import ProbeDataset
-from sidelight.training.objective import make_loss
+from sidelight.training.optimisation import make_loss
 from sidelight.training.settings import TrainingSettings
 from sidelight.types import Task
 from sidelight_lab.baselines.base import Baseline, FittedBaseline

@@ -18,9 +18,8 @@ from torch.nn import functional
 from sidelight.errors import SidelightError
 from sidelight.standardisation import Standardisation
 from sidelight.states.cache import Shard
-from sidelight.training.batches import batches, neighbours
 from sidelight.training.dataset import ProbeDataset, Split
-from sidelight.training.objective import validation_score
+from sidelight.training.optimisation import validation_score
 from sidelight.training.settings import TrainingSettings
 from sidelight.types import Task
 
@@ -140,7 +139,7 @@ class TokenSource:
         shuffle = torch.Generator().manual_seed(seed)
         while True:
             for index in torch.randperm(len(self.sizes), generator=shuffle).tolist():
-                yield from batches(self.read(index), size=size, shuffle=shuffle)
+                yield from self.read(index).batches(size=size, shuffle=shuffle)
 
 
 @torch.inference_mode()
@@ -153,7 +152,7 @@ def token_logits(
     for index in range(len(source.sizes)):
         shard = source.read(index)
         texts = len(shard.rows)
-        for batch in neighbours(shard, [*range(0, texts, _SCORED_TEXTS), texts]):
+        for batch in shard.parts([*range(0, texts, _SCORED_TEXTS), texts]):
             found.append(model(batch))
             rows.append(batch.rows)
     return torch.cat(found)[torch.cat(rows).argsort()].numpy()

@@ -65,7 +65,7 @@ def search(
         mechanism_spec(name)
     training, validation = inputs.load()
     from sidelight.training.dataset import prepare
-    from sidelight.training.objective import score_name
+    from sidelight.training.optimisation import score_name
     from sidelight.training.runs import console
     from sidelight_lab.search.results import describe, write_search
     from sidelight_lab.search.trials import search_settings

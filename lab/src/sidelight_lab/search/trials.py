@@ -19,10 +19,10 @@ from optuna.trial import TrialState
 
 from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import Geometry, MechanismSpec, mechanism_spec
-from sidelight.training.cross_fitting import score_by_folds
 from sidelight.training.dataset import Folds, ProbeDataset
+from sidelight.training.fit import score_by_folds
 from sidelight.training.loop import train_mechanisms
-from sidelight.training.objective import validation_score
+from sidelight.training.optimisation import validation_score
 from sidelight.training.settings import Job, TrainingSettings
 from sidelight_lab.search.space import (
     SPACES,

@@ -13,7 +13,7 @@ from tabulate import tabulate
 from sidelight.errors import SidelightError
 from sidelight.storage import write_json, write_text
 from sidelight.training.dataset import ProbeDataset, Split, class_counts, require_same_task
-from sidelight.training.objective import score_name, validation_score
+from sidelight.training.optimisation import score_name, validation_score
 from sidelight_lab.tables.context import RecipeContext
 from sidelight_lab.tables.runs import Run, fit_runs, plan_runs
 from sidelight_lab.tables.writing import cell

@@ -23,7 +23,7 @@ from sidelight.progress import progress
 from sidelight.ragged import Ragged
 from sidelight.storage import write_json
 from sidelight.training.dataset import Split
-from sidelight.training.objective import validation_score
+from sidelight.training.optimisation import validation_score
 from sidelight.types import Task
 from sidelight_lab.tables.rows import ProbeConfig, Row
 from sidelight_lab.tables.runs import Run, digest, fit_baseline

@@ -11,7 +11,7 @@ from jaxtyping import Int
 
 from sidelight.errors import SidelightError
 from sidelight.training.dataset import ProbeDataset
-from sidelight.training.objective import score_name
+from sidelight.training.optimisation import score_name
 from sidelight_lab.datasets import DataSet, overlap_notes
 from sidelight_lab.tables.context import RecipeContext, package_versions
 from sidelight_lab.tables.figures import TableFigures, measure_rows

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from tabulate import tabulate
 
 from sidelight.storage import write_json, write_text
-from sidelight.training.objective import score_name
+from sidelight.training.optimisation import score_name
 from sidelight_lab.tables.figures import RowFigures, Spread, TableFigures
 
 if TYPE_CHECKING:
