@@ -8,8 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidelight.engines.base import Finished, PromptJudged, ResponseScored, TextDelta
-from sidelight.engines.logprobs import Candidate, Spelling, TokenLogprobs
+from sidelight.engines.base import (
+    Candidate,
+    Finished,
+    PromptJudged,
+    ResponseScored,
+    Spelling,
+    TextDelta,
+    TokenLogprobs,
+)
 from sidelight.errors import SidelightError, VerdictError
 from sidelight.policy.decisions import PolicyError
 from sidelight.policy.enforcement import Admitted, Enforcement

@@ -8,16 +8,16 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from engine_runs import events_of, run
-from sidelight.engines.base import Finished, Sampling, TextDelta
-from sidelight.engines.logprobs import (
+from sidelight.engines.base import Finished, Sampling, Spelling, TextDelta, TokenLogprobs
+from sidelight.engines.text import (
     LOWEST,
     UNFINISHED,
+    Detokenizer,
+    Sampler,
     Speller,
-    Spelling,
-    TokenLogprobs,
+    StopGate,
     likeliest_tokens,
 )
-from sidelight.engines.text import Detokenizer, Sampler, StopGate
 from tiny import SIZES, tiny_backbone, tiny_tokenizer
 
 BYTES = st.binary(max_size=40)

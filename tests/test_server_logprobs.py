@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig
 
 from live import MODEL, http_client, openai_client, served
-from sidelight.engines.logprobs import Speller
+from sidelight.engines.text import Speller
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.policy.rules import Policy, Rule
 from sidelight.prompts import Message, PlainText, Reads

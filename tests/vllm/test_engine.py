@@ -24,7 +24,7 @@ from sidelight.engines.base import (
     Sampling,
     TextDelta,
 )
-from sidelight.engines.logprobs import Speller
+from sidelight.engines.text import Speller
 from sidelight.errors import ContextLengthError, FingerprintMismatchError, SidelightError
 from sidelight.prompts import EncodedPrompt, Message, Part, PlainText, Reads
 from sidelight.types import Judgement

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from importlib import import_module
@@ -13,11 +13,10 @@ import click
 
 from sidelight.cli import options
 from sidelight.errors import SidelightError
-from sidelight.storage import replacing, write_text
+from sidelight.storage import replacing, write_json
 
 if TYPE_CHECKING:
     from sidelight.data.examples import Example
-    from sidelight.engines.base import Engine
     from sidelight.training.runs import Assessment
 
 
@@ -73,13 +72,13 @@ def evaluate(
     )
     for warning in assessments[0].warnings:
         click.echo(f"Warning: {warning}", err=True)
-    described = json.dumps(describe(assessments), indent=2)
+    described = describe(assessments)
     if out is not None:
-        write_text(out, described + "\n")
+        write_json(out, described)
     if plots is not None:
         plot(assessments, plots)
     if as_json:
-        click.echo(described)
+        click.echo(json.dumps(described, indent=2))
     else:
         _print(assessments)
 
@@ -209,14 +208,14 @@ def parity(
     examples = load_examples(data, text=text, label=None)
     drawn = examples.draw(limit or len(examples), seed=0)
     texts = [examples.items[row].messages for row in drawn]
-    makers: dict[str, Callable[[], Engine]] = {}
-    for name in names:
-        own = vllm_options if name == "vllm" else {}
-        makers[name] = partial(replace(runtime, engine=name, engine_option=own).load_engine, loaded)
+    given = {"vllm": vllm_options}
+    runtimes = {
+        name: replace(runtime, engine=name, engine_option=given.get(name, {})) for name in names
+    }
+    makers = {name: partial(one.load_engine, loaded) for name, one in runtimes.items()}
     differences = compare_engines(makers, texts)
     if out is not None:
-        rows = [difference.to_dict() for difference in differences]
-        write_text(out, json.dumps(rows, indent=2) + "\n")
+        write_json(out, [asdict(difference) for difference in differences])
     for difference in differences:
         click.echo(
             f"{difference.probe:<20} {difference.between:<32} largest {difference.largest:.2e}, "

@@ -9,7 +9,6 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
-from sidelight.engines.logprobs import TokenLogprobs
 from sidelight.errors import SidelightError, VerdictError, did_you_mean
 from sidelight.fingerprint import Fingerprint
 from sidelight.probe import Probe, common_format
@@ -37,6 +36,51 @@ class PromptJudged:
     is_unfamiliar: bool = field(default=False, kw_only=True)
     tokens: int = field(kw_only=True)
     judging_s: float = field(default=0.0, compare=False)
+
+
+@dataclass(frozen=True)
+class Spelling:
+    r"""What a token stands for.
+
+    Attributes:
+        text: The characters; ``\xf0\x9f`` for a token that is only a part of one.
+        bytes: What it adds to a text; None if the tokenizer does not say, and for a special token,
+            which adds nothing.
+    """
+
+    text: str
+    bytes: bytes | None
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether it is part of a character, so that ``text`` only describes it."""
+        return self.bytes is not None and self.text.encode() != self.bytes
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A token that was written, or could have been, with its log-probability.
+
+    It is natural, and that of the model's own distribution, before temperature and ``top_p``.
+    """
+
+    spelling: Spelling
+    logprob: float
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """One token of a text.
+
+    Attributes:
+        drawn: The token.
+        likeliest: The most probable tokens at its place, best first.
+        offset: Characters of the text before it.
+    """
+
+    drawn: Candidate
+    likeliest: tuple[Candidate, ...]
+    offset: int
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,15 @@ from sidelight.engines.base import (
     TextDelta,
 )
 from sidelight.engines.decoder import CachedRows, Decoder
-from sidelight.engines.logprobs import LogprobStream, likeliest_tokens
 from sidelight.engines.queue import Request
-from sidelight.engines.text import Detokenizer, Sampler, StopGate, TextCodec
+from sidelight.engines.text import (
+    Detokenizer,
+    LogprobStream,
+    Sampler,
+    StopGate,
+    TextCodec,
+    likeliest_tokens,
+)
 from sidelight.errors import SidelightError
 from sidelight.prompts import Part
 from sidelight.types import Judgement

@@ -8,7 +8,7 @@ the difference within one.
 import asyncio
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
@@ -36,10 +36,6 @@ class Difference:
     median: float
     flips: int
     texts: int
-
-    def to_dict(self) -> dict[str, object]:
-        """For JSON."""
-        return asdict(self)
 
 
 def compare_engines(

@@ -24,8 +24,8 @@ from sidelight.engines.base import (
     PromptJudged,
     ResponseScored,
     TextDelta,
+    TokenLogprobs,
 )
-from sidelight.engines.logprobs import TokenLogprobs
 from sidelight.errors import SidelightError, VerdictError
 from sidelight.policy.decisions import Decision, decide
 from sidelight.policy.rules import BoundRule

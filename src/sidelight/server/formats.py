@@ -11,8 +11,7 @@ from typing import Any, ClassVar
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from sidelight.engines.base import FinishReason, TextDelta
-from sidelight.engines.logprobs import Candidate, Spelling, TokenLogprobs
+from sidelight.engines.base import Candidate, FinishReason, Spelling, TextDelta, TokenLogprobs
 from sidelight.errors import SidelightError
 from sidelight.policy.decisions import Decision
 from sidelight.policy.enforcement import Admitted

@@ -18,9 +18,9 @@ from sidelight.engines.base import (
     ResponseScored,
     Sampling,
     TextDelta,
+    TokenLogprobs,
 )
-from sidelight.engines.logprobs import LOWEST, LogprobStream, TokenLogprobs
-from sidelight.engines.text import Detokenizer, TextCodec
+from sidelight.engines.text import LOWEST, Detokenizer, LogprobStream, TextCodec
 from sidelight.errors import SidelightError
 from sidelight.probe import Probe
 from sidelight.prompts import EncodedPrompt, Part
