@@ -17,7 +17,6 @@ from sidelight.storage import replacing, write_json
 
 if TYPE_CHECKING:
     from sidelight.data.examples import Example
-    from sidelight.training.runs import Assessment
 
 
 @click.command(
@@ -57,7 +56,7 @@ def evaluate(
     One forward pass serves all of them. Each metric has a 95 % bootstrap interval; the table gives
     the mean and the standard deviation over seeds.
     """
-    from sidelight.training.runs import assess, describe, plot
+    from sidelight.training.runs import assess, comparison_table, console, describe, plot
 
     if plots is not None:
         # If matplotlib is missing, say so before the backbone runs.
@@ -79,19 +78,13 @@ def evaluate(
         plot(assessments, plots)
     if as_json:
         click.echo(json.dumps(described, indent=2))
-    else:
-        _print(assessments)
-
-
-def _print(assessments: "list[Assessment]") -> None:
-    from sidelight.training.runs import comparison_table, console
-
-    out = console()
+        return
+    terminal = console()
     for one in assessments:
         if sum(map(len, one.runs.values())) > 1:
-            out.print(comparison_table(f"{one.title}: every run", one.runs))
-        out.print(f"\n{one.title}: '{one.chosen.name}', {one.chosen.spec.name}")
-        out.print(one.report.table())
+            terminal.print(comparison_table(f"{one.title}: every run", one.runs))
+        terminal.print(f"\n{one.title}: '{one.chosen.name}', {one.chosen.spec.name}")
+        terminal.print(one.report.table())
 
 
 @click.command(

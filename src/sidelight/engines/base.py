@@ -142,17 +142,6 @@ Event = PromptJudged | TextDelta | ResponseScored | Finished
 E = TypeVar("E", bound=Event)
 
 
-def sampled_tokens(event: Event) -> int:
-    """How many tokens the event says have been sampled; 0 if it does not say."""
-    match event:
-        case TextDelta() | ResponseScored():
-            return event.tokens
-        case Finished():
-            return event.completion_tokens
-        case PromptJudged():
-            return 0
-
-
 class EngineBusyError(SidelightError):
     """The queue is full; try again after ``retry_after_s`` seconds."""
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from fastapi import Request
 
-from sidelight.engines.base import Event, Finished, PromptJudged, ResponseScored, sampled_tokens
+from sidelight.engines.base import Event, Finished, PromptJudged, ResponseScored, TextDelta
 from sidelight.errors import SidelightError
 from sidelight.policy.decisions import Action, Decision
 from sidelight.prompts import Conversation, PlainText
@@ -159,7 +159,10 @@ class RequestTextObserver:
         self._record(decisions)
 
     def read(self, event: Event) -> None:
-        self._tokens = max(self._tokens, sampled_tokens(event))
+        if isinstance(event, TextDelta | ResponseScored):
+            self._tokens = max(self._tokens, event.tokens)
+        elif isinstance(event, Finished):
+            self._tokens = event.completion_tokens
         # A text that no probe reads took none of a probe's time.
         if isinstance(event, ResponseScored | Finished) and event.judgement != Judgement():
             self._judging_s = event.judging_s
