@@ -45,7 +45,7 @@ def test_a_later_training_replaces_its_own_runs_and_no_other_files(
     names = {path.name for path in (tmp_path / RUNS).iterdir()}
     assert names == {"events", "web", "readout-seed5"}
     assert all(path.read_text() == "{}" for path in others)
-    assert len(read_runs(tmp_path).probes) == 1
+    assert len(read_runs(tmp_path)[0]) == 1
 
 
 def test_a_manifest_of_another_program_is_not_replaced(tiny: TransformersBackbone, tmp_path: Path):

@@ -1,7 +1,7 @@
 """Hidden states of a data set on disk, in shards that many probes train from.
 
-``ActivationCache`` writes and reads the shards; ``states_of`` gives some of its texts, from memory
-if they are small enough.
+``ActivationCache`` writes and reads the shards; ``states_of`` gives all or some of its texts, from
+memory if they are small enough.
 
 A shard holds the states of some texts, ragged and in bf16: hundreds of texts of a small backbone, a
 handful of a wide one. Its file appears under its name only when it is whole, so an extraction that
@@ -12,13 +12,12 @@ import hashlib
 import os
 import shutil
 import sys
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from time import sleep
-from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -134,27 +133,25 @@ class ShardPlan:
         return ShardPlan(tuple(map(tuple, shards)), tuple(tokens))
 
 
-@runtime_checkable
-class States(Protocol):
+@dataclass(frozen=True)
+class States:
     """Hidden states of some texts, shard by shard: what training reads.
 
     Attributes:
         fingerprint: The backbone.
         reads: Which tokens of each text these are.
         plan: Which texts are in which shard; together each text once.
+        read: Gives a shard by its number; its texts lie in random order.
     """
 
     fingerprint: Fingerprint
     reads: Reads
     plan: ShardPlan
+    read: Callable[[int], Shard]
 
     def __len__(self) -> int:
         """The number of shards."""
-        ...
-
-    def read(self, index: int) -> Shard:
-        """A shard; its texts lie in random order."""
-        ...
+        return len(self.plan.rows)
 
 
 class ActivationCache:
@@ -343,66 +340,42 @@ def _key(prompts: Sequence[EncodedPrompt], reads: Reads, who: tuple[object, ...]
 def states_of(
     cache: ActivationCache, rows: Sequence[int], *, memory_bytes: int = _MEMORY_BYTES
 ) -> States:
-    """The states of some texts.
+    """The states of some texts: in memory as one shard, or picked from each shard that is read.
 
     Args:
         cache: The cache that holds the texts.
         rows: Their rows in it; text i of the result is the cache's ``rows[i]``.
         memory_bytes: More than this is read from disk again in each epoch.
     """
-    size_bytes = cache.token_bytes * sum(cache.lengths[row] for row in rows)
-    return (MemoryStates if size_bytes <= memory_bytes else PartStates)(cache, rows)
+    # All texts in another order are as many, but their labels are in that order.
+    if list(rows) == list(range(len(cache.prompts))):
+        return States(cache.fingerprint, cache.reads, cache.plan, cache.read)
+    text_of = {row: text for text, row in enumerate(rows)}
+    wanted = [[row for row in held if row in text_of] for held in cache.plan.rows]
+    shards = [index for index, held in enumerate(wanted) if held]
 
+    def read(index: int) -> Shard:
+        kept = [
+            (text_of[row], hidden)
+            for row, hidden in cache.read(shards[index]).texts()
+            if row in text_of
+        ]
+        return _joined(*zip(*kept, strict=True))
 
-class PartStates:
-    """Some texts of a cache, picked from each of its shards whenever that is read."""
-
-    def __init__(self, cache: ActivationCache, rows: Sequence[int]):
-        self.fingerprint, self.reads = cache.fingerprint, cache.reads
-        self._cache = cache
-        self._text_of = {row: text for text, row in enumerate(rows)}
-        wanted = [[row for row in held if row in self._text_of] for held in cache.plan.rows]
-        self._shards = [index for index, held in enumerate(wanted) if held]
-        chosen = [wanted[index] for index in self._shards]
-        self.plan = ShardPlan(
-            tuple(tuple(self._text_of[row] for row in held) for held in chosen),
+    if cache.token_bytes * sum(cache.lengths[row] for row in rows) > memory_bytes:
+        chosen = [wanted[index] for index in shards]
+        plan = ShardPlan(
+            tuple(tuple(text_of[row] for row in held) for held in chosen),
             tuple(sum(cache.lengths[row] for row in held) for held in chosen),
         )
-
-    def __len__(self) -> int:
-        """The shards that hold some of the texts."""
-        return len(self._shards)
-
-    def read(self, index: int) -> Shard:
-        """The texts of one shard, in its order."""
-        shard = self._cache.read(self._shards[index])
-        kept = {self._text_of[row]: hidden for row, hidden in shard.texts() if row in self._text_of}
-        return Shard(
-            torch.cat([*kept.values()], 1),
-            torch.tensor([hidden.shape[1] for hidden in kept.values()]),
-            torch.tensor([*kept]),
-        )
+        return States(cache.fingerprint, cache.reads, plan, read)
+    found = dict(each for index in range(len(shards)) for each in read(index).texts())
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
+    whole = _joined(order, [found[text] for text in order])
+    plan = ShardPlan((tuple(order),), (int(whole.lengths.sum()),))
+    return States(cache.fingerprint, cache.reads, plan, lambda _: whole)
 
 
-class MemoryStates:
-    """The same texts in memory, in random order in one shard."""
-
-    def __init__(self, cache: ActivationCache, rows: Sequence[int]):
-        self.fingerprint, self.reads = cache.fingerprint, cache.reads
-        parts = PartStates(cache, rows)
-        found: dict[int, Float[Tensor, "layer token width"]] = {}
-        for shard in map(parts.read, range(len(parts))):
-            found.update(shard.texts())
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
-        hidden = [found[text] for text in order]
-        lengths = torch.tensor([text.shape[1] for text in hidden])
-        self._shard = Shard(torch.cat(hidden, 1), lengths, torch.tensor(order))
-        self.plan = ShardPlan((tuple(order),), (int(lengths.sum()),))
-
-    def __len__(self) -> int:
-        """One shard."""
-        return 1
-
-    def read(self, index: int) -> Shard:
-        """The only shard."""
-        return self._shard
+def _joined(texts: Sequence[int], hidden: Sequence[Float[Tensor, "layer token width"]]) -> Shard:
+    lengths = torch.tensor([own.shape[1] for own in hidden])
+    return Shard(torch.cat([*hidden], 1), lengths, torch.tensor([*texts]))

@@ -224,20 +224,19 @@ class _Trainer:
         if states is not None and finite:
             # In float32, as in serving: calibration is fitted to these.
             scores = self._score(finite, states, dtype=torch.float32)
-        logits = {id(run): own for run, own in zip(finite, scores, strict=True)}
-        return [self._result(run, logits.get(id(run))) for run in self.runs]
-
-    def _result(self, run: TrainingRun, logits: np.ndarray | None) -> Trained | None:
-        if logits is None or not np.isfinite(logits).all():
-            return None
-        return Trained(
-            job=run.job,
-            mechanism=run.mechanism,
-            standardisation=self._standardisation(run.job),
-            logits=logits,
-            history=tuple(run.history),
-            best_epoch=run.best_epoch,
-        )
+        made = {
+            run: Trained(
+                job=run.job,
+                mechanism=run.mechanism,
+                standardisation=self._standardisation(run.job),
+                logits=logits,
+                history=tuple(run.history),
+                best_epoch=run.best_epoch,
+            )
+            for run, logits in zip(finite, scores, strict=True)
+            if np.isfinite(logits).all()
+        }
+        return [made.get(run) for run in self.runs]
 
 
 def measure_standardisation(states: States) -> Standardisation:

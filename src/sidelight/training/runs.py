@@ -14,8 +14,7 @@ import numpy as np
 
 from sidelight.artifact import MANIFEST, WEIGHTS, load_probe, read_manifest, save_probe
 from sidelight.backbone import DtypeName, load_backbone
-from sidelight.data.examples import LabelledExamples
-from sidelight.data.loading import OnMissingLabel, load_examples
+from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
 from sidelight.evaluation import Report, evaluate
 from sidelight.mechanisms.base import spec_titles
@@ -33,19 +32,6 @@ RUNS = "runs"
 SHOWN_METRICS = ("auprc", "auroc", "f1", "accuracy", "macro_f1", "recall_at_1pct_fpr", "ece")
 # The width of a table that is not shown in a terminal.
 _WIDTH = 110
-
-
-@dataclass(frozen=True)
-class StoredRuns:
-    """Probes that were trained together.
-
-    Attributes:
-        probes: Every run.
-        chosen: The index of the one that is the artifact itself.
-    """
-
-    probes: tuple[Probe, ...]
-    chosen: int
 
 
 def holds_probe(directory: Path) -> bool:
@@ -66,36 +52,38 @@ def write_fit(made: Fit, directory: Path) -> None:
     """
     for folder in _run_folders(directory):
         shutil.rmtree(folder)
-    for run, title in zip(made.runs, _titles(made), strict=True):
-        save_probe(run.probe, directory / RUNS / _run_name(run, title))
+    for name, run in _named(made):
+        save_probe(run.probe, directory / RUNS / name)
     save_probe(made.best.probe, directory)
     write_json(directory / "training.json", describe_fit(made))
 
 
-def read_runs(directory: Path) -> StoredRuns:
-    """Every run stored under an artifact, or the artifact alone if it is none of them."""
+def read_runs(directory: Path) -> tuple[Sequence[Probe], int]:
+    """The probes that were trained together, and the index of the one that is the artifact itself.
+
+    The artifact alone if it is none of the stored runs.
+    """
     folders = _run_folders(directory)
     hashes = [read_manifest(folder).weights_sha256 for folder in folders]
     chosen = read_manifest(directory).weights_sha256
     if chosen not in hashes:
-        return StoredRuns((load_probe(directory),), 0)
-    return StoredRuns(tuple(map(load_probe, folders)), hashes.index(chosen))
+        return [load_probe(directory)], 0
+    return [load_probe(folder) for folder in folders], hashes.index(chosen)
 
 
 def describe_fit(made: Fit) -> dict[str, Any]:
     """The comparison on validation data, as JSON values."""
-    titles = _titles(made)
     return {
         "best": {"mechanism": made.best.probe.spec.name, "seed": made.best.seed},
         "validation": summarise(_comparison(made)),
         "runs": [
             {
-                "name": _run_name(run, title),
+                "name": name,
                 "mechanism": run.probe.spec.name,
                 "seed": run.seed,
                 "validation": run.report.to_dict(),
             }
-            for run, title in zip(made.runs, titles, strict=True)
+            for name, run in _named(made)
         ],
         "warnings": list(made.warnings),
     }
@@ -162,12 +150,13 @@ def _by_title(probes: Sequence[Probe], reports: Sequence[Report]) -> dict[str, l
     return grouped
 
 
-def _titles(made: Fit) -> list[str]:
-    return spec_titles([run.probe.spec for run in made.runs])
-
-
-def _run_name(run: FittedProbe, title: str) -> str:
-    return f"{title.replace(' ', '-')}-seed{run.seed}"
+def _named(made: Fit) -> list[tuple[str, FittedProbe]]:
+    """Each run with the name of its folder."""
+    titles = spec_titles([run.probe.spec for run in made.runs])
+    return [
+        (f"{title.replace(' ', '-')}-seed{run.seed}", run)
+        for title, run in zip(titles, made.runs, strict=True)
+    ]
 
 
 def _values(reports: Sequence[Report], metric: str) -> list[float]:
@@ -214,60 +203,66 @@ def assess(
     directory: Path,
     data: str,
     *,
-    text: str = "text",
-    label: str = "label",
-    response: str | None = None,
-    split: str | None = None,
-    on_missing_label: OnMissingLabel = "error",
     subset: str | None = None,
     model: str | None = None,
     dtype: DtypeName = "auto",
     device: str = "auto",
+    **columns: Any,
 ) -> list[Assessment]:
     """Measures a folder's probes, by one forward pass: on all rows, then on those of ``subset``.
 
     Args:
         directory: An artifact that ``sidelight train`` wrote.
         data: A file or a hub data set.
-        text: The column of the text.
-        label: The column of the label.
-        response: The column of the answer, for a probe that reads responses.
-        split: Split of a hub data set.
-        on_missing_label: Whether a row without a label is an error, or is left out.
         subset: A column; its true rows are reported as well.
         model: The backbone's name; None takes the one that the probe was trained under.
         dtype: Of the backbone.
         device: Of the backbone.
+        columns: How the data is read, as ``load_examples`` takes it.
 
     Raises:
         SidelightError: The artifact, data or backbone do not fit each other; before the backbone
             runs wherever that is possible.
     """
-    stored = read_runs(directory)
-    chosen = stored.probes[stored.chosen]
-    examples = load_examples(
-        data,
-        text=text,
-        label=label,
-        response=response,
-        split=split,
-        task=chosen.task,
-        on_missing_label=on_missing_label,
-    )
+    probes, index = read_runs(directory)
+    chosen = probes[index]
+    examples = load_examples(data, task=chosen.task, **columns)
     require_responses(chosen, examples.items)
+    rows = {"All rows": np.arange(len(examples))}
+    if subset is not None:
+        rows[subset] = np.flatnonzero(
+            [is_true is True for is_true in examples.truth_values(subset)]
+        )
+        if not len(rows[subset]):
+            raise SidelightError(
+                f"No row has a true '{subset}' (1, true or yes). Name another column with --subset."
+            )
     backbone = load_backbone(
         model or chosen.fingerprint.name,
         dtype=dtype,
         device=device,
         prompt_format=chosen.prompt_format,
     )
-    rows = {"All rows": np.arange(len(examples))}
-    if subset is not None:
-        rows[subset] = _true_rows(examples, subset)
-    for probe in stored.probes:
+    for probe in probes:
         probe.fingerprint.require(backbone.fingerprint, probe=probe.name)
-    logits = judge(backbone, stored.probes, examples.items)
-    return [_assess_rows(title, stored, logits, examples, at) for title, at in rows.items()]
+    logits = judge(backbone, probes, examples.items)
+    assessments: list[Assessment] = []
+    for title, at in rows.items():
+        labels = examples.labels[at]
+        probabilities = [
+            probe.calibration.apply(own[at]) for probe, own in zip(probes, logits, strict=True)
+        ]
+        reports = [
+            evaluate(probe.task, own, labels, thresholds=probe.thresholds)
+            for probe, own in zip(probes, probabilities, strict=True)
+        ]
+        runs = _by_title(probes, reports)
+        assessments.append(
+            Assessment(
+                title, chosen, probabilities[index], labels, reports[index], runs, examples.warnings
+            )
+        )
+    return assessments
 
 
 def describe(assessments: Sequence[Assessment]) -> dict[str, Any]:
@@ -285,14 +280,12 @@ def describe(assessments: Sequence[Assessment]) -> dict[str, Any]:
     }
 
 
-def plot(assessments: Sequence[Assessment], directory: Path) -> list[Path]:
+def plot(assessments: Sequence[Assessment], directory: Path) -> None:
     """Draws the chosen probe's plots, a folder for each set of rows."""
     from sidelight.plots import plot_report
 
-    return [
-        path
-        for one in assessments
-        for path in plot_report(
+    for one in assessments:
+        plot_report(
             one.chosen.task,
             one.probabilities,
             one.labels,
@@ -300,38 +293,3 @@ def plot(assessments: Sequence[Assessment], directory: Path) -> list[Path]:
             thresholds=one.chosen.thresholds,
             title=f"{one.chosen.name}: {one.title.lower()}",
         )
-    ]
-
-
-def _assess_rows(
-    title: str,
-    stored: StoredRuns,
-    logits: Sequence[np.ndarray],
-    examples: LabelledExamples,
-    rows: np.ndarray,
-) -> Assessment:
-    labels = examples.labels[rows]
-    pairs = zip(stored.probes, logits, strict=True)
-    probabilities = [probe.calibration.apply(own[rows]) for probe, own in pairs]
-    reports = [
-        evaluate(probe.task, own, labels, thresholds=probe.thresholds)
-        for probe, own in zip(stored.probes, probabilities, strict=True)
-    ]
-    return Assessment(
-        title=title,
-        chosen=stored.probes[stored.chosen],
-        probabilities=probabilities[stored.chosen],
-        labels=labels,
-        report=reports[stored.chosen],
-        runs=_by_title(stored.probes, reports),
-        warnings=examples.warnings,
-    )
-
-
-def _true_rows(examples: LabelledExamples, column: str) -> np.ndarray:
-    rows = np.flatnonzero([value is True for value in examples.truth_values(column)])
-    if not len(rows):
-        raise SidelightError(
-            f"No row has a true '{column}' (1, true or yes). Name another column with --subset."
-        )
-    return rows

@@ -49,8 +49,8 @@ def anatomy(probe: Path, runtime: options.Runtime, out: Path, **given: Any) -> N
     from sidelight_lab.anatomy.examine import examine
     from sidelight_lab.anatomy.report import write_anatomies
 
-    stored = read_runs(probe)
-    chosen = stored.probes[stored.chosen]
+    runs, index = read_runs(probe)
+    chosen = runs[index]
     columns = {name: given[name] for name in ("text", "label", "response", "split")}
     examples = load_examples(
         given["data"], task=chosen.task, on_missing_label=given["missing_label"], **columns
@@ -69,7 +69,7 @@ def anatomy(probe: Path, runtime: options.Runtime, out: Path, **given: Any) -> N
     probes = [chosen]
     if given["every_mechanism"]:
         # The first run of every other mechanism.
-        firsts = {probe.spec.name: probe for probe in reversed(stored.probes)}
+        firsts = {probe.spec.name: probe for probe in reversed(runs)}
         probes = list((firsts | {chosen.spec.name: chosen}).values())
     examined = [
         examine(one, split, device=backbone.device, heat_maps=given["heat_maps"]) for one in probes
