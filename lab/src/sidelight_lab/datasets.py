@@ -14,10 +14,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
-from sidelight.data.examples import LabelledExamples
+from sidelight.data.examples import LabelledExamples, validation_share
 from sidelight.data.loading import OnMissingLabel, load_examples
 from sidelight.data.readers import is_readable, read_file
-from sidelight.data.splitting import validation_share
 from sidelight.errors import SidelightError, did_you_mean
 from sidelight.types import Task
 

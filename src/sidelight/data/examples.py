@@ -13,10 +13,12 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from sidelight.data.labels import is_missing, truth_value
-from sidelight.data.splitting import hold_out, indicators
 from sidelight.errors import SidelightError, did_you_mean
 from sidelight.prompts import Message
 from sidelight.types import Flags, Numbers, Task
+
+# Enough rows to choose a threshold and a calibration on.
+_ENOUGH_VALIDATION_ROWS = 150
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +152,7 @@ class Examples:
                 "Add more texts."
             )
         groups = self._text_groups()
-        held_out = hold_out(groups, self._strata(), fraction=fraction, seed=seed)
+        held_out = _hold_out(groups, self._strata(), fraction=fraction, seed=seed)
         training = self.select(np.flatnonzero(~held_out))
         warned = replace(training, warnings=self._split_warnings(groups))
         return warned, self.select(np.flatnonzero(held_out))
@@ -188,7 +190,7 @@ class Examples:
         parts: list[Int[Numbers, " _"]] = []
         for remaining in range(count, 1, -1):
             own = np.unique(groups[left], return_inverse=True)[1]
-            held_out = hold_out(own, strata[left], fraction=1 / remaining, seed=seed)
+            held_out = _hold_out(own, strata[left], fraction=1 / remaining, seed=seed)
             parts.append(left[held_out])
             left = left[~held_out]
         return (*parts, left)
@@ -241,7 +243,11 @@ class LabelledExamples(Examples):
         return [[names[index]] for index in self.labels]
 
     def _strata(self) -> Bool[Flags, "row stratum"]:
-        return indicators(self.labels, classes=len(self.task.labels))
+        """One stratum per label; if multi-label, one more for the rows where no label holds."""
+        if self.labels.ndim == 1:
+            return self.labels[:, None] == np.arange(len(self.task.labels))
+        holds = self.labels.astype(np.bool_)
+        return np.column_stack([holds, ~holds.any(axis=1)])
 
     def _split_warnings(self, groups: Int[Numbers, " row"]) -> tuple[str, ...]:
         texts = [len(np.unique(groups[column])) for column in self._strata().T]
@@ -260,3 +266,51 @@ def require_labelled(examples: Examples) -> LabelledExamples:
             "These examples have no labels. Name the column with --label (label= in Python)."
         )
     return examples
+
+
+def validation_share(rows: int) -> float:
+    """The share of the rows to hold out for validation: 15 %, or up to 30 % if there are few."""
+    return max(0.15, min(0.3, _ENOUGH_VALIDATION_ROWS / rows))
+
+
+def _hold_out(
+    groups: Int[Numbers, " row"],
+    strata: Bool[Flags, "row stratum"],
+    *,
+    fraction: float,
+    seed: int,
+) -> Bool[Flags, " row"]:
+    """Chooses whole groups, the rarest stratum first, until each stratum has its share held out.
+
+    A greedy form of iterative stratification (Sechidis, Tsoumakas & Vlahavas 2011); with one label
+    per row it is plain stratified sampling.
+
+    Args:
+        groups: Number of each row's group, from 0; rows of one group stay together.
+        strata: Which strata each row belongs to, at least one.
+        fraction: Share of each stratum's rows to hold out, between 0 and 1.
+        seed: Decides the order in which groups are tried.
+
+    Returns:
+        Whether each row is held out.
+    """
+    # The number of rows that each group has in each stratum.
+    sizes = np.zeros((int(groups.max(initial=-1)) + 1, strata.shape[1]), dtype=np.int64)
+    np.add.at(sizes, groups, strata)
+    order = np.random.default_rng(seed).permutation(len(sizes))
+    training, held_out = np.zeros((2, len(sizes)), dtype=np.bool_)
+    for stratum in np.argsort(sizes.sum(axis=0), kind="stable"):
+        own = sizes[:, stratum]
+        free = [group for group in order if own[group] and not training[group] | held_out[group]]
+        # Each side gets a group if it can.
+        if free and not own[training].any():
+            training[free.pop(0)] = True
+        missing = fraction * own.sum() - own[held_out].sum()
+        if free and not own[held_out].any():
+            free.sort(key=own.__getitem__)
+            missing = max(missing, own[free[0]])
+        for group in free:
+            held_out[group] = own[group] <= round(missing)
+            training[group] = not held_out[group]
+            missing -= own[group] * held_out[group]
+    return held_out[groups]

@@ -355,12 +355,8 @@ def states_of(
     shards = [index for index, held in enumerate(wanted) if held]
 
     def read(index: int) -> Shard:
-        kept = [
-            (text_of[row], hidden)
-            for row, hidden in cache.read(shards[index]).texts()
-            if row in text_of
-        ]
-        return _joined(*zip(*kept, strict=True))
+        texts = cache.read(shards[index]).texts()
+        return _joined({text_of[row]: hidden for row, hidden in texts if row in text_of})
 
     if cache.token_bytes * sum(cache.lengths[row] for row in rows) > memory_bytes:
         chosen = [wanted[index] for index in shards]
@@ -371,11 +367,11 @@ def states_of(
         return States(cache.fingerprint, cache.reads, plan, read)
     found = dict(each for index in range(len(shards)) for each in read(index).texts())
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
-    whole = _joined(order, [found[text] for text in order])
+    whole = _joined({text: found[text] for text in order})
     plan = ShardPlan((tuple(order),), (int(whole.lengths.sum()),))
     return States(cache.fingerprint, cache.reads, plan, lambda _: whole)
 
 
-def _joined(texts: Sequence[int], hidden: Sequence[Float[Tensor, "layer token width"]]) -> Shard:
-    lengths = torch.tensor([own.shape[1] for own in hidden])
-    return Shard(torch.cat([*hidden], 1), lengths, torch.tensor([*texts]))
+def _joined(texts: Mapping[int, Float[Tensor, "layer _ width"]]) -> Shard:
+    lengths = torch.tensor([hidden.shape[1] for hidden in texts.values()])
+    return Shard(torch.cat([*texts.values()], 1), lengths, torch.tensor([*texts]))

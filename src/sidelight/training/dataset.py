@@ -17,8 +17,7 @@ from torch import Tensor
 
 from sidelight.backbone import TransformersBackbone
 from sidelight.calibration import require_calibratable
-from sidelight.data.examples import LabelledExamples, located, place_of
-from sidelight.data.splitting import validation_share
+from sidelight.data.examples import LabelledExamples, located, place_of, validation_share
 from sidelight.errors import SidelightError
 from sidelight.progress import progress
 from sidelight.prompts import EncodedPrompt, Reads

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.multiclass import OneVsRestClassifier
-from sklearn.pipeline import FeatureUnion, make_pipeline, make_union
+from sklearn.pipeline import make_pipeline, make_union
 
 from sidelight.errors import SidelightError
 from sidelight.types import Task
@@ -51,6 +51,8 @@ def fit_tfidf(
 ) -> TfIdf:
     """A balanced logistic regression on word 1- and 2-grams and character 2- to 5-grams.
 
+    Texts without words have n-grams of up to five characters of any kind instead.
+
     Args:
         texts: The training texts.
         labels: As in ``Examples.labels``.
@@ -70,27 +72,17 @@ def fit_tfidf(
         )
     else:
         head = regression
-    features, inputs = fit_features(texts)
-    head.fit(inputs, labels)
-    parameters = (len(features.get_feature_names_out()) + 1) * task.outputs
-    return TfIdf(task, make_pipeline(features, head), parameters)
-
-
-def fit_features(texts: Sequence[str]) -> tuple[FeatureUnion, Any]:
-    """The fitted n-gram features, and these texts as such.
-
-    Where no text has a word of two characters, as with emojis, or no two texts share characters,
-    the features are n-grams of up to five characters of any kind.
-    """
-    usual = make_union(
+    features = make_union(
         TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True),
         TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True, min_df=2),
     )
     try:
-        return usual, usual.fit_transform(texts)
+        inputs = features.fit_transform(texts)
     except ValueError:
-        # scikit-learn's way to say that a vocabulary is empty.
-        characters = make_union(
-            TfidfVectorizer(analyzer="char", ngram_range=(1, 5), sublinear_tf=True)
-        )
-        return characters, characters.fit_transform(texts)
+        # A vocabulary is empty: no text has a word of two characters, as with emojis, or no two
+        # texts share characters.
+        features = TfidfVectorizer(analyzer="char", ngram_range=(1, 5), sublinear_tf=True)
+        inputs = features.fit_transform(texts)
+    head.fit(inputs, labels)
+    parameters = (len(features.get_feature_names_out()) + 1) * task.outputs
+    return TfIdf(task, make_pipeline(features, head), parameters)
