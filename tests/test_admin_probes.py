@@ -13,6 +13,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from fastapi import Request
 from transformers import LlamaConfig
 
 from engine_runs import run
@@ -22,11 +23,10 @@ from sidelight.engines.transformers import TransformersEngine
 from sidelight.policy.rules import Policy, Rule
 from sidelight.prompts import Reads
 from sidelight.server import admin as admin_probes
+from sidelight.server.app import create_app
 from sidelight.server.config import ServerConfig
-from sidelight.server.context import Context
-from sidelight.server.metrics import Metrics
-from sidelight.server.observe import AuditLog, RequestObserver
-from sidelight.server.probes import ProbeRegistry
+from sidelight.server.observe import Trace
+from sidelight.server.requests import ServerRequest
 from sidelight.types import Task
 from tiny import INTENT, SIZES, tiny_backbone, untrained_probe
 
@@ -340,18 +340,18 @@ def test_a_change_whose_caller_leaves_is_made_and_audited(backbone, tmp_path):
     path = tmp_path / "audit.jsonl"
 
     async def change(engine):
-        roster = ProbeRegistry(engine, Policy(), {})
-        observer = RequestObserver(Metrics(engine), AuditLog(path, salt=b"salt"))
-        context = Context(engine, roster, ServerConfig(), observer)
+        app = create_app(engine, ServerConfig(audit_log=path))
+        scope = {"type": "http", "app": app, "state": {"trace": Trace()}}
+        request = ServerRequest(Request(scope))
         for make, state in (
             (admin_probes.disable, "disabled"),
             (admin_probes.enable, "serving"),
         ):
-            caller = asyncio.create_task(make("toxicity", context))
+            caller = asyncio.create_task(make("toxicity", request))
             await asyncio.sleep(0)
             caller.cancel()
             async with asyncio.timeout(60):
-                while roster.entry("toxicity").state != state:
+                while request.registry.entry("toxicity").state != state:
                     await asyncio.sleep(0.01)
 
     run(backbone, change, probes=[probe])

@@ -10,9 +10,9 @@ from commands import run
 from sidelight.errors import SidelightError
 from sidelight.server.app import serve
 from sidelight.server.config import Access, Caller, Key, ServerConfig, read_config, read_keys
-from sidelight.server.context import AdminOnly
 from sidelight.server.errors import add_error_handlers
 from sidelight.server.middleware import Gatekeeper
+from sidelight.server.requests import AdminOnly
 
 SECRET = "sk-user-secret"
 ADMIN = "sk-admin-secret"

@@ -18,9 +18,9 @@ from sidelight.engines.loading import LoadingEngine
 from sidelight.engines.queue import Limits
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.server.checks import ClassifyRequest, GuardrailRequest, TokenizeRequest
-from sidelight.server.context import unless_left
 from sidelight.server.observe import without_message
 from sidelight.server.questions import DecisionRequest, SystemOneRequest
+from sidelight.server.requests import unless_left
 from sidelight.server.schemas import ChatRequest, CompletionRequest, ModerationRequest
 from tiny import three_probes, tiny_backbone
 

@@ -20,7 +20,7 @@ from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import SidelightError
 from sidelight.server.app import serve
 from sidelight.server.config import ServerConfig
-from sidelight.server.connections import Drain, DrainingServer, within_system
+from sidelight.server.middleware import Drain, DrainingServer, within_system
 from sockets import connection, read_all, request
 from tiny import three_probes, tiny_backbone
 

@@ -9,12 +9,12 @@ from fastapi import APIRouter
 from pydantic import BaseModel
 
 from sidelight.prompts import Side
-from sidelight.server.context import AdminOnly, Context, InContext
 from sidelight.server.probes import ProbeEntry
-from sidelight.server.schemas import ClosedBody, JsonRoute
+from sidelight.server.requests import AdminOnly, Route, ServerRequest
+from sidelight.server.schemas import ClosedBody
 from sidelight.types import TaskKind
 
-models_router = APIRouter()
+models_router = APIRouter(route_class=Route)
 
 
 class ProbeCard(BaseModel):
@@ -51,19 +51,19 @@ class ModelList(BaseModel):
 
 
 @models_router.get("/v1/models")
-async def list_models(context: InContext) -> ModelList:
+async def list_models(request: ServerRequest) -> ModelList:
     """The one model that is served."""
-    return ModelList(data=[_card(context)])
+    return ModelList(data=[_card(request)])
 
 
 @models_router.get("/v1/models/{name:path}")
-async def retrieve(name: str, context: InContext) -> ModelCard:
+async def retrieve(name: str, request: ServerRequest) -> ModelCard:
     """The model of this name."""
-    context.require_model(name)
-    return _card(context)
+    request.require_model(name)
+    return _card(request)
 
 
-def _card(context: Context) -> ModelCard:
+def _card(request: ServerRequest) -> ModelCard:
     probes = [
         ProbeCard(
             name=probe.name,
@@ -72,15 +72,16 @@ def _card(context: Context) -> ModelCard:
             reads=probe.reads.side,
             version=probe.version,
         )
-        for probe in context.probes
+        for probe in request.probes
     ]
     return ModelCard(
-        id=context.engine.model, created=context.started_at, sidelight=ProbeCards(probes=probes)
+        id=request.engine.model,
+        created=request.context.started_at,
+        sidelight=ProbeCards(probes=probes),
     )
 
 
-admin_probes_router = APIRouter(dependencies=[AdminOnly])
-_with_body = APIRouter(route_class=JsonRoute)
+admin_probes_router = APIRouter(route_class=Route, dependencies=[AdminOnly])
 
 
 class ProbeList(BaseModel):
@@ -109,60 +110,59 @@ class ShadowRequest(ClosedBody):
 
 
 @admin_probes_router.get("/admin/probes")
-async def list_probes(context: InContext) -> ProbeList:
+async def list_probes(request: ServerRequest) -> ProbeList:
     """Every probe, shadows and disabled ones too."""
-    return ProbeList(probes=context.registry.entries)
+    return ProbeList(probes=request.registry.entries)
 
 
-@_with_body.post("/admin/probes", status_code=201)
-async def load(body: LoadRequest, context: InContext) -> ProbeEntry:
+@admin_probes_router.post("/admin/probes", status_code=201)
+async def load(body: LoadRequest, request: ServerRequest) -> ProbeEntry:
     """Serves one more probe."""
-    change = context.registry.load(Path(body.path), shadow_of=body.shadow_of)
-    return await _made(context, "load", change)
+    change = request.registry.load(Path(body.path), shadow_of=body.shadow_of)
+    return await _made(request, "load", change)
 
 
-@_with_body.post("/admin/probes/{name:path}/reload")
-async def reload(name: str, body: ReloadRequest, context: InContext) -> ProbeEntry:
+@admin_probes_router.post("/admin/probes/{name:path}/reload")
+async def reload(name: str, body: ReloadRequest, request: ServerRequest) -> ProbeEntry:
     """Replaces a probe by the artifact as it is now; if that fails, the last good one serves on."""
     path = None if body.path is None else Path(body.path)
-    return await _made(context, "reload", context.registry.reload(name, path))
+    return await _made(request, "reload", request.registry.reload(name, path))
 
 
-@_with_body.post("/admin/probes/{name:path}/shadow")
-async def shadow(name: str, body: ShadowRequest, context: InContext) -> ProbeEntry:
+@admin_probes_router.post("/admin/probes/{name:path}/shadow")
+async def shadow(name: str, body: ShadowRequest, request: ServerRequest) -> ProbeEntry:
     """Hides a probe from clients; it is still counted."""
-    change = context.registry.shadow(name, shadow_of=body.shadow_of)
-    return await _made(context, "shadow", change)
+    change = request.registry.shadow(name, shadow_of=body.shadow_of)
+    return await _made(request, "shadow", change)
 
 
 @admin_probes_router.post("/admin/probes/{name:path}/enable")
-async def enable(name: str, context: InContext) -> ProbeEntry:
+async def enable(name: str, request: ServerRequest) -> ProbeEntry:
     """Runs a probe under the policy's rule."""
-    return await _made(context, "enable", context.registry.enable(name))
+    return await _made(request, "enable", request.registry.enable(name))
 
 
 @admin_probes_router.post("/admin/probes/{name:path}/disable")
-async def disable(name: str, context: InContext) -> ProbeEntry:
+async def disable(name: str, request: ServerRequest) -> ProbeEntry:
     """Stops a probe; nothing follows from its rule meanwhile."""
-    return await _made(context, "disable", context.registry.disable(name))
+    return await _made(request, "disable", request.registry.disable(name))
 
 
 @admin_probes_router.delete("/admin/probes/{name:path}")
-async def remove(name: str, context: InContext) -> dict[str, Any]:
+async def remove(name: str, request: ServerRequest) -> dict[str, Any]:
     """Forgets a probe; its artifact stays."""
-    removed = await _made(context, "remove", context.registry.remove(name))
+    removed = await _made(request, "remove", request.registry.remove(name))
     return {"name": removed.name, "removed": True}
 
 
-async def _made(context: Context, kind: str, change: Coroutine[Any, Any, ProbeEntry]) -> ProbeEntry:
+async def _made(
+    request: ServerRequest, kind: str, change: Coroutine[Any, Any, ProbeEntry]
+) -> ProbeEntry:
     """The outcome of a change, which is made and audited even if its caller leaves."""
 
     async def audited() -> ProbeEntry:
         entry = await change
-        context.observer.change(kind, entry.name, entry.version)
+        request.observer.change(kind, entry.name, entry.version)
         return entry
 
     return await asyncio.shield(asyncio.create_task(audited()))
-
-
-admin_probes_router.include_router(_with_body)

@@ -18,24 +18,25 @@ from sidelight.errors import SidelightError
 from sidelight.policy.rules import Policy, require_policy_applies
 from sidelight.server import admin, chat, checks, questions
 from sidelight.server.config import ServerConfig
-from sidelight.server.connections import (
+from sidelight.server.errors import add_error_handlers
+from sidelight.server.metrics import Metrics
+from sidelight.server.middleware import (
     ACCEPTED_AT_ONCE,
     QUEUED,
     BoundedProtocol,
     DrainingServer,
+    Gatekeeper,
+    RequestScope,
     within_system,
 )
-from sidelight.server.context import Context, InContext
-from sidelight.server.errors import add_error_handlers
-from sidelight.server.metrics import Metrics
-from sidelight.server.middleware import Deadline, Gatekeeper, RequestScope
 from sidelight.server.observe import AuditLog, RequestObserver, Sink, log_settings
 from sidelight.server.probes import ProbeRegistry
+from sidelight.server.requests import Context, Route, ServerRequest
 from sidelight.server.schemas import REFUSALS
 
 _log = logging.getLogger("sidelight.server")
 _LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
-status_router = APIRouter()
+status_router = APIRouter(route_class=Route)
 
 
 @status_router.get("/health")
@@ -45,11 +46,11 @@ async def health() -> dict[str, str]:
 
 
 @status_router.get("/ready")
-async def ready(context: InContext) -> dict[str, str]:
+async def ready(request: ServerRequest) -> dict[str, str]:
     """200 once the model is loaded; 503 before, and once the server is about to stop."""
-    if context.drain.is_draining:
+    if request.context.drain.is_draining:
         raise EngineUnavailableError("The server is about to stop. Use another one.")
-    if not context.engine.is_ready:
+    if not request.engine.is_ready:
         raise EngineUnavailableError("The model is still loading, or its engine has stopped.")
     return {"status": "ready"}
 
@@ -59,9 +60,9 @@ async def ready(context: InContext) -> dict[str, str]:
     response_class=Response,
     responses={200: {"content": {CONTENT_TYPE_LATEST: {"schema": {"type": "string"}}}}},
 )
-async def metrics(context: InContext) -> Response:
+async def metrics(request: ServerRequest) -> Response:
     """All series."""
-    return Response(context.observer.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+    return Response(request.observer.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
 
 
 @status_router.get("/version")
@@ -122,9 +123,14 @@ def create_app(
         app.include_router(router, responses=REFUSALS)
     add_error_handlers(app)
     # The last one added stands outermost: refused requests are counted too.
-    app.add_middleware(Deadline, seconds=config.deadline, drain=context.drain)
     app.add_middleware(Gatekeeper, access=config.access, limit=config.max_concurrent)
-    app.add_middleware(RequestScope, metrics=context.observer.metrics, sink=traces)
+    app.add_middleware(
+        RequestScope,
+        metrics=observer.metrics,
+        sink=traces,
+        deadline=config.deadline,
+        drain=context.drain,
+    )
     return app
 
 

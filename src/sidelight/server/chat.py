@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 from openai.types import Completion
 from openai.types.chat import ChatCompletion
@@ -20,7 +20,6 @@ from sidelight.policy.enforcement import Admitted, Enforcement, Passed, require_
 from sidelight.policy.overrides import tightened
 from sidelight.policy.rules import BoundRule
 from sidelight.prompts import Conversation
-from sidelight.server.context import Context, InContext, unless_left
 from sidelight.server.formats import (
     ChatFormat,
     CompletionFormat,
@@ -31,11 +30,11 @@ from sidelight.server.formats import (
     ends_of,
 )
 from sidelight.server.report import Extension
+from sidelight.server.requests import Route, ServerRequest, unless_left
 from sidelight.server.schemas import (
     EVENTS,
     ChatRequest,
     CompletionRequest,
-    JsonRoute,
     WritingRequest,
 )
 
@@ -46,7 +45,7 @@ _SEEDS = 2**63
 # Most prompts of one request in the engine's queue at once, so that others find room there.
 _WAITING = 16
 
-router = APIRouter(route_class=JsonRoute)
+router = APIRouter(route_class=Route)
 
 
 class ChatAnswer(ChatCompletion):
@@ -67,9 +66,9 @@ class CompletionAnswer(Completion):
     response_class=Response,
     responses={200: {"model": ChatAnswer, "content": EVENTS}},
 )
-async def complete_chat(body: ChatRequest, request: Request, context: InContext) -> Response:
+async def complete_chat(body: ChatRequest, request: ServerRequest) -> Response:
     """The text, plain or streamed; either begins once the prompt has been judged."""
-    return await _answer(body, request, context, [body.conversation()], ChatFormat)
+    return await _answer(body, request, [body.conversation()], ChatFormat)
 
 
 @router.post(
@@ -78,34 +77,33 @@ async def complete_chat(body: ChatRequest, request: Request, context: InContext)
     response_class=Response,
     responses={200: {"model": CompletionAnswer, "content": EVENTS}},
 )
-async def complete_text(body: CompletionRequest, request: Request, context: InContext) -> Response:
+async def complete_text(body: CompletionRequest, request: ServerRequest) -> Response:
     """The texts, plain or streamed; prompts get no chat template."""
-    return await _answer(body, request, context, body.texts(), TextFormat)
+    return await _answer(body, request, body.texts(), TextFormat)
 
 
 async def _answer(
     body: WritingRequest,
-    request: Request,
-    context: Context,
+    request: ServerRequest,
     prompts: Sequence[Conversation],
     format_class: type[CompletionFormat],
 ) -> Response:
-    context.require_model(body.model)
-    require_trusted_turns(context.registry.policy, prompts)
+    request.require_model(body.model)
+    require_trusted_turns(request.registry.policy, prompts)
     sampling, n = body.sampling(), body.n or 1
-    await context.require_size(prompts, n=n, max_tokens=sampling.max_tokens)
-    await unless_left(request, context.engine.settled())
+    await request.require_size(prompts, n=n, max_tokens=sampling.max_tokens)
+    await unless_left(request, request.engine.settled())
     # Nothing is awaited until the engine has all texts, so that it judges with these very probes.
-    chosen = [probe.name for probe in context.report(body.probes).probes]
-    rules = tightened(context.registry.rules, chosen, body.overrides())
+    chosen = [probe.name for probe in request.report(body.probes).probes]
+    rules = tightened(request.registry.rules, chosen, body.overrides())
     # Probes that may block the answer are reported too.
-    report = context.report([*chosen, *(bound.name for bound in rules if bound.is_blocking)])
+    report = request.report([*chosen, *(bound.name for bound in rules if bound.is_blocking)])
     answer = format_class(
         report,
         has_logprobs=sampling.logprobs is not None,
         includes_usage=body.stream_options is not None and body.stream_options.include_usage,
     )
-    streams = _guarded(context, rules, prompts, sampling, n=n)
+    streams = _guarded(request, rules, prompts, sampling, n=n)
     admitted = (await unless_left(request, _admitted(streams)))[::n]
     decisions = decisions_of(admitted)
     if body.stream:
@@ -117,7 +115,7 @@ async def _answer(
 
 
 def _guarded(
-    context: Context,
+    request: ServerRequest,
     rules: Sequence[BoundRule],
     prompts: Sequence[Conversation],
     sampling: Sampling,
@@ -125,13 +123,13 @@ def _guarded(
     n: int,
 ) -> Streams:
     """``n`` texts for each prompt; its decisions are recorded with the first."""
-    engine, observer = context.engine, context.observer
+    engine, observer = request.engine, request.observer
     observer.trace.model = engine.model
     streams: list[AsyncGenerator[Passed, None]] = []
     for prompt in prompts:
         for number in range(n):
             observe = partial(observer.text, prompt, is_prompt_known=number > 0)
-            timeout_s = context.registry.policy.timeout_s
+            timeout_s = request.registry.policy.timeout_s
             enforcement = Enforcement(rules, observe, timeout_s=timeout_s)
             own = _reseeded(sampling, number)
             events = engine.generate(

@@ -9,18 +9,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
 from pydantic import BaseModel, Field, model_validator
 
 from sidelight.policy.enforcement import check_decisions
 from sidelight.policy.rules import Side
 from sidelight.prompts import Conversation, Message, PlainText, has_response
-from sidelight.server.context import Context, InContext, unless_left
 from sidelight.server.errors import RequestError
 from sidelight.server.report import Categories, Extension, Report, categories, verdict_json
+from sidelight.server.requests import Route, ServerRequest, unless_left
 from sidelight.server.schemas import (
     ChatMessage,
-    JsonRoute,
     Listed,
     ModerationRequest,
     Name,
@@ -33,7 +32,7 @@ from sidelight.types import Verdict
 # Clients send OpenAI's own names by default; here they mean: every probe.
 _OPENAI_MODELS = ("omni-moderation-", "text-moderation-")
 
-router = APIRouter(route_class=JsonRoute)
+router = APIRouter(route_class=Route)
 
 
 @dataclass(frozen=True)
@@ -45,8 +44,7 @@ class Checked:
 
 
 async def check(
-    request: Request,
-    context: Context,
+    request: ServerRequest,
     report: Report,
     conversations: Sequence[Sequence[Message]],
     *,
@@ -59,7 +57,6 @@ async def check(
 
     Args:
         request: The request.
-        context: The server's parts.
         report: On the chosen probes.
         conversations: What is judged.
         is_prompt_known: Whether the turns before the assistant's are real. If they are made up, no
@@ -78,18 +75,18 @@ async def check(
                     "Load such a probe, or use /v1/chat/completions.",
                     code="no_prompt_probe",
                 )
-    await context.require_size(conversations, max_tokens=0)
-    await unless_left(request, context.engine.settled())
+    await request.require_size(conversations, max_tokens=0)
+    await unless_left(request, request.engine.settled())
     # Nothing is awaited until the engine has all texts, so that it judges with these very probes.
-    rules = context.registry.rules
-    context.observer.trace.model = context.engine.model
-    events = await unless_left(request, context.engine.judge(conversations))
+    rules = request.registry.rules
+    request.observer.trace.model = request.engine.model
+    events = await unless_left(request, request.engine.judge(conversations))
     checked: list[Checked] = []
     for index, (event, turns) in enumerate(zip(events, conversations, strict=True)):
         prompt: set[Side] = {"input"} if is_prompt_known else set()
         response: set[Side] = {"output"} if is_answered(turns) else set()
         decisions = check_decisions(rules, event, prompt | response)
-        context.observer.text(turns).check(event, decisions)
+        request.observer.text(turns).check(event, decisions)
         for decision in report.chosen(decisions):
             if decision.is_too_long:
                 raise RequestError(
@@ -128,14 +125,12 @@ class ModerationResponse(BaseModel):
 
 
 @router.post("/v1/moderations", name="create")
-async def moderate(
-    body: ModerationRequest, request: Request, context: InContext
-) -> ModerationResponse:
+async def moderate(body: ModerationRequest, request: ServerRequest) -> ModerationResponse:
     """Each text is judged as a user's message, by the probes that read the prompt alone."""
     if body.model is not None and not body.model.startswith(_OPENAI_MODELS):
-        context.require_model(body.model)
-    report = context.report(body.probes)
-    checked = await check(request, context, report, [as_user(text) for text in body.input])
+        request.require_model(body.model)
+    report = request.report(body.probes)
+    checked = await check(request, report, [as_user(text) for text in body.input])
     results = [
         ModerationResult(
             **categories(one.verdicts, report.names).model_dump(),
@@ -144,7 +139,7 @@ async def moderate(
         for one in checked
     ]
     return ModerationResponse(
-        id=f"modr-{uuid.uuid4().hex}", model=context.engine.model, results=results
+        id=f"modr-{uuid.uuid4().hex}", model=request.engine.model, results=results
     )
 
 
@@ -185,11 +180,11 @@ class ClassifyResponse(BaseModel):
 
 
 @router.post("/classify", name="create")
-async def classify(body: ClassifyRequest, request: Request, context: InContext) -> ClassifyResponse:
+async def classify(body: ClassifyRequest, request: ServerRequest) -> ClassifyResponse:
     """Each text is judged as a user's message; the answer is that of vLLM's classifiers."""
-    report = _classifier(body, context)
+    report = _classifier(body, request)
     (probe,) = report.probes
-    checked = await check(request, context, report, [as_user(text) for text in body.input])
+    checked = await check(request, report, [as_user(text) for text in body.input])
     tokens = sum(one.tokens for one in checked)
     data = [
         Classification(
@@ -209,14 +204,14 @@ async def classify(body: ClassifyRequest, request: Request, context: InContext) 
     )
 
 
-def _classifier(body: ClassifyRequest, context: Context) -> Report:
+def _classifier(body: ClassifyRequest, request: ServerRequest) -> Report:
     """A report on the one probe that the request names."""
-    names, chosen = [probe.name for probe in context.probes], body.probes
-    if body.model in names and body.model != context.engine.model:
+    names, chosen = [probe.name for probe in request.probes], body.probes
+    if body.model in names and body.model != request.engine.model:
         chosen = [body.model] if chosen is None else chosen
     elif body.model is not None:
-        context.require_model(body.model)
-    report = context.report(chosen)
+        request.require_model(body.model)
+    report = request.report(chosen)
     if len(report.probes) != 1:
         raise RequestError(
             f"Choose one probe, got {len(report.probes)}. Name it as 'model'. Known: "
@@ -276,13 +271,13 @@ class GuardrailResponse(BaseModel):
 
 
 @router.post("/beta/litellm_basic_guardrail_api", name="create")
-async def guard(body: GuardrailRequest, request: Request, context: InContext) -> GuardrailResponse:
+async def guard(body: GuardrailRequest, request: ServerRequest) -> GuardrailResponse:
     """Texts of a request are judged as users' messages, those of a response as answers.
 
     The answer has no ``texts``: a proxy keeps its own.
     """
     parameters = body.additional_provider_specific_params or GuardrailParameters()
-    report = context.report(parameters.probes)
+    report = request.report(parameters.probes)
     is_response = body.input_type == "response"
     if is_response:
         late = [probe for probe in report.probes if probe.reads.includes_response]
@@ -297,7 +292,7 @@ async def guard(body: GuardrailRequest, request: Request, context: InContext) ->
         [*as_user(""), Message("assistant", text)] if is_response else as_user(text)
         for text in body.judged()
     ]
-    checked = await check(request, context, report, conversations, is_prompt_known=not is_response)
+    checked = await check(request, report, conversations, is_prompt_known=not is_response)
     verdicts = [verdict for one in checked for verdict in one.verdicts]
     flagged = list(dict.fromkeys(v.probe for v in verdicts if v.flagged))
     return GuardrailResponse(
@@ -338,14 +333,14 @@ class TokenizeResponse(BaseModel):
 
 
 @router.post("/tokenize", name="create")
-async def tokenize(body: TokenizeRequest, context: InContext) -> TokenizeResponse:
+async def tokenize(body: TokenizeRequest, request: ServerRequest) -> TokenizeResponse:
     """A prompt or conversation as the model reads it; nothing is run through the model."""
     if body.model is not None:
-        context.require_model(body.model)
-    tokens = await context.engine.tokenize(body.conversation())
+        request.require_model(body.model)
+    tokens = await request.engine.tokenize(body.conversation())
     return TokenizeResponse(
         count=len(tokens.ids),
-        max_model_len=context.engine.max_tokens,
+        max_model_len=request.engine.max_tokens,
         tokens=list(tokens.ids),
         token_strs=list(tokens.texts) if body.return_token_strs else None,
     )

@@ -11,17 +11,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictStr
 
 from sidelight.policy.enforcement import require_trusted_turns
 from sidelight.probe import Probe
 from sidelight.prompts import Message
 from sidelight.server.checks import as_user, check, is_answered
-from sidelight.server.context import Context, InContext
 from sidelight.server.errors import RequestError
 from sidelight.server.report import CategoryNames, category_names
-from sidelight.server.schemas import FIRST_ERROR, JsonRoute, Listed, Name, Named, StrictBody
+from sidelight.server.requests import Route, ServerRequest
+from sidelight.server.schemas import FIRST_ERROR, Listed, Name, Named, StrictBody
 from sidelight.types import Verdict
 
 _MAX_QUESTIONS = 400
@@ -30,7 +30,7 @@ _TEXT_ONLY = "Must be empty: probes read text only."
 
 Value = str | bool
 
-router = APIRouter(route_class=JsonRoute)
+router = APIRouter(route_class=Route)
 
 
 @dataclass(frozen=True)
@@ -76,16 +76,16 @@ class QuestionAnswers:
 
 
 async def find(
-    request: Request, context: Context, turns: Sequence[Message], names: Sequence[str | None]
+    request: ServerRequest, turns: Sequence[Message], names: Sequence[str | None]
 ) -> QuestionAnswers:
     """Judges the conversation with the probes that ``names`` mean; others are not reported.
 
     Raises:
         PolicyError: The policy refuses the turns that the conversation begins with.
     """
-    require_trusted_turns(context.registry.policy, [turns])
-    probes = {probe.name: probe for probe in context.probes}
-    categories = category_names(context.probes)
+    require_trusted_turns(request.registry.policy, [turns])
+    probes = {probe.name: probe for probe in request.probes}
+    categories = category_names(request.probes)
     meant = [meaning[0] for name in names if (meaning := _meaning(name, probes, categories))]
     named = [name for name in names if name in probes]
     chosen = [
@@ -95,7 +95,7 @@ async def find(
     ]
     if not chosen:
         return QuestionAnswers(probes, categories, verdicts={}, tokens=0)
-    (checked,) = await check(request, context, context.report(chosen), [turns])
+    (checked,) = await check(request, request.report(chosen), [turns])
     verdicts = {verdict.probe: verdict for verdict in checked.verdicts}
     return QuestionAnswers(probes, categories, verdicts, checked.tokens)
 
@@ -268,11 +268,11 @@ class DecisionResponse(BaseModel):
 
 
 @router.post("/v1/decisions", name="create")
-async def decide(body: DecisionRequest, request: Request, context: InContext) -> DecisionResponse:
+async def decide(body: DecisionRequest, request: ServerRequest) -> DecisionResponse:
     """The input is read once, however many questions there are; each names its probe."""
-    context.require_model(body.model)
+    request.require_model(body.model)
     turns = [message.as_message() for message in body.input]
-    judged = await find(request, context, turns, [q.name for q in body.questions])
+    judged = await find(request, turns, [q.name for q in body.questions])
     return DecisionResponse(
         model=body.model,
         answers=[_answer(question, judged) for question in body.questions],
@@ -392,18 +392,16 @@ class SystemOneResponse(BaseModel):
 
 
 @router.post("/v1/systemone", name="create")
-async def decide_state(
-    body: SystemOneRequest, request: Request, context: InContext
-) -> SystemOneResponse:
+async def decide_state(body: SystemOneRequest, request: ServerRequest) -> SystemOneResponse:
     """The state is read once, as a user's message."""
     if body.model is not None:
-        context.require_model(body.model)
-    judged = await find(request, context, as_user(body.text()), list(body.questions))
+        request.require_model(body.model)
+    judged = await find(request, as_user(body.text()), list(body.questions))
     answers = {name: _of_state(name, own, judged) for name, own in body.questions.items()}
     return SystemOneResponse(
         id=f"decision-{uuid.uuid4().hex}",
         created=int(time.time()),
-        model=context.engine.model,
+        model=request.engine.model,
         answers=answers,
         usage=SystemOneUsage(input_tokens=judged.tokens),
         diagnostics={

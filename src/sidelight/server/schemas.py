@@ -1,15 +1,11 @@
-"""Bodies of requests: how they are read, the types that they share, and OpenAI's own requests.
+"""Bodies of requests: the types that they share, and OpenAI's own requests.
 
 Unknown fields are ignored; wrong values are errors.
 """
 
-import asyncio
-from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from typing import Annotated, Any, Literal, TypeVar
 
-from fastapi import Request, Response
-from fastapi.routing import APIRoute
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -19,15 +15,12 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_core import from_json
 
 from sidelight.engines.base import Sampling
 from sidelight.errors import did_you_mean
 from sidelight.policy.overrides import OverrideMode, PolicyOverride, PolicyOverrides
 from sidelight.policy.rules import Side
 from sidelight.prompts import Message, PlainText
-from sidelight.server.config import ServerConfig
-from sidelight.server.errors import RequestError
 
 
 class ErrorDetail(BaseModel):
@@ -52,69 +45,6 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
 
 # What a request with ``stream`` gets: one chunk a line after ``data:``, then ``[DONE]``.
 EVENTS: dict[str, Any] = {"text/event-stream": {}}
-
-
-class JsonRoute(APIRoute):
-    """A route whose body is strict JSON, within the server's limits of size and time.
-
-    Refused with 400: ``NaN``, ``Infinity``, half surrogate pairs, invalid UTF-8, endless nesting.
-    The standard library's parser accepts the first three. ``1e999`` arrives as an infinity, which
-    the field that reads it has to refuse: ``StrictBody`` does so for fields of numbers.
-    """
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """FastAPI's hook for requests of another class."""
-        handle = super().get_route_handler()
-
-        async def handle_strictly(request: Request) -> Response:
-            # Before FastAPI's own reading, which would turn every error into a bare 400.
-            body = await _read(request, request.app.state.context.config)
-            return await handle(_JsonRequest(request, body))
-
-        return handle_strictly
-
-
-class _JsonRequest(Request):
-    """A request whose body has been read and checked."""
-
-    def __init__(self, request: Request, body: bytes):
-        super().__init__(request.scope, request.receive)
-        self._bytes = body
-        try:
-            self._value = from_json(body, allow_inf_nan=False)
-        except ValueError as error:
-            raise RequestError(f"The body is not valid JSON: {error}.") from error
-
-    async def body(self) -> bytes:
-        return self._bytes
-
-    async def json(self) -> Any:
-        return self._value
-
-
-async def _read(request: Request, config: ServerConfig) -> bytes:
-    limit, received, size = config.max_body_bytes, bytearray(), 0
-    try:
-        async with asyncio.timeout(config.body_s):
-            async for chunk in request.stream():
-                size += len(chunk)
-                # The rest is read and dropped: closing the connection on a client that still sends
-                # would reset it, and the client might never see the reason.
-                if size <= limit:
-                    received += chunk
-    except TimeoutError as error:
-        raise RequestError(
-            f"The body did not arrive within {config.body_s:g} seconds. Send it faster, or less.",
-            status=408,
-            code="body_timeout",
-        ) from error
-    if size > limit:
-        raise RequestError(
-            f"The body is larger than {limit:,} bytes. Send less at a time.",
-            status=413,
-            code="request_too_large",
-        )
-    return bytes(received)
 
 
 # The path of a folder may be a model's name.

@@ -1,12 +1,14 @@
-"""What the endpoints share: the server's parts, and what a request must fulfil to be answered."""
+"""A request at a route: its body, the parts of the server that answer it, and their limits."""
 
 import asyncio
 import time
-from collections.abc import Awaitable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Annotated, TypeVar
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
-from fastapi import Depends, Request
+from fastapi import Depends, Request, Response
+from fastapi.routing import APIRoute
+from pydantic_core import from_json
 from starlette.requests import ClientDisconnect
 
 from sidelight.engines.base import Engine
@@ -14,8 +16,8 @@ from sidelight.errors import did_you_mean
 from sidelight.probe import Probe
 from sidelight.prompts import Conversation
 from sidelight.server.config import Caller, ServerConfig
-from sidelight.server.connections import Drain
 from sidelight.server.errors import RequestError
+from sidelight.server.middleware import Drain
 from sidelight.server.observe import RequestObserver
 from sidelight.server.probes import ProbeRegistry
 from sidelight.server.report import Report, category_names
@@ -31,7 +33,7 @@ class Context:
         engine: What answers.
         registry: Its probes and their rules.
         config: The configuration.
-        observer: Of the current request.
+        observer: Of all requests.
         drain: Whether the server is about to stop.
         started_at: Unix time.
     """
@@ -42,6 +44,61 @@ class Context:
     observer: RequestObserver
     drain: Drain = field(default_factory=Drain)
     started_at: int = field(default_factory=lambda: int(time.time()))
+
+
+class ServerRequest(Request):
+    """A request with the parts of the server that answer it, and an observer of its own."""
+
+    def __init__(self, request: Request):
+        super().__init__(request.scope, request.receive)
+        self.context: Context = request.app.state.context
+        self.engine, self.registry = self.context.engine, self.context.registry
+        self.observer = self.context.observer.of(request)
+        self._received = b""
+        self._value: Any = None
+
+    async def read(self) -> None:
+        """Reads the body, which must be strict JSON within the server's limits of size and time.
+
+        Refused with 400: ``NaN``, ``Infinity``, half surrogate pairs, invalid UTF-8, endless
+        nesting. The standard library's parser accepts the first three. ``1e999`` arrives as an
+        infinity, which the field that reads it has to refuse: ``StrictBody`` does so for fields of
+        numbers.
+        """
+        config, received, size = self.context.config, bytearray(), 0
+        limit = config.max_body_bytes
+        try:
+            async with asyncio.timeout(config.body_s):
+                async for chunk in self.stream():
+                    size += len(chunk)
+                    # The rest is read and dropped: closing the connection on a client that still
+                    # sends would reset it, and the client might never see the reason.
+                    if size <= limit:
+                        received += chunk
+        except TimeoutError as error:
+            raise RequestError(
+                f"The body did not arrive within {config.body_s:g} seconds. Send it faster, or "
+                "less.",
+                status=408,
+                code="body_timeout",
+            ) from error
+        if size > limit:
+            raise RequestError(
+                f"The body is larger than {limit:,} bytes. Send less at a time.",
+                status=413,
+                code="request_too_large",
+            )
+        self._received = bytes(received)
+        try:
+            self._value = from_json(self._received, allow_inf_nan=False)
+        except ValueError as error:
+            raise RequestError(f"The body is not valid JSON: {error}.") from error
+
+    async def body(self) -> bytes:
+        return self._received
+
+    async def json(self) -> Any:
+        return self._value
 
     @property
     def probes(self) -> Sequence[Probe]:
@@ -84,13 +141,13 @@ class Context:
             max_tokens: Most tokens written after each; None: as many as fit.
         """
         count = n * len(texts)
-        if count > self.config.max_batch_items:
+        if count > self.context.config.max_batch_items:
             raise RequestError(
-                f"Too many inputs: got {count}, the limit is {self.config.max_batch_items} "
+                f"Too many inputs: got {count}, the limit is {self.context.config.max_batch_items} "
                 "(--max-batch-items). Split the request.",
                 code="too_many_inputs",
             )
-        limit = self.config.max_request_tokens
+        limit = self.context.config.max_request_tokens
         if limit is None:
             return
         read = [len((await self.engine.tokenize(text)).ids) for text in texts]
@@ -106,12 +163,21 @@ class Context:
             )
 
 
-async def _context(request: Request) -> Context:
-    context: Context = request.app.state.context
-    return replace(context, observer=context.observer.of(request))
+class Route(APIRoute):
+    """A route whose requests are ``ServerRequest``, read before they are checked."""
 
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """FastAPI's hook for requests of another class."""
+        handle = super().get_route_handler()
 
-InContext = Annotated[Context, Depends(_context)]
+        async def handle_strictly(request: Request) -> Response:
+            served = ServerRequest(request)
+            # Before FastAPI's own reading, which would turn every error into a bare 400.
+            if self.body_field is not None:
+                await served.read()
+            return await handle(served)
+
+        return handle_strictly
 
 
 def _require_admin(request: Request) -> None:
