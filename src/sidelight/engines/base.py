@@ -5,7 +5,6 @@ The server knows this interface and no engine; an engine knows messages, and not
 
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Iterable, Sequence
-from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
@@ -277,6 +276,7 @@ class Engine(ABC):
             EngineUnavailableError: The model is loading.
         """
 
+    @abstractmethod
     def generate(
         self,
         messages: Conversation,
@@ -287,9 +287,9 @@ class Engine(ABC):
     ) -> AsyncGenerator[Event, None]:
         """Yields ``PromptJudged``, any number of ``TextDelta``, and ``Finished``.
 
-        Closing the generator cancels the request. It is judged to its end by the probes that were
-        loaded when this was called. Probes that were trained on chats give no verdict on plain
-        text: they are among the ``failed``.
+        Closing the generator cancels the request. It is judged to its end by the probes that are
+        loaded when this is called, not when the first event is requested. Probes that were trained
+        on chats give no verdict on plain text: they are among the ``failed``.
 
         Args:
             messages: The conversation, or a text to continue.
@@ -306,35 +306,6 @@ class Engine(ABC):
             EngineUnavailableError: The engine is loading or has stopped.
             GenerationError: A step failed.
             SidelightError: A watched probe is not loaded, or does not read the response.
-        """
-        probes = self.probes
-        known = [probe.name for probe in probes if probe.reads.includes_response]
-        for name in watch:
-            if name not in known:
-                raise SidelightError(
-                    f"Probe '{name}' cannot be watched: no such probe reads the response."
-                    f"{did_you_mean(name, known)}"
-                )
-        if not isinstance(messages, PlainText) or common_format(probes) != "chat":
-            return self._write(messages, sampling, frozenset(watch), admits)
-        written = self._write(
-            messages, sampling, frozenset(watch), lambda judged: admits(_unjudged(judged))
-        )
-
-        async def events() -> AsyncGenerator[Event, None]:
-            async with aclosing(written):
-                async for event in written:
-                    yield _unjudged(event)
-
-        return events()
-
-    @abstractmethod
-    def _write(
-        self, messages: Conversation, sampling: Sampling, watch: frozenset[str], admits: Admission
-    ) -> AsyncGenerator[Event, None]:
-        """As ``generate``, for a text that every probe can judge.
-
-        Takes the loaded probes when it is called, not when its first event is requested.
         """
 
     @abstractmethod
@@ -353,8 +324,22 @@ class Engine(ABC):
         """
 
 
-def _unjudged(event: E) -> E:
-    """The event with every probe failed, for plain text and probes trained on chats."""
+def require_watched(watch: Collection[str], probes: Sequence[Probe]) -> frozenset[str]:
+    """The names in ``watch``, each of a probe that reads the response; for ``generate``."""
+    known = [probe.name for probe in probes if probe.reads.includes_response]
+    for name in watch:
+        if name not in known:
+            raise SidelightError(
+                f"Probe '{name}' cannot be watched: no such probe reads the response."
+                f"{did_you_mean(name, known)}"
+            )
+    return frozenset(watch)
+
+
+def as_judged(event: E, text: Conversation, probes: Sequence[Probe]) -> E:
+    """The event with every probe failed if they were trained on chats and this is plain text."""
+    if not isinstance(text, PlainText) or common_format(probes) != "chat":
+        return event
     if isinstance(event, TextDelta):
         return event
     judgement = event.judgement

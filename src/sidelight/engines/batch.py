@@ -16,7 +16,6 @@ from torch import Tensor
 from sidelight.backbone import Tap, TransformersBackbone
 from sidelight.bank import BankState, Panel
 from sidelight.engines.base import (
-    Event,
     Finished,
     FinishReason,
     GenerationError,
@@ -25,7 +24,7 @@ from sidelight.engines.base import (
     TextDelta,
 )
 from sidelight.engines.decoder import CachedRows, Decoder
-from sidelight.engines.queue import Request
+from sidelight.engines.queue import Emission, Request
 from sidelight.engines.text import (
     Detokenizer,
     LogprobStream,
@@ -34,18 +33,8 @@ from sidelight.engines.text import (
     TextCodec,
     likeliest_tokens,
 )
-from sidelight.errors import SidelightError
 from sidelight.prompts import Part
 from sidelight.types import Judgement
-
-
-@dataclass(frozen=True)
-class Emission:
-    """Something that happened to a request. An error ends it; ``is_last`` says what else does."""
-
-    request: Request
-    event: Event | SidelightError
-    is_last: bool = False
 
 
 class Stopwatch:

@@ -1,7 +1,7 @@
 """An engine whose model loads in the background, so that the server can answer meanwhile."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Sequence
 from typing import Any
 
 from sidelight.engines.base import (
@@ -13,6 +13,7 @@ from sidelight.engines.base import (
     PromptJudged,
     Sampling,
     Tokens,
+    admit_all,
 )
 from sidelight.probe import Probe
 from sidelight.prompts import Conversation, Message
@@ -80,10 +81,15 @@ class LoadingEngine(Engine):
     async def tokenize(self, text: Conversation) -> Tokens:
         return await self._loaded().tokenize(text)
 
-    def _write(
-        self, messages: Conversation, sampling: Sampling, watch: frozenset[str], admits: Admission
+    def generate(
+        self,
+        messages: Conversation,
+        sampling: Sampling,
+        *,
+        watch: Collection[str] = (),
+        admits: Admission = admit_all,
     ) -> AsyncGenerator[Event, None]:
-        return self._loaded()._write(messages, sampling, watch, admits)
+        return self._loaded().generate(messages, sampling, watch=watch, admits=admits)
 
     def judge(
         self, conversations: Sequence[Sequence[Message]]

@@ -1,10 +1,12 @@
-"""The requests that wait, and which of them go next."""
+"""The requests of an engine: which of them wait, which go next, and what happens to them."""
 
+import asyncio
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sidelight.bank import Panel
-from sidelight.engines.base import Admission, EngineBusyError, Sampling, admit_all
+from sidelight.engines.base import Admission, EngineBusyError, Event, Sampling, admit_all
+from sidelight.errors import SidelightError
 from sidelight.prompts import EncodedPrompt
 
 
@@ -37,6 +39,7 @@ class Request:
         has_response: Whether the prompt ends with the response to judge, which may be empty.
         watch: Names of probes that are judged after each token of the response.
         admits: Whether to write at all, once the prompt has been judged.
+        outbox: What happens to it, for whoever waits.
     """
 
     prompt: EncodedPrompt
@@ -46,6 +49,7 @@ class Request:
     has_response: bool = False
     watch: frozenset[str] = frozenset()
     admits: Admission = admit_all
+    outbox: "asyncio.Queue[Emission]" = field(default_factory=lambda: asyncio.Queue())
 
     @property
     def is_check(self) -> bool:
@@ -58,12 +62,28 @@ class Request:
         return len(self.prompt) + self.max_tokens
 
 
+@dataclass(frozen=True)
+class Emission:
+    """Something that happened to a request. An error ends it; ``is_last`` says what else does."""
+
+    request: Request
+    event: Event | SidelightError
+    is_last: bool = False
+
+
 class RequestQueue:
-    """First come, first served. Only checks may overtake, since they need no running row."""
+    """First come, first served. Only checks may overtake, since they need no running row.
+
+    Attributes:
+        awaited: Every request that somebody still waits for, whether or not it was taken.
+        has_work: Set when requests join.
+    """
 
     def __init__(self, limits: Limits):
         self._limits = limits
         self._waiting: list[Request] = []
+        self.awaited: set[Request] = set()
+        self.has_work = asyncio.Event()
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -79,11 +99,13 @@ class RequestQueue:
         if waiting and waiting + len(requests) > self._limits.waiting:
             raise EngineBusyError(waiting=waiting, limit=self._limits.waiting)
         self._waiting.extend(requests)
+        self.awaited.update(requests)
+        self.has_work.set()
 
     def leave(self, requests: Iterable[Request]) -> None:
-        """Removes those of the requests that are in the queue."""
-        gone = set(requests)
-        self._waiting = [request for request in self._waiting if request not in gone]
+        """Nobody waits for these requests any more."""
+        self.awaited.difference_update(requests)
+        self._waiting = [request for request in self._waiting if request in self.awaited]
 
     def take_next(self, running: Sequence[Request]) -> list[Request]:
         """Removes and returns those that go into the next prefill, beside the ``running``."""
@@ -97,7 +119,7 @@ class RequestQueue:
             is_blocked = is_blocked or not fits
             if request.is_check or not is_blocked:
                 taken.append(request)
-        self.leave(taken)
+        self._waiting = [request for request in self._waiting if request not in taken]
         return taken
 
     def _fits_prefill(self, batch: Sequence[Request]) -> bool:

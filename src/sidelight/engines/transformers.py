@@ -9,9 +9,8 @@ tokens/s on two CPU cores where plain forward calls reached 1,596. So the loop i
 import asyncio
 import logging
 import traceback
-from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -27,19 +26,20 @@ from sidelight.engines.base import (
     PromptJudged,
     Sampling,
     Tokens,
+    admit_all,
+    as_judged,
     require_same_model,
+    require_watched,
     verdict_failure,
 )
-from sidelight.engines.batch import Batch, Emission
-from sidelight.engines.queue import Limits, Request, RequestQueue
+from sidelight.engines.batch import Batch
+from sidelight.engines.queue import Emission, Limits, Request, RequestQueue
 from sidelight.engines.text import WARM_UP, TextCodec
 from sidelight.errors import SidelightError
 from sidelight.probe import Probe
 from sidelight.prompts import Conversation, Message, has_response
 
 _log = logging.getLogger(__name__)
-
-_Outbox = asyncio.Queue[Emission]
 
 
 class TransformersEngine(Engine):
@@ -70,9 +70,6 @@ class TransformersEngine(Engine):
         )
         self._batch = Batch(backbone, self._codec)
         self._queue = RequestQueue(limits or Limits())
-        # Of each request that somebody still waits for.
-        self._outboxes: dict[Request, _Outbox] = {}
-        self._has_work = asyncio.Event()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sidelight-model")
         self._loop: asyncio.Task[None] | None = None
 
@@ -99,7 +96,7 @@ class TransformersEngine(Engine):
     async def start(self) -> None:
         self._loop = asyncio.create_task(self._run())
         self._loop.add_done_callback(
-            lambda _: self._deliver(_failures(self._outboxes, EngineUnavailableError()))
+            lambda _: self._deliver(_failures(self._queue.awaited, EngineUnavailableError()))
         )
 
     async def close(self) -> None:
@@ -119,23 +116,40 @@ class TransformersEngine(Engine):
     async def tokenize(self, text: Conversation) -> Tokens:
         return await asyncio.to_thread(self._codec.tokens, text)
 
-    def _write(
-        self, messages: Conversation, sampling: Sampling, watch: frozenset[str], admits: Admission
+    def generate(
+        self,
+        messages: Conversation,
+        sampling: Sampling,
+        *,
+        watch: Collection[str] = (),
+        admits: Admission = admit_all,
     ) -> AsyncGenerator[Event, None]:
         # Not in the generator, which begins later, when other probes may have been loaded.
         panel = self._panel
+        watched = require_watched(watch, panel.probes)
 
         async def events() -> AsyncGenerator[Event, None]:
             prompt, room = await asyncio.to_thread(
                 self._codec.encode_to_continue, messages, sampling.max_tokens
             )
-            request = Request(prompt, sampling, room, panel, watch=watch, admits=admits)
-            with self._submitted([request]) as (outbox,):
+            request = Request(
+                prompt,
+                sampling,
+                room,
+                panel,
+                watch=watched,
+                admits=lambda judged: admits(as_judged(judged, messages, panel.probes)),
+            )
+            self._require_ready()
+            self._queue.join([request])
+            try:
                 is_last = False
                 while not is_last:
-                    emission = await outbox.get()
+                    emission = await request.outbox.get()
                     is_last = emission.is_last
-                    yield _event(emission)
+                    yield as_judged(_event(emission), messages, panel.probes)
+            finally:
+                self._queue.leave([request])
 
         return events()
 
@@ -153,43 +167,35 @@ class TransformersEngine(Engine):
             for turns, prompt in zip(conversations, prompts, strict=True)
         ]
         judged: list[PromptJudged] = []
-        with self._submitted(requests) as outboxes:
-            for outbox in outboxes:
-                event = _event(await outbox.get())
+        self._require_ready()
+        self._queue.join(requests)
+        try:
+            for request in requests:
+                event = _event(await request.outbox.get())
                 assert isinstance(event, PromptJudged)
                 judged.append(event)
+        finally:
+            self._queue.leave(requests)
         return judged
 
     def _load_panel(self, probes: Sequence[Probe]) -> Panel:
         require_same_model(probes, self._backbone.fingerprint)
         return Panel(probes, device=self._backbone.device)
 
-    @contextmanager
-    def _submitted(self, requests: Sequence[Request]) -> Generator[list[_Outbox]]:
-        """Queues the requests; those that are unfinished when the caller leaves are cancelled."""
+    def _require_ready(self) -> None:
         if not self.is_ready:
             raise EngineUnavailableError()
-        self._queue.join(requests)
-        outboxes = {request: _Outbox() for request in requests}
-        self._outboxes |= outboxes
-        self._has_work.set()
-        try:
-            yield [*outboxes.values()]
-        finally:
-            self._queue.leave(requests)
-            for request in requests:
-                del self._outboxes[request]
 
     async def _run(self) -> None:
         while True:
-            await self._has_work.wait()
+            await self._queue.has_work.wait()
             await self._step()
             if not self._queue and not self._batch.requests:
-                self._has_work.clear()
+                self._queue.has_work.clear()
 
     async def _step(self) -> None:
         """Frees cancelled rows, reads the prompts that go next, writes a token of each text."""
-        cancelled = {r for r in self._batch.requests if r not in self._outboxes}
+        cancelled = {r for r in self._batch.requests if r not in self._queue.awaited}
         if cancelled:
             drop = partial(self._batch.drop, cancelled)
             self._deliver(await self._pass(drop, self._batch.requests))
@@ -221,8 +227,7 @@ class TransformersEngine(Engine):
 
     def _deliver(self, emissions: Iterable[Emission]) -> None:
         for emission in emissions:
-            if (outbox := self._outboxes.get(emission.request)) is not None:
-                outbox.put_nowait(emission)
+            emission.request.outbox.put_nowait(emission)
 
 
 def _failures(requests: Iterable[Request], error: SidelightError) -> list[Emission]:

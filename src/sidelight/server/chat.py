@@ -18,7 +18,6 @@ from openai.types.chat import ChatCompletion
 from sidelight.engines.base import Sampling
 from sidelight.policy.enforcement import Admitted, Enforcement, Passed, require_trusted_turns
 from sidelight.policy.overrides import tightened
-from sidelight.policy.rules import BoundRule
 from sidelight.prompts import Conversation
 from sidelight.server.formats import (
     ChatFormat,
@@ -103,7 +102,21 @@ async def _answer(
         has_logprobs=sampling.logprobs is not None,
         includes_usage=body.stream_options is not None and body.stream_options.include_usage,
     )
-    streams = _guarded(request, rules, prompts, sampling, n=n)
+    observer, timeout_s = request.observer, request.registry.policy.timeout_s
+    observer.trace.model = request.engine.model
+    streams: list[AsyncGenerator[Passed, None]] = []
+    for prompt in prompts:
+        for number in range(n):
+            # The decisions on a prompt are recorded with the first of its texts.
+            observe = partial(observer.text, prompt, is_prompt_known=number > 0)
+            enforcement = Enforcement(rules, observe, timeout_s=timeout_s)
+            events = request.engine.generate(
+                prompt,
+                _reseeded(sampling, number),
+                watch=enforcement.watch,
+                admits=enforcement.admits,
+            )
+            streams.append(enforcement.guard(events))
     admitted = (await unless_left(request, _admitted(streams)))[::n]
     decisions = decisions_of(admitted)
     if body.stream:
@@ -112,31 +125,6 @@ async def _answer(
     texts = await unless_left(request, _collected(streams))
     decisions += decisions_of(ends_of(texts))
     return JSONResponse(answer.completion(admitted, texts), headers=report.headers(decisions))
-
-
-def _guarded(
-    request: ServerRequest,
-    rules: Sequence[BoundRule],
-    prompts: Sequence[Conversation],
-    sampling: Sampling,
-    *,
-    n: int,
-) -> Streams:
-    """``n`` texts for each prompt; its decisions are recorded with the first."""
-    engine, observer = request.engine, request.observer
-    observer.trace.model = engine.model
-    streams: list[AsyncGenerator[Passed, None]] = []
-    for prompt in prompts:
-        for number in range(n):
-            observe = partial(observer.text, prompt, is_prompt_known=number > 0)
-            timeout_s = request.registry.policy.timeout_s
-            enforcement = Enforcement(rules, observe, timeout_s=timeout_s)
-            own = _reseeded(sampling, number)
-            events = engine.generate(
-                prompt, own, watch=enforcement.watch, admits=enforcement.admits
-            )
-            streams.append(enforcement.guard(events))
-    return streams
 
 
 async def _admitted(streams: Streams) -> list[Admitted]:

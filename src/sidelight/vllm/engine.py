@@ -6,7 +6,7 @@ import asyncio
 import os
 import uuid
 from collections import deque
-from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import asdict
 from typing import Any
@@ -22,7 +22,10 @@ from sidelight.engines.base import (
     PromptJudged,
     Sampling,
     Tokens,
+    admit_all,
+    as_judged,
     require_same_model,
+    require_watched,
 )
 from sidelight.engines.queue import Limits
 from sidelight.engines.text import WARM_UP, TextCodec
@@ -137,12 +140,18 @@ class VllmEngine(Engine):
     async def tokenize(self, text: Conversation) -> Tokens:
         return await asyncio.to_thread(self._codec.tokens, text)
 
-    def _write(
-        self, messages: Conversation, sampling: Sampling, watch: frozenset[str], admits: Admission
+    def generate(
+        self,
+        messages: Conversation,
+        sampling: Sampling,
+        *,
+        watch: Collection[str] = (),
+        admits: Admission = admit_all,
     ) -> AsyncGenerator[Event, None]:
         # vLLM draws the first token in the step that gives the verdicts. If ``admits`` refuses,
         # nobody sees it.
         probes = self._exchange.probes
+        watched = require_watched(watch, probes)
 
         async def events() -> AsyncGenerator[Event, None]:
             prompt, room = await asyncio.to_thread(
@@ -152,8 +161,8 @@ class VllmEngine(Engine):
             text = WrittenText(
                 prompt,
                 probes,
-                watch,
-                admits,
+                watched,
+                lambda judged: admits(as_judged(judged, messages, probes)),
                 logprobs=sampling.logprobs,
                 codec=self._codec,
                 check=self.check,
@@ -163,7 +172,7 @@ class VllmEngine(Engine):
                     outputs = self._capacity.followed(place, self.outputs(prompt, params))
                     async with aclosing(text.events(outputs)) as written:
                         async for event in written:
-                            yield event
+                            yield as_judged(event, messages, probes)
 
         return events()
 
