@@ -1,48 +1,305 @@
 """``POST /v1/chat/completions`` and ``/v1/completions``: text and verdicts from one forward pass.
 
 The texts of a request are written side by side; all its prompts are judged before the first text
-is sent.
+is sent. The answer has OpenAI's formats: one JSON object, or server-sent events.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import suppress
+import json
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing, suppress
 from dataclasses import replace
 from functools import partial
+from typing import Any, ClassVar
 
 from fastapi import APIRouter
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from openai.types import Completion
 from openai.types.chat import ChatCompletion
+from starlette.types import Receive, Scope, Send
 
-from sidelight.engines.base import Sampling
+from sidelight.engines.base import (
+    Candidate,
+    FinishReason,
+    Sampling,
+    Spelling,
+    TextDelta,
+    TokenLogprobs,
+)
+from sidelight.errors import SidelightError
+from sidelight.policy.decisions import Decision, tightened
 from sidelight.policy.enforcement import Admitted, Enforcement, Passed, require_trusted_turns
-from sidelight.policy.overrides import tightened
+from sidelight.policy.hold_back import Ended
 from sidelight.prompts import Conversation
-from sidelight.server.formats import (
-    ChatFormat,
-    CompletionFormat,
-    EventStream,
-    Sent,
-    TextFormat,
-    decisions_of,
-    ends_of,
-)
-from sidelight.server.report import Extension
+from sidelight.server.errors import as_request_error
+from sidelight.server.report import Extension, Report
 from sidelight.server.requests import Route, ServerRequest, unless_left
-from sidelight.server.schemas import (
-    EVENTS,
-    ChatRequest,
-    CompletionRequest,
-    WritingRequest,
-)
+from sidelight.server.schemas import EVENTS, ChatRequest, CompletionRequest, WritingRequest
 
+Json = dict[str, Any]
+
+# What is sent of one choice: text, then its end.
+Sent = TextDelta | Ended
 # What is sent of each choice; choices of one prompt are neighbours.
 Streams = Sequence[AsyncGenerator[Passed, None]]
 # A seed is a signed number of 64 bits; the first follows the last.
 _SEEDS = 2**63
 # Most prompts of one request in the engine's queue at once, so that others find room there.
 _WAITING = 16
+
+
+class CompletionFormat(ABC):
+    """Formats one answer; the endpoints differ in where they put a text.
+
+    Args:
+        report: On the chosen probes.
+        has_logprobs: Whether a plain answer's choices have log-probabilities.
+        includes_usage: Whether a stream ends with a usage chunk.
+
+    Attributes:
+        prefix: How the answer's id begins.
+        whole: ``object`` of a plain answer.
+        piece: ``object`` of a chunk.
+        opening: Fields of a choice's first chunk besides its verdicts.
+    """
+
+    prefix: str
+    whole: str
+    piece: str
+    opening: ClassVar[Mapping[str, Any]] = {}
+
+    def __init__(self, report: Report, *, has_logprobs: bool, includes_usage: bool):
+        self._report = report
+        self._has_logprobs = has_logprobs
+        self._includes_usage = includes_usage
+        self._id = f"{self.prefix}-{uuid.uuid4().hex}"
+        self._created = int(time.time())
+
+    @abstractmethod
+    def _message(self, text: str) -> Json:
+        """The text of a plain answer's choice."""
+
+    @abstractmethod
+    def _delta(self, text: str | None, extra: Mapping[str, Any], end: Json) -> Json:
+        """The text of a chunk's choice, None at its end; ``extra`` goes where clients keep it."""
+
+    @abstractmethod
+    def _logprobs(self, tokens: Sequence[TokenLogprobs]) -> Json: ...
+
+    def completion(self, prompts: Sequence[Admitted], texts: Sequence[Sequence[Sent]]) -> Json:
+        """The body of a plain answer."""
+        ends, report = _ends(texts), self._report
+        prompt, response = _decisions(prompts), _decisions(ends)
+        choices: list[Json] = []
+        for index, (parts, end) in enumerate(zip(texts, ends, strict=True)):
+            tokens = [token for part in parts for token in part.logprobs]
+            choices.append(
+                {
+                    "index": index,
+                    **self._message("".join(p.text for p in parts if isinstance(p, TextDelta))),
+                    "logprobs": self._logprobs(tokens) if self._has_logprobs else None,
+                    "finish_reason": end.reason,
+                }
+            )
+        return {
+            **self._fields(self.whole),
+            "choices": choices,
+            "usage": _usage(prompts, ends),
+            "moderation": report.moderation(prompt, response) if report.probes else None,
+            "sidelight": report.extension([*prompt, *response]),
+        }
+
+    async def chunks(
+        self,
+        prompts: Sequence[Admitted],
+        events: AsyncGenerator[tuple[int, Sent], None],
+        *,
+        per_prompt: int,
+    ) -> AsyncGenerator[str, None]:
+        """Verdicts, moderation, text, the reasons for the end, usage, ``[DONE]``.
+
+        A failure midway is the last event; no ``[DONE]`` follows, so that nobody takes the text
+        for complete.
+
+        Args:
+            prompts: The prompts, all judged.
+            events: With the index of their choice; choices of one prompt are neighbours.
+            per_prompt: How many choices each prompt has.
+        """
+        report = self._report
+        openings = [report.extension(p.decisions) for p in prompts for _ in range(per_prompt)]
+        ends: dict[int, Ended] = {}
+        async with aclosing(events):
+            try:
+                for index, verdicts in enumerate(openings):
+                    extra = {**self.opening, "sidelight": _numbered(verdicts)}
+                    yield self._chunk([self._piece(index, "", extra=extra)])
+                if report.probes:
+                    yield self._moderation(prompts, None)
+                async for index, event in events:
+                    match event:
+                        case TextDelta(text, logprobs=logprobs):
+                            yield self._chunk([self._piece(index, text, logprobs=logprobs)])
+                        case Ended():
+                            ends[index] = event
+                            yield self._chunk([self._last_piece(index, event, openings[index])])
+                in_order = [ends[index] for index in sorted(ends)]
+                if report.reads_response:
+                    yield self._moderation(prompts, in_order)
+                if self._includes_usage:
+                    yield self._chunk([], usage=_usage(prompts, in_order))
+                yield "data: [DONE]\n\n"
+            except SidelightError as error:
+                yield _sse(as_request_error(error).body)
+
+    def _piece(
+        self,
+        index: int,
+        text: str | None,
+        *,
+        extra: Mapping[str, Any] | None = None,
+        logprobs: Sequence[TokenLogprobs] = (),
+        reason: FinishReason | None = None,
+    ) -> Json:
+        end = {"logprobs": self._logprobs(logprobs) if logprobs else None, "finish_reason": reason}
+        return {"index": index, **self._delta(text, extra or {}, end)}
+
+    def _last_piece(self, index: int, end: Ended, opening: Json) -> Json:
+        extra: Json = {}
+        if self._report.reads_response:
+            verdicts = self._report.extension(end.decisions)
+            extra = {"sidelight": _numbered(verdicts, first=len(opening["verdicts"]))}
+        return self._piece(index, None, extra=extra, logprobs=end.logprobs, reason=end.reason)
+
+    def _moderation(self, prompts: Sequence[Admitted], ends: Sequence[Ended] | None) -> str:
+        prompt, response = _decisions(prompts), None if ends is None else _decisions(ends)
+        moderation = self._report.moderation(prompt, response)
+        extension = self._report.extension([*prompt, *(response or ())])
+        return self._chunk([], moderation=moderation, sidelight=extension)
+
+    def _chunk(self, choices: list[Json], **extra: Any) -> str:
+        # With include_usage every chunk has the field, null until the last (OpenAI's API).
+        blank = {"usage": None} if self._includes_usage else {}
+        return _sse({**self._fields(self.piece), "choices": choices, **blank, **extra})
+
+    def _fields(self, kind: str) -> Json:
+        model = self._report.model
+        return {"id": self._id, "object": kind, "created": self._created, "model": model}
+
+
+class ChatFormat(CompletionFormat):
+    """``/v1/chat/completions``."""
+
+    prefix = "chatcmpl"
+    whole = "chat.completion"
+    piece = "chat.completion.chunk"
+    opening: ClassVar[Mapping[str, Any]] = {"role": "assistant"}
+
+    def _message(self, text: str) -> Json:
+        return {"message": {"role": "assistant", "content": text}}
+
+    def _delta(self, text: str | None, extra: Mapping[str, Any], end: Json) -> Json:
+        content = {} if text is None else {"content": text}
+        return {"delta": {**content, **extra}, **end}
+
+    def _logprobs(self, tokens: Sequence[TokenLogprobs]) -> Json:
+        content = [
+            {**_entry(token.drawn), "top_logprobs": [_entry(other) for other in token.likeliest]}
+            for token in tokens
+        ]
+        return {"content": content, "refusal": None}
+
+
+class TextFormat(CompletionFormat):
+    """``/v1/completions``."""
+
+    prefix = "cmpl"
+    whole = "text_completion"
+    piece = "text_completion"
+
+    def _message(self, text: str) -> Json:
+        return {"text": text}
+
+    def _delta(self, text: str | None, extra: Mapping[str, Any], end: Json) -> Json:
+        return {"text": text or "", **end, **extra}
+
+    def _logprobs(self, tokens: Sequence[TokenLogprobs]) -> Json:
+        return {
+            "tokens": [_name(token.drawn.spelling) for token in tokens],
+            "token_logprobs": [token.drawn.logprob for token in tokens],
+            # OpenAI lists the drawn token among the likeliest. If two tokens are spelled alike,
+            # the likelier counts.
+            "top_logprobs": [
+                {_name(one.spelling): one.logprob for one in (token.drawn, *token.likeliest[::-1])}
+                for token in tokens
+            ],
+            "text_offset": [token.offset for token in tokens],
+        }
+
+
+class EventStream(StreamingResponse):
+    """Sends events, and closes them when the answer is over, so that their end is recorded.
+
+    Starlette leaves them to the garbage collector if sending fails.
+    """
+
+    def __init__(self, events: AsyncGenerator[str, None], headers: Mapping[str, str]):
+        headers = {**headers, "Cache-Control": "no-cache"}
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self._events):
+            await super().__call__(scope, receive, send)
+
+
+def _ends(texts: Sequence[Sequence[Sent]]) -> list[Ended]:
+    return [part for text in texts for part in text if isinstance(part, Ended)]
+
+
+def _decisions(parts: Sequence[Admitted] | Sequence[Ended]) -> list[Decision]:
+    return [decision for part in parts for decision in part.decisions]
+
+
+def _usage(prompts: Sequence[Admitted], ends: Sequence[Ended]) -> dict[str, int]:
+    """Tokens read and written; a prompt counts once, however many texts follow it."""
+    prompt = sum(judged.tokens for judged in prompts)
+    written = sum(end.completion_tokens for end in ends)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": written,
+        "total_tokens": prompt + written,
+    }
+
+
+def _entry(candidate: Candidate) -> Json:
+    known = candidate.spelling.bytes
+    return {
+        "token": candidate.spelling.text,
+        "bytes": None if known is None else list(known),
+        "logprob": candidate.logprob,
+    }
+
+
+def _name(spelling: Spelling) -> str:
+    return f"bytes:{spelling.text}" if spelling.is_partial else spelling.text
+
+
+def _numbered(extension: Mapping[str, Any], *, first: int = 0) -> Json:
+    """The verdicts of a delta with an ``index``, by which OpenAI's stream helper merges them.
+
+    Without one it raises as soon as a second delta has verdicts.
+    """
+    verdicts = enumerate(extension["verdicts"], start=first)
+    return {**extension, "verdicts": [{"index": index, **verdict} for index, verdict in verdicts]}
+
+
+def _sse(data: Mapping[str, Any]) -> str:
+    return f"data: {json.dumps(data, separators=(',', ':'), allow_nan=False)}\n\n"
+
 
 router = APIRouter(route_class=Route)
 
@@ -118,12 +375,12 @@ async def _answer(
             )
             streams.append(enforcement.guard(events))
     admitted = (await unless_left(request, _admitted(streams)))[::n]
-    decisions = decisions_of(admitted)
+    decisions = _decisions(admitted)
     if body.stream:
         chunks = answer.chunks(admitted, _side_by_side(streams), per_prompt=n)
         return EventStream(chunks, report.headers(decisions))
     texts = await unless_left(request, _collected(streams))
-    decisions += decisions_of(ends_of(texts))
+    decisions += _decisions(_ends(texts))
     return JSONResponse(answer.completion(admitted, texts), headers=report.headers(decisions))
 
 

@@ -16,7 +16,7 @@ from sidelight.policy.enforcement import check_decisions
 from sidelight.policy.rules import Side
 from sidelight.prompts import Conversation, Message, PlainText, has_response
 from sidelight.server.errors import RequestError
-from sidelight.server.report import Categories, Extension, Report, categories, verdict_json
+from sidelight.server.report import Extension, Report, categories, verdict_json
 from sidelight.server.requests import Route, ServerRequest, unless_left
 from sidelight.server.schemas import (
     ChatMessage,
@@ -110,9 +110,13 @@ def is_answered(turns: Sequence[Message]) -> bool:
     return has_response(turns) and bool(turns[-1].content)
 
 
-class ModerationResult(Categories):
+class ModerationResult(BaseModel):
     """One text's categories; ``sidelight`` has the verdicts with all their labels."""
 
+    flagged: bool
+    categories: dict[str, bool]
+    category_scores: dict[str, float]
+    category_applied_input_types: dict[str, list[str]]
     sidelight: Extension
 
 
@@ -133,7 +137,7 @@ async def moderate(body: ModerationRequest, request: ServerRequest) -> Moderatio
     checked = await check(request, report, [as_user(text) for text in body.input])
     results = [
         ModerationResult(
-            **categories(one.verdicts, report.names).model_dump(),
+            **categories(one.verdicts, report.names),
             sidelight=Extension(verdicts=[verdict_json(verdict) for verdict in one.verdicts]),
         )
         for one in checked

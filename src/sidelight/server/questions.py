@@ -19,7 +19,7 @@ from sidelight.probe import Probe
 from sidelight.prompts import Message
 from sidelight.server.checks import as_user, check, is_answered
 from sidelight.server.errors import RequestError
-from sidelight.server.report import CategoryNames, category_names
+from sidelight.server.report import category_names
 from sidelight.server.requests import Route, ServerRequest
 from sidelight.server.schemas import FIRST_ERROR, Listed, Name, Named, StrictBody
 from sidelight.types import Verdict
@@ -38,19 +38,19 @@ class QuestionAnswers:
     """What is known of one text, looked up by the names that questions use.
 
     Attributes:
+        meanings: Probe and label that a name means: a binary probe's positive one, or a category.
         probes: The loaded probes by name, whether or not a question means them.
-        categories: The category of each label, by probe.
         verdicts: On the text, by probe; a probe without one answers no question.
         tokens: Tokens read; 0 if no question names a probe that can judge the text.
     """
 
+    meanings: Mapping[str | None, tuple[str, str]]
     probes: Mapping[str, Probe]
-    categories: CategoryNames
     verdicts: Mapping[str, Verdict]
     tokens: int
 
     def probability(self, name: str | None) -> float | None:
-        probe, label = _meaning(name, self.probes, self.categories) or ("", "")
+        probe, label = self.meanings.get(name, ("", ""))
         return self.verdicts[probe].probabilities[label] if probe in self.verdicts else None
 
     def choice(
@@ -85,8 +85,15 @@ async def find(
     """
     require_trusted_turns(request.registry.policy, [turns])
     probes = {probe.name: probe for probe in request.probes}
-    categories = category_names(request.probes)
-    meant = [meaning[0] for name in names if (meaning := _meaning(name, probes, categories))]
+    meanings: dict[str | None, tuple[str, str]] = {
+        category: (probe, label)
+        for probe, own in category_names(request.probes).items()
+        for label, category in own.items()
+    }
+    for probe in probes.values():
+        if probe.task.kind == "binary":
+            meanings[probe.name] = (probe.name, probe.task.labels[1])
+    meant = [meanings[name][0] for name in names if name in meanings]
     named = [name for name in names if name in probes]
     chosen = [
         name
@@ -94,26 +101,10 @@ async def find(
         if name and (is_answered(turns) or not probes[name].reads.includes_response)
     ]
     if not chosen:
-        return QuestionAnswers(probes, categories, verdicts={}, tokens=0)
+        return QuestionAnswers(meanings, probes, verdicts={}, tokens=0)
     (checked,) = await check(request, request.report(chosen), [turns])
     verdicts = {verdict.probe: verdict for verdict in checked.verdicts}
-    return QuestionAnswers(probes, categories, verdicts, checked.tokens)
-
-
-def _meaning(
-    name: str | None, probes: Mapping[str, Probe], categories: CategoryNames
-) -> tuple[str, str] | None:
-    """The probe and the label that ``name`` means: a binary probe's positive one, or a category."""
-    probe = probes.get(name or "")
-    if probe is not None and probe.task.kind == "binary":
-        return probe.name, probe.task.labels[1]
-    labels = (
-        (by_probe, label)
-        for by_probe, own in categories.items()
-        for label, category in own.items()
-        if category == name
-    )
-    return next(labels, None)
+    return QuestionAnswers(meanings, probes, verdicts, checked.tokens)
 
 
 class InputPart(StrictBody):

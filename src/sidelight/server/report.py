@@ -31,15 +31,6 @@ _BARE_LABELS = frozenset({"1", "true", "yes"})
 CategoryNames = Mapping[str, Mapping[str, str]]
 
 
-class Categories(BaseModel):
-    """Verdicts by category: whether it is flagged, its score, and that text was read."""
-
-    flagged: bool
-    categories: dict[str, bool]
-    category_scores: dict[str, float]
-    category_applied_input_types: dict[str, list[str]]
-
-
 class Extension(BaseModel):
     """The ``sidelight`` field of an answer: every verdict with all its labels."""
 
@@ -123,7 +114,7 @@ class Report:
             {
                 "type": "moderation_result",
                 "model": decision.verdict.probe,
-                **categories([decision.verdict], self.names).model_dump(),
+                **categories([decision.verdict], self.names),
             }
             for decision in chosen
             if decision.verdict is not None
@@ -150,8 +141,8 @@ def category_names(probes: Sequence[Probe]) -> CategoryNames:
     }
 
 
-def categories(verdicts: Sequence[Verdict], names: CategoryNames) -> Categories:
-    """All categories of these verdicts.
+def categories(verdicts: Sequence[Verdict], names: CategoryNames) -> dict[str, Any]:
+    """Whether each category of these verdicts is flagged, its score, and that text was read.
 
     A multi-class verdict is never flagged, so neither are its categories; its label is in the
     ``sidelight`` field.
@@ -162,12 +153,12 @@ def categories(verdicts: Sequence[Verdict], names: CategoryNames) -> Categories:
         for label, category in names[verdict.probe].items():
             scores[category] = verdict.probabilities[label]
             flags[category] = verdict.flagged and label in verdict.labels
-    return Categories(
-        flagged=any(verdict.flagged for verdict in verdicts),
-        categories=flags,
-        category_scores=scores,
-        category_applied_input_types={category: ["text"] for category in scores},
-    )
+    return {
+        "flagged": any(verdict.flagged for verdict in verdicts),
+        "categories": flags,
+        "category_scores": scores,
+        "category_applied_input_types": {category: ["text"] for category in scores},
+    }
 
 
 def verdict_json(verdict: Verdict) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from pydantic import (
 
 from sidelight.engines.base import Sampling
 from sidelight.errors import did_you_mean
-from sidelight.policy.overrides import OverrideMode, PolicyOverride, PolicyOverrides
+from sidelight.policy.decisions import OverrideMode, PolicyOverride, PolicyOverrides
 from sidelight.policy.rules import Side
 from sidelight.prompts import Message, PlainText
 
