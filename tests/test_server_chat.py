@@ -268,7 +268,7 @@ def test_a_failure_midway_ends_the_stream_with_an_error(backbone):
 
 
 def test_an_error_during_a_stream_keeps_its_code():
-    error = RequestError("no", status=503, type="server_error", code="audit_failed", param="x")
+    error = RequestError("no", status=503, code="audit_failed", param="x")
     assert as_request_error(error).body == error.body
 
 

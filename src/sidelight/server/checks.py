@@ -53,14 +53,9 @@ async def check(
     """The verdicts of the report's probes on each conversation, from one pass each.
 
     A conversation that ends with the assistant's turn is judged by every chosen probe, any other by
-    those that read the prompt alone. The work ends when the request's client leaves.
-
-    Args:
-        request: The request.
-        report: On the chosen probes.
-        conversations: What is judged.
-        is_prompt_known: Whether the turns before the assistant's are real. If they are made up, no
-            verdict on them counts.
+    those that read the prompt alone. If the turns before the assistant's are made up
+    (``is_prompt_known`` is False), no verdict on them counts. The work ends when the request's
+    client leaves.
 
     Raises:
         VerdictError: A chosen probe gave no verdict.

@@ -18,48 +18,37 @@ _RELOAD_S = 5
 _CLIENT_LEFT = 499
 _MAX_QUOTED = 500
 
-# Status, OpenAI's type, and code, by the nearest class of an error.
-_KINDS: dict[type[SidelightError], tuple[int, str, str | None]] = {
-    SidelightError: (400, "invalid_request_error", None),
-    ContextLengthError: (400, "invalid_request_error", "context_length_exceeded"),
-    EngineBusyError: (429, "rate_limit_error", "engine_busy"),
-    EngineUnavailableError: (503, "server_error", "unavailable"),
-    GenerationError: (500, "server_error", "generation_failed"),
-    VerdictError: (500, "server_error", "verdict_failed"),
+# OpenAI's types of errors; others are the server's fault from 500 on, or the request's.
+_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+# Status and code by the nearest class of an error.
+_KINDS: dict[type[SidelightError], tuple[int, str | None]] = {
+    SidelightError: (400, None),
+    ContextLengthError: (400, "context_length_exceeded"),
+    EngineBusyError: (429, "engine_busy"),
+    EngineUnavailableError: (503, "unavailable"),
+    GenerationError: (500, "generation_failed"),
+    VerdictError: (500, "verdict_failed"),
 }
-# Status and type of a policy's refusal, by who is at fault.
-_FAULTS = {
-    "request": (400, "invalid_request_error"),
-    "failed": (500, "server_error"),
-    "late": (504, "server_error"),
-}
+# Status of a policy's refusal, by who is at fault.
+_FAULTS = {"request": 400, "failed": 500, "late": 504}
 
 
 class RequestError(SidelightError):
-    """An error as HTTP answers it.
-
-    Args:
-        message: What was got, what was wanted, what to do.
-        status: The HTTP status.
-        type: OpenAI's error type.
-        code: A word for programs.
-        param: The field of the request at fault.
-        headers: Extra headers of the answer.
-    """
+    """An error as HTTP answers it: ``code`` is for programs, ``param`` the field at fault."""
 
     def __init__(
         self,
         message: str,
         *,
         status: int = 400,
-        type: str = "invalid_request_error",
         code: str | None = None,
         param: str | None = None,
         headers: Mapping[str, str] | None = None,
     ):
         super().__init__(message)
         self.status = status
-        self.body = {"error": {"message": message, "type": type, "param": param, "code": code}}
+        kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
         self.headers = headers
 
     def answer(self) -> JSONResponse:
@@ -72,19 +61,17 @@ def as_request_error(error: SidelightError) -> RequestError:
         case RequestError():
             return error
         case PolicyError(code=code, param=param, decisions=decisions):
-            status, kind = _FAULTS[error.fault]
+            status = _FAULTS[error.fault]
             headers = refusal_headers(decisions) if decisions else None
-            return RequestError(
-                message, status=status, type=kind, code=code, param=param, headers=headers
-            )
+            return RequestError(message, status=status, code=code, param=param, headers=headers)
         case EngineBusyError():
             headers = {"Retry-After": str(error.retry_after_s)}
         case EngineUnavailableError():
             headers = {"Retry-After": str(_RELOAD_S)}
         case _:
             pass
-    status, kind, code = next(_KINDS[base] for base in type(error).__mro__ if base in _KINDS)
-    return RequestError(message, status=status, type=kind, code=code, headers=headers)
+    status, code = next(_KINDS[base] for base in type(error).__mro__ if base in _KINDS)
+    return RequestError(message, status=status, code=code, headers=headers)
 
 
 def add_error_handlers(app: FastAPI) -> None:

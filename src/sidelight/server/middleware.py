@@ -301,7 +301,7 @@ class RequestScope:
         extra = {"request_id": trace.request_id}
         _log.exception("Request %s failed.", trace.request_id, extra=extra)
         message = f"The server failed. Look for {trace.request_id} in its log."
-        return RequestError(message, status=500, type="server_error")
+        return RequestError(message, status=500)
 
     def _lateness(self) -> RequestError:
         if self._drain.is_over:
@@ -309,14 +309,12 @@ class RequestScope:
                 "The server is stopping and cancelled the request. Send it to another server, or "
                 "again once this one is back.",
                 status=503,
-                type="server_error",
                 code="shutting_down",
             )
         return RequestError(
             f"The request took longer than {self._deadline:g} seconds (--deadline) and was "
             "cancelled. Ask for less at a time, or try again when the server is less busy.",
             status=504,
-            type="server_error",
             code="deadline_exceeded",
         )
 
@@ -343,11 +341,6 @@ class Gatekeeper:
     ``/health`` is open to all; ``/ready`` and ``/metrics`` need a key but are not limited. The gate
     is before the routing, so that nobody without a key learns which routes exist. A request that
     passes carries its ``Caller`` in its state.
-
-    Args:
-        app: What is protected.
-        access: Who may pass.
-        limit: Most requests at a time.
     """
 
     def __init__(self, app: ASGIApp, *, access: Access, limit: int):
@@ -365,7 +358,6 @@ class Gatekeeper:
             error = RequestError(
                 "Missing or unknown API key. Send it as 'Authorization: Bearer KEY'.",
                 status=401,
-                type="authentication_error",
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
@@ -378,7 +370,6 @@ class Gatekeeper:
                 f"The server is answering {self._limit} requests, its limit (--max-concurrent). "
                 "Try again in a moment.",
                 status=429,
-                type="rate_limit_error",
                 code="too_many_requests",
                 headers={"Retry-After": str(_RETRY_S)},
             )

@@ -268,7 +268,6 @@ class AuditLog:
                 "The audit log cannot be written, and the policy answers nothing that is not "
                 "audited. Ask the operator to check the disk.",
                 status=500,
-                type="server_error",
                 code="audit_failed",
             ) from error
 

@@ -21,9 +21,6 @@ class OtelSink:
 
     The span is made when the request is over, with the times at which it began and ended: until
     then, nothing of OpenTelemetry runs.
-
-    Args:
-        provider: Gives the spans to their exporter.
     """
 
     def __init__(self, provider: TracerProvider):

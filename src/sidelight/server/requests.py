@@ -27,16 +27,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Context:
-    """One server's parts.
-
-    Attributes:
-        engine: What answers.
-        registry: Its probes and their rules.
-        config: The configuration.
-        observer: Of all requests.
-        drain: Whether the server is about to stop.
-        started_at: Unix time.
-    """
+    """The parts of one server, which its requests share; ``started_at`` is Unix time."""
 
     engine: Engine
     registry: ProbeRegistry
@@ -187,7 +178,6 @@ def _require_admin(request: Request) -> None:
             "This route needs an admin key. Start the server with --admin-key or "
             "--admin-keys-file, and send that key.",
             status=403,
-            type="permission_error",
             code="admin_key_required",
         )
 
