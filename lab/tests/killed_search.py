@@ -13,7 +13,7 @@ from sidelight.data.loading import load_examples
 from sidelight.prompts import Reads
 from sidelight.states.cache import ActivationCache, Shard
 from sidelight.training.dataset import ProbeDataset, Split, make_split
-from sidelight_lab.search.trials import search_settings
+from sidelight_lab.search import search_settings
 from tiny import tiny_backbone
 
 PLAN = {"trials": 6, "generation": 3, "seed": 0}

@@ -27,10 +27,8 @@ from sidelight.mechanisms.base import Geometry, mechanism_names, mechanism_spec
 from sidelight.training.dataset import ProbeDataset
 from sidelight.training.loop import train_mechanisms
 from sidelight.training.settings import Job, TrainingSettings, suggested_settings
-from sidelight_lab.cli.search import search
-from sidelight_lab.search.results import write_search
-from sidelight_lab.search.space import SPACES, Range, Space, possible_specs
-from sidelight_lab.search.trials import search_settings
+from sidelight_lab.cli.search import search, write_search
+from sidelight_lab.search import SPACES, Range, Space, possible_specs, search_settings
 
 SMOLLM2 = Geometry(layers=31, width=576, outputs=1)
 
@@ -246,7 +244,7 @@ def test_a_training_that_diverges_ends_neither_the_search_nor_its_neighbours(
     dataset, tmp_path, monkeypatch
 ):
     explosive = Space(weight_decay=Range(0.0, 1e38))
-    monkeypatch.setattr("sidelight_lab.search.trials.SPACES", {**SPACES, "pooling": explosive})
+    monkeypatch.setattr("sidelight_lab.search.SPACES", {**SPACES, "pooling": explosive})
     best = search_settings(
         dataset, "pooling", trials=5, generation=5, seed=0, storage=tmp_path / "journal"
     )
@@ -258,7 +256,7 @@ def test_a_training_that_diverges_ends_neither_the_search_nor_its_neighbours(
 
 def test_a_search_that_only_diverged_is_told_so(dataset, tmp_path, monkeypatch):
     explosive = Space(weight_decay=Range(1e37, 1e38))
-    monkeypatch.setattr("sidelight_lab.search.trials.SPACES", {**SPACES, "pooling": explosive})
+    monkeypatch.setattr("sidelight_lab.search.SPACES", {**SPACES, "pooling": explosive})
     with pytest.raises(SidelightError, match="diverged"):
         search_settings(dataset, "pooling", trials=2, seed=0, storage=tmp_path / "journal")
 

@@ -99,7 +99,7 @@ def reproduce(
 
     from sidelight.smollm2 import cache_root
     from sidelight_lab.datasets import from_files, load_data_set
-    from sidelight_lab.search.trials import search_settings
+    from sidelight_lab.search import search_settings
     from sidelight_lab.tables.context import RecipeContext
 
     def load(name: str) -> Any:

@@ -1,8 +1,14 @@
-"""``sidelight search``: which options and settings do best on validation data."""
+"""``sidelight search``: which options and settings do best on validation data.
 
+It writes a table of all trials, the best of them, and a picture.
+"""
+
+import csv
 import json
 import shlex
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,13 +16,18 @@ import click
 from click.core import ParameterSource
 
 from sidelight.cli import options
+from sidelight.storage import write_json, write_text
 from sidelight_lab.cli.options import trials_option
 
 if TYPE_CHECKING:
-    from sidelight_lab.search.trials import Best, Trial
+    from matplotlib.figure import Figure
+
+    from sidelight.mechanisms.base import MechanismSpec
+    from sidelight_lab.search import Best, Trial
     from sidelight_lab.tables.writing import Grid
 
-
+_SETTINGS = ("learning_rate", "weight_decay", "epochs", "batch_size")
+_MARKERS = "osD^vP"
 # Options that ``sidelight train`` needs as well, to train on what was searched on.
 _SHARED = (
     "data", "text", "label", "response", "split", "missing_label", "positive", "validation",
@@ -67,8 +78,7 @@ def search(
     from sidelight.training.dataset import prepare
     from sidelight.training.optimisation import score_name
     from sidelight.training.runs import console
-    from sidelight_lab.search.results import describe, write_search
-    from sidelight_lab.search.trials import search_settings
+    from sidelight_lab.search import search_settings
 
     # Trials are scored as they are; training chooses the calibration.
     fit_options = replace(inputs.fit_options(), calibration="none")
@@ -92,7 +102,7 @@ def search(
         for split in {dataset.training, dataset.validation}:
             split.states.remove()
     if as_json:
-        click.echo(json.dumps(describe(found), indent=2))
+        click.echo(json.dumps(_describe(found), indent=2))
         return
     console().print(_grid(found, score_name(dataset.task)).terminal())
     click.echo(f"Saved to {out}: best.json, trials.csv, sensitivity.png. To train the best:")
@@ -101,7 +111,7 @@ def search(
 
 
 def _report(trials: "tuple[Trial, ...]", wanted: int) -> None:
-    from sidelight_lab.search.trials import best_of
+    from sidelight_lab.search import best_of
 
     done, best = f"{trials[0].spec.name}: {len(trials)} of {wanted} trials", best_of(trials)
     if best is None:
@@ -112,7 +122,6 @@ def _report(trials: "tuple[Trial, ...]", wanted: int) -> None:
 
 
 def _grid(found: "dict[str, Best]", score: str) -> "Grid":
-    from sidelight_lab.search.results import describe_options
     from sidelight_lab.tables.writing import Grid
 
     rows = [
@@ -124,7 +133,7 @@ def _grid(found: "dict[str, Best]", score: str) -> "Grid":
             "decay": f"{best.settings.weight_decay:.2g}",
             "epochs": str(best.settings.epochs),
             "batch": str(best.settings.batch_size),
-            "options": describe_options(best.spec),
+            "options": _describe_options(best.spec),
         }
         for name, best in found.items()
     ]
@@ -133,8 +142,6 @@ def _grid(found: "dict[str, Best]", score: str) -> "Grid":
 
 
 def _train_command(best: "Best", inputs: options.TrainingInputs, out: Path) -> str:
-    from sidelight_lab.search.results import train_arguments
-
     context = click.get_current_context()
     command = ["sidelight", "train"]
     for name in _SHARED:
@@ -143,4 +150,75 @@ def _train_command(best: "Best", inputs: options.TrainingInputs, out: Path) -> s
     # Without it, the first of these commands would remove what the others read.
     if inputs.keep_cache:
         command.append("--keep-cache")
-    return shlex.join([*command, *train_arguments(best), "--out", str(out / best.spec.name)])
+    name = best.spec.name
+    command += ["--mechanism", name]
+    for key, value in best.spec.options.items():
+        command += ["--set", f"{name}.{key}={value}"]
+    for setting in _SETTINGS:
+        command += [f"--{setting.replace('_', '-')}", str(getattr(best.settings, setting))]
+    return shlex.join([*command, "--out", str(out / name)])
+
+
+def write_search(found: "Mapping[str, Best]", directory: Path, *, score: str) -> None:
+    """Writes ``trials.csv``, ``best.json`` and ``sensitivity.png``."""
+    from sidelight.plots import save_figure
+
+    text = StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["mechanism", "trial", "score", *_SETTINGS, "options"])
+    for name, best in found.items():
+        for trial in best.trials:
+            settings = [getattr(trial.settings, setting) for setting in _SETTINGS]
+            shown = "diverged" if trial.score is None else trial.score
+            table.writerow([name, trial.number, shown, *settings, _describe_options(trial.spec)])
+    write_text(directory / "trials.csv", text.getvalue())
+    write_json(directory / "best.json", _describe(found))
+    save_figure(_draw_sensitivity(found, score=score), directory / "sensitivity.png")
+
+
+def _describe(found: "Mapping[str, Best]") -> dict[str, Any]:
+    """The best of each mechanism, and the best mechanism, as JSON values."""
+    return {
+        "best": max(found, key=lambda name: found[name].score),
+        "mechanisms": {
+            name: {
+                "score": best.score,
+                "options": dict(best.spec.options),
+                "settings": asdict(best.settings),
+                "trials": len(best.trials),
+                "importance": dict(best.importance),
+            }
+            for name, best in found.items()
+        },
+    }
+
+
+def _describe_options(spec: "MechanismSpec") -> str:
+    return " ".join(f"{option}={value}" for option, value in spec.options.items())
+
+
+def _draw_sensitivity(found: "Mapping[str, Best]", *, score: str) -> "Figure":
+    """Each trial's score over its learning rate, the best of each mechanism ringed.
+
+    Like the paper's Figure 3 (Meyoyan & Del Corro 2026) but of all trials at once, so the other
+    settings of neighbouring points differ too. Trainings that diverged are not drawn.
+    """
+    from sidelight_lab.plots import COLOURS, LEGEND_BESIDE, new_axes
+
+    figure, axes = new_axes(7.2, 4.4)
+    for number, (name, best) in enumerate(found.items()):
+        points = [(t.settings.learning_rate, t.score) for t in best.trials if t.score is not None]
+        axes.scatter(
+            *zip(*points, strict=True),
+            color=COLOURS[number % len(COLOURS)],
+            marker=_MARKERS[number % len(_MARKERS)],
+            s=22,
+            alpha=0.7,
+            linewidths=0,
+            label=f"{best.score:.3f}  {name}",
+        )
+        ring: dict[str, Any] = {"facecolors": "none", "edgecolors": "#222222", "linewidths": 1.2}
+        axes.scatter(best.settings.learning_rate, best.score, s=70, **ring)
+    axes.set(xscale="log", xlabel="Learning rate", ylabel=f"{score} on validation data")
+    axes.legend(title="best", title_fontsize=8, alignment="left", **LEGEND_BESIDE)
+    return figure

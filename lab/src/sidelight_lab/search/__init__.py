@@ -1,1 +1,0 @@
-"""Chooses a mechanism's options and training settings on validation data, from the cache alone."""
