@@ -148,7 +148,7 @@ def guard_app(*, seen, fails=0):
 def test_a_guard_scores_by_its_log_probabilities(dataset):
     seen = []
     with listening(guard_app(seen=seen)) as url:
-        logits = GuardEndpoint(url, "g").fit(dataset, seed=0).logits(dataset.validation)
+        logits = GuardEndpoint(url=url, model="g").fit(dataset, seed=0).logits(dataset.validation)
     bad = math.log(0.91) - math.log(0.09)
     fine = math.log(0.21) - math.log(0.72)
     expected = [bad if "X" in text else fine for text in dataset.validation.texts]
@@ -163,7 +163,7 @@ def test_a_guard_without_log_probabilities_gives_a_sign(dataset, monkeypatch):
     seen = []
     with listening(guard_app(seen=seen)) as url:
         guard = GuardEndpoint(
-            url, "g", prompt="Unsafe? {text} {x}", key_env="GUARD_KEY", alternatives=0
+            url=url, model="g", prompt="Unsafe? {text} {x}", key_env="GUARD_KEY", alternatives=0
         )
         logits = guard.fit(dataset, seed=0).logits(dataset.validation)
     assert np.array_equal(logits[:, 0] > 0, dataset.validation.labels == 1)
@@ -176,26 +176,26 @@ def test_a_guard_without_log_probabilities_gives_a_sign(dataset, monkeypatch):
 
 def test_a_guard_that_does_not_answer_is_an_error(dataset):
     with listening(guard_app(seen=[])) as url:
-        guard = GuardEndpoint(url, "g", prompt="mumble {text}", alternatives=0)
+        guard = GuardEndpoint(url=url, model="g", prompt="mumble {text}", alternatives=0)
         fitted = guard.fit(dataset, seed=0)
         with pytest.raises(VerdictError, match="60 of 60 answers"):
             fitted.logits(dataset.validation)
     with pytest.raises(SidelightError, match=r"no \{text\}"):
-        GuardEndpoint(url, "g", prompt="Is it bad?").fit(dataset, seed=0)
+        GuardEndpoint(url=url, model="g", prompt="Is it bad?").fit(dataset, seed=0)
 
 
 @pytest.mark.slow
 def test_a_failing_guard_is_asked_again(dataset):
     few = dataset.validation.select(range(4))
     with listening(guard_app(seen=[], fails=1)) as url:
-        assert GuardEndpoint(url, "g").fit(dataset, seed=0).logits(few).shape == (4, 1)
+        assert GuardEndpoint(url=url, model="g").fit(dataset, seed=0).logits(few).shape == (4, 1)
     with listening(guard_app(seen=[], fails=99)) as url:
-        fitted = GuardEndpoint(url, "g", retries=0).fit(dataset, seed=0)
+        fitted = GuardEndpoint(url=url, model="g", retries=0).fit(dataset, seed=0)
         with pytest.raises(SidelightError, match=f"{url} answered 503") as raised:
             fitted.logits(few)
     assert not any(text in str(raised.value) for text in few.texts)
     with pytest.raises(SidelightError, match="Cannot reach"):
-        GuardEndpoint(url, "g", retries=0).fit(dataset, seed=0).logits(few)
+        GuardEndpoint(url=url, model="g", retries=0).fit(dataset, seed=0).logits(few)
 
 
 @pytest.fixture
@@ -216,10 +216,12 @@ def test_a_moderation_endpoint_gives_the_log_odds_of_its_scores(dataset):
     toxicity, other = score(backbone, Bank(probes), few.prompts)
     with served(TransformersEngine(backbone, probes)) as address:
         url = f"{address}/v1"
-        named = ModerationEndpoint(url, category="toxicity/toxic").fit(dataset, seed=0).logits(few)
-        highest = ModerationEndpoint(url, concurrency=1).fit(dataset, seed=0).logits(few)
+        named = (
+            ModerationEndpoint(url=url, category="toxicity/toxic").fit(dataset, seed=0).logits(few)
+        )
+        highest = ModerationEndpoint(url=url, concurrency=1).fit(dataset, seed=0).logits(few)
         with pytest.raises(SidelightError, match="Did you mean 'toxicity/toxic'"):
-            ModerationEndpoint(url, category="toxicity").fit(dataset, seed=0).logits(few)
+            ModerationEndpoint(url=url, category="toxicity").fit(dataset, seed=0).logits(few)
     np.testing.assert_allclose(named, toxicity, atol=ROUNDING)
     np.testing.assert_allclose(highest, np.maximum(toxicity, other), atol=ROUNDING)
 
@@ -228,7 +230,7 @@ def test_a_key_that_is_refused_is_named_and_not_shown(dataset, monkeypatch):
     monkeypatch.setenv("GUARD_KEY", "secret")
     engine = TransformersEngine(tiny_backbone(), [])
     with served(engine, api_key="right") as address:
-        fitted = ModerationEndpoint(f"{address}/v1", key_env="GUARD_KEY").fit(dataset, seed=0)
+        fitted = ModerationEndpoint(url=f"{address}/v1", key_env="GUARD_KEY").fit(dataset, seed=0)
         with pytest.raises(SidelightError, match=r"key into .* GUARD_KEY") as raised:
             fitted.logits(dataset.validation.select([0]))
     assert "secret" not in str(raised.value) + repr(fitted)
@@ -236,6 +238,9 @@ def test_a_key_that_is_refused_is_named_and_not_shown(dataset, monkeypatch):
 
 def test_endpoints_are_for_binary_tasks(tiny, tmp_path):
     dataset = dataset_without_states(tiny, tmp_path, "multiclass", training=24, validation=12)
-    for endpoint in (ModerationEndpoint("http://x/v1"), GuardEndpoint("http://x/v1", "g")):
+    for endpoint in (
+        ModerationEndpoint(url="http://x/v1"),
+        GuardEndpoint(url="http://x/v1", model="g"),
+    ):
         with pytest.raises(SidelightError, match="multiclass with labels x, y, z"):
             endpoint.fit(dataset, seed=0)

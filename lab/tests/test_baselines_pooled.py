@@ -22,7 +22,6 @@ from sidelight.training.dataset import ProbeDataset, Split, make_split
 from sidelight.training.optimisation import validation_score
 from sidelight.types import TaskKind
 from sidelight_lab.baselines.base import Baseline, FittedBaseline, TfIdf
-from sidelight_lab.baselines.linear import fit_logistic, gaussian_discriminant
 from sidelight_lab.baselines.muli import FirstToken, LogOddsDesign, Muli
 from sidelight_lab.baselines.pooled import (
     LastTokenOfBestLayer,
@@ -31,6 +30,8 @@ from sidelight_lab.baselines.pooled import (
     MeanOfLastLayer,
     MeansOfAllLayers,
     Mlpm,
+    fit_logistic,
+    gaussian_discriminant,
 )
 from sidelight_lab.baselines.siren import Siren, sparse_path
 

@@ -10,7 +10,7 @@ from planted_tables import TABLE, Data, context_of, examples, recipe, stored
 from sidelight.errors import SidelightError
 from sidelight_lab.baselines import BASELINES
 from sidelight_lab.tables.cross_validation import cross_validate
-from sidelight_lab.tables.rows import suggested
+from sidelight_lab.tables.recipes import suggested
 
 
 @pytest.fixture

@@ -4,8 +4,15 @@ import pytest
 from planted_tables import TABLE, recipe
 
 from sidelight.errors import SidelightError
-from sidelight_lab.tables.recipes import parse_recipe, recipe_names, recipe_text
-from sidelight_lab.tables.rows import BaselineConfig, ProbeConfig, build_rows, suggested
+from sidelight_lab.tables.recipes import (
+    BaselineConfig,
+    ProbeConfig,
+    build_rows,
+    parse_recipe,
+    recipe_names,
+    recipe_text,
+    suggested,
+)
 
 
 def test_rows_that_are_left_are_those_compared():
@@ -39,7 +46,7 @@ def test_recipes_of_the_package_name_what_exists(name: str):
 @pytest.mark.parametrize("name", recipe_names())
 def test_recipes_ask_a_prompted_model_about_the_classes(name: str):
     for row in parse_recipe(recipe_text(name), name=name).baseline:
-        if row.key in ("zero_shot", "few_shot"):
+        if (row.baseline or row.name) in ("zero_shot", "few_shot"):
             # The data's own names may be 0 and 1, which say nothing to the model.
             assert "question" in row.options or name == "own"
             assert "names" in row.options or name in ("own", "emotion", "fewshot-emotion")

@@ -16,7 +16,7 @@ from sidelight_lab.tables.figures import (
     mean_draws,
     measure_rows,
 )
-from sidelight_lab.tables.judging import JudgedRow, JudgedRun, JudgedTable
+from sidelight_lab.tables.runs import JudgedRow, JudgedRun, JudgedTable
 from sidelight_lab.tables.writing import Grid
 
 

@@ -22,9 +22,9 @@ from sidelight.states.extraction import score
 from sidelight.training.dataset import ProbeDataset, make_split
 from sidelight.training.optimisation import validation_score
 from sidelight_lab.baselines import BASELINES
-from sidelight_lab.tables.judging import score_split
+from sidelight_lab.tables.recipes import Configuration, build_rows, suggested
 from sidelight_lab.tables.reproduce import reproduce
-from sidelight_lab.tables.rows import Configuration, build_rows, suggested
+from sidelight_lab.tables.runs import score_split
 from sidelight_lab.tables.writing import FinishedTable, grid
 
 Make = Callable[..., FinishedTable]

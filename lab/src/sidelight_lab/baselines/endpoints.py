@@ -33,6 +33,7 @@ _SAFE = ("safe", "no")
 _UNDECIDED_SHARE = 0.05
 
 
+@dataclass(frozen=True, kw_only=True)
 class Endpoint(Baseline):
     """A service that scores texts.
 
@@ -46,10 +47,10 @@ class Endpoint(Baseline):
 
     is_single_pass: ClassVar[bool] = False
     url: str
-    key_env: str
-    concurrency: int
-    retries: int
-    timeout_s: float
+    key_env: str = "OPENAI_API_KEY"
+    concurrency: int = 4
+    retries: int = 5
+    timeout_s: float = 60.0
 
     def require_binary(self, task: Task) -> None:
         """Raises a ``SidelightError`` unless the task has one positive class."""
@@ -105,7 +106,7 @@ class Endpoint(Baseline):
         return f"{self.url} answered {status} when asked about a text. {remedy}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModerationEndpoint(Endpoint):
     """The score of any service that speaks OpenAI's ``/v1/moderations``.
 
@@ -115,13 +116,8 @@ class ModerationEndpoint(Endpoint):
     """
 
     title: ClassVar[str] = "Moderation endpoint"
-    url: str
     model: str | None = None
-    key_env: str = "OPENAI_API_KEY"
     category: str | None = None
-    concurrency: int = 4
-    retries: int = 5
-    timeout_s: float = 60.0
 
     def fit(self, dataset: ProbeDataset, *, seed: int) -> FittedBaseline:
         """Fits nothing.
@@ -154,7 +150,7 @@ class ModerationEndpoint(Endpoint):
         return math.log(chance) - math.log1p(-chance)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GuardEndpoint(Endpoint):
     """A chat model whose answer begins with ``safe`` or ``unsafe``, or with ``yes`` or ``no``.
 
@@ -170,14 +166,10 @@ class GuardEndpoint(Endpoint):
     """
 
     title: ClassVar[str] = "Guard endpoint"
-    url: str
     model: str
     prompt: str | None = None
-    key_env: str = "OPENAI_API_KEY"
     alternatives: int = 20
     max_tokens: int = 8
-    concurrency: int = 4
-    retries: int = 5
     timeout_s: float = 120.0
 
     def fit(self, dataset: ProbeDataset, *, seed: int) -> FittedBaseline:

@@ -1,20 +1,129 @@
-"""Baselines on one vector per text and layer: its mean token or its last one."""
+"""Baselines on one vector per text and layer (its mean or last token), and the linear classifiers.
 
+These are logistic regressions and Gaussian discriminants by scikit-learn, on standardised vectors.
+"""
+
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from jaxtyping import Float, Int
+from sklearn.covariance import LedoitWolf
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
 
 from sidelight.training.dataset import ProbeDataset, Split
 from sidelight.training.optimisation import validation_score
 from sidelight.types import Task
 from sidelight_lab.baselines.base import Baseline, FittedBaseline
-from sidelight_lab.baselines.linear import (
-    PENALTIES,
-    fit_logistic,
-    gaussian_discriminant,
-)
+
+# L2 penalties per text, for features of variance 1: from very strong to very weak.
+PENALTIES = (10.0, 1.0, 0.1, 0.01, 0.001)
+# The logit of a class that no training text has.
+_ABSENT = -20.0
+
+
+@dataclass(frozen=True)
+class Linear:
+    """logits = inputs @ weight + bias."""
+
+    weight: Float[np.ndarray, "feature output"]
+    bias: Float[np.ndarray, " output"]
+
+    @property
+    def parameters(self) -> int:
+        """The number of fitted numbers."""
+        return self.weight.size + self.bias.size
+
+    def __call__(
+        self, inputs: Float[np.ndarray, "text feature"]
+    ) -> Float[np.ndarray, "text output"]:
+        return inputs @ self.weight + self.bias
+
+
+def fit_logistic(
+    inputs: Float[np.ndarray, "text feature"],
+    labels: Int[np.ndarray, "text ..."],
+    task: Task,
+    *,
+    penalty: float,
+    iterations: int = 100,
+) -> Linear:
+    """A class-balanced regression on standardised inputs; one for each label of a multi-label task.
+
+    Minimises mean loss + penalty / 2 * |weight|^2.
+    """
+
+    def fit(scaled: np.ndarray, column: np.ndarray, classes: int) -> Linear:
+        present = np.unique(column)
+        weight, bias = np.zeros((scaled.shape[1], classes)), np.full(classes, _ABSENT)
+        bias[present] = 0
+        if len(present) > 1:
+            strength = 1 / (penalty * len(scaled))
+            model = LogisticRegression(C=strength, class_weight="balanced", max_iter=iterations)
+            with warnings.catch_warnings():
+                # Penalties are compared after the same number of iterations.
+                warnings.simplefilter("ignore", ConvergenceWarning)
+                model.fit(scaled, column)
+            # scikit-learn gives weights for the second of two classes only.
+            weight[:, present[-len(model.coef_) :]] = model.coef_.T
+            bias[present[-len(model.coef_) :]] = model.intercept_
+        return Linear(weight, bias)
+
+    return _fit_columns(inputs, labels, task, fit)
+
+
+def gaussian_discriminant(
+    inputs: Float[np.ndarray, "text feature"], labels: Int[np.ndarray, "text ..."], task: Task
+) -> Linear:
+    """Gaussian classes with one covariance, shrunk as Ledoit and Wolf (2004) estimate.
+
+    Inputs are standardised first, so that the covariance shrinks towards equal importance.
+    """
+
+    def fit(scaled: np.ndarray, column: np.ndarray, classes: int) -> Linear:
+        counts = np.bincount(column, minlength=classes)
+        # A class without texts has the mean of all, which is zero.
+        means = (np.eye(classes, dtype=scaled.dtype)[column].T @ scaled) / np.maximum(
+            counts, 1
+        ).astype(scaled.dtype)[:, None]
+        estimate = LedoitWolf(assume_centered=True, store_precision=False)
+        covariance = estimate.fit(scaled - means[column]).covariance_
+        # The floor keeps it regular when all texts are equal.
+        floor = 1e-6 * np.eye(len(covariance))
+        weight = np.linalg.solve(covariance + floor, means.T.astype(np.float64))
+        # One text is added to each class, so that an absent class has a prior.
+        prior = np.log((counts + 1) / (len(scaled) + classes))
+        return Linear(weight, prior - (means.T * weight).sum(0) / 2)
+
+    return _fit_columns(inputs, labels, task, fit)
+
+
+def _fit_columns(
+    inputs: Float[np.ndarray, "text feature"],
+    labels: Int[np.ndarray, "text ..."],
+    task: Task,
+    fit: Callable[[np.ndarray, np.ndarray, int], Linear],
+) -> Linear:
+    """Standardises inputs and folds that into the fit; two classes become their log-odds.
+
+    Args:
+        fit: Takes standardised inputs, class indices and the number of classes, and gives a logit
+            per class.
+    """
+    scaler: Any = StandardScaler().fit(inputs)
+    scaled = scaler.transform(inputs)
+    if task.kind == "multiclass":
+        fits = [fit(scaled, labels, task.outputs)]
+    else:
+        pairs = [fit(scaled, column, 2) for column in labels.reshape(len(labels), -1).T]
+        fits = [Linear(np.diff(pair.weight), np.diff(pair.bias)) for pair in pairs]
+    weight = np.concatenate([each.weight for each in fits], 1) / scaler.scale_[:, None]
+    bias = np.concatenate([each.bias for each in fits]) - scaler.mean_ @ weight
+    return Linear(weight.astype(np.float32), bias.astype(np.float32))
 
 
 @dataclass(frozen=True)
@@ -38,29 +147,32 @@ class PooledRegression(Baseline):
     def fit(self, dataset: ProbeDataset, *, seed: int) -> FittedBaseline:
         """Chooses penalty and layer on validation texts; nothing is random."""
         training, validation = dataset.training, dataset.validation
-        layers = dataset.backbone.fingerprint.layers
-        if self.layer == "last":
-            tried = [slice(layers - 1, layers)]
-        elif self.layer == "all":
-            tried = [slice(layers)]
-        else:
-            tried = [slice(layer, layer + 1) for layer in range(layers)]
-        best_score, best = -1.0, None
-        for part in tried:
-            unseen = self._features(validation, part)
-            for penalty in self.penalties:
-                linear = fit_logistic(
+        layers = range(dataset.backbone.fingerprint.layers)
+        parts = {
+            "last": [slice(layers[-1], len(layers))],
+            "best": [slice(layer, layer + 1) for layer in layers],
+            "all": [slice(len(layers))],
+        }
+        fits = (
+            (
+                fit_logistic(
                     self._features(training, part),
                     training.labels,
                     dataset.task,
                     penalty=penalty,
                     iterations=self.iterations,
-                )
-                score = validation_score(dataset.task, linear(unseen), validation.labels)
-                if score > best_score:
-                    best_score, best = score, (linear, part)
-        assert best is not None
-        linear, part = best
+                ),
+                part,
+            )
+            for part in parts[self.layer]
+            for penalty in self.penalties
+        )
+
+        def score(fit: tuple[Linear, slice]) -> float:
+            unseen = self._features(validation, fit[1])
+            return validation_score(dataset.task, fit[0](unseen), validation.labels)
+
+        linear, part = max(fits, key=score)
         return FittedBaseline(lambda split: linear(self._features(split, part)), linear.parameters)
 
     def _features(self, split: Split, layers: slice) -> Float[np.ndarray, "text feature"]:

@@ -25,69 +25,8 @@ from sidelight.training.dataset import ProbeDataset, Split
 from sidelight.types import Task
 from sidelight_lab.baselines.base import Baseline, FittedBaseline
 
-_QUESTION = "Which label describes the text?"
 # A longer list of names is given before the first text only.
 _LISTED = 20
-
-
-@dataclass(frozen=True)
-class ZeroShot(Baseline):
-    """The question and the label names, no examples.
-
-    Attributes:
-        names: What each label is called in the prompt; None takes the names in the data, which mean
-            nothing to the model if they are numbers.
-        question: What is asked about the text.
-        max_tokens: Longer prompts lose the end of their text.
-    """
-
-    title: ClassVar[str] = "Zero-shot prompting"
-    is_single_pass: ClassVar[bool] = False
-    names: tuple[str, ...] | None = None
-    question: str = _QUESTION
-    max_tokens: int = 1024
-
-    def fit(self, dataset: ProbeDataset, *, seed: int) -> FittedBaseline:
-        """Fits nothing and only writes the prompt."""
-        prompt = PromptForm(self.question, _names(self.names, dataset.task))
-        return _fitted(dataset.backbone, prompt, max_tokens=self.max_tokens)
-
-
-@dataclass(frozen=True)
-class FewShot(Baseline):
-    """Training texts and their labels as earlier turns of the conversation.
-
-    Attributes:
-        shots: Number of examples, spread evenly over the labels, in random order.
-        names: As in ``ZeroShot``.
-        question: As in ``ZeroShot``.
-        max_tokens: As in ``ZeroShot``.
-        shot_characters: Longer examples are cut.
-    """
-
-    title: ClassVar[str] = "Few-shot prompting"
-    is_single_pass: ClassVar[bool] = False
-    shots: int = 8
-    names: tuple[str, ...] | None = None
-    question: str = _QUESTION
-    max_tokens: int = 2048
-    shot_characters: int = 400
-
-    def fit(self, dataset: ProbeDataset, *, seed: int) -> FittedBaseline:
-        """Draws the examples."""
-        return _fitted(
-            dataset.backbone, self.prompt(dataset, seed=seed), max_tokens=self.max_tokens
-        )
-
-    def prompt(self, dataset: ProbeDataset, *, seed: int) -> "PromptForm":
-        """The prompt with its examples."""
-        names = _names(self.names, dataset.task)
-        texts, labels = dataset.training.texts, dataset.training.labels
-        shots = tuple(
-            (texts[row][: self.shot_characters], _answer(labels[row], names))
-            for row in _balanced(labels, count=self.shots, seed=seed)
-        )
-        return PromptForm(self.question, names, shots)
 
 
 @dataclass(frozen=True)
@@ -121,33 +60,88 @@ class PromptForm:
         return f"{self.question} Answer with {names}.\n\nText: {text}"
 
 
-def _fitted(
-    backbone: TransformersBackbone, prompt: PromptForm, *, max_tokens: int
-) -> FittedBaseline:
-    encoder = backbone.encoder
+@dataclass(frozen=True)
+class ZeroShot(Baseline):
+    """The question and the label names, no examples.
 
-    def encode(text: str) -> Sequence[int]:
-        turns = prompt.turns(text)
-        if encoder.prompt_format == "raw":
-            # An empty last turn: its line break separates the text from the answer.
-            turns.append(Message("assistant", ""))
-        limit = min(max_tokens, encoder.max_tokens)
-        return encoder.encode_any_length(turns).shortened(limit).token_ids
+    Attributes:
+        names: What each label is called in the prompt; None takes the names in the data, which mean
+            nothing to the model if they are numbers.
+        question: What is asked about the text.
+        max_tokens: Longer prompts lose the end of their text.
+    """
 
-    def logits(split: Split) -> Float[np.ndarray, "text output"]:
-        answers = [
-            backbone.tokenizer(name, add_special_tokens=False)["input_ids"] for name in prompt.names
-        ]
-        scores = score_answers(backbone, [encode(text) for text in split.texts], answers)
-        if split.task.kind == "multiclass":
-            return scores
-        if split.task.kind == "binary":
-            return scores[:, 1:] - scores[:, :1]
-        # Log-odds of each label against all others.
-        others = [np.delete(scores, label, 1) for label in range(scores.shape[1])]
-        return scores - np.stack([np.logaddexp.reduce(each, 1) for each in others], 1)
+    title: ClassVar[str] = "Zero-shot prompting"
+    is_single_pass: ClassVar[bool] = False
+    names: tuple[str, ...] | None = None
+    question: str = "Which label describes the text?"
+    max_tokens: int = 1024
 
-    return FittedBaseline(logits, parameters=0)
+    def fit(self, dataset: ProbeDataset, *, seed: int) -> FittedBaseline:
+        """Fits nothing and only writes the prompt."""
+        backbone, prompt = dataset.backbone, self.prompt(dataset, seed=seed)
+        encoder = backbone.encoder
+
+        def encode(text: str) -> Sequence[int]:
+            turns = prompt.turns(text)
+            if encoder.prompt_format == "raw":
+                # An empty last turn: its line break separates the text from the answer.
+                turns.append(Message("assistant", ""))
+            limit = min(self.max_tokens, encoder.max_tokens)
+            return encoder.encode_any_length(turns).shortened(limit).token_ids
+
+        def logits(split: Split) -> Float[np.ndarray, "text output"]:
+            answers = [
+                backbone.tokenizer(name, add_special_tokens=False)["input_ids"]
+                for name in prompt.names
+            ]
+            scores = score_answers(backbone, [encode(text) for text in split.texts], answers)
+            if split.task.kind == "multiclass":
+                return scores
+            if split.task.kind == "binary":
+                return scores[:, 1:] - scores[:, :1]
+            # Log-odds of each label against all others.
+            others = [np.delete(scores, label, 1) for label in range(scores.shape[1])]
+            return scores - np.stack([np.logaddexp.reduce(each, 1) for each in others], 1)
+
+        return FittedBaseline(logits, parameters=0)
+
+    def prompt(self, dataset: ProbeDataset, *, seed: int) -> PromptForm:
+        return PromptForm(self.question, self.named(dataset.task))
+
+    def named(self, task: Task) -> tuple[str, ...]:
+        """What each label is called in the prompt."""
+        chosen = task.labels if self.names is None else self.names
+        if len(chosen) != len(task.labels):
+            raise SidelightError(
+                f"Got {len(chosen)} names for the prompt ({', '.join(chosen)}), but the task has "
+                f"{len(task.labels)} labels: {', '.join(task.labels)}. Name each of them, in order."
+            )
+        return chosen
+
+
+@dataclass(frozen=True)
+class FewShot(ZeroShot):
+    """Training texts and their labels as earlier turns of the conversation.
+
+    Attributes:
+        shots: Number of examples, spread evenly over the labels, in random order.
+        shot_characters: Longer examples are cut.
+    """
+
+    title: ClassVar[str] = "Few-shot prompting"
+    max_tokens: int = 2048
+    shots: int = 8
+    shot_characters: int = 400
+
+    def prompt(self, dataset: ProbeDataset, *, seed: int) -> PromptForm:
+        names = self.named(dataset.task)
+        texts, labels = dataset.training.texts, dataset.training.labels
+        shots = tuple(
+            (texts[row][: self.shot_characters], _answer(labels[row], names))
+            for row in _balanced(labels, count=self.shots, seed=seed)
+        )
+        return PromptForm(self.question, names, shots)
 
 
 @torch.inference_mode()
@@ -235,16 +229,6 @@ def _left_padded(
         pad_sequence(parts, batch_first=True, padding_side="left") for parts in (ids, present)
     )
     return padded.to(device), mask.to(device)
-
-
-def _names(names: tuple[str, ...] | None, task: Task) -> tuple[str, ...]:
-    chosen = task.labels if names is None else names
-    if len(chosen) != len(task.labels):
-        raise SidelightError(
-            f"Got {len(chosen)} names for the prompt ({', '.join(chosen)}), but the task has "
-            f"{len(task.labels)} labels: {', '.join(task.labels)}. Name each of them, in order."
-        )
-    return chosen
 
 
 def _balanced(labels: np.ndarray, *, count: int, seed: int) -> list[int]:

@@ -163,7 +163,6 @@ def _cross_validate(context: "RecipeContext", folds: int, as_json: bool) -> None
 def _time(context: "RecipeContext", as_json: bool) -> None:
     from sidelight_lab.bench.latency import measure_latency
     from sidelight_lab.bench.subjects import default_subjects, random_loads, text_loads
-    from sidelight_lab.tables.context import environment, write_origin
 
     recipe, backbone, out = context.recipe, context.backbone, context.directory
     wanted = recipe.latency
@@ -177,8 +176,7 @@ def _time(context: "RecipeContext", as_json: bool) -> None:
             max_tokens=recipe.max_tokens,
             title=f"{data.title} texts",
         )
-    made_with = environment(backbone.fingerprint)
-    write_origin(out, text=context.text, environment=made_with, notes=())
+    context.write_origin(out)
     subjects = default_subjects(backbone)
     record = measure_latency(backbone, subjects, loads, repeats=wanted.repeats)
     publish(record, out, as_json=as_json, plots=out / "plots")

@@ -4,7 +4,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,17 +18,14 @@ from sidelight.fingerprint import Fingerprint
 from sidelight.storage import write_json, write_text
 from sidelight.training.dataset import ProbeDataset, Split, make_split, require_same_task
 from sidelight_lab.datasets import DataSet
-from sidelight_lab.tables.recipes import Recipe
-from sidelight_lab.tables.rows import (
+from sidelight_lab.tables.recipes import (
     BaselineConfig,
     Configuration,
+    Recipe,
     Row,
     build_rows,
     suggested,
 )
-
-LoadDataSet = Callable[[str], DataSet]
-Search = Callable[[ProbeDataset, str, Path], Configuration]
 
 
 @dataclass(frozen=True)
@@ -41,7 +38,6 @@ class RecipeContext:
         load: Loads a data set by name.
         search: Finds the best configuration of a mechanism on validation texts; the path is a file
             that keeps its trials.
-        cache_root: Folder of hidden states.
         limit: The most rows to use of each split; None uses all.
     """
 
@@ -49,8 +45,8 @@ class RecipeContext:
     text: str
     directory: Path
     backbone: TransformersBackbone
-    load: LoadDataSet
-    search: Search
+    load: Callable[[str], DataSet]
+    search: Callable[[ProbeDataset, str, Path], Configuration]
     cache_root: Path
     limit: int | None = None
 
@@ -96,7 +92,6 @@ class RecipeContext:
         )
 
     def extract(self, examples: LabelledExamples, title: str) -> Split:
-        """Texts with their hidden states."""
         return make_split(
             self.backbone,
             examples,
@@ -106,28 +101,20 @@ class RecipeContext:
             title=title,
         )
 
-    def write_origin(self, data: DataSet, folder: Path) -> None:
+    def write_origin(self, folder: Path, data: DataSet | None = None) -> None:
         """Records the recipe, the environment and the data, before the work begins."""
-        notes = data.notes if self.recipe.test_data is None else data.training_notes
+        notes: tuple[str, ...] = ()
+        if data is not None:
+            notes = data.notes if self.recipe.test_data is None else data.training_notes
         as_run = {"recipe": asdict(self.recipe), "limit": self.limit}
-        write_origin(
-            folder,
-            text=self.text,
-            environment={**environment(self.backbone.fingerprint), **as_run},
-            notes=self.notes(notes),
+        write_text(folder / "recipe.toml", self.text)
+        write_json(
+            folder / "environment.json", {**_environment(self.backbone.fingerprint), **as_run}
         )
+        write_text(folder / "data.md", "".join(f"- {note}\n" for note in self.notes(notes)))
 
 
-def write_origin(
-    folder: Path, *, text: str, environment: Mapping[str, Any], notes: Sequence[str]
-) -> None:
-    """Writes the recipe, the environment and the notes on the data."""
-    write_text(folder / "recipe.toml", text)
-    write_json(folder / "environment.json", dict(environment))
-    write_text(folder / "data.md", "".join(f"- {note}\n" for note in notes))
-
-
-def environment(backbone: Fingerprint) -> dict[str, Any]:
+def _environment(backbone: Fingerprint) -> dict[str, Any]:
     """Versions, machine, backbone and commit, as JSON values."""
     return {
         "packages": package_versions(),

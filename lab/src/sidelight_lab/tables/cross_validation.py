@@ -21,20 +21,14 @@ from sidelight_lab.tables.writing import cell
 
 @dataclass(frozen=True)
 class RowScores:
-    """One row on left-out texts.
-
-    Attributes:
-        score: Name of the score; see ``validation_score``.
-        folds: The mean over seeds for each fold; None where a training diverged.
-    """
+    """One row on left-out texts."""
 
     row: str
-    score: str
-    folds: tuple[float | None, ...]
+    score: str  # its name; see ``validation_score``
+    folds: tuple[float | None, ...]  # the means over seeds; None where a training diverged
 
     @property
     def mean(self) -> float | None:
-        """The mean over folds; None if a training diverged."""
         return _mean(self.folds)
 
     def cells(self) -> tuple[str, str, str]:
@@ -59,7 +53,7 @@ def cross_validate(context: RecipeContext, *, folds: int) -> list[RowScores]:
     context.check()
     data = context.load(recipe.data)
     # In a folder of its own: the table itself may have written its origin already.
-    context.write_origin(data, directory / "cross_validation")
+    context.write_origin(directory / "cross_validation", data)
     split = context.extract(context.sample(data.training), "Training texts")
     scores: dict[str, list[float | None]] = {}
     whole = ProbeDataset(context.backbone, split, split)

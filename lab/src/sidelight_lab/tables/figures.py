@@ -15,20 +15,15 @@ from jaxtyping import Float
 from sidelight.evaluation import Estimate, Report, evaluate
 from sidelight.metrics import decide, measure_resamples
 from sidelight.types import Values
-from sidelight_lab.tables.judging import JudgedRow, JudgedTable
+from sidelight_lab.tables.runs import JudgedRow, JudgedTable
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How much higher a metric is for one row than for another.
-
-    Attributes:
-        estimate: The difference and its interval.
-        p_value: Two-sided; None where the difference is undefined.
-    """
+    """How much higher a metric is for one row than for another."""
 
     estimate: Estimate
-    p_value: float | None
+    p_value: float | None  # two-sided; None where the difference is undefined
 
 
 def mean_draws(
@@ -92,21 +87,14 @@ def difference_over_draws(
 
 @dataclass(frozen=True)
 class Spread:
-    """A number over seeds or draws.
-
-    Attributes:
-        mean: Mean over the seeds in which it is defined; None without any.
-        deviation: Sample standard deviation; 0 for a single value.
-        values: One per seed; None where undefined.
-    """
+    """A number over the seeds or draws in which it is defined."""
 
     mean: float | None
-    deviation: float
+    deviation: float  # of the sample; 0 for a single value
     values: tuple[float | None, ...]
 
     @staticmethod
     def of(values: Sequence[float | None]) -> "Spread":
-        """The spread of some values."""
         defined = [value for value in values if value is not None]
         if not defined:
             return Spread(None, 0.0, tuple(values))
@@ -119,7 +107,6 @@ class RowFigures:
     """A row of the table.
 
     Attributes:
-        row: The row that was measured.
         reports: One per seed; the chosen seed's has bootstrap intervals, except for few-shot draws.
         difference: How much higher ours is in the table's metric; None for ours itself.
     """
@@ -135,7 +122,6 @@ class RowFigures:
 
     @property
     def parameters(self) -> int:
-        """How many fitted numbers the chosen seed needs for prediction."""
         return self.row.runs[self.row.chosen].parameters
 
     @property
@@ -144,11 +130,9 @@ class RowFigures:
         return Spread.of([run.score for run in self.row.runs])
 
     def spread(self, metric: str) -> Spread:
-        """A metric over seeds."""
         return Spread.of([report.metrics[metric].value for report in self.reports])
 
     def to_dict(self) -> dict[str, Any]:
-        """The row as JSON-ready values."""
         metrics = {
             name: {"mean": one.mean, "sd": one.deviation, "values": list(one.values)}
             for name in self.chosen.metrics
@@ -172,20 +156,12 @@ class RowFigures:
 
 @dataclass(frozen=True)
 class TableFigures:
-    """All rows on some texts.
-
-    Attributes:
-        title: Names the texts.
-        texts: Number of texts.
-        metric: The metric that rows are compared by.
-        ours: Name of the row that the others are compared with; "" if there is none.
-        rows: Rows in the recipe's order.
-    """
+    """All rows on some texts, compared by one metric."""
 
     title: str
     texts: int
     metric: str
-    ours: str
+    ours: str  # the row that the others are compared with; "" if there is none
     rows: tuple[RowFigures, ...]
 
 

@@ -1,22 +1,23 @@
-"""Recipes of tables as TOML files, of the package or of a user.
-
-Every key is checked here; `rows.py` looks up what the names in a recipe stand for.
-"""
+"""Recipes of tables as TOML files, of the package or of a user, and the rows that they name."""
 
 import json
 import tomllib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pydantic.dataclasses
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from sidelight.errors import SidelightError, did_you_mean
+from sidelight.mechanisms.base import MechanismSpec, mechanism_spec
 from sidelight.metrics import METRICS
 from sidelight.prompts import Reads
+from sidelight.training.settings import TrainingSettings, suggested_settings
+from sidelight_lab.baselines import BASELINES
+from sidelight_lab.baselines.base import Baseline
 
 Kind = Literal["comparison", "transfer", "few-shot", "sensitivity", "latency"]
 Value = int | float | str
@@ -26,13 +27,7 @@ _FOLDER = files("sidelight_lab.tables") / "recipes"
 
 @dataclass(frozen=True)
 class ProbeRow:
-    """A mechanism in the table.
-
-    Attributes:
-        options: Options of the mechanism that differ from its defaults.
-        settings: Training settings that differ from the suggested ones.
-        search: Search options and settings on validation data instead.
-    """
+    """A mechanism with what differs from its defaults, or else with a search on validation data."""
 
     name: str
     mechanism: str
@@ -43,51 +38,29 @@ class ProbeRow:
 
 @dataclass(frozen=True)
 class BaselineRow:
-    """A baseline in the table.
-
-    Attributes:
-        baseline: Its key in ``BASELINES``; None takes the row's name.
-        options: Options that differ from the baseline's defaults.
-        seeds: 1 for a baseline in which nothing is random; None means the seeds of the table.
-    """
+    """A baseline with the options that differ from its defaults."""
 
     name: str
-    baseline: str | None = None
+    baseline: str | None = None  # its key in ``BASELINES``; None takes the row's name
     options: Mapping[str, Any] = field(default_factory=dict)
-    seeds: int | None = None
-
-    @property
-    def key(self) -> str:
-        """The key in ``BASELINES``."""
-        return self.baseline or self.name
+    seeds: int | None = None  # 1 for one in which nothing is random; None means the table's seeds
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """The parameter that a sensitivity table varies; every probe is trained with every value.
+    """What a sensitivity table varies; every probe is trained with every value."""
 
-    Attributes:
-        parameter: A training setting, such as ``learning_rate``, or an option of the mechanisms.
-    """
-
-    parameter: str
+    parameter: str  # a training setting, such as ``learning_rate``, or an option of the mechanisms
     values: tuple[Value, ...]
 
 
 @dataclass(frozen=True)
 class LatencyRow:
-    """What a latency table measures.
-
-    Attributes:
-        batch_sizes: Prompts per forward pass.
-        tokens: Lengths of prompts of random tokens.
-        texts: Number of validation texts to run as well, if the recipe names a data set.
-        repeats: Number of timed rounds.
-    """
+    """What a latency table measures."""
 
     batch_sizes: tuple[int, ...] = (1, 16)
-    tokens: tuple[int, ...] = (16, 64, 256, 512, 1024, 2048)
-    texts: int = 64
+    tokens: tuple[int, ...] = (16, 64, 256, 512, 1024, 2048)  # lengths of random prompts
+    texts: int = 64  # validation texts to run as well, if the recipe names a data set
     repeats: int = 5
 
 
@@ -101,16 +74,13 @@ class Recipe:
             ``few-shot``: a few labels per class, drawn again for each seed; ``sensitivity``: one
             parameter is swept; ``latency``: the time of every mechanism and of what it replaces,
             without any training.
-        data: Name of the data set.
         test_data: Name of the data set that a transfer is tested on.
-        metric: The metric that rows are compared by, one of ``METRICS``.
+        metric: What rows are compared by, one of ``METRICS``.
         ours: The row that the others are compared with; validation chooses one of several. Empty in
             a sensitivity table.
         reads: The tokens that probes and baselines read.
         max_tokens: Longer texts are cut.
-        seeds: Number of runs of each row.
         labels_per_class: Training labels per class of a few-shot draw.
-        draws: Number of few-shot draws.
     """
 
     title: str
@@ -236,3 +206,127 @@ def _requirements(recipe: Recipe) -> dict[str, bool]:
             row.seeds is None or row.seeds >= 1 for row in recipe.baseline
         ),
     }
+
+
+Configuration = tuple[MechanismSpec, TrainingSettings]
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """A mechanism with everything that decides how it is trained.
+
+    Attributes:
+        swept: The value of the swept parameter; None outside a sensitivity table.
+        line: Name of the probe that is swept: rows with the same line make one curve.
+    """
+
+    name: str
+    spec: MechanismSpec
+    settings: TrainingSettings
+    swept: Value | None = None
+    line: str = ""
+    seeds: ClassVar[None] = None
+    is_single_pass: ClassVar[bool] = True
+
+    @property
+    def title(self) -> str:
+        return self.name
+
+    def describe(self) -> dict[str, Any]:
+        """Everything that decides a result besides texts and seed, for its hash."""
+        return {"spec": asdict(self.spec), "settings": asdict(self.settings)}
+
+
+@dataclass(frozen=True)
+class BaselineConfig:
+    """A baseline that is ready to be fitted, at most ``seeds`` times."""
+
+    name: str
+    title: str
+    baseline: Baseline
+    seeds: int | None
+
+    @property
+    def is_single_pass(self) -> bool:
+        return self.baseline.is_single_pass
+
+    def describe(self) -> dict[str, Any]:
+        """Everything that decides a result besides texts and seed, for its hash."""
+        return {"baseline": type(self.baseline).__name__, "options": repr(self.baseline)}
+
+
+Row = ProbeConfig | BaselineConfig
+
+
+def suggested(mechanism: str) -> Configuration:
+    """The configuration that needs no search."""
+    return mechanism_spec(mechanism), suggested_settings(mechanism)
+
+
+def build_rows(recipe: Recipe, search: Callable[[str], Configuration]) -> tuple[Row, ...]:
+    """The rows in the order of the recipe, swept or searched as it says."""
+    probes = [_probe(row, search) for row in recipe.probe]
+    if recipe.sweep is not None:
+        parameter, values = recipe.sweep.parameter, recipe.sweep.values
+        probes = [_swept(probe, parameter, value) for probe in probes for value in values]
+    return (*probes, *map(_baseline, recipe.baseline))
+
+
+def _probe(row: ProbeRow, search: Callable[[str], Configuration]) -> ProbeConfig:
+    if row.search:
+        return ProbeConfig(row.name, *search(row.mechanism), line=row.name)
+    settings = _changed(suggested_settings(row.mechanism), row.settings)
+    spec = mechanism_spec(row.mechanism, row.options)
+    return ProbeConfig(row.name, spec, settings, line=row.name)
+
+
+def _swept(probe: ProbeConfig, parameter: str, value: Value) -> ProbeConfig:
+    spec, settings = probe.spec, probe.settings
+    if parameter in _SETTINGS:
+        settings = _changed(settings, {parameter: value})
+    else:
+        spec = mechanism_spec(spec.name, {**spec.options, parameter: value})  # pyright: ignore
+    name = f"{probe.name}, {parameter} {value}"
+    return replace(probe, name=name, spec=spec, settings=settings, swept=value)
+
+
+_SETTINGS = tuple(setting.name for setting in fields(TrainingSettings))
+
+
+def _changed(settings: TrainingSettings, given: Mapping[str, Value]) -> TrainingSettings:
+    for name in given:
+        if name not in _SETTINGS:
+            raise SidelightError(f"Unknown setting '{name}'.{did_you_mean(name, _SETTINGS)}")
+    try:
+        # Through JSON: in strict mode, a Python dict is no dataclass.
+        values = json.dumps({**asdict(settings), **given})
+        checked = TypeAdapter(TrainingSettings).validate_json(values, strict=True)
+    except ValidationError as error:
+        raise SidelightError(f"Setting {_refusal(error)}") from error
+    return settings.changed(**{name: getattr(checked, name) for name in given})
+
+
+def _baseline(row: BaselineRow) -> BaselineConfig:
+    key = row.baseline or row.name
+    if key not in BASELINES:
+        raise SidelightError(f"Unknown baseline '{key}'.{did_you_mean(key, BASELINES)}")
+    kind = BASELINES[key]
+    known = [option.name for option in fields(kind)]  # pyright: ignore[reportArgumentType]
+    for option in row.options:
+        if option not in known:
+            raise SidelightError(
+                f"Unknown option '{option}' of baseline '{key}'.{did_you_mean(option, known)}"
+            )
+    try:
+        baseline = TypeAdapter(kind).validate_python(row.options)
+    except ValidationError as error:
+        raise SidelightError(f"Option {key}.{_refusal(error)}") from error
+    # A row that has its own name tells two configurations of one baseline apart.
+    title = kind.title if row.name == key else row.name
+    return BaselineConfig(row.name, title, baseline, row.seeds)
+
+
+def _refusal(error: ValidationError) -> str:
+    first = error.errors()[0]
+    place = ".".join(map(str, first["loc"]))
+    return f"{place} cannot be {first['input']!r}: {first['msg']}."

@@ -4,23 +4,36 @@ Before every row has its validation results, no test text passes through the bac
 label is compared with anything.
 """
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
+from sidelight.data.examples import LabelledExamples
 from sidelight.errors import SidelightError
+from sidelight.storage import write_json
 from sidelight.training.dataset import ProbeDataset
 from sidelight.training.optimisation import score_name
+from sidelight.types import Task
 from sidelight_lab.datasets import DataSet, overlap_notes
 from sidelight_lab.tables.context import RecipeContext, package_versions
 from sidelight_lab.tables.figures import TableFigures, measure_rows
-from sidelight_lab.tables.judging import JudgedTable, fit_to_task, judge_runs, record_opening
-from sidelight_lab.tables.pictures import draw_bars, draw_precision_recall, draw_sweep
-from sidelight_lab.tables.recipes import Recipe
-from sidelight_lab.tables.rows import ProbeConfig, Row
-from sidelight_lab.tables.runs import Run, digest, draw_few, fit_runs, plan_runs
-from sidelight_lab.tables.writing import HOW, HOW_DRAWS, FinishedTable
+from sidelight_lab.tables.recipes import ProbeConfig, Recipe, Row
+from sidelight_lab.tables.runs import (
+    JudgedTable,
+    Run,
+    digest,
+    draw_few,
+    fit_runs,
+    judge_runs,
+    plan_runs,
+)
+from sidelight_lab.tables.writing import HOW, HOW_DRAWS, FinishedTable, draw_pictures
 
 
 def reproduce(context: RecipeContext) -> FinishedTable:
@@ -28,7 +41,7 @@ def reproduce(context: RecipeContext) -> FinishedTable:
     recipe, directory = context.recipe, context.directory
     context.check()
     data = context.load(recipe.data)
-    context.write_origin(data, directory)
+    context.write_origin(directory, data)
     dataset = context.dataset(data)
     rows = context.rows(dataset)
     tried = _fit(context, rows, dataset)
@@ -36,11 +49,19 @@ def reproduce(context: RecipeContext) -> FinishedTable:
     if not runs:
         raise SidelightError("Every training diverged. Lower the learning rates of the recipe.")
 
-    config, versions = _hash(recipe, runs, context.limit), package_versions()
-    record_opening(directory, config=config, test=None, versions=versions)
+    config = digest(
+        {
+            "runs": sorted(run.folder.name for run in runs),
+            "limit": context.limit,
+            "metric": recipe.metric,
+            "ours": recipe.ours,
+            "test_data": recipe.test_data,
+        }
+    )
+    _record_opening(directory, config=config, test=None)
     tested = data if recipe.test_data is None else context.load(recipe.test_data)
-    test = fit_to_task(context.sample(tested.test), dataset.task)
-    earlier = record_opening(directory, config=config, test=test.content_hash, versions=versions)
+    test = _fit_to_task(context.sample(tested.test), dataset.task)
+    earlier = _record_opening(directory, config=config, test=test.content_hash)
     judged = judge_runs(rows, runs, context.extract(test, "Test texts"))
 
     notes = context.notes(data.notes)
@@ -74,17 +95,42 @@ def _fit(context: RecipeContext, rows: Sequence[Row], dataset: ProbeDataset) -> 
     return [run for runs in planned for run in runs]
 
 
-def _hash(recipe: Recipe, runs: Sequence[Run], limit: int | None) -> str:
-    """A hash of all runs, of how they are compared, and of how many test texts are read."""
-    return digest(
-        {
-            "runs": sorted(run.folder.name for run in runs),
-            "limit": limit,
-            "metric": recipe.metric,
-            "ours": recipe.ours,
-            "test_data": recipe.test_data,
-        }
-    )
+def _record_opening(directory: Path, *, config: str, test: str | None) -> list[str]:
+    """Records in ``test_opened.json`` that test data is opened, before and after it is read.
+
+    Opening the same texts (``test`` is their hash, None before they are read) with the same
+    settings (``config`` is theirs) is recorded once. Returns when test data was opened before with
+    others: choices since then have seen test data.
+    """
+    path = directory / "test_opened.json"
+    entries: list[dict[str, Any]] = json.loads(path.read_text("utf-8")) if path.exists() else []
+    same = [
+        place
+        for place, entry in enumerate(entries)
+        if entry["config"] == config and (test is None or entry.get("test") in (None, test))
+    ]
+    place = same[0] if same else len(entries)
+    if not same:
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        entries.append({"time": now, "config": config, "packages": package_versions()})
+    if test is not None:
+        entries[place]["test"] = test
+    write_json(path, entries)
+    return [entry["time"] for entry in entries[:place]]
+
+
+def _fit_to_task(test: LabelledExamples, task: Task) -> LabelledExamples:
+    """Test texts with the labels of the training task.
+
+    Two binary tasks may name their labels differently: negative and positive correspond.
+    """
+    own = test.task
+    if own != task and not own.kind == task.kind == "binary":
+        raise SidelightError(
+            f"The rows were trained on the labels {task.labels}, but the test data has "
+            f"{own.labels}. Choose a test set with the same labels."
+        )
+    return replace(test, task=task)
 
 
 def _further_notes(
@@ -121,7 +167,8 @@ def _measured(
     context: RecipeContext, rows: Sequence[Row], judged: JudgedTable, tested: DataSet
 ) -> Iterator[TableFigures]:
     """All rows measured and drawn on all test texts, then on each subset."""
-    recipe, plots = context.recipe, context.directory / "plots"
+    recipe = context.recipe
+    parameter = recipe.sweep.parameter if recipe.sweep else ""
     ours = judged.preferred(recipe.ours)
     for name, texts in {"all": np.arange(len(judged.labels)), **_subsets(context, tested)}.items():
         part = judged.part(texts)
@@ -133,15 +180,7 @@ def _measured(
             are_draws=recipe.kind == "few-shot",
         )
         ending = f"{name.replace(' ', '_').replace('/', '_')}.png"
-        draw_bars(figures, plots / f"bars_{ending}")
-        # Without a positive text there is no recall to draw.
-        if part.task.kind == "binary" and part.labels.any():
-            path = plots / f"precision_recall_{ending}"
-            draw_precision_recall(part, path, ours=ours, title=figures.title)
-        if recipe.sweep is not None:
-            probes = {row.name: row for row in rows if isinstance(row, ProbeConfig)}
-            path = plots / f"sweep_{ending}"
-            draw_sweep(figures, path, probes=probes, parameter=recipe.sweep.parameter)
+        draw_pictures(figures, part, rows, parameter, context.directory / "plots" / ending)
         yield figures
 
 

@@ -1,47 +1,50 @@
-"""The runs of a table: each row with each seed, fitted once and stored at once.
+"""The runs of a table: each row with each seed, fitted and stored at once, and judged at the end.
 
-This module sees training and validation texts only.
+Up to ``judge_runs``, only training and validation texts are seen. Calibration and thresholds are
+fitted to validation logits, for probes and baselines alike.
 """
 
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
 
-from sidelight.artifact import save_probe
+from sidelight.artifact import load_probe, save_probe
+from sidelight.calibration import choose_thresholds, fit_calibration
 from sidelight.errors import SidelightError
+from sidelight.probe import Probe
 from sidelight.progress import progress
+from sidelight.ragged import Ragged
 from sidelight.storage import replacing
 from sidelight.training.dataset import ProbeDataset, Split
 from sidelight.training.fit import calibrate_probe
 from sidelight.training.loop import train_mechanisms
+from sidelight.training.optimisation import validation_score
 from sidelight.training.settings import FitOptions, Job
+from sidelight.types import Task
 from sidelight_lab.baselines.base import FittedBaseline
-from sidelight_lab.tables.recipes import Recipe
-from sidelight_lab.tables.rows import BaselineConfig, ProbeConfig, Row
+from sidelight_lab.tables.recipes import BaselineConfig, ProbeConfig, Recipe, Row
+
+# Texts of one matmul: few enough that any number of columns fits in memory.
+_CHUNK = 64
 
 
 @dataclass(frozen=True)
 class Result:
-    """One row with one seed, before the test.
-
-    Attributes:
-        validation_logits: Before calibration.
-        seconds: Time of fitting; probes that are trained together share it evenly.
-        parameters: How many fitted numbers prediction needs.
-    """
+    """One row with one seed, before calibration and the test."""
 
     validation_logits: Float[np.ndarray, "text output"]
-    seconds: float
-    parameters: int
+    seconds: float  # of fitting; probes that are trained together share it evenly
+    parameters: int  # fitted numbers that prediction needs
 
 
 @dataclass
@@ -49,7 +52,6 @@ class Run:
     """One row with one seed.
 
     Attributes:
-        dataset: The data it is fitted to.
         folder: Folder of its results; the name has a hash of everything that decides them.
         fitted: A baseline that was fitted in this process, kept for the test. Baselines have no
             file format, so one from an earlier, killed process is fitted again for the test.
@@ -63,17 +65,14 @@ class Run:
 
     @property
     def is_fitted(self) -> bool:
-        """Whether its validation results are stored."""
         return self._result.exists()
 
     @property
     def has_diverged(self) -> bool:
-        """Whether training ended in numbers that are not finite."""
         return (self.folder / "diverged").exists()
 
     @property
     def probe_folder(self) -> Path:
-        """The artifact of a trained probe."""
         return self.folder / "probe"
 
     def save(self, result: Result) -> None:
@@ -81,22 +80,19 @@ class Run:
         _save_arrays(self._result, **vars(result))
 
     def load(self) -> Result:
-        """The stored result."""
         with np.load(self._result, allow_pickle=False) as stored:
             return Result(
                 stored["validation_logits"], float(stored["seconds"]), int(stored["parameters"])
             )
 
     def is_tested(self, test: str) -> bool:
-        """Whether the logits of the test texts with this hash are stored."""
+        """Whether logits of the test texts with this hash are stored."""
         return self._test(test).exists()
 
     def save_test(self, test: str, logits: Float[np.ndarray, "text output"]) -> None:
-        """Stores logits of the test texts with this hash."""
         _save_arrays(self._test(test), logits=logits)
 
     def load_test(self, test: str) -> Float[np.ndarray, "text output"]:
-        """The stored logits of the test texts with this hash."""
         with np.load(self._test(test), allow_pickle=False) as stored:
             return stored["logits"]
 
@@ -225,3 +221,139 @@ def fit_baseline(run: Run) -> FittedBaseline:
         seconds = run.load().seconds
     run.save(Result(fitted.logits(run.dataset.validation), seconds, fitted.parameters))
     return fitted
+
+
+@dataclass(frozen=True)
+class JudgedRun:
+    """One run on the test texts, calibrated."""
+
+    seed: int
+    score: float  # on validation texts, which early stopping maximises
+    probabilities: Float[np.ndarray, "text output"]
+    thresholds: tuple[float, ...]
+    seconds: float
+    parameters: int
+
+
+@dataclass(frozen=True)
+class JudgedRow:
+    """A row of the table with its run for each seed."""
+
+    name: str
+    title: str
+    is_single_pass: bool
+    runs: tuple[JudgedRun, ...]
+
+    @property
+    def chosen(self) -> int:
+        """The run with the best validation score; of equal runs, the first."""
+        return int(np.argmax([run.score for run in self.runs]))
+
+
+@dataclass(frozen=True)
+class JudgedTable:
+    """All rows of a table on the same texts, in the recipe's order."""
+
+    task: Task
+    labels: np.ndarray
+    rows: tuple[JudgedRow, ...]
+
+    def preferred(self, names: Collection[str]) -> str:
+        """Whichever of these rows has the best mean validation score; "" if none is there."""
+        rows = [row for row in self.rows if row.name in names]
+        means = [float(np.mean([run.score for run in row.runs])) for row in rows]
+        return rows[int(np.argmax(means))].name if rows else ""
+
+    def part(self, texts: Int[np.ndarray, " part"]) -> "JudgedTable":
+        rows = [
+            replace(
+                row,
+                runs=tuple(replace(r, probabilities=r.probabilities[texts]) for r in row.runs),
+            )
+            for row in self.rows
+        ]
+        return JudgedTable(self.task, self.labels[texts], tuple(rows))
+
+
+def judge_runs(rows: Sequence[Row], runs: Sequence[Run], split: Split) -> JudgedTable:
+    """All runs on the test texts by row; a row whose runs all diverged is left out.
+
+    Runs that were scored on these texts before are read from their files.
+    """
+    assert all(run.is_fitted for run in runs)
+    test = digest({"labels": split.examples.content_hash, "states": split.states.directory.name})
+    missing = [run for run in runs if not run.is_tested(test)]
+    _score_probes([run for run in missing if isinstance(run.row, ProbeConfig)], split, test)
+    fits = [run for run in missing if not isinstance(run.row, ProbeConfig)]
+    if fits:
+        with progress("Baselines on the test", len(fits), unit="fits") as shown:
+            for run in fits:
+                fitted, run.fitted = run.fitted or fit_baseline(run), None
+                run.save_test(test, fitted.logits(split))
+                shown.advance(1)
+    judged: dict[str, list[JudgedRun]] = {}
+    for run in runs:
+        judged.setdefault(run.row.name, []).append(_judge(run, test))
+    found = [
+        JudgedRow(row.name, row.title, row.is_single_pass, tuple(judged[row.name]))
+        for row in rows
+        if row.name in judged
+    ]
+    return JudgedTable(runs[0].dataset.task, split.labels, tuple(found))
+
+
+def _judge(run: Run, test: str) -> JudgedRun:
+    """Calibrates (Platt) and chooses thresholds on validation, and applies both to the test.
+
+    The artifact of a probe holds the same numbers.
+    """
+    result, task, labels = run.load(), run.dataset.task, run.dataset.validation.labels
+    calibration = fit_calibration("platt", result.validation_logits, labels, task)
+    held_out = calibration.apply(result.validation_logits)
+    return JudgedRun(
+        seed=run.seed,
+        score=validation_score(task, result.validation_logits, labels),
+        probabilities=calibration.apply(run.load_test(test)),
+        thresholds=choose_thresholds(task, held_out, labels),
+        seconds=result.seconds,
+        parameters=result.parameters,
+    )
+
+
+def _score_probes(runs: Sequence[Run], split: Split, test: str) -> None:
+    if not runs:
+        return
+    probes = [load_probe(run.probe_folder) for run in runs]
+    device = runs[0].dataset.backbone.device
+    for run, logits in zip(runs, score_split(probes, split, device=device), strict=True):
+        run.save_test(test, logits)
+
+
+@torch.inference_mode()
+def score_split(probes: Sequence[Probe], split: Split, *, device: torch.device) -> list[np.ndarray]:
+    """For each probe ``[text, output]`` on cached states, in float32 as when serving.
+
+    The split must be a whole data set, as ``make_split`` gives it.
+    """
+    assert len(split) == len(split.states.prompts)
+    scores = [np.empty((len(split), probe.task.outputs)) for probe in probes]
+    mechanisms = [probe.mechanism.to(device).eval() for probe in probes]
+    projections = [
+        (own.shift.float().to(device)[:, None], own.weight.float().to(device))
+        for own in (probe.projection() for probe in probes)
+    ]
+    with progress("Scoring", len(split), unit="texts") as shown:
+        for index in range(len(split.states)):
+            shard = split.states.read(index)
+            lengths, rows = shard.lengths.split(_CHUNK), shard.rows.split(_CHUNK)
+            hidden = shard.hidden.split([int(own.sum()) for own in lengths], 1)
+            for cached, counts, texts in zip(hidden, lengths, rows, strict=True):
+                states, tokens = cached.to(device).float(), counts.to(device)
+                for own, mechanism, (shift, weight) in zip(
+                    scores, mechanisms, projections, strict=True
+                ):
+                    columns = torch.baddbmm(shift, states, weight).transpose(0, 1)  # (T, L, M)
+                    logits = mechanism.finish(mechanism.summarise(Ragged(columns, tokens)))
+                    own[texts] = logits.double().cpu().numpy()
+                shown.advance(len(texts))
+    return scores

@@ -1,19 +1,26 @@
-"""A finished table as files, for people and for programs, and in the terminal."""
+"""A finished table as files, for people and for programs, in the terminal, and in pictures."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from sklearn.metrics import average_precision_score, precision_recall_curve
 from tabulate import tabulate
 
+from sidelight.plots import save_figure
 from sidelight.storage import write_json, write_text
 from sidelight.training.optimisation import score_name
+from sidelight_lab.plots import COLOURS, LEGEND, LEGEND_BESIDE, literal, new_axes
 from sidelight_lab.tables.figures import RowFigures, Spread, TableFigures
+from sidelight_lab.tables.recipes import ProbeConfig, Row
+from sidelight_lab.tables.runs import JudgedTable
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+_PLAIN, _FAINT = "#7d9bb5", "#d0d0d0"
 _SHOWN = {
     "auprc": "AUPRC",
     "f1": "F1",
@@ -37,20 +44,14 @@ _LATEX = str.maketrans(
 
 @dataclass(frozen=True)
 class Grid:
-    """A table as text.
-
-    Attributes:
-        lines: The cells of each row.
-        bold: Number of the row that is ours; None if there is none.
-    """
+    """A table as text."""
 
     title: str
     headings: tuple[str, ...]
     lines: tuple[tuple[str, ...], ...]
-    bold: int | None = None
+    bold: int | None = None  # the number of the row that is ours
 
     def markdown(self) -> str:
-        """A Markdown table under its title."""
         return f"## {self.title}\n\n{self._tabulated('pipe', cell, '**{}**')}\n"
 
     def latex(self) -> str:
@@ -96,7 +97,6 @@ def cell(text: str) -> str:
 
 
 def heading(metric: str) -> str:
-    """A metric's name for people."""
     return _SHOWN.get(metric, metric.replace("_", " "))
 
 
@@ -165,21 +165,14 @@ HOW_DRAWS = (
 
 @dataclass(frozen=True)
 class FinishedTable:
-    """What ``reproduce`` makes.
-
-    Attributes:
-        how: How its numbers were computed.
-        notes: Notes on the data and on when test data was opened, one sentence each.
-        tables: The table of all test texts, then one for each subset.
-    """
+    """What ``reproduce`` makes: the figures of all test texts, then those of each subset."""
 
     title: str
-    how: str
-    notes: tuple[str, ...]
+    how: str  # its numbers were computed
+    notes: tuple[str, ...]  # on the data, and on when test data was opened
     tables: tuple[TableFigures, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """The tables as JSON-ready values."""
         return {
             "title": self.title,
             "how": self.how,
@@ -197,10 +190,102 @@ class FinishedTable:
         }
 
     def write(self, directory: Path) -> None:
-        """Writes ``table.md``, ``table.json`` and ``table.tex``."""
         grids = list(map(grid, self.tables))
         notes = "\n".join(f"- {note}" for note in self.notes)
         parts = (f"# {self.title}", self.how, notes, *(one.markdown() for one in grids))
         write_text(directory / "table.md", "\n\n".join(part.strip() for part in parts) + "\n")
         write_text(directory / "table.tex", "\n".join(one.latex() for one in grids))
         write_json(directory / "table.json", self.to_dict())
+
+
+def draw_pictures(
+    figures: TableFigures, judged: JudgedTable, rows: Sequence[Row], parameter: str, ending: Path
+) -> None:
+    """Bars, and where they apply the precision-recall curves and those of a swept parameter.
+
+    The names of the pictures end like the path ``ending``.
+    """
+    _draw_bars(figures, ending.with_name(f"bars_{ending.name}"))
+    # Without a positive text there is no recall to draw.
+    if judged.task.kind == "binary" and judged.labels.any():
+        _draw_precision_recall(figures, judged, ending.with_name(f"precision_recall_{ending.name}"))
+    if parameter:
+        _draw_sweep(figures, rows, parameter, ending.with_name(f"sweep_{ending.name}"))
+
+
+def _draw_bars(figures: TableFigures, path: Path) -> None:
+    """The mean of each row, its seeds as dots, and the chosen seed's 95 % interval."""
+    height = 0.32 * len(figures.rows) + 1.4
+    figure, axes = new_axes(7.2, height, figures.title)
+    ends: list[float | None] = []
+    for place, row in enumerate(figures.rows):
+        spread, chosen = row.spread(figures.metric), row.chosen.metrics[figures.metric]
+        ends += [*spread.values, chosen.low]
+        if spread.mean is None:
+            continue
+        colour = COLOURS[0] if row.row.name == figures.ours else _PLAIN
+        axes.barh(place, spread.mean, height=0.62, color=colour)
+        values = [value for value in spread.values if value is not None]
+        axes.plot(values, [place] * len(values), ".", color="black", markersize=4)
+        if chosen.low is not None and chosen.high is not None:
+            axes.hlines(place, chosen.low, chosen.high, color="black", linewidth=1)
+    axes.set_yticks(range(len(figures.rows)), [literal(row.row.title) for row in figures.rows])
+    axes.invert_yaxis()
+    axes.set_xlabel(heading(figures.metric))
+    # Differences between rows are small beside the values.
+    lowest = min((value for value in ends if value is not None), default=0.0)
+    axes.set_xlim(left=max(0.0, lowest - 0.05))
+    save_figure(figure, path)
+
+
+def _draw_precision_recall(figures: TableFigures, judged: JudgedTable, path: Path) -> None:
+    """Curves of each row's chosen seed: ours and the best others in colour, the rest in grey."""
+    figure, axes = new_axes(7.6, 4.6, figures.title)
+    chances = {row.name: row.runs[row.chosen].probabilities[:, 0] for row in judged.rows}
+    areas = {
+        name: float(average_precision_score(judged.labels, own)) for name, own in chances.items()
+    }
+    ranked = sorted(judged.rows, key=lambda row: (row.name != figures.ours, -areas[row.name]))
+    for place, row in enumerate(ranked):
+        curve = precision_recall_curve(judged.labels, chances[row.name])
+        precision, recall = (values[::-1] for values in curve[:2])
+        rises = np.diff(recall, prepend=-1) > 0
+        style: dict[str, Any] = {"color": _FAINT, "linewidth": 0.8, "zorder": 1}
+        if place < len(COLOURS):
+            label = f"{areas[row.name]:.3f}  {literal(row.title)}"
+            style = {"color": COLOURS[place], "zorder": 2, "label": label}
+        axes.step(recall[rises], precision[rises], where="pre", **style)
+    axes.set(xlabel="Recall", ylabel="Precision", xlim=(0, 1), ylim=(0, 1.02))
+    axes.legend(title="AUPRC", **LEGEND_BESIDE)
+    save_figure(figure, path)
+
+
+def _draw_sweep(figures: TableFigures, rows: Sequence[Row], parameter: str, path: Path) -> None:
+    """The metric on the test (solid) and the validation score (dashed) over the swept values."""
+    probes = {row.name: row for row in rows if isinstance(row, ProbeConfig)}
+    lines: dict[str, list[RowFigures]] = {}
+    for row in figures.rows:
+        lines.setdefault(probes[row.row.name].line, []).append(row)
+    figure, axes = new_axes(7.2, 4.4, figures.title)
+    # Values are usually powers of a number, so they stand at equal distances.
+    values = list(dict.fromkeys(str(probe.swept) for probe in probes.values()))
+    for number, (name, line) in enumerate(lines.items()):
+        # Rows whose runs all diverged are missing.
+        places = [values.index(str(probes[row.row.name].swept)) for row in line]
+        tested = [row.spread(figures.metric) for row in line]
+        spans = [one.deviation for one in tested]
+        colour = COLOURS[number % len(COLOURS)]
+        axes.errorbar(
+            places, _means(tested), yerr=spans, color=colour, marker="o", label=literal(name)
+        )
+        held_out = _means([row.validation for row in line])
+        axes.plot(places, held_out, color=colour, linestyle="--", linewidth=1)
+    axes.set_xticks(range(len(values)), values)
+    axes.plot([], [], color="black", linestyle="--", linewidth=1, label="validation")
+    axes.set(xlabel=parameter.replace("_", " "), ylabel=heading(figures.metric))
+    axes.legend(**LEGEND)
+    save_figure(figure, path)
+
+
+def _means(spreads: list[Spread]) -> list[float]:
+    return [np.nan if one.mean is None else one.mean for one in spreads]
