@@ -15,15 +15,18 @@ from sidelight.errors import SidelightError
 from sidelight.policy.hold_back import StreamingRule
 from sidelight.prompts import EncodedPrompt, Message, Reads
 from sidelight.states.extraction import score
-from sidelight_lab.bench.responses import (
+from sidelight_lab.bench.streaming import (
     Responses,
+    choose_rule,
     describe,
+    estimates,
+    figures,
+    firings,
     parted,
     phrase_scores,
     running_scores,
     with_positives,
 )
-from sidelight_lab.bench.streaming import choose_rule, estimates, figures, firings
 from tiny import untrained_probe
 
 # A whole response in one run against the same tokens one by one: float32 rounding.

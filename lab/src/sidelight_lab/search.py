@@ -172,17 +172,12 @@ def _pick_options(
 
 @dataclass(frozen=True)
 class Trial:
-    """One configuration.
+    """One configuration."""
 
-    Attributes:
-        number: Position in the search, from 0.
-        score: ``validation_score``, which early stopping maximises; None if training diverged.
-    """
-
-    number: int
+    number: int  # in the search, from 0
     spec: MechanismSpec
     settings: TrainingSettings
-    score: float | None
+    score: float | None  # on validation data; None if training diverged
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,6 @@ class HeatMap:
     """Where a probe looks in one text.
 
     Attributes:
-        label: Its true class.
         token_ids: The tokens that are read.
         weights: The token stage's weights; without any, shares of the absolute contributions.
         is_weighted: Whether they are the token stage's.

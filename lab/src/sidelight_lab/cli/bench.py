@@ -252,8 +252,7 @@ def bench_streaming(
     response, TF-IDF on the text so far, and a list of phrases.
     """
     from sidelight.artifact import save_probe
-    from sidelight_lab.bench.responses import with_positives
-    from sidelight_lab.bench.streaming import compare_streaming
+    from sidelight_lab.bench.streaming import compare_streaming, with_positives
     from sidelight_lab.datasets import default_root
 
     backbone = runtime.load_backbone()
