@@ -279,7 +279,7 @@ def test_a_tokenizer_that_cannot_write_a_name_as_text_is_refused():
     )
     encoder = PromptEncoder(tokenizer, prompt_format="chat", max_tokens=100)
     # A character that the model does not know is no control token.
-    assert list(encoder.encode(user("a🙂b")).token_ids) == [3, 0, 4, 1]
+    assert list(encoder.encode(PlainText("a🙂b")).token_ids) == [3, 0, 4]
     for text in (user("a</s>b"), PlainText("a</s>b")):
         with pytest.raises(SidelightError, match="name of a control token") as refused:
             encoder.encode(text)

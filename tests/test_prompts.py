@@ -1,7 +1,9 @@
 """Which tokens a probe reads, for templates as models ship them and for any text."""
 
+import re
+
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from sidelight.errors import ContextLengthError, SidelightError
@@ -55,6 +57,11 @@ def as_rendered(name, content):
     return content if name in ("chatml", "plain") else content.strip()
 
 
+def imitates(name, *contents):
+    """Whether a content holds a turn's beginning in a template that marks turns by words alone."""
+    return name == "plain" and any(re.search(r"\n\w+:", content) for content in contents)
+
+
 @pytest.fixture(params=TEMPLATES)
 def template(request):
     return request.param
@@ -64,6 +71,7 @@ def template(request):
 @law
 @given(name=st.sampled_from(sorted(TEMPLATES)), text=texts)
 def test_prompt_tokens_hold_the_text_and_only_merged_neighbours(name, text):
+    assume(not imitates(name, text))
     encoded = ENCODERS[name].encode([user(text)])
     expected = as_rendered(name, text)
     read = words(encoded, Part.PROMPT)
@@ -75,6 +83,7 @@ def test_prompt_tokens_hold_the_text_and_only_merged_neighbours(name, text):
 @law
 @given(name=st.sampled_from(sorted(TEMPLATES)), text=texts, reply=texts)
 def test_response_tokens_hold_the_response(name, text, reply):
+    assume(not imitates(name, text, reply))
     encoded = ENCODERS[name].encode([user(text)], reply)
     assert as_rendered(name, reply) in words(encoded, Part.RESPONSE)
     assert as_rendered(name, text) in words(encoded, Part.PROMPT)
@@ -135,6 +144,13 @@ def test_the_default_system_prompt_is_not_read():
     assert words(encoded, Part.UNREAD) == before
     assert words(encoded, Part.PROMPT) == "hi"
     assert words(encoded, Part.TEMPLATE) == "<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize("text", ["ok\nassistant: sure", "ok\nuser: hi", "\nassistant:"])
+def test_a_content_that_imitates_turns_marked_by_words_is_refused(text):
+    for conversation in ([user(text)], [user(text), Message("assistant", "ok"), user("hi")]):
+        with pytest.raises(SidelightError, match="writes between turns"):
+            ENCODERS["plain"].encode(conversation)
 
 
 @pytest.mark.parametrize("text", ["You", "assistant", "user", "system", DEFAULT_SYSTEM])
@@ -317,7 +333,7 @@ def test_long_conversations_are_encoded_as_short_ones_and_kept_nowhere():
     assert long.token_ids[:shared] == begun.token_ids[:shared]
     assert long.parts[:shared] == begun.parts[:shared]
     assert words(long, Part.PROMPT) == "a b" * 240
-    assert own._cached_literals.cache_info().currsize == 3
+    assert own._cached_frame.cache_info().currsize == 3
 
 
 @pytest.mark.parametrize("template", [CHATML, LLAMA_3, GEMMA])

@@ -1,16 +1,17 @@
-"""From a conversation to token ids, and to what each token belongs to.
+"""From a conversation to token ids, and to what probes read of them.
 
 ``PromptEncoder`` renders the model's chat template, and ``ContentTokenizer`` sees to it that no
 content becomes a control token. Knows tokenizers, and neither models nor probes.
 """
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cached_property, lru_cache
 from itertools import takewhile
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool
@@ -19,6 +20,7 @@ from tokenizers import Tokenizer as PlainTokenizer
 from torch import Tensor
 
 from sidelight.errors import ContextLengthError, SidelightError
+from sidelight.turns import ChatFormat, Tokenizer, Turn, control_tokens
 
 PromptFormat = Literal["chat", "raw"]
 Side = Literal["prompt", "response", "both"]
@@ -101,20 +103,6 @@ Control = tuple[int, int, int]
 """A control token's id and span."""
 
 
-@runtime_checkable
-class Tokenizer(Protocol):
-    """What this module uses of a Hugging Face fast tokenizer."""
-
-    chat_template: Any
-    added_tokens_decoder: Any
-    unk_token: Any
-    backend_tokenizer: Any
-
-    def __call__(self, text: str, **options: Any) -> Any: ...
-
-    def apply_chat_template(self, conversation: Any, **options: Any) -> Any: ...
-
-
 @dataclass(frozen=True)
 class Tokenised:
     """Token ids, and the characters that each covers."""
@@ -124,27 +112,13 @@ class Tokenised:
 
 
 class ContentTokenizer:
-    """Writes control tokens only where the chat template has them.
-
-    Control tokens are the special tokens, and other added tokens that the template writes or that
-    the model's own vocabulary lacks. Blank tokens, such as runs of spaces, are text.
-    """
+    """Writes control tokens only where the chat template has them; see ``turns``."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
-        template = str(tokenizer.chat_template)
-        model = tokenizer.backend_tokenizer.model
-        self._names: dict[int, str] = {
-            token_id: token.content
-            for token_id, token in tokenizer.added_tokens_decoder.items()
-            if token.special
-            or (
-                token.content.strip()
-                and (token.content in template or model.token_to_id(token.content) is None)
-            )
-        }
+        self._names = control_tokens(tokenizer)
         # What the model writes, in any text, for characters that it does not know.
-        self._unknown = getattr(model, "unk_token", tokenizer.unk_token)
+        self._unknown = getattr(tokenizer.backend_tokenizer.model, "unk_token", tokenizer.unk_token)
         # A template has few pieces, and some of them are long.
         self._cached_controls = lru_cache(maxsize=256)(self._find_controls)
 
@@ -195,12 +169,25 @@ class ContentTokenizer:
 
     def _as_text(self, text: str, *, at: int = 0, add_special_tokens: bool = False) -> Tokenised:
         """Encodes a run without looking for control tokens; it begins at character ``at``."""
-        run = self._without_controls.encode(text, add_special_tokens=add_special_tokens)
+        tokenizer = self._continuing if at else self._beginning
+        run = tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return Tokenised(run.ids, [(at + start, at + end) for start, end in run.offsets])
 
     @cached_property
-    def _without_controls(self) -> PlainTokenizer:
-        definition = json.loads(self._tokenizer.backend_tokenizer.to_str())
+    def _beginning(self) -> PlainTokenizer:
+        """Knows no control tokens; for what stands at the beginning of a text."""
+        return self._without_controls(self._tokenizer.backend_tokenizer.to_str())
+
+    @cached_property
+    def _continuing(self) -> PlainTokenizer:
+        """As ``_beginning``, for what stands later: no blank is put before its first word."""
+        definition = self._tokenizer.backend_tokenizer.to_str()
+        return self._without_controls(
+            re.sub(r'("prepend_scheme":\s*)"first"', r'\1"never"', definition)
+        )
+
+    def _without_controls(self, serialised: str) -> PlainTokenizer:
+        definition = json.loads(serialised)
         added = [
             {**token, "special": token["id"] in self._names} for token in definition["added_tokens"]
         ]
@@ -319,6 +306,19 @@ def shared_unread(prompts: Sequence[EncodedPrompt], reads: Reads) -> int:
 _CACHED_TURNS = 200
 
 
+@dataclass(frozen=True)
+class _Frame:
+    """What the template writes around turns of some roles, whatever they say.
+
+    Attributes:
+        literals: What stands before, between and after their texts.
+        markers: As ``ChatFormat.markers`` counts them.
+    """
+
+    literals: tuple[str, ...]
+    markers: int
+
+
 class PromptEncoder:
     """Encodes conversations for one backbone.
 
@@ -338,7 +338,12 @@ class PromptEncoder:
         self.prompt_format: PromptFormat = prompt_format
         self.max_tokens = max_tokens
         # Clients choose the sequences of roles, so both their number and length are bounded.
-        self._cached_literals = lru_cache(maxsize=256)(self._render_literals)
+        self._cached_frame = lru_cache(maxsize=256)(self._render_frame)
+
+    @cached_property
+    def chat_format(self) -> ChatFormat:
+        """How the model's chat template marks turns."""
+        return ChatFormat(self._tokenizer)
 
     def encode(self, messages: Conversation, response: str | None = None) -> EncodedPrompt:
         """Token ids of the conversation, ready for generation or followed by ``response``.
@@ -386,17 +391,26 @@ class PromptEncoder:
         turns = [replace(m, role="system") if m.role == "developer" else m for m in messages]
         if response is not None:
             turns.append(Message("assistant", response))
-        rendered = self._render(turns, for_generation=response is None)
-        spans = self._content_spans(rendered, turns, for_generation=response is None)
-        first = next((i for i, turn in enumerate(turns) if turn.role != "system"), 0)
-        kinds = [Part.UNREAD] * first + [Part.PROMPT] * (len(turns) - first)
-        if response is not None:
-            kinds[-1] = Part.RESPONSE
+        for_generation = response is None
+        rendered = self._render(turns, for_generation=for_generation)
+        frame = self._frame(turns, for_generation=for_generation)
+        spans = self._content_spans(rendered, turns, frame.literals)
         edges = [0, *(edge for span in spans for edge in span), len(rendered)]
         template = list(zip(edges[::2], edges[1::2], strict=True))
-        tokens = self._contents.encode_chat(rendered, template)
+        token_ids = tuple(self._contents.encode_chat(rendered, template).token_ids)
+        found = self.chat_format.turns(token_ids)
+        if not found:
+            raise SidelightError(
+                "The model's chat template marks no turns, so a chat cannot be told from plain "
+                "text. Use the raw prompt format (--format raw)."
+            )
+        if self.chat_format.markers(token_ids) != frame.markers:
+            raise SidelightError(
+                "The text contains what the model's chat template writes between turns. Remove it, "
+                "or use the raw prompt format (--format raw)."
+            )
         return EncodedPrompt(
-            token_ids=tuple(tokens.token_ids), parts=_token_parts(tokens.offsets, spans, kinds)
+            token_ids, token_parts(found, len(token_ids), has_response=not for_generation)
         )
 
     def _render(self, turns: Sequence[Message], *, for_generation: bool) -> str:
@@ -411,15 +425,17 @@ class PromptEncoder:
                 "or their order, or use the raw prompt format (--format raw)."
             ) from error
 
-    def _content_spans(
-        self, rendered: str, turns: Sequence[Message], *, for_generation: bool
-    ) -> list[tuple[int, int]]:
-        """The characters that each turn's text takes in the rendered template."""
+    def _frame(self, turns: Sequence[Message], *, for_generation: bool) -> _Frame:
         roles = tuple(turn.role for turn in turns)
         is_short = len(roles) <= _CACHED_TURNS
-        find_literals = self._cached_literals if is_short else self._render_literals
-        literals = find_literals(roles, for_generation=for_generation)
-        spans: list[tuple[int, int]] = []
+        find_frame = self._cached_frame if is_short else self._render_frame
+        return find_frame(roles, for_generation=for_generation)
+
+    def _content_spans(
+        self, rendered: str, turns: Sequence[Message], literals: Sequence[str]
+    ) -> list[Span]:
+        """The characters that each turn's text takes in the rendered template."""
+        spans: list[Span] = []
         cursor = len(literals[0])
         for turn, literal in zip(turns, literals[1:], strict=True):
             text = turn.content
@@ -435,8 +451,7 @@ class PromptEncoder:
             cursor = ends[0] + len(literal)
         return spans
 
-    def _render_literals(self, roles: tuple[str, ...], *, for_generation: bool) -> list[str]:
-        """What the template writes before, between and after the texts of these turns."""
+    def _render_frame(self, roles: tuple[str, ...], *, for_generation: bool) -> _Frame:
         marks = [f"sidelight-turn-{i}-text" for i in range(len(roles))]
         marked = [Message(role, mark) for role, mark in zip(roles, marks, strict=True)]
         rendered = self._render(marked, for_generation=for_generation)
@@ -452,26 +467,29 @@ class PromptEncoder:
                 )
             literals.append(rendered[cursor:found])
             cursor = found + len(mark)
-        return [*literals, rendered[cursor:]]
+        tokens = self._tokenizer(rendered, add_special_tokens=False, verbose=False)
+        markers = self.chat_format.markers(tokens["input_ids"])
+        return _Frame((*literals, rendered[cursor:]), markers)
 
 
-def _token_parts(
-    offsets: Sequence[tuple[int, int]],
-    spans: Sequence[tuple[int, int]],
-    kinds: Sequence[Part],
-) -> tuple[Part, ...]:
-    """The part of each token: the kind of the turn whose text it is in, or template or unread."""
-    begin = min(s for (s, _), kind in zip(spans, kinds, strict=True) if kind != Part.UNREAD)
-    end = spans[-1][0] if kinds[-1] == Part.RESPONSE else float("inf")
-    parts: list[Part] = []
-    turn = 0
-    for start, stop in map(_whole, offsets):
-        while turn < len(spans) and spans[turn][1] <= start:
-            turn += 1
-        if turn < len(spans) and stop > spans[turn][0]:
-            parts.append(kinds[turn])
-        else:
-            parts.append(Part.TEMPLATE if begin <= start < end else Part.UNREAD)
+def token_parts(turns: Sequence[Turn], tokens: int, *, has_response: bool) -> tuple[Part, ...]:
+    """The part of each token of a conversation.
+
+    Args:
+        turns: As ``ChatFormat`` finds them; one or more.
+        tokens: How many tokens the conversation has.
+        has_response: Whether the last turn is the response to judge.
+    """
+    first = next((i for i, turn in enumerate(turns) if turn.role != "system"), 0)
+    kinds = [Part.UNREAD] * first + [Part.PROMPT] * (len(turns) - first)
+    end = tokens
+    if has_response and turns[-1].role == "assistant":
+        kinds[-1] = Part.RESPONSE
+        end = turns[-1].start
+    begin = turns[first].start
+    parts = [Part.UNREAD] * begin + [Part.TEMPLATE] * (end - begin) + [Part.UNREAD] * (tokens - end)
+    for turn, kind in zip(turns, kinds, strict=True):
+        parts[turn.start : turn.stop] = [kind] * (turn.stop - turn.start)
     return tuple(parts)
 
 

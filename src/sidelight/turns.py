@@ -1,0 +1,342 @@
+"""Which tokens belong to which turn, read from the token ids alone.
+
+``ChatFormat`` learns how a chat template marks turns by rendering it with known contents. Knows
+tokenizers, and neither probes nor routes: the same ids have the same turns wherever they come from.
+"""
+
+import calendar
+import json
+import re
+from bisect import bisect_left, bisect_right
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, Protocol, runtime_checkable
+
+from jinja2 import TemplateError
+
+OUTSIDE = "outside"
+"""The role of text that stands before the first turn and that the template does not write."""
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What this module and ``prompts`` use of a Hugging Face fast tokenizer."""
+
+    chat_template: Any
+    added_tokens_decoder: Any
+    unk_token: Any
+    backend_tokenizer: Any
+
+    def __call__(self, text: str, **options: Any) -> Any: ...
+
+    def apply_chat_template(self, conversation: Any, **options: Any) -> Any: ...
+
+    def convert_ids_to_tokens(self, ids: Any) -> Any: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """The content of one turn.
+
+    Attributes:
+        role: As in messages, or ``OUTSIDE``.
+        start: Its first token. A token that holds the end of a marker and the beginning of the
+            content counts as content.
+        stop: The one after its last token; equal to ``start`` if the content is empty.
+    """
+
+    role: str
+    start: int
+    stop: int
+
+
+def control_tokens(tokenizer: Tokenizer) -> dict[int, str]:
+    """The ids and names of the tokens that no text may become.
+
+    They are the special tokens, and other added tokens that the template writes or that the model's
+    own vocabulary lacks. Blank tokens, such as runs of spaces, are text.
+    """
+    template = str(tokenizer.chat_template)
+    model = tokenizer.backend_tokenizer.model
+    return {
+        token_id: token.content
+        for token_id, token in tokenizer.added_tokens_decoder.items()
+        if token.special
+        or (
+            token.content.strip()
+            and (token.content in template or model.token_to_id(token.content) is None)
+        )
+    }
+
+
+# Control tokens, and the beginning of all, are written as characters that no vocabulary has
+# (Unicode's private planes).
+_START = "\U000f0000"
+_SYMBOL = "[\U000f0000-\U0010fffd]"
+_NOT_A_TOKEN = "\ufffd"
+
+# What stands in for everything that a client can write in a turn, while a template is learned. Only
+# letters, since every vocabulary has them.
+_TURNS = "abcdef"
+_MARK = re.compile(f"sidelightmark([{_TURNS}])x")
+_ROLES = ("user", "assistant", "tool", "system")
+# Roles that may follow each other; a conversation begins as if after one of the system.
+_NEXT = {
+    "system": ("user",),
+    "user": ("assistant", "user", "system"),
+    "assistant": ("user",),
+}
+
+
+class ChatFormat:
+    """How one chat template marks turns.
+
+    A turn begins where the tokens that the template writes before a role's content stand, whoever
+    wrote them, and reaches to the next such place, less what the template writes after a content.
+    So every token between two markers belongs to a turn, and text that imitates markers is read as
+    the model reads it.
+
+    Args:
+        tokenizer: With a chat template.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        controls = control_tokens(tokenizer)
+        self._symbols = {own: chr(ord(_START) + i) for i, own in enumerate(sorted(controls), 1)}
+        conversations = _rendered(tokenizer)
+        literals = _Literals.gathered((self._spelled(own.text), own) for own in conversations)
+        headers = _headers(literals.before)
+        self._roles = [role for role, _ in headers]
+        self._header = re.compile("|".join(f"({_as_pattern(text)})" for _, text in headers) or "$.")
+        footers: dict[tuple[str, bool], set[str]] = defaultdict(set)
+        for role, literal, is_end in literals.after:
+            before = self._to_header(literal)
+            if before is not None or is_end:
+                footers[role, before is None].add(literal if before is None else before)
+        self._footers = {key: _ending_pattern(own) for key, own in footers.items()}
+        known = {self._to_header(literal) or literal for literal in literals.first}
+        self._preamble = re.compile(f"{'|'.join(map(_as_pattern, known))}|{_SYMBOL}*")
+        # What the tokenizer writes before any text does not make it a conversation.
+        self._no_evidence = {"", self._text(self._names(tokenizer("")["input_ids"]))[1:]}
+
+    def markers(self, token_ids: Sequence[int]) -> int:
+        """How many markers of turns there are, with that of a generation prompt."""
+        return len(self._header.findall(self._text(self._names(token_ids))))
+
+    def turns(self, token_ids: Sequence[int]) -> tuple[Turn, ...]:
+        """The turns, in order; none if the ids are not a conversation but plain text.
+
+        A generation prompt is no turn, but an answer that it begins is one.
+
+        Args:
+            token_ids: As the model reads them.
+        """
+        names = self._names(token_ids)
+        text = self._text(names)
+        headers = list(self._header.finditer(text))
+        if all(own[0].lstrip(_START) in self._no_evidence for own in headers):
+            return ()
+        ends = [*(own.start() for own in headers[1:]), len(text)]
+        spans = [
+            (self._roles[(own.lastindex or 1) - 1], own.end(), end)
+            for own, end in zip(headers, ends, strict=True)
+        ]
+        first = headers[0].start()
+        if not self._preamble.fullmatch(text, 0, first):
+            spans.insert(0, (OUTSIDE, len(_START), first))
+        starts = [*accumulate(map(len, names), initial=len(_START))]
+        turns: list[Turn] = []
+        for role, begin, end in spans:
+            ending = self._footers.get((role, end == len(text)))
+            footer = ending.search(text, begin, end) if ending else None
+            stop = bisect_left(starts, footer.start() if footer else end)
+            # A marker that nothing follows is a generation prompt.
+            if role != "assistant" or begin < end:
+                turns.append(Turn(role, min(bisect_right(starts, begin) - 1, stop), stop))
+        return tuple(turns)
+
+    @staticmethod
+    def _text(names: Sequence[str]) -> str:
+        return _START + "".join(names)
+
+    def _to_header(self, literal: str) -> str | None:
+        """What stands before the first marker; None if there is none."""
+        found = self._header.search(literal)
+        return literal[: found.start()] if found else None
+
+    def _names(self, token_ids: Sequence[int]) -> list[str]:
+        names = self._tokenizer.convert_ids_to_tokens([*token_ids])
+        return [
+            self._symbols.get(token_id) or name or _NOT_A_TOKEN
+            for token_id, name in zip(token_ids, names, strict=True)
+        ]
+
+    def _spelled(self, rendered: str) -> str:
+        tokens = self._tokenizer(rendered, add_special_tokens=False, verbose=False)
+        return self._text(self._names(tokens["input_ids"]))
+
+
+@dataclass(frozen=True)
+class _Rendered:
+    """A conversation of known contents as the template writes it; ``roles`` numbers its marks."""
+
+    text: str
+    roles: tuple[str, ...]
+    is_for_generation: bool
+
+
+@dataclass(frozen=True)
+class _Literals:
+    """What a template writes around contents, spelled as the names of tokens.
+
+    Attributes:
+        before: What stands before a content, up to the content before it, by role.
+        first: What stands before the first content of a conversation.
+        after: A role, what stands after its contents, and whether the conversation ends with it.
+    """
+
+    before: Mapping[str, set[str]]
+    first: set[str]
+    after: set[tuple[str, str, bool]]
+
+    @staticmethod
+    def gathered(conversations: Iterable[tuple[str, "_Rendered"]]) -> "_Literals":
+        literals = _Literals({role: set() for role in _ROLES}, set(), set())
+        for text, rendered in conversations:
+            cursor, role, turn, marks = 0, "", -1, 0
+            for mark in _MARK.finditer(text):
+                if _TURNS.index(mark[1]) == turn:
+                    # What stands between the marks of one turn is part of its content.
+                    marks += 1
+                else:
+                    literals._add(text[cursor : mark.start()], after=role, marks=marks)
+                    turn, marks = _TURNS.index(mark[1]), 1
+                    role = rendered.roles[turn]
+                    literals.before[role].add(text[cursor : mark.start()])
+                cursor = mark.end()
+            literals._add(text[cursor:], after=role, marks=marks, is_end=True)
+            if role and rendered.is_for_generation:
+                literals.before["assistant"].add(text[cursor:])
+        return literals
+
+    def _add(self, literal: str, *, after: str, marks: int, is_end: bool = False) -> None:
+        if not after:
+            self.first.add(literal)
+            return
+        if marks > 1:
+            # The end of a call's arguments, which a content may end like.
+            found = re.search(_SYMBOL, literal)
+            literal = literal[found.start() :] if found else ""
+        self.after.add((after, literal, is_end))
+
+
+def _rendered(tokenizer: Tokenizer) -> Iterator[_Rendered]:
+    """Short conversations, with and without tools, as far as the template accepts them."""
+    for roles in (("system",), *_sequences(("user",), 5), *_sequences(("system", "user"), 5)):
+        yield from _renderings(tokenizer, [_message(*turn) for turn in enumerate(roles)], roles)
+    roles = ("user", "assistant", "tool", "tool", "assistant", "user")
+    mark = _message(1, "assistant")["content"]
+    arguments = {mark: mark}
+    for written in (arguments, json.dumps(arguments)):
+        messages = [_message(*turn) for turn in enumerate(roles)]
+        function = {"name": mark, "arguments": written}
+        call = {"id": mark, "type": "function", "function": function}
+        messages[1] |= {"content": "", "tool_calls": [call]}
+        for end in range(3, len(roles) + 1):
+            yield from _renderings(tokenizer, messages[:end], roles[:end])
+
+
+def _sequences(roles: tuple[str, ...], longest: int) -> Iterator[tuple[str, ...]]:
+    """Sequences of roles that begin with these."""
+    yield roles
+    if len(roles) < longest:
+        for role in _NEXT[roles[-1]]:
+            yield from _sequences((*roles, role), longest)
+
+
+def _message(index: int, role: str) -> dict[str, Any]:
+    mark = f"sidelightmark{_TURNS[index]}x"
+    message: dict[str, Any] = {"role": role, "content": mark}
+    return message | ({"tool_call_id": mark, "name": mark} if role == "tool" else {})
+
+
+def _renderings(
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], roles: tuple[str, ...]
+) -> Iterator[_Rendered]:
+    try:
+        plain, prompting = (
+            tokenizer.apply_chat_template(
+                [*messages], tokenize=False, add_generation_prompt=for_generation
+            )
+            for for_generation in (False, True)
+        )
+    # Templates refuse conversations in many ways, and read fields of messages as they like.
+    except (TemplateError, TypeError, ValueError, KeyError, AttributeError):
+        return
+    yield _Rendered(plain, roles, is_for_generation=False)
+    if prompting != plain and roles[-1] != "assistant":
+        yield _Rendered(prompting, roles, is_for_generation=True)
+
+
+def _headers(before: Mapping[str, set[str]]) -> list[tuple[str, str]]:
+    """The role and text of each marker that begins a turn, longest first.
+
+    A marker is the shortest end of what the template writes before a role's contents that begins
+    with a control token and is not written before other roles' contents. Where the template writes
+    more after a known marker, such as an empty thought, the longer one is a marker too.
+    """
+    found: dict[str, str] = {}
+    openers: set[str] = set()
+    taken: set[str] = set()
+    for role in _ROLES:
+        own = before[role] - taken
+        taken |= own
+        # A template may write the system's and the tools' turns as the user's.
+        others = (
+            set[str]().union(*(before[other] for other in _ROLES[:2] if other != role), taken - own)
+            - own
+        )
+        for literal in sorted(own, key=lambda text: (len(text), text)):
+            known = [text for text, known_role in found.items() if known_role == role]
+            begins = [literal.rfind(text) for text in known if text in literal]
+            if begins and re.search(_SYMBOL, literal):
+                marker = literal[max(begins) :]
+            else:
+                marker = _shortest(literal, others, openers)
+            if marker:
+                found.setdefault(marker, role)
+                openers.add(marker[0])
+    return sorted(((role, text) for text, role in found.items()), key=lambda own: -len(own[1]))
+
+
+# White space as the names of tokens write it: GPT-2's bytes, SentencePiece's, and as it is.
+_BLANKS = re.compile(r"[ĊĠĉč▁\s]|<0x(?:0[9AD]|20)>")
+
+
+def _shortest(literal: str, others: set[str], openers: set[str]) -> str:
+    """The shortest marker at the end of a literal, from a known first character if there is one."""
+    starts = [found.start() for found in re.finditer(_SYMBOL, literal)]
+    if not starts:
+        # A template without control tokens marks turns by words, at the beginning of a line.
+        return literal if _BLANKS.sub("", literal) else ""
+    suffixes = [literal[start:] for start in reversed(starts)]
+    telling = [s for s in suffixes if not any(other.endswith(s) for other in others)]
+    return next((s for s in telling if s[0] in openers), telling[0] if telling else "")
+
+
+_MONTH = "|".join([*calendar.month_name[1:], *calendar.month_abbr[1:]])
+
+
+def _ending_pattern(literals: Iterable[str]) -> re.Pattern[str]:
+    """Finds the longest of these with which a text ends."""
+    longest_first = sorted(filter(None, literals), key=len, reverse=True)
+    return re.compile(f"(?:{'|'.join(map(_as_pattern, longest_first)) or '$.'})\\Z")
+
+
+def _as_pattern(literal: str) -> str:
+    """A regular expression for a literal, whatever its date."""
+    pattern = re.sub(_MONTH, lambda _: f"(?:{_MONTH})", re.escape(literal))
+    return re.sub(r"\d+", r"\\d+", pattern)
