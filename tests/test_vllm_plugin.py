@@ -358,8 +358,8 @@ def test_parts_travel_with_the_request():
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        (None, "does not say"),
-        ({"other": 1}, "does not say"),
+        (None, "has no kv_transfer_params"),
+        ({"other": 1}, "has no kv_transfer_params"),
         ({KEY: {"parts": [[1, 3]], "tokens": "0"}}, "other tokens"),
         ({KEY: {"parts": [[9, 3]], "tokens": "0"}}, "malformed"),
         ({KEY: {"parts": 3}}, "malformed"),
@@ -395,7 +395,7 @@ def test_probes_are_named_by_the_configuration_or_the_environment(monkeypatch):
 def test_served_probes_survive_json_and_belong_to_the_model(backbone, tmp_path):
     probe = untrained_probe(backbone, "topics", task=TOPICS)
     folder = str(save_probe(probe, tmp_path / "topics"))
-    served = Served((folder,), backbone.fingerprint)
+    served = Served((folder,), backbone.fingerprint, is_described=True)
     again = Served.from_json(json.loads(json.dumps(served.to_json())))
     assert again == served
     assert [probe.name for probe in again.load()] == ["topics"]

@@ -16,7 +16,7 @@ from sidelight.mechanisms.base import mechanism_names
 from sidelight.prompts import EncodedPrompt, Part, Reads
 from sidelight.standardisation import Standardisation
 from sidelight.states.extraction import score
-from sidelight.vllm.settings import KEY, request_params
+from sidelight.vllm.settings import DESCRIBED, KEY, request_params
 from tiny import INTENT, SIZES, TOPICS, TOXICITY, tiny_backbone, untrained_probe
 
 # Two engines add float32 products in other orders, over all layers and up to 1,000 tokens.
@@ -175,7 +175,7 @@ def llm_of(model: Model, **options) -> Iterator:
     }
     llm = LLM(
         model=model.path,
-        additional_config={KEY: {"probes": model.folders}},
+        additional_config={KEY: {"probes": model.folders, DESCRIBED: True}},
         **{**given, **options},
     )
     try:

@@ -345,6 +345,20 @@ class PromptEncoder:
         """How the model's chat template marks turns."""
         return ChatFormat(self._tokenizer)
 
+    def parts_of(self, token_ids: Sequence[int]) -> tuple[Part, ...]:
+        """What the tokens of a prompt belong to, whoever has encoded it.
+
+        Nothing is read of ids that are no conversation, unless the format is ``raw``.
+        """
+        if self.prompt_format == "raw":
+            # What the tokenizer itself writes around a text.
+            around = set(self._tokenizer("")["input_ids"])
+            return tuple(Part.TEMPLATE if own in around else Part.PROMPT for own in token_ids)
+        found = self.chat_format.turns(token_ids)
+        if not found:
+            return (Part.UNREAD,) * len(token_ids)
+        return token_parts(found, len(token_ids), has_response=False)
+
     def encode(self, messages: Conversation, response: str | None = None) -> EncodedPrompt:
         """Token ids of the conversation, ready for generation or followed by ``response``.
 

@@ -164,20 +164,30 @@ class _Tracked:
 class Tracking:
     """Follows every request from its arrival to its end.
 
+    Args:
+        parts_of: Gives the ``Part`` of each token of a prompt, from a request's
+            ``kv_transfer_params`` and token ids.
+
     Attributes:
         reads_responses: Whether some probe reads the response.
     """
 
-    def __init__(self, *, reads_responses: bool):
+    def __init__(
+        self,
+        *,
+        reads_responses: bool,
+        parts_of: Callable[[Mapping[str, Any] | None, Sequence[int] | None], bytes] = parts_of,
+    ):
         self.reads_responses = reads_responses
+        self._parts_of = parts_of
         self._requests: dict[str, _Tracked] = {}
 
     def enter(
         self, request_id: str, params: Mapping[str, Any] | None, token_ids: Sequence[int] | None
     ) -> None:
-        """Notes a new request. One whose tokens are not described gets an error."""
+        """Notes a new request. One whose tokens are not known gets an error."""
         try:
-            self._requests[request_id] = _Tracked(parts=parts_of(params, token_ids))
+            self._requests[request_id] = _Tracked(parts=self._parts_of(params, token_ids))
         except SidelightError as error:
             self._requests[request_id] = _Tracked(error=str(error))
 

@@ -11,10 +11,11 @@ schedulers give the connector its results earlier, and put the verdicts on the o
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from transformers import AutoTokenizer
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
@@ -31,10 +32,13 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from sidelight.bank import Panel
 from sidelight.errors import SidelightError
+from sidelight.probe import common_format
+from sidelight.prompts import PromptEncoder
 from sidelight.types import Judgement
 from sidelight.vllm import capture, worker
 from sidelight.vllm.columns import Reading, Step, Tracking
 from sidelight.vllm.patches import served_by
+from sidelight.vllm.settings import parts_of
 from sidelight.vllm.worker import RequestJudge, Share, end_with_parent
 
 _log = init_logger("vllm.sidelight")
@@ -141,6 +145,25 @@ class Results(KVConnectorWorkerMetadata):
         )
 
 
+def _owners(panel: Panel, vllm_config: Any) -> Callable[[object, Sequence[int] | None], bytes]:
+    """Reads from token ids what they belong to, whatever the request says of them."""
+    model = vllm_config.model_config
+    encoder = PromptEncoder(
+        AutoTokenizer.from_pretrained(model.tokenizer),
+        prompt_format=common_format(panel.probes) or "chat",
+        max_tokens=model.max_model_len,
+    )
+
+    def parts_of(_params: object, token_ids: Sequence[int] | None) -> bytes:
+        if token_ids is None:
+            raise SidelightError(
+                "Only text is judged; the request has images, audio or embeddings."
+            )
+        return bytes(encoder.parts_of(token_ids))
+
+    return parts_of
+
+
 class ProbeConnector(BaseConnector):
     """One per scheduler and one per worker."""
 
@@ -154,14 +177,17 @@ class ProbeConnector(BaseConnector):
             assert served is not None
             panel = Panel(served.load())
             self._judge = RequestJudge(panel)
-            self.tracking = Tracking(reads_responses=panel.late is not None)
+            self.tracking = Tracking(
+                reads_responses=panel.late is not None,
+                parts_of=parts_of if served.is_described else _owners(panel, vllm_config),
+            )
 
     # Beside the scheduler.
 
     def on_new_request(self, request: Any) -> None:
-        self.tracking.enter(
-            request.request_id, request.kv_transfer_params, request.prompt_token_ids
-        )
+        # The tokens of an image say nothing.
+        token_ids = None if request.mm_features else request.prompt_token_ids
+        self.tracking.enter(request.request_id, request.kv_transfer_params, token_ids)
 
     def build_connector_meta(self, scheduler_output: Any) -> Orders:
         return Orders(self.tracking.plan(steps(scheduler_output)))

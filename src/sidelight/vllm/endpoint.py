@@ -1,11 +1,9 @@
 """Verdicts in the chat answers of vLLM's own server (``vllm.endpoint_plugins``).
 
-vLLM loads this if ``VLLM_PLUGINS`` names ``sidelight``. An ASGI middleware describes chat requests
-on their way in and puts the verdicts into the answers on their way out; it adds no route. A request
-that cannot be described goes on without a description, even if the client gave one, and its answer
-says that it was not judged. Bodies are rewritten as JSON; a stream gets extra chunks with
-``choices: []``. The answer to a post to any other route has a header that says that it was not
-judged, since not all of those answers have a place for it.
+vLLM loads this if ``VLLM_PLUGINS`` names ``sidelight``. An ASGI middleware puts the verdicts into
+the answers to chat requests; it adds no route and changes no request. Bodies are rewritten as JSON;
+a stream gets extra chunks with ``choices: []``. The answer to a post to any other route has a
+header that says that it has no verdicts, since not all of those answers have a place for them.
 """
 
 # pyright: reportMissingImports=false
@@ -16,35 +14,20 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as Event
-from transformers import AutoTokenizer
 
-from sidelight.artifact import load_probe
-from sidelight.errors import SidelightError
-from sidelight.probe import common_format
-from sidelight.prompts import Message, PromptEncoder
 from sidelight.vllm.patches import served_by
 from sidelight.vllm.requests import OutputListener, StepReport
-from sidelight.vllm.settings import KEY, request_params
+from sidelight.vllm.settings import KEY
 
 _PATH = "/v1/chat/completions"
-_PARAMS = "kv_transfer_params"
 _DONE = b"data: [DONE]"
 _EVENT_END = b"\n\n"
-_TOO_DEEP = {
-    "error": {
-        "message": "The body is nested too deep. Send plain messages.",
-        "type": "BadRequestError",
-        "param": None,
-        "code": 400,
-    }
-}
 _NOT_JUDGED = {"error": "The request was not judged."}
-_NOT_JUDGED_HEADER = (b"x-sidelight-error", b"not judged: only " + _PATH.encode() + b" is")
+_NO_VERDICTS = (b"x-sidelight-error", b"no verdicts: only " + _PATH.encode() + b" has them")
 
 
 @dataclass
@@ -84,71 +67,26 @@ def current_report() -> Report | None:
     return _report.get()
 
 
-@dataclass
-class RequestDescriber:
-    """Describes what a chat request's tokens belong to, once it has an encoder."""
-
-    encoder: PromptEncoder | None = None
-
-    def describe(self, body: bytes) -> bytes:
-        """The body with our description of its tokens, and without any of the client's.
-
-        Raises:
-            RecursionError: The body is nested too deep to be read.
-        """
-        assert self.encoder is not None
-        try:
-            request = json.loads(body)
-        except ValueError:
-            # vLLM itself reports what is wrong with it.
-            return body
-        if not isinstance(request, dict):
-            return body
-        described = cast(dict[str, Any], request)
-        given = described.get(_PARAMS)
-        if given is None or isinstance(given, dict):
-            others = {k: v for k, v in (given or {}).items() if k != KEY}
-            described = {**described, _PARAMS: {**others, **self._params(described)} or None}
-        return json.dumps(described).encode()
-
-    def _params(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """The description of the tokens; nothing if they cannot be described."""
-        assert self.encoder is not None
-        try:
-            prompt = self.encoder.encode([_message(turn) for turn in request["messages"]])
-        except (ValueError, KeyError, TypeError, SidelightError):
-            # vLLM refuses it, or answers without a verdict, which the answer says.
-            return {}
-        return request_params(prompt)
-
-
 class ProbeMiddleware:
     """Wraps vLLM's application."""
 
-    def __init__(self, app: ASGIApp, *, describer: RequestDescriber):
+    def __init__(self, app: ASGIApp, *, is_served: Callable[[], bool]):
         self._app = app
-        self._describer = describer
+        self._is_served = is_served
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Rewrites chat requests and their answers, and marks the answers to other posts."""
+        """Adds to the answers to chat requests, and marks the answers to other posts."""
         is_post = scope["type"] == "http" and scope["method"] == "POST"
-        if not is_post or self._describer.encoder is None:
+        if not is_post or not self._is_served():
             await self._app(scope, receive, send)
             return
         if scope["path"] != _PATH:
             await self._app(scope, receive, _marked(send))
             return
-        try:
-            body = self._describer.describe(await _whole_body(receive))
-        except RecursionError:
-            await JSONResponse(_TOO_DEEP, status_code=400)(scope, receive, send)
-            return
-        headers = _with_length(scope["headers"], len(body))
         report = Report()
         token = _report.set(report)
         try:
-            inner = _replayed(body, receive)
-            await self._app({**scope, "headers": headers}, inner, _Answer(send, report))
+            await self._app(scope, receive, _Answer(send, report))
         finally:
             _report.reset(token)
 
@@ -202,11 +140,11 @@ class _Answer:
 
 
 def _marked(send: Send) -> Send:
-    """Sends an answer on with the header that says that it was not judged."""
+    """Sends an answer on with the header that says that it has no verdicts."""
 
     async def marked(event: Event) -> None:
         if event["type"] == "http.response.start":
-            event = {**event, "headers": [*event["headers"], _NOT_JUDGED_HEADER]}
+            event = {**event, "headers": [*event["headers"], _NO_VERDICTS]}
         await send(event)
 
     return marked
@@ -217,34 +155,6 @@ def _entries(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     if "verdicts" not in report:
         return [dict(report)]
     return [{"probe": name, **fields} for name, fields in report["verdicts"].items()]
-
-
-def _message(turn: Mapping[str, Any]) -> Message:
-    content = turn["content"]
-    if isinstance(content, str):
-        return Message(turn["role"], content)
-    # Joined as vLLM joins parts for templates that take text.
-    texts = [part["text"] for part in cast(Sequence[Mapping[str, Any]], content)]
-    return Message(turn["role"], "\n".join(texts))
-
-
-async def _whole_body(receive: Receive) -> bytes:
-    body = b""
-    while True:
-        event = await receive()
-        body += event.get("body", b"")
-        if not event.get("more_body"):
-            return body
-
-
-def _replayed(body: bytes, receive: Receive) -> Receive:
-    """Gives the body once, then what the client sends: that it has left."""
-    waiting: list[Event] = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def next_event() -> Event:
-        return waiting.pop() if waiting else await receive()
-
-    return next_event
 
 
 def _with_length(headers: Sequence[tuple[bytes, bytes]], length: int) -> list[tuple[bytes, bytes]]:
@@ -259,25 +169,17 @@ class ProbeEndpoint:
     required_tasks = ("generate",)
 
     def __init__(self) -> None:
-        self._describer = RequestDescriber()
+        self._is_served = False
 
     def attach_router(self, app: Any) -> None:
         """Adds the middleware inside vLLM's own authentication."""
-        app.add_middleware(ProbeMiddleware, describer=self._describer)
+        app.add_middleware(ProbeMiddleware, is_served=lambda: self._is_served)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
-        """Learns the model's chat template, and listens to the engine's reports."""
-        if engine_client is None:
+        """Listens to the engine's reports, if it has probes."""
+        if engine_client is None or served_by(engine_client.vllm_config) is None:
             return
-        served = served_by(engine_client.vllm_config)
-        if served is None:
-            return
-        model = engine_client.model_config
-        self._describer.encoder = PromptEncoder(
-            AutoTokenizer.from_pretrained(model.tokenizer),
-            prompt_format=common_format(map(load_probe, served.folders)) or "chat",
-            max_tokens=model.max_model_len,
-        )
+        self._is_served = True
         listener = OutputListener(engine_client.output_processor)
         engine_client.generate = _listened(engine_client.generate, listener)
 

@@ -45,7 +45,7 @@ from sidelight.vllm.requests import (
     early_names,
     sampling_params,
 )
-from sidelight.vllm.settings import KEY, judgement_of
+from sidelight.vllm.settings import DESCRIBED, KEY, judgement_of
 
 
 class VllmEngine(Engine):
@@ -304,7 +304,7 @@ def load_vllm_engine(
     del backbone
     require_same_model(probes, fingerprint)
     folder = ProbeFolder()
-    named = {"probes": folder.put(probes), "fingerprint": asdict(fingerprint)}
+    named = {"probes": folder.put(probes), "fingerprint": asdict(fingerprint), DESCRIBED: True}
     given = {"max_model_len": encoder.max_tokens, **(options or {})}
     require_options(given, AsyncEngineArgs)
     arguments = AsyncEngineArgs(

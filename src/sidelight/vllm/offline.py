@@ -28,7 +28,7 @@ from sidelight.training.classifier import Classifier, as_example, encode
 from sidelight.types import Verdict
 from sidelight.vllm.capture import Spool, SpoolPlace, SpoolShape, capture_params
 from sidelight.vllm.engine import require_options, require_vllm
-from sidelight.vllm.settings import CAPTURE, KEY, Captured, judgement_of, request_params
+from sidelight.vllm.settings import CAPTURE, DESCRIBED, KEY, Captured, judgement_of, request_params
 
 # How much vLLM is given, in full steps: one runs while the next waits, so that none is half empty.
 _STEPS_AHEAD = 2
@@ -179,6 +179,7 @@ def predict(
         # A probe that was just trained has no folder for vLLM's processes to read.
         config = {
             "probes": [str(save_probe(probe, Path(folder)))],
+            DESCRIBED: True,
             "fingerprint": asdict(backbone.fingerprint),
         }
         with closing(Offline.start(backbone, config, given)) as llm:

@@ -21,7 +21,15 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from sidelight.errors import SidelightError
-from sidelight.vllm.settings import CAPTURE, KEY, Captured, Served, fingerprint_of, named_folders
+from sidelight.vllm.settings import (
+    CAPTURE,
+    DESCRIBED,
+    KEY,
+    Captured,
+    Served,
+    fingerprint_of,
+    named_folders,
+)
 
 TESTED = SpecifierSet(">=0.32,<0.33")
 UNTESTED = "SIDELIGHT_VLLM_UNTESTED"
@@ -124,7 +132,7 @@ def _served(model: str, folders: tuple[str, ...], given: dict[str, Any]) -> Serv
     if "fingerprint" in given:
         served = Served.from_json({**given, "folders": folders})
     else:
-        served = Served(folders, fingerprint_of(model, folders))
+        served = Served(folders, fingerprint_of(model, folders), bool(given.get(DESCRIBED)))
     # Loaded here too, since an error in a worker is harder to read.
     served.load()
     return served

@@ -1,8 +1,8 @@
 """What vLLM's processes are told: the probes to serve, and what each request's tokens belong to.
 
 ``SIDELIGHT_PROBES`` names folders of probes, separated by the system's path separator. So does
-``additional_config={"sidelight": {"probes": [...]}}``. Without either, the plugin does nothing. A
-request says what its tokens belong to, and gets its verdicts, in vLLM's ``kv_transfer_params``.
+``additional_config={"sidelight": {"probes": [...]}}``. Without either, the plugin does nothing.
+Verdicts, and descriptions of requests by our own engines, travel in ``kv_transfer_params``.
 """
 
 import hashlib
@@ -24,6 +24,8 @@ from sidelight.types import Judgement, Verdict
 
 ENVIRONMENT = "SIDELIGHT_PROBES"
 KEY = "sidelight"
+DESCRIBED = "described"
+"""Under ``KEY``: whether requests describe their tokens."""
 CAPTURE = "capture"
 """Under ``KEY``: a ``Captured``, if hidden states are kept and no probe is served."""
 
@@ -35,19 +37,27 @@ class Served:
     Attributes:
         folders: The probes' artifacts.
         fingerprint: That of the served model.
+        is_described: Whether requests say what their tokens belong to, as our own engines' do.
+            Otherwise clients may have written them, and it is read from their tokens.
     """
 
     folders: tuple[str, ...]
     fingerprint: Fingerprint
+    is_described: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """For vLLM's configuration."""
-        return {"folders": list(self.folders), "fingerprint": asdict(self.fingerprint)}
+        return {
+            "folders": list(self.folders),
+            "fingerprint": asdict(self.fingerprint),
+            DESCRIBED: self.is_described,
+        }
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> "Served":
         """The inverse of ``to_json``."""
-        return Served(tuple(data["folders"]), Fingerprint(**data["fingerprint"]))
+        fingerprint = Fingerprint(**data["fingerprint"])
+        return Served(tuple(data["folders"]), fingerprint, bool(data.get(DESCRIBED)))
 
     def load(self) -> list[Probe]:
         """Loads the probes.
@@ -125,8 +135,8 @@ def parts_of(params: Mapping[str, Any] | None, token_ids: Sequence[int] | None) 
     given = (params or {}).get(KEY)
     if given is None or token_ids is None:
         raise SidelightError(
-            "The request does not say what its tokens belong to. Send it through Sidelight's "
-            f"server or endpoint, or give kv_transfer_params['{KEY}'] (see docs/vllm.md)."
+            f"The request has no kv_transfer_params['{KEY}'] to say what its tokens belong to. "
+            f"Give it, or leave '{DESCRIBED}' out of additional_config['{KEY}']."
         )
     try:
         parts = bytes(chain.from_iterable(repeat(Part(p), int(n)) for p, n in given["parts"]))
