@@ -32,9 +32,7 @@ class DataSet:
     Attributes:
         name: Its name in recipes.
         title: Its name in tables.
-        training: The examples that probes learn from.
         validation: The official validation split, or training rows that were held out.
-        test: Read once, at the end.
         subsets: Row positions of `test` by the name of the subset; may be empty.
         notes: What is missing, deviates from the official set, or must be known of the licence; one
             sentence each.
@@ -63,12 +61,9 @@ class Part:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a data set is laid out, in local files or on the hub.
+    """The columns and splits of a data set, in local files or on the hub.
 
     Attributes:
-        text: Column of the text.
-        label: Column of the label.
-        validation: None where there is no official validation split.
         source: Name on the hub, with the configuration after a colon; `{split}` stands for the
             split. Empty for local files.
         notes: What must be known of this layout, one sentence each.
@@ -88,10 +83,7 @@ class Published:
     """A data set as its authors published it.
 
     Attributes:
-        title: Its name in tables.
         folder: Name of its local folder.
-        local: Layout of the local folder.
-        hub: Layout on the Hugging Face hub.
         notes: What must be known of either layout, one sentence each.
         positive: The positive class; None where it can be inferred.
         on_missing_label: Whether unlabelled rows are an error, or are left out and counted.

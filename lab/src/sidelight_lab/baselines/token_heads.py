@@ -33,12 +33,9 @@ _ATTENTION_SETTINGS = TrainingSettings(learning_rate=3e-3, epochs=6, patience=2)
 
 
 class AttentionHeads(nn.Module):
-    """Adds what each head reads: logits = b + sum_k sum_t softmax_t(q_k . x_t) v_k . x_t.
+    """Adds what each head (k) reads: logits = b + sum_k sum_t softmax_t(q_k . x_t) v_k . x_t.
 
-    Args:
-        width: Size of a token.
-        outputs: Number of logits; a head has a value vector for each.
-        heads: Number of queries (k).
+    A head has a value vector for each output.
     """
 
     def __init__(self, width: int, outputs: int, *, heads: int):
@@ -61,12 +58,6 @@ class RollingHeads(AttentionHeads):
 
     The weights a are a softmax of q_k . x_t over the tokens of window w; each output takes its own
     maximum.
-
-    Args:
-        width: Size of a token.
-        outputs: Number of logits.
-        heads: Number of queries (k).
-        window: Tokens of a window.
     """
 
     def __init__(self, width: int, outputs: int, *, heads: int, window: int):
@@ -171,11 +162,7 @@ class BestLayer(Baseline):
 
 @dataclass(frozen=True)
 class AttentionProbe(BestLayer):
-    """EleutherAI's attention probe (2025), without its optional weight for a token's position.
-
-    Attributes:
-        heads: Learned queries.
-    """
+    """EleutherAI's attention probe (2025), without its optional weight for a token's position."""
 
     title: ClassVar[str] = "Attention probe, best layer"
     heads: int = 8
@@ -212,7 +199,6 @@ class RollingMax(BestLayer):
 
     Attributes:
         features: Features of a token, computed by a small network.
-        heads: Learned queries.
         window: Tokens of a window.
     """
 
