@@ -6,7 +6,6 @@ the user's cache as safetensors, which load in under a second.
 
 import importlib.util
 import os
-import shutil
 import tempfile
 from copy import deepcopy
 from pathlib import Path
@@ -80,11 +79,9 @@ def _convert(source: Path, target: Path) -> None:
     tokenizer.model_max_length = MAX_TOKENS
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        model.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
+        # A folder of its own: a temporary one can be read by its owner only.
         staged = Path(scratch) / "model"
-        staged.mkdir()
-        for item in [path for path in Path(scratch).iterdir() if path != staged]:
-            shutil.move(item, staged)
+        model.save_pretrained(staged)
+        tokenizer.save_pretrained(staged)
         if not target.exists():
             staged.rename(target)

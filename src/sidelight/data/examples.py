@@ -232,6 +232,13 @@ class LabelledExamples(Examples):
     task: Task
     labels: Int[Numbers, "row ..."]
 
+    @property
+    def label_counts(self) -> Int[Numbers, " label"]:
+        """The number of texts with each label of the task."""
+        if self.labels.ndim == 2:
+            return self.labels.sum(0)
+        return np.bincount(self.labels, minlength=len(self.task.labels))
+
     def select(self, indices: Iterable[SupportsIndex]) -> "LabelledExamples":
         chosen = [operator.index(position) for position in indices]
         return replace(super().select(chosen), labels=self.labels[chosen])

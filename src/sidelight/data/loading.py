@@ -9,14 +9,7 @@ from jaxtyping import Int
 
 from sidelight.data.examples import Example, Examples, LabelledExamples, Skipped
 from sidelight.data.labels import encode_labels, is_missing
-from sidelight.data.readers import (
-    InMemory,
-    Row,
-    is_list,
-    is_mapping,
-    plain,
-    read_rows,
-)
+from sidelight.data.readers import InMemory, Row, is_list, is_mapping, plain, read_rows
 from sidelight.errors import SidelightError, did_you_mean
 from sidelight.prompts import Message, require_whole_characters
 from sidelight.types import Numbers, Task
@@ -98,7 +91,11 @@ def load_examples(
     cells = tuple(row.cells for row in kept)
     first_empty = next((row.place for row, item in examples if item is None), "")
     skipped = Skipped(len(rows) - len(readable), missing, first_empty)
-    warnings = _skip_warnings(skipped)
+    reasons = {
+        "with an empty text or response": skipped.empty_text,
+        "without a label": skipped.missing_label,
+    }
+    warnings = tuple(f"Left out {n} rows {reason}." for reason, n in reasons.items() if n)
     if not columns:
         return Examples(items, cells, skipped, warnings)
     task, labels, doubts = encode_labels(kept, columns, positive=positive, task=task)
@@ -202,14 +199,6 @@ def _emptiness(rows: Sequence[Row], text: str, response: str | None) -> str:
 
 def _lacks_label(row: Row, columns: Sequence[str]) -> bool:
     return any(is_missing(row.cells.get(column)) for column in columns)
-
-
-def _skip_warnings(skipped: Skipped) -> tuple[str, ...]:
-    counts = {
-        "with an empty text or response": skipped.empty_text,
-        "without a label": skipped.missing_label,
-    }
-    return tuple(f"Left out {count} rows {reason}." for reason, count in counts.items() if count)
 
 
 def _conflict_warnings(

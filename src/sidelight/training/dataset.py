@@ -29,6 +29,8 @@ from sidelight.training.settings import FEW_TEXTS, FitOptions, require_labels_of
 from sidelight.types import Task
 
 FOLDS = 5
+# Validation texts of a class.
+_ROUGH_BELOW = 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +50,6 @@ class Split:
     rows: Int[np.ndarray, " text"]
 
     def __len__(self) -> int:
-        """The number of texts."""
         return len(self.examples)
 
     @property
@@ -58,7 +59,6 @@ class Split:
 
     @property
     def task(self) -> Task:
-        """The classes."""
         return self.examples.task
 
     @property
@@ -141,7 +141,6 @@ class ProbeDataset:
 
     @property
     def task(self) -> Task:
-        """The classes."""
         return self.training.task
 
 
@@ -156,14 +155,7 @@ def prepare(
     """Chooses the validation texts, and runs the backbone over all texts.
 
     A fit and a search both begin here, so that a search chooses by the texts that calibrate later.
-
-    Args:
-        backbone: The frozen LLM.
-        training: Labelled texts.
-        validation: Labelled texts; None holds out part of ``training``, or cross-fits it if it is
-            small.
-        options: How texts are read and calibrated, and where their hidden states go.
-        source: The engine that computes the hidden states; None is the backbone itself.
+    The arguments are those of ``fit``.
 
     Raises:
         SidelightError: The validation texts do not allow a choice or a calibration, or the hidden
@@ -183,7 +175,12 @@ def prepare(
         require_labels_of_parts(training.task)
     require_same_task(training, validation)
     require_calibratable(options.calibration, validation.labels, training.task)
-    warnings += _rarity(validation)
+    rarest = int(validation.label_counts.min())
+    if rarest < _ROUGH_BELOW:
+        warnings.append(
+            f"The rarest class has {rarest} validation texts: threshold, calibration and the "
+            "validation figures are rough. More labelled texts of it would help most."
+        )
     parts = {"Training texts": training}
     if not folds:
         parts["Validation texts"] = validation
@@ -203,31 +200,34 @@ def prepare(
         for title, examples in parts.items()
     ]
     for split in splits:
-        warnings += _cut_warnings(split.prompts, options.max_tokens)
+        cut = [prompt for prompt in split.prompts if prompt.dropped]
+        if cut:
+            limit = min(options.max_tokens, max(map(len, cut)))
+            warnings.append(
+                f"{len(cut)} of {len(split)} texts were cut to {limit} tokens for training "
+                "(--max-tokens); judging never cuts."
+            )
     return ProbeDataset(backbone, splits[0], splits[-1], folds, tuple(warnings))
 
 
 def choose_folds(examples: LabelledExamples) -> Folds:
     """The folds to cross-fit by; none if there are many texts, or if a fold would lack a class."""
-    task, labels = examples.task, examples.labels
-    rarest = int(class_counts(task, labels).min())
+    rarest = int(examples.label_counts.min())
     if len(examples) >= FEW_TEXTS or min(rarest, examples.distinct) < FOLDS:
         return ()
     folds = examples.folds(FOLDS, seed=0)
-    counts = [class_counts(task, labels[fold]).min() for fold in folds]
-    return folds if min(counts) else ()
+    return folds if all(examples.select(fold).label_counts.all() for fold in folds) else ()
 
 
 def _why_held_out(examples: LabelledExamples) -> list[str]:
     """Why texts that are few enough to be cross-fitted are not."""
     if len(examples) >= FEW_TEXTS:
         return []
-    task, counts = examples.task, class_counts(examples.task, examples.labels)
-    rarest = int(counts.argmin())
-    label = task.labels[rarest]
+    rarest = int(examples.label_counts.argmin())
+    label = examples.task.labels[rarest]
     return [
         f"Cross-fitting needs {FOLDS} distinct texts per label, but '{label}' has "
-        f"{counts[rarest]} that are too few or too similar. Instead, "
+        f"{examples.label_counts[rarest]} that are too few or too similar. Instead, "
         f"{validation_share(len(examples)):.0%} of the texts were held out for validation. Add "
         f"more texts of '{label}'."
     ]
@@ -246,7 +246,7 @@ def require_same_task(training: LabelledExamples, validation: LabelledExamples) 
             f"The validation data has the labels {validation.task}, the training data {task}. "
             "Load it with task=training.task."
         )
-    counts = class_counts(task, validation.labels)
+    counts = validation.label_counts
     missing = [label for label, count in zip(task.labels, counts, strict=True) if count == 0]
     if missing and task.kind == "binary":
         raise SidelightError(
@@ -265,34 +265,6 @@ def shared_texts(training: LabelledExamples, validation: LabelledExamples) -> li
     seen = {(item.text, item.response) for item in training.items}
     shared = sum((item.text, item.response) in seen for item in validation.items)
     return [f"{shared} validation texts are also training texts."] if shared else []
-
-
-def _rarity(validation: LabelledExamples) -> list[str]:
-    smallest = int(class_counts(validation.task, validation.labels).min())
-    if smallest >= 10:
-        return []
-    return [
-        f"The rarest class has {smallest} validation texts: threshold, calibration and the "
-        "validation figures are rough. More labelled texts of it would help most."
-    ]
-
-
-def _cut_warnings(prompts: Sequence[EncodedPrompt], max_tokens: int) -> list[str]:
-    cut = [prompt for prompt in prompts if prompt.dropped]
-    if not cut:
-        return []
-    limit = min(max_tokens, max(map(len, cut)))
-    return [
-        f"{len(cut)} of {len(prompts)} texts were cut to {limit} tokens for training "
-        "(--max-tokens); judging never cuts."
-    ]
-
-
-def class_counts(task: Task, labels: np.ndarray) -> np.ndarray:
-    """Texts of each label."""
-    if task.kind == "multilabel":
-        return labels.sum(0)
-    return np.bincount(labels, minlength=len(task.labels))
 
 
 def make_split(

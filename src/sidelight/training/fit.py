@@ -14,7 +14,7 @@ from sidelight.evaluation import Report, evaluate
 from sidelight.metrics import score_counts
 from sidelight.probe import Probe
 from sidelight.states.extraction import StateSource
-from sidelight.training.dataset import Folds, ProbeDataset, Split, class_counts, prepare
+from sidelight.training.dataset import Folds, ProbeDataset, Split, prepare
 from sidelight.training.loop import Trained, divergence, train_mechanisms
 from sidelight.training.optimisation import validation_score
 from sidelight.training.settings import FitOptions, Job
@@ -45,7 +45,9 @@ def calibrate_probe(
     """Calibrates on validation logits, chooses the threshold there, and measures there."""
     task, labels, logits = dataset.task, dataset.validation.labels, trained.logits
     calibration, probabilities, report = _calibrated(options.calibration, logits, labels, task)
-    shown = {"metrics": report.to_dict(), "scores": _score_counts(task, probabilities)}
+    columns = zip(task.labels[-task.outputs :], probabilities.T, strict=True)
+    # Histograms of each label's probabilities: serving looks for drift.
+    scores = {label: score_counts(column.tolist()) for label, column in columns}
     probe = Probe(
         name=name,
         task=task,
@@ -60,7 +62,11 @@ def calibrate_probe(
         record={
             "engine": dataset.training.states.engine,
             "training": _data(dataset.training),
-            "validation": {**_data(dataset.validation), **shown},
+            "validation": {
+                **_data(dataset.validation),
+                "metrics": report.to_dict(),
+                "scores": scores,
+            },
             "max_tokens": options.max_tokens,
             "folds": len(dataset.folds),
             "settings": asdict(trained.job.settings),
@@ -83,15 +89,8 @@ def _calibrated(
     return calibration, probabilities, evaluate(task, probabilities, labels, thresholds=thresholds)
 
 
-def _score_counts(task: Task, probabilities: np.ndarray) -> dict[str, list[int]]:
-    """A histogram of each label's probabilities, ``[text, output]``; serving looks for drift."""
-    labels = task.labels[1:] if task.kind == "binary" else task.labels
-    columns = zip(labels, probabilities.T, strict=True)
-    return {label: score_counts(column.tolist()) for label, column in columns}
-
-
 def _data(split: Split) -> dict[str, Any]:
-    counts = class_counts(split.task, split.labels).tolist()
+    counts = split.examples.label_counts.tolist()
     return {
         "rows": len(split),
         "sha256": split.examples.content_hash,
@@ -191,13 +190,7 @@ def _best(runs: Sequence[FittedProbe]) -> FittedProbe:
 def cross_fit(jobs: Sequence[Job], whole: ProbeDataset, folds: Folds) -> list[Trained | None]:
     """Each job trained on all texts, for every epoch; the logits of a text are those of its fold.
 
-    Args:
-        jobs: What to train.
-        whole: All texts, as both of its splits.
-        folds: The folds that ``choose_folds`` gives.
-
-    Returns:
-        One result per job; None if it diverged, on a fold or on all texts.
+    None for a job that diverged, on a fold or on all texts.
     """
     scored = score_by_folds(jobs, whole, folds)
     final = train_mechanisms(

@@ -12,7 +12,7 @@ from tabulate import tabulate
 
 from sidelight.errors import SidelightError
 from sidelight.storage import write_json, write_text
-from sidelight.training.dataset import ProbeDataset, Split, class_counts, require_same_task
+from sidelight.training.dataset import ProbeDataset, Split, require_same_task
 from sidelight.training.optimisation import score_name, validation_score
 from sidelight_lab.tables.context import RecipeContext
 from sidelight_lab.tables.runs import Run, fit_runs, plan_runs
@@ -92,7 +92,7 @@ def _folds(whole: ProbeDataset, count: int) -> list[ProbeDataset]:
 
 
 def _lacks_a_class(split: Split) -> bool:
-    return split.task.kind != "multilabel" and 0 in class_counts(split.task, split.labels)
+    return split.task.kind != "multilabel" and 0 in split.examples.label_counts
 
 
 def _mean(scores: Sequence[float | None]) -> float | None:
