@@ -9,7 +9,6 @@ from corpora import planted
 from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import mechanism_spec
-from sidelight.prompts import Reads
 from sidelight.training.dataset import FOLDS, ProbeDataset, choose_folds, make_split
 from sidelight.training.fit import cross_fit, fit
 from sidelight.training.loop import train_mechanisms
@@ -41,9 +40,7 @@ def whole(tiny, tmp_path_factory):
     split = make_split(
         tiny,
         examples,
-        reads=Reads(),
-        max_tokens=512,
-        cache_root=tmp_path_factory.mktemp("activations"),
+        FitOptions(max_tokens=512, cache_root=tmp_path_factory.mktemp("activations")),
     )
     return ProbeDataset(tiny, split, split)
 

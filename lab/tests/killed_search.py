@@ -10,9 +10,9 @@ import torch
 from corpora import TASKS, planted
 from sidelight.backbone import TransformersBackbone
 from sidelight.data.loading import load_examples
-from sidelight.prompts import Reads
 from sidelight.states.cache import ActivationCache, Shard
 from sidelight.training.dataset import ProbeDataset, Split, make_split
+from sidelight.training.settings import FitOptions
 from sidelight_lab.search import search_settings
 from tiny import tiny_backbone
 
@@ -42,9 +42,7 @@ def split_at(
     split = make_split(
         backbone,
         load_examples(rows, task=TASKS["binary"]),
-        reads=Reads(),
-        max_tokens=64,
-        cache_root=root,
+        FitOptions(max_tokens=64, cache_root=root),
     )
     return Split(split.examples, split.prompts, ObservedCache(split), split.rows)
 

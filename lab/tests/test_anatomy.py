@@ -15,11 +15,12 @@ from sidelight.bank import Bank
 from sidelight.data.examples import Example, LabelledExamples
 from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import Geometry, mechanism_names, mechanism_spec
-from sidelight.prompts import Message, Part, Reads
+from sidelight.prompts import Message, Part
 from sidelight.ragged import Ragged
 from sidelight.standardisation import Standardisation
 from sidelight.states.extraction import score
 from sidelight.training.dataset import make_split
+from sidelight.training.settings import FitOptions
 from sidelight_lab.anatomy.attribution import (
     contributions,
     grouped,
@@ -62,9 +63,7 @@ def splits(tiny, tmp_path_factory):
         kind: make_split(
             tiny,
             as_examples(kind, 40, seed=seed),
-            reads=Reads(),
-            max_tokens=256,
-            cache_root=root,
+            FitOptions(max_tokens=256, cache_root=root),
         )
         for seed, kind in enumerate(KINDS)
     }

@@ -20,6 +20,7 @@ from sidelight.errors import SidelightError
 from sidelight.prompts import Message, Reads
 from sidelight.training.dataset import ProbeDataset, Split, make_split
 from sidelight.training.optimisation import validation_score
+from sidelight.training.settings import FitOptions
 from sidelight.types import TaskKind
 from sidelight_lab.baselines.base import Baseline, FittedBaseline, TfIdf
 from sidelight_lab.baselines.muli import FirstToken, LogOddsDesign, Muli
@@ -64,7 +65,8 @@ def split_of(
     texts, labels = planted(kind, count, seed=seed)
     items = tuple(Example((Message("user", text),)) for text in texts)
     examples = LabelledExamples(items, tuple({} for _ in items), task=TASKS[kind], labels=labels)
-    return make_split(backbone, examples, reads=reads or Reads(), max_tokens=256, cache_root=root)
+    options = FitOptions(reads=reads or Reads(), max_tokens=256, cache_root=root)
+    return make_split(backbone, examples, options)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from sidelight.standardisation import Standardisation
 from sidelight.states.cache import Shard
 from sidelight.training.dataset import ProbeDataset, make_split
 from sidelight.training.optimisation import validation_score
-from sidelight.training.settings import TrainingSettings
+from sidelight.training.settings import FitOptions, TrainingSettings
 from sidelight_lab.baselines.token_heads import (
     AttentionHeads,
     AttentionProbe,
@@ -58,7 +58,7 @@ def splits(tiny, tmp_path_factory):
         texts, labels = planted(kind, count, seed=seed)
         items = tuple(Example((Message("user", text),)) for text in texts)
         examples = LabelledExamples(items, ({},) * count, task=TASKS[kind], labels=labels)
-        return make_split(tiny, examples, reads=Reads(), max_tokens=256, cache_root=root)
+        return make_split(tiny, examples, FitOptions(max_tokens=256, cache_root=root))
 
     return {
         kind: {name: split(kind, count, seed) for seed, (name, count) in enumerate(SIZES.items())}

@@ -17,10 +17,10 @@ from sidelight.backbone import TransformersBackbone
 from sidelight.bank import Bank
 from sidelight.errors import SidelightError
 from sidelight.evaluation import evaluate
-from sidelight.prompts import Reads
 from sidelight.states.extraction import score
 from sidelight.training.dataset import ProbeDataset, make_split
 from sidelight.training.optimisation import validation_score
+from sidelight.training.settings import FitOptions
 from sidelight_lab.baselines import BASELINES
 from sidelight_lab.tables.recipes import Configuration, build_rows, suggested
 from sidelight_lab.tables.reproduce import reproduce
@@ -364,7 +364,7 @@ def test_cached_states_give_the_logits_of_a_forward_pass(
     finished: Finished, tiny: TransformersBackbone, cache: Path
 ):
     probes = [load_probe(path) for path in sorted((finished.folder / "runs").glob("*/probe"))]
-    split = make_split(tiny, Data().test, reads=Reads(), max_tokens=512, cache_root=cache)
+    split = make_split(tiny, Data().test, FitOptions(max_tokens=512, cache_root=cache))
     named = [replace(probe, name=str(place)) for place, probe in enumerate(probes)]
     expected = score(tiny, Bank(named), split.prompts)
     for own, other in zip(score_split(probes, split, device=tiny.device), expected, strict=True):

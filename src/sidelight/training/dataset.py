@@ -6,7 +6,6 @@ Probes and baselines of one table read the same splits, so that no row of it has
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import SupportsIndex
 
 import numpy as np
@@ -186,17 +185,7 @@ def prepare(
         parts["Validation texts"] = validation
         warnings += shared_texts(training, validation)
     splits = [
-        make_split(
-            backbone,
-            examples,
-            reads=options.reads,
-            max_tokens=options.max_tokens,
-            cache_root=options.cache_root or cache_root() / "activations",
-            budget_bytes=options.cache_budget_bytes,
-            keep_cache=options.keep_cache,
-            title=title,
-            source=source,
-        )
+        make_split(backbone, examples, options, title=title, source=source)
         for title, examples in parts.items()
     ]
     for split in splits:
@@ -270,12 +259,8 @@ def shared_texts(training: LabelledExamples, validation: LabelledExamples) -> li
 def make_split(
     backbone: TransformersBackbone,
     examples: LabelledExamples,
+    options: FitOptions,
     *,
-    reads: Reads,
-    max_tokens: int,
-    cache_root: Path,
-    budget_bytes: int | None = None,
-    keep_cache: bool = True,
     title: str = "Extracting",
     source: StateSource | None = None,
 ) -> Split:
@@ -284,11 +269,8 @@ def make_split(
     Args:
         backbone: The frozen LLM.
         examples: The texts.
-        reads: The tokens that probes read.
-        max_tokens: Longer texts are cut; see ``EncodedPrompt.shortened``.
-        cache_root: Folder of all caches.
-        budget_bytes: The most that the states may take; None allows what the disk has.
-        keep_cache: Whether the states stay on disk, whichever run calls ``states.remove``.
+        options: How texts are read, where their hidden states go, and whether they stay there
+            whichever run calls ``states.remove``.
         title: The title of the progress bar.
         source: The engine that computes the states; None is the backbone itself.
 
@@ -296,18 +278,22 @@ def make_split(
         SidelightError: A text without a token to read, or no room for the states.
     """
     source = source or BackboneSource(backbone)
-    limit = min(max_tokens, source.max_tokens)
+    limit = min(options.max_tokens, source.max_tokens)
     prompts: list[EncodedPrompt] = []
     for index, item in enumerate(examples.items):
         with located(item, index):
             whole = backbone.encoder.encode_any_length(item.messages, item.response)
-            prompts.append(whole.shortened(limit, reads))
-    _require_read(prompts, examples, reads, limit)
+            prompts.append(whole.shortened(limit, options.reads))
+    _require_read(prompts, examples, options.reads, limit)
     cache = ActivationCache(
-        cache_root, prompts, reads=reads, fingerprint=backbone.fingerprint, engine=source.engine
+        options.cache_root or cache_root() / "activations",
+        prompts,
+        reads=options.reads,
+        fingerprint=backbone.fingerprint,
+        engine=source.engine,
     )
-    states = extract(source, cache, budget_bytes=budget_bytes, title=title)
-    if keep_cache:
+    states = extract(source, cache, budget_bytes=options.cache_budget_bytes, title=title)
+    if options.keep_cache:
         states.keep()
     return Split(examples, tuple(prompts), states, np.arange(len(examples)))
 

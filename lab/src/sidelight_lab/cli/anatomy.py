@@ -43,9 +43,9 @@ def anatomy(probe: Path, runtime: options.Runtime, out: Path, **given: Any) -> N
     was not trained on; nothing is trained.
     """
     from sidelight.data.loading import load_examples
-    from sidelight.smollm2 import cache_root
     from sidelight.training.dataset import make_split
     from sidelight.training.runs import read_runs
+    from sidelight.training.settings import FitOptions
     from sidelight_lab.anatomy.examine import examine
     from sidelight_lab.anatomy.report import write_anatomies
 
@@ -61,10 +61,12 @@ def anatomy(probe: Path, runtime: options.Runtime, out: Path, **given: Any) -> N
     split = make_split(
         backbone,
         examples.select(examples.draw(given["limit"] or len(examples), seed=0)),
-        reads=chosen.reads,
-        max_tokens=given["max_tokens"],
-        cache_root=given["cache"] or cache_root() / "activations",
-        keep_cache=given["cache"] is not None,
+        FitOptions(
+            reads=chosen.reads,
+            max_tokens=given["max_tokens"],
+            cache_root=given["cache"],
+            keep_cache=given["cache"] is not None,
+        ),
     )
     probes = [chosen]
     if given["every_mechanism"]:

@@ -17,6 +17,7 @@ from sidelight.data.examples import LabelledExamples
 from sidelight.fingerprint import Fingerprint
 from sidelight.storage import write_json, write_text
 from sidelight.training.dataset import ProbeDataset, Split, make_split, require_same_task
+from sidelight.training.settings import FitOptions
 from sidelight_lab.datasets import DataSet
 from sidelight_lab.tables.recipes import (
     BaselineConfig,
@@ -95,9 +96,12 @@ class RecipeContext:
         return make_split(
             self.backbone,
             examples,
-            reads=self.recipe.reads,
-            max_tokens=self.recipe.max_tokens,
-            cache_root=self.cache_root,
+            FitOptions(
+                reads=self.recipe.reads,
+                max_tokens=self.recipe.max_tokens,
+                cache_root=self.cache_root,
+                keep_cache=True,
+            ),
             title=title,
         )
 
