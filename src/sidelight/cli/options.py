@@ -76,133 +76,9 @@ def examples(*commands: str) -> str:
     return "\b\nExamples:\n" + "\n".join(f"  {command}" for command in commands)
 
 
-_data = partial(
-    click.option, "--data", help="JSONL, JSON, CSV, TSV (or .gz), Parquet, or hub name."
-)
-data = _data(required=True)
-optional_data = _data()
-out = click.option(
-    "--out", required=True, type=PATH, callback=checked_folder, help="Folder to write."
-)
-json_file = click.option("--out", type=PATH, callback=checked_file, help="File for the JSON.")
-as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
-text = click.option("--text", default="text", help="Column of the text (or chat messages).")
-label = click.option(
-    "--label",
-    default="label",
-    help="Column of the label; several, with commas, make a multi-label task.",
-)
-response = click.option("--response", help="Column of the assistant's answer.")
-split = click.option("--split", help="Split of a hub data set.")
-missing_label = click.option(
-    "--missing-label",
-    type=click.Choice(["error", "skip"]),
-    default="error",
-    help="What to do about a row without a label.",
-)
-limit = click.option(
-    "--limit",
-    type=click.IntRange(min=2),
-    help="Use N rows, drawn at random, class by class.",
-)
-max_tokens = click.option(
-    "--max-tokens",
-    type=click.IntRange(min=8),
-    default=1024,
-    help="Cut longer texts, and count them; judging never cuts.",
-)
-positive = click.option("--positive", help="The positive class of a binary task.")
-model = click.option(
-    "--model",
-    help="Backbone: smollm2 (embedded), a folder, or a hub id. [default: smollm2, or the probe's]",
-)
-dtype = click.option(
-    "--dtype",
-    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-    default="auto",
-    help="Dtype of the backbone; auto keeps that of its weights.",
-)
-device = click.option("--device", default="auto", help="cpu, cuda, cuda:1, or auto.")
-# Names of mechanisms, as a list; each command has its own default and help.
-mechanisms = partial(click.option, "--mechanism", "mechanisms", callback=_names)
-engine_option = partial(
-    click.option,
-    "--engine-option",
-    multiple=True,
-    callback=_assigned,
-    metavar="NAME=VALUE",
-    help="Option of vLLM's engine, such as max_num_seqs=64; may be repeated.",
-)
-
-
-def columns(command: Command) -> Command:
-    """Where a data file has text, label and response."""
-    return text(label(response(split(command))))
-
-
-def engine(command: Command) -> Command:
-    """Which engine, and its own options; with ``backbone``, the command gets one ``Runtime``."""
-    choice = click.option(
-        "--engine",
-        type=click.Choice(["transformers", "vllm"]),
-        default="transformers",
-        help="What runs the model; docs/vllm.md says how to install vLLM.",
-    )
-    return choice(engine_option()(command))
-
-
-def backbone(command: Command) -> Command:
-    """Which backbone, and how it is loaded; the command gets ``runtime``."""
-    return model(dtype(device(_gathered(command, "runtime", Runtime))))
-
-
-def training(command: Command) -> Command:
-    """What to train on; the command gets ``inputs``, and ``out`` for the result."""
-    result = _gathered(command, "inputs", TrainingInputs)
-    for each in reversed(
-        (
-            data,
-            out,
-            columns,
-            missing_label,
-            positive,
-            click.option("--validation", help="Validation data. [default: held out of --data]"),
-            click.option("--validation-split", help="Split of a hub data set in --validation."),
-            limit,
-            max_tokens,
-            click.option(
-                "--cache", type=PATH, help="Folder for hidden states. [default: the user's cache]"
-            ),
-            click.option(
-                "--cache-budget",
-                type=float,
-                metavar="GIB",
-                help="The most disk that the hidden states of one file may take.",
-            ),
-            click.option(
-                "--keep-cache", is_flag=True, help="Keep the hidden states for another run."
-            ),
-        )
-    ):
-        result = each(result)
-    return result
-
-
-def _gathered(command: Command, name: str, kind: type[Any]) -> Command:
-    """The command; options that are fields of ``kind`` reach it as one object, named ``name``."""
-    own = {field.name for field in fields(kind)}
-
-    @wraps(command)
-    def gathered(**given: Any) -> Any:
-        options = {option: given.pop(option) for option in own & given.keys()}
-        return command(**{name: kind(**options)}, **given)
-
-    return gathered
-
-
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
-    """Which model runs, and what runs it: see ``backbone`` and ``engine``.
+    """Which model runs, and what runs it: see ``engine`` and ``backbone``.
 
     Raises:
         SidelightError: Options of vLLM's engine are given for another one.
@@ -319,3 +195,123 @@ class TrainingInputs:
             cache_budget_bytes=None if budget is None else int(budget * 2**30),
             keep_cache=self.keep_cache,
         )
+
+
+def together(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """These options as one decorator, in their order on the help page."""
+
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def _gathered(name: str, kind: type[Any]) -> Callable[[Command], Command]:
+    """Options that are fields of ``kind`` reach the command as one object, named ``name``."""
+    own = {field.name for field in fields(kind)}
+
+    def decorate(command: Command) -> Command:
+        @wraps(command)
+        def gathered(**given: Any) -> Any:
+            options = {option: given.pop(option) for option in own & given.keys()}
+            return command(**{name: kind(**options)}, **given)
+
+        return gathered
+
+    return decorate
+
+
+_data = partial(
+    click.option, "--data", help="JSONL, JSON, CSV, TSV (or .gz), Parquet, or hub name."
+)
+data = _data(required=True)
+optional_data = _data()
+out = click.option(
+    "--out", required=True, type=PATH, callback=checked_folder, help="Folder to write."
+)
+json_file = click.option("--out", type=PATH, callback=checked_file, help="File for the JSON.")
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
+text = click.option("--text", default="text", help="Column of the text (or chat messages).")
+label = click.option(
+    "--label",
+    default="label",
+    help="Column of the label; several, with commas, make a multi-label task.",
+)
+response = click.option("--response", help="Column of the assistant's answer.")
+split = click.option("--split", help="Split of a hub data set.")
+missing_label = click.option(
+    "--missing-label",
+    type=click.Choice(["error", "skip"]),
+    default="error",
+    help="What to do about a row without a label.",
+)
+limit = click.option(
+    "--limit",
+    type=click.IntRange(min=2),
+    help="Use N rows, drawn at random, class by class.",
+)
+max_tokens = click.option(
+    "--max-tokens",
+    type=click.IntRange(min=8),
+    default=1024,
+    help="Cut longer texts, and count them; judging never cuts.",
+)
+positive = click.option("--positive", help="The positive class of a binary task.")
+model = click.option(
+    "--model",
+    help="Backbone: smollm2 (embedded), a folder, or a hub id. [default: smollm2, or the probe's]",
+)
+dtype = click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    help="Dtype of the backbone; auto keeps that of its weights.",
+)
+device = click.option("--device", default="auto", help="cpu, cuda, cuda:1, or auto.")
+mechanisms = partial(click.option, "--mechanism", "mechanisms", callback=_names)
+engine_option = partial(
+    click.option,
+    "--engine-option",
+    multiple=True,
+    callback=_assigned,
+    metavar="NAME=VALUE",
+    help="Option of vLLM's engine, such as max_num_seqs=64; may be repeated.",
+)
+# Where a data file has text, label and response.
+columns = together(text, label, response, split)
+# Which engine. With ``backbone``, which gathers these too, the command gets one ``runtime``.
+engine = together(
+    click.option(
+        "--engine",
+        type=click.Choice(["transformers", "vllm"]),
+        default="transformers",
+        help="What runs the model; docs/vllm.md says how to install vLLM.",
+    ),
+    engine_option(),
+)
+backbone = together(model, dtype, device, _gathered("runtime", Runtime))
+# What to train on; the command gets ``inputs``, and ``out`` for the result.
+training = together(
+    data,
+    out,
+    columns,
+    missing_label,
+    positive,
+    click.option("--validation", help="Validation data. [default: held out of --data]"),
+    click.option("--validation-split", help="Split of a hub data set in --validation."),
+    limit,
+    max_tokens,
+    click.option(
+        "--cache", type=PATH, help="Folder for hidden states. [default: the user's cache]"
+    ),
+    click.option(
+        "--cache-budget",
+        type=float,
+        metavar="GIB",
+        help="The most disk that the hidden states of one file may take.",
+    ),
+    click.option("--keep-cache", is_flag=True, help="Keep the hidden states for another run."),
+    _gathered("inputs", TrainingInputs),
+)

@@ -39,19 +39,15 @@ def bench() -> None:
     """Compare costs side by side in one run; do not compare figures of different runs."""
 
 
-def _data_options(command: options.Command) -> options.Command:
-    several = [
-        click.option("--data", required=True, help="A labelled file."),
-        options.text,
-        options.label,
-        _rows_option,
-        click.option("--repeats", type=options.AT_LEAST_ONE, default=3, help="Timed rounds."),
-        options.backbone,
-        options.as_json,
-    ]
-    for one in reversed(several):
-        command = one(command)
-    return command
+_data_options = options.together(
+    click.option("--data", required=True, help="A labelled file."),
+    options.text,
+    options.label,
+    _rows_option,
+    click.option("--repeats", type=options.AT_LEAST_ONE, default=3, help="Timed rounds."),
+    options.backbone,
+    options.as_json,
+)
 
 
 @bench.command("extract")

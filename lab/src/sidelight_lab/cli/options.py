@@ -36,9 +36,7 @@ def record_options(
         "--out", type=options.PATH, callback=options.checked_folder, help=f"Folder for {files}."
     )
     plots = click.option("--plots", type=options.PATH, help="Folder for plots.")
-    return lambda command: out(
-        plots(options.as_json(command)) if has_plots else options.as_json(command)
-    )
+    return options.together(out, *([plots] if has_plots else []), options.as_json)
 
 
 def split_names(text: str | None) -> list[str]:
