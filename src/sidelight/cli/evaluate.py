@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -170,8 +170,10 @@ _ENGINES = ("transformers", "vllm")
 @options.text
 @options.limit
 @click.option("--engines", default=",".join(_ENGINES), help="Engines to compare, with commas.")
-@options.backbone
-@options.engine_option("vllm_options")
+@options.model
+@options.dtype
+@options.device
+@options.engine_option
 @options.json_file
 def parity(
     probes: tuple[Path, ...],
@@ -179,9 +181,9 @@ def parity(
     text: str,
     limit: int | None,
     engines: str,
-    runtime: options.Runtime,
-    vllm_options: dict[str, Any],
+    engine_option: dict[str, Any],
     out: Path | None,
+    **model: Any,
 ) -> None:
     """Compare the verdicts of engines, and of each engine's batch sizes, on the same texts.
 
@@ -201,9 +203,9 @@ def parity(
     examples = load_examples(data, text=text, label=None)
     drawn = examples.draw(limit or len(examples), seed=0)
     texts = [examples.items[row].messages for row in drawn]
-    given = {"vllm": vllm_options}
+    own = {"transformers": {}, "vllm": engine_option}
     runtimes = {
-        name: replace(runtime, engine=name, engine_option=given.get(name, {})) for name in names
+        name: options.Runtime(engine=name, engine_option=own[name], **model) for name in names
     }
     makers = {name: partial(one.load_engine, loaded) for name, one in runtimes.items()}
     differences = compare_engines(makers, texts)

@@ -271,8 +271,7 @@ dtype = click.option(
 )
 device = click.option("--device", default="auto", help="cpu, cuda, cuda:1, or auto.")
 mechanisms = partial(click.option, "--mechanism", "mechanisms", callback=_names)
-engine_option = partial(
-    click.option,
+engine_option = click.option(
     "--engine-option",
     multiple=True,
     callback=_assigned,
@@ -289,7 +288,7 @@ engine = together(
         default="transformers",
         help="What runs the model; docs/vllm.md says how to install vLLM.",
     ),
-    engine_option(),
+    engine_option,
 )
 backbone = together(model, dtype, device, _gathered("runtime", Runtime))
 # What to train on; the command gets ``inputs``, and ``out`` for the result.

@@ -375,7 +375,7 @@ def bench_soak(out: Path | None, plots: Path | None, as_json: bool, **given: Any
 @options.json_file
 @options.model
 @options.dtype
-@options.engine_option()
+@options.engine_option
 def bench_serve(
     rounds: int, out: Path | None, model: str | None, engine_option: dict[str, Any], **given: Any
 ) -> None:
