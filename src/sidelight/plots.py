@@ -9,12 +9,12 @@ from textwrap import wrap
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Shaped
 
 from sidelight.errors import SidelightError
-from sidelight.metrics import Predictions, decide
+from sidelight.metrics import Predictions, decide, wilson
 from sidelight.storage import replacing
-from sidelight.types import AnyArray, Numbers, Task, Values
+from sidelight.types import AnyArray, Task, Values
 
 try:
     from matplotlib.axes import Axes
@@ -136,7 +136,7 @@ def _reliability(
     full = sizes > 0
     stated = np.bincount(bins, confidences.stated.ravel(), count)[full] / sizes[full]
     shares = np.bincount(bins, confidences.correct.ravel(), count)[full] / sizes[full]
-    low, high = _wilson(shares, sizes[full])
+    low, high = wilson(shares, sizes[full])
     error = float(confidences.ece(predictions.once)[0])
     upper.plot([0, 1], [0, 1], color=_MUTED, linestyle="--", linewidth=1, label="perfect")
     upper.errorbar(
@@ -170,15 +170,6 @@ def _reliability(
     }
     lower.set_xlabel(f"Stated probability{whose[task.kind]}")
     return figure
-
-
-def _wilson(shares: Float[Values, " bin"], sizes: Int[Numbers, " bin"]) -> Float[Values, "2 bin"]:
-    """The 95 % interval of a share (Wilson 1927), which suits small bins, unlike the usual one."""
-    z = 1.96
-    inflation = 1 + z**2 / sizes
-    centre = (shares + z**2 / (2 * sizes)) / inflation
-    half = z * np.sqrt(shares * (1 - shares) / sizes + z**2 / (4 * sizes**2)) / inflation
-    return np.stack([centre - half, centre + half])
 
 
 def _confusion(task: Task, predictions: Predictions, title: str) -> Figure:

@@ -2,7 +2,7 @@
 
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, nullcontext
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -191,17 +191,22 @@ def _as_slice(positions: Int[Tensor, " read"]) -> slice | Int[Tensor, " read"]:
 
 
 def score(
-    backbone: TransformersBackbone, bank: Bank, prompts: Sequence[EncodedPrompt]
+    backbone: TransformersBackbone,
+    bank: Bank,
+    prompts: Sequence[EncodedPrompt],
+    shown: Progress | None = None,
 ) -> list[np.ndarray]:
     """For each probe the logits of all prompts, ``[prompt, output]``, in the given order.
 
     Hidden states are projected while the pass runs and then gone. A prompt without any token that
-    a probe reads gets NaN.
+    a probe reads gets NaN. ``shown`` is the progress bar of a larger work; without it, this has
+    its own.
     """
     lengths = [len(prompt) for prompt in prompts]
     scores = [np.full((len(prompts), probe.task.outputs), np.nan) for probe in bank.probes]
     tap = bank.tap()
-    with progress("Judging", sum(lengths), unit="tokens") as shown:
+    own_bar = progress("Judging", sum(lengths), unit="tokens")
+    with own_bar if shown is None else nullcontext(shown) as bar:
         for batch in by_length(lengths):
             chosen = [prompts[i] for i in batch]
             with backbone.tapped(tap):
@@ -212,7 +217,7 @@ def score(
                 scores, bank.logits(bank.summarise(projected, masks)), strict=True
             ):
                 own[batch] = logits
-            shown.advance(sum(lengths[i] for i in batch))
+            bar.advance(sum(lengths[i] for i in batch))
     return scores
 
 

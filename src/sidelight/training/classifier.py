@@ -17,6 +17,7 @@ from sidelight.errors import SidelightError
 from sidelight.evaluation import Report, evaluate
 from sidelight.mechanisms.base import mechanism_spec
 from sidelight.probe import Probe
+from sidelight.progress import Progress
 from sidelight.prompts import EncodedPrompt, Message, Reads
 from sidelight.states.extraction import StateSource, score
 from sidelight.training.fit import fit
@@ -214,9 +215,18 @@ def encode(backbone: TransformersBackbone, examples: Sequence[Example]) -> list[
 
 
 def judge(
-    backbone: TransformersBackbone, probes: Sequence[Probe], examples: Sequence[Example]
+    backbone: TransformersBackbone,
+    probes: Sequence[Probe],
+    examples: Sequence[Example],
+    shown: Progress | None = None,
 ) -> list[np.ndarray]:
     """Each probe's logits of the texts, ``[text, output]``, from one forward pass.
+
+    Args:
+        backbone: Runs the texts.
+        probes: Judge them.
+        examples: The texts.
+        shown: The progress bar of a larger work; None shows one for these texts.
 
     Raises:
         ContextLengthError: A text is longer than the backbone reads.
@@ -225,7 +235,7 @@ def judge(
     # Runs of one training share a name, which a bank does not allow.
     renamed = [replace(probe, name=f"{probe.name}/{i}") for i, probe in enumerate(probes)]
     bank = Bank(renamed, device=backbone.device)
-    logits = score(backbone, bank, encode(backbone, examples))
+    logits = score(backbone, bank, encode(backbone, examples), shown)
     for probe, own in zip(probes, logits, strict=True):
         for index in np.flatnonzero(~np.isfinite(own).all(axis=1)).tolist():
             with located(examples[index], index):

@@ -1,0 +1,1 @@
+"""Attacks on probes, and how much of them gets through."""

@@ -1,0 +1,395 @@
+"""Carries attacks out on labelled texts, and counts what the probe still flags."""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import cycle
+from random import Random
+
+import numpy as np
+from jaxtyping import Bool
+
+from sidelight.data.examples import Example, LabelledExamples
+from sidelight.errors import ContextLengthError, SidelightError
+from sidelight.metrics import wilson
+from sidelight.policy.rules import BoundRule, Rule, require_rule_applies
+from sidelight.probe import Probe
+from sidelight.progress import Progress, progress
+from sidelight.prompts import Message
+from sidelight.redteam.attacks import ATTACKS, SEARCH, Attack, Conversation, Markup, Surroundings
+from sidelight.training.classifier import Classifier, judge
+from sidelight.types import Flags
+
+# The search asks about texts that grow: as a rule, to this many times their length.
+_GROWTH = 2
+
+
+@dataclass(frozen=True)
+class Rate:
+    """How many of some texts are flagged."""
+
+    flagged: int
+    texts: int
+
+    @property
+    def share(self) -> float | None:
+        """None if there are no texts."""
+        return self.flagged / self.texts if self.texts else None
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Wilson's 95 % interval of the share."""
+        if self.share is None:
+            return None
+        low, high = wilson(np.array([self.share]), np.array([self.texts]))[:, 0].tolist()
+        return low, high
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a probe flags of the same texts, alone and under an attack.
+
+    Attributes:
+        attack: Its name.
+        recall_alone: Of the positive texts as they are.
+        recall: Of the attacked positive texts.
+        alarms_alone: False alarms on the benign texts as they are.
+        alarms: False alarms on the benign texts, attacked in the same way.
+        skipped: How many texts could not be attacked, by the reason; no rate counts them.
+        queries: Of the search: the scored texts that each positive took that passed in the end.
+    """
+
+    attack: str
+    recall_alone: Rate
+    recall: Rate
+    alarms_alone: Rate
+    alarms: Rate
+    skipped: Mapping[str, int]
+    queries: tuple[int, ...] = ()
+
+    @property
+    def separation(self) -> float | None:
+        """Recall minus false alarms under the attack; None if a side has no texts."""
+        if self.recall.share is None or self.alarms.share is None:
+            return None
+        return self.recall.share - self.alarms.share
+
+
+def flagging_thresholds(
+    probe: Probe, *, labels: Sequence[str] = (), threshold: float | None = None
+) -> Mapping[str, float]:
+    """The probability from which each label flags a text, as in a rule of a policy.
+
+    Raises:
+        SidelightError: The probe reads responses, or nothing would be flagged.
+    """
+    if probe.reads.includes_response:
+        raise SidelightError(
+            f"Probe '{probe.name}' reads responses, which the model writes, but the attacks "
+            "rewrite what a client sends. Name a probe of prompts."
+        )
+    if probe.task.kind == "multiclass" and not (labels and threshold is not None):
+        raise SidelightError(
+            f"Probe '{probe.name}' is multi-class, so it flags no label by default. Say what "
+            "counts with --flag LABEL --threshold PROBABILITY, as a policy would."
+        )
+    bound = BoundRule(probe, Rule("flag", threshold=threshold, labels=tuple(labels)))
+    require_rule_applies(bound, [probe])
+    return bound.thresholds
+
+
+@dataclass(frozen=True)
+class Target:
+    """A probe as its attacker sees it.
+
+    Attributes:
+        classifier: Judges whole conversations.
+        thresholds: As ``flagging_thresholds`` gives them.
+    """
+
+    classifier: Classifier
+    thresholds: Mapping[str, float]
+
+    def tokens(self, conversation: Sequence[Message]) -> int:
+        """The length of a conversation.
+
+        Raises:
+            ContextLengthError: It is longer than the backbone reads.
+            SidelightError: It cannot be rendered.
+        """
+        return len(self.classifier.backbone.encoder.encode(conversation))
+
+    def fits(self, conversation: Sequence[Message]) -> bool:
+        """Whether the backbone can read it."""
+        try:
+            return self.tokens(conversation) > 0
+        except ContextLengthError:
+            return False
+
+    def margins(self, conversations: Sequence[Conversation], shown: Progress) -> list[float]:
+        """How far each is above its threshold; it is flagged from 0 on."""
+        backbone, probe = self.classifier.backbone, self.classifier.probe
+        examples = [Example(conversation) for conversation in conversations]
+        (logits,) = judge(backbone, [probe], examples, shown)
+        said = [probe.verdict(own).probabilities for own in logits]
+        return [max(p[label] - least for label, least in self.thresholds.items()) for p in said]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A text to attack.
+
+    Attributes:
+        messages: The conversation that it ends; its last message is what is attacked.
+        is_positive: Whether it should be flagged.
+        benign: As ``Surroundings.benign``.
+        seed: Decides, with an attack's name, what is drawn.
+    """
+
+    messages: Conversation
+    is_positive: bool
+    benign: Sequence[str]
+    seed: str
+
+    @property
+    def text(self) -> str:
+        return self.messages[-1].content
+
+    def attacked(self, by: Attack, markup: Markup) -> list[Conversation]:
+        around = Surroundings(self.benign, markup, Random(f"{self.seed} {by.name}"))
+        rewritten = by.rewrite(self.text, around)
+        return [(*self.messages[:-1], *conversation) for conversation in rewritten]
+
+
+def measure(
+    classifier: Classifier,
+    examples: LabelledExamples,
+    thresholds: Mapping[str, float],
+    *,
+    attacks: Sequence[str],
+    texts: int = 50,
+    seed: int = 0,
+    budget: int = 50,
+) -> list[Outcome]:
+    """Attacks positive and benign texts alike.
+
+    Args:
+        classifier: The probe, of prompts, on its backbone.
+        examples: Texts that training has not seen.
+        thresholds: As ``flagging_thresholds`` gives them.
+        attacks: Names of attacks, as ``attack_names`` gives them.
+        texts: The most positive texts, and the most benign ones.
+        seed: Draws them, and what the attacks draw.
+        budget: How many texts the search may have scored for each positive.
+
+    Raises:
+        SidelightError: There is no positive text, or there are fewer than two benign ones; or one
+            cannot be judged as it is.
+    """
+    target = Target(classifier, thresholds)
+    subjects = draw_subjects(examples, thresholds, texts=texts, seed=seed)
+    backbone = classifier.backbone
+    markup = Markup.of(backbone.tokenizer, backbone.encoder.prompt_format)
+    plans = {
+        name: _Plan.of(target, subjects, partial(Subject.attacked, by=ATTACKS[name], markup=markup))
+        for name in attacks
+        if name != SEARCH
+    }
+    lengths = [target.tokens(subject.messages) for subject in subjects]
+    positive = sum(n for n, subject in zip(lengths, subjects, strict=True) if subject.is_positive)
+    searched = _GROWTH * (budget + 1) * positive if SEARCH in attacks else 0
+    total = sum(lengths) + sum(plan.tokens for plan in plans.values()) + searched
+    with progress("Attacking", total, unit="tokens") as shown:
+        alone = target.margins([subject.messages for subject in subjects], shown)
+        outcomes = [
+            _outcome(name, subjects, alone, plan.margins(target, shown), plan.skipped)
+            for name, plan in plans.items()
+        ]
+        if SEARCH in attacks:
+
+            def advance(part: float) -> None:
+                shown.advance(part * searched)
+
+            outcomes.append(_search(target, subjects, alone, budget, advance))
+    return outcomes
+
+
+def draw_subjects(
+    examples: LabelledExamples, thresholds: Mapping[str, float], *, texts: int, seed: int
+) -> list[Subject]:
+    """Up to so many positive texts and as many benign ones, with the benign texts around them.
+
+    Raises:
+        SidelightError: There is no positive text, or there are fewer than two benign ones.
+    """
+    positive = _is_positive(examples, thresholds)
+    benign = np.flatnonzero(~positive).tolist()
+    by_key = {examples.items[row].text_key: examples.items[row].text for row in benign}
+    if not positive.any() or len(by_key) < 2:
+        raise SidelightError(
+            f"Got {positive.sum()} texts with {' or '.join(thresholds)} and {len(by_key)} distinct "
+            "ones without; wanted at least 1 and 2. Add texts of both kinds to --data."
+        )
+    random = Random(seed)
+    subjects: list[Subject] = []
+    for rows in (np.flatnonzero(positive).tolist(), benign):
+        for row in random.sample(rows, min(texts, len(rows))):
+            own = examples.items[row]
+            around = [text for key, text in by_key.items() if key != own.text_key]
+            random.shuffle(around)
+            subjects.append(Subject(own.messages, bool(positive[row]), around, f"{seed} {row}"))
+    return subjects
+
+
+def _is_positive(
+    examples: LabelledExamples, thresholds: Mapping[str, float]
+) -> Bool[Flags, " text"]:
+    flagged = [examples.task.labels.index(label) for label in thresholds]
+    if examples.task.kind == "multilabel":
+        return examples.labels[:, flagged].astype(np.bool_).any(axis=1)
+    return (examples.labels[:, None] == flagged).any(axis=1)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The conversations that an attack makes of each text.
+
+    Attributes:
+        conversations: None for a text that cannot be attacked.
+        tokens: Of all conversations.
+        skipped: How many texts cannot be attacked, by the reason.
+    """
+
+    conversations: Sequence[Sequence[Conversation] | None]
+    tokens: int
+    skipped: Mapping[str, int]
+
+    @staticmethod
+    def of(
+        target: Target,
+        subjects: Sequence[Subject],
+        rewrite: Callable[[Subject], Sequence[Conversation]],
+    ) -> "_Plan":
+        made: list[Sequence[Conversation] | None] = []
+        tokens, skipped = 0, Counter[str]()
+        for subject in subjects:
+            try:
+                conversations = rewrite(subject)
+                tokens += sum(map(target.tokens, conversations))
+                made.append(conversations)
+            except SidelightError as error:
+                made.append(None)
+                skipped[_reason(target, error)] += 1
+        return _Plan(made, tokens, skipped)
+
+    def margins(self, target: Target, shown: Progress) -> list[Sequence[float] | None]:
+        """Of each text's conversations."""
+        flat = [each for own in self.conversations for each in own or ()]
+        margins = iter(target.margins(flat, shown))
+        return [None if own is None else [next(margins) for _ in own] for own in self.conversations]
+
+
+def _reason(target: Target, error: SidelightError) -> str:
+    if isinstance(error, ContextLengthError):
+        limit = target.classifier.backbone.encoder.max_tokens
+        return f"longer than the model's context of {limit:,} tokens"
+    return str(error)
+
+
+def _outcome(
+    name: str,
+    subjects: Sequence[Subject],
+    alone: Sequence[float],
+    attacked: Sequence[Sequence[float] | None],
+    skipped: Mapping[str, int],
+    queries: Sequence[int] = (),
+) -> Outcome:
+    """Of several conversations that carry an attack out, the worst for the probe counts."""
+
+    def rates(is_positive: bool) -> tuple[Rate, Rate]:
+        worst = min if is_positive else max
+        pairs = [
+            (before >= 0, worst(after) >= 0)
+            for subject, before, after in zip(subjects, alone, attacked, strict=True)
+            if subject.is_positive == is_positive and after is not None
+        ]
+        before, after = (sum(flagged) for flagged in zip(*pairs, strict=True)) if pairs else (0, 0)
+        return Rate(before, len(pairs)), Rate(after, len(pairs))
+
+    (recall_alone, recall), (alarms_alone, alarms) = rates(True), rates(False)
+    return Outcome(name, recall_alone, recall, alarms_alone, alarms, skipped, tuple(queries))
+
+
+@dataclass
+class _Walk:
+    """A positive text on its way below its threshold.
+
+    Attributes:
+        sentences: What it may add, on either side of the text.
+        queries: Texts that were scored for it.
+    """
+
+    subject: Subject
+    margin: float
+    sentences: Sequence[str]
+    random: Random
+    before: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+    queries: int = 0
+
+    def step(self) -> "_Walk":
+        """With one sentence more."""
+        sentence = self.random.choice(self.sentences)
+        if self.random.random() < 0.5:
+            return replace(self, before=(sentence, *self.before))
+        return replace(self, after=(*self.after, sentence))
+
+    def around(self, subject: Subject) -> Conversation:
+        """Its sentences around a text."""
+        text = " ".join((*self.before, subject.text, *self.after))
+        return (*subject.messages[:-1], Message("user", text))
+
+
+def _search(
+    target: Target,
+    subjects: Sequence[Subject],
+    alone: Sequence[float],
+    budget: int,
+    advance: Callable[[float], object],
+) -> Outcome:
+    """Hill-climbing: a sentence of the benign texts stays if it lowers the score.
+
+    Benign texts get the sentences that were found for positive ones.
+
+    Args:
+        advance: Receives the share of the work that was done.
+    """
+    silent = Progress(lambda _: None)
+    # The positive ones come first.
+    benign = [subject for subject in subjects if not subject.is_positive]
+    walks = [
+        _Walk(subject, margin, _sentences(subject.benign), Random(f"{subject.seed} {SEARCH}"))
+        for subject, margin in zip(subjects, alone, strict=True)
+        if subject.is_positive
+    ]
+    for _ in range(budget):
+        steps = [(walk, walk.step()) for walk in walks if walk.margin >= 0]
+        asked = [(walk, step) for walk, step in steps if target.fits(step.around(step.subject))]
+        margins = target.margins([step.around(step.subject) for _, step in asked], silent)
+        for (walk, step), margin in zip(asked, margins, strict=True):
+            walk.queries += 1
+            if margin < walk.margin:
+                walk.margin, walk.before, walk.after = margin, step.before, step.after
+        advance(1 / (budget + 1))
+    partners = {subject.seed: walk for walk, subject in zip(cycle(walks), benign)}
+    copied = _Plan.of(target, benign, lambda subject: [partners[subject.seed].around(subject)])
+    attacked = [[walk.margin] for walk in walks] + copied.margins(target, silent)
+    advance(1 / (budget + 1))
+    passed = [walk.queries for walk in walks if walk.margin < 0 and walk.queries]
+    return _outcome(SEARCH, subjects, alone, attacked, copied.skipped, passed)
+
+
+def _sentences(texts: Sequence[str]) -> list[str]:
+    return [piece for text in texts for piece in re.split(r"(?<=[.!?])\s+", text) if piece]
