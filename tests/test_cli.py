@@ -166,9 +166,9 @@ def test_env_names_the_versions(capsys: pytest.CaptureFixture[str]):
     assert {"python", "torch", "transformers", "cache"} <= set(json.loads(capsys.readouterr().out))
 
 
-@pytest.mark.parametrize("command", ["", "train", "eval", "predict", "serve", "demo", "inspect",
-                                     "push", "pull", "env", "search", "reproduce", "anatomy",
-                                     "bench", "bench extract", "bench train",
+@pytest.mark.parametrize("command", ["", "train", "eval", "redteam", "predict", "serve", "demo",
+                                     "inspect", "push", "pull", "env", "search", "reproduce",
+                                     "anatomy", "bench", "bench extract", "bench train",
                                      "bench latency"])  # fmt: skip
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]):
     assert run(*command.split(), "--help") == 0

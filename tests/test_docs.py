@@ -20,6 +20,7 @@ from sidelight.engines.loading import LoadingEngine
 from sidelight.mechanisms import base
 from sidelight.policy.rules import Policy, Rule, read_policy
 from sidelight.ragged import Ragged
+from sidelight.redteam.attacks import ATTACKS, attack_names
 from sidelight.server.app import create_app
 from sidelight.server.config import ServerConfig, read_config
 from sidelight.server.metrics import Metrics
@@ -188,6 +189,7 @@ REFERENCE = {
     "metrics.md": series,
     "policy-file.md": lambda: [field.name for kind in (Policy, Rule) for field in fields(kind)],
     "routes.md": error_codes,
+    "security.md": lambda: {*attack_names(), *(attack.group for attack in ATTACKS.values())},
 }
 
 

@@ -2,25 +2,25 @@
 
 import base64
 import codecs
+import json
 import re
 import unicodedata
+from dataclasses import replace
 from random import Random
 
+import numpy as np
 import pytest
 from transformers import LlamaConfig
 
-from sidelight.data.examples import LabelledExamples
+from commands import run, saved
+from sidelight.artifact import CARD, add_to_card, load_probe, save_probe
+from sidelight.data.examples import Example, LabelledExamples
 from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
+from sidelight.hub import push
 from sidelight.prompts import Message, Reads
 from sidelight.redteam.attacks import ATTACKS, SEARCH, Attack, Markup, Surroundings, attack_names
-from sidelight.redteam.measure import (
-    Rate,
-    Target,
-    draw_subjects,
-    flagging_thresholds,
-    measure,
-)
+from sidelight.redteam.measure import Rate, Target, draw_subjects, flagging_thresholds, measure
 from sidelight.training.classifier import Classifier
 from templates import TEMPLATES, merging_tokenizer
 from tiny import INTENT, SIZES, TOPICS, TOXICITY, tiny_backbone, tiny_tokenizer, untrained_probe
@@ -240,8 +240,6 @@ def test_rates_are_those_of_the_verdicts_on_the_same_conversations(classifier):
 
 
 def rate(target, conversations):
-    from sidelight.data.examples import Example
-
     verdicts = target.classifier.predict([Example(tuple(own)) for own in conversations])
     return Rate(sum(verdict.flagged for verdict in verdicts), len(verdicts))
 
@@ -339,3 +337,104 @@ def test_a_probe_that_cannot_be_attacked_is_refused_with_the_remedy(
 def test_texts_of_one_kind_are_too_few(pairs):
     with pytest.raises(SidelightError, match="Add texts of both kinds"):
         draw_subjects(loaded(pairs), {"toxic": 0.5}, texts=5, seed=0)
+
+
+# The command.
+
+
+@pytest.fixture(scope="module")
+def model(backbone, tmp_path_factory):
+    return saved(backbone, tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def artifact(classifier, tmp_path):
+    return save_probe(classifier.probe, tmp_path / "probe")
+
+
+@pytest.fixture
+def redteam(model, tmp_path):
+    data = tmp_path / "held_out.jsonl"
+    data.write_text("\n".join(json.dumps({"text": t, "label": n}) for t, n in rows()))
+
+    def called(probe, *arguments):
+        return run("redteam", str(probe), "--data", str(data), "--model", model, *arguments)
+
+    return called
+
+
+def test_the_command_prints_and_writes_what_is_measured(
+    redteam, artifact, classifier, tmp_path, capsys
+):
+    written = ("--json", str(tmp_path / "e.json"), "--plot", str(tmp_path / "e.png"))
+    assert redteam(artifact, "--attacks", "places,search,padding-600-both", "--budget", "5",
+                   "--texts", "4", "--seed", "3", *written) == 0  # fmt: skip
+    shown = capsys.readouterr()
+    names = attack_names(["places", "search", "padding-600-both"])
+    outcomes = measured(classifier, names, texts=4, seed=3, budget=5)
+    told = json.loads((tmp_path / "e.json").read_text())
+    assert (told["probe"], told["seed"], told["budget"]) == ("toxicity", 3, 5)
+    assert told["version"] == load_probe(artifact).version
+    assert [row["attack"] for row in told["attacks"]] == names
+    for row, outcome in zip(told["attacks"], outcomes, strict=True):
+        for key, rate in (
+            ("recall_alone", outcome.recall_alone),
+            ("recall", outcome.recall),
+            ("false_alarms_alone", outcome.alarms_alone),
+            ("false_alarms", outcome.alarms),
+        ):
+            assert (row[key]["flagged"], row[key]["texts"]) == (rate.flagged, rate.texts)
+            assert row[key]["value"] == rate.share
+        assert row["skipped"] == outcome.skipped
+        assert outcome.attack in shown.out
+    assert "padding-600-both: left out 8 texts (longer than the model's context" in shown.out
+    assert "the budget was 5" in shown.out
+    assert (tmp_path / "e.png").read_bytes().startswith(b"\x89PNG")
+    # One progress bar, and no other.
+    assert [line.split(":")[0] for line in shown.err.splitlines()] == ["Attacking"]
+
+
+def test_an_interval_holds_its_share():
+    low, high = Rate(9, 10).interval
+    assert 0 < low < 0.9 < high < 1
+    assert high - low > np.diff(Rate(900, 1000).interval)
+
+
+def test_the_card_says_what_was_measured_on_this_very_probe(redteam, artifact, tmp_path):
+    (artifact / CARD).write_text("My own words.\n")
+    for attack in ("leet", "capitals"):
+        assert redteam(artifact, "--attacks", attack, "--card") == 0
+        card = (artifact / CARD).read_text()
+        assert card.startswith("My own words.\n")
+        assert card.count("## Evasion") == 1
+        assert f"| {attack} |" in card
+    push(artifact, tmp_path / "shared")
+    shared = (tmp_path / "shared" / CARD).read_text()
+    assert "library_name: sidelight" in shared
+    assert "| capitals |" in shared
+    probe = load_probe(artifact)
+    save_probe(replace(probe, thresholds=(0.99,)), artifact)
+    push(artifact, tmp_path / "shared")
+    assert "Evasion" not in (tmp_path / "shared" / CARD).read_text()
+
+
+def test_a_probe_without_a_card_gets_one(artifact):
+    add_to_card(artifact, "## Evasion\n\nNone.\n")
+    card = (artifact / CARD).read_text()
+    assert card.startswith("---\nlibrary_name")
+    assert card.index("## Use") < card.index("## Evasion")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "remedy"),
+    [
+        (["--attacks", "leat"], "Did you mean 'leet'"),
+        (["--flag", "toxi"], "Did you mean 'toxic'"),
+        (["--json", "."], "--json"),
+        (["--plot", "."], "--plot"),
+    ],
+)
+def test_a_mistake_is_one_line_with_its_remedy(redteam, artifact, arguments, remedy, capsys):
+    assert redteam(artifact, *arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert remedy in line

@@ -7,6 +7,7 @@ is unpickled.
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,12 +26,13 @@ from sidelight.mechanisms.base import Geometry, MechanismSpec, mechanism_spec
 from sidelight.probe import Probe
 from sidelight.prompts import PromptFormat, Reads
 from sidelight.standardisation import Standardisation
-from sidelight.storage import sync
+from sidelight.storage import sync, write_text
 from sidelight.types import Task
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 WEIGHTS = "probe.safetensors"
+CARD = "README.md"
 _PREVIOUS_WEIGHTS = "probe.previous.safetensors"
 _PARAMETER = "mechanism."
 
@@ -341,3 +343,29 @@ def model_card(manifest: Manifest) -> str:
     """The model card, in Markdown."""
     rows = "\n".join(f"- **{name}**: {value}" for name, value in summary(manifest).items())
     return _CARD.format(name=manifest.name, backbone=manifest.backbone.name, rows=rows)
+
+
+_MEASURED = re.compile(
+    r"\n<!-- measured on version (\w+) -->\n.*?<!-- end of measurement -->\n", re.DOTALL
+)
+
+
+def measured_section(directory: Path) -> str:
+    """What the model card in a folder says was measured on this very probe; else nothing."""
+    path = directory / CARD
+    found = _MEASURED.search(path.read_text("utf-8")) if path.exists() else None
+    version = read_manifest(directory).version
+    return found.group() if found is not None and found[1] == version else ""
+
+
+def add_to_card(directory: Path, section: str) -> None:
+    """Puts what was measured on a probe at the end of its model card, in place of earlier figures.
+
+    Args:
+        directory: The artifact; a card that is there keeps what else it says.
+        section: Markdown.
+    """
+    path, manifest = directory / CARD, read_manifest(directory)
+    card = path.read_text("utf-8") if path.exists() else model_card(manifest)
+    begin, end = f"<!-- measured on version {manifest.version} -->", "<!-- end of measurement -->"
+    write_text(path, f"{_MEASURED.sub('', card)}\n{begin}\n{section}{end}\n")

@@ -6,16 +6,26 @@ from pathlib import Path
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from sidelight.artifact import MANIFEST, WEIGHTS, load_probe, model_card, read_manifest, save_probe
+from sidelight.artifact import (
+    CARD,
+    MANIFEST,
+    WEIGHTS,
+    load_probe,
+    measured_section,
+    model_card,
+    read_manifest,
+    save_probe,
+)
 from sidelight.errors import SidelightError
 from sidelight.storage import write_text
 
-CARD = "README.md"
 _FILES = [MANIFEST, WEIGHTS, CARD]
 
 
 def push(directory: str | Path, repository: str | Path, *, private: bool = False) -> str:
     """Uploads an artifact with a model card written from its manifest.
+
+    What ``sidelight redteam --card`` has measured on this very probe stays in the card.
 
     Args:
         directory: The artifact; the card is written there.
@@ -30,7 +40,8 @@ def push(directory: str | Path, repository: str | Path, *, private: bool = False
     """
     directory = Path(directory)
     probe = load_probe(directory)
-    write_text(directory / CARD, model_card(read_manifest(directory)))
+    card = model_card(read_manifest(directory)) + measured_section(directory)
+    write_text(directory / CARD, card)
     if isinstance(repository, Path):
         save_probe(probe, repository)
         shutil.copy(directory / CARD, repository / CARD)

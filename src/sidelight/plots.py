@@ -1,9 +1,10 @@
-"""Plots of probabilities on labelled rows: precision-recall, reliability and confusion.
+"""Plots of probabilities on labelled rows (precision-recall, reliability, confusion), and of rates.
 
 They are drawn on figures of their own, without a display and without pyplot's global state;
 docs/dependencies.md says why scikit-learn's displays do not serve.
 """
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
@@ -72,6 +73,44 @@ def plot_report(
         "confusion.png": _confusion(task, predictions, title),
     }
     return [save_figure(figure, directory / name) for name, figure in figures.items()]
+
+
+def plot_rates(
+    names: Sequence[str],
+    series: Mapping[str, Sequence[tuple[float | None, float | None, tuple[float, float] | None]]],
+    path: Path,
+    *,
+    title: str,
+) -> Path:
+    """Draws how some rates change: for each name a ring for texts alone, and a dot with interval.
+
+    Args:
+        names: Of the rows.
+        series: For each kind of rate and each row: alone, changed, and the interval of the latter;
+            None where nothing was measured.
+        path: Of the PNG.
+        title: What was measured on what.
+    """
+    figure = _figure(7.2, 1.6 + 0.26 * len(names), title)
+    axes = _subplot(figure, (1, 1, 1))
+    for place, (kind, rows) in enumerate(series.items()):
+        colour, shift = _COLOURS[place], 0.16 * (2 * place - len(series) + 1)
+        axes.scatter([], [], color=colour, s=30, label=kind)
+        for row, (alone, changed, interval) in enumerate(rows):
+            if alone is None or changed is None or interval is None:
+                continue
+            height = row + shift
+            axes.plot(interval, [height, height], color=colour, linewidth=1)
+            axes.scatter(changed, height, color=colour, s=30, zorder=3, clip_on=False)
+            style: dict[str, Any] = {"facecolors": "none", "edgecolors": colour, "clip_on": False}
+            axes.scatter(alone, height, s=30, **style)
+    axes.scatter([], [], s=30, facecolors="none", edgecolors=_MUTED, label="alone")
+    axes.set_yticks(range(len(names)), [_name(name) for name in names])
+    axes.set(xlabel="Share that is flagged, with 95 % interval", xlim=(0, 1))
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.grid(axis="y", color=_FAINT, linewidth=0.5)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1), **_LEGEND)
+    return save_figure(figure, path)
 
 
 def save_figure(figure: Figure, path: Path) -> Path:

@@ -10,6 +10,7 @@ import click
 
 from sidelight.cli import options
 from sidelight.cli.evaluate import evaluate, parity, predict
+from sidelight.cli.redteam import redteam
 from sidelight.cli.share import env, inspect, pull, push
 from sidelight.cli.threads import limit_threads
 from sidelight.cli.train import train
@@ -99,7 +100,7 @@ def demo(keep: bool, port: int) -> None:
     run_demo(keep=keep, port=port)
 
 
-_COMMANDS = (train, evaluate, predict, _serve(), demo, inspect, push, pull, env, parity)
+_COMMANDS = (train, evaluate, redteam, predict, _serve(), demo, inspect, push, pull, env, parity)
 for _command in _COMMANDS:
     app.add_command(_command)
 

@@ -35,12 +35,12 @@ def checked_folder(_context: click.Context, _option: Any, folder: Path | None) -
     return folder
 
 
-def checked_file(_context: click.Context, _option: Any, path: Path | None) -> Path | None:
+def checked_file(_context: click.Context, option: Any, path: Path | None) -> Path | None:
     """Refuses a file that cannot be written, before the work begins."""
     if path is None:
         return None
     if path.is_dir():
-        raise SidelightError(f"{path} is a folder. Name a file in it with --out.")
+        raise SidelightError(f"{path} is a folder. Name a file in it with {option.opts[0]}.")
     check_folder(path.parent)
     return path
 

@@ -58,7 +58,8 @@ class Outcome:
         alarms_alone: False alarms on the benign texts as they are.
         alarms: False alarms on the benign texts, attacked in the same way.
         skipped: How many texts could not be attacked, by the reason; no rate counts them.
-        queries: Of the search: the scored texts that each positive took that passed in the end.
+        queries: Of the search: how many scored texts it took for each positive that passed; None
+            for other attacks.
     """
 
     attack: str
@@ -67,7 +68,7 @@ class Outcome:
     alarms_alone: Rate
     alarms: Rate
     skipped: Mapping[str, int]
-    queries: tuple[int, ...] = ()
+    queries: tuple[int, ...] | None = None
 
     @property
     def separation(self) -> float | None:
@@ -248,8 +249,8 @@ def _is_positive(
 ) -> Bool[Flags, " text"]:
     flagged = [examples.task.labels.index(label) for label in thresholds]
     if examples.task.kind == "multilabel":
-        return examples.labels[:, flagged].astype(np.bool_).any(axis=1)
-    return (examples.labels[:, None] == flagged).any(axis=1)
+        return np.any(examples.labels[:, flagged], axis=1)
+    return np.isin(examples.labels, flagged)
 
 
 @dataclass(frozen=True)
@@ -304,7 +305,7 @@ def _outcome(
     alone: Sequence[float],
     attacked: Sequence[Sequence[float] | None],
     skipped: Mapping[str, int],
-    queries: Sequence[int] = (),
+    queries: tuple[int, ...] | None = None,
 ) -> Outcome:
     """Of several conversations that carry an attack out, the worst for the probe counts."""
 
@@ -319,7 +320,7 @@ def _outcome(
         return Rate(before, len(pairs)), Rate(after, len(pairs))
 
     (recall_alone, recall), (alarms_alone, alarms) = rates(True), rates(False)
-    return Outcome(name, recall_alone, recall, alarms_alone, alarms, skipped, tuple(queries))
+    return Outcome(name, recall_alone, recall, alarms_alone, alarms, skipped, queries)
 
 
 @dataclass
@@ -387,7 +388,7 @@ def _search(
     copied = _Plan.of(target, benign, lambda subject: [partners[subject.seed].around(subject)])
     attacked = [[walk.margin] for walk in walks] + copied.margins(target, silent)
     advance(1 / (budget + 1))
-    passed = [walk.queries for walk in walks if walk.margin < 0 and walk.queries]
+    passed = tuple(walk.queries for walk in walks if walk.margin < 0 and walk.queries)
     return _outcome(SEARCH, subjects, alone, attacked, copied.skipped, passed)
 
 

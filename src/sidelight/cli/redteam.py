@@ -1,0 +1,135 @@
+"""``sidelight redteam``: which attacks get through a probe."""
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from sidelight.cli import options
+from sidelight.storage import check_folder, write_json
+
+if TYPE_CHECKING:
+    from sidelight.data.loading import OnMissingLabel
+
+
+def _split(_context: click.Context, _option: Any, value: str | None) -> list[str]:
+    return [name.strip() for name in (value or "").split(",") if name.strip()]
+
+
+@click.command(
+    epilog=options.examples(
+        "sidelight redteam probes/injection --data held_out.jsonl",
+        "sidelight redteam probes/injection --data held_out.jsonl --attacks places,disguises",
+        "sidelight redteam probes/injection --data held_out.jsonl --json evasion.json "
+        "--plot evasion.png --card",
+    )
+)
+@click.argument("probe", type=options.PATH)
+@options.data
+@options.text
+@options.label
+@options.split
+@options.missing_label
+@click.option(
+    "--attacks",
+    callback=_split,
+    metavar="NAME,...",
+    help="Groups (control, template, places, padding, disguises, search) or single attacks, as "
+    "the table names them. [default: all]",
+)
+@click.option(
+    "--texts",
+    type=options.AT_LEAST_ONE,
+    default=50,
+    help="Attack up to N positive texts, and as many benign ones.",
+)
+@click.option(
+    "--budget",
+    type=options.AT_LEAST_ONE,
+    default=50,
+    help="Texts that the search may have scored for each positive.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Draws texts and attacks.")
+@click.option(
+    "--flag",
+    callback=_split,
+    metavar="LABEL,...",
+    help="Labels that flag a text. [default: the positive one, or all of a multi-label probe]",
+)
+@click.option(
+    "--threshold",
+    type=click.FloatRange(0, 1),
+    help="Probability from which they do. [default: the probe's]",
+)
+@click.option(
+    "--json", "out", type=options.PATH, callback=options.checked_file, help="File for the JSON."
+)
+@click.option(
+    "--plot", type=options.PATH, callback=options.checked_file, help="File for a plot (PNG)."
+)
+@click.option("--card", is_flag=True, help="Add the table to the model card in the probe's folder.")
+@options.backbone
+def redteam(
+    probe: Path,
+    data: str,
+    text: str,
+    label: str,
+    split: str | None,
+    missing_label: "OnMissingLabel",
+    attacks: list[str],
+    texts: int,
+    budget: int,
+    seed: int,
+    flag: list[str],
+    threshold: float | None,
+    out: Path | None,
+    plot: Path | None,
+    card: bool,
+    runtime: options.Runtime,
+) -> None:
+    """Attack a probe of prompts as a client could, and count what gets through.
+
+    Each attack is made on positive and on benign texts, since a probe that flags every disguise
+    has found nothing. Use texts that training has not seen.
+    """
+    from sidelight.artifact import add_to_card, load_probe
+    from sidelight.data.loading import load_examples
+    from sidelight.redteam.attacks import attack_names
+    from sidelight.redteam.measure import flagging_thresholds, measure
+    from sidelight.redteam.report import Evasion
+    from sidelight.training.classifier import load
+    from sidelight.training.runs import console
+
+    names = attack_names(attacks)
+    if plot is not None:
+        # If matplotlib is missing, say so before the backbone runs.
+        import_module("sidelight.plots")
+    attacked = load_probe(probe)
+    if card:
+        check_folder(probe)
+    thresholds = flagging_thresholds(attacked, labels=flag, threshold=threshold)
+    examples = load_examples(
+        data,
+        text=text,
+        label=label,
+        split=split,
+        on_missing_label=missing_label,
+        task=attacked.task,
+    )
+    for warning in examples.warnings:
+        click.echo(f"Warning: {warning}", err=True)
+    classifier = load(probe, model=runtime.model, dtype=runtime.dtype, device=runtime.device)
+    outcomes = measure(
+        classifier, examples, thresholds, attacks=names, texts=texts, seed=seed, budget=budget
+    )
+    evasion = Evasion(
+        attacked.name, attacked.version, thresholds, data, seed, budget, tuple(outcomes)
+    )
+    if out is not None:
+        write_json(out, evasion.to_dict())
+    if plot is not None:
+        evasion.plot(plot)
+    if card:
+        add_to_card(probe, evasion.section())
+    console().print(evasion.table())
