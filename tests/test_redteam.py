@@ -16,7 +16,7 @@ from commands import run, saved
 from sidelight.artifact import CARD, add_to_card, load_probe, save_probe
 from sidelight.data.examples import Example, LabelledExamples
 from sidelight.data.loading import load_examples
-from sidelight.errors import SidelightError
+from sidelight.errors import ContextLengthError, SidelightError
 from sidelight.hub import push
 from sidelight.prompts import Message, Reads
 from sidelight.redteam.attacks import ATTACKS, SEARCH, Attack, Markup, Surroundings, attack_names
@@ -90,6 +90,12 @@ def test_a_probe_of_raw_texts_has_no_template_to_inject():
     raw = Surroundings(BENIGN, Markup.of(tiny_tokenizer(), "raw"), Random(0))
     with pytest.raises(SidelightError, match="no chat template"):
         ATTACKS["template"].rewrite(TEXT, raw)
+
+
+@pytest.mark.parametrize("name", CONTROL)
+def test_a_tokenizer_without_control_tokens_has_none_to_write(name):
+    with pytest.raises(SidelightError, match="no control tokens"):
+        ATTACKS[name].rewrite(TEXT, Surroundings(BENIGN, Markup(), Random(0)))
 
 
 @pytest.mark.parametrize(("name", "turns"), [("earlier-turn", 1), ("earlier-turn-6", 6)])
@@ -266,6 +272,29 @@ def test_texts_that_do_not_fit_are_named_and_left_out_of_every_rate(classifier):
         assert (rate.share, rate.interval, outcome.separation) == (None, None, None)
     assert whole.skipped == {}
     assert (whole.recall.texts, whole.alarms.texts) == (8, 12)
+
+
+def test_a_text_that_is_too_long_by_itself_is_named(classifier, tmp_path):
+    data = tmp_path / "data.jsonl"
+    pairs = [*rows(), ("bad " * 300, "toxic")]
+    data.write_text("\n".join(json.dumps({"text": t, "label": n}) for t, n in pairs))
+    examples = load_examples(data, task=TOXICITY)
+    with pytest.raises(ContextLengthError, match=r"data\.jsonl, line 21: The text has"):
+        measure(classifier, examples, {"toxic": 0.5}, attacks=["leet"])
+
+
+def test_what_the_chat_template_refuses_is_left_out_and_says_why():
+    strict = tiny_backbone()
+    refusal = "{{ raise_exception('No system turns') }}"
+    strict.tokenizer.chat_template = (
+        f"{{% if messages[0].role == 'system' %}}{refusal}{{% endif %}}"
+        + strict.tokenizer.chat_template
+    )
+    probe = untrained_probe(strict, "toxicity")
+    system, capitals = measured(Classifier(strict, probe), ["system-turn", "capitals"])
+    reason = "The model's chat template refuses this conversation: No system turns"
+    assert system.skipped == {reason: 20}
+    assert capitals.skipped == {}
 
 
 def test_the_search_passes_more_the_more_it_may_ask(classifier):

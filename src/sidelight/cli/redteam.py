@@ -126,10 +126,10 @@ def redteam(
     evasion = Evasion(
         attacked.name, attacked.version, thresholds, data, seed, budget, tuple(outcomes)
     )
+    console().print(evasion.table())
     if out is not None:
         write_json(out, evasion.to_dict())
     if plot is not None:
         evasion.plot(plot)
     if card:
         add_to_card(probe, evasion.section())
-    console().print(evasion.table())

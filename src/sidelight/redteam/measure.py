@@ -19,7 +19,7 @@ from sidelight.probe import Probe
 from sidelight.progress import Progress, progress
 from sidelight.prompts import Message
 from sidelight.redteam.attacks import ATTACKS, SEARCH, Attack, Conversation, Markup, Surroundings
-from sidelight.training.classifier import Classifier, judge
+from sidelight.training.classifier import Classifier, encode, judge
 from sidelight.types import Flags
 
 # The search asks about texts that grow: as a rule, to this many times their length.
@@ -126,7 +126,7 @@ class Target:
         """Whether the backbone can read it."""
         try:
             return self.tokens(conversation) > 0
-        except ContextLengthError:
+        except SidelightError:
             return False
 
     def margins(self, conversations: Sequence[Conversation], shown: Progress) -> list[float]:
@@ -143,16 +143,20 @@ class Subject:
     """A text to attack.
 
     Attributes:
-        messages: The conversation that it ends; its last message is what is attacked.
+        example: As it was read; its last message is what is attacked.
         is_positive: Whether it should be flagged.
         benign: As ``Surroundings.benign``.
         seed: Decides, with an attack's name, what is drawn.
     """
 
-    messages: Conversation
+    example: Example
     is_positive: bool
     benign: Sequence[str]
     seed: str
+
+    @property
+    def messages(self) -> Conversation:
+        return self.example.messages
 
     @property
     def text(self) -> str:
@@ -186,8 +190,8 @@ def measure(
         budget: How many texts the search may have scored for each positive.
 
     Raises:
-        SidelightError: There is no positive text, or there are fewer than two benign ones; or one
-            cannot be judged as it is.
+        ContextLengthError: A text is too long as it is.
+        SidelightError: There is no positive text, or there are fewer than two benign ones.
     """
     target = Target(classifier, thresholds)
     subjects = draw_subjects(examples, thresholds, texts=texts, seed=seed)
@@ -198,7 +202,7 @@ def measure(
         for name in attacks
         if name != SEARCH
     }
-    lengths = [target.tokens(subject.messages) for subject in subjects]
+    lengths = [len(own) for own in encode(backbone, [subject.example for subject in subjects])]
     positive = sum(n for n, subject in zip(lengths, subjects, strict=True) if subject.is_positive)
     searched = _GROWTH * (budget + 1) * positive if SEARCH in attacks else 0
     total = sum(lengths) + sum(plan.tokens for plan in plans.values()) + searched
@@ -220,7 +224,7 @@ def measure(
 def draw_subjects(
     examples: LabelledExamples, thresholds: Mapping[str, float], *, texts: int, seed: int
 ) -> list[Subject]:
-    """Up to so many positive texts and as many benign ones, with the benign texts around them.
+    """Draws positive texts, then benign ones, each with the benign texts that may stand around it.
 
     Raises:
         SidelightError: There is no positive text, or there are fewer than two benign ones.
@@ -240,7 +244,7 @@ def draw_subjects(
             own = examples.items[row]
             around = [text for key, text in by_key.items() if key != own.text_key]
             random.shuffle(around)
-            subjects.append(Subject(own.messages, bool(positive[row]), around, f"{seed} {row}"))
+            subjects.append(Subject(own, bool(positive[row]), around, f"{seed} {row}"))
     return subjects
 
 
@@ -296,7 +300,8 @@ def _reason(target: Target, error: SidelightError) -> str:
     if isinstance(error, ContextLengthError):
         limit = target.classifier.backbone.encoder.max_tokens
         return f"longer than the model's context of {limit:,} tokens"
-    return str(error)
+    # The first sentence says why; the remedy is not the attacker's.
+    return str(error).partition(". ")[0]
 
 
 def _outcome(
