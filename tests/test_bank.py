@@ -6,14 +6,15 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sidelight.bank import Bank, BankState, Panel
 from sidelight.errors import SidelightError, VerdictError
 from sidelight.mechanisms.base import mechanism_names
-from sidelight.prompts import Message, Reads
+from sidelight.prompts import Message, Reads, judged_units, piece_lengths
 from sidelight.standardisation import Standardisation
-from sidelight.states.extraction import read_masks, score
+from sidelight.states.extraction import score
 from sidelight.types import Judgement
 from tiny import INTENT, TOPICS, TOXICITY, untrained_probe
 
@@ -38,6 +39,14 @@ class MatmulCount(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.count += func in MATMULS
         return func(*args, **(kwargs or {}))
+
+
+def read_masks(prompts, reads, *, device):
+    """For each way of reading, the tokens that count in a right-padded batch."""
+    return {
+        way: pad_sequence([prompt.mask(way) for prompt in prompts], batch_first=True).to(device)
+        for way in reads
+    }
 
 
 def standardised(probe, *, mean=0.7, seed=0):
@@ -298,3 +307,56 @@ def test_a_panel_without_probes_says_nothing():
     assert panel.judge_prompts(torch.zeros(1, 2, 0), [b"\1"]) == [Judgement()]
     states = panel.read(torch.zeros(1, 2, 0), [b"\1"], [None])
     assert panel.judge_responses(states) == [Judgement()]
+
+
+CONVERSATION = ["Where is my refund?", "OK.", "I asked nicely", "Sure.", "Now what"]
+
+
+def conversation(turns):
+    roles = ("user", "assistant")
+    return [Message(roles[index % 2], text) for index, text in enumerate(turns)]
+
+
+@pytest.mark.parametrize("mechanism", mechanism_names())
+@pytest.mark.parametrize("task", [TOXICITY, TOPICS], ids=lambda task: task.kind)
+def test_the_highest_turn_decides_and_the_first_counts_as_alone(tiny, mechanism, task):
+    """With the same states as the first turn by itself, since the model is causal."""
+    reads = Reads(scope="each_turn")
+    probe = untrained_probe(tiny, "p", task=task, mechanism=mechanism, reads=reads)
+    whole = untrained_probe(tiny, "p", task=task, mechanism=mechanism)
+    prompts = [tiny.encoder.encode(conversation(CONVERSATION[:n])) for n in (1, 3, 5)]
+    alone, *several = score(tiny, Bank([probe]), prompts)[0]
+    conversations = score(tiny, Bank([whole]), prompts)[0]
+    np.testing.assert_allclose(alone, conversations[0], **ROUNDING)
+    for logits, of_whole in zip(several, conversations[1:], strict=True):
+        assert (logits >= alone - ROUNDING["atol"]).all()
+        assert (logits >= of_whole - ROUNDING["atol"]).all()
+
+
+def test_a_turn_that_is_not_finite_leaves_no_verdict(tiny):
+    probe = untrained_probe(tiny, "p", reads=Reads(scope="each_turn"))
+    units = [(0, 1), (1, 2), (0, 2)]
+    for logits, turn in (([5.0, 7.0, 1.0], 1), ([5.0, 7.0, 9.0], None)):
+        assert probe.highest(np.array(logits)[:, None], units).turn == turn
+    with pytest.raises(VerdictError):
+        probe.verdict(probe.highest(np.array([[5.0], [np.nan], [1.0]]), units).logits)
+
+
+def test_a_short_turn_is_judged_with_its_neighbours(tiny):
+    for contents, units in (
+        (["a long enough text", "OK.", "another long text"], [(0, 1), (1, 3), (2, 3), (0, 3)]),
+        (["a long enough text", "OK."], [(0, 1), (0, 2), (0, 2)]),
+        (["a", "b", "c"], [(0, 3), (0, 3), (0, 3), (0, 3)]),
+        (["by itself"], [(0, 1)]),
+    ):
+        parts = bytes(tiny.encoder.encode(conversation(contents)).parts)
+        assert judged_units(parts, piece_lengths(parts)) == units
+
+
+def test_a_multi_class_probe_judges_the_whole(tiny):
+    probe = untrained_probe(tiny, "p", task=INTENT, reads=Reads(scope="each_turn"))
+    whole = untrained_probe(tiny, "p", task=INTENT)
+    prompts = [tiny.encoder.encode(conversation(CONVERSATION))]
+    np.testing.assert_allclose(
+        score(tiny, Bank([probe]), prompts)[0], score(tiny, Bank([whole]), prompts)[0], **ROUNDING
+    )

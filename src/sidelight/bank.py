@@ -7,8 +7,9 @@ packs and merges.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -16,8 +17,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sidelight.errors import SidelightError, VerdictError
-from sidelight.probe import Probe, require_distinct_names
-from sidelight.prompts import Reads
+from sidelight.probe import Probe, Reading, require_distinct_names
+from sidelight.prompts import Reads, judged_units, piece_lengths
 from sidelight.ragged import Ragged
 from sidelight.standardisation import Projection
 from sidelight.types import Judgement, Verdict
@@ -213,14 +214,83 @@ class Bank:
 
     def judge(self, state: BankState) -> list[Judgement]:
         """For each request, what the probes say; those without a verdict are named as failed."""
-        return [self._judge_one(logits) for logits in zip(*self.logits(state), strict=True)]
+        logits = zip(*self.logits(state), strict=True)
+        return [self._judgement([Reading(each) for each in own]) for own in logits]
 
-    def _judge_one(self, logits: Sequence[np.ndarray]) -> Judgement:
+    def judge_prompts(
+        self, columns: Float[Tensor, "token layer column"], parts: Sequence[bytes]
+    ) -> list[Judgement]:
+        """As ``judge``, for whole prompts; arguments as for ``read_prompts``."""
+        readings = zip(*self.read_prompts(columns, parts), strict=True)
+        return [self._judgement(own) for own in readings]
+
+    def read_prompts(
+        self, columns: Float[Tensor, "token layer column"], parts: Sequence[bytes]
+    ) -> list[list[Reading]]:
+        """For each probe, what it finds in each prompt, by turns if its scope is each turn.
+
+        Args:
+            columns: Those of all tokens, one prompt after the other.
+            parts: For each prompt, the ``Part`` of every token.
+        """
+        lengths = [piece_lengths(own) for own in parts]
+        pieces = self._summarise(columns, parts, [tokens for own in lengths for tokens in own])
+        units = [judged_units(own, tokens) for own, tokens in zip(parts, lengths, strict=True)]
+        firsts = [0, *accumulate(map(len, lengths))]
+        ranges = [
+            (first + start, first + stop)
+            for first, own in zip(firsts, units, strict=False)
+            for start, stop in own
+        ]
+        logits = self.logits(self._merged(pieces, ranges))
+        ends = list(accumulate(map(len, units)))
+        return [
+            [
+                probe.highest(own[end - len(of_prompt) : end], of_prompt)
+                for end, of_prompt in zip(ends, units, strict=True)
+            ]
+            for probe, own in zip(self.probes, logits, strict=True)
+        ]
+
+    def summarise_texts(
+        self, columns: Float[Tensor, "token layer column"], parts: Sequence[bytes]
+    ) -> BankState:
+        """The state of each text; arguments as for ``read_prompts``."""
+        return self._summarise(columns, parts, [len(own) for own in parts])
+
+    def _summarise(
+        self,
+        columns: Float[Tensor, "token layer column"],
+        parts: Sequence[bytes],
+        lengths: Sequence[int],
+    ) -> BankState:
+        of_tokens = np.frombuffer(b"".join(parts), np.uint8)
+        masks = {
+            reads: torch.from_numpy(np.isin(of_tokens, [*reads.parts])).to(columns.device)
+            for reads in self.reads
+        }
+        return self.summarise_rows(columns, masks, torch.tensor(lengths, device=columns.device))
+
+    def _merged(self, pieces: BankState, ranges: Sequence[tuple[int, int]]) -> BankState:
+        """The state of each range of neighbouring pieces."""
+        if all(stop == start + 1 for start, stop in ranges):
+            return pieces
+        states = pieces.split()
+        merged = [states[start] for start, _ in ranges]
+        for step in range(1, max(stop - start for start, stop in ranges)):
+            growing = [i for i, (start, stop) in enumerate(ranges) if stop - start > step]
+            later = BankState.pack([states[ranges[i][0] + step] for i in growing])
+            both = self.merge(BankState.pack([merged[i] for i in growing]), later)
+            for i, state in zip(growing, both.split(), strict=True):
+                merged[i] = state
+        return BankState.pack(merged)
+
+    def _judgement(self, readings: Sequence[Reading]) -> Judgement:
         verdicts: list[Verdict] = []
         failed: list[str] = []
-        for probe, own in zip(self.probes, logits, strict=True):
+        for probe, reading in zip(self.probes, readings, strict=True):
             try:
-                verdicts.append(probe.verdict(own))
+                verdicts.append(replace(probe.verdict(reading.logits), turn=reading.turn))
             except VerdictError:
                 failed.append(probe.name)
         return Judgement(tuple(verdicts), tuple(failed))
@@ -282,7 +352,7 @@ class Panel:
         if self.early is None:
             return [Judgement()] * len(parts)
         width = self.early.projection.weight.shape[2]
-        return self.early.judge(_summarise(self.early, columns[..., :width], parts))
+        return self.early.judge_prompts(columns[..., :width], parts)
 
     def read(
         self,
@@ -301,7 +371,7 @@ class Panel:
         if self.late is None:
             return [None] * len(parts)
         width = self.late.projection.weight.shape[2]
-        new = _summarise(self.late, columns[..., columns.shape[2] - width :], parts)
+        new = self.late.summarise_texts(columns[..., columns.shape[2] - width :], parts)
         known = [state for state in before if state is not None]
         if len(known) == len(before):
             return [*self.late.merge(BankState.pack(known), new).split()]
@@ -316,18 +386,6 @@ class Panel:
         if self.late is None or not known:
             return [Judgement()] * len(states)
         return self.late.judge(BankState.pack(known))
-
-
-def _summarise(
-    bank: Bank, columns: Float[Tensor, "token layer column"], parts: Sequence[bytes]
-) -> BankState:
-    of_tokens = np.frombuffer(b"".join(parts), np.uint8)
-    masks = {
-        reads: torch.from_numpy(np.isin(of_tokens, [*reads.parts])).to(columns.device)
-        for reads in bank.reads
-    }
-    lengths = torch.tensor([len(text) for text in parts], device=columns.device)
-    return bank.summarise_rows(columns, masks, lengths)
 
 
 def _groups(probes: Sequence[Probe], widths: Sequence[int]) -> list[_ProbeGroup]:

@@ -1,10 +1,11 @@
 """A trained probe: a mechanism and everything that turns its logits into a verdict."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from sidelight.calibration import Calibration
 from sidelight.errors import SidelightError, VerdictError
@@ -13,6 +14,20 @@ from sidelight.mechanisms.base import Mechanism, MechanismSpec
 from sidelight.prompts import PromptFormat, Reads
 from sidelight.standardisation import Projection, Standardisation
 from sidelight.types import Task, Verdict
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a probe finds in a text.
+
+    Attributes:
+        logits: Those that count.
+        turn: The index of the turn that they come from, among those that are judged; None if they
+            are the whole text's.
+    """
+
+    logits: Float[np.ndarray, " output"]
+    turn: int | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +83,26 @@ class Probe:
             probabilities = [1 - positive, positive]
         by_label = dict(zip(self.task.labels, probabilities, strict=True))
         return self.task.decide(self.name, by_label, self.label_thresholds)
+
+    def highest(
+        self, logits: Float[np.ndarray, "unit output"], units: Sequence[tuple[int, int]]
+    ) -> Reading:
+        """What counts of a prompt: the highest logit of its units, for each label.
+
+        A multi-class probe, and one whose scope is the conversation, takes the last unit, which is
+        the whole. One logit that is not finite makes all so: no turn goes unjudged.
+
+        Args:
+            logits: Of each unit.
+            units: The turns that each is made of, from the first to the one after its last.
+        """
+        is_whole = self.reads.scope == "conversation" or self.task.kind == "multiclass"
+        if is_whole or len(units) == 1:
+            return Reading(logits[-1])
+        if not np.isfinite(logits).all():
+            return Reading(np.full_like(logits[-1], np.nan))
+        unit = int(logits.max(1).argmax())
+        return Reading(logits.max(0), units[unit][0] if unit < len(units) - 1 else None)
 
     @property
     def label_thresholds(self) -> dict[str, float]:

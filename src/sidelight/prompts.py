@@ -13,6 +13,7 @@ from functools import cached_property, lru_cache
 from itertools import takewhile
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Bool
 from jinja2 import TemplateError
@@ -24,6 +25,7 @@ from sidelight.turns import ChatFormat, Tokenizer, Turn, control_tokens
 
 PromptFormat = Literal["chat", "raw"]
 Side = Literal["prompt", "response", "both"]
+Scope = Literal["conversation", "each_turn"]
 
 
 @dataclass(frozen=True)
@@ -68,10 +70,13 @@ class Reads:
         side: The prompt, the response, or both.
         template: Whether the chat template's tokens count as part of the prompt. The markers that
             follow a prompt carry much of what the model has concluded about it.
+        scope: Whether a prompt of several turns is judged as one text, or each turn with what the
+            template writes after it, and the whole; the highest score counts.
     """
 
     side: Side = "prompt"
     template: bool = True
+    scope: Scope = "conversation"
 
     @property
     def includes_response(self) -> bool:
@@ -285,6 +290,45 @@ class EncodedPrompt:
             parts=tuple(self.parts[i] for i in kept),
             dropped=excess,
         )
+
+
+def piece_lengths(parts: bytes) -> list[int]:
+    """The tokens of each turn of a prompt, with what precedes the first and what follows each.
+
+    Args:
+        parts: The ``Part`` of each token; one or more.
+    """
+    is_text = np.frombuffer(parts, np.uint8) == Part.PROMPT
+    begins = np.flatnonzero(is_text & ~np.append(False, is_text[:-1]))
+    return np.diff([0, *begins[1:], len(parts)]).tolist()
+
+
+# A shorter turn says too little by itself.
+_LEAST_TEXT = 8
+
+
+def judged_units(parts: bytes, pieces: Sequence[int]) -> list[tuple[int, int]]:
+    """Which neighbouring pieces of a prompt are judged together; the whole prompt comes last.
+
+    Each turn is judged by itself, a short one with the turns after it, or else before it.
+
+    Args:
+        parts: The ``Part`` of each token.
+        pieces: As ``piece_lengths`` gives them.
+    """
+    count = len(pieces)
+    if count == 1:
+        return [(0, 1)]
+    edges = np.cumsum(pieces)[:-1]
+    is_text = np.frombuffer(parts, np.uint8) == Part.PROMPT
+    texts = [int(piece.sum()) for piece in np.split(is_text, edges)]
+    units: list[tuple[int, int]] = []
+    for first in range(count):
+        start, stop = first, first + 1
+        while sum(texts[start:stop]) < _LEAST_TEXT and (start, stop) != (0, count):
+            start, stop = (start, stop + 1) if stop < count else (start - 1, stop)
+        units.append((start, stop))
+    return [*units, (0, count)]
 
 
 def shared_length(texts: Sequence[Sequence[int]]) -> int:

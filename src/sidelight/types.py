@@ -64,6 +64,8 @@ class Verdict:
         probabilities: Calibrated probability of every label.
         flagged: Whether the threshold of the positive class (binary) or of any label (multi-label)
             is reached. A multi-class verdict is never flagged: it names a class, not a danger.
+        turn: The turn of the prompt that decided, from 0, without leading system turns; None if
+            there is only one, or if the prompt as a whole decided.
     """
 
     probe: str
@@ -71,6 +73,7 @@ class Verdict:
     labels: tuple[str, ...]
     probabilities: dict[str, float]
     flagged: bool
+    turn: int | None = None
 
 
 @dataclass(frozen=True)

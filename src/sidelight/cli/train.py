@@ -15,7 +15,7 @@ from sidelight.errors import SidelightError
 if TYPE_CHECKING:
     from sidelight.calibration import CalibrationKind
     from sidelight.mechanisms.base import OptionValue
-    from sidelight.prompts import PromptFormat, Side
+    from sidelight.prompts import PromptFormat, Scope, Side
 
 # As ``training.settings.AUTO``, whose import takes seconds.
 _AUTO = "auto"
@@ -52,6 +52,12 @@ _AUTO = "auto"
 )
 @click.option(
     "--template/--no-template", default=True, help="Whether template tokens count as prompt."
+)
+@click.option(
+    "--scope",
+    type=click.Choice(["conversation", "each_turn"]),
+    default="conversation",
+    help="Whether a prompt of several turns is judged as one text, or each turn and the whole.",
 )
 @click.option(
     "--format",
@@ -107,6 +113,7 @@ def train(
     name: str | None,
     reads: "Side | None",
     template: bool,
+    scope: "Scope",
     prompt_format: "PromptFormat | None",
     standardise: bool,
     calibration: "CalibrationKind",
@@ -138,8 +145,8 @@ def train(
     from sidelight.training.runs import console, describe_fit, fit_table, holds_probe, write_fit
     from sidelight.training.settings import suggested_settings
 
-    chosen = {setting: value for setting, value in settings.items() if value is not None}
     shared = inputs.fit_options()
+    chosen = {setting: value for setting, value in settings.items() if value is not None}
     fit_options = replace(
         shared,
         mechanisms=specs,
@@ -150,7 +157,7 @@ def train(
         },
         long_inputs=long_inputs,
         standardise=standardise,
-        reads=Reads(side=reads or shared.reads.side, template=template),
+        reads=Reads(reads or shared.reads.side, template, scope),
         calibration=calibration,
     )
     if holds_probe(out):

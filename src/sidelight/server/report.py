@@ -162,14 +162,18 @@ def categories(verdicts: Sequence[Verdict], names: CategoryNames) -> dict[str, A
 
 
 def verdict_json(verdict: Verdict) -> dict[str, Any]:
-    """One verdict; ``labels`` are those that hold, for a multi-label probe none to all."""
-    return {
+    """One verdict; ``labels`` are those that hold, for a multi-label probe none to all.
+
+    ``turn`` is there if one turn of several has decided.
+    """
+    fields = {
         "probe": verdict.probe,
         "label": verdict.label,
         "labels": list(verdict.labels),
         "probabilities": verdict.probabilities,
         "flagged": verdict.flagged,
     }
+    return fields if verdict.turn is None else {**fields, "turn": verdict.turn}
 
 
 def refusal_headers(decisions: Sequence[Decision]) -> dict[str, str]:

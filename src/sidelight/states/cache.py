@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from time import sleep
 
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from sidelight.errors import SidelightError
 from sidelight.fingerprint import Fingerprint
-from sidelight.prompts import EncodedPrompt, Reads
+from sidelight.prompts import EncodedPrompt, Reads, piece_lengths
 from sidelight.ragged import Ragged
 from sidelight.storage import FolderLock, sync, write_json
 
@@ -158,7 +158,8 @@ class ActivationCache:
     """The shards of one data set under one backbone, computed by one engine.
 
     Attributes:
-        lengths: The stored tokens of each text.
+        lengths: The stored tokens of each text; ``prompt_lengths``: of each prompt.
+        plan: Which texts are in which shard; ``prompt_plan``: which prompts.
         token_bytes: Size of a token.
 
     Args:
@@ -168,6 +169,7 @@ class ActivationCache:
         reads: Which tokens are stored.
         fingerprint: The backbone.
         engine: What computes the states; engines round differently, so they share no cache.
+        texts: For each prompt, the texts that are its turns; None if each prompt is a text.
     """
 
     def __init__(
@@ -179,15 +181,28 @@ class ActivationCache:
         fingerprint: Fingerprint,
         engine: str = "transformers",
         shard_bytes: int = SHARD_BYTES,
+        texts: Sequence[Sequence[int]] | None = None,
     ):
         self.prompts = prompts
         self.reads = reads
         self.fingerprint = fingerprint
         self.engine = engine
         self.token_bytes = fingerprint.layers * fingerprint.width * _BYTES_PER_VALUE
-        self.lengths = [int(prompt.mask(reads).sum()) for prompt in prompts]
+        self._texts = [[row] for row in range(len(prompts))] if texts is None else texts
+        read = [prompt.mask(reads).int() for prompt in prompts]
+        self._turns = [
+            [int(mask.sum())]
+            if len(own) == 1
+            else [int(turn.sum()) for turn in mask.split(piece_lengths(bytes(prompt.parts)))]
+            for mask, prompt, own in zip(read, prompts, self._texts, strict=True)
+        ]
         shard_tokens = max(1, shard_bytes // self.token_bytes)
-        self.plan = ShardPlan.of(self.lengths, shard_tokens=shard_tokens)
+        self.prompt_lengths = [*map(sum, self._turns)]
+        self.prompt_plan = ShardPlan.of(self.prompt_lengths, shard_tokens=shard_tokens)
+        of_texts = dict(zip(chain(*self._texts), chain(*self._turns), strict=True))
+        self.lengths = [of_texts[text] for text in range(len(of_texts))]
+        rows = (tuple(chain(*(self._texts[row] for row in own))) for own in self.prompt_plan.rows)
+        self.plan = ShardPlan(tuple(rows), self.prompt_plan.tokens)
         who = (FORMAT_VERSION, fingerprint.digest, fingerprint.dtype, engine, shard_bytes)
         self.directory = root / _key(prompts, reads, who)
         self._lock: FolderLock | None = None
@@ -269,13 +284,20 @@ class ActivationCache:
         self._write_manifest()
 
     def write(self, index: int, shard: Shard) -> None:
-        """Stores a shard; it exists afterwards or, if killed, not at all."""
+        """Stores a shard of prompts; it exists afterwards or, if killed, not at all."""
         tensors = {"hidden": shard.hidden, "lengths": shard.lengths, "rows": shard.rows}
         write_tensors(tensors, self._path(index))
 
     def read(self, index: int) -> Shard:
-        """A shard, mapped from disk."""
-        return Shard(**load_file(self._path(index)))
+        """A shard of texts, mapped from disk."""
+        shard = Shard(**load_file(self._path(index)))
+        rows = shard.rows.tolist()
+        if all(len(self._texts[row]) == 1 for row in rows):
+            turns = [[length] for length in shard.lengths.tolist()]
+        else:
+            turns = [self._turns[row] for row in rows]
+        texts = [text for row in rows for text in self._texts[row]]
+        return Shard(shard.hidden, torch.tensor([*chain(*turns)]), torch.tensor(texts))
 
     def keep(self) -> None:
         """Keeps the cache from ``remove``, also from that of other runs."""
@@ -305,7 +327,7 @@ class ActivationCache:
             "reads": asdict(self.reads),
             "texts": len(self.prompts),
             "tokens": sum(self.plan.tokens),
-            "shards": [list(rows) for rows in self.plan.rows],
+            "shards": [list(rows) for rows in self.prompt_plan.rows],
         }
         write_json(self.directory / "manifest.json", manifest)
 
@@ -331,7 +353,8 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 def _key(prompts: Sequence[EncodedPrompt], reads: Reads, who: tuple[object, ...]) -> str:
     digest = hashlib.sha256(repr(who).encode())
-    digest.update(repr(reads).encode())
+    # The scope does not change which tokens are read.
+    digest.update(f"Reads(side={reads.side!r}, template={reads.template!r})".encode())
     for prompt in prompts:
         digest.update(repr((prompt.token_ids, prompt.parts)).encode())
     return digest.hexdigest()[:24]
@@ -348,7 +371,7 @@ def states_of(
         memory_bytes: More than this is read from disk again in each epoch.
     """
     # All texts in another order are as many, but their labels are in that order.
-    if list(rows) == list(range(len(cache.prompts))):
+    if list(rows) == list(range(len(cache.lengths))):
         return States(cache.fingerprint, cache.reads, cache.plan, cache.read)
     text_of = {row: text for text, row in enumerate(rows)}
     wanted = [[row for row in held if row in text_of] for held in cache.plan.rows]

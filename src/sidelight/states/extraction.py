@@ -1,6 +1,6 @@
 """One forward pass over each of many texts: for their hidden states, or for logits alone."""
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, nullcontext
 from typing import Protocol, runtime_checkable
@@ -14,7 +14,7 @@ from sidelight.backbone import TransformersBackbone
 from sidelight.bank import Bank
 from sidelight.errors import SidelightError
 from sidelight.progress import Progress, progress
-from sidelight.prompts import EncodedPrompt, Reads, shared_unread
+from sidelight.prompts import EncodedPrompt, shared_unread
 from sidelight.ragged import by_length
 from sidelight.states.cache import ActivationCache, Shard
 
@@ -77,7 +77,9 @@ def extract(
 
 
 def _fill(source: StateSource, cache: ActivationCache, missing: Sequence[int], title: str) -> None:
-    total = sum(len(cache.prompts[row]) for index in missing for row in cache.plan.rows[index])
+    total = sum(
+        len(cache.prompts[row]) for index in missing for row in cache.prompt_plan.rows[index]
+    )
     # Writing overlaps the next shard's forward passes; one at a time, so two shards are in memory.
     with (
         ThreadPoolExecutor(1) as writer,
@@ -126,7 +128,7 @@ def _extract_shard(
     shared: int,
 ) -> Shard:
     """The shard's texts in the plan's random order, whatever order the batches ran in."""
-    rows = cache.plan.rows[index]
+    rows = cache.prompt_plan.rows[index]
     prompts = [cache.prompts[row] for row in rows]
     read = [prompt.mask(cache.reads) for prompt in prompts]
     lengths = torch.tensor([int(mask.sum()) for mask in read])
@@ -212,22 +214,10 @@ def score(
             with backbone.tapped(tap):
                 backbone.run(chosen)
             projected = tap.projected()
-            masks = read_masks(chosen, bank.reads, device=projected.device)
-            for own, logits in zip(
-                scores, bank.logits(bank.summarise(projected, masks)), strict=True
-            ):
-                own[batch] = logits
+            is_text = [torch.arange(projected.shape[1]) < len(prompt) for prompt in chosen]
+            columns = projected[torch.stack(is_text)]
+            readings = bank.read_prompts(columns, [bytes(prompt.parts) for prompt in chosen])
+            for own, found in zip(scores, readings, strict=True):
+                own[batch] = [reading.logits for reading in found]
             bar.advance(sum(lengths[i] for i in batch))
     return scores
-
-
-def read_masks(
-    prompts: Sequence[EncodedPrompt], reads: frozenset[Reads], *, device: torch.device
-) -> Mapping[Reads, Bool[Tensor, "batch token"]]:
-    """For each way of reading, the tokens that count in a right-padded batch."""
-    return {
-        way: torch.nn.utils.rnn.pad_sequence(
-            [prompt.mask(way) for prompt in prompts], batch_first=True, padding_value=0
-        ).to(device)
-        for way in reads
-    }

@@ -3,9 +3,10 @@
 Probes and baselines of one table read the same splits, so that no row of it has an advantage.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import cycle
 from typing import SupportsIndex
 
 import numpy as np
@@ -19,7 +20,7 @@ from sidelight.calibration import require_calibratable
 from sidelight.data.examples import LabelledExamples, located, place_of, validation_share
 from sidelight.errors import SidelightError
 from sidelight.progress import progress
-from sidelight.prompts import EncodedPrompt, Reads
+from sidelight.prompts import EncodedPrompt, Message, Reads, piece_lengths
 from sidelight.ragged import Ragged
 from sidelight.smollm2 import cache_root
 from sidelight.states.cache import ActivationCache, Pooled, States, states_of, write_tensors
@@ -28,6 +29,9 @@ from sidelight.training.settings import FEW_TEXTS, FitOptions, require_labels_of
 from sidelight.types import Task
 
 FOLDS = 5
+# Turns of a conversation that is packed from texts, and its most tokens in cut texts.
+_PACKED_TURNS = (3, 5)
+_PACKED_LENGTH = 4
 # Validation texts of a class.
 _ROUGH_BELOW = 10
 
@@ -285,17 +289,73 @@ def make_split(
             whole = backbone.encoder.encode_any_length(item.messages, item.response)
             prompts.append(whole.shortened(limit, options.reads))
     _require_read(prompts, examples, options.reads, limit)
+    run, texts = _conversations(backbone, examples, prompts, options, source.max_tokens)
     cache = ActivationCache(
         options.cache_root or cache_root() / "activations",
-        prompts,
+        run,
         reads=options.reads,
         fingerprint=backbone.fingerprint,
         engine=source.engine,
+        texts=texts,
     )
     states = extract(source, cache, budget_bytes=options.cache_budget_bytes, title=title)
     if options.keep_cache:
         states.keep()
     return Split(examples, tuple(prompts), states, np.arange(len(examples)))
+
+
+def _conversations(
+    backbone: TransformersBackbone,
+    examples: LabelledExamples,
+    prompts: Sequence[EncodedPrompt],
+    options: FitOptions,
+    longest: int,
+) -> tuple[list[EncodedPrompt], list[list[int]]]:
+    """The prompts to run, and the texts that are the turns of each.
+
+    If each turn of a conversation will be judged, half of the texts are turns of conversations that
+    are packed from them, and keep their own labels: users' and assistants', since a client writes
+    both.
+    """
+    alone = set(range(len(prompts)))
+    run: list[EncodedPrompt] = []
+    texts: list[list[int]] = []
+    is_packed = options.reads.scope == "each_turn" and examples.task.kind != "multiclass"
+    if is_packed and backbone.encoder.prompt_format == "chat":
+        longest = min(longest, _PACKED_LENGTH * options.max_tokens)
+        for turns in _packed(examples, prompts):
+            messages = [
+                Message(role, examples.items[text].text)
+                for role, text in zip(cycle(("user", "assistant")), turns, strict=False)
+            ]
+            prompt = backbone.encoder.encode_any_length(messages)
+            # A template may join turns, or strip one to nothing.
+            is_whole = len(piece_lengths(bytes(prompt.parts))) == len(turns)
+            if is_whole and len(prompt) <= longest:
+                run.append(prompt)
+                texts.append(turns)
+                alone.difference_update(turns)
+    return [*run, *(prompts[text] for text in sorted(alone))], [
+        *texts,
+        *([text] for text in sorted(alone)),
+    ]
+
+
+def _packed(examples: LabelledExamples, prompts: Sequence[EncodedPrompt]) -> Iterator[list[int]]:
+    """Which texts are the turns of one conversation; an odd number, so that a user has the last."""
+    fit = [
+        text
+        for text, (item, prompt) in enumerate(zip(examples.items, prompts, strict=True))
+        if [message.role for message in item.messages] == ["user"]
+        and item.response is None
+        and not prompt.dropped
+    ]
+    generator = np.random.default_rng(0)
+    left = generator.permutation(fit)[: len(fit) // 2].tolist()
+    while len(left) >= min(_PACKED_TURNS):
+        turns = int(generator.choice([size for size in _PACKED_TURNS if size <= len(left)]))
+        yield left[:turns]
+        left = left[turns:]
 
 
 def _require_read(

@@ -169,6 +169,7 @@ def report_of(judgement: Judgement, seconds: float) -> dict[str, Any]:
             "labels": list(verdict.labels),
             "probabilities": dict(verdict.probabilities),
             "flagged": verdict.flagged,
+            **({} if verdict.turn is None else {"turn": verdict.turn}),
         }
         for verdict in judgement.verdicts
     }
@@ -195,7 +196,6 @@ def judgement_of(params: Mapping[str, Any] | None) -> tuple[Judgement, float]:
             failed.append(name)
         else:
             labels, probabilities = tuple(fields["labels"]), dict(fields["probabilities"])
-            verdicts.append(
-                Verdict(name, fields["label"], labels, probabilities, fields["flagged"])
-            )
+            flagged, turn = fields["flagged"], fields.get("turn")
+            verdicts.append(Verdict(name, fields["label"], labels, probabilities, flagged, turn))
     return Judgement(tuple(verdicts), tuple(failed)), report.get("seconds", 0.0)

@@ -1,0 +1,105 @@
+"""With the scope of each turn, turns are learned in conversations and served as scored."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from engine_runs import run
+from sidelight.artifact import load_probe, save_probe
+from sidelight.bank import Bank
+from sidelight.data.examples import Example, LabelledExamples
+from sidelight.prompts import Message, Reads
+from sidelight.states.extraction import score
+from sidelight.training.dataset import make_split
+from sidelight.training.settings import FitOptions
+from sidelight.vllm.settings import judgement_of, report_of
+from tiny import INTENT, TOXICITY, untrained_probe
+
+EACH_TURN = Reads(scope="each_turn")
+
+
+@pytest.fixture
+def examples():
+    items = tuple(Example((Message("user", f"text number {i:02d}"),)) for i in range(20))
+    return LabelledExamples(items, ({},) * 20, labels=np.arange(20) % 2, task=TOXICITY)
+
+
+def split_of(backbone, examples, root, **options):
+    return make_split(backbone, examples, FitOptions(cache_root=root, keep_cache=True, **options))
+
+
+def by_text(split):
+    """The states of each text, in order."""
+    states = split.own_states()
+    shards = [states.read(index) for index in range(len(states))]
+    found = dict(each for shard in shards for each in shard.texts())
+    assert sorted(found) == list(range(len(split)))
+    return [found[text] for text in range(len(split))]
+
+
+def test_half_of_the_texts_are_turns_of_conversations(tiny, examples, tmp_path):
+    packed = split_of(tiny, examples, tmp_path, reads=EACH_TURN)
+    alone = split_of(tiny, examples, tmp_path)
+    turns = [own for own in packed.states._texts if len(own) > 1]
+    assert sum(map(len, turns)) == 8
+    assert {len(own) for own in turns} <= {3, 5}
+    later = {text for own in turns for text in own[1:]}
+    for text, (mine, theirs) in enumerate(zip(by_text(packed), by_text(alone), strict=True)):
+        # The first turn's states are those of the text by itself, the model being causal.
+        if text not in later:
+            torch.testing.assert_close(mine, theirs, rtol=0.02, atol=0.02)
+        else:
+            assert not torch.allclose(mine[-1, 0].float(), theirs[-1, 0].float(), atol=0.02)
+
+
+def test_some_texts_of_conversations_are_selected_like_any(tiny, examples, tmp_path):
+    packed = split_of(tiny, examples, tmp_path, reads=EACH_TURN)
+    whole = by_text(packed)
+    chosen = [17, 3, 8, 0, 19]
+    for text, own in zip(chosen, by_text(packed.select(chosen)), strict=True):
+        assert torch.equal(own, whole[text])
+
+
+@pytest.mark.parametrize("options", [{}, {"reads": Reads(template=False)}])
+def test_texts_stay_by_themselves_where_the_whole_is_judged(tiny, examples, tmp_path, options):
+    split = split_of(tiny, examples, tmp_path, **options)
+    assert all(len(own) == 1 for own in split.states._texts)
+
+
+def test_several_classes_are_not_packed(tiny, examples, tmp_path):
+    intents = replace(examples, labels=np.arange(20) % 3, task=INTENT)
+    split = split_of(tiny, intents, tmp_path, reads=EACH_TURN)
+    assert all(len(own) == 1 for own in split.states._texts)
+
+
+def test_the_scope_is_stored_and_old_artifacts_judge_the_whole(tiny, tmp_path):
+    probe = untrained_probe(tiny, "p", reads=EACH_TURN)
+    assert load_probe(save_probe(probe, tmp_path / "p")).reads == EACH_TURN
+    manifest = tmp_path / "p" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"scope": "each_turn"', '"side": "prompt"'))
+    assert load_probe(tmp_path / "p").reads == Reads()
+
+
+def test_an_engine_names_the_turn_that_decided_and_vllm_passes_it_on(tiny):
+    probe = untrained_probe(tiny, "p", reads=EACH_TURN)
+    turns = ["Where is my refund?", "I will look at it", "And now it is late", "Yes, it is late"]
+    roles = ("user", "assistant", "user", "assistant")
+    conversation = [Message(*turn) for turn in zip(roles, turns, strict=True)][:3]
+
+    async def judged(engine):
+        return (await engine.judge([conversation]))[0].judgement
+
+    judgement = run(tiny, judged, probes=[probe])
+    prompt = tiny.encoder.encode(conversation)
+    (logits,) = score(tiny, Bank([probe]), [prompt])
+    wanted = probe.verdict(logits[0])
+    verdict = judgement.verdicts[0]
+    assert replace(verdict, turn=None, probabilities={}) == replace(wanted, probabilities={})
+    np.testing.assert_allclose(
+        list(verdict.probabilities.values()), list(wanted.probabilities.values()), atol=1e-5
+    )
+    assert verdict.turn in (None, 0, 1, 2)
+    again, _ = judgement_of({"sidelight": report_of(judgement, 0.0)})
+    assert again == judgement
