@@ -424,6 +424,7 @@ def test_the_command_prints_and_writes_what_is_measured(
 
 
 def test_an_interval_holds_its_share():
+    assert (Rate(0, 30).interval[0], Rate(30, 30).interval[1]) == (0, 1)
     low, high = Rate(9, 10).interval
     assert 0 < low < 0.9 < high < 1
     assert high - low > np.diff(Rate(900, 1000).interval)

@@ -45,7 +45,8 @@ def wilson(shares: Float[Values, " bin"], sizes: Int[Numbers, " bin"]) -> Float[
     inflation = 1 + z**2 / sizes
     centre = (shares + z**2 / (2 * sizes)) / inflation
     half = z * np.sqrt(shares * (1 - shares) / sizes + z**2 / (4 * sizes**2)) / inflation
-    return np.stack([centre - half, centre + half])
+    # Rounding must not leave [0, 1].
+    return np.stack([centre - half, centre + half]).clip(0, 1)
 
 
 def _mean_of_defined(values: Float[Values, "label resample"]) -> Float[Values, " resample"]:

@@ -11,7 +11,7 @@ from sidelight.redteam.measure import Outcome, Rate
 if TYPE_CHECKING:
     from rich.console import Group
 
-_HEAD = ("attack", "texts", "recall", "false alarms", "recall - false alarms")
+_HEAD = ("attack", "texts", "recall", "false alarms", "difference")
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Evasion:
         return (
             f"## Evasion\n\n{self._title()}. Seed {self.seed}; measured by `sidelight redteam` on "
             f"`{Path(self.data).name}`. Each cell says what is flagged alone → attacked, with "
-            f"a 95 % interval.\n\n{self.markdown()}"
+            f"a 95 % interval; the difference is recall minus false alarms.\n\n{self.markdown()}"
         )
 
     def plot(self, path: Path) -> None:
