@@ -17,6 +17,15 @@ OverrideMode = Literal["score", "block"]
 
 
 @dataclass(frozen=True)
+class LabelsOnly(Verdict):
+    """A verdict without its scores: probabilities are 1.0 for labels that hold, otherwise 0.0.
+
+    ``label`` of a multi-label probe is the first that holds, or "", and there is no ``turn``: the
+    most probable label, or the turn with the highest score, would rank scores that are withheld.
+    """
+
+
+@dataclass(frozen=True)
 class Decision:
     """What one probe's verdict on one side of a request led to.
 
@@ -61,6 +70,18 @@ class Decision:
         if self.is_blocking or self.rule.mode != "route":
             return None
         return _route(self.rule, self.verdict)
+
+    def disclosed(self) -> "Decision | None":
+        """What a key without the admin role may know of it; None: nothing."""
+        match self.rule.disclosure:
+            case "scores":
+                return self
+            case "labels":
+                return replace(
+                    self, verdict=self.verdict and _without_scores(self.rule, self.verdict)
+                )
+            case "none":
+                return None
 
 
 class PolicyError(SidelightError):
@@ -122,6 +143,14 @@ def agreements(decisions: Iterable[Decision]) -> list[tuple[BoundRule, Agreement
     return found
 
 
+def _without_scores(bound: BoundRule, verdict: Verdict) -> LabelsOnly:
+    label, labels = verdict.label, verdict.labels
+    if bound.probe.task.kind == "multilabel":
+        label = labels[0] if labels else ""
+    shown = {name: float(name in (label, *labels)) for name in verdict.probabilities}
+    return LabelsOnly(verdict.probe, label, labels, shown, verdict.flagged)
+
+
 def _action(bound: BoundRule, verdict: Verdict) -> Action:
     if bound.is_blocking and verdict.flagged:
         return "block"
@@ -171,9 +200,20 @@ class PolicyOverrides:
 
 
 def tightened(
-    rules: Sequence[BoundRule], chosen: Collection[str], overrides: PolicyOverrides
+    rules: Sequence[BoundRule],
+    chosen: Collection[str],
+    overrides: PolicyOverrides,
+    *,
+    sees_all: bool = False,
 ) -> tuple[BoundRule, ...]:
     """The rules of one request, which has chosen these probes.
+
+    Args:
+        rules: The server's.
+        chosen: Names of probes.
+        overrides: What the request asks for.
+        sees_all: Whether its key may see what rules do not disclose. Others learn nothing by
+            overrides either: with thresholds of their own, a few requests would find any score.
 
     Raises:
         PolicyError: An override is looser than the policy, or would have no effect.
@@ -191,7 +231,10 @@ def tightened(
             raise _too_loose(
                 f"moderation.policy.{bound.side}", f"The policy blocks by {bound.name}."
             )
-    tight = tuple(bound if bound.is_shadow else _tight(bound, chosen, overrides) for bound in rules)
+    tight = tuple(
+        bound if bound.is_shadow else _tight(bound, chosen, overrides, sees_all=sees_all)
+        for bound in rules
+    )
     for side, mode in overrides.sides.items():
         blocking = (b for b in tight if b.side == side and b.is_blocking)
         if mode == "block" and not any(bound.name in chosen for bound in blocking):
@@ -206,10 +249,27 @@ def tightened(
     return tight
 
 
-def _tight(bound: BoundRule, chosen: Collection[str], overrides: PolicyOverrides) -> BoundRule:
+def _tight(
+    bound: BoundRule, chosen: Collection[str], overrides: PolicyOverrides, *, sees_all: bool
+) -> BoundRule:
     own, param = overrides.probes.get(bound.name, PolicyOverride()), f"policies.{bound.name}"
     if own.mode == "score" and bound.is_blocking:
         raise _too_loose(param, "The policy blocks where this probe flags.")
+    disclosure = "scores" if sees_all else bound.disclosure
+    if own.threshold is not None and disclosure != "scores":
+        raise _too_loose(
+            param,
+            "It does not disclose this probe's scores, and thresholds of your own would reveal "
+            "them. Leave out the threshold, or send an admin key.",
+        )
+    if disclosure == "none" and not bound.is_blocking:
+        if own.mode == "block":
+            raise _too_loose(
+                param,
+                "It does not disclose this probe's verdicts, and a block would reveal them. Leave "
+                "it out of 'policies', or send an admin key.",
+            )
+        return bound
     if (own.mode == "block" or own.threshold is not None) and not bound.thresholds:
         raise PolicyError(
             f"Probe '{bound.name}' names a class and flags nothing, so it cannot block and has no "

@@ -2,7 +2,7 @@
 
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,6 +14,7 @@ from sidelight.types import Verdict
 
 Side = Literal["input", "output"]
 Mode = Literal["score", "flag", "route", "block", "shadow"]
+Disclosure = Literal["scores", "labels", "none"]
 
 # What a rule's routes call a verdict that could not be computed.
 FAILED_LABEL = "verdict_failed"
@@ -42,6 +43,8 @@ class Rule:
         warm_up: Output only: first tokens that never count.
         hold_back: Output only: judged tokens that are not sent yet; None: ``consecutive``, so that
             the streak that cuts the text is never sent.
+        disclose: What answers tell keys without the admin role; None: ``labels`` if the rule
+            blocks, otherwise ``scores``.
     """
 
     mode: Mode = "score"
@@ -54,6 +57,7 @@ class Rule:
     consecutive: _Positive = 2
     warm_up: _Count = 0
     hold_back: _Count | None = None
+    disclose: Disclosure | None = None
 
 
 @dataclass(frozen=True)
@@ -137,6 +141,17 @@ class BoundRule:
         return self.mode == "shadow"
 
     @property
+    def disclosure(self) -> Disclosure:
+        """What keys without the admin role learn of its verdicts.
+
+        Whoever sees the scores of what blocks them can search for a text that it lets pass. A block
+        that a request asks for changes nothing: the request could have had the scores.
+        """
+        if self.is_shadow:
+            return "none"
+        return self.rule.disclose or ("labels" if self.mode == "block" else "scores")
+
+    @property
     def thresholds(self) -> Mapping[str, float]:
         """Probability from which each label counts; labels that never count are absent.
 
@@ -156,7 +171,8 @@ class BoundRule:
 
     def decide(self, verdict: Verdict) -> Verdict:
         """The verdict at the rule's thresholds."""
-        return self.probe.task.decide(self.name, verdict.probabilities, self.thresholds)
+        decided = self.probe.task.decide(self.name, verdict.probabilities, self.thresholds)
+        return replace(decided, turn=verdict.turn)
 
 
 def side_of(probe: Probe) -> Side:

@@ -61,8 +61,16 @@ async def ready(request: ServerRequest) -> dict[str, str]:
     responses={200: {"content": {CONTENT_TYPE_LATEST: {"schema": {"type": "string"}}}}},
 )
 async def metrics(request: ServerRequest) -> Response:
-    """All series."""
-    return Response(request.observer.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+    """All series; without an admin key, none of what the policy does not disclose."""
+    rules = None
+    if not request.is_admin:
+        try:
+            rules = request.registry.all_rules
+        except EngineUnavailableError:
+            # The model is loading, so there are no verdicts yet.
+            rules = ()
+    exposition = request.observer.metrics.exposition(rules)
+    return Response(exposition, media_type=CONTENT_TYPE_LATEST)
 
 
 @status_router.get("/version")

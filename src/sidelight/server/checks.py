@@ -37,9 +37,16 @@ router = APIRouter(route_class=Route)
 
 @dataclass(frozen=True)
 class Checked:
-    """One text's verdicts, and how many tokens were read for them."""
+    """What the chosen probes say of one text.
+
+    Attributes:
+        verdicts: As the client may see them.
+        flagged: Names of those that flag it, also if the client does not see their verdicts.
+        tokens: How many were read.
+    """
 
     verdicts: Sequence[Verdict]
+    flagged: Sequence[str]
     tokens: int
 
 
@@ -82,7 +89,8 @@ async def check(
         response: set[Side] = {"output"} if is_answered(turns) else set()
         decisions = check_decisions(rules, event, prompt | response)
         request.observer.text(turns).check(event, decisions)
-        for decision in report.chosen(decisions):
+        chosen = report.chosen(decisions)
+        for decision in chosen:
             if decision.is_too_long:
                 raise RequestError(
                     f"Text {index} (counted from 0) has {event.tokens} tokens, but probe "
@@ -90,8 +98,10 @@ async def check(
                     "Shorten it, or choose other probes.",
                     code="verdict_failed",
                 )
-        verdicts = report.required(decisions, has_response=is_answered(turns))
-        checked.append(Checked(verdicts, event.tokens))
+        report.require_all(decisions, has_response=is_answered(turns))
+        verdicts = [d.verdict for d in report.shown(decisions) if d.verdict is not None]
+        flagged = [d.rule.name for d in chosen if d.verdict is not None and d.verdict.flagged]
+        checked.append(Checked(verdicts, flagged, event.tokens))
     return checked
 
 
@@ -128,7 +138,7 @@ async def moderate(body: ModerationRequest, request: ServerRequest) -> Moderatio
     """Each text is judged as a user's message, by the probes that read the prompt alone."""
     if body.model is not None and not body.model.startswith(_OPENAI_MODELS):
         request.require_model(body.model)
-    report = request.report(body.probes)
+    report = request.disclosed_report(body.probes)
     checked = await check(request, report, [as_user(text) for text in body.input])
     results = [
         ModerationResult(
@@ -210,7 +220,7 @@ def _classifier(body: ClassifyRequest, request: ServerRequest) -> Report:
         chosen = [body.model] if chosen is None else chosen
     elif body.model is not None:
         request.require_model(body.model)
-    report = request.report(chosen)
+    report = request.disclosed_report(chosen)
     if len(report.probes) != 1:
         raise RequestError(
             f"Choose one probe, got {len(report.probes)}. Name it as 'model'. Known: "
@@ -293,7 +303,7 @@ async def guard(body: GuardrailRequest, request: ServerRequest) -> GuardrailResp
     ]
     checked = await check(request, report, conversations, is_prompt_known=not is_response)
     verdicts = [verdict for one in checked for verdict in one.verdicts]
-    flagged = list(dict.fromkeys(v.probe for v in verdicts if v.flagged))
+    flagged = list(dict.fromkeys(name for one in checked for name in one.flagged))
     return GuardrailResponse(
         action="BLOCKED" if flagged else "NONE",
         blocked_reason=f"Flagged by {', '.join(flagged)}." if flagged else None,

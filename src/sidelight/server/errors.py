@@ -11,6 +11,7 @@ from starlette.requests import ClientDisconnect
 from sidelight.engines.base import EngineBusyError, EngineUnavailableError, GenerationError
 from sidelight.errors import ContextLengthError, SidelightError, VerdictError
 from sidelight.policy.decisions import PolicyError
+from sidelight.server.config import Caller
 from sidelight.server.report import refusal_headers
 
 _RELOAD_S = 5
@@ -55,14 +56,15 @@ class RequestError(SidelightError):
         return JSONResponse(self.body, status_code=self.status, headers=self.headers)
 
 
-def as_request_error(error: SidelightError) -> RequestError:
+def as_request_error(error: SidelightError, *, sees_all: bool = False) -> RequestError:
+    """What a client gets; ``sees_all`` if its key sees verdicts that rules do not disclose."""
     message, headers = str(error), None
     match error:
         case RequestError():
             return error
         case PolicyError(code=code, param=param, decisions=decisions):
             status = _FAULTS[error.fault]
-            headers = refusal_headers(decisions) if decisions else None
+            headers = refusal_headers(decisions, sees_all=sees_all) if decisions else None
             return RequestError(message, status=status, code=code, param=param, headers=headers)
         case EngineBusyError():
             headers = {"Retry-After": str(error.retry_after_s)}
@@ -82,8 +84,9 @@ def add_error_handlers(app: FastAPI) -> None:
     app.exception_handler(ClientDisconnect)(_left)
 
 
-async def _failed(_request: Request, error: SidelightError) -> Response:
-    return as_request_error(error).answer()
+async def _failed(request: Request, error: SidelightError) -> Response:
+    caller: Caller = getattr(request.state, "caller", Caller())
+    return as_request_error(error, sees_all=caller.is_admin).answer()
 
 
 async def _invalid(_request: Request, error: RequestValidationError) -> Response:

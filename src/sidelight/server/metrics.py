@@ -8,14 +8,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from sidelight.engines.base import Engine
 from sidelight.metrics import BINS, score_counts, stability_index
 from sidelight.policy.decisions import Decision, agreements
+from sidelight.policy.rules import BoundRule
 from sidelight.probe import Probe
 from sidelight.types import Verdict
+
+# Series of scores, without which scores that answers withhold could be read from `/metrics`.
+_SCORES = ("sidelight_probe_score", "sidelight_probe_drift_psi")
 
 # Drift is computed on the last WINDOW scores, once there are ENOUGH. Without drift, ENOUGH scores
 # exceed an index of 0.1 in at most 5 of 100 comparisons with 150 validation scores.
@@ -76,9 +80,17 @@ class Metrics:
         waiting = Gauge("sidelight_requests_waiting", "In line", registry=registry)
         waiting.set_function(lambda: engine.load.waiting)
 
-    def exposition(self) -> bytes:
-        """All series in Prometheus's text format."""
-        return generate_latest(self._registry)
+    def exposition(self, rules: Iterable[BoundRule] | None = None) -> bytes:
+        """The series in Prometheus's text format.
+
+        Args:
+            rules: Of all probes: only what they disclose is in it; None: everything is.
+        """
+        if rules is None:
+            return generate_latest(self._registry)
+        disclosed = CollectorRegistry(auto_describe=False)
+        disclosed.register(_Disclosed(self._registry, list(rules)))
+        return generate_latest(disclosed)
 
     def count(self, decisions: Sequence[Decision]) -> None:
         """Counts verdicts, what followed from them, and whether shadows agreed."""
@@ -102,6 +114,33 @@ class Metrics:
         return Histogram(
             f"sidelight_{name}_seconds", meaning, buckets=_SECONDS, registry=self._registry
         )
+
+
+class _Disclosed(Collector):
+    """The series of a registry, less those that would tell more than the rules disclose.
+
+    Shadows are counted as before, since no answer tells them from a probe that is not there; their
+    scores would be close to those of the probe that they are compared with.
+    """
+
+    def __init__(self, registry: CollectorRegistry, rules: Sequence[BoundRule]):
+        self._registry = registry
+        self._scored = {bound.name for bound in rules if bound.disclosure == "scores"}
+        hidden = {b.name for b in rules if b.disclosure == "none" and not b.is_shadow}
+        self._hidden = hidden | {bound.name for bound in rules if bound.shadow_of in hidden}
+
+    def collect(self) -> Iterable[Metric]:
+        for family in self._registry.collect():
+            shown = Metric(family.name, family.documentation, family.type, family.unit)
+            is_score = family.name in _SCORES
+            shown.samples = [s for s in family.samples if self._shows(s.labels, is_score=is_score)]
+            yield shown
+
+    def _shows(self, labels: Mapping[str, str], *, is_score: bool) -> bool:
+        probe = labels.get("probe")
+        if probe is None:
+            return True
+        return probe in self._scored if is_score else probe not in self._hidden
 
 
 class Drift(Collector):

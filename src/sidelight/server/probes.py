@@ -65,6 +65,11 @@ class ProbeRegistry:
         return self._bound(self._engine.probes)
 
     @property
+    def all_rules(self) -> tuple[BoundRule, ...]:
+        """Every probe with its rule, those that do not run last."""
+        return (*self.rules, *self._bound(list(self._disabled.values())))
+
+    @property
     def visible(self) -> Sequence[Probe]:
         """The probes that clients see: all but shadows."""
         return [bound.probe for bound in self.rules if not bound.is_shadow]
@@ -72,7 +77,7 @@ class ProbeRegistry:
     @property
     def entries(self) -> list[ProbeEntry]:
         """Every probe, those that do not run last."""
-        return [self._entry(bound) for bound in self._all]
+        return [self._entry(bound) for bound in self.all_rules]
 
     def entry(self, name: str) -> ProbeEntry:
         return self._entry(self._known(name))
@@ -87,7 +92,7 @@ class ProbeRegistry:
         async with self._changing:
             probe = await asyncio.to_thread(load_probe, path)
             name = probe.name if shadow_of is None else f"{probe.name}@{probe.version}"
-            if any(bound.name == name for bound in self._all):
+            if any(bound.name == name for bound in self.all_rules):
                 raise RequestError(
                     f"There is a probe '{name}' already. Reload it, or load this one as a shadow.",
                     status=409,
@@ -198,12 +203,8 @@ class ProbeRegistry:
             _log.warning("Removed probe '%s'.", name)
             return entry
 
-    @property
-    def _all(self) -> tuple[BoundRule, ...]:
-        return (*self.rules, *self._bound(list(self._disabled.values())))
-
     def _known(self, name: str) -> BoundRule:
-        known = {bound.name: bound for bound in self._all}
+        known = {bound.name: bound for bound in self.all_rules}
         if name not in known:
             raise RequestError(
                 f"Unknown probe '{name}'.{did_you_mean(name, known)}",

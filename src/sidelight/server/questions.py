@@ -95,10 +95,13 @@ async def find(
             meanings[probe.name] = (probe.name, probe.task.labels[1])
     meant = [meanings[name][0] for name in names if name in meanings]
     named = [name for name in names if name in probes]
+    hidden = request.undisclosed
     chosen = [
         name
         for name in dict.fromkeys([*meant, *named])
-        if name and (is_answered(turns) or not probes[name].reads.includes_response)
+        if name
+        and name not in hidden
+        and (is_answered(turns) or not probes[name].reads.includes_response)
     ]
     if not chosen:
         return QuestionAnswers(meanings, probes, verdicts={}, tokens=0)

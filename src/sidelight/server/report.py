@@ -14,7 +14,7 @@ from urllib.parse import quote
 from pydantic import BaseModel
 
 from sidelight.engines.base import verdict_failure
-from sidelight.policy.decisions import Decision
+from sidelight.policy.decisions import Decision, LabelsOnly
 from sidelight.probe import Probe
 from sidelight.types import Verdict
 
@@ -45,11 +45,13 @@ class Report:
         model: The served model's name.
         probes: The chosen probes.
         names: Categories of all probes that clients see.
+        sees_all: Whether it sees what rules do not disclose.
     """
 
     model: str
     probes: Sequence[Probe]
     names: CategoryNames
+    sees_all: bool = False
 
     @property
     def reads_response(self) -> bool:
@@ -57,20 +59,25 @@ class Report:
         return any(probe.reads.includes_response for probe in self.probes)
 
     def chosen(self, decisions: Iterable[Decision]) -> list[Decision]:
-        """Only those of the chosen probes."""
+        """Only those of the chosen probes, whether or not the client sees them."""
         names = {probe.name for probe in self.probes}
         return [decision for decision in decisions if decision.rule.name in names]
 
+    def shown(self, decisions: Iterable[Decision]) -> list[Decision]:
+        """What the client sees of those of the chosen probes."""
+        return disclosed(self.chosen(decisions), sees_all=self.sees_all)
+
     def extension(self, decisions: Iterable[Decision]) -> dict[str, Any]:
         """The ``sidelight`` field: every verdict, and an entry with ``error`` for a failed one."""
-        chosen = self.chosen(decisions)
-        verdicts = [verdict_json(d.verdict) for d in chosen if d.verdict is not None]
-        failed = dict.fromkeys(d.rule.name for d in chosen if d.verdict is None)
+        shown = self.shown(decisions)
+        verdicts = [verdict_json(d.verdict) for d in shown if d.verdict is not None]
+        failed = dict.fromkeys(d.rule.name for d in shown if d.verdict is None)
         return {"verdicts": [*verdicts, *map(_failure_json, failed)]}
 
     def headers(self, decisions: Sequence[Decision]) -> dict[str, str]:
         """The headers of an answer: verdicts, and marks for a gateway."""
-        return {**_verdict_header(self.chosen(decisions)), **_marks(decisions)}
+        marked = disclosed(decisions, sees_all=self.sees_all)
+        return {**_verdict_header(self.shown(decisions)), **_marks(marked)}
 
     def moderation(
         self, prompt: Iterable[Decision], response: Iterable[Decision] | None
@@ -85,14 +92,13 @@ class Report:
             "output": output,
         }
 
-    def required(self, decisions: Iterable[Decision], *, has_response: bool) -> list[Verdict]:
-        """The verdicts of the chosen probes on one text, with or without a response.
+    def require_all(self, decisions: Iterable[Decision], *, has_response: bool) -> None:
+        """Checks that the chosen probes judged one text, with or without a response.
 
         Raises:
-            VerdictError: A probe that can judge it gave none.
+            VerdictError: A probe that can judge it gave no verdict.
         """
-        verdicts = [d.verdict for d in self.chosen(decisions) if d.verdict is not None]
-        judges = {verdict.probe for verdict in verdicts}
+        judges = {d.rule.name for d in self.chosen(decisions) if d.verdict is not None}
         # A probe that was unloaded since the request began is in no decision.
         silent = [
             probe.name
@@ -101,22 +107,24 @@ class Report:
         ]
         if silent:
             raise verdict_failure(silent)
-        return verdicts
 
     def _moderated(self, decisions: Iterable[Decision], not_run: str) -> dict[str, Any]:
         chosen = self.chosen(decisions)
-        failed = [decision for decision in chosen if decision.verdict is None]
+        shown = disclosed(chosen, sees_all=self.sees_all)
+        failed = [decision for decision in shown if decision.verdict is None]
         if failed:
             return _error("verdict_failed", _failure(failed))
         if not chosen:
             return _error("not_run", not_run)
+        if not shown:
+            return _error("not_disclosed", "The server's policy does not disclose these verdicts.")
         results = [
             {
                 "type": "moderation_result",
                 "model": decision.verdict.probe,
                 **categories([decision.verdict], self.names),
             }
-            for decision in chosen
+            for decision in shown
             if decision.verdict is not None
         ]
         return {"type": "moderation_results", "model": self.model, "results": results}
@@ -161,25 +169,34 @@ def categories(verdicts: Sequence[Verdict], names: CategoryNames) -> dict[str, A
     }
 
 
+def disclosed(decisions: Iterable[Decision], *, sees_all: bool) -> list[Decision]:
+    """What a client sees of decisions; ``sees_all`` of one that has an admin key."""
+    if sees_all:
+        return list(decisions)
+    return [shown for d in decisions if (shown := d.disclosed()) is not None]
+
+
 def verdict_json(verdict: Verdict) -> dict[str, Any]:
     """One verdict; ``labels`` are those that hold, for a multi-label probe none to all.
 
     ``turn`` is there if one turn of several has decided.
     """
+    has_scores = not isinstance(verdict, LabelsOnly)
     fields = {
         "probe": verdict.probe,
         "label": verdict.label,
         "labels": list(verdict.labels),
-        "probabilities": verdict.probabilities,
+        **({"probabilities": verdict.probabilities} if has_scores else {}),
         "flagged": verdict.flagged,
     }
     return fields if verdict.turn is None else {**fields, "turn": verdict.turn}
 
 
-def refusal_headers(decisions: Sequence[Decision]) -> dict[str, str]:
+def refusal_headers(decisions: Sequence[Decision], *, sees_all: bool) -> dict[str, str]:
     """The headers of a refused prompt: every verdict but those of shadows, and the marks."""
-    shown = [decision for decision in decisions if not decision.rule.is_shadow]
-    return {**_verdict_header(shown), **_marks(decisions)}
+    visible = [decision for decision in decisions if not decision.rule.is_shadow]
+    shown = disclosed(visible, sees_all=sees_all)
+    return {**_verdict_header(shown), **_marks(shown)}
 
 
 def _verdict_header(decisions: Sequence[Decision]) -> dict[str, str]:
@@ -189,16 +206,16 @@ def _verdict_header(decisions: Sequence[Decision]) -> dict[str, str]:
     flag are left; if it still is, one entry with ``error``.
     """
     verdicts = [d.verdict for d in decisions if d.verdict is not None]
+    short = [{"probe": v.probe, "label": v.label, "flagged": v.flagged} for v in verdicts]
     full = [
-        {
-            "probe": v.probe,
-            "label": v.label,
+        entry
+        if isinstance(v, LabelsOnly)
+        else {
+            **entry,
             "probabilities": {k: round(p, _HEADER_DIGITS) for k, p in v.probabilities.items()},
-            "flagged": v.flagged,
         }
-        for v in verdicts
+        for v, entry in zip(verdicts, short, strict=True)
     ]
-    short = [{k: x for k, x in entry.items() if k != "probabilities"} for entry in full]
     failed = [_failure_json(d.rule.name) for d in decisions if d.verdict is None]
     too_long = [{"error": "too_long"}]
     texts = [

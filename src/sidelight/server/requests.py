@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from fastapi import Depends, Request, Response
@@ -15,7 +15,7 @@ from sidelight.engines.base import Engine
 from sidelight.errors import did_you_mean
 from sidelight.probe import Probe
 from sidelight.prompts import Conversation
-from sidelight.server.config import Caller, ServerConfig
+from sidelight.server.config import ServerConfig
 from sidelight.server.errors import RequestError
 from sidelight.server.middleware import Drain
 from sidelight.server.observe import RequestObserver
@@ -96,6 +96,17 @@ class ServerRequest(Request):
         """The probes that clients see. They may be replaced, so no request keeps them."""
         return self.registry.visible
 
+    @property
+    def is_admin(self) -> bool:
+        """Whether it has an admin key, which sees every verdict."""
+        return self.state.caller.is_admin
+
+    @property
+    def undisclosed(self) -> frozenset[str]:
+        """Names of the probes whose verdicts are not told to this request."""
+        rules = () if self.is_admin else self.registry.rules
+        return frozenset(bound.name for bound in rules if bound.disclosure == "none")
+
     def report(self, names: Sequence[str] | None) -> Report:
         """A report on the probes that a request names; None: on all. Refuses unknown names."""
         loaded = {probe.name: probe for probe in self.probes}
@@ -108,7 +119,24 @@ class ServerRequest(Request):
                     param="probes",
                 )
         probes = [loaded[name] for name in chosen]
-        return Report(self.engine.model, probes, category_names(self.probes))
+        return Report(
+            self.engine.model, probes, category_names(self.probes), sees_all=self.is_admin
+        )
+
+    def disclosed_report(self, names: Sequence[str] | None) -> Report:
+        """The same without probes whose verdicts are not disclosed, which may not be named."""
+        report, hidden = self.report(names), self.undisclosed
+        shown = [probe for probe in report.probes if probe.name not in hidden]
+        refused = [probe.name for probe in report.probes if probe.name in hidden]
+        if refused and (names is not None or not shown):
+            raise RequestError(
+                f"The server's policy does not disclose verdicts of {', '.join(refused)}. Choose "
+                "other probes, or send an admin key.",
+                status=403,
+                code="not_disclosed",
+                param="probes",
+            )
+        return replace(report, probes=shown)
 
     def require_model(self, name: str) -> None:
         """Refuses a request for another model than the served one."""
@@ -172,8 +200,7 @@ class Route(APIRoute):
 
 
 def _require_admin(request: Request) -> None:
-    caller: Caller = request.state.caller
-    if not caller.is_admin:
+    if not request.state.caller.is_admin:
         raise RequestError(
             "This route needs an admin key. Start the server with --admin-key or "
             "--admin-keys-file, and send that key.",
