@@ -20,7 +20,8 @@ from sidelight.errors import ContextLengthError, SidelightError
 from sidelight.hub import push
 from sidelight.prompts import Message, Reads
 from sidelight.redteam.attacks import ATTACKS, SEARCH, Attack, Markup, Surroundings, attack_names
-from sidelight.redteam.measure import Rate, Target, draw_subjects, flagging_thresholds, measure
+from sidelight.redteam.measure import Rate, measure
+from sidelight.redteam.subjects import Target, draw_subjects, flagging_thresholds
 from sidelight.training.classifier import Classifier
 from templates import TEMPLATES, merging_tokenizer
 from tiny import INTENT, SIZES, TOPICS, TOXICITY, tiny_backbone, tiny_tokenizer, untrained_probe

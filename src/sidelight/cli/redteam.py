@@ -96,8 +96,9 @@ def redteam(
     from sidelight.artifact import add_to_card, load_probe
     from sidelight.data.loading import load_examples
     from sidelight.redteam.attacks import attack_names
-    from sidelight.redteam.measure import flagging_thresholds, measure
+    from sidelight.redteam.measure import measure
     from sidelight.redteam.report import Evasion
+    from sidelight.redteam.subjects import flagging_thresholds
     from sidelight.training.classifier import load
     from sidelight.training.runs import console
 

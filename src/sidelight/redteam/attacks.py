@@ -16,7 +16,7 @@ from typing import Any
 from sidelight.errors import SidelightError, did_you_mean
 from sidelight.prompts import Message, PromptFormat
 
-Conversation = tuple[Message, ...]
+Messages = tuple[Message, ...]
 
 SEARCH = "search"
 """The attack that asks the probe for scores; ``measure`` carries it out."""
@@ -76,7 +76,7 @@ class Surroundings:
         return " ".join(islice(chain.from_iterable(map(str.split, cycle(self.benign))), count))
 
 
-Rewrite = Callable[[str, Surroundings], Sequence[Conversation]]
+Rewrite = Callable[[str, Surroundings], Sequence[Messages]]
 """The ways to carry an attack out on a text; a SidelightError says why there is none."""
 
 
@@ -102,7 +102,7 @@ def _user(text: str) -> Message:
 
 
 def _with_control(place: Callable[[str, str], str]) -> Rewrite:
-    def rewrite(text: str, around: Surroundings) -> Sequence[Conversation]:
+    def rewrite(text: str, around: Surroundings) -> Sequence[Messages]:
         if not around.markup.controls:
             raise SidelightError("the tokenizer has no control tokens")
         first, *others = around.markup.controls
@@ -116,7 +116,7 @@ def _in_the_middle(text: str, control: str) -> str:
     return text[: len(text) // 2] + control + text[len(text) // 2 :]
 
 
-def _injected_template(text: str, around: Surroundings) -> Sequence[Conversation]:
+def _injected_template(text: str, around: Surroundings) -> Sequence[Messages]:
     markup = around.markup
     if not markup.to_user:
         raise SidelightError("the probe's texts have no chat template")
@@ -128,7 +128,7 @@ def _injected_template(text: str, around: Surroundings) -> Sequence[Conversation
 
 
 def _before_benign_turns(turns: int) -> Rewrite:
-    def rewrite(text: str, around: Surroundings) -> Sequence[Conversation]:
+    def rewrite(text: str, around: Surroundings) -> Sequence[Messages]:
         texts = [text, *islice(cycle(around.benign), turns)]
         answered = [(_user(each), Message("assistant", _ANSWER)) for each in texts]
         return [tuple(chain.from_iterable(answered))[:-1]]
@@ -136,11 +136,11 @@ def _before_benign_turns(turns: int) -> Rewrite:
     return rewrite
 
 
-def _word_per_turn(text: str, _around: Surroundings) -> Sequence[Conversation]:
+def _word_per_turn(text: str, _around: Surroundings) -> Sequence[Messages]:
     return [tuple(map(_user, text.split()))]
 
 
-def _system_turn(text: str, _around: Surroundings) -> Sequence[Conversation]:
+def _system_turn(text: str, _around: Surroundings) -> Sequence[Messages]:
     return [(Message("system", text), _user("Go ahead."))]
 
 
@@ -148,7 +148,7 @@ def _system_turn(text: str, _around: Surroundings) -> Sequence[Conversation]:
 
 
 def _padded(words: int, *, before: bool, after: bool) -> Rewrite:
-    def rewrite(text: str, around: Surroundings) -> Sequence[Conversation]:
+    def rewrite(text: str, around: Surroundings) -> Sequence[Messages]:
         padding = around.words(words * (before + after)).split()
         cut = words if before else 0
         parts = (" ".join(padding[:cut]), text, " ".join(padding[cut:]))
