@@ -10,6 +10,7 @@ import click
 
 from sidelight.cli import options
 from sidelight.cli.evaluate import evaluate, parity, predict
+from sidelight.cli.policy import policy
 from sidelight.cli.redteam import redteam
 from sidelight.cli.share import env, inspect, pull, push
 from sidelight.cli.threads import limit_threads
@@ -100,7 +101,20 @@ def demo(keep: bool, port: int) -> None:
     run_demo(keep=keep, port=port)
 
 
-_COMMANDS = (train, evaluate, redteam, predict, _serve(), demo, inspect, push, pull, env, parity)
+_COMMANDS = (
+    train,
+    evaluate,
+    redteam,
+    predict,
+    policy,
+    _serve(),
+    demo,
+    inspect,
+    push,
+    pull,
+    env,
+    parity,
+)
 for _command in _COMMANDS:
     app.add_command(_command)
 

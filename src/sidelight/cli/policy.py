@@ -1,0 +1,48 @@
+"""``sidelight policy check``: what of a policy file a client could use against it."""
+
+import sys
+from pathlib import Path
+
+import click
+
+from sidelight.cli import options
+
+
+@click.group()
+def policy() -> None:
+    """Work on policy files."""
+
+
+@policy.command(
+    epilog=options.examples(
+        "sidelight policy check policy.toml",
+        "sidelight policy check policy.toml --probe probes/toxicity --probe probes/refusal",
+    )
+)
+@click.argument("path", metavar="POLICY", type=options.PATH)
+@click.option(
+    "--probe", type=options.PATH, multiple=True, help="Folder of a probe; may be repeated."
+)
+def check(path: Path, probe: tuple[Path, ...]) -> None:
+    """Warn of settings in a policy file under which a known evasion passes.
+
+    The exit code is 0 without warnings, 1 with some, and 2 if the file is wrong or does not fit the
+    probes. Name all probes that will be served, or none: then only the file is read.
+    """
+    from sidelight.artifact import load_probe
+    from sidelight.policy.rules import read_policy, require_policy_applies
+    from sidelight.policy.weaknesses import weaknesses
+    from sidelight.probe import common_format, require_distinct_names
+
+    checked = read_policy(path)
+    probes = [load_probe(folder) for folder in probe]
+    if probes:
+        require_distinct_names(probes)
+        common_format(probes)
+        require_policy_applies(checked, probes)
+    found = weaknesses(checked, probes)
+    for weakness in found:
+        click.echo(f"Warning: {weakness}")
+    if found:
+        sys.exit(1)
+    click.echo("No warnings. 'sidelight redteam' measures what gets through a probe.")

@@ -1,0 +1,100 @@
+"""Settings of a policy under which a known evasion passes, each with its remedy.
+
+Only settings are read, and what manifests say of training. What a probe flags is for
+``sidelight redteam`` to measure.
+"""
+
+from collections.abc import Iterator, Sequence
+
+from sidelight.policy.rules import BoundRule, Policy, Rule, Side, bound_rules
+from sidelight.probe import Probe
+
+
+def weaknesses(policy: Policy, probes: Sequence[Probe] = ()) -> list[str]:
+    """What a client could use against this policy, one sentence or two each.
+
+    Args:
+        policy: The rules.
+        probes: The probes that will be served, as far as they are known; rules of others are
+            checked by themselves.
+    """
+    bound = bound_rules(policy, probes)
+    sides: tuple[Side, ...] = ("input", "output")
+    return [
+        *_of_prompts(policy, bound),
+        *(
+            weakness
+            for side in sides
+            for name, rule in policy.side(side).items()
+            if rule.mode == "block"
+            for weakness in _of_rule(f"[{side}.{name}]", rule, side)
+        ),
+        *(weakness for own in bound if own.mode == "block" for weakness in _of_probe(own, bound)),
+    ]
+
+
+def _of_prompts(policy: Policy, bound: Sequence[BoundRule]) -> Iterator[str]:
+    blocking = {name for name, rule in policy.input.items() if rule.mode == "block"}
+    if not blocking:
+        yield (
+            "No rule blocks prompts, so every prompt is answered. Give a probe of the prompt "
+            'mode = "block".'
+        )
+        return
+    formats = {own.probe.prompt_format for own in bound if own.name in blocking}
+    if policy.system_turns == "trust" and formats != {"raw"}:
+        yield (
+            'system_turns = "trust" answers a conversation whose leading system turn holds the '
+            'attack, which no probe of chats reads. If clients can write such turns, say "refuse".'
+        )
+
+
+def _of_rule(place: str, rule: Rule, side: Side) -> Iterator[str]:
+    if rule.on_failure == "pass":
+        yield (
+            f'{place} on_failure = "pass" lets through what the probe cannot judge, such as plain '
+            "text for a probe of chats. Leave it out, so that such a text is blocked."
+        )
+        if rule.max_tokens is not None:
+            yield (
+                f'{place} max_tokens = {rule.max_tokens} with on_failure = "pass" lets through '
+                "whatever is padded beyond that length. Leave one of them out."
+            )
+    if rule.disclose == "scores":
+        yield (
+            f'{place} disclose = "scores" shows whoever is blocked how near the next attempt is. '
+            "Leave it out, and give your own applications an admin key."
+        )
+    held = rule.consecutive if rule.hold_back is None else rule.hold_back
+    if side == "output" and held < rule.consecutive - 1:
+        yield (
+            f"{place} hold_back = {held} sends a part of the {rule.consecutive} tokens that cut "
+            f"the text. Set it to {rule.consecutive - 1} or more, or leave it out."
+        )
+
+
+def _of_probe(own: BoundRule, bound: Sequence[BoundRule]) -> Iterator[str]:
+    probe = own.probe
+    labels = set(probe.task.labels)
+    for other in bound if own.disclosure != "scores" else ():
+        is_double = other.side == own.side and set(other.probe.task.labels) == labels
+        if is_double and other.disclosure == "scores":
+            yield (
+                f"Probe '{other.name}' tells its scores and has the labels of '{own.name}', which "
+                'blocks. Give it a rule with disclose = "labels".'
+            )
+    if own.side == "output":
+        return
+    if probe.prompt_format == "chat" and probe.reads.scope == "conversation":
+        yield (
+            f"Probe '{probe.name}' judges a conversation as one text, so an attack in an earlier "
+            "turn is outweighed by those after it. Train it with --scope each_turn."
+        )
+    learned_long = probe.record.get("settings", {}).get("long_inputs", False)
+    blocks_long = own.fails_closed and own.rule.max_tokens is not None
+    if not learned_long and not blocks_long:
+        yield (
+            f"Probe '{probe.name}' learned from texts by themselves, so an attack is outweighed in "
+            "a long one. Set max_tokens to the length of its training texts, or, if the labels can "
+            "be those of a part, train it with --long-inputs."
+        )

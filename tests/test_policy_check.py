@@ -1,0 +1,130 @@
+"""``sidelight policy check``: each documented setting is warned of, and a sound policy is not."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from commands import run
+from sidelight.artifact import save_probe
+from sidelight.policy.rules import Policy, Rule
+from sidelight.policy.weaknesses import weaknesses
+from sidelight.prompts import Reads
+from tiny import tiny_backbone, untrained_probe
+
+PAGE = Path(__file__).parent.parent / "docs" / "policy-file.md"
+BLOCK = Rule("block")
+PASSING = Rule("block", on_failure="pass")
+SOUND = Policy(input={"toxicity": BLOCK}, output={"late": BLOCK}, system_turns="refuse")
+
+
+@pytest.fixture(scope="module")
+def probes():
+    backbone = tiny_backbone()
+    learned = {"settings": {"long_inputs": True}}
+    early = untrained_probe(backbone, "toxicity", reads=Reads(scope="each_turn"))
+    late = untrained_probe(backbone, "late", reads=Reads("response"))
+    return [replace(early, record=learned), late]
+
+
+# What each row of the table has in place of the sound policy and its probes.
+POLICIES = {
+    "no rule on the input blocks": replace(SOUND, input={"toxicity": Rule("flag")}),
+    '`system_turns = "trust"`': replace(SOUND, system_turns="trust"),
+    '`on_failure = "pass"`': replace(SOUND, output={"late": PASSING}),
+    '`max_tokens` with `on_failure = "pass"`': replace(
+        SOUND, output={"late": replace(PASSING, max_tokens=100)}
+    ),
+    '`disclose = "scores"`': replace(SOUND, input={"toxicity": Rule("block", disclose="scores")}),
+    "`hold_back` below `consecutive - 1`": replace(
+        SOUND, output={"late": Rule("block", consecutive=4, hold_back=2)}
+    ),
+}
+PROBES = {
+    "a probe with the same labels that tells its scores": lambda early, late: [
+        early,
+        late,
+        replace(early, name="double"),
+    ],
+    "a probe of chats without `--scope each_turn`": lambda early, late: [
+        replace(early, reads=Reads()),
+        late,
+    ],
+    "a probe without `--long-inputs`, and no `max_tokens`": lambda early, late: [
+        replace(early, record={}),
+        late,
+    ],
+}
+# What the warnings of a row say, in their order; one that is not here has a single warning.
+WORDS = {
+    "no rule on the input blocks": ["No rule blocks prompts"],
+    '`max_tokens` with `on_failure = "pass"`': ["[output.late] on_failure", "max_tokens = 100"],
+    '`disclose = "scores"`': ["[input.toxicity] disclose"],
+    "`hold_back` below `consecutive - 1`": ["Set it to 3 or more"],
+    "a probe with the same labels that tells its scores": ["'double' tells its scores"],
+}
+
+
+def documented():
+    table = PAGE.read_text().split("| setting | what passes |\n")[1].split("\n\n")[0]
+    return [line.split("|")[1].strip() for line in table.splitlines()[1:]]
+
+
+def test_the_table_names_every_setting_that_is_checked():
+    assert documented() == [*POLICIES, *PROBES]
+
+
+def test_a_sound_policy_has_no_weakness(probes):
+    assert weaknesses(SOUND, probes) == weaknesses(SOUND) == []
+
+
+@pytest.mark.parametrize("setting", documented())
+def test_each_setting_of_the_table_is_warned_of_and_nothing_else(probes, setting):
+    served = PROBES[setting](*probes) if setting in PROBES else probes
+    found = weaknesses(POLICIES.get(setting, SOUND), served)
+    words = WORDS.get(setting, [""])
+    assert [word in told for word, told in zip(words, found, strict=True)] == [True] * len(words)
+    # What the file alone says is warned of without the probes too.
+    assert (weaknesses(POLICIES.get(setting, SOUND)) == found) == (setting in POLICIES)
+
+
+def test_what_a_rule_does_not_need_is_not_warned_of(probes):
+    early, late = probes
+    limited = replace(SOUND, input={"toxicity": Rule("block", max_tokens=100)})
+    assert weaknesses(limited, [replace(early, record={}), late]) == []
+    # Probes of raw texts read system turns, and conversations as one text.
+    raw = [replace(early, prompt_format="raw", reads=Reads()), replace(late, prompt_format="raw")]
+    assert weaknesses(replace(SOUND, system_turns="trust"), raw) == []
+    # A double that tells no more than the one that blocks.
+    quiet = {"toxicity": BLOCK, "double": Rule(disclose="labels")}
+    assert weaknesses(replace(SOUND, input=quiet), [*probes, replace(early, name="double")]) == []
+
+
+def test_the_exit_code_says_whether_there_are_warnings(probes, tmp_path, capsys):
+    options = [
+        word
+        for probe in probes
+        for word in ("--probe", str(save_probe(probe, tmp_path / probe.name)))
+    ]
+    text = "[input.toxicity]\nmode = 'block'\n[output.late]\nmode = 'block'\n"
+    path = tmp_path / "policy.toml"
+
+    def check(written, *more):
+        path.write_text(written)
+        code = run("policy", "check", str(path), *more)
+        return code, capsys.readouterr()
+
+    code, told = check(text, *options)
+    assert (code, told.err) == (0, "")
+    assert told.out.startswith("No warnings.")
+    code, told = check(f"system_turns = 'trust'\n{text}", *options)
+    assert code == 1
+    assert [line.startswith("Warning: system_turns") for line in told.out.splitlines()] == [True]
+    for wrong, more in (
+        ("mod = 'block'", []),
+        (text.replace("late", "lat"), options),
+        (text, ["--probe", str(tmp_path)]),
+        (text, [*options, *options[:2]]),
+    ):
+        code, told = check(wrong, *more)
+        assert (code, told.out, told.err[:6]) == (2, "", "Error:")
