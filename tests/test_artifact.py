@@ -81,12 +81,14 @@ def test_a_round_trip_keeps_everything_that_is_not_a_tensor(tiny, tmp_path):
         thresholds=(0.123456789012345,),
         task=replace(TOXICITY, labels=("gut", "böse")),
     )
+    probe = replace(probe, standardisation=replace(probe.standardisation, is_normalised=True))
     loaded = load_probe(save_probe(probe, tmp_path))
     for field in (
         "name", "task", "reads", "prompt_format", "spec", "calibration", "thresholds",
         "fingerprint", "record",
     ):  # fmt: skip
         assert getattr(loaded, field) == getattr(probe, field), field
+    assert loaded.standardisation.is_normalised
 
 
 def test_a_loaded_probe_is_frozen(saved):

@@ -49,13 +49,14 @@ def read_masks(prompts, reads, *, device):
     }
 
 
-def standardised(probe, *, mean=0.7, seed=0):
+def standardised(probe, *, mean=0.7, seed=0, is_normalised=False):
     """The same probe on states of another scale and mean in each dimension."""
     generator = torch.Generator().manual_seed(seed)
     shape = (probe.fingerprint.layers, probe.fingerprint.width)
     scaling = Standardisation(
         mean * torch.randn(shape, generator=generator),
         0.5 + torch.rand(shape, generator=generator),
+        is_normalised,
     )
     return replace(probe, standardisation=scaling)
 
@@ -66,7 +67,7 @@ def prompts_of(backbone, *, response=" an answer"):
 
 
 def many_probes(backbone):
-    """All mechanisms, kinds of task and ways of reading, together."""
+    """All mechanisms, kinds of task and ways of reading; every other on normalised states."""
     ways = [Reads(), Reads("response"), Reads("both"), Reads(template=False)]
     tasks = [TOXICITY, INTENT, TOPICS]
     return [
@@ -79,6 +80,7 @@ def many_probes(backbone):
                 mechanism=mechanism,
             ),
             seed=i,
+            is_normalised=i % 2 == 1,
         )
         for mechanism in mechanism_names()
         for i in range(len(ways))
@@ -156,12 +158,16 @@ def test_every_way_of_reading_sees_its_own_tokens(tiny):
     assert (abs(before["both"] - after["both"]) > 1e-3).all()
 
 
+@pytest.mark.parametrize("is_normalised", [False, True])
 @pytest.mark.parametrize("mechanism", mechanism_names())
-def test_bank_gives_the_dense_form_on_standardised_states(tiny, mechanism):
-    probe = standardised(untrained_probe(tiny, "p", mechanism=mechanism))
+def test_bank_gives_the_dense_form_on_standardised_states(tiny, mechanism, is_normalised):
+    untrained = untrained_probe(tiny, "p", mechanism=mechanism)
+    probe = standardised(untrained, is_normalised=is_normalised)
     prompts = prompts_of(tiny)
     scaling = probe.standardisation
     states = hidden_states(tiny, prompts)
+    if is_normalised:
+        states = states / states.square().mean(-1, keepdim=True).sqrt()
     dense = probe.mechanism(
         (states - scaling.mean[:, None]) / scaling.scale[:, None],
         read_masks(prompts, frozenset({probe.reads}), device=tiny.device)[probe.reads],

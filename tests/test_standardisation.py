@@ -3,7 +3,7 @@
 import torch
 
 from sidelight.mechanisms.base import Geometry
-from sidelight.standardisation import Standardisation
+from sidelight.standardisation import Projection, Standardisation
 
 # Standardisation subtracts means a hundred times the spread, which costs two digits.
 CANCELLATION = {"rtol": 1e-2, "atol": 2e-3}
@@ -47,3 +47,33 @@ def test_identity_standardisation_changes_nothing():
     folded = Standardisation.identity(Geometry(3, 32, 1)).fold(columns)
     assert torch.equal(folded.weight, columns)
     assert not folded.shift.any()
+
+
+def test_normalised_states_fold_away_and_ignore_the_norm():
+    generator = torch.Generator().manual_seed(0)
+    mean = torch.randn(3, 32, generator=generator)
+    scale = 0.1 + torch.rand(3, 32, generator=generator)
+    columns = torch.randn(3, 32, 5, generator=generator)
+    states = 40 * torch.randn(3, 200, 32, generator=generator)
+    unit = states / states.square().mean(2, keepdim=True).sqrt()
+    folded = Standardisation(mean, scale, is_normalised=True).fold(columns)
+    expected = ((unit - mean[:, None]) / scale[:, None]) @ columns
+    torch.testing.assert_close(folded.layers(states), expected, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(folded.layers(1000 * states), expected, rtol=1e-4, atol=1e-3)
+    by_layer = torch.stack([folded.layer(layer, own) for layer, own in enumerate(states)])
+    torch.testing.assert_close(by_layer, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_joined_projections_keep_what_each_does():
+    generator = torch.Generator().manual_seed(0)
+    states = 40 * torch.randn(3, 20, 32, generator=generator)
+    parts = [
+        Standardisation(torch.randn(3, 32, generator=generator), torch.ones(3, 32), flag).fold(
+            torch.randn(3, 32, 4, generator=generator)
+        )
+        for flag in (False, True)
+    ]
+    together = Projection.joined(parts).layers(states)
+    apart = torch.cat([part.layers(states) for part in parts], 2)
+    torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-3)
+    assert Projection.joined(parts[:1]).is_normalised is None

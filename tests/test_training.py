@@ -42,8 +42,10 @@ def corpora(tiny, tmp_path_factory):
     }
 
 
-def job(mechanism="readout", *, seed=0, settings=QUICK, standardise=True, **options):
-    return Job(mechanism_spec(mechanism, options), seed, settings, standardise)
+def job(
+    mechanism="readout", *, seed=0, settings=QUICK, standardise=True, normalise=False, **options
+):
+    return Job(mechanism_spec(mechanism, options), seed, settings, standardise, normalise)
 
 
 def trained(corpora, *jobs, kind="binary"):
@@ -62,10 +64,13 @@ EVERY = [job(name, settings=BRIEF) for name in mechanism_names()]
 @pytest.fixture(scope="module")
 def together(corpora):
     """All mechanisms and two seeds, side by side."""
-    others = [job("gate", seed=1, settings=BRIEF), job("readout", standardise=False)]
-    return dict(
-        zip([*mechanism_names(), "seed 1", "raw"], trained(corpora, *EVERY, *others), strict=True)
-    )
+    others = [
+        job("gate", seed=1, settings=BRIEF),
+        job("readout", standardise=False),
+        job("readout", normalise=True, settings=BRIEF),
+    ]
+    names = [*mechanism_names(), "seed 1", "raw", "normalised"]
+    return dict(zip(names, trained(corpora, *EVERY, *others), strict=True))
 
 
 @pytest.mark.slow
@@ -77,9 +82,12 @@ def test_the_same_seed_gives_the_same_bytes(corpora, together):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", mechanism_names())
+@pytest.mark.parametrize("name", [*mechanism_names(), "normalised"])
 def test_a_job_does_not_depend_on_its_neighbours(corpora, together, name):
-    alone, among = trained(corpora, job(name, settings=BRIEF))[0], together[name]
+    is_normalised = name == "normalised"
+    mechanism = "readout" if is_normalised else name
+    own = job(mechanism, settings=BRIEF, normalise=is_normalised)
+    alone, among = trained(corpora, own)[0], together[name]
     assert {**contents(alone), "logits": b""} == {**contents(among), "logits": b""}
     # In float32 the width of a matmul, which neighbours share, decides the order of its sums.
     np.testing.assert_allclose(alone.logits, among.logits, rtol=1e-4)
@@ -117,6 +125,15 @@ def planted_auprc(corpora, kind, names):
 def test_every_mechanism_learns_a_planted_signal(corpora):
     auprc = planted_auprc(corpora, "binary", mechanism_names())
     assert min(auprc.values()) > 0.95, auprc
+
+
+def test_normalised_states_teach_the_same_and_are_not_those_of_the_stream(corpora, together):
+    one = together["normalised"]
+    assert one.standardisation.is_normalised
+    assert contents(one) != contents(together["readout"])
+    labels = corpora["binary"]["validation"].labels
+    learned = trained(corpora, job(normalise=True, settings=replace(QUICK, epochs=6)))[0]
+    assert average_precision_score(labels, learned.logits[:, 0]) > 0.95
 
 
 @pytest.mark.slow

@@ -249,24 +249,32 @@ def test_pipeline_stages_together_give_the_verdict(backbone, probes):
     require_equal(probes, played.request_judge.join([later, first]), backbone, prompt)
 
 
+@pytest.mark.parametrize("flags", [None, torch.tensor([True, False, True])])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_staging_is_one_product_in_place_and_reads_no_value(dtype):
+def test_staging_is_one_product_in_place_and_reads_no_value(dtype, flags):
     """What a captured CUDA graph asks for, as far as it can be said without a GPU."""
     torch.manual_seed(0)
-    projection = Projection(torch.randn(2, 8, 3), torch.randn(2, 3))
-    hidden = torch.randn(5, 8, dtype=dtype)
+    projection = Projection(torch.randn(2, 8, 3), torch.randn(2, 3), flags)
+    hidden = 9 * torch.randn(5, 8, dtype=dtype)
     stage = Stage.empty(projection, tokens=6)
     addresses = stage.rows.data_ptr(), stage.projection.weight.data_ptr()
     stage.receive(1, hidden)
     assert addresses == (stage.rows.data_ptr(), stage.projection.weight.data_ptr())
-    wanted = hidden.double() @ projection.weight[1].double() + projection.shift[1].double()
+    product = hidden.double() @ projection.weight[1].double()
+    if flags is not None:
+        rms = hidden.double().square().mean(1, keepdim=True).sqrt()
+        product = torch.where(flags, product / rms, product)
+    wanted = product + projection.shift[1].double()
     torch.testing.assert_close(stage.rows[1, :5].double(), wanted, rtol=1e-5, atol=1e-5)
     assert stage.rows[1, 5:].isnan().all()
     assert stage.rows[0].isnan().all()
     # Fake tensors have shapes and no values: asking for one would raise.
     with FakeTensorMode() as mode:
         fake = Stage(
-            Projection(*map(mode.from_tensor, (projection.weight, projection.shift))),
+            Projection(
+                *map(mode.from_tensor, (projection.weight, projection.shift)),
+                None if flags is None else mode.from_tensor(flags),
+            ),
             mode.from_tensor(stage.rows),
         )
         fake.receive(1, mode.from_tensor(hidden))

@@ -65,7 +65,7 @@ def with_probes(backbone, path, folder) -> Model:
             untrained_probe(
                 backbone, name, mechanism=name, task=_TASKS[i % 3], reads=_WAYS[i % len(_WAYS)]
             ),
-            standardisation=scaling,
+            standardisation=replace(scaling, is_normalised=i % 2 == 1),
         )
         for i, name in enumerate(mechanism_names())
     ]

@@ -45,6 +45,7 @@ class Manifest:
         format: Version of this layout.
         calibration: What ``Calibration.to_dict`` gives.
         weights_sha256: Hash of the weights file that it was written with.
+        is_normalised: As in ``Standardisation``; older artifacts do not say so, and are not.
     """
 
     format: int
@@ -58,6 +59,7 @@ class Manifest:
     backbone: Fingerprint
     record: Mapping[str, Any]
     weights_sha256: str
+    is_normalised: bool = False
 
     def to_json(self) -> str:
         """The text of the file."""
@@ -167,6 +169,7 @@ def _replace(probe: Probe, scratch: Path, directory: Path) -> None:
         mechanism=probe.spec,
         task=probe.task,
         reads=probe.reads,
+        is_normalised=scaling.is_normalised,
         prompt_format=probe.prompt_format,
         calibration=probe.calibration.to_dict(),
         thresholds=probe.thresholds,
@@ -236,7 +239,9 @@ def _assemble(manifest: Manifest, tensors: dict[str, Tensor]) -> Probe:
     task, backbone = manifest.task, manifest.backbone
     spec = mechanism_spec(manifest.mechanism.name, manifest.mechanism.options)
     mechanism = spec.build(Geometry(backbone.layers, backbone.width, task.outputs))
-    standardisation = Standardisation(tensors.pop("mean"), tensors.pop("scale"))
+    standardisation = Standardisation(
+        tensors.pop("mean"), tensors.pop("scale"), manifest.is_normalised
+    )
     if {standardisation.mean.shape, standardisation.scale.shape} != {
         (backbone.layers, backbone.width)
     }:

@@ -51,17 +51,13 @@ class BankState:
 class BankTap:
     """Projects each hidden state while it exists and keeps only the columns."""
 
-    def __init__(
-        self, weight: Float[Tensor, "layer width column"], shift: Float[Tensor, "layer column"]
-    ):
-        self._weight = weight
-        self._shift = shift
+    def __init__(self, projection: Projection):
+        self._projection = projection
         self._columns: list[Float[Tensor, "batch token column"]] = []
 
     def __call__(self, layer: int, hidden: Float[Tensor, "batch token width"]) -> None:
         """One matmul, in float32: in bf16, what standardisation subtracts would be lost."""
-        flat = hidden.flatten(0, 1).float()
-        columns = torch.addmm(self._shift[layer], flat, self._weight[layer])
+        columns = self._projection.layer(layer, hidden.flatten(0, 1).float())
         self._columns.append(columns.unflatten(0, hidden.shape[:2]))
 
     def projected(self) -> Float[Tensor, "batch token layer column"]:
@@ -138,8 +134,7 @@ class Bank:
         self._widths = [sum(widths[index] for index in group.indices) for group in self._groups]
         # The columns are laid out group by group.
         in_order = [projections[index] for group in self._groups for index in group.indices]
-        self._weight = torch.cat([p.weight.detach() for p in in_order], 2).float().to(device)
-        self._shift = torch.cat([p.shift.detach() for p in in_order], 1).float().to(device)
+        self._projection = Projection.joined(in_order).to(device)
 
     @property
     def reads(self) -> frozenset[Reads]:
@@ -149,11 +144,11 @@ class Bank:
     @property
     def projection(self) -> Projection:
         """What a tap computes, for engines that project hidden states themselves."""
-        return Projection(self._weight, self._shift)
+        return self._projection
 
     def tap(self) -> BankTap:
         """A tap for ``Backbone.tapped``."""
-        return BankTap(self._weight, self._shift)
+        return BankTap(self._projection)
 
     @torch.inference_mode()
     def summarise(
@@ -329,12 +324,11 @@ class Panel:
         parts = [bank.projection for bank in (self.early, self.late) if bank]
         if len(parts) < 2:
             return parts[0] if parts else None
-        weight = torch.cat([part.weight for part in parts], 2)
-        return Projection(weight, torch.cat([part.shift for part in parts], 1))
+        return Projection.joined(parts)
 
     def prompt_tap(self) -> BankTap | None:
         """A tap for a pass over prompts; None if there are no probes."""
-        return BankTap(self.projection.weight, self.projection.shift) if self.projection else None
+        return BankTap(self.projection) if self.projection else None
 
     def response_tap(self) -> BankTap | None:
         """A tap for a pass over tokens of responses; None if no probe reads them."""

@@ -1,20 +1,97 @@
-"""Per-layer standardisation of hidden states, and how it folds into a probe's projection."""
+"""Per-layer scaling of hidden states, and how it folds into a probe's projection."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sidelight.mechanisms.base import Geometry
 
+# Of a mean square, as in the models' own normalisation.
+_EPSILON = 1e-6
+
+
+def inverse_rms(hidden: Float[Tensor, "*token width"]) -> Float[Tensor, "*token 1"]:
+    """What a hidden state is multiplied by to have a root mean square of 1; float32."""
+    norm = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True, dtype=torch.float32)
+    return (norm.square() / hidden.shape[-1] + _EPSILON).rsqrt()
+
 
 @dataclass(frozen=True)
 class Projection:
-    """An affine map of each layer's hidden states to a few columns: ``h @ weight + shift``."""
+    """A map of each layer's hidden states to a few columns.
+
+    It is ``h @ weight + shift``, or ``h / rms(h) @ weight + shift`` in the columns of probes that
+    read normalised states.
+
+    Attributes:
+        is_normalised: Which columns those are; None if there are none.
+    """
 
     weight: Float[Tensor, "layer width column"]
     shift: Float[Tensor, "layer column"]
+    is_normalised: Bool[Tensor, " column"] | None = None
+
+    @staticmethod
+    def joined(parts: Sequence["Projection"]) -> "Projection":
+        """The columns of all parts side by side."""
+        flags = [
+            torch.zeros_like(part.shift[0], dtype=torch.bool)
+            if part.is_normalised is None
+            else part.is_normalised
+            for part in parts
+        ]
+        has_normalised = any(part.is_normalised is not None for part in parts)
+        return Projection(
+            torch.cat([part.weight for part in parts], 2),
+            torch.cat([part.shift for part in parts], 1),
+            torch.cat(flags) if has_normalised else None,
+        )
+
+    def to(self, device: torch.device | str) -> "Projection":
+        """Detached, in float32: in bf16, what standardisation subtracts would be lost."""
+        flags = self.is_normalised
+        return Projection(
+            self.weight.detach().float().to(device),
+            self.shift.detach().float().to(device),
+            None if flags is None else flags.to(device),
+        )
+
+    def layer(
+        self,
+        layer: int,
+        hidden: Float[Tensor, "token width"],
+        *,
+        out: Float[Tensor, "token column"] | None = None,
+    ) -> Float[Tensor, "token column"]:
+        """The columns of one layer's states, with one matmul."""
+        return project(self.weight[layer], self.shift[layer], self.is_normalised, hidden, out=out)
+
+    def layers(
+        self, hidden: Float[Tensor, "layer token width"]
+    ) -> Float[Tensor, "layer token column"]:
+        """The columns of all layers' states."""
+        if self.is_normalised is None:
+            return torch.baddbmm(self.shift[:, None], hidden, self.weight)
+        factor = torch.where(self.is_normalised, inverse_rms(hidden), 1).to(hidden.dtype)
+        return torch.bmm(hidden, self.weight) * factor + self.shift[:, None]
+
+
+def project(
+    weight: Float[Tensor, "width column"],
+    shift: Float[Tensor, " column"],
+    is_normalised: Bool[Tensor, " column"] | None,
+    hidden: Float[Tensor, "token width"],
+    *,
+    out: Float[Tensor, "token column"] | None = None,
+) -> Float[Tensor, "token column"]:
+    """As ``Projection.layer``, of a layer's own tensors."""
+    if is_normalised is None:
+        return torch.addmm(shift, hidden, weight, out=out)
+    columns = torch.mm(hidden, weight, out=out)
+    return columns.mul_(torch.where(is_normalised, inverse_rms(hidden), 1)).add_(shift)
 
 
 @dataclass(frozen=True)
@@ -24,10 +101,18 @@ class Standardisation:
     The norm of the residual stream grows with depth, and a few dimensions dominate it. With
     standardised states, one learning rate suits all layers. The map is affine, so serving it costs
     nothing.
+
+    Attributes:
+        mean: Of each dimension.
+        scale: Its standard deviation.
+        is_normalised: Whether states are first divided by their root mean square, as the model's
+            next block does. Then no token outweighs others by its norm: attention sinks have a
+            hundred times that of other tokens. It multiplies a token's columns by one number.
     """
 
     mean: Float[Tensor, "layer width"]
     scale: Float[Tensor, "layer width"]
+    is_normalised: bool = False
 
     @staticmethod
     def identity(geometry: Geometry) -> "Standardisation":
@@ -43,7 +128,7 @@ class Standardisation:
 
     def weighted(self, weights: Float[Tensor, " layer"]) -> "Standardisation":
         """Each layer's standardised states multiplied by a weight, 0 or more."""
-        return Standardisation(self.mean, self.scale / weights.to(self.scale.device)[:, None])
+        return replace(self, scale=self.scale / weights.to(self.scale.device)[:, None])
 
     def fold(
         self, columns: Float[Tensor, "layer width column"], *, dtype: torch.dtype = torch.float32
@@ -56,7 +141,9 @@ class Standardisation:
                 the shift is computed, so that rounding cannot move the mean.
         """
         weight = (columns / self.scale[..., None]).to(dtype)
-        return Projection(weight, -torch.einsum("ld,ldm->lm", self.mean, weight.float()))
+        shift = -torch.einsum("ld,ldm->lm", self.mean, weight.float())
+        flags = torch.ones_like(shift[0], dtype=torch.bool) if self.is_normalised else None
+        return Projection(weight, shift, flags)
 
     def to(self, device: torch.device) -> "Standardisation":
-        return Standardisation(self.mean.to(device), self.scale.to(device))
+        return replace(self, mean=self.mean.to(device), scale=self.scale.to(device))

@@ -71,6 +71,12 @@ _AUTO = "auto"
     help="Whether hidden states are standardised per layer.",
 )
 @click.option(
+    "--normalise/--no-normalise",
+    default=False,
+    help="Whether each hidden state is first divided by its root mean square, so that no single "
+    "token outweighs the others.",
+)
+@click.option(
     "--calibration",
     type=click.Choice(["platt", "temperature", "isotonic", "none"]),
     default="platt",
@@ -116,6 +122,7 @@ def train(
     scope: "Scope",
     prompt_format: "PromptFormat | None",
     standardise: bool,
+    normalise: bool,
     calibration: "CalibrationKind",
     long_inputs: bool,
     runtime: options.Runtime,
@@ -157,6 +164,7 @@ def train(
         },
         long_inputs=long_inputs,
         standardise=standardise,
+        normalise=normalise,
         reads=Reads(reads or shared.reads.side, template, scope),
         calibration=calibration,
     )

@@ -29,6 +29,7 @@ from sidelight.errors import SidelightError
 from sidelight.fingerprint import Fingerprint
 from sidelight.prompts import EncodedPrompt, Reads, piece_lengths
 from sidelight.ragged import Ragged
+from sidelight.standardisation import inverse_rms
 from sidelight.storage import FolderLock, sync, write_json
 
 FORMAT_VERSION = 1
@@ -81,6 +82,11 @@ class Shard:
         parts = list(self.parts([0, *range(first, texts, size), texts]))
         for index in torch.randperm(len(parts), generator=shuffle).tolist():
             yield parts[index]
+
+    def normalised(self) -> "Shard":
+        """With states of a root mean square of 1, rounded again; a copy."""
+        scaled = [(layer.float() * inverse_rms(layer)).to(layer.dtype) for layer in self.hidden]
+        return Shard(torch.stack(scaled), self.lengths, self.rows)
 
     def pooled(self) -> "Pooled":
         """Two vectors for each text, in the order of the texts; float32."""

@@ -72,6 +72,7 @@ def calibrate_probe(
             "settings": asdict(trained.job.settings),
             "seed": trained.job.seed,
             "standardise": trained.job.standardise,
+            "normalise": trained.job.normalise,
             "epochs": {"scores": list(trained.history), "best": trained.best_epoch},
             "parameters": sum(p.numel() for p in trained.mechanism.parameters()),
         },

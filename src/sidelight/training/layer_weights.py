@@ -30,12 +30,15 @@ _POWER = 8
 _LEAST = 0.01
 
 
-def pooled_sample(states: States) -> tuple[Pooled, Int[Tensor, " text"]]:
+def pooled_sample(
+    states: States, *, is_normalised: bool = False
+) -> tuple[Pooled, Int[Tensor, " text"]]:
     """Means and last tokens of the first shards' texts, ``TEXTS`` or more, and which they are."""
     parts: list[Pooled] = []
     rows: list[Tensor] = []
     for index in range(len(states)):
         shard = states.read(index)
+        shard = shard.normalised() if is_normalised else shard
         parts.append(shard.pooled())
         rows.append(shard.rows)
         if sum(map(len, rows)) >= TEXTS:

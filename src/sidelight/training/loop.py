@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import Geometry, Mechanism
 from sidelight.progress import Progress, progress
 from sidelight.ragged import Ragged
-from sidelight.standardisation import Standardisation
+from sidelight.standardisation import Projection, Standardisation
 from sidelight.states.cache import Shard, States
 from sidelight.training.dataset import Split
 from sidelight.training.layer_weights import layer_weights, pooled_sample
@@ -106,8 +105,8 @@ class _Trainer:
         self._labels = torch.from_numpy(training.labels).to(device)
         fingerprint = self.states.fingerprint
         geometry = Geometry(fingerprint.layers, fingerprint.width, task.outputs)
-        self._raw = Standardisation.identity(geometry).to(device)
-        self._measured_scaling = measure_standardisation(self.states).to(device)
+        self._raw = Standardisation.identity(geometry)
+        self._scalings: dict[tuple[bool, bool, bool], Standardisation] = {}
         if any(job.settings.long_inputs for job in jobs):
             require_labels_of_parts(task)
         is_response = self.states.reads.side == "response"
@@ -131,18 +130,22 @@ class _Trainer:
         whole = sum(math.ceil(size / batch_size) + 1 for size in sizes if size >= batch_size)
         return whole + math.ceil(sum(size for size in sizes if size < batch_size) / batch_size)
 
-    @cached_property
-    def _weighted(self) -> Standardisation:
-        """As measured, with predictive layer weights; only computed if some job wants them."""
-        pooled, rows = pooled_sample(self.states)
-        labels = self._training.labels[rows.numpy()]
-        return self._measured_scaling.weighted(layer_weights(pooled, labels, task=self._task))
-
-    def _standardisation(self, job: Job) -> Standardisation:
-        if not job.standardise:
-            return self._raw
+    def _scaling(self, job: Job) -> Standardisation:
         is_weighted = job.settings.layer_weights == "predictive"
-        return self._weighted if is_weighted else self._measured_scaling
+        key = (job.standardise, job.normalise, job.standardise and is_weighted)
+        if key not in self._scalings:
+            self._scalings[key] = self._measure(*key).to(self._device)
+        return self._scalings[key]
+
+    def _measure(self, standardise: bool, normalise: bool, is_weighted: bool) -> Standardisation:
+        if not standardise:
+            return replace(self._raw, is_normalised=normalise)
+        measured = measure_standardisation(self.states, is_normalised=normalise)
+        if not is_weighted:
+            return measured
+        pooled, rows = pooled_sample(self.states, is_normalised=normalise)
+        labels = self._training.labels[rows.numpy()]
+        return measured.weighted(layer_weights(pooled, labels, task=self._task))
 
     def train_epoch(self, runs: Sequence[TrainingRun], epoch: int, shown: Progress) -> None:
         # Runs that see the same texts in the same order share each batch.
@@ -174,18 +177,24 @@ class _Trainer:
     def _project(
         self, batch: Shard, runs: Sequence[TrainingRun], *, dtype: torch.dtype
     ) -> list[Ragged]:
-        """Each run's columns of every token, ``[token, layer, column]``: one matmul a layer."""
-        folded = [
-            self._standardisation(run.job).fold(run.mechanism.columns(), dtype=dtype)
-            for run in runs
-        ]
-        weight = torch.cat([own.weight for own in folded], 2)
-        # Rounded like the states; calibration, fitted in float32, absorbs what that moves.
-        shift = torch.cat([own.shift for own in folded], 1).to(dtype)
-        hidden = batch.hidden.to(self._device, dtype)
-        projected = torch.baddbmm(shift[:, None], hidden, weight)
-        parts = projected.transpose(0, 1).split([own.weight.shape[2] for own in folded], 2)
-        return [Ragged(part, batch.lengths.to(self._device)) for part in parts]
+        """Each run's columns of every token, ``[token, layer, column]``.
+
+        One matmul a layer, or two if some runs read normalised states and others do not: a run is
+        rounded the same whoever runs beside it.
+        """
+        folded = [self._scaling(run.job).fold(run.mechanism.columns(), dtype=dtype) for run in runs]
+        hidden, lengths = batch.hidden.to(self._device, dtype), batch.lengths.to(self._device)
+        columns: dict[int, Tensor] = {}
+        for normalise in (False, True):
+            members = [i for i, run in enumerate(runs) if run.job.normalise == normalise]
+            if not members:
+                continue
+            joined = Projection.joined([folded[i] for i in members])
+            # Rounded like the states; calibration, fitted in float32, absorbs what that moves.
+            projected = replace(joined, shift=joined.shift.to(dtype)).layers(hidden)
+            widths = [folded[i].weight.shape[2] for i in members]
+            columns.update(zip(members, projected.transpose(0, 1).split(widths, 2), strict=True))
+        return [Ragged(columns[i], lengths) for i in range(len(runs))]
 
     def end_epoch(self, runs: Sequence[TrainingRun]) -> None:
         if self._validation is None or self._validation_states is None:
@@ -228,7 +237,7 @@ class _Trainer:
             run: Trained(
                 job=run.job,
                 mechanism=run.mechanism,
-                standardisation=self._standardisation(run.job),
+                standardisation=self._scaling(run.job),
                 logits=logits,
                 history=tuple(run.history),
                 best_epoch=run.best_epoch,
@@ -239,13 +248,15 @@ class _Trainer:
         return [made.get(run) for run in self.runs]
 
 
-def measure_standardisation(states: States) -> Standardisation:
+def measure_standardisation(states: States, *, is_normalised: bool = False) -> Standardisation:
     """Mean and scale of each layer's values, from the first shards: random samples of the texts."""
     hidden: list[Tensor] = []
     tokens = 0
     for index in range(len(states)):
-        hidden.append(states.read(index).hidden)
+        shard = states.read(index)
+        hidden.append((shard.normalised() if is_normalised else shard).hidden)
         tokens += hidden[-1].shape[1]
         if tokens >= _MOMENT_TOKENS:
             break
-    return Standardisation.measured(torch.cat(hidden, 1)[:, :_MOMENT_TOKENS])
+    measured = Standardisation.measured(torch.cat(hidden, 1)[:, :_MOMENT_TOKENS])
+    return replace(measured, is_normalised=is_normalised)

@@ -118,12 +118,14 @@ class Job:
         seed: Decides its initial parameters and the order of the data.
         settings: How it is optimised.
         standardise: Whether it reads hidden states standardised per layer.
+        normalise: Whether it reads states of a root mean square of 1; see ``Standardisation``.
     """
 
     spec: MechanismSpec
     seed: int
     settings: TrainingSettings
     standardise: bool = True
+    normalise: bool = False
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,7 @@ class FitOptions:
         long_inputs: Whether the probe learns to find a text among others in a long input: for
             labels that a part of a text can have.
         standardise: Whether hidden states are standardised per layer.
+        normalise: Whether each hidden state is first divided by its root mean square.
         reads: The tokens that the probe reads.
         calibration: How logits become probabilities.
         max_tokens: Longer training texts are cut, and counted.
@@ -151,6 +154,7 @@ class FitOptions:
     settings: Mapping[str, TrainingSettings] = field(default_factory=dict)
     long_inputs: bool = False
     standardise: bool = True
+    normalise: bool = False
     reads: Reads = field(default_factory=Reads)
     calibration: CalibrationKind = "platt"
     max_tokens: int = TRAINING_MAX_TOKENS
@@ -177,7 +181,9 @@ class FitOptions:
         for spec in specs:
             settings = self.settings.get(spec.name, suggested_settings(spec.name))
             settings = replace(settings, long_inputs=settings.long_inputs or self.long_inputs)
-            jobs += [Job(spec, seed, settings, standardise=self.standardise) for seed in self.seeds]
+            jobs += [
+                Job(spec, seed, settings, self.standardise, self.normalise) for seed in self.seeds
+            ]
         return jobs
 
 

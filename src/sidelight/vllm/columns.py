@@ -25,7 +25,7 @@ from torch import Tensor
 
 from sidelight.errors import SidelightError
 from sidelight.prompts import Part
-from sidelight.standardisation import Projection
+from sidelight.standardisation import Projection, project
 from sidelight.types import Judgement
 from sidelight.vllm.settings import KEY, parts_of, report_of
 
@@ -50,12 +50,13 @@ class Stage:
         # With a column's numbers side by side, a matmul of few columns takes a quarter of the time.
         weight = projection.weight.mT.contiguous().mT
         rows = weight.new_full((layers, tokens, columns), torch.nan)
-        return Stage(Projection(weight, projection.shift), rows)
+        return Stage(Projection(weight, projection.shift, projection.is_normalised), rows)
 
     def receive(self, layer: int, hidden: Float[Tensor, "token width"]) -> None:
         """One matmul, in float32: a bf16 result would lose what standardisation subtracts."""
         shift, weight, rows = self._layers[layer]
-        torch.addmm(shift, hidden.float(), weight, out=rows[: len(hidden)])
+        flags = self.projection.is_normalised
+        project(weight, shift, flags, hidden.float(), out=rows[: len(hidden)])
 
     @cached_property
     def _layers(self) -> list[tuple[Tensor, Tensor, Tensor]]:

@@ -183,7 +183,8 @@ class Worker:
         set_receiver(None)
         if panel.projection is not None:
             local = slice(self._layers.start, self._layers.stop)
-            projection = Projection(panel.projection.weight[local], panel.projection.shift[local])
+            whole = panel.projection
+            projection = Projection(whole.weight[local], whole.shift[local], whole.is_normalised)
             self._stage = Stage.empty(projection, tokens=self._tokens)
         self._make_pages()
         set_receiver(self._stage)

@@ -88,14 +88,12 @@ class Piece:
 
 def read_pieces(probe: Probe, split: Split, *, device: torch.device | str) -> Iterator[Piece]:
     """All texts of a split, in the order of the cache."""
-    projection = probe.projection()
-    weight = projection.weight.detach().float().to(device)
-    shift = projection.shift.detach().float().to(device)[:, None]
+    projection = probe.projection().to(device)
     states = split.own_states()
     for index in range(len(states)):
         for part in _cut(states.read(index)):
             hidden = part.hidden.to(device).float()
-            columns = torch.baddbmm(shift, hidden, weight).transpose(0, 1)  # (T, L, M)
+            columns = projection.layers(hidden).transpose(0, 1)  # (T, L, M)
             marks = [mark_tokens(split.prompts[int(i)], probe.reads) for i in part.rows]
             tokens = Ragged(columns.contiguous(), part.lengths.to(device))
             yield Piece(tokens, torch.cat(marks).to(device), part.rows)

@@ -338,10 +338,7 @@ def score_split(probes: Sequence[Probe], split: Split, *, device: torch.device) 
     assert len(split) == len(split.states.prompts)
     scores = [np.empty((len(split), probe.task.outputs)) for probe in probes]
     mechanisms = [probe.mechanism.to(device).eval() for probe in probes]
-    projections = [
-        (own.shift.float().to(device)[:, None], own.weight.float().to(device))
-        for own in (probe.projection() for probe in probes)
-    ]
+    projections = [probe.projection().to(device) for probe in probes]
     with progress("Scoring", len(split), unit="texts") as shown:
         for index in range(len(split.states)):
             shard = split.states.read(index)
@@ -349,10 +346,8 @@ def score_split(probes: Sequence[Probe], split: Split, *, device: torch.device) 
             hidden = shard.hidden.split([int(own.sum()) for own in lengths], 1)
             for cached, counts, texts in zip(hidden, lengths, rows, strict=True):
                 states, tokens = cached.to(device).float(), counts.to(device)
-                for own, mechanism, (shift, weight) in zip(
-                    scores, mechanisms, projections, strict=True
-                ):
-                    columns = torch.baddbmm(shift, states, weight).transpose(0, 1)  # (T, L, M)
+                for own, mechanism, projection in zip(scores, mechanisms, projections, strict=True):
+                    columns = projection.layers(states).transpose(0, 1)  # (T, L, M)
                     logits = mechanism.finish(mechanism.summarise(Ragged(columns, tokens)))
                     own[texts] = logits.double().cpu().numpy()
                 shown.advance(len(texts))
