@@ -11,9 +11,10 @@ import pytest
 
 from live import MODEL, served
 from sidelight.engines.transformers import TransformersEngine
+from sidelight.policy.decisions import LabelsOnly
 from sidelight.policy.rules import BoundRule, Policy, Rule
 from sidelight.prompts import Reads
-from tiny import INTENT, TOPICS, tiny_backbone, untrained_probe
+from tiny import INTENT, TOPICS, TOXICITY, tiny_backbone, untrained_probe
 
 PAGE = Path(__file__).parent.parent / "docs" / "policy-file.md"
 KEY, ADMIN = "user-key", "admin-key"
@@ -286,6 +287,31 @@ def test_a_shadow_of_what_blocks_shows_no_scores_in_the_metrics(backbone):
     assert "sidelight_probe_score_" not in shown
     assert all_series.count("sidelight_probe_score_sum") == 2
     assert 'shadow="newer"' in shown
+
+
+@pytest.mark.parametrize(
+    ("task", "labels", "label"),
+    [
+        (TOXICITY, ("toxic",), "toxic"),
+        (TOXICITY, (), "fine"),
+        (INTENT, ("billing", "refund"), "billing"),
+        (INTENT, (), "refund"),
+        (TOPICS, ("violence", "sexual"), "violence"),
+        (TOPICS, (), ""),
+    ],
+)
+def test_the_label_ranks_no_scores_of_labels_that_hold(task, labels, label):
+    """Of a multi-class probe that flags, the most probable class would be a second threshold."""
+    scores = {name: [0.3, 0.6, 0.1][index] for index, name in enumerate(task.labels)}
+    thresholds = {name: 0.0 if name in labels else 1.0 for name in task.labels[-2:]}
+    thresholds |= dict.fromkeys(labels, 0.0)
+    verdict = task.decide(
+        "probe", scores, {k: thresholds[k] for k in task.labels if k in thresholds}
+    )
+    shown = LabelsOnly.of(verdict)
+    assert (shown.label, shown.flagged) == (label, bool(labels))
+    held = labels or ((label,) if label else ())
+    assert shown.probabilities == {name: float(name in held) for name in task.labels}
 
 
 def test_the_turn_with_the_highest_score_is_told_with_scores_alone(backbone):

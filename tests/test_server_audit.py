@@ -98,10 +98,14 @@ def wait_for(condition):
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", [Policy(), LATE])
 def test_a_text_that_a_client_leaves_is_audited_and_counted(path, policy):
-    with served(engine(), audit_log=path, policy=policy) as address, http_client(address) as http:
+    with (
+        served(engine(), audit_log=path, policy=policy, admin_key="admin") as address,
+        http_client(address) as http,
+    ):
         left_midway(http, BODY)
         wait_for(lambda: len(lines(path)) == 3)
-        series = http.get("/metrics").text
+        # Scores of a probe that blocks are in the metrics of an admin alone.
+        series = http.get("/metrics", headers={"Authorization": "Bearer admin"}).text
     late = lines(path)[2]
     assert (late["probe"], late["side"], late["outcome"]) == ("late", "output", "unfinished")
     assert late["action"] == "none"

@@ -20,9 +20,16 @@ OverrideMode = Literal["score", "block"]
 class LabelsOnly(Verdict):
     """A verdict without its scores: probabilities are 1.0 for labels that hold, otherwise 0.0.
 
-    ``label`` of a multi-label probe is the first that holds, or "", and there is no ``turn``: the
-    most probable label, or the turn with the highest score, would rank scores that are withheld.
+    ``label`` is the first that holds, or "" if a multi-label probe finds none, and there is no
+    ``turn``: the most probable label beside others that hold, or the turn with the highest score,
+    would rank scores that are withheld.
     """
+
+    @classmethod
+    def of(cls, verdict: Verdict) -> "LabelsOnly":
+        label = verdict.labels[0] if verdict.labels else ""
+        shown = {name: float(name in verdict.labels) for name in verdict.probabilities}
+        return cls(verdict.probe, label, verdict.labels, shown, verdict.flagged)
 
 
 @dataclass(frozen=True)
@@ -77,9 +84,7 @@ class Decision:
             case "scores":
                 return self
             case "labels":
-                return replace(
-                    self, verdict=self.verdict and _without_scores(self.rule, self.verdict)
-                )
+                return replace(self, verdict=self.verdict and LabelsOnly.of(self.verdict))
             case "none":
                 return None
 
@@ -141,14 +146,6 @@ def agreements(decisions: Iterable[Decision]) -> list[tuple[BoundRule, Agreement
             agreement = "same" if is_same else "different"
         found.append((shadow.rule, agreement))
     return found
-
-
-def _without_scores(bound: BoundRule, verdict: Verdict) -> LabelsOnly:
-    label, labels = verdict.label, verdict.labels
-    if bound.probe.task.kind == "multilabel":
-        label = labels[0] if labels else ""
-    shown = {name: float(name in (label, *labels)) for name in verdict.probabilities}
-    return LabelsOnly(verdict.probe, label, labels, shown, verdict.flagged)
 
 
 def _action(bound: BoundRule, verdict: Verdict) -> Action:
