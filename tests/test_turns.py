@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chat_families import FAMILIES, WITHOUT_SYSTEM, WITHOUT_TOOLS, family_tokenizer
+from sidelight.control_tokens import control_tokens
 from sidelight.prompts import Message, Part, PromptEncoder, token_parts
-from sidelight.turns import OUTSIDE, ChatFormat, control_tokens
+from sidelight.turns import OUTSIDE, ChatFormat
 
 TOKENIZERS = [*product(FAMILIES, (False, True))]
 ENCODERS = {

@@ -12,28 +12,14 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from jinja2 import TemplateError
 
+from sidelight.control_tokens import Tokenizer, control_tokens
+
 OUTSIDE = "outside"
 """The role of text that stands before the first turn and that the template does not write."""
-
-
-@runtime_checkable
-class Tokenizer(Protocol):
-    """What this module and ``prompts`` use of a Hugging Face fast tokenizer."""
-
-    chat_template: Any
-    added_tokens_decoder: Any
-    unk_token: Any
-    backend_tokenizer: Any
-
-    def __call__(self, text: str, **options: Any) -> Any: ...
-
-    def apply_chat_template(self, conversation: Any, **options: Any) -> Any: ...
-
-    def convert_ids_to_tokens(self, ids: Any) -> Any: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,25 +36,6 @@ class Turn:
     role: str
     start: int
     stop: int
-
-
-def control_tokens(tokenizer: Tokenizer) -> dict[int, str]:
-    """The ids and names of the tokens that no text may become.
-
-    They are the special tokens, and other added tokens that the template writes or that the model's
-    own vocabulary lacks. Blank tokens, such as runs of spaces, are text.
-    """
-    template = str(tokenizer.chat_template)
-    model = tokenizer.backend_tokenizer.model
-    return {
-        token_id: token.content
-        for token_id, token in tokenizer.added_tokens_decoder.items()
-        if token.special
-        or (
-            token.content.strip()
-            and (token.content in template or model.token_to_id(token.content) is None)
-        )
-    }
 
 
 # Control tokens, and the beginning of all, are written as characters that no vocabulary has

@@ -1,0 +1,177 @@
+"""Texts to token ids, without a control token that the chat template has not written.
+
+Knows tokenizers, and neither conversations nor turns.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any, Protocol, runtime_checkable
+
+from tokenizers import Tokenizer as PlainTokenizer
+
+from sidelight.errors import SidelightError
+
+Span = tuple[int, int]
+"""First character, and the one after the last."""
+Control = tuple[int, int, int]
+"""A control token's id and span."""
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What ``control_tokens``, ``turns`` and ``prompts`` use of a Hugging Face fast tokenizer."""
+
+    chat_template: Any
+    added_tokens_decoder: Any
+    unk_token: Any
+    backend_tokenizer: Any
+
+    def __call__(self, text: str, **options: Any) -> Any: ...
+
+    def apply_chat_template(self, conversation: Any, **options: Any) -> Any: ...
+
+    def convert_ids_to_tokens(self, ids: Any) -> Any: ...
+
+
+def control_tokens(tokenizer: Tokenizer) -> dict[int, str]:
+    """The ids and names of the tokens that no text may become.
+
+    They are the special tokens, and other added tokens that the template writes or that the model's
+    own vocabulary lacks. Blank tokens, such as runs of spaces, are text.
+    """
+    template = str(tokenizer.chat_template)
+    model = tokenizer.backend_tokenizer.model
+    return {
+        token_id: token.content
+        for token_id, token in tokenizer.added_tokens_decoder.items()
+        if token.special
+        or (
+            token.content.strip()
+            and (token.content in template or model.token_to_id(token.content) is None)
+        )
+    }
+
+
+@dataclass(frozen=True)
+class Tokenised:
+    """Token ids, and the characters that each covers."""
+
+    token_ids: Sequence[int]
+    offsets: Sequence[Span]
+
+
+class ContentTokenizer:
+    """Writes control tokens only where the chat template has them; see ``turns``."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._names = control_tokens(tokenizer)
+        # What the model writes, in any text, for characters that it does not know.
+        self._unknown = getattr(tokenizer.backend_tokenizer.model, "unk_token", tokenizer.unk_token)
+        # A template has few pieces, and some of them are long.
+        self._cached_controls = lru_cache(maxsize=256)(self._find_controls)
+
+    def encode_chat(self, text: str, template: Sequence[Span]) -> Tokenised:
+        """Encodes a rendered conversation.
+
+        Where no content holds a control token, the ids are the tokenizer's own for the whole text.
+
+        Args:
+            text: What the template has rendered.
+            template: The spans that the template itself wrote, in order.
+
+        Raises:
+            SidelightError: The tokenizer cannot write a content without a control token.
+        """
+        controls = [
+            (token_id, begin + start, begin + end)
+            for begin, stop in template
+            for token_id, start, end in self._cached_controls(text[begin:stop])
+        ]
+        tokens = self._tokenise(text, add_special_tokens=False)
+        if self._has_only(controls, tokens, text):
+            return tokens
+        ids: list[int] = []
+        offsets: list[Span] = []
+        cursor = 0
+        for token_id, start, end in controls:
+            run = self._as_text(text[cursor:start], at=cursor)
+            ids += [*run.token_ids, token_id]
+            offsets += [*run.offsets, (start, end)]
+            cursor = end
+        rest = self._as_text(text[cursor:], at=cursor)
+        tokens = Tokenised([*ids, *rest.token_ids], [*offsets, *rest.offsets])
+        return self._checked(tokens, controls, text)
+
+    def encode_raw(self, text: str) -> Tokenised:
+        """Encodes a text without a template, between the tokenizer's own special tokens."""
+        controls = self._controls_in(self._tokenise(""), "")
+        tokens = self._tokenise(text)
+        if self._has_only(controls, tokens, text):
+            return tokens
+        return self._checked(self._as_text(text, add_special_tokens=True), controls, text)
+
+    def _tokenise(self, text: str, **options: Any) -> Tokenised:
+        # Not verbose: it would warn of long texts, for which we have an error of our own.
+        tokens = self._tokenizer(text, return_offsets_mapping=True, verbose=False, **options)
+        return Tokenised(tokens["input_ids"], tokens["offset_mapping"])
+
+    def _as_text(self, text: str, *, at: int = 0, add_special_tokens: bool = False) -> Tokenised:
+        """Encodes a run without looking for control tokens; it begins at character ``at``."""
+        tokenizer = self._continuing if at else self._beginning
+        run = tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return Tokenised(run.ids, [(at + start, at + end) for start, end in run.offsets])
+
+    @cached_property
+    def _beginning(self) -> PlainTokenizer:
+        """Knows no control tokens; for what stands at the beginning of a text."""
+        return self._without_controls(self._tokenizer.backend_tokenizer.to_str())
+
+    @cached_property
+    def _continuing(self) -> PlainTokenizer:
+        """As ``_beginning``, for what stands later: no blank is put before its first word."""
+        definition = self._tokenizer.backend_tokenizer.to_str()
+        return self._without_controls(
+            re.sub(r'("prepend_scheme":\s*)"first"', r'\1"never"', definition)
+        )
+
+    def _without_controls(self, serialised: str) -> PlainTokenizer:
+        definition = json.loads(serialised)
+        added = [
+            {**token, "special": token["id"] in self._names} for token in definition["added_tokens"]
+        ]
+        definition |= {"added_tokens": added, "truncation": None, "padding": None}
+        plain = PlainTokenizer.from_str(json.dumps(definition))
+        plain.encode_special_tokens = True
+        return plain
+
+    def _find_controls(self, piece: str) -> list[Control]:
+        return self._controls_in(self._tokenise(piece, add_special_tokens=False), piece)
+
+    def _controls_in(self, tokens: Tokenised, text: str) -> list[Control]:
+        controls: list[Control] = []
+        for token_id, (start, end) in zip(tokens.token_ids, tokens.offsets, strict=True):
+            name = self._names.get(token_id)
+            is_unknown = name == self._unknown and start < end and text[start:end].strip() != name
+            if name is not None and not is_unknown:
+                controls.append((token_id, start, end))
+        return controls
+
+    def _has_only(self, controls: Sequence[Control], tokens: Tokenised, text: str) -> bool:
+        """Whether these are all its control tokens; they may cover blanks of a content nearby."""
+        found = self._controls_in(tokens, text)
+        return len(found) == len(controls) and all(
+            own[0] == other[0] and own[1] <= other[1] and other[2] <= own[2]
+            for own, other in zip(found, controls, strict=True)
+        )
+
+    def _checked(self, tokens: Tokenised, controls: Sequence[Control], text: str) -> Tokenised:
+        if not self._has_only(controls, tokens, text):
+            raise SidelightError(
+                "The text contains the name of a control token, and this model's tokenizer cannot "
+                "write it as plain text. Remove it from the text."
+            )
+        return tokens
