@@ -24,7 +24,8 @@ def probes():
     learned = {"settings": {"long_inputs": True}}
     early = untrained_probe(backbone, "toxicity", reads=Reads(scope="each_turn"))
     late = untrained_probe(backbone, "late", reads=Reads("response"))
-    return [replace(early, record=learned), late]
+    bounded = replace(early.standardisation, is_normalised=True)
+    return [replace(early, record=learned, standardisation=bounded), late]
 
 
 # What each row of the table has in place of the sound policy and its probes.
@@ -48,6 +49,10 @@ PROBES = {
     ],
     "a probe of chats without `--scope each_turn`": lambda early, late: [
         replace(early, reads=Reads()),
+        late,
+    ],
+    "a probe without `--normalise`": lambda early, late: [
+        replace(early, standardisation=late.standardisation),
         late,
     ],
     "a probe without `--long-inputs`, and no `max_tokens`": lambda early, late: [

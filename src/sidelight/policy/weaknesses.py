@@ -90,6 +90,11 @@ def _of_probe(own: BoundRule, bound: Sequence[BoundRule]) -> Iterator[str]:
             f"Probe '{probe.name}' judges a conversation as one text, so an attack in an earlier "
             "turn is outweighed by those after it. Train it with --scope each_turn."
         )
+    if not probe.standardisation.is_normalised:
+        yield (
+            f"Probe '{probe.name}' reads states of any norm, so one token of a large norm can "
+            "outweigh an attack. Train it with --normalise."
+        )
     learned_long = probe.record.get("settings", {}).get("long_inputs", False)
     blocks_long = own.fails_closed and own.rule.max_tokens is not None
     if not learned_long and not blocks_long:
