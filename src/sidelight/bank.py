@@ -17,14 +17,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sidelight.errors import SidelightError, VerdictError
-from sidelight.probe import Probe, Reading, require_distinct_names
+from sidelight.probe import Probe, UnitLogits, require_distinct_names
 from sidelight.prompts import Reads, judged_units, piece_lengths
 from sidelight.ragged import Ragged
 from sidelight.standardisation import Projection
 from sidelight.types import Judgement, Verdict
 
 NUMBERS_AT_ONCE = 2**21
-"""Most columns that are summarised together; more would not fit a processor's cache."""
+"""Most numbers that are summarised in one call; more would not fit a processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class BankTap:
 
 
 class _ProbeGroup:
-    """Probes with equal ``summary_kind`` and ``reads``, or a single probe.
+    """Probes with equal ``summary_kind``, ``reads`` and number of columns, or a single probe.
 
     They are summarised in one call by stacking their columns as extra layers.
 
@@ -210,48 +210,52 @@ class Bank:
     def judge(self, state: BankState) -> list[Judgement]:
         """For each request, what the probes say; those without a verdict are named as failed."""
         logits = zip(*self.logits(state), strict=True)
-        return [self._judgement([Reading(each) for each in own]) for own in logits]
+        return [self._judgement([UnitLogits(each) for each in of_request]) for of_request in logits]
 
     def judge_prompts(
         self, columns: Float[Tensor, "token layer column"], parts: Sequence[bytes]
     ) -> list[Judgement]:
-        """As ``judge``, for whole prompts; arguments as for ``read_prompts``."""
-        readings = zip(*self.read_prompts(columns, parts), strict=True)
-        return [self._judgement(own) for own in readings]
+        """As ``judge``, for whole prompts; arguments as for ``prompt_logits``."""
+        readings = zip(*self.prompt_logits(columns, parts), strict=True)
+        return [self._judgement(of_prompt) for of_prompt in readings]
 
-    def read_prompts(
+    def prompt_logits(
         self, columns: Float[Tensor, "token layer column"], parts: Sequence[bytes]
-    ) -> list[list[Reading]]:
-        """For each probe, what it finds in each prompt, by turns if its scope is each turn.
+    ) -> list[list[UnitLogits]]:
+        """For each probe, its logits of each prompt, by turns if its scope is each turn.
 
         Args:
             columns: Those of all tokens, one prompt after the other.
             parts: For each prompt, the ``Part`` of every token.
         """
-        lengths = [piece_lengths(own) for own in parts]
-        pieces = self._summarise(columns, parts, [tokens for own in lengths for tokens in own])
-        units = [judged_units(own, tokens) for own, tokens in zip(parts, lengths, strict=True)]
+        lengths = [piece_lengths(prompt) for prompt in parts]
+        pieces = self._summarise(
+            columns, parts, [tokens for prompt in lengths for tokens in prompt]
+        )
+        units = [
+            judged_units(prompt, tokens) for prompt, tokens in zip(parts, lengths, strict=True)
+        ]
         firsts = [0, *accumulate(map(len, lengths))]
         ranges = [
             (first + start, first + stop)
-            for first, own in zip(firsts, units, strict=False)
-            for start, stop in own
+            for first, of_prompt in zip(firsts, units, strict=False)
+            for start, stop in of_prompt
         ]
         logits = self.logits(self._merged(pieces, ranges))
         ends = list(accumulate(map(len, units)))
         return [
             [
-                probe.highest(own[end - len(of_prompt) : end], of_prompt)
+                probe.highest(of_probe[end - len(of_prompt) : end], of_prompt)
                 for end, of_prompt in zip(ends, units, strict=True)
             ]
-            for probe, own in zip(self.probes, logits, strict=True)
+            for probe, of_probe in zip(self.probes, logits, strict=True)
         ]
 
     def summarise_texts(
         self, columns: Float[Tensor, "token layer column"], parts: Sequence[bytes]
     ) -> BankState:
-        """The state of each text; arguments as for ``read_prompts``."""
-        return self._summarise(columns, parts, [len(own) for own in parts])
+        """The state of each text; arguments as for ``prompt_logits``."""
+        return self._summarise(columns, parts, [len(prompt) for prompt in parts])
 
     def _summarise(
         self,
@@ -267,7 +271,7 @@ class Bank:
         return self.summarise_rows(columns, masks, torch.tensor(lengths, device=columns.device))
 
     def _merged(self, pieces: BankState, ranges: Sequence[tuple[int, int]]) -> BankState:
-        """The state of each range of neighbouring pieces."""
+        """The state of each range of neighbouring pieces; together the ranges cover all pieces."""
         if all(stop == start + 1 for start, stop in ranges):
             return pieces
         states = pieces.split()
@@ -280,7 +284,7 @@ class Bank:
                 merged[i] = state
         return BankState.pack(merged)
 
-    def _judgement(self, readings: Sequence[Reading]) -> Judgement:
+    def _judgement(self, readings: Sequence[UnitLogits]) -> Judgement:
         verdicts: list[Verdict] = []
         failed: list[str] = []
         for probe, reading in zip(self.probes, readings, strict=True):
@@ -379,6 +383,7 @@ class Panel:
         known = [state for state in states if state is not None]
         if self.late is None or not known:
             return [Judgement()] * len(states)
+        assert len(known) == len(states)
         return self.late.judge(BankState.pack(known))
 
 

@@ -17,13 +17,13 @@ from sidelight.types import Task, Verdict
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What a probe finds in a text.
+class UnitLogits:
+    """What counts of a probe's logits of a text.
 
     Attributes:
-        logits: Those that count.
-        turn: The index of the turn that they come from, among those that are judged; None if they
-            are the whole text's.
+        logits: The highest of each label.
+        turn: The first turn of the unit that has the highest of all, among the turns that are
+            judged; None if that is the whole text.
     """
 
     logits: Float[np.ndarray, " output"]
@@ -86,7 +86,7 @@ class Probe:
 
     def highest(
         self, logits: Float[np.ndarray, "unit output"], units: Sequence[tuple[int, int]]
-    ) -> Reading:
+    ) -> UnitLogits:
         """What counts of a prompt: the highest logit of its units, for each label.
 
         A multi-class probe, and one whose scope is the conversation, takes the last unit, which is
@@ -98,11 +98,11 @@ class Probe:
         """
         is_whole = self.reads.scope == "conversation" or self.task.kind == "multiclass"
         if is_whole or len(units) == 1:
-            return Reading(logits[-1])
+            return UnitLogits(logits[-1])
         if not np.isfinite(logits).all():
-            return Reading(np.full_like(logits[-1], np.nan))
+            return UnitLogits(np.full_like(logits[-1], np.nan))
         unit = int(logits.max(1).argmax())
-        return Reading(logits.max(0), units[unit][0] if unit < len(units) - 1 else None)
+        return UnitLogits(logits.max(0), units[unit][0] if unit < len(units) - 1 else None)
 
     @property
     def label_thresholds(self) -> dict[str, float]:

@@ -162,7 +162,7 @@ class EncodedPrompt:
 
 
 def piece_lengths(parts: bytes) -> list[int]:
-    """The tokens of each turn of a prompt, with what precedes the first and what follows each.
+    """The tokens of each piece of a prompt: a turn, with what precedes the first or follows it.
 
     Args:
         parts: The ``Part`` of each token; one or more.
@@ -172,8 +172,8 @@ def piece_lengths(parts: bytes) -> list[int]:
     return np.diff([0, *begins[1:], len(parts)]).tolist()
 
 
-# A shorter turn says too little by itself.
-_LEAST_TEXT = 8
+# A turn of fewer tokens says too little by itself.
+_LEAST_TOKENS = 8
 
 
 def judged_units(parts: bytes, pieces: Sequence[int]) -> list[tuple[int, int]]:
@@ -194,10 +194,10 @@ def judged_units(parts: bytes, pieces: Sequence[int]) -> list[tuple[int, int]]:
     units: list[tuple[int, int]] = []
     for first in range(count):
         start, stop = first, first + 1
-        while sum(texts[start:stop]) < _LEAST_TEXT and (start, stop) != (0, count):
+        while sum(texts[start:stop]) < _LEAST_TOKENS and (start, stop) != (0, count):
             start, stop = (start, stop + 1) if stop < count else (start - 1, stop)
         units.append((start, stop))
-    return [*units, (0, count)]
+    return [*(unit for unit in units if unit != (0, count)), (0, count)]
 
 
 def shared_length(texts: Sequence[Sequence[int]]) -> int:
@@ -261,12 +261,14 @@ class PromptEncoder:
     def parts_of(self, token_ids: Sequence[int]) -> tuple[Part, ...]:
         """What the tokens of a prompt belong to, whoever has encoded it.
 
-        Nothing is read of ids that are no conversation, unless the format is ``raw``.
+        Ids that are not a conversation are all ``UNREAD``, unless the format is ``raw``.
         """
         if self.prompt_format == "raw":
             # What the tokenizer itself writes around a text.
             around = set(self._tokenizer("")["input_ids"])
-            return tuple(Part.TEMPLATE if own in around else Part.PROMPT for own in token_ids)
+            return tuple(
+                Part.TEMPLATE if token_id in around else Part.PROMPT for token_id in token_ids
+            )
         found = self.chat_format.turns(token_ids)
         if not found:
             return (Part.UNREAD,) * len(token_ids)

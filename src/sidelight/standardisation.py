@@ -96,7 +96,7 @@ def project(
 
 @dataclass(frozen=True)
 class Standardisation:
-    """x = (h - mean) / scale, for each layer and hidden dimension.
+    """x = (h - mean) / scale, for each layer and hidden dimension; or of h / rms(h).
 
     The norm of the residual stream grows with depth, and a few dimensions dominate it. With
     standardised states, one learning rate suits all layers. The map is affine, so serving it costs
@@ -104,7 +104,7 @@ class Standardisation:
 
     Attributes:
         mean: Of each dimension.
-        scale: Its standard deviation.
+        scale: What it is divided by: its standard deviation over a layer's weight.
         is_normalised: Whether states are first divided by their root mean square, as the model's
             next block does. Then no token outweighs others by its norm: attention sinks have a
             hundred times that of other tokens. It multiplies a token's columns by one number.

@@ -38,6 +38,8 @@ class Turn:
     stop: int
 
 
+# A regular expression that matches nothing.
+_NEVER = "$."
 # Control tokens, and the beginning of all, are written as characters that no vocabulary has
 # (Unicode's private planes).
 _START = "\U000f0000"
@@ -49,7 +51,7 @@ _NOT_A_TOKEN = "\ufffd"
 _TURNS = "abcdef"
 _MARK = re.compile(f"sidelightmark([{_TURNS}])x")
 _ROLES = ("user", "assistant", "tool", "system")
-# Roles that may follow each other; a conversation begins as if after one of the system.
+# Roles that may follow each other.
 _NEXT = {
     "system": ("user",),
     "user": ("assistant", "user", "system"),
@@ -72,18 +74,24 @@ class ChatFormat:
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         controls = control_tokens(tokenizer)
-        self._symbols = {own: chr(ord(_START) + i) for i, own in enumerate(sorted(controls), 1)}
+        self._symbols = {
+            token_id: chr(ord(_START) + i) for i, token_id in enumerate(sorted(controls), 1)
+        }
         conversations = _rendered(tokenizer)
-        literals = _Literals.gathered((self._spelled(own.text), own) for own in conversations)
+        literals = _Literals.gathered(
+            (self._spelled(rendered.text), rendered) for rendered in conversations
+        )
         headers = _headers(literals.before)
         self._roles = [role for role, _ in headers]
-        self._header = re.compile("|".join(f"({_as_pattern(text)})" for _, text in headers) or "$.")
+        self._header = re.compile(
+            "|".join(f"({_as_pattern(text)})" for _, text in headers) or _NEVER
+        )
         footers: dict[tuple[str, bool], set[str]] = defaultdict(set)
         for role, literal, is_end in literals.after:
             before = self._to_header(literal)
             if before is not None or is_end:
                 footers[role, before is None].add(literal if before is None else before)
-        self._footers = {key: _ending_pattern(own) for key, own in footers.items()}
+        self._footers = {key: _ending_pattern(literals) for key, literals in footers.items()}
         known = {self._to_header(literal) or literal for literal in literals.first}
         self._preamble = re.compile(f"{'|'.join(map(_as_pattern, known))}|{_SYMBOL}*")
         # What the tokenizer writes before any text does not make it a conversation.
@@ -104,12 +112,12 @@ class ChatFormat:
         names = self._names(token_ids)
         text = self._text(names)
         headers = list(self._header.finditer(text))
-        if all(own[0].lstrip(_START) in self._no_evidence for own in headers):
+        if all(header[0].lstrip(_START) in self._no_evidence for header in headers):
             return ()
-        ends = [*(own.start() for own in headers[1:]), len(text)]
+        ends = [*(header.start() for header in headers[1:]), len(text)]
         spans = [
-            (self._roles[(own.lastindex or 1) - 1], own.end(), end)
-            for own, end in zip(headers, ends, strict=True)
+            (self._roles[(header.lastindex or 1) - 1], header.end(), end)
+            for header, end in zip(headers, ends, strict=True)
         ]
         first = headers[0].start()
         if not self._preamble.fullmatch(text, 0, first):
@@ -254,19 +262,25 @@ def _headers(before: Mapping[str, set[str]]) -> list[tuple[str, str]]:
     A marker is the shortest end of what the template writes before a role's contents that begins
     with a control token and is not written before other roles' contents. Where the template writes
     more after a known marker, such as an empty thought, the longer one is a marker too.
+
+    In ChatML, ``<|im_end|>`` and a line break stand before ``<|im_start|>user`` and its line break
+    between turns, and nothing at the beginning. The shortest end of both that no assistant's turn
+    has begins with ``<|im_start|>``.
     """
     found: dict[str, str] = {}
     openers: set[str] = set()
     taken: set[str] = set()
     for role in _ROLES:
-        own = before[role] - taken
-        taken |= own
+        literals = before[role] - taken
+        taken |= literals
         # A template may write the system's and the tools' turns as the user's.
         others = (
-            set[str]().union(*(before[other] for other in _ROLES[:2] if other != role), taken - own)
-            - own
+            set[str]().union(
+                *(before[other] for other in _ROLES[:2] if other != role), taken - literals
+            )
+            - literals
         )
-        for literal in sorted(own, key=lambda text: (len(text), text)):
+        for literal in sorted(literals, key=lambda text: (len(text), text)):
             known = [text for text, known_role in found.items() if known_role == role]
             begins = [literal.rfind(text) for text in known if text in literal]
             if begins and re.search(_SYMBOL, literal):
@@ -276,7 +290,9 @@ def _headers(before: Mapping[str, set[str]]) -> list[tuple[str, str]]:
             if marker:
                 found.setdefault(marker, role)
                 openers.add(marker[0])
-    return sorted(((role, text) for text, role in found.items()), key=lambda own: -len(own[1]))
+    return sorted(
+        ((role, text) for text, role in found.items()), key=lambda marker: -len(marker[1])
+    )
 
 
 # White space as the names of tokens write it: GPT-2's bytes, SentencePiece's, and as it is.
@@ -300,7 +316,7 @@ _MONTH = "|".join([*calendar.month_name[1:], *calendar.month_abbr[1:]])
 def _ending_pattern(literals: Iterable[str]) -> re.Pattern[str]:
     """Finds the longest of these with which a text ends."""
     longest_first = sorted(filter(None, literals), key=len, reverse=True)
-    return re.compile(f"(?:{'|'.join(map(_as_pattern, longest_first)) or '$.'})\\Z")
+    return re.compile(f"(?:{'|'.join(map(_as_pattern, longest_first)) or _NEVER})\\Z")
 
 
 def _as_pattern(literal: str) -> str:

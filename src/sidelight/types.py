@@ -64,8 +64,9 @@ class Verdict:
         probabilities: Calibrated probability of every label.
         flagged: Whether the threshold of the positive class (binary) or of any label (multi-label)
             is reached. A multi-class verdict is never flagged: it names a class, not a danger.
-        turn: The turn of the prompt that decided, from 0, without leading system turns; None if
-            there is only one, or if the prompt as a whole decided.
+        turn: The turn of the prompt with the highest score, from 0, without leading system turns;
+            the first of several that are judged together. None if there is only one, or if that is
+            the score of the whole.
     """
 
     probe: str

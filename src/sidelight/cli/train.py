@@ -136,7 +136,7 @@ def train(
     without --validation are cross-fitted: all of them train the probe, and each row is scored by a
     probe that did not train on it. A killed run keeps the shards of hidden states that it finished.
     """
-    # Before imports that take seconds: a misspelt name is refused at once.
+    # Before the data and the model are loaded: a misspelt name is refused first.
     from sidelight.mechanisms.base import mechanism_names, mechanism_spec
 
     assigned = _assignments(assignments, mechanisms)

@@ -60,7 +60,7 @@ class Spelling:
 class Candidate:
     """A token that was written, or could have been, with its log-probability.
 
-    It is natural, and that of the model's own distribution, before temperature and ``top_p``.
+    The logarithm is natural, under the model's own distribution: before temperature and ``top_p``.
     """
 
     spelling: Spelling
@@ -187,8 +187,8 @@ class Sampling:
 Admission = Callable[[PromptJudged], bool]
 """Decides whether a judged prompt is answered.
 
-The engine calls it in a thread of its own. It must decide from the event alone, without waiting,
-and must not raise.
+The engine may call it in any thread, or in the event loop. It must decide from the event alone,
+without waiting, and must not raise.
 """
 
 
@@ -285,7 +285,7 @@ class Engine(ABC):
         watch: Collection[str] = (),
         admits: Admission = admit_all,
     ) -> AsyncGenerator[Event, None]:
-        """Yields ``PromptJudged``, any number of ``TextDelta``, and ``Finished``.
+        """Yields ``PromptJudged``, any ``TextDelta`` and ``ResponseScored``, and ``Finished``.
 
         Closing the generator cancels the request. It is judged to its end by the probes that are
         loaded when this is called, not when the first event is requested. Probes that were trained

@@ -64,7 +64,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Emission:
-    """Something that happened to a request. An error ends it; ``is_last`` says what else does."""
+    """Something that happened to a request. ``is_last`` marks its last event or error."""
 
     request: Request
     event: Event | SidelightError

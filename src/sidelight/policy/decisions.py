@@ -261,10 +261,11 @@ def _tight(
         )
     if disclosure == "none" and not bound.is_blocking:
         if own.mode == "block":
-            raise _too_loose(
-                param,
-                "It does not disclose this probe's verdicts, and a block would reveal them. Leave "
+            raise PolicyError(
+                f"{param} would reveal verdicts that the server's policy does not disclose. Leave "
                 "it out of 'policies', or send an admin key.",
+                code="policy_too_loose",
+                param=param,
             )
         return bound
     if (own.mode == "block" or own.threshold is not None) and not bound.thresholds:

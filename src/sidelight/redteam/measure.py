@@ -244,7 +244,6 @@ def _search(
         advance: Receives the share of the work that was done.
     """
     silent = Progress(lambda _: None)
-    # The positive ones come first.
     benign = [subject for subject in subjects if not subject.is_positive]
     walks = [
         _Walk(subject, margin, _sentences(subject.benign), Random(f"{subject.seed} {SEARCH}"))
@@ -262,6 +261,7 @@ def _search(
         advance(1 / (budget + 1))
     partners = {subject.seed: walk for walk, subject in zip(cycle(walks), benign)}
     copied = _Plan.of(target, benign, lambda subject: [partners[subject.seed].around(subject)])
+    # In the order of the subjects: the positive ones come first.
     attacked = [[walk.margin] for walk in walks] + copied.margins(target, silent)
     advance(1 / (budget + 1))
     passed = tuple(walk.queries for walk in walks if walk.margin < 0 and walk.queries)

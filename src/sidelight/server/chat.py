@@ -190,7 +190,7 @@ class CompletionFormat(ABC):
         return {"id": self._id, "object": kind, "created": self._created, "model": model}
 
 
-class ChatFormat(CompletionFormat):
+class ChatCompletionFormat(CompletionFormat):
     """``/v1/chat/completions``."""
 
     prefix = "chatcmpl"
@@ -324,7 +324,7 @@ class CompletionAnswer(Completion):
 )
 async def complete_chat(body: ChatRequest, request: ServerRequest) -> Response:
     """The text, plain or streamed; either begins once the prompt has been judged."""
-    return await _answer(body, request, [body.conversation()], ChatFormat)
+    return await _answer(body, request, [body.conversation()], ChatCompletionFormat)
 
 
 @router.post(

@@ -52,7 +52,7 @@ class Shard:
     Attributes:
         hidden: Residual stream of each layer and read token; bf16 on disk.
         lengths: Tokens of each text.
-        rows: Which text of the data set each is.
+        rows: Which text of the data set each is; in a shard that is being written, which prompt.
     """
 
     hidden: Float[Tensor, "layer token width"]

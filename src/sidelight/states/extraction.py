@@ -216,7 +216,7 @@ def score(
             projected = tap.projected()
             is_text = [torch.arange(projected.shape[1]) < len(prompt) for prompt in chosen]
             columns = projected[torch.stack(is_text)]
-            readings = bank.read_prompts(columns, [bytes(prompt.parts) for prompt in chosen])
+            readings = bank.prompt_logits(columns, [bytes(prompt.parts) for prompt in chosen])
             for own, found in zip(scores, readings, strict=True):
                 own[batch] = [reading.logits for reading in found]
             bar.advance(sum(lengths[i] for i in batch))

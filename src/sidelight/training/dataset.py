@@ -29,10 +29,10 @@ from sidelight.training.settings import FEW_TEXTS, FitOptions, require_labels_of
 from sidelight.types import Task
 
 FOLDS = 5
-# Turns of a conversation that is packed from texts, and its most tokens in cut texts.
+# Numbers of turns of a packed conversation, and its longest length in multiples of max_tokens.
 _PACKED_TURNS = (3, 5)
 _PACKED_LENGTH = 4
-# Validation texts of a class.
+# With fewer validation texts of a class, training warns.
 _ROUGH_BELOW = 10
 
 
@@ -92,7 +92,7 @@ class Split:
         path = self.states.directory / "pooled.safetensors"
         if not path.exists():
             sizes = self.states.fingerprint
-            shape = (len(self.states.prompts), sizes.layers, sizes.width)
+            shape = (len(self.states.lengths), sizes.layers, sizes.width)
             means, lasts = torch.empty(shape), torch.empty(shape, dtype=torch.bfloat16)
             with progress("Pooling", shape[0], unit="texts") as shown:
                 for shard in map(self.states.read, range(len(self.states))):

@@ -145,8 +145,10 @@ class Results(KVConnectorWorkerMetadata):
         )
 
 
-def _owners(panel: Panel, vllm_config: Any) -> Callable[[object, Sequence[int] | None], bytes]:
-    """Reads from token ids what they belong to, whatever the request says of them."""
+def _parts_reader(
+    panel: Panel, vllm_config: Any
+) -> Callable[[object, Sequence[int] | None], bytes]:
+    """A function that reads from token ids what they belong to, whatever the request says."""
     model = vllm_config.model_config
     encoder = PromptEncoder(
         AutoTokenizer.from_pretrained(model.tokenizer),
@@ -154,14 +156,14 @@ def _owners(panel: Panel, vllm_config: Any) -> Callable[[object, Sequence[int] |
         max_tokens=model.max_model_len,
     )
 
-    def parts_of(_params: object, token_ids: Sequence[int] | None) -> bytes:
+    def read_parts(_params: object, token_ids: Sequence[int] | None) -> bytes:
         if token_ids is None:
             raise SidelightError(
                 "Only text is judged; the request has images, audio or embeddings."
             )
         return bytes(encoder.parts_of(token_ids))
 
-    return parts_of
+    return read_parts
 
 
 class ProbeConnector(BaseConnector):
@@ -169,7 +171,7 @@ class ProbeConnector(BaseConnector):
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any):
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
-        self._cache = kv_cache_config
+        self._kv_cache_config = kv_cache_config
         self._is_staged = vllm_config.parallel_config.pipeline_parallel_size > 1
         self._results: Results | None = None
         if role == KVConnectorRole.SCHEDULER:
@@ -179,7 +181,7 @@ class ProbeConnector(BaseConnector):
             self._judge = RequestJudge(panel)
             self.tracking = Tracking(
                 reads_responses=panel.late is not None,
-                parts_of=parts_of if served.is_described else _owners(panel, vllm_config),
+                parts_of=parts_of if served.is_described else _parts_reader(panel, vllm_config),
             )
 
     # Beside the scheduler.
@@ -224,10 +226,12 @@ class ProbeConnector(BaseConnector):
     # In a worker.
 
     def register_kv_caches(self, kv_caches: Any) -> None:
-        block_size = self._cache.kv_cache_groups[0].kv_cache_spec.block_size
+        block_size = self._kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
         own = worker.INSTALLED.get()
         total = sum(cache.numel() * cache.element_size() for cache in kv_caches.values())
-        own.allocate(blocks=self._cache.num_blocks, block_size=block_size, cache_bytes=total)
+        own.allocate(
+            blocks=self._kv_cache_config.num_blocks, block_size=block_size, cache_bytes=total
+        )
         _log.info(
             "Columns of the probes take %.1f MiB, %.2f %% of the KV cache (%.1f MiB).",
             own.size_bytes / 2**20, 100 * own.size_bytes / total, total / 2**20,

@@ -110,7 +110,7 @@ def _save_arrays(path: Path, **arrays: Any) -> None:
 
 
 def digest(described: Mapping[str, Any]) -> str:
-    """A hash of JSON-ready values that does not depend on their order."""
+    """A hash of JSON-ready values that does not depend on the order of keys."""
     text = json.dumps(described, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -335,7 +335,7 @@ def score_split(probes: Sequence[Probe], split: Split, *, device: torch.device) 
 
     The split must be a whole data set, as ``make_split`` gives it.
     """
-    assert len(split) == len(split.states.prompts)
+    assert len(split) == len(split.states.lengths)
     scores = [np.empty((len(split), probe.task.outputs)) for probe in probes]
     mechanisms = [probe.mechanism.to(device).eval() for probe in probes]
     projections = [probe.projection().to(device) for probe in probes]
