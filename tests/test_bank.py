@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sidelight.bank import Bank, BankState, Panel
 from sidelight.errors import SidelightError, VerdictError
 from sidelight.mechanisms.base import mechanism_names
+from sidelight.probe import highest
 from sidelight.prompts import Message, Reads, judged_units, piece_lengths
 from sidelight.standardisation import Standardisation
 from sidelight.states.extraction import score
@@ -341,19 +342,21 @@ def test_the_highest_turn_decides_and_the_first_counts_as_alone(tiny, mechanism,
 
 def test_a_turn_that_is_not_finite_leaves_no_verdict(tiny):
     probe = untrained_probe(tiny, "p", reads=Reads(scope="each_turn"))
-    units = [(0, 1), (1, 2), (0, 2)]
-    for logits, turn in (([5.0, 7.0, 1.0], 1), ([5.0, 7.0, 9.0], None)):
-        assert probe.highest(np.array(logits)[:, None], units).turn == turn
-    with pytest.raises(VerdictError):
-        probe.verdict(probe.highest(np.array([[5.0], [np.nan], [1.0]]), units).logits)
+    logits, units = np.array([[5.0], [7.0]]), [(0, 1), (1, 2)]
+    for whole, turn in ((1.0, 1), (9.0, None)):
+        assert highest(probe, logits, units, np.array([whole])).turn == turn
+    for broken in (np.nan, -np.inf):
+        counted = highest(probe, np.array([[5.0], [broken]]), units, np.array([9.0]))
+        with pytest.raises(VerdictError):
+            probe.verdict(counted.logits)
 
 
 def test_a_short_turn_is_judged_with_its_neighbours(tiny):
     for contents, units in (
-        (["a long enough text", "OK.", "another long text"], [(0, 1), (1, 3), (2, 3), (0, 3)]),
-        (["a long enough text", "OK."], [(0, 1), (0, 2)]),
-        (["a", "b", "c"], [(0, 3)]),
-        (["by itself"], [(0, 1)]),
+        (["a long enough text", "OK.", "another long text"], [(0, 1), (1, 3), (2, 3)]),
+        (["a long enough text", "OK."], [(0, 1)]),
+        (["a", "b", "c"], []),
+        (["by itself"], []),
     ):
         parts = bytes(tiny.encoder.encode(conversation(contents)).parts)
         assert judged_units(parts, piece_lengths(parts)) == units

@@ -103,3 +103,14 @@ def test_an_engine_names_the_turn_that_decided_and_vllm_passes_it_on(tiny):
     assert verdict.turn in (None, 0, 1, 2)
     again, _ = judgement_of({"sidelight": report_of(judgement, 0.0)})
     assert again == judgement
+
+
+def test_turns_too_short_for_themselves_are_judged_as_the_whole(tiny):
+    probe = untrained_probe(tiny, "p", reads=EACH_TURN)
+    whole = untrained_probe(tiny, "p")
+    messages = [Message("user", "a"), Message("assistant", "b"), Message("user", "c")]
+    prompts = [tiny.encoder.encode(messages), tiny.encoder.encode(messages[:1])]
+    for mine, theirs in zip(
+        score(tiny, Bank([probe]), prompts), score(tiny, Bank([whole]), prompts), strict=True
+    ):
+        np.testing.assert_array_equal(mine, theirs)

@@ -9,7 +9,7 @@ packs and merges.
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, chain
 
 import numpy as np
 import torch
@@ -17,7 +17,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sidelight.errors import SidelightError, VerdictError
-from sidelight.probe import Probe, UnitLogits, require_distinct_names
+from sidelight.probe import (
+    Probe,
+    UnitLogits,
+    highest,
+    judges_turns,
+    require_distinct_names,
+)
 from sidelight.prompts import Reads, judged_units, piece_lengths
 from sidelight.ragged import Ragged
 from sidelight.standardisation import Projection
@@ -228,27 +234,26 @@ class Bank:
             columns: Those of all tokens, one prompt after the other.
             parts: For each prompt, the ``Part`` of every token.
         """
+        wholes = self.logits(self.summarise_texts(columns, parts))
         lengths = [piece_lengths(prompt) for prompt in parts]
-        pieces = self._summarise(
-            columns, parts, [tokens for prompt in lengths for tokens in prompt]
-        )
-        units = [
-            judged_units(prompt, tokens) for prompt, tokens in zip(parts, lengths, strict=True)
-        ]
-        firsts = [0, *accumulate(map(len, lengths))]
+        units = list(map(judged_units, parts, lengths))
+        if not any(map(judges_turns, self.probes)) or not any(units):
+            return [[UnitLogits(logits) for logits in of_probe] for of_probe in wholes]
+        pieces = self._summarise(columns, parts, [*chain(*lengths)])
+        firsts = accumulate(map(len, lengths[:-1]), initial=0)
         ranges = [
             (first + start, first + stop)
-            for first, of_prompt in zip(firsts, units, strict=False)
+            for first, of_prompt in zip(firsts, units, strict=True)
             for start, stop in of_prompt
         ]
-        logits = self.logits(self._merged(pieces, ranges))
+        of_units = self.logits(self._merged(pieces, ranges))
         ends = list(accumulate(map(len, units)))
         return [
             [
-                probe.highest(of_probe[end - len(of_prompt) : end], of_prompt)
-                for end, of_prompt in zip(ends, units, strict=True)
+                highest(probe, logits[end - len(of_prompt) : end], of_prompt, whole)
+                for end, of_prompt, whole in zip(ends, units, of_probe, strict=True)
             ]
-            for probe, of_probe in zip(self.probes, logits, strict=True)
+            for probe, logits, of_probe in zip(self.probes, of_units, wholes, strict=True)
         ]
 
     def summarise_texts(
@@ -271,9 +276,7 @@ class Bank:
         return self.summarise_rows(columns, masks, torch.tensor(lengths, device=columns.device))
 
     def _merged(self, pieces: BankState, ranges: Sequence[tuple[int, int]]) -> BankState:
-        """The state of each range of neighbouring pieces; together the ranges cover all pieces."""
-        if all(stop == start + 1 for start, stop in ranges):
-            return pieces
+        """The state of each range of neighbouring pieces."""
         states = pieces.split()
         merged = [states[start] for start, _ in ranges]
         for step in range(1, max(stop - start for start, stop in ranges)):

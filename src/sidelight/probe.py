@@ -84,26 +84,6 @@ class Probe:
         by_label = dict(zip(self.task.labels, probabilities, strict=True))
         return self.task.decide(self.name, by_label, self.label_thresholds)
 
-    def highest(
-        self, logits: Float[np.ndarray, "unit output"], units: Sequence[tuple[int, int]]
-    ) -> UnitLogits:
-        """What counts of a prompt: the highest logit of its units, for each label.
-
-        A multi-class probe, and one whose scope is the conversation, takes the last unit, which is
-        the whole. One logit that is not finite makes all so: no turn goes unjudged.
-
-        Args:
-            logits: Of each unit.
-            units: The turns that each is made of, from the first to the one after its last.
-        """
-        is_whole = self.reads.scope == "conversation" or self.task.kind == "multiclass"
-        if is_whole or len(units) == 1:
-            return UnitLogits(logits[-1])
-        if not np.isfinite(logits).all():
-            return UnitLogits(np.full_like(logits[-1], np.nan))
-        unit = int(logits.max(1).argmax())
-        return UnitLogits(logits.max(0), units[unit][0] if unit < len(units) - 1 else None)
-
     @property
     def label_thresholds(self) -> dict[str, float]:
         """``thresholds`` by label; empty for a multi-class task."""
@@ -121,6 +101,36 @@ class Probe:
                 f"Probe '{self.name}' gave a logit that is not finite. Either the text has no "
                 "token that the probe reads, or the backbone's arithmetic overflowed."
             )
+
+
+def judges_turns(probe: Probe) -> bool:
+    """Whether each turn of a prompt is judged; several classes say nothing of a part."""
+    return probe.reads.scope == "each_turn" and probe.task.kind != "multiclass"
+
+
+def highest(
+    probe: Probe,
+    logits: Float[np.ndarray, "unit output"],
+    units: Sequence[tuple[int, int]],
+    whole: Float[np.ndarray, " output"],
+) -> UnitLogits:
+    """The highest logit of each label, of the units of a prompt and of the whole.
+
+    One that is not finite makes all so: no turn goes unjudged.
+
+    Args:
+        probe: If it does not judge turns, the whole counts.
+        logits: Of each unit.
+        units: The turns that each is made of, from the first to the one after its last.
+        whole: Of the whole prompt.
+    """
+    if not judges_turns(probe):
+        return UnitLogits(whole)
+    every = np.vstack([logits, whole])
+    if not np.isfinite(every).all():
+        return UnitLogits(np.full_like(whole, np.nan))
+    unit = int(every.max(1).argmax())
+    return UnitLogits(every.max(0), units[unit][0] if unit < len(units) else None)
 
 
 def common_format(probes: Iterable[Probe]) -> PromptFormat | None:

@@ -177,17 +177,16 @@ _LEAST_TOKENS = 8
 
 
 def judged_units(parts: bytes, pieces: Sequence[int]) -> list[tuple[int, int]]:
-    """Which neighbouring pieces of a prompt are judged together; the whole prompt comes last.
+    """Which neighbouring pieces of a prompt are judged together, beside the whole.
 
-    Each turn is judged by itself, a short one with the turns after it, or else before it.
+    Each turn is judged by itself, a short one with the turns after it, or else before it. None if
+    that would be the whole.
 
     Args:
         parts: The ``Part`` of each token.
         pieces: As ``piece_lengths`` gives them.
     """
     count = len(pieces)
-    if count == 1:
-        return [(0, 1)]
     edges = np.cumsum(pieces)[:-1]
     is_text = np.frombuffer(parts, np.uint8) == Part.PROMPT
     texts = [int(piece.sum()) for piece in np.split(is_text, edges)]
@@ -197,7 +196,7 @@ def judged_units(parts: bytes, pieces: Sequence[int]) -> list[tuple[int, int]]:
         while sum(texts[start:stop]) < _LEAST_TOKENS and (start, stop) != (0, count):
             start, stop = (start, stop + 1) if stop < count else (start - 1, stop)
         units.append((start, stop))
-    return [*(unit for unit in units if unit != (0, count)), (0, count)]
+    return [unit for unit in units if unit != (0, count)]
 
 
 def shared_length(texts: Sequence[Sequence[int]]) -> int:
