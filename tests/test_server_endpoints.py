@@ -139,7 +139,8 @@ def decisions_on(report, event):
 
 def test_a_probe_of_the_response_is_not_required_where_there_is_none(report):
     decisions = decisions_on(report, PromptJudged(Judgement((SAID,)), tokens=3))
-    assert report.required(decisions, has_response=False) == [SAID]
+    report.require_all(decisions, has_response=False)
+    assert [decision.verdict for decision in report.shown(decisions)] == [SAID]
 
 
 @pytest.mark.parametrize(
@@ -154,7 +155,7 @@ def test_a_probe_of_the_response_is_not_required_where_there_is_none(report):
 )
 def test_a_probe_without_a_verdict_is_an_error(report, event, has_response, name):
     with pytest.raises(VerdictError, match=name):
-        report.required(decisions_on(report, event), has_response=has_response)
+        report.require_all(decisions_on(report, event), has_response=has_response)
 
 
 def test_each_failure_has_its_own_reason(report):
