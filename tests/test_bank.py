@@ -356,6 +356,7 @@ def test_a_short_turn_is_judged_with_its_neighbours(tiny):
         (["a long enough text", "OK.", "another long text"], [(0, 1), (1, 3), (2, 3)]),
         (["a long enough text", "OK."], [(0, 1)]),
         (["a", "b", "c"], []),
+        (["short", "x" * 100, "another long text"], [(0, 2), (0, 1), (1, 2), (2, 3)]),
         (["by itself"], []),
     ):
         parts = bytes(tiny.encoder.encode(conversation(contents)).parts)

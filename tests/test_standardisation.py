@@ -64,6 +64,14 @@ def test_normalised_states_fold_away_and_ignore_the_norm():
     torch.testing.assert_close(by_layer, expected, rtol=1e-4, atol=1e-3)
 
 
+def test_a_norm_that_overflows_gives_no_number():
+    states = torch.tensor([[[1e20, 1.0], [3.0, 4.0], [0.0, 0.0]]])
+    folded = Standardisation(torch.zeros(1, 2), torch.ones(1, 2), is_normalised=True).fold(
+        torch.ones(1, 2, 1)
+    )
+    assert folded.layers(states)[0, :, 0].isfinite().tolist() == [False, True, True]
+
+
 def test_joined_projections_keep_what_each_does():
     generator = torch.Generator().manual_seed(0)
     states = 40 * torch.randn(3, 20, 32, generator=generator)

@@ -5,6 +5,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from enum import IntEnum
 from functools import cached_property, lru_cache
 from itertools import takewhile
@@ -172,15 +173,16 @@ def piece_lengths(parts: bytes) -> list[int]:
     return np.diff([0, *begins[1:], len(parts)]).tolist()
 
 
-# A turn of fewer tokens says too little by itself.
+# A turn of fewer tokens says too little by itself; unless its neighbours are so many times longer.
 _LEAST_TOKENS = 8
+_DILUTED = 8
 
 
 def judged_units(parts: bytes, pieces: Sequence[int]) -> list[tuple[int, int]]:
     """Which neighbouring pieces of a prompt are judged together, beside the whole.
 
-    Each turn is judged by itself, a short one with the turns after it, or else before it. None if
-    that would be the whole.
+    Each turn is judged by itself, a short one with the turns after it, or else before it; also by
+    itself if those are long. None if that would be the whole.
 
     Args:
         parts: The ``Part`` of each token.
@@ -196,6 +198,9 @@ def judged_units(parts: bytes, pieces: Sequence[int]) -> list[tuple[int, int]]:
         while sum(texts[start:stop]) < _LEAST_TOKENS and (start, stop) != (0, count):
             start, stop = (start, stop + 1) if stop < count else (start - 1, stop)
         units.append((start, stop))
+        # A client may write a long neighbour, too.
+        if stop - start > 1 and sum(texts[start:stop]) > _DILUTED * _LEAST_TOKENS:
+            units.append((first, first + 1))
     return [unit for unit in units if unit != (0, count)]
 
 
@@ -224,11 +229,11 @@ class _Frame:
 
     Attributes:
         literals: What stands before, between and after their texts.
-        markers: As ``ChatFormat.markers`` counts them.
+        markers: As ``ChatFormat.markers`` gives them.
     """
 
     literals: tuple[str, ...]
-    markers: int
+    markers: tuple[str, ...]
 
 
 class PromptEncoder:
@@ -357,7 +362,8 @@ class PromptEncoder:
         roles = tuple(turn.role for turn in turns)
         is_short = len(roles) <= _CACHED_TURNS
         find_frame = self._cached_frame if is_short else self._render_frame
-        return find_frame(roles, for_generation=for_generation)
+        # A template may write today's date.
+        return find_frame(roles, for_generation=for_generation, _day=date.today())
 
     def _content_spans(
         self, rendered: str, turns: Sequence[Message], literals: Sequence[str]
@@ -379,7 +385,7 @@ class PromptEncoder:
             cursor = ends[0] + len(literal)
         return spans
 
-    def _render_frame(self, roles: tuple[str, ...], *, for_generation: bool) -> _Frame:
+    def _render_frame(self, roles: tuple[str, ...], *, for_generation: bool, _day: date) -> _Frame:
         marks = [f"sidelight-turn-{i}-text" for i in range(len(roles))]
         marked = [Message(role, mark) for role, mark in zip(roles, marks, strict=True)]
         rendered = self._render(marked, for_generation=for_generation)

@@ -16,7 +16,9 @@ _EPSILON = 1e-6
 def inverse_rms(hidden: Float[Tensor, "*token width"]) -> Float[Tensor, "*token 1"]:
     """What a hidden state is multiplied by to have a root mean square of 1; float32."""
     norm = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True, dtype=torch.float32)
-    return (norm.square() / hidden.shape[-1] + _EPSILON).rsqrt()
+    inverse = (norm.square() / hidden.shape[-1] + _EPSILON).rsqrt()
+    # 0 where the square overflowed: no number is better than a wrong one.
+    return torch.where(inverse > 0, inverse, torch.nan)
 
 
 @dataclass(frozen=True)

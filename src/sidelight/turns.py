@@ -44,6 +44,7 @@ _NEVER = "$."
 # (Unicode's private planes).
 _START = "\U000f0000"
 _SYMBOL = "[\U000f0000-\U0010fffd]"
+_CONTROL = re.compile(_SYMBOL)
 _NOT_A_TOKEN = "\ufffd"
 
 # What stands in for everything that a client can write in a turn, while a template is learned. Only
@@ -97,9 +98,10 @@ class ChatFormat:
         # What the tokenizer writes before any text does not make it a conversation.
         self._no_evidence = {"", self._text(self._names(tokenizer("")["input_ids"]))[1:]}
 
-    def markers(self, token_ids: Sequence[int]) -> int:
-        """How many markers of turns there are, with that of a generation prompt."""
-        return len(self._header.findall(self._text(self._names(token_ids))))
+    def markers(self, token_ids: Sequence[int]) -> tuple[str, ...]:
+        """The role of each marker of a turn, with that of a generation prompt."""
+        text = self._text(self._names(token_ids))
+        return tuple(self._role(header) for header in self._header.finditer(text))
 
     def turns(self, token_ids: Sequence[int]) -> tuple[Turn, ...]:
         """The turns, in order; none if the ids are not a conversation but plain text.
@@ -114,24 +116,39 @@ class ChatFormat:
         headers = list(self._header.finditer(text))
         if all(header[0].lstrip(_START) in self._no_evidence for header in headers):
             return ()
-        ends = [*(header.start() for header in headers[1:]), len(text)]
-        spans = [
-            (self._roles[(header.lastindex or 1) - 1], header.end(), end)
-            for header, end in zip(headers, ends, strict=True)
-        ]
         first = headers[0].start()
-        if not self._preamble.fullmatch(text, 0, first):
-            spans.insert(0, (OUTSIDE, len(_START), first))
+        is_known = self._preamble.fullmatch(text, 0, first)
+        spans = [] if is_known else [(OUTSIDE, len(_START), first)]
+        ends = [*(header.start() for header in headers[1:]), len(text)]
+        for header, end in zip(headers, ends, strict=True):
+            role, begin = self._role(header), header.end()
+            if role == "assistant" and begin == end:
+                # A marker that nothing follows is a generation prompt.
+                continue
+            stop = self._content_end(text, role, begin, end)
+            # A system's text holds no control token. One means that the marker of another turn
+            # was not found, or that the template goes on; probes must read what follows.
+            foreign = _CONTROL.search(text, begin, stop) if role == "system" else None
+            if foreign:
+                spans.append((role, begin, foreign.start()))
+                spans.append((OUTSIDE, foreign.start(), end))
+            else:
+                spans.append((role, begin, stop))
         starts = [*accumulate(map(len, names), initial=len(_START))]
         turns: list[Turn] = []
         for role, begin, end in spans:
-            ending = self._footers.get((role, end == len(text)))
-            footer = ending.search(text, begin, end) if ending else None
-            stop = bisect_left(starts, footer.start() if footer else end)
-            # A marker that nothing follows is a generation prompt.
-            if role != "assistant" or begin < end:
-                turns.append(Turn(role, min(bisect_right(starts, begin) - 1, stop), stop))
+            stop = bisect_left(starts, end)
+            turns.append(Turn(role, min(bisect_right(starts, begin) - 1, stop), stop))
         return tuple(turns)
+
+    def _role(self, header: re.Match[str]) -> str:
+        return self._roles[(header.lastindex or 1) - 1]
+
+    def _content_end(self, text: str, role: str, begin: int, end: int) -> int:
+        """Where what the template writes after a content begins."""
+        ending = self._footers.get((role, end == len(text)))
+        footer = ending.search(text, begin, end) if ending else None
+        return footer.start() if footer else end
 
     @staticmethod
     def _text(names: Sequence[str]) -> str:
@@ -287,7 +304,14 @@ def _headers(before: Mapping[str, set[str]]) -> list[tuple[str, str]]:
                 marker = literal[max(begins) :]
             else:
                 marker = _shortest(literal, others, openers)
-            if marker:
+            # A system's marker that only goes on in words where another role's ends can be imitated
+            # by that role's content: then the system's text counts as part of that content.
+            imitates = role == "system" and any(
+                marker.startswith(text) and not _CONTROL.search(marker, len(text))
+                for text, known_role in found.items()
+                if known_role != role
+            )
+            if marker and not imitates:
                 found.setdefault(marker, role)
                 openers.add(marker[0])
     return sorted(
@@ -311,6 +335,7 @@ def _shortest(literal: str, others: set[str], openers: set[str]) -> str:
 
 
 _MONTH = "|".join([*calendar.month_name[1:], *calendar.month_abbr[1:]])
+_DAY = "|".join([*calendar.day_name, *calendar.day_abbr])
 
 
 def _ending_pattern(literals: Iterable[str]) -> re.Pattern[str]:
@@ -322,4 +347,5 @@ def _ending_pattern(literals: Iterable[str]) -> re.Pattern[str]:
 def _as_pattern(literal: str) -> str:
     """A regular expression for a literal, whatever its date."""
     pattern = re.sub(_MONTH, lambda _: f"(?:{_MONTH})", re.escape(literal))
+    pattern = re.sub(_DAY, lambda _: f"(?:{_DAY})", pattern)
     return re.sub(r"\d+", r"\\d+", pattern)

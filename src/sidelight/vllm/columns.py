@@ -23,7 +23,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sidelight.errors import SidelightError
 from sidelight.prompts import Part
 from sidelight.standardisation import Projection, project
 from sidelight.types import Judgement
@@ -189,7 +188,8 @@ class Tracking:
         """Notes a new request. One whose tokens are not known gets an error."""
         try:
             self._requests[request_id] = _Tracked(parts=self._parts_of(params, token_ids))
-        except SidelightError as error:
+        # Ids that the tokenizer does not take must not end the scheduler.
+        except (SidelightError, OverflowError, TypeError, ValueError) as error:
             self._requests[request_id] = _Tracked(error=str(error))
 
     def __contains__(self, request_id: str) -> bool:
