@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sidelight.errors import SidelightError
 from sidelight.prompts import Part
 from sidelight.standardisation import Projection, project
 from sidelight.types import Judgement
