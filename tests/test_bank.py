@@ -12,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sidelight.bank import Bank, BankState, Panel
 from sidelight.errors import SidelightError, VerdictError
 from sidelight.mechanisms.base import mechanism_names
-from sidelight.probe import highest
 from sidelight.prompts import Message, Reads, judged_units, piece_lengths
 from sidelight.standardisation import Standardisation
 from sidelight.states.extraction import score
@@ -344,9 +343,9 @@ def test_a_turn_that_is_not_finite_leaves_no_verdict(tiny):
     probe = untrained_probe(tiny, "p", reads=Reads(scope="each_turn"))
     logits, units = np.array([[5.0], [7.0]]), [(0, 1), (1, 2)]
     for whole, turn in ((1.0, 1), (9.0, None)):
-        assert highest(probe, logits, units, np.array([whole])).turn == turn
+        assert probe.highest(logits, units, np.array([whole])).turn == turn
     for broken in (np.nan, -np.inf):
-        counted = highest(probe, np.array([[5.0], [broken]]), units, np.array([9.0]))
+        counted = probe.highest(np.array([[5.0], [broken]]), units, np.array([9.0]))
         with pytest.raises(VerdictError):
             probe.verdict(counted.logits)
 

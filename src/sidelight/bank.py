@@ -17,13 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sidelight.errors import SidelightError, VerdictError
-from sidelight.probe import (
-    Probe,
-    UnitLogits,
-    highest,
-    judges_turns,
-    require_distinct_names,
-)
+from sidelight.probe import Probe, UnitLogits, require_distinct_names
 from sidelight.prompts import Reads, judged_units, piece_lengths
 from sidelight.ragged import Ragged
 from sidelight.standardisation import Projection
@@ -222,8 +216,8 @@ class Bank:
         self, columns: Float[Tensor, "token layer column"], parts: Sequence[bytes]
     ) -> list[Judgement]:
         """As ``judge``, for whole prompts; arguments as for ``prompt_logits``."""
-        readings = zip(*self.prompt_logits(columns, parts), strict=True)
-        return [self._judgement(of_prompt) for of_prompt in readings]
+        by_prompt = zip(*self.prompt_logits(columns, parts), strict=True)
+        return [self._judgement(of_prompt) for of_prompt in by_prompt]
 
     def prompt_logits(
         self, columns: Float[Tensor, "token layer column"], parts: Sequence[bytes]
@@ -237,7 +231,7 @@ class Bank:
         wholes = self.logits(self.summarise_texts(columns, parts))
         lengths = [piece_lengths(prompt) for prompt in parts]
         units = list(map(judged_units, parts, lengths))
-        if not any(map(judges_turns, self.probes)) or not any(units):
+        if not any(probe.judges_turns for probe in self.probes) or not any(units):
             return [[UnitLogits(logits) for logits in of_probe] for of_probe in wholes]
         pieces = self._summarise(columns, parts, [*chain(*lengths)])
         firsts = accumulate(map(len, lengths[:-1]), initial=0)
@@ -250,7 +244,7 @@ class Bank:
         ends = list(accumulate(map(len, units)))
         return [
             [
-                highest(probe, logits[end - len(of_prompt) : end], of_prompt, whole)
+                probe.highest(logits[end - len(of_prompt) : end], of_prompt, whole)
                 for end, of_prompt, whole in zip(ends, units, of_probe, strict=True)
             ]
             for probe, logits, of_probe in zip(self.probes, of_units, wholes, strict=True)
@@ -287,12 +281,12 @@ class Bank:
                 merged[i] = state
         return BankState.pack(merged)
 
-    def _judgement(self, readings: Sequence[UnitLogits]) -> Judgement:
+    def _judgement(self, found: Sequence[UnitLogits]) -> Judgement:
         verdicts: list[Verdict] = []
         failed: list[str] = []
-        for probe, reading in zip(self.probes, readings, strict=True):
+        for probe, own in zip(self.probes, found, strict=True):
             try:
-                verdicts.append(replace(probe.verdict(reading.logits), turn=reading.turn))
+                verdicts.append(replace(probe.verdict(own.logits), turn=own.turn))
             except VerdictError:
                 failed.append(probe.name)
         return Judgement(tuple(verdicts), tuple(failed))

@@ -85,6 +85,35 @@ class Probe:
         return self.task.decide(self.name, by_label, self.label_thresholds)
 
     @property
+    def judges_turns(self) -> bool:
+        """Whether each turn of a prompt is judged; several classes say nothing of a part."""
+        return self.reads.scope == "each_turn" and self.task.kind != "multiclass"
+
+    def highest(
+        self,
+        logits: Float[np.ndarray, "unit output"],
+        units: Sequence[tuple[int, int]],
+        whole: Float[np.ndarray, " output"],
+    ) -> UnitLogits:
+        """The highest logit of each label, of the units of a prompt and of the whole.
+
+        If the probe does not judge turns, the whole counts. One logit that is not finite makes all
+        so: no turn goes unjudged.
+
+        Args:
+            logits: Of each unit.
+            units: The turns that each is made of, from the first to the one after its last.
+            whole: Of the whole prompt.
+        """
+        if not self.judges_turns:
+            return UnitLogits(whole)
+        every = np.vstack([logits, whole])
+        if not np.isfinite(every).all():
+            return UnitLogits(np.full_like(whole, np.nan))
+        unit = int(every.max(1).argmax())
+        return UnitLogits(every.max(0), units[unit][0] if unit < len(units) else None)
+
+    @property
     def label_thresholds(self) -> dict[str, float]:
         """``thresholds`` by label; empty for a multi-class task."""
         counted = self.task.labels[-len(self.thresholds) :] if self.thresholds else ()
@@ -101,36 +130,6 @@ class Probe:
                 f"Probe '{self.name}' gave a logit that is not finite. Either the text has no "
                 "token that the probe reads, or the backbone's arithmetic overflowed."
             )
-
-
-def judges_turns(probe: Probe) -> bool:
-    """Whether each turn of a prompt is judged; several classes say nothing of a part."""
-    return probe.reads.scope == "each_turn" and probe.task.kind != "multiclass"
-
-
-def highest(
-    probe: Probe,
-    logits: Float[np.ndarray, "unit output"],
-    units: Sequence[tuple[int, int]],
-    whole: Float[np.ndarray, " output"],
-) -> UnitLogits:
-    """The highest logit of each label, of the units of a prompt and of the whole.
-
-    One that is not finite makes all so: no turn goes unjudged.
-
-    Args:
-        probe: If it does not judge turns, the whole counts.
-        logits: Of each unit.
-        units: The turns that each is made of, from the first to the one after its last.
-        whole: Of the whole prompt.
-    """
-    if not judges_turns(probe):
-        return UnitLogits(whole)
-    every = np.vstack([logits, whole])
-    if not np.isfinite(every).all():
-        return UnitLogits(np.full_like(whole, np.nan))
-    unit = int(every.max(1).argmax())
-    return UnitLogits(every.max(0), units[unit][0] if unit < len(units) else None)
 
 
 def common_format(probes: Iterable[Probe]) -> PromptFormat | None:

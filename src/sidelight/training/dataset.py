@@ -335,10 +335,9 @@ def _conversations(
                 run.append(prompt)
                 texts.append(turns)
                 alone.difference_update(turns)
-    return [*run, *(prompts[text] for text in sorted(alone))], [
-        *texts,
-        *([text] for text in sorted(alone)),
-    ]
+    run += [prompts[text] for text in sorted(alone)]
+    texts += [[text] for text in sorted(alone)]
+    return run, texts
 
 
 def _packed(examples: LabelledExamples, prompts: Sequence[EncodedPrompt]) -> Iterator[list[int]]:
