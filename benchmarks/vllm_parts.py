@@ -48,6 +48,7 @@ def parts_of(served: Served) -> dict[str, float]:
             0,
             bytes([Part.PROMPT] * TOKENS),
             ends_prompt=True,
+            is_plain=False,
         )
         for i in range(REQUESTS)
     ]

@@ -280,7 +280,7 @@ def test_a_panel_judges_each_probe_when_its_tokens_have_been_read(tiny):
         tiny.run(prompts)
     columns = [row[: len(prompt)] for row, prompt in zip(tap.projected(), prompts, strict=True)]
     parts = [bytes(prompt.parts) for prompt in prompts]
-    early = panel.judge_prompts(torch.cat(columns), parts)
+    early = panel.judge_prompts(torch.cat(columns), parts, [False] * 4)
     cuts = [1, len(prompts[1]) // 2, 2, len(prompts[3]) - 1]
     states = [None] * len(prompts)
     # The first piece of two texts comes one pass before that of the others.
@@ -297,7 +297,7 @@ def test_a_panel_judges_each_probe_when_its_tokens_have_been_read(tiny):
         )
         for i, state in zip(chosen, new, strict=True):
             states[i] = state
-    late = panel.judge_responses(states)
+    late = panel.judge_responses(states, [False] * 4)
     for bank, judged in ((panel.early, early), (panel.late, late)):
         for row, judgement in enumerate(judged):
             wanted = score(tiny, bank, [prompts[row]])
@@ -310,9 +310,9 @@ def test_a_panel_judges_each_probe_when_its_tokens_have_been_read(tiny):
 def test_a_panel_without_probes_says_nothing():
     panel = Panel([])
     assert panel.projection is panel.prompt_tap() is panel.response_tap() is None
-    assert panel.judge_prompts(torch.zeros(1, 2, 0), [b"\1"]) == [Judgement()]
+    assert panel.judge_prompts(torch.zeros(1, 2, 0), [b"\1"], [False]) == [Judgement()]
     states = panel.read(torch.zeros(1, 2, 0), [b"\1"], [None])
-    assert panel.judge_responses(states) == [Judgement()]
+    assert panel.judge_responses(states, [False]) == [Judgement()]
 
 
 CONVERSATION = ["Where is my refund?", "OK.", "I asked nicely", "Sure.", "Now what"]

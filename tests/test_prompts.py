@@ -7,7 +7,14 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from sidelight.errors import ContextLengthError, SidelightError
-from sidelight.prompts import Message, Part, PromptEncoder, Reads
+from sidelight.prompts import (
+    Message,
+    Part,
+    PlainText,
+    PromptEncoder,
+    Reads,
+    piece_lengths,
+)
 from templates import (
     CHATML,
     DEFAULT_SYSTEM,
@@ -107,6 +114,30 @@ def test_raw_prompt_tokens_decode_to_the_text(text):
     encoded = RAW.encode([user(text)])
     assert words(encoded, Part.PROMPT) == text
     assert words(encoded, Part.TEMPLATE) == "<s>"
+
+
+WITH_BOS = {
+    name: encoder(TEMPLATES[name], adds_bos=True) for name in ("chatml", "llama-3", "gemma")
+}
+
+
+@law
+@given(name=st.sampled_from(sorted(WITH_BOS)), text=texts)
+def test_a_prompt_is_recognised_by_its_ids(name, text):
+    encoder = WITH_BOS[name]
+    for sent in ([user(text)], PlainText(text)):
+        encoded = encoder.encode(sent)
+        assert encoded.is_plain == (sent == PlainText(text))
+        assert encoder.recognise(encoded.token_ids) == encoded
+    assert encoder.encode(PlainText(text)) == RAW.encode([user(text)])
+
+
+def test_what_the_tokenizer_writes_around_a_text_cuts_no_plain_text():
+    bos, *ids = WITH_BOS["chatml"].encode(PlainText("one two")).token_ids
+    recognised = WITH_BOS["chatml"].recognise([bos, *ids, bos, *ids, bos])
+    assert recognised.is_plain
+    assert piece_lengths(bytes(recognised.parts)) == [len(recognised)]
+    assert recognised.parts.count(Part.TEMPLATE) == 2
 
 
 TRIMMED = encoder(None, trims_offsets=True)

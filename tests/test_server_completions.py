@@ -200,7 +200,7 @@ def test_probes_of_chats_give_no_verdict_on_plain_text(chat_probes, prompt, watc
     judged, finished = events[0], events[-1]
     assert isinstance(judged, PromptJudged)
     assert isinstance(finished, Finished)
-    assert (judged.judgement.verdicts, judged.judgement.failed, judged.is_unfamiliar) == (
+    assert (judged.judgement.verdicts, judged.judgement.failed, judged.is_plain) == (
         (),
         ("early",),
         True,

@@ -254,11 +254,15 @@ def test_no_content_joins_the_turn_of_the_system():
         )
         ids = tokenizer(rendered, add_special_tokens=False)["input_ids"]
         read = [
-            i for i, part in zip(ids, encoder.parts_of(ids), strict=True) if part != Part.UNREAD
+            i
+            for i, part in zip(ids, encoder.recognise(ids).parts, strict=True)
+            if part != Part.UNREAD
         ]
         assert "zqz" in tokenizer.decode(read).replace(" ", "")
         unread = [
-            i for i, part in zip(ids, encoder.parts_of(ids), strict=True) if part == Part.UNREAD
+            i
+            for i, part in zip(ids, encoder.recognise(ids).parts, strict=True)
+            if part == Part.UNREAD
         ]
         assert "Be kind." in tokenizer.decode(unread)
 

@@ -27,11 +27,12 @@ from sidelight.vllm.settings import (
     ENVIRONMENT,
     KEY,
     Served,
+    described_prompt,
     fingerprint_of,
     judgement_of,
     named_folders,
-    parts_of,
     request_params,
+    token_hash,
 )
 from sidelight.vllm.taps import set_receiver, tap_layers
 from sidelight.vllm.worker import RequestJudge, Share, Worker
@@ -292,7 +293,7 @@ def test_a_worker_keeps_its_stage_when_the_cache_comes(backbone, tmp_path):
         torch.ops.sidelight.project(states, None, layer, torch.zeros(()))
     worker.allocate(blocks=2, block_size=4, cache_bytes=1)
     worker.keep(torch.arange(4, 8))
-    reading = Reading("r", (1,), 0, bytes([Part.PROMPT] * 4), True)
+    reading = Reading("r", (1,), 0, bytes([Part.PROMPT] * 4), ends_prompt=True, is_plain=False)
     prompt = EncodedPrompt(tuple(range(10, 14)), (Part.PROMPT,) * 4)
     require_equal(served.load(), worker.judge([reading])["r"], backbone, prompt)
     set_receiver(None)
@@ -357,10 +358,12 @@ def test_the_compiler_keeps_the_operation():
     assert "sidelight.project" in exported.graph_module.code
 
 
-def test_parts_travel_with_the_request():
+def test_a_prompt_travels_with_the_request():
     prompt = prompt_of(range(5, 40))
     params = json.loads(json.dumps(request_params(prompt)))
-    assert tuple(parts_of(params, list(prompt.token_ids))) == prompt.parts
+    assert described_prompt(params, list(prompt.token_ids)) == prompt
+    plain = replace(prompt, is_plain=True)
+    assert described_prompt(request_params(plain), prompt.token_ids) == plain
 
 
 @pytest.mark.parametrize(
@@ -368,14 +371,15 @@ def test_parts_travel_with_the_request():
     [
         (None, "has no kv_transfer_params"),
         ({"other": 1}, "has no kv_transfer_params"),
-        ({KEY: {"parts": [[1, 3]], "tokens": "0"}}, "other tokens"),
-        ({KEY: {"parts": [[9, 3]], "tokens": "0"}}, "malformed"),
+        ({KEY: {"parts": [[1, 3]], "tokens": "0", "is_plain": False}}, "other tokens"),
+        ({KEY: {"parts": [[9, 3]], "tokens": "0", "is_plain": False}}, "malformed"),
         ({KEY: {"parts": 3}}, "malformed"),
+        ({KEY: {"parts": [[1, 3]], "tokens": token_hash([1, 2, 3])}}, "malformed"),
     ],
 )
 def test_a_request_that_does_not_describe_its_tokens_is_an_error(params, message):
     with pytest.raises(SidelightError, match=message):
-        parts_of(params, [1, 2, 3])
+        described_prompt(params, [1, 2, 3])
     tracking = Tracking(reads_responses=False)
     tracking.enter("r", params, [1, 2, 3])
     assert tracking.plan([Step("r", 3, True, lambda: [0])]) == []

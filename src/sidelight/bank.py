@@ -336,18 +336,22 @@ class Panel:
         return self.late.tap() if self.late else None
 
     def judge_prompts(
-        self, columns: Float[Tensor, "token layer column"], parts: Sequence[bytes]
+        self,
+        columns: Float[Tensor, "token layer column"],
+        parts: Sequence[bytes],
+        is_plain: Sequence[bool],
     ) -> list[Judgement]:
         """For each prompt, what the early probes say.
 
         Args:
             columns: The columns of all probes for all tokens, one prompt after the other.
             parts: For each prompt, the ``Part`` of every token.
+            is_plain: For each prompt, whether it is plain text, on which probes of chats fail.
         """
         if self.early is None:
             return [Judgement()] * len(parts)
         width = self.early.projection.weight.shape[2]
-        return self.early.judge_prompts(columns[..., :width], parts)
+        return self._allowed(self.early.judge_prompts(columns[..., :width], parts), is_plain)
 
     def read(
         self,
@@ -375,13 +379,31 @@ class Panel:
             for old, state in zip(before, new.split(), strict=True)
         ]
 
-    def judge_responses(self, states: Sequence[BankState | None]) -> list[Judgement]:
-        """For each text, what the late probes say about as much as they have read."""
+    def judge_responses(
+        self, states: Sequence[BankState | None], is_plain: Sequence[bool]
+    ) -> list[Judgement]:
+        """For each text, what the late probes say about as much as they have read.
+
+        Args:
+            states: As ``read`` gives them.
+            is_plain: As for ``judge_prompts``, of the prompts that the texts begin with.
+        """
         known = [state for state in states if state is not None]
         if self.late is None or not known:
             return [Judgement()] * len(states)
         assert len(known) == len(states)
-        return self.late.judge(BankState.pack(known))
+        return self._allowed(self.late.judge(BankState.pack(known)), is_plain)
+
+    def _allowed(
+        self, judgements: Sequence[Judgement], is_plain: Sequence[bool]
+    ) -> list[Judgement]:
+        """The judgements, in which probes of chats have failed on plain text."""
+        chats = {probe.name for probe in self.probes if probe.prompt_format == "chat"}
+        allowed = [*judgements]
+        for i in np.flatnonzero(is_plain).tolist():
+            failed = (v.probe for v in judgements[i].verdicts if v.probe in chats)
+            allowed[i] |= Judgement(failed=tuple(failed))
+        return allowed
 
 
 def _groups(probes: Sequence[Probe], widths: Sequence[int]) -> list[_ProbeGroup]:

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import date
 from enum import IntEnum
 from functools import cached_property, lru_cache
@@ -107,12 +107,14 @@ class EncodedPrompt:
     Attributes:
         token_ids: One id per token.
         parts: One ``Part`` per token.
+        is_plain: Whether it is plain text, without a chat template around it.
         dropped: Tokens of text that were removed to fit a training limit; 0 outside training.
     """
 
     token_ids: tuple[int, ...]
     parts: tuple[Part, ...]
-    dropped: int = 0
+    is_plain: bool = field(default=False, kw_only=True)
+    dropped: int = field(default=0, kw_only=True)
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -155,7 +157,8 @@ class EncodedPrompt:
         gone = {*(prompt[held:] if side == "prompt" else prompt[: len(prompt) - held])}
         gone |= {*response[room - held :]}
         kept = [i for i in range(len(self)) if i not in gone]
-        return EncodedPrompt(
+        return replace(
+            self,
             token_ids=tuple(self.token_ids[i] for i in kept),
             parts=tuple(self.parts[i] for i in kept),
             dropped=excess,
@@ -245,7 +248,8 @@ class PromptEncoder:
     Args:
         tokenizer: A fast tokenizer (its offsets tell what each token belongs to).
         prompt_format: ``chat`` renders the model's chat template; ``raw`` joins the turns by line
-            breaks and adds the tokenizer's own special tokens.
+            breaks and adds the tokenizer's own special tokens. A ``PlainText`` is always encoded as
+            with ``raw``.
         max_tokens: The longest input that the backbone accepts.
     """
 
@@ -262,21 +266,22 @@ class PromptEncoder:
         """How the model's chat template marks turns."""
         return ChatFormat(self._tokenizer)
 
-    def parts_of(self, token_ids: Sequence[int]) -> tuple[Part, ...]:
-        """What the tokens of a prompt belong to, whoever has encoded it.
+    def recognise(self, token_ids: Sequence[int]) -> EncodedPrompt:
+        """The prompt that has these ids, whoever has encoded it.
 
-        Ids that are not a conversation are all ``UNREAD``, unless the format is ``raw``.
+        Ids that are not a conversation are plain text, and all are if the format is ``raw``.
         """
-        if self.prompt_format == "raw":
-            # What the tokenizer itself writes around a text.
-            around = set(self._tokenizer("")["input_ids"])
-            return tuple(
-                Part.TEMPLATE if token_id in around else Part.PROMPT for token_id in token_ids
-            )
-        found = self.chat_format.turns(token_ids)
-        if not found:
-            return (Part.UNREAD,) * len(token_ids)
-        return token_parts(found, len(token_ids), has_response=False)
+        ids = tuple(token_ids)
+        found = () if self.prompt_format == "raw" else self.chat_format.turns(ids)
+        if found:
+            return EncodedPrompt(ids, token_parts(found, len(ids), has_response=False))
+        # What the tokenizer itself writes around a text. Within it, the same ids are a client's.
+        around = set(self._tokenizer("")["input_ids"])
+        text = [i for i, token_id in enumerate(ids) if token_id not in around] or [len(ids)]
+        parts = (
+            Part.PROMPT if text[0] <= i <= text[-1] else Part.TEMPLATE for i in range(len(ids))
+        )
+        return EncodedPrompt(ids, tuple(parts), is_plain=True)
 
     def encode(self, messages: Conversation, response: str | None = None) -> EncodedPrompt:
         """Token ids of the conversation, ready for generation or followed by ``response``.
@@ -317,7 +322,7 @@ class PromptEncoder:
             Part.TEMPLATE if end == 0 else Part.PROMPT if start < len(prompt) else Part.RESPONSE
             for start, end in map(_whole, tokens.offsets)
         ]
-        return EncodedPrompt(tuple(tokens.token_ids), tuple(parts))
+        return EncodedPrompt(tuple(tokens.token_ids), tuple(parts), is_plain=True)
 
     def _encode_chat(self, messages: Sequence[Message], response: str | None) -> EncodedPrompt:
         # Few chat templates know the role "developer", which speaks as the system.

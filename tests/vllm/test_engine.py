@@ -117,7 +117,7 @@ def test_probes_of_chats_give_no_verdict_on_plain_text(engine, loop, model):
     events = loop.run(written())
     assert all(getattr(event, "judgement", Judgement()).verdicts == () for event in events)
     assert sorted(events[0].judgement.failed) == sorted(names(model, "prompt"))
-    assert events[0].is_unfamiliar
+    assert events[0].is_plain
     assert asked == events[:1]
     assert sorted(events[-1].judgement.failed) == sorted(names(model, "response", "both"))
 

@@ -5,13 +5,13 @@ The server knows this interface and no engine; an engine knows messages, and not
 
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from sidelight.errors import SidelightError, VerdictError, did_you_mean
 from sidelight.fingerprint import Fingerprint
 from sidelight.probe import Probe, common_format
-from sidelight.prompts import Conversation, Message, PlainText
+from sidelight.prompts import Conversation, Message
 from sidelight.types import Judgement
 
 # Engines report "stop" or "length"; `policy/` reports "content_filter" where it cut the text.
@@ -24,15 +24,14 @@ class PromptJudged:
 
     Attributes:
         judgement: By every probe that reads the prompt alone.
-        is_unfamiliar: Whether the probes failed because the prompt is plain text and they were
-            trained on chats.
+        is_plain: Whether the prompt is plain text, so that probes of chats have failed.
         tokens: Length of the prompt.
         judging_s: Seconds that the probes added to the pass over the prompt. Every request in a
             pass waits for all of it, so it is not divided among them.
     """
 
     judgement: Judgement
-    is_unfamiliar: bool = field(default=False, kw_only=True)
+    is_plain: bool = field(default=False, kw_only=True)
     tokens: int = field(kw_only=True)
     judging_s: float = field(default=0.0, compare=False)
 
@@ -138,7 +137,6 @@ class Finished:
 
 
 Event = PromptJudged | TextDelta | ResponseScored | Finished
-E = TypeVar("E", bound=Event)
 
 
 class EngineBusyError(SidelightError):
@@ -334,20 +332,6 @@ def require_watched(watch: Collection[str], probes: Sequence[Probe]) -> frozense
                 f"{did_you_mean(name, known)}"
             )
     return frozenset(watch)
-
-
-def as_judged(event: E, text: Conversation, probes: Sequence[Probe]) -> E:
-    """The event with every probe failed if they were trained on chats and this is plain text."""
-    if not isinstance(text, PlainText) or common_format(probes) != "chat":
-        return event
-    if isinstance(event, TextDelta):
-        return event
-    judgement = event.judgement
-    failed = (*(verdict.probe for verdict in judgement.verdicts), *judgement.failed)
-    unjudged = replace(event, judgement=Judgement((), failed))
-    if isinstance(unjudged, PromptJudged):
-        return replace(unjudged, is_unfamiliar=True)
-    return unjudged
 
 
 def verdict_failure(probes: Iterable[str]) -> VerdictError:

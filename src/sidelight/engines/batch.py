@@ -202,10 +202,12 @@ class Batch:
             with stopwatch.running(after=logits.device):
                 columns = tap.projected()[cached.mask]
                 parts = [bytes(prompt.parts) for prompt in prompts]
-                judgements = panel.judge_prompts(columns, parts)
+                judgements = panel.judge_prompts(columns, parts, [p.is_plain for p in prompts])
                 states = panel.read(columns, parts, states)
                 answered = [i for i, request in enumerate(requests) if request.has_response]
-                late = panel.judge_responses([states[i] for i in answered])
+                late = panel.judge_responses(
+                    [states[i] for i in answered], [prompts[i].is_plain for i in answered]
+                )
                 for i, judgement in zip(answered, late, strict=True):
                     judgements[i] |= judgement
         emissions: list[Emission] = []
@@ -213,6 +215,7 @@ class Batch:
         for i, (request, judgement) in enumerate(zip(requests, judgements, strict=True)):
             event = PromptJudged(
                 judgement,
+                is_plain=request.prompt.is_plain,
                 tokens=len(request.prompt),
                 judging_s=stopwatch.seconds,
             )
@@ -262,7 +265,7 @@ class Batch:
                 states = panel.read(columns, parts, [g.state for g in generations])
                 for generation, state in zip(generations, states, strict=True):
                     generation.state = state
-                judgements = panel.judge_responses([g.state for g in watched])
+                judgements = _judge_responses(panel, watched)
         for generation in generations:
             # Every row has waited for the probes of all.
             generation.judging_s += stopwatch.seconds
@@ -279,6 +282,11 @@ class Batch:
             self._rows.pop(panel, None)
         else:
             self._rows[panel] = rows
+
+
+def _judge_responses(panel: Panel, generations: Sequence[Generation]) -> list[Judgement]:
+    is_plain = [generation.request.prompt.is_plain for generation in generations]
+    return panel.judge_responses([generation.state for generation in generations], is_plain)
 
 
 def _write(
@@ -313,7 +321,7 @@ def _write(
     settled = [generation for generation in rows.generations if generation.is_settled]
     stopwatch = Stopwatch()
     with stopwatch.running():
-        judgements = panel.judge_responses([generation.state for generation in settled])
+        judgements = _judge_responses(panel, settled)
     for generation in rows.generations:
         generation.judging_s += stopwatch.seconds
     for generation, judgement in zip(settled, judgements, strict=True):

@@ -27,7 +27,6 @@ from sidelight.engines.base import (
     Sampling,
     Tokens,
     admit_all,
-    as_judged,
     require_same_model,
     require_watched,
     verdict_failure,
@@ -138,7 +137,7 @@ class TransformersEngine(Engine):
                 room,
                 panel,
                 watch=watched,
-                admits=lambda judged: admits(as_judged(judged, messages, panel.probes)),
+                admits=admits,
             )
             self._require_ready()
             self._queue.join([request])
@@ -147,7 +146,7 @@ class TransformersEngine(Engine):
                 while not is_last:
                     emission = await request.outbox.get()
                     is_last = emission.is_last
-                    yield as_judged(_event(emission), messages, panel.probes)
+                    yield _event(emission)
             finally:
                 self._queue.leave([request])
 

@@ -24,10 +24,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sidelight.errors import SidelightError
-from sidelight.prompts import Part
+from sidelight.prompts import EncodedPrompt, Part
 from sidelight.standardisation import Projection, project
 from sidelight.types import Judgement
-from sidelight.vllm.settings import KEY, parts_of, report_of
+from sidelight.vllm.settings import KEY, described_prompt, report_of
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,7 @@ class Reading:
         start: The first token to read; 0 starts over.
         parts: The ``Part`` of each token from ``start`` on.
         ends_prompt: Whether the prompt is complete for the first time.
+        is_plain: Whether the prompt is plain text.
     """
 
     request_id: str
@@ -97,6 +98,7 @@ class Reading:
     start: int
     parts: bytes
     ends_prompt: bool
+    is_plain: bool
 
 
 def slots_of(
@@ -154,6 +156,7 @@ class Pages:
 @dataclass
 class _Tracked:
     parts: bytes = b""
+    is_plain: bool = False
     error: str = ""
     read: int = 0
     is_planned: bool = False
@@ -166,8 +169,7 @@ class Tracking:
     """Follows every request from its arrival to its end.
 
     Args:
-        parts_of: Gives the ``Part`` of each token of a prompt, from a request's
-            ``kv_transfer_params`` and token ids.
+        prompt_of: Gives the prompt, from a request's ``kv_transfer_params`` and token ids.
 
     Attributes:
         reads_responses: Whether some probe reads the response.
@@ -177,10 +179,12 @@ class Tracking:
         self,
         *,
         reads_responses: bool,
-        parts_of: Callable[[Mapping[str, Any] | None, Sequence[int] | None], bytes] = parts_of,
+        prompt_of: Callable[
+            [Mapping[str, Any] | None, Sequence[int] | None], EncodedPrompt
+        ] = described_prompt,
     ):
         self.reads_responses = reads_responses
-        self._parts_of = parts_of
+        self._prompt_of = prompt_of
         self._requests: dict[str, _Tracked] = {}
 
     def enter(
@@ -188,7 +192,8 @@ class Tracking:
     ) -> None:
         """Notes a new request. One whose tokens are not known gets an error."""
         try:
-            self._requests[request_id] = _Tracked(parts=self._parts_of(params, token_ids))
+            prompt = self._prompt_of(params, token_ids)
+            self._requests[request_id] = _Tracked(bytes(prompt.parts), prompt.is_plain)
         # Ids that the tokenizer does not take must not end the scheduler.
         except (SidelightError, OverflowError, TypeError, ValueError) as error:
             self._requests[request_id] = _Tracked(error=str(error))
@@ -242,4 +247,5 @@ class Tracking:
             start=start,
             parts=tracked.parts[start:] + bytes([Part.RESPONSE]) * written,
             ends_prompt=ends_prompt,
+            is_plain=tracked.is_plain,
         )

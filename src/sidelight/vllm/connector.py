@@ -33,12 +33,12 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from sidelight.bank import Panel
 from sidelight.errors import SidelightError
 from sidelight.probe import common_format
-from sidelight.prompts import PromptEncoder
+from sidelight.prompts import EncodedPrompt, PromptEncoder
 from sidelight.types import Judgement
 from sidelight.vllm import capture, worker
 from sidelight.vllm.columns import Reading, Step, Tracking
 from sidelight.vllm.patches import served_by
-from sidelight.vllm.settings import parts_of
+from sidelight.vllm.settings import described_prompt
 from sidelight.vllm.worker import RequestJudge, Share, end_with_parent
 
 _log = init_logger("vllm.sidelight")
@@ -145,9 +145,9 @@ class Results(KVConnectorWorkerMetadata):
         )
 
 
-def _parts_reader(
+def _prompt_reader(
     panel: Panel, vllm_config: Any
-) -> Callable[[object, Sequence[int] | None], bytes]:
+) -> Callable[[object, Sequence[int] | None], EncodedPrompt]:
     """A function that reads from token ids what they belong to, whatever the request says."""
     model = vllm_config.model_config
     encoder = PromptEncoder(
@@ -156,14 +156,14 @@ def _parts_reader(
         max_tokens=model.max_model_len,
     )
 
-    def read_parts(_params: object, token_ids: Sequence[int] | None) -> bytes:
+    def read_prompt(_params: object, token_ids: Sequence[int] | None) -> EncodedPrompt:
         if token_ids is None:
             raise SidelightError(
                 "Only text is judged; the request has images, audio or embeddings."
             )
-        return bytes(encoder.parts_of(token_ids))
+        return encoder.recognise(token_ids)
 
-    return read_parts
+    return read_prompt
 
 
 class ProbeConnector(BaseConnector):
@@ -181,7 +181,9 @@ class ProbeConnector(BaseConnector):
             self._judge = RequestJudge(panel)
             self.tracking = Tracking(
                 reads_responses=panel.late is not None,
-                parts_of=parts_of if served.is_described else _parts_reader(panel, vllm_config),
+                prompt_of=described_prompt
+                if served.is_described
+                else _prompt_reader(panel, vllm_config),
             )
 
     # Beside the scheduler.

@@ -23,7 +23,6 @@ from sidelight.engines.base import (
     Sampling,
     Tokens,
     admit_all,
-    as_judged,
     require_same_model,
     require_watched,
 )
@@ -162,7 +161,7 @@ class VllmEngine(Engine):
                 prompt,
                 probes,
                 watched,
-                lambda judged: admits(as_judged(judged, messages, probes)),
+                admits,
                 logprobs=sampling.logprobs,
                 codec=self._codec,
                 check=self.check,
@@ -172,7 +171,7 @@ class VllmEngine(Engine):
                     outputs = self._capacity.followed(place, self.outputs(prompt, params))
                     async with aclosing(text.events(outputs)) as written:
                         async for event in written:
-                            yield as_judged(event, messages, probes)
+                            yield event
 
         return events()
 
@@ -192,7 +191,7 @@ class VllmEngine(Engine):
         events: list[PromptJudged] = []
         for turns, prompt, judgement in zip(conversations, prompts, judged, strict=True):
             own = judgement if has_response(turns) else judgement.of(early)
-            events.append(PromptJudged(own, tokens=len(prompt)))
+            events.append(PromptJudged(own, is_plain=prompt.is_plain, tokens=len(prompt)))
         return events
 
     async def _check_all(

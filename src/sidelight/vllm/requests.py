@@ -4,7 +4,7 @@
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from sidelight.engines.base import (
@@ -197,7 +197,10 @@ class WrittenText:
             first = await anext(outputs)
             judgement, self._prompt_s = judgement_of(first.steps[0].params)
             judged = PromptJudged(
-                judgement.of(self._early), tokens=len(self._prompt), judging_s=self._prompt_s
+                judgement.of(self._early),
+                is_plain=self._prompt.is_plain,
+                tokens=len(self._prompt),
+                judging_s=self._prompt_s,
             )
             is_admitted = self._admits(judged)
             if is_admitted:
@@ -235,9 +238,10 @@ class WrittenText:
         has_stopped = isinstance(completion.stop_reason, str)
         if self._watch and (completion.finish_reason == "length" or has_stopped):
             # The prefix cache has all of it but the end.
-            whole = EncodedPrompt(
-                self._prompt.token_ids + tuple(self._written),
-                self._prompt.parts + (Part.RESPONSE,) * len(self._written),
+            whole = replace(
+                self._prompt,
+                token_ids=self._prompt.token_ids + tuple(self._written),
+                parts=self._prompt.parts + (Part.RESPONSE,) * len(self._written),
             )
             judgement = await self._check(whole)
             yield self._scored(len(self._written), judgement)

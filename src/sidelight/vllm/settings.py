@@ -119,11 +119,14 @@ def request_params(prompt: EncodedPrompt) -> dict[str, Any]:
     They go in a request's field, or in ``SamplingParams(extra_args=...)``.
     """
     runs = [[int(part), len(list(same))] for part, same in groupby(prompt.parts)]
-    return {KEY: {"parts": runs, "tokens": token_hash(prompt.token_ids)}}
+    tokens = token_hash(prompt.token_ids)
+    return {KEY: {"parts": runs, "tokens": tokens, "is_plain": prompt.is_plain}}
 
 
-def parts_of(params: Mapping[str, Any] | None, token_ids: Sequence[int] | None) -> bytes:
-    """One ``Part`` per token of a request's prompt.
+def described_prompt(
+    params: Mapping[str, Any] | None, token_ids: Sequence[int] | None
+) -> EncodedPrompt:
+    """The prompt of a request: the inverse of ``request_params``.
 
     Args:
         params: The request's ``kv_transfer_params``.
@@ -139,8 +142,9 @@ def parts_of(params: Mapping[str, Any] | None, token_ids: Sequence[int] | None) 
             f"Give it, or leave '{DESCRIBED}' out of additional_config['{KEY}']."
         )
     try:
-        parts = bytes(chain.from_iterable(repeat(Part(p), int(n)) for p, n in given["parts"]))
+        parts = tuple(chain.from_iterable(repeat(Part(p), int(n)) for p, n in given["parts"]))
         matches = given["tokens"] == token_hash(token_ids) and len(parts) == len(token_ids)
+        prompt = EncodedPrompt(tuple(token_ids), parts, is_plain=bool(given["is_plain"]))
     except (KeyError, TypeError, ValueError) as error:
         raise SidelightError(f"kv_transfer_params['{KEY}'] is malformed.") from error
     if not matches:
@@ -148,7 +152,7 @@ def parts_of(params: Mapping[str, Any] | None, token_ids: Sequence[int] | None) 
             f"kv_transfer_params['{KEY}'] describes other tokens than the engine reads. Encode the "
             "messages with the served model's tokenizer and chat template."
         )
-    return parts
+    return prompt
 
 
 def token_hash(token_ids: Sequence[int]) -> str:

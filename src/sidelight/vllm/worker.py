@@ -54,13 +54,18 @@ class RequestJudge:
         ids = [reading.request_id for reading in readings]
         if self.panel.late:
             self._states.update(zip(ids, states, strict=True))
-        judgements = dict(zip(ids, self.panel.judge_responses(states), strict=True))
+        late = self.panel.judge_responses(states, [reading.is_plain for reading in readings])
+        judgements = dict(zip(ids, late, strict=True))
         ending = [reading for reading in readings if reading.ends_prompt]
         if ending:
             pieces = columns.split([len(reading.parts) for reading in readings])
             chosen = [p for r, p in zip(readings, pieces, strict=True) if r.ends_prompt]
             columns = columns if len(ending) == len(readings) else torch.cat(chosen)
-            early = self.panel.judge_prompts(columns, [reading.parts for reading in ending])
+            early = self.panel.judge_prompts(
+                columns,
+                [reading.parts for reading in ending],
+                [reading.is_plain for reading in ending],
+            )
             for reading, judgement in zip(ending, early, strict=True):
                 judgements[reading.request_id] = judgement | judgements[reading.request_id]
         return judgements

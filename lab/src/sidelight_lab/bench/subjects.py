@@ -184,7 +184,8 @@ def served(name: str, backbone: TransformersBackbone, probes: Sequence[Probe] = 
         judgements = [Judgement()] * len(batch)
         if tap:
             parts = [bytes(prompt.parts) for prompt in batch]
-            judgements = panel.judge_prompts(tap.projected()[cached.mask], parts)
+            is_plain = [prompt.is_plain for prompt in batch]
+            judgements = panel.judge_prompts(tap.projected()[cached.mask], parts, is_plain)
         tokens = tuple(logits.argmax(1).tolist())
         return Answer(tokens, tuple(judgement.verdicts for judgement in judgements))
 
