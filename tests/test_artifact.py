@@ -80,6 +80,7 @@ def test_a_round_trip_keeps_everything_that_is_not_a_tensor(tiny, tmp_path):
         calibration=Calibration("isotonic", "binary", (1.0,), (0.0,), (knots,)),
         thresholds=(0.123456789012345,),
         task=replace(TOXICITY, labels=("gut", "böse")),
+        prompt_format="both",
     )
     probe = replace(probe, standardisation=replace(probe.standardisation, is_normalised=True))
     loaded = load_probe(save_probe(probe, tmp_path))
@@ -258,7 +259,7 @@ def test_a_garbled_field_is_refused_on_loading_or_does_no_harm(tiny, saved, data
     except FingerprintMismatchError:
         return
     assert probe.reads.parts
-    assert probe.prompt_format in ("chat", "raw")
+    assert probe.prompt_format in ("chat", "raw", "both")
     assert probe.task.kind in ("binary", "multiclass", "multilabel")
     assert probe.verdict(np.zeros(probe.task.outputs)).probe == probe.name
 

@@ -9,7 +9,7 @@ import pytest
 import sidelight
 from commands import saved
 from corpora import TASKS, planted
-from sidelight.backbone import TransformersBackbone
+from sidelight.backbone import TransformersBackbone, load_backbone
 from sidelight.data.loading import load_examples
 from sidelight.errors import ContextLengthError, SidelightError, VerdictError
 from sidelight.mechanisms.base import mechanism_spec
@@ -323,6 +323,17 @@ def test_malformed_data_is_one_clear_error(tiny, data, options):
     with pytest.raises(SidelightError) as caught:
         train(tiny, data, **options)
     assert str(caught.value)
+
+
+def test_the_format_is_that_of_the_backbone(tiny, tmp_path, offline):
+    with pytest.raises(SidelightError, match=r"load_backbone\(..., prompt_format='both'\)"):
+        train(tiny, GOOD, prompt_format="both")
+    path = saved(tiny, tmp_path / "model")
+    made = train(path, GOOD, mechanism="gate", prompt_format="both", positive="toxic")
+    assert made.probe.prompt_format == "both"
+    folder = made.save(tmp_path / "probe")
+    for backbone in (None, load_backbone(path, prompt_format="chat")):
+        assert load(folder, model=backbone).predict(["hello"]) == made.predict(["hello"])
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -293,3 +294,15 @@ def test_a_prompt_without_a_verdict_is_refused_with_what_was_decided(early):
         guarded(enforcement, failed)
     assert refused.value.fault == "failed"
     assert [decision.action for decision in refused.value.decisions] == ["fail_closed"]
+
+
+def test_plain_text_is_the_clients_fault_where_a_probe_of_chats_alone_must_judge(early):
+    both = BoundRule(replace(early, name="both", prompt_format="both"), Rule("block"))
+    failed = PromptJudged(Judgement((), ("early", "both")), is_plain=True, tokens=3)
+    for rules, fault, message in (
+        ([both, BoundRule(early, Rule("block"))], "request", "^No verdict from early: probes that"),
+        ([both], "failed", "^No verdict from both: the output"),
+    ):
+        with pytest.raises(PolicyError, match=message) as refused:
+            guarded(Enforcement(rules, Notes), failed)
+        assert refused.value.fault == fault

@@ -100,6 +100,10 @@ def test_what_a_rule_does_not_need_is_not_warned_of(probes):
     # Probes of raw texts read system turns, and conversations as one text.
     raw = [replace(early, prompt_format="raw", reads=Reads()), replace(late, prompt_format="raw")]
     assert weaknesses(replace(SOUND, system_turns="trust"), raw) == []
+    # Those of both read chats as those of chats do.
+    both = [replace(early, prompt_format="both", reads=Reads()), late]
+    told = weaknesses(replace(SOUND, system_turns="trust"), both)
+    assert ["system_turns" in told[0], "earlier turn" in told[1], len(told)] == [True, True, 2]
     # A double that tells no more than the one that blocks.
     quiet = {"toxicity": BLOCK, "double": Rule(disclose="labels")}
     assert weaknesses(replace(SOUND, input=quiet), [*probes, replace(early, name="double")]) == []

@@ -1,18 +1,19 @@
 """Text completions, and several texts of one request.
 
-Probes of raw texts judge them; probes of chats do not.
+Probes of raw texts and of both judge them; probes of chats alone do not.
 """
 
 import json
+from dataclasses import replace
 
 import pytest
 
-from engine_runs import run
+from engine_runs import ROUNDING, probabilities, run
 from live import MODEL, http_client, served
-from sidelight.engines.base import Finished, PromptJudged, Sampling
+from sidelight.engines.base import Finished, PromptJudged, Sampling, TextDelta
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.policy.rules import Policy, Rule
-from sidelight.prompts import PlainText, Reads
+from sidelight.prompts import Message, PlainText, Reads
 from tiny import three_probes, tiny_backbone, untrained_probe
 
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 8}
@@ -209,6 +210,70 @@ def test_probes_of_chats_give_no_verdict_on_plain_text(chat_probes, prompt, watc
     for event in (*events[1:-1], finished):
         assert getattr(event, "verdicts", ()) == ()
     assert finished.judgement.failed == ("late",)
+
+
+@pytest.fixture(scope="module")
+def mixed_probes(chat_probes):
+    backbone, probes = chat_probes
+    both = [
+        untrained_probe(backbone, "early-both", reads=Reads(scope="each_turn")),
+        untrained_probe(backbone, "late-both", reads=Reads("response")),
+        untrained_probe(backbone, "later-both", reads=Reads("both"), mechanism="gate"),
+    ]
+    return backbone, [*probes, *(replace(probe, prompt_format="both") for probe in both)]
+
+
+@pytest.mark.parametrize("prompt", ["Once upon a time", chat_of("hello")])
+def test_probes_of_both_judge_plain_text_as_probes_of_raw_texts_do(mixed_probes, prompt):
+    backbone, probes = mixed_probes
+    raw = tiny_backbone(prompt_format="raw")
+    as_raw = [
+        replace(probe, prompt_format="raw", fingerprint=raw.fingerprint)
+        for probe in probes
+        if probe.prompt_format == "both"
+    ]
+
+    async def judgements(engine):
+        watch = [probe.name for probe in engine.probes if probe.reads.includes_response]
+        sampling = Sampling(max_tokens=4, temperature=0.0)
+        events = engine.generate(PlainText(prompt), sampling, watch=watch)
+        return [event.judgement async for event in events if not isinstance(event, TextDelta)]
+
+    mixed = run(backbone, judgements, probes=probes)
+    wanted = run(raw, judgements, probes=as_raw)
+    assert len(mixed) == 6
+    assert [judgement.failed for judgement in mixed] == [("early",), *[("late",)] * 5]
+    assert [judgement.failed for judgement in wanted] == [()] * 6
+    for mine, theirs in zip(mixed, wanted, strict=True):
+        assert [v.probe for v in mine.verdicts] == [v.probe for v in theirs.verdicts]
+        assert probabilities(mine.verdicts) == pytest.approx(
+            probabilities(theirs.verdicts), abs=ROUNDING
+        )
+
+
+def test_probes_of_both_judge_chats_as_probes_of_chats_do(mixed_probes):
+    backbone, probes = mixed_probes
+    as_chat = [replace(probe, prompt_format="chat") for probe in probes]
+    chat = [Message("user", "hello"), Message("assistant", "go away")]
+    mixed, alone = (
+        run(backbone, lambda engine: engine.judge([chat]), probes=served)
+        for served in (probes, as_chat)
+    )
+    assert mixed == alone
+    assert len(mixed[0].judgement.verdicts) == 5
+
+
+def test_a_probe_of_both_lets_plain_text_through_unless_one_of_chats_blocks_too(mixed_probes):
+    backbone, probes = mixed_probes
+    blocking = {"early-both": NEVER}
+    for rules, status in ((blocking, 200), ({**blocking, "early": NEVER}, 400)):
+        engine = TransformersEngine(backbone, probes)
+        policy = Policy(input=rules, output={"late-both": NEVER})
+        with served(engine, policy=policy) as address, http_client(address) as http:
+            answer = http.post("/v1/completions", json=TEXT)
+        assert answer.status_code == status
+    message = answer.json()["error"]["message"]
+    assert message.startswith("No verdict from early: probes that were trained on chats")
 
 
 @pytest.mark.slow

@@ -185,6 +185,31 @@ def test_a_response_is_read_as_it_is_written(backbone, probes):
         require_equal(early, played.judgement("r"), backbone, prompt)
 
 
+@pytest.mark.parametrize("is_staged", [False, True])
+def test_on_plain_text_probes_of_chats_alone_fail(backbone, probes, is_staged):
+    both = [replace(probe, name=f"{probe.name}-both", prompt_format="both") for probe in probes]
+    played = Played([*probes, *both])
+    ids = range(10, 22)
+    hidden = states_of(backbone, ids)
+    plain = replace(prompt_of(ids[:9]), is_plain=True)
+    played.enter("r", plain)
+    if is_staged:
+        played.judge = lambda readings: {
+            r.request_id: played.request_judge.join([Share(r, 0, played.pages.read([r]))])
+            for r in readings
+        }
+    for start, stop in ((0, 9), *pairwise(range(9, 13))):
+        played.step([("r", hidden, [0, 1, 2], start, stop)])
+        judgement = played.judgement("r")
+        assert sorted(judgement.failed) == sorted(probe.name for probe in probes)
+        read = replace(plain, token_ids=tuple(ids[:stop]))
+        read = replace(read, parts=plain.parts + (Part.RESPONSE,) * (stop - 9))
+        late = [probe for probe in both if probe.reads.includes_response]
+        require_equal(late, judgement, backbone, read)
+        early = [probe for probe in both if not probe.reads.includes_response]
+        require_equal(early, judgement, backbone, plain)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("chunk", [3, 9, 12, 17])
 def test_a_response_is_read_again_after_preemption(backbone, probes, chunk):
@@ -432,3 +457,7 @@ def test_probes_of_chats_and_of_raw_texts_are_refused_whoever_serves_them(backbo
         with pytest.raises(SidelightError, match=told):
             serve()
     assert [common_format(probes) for probes in ([], [chat], [raw, raw])] == [None, "chat", "raw"]
+    both = replace(chat, name="both", prompt_format="both")
+    assert common_format([both]) == common_format([chat, both]) == "chat"
+    with pytest.raises(SidelightError, match="such as 'both', and of raw texts"):
+        common_format([raw, both])

@@ -66,6 +66,7 @@ def with_probes(backbone, path, folder) -> Model:
                 backbone, name, mechanism=name, task=_TASKS[i % 3], reads=_WAYS[i % len(_WAYS)]
             ),
             standardisation=replace(scaling, is_normalised=i % 2 == 1),
+            prompt_format="both" if i % 3 else "chat",
         )
         for i, name in enumerate(mechanism_names())
     ]

@@ -98,7 +98,8 @@ class TransformersBackbone:
         model: The model; it is put into evaluation mode and its weights are frozen.
         tokenizer: Its fast tokenizer.
         name: Its name in messages and manifests.
-        prompt_format: ``chat`` or ``raw``; None means chat if the tokenizer has a template.
+        prompt_format: ``chat``, ``raw`` or ``both``; None means chat if the tokenizer has a
+            template.
     """
 
     def __init__(
@@ -234,7 +235,8 @@ def load_backbone(
         name: ``smollm2`` (the embedded default), a local folder, or a hub id.
         dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto``: that of the stored weights.
         device: ``cpu``, ``cuda``, ``cuda:1``, or ``auto``: the first GPU, or the CPU without one.
-        prompt_format: ``chat`` or ``raw``; None means chat if the model has a chat template.
+        prompt_format: ``chat``, ``raw``, or ``both`` for a probe that judges plain text too; None
+            means chat if the model has a chat template.
 
     Raises:
         SidelightError: The model cannot be found, or is not a causal LM with decoder blocks.

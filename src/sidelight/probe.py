@@ -38,7 +38,8 @@ class Probe:
         name: Its name in verdicts.
         task: The classes.
         reads: The tokens that it reads.
-        prompt_format: How texts are rendered for it.
+        prompt_format: How texts are rendered for it. A probe of ``both`` judges chats, and plain
+            text as it is; on plain text, a probe of ``chat`` fails.
         spec: Name and options of the mechanism.
         mechanism: The trained mechanism.
         standardisation: Mean and scale that hidden states are standardised by.
@@ -133,12 +134,14 @@ class Probe:
 
 
 def common_format(probes: Iterable[Probe]) -> PromptFormat | None:
-    """How texts are rendered for probes that are served together; None if there are none.
+    """How chats are rendered for probes that are served together; None if there are none.
 
     Raises:
         SidelightError: Some were trained on chats, others on raw texts.
     """
-    by_format: dict[PromptFormat, str] = {probe.prompt_format: probe.name for probe in probes}
+    by_format: dict[PromptFormat, str] = {
+        "raw" if probe.prompt_format == "raw" else "chat": probe.name for probe in probes
+    }
     if len(by_format) > 1:
         raise SidelightError(
             f"Probes of chats, such as '{by_format['chat']}', and of raw texts, such as "

@@ -21,7 +21,7 @@ from sidelight.control_tokens import ContentTokenizer, Span, Tokenizer
 from sidelight.errors import ContextLengthError, SidelightError
 from sidelight.turns import ChatFormat, Turn
 
-PromptFormat = Literal["chat", "raw"]
+PromptFormat = Literal["chat", "raw", "both"]
 Side = Literal["prompt", "response", "both"]
 Scope = Literal["conversation", "each_turn"]
 
@@ -247,9 +247,9 @@ class PromptEncoder:
 
     Args:
         tokenizer: A fast tokenizer (its offsets tell what each token belongs to).
-        prompt_format: ``chat`` renders the model's chat template; ``raw`` joins the turns by line
-            breaks and adds the tokenizer's own special tokens. A ``PlainText`` is always encoded as
-            with ``raw``.
+        prompt_format: ``chat`` renders the model's chat template, and so does ``both``; ``raw``
+            joins the turns by line breaks and adds the tokenizer's own special tokens. A
+            ``PlainText`` is always encoded as with ``raw``.
         max_tokens: The longest input that the backbone accepts.
     """
 

@@ -102,7 +102,7 @@ def names(model, *sides):
     return [probe.name for probe in model.probes if probe.reads.side in sides]
 
 
-def test_probes_of_chats_give_no_verdict_on_plain_text(engine, loop, model):
+def test_on_plain_text_probes_of_chats_alone_give_no_verdict(engine, loop, model):
     asked = []
 
     def admits(judged):
@@ -115,11 +115,22 @@ def test_probes_of_chats_give_no_verdict_on_plain_text(engine, loop, model):
         return [event async for event in events]
 
     events = loop.run(written())
-    assert all(getattr(event, "judgement", Judgement()).verdicts == () for event in events)
-    assert sorted(events[0].judgement.failed) == sorted(names(model, "prompt"))
+    chats = {probe.name for probe in model.probes if probe.prompt_format == "chat"}
     assert events[0].is_plain
     assert asked == events[:1]
-    assert sorted(events[-1].judgement.failed) == sorted(names(model, "response", "both"))
+    prompt = model.backbone.encoder.encode(PlainText(TEXTS[5]))
+    written = greedy_tokens(model, prompt, events[-1].completion_tokens)
+    judged = [event for event in events if not isinstance(event, TextDelta)]
+    assert len(judged) == len(written) + 2
+    for event, tokens in zip(judged, (0, *range(1, len(written) + 1), len(written)), strict=True):
+        sides = ("response", "both") if tokens else ("prompt",)
+        assert set(event.judgement.failed) == chats & set(names(model, *sides))
+        own = replace(
+            prompt,
+            token_ids=(*prompt.token_ids, *written[:tokens]),
+            parts=prompt.parts + (Part.RESPONSE,) * tokens,
+        )
+        require_equal(event.judgement, expected(model, [own])[0], {*names(model, *sides)} - chats)
 
 
 def test_concurrent_requests_get_their_own_verdicts_before_their_text(engine, loop, model):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from live import openai_client
-from sidelight.prompts import EncodedPrompt, Message, Part
+from sidelight.prompts import EncodedPrompt, Message, Part, PlainText
 from vllm_served import ROUNDING, expected, tiny_model
 
 CONTENT = "Please tell me, once more, where my refund is. " * 4
@@ -165,9 +165,28 @@ def test_the_same_tokens_have_the_same_verdicts_on_every_route(address, model):
             )
 
 
-def test_plain_text_has_no_verdict_of_probes_of_chats(address, model):
-    found = completed(address, "no chat")
-    assert {found[name] for name in prompt_probes(model)} == {None}
+def test_on_plain_text_probes_of_chats_alone_give_no_verdict(address, model):
+    prompt = model.backbone.encoder.encode(PlainText("no chat"))
+    body = {"model": "tiny", "max_tokens": 4, "temperature": 0, "return_token_ids": True}
+    for sent in ("no chat", list(prompt.token_ids)):
+        response = httpx.post(f"{address}/v1/completions", json={**body, "prompt": sent})
+        answer = response.json()
+        # The newest token is not read.
+        read = tuple(answer["choices"][0]["token_ids"][:-1])
+        assert read
+        parts = prompt.parts + (Part.RESPONSE,) * len(read)
+        wanted = expected(model, [prompt, EncodedPrompt(prompt.token_ids + read, parts)])
+        found = verdicts_of(answer["kv_transfer_params"])
+        for probe in model.probes:
+            if probe.prompt_format == "chat":
+                assert found[probe.name] is None
+            else:
+                np.testing.assert_allclose(
+                    list(found[probe.name].values()),
+                    wanted[probe.reads.includes_response][probe.name],
+                    rtol=0,
+                    atol=ROUNDING,
+                )
 
 
 def test_a_turn_that_a_content_imitates_is_judged_as_the_model_reads_it(address, model):

@@ -62,8 +62,9 @@ _AUTO = "auto"
 @click.option(
     "--format",
     "prompt_format",
-    type=click.Choice(["chat", "raw"]),
-    help="How texts are rendered. [default: chat if the model has a template]",
+    type=click.Choice(["chat", "raw", "both"]),
+    help="How texts are rendered: as chats, as they are, or both, so that the probe judges plain "
+    "text too. [default: chat if the model has a template]",
 )
 @click.option(
     "--standardise/--no-standardise",

@@ -287,7 +287,7 @@ class Engine(ABC):
 
         Closing the generator cancels the request. It is judged to its end by the probes that are
         loaded when this is called, not when the first event is requested. Probes that were trained
-        on chats give no verdict on plain text: they are among the ``failed``.
+        on chats alone give no verdict on plain text: they are among the ``failed``.
 
         Args:
             messages: The conversation, or a text to continue.
@@ -338,8 +338,8 @@ def verdict_failure(probes: Iterable[str]) -> VerdictError:
     """The error that stands in for the verdicts of these probes."""
     return VerdictError(
         f"No verdict from {', '.join(probes)}: the output was not a finite number, the text has no "
-        "token that the probe reads, or it is plain text and the probe was trained on chats. Treat "
-        "the text as not judged."
+        "token that the probe reads, or it is plain text and the probe was trained on chats alone. "
+        "Treat the text as not judged."
     )
 
 

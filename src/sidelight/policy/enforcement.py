@@ -183,8 +183,8 @@ def _require_passed(event: PromptJudged, decisions: Sequence[Decision]) -> None:
         )
     elif unfamiliar:
         message = (
-            f"No verdict from {_names(unfamiliar)}: probes that were trained on chats cannot judge "
-            "plain text, and the policy blocks what is not judged. Use /v1/chat/completions."
+            f"No verdict from {_names(unfamiliar)}: probes that were trained on chats alone cannot "
+            "judge plain text, and the policy blocks what is not judged. Use /v1/chat/completions."
         )
     else:
         failure = verdict_failure([decision.rule.name for decision in failed])

@@ -53,7 +53,8 @@ def _of_rule(place: str, rule: Rule, side: Side) -> Iterator[str]:
     if rule.on_failure == "pass":
         yield (
             f'{place} on_failure = "pass" lets through what the probe cannot judge, such as plain '
-            "text for a probe of chats. Leave it out, so that such a text is blocked."
+            "text unless it was trained with --format both or raw. Leave it out, so that such a "
+            "text is blocked."
         )
         if rule.max_tokens is not None:
             yield (
@@ -85,7 +86,7 @@ def _of_probe(own: BoundRule, bound: Sequence[BoundRule]) -> Iterator[str]:
             )
     if own.side == "output":
         return
-    if probe.prompt_format == "chat" and probe.reads.scope == "conversation":
+    if probe.prompt_format != "raw" and probe.reads.scope == "conversation":
         yield (
             f"Probe '{probe.name}' judges a conversation as one text, so an attack in an earlier "
             "turn is outweighed by those after it. Train it with --scope each_turn."

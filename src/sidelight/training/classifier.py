@@ -18,7 +18,7 @@ from sidelight.evaluation import Report, evaluate
 from sidelight.mechanisms.base import mechanism_spec
 from sidelight.probe import Probe
 from sidelight.progress import Progress
-from sidelight.prompts import EncodedPrompt, Message, Reads
+from sidelight.prompts import EncodedPrompt, Message, PromptFormat, Reads
 from sidelight.states.extraction import StateSource, score
 from sidelight.training.fit import fit
 from sidelight.training.settings import AUTO, FitOptions
@@ -125,6 +125,7 @@ def train(
     name: str = "probe",
     seeds: int = 1,
     long_inputs: bool = False,
+    prompt_format: PromptFormat | None = None,
     source: StateSource | None = None,
 ) -> Classifier:
     """Trains a probe on labelled data, and keeps the best run.
@@ -146,6 +147,7 @@ def train(
         seeds: Probes to train; the one with the best validation score is kept.
         long_inputs: Whether to train on long inputs made of several texts too, so that a short
             match inside a long input is found. Not for multi-class labels.
+        prompt_format: As for ``load_backbone``; None also takes that of a given backbone.
         source: The engine that computes the hidden states, such as ``VllmSource``; None means the
             backbone itself.
 
@@ -158,7 +160,15 @@ def train(
         long_inputs=long_inputs,
         reads=Reads(side="response" if response else "prompt"),
     )
-    backbone = model if isinstance(model, TransformersBackbone) else load_backbone(model)
+    if not isinstance(model, TransformersBackbone):
+        backbone = load_backbone(model, prompt_format=prompt_format)
+    elif prompt_format in (None, model.encoder.prompt_format):
+        backbone = model
+    else:
+        raise SidelightError(
+            f"The backbone renders texts as '{model.encoder.prompt_format}', but prompt_format is "
+            f"'{prompt_format}'. Load it with load_backbone(..., prompt_format='{prompt_format}')."
+        )
     training = _as_examples(data, text=text, label=label, response=response, positive=positive)
     held_out = (
         None
