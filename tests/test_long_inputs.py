@@ -74,8 +74,8 @@ def joined_loss(trained, held_out):
     """The cross-entropy of long inputs that are made of held-out texts."""
     torch.manual_seed(0)
     shard, labels = held_out.states.read(0), torch.from_numpy(held_out.labels)
-    folded = trained.standardisation.fold(trained.mechanism.columns(), dtype=torch.float32)
-    projected = torch.baddbmm(folded.shift[:, None], shard.hidden.float(), folded.weight)
+    folded = trained.standardisation.fold(trained.mechanism.columns())
+    projected = folded.layers(shard.hidden.float())
     tokens = among_others(Ragged(projected.transpose(0, 1), shard.lengths), labels[shard.rows])
     logits = trained.mechanism.finish(trained.mechanism.summarise(tokens))[:, 0]
     return float(binary_cross_entropy_with_logits(logits, labels[shard.rows].float()))

@@ -45,7 +45,8 @@ def corpora(tiny, tmp_path_factory):
 def job(
     mechanism="readout", *, seed=0, settings=QUICK, standardise=True, normalise=False, **options
 ):
-    return Job(mechanism_spec(mechanism, options), seed, settings, standardise, normalise)
+    settings = replace(settings, normalise=normalise)
+    return Job(mechanism_spec(mechanism, options), seed, settings, standardise)
 
 
 def trained(corpora, *jobs, kind="binary"):

@@ -12,7 +12,7 @@ from sidelight.bank import Bank
 from sidelight.data.examples import Example, LabelledExamples
 from sidelight.prompts import Message, Reads
 from sidelight.states.extraction import score
-from sidelight.training.dataset import make_split
+from sidelight.training.dataset import prepare
 from sidelight.training.settings import FitOptions
 from sidelight.vllm.settings import judgement_of, report_of
 from tiny import INTENT, TOXICITY, untrained_probe
@@ -26,8 +26,10 @@ def examples():
     return LabelledExamples(items, ({},) * 20, labels=np.arange(20) % 2, task=TOXICITY)
 
 
-def split_of(backbone, examples, root, **options):
-    return make_split(backbone, examples, FitOptions(cache_root=root, keep_cache=True, **options))
+def split_of(backbone, examples, root, *, reads=EACH_TURN):
+    """The texts as ``fit`` reads them."""
+    options = FitOptions(cache_root=root, keep_cache=True, reads=reads)
+    return prepare(backbone, examples, None, options=options).texts
 
 
 def by_text(split):
@@ -41,7 +43,7 @@ def by_text(split):
 
 def test_half_of_the_texts_are_turns_of_conversations(tiny, examples, tmp_path):
     packed = split_of(tiny, examples, tmp_path, reads=EACH_TURN)
-    alone = split_of(tiny, examples, tmp_path)
+    alone = split_of(tiny, examples, tmp_path, reads=Reads())
     turns = [own for own in packed.states._texts if len(own) > 1]
     assert sum(map(len, turns)) == 8
     assert {len(own) for own in turns} <= {3, 5}
@@ -62,15 +64,17 @@ def test_some_texts_of_conversations_are_selected_like_any(tiny, examples, tmp_p
         assert torch.equal(own, whole[text])
 
 
-@pytest.mark.parametrize("options", [{}, {"reads": Reads(template=False)}])
-def test_texts_stay_by_themselves_where_the_whole_is_judged(tiny, examples, tmp_path, options):
-    split = split_of(tiny, examples, tmp_path, **options)
+@pytest.mark.parametrize("reads", [Reads(), Reads("both", scope="each_turn")])
+def test_texts_stay_by_themselves_where_the_whole_is_judged(tiny, examples, tmp_path, reads):
+    split = split_of(tiny, examples, tmp_path, reads=reads)
+    assert split.states.reads.scope == "conversation"
     assert all(len(own) == 1 for own in split.states._texts)
 
 
-def test_several_classes_are_not_packed(tiny, examples, tmp_path):
+def test_several_classes_are_judged_whole(tiny, examples, tmp_path):
     intents = replace(examples, labels=np.arange(20) % 3, task=INTENT)
     split = split_of(tiny, intents, tmp_path, reads=EACH_TURN)
+    assert split.states.reads.scope == "conversation"
     assert all(len(own) == 1 for own in split.states._texts)
 
 

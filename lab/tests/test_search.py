@@ -176,7 +176,7 @@ def test_other_validation_labels_choose_other_settings(tiny, cache, found, tmp_p
 
 def test_a_probe_dataset_has_no_place_for_test_data():
     names = {field.name for field in fields(ProbeDataset)}
-    assert names == {"backbone", "training", "validation", "folds", "warnings"}
+    assert names == {"backbone", "training", "validation", "folds", "warnings", "variants"}
 
 
 @pytest.mark.slow

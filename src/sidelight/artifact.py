@@ -317,7 +317,10 @@ def summary(manifest: Manifest) -> dict[str, str]:
         "task": f"{manifest.task.kind}: {', '.join(manifest.task.labels)}",
         **({"flags": manifest.task.labels[1]} if manifest.task.kind == "binary" else {}),
         "mechanism": f"{manifest.mechanism.name} ({options})",
-        "reads": manifest.reads.side,
+        "reads": f"{manifest.reads.side}, by {manifest.reads.scope.replace('_', ' ')}",
+        "states": "divided by their root mean square"
+        if manifest.is_normalised
+        else "of any norm, so that one token can outweigh all others",
         "format": manifest.prompt_format,
         "backbone": f"{backbone.name}, {backbone.layers} layers x {backbone.width}, "
         f"{backbone.dtype}, fingerprint {backbone.digest}",

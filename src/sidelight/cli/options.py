@@ -189,7 +189,7 @@ class TrainingInputs:
 
         budget = self.cache_budget
         return FitOptions(
-            reads=Reads(side="response" if self.response else "prompt"),
+            reads=Reads("response" if self.response else "prompt", scope="each_turn"),
             max_tokens=self.max_tokens,
             cache_root=self.cache,
             cache_budget_bytes=None if budget is None else int(budget * 2**30),

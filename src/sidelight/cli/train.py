@@ -56,8 +56,9 @@ _AUTO = "auto"
 @click.option(
     "--scope",
     type=click.Choice(["conversation", "each_turn"]),
-    default="conversation",
-    help="Whether a prompt of several turns is judged as one text, or each turn and the whole.",
+    default="each_turn",
+    help="Whether a prompt of several turns is judged as one text, or each turn and the whole. "
+    "Several classes and responses are judged whole.",
 )
 @click.option(
     "--format",
@@ -70,12 +71,6 @@ _AUTO = "auto"
     "--standardise/--no-standardise",
     default=True,
     help="Whether hidden states are standardised per layer.",
-)
-@click.option(
-    "--normalise/--no-normalise",
-    default=False,
-    help="Whether each hidden state is first divided by its root mean square, so that no single "
-    "token outweighs the others.",
 )
 @click.option(
     "--calibration",
@@ -93,6 +88,11 @@ _AUTO = "auto"
     is_flag=True,
     help="Also train on long inputs made of several texts, so that a short match inside a long "
     "input is found. Not for multi-class labels.",
+)
+@click.option(
+    "--augment",
+    is_flag=True,
+    help="Also train on each text in a disguise, such as spaced letters or look-alikes.",
 )
 @click.option(
     "--learning-rate", type=float, help="Initial learning rate. [default: the mechanism's]"
@@ -123,9 +123,9 @@ def train(
     scope: "Scope",
     prompt_format: "PromptFormat | None",
     standardise: bool,
-    normalise: bool,
     calibration: "CalibrationKind",
     long_inputs: bool,
+    augment: bool,
     runtime: options.Runtime,
     as_json: bool,
     **settings: Any,
@@ -164,8 +164,8 @@ def train(
             for mechanism in (mechanism_names() if is_automatic else mechanisms)
         },
         long_inputs=long_inputs,
+        augment=augment,
         standardise=standardise,
-        normalise=normalise,
         reads=Reads(reads or shared.reads.side, template, scope),
         calibration=calibration,
     )

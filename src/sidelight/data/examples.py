@@ -14,7 +14,7 @@ from jaxtyping import Bool, Int
 
 from sidelight.data.labels import is_missing, truth_value
 from sidelight.errors import SidelightError, did_you_mean
-from sidelight.prompts import Message
+from sidelight.prompts import Conversation, Message, PlainText
 from sidelight.types import Flags, Numbers, Task
 
 # Enough rows to choose a threshold and a calibration on.
@@ -29,16 +29,23 @@ class Example:
         messages: The prompt, oldest turn first; at least one message has some text.
         response: The assistant's answer, for probes that read responses.
         place: Where it was read, such as `train.jsonl, line 17`, or "". Ignored by equality.
+        is_plain: Whether the text is read without a chat template.
     """
 
     messages: tuple[Message, ...]
     response: str | None = None
     place: str = field(default="", compare=False)
+    is_plain: bool = False
 
     @property
     def text(self) -> str:
         """The contents of the prompt's messages, joined by newlines."""
         return "\n".join(message.content for message in self.messages)
+
+    @property
+    def conversation(self) -> Conversation:
+        """The prompt as it is encoded."""
+        return PlainText(self.text) if self.is_plain else self.messages
 
     @property
     def text_key(self) -> str:

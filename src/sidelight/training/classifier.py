@@ -18,7 +18,7 @@ from sidelight.evaluation import Report, evaluate
 from sidelight.mechanisms.base import mechanism_spec
 from sidelight.probe import Probe
 from sidelight.progress import Progress
-from sidelight.prompts import EncodedPrompt, Message, PromptFormat, Reads
+from sidelight.prompts import EncodedPrompt, Message, PromptFormat, Reads, Scope
 from sidelight.states.extraction import StateSource, score
 from sidelight.training.fit import fit
 from sidelight.training.settings import AUTO, FitOptions
@@ -124,7 +124,9 @@ def train(
     validation: str | Path | InMemory | Examples | None = None,
     name: str = "probe",
     seeds: int = 1,
+    scope: Scope = "each_turn",
     long_inputs: bool = False,
+    augment: bool = False,
     prompt_format: PromptFormat | None = None,
     source: StateSource | None = None,
 ) -> Classifier:
@@ -145,8 +147,11 @@ def train(
         validation: Like ``data``; None holds part of ``data`` out, or cross-fits it if it is small.
         name: How verdicts name the probe.
         seeds: Probes to train; the one with the best validation score is kept.
+        scope: Whether each turn of a prompt is judged, and the whole, or the whole alone. Several
+            classes and responses are judged whole.
         long_inputs: Whether to train on long inputs made of several texts too, so that a short
             match inside a long input is found. Not for multi-class labels.
+        augment: Whether to train on each text in a disguise too.
         prompt_format: As for ``load_backbone``; None also takes that of a given backbone.
         source: The engine that computes the hidden states, such as ``VllmSource``; None means the
             backbone itself.
@@ -158,7 +163,8 @@ def train(
         mechanisms=None if mechanism == AUTO else (mechanism_spec(mechanism),),
         seeds=tuple(range(seeds)),
         long_inputs=long_inputs,
-        reads=Reads(side="response" if response else "prompt"),
+        augment=augment,
+        reads=Reads("response" if response else "prompt", scope=scope),
     )
     if not isinstance(model, TransformersBackbone):
         backbone = load_backbone(model, prompt_format=prompt_format)
@@ -220,7 +226,7 @@ def encode(backbone: TransformersBackbone, examples: Sequence[Example]) -> list[
     prompts: list[EncodedPrompt] = []
     for index, example in enumerate(examples):
         with located(example, index):
-            prompts.append(backbone.encoder.encode(example.messages, example.response))
+            prompts.append(backbone.encoder.encode(example.conversation, example.response))
     return prompts
 
 

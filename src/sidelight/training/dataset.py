@@ -5,7 +5,7 @@ Probes and baselines of one table read the same splits, so that no row of it has
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import cycle
 from typing import SupportsIndex
 
@@ -26,6 +26,7 @@ from sidelight.smollm2 import cache_root
 from sidelight.states.cache import ActivationCache, Pooled, States, states_of, write_tensors
 from sidelight.states.extraction import BackboneSource, StateSource, extract
 from sidelight.training.settings import FEW_TEXTS, FitOptions, require_labels_of_parts
+from sidelight.training.variants import with_variants
 from sidelight.types import Task
 
 FOLDS = 5
@@ -129,11 +130,12 @@ class ProbeDataset:
 
     Attributes:
         backbone: The frozen LLM.
-        training: What parameters are fitted to.
+        training: What parameters are fitted to: texts, then their variants.
         validation: What early stopping, settings, calibration and thresholds are chosen on. If
-            texts are cross-fitted, these are the training texts.
-        folds: Indices of the texts of each fold if texts are cross-fitted, else none.
+            texts are cross-fitted, these are the training texts without their variants.
+        folds: Indices of the training texts of each fold if texts are cross-fitted, else none.
         warnings: What is doubtful about the texts, one sentence each.
+        variants: How many there are.
     """
 
     backbone: TransformersBackbone
@@ -141,6 +143,12 @@ class ProbeDataset:
     validation: Split
     folds: Folds = ()
     warnings: tuple[str, ...] = ()
+    variants: int = 0
+
+    @property
+    def texts(self) -> Split:
+        """The training texts without their variants."""
+        return self.training.select(range(len(self.training) - self.variants))
 
     @property
     def task(self) -> Task:
@@ -184,15 +192,28 @@ def prepare(
             f"The rarest class has {rarest} validation texts: threshold, calibration and the "
             "validation figures are rough. More labelled texts of it would help most."
         )
-    parts = {"Training texts": training}
-    if not folds:
-        parts["Validation texts"] = validation
+    shown, sources = with_variants(
+        training, plain=backbone.encoder.prompt_format == "both", disguised=options.augment
+    )
+    by_turns = options.reads_of(training.task).scope == "each_turn"
+    extracted = partial(
+        make_split,
+        backbone,
+        options=options,
+        source=source,
+        in_turns=by_turns and backbone.encoder.prompt_format != "raw",
+    )
+    fitted = extracted(shown, title="Training texts")
+    texts = checked = fitted.select(range(len(training)))
+    if folds:
+        folds = tuple(
+            np.append(fold, len(training) + np.flatnonzero(np.isin(sources, fold)))
+            for fold in folds
+        )
+    else:
         warnings += shared_texts(training, validation)
-    splits = [
-        make_split(backbone, examples, options, title=title, source=source)
-        for title, examples in parts.items()
-    ]
-    for split in splits:
+        checked = extracted(validation, title="Validation texts")
+    for split in (texts,) if folds else (texts, checked):
         cut = [prompt for prompt in split.prompts if prompt.dropped]
         if cut:
             limit = min(options.max_tokens, max(map(len, cut)))
@@ -200,7 +221,7 @@ def prepare(
                 f"{len(cut)} of {len(split)} texts were cut to {limit} tokens for training "
                 "(--max-tokens); judging never cuts."
             )
-    return ProbeDataset(backbone, splits[0], splits[-1], folds, tuple(warnings))
+    return ProbeDataset(backbone, fitted, checked, folds, tuple(warnings), len(sources))
 
 
 def choose_folds(examples: LabelledExamples) -> Folds:
@@ -267,6 +288,7 @@ def make_split(
     *,
     title: str = "Extracting",
     source: StateSource | None = None,
+    in_turns: bool = False,
 ) -> Split:
     """Runs the backbone over labelled texts, or finds their hidden states on disk.
 
@@ -277,6 +299,7 @@ def make_split(
             whichever run calls ``states.remove``.
         title: The title of the progress bar.
         source: The engine that computes the states; None is the backbone itself.
+        in_turns: Whether half of the texts are read as turns of conversations.
 
     Raises:
         SidelightError: A text without a token to read, or no room for the states.
@@ -286,14 +309,17 @@ def make_split(
     prompts: list[EncodedPrompt] = []
     for index, item in enumerate(examples.items):
         with located(item, index):
-            whole = backbone.encoder.encode_any_length(item.messages, item.response)
+            whole = backbone.encoder.encode_any_length(item.conversation, item.response)
             prompts.append(whole.shortened(limit, options.reads))
     _require_read(prompts, examples, options.reads, limit)
-    run, texts = _conversations(backbone, examples, prompts, options, source.max_tokens)
+    run, texts = [*prompts], [[text] for text in range(len(prompts))]
+    if in_turns:
+        longest = min(source.max_tokens, _PACKED_LENGTH * options.max_tokens)
+        run, texts = _conversations(backbone, examples, prompts, longest)
     cache = ActivationCache(
         options.cache_root or cache_root() / "activations",
         run,
-        reads=options.reads,
+        reads=options.reads_of(examples.task),
         fingerprint=backbone.fingerprint,
         engine=source.engine,
         texts=texts,
@@ -308,33 +334,29 @@ def _conversations(
     backbone: TransformersBackbone,
     examples: LabelledExamples,
     prompts: Sequence[EncodedPrompt],
-    options: FitOptions,
     longest: int,
 ) -> tuple[list[EncodedPrompt], list[list[int]]]:
     """The prompts to run, and the texts that are the turns of each.
 
-    If each turn of a conversation will be judged, half of the texts are turns of conversations that
-    are packed from them, and keep their own labels: users' and assistants', since a client writes
-    both.
+    Half of the texts are turns of conversations that are packed from them, and keep their own
+    labels: users' and assistants', since a client writes both. A longer conversation than
+    ``longest`` is not made.
     """
     alone = set(range(len(prompts)))
     run: list[EncodedPrompt] = []
     texts: list[list[int]] = []
-    is_packed = options.reads.scope == "each_turn" and examples.task.kind != "multiclass"
-    if is_packed and backbone.encoder.prompt_format == "chat":
-        longest = min(longest, _PACKED_LENGTH * options.max_tokens)
-        for turns in _packed(examples, prompts):
-            messages = [
-                Message(role, examples.items[text].text)
-                for role, text in zip(cycle(("user", "assistant")), turns, strict=False)
-            ]
-            prompt = backbone.encoder.encode_any_length(messages)
-            # A template may join turns, or strip one to nothing.
-            is_whole = len(piece_lengths(bytes(prompt.parts))) == len(turns)
-            if is_whole and len(prompt) <= longest:
-                run.append(prompt)
-                texts.append(turns)
-                alone.difference_update(turns)
+    for turns in _packed(examples, prompts):
+        messages = [
+            Message(role, examples.items[text].text)
+            for role, text in zip(cycle(("user", "assistant")), turns, strict=False)
+        ]
+        prompt = backbone.encoder.encode_any_length(messages)
+        # A template may join turns, or strip one to nothing.
+        is_whole = len(piece_lengths(bytes(prompt.parts))) == len(turns)
+        if is_whole and len(prompt) <= longest:
+            run.append(prompt)
+            texts.append(turns)
+            alone.difference_update(turns)
     run += [prompts[text] for text in sorted(alone)]
     texts += [[text] for text in sorted(alone)]
     return run, texts
@@ -347,7 +369,7 @@ def _packed(examples: LabelledExamples, prompts: Sequence[EncodedPrompt]) -> Ite
         for text, (item, prompt) in enumerate(zip(examples.items, prompts, strict=True))
         if [message.role for message in item.messages] == ["user"]
         and item.response is None
-        and not prompt.dropped
+        and not (item.is_plain or prompt.dropped)
     ]
     generator = np.random.default_rng(0)
     left = generator.permutation(fit)[: len(fit) // 2].tolist()

@@ -51,7 +51,7 @@ def calibrate_probe(
     probe = Probe(
         name=name,
         task=task,
-        reads=options.reads,
+        reads=dataset.training.states.reads,
         prompt_format=dataset.backbone.encoder.prompt_format,
         spec=trained.job.spec,
         mechanism=trained.mechanism,
@@ -61,7 +61,8 @@ def calibrate_probe(
         fingerprint=dataset.backbone.fingerprint,
         record={
             "engine": dataset.training.states.engine,
-            "training": _data(dataset.training),
+            "training": _data(dataset.texts),
+            "variants": dataset.variants,
             "validation": {
                 **_data(dataset.validation),
                 "metrics": report.to_dict(),
@@ -72,7 +73,6 @@ def calibrate_probe(
             "settings": asdict(trained.job.settings),
             "seed": trained.job.seed,
             "standardise": trained.job.standardise,
-            "normalise": trained.job.normalise,
             "epochs": {"scores": list(trained.history), "best": trained.best_epoch},
             "parameters": sum(p.numel() for p in trained.mechanism.parameters()),
         },
@@ -143,7 +143,7 @@ def fit(
             training diverged.
     """
     dataset = prepare(backbone, training, validation, options=options, source=source)
-    jobs = options.jobs(len(dataset.training))
+    jobs = options.jobs(len(dataset.texts))
     # The baseline first: what it refuses in seconds must not cost the hours of training.
     baseline = _baseline(dataset)
     if dataset.folds:
@@ -189,7 +189,7 @@ def _best(runs: Sequence[FittedProbe]) -> FittedProbe:
 
 
 def cross_fit(jobs: Sequence[Job], whole: ProbeDataset, folds: Folds) -> list[Trained | None]:
-    """Each job trained on all texts, for every epoch; the logits of a text are those of its fold.
+    """Each job trained on all texts, for every epoch; a text's logits are those of its fold.
 
     None for a job that diverged, on a fold or on all texts.
     """
@@ -214,7 +214,8 @@ def score_by_folds(
 
     None for a job that diverged.
     """
-    logits = [np.empty((len(whole.training), whole.task.outputs)) for _ in jobs]
+    rows, texts = len(whole.training), len(whole.texts)
+    logits = [np.empty((rows, whole.task.outputs)) for _ in jobs]
     diverged: set[int] = set()
     for index, fold in enumerate(folds, 1):
         trained = train_mechanisms(
@@ -230,7 +231,7 @@ def score_by_folds(
                 diverged.add(job)
             else:
                 logits[job][fold] = one.logits
-    return [None if job in diverged else own for job, own in enumerate(logits)]
+    return [None if job in diverged else own[:texts] for job, own in enumerate(logits)]
 
 
 def _baseline(dataset: ProbeDataset) -> Report:
@@ -242,6 +243,7 @@ def _baseline(dataset: ProbeDataset) -> Report:
             rest = training.without(fold)
             words = fit_tfidf(rest.texts, rest.labels, task)
             logits[fold] = words.logits(training.select(fold).texts)
+        logits = logits[: len(dataset.texts)]
     else:
         words = fit_tfidf(training.texts, training.labels, task)
         logits = words.logits(dataset.validation.texts)

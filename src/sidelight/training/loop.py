@@ -132,7 +132,8 @@ class _Trainer:
 
     def _scaling(self, job: Job) -> Standardisation:
         is_weighted = job.settings.layer_weights == "predictive"
-        key = (job.standardise, job.normalise, job.standardise and is_weighted)
+        normalise = job.settings.normalise
+        key = (job.standardise, normalise, job.standardise and is_weighted)
         if key not in self._scalings:
             self._scalings[key] = self._measure(*key).to(self._device)
         return self._scalings[key]
@@ -186,7 +187,7 @@ class _Trainer:
         hidden, lengths = batch.hidden.to(self._device, dtype), batch.lengths.to(self._device)
         columns: dict[int, Tensor] = {}
         for normalise in (False, True):
-            members = [i for i, run in enumerate(runs) if run.job.normalise == normalise]
+            members = [i for i, run in enumerate(runs) if run.job.settings.normalise == normalise]
             if not members:
                 continue
             joined = Projection.joined([folded[i] for i in members])

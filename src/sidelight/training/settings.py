@@ -37,6 +37,8 @@ class TrainingSettings:
             validation chooses handles imbalance either way.
         layer_weights: ``predictive`` weighs layers by how well each predicts left-out training
             texts (see ``layer_weights``), if states are standardised.
+        normalise: Whether hidden states are divided by their root mean square, so that no token
+            outweighs others by its norm; see ``Standardisation``.
         beginnings: Whether a probe of responses also learns from a random beginning of each, since
             it has to give scores while a response is being written.
         long_inputs: Whether each text is also trained on as a part of long inputs (see
@@ -51,6 +53,7 @@ class TrainingSettings:
     patience: int = 3
     class_weight: Literal["none", "balanced"] = "none"
     layer_weights: Literal["equal", "predictive"] = "equal"
+    normalise: bool = True
     beginnings: bool = True
     long_inputs: bool = False
 
@@ -118,14 +121,12 @@ class Job:
         seed: Decides its initial parameters and the order of the data.
         settings: How it is optimised.
         standardise: Whether it reads hidden states standardised per layer.
-        normalise: Whether it reads states of a root mean square of 1; see ``Standardisation``.
     """
 
     spec: MechanismSpec
     seed: int
     settings: TrainingSettings
     standardise: bool = True
-    normalise: bool = False
 
 
 @dataclass(frozen=True)
@@ -139,8 +140,8 @@ class FitOptions:
         long_inputs: Whether the probe learns to find a text among others in a long input: for
             labels that a part of a text can have.
         standardise: Whether hidden states are standardised per layer.
-        normalise: Whether each hidden state is first divided by its root mean square.
-        reads: The tokens that the probe reads.
+        reads: The tokens that the probe reads; see ``reads_of``.
+        augment: Whether training also shows each text in a disguise.
         calibration: How logits become probabilities.
         max_tokens: Longer training texts are cut, and counted.
         cache_root: Folder for the hidden states while training; None is the user's cache.
@@ -154,8 +155,8 @@ class FitOptions:
     settings: Mapping[str, TrainingSettings] = field(default_factory=dict)
     long_inputs: bool = False
     standardise: bool = True
-    normalise: bool = False
-    reads: Reads = field(default_factory=Reads)
+    reads: Reads = field(default_factory=lambda: Reads(scope="each_turn"))
+    augment: bool = False
     calibration: CalibrationKind = "platt"
     max_tokens: int = TRAINING_MAX_TOKENS
     cache_root: Path | None = None
@@ -172,6 +173,15 @@ class FitOptions:
                 "suits the number of texts."
             )
 
+    def reads_of(self, task: Task) -> Reads:
+        """What a probe of these labels reads.
+
+        Each turn is judged if a part of a text can have its labels. With several classes, a text of
+        several parts could have any of them; and there is one response.
+        """
+        is_whole = self.reads.includes_response or task.kind == "multiclass"
+        return replace(self.reads, scope="conversation") if is_whole else self.reads
+
     def jobs(self, texts: int) -> list[Job]:
         """Every mechanism with every seed, for this many training texts."""
         specs = self.mechanisms
@@ -181,9 +191,7 @@ class FitOptions:
         for spec in specs:
             settings = self.settings.get(spec.name, suggested_settings(spec.name))
             settings = replace(settings, long_inputs=settings.long_inputs or self.long_inputs)
-            jobs += [
-                Job(spec, seed, settings, self.standardise, self.normalise) for seed in self.seeds
-            ]
+            jobs += [Job(spec, seed, settings, self.standardise) for seed in self.seeds]
         return jobs
 
 

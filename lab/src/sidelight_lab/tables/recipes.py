@@ -20,7 +20,7 @@ from sidelight_lab.baselines import BASELINES
 from sidelight_lab.baselines.base import Baseline
 
 Kind = Literal["comparison", "transfer", "few-shot", "sensitivity", "latency"]
-Value = int | float | str
+Value = bool | int | float | str
 
 _FOLDER = files("sidelight_lab.tables") / "recipes"
 
