@@ -47,7 +47,7 @@ PROBES = {
         late,
         replace(early, name="double"),
     ],
-    "a probe of chats without `--scope each_turn`": lambda early, late: [
+    "a probe of chats with `--scope conversation`": lambda early, late: [
         replace(early, reads=Reads()),
         late,
     ],
