@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from sidelight.data.examples import Example, LabelledExamples
+from sidelight.disguises import DISGUISES
 from sidelight.prompts import Message, PlainText
-from sidelight.redteam.attacks import DISGUISES
 from sidelight.training.dataset import prepare
 from sidelight.training.settings import FitOptions
 from sidelight.training.variants import with_variants

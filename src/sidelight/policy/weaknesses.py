@@ -89,8 +89,8 @@ def _of_probe(own: BoundRule, bound: Sequence[BoundRule]) -> Iterator[str]:
     if probe.prompt_format != "raw" and probe.reads.scope == "conversation":
         yield (
             f"Probe '{probe.name}' judges a conversation as one text, so an attack in an earlier "
-            "turn is outweighed by those after it. Train it without --scope conversation, if a part "
-            "of a text can have its labels."
+            "turn is outweighed by those after it. If a part of a text can have its labels, train "
+            "it without --scope conversation."
         )
     if not probe.standardisation.is_normalised:
         yield (

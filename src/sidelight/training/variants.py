@@ -9,8 +9,8 @@ from dataclasses import replace
 from random import Random
 
 from sidelight.data.examples import Example, LabelledExamples
+from sidelight.disguises import DISGUISES
 from sidelight.prompts import Message
-from sidelight.redteam.attacks import DISGUISES
 
 
 def with_variants(
