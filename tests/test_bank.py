@@ -357,6 +357,11 @@ def test_a_short_turn_is_judged_with_its_neighbours(tiny):
         (["a", "b", "c"], []),
         (["short", "x" * 100, "another long text"], [(0, 2), (0, 1), (1, 2), (2, 3)]),
         (["by itself"], []),
+        # No number of empty turns hides a text, be it short.
+        (["a long enough text", *[""] * 40], [(0, 1)]),
+        ([*[""] * 40, "a long enough text"], [(40, 41)]),
+        (["short", *[""] * 40], [(0, 31), (0, 1)]),
+        ([""] * 3, []),
     ):
         parts = bytes(tiny.encoder.encode(conversation(contents)).parts)
         assert judged_units(parts, piece_lengths(parts)) == units

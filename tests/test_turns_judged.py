@@ -10,6 +10,7 @@ from engine_runs import run
 from sidelight.artifact import load_probe, save_probe
 from sidelight.bank import Bank
 from sidelight.data.examples import Example, LabelledExamples
+from sidelight.errors import SidelightError
 from sidelight.prompts import Message, Reads
 from sidelight.states.extraction import score
 from sidelight.training.dataset import prepare
@@ -62,6 +63,19 @@ def test_some_texts_of_conversations_are_selected_like_any(tiny, examples, tmp_p
     chosen = [17, 3, 8, 0, 19]
     for text, own in zip(chosen, by_text(packed.select(chosen)), strict=True):
         assert torch.equal(own, whole[text])
+
+
+def test_texts_that_no_conversation_can_hold_stay_alone(tiny, examples, tmp_path, monkeypatch):
+    whole = type(tiny.encoder).encode_any_length
+
+    def refusing(encoder, messages, response=None):
+        if len(messages) > 1:
+            raise SidelightError("Only users speak.")
+        return whole(encoder, messages, response)
+
+    monkeypatch.setattr(type(tiny.encoder), "encode_any_length", refusing)
+    split = split_of(tiny, examples, tmp_path)
+    assert all(len(own) == 1 for own in split.states._texts)
 
 
 @pytest.mark.parametrize("reads", [Reads(), Reads("both", scope="each_turn")])

@@ -5,13 +5,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from sidelight.bank import Bank
 from sidelight.data.examples import Example, LabelledExamples
 from sidelight.disguises import DISGUISES
-from sidelight.prompts import Message, PlainText
+from sidelight.prompts import Message, PlainText, Reads
+from sidelight.states.extraction import score
 from sidelight.training.dataset import prepare
 from sidelight.training.settings import FitOptions
 from sidelight.training.variants import with_variants
-from tiny import TOXICITY, tiny_backbone
+from tiny import TOXICITY, tiny_backbone, untrained_probe
 
 TEXTS = [f"number {i} has a text of its own" for i in range(60)]
 
@@ -78,3 +80,22 @@ def test_a_probe_of_both_formats_learns_from_both(examples, tmp_path):
     shown = [prompt.is_plain for prompt in dataset.training.prompts]
     assert shown.count(True) == 60
     assert not any(prompt.is_plain for prompt in dataset.validation.prompts)
+
+
+def test_variants_that_are_cut_are_counted(tiny, examples, tmp_path):
+    options = FitOptions(cache_root=tmp_path, augment=True, max_tokens=100, reads=Reads())
+    dataset = prepare(tiny, examples, None, options=options)
+    cut = sum(prompt.dropped > 0 for prompt in dataset.training.prompts)
+    assert cut
+    assert any(f"{cut} of 120 texts were cut" in warning for warning in dataset.warnings)
+
+
+def test_a_probe_of_chats_alone_says_nothing_of_plain_text(tiny):
+    probes = [untrained_probe(tiny, "p"), replace(untrained_probe(tiny, "q"), prompt_format="both")]
+    prompts = [
+        tiny.encoder.encode(said("a text").messages),
+        tiny.encoder.encode(PlainText("a text")),
+    ]
+    of_chats, of_both = score(tiny, Bank(probes), prompts)
+    assert [*np.isfinite(of_chats[:, 0])] == [True, False]
+    assert np.isfinite(of_both).all()

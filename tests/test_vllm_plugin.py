@@ -399,6 +399,8 @@ def test_a_prompt_travels_with_the_request():
         ({KEY: {"parts": [[1, 3]], "tokens": "0", "is_plain": False}}, "other tokens"),
         ({KEY: {"parts": [[9, 3]], "tokens": "0", "is_plain": False}}, "malformed"),
         ({KEY: {"parts": 3}}, "malformed"),
+        ({KEY: {"parts": [[1, 10**15]], "tokens": "0", "is_plain": False}}, "other tokens"),
+        ({KEY: {"parts": [[1, 5], [1, -2]], "tokens": "0", "is_plain": False}}, "other tokens"),
         ({KEY: {"parts": [[1, 3]], "tokens": token_hash([1, 2, 3])}}, "malformed"),
     ],
 )

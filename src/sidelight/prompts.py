@@ -58,6 +58,8 @@ class Part(IntEnum):
     TEMPLATE = 2
     """Written by the chat template once the prompt has begun: turn markers, generation prompt."""
     RESPONSE = 3
+    EMPTY_TURN = 4
+    """As ``TEMPLATE``, where the text of a turn would begin that has none."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,8 @@ class Reads:
     @property
     def parts(self) -> frozenset[Part]:
         """The kinds of token that are read."""
-        prompt = {Part.PROMPT, Part.TEMPLATE} if self.template else {Part.PROMPT}
+        template = {Part.TEMPLATE, Part.EMPTY_TURN} if self.template else set[Part]()
+        prompt = {Part.PROMPT, *template}
         sides = {"prompt": prompt, "response": {Part.RESPONSE}, "both": {*prompt, Part.RESPONSE}}
         return frozenset(sides[self.side])
 
@@ -171,21 +174,26 @@ def piece_lengths(parts: bytes) -> list[int]:
     Args:
         parts: The ``Part`` of each token; one or more.
     """
-    is_text = np.frombuffer(parts, np.uint8) == Part.PROMPT
-    begins = np.flatnonzero(is_text & ~np.append(False, is_text[:-1]))
+    of_tokens = np.frombuffer(parts, np.uint8)
+    is_text = of_tokens == Part.PROMPT
+    is_first = is_text & ~np.append(False, is_text[:-1])
+    begins = np.flatnonzero(is_first | (of_tokens == Part.EMPTY_TURN))
     return np.diff([0, *begins[1:], len(parts)]).tolist()
 
 
-# A turn of fewer tokens says too little by itself; unless its neighbours are so many times longer.
+# A turn of fewer tokens of text says too little by itself. Among more tokens, or beside more text,
+# it is outweighed.
 _LEAST_TOKENS = 8
-_DILUTED = 8
+_MOST_TOKENS = 96
+_MOST_TEXT = 64
 
 
 def judged_units(parts: bytes, pieces: Sequence[int]) -> list[tuple[int, int]]:
     """Which neighbouring pieces of a prompt are judged together, beside the whole.
 
-    Each turn is judged by itself, a short one with the turns after it, or else before it; also by
-    itself if those are long. None if that would be the whole.
+    Each turn with a text is judged by itself, a short one with the turns after it, or else before
+    it; also by itself if those outweigh it, which a client could write too. None if that would be
+    the whole.
 
     Args:
         parts: The ``Part`` of each token.
@@ -193,16 +201,21 @@ def judged_units(parts: bytes, pieces: Sequence[int]) -> list[tuple[int, int]]:
     """
     count = len(pieces)
     edges = np.cumsum(pieces)[:-1]
-    is_text = np.frombuffer(parts, np.uint8) == Part.PROMPT
-    texts = [int(piece.sum()) for piece in np.split(is_text, edges)]
+    by_piece = np.split(np.frombuffer(parts, np.uint8), edges)
+    texts = [int((piece == Part.PROMPT).sum()) for piece in by_piece]
+    read = [int((piece != Part.UNREAD).sum()) for piece in by_piece]
     units: list[tuple[int, int]] = []
-    for first in range(count):
+    for first in filter(texts.__getitem__, range(count)):
         start, stop = first, first + 1
-        while sum(texts[start:stop]) < _LEAST_TOKENS and (start, stop) != (0, count):
+        while (
+            sum(texts[start:stop]) < _LEAST_TOKENS
+            and sum(read[start:stop]) < _MOST_TOKENS
+            and (start, stop) != (0, count)
+        ):
             start, stop = (start, stop + 1) if stop < count else (start - 1, stop)
         units.append((start, stop))
-        # A client may write a long neighbour, too.
-        if stop - start > 1 and sum(texts[start:stop]) > _DILUTED * _LEAST_TOKENS:
+        is_outweighed = sum(texts[start:stop]) > _MOST_TEXT or sum(read[start:stop]) >= _MOST_TOKENS
+        if stop - start > 1 and is_outweighed:
             units.append((first, first + 1))
     return [unit for unit in units if unit != (0, count)]
 
@@ -429,6 +442,8 @@ def token_parts(turns: Sequence[Turn], tokens: int, *, has_response: bool) -> tu
     parts = [Part.UNREAD] * begin + [Part.TEMPLATE] * (end - begin) + [Part.UNREAD] * (tokens - end)
     for turn, kind in zip(turns, kinds, strict=True):
         parts[turn.start : turn.stop] = [kind] * (turn.stop - turn.start)
+        if turn.start == turn.stop < end and parts[turn.start] == Part.TEMPLATE:
+            parts[turn.start] = Part.EMPTY_TURN
     return tuple(parts)
 
 

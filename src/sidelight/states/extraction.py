@@ -201,8 +201,8 @@ def score(
     """For each probe the logits of all prompts, ``[prompt, output]``, in the given order.
 
     Hidden states are projected while the pass runs and then gone. A prompt without any token that
-    a probe reads gets NaN. ``shown`` is the progress bar of a larger work; without it, this has
-    its own.
+    a probe reads gets NaN, and so does plain text from a probe of chats alone. ``shown`` is the
+    progress bar of a larger work; without it, this has its own.
     """
     lengths = [len(prompt) for prompt in prompts]
     scores = [np.full((len(prompts), probe.task.outputs), np.nan) for probe in bank.probes]
@@ -217,7 +217,9 @@ def score(
             is_text = [torch.arange(projected.shape[1]) < len(prompt) for prompt in chosen]
             columns = projected[torch.stack(is_text)]
             readings = bank.prompt_logits(columns, [bytes(prompt.parts) for prompt in chosen])
-            for own, found in zip(scores, readings, strict=True):
+            for probe, own, found in zip(bank.probes, scores, readings, strict=True):
                 own[batch] = [reading.logits for reading in found]
+                if probe.prompt_format == "chat":
+                    own[[i for i in batch if prompts[i].is_plain]] = np.nan
             bar.advance(sum(lengths[i] for i in batch))
     return scores

@@ -204,7 +204,7 @@ def prepare(
         in_turns=by_turns and backbone.encoder.prompt_format != "raw",
     )
     fitted = extracted(shown, title="Training texts")
-    texts = checked = fitted.select(range(len(training)))
+    checked = fitted.select(range(len(training)))
     if folds:
         folds = tuple(
             np.append(fold, len(training) + np.flatnonzero(np.isin(sources, fold)))
@@ -213,7 +213,7 @@ def prepare(
     else:
         warnings += shared_texts(training, validation)
         checked = extracted(validation, title="Validation texts")
-    for split in (texts,) if folds else (texts, checked):
+    for split in (fitted,) if folds else (fitted, checked):
         cut = [prompt for prompt in split.prompts if prompt.dropped]
         if cut:
             limit = min(options.max_tokens, max(map(len, cut)))
@@ -350,8 +350,12 @@ def _conversations(
             Message(role, examples.items[text].text)
             for role, text in zip(cycle(("user", "assistant")), turns, strict=False)
         ]
-        prompt = backbone.encoder.encode_any_length(messages)
-        # A template may join turns, or strip one to nothing.
+        try:
+            prompt = backbone.encoder.encode_any_length(messages)
+        except SidelightError:
+            # A template may refuse an assistant's turn, or rewrite it.
+            continue
+        # It may also join turns, or strip one to nothing.
         is_whole = len(piece_lengths(bytes(prompt.parts))) == len(turns)
         if is_whole and len(prompt) <= longest:
             run.append(prompt)

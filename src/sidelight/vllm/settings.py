@@ -142,7 +142,12 @@ def described_prompt(
             f"Give it, or leave '{DESCRIBED}' out of additional_config['{KEY}']."
         )
     try:
-        parts = tuple(chain.from_iterable(repeat(Part(p), int(n)) for p, n in given["parts"]))
+        runs = [(Part(part), int(count)) for part, count in given["parts"]]
+        counts = [count for _, count in runs]
+        # Before they are written out: whoever describes the tokens may give any number.
+        if min(counts, default=0) < 0 or sum(counts) != len(token_ids):
+            runs = []
+        parts = tuple(chain.from_iterable(repeat(*run) for run in runs))
         matches = given["tokens"] == token_hash(token_ids) and len(parts) == len(token_ids)
         prompt = EncodedPrompt(tuple(token_ids), parts, is_plain=bool(given["is_plain"]))
     except (KeyError, TypeError, ValueError) as error:

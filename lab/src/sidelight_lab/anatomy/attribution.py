@@ -41,7 +41,7 @@ def mark_tokens(prompt: EncodedPrompt, reads: Reads) -> Bool[Tensor, "token mark
     """
     at = prompt.mask(reads).nonzero()[:, 0]
     order = torch.arange(len(at))
-    template = torch.tensor([part == Part.TEMPLATE for part in prompt.parts])[at]
+    template = torch.tensor([part in Reads().parts - {Part.PROMPT} for part in prompt.parts])[at]
     return torch.stack([order == 0, order == len(at) - 1, template, at == 0], 1)
 
 

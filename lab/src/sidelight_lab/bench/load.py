@@ -29,7 +29,7 @@ from sidelight.prompts import Message, Reads
 from sidelight.server.process import ServerProcess
 from sidelight.training.classifier import load
 from sidelight.training.fit import fit
-from sidelight.training.settings import FitOptions
+from sidelight.training.settings import FitOptions, suggested_settings
 from sidelight.types import Task
 from sidelight_lab.bench.measurement import (
     Range,
@@ -120,6 +120,7 @@ def _prepare(backbone: TransformersBackbone, folder: Path) -> tuple[list[Path], 
     for name in PROBES:
         options = FitOptions(
             mechanisms=(mechanism_spec("readout", {"extremes": "pair"}),),
+            settings={"readout": suggested_settings("readout").changed(normalise=False)},
             reads=Reads("response" if name == "reply" else "prompt"),
             cache_root=folder / "activations",
         )
