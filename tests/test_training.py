@@ -305,10 +305,10 @@ def test_settings_that_would_train_nothing_are_refused(setting, value, least):
 
 def test_few_texts_are_trained_in_smaller_batches_for_more_epochs():
     settings = TrainingSettings(epochs=4, batch_size=32, least_steps=96, patience=2)
-    assert settings.fitted_to(5000) == settings
-    few = settings.fitted_to(128)
+    assert settings.fitted_to(5000, TASKS["binary"]) == replace(settings, normalise=True)
+    few = settings.fitted_to(128, TASKS["binary"])
     assert (few.batch_size, few.epochs, few.patience) == (16, 12, 6)
-    assert settings.fitted_to(3).batch_size == 1
+    assert settings.fitted_to(3, TASKS["binary"]).batch_size == 1
 
 
 def test_layer_weights_change_only_the_mechanisms_that_ask_for_them(corpora):
@@ -387,3 +387,12 @@ def test_texts_that_are_all_alike_score_nothing(kind, shape, label):
     labels = np.full(shape, label)
     with pytest.raises(SidelightError, match="some of them have and others have not"):
         validation_score(TASKS[kind], np.ones((4, TASKS[kind].outputs)), labels)
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_states_are_normalised_unless_there_are_several_classes(kind):
+    settings = replace(suggested_settings("readout"), normalise=None)
+    assert settings.fitted_to(50, TASKS[kind]).normalise == (kind != "multiclass")
+    for given in (False, True):
+        chosen = replace(settings, normalise=given).fitted_to(50, TASKS[kind])
+        assert chosen.normalise == given

@@ -112,7 +112,7 @@ class _Trainer:
         is_response = self.states.reads.side == "response"
         self.runs: list[TrainingRun] = []
         for job in jobs:
-            settings = job.settings.fitted_to(len(training.labels))
+            settings = job.settings.fitted_to(len(training.labels), task)
             run = TrainingRun(
                 replace(job, settings=settings),
                 geometry,
@@ -132,7 +132,7 @@ class _Trainer:
 
     def _scaling(self, job: Job) -> Standardisation:
         is_weighted = job.settings.layer_weights == "predictive"
-        normalise = job.settings.normalise
+        normalise = bool(job.settings.normalise)
         key = (job.standardise, normalise, job.standardise and is_weighted)
         if key not in self._scalings:
             self._scalings[key] = self._measure(*key).to(self._device)

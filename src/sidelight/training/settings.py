@@ -38,7 +38,8 @@ class TrainingSettings:
         layer_weights: ``predictive`` weighs layers by how well each predicts left-out training
             texts (see ``layer_weights``), if states are standardised.
         normalise: Whether hidden states are divided by their root mean square, so that no token
-            outweighs others by its norm; see ``Standardisation``.
+            outweighs others by its norm; see ``Standardisation``. None: unless there are several
+            classes, which lose accuracy by it (docs/results.md).
         beginnings: Whether a probe of responses also learns from a random beginning of each, since
             it has to give scores while a response is being written.
         long_inputs: Whether each text is also trained on as a part of long inputs (see
@@ -53,7 +54,7 @@ class TrainingSettings:
     patience: int = 3
     class_weight: Literal["none", "balanced"] = "none"
     layer_weights: Literal["equal", "predictive"] = "equal"
-    normalise: bool = True
+    normalise: bool | None = None
     beginnings: bool = True
     long_inputs: bool = False
 
@@ -75,8 +76,13 @@ class TrainingSettings:
         exact = {"least_steps": 0} if {"epochs", "batch_size"} & given.keys() else {}
         return replace(self, **{**exact, **given})
 
-    def fitted_to(self, texts: int) -> "TrainingSettings":
-        """The settings for this many training texts: few get smaller batches and more epochs."""
+    def fitted_to(self, texts: int, task: Task) -> "TrainingSettings":
+        """What suits the training texts and labels, where it is not given.
+
+        Few texts get smaller batches and more epochs.
+        """
+        if self.normalise is None:
+            return replace(self, normalise=task.kind != "multiclass").fitted_to(texts, task)
         if not self.least_steps:
             return self
         batch_size = min(self.batch_size, max(1, texts // _STEPS_PER_EPOCH))
