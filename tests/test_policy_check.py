@@ -51,7 +51,7 @@ PROBES = {
         replace(early, reads=Reads()),
         late,
     ],
-    "an older probe, or one of `normalise = false`": lambda early, late: [
+    "an older probe, or one of several classes": lambda early, late: [
         replace(early, standardisation=late.standardisation),
         late,
     ],

@@ -311,7 +311,7 @@ def test_the_printed_command_trains_what_was_found(
     main()
     found = json.loads((out / "best.json").read_text())["mechanisms"]["gate"]
     manifest = read_manifest(out / "gate")
-    assert manifest.record["settings"] == found["settings"]
+    assert manifest.record["settings"] == {**found["settings"], "normalise": True}
     assert manifest.mechanism.options == found["options"]
     trained = json.loads((out / "gate" / "training.json").read_text())
     measured = trained["validation"]["gate"]["auprc"]["mean"]

@@ -95,7 +95,7 @@ def _of_probe(own: BoundRule, bound: Sequence[BoundRule]) -> Iterator[str]:
     if not probe.standardisation.is_normalised:
         yield (
             f"Probe '{probe.name}' reads states of any norm, so one token of a large norm can "
-            "outweigh an attack. Train it again with this version."
+            "outweigh an attack. Train it again with this version, on two classes."
         )
     learned_long = probe.record.get("settings", {}).get("long_inputs", False)
     blocks_long = own.fails_closed and own.rule.max_tokens is not None

@@ -39,7 +39,7 @@ class TrainingSettings:
             texts (see ``layer_weights``), if states are standardised.
         normalise: Whether hidden states are divided by their root mean square, so that no token
             outweighs others by its norm; see ``Standardisation``. None: unless there are several
-            classes, which lose accuracy by it (docs/results.md).
+            classes, which lose accuracy by it (docs/results.md has the runs).
         beginnings: Whether a probe of responses also learns from a random beginning of each, since
             it has to give scores while a response is being written.
         long_inputs: Whether each text is also trained on as a part of long inputs (see
