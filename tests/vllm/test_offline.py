@@ -171,7 +171,7 @@ def test_train_and_predict_through_vllm(backbone, folder, tmp_path, capsys):
     steps = [*WORDS, "--engine-option", "max_num_batched_tokens=200"]
     train = [
         *("train", "--data", str(data), "--out", str(probe), "--model", model),
-        *("--mechanism", "readout", "--engine", "vllm", *steps),
+        *("--mechanism", "readout", "--scope", "conversation", "--engine", "vllm", *steps),
         *("--cache", str(tmp_path / "cache"), "--keep-cache"),
     ]
     assert run(*train) == 0
