@@ -357,10 +357,9 @@ def test_a_short_turn_is_judged_with_its_neighbours(tiny):
         (["a", "b", "c"], []),
         (["short", "x" * 100, "another long text"], [(0, 2), (0, 1), (1, 2), (2, 3)]),
         (["by itself"], []),
-        # No number of empty turns hides a text, be it short.
-        (["a long enough text", *[""] * 40], [(0, 1)]),
-        ([*[""] * 40, "a long enough text"], [(40, 41)]),
-        (["short", *[""] * 40], [(0, 31), (0, 1)]),
+        # Turns without text are no pieces.
+        (["a long enough text", *[""] * 40], []),
+        (["short", "", "another long text", "", "a third text"], [(0, 2), (1, 2), (2, 3)]),
         ([""] * 3, []),
     ):
         parts = bytes(tiny.encoder.encode(conversation(contents)).parts)

@@ -149,6 +149,21 @@ def test_control_tokens_within_a_content_hide_nothing(key, data):
 
 
 @every_tokenizer
+@settings(max_examples=10, deadline=None)
+@given(text=texts, pairs=st.integers(1, 3))
+def test_turns_without_text_add_nothing_to_a_text(key, text, pairs):
+    asked, empty = Message("user", text), (Message("assistant", ""), Message("user", ""))
+    alone, before, after = [
+        [part for part in ENCODERS[key].encode(messages).parts if part != Part.UNREAD]
+        for messages in ([asked], [*empty[::-1] * pairs, asked], [asked, *empty * pairs])
+    ]
+    assert before == alone
+    # A generation prompt may be shorter than the marker of a turn.
+    assert after[: len(alone)] == alone
+    assert len(after) <= len(alone) + 8
+
+
+@every_tokenizer
 @pytest.mark.parametrize("as_text", [False, True])
 def test_tool_calls_and_results_belong_to_turns(key, as_text):
     if key[0] in WITHOUT_TOOLS:

@@ -22,8 +22,8 @@ class UnitLogits:
 
     Attributes:
         logits: The highest of each label.
-        turn: The first turn of the unit that has the highest of all, among the turns that are
-            judged; None if that is the whole text.
+        turn: The first turn of the unit that has the highest of all, among the turns with text;
+            None if that is the whole text.
     """
 
     logits: Float[np.ndarray, " output"]

@@ -53,13 +53,12 @@ class Part(IntEnum):
     """What a token belongs to."""
 
     UNREAD = 0
-    """The system's turn and what precedes the prompt, or what follows the response."""
+    """The system's turn, what precedes the prompt or follows the response, and what the template
+    writes after a turn without text."""
     PROMPT = 1
     TEMPLATE = 2
     """Written by the chat template once the prompt has begun: turn markers, generation prompt."""
     RESPONSE = 3
-    EMPTY_TURN = 4
-    """As ``TEMPLATE``, where the text of a turn would begin that has none."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ class Reads:
     @property
     def parts(self) -> frozenset[Part]:
         """The kinds of token that are read."""
-        template = {Part.TEMPLATE, Part.EMPTY_TURN} if self.template else set[Part]()
+        template = {Part.TEMPLATE} if self.template else set[Part]()
         prompt = {Part.PROMPT, *template}
         sides = {"prompt": prompt, "response": {Part.RESPONSE}, "both": {*prompt, Part.RESPONSE}}
         return frozenset(sides[self.side])
@@ -169,7 +168,7 @@ class EncodedPrompt:
 
 
 def piece_lengths(parts: bytes) -> list[int]:
-    """The tokens of each piece of a prompt: a turn, with what precedes the first or follows it.
+    """The tokens of each piece of a prompt: a turn's text, with what precedes the first or follows.
 
     Args:
         parts: The ``Part`` of each token; one or more.
@@ -177,15 +176,13 @@ def piece_lengths(parts: bytes) -> list[int]:
     of_tokens = np.frombuffer(parts, np.uint8)
     is_text = of_tokens == Part.PROMPT
     is_first = is_text & ~np.append(False, is_text[:-1])
-    begins = np.flatnonzero(is_first | (of_tokens == Part.EMPTY_TURN))
+    begins = np.flatnonzero(is_first)
     return np.diff([0, *begins[1:], len(parts)]).tolist()
 
 
-# A turn of fewer tokens of text says too little by itself. Among more tokens, or beside more text,
-# it is outweighed.
+# A turn of fewer tokens says too little by itself; beside more of them it is outweighed.
 _LEAST_TOKENS = 8
-_MOST_TOKENS = 96
-_MOST_TEXT = 64
+_MOST_TOKENS = 64
 
 
 def judged_units(parts: bytes, pieces: Sequence[int]) -> list[tuple[int, int]]:
@@ -201,21 +198,15 @@ def judged_units(parts: bytes, pieces: Sequence[int]) -> list[tuple[int, int]]:
     """
     count = len(pieces)
     edges = np.cumsum(pieces)[:-1]
-    by_piece = np.split(np.frombuffer(parts, np.uint8), edges)
-    texts = [int((piece == Part.PROMPT).sum()) for piece in by_piece]
-    read = [int((piece != Part.UNREAD).sum()) for piece in by_piece]
+    by_piece = np.split(np.frombuffer(parts, np.uint8) == Part.PROMPT, edges)
+    texts = [int(piece.sum()) for piece in by_piece]
     units: list[tuple[int, int]] = []
     for first in filter(texts.__getitem__, range(count)):
         start, stop = first, first + 1
-        while (
-            sum(texts[start:stop]) < _LEAST_TOKENS
-            and sum(read[start:stop]) < _MOST_TOKENS
-            and (start, stop) != (0, count)
-        ):
+        while sum(texts[start:stop]) < _LEAST_TOKENS and (start, stop) != (0, count):
             start, stop = (start, stop + 1) if stop < count else (start - 1, stop)
         units.append((start, stop))
-        is_outweighed = sum(texts[start:stop]) > _MOST_TEXT or sum(read[start:stop]) >= _MOST_TOKENS
-        if stop - start > 1 and is_outweighed:
+        if stop - start > 1 and sum(texts[start:stop]) > _MOST_TOKENS:
             units.append((first, first + 1))
     return [unit for unit in units if unit != (0, count)]
 
@@ -427,6 +418,9 @@ class PromptEncoder:
 def token_parts(turns: Sequence[Turn], tokens: int, *, has_response: bool) -> tuple[Part, ...]:
     """The part of each token of a conversation.
 
+    What surrounds turns without text is not read, so that they add nothing to what others say. Only
+    where no turn has text is there nothing else to read.
+
     Args:
         turns: As ``ChatFormat`` finds them; one or more.
         tokens: How many tokens the conversation has.
@@ -440,10 +434,12 @@ def token_parts(turns: Sequence[Turn], tokens: int, *, has_response: bool) -> tu
         end = turns[-1].start
     begin = turns[first].start
     parts = [Part.UNREAD] * begin + [Part.TEMPLATE] * (end - begin) + [Part.UNREAD] * (tokens - end)
-    for turn, kind in zip(turns, kinds, strict=True):
+    has_text = any(turn.start < turn.stop for turn in turns[first:])
+    ends = [*(turn.start for turn in turns[1:]), tokens]
+    for turn, kind, next_start in zip(turns, kinds, ends, strict=True):
         parts[turn.start : turn.stop] = [kind] * (turn.stop - turn.start)
-        if turn.start == turn.stop < end and parts[turn.start] == Part.TEMPLATE:
-            parts[turn.start] = Part.EMPTY_TURN
+        if turn.start == turn.stop and has_text:
+            parts[turn.start : next_start] = [Part.UNREAD] * (next_start - turn.start)
     return tuple(parts)
 
 
