@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import sidelight
 from sidelight import artifact
-from sidelight.artifact import MANIFEST, WEIGHTS, load_probe, read_manifest, save_probe
+from sidelight.artifact import MANIFEST, WEIGHTS, load_probe, read_manifest, save_probe, summary
 from sidelight.bank import Bank
 from sidelight.calibration import Calibration, Knots
 from sidelight.errors import FingerprintMismatchError, SidelightError
@@ -90,6 +90,20 @@ def test_a_round_trip_keeps_everything_that_is_not_a_tensor(tiny, tmp_path):
     ):  # fmt: skip
         assert getattr(loaded, field) == getattr(probe, field), field
     assert loaded.standardisation.is_normalised
+
+
+@pytest.mark.parametrize(
+    ("is_normalised", "said"), [(True, "divided by their root"), (False, "of any norm")]
+)
+def test_an_artifact_says_whether_its_states_are_bounded(tiny, tmp_path, is_normalised, said):
+    probe = replace(probe_of(tiny), record={})
+    scaling = replace(probe.standardisation, is_normalised=is_normalised)
+    save_probe(replace(probe, standardisation=scaling), tmp_path)
+    assert summary(read_manifest(tmp_path))["states"].startswith(said)
+    manifest = tmp_path / "manifest.json"
+    old = {k: v for k, v in json.loads(manifest.read_text()).items() if k != "is_normalised"}
+    manifest.write_text(json.dumps(old))
+    assert summary(read_manifest(tmp_path))["states"].startswith("of any norm")
 
 
 def test_a_loaded_probe_is_frozen(saved):

@@ -30,7 +30,7 @@ def examples():
 def split_of(backbone, examples, root, *, reads=EACH_TURN):
     """The texts as ``fit`` reads them."""
     options = FitOptions(cache_root=root, keep_cache=True, reads=reads)
-    return prepare(backbone, examples, None, options=options).texts
+    return prepare(backbone, examples, None, options=options).originals
 
 
 def by_text(split):

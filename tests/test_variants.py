@@ -1,10 +1,14 @@
 """The other forms in which training shows a text."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+import sidelight.training.classifier
+import sidelight.training.fit
+from commands import run, saved
 from sidelight.bank import Bank
 from sidelight.data.examples import Example, LabelledExamples
 from sidelight.disguises import DISGUISES
@@ -88,6 +92,42 @@ def test_variants_that_are_cut_are_counted(tiny, examples, tmp_path):
     cut = sum(prompt.dropped > 0 for prompt in dataset.training.prompts)
     assert cut
     assert any(f"{cut} of 120 texts were cut" in warning for warning in dataset.warnings)
+
+
+class _AskedError(Exception):
+    """Holds what ``fit`` was asked for."""
+
+
+def asked(monkeypatch, module, call):
+    """The backbone and the options with which a call trains."""
+
+    def fit(backbone, *_arguments, options, **_named):
+        raise _AskedError(backbone, options)
+
+    monkeypatch.setattr(module, "fit", fit)
+    with pytest.raises(_AskedError) as found:
+        call()
+    return found.value.args
+
+
+def test_the_options_of_both_interfaces_reach_training(tmp_path, monkeypatch):
+    data, model = tmp_path / "train.jsonl", saved(tiny_backbone(), tmp_path / "model")
+    rows = [{"text": text, "label": i % 2} for i, text in enumerate(TEXTS)]
+    data.write_text("\n".join(map(json.dumps, rows)))
+    line = ["train", "--data", str(data), "--model", model, "--out", str(tmp_path / "p")]
+    given = ["--augment", "--format", "both", "--scope", "conversation"]
+    named = {"augment": True, "prompt_format": "both", "scope": "conversation"}
+    for arguments, wanted in (({}, (False, "chat", "each_turn")), (named, tuple(named.values()))):
+        calls = {
+            sidelight.training.fit: lambda a=arguments: run(*line, *(given if a else ())),
+            sidelight.training.classifier: lambda a=arguments: sidelight.training.classifier.train(
+                model, data, **a
+            ),
+        }
+        for module, call in calls.items():
+            backbone, options = asked(monkeypatch, module, call)
+            found = (options.augment, backbone.encoder.prompt_format, options.reads.scope)
+            assert found == wanted
 
 
 def test_a_probe_of_chats_alone_says_nothing_of_plain_text(tiny):

@@ -146,7 +146,7 @@ class ProbeDataset:
     variants: int = 0
 
     @property
-    def texts(self) -> Split:
+    def originals(self) -> Split:
         """The training texts without their variants."""
         return self.training.select(range(len(self.training) - self.variants))
 

@@ -61,7 +61,7 @@ def calibrate_probe(
         fingerprint=dataset.backbone.fingerprint,
         record={
             "engine": dataset.training.states.engine,
-            "training": _data(dataset.texts),
+            "training": _data(dataset.originals),
             "variants": dataset.variants,
             "validation": {
                 **_data(dataset.validation),
@@ -143,7 +143,7 @@ def fit(
             training diverged.
     """
     dataset = prepare(backbone, training, validation, options=options, source=source)
-    jobs = options.jobs(len(dataset.texts))
+    jobs = options.jobs(len(dataset.originals))
     # The baseline first: what it refuses in seconds must not cost the hours of training.
     baseline = _baseline(dataset)
     if dataset.folds:
@@ -214,7 +214,7 @@ def score_by_folds(
 
     None for a job that diverged.
     """
-    rows, texts = len(whole.training), len(whole.texts)
+    rows, texts = len(whole.training), len(whole.originals)
     logits = [np.empty((rows, whole.task.outputs)) for _ in jobs]
     diverged: set[int] = set()
     for index, fold in enumerate(folds, 1):
@@ -243,7 +243,7 @@ def _baseline(dataset: ProbeDataset) -> Report:
             rest = training.without(fold)
             words = fit_tfidf(rest.texts, rest.labels, task)
             logits[fold] = words.logits(training.select(fold).texts)
-        logits = logits[: len(dataset.texts)]
+        logits = logits[: len(dataset.originals)]
     else:
         words = fit_tfidf(training.texts, training.labels, task)
         logits = words.logits(dataset.validation.texts)

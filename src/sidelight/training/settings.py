@@ -81,14 +81,14 @@ class TrainingSettings:
 
         Few texts get smaller batches and more epochs.
         """
-        if self.normalise is None:
-            return replace(self, normalise=task.kind != "multiclass").fitted_to(texts, task)
+        is_normalised = task.kind != "multiclass" if self.normalise is None else self.normalise
+        chosen = replace(self, normalise=is_normalised)
         if not self.least_steps:
-            return self
+            return chosen
         batch_size = min(self.batch_size, max(1, texts // _STEPS_PER_EPOCH))
         epochs = max(self.epochs, math.ceil(self.least_steps / math.ceil(texts / batch_size)))
         patience = math.ceil(self.patience * epochs / self.epochs)
-        return replace(self, batch_size=batch_size, epochs=epochs, patience=patience)
+        return replace(chosen, batch_size=batch_size, epochs=epochs, patience=patience)
 
 
 # Chosen on ToxicChat validation data; `docs/results.md` has the runs.
