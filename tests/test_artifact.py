@@ -122,7 +122,12 @@ def test_saving_leaves_other_files_alone_and_no_scraps(tiny, tmp_path):
 
 def test_another_backbone_is_refused_and_both_are_named(tiny, tmp_path):
     other = replace(
-        tiny.fingerprint, name="Llama-3.2-3B", weights="0" * 16, config="1" * 16, layers=29
+        tiny.fingerprint,
+        name="Llama-3.2-3B",
+        weights="0" * 16,
+        config="1" * 16,
+        loaded_config="2" * 16,
+        layers=29,
     )
     probe = replace(probe_of(tiny), fingerprint=other)
     # Weights of the right shape for what the manifest says, so only the fingerprint is wrong.

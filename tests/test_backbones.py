@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from families import FAMILIES, family_backbone
-from sidelight.backbone import TransformersBackbone, load_backbone
+from sidelight.backbone import TransformersBackbone, load_backbone, read_backbone
 from sidelight.errors import FingerprintMismatchError, SidelightError
 from sidelight.prompts import Message
 from tiny import SIZES, tiny_backbone, tiny_tokenizer
@@ -203,6 +203,7 @@ def other_normaliser(backbone):
     return backbone.model, backbone.tokenizer
 
 
+@pytest.mark.parametrize("is_loaded", [True, False])
 @pytest.mark.parametrize(
     ("change", "field"),
     [
@@ -214,9 +215,13 @@ def other_normaliser(backbone):
         (other_normaliser, "tokenizer"),
     ],
 )
-def test_a_change_of_the_model_is_another_backbone_and_is_named(change, field):
+def test_a_change_of_the_model_is_another_backbone_and_is_named(change, field, is_loaded, tmp_path):
     before = tiny_backbone().fingerprint
-    after = TransformersBackbone(*change(tiny_backbone()), name="tiny/changed").fingerprint
+    changed = TransformersBackbone(*change(tiny_backbone()), name="tiny/changed")
+    after = changed.fingerprint
+    if not is_loaded:
+        read = read_backbone(saved(tmp_path, changed)).fingerprint
+        after = replace(read, name="tiny/changed")
     assert before.digest != after.digest
     with pytest.raises(FingerprintMismatchError) as caught:
         before.require(after, probe="toxicity")
@@ -235,8 +240,8 @@ def test_each_family_has_its_own_fingerprint():
     assert len(digests) == len(FAMILIES)
 
 
-def saved(folder):
-    backbone = tiny_backbone()
+def saved(folder, backbone=None):
+    backbone = backbone or tiny_backbone()
     backbone.model.save_pretrained(folder)
     backbone.tokenizer.save_pretrained(folder)
     return folder
@@ -253,6 +258,12 @@ def without(pattern):
 def truncated_weights(folder):
     path = saved(folder) / "model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
+
+
+def garbled_weights(folder):
+    path = saved(folder) / "model.safetensors"
+    header = b"[1, 2, 3]"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
 
 
 def garbled_config(folder):
@@ -281,28 +292,31 @@ def garbled_tokenizer(folder):
         without("*.safetensors"),
         without("tokenizer*"),
         truncated_weights,
+        garbled_weights,
         garbled_config,
         unknown_architecture,
         encoder_decoder,
         garbled_tokenizer,
     ],
     ids=[
-        "empty", "no-config", "no-weights", "no-tokenizer", "truncated-weights", "garbled-config",
-        "unknown-architecture", "encoder-decoder", "garbled-tokenizer",
+        "empty", "no-config", "no-weights", "no-tokenizer", "truncated-weights", "garbled-weights",
+        "garbled-config", "unknown-architecture", "encoder-decoder", "garbled-tokenizer",
     ],
 )  # fmt: skip
 def test_a_folder_that_cannot_be_loaded_is_one_line(tmp_path, offline, damage):
     damage(tmp_path)
-    with pytest.raises(SidelightError, match="Cannot load") as caught:
-        load_backbone(tmp_path, device="cpu")
-    assert str(tmp_path) in str(caught.value)
-    assert "\n" not in str(caught.value)
+    for load in (load_backbone, read_backbone):
+        with pytest.raises(SidelightError, match="Cannot load") as caught:
+            load(tmp_path)
+        assert str(tmp_path) in str(caught.value)
+        assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("load", [load_backbone, read_backbone])
 @pytest.mark.parametrize("name", ["nobody/no-such-model", "no such model", "a//b", "", "smollm"])
-def test_a_name_that_is_no_model_is_one_line(offline, name):
+def test_a_name_that_is_no_model_is_one_line(offline, name, load):
     with pytest.raises(SidelightError, match="Give 'smollm2', a folder") as caught:
-        load_backbone(name, device="cpu")
+        load(name)
     assert "\n" not in str(caught.value)
 
 

@@ -6,6 +6,7 @@ Training, evaluation and the transformers engine use it. It does not batch reque
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -20,12 +21,14 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     DynamicCache,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.utils.logging import disable_progress_bar
 
+from sidelight.checkpoint import Checkpoint, model_folder
 from sidelight.errors import SidelightError
-from sidelight.fingerprint import Fingerprint, fingerprint
+from sidelight.fingerprint import Fingerprint, checkpoint_fingerprint, fingerprint
 from sidelight.prompts import EncodedPrompt, PromptEncoder, PromptFormat
 from sidelight.smollm2 import EMBEDDED_NAME, embedded_model_path
 
@@ -100,6 +103,8 @@ class TransformersBackbone:
         name: Its name in messages and manifests.
         prompt_format: ``chat``, ``raw`` or ``both``; None means chat if the tokenizer has a
             template.
+        checkpoint: The files that the model was loaded from and still equals; None identifies it
+            by what ``save_pretrained`` would write.
     """
 
     def __init__(
@@ -109,19 +114,20 @@ class TransformersBackbone:
         *,
         name: str,
         prompt_format: PromptFormat | None = None,
+        checkpoint: Checkpoint | None = None,
     ):
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
         self._tap: Tap | None = None
         self._watch(_decoder_blocks(model))
-        chosen = prompt_format or ("chat" if tokenizer.chat_template else "raw")
-        positions = getattr(model.config.get_text_config(), "max_position_embeddings", _NO_LIMIT)
-        # A tokenizer without a limit reports an astronomically large one.
-        limit = min(positions, tokenizer.model_max_length)
-        self.encoder = PromptEncoder(tokenizer, prompt_format=chosen, max_tokens=int(limit))
+        self.encoder = _encoder(model.config, tokenizer, prompt_format)
         self.fingerprint: Fingerprint = fingerprint(
-            model, tokenizer, name=name, prompt_format=chosen
+            model,
+            tokenizer,
+            name=name,
+            prompt_format=self.encoder.prompt_format,
+            checkpoint=checkpoint,
         )
 
     @property
@@ -198,6 +204,16 @@ class TransformersBackbone:
             block.register_forward_hook(partial(after, layer))
 
 
+def _encoder(
+    config: PreTrainedConfig, tokenizer: Any, prompt_format: PromptFormat | None
+) -> PromptEncoder:
+    chosen = prompt_format or ("chat" if tokenizer.chat_template else "raw")
+    positions = getattr(config.get_text_config(), "max_position_embeddings", _NO_LIMIT)
+    # A tokenizer without a limit reports an astronomically large one.
+    limit = min(positions, tokenizer.model_max_length)
+    return PromptEncoder(tokenizer, prompt_format=chosen, max_tokens=int(limit))
+
+
 def _decoder_blocks(model: PreTrainedModel) -> nn.ModuleList:
     """The decoder blocks: the heaviest of the module lists with one entry per layer."""
     depth = model.config.get_text_config().num_hidden_layers
@@ -241,20 +257,77 @@ def load_backbone(
     Raises:
         SidelightError: The model cannot be found, or is not a causal LM with decoder blocks.
     """
-    name = str(name)
-    path = embedded_model_path() if name == EMBEDDED_NAME else name
+    name, path = str(name), _path(name)
     target = _device(device)
     # Loading takes a second, and its progress bars would clutter ours.
     disable_progress_bar()
-    try:
+    with _one_line(name):
         config = AutoConfig.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(path)
+        checkpoint = _checkpoint_of(model, path)
+    model = cast(PreTrainedModel, model)
+    model.to(target)  # pyright: ignore[reportArgumentType]
+    return TransformersBackbone(
+        model, tokenizer, name=name, prompt_format=prompt_format, checkpoint=checkpoint
+    )
+
+
+def _checkpoint_of(model: Any, path: str) -> Checkpoint | None:
+    # An adapter in the folder has changed the weights.
+    if getattr(model, "_hf_peft_config_loaded", False):
+        return None
+    try:
+        return Checkpoint.read(model_folder(path))
+    except FileNotFoundError:
+        # What loads from other files, such as .bin, is identified in memory.
+        return None
+
+
+def _path(name: str | Path) -> str:
+    return embedded_model_path() if str(name) == EMBEDDED_NAME else str(name)
+
+
+@dataclass(frozen=True)
+class UnloadedBackbone:
+    """What is known of a backbone without its weights, for an engine that loads them itself."""
+
+    path: str
+    tokenizer: Any
+    encoder: PromptEncoder
+    fingerprint: Fingerprint
+
+
+def read_backbone(
+    name: str | Path, *, prompt_format: PromptFormat | None = None
+) -> UnloadedBackbone:
+    """What ``load_backbone`` says of a model, without loading it.
+
+    Args:
+        name: As for ``load_backbone``.
+        prompt_format: As for ``load_backbone``.
+
+    Raises:
+        SidelightError: The model cannot be found, or its weights are not in safetensors files.
+    """
+    name, path = str(name), _path(name)
+    with _one_line(name):
+        config = AutoConfig.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        checkpoint = Checkpoint.read(model_folder(path))
+    encoder = _encoder(config, tokenizer, prompt_format)
+    who = checkpoint_fingerprint(
+        checkpoint, config, tokenizer, name=name, prompt_format=encoder.prompt_format
+    )
+    return UnloadedBackbone(path, tokenizer, encoder, who)
+
+
+@contextmanager
+def _one_line(name: str) -> Generator[None]:
+    try:
+        yield
     except (OSError, ValueError, SafetensorError) as error:
         raise SidelightError(
             f"Cannot load '{name}' as a causal language model: {str(error).splitlines()[0]} "
             "Give 'smollm2', a folder saved by save_pretrained, or a hub id."
         ) from error
-    model = cast(PreTrainedModel, model)
-    model.to(target)  # pyright: ignore[reportArgumentType]
-    return TransformersBackbone(model, tokenizer, name=name, prompt_format=prompt_format)

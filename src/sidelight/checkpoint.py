@@ -1,0 +1,193 @@
+"""The files of a model, read without loading it: configuration, and a few values of each weight.
+
+Values are read one at a time. The safetensors library maps a file, and whatever the kernel maps
+around a value counts as memory of the process: for some files, all of it.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from huggingface_hub import snapshot_download
+from torch import Tensor
+from transformers import PreTrainedModel
+
+# Not exported, but what save_pretrained itself calls.
+from transformers.core_model_loading import revert_weight_conversion
+
+_CONFIG = "config.json"
+_WEIGHTS = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_VALUES_PER_WEIGHT = 16
+_LONGEST_HEADER = 100_000_000
+_DTYPES = {
+    "BF16": torch.bfloat16,
+    "BOOL": torch.bool,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
+
+# Buffers of older files, which transformers computes and no longer saves.
+_COMPUTED = ("rotary_emb.inv_freq", "masked_bias", ".attn.bias", ".attention.bias")
+_INPUT_EMBEDDINGS = (
+    "embed_tokens.weight", "embed_in.weight", "word_embeddings.weight", "wte.weight",
+)  # fmt: skip
+_OUTPUT_EMBEDDINGS = ("lm_head.weight", "embed_out.weight")
+
+
+class Sample(NamedTuple):
+    """A weight's shape, and values spread over its length, as the bytes of bf16 numbers."""
+
+    shape: tuple[int, ...]
+    values: bytes
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What the files of a model say of it.
+
+    Attributes:
+        config: The entries of ``config.json``.
+        samples: Of every weight, by its name in the files.
+        dtype: That of most values.
+    """
+
+    config: Mapping[str, Any]
+    samples: Mapping[str, Sample]
+    dtype: str
+
+    @staticmethod
+    def read(folder: Path) -> "Checkpoint":
+        """Reads a folder; takes milliseconds and no memory, however large the model is.
+
+        Raises:
+            FileNotFoundError: It has no weights in safetensors files.
+            OSError: A file cannot be read.
+            ValueError: A file is damaged.
+        """
+        config = json.loads((folder / _CONFIG).read_text("utf-8"))
+        samples: dict[str, Sample] = {}
+        values: Counter[str] = Counter()
+        for path in _weight_files(folder):
+            for name, dtype, read in _read_samples(path):
+                if samples.setdefault(name, read) != read:
+                    raise ValueError(
+                        f"{folder} has two different weights '{name}'. Leave one set of files."
+                    )
+                values[str(dtype).removeprefix("torch.")] += prod(read.shape)
+        return Checkpoint(config, _as_used(samples), values.most_common(1)[0][0])
+
+    @staticmethod
+    def of(model: PreTrainedModel) -> "Checkpoint":
+        """What ``read`` would find if the model were saved."""
+        config = json.loads(model.config.to_json_string())
+        tied = getattr(model, "all_tied_weights_keys", ())
+        weights = {name: w for name, w in sorted(model.state_dict().items()) if name not in tied}
+        samples: dict[str, Sample] = {}
+        # Layer by layer, since separating weights that loading has fused copies them.
+        for _, names in groupby(weights, key=_layer_of):
+            saved = revert_weight_conversion(model, {name: weights[name] for name in names})
+            samples |= {name: sample(weight) for name, weight in saved.items()}
+        return Checkpoint(config, _as_used(samples), str(model.dtype).removeprefix("torch."))
+
+
+def model_folder(name: str) -> Path:
+    """The folder of a model; one of the hub is downloaded first, unless it has been.
+
+    Raises:
+        OSError: The hub cannot be reached.
+        ValueError: It is no name of a model.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    return Path(snapshot_download(name, allow_patterns=[_CONFIG, "model*.safetensors", _INDEX]))
+
+
+def sample(weight: Tensor) -> Sample:
+    """The sample of a weight in memory."""
+    values = weight.flatten()[:: _step(weight.numel())]
+    return Sample(tuple(weight.shape), _as_bytes(values))
+
+
+def _layer_of(name: str) -> str:
+    """The name up to its first number, ``model.layers.12`` for one."""
+    return re.sub(r"(\d)\D.*", r"\1", name)
+
+
+def _weight_files(folder: Path) -> Iterable[Path]:
+    # Engines differ in which they load if both are there.
+    files = {folder / _WEIGHTS} if (folder / _WEIGHTS).exists() else set[Path]()
+    if (folder / _INDEX).exists():
+        index = json.loads((folder / _INDEX).read_text("utf-8"))
+        files |= {folder / file for file in index["weight_map"].values()}
+    if not files:
+        raise FileNotFoundError(
+            f"{folder} has no {_WEIGHTS} or {_INDEX}, and other weights cannot be identified "
+            "without loading them. Save the model again with save_pretrained."
+        )
+    return sorted(files)
+
+
+def _read_samples(path: Path) -> Iterator[tuple[str, torch.dtype, Sample]]:
+    # The layout: eight bytes with the header's length, the header in JSON, and the values.
+    damaged = ValueError(f"{path} is not a whole safetensors file. Copy it again.")
+    size = path.stat().st_size
+    with path.open("rb", buffering=0) as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        if start > min(size, _LONGEST_HEADER):
+            raise damaged
+        try:
+            header = json.loads(file.read(start - 8))
+            header.pop("__metadata__", None)
+            end = start + max(entry["data_offsets"][1] for entry in header.values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise damaged from error
+        if size != end:
+            raise damaged
+        for name, entry in header.items():
+            if (dtype := _DTYPES.get(entry["dtype"])) is None:
+                raise ValueError(
+                    f"{path} has weights of dtype {entry['dtype']}; supported are "
+                    f"{', '.join(_DTYPES)}."
+                )
+            shape = tuple(entry["shape"])
+            raw = bytearray()
+            for index in range(0, prod(shape), _step(prod(shape))):
+                file.seek(start + entry["data_offsets"][0] + index * dtype.itemsize)
+                raw += file.read(dtype.itemsize)
+            values = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0)
+            yield name, dtype, Sample(shape, _as_bytes(values))
+
+
+def _as_used(samples: Mapping[str, Sample]) -> dict[str, Sample]:
+    """With the output embeddings, which files leave out if they equal the input embeddings."""
+    used = {name: s for name, s in sorted(samples.items()) if not name.endswith(_COMPUTED)}
+    if not any(name.endswith(_OUTPUT_EMBEDDINGS) for name in used):
+        tied = next((s for name, s in used.items() if name.endswith(_INPUT_EMBEDDINGS)), None)
+        if tied is not None:
+            used["lm_head.weight"] = tied
+    return used
+
+
+def _step(numel: int) -> int:
+    return max(1, numel // _VALUES_PER_WEIGHT)
+
+
+def _as_bytes(values: Tensor) -> bytes:
+    return values.to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes()

