@@ -11,7 +11,7 @@ from contextlib import aclosing
 from dataclasses import asdict
 from typing import Any
 
-from sidelight.backbone import load_backbone
+from sidelight.backbone import read_backbone
 from sidelight.engines.base import (
     Admission,
     Engine,
@@ -296,18 +296,15 @@ def load_vllm_engine(
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    # Loaded for its fingerprint and its encoder; the weights that serve are vLLM's own.
-    backbone = load_backbone(model, device="cpu", prompt_format=common_format(probes))
-    path = backbone.model.config._name_or_path  # pyright: ignore[reportPrivateUsage]
-    encoder, tokenizer, fingerprint = backbone.encoder, backbone.tokenizer, backbone.fingerprint
-    del backbone
+    backbone = read_backbone(model, prompt_format=common_format(probes))
+    fingerprint = backbone.fingerprint
     require_same_model(probes, fingerprint)
     folder = ProbeFolder()
     named = {"probes": folder.put(probes), "fingerprint": asdict(fingerprint), DESCRIBED: True}
-    given = {"max_model_len": encoder.max_tokens, **(options or {})}
+    given = {"max_model_len": backbone.encoder.max_tokens, **(options or {})}
     require_options(given, AsyncEngineArgs)
     arguments = AsyncEngineArgs(
-        model=path,
+        model=backbone.path,
         dtype=dtype,
         disable_log_stats=True,
         additional_config={KEY: named},
@@ -324,8 +321,8 @@ def load_vllm_engine(
         llm,
         probes,
         name=model,
-        encoder=encoder,
-        tokenizer=tokenizer,
+        encoder=backbone.encoder,
+        tokenizer=backbone.tokenizer,
         fingerprint=fingerprint,
         folder=folder,
         limits=limits,

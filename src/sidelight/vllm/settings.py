@@ -14,7 +14,7 @@ from itertools import chain, groupby, repeat
 from typing import Any
 
 from sidelight.artifact import load_probe
-from sidelight.backbone import load_backbone
+from sidelight.backbone import read_backbone
 from sidelight.engines.base import GenerationError
 from sidelight.errors import SidelightError
 from sidelight.fingerprint import Fingerprint
@@ -100,17 +100,18 @@ def named_folders(config: Mapping[str, Any]) -> tuple[str, ...] | None:
 def fingerprint_of(model: str, folders: Sequence[str]) -> Fingerprint:
     """The fingerprint of the model that vLLM is about to serve.
 
-    To compute it, the model is loaded once with ``transformers`` on the CPU, and dropped.
+    The model is not loaded: its files say who it is.
 
     Args:
         model: Folder or hub id.
         folders: The probes' artifacts, which say how texts are rendered.
 
     Raises:
-        SidelightError: A probe is damaged, or some read chats and others raw texts.
+        SidelightError: A probe is damaged, some read chats and others raw texts, or the model's
+            weights are not in safetensors files.
     """
     prompt_format = common_format(map(load_probe, folders))
-    return load_backbone(model, device="cpu", prompt_format=prompt_format).fingerprint
+    return read_backbone(model, prompt_format=prompt_format).fingerprint
 
 
 def request_params(prompt: EncodedPrompt) -> dict[str, Any]:
