@@ -47,7 +47,7 @@ class Played:
         self.spool = Spool.create(folder, shape)
         self.captures = Captures(block_size=BLOCK)
         self.recorders = [
-            Recorder(own, tokens=24, width=WIDTH, dtype=torch.float32, device=torch.device("cpu"))
+            Recorder(own, tokens=26, width=WIDTH, dtype=torch.float32, device=torch.device("cpu"))
             for own in layers
         ]
         self.layers = layers
@@ -62,7 +62,7 @@ class Played:
     def step(self, chunks, *, untapped=()):
         """A pass over some tokens of some requests: ``(request, start, stop)``."""
         pieces = self.captures.plan(
-            Step(str(i), stop, start == 0, lambda i=i: BLOCKS[i]) for i, start, stop in chunks
+            Step(str(i), stop, start == 0, BLOCKS[i]) for i, start, stop in chunks
         )
         slots = [
             BLOCKS[i][token // BLOCK] * BLOCK + token % BLOCK
@@ -74,7 +74,8 @@ class Played:
                 if layer not in untapped:
                     states = [self.hidden[i][layer, start:stop] for i, start, stop in chunks]
                     recorder.receive(local, torch.cat(states))
-            recorder.save(torch.tensor([*slots, -1, -1]), pieces)
+            recorder.keep(torch.tensor([*slots, -1, -1]))
+            recorder.save(pieces)
 
     @property
     def is_whole(self) -> bool:
@@ -122,7 +123,7 @@ def test_what_is_written_after_the_prompt_is_not_kept(tmp_path):
     played.step([(i, 0, n) for i, n in enumerate(LENGTHS[:2])])
     played.step([(2, 0, 14)])
     kept = played.spool.hidden.clone()
-    assert played.captures.plan([Step("2", 15, False, lambda: BLOCKS[2])]) == []
+    assert played.captures.plan([Step("2", 15, False, BLOCKS[2])]) == []
     assert torch.equal(played.spool.hidden, kept)
 
 
@@ -136,9 +137,9 @@ def test_a_layer_that_is_not_tapped_is_noticed(tmp_path):
 def test_tokens_that_the_pass_did_not_run_are_an_error(tmp_path):
     """As if the first block had come from a prefix cache."""
     played = Played(tmp_path)
-    (piece,) = played.captures.plan([Step("1", 9, True, lambda: BLOCKS[1])])
+    (piece,) = played.captures.plan([Step("1", 9, True, BLOCKS[1])])
     with pytest.raises(SidelightError, match="prefix"):
-        played.recorders[0].save(torch.tensor([44, 45, 46, 47, 0]), [piece])
+        played.recorders[0].save([piece])
 
 
 def test_a_spool_that_was_given_up_stops_nobody(tmp_path):
@@ -152,7 +153,7 @@ def test_a_spool_that_was_given_up_stops_nobody(tmp_path):
 def test_a_request_that_names_no_place_is_run_and_not_kept(tmp_path):
     captures = Captures(block_size=BLOCK)
     captures.enter("warm", None, 8)
-    assert captures.plan([Step("warm", 8, True, lambda: [0, 1])]) == []
+    assert captures.plan([Step("warm", 8, True, [0, 1])]) == []
 
 
 def test_a_spool_is_found_by_its_path_and_shape(tmp_path):

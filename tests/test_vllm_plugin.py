@@ -96,7 +96,7 @@ class Played:
             self.stage.receive(layer, hidden)
         self.pages.keep(torch.tensor([*slots, -1, -1]))
         steps = [
-            Step(request, stop, request in resumed or start == 0, lambda blocks=blocks: blocks)
+            Step(request, stop, request in resumed or start == 0, blocks)
             for request, _, blocks, start, stop in shares
         ]
         for request_id, judgement in self.judge(self.tracking.plan(steps)).items():
@@ -244,7 +244,7 @@ def test_a_layer_that_is_not_tapped_is_a_failed_verdict(backbone, probes):
     for layer, states in enumerate(hidden[:-1]):
         played.stage.receive(layer, states)
     played.pages.keep(torch.arange(12, 20))
-    (reading,) = played.tracking.plan([Step("s", 8, True, lambda: [3, 4])])
+    (reading,) = played.tracking.plan([Step("s", 8, True, [3, 4])])
     judgement = played.judge([reading])["s"]
     assert judgement.verdicts == ()
     assert sorted(judgement.failed) == sorted(probe.name for probe in probes)
@@ -266,7 +266,7 @@ def test_pipeline_stages_together_give_the_verdict(backbone, probes):
     prompt = prompt_of(range(10, 30))
     hidden = states_of(backbone, prompt.token_ids)
     played.enter("r", prompt)
-    (reading,) = played.tracking.plan([Step("r", 20, True, lambda: list(range(5)))])
+    (reading,) = played.tracking.plan([Step("r", 20, True, list(range(5)))])
     projection = played.panel.projection
     columns = torch.stack(
         [hidden[i] @ projection.weight[i] + projection.shift[i] for i in range(4)], 1
@@ -337,6 +337,17 @@ def test_a_pipeline_stage_keeps_its_probes(backbone, tmp_path):
     set_receiver(None)
 
 
+class _Staged:
+    """A receiver that is no worker."""
+
+    def __init__(self, stage):
+        self.receive = stage.receive
+        self.passes = []
+
+    def end_pass(self, tokens):
+        self.passes.append(tokens)
+
+
 def test_hooks_see_the_stream_in_one_or_two_addends():
     class Split(nn.Linear):
         def forward(self, positions, hidden, residual=None):
@@ -352,12 +363,14 @@ def test_hooks_see_the_stream_in_one_or_two_addends():
     assert tap_layers([split, whole], reads_embedding=True, width=8) == 3
     projection = Projection(torch.randn(3, 8, 2), torch.randn(3, 2))
     stage = Stage.empty(projection, tokens=6)
-    set_receiver(stage)
+    receiver = _Staged(stage)
+    set_receiver(receiver)
     hidden = torch.randn(5, 8)
     with torch.inference_mode():
         first, residual = split(torch.arange(5), hidden)
         last = whole(first + residual)
     set_receiver(None)
+    assert receiver.passes == [5]
     for layer, stream in enumerate((hidden, first + residual, last)):
         wanted = stream @ projection.weight[layer] + projection.shift[layer]
         torch.testing.assert_close(stage.rows[layer, :5], wanted)
@@ -380,7 +393,8 @@ def test_the_compiler_keeps_the_operation():
     layer = nn.Linear(8, 8)
     tap_layers([layer], reads_embedding=False, width=8)
     exported = torch.export.export(layer, (torch.randn(5, 8),))
-    assert "sidelight.project" in exported.graph_module.code
+    for name in ("project", "end_pass"):
+        assert f"sidelight.{name}" in exported.graph_module.code
 
 
 def test_a_prompt_travels_with_the_request():
@@ -409,7 +423,7 @@ def test_a_request_that_does_not_describe_its_tokens_is_an_error(params, message
         described_prompt(params, [1, 2, 3])
     tracking = Tracking(reads_responses=False)
     tracking.enter("r", params, [1, 2, 3])
-    assert tracking.plan([Step("r", 3, True, lambda: [0])]) == []
+    assert tracking.plan([Step("r", 3, True, [0])]) == []
     assert message in tracking.report("r")[KEY]["error"]
 
 

@@ -197,7 +197,7 @@ def test_a_share_of_a_request_that_has_ended_leaves_no_state():
     prompt = EncodedPrompt((5, 6, 7), (Part.PROMPT,) * 3)
     for request_id in ("ended", "running"):
         tracking.enter(request_id, request_params(prompt), prompt.token_ids)
-    steps = [Step(request_id, 3, True, lambda: [0]) for request_id in ("ended", "running")]
+    steps = [Step(request_id, 3, True, [0]) for request_id in ("ended", "running")]
     columns = torch.zeros(3, 4, judge.panel.projection.weight.shape[-1])
     shares = [Share(reading, 0, columns) for reading in tracking.plan(steps)]
     tracking.leave("ended")

@@ -25,6 +25,7 @@ from torch import Tensor
 from sidelight.errors import SidelightError
 from sidelight.prompts import EncodedPrompt, Reads
 from sidelight.vllm.columns import Step, slots_of
+from sidelight.vllm.patches import pass_slots, require_slots
 from sidelight.vllm.settings import KEY
 from sidelight.vllm.taps import Installed
 
@@ -207,7 +208,7 @@ class Captures:
             return None
         first, last = np.searchsorted(tracked.kept, [start, stop])
         tokens = tracked.kept[first:last]
-        slots = slots_of(step.blocks(), tokens, self._block_size)
+        slots = slots_of(step.blocks, tokens, self._block_size)
         row = tracked.place.row + int(first)
         return Piece(tracked.place, row, tuple(slots.tolist()), passed=stop)
 
@@ -223,6 +224,9 @@ class Recorder:
         width: Size of a hidden state.
         dtype: That of the states.
         device: Where they are.
+
+    Attributes:
+        attention: The attention layer that has a slot for every token; "" until vLLM has a cache.
     """
 
     def __init__(
@@ -231,19 +235,32 @@ class Recorder:
         self._layers = slice(layers.start, layers.stop)
         self._rows = torch.empty(len(layers), tokens, width, dtype=dtype, device=device)
         self._has_run = torch.zeros(len(layers), dtype=torch.bool, device=device)
+        self._slots = torch.full((tokens,), -1, dtype=torch.int64, device=device)
+        self.attention = ""
 
     def receive(self, layer: int, hidden: Float[Tensor, "token width"]) -> None:
         """Keeps the stream of one layer until the pass ends."""
         self._rows[layer, : len(hidden)].copy_(hidden)
         self._has_run[layer].fill_(True)
 
-    def save(self, slots: Int[Tensor, " token"], pieces: Sequence[Piece]) -> None:
-        """Ends a forward pass whose tokens have these KV slots; -1 is padding.
+    def end_pass(self, tokens: int) -> None:
+        slots = pass_slots(self.attention) if self.attention else None
+        if slots is not None:
+            require_slots(slots, tokens)
+            self.keep(slots)
+
+    def keep(self, slots: Int[Tensor, " token"]) -> None:
+        """Notes the KV slots of the tokens of a forward pass; -1 is padding."""
+        self._slots[: len(slots)].copy_(slots)
+        self._slots[len(slots) :].fill_(-1)
+
+    def save(self, pieces: Sequence[Piece]) -> None:
+        """Copies these pieces of the last forward pass to their spools.
 
         Raises:
             SidelightError: The pass ran other tokens than were planned.
         """
-        in_order, order = slots.cpu().long().sort()
+        in_order, order = self._slots.cpu().sort()
         # The counters of a layer that is not tapped stay behind, so the text is never whole.
         ran = self._has_run.cpu().int()
         for piece in pieces:
@@ -263,6 +280,7 @@ class Recorder:
             spool.hidden[self._layers, piece.row : stop].copy_(rows)
             spool.passed[self._layers, piece.place.text] = piece.passed * ran
         self._has_run.fill_(False)
+        self._slots.fill_(-1)
 
 
 def _as_slice(rows: Int[Tensor, " kept"]) -> slice | Int[Tensor, " kept"]:

@@ -1,16 +1,16 @@
 """The probes' columns of every token, kept by KV slot, and which requests to read after a step.
 
-A forward pass fills a staging buffer, layer by layer; after it, the rows move to the slots of their
-tokens. A slot holds the keys and values of one token, and here its columns. Whoever shares the
-slot, or computes it again, shares or replaces both. So chunked prefill, batching, preemption and
-shared prefixes need no bookkeeping.
+A forward pass fills a staging buffer, layer by layer; at its end, the rows move to the slots of
+their tokens. A slot holds the keys and values of one token, and here its columns. Whoever shares
+the slot, or computes it again, shares or replaces both. So chunked prefill, batching, preemption
+and shared prefixes need no bookkeeping.
 
 ``Tracking`` is the scheduler's side. A request is read whole when its prompt ends, no matter which
 part was computed earlier or by another request, and again from the start after a preemption.
 
-The staging buffer and the weights never move, and nothing depends on a tensor's values, so that
-``Stage.receive`` can be part of a captured CUDA graph (not yet tried on a GPU). A graph holds their
-addresses, so a stage must not be replaced where graphs are captured.
+Stage, pages and weights never move, and nothing depends on a tensor's values, so that
+``Stage.receive`` and ``Pages.keep`` can be part of a captured CUDA graph (not yet tried on a GPU).
+A graph holds their addresses, so they must not be replaced where graphs are captured.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -72,13 +72,13 @@ class Step:
     Attributes:
         computed: Tokens of the request that have keys and values after the pass.
         is_resumed: Whether it begins with this pass, or comes back from preemption.
-        blocks: Returns its block table.
+        blocks: Its block table.
     """
 
     request_id: str
     computed: int
     is_resumed: bool
-    blocks: Callable[[], Sequence[int]]
+    blocks: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,7 @@ class Tracking:
         tracked.read, tracked.is_planned = step.computed, True
         return Reading(
             request_id=step.request_id,
-            blocks=tuple(step.blocks()),
+            blocks=tuple(step.blocks),
             start=start,
             parts=tracked.parts[start:] + bytes([Part.RESPONSE]) * written,
             ends_prompt=ends_prompt,

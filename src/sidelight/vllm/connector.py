@@ -13,6 +13,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from transformers import AutoTokenizer
@@ -24,11 +25,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
-from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from sidelight.bank import Panel
 from sidelight.errors import SidelightError
@@ -37,7 +36,7 @@ from sidelight.prompts import EncodedPrompt, PromptEncoder
 from sidelight.types import Judgement
 from sidelight.vllm import capture, worker
 from sidelight.vllm.columns import Reading, Step, Tracking
-from sidelight.vllm.patches import served_by
+from sidelight.vllm.patches import keeps_every_token, served_by
 from sidelight.vllm.settings import described_prompt
 from sidelight.vllm.worker import RequestJudge, Share, end_with_parent
 
@@ -53,14 +52,10 @@ class BaseConnector(KVConnectorBase_V1, SupportsHMA):
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any):
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
+        index = full_group(kv_cache_config)
+        self._group = kv_cache_config.kv_cache_groups[index]
+        self._tables = BlockTables(index)
         if role == KVConnectorRole.SCHEDULER:
-            groups = kv_cache_config.kv_cache_groups
-            if len(groups) != 1 or not isinstance(groups[0].kv_cache_spec, FullAttentionSpec):
-                raise SidelightError(
-                    "Probes inside vLLM need a model whose layers all keep keys and values of "
-                    "every token. Serve this one with --disable-hybrid-kv-cache-manager, or with "
-                    "the transformers engine."
-                )
             end_with_parent()
 
     @property
@@ -78,8 +73,8 @@ class BaseConnector(KVConnectorBase_V1, SupportsHMA):
     def request_finished_all_groups(
         self, request: Any, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
-        # There is one group.
-        return self.request_finished(request, block_ids[0])
+        self._tables.forget(request.request_id)
+        return self.request_finished(request, [])
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         pass
@@ -92,25 +87,62 @@ class BaseConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> None:
         pass
 
+    def wait_for_save(self) -> None:
+        pass
 
-def steps(scheduler_output: Any) -> Iterator[Step]:
-    """Each scheduled request's share of the step."""
-    state = scheduler_output.kv_connector_block_state
-    scheduled = scheduler_output.num_scheduled_tokens
 
-    def step(request_id: str, computed: int, *, is_resumed: bool) -> Step:
-        return Step(
-            request_id,
-            computed + scheduled[request_id],
-            is_resumed,
-            lambda: state.get_block_ids(request_id)[0],
-        )
+def full_group(kv_cache_config: Any) -> int:
+    """The index of the group of attention layers whose block tables have a slot for every token.
 
-    for new in scheduler_output.scheduled_new_reqs:
-        yield step(new.req_id, new.num_computed_tokens, is_resumed=True)
-    cached = scheduler_output.scheduled_cached_reqs
-    for request_id, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
-        yield step(request_id, computed, is_resumed=request_id in cached.resumed_req_ids)
+    Hybrid models keep at least one. A prefix is only found in the cache if all groups have it.
+
+    Raises:
+        SidelightError: There is none.
+    """
+    for index, group in enumerate(kv_cache_config.kv_cache_groups):
+        specs = getattr(group.kv_cache_spec, "kv_cache_specs", {"": group.kv_cache_spec})
+        if group.layer_names and all(map(keeps_every_token, specs.values())):
+            return index
+    raise SidelightError(
+        "Probes inside vLLM need a model in which at least one layer keeps the keys and values of "
+        "every token; in this one all layers forget some. Serve it with the transformers engine."
+    )
+
+
+class BlockTables:
+    """The block tables of running requests, as the scheduler's outputs tell of them.
+
+    Args:
+        group: The index of the group of attention layers that they belong to.
+    """
+
+    def __init__(self, group: int):
+        self._group = group
+        self._blocks: dict[str, list[int]] = {}
+
+    def steps(self, scheduler_output: Any) -> Iterator[Step]:
+        """Each scheduled request's share of the step."""
+        scheduled = scheduler_output.num_scheduled_tokens
+        for new in scheduler_output.scheduled_new_reqs:
+            self._blocks[new.req_id] = [*new.block_ids[self._group]]
+            computed = new.num_computed_tokens + scheduled[new.req_id]
+            yield Step(new.req_id, computed, True, self._blocks[new.req_id])
+        cached = scheduler_output.scheduled_cached_reqs
+        for request_id, added, before in zip(
+            cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
+        ):
+            is_resumed = request_id in cached.resumed_req_ids
+            if is_resumed:
+                # After a preemption all of its blocks are new.
+                self._blocks[request_id] = []
+            if added is not None:
+                self._blocks[request_id] += added[self._group]
+            computed = before + scheduled[request_id]
+            yield Step(request_id, computed, is_resumed, self._blocks[request_id])
+
+    def forget(self, request_id: str) -> None:
+        """Drops the table of a request that has ended."""
+        self._blocks.pop(request_id, None)
 
 
 @dataclass
@@ -173,7 +205,6 @@ class ProbeConnector(BaseConnector):
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
         self._kv_cache_config = kv_cache_config
         self._is_staged = vllm_config.parallel_config.pipeline_parallel_size > 1
-        self._results: Results | None = None
         if role == KVConnectorRole.SCHEDULER:
             served = served_by(vllm_config)
             assert served is not None
@@ -194,7 +225,7 @@ class ProbeConnector(BaseConnector):
         self.tracking.enter(request.request_id, request.kv_transfer_params, token_ids)
 
     def build_connector_meta(self, scheduler_output: Any) -> Orders:
-        return Orders(self.tracking.plan(steps(scheduler_output)))
+        return Orders(self.tracking.plan(self._tables.steps(scheduler_output)))
 
     def update_connector_output(self, connector_output: Any) -> None:
         """Takes the verdicts of a step.
@@ -228,40 +259,38 @@ class ProbeConnector(BaseConnector):
     # In a worker.
 
     def register_kv_caches(self, kv_caches: Any) -> None:
-        block_size = self._kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
         own = worker.INSTALLED.get()
-        total = sum(cache.numel() * cache.element_size() for cache in kv_caches.values())
+        caches = (c if isinstance(c, list | tuple) else [c] for c in kv_caches.values())
+        total = sum(cache.nbytes for cache in chain.from_iterable(caches))
         own.allocate(
-            blocks=self._kv_cache_config.num_blocks, block_size=block_size, cache_bytes=total
+            blocks=self._kv_cache_config.num_blocks,
+            block_size=self._group.kv_cache_spec.block_size,
+            cache_bytes=total,
+            attention=self._group.layer_names[0],
         )
         _log.info(
             "Columns of the probes take %.1f MiB, %.2f %% of the KV cache (%.1f MiB).",
             own.size_bytes / 2**20, 100 * own.size_bytes / total, total / 2**20,
         )  # fmt: skip
 
-    def wait_for_save(self) -> None:
-        """Runs right after the forward pass, on every rank."""
-        start = time.perf_counter()
-        own = worker.INSTALLED.get()
-        mappings = get_forward_context().slot_mapping
-        if mappings:
-            own.keep(next(iter(mappings.values())))
-        readings: list[Reading] = self._get_connector_metadata().items
-        # Every rank of a tensor-parallel group has the whole residual stream; the first one judges.
-        if readings and get_tensor_model_parallel_rank() == 0:
-            self._results = Results(
-                {} if self._is_staged else own.judge(readings),
-                own.share(readings) if self._is_staged else [],
-                own.reads_responses,
-            )
-            self._results.seconds = time.perf_counter() - start
-
     def get_finished(self, finished_req_ids: set[str]) -> tuple[None, None]:
         worker.INSTALLED.get().forget(finished_req_ids)
         return None, None
 
     def build_connector_worker_meta(self) -> Results | None:
-        results, self._results = self._results, None
+        """Runs after the forward pass of a step, on every rank."""
+        start = time.perf_counter()
+        own = worker.INSTALLED.get()
+        readings: list[Reading] = self._get_connector_metadata().items
+        # Every rank of a tensor-parallel group has the whole residual stream; the first one judges.
+        if not readings or get_tensor_model_parallel_rank() != 0:
+            return None
+        results = Results(
+            {} if self._is_staged else own.judge(readings),
+            own.share(readings) if self._is_staged else [],
+            own.reads_responses,
+        )
+        results.seconds = time.perf_counter() - start
         return results
 
 
@@ -291,7 +320,7 @@ class CaptureConnector(BaseConnector):
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any):
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
         if role == KVConnectorRole.SCHEDULER:
-            size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
+            size = self._group.kv_cache_spec.block_size
             self._captures = capture.Captures(block_size=size)
 
     # Beside the scheduler.
@@ -301,7 +330,7 @@ class CaptureConnector(BaseConnector):
         self._captures.enter(request.request_id, params, tokens)
 
     def build_connector_meta(self, scheduler_output: Any) -> Orders:
-        return Orders(self._captures.plan(steps(scheduler_output)))
+        return Orders(self._captures.plan(self._tables.steps(scheduler_output)))
 
     def request_finished(
         self, request: Any, block_ids: list[int]
@@ -311,11 +340,11 @@ class CaptureConnector(BaseConnector):
 
     # In a worker.
 
-    def wait_for_save(self) -> None:
-        """Runs right after the forward pass, on every rank."""
-        mappings = get_forward_context().slot_mapping
+    def register_kv_caches(self, kv_caches: Any) -> None:
+        capture.INSTALLED.get().attention = self._group.layer_names[0]
+
+    def build_connector_worker_meta(self) -> None:
+        """Runs after the forward pass of a step, on every rank."""
         # Every rank of a tensor-parallel group has the whole residual stream; the first writes.
         is_writer = get_tensor_model_parallel_rank() == 0
-        if mappings:
-            pieces = self._get_connector_metadata().items if is_writer else []
-            capture.INSTALLED.get().save(next(iter(mappings.values())), pieces)
+        capture.INSTALLED.get().save(self._get_connector_metadata().items if is_writer else [])

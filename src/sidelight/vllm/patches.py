@@ -1,12 +1,13 @@
 """Everything that we use of vLLM beyond its documentation, and what is refused.
 
-Tested with the versions in ``TESTED``. Two methods are wrapped. Around
+Tested with the versions in ``TESTED``. Three methods are wrapped. Around
 ``EngineArgs.create_engine_config`` our connector, scheduler and worker extension are named in the
 configuration; around ``BaseModelLoader.load_model`` the layers are hooked before they are compiled.
-Also used:
-``ForwardContext.slot_mapping``, ``SchedulerOutput.kv_connector_block_state`` and
-``Scheduler.update_from_output`` (connector), and ``OutputProcessor.process_outputs`` with the
-``external_req_id`` and ``request_index`` of its ``request_states`` (requests).
+Around ``Executor.determine_available_memory`` room is left for the probes' columns. Also used:
+``ForwardContext.slot_mapping`` (``pass_slots``), the specifications of the KV cache
+(``keeps_every_token``), ``Scheduler.update_from_output`` (connector), and
+``OutputProcessor.process_outputs`` with the ``external_req_id`` and ``request_index`` of its
+``request_states`` (requests).
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
@@ -19,6 +20,7 @@ from typing import Any
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
+from torch import Tensor
 
 from sidelight.errors import SidelightError
 from sidelight.vllm.settings import (
@@ -31,7 +33,7 @@ from sidelight.vllm.settings import (
     named_folders,
 )
 
-TESTED = SpecifierSet(">=0.32,<0.33")
+TESTED = SpecifierSet(">=0.29,<0.34")
 UNTESTED = "SIDELIGHT_VLLM_UNTESTED"
 """Set it to 1 to allow versions, devices and architectures that have not been tested."""
 ARCHITECTURES = frozenset({"LlamaForCausalLM"})
@@ -45,15 +47,17 @@ _GRAPH = {KEY: "taps-1"}
 
 
 def install() -> None:
-    """Wraps the two methods, once per process. If no probes are named, both do nothing more.
+    """Wraps the methods, once per process. If no probes are named, they do nothing more.
 
     The entry point of ``vllm.general_plugins``: vLLM calls it in each of its processes.
     """
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+    from vllm.v1.executor.abstract import Executor
 
     _wrap(EngineArgs, "create_engine_config", _configure)
     _wrap(BaseModelLoader, "load_model", _load)
+    _wrap(Executor, "determine_available_memory", _leave_room)
 
 
 def served_by(vllm_config: Any) -> Served | None:
@@ -168,6 +172,57 @@ def _load(
     return model
 
 
+def _leave_room(original: Callable[..., list[int]], executor: Any) -> list[int]:
+    """The memory of each worker for keys and values, in bytes, less what their columns will take.
+
+    vLLM gives all the memory of a GPU to its KV cache before a connector can allocate anything.
+    """
+    available = original(executor)
+    if served_by(executor.vllm_config) is None:
+        return available
+    columns = executor.collective_rpc("sidelight_bytes_per_token")
+    shares: list[float] = []
+    for own, specs in zip(columns, executor.get_kv_cache_specs(), strict=True):
+        full = filter(keeps_every_token, specs.values())
+        keys_and_values = sum(spec.page_size_bytes / spec.block_size for spec in full)
+        shares.append(keys_and_values / (keys_and_values + own) if keys_and_values else 1.0)
+    return [int(memory * share) for memory, share in zip(available, shares, strict=True)]
+
+
+def keeps_every_token(spec: Any) -> bool:
+    """Whether a layer with this specification of its KV cache has a slot for every token."""
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
+
+    # Other classes made from these forget tokens, or keep something else.
+    return type(spec) in (FullAttentionSpec, MLAAttentionSpec)
+
+
+def pass_slots(attention: str) -> Tensor | None:
+    """The KV slots of the tokens of the current forward pass; None if it fills no cache.
+
+    Args:
+        attention: The attention layer whose slots are wanted.
+    """
+    from vllm.forward_context import get_forward_context
+
+    mappings = get_forward_context().slot_mapping
+    return mappings[attention] if mappings else None
+
+
+def require_slots(slots: Tensor, tokens: int) -> None:
+    """Checks that each row of the residual stream has a slot.
+
+    Raises:
+        SidelightError: The rows are others, such as those of one of several workers.
+    """
+    if len(slots) != tokens:
+        raise SidelightError(
+            f"The layers of this model give {tokens} states for {len(slots)} tokens, so Sidelight "
+            "cannot tell them apart. Serve it without sequence parallelism, or with the "
+            "transformers engine."
+        )
+
+
 def _tap(model: Any, width: int) -> range:
     """Hooks the layers of this worker; returns the range of hidden states that they give."""
     from vllm.distributed.parallel_state import get_pp_group
@@ -229,7 +284,6 @@ def _require_supported(config: Any) -> None:
         or parallel.prefill_context_parallel_size > 1,
         "--hf-overrides": bool(config.model_config.hf_overrides),
         "a pooling model": config.model_config.runner_type != "generate",
-        "model runner V2 (set VLLM_USE_V2_MODEL_RUNNER=0)": config.use_v2_model_runner,
     }
     untested = {
         f"the device {config.device_config.device_type}": config.device_config.device_type != "cpu",

@@ -1,8 +1,9 @@
-"""Hooks on vLLM's decoder layers, and the operation that they call.
+"""Hooks on vLLM's decoder layers, and the two operations that they call.
 
-The hooks are set before vLLM compiles the model, so they become part of the graph. They call one
-operation that the compiler cannot look into. It finds the current receiver in this file, so
-different probes need no different graph. A worker process runs one model, hence one receiver.
+The hooks are set before vLLM compiles the model, so they become part of the graph. They call
+operations that the compiler cannot look into: one after each layer, and one after the last. These
+find the current receiver in this file, so different probes need no different graph. A worker
+process runs one model, hence one receiver.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ T = TypeVar("T")
 
 _library = torch.library.Library("sidelight", "FRAGMENT")
 _library.define("project(Tensor hidden, Tensor? residual, int layer, Tensor(a!) order) -> ()")
+_library.define("end_pass(Tensor hidden, Tensor(a!) order) -> ()")
 
 
 class Installed(Generic[T]):
@@ -54,6 +56,9 @@ class Receiver(Protocol):
 
     def receive(self, layer: int, hidden: Float[Tensor, "token width"]) -> None: ...
 
+    def end_pass(self, tokens: int) -> None:
+        """The last layer of this worker has run, over this many tokens with their padding."""
+
 
 _receivers: list[Receiver] = []
 
@@ -73,12 +78,18 @@ def _project(
         receiver.receive(layer, hidden if residual is None else hidden + residual)
 
 
-def _nothing(hidden: Tensor, residual: Tensor | None, layer: int, order: Tensor) -> None:
+def _end_pass(hidden: Float[Tensor, "token width"], order: Float[Tensor, ""]) -> None:  # noqa: ARG001
+    for receiver in _receivers:
+        receiver.end_pass(len(hidden))
+
+
+def _nothing(*_arguments: object) -> None:
     """All that the compiler sees."""
 
 
-_library.impl("project", _project, "CompositeExplicitAutograd")
-torch.library.register_fake("sidelight::project", _nothing, lib=_library)
+for _name, _operation in {"project": _project, "end_pass": _end_pass}.items():
+    _library.impl(_name, _operation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"sidelight::{_name}", _nothing, lib=_library)
 
 
 def tap_layers(layers: Sequence[nn.Module], *, reads_embedding: bool, width: int) -> int:
@@ -96,6 +107,7 @@ def tap_layers(layers: Sequence[nn.Module], *, reads_embedding: bool, width: int
         layers[0].register_forward_pre_hook(_input_hook(order, width), with_kwargs=True)
     for layer, module in enumerate(layers, start=first):
         module.register_forward_hook(_output_hook(layer, order, width))
+    layers[-1].register_forward_hook(_last_hook(order))
     return first + len(layers)
 
 
@@ -117,6 +129,14 @@ def _output_hook(layer: int, order: Tensor, width: int) -> Callable[..., None]:
         if not _is_state(hidden, width) or not (residual is None or _is_state(residual, width)):
             raise _unknown(module)
         torch.ops.sidelight.project(hidden, residual, layer, order)
+
+    return left
+
+
+def _last_hook(order: Tensor) -> Callable[..., None]:
+    def left(_module: nn.Module, _args: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        torch.ops.sidelight.end_pass(hidden, order)
 
     return left
 

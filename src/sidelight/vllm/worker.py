@@ -19,6 +19,7 @@ from sidelight.errors import SidelightError
 from sidelight.standardisation import Projection
 from sidelight.types import Judgement
 from sidelight.vllm.columns import Pages, Reading, Stage
+from sidelight.vllm.patches import pass_slots, require_slots
 from sidelight.vllm.settings import Served
 from sidelight.vllm.taps import Installed, set_receiver
 
@@ -102,6 +103,7 @@ class Worker:
         self._tokens = tokens
         self._device = device
         self.cache_bytes = 0
+        self._attention = ""
         self._space: tuple[int, int] | None = None
         self._stage: Stage | None = None
         self._pages: Pages | None = None
@@ -117,9 +119,19 @@ class Worker:
         """Memory of the columns."""
         return self._pages.size_bytes if self._pages else 0
 
-    def allocate(self, *, blocks: int, block_size: int, cache_bytes: int) -> None:
-        """Makes room for the columns of every KV slot."""
+    def allocate(
+        self, *, blocks: int, block_size: int, cache_bytes: int, attention: str = ""
+    ) -> None:
+        """Makes room for the columns of every KV slot.
+
+        Args:
+            blocks: The engine's KV blocks.
+            block_size: Slots in a block.
+            cache_bytes: Memory of the keys and values.
+            attention: The attention layer that has a slot for every token.
+        """
         self.cache_bytes = cache_bytes
+        self._attention = attention
         self._space = (blocks, block_size)
         self._make_pages()
 
@@ -144,8 +156,25 @@ class Worker:
         self._serve(Panel(served.load(), device=self._device))
         self._served = served
 
+    @property
+    def bytes_per_token(self) -> int:
+        """Memory of a token's columns."""
+        return self._stage.rows[:, 0].nbytes if self._stage else 0
+
+    def receive(self, layer: int, hidden: Float[Tensor, "token width"]) -> None:
+        if self._stage is not None:
+            self._stage.receive(layer, hidden)
+
+    def end_pass(self, tokens: int) -> None:
+        # There are no pages yet while vLLM profiles its memory.
+        if self._pages is not None:
+            slots = pass_slots(self._attention)
+            if slots is not None:
+                require_slots(slots, tokens)
+                self.keep(slots)
+
     def keep(self, slots: Int[Tensor, " token"]) -> None:
-        """Ends a forward pass whose tokens have these KV slots."""
+        """Moves the columns of a forward pass to the KV slots of its tokens."""
         if self._pages is not None:
             self._pages.keep(slots)
 
@@ -192,7 +221,7 @@ class Worker:
             projection = Projection(whole.weight[local], whole.shift[local], whole.is_normalised)
             self._stage = Stage.empty(projection, tokens=self._tokens)
         self._make_pages()
-        set_receiver(self._stage)
+        set_receiver(self)
 
     def _make_pages(self) -> None:
         if self._stage is not None and self._space is not None:
@@ -222,6 +251,10 @@ class WorkerExtension:
         """Memory of the columns, and of keys and values, in this worker."""
         own = INSTALLED.get()
         return own.size_bytes, own.cache_bytes
+
+    def sidelight_bytes_per_token(self) -> int:
+        """Memory of a token's columns in this worker."""
+        return INSTALLED.get().bytes_per_token
 
 
 def end_with_parent() -> None:
