@@ -1,4 +1,8 @@
-"""Tests inside a real vLLM; they run in an environment of their own (``make vllm``)."""
+"""Tests inside a real vLLM; they run in an environment of their own (``make vllm``).
+
+They run on either of its model runners. V2 needs ``VLLM_USE_V2_MODEL_RUNNER=1``, and Triton's
+interpreter in place of a GPU: ``TRITON_INTERPRET=1`` and ``tests/triton_cpu`` in ``PYTHONPATH``.
+"""
 
 import importlib.util
 import os
