@@ -99,7 +99,7 @@ def _temper(backbone, probe) -> None:
 def random_prompt(backbone, length, *, seed, prefix=()) -> EncodedPrompt:
     """Random tokens, each of a random part; the last two are read by every probe."""
     random = np.random.default_rng(seed)
-    vocabulary = backbone.model.config.vocab_size
+    vocabulary = backbone.model.config.get_text_config().vocab_size
     fresh = max(0, length - len(prefix))
     token_ids = (*prefix, *(int(t) for t in random.integers(5, vocabulary, fresh)))
     parts = [Part(int(part)) for part in random.integers(0, 4, length)]

@@ -17,8 +17,10 @@ from jaxtyping import Bool, Int
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     DynamicCache,
     PreTrainedConfig,
@@ -263,7 +265,10 @@ def load_backbone(
     disable_progress_bar()
     with _one_line(name):
         config = AutoConfig.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype)
+        # A model that also sees may be known as that alone; its text decoder is read.
+        is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+        kind = AutoModelForCausalLM if is_causal else AutoModelForImageTextToText
+        model = kind.from_pretrained(path, config=config, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(path)
         checkpoint = _checkpoint_of(model, path)
     model = cast(PreTrainedModel, model)

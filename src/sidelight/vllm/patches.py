@@ -36,7 +36,29 @@ from sidelight.vllm.settings import (
 TESTED = SpecifierSet(">=0.29,<0.34")
 UNTESTED = "SIDELIGHT_VLLM_UNTESTED"
 """Set it to 1 to allow versions, devices and architectures that have not been tested."""
-ARCHITECTURES = frozenset({"LlamaForCausalLM"})
+ARCHITECTURES = frozenset(
+    {
+        "DeepseekV3ForCausalLM",
+        "Gemma2ForCausalLM",
+        "Gemma3ForCausalLM",
+        "Gemma3ForConditionalGeneration",
+        "Glm4ForCausalLM",
+        "Glm4MoeForCausalLM",
+        "GptOssForCausalLM",
+        "GraniteForCausalLM",
+        "Llama4ForCausalLM",
+        "LlamaForCausalLM",
+        "Mistral3ForConditionalGeneration",
+        "MistralForCausalLM",
+        "Olmo2ForCausalLM",
+        "Olmo3ForCausalLM",
+        "Phi3ForCausalLM",
+        "Qwen2ForCausalLM",
+        "Qwen3ForCausalLM",
+        "Qwen3MoeForCausalLM",
+    }
+)
+"""Each has a parity test (``tests/vllm/test_architectures.py``)."""
 
 CONNECTOR = "ProbeConnector"
 CAPTURE_CONNECTOR = "CaptureConnector"
@@ -226,14 +248,19 @@ def require_slots(slots: Tensor, tokens: int) -> None:
 def _tap(model: Any, width: int) -> range:
     """Hooks the layers of this worker; returns the range of hidden states that they give."""
     from vllm.distributed.parallel_state import get_pp_group
+    from vllm.model_executor.models.utils import PPMissingLayer
 
     from sidelight.vllm.taps import tap_layers
 
-    decoder = model.model
-    local = list(decoder.layers)[decoder.start_layer : decoder.end_layer]
+    # Of a multimodal model, the part that reads text.
+    text = model.get_language_model() if hasattr(model, "get_language_model") else model
+    decoder = getattr(text, "model", text)
+    layers = enumerate(decoder.layers, 1)
+    local = {number: one for number, one in layers if not isinstance(one, PPMissingLayer)}
     is_first = get_pp_group().is_first_rank
-    start = 0 if is_first else decoder.start_layer + 1
-    return range(start, start + tap_layers(local, reads_embedding=is_first, width=width))
+    start = 0 if is_first else min(local)
+    count = tap_layers([*local.values()], reads_embedding=is_first, width=width)
+    return range(start, start + count)
 
 
 def _require_version() -> None:

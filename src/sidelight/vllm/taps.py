@@ -116,7 +116,7 @@ def _input_hook(order: Tensor, width: int) -> Callable[..., None]:
         states = [value for value in (*args, *kwargs.values()) if _is_state(value, width)]
         if len(states) != 1:
             raise _unknown(module)
-        torch.ops.sidelight.project(states[0], None, 0, order)
+        torch.ops.sidelight.project(_rows(states[0]), None, 0, order)
 
     return entered
 
@@ -128,7 +128,8 @@ def _output_hook(layer: int, order: Tensor, width: int) -> Callable[..., None]:
         hidden, residual = output if isinstance(output, tuple) else (output, None)
         if not _is_state(hidden, width) or not (residual is None or _is_state(residual, width)):
             raise _unknown(module)
-        torch.ops.sidelight.project(hidden, residual, layer, order)
+        own = None if residual is None else _rows(residual)
+        torch.ops.sidelight.project(_rows(hidden), own, layer, order)
 
     return left
 
@@ -136,13 +137,22 @@ def _output_hook(layer: int, order: Tensor, width: int) -> Callable[..., None]:
 def _last_hook(order: Tensor) -> Callable[..., None]:
     def left(_module: nn.Module, _args: Any, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
-        torch.ops.sidelight.end_pass(hidden, order)
+        torch.ops.sidelight.end_pass(_rows(hidden), order)
 
     return left
 
 
 def _is_state(value: Any, width: int) -> bool:
-    return torch.is_tensor(value) and value.dim() == 2 and value.shape[1] == width
+    # The models of transformers, which vLLM also runs, see a batch of one.
+    return (
+        torch.is_tensor(value)
+        and value.shape[-1] == width
+        and (value.dim() == 2 or (value.dim() == 3 and len(value) == 1))
+    )
+
+
+def _rows(states: Tensor) -> Float[Tensor, "token width"]:
+    return states[0] if states.dim() == 3 else states
 
 
 def _unknown(module: nn.Module) -> SidelightError:

@@ -1,0 +1,49 @@
+"""vLLM's verdicts are those of ``transformers`` for every architecture that is allowed."""
+
+import pytest
+from architectures import TESTED, architecture_model
+
+from sidelight.prompts import EncodedPrompt, Part
+from sidelight.vllm.patches import ARCHITECTURES
+from vllm_served import expected, llm_of, mixed_prompts, reported, require_equal, run
+
+PROMPTS = 16
+# Long enough that windows of 64 tokens have moved on.
+LONGEST = 300
+WRITTEN = 100
+
+
+def test_what_is_allowed_is_tested():
+    assert {*TESTED} == ARCHITECTURES
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """One process, since importing vLLM takes longer than the test."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    yield
+    cleanup_dist_env_and_memory()
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("name", TESTED)
+def test_verdicts_are_those_of_transformers(name, tmp_path):
+    model = architecture_model(TESTED[name], tmp_path)
+    prompts = mixed_prompts(model.backbone, PROMPTS, longest=LONGEST)
+    wanted = expected(model, prompts)
+    with llm_of(model, **TESTED[name].options) as llm:
+        assert llm.llm_engine.vllm_config.model_config.architecture == name
+        for _ in ("computed", "from the prefix cache"):
+            require_equal([reported(output) for output in run(llm, prompts)], wanted)
+        begun = [prompt for prompt in prompts if len(prompt) < LONGEST // 2][:6]
+        outputs = run(llm, begun, max_tokens=WRITTEN, ignore_eos=True)
+    read = [
+        EncodedPrompt(
+            prompt.token_ids + tuple(output.outputs[0].token_ids[:-1]),
+            prompt.parts + (Part.RESPONSE,) * (WRITTEN - 1),
+        )
+        for prompt, output in zip(begun, outputs, strict=True)
+    ]
+    require_equal([reported(output) for output in outputs], expected(model, read))
