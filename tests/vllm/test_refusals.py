@@ -5,13 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from transformers import Qwen2Config
+from transformers import StableLmConfig
 
 from commands import saved
 from sidelight.artifact import save_probe
 from sidelight.backbone import load_backbone
 from sidelight.errors import FingerprintMismatchError, SidelightError
 from sidelight.vllm.engine import load_vllm_engine
+from sidelight.vllm.patches import require_supported
 from sidelight.vllm.settings import ENVIRONMENT, KEY
 from tiny import SIZES, tiny_backbone, untrained_probe
 from vllm_served import Model, tiny_model
@@ -53,11 +54,11 @@ def test_other_probes_need_no_other_graph(model):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"enable_lora": True}, "LoRA"),
         (
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
-            "speculative decoding",
+            "probes of the response under speculative decoding",
         ),
+        ({"kv_sharing_fast_prefill": True}, "--kv-sharing-fast-prefill"),
         ({"hf_overrides": {"rope_theta": 5.0}}, "--hf-overrides"),
         ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "--scheduler-cls"),
         ({"worker_extension_cls": "builtins.object"}, "--worker-extension-cls"),
@@ -71,6 +72,35 @@ def test_other_probes_need_no_other_graph(model):
 def test_a_feature_that_no_test_covers_is_refused(model, options, message):
     with pytest.raises(SidelightError, match=message):
         configured(model.path, model.folders, **options)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("VLLM_FLOAT32_MATMUL_PRECISION", "high"), ("VLLM_USE_RUST_FRONTEND", "1")],
+)
+def test_a_setting_that_changes_or_bypasses_verdicts_is_refused(
+    model, monkeypatch, variable, value
+):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(SidelightError, match=variable):
+        configured(model.path, model.folders)
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value", "message"),
+    [
+        ("model_config", "enable_sleep_mode", True, "--enable-sleep-mode"),
+        ("speculative_config", "method", "medusa", "speculative decoding by medusa"),
+        ("parallel_config", "enable_dbo", True, "dual batch overlap"),
+    ],
+)
+def test_a_feature_that_cpus_lack_is_refused(model, part, field, value, message):
+    guesses = {"method": "ngram", "num_speculative_tokens": 2}
+    config = configured(model.path, None, speculative_config=guesses)
+    require_supported(config, [])
+    setattr(getattr(config, part), field, value)
+    with pytest.raises(SidelightError, match=message):
+        require_supported(config, [])
 
 
 def test_an_option_of_the_wrong_type_is_refused(model):
@@ -87,11 +117,11 @@ def test_another_version_is_refused(model, monkeypatch):
 
 
 def test_another_architecture_is_refused(tmp_path):
-    backbone = tiny_backbone(Qwen2Config(**SIZES))
+    backbone = tiny_backbone(StableLmConfig(**SIZES))
     path = saved(backbone, tmp_path / "model")
     # The library makes another tokenizer of the files than the one that was saved.
     folder = save_probe(untrained_probe(load_backbone(path), "p"), tmp_path / "p")
-    with pytest.raises(SidelightError, match="Qwen2ForCausalLM"):
+    with pytest.raises(SidelightError, match="the architecture StableLmForCausalLM"):
         configured(path, [str(folder)], max_model_len=256)
 
 

@@ -158,6 +158,7 @@ class _Tracked:
     parts: bytes = b""
     is_plain: bool = False
     error: str = ""
+    adapter: str = ""
     read: int = 0
     is_planned: bool = False
     is_judged: bool = False
@@ -188,15 +189,28 @@ class Tracking:
         self._requests: dict[str, _Tracked] = {}
 
     def enter(
-        self, request_id: str, params: Mapping[str, Any] | None, token_ids: Sequence[int] | None
+        self,
+        request_id: str,
+        params: Mapping[str, Any] | None,
+        token_ids: Sequence[int] | None,
+        *,
+        adapter: str = "",
     ) -> None:
-        """Notes a new request. One whose tokens are not known gets an error."""
+        """Notes a new request. One whose tokens are not known gets an error.
+
+        Args:
+            request_id: vLLM's name for it.
+            params: Its ``kv_transfer_params``.
+            token_ids: Its prompt; None if that is not text alone.
+            adapter: The LoRA adapter that it runs with, if any.
+        """
+        tracked = self._requests[request_id] = _Tracked(adapter=adapter)
         try:
             prompt = self._prompt_of(params, token_ids)
-            self._requests[request_id] = _Tracked(bytes(prompt.parts), prompt.is_plain)
+            tracked.parts, tracked.is_plain = bytes(prompt.parts), prompt.is_plain
         # Ids that the tokenizer does not take must not end the scheduler.
         except (SidelightError, OverflowError, TypeError, ValueError) as error:
-            self._requests[request_id] = _Tracked(error=str(error))
+            tracked.error = str(error)
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._requests
@@ -224,7 +238,9 @@ class Tracking:
             return None
         if not tracked.is_judged:
             return {KEY: {"error": tracked.error or "The request was not judged."}}
-        return {KEY: report_of(tracked.judgement, tracked.seconds)}
+        report = report_of(tracked.judgement, tracked.seconds)
+        # Its probes were trained on the model without it.
+        return {KEY: {**report, "adapter": tracked.adapter} if tracked.adapter else report}
 
     def _read(self, step: Step) -> Reading | None:
         tracked = self._requests.get(step.request_id)

@@ -220,9 +220,13 @@ class ProbeConnector(BaseConnector):
     # Beside the scheduler.
 
     def on_new_request(self, request: Any) -> None:
-        # The tokens of an image say nothing.
-        token_ids = None if request.mm_features else request.prompt_token_ids
-        self.tracking.enter(request.request_id, request.kv_transfer_params, token_ids)
+        # The tokens of an image or of embeddings say nothing.
+        is_text = not request.mm_features and request.prompt_embeds is None
+        token_ids = request.prompt_token_ids if is_text else None
+        adapter = request.lora_request.lora_name if request.lora_request else ""
+        self.tracking.enter(
+            request.request_id, request.kv_transfer_params, token_ids, adapter=adapter
+        )
 
     def build_connector_meta(self, scheduler_output: Any) -> Orders:
         return Orders(self.tracking.plan(self._tables.steps(scheduler_output)))

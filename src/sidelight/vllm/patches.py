@@ -13,7 +13,7 @@ Around ``Executor.determine_available_memory`` room is left for the probes' colu
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import wraps
 from typing import Any
@@ -23,6 +23,7 @@ from packaging.version import Version
 from torch import Tensor
 
 from sidelight.errors import SidelightError
+from sidelight.probe import Probe
 from sidelight.vllm.settings import (
     CAPTURE,
     DESCRIBED,
@@ -59,6 +60,10 @@ ARCHITECTURES = frozenset(
     }
 )
 """Each has a parity test (``tests/vllm/test_architectures.py``)."""
+_SEVERAL_STREAMS = {
+    "DeepseekV4ForCausalLM", "Gemma3nForCausalLM", "Gemma3nForConditionalGeneration",
+}  # fmt: skip
+_SPECULATION = {"ngram", "draft_model"}
 
 CONNECTOR = "ProbeConnector"
 CAPTURE_CONNECTOR = "CaptureConnector"
@@ -121,15 +126,18 @@ def _configure(original: Callable[..., Any], arguments: Any, *args: Any, **kwarg
         return original(arguments, *args, **kwargs)
     _require_version()
     _require_free(arguments)
+    probes: list[Probe] = []
     if captured is not None:
         _require_offline(arguments)
         _connect(arguments, CAPTURE_CONNECTOR, asdict(captured))
     else:
         served = _served(arguments.model, folders or (), given)
+        # Loaded here too, since an error in a worker is harder to read.
+        probes = served.load()
         arguments.worker_extension_cls = f"{_PACKAGE}.worker.WorkerExtension"
         _connect(arguments, CONNECTOR, served.to_json())
     config = original(arguments, *args, **kwargs)
-    _require_supported(config)
+    require_supported(config, probes)
     if captured is None:
         is_async = config.scheduler_config.async_scheduling
         kind = "AsyncProbeScheduler" if is_async else "ProbeScheduler"
@@ -156,12 +164,8 @@ def _connect(arguments: Any, name: str, extra: dict[str, Any]) -> None:
 
 def _served(model: str, folders: tuple[str, ...], given: dict[str, Any]) -> Served:
     if "fingerprint" in given:
-        served = Served.from_json({**given, "folders": folders})
-    else:
-        served = Served(folders, fingerprint_of(model, folders), bool(given.get(DESCRIBED)))
-    # Loaded here too, since an error in a worker is harder to read.
-    served.load()
-    return served
+        return Served.from_json({**given, "folders": folders})
+    return Served(folders, fingerprint_of(model, folders), bool(given.get(DESCRIBED)))
 
 
 def _load(
@@ -173,6 +177,9 @@ def _load(
 ) -> Any:
     """The loaded model, with its layers hooked."""
     model = original(loader, vllm_config, model_config, prefix)
+    if model_config.runner_type == "draft":
+        # It guesses tokens; the model that is judged by reads them.
+        return model
     served, captured = served_by(vllm_config), captured_by(vllm_config)
     tokens = vllm_config.scheduler_config.max_num_batched_tokens
     device = next(model.parameters()).device
@@ -300,13 +307,29 @@ def _require_offline(arguments: Any) -> None:
         )
 
 
-def _require_supported(config: Any) -> None:
+def require_supported(config: Any, probes: Sequence[Probe]) -> None:
     """Checks that a test covers every feature in use, so that nothing is served unjudged."""
-    parallel = config.parallel_config
+    from vllm import envs
+
+    parallel, architecture = config.parallel_config, config.model_config.architecture
+    speculation = getattr(config.speculative_config, "method", None)
     refused = {
-        "speculative decoding": config.speculative_config is not None,
-        "LoRA": config.lora_config is not None,
+        # A step also runs guessed tokens, which may never become part of the response.
+        "probes of the response under speculative decoding": speculation
+        and any(probe.reads.includes_response for probe in probes),
         "dual batch overlap": parallel.enable_dbo,
+        # Each worker has the states of some tokens.
+        "sequence-parallel experts": parallel.use_sequence_parallel_moe,
+        # Layers skip tokens whose keys and values they share.
+        "--kv-sharing-fast-prefill": config.cache_config.kv_sharing_fast_prefill,
+        # The columns would be lost with the memory that is given up.
+        "--enable-sleep-mode": config.model_config.enable_sleep_mode,
+        "VLLM_FLOAT32_MATMUL_PRECISION other than highest": envs.VLLM_FLOAT32_MATMUL_PRECISION
+        != "highest",
+        # It answers clients without the plugin.
+        "VLLM_USE_RUST_FRONTEND": os.environ.get("VLLM_USE_RUST_FRONTEND", "0") != "0",
+        f"the architecture {architecture}, which has several residual streams": architecture
+        in _SEVERAL_STREAMS,
         "context parallelism": parallel.decode_context_parallel_size > 1
         or parallel.prefill_context_parallel_size > 1,
         "--hf-overrides": bool(config.model_config.hf_overrides),
@@ -314,8 +337,8 @@ def _require_supported(config: Any) -> None:
     }
     untested = {
         f"the device {config.device_config.device_type}": config.device_config.device_type != "cpu",
-        f"the architecture {config.model_config.architecture}": config.model_config.architecture
-        not in ARCHITECTURES,
+        f"the architecture {architecture}": architecture not in ARCHITECTURES,
+        f"speculative decoding by {speculation}": speculation and speculation not in _SPECULATION,
     }
     if not _allows_untested():
         refused = {**refused, **untested}

@@ -1,0 +1,113 @@
+"""Verdicts beside vLLM's other features: adapters, speculative decoding, and a full memory."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from sidelight.vllm.settings import KEY
+from vllm_served import (
+    Model,
+    expected,
+    llm_of,
+    mixed_prompts,
+    reported,
+    require_equal,
+    run,
+    sampling_of,
+    tiny_model,
+)
+
+RANK, ALPHA = 8, 16
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Model:
+    return tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def prompts(model):
+    return mixed_prompts(model.backbone, 12, longest=300)
+
+
+@pytest.fixture
+def early(model) -> Model:
+    """The model with the probes of the prompt alone."""
+    chosen = [i for i, probe in enumerate(model.probes) if not probe.reads.includes_response]
+    probes, folders = ([of[i] for i in chosen] for of in (model.probes, model.folders))
+    return Model(model.backbone, model.path, probes, folders)
+
+
+def adapter(model, folder):
+    """A random LoRA adapter on disk, and the weights that it is merged to."""
+    torch.manual_seed(3)
+    merged = {name: weight.clone() for name, weight in model.backbone.model.state_dict().items()}
+    added = {}
+    for name in [name for name in merged if "q_proj" in name or "v_proj" in name]:
+        down = 0.1 * torch.randn(RANK, merged[name].shape[1])
+        up = 0.1 * torch.randn(merged[name].shape[0], RANK)
+        place = f"base_model.model.{name.removesuffix('.weight')}"
+        added |= {f"{place}.lora_A.weight": down, f"{place}.lora_B.weight": up}
+        merged[name] += ALPHA / RANK * up @ down
+    save_file(added, folder / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": ALPHA,
+        "target_modules": ["q_proj", "v_proj"], "bias": "none",
+    }  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return merged
+
+
+def test_an_adapter_is_judged_as_its_merged_weights_are(model, prompts, tmp_path):
+    from vllm.lora.request import LoRARequest
+
+    base = model.backbone.model.state_dict()
+    base = {name: weight.clone() for name, weight in base.items()}
+    merged = adapter(model, tmp_path)
+    plain = expected(model, prompts)
+    model.backbone.model.load_state_dict(merged)
+    adapted = expected(model, prompts)
+    model.backbone.model.load_state_dict(base)
+    with pytest.raises(AssertionError):
+        require_equal(plain, adapted, rounding=1e-2)
+    texts = [{"prompt_token_ids": list(prompt.token_ids)} for prompt in prompts]
+    sampling = [sampling_of(prompt) for prompt in prompts]
+    request = LoRARequest("formal", 1, str(tmp_path))
+    with llm_of(model, enable_lora=True, max_lora_rank=RANK) as llm:
+        # Twice each: the prefix cache must not mix them.
+        for lora, wanted in ((None, plain), (request, adapted)) * 2:
+            outputs = llm.generate(texts, sampling, use_tqdm=False, lora_request=lora)
+            require_equal([reported(output) for output in outputs], wanted)
+            named = {output.kv_transfer_params[KEY].get("adapter") for output in outputs}
+            assert named == {lora and "formal"}
+
+
+@pytest.mark.parametrize("method", ["ngram", "draft_model"])
+def test_guessed_tokens_change_no_verdict_on_the_prompt(early, prompts, method):
+    guesses = {"method": method, "num_speculative_tokens": 3}
+    if method == "ngram":
+        guesses |= {"prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    else:
+        guesses["model"] = early.path
+    with llm_of(early, speculative_config=guesses) as llm:
+        for _ in range(2):
+            outputs = run(llm, prompts, max_tokens=30, ignore_eos=True)
+            require_equal([reported(output) for output in outputs], expected(early, prompts))
+        metrics = {metric.name: metric for metric in llm.get_metrics()}
+    assert metrics["vllm:spec_decode_num_accepted_tokens"].value > 0
+
+
+def test_columns_are_taken_out_of_the_memory_for_keys_and_values(early, prompts, monkeypatch):
+    """As much memory as without probes, with room for fewer tokens."""
+    sizes = []
+    for folders in ([], early.folders):
+        given = Model(early.backbone, early.path, early.probes, folders)
+        with llm_of(given) as llm:
+            config = llm.llm_engine.vllm_config.cache_config
+            columns, cache = llm.collective_rpc("sidelight_bytes")[0]
+            sizes.append((config.num_gpu_blocks, columns, cache))
+    (most, _, whole), (blocks, columns, cache) = sizes
+    assert blocks < most
+    assert 0.97 * whole < cache + columns <= 1.01 * whole
