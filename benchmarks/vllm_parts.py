@@ -66,7 +66,7 @@ def parts_of(served: Served) -> dict[str, float]:
     projected(tokens)()
     worker.keep(torch.arange(tokens))
     return prompts | {
-        "judge prompts": best_ms(lambda: worker.judge(readings)),
+        "judge prompts": best_ms(lambda: worker.judge(readings).result()),
         "keep prompts": best_ms(lambda: worker.keep(torch.arange(tokens))),
         "project a token each": best_ms(projected(REQUESTS)),
         "keep a token each": best_ms(lambda: worker.keep(torch.arange(REQUESTS))),

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sidelight.artifact import save_probe
 from sidelight.bank import Bank, Panel
@@ -320,8 +321,62 @@ def test_a_worker_keeps_its_stage_when_the_cache_comes(backbone, tmp_path):
     worker.keep(torch.arange(4, 8))
     reading = Reading("r", (1,), 0, bytes([Part.PROMPT] * 4), ends_prompt=True, is_plain=False)
     prompt = EncodedPrompt(tuple(range(10, 14)), (Part.PROMPT,) * 4)
-    require_equal(served.load(), worker.judge([reading])["r"], backbone, prompt)
+    require_equal(served.load(), worker.judge([reading]).result().judgements["r"], backbone, prompt)
     set_receiver(None)
+
+
+class _Steps(TorchDispatchMode):
+    """Refuses what would make the host wait for a device."""
+
+    waits = ("nonzero", "_local_scalar_dense", "masked_select", "unique", "equal", "is_nonzero")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert not any(name in str(func) for name in self.waits), func
+        assert func is not torch.ops.aten._to_copy.default or "device" not in (kwargs or {}), func
+        return func(*args, **kwargs or {})
+
+
+@pytest.fixture
+def serving(backbone, tmp_path):
+    """A worker with probes of prompts and of responses, and 4 tokens of a prompt in its pages."""
+    probes = [untrained_probe(backbone, reads.side, reads=reads) for reads in WAYS[:2]]
+    folders = tuple(str(save_probe(probe, tmp_path / probe.name)) for probe in probes)
+    served = Served(folders, backbone.fingerprint)
+    layers = range(backbone.fingerprint.layers)
+    worker = Worker(served, layers=layers, tokens=8, device=torch.device("cpu"))
+    worker.allocate(blocks=2, block_size=4, cache_bytes=1)
+    yield worker
+    set_receiver(None)
+
+
+def test_a_step_waits_for_no_value_of_the_device(serving, backbone):
+    hidden = states_of(backbone, range(10, 14))
+    reading = Reading("r", (1,), 0, bytes([Part.PROMPT] * 4), ends_prompt=True, is_plain=False)
+    with _Steps():
+        for layer, states in enumerate(hidden):
+            serving.receive(layer, states)
+        serving.keep(torch.arange(4, 8))
+        work = serving.judge([reading])
+    assert len(work.result().judgements["r"].verdicts) == 2
+
+
+def test_a_request_whose_judging_failed_never_has_a_verdict_again(serving, backbone, monkeypatch):
+    for layer, states in enumerate(states_of(backbone, range(10, 14))):
+        serving.receive(layer, states)
+    serving.keep(torch.arange(4, 8))
+    whole = Reading("r", (1,), 0, bytes([Part.PROMPT] * 4), ends_prompt=True, is_plain=False)
+    later = replace(whole, start=3, parts=bytes([Part.RESPONSE]), ends_prompt=False)
+
+    def fail(*_arguments):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Panel, "read", fail)
+        failed = serving.judge([whole]).result().judgements["r"]
+    assert (failed.verdicts, {*failed.failed}) == ((), {"prompt", "both"})
+    assert serving.judge([later]).result().judgements["r"] == failed
+    serving.forget(["r"])
+    assert serving.judge([whole]).result().judgements["r"].failed == ()
 
 
 def test_a_pipeline_stage_keeps_its_probes(backbone, tmp_path):

@@ -13,7 +13,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
-    DeepseekV3Config,
     Gemma2Config,
     Gemma3Config,
     Gemma3TextConfig,
@@ -75,12 +74,15 @@ class Architecture:
         config: Its configuration for ``transformers``.
         attention: What ``transformers`` computes attention with; sdpa ignores Gemma 2's softcap.
         options: What vLLM is started with.
+        is_apart: Whether vLLM needs a process of its own, since it changes the class of the model
+            that ``transformers`` also runs.
     """
 
     name: str
     config: Callable[[], PreTrainedConfig]
     attention: str = "sdpa"
     options: dict[str, Any] = field(default_factory=dict[str, Any])
+    is_apart: bool = False
 
 
 _TEXT_ONLY = {"limit_mm_per_prompt": {"image": 0}}
@@ -174,19 +176,11 @@ TESTED = {
                 attention_multiplier=0.2,
             ),
         ),
-        Architecture("Olmo2ForCausalLM", lambda: Olmo2Config(**_SIZES)),
+        Architecture("Olmo2ForCausalLM", lambda: Olmo2Config(**_SIZES), is_apart=True),
         Architecture(
             "Olmo3ForCausalLM",
             lambda: Olmo3Config(**_SIZES, **_WINDOW, layer_types=_SLIDING_AND_FULL),
-        ),
-        Architecture(
-            "DeepseekV3ForCausalLM",
-            lambda: DeepseekV3Config(
-                **{**_SIZES, **_EXPERTS, "num_key_value_heads": 4},
-                n_routed_experts=4, n_group=1, topk_group=1, first_k_dense_replace=1,
-                n_shared_experts=1, q_lora_rank=None, kv_lora_rank=512, qk_rope_head_dim=64,
-                qk_nope_head_dim=128, v_head_dim=128,
-            ),
+            is_apart=True,
         ),
     )
 }  # fmt: skip

@@ -17,19 +17,12 @@ def test_what_is_allowed_is_tested():
     assert {*TESTED} == ARCHITECTURES
 
 
-@pytest.fixture
-def in_process(monkeypatch):
-    """One process, since importing vLLM takes longer than the test."""
+@pytest.mark.parametrize("name", TESTED)
+def test_verdicts_are_those_of_transformers(name, tmp_path, monkeypatch):
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    yield
-    cleanup_dist_env_and_memory()
-
-
-@pytest.mark.usefixtures("in_process")
-@pytest.mark.parametrize("name", TESTED)
-def test_verdicts_are_those_of_transformers(name, tmp_path):
+    # In this process if possible, since importing vLLM in another takes longer than the test.
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", str(int(TESTED[name].is_apart)))
     model = architecture_model(TESTED[name], tmp_path)
     prompts = mixed_prompts(model.backbone, PROMPTS, longest=LONGEST)
     wanted = expected(model, prompts)
@@ -39,6 +32,7 @@ def test_verdicts_are_those_of_transformers(name, tmp_path):
             require_equal([reported(output) for output in run(llm, prompts)], wanted)
         begun = [prompt for prompt in prompts if len(prompt) < LONGEST // 2][:6]
         outputs = run(llm, begun, max_tokens=WRITTEN, ignore_eos=True)
+    cleanup_dist_env_and_memory()
     read = [
         EncodedPrompt(
             prompt.token_ids + tuple(output.outputs[0].token_ids[:-1]),

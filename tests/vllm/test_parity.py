@@ -13,7 +13,7 @@ from sidelight.prompts import EncodedPrompt, Part, Reads
 from sidelight.states.extraction import score
 from sidelight.vllm.columns import Step, Tracking
 from sidelight.vllm.settings import KEY, request_params
-from sidelight.vllm.worker import RequestJudge, Share
+from sidelight.vllm.worker import Outcome, RequestJudge, Share
 from tiny import tiny_backbone, untrained_probe
 from vllm_served import (
     Model,
@@ -190,7 +190,7 @@ def test_the_mean_of_all_tokens_is_not_the_mean_of_the_read_ones(model, prompts,
 
 def test_a_share_of_a_request_that_has_ended_leaves_no_state():
     """Under pipeline parallel a step may still run when its request ends."""
-    from sidelight.vllm.connector import ProbeConnector, Results
+    from sidelight.vllm.connector import ProbeConnector, done
 
     judge = RequestJudge(Panel([untrained_probe(tiny_backbone(), "late", reads=Reads("both"))]))
     tracking = Tracking(reads_responses=True)
@@ -201,7 +201,9 @@ def test_a_share_of_a_request_that_has_ended_leaves_no_state():
     columns = torch.zeros(3, 4, judge.panel.projection.weight.shape[-1])
     shares = [Share(reading, 0, columns) for reading in tracking.plan(steps)]
     tracking.leave("ended")
-    output = SimpleNamespace(kv_connector_worker_meta=Results(shares=shares, reads_responses=True))
+    output = SimpleNamespace(
+        kv_connector_worker_meta=done(Outcome(shares=shares), reads_responses=True)
+    )
     connector = SimpleNamespace(tracking=tracking, _judge=judge)
     ProbeConnector.update_connector_output(connector, output)
     assert list(judge._states) == ["running"]

@@ -150,7 +150,11 @@ class Pages:
                 for r in readings
             ]
         )
-        return self._rows[torch.from_numpy(slots).to(self._rows.device)]
+        index, device = torch.from_numpy(slots), self._rows.device
+        if device.type == "cuda":
+            # Only memory that stays where it is can be copied without waiting.
+            index = index.pin_memory().to(device, non_blocking=True)
+        return self._rows[index]
 
 
 @dataclass

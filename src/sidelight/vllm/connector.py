@@ -9,10 +9,11 @@ schedulers give the connector its results earlier, and put the verdicts on the o
 
 # pyright: reportMissingImports=false, reportUntypedBaseClass=false
 
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -33,7 +34,6 @@ from sidelight.bank import Panel
 from sidelight.errors import SidelightError
 from sidelight.probe import common_format
 from sidelight.prompts import EncodedPrompt, PromptEncoder
-from sidelight.types import Judgement
 from sidelight.vllm import capture, worker
 from sidelight.vllm.columns import Reading, Step, Tracking
 from sidelight.vllm.patches import keeps_every_token, served_by
@@ -152,29 +152,39 @@ class Orders(KVConnectorMetadata):
     items: list[Any] = field(default_factory=list)
 
 
-@dataclass
 class Results(KVConnectorWorkerMetadata):
-    """From a worker, after a step.
+    """What a worker has to say after a step, once it is asked for.
 
-    Attributes:
-        judgements: By request, if the worker has all layers.
-        shares: The columns of its layers, if it has some of them.
+    vLLM sends it to the scheduler beside the step's output, in a thread that may wait.
+
+    Args:
+        work: The worker's thread is at it.
         reads_responses: Whether some probe reads the response.
-        seconds: What the worker spent on them after the forward pass.
     """
 
-    judgements: dict[str, Judgement] = field(default_factory=dict)
-    shares: list[Share] = field(default_factory=list)
-    reads_responses: bool = False
-    seconds: float = 0.0
+    def __init__(self, work: Future[worker.Outcome], *, reads_responses: bool):
+        self._work = work
+        self.reads_responses = reads_responses
+
+    @property
+    def outcome(self) -> worker.Outcome:
+        return self._work.result()
 
     def aggregate(self, other: "Results") -> "Results":
-        return Results(
-            {**self.judgements, **other.judgements},
-            [*self.shares, *other.shares],
-            self.reads_responses or other.reads_responses,
-            self.seconds + other.seconds,
+        return done(
+            self.outcome | other.outcome,
+            reads_responses=self.reads_responses or other.reads_responses,
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(done, reads_responses=self.reads_responses), (self.outcome,)
+
+
+def done(outcome: worker.Outcome, *, reads_responses: bool) -> Results:
+    """Results that nobody waits for."""
+    work: Future[worker.Outcome] = Future()
+    work.set_result(outcome)
+    return Results(work, reads_responses=reads_responses)
 
 
 def _prompt_reader(
@@ -204,7 +214,6 @@ class ProbeConnector(BaseConnector):
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any):
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
         self._kv_cache_config = kv_cache_config
-        self._is_staged = vllm_config.parallel_config.pipeline_parallel_size > 1
         if role == KVConnectorRole.SCHEDULER:
             served = served_by(vllm_config)
             assert served is not None
@@ -241,15 +250,16 @@ class ProbeConnector(BaseConnector):
             return
         connector_output.kv_connector_worker_meta = None
         self.tracking.reads_responses = results.reads_responses
-        for request_id, judgement in results.judgements.items():
-            self.tracking.record(request_id, judgement, results.seconds)
+        outcome = results.outcome
+        for request_id, judgement in outcome.judgements.items():
+            self.tracking.record(request_id, judgement, outcome.seconds)
         shares: dict[str, list[Share]] = defaultdict(list)
-        for share in results.shares:
+        for share in outcome.shares:
             shares[share.reading.request_id].append(share)
         for request_id, own in shares.items():
             # A step that ran on past its request's end would leave a state that nobody drops.
             if request_id in self.tracking:
-                self.tracking.record(request_id, self._judge.join(own), results.seconds)
+                self.tracking.record(request_id, self._judge.join(own), outcome.seconds)
 
     def request_finished(
         self, request: Any, block_ids: list[int]
@@ -283,19 +293,12 @@ class ProbeConnector(BaseConnector):
 
     def build_connector_worker_meta(self) -> Results | None:
         """Runs after the forward pass of a step, on every rank."""
-        start = time.perf_counter()
         own = worker.INSTALLED.get()
         readings: list[Reading] = self._get_connector_metadata().items
         # Every rank of a tensor-parallel group has the whole residual stream; the first one judges.
         if not readings or get_tensor_model_parallel_rank() != 0:
             return None
-        results = Results(
-            {} if self._is_staged else own.judge(readings),
-            own.share(readings) if self._is_staged else [],
-            own.reads_responses,
-        )
-        results.seconds = time.perf_counter() - start
-        return results
+        return Results(own.judge(readings), reads_responses=own.reads_responses)
 
 
 class ProbeScheduler(Scheduler):

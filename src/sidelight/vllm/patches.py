@@ -39,7 +39,6 @@ UNTESTED = "SIDELIGHT_VLLM_UNTESTED"
 """Set it to 1 to allow versions, devices and architectures that have not been tested."""
 ARCHITECTURES = frozenset(
     {
-        "DeepseekV3ForCausalLM",
         "Gemma2ForCausalLM",
         "Gemma3ForCausalLM",
         "Gemma3ForConditionalGeneration",

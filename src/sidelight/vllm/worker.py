@@ -1,12 +1,16 @@
 """What a worker does: it keeps the columns of its layers, and judges if it has all of them.
 
-If the layers are spread over pipeline stages, verdicts are made in the scheduler, from the columns
-that the stages send.
+Judging never holds up a step: the columns are gathered behind the forward pass, in the same stream
+of the device, and a thread judges them while the next step runs. If the layers are spread over
+pipeline stages, verdicts are made in the scheduler, from the columns that the stages send.
 """
 
+import logging
 import os
+import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from multiprocessing import parent_process
 from threading import Thread
 
@@ -23,6 +27,9 @@ from sidelight.vllm.patches import pass_slots, require_slots
 from sidelight.vllm.settings import Served
 from sidelight.vllm.taps import Installed, set_receiver
 
+# vLLM shows what is logged under its own name.
+_log = logging.getLogger("vllm.sidelight")
+
 
 @dataclass(frozen=True)
 class Share:
@@ -33,12 +40,35 @@ class Share:
     columns: Float[Tensor, "token layer column"]
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What a worker has to say after a step.
+
+    Attributes:
+        judgements: By request, if the worker has all layers.
+        shares: The columns of its layers, if it has some of them.
+        seconds: What the worker spent on them.
+    """
+
+    judgements: dict[str, Judgement] = field(default_factory=dict[str, Judgement])
+    shares: list[Share] = field(default_factory=list[Share])
+    seconds: float = 0.0
+
+    def __or__(self, other: "Outcome") -> "Outcome":
+        return Outcome(
+            {**self.judgements, **other.judgements},
+            [*self.shares, *other.shares],
+            self.seconds + other.seconds,
+        )
+
+
 class RequestJudge:
     """Judges readings, and keeps what the probes of the response know of running requests."""
 
     def __init__(self, panel: Panel):
         self.panel = panel
         self._states: dict[str, BankState | None] = {}
+        self._broken: set[str] = set()
 
     def judge(
         self, readings: Sequence[Reading], columns: Float[Tensor, "token layer column"]
@@ -69,7 +99,16 @@ class RequestJudge:
             )
             for reading, judgement in zip(ending, early, strict=True):
                 judgements[reading.request_id] = judgement | judgements[reading.request_id]
-        return judgements
+        return judgements | dict.fromkeys(self._broken.intersection(ids), self._no_verdict)
+
+    def fail(self, readings: Sequence[Reading]) -> dict[str, Judgement]:
+        """No probe has a verdict on these requests, now or after later readings."""
+        self._broken.update(reading.request_id for reading in readings)
+        return {reading.request_id: self._no_verdict for reading in readings}
+
+    @property
+    def _no_verdict(self) -> Judgement:
+        return Judgement(failed=tuple(probe.name for probe in self.panel.probes))
 
     def join(self, shares: Sequence[Share]) -> Judgement:
         """The verdicts on one reading, from every pipeline stage's share of it."""
@@ -82,6 +121,7 @@ class RequestJudge:
         """Drops the state of requests that have ended."""
         for request_id in request_ids:
             self._states.pop(request_id, None)
+            self._broken.discard(request_id)
 
 
 class Worker:
@@ -107,6 +147,9 @@ class Worker:
         self._space: tuple[int, int] | None = None
         self._stage: Stage | None = None
         self._pages: Pages | None = None
+        # One thread, since the probes of the response follow each request from step to step.
+        self._thread = ThreadPoolExecutor(1, "sidelight-judge")
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._serve(Panel(served.load(), device=device))
 
     @property
@@ -178,19 +221,54 @@ class Worker:
         if self._pages is not None:
             self._pages.keep(slots)
 
-    def judge(self, readings: list[Reading]) -> dict[str, Judgement]:
-        """The verdicts on readings of which this worker has all layers."""
+    def judge(self, readings: Sequence[Reading]) -> Future[Outcome]:
+        """The verdicts on readings, or their columns if this worker lacks some layers.
+
+        Reads no value of the device and waits for nothing; the future does.
+        """
+        pieces = [(some, self._read(some)) for some in self._in_turn(readings)]
+        columns = [gathered for _, gathered in pieces]
+        ready = None
+        if self._stream is not None:
+            ready = torch.cuda.current_stream(self._device).record_event()
+            for gathered in columns:
+                gathered.record_stream(self._stream)
+        return self._thread.submit(self._outcome, pieces, ready)
+
+    def forget(self, request_ids: Iterable[str]) -> None:
+        """Drops what is known of requests that have ended, once it is judged."""
+        self._thread.submit(self._judge.forget, tuple(request_ids))
+
+    @torch.inference_mode()
+    def _outcome(
+        self,
+        pieces: Sequence[tuple[Sequence[Reading], Float[Tensor, "token layer column"]]],
+        ready: torch.cuda.Event | None,
+    ) -> Outcome:
+        start = time.perf_counter()
         judgements: dict[str, Judgement] = {}
-        for some in self._in_turn(readings):
-            judgements |= self._judge.judge(some, self._read(some))
-        return judgements
+        shares: list[Share] = []
+        with torch.cuda.stream(self._stream):
+            if self._stream is not None and ready is not None:
+                self._stream.wait_event(ready)
+            for readings, columns in pieces:
+                if len(self._layers) == self._served.fingerprint.layers:
+                    judgements |= self._judged(readings, columns)
+                else:
+                    parts = columns.cpu().split([len(reading.parts) for reading in readings])
+                    first = self._layers.start
+                    shares += [Share(r, first, own) for r, own in zip(readings, parts, strict=True)]
+        return Outcome(judgements, shares, time.perf_counter() - start)
 
-    def share(self, readings: list[Reading]) -> list[Share]:
-        """What a pipeline stage sends to the scheduler, which judges."""
-        return [Share(r, self._layers.start, self._read([r]).cpu()) for r in readings]
-
-    def forget(self, request_ids: set[str]) -> None:
-        self._judge.forget(request_ids)
+    def _judged(
+        self, readings: Sequence[Reading], columns: Float[Tensor, "token layer column"]
+    ) -> dict[str, Judgement]:
+        try:
+            return self._judge.judge(readings, columns)
+        # An error in this thread would leave vLLM waiting for the step's output.
+        except Exception:  # noqa: BLE001
+            _log.exception("Judging failed, so %d requests have no verdict.", len(readings))
+            return self._judge.fail(readings)
 
     def _in_turn(self, readings: Sequence[Reading]) -> Iterator[list[Reading]]:
         """Groups of readings with few columns together, each of at least one reading."""
