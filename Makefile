@@ -23,9 +23,9 @@ test: .venv/.dev .venv-vllm/.ready ## Run all tests: with run-time shape checks,
 	$(BIN)/python -m pytest -m unchecked --ignore=tests/vllm
 	@$(MAKE) --no-print-directory vllm
 
-vllm: .venv-vllm/.ready ## Run the tests inside vLLM, where its wheel can be had
+vllm: .venv-vllm/.ready ## Run the tests inside vLLM: three versions, both model runners
 	@if [ -x .venv-vllm/bin/sidelight ]; then \
-	  $(VLLM_BIN)/python -m pytest -p no:unraisableexception tests/vllm; \
+	  $(VLLM_BIN)/python .ci/vllm.py; \
 	else \
 	  echo "SKIPPED tests/vllm: $(VLLM) cannot be installed here (see .venv-vllm/install.log)"; \
 	fi

@@ -99,6 +99,22 @@ def test_guessed_tokens_change_no_verdict_on_the_prompt(early, prompts, method):
     assert metrics["vllm:spec_decode_num_accepted_tokens"].value > 0
 
 
+@pytest.mark.parametrize("name", ["DecodeBenchConnector", "ExampleConnector"])
+def test_keys_and_values_from_elsewhere_are_not_taken(model, prompts, tmp_path, name):
+    """The first claims to have all of a prompt but its last token, and loads noise."""
+    theirs = {
+        "kv_connector": name,
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"shared_storage_path": str(tmp_path)},
+    }
+    with llm_of(model, kv_transfer_config=theirs) as llm:
+        for _ in range(2):
+            outputs = run(llm, prompts)
+            require_equal([reported(output) for output in outputs], expected(model, prompts))
+    if name == "ExampleConnector":
+        assert any(tmp_path.iterdir())
+
+
 def test_columns_are_taken_out_of_the_memory_for_keys_and_values(early, prompts, monkeypatch):
     """As much memory as without probes, with room for fewer tokens."""
     sizes = []

@@ -201,10 +201,7 @@ def test_a_share_of_a_request_that_has_ended_leaves_no_state():
     columns = torch.zeros(3, 4, judge.panel.projection.weight.shape[-1])
     shares = [Share(reading, 0, columns) for reading in tracking.plan(steps)]
     tracking.leave("ended")
-    output = SimpleNamespace(
-        kv_connector_worker_meta=done(Outcome(shares=shares), reads_responses=True)
-    )
     connector = SimpleNamespace(tracking=tracking, _judge=judge)
-    ProbeConnector.update_connector_output(connector, output)
+    ProbeConnector.take(connector, done(Outcome(shares=shares), reads_responses=True))
     assert list(judge._states) == ["running"]
     assert "verdicts" in tracking.report("running")[KEY]

@@ -62,10 +62,6 @@ def test_other_probes_need_no_other_graph(model):
         ({"hf_overrides": {"rope_theta": 5.0}}, "--hf-overrides"),
         ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "--scheduler-cls"),
         ({"worker_extension_cls": "builtins.object"}, "--worker-extension-cls"),
-        (
-            {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
-            "--kv-transfer-config",
-        ),
         ({"kv_offloading_size": 1.0}, "--kv-offloading-size"),
     ],
 )

@@ -12,7 +12,7 @@ schedulers give the connector its results earlier, and put the verdicts on the o
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -25,6 +25,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
     SupportsHMA,
 )
+from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -240,15 +241,17 @@ class ProbeConnector(BaseConnector):
     def build_connector_meta(self, scheduler_output: Any) -> Orders:
         return Orders(self.tracking.plan(self._tables.steps(scheduler_output)))
 
-    def update_connector_output(self, connector_output: Any) -> None:
-        """Takes the verdicts of a step.
+    def take_verdicts(self, connector_output: Any) -> None:
+        """Takes the verdicts of a step, before vLLM makes its outputs."""
+        results, connector_output.kv_connector_worker_meta = (
+            connector_output.kv_connector_worker_meta, None
+        )  # fmt: skip
+        self.take(results)
 
-        It is called twice for each: by us before vLLM makes the outputs, and by vLLM afterwards.
-        """
-        results = connector_output.kv_connector_worker_meta
+    def take(self, results: Results | None) -> None:
+        """As ``take_verdicts``, if there are any."""
         if results is None:
             return
-        connector_output.kv_connector_worker_meta = None
         self.tracking.reads_responses = results.reads_responses
         outcome = results.outcome
         for request_id, judgement in outcome.judgements.items():
@@ -301,13 +304,41 @@ class ProbeConnector(BaseConnector):
         return Results(own.judge(readings), reads_responses=own.reads_responses)
 
 
+class SharedConnector(MultiConnector):
+    """Ours, and then one that the user has chosen, which may store but not load.
+
+    Keys and values that come from elsewhere have no columns: their slots hold a former owner's. All
+    requests are judged, so all are computed here.
+    """
+
+    @property
+    def tracking(self) -> Tracking:
+        return self._connectors[0].tracking
+
+    def take_verdicts(self, connector_output: Any) -> None:
+        """As ``ProbeConnector.take_verdicts``; vLLM hands the rest to the other one afterwards."""
+        results = connector_output.kv_connector_worker_meta
+        if results is not None:
+            ours, *others = results.metadata
+            self._connectors[0].take(ours)
+            connector_output.kv_connector_worker_meta = replace(results, metadata=(None, *others))
+
+    def get_num_new_matched_tokens(
+        self, request: Any, num_computed_tokens: int
+    ) -> tuple[int, bool]:
+        # Asked all the same, since it may take note of the request.
+        super().get_num_new_matched_tokens(request, num_computed_tokens)
+        self._requests_to_connector.pop(request.request_id, None)
+        return 0, False
+
+
 class ProbeScheduler(Scheduler):
     """The scheduler for engines that wait for each step."""
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         """Puts the verdicts of the step on its outputs."""
         if (results := model_runner_output.kv_connector_output) is not None:
-            self.connector.update_connector_output(results)
+            self.connector.take_verdicts(results)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         # On every output, since a slow reader gets the first one merged with the next.
         for of_client in outputs.values():

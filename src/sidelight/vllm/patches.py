@@ -14,7 +14,7 @@ Around ``Executor.determine_available_memory`` room is left for the probes' colu
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import wraps
 from typing import Any
 
@@ -65,6 +65,7 @@ _SEVERAL_STREAMS = {
 _SPECULATION = {"ngram", "draft_model"}
 
 CONNECTOR = "ProbeConnector"
+SHARED_CONNECTOR = "SharedConnector"
 CAPTURE_CONNECTOR = "CaptureConnector"
 _PACKAGE = "sidelight.vllm"
 # Part of the key of vLLM's compile cache, so that a graph without our operation is not taken for
@@ -89,9 +90,11 @@ def install() -> None:
 def served_by(vllm_config: Any) -> Served | None:
     """The probes that a configuration names; None if the plugin is not part of it."""
     transfer = vllm_config.kv_transfer_config
-    if transfer is None or transfer.kv_connector != CONNECTOR:
-        return None
-    return Served.from_json(transfer.kv_connector_extra_config)
+    name = transfer and transfer.kv_connector
+    if name == SHARED_CONNECTOR:
+        ours = transfer.kv_connector_extra_config["connectors"][0]
+        return Served.from_json(ours["kv_connector_extra_config"])
+    return Served.from_json(transfer.kv_connector_extra_config) if name == CONNECTOR else None
 
 
 def captured_by(vllm_config: Any) -> Captured | None:
@@ -124,7 +127,7 @@ def _configure(original: Callable[..., Any], arguments: Any, *args: Any, **kwarg
     if captured is None and folders is None:
         return original(arguments, *args, **kwargs)
     _require_version()
-    _require_free(arguments)
+    _require_free(arguments, is_captured=captured is not None)
     probes: list[Probe] = []
     if captured is not None:
         _require_offline(arguments)
@@ -150,15 +153,32 @@ def _configure(original: Callable[..., Any], arguments: Any, *args: Any, **kwarg
 
 
 def _connect(arguments: Any, name: str, extra: dict[str, Any]) -> None:
+    """Names our connector in the configuration, beside one that the user has chosen."""
     from vllm.config import KVTransferConfig
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
     arguments.additional_config = {**arguments.additional_config, **_GRAPH}
-    arguments.kv_transfer_config = KVTransferConfig(
-        kv_connector=name,
-        kv_connector_module_path=f"{_PACKAGE}.connector",
-        kv_role="kv_producer",
-        kv_connector_extra_config=extra,
-    )
+    ours = {
+        "kv_connector": name,
+        "kv_connector_module_path": f"{_PACKAGE}.connector",
+        "kv_role": "kv_producer",
+        "kv_connector_extra_config": extra,
+    }
+    theirs = arguments.kv_transfer_config
+    if theirs is not None:
+        given = theirs if isinstance(theirs, dict) else vars(theirs)
+        known = {own.name for own in fields(KVTransferConfig)} - {"engine_id"}
+        beside = {key: value for key, value in given.items() if key in known}
+        # vLLM would ask this of ours alone, which can always do it.
+        if not KVConnectorFactory.supports_hma_config(KVTransferConfig(**beside)):
+            arguments.disable_hybrid_kv_cache_manager = True
+        ours = {
+            **ours,
+            "kv_connector": SHARED_CONNECTOR,
+            "kv_role": beside["kv_role"],
+            "kv_connector_extra_config": {"connectors": [ours, beside]},
+        }
+    arguments.kv_transfer_config = KVTransferConfig(**ours)
 
 
 def _served(model: str, folders: tuple[str, ...], given: dict[str, Any]) -> Served:
@@ -280,10 +300,11 @@ def _require_version() -> None:
         )
 
 
-def _require_free(arguments: Any) -> None:
+def _require_free(arguments: Any, *, is_captured: bool) -> None:
     """Checks that the user has not set the options that we set."""
     taken = {
-        "--kv-transfer-config": arguments.kv_transfer_config,
+        "--kv-transfer-config": is_captured and arguments.kv_transfer_config,
+        # It is short for a --kv-transfer-config.
         "--kv-offloading-size": arguments.kv_offloading_size,
         "--scheduler-cls": arguments.scheduler_cls,
         "--worker-extension-cls": arguments.worker_extension_cls,
