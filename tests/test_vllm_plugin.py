@@ -360,6 +360,24 @@ def test_a_step_waits_for_no_value_of_the_device(serving, backbone):
     assert len(work.result().judgements["r"].verdicts) == 2
 
 
+def test_a_pass_whose_columns_were_not_kept_ends_all_verdicts(serving, backbone):
+    """Slots would hold what was there before, and a verdict would be another text's."""
+    reading = Reading("r", (1,), 0, bytes([Part.PROMPT] * 4), ends_prompt=True, is_plain=False)
+
+    def step():
+        for layer, states in enumerate(states_of(backbone, range(10, 14))):
+            serving.receive(layer, states)
+        serving.keep(torch.arange(4, 8))
+
+    step()
+    assert serving.judge([reading]).result().judgements["r"].failed == ()
+    # A pass that has nothing to read, and another after it.
+    serving.judge([])
+    step()
+    failed = serving.judge([reading]).result().judgements["r"].failed
+    assert {*failed} == {"prompt", "both"}
+
+
 def test_a_request_whose_judging_failed_never_has_a_verdict_again(serving, backbone, monkeypatch):
     for layer, states in enumerate(states_of(backbone, range(10, 14))):
         serving.receive(layer, states)
@@ -374,8 +392,12 @@ def test_a_request_whose_judging_failed_never_has_a_verdict_again(serving, backb
         patch.setattr(Panel, "read", fail)
         failed = serving.judge([whole]).result().judgements["r"]
     assert (failed.verdicts, {*failed.failed}) == ((), {"prompt", "both"})
+    serving.keep(torch.arange(4, 8))
     assert serving.judge([later]).result().judgements["r"] == failed
     serving.forget(["r"])
+    for layer, states in enumerate(states_of(backbone, range(10, 14))):
+        serving.receive(layer, states)
+    serving.keep(torch.arange(4, 8))
     assert serving.judge([whole]).result().judgements["r"].failed == ()
 
 

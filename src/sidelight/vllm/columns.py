@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sidelight.errors import SidelightError
@@ -124,6 +124,7 @@ class Pages:
         layers, _, columns = stage.rows.shape
         # The last row takes vLLM's padding (slot -1).
         self._rows = stage.rows.new_full((blocks * block_size + 1, layers, columns), torch.nan)
+        self._has_kept = torch.zeros((), dtype=torch.bool, device=stage.rows.device)
 
     @property
     def size_bytes(self) -> int:
@@ -141,6 +142,13 @@ class Pages:
         slots = torch.where(slots < 0, len(self._rows) - 1, slots)
         self._rows.index_copy_(0, slots.long(), staged.transpose(0, 1))
         staged.fill_(torch.nan)
+        self._has_kept.fill_(True)
+
+    def has_kept(self) -> Bool[Tensor, ""]:
+        """Whether rows were moved since this was asked last; on the device, so nothing waits."""
+        has_kept = self._has_kept.clone()
+        self._has_kept.fill_(False)
+        return has_kept
 
     def read(self, readings: Sequence[Reading]) -> Float[Tensor, "token layer column"]:
         """The columns of the readings' tokens, one reading after the other."""

@@ -36,7 +36,7 @@ from sidelight.errors import SidelightError
 from sidelight.probe import common_format
 from sidelight.prompts import EncodedPrompt, PromptEncoder
 from sidelight.vllm import capture, worker
-from sidelight.vllm.columns import Reading, Step, Tracking
+from sidelight.vllm.columns import Step, Tracking
 from sidelight.vllm.patches import keeps_every_token, served_by
 from sidelight.vllm.settings import described_prompt
 from sidelight.vllm.worker import RequestJudge, Share, end_with_parent
@@ -148,9 +148,15 @@ class BlockTables:
 
 @dataclass
 class Orders(KVConnectorMetadata):
-    """What the workers are to do with a step: to read requests, or to keep hidden states."""
+    """What the workers are to do with a step: to read requests, or to keep hidden states.
+
+    Attributes:
+        items: Readings, or pieces.
+        has_pass: Whether the step runs any token.
+    """
 
     items: list[Any] = field(default_factory=list)
+    has_pass: bool = True
 
 
 class Results(KVConnectorWorkerMetadata):
@@ -239,7 +245,8 @@ class ProbeConnector(BaseConnector):
         )
 
     def build_connector_meta(self, scheduler_output: Any) -> Orders:
-        return Orders(self.tracking.plan(self._tables.steps(scheduler_output)))
+        readings = self.tracking.plan(self._tables.steps(scheduler_output))
+        return Orders(readings, scheduler_output.total_num_scheduled_tokens > 0)
 
     def take_verdicts(self, connector_output: Any) -> None:
         """Takes the verdicts of a step, before vLLM makes its outputs."""
@@ -296,12 +303,12 @@ class ProbeConnector(BaseConnector):
 
     def build_connector_worker_meta(self) -> Results | None:
         """Runs after the forward pass of a step, on every rank."""
-        own = worker.INSTALLED.get()
-        readings: list[Reading] = self._get_connector_metadata().items
+        own, orders = worker.INSTALLED.get(), self._get_connector_metadata()
         # Every rank of a tensor-parallel group has the whole residual stream; the first one judges.
-        if not readings or get_tensor_model_parallel_rank() != 0:
+        if not orders.has_pass or get_tensor_model_parallel_rank() != 0:
             return None
-        return Results(own.judge(readings), reads_responses=own.reads_responses)
+        work = own.judge(orders.items)
+        return Results(work, reads_responses=own.reads_responses) if orders.items else None
 
 
 class SharedConnector(MultiConnector):

@@ -15,7 +15,7 @@ from multiprocessing import parent_process
 from threading import Thread
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sidelight.bank import NUMBERS_AT_ONCE, BankState, Panel
@@ -149,6 +149,7 @@ class Worker:
         self._pages: Pages | None = None
         # One thread, since the probes of the response follow each request from step to step.
         self._thread = ThreadPoolExecutor(1, "sidelight-judge")
+        self._is_blind = False
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._serve(Panel(served.load(), device=device))
 
@@ -224,16 +225,18 @@ class Worker:
     def judge(self, readings: Sequence[Reading]) -> Future[Outcome]:
         """The verdicts on readings, or their columns if this worker lacks some layers.
 
-        Reads no value of the device and waits for nothing; the future does.
+        To be called after each forward pass, also if there is nothing to read. Reads no value of
+        the device and waits for nothing; the future does.
         """
+        has_kept = self._pages.has_kept() if self._pages else torch.ones((), dtype=torch.bool)
         pieces = [(some, self._read(some)) for some in self._in_turn(readings)]
-        columns = [gathered for _, gathered in pieces]
+        columns = [has_kept, *(gathered for _, gathered in pieces)]
         ready = None
         if self._stream is not None:
             ready = torch.cuda.current_stream(self._device).record_event()
             for gathered in columns:
                 gathered.record_stream(self._stream)
-        return self._thread.submit(self._outcome, pieces, ready)
+        return self._thread.submit(self._outcome, pieces, has_kept, ready)
 
     def forget(self, request_ids: Iterable[str]) -> None:
         """Drops what is known of requests that have ended, once it is judged."""
@@ -243,6 +246,7 @@ class Worker:
     def _outcome(
         self,
         pieces: Sequence[tuple[Sequence[Reading], Float[Tensor, "token layer column"]]],
+        has_kept: Bool[Tensor, ""],
         ready: torch.cuda.Event | None,
     ) -> Outcome:
         start = time.perf_counter()
@@ -251,7 +255,16 @@ class Worker:
         with torch.cuda.stream(self._stream):
             if self._stream is not None and ready is not None:
                 self._stream.wait_event(ready)
+            if not self._is_blind and not has_kept.item():
+                self._is_blind = True
+                _log.error(
+                    "vLLM ran a forward pass whose columns were not kept, so no probe gives a "
+                    "verdict from now on. Restart the engine."
+                )
             for readings, columns in pieces:
+                if self._is_blind:
+                    # Some slots have the columns of tokens that were there before.
+                    columns.fill_(torch.nan)
                 if len(self._layers) == self._served.fingerprint.layers:
                     judgements |= self._judged(readings, columns)
                 else:
@@ -280,7 +293,8 @@ class Worker:
                 yield some
                 some = []
             some.append(reading)
-        yield some
+        if some:
+            yield some
 
     def _read(self, readings: Sequence[Reading]) -> Float[Tensor, "token layer column"]:
         if self._pages is not None:
