@@ -30,6 +30,7 @@ from sidelight.calibration import Calibration
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.policy.rules import read_policy
 from sidelight.types import Task
+from sidelight.vllm.settings import ENVIRONMENT
 from sockets import answers, connection, read_all
 from tiny import three_probes, tiny_backbone, untrained_probe
 
@@ -412,3 +413,13 @@ def asked_of(client, **options):
 def verdicts_of(answer):
     told = answer.model_extra["sidelight"]["verdicts"]
     return [(verdict["probe"], verdict["probabilities"]) for verdict in told]
+
+
+def test_the_values_for_kubernetes_name_what_the_plugin_reads():
+    values = yaml.safe_load((EXAMPLES / "vllm_stack.yaml").read_text())
+    (model,) = values["servingEngineSpec"]["modelSpec"]
+    variables = {entry["name"]: entry["value"] for entry in model["env"]}
+    assert variables["VLLM_PLUGINS"] == "sidelight"
+    (mount,) = model["extraVolumeMounts"]
+    paths = [*variables[ENVIRONMENT].split(":"), variables["SIDELIGHT_POLICY"]]
+    assert all(path.startswith(mount["mountPath"] + "/") for path in paths)
