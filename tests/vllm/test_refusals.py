@@ -63,6 +63,8 @@ def test_other_probes_need_no_other_graph(model):
         ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "--scheduler-cls"),
         ({"worker_extension_cls": "builtins.object"}, "--worker-extension-cls"),
         ({"kv_offloading_size": 1.0}, "--kv-offloading-size"),
+        ({"revision": "other"}, "--revision"),
+        ({"tokenizer": "/another"}, "--tokenizer"),
     ],
 )
 def test_a_feature_that_no_test_covers_is_refused(model, options, message):

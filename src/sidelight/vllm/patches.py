@@ -128,6 +128,7 @@ def _configure(original: Callable[..., Any], arguments: Any, *args: Any, **kwarg
         return original(arguments, *args, **kwargs)
     _require_version()
     _require_free(arguments, is_captured=captured is not None)
+    _require_identified(arguments)
     probes: list[Probe] = []
     if captured is not None:
         _require_offline(arguments)
@@ -314,6 +315,22 @@ def _require_free(arguments: Any, *, is_captured: bool) -> None:
         raise SidelightError(
             f"Probes inside vLLM set {', '.join(names)} themselves. Leave it out, or unset "
             "SIDELIGHT_PROBES."
+        )
+
+
+def _require_identified(arguments: Any) -> None:
+    """Checks that the files by which the model is identified are those that vLLM loads."""
+    others = {
+        "--revision": arguments.revision,
+        "--tokenizer": arguments.tokenizer not in (None, arguments.model),
+        "--tokenizer-revision": arguments.tokenizer_revision,
+        "--hf-config-path": arguments.hf_config_path,
+    }
+    names = [name for name, is_given in others.items() if is_given]
+    if names:
+        raise SidelightError(
+            f"Probes inside vLLM belong to a model with its own tokenizer and configuration, so "
+            f"{', '.join(names)} cannot be used. Name a folder that has the files you want."
         )
 
 
