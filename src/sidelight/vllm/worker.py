@@ -231,9 +231,10 @@ class Worker:
         has_kept = self._pages.has_kept() if self._pages else torch.ones((), dtype=torch.bool)
         pieces = [(some, self._read(some)) for some in self._in_turn(readings)]
         columns = [has_kept, *(gathered for _, gathered in pieces)]
-        ready = None
+        ready: torch.cuda.Event | None = None
         if self._stream is not None:
-            ready = torch.cuda.current_stream(self._device).record_event()
+            ready = torch.cuda.Event()
+            ready.record(torch.cuda.current_stream(self._device))
             for gathered in columns:
                 gathered.record_stream(self._stream)
         return self._thread.submit(self._outcome, pieces, has_kept, ready)
