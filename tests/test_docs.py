@@ -116,7 +116,15 @@ def test_every_dependency_has_its_sentence():
 
 
 # What a declared package brings, and engines that whoever wants them installs.
-BROUGHT = {"pydantic_core", "starlette", "tokenizers", "packaging", "opentelemetry", "vllm"}
+BROUGHT = {
+    "pydantic_core",
+    "starlette",
+    "tokenizers",
+    "packaging",
+    "opentelemetry",
+    "vllm",
+    "triton",
+}
 
 
 def test_the_product_imports_only_what_it_declares():

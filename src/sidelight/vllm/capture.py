@@ -238,9 +238,18 @@ class Recorder:
         self._slots = torch.full((tokens,), -1, dtype=torch.int64, device=device)
         self.attention = ""
 
-    def receive(self, layer: int, hidden: Float[Tensor, "token width"]) -> None:
+    def receive(
+        self,
+        layer: int,
+        hidden: Float[Tensor, "token width"],
+        residual: Float[Tensor, "token width"] | None = None,
+    ) -> None:
         """Keeps the stream of one layer until the pass ends."""
-        self._rows[layer, : len(hidden)].copy_(hidden)
+        rows = self._rows[layer, : len(hidden)]
+        if residual is None:
+            rows.copy_(hidden)
+        else:
+            torch.add(hidden, residual, out=rows)
         self._has_run[layer].fill_(True)
 
     def end_pass(self, tokens: int) -> None:

@@ -25,8 +25,9 @@ from torch import Tensor
 
 from sidelight.errors import SidelightError
 from sidelight.prompts import EncodedPrompt, Part
-from sidelight.standardisation import Projection, project
+from sidelight.standardisation import Projection
 from sidelight.types import Judgement
+from sidelight.vllm.products import PRODUCTS, Product, product_name
 from sidelight.vllm.settings import KEY, described_prompt, report_of
 
 
@@ -35,34 +36,33 @@ class Stage:
     """Where one forward pass leaves its columns.
 
     Attributes:
-        projection: From the hidden states of the local layers to columns.
+        product: From the hidden states of the local layers to columns.
         rows: NaN where nothing was written, so that a layer that is not tapped gives a failed
             verdict, not a wrong one.
     """
 
-    projection: Projection
+    product: Product
     rows: Float[Tensor, "layer token column"]
 
     @staticmethod
     def empty(projection: Projection, *, tokens: int) -> "Stage":
         """A stage for passes over at most ``tokens`` tokens."""
         layers, _, columns = projection.weight.shape
-        # With a column's numbers side by side, a matmul of few columns takes a quarter of the time.
-        weight = projection.weight.mT.contiguous().mT
-        rows = weight.new_full((layers, tokens, columns), torch.nan)
-        return Stage(Projection(weight, projection.shift, projection.is_normalised), rows)
+        rows = projection.weight.new_full((layers, tokens, columns), torch.nan)
+        return Stage(PRODUCTS[product_name()](projection), rows)
 
-    def receive(self, layer: int, hidden: Float[Tensor, "token width"]) -> None:
-        """One matmul, in float32: a bf16 result would lose what standardisation subtracts."""
-        shift, weight, rows = self._layers[layer]
-        flags = self.projection.is_normalised
-        project(weight, shift, flags, hidden.float(), out=rows[: len(hidden)])
+    def receive(
+        self,
+        layer: int,
+        hidden: Float[Tensor, "token width"],
+        residual: Float[Tensor, "token width"] | None = None,
+    ) -> None:
+        self.product(layer, hidden, residual, out=self._layers[layer][: len(hidden)])
 
+    # The views are made once: a pass asks for every layer, and it may have a single token.
     @cached_property
-    def _layers(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        # The views are made once: a pass asks for every layer, and it may have a single token.
-        shift, weight = self.projection.shift, self.projection.weight
-        return list(zip(shift.unbind(), weight.unbind(), self.rows.unbind(), strict=True))
+    def _layers(self) -> tuple[Tensor, ...]:
+        return self.rows.unbind()
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,14 @@ class Installed(Generic[T]):
 class Receiver(Protocol):
     """Takes the residual stream after each layer of this worker, while it exists."""
 
-    def receive(self, layer: int, hidden: Float[Tensor, "token width"]) -> None: ...
+    def receive(
+        self,
+        layer: int,
+        hidden: Float[Tensor, "token width"],
+        residual: Float[Tensor, "token width"] | None = None,
+    ) -> None:
+        """The stream is the sum of both."""
+        ...
 
     def end_pass(self, tokens: int) -> None:
         """The last layer of this worker has run, over this many tokens with their padding."""
@@ -75,7 +82,7 @@ def _project(
     order: Float[Tensor, ""],  # noqa: ARG001 - keeps the operation in its place
 ) -> None:
     for receiver in _receivers:
-        receiver.receive(layer, hidden if residual is None else hidden + residual)
+        receiver.receive(layer, hidden, residual)
 
 
 def _end_pass(hidden: Float[Tensor, "token width"], order: Float[Tensor, ""]) -> None:  # noqa: ARG001
