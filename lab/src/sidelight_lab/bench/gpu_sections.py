@@ -1,0 +1,475 @@
+"""What the check of a GPU measures. ``gpu.py`` runs each section in a process of its own.
+
+On a CPU the same sections run on tiny sizes: that tries out the check, and says nothing of a GPU.
+"""
+
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+
+import json
+import sys
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+from sidelight.artifact import load_probe, save_probe
+from sidelight.backbone import TransformersBackbone, load_backbone
+from sidelight.bank import Bank
+from sidelight.calibration import Calibration
+from sidelight.fingerprint import Fingerprint
+from sidelight.mechanisms.base import mechanism_names, mechanism_spec
+from sidelight.probe import Probe
+from sidelight.prompts import EncodedPrompt, Part, Reads
+from sidelight.smollm2 import embedded_model_path
+from sidelight.standardisation import Projection, Standardisation
+from sidelight.states.extraction import score
+from sidelight.storage import write_json
+from sidelight.vllm.columns import Pages, Reading, Stage, slots_of
+from sidelight.vllm.engine import require_options, require_vllm
+from sidelight.vllm.products import PRODUCTS
+from sidelight.vllm.settings import DESCRIBED, KEY, request_params
+from sidelight.vllm.taps import set_receiver
+from sidelight_lab.bench.measurement import interleaved
+from sidelight_lab.bench.subjects import probe_for, untrained_probe
+
+# Width, width of the MLP, layers, heads, heads of keys and values, vocabulary.
+SHAPES = {
+    "tiny": (128, 192, 4, 4, 4, 49152),
+    "135m": (576, 1536, 30, 9, 3, 49152),
+    "3b": (3072, 8192, 28, 24, 8, 128256),
+    "8b": (4096, 14336, 32, 32, 8, 128256),
+}
+FORCED = 8
+_WAYS = (Reads(), Reads("both"), Reads("response"))
+_TAP_LAYERS = 4
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the sections are told.
+
+    Attributes:
+        folder: Where sections leave files for later ones.
+        model: The model of the parity check; None takes the embedded one, or a tiny one on a CPU.
+        shape: Whose sizes the model with random weights has that serving is timed with.
+        engine_option: Fields of vLLM's ``EngineArgs``.
+    """
+
+    device: str
+    folder: str
+    model: str | None
+    shape: str
+    engine_option: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.device == "cuda"
+
+    @property
+    def path(self) -> Path:
+        return Path(self.folder)
+
+
+def products(setting: Setting, *, form: str) -> dict[str, Any]:
+    """The error and the time of a form of the tap, beside a decoder layer of the same width."""
+    shapes = ("135m", "3b", "8b") if setting.is_gpu else ("tiny",)
+    counts = (1, 64, 8192) if setting.is_gpu else (1, 16)
+    rows: list[dict[str, Any]] = []
+    for shape in shapes:
+        layers = {tokens: _layer_us(shape, tokens, setting.device) for tokens in counts}
+        for columns in (5, 50, 500) if setting.is_gpu else (5,):
+            for tokens in counts:
+                row = {"shape": shape, "columns": columns, "tokens": tokens, "form": form}
+                measured = _product_row(setting, shape, columns, tokens, form)
+                rows.append({**row, "layer_us": layers[tokens], **measured})
+    return {"rows": rows}
+
+
+def _product_row(
+    setting: Setting, shape: str, columns: int, tokens: int, form: str
+) -> dict[str, float]:
+    """Of one form: its worst error, and its time with and without a residual to add."""
+    torch.manual_seed(0)
+    width, device = SHAPES[shape][0], torch.device(setting.device)
+    flags = torch.arange(columns, device=device) % 2 == 0
+    projection = Projection(
+        torch.randn(_TAP_LAYERS, width, columns, device=device),
+        torch.randn(_TAP_LAYERS, columns, device=device),
+        flags,
+    )
+    hidden, residual = _states(tokens, width, device)
+    product = PRODUCTS[form](projection)
+    rows = torch.empty(_TAP_LAYERS, tokens, columns, device=device)
+    # Triton's interpreter, which stands in for a GPU here, does not round a sum as a GPU does.
+    added = residual if setting.is_gpu else None
+    product(0, hidden, added, out=rows[0])
+    stream = (hidden if added is None else hidden + added).double()
+    weight = projection.weight[0].double()
+    divisor = torch.where(flags, (stream.square().mean(1, keepdim=True) + 1e-6).sqrt(), 1)
+    wanted = stream @ weight / divisor + projection.shift[0]
+    # The size that a column has by the sizes of its factors.
+    sizes = (stream.square() @ weight.square()).sqrt() / divisor + projection.shift[0].abs()
+    error = ((rows[0] - wanted).abs() / sizes).max()
+
+    def run(other: Tensor | None) -> None:
+        for layer in range(_TAP_LAYERS):
+            product(layer, hidden, other, out=rows[layer])
+
+    return {
+        "error": float(error),
+        "us": _us(partial(run, residual), device) / _TAP_LAYERS,
+        "us_without_residual": _us(partial(run, None), device) / _TAP_LAYERS,
+    }
+
+
+def _states(tokens: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What a layer adds, and the residual stream."""
+    hidden = torch.randn(tokens, width, device=device)
+    return hidden.bfloat16(), (30 * torch.randn_like(hidden)).bfloat16()
+
+
+def _layer_us(shape: str, tokens: int, device_name: str) -> float:
+    """Microseconds of a plain decoder layer: a token each of many texts, or some whole texts."""
+    device = torch.device(device_name)
+    config = _config(shape)
+    with torch.device(device):
+        layer = LlamaDecoderLayer(config, 0).bfloat16().eval()
+        rotary = LlamaRotaryEmbedding(config)
+    length = 1 if tokens <= 64 else 2048
+    hidden = torch.randn(tokens // length, length, config.hidden_size, device=device).bfloat16()
+    places = torch.arange(length, device=device)[None]
+    with torch.inference_mode():
+        embedded = rotary(hidden, places)
+        return _us(lambda: layer(hidden, position_embeddings=embedded), device)
+
+
+def _us(work: Callable[[], object], device: torch.device) -> float:
+    """Microseconds of some work; on a GPU those of a captured graph, without launches."""
+    if device.type != "cuda":
+        return 1e6 * median(interleaved({"": work}, repeats=3)[""])
+    graph, repeats = _captured(work), 20
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    graph.replay()
+    start.record()
+    for _ in range(repeats):
+        graph.replay()
+    end.record()
+    end.synchronize()
+    return 1e3 * start.elapsed_time(end) / repeats
+
+
+def _captured(work: Callable[[], object]) -> "torch.cuda.CUDAGraph":
+    # Before it is captured, work must have run on another stream than the default one.
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        work()
+        work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph
+
+
+def graphs(setting: Setting, *, form: str) -> dict[str, Any]:
+    """Whether the captured tap, replayed with other inputs, gives what it gives uncaptured.
+
+    What is captured is what vLLM captures: the operation that the hooks call, for every layer; and
+    the move of the columns to their slots. On a CPU it is only called.
+    """
+    width, columns, tokens, blocks = 576 if setting.is_gpu else 64, 7, 24, 8
+    # The last three are padding.
+    reading = Reading("", (), 0, bytes([Part.PROMPT] * (tokens - 3)), True, False)
+    device = torch.device(setting.device)
+    torch.manual_seed(0)
+    projection = Projection(
+        torch.randn(_TAP_LAYERS, width, columns, device=device),
+        torch.randn(_TAP_LAYERS, columns, device=device),
+        torch.arange(columns, device=device) % 2 == 0,
+    )
+    empty = torch.full((_TAP_LAYERS, tokens, columns), torch.nan, device=device)
+    stage = Stage(PRODUCTS[form](projection), empty)
+    pages = Pages(stage, blocks=blocks, block_size=16)
+    inputs = [_states(tokens, width, device) for _ in range(_TAP_LAYERS)]
+    slots = torch.arange(tokens, device=device)
+    order = torch.zeros((), device=device)
+
+    def run() -> None:
+        for layer, (hidden, residual) in enumerate(inputs):
+            torch.ops.sidelight.project(hidden, residual, layer, order)
+        pages.keep(slots)
+
+    set_receiver(stage)
+    replay = _captured(run).replay if setting.is_gpu else run
+    difference = 0.0
+    for _ in range(3):
+        fresh = [_states(tokens, width, device) for _ in range(_TAP_LAYERS)]
+        for mine, others in zip(inputs, fresh, strict=True):
+            for one, other in zip(mine, others, strict=True):
+                one.copy_(other)
+        table = torch.randperm(blocks)[:2].tolist()
+        slots.copy_(torch.from_numpy(slots_of(table, np.arange(tokens), 16)))
+        slots[-3:] = -1
+        replay()
+        kept = pages.read([replace(reading, blocks=tuple(table))])
+        for layer, (hidden, residual) in enumerate(fresh):
+            wanted = torch.empty(tokens, columns, device=device)
+            stage.product(layer, hidden, residual, out=wanted)
+            # A slot that was not written has NaN.
+            off = (kept[:, layer] - wanted[:-3]).abs().nan_to_num(torch.inf).max()
+            difference = max(difference, min(1.0, float(off)))
+    return {"form": form, "difference": difference, "is_captured": setting.is_gpu}
+
+
+def reference(setting: Setting) -> dict[str, Any]:
+    """Probes of all mechanisms, and what ``transformers`` says of prompts, in float32 on the CPU.
+
+    A response is forced: the same token again and again. So it is known before vLLM writes it.
+    """
+    model = setting.model or ("smollm2" if setting.is_gpu else _tiny_model(setting.path / "model"))
+    backbone = load_backbone(model, dtype="float32", device="cpu")
+    longest = min(1000 if setting.is_gpu else 100, backbone.encoder.max_tokens - FORCED - 1)
+    lengths = np.geomspace(1, longest, 40 if setting.is_gpu else 8).astype(int)
+    random = np.random.default_rng(0)
+    shared = random.integers(5, 300, longest).tolist()
+    prompts: list[EncodedPrompt] = []
+    texts: list[dict[str, Any]] = []
+    for i, length in enumerate(map(int, lengths)):
+        # A third of the prompts begin alike, and are found in the prefix cache.
+        own = random.integers(5, 300, length).tolist()
+        tokens = [*shared[: 2 * length // 3], *own][:length] if i % 3 == 0 else own
+        prompt = EncodedPrompt(tuple(tokens), (Part.PROMPT,) * length)
+        forced = 5 + i
+        # The token that is drawn last is not read.
+        response = (forced,) * (FORCED - 1)
+        whole = (*prompt.token_ids, *response)
+        prompts.append(EncodedPrompt(whole, prompt.parts + (Part.RESPONSE,) * (FORCED - 1)))
+        texts.append({"token_ids": tokens, "forced": forced})
+    probes = _spread_probes(backbone, prompts)
+    for probe in probes:
+        save_probe(probe, setting.path / "probes" / probe.name)
+    by_probe = score(backbone, Bank(probes), prompts)
+    for row, text in enumerate(texts):
+        text["wanted"] = {
+            probe.name: probe.verdict(logits[row]).probabilities["yes"]
+            for probe, logits in zip(probes, by_probe, strict=True)
+        }
+    path = backbone.model.config._name_or_path  # pyright: ignore[reportPrivateUsage]
+    context = min(2048, backbone.encoder.max_tokens)
+    write_json(
+        setting.path / "reference.json",
+        {
+            "path": path,
+            "context": context,
+            "fingerprint": asdict(backbone.fingerprint),
+            "texts": texts,
+        },
+    )
+    return {"model": backbone.name, "prompts": len(prompts), "longest": longest}
+
+
+def _spread_probes(backbone: TransformersBackbone, prompts: Sequence[EncodedPrompt]) -> list[Probe]:
+    """One probe of each mechanism; the probabilities spread, since saturated ones always agree."""
+    states: list[Tensor] = []
+    with backbone.tapped(lambda _layer, hidden: states.append(hidden[0].clone())):
+        backbone.run([prompts[-1]])
+    scaling = Standardisation.measured(torch.stack(states))
+    probes: list[Probe] = []
+    for i, name in enumerate(mechanism_names()):
+        reads = _WAYS[i % len(_WAYS)]
+        probe = untrained_probe(backbone, name, spec=mechanism_spec(name), reads=reads, seed=i)
+        probe = replace(probe, standardisation=replace(scaling, is_normalised=i % 2 == 1))
+        logits = score(backbone, Bank([probe]), prompts)[0]
+        scale = 1.5 / max(1e-6, float(logits.std()))
+        shift = -scale * float(logits.mean())
+        probes.append(
+            replace(probe, calibration=Calibration("platt", "binary", (scale,), (shift,)))
+        )
+    return probes
+
+
+def parity(setting: Setting, *, eager: bool) -> dict[str, Any]:
+    """The largest difference to the reference, on a first pass and from the prefix cache."""
+    from vllm import SamplingParams
+
+    made = json.loads((setting.path / "reference.json").read_text("utf-8"))
+    folders = sorted(str(folder) for folder in (setting.path / "probes").iterdir())
+    names = [load_probe(folder).name for folder in folders]
+    config = {"probes": folders, "fingerprint": made["fingerprint"], DESCRIBED: True}
+    differences: list[float] = []
+    with _vllm(
+        setting,
+        made["path"],
+        config,
+        dtype="float32",
+        enforce_eager=eager,
+        max_model_len=made["context"],
+        max_num_batched_tokens=256,
+        max_num_seqs=8,
+        gpu_memory_utilization=0.4,
+    ) as llm:
+        for _ in range(2):
+            params = [
+                SamplingParams(
+                    max_tokens=FORCED,
+                    temperature=0,
+                    ignore_eos=True,
+                    detokenize=False,
+                    allowed_token_ids=[text["forced"]],
+                    extra_args={"kv_transfer_params": _plain_params(text["token_ids"])},
+                )
+                for text in made["texts"]
+            ]
+            prompts = [{"prompt_token_ids": text["token_ids"]} for text in made["texts"]]
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+            worst = 0.0
+            for output, text in zip(outputs, made["texts"], strict=True):
+                assert set(output.outputs[0].token_ids) == {text["forced"]}
+                verdicts = output.kv_transfer_params[KEY]["verdicts"]
+                for name in names:
+                    # A verdict that failed has no probabilities.
+                    mine = verdicts[name].get("probabilities", {"yes": np.inf})["yes"]
+                    worst = max(worst, abs(mine - text["wanted"][name]))
+            differences.append(min(worst, 1.0))
+    return {"first_pass": differences[0], "second_pass": differences[1], "probes": names}
+
+
+def serving(setting: Setting, *, readouts: int) -> dict[str, Any]:
+    """Milliseconds of the same work with some readouts; the weights are random."""
+    from vllm import SamplingParams
+
+    folder = setting.path / "shape"
+    config = _config(setting.shape)
+    config.save_pretrained(folder)
+    who = Fingerprint(
+        f"random {setting.shape}", "config", "weights", "tokenizer", "template",
+        config.num_hidden_layers + 1, config.hidden_size, "bfloat16",
+    )  # fmt: skip
+    probes = [probe_for(who, f"readout-{i}", seed=i) for i in range(readouts)]
+    folders = [str(save_probe(probe, folder / "probes" / probe.name)) for probe in probes]
+    named = {"probes": folders, "fingerprint": asdict(who), DESCRIBED: True}
+    # Prompts, tokens of a prompt, tokens written.
+    works = {
+        "prefill": (4, 4096, 1) if setting.is_gpu else (2, 64, 1),
+        "one text": (1, 32, 129) if setting.is_gpu else (1, 8, 9),
+        "64 texts": (64, 32, 129) if setting.is_gpu else (4, 8, 9),
+    }
+    values: dict[str, list[float]] = {}
+    with _vllm(
+        setting,
+        str(folder),
+        named if readouts else None,
+        load_format="dummy",
+        dtype="bfloat16",
+        enforce_eager=not setting.is_gpu,
+        max_model_len=8192 if setting.is_gpu else 512,
+        enable_prefix_caching=False,
+        # The columns of 100 readouts need half as much as the cache.
+        gpu_memory_utilization=0.5,
+    ) as llm:
+
+        def run(prompts: int, tokens: int, written: int) -> None:
+            texts = [[5 + (7 * i + k) % 290 for k in range(tokens)] for i in range(prompts)]
+            params = [
+                SamplingParams(
+                    max_tokens=written,
+                    temperature=0,
+                    ignore_eos=True,
+                    detokenize=False,
+                    extra_args={"kv_transfer_params": _plain_params(text)} if readouts else None,
+                )
+                for text in texts
+            ]
+            asked = [{"prompt_token_ids": text} for text in texts]
+            outputs = llm.generate(asked, params, use_tqdm=False)
+            if readouts:
+                assert len(outputs[0].kv_transfer_params[KEY]["verdicts"]) == readouts
+
+        for name, (prompts, tokens, written) in works.items():
+            run(prompts, tokens, written)
+            seconds: list[float] = []
+            for _ in range(5 if setting.is_gpu else 2):
+                start = perf_counter()
+                run(prompts, tokens, written)
+                seconds.append(perf_counter() - start)
+            values[name] = [1e3 * one / (1 if written == 1 else written) for one in seconds]
+    return {"shape": setting.shape, "ms": values}
+
+
+@contextmanager
+def _vllm(
+    setting: Setting, path: str, config: Mapping[str, Any] | None, **given: Any
+) -> Generator[Any]:
+    """vLLM's offline engine on token ids, with the plugin in it if it is given a configuration."""
+    require_vllm()
+    from vllm.engine.arg_utils import EngineArgs
+
+    from vllm import LLM
+
+    require_options(setting.engine_option, EngineArgs)
+    named = {} if config is None else {"additional_config": {KEY: dict(config)}}
+    options = {"skip_tokenizer_init": True, **given, **setting.engine_option, **named}
+    llm = LLM(model=path, **options)
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
+def _plain_params(token_ids: Sequence[int]) -> dict[str, Any]:
+    prompt = EncodedPrompt(tuple(token_ids), (Part.PROMPT,) * len(token_ids))
+    return request_params(prompt)
+
+
+def _config(shape: str) -> LlamaConfig:
+    width, inner, layers, heads, kv_heads, vocabulary = SHAPES[shape]
+    return LlamaConfig(
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=vocabulary,
+        max_position_embeddings=8192,
+        initializer_range=0.1,
+        architectures=["LlamaForCausalLM"],
+        dtype="bfloat16",
+        attn_implementation="sdpa",  # pyright: ignore[reportCallIssue]
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=1,
+    )
+
+
+def _tiny_model(folder: Path) -> str:
+    """Random weights, with the embedded model's tokenizer."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(_config("tiny"), dtype=torch.float32)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(embedded_model_path()).save_pretrained(folder)
+    return str(folder)
+
+
+SECTIONS: dict[str, Callable[..., dict[str, Any]]] = {
+    "products": products,
+    "graphs": graphs,
+    "reference": reference,
+    "parity": parity,
+    "serving": serving,
+}
+
+if __name__ == "__main__":
+    order = json.loads(sys.argv[1])
+    result = SECTIONS[order["section"]](Setting(**order["setting"]), **order["arguments"])
+    write_json(Path(order["result"]), result)
