@@ -1,6 +1,7 @@
 """vLLM does not start with what the plugin does not support; without probes, nothing changes."""
 
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from commands import saved
 from sidelight.artifact import save_probe
 from sidelight.backbone import load_backbone
 from sidelight.errors import FingerprintMismatchError, SidelightError
+from sidelight.vllm import patches
 from sidelight.vllm.engine import load_vllm_engine
 from sidelight.vllm.patches import require_supported
 from sidelight.vllm.settings import ENVIRONMENT, KEY
@@ -153,3 +155,22 @@ def test_what_travels_to_the_workers_is_json(model):
     config = configured(model.path, model.folders)
     extra = config.kv_transfer_config.kv_connector_extra_config
     assert json.loads(json.dumps(extra))["folders"] == model.folders
+
+
+def test_a_gpu_starts_with_a_warning_that_names_the_check(model, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    config = configured(model.path, model.folders)
+    assert "sidelight bench" not in caplog.text
+    config.device_config.device_type = "cuda"
+    patches._require_supported(config)
+    assert "sidelight bench gpu" in caplog.text
+    assert "never run" in caplog.text
+    config.device_config.device_type = "xpu"
+    with pytest.raises(SidelightError, match="the device xpu"):
+        patches._require_supported(config)
+
+
+def test_an_unknown_form_of_the_tap_is_refused_at_the_start(model, monkeypatch):
+    monkeypatch.setenv("SIDELIGHT_TAP", "sgemm")
+    with pytest.raises(SidelightError, match="addmm, bf16x3, triton"):
+        configured(model.path, model.folders)

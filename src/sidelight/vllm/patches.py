@@ -24,6 +24,7 @@ from torch import Tensor
 
 from sidelight.errors import SidelightError
 from sidelight.probe import Probe
+from sidelight.vllm.products import product_name
 from sidelight.vllm.settings import (
     CAPTURE,
     DESCRIBED,
@@ -37,6 +38,7 @@ from sidelight.vllm.settings import (
 TESTED = SpecifierSet(">=0.29,<0.34")
 UNTESTED = "SIDELIGHT_VLLM_UNTESTED"
 """Set it to 1 to allow versions, devices and architectures that have not been tested."""
+DEVICES = frozenset({"cpu", "cuda"})
 ARCHITECTURES = frozenset(
     {
         "Gemma2ForCausalLM",
@@ -129,6 +131,8 @@ def _configure(original: Callable[..., Any], arguments: Any, *args: Any, **kwarg
     _require_version()
     _require_free(arguments, is_captured=captured is not None)
     _require_identified(arguments)
+    # Here too, since an error in a worker is harder to read.
+    product_name()
     probes: list[Probe] = []
     if captured is not None:
         _require_offline(arguments)
@@ -373,7 +377,8 @@ def require_supported(config: Any, probes: Sequence[Probe]) -> None:
         "a pooling model": config.model_config.runner_type != "generate",
     }
     untested = {
-        f"the device {config.device_config.device_type}": config.device_config.device_type != "cpu",
+        f"the device {config.device_config.device_type}": config.device_config.device_type
+        not in DEVICES,
         f"the architecture {architecture}": architecture not in ARCHITECTURES,
         f"speculative decoding by {speculation}": speculation and speculation not in _SPECULATION,
     }
@@ -385,6 +390,20 @@ def require_supported(config: Any, probes: Sequence[Probe]) -> None:
             f"Probes inside vLLM do not support: {', '.join(found)}. docs/vllm.md says what they "
             "support; turn it off, or serve with the transformers engine."
         )
+    if config.device_config.device_type != "cpu":
+        _warn_of_gpu()
+
+
+def _warn_of_gpu() -> None:
+    from vllm.logger import init_logger
+
+    init_logger("vllm.sidelight").warning(
+        "Probes inside vLLM have not run on a GPU yet. On CPUs, verdicts were compared with those "
+        "of transformers, under every schedule that the tests draw; kernels, captured graphs and "
+        "copies between devices are written and have never run. Before you rely on a verdict, "
+        "measure this machine: 'sidelight bench gpu --out gpu-check', or 'make gpu-check' in the "
+        "repository (25 minutes)."
+    )
 
 
 def _allows_untested() -> bool:
