@@ -1,6 +1,7 @@
 """Verdicts beside vLLM's other features: adapters, speculative decoding, and a full memory."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -86,6 +87,8 @@ def test_an_adapter_is_judged_as_its_merged_weights_are(model, prompts, tmp_path
 
 @pytest.mark.parametrize("method", ["ngram", "draft_model"])
 def test_guessed_tokens_change_no_verdict_on_the_prompt(early, prompts, method):
+    if method == "ngram" and os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
+        pytest.skip("Triton's interpreter cannot run the kernel of ngram speculation")
     guesses = {"method": method, "num_speculative_tokens": 3}
     if method == "ngram":
         guesses |= {"prompt_lookup_max": 3, "prompt_lookup_min": 1}

@@ -205,9 +205,14 @@ class Worker:
         """Memory of a token's columns."""
         return self._stage.rows[:, 0].nbytes if self._stage else 0
 
-    def receive(self, layer: int, hidden: Float[Tensor, "token width"]) -> None:
+    def receive(
+        self,
+        layer: int,
+        hidden: Float[Tensor, "token width"],
+        residual: Float[Tensor, "token width"] | None = None,
+    ) -> None:
         if self._stage is not None:
-            self._stage.receive(layer, hidden)
+            self._stage.receive(layer, hidden, residual)
 
     def end_pass(self, tokens: int) -> None:
         # There are no pages yet while vLLM profiles its memory.
