@@ -55,6 +55,21 @@ _TAP_LAYERS = 4
 
 
 @dataclass(frozen=True)
+class _Pass:
+    """A worker's part of a forward pass whose tokens have these KV slots."""
+
+    pages: Pages
+    slots: Tensor
+
+    def receive(self, layer: int, hidden: Tensor, residual: Tensor | None = None) -> None:
+        self.pages.stage.receive(layer, hidden, residual)
+
+    def end_pass(self, tokens: int) -> None:
+        assert tokens == len(self.slots)
+        self.pages.keep(self.slots)
+
+
+@dataclass(frozen=True)
 class Setting:
     """What the sections are told.
 
@@ -208,9 +223,9 @@ def graphs(setting: Setting, *, form: str) -> dict[str, Any]:
     def run() -> None:
         for layer, (hidden, residual) in enumerate(inputs):
             torch.ops.sidelight.project(hidden, residual, layer, order)
-        pages.keep(slots)
+        torch.ops.sidelight.end_pass(inputs[-1][0], order)
 
-    set_receiver(stage)
+    set_receiver(_Pass(pages, slots))
     replay = _captured(run).replay if setting.is_gpu else run
     difference = 0.0
     for _ in range(3):
