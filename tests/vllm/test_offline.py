@@ -199,7 +199,11 @@ def test_train_and_predict_through_vllm(backbone, folder, tmp_path, capsys):
     ("kind", "options", "message"),
     [
         ("EngineArgs", {"enable_prefix_caching": True}, "prefix cache"),
-        ("EngineArgs", {"enable_lora": True, "enable_prefix_caching": False}, "LoRA"),
+        (
+            "EngineArgs",
+            {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+            "--kv-transfer-config",
+        ),
         ("AsyncEngineArgs", {"enable_prefix_caching": False}, "offline only"),
     ],
 )
