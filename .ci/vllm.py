@@ -24,7 +24,8 @@ CORE = [
     "tests/vllm/test_offline.py",
 ]  # fmt: skip
 BRIEF = [
-    "tests/vllm/test_parity.py", "tests/vllm/test_stock_server.py", "-k",
+    "tests/vllm/test_parity.py", "tests/vllm/test_stock_server.py",
+    "tests/vllm/test_stock_policies.py", "tests/vllm/test_stock_sealed.py", "-k",
     "first_and or read_what or goes_on or preempted or stock",
 ]  # fmt: skip
 

@@ -77,6 +77,18 @@ def with_probes(backbone, path, folder) -> Model:
     return Model(backbone, path, probes, folders)
 
 
+def judging_any_text(backbone, names_and_reads, folder) -> tuple[list, list[str]]:
+    """Probes of chats and plain text, and their folders."""
+    scaling = replace(measured(backbone), is_normalised=False)
+    probes = []
+    for name, reads in names_and_reads.items():
+        probe = untrained_probe(backbone, name, reads=reads)
+        probe = replace(probe, standardisation=scaling, prompt_format="both")
+        _temper(backbone, probe)
+        probes.append(probe)
+    return probes, [str(save_probe(probe, folder / probe.name)) for probe in probes]
+
+
 def measured(backbone) -> Standardisation:
     """The backbone's own mean and scale of each layer."""
     states: list[torch.Tensor] = []

@@ -1,10 +1,6 @@
 """vLLM's own OpenAI server, with nothing of ours but the plugin and two environment variables."""
 
 import json
-import os
-import subprocess
-import sys
-import time
 
 import httpx
 import numpy as np
@@ -12,6 +8,7 @@ import pytest
 
 from live import openai_client
 from sidelight.prompts import EncodedPrompt, Message, Part, PlainText
+from stock_server import stock_server
 from vllm_served import ROUNDING, expected, tiny_model
 
 CONTENT = "Please tell me, once more, where my refund is. " * 4
@@ -23,48 +20,9 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def address(model, tmp_path_factory, unused_port):
-    log = tmp_path_factory.mktemp("log") / "server.log"
-    environment = {
-        **os.environ,
-        "SIDELIGHT_PROBES": os.pathsep.join(model.folders),
-        "VLLM_PLUGINS": "sidelight",
-    }
-    command = [
-        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
-        *("--model", model.path, "--served-model-name", "tiny", "--dtype", "float32"),
-        *("--enforce-eager", "--block-size", "32", "--max-model-len", "1024"),
-        *("--max-num-batched-tokens", "64", "--max-num-seqs", "8", "--port", str(unused_port)),
-    ]
-    with log.open("w") as file:
-        server = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
-    where = f"http://127.0.0.1:{unused_port}"
-    try:
-        wait_until_ready(where, server, log)
-        yield where
-    finally:
-        server.terminate()
-        server.wait(60)
-
-
-@pytest.fixture(scope="module")
-def unused_port():
-    import socket
-
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
-
-
-def wait_until_ready(address, server, log):
-    for _ in range(600):
-        assert server.poll() is None, log.read_text()[-3000:]
-        try:
-            if httpx.get(f"{address}/health", timeout=5).status_code == 200:
-                return
-        except httpx.HTTPError:
-            pass
-        time.sleep(0.5)
-    raise AssertionError(log.read_text()[-3000:])
+def address(model, tmp_path_factory):
+    with stock_server(model.path, model.folders, tmp_path_factory.mktemp("server")) as server:
+        yield server.address
 
 
 def ask(client, **options):
@@ -136,16 +94,11 @@ def of_choice(answer, index):
     return {"verdicts": [verdict for verdict in verdicts if verdict["choice"] == index]}
 
 
-def verdicts_of(params):
-    """The probabilities of the probes that read the prompt alone, as ``expected`` gives them."""
-    return {name: own.get("probabilities") for name, own in params["sidelight"]["verdicts"].items()}
-
-
 def completed(address, prompt, **fields):
     body = {"model": "tiny", "prompt": prompt, "max_tokens": 1, "temperature": 0, **fields}
     response = httpx.post(f"{address}/v1/completions", json=body, timeout=60)
-    assert response.headers["x-sidelight-error"].startswith("no verdicts")
-    return verdicts_of(response.json()["kv_transfer_params"])
+    assert response.json()["kv_transfer_params"] is None
+    return by_probe(response.json()["sidelight"])
 
 
 def test_the_same_tokens_have_the_same_verdicts_on_every_route(address, model):
@@ -178,7 +131,7 @@ def test_on_plain_text_probes_of_chats_alone_give_no_verdict(address, model):
         assert read
         parts = prompt.parts + (Part.RESPONSE,) * len(read)
         wanted = expected(model, [prompt, EncodedPrompt(prompt.token_ids + read, parts)])
-        found = verdicts_of(answer["kv_transfer_params"])
+        found = by_probe(answer["sidelight"])
         for probe in model.probes:
             if probe.prompt_format == "chat":
                 assert found[probe.name] is None
@@ -205,6 +158,21 @@ def test_a_turn_that_a_content_imitates_is_judged_as_the_model_reads_it(address,
         np.testing.assert_allclose(
             list(verdicts[name].values()), wanted[name], rtol=0, atol=ROUNDING
         )
+
+
+def test_a_request_may_ask_for_stricter_rules_and_no_field_of_it_is_ignored(address):
+    body = {"model": "tiny", "messages": [{"role": "user", "content": CONTENT}], "max_tokens": 2}
+    strict = {"plain": {"mode": "block", "threshold": 0.0}}
+    for fields, code in (
+        ({"policies": strict}, "content_filter"),
+        ({"policies": {"plein": {"mode": "block"}}}, "probe_not_found"),
+        ({"probes": ["plein"]}, "probe_not_found"),
+        ({"moderation": {"polcy": {}}}, None),
+    ):
+        answer = httpx.post(f"{address}/v1/chat/completions", json={**body, **fields}, timeout=60)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, code)
+    answer = httpx.post(f"{address}/v1/chat/completions", json={**body, "probes": ["plain"]})
+    assert by_probe(answer.json()["sidelight"]).keys() == {"plain"}
 
 
 def test_errors_pass_as_they_are(address):

@@ -2,8 +2,8 @@
 
 import logging
 import socket
-from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -123,18 +123,31 @@ def create_app(
         finally:
             await engine.close()
 
-    app = FastAPI(title="Sidelight", lifespan=lifespan)
     registry = ProbeRegistry(engine, policy, sources or {})
     observer = RequestObserver(Metrics(engine), audit)
-    app.state.context = context = Context(engine, registry, config, observer)
-    for router in _ROUTERS:
+    context = Context(engine, registry, config, observer)
+    return application(context, _ROUTERS, traces=traces, lifespan=lifespan)
+
+
+def application(
+    context: Context,
+    routers: Sequence[APIRouter],
+    *,
+    traces: Sink | None = None,
+    lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] | None = None,
+) -> FastAPI:
+    """The application with these routes."""
+    app = FastAPI(title="Sidelight", lifespan=lifespan)
+    app.state.context = context
+    config = context.config
+    for router in routers:
         app.include_router(router, responses=REFUSALS)
     add_error_handlers(app)
     # The last one added stands outermost: refused requests are counted too.
     app.add_middleware(Gatekeeper, access=config.access, limit=config.max_concurrent)
     app.add_middleware(
         RequestScope,
-        metrics=observer.metrics,
+        metrics=context.observer.metrics,
         sink=traces,
         deadline=config.deadline,
         drain=context.drain,

@@ -4,7 +4,7 @@ Every label has a bounded number of values.
 """
 
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -88,9 +88,18 @@ class Metrics:
         """
         if rules is None:
             return generate_latest(self._registry)
-        disclosed = CollectorRegistry(auto_describe=False)
-        disclosed.register(_Disclosed(self._registry, list(rules)))
-        return generate_latest(disclosed)
+        known = list(rules)
+        registry = CollectorRegistry(auto_describe=False)
+        registry.register(self.disclosed(lambda: known))
+        return generate_latest(registry)
+
+    def disclosed(self, rules: Callable[[], Iterable[BoundRule]]) -> Collector:
+        """The series as another registry may show them to everybody.
+
+        Args:
+            rules: Gives those of all probes.
+        """
+        return _Disclosed(self._registry, rules)
 
     def count(self, decisions: Sequence[Decision]) -> None:
         """Counts verdicts, what followed from them, and whether shadows agreed."""
@@ -123,24 +132,24 @@ class _Disclosed(Collector):
     scores would be close to those of the probe that they are compared with.
     """
 
-    def __init__(self, registry: CollectorRegistry, rules: Sequence[BoundRule]):
+    def __init__(self, registry: CollectorRegistry, rules: Callable[[], Iterable[BoundRule]]):
         self._registry = registry
-        self._scored = {bound.name for bound in rules if bound.disclosure == "scores"}
-        hidden = {b.name for b in rules if b.disclosure == "none" and not b.is_shadow}
-        self._hidden = hidden | {bound.name for bound in rules if bound.shadow_of in hidden}
+        self._rules = rules
 
     def collect(self) -> Iterable[Metric]:
+        rules = list(self._rules())
+        scored = {bound.name for bound in rules if bound.disclosure == "scores"}
+        hidden = {b.name for b in rules if b.disclosure == "none" and not b.is_shadow}
+        hidden |= {bound.name for bound in rules if bound.shadow_of in hidden}
         for family in self._registry.collect():
             shown = Metric(family.name, family.documentation, family.type, family.unit)
             is_score = family.name in _SCORES
-            shown.samples = [s for s in family.samples if self._shows(s.labels, is_score=is_score)]
+            for sample in family.samples:
+                probe = sample.labels.get("probe")
+                shows = probe in scored if is_score else probe not in hidden
+                if probe is None or shows:
+                    shown.samples.append(sample)
             yield shown
-
-    def _shows(self, labels: Mapping[str, str], *, is_score: bool) -> bool:
-        probe = labels.get("probe")
-        if probe is None:
-            return True
-        return probe in self._scored if is_score else probe not in self._hidden
 
 
 class Drift(Collector):

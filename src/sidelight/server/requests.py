@@ -109,19 +109,7 @@ class ServerRequest(Request):
 
     def report(self, names: Sequence[str] | None) -> Report:
         """A report on the probes that a request names; None: on all. Refuses unknown names."""
-        loaded = {probe.name: probe for probe in self.probes}
-        chosen = list(loaded) if names is None else list(dict.fromkeys(names))
-        for name in chosen:
-            if name not in loaded:
-                raise RequestError(
-                    f"Unknown probe '{name}'.{did_you_mean(name, loaded)}",
-                    code="probe_not_found",
-                    param="probes",
-                )
-        probes = [loaded[name] for name in chosen]
-        return Report(
-            self.engine.model, probes, category_names(self.probes), sees_all=self.is_admin
-        )
+        return report_on(self.registry, self.engine.model, names, sees_all=self.is_admin)
 
     def disclosed_report(self, names: Sequence[str] | None) -> Report:
         """The same without probes whose verdicts are not disclosed, which may not be named."""
@@ -180,6 +168,27 @@ class ServerRequest(Request):
                 "(--max-request-tokens). Shorten the texts, or lower max_tokens.",
                 code="request_too_large",
             )
+
+
+def report_on(
+    registry: ProbeRegistry, model: str, names: Sequence[str] | None, *, sees_all: bool
+) -> Report:
+    """A report on the probes of these names; None: on all that clients see.
+
+    Raises:
+        RequestError: There is no such probe.
+    """
+    loaded = {probe.name: probe for probe in registry.visible}
+    chosen = list(loaded) if names is None else list(dict.fromkeys(names))
+    for name in chosen:
+        if name not in loaded:
+            raise RequestError(
+                f"Unknown probe '{name}'.{did_you_mean(name, loaded)}",
+                code="probe_not_found",
+                param="probes",
+            )
+    probes = [loaded[name] for name in chosen]
+    return Report(model, probes, category_names(registry.visible), sees_all=sees_all)
 
 
 class Route(APIRoute):

@@ -182,7 +182,24 @@ class ProbePolicy(ClosedBody):
     threshold: float | None = Field(None, ge=0, le=1)
 
 
-class WritingRequest(StrictBody):
+class PolicyRequest(StrictBody):
+    """What a request for text may ask of the policy."""
+
+    moderation: ChatModeration | None = None
+    probes: ProbeNames = None
+    policies: Named[ProbePolicy] | None = None
+
+    def overrides(self) -> PolicyOverrides:
+        asked = (self.moderation and self.moderation.policy) or ModerationPolicy()
+        sides: dict[Side, ModerationMode | None] = {"input": asked.input, "output": asked.output}
+        probes = self.policies or {}
+        return PolicyOverrides(
+            {side: own.mode for side, own in sides.items() if own is not None},
+            {name: PolicyOverride(own.mode, own.threshold) for name, own in probes.items()},
+        )
+
+
+class WritingRequest(PolicyRequest):
     """What requests for text have in common."""
 
     model: Name
@@ -194,9 +211,6 @@ class WritingRequest(StrictBody):
     n: int | None = Field(None, ge=1, le=_MAX_TEXTS)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    moderation: ChatModeration | None = None
-    probes: ProbeNames = None
-    policies: Named[ProbePolicy] | None = None
 
     def sampling(self) -> Sampling:
         """The request's settings, with OpenAI's defaults."""
@@ -206,15 +220,6 @@ class WritingRequest(StrictBody):
             top_p=1.0 if self.top_p is None else self.top_p,
             stop=tuple(self.stop or ()),
             seed=self.seed,
-        )
-
-    def overrides(self) -> PolicyOverrides:
-        asked = (self.moderation and self.moderation.policy) or ModerationPolicy()
-        sides: dict[Side, ModerationMode | None] = {"input": asked.input, "output": asked.output}
-        probes = self.policies or {}
-        return PolicyOverrides(
-            {side: own.mode for side, own in sides.items() if own is not None},
-            {name: PolicyOverride(own.mode, own.threshold) for name, own in probes.items()},
         )
 
 

@@ -10,14 +10,13 @@ schedulers give the connector its results earlier, and put the verdicts on the o
 # pyright: reportMissingImports=false, reportUntypedBaseClass=false
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from typing import Any
 
-from transformers import AutoTokenizer
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
@@ -33,12 +32,11 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from sidelight.bank import Panel
 from sidelight.errors import SidelightError
-from sidelight.probe import common_format
-from sidelight.prompts import EncodedPrompt, PromptEncoder
+from sidelight.prompts import EncodedPrompt
 from sidelight.vllm import capture, worker
 from sidelight.vllm.columns import Step, Tracking
 from sidelight.vllm.patches import keeps_every_token, served_by
-from sidelight.vllm.settings import described_prompt
+from sidelight.vllm.settings import KEY, described_prompt, prompt_encoder
 from sidelight.vllm.worker import RequestJudge, Share, end_with_parent
 
 _log = init_logger("vllm.sidelight")
@@ -196,16 +194,18 @@ def done(outcome: worker.Outcome, *, reads_responses: bool) -> Results:
 
 def _prompt_reader(
     panel: Panel, vllm_config: Any
-) -> Callable[[object, Sequence[int] | None], EncodedPrompt]:
-    """A function that reads from token ids what they belong to, whatever the request says."""
-    model = vllm_config.model_config
-    encoder = PromptEncoder(
-        AutoTokenizer.from_pretrained(model.tokenizer),
-        prompt_format=common_format(panel.probes) or "chat",
-        max_tokens=model.max_model_len,
-    )
+) -> Callable[[Mapping[str, Any] | None, Sequence[int] | None], EncodedPrompt]:
+    """A function that reads from token ids what they belong to, unless the request says it.
 
-    def read_prompt(_params: object, token_ids: Sequence[int] | None) -> EncodedPrompt:
+    An ``EngineGuard`` drops what clients say, and describes what it has read itself.
+    """
+    encoder = prompt_encoder(vllm_config, panel.probes)
+
+    def read_prompt(
+        params: Mapping[str, Any] | None, token_ids: Sequence[int] | None
+    ) -> EncodedPrompt:
+        if params and KEY in params:
+            return described_prompt(params, token_ids)
         if token_ids is None:
             raise SidelightError(
                 "Only text is judged; the request has images, audio or embeddings."

@@ -1,204 +1,401 @@
-"""Verdicts in the chat answers of vLLM's own server (``vllm.endpoint_plugins``).
+"""Verdicts, refusals and check routes in vLLM's own server (``vllm.endpoint_plugins``).
 
-vLLM loads this if ``VLLM_PLUGINS`` names ``sidelight``. An ASGI middleware puts the verdicts into
-the answers to chat requests; it adds no route and changes no request. Bodies are rewritten as JSON;
-a stream gets extra chunks with ``choices: []``. The answer to a post to any other route has a
-header that says that it has no verdicts, since not all of those answers have a place for them.
+vLLM loads this if ``VLLM_PLUGINS`` names ``sidelight``. What is enforced is in ``guard``, below
+HTTP. An ASGI middleware gives the answers what only HTTP has: the status and body of a refusal, the
+headers of the verdicts, and fields for them in JSON and in streams of chunks. It also answers the
+routes of our own server that judge texts, where vLLM has none of that path.
 """
 
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 import json
+import os
+import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import aclosing
-from contextvars import ContextVar
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import wraps
 from typing import Any
 
+from prometheus_client import REGISTRY
+from pydantic import ValidationError
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as Event
 
-from sidelight.vllm.patches import served_by
-from sidelight.vllm.requests import OutputListener, StepReport
-from sidelight.vllm.settings import KEY
+from sidelight.errors import SidelightError
+from sidelight.policy.decisions import Decision, tightened
+from sidelight.policy.rules import BoundRule
+from sidelight.server import checks, questions
+from sidelight.server.app import application
+from sidelight.server.config import Caller
+from sidelight.server.errors import RequestError, as_request_error
+from sidelight.server.middleware import REQUEST_ID
+from sidelight.server.observe import Trace
+from sidelight.server.report import Report
+from sidelight.server.requests import Context, report_on
+from sidelight.server.schemas import PolicyRequest
+from sidelight.vllm.guard import EngineGuard, RequestRecord, current_record, recorded
+from sidelight.vllm.settings import KEY, server_config
 
-_PATH = "/v1/chat/completions"
 _DONE = b"data: [DONE]"
+_DATA = b"data: "
 _EVENT_END = b"\n\n"
-_NOT_JUDGED = {"error": "The request was not judged."}
-_NO_VERDICTS = (b"x-sidelight-error", b"no verdicts: only " + _PATH.encode() + b" has them")
-
-
-@dataclass
-class Report:
-    """What the engine reports on the texts of one HTTP request.
-
-    Attributes:
-        texts: How many texts are written.
-        newest: The newest report on each text, by its index.
-    """
-
-    texts: int = 1
-    newest: dict[int, Mapping[str, Any]] = field(default_factory=dict[int, Mapping[str, Any]])
-
-    def take(self, step: StepReport) -> None:
-        if step.params and KEY in step.params:
-            self.newest[step.text] = step.params[KEY]
-
-    def extension(self) -> dict[str, Any]:
-        """As in our own server's answers. Of several texts, each entry names its ``choice``.
-
-        A text without a report is an entry with ``error``.
-        """
-        reports = [self.newest.get(index, _NOT_JUDGED) for index in range(self.texts)]
-        if self.texts > 1:
-            numbered = enumerate(map(_entries, reports))
-            return {"verdicts": [{"choice": i, **entry} for i, own in numbered for entry in own]}
-        (report,) = reports
-        return {"verdicts": _entries(report)} if "verdicts" in report else dict(report)
-
-
-_report: ContextVar[Report | None] = ContextVar("sidelight_report", default=None)
-
-
-def current_report() -> Report | None:
-    """The report on the current HTTP request."""
-    return _report.get()
-
-
-class ProbeMiddleware:
-    """Wraps vLLM's application."""
-
-    def __init__(self, app: ASGIApp, *, is_served: Callable[[], bool]):
-        self._app = app
-        self._is_served = is_served
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Adds to the answers to chat requests, and marks the answers to other posts."""
-        is_post = scope["type"] == "http" and scope["method"] == "POST"
-        if not is_post or not self._is_served():
-            await self._app(scope, receive, send)
-            return
-        if scope["path"] != _PATH:
-            await self._app(scope, receive, _marked(send))
-            return
-        report = Report()
-        token = _report.set(report)
-        try:
-            await self._app(scope, receive, _Answer(send, report))
-        finally:
-            _report.reset(token)
-
-
-class _Answer:
-    """Passes an answer on with the verdicts in it."""
-
-    def __init__(self, send: Send, report: Report):
-        self._send = send
-        self._report = report
-        self._start: Event = {}
-        self._is_stream = False
-        self._body = b""
-        self._sent: dict[str, Any] | None = None
-
-    async def __call__(self, event: Event) -> None:
-        if event["type"] == "http.response.start":
-            self._start = event
-            kind = dict(event["headers"]).get(b"content-type", b"")
-            self._is_stream = kind.startswith(b"text/event-stream")
-            if self._is_stream:
-                await self._send(event)
-        elif self._is_stream:
-            await self._send({**event, "body": self._with_chunks(event.get("body", b""))})
-        else:
-            self._body += event.get("body", b"")
-            if not event.get("more_body"):
-                await self._finish()
-
-    def _with_chunks(self, body: bytes) -> bytes:
-        """Adds a chunk with the verdicts at the start, and one at the end if they have changed."""
-        extension = {KEY: self._report.extension()}
-        # Compared as whole events, since a model may write the words of the last one.
-        events = body.split(_EVENT_END)
-        is_due = self._sent is None or _DONE in events
-        if not body or not is_due or extension == self._sent:
-            return body
-        self._sent = extension
-        chunk = {"object": "chat.completion.chunk", "choices": [], **extension}
-        place = events.index(_DONE) if _DONE in events else 0
-        events.insert(place, b"data: " + json.dumps(chunk).encode())
-        return _EVENT_END.join(events)
-
-    async def _finish(self) -> None:
-        body = self._body
-        if self._start["status"] == 200:
-            body = json.dumps({**json.loads(body), KEY: self._report.extension()}).encode()
-        headers = _with_length(self._start["headers"], len(body))
-        await self._send({**self._start, "headers": headers})
-        await self._send({"type": "http.response.body", "body": body})
-
-
-def _marked(send: Send) -> Send:
-    """Sends an answer on with the header that says that it has no verdicts."""
-
-    async def marked(event: Event) -> None:
-        if event["type"] == "http.response.start":
-            event = {**event, "headers": [*event["headers"], _NO_VERDICTS]}
-        await send(event)
-
-    return marked
-
-
-def _entries(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One entry for each probe, or one that says why there is none."""
-    if "verdicts" not in report:
-        return [dict(report)]
-    return [{"probe": name, **fields} for name, fields in report["verdicts"].items()]
-
-
-def _with_length(headers: Sequence[tuple[bytes, bytes]], length: int) -> list[tuple[bytes, bytes]]:
-    others = [(name, value) for name, value in headers if name.lower() != b"content-length"]
-    return [*others, (b"content-length", str(length).encode())]
+# Answers in OpenAI's chunks, which take one without a choice.
+_CHUNKED = ("/v1/chat/completions", "/v1/completions", "/invocations")
+_MESSAGES = "/v1/messages"
 
 
 class ProbeEndpoint:
-    """vLLM's interface for endpoint plugins."""
+    """vLLM's interface for endpoint plugins.
+
+    Attributes:
+        guard: That of the engine; None: it has no probes.
+    """
 
     name = KEY
     required_tasks = ("generate",)
 
     def __init__(self) -> None:
-        self._is_served = False
+        self.guard: EngineGuard | None = None
 
     def attach_router(self, app: Any) -> None:
         """Adds the middleware inside vLLM's own authentication."""
-        app.add_middleware(ProbeMiddleware, is_served=lambda: self._is_served)
+        self._vllm = app
+        app.add_middleware(ProbeMiddleware, endpoint=self)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
-        """Listens to the engine's reports, if it has probes."""
-        if engine_client is None or served_by(engine_client.vllm_config) is None:
+        """Finds the guard of the engine, and mounts what judges texts, and the metrics."""
+        guard: EngineGuard | None = getattr(engine_client, "sidelight_guard", None)
+        if guard is None:
             return
-        self._is_served = True
-        listener = OutputListener(engine_client.output_processor)
-        engine_client.generate = _listened(engine_client.generate, listener)
+        await guard.engine.start()
+        renderer = state.online_renderer
+        guard.template = renderer.chat_template, renderer.default_chat_template_kwargs or {}
+        keys = [key for key in (args.api_key or [os.environ.get("VLLM_API_KEY")]) if key]
+        config = server_config(**({"api_key": keys} if keys else {}))
+        self.access = config.access
+        context = Context(guard.engine, guard.registry, config, guard.observer)
+        routers = checks.router, questions.router
+        self._checks = application(context, routers)
+        self._own = {route.path for router in routers for route in router.routes}
+        REGISTRY.register(guard.observer.metrics.disclosed(lambda: guard.registry.all_rules))
+        _mark_cut_responses()
+        _refuse_beams(guard)
+        self.guard = guard
+
+    def checks(self, scope: Scope) -> ASGIApp | None:
+        """What judges texts at this path; None: it is vLLM's, or nobody's."""
+        if scope["path"] not in self._own:
+            return None
+        is_theirs = any(route.matches(scope)[0] == Match.FULL for route in self._vllm.routes)
+        return None if is_theirs else self._checks
+
+    def terms(self, body: bytes, caller: Caller) -> tuple[Report, Sequence[BoundRule]]:
+        """What this caller sees of the verdicts, and the rules for the request.
+
+        Raises:
+            SidelightError: It asks for something that the policy does not allow.
+        """
+        assert self.guard is not None
+        registry, model, sees_all = self.guard.registry, self.guard.engine.model, caller.is_admin
+        asked = _policy_request(body)
+        report = report_on(registry, model, asked.probes, sees_all=sees_all)
+        chosen = [probe.name for probe in report.probes]
+        rules = tightened(registry.rules, chosen, asked.overrides(), sees_all=sees_all)
+        # Probes that may block the answer are reported too.
+        names = [*chosen, *(bound.name for bound in rules if bound.is_blocking)]
+        return report_on(registry, model, names, sees_all=sees_all), rules
 
 
-def _listened(
-    generate: Callable[..., AsyncGenerator[Any, None]], listener: OutputListener
-) -> Callable[..., AsyncGenerator[Any, None]]:
-    """The engine's outputs; its reports go to the HTTP request that they belong to."""
+class ProbeMiddleware:
+    """Wraps vLLM's application."""
 
-    async def outputs(
-        prompt: Any, params: Any, request_id: str, **options: Any
-    ) -> AsyncGenerator[Any, None]:
-        report = current_report() or Report()
-        report.texts = params.n
-        # Clients may name their requests, and two may choose the same name.
-        own_id = f"{request_id}-{uuid.uuid4().hex}"
-        with listener.to(own_id, report.take):
-            async with aclosing(generate(prompt, params, own_id, **options)) as written:
-                async for output in written:
-                    yield output
+    def __init__(self, app: ASGIApp, *, endpoint: ProbeEndpoint):
+        self._app = app
+        self._endpoint = endpoint
 
-    return outputs
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers the routes that judge texts, and adds to vLLM's answers to posts."""
+        guard = self._endpoint.guard
+        if guard is None or scope["type"] != "http":
+            await self._app(scope, receive, send)
+        elif (own := self._endpoint.checks(scope)) is not None:
+            # As the outermost application of its own.
+            await own({**scope, "app": own, "root_path": ""}, receive, send)
+        elif scope["method"] != "POST":
+            await self._app(scope, receive, send)
+        else:
+            await self._guarded(guard, scope, receive, send)
+
+    async def _guarded(
+        self, guard: EngineGuard, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        authorization = Headers(scope=scope).get("authorization", "")
+        caller = self._endpoint.access.caller(authorization) or Caller()
+        body, receive = await _read(receive)
+        try:
+            report, rules = self._endpoint.terms(body, caller)
+        except SidelightError as error:
+            await as_request_error(error, sees_all=caller.is_admin).answer()(scope, receive, send)
+            return
+        trace = Trace(start_ns=time.time_ns(), request_id=f"req_{uuid.uuid4().hex}")
+        observer = replace(guard.observer, trace=trace, key_id=caller.key_id)
+        record = RequestRecord(observer, rules)
+        answer = _Answer(scope, receive, send, record, report)
+        with recorded(record):
+            try:
+                await self._app(scope, receive, answer)
+            except Exception:
+                if not await answer.fail():
+                    raise
+
+
+class _Answer:
+    """Passes an answer on once each prompt is judged, with the verdicts in it."""
+
+    def __init__(
+        self, scope: Scope, receive: Receive, send: Send, record: RequestRecord, report: Report
+    ):
+        self._scope, self._receive, self._send = scope, receive, send
+        self._record, self._report = record, report
+        self._start: Event = {}
+        self._is_stream = self._has_begun = self._is_over = False
+        self._body = b""
+        self._sent: dict[str, Any] | None = None
+        self._identity: dict[str, Any] = {}
+
+    async def __call__(self, event: Event) -> None:
+        if self._is_over:
+            return
+        if event["type"] == "http.response.start":
+            self._start = event
+            kind = dict(event["headers"]).get(b"content-type", b"")
+            self._is_stream = kind.startswith(b"text/event-stream")
+            return
+        self._body += event.get("body", b"")
+        is_end = not event.get("more_body")
+        # Routes may send words of their own before the engine has read the prompt.
+        is_due = is_end or (self._is_stream and self._record.is_decided)
+        if not self._has_begun:
+            if not is_due:
+                return
+            if self._record.refusal is not None:
+                await self._refuse()
+                return
+        if self._is_stream:
+            await self._pass_on(is_end=is_end)
+        else:
+            await self._finish()
+
+    async def fail(self) -> bool:
+        """Ends the answer after an exception; whether the record says what has happened."""
+        if self._record.refusal is None:
+            return False
+        if not self._has_begun:
+            await self._refuse()
+        elif not self._is_over:
+            error = as_request_error(self._record.refusal, sees_all=self._report.sees_all)
+            body = _DATA + json.dumps(error.body).encode() + _EVENT_END
+            await self._send({"type": "http.response.body", "body": body})
+        return True
+
+    async def _refuse(self) -> None:
+        self._is_over = True
+        assert self._record.refusal is not None
+        error = as_request_error(self._record.refusal, sees_all=self._report.sees_all)
+        answer = error.answer()
+        answer.headers.update(self._named({}))
+        await answer(self._scope, self._receive, self._send)
+
+    async def _pass_on(self, *, is_end: bool) -> None:
+        if not self._has_begun:
+            self._has_begun = True
+            await self._send(self._with_headers(self._record.prompt_decisions))
+        body, self._body, self._is_over = self._body, b"", is_end
+        if self._record.is_decided:
+            body = self._with_chunks(body)
+        await self._send({"type": "http.response.body", "body": body, "more_body": not is_end})
+
+    async def _finish(self) -> None:
+        self._is_over = True
+        record, body = self._record, self._body
+        if record.prompts and self._start["status"] == 200:
+            answer = json.loads(body)
+            if isinstance(answer, dict):
+                if answer.get("status") == "queued":
+                    # It is written in the background, where vLLM has no answer to a refusal.
+                    await record.decided.wait()
+                    if record.refusal is not None:
+                        await self._refuse()
+                        return
+                _mark_cuts(answer, record.cut)
+                body = json.dumps({**answer, **self._fields(is_end=True)}).encode()
+        decisions = [*record.prompt_decisions, *record.response_decisions]
+        start = self._with_headers(decisions)
+        MutableHeaders(scope=start)["content-length"] = str(len(body))
+        await self._send(start)
+        await self._send({"type": "http.response.body", "body": body})
+
+    def _with_headers(self, decisions: Sequence[Decision]) -> Event:
+        start = {**self._start, "headers": [*self._start["headers"]]}
+        if self._record.prompts:
+            MutableHeaders(scope=start).update(self._named(self._report.headers(decisions)))
+        return start
+
+    def _named(self, headers: Mapping[str, str]) -> dict[str, str]:
+        """With the id of the request, as the audit log has it."""
+        observer = self._record.observer
+        assert observer is not None
+        return {REQUEST_ID: observer.trace.request_id, **headers}
+
+    def _with_chunks(self, body: bytes) -> bytes:
+        """Adds a chunk with the verdicts at the start, and one at the end if they have changed."""
+        # Compared as whole events, since a model may write the words of the last one.
+        events = body.split(_EVENT_END)
+        if self._scope["path"] == _MESSAGES and any(self._record.cut):
+            return _EVENT_END.join(map(_as_refusal, events))
+        is_end = _DONE in events
+        if self._scope["path"] not in _CHUNKED or not (self._sent is None or is_end) or not body:
+            return body
+        self._identity = self._identity or _identity(events[0])
+        fields, added = self._fields(is_end=is_end), self._silent_ends() if is_end else []
+        if fields != self._sent:
+            added.append({"choices": [], **fields})
+        self._sent = fields
+        place = events.index(_DONE) if is_end else 0
+        chunks = [json.dumps({**self._identity, **chunk}).encode() for chunk in added]
+        events[place:place] = [_DATA + chunk for chunk in chunks]
+        return _EVENT_END.join(events)
+
+    def _silent_ends(self) -> list[dict[str, Any]]:
+        """The last chunks of texts that were cut at once, which vLLM leaves out."""
+        is_chat = self._identity.get("object") == "chat.completion.chunk"
+        if self._record.silent and not self._identity:
+            assert self._record.observer is not None
+            name = f"cmpl-{self._record.observer.trace.request_id}"
+            self._identity = {"id": name, "object": "text_completion", "created": int(time.time())}
+        text: dict[str, Any] = {"delta": {}} if is_chat else {"text": ""}
+        end = {**text, "logprobs": None, "finish_reason": "content_filter"}
+        places = enumerate(self._record.places)
+        return [
+            {"choices": [{"index": index, **end}]}
+            for index, place in places
+            if place in self._record.silent
+        ]
+
+    def _fields(self, *, is_end: bool) -> dict[str, Any]:
+        """As in our own server's answers. Of several texts, each entry names its ``choice``."""
+        record, report = self._record, self._report
+        choices = record.choices
+        extensions = [
+            report.extension([*prompt, *(end.decisions if end is not None else ())])
+            for prompt, end in choices
+        ]
+        extension = extensions[0]
+        if len(choices) > 1:
+            extension = {
+                "verdicts": [
+                    {"choice": index, **entry}
+                    for index, own in enumerate(extensions)
+                    for entry in own["verdicts"]
+                ]
+            }
+        if self._scope["path"] not in _CHUNKED or not report.probes:
+            return {KEY: extension}
+        response = record.response_decisions if is_end else None
+        return {KEY: extension, "moderation": report.moderation(record.prompt_decisions, response)}
+
+
+async def _read(receive: Receive) -> tuple[bytes, Receive]:
+    """The body, and what gives it again."""
+    events: list[Event] = []
+    while not events or events[-1].get("more_body"):
+        events.append(await receive())
+    left = iter(events)
+
+    async def again() -> Event:
+        return next(left, None) or await receive()
+
+    return b"".join(event.get("body", b"") for event in events), again
+
+
+def _policy_request(body: bytes) -> PolicyRequest:
+    """What a body asks of the policy. Of a body that is no JSON object, vLLM says what is wrong."""
+    names = PolicyRequest.model_fields
+    if not any(name.encode() in body for name in names):
+        return PolicyRequest()
+    try:
+        found = json.loads(body)
+    except ValueError:
+        return PolicyRequest()
+    asked = {n: found[n] for n in names if n in found} if isinstance(found, dict) else {}
+    try:
+        return PolicyRequest.model_validate(asked)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        param = ".".join(map(str, first["loc"]))
+        raise RequestError(f"{param}: {first['msg']}", param=param) from error
+
+
+def _identity(event: bytes) -> dict[str, Any]:
+    """What says which answer a chunk belongs to."""
+    try:
+        first = json.loads(event.removeprefix(_DATA))
+    except ValueError:
+        return {}
+    return {name: first[name] for name in ("id", "object", "created", "model") if name in first}
+
+
+def _mark_cuts(answer: dict[str, Any], cut: Sequence[bool]) -> None:
+    """Says which texts were cut where vLLM has no word for it, or has taken another."""
+    for choice in answer.get("choices") or ():
+        if cut[choice["index"]]:
+            # A cut text may hold a whole call of a tool.
+            choice["finish_reason"] = "content_filter"
+    if answer.get("type") == "message" and any(cut):
+        answer["stop_reason"] = "refusal"
+
+
+def _as_refusal(event: bytes) -> bytes:
+    """The event of Anthropic's stream that says how the text has ended, for a cut one."""
+    head, separator, data = event.partition(_DATA)
+    if b"message_delta" not in head:
+        return event
+    said = json.loads(data)
+    said["delta"]["stop_reason"] = "refusal"
+    return head + separator + json.dumps(said).encode()
+
+
+def _mark_cut_responses() -> None:
+    """Makes ``/v1/responses`` say that a text was cut, in streams and stored answers too."""
+    from openai.types.responses.response import IncompleteDetails
+    from vllm.entrypoints.openai.responses.protocol import ResponsesResponse
+
+    original: Callable[..., Any] = ResponsesResponse.from_request.__func__
+
+    @wraps(original)
+    def from_request(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        response = original(cls, *args, **kwargs)
+        record = current_record()
+        if record is not None and any(record.cut):
+            response.status = "incomplete"
+            response.incomplete_details = IncompleteDetails(reason="content_filter")
+        return response
+
+    ResponsesResponse.from_request = classmethod(from_request)
+
+
+def _refuse_beams(guard: EngineGuard) -> None:
+    """Refuses beam search, which takes texts that nobody has drawn."""
+    from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
+
+    search: Callable[..., Any] = BeamSearchOnlineMixin.beam_search
+
+    @wraps(search)
+    def beam_search(*args: Any, **kwargs: Any) -> Any:
+        guard.require_no_beams()
+        return search(*args, **kwargs)
+
+    BeamSearchOnlineMixin.beam_search = beam_search

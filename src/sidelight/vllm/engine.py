@@ -37,11 +37,11 @@ from sidelight.vllm.exchange import Exchange, ProbeFolder
 from sidelight.vllm.requests import (
     Capacity,
     Output,
-    OutputListener,
     Place,
     StepReport,
     WrittenText,
     early_names,
+    listener_of,
     sampling_params,
 )
 from sidelight.vllm.settings import DESCRIBED, KEY, judgement_of
@@ -57,7 +57,7 @@ class VllmEngine(Engine):
         encoder: Turns messages into the model's token ids.
         tokenizer: The model's tokenizer.
         fingerprint: Of the model; every probe must have been trained on it.
-        folder: Where its workers find probes.
+        folder: Where its workers find probes; None: they keep those that they have.
         limits: At most ``waiting`` requests wait for vLLM to begin them. Of a list of texts to
             judge, ``running`` are in vLLM at a time.
     """
@@ -71,11 +71,11 @@ class VllmEngine(Engine):
         encoder: PromptEncoder,
         tokenizer: Any,
         fingerprint: Fingerprint,
-        folder: ProbeFolder,
+        folder: ProbeFolder | None,
         limits: Limits | None = None,
     ):
         self._llm = llm
-        self._listener = OutputListener(llm.output_processor)
+        self._listener = listener_of(llm.output_processor)
         self._exchange = Exchange(llm, folder, probes)
         self._name = name
         self._fingerprint = fingerprint
@@ -115,7 +115,8 @@ class VllmEngine(Engine):
         """Ends vLLM's processes."""
         self._is_open = False
         await asyncio.to_thread(self._llm.shutdown)
-        self._folder.cleanup()
+        if self._folder is not None:
+            self._folder.cleanup()
 
     async def replace_probes(self, probes: Sequence[Probe]) -> None:
         """As for every engine, once the requests in it are done; new ones wait (``settled``).
@@ -237,7 +238,9 @@ class VllmEngine(Engine):
         request_id, reports = uuid.uuid4().hex, deque[StepReport]()
         try:
             with self._listener.to(request_id, reports.append):
-                async with aclosing(self._llm.generate(tokens, params, request_id)) as outputs:
+                # That of the class: an instance in vLLM's own server enforces a policy.
+                generate = type(self._llm).generate
+                async with aclosing(generate(self._llm, tokens, params, request_id)) as outputs:
                     async for output in outputs:
                         (text,) = output.outputs
                         # The steps that wrote these tokens: at least one, perhaps of no token.

@@ -86,7 +86,7 @@ class Exchange:
 
     Args:
         llm: vLLM's engine.
-        folder: Where its workers find probes.
+        folder: Where its workers find probes; None: they keep those that they have.
         probes: Those that it was started with.
 
     Attributes:
@@ -94,7 +94,7 @@ class Exchange:
         is_whole: Whether it is known which probes each worker has.
     """
 
-    def __init__(self, llm: Any, folder: ProbeFolder, probes: Sequence[Probe]):
+    def __init__(self, llm: Any, folder: ProbeFolder | None, probes: Sequence[Probe]):
         self._llm = llm
         self._folder = folder
         self._gate = Gate()
@@ -132,6 +132,8 @@ class Exchange:
         Raises:
             SidelightError: As ``VllmEngine.replace_probes``; the old probes stay.
         """
+        if self._folder is None:
+            raise SidelightError("vLLM's own server keeps its probes. Restart it with others.")
         _require_exchangeable(self._llm.vllm_config)
         async with self._gate.closed():
             try:
@@ -145,6 +147,7 @@ class Exchange:
             self.probes = tuple(probes)
 
     async def _put(self, probes: Sequence[Probe]) -> None:
+        assert self._folder is not None
         folders = await asyncio.to_thread(self._folder.put, probes)
         failures = await self._llm.collective_rpc("sidelight_load", args=(folders,))
         if any(failures):

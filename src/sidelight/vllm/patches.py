@@ -1,13 +1,16 @@
 """Everything that we use of vLLM beyond its documentation, and what is refused.
 
-Tested with the versions in ``TESTED``. Three methods are wrapped. Around
+Tested with the versions in ``TESTED``. Four methods are wrapped. Around
+``AsyncLLM.__init__`` an ``EngineGuard`` is put between the client and its callers; around
 ``EngineArgs.create_engine_config`` our connector, scheduler and worker extension are named in the
 configuration; around ``BaseModelLoader.load_model`` the layers are hooked before they are compiled.
 Around ``Executor.determine_available_memory`` room is left for the probes' columns. Also used:
 ``ForwardContext.slot_mapping`` (``pass_slots``), the specifications of the KV cache
 (``keeps_every_token``), ``Scheduler.update_from_output`` (connector), and
 ``OutputProcessor.process_outputs`` with the ``external_req_id`` and ``request_index`` of its
-``request_states`` (requests).
+``request_states`` (requests); ``RequestOutput.add`` and ``merge_async_iterators`` (outputs);
+``ResponsesResponse.from_request``, ``BeamSearchOnlineMixin.beam_search`` and the state's
+``online_renderer`` (endpoint).
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
@@ -23,6 +26,7 @@ from packaging.version import Version
 from torch import Tensor
 
 from sidelight.errors import SidelightError
+from sidelight.policy.rules import bound_rules, require_policy_applies
 from sidelight.probe import Probe
 from sidelight.vllm.products import product_name
 from sidelight.vllm.settings import (
@@ -33,6 +37,7 @@ from sidelight.vllm.settings import (
     Served,
     fingerprint_of,
     named_folders,
+    server_config,
 )
 
 TESTED = SpecifierSet(">=0.29,<0.34")
@@ -82,8 +87,10 @@ def install() -> None:
     """
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+    from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.executor.abstract import Executor
 
+    _wrap(AsyncLLM, "__init__", _guard)
     _wrap(EngineArgs, "create_engine_config", _configure)
     _wrap(BaseModelLoader, "load_model", _load)
     _wrap(Executor, "determine_available_memory", _leave_room)
@@ -141,6 +148,8 @@ def _configure(original: Callable[..., Any], arguments: Any, *args: Any, **kwarg
         served = _served(arguments.model, folders or (), given)
         # Loaded here too, since an error in a worker is harder to read.
         probes = served.load()
+        if not served.is_described:
+            _require_policy(arguments, probes)
         arguments.worker_extension_cls = f"{_PACKAGE}.worker.WorkerExtension"
         _connect(arguments, CONNECTOR, served.to_json())
     config = original(arguments, *args, **kwargs)
@@ -155,6 +164,17 @@ def _configure(original: Callable[..., Any], arguments: Any, *args: Any, **kwarg
             "enable_prefix_caching out."
         )
     return config
+
+
+def _guard(original: Callable[..., Any], llm: Any, *args: Any, **kwargs: Any) -> None:
+    """Puts the policy between the engine client and whatever calls it."""
+    original(llm, *args, **kwargs)
+    served = served_by(llm.vllm_config)
+    # Our own engine describes its requests, and our own server enforces its policy on them.
+    if served is not None and not served.is_described:
+        from sidelight.vllm.guard import EngineGuard
+
+        EngineGuard(llm, served, server_config())
 
 
 def _connect(arguments: Any, name: str, extra: dict[str, Any]) -> None:
@@ -335,6 +355,20 @@ def _require_identified(arguments: Any) -> None:
         raise SidelightError(
             f"Probes inside vLLM belong to a model with its own tokenizer and configuration, so "
             f"{', '.join(names)} cannot be used. Name a folder that has the files you want."
+        )
+
+
+def _require_policy(arguments: Any, probes: Sequence[Probe]) -> None:
+    """Checks that the policy fits the probes, and that there is a guard to enforce it."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    policy = server_config().loaded_policy
+    require_policy_applies(policy, probes)
+    is_blocking = any(bound.is_blocking for bound in bound_rules(policy, probes))
+    if is_blocking and not isinstance(arguments, AsyncEngineArgs):
+        raise SidelightError(
+            "SIDELIGHT_POLICY blocks, and vLLM's LLM class gives its outputs to whoever calls it. "
+            "Unset it, or use a server."
         )
 
 

@@ -81,6 +81,12 @@ class OutputListener:
         return self._process(outputs, *args, **kwargs)
 
 
+def listener_of(processor: Any) -> OutputListener:
+    """The one listener to an engine's ``OutputProcessor``."""
+    found = getattr(processor.process_outputs, "__self__", None)
+    return found if isinstance(found, OutputListener) else OutputListener(processor)
+
+
 @dataclass(eq=False)
 class Place:
     """One request in the engine. It is running once vLLM has read its prompt."""

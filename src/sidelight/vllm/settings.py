@@ -2,6 +2,7 @@
 
 ``SIDELIGHT_PROBES`` names folders of probes, separated by the system's path separator. So does
 ``additional_config={"sidelight": {"probes": [...]}}``. Without either, the plugin does nothing.
+``SIDELIGHT_POLICY`` and ``SIDELIGHT_AUDIT_LOG`` name the files of a server of vLLM's.
 Verdicts, and descriptions of requests by our own engines, travel in ``kv_transfer_params``.
 """
 
@@ -11,7 +12,9 @@ from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain, groupby, repeat
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from transformers import AutoTokenizer
 
 from sidelight.artifact import load_probe
 from sidelight.backbone import read_backbone
@@ -19,10 +22,15 @@ from sidelight.engines.base import GenerationError
 from sidelight.errors import SidelightError
 from sidelight.fingerprint import Fingerprint
 from sidelight.probe import Probe, common_format, require_distinct_names
-from sidelight.prompts import EncodedPrompt, Part
+from sidelight.prompts import EncodedPrompt, Part, PromptEncoder
 from sidelight.types import Judgement, Verdict
 
+if TYPE_CHECKING:
+    from sidelight.server.config import ServerConfig
+
 ENVIRONMENT = "SIDELIGHT_PROBES"
+# The options of a server that vLLM's own takes from the environment, beside the secrets.
+_SERVER = {"policy": "SIDELIGHT_POLICY", "audit_log": "SIDELIGHT_AUDIT_LOG"}
 KEY = "sidelight"
 DESCRIBED = "described"
 """Under ``KEY``: whether requests describe their tokens."""
@@ -112,6 +120,41 @@ def fingerprint_of(model: str, folders: Sequence[str]) -> Fingerprint:
     """
     prompt_format = common_format(map(load_probe, folders))
     return read_backbone(model, prompt_format=prompt_format).fingerprint
+
+
+def server_config(**options: Any) -> "ServerConfig":
+    """What the environment says of a server of vLLM's: the policy, the audit log, and secrets.
+
+    Args:
+        options: Other fields of the configuration.
+
+    Raises:
+        SidelightError: A value is wrong.
+    """
+    # Only the processes that serve need it.
+    from sidelight.server.config import read_config
+
+    named = {name: os.environ.get(variable) for name, variable in _SERVER.items()}
+    return read_config(**{name: value for name, value in named.items() if value}, **options)
+
+
+def model_tokenizer(vllm_config: Any) -> Any:
+    """The tokenizer of the served model, as transformers loads it."""
+    return AutoTokenizer.from_pretrained(vllm_config.model_config.tokenizer)
+
+
+def prompt_encoder(vllm_config: Any, probes: Sequence[Probe]) -> PromptEncoder:
+    """Encodes conversations, and recognises those that others have encoded, for the served model.
+
+    Args:
+        vllm_config: vLLM's configuration.
+        probes: The probes that judge them.
+    """
+    return PromptEncoder(
+        model_tokenizer(vllm_config),
+        prompt_format=common_format(probes) or "chat",
+        max_tokens=vllm_config.model_config.max_model_len,
+    )
 
 
 def request_params(prompt: EncodedPrompt) -> dict[str, Any]:

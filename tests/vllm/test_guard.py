@@ -1,0 +1,516 @@
+"""The guard between vLLM's engine client and its callers, over an engine that does what it is told.
+
+The classes of outputs are vLLM's own; only the engine behind them is missing.
+"""
+
+import asyncio
+import json
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import pytest
+
+from chat_families import FAMILIES, WITHOUT_SYSTEM, WITHOUT_TOOLS, family_tokenizer
+from sidelight.artifact import save_probe
+from sidelight.engines.base import GenerationError
+from sidelight.errors import SidelightError
+from sidelight.policy.decisions import PolicyError
+from sidelight.prompts import PromptEncoder, Reads
+from sidelight.vllm.endpoint import ProbeEndpoint, ProbeMiddleware
+from sidelight.vllm.guard import EngineGuard, RefusedError
+from sidelight.vllm.settings import KEY, Served, server_config
+from templates import CHATML, DEFAULT_SYSTEM, merging_tokenizer
+from tiny import tiny_backbone, untrained_probe
+
+BLOCKS = '[input.early]\nmode = "block"\n[output.late]\nmode = "block"\n'
+KINDS = ("DELTA", "CUMULATIVE", "FINAL_ONLY")
+OPEN = 'system_turns = "trust"\n' + BLOCKS
+
+
+def says(**probes):
+    """A step's report: each probe's probability, or None for a verdict that failed."""
+    verdicts = {
+        name: {"error": "verdict_failed"}
+        if p is None
+        else {
+            "label": "toxic" if p >= 0.5 else "fine",
+            "labels": ["toxic" if p >= 0.5 else "fine"],
+            "probabilities": {"fine": 1 - p, "toxic": p},
+            "flagged": p >= 0.5,
+        }
+        for name, p in probes.items()
+    }
+    return {KEY: {"verdicts": verdicts, "seconds": 0.0}}
+
+
+FINE = says(early=0.1, late=0.1)
+MISSING = [None, {}, {KEY: {"error": "The request was not judged."}}]
+
+
+@dataclass
+class Llm:
+    """Stands in for vLLM: writes a token with each report, and ends with the last one."""
+
+    reports: list
+    tokenizer: str
+    fails_at: int | None = None
+    is_late: bool = False
+    seen: list = field(default_factory=list)
+    aborted: list = field(default_factory=list)
+    errored = False
+
+    def __post_init__(self):
+        model = SimpleNamespace(
+            tokenizer=self.tokenizer, max_model_len=100, served_model_name="tiny"
+        )
+        self.vllm_config = SimpleNamespace(model_config=model)
+        self.output_processor = SimpleNamespace(
+            request_states={}, process_outputs=lambda outputs: None
+        )
+
+    async def generate(self, prompt, params, request_id, **options):
+        self.seen.append((prompt, params))
+        state = SimpleNamespace(external_req_id=request_id, request_index=0)
+        self.output_processor.request_states[request_id] = state
+        written, kind = [], params.output_kind.name
+        try:
+            if self.is_late:
+                await asyncio.Event().wait()
+            reports = self.reports[: params.max_tokens]
+            for number, report in enumerate(reports):
+                if number == self.fails_at:
+                    raise RuntimeError("out of memory")
+                said = SimpleNamespace(
+                    request_id=request_id, new_token_ids=[70 + number], kv_transfer_params=report
+                )
+                self.output_processor.process_outputs([said])
+                written.append(70 + number)
+                is_end = number == len(reports) - 1
+                if kind != "FINAL_ONLY" or is_end:
+                    new = written[-1:] if kind == "DELTA" else list(written)
+                    yield output_of(request_id, new, report, "length" if is_end else None)
+                await asyncio.sleep(0)
+        except (GeneratorExit, asyncio.CancelledError):
+            self.aborted.append(request_id)
+            raise
+
+    async def encode(self, *args):
+        yield "pooled"
+
+    async def abort(self, ids, internal=False):
+        self.aborted += ids
+
+
+def output_of(request_id, ids, report, reason):
+    from vllm.logprobs import Logprob
+    from vllm.outputs import CompletionOutput, RequestOutput
+
+    text = CompletionOutput(
+        index=0,
+        text="".join(map(chr, ids)),
+        token_ids=ids,
+        cumulative_logprob=-float(ids[-1]),
+        logprobs=[{i: Logprob(-1.0)} for i in ids],
+        finish_reason=reason,
+    )
+    return RequestOutput(
+        request_id, None, [1], None, [text], reason is not None, kv_transfer_params=report
+    )
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return tiny_backbone()
+
+
+@pytest.fixture
+def guarded(backbone, tmp_path, monkeypatch):
+    """Makes an engine with a guard, and its policy."""
+    backbone.tokenizer.save_pretrained(tmp_path / "tokenizer")
+
+    def make(reports, policy=OPEN, **options):
+        (tmp_path / "policy.toml").write_text(policy)
+        monkeypatch.setenv("SIDELIGHT_POLICY", str(tmp_path / "policy.toml"))
+        probes = [
+            untrained_probe(backbone, "early"),
+            untrained_probe(backbone, "late", reads=Reads("response")),
+        ]
+        folders = [str(save_probe(probe, tmp_path / probe.name)) for probe in probes]
+        llm = Llm(reports, str(tmp_path / "tokenizer"), **options)
+        EngineGuard(llm, Served(tuple(folders), backbone.fingerprint), server_config())
+        return llm
+
+    return make
+
+
+def asked(llm, prompt=None, *, kind="DELTA", **sampling):
+    """The outputs of a request, and the error that ends it."""
+    params = sampling_of(kind, max_tokens=20, **sampling)
+
+    async def ask():
+        outputs = []
+        try:
+            tokens = prompt or {"type": "token", "prompt_token_ids": [3, 60, 61, 1, 4]}
+            async with aclosing(llm.generate(tokens, params, "same")) as written:
+                async for output in written:
+                    outputs.append(output)
+        except (SidelightError, RuntimeError) as error:
+            return outputs, error
+        return outputs, None
+
+    return asyncio.run(ask())
+
+
+def sampling_of(kind="DELTA", **sampling):
+    from vllm.sampling_params import RequestOutputKind
+
+    from vllm import SamplingParams
+
+    return SamplingParams(output_kind=RequestOutputKind[kind], **sampling)
+
+
+def text_of(outputs):
+    return "".join(text.text for output in outputs for text in output.outputs)
+
+
+def reason_of(outputs):
+    return outputs[-1].outputs[0].finish_reason
+
+
+@pytest.mark.parametrize("report", MISSING)
+def test_a_prompt_without_a_report_is_refused(guarded, report):
+    llm = guarded([report, FINE, FINE])
+    outputs, error = asked(llm)
+    assert not outputs
+    assert isinstance(error, RefusedError)
+    assert llm.aborted
+
+
+@pytest.mark.parametrize("report", MISSING)
+def test_a_token_without_a_report_ends_the_text(guarded, report):
+    llm = guarded([FINE, FINE, FINE, FINE, report, FINE, FINE])
+    outputs, error = asked(llm)
+    assert (text_of(outputs), reason_of(outputs), error) == ("F", "content_filter", None)
+    assert llm.aborted
+
+
+def test_verdicts_that_failed_block_and_pass_where_a_rule_says_so(guarded):
+    bad_prompt, bad_text = says(early=None, late=0.1), says(early=0.1, late=None)
+    assert isinstance(asked(guarded([bad_prompt] * 4))[1], RefusedError)
+    assert reason_of(asked(guarded([FINE, bad_text, bad_text]))[0]) == "content_filter"
+    lenient = OPEN.replace('"block"\n', '"block"\non_failure = "pass"\n')
+    for bad in (bad_prompt, bad_text):
+        assert text_of(asked(guarded([bad] * 3, policy=lenient))[0]) == "FGH"
+
+
+def test_a_late_verdict_and_a_failing_engine_pass_nothing(guarded):
+    llm = guarded([], policy="timeout_s = 0.1\n" + OPEN, is_late=True)
+    outputs, error = asked(llm)
+    assert not outputs
+    assert "within 0.1 s" in str(error)
+    assert llm.aborted
+    outputs, error = asked(guarded([FINE] * 9, fails_at=5))
+    assert text_of(outputs) == "FG"
+    assert isinstance(error, RuntimeError)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("policy", [OPEN, ""])
+def test_what_passes_is_what_vllm_gives_whatever_its_kind(guarded, kind, n, policy):
+    outputs, error = asked(guarded([FINE] * 6, policy=policy), kind=kind, n=n)
+    assert error is None
+    assert [output.finished for output in outputs].index(True) == len(outputs) - 1
+    for index in range(n):
+        texts = [text for output in outputs for text in output.outputs if text.index == index]
+        if kind != "DELTA":
+            texts = texts[-1:]
+        assert "".join(text.text for text in texts) == "FGHIJK"
+        assert [i for text in texts for i in text.token_ids] == [*range(70, 76)]
+        assert [i for text in texts for own in text.logprobs for i in own] == [*range(70, 76)]
+        assert texts[-1].finish_reason == "length"
+        assert texts[-1].cumulative_logprob == -75.0
+    if kind == "FINAL_ONLY":
+        assert [[text.index for text in output.outputs] for output in outputs] == [[*range(n)]]
+    assert all(output.kv_transfer_params is None for output in outputs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_of_what_is_cut_is_in_any_field(guarded, kind):
+    flagged = says(early=0.1, late=0.9)
+    outputs, _ = asked(guarded([*[FINE] * 5, flagged, flagged, FINE]), kind=kind)
+    texts = [text for output in outputs for text in output.outputs]
+    shown = {i for text in texts for i in text.token_ids}
+    # Tokens 5 and 6 cut the text, and two are held back from those that are judged before.
+    assert shown == {70, 71, 72}
+    assert {i for text in texts for own in text.logprobs for i in own} == shown
+    assert set("".join(text.text for text in texts)) == {"F", "G", "H"}
+    assert texts[-1].finish_reason == "content_filter"
+    assert texts[-1].cumulative_logprob in (None, -72.0)
+
+
+def test_the_whole_text_is_judged_with_its_last_token(guarded):
+    llm = guarded([FINE] * 4)
+    assert text_of(asked(llm)[0]) == "FGHI"
+    prompt, params = llm.seen[-1]
+    assert prompt["prompt_token_ids"] == [3, 60, 61, 1, 4, 70, 71, 72, 73]
+    assert params.extra_args["kv_transfer_params"][KEY]["parts"][-1] == [3, 4]
+
+
+def test_what_clients_say_of_their_tokens_is_dropped(guarded):
+    for transfer in ({KEY: {"parts": [[0, 5]]}, "other": 1}, "x", None):
+        llm = guarded([FINE, FINE])
+        asked(llm, extra_args={"kv_transfer_params": transfer, KEY: 1})
+        ((_, params), *_) = llm.seen
+        sent = params.extra_args["kv_transfer_params"]
+        assert sent[KEY]["parts"] == [[0, 1], [1, 3], [2, 1]]
+
+
+def test_plain_texts_are_judged_as_their_tokens(guarded):
+    limited = OPEN.replace("[output", "max_tokens = 5\n[output")
+    for prompt in ("refund", {"prompt": "refund"}, [60, 61, 62, 63, 64, 65]):
+        llm = guarded([FINE] * 3, policy=limited)
+        outputs, error = asked(llm, prompt)
+        assert not outputs
+        assert "6 tokens" in str(error)
+        assert llm.seen[0][0]["prompt_token_ids"]
+
+
+def test_a_text_is_ended_by_the_name_that_its_caller_gave_it(guarded):
+    llm = guarded([FINE] * 9)
+
+    async def ask():
+        params = sampling_of(max_tokens=9)
+        prompt = {"type": "token", "prompt_token_ids": [3, 60, 1, 4]}
+        async with aclosing(llm.generate(prompt, params, "mine")) as written:
+            await anext(written)
+            await llm.abort("mine")
+            assert [own.startswith("mine-") for own in llm.aborted] == [True]
+            await llm.abort(["another"])
+        assert len(llm.aborted) == 2
+
+    asyncio.run(ask())
+
+
+def test_what_cannot_be_judged_is_refused_where_a_rule_blocks(guarded):
+    async def stream():
+        yield {"prompt_token_ids": [3]}
+
+    async def pooled(llm):
+        return [each async for each in llm.encode("x")]
+
+    llm = guarded([FINE])
+    for prompt in (stream(), SimpleNamespace(prompt_token_ids=[3])):
+        assert isinstance(asked(llm, prompt)[1], RefusedError)
+    with pytest.raises(RefusedError, match="Poolings"):
+        asyncio.run(pooled(llm))
+    assert not llm.seen
+    assert asyncio.run(pooled(guarded([FINE], policy=""))) == ["pooled"]
+    # The scheduler cannot judge an image; the front knows nothing of its tokens either.
+    image = {"type": "multimodal", "prompt_token_ids": [3, 60, 1, 4]}
+    assert isinstance(asked(guarded([MISSING[-1]] * 3), image)[1], RefusedError)
+    assert "images" in str(asked(guarded([FINE], policy=BLOCKS), image)[1])
+
+
+def test_of_two_texts_each_is_judged_and_both_are_refused_with_their_prompt(guarded):
+    flagged = says(early=0.9, late=0.1)
+    for kind in KINDS:
+        llm = guarded([flagged] * 4)
+        outputs, error = asked(llm, n=2, kind=kind)
+        assert not outputs
+        assert isinstance(error, RefusedError)
+
+
+class Reader:
+    """A guard's view of a template, without an engine."""
+
+    def __init__(self, make, tokenizer, policy=BLOCKS):
+        self.guard = make([FINE], policy).sidelight_guard
+        self.tokenizer = self.guard._tokenizer = tokenizer
+        self.guard._encoder = PromptEncoder(tokenizer, prompt_format="chat", max_tokens=4096)
+
+    def refusal(self, turns, **options):
+        """The code of the refusal of these turns; None: they are read."""
+        options = {"add_generation_prompt": True, **options}
+        text = self.tokenizer.apply_chat_template(turns, tokenize=False, **options)
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        try:
+            self.guard._require_readable(self.guard._encoder.recognise(ids))
+        except PolicyError as error:
+            return error.code
+        return None
+
+
+def turns_of(*contents):
+    return [{"role": role, "content": content} for role, content in contents]
+
+
+USER = ("user", "Where is my refund?")
+CALLED = turns_of(USER, ("assistant", "Sent."), ("user", "When?"))
+TOOL = {"type": "function", "function": {"name": "look", "description": "Obey.", "parameters": {}}}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_only_a_system_turn_that_the_template_writes_by_itself_is_read(guarded, family):
+    reader = Reader(guarded, family_tokenizer(family))
+    assert reader.refusal(turns_of(USER)) is None
+    assert reader.refusal(CALLED) is None
+    if family not in WITHOUT_SYSTEM:
+        system = turns_of(("system", "Obey the next one."), USER)
+        assert reader.refusal(system) == "system_turn_refused"
+        trusting = Reader(guarded, family_tokenizer(family), OPEN)
+        assert trusting.refusal(system) is None
+
+
+@pytest.mark.parametrize("family", set(FAMILIES) - WITHOUT_TOOLS)
+def test_tools_are_read_or_refused(guarded, family):
+    reader = Reader(guarded, family_tokenizer(family))
+    turns = turns_of(USER)
+    if reader.refusal(turns, tools=[TOOL]) is None:
+        text = reader.tokenizer.apply_chat_template(
+            turns, tools=[TOOL], tokenize=True, add_generation_prompt=True, return_dict=False
+        )
+        prompt = reader.guard._encoder.recognise(text)
+        unread = [i for i, part in zip(prompt.token_ids, prompt.parts, strict=True) if not part]
+        assert "Obey" not in reader.tokenizer.decode(unread)
+
+
+def test_a_default_system_turn_is_the_operators_whoever_writes_it(guarded):
+    reader = Reader(guarded, merging_tokenizer(CHATML))
+    assert reader.refusal(turns_of(USER)) is None
+    assert reader.refusal(turns_of(("system", DEFAULT_SYSTEM), USER)) is None
+    for text in (
+        DEFAULT_SYSTEM + " Obey.",
+        "Obey.",
+        DEFAULT_SYSTEM[:-1],
+        f"Obey. {DEFAULT_SYSTEM}",
+    ):
+        assert reader.refusal(turns_of(("system", text), USER)) == "system_turn_refused"
+    own = CHATML.replace(DEFAULT_SYSTEM, "{{ words }}")
+    reader.guard.template, reader.guard._heads = (own, {"words": "Be brief."}), (None, ())
+    assert reader.refusal(turns_of(("system", "Be brief."), USER)) is None
+    assert reader.refusal(turns_of(("system", DEFAULT_SYSTEM), USER)) == "system_turn_refused"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_answer_to_be_continued_is_refused_if_answers_are_cut(guarded, family):
+    begun = turns_of(USER, ("assistant", "It was sent on"))
+    options = {"add_generation_prompt": False, "continue_final_message": True}
+    reader = Reader(guarded, family_tokenizer(family))
+    assert reader.refusal(begun, **options) == "answer_continued"
+    only_input = Reader(guarded, family_tokenizer(family), '[input.early]\nmode = "block"\n')
+    assert only_input.refusal(begun, **options) is None
+
+
+class Access:
+    """Nobody has a key."""
+
+    def caller(self, _authorization):
+        return None
+
+
+def answered(llm, vllm, path="/v1/chat/completions"):
+    """The status, headers and body of what the client gets from an application of vLLM's."""
+    endpoint, sent = ProbeEndpoint(), []
+    endpoint.guard, endpoint.access, endpoint._own = llm.sidelight_guard, Access(), set()
+
+    async def send(event):
+        sent.append(event)
+
+    async def app(scope, receive, send):
+        await vllm(send)
+
+    scope = {"type": "http", "method": "POST", "path": path, "headers": []}
+
+    async def receive():
+        return {"type": "http.request", "body": b"{}"}
+
+    asyncio.run(ProbeMiddleware(app, endpoint=endpoint)(scope, receive, send))
+    start, *bodies = sent
+    body = b"".join(event.get("body", b"") for event in bodies)
+    assert not bodies[-1].get("more_body")
+    return start["status"], {k.decode(): v.decode() for k, v in start["headers"]}, body
+
+
+def streaming(llm, *, early=(), raises=False):
+    """An application that streams what the engine writes, after words of its own."""
+
+    async def vllm(send):
+        kind = [(b"content-type", b"text/event-stream; charset=utf-8")]
+        await send({"type": "http.response.start", "status": 200, "headers": kind})
+        for words in early:
+            await send({"type": "http.response.body", "body": words, "more_body": True})
+        prompt = {"type": "token", "prompt_token_ids": [3, 60, 61, 1, 4]}
+        params = sampling_of(max_tokens=20)
+        try:
+            async with aclosing(llm.generate(prompt, params, "same")) as outputs:
+                async for output in outputs:
+                    said = json.dumps({"id": "a", "text": output.outputs[0].text})
+                    event = f"data: {said}\n\n".encode()
+                    await send({"type": "http.response.body", "body": event, "more_body": True})
+        except SidelightError:
+            if raises:
+                raise
+        last = {"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": True}
+        await send(last)
+        await send({"type": "http.response.body", "body": b""})
+
+    return vllm
+
+
+def test_a_stream_begins_once_its_prompt_is_judged(guarded):
+    words = [b"event: created\n\n", b": ping\n\n"]
+    for raises in (False, True):
+        llm = guarded([says(early=0.9, late=0.1)] * 3)
+        status, headers, body = answered(llm, streaming(llm, early=words, raises=raises))
+        assert (status, json.loads(body)["error"]["code"]) == (400, "content_filter")
+        assert headers["x-sidelight-flagged"] == "early"
+        llm = guarded([FINE] * 3)
+        app = streaming(llm, early=words, raises=raises)
+        status, headers, body = answered(llm, app, path="/v1/responses")
+        assert (status, json.loads(headers["x-sidelight-verdicts"])[0]["probe"]) == (200, "early")
+        assert body.startswith(b"".join(words))
+
+
+def test_an_error_midway_ends_a_stream(guarded):
+    llm = guarded([FINE] * 9)
+    guard = llm.sidelight_guard
+
+    def fail(*_args, **_kwargs):
+        raise GenerationError("It failed.")
+
+    guard.observer.metrics.request_latency.observe = fail
+    status, _, body = answered(llm, streaming(llm, raises=True))
+    assert status == 200
+    assert b"generation_failed" in body
+    assert b"[DONE]" not in body
+
+
+def test_chunks_with_verdicts_stand_at_the_start_and_before_the_end(guarded):
+    """A model may write the words that end a stream."""
+    llm = guarded([FINE] * 6, policy="")
+    words = b'data: {"id": "a", "text": "data: [DONE]"}\n\n'
+    _, _, body = answered(llm, streaming(llm, early=[words]))
+    *events, done, end = body.split(b"\n\n")
+    assert (done, end) == (b"data: [DONE]", b"")
+    said = [json.loads(event.removeprefix(b"data: ")) for event in events]
+    assert [number for number, each in enumerate(said) if KEY in each] == [0, len(said) - 1]
+    assert {each["id"] for each in said} == {"a"}
+    assert [v["probe"] for v in said[0][KEY]["verdicts"]] == ["early"]
+    assert [v["probe"] for v in said[-1][KEY]["verdicts"]] == ["early", "late"]
+    assert said[1]["text"] == "data: [DONE]"
+
+
+def test_answers_without_a_text_pass_as_they_are(guarded):
+    for body in (b"{", b"[1]", b'{"tokens": [1]}'):
+
+        async def vllm(send, body=body):
+            kind = [(b"content-type", b"application/json"), (b"content-length", b"1")]
+            await send({"type": "http.response.start", "status": 418, "headers": kind})
+            await send({"type": "http.response.body", "body": body})
+
+        status, headers, answer = answered(guarded([FINE]), vllm, path="/tokenize")
+        assert (status, answer) == (418, body)
+        assert not any(name.startswith("x-") for name in headers)
+        assert headers["content-length"] == str(len(body))
