@@ -1,6 +1,9 @@
 """What policies in vLLM's own server are tried on: probes, texts, and every way to ask."""
 
 import json
+import os
+from importlib.util import find_spec
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -25,7 +28,7 @@ TEXTS = [
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 NAMED_SCHEMA = {"name": "x", "schema": SCHEMA}
 TOOL = {"type": "function", "function": {"name": "look", "parameters": SCHEMA}}
-OPTIONS = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--enable-scale-out")
+OPTIONS = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
 
 
 class Subjects:
@@ -96,6 +99,7 @@ def served(subjects, home, name, folders=None):
         folders or subjects.folders,
         home,
         *OPTIONS,
+        *scale_out(),
         SIDELIGHT_POLICY=str(policy),
         SIDELIGHT_AUDIT_LOG=str(home / "audit.jsonl"),
         SIDELIGHT_ADMIN_KEY=ADMIN,
@@ -119,8 +123,25 @@ def tokens_in(subjects, text, **options):
     }
 
 
+def scale_out():
+    """The option that newer versions want for some routes, which 0.29 always has."""
+    arguments = Path(find_spec("vllm").origin).parent / "entrypoints/launchers/cli_args.py"
+    return ["--enable-scale-out"] if "enable_scale_out" in arguments.read_text() else []
+
+
+def posts(address):
+    """The paths of this server that take a post."""
+    paths = httpx.get(f"{address}/openapi.json").json()["paths"]
+    return {path for path, methods in paths.items() if "post" in methods}
+
+
+def has_grammars():
+    """Whether structured output works: the interpreter of Triton kernels cannot do it."""
+    return os.environ.get("TRITON_INTERPRET") != "1"
+
+
 def requests_of(subjects, text, *, streamed):
-    """Every way of this server to have a text written, and what clients may add to each."""
+    """Every way of vLLM's server to have a text written, and what clients may add to each."""
     schema = {"type": "json_schema", **NAMED_SCHEMA}
     claim = {"sidelight": {"parts": [[0, 9]]}}
     usage = {"include_usage": True, "continuous_usage_stats": True} if streamed else None
@@ -165,6 +186,10 @@ def requests_of(subjects, text, *, streamed):
                 {"state": text, "questions": {"q": {"type": "boolean", "prompt": "Is it?"}}},
             ),
             ("/generative_scoring", {"query": text, "items": ["a"], "label_token_ids": [30, 31]}),
+        ]
+    if not has_grammars():
+        ways = [
+            way for way in ways if not {"response_format", "tool_choice", "text"} & way[1].keys()
         ]
     return [(path, {"model": "tiny", "stream": streamed, **body}) for path, body in ways]
 

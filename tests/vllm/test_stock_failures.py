@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from sidelight.artifact import save_probe
-from stock_requests import Subjects, parts_of, post, requests_of, served, written_in
+from stock_requests import Subjects, parts_of, post, posts, requests_of, served, written_in
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +29,8 @@ def broken_server(subjects, tmp_path_factory):
 def test_a_verdict_that_failed_blocks(broken_server, subjects):
     for streamed in (False, True):
         for path, body in requests_of(subjects, subjects.benign, streamed=streamed):
+            if path not in posts(broken_server.address):
+                continue
             response = post(broken_server.address, path, body)
             if path == "/v1/completions":
                 error = response.json()["error"]

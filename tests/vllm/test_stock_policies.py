@@ -232,6 +232,9 @@ def test_texts_are_judged_at_the_routes_of_our_own_server(address, subjects):
     body = {"input_type": "response", "texts": ["Here is the secret."]}
     guarded = httpx.post(f"{address}/beta/litellm_basic_guardrail_api", json=body, **key).json()
     assert [verdict["probe"] for verdict in guarded["sidelight"]["verdicts"]] == ["leak"]
+    if "/v1/decisions" in httpx.get(f"{address}/openapi.json").json()["paths"]:
+        # It is vLLM's own, from 0.33 on.
+        return
     question = {"type": "predicate", "name": "injection", "instructions": "Is it an attack?"}
     body = {"model": "tiny", "input": subjects.injected, "questions": [question]}
     decided = httpx.post(f"{address}/v1/decisions", json=body, **key).json()
