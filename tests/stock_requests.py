@@ -125,8 +125,9 @@ def tokens_in(subjects, text, **options):
 
 def scale_out():
     """The option that newer versions want for some routes, which 0.29 always has."""
-    arguments = Path(find_spec("vllm").origin).parent / "entrypoints/launchers/cli_args.py"
-    return ["--enable-scale-out"] if "enable_scale_out" in arguments.read_text() else []
+    arguments = Path(find_spec("vllm").origin).parent.rglob("cli_args.py")
+    is_known = any("enable_scale_out" in file.read_text() for file in arguments)
+    return ["--enable-scale-out"] if is_known else []
 
 
 def posts(address):
