@@ -13,6 +13,7 @@ import zipfile
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from shutil import rmtree
 
 ROOT = Path(__file__).resolve().parents[1]
 VERSIONS = Path(sys.prefix) / "versions"
@@ -77,9 +78,7 @@ def unpacked(package: str) -> Path:
             place.parent.mkdir(parents=True, exist_ok=True)
             place.symlink_to(library)
     for found in folder.glob("vllm-*.dist-info"):
-        for file in found.iterdir():
-            file.unlink()
-        found.rmdir()
+        rmtree(found)
     # By this name vLLM tells that it runs on CPUs.
     metadata = folder / f"vllm-{number}+cpu.dist-info"
     metadata.mkdir()
