@@ -28,7 +28,7 @@ test: .venv/.dev .venv-vllm/.ready ## Run all tests: with run-time shape checks,
 
 vllm: .venv-vllm/.ready ## Run the tests inside vLLM: three versions, both model runners
 	@if [ -x .venv-vllm/bin/sidelight ]; then \
-	  $(VLLM_BIN)/python .ci/vllm.py; \
+	  $(VLLM_BIN)/python .ci/vllm_lanes.py; \
 	else \
 	  echo "SKIPPED tests/vllm: $(VLLM) cannot be installed here (see .venv-vllm/install.log)"; \
 	fi

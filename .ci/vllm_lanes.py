@@ -1,6 +1,6 @@
 """Runs the tests inside vLLM, on several of its versions and on both of its model runners.
 
-    .venv-vllm/bin/python .ci/vllm.py [LANE ...]
+    .venv-vllm/bin/python .ci/vllm_lanes.py [LANE ...]
 
 The oldest and the newest version that we support are unpacked beside the installed one. All use its
 dependencies. The newest has no build for CPUs yet, so its Python runs over the installed libraries.
