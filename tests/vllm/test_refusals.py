@@ -12,7 +12,6 @@ from commands import saved
 from sidelight.artifact import save_probe
 from sidelight.backbone import load_backbone
 from sidelight.errors import FingerprintMismatchError, SidelightError
-from sidelight.vllm import patches
 from sidelight.vllm.engine import load_vllm_engine
 from sidelight.vllm.patches import require_supported
 from sidelight.vllm.settings import ENVIRONMENT, KEY
@@ -162,12 +161,27 @@ def test_a_gpu_starts_with_a_warning_that_names_the_check(model, caplog, monkeyp
     config = configured(model.path, model.folders)
     assert "sidelight bench" not in caplog.text
     config.device_config.device_type = "cuda"
-    patches._require_supported(config)
+    require_supported(config, [])
     assert "sidelight bench gpu" in caplog.text
     assert "never run" in caplog.text
     config.device_config.device_type = "xpu"
     with pytest.raises(SidelightError, match="the device xpu"):
-        patches._require_supported(config)
+        require_supported(config, [])
+
+
+def test_a_policy_that_nobody_could_enforce_is_refused_at_the_start(model, tmp_path, monkeypatch):
+    policy = tmp_path / "policy.toml"
+    monkeypatch.setenv("SIDELIGHT_POLICY", str(policy))
+    for text, why in (
+        ('[input.plain]\nmode = "block"\n', "LLM class"),
+        ('[input.plein]\nmode = "block"\n', "no probe 'plein'"),
+        ('[input.plain]\nmod = "block"\n', "unknown key"),
+    ):
+        policy.write_text(text)
+        with pytest.raises(SidelightError, match=why):
+            configured(model.path, model.folders)
+    policy.write_text('[input.plain]\nmode = "flag"\n')
+    configured(model.path, model.folders)
 
 
 def test_an_unknown_form_of_the_tap_is_refused_at_the_start(model, monkeypatch):
