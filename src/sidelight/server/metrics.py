@@ -93,13 +93,13 @@ class Metrics:
         registry.register(self.disclosed(lambda: known))
         return generate_latest(registry)
 
-    def disclosed(self, rules: Callable[[], Iterable[BoundRule]]) -> Collector:
+    def disclosed(self, rules: Callable[[], Iterable[BoundRule]]) -> "DisclosedSeries":
         """The series as another registry may show them to everybody.
 
         Args:
             rules: Gives those of all probes.
         """
-        return _Disclosed(self._registry, rules)
+        return DisclosedSeries(self._registry, rules)
 
     def count(self, decisions: Sequence[Decision]) -> None:
         """Counts verdicts, what followed from them, and whether shadows agreed."""
@@ -125,7 +125,7 @@ class Metrics:
         )
 
 
-class _Disclosed(Collector):
+class DisclosedSeries(Collector):
     """The series of a registry, less those that would tell more than the rules disclose.
 
     Shadows are counted as before, since no answer tells them from a probe that is not there; their
