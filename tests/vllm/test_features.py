@@ -2,12 +2,17 @@
 
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from sidelight.bank import Panel
+from sidelight.errors import SidelightError
+from sidelight.vllm.columns import Tracking
 from sidelight.vllm.settings import KEY
+from sidelight.vllm.worker import RequestJudge
 from vllm_served import (
     Model,
     expected,
@@ -118,7 +123,46 @@ def test_keys_and_values_from_elsewhere_are_not_taken(model, prompts, tmp_path, 
         assert any(tmp_path.iterdir())
 
 
-def test_columns_are_taken_out_of_the_memory_for_keys_and_values(early, prompts, monkeypatch):
+def test_whoever_ends_a_request_its_block_table_goes():
+    """Beside a connector without groups, vLLM ends requests by another method."""
+    from sidelight.vllm.connector import BlockTables, ProbeConnector
+
+    new = SimpleNamespace(req_id="r", block_ids=([0, 1],), num_computed_tokens=0)
+    cached = SimpleNamespace(req_ids=[], new_block_ids=[], num_computed_tokens=[])
+    output = SimpleNamespace(
+        num_scheduled_tokens={"r": 5}, scheduled_new_reqs=[new], scheduled_cached_reqs=cached
+    )
+    for end, blocks in (("request_finished", [0, 1]), ("request_finished_all_groups", ([0, 1],))):
+        tables, tracking = BlockTables(0), Tracking(reads_responses=False)
+        (step,) = tables.steps(output)
+        assert (step.blocks, step.computed) == ([0, 1], 5)
+        connector = object.__new__(ProbeConnector)
+        connector._tables, connector.tracking = tables, tracking
+        connector._judge = RequestJudge(Panel([]))
+        getattr(connector, end)(SimpleNamespace(request_id="r"), blocks)
+        assert not tables._blocks
+
+
+def test_a_pipeline_stage_that_lacks_a_kind_of_attention_is_refused():
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+
+    from sidelight.vllm.connector import full_group
+
+    sizes = {"block_size": 16, "num_kv_heads": 1, "head_size": 32, "dtype": torch.float32}
+    full, window = FullAttentionSpec(**sizes), SlidingWindowSpec(**sizes, sliding_window=8)
+
+    def config(*groups):
+        made = [SimpleNamespace(kv_cache_spec=spec, layer_names=own) for spec, own in groups]
+        return SimpleNamespace(kv_cache_groups=made)
+
+    assert full_group(config((window, ["a"]), (full, ["b"]), (full, ["c"]))) == 1
+    with pytest.raises(SidelightError, match="pipeline stage"):
+        full_group(config((window, ["a"]), (full, []), (full, ["c"])))
+    with pytest.raises(SidelightError, match="all layers forget some"):
+        full_group(config((window, ["a"])))
+
+
+def test_columns_are_taken_out_of_the_memory_for_keys_and_values(early):
     """As much memory as without probes, with room for fewer tokens."""
     sizes = []
     for folders in ([], early.folders):

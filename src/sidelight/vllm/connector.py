@@ -72,7 +72,6 @@ class BaseConnector(KVConnectorBase_V1, SupportsHMA):
     def request_finished_all_groups(
         self, request: Any, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
-        self._tables.forget(request.request_id)
         return self.request_finished(request, [])
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
@@ -96,11 +95,18 @@ def full_group(kv_cache_config: Any) -> int:
     Hybrid models keep at least one. A prefix is only found in the cache if all groups have it.
 
     Raises:
-        SidelightError: There is none.
+        SidelightError: There is none, or this is a pipeline stage that lacks the layers of a group.
     """
-    for index, group in enumerate(kv_cache_config.kv_cache_groups):
+    groups = kv_cache_config.kv_cache_groups
+    if not all(group.layer_names for group in groups):
+        # Another stage, and the scheduler, could choose another group.
+        raise SidelightError(
+            "A pipeline stage has no layer of one of the model's kinds of attention, so probes "
+            "cannot follow its tokens. Use fewer stages (--pipeline-parallel-size)."
+        )
+    for index, group in enumerate(groups):
         specs = getattr(group.kv_cache_spec, "kv_cache_specs", {"": group.kv_cache_spec})
-        if group.layer_names and all(map(keeps_every_token, specs.values())):
+        if all(map(keeps_every_token, specs.values())):
             return index
     raise SidelightError(
         "Probes inside vLLM need a model in which at least one layer keeps the keys and values of "
@@ -277,6 +283,7 @@ class ProbeConnector(BaseConnector):
         """Gives the report for the request's last output."""
         report = self.tracking.report(request.request_id)
         self.tracking.leave(request.request_id)
+        self._tables.forget(request.request_id)
         self._judge.forget([request.request_id])
         return False, report
 
@@ -381,6 +388,7 @@ class CaptureConnector(BaseConnector):
         self, request: Any, block_ids: list[int]
     ) -> tuple[bool, dict[str, Any] | None]:
         self._captures.leave(request.request_id)
+        self._tables.forget(request.request_id)
         return False, None
 
     # In a worker.

@@ -200,7 +200,7 @@ def _connect(arguments: Any, name: str, extra: dict[str, Any]) -> None:
         ours = {
             **ours,
             "kv_connector": SHARED_CONNECTOR,
-            "kv_role": beside["kv_role"],
+            "kv_role": beside.get("kv_role"),
             "kv_connector_extra_config": {"connectors": [ours, beside]},
         }
     arguments.kv_transfer_config = KVTransferConfig(**ours)
