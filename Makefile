@@ -21,8 +21,8 @@ demo: .venv/.runtime ## Train three probes on the embedded model, serve them, as
 	@$(BIN)/sidelight demo
 
 test: .venv/.dev .venv-vllm/.ready ## Run all tests: with run-time shape checks, but for those that they would disturb
-	$(BIN)/python -m pytest -m "not unchecked" --ignore=tests/vllm \
-	  --jaxtyping-packages=sidelight,sidelight_lab,beartype.beartype
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not unchecked" --ignore=tests/vllm \
+	  -n auto --dist loadfile --jaxtyping-packages=sidelight,sidelight_lab,beartype.beartype
 	$(BIN)/python -m pytest -m unchecked --ignore=tests/vllm
 	@$(MAKE) --no-print-directory vllm
 

@@ -99,7 +99,9 @@ def run(lane: Lane) -> int:
         paths.append(str(ROOT / "tests/triton_cpu"))
     paths += filter(None, [os.environ.get("PYTHONPATH")])
     environment["PYTHONPATH"] = os.pathsep.join(paths)
-    command = [sys.executable, "-m", "pytest", "-p", "no:unraisableexception", *lane.tests]
+    # Most of the time one process of vLLM starts, so two of them share two cores well.
+    options = ["-p", "no:unraisableexception", "-n", "2", "--dist", "loadfile"]
+    command = [sys.executable, "-m", "pytest", *options, *lane.tests]
     return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
 
 

@@ -363,7 +363,7 @@ def test_only_a_system_turn_that_the_template_writes_by_itself_is_read(guarded, 
         assert trusting.refusal(system) is None
 
 
-@pytest.mark.parametrize("family", set(FAMILIES) - WITHOUT_TOOLS)
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - WITHOUT_TOOLS))
 def test_tools_are_read_or_refused(guarded, family):
     reader = Reader(guarded, family_tokenizer(family))
     turns = turns_of(USER)
