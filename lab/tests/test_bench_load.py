@@ -79,20 +79,21 @@ def test_series_are_added_over_their_labels():
 
 def test_what_probes_add_is_paired_with_the_same_round_without_them():
     # The machine gets three times slower, which no comparison within a round notices.
-    without = [[10.0 * n, 1.0 * n, 5.0 * n, 8.0 / n] for n in (1, 2, 3)]
-    with_one = [[1.2 * a, b, 1.1 * c, 0.9 * d] for a, b, c, d in without]
+    without = [[10.0 * n, 1.0 * n, 5.0 * n, 8.0 / n, 4.0 * n, 2.0 * n] for n in (1, 2, 3)]
+    shares = (1.2, 1.0, 1.1, 0.9, 1.3, 1.4)
+    with_one = [[s * value for s, value in zip(shares, row, strict=True)] for row in without]
     costs = {one["measure"]: one for one in costs_of({NOTHING: without, "one": with_one})}
     assert list(costs) == list(MEASURES)
-    assert [one["without"] for one in costs.values()] == [20, 2, 10, 4]
-    for one, added in zip(costs.values(), (0.2, 0, 0.1, -0.1), strict=True):
+    assert [one["without"] for one in costs.values()] == [20, 2, 10, 4, 8, 4]
+    for one, share in zip(costs.values(), shares, strict=True):
         assert one["probes"] == "one"
         found = (one["added"], one["low"], one["high"])
-        assert found == pytest.approx((added, added, added))
+        assert found == pytest.approx((share - 1,) * 3)
 
 
 def test_the_interval_of_a_cost_covers_the_rounds():
-    without = [[1.0] * 4] * 4
-    (first, *_) = costs_of({"one": [[1.0] * 4, [1.2] * 4] * 2, NOTHING: without})
+    without = [[1.0] * 6] * 4
+    (first, *_) = costs_of({"one": [[1.0] * 6, [1.2] * 6] * 2, NOTHING: without})
     assert first["added"] == pytest.approx(0.1)
     assert 0 <= first["low"] < 0.1 < first["high"] <= 0.2 + 1e-9
 

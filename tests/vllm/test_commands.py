@@ -5,6 +5,7 @@ import json
 import pytest
 
 from commands import run
+from sidelight_lab.bench.serving import MEASURES
 from vllm_served import Model, tiny_model
 
 TINY = (
@@ -53,10 +54,10 @@ def test_bench_serve_measures_every_set_of_probes(model, tmp_path):
     sizes = ["--rounds", "2", "--tokens", "64", "--requests", "2", "--written", "4"]
     assert run(*command, *sizes, "--out", str(out), *OPTIONS) == 0
     record = json.loads(out.read_text())
-    assert len(record["costs"]) == 4 * 4
-    assert {row["measure"] for row in record["costs"]} == {
-        *("time to first token", "time per token", "time per prompt", "throughput")
-    }
+    assert len(record["costs"]) == 5 * len(MEASURES)
+    assert {row["measure"] for row in record["costs"]} == MEASURES.keys()
+    prompts = [row for row in record["costs"] if row["measure"] == "CPU time per prompt"]
+    assert all(row["without"] > 0 for row in prompts)
     assert all(row["low"] <= row["added"] <= row["high"] for row in record["costs"])
     memory = record["memory"]
     assert memory["no probe"] == 0 < memory["1 readout"]

@@ -5,37 +5,49 @@ engine. Every round measures all sets of probes in a random order, and costs are
 round; the intervals are over rounds.
 """
 
-import asyncio
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from functools import partial
+# pyright: reportMissingImports=false
+
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial, wraps
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 
+from sidelight.artifact import save_probe
 from sidelight.backbone import TransformersBackbone, load_backbone
-from sidelight.engines.base import Event, Finished, Sampling, TextDelta
+from sidelight.errors import SidelightError
 from sidelight.evaluation import Estimate
 from sidelight.mechanisms.base import mechanism_spec
 from sidelight.probe import Probe
-from sidelight.prompts import PlainText
-from sidelight.vllm.engine import VllmEngine, load_vllm_engine
+from sidelight.prompts import Message, Reads
+from sidelight.vllm.engine import require_options, require_vllm
+from sidelight.vllm.settings import KEY
 from sidelight_lab.bench.subjects import untrained_probe
 
 NOTHING = "no probe"
 # With their units. The first is of a single request, the others of requests that run together; the
-# throughput counts from the first prompt to the last token.
+# throughput counts from the first prompt to the last token. CPU time is that of the steps and of
+# the thread that judges beside them.
 MEASURES = {
     "time to first token": "ms",
-    "time per token": "ms",
     "time per prompt": "ms",
+    "time per token": "ms",
     "throughput": "requests/s",
+    "CPU time per prompt": "ms",
+    "CPU time per token": "ms",
 }
 _RESAMPLES = 10_000
 
 
 def probe_sets(backbone: TransformersBackbone) -> dict[str, list[Probe]]:
-    """No probes, some readouts, and an attention probe, all with random weights."""
+    """No probes, readouts, an attention probe, and a readout of responses, with random weights."""
     readouts = [untrained_probe(backbone, f"readout-{i}", seed=i) for i in range(100)]
     attention = untrained_probe(backbone, "attention", spec=mechanism_spec("attention"))
     return {
@@ -44,10 +56,11 @@ def probe_sets(backbone: TransformersBackbone) -> dict[str, list[Probe]]:
         "10 readouts": readouts[:10],
         "100 readouts": readouts,
         "1 attention": [attention],
+        "1 of responses": [untrained_probe(backbone, "late", reads=Reads("response"))],
     }
 
 
-async def measure_costs(
+def measure_costs(
     model: str,
     *,
     dtype: str,
@@ -59,29 +72,58 @@ async def measure_costs(
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """The costs of all sets of probes, and the share of the KV cache's memory that each takes.
 
-    Each measurement runs ``requests`` prompts of ``tokens`` together; each writes ``written``.
+    Each measurement runs ``requests`` chats of about ``tokens`` together; each writes ``written``.
     """
-    sets = probe_sets(load_backbone(model, device="cpu"))
-    # With a prefix cache, later rounds would not compute the same prompts again.
+    require_vllm()
+    # vLLM's workers count their CPU time by functions of this file.
+    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
+    from vllm.engine.arg_utils import EngineArgs
+
+    from vllm import LLM
+
+    # Otherwise later rounds would not compute the same prompts again.
     options = {"enable_prefix_caching": False, **options}
-    engine = await asyncio.to_thread(load_vllm_engine, model, [], dtype=dtype, options=options)
-    random = np.random.default_rng(0)
-    values: dict[str, list[list[float]]] = {name: [] for name in sets}
+    require_options(options, EngineArgs)
+
+    backbone = load_backbone(model, device="cpu")
+    chats = [
+        list(backbone.encoder.encode([Message("user", " word" * tokens + f" {i}")]).token_ids)
+        for i in range(requests)
+    ]
+    values: dict[str, list[list[float]]] = {}
     memory: dict[str, float] = {}
-    measure = partial(_measure_once, engine, tokens, requests, written)
-    await engine.start()
-    try:
-        await measure()
-        for _ in range(rounds):
-            for name in map(str, random.permutation(list(sets))):
-                await engine.replace_probes(sets[name])
-                values[name].append(await measure())
-        for name, probes in sets.items():
-            await engine.replace_probes(probes)
-            memory[name] = await engine.memory_share()
-    finally:
-        await engine.close()
-    return costs_of(values), memory
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = {
+            name: [str(save_probe(probe, Path(scratch) / probe.name)) for probe in probes]
+            for name, probes in probe_sets(backbone).items()
+        }
+        llm = LLM(
+            backbone.model.config._name_or_path,  # pyright: ignore[reportPrivateUsage]
+            dtype=dtype,
+            additional_config={KEY: {"probes": folders["100 readouts"]}},
+            **options,
+        )
+        del backbone
+        try:
+            llm.collective_rpc(count_cpu_time)
+            measure = partial(_measure_once, llm, chats, written)
+            measure()
+            random = np.random.default_rng(0)
+            for _ in range(rounds):
+                for name in map(str, random.permutation(list(folders))):
+                    _exchange(llm, folders[name])
+                    values.setdefault(name, []).append(measure())
+                    columns, cache = llm.collective_rpc("sidelight_bytes")[0]
+                    memory[name] = columns / cache
+        finally:
+            llm.llm_engine.engine_core.shutdown()
+    return costs_of(values), {name: memory[name] for name in folders}
+
+
+def _exchange(llm: Any, folders: list[str]) -> None:
+    for failure in llm.collective_rpc("sidelight_load", args=(folders,)):
+        if failure:
+            raise SidelightError(failure)
 
 
 def costs_of(values: Mapping[str, Sequence[Sequence[float]]]) -> list[dict[str, Any]]:
@@ -113,33 +155,63 @@ def costs_of(values: Mapping[str, Sequence[Sequence[float]]]) -> list[dict[str, 
     return costs
 
 
-async def _measure_once(
-    engine: VllmEngine, tokens: int, requests: int, written: int
-) -> list[float]:
+def _measure_once(llm: Any, chats: Sequence[list[int]], written: int) -> list[float]:
     """The value of each of ``MEASURES``."""
-    prompts = [PlainText(" word" * (tokens - 1) + f" {i}") for i in range(requests)]
-    one = Sampling(max_tokens=1, temperature=0)
-    start = perf_counter()
-    for prompt in prompts[:2]:
-        await _s_per_token(engine.generate(prompt, one))
-    first = (perf_counter() - start) / 2
-    start = perf_counter()
-    await asyncio.gather(*(_s_per_token(engine.generate(prompt, one)) for prompt in prompts))
-    prompt_time = (perf_counter() - start) / requests
-    many = Sampling(max_tokens=written, temperature=0)
-    start = perf_counter()
-    spans = await asyncio.gather(*(_s_per_token(engine.generate(p, many)) for p in prompts))
-    elapsed = perf_counter() - start
-    times = [first, float(np.mean(spans)), prompt_time]
-    return [*(1000 * time for time in times), requests / elapsed]
+    first, _ = _timed(llm, chats[:1], 1)
+    prompts, prompts_cpu = _timed(llm, chats, 1)
+    texts, texts_cpu = _timed(llm, chats, written)
+    steps, count = written - 1, len(chats)
+    times = [first, prompts / count, (texts - prompts) / steps]
+    cpu_times = [prompts_cpu / count, (texts_cpu - prompts_cpu) / steps / count]
+    in_ms = [1000 * seconds for seconds in (*times, *cpu_times)]
+    return [*in_ms[:3], count / texts, *in_ms[3:]]
 
 
-async def _s_per_token(events: AsyncGenerator[Event, None]) -> float:
-    """Reads to the end; seconds per token, from the first piece of text on."""
-    begun, early, tokens = perf_counter(), 0, 0
-    async for event in events:
-        if isinstance(event, TextDelta) and not early:
-            begun, early = perf_counter(), event.tokens
-        if isinstance(event, Finished):
-            tokens = event.completion_tokens
-    return (perf_counter() - begun) / max(1, tokens - early)
+def _timed(llm: Any, chats: Sequence[list[int]], written: int) -> tuple[float, float]:
+    """Seconds until all texts are written, and the CPU seconds of the workers."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(max_tokens=written, temperature=0, ignore_eos=True, detokenize=False)
+    inputs = [{"prompt_token_ids": chat} for chat in chats]
+    before, start = _cpu_seconds(llm), perf_counter()
+    outputs = llm.generate(inputs, params, use_tqdm=False)
+    seconds = perf_counter() - start
+    assert all(len(output.outputs[0].token_ids) == written for output in outputs)
+    return seconds, _cpu_seconds(llm) - before
+
+
+def _cpu_seconds(llm: Any) -> float:
+    return sum(llm.collective_rpc(cpu_seconds))
+
+
+_STEPS = {"seconds": 0.0}
+
+
+def count_cpu_time(worker: Any) -> None:
+    """Has a worker of vLLM count the CPU time of its steps; between them its thread spins."""
+    inner = getattr(worker, "worker", worker)
+
+    def counted(step: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(step)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            start = time.thread_time()
+            try:
+                return step(*args, **kwargs)
+            finally:
+                _STEPS["seconds"] += time.thread_time() - start
+
+        return run
+
+    for name in ("execute_model", "sample_tokens"):
+        setattr(inner, name, counted(getattr(inner, name)))
+
+
+def cpu_seconds(_worker: Any) -> float:
+    """The CPU time of the steps so far, and of the threads that judge."""
+    total = _STEPS["seconds"]
+    for thread in threading.enumerate():
+        # It may have ended.
+        with suppress(ProcessLookupError, OSError):
+            if thread.ident is not None and thread.name.startswith("sidelight-judge"):
+                total += time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
+    return total

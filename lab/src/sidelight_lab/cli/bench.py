@@ -1,6 +1,5 @@
 """``sidelight bench``: what extraction, training, judging and serving cost on this machine."""
 
-import asyncio
 import json
 import sys
 import tempfile
@@ -355,7 +354,7 @@ def bench_soak(out: Path | None, plots: Path | None, as_json: bool, **given: Any
 @bench.command(
     "serve",
     epilog=options.examples(
-        "VLLM_CPU_KVCACHE_SPACE=1 sidelight bench serve --engine vllm --rounds 15",
+        "OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1 sidelight bench serve --engine vllm",
         "sidelight bench serve --engine vllm --engine-option enforce_eager=true",
     ),
 )
@@ -366,12 +365,12 @@ def bench_soak(out: Path | None, plots: Path | None, as_json: bool, **given: Any
     expose_value=False,
     help="The engine that can exchange probes in a running worker.",
 )
-@click.option("--rounds", type=AT_LEAST_TWO, default=15, help="Paired rounds.")
+@click.option("--rounds", type=AT_LEAST_TWO, default=30, help="Paired rounds.")
 @click.option(
     "--tokens", type=click.IntRange(min=8), default=256, help="Tokens of a prompt, roughly."
 )
 @click.option("--requests", type=AT_LEAST_TWO, default=8, help="Requests that run together.")
-@click.option("--written", type=AT_LEAST_TWO, default=24, help="Tokens that each request writes.")
+@click.option("--written", type=AT_LEAST_TWO, default=96, help="Tokens that each request writes.")
 @options.json_file
 @options.model
 @options.dtype
@@ -381,15 +380,13 @@ def bench_serve(
 ) -> None:
     """Do the same work with and without probes in one running vLLM, in paired rounds.
 
-    The probes have random weights: 0, 1, 10 and 100 readout probes, and one attention probe. What
-    they add is a share of the value without probes, with a 95 % interval over rounds. Their share
-    of the KV cache's memory is printed too.
+    The probes have random weights: 0, 1, 10 and 100 readout probes, one attention probe, and a
+    readout of responses. What they add is a share of the value without probes, with a 95 % interval
+    over rounds. Their share of the KV cache's memory is printed too.
     """
     from sidelight_lab.bench.serving import measure_costs
 
-    costs, memory = asyncio.run(
-        measure_costs(model or "smollm2", options=engine_option, rounds=rounds, **given)
-    )
+    costs, memory = measure_costs(model or "smollm2", options=engine_option, rounds=rounds, **given)
     if out is not None:
         write_json(out, {"rounds": rounds, "memory": memory, "costs": costs})
     for name, share in memory.items():
