@@ -57,6 +57,16 @@ def require_float32s_error(
     assert rows[tokens:].isnan().all()
 
 
+def require_copied_in_place(
+    product: Product, projection: Projection, states: tuple[Tensor, Tensor], stream: Tensor
+) -> None:
+    """Checks that it computes these columns after a copy, with buffers that have not moved."""
+    addresses = [buffer.data_ptr() for buffer in product.buffers]
+    product.copy_(projection)
+    assert [buffer.data_ptr() for buffer in product.buffers] == addresses
+    require_float32s_error(product, projection, *states, stream=stream)
+
+
 def require_no_number_of_none(product: Product, hidden: Tensor, *, columns: int) -> None:
     """Checks that a state that is no number gives none, and that its neighbours keep theirs."""
     plain, broken = torch.empty(len(hidden), columns), torch.empty(len(hidden), columns)

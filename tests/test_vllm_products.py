@@ -12,6 +12,7 @@ from products import (
     mixed_flags,
     random_projection,
     random_states,
+    require_copied_in_place,
     require_float32s_error,
     require_no_number_of_none,
 )
@@ -73,6 +74,22 @@ def test_a_product_reads_no_value(form, has_flags):
             )
         )
         product(LAYER, fake(hidden), fake(residual), out=fake(torch.empty(9, 6)))
+
+
+@pytest.mark.parametrize("has_flags", [True, False])
+@pytest.mark.parametrize("columns", [1, 6])
+@pytest.mark.parametrize("form", FORMS)
+def test_other_weights_are_copied_in_place(form, columns, has_flags):
+    """A captured graph holds the addresses of the first ones."""
+    torch.manual_seed(0)
+    make, dtypes = FORMS[form]
+    flags = [mixed_flags(columns), ~mixed_flags(columns)] if has_flags else [None, None]
+    first, second = (random_projection(64, columns, flags=own) for own in flags)
+    kept = first.weight.clone(), first.shift.clone()
+    states = random_states(9, 64, dtypes[-1])
+    require_copied_in_place(make(first), second, states, sum(states))
+    # They belong to a probe.
+    assert all(map(torch.equal, kept, (first.weight, first.shift)))
 
 
 def test_bf16_parts_are_for_bf16_states():

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn.functional import pad
 
 from sidelight.mechanisms.base import Geometry
 
@@ -50,6 +51,23 @@ class Projection:
             torch.cat([part.weight for part in parts], 2),
             torch.cat([part.shift for part in parts], 1),
             torch.cat(flags) if has_normalised else None,
+        )
+
+    def padded(self, columns: int, *, has_flags: bool) -> "Projection":
+        """So many columns, the last of them 0 for any state.
+
+        Args:
+            columns: At least as many as there are.
+            has_flags: Whether it says of each column if it is normalised, even if none is.
+        """
+        missing = (0, columns - self.shift.shape[1])
+        flags = self.is_normalised
+        if flags is None and has_flags:
+            flags = torch.zeros_like(self.shift[0], dtype=torch.bool)
+        return Projection(
+            pad(self.weight, missing),
+            pad(self.shift, missing),
+            None if flags is None else pad(flags, missing),
         )
 
     def to(self, device: torch.device | str) -> "Projection":

@@ -16,6 +16,7 @@ from products import (
     mixed_flags,
     random_projection,
     random_states,
+    require_copied_in_place,
     require_float32s_error,
     require_no_number_of_none,
 )
@@ -69,6 +70,15 @@ def test_a_state_that_is_no_number_gives_no_column(dtype):
     hidden, _ = random_states(9, 70, dtype)
     product = FusedProduct(random_projection(70, 6, flags=mixed_flags(6)))
     require_no_number_of_none(product, hidden, columns=6)
+
+
+@pytest.mark.parametrize("has_flags", [True, False])
+def test_other_weights_are_copied_in_place(has_flags):
+    torch.manual_seed(0)
+    flags = [mixed_flags(6), ~mixed_flags(6)] if has_flags else [None, None]
+    first, second = (random_projection(70, 6, flags=own) for own in flags)
+    states = random_states(9, 70, torch.bfloat16)
+    require_copied_in_place(FusedProduct(first), second, states, interpreted_sum(*states))
 
 
 def test_with_slots_each_token_goes_to_its_own_and_padding_nowhere():

@@ -82,15 +82,20 @@ class FusedProduct(Product):
     """One launch a layer."""
 
     def __init__(self, projection: Projection):
-        super().__init__(projection)
-        weight = projection.weight
-        if weight.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        device = projection.weight.device.type
+        if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
             raise SidelightError(
-                f"{ENVIRONMENT}=triton needs a GPU, and this is {weight.device.type}. Unset it."
+                f"{ENVIRONMENT}=triton needs a GPU, and this is {device}. Unset it."
             )
-        self._weights = weight.mT.contiguous().unbind()
-        flags = projection.is_normalised
-        self._flags = None if flags is None else flags.to(torch.int8)
+        super().__init__(projection)
+        # The kernel takes bytes; this is the same memory.
+        flags = self.is_normalised
+        self._flags = None if flags is None else flags.view(torch.int8)
+
+    def derived_weights(
+        self, weight: Float[Tensor, "layer width column"]
+    ) -> Float[Tensor, "layer column width"]:
+        return weight.mT.contiguous()
 
     def __call__(
         self,
@@ -102,7 +107,7 @@ class FusedProduct(Product):
         slots: Int[Tensor, " token"] | None = None,
     ) -> None:
         """As ``Product``; with slots, a token's row is its slot, and it has none if that is -1."""
-        columns, width = self._weights[layer].shape
+        columns, width = self.weights[layer].shape
         tokens = len(hidden)
         tokens_at_once, width_at_once = _FEW if tokens <= _FEW_TOKENS else _MANY
         least, most = _COLUMNS_AT_ONCE
@@ -110,7 +115,7 @@ class FusedProduct(Product):
         grid = (triton.cdiv(columns, columns_at_once), triton.cdiv(tokens, tokens_at_once))
         _project[grid](
             hidden.contiguous(), None if residual is None else residual.contiguous(),
-            self._weights[layer], self.shifts[layer], self._flags, slots, out,
+            self.weights[layer], self.shifts[layer], self._flags, slots, out,
             tokens, out.stride(0), width, columns, EPSILON,
             tokens_at_once, width_at_once, columns_at_once,
         )  # fmt: skip

@@ -1,16 +1,16 @@
 """The forms in which one layer's columns are computed, and the choice between them.
 
 Each form gives ``project(weight, shift, is_normalised, hidden + residual)`` with float32's own
-error. It reads no value of a tensor and writes in place, so that it can be part of a captured CUDA
-graph. ``kernel.py`` has the form that needs Triton.
+error. It reads no value of a tensor, writes in place, and takes other weights in place, so that it
+can be part of a captured CUDA graph. ``kernel.py`` has the form that needs Triton.
 """
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import BFloat16, Float, Shaped
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -29,12 +29,34 @@ class Product(ABC):
 
     Args:
         projection: Of the local layers, in float32.
+
+    Attributes:
+        buffers: All that it computes with; they never move.
     """
 
     def __init__(self, projection: Projection):
-        self.is_normalised = projection.is_normalised
+        self.buffers = tuple(map(torch.clone, self._derived(projection)))
+        weights, shifts, *flags = self.buffers
+        self.is_normalised = flags[0] if flags else None
         # The views are made once: a pass asks for every layer, and it may have a single token.
-        self.shifts = projection.shift.unbind()
+        self.weights, self.shifts = weights.unbind(), shifts.unbind()
+
+    def copy_(self, projection: Projection) -> None:
+        """Computes these columns from now on: as many as before, and flags if there were any."""
+        for own, new in zip(self.buffers, self._derived(projection), strict=True):
+            own.copy_(new)
+
+    def _derived(self, projection: Projection) -> Sequence[Tensor]:
+        """What the buffers hold: weights, shifts, and which columns are normalised, if any."""
+        flags = projection.is_normalised
+        weights = self.derived_weights(projection.weight)
+        return weights, projection.shift, *([] if flags is None else [flags])
+
+    @abstractmethod
+    def derived_weights(
+        self, weight: Float[Tensor, "layer width column"]
+    ) -> Shaped[Tensor, "layer _ _"]:
+        """The weights of each layer in the dtype and order that the product wants."""
 
     @abstractmethod
     def __call__(
@@ -51,10 +73,11 @@ class Product(ABC):
 class Addmm(Product):
     """A product in float32: a bf16 result would lose what standardisation subtracts."""
 
-    def __init__(self, projection: Projection):
-        super().__init__(projection)
+    def derived_weights(
+        self, weight: Float[Tensor, "layer width column"]
+    ) -> Float[Tensor, "layer width column"]:
         # With a column's numbers side by side, a matmul of few columns takes a quarter of the time.
-        self._weights = projection.weight.mT.contiguous().mT.unbind()
+        return weight.mT.contiguous().mT
 
     def __call__(
         self,
@@ -66,7 +89,7 @@ class Addmm(Product):
     ) -> None:
         stream = hidden if residual is None else hidden + residual
         flags = self.is_normalised
-        project(self._weights[layer], self.shifts[layer], flags, stream.float(), out=out)
+        project(self.weights[layer], self.shifts[layer], flags, stream.float(), out=out)
 
 
 class SplitBfloat16(Product):
@@ -76,15 +99,15 @@ class SplitBfloat16(Product):
     error is float32's own. The states are read once, at tensor cores' speed.
     """
 
-    def __init__(self, projection: Projection):
-        super().__init__(projection)
-        rest, parts = projection.weight.mT, list[Tensor]()
+    def derived_weights(
+        self, weight: Float[Tensor, "layer width column"]
+    ) -> BFloat16[Tensor, "layer width part"]:
+        rest, parts = weight.mT, list[Tensor]()
         for _ in range(_PARTS):
             parts.append(rest.bfloat16())
             rest = rest - parts[-1].float()
         stacked = torch.cat(parts, 1)
-        self._columns = _PARTS * projection.shift.shape[1]
-        self._weights = pad(stacked, (0, 0, 0, -self._columns % _ALIGNMENT)).mT.unbind()
+        return pad(stacked, (0, 0, 0, -stacked.shape[1] % _ALIGNMENT)).mT
 
     def __call__(
         self,
@@ -100,8 +123,8 @@ class SplitBfloat16(Product):
                 f"{str(hidden.dtype).removeprefix('torch.')}. Choose {ENVIRONMENT}={DEFAULT}."
             )
         stream = hidden if residual is None else hidden + residual
-        products = _in_float32(stream, self._weights[layer])
-        torch.sum(products[:, : self._columns].unflatten(1, (_PARTS, -1)), 1, out=out)
+        products = _in_float32(stream, self.weights[layer])
+        torch.sum(products[:, : _PARTS * out.shape[1]].unflatten(1, (_PARTS, -1)), 1, out=out)
         if self.is_normalised is not None:
             out.mul_(torch.where(self.is_normalised, inverse_rms(stream), 1))
         out.add_(self.shifts[layer])
