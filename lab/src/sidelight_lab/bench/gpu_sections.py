@@ -208,13 +208,16 @@ def graphs(setting: Setting, *, form: str) -> dict[str, Any]:
     reading = Reading("", (), 0, bytes([Part.PROMPT] * (tokens - 3)), True, False)
     device = torch.device(setting.device)
     torch.manual_seed(0)
-    projection = Projection(
-        torch.randn(_TAP_LAYERS, width, columns, device=device),
-        torch.randn(_TAP_LAYERS, columns, device=device),
-        torch.arange(columns, device=device) % 2 == 0,
-    )
+
+    def projection() -> Projection:
+        return Projection(
+            torch.randn(_TAP_LAYERS, width, columns, device=device),
+            torch.randn(_TAP_LAYERS, columns, device=device),
+            torch.rand(columns, device=device) < 0.5,
+        )
+
     empty = torch.full((_TAP_LAYERS, tokens, columns), torch.nan, device=device)
-    stage = Stage(PRODUCTS[form](projection), empty)
+    stage = Stage(PRODUCTS[form](projection()), empty)
     pages = Pages(stage, blocks=blocks, block_size=16)
     inputs = [_states(tokens, width, device) for _ in range(_TAP_LAYERS)]
     slots = torch.arange(tokens, device=device)
@@ -236,11 +239,14 @@ def graphs(setting: Setting, *, form: str) -> dict[str, Any]:
         table = torch.randperm(blocks)[:2].tolist()
         slots.copy_(torch.from_numpy(slots_of(table, np.arange(tokens), 16)))
         slots[-3:] = -1
+        # Other probes take their place in the captured graph.
+        stage.load(probes := projection())
+        product = PRODUCTS[form](probes)
         replay()
         kept = pages.read([replace(reading, blocks=tuple(table))])
         for layer, (hidden, residual) in enumerate(fresh):
             wanted = torch.empty(tokens, columns, device=device)
-            stage.product(layer, hidden, residual, out=wanted)
+            product(layer, hidden, residual, out=wanted)
             # A slot that was not written has NaN.
             off = (kept[:, layer] - wanted[:-3]).abs().nan_to_num(torch.inf).max()
             difference = max(difference, min(1.0, float(off)))
