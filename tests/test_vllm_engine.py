@@ -10,67 +10,95 @@ import pytest
 
 from sidelight.artifact import load_probe
 from sidelight.cli import app
-from sidelight.engines.base import EngineBusyError, EngineUnavailableError, PromptJudged, Sampling
+from sidelight.engines.base import (
+    EngineBusyError,
+    EngineUnavailableError,
+    GenerationError,
+    PromptJudged,
+    Sampling,
+)
 from sidelight.errors import SidelightError
 from sidelight.prompts import Message
 from sidelight.vllm.engine import _SET_HERE, VllmEngine, require_options
-from sidelight.vllm.exchange import Gate, ProbeFolder
+from sidelight.vllm.exchange import saved
 from sidelight.vllm.requests import Capacity
-from sidelight.vllm.settings import KEY
+from sidelight.vllm.settings import KEY, identity_of
 from tiny import tiny_backbone, untrained_probe
 
 
 class Workers:
-    """Stands in for vLLM: two workers that load what they are told, and a prefix cache.
+    """Stands in for vLLM: engines whose workers load what they are told, and report by it.
 
     It writes one token of each text, and no end of it unless that is all that is asked for.
     """
 
     errored = False
-    vllm_config = SimpleNamespace(
-        model_config=SimpleNamespace(max_model_len=100),
-        parallel_config=SimpleNamespace(data_parallel_size=1, pipeline_parallel_size=1),
-        device_config=SimpleNamespace(device_type="cpu"),
-    )
 
-    def __init__(self):
-        self.output_processor = SimpleNamespace(
-            request_states={}, process_outputs=lambda outputs: None
+    def __init__(self, engines=1, servers=1):
+        self.vllm_config = SimpleNamespace(
+            model_config=SimpleNamespace(max_model_len=100),
+            speculative_config=None,
+            parallel_config=SimpleNamespace(
+                data_parallel_size=engines, local_engines_only=False, _api_process_count=servers
+            ),
         )
-        self.loaded = [[], []]
-        self.resets = 0
-        self.refuses = False
-        self.free = asyncio.Event()
-        self.waits = asyncio.Event()
+        states = {}
+        self.output_processor = SimpleNamespace(
+            request_states=states,
+            process_outputs=lambda outputs: None,
+            has_unfinished_requests=lambda: bool(states),
+        )
+        self.loaded = [[] for _ in range(engines)]
+        self.refuses = 0
+        self.is_paused = False
+        self.pausing, self.may_pause = asyncio.Event(), asyncio.Event()
+        self.may_pause.set()
+
+    def identity(self, engine):
+        return identity_of(probe.version for probe in self.loaded[engine])
 
     async def collective_rpc(self, method, args):
         assert method == "sidelight_load"
-        failures = [None, "The second worker refuses." if self.refuses else None]
-        self.refuses = False
-        for worker, failure in enumerate(failures):
+        assert self.is_paused
+        failures = [None] * len(self.loaded)
+        if self.refuses:
+            self.refuses -= 1
+            failures[-1] = "The last worker refuses."
+        for engine, failure in enumerate(failures):
             if failure is None:
-                self.loaded[worker] = args[0]
-        return failures
+                self.loaded[engine] = [load_probe(folder) for folder in args[0]]
+        # vLLM tells what the first engine says.
+        return failures[:1] if len(self.loaded) > 1 else failures
 
-    async def generate(self, tokens, params, request_id):
-        state = SimpleNamespace(external_req_id=request_id, request_index=0)
-        self.output_processor.request_states[request_id] = state
+    async def generate(self, tokens, params, request_id, data_parallel_rank=None):
+        assert not self.is_paused
+        states = self.output_processor.request_states
+        states[request_id] = SimpleNamespace(external_req_id=request_id, request_index=0)
+        report = {"verdicts": {}, "identity": self.identity(data_parallel_rank or 0)}
         said = SimpleNamespace(
-            request_id=request_id, new_token_ids=[7], kv_transfer_params={KEY: {"verdicts": {}}}
+            request_id=request_id, new_token_ids=[7], kv_transfer_params={KEY: report}
         )
         self.output_processor.process_outputs([said])
         text = SimpleNamespace(token_ids=[7], text="", finish_reason=None)
-        yield SimpleNamespace(outputs=[text])
-        if params.max_tokens > 1:
-            await asyncio.Event().wait()
+        try:
+            yield SimpleNamespace(outputs=[text])
+            if params.max_tokens > 1:
+                await asyncio.Event().wait()
+        finally:
+            states.pop(request_id, None)
 
     def shutdown(self):
         pass
 
-    async def reset_prefix_cache(self):
-        self.resets += 1
-        self.waits.set()
-        return self.free.is_set()
+    async def pause_generation(self, *, mode, clear_cache):
+        assert (mode, clear_cache) == ("wait", True)
+        self.pausing.set()
+        await self.may_pause.wait()
+        assert not self.output_processor.request_states
+        self.is_paused = True
+
+    async def resume_generation(self):
+        self.is_paused = False
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +106,7 @@ def backbone():
     return tiny_backbone()
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def names_of_vllm(monkeypatch):
     """The names that the engine imports from vLLM when it writes."""
     names = {
@@ -98,12 +126,14 @@ def names_of_vllm(monkeypatch):
         monkeypatch.setitem(sys.modules, path, module)
 
 
-def replacing(backbone, change):
-    """Exchanges a probe; the workers' and the engine's probes after it did not work out."""
+def replacing(backbone, change, **options):
+    """Replaces a probe; the engine's and each of vLLM's engines' probes after it."""
 
     async def main():
-        llm = Workers()
+        llm = Workers(**options)
         old, new = (untrained_probe(backbone, name) for name in ("old", "new"))
+        with saved([old]) as (own,):
+            llm.loaded = [[load_probe(folder) for folder in own.folders] for _ in llm.loaded]
         engine = VllmEngine(
             llm,
             [old],
@@ -111,11 +141,12 @@ def replacing(backbone, change):
             encoder=backbone.encoder,
             tokenizer=backbone.tokenizer,
             fingerprint=backbone.fingerprint,
-            folder=ProbeFolder(),
+            identity=own.identity,
         )
         await engine.start()
-        await change(engine, llm, new)
-        served = [[load_probe(folder).name for folder in folders] for folders in llm.loaded]
+        async with asyncio.timeout(20):
+            await change(engine, llm, new)
+        served = [[probe.name for probe in probes] for probes in llm.loaded]
         found = [probe.name for probe in engine.probes], served, engine.is_ready
         await engine.close()
         return found
@@ -123,63 +154,128 @@ def replacing(backbone, change):
     return asyncio.run(main())
 
 
+async def begun(engine):
+    """A text that is being written."""
+    text = engine.generate([Message("user", "hello")], Sampling(max_tokens=9))
+    assert isinstance(await anext(text), PromptJudged)
+    return text
+
+
 def test_a_worker_that_refuses_puts_all_back(backbone):
     async def change(engine, llm, new):
-        llm.refuses = True
-        llm.free.set()
-        with pytest.raises(SidelightError, match="second worker refuses"):
+        llm.refuses = 1
+        with pytest.raises(SidelightError, match="last worker refuses"):
             await engine.replace_probes([new])
+        await (await begun(engine)).aclose()
 
-    assert replacing(backbone, change) == (["old"], [["old"], ["old"]], True)
+    assert replacing(backbone, change) == (["old"], [["old"]], True)
+
+
+def test_a_rank_whose_answer_nobody_hears_cannot_keep_old_probes_unnoticed(backbone):
+    async def change(engine, llm, new):
+        llm.refuses = 1
+        with pytest.raises(GenerationError, match="Other probes have judged"):
+            await engine.replace_probes([new])
+        await engine.replace_probes([new])
+
+    assert replacing(backbone, change, engines=2) == (["new"], [["new"], ["new"]], True)
+
+
+def test_if_the_old_probes_cannot_be_put_back_nothing_is_served(backbone):
+    async def change(engine, llm, new):
+        llm.refuses = 2
+        with pytest.raises(SidelightError, match="last worker refuses"):
+            await engine.replace_probes([new])
+        with pytest.raises(EngineUnavailableError, match="Nobody knows"):
+            await engine.judge([[Message("user", "hello")]])
+
+    assert replacing(backbone, change)[2] is False
 
 
 def test_one_who_gives_up_leaves_the_old_probes(backbone):
     async def change(engine, llm, new):
+        llm.may_pause.clear()
         changing = asyncio.create_task(engine.replace_probes([new]))
-        await llm.waits.wait()
+        await llm.pausing.wait()
         changing.cancel()
-        llm.free.set()
+        llm.may_pause.set()
         with pytest.raises(asyncio.CancelledError):
             await changing
-        async with engine._exchange.passing(engine.probes):
-            pass
+        await (await begun(engine)).aclose()
 
-    assert replacing(backbone, change) == (["old"], [["old"], ["old"]], True)
+    assert replacing(backbone, change) == (["old"], [["old"]], True)
 
 
-def test_texts_of_one_request_do_not_hold_up_a_change_that_comes_between_them(
-    backbone, names_of_vllm
-):
+def test_a_text_that_belongs_to_a_begun_request_goes_on_while_a_change_waits(backbone):
     """A server takes nothing more from the first text before it has the second one's verdicts."""
 
     async def change(engine, llm, new):
-        llm.free.set()
-        first, second = (
-            engine.generate([Message("user", "hello")], Sampling(max_tokens=9)) for _ in range(2)
-        )
-        assert isinstance(await anext(first), PromptJudged)
+        first = await begun(engine)
         changing = asyncio.create_task(engine.replace_probes([new]))
-        await asyncio.sleep(0)
-        async with asyncio.timeout(5):
-            with pytest.raises(EngineUnavailableError, match="being replaced"):
-                await anext(second)
-            await first.aclose()
-            await changing
+        await asyncio.sleep(0.1)
+        second = await begun(engine)
+        for text in (first, second):
+            assert not changing.done()
+            await text.aclose()
+        await changing
 
-    assert replacing(backbone, change) == (["new"], [["new"], ["new"]], True)
+    assert replacing(backbone, change) == (["new"], [["new"]], True)
 
 
-def test_a_cache_that_cannot_be_reset_is_tried_again_and_then_an_error(backbone, monkeypatch):
-    monkeypatch.setattr("sidelight.vllm.exchange._RESET_AFTER_S", 0)
+def test_who_comes_while_probes_are_replaced_waits_and_has_the_new_ones(backbone):
+    async def change(engine, llm, new):
+        text = await begun(engine)
+        changing = asyncio.create_task(engine.replace_probes([new]))
+        await asyncio.sleep(0.1)
+        waiting = asyncio.create_task(engine.settled())
+        await asyncio.sleep(0.1)
+        assert not waiting.done()
+        await text.aclose()
+        await waiting
+        assert engine.probes == (new,)
+        await changing
+
+    assert replacing(backbone, change) == (["new"], [["new"]], True)
+
+
+def test_a_client_that_reads_slowly_holds_up_no_change_and_gets_no_other_verdict(
+    backbone, monkeypatch
+):
+    monkeypatch.setattr("sidelight.vllm.exchange._SLOW_AFTER_S", 0.05)
 
     async def change(engine, llm, new):
-        with pytest.raises(SidelightError, match="still in use"):
+        old = engine.probes
+        async with engine.passing(old) as identity:
             await engine.replace_probes([new])
-        assert llm.resets > 2
+            prompt = backbone.encoder.encode([Message("user", "hello")])
+            with pytest.raises(GenerationError, match="Other probes have judged"):
+                await engine.check(prompt, identity)
+        with pytest.raises(EngineUnavailableError, match="just been replaced"):
+            async with engine.passing(old):
+                pytest.fail("these probes are gone")
 
-    names, _, is_ready = replacing(backbone, change)
-    # The old probes' columns could not be reset either: nothing is served any more.
-    assert (names, is_ready) == (["old"], False)
+    assert replacing(backbone, change) == (["new"], [["new"]], True)
+
+
+def test_answers_that_take_too_long_keep_the_old_probes(backbone, monkeypatch):
+    monkeypatch.setattr("sidelight.vllm.exchange._PATIENCE_S", 0.05)
+
+    async def change(engine, llm, new):
+        text = await begun(engine)
+        with pytest.raises(EngineUnavailableError, match="still being written"):
+            await engine.replace_probes([new])
+        await engine.settled()
+        await text.aclose()
+
+    assert replacing(backbone, change) == (["old"], [["old"]], True)
+
+
+def test_several_api_servers_keep_their_probes(backbone):
+    async def change(engine, llm, new):
+        with pytest.raises(SidelightError, match="--api-server-count 1"):
+            await engine.replace_probes([new])
+
+    assert replacing(backbone, change, servers=2) == (["old"], [["old"]], True)
 
 
 @pytest.mark.parametrize(
@@ -249,76 +345,5 @@ def test_a_list_takes_all_its_places_at_once_or_none():
             for each in running[2:]:
                 await each.aclose()
         assert (places.load.running, places.load.waiting) == (0, 0)
-
-    asyncio.run(main())
-
-
-async def settled(task):
-    """Lets the task go as far as it can."""
-    for _ in range(5):
-        await asyncio.sleep(0)
-    return task
-
-
-def test_one_who_gives_up_waiting_leaves_the_gate_open():
-    async def main():
-        gate, leave = Gate(), asyncio.Event()
-
-        async def stay():
-            async with gate.passing():
-                await leave.wait()
-
-        async def close():
-            async with gate.closed():
-                pytest.fail("somebody is inside")
-
-        inside = await settled(asyncio.create_task(stay()))
-        closing = await settled(asyncio.create_task(close()))
-        closing.cancel()
-        await asyncio.wait({closing})
-        async with gate.passing():
-            leave.set()
-        await inside
-
-    asyncio.run(main())
-
-
-def test_who_waits_for_it_to_open_goes_on_when_it_does():
-    async def main():
-        gate = Gate()
-        async with gate.closed():
-            waiting = await settled(asyncio.create_task(gate.opened()))
-            assert not waiting.done()
-        await asyncio.wait_for(waiting, 5)
-
-    asyncio.run(main())
-
-
-def test_nobody_enters_while_it_is_closed_or_waits_for_it():
-    async def main():
-        gate = Gate()
-        async with gate.closed():
-            with pytest.raises(EngineUnavailableError, match="being replaced"):
-                async with asyncio.timeout(5), gate.passing():
-                    pytest.fail("it is closed")
-        async with gate.passing():
-            pass
-
-    asyncio.run(main())
-
-
-def test_who_is_inside_is_waited_for():
-    async def main():
-        gate, order = Gate(), []
-
-        async def close():
-            async with gate.closed():
-                order.append("closed")
-
-        async with gate.passing():
-            closing = await settled(asyncio.create_task(close()))
-            order.append("inside")
-        await closing
-        assert order == ["inside", "closed"]
 
     asyncio.run(main())

@@ -24,13 +24,17 @@ from sidelight.prompts import EncodedPrompt, Part, Reads
 from sidelight.standardisation import Projection
 from sidelight.states.extraction import score
 from sidelight.vllm.columns import Pages, Reading, Stage, Step, Tracking
+from sidelight.vllm.products import SplitBfloat16
 from sidelight.vllm.settings import (
+    COLUMNS,
     ENVIRONMENT,
     KEY,
     Served,
     described_prompt,
     fingerprint_of,
+    identity_of,
     judgement_of,
+    named_columns,
     named_folders,
     request_params,
     token_hash,
@@ -398,16 +402,113 @@ def test_a_request_whose_judging_failed_never_has_a_verdict_again(serving, backb
     assert serving.judge([whole]).result().judgements["r"].failed == ()
 
 
-def test_a_pipeline_stage_keeps_its_probes(backbone, tmp_path):
-    folders = [str(save_probe(untrained_probe(backbone, n), tmp_path / n)) for n in ("old", "new")]
-    served = Served((folders[0],), backbone.fingerprint)
-    layers = backbone.fingerprint.layers
-    device = torch.device("cpu")
-    whole = Worker(served, layers=range(layers), tokens=8, device=device)
-    whole.load(folders[1:])
-    stage = Worker(served, layers=range(2, layers), tokens=8, device=device)
-    with pytest.raises(SidelightError, match="pipeline parallel"):
-        stage.load(folders[1:])
+WIDE = {"mechanism": "attention", "reads": Reads("both")}
+
+
+@pytest.fixture
+def folders(backbone, tmp_path):
+    """Probes on disk, by name: two alike, and one with more columns."""
+    made = {"old": {}, "new": {}, "wide": WIDE}
+    probes = {name: untrained_probe(backbone, name, **given) for name, given in made.items()}
+    return {name: str(save_probe(probe, tmp_path / name)) for name, probe in probes.items()}
+
+
+def worker_of(backbone, folder, *, start=0, columns=0):
+    served = Served((folder,), backbone.fingerprint, columns=columns)
+    layers = range(start, backbone.fingerprint.layers)
+    worker = Worker(served, layers=layers, tokens=8, device=torch.device("cpu"))
+    worker.allocate(blocks=2, block_size=4, cache_bytes=1)
+    return worker
+
+
+def addresses(worker):
+    buffers = [worker._stage.rows, worker._pages._rows, *worker._stage.product.buffers]
+    return [buffer.data_ptr() for buffer in buffers]
+
+
+READING = Reading("r", (1,), 0, bytes([Part.PROMPT] * 4), ends_prompt=True, is_plain=False)
+
+
+def pass_of(worker, backbone):
+    """The outcome of a pass over four tokens."""
+    hidden = states_of(backbone, range(10, 14))
+    for layer, states in enumerate(hidden[worker._layers.start :]):
+        worker.receive(layer, states)
+    worker.keep(torch.arange(4, 8))
+    return worker.judge([READING]).result()
+
+
+@pytest.mark.parametrize("form", ["addmm", "bf16x3"])
+@pytest.mark.parametrize("names", [("old", "new"), ("old", "wide"), ("wide", "old")])
+def test_other_probes_judge_from_the_same_memory(backbone, folders, names, form, monkeypatch):
+    if form == "bf16x3":
+        # The states of the tiny model are float32's, of which this form takes what bf16 can hold.
+        monkeypatch.setattr(SplitBfloat16, "__call__", as_if_in_bfloat16(SplitBfloat16.__call__))
+        monkeypatch.setenv("SIDELIGHT_TAP", form)
+    first, then = (folders[name] for name in names)
+    worker = worker_of(backbone, first, columns=64)
+    before = addresses(worker)
+    for folder in (first, then, first):
+        worker.load([folder])
+        outcome, (probe,) = (
+            pass_of(worker, backbone),
+            Served((folder,), backbone.fingerprint).load(),
+        )
+        prompt = EncodedPrompt(tuple(range(10, 14)), (Part.PROMPT,) * 4)
+        rounding = ROUNDING if form == "addmm" else 0.05
+        require_equal([probe], outcome.judgements["r"], backbone, prompt, rounding)
+        assert outcome.probes.identity == identity_of([probe.version])
+        assert outcome.probes.reads_responses == probe.reads.includes_response
+    assert addresses(worker) == before
+    set_receiver(None)
+
+
+def as_if_in_bfloat16(call):
+    def rounded(self, layer, hidden, residual, *, out):
+        call(self, layer, hidden.bfloat16(), residual, out=out)
+
+    return rounded
+
+
+def test_columns_of_the_old_probes_give_no_verdict(backbone, folders):
+    worker = worker_of(backbone, folders["old"])
+    pass_of(worker, backbone)
+    worker.load([folders["new"]])
+    worker._pages._has_kept.fill_(True)
+    assert worker.judge([READING]).result().judgements["r"].failed == ("new",)
+    set_receiver(None)
+
+
+def test_probes_for_which_there_is_no_room_leave_the_old_ones(backbone, folders, tmp_path):
+    plain = untrained_probe(backbone, "normalised")
+    scaling = replace(plain.standardisation, is_normalised=True)
+    normalised = save_probe(replace(plain, standardisation=scaling), tmp_path / "normalised")
+    worker = worker_of(backbone, folders["old"])
+    wanted = pass_of(worker, backbone)
+    for folder, why in ((folders["wide"], "columns of a layer"), (normalised, "another norm")):
+        with pytest.raises(SidelightError, match=f"{why}.* SIDELIGHT_COLUMNS=") as refused:
+            worker.load([str(folder)])
+        assert pass_of(worker, backbone).judgements == wanted.judgements
+        needed = int(str(refused.value).split("=")[1].split(",")[0])
+        roomy = worker_of(backbone, folders["old"], columns=needed)
+        roomy.load([str(folder)])
+        assert not pass_of(roomy, backbone).judgements["r"].failed
+    set_receiver(None)
+
+
+def test_a_pipeline_stage_sends_the_columns_of_its_new_probes(backbone, folders):
+    whole, first = worker_of(backbone, folders["wide"]), worker_of(backbone, folders["wide"])
+    last = worker_of(backbone, folders["wide"], start=2)
+    for worker in (whole, last):
+        worker.load([folders["new"]])
+        pass_of(worker, backbone)
+    (share,) = last.judge([READING]).result().shares
+    assert (share.first_layer, share.columns.shape[2]) == (2, whole._columns)
+    both = pass_of(whole, backbone)
+    mixed = pass_of(first, backbone) | last.judge([]).result()
+    assert (both | last.judge([]).result()).probes == both.probes
+    # Stages with different probes have none that anybody knows.
+    assert mixed.probes.identity == ""
     set_receiver(None)
 
 
@@ -519,10 +620,21 @@ def test_probes_are_named_by_the_configuration_or_the_environment(monkeypatch):
     assert named_folders({"probes": ["c"]}) == ("c",)
 
 
+def test_room_for_columns_is_named_by_the_configuration_or_the_environment(monkeypatch):
+    monkeypatch.delenv(COLUMNS, raising=False)
+    assert named_columns({}) == 0
+    monkeypatch.setenv(COLUMNS, "64")
+    assert named_columns({}) == 64
+    assert named_columns({"columns": 8}) == 8
+    for wrong in ("-1", "many", 2.5):
+        with pytest.raises(SidelightError, match=f"{COLUMNS} is '{wrong}'"):
+            named_columns({"columns": wrong})
+
+
 def test_served_probes_survive_json_and_belong_to_the_model(backbone, tmp_path):
     probe = untrained_probe(backbone, "topics", task=TOPICS)
     folder = str(save_probe(probe, tmp_path / "topics"))
-    served = Served((folder,), backbone.fingerprint, is_described=True)
+    served = Served((folder,), backbone.fingerprint, is_described=True, columns=7)
     again = Served.from_json(json.loads(json.dumps(served.to_json())))
     assert again == served
     assert [probe.name for probe in again.load()] == ["topics"]

@@ -28,6 +28,7 @@ from sidelight.engines.text import Speller
 from sidelight.errors import ContextLengthError, FingerprintMismatchError, SidelightError
 from sidelight.prompts import EncodedPrompt, Message, Part, PlainText, Reads
 from sidelight.types import Judgement
+from sidelight.vllm.exchange import saved
 from tiny import tiny_backbone, untrained_probe
 from vllm_served import ROUNDING, Model, expected, tiny_model
 
@@ -413,6 +414,19 @@ def test_probes_that_cannot_be_served_leave_the_old_ones(engine, loop, model):
     assert [probe.name for probe in engine.probes] == [probe.name for probe in model.probes]
 
 
+def test_verdicts_of_probes_that_nobody_has_announced_are_no_verdicts(engine, loop, model):
+    with saved(model.probes, [*reversed(model.probes)]) as (own, foreign):
+
+        async def load_and_ask(folders):
+            assert not any(await engine._llm.collective_rpc("sidelight_load", args=(folders,)))
+            await engine._llm.reset_prefix_cache()
+            return await events_of(engine, TEXTS[0])
+
+        with pytest.raises(GenerationError, match="Other probes have judged"):
+            loop.run(load_and_ask(foreign.folders))
+        assert loop.run(load_and_ask(own.folders))[0].judgement.verdicts
+
+
 def test_a_seeded_draw_is_refused_if_it_would_crash_vllm(engine, loop):
     with pytest.raises(SidelightError, match="seed"):
         loop.run(events_of(engine, "hi", Sampling(max_tokens=2, seed=1)))
@@ -428,7 +442,8 @@ def test_a_missing_verdict_is_an_error(engine, loop):
 
     async def ask():
         params = sampling_params(Sampling(temperature=0), 1, other)
-        return [judgement_of(o.steps[-1].params) async for o in engine.outputs(prompt, params)]
+        outputs = engine.outputs(prompt, params, engine._exchange.identity)
+        return [judgement_of(output.steps[-1].params) async for output in outputs]
 
     with pytest.raises(GenerationError, match="other tokens"):
         loop.run(ask())

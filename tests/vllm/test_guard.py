@@ -12,14 +12,14 @@ from types import SimpleNamespace
 import pytest
 
 from chat_families import FAMILIES, WITHOUT_SYSTEM, WITHOUT_TOOLS, family_tokenizer
-from sidelight.artifact import save_probe
+from sidelight.artifact import read_manifest, save_probe
 from sidelight.engines.base import GenerationError
 from sidelight.errors import SidelightError
 from sidelight.policy.decisions import PolicyError
 from sidelight.prompts import PromptEncoder, Reads
 from sidelight.vllm.endpoint import ProbeEndpoint, ProbeMiddleware
 from sidelight.vllm.guard import EngineGuard, RefusedError
-from sidelight.vllm.settings import KEY, Served, server_config
+from sidelight.vllm.settings import KEY, Served, identity_of, server_config
 from templates import CHATML, DEFAULT_SYSTEM, merging_tokenizer
 from tiny import tiny_backbone, untrained_probe
 
@@ -45,7 +45,8 @@ def says(**probes):
 
 
 FINE = says(early=0.1, late=0.1)
-MISSING = [None, {}, {KEY: {"error": "The request was not judged."}}]
+FOREIGN = {KEY: {**FINE[KEY], "identity": "that of other probes"}}
+MISSING = [None, {}, {KEY: {"error": "The request was not judged."}}, FOREIGN]
 
 
 @dataclass
@@ -54,6 +55,7 @@ class Llm:
 
     reports: list
     tokenizer: str
+    identity: str
     fails_at: int | None = None
     is_late: bool = False
     seen: list = field(default_factory=list)
@@ -78,7 +80,7 @@ class Llm:
             if self.is_late:
                 await asyncio.Event().wait()
             reports = self.reports[: params.max_tokens]
-            for number, report in enumerate(reports):
+            for number, report in enumerate(map(self.identified, reports)):
                 if number == self.fails_at:
                     raise RuntimeError("out of memory")
                 said = SimpleNamespace(
@@ -94,6 +96,11 @@ class Llm:
         except (GeneratorExit, asyncio.CancelledError):
             self.aborted.append(request_id)
             raise
+
+    def identified(self, report):
+        """As of the served probes, unless it says of others."""
+        own = (report or {}).get(KEY, {})
+        return {KEY: {"identity": self.identity, **own}} if "verdicts" in own else report
 
     async def encode(self, *args):
         yield "pooled"
@@ -137,7 +144,8 @@ def guarded(backbone, tmp_path, monkeypatch):
             untrained_probe(backbone, "late", reads=Reads("response")),
         ]
         folders = [str(save_probe(probe, tmp_path / probe.name)) for probe in probes]
-        llm = Llm(reports, str(tmp_path / "tokenizer"), **options)
+        identity = identity_of(read_manifest(folder).version for folder in folders)
+        llm = Llm(reports, str(tmp_path / "tokenizer"), identity, **options)
         EngineGuard(llm, Served(tuple(folders), backbone.fingerprint), server_config())
         return llm
 
@@ -309,7 +317,7 @@ def test_what_cannot_be_judged_is_refused_where_a_rule_blocks(guarded):
     assert asyncio.run(pooled(guarded([FINE], policy=""))) == ["pooled"]
     # The scheduler cannot judge an image; the front knows nothing of its tokens either.
     image = {"type": "multimodal", "prompt_token_ids": [3, 60, 1, 4]}
-    assert isinstance(asked(guarded([MISSING[-1]] * 3), image)[1], RefusedError)
+    assert isinstance(asked(guarded([MISSING[2]] * 3), image)[1], RefusedError)
     assert "images" in str(asked(guarded([FINE], policy=BLOCKS), image)[1])
 
 
@@ -413,7 +421,7 @@ class Access:
 def answered(llm, vllm, path="/v1/chat/completions"):
     """The status, headers and body of what the client gets from an application of vLLM's."""
     endpoint, sent = ProbeEndpoint(), []
-    endpoint.guard, endpoint.access, endpoint._own = llm.sidelight_guard, Access(), set()
+    endpoint.guard, endpoint.access, endpoint._routes = llm.sidelight_guard, Access(), ()
 
     async def send(event):
         sent.append(event)

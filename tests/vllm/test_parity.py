@@ -1,19 +1,20 @@
 """vLLM's verdicts are those of ``transformers``, however it schedules the work."""
 
-from types import SimpleNamespace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from sidelight.artifact import save_probe
 from sidelight.backbone import load_backbone
 from sidelight.bank import Bank, Panel
 from sidelight.mechanisms.base import mechanism_names
 from sidelight.prompts import EncodedPrompt, Part, Reads
 from sidelight.states.extraction import score
 from sidelight.vllm.columns import Step, Tracking
-from sidelight.vllm.settings import KEY, request_params
-from sidelight.vllm.worker import Outcome, RequestJudge, Share
+from sidelight.vllm.settings import KEY, Served, request_params
+from sidelight.vllm.worker import Loaded, Outcome, RequestJudge, Share, load_panel
 from tiny import tiny_backbone, untrained_probe
 from vllm_served import (
     Model,
@@ -143,20 +144,50 @@ def test_preempted_requests_are_read_again(model):
 
 
 @pytest.mark.parametrize("parallel", ["pipeline_parallel_size", "tensor_parallel_size"])
-def test_two_workers_give_the_verdicts_of_one(model, prompts, wanted, parallel):
+def test_two_workers_give_the_verdicts_of_one(
+    model, prompts, wanted, parallel, tmp_path, monkeypatch
+):
+    def addresses(_worker):
+        from sidelight.vllm.worker import INSTALLED
+
+        own = INSTALLED.get()
+        buffers = [own._stage.rows, own._pages._rows, *own._stage.product.buffers]
+        return [buffer.data_ptr() for buffer in buffers]
+
+    # For the function above.
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
     # vLLM's CPU workers cannot run a pipeline without compilation.
     eager = parallel == "tensor_parallel_size"
     with llm_of(model, enforce_eager=eager, **{parallel: 2}) as engine:
         for _ in range(2):
             outputs = run(engine, prompts)
             require_equal([reported(output) for output in outputs], wanted)
-        refused = engine.collective_rpc("sidelight_load", args=(model.folders[:1],))
-        if parallel == "pipeline_parallel_size":
-            # The old probes stay, in every stage.
-            assert all("pipeline parallel" in message for message in refused)
-            require_equal([reported(run(engine, prompts[:1])[0])], wanted[:1])
-        else:
-            assert refused == [None, None]
+        # Other probes take their place in all processes, and none if one of them cannot.
+        others, some = reversed_probes(model, tmp_path), prompts[:8]
+        for chosen in (others, with_fewer(model), model, others):
+            before = engine.collective_rpc(addresses)
+            engine.reset_prefix_cache()
+            assert engine.collective_rpc("sidelight_load", args=(chosen.folders,)) == [None] * 2
+            outputs = run(engine, some)
+            require_equal([reported(output) for output in outputs], expected(chosen, some))
+            assert engine.collective_rpc(addresses) == before
+        wide = untrained_probe(model.backbone, "wide")
+        too_wide = [str(save_probe(wide, tmp_path / "wide")), *others.folders]
+        for message in engine.collective_rpc("sidelight_load", args=(too_wide,)):
+            assert "SIDELIGHT_COLUMNS=" in message
+        outputs = run(engine, some)
+        require_equal([reported(output) for output in outputs], expected(others, some))
+
+
+def reversed_probes(model, folder):
+    """The probes in another order, so that each column of a layer is another one."""
+    probes = [*reversed(model.probes)]
+    folders = [str(save_probe(probe, folder / f"reversed-{probe.name}")) for probe in probes]
+    return replace(model, probes=probes, folders=folders)
+
+
+def with_fewer(model):
+    return replace(model, probes=model.probes[1:], folders=model.folders[1:])
 
 
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
@@ -200,7 +231,43 @@ def test_a_share_of_a_request_that_has_ended_leaves_no_state():
     columns = torch.zeros(3, 4, judge.panel.projection.weight.shape[-1])
     shares = [Share(reading, 0, columns) for reading in tracking.plan(steps)]
     tracking.leave("ended")
-    connector = SimpleNamespace(tracking=tracking, _judge=judge)
-    ProbeConnector.take(connector, done(Outcome(shares=shares), reads_responses=True))
+    connector = object.__new__(ProbeConnector)
+    connector.tracking, connector._judge, connector._identity = tracking, judge, "old"
+    connector.take(done(Outcome(shares=shares, probes=Loaded(identity="old"))))
     assert list(judge._states) == ["running"]
     assert "verdicts" in tracking.report("running")[KEY]
+
+
+def test_the_scheduler_follows_its_stages_to_other_probes_or_gives_no_verdict(tmp_path):
+    from sidelight.vllm.connector import ProbeConnector, done
+
+    backbone = tiny_backbone()
+    probes = [untrained_probe(backbone, name) for name in ("old", "new")]
+    served = [
+        Served((str(save_probe(probe, tmp_path / probe.name)),), backbone.fingerprint)
+        for probe in probes
+    ]
+    panel, old = load_panel(served[0])
+    _, new = load_panel(served[1])
+    prompt = EncodedPrompt((5, 6, 7), (Part.PROMPT,) * 3)
+    columns = torch.zeros(3, backbone.fingerprint.layers, panel.projection.weight.shape[-1])
+    connector = object.__new__(ProbeConnector)
+    connector._served, connector._identity = served[0], old.identity
+    connector._judge = RequestJudge(panel)
+
+    def judged_after(loaded):
+        connector.tracking = Tracking(reads_responses=False)
+        connector.tracking.enter("r", request_params(prompt), prompt.token_ids)
+        shares = [Share(r, 0, columns) for r in connector.tracking.plan([Step("r", 3, True, [0])])]
+        connector.take(done(Outcome(shares=shares, probes=loaded)))
+        report = connector.tracking.report("r")[KEY]
+        assert report["identity"] == loaded.identity
+        return {name for name, said in report["verdicts"].items() if "error" not in said}
+
+    assert judged_after(old) == {"old"}
+    assert judged_after(new) == {"new"}
+    # Stages that differ, a folder that is gone, and one that holds something else by now.
+    assert judged_after(Loaded()) == set()
+    assert judged_after(replace(old, folders=(str(tmp_path / "gone"),))) == set()
+    assert judged_after(replace(old, folders=new.folders)) == set()
+    assert judged_after(old) == {"old"}

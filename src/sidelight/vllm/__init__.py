@@ -4,7 +4,8 @@ vLLM calls ``patches.install`` in each of its processes. ``settings`` says which
 and what a request's tokens belong to. In a worker, ``taps`` projects the residual stream of each
 layer, ``columns`` keeps the columns of every token by KV slot, and ``worker`` judges. Beside the
 scheduler, ``connector`` says what to read after each step and puts verdicts on vLLM's outputs.
-``engine``, ``requests`` and ``exchange`` make an ``Engine`` of it, ``endpoint`` adds verdicts to
-vLLM's own server, ``offline`` judges many texts, and ``capture`` keeps hidden states for training.
+``engine`` and ``requests`` make an ``Engine`` of it, ``exchange`` replaces its probes, ``guard``
+and ``endpoint`` are for vLLM's own server, ``offline`` judges many texts, and ``capture`` keeps
+hidden states for training.
 Everything is kept by KV slot, never by request. ``docs/vllm.md`` says what is supported.
 """

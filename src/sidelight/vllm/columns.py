@@ -10,7 +10,7 @@ part was computed earlier or by another request, and again from the start after 
 
 Stage, pages and weights never move, and nothing depends on a tensor's values, so that
 ``Stage.receive`` and ``Pages.keep`` can be part of a captured CUDA graph (not yet tried on a GPU).
-A graph holds their addresses, so they must not be replaced where graphs are captured.
+A graph holds their addresses: other probes are copied into them, as far as there is room.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,12 +28,12 @@ from sidelight.prompts import EncodedPrompt, Part
 from sidelight.standardisation import Projection
 from sidelight.types import Judgement
 from sidelight.vllm.products import PRODUCTS, Product, product_name
-from sidelight.vllm.settings import KEY, described_prompt, report_of
+from sidelight.vllm.settings import COLUMNS, KEY, described_prompt, report_of
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Where one forward pass leaves its columns.
+    """Where one forward pass leaves its columns. The last ones may be those of no probe.
 
     Attributes:
         product: From the hidden states of the local layers to columns.
@@ -45,11 +45,40 @@ class Stage:
     rows: Float[Tensor, "layer token column"]
 
     @staticmethod
-    def empty(projection: Projection, *, tokens: int) -> "Stage":
-        """A stage for passes over at most ``tokens`` tokens."""
-        layers, _, columns = projection.weight.shape
-        rows = projection.weight.new_full((layers, tokens, columns), torch.nan)
-        return Stage(PRODUCTS[product_name()](projection), rows)
+    def empty(projection: Projection, *, tokens: int, columns: int = 0) -> "Stage":
+        """A stage for passes over at most ``tokens`` tokens.
+
+        Args:
+            projection: To the columns of the first probes.
+            tokens: The longest pass.
+            columns: How many to keep room for, also of states that are normalised; 0: for these.
+        """
+        has_flags = columns > 0 or projection.is_normalised is not None
+        columns = max(columns, projection.shift.shape[1])
+        rows = projection.weight.new_full((len(projection.weight), tokens, columns), torch.nan)
+        padded = projection.padded(columns, has_flags=has_flags)
+        return Stage(PRODUCTS[product_name()](padded), rows)
+
+    def load(self, projection: Projection) -> None:
+        """Projects to these columns from now on.
+
+        Raises:
+            SidelightError: There is no room for them. Nothing has changed.
+        """
+        columns, needed = self.columns, projection.shift.shape[1]
+        has_flags = self.product.is_normalised is not None
+        lacks_flags = projection.is_normalised is not None and not has_flags
+        if needed > columns or lacks_flags:
+            why = (
+                "read states of another norm than the first ones"
+                if lacks_flags
+                else f"need {needed} columns of a layer, and there is room for {columns}"
+            )
+            raise SidelightError(
+                f"The probes {why}. Start vLLM with {COLUMNS}={max(needed, columns)}, which keeps "
+                "room for both."
+            )
+        self.product.copy_(projection.padded(columns, has_flags=has_flags))
 
     def receive(
         self,
@@ -58,6 +87,11 @@ class Stage:
         residual: Float[Tensor, "token width"] | None = None,
     ) -> None:
         self.product(layer, hidden, residual, out=self._layers[layer][: len(hidden)])
+
+    @cached_property
+    def columns(self) -> int:
+        """How many a layer has room for."""
+        return self.rows.shape[2]
 
     # The views are made once: a pass asks for every layer, and it may have a single token.
     @cached_property
@@ -144,6 +178,10 @@ class Pages:
         staged.fill_(torch.nan)
         self._has_kept.fill_(True)
 
+    def clear(self) -> None:
+        """Forgets all rows: whoever reads one that was kept before has no verdict."""
+        self._rows.fill_(torch.nan)
+
     def has_kept(self) -> Bool[Tensor, ""]:
         """Whether rows were moved since this was asked last; on the device, so nothing waits."""
         has_kept = self._has_kept.clone()
@@ -151,7 +189,7 @@ class Pages:
         return has_kept
 
     def read(self, readings: Sequence[Reading]) -> Float[Tensor, "token layer column"]:
-        """The columns of the readings' tokens, one reading after the other."""
+        """The columns of the readings' tokens, one reading after the other, with spare ones."""
         slots = np.concatenate(
             [
                 slots_of(r.blocks, np.arange(r.start, r.start + len(r.parts)), self._block_size)
@@ -176,6 +214,7 @@ class _Tracked:
     is_judged: bool = False
     seconds: float = 0.0
     judgement: Judgement = field(default_factory=Judgement)
+    identity: str = ""
 
 
 class Tracking:
@@ -235,13 +274,23 @@ class Tracking:
         readings = (self._read(step) for step in steps)
         return [reading for reading in readings if reading is not None]
 
-    def record(self, request_id: str, judgement: Judgement, seconds: float = 0.0) -> None:
-        """Adds verdicts and the seconds of the step, unless the request has ended."""
+    def record(
+        self, request_id: str, judgement: Judgement, seconds: float = 0.0, identity: str = ""
+    ) -> None:
+        """Adds verdicts and the seconds of the step, unless the request has ended.
+
+        Args:
+            request_id: vLLM's name for it.
+            judgement: The verdicts.
+            seconds: Those of the step.
+            identity: That of the probes which judged.
+        """
         tracked = self._requests.get(request_id)
         if tracked is not None:
             tracked.is_judged = True
             tracked.seconds += seconds
             tracked.judgement |= judgement
+            tracked.identity = identity
 
     def report(self, request_id: str) -> dict[str, Any] | None:
         """What goes on an output of the request; None if it is not tracked."""
@@ -250,7 +299,7 @@ class Tracking:
             return None
         if not tracked.is_judged:
             return {KEY: {"error": tracked.error or "The request was not judged."}}
-        report = report_of(tracked.judgement, tracked.seconds)
+        report = report_of(tracked.judgement, tracked.seconds, tracked.identity)
         # Its probes were trained on the model without it.
         return {KEY: {**report, "adapter": tracked.adapter} if tracked.adapter else report}
 

@@ -13,7 +13,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -33,11 +32,12 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from sidelight.bank import Panel
 from sidelight.errors import SidelightError
 from sidelight.prompts import EncodedPrompt
+from sidelight.types import Judgement
 from sidelight.vllm import capture, worker
 from sidelight.vllm.columns import Step, Tracking
 from sidelight.vllm.patches import keeps_every_token, served_by
 from sidelight.vllm.settings import KEY, described_prompt, prompt_encoder
-from sidelight.vllm.worker import RequestJudge, Share, end_with_parent
+from sidelight.vllm.worker import Loaded, RequestJudge, Share, end_with_parent, load_panel
 
 _log = init_logger("vllm.sidelight")
 
@@ -170,32 +170,27 @@ class Results(KVConnectorWorkerMetadata):
 
     Args:
         work: The worker's thread is at it.
-        reads_responses: Whether some probe reads the response.
     """
 
-    def __init__(self, work: Future[worker.Outcome], *, reads_responses: bool):
+    def __init__(self, work: Future[worker.Outcome]):
         self._work = work
-        self.reads_responses = reads_responses
 
     @property
     def outcome(self) -> worker.Outcome:
         return self._work.result()
 
     def aggregate(self, other: "Results") -> "Results":
-        return done(
-            self.outcome | other.outcome,
-            reads_responses=self.reads_responses or other.reads_responses,
-        )
+        return done(self.outcome | other.outcome)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return partial(done, reads_responses=self.reads_responses), (self.outcome,)
+        return done, (self.outcome,)
 
 
-def done(outcome: worker.Outcome, *, reads_responses: bool) -> Results:
+def done(outcome: worker.Outcome) -> Results:
     """Results that nobody waits for."""
     work: Future[worker.Outcome] = Future()
     work.set_result(outcome)
-    return Results(work, reads_responses=reads_responses)
+    return Results(work)
 
 
 def _prompt_reader(
@@ -230,8 +225,9 @@ class ProbeConnector(BaseConnector):
         if role == KVConnectorRole.SCHEDULER:
             served = served_by(vllm_config)
             assert served is not None
-            panel = Panel(served.load())
-            self._judge = RequestJudge(panel)
+            panel, loaded = load_panel(served)
+            self._identity = loaded.identity
+            self._served, self._judge = served, RequestJudge(panel)
             self.tracking = Tracking(
                 reads_responses=panel.late is not None,
                 prompt_of=described_prompt
@@ -265,17 +261,36 @@ class ProbeConnector(BaseConnector):
         """As ``take_verdicts``, if there are any."""
         if results is None:
             return
-        self.tracking.reads_responses = results.reads_responses
         outcome = results.outcome
+        self.tracking.reads_responses = outcome.probes.reads_responses
         for request_id, judgement in outcome.judgements.items():
-            self.tracking.record(request_id, judgement, outcome.seconds)
+            self._record(request_id, judgement, outcome)
         shares: dict[str, list[Share]] = defaultdict(list)
         for share in outcome.shares:
             shares[share.reading.request_id].append(share)
+        follows = not shares or self._follows(outcome.probes)
         for request_id, own in shares.items():
             # A step that ran on past its request's end would leave a state that nobody drops.
-            if request_id in self.tracking:
-                self.tracking.record(request_id, self._judge.join(own), outcome.seconds)
+            if request_id not in self.tracking:
+                continue
+            # Stages may have probes that cannot be loaded here, or each may have others.
+            judged = None if follows else self._judge.fail([own[0].reading])[request_id]
+            self._record(request_id, judged or self._judge.join(own), outcome)
+
+    def _record(self, request_id: str, judgement: Judgement, outcome: worker.Outcome) -> None:
+        self.tracking.record(request_id, judgement, outcome.seconds, outcome.probes.identity)
+
+    def _follows(self, loaded: Loaded) -> bool:
+        """Whether the probes here are those of the stages, which may have taken others."""
+        if loaded.identity not in ("", self._identity):
+            try:
+                panel, found = load_panel(replace(self._served, folders=loaded.folders))
+            # An error here would end the engine.
+            except (SidelightError, OSError):
+                _log.exception("The scheduler cannot load the probes of its workers.")
+                return False
+            self._judge, self._identity = RequestJudge(panel), found.identity
+        return loaded.identity == self._identity
 
     def request_finished(
         self, request: Any, block_ids: list[int]
@@ -315,7 +330,7 @@ class ProbeConnector(BaseConnector):
         if not orders.has_pass or get_tensor_model_parallel_rank() != 0:
             return None
         work = own.judge(orders.items)
-        return Results(work, reads_responses=own.reads_responses) if orders.items else None
+        return Results(work) if orders.items else None
 
 
 class SharedConnector(MultiConnector):

@@ -3,7 +3,7 @@
 vLLM loads this if ``VLLM_PLUGINS`` names ``sidelight``. What is enforced is in ``guard``, below
 HTTP. An ASGI middleware gives the answers what only HTTP has: the status and body of a refusal, the
 headers of the verdicts, and fields for them in JSON and in streams of chunks. It also answers the
-routes of our own server that judge texts, where vLLM has none of that path.
+routes of our own server that judge texts and change probes, where vLLM has none of that path.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
@@ -13,6 +13,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from functools import wraps
 from typing import Any
@@ -27,7 +28,7 @@ from starlette.types import Message as Event
 from sidelight.errors import SidelightError
 from sidelight.policy.decisions import Decision, tightened
 from sidelight.policy.rules import BoundRule
-from sidelight.server import checks, questions
+from sidelight.server import admin, checks, questions
 from sidelight.server.app import application
 from sidelight.server.config import Caller
 from sidelight.server.errors import RequestError, as_request_error
@@ -66,7 +67,7 @@ class ProbeEndpoint:
         app.add_middleware(ProbeMiddleware, endpoint=self)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
-        """Finds the guard of the engine, and mounts what judges texts, and the metrics."""
+        """Finds the guard of the engine, and mounts our routes, and the metrics."""
         guard: EngineGuard | None = getattr(engine_client, "sidelight_guard", None)
         if guard is None:
             return
@@ -77,20 +78,20 @@ class ProbeEndpoint:
         config = server_config(**({"api_key": keys} if keys else {}))
         self.access = config.access
         context = Context(guard.engine, guard.registry, config, guard.observer)
-        routers = checks.router, questions.router
-        self._checks = application(context, routers)
-        self._own = {route.path for router in routers for route in router.routes}
+        routers = checks.router, questions.router, admin.admin_probes_router
+        self._application = application(context, routers)
+        self._routes = [route for router in routers for route in router.routes]
         REGISTRY.register(guard.observer.metrics.disclosed(lambda: guard.registry.all_rules))
         _mark_cut_responses()
         _refuse_beams(guard)
         self.guard = guard
 
-    def checks(self, scope: Scope) -> ASGIApp | None:
-        """What judges texts at this path; None: it is vLLM's, or nobody's."""
-        if scope["path"] not in self._own:
+    def own(self, scope: Scope) -> ASGIApp | None:
+        """What answers at this path; None: it is vLLM's, or nobody's."""
+        if all(route.matches(scope)[0] == Match.NONE for route in self._routes):
             return None
         is_theirs = any(route.matches(scope)[0] == Match.FULL for route in self._vllm.routes)
-        return None if is_theirs else self._checks
+        return None if is_theirs else self._application
 
     def terms(self, body: bytes, caller: Caller) -> tuple[Report, Sequence[BoundRule]]:
         """What this caller sees of the verdicts, and the rules for the request.
@@ -117,11 +118,11 @@ class ProbeMiddleware:
         self._endpoint = endpoint
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers the routes that judge texts, and adds to vLLM's answers to posts."""
+        """Answers the routes that are ours, and adds to vLLM's answers to posts."""
         guard = self._endpoint.guard
         if guard is None or scope["type"] != "http":
             await self._app(scope, receive, send)
-        elif (own := self._endpoint.checks(scope)) is not None:
+        elif (own := self._endpoint.own(scope)) is not None:
             # As the outermost application of its own.
             await own({**scope, "app": own, "root_path": ""}, receive, send)
         elif scope["method"] != "POST":
@@ -135,21 +136,27 @@ class ProbeMiddleware:
         authorization = Headers(scope=scope).get("authorization", "")
         caller = self._endpoint.access.caller(authorization) or Caller()
         body, receive = await _read(receive)
-        try:
-            report, rules = self._endpoint.terms(body, caller)
-        except SidelightError as error:
-            await as_request_error(error, sees_all=caller.is_admin).answer()(scope, receive, send)
-            return
-        trace = Trace(start_ns=time.time_ns(), request_id=f"req_{uuid.uuid4().hex}")
-        observer = replace(guard.observer, trace=trace, key_id=caller.key_id)
-        record = RequestRecord(observer, rules)
-        answer = _Answer(scope, receive, send, record, report)
-        with recorded(record):
+        # From here on the request keeps these probes and their rules.
+        await guard.engine.settled()
+        probes = guard.engine.probes
+        async with AsyncExitStack() as stack:
             try:
-                await self._app(scope, receive, answer)
-            except Exception:
-                if not await answer.fail():
-                    raise
+                await stack.enter_async_context(guard.engine.passing(probes))
+                report, rules = self._endpoint.terms(body, caller)
+            except SidelightError as error:
+                refusal = as_request_error(error, sees_all=caller.is_admin).answer()
+                await refusal(scope, receive, send)
+                return
+            trace = Trace(start_ns=time.time_ns(), request_id=f"req_{uuid.uuid4().hex}")
+            observer = replace(guard.observer, trace=trace, key_id=caller.key_id)
+            record = RequestRecord(probes, observer, rules)
+            answer = _Answer(scope, receive, send, record, report)
+            with recorded(record):
+                try:
+                    await self._app(scope, receive, answer)
+                except Exception:
+                    if not await answer.fail():
+                        raise
 
 
 class _Answer:

@@ -7,7 +7,7 @@ import os
 import uuid
 from collections import deque
 from collections.abc import AsyncGenerator, Collection, Coroutine, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import asdict
 from typing import Any
 
@@ -33,7 +33,7 @@ from sidelight.fingerprint import Fingerprint
 from sidelight.probe import Probe, common_format
 from sidelight.prompts import Conversation, EncodedPrompt, Message, PromptEncoder, has_response
 from sidelight.types import Judgement
-from sidelight.vllm.exchange import Exchange, ProbeFolder
+from sidelight.vllm.exchange import Exchange, saved
 from sidelight.vllm.requests import (
     Capacity,
     Output,
@@ -57,7 +57,7 @@ class VllmEngine(Engine):
         encoder: Turns messages into the model's token ids.
         tokenizer: The model's tokenizer.
         fingerprint: Of the model; every probe must have been trained on it.
-        folder: Where its workers find probes; None: they keep those that they have.
+        identity: That of the probes, as its workers loaded them.
         limits: At most ``waiting`` requests wait for vLLM to begin them. Of a list of texts to
             judge, ``running`` are in vLLM at a time.
     """
@@ -71,15 +71,14 @@ class VllmEngine(Engine):
         encoder: PromptEncoder,
         tokenizer: Any,
         fingerprint: Fingerprint,
-        folder: ProbeFolder | None,
+        identity: str,
         limits: Limits | None = None,
     ):
         self._llm = llm
         self._listener = listener_of(llm.output_processor)
-        self._exchange = Exchange(llm, folder, probes)
+        self._exchange = Exchange(llm, probes, identity)
         self._name = name
         self._fingerprint = fingerprint
-        self._folder = folder
         self._limits = limits or Limits()
         # vLLM always writes a token, also when a text is only judged, so one position is kept free.
         room = min(encoder.max_tokens, llm.vllm_config.model_config.max_model_len - 1)
@@ -92,7 +91,7 @@ class VllmEngine(Engine):
         return self._name
 
     @property
-    def probes(self) -> Sequence[Probe]:
+    def probes(self) -> tuple[Probe, ...]:
         return self._exchange.probes
 
     @property
@@ -115,22 +114,30 @@ class VllmEngine(Engine):
         """Ends vLLM's processes."""
         self._is_open = False
         await asyncio.to_thread(self._llm.shutdown)
-        if self._folder is not None:
-            self._folder.cleanup()
 
     async def replace_probes(self, probes: Sequence[Probe]) -> None:
         """As for every engine, once the requests in it are done; new ones wait (``settled``).
 
         Raises:
-            SidelightError: One cannot be served, or the engine has several pipeline stages or
-                data-parallel ranks, or is on a GPU. The old probes stay.
+            SidelightError: One cannot be served, there is no room for its columns, or several API
+                servers share the engine. The old probes stay.
         """
         require_same_model(probes, self._fingerprint)
-        warm_up = self._codec.encode(WARM_UP)
-        await self._exchange.replace(probes, try_out=lambda: self.check(warm_up))
+        prompt = self._codec.encode(WARM_UP)
+
+        def try_out(identity: str, rank: int | None) -> Coroutine[Any, Any, Judgement]:
+            params = sampling_params(Sampling(temperature=0.0), 1, prompt)
+            outputs = self.outputs(prompt, params, identity, data_parallel_rank=rank)
+            return _last_judgement(outputs)
+
+        await self._exchange.replace(probes, try_out)
 
     async def settled(self) -> None:
         await self._exchange.settled()
+
+    def passing(self, probes: tuple[Probe, ...]) -> AbstractAsyncContextManager[str]:
+        """As ``Exchange.passing``, for requests that come another way."""
+        return self._exchange.passing(probes)
 
     async def memory_share(self) -> float:
         """Memory of the probes' columns as a share of that of keys and values (first worker)."""
@@ -165,11 +172,12 @@ class VllmEngine(Engine):
                 admits,
                 logprobs=sampling.logprobs,
                 codec=self._codec,
-                check=self.check,
+                check=lambda whole: self.check(whole, identity),
             )
             with self._capacity.taken(1) as (place,):
-                async with self._exchange.passing(probes):
-                    outputs = self._capacity.followed(place, self.outputs(prompt, params))
+                async with self._exchange.passing(probes) as identity:
+                    written = self.outputs(prompt, params, identity)
+                    outputs = self._capacity.followed(place, written)
                     async with aclosing(text.events(outputs)) as written:
                         async for event in written:
                             yield event
@@ -184,10 +192,11 @@ class VllmEngine(Engine):
     async def _judge(
         self, conversations: Sequence[Sequence[Message]], probes: tuple[Probe, ...]
     ) -> list[PromptJudged]:
-        prompts = await asyncio.to_thread(lambda: [self._codec.encode(c) for c in conversations])
-        with self._capacity.taken(len(prompts)) as places:
-            async with self._exchange.passing(probes):
-                judged = await self._check_all(prompts, places)
+        async with self._exchange.passing(probes) as identity:
+            encode = self._codec.encode
+            prompts = await asyncio.to_thread(lambda: [encode(c) for c in conversations])
+            with self._capacity.taken(len(prompts)) as places:
+                judged = await self._check_all(prompts, places, identity)
         early = early_names(probes)
         events: list[PromptJudged] = []
         for turns, prompt, judgement in zip(conversations, prompts, judged, strict=True):
@@ -196,14 +205,15 @@ class VllmEngine(Engine):
         return events
 
     async def _check_all(
-        self, prompts: Sequence[EncodedPrompt], places: Sequence[Place]
+        self, prompts: Sequence[EncodedPrompt], places: Sequence[Place], identity: str
     ) -> list[Judgement]:
         """In order. Of a long list only some are in vLLM at once, so that others get in."""
         together = asyncio.Semaphore(self._limits.running)
 
         async def check(prompt: EncodedPrompt, place: Place) -> Judgement:
             async with together:
-                return await _last_judgement(self._capacity.followed(place, self._checked(prompt)))
+                outputs = self._checked(prompt, identity)
+                return await _last_judgement(self._capacity.followed(place, outputs))
 
         try:
             async with asyncio.TaskGroup() as group:
@@ -214,17 +224,25 @@ class VllmEngine(Engine):
             raise errors.exceptions[0] from None
         return [task.result() for task in tasks]
 
-    def _checked(self, prompt: EncodedPrompt) -> AsyncGenerator[Output, None]:
+    def _checked(self, prompt: EncodedPrompt, identity: str) -> AsyncGenerator[Output, None]:
         """The outputs for a text that is only judged: one token, which vLLM must write."""
         self._codec.require_within_context(prompt)
-        return self.outputs(prompt, sampling_params(Sampling(temperature=0.0), 1, prompt))
+        return self.outputs(prompt, sampling_params(Sampling(temperature=0.0), 1, prompt), identity)
 
-    async def check(self, prompt: EncodedPrompt) -> Judgement:
+    async def check(self, prompt: EncodedPrompt, identity: str) -> Judgement:
         """What all probes say of these tokens, for a request that already has its place."""
-        return await _last_judgement(self._checked(prompt))
+        return await _last_judgement(self._checked(prompt, identity))
 
-    async def outputs(self, prompt: EncodedPrompt, params: Any) -> AsyncGenerator[Output, None]:
+    async def outputs(
+        self, prompt: EncodedPrompt, params: Any, identity: str, **options: Any
+    ) -> AsyncGenerator[Output, None]:
         """The outputs of one request.
+
+        Args:
+            prompt: Its tokens.
+            params: Its ``SamplingParams``.
+            identity: That of the probes which are to judge it.
+            options: Others of ``AsyncLLM.generate``.
 
         Raises:
             EngineUnavailableError: vLLM has stopped.
@@ -237,10 +255,11 @@ class VllmEngine(Engine):
         tokens = {"prompt_token_ids": list(prompt.token_ids)}
         request_id, reports = uuid.uuid4().hex, deque[StepReport]()
         try:
-            with self._listener.to(request_id, reports.append):
+            with self._listener.to(request_id, identity, reports.append):
                 # That of the class: an instance in vLLM's own server enforces a policy.
                 generate = type(self._llm).generate
-                async with aclosing(generate(self._llm, tokens, params, request_id)) as outputs:
+                written = generate(self._llm, tokens, params, request_id, **options)
+                async with aclosing(written) as outputs:
                     async for output in outputs:
                         (text,) = output.outputs
                         # The steps that wrote these tokens: at least one, perhaps of no token.
@@ -302,24 +321,24 @@ def load_vllm_engine(
     backbone = read_backbone(model, prompt_format=common_format(probes))
     fingerprint = backbone.fingerprint
     require_same_model(probes, fingerprint)
-    folder = ProbeFolder()
-    named = {"probes": folder.put(probes), "fingerprint": asdict(fingerprint), DESCRIBED: True}
     given = {"max_model_len": backbone.encoder.max_tokens, **(options or {})}
     require_options(given, AsyncEngineArgs)
-    arguments = AsyncEngineArgs(
-        model=backbone.path,
-        dtype=dtype,
-        disable_log_stats=True,
-        additional_config={KEY: named},
-        **given,
-    )
-    try:
-        llm = AsyncLLM.from_engine_args(arguments)
-    except TypeError as error:
-        # vLLM compares numbers with whatever it is given.
-        raise SidelightError(
-            f"vLLM cannot work with these options ({error}): {given}. Check their types."
-        ) from error
+    with saved(probes) as (own,):
+        named = {"probes": own.folders, "fingerprint": asdict(fingerprint), DESCRIBED: True}
+        arguments = AsyncEngineArgs(
+            model=backbone.path,
+            dtype=dtype,
+            disable_log_stats=True,
+            additional_config={KEY: named},
+            **given,
+        )
+        try:
+            llm = AsyncLLM.from_engine_args(arguments)
+        except TypeError as error:
+            # vLLM compares numbers with whatever it is given.
+            raise SidelightError(
+                f"vLLM cannot work with these options ({error}): {given}. Check their types."
+            ) from error
     return VllmEngine(
         llm,
         probes,
@@ -327,7 +346,7 @@ def load_vllm_engine(
         encoder=backbone.encoder,
         tokenizer=backbone.tokenizer,
         fingerprint=fingerprint,
-        folder=folder,
+        identity=own.identity,
         limits=limits,
     )
 

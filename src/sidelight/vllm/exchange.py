@@ -1,109 +1,95 @@
-"""The probes that vLLM's workers serve, and how they are replaced while no request runs."""
+"""The probes that vLLM's workers serve, and how others take their place.
+
+vLLM pauses for other weights, and so it does for other probes. It would refuse requests meanwhile,
+or queue them behind the change, so they wait here, before they have any probes. One that has begun
+is judged to its end by the probes that it began with: whatever others say counts as no verdict.
+"""
 
 import asyncio
-import tempfile
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import monotonic
 from typing import Any
 
-from sidelight.artifact import save_probe
+from sidelight.artifact import read_manifest, save_probe
 from sidelight.engines.base import EngineUnavailableError, verdict_failure
 from sidelight.errors import SidelightError
 from sidelight.probe import Probe
 from sidelight.types import Judgement
+from sidelight.vllm.patches import guesses_responses
+from sidelight.vllm.settings import identity_of
+
+# vLLM shows what is logged under its own name.
+_log = logging.getLogger("vllm.sidelight")
+_LOOKS_EVERY_S = 0.02
+# Nothing runs in vLLM, so whoever is inside waits for its client.
+_SLOW_AFTER_S = 5.0
+_PATIENCE_S = 300.0
+
+# Has a short text judged by the probes of this identity, in the engine of this data-parallel rank.
+TryOut = Callable[[str, int | None], Awaitable[Judgement]]
 
 
-class Gate:
-    """Requests pass while it is open. Whoever closes it waits until nobody is inside."""
+@dataclass(frozen=True)
+class Saved:
+    """Probes on disk, where vLLM's processes find them, with their identity."""
 
-    def __init__(self) -> None:
-        self._inside = 0
-        self._is_open = True
-        self._changed = asyncio.Condition()
-
-    @asynccontextmanager
-    async def passing(self) -> AsyncGenerator[None]:
-        """Is inside the gate.
-
-        Raises:
-            EngineUnavailableError: It is closed. Waiting here could be a deadlock: another text of
-                the same request may be inside, and not go on before this one does.
-        """
-        if not self._is_open:
-            raise EngineUnavailableError("The probes are being replaced. Retry in a moment.")
-        self._inside += 1
-        try:
-            yield
-        finally:
-            self._inside -= 1
-            # Shielded from a cancelled caller: whoever waits for the last one must be woken.
-            await asyncio.shield(self._announce())
-
-    async def opened(self) -> None:
-        """Waits while it is closed; it may be closed again at once."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: self._is_open)
-
-    @asynccontextmanager
-    async def closed(self) -> AsyncGenerator[None]:
-        """Keeps everybody out; only one caller at a time."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: self._is_open)
-            self._is_open = False
-        try:
-            async with self._changed:
-                await self._changed.wait_for(lambda: self._inside == 0)
-            yield
-        finally:
-            self._is_open = True
-            await asyncio.shield(self._announce())
-
-    async def _announce(self) -> None:
-        async with self._changed:
-            self._changed.notify_all()
+    folders: list[str]
+    identity: str
 
 
-class ProbeFolder(tempfile.TemporaryDirectory[str]):
-    """Probes on disk, where vLLM's processes find them. Deleted when this process ends."""
-
-    def __init__(self) -> None:
-        super().__init__(prefix="sidelight-probes-")
-
-    def put(self, probes: Sequence[Probe]) -> list[str]:
-        """Saves these probes; returns their folders."""
-        root = Path(tempfile.mkdtemp(dir=self.name))
-        return [str(save_probe(probe, root / str(i))) for i, probe in enumerate(probes)]
-
-
-# An idle vLLM frees the blocks of a request within a step or two after its last output.
-_RESETS = 50
-_RESET_AFTER_S = 0.1
+@contextmanager
+def saved(*sets: Sequence[Probe]) -> Generator[list[Saved]]:
+    """Saves each set of probes for as long as they take to load."""
+    with TemporaryDirectory(prefix="sidelight-probes-") as home:
+        found: list[Saved] = []
+        for number, probes in enumerate(sets):
+            places = [Path(home) / f"{number}-{i}" for i in range(len(probes))]
+            folders = [str(save_probe(*each)) for each in zip(probes, places, strict=True)]
+            identity = identity_of(read_manifest(folder).version for folder in folders)
+            found.append(Saved(folders, identity))
+        yield found
 
 
 class Exchange:
-    """The served probes, and a gate that requests pass while these stay.
+    """The served probes. Requests pass while these stay.
 
     Args:
-        llm: vLLM's engine.
-        folder: Where its workers find probes; None: they keep those that they have.
+        llm: vLLM's ``AsyncLLM``.
         probes: Those that it was started with.
+        identity: Theirs.
 
     Attributes:
         probes: Those that are served.
+        identity: What reports of their verdicts carry.
         is_whole: Whether it is known which probes each worker has.
     """
 
-    def __init__(self, llm: Any, folder: ProbeFolder | None, probes: Sequence[Probe]):
+    def __init__(self, llm: Any, probes: Sequence[Probe], identity: str):
         self._llm = llm
-        self._folder = folder
-        self._gate = Gate()
+        self._inside = 0
+        self._open = asyncio.Event()
+        self._open.set()
+        self._is_changing = False
+        self._turn = asyncio.Lock()
         self.probes = tuple(probes)
+        self.identity = identity
         self.is_whole = True
 
+    async def settled(self) -> None:
+        """Waits while probes are being replaced; then the caller takes those that are served."""
+        while not self._open.is_set():
+            await self._open.wait()
+
     @asynccontextmanager
-    async def passing(self, probes: tuple[Probe, ...]) -> AsyncGenerator[None]:
-        """These probes stay while somebody is inside.
+    async def passing(self, probes: tuple[Probe, ...]) -> AsyncGenerator[str]:
+        """These probes stay while somebody is inside; yields their identity.
+
+        It does not wait: the request may have another text inside that goes on after this one does.
 
         Args:
             probes: Those that were served when the request was made.
@@ -111,76 +97,103 @@ class Exchange:
         Raises:
             EngineUnavailableError: They are being replaced, or have been.
         """
-        async with self._gate.passing():
-            if probes is not self.probes:
-                raise EngineUnavailableError("The probes have just been replaced. Retry.")
-            yield
+        if not self.is_whole:
+            raise EngineUnavailableError(
+                "Nobody knows which probes vLLM's workers have. Start it again."
+            )
+        if self._is_changing or probes is not self.probes:
+            raise EngineUnavailableError("The probes have just been replaced. Retry.")
+        self._inside += 1
+        try:
+            yield self.identity
+        finally:
+            self._inside -= 1
 
-    async def settled(self) -> None:
-        """Waits while probes are being replaced."""
-        await self._gate.opened()
-
-    async def replace(
-        self, probes: Sequence[Probe], *, try_out: Callable[[], Awaitable[Judgement]]
-    ) -> None:
-        """Serves these from now on, once nobody is inside and each has given a verdict.
-
-        Args:
-            probes: The new ones.
-            try_out: Has the workers' probes judge a short text.
+    async def replace(self, probes: Sequence[Probe], try_out: TryOut) -> None:
+        """Serves these from now on, once the requests inside are done and each gives a verdict.
 
         Raises:
             SidelightError: As ``VllmEngine.replace_probes``; the old probes stay.
         """
-        if self._folder is None:
-            raise SidelightError("vLLM's own server keeps its probes. Restart it with others.")
-        _require_exchangeable(self._llm.vllm_config)
-        async with self._gate.closed():
-            try:
-                await self._put(probes)
-                judged = await try_out()
-                if judged.failed:
-                    raise verdict_failure(judged.failed)
-            except BaseException:
-                await asyncio.shield(self._put_back())
-                raise
-            self.probes = tuple(probes)
+        config = self._llm.vllm_config
+        if guesses_responses(config, probes):
+            raise SidelightError(
+                "Probes of the response are not supported under speculative decoding. Start vLLM "
+                "without it, or load probes of the prompt."
+            )
+        servers = config.parallel_config._api_process_count
+        if servers > 1:
+            raise SidelightError(
+                f"Probes cannot be replaced while {servers} API servers share an engine, since the "
+                "others would keep their policies' old ones. Start vLLM with --api-server-count 1."
+            )
+        async with self._turn:
+            with ExitStack() as stack:
+                # The folders that the old ones came from may hold others by now.
+                sets = saved(probes, self.probes)
+                new, old = await asyncio.to_thread(stack.enter_context, sets)
+                self._open.clear()
+                try:
+                    await self._drained()
+                    self._is_changing = True
+                    try:
+                        await self._load(new, try_out)
+                    except BaseException:
+                        await asyncio.shield(self._put_back(old, try_out))
+                        raise
+                    self.probes, self.identity = tuple(probes), new.identity
+                finally:
+                    self._is_changing = False
+                    self._open.set()
 
-    async def _put(self, probes: Sequence[Probe]) -> None:
-        assert self._folder is not None
-        folders = await asyncio.to_thread(self._folder.put, probes)
-        failures = await self._llm.collective_rpc("sidelight_load", args=(folders,))
+    async def _drained(self) -> None:
+        """Waits until nobody is inside but those whose clients read slowly.
+
+        Raises:
+            EngineUnavailableError: Some texts take too long.
+        """
+        start = busy = monotonic()
+        # Whoever found it open has a moment to come in.
+        await asyncio.sleep(_LOOKS_EVERY_S)
+        while self._inside and monotonic() - busy < _SLOW_AFTER_S:
+            if self._llm.output_processor.has_unfinished_requests():
+                busy = monotonic()
+            if busy - start > _PATIENCE_S:
+                raise EngineUnavailableError(
+                    f"Answers are still being written after {_PATIENCE_S:.0f} s, so the old probes "
+                    "stay. Retry when fewer or shorter ones are."
+                )
+            await asyncio.sleep(_LOOKS_EVERY_S)
+
+    async def _load(self, probes: Saved, try_out: TryOut) -> None:
+        """Has every worker take these probes, and judge with them."""
+        try:
+            # Cached blocks hold what the old probes read.
+            await self._llm.pause_generation(mode="wait", clear_cache=True)
+            failures = await self._llm.collective_rpc("sidelight_load", args=(probes.folders,))
+        finally:
+            await self._llm.resume_generation()
         if any(failures):
             raise SidelightError(next(filter(None, failures)))
-        # Cached blocks hold what the old probes read. The last requests may still use theirs.
-        for _ in range(_RESETS):
-            if await self._llm.reset_prefix_cache():
-                return
-            await asyncio.sleep(_RESET_AFTER_S)
-        raise SidelightError(
-            "vLLM's prefix cache is still in use, so the probes cannot be replaced. Retry."
-        )
+        # vLLM tells what the first engine answers; of another one, its verdicts say what it has.
+        for rank in self._ranks():
+            judged = await try_out(probes.identity, rank)
+            if judged.failed:
+                raise verdict_failure(judged.failed)
 
-    async def _put_back(self) -> None:
+    def _ranks(self) -> Sequence[int | None]:
+        parallel = self._llm.vllm_config.parallel_config
+        is_local = parallel.local_engines_only
+        count = parallel.data_parallel_size_local if is_local else parallel.data_parallel_size
+        return range(count) if count > 1 else [None]
+
+    async def _put_back(self, probes: Saved, try_out: TryOut) -> None:
         try:
-            await self._put(self.probes)
+            await self._load(probes, try_out)
+            self.identity = probes.identity
         except BaseException:
             self.is_whole = False
+            _log.critical(
+                "The old probes cannot be put back, so nothing is served any more. Restart vLLM."
+            )
             raise
-
-
-def _require_exchangeable(config: Any) -> None:
-    """Checks this before anything is touched: a half exchange cannot be undone."""
-    hindrances = {
-        # Verdicts are made in the scheduler, which keeps its probes.
-        "pipeline parallel": config.parallel_config.pipeline_parallel_size > 1,
-        # vLLM returns only the first rank's answer: another could keep its old probes unnoticed.
-        "data parallel": config.parallel_config.data_parallel_size > 1,
-        "a GPU": config.device_config.device_type != "cpu",
-    }
-    found = [name for name, is_there in hindrances.items() if is_there]
-    if found:
-        raise SidelightError(
-            f"Probes cannot be replaced under {', '.join(found)}. Restart the engine with the new "
-            "ones."
-        )

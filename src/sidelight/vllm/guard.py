@@ -16,6 +16,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from datetime import date
 from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
@@ -26,6 +27,7 @@ from sidelight.policy.decisions import Decision, PolicyError
 from sidelight.policy.enforcement import Admitted, Enforcement
 from sidelight.policy.hold_back import Ended
 from sidelight.policy.rules import BoundRule, require_policy_applies
+from sidelight.probe import Probe
 from sidelight.prompts import EncodedPrompt, Part, PlainText
 from sidelight.server.config import ServerConfig
 from sidelight.server.metrics import Metrics
@@ -34,7 +36,14 @@ from sidelight.server.probes import ProbeRegistry
 from sidelight.vllm.engine import VllmEngine
 from sidelight.vllm.outputs import Assembly, GuardedText, OutputDelta, together
 from sidelight.vllm.requests import listener_of
-from sidelight.vllm.settings import KEY, Served, model_tokenizer, prompt_encoder, request_params
+from sidelight.vllm.settings import (
+    KEY,
+    Served,
+    identity_of,
+    model_tokenizer,
+    prompt_encoder,
+    request_params,
+)
 
 
 class RefusedError(SidelightError, ValueError):
@@ -49,6 +58,7 @@ class RequestRecord:
     """What happens to the prompts and texts of one client's request, for its answer.
 
     Attributes:
+        probes: Those that were served when it was made.
         observer: Counts and audits it; None: the guard's own, without a client's key.
         rules: Those that hold for it; None: the policy's.
         refusal: Why it is refused, if it is.
@@ -58,6 +68,7 @@ class RequestRecord:
         decided: Set once it ``is_decided``, or nothing more is written.
     """
 
+    probes: tuple[Probe, ...]
     observer: RequestObserver | None = None
     rules: Sequence[BoundRule] | None = None
     refusal: SidelightError | None = None
@@ -121,13 +132,19 @@ def current_record() -> RequestRecord | None:
 
 @dataclass(frozen=True)
 class _Call:
-    """One call of ``generate``; ``number`` is that of its prompt in the record."""
+    """One call of ``generate``.
+
+    Attributes:
+        number: That of its prompt in the record.
+        identity: That of the probes which judge it.
+    """
 
     record: RequestRecord
     number: int
     params: Any
     request_id: str
     options: Mapping[str, Any]
+    identity: str
 
 
 class EngineGuard:
@@ -164,10 +181,11 @@ class EngineGuard:
             encoder=self._encoder,
             tokenizer=self._tokenizer,
             fingerprint=served.fingerprint,
-            folder=None,
+            identity=identity_of(probe.version for probe in probes),
         )
         require_policy_applies(config.loaded_policy, probes)
-        self.registry = ProbeRegistry(self.engine, config.loaded_policy, {})
+        sources = {p.name: Path(f) for p, f in zip(probes, served.folders, strict=True)}
+        self.registry = ProbeRegistry(self.engine, config.loaded_policy, sources)
         audit = AuditLog(config.audit_log, salt=config.salt) if config.audit_log else None
         self.observer = RequestObserver(Metrics(self.engine), audit)
         self.template: tuple[str | None, Mapping[str, Any]] = (None, {})
@@ -183,12 +201,17 @@ class EngineGuard:
         Raises:
             RefusedError: The policy refuses the prompt, or something could not be judged.
         """
-        record = current_record() or RequestRecord()
-        outputs = self._outputs(record, prompt, sampling_params, request_id, options)
+        record = current_record()
+        if record is None:
+            await self.engine.settled()
+            record = RequestRecord(self.engine.probes)
         try:
-            async with aclosing(outputs):
-                async for output in outputs:
-                    yield output
+            async with self.engine.passing(record.probes) as identity:
+                number = record.begin(sampling_params.n)
+                call = _Call(record, number, sampling_params, request_id, options, identity)
+                async with aclosing(self._outputs(call, prompt)) as outputs:
+                    async for output in outputs:
+                        yield output
         except SidelightError as error:
             record.refusal = record.refusal or error
             raise RefusedError(str(error)) from error
@@ -230,21 +253,15 @@ class EngineGuard:
         """Refuses beam search where a rule blocks: it takes candidates that no probe has read."""
         self._require_unblocked("Texts of a beam search")
 
-    async def _outputs(
-        self,
-        record: RequestRecord,
-        prompt: Any,
-        params: Any,
-        request_id: str,
-        options: Mapping[str, Any],
-    ) -> AsyncGenerator[Any, None]:
-        call = _Call(record, record.begin(params.n), params, request_id, options)
+    async def _outputs(self, call: _Call, prompt: Any) -> AsyncGenerator[Any, None]:
+        params, request_id = call.params, call.request_id
         prompt = self._tokenized(prompt)
         if not isinstance(prompt, Mapping):
             # Text that arrives while the model writes, or a request that its caller has prepared.
             self._require_unblocked("Prompts that are neither text nor token ids")
             own = self._params(params, 0, None)
-            async with aclosing(self._generate(prompt, own, request_id, **options)) as outputs:
+            written = self._generate(prompt, own, request_id, **call.options)
+            async with aclosing(written) as outputs:
                 async for output in outputs:
                     yield output
             return
@@ -291,6 +308,7 @@ class EngineGuard:
             encoded,
             own,
             own_id,
+            identity=call.identity,
             probes=[bound.probe for bound in rules],
             watch=frozenset(enforcement.watch),
             controls=self._controls,

@@ -51,6 +51,7 @@ class GuardedText:
         encoded: What its tokens belong to; None: unknown.
         params: Its ``SamplingParams``. If a probe is watched, the output is by deltas.
         request_id: Unique.
+        identity: That of the probes which are served.
         probes: Those that judge it.
         watch: Names of the probes that are read after every token.
         controls: Ids of control tokens, which are no part of a text where they end it.
@@ -66,6 +67,7 @@ class GuardedText:
         params: Any,
         request_id: str,
         *,
+        identity: str,
         probes: Sequence[Probe],
         watch: Collection[str],
         controls: Collection[int],
@@ -73,7 +75,7 @@ class GuardedText:
     ):
         self._generate, self._listener = generate, listener
         self._prompt, self._encoded = prompt, encoded
-        self._params, self._id = params, request_id
+        self._params, self._id, self._identity = params, request_id, identity
         self._is_delta = params.output_kind.name == "DELTA"
         self._early = early_names(probes)
         self._late = frozenset(probe.name for probe in probes) - self._early
@@ -98,7 +100,7 @@ class GuardedText:
             if not is_judged.done():
                 is_judged.set_result(None)
 
-        with self._listener.to(self._id, hear):
+        with self._listener.to(self._id, self._identity, hear):
             async with aclosing(self._generate(self._prompt, self._params, self._id)) as outputs:
                 # Unless outputs come by deltas, the first comes long after the verdicts.
                 first = asyncio.ensure_future(anext(outputs))
@@ -219,7 +221,7 @@ class GuardedText:
         )
         steps, own_id = deque[StepReport](), f"{self._id}-whole"
         tokens = {**shared, "prompt_token_ids": [*whole.token_ids]}
-        with self._listener.to(own_id, steps.append):
+        with self._listener.to(own_id, self._identity, steps.append):
             async with aclosing(self._generate(tokens, params, own_id)) as outputs:
                 async for _ in outputs:
                     pass

@@ -36,6 +36,7 @@ from sidelight.vllm.settings import (
     Captured,
     Served,
     fingerprint_of,
+    named_columns,
     named_folders,
     server_config,
 )
@@ -207,9 +208,10 @@ def _connect(arguments: Any, name: str, extra: dict[str, Any]) -> None:
 
 
 def _served(model: str, folders: tuple[str, ...], given: dict[str, Any]) -> Served:
+    columns = named_columns(given)
     if "fingerprint" in given:
-        return Served.from_json({**given, "folders": folders})
-    return Served(folders, fingerprint_of(model, folders), bool(given.get(DESCRIBED)))
+        return Served.from_json({**given, "folders": folders, "columns": columns})
+    return Served(folders, fingerprint_of(model, folders), bool(given.get(DESCRIBED)), columns)
 
 
 def _load(
@@ -382,6 +384,12 @@ def _require_offline(arguments: Any) -> None:
         )
 
 
+def guesses_responses(config: Any, probes: Sequence[Probe]) -> bool:
+    """Whether a step also runs guessed tokens, which may never become part of a response read."""
+    is_guessing = getattr(config.speculative_config, "method", None) is not None
+    return is_guessing and any(probe.reads.includes_response for probe in probes)
+
+
 def require_supported(config: Any, probes: Sequence[Probe]) -> None:
     """Checks that a test covers every feature in use, so that nothing is served unjudged."""
     from vllm import envs
@@ -389,9 +397,7 @@ def require_supported(config: Any, probes: Sequence[Probe]) -> None:
     parallel, architecture = config.parallel_config, config.model_config.architecture
     speculation = getattr(config.speculative_config, "method", None)
     refused = {
-        # A step also runs guessed tokens, which may never become part of the response.
-        "probes of the response under speculative decoding": speculation
-        and any(probe.reads.includes_response for probe in probes),
+        "probes of the response under speculative decoding": guesses_responses(config, probes),
         "dual batch overlap": parallel.enable_dbo,
         # Each worker has the states of some tokens.
         "sequence-parallel experts": parallel.use_sequence_parallel_moe,

@@ -25,7 +25,7 @@ from sidelight.errors import SidelightError
 from sidelight.probe import Probe
 from sidelight.prompts import EncodedPrompt, Part
 from sidelight.types import Judgement
-from sidelight.vllm.settings import judgement_of, request_params
+from sidelight.vllm.settings import KEY, judgement_of, request_params
 
 T = TypeVar("T")
 
@@ -58,13 +58,21 @@ class OutputListener:
     def __init__(self, processor: Any):
         self._states: Mapping[str, Any] = processor.request_states
         self._process = processor.process_outputs
-        self._listeners: dict[str, Callable[[StepReport], object]] = {}
+        self._listeners: dict[str, tuple[str, Callable[[StepReport], object]]] = {}
         processor.process_outputs = self._hear
 
     @contextmanager
-    def to(self, request_id: str, listener: Callable[[StepReport], object]) -> Generator[None]:
-        """Gives the listener every report on the request before its outputs can be read."""
-        self._listeners[request_id] = listener
+    def to(
+        self, request_id: str, identity: str, listener: Callable[[StepReport], object]
+    ) -> Generator[None]:
+        """Gives the listener every report on the request before its outputs can be read.
+
+        Args:
+            request_id: The caller's name for it.
+            identity: That of the probes which are to judge it; what others say is no verdict.
+            listener: Takes the reports.
+        """
+        self._listeners[request_id] = identity, listener
         try:
             yield
         finally:
@@ -75,10 +83,18 @@ class OutputListener:
             state = self._states.get(output.request_id)
             # vLLM may still write for a request that has been cancelled.
             if state is not None and state.external_req_id in self._listeners:
-                tokens = len(output.new_token_ids)
-                report = StepReport(state.request_index, tokens, output.kv_transfer_params)
-                self._listeners[state.external_req_id](report)
+                identity, listener = self._listeners[state.external_req_id]
+                params = _by_these(identity, output.kv_transfer_params)
+                listener(StepReport(state.request_index, len(output.new_token_ids), params))
         return self._process(outputs, *args, **kwargs)
+
+
+def _by_these(identity: str, params: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """The report, unless other probes than these have judged."""
+    report = (params or {}).get(KEY, {})
+    if "verdicts" not in report or report.get("identity") == identity:
+        return params
+    return {KEY: {"error": "Other probes have judged than those that the request began with."}}
 
 
 def listener_of(processor: Any) -> OutputListener:

@@ -2,6 +2,7 @@
 
 ``SIDELIGHT_PROBES`` names folders of probes, separated by the system's path separator. So does
 ``additional_config={"sidelight": {"probes": [...]}}``. Without either, the plugin does nothing.
+``SIDELIGHT_COLUMNS``, or ``"columns"`` beside ``"probes"``, keeps room for larger probes.
 ``SIDELIGHT_POLICY`` and ``SIDELIGHT_AUDIT_LOG`` name the files of a server of vLLM's.
 Verdicts, and descriptions of requests by our own engines, travel in ``kv_transfer_params``.
 """
@@ -9,7 +10,7 @@ Verdicts, and descriptions of requests by our own engines, travel in ``kv_transf
 import hashlib
 import os
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain, groupby, repeat
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from sidelight.server.config import ServerConfig
 
 ENVIRONMENT = "SIDELIGHT_PROBES"
+COLUMNS = "SIDELIGHT_COLUMNS"
 # The options of a server that vLLM's own takes from the environment, beside the secrets.
 _SERVER = {"policy": "SIDELIGHT_POLICY", "audit_log": "SIDELIGHT_AUDIT_LOG"}
 KEY = "sidelight"
@@ -47,11 +49,13 @@ class Served:
         fingerprint: That of the served model.
         is_described: Whether requests say what their tokens belong to, as our own engines' do.
             Otherwise clients may have written them, and it is read from their tokens.
+        columns: How many columns of a layer to keep room for; 0: as many as these probes need.
     """
 
     folders: tuple[str, ...]
     fingerprint: Fingerprint
     is_described: bool = False
+    columns: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """For vLLM's configuration."""
@@ -59,13 +63,15 @@ class Served:
             "folders": list(self.folders),
             "fingerprint": asdict(self.fingerprint),
             DESCRIBED: self.is_described,
+            "columns": self.columns,
         }
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> "Served":
         """The inverse of ``to_json``."""
         fingerprint = Fingerprint(**data["fingerprint"])
-        return Served(tuple(data["folders"]), fingerprint, bool(data.get(DESCRIBED)))
+        is_described, columns = bool(data.get(DESCRIBED)), data.get("columns", 0)
+        return Served(tuple(data["folders"]), fingerprint, is_described, columns)
 
     def load(self) -> list[Probe]:
         """Loads the probes.
@@ -78,6 +84,11 @@ class Served:
             probe.fingerprint.require(self.fingerprint, probe=probe.name)
         require_distinct_names(probes)
         return probes
+
+
+def identity_of(versions: Iterable[str]) -> str:
+    """What stands for a set of probes in reports: the same for the same artifacts in this order."""
+    return hashlib.blake2b(" ".join(versions).encode(), digest_size=8).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -103,6 +114,24 @@ def named_folders(config: Mapping[str, Any]) -> tuple[str, ...] | None:
         return tuple(map(str, config["probes"]))
     named = os.environ.get(ENVIRONMENT, "")
     return tuple(filter(None, named.split(os.pathsep))) or None
+
+
+def named_columns(config: Mapping[str, Any]) -> int:
+    """How many columns of a layer to keep room for; 0: as many as the first probes need.
+
+    Args:
+        config: What ``additional_config`` has under ``sidelight``.
+
+    Raises:
+        SidelightError: It is no such number.
+    """
+    given = config.get("columns", os.environ.get(COLUMNS) or 0)
+    if not str(given).isdecimal():
+        raise SidelightError(
+            f"{COLUMNS} is '{given}', but it is a number of columns, such as 64. Unset it to keep "
+            "room for the first probes only."
+        )
+    return int(given)
 
 
 def fingerprint_of(model: str, folders: Sequence[str]) -> Fingerprint:
@@ -209,12 +238,13 @@ def token_hash(token_ids: Sequence[int]) -> str:
     return hashlib.blake2b(array("q", token_ids).tobytes(), digest_size=8).hexdigest()
 
 
-def report_of(judgement: Judgement, seconds: float) -> dict[str, Any]:
+def report_of(judgement: Judgement, seconds: float, identity: str = "") -> dict[str, Any]:
     """The report under ``KEY`` in an output's ``kv_transfer_params``.
 
     Args:
         judgement: What the probes say so far.
         seconds: How long the workers took for it.
+        identity: That of the probes.
     """
     verdicts: dict[str, Any] = {
         verdict.probe: {
@@ -227,7 +257,7 @@ def report_of(judgement: Judgement, seconds: float) -> dict[str, Any]:
         for verdict in judgement.verdicts
     }
     failed = {name: {"error": "verdict_failed"} for name in judgement.failed}
-    return {"verdicts": verdicts | failed, "seconds": seconds}
+    return {"verdicts": verdicts | failed, "seconds": seconds, "identity": identity}
 
 
 def judgement_of(params: Mapping[str, Any] | None) -> tuple[Judgement, float]:

@@ -24,7 +24,7 @@ from sidelight.standardisation import Projection
 from sidelight.types import Judgement
 from sidelight.vllm.columns import Pages, Reading, Stage
 from sidelight.vllm.patches import pass_slots, require_slots
-from sidelight.vllm.settings import Served
+from sidelight.vllm.settings import Served, identity_of
 from sidelight.vllm.taps import Installed, set_receiver
 
 # vLLM shows what is logged under its own name.
@@ -41,6 +41,21 @@ class Share:
 
 
 @dataclass(frozen=True)
+class Loaded:
+    """Which probes a worker has, for those who take its verdicts.
+
+    Attributes:
+        folders: Where they were loaded from.
+        identity: See ``identity_of``; empty: unknown.
+        reads_responses: Whether some probe reads the response.
+    """
+
+    folders: tuple[str, ...] = ()
+    identity: str = ""
+    reads_responses: bool = False
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What a worker has to say after a step.
 
@@ -48,17 +63,21 @@ class Outcome:
         judgements: By request, if the worker has all layers.
         shares: The columns of its layers, if it has some of them.
         seconds: What the worker spent on them.
+        probes: Those that it has.
     """
 
     judgements: dict[str, Judgement] = field(default_factory=dict[str, Judgement])
     shares: list[Share] = field(default_factory=list[Share])
     seconds: float = 0.0
+    probes: Loaded = field(default_factory=Loaded)
 
     def __or__(self, other: "Outcome") -> "Outcome":
         return Outcome(
             {**self.judgements, **other.judgements},
             [*self.shares, *other.shares],
             self.seconds + other.seconds,
+            # Stages with different probes: nobody knows them.
+            self.probes if self.probes == other.probes else Loaded(),
         )
 
 
@@ -128,7 +147,7 @@ class Worker:
     """Holds the probes of one worker process.
 
     Args:
-        served: The probes.
+        served: The first probes, and how many columns to keep room for.
         layers: The hidden states that this worker computes, from 0 (embedding) to L.
         tokens: Length of the longest forward pass.
         device: Where hidden states are.
@@ -140,23 +159,22 @@ class Worker:
     def __init__(self, served: Served, *, layers: range, tokens: int, device: torch.device):
         self._served = served
         self._layers = layers
-        self._tokens = tokens
         self._device = device
         self.cache_bytes = 0
         self._attention = ""
         self._space: tuple[int, int] | None = None
-        self._stage: Stage | None = None
         self._pages: Pages | None = None
+        self._tokens = tokens
         # One thread, since the probes of the response follow each request from step to step.
         self._thread = ThreadPoolExecutor(1, "sidelight-judge")
         self._is_blind = False
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._serve(Panel(served.load(), device=device))
-
-    @property
-    def reads_responses(self) -> bool:
-        """Whether some probe reads the response."""
-        return self._judge.panel.late is not None
+        panel, self._loaded = load_panel(served, device=device)
+        self._judge = RequestJudge(panel)
+        projection = self._projection(panel)
+        self._columns = projection.shift.shape[1]
+        self._stage = Stage.empty(projection, tokens=tokens, columns=served.columns)
+        set_receiver(self)
 
     @property
     def size_bytes(self) -> int:
@@ -179,31 +197,36 @@ class Worker:
         self._space = (blocks, block_size)
         self._make_pages()
 
-    def load(self, folders: list[str]) -> None:
-        """Takes other probes, and drops everything that was computed for the old ones.
+    @torch.inference_mode()
+    def load(self, folders: Sequence[str], *, fits: bool = False) -> None:
+        """Takes other probes, and forgets all columns of the old ones.
+
+        Args:
+            folders: The probes' artifacts.
+            fits: Whether to make new buffers that have room for these alone, to measure what they
+                cost. Captured graphs would go on to write to the old buffers.
 
         Raises:
-            SidelightError: A probe cannot be served, or this is a pipeline stage or on a GPU. The
-                old probes stay.
+            SidelightError: A probe cannot be served, or there is no room for it. The old ones stay.
         """
-        if self._device.type != "cpu":
-            raise SidelightError(
-                "Probes cannot be replaced on a GPU, whose captured graphs write to the old ones' "
-                "memory. Restart the engine with the new ones."
-            )
-        if len(self._layers) < self._served.fingerprint.layers:
-            raise SidelightError(
-                "Probes cannot be replaced under pipeline parallel, where verdicts are made in "
-                "the scheduler, which keeps its probes. Restart the engine with the new ones."
-            )
         served = replace(self._served, folders=tuple(folders))
-        self._serve(Panel(served.load(), device=self._device))
-        self._served = served
+        panel, loaded = load_panel(served, device=self._device)
+        projection = self._projection(panel)
+        if fits:
+            self._refit(projection)
+        else:
+            self._stage.load(projection)
+        # What the old ones have still to judge.
+        self._thread.submit(int).result()
+        if self._pages is not None:
+            self._pages.clear()
+        self._columns = projection.shift.shape[1]
+        self._judge, self._loaded = RequestJudge(panel), loaded
 
     @property
     def bytes_per_token(self) -> int:
         """Memory of a token's columns."""
-        return self._stage.rows[:, 0].nbytes if self._stage else 0
+        return self._stage.rows[:, 0].nbytes
 
     def receive(
         self,
@@ -211,7 +234,7 @@ class Worker:
         hidden: Float[Tensor, "token width"],
         residual: Float[Tensor, "token width"] | None = None,
     ) -> None:
-        if self._stage is not None:
+        if self._stage.columns:
             self._stage.receive(layer, hidden, residual)
 
     def end_pass(self, tokens: int) -> None:
@@ -277,7 +300,7 @@ class Worker:
                     parts = columns.cpu().split([len(reading.parts) for reading in readings])
                     first = self._layers.start
                     shares += [Share(r, first, own) for r, own in zip(readings, parts, strict=True)]
-        return Outcome(judgements, shares, time.perf_counter() - start)
+        return Outcome(judgements, shares, time.perf_counter() - start, self._loaded)
 
     def _judged(
         self, readings: Sequence[Reading], columns: Float[Tensor, "token layer column"]
@@ -304,27 +327,44 @@ class Worker:
 
     def _read(self, readings: Sequence[Reading]) -> Float[Tensor, "token layer column"]:
         if self._pages is not None:
-            return self._pages.read(readings)
+            return self._pages.read(readings)[..., : self._columns]
         tokens = sum(len(reading.parts) for reading in readings)
         return torch.empty(tokens, len(self._layers), 0)
 
-    def _serve(self, panel: Panel) -> None:
-        self._judge = RequestJudge(panel)
-        # Both are dropped before new ones are made: there may be no room for two.
-        self._stage = self._pages = None
-        set_receiver(None)
-        if panel.projection is not None:
-            local = slice(self._layers.start, self._layers.stop)
-            whole = panel.projection
-            projection = Projection(whole.weight[local], whole.shift[local], whole.is_normalised)
-            self._stage = Stage.empty(projection, tokens=self._tokens)
+    def _refit(self, projection: Projection) -> None:
+        if self._device.type != "cpu":
+            raise SidelightError("Buffers cannot be made anew on a GPU, where graphs hold the old.")
+        # There may be no room for two.
+        self._pages = None
+        self._stage = Stage.empty(projection, tokens=self._tokens)
         self._make_pages()
-        set_receiver(self)
 
     def _make_pages(self) -> None:
-        if self._stage is not None and self._space is not None:
+        if self._space is not None:
             blocks, block_size = self._space
             self._pages = Pages(self._stage, blocks=blocks, block_size=block_size)
+
+    def _projection(self, panel: Panel) -> Projection:
+        """The columns of these probes from the layers of this worker."""
+        whole = panel.projection
+        if whole is None:
+            layers, width = len(self._layers), self._served.fingerprint.width
+            nothing = torch.zeros(layers, width, 0, device=self._device)
+            return Projection(nothing, nothing[:, 0])
+        local = slice(self._layers.start, self._layers.stop)
+        return Projection(whole.weight[local], whole.shift[local], whole.is_normalised)
+
+
+def load_panel(served: Served, *, device: torch.device | str = "cpu") -> tuple[Panel, Loaded]:
+    """The probes as they are on disk now, and which these are.
+
+    Raises:
+        SidelightError: One is damaged, two share a name, or one belongs to another model.
+    """
+    probes = served.load()
+    panel = Panel(probes, device=device)
+    identity = identity_of(probe.version for probe in probes)
+    return panel, Loaded(served.folders, identity, panel.late is not None)
 
 
 INSTALLED = Installed[Worker](loss="no probe would run")
@@ -333,14 +373,14 @@ INSTALLED = Installed[Worker](loss="no probe would run")
 class WorkerExtension:
     """Methods that vLLM adds to its workers (``worker_extension_cls``), for ``collective_rpc``."""
 
-    def sidelight_load(self, folders: list[str]) -> str | None:
-        """Loads other probes. The caller resets the prefix cache, which has the old ones' columns.
+    def sidelight_load(self, folders: list[str], fits: bool = False) -> str | None:
+        """Loads other probes while nothing runs, and forgets the columns of cached blocks.
 
         Returns:
             Why they cannot be served, in which case the old probes stay; None if they are.
         """
         try:
-            INSTALLED.get().load(folders)
+            INSTALLED.get().load(folders, fits=fits)
         except SidelightError as error:
             return str(error)
         return None

@@ -121,7 +121,7 @@ def measure_costs(
 
 
 def _exchange(llm: Any, folders: list[str]) -> None:
-    for failure in llm.collective_rpc("sidelight_load", args=(folders,)):
+    for failure in llm.collective_rpc("sidelight_load", args=(folders, True)):
         if failure:
             raise SidelightError(failure)
 
