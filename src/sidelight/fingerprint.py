@@ -65,13 +65,24 @@ class Fingerprint:
         Raises:
             FingerprintMismatchError: It is not; the message names both and what differs.
         """
-        different = [name for name in _COMPARED if not self._known(name) & served._known(name)]
-        if different:
+        if different := self.differences(served):
             raise FingerprintMismatchError(
                 f"Probe '{probe}' was trained on {self.name} (fingerprint {self.digest}), but this "
                 f"backbone is {served.name} ({served.digest}); they differ in "
                 f"{', '.join(different)}. Train the probe on this model, or serve the other."
             )
+
+    def differences(self, served: "Fingerprint") -> list[str]:
+        """The attributes in which ``served`` is another backbone; none if it is the same."""
+        return [name for name in _COMPARED if not self._known(name) & served._known(name)]
+
+    def quantised(self, how: str) -> "Fingerprint":
+        """The fingerprint if an engine quantises the weights while it loads them.
+
+        Args:
+            how: What decides it, such as the engine's options.
+        """
+        return replace(self, weights=_hash(self.weights, how), loaded_weights=None)
 
     def _known(self, name: str) -> set[Any]:
         return {getattr(self, name), getattr(self, f"loaded_{name}", None)} - {None}

@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -17,6 +17,8 @@ from sidelight.storage import replacing, write_json
 
 if TYPE_CHECKING:
     from sidelight.data.examples import Example
+    from sidelight.probe import Probe
+    from sidelight.prompts import Message
 
 
 @click.command(
@@ -159,17 +161,43 @@ def _examples(data: str, text: str, response: str | None, split: str | None) -> 
 _ENGINES = ("transformers", "vllm")
 
 
+def _require_responses(probes: "Sequence[Probe]", response: str | None) -> None:
+    """Checks that probes of responses will have something to judge."""
+    late = [probe.name for probe in probes if probe.reads.includes_response]
+    if late and response is None:
+        raise SidelightError(
+            f"{', '.join(late)} reads responses, and a report needs its verdicts. Name the column "
+            "of the answers with --response."
+        )
+
+
+def _turns(example: "Example") -> "tuple[Message, ...]":
+    """The prompt, and the answer as its last turn if there is one."""
+    from sidelight.prompts import Message
+
+    if example.response is None:
+        return example.messages
+    return (*example.messages, Message("assistant", example.response))
+
+
 @click.command(
     epilog=options.examples(
         "sidelight parity probes/toxicity --data test.jsonl",
         "sidelight parity probes/toxicity --data test.jsonl --engines vllm --dtype float32",
+        "sidelight parity probes/toxicity --data test.jsonl --quantised MODEL --out parity.json",
     )
 )
 @click.argument("probes", nargs=-1, required=True, type=options.PATH)
 @options.data
 @options.text
+@options.response
 @options.limit
 @click.option("--engines", default=",".join(_ENGINES), help="Engines to compare, with commas.")
+@click.option(
+    "--quantised",
+    metavar="MODEL",
+    help="Also compare with this quantised copy in vLLM; --out is then the report to serve it by.",
+)
 @options.model
 @options.dtype
 @options.device
@@ -179,8 +207,10 @@ def parity(
     probes: tuple[Path, ...],
     data: str,
     text: str,
+    response: str | None,
     limit: int | None,
     engines: str,
+    quantised: str | None,
     engine_option: dict[str, Any],
     out: Path | None,
     **model: Any,
@@ -188,11 +218,13 @@ def parity(
     """Compare the verdicts of engines, and of each engine's batch sizes, on the same texts.
 
     Compare in float32 to see whether two engines compute the same, and in the dtype that you serve
-    to see what users get.
+    to see what users get. With --quantised, see what quantised weights change.
     """
     from sidelight.artifact import load_probe
     from sidelight.data.loading import load_examples
     from sidelight.engines.parity import compare_engines
+    from sidelight.vllm.engine import require_vllm
+    from sidelight.vllm.quantised import COPY, OPTIONS, ParityReport, copies_for
 
     names = [name.strip() for name in engines.split(",")]
     if not set(names) <= set(_ENGINES):
@@ -200,19 +232,32 @@ def parity(
             f"Cannot compare '{engines}'. Choose from {', '.join(_ENGINES)} (--engines)."
         )
     loaded = [load_probe(probe) for probe in probes]
-    examples = load_examples(data, text=text, label=None)
+    examples = load_examples(data, text=text, label=None, response=response)
     drawn = examples.draw(limit or len(examples), seed=0)
-    texts = [examples.items[row].messages for row in drawn]
-    own = {"transformers": {}, "vllm": engine_option}
+    texts = [_turns(examples.items[row]) for row in drawn]
+    # What quantises the copy must leave the original as it is.
+    left_out = () if quantised is None else OPTIONS
+    original = {name: value for name, value in engine_option.items() if name not in left_out}
+    own = {"transformers": {}, "vllm": original}
     runtimes = {
         name: options.Runtime(engine=name, engine_option=own[name], **model) for name in names
     }
     makers = {name: partial(one.load_engine, loaded) for name, one in runtimes.items()}
+    copy = None
+    if quantised is not None:
+        _require_responses(loaded, response)
+        require_vllm()
+        copy, copies = copies_for(quantised, loaded, engine_option)
+        runtime = options.Runtime(engine="vllm", engine_option=engine_option, **model)
+        makers[COPY] = partial(replace(runtime, model=quantised).load_engine, copies)
     differences = compare_engines(makers, texts)
-    if out is not None:
+    if out is not None and copy is not None:
+        versions = {probe.name: probe.version for probe in loaded}
+        ParityReport(copy, versions, differences).write(out)
+    elif out is not None:
         write_json(out, [asdict(difference) for difference in differences])
     for difference in differences:
         click.echo(
             f"{difference.probe:<20} {difference.between:<32} largest {difference.largest:.2e}, "
-            f"median {difference.median:.2e}, {difference.flips} of {difference.texts} flipped"
+            f"mean {difference.mean:.2e}, {difference.flips} of {difference.texts} flipped"
         )

@@ -13,7 +13,7 @@ from itertools import combinations
 
 import numpy as np
 
-from sidelight.engines.base import Engine
+from sidelight.engines.base import Engine, verdict_failure
 from sidelight.prompts import Message
 from sidelight.types import Verdict
 
@@ -25,7 +25,8 @@ class Difference:
     Attributes:
         between: Two engines, or one engine and two batch sizes.
         largest: Largest difference of a probability, over texts and labels.
-        median: Median over texts of each text's largest difference.
+        mean: Mean over texts of each text's largest difference.
+        median: Median of the same.
         flips: Texts that get other labels at the probe's thresholds, or are flagged by one only.
         texts: How many were judged.
     """
@@ -33,6 +34,7 @@ class Difference:
     probe: str
     between: str
     largest: float
+    mean: float
     median: float
     flips: int
     texts: int
@@ -50,6 +52,9 @@ def compare_engines(
         engines: Makes each engine; one is closed before the next is made.
         conversations: Two or more texts to judge.
         batch_sizes: How many texts are judged together. Engines are compared at the first size.
+
+    Raises:
+        VerdictError: A probe gives no verdict on a text.
     """
     judged = {
         name: asyncio.run(_judge_in_batches(make, conversations, batch_sizes))
@@ -85,6 +90,8 @@ async def _judge_in_batches(
         for size, by_probe in found.items():
             for start in range(0, len(conversations), size):
                 for judged in await engine.judge(conversations[start : start + size]):
+                    if judged.judgement.failed:
+                        raise verdict_failure(judged.judgement.failed)
                     for verdict in judged.judgement.verdicts:
                         by_probe[verdict.probe].append(verdict)
     finally:
@@ -105,6 +112,7 @@ def _difference(
         probe,
         between,
         largest=float(apart.max()),
+        mean=float(apart.mean()),
         median=float(np.median(apart)),
         flips=sum((a.labels, a.flagged) != (b.labels, b.flagged) for a, b in pairs),
         texts=len(one),

@@ -34,6 +34,7 @@ from sidelight.probe import Probe, common_format
 from sidelight.prompts import Conversation, EncodedPrompt, Message, PromptEncoder, has_response
 from sidelight.types import Judgement
 from sidelight.vllm.exchange import Exchange, saved
+from sidelight.vllm.quantised import admitted, named_report, served_fingerprint
 from sidelight.vllm.requests import (
     Capacity,
     Output,
@@ -304,7 +305,7 @@ def load_vllm_engine(
 
     Args:
         model: ``smollm2``, a folder, or a hub id.
-        probes: Probes trained on it.
+        probes: Probes trained on it, or on what it was quantised from if a report admits them.
         dtype: As vLLM takes it.
         limits: As for ``VllmEngine``.
         options: Fields of vLLM's ``AsyncEngineArgs``.
@@ -319,19 +320,15 @@ def load_vllm_engine(
     from vllm.v1.engine.async_llm import AsyncLLM
 
     backbone = read_backbone(model, prompt_format=common_format(probes))
-    fingerprint = backbone.fingerprint
-    require_same_model(probes, fingerprint)
     given = {"max_model_len": backbone.encoder.max_tokens, **(options or {})}
     require_options(given, AsyncEngineArgs)
+    arguments = AsyncEngineArgs(model=backbone.path, dtype=dtype, disable_log_stats=True, **given)
+    fingerprint = served_fingerprint(backbone.fingerprint, arguments)
+    probes = admitted(probes, fingerprint, named_report({}))
     with saved(probes) as (own,):
-        named = {"probes": own.folders, "fingerprint": asdict(fingerprint), DESCRIBED: True}
-        arguments = AsyncEngineArgs(
-            model=backbone.path,
-            dtype=dtype,
-            disable_log_stats=True,
-            additional_config={KEY: named},
-            **given,
-        )
+        files = asdict(backbone.fingerprint)
+        named = {"probes": own.folders, "fingerprint": files, DESCRIBED: True}
+        arguments.additional_config = {KEY: named}
         try:
             llm = AsyncLLM.from_engine_args(arguments)
         except TypeError as error:

@@ -25,10 +25,13 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 from torch import Tensor
 
+from sidelight.artifact import load_probe
 from sidelight.errors import SidelightError
+from sidelight.fingerprint import Fingerprint
 from sidelight.policy.rules import bound_rules, require_policy_applies
 from sidelight.probe import Probe
 from sidelight.vllm.products import product_name
+from sidelight.vllm.quantised import admitted, named_report, quantisation, served_fingerprint
 from sidelight.vllm.settings import (
     CAPTURE,
     DESCRIBED,
@@ -144,9 +147,15 @@ def _configure(original: Callable[..., Any], arguments: Any, *args: Any, **kwarg
     probes: list[Probe] = []
     if captured is not None:
         _require_offline(arguments)
+        if how := quantisation(arguments):
+            raise SidelightError(
+                f"Hidden states for training are those of the model's files, but vLLM is to "
+                f"quantise what it loads ({how}). Leave that out, or train on a quantised "
+                "checkpoint."
+            )
         _connect(arguments, CAPTURE_CONNECTOR, asdict(captured))
     else:
-        served = _served(arguments.model, folders or (), given)
+        served = _served(arguments, folders or (), given)
         # Loaded here too, since an error in a worker is harder to read.
         probes = served.load()
         if not served.is_described:
@@ -207,11 +216,15 @@ def _connect(arguments: Any, name: str, extra: dict[str, Any]) -> None:
     arguments.kv_transfer_config = KVTransferConfig(**ours)
 
 
-def _served(model: str, folders: tuple[str, ...], given: dict[str, Any]) -> Served:
-    columns = named_columns(given)
-    if "fingerprint" in given:
-        return Served.from_json({**given, "folders": folders, "columns": columns})
-    return Served(folders, fingerprint_of(model, folders), bool(given.get(DESCRIBED)), columns)
+def _served(arguments: Any, folders: tuple[str, ...], given: dict[str, Any]) -> Served:
+    known = given.get("fingerprint")
+    files = Fingerprint(**known) if known else fingerprint_of(arguments.model, folders)
+    model = served_fingerprint(files, arguments)
+    probes = [load_probe(folder) for folder in folders]
+    own = admitted(probes, model, named_report(given))
+    copies = [now.version for was, now in zip(probes, own, strict=True) if now is not was]
+    is_described = bool(given.get(DESCRIBED))
+    return Served(folders, model, is_described, named_columns(given), tuple(copies))
 
 
 def _load(

@@ -38,6 +38,7 @@ DESCRIBED = "described"
 """Under ``KEY``: whether requests describe their tokens."""
 CAPTURE = "capture"
 """Under ``KEY``: a ``Captured``, if hidden states are kept and no probe is served."""
+_ADMITTED = "admitted"
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,14 @@ class Served:
         is_described: Whether requests say what their tokens belong to, as our own engines' do.
             Otherwise clients may have written them, and it is read from their tokens.
         columns: How many columns of a layer to keep room for; 0: as many as these probes need.
+        admitted: The versions of probes that judge a quantised copy of their model.
     """
 
     folders: tuple[str, ...]
     fingerprint: Fingerprint
     is_described: bool = False
     columns: int = 0
+    admitted: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """For vLLM's configuration."""
@@ -64,6 +67,7 @@ class Served:
             "fingerprint": asdict(self.fingerprint),
             DESCRIBED: self.is_described,
             "columns": self.columns,
+            _ADMITTED: list(self.admitted),
         }
 
     @staticmethod
@@ -71,7 +75,8 @@ class Served:
         """The inverse of ``to_json``."""
         fingerprint = Fingerprint(**data["fingerprint"])
         is_described, columns = bool(data.get(DESCRIBED)), data.get("columns", 0)
-        return Served(tuple(data["folders"]), fingerprint, is_described, columns)
+        admitted = tuple(data.get(_ADMITTED, ()))
+        return Served(tuple(data["folders"]), fingerprint, is_described, columns, admitted)
 
     def load(self) -> list[Probe]:
         """Loads the probes.
@@ -81,7 +86,8 @@ class Served:
         """
         probes = [load_probe(folder) for folder in self.folders]
         for probe in probes:
-            probe.fingerprint.require(self.fingerprint, probe=probe.name)
+            if probe.version not in self.admitted:
+                probe.fingerprint.require(self.fingerprint, probe=probe.name)
         require_distinct_names(probes)
         return probes
 

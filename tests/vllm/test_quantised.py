@@ -1,0 +1,291 @@
+"""Quantised weights: served by a report on this probe and this copy, and by nothing else."""
+
+import asyncio
+import json
+import logging
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from commands import run as command
+from sidelight.artifact import load_probe, save_probe
+from sidelight.backbone import TransformersBackbone, load_backbone
+from sidelight.errors import FingerprintMismatchError, SidelightError
+from sidelight.prompts import Message
+from sidelight.vllm.engine import load_vllm_engine
+from sidelight.vllm.quantised import ENVIRONMENT, REPORT
+from sidelight.vllm.settings import CAPTURE, KEY
+from vllm_served import (
+    ROUNDING,
+    Model,
+    expected,
+    llm_of,
+    mixed_prompts,
+    reported,
+    require_equal,
+    run,
+    tiny_model,
+)
+
+TEXTS = 12
+# Two engines differ in float32's last digit. Where that rounds an activation to the next of its 255
+# steps, a probability moves by up to .006: in about half of the prompts. The others are equal.
+PROMPTS = 16
+LAYERS = ("self_attn", "mlp")
+SMALL = {"enforce_eager": True, "block_size": 32, "max_model_len": 512, "dtype": "float32"}
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A quantised checkpoint, and a backbone that rounds the same numbers in float32."""
+
+    path: str
+    rounded: TransformersBackbone
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory) -> Model:
+    return tiny_model(tmp_path_factory.mktemp("original"))
+
+
+@pytest.fixture(scope="module")
+def copy(original, tmp_path_factory) -> Copy:
+    return quantised(original.path, tmp_path_factory.mktemp("copy"))
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("data") / "texts.jsonl"
+    rows = [{"text": f"number {i} " * (1 + i % 5), "answer": f"yes, {i}"} for i in range(TEXTS)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def report(original, copy, texts, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("report") / "parity.json"
+    assert measure(original, copy.path, texts, path) == 0
+    return path
+
+
+def quantised(path: str, folder: Path) -> Copy:
+    """A checkpoint in 8 bits, weights and activations, as compressed-tensors lays it out."""
+    shutil.copytree(path, folder / "int8")
+    stored, plain = {}, {}
+    for name, weight in load_file(f"{path}/model.safetensors").items():
+        stored[name] = plain[name] = weight
+        if any(f".{layer}." in name for layer in LAYERS):
+            plain[name], scale = rounded(weight)
+            stored[name] = (plain[name] / scale).round().to(torch.int8)
+            stored[f"{name}_scale"] = scale
+    save_file(stored, folder / "int8/model.safetensors", {"format": "pt"})
+    config = json.loads(Path(path, "config.json").read_text())
+    numbers = {"num_bits": 8, "type": "int", "symmetric": True}
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {
+            "all": {
+                "targets": ["Linear"],
+                "weights": {**numbers, "strategy": "channel", "dynamic": False},
+                "input_activations": {**numbers, "strategy": "token", "dynamic": True},
+            }
+        },
+    }
+    (folder / "int8/config.json").write_text(json.dumps(config))
+    shutil.copytree(path, folder / "plain")
+    save_file(plain, folder / "plain/model.safetensors", {"format": "pt"})
+    backbone = load_backbone(folder / "plain")
+    for name, module in backbone.model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            module.register_forward_pre_hook(lambda _, inputs: (rounded(inputs[0])[0],))
+    return Copy(str(folder / "int8"), backbone)
+
+
+def apart(found: list, wanted: list) -> np.ndarray:
+    """The largest difference of a probability, by prompt and probe; both lack the same verdicts."""
+    require_equal(found, wanted, rounding=1)
+    return np.array(
+        [
+            [np.abs(np.nan_to_num(mine[name] - values)).max() for name, values in theirs.items()]
+            for mine, theirs in zip(found, wanted, strict=True)
+        ]
+    )
+
+
+def rounded(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is left of each row in 8 bits, and its scale."""
+    scale = numbers.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
+    return (numbers / scale).round() * scale, scale
+
+
+def measure(original: Model, copy: str, texts: str, out: Path, **options) -> int:
+    given = {**SMALL, "num_gpu_blocks_override": 64, **options}
+    given.pop("dtype")
+    words = [w for key, v in given.items() for w in ("--engine-option", f"{key}={json.dumps(v)}")]
+    data = ["--data", texts, "--response", "answer", "--model", original.path]
+    to = ["--engines", "transformers", "--quantised", copy, "--dtype", "float32"]
+    return command("parity", *original.folders, *data, *to, "--out", str(out), *words)
+
+
+def configured(path: str, folders, report: Path | None = None, **options):
+    """The engine's configuration, made without starting anything."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    named = {} if report is None else {REPORT: str(report)}
+    config = {KEY: {"probes": folders, **named}}
+    return EngineArgs(
+        model=path, additional_config=config, **SMALL, **options
+    ).create_engine_config()
+
+
+def test_verdicts_on_a_quantised_copy_are_those_of_transformers_with_the_same_numbers(
+    original, copy, report, monkeypatch
+):
+    monkeypatch.setenv(ENVIRONMENT, str(report))
+    prompts = mixed_prompts(original.backbone, PROMPTS, longest=300)
+    wanted = expected(replace(original, backbone=copy.rounded), prompts)
+    with llm_of(replace(original, path=copy.path)) as llm:
+        assert llm.llm_engine.vllm_config.model_config.quantization == "compressed-tensors"
+        found = [reported(output) for output in run(llm, prompts)]
+    same, moved = apart(found, wanted), apart(found, expected(original, prompts))
+    assert sum(same.max(1) < ROUNDING) >= PROMPTS / 4
+    assert same.mean() < moved.mean() / 4
+
+
+def test_the_report_has_every_probe_and_how_far_it_moved(original, report):
+    found = json.loads(report.read_text())
+    assert found["probes"] == {
+        Path(folder).name: load_probe(folder).version for folder in original.folders
+    }
+    to_original = [d for d in found["differences"] if d["between"] == "transformers - quantised"]
+    assert sorted(row["probe"] for row in to_original) == sorted(found["probes"])
+    assert all(row["texts"] == TEXTS for row in to_original)
+    assert max(row["largest"] for row in to_original) > 10 * ROUNDING
+
+
+async def _judged(engine, text: str):
+    await engine.start()
+    try:
+        return await engine.judge([[Message("user", text)]])
+    finally:
+        await engine.close()
+
+
+def test_our_own_engine_takes_the_same_report(original, copy, report, monkeypatch, caplog):
+    options = {key: value for key, value in SMALL.items() if key != "dtype"}
+    probes = [load_probe(folder) for folder in original.folders]
+    monkeypatch.setenv(ENVIRONMENT, str(report))
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    engine = load_vllm_engine(copy.path, probes, dtype="float32", options=options)
+    assert "verdicts changed" in caplog.text
+    (judged,) = asyncio.run(_judged(engine, "Where is my refund?"))
+    assert judged.judgement.verdicts
+
+
+def test_without_a_report_a_quantised_copy_is_refused_with_the_command_that_writes_one(
+    original, copy
+):
+    with pytest.raises(FingerprintMismatchError, match=r"parity PROBE .* --quantised"):
+        configured(copy.path, original.folders)
+    with pytest.raises(FingerprintMismatchError, match="none is named"):
+        load_vllm_engine(copy.path, original.probes)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"quantization": "fp8"}, {"quantization": "fp8_per_tensor"}, {"kv_cache_dtype": "fp8"}],
+    ids=lambda options: "-".join(options.values()),
+)
+def test_what_vllm_quantises_itself_is_another_model(original, report, options):
+    with pytest.raises(FingerprintMismatchError, match="none is named"):
+        configured(original.path, original.folders, **options)
+    with pytest.raises(FingerprintMismatchError, match="is about"):
+        configured(original.path, original.folders, report, **options)
+
+
+def test_a_report_is_of_one_copy_as_one_set_of_options_serves_it(original, copy, report, tmp_path):
+    with pytest.raises(FingerprintMismatchError, match="is about"):
+        configured(copy.path, original.folders, report, kv_cache_dtype="fp8")
+    other = tmp_path / "other"
+    shutil.copytree(copy.path, other)
+    weights = load_file(other / "model.safetensors")
+    weights["model.norm.weight"] += 1
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    with pytest.raises(FingerprintMismatchError, match="is about"):
+        configured(str(other), original.folders, report)
+    configured(copy.path, original.folders, report)
+
+
+def test_a_report_is_of_one_version_of_a_probe(original, copy, report, tmp_path):
+    probe = replace(original.probes[-1], thresholds=(0.7,))
+    folder = save_probe(probe, tmp_path / "later")
+    with pytest.raises(FingerprintMismatchError, match=f"version {load_probe(folder).version}"):
+        configured(copy.path, [*original.folders[:-1], str(folder)], report)
+
+
+def test_a_copy_with_another_template_is_no_copy(original, copy, report, texts, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(copy.path, other)
+    for path in (other / "chat_template.jinja", other / "tokenizer_config.json"):
+        if path.exists():
+            path.write_text(path.read_text().replace("<|assistant|>", "<|user|>"))
+    with pytest.raises(FingerprintMismatchError, match=r"differ in .*template"):
+        configured(str(other), original.folders, report)
+    assert measure(original, str(other), texts, tmp_path / "x.json") == 2
+    assert "template" in capsys.readouterr().err
+
+
+def test_no_report_is_written_on_the_model_itself(original, texts, tmp_path, capsys):
+    assert measure(original, original.path, texts, tmp_path / "x.json") == 2
+    assert "needs no report" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["", "[]", "{}", None], ids=str)
+def test_a_damaged_report_admits_nothing(original, copy, tmp_path, damage):
+    path = tmp_path / "parity.json"
+    if damage is not None:
+        path.write_text(damage)
+    with pytest.raises(SidelightError, match=r"Name the file that 'sidelight parity"):
+        configured(copy.path, original.folders, path)
+
+
+def test_a_report_without_figures_of_a_probe_admits_it_not(original, copy, report, tmp_path):
+    found = json.loads(report.read_text())
+    kept = [d for d in found["differences"] if d["probe"] != original.probes[0].name]
+    path = tmp_path / "parity.json"
+    path.write_text(json.dumps({**found, "differences": kept}))
+    with pytest.raises(FingerprintMismatchError, match="no figures"):
+        configured(copy.path, original.folders, path)
+
+
+def test_workers_take_no_other_probe_than_was_admitted(original, copy, report, tmp_path):
+    from sidelight.vllm.patches import served_by
+
+    served = served_by(configured(copy.path, original.folders, report))
+    assert served is not None
+    served.load()
+    other = save_probe(replace(original.probes[-1], name="other"), tmp_path / "other")
+    with pytest.raises(FingerprintMismatchError, match="other"):
+        replace(served, folders=(str(other),)).load()
+
+
+def test_states_for_training_are_never_those_of_weights_that_vllm_quantises(original):
+    from vllm.engine.arg_utils import EngineArgs
+
+    sizes = {"layers": 5, "width": 128}
+    arguments = EngineArgs(
+        model=original.path,
+        additional_config={KEY: {CAPTURE: sizes}},
+        quantization="fp8",
+        **SMALL,
+    )
+    with pytest.raises(SidelightError, match="quantization=fp8"):
+        arguments.create_engine_config()
