@@ -2,10 +2,12 @@
 
 import json
 import os
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from architectures import TESTED, architecture_model
 from safetensors.torch import save_file
 
 from sidelight.bank import Panel
@@ -162,15 +164,20 @@ def test_a_pipeline_stage_that_lacks_a_kind_of_attention_is_refused():
         full_group(config((window, ["a"])))
 
 
-def test_columns_are_taken_out_of_the_memory_for_keys_and_values(early):
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "Gemma3ForCausalLM"])
+def test_columns_are_taken_out_of_the_memory_for_keys_and_values(name, tmp_path):
     """As much memory as without probes, with room for fewer tokens."""
+    config = TESTED[name].config()
+    if hasattr(config, "sliding_window"):
+        # The full layers are in three groups, and a block belongs to one of them.
+        config.layer_types = [*["full_attention"] * 3, "sliding_attention"]
+    model = architecture_model(replace(TESTED[name], config=lambda: config), tmp_path)
     sizes = []
-    for folders in ([], early.folders):
-        given = Model(early.backbone, early.path, early.probes, folders)
-        with llm_of(given) as llm:
-            config = llm.llm_engine.vllm_config.cache_config
+    for folders in ([], model.folders):
+        with llm_of(replace(model, folders=folders)) as llm:
+            cache_config = llm.llm_engine.vllm_config.cache_config
             columns, cache = llm.collective_rpc("sidelight_bytes")[0]
-            sizes.append((config.num_gpu_blocks, columns, cache))
+            sizes.append((cache_config.num_gpu_blocks, columns, cache))
     (most, _, whole), (blocks, columns, cache) = sizes
     assert blocks < most
     assert 0.97 * whole < cache + columns <= 1.01 * whole

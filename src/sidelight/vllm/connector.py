@@ -307,7 +307,9 @@ class ProbeConnector(BaseConnector):
     def register_kv_caches(self, kv_caches: Any) -> None:
         own = worker.INSTALLED.get()
         caches = (c if isinstance(c, list | tuple) else [c] for c in kv_caches.values())
-        total = sum(cache.nbytes for cache in chain.from_iterable(caches))
+        memory = [cache.untyped_storage() for cache in chain.from_iterable(caches)]
+        # Layers of several groups share it.
+        total = sum({one.data_ptr(): one.nbytes() for one in memory}.values())
         own.allocate(
             blocks=self._kv_cache_config.num_blocks,
             block_size=self._group.kv_cache_spec.block_size,

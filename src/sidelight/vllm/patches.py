@@ -16,6 +16,7 @@ Around ``Executor.determine_available_memory`` room is left for the probes' colu
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 import os
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from functools import wraps
@@ -271,9 +272,13 @@ def _leave_room(original: Callable[..., list[int]], executor: Any) -> list[int]:
     columns = executor.collective_rpc("sidelight_bytes_per_token")
     shares: list[float] = []
     for own, specs in zip(columns, executor.get_kv_cache_specs(), strict=True):
-        full = filter(keeps_every_token, specs.values())
-        keys_and_values = sum(spec.page_size_bytes / spec.block_size for spec in full)
-        shares.append(keys_and_values / (keys_and_values + own) if keys_and_values else 1.0)
+        # A block holds keys and values of one kind of layer, at least those of the rarest kind.
+        kinds: dict[Any, int] = defaultdict(int)
+        for spec in specs.values():
+            kinds[True if keeps_every_token(spec) else spec] += spec.page_size_bytes
+        full = next(filter(keeps_every_token, specs.values()), None)
+        needed = own * full.block_size if full is not None else 0
+        shares.append(min(kinds.values()) / (min(kinds.values()) + needed) if kinds else 1.0)
     return [int(memory * share) for memory, share in zip(available, shares, strict=True)]
 
 
