@@ -25,7 +25,8 @@ STATES = ["tests/vllm/test_parity.py", "-k", "first_and or read_what or preempte
 # What versions decide: which routes vLLM's own server has, and how they answer.
 ROUTES = [
     "tests/vllm/test_parity.py", "tests/vllm/test_stock_server.py",
-    "tests/vllm/test_stock_policies.py", "-k", "first_and or read_what or preempted or stock",
+    "tests/vllm/test_stock_policies.py", "tests/vllm/test_thin_start.py",
+    "-k", "first_and or read_what or preempted or stock or thin",
 ]  # fmt: skip
 # What runners decide: which tokens a step runs, and where their states are.
 SCHEDULES = [

@@ -1,14 +1,16 @@
-"""vLLM's own server as a process, with nothing of ours but the plugin and environment variables."""
+"""vLLM's own server as a process, started by its own command or by ours."""
 
+import json
 import os
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -22,10 +24,18 @@ class StockServer:
     log: Path
 
 
-@contextmanager
+SIZES = {
+    "block_size": 32,
+    "max_model_len": 1024,
+    "max_num_batched_tokens": 64,
+    "max_num_seqs": 8,
+    "enforce_eager": True,
+}
+
+
 def stock_server(
     model: str, folders: Sequence[str], home: Path, *options: str, **environment: str
-) -> Iterator[StockServer]:
+) -> AbstractContextManager[StockServer]:
     """A server of this model with these probes.
 
     Args:
@@ -35,19 +45,42 @@ def stock_server(
         options: More words of the command line.
         environment: More variables.
     """
+    words = [
+        *("-m", "vllm.entrypoints.openai.api_server"),
+        *("--model", model, "--served-model-name", "tiny", "--dtype", "float32"),
+        *("--enforce-eager", "--block-size", "32", "--max-model-len", "1024"),
+        *("--max-num-batched-tokens", "64", "--max-num-seqs", "8", *options),
+    ]
+    named = {"SIDELIGHT_PROBES": os.pathsep.join(folders), "VLLM_PLUGINS": "sidelight"}
+    return _running(words, {**named, **environment}, home)
+
+
+def thin_start(
+    model: str, folders: Sequence[str], home: Path, *options: str, **environment: str
+) -> AbstractContextManager[StockServer]:
+    """The same by ``sidelight serve --engine vllm``; the model's name is its folder."""
+    sizes = [f"{name}={json.dumps(value)}" for name, value in SIZES.items()]
+    words = [
+        *("-m", "sidelight", "serve", "--engine", "vllm", "--dtype", "float32"),
+        *("--model", model),
+        *(word for folder in folders for word in ("--probe", folder)),
+        *(word for size in sizes for word in ("--engine-option", size)),
+        *options,
+    ]
+    return _running(words, environment, home)
+
+
+@contextmanager
+def _running(words: Sequence[str], environment: Mapping[str, str], home: Path) -> Iterator[Any]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     log = home / "server.log"
-    command = [
-        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
-        *("--model", model, "--served-model-name", "tiny", "--dtype", "float32"),
-        *("--enforce-eager", "--block-size", "32", "--max-model-len", "1024"),
-        *("--max-num-batched-tokens", "64", "--max-num-seqs", "8", "--port", str(port), *options),
-    ]
-    named = {"SIDELIGHT_PROBES": os.pathsep.join(folders), "VLLM_PLUGINS": "sidelight"}
     with log.open("w") as file:
         process = subprocess.Popen(
-            command, env={**os.environ, **named, **environment}, stdout=file, stderr=file
+            [sys.executable, *words, "--port", str(port)],
+            env={**os.environ, **environment},
+            stdout=file,
+            stderr=file,
         )
     server = StockServer(f"http://127.0.0.1:{port}", process, log)
     try:

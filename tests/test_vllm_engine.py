@@ -19,9 +19,11 @@ from sidelight.engines.base import (
 )
 from sidelight.errors import SidelightError
 from sidelight.prompts import Message
-from sidelight.vllm.engine import _SET_HERE, VllmEngine, require_options
+from sidelight.server.config import ServerConfig
+from sidelight.vllm.engine import SET_HERE, VllmEngine, require_options
 from sidelight.vllm.exchange import saved
 from sidelight.vllm.requests import Capacity
+from sidelight.vllm.server import NO_PLACE, arguments, serve
 from sidelight.vllm.settings import KEY, identity_of
 from tiny import tiny_backbone, untrained_probe
 
@@ -315,7 +317,7 @@ TAKERS = [
 @pytest.mark.parametrize("command", TAKERS, ids=lambda command: command.name)
 def test_an_option_to_give_instead_is_one_of_every_command_that_takes_vllms(command):
     known = {word for parameter in command.params for word in parameter.opts}
-    assert set(re.findall(r"--[a-z-]+", " ".join(_SET_HERE.values()))) <= known
+    assert set(re.findall(r"--[a-z-]+", " ".join(SET_HERE.values()))) <= known
 
 
 def test_every_command_that_can_run_vllm_takes_its_options():
@@ -347,3 +349,58 @@ def test_a_list_takes_all_its_places_at_once_or_none():
         assert (places.load.running, places.load.waiting) == (0, 0)
 
     asyncio.run(main())
+
+
+def options_of(**given):
+    return ServerConfig(engine="vllm", **given)
+
+
+def test_every_option_has_a_place_in_vllms_server_or_a_remedy():
+    """A new option of the server has to be looked at."""
+    in_the_process = {
+        *("config", "probe", "policy", "audit_log", "audit_salt", "api_key", "api_keys_file"),
+        *("admin_key", "admin_keys_file", "allow_anonymous", "max_concurrent"),
+    }
+    as_arguments = {"host", "port", "log_level", "model", "dtype", "drain_s", "engine_option"}
+    elsewhere = {"engine", "device"}
+    known = in_the_process | as_arguments | elsewhere | NO_PLACE.keys()
+    assert ServerConfig.model_fields.keys() == known
+
+
+@pytest.mark.parametrize("name", NO_PLACE)
+def test_an_option_without_a_place_in_vllms_server_is_refused(name):
+    given = {name: True if name == "json_logs" else 7}
+    with pytest.raises(SidelightError, match=f"no place for '{name}'. Leave it out."):
+        serve(options_of(**given), "smollm2", [])
+
+
+def test_what_vllms_server_would_leave_open_is_refused(monkeypatch):
+    with pytest.raises(SidelightError, match="--api-key instead"):
+        serve(options_of(engine_option={"api_key": "x"}), "smollm2", [])
+    with pytest.raises(SidelightError, match=r"Everybody who reaches 0\.0\.0\.0"):
+        serve(options_of(host="0.0.0.0"), "smollm2", [])
+    monkeypatch.setenv("VLLM_API_KEY", "x")
+    with pytest.raises(SidelightError, match="set SIDELIGHT_API_KEY"):
+        serve(options_of(), "smollm2", [])
+
+
+def test_options_become_arguments_of_vllm_and_secrets_do_not():
+    options = {
+        "enforce_eager": True, "enable_prefix_caching": False, "max_num_seqs": 4,
+        "lora_modules": ["a=b", {"name": "c"}], "allowed_origins": ["*"],
+        "compilation_config": {"level": 0},
+    }  # fmt: skip
+    config = options_of(
+        probe=("p",), port=9, api_key="hidden", admin_key="hidden", audit_salt="hidden",
+        drain_s=2.5, engine_option=options,
+    )  # fmt: skip
+    words = arguments(config, "name", "/folder")
+    assert "hidden" not in " ".join(words)
+    text = " ".join(words)
+    for part in (
+        "--model /folder --served-model-name name", "--port 9", "--shutdown-timeout 3",
+        '--additional-config {"sidelight": {"probes": ["p"]}}', "--enforce-eager",
+        "--no-enable-prefix-caching --max-num-seqs 4", '--lora-modules a=b {"name": "c"} --',
+        '--allowed-origins ["*"]', '--compilation-config {"level": 0}',
+    ):  # fmt: skip
+        assert part in text

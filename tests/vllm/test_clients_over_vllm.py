@@ -1,26 +1,20 @@
-"""The tests of ``test_clients.py``, with vLLM as the engine.
+"""The tests of ``test_clients.py``, with ``sidelight serve --engine vllm`` as the server."""
 
-One vLLM serves all three policies: starting one takes most of the time.
-"""
-
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack
 
 import pytest
-from fastapi import FastAPI
 
 from commands import saved
-from live import MODEL, listening
-from sidelight.engines.base import Engine
-from sidelight.policy.rules import Policy, Rule
+from live import MODEL
+from sidelight.artifact import save_probe
 from sidelight.prompts import Reads
-from sidelight.server.app import create_app
+from stock_server import thin_start
 from test_clients import (
-    CUTTING,
+    CUT,
     Servers,
     test_an_unknown_probe_is_an_error_in_each_client,
     test_each_client_keeps_what_the_documentation_says,
-    test_openais_stream_helper_merges_the_verdicts,
     test_openais_stream_helper_raises_if_a_text_is_cut,
 )
 from tiny import three_probes, untrained_probe
@@ -29,42 +23,31 @@ from vllm_served import tiny_llama
 __all__ = [
     "test_an_unknown_probe_is_an_error_in_each_client",
     "test_each_client_keeps_what_the_documentation_says",
-    "test_openais_stream_helper_merges_the_verdicts",
     "test_openais_stream_helper_raises_if_a_text_is_cut",
 ]
+
+POLICIES = {
+    "scoring": "",
+    "blocking": '[input.toxicity]\nmode = "block"\nthreshold = 0.0\n',
+    "cutting": "[output.late]\n" + "".join(f"{k} = {v!r}\n" for k, v in CUT.items()),
+}
 
 
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
-    """Three servers on one vLLM, whose model is a folder with the name that the clients use."""
-    from sidelight.vllm.engine import load_vllm_engine
-
+    """A server of each policy, whose model is a folder with the name that the clients use."""
     folder = tmp_path_factory.mktemp("clients")
     backbone = tiny_llama()
     saved(backbone, folder / MODEL)
     probes = [*three_probes(backbone), untrained_probe(backbone, "late", reads=Reads("response"))]
-    options = {"enforce_eager": True, "max_num_seqs": 4, "max_model_len": 256}
-    with pytest.MonkeyPatch.context() as patch:
+    folders = [str(save_probe(probe, folder / probe.name)) for probe in probes]
+    addresses: dict[str, str] = {}
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as running:
         patch.chdir(folder)
-        engine = load_vllm_engine(MODEL, probes, dtype="float32", options=options)
-        with listening(mounted(engine)) as address:
-            yield Servers(f"{address}/scoring", f"{address}/blocking", f"{address}/cutting")
-
-
-def mounted(engine: Engine) -> FastAPI:
-    """One server that has three, each under a path of its own."""
-
-    @asynccontextmanager
-    async def lifespan(_app: FastAPI) -> AsyncGenerator[None]:
-        await engine.start()
-        try:
-            yield
-        finally:
-            await engine.close()
-
-    app = FastAPI(lifespan=lifespan)
-    always = Rule("block", threshold=0.0)
-    app.mount("/scoring", create_app(engine))
-    app.mount("/blocking", create_app(engine, policy=Policy(input={"toxicity": always})))
-    app.mount("/cutting", create_app(engine, policy=Policy(output={"late": CUTTING})))
-    return app
+        for name, policy in POLICIES.items():
+            home = tmp_path_factory.mktemp(name)
+            (home / "policy.toml").write_text(policy)
+            words = ("--policy", str(home / "policy.toml"))
+            server = running.enter_context(thin_start(MODEL, folders, home, *words))
+            addresses[name] = server.address
+        yield Servers(**addresses, has_deltas=False)

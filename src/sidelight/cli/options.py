@@ -81,7 +81,7 @@ class Runtime:
     """Which model runs, and what runs it: see ``engine`` and ``backbone``.
 
     Raises:
-        SidelightError: Options of vLLM's engine are given for another one.
+        SidelightError: Options of vLLM's engine are given for another one, or a device for vLLM.
     """
 
     model: str | None
@@ -95,15 +95,13 @@ class Runtime:
             raise SidelightError(
                 "--engine-option is for vLLM: give --engine vllm, or leave it out."
             )
+        if self.engine == "vllm" and self.device != "auto":
+            raise SidelightError("vLLM chooses its device itself; leave --device out.")
 
     @property
     def backbone_device(self) -> str:
         """Where the backbone is, which only encodes texts if the engine is vLLM."""
-        if self.engine != "vllm":
-            return self.device
-        if self.device != "auto":
-            raise SidelightError("vLLM chooses its device itself; leave --device out.")
-        return "cpu"
+        return "cpu" if self.engine == "vllm" else self.device
 
     def load_backbone(self, **more: Any) -> "TransformersBackbone":
         """The backbone in transformers; ``more`` goes to ``sidelight.backbone.load_backbone``."""
@@ -113,10 +111,13 @@ class Runtime:
             self.model or "smollm2", dtype=self.dtype, device=self.backbone_device, **more
         )
 
+    def model_of(self, probes: "Sequence[Probe]") -> str:
+        """The named model, or that of the first probe."""
+        return self.model or (probes[0].fingerprint.name if probes else "smollm2")
+
     def load_engine(self, probes: "Sequence[Probe]") -> "Engine":
-        """An engine with these probes; if no model is named, it runs the first one's."""
-        name = self.model or (probes[0].fingerprint.name if probes else "smollm2")
-        device = self.backbone_device
+        """An engine with these probes."""
+        name = self.model_of(probes)
         if self.engine == "vllm":
             from sidelight.vllm.engine import load_vllm_engine
 
@@ -126,7 +127,7 @@ class Runtime:
         from sidelight.probe import common_format
 
         backbone = load_backbone(
-            name, dtype=self.dtype, device=device, prompt_format=common_format(probes)
+            name, dtype=self.dtype, device=self.device, prompt_format=common_format(probes)
         )
         return TransformersEngine(backbone, probes)
 

@@ -177,11 +177,7 @@ def serve(
             served, or ``load`` failed.
     """
     config = within_system(config)
-    if config.host not in _LOOPBACK and not config.access.keys and not config.allow_anonymous:
-        raise SidelightError(
-            f"Everybody who reaches {config.host} would be served. Set SIDELIGHT_API_KEY or "
-            "--api-keys-file, or pass --allow-anonymous if something else keeps strangers out."
-        )
+    require_keys(config)
 
     def stop() -> None:
         server.should_exit = True
@@ -203,10 +199,7 @@ def serve(
     try:
         listener = socket.create_server((config.host, config.port), family=family, backlog=QUEUED)
     except OSError as error:
-        raise SidelightError(
-            f"Cannot listen on {config.host}:{config.port} ({error.strerror}). Choose another "
-            "--port or --host."
-        ) from error
+        raise cannot_listen(config, error) from error
     port = listener.getsockname()[1]
     _log.info("Listening on http://%s:%d (Ctrl-C stops)", config.host, port)
     # uvicorn raises a SIGINT again once it has drained.
@@ -214,6 +207,26 @@ def serve(
         server.run(sockets=[listener])
     if engine.failure is not None:
         raise engine.failure
+
+
+def require_keys(config: ServerConfig) -> None:
+    """Checks that nobody beyond this machine is served without a key, unless that is wanted.
+
+    Raises:
+        SidelightError: They would be.
+    """
+    if config.host not in _LOOPBACK and not config.access.keys and not config.allow_anonymous:
+        raise SidelightError(
+            f"Everybody who reaches {config.host} would be served. Set SIDELIGHT_API_KEY or "
+            "--api-keys-file, or pass --allow-anonymous if something else keeps strangers out."
+        )
+
+
+def cannot_listen(config: ServerConfig, error: OSError) -> SidelightError:
+    return SidelightError(
+        f"Cannot listen on {config.host}:{config.port} ({error.strerror}). Choose another --port "
+        "or --host."
+    )
 
 
 def server_settings(app: FastAPI, config: ServerConfig) -> uvicorn.Config:

@@ -343,14 +343,14 @@ class Gatekeeper:
     passes carries its ``Caller`` in its state.
     """
 
-    def __init__(self, app: ASGIApp, *, access: Access, limit: int):
+    def __init__(self, app: ASGIApp, *, access: Access, limit: float):
         self._app = app
         self._access = access
         self._limit = limit
         self._running = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] == "/health":
+        if scope["type"] == "lifespan" or scope["path"] == "/health":
             await self._app(scope, receive, send)
             return
         caller = self._access.caller(Headers(scope=scope).get("authorization", ""))

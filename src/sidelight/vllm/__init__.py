@@ -4,8 +4,8 @@ vLLM calls ``patches.install`` in each of its processes. ``settings`` says which
 and what a request's tokens belong to. In a worker, ``taps`` projects the residual stream of each
 layer, ``columns`` keeps the columns of every token by KV slot, and ``worker`` judges. Beside the
 scheduler, ``connector`` says what to read after each step and puts verdicts on vLLM's outputs.
-``engine`` and ``requests`` make an ``Engine`` of it, ``exchange`` replaces its probes, ``guard``
-and ``endpoint`` are for vLLM's own server, ``offline`` judges many texts, and ``capture`` keeps
-hidden states for training.
+``guard`` and ``outputs`` enforce the policy in vLLM's own server, ``endpoint`` adds to its answers,
+and ``server`` starts it. ``engine`` and ``requests`` judge conversations, ``exchange`` replaces the
+probes, ``offline`` judges many texts, and ``capture`` keeps hidden states for training.
 Everything is kept by KV slot, never by request. ``docs/vllm.md`` says what is supported.
 """

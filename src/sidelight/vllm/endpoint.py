@@ -29,10 +29,10 @@ from sidelight.errors import SidelightError
 from sidelight.policy.decisions import Decision, tightened
 from sidelight.policy.rules import BoundRule
 from sidelight.server import admin, checks, questions
-from sidelight.server.app import application
-from sidelight.server.config import Caller
+from sidelight.server.app import application, status_router
+from sidelight.server.config import Access, Caller
 from sidelight.server.errors import RequestError, as_request_error
-from sidelight.server.middleware import REQUEST_ID
+from sidelight.server.middleware import REQUEST_ID, Gatekeeper
 from sidelight.server.observe import Trace
 from sidelight.server.report import Report
 from sidelight.server.requests import Context, report_on
@@ -62,9 +62,16 @@ class ProbeEndpoint:
         self.guard: EngineGuard | None = None
 
     def attach_router(self, app: Any) -> None:
-        """Adds the middleware inside vLLM's own authentication."""
+        """Adds the middleware inside vLLM's own authentication, and a gate for keys of ours."""
         self._vllm = app
         app.add_middleware(ProbeMiddleware, endpoint=self)
+        config = server_config()
+        # vLLM guards some routes with its keys; ours hold on all.
+        access = Access() if _keys_of_vllm(app.state.args) else config.access
+        # vLLM has a queue of its own, and no limit.
+        is_limited = "max_concurrent" in config.model_fields_set
+        limit = config.max_concurrent if is_limited else float("inf")
+        app.add_middleware(Gatekeeper, access=access, limit=limit)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Finds the guard of the engine, and mounts our routes, and the metrics."""
@@ -74,11 +81,11 @@ class ProbeEndpoint:
         await guard.engine.start()
         renderer = state.online_renderer
         guard.template = renderer.chat_template, renderer.default_chat_template_kwargs or {}
-        keys = [key for key in (args.api_key or [os.environ.get("VLLM_API_KEY")]) if key]
+        keys = _keys_of_vllm(args)
         config = server_config(**({"api_key": keys} if keys else {}))
         self.access = config.access
         context = Context(guard.engine, guard.registry, config, guard.observer)
-        routers = checks.router, questions.router, admin.admin_probes_router
+        routers = checks.router, questions.router, admin.admin_probes_router, status_router
         self._application = application(context, routers)
         self._routes = [route for router in routers for route in router.routes]
         REGISTRY.register(guard.observer.metrics.disclosed(lambda: guard.registry.all_rules))
@@ -313,6 +320,10 @@ class _Answer:
             return {KEY: extension}
         response = record.response_decisions if is_end else None
         return {KEY: extension, "moderation": report.moderation(record.prompt_decisions, response)}
+
+
+def _keys_of_vllm(args: Any) -> list[str]:
+    return [key for key in (args.api_key or [os.environ.get("VLLM_API_KEY")]) if key]
 
 
 async def _read(receive: Receive) -> tuple[bytes, Receive]:

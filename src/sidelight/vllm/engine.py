@@ -285,7 +285,7 @@ async def _last_judgement(outputs: AsyncGenerator[Output, None]) -> Judgement:
 
 
 # vLLM's options that Sidelight sets itself, and what to do instead, in any command.
-_SET_HERE = {
+SET_HERE = {
     "model": "Give --model instead.",
     "dtype": "Give --dtype instead.",
     "additional_config": "Leave it out; it carries the plugin's settings.",
@@ -356,8 +356,8 @@ def require_options(given: Mapping[str, Any], args_type: Any) -> None:
     """
     known = args_type.__dataclass_fields__
     for name in given:
-        if name in _SET_HERE:
-            raise SidelightError(f"vLLM's option '{name}' is set by Sidelight. {_SET_HERE[name]}")
+        if name in SET_HERE:
+            raise SidelightError(f"vLLM's option '{name}' is set by Sidelight. {SET_HERE[name]}")
         if name not in known:
             raise SidelightError(f"vLLM has no option '{name}'.{did_you_mean(name, known)}")
 

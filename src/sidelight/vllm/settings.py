@@ -157,15 +157,27 @@ def fingerprint_of(model: str, folders: Sequence[str]) -> Fingerprint:
     return read_backbone(model, prompt_format=prompt_format).fingerprint
 
 
+# Of ``sidelight serve``, whose process it stays in.
+_given: "ServerConfig | None" = None
+
+
+def serve_with(config: "ServerConfig") -> None:
+    """Makes vLLM's server in this process use this configuration instead of the environment's."""
+    global _given
+    _given = config
+
+
 def server_config(**options: Any) -> "ServerConfig":
-    """What the environment says of a server of vLLM's: the policy, the audit log, and secrets.
+    """The configuration of a server of vLLM's, by default from the environment's variables.
 
     Args:
-        options: Other fields of the configuration.
+        options: Other fields of the environment's.
 
     Raises:
         SidelightError: A value is wrong.
     """
+    if _given is not None:
+        return _given
     # Only the processes that serve need it.
     from sidelight.server.config import read_config
 

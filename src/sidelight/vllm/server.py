@@ -1,0 +1,154 @@
+"""``sidelight serve --engine vllm``: vLLM's own server, started with our options in this process.
+
+The configuration stays in the process, so no secret is in an argument or a variable of ours.
+"""
+
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+
+import errno
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import wraps
+from math import ceil
+from typing import Any
+
+from sidelight.backbone import read_backbone
+from sidelight.engines.base import EngineUnavailableError, require_same_model
+from sidelight.errors import SidelightError
+from sidelight.probe import Probe, common_format
+from sidelight.server.app import cannot_listen, require_keys
+from sidelight.server.config import ServerConfig
+from sidelight.vllm.engine import SET_HERE, require_vllm
+from sidelight.vllm.settings import KEY, serve_with
+
+_PROXY = "Limit it in a proxy in front of the server."
+# Options of our own HTTP layer, and what to do instead.
+NO_PLACE = {
+    "json_logs": "Name a logging configuration in VLLM_LOGGING_CONFIG_PATH.",
+    "max_body_bytes": _PROXY,
+    "max_batch_items": _PROXY,
+    "max_request_tokens": "Limit each text with --engine-option max_model_len=N.",
+    "deadline": _PROXY,
+    "connections": _PROXY,
+    "header_s": _PROXY,
+    "body_s": _PROXY,
+    "write_s": _PROXY,
+    "notice_s": "Take the server out of the load balancer before SIGTERM, as by a preStop hook.",
+}
+# vLLM's options for which ours stand.
+_SET_HERE = SET_HERE | {
+    "host": "Give --host instead.",
+    "port": "Give --port instead.",
+    "api_key": "Give --api-key instead, which holds on every route.",
+    "uvicorn_log_level": "Give --log-level instead.",
+    "shutdown_timeout": "Give drain_s in the file of --config instead.",
+}
+# Lists that vLLM takes as JSON; it takes others word by word.
+_JSON_LISTS = frozenset({"allowed_origins", "allowed_methods", "allowed_headers"})
+_NOT_LISTENING = frozenset({errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EACCES})
+
+
+def serve(config: ServerConfig, model: str, probes: Sequence[Probe]) -> None:
+    """Serves until SIGINT or SIGTERM; running requests may take ``drain_s`` to finish.
+
+    Args:
+        config: The configuration, with the folders of the probes.
+        model: ``smollm2``, a folder, or a hub id; requests call it so.
+        probes: Those of the folders.
+
+    Raises:
+        SidelightError: An option has no place in vLLM's server, everybody beyond this machine would
+            be served, the address cannot be listened on, vLLM cannot serve the probes, or has died.
+    """
+    _require_places(config)
+    require_keys(config)
+    require_vllm()
+    backbone = read_backbone(model, prompt_format=common_format(probes))
+    require_same_model(probes, backbone.fingerprint)
+    plugins = filter(None, os.environ.get("VLLM_PLUGINS", "").split(","))
+    os.environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*plugins, KEY]))
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", config.log_level.upper())
+    serve_with(config)
+    sys.argv = ["vllm", *arguments(config, model, backbone.path)]
+    from vllm.entrypoints.launchers.api_server.entry import main
+
+    has_failed = _noted_failure()
+    try:
+        main()
+    except OSError as error:
+        if error.errno in _NOT_LISTENING:
+            raise cannot_listen(config, error) from error
+        raise
+    if has_failed():
+        raise EngineUnavailableError("vLLM has stopped; its log says why. Start the server again.")
+
+
+def _noted_failure() -> Callable[[], bool]:
+    """Whether vLLM's engine had failed when it was shut down; its server ends alike."""
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    states: list[bool] = []
+    shutdown: Callable[..., None] = AsyncLLM.shutdown
+
+    @wraps(shutdown)
+    def noted(llm: Any, *args: Any, **kwargs: Any) -> None:
+        states.append(llm.errored)
+        shutdown(llm, *args, **kwargs)
+
+    AsyncLLM.shutdown = noted
+    return lambda: states[:1] == [True]
+
+
+def arguments(config: ServerConfig, model: str, path: str) -> list[str]:
+    """The words of vLLM's command line.
+
+    Args:
+        config: The configuration.
+        model: As for ``serve``.
+        path: The folder of its files, or its hub id.
+    """
+    given = {
+        "model": path,
+        "served_model_name": model,
+        "dtype": config.dtype,
+        "host": config.host,
+        "port": config.port,
+        "uvicorn_log_level": config.log_level,
+        "shutdown_timeout": ceil(config.drain_s),
+        "additional_config": {KEY: {"probes": list(map(str, config.probe))}},
+        **config.engine_option,
+    }
+    return [word for name, value in given.items() for word in _words(name, value)]
+
+
+def _words(name: str, value: Any) -> Iterator[str]:
+    option = name.replace("_", "-")
+    match value:
+        case bool():
+            yield f"--{option}" if value else f"--no-{option}"
+        case list() if name not in _JSON_LISTS:
+            yield f"--{option}"
+            yield from map(_word, value)
+        case _:
+            yield f"--{option}"
+            yield _word(value)
+
+
+def _word(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, dict | list) else str(value)
+
+
+def _require_places(config: ServerConfig) -> None:
+    for name, remedy in NO_PLACE.items():
+        if name in config.model_fields_set:
+            raise SidelightError(f"vLLM's server has no place for '{name}'. Leave it out. {remedy}")
+    for name, remedy in _SET_HERE.items():
+        if name in config.engine_option:
+            raise SidelightError(f"vLLM's option '{name}' is set by Sidelight. {remedy}")
+    if os.environ.get("VLLM_API_KEY"):
+        raise SidelightError(
+            "VLLM_API_KEY guards only some of vLLM's routes. Unset it, and set SIDELIGHT_API_KEY, "
+            "which holds on every route."
+        )
