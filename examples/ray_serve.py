@@ -2,7 +2,6 @@
 
 import os
 from pathlib import Path
-from typing import Any, Literal
 
 from fastapi import FastAPI
 from pydantic import BaseModel
@@ -30,8 +29,6 @@ class Settings(BaseModel, extra="forbid"):
     replicas: int = 1
     cpus: float = 1
     gpus: float = 0
-    engine: Literal["transformers", "vllm"] = "transformers"
-    engine_options: dict[str, Any] = {}
 
 
 class Replica:
@@ -69,9 +66,5 @@ def app(settings: Settings) -> serve.Application:
 
 def engine_of(settings: Settings, probes: list[Probe]) -> Engine:
     model = settings.model or probes[0].fingerprint.name
-    if settings.engine == "vllm":
-        from sidelight.vllm.engine import load_vllm_engine
-
-        return load_vllm_engine(model, probes, options=settings.engine_options)
     backbone = load_backbone(model, prompt_format=probes[0].prompt_format)
     return TransformersEngine(backbone, probes)

@@ -3,6 +3,7 @@
 import asyncio
 import re
 import sys
+from contextlib import asynccontextmanager
 from types import ModuleType, SimpleNamespace
 
 import click
@@ -10,13 +11,7 @@ import pytest
 
 from sidelight.artifact import load_probe
 from sidelight.cli import app
-from sidelight.engines.base import (
-    EngineBusyError,
-    EngineUnavailableError,
-    GenerationError,
-    PromptJudged,
-    Sampling,
-)
+from sidelight.engines.base import EngineBusyError, EngineUnavailableError, GenerationError
 from sidelight.errors import SidelightError
 from sidelight.prompts import Message
 from sidelight.server.config import ServerConfig
@@ -31,7 +26,7 @@ from tiny import tiny_backbone, untrained_probe
 class Workers:
     """Stands in for vLLM: engines whose workers load what they are told, and report by it.
 
-    It writes one token of each text, and no end of it unless that is all that is asked for.
+    It writes one token of each text, with one report.
     """
 
     errored = False
@@ -51,6 +46,8 @@ class Workers:
             has_unfinished_requests=lambda: bool(states),
         )
         self.loaded = [[] for _ in range(engines)]
+        # Stands for what the workers would report.
+        self.report: object = ...
         self.refuses = 0
         self.is_paused = False
         self.pausing, self.may_pause = asyncio.Event(), asyncio.Event()
@@ -78,14 +75,13 @@ class Workers:
         states[request_id] = SimpleNamespace(external_req_id=request_id, request_index=0)
         report = {"verdicts": {}, "identity": self.identity(data_parallel_rank or 0)}
         said = SimpleNamespace(
-            request_id=request_id, new_token_ids=[7], kv_transfer_params={KEY: report}
+            request_id=request_id,
+            new_token_ids=[7],
+            kv_transfer_params={KEY: report} if self.report is ... else self.report,
         )
         self.output_processor.process_outputs([said])
-        text = SimpleNamespace(token_ids=[7], text="", finish_reason=None)
         try:
-            yield SimpleNamespace(outputs=[text])
-            if params.max_tokens > 1:
-                await asyncio.Event().wait()
+            yield SimpleNamespace()
         finally:
             states.pop(request_id, None)
 
@@ -110,11 +106,9 @@ def backbone():
 
 @pytest.fixture(autouse=True)
 def names_of_vllm(monkeypatch):
-    """The names that the engine imports from vLLM when it writes."""
+    """The names that the engine imports from vLLM when it judges."""
     names = {
         "vllm": {"SamplingParams": SimpleNamespace},
-        "vllm.sampling_params": {"RequestOutputKind": SimpleNamespace(DELTA=None)},
-        "vllm.platforms": {"current_platform": SimpleNamespace(is_cpu=lambda: True)},
         "vllm.v1": {},
         "vllm.v1.engine": {},
         "vllm.v1.engine.exceptions": {
@@ -156,11 +150,16 @@ def replacing(backbone, change, **options):
     return asyncio.run(main())
 
 
-async def begun(engine):
-    """A text that is being written."""
-    text = engine.generate([Message("user", "hello")], Sampling(max_tokens=9))
-    assert isinstance(await anext(text), PromptJudged)
-    return text
+@asynccontextmanager
+async def writing(engine, llm):
+    """A text is being written, as by the guard of a server."""
+    async with engine.passing(engine.probes):
+        states, text = llm.output_processor.request_states, object()
+        states[text] = None
+        try:
+            yield
+        finally:
+            del states[text]
 
 
 def test_a_worker_that_refuses_puts_all_back(backbone):
@@ -168,7 +167,7 @@ def test_a_worker_that_refuses_puts_all_back(backbone):
         llm.refuses = 1
         with pytest.raises(SidelightError, match="last worker refuses"):
             await engine.replace_probes([new])
-        await (await begun(engine)).aclose()
+        assert await engine.judge([[Message("user", "hello")]])
 
     assert replacing(backbone, change) == (["old"], [["old"]], True)
 
@@ -203,7 +202,7 @@ def test_one_who_gives_up_leaves_the_old_probes(backbone):
         llm.may_pause.set()
         with pytest.raises(asyncio.CancelledError):
             await changing
-        await (await begun(engine)).aclose()
+        assert await engine.judge([[Message("user", "hello")]])
 
     assert replacing(backbone, change) == (["old"], [["old"]], True)
 
@@ -212,32 +211,51 @@ def test_a_text_that_belongs_to_a_begun_request_goes_on_while_a_change_waits(bac
     """A server takes nothing more from the first text before it has the second one's verdicts."""
 
     async def change(engine, llm, new):
-        first = await begun(engine)
-        changing = asyncio.create_task(engine.replace_probes([new]))
-        await asyncio.sleep(0.1)
-        second = await begun(engine)
-        for text in (first, second):
+        async with writing(engine, llm):
+            changing = asyncio.create_task(engine.replace_probes([new]))
+            await asyncio.sleep(0.1)
+            async with writing(engine, llm):
+                assert not changing.done()
             assert not changing.done()
-            await text.aclose()
         await changing
+
+    assert replacing(backbone, change) == (["new"], [["new"]], True)
+
+
+def test_a_text_is_not_judged_by_probes_that_came_after_it(backbone):
+    async def change(engine, llm, new):
+        stale = engine.judge([[Message("user", "hello")]])
+        await engine.replace_probes([new])
+        with pytest.raises(EngineUnavailableError, match="just been replaced"):
+            await stale
 
     assert replacing(backbone, change) == (["new"], [["new"]], True)
 
 
 def test_who_comes_while_probes_are_replaced_waits_and_has_the_new_ones(backbone):
     async def change(engine, llm, new):
-        text = await begun(engine)
-        changing = asyncio.create_task(engine.replace_probes([new]))
-        await asyncio.sleep(0.1)
-        waiting = asyncio.create_task(engine.settled())
-        await asyncio.sleep(0.1)
-        assert not waiting.done()
-        await text.aclose()
+        async with writing(engine, llm):
+            changing = asyncio.create_task(engine.replace_probes([new]))
+            await asyncio.sleep(0.1)
+            waiting = asyncio.create_task(engine.settled())
+            await asyncio.sleep(0.1)
+            assert not waiting.done()
         await waiting
         assert engine.probes == (new,)
         await changing
 
     assert replacing(backbone, change) == (["new"], [["new"]], True)
+
+
+@pytest.mark.parametrize("report", [None, {}, {KEY: {"error": "other tokens"}}])
+def test_a_missing_verdict_is_an_error(backbone, report):
+    async def ask(engine, llm, _new):
+        llm.report = report
+        with pytest.raises(GenerationError, match="no verdict"):
+            await engine.judge([[Message("user", "hello")]])
+        assert engine.load.waiting == 0
+
+    replacing(backbone, ask)
 
 
 def test_a_client_that_reads_slowly_holds_up_no_change_and_gets_no_other_verdict(
@@ -263,11 +281,10 @@ def test_answers_that_take_too_long_keep_the_old_probes(backbone, monkeypatch):
     monkeypatch.setattr("sidelight.vllm.exchange._PATIENCE_S", 0.05)
 
     async def change(engine, llm, new):
-        text = await begun(engine)
-        with pytest.raises(EngineUnavailableError, match="still being written"):
-            await engine.replace_probes([new])
-        await engine.settled()
-        await text.aclose()
+        async with writing(engine, llm):
+            with pytest.raises(EngineUnavailableError, match="still being written"):
+                await engine.replace_probes([new])
+            await engine.settled()
 
     assert replacing(backbone, change) == (["old"], [["old"]], True)
 
@@ -325,30 +342,17 @@ def test_every_command_that_can_run_vllm_takes_its_options():
 
 
 def test_a_list_takes_all_its_places_at_once_or_none():
-    async def outputs():
-        yield "one"
-
-    async def main():
-        places = Capacity(waiting=4)
-        with places.taken(300) as many:
-            busy = pytest.raises(EngineBusyError, match="300 waiting, the limit is 4")
-            with busy, places.taken(1):
-                pass
-            running = [places.followed(place, outputs()) for place in many[3:]]
-            for each in running:
-                await anext(each)
-            with places.taken(1), pytest.raises(EngineBusyError), places.taken(1):
-                pass
-            assert (places.load.running, places.load.waiting) == (297, 3)
-            # One has written all, one is given up, and three never came so far.
-            assert [each async for each in running[0]] == []
-            await running[1].aclose()
-            assert (places.load.running, places.load.waiting) == (295, 3)
-            for each in running[2:]:
-                await each.aclose()
-        assert (places.load.running, places.load.waiting) == (0, 0)
-
-    asyncio.run(main())
+    places = Capacity(4)
+    with places.taken(300) as leave:
+        busy = pytest.raises(EngineBusyError, match="300 waiting, the limit is 4")
+        with busy, places.taken(1):
+            pass
+        for _ in range(297):
+            leave()
+        with places.taken(1), pytest.raises(EngineBusyError), places.taken(1):
+            pass
+        assert places.waiting == 3
+    assert places.waiting == 0
 
 
 def options_of(**given):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from sidelight.engines.base import GenerationError, PromptJudged, Sampling
+from sidelight.engines.base import GenerationError
 from sidelight.errors import SidelightError
 from sidelight.prompts import Message
 from sidelight.vllm.exchange import saved
@@ -26,8 +26,7 @@ TEXTS = [f"{'word ' * (i % 9)}number {i}" for i in range(12)]
 
 
 async def judged(engine, text):
-    events = engine.generate([Message("user", text)], Sampling(max_tokens=4, temperature=0))
-    return [event async for event in events if isinstance(event, PromptJudged)]
+    return await engine.judge([[Message("user", text)]])
 
 
 def test_every_rank_judges_and_takes_other_probes(tmp_path):

@@ -51,12 +51,16 @@ MISSING = [None, {}, {KEY: {"error": "The request was not judged."}}, FOREIGN]
 
 @dataclass
 class Llm:
-    """Stands in for vLLM: writes a token with each report, and ends with the last one."""
+    """Stands in for vLLM: writes a token with each report, and ends with the last one.
+
+    ``merged`` tokens are in each output, as where nobody has read the first ones yet.
+    """
 
     reports: list
     tokenizer: str
     identity: str
     fails_at: int | None = None
+    merged: int = 1
     is_late: bool = False
     seen: list = field(default_factory=list)
     aborted: list = field(default_factory=list)
@@ -75,7 +79,7 @@ class Llm:
         self.seen.append((prompt, params))
         state = SimpleNamespace(external_req_id=request_id, request_index=0)
         self.output_processor.request_states[request_id] = state
-        written, kind = [], params.output_kind.name
+        written, unread, kind = [], [], params.output_kind.name
         try:
             if self.is_late:
                 await asyncio.Event().wait()
@@ -88,9 +92,10 @@ class Llm:
                 )
                 self.output_processor.process_outputs([said])
                 written.append(70 + number)
+                unread.append(70 + number)
                 is_end = number == len(reports) - 1
-                if kind != "FINAL_ONLY" or is_end:
-                    new = written[-1:] if kind == "DELTA" else list(written)
+                if (kind != "FINAL_ONLY" and len(unread) == self.merged) or is_end:
+                    new, unread = unread if kind == "DELTA" else list(written), []
                     yield output_of(request_id, new, report, "length" if is_end else None)
                 await asyncio.sleep(0)
         except (GeneratorExit, asyncio.CancelledError):
@@ -264,6 +269,33 @@ def test_the_whole_text_is_judged_with_its_last_token(guarded):
     prompt, params = llm.seen[-1]
     assert prompt["prompt_token_ids"] == [3, 60, 61, 1, 4, 70, 71, 72, 73]
     assert params.extra_args["kv_transfer_params"][KEY]["parts"][-1] == [3, 4]
+
+
+@pytest.mark.parametrize("merged", [2, 3, 8])
+def test_a_text_that_is_read_late_is_judged_token_by_token(guarded, merged):
+    flagged = says(early=0.1, late=0.9)
+    llm = guarded([*[FINE] * 5, flagged, flagged, *[FINE] * 9], merged=merged)
+    outputs, _ = asked(llm)
+    assert {i for output in outputs for i in output.outputs[0].token_ids} <= {70, 71, 72}
+    assert reason_of(outputs) == "content_filter"
+
+
+def test_a_watched_text_that_fills_the_context_is_judged_to_its_end(guarded):
+    llm = guarded([FINE] * 20)
+    outputs, error = asked(llm, {"type": "token", "prompt_token_ids": [3, *[60] * 88, 1, 4]})
+    assert (text_of(outputs), reason_of(outputs), error) == ("FGHIJKLM", "length", None)
+    prompt, _ = llm.seen[-1]
+    # One place is left for the token that vLLM has to write.
+    assert len(prompt["prompt_token_ids"]) == 99
+
+
+def test_a_seeded_draw_that_would_end_vllm_is_refused(guarded):
+    llm = guarded([FINE] * 3)
+    _, error = asked(llm, seed=1, temperature=0.5)
+    assert isinstance(error, RefusedError)
+    assert "seed" in str(error)
+    assert not llm.seen
+    assert asked(llm, seed=1, temperature=0.0)[1] is None
 
 
 def test_what_clients_say_of_their_tokens_is_dropped(guarded):

@@ -1,6 +1,8 @@
 """vLLM's own OpenAI server, with nothing of ours but the plugin and two environment variables."""
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import numpy as np
@@ -27,8 +29,8 @@ def address(model, tmp_path_factory):
 
 def ask(client, **options):
     given = {"model": "tiny", "max_tokens": 6, "temperature": 0}
-    messages = [{"role": "user", "content": CONTENT}]
-    return client.chat.completions.create(messages=messages, **{**given, **options})
+    given["messages"] = [{"role": "user", "content": CONTENT}]
+    return client.chat.completions.create(**{**given, **options})
 
 
 def by_probe(extension):
@@ -64,6 +66,44 @@ def test_a_stream_begins_with_the_verdicts(address, model):
     }
     last = [chunk for chunk in chunks if "sidelight" in (chunk.model_extra or {})][-1]
     assert by_probe(last.model_extra["sidelight"]) == whole
+
+
+def test_concurrent_streams_begin_with_the_verdicts_on_their_own_prompts(address, model):
+    texts = [f"{'word ' * (i % 9)}number {i}" for i in range(12)]
+
+    def first_verdicts(text):
+        messages = [{"role": "user", "content": text}]
+        with openai_client(address) as client:
+            return by_probe(next(iter(ask(client, messages=messages, stream=True))).sidelight)
+
+    with ThreadPoolExecutor(len(texts)) as pool:
+        found = list(pool.map(first_verdicts, texts))
+    prompts = [model.backbone.encoder.encode([Message("user", text)]) for text in texts]
+    for verdicts, wanted in zip(found, expected(model, prompts), strict=True):
+        for name in prompt_probes(model):
+            said = list(verdicts[name].values())
+            np.testing.assert_allclose(said, wanted[name], rtol=0, atol=ROUNDING)
+
+
+def test_a_client_that_leaves_frees_its_place_and_disturbs_no_other(address):
+    with openai_client(address) as client:
+        whole = ask(client).model_extra["sidelight"]
+        leaving = ask(client, stream=True, max_tokens=900, extra_body={"ignore_eos": True})
+        next(iter(leaving))
+        assert running(address) == 1
+        leaving.close()
+        assert ask(client).model_extra["sidelight"] == whole
+    for _ in range(100):
+        if running(address) == 0:
+            return
+        time.sleep(0.1)
+    pytest.fail("it still runs")
+
+
+def running(address):
+    lines = httpx.get(f"{address}/metrics").text.splitlines()
+    (line,) = [line for line in lines if line.startswith("vllm:num_requests_running")]
+    return float(line.rsplit(" ", 1)[1])
 
 
 def test_each_of_several_texts_has_its_own_verdicts(address, model):

@@ -1,30 +1,25 @@
-"""The engine over vLLM: conversations as vLLM's requests, and how vLLM is started."""
+"""Verdicts on conversations through vLLM, and how vLLM is started."""
 
 # pyright: reportMissingImports=false
 
 import asyncio
 import os
 import uuid
-from collections import deque
-from collections.abc import AsyncGenerator, Collection, Coroutine, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, aclosing
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict
-from typing import Any
+from functools import partial
+from typing import Any, NoReturn
 
 from sidelight.backbone import read_backbone
 from sidelight.engines.base import (
-    Admission,
     Engine,
     EngineUnavailableError,
-    Event,
     GenerationError,
     Load,
     PromptJudged,
-    Sampling,
     Tokens,
-    admit_all,
     require_same_model,
-    require_watched,
 )
 from sidelight.engines.queue import Limits
 from sidelight.engines.text import WARM_UP, TextCodec
@@ -35,32 +30,23 @@ from sidelight.prompts import Conversation, EncodedPrompt, Message, PromptEncode
 from sidelight.types import Judgement
 from sidelight.vllm.exchange import Exchange, saved
 from sidelight.vllm.quantised import admitted, named_report, served_fingerprint
-from sidelight.vllm.requests import (
-    Capacity,
-    Output,
-    Place,
-    StepReport,
-    WrittenText,
-    early_names,
-    listener_of,
-    sampling_params,
-)
+from sidelight.vllm.requests import Capacity, early_names, listener_of, read_whole
 from sidelight.vllm.settings import DESCRIBED, KEY, judgement_of
 
 
 class VllmEngine(Engine):
-    """Serves one model with its probes; made by ``load_vllm_engine``.
+    """Judges by one model with its probes, and writes nothing.
 
     Args:
-        llm: vLLM's engine, with the plugin loaded in it.
+        llm: vLLM's engine client, with the plugin loaded in it.
         probes: Those that it was started with.
         name: The name that requests use.
         encoder: Turns messages into the model's token ids.
         tokenizer: The model's tokenizer.
         fingerprint: Of the model; every probe must have been trained on it.
         identity: That of the probes, as its workers loaded them.
-        limits: At most ``waiting`` requests wait for vLLM to begin them. Of a list of texts to
-            judge, ``running`` are in vLLM at a time.
+        limits: At most ``waiting`` texts wait for their verdicts. Of a list of texts, ``running``
+            are in vLLM at a time.
     """
 
     def __init__(
@@ -101,8 +87,8 @@ class VllmEngine(Engine):
 
     @property
     def load(self) -> Load:
-        """The requests in the engine; one waits until its prompt has been read."""
-        return self._capacity.load
+        """Those that wait for their verdicts; vLLM itself counts those that it writes."""
+        return Load(running=0, waiting=self._capacity.waiting)
 
     @property
     def is_ready(self) -> bool:
@@ -127,9 +113,7 @@ class VllmEngine(Engine):
         prompt = self._codec.encode(WARM_UP)
 
         def try_out(identity: str, rank: int | None) -> Coroutine[Any, Any, Judgement]:
-            params = sampling_params(Sampling(temperature=0.0), 1, prompt)
-            outputs = self.outputs(prompt, params, identity, data_parallel_rank=rank)
-            return _last_judgement(outputs)
+            return self.check(prompt, identity, data_parallel_rank=rank)
 
         await self._exchange.replace(probes, try_out)
 
@@ -140,50 +124,19 @@ class VllmEngine(Engine):
         """As ``Exchange.passing``, for requests that come another way."""
         return self._exchange.passing(probes)
 
-    async def memory_share(self) -> float:
-        """Memory of the probes' columns as a share of that of keys and values (first worker)."""
-        columns, cache = (await self._llm.collective_rpc("sidelight_bytes"))[0]
-        return columns / cache
-
     async def tokenize(self, text: Conversation) -> Tokens:
         return await asyncio.to_thread(self._codec.tokens, text)
 
-    def generate(
-        self,
-        messages: Conversation,
-        sampling: Sampling,
-        *,
-        watch: Collection[str] = (),
-        admits: Admission = admit_all,
-    ) -> AsyncGenerator[Event, None]:
-        # vLLM draws the first token in the step that gives the verdicts. If ``admits`` refuses,
-        # nobody sees it.
-        probes = self._exchange.probes
-        watched = require_watched(watch, probes)
+    def generate(self, *_: Any, **__: Any) -> NoReturn:
+        """Refused: vLLM's own server writes texts, and a guard in it has them judged.
 
-        async def events() -> AsyncGenerator[Event, None]:
-            prompt, room = await asyncio.to_thread(
-                self._codec.encode_to_continue, messages, sampling.max_tokens
-            )
-            params = sampling_params(sampling, room, prompt)
-            text = WrittenText(
-                prompt,
-                probes,
-                watched,
-                admits,
-                logprobs=sampling.logprobs,
-                codec=self._codec,
-                check=lambda whole: self.check(whole, identity),
-            )
-            with self._capacity.taken(1) as (place,):
-                async with self._exchange.passing(probes) as identity:
-                    written = self.outputs(prompt, params, identity)
-                    outputs = self._capacity.followed(place, written)
-                    async with aclosing(text.events(outputs)) as written:
-                        async for event in written:
-                            yield event
-
-        return events()
+        Raises:
+            SidelightError: Always.
+        """
+        raise SidelightError(
+            "This engine only judges. Texts are written by vLLM's own server: start it with "
+            "'sidelight serve --engine vllm'."
+        )
 
     def judge(
         self, conversations: Sequence[Sequence[Message]]
@@ -196,8 +149,8 @@ class VllmEngine(Engine):
         async with self._exchange.passing(probes) as identity:
             encode = self._codec.encode
             prompts = await asyncio.to_thread(lambda: [encode(c) for c in conversations])
-            with self._capacity.taken(len(prompts)) as places:
-                judged = await self._check_all(prompts, places, identity)
+            with self._capacity.taken(len(prompts)) as leave:
+                judged = await self._check_all(prompts, leave, identity)
         early = early_names(probes)
         events: list[PromptJudged] = []
         for turns, prompt, judgement in zip(conversations, prompts, judged, strict=True):
@@ -206,82 +159,54 @@ class VllmEngine(Engine):
         return events
 
     async def _check_all(
-        self, prompts: Sequence[EncodedPrompt], places: Sequence[Place], identity: str
+        self, prompts: Sequence[EncodedPrompt], leave: Callable[[], None], identity: str
     ) -> list[Judgement]:
         """In order. Of a long list only some are in vLLM at once, so that others get in."""
         together = asyncio.Semaphore(self._limits.running)
 
-        async def check(prompt: EncodedPrompt, place: Place) -> Judgement:
+        async def check(prompt: EncodedPrompt) -> Judgement:
             async with together:
-                outputs = self._checked(prompt, identity)
-                return await _last_judgement(self._capacity.followed(place, outputs))
+                judgement = await self.check(prompt, identity)
+            leave()
+            return judgement
 
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [
-                    group.create_task(check(*each)) for each in zip(prompts, places, strict=True)
-                ]
+                tasks = [group.create_task(check(prompt)) for prompt in prompts]
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
         return [task.result() for task in tasks]
 
-    def _checked(self, prompt: EncodedPrompt, identity: str) -> AsyncGenerator[Output, None]:
-        """The outputs for a text that is only judged: one token, which vLLM must write."""
-        self._codec.require_within_context(prompt)
-        return self.outputs(prompt, sampling_params(Sampling(temperature=0.0), 1, prompt), identity)
-
-    async def check(self, prompt: EncodedPrompt, identity: str) -> Judgement:
-        """What all probes say of these tokens, for a request that already has its place."""
-        return await _last_judgement(self._checked(prompt, identity))
-
-    async def outputs(
-        self, prompt: EncodedPrompt, params: Any, identity: str, **options: Any
-    ) -> AsyncGenerator[Output, None]:
-        """The outputs of one request.
+    async def check(self, prompt: EncodedPrompt, identity: str, **options: Any) -> Judgement:
+        """What all probes say of these tokens, for a request that already has its place.
 
         Args:
             prompt: Its tokens.
-            params: Its ``SamplingParams``.
             identity: That of the probes which are to judge it.
             options: Others of ``AsyncLLM.generate``.
 
         Raises:
             EngineUnavailableError: vLLM has stopped.
-            GenerationError: vLLM gave up this request.
+            GenerationError: vLLM gave up this request, or gave no verdict.
         """
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
+        self._codec.require_within_context(prompt)
         if not self.is_ready:
             raise EngineUnavailableError()
-        tokens = {"prompt_token_ids": list(prompt.token_ids)}
-        request_id, reports = uuid.uuid4().hex, deque[StepReport]()
+        # That of the class: an instance in vLLM's own server enforces a policy.
+        generate = partial(type(self._llm).generate, self._llm, **options)
         try:
-            with self._listener.to(request_id, identity, reports.append):
-                # That of the class: an instance in vLLM's own server enforces a policy.
-                generate = type(self._llm).generate
-                written = generate(self._llm, tokens, params, request_id, **options)
-                async with aclosing(written) as outputs:
-                    async for output in outputs:
-                        (text,) = output.outputs
-                        # The steps that wrote these tokens: at least one, perhaps of no token.
-                        steps = [reports.popleft()]
-                        while sum(step.tokens for step in steps) < len(text.token_ids):
-                            steps.append(reports.popleft())
-                        yield Output(text, tuple(steps))
+            report = await read_whole(
+                generate, self._listener, {}, prompt, uuid.uuid4().hex, identity=identity
+            )
         except EngineDeadError as error:
             raise EngineUnavailableError(
                 "vLLM has stopped; its log says why. Start the server again."
             ) from error
         except EngineGenerateError as error:
             raise GenerationError("vLLM gave up this request; its log says why.") from error
-
-
-async def _last_judgement(outputs: AsyncGenerator[Output, None]) -> Judgement:
-    judgement = Judgement()
-    async with aclosing(outputs):
-        async for output in outputs:
-            judgement, _ = judgement_of(output.steps[-1].params)
-    return judgement
+        return judgement_of(report and report.params)[0]
 
 
 # vLLM's options that Sidelight sets itself, and what to do instead, in any command.
@@ -301,7 +226,7 @@ def load_vllm_engine(
     limits: Limits | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> VllmEngine:
-    """Starts vLLM and returns the engine over it.
+    """Starts vLLM without a server, and returns the engine over it.
 
     Args:
         model: ``smollm2``, a folder, or a hub id.

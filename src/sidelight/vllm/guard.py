@@ -255,6 +255,7 @@ class EngineGuard:
 
     async def _outputs(self, call: _Call, prompt: Any) -> AsyncGenerator[Any, None]:
         params, request_id = call.params, call.request_id
+        _require_drawable(params)
         prompt = self._tokenized(prompt)
         if not isinstance(prompt, Mapping):
             # Text that arrives while the model writes, or a request that its caller has prepared.
@@ -459,3 +460,18 @@ def unread_head(prompt: EncodedPrompt) -> tuple[int, ...]:
     """The ids in front of the first token that may be read."""
     parts = takewhile(lambda part: part == Part.UNREAD, prompt.parts)
     return prompt.token_ids[: len([*parts])]
+
+
+def _require_drawable(params: Any) -> None:
+    """vLLM's CPU backend dies of a seeded draw if the prompt is read in more than one step.
+
+    Raises:
+        SidelightError: It would.
+    """
+    from vllm.platforms import current_platform
+
+    if params.seed is not None and params.temperature > 0 and current_platform.is_cpu():
+        raise SidelightError(
+            "vLLM's CPU backend cannot draw with a seed. Leave 'seed' out, or set 'temperature' "
+            "to 0."
+        )

@@ -4,7 +4,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from contextlib import aclosing
 from copy import copy
 from dataclasses import dataclass, replace
@@ -21,11 +21,14 @@ from sidelight.engines.base import (
 from sidelight.probe import Probe
 from sidelight.prompts import EncodedPrompt, Part
 from sidelight.types import Judgement
-from sidelight.vllm.requests import OutputListener, StepReport, early_names
-from sidelight.vllm.settings import KEY, judgement_of, request_params
-
-# ``AsyncLLM.generate`` of a prompt, sampling parameters and an id.
-Generate = Callable[[Any, Any, str], AsyncGenerator[Any, None]]
+from sidelight.vllm.requests import (
+    Generate,
+    OutputListener,
+    StepReport,
+    early_names,
+    read_whole,
+)
+from sidelight.vllm.settings import KEY, judgement_of
 
 
 @dataclass(frozen=True)
@@ -201,8 +204,6 @@ class GuardedText:
 
     async def _whole(self) -> Judgement:
         """What the probes say of the text with its last token; the cache has all but the end."""
-        from vllm import SamplingParams
-
         written, prompt = tuple(self._written), self._encoded
         if prompt is None or len(prompt) + len(written) > self._room:
             return Judgement()
@@ -213,19 +214,11 @@ class GuardedText:
         )
         given: Mapping[str, Any] = self._prompt
         shared = {k: given[k] for k in ("type", "cache_salt") if k in given}
-        params = SamplingParams(
-            max_tokens=1,
-            temperature=0.0,
-            detokenize=False,
-            extra_args={"kv_transfer_params": request_params(whole)},
+        own_id = f"{self._id}-whole"
+        report = await read_whole(
+            self._generate, self._listener, shared, whole, own_id, identity=self._identity
         )
-        steps, own_id = deque[StepReport](), f"{self._id}-whole"
-        tokens = {**shared, "prompt_token_ids": [*whole.token_ids]}
-        with self._listener.to(own_id, self._identity, steps.append):
-            async with aclosing(self._generate(tokens, params, own_id)) as outputs:
-                async for _ in outputs:
-                    pass
-        return _judgement([*steps][-1:])[0]
+        return _judgement([report] if report else [])[0]
 
 
 class Assembly:
