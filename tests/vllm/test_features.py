@@ -15,6 +15,8 @@ from sidelight.errors import SidelightError
 from sidelight.vllm.columns import Tracking
 from sidelight.vllm.settings import KEY
 from sidelight.vllm.worker import RequestJudge
+from stock_requests import parts_of, post
+from stock_server import stock_server
 from vllm_served import (
     Model,
     expected,
@@ -90,6 +92,21 @@ def test_an_adapter_is_judged_as_its_merged_weights_are(model, prompts, tmp_path
             require_equal([reported(output) for output in outputs], wanted)
             named = {output.kv_transfer_params[KEY].get("adapter") for output in outputs}
             assert named == {lora and "formal"}
+
+
+def test_answers_of_a_server_name_the_adapter_that_wrote_them(early, tmp_path):
+    adapter(early, tmp_path)
+    words = ("--enable-lora", "--max-lora-rank", str(RANK), "--lora-modules", f"formal={tmp_path}")
+    asked = {"max_tokens": 3, "messages": [{"role": "user", "content": "hello"}]}
+    with stock_server(early.path, early.folders, tmp_path, *words) as server:
+        for model, wanted in (("tiny", None), ("formal", "formal")):
+            for path in ("/v1/chat/completions", "/v1/messages"):
+                answer = post(server.address, path, {"model": model, **asked}).json()
+                assert answer["sidelight"].get("adapter") == wanted, path
+            streamed = {"model": model, "stream": True, **asked}
+            parts = parts_of(post(server.address, "/v1/chat/completions", streamed))
+            said = [part["sidelight"] for part in parts if "sidelight" in part]
+            assert {each.get("adapter") for each in said} == {wanted}
 
 
 @pytest.mark.parametrize("method", ["ngram", "draft_model"])

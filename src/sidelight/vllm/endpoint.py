@@ -316,6 +316,9 @@ class _Answer:
                     for entry in own["verdicts"]
                 ]
             }
+        if record.adapter is not None:
+            # Probes were trained on the model without it.
+            extension = {**extension, "adapter": record.adapter}
         if self._scope["path"] not in _CHUNKED or not report.probes:
             return {KEY: extension}
         response = record.response_decisions if is_end else None

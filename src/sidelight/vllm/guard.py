@@ -66,6 +66,7 @@ class RequestRecord:
         ends: How the texts of each prompt have ended; None while one is written.
         silent: The places of texts that were cut before any of them was sent.
         decided: Set once it ``is_decided``, or nothing more is written.
+        adapter: The LoRA adapter that writes its texts; None: the model by itself.
     """
 
     probes: tuple[Probe, ...]
@@ -76,6 +77,7 @@ class RequestRecord:
     ends: list[list[Ended | None]] = field(default_factory=list[list[Ended | None]])
     silent: set[tuple[int, int]] = field(default_factory=set[tuple[int, int]])
     decided: asyncio.Event = field(default_factory=asyncio.Event)
+    adapter: str | None = None
 
     def begin(self, texts: int) -> int:
         """Notes a prompt that so many texts follow; returns its index."""
@@ -255,6 +257,8 @@ class EngineGuard:
 
     async def _outputs(self, call: _Call, prompt: Any) -> AsyncGenerator[Any, None]:
         params, request_id = call.params, call.request_id
+        if (adapter := call.options.get("lora_request")) is not None:
+            call.record.adapter = adapter.lora_name
         _require_drawable(params)
         prompt = self._tokenized(prompt)
         if not isinstance(prompt, Mapping):
