@@ -13,15 +13,18 @@ import pytest
 from transformers import LlamaConfig
 
 from commands import run, saved
+from live import served
 from sidelight.artifact import CARD, add_to_card, load_probe, save_probe
 from sidelight.data.examples import Example, LabelledExamples
 from sidelight.data.loading import load_examples
+from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import ContextLengthError, SidelightError
 from sidelight.hub import push
+from sidelight.policy.rules import Policy, Rule
 from sidelight.prompts import Message, Reads
 from sidelight.redteam.attacks import ATTACKS, SEARCH, Attack, Markup, Surroundings, attack_names
 from sidelight.redteam.measure import Rate, measure
-from sidelight.redteam.subjects import Target, draw_subjects, flagging_thresholds
+from sidelight.redteam.subjects import ProbeTarget, draw_subjects, flagging_thresholds
 from sidelight.training.classifier import Classifier
 from templates import TEMPLATES, merging_tokenizer
 from tiny import INTENT, SIZES, TOPICS, TOXICITY, tiny_backbone, tiny_tokenizer, untrained_probe
@@ -222,9 +225,13 @@ def classifier(backbone):
     return Classifier(backbone, untrained_probe(backbone, "toxicity", threshold=middle))
 
 
-def measured(classifier, attacks, **options):
+def target_of(classifier):
     thresholds = flagging_thresholds(classifier.probe)
-    return measure(classifier, loaded(), thresholds, attacks=attacks, **options)
+    return ProbeTarget(backbone=classifier.backbone, thresholds=thresholds, probe=classifier.probe)
+
+
+def measured(classifier, attacks, **options):
+    return measure(target_of(classifier), loaded(), attacks=attacks, **options)
 
 
 def test_rates_are_those_of_the_verdicts_on_the_same_conversations(classifier):
@@ -232,7 +239,7 @@ def test_rates_are_those_of_the_verdicts_on_the_same_conversations(classifier):
     thresholds = flagging_thresholds(classifier.probe)
     subjects = draw_subjects(loaded(), thresholds, texts=50, seed=0)
     markup = Markup.of(classifier.backbone.tokenizer, "chat")
-    target = Target(classifier, thresholds)
+    target = target_of(classifier)
     moved = 0
     for outcome in measured(classifier, names):
         for is_positive, alone, attacked in (
@@ -249,7 +256,8 @@ def test_rates_are_those_of_the_verdicts_on_the_same_conversations(classifier):
 
 
 def rate(target, conversations):
-    verdicts = target.classifier.predict([Example(tuple(own)) for own in conversations])
+    classifier = Classifier(target.backbone, target.probe)
+    verdicts = classifier.predict([Example(tuple(own)) for own in conversations])
     return Rate(sum(verdict.flagged for verdict in verdicts), len(verdicts))
 
 
@@ -283,7 +291,7 @@ def test_a_text_that_is_too_long_by_itself_is_named(classifier, tmp_path):
     data.write_text("\n".join(json.dumps({"text": t, "label": n}) for t, n in pairs))
     examples = load_examples(data, task=TOXICITY)
     with pytest.raises(ContextLengthError, match=r"data\.jsonl, line 21: The text has"):
-        measure(classifier, examples, {"toxic": 0.5}, attacks=["leet"])
+        measure(target_of(classifier), examples, attacks=["leet"])
 
 
 def test_what_the_chat_template_refuses_is_left_out_and_says_why():
@@ -431,6 +439,39 @@ def test_an_interval_holds_its_share():
     low, high = Rate(9, 10).interval
     assert 0 < low < 0.9 < high < 1
     assert high - low > np.diff(Rate(900, 1000).interval)
+
+
+def test_what_passes_a_live_server_is_what_its_probe_does_not_flag(
+    redteam, artifact, classifier, tmp_path, monkeypatch
+):
+    names = attack_names(["places", "leet", "padding-600-both"])
+    names.remove("system-turn")
+    policy = Policy(input={"toxicity": Rule("block")}, system_turns="trust")
+    engine = TransformersEngine(classifier.backbone, [classifier.probe])
+    monkeypatch.setenv("SIDELIGHT_API_KEY", "secret")
+    options = ("--attacks", ",".join(names), "--texts", "4", "--json", str(tmp_path / "e.json"))
+    with served(engine, policy=policy, api_key="secret") as address:
+        assert redteam(artifact, "--url", address, *options) == 0
+        told = json.loads((tmp_path / "e.json").read_text())
+        monkeypatch.setenv("SIDELIGHT_API_KEY", "another")
+        assert redteam(artifact, "--url", address, *options) == 2
+    assert told["url"] == address
+    routes = {route["route"]: route["attacks"] for route in told["routes"]}
+    # It has no others, and its completions refuse what spells out the template.
+    assert routes.keys() == {"chat", "text", "ids"}
+    assert all(row["recall"]["flagged"] == row["recall"]["texts"] for row in routes["text"])
+    assert {row["recall"]["texts"] for row in routes["ids"]} == {0}
+    assert "the route takes no such text" in routes["ids"][0]["skipped"]
+    for row, outcome in zip(routes["chat"], measured(classifier, names, texts=4), strict=True):
+        assert row["attack"] == outcome.attack
+        assert row["recall"]["flagged"] == outcome.recall.flagged
+        assert row["false_alarms"]["flagged"] == outcome.alarms.flagged
+
+
+@pytest.mark.parametrize("more", [["--plot", "e.png"], ["--card"], ["--attacks", "search"]])
+def test_a_live_server_has_no_scores_to_show_or_to_search_by(redteam, artifact, more, capsys):
+    assert redteam(artifact, "--url", "http://127.0.0.1:9", *more) == 2
+    assert "no scores" in capsys.readouterr().err
 
 
 def test_the_card_says_what_was_measured_on_this_very_probe(redteam, artifact, tmp_path):

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sidelight.cli import options
+from sidelight.errors import SidelightError
 from sidelight.storage import check_folder, write_json
 
 if TYPE_CHECKING:
     from sidelight.data.loading import OnMissingLabel
+    from sidelight.redteam.subjects import Target
 
 
 def _split(_context: click.Context, _option: Any, value: str | None) -> list[str]:
@@ -23,6 +25,7 @@ def _split(_context: click.Context, _option: Any, value: str | None) -> list[str
         "sidelight redteam probes/injection --data held_out.jsonl --attacks places,disguises",
         "sidelight redteam probes/injection --data held_out.jsonl --json evasion.json "
         "--plot evasion.png --card",
+        "sidelight redteam probes/injection --data held_out.jsonl --url http://127.0.0.1:8000",
     )
 )
 @click.argument("probe", type=options.PATH)
@@ -68,6 +71,11 @@ def _split(_context: click.Context, _option: Any, value: str | None) -> list[str
 @click.option(
     "--plot", type=options.PATH, callback=options.checked_file, help="File for a plot (PNG)."
 )
+@click.option(
+    "--url",
+    help="Attack the policy of a live server, on each route that writes text; its key is "
+    "SIDELIGHT_API_KEY. [default: the probe itself]",
+)
 @click.option("--card", is_flag=True, help="Add the table to the model card in the probe's folder.")
 @options.backbone
 def redteam(
@@ -85,6 +93,7 @@ def redteam(
     threshold: float | None,
     out: Path | None,
     plot: Path | None,
+    url: str | None,
     card: bool,
     runtime: options.Runtime,
 ) -> None:
@@ -95,14 +104,22 @@ def redteam(
     """
     from sidelight.artifact import add_to_card, load_probe
     from sidelight.data.loading import load_examples
-    from sidelight.redteam.attacks import attack_names
+    from sidelight.redteam.attacks import SEARCH, attack_names
+    from sidelight.redteam.live import Server
     from sidelight.redteam.measure import measure
     from sidelight.redteam.report import Evasion
-    from sidelight.redteam.subjects import flagging_thresholds
+    from sidelight.redteam.subjects import ProbeTarget, flagging_thresholds
     from sidelight.training.classifier import load
     from sidelight.training.runs import console
 
     names = attack_names(attacks)
+    if url is not None:
+        if plot is not None or card or attacks == [SEARCH]:
+            raise SidelightError(
+                "A live server says what passes, and no scores. Leave out --url, or --plot, --card "
+                "and the attack 'search'."
+            )
+        names = [name for name in names if name != SEARCH]
     if plot is not None:
         # If matplotlib is missing, say so before the backbone runs.
         import_module("sidelight.plots")
@@ -120,17 +137,29 @@ def redteam(
     )
     for warning in examples.warnings:
         click.echo(f"Warning: {warning}", err=True)
-    classifier = load(probe, model=runtime.model, dtype=runtime.dtype, device=runtime.device)
-    outcomes = measure(
-        classifier, examples, thresholds, attacks=names, texts=texts, seed=seed, budget=budget
-    )
-    evasion = Evasion(
-        attacked.name, attacked.version, thresholds, data, seed, budget, tuple(outcomes)
-    )
-    console().print(evasion.table())
+    targets: dict[str, Target]
+    if url is None:
+        backbone = load(
+            probe, model=runtime.model, dtype=runtime.dtype, device=runtime.device
+        ).backbone
+        targets = {"": ProbeTarget(backbone=backbone, thresholds=thresholds, probe=attacked)}
+    else:
+        targets = {**Server(url).targets(attacked, thresholds, runtime.model)}
+    evasions: list[Evasion] = []
+    for route, target in targets.items():
+        outcomes = measure(target, examples, attacks=names, texts=texts, seed=seed, budget=budget)
+        evasions.append(
+            Evasion(
+                *(attacked.name, attacked.version, thresholds, data, seed, budget),
+                tuple(outcomes),
+                route=route,
+            )
+        )
+        console().print(evasions[-1].table())
     if out is not None:
-        write_json(out, evasion.to_dict())
+        found = [evasion.to_dict() for evasion in evasions]
+        write_json(out, found[0] if url is None else {"url": url, "routes": found})
     if plot is not None:
-        evasion.plot(plot)
+        evasions[0].plot(plot)
     if card:
-        add_to_card(probe, evasion.section())
+        add_to_card(probe, evasions[0].section())

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle
+from math import isnan
 from random import Random
 
 import numpy as np
@@ -17,7 +18,7 @@ from sidelight.progress import Progress, progress
 from sidelight.prompts import Message
 from sidelight.redteam.attacks import ATTACKS, SEARCH, Markup, Messages
 from sidelight.redteam.subjects import Subject, Target, draw_subjects
-from sidelight.training.classifier import Classifier, encode
+from sidelight.training.classifier import encode
 
 # The search asks about texts that grow: as a rule, to this many times their length.
 _GROWTH = 2
@@ -76,9 +77,8 @@ class Outcome:
 
 
 def measure(
-    classifier: Classifier,
+    target: Target,
     examples: LabelledExamples,
-    thresholds: Mapping[str, float],
     *,
     attacks: Sequence[str],
     texts: int = 50,
@@ -88,9 +88,8 @@ def measure(
     """Attacks positive and benign texts alike.
 
     Args:
-        classifier: The probe, of prompts, on its backbone.
+        target: A probe of prompts, or what stands before a model.
         examples: Texts that training has not seen.
-        thresholds: As ``flagging_thresholds`` gives them.
         attacks: Names of attacks, as ``attack_names`` gives them.
         texts: The most positive texts, and the most benign ones.
         seed: Draws them, and what the attacks draw.
@@ -100,9 +99,8 @@ def measure(
         ContextLengthError: A text is too long as it is.
         SidelightError: There is no positive text, or there are fewer than two benign ones.
     """
-    target = Target(classifier, thresholds)
-    subjects = draw_subjects(examples, thresholds, texts=texts, seed=seed)
-    backbone = classifier.backbone
+    subjects = draw_subjects(examples, target.thresholds, texts=texts, seed=seed)
+    backbone = target.backbone
     markup = Markup.of(backbone.tokenizer, backbone.encoder.prompt_format)
     plans = {
         name: _Plan.of(target, subjects, partial(Subject.attacked, by=ATTACKS[name], markup=markup))
@@ -164,12 +162,13 @@ class _Plan:
         """Of each text's conversations."""
         flat = [each for own in self.conversations for each in own or ()]
         margins = iter(target.margins(flat, shown))
-        return [None if own is None else [next(margins) for _ in own] for own in self.conversations]
+        found = [[next(margins) for _ in own or ()] for own in self.conversations]
+        return [[m for m in own if not isnan(m)] or None for own in found]
 
 
 def _reason(target: Target, error: SidelightError) -> str:
     if isinstance(error, ContextLengthError):
-        limit = target.classifier.backbone.encoder.max_tokens
+        limit = target.backbone.encoder.max_tokens
         return f"longer than the model's context of {limit:,} tokens"
     # The first sentence says why; the remedy is not the attacker's.
     return str(error).partition(". ")[0]
@@ -184,6 +183,8 @@ def _outcome(
     queries: tuple[int, ...] | None = None,
 ) -> Outcome:
     """Of several conversations that carry an attack out, the worst for the probe counts."""
+    if untaken := sum(own is None for own in attacked) - sum(skipped.values()):
+        skipped = {**skipped, "the route takes no such text": untaken}
 
     def rates(is_positive: bool) -> tuple[Rate, Rate]:
         worst = min if is_positive else max

@@ -26,6 +26,7 @@ class Evasion:
         seed: What drew them.
         budget: Texts that the search could have scored for each positive.
         outcomes: One for each attack.
+        route: Of a live server, that of ``ROUTES``; blank: the probe itself was attacked.
     """
 
     probe: str
@@ -35,10 +36,12 @@ class Evasion:
     seed: int
     budget: int
     outcomes: Sequence[Outcome]
+    route: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """All figures as JSON values."""
         return {
+            **({"route": self.route} if self.route else {}),
             "probe": self.probe,
             "version": self.version,
             "thresholds": dict(self.thresholds),
@@ -107,7 +110,8 @@ class Evasion:
 
     def _title(self) -> str:
         flags = ", ".join(f"{label} from {least:.3f}" for label, least in self.thresholds.items())
-        return f"'{self.probe}' under attack; it flags {flags}"
+        where = f" on the route '{self.route}'" if self.route else ""
+        return f"'{self.probe}' under attack{where}; it flags {flags}"
 
     def _notes(self) -> Iterator[str]:
         for outcome in self.outcomes:

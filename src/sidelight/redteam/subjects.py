@@ -1,5 +1,6 @@
-"""What is attacked: a probe as its attacker sees it, and labelled texts of both kinds."""
+"""What is attacked, as its attacker sees it, and labelled texts of both kinds."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
@@ -7,6 +8,7 @@ from random import Random
 import numpy as np
 from jaxtyping import Bool
 
+from sidelight.backbone import TransformersBackbone, UnloadedBackbone
 from sidelight.data.examples import Example, LabelledExamples
 from sidelight.errors import SidelightError
 from sidelight.policy.rules import BoundRule, Rule, require_rule_applies
@@ -14,7 +16,7 @@ from sidelight.probe import Probe
 from sidelight.progress import Progress
 from sidelight.prompts import Message
 from sidelight.redteam.attacks import Attack, Markup, Messages, Surroundings
-from sidelight.training.classifier import Classifier, judge
+from sidelight.training.classifier import judge
 from sidelight.types import Flags
 
 
@@ -42,15 +44,15 @@ def flagging_thresholds(
 
 
 @dataclass(frozen=True)
-class Target:
-    """A probe as its attacker sees it.
+class Target(ABC):
+    """What is attacked, as its attacker sees it.
 
     Attributes:
-        classifier: Judges whole conversations.
+        backbone: Its tokenizer and template.
         thresholds: As ``flagging_thresholds`` gives them.
     """
 
-    classifier: Classifier
+    backbone: TransformersBackbone | UnloadedBackbone
     thresholds: Mapping[str, float]
 
     def tokens(self, conversation: Sequence[Message]) -> int:
@@ -60,7 +62,7 @@ class Target:
             ContextLengthError: It is longer than the backbone reads.
             SidelightError: It cannot be rendered.
         """
-        return len(self.classifier.backbone.encoder.encode(conversation))
+        return len(self.backbone.encoder.encode(conversation))
 
     def fits(self, conversation: Sequence[Message]) -> bool:
         """Whether the backbone can read it."""
@@ -69,12 +71,22 @@ class Target:
         except SidelightError:
             return False
 
+    @abstractmethod
     def margins(self, conversations: Sequence[Messages], shown: Progress) -> list[float]:
-        """How far each is above its threshold; it is flagged from 0 on."""
-        backbone, probe = self.classifier.backbone, self.classifier.probe
+        """How far each is above its threshold: flagged from 0 on. NaN: it cannot be sent."""
+
+
+@dataclass(frozen=True)
+class ProbeTarget(Target):
+    """A probe, which judges whole conversations."""
+
+    probe: Probe
+    backbone: TransformersBackbone
+
+    def margins(self, conversations: Sequence[Messages], shown: Progress) -> list[float]:
         examples = [Example(conversation) for conversation in conversations]
-        (logits,) = judge(backbone, [probe], examples, shown)
-        said = [probe.verdict(own).probabilities for own in logits]
+        (logits,) = judge(self.backbone, [self.probe], examples, shown)
+        said = [self.probe.verdict(own).probabilities for own in logits]
         return [max(p[label] - least for label, least in self.thresholds.items()) for p in said]
 
 

@@ -8,7 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from sidelight.artifact import load_probe, save_probe
-from sidelight.backbone import DtypeName, TransformersBackbone, load_backbone
+from sidelight.backbone import (
+    DtypeName,
+    TransformersBackbone,
+    UnloadedBackbone,
+    load_backbone,
+)
 from sidelight.bank import Bank
 from sidelight.data.examples import Example, Examples, LabelledExamples, located, require_labelled
 from sidelight.data.loading import load_examples
@@ -216,7 +221,9 @@ def load(
     return Classifier(backbone, probe)
 
 
-def encode(backbone: TransformersBackbone, examples: Sequence[Example]) -> list[EncodedPrompt]:
+def encode(
+    backbone: TransformersBackbone | UnloadedBackbone, examples: Sequence[Example]
+) -> list[EncodedPrompt]:
     """The examples' token ids.
 
     Raises:
