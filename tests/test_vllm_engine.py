@@ -381,6 +381,8 @@ def test_an_option_without_a_place_in_vllms_server_is_refused(name):
 def test_what_vllms_server_would_leave_open_is_refused(monkeypatch):
     with pytest.raises(SidelightError, match="--api-key instead"):
         serve(options_of(engine_option={"api_key": "x"}), "smollm2", [])
+    with pytest.raises(SidelightError, match="run 'vllm serve'"):
+        serve(options_of(engine_option={"api_server_count": 2}), "smollm2", [])
     with pytest.raises(SidelightError, match=r"Everybody who reaches 0\.0\.0\.0"):
         serve(options_of(host="0.0.0.0"), "smollm2", [])
     monkeypatch.setenv("VLLM_API_KEY", "x")

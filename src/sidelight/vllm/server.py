@@ -44,6 +44,8 @@ _SET_HERE = SET_HERE | {
     "api_key": "Give --api-key instead, which holds on every route.",
     "uvicorn_log_level": "Give --log-level instead.",
     "shutdown_timeout": "Give drain_s in the file of --config instead.",
+    "api_server_count": "There is one. For more, run 'vllm serve' with SIDELIGHT_PROBES.",
+    "headless": "For engines without a server, run 'vllm serve' with SIDELIGHT_PROBES.",
 }
 # Lists that vLLM takes as JSON; it takes others word by word.
 _JSON_LISTS = frozenset({"allowed_origins", "allowed_methods", "allowed_headers"})
