@@ -343,7 +343,7 @@ class Gatekeeper:
     passes carries its ``Caller`` in its state.
     """
 
-    def __init__(self, app: ASGIApp, *, access: Access, limit: float):
+    def __init__(self, app: ASGIApp, *, access: Access, limit: int):
         self._app = app
         self._access = access
         self._limit = limit

@@ -10,6 +10,7 @@ routes of our own server that judge texts and change probes, where vLLM has none
 
 import json
 import os
+import sys
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -70,7 +71,7 @@ class ProbeEndpoint:
         access = Access() if _keys_of_vllm(app.state.args) else config.access
         # vLLM has a queue of its own, and no limit.
         is_limited = "max_concurrent" in config.model_fields_set
-        limit = config.max_concurrent if is_limited else float("inf")
+        limit = config.max_concurrent if is_limited else sys.maxsize
         app.add_middleware(Gatekeeper, access=access, limit=limit)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
