@@ -99,9 +99,10 @@ def test_the_longest_text_is_judged_and_a_longer_one_is_refused(engine, loop):
     def text(length):
         return EncodedPrompt((7,) * length, (Part.PROMPT,) * length)
 
-    assert loop.run(engine.check(text(engine.max_tokens))).verdicts
+    identity = engine._exchange.identity
+    assert loop.run(engine.check(text(engine.max_tokens), identity)).verdicts
     with pytest.raises(ContextLengthError, match=f"judges {engine.max_tokens} at most"):
-        loop.run(engine.check(text(engine.max_tokens + 1)))
+        loop.run(engine.check(text(engine.max_tokens + 1), identity))
 
 
 def test_new_probes_take_over_and_old_states_are_not_read(engine, loop, model):
@@ -118,7 +119,8 @@ def test_new_probes_take_over_and_old_states_are_not_read(engine, loop, model):
         running = asyncio.create_task(engine.judge([long] * 20))
         await asyncio.sleep(0.05)
         replacing = asyncio.create_task(engine.replace_probes(other))
-        await asyncio.sleep(0)
+        while engine._exchange._open.is_set():
+            await asyncio.sleep(0.001)
         # As a server does: who waits is judged by the new ones.
         await engine.settled()
         assert engine.probes == tuple(other)
