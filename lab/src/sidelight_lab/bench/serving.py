@@ -11,7 +11,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial, wraps
 from pathlib import Path
@@ -26,6 +26,7 @@ from sidelight.errors import SidelightError
 from sidelight.evaluation import Estimate
 from sidelight.mechanisms.base import mechanism_spec
 from sidelight.probe import Probe
+from sidelight.progress import progress
 from sidelight.prompts import Message, Reads
 from sidelight.vllm.engine import require_options, require_vllm
 from sidelight.vllm.settings import KEY
@@ -69,10 +70,11 @@ def measure_costs(
     tokens: int,
     requests: int,
     written: int,
-) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """The costs of all sets of probes, and the share of the KV cache's memory that each takes.
+) -> Generator[dict[str, Any]]:
+    """``costs`` of all sets of probes, and the share of the KV cache's ``memory`` that each takes.
 
-    Each measurement runs ``requests`` chats of about ``tokens`` together; each writes ``written``.
+    Yields them after each round, with the number of ``rounds`` so far. Each measurement runs
+    ``requests`` chats of about ``tokens`` together; each writes ``written``.
     """
     require_vllm()
     # vLLM's workers count their CPU time by functions of this file.
@@ -109,15 +111,18 @@ def measure_costs(
             measure = partial(_measure_once, llm, chats, written)
             measure()
             random = np.random.default_rng(0)
-            for _ in range(rounds):
-                for name in map(str, random.permutation(list(folders))):
-                    _exchange(llm, folders[name])
-                    values.setdefault(name, []).append(measure())
-                    columns, cache = llm.collective_rpc("sidelight_bytes")[0]
-                    memory[name] = columns / cache
+            with progress("Timing", rounds * len(folders), unit="sets of probes") as shown:
+                for done in range(1, rounds + 1):
+                    for name in map(str, random.permutation(list(folders))):
+                        _exchange(llm, folders[name])
+                        values.setdefault(name, []).append(measure())
+                        columns, cache = llm.collective_rpc("sidelight_bytes")[0]
+                        memory[name] = columns / cache
+                        shown.advance(1)
+                    shares = {name: memory[name] for name in folders}
+                    yield {"rounds": done, "memory": shares, "costs": costs_of(values)}
         finally:
             llm.llm_engine.engine_core.shutdown()
-    return costs_of(values), {name: memory[name] for name in folders}
 
 
 def _exchange(llm: Any, folders: list[str]) -> None:

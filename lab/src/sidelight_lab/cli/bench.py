@@ -382,13 +382,17 @@ def bench_serve(
 
     The probes have random weights: 0, 1, 10 and 100 readout probes, one attention probe, and a
     readout of responses. What they add is a share of the value without probes, with a 95 % interval
-    over rounds. Their share of the KV cache's memory is printed too.
+    over rounds. Their share of the KV cache's memory is printed too. --out is written after every
+    round, so a run that is stopped keeps those before.
     """
     from sidelight_lab.bench.serving import measure_costs
 
-    costs, memory = measure_costs(model or "smollm2", options=engine_option, rounds=rounds, **given)
-    if out is not None:
-        write_json(out, {"rounds": rounds, "memory": memory, "costs": costs})
+    costs: list[dict[str, Any]] = []
+    memory: dict[str, float] = {}
+    for found in measure_costs(model or "smollm2", options=engine_option, rounds=rounds, **given):
+        costs, memory = found["costs"], found["memory"]
+        if out is not None:
+            write_json(out, found)
     for name, share in memory.items():
         for cost in (cost for cost in costs if cost["probes"] == name):
             click.echo(
