@@ -25,3 +25,11 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.timeout(600))
             if missing:
                 item.add_marker(pytest.mark.skip(reason="vLLM is not installed here"))
+
+
+@pytest.fixture(scope="module")
+def subjects(tmp_path_factory):
+    """What the servers of a test file serve."""
+    from stock_requests import Subjects
+
+    return Subjects(tmp_path_factory.mktemp("subjects"))

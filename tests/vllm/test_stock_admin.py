@@ -13,7 +13,7 @@ from sidelight.artifact import read_manifest, save_probe
 from sidelight.bank import Bank
 from sidelight.prompts import EncodedPrompt, Part, Reads
 from sidelight.states.extraction import score
-from stock_requests import ADMIN, GREEDY, Subjects, chat, parts_of, post
+from stock_requests import ADMIN, GREEDY, chat, parts_of, post
 from stock_server import stock_server
 from tiny import tiny_backbone, untrained_probe
 from vllm_served import ROUNDING, judging_any_text
@@ -22,11 +22,6 @@ HEADERS = {"Authorization": f"Bearer {ADMIN}"}
 CLIENTS = 4
 # More than rounding, so that it shows whose verdict it is.
 APART = 0.01
-
-
-@pytest.fixture(scope="module")
-def subjects(tmp_path_factory):
-    return Subjects(tmp_path_factory.mktemp("subjects"))
 
 
 @pytest.fixture(scope="module")

@@ -7,17 +7,12 @@ import numpy as np
 import pytest
 
 from commands import run
-from stock_requests import ADMIN, TEXTS, Subjects, served
+from stock_requests import ADMIN, TEXTS, served
 
 ROUTES = {"chat", "text", "ids", "responses", "messages"}
 # Whoever writes the template by hand can write control tokens too, which the routes of chats and
 # the probe by itself read as other tokens.
 WRITTEN = ("control", "template")
-
-
-@pytest.fixture(scope="module")
-def subjects(tmp_path_factory):
-    return Subjects(tmp_path_factory.mktemp("subjects"))
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,6 @@ from stock_requests import (
     GREEDY,
     LEAK,
     TOKENS,
-    Subjects,
     chat,
     completion,
     cut_at,
@@ -24,11 +23,6 @@ from stock_requests import (
     served,
     token_ids,
 )
-
-
-@pytest.fixture(scope="module")
-def subjects(tmp_path_factory):
-    return Subjects(tmp_path_factory.mktemp("subjects"))
 
 
 @pytest.fixture(scope="module")

@@ -2,12 +2,7 @@
 
 import pytest
 
-from stock_requests import Subjects, parts_of, post, posts, requests_of, served, written_in
-
-
-@pytest.fixture(scope="module")
-def subjects(tmp_path_factory):
-    return Subjects(tmp_path_factory.mktemp("subjects"))
+from stock_requests import parts_of, post, posts, requests_of, served, written_in
 
 
 @pytest.fixture(scope="module")

@@ -11,16 +11,11 @@ import psutil
 import pytest
 
 from live import openai_client
-from stock_requests import TOOL, Subjects, chat, parts_of, post
+from stock_requests import TOOL, chat, parts_of, post
 from stock_server import thin_start
 
 KEY, ADMIN, LISTED = "a-users-key", "an-admins-key", "a-listed-key"
 LONG = {"max_tokens": 400, "ignore_eos": True, "temperature": 0}
-
-
-@pytest.fixture(scope="module")
-def subjects(tmp_path_factory):
-    return Subjects(tmp_path_factory.mktemp("subjects"))
 
 
 @pytest.fixture(scope="module")
