@@ -66,6 +66,7 @@ def test_other_probes_need_no_other_graph(model):
         ({"kv_offloading_size": 1.0}, "--kv-offloading-size"),
         ({"revision": "other"}, "--revision"),
         ({"tokenizer": "/another"}, "--tokenizer"),
+        ({"load_format": "pt"}, "--load-format pt"),
     ],
 )
 def test_a_feature_that_no_test_covers_is_refused(model, options, message):

@@ -75,6 +75,11 @@ _SEVERAL_STREAMS = {
     "DeepseekV4ForCausalLM", "Gemma3nForCausalLM", "Gemma3nForConditionalGeneration",
 }  # fmt: skip
 _SPECULATION = {"ngram", "draft_model"}
+# Those that read a checkpoint's safetensors files; "dummy", random weights, is for benchmarks.
+_LOAD_FORMATS = {
+    "auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "mistral", "runai_streamer",
+    "dummy",
+}  # fmt: skip
 
 CONNECTOR = "ProbeConnector"
 SHARED_CONNECTOR = "SharedConnector"
@@ -369,12 +374,14 @@ def _require_identified(arguments: Any) -> None:
         "--tokenizer": arguments.tokenizer not in (None, arguments.model),
         "--tokenizer-revision": arguments.tokenizer_revision,
         "--hf-config-path": arguments.hf_config_path,
+        f"--load-format {arguments.load_format}": arguments.load_format not in _LOAD_FORMATS,
     }
     names = [name for name, is_given in others.items() if is_given]
     if names:
         raise SidelightError(
-            f"Probes inside vLLM belong to a model with its own tokenizer and configuration, so "
-            f"{', '.join(names)} cannot be used. Name a folder that has the files you want."
+            f"Probes inside vLLM belong to a model with its own tokenizer and configuration, and "
+            f"weights in safetensors files, so {', '.join(names)} cannot be used. Name a folder "
+            "that has the files you want."
         )
 
 
