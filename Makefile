@@ -23,7 +23,7 @@ demo: .venv/.runtime ## Train three probes on the embedded model, serve them, as
 test: .venv/.dev .venv-vllm/.ready ## Run all tests: with run-time shape checks, but for those that they would disturb
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not unchecked" --ignore=tests/vllm \
 	  -n auto --dist loadfile --jaxtyping-packages=sidelight,sidelight_lab,beartype.beartype
-	$(BIN)/python -m pytest -m unchecked --ignore=tests/vllm
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m unchecked --ignore=tests/vllm -n auto --dist loadfile
 	@$(MAKE) --no-print-directory vllm
 
 vllm: .venv-vllm/.ready ## Run the tests inside vLLM: three versions, both model runners

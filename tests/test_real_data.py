@@ -44,7 +44,7 @@ def test_a_data_set_loads_whole_with_its_labels(file: str, label: str, rows: int
 )
 def test_a_few_hundred_prompts_make_a_useful_probe():
     examples = load_examples(DATA / "toxicchat0124" / "train.jsonl.gz", label="toxicity")
-    parts = [examples.select(range(start, start + 600)) for start in (0, 1200)]
+    parts = [examples.select(range(start, start + 300)) for start in (0, 1200)]
     classifier = train(load_backbone(), parts[0])
     report = classifier.evaluate(parts[1])
     auprc = report.metrics["auprc"]
