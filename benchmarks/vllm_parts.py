@@ -1,14 +1,14 @@
 """CPU time that probes add to a pass inside vLLM, part by part, measured without vLLM.
 
 It uses the embedded model's sizes with random states and probes: one pass in which eight requests
-of 256 tokens end, and one that decodes a token of each. It counts CPU time of the thread, since
+of 256 tokens end, and one that decodes a token of each. It counts CPU time of the process, since
 wall time depends on what else the machine runs. Run it with: python benchmarks/vllm_parts.py
 """
 
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from time import thread_time
+from time import process_time
 
 import torch
 
@@ -23,17 +23,18 @@ from sidelight_lab.bench.serving import probe_sets
 REQUESTS, TOKENS, BLOCK, ROUNDS = 8, 256, 32, 7
 
 
-def best_ms(work: Callable[[], object]) -> float:
-    """The shortest of some rounds, after one that warms up."""
+def best_ms(work: Callable[[], object], before: Callable[[], object] = lambda: None) -> float:
+    """The shortest of some rounds, after one that warms up; ``before`` does not count."""
     times: list[float] = []
     for _ in range(ROUNDS + 1):
-        start = thread_time()
+        before()
+        start = process_time()
         work()
-        times.append(thread_time() - start)
+        times.append(process_time() - start)
     return 1000 * min(times[1:])
 
 
-def parts_of(served: Served) -> dict[str, float]:
+def parts_of(served: Served, *, reads_responses: bool) -> dict[str, float]:
     """Milliseconds by part."""
     layers, width = served.fingerprint.layers, served.fingerprint.width
     tokens = REQUESTS * TOKENS
@@ -41,17 +42,19 @@ def parts_of(served: Served) -> dict[str, float]:
     worker.allocate(blocks=tokens // BLOCK, block_size=BLOCK, cache_bytes=1)
     order = torch.zeros(())
     per_request = TOKENS // BLOCK
-    readings = [
-        Reading(
-            f"{i}",
-            tuple(range(per_request * i, per_request * (i + 1))),
-            0,
-            bytes([Part.PROMPT] * TOKENS),
-            ends_prompt=True,
-            is_plain=False,
-        )
-        for i in range(REQUESTS)
-    ]
+
+    def readings(start: int, part: Part, *, ends_prompt: bool) -> list[Reading]:
+        return [
+            Reading(
+                f"{i}",
+                tuple(range(per_request * i, per_request * (i + 1))),
+                start,
+                bytes([part] * (TOKENS - start)),
+                ends_prompt=ends_prompt,
+                is_plain=False,
+            )
+            for i in range(REQUESTS)
+        ]
 
     def projected(tokens: int) -> Callable[[], None]:
         hidden, residual = torch.randn(2, tokens, width).bfloat16()
@@ -62,14 +65,22 @@ def parts_of(served: Served) -> dict[str, float]:
 
         return work
 
+    def keep(tokens: int) -> Callable[[], None]:
+        return lambda: worker.keep(torch.arange(tokens))
+
+    def judge(readings: list[Reading]) -> Callable[[], object]:
+        return lambda: worker.judge(readings).result()
+
     prompts = {"project prompts": best_ms(projected(tokens))}
     projected(tokens)()
     worker.keep(torch.arange(tokens))
+    read = readings(TOKENS - 1, Part.RESPONSE, ends_prompt=False) if reads_responses else []
     return prompts | {
-        "judge prompts": best_ms(lambda: worker.judge(readings).result()),
-        "keep prompts": best_ms(lambda: worker.keep(torch.arange(tokens))),
+        "judge prompts": best_ms(judge(readings(0, Part.PROMPT, ends_prompt=True)), keep(0)),
+        "keep prompts": best_ms(keep(tokens)),
         "project a token each": best_ms(projected(REQUESTS)),
-        "keep a token each": best_ms(lambda: worker.keep(torch.arange(REQUESTS))),
+        "keep a token each": best_ms(keep(REQUESTS)),
+        "judge a token each": best_ms(judge(read), keep(0)),
     }
 
 
@@ -81,7 +92,9 @@ def main() -> None:
         for name, probes in probe_sets(backbone).items():
             folders = [str(save_probe(probe, Path(root) / name / probe.name)) for probe in probes]
             if probes:
-                parts = parts_of(Served(tuple(folders), backbone.fingerprint))
+                late = any(probe.reads.includes_response for probe in probes)
+                served = Served(tuple(folders), backbone.fingerprint)
+                parts = parts_of(served, reads_responses=late)
                 row = ", ".join(f"{part} {ms:.2f} ms" for part, ms in parts.items())
                 print(f"{name}: {row}")
 
