@@ -353,6 +353,20 @@ def test_what_cannot_be_judged_is_refused_where_a_rule_blocks(guarded):
     assert "images" in str(asked(guarded([FINE], policy=BLOCKS), image)[1])
 
 
+def test_beams_are_refused_whatever_calls_them(guarded):
+    """Ray, a batch or a server without the endpoint plugin search beams past our middleware."""
+    from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
+    from vllm.sampling_params import BeamSearchParams
+
+    params = BeamSearchParams(beam_width=2, max_tokens=2)
+    serving = BeamSearchOnlineMixin()
+    serving.engine_client = guarded([FINE])
+    with pytest.raises(RefusedError, match="beam search"):
+        serving.beam_search({"type": "token", "prompt_token_ids": [60]}, "mine", params)
+    serving.engine_client = guarded([FINE], policy="")
+    assert serving.beam_search({"type": "token", "prompt_token_ids": [60]}, "mine", params)
+
+
 def test_of_two_texts_each_is_judged_and_both_are_refused_with_their_prompt(guarded):
     flagged = says(early=0.9, late=0.1)
     for kind in KINDS:

@@ -91,7 +91,6 @@ class ProbeEndpoint:
         self._routes = [route for router in routers for route in router.routes]
         REGISTRY.register(guard.observer.metrics.disclosed(lambda: guard.registry.all_rules))
         _mark_cut_responses()
-        _refuse_beams(guard)
         self.guard = guard
 
     def own(self, scope: Scope) -> ASGIApp | None:
@@ -407,17 +406,3 @@ def _mark_cut_responses() -> None:
         return response
 
     ResponsesResponse.from_request = classmethod(from_request)
-
-
-def _refuse_beams(guard: EngineGuard) -> None:
-    """Refuses beam search, which takes texts that nobody has drawn."""
-    from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
-
-    search: Callable[..., Any] = BeamSearchOnlineMixin.beam_search
-
-    @wraps(search)
-    def beam_search(*args: Any, **kwargs: Any) -> Any:
-        guard.require_no_beams()
-        return search(*args, **kwargs)
-
-    BeamSearchOnlineMixin.beam_search = beam_search

@@ -35,6 +35,7 @@ from sidelight.server.observe import AuditLog, RequestObserver, Trace
 from sidelight.server.probes import ProbeRegistry
 from sidelight.vllm.engine import VllmEngine
 from sidelight.vllm.outputs import Assembly, GuardedText, OutputDelta, together
+from sidelight.vllm.patches import guard_beams
 from sidelight.vllm.requests import listener_of
 from sidelight.vllm.settings import (
     KEY,
@@ -194,6 +195,7 @@ class EngineGuard:
         self._heads: tuple[date | None, Sequence[tuple[int, ...]]] = (None, ())
         llm.generate, llm.encode, llm.abort = self.generate, self.encode, self.abort
         llm.sidelight_guard = self
+        guard_beams()
 
     async def generate(
         self, prompt: Any, sampling_params: Any, request_id: str, **options: Any

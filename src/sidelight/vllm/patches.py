@@ -4,13 +4,13 @@ Tested with the versions in ``TESTED``. Four methods are wrapped. Around
 ``AsyncLLM.__init__`` an ``EngineGuard`` is put between the client and its callers; around
 ``EngineArgs.create_engine_config`` our connector, scheduler and worker extension are named in the
 configuration; around ``BaseModelLoader.load_model`` the layers are hooked before they are compiled.
-Around ``Executor.determine_available_memory`` room is left for the probes' columns. Also used:
+Around ``Executor.determine_available_memory`` room is left for the probes' columns. The guard wraps
+``BeamSearchOnlineMixin.beam_search``. Also used:
 ``ForwardContext.slot_mapping`` (``pass_slots``), the specifications of the KV cache
 (``keeps_every_token``), ``Scheduler.update_from_output`` (connector), and
 ``OutputProcessor.process_outputs`` with the ``external_req_id`` and ``request_index`` of its
 ``request_states`` (requests); ``RequestOutput.add`` and ``merge_async_iterators`` (outputs);
-``ResponsesResponse.from_request``, ``BeamSearchOnlineMixin.beam_search`` and the state's
-``online_renderer`` (endpoint).
+``ResponsesResponse.from_request`` and the state's ``online_renderer`` (endpoint).
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
@@ -191,6 +191,20 @@ def _guard(original: Callable[..., Any], llm: Any, *args: Any, **kwargs: Any) ->
         from sidelight.vllm.guard import EngineGuard
 
         EngineGuard(llm, served, server_config())
+
+
+def guard_beams() -> None:
+    """Has each beam search ask the guard of its engine, whatever calls it."""
+    from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
+
+    _wrap(BeamSearchOnlineMixin, "beam_search", _search_beams)
+
+
+def _search_beams(original: Callable[..., Any], serving: Any, *args: Any, **kwargs: Any) -> Any:
+    guard = getattr(serving.engine_client, "sidelight_guard", None)
+    if guard is not None:
+        guard.require_no_beams()
+    return original(serving, *args, **kwargs)
 
 
 def _connect(arguments: Any, name: str, extra: dict[str, Any]) -> None:
