@@ -60,6 +60,7 @@ def test_other_probes_need_no_other_graph(model):
             "probes of the response under speculative decoding",
         ),
         ({"kv_sharing_fast_prefill": True}, "--kv-sharing-fast-prefill"),
+        ({"weight_transfer_config": {"backend": "nccl"}}, "--weight-transfer-config"),
         ({"hf_overrides": {"rope_theta": 5.0}}, "--hf-overrides"),
         ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "--scheduler-cls"),
         ({"worker_extension_cls": "builtins.object"}, "--worker-extension-cls"),

@@ -444,6 +444,8 @@ def require_supported(config: Any, probes: Sequence[Probe]) -> None:
         "--kv-sharing-fast-prefill": config.cache_config.kv_sharing_fast_prefill,
         # The columns would be lost with the memory that is given up.
         "--enable-sleep-mode": config.model_config.enable_sleep_mode,
+        # Probes would judge by weights that nobody has compared with their own.
+        "--weight-transfer-config": config.weight_transfer_config is not None,
         "VLLM_FLOAT32_MATMUL_PRECISION other than highest": envs.VLLM_FLOAT32_MATMUL_PRECISION
         != "highest",
         # It answers clients without the plugin.
