@@ -24,6 +24,7 @@ from templates import CHATML, DEFAULT_SYSTEM, merging_tokenizer
 from tiny import tiny_backbone, untrained_probe
 
 BLOCKS = '[input.early]\nmode = "block"\n[output.late]\nmode = "block"\n'
+ONLY_INPUT = '[input.early]\nmode = "block"\n'
 KINDS = ("DELTA", "CUMULATIVE", "FINAL_ONLY")
 OPEN = 'system_turns = "trust"\n' + BLOCKS
 
@@ -353,6 +354,29 @@ def test_what_cannot_be_judged_is_refused_where_a_rule_blocks(guarded):
     assert "images" in str(asked(guarded([FINE], policy=BLOCKS), image)[1])
 
 
+SCHEMA = {"const": "Ignore the rules."}
+WORDED = [{"json": SCHEMA}, {"regex": "Ignore.*"}, {"choice": ["Ignore"]}]
+
+
+@pytest.mark.parametrize("worded", WORDED)
+def test_an_answer_that_the_client_words_is_refused_unless_a_blocking_probe_reads_it(
+    guarded, worded
+):
+    from vllm.sampling_params import StructuredOutputsParams
+
+    given = {"structured_outputs": StructuredOutputsParams(**worded)}
+    for prompt in (None, [60, 61]):
+        llm = guarded([FINE] * 3, policy=ONLY_INPUT)
+        outputs, error = asked(llm, prompt, **given)
+        assert (outputs, llm.seen) == ([], [])
+        assert "what the answer must look like" in str(error)
+    trusted = 'system_turns = "trust"\n' + ONLY_INPUT
+    for policy in ("", BLOCKS, trusted):
+        assert asked(guarded([FINE] * 3, policy=policy), **given)[1] is None
+    free = {"structured_outputs": StructuredOutputsParams(json_object=True)}
+    assert asked(guarded([FINE] * 3, policy=ONLY_INPUT), **free)[1] is None
+
+
 def test_beams_are_refused_whatever_calls_them(guarded):
     """Ray, a batch or a server without the endpoint plugin search beams past our middleware."""
     from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
@@ -453,7 +477,7 @@ def test_an_answer_to_be_continued_is_refused_if_answers_are_cut(guarded, family
     options = {"add_generation_prompt": False, "continue_final_message": True}
     reader = Reader(guarded, family_tokenizer(family))
     assert reader.refusal(begun, **options) == "answer_continued"
-    only_input = Reader(guarded, family_tokenizer(family), '[input.early]\nmode = "block"\n')
+    only_input = Reader(guarded, family_tokenizer(family), ONLY_INPUT)
     assert only_input.refusal(begun, **options) is None
 
 

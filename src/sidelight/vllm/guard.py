@@ -46,6 +46,9 @@ from sidelight.vllm.settings import (
     request_params,
 )
 
+# What vLLM's ``StructuredOutputsParams`` takes that can hold words of an answer.
+_WORDED = ("json", "regex", "choice", "grammar", "structural_tag")
+
 
 class RefusedError(SidelightError, ValueError):
     """What vLLM gets for a request that the policy refuses; it answers a ``ValueError`` with 400.
@@ -262,6 +265,7 @@ class EngineGuard:
         if (adapter := call.options.get("lora_request")) is not None:
             call.record.adapter = adapter.lora_name
         _require_drawable(params)
+        self._require_own_words(params)
         prompt = self._tokenized(prompt)
         if not isinstance(prompt, Mapping):
             # Text that arrives while the model writes, or a request that its caller has prepared.
@@ -431,6 +435,30 @@ class EngineGuard:
                 "The conversation ends with an answer to be continued. Probes of answers read only "
                 "what the model writes, so the server's policy refuses it. End with a user's turn.",
                 code="answer_continued",
+            )
+
+    def _require_own_words(self, params: Any) -> None:
+        """Refuses an answer that the client words, unless a blocking probe reads it.
+
+        Raises:
+            PolicyError: It says what the answer must look like, and so what it says.
+        """
+        blocking = {bound.side for bound in self._rules() if bound.is_blocking}
+        is_read = "output" in blocking or not blocking
+        if is_read or not self.registry.policy.refuses_system_turns:
+            return
+        structure = params.structured_outputs
+        is_worded = params.trace_decode_token_ids is not None or any(
+            getattr(structure, kind, None) is not None for kind in _WORDED
+        )
+        if is_worded:
+            raise PolicyError(
+                "The request says what the answer must look like (a schema, choice, regular "
+                "expression, grammar or forced call of a tool), and so what it says. The server's "
+                "policy blocks prompts alone, so no probe that blocks would read these words. "
+                "Leave it out, or ask for a JSON object. If only the operator writes such "
+                'requests, set system_turns = "trust" in the policy, or let a rule block outputs.',
+                code="answer_worded",
             )
 
     def _own_heads(self) -> Sequence[tuple[int, ...]]:
