@@ -3,7 +3,10 @@
 import asyncio
 import re
 import sys
+import tomllib
 from contextlib import asynccontextmanager
+from importlib.metadata import EntryPoint
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import click
@@ -21,6 +24,8 @@ from sidelight.vllm.requests import Capacity
 from sidelight.vllm.server import NO_PLACE, arguments, serve
 from sidelight.vllm.settings import KEY, identity_of
 from tiny import tiny_backbone, untrained_probe
+
+ROOT = Path(__file__).parents[1]
 
 
 class Workers:
@@ -388,6 +393,16 @@ def test_what_vllms_server_would_leave_open_is_refused(monkeypatch):
     monkeypatch.setenv("VLLM_API_KEY", "x")
     with pytest.raises(SidelightError, match="set SIDELIGHT_API_KEY"):
         serve(options_of(), "smollm2", [])
+
+
+def test_a_plugin_that_cannot_be_imported_stops_vllm(monkeypatch):
+    """vLLM logs an error while it loads an entry point, and then serves without it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (place,) = project["entry-points"]["vllm.general_plugins"].values()
+    monkeypatch.setitem(sys.modules, "sidelight.vllm.patches", None)
+    install = EntryPoint("sidelight", place, "vllm.general_plugins").load()
+    with pytest.raises(ImportError):
+        install()
 
 
 def test_options_become_arguments_of_vllm_and_secrets_do_not():

@@ -46,6 +46,37 @@ def test_the_environment_names_probes(model, monkeypatch):
     assert config.kv_transfer_config.kv_connector == "ProbeConnector"
 
 
+def served_config(path, folders):
+    """The configuration of a server."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    config = {} if folders is None else {KEY: {"probes": folders}}
+    args = AsyncEngineArgs(model=path, additional_config=config, dtype="float32", max_model_len=512)
+    return args.create_engine_config()
+
+
+def test_a_policy_without_probes_and_a_key_that_nobody_asks_for_are_refused(
+    model, monkeypatch, tmp_path
+):
+    (tmp_path / "policy.toml").write_text("")
+    monkeypatch.setenv("SIDELIGHT_POLICY", str(tmp_path / "policy.toml"))
+    # As where its name is misspelt.
+    monkeypatch.delenv(ENVIRONMENT, raising=False)
+    with pytest.raises(SidelightError, match="everything would pass"):
+        served_config(model.path, None)
+    monkeypatch.delenv("SIDELIGHT_POLICY")
+    served_config(model.path, None)
+    monkeypatch.setenv("SIDELIGHT_API_KEY", "secret")
+    for plugins in (None, "another"):
+        monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+        if plugins:
+            monkeypatch.setenv("VLLM_PLUGINS", plugins)
+        with pytest.raises(SidelightError, match="would not ask for it"):
+            served_config(model.path, model.folders)
+    monkeypatch.setenv("VLLM_PLUGINS", "another,sidelight")
+    served_config(model.path, model.folders)
+
+
 def test_other_probes_need_no_other_graph(model):
     one = configured(model.path, model.folders[:1])
     assert one.compute_hash() == configured(model.path, model.folders[1:]).compute_hash()

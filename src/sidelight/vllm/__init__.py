@@ -1,6 +1,6 @@
 """Probes inside vLLM: the verdict comes from the forward pass that serves the request.
 
-vLLM calls ``patches.install`` in each of its processes. ``settings`` says which probes are served
+vLLM calls ``install`` in each of its processes. ``settings`` says which probes are served
 and what a request's tokens belong to. In a worker, ``taps`` projects the residual stream of each
 layer, ``columns`` keeps the columns of every token by KV slot, and ``worker`` judges. Beside the
 scheduler, ``connector`` says what to read after each step and puts verdicts on vLLM's outputs.
@@ -9,3 +9,13 @@ and ``server`` starts it. ``engine`` and ``requests`` judge conversations, ``exc
 probes, ``offline`` judges many texts, and ``capture`` keeps hidden states for training.
 Everything is kept by KV slot, never by request. ``docs/vllm.md`` says what is supported.
 """
+
+
+def install() -> None:
+    """The entry point of ``vllm.general_plugins``.
+
+    vLLM goes on without a plugin that it cannot import, and stops for one that fails later.
+    """
+    from sidelight.vllm.patches import install
+
+    install()

@@ -36,7 +36,9 @@ from sidelight.vllm.quantised import admitted, named_report, quantisation, serve
 from sidelight.vllm.settings import (
     CAPTURE,
     DESCRIBED,
+    ENVIRONMENT,
     KEY,
+    POLICY,
     Captured,
     Served,
     fingerprint_of,
@@ -93,7 +95,7 @@ _GRAPH = {KEY: "taps-1"}
 def install() -> None:
     """Wraps the methods, once per process. If no probes are named, they do nothing more.
 
-    The entry point of ``vllm.general_plugins``: vLLM calls it in each of its processes.
+    vLLM calls it in each of its processes, by the entry point in ``sidelight.vllm``.
     """
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
@@ -144,6 +146,7 @@ def _configure(original: Callable[..., Any], arguments: Any, *args: Any, **kwarg
     folders = named_folders(given)
     captured = Captured(**given[CAPTURE]) if CAPTURE in given else None
     if captured is None and folders is None:
+        _require_no_policy(arguments)
         return original(arguments, *args, **kwargs)
     _require_version()
     _require_free(arguments, is_captured=captured is not None)
@@ -399,14 +402,32 @@ def _require_identified(arguments: Any) -> None:
         )
 
 
-def _require_policy(arguments: Any, probes: Sequence[Probe]) -> None:
-    """Checks that the policy fits the probes, and that there is a guard to enforce it."""
+def _require_no_policy(arguments: Any) -> None:
+    """Checks that nobody counts on a policy where no probe is named."""
     from vllm.engine.arg_utils import AsyncEngineArgs
 
-    policy = server_config().loaded_policy
+    if os.environ.get(POLICY) and isinstance(arguments, AsyncEngineArgs):
+        raise SidelightError(
+            f"{POLICY} is set, but no probe is named, so everything would pass. Name the folders "
+            f"of the probes in {ENVIRONMENT}, or unset {POLICY}."
+        )
+
+
+def _require_policy(arguments: Any, probes: Sequence[Probe]) -> None:
+    """Checks that the policy fits the probes, and that what enforces it and the keys is there."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    config, is_server = server_config(), isinstance(arguments, AsyncEngineArgs)
+    policy = config.loaded_policy
     require_policy_applies(policy, probes)
     is_blocking = any(bound.is_blocking for bound in bound_rules(policy, probes))
-    if is_blocking and not isinstance(arguments, AsyncEngineArgs):
+    plugins = os.environ.get("VLLM_PLUGINS", "").split(",")
+    if is_server and config.access.keys and KEY not in plugins:
+        raise SidelightError(
+            "SIDELIGHT_API_KEY is set, but the server would not ask for it: vLLM loads what asks "
+            "only if VLLM_PLUGINS names it. Set VLLM_PLUGINS=sidelight."
+        )
+    if is_blocking and not is_server:
         raise SidelightError(
             "SIDELIGHT_POLICY blocks, and vLLM's LLM class gives its outputs to whoever calls it. "
             "Unset it, or use a server."

@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 
 ENVIRONMENT = "SIDELIGHT_PROBES"
 COLUMNS = "SIDELIGHT_COLUMNS"
+POLICY = "SIDELIGHT_POLICY"
 # The options of a server that vLLM's own takes from the environment, beside the secrets.
-_SERVER = {"policy": "SIDELIGHT_POLICY", "audit_log": "SIDELIGHT_AUDIT_LOG"}
+_SERVER = {"policy": POLICY, "audit_log": "SIDELIGHT_AUDIT_LOG"}
 KEY = "sidelight"
 DESCRIBED = "described"
 """Under ``KEY``: whether requests describe their tokens."""
