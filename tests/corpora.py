@@ -41,6 +41,15 @@ def planted(kind: TaskKind, count: int, *, seed: int) -> tuple[list[str], np.nda
     return texts, labels.astype(np.int64)
 
 
+def rows(kind: TaskKind, count: int, *, seed: int = 0) -> list[dict[str, str]]:
+    """As rows of a file; no two texts are equal."""
+    texts, labels = planted(kind, count, seed=seed)
+    return [
+        {"text": f"{text} {number}", "label": SIGNALS.lower()[int(label)]}
+        for number, (text, label) in enumerate(zip(texts, labels, strict=True))
+    ]
+
+
 def _with_capitals(random: np.random.Generator, capitals: np.ndarray) -> str:
     letters = random.choice(_LETTERS, random.integers(4, 9))
     letters = np.concatenate([letters, np.repeat(capitals, 2)])

@@ -5,7 +5,7 @@ from importlib import import_module
 import numpy as np
 import pytest
 
-from corpora import planted
+from corpora import rows
 from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import mechanism_spec
@@ -16,15 +16,6 @@ from sidelight.training.settings import FitOptions, Job, suggested_settings
 
 # Two float32 programs of the same sums.
 ROUNDING = 1e-4
-
-
-def rows(kind, count, *, seed=0):
-    texts, labels = planted(kind, count, seed=seed)
-    names = "xyz"
-    return [
-        {"text": f"{text} {number}", "label": names[int(label)]}
-        for number, (text, label) in enumerate(zip(texts, labels, strict=True))
-    ]
 
 
 QUICK = {

@@ -327,6 +327,20 @@ def test_readout_equals_its_equation_in_numpy(heads, outputs, extremes):
     np.testing.assert_allclose(actual, expected, **ROUNDING)
 
 
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_linear_equals_its_equation_in_numpy(outputs):
+    mechanism, hidden = built("linear", {}, outputs), one_text()
+    own, states = parameters(mechanism), hidden.double().numpy()
+    expected = own["bias"].copy()
+    for layer in range(LAYERS):
+        expected += (
+            states[layer].mean(0) @ own["value"][layer] + states[layer, -1] @ own["last"][layer]
+        )
+    with torch.no_grad():
+        actual = streamed(mechanism, [hidden])[0].numpy()
+    np.testing.assert_allclose(actual, expected, **ROUNDING)
+
+
 def test_training_on_short_texts_is_exact_but_for_dropout(mechanism, monkeypatch):
     monkeypatch.setattr(fusion, "DROPOUT", 0.0)
     texts = Texts.drawn([3, attention.TRAINING_QUERIES], 0)
@@ -373,6 +387,7 @@ QWEN3_30B = Geometry(layers=49, width=2048, outputs=1)
         (QWEN3_30B, "gate", {}, 104_449),
         (QWEN3_30B, "attention", {"factor": 32}, 26_214_400 + 2_049),
         # (L + 1) (1 + C) H d and a bias.
+        (LLAMA_3B, "linear", {}, 29 * 2 * 3072 + 1),
         (LLAMA_3B, "readout", {}, 29 * (2 * 2 + 1) * 3072 + 1),
         (LLAMA_3B, "readout", {"extremes": "pair"}, 29 * (2 * 2 + 1 + 2) * 3072 + 1),
     ],

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from sklearn import metrics as reference
 
 from sidelight.errors import SidelightError
-from sidelight.metrics import METRICS, Predictions, decide, measure
+from sidelight.metrics import METRICS, Predictions, decide, log_losses, measure
 from sidelight.types import Task
 
 BINARY = Task("binary", ("safe", "toxic"))
@@ -192,3 +192,19 @@ def test_what_does_not_fit_is_refused_with_the_remedy(probabilities, labels, mes
 def test_the_number_of_thresholds_must_fit_the_task():
     with pytest.raises(SidelightError, match="wanted 0 for this multiclass task"):
         decide(MULTICLASS, np.full((1, 4), 0.25), np.array([0]), thresholds=(0.5,))
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.kind)
+def test_log_losses_agree_with_the_reference(task):
+    probabilities, labels = draw_rows(task, rows=50, seed=0)
+    if task.kind == "multilabel":
+        pairs = zip(labels.T, probabilities.T, strict=True)
+        expected = np.mean([reference.log_loss(*pair) for pair in pairs])
+    else:
+        stated = probabilities if task.kind == "multiclass" else probabilities[:, 0]
+        expected = reference.log_loss(labels, stated)
+    assert log_losses(task, probabilities, labels).mean() == pytest.approx(expected)
+
+
+def test_a_log_loss_is_finite_where_a_wrong_label_was_certain():
+    assert np.isfinite(log_losses(BINARY, np.array([[0.0], [1.0]]), np.array([1, 0]))).all()

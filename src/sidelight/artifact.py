@@ -316,7 +316,9 @@ def summary(manifest: Manifest) -> dict[str, str]:
         "name": manifest.name,
         "task": f"{manifest.task.kind}: {', '.join(manifest.task.labels)}",
         **({"flags": manifest.task.labels[1]} if manifest.task.kind == "binary" else {}),
-        "mechanism": f"{manifest.mechanism.name} ({options})",
+        "mechanism": f"{manifest.mechanism.name} ({options})"
+        if options
+        else manifest.mechanism.name,
         "reads": f"{manifest.reads.side}, by {manifest.reads.scope.replace('_', ' ')}",
         "states": "divided by their root mean square"
         if manifest.is_normalised

@@ -24,7 +24,7 @@ _SHIFT_PENALTY = 1e-3
 _SATURATED = 1e-9
 
 
-def _link(task: TaskKind, logits: Float[Values, "row output"]) -> Float[Values, "row output"]:
+def link(task: TaskKind, logits: Float[Values, "row output"]) -> Float[Values, "row output"]:
     """Probabilities of logits: the softmax if multi-class, else the sigmoid of each output."""
     if task == "multiclass":
         return np.exp(_log_softmax(logits))
@@ -113,7 +113,7 @@ class Calibration:
                 "Got NaN or infinite logits, wanted finite ones. The hidden states may overflow in "
                 "half precision: use a bfloat16 or float32 backbone."
             )
-        probabilities = _link(self.task, logits * self.scale + self.shift)
+        probabilities = link(self.task, logits * self.scale + self.shift)
         if not self.knots:
             return probabilities
         columns = zip(self.knots, _log_odds(probabilities).T, strict=True)
@@ -219,7 +219,7 @@ def fit_calibration(
     logits = logits.astype(np.float64)
     _require_variety(kind, task, holds)
     if kind == "isotonic":
-        log_odds = _log_odds(_link(task.kind, logits))
+        log_odds = _log_odds(link(task.kind, logits))
         knots = tuple(_fit_knots(*column) for column in zip(log_odds.T, holds.T, strict=True))
         return Calibration("isotonic", task.kind, ones, zeros, knots)
     if task.kind == "multiclass":

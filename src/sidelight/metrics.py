@@ -31,6 +31,8 @@ METRICS = (
 BINS = 10  # of the histograms of scores that drift is measured with
 _ECE_BINS = 15
 _BLOCK_CELLS = 2**20
+# The least probability whose logarithm counts.
+_SURE = 1e-15
 
 
 def _ratio(numerator: Values, denominator: Values) -> Values:
@@ -360,6 +362,28 @@ def checked_labels(
             f"for a {task.kind} task. Turn label names into their positions in the task."
         )
     return labels.astype(np.int64)
+
+
+def log_losses(
+    task: Task, probabilities: Float[Values, "row output"], labels: Shaped[AnyArray, "..."]
+) -> Float[Values, " row"]:
+    """The log loss of each row, over the labels of a multi-label task their mean.
+
+    Args:
+        task: The classes.
+        probabilities: A binary task has one column, the positive class.
+        labels: [row] of class numbers, or [row, label] of 0 and 1 for a multi-label task.
+
+    Raises:
+        SidelightError: As `checked_labels`.
+    """
+    integers = checked_labels(task, probabilities, labels)
+    if task.kind == "multiclass":
+        stated = np.take_along_axis(probabilities, integers[:, None], axis=1)
+    else:
+        targets = integers.reshape(probabilities.shape)
+        stated = np.where(targets == 1, probabilities, 1 - probabilities)
+    return -np.log(stated.clip(_SURE, None)).mean(axis=1)
 
 
 def measure(

@@ -34,7 +34,7 @@ _AUTO = "auto"
 @options.mechanisms(
     default=_AUTO,
     help="auto (chosen by the number of texts), or a comma-separated list: attention, blend, "
-    "fusion, gate, pooling, readout.",
+    "fusion, gate, linear, pooling, readout.",
 )
 @click.option(
     "--set",

@@ -3,8 +3,17 @@
 To add one, write its file and import it here; the law tests find it in the registry (``base``).
 """
 
-from sidelight.mechanisms import attention, blend, fusion, gate, pooling, readout
+from sidelight.mechanisms import attention, blend, fusion, gate, linear, pooling, readout
 
 DEFAULT_MECHANISM = "readout"
 
-__all__ = ["DEFAULT_MECHANISM", "attention", "blend", "fusion", "gate", "pooling", "readout"]
+__all__ = [
+    "DEFAULT_MECHANISM",
+    "attention",
+    "blend",
+    "fusion",
+    "gate",
+    "linear",
+    "pooling",
+    "readout",
+]

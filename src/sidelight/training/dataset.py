@@ -90,14 +90,23 @@ class Split:
     @cached_property
     def pooled(self) -> Pooled:
         """Means and last tokens; computed once for a data set and kept beside its states."""
-        path = self.states.directory / "pooled.safetensors"
+        return self._pooled(is_normalised=False)
+
+    @cached_property
+    def pooled_normalised(self) -> Pooled:
+        """As ``pooled``, of states that are divided by their root mean square first."""
+        return self._pooled(is_normalised=True)
+
+    def _pooled(self, *, is_normalised: bool) -> Pooled:
+        name = "pooled-normalised" if is_normalised else "pooled"
+        path = self.states.directory / f"{name}.safetensors"
         if not path.exists():
             sizes = self.states.fingerprint
             shape = (len(self.states.lengths), sizes.layers, sizes.width)
             means, lasts = torch.empty(shape), torch.empty(shape, dtype=torch.bfloat16)
             with progress("Pooling", shape[0], unit="texts") as shown:
                 for shard in map(self.states.read, range(len(self.states))):
-                    own = shard.pooled()
+                    own = (shard.normalised() if is_normalised else shard).pooled()
                     means[shard.rows], lasts[shard.rows] = own.means, own.lasts.bfloat16()
                     shown.advance(len(shard.rows))
             write_tensors({"means": means, "lasts": lasts}, path)

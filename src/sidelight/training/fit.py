@@ -10,16 +10,20 @@ from jaxtyping import Float
 from sidelight.backbone import TransformersBackbone
 from sidelight.calibration import Calibration, CalibrationKind, choose_thresholds, fit_calibration
 from sidelight.data.examples import LabelledExamples
+from sidelight.errors import SidelightError
 from sidelight.evaluation import Report, evaluate
 from sidelight.metrics import score_counts
 from sidelight.probe import Probe
 from sidelight.states.extraction import StateSource
 from sidelight.training.dataset import Folds, ProbeDataset, Split, prepare
-from sidelight.training.loop import Trained, divergence, train_mechanisms
+from sidelight.training.loop import Trained, divergence, train_mechanisms, with_strengths
 from sidelight.training.optimisation import validation_score
 from sidelight.training.settings import FitOptions, Job
 from sidelight.training.tfidf import fit_tfidf
 from sidelight.types import Task
+
+# A regression on pooled states holds them in memory.
+_POOLED_BYTES = 4 * 2**30
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,9 @@ def fit(
         SidelightError: There are no labels, the hidden states do not fit the disk, or every
             training diverged.
     """
+    refusal = _refusal_of_linear(backbone, len(training))
+    if refusal and options.names("linear"):
+        raise SidelightError(f"{refusal}. Name another mechanism, or use fewer rows (--limit).")
     dataset = prepare(backbone, training, validation, options=options, source=source)
     jobs = options.jobs(len(dataset.originals))
     # The baseline first: what it refuses in seconds must not cost the hours of training.
@@ -173,6 +180,18 @@ def fit(
     return made
 
 
+def _refusal_of_linear(backbone: TransformersBackbone, texts: int) -> str:
+    """Why the pooled states of all layers are too much for memory; "" if they are not."""
+    sizes = backbone.fingerprint
+    needed = 8 * texts * sizes.layers * sizes.width
+    if needed <= _POOLED_BYTES:
+        return ""
+    return (
+        f"'linear' needs {needed / 2**30:.1f} GiB for the pooled states of all layers, the limit "
+        f"is {_POOLED_BYTES / 2**30:.1f} GiB"
+    )
+
+
 def _best(runs: Sequence[FittedProbe]) -> FittedProbe:
     by_mechanism: dict[str, list[float]] = {}
     for run in runs:
@@ -191,8 +210,10 @@ def _best(runs: Sequence[FittedProbe]) -> FittedProbe:
 def cross_fit(jobs: Sequence[Job], whole: ProbeDataset, folds: Folds) -> list[Trained | None]:
     """Each job trained on all texts, for every epoch; a text's logits are those of its fold.
 
-    None for a job that diverged, on a fold or on all texts.
+    None for a job that diverged, on a fold or on all texts. The strength that the folds choose is
+    that of each fold too: what calibrates is shrunk like the probe.
     """
+    jobs = with_strengths(jobs, whole.training, folds)
     scored = score_by_folds(jobs, whole, folds)
     final = train_mechanisms(
         jobs,

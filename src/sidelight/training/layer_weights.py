@@ -55,15 +55,13 @@ def layer_weights(pooled: Pooled, labels: np.ndarray, *, task: Task) -> Float[Te
         labels: Their labels, as in ``LabelledExamples.labels``.
         task: The classes.
     """
-    target = _targets(labels[:TEXTS], task)
+    target = centred_targets(labels[:TEXTS], task)
     worths = torch.zeros(pooled.means.shape[1], dtype=torch.float64)
     for vectors in (pooled.means, pooled.lasts):
         for layer in range(len(worths)):
             worth = _worth(vectors[:TEXTS, layer].double(), target)
             worths[layer] = max(float(worths[layer]), worth)
-    if not worths.any():
-        return torch.ones(len(worths))
-    weights = ((worths / worths.max()) ** _POWER).clamp(min=_LEAST)
+    weights = relative_weights(worths)
     return (weights / weights.square().mean().sqrt()).float()
 
 
@@ -75,10 +73,27 @@ def _worth(view: Float[Tensor, "text width"], target: Float[Tensor, "text output
         return 0.0
     # Dimensions that hardly vary would be blown up.
     inputs = (view - center) / (spread + 1e-2 * spread.mean())
-    return 1 - _left_out_error(inputs @ inputs.T, target) / float(target.square().sum())
+    return kernel_worth(inputs @ inputs.T, target)
 
 
-def _targets(labels: np.ndarray, task: Task) -> Float[Tensor, "text output"]:
+def kernel_worth(kernel: Float[Tensor, "text text"], target: Float[Tensor, "text output"]) -> float:
+    """The R^2 of predicting each text's target from the other texts by a kernel ridge regression.
+
+    Args:
+        kernel: Of centred features.
+        target: From ``centred_targets``.
+    """
+    return 1 - _left_out_error(kernel, target) / float(target.square().sum())
+
+
+def relative_weights(worths: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Worths relative to the best, to the eighth power; all 1 if nothing is worth anything."""
+    if not worths.any():
+        return torch.ones_like(worths)
+    return ((worths / worths.max()) ** _POWER).clamp(min=_LEAST)
+
+
+def centred_targets(labels: np.ndarray, task: Task) -> Float[Tensor, "text output"]:
     """1 if a text has the label, else -1, centred; 0 for a label too rare to tell layers by."""
     if task.kind == "multiclass":
         signs = torch.nn.functional.one_hot(torch.from_numpy(labels), task.outputs).double() * 2 - 1

@@ -10,14 +10,16 @@ from torch import Tensor
 
 from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import Geometry, Mechanism
+from sidelight.mechanisms.linear import Linear
 from sidelight.progress import Progress, progress
 from sidelight.ragged import Ragged
 from sidelight.standardisation import Projection, Standardisation
 from sidelight.states.cache import Shard, States
-from sidelight.training.dataset import Split
+from sidelight.training.dataset import Folds, Split
 from sidelight.training.layer_weights import layer_weights, pooled_sample
+from sidelight.training.linear import LinearSolution, solve_linear, strength_folds
 from sidelight.training.optimisation import TrainingRun, make_loss, validation_score
-from sidelight.training.settings import Job, require_labels_of_parts
+from sidelight.training.settings import Job, TrainingSettings, require_labels_of_parts
 
 _VALIDATION_BATCH = 128
 # Enough tokens to know a mean to about a hundredth of a standard deviation.
@@ -68,8 +70,9 @@ def train_mechanisms(
         The results in the order of the jobs; None for a job whose numbers are no longer finite.
     """
     trainer = _Trainer(jobs, training, validation, torch.device(device))
-    epochs = max((run.job.settings.epochs for run in trainer.runs), default=0)
-    tokens = sum(trainer.states.plan.tokens)
+    trainer.solve()
+    trained = [run.job.settings.epochs for run in trainer.runs if not run.has_finished]
+    epochs, tokens = max(trained, default=0), sum(trainer.states.plan.tokens)
     with progress(title, epochs * tokens, unit="tokens") as shown:
         for epoch in range(epochs):
             active = [run for run in trainer.runs if not (run.has_finished or run.has_diverged)]
@@ -85,6 +88,33 @@ def divergence(job: Job) -> SidelightError:
     return SidelightError(
         f"Training '{job.spec.name}' with seed {job.seed} diverged: its numbers are not finite. "
         f"Lower --learning-rate (it was {job.settings.learning_rate})."
+    )
+
+
+def with_strengths(jobs: Sequence[Job], training: Split, folds: Folds) -> list[Job]:
+    """The jobs, where each linear one has the strength that these folds choose."""
+    made: list[Job] = []
+    for job in jobs:
+        settings = job.settings.fitted_to(len(training), training.task)
+        if job.spec.name == "linear" and settings.strength is None:
+            strength = _solution(training, settings, folds).strength
+            job = replace(job, settings=replace(job.settings, strength=strength))
+        made.append(job)
+    return made
+
+
+def _solution(
+    training: Split, settings: TrainingSettings, folds: Folds | None = None
+) -> LinearSolution:
+    if folds is None and settings.strength is None:
+        folds = strength_folds(training.examples)
+    return solve_linear(
+        training.pooled_normalised if settings.normalise else training.pooled,
+        training.labels,
+        training.task,
+        folds=folds or (),
+        strength=settings.strength,
+        balanced=settings.class_weight == "balanced",
     )
 
 
@@ -147,6 +177,15 @@ class _Trainer:
         pooled, rows = pooled_sample(self.states, is_normalised=normalise)
         labels = self._training.labels[rows.numpy()]
         return measured.weighted(layer_weights(pooled, labels, task=self._task))
+
+    def solve(self) -> None:
+        """Gives the linear mechanisms their optimum, which needs no epoch."""
+        for run in self.runs:
+            if isinstance(run.mechanism, Linear):
+                solution = _solution(self._training, run.job.settings)
+                run.settle(solution.standardised(self._scaling(run.job)))
+                settings = replace(run.job.settings, strength=solution.strength)
+                run.job = replace(run.job, settings=settings)
 
     def train_epoch(self, runs: Sequence[TrainingRun], epoch: int, shown: Progress) -> None:
         # Runs that see the same texts in the same order share each batch.

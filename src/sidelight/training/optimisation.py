@@ -1,7 +1,7 @@
 """One mechanism in training: its loss, parameters, optimiser, validation score and best epoch."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 
 import numpy as np
@@ -190,6 +190,12 @@ class TrainingRun:
             self.history.append(score)
         if self.best_epoch == self._epochs:
             self._best = deepcopy(self.mechanism.state_dict())
+
+    def settle(self, parameters: Mapping[str, Tensor]) -> None:
+        """Takes the parameters that a solver found, and has finished."""
+        self.mechanism.load_state_dict(parameters)
+        self._best = deepcopy(self.mechanism.state_dict())
+        self._epochs = self.job.settings.epochs
 
     def restore_best(self) -> None:
         """Puts the best epoch's parameters back and freezes them."""

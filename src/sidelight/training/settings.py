@@ -44,6 +44,8 @@ class TrainingSettings:
             it has to give scores while a response is being written.
         long_inputs: Whether each text is also trained on as a part of long inputs (see
             ``among_others``). Several classes do not allow it.
+        strength: Of ``linear``, the inverse of its L2 penalty (see ``training/linear.py``); None
+            lets cross-validation choose.
     """
 
     learning_rate: float = 1e-3
@@ -57,6 +59,7 @@ class TrainingSettings:
     normalise: bool | None = None
     beginnings: bool = True
     long_inputs: bool = False
+    strength: float | None = None
 
     def __post_init__(self) -> None:
         """Refuses numbers that the optimiser cannot use."""
@@ -64,6 +67,11 @@ class TrainingSettings:
             raise SidelightError(
                 f"Cannot train with learning rate {self.learning_rate} and weight decay "
                 f"{self.weight_decay}: the rate must be 0 or more and below 1, the decay 0 or more."
+            )
+        if self.strength is not None and not 0 < self.strength < math.inf:
+            raise SidelightError(
+                f"Cannot solve with strength {self.strength}: give a number above 0, or none, so "
+                "that cross-validation chooses."
             )
         for name, least in {"epochs": 1, "batch_size": 1, "patience": 1, "least_steps": 0}.items():
             if getattr(self, name) < least:
@@ -96,6 +104,8 @@ _SUGGESTED = {
     "pooling": TrainingSettings(learning_rate=2e-2, weight_decay=0.1, epochs=4),
     "gate": TrainingSettings(learning_rate=1e-2, weight_decay=0.1, epochs=4),
     "attention": TrainingSettings(learning_rate=1e-3, weight_decay=0.1, epochs=3),
+    # Solved, not trained: it has one optimum.
+    "linear": TrainingSettings(epochs=1, patience=1, least_steps=0),
     "readout": TrainingSettings(weight_decay=0.3, epochs=6, layer_weights="predictive"),
     "fusion": TrainingSettings(weight_decay=0.3, epochs=6),
     "blend": TrainingSettings(weight_decay=0.3, epochs=6, layer_weights="predictive"),
@@ -178,6 +188,15 @@ class FitOptions:
                 "There is no mechanism to train. Name at least one, or give None to take what "
                 "suits the number of texts."
             )
+        if self.long_inputs and self.names("linear"):
+            raise SidelightError(
+                "'linear' learns whole texts alone. Leave --long-inputs out (long_inputs=False), "
+                "or name another mechanism, such as readout."
+            )
+
+    def names(self, mechanism: str) -> bool:
+        """Whether the user named this mechanism."""
+        return any(spec.name == mechanism for spec in self.mechanisms or ())
 
     def reads_of(self, task: Task) -> Reads:
         """What a probe of these labels reads.
@@ -197,7 +216,9 @@ class FitOptions:
         for spec in specs:
             settings = self.settings.get(spec.name, suggested_settings(spec.name))
             settings = replace(settings, long_inputs=settings.long_inputs or self.long_inputs)
-            jobs += [Job(spec, seed, settings, self.standardise) for seed in self.seeds]
+            # Nothing in a solution is random.
+            seeds = self.seeds[:1] if spec.name == "linear" else self.seeds
+            jobs += [Job(spec, seed, settings, self.standardise) for seed in seeds]
         return jobs
 
 

@@ -1,0 +1,279 @@
+"""The optimum of ``linear``: a logistic regression on means and last tokens of all layers.
+
+There are some ten thousand features and few texts, so the regression is solved in the space that
+the texts span: their kernel's eigenvectors are the features (the representer theorem; Schölkopf,
+Herbrich & Smola 2001), and an L2 penalty there is the same as on the weights. Of many texts, a
+random part spans the space (Williams & Seeger 2000), which is exact up to ``_LANDMARKS`` texts.
+Cross-validated log loss chooses the penalty, along the path from the strongest to the weakest.
+
+Each view of a layer (its means, its last tokens) is weighed by how well it alone predicts left-out
+texts, as ``layer_weights`` weighs layers for a readout. That matters most with few texts
+(docs/results.md has the runs).
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor
+
+from sidelight.calibration import link
+from sidelight.data.examples import LabelledExamples
+from sidelight.metrics import log_losses
+from sidelight.standardisation import Standardisation
+from sidelight.states.cache import Pooled
+from sidelight.training.layer_weights import (
+    TEXTS,
+    centred_targets,
+    kernel_worth,
+    relative_weights,
+)
+from sidelight.types import Task
+
+# Strengths are scikit-learn's C where a text's features have a mean square of 1 in all.
+STRENGTHS = tuple(float(10**k) for k in np.arange(-1, 4.1, 0.5))
+_LANDMARKS = 2048
+# Enough to weigh layers by, of many classes a few texts of each.
+_JUDGES, _JUDGES_OF_A_CLASS = 300, 4
+_FOLDS = 5
+_ITERATIONS = 300
+_TOLERANCE = 1e-5
+# Of a kernel in float32: smaller eigenvalues are rounding.
+_LEAST_EIGENVALUE = 1e-6
+# Texts that are added to each side of a label that all texts of a part have, or none.
+_PRIOR = 0.5
+
+
+@dataclass(frozen=True)
+class LinearSolution:
+    """logits = bias + sum_l (value_l . mean_l + last_l . last token_l), of the given states.
+
+    Attributes:
+        strength: The inverse of the penalty, that was given or chosen.
+        losses: Cross-validated log loss by strength; empty if the strength was given.
+    """
+
+    value: Float[Tensor, "layer width output"]
+    last: Float[Tensor, "layer width output"]
+    bias: Float[Tensor, " output"]
+    strength: float
+    losses: Mapping[float, float]
+
+    def standardised(self, standardisation: Standardisation) -> dict[str, Tensor]:
+        """The parameters of ``Linear`` on states that are standardised first."""
+        scale, mean = standardisation.scale.cpu()[..., None], standardisation.mean.cpu().double()
+        moved = torch.einsum("ld,ldc->c", mean, (self.value + self.last).double())
+        return {
+            "value": self.value * scale,
+            "last": self.last * scale,
+            "bias": (self.bias + moved).float(),
+        }
+
+
+def strength_folds(examples: LabelledExamples) -> tuple[Int[np.ndarray, " _"], ...]:
+    """The folds to choose a strength by; none if all texts are the same, one of many texts."""
+    count = min(_FOLDS, examples.distinct)
+    folds = examples.folds(count, seed=0) if count > 1 else ()
+    return folds[:1] if len(examples) > _LANDMARKS else folds
+
+
+def solve_linear(
+    pooled: Pooled,
+    labels: Int[np.ndarray, "text ..."],
+    task: Task,
+    *,
+    folds: Sequence[Int[np.ndarray, " _"]] = (),
+    strength: float | None = None,
+    balanced: bool = False,
+) -> LinearSolution:
+    """Fits the regression to texts.
+
+    Args:
+        pooled: Two vectors of each text and layer.
+        labels: As in ``LabelledExamples.labels``.
+        task: The classes.
+        folds: Indices of the texts of each fold that choose the strength.
+        strength: Scikit-learn's C; None lets the folds choose.
+        balanced: Whether each class is weighed by its inverse frequency.
+    """
+    texts = len(labels)
+    landmarks = torch.randperm(texts, generator=torch.Generator().manual_seed(0))[:_LANDMARKS]
+    views = [_View.of(vectors) for vectors in (pooled.means, pooled.lasts)]
+    judges = landmarks[: min(TEXTS, max(_JUDGES, _JUDGES_OF_A_CLASS * task.outputs))]
+    weights = relative_weights(_worths(views, judges, labels, task))
+    views = [view.weighted(own) for view, own in zip(views, weights / weights.sum(), strict=True)]
+    kernel = torch.stack([view.kernel(landmarks) for view in views]).sum(0)  # (text, landmark)
+    values, vectors = torch.linalg.eigh(kernel[landmarks])
+    kept = values > _LEAST_EIGENVALUE * values.max().clamp(min=1e-9)
+    whitening = vectors[:, kept] / values[kept].sqrt()  # (landmark, coordinate)
+    coordinates = (kernel @ whitening).numpy()
+    losses: dict[float, float] = {}
+    if strength is None and folds:
+        losses = _path(coordinates, labels, task, folds, balanced=balanced)
+        strength = min(losses, key=losses.__getitem__)
+    elif strength is None:
+        strength = 1.0
+    regression = _Regression(task, strength, balanced=balanced)
+    weight, bias = regression.fit(coordinates, labels).parameters()
+    dual = whitening @ torch.from_numpy(weight)  # (landmark, output)
+    bias = torch.from_numpy(bias)
+    value, last = (view.weight(landmarks, dual) for view in views)
+    for view, own in zip(views, (value, last), strict=True):
+        bias = bias - torch.einsum("ld,ldc->c", view.center.double(), own.double())
+    return LinearSolution(value, last, bias, strength, losses)
+
+
+def _worths(
+    views: Sequence["_View"],
+    texts: Int[Tensor, " text"],
+    labels: Int[np.ndarray, "text ..."],
+    task: Task,
+) -> Float[Tensor, "view layer"]:
+    """How well each view of each layer predicts left-out texts; see ``layer_weights``."""
+    target = centred_targets(labels[texts.numpy()], task)
+    worths = torch.zeros(len(views), len(views[0].inverse), dtype=torch.float64)
+    for view, own in zip(views, worths, strict=True):
+        for layer in range(len(own)):
+            features = view.layer(layer)[texts].double()
+            if target.any() and features.any():
+                own[layer] = max(0.0, kernel_worth(features @ features.T, target))
+    return worths
+
+
+@dataclass(frozen=True)
+class _View:
+    """One vector of each text and layer, and what centres and scales it."""
+
+    vectors: Float[Tensor, "text layer width"]
+    center: Float[Tensor, "layer width"]
+    inverse: Float[Tensor, "layer width"]
+
+    @staticmethod
+    def of(vectors: Float[Tensor, "text layer width"]) -> "_View":
+        spread, center = torch.std_mean(vectors, 0, correction=0)
+        size = spread.mean(1, keepdim=True)
+        # Dimensions that hardly vary would be blown up. A view that is the same for all texts, such
+        # as the template's last embedding, says nothing.
+        inverse = 1 / (spread + 1e-2 * size)
+        told = spread.amax(1) >= 1e-3 * vectors.abs().mean((0, 2)).clamp(min=1e-9)
+        inverse = torch.where(told[:, None], inverse, 0.0)
+        # A text's squares in a layer add up to 1 on average.
+        norm = (spread * inverse).square().sum(1, keepdim=True).sqrt()
+        return _View(vectors, center, inverse / norm.clamp(min=1e-9))
+
+    def weighted(self, weights: Float[Tensor, " layer"]) -> "_View":
+        """With each layer's kernel multiplied by its weight."""
+        return replace(self, inverse=self.inverse * weights.float().sqrt()[:, None])
+
+    def layer(self, layer: int) -> Float[Tensor, "text width"]:
+        return (self.vectors[:, layer] - self.center[layer]) * self.inverse[layer]
+
+    def kernel(self, landmarks: Int[Tensor, " landmark"]) -> Float[Tensor, "text landmark"]:
+        """Each text's product with each landmark, over all layers."""
+        total = torch.zeros(len(self.vectors), len(landmarks), dtype=torch.float64)
+        for layer in range(self.vectors.shape[1]):
+            features = self.layer(layer)
+            total += features @ features[landmarks].T
+        return total
+
+    def weight(
+        self, landmarks: Int[Tensor, " landmark"], dual: Float[Tensor, "landmark output"]
+    ) -> Float[Tensor, "layer width output"]:
+        """The weights of the vectors as they are."""
+        layers = range(self.vectors.shape[1])
+        own = [self.layer(layer)[landmarks].T @ dual.float() for layer in layers]
+        return torch.stack(own) * self.inverse[..., None]
+
+
+def _path(
+    coordinates: Float[np.ndarray, "text coordinate"],
+    labels: Int[np.ndarray, "text ..."],
+    task: Task,
+    folds: Sequence[Int[np.ndarray, " _"]],
+    *,
+    balanced: bool,
+) -> dict[float, float]:
+    """The log loss of left-out texts by strength, until it rises."""
+    rest = [np.setdiff1d(np.arange(len(labels)), fold) for fold in folds]
+    covered = np.concatenate(folds)
+    losses: dict[float, float] = {}
+    regressions = [_Regression(task, STRENGTHS[0], balanced=balanced) for _ in folds]
+    for strength in STRENGTHS:
+        logits = np.empty((len(labels), task.outputs))
+        for regression, fold, others in zip(regressions, folds, rest, strict=True):
+            regression.strength = strength
+            weight, bias = regression.fit(coordinates[others], labels[others]).parameters()
+            logits[fold] = coordinates[fold] @ weight + bias
+        chance = link(task.kind, logits[covered])
+        losses[strength] = float(log_losses(task, chance, labels[covered]).mean())
+        if losses[strength] > 1.1 * min(losses.values()):
+            break
+    return losses
+
+
+class _Regression:
+    """A logistic regression of a task; one for each label of a multi-label task."""
+
+    def __init__(self, task: Task, strength: float, *, balanced: bool):
+        self.task = task
+        self.strength = strength
+        self._models: list[Any] = [
+            LogisticRegression(
+                class_weight="balanced" if balanced else None,
+                tol=_TOLERANCE,
+                max_iter=_ITERATIONS,
+                warm_start=True,
+            )
+            for _ in range(task.outputs if task.kind == "multilabel" else 1)
+        ]
+        self._columns: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def fit(
+        self, inputs: Float[np.ndarray, "text coordinate"], labels: Int[np.ndarray, "text ..."]
+    ) -> "_Regression":
+        own = labels.T if self.task.kind == "multilabel" else labels[None]
+        pairs = zip(self._models, own, strict=True)
+        self._columns = [self._fit(model, inputs, target) for model, target in pairs]
+        return self
+
+    def parameters(
+        self,
+    ) -> tuple[Float[np.ndarray, "coordinate output"], Float[np.ndarray, " output"]]:
+        weights, biases = zip(*self._columns, strict=True)
+        return np.concatenate(weights, 1), np.concatenate(biases)
+
+    def _fit(
+        self, model: Any, inputs: np.ndarray, target: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        outputs = self.task.outputs if self.task.kind == "multiclass" else 1
+        counts = np.bincount(target, minlength=max(outputs, 2))
+        weight = np.zeros((inputs.shape[1], outputs))
+        # What is left where there is nothing to tell apart: the shares of the classes.
+        bias = np.log(counts + _PRIOR)
+        bias = bias - bias.mean() if outputs > 1 else np.diff(bias)
+        present = np.flatnonzero(counts)
+        if len(present) < 2 or not inputs.shape[1]:
+            return weight, bias
+        with warnings.catch_warnings():
+            # A path stops each of its fits after as many iterations.
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            model.set_params(C=self.strength).fit(inputs, target)
+        if outputs == 1:
+            return model.coef_.T, model.intercept_
+        if len(present) == 2:
+            # scikit-learn gives the second of two classes' log-odds.
+            weight[:, present] = model.coef_.T * [[-0.5, 0.5]]
+            bias[present] = model.intercept_ * [-0.5, 0.5]
+        else:
+            weight[:, present] = model.coef_.T
+            bias[present] = model.intercept_
+        absent = counts == 0
+        if absent.any():
+            bias[absent] = bias[present].min() + np.log(_PRIOR / len(target))
+        return weight, bias
