@@ -11,7 +11,13 @@ from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 
-from sidelight.calibration import Calibration, CalibrationKind, choose_thresholds, fit_calibration
+from sidelight.calibration import (
+    Calibration,
+    CalibrationKind,
+    choose_thresholds,
+    fit_calibration,
+    suggested_calibration,
+)
 from sidelight.errors import SidelightError
 from sidelight.types import Task
 
@@ -116,6 +122,15 @@ def test_temperature_is_the_best_of_a_fine_grid(task):
         for s in np.geomspace(0.05, 1.5, 400)
     ]
     assert smoothed_loss(task, fitted, logits, labels) <= min(grid) + OPTIMISER
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 1000), rows=st.integers(8, 60))
+def test_what_is_suggested_for_several_classes_keeps_the_winner(seed, rows):
+    logits, labels = draw_rows(MULTICLASS, rows=rows, seed=seed)
+    labels[:2] = 0, 1
+    calibration = fit_calibration(suggested_calibration(MULTICLASS), logits, labels, MULTICLASS)
+    assert (calibration.apply(logits).argmax(1) == logits.argmax(1)).all()
 
 
 def test_platt_agrees_with_logistic_regression_on_smoothed_targets():

@@ -1,16 +1,18 @@
 """Few texts: all of them train the probe, and none is judged by a probe that has seen it."""
 
+from dataclasses import replace
 from importlib import import_module
 
 import numpy as np
 import pytest
 
 from corpora import rows
+from sidelight.calibration import choose_thresholds, fit_calibration
 from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import mechanism_spec
 from sidelight.training.dataset import FOLDS, ProbeDataset, choose_folds, make_split
-from sidelight.training.fit import cross_fit, fit
+from sidelight.training.fit import calibrate, cross_fit, fit
 from sidelight.training.loop import train_mechanisms
 from sidelight.training.settings import FitOptions, Job, suggested_settings
 
@@ -90,6 +92,29 @@ def test_few_texts_are_cross_fitted_unless_validation_texts_are_given(tiny, own_
     assert (record["folds"], record["validation"]["rows"]) == (0, 40)
 
 
+@pytest.mark.parametrize("is_cross_fitted", [True, False])
+def test_no_text_is_measured_by_what_it_calibrated(whole, folds, is_cross_fitted):
+    dataset = replace(whole, folds=folds) if is_cross_fitted else whole
+    labels = whole.training.labels
+    logits = np.random.default_rng(0).normal(size=(len(labels), 1)) + labels[:, None]
+    made = calibrate(logits, dataset)
+    # Not those of all rows, which the probe is served with.
+    assert made.calibration == fit_calibration("platt", logits, labels, whole.task)
+    own = folds if is_cross_fitted else whole.training.examples.folds(FOLDS, seed=0)
+    right = []
+    for fold in own:
+        rest = np.setdiff1d(np.arange(len(labels)), fold)
+        calibration = fit_calibration("platt", logits[rest], labels[rest], whole.task)
+        chance = calibration.apply(logits[fold])
+        np.testing.assert_array_equal(made.probabilities[fold], chance)
+        known = calibration.apply(logits[rest])
+        (threshold,) = choose_thresholds(whole.task, known, labels[rest])
+        right += list((chance[:, 0] >= threshold) == labels[fold])
+    assert made.report.metrics["accuracy"].value == pytest.approx(np.mean(right))
+    every = made.calibration.apply(logits)
+    assert made.report.thresholds == choose_thresholds(whole.task, every, labels)
+
+
 def test_many_texts_or_a_rare_class_are_not_cross_fitted():
     assert choose_folds(load_examples(rows("binary", 1000))) == ()
     rare = [{"text": str(number), "label": "ab"[number < 4]} for number in range(60)]
@@ -107,6 +132,7 @@ def test_texts_without_a_word_of_two_characters_train_a_probe(tiny, tmp_path, ma
     texts = load_examples(texts)
     made = fit(tiny, texts, texts, name="marks", options=options)
     assert made.baseline.metrics["accuracy"].value == 1.0
+    assert any("the figures are flattering" in warning for warning in made.warnings)
 
 
 def test_a_baseline_that_fails_costs_no_training(tiny, tmp_path, monkeypatch):

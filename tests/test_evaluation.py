@@ -6,6 +6,7 @@ from io import StringIO
 import numpy as np
 import pytest
 from rich.console import Console
+from scipy.stats import binomtest
 from sklearn import metrics as reference
 
 from sidelight.errors import SidelightError
@@ -67,13 +68,28 @@ def test_the_bootstrap_changes_intervals_only(task):
     assert plain.per_class == resampled.per_class
 
 
-def test_the_interval_of_accuracy_is_the_binomial_one():
+def test_the_interval_of_accuracy_is_wilsons():
+    accuracy = report_on(BINARY).metrics["accuracy"]
+    expected = binomtest(round(accuracy.value * 300), 300).proportion_ci(method="wilson")
+    assert accuracy.low == pytest.approx(expected.low, abs=1e-3)
+    assert accuracy.high == pytest.approx(expected.high, abs=1e-3)
+
+
+def test_a_bootstrap_interval_of_a_share_is_about_the_binomial_one():
     report = report_on(BINARY, bootstrap=4000)
-    accuracy = report.metrics["accuracy"]
-    half = 1.96 * np.sqrt(accuracy.value * (1 - accuracy.value) / 300)
-    # Percentiles of 4,000 resamples of 300 rows: off by a row or so.
-    assert accuracy.low == pytest.approx(accuracy.value - half, abs=0.005)
-    assert accuracy.high == pytest.approx(accuracy.value + half, abs=0.005)
+    recall, positives = report.metrics["recall"], report.per_class["toxic"].support
+    half = 1.96 * np.sqrt(recall.value * (1 - recall.value) / positives)
+    # Percentiles of 4,000 resamples, whose positives vary in number.
+    assert recall.low == pytest.approx(recall.value - half, abs=0.02)
+    assert recall.high == pytest.approx(recall.value + half, abs=0.02)
+
+
+def test_rows_may_be_decided_by_thresholds_of_their_own():
+    probabilities, labels = np.array([[0.3], [0.3], [0.7], [0.7]]), np.array([1, 0, 1, 0])
+    own = np.array([[0.2], [0.4], [0.6], [0.8]])
+    report = evaluate(BINARY, probabilities, labels, thresholds=(0.5,), row_thresholds=own)
+    assert report.metrics["accuracy"].value == 1
+    assert report.thresholds == (0.5,)
 
 
 @pytest.mark.slow
@@ -134,7 +150,19 @@ def test_a_single_positive_row_still_gives_intervals():
     labels = np.array([1] + [0] * 30)
     probabilities = np.linspace(0.9, 0.1, 31)[:, None]
     auprc = evaluate(BINARY, probabilities, labels, thresholds=(0.5,)).metrics["auprc"]
-    assert (auprc.value, auprc.low, auprc.high) == (1, 1, 1)
+    assert (auprc.value, auprc.high) == (1, 1)
+    # Wilson's for 1 of 1: one row says little.
+    assert auprc.low == pytest.approx(1 / (1 + 1.96**2))
+
+
+@every_task
+def test_an_interval_does_not_collapse_where_no_row_is_wrong(task):
+    _, labels = draw_rows(task, rows=40)
+    right = np.eye(3)[labels] if task.kind == "multiclass" else labels.reshape(40, -1)
+    report = evaluate(task, 0.9 * right + 0.02, labels, thresholds=THRESHOLDS[task.kind])
+    for name in ("accuracy", "f1", "auroc"):
+        assert report.metrics[name].value == 1
+        assert 0.5 < report.metrics[name].low < 0.95
 
 
 def test_a_single_row_is_reported():

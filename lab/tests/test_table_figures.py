@@ -77,8 +77,9 @@ def test_a_clear_improvement_is_found_and_changes_sign_when_swapped():
     assert loss.p_value == gain.p_value
 
 
+# The interval of an accuracy is Wilson's in a report.
 @pytest.mark.slow
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", sorted(set(METRICS) - {"accuracy"}))
 def test_reports_and_differences_see_the_same_resamples(metric: str):
     labels = np.random.default_rng(0).integers(0, 2, 150)
     row = judged_row("row", 1, 1, labels, 2.0)

@@ -74,7 +74,7 @@ class Calibration:
     """A map from logits to probabilities.
 
     In a binary or multi-label task, a higher logit never gets a lower probability. In a multi-class
-    task, ``platt`` and ``isotonic`` may change which class wins.
+    task, ``platt`` and ``isotonic`` may change which class wins; ``temperature`` never does.
 
     Without knots it is ``link(scale * logits + shift)``, where the link is the softmax for a
     multi-class task and the sigmoid otherwise. With knots, each output's log-odds (for a softmax,
@@ -175,6 +175,11 @@ def _unreadable(reason: str) -> SidelightError:
         f"Cannot read this calibration ({reason}). The probe's manifest was edited or damaged. "
         "Restore it, or train the probe again."
     )
+
+
+def suggested_calibration(task: Task) -> CalibrationKind:
+    """Temperature for several classes, since shifts would change which of them wins; else Platt."""
+    return "temperature" if task.kind == "multiclass" else "platt"
 
 
 def fit_calibration(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
-from sidelight.metrics import METRICS, Predictions, decide, measure_resamples
+from sidelight.metrics import METRICS, Predictions, decide, measure_resamples, wilson
 from sidelight.types import AnyArray, Numbers, Task, Values
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A metric and its 95 % bootstrap interval.
+    """A metric and its 95 % interval: by the bootstrap, or Wilson's of a share.
 
     Attributes:
         value: The metric on the rows themselves; None if undefined there.
@@ -35,6 +35,13 @@ class Estimate:
             return Estimate(value, None, None)
         low, high = np.percentile(resampled, [2.5, 97.5])
         return Estimate(value, float(low), float(high))
+
+    def as_share(self, rows: int) -> "Estimate":
+        """With Wilson's interval for a share of so many rows; without one, as it is."""
+        if self.value is None or self.low is None or rows == 0:
+            return self
+        low, high = wilson(np.array([self.value]), np.array([rows]))[:, 0]
+        return Estimate(self.value, float(low), float(high))
 
     def to_dict(self) -> dict[str, Any]:
         """The estimate as JSON-ready values."""
@@ -122,6 +129,7 @@ def evaluate(
     labels: Shaped[AnyArray, "..."],
     *,
     thresholds: tuple[float, ...],
+    row_thresholds: Float[Values, "row output"] | None = None,
     bootstrap: int = 1000,
     seed: int = 0,
 ) -> Report:
@@ -132,6 +140,7 @@ def evaluate(
         probabilities: Calibrated; a binary task has one column, the positive class.
         labels: [row] of class numbers, or [row, label] of 0 and 1 for a multi-label task.
         thresholds: From `calibration.choose_thresholds` on validation rows.
+        row_thresholds: Those that each row is decided by, if they differ from row to row.
         bootstrap: Number of resamples of rows for the intervals; with 0 there are no intervals.
         seed: Seed of the resamples.
 
@@ -139,12 +148,21 @@ def evaluate(
         SidelightError: The arrays do not fit the task or each other, hold NaN, or are not
             probabilities (see `metrics.decide`).
     """
-    predictions = decide(task, probabilities, labels, thresholds=thresholds)
+    predictions = decide(
+        task, probabilities, labels, thresholds=thresholds, row_thresholds=row_thresholds
+    )
     draws = measure_resamples(predictions, resamples=bootstrap, seed=seed)
+    metrics = {name: Estimate.of(draws[name]) for name in METRICS}
+    metrics["accuracy"] = metrics["accuracy"].as_share(len(probabilities))
+    # Where no row is wrong, no resample is: the rows of the rarest label say how sure that is.
+    rarest = min(int(min(own.sum(), (~own).sum())) for own in predictions.targets.T)
+    for name, estimate in metrics.items():
+        if estimate.value in (0, 1) and estimate.low == estimate.high:
+            metrics[name] = estimate.as_share(rarest)
     return Report(
         task,
         rows=len(probabilities),
-        metrics={name: Estimate.of(draws[name]) for name in METRICS},
+        metrics=metrics,
         per_class=_per_class(task, predictions),
         thresholds=thresholds,
         confusion_matrix=predictions.confusion_matrix(),

@@ -285,6 +285,7 @@ def decide(
     labels: Shaped[AnyArray, "..."],
     *,
     thresholds: tuple[float, ...],
+    row_thresholds: Float[Values, "row output"] | None = None,
 ) -> Predictions:
     """Probabilities, labels and decisions in the form that the metrics read.
 
@@ -296,6 +297,7 @@ def decide(
         probabilities: Each in [0, 1]; a binary task has one column, the positive class.
         labels: [row] of class numbers, or [row, label] of 0 and 1 for a multi-label task.
         thresholds: One for a binary task, one per label if multi-label, none if multi-class.
+        row_thresholds: Those that each row is decided by, if they differ from row to row.
 
     Raises:
         SidelightError: As `checked_labels`; or a probability lies outside [0, 1], or the number of
@@ -313,14 +315,15 @@ def decide(
             f"Got {len(thresholds)} thresholds, wanted {wanted} for this {task.kind} task. "
             "Choose them with choose_thresholds on validation rows of the same task."
         )
+    applied = thresholds if row_thresholds is None else row_thresholds
     if task.kind == "multilabel":
-        return Predictions(task.kind, probabilities, integers == 1, probabilities >= thresholds)
+        return Predictions(task.kind, probabilities, integers == 1, probabilities >= applied)
     classes = np.arange(len(task.labels))
     targets = integers[:, None] == classes
     if task.kind == "multiclass":
         chosen = probabilities.argmax(axis=1)
         return Predictions(task.kind, probabilities, targets, chosen[:, None] == classes)
-    flagged = probabilities >= thresholds  # (row, 1)
+    flagged = probabilities >= applied  # (row, 1)
     scores = np.hstack([1 - probabilities, probabilities])
     return Predictions(task.kind, scores, targets, np.hstack([~flagged, flagged]))
 

@@ -75,8 +75,7 @@ _AUTO = "auto"
 @click.option(
     "--calibration",
     type=click.Choice(["platt", "temperature", "isotonic", "none"]),
-    default="platt",
-    help="How logits become probabilities.",
+    help="How logits become probabilities. [default: platt; temperature for several classes]",
 )
 @click.option(
     "--class-weight",
@@ -123,7 +122,7 @@ def train(
     scope: "Scope",
     prompt_format: "PromptFormat | None",
     standardise: bool,
-    calibration: "CalibrationKind",
+    calibration: "CalibrationKind | None",
     long_inputs: bool,
     augment: bool,
     runtime: options.Runtime,

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sidelight.backbone import TransformersBackbone
-from sidelight.calibration import require_calibratable
+from sidelight.calibration import require_calibratable, suggested_calibration
 from sidelight.data.examples import LabelledExamples, located, place_of, validation_share
 from sidelight.errors import SidelightError
 from sidelight.progress import progress
@@ -194,7 +194,8 @@ def prepare(
     if options.long_inputs:
         require_labels_of_parts(training.task)
     require_same_task(training, validation)
-    require_calibratable(options.calibration, validation.labels, training.task)
+    kind = options.calibration or suggested_calibration(training.task)
+    require_calibratable(kind, validation.labels, training.task)
     rarest = int(validation.label_counts.min())
     if rarest < _ROUGH_BELOW:
         warnings.append(

@@ -8,19 +8,25 @@ import numpy as np
 from jaxtyping import Float
 
 from sidelight.backbone import TransformersBackbone
-from sidelight.calibration import Calibration, CalibrationKind, choose_thresholds, fit_calibration
+from sidelight.calibration import (
+    Calibration,
+    CalibrationKind,
+    choose_thresholds,
+    fit_calibration,
+    require_calibratable,
+    suggested_calibration,
+)
 from sidelight.data.examples import LabelledExamples
 from sidelight.errors import SidelightError
 from sidelight.evaluation import Report, evaluate
 from sidelight.metrics import score_counts
 from sidelight.probe import Probe
 from sidelight.states.extraction import StateSource
-from sidelight.training.dataset import Folds, ProbeDataset, Split, prepare
+from sidelight.training.dataset import FOLDS, Folds, ProbeDataset, Split, prepare
 from sidelight.training.loop import Trained, divergence, train_mechanisms, with_strengths
 from sidelight.training.optimisation import validation_score
 from sidelight.training.settings import FitOptions, Job
 from sidelight.training.tfidf import fit_tfidf
-from sidelight.types import Task
 
 # A regression on pooled states holds them in memory.
 _POOLED_BYTES = 4 * 2**30
@@ -34,7 +40,7 @@ class FittedProbe:
         probe: Ready to serve.
         seed: The seed that it was trained with.
         score: ``validation_score`` of its final logits; the best run is chosen by it.
-        report: Its figures on validation data, with the threshold chosen there.
+        report: Its figures on validation data, each text calibrated without it.
     """
 
     probe: Probe
@@ -46,9 +52,10 @@ class FittedProbe:
 def calibrate_probe(
     trained: Trained, dataset: ProbeDataset, *, name: str, options: FitOptions
 ) -> FittedProbe:
-    """Calibrates on validation logits, chooses the threshold there, and measures there."""
-    task, labels, logits = dataset.task, dataset.validation.labels, trained.logits
-    calibration, probabilities, report = _calibrated(options.calibration, logits, labels, task)
+    """Calibrates on validation logits, chooses the threshold there, and measures fold by fold."""
+    task, logits = dataset.task, trained.logits
+    calibrated = calibrate(logits, dataset, kind=options.calibration)
+    probabilities = calibrated.calibration.apply(logits)
     columns = zip(task.labels[-task.outputs :], probabilities.T, strict=True)
     # Histograms of each label's probabilities: serving looks for drift.
     scores = {label: score_counts(column.tolist()) for label, column in columns}
@@ -60,8 +67,8 @@ def calibrate_probe(
         spec=trained.job.spec,
         mechanism=trained.mechanism,
         standardisation=trained.standardisation,
-        calibration=calibration,
-        thresholds=report.thresholds,
+        calibration=calibrated.calibration,
+        thresholds=calibrated.report.thresholds,
         fingerprint=dataset.backbone.fingerprint,
         record={
             "engine": dataset.training.states.engine,
@@ -69,7 +76,7 @@ def calibrate_probe(
             "variants": dataset.variants,
             "validation": {
                 **_data(dataset.validation),
-                "metrics": report.to_dict(),
+                "metrics": calibrated.report.to_dict(),
                 "scores": scores,
             },
             "max_tokens": options.max_tokens,
@@ -81,17 +88,74 @@ def calibrate_probe(
             "parameters": sum(p.numel() for p in trained.mechanism.parameters()),
         },
     )
-    return FittedProbe(probe, trained.job.seed, validation_score(task, logits, labels), report)
+    score = validation_score(task, logits, dataset.validation.labels)
+    return FittedProbe(probe, trained.job.seed, score, calibrated.report)
 
 
-def _calibrated(
-    kind: CalibrationKind, logits: Float[np.ndarray, "text output"], labels: np.ndarray, task: Task
-) -> tuple[Calibration, Float[np.ndarray, "text output"], Report]:
-    """The calibration fitted to validation logits, the probabilities, and their figures there."""
+@dataclass(frozen=True)
+class Calibrated:
+    """Logits of validation texts made into probabilities.
+
+    Attributes:
+        calibration: Fitted to all of them.
+        report: How good the probabilities are; its thresholds are chosen on all of the texts.
+        probabilities: What the report is about: each text's are by a calibration, and its decision
+            by thresholds, that the other folds gave.
+    """
+
+    calibration: Calibration
+    report: Report
+    probabilities: Float[np.ndarray, "text output"]
+
+
+def calibrate(
+    logits: Float[np.ndarray, "text output"],
+    dataset: ProbeDataset,
+    *,
+    kind: CalibrationKind | None = None,
+) -> Calibrated:
+    """Calibrates logits of the validation texts and measures them.
+
+    Args:
+        logits: Of each validation text, by a model that did not train on it.
+        dataset: The texts.
+        kind: How; None takes ``suggested_calibration``.
+    """
+    task, labels = dataset.task, dataset.validation.labels
+    kind = kind or suggested_calibration(task)
     calibration = fit_calibration(kind, logits, labels, task)
-    probabilities = calibration.apply(logits)
-    thresholds = choose_thresholds(task, probabilities, labels)
-    return calibration, probabilities, evaluate(task, probabilities, labels, thresholds=thresholds)
+    thresholds = choose_thresholds(task, calibration.apply(logits), labels)
+    probabilities = np.empty_like(logits)
+    applied = np.empty((len(labels), len(thresholds)))
+    for fold in measuring_folds(dataset, kind=kind) or (np.arange(len(labels)),):
+        rest = np.setdiff1d(np.arange(len(labels)), fold)
+        rest = rest if len(rest) else fold
+        own = fit_calibration(kind, logits[rest], labels[rest], task)
+        probabilities[fold] = own.apply(logits[fold])
+        applied[fold] = choose_thresholds(task, own.apply(logits[rest]), labels[rest])
+    report = evaluate(task, probabilities, labels, thresholds=thresholds, row_thresholds=applied)
+    return Calibrated(calibration, report, probabilities)
+
+
+def measuring_folds(dataset: ProbeDataset, *, kind: CalibrationKind | None) -> Folds:
+    """Folds of the validation texts, each to be measured by what calibrates on the others.
+
+    Empty if the others of some fold do not have what a calibration needs.
+    """
+    validation = dataset.validation
+    if dataset.folds:
+        folds = tuple(fold[fold < len(validation)] for fold in dataset.folds)
+    else:
+        count = min(FOLDS, validation.examples.distinct)
+        folds = validation.examples.folds(count, seed=0) if count > 1 else ()
+    try:
+        for fold in folds:
+            rest = np.setdiff1d(np.arange(len(validation)), fold)
+            wanted = kind or suggested_calibration(dataset.task)
+            require_calibratable(wanted, validation.labels[rest], dataset.task)
+    except SidelightError:
+        return ()
+    return folds
 
 
 def _data(split: Split) -> dict[str, Any]:
@@ -171,7 +235,13 @@ def fit(
         raise divergence(jobs[0])
     pairs = zip(jobs, trained, strict=True)
     diverged = [f"{divergence(job)} This run is left out." for job, one in pairs if one is None]
-    made = Fit(runs, _best(runs), baseline, (*dataset.warnings, *diverged))
+    found = [*dataset.warnings, *diverged]
+    if not measuring_folds(dataset, kind=options.calibration):
+        found.append(
+            "A class has too few validation texts to measure on others than those that calibrate: "
+            "the figures are flattering. Add more texts of it."
+        )
+    made = Fit(runs, _best(runs), baseline, tuple(found))
     if store is not None:
         store(made)
     if not options.keep_cache:
@@ -257,7 +327,7 @@ def score_by_folds(
 
 def _baseline(dataset: ProbeDataset) -> Report:
     """The figures of TF-IDF with logistic regression, trained and treated like a probe."""
-    task, training, labels = dataset.task, dataset.training, dataset.validation.labels
+    task, training = dataset.task, dataset.training
     if dataset.folds:
         logits = np.empty((len(training), task.outputs))
         for fold in dataset.folds:
@@ -268,4 +338,4 @@ def _baseline(dataset: ProbeDataset) -> Report:
     else:
         words = fit_tfidf(training.texts, training.labels, task)
         logits = words.logits(dataset.validation.texts)
-    return _calibrated("platt", logits, labels, task)[2]
+    return calibrate(logits, dataset).report

@@ -81,6 +81,7 @@ def describe_fit(made: Fit) -> dict[str, Any]:
                 "name": name,
                 "mechanism": run.probe.spec.name,
                 "seed": run.seed,
+                "score": run.score,
                 "validation": run.report.to_dict(),
             }
             for name, run in _named(made)

@@ -158,7 +158,7 @@ class FitOptions:
         standardise: Whether hidden states are standardised per layer.
         reads: The tokens that the probe reads; see ``reads_of``.
         augment: Whether training also shows each text in a disguise.
-        calibration: How logits become probabilities.
+        calibration: How logits become probabilities; None takes ``suggested_calibration``.
         max_tokens: Longer training texts are cut, and counted.
         cache_root: Folder for the hidden states while training; None is the user's cache.
         cache_budget_bytes: The most that the hidden states of the training texts may take, and the
@@ -173,7 +173,7 @@ class FitOptions:
     standardise: bool = True
     reads: Reads = field(default_factory=lambda: Reads(scope="each_turn"))
     augment: bool = False
-    calibration: CalibrationKind = "platt"
+    calibration: CalibrationKind | None = None
     max_tokens: int = TRAINING_MAX_TOKENS
     cache_root: Path | None = None
     cache_budget_bytes: int | None = None

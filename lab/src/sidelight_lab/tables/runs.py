@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 
 from sidelight.artifact import load_probe, save_probe
-from sidelight.calibration import choose_thresholds, fit_calibration
+from sidelight.calibration import choose_thresholds, fit_calibration, suggested_calibration
 from sidelight.errors import SidelightError
 from sidelight.probe import Probe
 from sidelight.progress import progress
@@ -303,12 +303,13 @@ def judge_runs(rows: Sequence[Row], runs: Sequence[Run], split: Split) -> Judged
 
 
 def _judge(run: Run, test: str) -> JudgedRun:
-    """Calibrates (Platt) and chooses thresholds on validation, and applies both to the test.
+    """Calibrates and chooses thresholds on validation, and applies both to the test.
 
     The artifact of a probe holds the same numbers.
     """
     result, task, labels = run.load(), run.dataset.task, run.dataset.validation.labels
-    calibration = fit_calibration("platt", result.validation_logits, labels, task)
+    kind = suggested_calibration(task)
+    calibration = fit_calibration(kind, result.validation_logits, labels, task)
     held_out = calibration.apply(result.validation_logits)
     return JudgedRun(
         seed=run.seed,
