@@ -449,3 +449,71 @@ def test_heads_that_cannot_share_the_inner_columns_are_refused():
 def test_a_value_that_an_option_cannot_have_is_refused(name, options):
     with pytest.raises(SidelightError, match=next(iter(options))):
         mechanism_spec(name, options).build(Geometry(LAYERS, WIDTH, 1))
+
+
+# In logits: float32 sums of some hundred shares, and what integrated gradients may miss.
+COMPLETE = 1e-4
+
+
+def packed(mechanism, texts):
+    """The columns of texts, some of whose tokens come twice, as the embeddings of a word do."""
+    columns = [projected(mechanism, torch.cat([own, own[:, :2]], 1)).detach() for own in texts]
+    return Ragged(torch.cat(columns), torch.tensor([len(own) for own in columns]))
+
+
+def shares_of(mechanism, tokens, output):
+    outputs = mechanism.logits(tokens).shape[1]
+    return mechanism.shares(tokens, torch.eye(outputs)[output].expand(len(tokens.lengths), -1))
+
+
+@pytest.mark.parametrize("scale", [0.02, 1.0, 2.0])
+def test_shares_of_tokens_and_layers_sum_to_the_logit(mechanism, scale):
+    texts = [own * scale for own in Texts.drawn([1, 2, 9, 60], seed=int(scale)).states]
+    with torch.inference_mode():
+        tokens = packed(mechanism, texts)
+        logits = mechanism.logits(tokens)
+    for output in range(logits.shape[1]):
+        shares = shares_of(mechanism, tokens, output)
+        assert shares.values.shape == tokens.values.shape[:2]
+        total = shares.baseline + Ragged(shares.values.sum(1), tokens.lengths).sums()
+        torch.testing.assert_close(total, logits[:, output].double(), atol=COMPLETE, rtol=0)
+
+
+def test_shares_are_read_off_unless_features_are_not_linear(variant, mechanism):
+    shares = shares_of(mechanism, packed(mechanism, Texts.drawn([5], seed=0).states), 0)
+    assert (shares.steps == 0) == (variant[0] not in ("fusion", "blend"))
+
+
+@pytest.mark.parametrize("extremes", ["none", "pair"])
+def test_a_share_of_a_readout_is_the_tokens_own_terms(extremes):
+    """Against the terms of the equation, written out."""
+    readout = built("readout", {"extremes": extremes}, 1)
+    (text,) = Texts.drawn([7], seed=3).states
+    with torch.no_grad():
+        weights = torch.einsum("ltd,ldh->lth", text, readout.gate).softmax(1)
+        terms = (weights * torch.einsum("ltd,ldh->lth", text, readout.value[..., 0])).sum(2)
+        terms[:, -1] += torch.einsum("ld,ld->l", text[:, -1], readout.last[..., 0])
+        for sign, candidates in zip((1, -1), readout.extremes[..., 0].unbind(2), strict=False):
+            scores = torch.einsum("ltd,ld->lt", text, candidates)
+            terms.scatter_add_(1, scores.argmax(1)[:, None], sign * scores.amax(1)[:, None])
+    tokens = Ragged(projected(readout, text).detach(), torch.tensor([7]))
+    shares = shares_of(readout, tokens, 0)
+    torch.testing.assert_close(shares.values.float(), terms.T / math.sqrt(LAYERS), **ROUNDING)
+    torch.testing.assert_close(shares.baseline.float(), readout.bias.detach(), **ROUNDING)
+
+
+def test_integrated_gradients_are_those_of_the_dense_form():
+    """Against many small steps along the hidden states themselves."""
+    mechanism = built("fusion", {"rank": 3, "heads": 1}, 1)
+    (text,) = Texts.drawn([4], seed=5).states
+    expected = torch.zeros(LAYERS, 4)
+    for place in (torch.arange(2000) + 0.5) / 2000:
+        # As the fourth power, in even steps of its root.
+        hidden = (text * place**4).requires_grad_()
+        logit = mechanism(hidden[None], torch.ones(1, 4, dtype=torch.bool)).sum()
+        (gradient,) = torch.autograd.grad(logit, hidden)
+        expected += 4 * place**3 / 2000 * (gradient * text).sum(-1)
+    tokens = Ragged(projected(mechanism, text).detach(), torch.tensor([4]))
+    torch.testing.assert_close(
+        shares_of(mechanism, tokens, 0).values.float(), expected.T, atol=COMPLETE, rtol=1e-3
+    )

@@ -49,6 +49,17 @@ class Ragged:
             self.values.contiguous(), "max", lengths=self.lengths, axis=0, initial=LOWEST
         )
 
+    def untied(self) -> "Ragged":
+        """The same maxima, each in one row: in other rows that share it stands ``LOWEST``.
+
+        The gradient of ``maxima`` counts what several rows share more than once.
+        """
+        is_top = (self.values == self.maxima()[self.segments]).long()
+        before = is_top.cumsum(0) - is_top
+        starts = (self.lengths.cumsum(0) - self.lengths)[self.segments]
+        is_later = (is_top > 0) & (before > before[starts])
+        return Ragged(torch.where(is_later, LOWEST, self.values), self.lengths)
+
     def beginnings(self, lengths: Int[Tensor, " segment"]) -> "Ragged":
         """The first rows of each segment; ``lengths`` says how many, and none exceeds its own."""
         starts = self.lengths.cumsum(0) - self.lengths

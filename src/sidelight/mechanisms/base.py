@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from sidelight.errors import SidelightError, did_you_mean
+from sidelight.mechanisms.shares import Shares, integrated
 from sidelight.ragged import Ragged
 
 
@@ -73,6 +74,19 @@ class Mechanism(nn.Module, ABC):
         """The logits that training compares with the labels; each voter gets its own loss."""
         return self.finish(state)[:, None]
 
+    def logits(self, tokens: Ragged) -> Float[Tensor, "segment output"]:
+        """The logits of segments of projected tokens, as for ``summarise``."""
+        return self.finish(self.summarise(tokens))
+
+    def shares(self, tokens: Ragged, targets: Float[Tensor, "segment output"]) -> Shares:
+        """What each token of each layer adds to a segment's target.
+
+        Args:
+            tokens: As for ``summarise``, of segments that each have a token.
+            targets: For each segment the weights of its logits whose sum is the target.
+        """
+        return integrated(self.logits, tokens, targets)
+
 
 class Aggregator(nn.Module, ABC):
     """Reduces a group's items to one vector: a stage of the paper's mechanisms.
@@ -94,6 +108,13 @@ class Aggregator(nn.Module, ABC):
         self, carry: Float[Tensor, "group width carry"]
     ) -> Float[Tensor, "group width column"]:
         """The projection of each item that the streaming form needs."""
+
+    def held(self, items: Ragged) -> Ragged:
+        """The projected items, so that the aggregated vector is linear in them for autograd.
+
+        No gradient passes through what only weighs items, and no two of them share a maximum.
+        """
+        return items
 
     @abstractmethod
     def summarise(self, items: Ragged) -> Ragged:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sidelight.mechanisms.base import Geometry, Mechanism, register
 from sidelight.mechanisms.fusion import Fusion
 from sidelight.mechanisms.readout import Readout
+from sidelight.mechanisms.shares import Shares
 from sidelight.ragged import Ragged
 
 
@@ -66,6 +67,19 @@ class Blend(Mechanism):
     def finish(self, state: Ragged) -> Float[Tensor, "segment output"]:
         """The mean of the members' logits."""
         return self.votes(state).mean(1)
+
+    def shares(self, tokens: Ragged, targets: Float[Tensor, "segment output"]) -> Shares:
+        """The mean of the members' shares."""
+        parts = tokens.values.split(self._widths, -1)
+        found = [
+            member.shares(Ragged(part, tokens.lengths), targets)
+            for member, part in zip(self.members, parts, strict=True)
+        ]
+        return Shares(
+            torch.stack([own.values for own in found]).mean(0),
+            torch.stack([own.baseline for own in found]).mean(0),
+            max(own.steps for own in found),
+        )
 
     def _parted(self, state: Ragged) -> list[Ragged]:
         sizes = [math.prod(shape) for shape in self._shapes]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sidelight.mechanisms.base import Geometry, Mechanism, hide, register
+from sidelight.mechanisms.shares import Shares, integrated
 from sidelight.mechanisms.stages import (
     finish_softmax,
     last_token,
@@ -78,6 +79,10 @@ class Fusion(Mechanism):
     def finish(self, state: Ragged) -> Float[Tensor, "segment output"]:
         """The heads' logits, added."""
         return finish_softmax(state).sum((1, 2)) + self.bias
+
+    def shares(self, tokens: Ragged, targets: Float[Tensor, "segment output"]) -> Shares:
+        """By integrated gradients: features are not linear."""
+        return integrated(self.logits, tokens, targets, sums_layers=True)
 
 
 @dataclass(frozen=True)

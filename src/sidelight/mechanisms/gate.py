@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from sidelight.mechanisms.base import Aggregator, Geometry, hide, register
+from sidelight.mechanisms.shares import held
 from sidelight.mechanisms.stages import (
     TwoStage,
     finish_softmax,
@@ -54,6 +55,10 @@ class Gate(Aggregator):
     ) -> Float[Tensor, "group width column"]:
         """The score, then what is carried."""
         return torch.cat([self.score[..., None], carry], -1)
+
+    def held(self, items: Ragged) -> Ragged:
+        """The score only weighs."""
+        return Ragged(held(items.values, 1), items.lengths)
 
     def summarise(self, items: Ragged) -> Ragged:
         """``[segment, group, 1, (maximum, normaliser, *sums)]``."""

@@ -75,6 +75,10 @@ class MaxPooling(Aggregator):
         eye = torch.eye(carry.shape[1], dtype=carry.dtype, device=carry.device)
         return eye.expand(carry.shape[0], -1, -1)
 
+    def held(self, items: Ragged) -> Ragged:
+        """Each maximum has one item."""
+        return items.untied()
+
     def summarise(self, items: Ragged) -> Ragged:
         """``[segment, group, width]``: running maxima."""
         return Ragged.one_row_each(Ragged(items.values.float(), items.lengths).maxima())

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from sidelight.mechanisms.base import Geometry, Mechanism, hide, register
+from sidelight.mechanisms.shares import Shares, held, read_off
 from sidelight.mechanisms.stages import (
     finish_softmax,
     last_token,
@@ -102,6 +103,18 @@ class Readout(Mechanism):
         """The layers' and heads' logits, added."""
         means, maxima = self._parted(state)
         return self._add_layers(finish_softmax(means).sum(2) + self._signed(maxima[..., 2:]))
+
+    def shares(self, tokens: Ragged, targets: Float[Tensor, "segment output"]) -> Shares:
+        """Exact: each token's own terms, with the gates' weights as they are."""
+        return read_off(self._weighed, tokens, targets)
+
+    def _weighed(self, tokens: Ragged) -> Float[Tensor, "segment output"]:
+        heads, extremes = self.gate.shape[2], self.extremes[0, 0].numel()
+        sums, maxima = tokens.values.split([tokens.values.shape[2] - extremes, extremes], -1)
+        if extremes:
+            maxima = Ragged(maxima, tokens.lengths).untied().values
+        columns = torch.cat([held(sums, heads), maxima], -1)
+        return self.logits(Ragged(columns, tokens.lengths))
 
     def _parted(self, state: Ragged) -> tuple[Ragged, Float[Tensor, "segment layer sign number"]]:
         """The state of what is summed, and that of the extremes."""

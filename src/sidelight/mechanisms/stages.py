@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from sidelight.mechanisms.base import Aggregator, Geometry, Mechanism
+from sidelight.mechanisms.shares import Shares, read_off
 from sidelight.ragged import LOWEST, Ragged
 
 
@@ -137,10 +138,25 @@ class TwoStage(Mechanism):
 
     def finish(self, state: Ragged) -> Float[Tensor, "segment output"]:
         """Ends the token stage, then runs the layer stage on its carried projections."""
+        return self._judge(self._layers_of(state))
+
+    def shares(self, tokens: Ragged, targets: Float[Tensor, "segment output"]) -> Shares:
+        """Exact: each token's own terms, with the weights of both stages as they are."""
+
+        def weighed(own: Ragged) -> Float[Tensor, "segment output"]:
+            layers = self._layers_of(self.token_stage.summarise(self.token_stage.held(own)))
+            return self._judge(self.layer_stage.held(layers))
+
+        return read_off(weighed, tokens, targets)
+
+    def _layers_of(self, state: Ragged) -> Ragged:
+        """The layers of each segment as the items of the layer stage's one group."""
         vectors = self.token_stage.finish(state, self._carried())  # (S, L, K)
         segments, layers, _ = vectors.shape
         lengths = torch.full((segments,), layers, device=vectors.device)
-        items = Ragged(vectors.flatten(0, 1)[:, None], lengths)  # (S * L, 1, K)
+        return Ragged(vectors.flatten(0, 1)[:, None], lengths)  # (S * L, 1, K)
+
+    def _judge(self, items: Ragged) -> Float[Tensor, "segment output"]:
         vector = self.layer_stage.finish(
             self.layer_stage.summarise(items), self.head.weight.T[None]
         )  # (S, 1, C)

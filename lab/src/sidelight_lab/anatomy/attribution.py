@@ -19,6 +19,7 @@ from sidelight.mechanisms.base import Aggregator, Mechanism
 from sidelight.mechanisms.gate import Gate
 from sidelight.mechanisms.pooling import MaxPooling, MeanPooling
 from sidelight.mechanisms.readout import Readout
+from sidelight.mechanisms.shares import integrated_gradient
 from sidelight.mechanisms.stages import TwoStage
 from sidelight.probe import Probe
 from sidelight.prompts import EncodedPrompt, Part, Reads
@@ -111,10 +112,7 @@ def _cut(shard: Shard) -> Iterator[Shard]:
         yield Shard(hidden, shard.lengths[first:last], shard.rows[first:last])
 
 
-# Gauss-Legendre points in u, where a = u^4: a normalised feature turns within the first hundredths
-# of the way.
-_POINTS = 24
-_POWER = 4
+_STEPS = 24
 
 
 def true_targets(task: Task, labels: Int[np.ndarray, "text ..."]) -> Float[Tensor, "text output"]:
@@ -136,7 +134,10 @@ def true_targets(task: Task, labels: Int[np.ndarray, "text ..."]) -> Float[Tenso
 def contributions(
     mechanism: Mechanism, tokens: Ragged, targets: Float[Tensor, "text output"]
 ) -> Float[Tensor, "token layer"]:
-    """What each token of each layer adds to its text's target: integrated gradients.
+    """What each token of each layer adds to its text's target: integrated gradients, always.
+
+    ``Mechanism.shares`` holds a mechanism's weights instead, where it has any; here, what a token
+    does to them counts too.
 
     c = x . integral_0^1 d target(a x) / dx da, from all layers at their mean (x = 0) to the text
     itself (Sundararajan, Taly & Yan 2017). Contributions and the target at x = 0 sum to the target
@@ -148,16 +149,8 @@ def contributions(
         tokens: Its columns, ``[token, layer, column]``.
         targets: Weights of the logits; see ``true_targets``.
     """
-    points, sizes = np.polynomial.legendre.leggauss(_POINTS)
-    places = (points + 1) / 2
-    nodes, weights = places**_POWER, sizes / 2 * _POWER * places ** (_POWER - 1)
-    total = torch.zeros_like(tokens.values)
-    for node, weight in zip(nodes, weights, strict=True):
-        with torch.enable_grad():
-            columns = (tokens.values.detach() * float(node)).requires_grad_()
-            logits = mechanism.finish(mechanism.summarise(Ragged(columns, tokens.lengths)))
-            total += float(weight) * torch.autograd.grad((logits * targets).sum(), columns)[0]
-    return (total * tokens.values).sum(-1)
+    gradient = integrated_gradient(mechanism.logits, tokens, targets, steps=_STEPS)
+    return (gradient * tokens.values).sum(-1)
 
 
 # The column at which a stage's values begin, after its scores: by type of stage, from the stage and
