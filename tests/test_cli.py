@@ -10,15 +10,21 @@ from importlib.metadata import EntryPoints
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from commands import run, saved
 from corpora import planted
 from sidelight.backbone import TransformersBackbone
+from sidelight.cli.evaluate import marked
 from sidelight.cli.options import TrainingInputs
 from sidelight.cli.train import train
+from sidelight.data.examples import Example
 from sidelight.errors import SidelightError
+from sidelight.explanation import Explanation
 from sidelight.mechanisms.base import mechanism_names
+from sidelight.prompts import Message, Place
+from sidelight.types import Verdict
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -111,6 +117,45 @@ def test_predict_gives_one_line_per_text_in_order(
     alone = json.loads((tmp_path / "v.jsonl").read_text())
     assert alone["label"] == from_file[7]["label"]
     assert alone["probabilities"] == pytest.approx(from_file[7]["probabilities"], abs=1e-4)
+
+
+def test_predict_explains_by_offsets(trained: Path, capsys: pytest.CaptureFixture[str]):
+    texts = ["tabX cde", "fghi"]
+    assert run("predict", str(trained), "--explain", *texts) == 0
+    explained = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert run("predict", str(trained), *texts) == 0
+    plain = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    for text, verdict, bare in zip(texts, explained, plain, strict=True):
+        why = verdict.pop("explanation")
+        assert verdict["label"] == bare["label"]
+        assert {token["end"] for token in why["tokens"]} >= {1, len(text)}
+        shares = sum(token["share"] for token in why["tokens"])
+        assert why["baseline"] + why["template"] + shares == pytest.approx(why["logit"], abs=1e-4)
+    assert run("predict", str(trained), "--explain", "--engine", "vllm", "x") == 2
+    assert "vLLM's engine cannot explain" in capsys.readouterr().err
+
+
+def test_a_terminal_shows_the_text_with_its_strongest_tokens_marked():
+    explanation = Explanation(
+        Verdict("p", "toxic", ("toxic",), {"fine": 0.2, "toxic": 0.8}, True),
+        label="toxic",
+        logit=1.4,
+        baseline=0.5,
+        steps=0,
+        shares=np.array([[0.5, 0.5], [-0.4, 0.0], [0.1, 0.0], [0.0, 0.2]]),
+        places=(Place(0, 0, 3), Place(0, 4, 7), Place(0, 8, 9), None),
+    )
+    shown = marked(Example((Message("user", "bad but x"),)), explanation)
+    assert shown.plain == (
+        "toxic 0.800\n"
+        "toxic, logit +1.40 = baseline +0.50, text +0.70, template +0.20 (exact)\n"
+        "tokens: 'bad' +1.00, 'but' -0.40, 'x' +0.10\n"
+        "layers: 1 +0.70, 0 +0.20\n"
+        "\n"
+        "bad but x"
+    )
+    styled = {shown.plain[span.start : span.end]: str(span.style) for span in shown.spans}
+    assert styled == {"bad": "bold reverse red", "but": "bold reverse blue"}
 
 
 def test_predict_runs_the_backbone_in_the_dtype_and_on_the_device_that_it_is_given(

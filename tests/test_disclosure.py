@@ -51,6 +51,7 @@ ATTEMPTS = [
     *((CHATS, {**CHAT, "n": 3, "temperature": 1, "seed": 1, "stream": s}) for s in (False, True)),
     *((CHATS, {**CHAT, "logprobs": True, "top_logprobs": 5, "stream": s}) for s in (False, True)),
     *((CHATS, {**CHAT, "probes": [name]}) for name in NAMES),
+    *((CHATS, {**CHAT, "explain": True, "stream": stream}) for stream in (False, True)),
     (CHATS, {**CHAT, "moderation": BLOCK}),
     *((CHATS, {**CHAT, "policies": {n: {"mode": "block"}}}) for n in ("toxicity", "topics")),
     *(
@@ -63,12 +64,15 @@ ATTEMPTS = [
     ("/v1/completions", {**COMPLETION, "n": 2, "prompt": [TEXT, "x"]}),
     ("/v1/completions", {**COMPLETION, "logprobs": 5}),
     ("/v1/moderations", {"input": [TEXT, "x"]}),
+    ("/v1/moderations", {"input": TEXT, "explain": True}),
     *(("/v1/moderations", {"input": TEXT, "probes": [name]}) for name in NAMES),
     *(("/classify", {"model": name, "input": TEXT}) for name in NAMES),
+    *(("/classify", {"model": name, "input": TEXT, "explain": True}) for name in NAMES),
     *(
         ("/v1/decisions", {"model": MODEL, "input": i, "questions": QUESTIONS})
         for i in (TEXT, ANSWERED)
     ),
+    ("/v1/decisions", {"model": MODEL, "input": TEXT, "questions": QUESTIONS, "explain": True}),
     ("/v1/systemone", {"state": TEXT, "questions": STATE_QUESTIONS}),
     *((GUARDRAIL, {"input_type": kind, "texts": [TEXT]}) for kind in ("request", "response")),
 ]
@@ -357,8 +361,13 @@ def entry_word(verdicts):
     return "label, probabilities" if "probabilities" in verdicts[0] else "label"
 
 
+def why_word(explanations):
+    return "nothing" if not explanations else explanations[0].get("error", "shares")
+
+
 def told(ask):
     """What each place tells of a binary probe, in the words of the table."""
+    why = ask(CHATS, {**CHAT, "explain": True}).json()["sidelight"]["explanations"]
     chat = ask(CHATS, CHAT)
     checked = ask("/v1/moderations", {"input": TEXT})
     guarded = ask(GUARDRAIL, {"input_type": "request", "texts": [TEXT]})
@@ -373,6 +382,7 @@ def told(ask):
             json.loads(chat.headers["x-sidelight-verdicts"])
         ),
         "field `sidelight` of chats": entry_word(chat.json()["sidelight"]["verdicts"]),
+        "field `explanations`": why_word(why),
         "headers `x-sidelight-flagged` and `x-sidelight-route`": (
             "yes" if "x-sidelight-flagged" in chat.headers else "nothing"
         ),

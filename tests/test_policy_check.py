@@ -37,6 +37,9 @@ POLICIES = {
         SOUND, output={"late": replace(PASSING, max_tokens=100)}
     ),
     '`disclose = "scores"`': replace(SOUND, input={"toxicity": Rule("block", disclose="scores")}),
+    "`explain = true`": replace(
+        SOUND, input={"toxicity": Rule("block", disclose="scores", explain=True)}
+    ),
     "`hold_back` below `consecutive - 1`": replace(
         SOUND, output={"late": Rule("block", consecutive=4, hold_back=2)}
     ),
@@ -65,6 +68,7 @@ WORDS = {
     "no rule on the input blocks": ["No rule blocks prompts"],
     '`max_tokens` with `on_failure = "pass"`': ["[output.late] on_failure", "max_tokens = 100"],
     '`disclose = "scores"`': ["[input.toxicity] disclose"],
+    "`explain = true`": ["[input.toxicity] disclose", "[input.toxicity] explain"],
     "`hold_back` below `consecutive - 1`": ["Set it to 3 or more"],
     "a probe with the same labels that tells its scores": ["'double' tells its scores"],
 }

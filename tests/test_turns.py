@@ -325,3 +325,20 @@ def test_a_day_that_changes_changes_the_frame(monkeypatch):
     for day in (datetime.date(2026, 5, 31), datetime.date(2026, 6, 1)):
         today["now"] = day
         assert encoder.encode([Message("user", "Hello")])
+
+
+@every_tokenizer
+@pytest.mark.parametrize("text", ["  two  words ", "naïve 你好 🙂", "a\nb"])
+def test_places_of_tokens_are_the_characters_that_the_client_sent(key, text):
+    sent = [Message("user", text), Message("assistant", f"Re: {text}"), Message("user", "Hi")]
+    for messages, response in ((sent, None), (sent[:1], sent[1].content)):
+        places = ENCODERS[key].places(messages, response)
+        assert len(places) == len(ENCODERS[key].encode(messages, response))
+        contents = [m.content for m in messages] + ([] if response is None else [response])
+        for message, content in enumerate(contents):
+            own = [p for p in places if p is not None and p.message == message]
+            assert all(0 <= p.start <= p.end <= len(content) for p in own)
+            assert [p.start for p in own] == sorted(p.start for p in own)
+            told = {i for p in own for i in range(p.start, p.end)}
+            # A template may strip a content; what is left of it is covered.
+            assert {i for i, letter in enumerate(content) if letter.strip()} <= told

@@ -14,7 +14,12 @@ import pytest
 
 from sidelight.artifact import load_probe
 from sidelight.cli import app
-from sidelight.engines.base import EngineBusyError, EngineUnavailableError, GenerationError
+from sidelight.engines.base import (
+    EngineBusyError,
+    EngineUnavailableError,
+    GenerationError,
+    NotExplainedError,
+)
 from sidelight.errors import SidelightError
 from sidelight.prompts import Message
 from sidelight.server.config import ServerConfig
@@ -165,6 +170,15 @@ async def writing(engine, llm):
             yield
         finally:
             del states[text]
+
+
+def test_it_refuses_to_explain_and_judges_on(backbone):
+    async def change(engine, llm, new):
+        with pytest.raises(NotExplainedError, match="--engine transformers"):
+            await engine.judge([[Message("user", "hello")]], explain=[])
+        assert await engine.judge([[Message("user", "hello")]])
+
+    assert replacing(backbone, change) == (["old"], [["old"]], True)
 
 
 def test_a_worker_that_refuses_puts_all_back(backbone):

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from sidelight.bank import Bank
     from sidelight.data.loading import load_examples
     from sidelight.errors import SidelightError
+    from sidelight.explanation import Explanation
     from sidelight.probe import Probe
     from sidelight.training.classifier import Classifier, load, train
     from sidelight.types import Task, Verdict
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Bank": "sidelight.bank",
     "Classifier": "sidelight.training.classifier",
+    "Explanation": "sidelight.explanation",
     "Probe": "sidelight.probe",
     "SidelightError": "sidelight.errors",
     "Task": "sidelight.types",
@@ -39,6 +41,7 @@ _HOMES = {
 __all__ = [
     "Bank",
     "Classifier",
+    "Explanation",
     "Probe",
     "SidelightError",
     "Task",

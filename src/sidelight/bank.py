@@ -6,7 +6,8 @@ probes are judged when. Neither holds a request: states are values that the call
 packs and merges.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, chain
@@ -17,8 +18,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sidelight.errors import SidelightError, VerdictError
+from sidelight.explanation import Explanation, explain
 from sidelight.probe import Probe, UnitLogits, require_distinct_names
-from sidelight.prompts import Reads, judged_units, piece_lengths
+from sidelight.prompts import EncodedPrompt, Place, Reads, judged_units, piece_lengths
 from sidelight.ragged import Ragged
 from sidelight.standardisation import Projection
 from sidelight.types import Judgement, Verdict
@@ -133,8 +135,13 @@ class Bank:
         self._groups = _groups(probes, widths)
         self._widths = [sum(widths[index] for index in group.indices) for group in self._groups]
         # The columns are laid out group by group.
-        in_order = [projections[index] for group in self._groups for index in group.indices]
-        self._projection = Projection.joined(in_order).to(device)
+        in_order = [index for group in self._groups for index in group.indices]
+        ends = accumulate(widths[index] for index in in_order)
+        self._columns = {
+            probes[index].name: slice(end - widths[index], end)
+            for index, end in zip(in_order, ends, strict=True)
+        }
+        self._projection = Projection.joined([projections[i] for i in in_order]).to(device)
 
     @property
     def reads(self) -> frozenset[Reads]:
@@ -249,6 +256,29 @@ class Bank:
             ]
             for probe, logits, of_probe in zip(self.probes, of_units, wholes, strict=True)
         ]
+
+    def explain(
+        self,
+        columns: Float[Tensor, "token layer column"],
+        prompt: EncodedPrompt,
+        places: Sequence[Place | None],
+        names: Collection[str],
+    ) -> list[Explanation]:
+        """Why these probes say what they say of one text; one without a verdict is left out.
+
+        Args:
+            columns: Of all probes, for every token.
+            prompt: The text, with any response.
+            places: Where every token stands.
+            names: Names of probes; others than its own are ignored.
+        """
+        found: list[Explanation] = []
+        for probe in self.probes:
+            if probe.name in names:
+                with suppress(VerdictError):
+                    own = columns[..., self._columns[probe.name]]
+                    found.append(explain(probe, own, prompt, places))
+        return found
 
     def summarise_texts(
         self, columns: Float[Tensor, "token layer column"], parts: Sequence[bytes]
@@ -393,6 +423,22 @@ class Panel:
             return [Judgement()] * len(states)
         assert len(known) == len(states)
         return self._allowed(self.late.judge(BankState.pack(known)), is_plain)
+
+    def explain(
+        self,
+        columns: Float[Tensor, "token layer column"],
+        prompt: EncodedPrompt,
+        places: Sequence[Place | None],
+        names: Collection[str],
+    ) -> tuple[Explanation, ...]:
+        """As ``Bank.explain``, for a text that all these probes have read to its end."""
+        found: list[Explanation] = []
+        for bank in (self.early, self.late):
+            if bank is not None:
+                width = bank.projection.weight.shape[2]
+                own, columns = columns[..., :width], columns[..., width:]
+                found += bank.explain(own, prompt, places, names)
+        return tuple(found)
 
     def _allowed(
         self, judgements: Sequence[Judgement], is_plain: Sequence[bool]

@@ -3,12 +3,13 @@
 ``PromptEncoder`` renders the model's chat template. Knows neither models nor probes.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
 from enum import IntEnum
 from functools import cached_property, lru_cache
-from itertools import takewhile
+from itertools import accumulate, takewhile
 from typing import Literal
 
 import numpy as np
@@ -17,7 +18,7 @@ from jaxtyping import Bool
 from jinja2 import TemplateError
 from torch import Tensor
 
-from sidelight.control_tokens import ContentTokenizer, Span, Tokenizer
+from sidelight.control_tokens import ContentTokenizer, Span, Tokenised, Tokenizer
 from sidelight.errors import ContextLengthError, SidelightError
 from sidelight.turns import ChatFormat, Turn
 
@@ -226,6 +227,50 @@ def shared_unread(prompts: Sequence[EncodedPrompt], reads: Reads) -> int:
     return shared_length([prompt.token_ids[:unread] for prompt in prompts])
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a token stands in the texts of a conversation.
+
+    Attributes:
+        message: The message, from 0. System turns count; a response follows the last message.
+        start: The first character of that message that it stands for, in Unicode code points.
+        end: The one after the last.
+    """
+
+    message: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class _Written:
+    """Turns as the model reads them.
+
+    Attributes:
+        tokens: The tokens of all, with their characters in the text that was tokenised.
+        spans: What of that text is each turn's content.
+        skipped: How many first characters of each content the template has left out.
+    """
+
+    tokens: Tokenised
+    spans: Sequence[Span]
+    skipped: Sequence[int]
+
+    def places(self) -> list[Place | None]:
+        """The place of each token; None: no part of a content."""
+        ends = [end for _, end in self.spans]
+        found: list[Place | None] = []
+        for first, last in map(_whole, self.tokens.offsets):
+            message = bisect_right(ends, first)
+            if message == len(ends) or last <= (begin := self.spans[message][0]):
+                found.append(None)
+                continue
+            moved = self.skipped[message] - begin
+            start, end = max(first, begin) + moved, min(last, ends[message]) + moved
+            found.append(Place(message, start, end))
+        return found
+
+
 # What a template writes around longer conversations is not cached.
 _CACHED_TURNS = 200
 
@@ -319,16 +364,56 @@ class PromptEncoder:
         return self._encode_chat(turns, response)
 
     def _encode_raw(self, messages: Sequence[Message], response: str | None) -> EncodedPrompt:
-        prompt = "\n".join(message.content for message in messages)
-        tokens = self._contents.encode_raw(prompt + (response or ""))
+        written = self._write_raw(messages, response)
+        _, stop = written.spans[len(messages) - 1]
         parts = [
             # The tokenizer's own special tokens cover no text: their offsets are (0, 0).
-            Part.TEMPLATE if end == 0 else Part.PROMPT if start < len(prompt) else Part.RESPONSE
-            for start, end in map(_whole, tokens.offsets)
+            Part.TEMPLATE if end == 0 else Part.PROMPT if start < stop else Part.RESPONSE
+            for start, end in map(_whole, written.tokens.offsets)
         ]
-        return EncodedPrompt(tuple(tokens.token_ids), tuple(parts), is_plain=True)
+        return EncodedPrompt(tuple(written.tokens.token_ids), tuple(parts), is_plain=True)
 
     def _encode_chat(self, messages: Sequence[Message], response: str | None) -> EncodedPrompt:
+        written, markers = self._write_chat(messages, response)
+        token_ids = tuple(written.tokens.token_ids)
+        found = self.chat_format.turns(token_ids)
+        if not found:
+            raise SidelightError(
+                "The model's chat template marks no turns, so a chat cannot be told from plain "
+                "text. Use the raw prompt format (--format raw)."
+            )
+        if self.chat_format.markers(token_ids) != markers:
+            raise SidelightError(
+                "The text contains what the model's chat template writes between turns. Remove it, "
+                "or use the raw prompt format (--format raw)."
+            )
+        return EncodedPrompt(
+            token_ids, token_parts(found, len(token_ids), has_response=response is not None)
+        )
+
+    def places(self, messages: Conversation, response: str | None = None) -> list[Place | None]:
+        """Where each token of ``encode`` stands; None: only the template or tokenizer wrote it."""
+        if isinstance(messages, PlainText):
+            return self._write_raw([Message("user", messages.content)], response).places()
+        if self.prompt_format == "raw":
+            return self._write_raw(messages, response).places()
+        return self._write_chat(messages, response)[0].places()
+
+    def _write_raw(self, messages: Sequence[Message], response: str | None) -> _Written:
+        contents = [message.content for message in messages]
+        prompt = "\n".join(contents)
+        starts = [0, *accumulate(len(content) + 1 for content in contents)][: len(contents)]
+        if response is not None:
+            contents.append(response)
+            starts.append(len(prompt))
+        spans = [(start, start + len(own)) for start, own in zip(starts, contents, strict=True)]
+        tokens = self._contents.encode_raw(prompt + (response or ""))
+        return _Written(tokens, spans, [0] * len(spans))
+
+    def _write_chat(
+        self, messages: Sequence[Message], response: str | None
+    ) -> tuple[_Written, tuple[str, ...]]:
+        """The conversation, and the markers of turns in it."""
         # Few chat templates know the role "developer", which speaks as the system.
         turns = [replace(m, role="system") if m.role == "developer" else m for m in messages]
         if response is not None:
@@ -339,21 +424,12 @@ class PromptEncoder:
         spans = self._content_spans(rendered, turns, frame.literals)
         edges = [0, *(edge for span in spans for edge in span), len(rendered)]
         template = list(zip(edges[::2], edges[1::2], strict=True))
-        token_ids = tuple(self._contents.encode_chat(rendered, template).token_ids)
-        found = self.chat_format.turns(token_ids)
-        if not found:
-            raise SidelightError(
-                "The model's chat template marks no turns, so a chat cannot be told from plain "
-                "text. Use the raw prompt format (--format raw)."
-            )
-        if self.chat_format.markers(token_ids) != frame.markers:
-            raise SidelightError(
-                "The text contains what the model's chat template writes between turns. Remove it, "
-                "or use the raw prompt format (--format raw)."
-            )
-        return EncodedPrompt(
-            token_ids, token_parts(found, len(token_ids), has_response=not for_generation)
-        )
+        tokens = self._contents.encode_chat(rendered, template)
+        skipped = [
+            turn.content.find(rendered[start:end])
+            for turn, (start, end) in zip(turns, spans, strict=True)
+        ]
+        return _Written(tokens, spans, skipped), frame.markers
 
     def _render(self, turns: Sequence[Message], *, for_generation: bool) -> str:
         conversation = [{"role": turn.role, "content": turn.content} for turn in turns]

@@ -208,6 +208,7 @@ def test_a_request_may_ask_for_stricter_rules_and_no_field_of_it_is_ignored(addr
         ({"policies": {"plein": {"mode": "block"}}}, "probe_not_found"),
         ({"probes": ["plein"]}, "probe_not_found"),
         ({"moderation": {"polcy": {}}}, None),
+        ({"explain": True}, "explain_unsupported"),
     ):
         answer = httpx.post(f"{address}/v1/chat/completions", json={**body, **fields}, timeout=60)
         assert (answer.status_code, answer.json()["error"]["code"]) == (400, code)

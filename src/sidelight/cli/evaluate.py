@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from importlib import import_module
@@ -16,7 +16,10 @@ from sidelight.errors import SidelightError
 from sidelight.storage import replacing, write_json
 
 if TYPE_CHECKING:
+    from rich.text import Text
+
     from sidelight.data.examples import Example
+    from sidelight.explanation import Explanation
     from sidelight.probe import Probe
     from sidelight.prompts import Message
 
@@ -93,6 +96,7 @@ def evaluate(
     epilog=options.examples(
         "sidelight predict probes/toxicity 'How do I bake bread?'",
         "sidelight predict probes/toxicity --data texts.jsonl --out verdicts.jsonl",
+        "sidelight predict probes/toxicity --explain 'How do I bake bread?'",
         "sidelight predict probes/toxicity --data texts.jsonl --engine vllm --out verdicts.jsonl",
     )
 )
@@ -108,6 +112,13 @@ def evaluate(
     callback=options.checked_file,
     help="File for the verdicts. [default: standard output]",
 )
+@click.option(
+    "--explain",
+    "explains",
+    is_flag=True,
+    help="Also say what each token and each layer adds to the logit. A terminal shows the text "
+    "with its strongest tokens marked.",
+)
 @options.engine
 @options.backbone
 def predict(
@@ -118,31 +129,85 @@ def predict(
     response: str | None,
     split: str | None,
     out: Path | None,
+    explains: bool,
     runtime: options.Runtime,
 ) -> None:
     """Print one verdict per text, as JSON lines, in the order of the texts."""
+    if explains and runtime.engine == "vllm":
+        from sidelight.engines.base import NotExplainedError
+
+        raise NotExplainedError()
     if bool(texts) == (data is not None):
         raise SidelightError("Give texts to judge, or a file of texts with --data, but not both.")
     items: Sequence[str | Example] = (
         list(texts) if data is None else _examples(data, text, response, split)
     )
-    from sidelight.training.classifier import load
+    from sidelight.training.classifier import as_example, load
 
     classifier = load(
         probe, model=runtime.model, dtype=runtime.dtype, device=runtime.backbone_device
     )
-    if runtime.engine == "vllm":
+    found: Iterable[Mapping[str, Any]]
+    if explains:
+        explained = ((item, classifier.explain(item)) for item in items)
+        if out is None and sys.stdout.isatty():
+            from sidelight.training.runs import console
+
+            for item, explanation in explained:
+                console().print(marked(as_example(item), explanation))
+            return
+        found = (
+            {**asdict(explanation.verdict), "explanation": explanation.to_dict()}
+            for _, explanation in explained
+        )
+    elif runtime.engine == "vllm":
         from sidelight.vllm.offline import predict as predict_by_vllm
 
-        verdicts = predict_by_vllm(classifier, items, options=runtime.engine_option)
+        found = map(asdict, predict_by_vllm(classifier, items, options=runtime.engine_option))
     else:
-        verdicts = classifier.predict(items)
-    lines = (json.dumps(asdict(verdict), ensure_ascii=False) + "\n" for verdict in verdicts)
+        found = map(asdict, classifier.predict(items))
+    lines = (json.dumps(verdict, ensure_ascii=False) + "\n" for verdict in found)
     if out is None:
         sys.stdout.writelines(lines)
         return
     with replacing(out) as partial, partial.open("w", encoding="utf-8") as file:
         file.writelines(lines)
+
+
+# Of the largest share of a token, from which others are marked, and how many are listed.
+_MARKED = 0.3
+_LISTED = 5
+
+
+def marked(example: "Example", explanation: "Explanation") -> "Text":
+    """The verdict, what its logit is the sum of, and the text with its strongest tokens marked.
+
+    Red tokens speak for the label, blue ones against it.
+    """
+    from rich.text import Text
+
+    said = explanation.to_dict()
+    texts = [turn.content for turn in _turns(example)]
+    tokens = sorted(said["tokens"], key=lambda token: -abs(token["share"]))
+    layers = sorted(enumerate(said["layers"]), key=lambda layer: -abs(layer[1]))
+    total = sum(token["share"] for token in tokens)
+    words = [
+        f"{texts[t['message']][t['start'] : t['end']]!r} {t['share']:+.2f}"
+        for t in tokens[:_LISTED]
+    ]
+    head = (
+        f"{explanation.verdict.label} {explanation.verdict.probabilities[explanation.label]:.3f}"
+        f"\n{said['label']}, logit {said['logit']:+.2f} = baseline {said['baseline']:+.2f}, text "
+        f"{total:+.2f}, template {said['template']:+.2f} ({said['method'].replace('_', ' ')})\n"
+        f"tokens: {', '.join(words)}\n"
+        f"layers: {', '.join(f'{layer} {share:+.2f}' for layer, share in layers[:_LISTED])}\n"
+    )
+    lines = [Text(text) for text in texts]
+    for token in tokens:
+        if abs(token["share"]) >= _MARKED * abs(tokens[0]["share"]):
+            style = "bold reverse red" if token["share"] > 0 else "bold reverse blue"
+            lines[token["message"]].stylize(style, token["start"], token["end"])
+    return Text("\n").join([Text(head), *lines])
 
 
 def _examples(data: str, text: str, response: str | None, split: str | None) -> "Sequence[Example]":

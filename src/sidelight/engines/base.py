@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from sidelight.errors import SidelightError, VerdictError, did_you_mean
+from sidelight.explanation import Explanation
 from sidelight.fingerprint import Fingerprint
 from sidelight.probe import Probe, common_format
 from sidelight.prompts import Conversation, Message
@@ -26,6 +27,7 @@ class PromptJudged:
         judgement: By every probe that reads the prompt alone.
         is_plain: Whether the prompt is plain text, so that probes of chats have failed.
         tokens: Length of the prompt.
+        explanations: Of the probes that the request names and that gave a verdict.
         judging_s: Seconds that the probes added to the pass over the prompt. Every request in a
             pass waits for all of it, so it is not divided among them.
     """
@@ -33,6 +35,7 @@ class PromptJudged:
     judgement: Judgement
     is_plain: bool = field(default=False, kw_only=True)
     tokens: int = field(kw_only=True)
+    explanations: tuple[Explanation, ...] = field(default=(), compare=False)
     judging_s: float = field(default=0.0, compare=False)
 
 
@@ -160,6 +163,17 @@ class GenerationError(SidelightError):
     """A step of the engine failed. The requests in that step are lost; the engine goes on."""
 
 
+class NotExplainedError(SidelightError):
+    """The engine does not keep what an explanation is made from."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "vLLM's engine cannot explain verdicts: it drops what probes read of a token once they "
+            "have read it. Leave 'explain' out, or use the transformers engine (sidelight serve "
+            "--engine transformers, sidelight predict --explain)."
+        )
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How to write a text.
@@ -282,6 +296,7 @@ class Engine(ABC):
         *,
         watch: Collection[str] = (),
         admits: Admission = admit_all,
+        explain: Collection[str] | None = None,
     ) -> AsyncGenerator[Event, None]:
         """Yields ``PromptJudged``, any ``TextDelta`` and ``ResponseScored``, and ``Finished``.
 
@@ -297,18 +312,24 @@ class Engine(ABC):
                 That costs time, and none if no probe is named.
             admits: Asked before the first token is drawn. If it refuses, ``PromptJudged`` is the
                 only event, nothing is written, and the request has already left the engine.
+            explain: Names of probes that read the prompt alone, whose verdicts ``PromptJudged``
+                explains; None: nobody asks.
 
         Raises:
             ContextLengthError: The prompt leaves no room for a token.
             EngineBusyError: The queue is full.
             EngineUnavailableError: The engine is loading or has stopped.
             GenerationError: A step failed.
+            NotExplainedError: This engine cannot explain.
             SidelightError: A watched probe is not loaded, or does not read the response.
         """
 
     @abstractmethod
     def judge(
-        self, conversations: Sequence[Sequence[Message]]
+        self,
+        conversations: Sequence[Sequence[Message]],
+        *,
+        explain: Collection[str] | None = None,
     ) -> Coroutine[Any, Any, list[PromptJudged]]:
         """The verdicts on each conversation, from one pass over it; writes nothing.
 
@@ -316,8 +337,13 @@ class Engine(ABC):
         conversation. Otherwise only the probes that read the prompt alone do. The probes are those
         loaded when this is called.
 
+        Args:
+            conversations: To judge.
+            explain: Names of probes whose verdicts are explained; None: nobody asks.
+
         Raises:
             ContextLengthError: A conversation is too long; it is never cut.
+            NotExplainedError: This engine cannot explain.
             EngineBusyError, EngineUnavailableError, GenerationError: As for ``generate``.
         """
 

@@ -33,6 +33,7 @@ from sidelight.engines.text import (
     TextCodec,
     likeliest_tokens,
 )
+from sidelight.explanation import Explanation
 from sidelight.prompts import Part
 from sidelight.types import Judgement
 
@@ -198,6 +199,7 @@ class Batch:
         logits, cached = self._decoder.read_prompts(prompts, stopwatch.around(tap))
         judgements = [Judgement()] * len(requests)
         states: list[BankState | None] = [None] * len(requests)
+        explanations: list[tuple[Explanation, ...]] = [()] * len(requests)
         if tap:
             with stopwatch.running(after=logits.device):
                 columns = tap.projected()[cached.mask]
@@ -210,6 +212,12 @@ class Batch:
                 )
                 for i, judgement in zip(answered, late, strict=True):
                     judgements[i] |= judgement
+                of_each = columns.split([len(prompt) for prompt in prompts])
+                for i, request in enumerate(requests):
+                    if request.explain:
+                        explanations[i] = panel.explain(
+                            of_each[i], request.prompt, request.places, request.explain
+                        )
         emissions: list[Emission] = []
         entering: list[int] = []
         for i, (request, judgement) in enumerate(zip(requests, judgements, strict=True)):
@@ -217,6 +225,7 @@ class Batch:
                 judgement,
                 is_plain=request.prompt.is_plain,
                 tokens=len(request.prompt),
+                explanations=explanations[i],
                 judging_s=stopwatch.seconds,
             )
             is_last = request.is_check or not request.admits(event)

@@ -88,13 +88,18 @@ class LoadingEngine(Engine):
         *,
         watch: Collection[str] = (),
         admits: Admission = admit_all,
+        explain: Collection[str] | None = None,
     ) -> AsyncGenerator[Event, None]:
-        return self._loaded().generate(messages, sampling, watch=watch, admits=admits)
+        engine = self._loaded()
+        return engine.generate(messages, sampling, watch=watch, admits=admits, explain=explain)
 
     def judge(
-        self, conversations: Sequence[Sequence[Message]]
+        self,
+        conversations: Sequence[Sequence[Message]],
+        *,
+        explain: Collection[str] | None = None,
     ) -> Coroutine[Any, Any, list[PromptJudged]]:
-        return self._loaded().judge(conversations)
+        return self._loaded().judge(conversations, explain=explain)
 
     async def _take_over(self) -> None:
         engine = await asyncio.to_thread(self._load)

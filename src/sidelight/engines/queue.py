@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from sidelight.bank import Panel
 from sidelight.engines.base import Admission, EngineBusyError, Event, Sampling, admit_all
 from sidelight.errors import SidelightError
-from sidelight.prompts import EncodedPrompt
+from sidelight.prompts import EncodedPrompt, Place
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ class Request:
         has_response: Whether the prompt ends with the response to judge, which may be empty.
         watch: Names of probes that are judged after each token of the response.
         admits: Whether to write at all, once the prompt has been judged.
+        explain: Names of probes whose verdicts on the prompt are explained.
+        places: Where each of its tokens stands, if there are any such probes.
         outbox: What happens to it, for whoever waits.
     """
 
@@ -49,6 +51,8 @@ class Request:
     has_response: bool = False
     watch: frozenset[str] = frozenset()
     admits: Admission = admit_all
+    explain: frozenset[str] = frozenset()
+    places: Sequence[Place | None] = ()
     outbox: "asyncio.Queue[Emission]" = field(default_factory=lambda: asyncio.Queue())
 
     @property

@@ -15,6 +15,7 @@ from sidelight.prompts import (
     Conversation,
     EncodedPrompt,
     Message,
+    Place,
     PlainText,
     PromptEncoder,
     has_response,
@@ -274,12 +275,13 @@ class TextCodec:
         Raises:
             ContextLengthError: The text is too long; it is never cut.
         """
-        if isinstance(text, PlainText) or not has_response(text):
-            prompt = self._encoder.encode(text)
-        else:
-            prompt = self._encoder.encode(text[:-1], response=text[-1].content)
+        prompt = self._encoder.encode(*_with_response(text))
         self.require_within_context(prompt)
         return prompt
+
+    def places(self, text: Conversation) -> list[Place | None]:
+        """Where each token of ``encode`` stands in the messages."""
+        return self._encoder.places(*_with_response(text))
 
     def encode_to_continue(
         self, text: Conversation, max_tokens: int | None
@@ -316,3 +318,10 @@ class TextCodec:
                 f"The text has {len(prompt)} tokens with its template, but this engine judges "
                 f"{self.max_tokens} at most. Shorten it, or judge it in parts."
             )
+
+
+def _with_response(text: Conversation) -> tuple[Conversation, str | None]:
+    """The turns before the response, and the response, if the text ends with one."""
+    if isinstance(text, PlainText) or not has_response(text):
+        return text, None
+    return text[:-1], text[-1].content

@@ -122,6 +122,7 @@ class TransformersEngine(Engine):
         *,
         watch: Collection[str] = (),
         admits: Admission = admit_all,
+        explain: Collection[str] | None = None,
     ) -> AsyncGenerator[Event, None]:
         # Not in the generator, which begins later, when other probes may have been loaded.
         panel = self._panel
@@ -131,6 +132,8 @@ class TransformersEngine(Engine):
             prompt, room = await asyncio.to_thread(
                 self._codec.encode_to_continue, messages, sampling.max_tokens
             )
+            find_places = self._backbone.encoder.places
+            places = await asyncio.to_thread(find_places, messages) if explain else ()
             request = Request(
                 prompt,
                 sampling,
@@ -138,6 +141,8 @@ class TransformersEngine(Engine):
                 panel,
                 watch=watched,
                 admits=admits,
+                explain=frozenset(explain or ()),
+                places=places,
             )
             self._require_ready()
             self._queue.join([request])
@@ -153,18 +158,31 @@ class TransformersEngine(Engine):
         return events()
 
     def judge(
-        self, conversations: Sequence[Sequence[Message]]
+        self,
+        conversations: Sequence[Sequence[Message]],
+        *,
+        explain: Collection[str] | None = None,
     ) -> Coroutine[Any, Any, list[PromptJudged]]:
-        return self._judge(conversations, self._panel)
+        return self._judge(conversations, self._panel, frozenset(explain or ()))
 
     async def _judge(
-        self, conversations: Sequence[Sequence[Message]], panel: Panel
+        self,
+        conversations: Sequence[Sequence[Message]],
+        panel: Panel,
+        explain: frozenset[str] = frozenset(),
     ) -> list[PromptJudged]:
-        prompts = await asyncio.to_thread(lambda: [self._codec.encode(c) for c in conversations])
-        requests = [
-            Request(prompt, Sampling(), max_tokens=0, panel=panel, has_response=has_response(turns))
-            for turns, prompt in zip(conversations, prompts, strict=True)
-        ]
+        def encode(turns: Sequence[Message]) -> Request:
+            return Request(
+                self._codec.encode(turns),
+                Sampling(),
+                max_tokens=0,
+                panel=panel,
+                has_response=has_response(turns),
+                explain=explain,
+                places=self._codec.places(turns) if explain else (),
+            )
+
+        requests = await asyncio.to_thread(lambda: [encode(turns) for turns in conversations])
         judged: list[PromptJudged] = []
         self._require_ready()
         self._queue.join(requests)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from sidelight.engines.base import Event, PromptJudged, TextDelta, verdict_failure
+from sidelight.explanation import Explanation
 from sidelight.policy.decisions import Action, Decision, Fault, PolicyError, decide
 from sidelight.policy.hold_back import Ended, HoldBack
 from sidelight.policy.rules import BoundRule, Policy, Side
@@ -23,6 +24,7 @@ class Admitted:
 
     tokens: int
     decisions: tuple[Decision, ...]
+    explanations: tuple[Explanation, ...] = ()
 
 
 # What may be sent of an answer: ``Admitted``, any number of ``TextDelta``, ``Ended``.
@@ -90,7 +92,7 @@ class Enforcement:
             decisions = self._on_prompt(prompt)
             observer.prompt(prompt, decisions)
             _require_passed(prompt, decisions)
-            yield Admitted(prompt.tokens, decisions)
+            yield Admitted(prompt.tokens, decisions, prompt.explanations)
             holding = HoldBack(self._output)
             has_sent = False
             try:

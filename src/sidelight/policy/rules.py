@@ -23,6 +23,7 @@ FAILED_LABEL = "verdict_failed"
 _Probability = Annotated[float, Field(ge=0, le=1, strict=True)]
 _Count = Annotated[int, Field(ge=0, strict=True)]
 _Positive = Annotated[int, Field(ge=1, strict=True)]
+_Flag = Annotated[bool, Field(strict=True)]
 _Seconds = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
 
 
@@ -45,6 +46,8 @@ class Rule:
             the streak that cuts the text is never sent.
         disclose: What answers tell keys without the admin role; None: ``labels`` if the rule
             blocks, otherwise ``scores``.
+        explain: Whether these keys may have verdicts explained, which needs scores disclosed; None:
+            unless the rule blocks.
     """
 
     mode: Mode = "score"
@@ -58,6 +61,7 @@ class Rule:
     warm_up: _Count = 0
     hold_back: _Count | None = None
     disclose: Disclosure | None = None
+    explain: _Flag | None = None
 
 
 @dataclass(frozen=True)
@@ -152,6 +156,15 @@ class BoundRule:
         return self.rule.disclose or ("labels" if self.mode == "block" else "scores")
 
     @property
+    def explains(self) -> bool:
+        """Whether keys without the admin role may have its verdicts explained.
+
+        Whoever sees which words block them needs few attempts to find others.
+        """
+        is_allowed = self.mode != "block" if self.rule.explain is None else self.rule.explain
+        return is_allowed and self.disclosure == "scores"
+
+    @property
     def thresholds(self) -> Mapping[str, float]:
         """Probability from which each label counts; labels that never count are absent.
 
@@ -217,6 +230,12 @@ def require_rule_applies(bound: BoundRule, probes: Iterable[Probe]) -> None:
             why = f"flags only {flagged}, which is not in the rule's 'labels'. Name it there."
         raise SidelightError(
             f"Rule '{bound.mode}' of probe '{bound.name}' would never apply: the probe {why}"
+        )
+    if bound.rule.explain and not bound.explains:
+        raise SidelightError(
+            f"The rule of probe '{bound.name}' has explain = true, but does not disclose scores "
+            f"(it discloses {bound.disclosure}), which an explanation would tell. Add "
+            'disclose = "scores" and leave mode "shadow", or leave explain out.'
         )
     if bound.mode == "route" and bound.side == "output":
         raise SidelightError(

@@ -109,7 +109,7 @@ class CompletionFormat(ABC):
             "choices": choices,
             "usage": _usage(prompts, ends),
             "moderation": report.moderation(prompt, response) if report.probes else None,
-            "sidelight": report.extension([*prompt, *response]),
+            "sidelight": {**report.extension([*prompt, *response]), **_why(report, prompts)},
         }
 
     async def chunks(
@@ -178,6 +178,8 @@ class CompletionFormat(ABC):
         prompt, response = _decisions(prompts), None if ends is None else _decisions(ends)
         moderation = self._report.moderation(prompt, response)
         extension = self._report.extension([*prompt, *(response or ())])
+        if ends is None:
+            extension |= _why(self._report, prompts)
         return self._chunk([], moderation=moderation, sidelight=extension)
 
     def _chunk(self, choices: list[Json], **extra: Any) -> str:
@@ -262,6 +264,14 @@ def _ends(texts: Sequence[Sequence[Sent]]) -> list[Ended]:
 
 def _decisions(parts: Sequence[Admitted] | Sequence[Ended]) -> list[Decision]:
     return [decision for part in parts for decision in part.decisions]
+
+
+def _why(report: Report, prompts: Sequence[Admitted]) -> Json:
+    """Why the probes say what they say of the prompts, one after the other, if that is asked."""
+    found = [report.explanations(p.decisions, p.explanations) for p in prompts]
+    if not report.explains:
+        return {}
+    return {"explanations": [entry for own in found for entry in own or ()]}
 
 
 def _usage(prompts: Sequence[Admitted], ends: Sequence[Ended]) -> dict[str, int]:
@@ -353,7 +363,9 @@ async def _answer(
     chosen = [probe.name for probe in request.report(body.probes).probes]
     rules = tightened(request.registry.rules, chosen, body.overrides(), sees_all=request.is_admin)
     # Probes that may block the answer are reported too.
-    report = request.report([*chosen, *(bound.name for bound in rules if bound.is_blocking)])
+    names = [*chosen, *(bound.name for bound in rules if bound.is_blocking)]
+    report = request.report(names, explains=body.explain)
+    explained = report.explained(bound for bound in rules if bound.side == "input")
     answer = format_class(
         report,
         has_logprobs=sampling.logprobs is not None,
@@ -372,6 +384,7 @@ async def _answer(
                 _reseeded(sampling, number),
                 watch=enforcement.watch,
                 admits=enforcement.admits,
+                explain=explained if number == 0 else None,
             )
             streams.append(enforcement.guard(events))
     admitted = (await unless_left(request, _admitted(streams)))[::n]

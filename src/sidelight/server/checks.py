@@ -16,10 +16,11 @@ from sidelight.policy.enforcement import check_decisions
 from sidelight.policy.rules import Side
 from sidelight.prompts import Conversation, Message, PlainText, has_response
 from sidelight.server.errors import RequestError
-from sidelight.server.report import Extension, Report, categories, verdict_json
+from sidelight.server.report import Explanations, Extension, Report, categories, verdict_json
 from sidelight.server.requests import Route, ServerRequest, unless_left
 from sidelight.server.schemas import (
     ChatMessage,
+    Explain,
     Listed,
     ModerationRequest,
     Name,
@@ -43,11 +44,13 @@ class Checked:
         verdicts: As the client may see them.
         flagged: Names of those that flag it, also if the client does not see their verdicts.
         tokens: How many were read.
+        explanations: As the client may see them; None: it does not ask.
     """
 
     verdicts: Sequence[Verdict]
     flagged: Sequence[str]
     tokens: int
+    explanations: list[dict[str, Any]] | None
 
 
 async def check(
@@ -82,7 +85,8 @@ async def check(
     # Nothing is awaited until the engine has all texts, so that it judges with these very probes.
     rules = request.registry.rules
     request.observer.trace.model = request.engine.model
-    events = await unless_left(request, request.engine.judge(conversations))
+    judging = request.engine.judge(conversations, explain=report.explained(rules))
+    events = await unless_left(request, judging)
     checked: list[Checked] = []
     for index, (event, turns) in enumerate(zip(events, conversations, strict=True)):
         prompt: set[Side] = {"input"} if is_prompt_known else set()
@@ -101,7 +105,8 @@ async def check(
         report.require_all(decisions, has_response=is_answered(turns))
         verdicts = [d.verdict for d in report.shown(decisions) if d.verdict is not None]
         flagged = [d.rule.name for d in chosen if d.verdict is not None and d.verdict.flagged]
-        checked.append(Checked(verdicts, flagged, event.tokens))
+        why = report.explanations(decisions, event.explanations)
+        checked.append(Checked(verdicts, flagged, event.tokens, why))
     return checked
 
 
@@ -138,12 +143,15 @@ async def moderate(body: ModerationRequest, request: ServerRequest) -> Moderatio
     """Each text is judged as a user's message, by the probes that read the prompt alone."""
     if body.model is not None and not body.model.startswith(_OPENAI_MODELS):
         request.require_model(body.model)
-    report = request.disclosed_report(body.probes)
+    report = request.disclosed_report(body.probes, explains=body.explain)
     checked = await check(request, report, [as_user(text) for text in body.input])
     results = [
         ModerationResult(
             **categories(one.verdicts, report.names),
-            sidelight=Extension(verdicts=[verdict_json(verdict) for verdict in one.verdicts]),
+            sidelight=Extension(
+                verdicts=[verdict_json(verdict) for verdict in one.verdicts],
+                explanations=one.explanations,
+            ),
         )
         for one in checked
     ]
@@ -158,6 +166,7 @@ class ClassifyRequest(StrictBody):
     model: Name | None = Field(None, description="A probe's name, or the served model's.")
     input: Texts = Field(min_length=1)
     probes: ProbeNames = None
+    explain: Explain = None
 
 
 class Classification(BaseModel):
@@ -167,6 +176,7 @@ class Classification(BaseModel):
     label: str
     probs: list[float]
     num_classes: int
+    explanations: Explanations = None
 
 
 class ClassifyUsage(BaseModel):
@@ -201,8 +211,10 @@ async def classify(body: ClassifyRequest, request: ServerRequest) -> ClassifyRes
             label=verdict.label,
             probs=[verdict.probabilities[label] for label in probe.task.labels],
             num_classes=len(probe.task.labels),
+            explanations=one.explanations,
         )
-        for index, (verdict,) in enumerate(one.verdicts for one in checked)
+        for index, one in enumerate(checked)
+        for verdict in one.verdicts
     ]
     return ClassifyResponse(
         id=f"classify-{uuid.uuid4().hex}",
@@ -220,7 +232,7 @@ def _classifier(body: ClassifyRequest, request: ServerRequest) -> Report:
         chosen = [body.model] if chosen is None else chosen
     elif body.model is not None:
         request.require_model(body.model)
-    report = request.disclosed_report(chosen)
+    report = request.disclosed_report(chosen, explains=body.explain)
     if len(report.probes) != 1:
         raise RequestError(
             f"Choose one probe, got {len(report.probes)}. Name it as 'model'. Known: "
@@ -235,6 +247,7 @@ class GuardrailParameters(StrictBody):
     """What a proxy's configuration passes to this guardrail."""
 
     probes: ProbeNames = None
+    explain: Literal[False] | None = None
 
 
 class CalledFunction(StrictBody):

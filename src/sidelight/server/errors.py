@@ -8,7 +8,12 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from sidelight.engines.base import EngineBusyError, EngineUnavailableError, GenerationError
+from sidelight.engines.base import (
+    EngineBusyError,
+    EngineUnavailableError,
+    GenerationError,
+    NotExplainedError,
+)
 from sidelight.errors import ContextLengthError, SidelightError, VerdictError
 from sidelight.policy.decisions import PolicyError
 from sidelight.server.config import Caller
@@ -26,6 +31,7 @@ _KINDS: dict[type[SidelightError], tuple[int, str | None]] = {
     SidelightError: (400, None),
     ContextLengthError: (400, "context_length_exceeded"),
     EngineBusyError: (429, "engine_busy"),
+    NotExplainedError: (400, "explain_unsupported"),
     EngineUnavailableError: (503, "unavailable"),
     GenerationError: (500, "generation_failed"),
     VerdictError: (500, "verdict_failed"),

@@ -19,9 +19,9 @@ from sidelight.probe import Probe
 from sidelight.prompts import Message
 from sidelight.server.checks import as_user, check, is_answered
 from sidelight.server.errors import RequestError
-from sidelight.server.report import category_names
+from sidelight.server.report import Explanations, category_names
 from sidelight.server.requests import Route, ServerRequest
-from sidelight.server.schemas import FIRST_ERROR, Listed, Name, Named, StrictBody
+from sidelight.server.schemas import FIRST_ERROR, Explain, Listed, Name, Named, StrictBody
 from sidelight.types import Verdict
 
 _MAX_QUESTIONS = 400
@@ -42,12 +42,14 @@ class QuestionAnswers:
         probes: The loaded probes by name, whether or not a question means them.
         verdicts: On the text, by probe; a probe without one answers no question.
         tokens: Tokens read; 0 if no question names a probe that can judge the text.
+        explanations: Of the verdicts, as the client may see them; None: it does not ask.
     """
 
     meanings: Mapping[str | None, tuple[str, str]]
     probes: Mapping[str, Probe]
     verdicts: Mapping[str, Verdict]
     tokens: int
+    explanations: list[dict[str, Any]] | None = None
 
     def probability(self, name: str | None) -> float | None:
         probe, label = self.meanings.get(name, ("", ""))
@@ -76,7 +78,11 @@ class QuestionAnswers:
 
 
 async def find(
-    request: ServerRequest, turns: Sequence[Message], names: Sequence[str | None]
+    request: ServerRequest,
+    turns: Sequence[Message],
+    names: Sequence[str | None],
+    *,
+    explains: bool | None = None,
 ) -> QuestionAnswers:
     """Judges the conversation with the probes that ``names`` mean; others are not reported.
 
@@ -104,10 +110,11 @@ async def find(
         and (is_answered(turns) or not probes[name].reads.includes_response)
     ]
     if not chosen:
-        return QuestionAnswers(meanings, probes, verdicts={}, tokens=0)
-    (checked,) = await check(request, request.report(chosen), [turns])
+        why = [] if explains else None
+        return QuestionAnswers(meanings, probes, verdicts={}, tokens=0, explanations=why)
+    (checked,) = await check(request, request.report(chosen, explains=explains), [turns])
     verdicts = {verdict.probe: verdict for verdict in checked.verdicts}
-    return QuestionAnswers(meanings, probes, verdicts, checked.tokens)
+    return QuestionAnswers(meanings, probes, verdicts, checked.tokens, checked.explanations)
 
 
 class InputPart(StrictBody):
@@ -188,6 +195,7 @@ class DecisionRequest(StrictBody):
         ),
     ]
     questions: Listed[Question] = Field(min_length=1, max_length=_MAX_QUESTIONS)
+    explain: Explain = None
 
 
 class PredicateAnswer(BaseModel):
@@ -259,6 +267,7 @@ class DecisionResponse(BaseModel):
     model: str
     answers: list[PredicateAnswer | ChoiceAnswer | Refusal]
     usage: DecisionUsage
+    explanations: Explanations = None
 
 
 @router.post("/v1/decisions", name="create")
@@ -266,11 +275,13 @@ async def decide(body: DecisionRequest, request: ServerRequest) -> DecisionRespo
     """The input is read once, however many questions there are; each names its probe."""
     request.require_model(body.model)
     turns = [message.as_message() for message in body.input]
-    judged = await find(request, turns, [q.name for q in body.questions])
+    names = [question.name for question in body.questions]
+    judged = await find(request, turns, names, explains=body.explain)
     return DecisionResponse(
         model=body.model,
         answers=[_answer(question, judged) for question in body.questions],
         usage=DecisionUsage(input_tokens=judged.tokens, total_tokens=judged.tokens),
+        explanations=judged.explanations,
     )
 
 
@@ -309,6 +320,7 @@ class SystemOneRequest(StrictBody):
     questions: Named[SystemOneQuestion] = Field(min_length=1)
     instructions: str | None = None
     images: Listed[str] | None = Field(None, max_length=0, description=_TEXT_ONLY)
+    explain: Literal[False] | None = None
     audio: Listed[str] | None = Field(None, max_length=0, description=_TEXT_ONLY)
     videos: Listed[str] | None = Field(None, max_length=0, description=_TEXT_ONLY)
 

@@ -8,13 +8,15 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import quote
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from sidelight.engines.base import verdict_failure
+from sidelight.explanation import Explanation
 from sidelight.policy.decisions import Decision, LabelsOnly
+from sidelight.policy.rules import BoundRule
 from sidelight.probe import Probe
 from sidelight.types import Verdict
 
@@ -31,10 +33,17 @@ _BARE_LABELS = frozenset({"1", "true", "yes"})
 CategoryNames = Mapping[str, Mapping[str, str]]
 
 
+# Why, for each verdict, in the order of the verdicts; only if the request asks.
+Explanations = Annotated[
+    list[dict[str, Any]] | None, Field(exclude_if=lambda explanations: explanations is None)
+]
+
+
 class Extension(BaseModel):
     """The ``sidelight`` field of an answer: every verdict with all its labels."""
 
     verdicts: list[dict[str, Any]]
+    explanations: Explanations = None
 
 
 @dataclass(frozen=True)
@@ -46,12 +55,14 @@ class Report:
         probes: The chosen probes.
         names: Categories of all probes that clients see.
         sees_all: Whether it sees what rules do not disclose.
+        explains: Whether it asks why the probes say so.
     """
 
     model: str
     probes: Sequence[Probe]
     names: CategoryNames
     sees_all: bool = False
+    explains: bool = False
 
     @property
     def reads_response(self) -> bool:
@@ -73,6 +84,28 @@ class Report:
         verdicts = [verdict_json(d.verdict) for d in shown if d.verdict is not None]
         failed = dict.fromkeys(d.rule.name for d in shown if d.verdict is None)
         return {"verdicts": [*verdicts, *map(_failure_json, failed)]}
+
+    def explained(self, rules: Iterable[BoundRule]) -> list[str] | None:
+        """The chosen probes whose verdicts the client may have explained; None: it does not ask."""
+        if not self.explains:
+            return None
+        chosen = {probe.name for probe in self.probes}
+        return [b.name for b in rules if b.name in chosen and (self.sees_all or b.explains)]
+
+    def explanations(
+        self, decisions: Iterable[Decision], found: Iterable[Explanation]
+    ) -> list[dict[str, Any]] | None:
+        """For each verdict on one text that the client sees, why, or why it is not told."""
+        if not self.explains:
+            return None
+        known = {explanation.verdict.probe: explanation for explanation in found}
+        return [
+            known[d.rule.name].to_dict()
+            if d.rule.name in known
+            else {"probe": d.rule.name, "error": "not_disclosed"}
+            for d in self.shown(decisions)
+            if d.verdict is not None
+        ]
 
     def headers(self, decisions: Sequence[Decision]) -> dict[str, str]:
         """The headers of an answer: verdicts, and marks for a gateway."""

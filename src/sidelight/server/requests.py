@@ -107,13 +107,16 @@ class ServerRequest(Request):
         rules = () if self.is_admin else self.registry.rules
         return frozenset(bound.name for bound in rules if bound.disclosure == "none")
 
-    def report(self, names: Sequence[str] | None) -> Report:
+    def report(self, names: Sequence[str] | None, *, explains: bool | None = None) -> Report:
         """A report on the probes that a request names; None: on all. Refuses unknown names."""
-        return report_on(self.registry, self.engine.model, names, sees_all=self.is_admin)
+        report = report_on(self.registry, self.engine.model, names, sees_all=self.is_admin)
+        return replace(report, explains=bool(explains))
 
-    def disclosed_report(self, names: Sequence[str] | None) -> Report:
+    def disclosed_report(
+        self, names: Sequence[str] | None, *, explains: bool | None = None
+    ) -> Report:
         """The same without probes whose verdicts are not disclosed, which may not be named."""
-        report, hidden = self.report(names), self.undisclosed
+        report, hidden = self.report(names, explains=explains), self.undisclosed
         shown = [probe for probe in report.probes if probe.name not in hidden]
         refused = [probe.name for probe in report.probes if probe.name in hidden]
         if refused and (names is not None or not shown):

@@ -93,6 +93,9 @@ Texts = Annotated[
     list[str], FIRST_ERROR, BeforeValidator(_as_list, json_schema_input_type=str | list[str])
 ]
 ProbeNames = Annotated[Listed[Name] | None, Field(description="Only these probes; null: all.")]
+Explain = Annotated[
+    bool | None, Field(description="Whether to say what each token and layer adds to the logits.")
+]
 
 
 class StrictBody(BaseModel):
@@ -188,6 +191,7 @@ class PolicyRequest(StrictBody):
     moderation: ChatModeration | None = None
     probes: ProbeNames = None
     policies: Named[ProbePolicy] | None = None
+    explain: Explain = None
 
     def overrides(self) -> PolicyOverrides:
         asked = (self.moderation and self.moderation.policy) or ModerationPolicy()
@@ -273,3 +277,4 @@ class ModerationRequest(StrictBody):
     input: Texts = Field(min_length=1)
     model: Name | None = None
     probes: ProbeNames = None
+    explain: Explain = None

@@ -20,6 +20,7 @@ from sidelight.data.loading import load_examples
 from sidelight.data.readers import InMemory
 from sidelight.errors import SidelightError
 from sidelight.evaluation import Report, evaluate
+from sidelight.explanation import Explanation, explain
 from sidelight.mechanisms.base import mechanism_spec
 from sidelight.probe import Probe
 from sidelight.progress import Progress
@@ -66,6 +67,28 @@ class Classifier:
             pairs = zip(examples, responses, strict=True)
             examples = [replace(example, response=response) for example, response in pairs]
         return [self.probe.verdict(logits) for logits in self.logits(examples)]
+
+    def explain(self, text: str | Example, *, response: str | None = None) -> Explanation:
+        """The verdict on one text, and how its logit divides among tokens and layers.
+
+        It takes the one forward pass that ``predict`` takes.
+
+        Args:
+            text: A plain text, or an example with several messages.
+            response: The answer, for a probe that reads responses.
+
+        Raises:
+            ContextLengthError, VerdictError: As for ``predict``.
+        """
+        example = as_example(text)
+        answer = example.response if response is None else response
+        prompt = self.backbone.encoder.encode(example.conversation, answer)
+        places = self.backbone.encoder.places(example.conversation, answer)
+        bank = Bank([self.probe], device=self.backbone.device)
+        tap = bank.tap()
+        with self.backbone.tapped(tap):
+            self.backbone.run([prompt])
+        return explain(self.probe, tap.projected()[0], prompt, places)
 
     def evaluate(
         self,

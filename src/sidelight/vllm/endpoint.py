@@ -26,6 +26,7 @@ from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as Event
 
+from sidelight.engines.base import NotExplainedError
 from sidelight.errors import SidelightError
 from sidelight.policy.decisions import Decision, tightened
 from sidelight.policy.rules import BoundRule
@@ -109,6 +110,8 @@ class ProbeEndpoint:
         assert self.guard is not None
         registry, model, sees_all = self.guard.registry, self.guard.engine.model, caller.is_admin
         asked = _policy_request(body)
+        if asked.explain:
+            raise NotExplainedError()
         report = report_on(registry, model, asked.probes, sees_all=sees_all)
         chosen = [probe.name for probe in report.probes]
         rules = tightened(registry.rules, chosen, asked.overrides(), sees_all=sees_all)

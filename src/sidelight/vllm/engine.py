@@ -5,7 +5,7 @@
 import asyncio
 import os
 import uuid
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict
 from functools import partial
@@ -17,6 +17,7 @@ from sidelight.engines.base import (
     EngineUnavailableError,
     GenerationError,
     Load,
+    NotExplainedError,
     PromptJudged,
     Tokens,
     require_same_model,
@@ -139,8 +140,13 @@ class VllmEngine(Engine):
         )
 
     def judge(
-        self, conversations: Sequence[Sequence[Message]]
+        self,
+        conversations: Sequence[Sequence[Message]],
+        *,
+        explain: Collection[str] | None = None,
     ) -> Coroutine[Any, Any, list[PromptJudged]]:
+        if explain is not None:
+            raise NotExplainedError()
         return self._judge(conversations, self._exchange.probes)
 
     async def _judge(

@@ -1,0 +1,145 @@
+"""Why a probe said what it said: how its logit divides among a text's tokens and layers.
+
+Made from the columns of the pass that judged the text, so it costs no pass of the model.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sidelight.errors import VerdictError
+from sidelight.probe import Probe
+from sidelight.prompts import EncodedPrompt, Place, judged_units, piece_lengths
+from sidelight.ragged import Ragged
+from sidelight.types import Verdict
+
+Method = Literal["exact", "integrated_gradients"]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """How the logit behind one verdict divides among tokens and layers.
+
+    ``baseline`` and all ``shares`` sum to ``logit``, within 1e-4. It is the logit before
+    calibration: probabilities and thresholds are not divided.
+
+    Attributes:
+        verdict: At the probe's own thresholds.
+        label: Whose logit it is: the positive one of a binary probe, otherwise the verdict's.
+        logit: Of the turns that decided, if a verdict names a turn. If the probe has several
+            classes, less the mean of their logits: a shift of all changes no verdict.
+        baseline: The logit of a text whose tokens are all like the mean of the training texts.
+        steps: Gradients that were integrated; 0 if the shares are exact.
+        shares: In logits, for each token that the probe read for this logit and each layer; layer
+            0 is the embedding.
+        places: Where these tokens stand; None: the chat template or the tokenizer wrote them.
+    """
+
+    verdict: Verdict
+    label: str
+    logit: float
+    baseline: float
+    steps: int
+    shares: Float[np.ndarray, "token layer"]
+    places: tuple[Place | None, ...]
+
+    @property
+    def method(self) -> Method:
+        """``exact`` where the logit is a sum of weights times values, such as gates times readouts.
+
+        Then a share is the token's own terms, with the weights as they are. Otherwise gradients are
+        integrated from the baseline to the text.
+        """
+        return "integrated_gradients" if self.steps else "exact"
+
+    @property
+    def template(self) -> float:
+        """The shares of the tokens that stand in no text, added up."""
+        is_template = [place is None for place in self.places]
+        return float(self.shares[is_template].sum())
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values: the shares of each token of the texts, and of each layer."""
+        pairs = zip(self.places, self.shares.sum(1).tolist(), strict=True)
+        return {
+            "probe": self.verdict.probe,
+            "label": self.label,
+            "method": self.method,
+            "steps": self.steps,
+            "logit": self.logit,
+            "baseline": self.baseline,
+            "template": self.template,
+            "layers": self.shares.sum(0).tolist(),
+            "tokens": [
+                {"message": place.message, "start": place.start, "end": place.end, "share": share}
+                for place, share in pairs
+                if place is not None
+            ],
+        }
+
+
+def explain(
+    probe: Probe,
+    columns: Float[Tensor, "token layer column"],
+    prompt: EncodedPrompt,
+    places: Sequence[Place | None],
+) -> Explanation:
+    """The verdict on one text, and why.
+
+    Args:
+        probe: In evaluation mode, on the device of the columns.
+        columns: The probe's own, of every token.
+        prompt: The text, with any response.
+        places: Where every token stands.
+
+    Raises:
+        VerdictError: A logit is not finite, or a probe of chats would have to judge plain text.
+    """
+    if prompt.is_plain and probe.prompt_format == "chat":
+        raise VerdictError(
+            f"Probe '{probe.name}' was trained on chats alone and cannot judge plain text. Send a "
+            "message."
+        )
+    parts = bytes(prompt.parts)
+    pieces = piece_lengths(parts)
+    turns = judged_units(parts, pieces) if probe.judges_turns else []
+    edges = [0, *accumulate(pieces)]
+    spans = [*((edges[first], edges[last]) for first, last in turns), (0, len(parts))]
+    is_read = np.isin(np.frombuffer(parts, np.uint8), [*probe.reads.parts])
+    read = [start + np.flatnonzero(is_read[start:stop]) for start, stop in spans]
+    with torch.inference_mode():
+        logits = probe.mechanism.logits(_texts(columns, read)).double().cpu().numpy()
+    found = probe.highest(logits[:-1], turns, logits[-1])
+    verdict = replace(probe.verdict(found.logits), turn=found.turn)
+    labels = probe.task.labels[-probe.task.outputs :]
+    label = labels[0] if probe.task.kind == "binary" else verdict.label
+    targets = np.eye(len(labels), dtype=np.float32)[labels.index(label)]
+    if probe.task.kind == "multiclass":
+        targets -= 1 / len(labels)
+    unit = int(logits[:, labels.index(label)].argmax())
+    shares = probe.mechanism.shares(
+        _texts(columns, [read[unit]]), torch.from_numpy(targets)[None].to(columns.device)
+    )
+    return Explanation(
+        verdict=verdict,
+        label=label,
+        logit=float(logits[unit] @ targets),
+        baseline=float(shares.baseline),
+        steps=shares.steps,
+        shares=shares.values.cpu().numpy(),
+        places=tuple(places[row] for row in read[unit].tolist()),
+    )
+
+
+def _texts(
+    columns: Float[Tensor, "token layer column"], tokens: Sequence[Int[np.ndarray, " _"]]
+) -> Ragged:
+    """These tokens of each text, end to end."""
+    rows = torch.from_numpy(np.concatenate(tokens)).to(columns.device)
+    return Ragged(columns[rows], torch.tensor([*map(len, tokens)], device=columns.device))

@@ -1,0 +1,170 @@
+"""Explanations: shares sum to the logit, stand where the client wrote, and cost no pass."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from engine_runs import GREEDY, count_passes, events_of, run
+from sidelight.bank import Bank
+from sidelight.data.examples import Example
+from sidelight.engines.base import PromptJudged
+from sidelight.errors import VerdictError
+from sidelight.mechanisms.base import mechanism_names
+from sidelight.prompts import Message, Reads
+from sidelight.states.extraction import score
+from sidelight.training.classifier import Classifier
+from tiny import INTENT, TOPICS, TOXICITY, three_probes, tiny_backbone, untrained_probe
+
+# In logits; as in test_mechanisms.py.
+COMPLETE = 1e-4
+TURNS = (
+    Message("system", "Be brief."),
+    Message("user", "Where is my refund? ñ 🙂"),
+    Message("assistant", "I will look at it"),
+    Message("user", "And now it is late"),
+)
+RESPONSE = "Yes, it is late"
+TASKS = {task.kind: task for task in (TOXICITY, INTENT, TOPICS)}
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return tiny_backbone()
+
+
+def logits_of(backbone, probe, example):
+    prompt = backbone.encoder.encode(example.conversation, example.response)
+    (logits,) = score(backbone, Bank([probe]), [prompt])
+    return logits[0]
+
+
+def require_complete(explanation):
+    """The shares by token and by layer, with the rest, sum to the logit."""
+    said = explanation.to_dict()
+    tokens = sum(token["share"] for token in said["tokens"])
+    rest = said["logit"] - said["baseline"]
+    assert tokens + said["template"] == pytest.approx(rest, abs=COMPLETE)
+    assert sum(said["layers"]) == pytest.approx(rest, abs=COMPLETE)
+
+
+@pytest.mark.parametrize("kind", TASKS)
+@pytest.mark.parametrize("mechanism", mechanism_names())
+def test_shares_baseline_and_template_sum_to_the_logit(backbone, mechanism, kind):
+    task = TASKS[kind]
+    probe = untrained_probe(backbone, "p", task=task, mechanism=mechanism)
+    classifier, example = Classifier(backbone, probe), Example(TURNS)
+    explanation = classifier.explain(example)
+    require_complete(explanation)
+    assert explanation.verdict == classifier.predict([example])[0]
+    logits = logits_of(backbone, probe, example)
+    own = logits[task.labels[-task.outputs :].index(explanation.label)]
+    wanted = own - logits.mean() if kind == "multiclass" else own
+    assert explanation.logit == pytest.approx(wanted, abs=COMPLETE)
+    assert explanation.shares.shape == (len(explanation.places), backbone.fingerprint.layers)
+
+
+def test_places_are_characters_of_the_messages_as_they_were_sent(backbone):
+    classifier = Classifier(backbone, untrained_probe(backbone, "p"))
+    said = classifier.explain(Example(TURNS)).to_dict()
+    # The tiny tokenizer's tokens are bytes, so a character can have several.
+    for index, message in enumerate(TURNS):
+        own = [t for t in said["tokens"] if t["message"] == index]
+        covered = {i for t in own for i in range(t["start"], t["end"])}
+        is_read = message.role != "system"
+        assert covered == (set(range(len(message.content))) if is_read else set())
+
+
+def test_a_response_is_the_message_after_the_last(backbone):
+    probe = untrained_probe(backbone, "late", reads=Reads("response"))
+    explanation = Classifier(backbone, probe).explain(Example(TURNS), response=RESPONSE)
+    require_complete(explanation)
+    assert {place.message for place in explanation.places} == {len(TURNS)}
+    assert len(explanation.places) == len(RESPONSE)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_logit_is_that_of_the_turns_that_decided(backbone, seed):
+    probe = untrained_probe(backbone, f"p{seed}", reads=Reads(scope="each_turn"))
+    explanation = Classifier(backbone, probe).explain(Example(TURNS))
+    require_complete(explanation)
+    logits = logits_of(backbone, probe, Example(TURNS))
+    assert explanation.logit == pytest.approx(logits[0], abs=COMPLETE)
+    turn = explanation.verdict.turn
+    told = {place.message for place in explanation.places if place}
+    # A verdict's turn does not count the leading system turn.
+    assert told == ({1, 2, 3} if turn is None else {turn + 1})
+
+
+def test_the_turns_that_decide_differ_between_probes(backbone):
+    """Or the test above would have seen one case alone."""
+    probes = [
+        untrained_probe(backbone, f"p{seed}", reads=Reads(scope="each_turn")) for seed in range(6)
+    ]
+    turns = {Classifier(backbone, p).explain(Example(TURNS)).verdict.turn for p in probes}
+    assert len(turns) > 1
+
+
+def test_a_text_without_a_verdict_is_not_explained(backbone):
+    probe = untrained_probe(backbone, "p")
+    plain = Example((Message("user", "hello"),), is_plain=True)
+    with pytest.raises(VerdictError, match="plain text"):
+        Classifier(backbone, probe).explain(plain)
+    broken = replace(probe, mechanism=untrained_probe(backbone, "q").mechanism)
+    broken.mechanism.bias.fill_(float("nan"))
+    with pytest.raises(VerdictError, match="not finite"):
+        Classifier(backbone, broken).explain("hello")
+
+
+def test_an_engine_explains_by_the_pass_that_judges(backbone):
+    probes = [
+        *three_probes(backbone),
+        untrained_probe(backbone, "fused", mechanism="blend"),
+        untrained_probe(backbone, "late", reads=Reads("response")),
+    ]
+    names = [probe.name for probe in probes]
+    conversation = [*TURNS, Message("assistant", RESPONSE)]
+    texts = [conversation, conversation[:2]]
+
+    async def work(engine):
+        passes = count_passes(backbone)
+        plain = await engine.judge(texts)
+        before = len(passes)
+        asked = await engine.judge(texts, explain=names)
+        return plain, asked, before, len(passes) - before
+
+    plain, asked, before, after = run(backbone, work, probes=probes)
+    assert before == after
+    assert [judged.explanations for judged in plain] == [(), ()]
+    assert [j.judgement for j in plain] == [j.judgement for j in asked]
+    assert {e.verdict.probe for e in asked[0].explanations} == set(names)
+    assert {e.verdict.probe for e in asked[1].explanations} == set(names[:-1])
+    for judged, response in zip(asked, (RESPONSE, None), strict=True):
+        for explanation in judged.explanations:
+            require_complete(explanation)
+            probe = probes[names.index(explanation.verdict.probe)]
+            alone = Classifier(backbone, probe).explain(
+                Example(tuple(texts[asked.index(judged)])[: 4 if response else 2]),
+                response=response,
+            )
+            np.testing.assert_allclose(explanation.shares, alone.shares, atol=COMPLETE)
+            assert explanation.places == alone.places
+
+
+def test_a_written_answer_explains_the_probes_of_its_prompt(backbone):
+    probes = three_probes(backbone)
+
+    async def work(engine):
+        passes = count_passes(backbone)
+        plain = await events_of(engine, "hello", GREEDY)
+        before = len(passes)
+        asked = await events_of(engine, "hello", GREEDY, explain=["toxicity"])
+        return plain, asked, before, len(passes) - before
+
+    plain, asked, before, after = run(backbone, work, probes=probes)
+    assert before == after
+    assert plain == asked
+    assert isinstance(asked[0], PromptJudged)
+    (explanation,) = asked[0].explanations
+    require_complete(explanation)
+    assert explanation.verdict.probe == "toxicity"
