@@ -39,6 +39,7 @@ def test_a_file_can_set_every_field_of_a_rule(policy_file):
         threshold = 1
         on_failure = "pass"
         max_tokens = 100
+        explain = false
         [input.intent]
         mode = "route"
         routes = { billing = "desk-2" }
@@ -51,7 +52,9 @@ def test_a_file_can_set_every_field_of_a_rule(policy_file):
     )
     assert read_policy(path) == Policy(
         input={
-            "toxicity": Rule("block", threshold=1.0, on_failure="pass", max_tokens=100),
+            "toxicity": Rule(
+                "block", threshold=1.0, on_failure="pass", max_tokens=100, explain=False
+            ),
             "intent": Rule("route", routes={"billing": "desk-2"}),
         },
         output={"late": Rule("block", consecutive=3, warm_up=4, hold_back=5)},
