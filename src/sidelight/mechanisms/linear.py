@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from sidelight.mechanisms.base import Geometry, Mechanism, hide, register
+from sidelight.mechanisms.shares import Shares, read_off
 from sidelight.mechanisms.stages import (
     finish_softmax,
     last_token,
@@ -72,6 +73,10 @@ class Linear(Mechanism):
     def finish(self, state: Ragged) -> Float[Tensor, "segment output"]:
         """The logits of the mean and of the last token, added over the layers."""
         return finish_softmax(state).sum((1, 2)) + self.bias
+
+    def shares(self, tokens: Ragged, targets: Float[Tensor, "segment output"]) -> Shares:
+        """Exact: every term belongs to a token."""
+        return read_off(self.logits, tokens, targets)
 
 
 @dataclass(frozen=True)
