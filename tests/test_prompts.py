@@ -283,14 +283,28 @@ def test_no_message_is_an_error(format_of):
         format_of.encode([])
 
 
-@pytest.mark.parametrize("limit", [1, 5, 40])
-def test_encode_cuts_nothing(limit):
+@pytest.mark.parametrize(
+    ("limit", "told"), [(1, "100 characters, "), (40, "{alone} tokens without"), (90, "{whole} ")]
+)
+def test_encode_cuts_nothing(limit, told):
     tokenizer = TOKENIZERS["chatml"]
     limited = PromptEncoder(tokenizer, prompt_format="chat", max_tokens=limit)
     text = [user("x" * 100)]
-    tokens = len(limited.encode_any_length(text))
-    with pytest.raises(ContextLengthError, match=rf"{tokens} tokens .* at most {limit}\."):
+    alone, whole = len(tokenizer("x" * 100)["input_ids"]), len(limited.encode_any_length(text))
+    told = f"has {told.format(alone=alone, whole=whole)}.* at most {limit} tokens"
+    with pytest.raises(ContextLengthError, match=told):
         limited.encode(text)
+
+
+@pytest.mark.parametrize("family", TOKENIZERS)
+def test_the_length_alone_refuses_nothing_that_fits(family):
+    tokenizer = TOKENIZERS[family]
+    texts = (tokenizer.convert_tokens_to_string([token]) for token in tokenizer.get_vocab())
+    # The longest tokens, so that the text has as many characters for its tokens as one can have.
+    turn = user("".join(sorted(texts, key=len)[-9:]) * 20)
+    tokens = len(ENCODERS[family].encode([turn]))
+    just = PromptEncoder(tokenizer, prompt_format="chat", max_tokens=tokens)
+    assert len(just.encode([turn])) == tokens
 
 
 def test_a_text_that_just_fits_is_accepted():

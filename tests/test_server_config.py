@@ -23,6 +23,7 @@ VALUES = {
     "admin_keys_file": "admin_keys",
     "allow_anonymous": True,
     "max_body_bytes": 1000,
+    "max_messages": 4,
     "max_batch_items": 2,
     "max_request_tokens": 100,
     "max_concurrent": 3,

@@ -10,6 +10,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from itertools import islice
+from pathlib import Path
 
 import httpx
 import pytest
@@ -21,11 +22,15 @@ from sidelight.errors import SidelightError
 from sidelight.server.app import serve
 from sidelight.server.config import ServerConfig
 from sidelight.server.middleware import Drain, DrainingServer, within_system
-from sockets import connection, read_all, request
+from sockets import answers, connection, read_all, request
 from tiny import three_probes, tiny_backbone
 
 CHAT = "/v1/chat/completions"
+GUARDRAIL = "/beta/litellm_basic_guardrail_api"
 HELLO = [{"role": "user", "content": "hello"}]
+PARTS = [{"type": "text", "text": "hello"}]
+REFUSAL = (400, "context_length_exceeded")
+QUESTIONS = [{"name": "toxicity", "type": "predicate"}]
 # Greedy: a drawn end of the text must not end what a test waits for.
 VALID = {"model": MODEL, "messages": HELLO, "max_tokens": 2, "temperature": 0}
 # Short enough to wait for; no test needs anything to happen within it.
@@ -59,7 +64,8 @@ def is_idle(http):
 
 @pytest.fixture(scope="module")
 def bounded():
-    with served(engine()[0], max_batch_items=3, max_request_tokens=60) as address:
+    limits = {"max_messages": 5, "max_batch_items": 3, "max_request_tokens": 60}
+    with served(engine()[0], **limits) as address:
         yield address
 
 
@@ -74,6 +80,70 @@ def test_more_texts_than_allowed_are_refused(bounded):
         assert http.post("/v1/moderations", json={"input": ["x"] * 3}).status_code == 200
         refused = http.post("/v1/moderations", json={"input": ["x"] * 4})
     assert (refused.status_code, refused.json()["error"]["code"]) == (400, "too_many_inputs")
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHAT, {**VALID, "messages": HELLO * 6}),
+        (CHAT, {**VALID, "messages": [{"role": "user", "content": PARTS * 5}]}),
+        ("/tokenize", {"messages": HELLO * 6}),
+        ("/v1/decisions", {"model": MODEL, "input": HELLO * 6, "questions": QUESTIONS}),
+        (GUARDRAIL, {"input_type": "request", "tool_calls": [{"function": {"arguments": ""}}] * 6}),
+    ],
+)
+def test_more_messages_than_allowed_are_refused(bounded, path, body):
+    with http_client(bounded) as http:
+        refused = http.post(path, json=body)
+        assert http.post(CHAT, json={**VALID, "messages": HELLO * 5}).status_code == 200
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "too_many_messages")
+
+
+def resident_bytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+# Four megabytes each.
+OVERSIZED = {
+    CHAT: {**VALID, "messages": [{"role": "user", "content": "word " * 800_000}]},
+    "/v1/moderations": {"input": ["word " * 1_600] * 500},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", OVERSIZED)
+def test_a_burst_of_oversized_bodies_holds_up_nobody_and_leaves_no_memory(path):
+    sent = request(path, json.dumps(OVERSIZED[path]).encode(), "Connection: close")
+
+    def send():
+        with connection(address, timeout=PATIENCE_S) as opened:
+            opened.sendall(sent)
+            (answer,) = answers(read_all(opened))
+        return answer.status, json.loads(answer.body)["error"]["code"]
+
+    with (
+        served(engine()[0]) as address,
+        http_client(address) as http,
+        ThreadPoolExecutor(8) as pool,
+    ):
+        # What the first ones leave behind is loaded once, such as the tokenizer's vocabulary.
+        assert {pool.submit(send).result() for _ in range(3)} == {REFUSAL}
+        before, slowest = resident_bytes(), []
+        # Another process may hold up one burst, and not all.
+        while min(slowest, default=1.0) >= 0.5 and len(slowest) < 4:
+            burst = [pool.submit(send) for _ in range(24)]
+            waited = [0.0]
+            while not all(answer.done() for answer in burst):
+                start = time.perf_counter()
+                assert http.get("/health").status_code == 200
+                waited.append(time.perf_counter() - start)
+            assert {answer.result() for answer in burst} == {REFUSAL}
+            slowest.append(max(waited))
+        assert min(slowest) < 0.5
+        end = time.monotonic() + PATIENCE_S
+        while resident_bytes() > 1.1 * before:
+            assert time.monotonic() < end
+            time.sleep(0.05)
 
 
 @pytest.mark.slow

@@ -35,6 +35,8 @@ class Tokenizer(Protocol):
 
     def convert_ids_to_tokens(self, ids: Any) -> Any: ...
 
+    def get_vocab(self) -> Any: ...
+
 
 def control_tokens(tokenizer: Tokenizer) -> dict[int, str]:
     """The ids and names of the tokens that no text may become.
@@ -73,6 +75,21 @@ class ContentTokenizer:
         self._unknown = getattr(tokenizer.backend_tokenizer.model, "unk_token", tokenizer.unk_token)
         # A template has few pieces, and some of them are long.
         self._cached_controls = lru_cache(maxsize=256)(self._find_controls)
+
+    @cached_property
+    def longest_token(self) -> int:
+        """The most characters that one token stands for; those of its name are no fewer."""
+        return max(map(len, self._tokenizer.get_vocab()))
+
+    def count(self, text: str) -> int:
+        """How many tokens a text has, where it names a control token one for all its letters.
+
+        It takes a tenth of the time that the tokens and their spans take as objects of Python's,
+        and none of it from other threads.
+        """
+        backend = self._tokenizer.backend_tokenizer
+        (tokens,) = backend.encode_batch_fast([text], add_special_tokens=False)
+        return len(tokens)
 
     def encode_chat(self, text: str, template: Sequence[Span]) -> Tokenised:
         """Encodes a rendered conversation.

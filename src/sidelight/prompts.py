@@ -50,6 +50,11 @@ def has_response(turns: Sequence[Message]) -> bool:
     return bool(turns) and turns[-1].role == "assistant"
 
 
+def characters(messages: Conversation, response: str | None = None) -> int:
+    """How long a conversation is, with its response and without its template."""
+    return sum(map(len, _contents(messages, response)))
+
+
 class Part(IntEnum):
     """What a token belongs to."""
 
@@ -339,15 +344,37 @@ class PromptEncoder:
             ContextLengthError: It is longer than ``max_tokens``; nothing is cut.
             SidelightError: It has no message or no token, or the template cannot be followed.
         """
+        self.require_few_characters(messages, response)
+        # A text that is far too long is only counted. Beside the template, a turn can have a token
+        # less than by itself, but not half of them.
+        if characters(messages, response) > self.max_tokens:
+            whole = "\n".join(filter(None, _contents(messages, response)))
+            require_whole_characters(whole, place="The text")
+            tokens = self._contents.count(whole)
+            if tokens > 2 * self.max_tokens:
+                raise self._excess(f"{tokens} tokens without its template")
         encoded = self.encode_any_length(messages, response)
         if not len(encoded):
             raise SidelightError("The text is empty: there is no token to read. Send some text.")
         if len(encoded) > self.max_tokens:
-            raise ContextLengthError(
-                f"The text has {len(encoded)} tokens with its template, but the model reads at "
-                f"most {self.max_tokens}. Shorten it, or judge it in parts."
-            )
+            raise self._excess(f"{len(encoded)} tokens with its template")
         return encoded
+
+    def require_few_characters(self, messages: Conversation, response: str | None = None) -> None:
+        """Refuses by its length alone what is longer than the longest tokens could make it.
+
+        Raises:
+            ContextLengthError: It is.
+        """
+        length, longest = characters(messages, response), self._contents.longest_token
+        if length > self.max_tokens * longest:
+            raise self._excess(f"{length} characters, of which a token has at most {longest}")
+
+    def _excess(self, size: str) -> ContextLengthError:
+        return ContextLengthError(
+            f"The text has {size}, but the model reads at most {self.max_tokens} tokens. Shorten "
+            "it, or judge it in parts."
+        )
 
     def encode_any_length(
         self, messages: Conversation, response: str | None = None
@@ -357,7 +384,7 @@ class PromptEncoder:
         turns = [Message("user", messages.content)] if is_plain else [*messages]
         if not turns:
             raise SidelightError("A conversation needs at least one message.")
-        for text in (*(turn.content for turn in turns), response or ""):
+        for text in _contents(messages, response):
             require_whole_characters(text, place="The text")
         if is_plain or self.prompt_format == "raw":
             return self._encode_raw(turns, response)
@@ -489,6 +516,13 @@ class PromptEncoder:
         tokens = self._tokenizer(rendered, add_special_tokens=False, verbose=False)
         markers = self.chat_format.markers(tokens["input_ids"])
         return _Frame((*literals, rendered[cursor:]), markers)
+
+
+def _contents(messages: Conversation, response: str | None) -> list[str]:
+    """All that a conversation says, and the response."""
+    is_plain = isinstance(messages, PlainText)
+    texts = [messages.content] if is_plain else [turn.content for turn in messages]
+    return [*texts, response or ""]
 
 
 def token_parts(turns: Sequence[Turn], tokens: int, *, has_response: bool) -> tuple[Part, ...]:

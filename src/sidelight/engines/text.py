@@ -1,8 +1,10 @@
 """From texts to tokens and back: encoding, drawing, decoding, stop strings, log-probabilities."""
 
+import asyncio
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -18,6 +20,7 @@ from sidelight.prompts import (
     Place,
     PlainText,
     PromptEncoder,
+    characters,
     has_response,
 )
 
@@ -26,6 +29,7 @@ LOWEST = -9999.0
 # What a decoder writes for bytes that are not a character, or not yet.
 UNFINISHED = "\ufffd"
 
+T = TypeVar("T")
 TokenScore = tuple[int, float]
 """A token id and its log-probability."""
 
@@ -244,6 +248,9 @@ def _spell_part(name: str, decoded: str) -> Spelling:
         return Spelling("".join(f"\\x{byte:02x}" for byte in found), found)
 
 
+# Texts of more characters wait in a line of their own, so that others need not wait for them.
+_SHORT_CHARACTERS = 2**14
+
 # Every probe must judge it before it is served.
 WARM_UP = (Message("user", "Hello"), Message("assistant", "Hello"))
 
@@ -262,6 +269,23 @@ class TextCodec:
         self._tokenizer = tokenizer
         self.max_tokens = max_tokens
         self.spell = Speller(tokenizer)
+        self._threads = [
+            ThreadPoolExecutor(1, thread_name_prefix=f"sidelight-{kind}-texts")
+            for kind in ("short", "long")
+        ]
+
+    async def in_thread(self, texts: Sequence[Conversation], encode: Callable[[], T]) -> T:
+        """What ``encode`` makes of these texts, in a thread of which there are few.
+
+        It is not called for texts that their length alone refuses, nor if nobody waits any more.
+
+        Raises:
+            ContextLengthError: A text is too long.
+        """
+        for text in texts:
+            self._encoder.require_few_characters(text)
+        is_long = sum(map(characters, texts)) > _SHORT_CHARACTERS
+        return await asyncio.get_running_loop().run_in_executor(self._threads[is_long], encode)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of the tokens, without special ones."""

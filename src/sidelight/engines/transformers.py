@@ -11,7 +11,6 @@ import logging
 import traceback
 from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any
 
 from sidelight.backbone import TransformersBackbone
@@ -36,7 +35,7 @@ from sidelight.engines.queue import Emission, Limits, Request, RequestQueue
 from sidelight.engines.text import WARM_UP, TextCodec
 from sidelight.errors import SidelightError
 from sidelight.probe import Probe
-from sidelight.prompts import Conversation, Message, has_response
+from sidelight.prompts import Conversation, EncodedPrompt, Message, Place, has_response
 
 _log = logging.getLogger(__name__)
 
@@ -113,7 +112,7 @@ class TransformersEngine(Engine):
         self._panel = panel
 
     async def tokenize(self, text: Conversation) -> Tokens:
-        return await asyncio.to_thread(self._codec.tokens, text)
+        return await self._codec.in_thread([text], partial(self._codec.tokens, text))
 
     def generate(
         self,
@@ -129,11 +128,11 @@ class TransformersEngine(Engine):
         watched = require_watched(watch, panel.probes)
 
         async def events() -> AsyncGenerator[Event, None]:
-            prompt, room = await asyncio.to_thread(
-                self._codec.encode_to_continue, messages, sampling.max_tokens
-            )
-            find_places = self._backbone.encoder.places
-            places = await asyncio.to_thread(find_places, messages) if explain else ()
+            def encode() -> tuple[EncodedPrompt, int, Sequence[Place | None]]:
+                prompt, room = self._codec.encode_to_continue(messages, sampling.max_tokens)
+                return prompt, room, self._backbone.encoder.places(messages) if explain else ()
+
+            prompt, room, places = await self._codec.in_thread([messages], encode)
             request = Request(
                 prompt,
                 sampling,
@@ -182,7 +181,9 @@ class TransformersEngine(Engine):
                 places=self._codec.places(turns) if explain else (),
             )
 
-        requests = await asyncio.to_thread(lambda: [encode(turns) for turns in conversations])
+        requests = await self._codec.in_thread(
+            conversations, lambda: [encode(turns) for turns in conversations]
+        )
         judged: list[PromptJudged] = []
         self._require_ready()
         self._queue.join(requests)

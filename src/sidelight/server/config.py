@@ -113,6 +113,9 @@ class ServerConfig(BaseSettings):
         default=False, description="Listen beyond this machine even without keys."
     )
     max_body_bytes: int = Field(default=4 * 2**20, ge=1, description="Largest body of a request.")
+    max_messages: int = Field(
+        default=2048, ge=1, description="Most messages in a request, and parts of messages."
+    )
     max_batch_items: int = Field(default=512, ge=1, le=512, description="Most texts in a request.")
     max_request_tokens: int | None = Field(
         default=None,

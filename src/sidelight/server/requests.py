@@ -1,9 +1,12 @@
 """A request at a route: its body, the parts of the server that answer it, and their limits."""
 
 import asyncio
+import ctypes
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import Depends, Request, Response
@@ -24,6 +27,42 @@ from sidelight.server.report import Report, category_names
 
 T = TypeVar("T")
 
+_LARGE_BYTES = 2**16
+# Seconds after the last large body until the memory of all is given back to the system.
+_QUIET_S = 2
+
+
+class BodyParser:
+    """Parses JSON; large bodies one after the other in a thread, so that others are answered."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="sidelight-json")
+        self._trimming: asyncio.TimerHandle | None = None
+
+    async def parse(self, body: bytes) -> Any:
+        """The value of strict JSON.
+
+        Raises:
+            ValueError: It is none.
+        """
+        parse = partial(from_json, body, allow_inf_nan=False)
+        if len(body) <= _LARGE_BYTES:
+            return parse()
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.run_in_executor(self._thread, parse)
+        finally:
+            if self._trimming is not None:
+                self._trimming.cancel()
+            self._trimming = loop.call_later(_QUIET_S, self._thread.submit, _trim_memory)
+
+
+def _trim_memory() -> None:
+    """Gives the system back what glibc keeps of freed memory; other libraries have no such call."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
 
 @dataclass(frozen=True)
 class Context:
@@ -34,6 +73,7 @@ class Context:
     config: ServerConfig
     observer: RequestObserver
     drain: Drain = field(default_factory=Drain)
+    parser: BodyParser = field(default_factory=BodyParser)
     started_at: int = field(default_factory=lambda: int(time.time()))
 
 
@@ -50,6 +90,8 @@ class ServerRequest(Request):
 
     async def read(self) -> None:
         """Reads the body, which must be strict JSON within the server's limits of size and time.
+
+        Messages are counted here too, before pydantic makes objects of them.
 
         Refused with 400: ``NaN``, ``Infinity``, half surrogate pairs, invalid UTF-8, endless
         nesting. The standard library's parser accepts the first three. ``1e999`` arrives as an
@@ -81,9 +123,10 @@ class ServerRequest(Request):
             )
         self._received = bytes(received)
         try:
-            self._value = from_json(self._received, allow_inf_nan=False)
+            self._value = await self.context.parser.parse(self._received)
         except ValueError as error:
             raise RequestError(f"The body is not valid JSON: {error}.") from error
+        _require_few_messages(self._value, limit=config.max_messages)
 
     async def body(self) -> bytes:
         return self._received
@@ -170,6 +213,22 @@ class ServerRequest(Request):
                 f"Too many tokens: reading and writing may take {tokens}, the limit is {limit} "
                 "(--max-request-tokens). Shorten the texts, or lower max_tokens.",
                 code="request_too_large",
+            )
+
+
+def _require_few_messages(body: Any, *, limit: int) -> None:
+    """Refuses lists of too many objects, counting the parts of a message too."""
+    for name in ("messages", "input", "tool_calls") if isinstance(body, dict) else ():
+        found: Any = body.get(name)
+        objects = [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
+        parts = (one.get("content") for one in objects)
+        count = len(objects) + sum(len(own) for own in parts if isinstance(own, list))
+        if count > limit:
+            raise RequestError(
+                f"Too many messages: got {count} with their parts, the limit is {limit} "
+                "(--max-messages). Send fewer.",
+                code="too_many_messages",
+                param=name,
             )
 
 

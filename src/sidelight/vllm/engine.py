@@ -126,7 +126,7 @@ class VllmEngine(Engine):
         return self._exchange.passing(probes)
 
     async def tokenize(self, text: Conversation) -> Tokens:
-        return await asyncio.to_thread(self._codec.tokens, text)
+        return await self._codec.in_thread([text], partial(self._codec.tokens, text))
 
     def generate(self, *_: Any, **__: Any) -> NoReturn:
         """Refused: vLLM's own server writes texts, and a guard in it has them judged.
@@ -154,7 +154,9 @@ class VllmEngine(Engine):
     ) -> list[PromptJudged]:
         async with self._exchange.passing(probes) as identity:
             encode = self._codec.encode
-            prompts = await asyncio.to_thread(lambda: [encode(c) for c in conversations])
+            prompts = await self._codec.in_thread(
+                conversations, lambda: [encode(turns) for turns in conversations]
+            )
             with self._capacity.taken(len(prompts)) as leave:
                 judged = await self._check_all(prompts, leave, identity)
         early = early_names(probes)
