@@ -3,20 +3,22 @@
 import asyncio
 
 import pytest
-from transformers import Gemma3TextConfig, GemmaConfig
+from transformers import Gemma3TextConfig, GemmaConfig, LlamaConfig
 
 from engine_runs import (
     GREEDY,
+    ROUNDING,
     ask,
     count_passes,
     events_of,
+    probabilities,
     reference,
     run,
     until_idle,
     written_alone,
 )
 from sidelight.bank import Panel
-from sidelight.engines.base import EngineBusyError, Finished, PromptJudged, Sampling
+from sidelight.engines.base import EngineBusyError, Finished, PromptJudged, Sampling, TextDelta
 from sidelight.engines.queue import Limits, Request, RequestQueue
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import ContextLengthError, SidelightError
@@ -186,18 +188,20 @@ def test_admission_is_decided_for_each_request_by_itself(llama):
             assert "".join(event.text for event in own[1:-1]) == answer.text
 
 
-def request(length=10, max_tokens=10):
+def request(length=10, max_tokens=10, key=None):
     prompt = EncodedPrompt((1,) * length, (Part.PROMPT,) * length)
     panel = Panel([])
-    return Request(prompt, Sampling(), max_tokens, panel)
+    return Request(prompt, Sampling(), max_tokens, panel, key=key)
 
 
-def check(length=10):
-    return request(length, max_tokens=0)
+def check(length=10, key=None):
+    return request(length, max_tokens=0, key=key)
 
 
-def taken(line, running=()):
-    return line.take_next(list(running))
+def taken(line, running=(), reading=()):
+    found = line.find_next(list(running), reading)
+    line.take(found)
+    return found
 
 
 def test_first_come_first_served():
@@ -260,3 +264,205 @@ def test_those_who_leave_are_not_admitted():
     line.join([stays, leaves])
     line.leave([leaves])
     assert taken(line) == [stays]
+
+
+def test_of_several_keys_the_one_that_has_had_the_least_time_goes_next():
+    line = RequestQueue(Limits(prefill_tokens=10))
+    many, few = [check(key="many") for _ in range(3)], [check(key="few") for _ in range(3)]
+    line.join(many)
+    line.join(few)
+    order = []
+    while next_ones := taken(line):
+        order += next_ones
+        line.charge(next_ones, 2.0 if next_ones[0] in many else 1.0)
+    assert order == [many[0], few[0], few[1], many[1], few[2], many[2]]
+
+
+def test_a_key_owes_nothing_for_time_that_nobody_else_wanted():
+    line = RequestQueue(Limits(prefill_tokens=10))
+    first = check(key="old")
+    line.join([first])
+    line.charge(taken(line), 100.0)
+    line.leave([first])
+    old, new = check(key="old"), check(key="new")
+    line.join([old])
+    line.charge([old], 50.0)
+    line.join([new])
+    assert line.rank([new]) <= line.rank([old])
+    line.charge([new], 1.0)
+    assert taken(line) == [old]
+
+
+def test_a_key_that_leaves_and_comes_again_has_had_what_it_had():
+    line = RequestQueue(Limits())
+    heavy, light = check(key="heavy"), check(key="light")
+    line.join([heavy])
+    line.join([light])
+    line.charge([heavy], 5.0)
+    line.leave([heavy])
+    again = check(key="heavy")
+    line.join([again])
+    assert line.rank([light]) < line.rank([again])
+
+
+def test_of_one_key_one_long_prompt_is_read_at_a_time_and_short_ones_pass():
+    line = RequestQueue(Limits(prefill_tokens=50))
+    first, second, short = check(80), check(80), request(10)
+    other = check(80, key="other")
+    line.join([first, second, short])
+    line.join([other])
+    assert taken(line) == [first]
+    assert taken(line, [first], [first]) == [short]
+    assert taken(line, [first], [first]) == [other]
+    assert taken(line, [first], [first]) == []
+    assert taken(line) == [second]
+
+
+def test_long_prompts_that_are_only_judged_have_to_fit_too():
+    line = RequestQueue(Limits(prefill_tokens=50, cache_tokens=200))
+    first, second, third = (check(80, key=name) for name in "abc")
+    for one in (first, second, third):
+        line.join([one])
+    assert taken(line) == [first]
+    assert taken(line, [first], [first]) == [second]
+    assert taken(line, [first, second], [first, second]) == []
+
+
+def test_a_full_line_refuses_its_own_key_alone():
+    line = RequestQueue(Limits(waiting=2))
+    line.join([request(key="many"), request(key="many")])
+    line.join([request(key="few")])
+    with pytest.raises(EngineBusyError):
+        line.join([request(key="many")])
+
+
+def test_a_key_without_a_running_request_gets_one_at_once():
+    line = RequestQueue(Limits(running=1))
+    running, waiting, other = request(key="many"), request(key="many"), request(key="few")
+    line.join([running, waiting, other])
+    line.charge([running], 1.0)
+    assert taken(line, [running]) == [other]
+
+
+def passes_of(backbone, work, **limits):
+    shapes = count_passes(backbone)
+    outcome = run(backbone, work, probes=every_probe(backbone), limits=Limits(**limits))
+    return outcome, shapes
+
+
+def every_probe(backbone):
+    """Probes whose states are merged in every way, of all sides."""
+    return [
+        *three_probes(backbone),
+        untrained_probe(backbone, "turns", reads=Reads(scope="each_turn")),
+        untrained_probe(backbone, "late", reads=Reads("response")),
+        untrained_probe(backbone, "both", reads=Reads("both"), mechanism="attention"),
+    ]
+
+
+LONG_TEXTS = ["hi", "a text of three parts, " * 3, "and one of more, to be read in turns. " * 4]
+TURNS = [
+    [Message("user", text), Message("assistant", "so " * 20), Message("user", text), *reply]
+    for text in LONG_TEXTS[:2]
+    for reply in ([], [Message("assistant", "an answer that is judged too")])
+]
+
+
+def check_parts(backbone):
+    """Prompts that are read in parts have the texts and verdicts of those that are read whole."""
+
+    async def ask_all(engine):
+        together = await asyncio.gather(*(ask(engine, text) for text in LONG_TEXTS))
+        watched = await asyncio.gather(
+            *(events_of(engine, text, watch=["late", "both"]) for text in LONG_TEXTS)
+        )
+        return together, watched, await engine.judge(TURNS)
+
+    (answers, watched, judged), whole = passes_of(backbone, ask_all)
+    (own_answers, own_watched, own_judged), parts = passes_of(backbone, ask_all, prefill_tokens=7)
+    assert max(shape.numel() for shape in parts if shape[1] > 1) <= 7
+    assert max(shape.numel() for shape in whole) > 100
+    assert [a.text for a in own_answers] == [a.text for a in answers]
+    assert [a.text for a in answers] == [reference(backbone, text)[0] for text in LONG_TEXTS]
+    for one, other in zip(own_answers, answers, strict=True):
+        require_equal(one.judged.judgement, other.judged.judgement)
+        require_equal(one.finished.judgement, other.finished.judgement)
+    for own, other in zip(own_watched, watched, strict=True):
+        for event, wanted in zip(own, other, strict=True):
+            assert type(event) is type(wanted)
+            if not isinstance(event, TextDelta):
+                require_equal(event.judgement, wanted.judgement)
+    for one, other in zip(own_judged, judged, strict=True):
+        require_equal(one.judgement, other.judgement)
+        assert one.tokens == other.tokens
+
+
+def require_equal(judgement, wanted):
+    names = [[v.probe for v in own.verdicts] for own in (judgement, wanted)]
+    assert names[0] == names[1]
+    assert judgement.failed == wanted.failed
+    assert [v.turn for v in judgement.verdicts] == [v.turn for v in wanted.verdicts]
+    assert probabilities(judgement.verdicts) == pytest.approx(
+        probabilities(wanted.verdicts), abs=ROUNDING
+    )
+
+
+@pytest.mark.slow
+def test_a_prompt_that_is_read_in_parts_has_the_same_text_and_verdicts(family):
+    check_parts(family)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", MORE_CONFIGS, ids=lambda config: config.model_type)
+def test_windows_span_the_parts_of_a_prompt(config):
+    check_parts(tiny_backbone(config))
+
+
+@pytest.mark.slow
+def test_others_are_read_and_written_between_the_parts_of_a_prompt(llama):
+    async def ask_some(engine):
+        long = asyncio.create_task(ask(engine, "x" * 200))
+        while not engine.load.running:
+            await asyncio.sleep(0)
+        short = await ask(engine, "hi")
+        assert not long.done()
+        return short, await long
+
+    limits = Limits(prefill_tokens=4)
+    short, long = run(llama, ask_some, limits=limits)
+    assert (short.text, long.text) == (reference(llama, "hi")[0], reference(llama, "x" * 200)[0])
+
+
+def test_a_prompt_that_is_given_up_is_not_read_on(llama):
+    async def leave(engine):
+        events = engine.generate([Message("user", "x" * 200)], GREEDY)
+        asking = asyncio.ensure_future(anext(events))
+        while not engine.load.running:
+            await asyncio.sleep(0)
+        asking.cancel()
+        await asyncio.wait({asking})
+        await until_idle(engine)
+        return await ask(engine, "hi")
+
+    passes = count_passes(llama)
+    run(llama, leave, limits=Limits(prefill_tokens=16))
+    # Some of the 14 parts of the long prompt, and the 16 tokens of the short text.
+    assert len(passes) < 14 + 16
+
+
+def test_a_short_text_is_not_padded_to_the_length_of_a_long_one():
+    backbone = tiny_backbone(LlamaConfig(**{**SIZES, "max_position_embeddings": 1024}))
+    backbone.encoder.max_tokens = 1024
+    widths = []
+
+    def note(_module, _args, kwargs):
+        widths.append(tuple(kwargs["attention_mask"].shape))
+
+    backbone.model.register_forward_pre_hook(note, with_kwargs=True)
+
+    async def ask_both(engine):
+        return await asyncio.gather(ask(engine, "x" * 700), ask(engine, "hi"))
+
+    long, short = run(backbone, ask_both)
+    assert (long.finished.completion_tokens, short.finished.completion_tokens) == (16, 16)
+    assert all(rows == 1 for rows, columns in widths if columns > 512)

@@ -55,17 +55,19 @@ class BankTap:
 
     def __init__(self, projection: Projection):
         self._projection = projection
-        self._columns: list[Float[Tensor, "batch token column"]] = []
+        self._passes: list[list[Float[Tensor, "batch token column"]]] = []
 
     def __call__(self, layer: int, hidden: Float[Tensor, "batch token width"]) -> None:
         """One matmul, in float32: in bf16, what standardisation subtracts would be lost."""
+        if layer == 0:
+            self._passes.append([])
         columns = self._projection.layer(layer, hidden.flatten(0, 1).float())
-        self._columns.append(columns.unflatten(0, hidden.shape[:2]))
+        self._passes[-1].append(columns.unflatten(0, hidden.shape[:2]))
 
     def projected(self) -> Float[Tensor, "batch token layer column"]:
-        """The columns of the last forward pass; then the tap is ready for the next."""
-        projected = torch.stack(self._columns, 2)
-        self._columns.clear()
+        """The columns of all passes since the last call, each of which read on in the same rows."""
+        projected = torch.cat([torch.stack(columns, 2) for columns in self._passes], 1)
+        self._passes.clear()
         return projected
 
 

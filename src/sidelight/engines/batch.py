@@ -1,13 +1,15 @@
-"""The texts being written: each pass of the model reads, judges and writes.
+"""The texts being read and written: each pass of the model reads, judges and writes.
 
-``prefill`` is a pass over new prompts, ``decode`` one over the newest token of each text.
+A pass reads on in new prompts (``prefill``), or the newest token of some texts (``decode``).
 Everything here is synchronous and runs in one thread; nothing knows of callers that wait.
 """
 
+import sys
 import time
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -146,8 +148,46 @@ class Generation:
 
 
 @dataclass(frozen=True)
+class Work:
+    """What one pass may do next, and for which requests."""
+
+    requests: Sequence[Request]
+    run: Callable[[], list[Emission]]
+
+
+@dataclass(frozen=True, eq=False)
+class _Reading:
+    """Prompts that are being read; ``parts`` takes a pass for each part of them."""
+
+    requests: Sequence[Request]
+    parts: Generator[None, None, list[Emission]]
+
+
+@dataclass(frozen=True)
+class _Group:
+    """What texts that are written together have in common.
+
+    Attributes:
+        panel: The probes.
+        most: The longest that their prompts may be. A short text beside a long one would be padded
+            to its length.
+    """
+
+    panel: Panel
+    most: int
+
+    @staticmethod
+    def of(panel: Panel, tokens: int) -> "_Group":
+        """That of prompts of so many tokens."""
+        return _Group(panel, next(most for most in _LENGTHS if tokens <= most))
+
+
+_LENGTHS = (512, 2048, 8192, 32768, sys.maxsize)
+
+
+@dataclass(frozen=True)
 class _Rows:
-    """The texts of one panel, and their keys and values row by row."""
+    """The texts of one group, and their keys and values row by row."""
 
     generations: list[Generation]
     cached: CachedRows
@@ -164,29 +204,66 @@ class _Rows:
 
 
 class Batch:
-    """Texts that enter after their prefill and leave when they are complete.
+    """Texts that enter when their prompts are read and leave when they are complete.
 
-    Texts of one panel run together. There are several panels from a change of the probes until the
-    texts that began before it are complete.
+    Texts of one panel and of similar lengths are written together. There are several panels from a
+    change of the probes until the texts that began before it are complete.
+
+    Args:
+        backbone: The model.
+        codec: Decodes what it writes.
+        prefill_tokens: Tokens of prompts that one pass reads.
     """
 
-    def __init__(self, backbone: TransformersBackbone, codec: TextCodec):
+    def __init__(self, backbone: TransformersBackbone, codec: TextCodec, *, prefill_tokens: int):
         self._decoder = Decoder(backbone)
         self._codec = codec
-        self._rows: dict[Panel, _Rows] = {}
+        self._prefill_tokens = prefill_tokens
+        self._readings: list[_Reading] = []
+        self._rows: dict[_Group, _Rows] = {}
 
     @property
     def requests(self) -> list[Request]:
-        """The requests whose texts are being written."""
-        return [g.request for rows in self._rows.values() for g in rows.generations]
+        """The requests whose prompts are being read, or whose texts are being written."""
+        return [request for work in self.work() for request in work.requests]
+
+    @property
+    def reading(self) -> list[Request]:
+        """The requests whose prompts have been read in part."""
+        return [request for own in self._readings for request in own.requests]
+
+    def work(self) -> list[Work]:
+        """The passes of which any may be next; prompts come first, in the order of ``begin``."""
+        reading = [Work(own.requests, partial(self._read_on, own)) for own in self._readings]
+        return reading + [
+            Work([g.request for g in rows.generations], partial(self._decode, group))
+            for group, rows in self._rows.items()
+        ]
+
+    def begin(self, requests: Sequence[Request]) -> list[Work]:
+        """Takes prompts, to be read together as far as they have the same panel."""
+        before = len(self._readings)
+        for panel in dict.fromkeys(request.panel for request in requests):
+            own = [request for request in requests if request.panel is panel]
+            self._readings.append(_Reading(own, self._prefill(own)))
+        return self.work()[before : len(self._readings)]
 
     def drop(self, requests: Collection[Request]) -> None:
-        """Frees the rows of these requests, if they have any."""
-        for panel, rows in [*self._rows.items()]:
-            self._put(panel, rows.without([g for g in rows.generations if g.request in requests]))
+        """Reads and writes no more for these requests, and frees what they hold."""
+        self._readings = [own for own in self._readings if not {*own.requests} <= {*requests}]
+        for group, rows in [*self._rows.items()]:
+            self._put(group, rows.without([g for g in rows.generations if g.request in requests]))
 
-    def prefill(self, requests: Sequence[Request]) -> list[Emission]:
-        """Reads whole prompts in one pass, judges them, and writes the first tokens.
+    def _read_on(self, reading: _Reading) -> list[Emission]:
+        try:
+            next(reading.parts)
+        except StopIteration as end:
+            self._readings.remove(reading)
+            return end.value
+        return []
+
+    def _prefill(self, requests: Sequence[Request]) -> Generator[None, None, list[Emission]]:
+        """Reads prompts in one pass or several, judges them, and writes the first tokens.
 
         The texts being written are touched last, once everything went well.
 
@@ -196,7 +273,12 @@ class Batch:
         panel = requests[0].panel
         prompts = [request.prompt for request in requests]
         tap, stopwatch = panel.prompt_tap(), Stopwatch()
-        logits, cached = self._decoder.read_prompts(prompts, stopwatch.around(tap))
+        each, longest = self._prefill_tokens // len(prompts), max(map(len, prompts))
+        parts = self._decoder.read_prompts(prompts, stopwatch.around(tap), columns=max(1, each))
+        logits, cached = next(parts)
+        while cached.mask.shape[1] < longest:
+            yield
+            logits, cached = next(parts)
         judgements = [Judgement()] * len(requests)
         states: list[BankState | None] = [None] * len(requests)
         explanations: list[tuple[Explanation, ...]] = [()] * len(requests)
@@ -241,19 +323,18 @@ class Batch:
             for i in entering
         ]
         left, written = _write(panel, _Rows(new, cached.kept(entering)), logits[entering])
-        running = self._rows.get(panel)
-        self._put(panel, running.joined(left) if running and left else running or left)
+        group = _Group.of(panel, longest)
+        running = self._rows.get(group)
+        self._put(group, running.joined(left) if running and left else running or left)
         return emissions + written
 
-    def decode(self) -> list[Emission]:
+    def _decode(self, group: _Group) -> list[Emission]:
         """Reads the newest token of each text, judges the response so far, and writes the next."""
-        emissions: list[Emission] = []
-        for panel, rows in [*self._rows.items()]:
-            scored, logits = self._read_step(panel, rows)
-            left, written = _write(panel, rows, logits)
-            self._put(panel, left)
-            emissions += scored + written
-        return emissions
+        rows = self._rows[group]
+        scored, logits = self._read_step(group.panel, rows)
+        left, written = _write(group.panel, rows, logits)
+        self._put(group, left)
+        return scored + written
 
     def _read_step(
         self, panel: Panel, rows: _Rows
@@ -286,11 +367,11 @@ class Batch:
             scored.append(Emission(generation.request, event))
         return scored, logits
 
-    def _put(self, panel: Panel, rows: _Rows | None) -> None:
+    def _put(self, group: _Group, rows: _Rows | None) -> None:
         if rows is None:
-            self._rows.pop(panel, None)
+            self._rows.pop(group, None)
         else:
-            self._rows[panel] = rows
+            self._rows[group] = rows
 
 
 def _judge_responses(panel: Panel, generations: Sequence[Generation]) -> list[Judgement]:

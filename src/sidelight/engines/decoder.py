@@ -6,7 +6,7 @@ only public parts of ``transformers``' ``DynamicCache``: its layers' ``keys`` an
 windows get their windows from the attention mask.
 """
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -97,13 +97,24 @@ class Decoder:
         self.end_tokens = frozenset(token for token in ends if token is not None)
 
     def read_prompts(
-        self, prompts: Sequence[EncodedPrompt], tap: Tap | None
-    ) -> tuple[Float[Tensor, "row vocabulary"], CachedRows]:
-        """One pass over whole prompts: the logits after each, and their keys and values."""
+        self, prompts: Sequence[EncodedPrompt], tap: Tap | None, *, columns: int | None = None
+    ) -> Generator[tuple[Float[Tensor, "row vocabulary"], CachedRows], None, None]:
+        """Passes over some prompts: the logits after each part, and the keys and values so far.
+
+        Args:
+            prompts: They are padded on the left to the length of the longest.
+            tap: Sees the hidden states of each part.
+            columns: Most tokens of a prompt that one pass reads; None: all.
+        """
         token_ids, mask = self._backbone.pad(prompts, side="left")
-        rows = CachedRows(DynamicCache(), mask)
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        return self._run(token_ids, positions, rows, tap), rows
+        rows = CachedRows(DynamicCache(), mask[:, :0])
+        longest = mask.shape[1]
+        columns = columns or longest
+        for start in range(0, longest, columns):
+            part = slice(start, start + columns)
+            rows.mask = mask[:, : part.stop]
+            yield self._run(token_ids[:, part], positions[:, part], rows, tap), rows
 
     def read_step(
         self, tokens: Sequence[int], rows: CachedRows, tap: Tap | None

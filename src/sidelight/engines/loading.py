@@ -89,17 +89,20 @@ class LoadingEngine(Engine):
         watch: Collection[str] = (),
         admits: Admission = admit_all,
         explain: Collection[str] | None = None,
+        key: str | None = None,
     ) -> AsyncGenerator[Event, None]:
-        engine = self._loaded()
-        return engine.generate(messages, sampling, watch=watch, admits=admits, explain=explain)
+        return self._loaded().generate(
+            messages, sampling, watch=watch, admits=admits, explain=explain, key=key
+        )
 
     def judge(
         self,
         conversations: Sequence[Sequence[Message]],
         *,
         explain: Collection[str] | None = None,
+        key: str | None = None,
     ) -> Coroutine[Any, Any, list[PromptJudged]]:
-        return self._loaded().judge(conversations, explain=explain)
+        return self._loaded().judge(conversations, explain=explain, key=key)
 
     async def _take_over(self) -> None:
         engine = await asyncio.to_thread(self._load)

@@ -8,6 +8,7 @@ tokens/s on two CPU cores where plain forward calls reached 1,596. So the loop i
 
 import asyncio
 import logging
+import time
 import traceback
 from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +39,8 @@ from sidelight.probe import Probe
 from sidelight.prompts import Conversation, EncodedPrompt, Message, Place, has_response
 
 _log = logging.getLogger(__name__)
+# A pass takes no longer than a second or so; a GPU needs far more tokens for that.
+_PREFILL_TOKENS_ON_CPU = 512
 
 
 class TransformersEngine(Engine):
@@ -48,7 +51,7 @@ class TransformersEngine(Engine):
     Args:
         backbone: The model. Nothing else may run it meanwhile.
         probes: Probes trained on this backbone, with distinct names.
-        limits: How much is held at once.
+        limits: How much is held at once; None: the defaults for the device.
         model: The name that requests use; None takes the backbone's.
     """
 
@@ -66,8 +69,11 @@ class TransformersEngine(Engine):
         self._codec = TextCodec(
             backbone.encoder, backbone.tokenizer, max_tokens=backbone.encoder.max_tokens
         )
-        self._batch = Batch(backbone, self._codec)
-        self._queue = RequestQueue(limits or Limits())
+        if limits is None:
+            is_slow = backbone.device.type == "cpu"
+            limits = Limits(prefill_tokens=_PREFILL_TOKENS_ON_CPU) if is_slow else Limits()
+        self._batch = Batch(backbone, self._codec, prefill_tokens=limits.prefill_tokens)
+        self._queue = RequestQueue(limits)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sidelight-model")
         self._loop: asyncio.Task[None] | None = None
 
@@ -106,7 +112,7 @@ class TransformersEngine(Engine):
 
     async def replace_probes(self, probes: Sequence[Probe]) -> None:
         panel = await asyncio.to_thread(self._load_panel, probes)
-        (judged,) = await self._judge([WARM_UP], panel)
+        (judged,) = await self._judge([WARM_UP], panel, key=None)
         if judged.judgement.failed:
             raise verdict_failure(judged.judgement.failed)
         self._panel = panel
@@ -122,6 +128,7 @@ class TransformersEngine(Engine):
         watch: Collection[str] = (),
         admits: Admission = admit_all,
         explain: Collection[str] | None = None,
+        key: str | None = None,
     ) -> AsyncGenerator[Event, None]:
         # Not in the generator, which begins later, when other probes may have been loaded.
         panel = self._panel
@@ -142,6 +149,7 @@ class TransformersEngine(Engine):
                 admits=admits,
                 explain=frozenset(explain or ()),
                 places=places,
+                key=key,
             )
             self._require_ready()
             self._queue.join([request])
@@ -161,14 +169,17 @@ class TransformersEngine(Engine):
         conversations: Sequence[Sequence[Message]],
         *,
         explain: Collection[str] | None = None,
+        key: str | None = None,
     ) -> Coroutine[Any, Any, list[PromptJudged]]:
-        return self._judge(conversations, self._panel, frozenset(explain or ()))
+        return self._judge(conversations, self._panel, frozenset(explain or ()), key=key)
 
     async def _judge(
         self,
         conversations: Sequence[Sequence[Message]],
         panel: Panel,
         explain: frozenset[str] = frozenset(),
+        *,
+        key: str | None = None,
     ) -> list[PromptJudged]:
         def encode(turns: Sequence[Message]) -> Request:
             return Request(
@@ -179,6 +190,7 @@ class TransformersEngine(Engine):
                 has_response=has_response(turns),
                 explain=explain,
                 places=self._codec.places(turns) if explain else (),
+                key=key,
             )
 
         requests = await self._codec.in_thread(
@@ -212,17 +224,29 @@ class TransformersEngine(Engine):
                 self._queue.has_work.clear()
 
     async def _step(self) -> None:
-        """Frees cancelled rows, reads the prompts that go next, writes a token of each text."""
+        """Drops what was given up, and works for those that have had the least of the model.
+
+        That is a part of a prompt, the prompts that are next in the queue, or one token of each of
+        some texts.
+        """
         cancelled = {r for r in self._batch.requests if r not in self._queue.awaited}
         if cancelled:
             drop = partial(self._batch.drop, cancelled)
             self._deliver(await self._pass(drop, self._batch.requests))
-        taken = self._queue.take_next(self._batch.requests)
-        for panel in dict.fromkeys(request.panel for request in taken):
-            prompts = [request for request in taken if request.panel is panel]
-            self._deliver(await self._pass(partial(self._batch.prefill, prompts), prompts))
-        if running := self._batch.requests:
-            self._deliver(await self._pass(self._batch.decode, running))
+        due = self._batch.work()
+        waiting = self._queue.find_next(self._batch.requests, self._batch.reading)
+        best = min(due, key=lambda work: self._queue.rank(work.requests), default=None)
+        if best is not None and (
+            not waiting or self._queue.rank(best.requests) <= self._queue.rank(waiting)
+        ):
+            due = [best]
+        else:
+            self._queue.take(waiting)
+            due = self._batch.begin(waiting)
+        for work in due:
+            start = time.perf_counter()
+            self._deliver(await self._pass(work.run, work.requests))
+            self._queue.charge(work.requests, time.perf_counter() - start)
 
     async def _pass(
         self, work: Callable[[], list[Emission] | None], requests: Sequence[Request]

@@ -75,7 +75,7 @@ class Metrics:
         )
         self._drift = Drift(engine)
         registry.register(self._drift)
-        running = Gauge("sidelight_requests_running", "Being written", registry=registry)
+        running = Gauge("sidelight_requests_running", "Being read or written", registry=registry)
         running.set_function(lambda: engine.load.running)
         waiting = Gauge("sidelight_requests_waiting", "In line", registry=registry)
         waiting.set_function(lambda: engine.load.waiting)

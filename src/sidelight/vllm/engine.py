@@ -144,6 +144,7 @@ class VllmEngine(Engine):
         conversations: Sequence[Sequence[Message]],
         *,
         explain: Collection[str] | None = None,
+        key: str | None = None,
     ) -> Coroutine[Any, Any, list[PromptJudged]]:
         if explain is not None:
             raise NotExplainedError()

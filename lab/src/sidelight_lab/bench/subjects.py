@@ -196,7 +196,7 @@ def served(name: str, backbone: TransformersBackbone, probes: Sequence[Probe] = 
 
     def run(batch: Batch) -> Answer:
         tap = panel.prompt_tap()
-        logits, cached = decoder.read_prompts(batch, Stopwatch().around(tap))
+        ((logits, cached),) = decoder.read_prompts(batch, Stopwatch().around(tap))
         judgements = [Judgement()] * len(batch)
         if tap:
             parts = [bytes(prompt.parts) for prompt in batch]
