@@ -9,8 +9,9 @@ from fastapi.testclient import TestClient
 from commands import run
 from sidelight.errors import SidelightError
 from sidelight.server.app import serve
-from sidelight.server.config import Access, Caller, Key, ServerConfig, read_config, read_keys
+from sidelight.server.config import ServerConfig, read_config
 from sidelight.server.errors import add_error_handlers
+from sidelight.server.keys import Access, Caller, Key, read_keys
 from sidelight.server.middleware import Gatekeeper
 from sidelight.server.requests import AdminOnly
 

@@ -5,7 +5,8 @@ import pytest
 from commands import run
 from sidelight.cli.serve import serve
 from sidelight.errors import SidelightError
-from sidelight.server.config import Key, ServerConfig, read_config
+from sidelight.server.config import ServerConfig, read_config
+from sidelight.server.keys import Key
 
 # A value of each option that is not its default, as TOML has it.
 VALUES = {

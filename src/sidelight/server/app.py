@@ -144,7 +144,7 @@ def application(
         app.include_router(router, responses=REFUSALS)
     add_error_handlers(app)
     # The last one added stands outermost: refused requests are counted too.
-    app.add_middleware(Gatekeeper, access=config.access, limit=config.max_concurrent)
+    app.add_middleware(Gatekeeper, access=config.watched_access, limit=config.max_concurrent)
     app.add_middleware(
         RequestScope,
         metrics=context.observer.metrics,

@@ -1,16 +1,8 @@
-"""The configuration of a server: command-line options, environment variables, one TOML file.
+"""The configuration of a server: command-line options, environment variables, one TOML file."""
 
-Keys are read here too: only their digests are kept, and nothing prints them.
-"""
-
-import hashlib
-import hmac
 import os
-import re
 import secrets
 import tomllib
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -28,6 +20,7 @@ from pydantic_settings import (
 )
 
 from sidelight.errors import SidelightError, did_you_mean
+from sidelight.server.keys import Access, WatchedAccess, is_utf8, keys_of
 
 if TYPE_CHECKING:
     from sidelight.policy.rules import Policy
@@ -161,15 +154,24 @@ class ServerConfig(BaseSettings):
         return init_settings, _SecretVariables(settings_cls), *file
 
     @cached_property
-    def access(self) -> "Access":
-        """Who may do what.
+    def access(self) -> Access:
+        """Who may do what, by the files as they were at first.
 
         Raises:
             SidelightError: A key or a file of keys is wrong.
         """
+        return self._read_access()
+
+    @cached_property
+    def watched_access(self) -> WatchedAccess:
+        """Who may do what, also once a file of keys has changed; raises as ``access`` does."""
+        files = [path for path in (self.api_keys_file, self.admin_keys_file) if path]
+        return WatchedAccess(self.access, files, self._read_access)
+
+    def _read_access(self) -> Access:
         return Access(
-            _keys("api-key", self.api_key, self.api_keys_file),
-            _keys("admin-key", self.admin_key, self.admin_keys_file),
+            keys_of("api-key", self.api_key, self.api_keys_file),
+            keys_of("admin-key", self.admin_key, self.admin_keys_file),
         )
 
     @cached_property
@@ -178,7 +180,7 @@ class ServerConfig(BaseSettings):
         if self.audit_salt is None:
             return secrets.token_bytes(32)
         salt = self.audit_salt.get_secret_value()
-        if not _is_utf8(salt):
+        if not is_utf8(salt):
             raise SidelightError("The audit salt is not UTF-8. Give another secret.")
         return salt.encode()
 
@@ -244,118 +246,3 @@ def read_config(**options: Any) -> ServerConfig:
     # Options of an engine may hold tokens, such as vLLM's `hf_token`.
     got = "" if name in _SECRETS | {"engine_option"} else f", got {first['input']!r}"
     raise SidelightError(f"{place}: {first['msg']}{got}.")
-
-
-# What may surround a key in a header. Other blanks are part of it: headers are latin-1, in which
-# the last byte of "à" in UTF-8 is a blank.
-_BLANKS = " \t"
-_DIGEST = re.compile(r"sha256:([0-9a-fA-F]{64})")
-
-
-@dataclass(frozen=True)
-class Key:
-    """One key: the name under which it is audited, and the SHA-256 digest of its secret."""
-
-    id: str
-    digest: bytes = field(repr=False)
-
-    @classmethod
-    def of(cls, id: str, secret: str) -> "Key":
-        """The key with a secret, or with ``sha256:`` and the secret's digest in hexadecimal.
-
-        Raises:
-            SidelightError: The secret is blank, or it begins like a digest but is none, so that
-                the text in the file would itself be the secret.
-        """
-        if not secret.strip():
-            raise SidelightError(f"Key '{id}' is blank: everybody could send it. Give it a secret.")
-        hashed = _DIGEST.fullmatch(secret)
-        if not hashed and secret.startswith("sha256:"):
-            raise SidelightError(
-                f"Key '{id}' is not a SHA-256 digest. Write 64 hexadecimal digits after 'sha256:'."
-            )
-        if not _is_utf8(secret):
-            raise SidelightError(f"Key '{id}' is not UTF-8. Give it another secret.")
-        digest = bytes.fromhex(hashed[1]) if hashed else _digest(secret.encode())
-        return cls(id, digest)
-
-
-@dataclass(frozen=True)
-class Caller:
-    """Who sends a request, by the id of the key; None: without one."""
-
-    key_id: str | None = None
-    is_admin: bool = False
-
-
-@dataclass(frozen=True)
-class Access:
-    """Who may do what.
-
-    Attributes:
-        keys: Open everything but ``/admin``; without any, that is open to everybody.
-        admin_keys: Open everything; without any, nobody reaches ``/admin``.
-    """
-
-    keys: tuple[Key, ...] = ()
-    admin_keys: tuple[Key, ...] = ()
-
-    def caller(self, authorization: str) -> Caller | None:
-        """Who sends this header; None: nobody who may be served."""
-        scheme, _, secret = authorization.partition(" ")
-        # Headers are latin-1 on the wire; a key in UTF-8 arrives as its bytes.
-        given = _digest(secret.strip(_BLANKS).encode("latin-1"))
-        admin, user = _match(self.admin_keys, given), _match(self.keys, given)
-        found = admin or user
-        if found is not None and scheme.lower() == "bearer":
-            return Caller(found.id, is_admin=admin is not None)
-        return None if self.keys else Caller()
-
-
-def _keys(prefix: str, given: Sequence[SecretStr], path: Path | None) -> tuple[Key, ...]:
-    numbered = (
-        Key.of(f"{prefix}-{i}", secret.get_secret_value()) for i, secret in enumerate(given, 1)
-    )
-    return (*numbered, *(read_keys(path) if path else ()))
-
-
-def read_keys(path: Path) -> tuple[Key, ...]:
-    """The keys of a file: one ``ID KEY`` per line; blank lines and ``#`` lines do not count.
-
-    Raises:
-        SidelightError: It is unreadable, a line has another form, or an id occurs twice. The
-            message names the line and quotes nothing of it.
-    """
-    try:
-        lines = path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SidelightError(f"Cannot read the keys in {path}: {type(error).__name__}.") from error
-    keys: dict[str, Key] = {}
-    for number, line in enumerate(lines, 1):
-        words = line.split()
-        if not words or words[0].startswith("#"):
-            continue
-        if len(words) != 2 or words[0] in keys:
-            raise SidelightError(
-                f"Line {number} of {path} is not 'ID KEY' with an id of its own. Write one key per "
-                "line; KEY is the secret or sha256:DIGEST."
-            )
-        keys[words[0]] = Key.of(words[0], words[1])
-    if not keys:
-        raise SidelightError(f"{path} holds no key. Write one 'ID KEY' per line.")
-    return tuple(keys.values())
-
-
-def _match(keys: Sequence[Key], given: bytes) -> Key | None:
-    # All are compared, each in constant time: the time taken reveals nothing about them.
-    matches = [key for key in keys if hmac.compare_digest(key.digest, given)]
-    return matches[0] if matches else None
-
-
-def _is_utf8(secret: str) -> bool:
-    # Bytes of an environment variable that are not UTF-8 become half characters.
-    return not any(0xD800 <= ord(character) <= 0xDFFF for character in secret)
-
-
-def _digest(secret: bytes) -> bytes:
-    return hashlib.sha256(secret).digest()

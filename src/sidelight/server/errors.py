@@ -16,7 +16,7 @@ from sidelight.engines.base import (
 )
 from sidelight.errors import ContextLengthError, SidelightError, VerdictError
 from sidelight.policy.decisions import PolicyError
-from sidelight.server.config import Caller
+from sidelight.server.keys import Caller
 from sidelight.server.report import refusal_headers
 
 _RELOAD_S = 5

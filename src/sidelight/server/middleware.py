@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import Generator
 from contextlib import contextmanager
 from math import ceil
@@ -23,10 +24,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from sidelight.errors import SidelightError
-from sidelight.server.config import Access, Caller, ServerConfig
+from sidelight.server.config import ServerConfig
 from sidelight.server.errors import RequestError
+from sidelight.server.keys import Access, Caller, WatchedAccess
 from sidelight.server.metrics import Metrics
 from sidelight.server.observe import Sink, Trace
+from sidelight.server.quotas import Usage
 
 # Connections accepted in one turn of the event loop. All are open for some turns before those
 # beyond the limit are closed.
@@ -338,14 +341,16 @@ class RequestScope:
 class Gatekeeper:
     """Answers 401 to requests without a key, and 429 while ``limit`` requests are being answered.
 
-    ``/health`` is open to all; ``/ready`` and ``/metrics`` need a key but are not limited. The gate
+    A key that has used its quota gets a 429 too. ``/health`` is open to all; ``/ready`` and
+    ``/metrics`` need a key but are not limited. The gate
     is before the routing, so that nobody without a key learns which routes exist. A request that
     passes carries its ``Caller`` in its state.
     """
 
-    def __init__(self, app: ASGIApp, *, access: Access, limit: int):
+    def __init__(self, app: ASGIApp, *, access: Access | WatchedAccess, limit: int):
         self._app = app
         self._access = access
+        self._usages: defaultdict[tuple[str | None, bool], Usage] = defaultdict(Usage)
         self._limit = limit
         self._running = 0
 
@@ -364,19 +369,28 @@ class Gatekeeper:
             await error.answer()(scope, receive, send)
             return
         scope.setdefault("state", {})["caller"] = caller
-        is_limited = scope["path"] not in _OPERATORS
-        if is_limited and self._running >= self._limit:
-            error = RequestError(
-                f"The server is answering {self._limit} requests, its limit (--max-concurrent). "
-                "Try again in a moment.",
-                status=429,
-                code="too_many_requests",
-                headers={"Retry-After": str(_RETRY_S)},
-            )
+        if scope["path"] in _OPERATORS:
+            await self._app(scope, receive, send)
+            return
+        usage = self._usages[caller.key_id, caller.is_admin]
+        usage.limit(caller.quota)
+        try:
+            if self._running >= self._limit:
+                raise RequestError(
+                    f"The server is answering {self._limit} requests, its limit "
+                    "(--max-concurrent). Try again in a moment.",
+                    status=429,
+                    code="too_many_requests",
+                    headers={"Retry-After": str(_RETRY_S)},
+                )
+            usage.begin()
+        except RequestError as error:
             await error.answer()(scope, receive, send)
             return
-        self._running += is_limited
+        self._running += 1
         try:
-            await self._app(scope, receive, send)
+            await self._app(scope, receive, usage.announced(send))
         finally:
-            self._running -= is_limited
+            self._running -= 1
+            trace: Trace | None = scope["state"].get("trace")
+            usage.end(trace.prompt_tokens + trace.completion_tokens if trace else 0)

@@ -24,8 +24,8 @@ from sidelight.engines.base import Event, Finished, PromptJudged, ResponseScored
 from sidelight.errors import SidelightError
 from sidelight.policy.decisions import Action, Decision
 from sidelight.prompts import Conversation, PlainText
-from sidelight.server.config import Caller
 from sidelight.server.errors import RequestError
+from sidelight.server.keys import Caller
 from sidelight.server.metrics import Metrics
 from sidelight.types import Judgement
 

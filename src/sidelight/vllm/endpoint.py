@@ -32,8 +32,8 @@ from sidelight.policy.decisions import Decision, tightened
 from sidelight.policy.rules import BoundRule
 from sidelight.server import admin, checks, questions
 from sidelight.server.app import application, status_router
-from sidelight.server.config import Access, Caller
 from sidelight.server.errors import RequestError, as_request_error
+from sidelight.server.keys import Access, Caller
 from sidelight.server.middleware import REQUEST_ID, Gatekeeper
 from sidelight.server.observe import Trace
 from sidelight.server.report import Report
@@ -69,7 +69,7 @@ class ProbeEndpoint:
         app.add_middleware(ProbeMiddleware, endpoint=self)
         config = server_config()
         # vLLM guards some routes with its keys; ours hold on all.
-        access = Access() if _keys_of_vllm(app.state.args) else config.access
+        access = Access() if _keys_of_vllm(app.state.args) else config.watched_access
         # vLLM has a queue of its own, and no limit.
         is_limited = "max_concurrent" in config.model_fields_set
         limit = config.max_concurrent if is_limited else sys.maxsize
@@ -85,7 +85,7 @@ class ProbeEndpoint:
         guard.template = renderer.chat_template, renderer.default_chat_template_kwargs or {}
         keys = _keys_of_vllm(args)
         config = server_config(**({"api_key": keys} if keys else {}))
-        self.access = config.access
+        self.access = config.watched_access
         context = Context(guard.engine, guard.registry, config, guard.observer)
         routers = checks.router, questions.router, admin.admin_probes_router, status_router
         self._application = application(context, routers)
@@ -158,6 +158,8 @@ class ProbeMiddleware:
                 await refusal(scope, receive, send)
                 return
             trace = Trace(start_ns=time.time_ns(), request_id=f"req_{uuid.uuid4().hex}")
+            # The gate counts the tokens of a key.
+            scope.setdefault("state", {})["trace"] = trace
             observer = replace(guard.observer, trace=trace, key_id=caller.key_id)
             record = RequestRecord(probes, observer, rules)
             answer = _Answer(scope, receive, send, record, report)
