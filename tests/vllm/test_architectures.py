@@ -8,6 +8,7 @@ import os
 
 import pytest
 from architectures import TESTED, architecture_model
+from packaging.version import Version
 
 from sidelight.prompts import EncodedPrompt, Part
 from sidelight.vllm.patches import ARCHITECTURES
@@ -18,6 +19,11 @@ PROMPTS = 16
 LONGEST = 300
 WRITTEN = 100
 IS_EAGER = os.environ.get("SIDELIGHT_COMPILED") != "1"
+# What vLLM 0.29 itself cannot run here.
+NOT_ON_0_29 = {
+    "GptOssForCausalLM": "its attention with sinks takes bfloat16 alone on a CPU",
+    "Mistral3ForConditionalGeneration": "it imports what transformers 5 no longer has",
+}
 
 
 def test_what_is_allowed_is_tested():
@@ -28,6 +34,10 @@ def test_what_is_allowed_is_tested():
 def test_verdicts_are_those_of_transformers(name, tmp_path, monkeypatch):
     from vllm.distributed import cleanup_dist_env_and_memory
 
+    from vllm import __version__
+
+    if Version(__version__) < Version("0.30") and name in NOT_ON_0_29:
+        pytest.skip(f"vLLM {__version__}: {NOT_ON_0_29[name]}")
     # In this process if possible, since importing vLLM in another takes longer than the test.
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", str(int(TESTED[name].is_apart)))
     model = architecture_model(TESTED[name], tmp_path)
