@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 
 import sidelight
 from sidelight import artifact
-from sidelight.artifact import MANIFEST, WEIGHTS, load_probe, read_manifest, save_probe, summary
+from sidelight.artifact import load_probe, save_probe
 from sidelight.bank import Bank
 from sidelight.calibration import Calibration, Knots
 from sidelight.errors import FingerprintMismatchError, SidelightError
+from sidelight.manifest import MANIFEST, WEIGHTS, read_manifest, summary
 from sidelight.mechanisms.base import mechanism_names
 from sidelight.prompts import Message, Reads
 from sidelight.standardisation import Standardisation

@@ -20,9 +20,9 @@ from transformers import (
 
 from commands import saved
 from families import FAMILIES, family_backbone
-from sidelight.artifact import read_manifest
 from sidelight.backbone import TransformersBackbone, load_backbone, read_backbone
 from sidelight.errors import FingerprintMismatchError, SidelightError
+from sidelight.manifest import read_manifest
 from tiny import SIZES, tiny_backbone, tiny_tokenizer
 
 _TEXT = {**SIZES, "num_key_value_heads": 2, "head_dim": 8}

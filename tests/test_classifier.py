@@ -242,7 +242,7 @@ def test_runs_without_a_verdict_name_the_place_of_the_text(tiny, tmp_path):
     data.write_text("\n".join(map(json.dumps, rows_of("binary", 8, seed=0))))
     model = saved(tiny, tmp_path / "model")
     with pytest.raises(VerdictError, match=r"^rows\.jsonl, line 1: Probe 'p' gave a logit"):
-        assess(folder, str(data), model=model)
+        assess(folder, load_examples(data, task=probe.task), model=model)
 
 
 def test_a_text_that_cannot_be_trained_on_is_named_by_its_place(tiny, tmp_path):
@@ -400,7 +400,7 @@ def test_a_probe_of_responses_is_not_measured_on_prompts(tiny, tmp_path, monkeyp
     with pytest.raises(SidelightError, match=refusal):
         classifier.evaluate(rows)
     with pytest.raises(SidelightError, match=refusal):
-        assess(folder, str(data))
+        assess(folder, load_examples(data, task=classifier.probe.task))
 
 
 def test_another_number_of_responses_than_texts_is_one_clear_error(tiny):

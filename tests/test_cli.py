@@ -15,6 +15,7 @@ import pytest
 
 from commands import run, saved
 from corpora import planted
+from sidelight.artifact import save_probe
 from sidelight.backbone import TransformersBackbone
 from sidelight.cli.evaluate import marked
 from sidelight.cli.options import TrainingInputs
@@ -25,6 +26,7 @@ from sidelight.explanation import Explanation
 from sidelight.mechanisms.base import mechanism_names
 from sidelight.prompts import Message, Place
 from sidelight.types import Verdict
+from tiny import INTENT, untrained_probe
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -276,23 +278,52 @@ def test_a_mistake_is_one_line_with_its_remedy_and_exit_code_2(
     assert not Path("o").exists()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("command", ["train", "search"])
-def test_a_misspelt_file_is_told_before_the_imports_that_take_seconds(command: str):
-    program = f"""
-import sys
+LIGHT = """
+import json, sys
 from sidelight.cli import app
 from sidelight.errors import SidelightError
-try:
-    app(["{command}", "--data", "nowhere.jsonl", "--out", "o"], standalone_mode=False)
-except SidelightError as error:
-    print(error, sorted({{"sklearn", "transformers"}} & sys.modules.keys()))
+for words in json.loads(sys.argv[1]):
+    try:
+        app(words, standalone_mode=False)
+    except SidelightError as error:
+        print(error)
+print(sorted({"sklearn", "torch", "transformers"} & sys.modules.keys()))
 """
-    shown = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
-    ).stdout
-    assert "nowhere.jsonl" in shown
-    assert shown.endswith(" []\n")
+
+
+def said_without_torch(*commands: list[str]) -> str:
+    """What these commands print in a process of their own, which ends without torch."""
+    program = [sys.executable, "-c", LIGHT, json.dumps(commands)]
+    shown = subprocess.run(program, capture_output=True, text=True, check=True).stdout
+    assert shown.endswith("\n[]\n")
+    return shown
+
+
+@pytest.fixture(scope="module")
+def untrained(tiny: TransformersBackbone, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("untrained")
+    return str(save_probe(untrained_probe(tiny, "intent", task=INTENT), folder))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["train", "search", "eval", "redteam", "predict", "parity"])
+def test_a_wrong_file_or_column_is_told_before_the_imports_that_take_seconds(
+    command: str, untrained: str, tmp_path: Path
+):
+    data = write_rows(tmp_path / "data.jsonl", 20, seed=9)
+    (tmp_path / "torn.jsonl").write_text('{"text": ')
+    begun = [command, *(["--out", "o"] if command in ("train", "search") else [untrained])]
+    said = said_without_torch(
+        [*begun, "--data", "nowhere.jsonl"],
+        [*begun, "--data", data, "--text", "txt"],
+        [*begun, "--data", str(tmp_path / "torn.jsonl")],
+    )
+    assert [*map(said.count, ("nowhere.jsonl", "--text", "torn.jsonl, line 1"))] == [1, 1, 1]
+
+
+@pytest.mark.slow
+def test_inspect_reads_the_manifest_alone(untrained: str):
+    assert "multiclass: billing, refund, other" in said_without_torch(["inspect", untrained])
 
 
 def test_what_the_system_refuses_is_one_line(
@@ -301,7 +332,7 @@ def test_what_the_system_refuses_is_one_line(
     def refuse(_directory: Path) -> None:
         raise OSError(28, "No space left on device", "/full/disk")
 
-    monkeypatch.setattr("sidelight.artifact.read_manifest", refuse)
+    monkeypatch.setattr("sidelight.manifest.read_manifest", refuse)
     assert run("inspect", "probe") == 2
     line = "Error: No space left on device (/full/disk). Check the path, its permissions, and"
     assert capsys.readouterr().err.startswith(line)

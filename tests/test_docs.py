@@ -14,9 +14,9 @@ import click
 import pytest
 import torch
 
-from sidelight.artifact import Manifest
 from sidelight.cli import app
 from sidelight.engines.loading import LoadingEngine
+from sidelight.manifest import Manifest
 from sidelight.mechanisms import base
 from sidelight.policy.rules import Policy, Rule, read_policy
 from sidelight.ragged import Ragged
@@ -248,7 +248,7 @@ def test_the_mechanism_of_the_how_to_streams_what_it_defines(monkeypatch: pytest
     monkeypatch.setattr(base, "_ENTRIES", dict(base._ENTRIES))
     page = (ROOT / "docs" / "own-mechanism.md").read_text()
     exec(page.split("```python\n")[1].split("```")[0], {"__name__": "linear_mean"})
-    mechanism = base.mechanism_spec("linear_mean").build(base.Geometry(3, 32, 2))
+    mechanism = base.build_mechanism(base.mechanism_spec("linear_mean"), base.Geometry(3, 32, 2))
     hidden = torch.randn(1, 3, 5, 32)
     tokens = torch.einsum("ltd,ldm->tlm", hidden[0], mechanism.columns())
     pieces = [

@@ -12,9 +12,9 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 import sidelight
 from commands import run, saved
 from corpora import planted, training_set
-from sidelight.artifact import model_card, read_manifest
 from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
+from sidelight.manifest import model_card, read_manifest
 from sidelight.mechanisms.base import mechanism_spec
 from sidelight.ragged import Ragged
 from sidelight.training.fit import fit

@@ -14,7 +14,12 @@ from hypothesis import strategies as st
 
 from sidelight.errors import SidelightError
 from sidelight.mechanisms import attention, fusion
-from sidelight.mechanisms.base import Geometry, mechanism_names, mechanism_spec
+from sidelight.mechanisms.base import (
+    Geometry,
+    build_mechanism,
+    mechanism_names,
+    mechanism_spec,
+)
 from sidelight.ragged import Ragged
 
 LAYERS, WIDTH = 3, 32
@@ -42,7 +47,9 @@ POISON = [math.nan, math.inf, -math.inf, 3e38]
 def built(name, options, outputs, layers=LAYERS):
     """A mechanism of random parameters, large enough that every one of them matters."""
     torch.manual_seed(0)
-    mechanism = mechanism_spec(name, options).build(Geometry(layers, WIDTH, outputs)).eval()
+    mechanism = build_mechanism(
+        mechanism_spec(name, options), Geometry(layers, WIDTH, outputs)
+    ).eval()
     for parameter in mechanism.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return mechanism
@@ -394,7 +401,7 @@ QWEN3_30B = Geometry(layers=49, width=2048, outputs=1)
 )
 def test_parameter_counts_are_the_papers(geometry, name, options, count):
     with torch.device("meta"):
-        mechanism = mechanism_spec(name, options).build(geometry)
+        mechanism = build_mechanism(mechanism_spec(name, options), geometry)
     assert sum(parameter.numel() for parameter in mechanism.parameters()) == count
 
 
@@ -426,9 +433,9 @@ def test_a_wrong_mechanism_or_option_names_the_right_ones():
 
 def test_heads_that_cannot_share_the_inner_columns_are_refused():
     with pytest.raises(SidelightError, match="90 inner columns, which 4 heads cannot share"):
-        mechanism_spec("attention", {"factor": 32}).build(GPT_OSS_20B)
+        build_mechanism(mechanism_spec("attention", {"factor": 32}), GPT_OSS_20B)
     with pytest.raises(SidelightError, match="0 inner columns"):
-        mechanism_spec("attention", {"factor": 64}).build(Geometry(LAYERS, WIDTH, 1))
+        build_mechanism(mechanism_spec("attention", {"factor": 64}), Geometry(LAYERS, WIDTH, 1))
 
 
 @pytest.mark.parametrize(
@@ -448,7 +455,7 @@ def test_heads_that_cannot_share_the_inner_columns_are_refused():
 )
 def test_a_value_that_an_option_cannot_have_is_refused(name, options):
     with pytest.raises(SidelightError, match=next(iter(options))):
-        mechanism_spec(name, options).build(Geometry(LAYERS, WIDTH, 1))
+        build_mechanism(mechanism_spec(name, options), Geometry(LAYERS, WIDTH, 1))
 
 
 # In logits: float32 sums of some hundred shares, and what integrated gradients may miss.

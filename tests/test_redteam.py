@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 
 from commands import run, saved
 from live import served
-from sidelight.artifact import CARD, add_to_card, load_probe, save_probe
+from sidelight.artifact import load_probe, save_probe
 from sidelight.data.examples import Example, LabelledExamples
 from sidelight.data.loading import load_examples
 from sidelight.engines.transformers import TransformersEngine

@@ -6,14 +6,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sidelight.artifact import MANIFEST, load_probe
+from sidelight.artifact import load_probe
 from sidelight.backbone import TransformersBackbone
 from sidelight.errors import SidelightError
 from sidelight.evaluation import evaluate
-from sidelight.mechanisms.base import Geometry, OptionValue, mechanism_spec
+from sidelight.manifest import MANIFEST, holds_probe
+from sidelight.mechanisms.base import Geometry, build_mechanism, mechanism_spec
 from sidelight.probe import Probe
 from sidelight.training.fit import Fit, FittedProbe
-from sidelight.training.runs import RUNS, describe_fit, holds_probe, read_runs, write_fit
+from sidelight.training.runs import RUNS, describe_fit, read_runs, write_fit
+from sidelight.types import OptionValue
 from tiny import TOXICITY, untrained_probe
 
 LABELS = np.array([0, 1, 0, 1])
@@ -24,7 +26,9 @@ def probe_of(backbone: TransformersBackbone, **options: OptionValue) -> Probe:
     probe = untrained_probe(backbone, "toxicity")
     spec = mechanism_spec("readout", options)
     who = backbone.fingerprint
-    mechanism = spec.build(Geometry(who.layers, who.width, 1)).eval().requires_grad_(False)
+    mechanism = (
+        build_mechanism(spec, Geometry(who.layers, who.width, 1)).eval().requires_grad_(False)
+    )
     return replace(probe, spec=spec, mechanism=mechanism, record={"folds": 0})
 
 

@@ -13,7 +13,7 @@ from transformers import (
 
 from sidelight.backbone import TransformersBackbone
 from sidelight.calibration import Calibration
-from sidelight.mechanisms.base import Geometry, mechanism_spec
+from sidelight.mechanisms.base import Geometry, build_mechanism, mechanism_spec
 from sidelight.probe import Probe
 from sidelight.prompts import PromptFormat, Reads
 from sidelight.standardisation import Standardisation
@@ -84,7 +84,7 @@ def untrained_probe(
     who = backbone.fingerprint
     geometry = Geometry(layers=who.layers, width=who.width, outputs=task.outputs)
     spec = mechanism_spec(mechanism)
-    built = spec.build(geometry).eval().requires_grad_(False)
+    built = build_mechanism(spec, geometry).eval().requires_grad_(False)
     for parameter in built.parameters():
         parameter.normal_(std=0.1)
     return Probe(

@@ -14,7 +14,12 @@ from sidelight.artifact import save_probe
 from sidelight.bank import Bank
 from sidelight.data.examples import Example, LabelledExamples
 from sidelight.errors import SidelightError
-from sidelight.mechanisms.base import Geometry, mechanism_names, mechanism_spec
+from sidelight.mechanisms.base import (
+    Geometry,
+    build_mechanism,
+    mechanism_names,
+    mechanism_spec,
+)
 from sidelight.prompts import Message, Part
 from sidelight.ragged import Ragged
 from sidelight.standardisation import Standardisation
@@ -78,7 +83,7 @@ def make(tiny, splits):
         spec = mechanism_spec(mechanism, options)
         torch.manual_seed(7)
         geometry = Geometry(tiny.fingerprint.layers, tiny.fingerprint.width, TASKS[kind].outputs)
-        built = spec.build(geometry).eval().requires_grad_(False)
+        built = build_mechanism(spec, geometry).eval().requires_grad_(False)
         for parameter in built.parameters():
             parameter.normal_(std=0.2)
         states = splits[kind].states.read(0).hidden

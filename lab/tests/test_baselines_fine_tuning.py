@@ -18,8 +18,8 @@ from torch import nn
 from transformers import BertConfig, BertModel, BertTokenizerFast, Trainer
 from transformers.trainer_callback import TrainerState
 
+from sidelight.checkpoint import fingerprint
 from sidelight.errors import SidelightError
-from sidelight.fingerprint import fingerprint
 from sidelight.prompts import Reads
 from sidelight.training.dataset import ProbeDataset
 from sidelight.training.optimisation import validation_score

@@ -19,10 +19,10 @@ from sklearn.metrics import average_precision_score
 
 from commands import run, saved
 from corpora import planted
-from sidelight.artifact import read_manifest
 from sidelight.backbone import TransformersBackbone
 from sidelight.cli import main
 from sidelight.errors import SidelightError
+from sidelight.manifest import read_manifest
 from sidelight.mechanisms.base import Geometry, mechanism_names, mechanism_spec
 from sidelight.training.dataset import ProbeDataset
 from sidelight.training.loop import train_mechanisms

@@ -1,137 +1,24 @@
-"""A probe as a folder: ``probe.safetensors``, ``manifest.json``, and the model card for sharing.
-
-The manifest holds everything but the numbers and is checked field by field when it is read. Nothing
-is unpickled.
-"""
+"""A probe as a folder: ``probe.safetensors`` and ``manifest.json``. Nothing is unpickled."""
 
 import hashlib
-import json
 import os
-import re
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from sidelight.calibration import Calibration
 from sidelight.errors import SidelightError
-from sidelight.fingerprint import Fingerprint
-from sidelight.mechanisms.base import Geometry, MechanismSpec, mechanism_spec
+from sidelight.manifest import FORMAT_VERSION, MANIFEST, WEIGHTS, Manifest, damaged, read_manifest
+from sidelight.mechanisms.base import Geometry, build_mechanism, mechanism_spec
 from sidelight.probe import Probe
-from sidelight.prompts import PromptFormat, Reads
 from sidelight.standardisation import Standardisation
-from sidelight.storage import sync, write_text
-from sidelight.types import Task
+from sidelight.storage import sync
 
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
-WEIGHTS = "probe.safetensors"
-CARD = "README.md"
 _PREVIOUS_WEIGHTS = "probe.previous.safetensors"
 _PARAMETER = "mechanism."
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """Everything about a probe but its numbers; the fields are described at ``Probe``.
-
-    Attributes:
-        format: Version of this layout.
-        calibration: What ``Calibration.to_dict`` gives.
-        weights_sha256: Hash of the weights file that it was written with.
-        is_normalised: As in ``Standardisation``; older artifacts do not say so, and are not.
-    """
-
-    format: int
-    name: str
-    mechanism: MechanismSpec
-    task: Task
-    reads: Reads
-    prompt_format: PromptFormat
-    calibration: Mapping[str, Any]
-    thresholds: tuple[float, ...]
-    backbone: Fingerprint
-    record: Mapping[str, Any]
-    weights_sha256: str
-    is_normalised: bool = False
-
-    def to_json(self) -> str:
-        """The text of the file."""
-        return _ADAPTER.dump_json(self, indent=2).decode() + "\n"
-
-    @property
-    def version(self) -> str:
-        """Twelve hexadecimal digits that stand for the whole artifact, weights included."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()[:12]
-
-
-_ADAPTER = TypeAdapter(Manifest)
-
-
-def read_manifest(directory: str | Path) -> Manifest:
-    """The manifest of an artifact, without its weights.
-
-    Raises:
-        SidelightError: The folder holds no artifact, one of another format, or a damaged one.
-    """
-    path = Path(directory) / MANIFEST
-    try:
-        text = path.read_text("utf-8")
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise SidelightError(
-            f"{directory} holds no probe ({MANIFEST} is missing). "
-            "Name the folder that 'sidelight train --out' wrote."
-        ) from error
-    except (OSError, ValueError) as error:
-        raise SidelightError(f"Cannot read {path}: {error}. Copy the artifact again.") from error
-    try:
-        content: object = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise SidelightError(
-            f"Cannot read {path}: it is not JSON. Copy the artifact again."
-        ) from error
-    version = content.get("format") if isinstance(content, dict) else None
-    if version != FORMAT_VERSION or type(version) is not int:
-        raise SidelightError(
-            f"{path} has format {version!r}, but this Sidelight reads format {FORMAT_VERSION}. "
-            "Upgrade Sidelight, or train the probe again."
-        )
-    try:
-        manifest = _ADAPTER.validate_json(text, strict=True)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise _damaged(Path(directory), f"{place} in {MANIFEST}: {first['msg']}") from error
-    _require_sense(Path(directory), manifest)
-    return manifest
-
-
-def _require_sense(directory: Path, manifest: Manifest) -> None:
-    labels, kind = manifest.task.labels, manifest.task.kind
-    thresholds = {"binary": 1, "multiclass": 0, "multilabel": len(labels)}[kind]
-    checks = {
-        "task.labels": len(set(labels)) == len(labels) >= 2
-        and (kind != "binary" or len(labels) == 2),
-        "thresholds": len(manifest.thresholds) == thresholds
-        and all(0 <= threshold <= 1 for threshold in manifest.thresholds),
-        "backbone": manifest.backbone.layers > 0 and manifest.backbone.width > 0,
-    }
-    wrong = [name for name, holds in checks.items() if not holds]
-    if wrong:
-        raise _damaged(directory, f"impossible values of {', '.join(wrong)} in {MANIFEST}")
-
-
-def _damaged(directory: Path, what: str) -> SidelightError:
-    return SidelightError(
-        f"The artifact at {directory} is damaged ({' '.join(what.split())}). "
-        "Copy it again, or train it again."
-    )
 
 
 def save_probe(probe: Probe, directory: Path) -> Path:
@@ -215,7 +102,7 @@ def load_probe(directory: str | Path) -> Probe:
     try:
         return _assemble(manifest, load(weights))
     except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-        raise _damaged(directory, str(error)) from error
+        raise damaged(directory, str(error)) from error
 
 
 def _read_weights(manifest: Manifest, directory: Path) -> bytes:
@@ -238,7 +125,7 @@ def _read_weights(manifest: Manifest, directory: Path) -> bytes:
 def _assemble(manifest: Manifest, tensors: dict[str, Tensor]) -> Probe:
     task, backbone = manifest.task, manifest.backbone
     spec = mechanism_spec(manifest.mechanism.name, manifest.mechanism.options)
-    mechanism = spec.build(Geometry(backbone.layers, backbone.width, task.outputs))
+    mechanism = build_mechanism(spec, Geometry(backbone.layers, backbone.width, task.outputs))
     standardisation = Standardisation(
         tensors.pop("mean"), tensors.pop("scale"), manifest.is_normalised
     )
@@ -279,103 +166,3 @@ def _read(path: Path) -> bytes:
         raise SidelightError(
             f"Cannot read {path}: {error.strerror}. Copy the artifact again, or train it again."
         ) from error
-
-
-_CARD = """---
-library_name: sidelight
-tags: [sidelight, probe, text-classification]
----
-
-# {name}
-
-A Sidelight probe: it classifies a text from the hidden
-states that the frozen LLM `{backbone}` computes anyway, in the same forward pass that answers it.
-
-{rows}
-
-## Use
-
-```python
-import sidelight
-
-clf = sidelight.load("path/to/this/folder")
-print(clf.predict(["some text"])[0])
-```
-
-The probe fits one backbone (the fingerprint above); loading it on another is refused.
-The figures are from the texts that chose its threshold: expect a little less on new data,
-and measure on your own with `sidelight eval`.
-"""
-
-
-def summary(manifest: Manifest) -> dict[str, str]:
-    """What people want to know of a probe, a line for each."""
-    record, backbone = manifest.record, manifest.backbone
-    options = ", ".join(f"{k}={v}" for k, v in manifest.mechanism.options.items())
-    lines = {
-        "name": manifest.name,
-        "task": f"{manifest.task.kind}: {', '.join(manifest.task.labels)}",
-        **({"flags": manifest.task.labels[1]} if manifest.task.kind == "binary" else {}),
-        "mechanism": f"{manifest.mechanism.name} ({options})"
-        if options
-        else manifest.mechanism.name,
-        "reads": f"{manifest.reads.side}, by {manifest.reads.scope.replace('_', ' ')}",
-        "states": "divided by their root mean square"
-        if manifest.is_normalised
-        else "of any norm, so that one token can outweigh all others",
-        "format": manifest.prompt_format,
-        "backbone": f"{backbone.name}, {backbone.layers} layers x {backbone.width}, "
-        f"{backbone.dtype}, fingerprint {backbone.digest}",
-        "thresholds": ", ".join(f"{t:.3f}" for t in manifest.thresholds) or "the largest wins",
-        "calibration": str(manifest.calibration["kind"]),
-    }
-    if record:
-        validation = record["validation"]
-        figures = ", ".join(
-            f"{name} {validation['metrics'][name]['value']:.3f}"
-            for name in ("auprc", "f1", "accuracy")
-            if validation["metrics"][name]["value"] is not None
-        )
-        folds = record.get("folds", 0)
-        is_long = record.get("settings", {}).get("long_inputs")
-        lines |= {
-            "parameters": f"{record['parameters']:,}",
-            "trained on": f"{record['training']['rows']:,} texts"
-            + (", also among others in long inputs" if is_long else "")
-            + f", seed {record['seed']}",
-            "validation": f"{figures} on {validation['rows']:,} texts"
-            + (f", each of {folds} folds by a probe trained on the others" if folds else ""),
-        }
-    return lines
-
-
-def model_card(manifest: Manifest) -> str:
-    """The model card, in Markdown."""
-    rows = "\n".join(f"- **{name}**: {value}" for name, value in summary(manifest).items())
-    return _CARD.format(name=manifest.name, backbone=manifest.backbone.name, rows=rows)
-
-
-_MEASURED = re.compile(
-    r"\n<!-- measured on version (\w+) -->\n.*?<!-- end of measurement -->\n", re.DOTALL
-)
-
-
-def measured_section(directory: Path) -> str:
-    """What the model card in a folder says was measured on this very probe; else nothing."""
-    path = directory / CARD
-    found = _MEASURED.search(path.read_text("utf-8")) if path.exists() else None
-    version = read_manifest(directory).version
-    return found.group() if found is not None and found[1] == version else ""
-
-
-def add_to_card(directory: Path, section: str) -> None:
-    """Puts what was measured on a probe at the end of its model card, in place of earlier figures.
-
-    Args:
-        directory: The artifact; a card that is there keeps what else it says.
-        section: Markdown.
-    """
-    path, manifest = directory / CARD, read_manifest(directory)
-    card = path.read_text("utf-8") if path.exists() else model_card(manifest)
-    begin, end = f"<!-- measured on version {manifest.version} -->", "<!-- end of measurement -->"
-    write_text(path, f"{_MEASURED.sub('', card)}\n{begin}\n{section}{end}\n")

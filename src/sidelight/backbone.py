@@ -28,9 +28,9 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from sidelight.checkpoint import Checkpoint, model_folder
+from sidelight.checkpoint import Checkpoint, checkpoint_fingerprint, fingerprint, model_folder
 from sidelight.errors import SidelightError
-from sidelight.fingerprint import Fingerprint, checkpoint_fingerprint, fingerprint
+from sidelight.fingerprint import Fingerprint
 from sidelight.prompts import EncodedPrompt, PromptEncoder, PromptFormat
 from sidelight.smollm2 import EMBEDDED_NAME, embedded_model_path
 

@@ -1,14 +1,16 @@
-"""The files of a model, read without loading it: configuration, and a few values of each weight.
+"""The files of a model, read without loading it, and its fingerprint.
 
-Values are read one at a time. The safetensors library maps a file, and whatever the kernel maps
-around a value counts as memory of the process: for some files, all of it.
+What is read is the configuration, and a few values of each weight, one at a time. The safetensors
+library maps a file, and whatever the kernel maps around a value counts as memory of the process:
+for some files, all of it.
 """
 
 import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from hashlib import sha256
 from itertools import groupby
 from math import prod
 from pathlib import Path
@@ -17,10 +19,13 @@ from typing import Any, NamedTuple
 import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 # Not exported, but what save_pretrained itself calls.
 from transformers.core_model_loading import revert_weight_conversion
+
+from sidelight.fingerprint import Fingerprint, hash_of
+from sidelight.prompts import PromptFormat
 
 _CONFIG = "config.json"
 _WEIGHTS = "model.safetensors"
@@ -49,6 +54,12 @@ _INPUT_EMBEDDINGS = (
     "embed_tokens.weight", "embed_in.weight", "word_embeddings.weight", "wte.weight",
 )  # fmt: skip
 _OUTPUT_EMBEDDINGS = ("lm_head.weight", "embed_out.weight")
+# Entries of a configuration that do not change what the model computes.
+_VOLATILE = {
+    "_name_or_path", "architectures", "attn_implementation", "dtype", "torch_dtype",
+    "transformers_version", "use_cache", "name_or_path",
+}  # fmt: skip
+_SAMPLE = "The quick brown fox, 1234567890 times: jumps!\n\tüber Straßen 你好"
 
 
 class Sample(NamedTuple):
@@ -191,3 +202,89 @@ def _step(numel: int) -> int:
 
 def _as_bytes(values: Tensor) -> bytes:
     return values.to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes()
+
+
+def fingerprint(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    *,
+    name: str,
+    prompt_format: PromptFormat,
+    checkpoint: Checkpoint | None = None,
+) -> Fingerprint:
+    """The fingerprint of a loaded model; takes well under a second.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        name: What the user calls it.
+        prompt_format: How texts are rendered.
+        checkpoint: The files that the model was loaded from; None takes what would be saved.
+    """
+    who = checkpoint_fingerprint(
+        checkpoint or Checkpoint.of(model),
+        model.config,
+        tokenizer,
+        name=name,
+        prompt_format=prompt_format,
+    )
+    loaded = _weights_hash({key: sample(weight) for key, weight in model.state_dict().items()})
+    return replace(
+        who,
+        dtype=str(model.dtype).removeprefix("torch."),
+        loaded_weights=None if loaded == who.weights else loaded,
+    )
+
+
+def checkpoint_fingerprint(
+    checkpoint: Checkpoint,
+    config: PreTrainedConfig,
+    tokenizer: Any,
+    *,
+    name: str,
+    prompt_format: PromptFormat,
+) -> Fingerprint:
+    """The fingerprint of a model that need not be loaded.
+
+    Args:
+        checkpoint: Its files.
+        config: Its configuration, as ``transformers`` reads it.
+        tokenizer: Its tokenizer.
+        name: What the user calls it.
+        prompt_format: How texts are rendered.
+    """
+    text = config.get_text_config()
+    return Fingerprint(
+        name=name,
+        config=hash_of(_stable(checkpoint.config)),
+        weights=_weights_hash(checkpoint.samples),
+        tokenizer=hash_of(sorted(tokenizer.get_vocab().items()), tokenizer(_SAMPLE)["input_ids"]),
+        template="raw" if prompt_format == "raw" else hash_of(str(tokenizer.chat_template)),
+        layers=text.num_hidden_layers + 1,
+        width=text.hidden_size,
+        dtype=checkpoint.dtype,
+        loaded_config=hash_of(_without_volatile(text.to_dict())),
+    )
+
+
+def _stable(entries: Any) -> Any:
+    """Without entries that do not change what the model computes, at any depth."""
+    if isinstance(entries, Mapping):
+        return {key: _stable(value) for key, value in _without_volatile(entries).items()}
+    return entries
+
+
+def _without_volatile(entries: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: value
+        for key, value in entries.items()
+        if key not in _VOLATILE and not key.startswith("_")
+    }
+
+
+def _weights_hash(samples: Mapping[str, Sample]) -> str:
+    digest = sha256()
+    for key, weight in sorted(samples.items()):
+        digest.update(f"{key}{weight.shape}".encode())
+        digest.update(weight.values)
+    return digest.hexdigest()[:16]

@@ -1,17 +1,16 @@
-"""Which backbone a probe belongs to: hashes of what decides its hidden states."""
+"""Which backbone a probe belongs to: hashes of what decides its hidden states.
+
+``checkpoint.py`` takes the fingerprint of a model.
+"""
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Annotated, Any
 
 from pydantic import Field
-from transformers import PreTrainedConfig, PreTrainedModel
 
-from sidelight.checkpoint import Checkpoint, Sample, sample
 from sidelight.errors import FingerprintMismatchError
-from sidelight.prompts import PromptFormat
 
 # Left out of a manifest if it is None, so that a manifest without it stays as it was written.
 _LoadedHash = Annotated[str | None, Field(exclude_if=lambda value: value is None)]
@@ -82,107 +81,16 @@ class Fingerprint:
         Args:
             how: What decides it, such as the engine's options.
         """
-        return replace(self, weights=_hash(self.weights, how), loaded_weights=None)
+        return replace(self, weights=hash_of(self.weights, how), loaded_weights=None)
 
     def _known(self, name: str) -> set[Any]:
         return {getattr(self, name), getattr(self, f"loaded_{name}", None)} - {None}
 
 
 _COMPARED = ("config", "weights", "tokenizer", "template", "layers", "width")
-# Entries of a configuration that do not change what the model computes.
-_VOLATILE = {
-    "_name_or_path", "architectures", "attn_implementation", "dtype", "torch_dtype",
-    "transformers_version", "use_cache", "name_or_path",
-}  # fmt: skip
-_SAMPLE = "The quick brown fox, 1234567890 times: jumps!\n\tüber Straßen 你好"
 
 
-def fingerprint(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    *,
-    name: str,
-    prompt_format: PromptFormat,
-    checkpoint: Checkpoint | None = None,
-) -> Fingerprint:
-    """The fingerprint of a loaded model; takes well under a second.
-
-    Args:
-        model: The model.
-        tokenizer: Its tokenizer.
-        name: What the user calls it.
-        prompt_format: How texts are rendered.
-        checkpoint: The files that the model was loaded from; None takes what would be saved.
-    """
-    who = checkpoint_fingerprint(
-        checkpoint or Checkpoint.of(model),
-        model.config,
-        tokenizer,
-        name=name,
-        prompt_format=prompt_format,
-    )
-    loaded = _weights_hash({key: sample(weight) for key, weight in model.state_dict().items()})
-    return replace(
-        who,
-        dtype=str(model.dtype).removeprefix("torch."),
-        loaded_weights=None if loaded == who.weights else loaded,
-    )
-
-
-def checkpoint_fingerprint(
-    checkpoint: Checkpoint,
-    config: PreTrainedConfig,
-    tokenizer: Any,
-    *,
-    name: str,
-    prompt_format: PromptFormat,
-) -> Fingerprint:
-    """The fingerprint of a model that need not be loaded.
-
-    Args:
-        checkpoint: Its files.
-        config: Its configuration, as ``transformers`` reads it.
-        tokenizer: Its tokenizer.
-        name: What the user calls it.
-        prompt_format: How texts are rendered.
-    """
-    text = config.get_text_config()
-    return Fingerprint(
-        name=name,
-        config=_hash(_stable(checkpoint.config)),
-        weights=_weights_hash(checkpoint.samples),
-        tokenizer=_hash(sorted(tokenizer.get_vocab().items()), tokenizer(_SAMPLE)["input_ids"]),
-        template="raw" if prompt_format == "raw" else _hash(str(tokenizer.chat_template)),
-        layers=text.num_hidden_layers + 1,
-        width=text.hidden_size,
-        dtype=checkpoint.dtype,
-        loaded_config=_hash(_without_volatile(text.to_dict())),
-    )
-
-
-def _stable(entries: Any) -> Any:
-    """Without entries that do not change what the model computes, at any depth."""
-    if isinstance(entries, Mapping):
-        return {key: _stable(value) for key, value in _without_volatile(entries).items()}
-    return entries
-
-
-def _without_volatile(entries: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        key: value
-        for key, value in entries.items()
-        if key not in _VOLATILE and not key.startswith("_")
-    }
-
-
-def _weights_hash(samples: Mapping[str, Sample]) -> str:
-    digest = sha256()
-    for key, weight in sorted(samples.items()):
-        digest.update(f"{key}{weight.shape}".encode())
-        digest.update(weight.values)
-    return digest.hexdigest()[:16]
-
-
-def _hash(*values: Any) -> str:
+def hash_of(*values: Any) -> str:
+    """Sixteen hexadecimal digits that stand for these JSON values."""
     text = json.dumps(values, sort_keys=True, default=str, ensure_ascii=True)
     return sha256(text.encode()).hexdigest()[:16]

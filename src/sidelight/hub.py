@@ -6,17 +6,9 @@ from pathlib import Path
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from sidelight.artifact import (
-    CARD,
-    MANIFEST,
-    WEIGHTS,
-    load_probe,
-    measured_section,
-    model_card,
-    read_manifest,
-    save_probe,
-)
+from sidelight.artifact import load_probe, save_probe
 from sidelight.errors import SidelightError
+from sidelight.manifest import CARD, MANIFEST, WEIGHTS, measured_section, model_card, read_manifest
 from sidelight.storage import write_text
 
 _FILES = [MANIFEST, WEIGHTS, CARD]

@@ -10,10 +10,10 @@ from jaxtyping import Float
 from sidelight.calibration import Calibration
 from sidelight.errors import SidelightError, VerdictError
 from sidelight.fingerprint import Fingerprint
-from sidelight.mechanisms.base import Mechanism, MechanismSpec
+from sidelight.mechanisms.base import Mechanism
 from sidelight.prompts import PromptFormat, Reads
 from sidelight.standardisation import Projection, Standardisation
-from sidelight.types import Task, Verdict
+from sidelight.types import MechanismSpec, Task, Verdict
 
 
 @dataclass(frozen=True)

@@ -10,17 +10,18 @@ from datetime import date
 from enum import IntEnum
 from functools import cached_property, lru_cache
 from itertools import accumulate, takewhile
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
 from jaxtyping import Bool
 from jinja2 import TemplateError
-from torch import Tensor
 
 from sidelight.control_tokens import ContentTokenizer, Span, Tokenised, Tokenizer
 from sidelight.errors import ContextLengthError, SidelightError
 from sidelight.turns import ChatFormat, Turn
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PromptFormat = Literal["chat", "raw", "both"]
 Side = Literal["prompt", "response", "both"]
@@ -127,8 +128,11 @@ class EncodedPrompt:
     def __len__(self) -> int:
         return len(self.token_ids)
 
-    def mask(self, reads: Reads) -> Bool[Tensor, " token"]:
+    def mask(self, reads: Reads) -> "Bool[Tensor, ' token']":
         """True for the tokens that a probe reads."""
+        # Reading a file of texts must not wait for torch.
+        import torch
+
         wanted = reads.parts
         return torch.tensor([part in wanted for part in self.parts], dtype=torch.bool)
 

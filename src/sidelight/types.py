@@ -1,4 +1,4 @@
-"""What a probe decides, its verdict on a text, and the judgement of several probes."""
+"""A probe's mechanism by name, its task, its verdict on a text; the judgement of several probes."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -14,6 +14,15 @@ Flags = NDArray[np.bool_]
 AnyArray = NDArray[np.generic]
 
 TaskKind = Literal["binary", "multiclass", "multilabel"]
+OptionValue = int | str
+
+
+@dataclass(frozen=True)
+class MechanismSpec:
+    """A mechanism and its options, as an artifact's manifest records them."""
+
+    name: str
+    options: Mapping[str, OptionValue]
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ from types import SimpleNamespace
 import pytest
 
 from chat_families import FAMILIES, WITHOUT_SYSTEM, WITHOUT_TOOLS, family_tokenizer
-from sidelight.artifact import read_manifest, save_probe
+from sidelight.artifact import save_probe
 from sidelight.engines.base import GenerationError
 from sidelight.errors import SidelightError
+from sidelight.manifest import read_manifest
 from sidelight.policy.decisions import PolicyError
 from sidelight.prompts import PromptEncoder, Reads
 from sidelight.vllm.endpoint import ProbeEndpoint, ProbeMiddleware

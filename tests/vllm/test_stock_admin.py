@@ -9,8 +9,9 @@ import httpx
 import numpy as np
 import pytest
 
-from sidelight.artifact import read_manifest, save_probe
+from sidelight.artifact import save_probe
 from sidelight.bank import Bank
+from sidelight.manifest import read_manifest
 from sidelight.prompts import EncodedPrompt, Part, Reads
 from sidelight.states.extraction import score
 from stock_requests import ADMIN, GREEDY, chat, parts_of, post

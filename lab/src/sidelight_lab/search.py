@@ -20,12 +20,13 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from sidelight.errors import SidelightError
-from sidelight.mechanisms.base import Geometry, MechanismSpec, OptionValue, mechanism_spec
+from sidelight.mechanisms.base import Geometry, build_mechanism, mechanism_spec
 from sidelight.training.dataset import Folds, ProbeDataset
 from sidelight.training.fit import score_by_folds
 from sidelight.training.loop import train_mechanisms
 from sidelight.training.optimisation import validation_score
 from sidelight.training.settings import Job, TrainingSettings, suggested_settings
+from sidelight.types import MechanismSpec, OptionValue
 
 # Random trials before the estimator has enough scores to learn from.
 _RANDOM_TRIALS = 12
@@ -98,7 +99,7 @@ def possible_specs(
         try:
             # The meta device allocates nothing: for a large backbone the parameters take gigabytes.
             with torch.device("meta"):
-                spec.build(geometry)
+                build_mechanism(spec, geometry)
         except SidelightError as error:
             refusal = str(error)
         else:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from sidelight.data.examples import Example
+    from sidelight.data.loading import OnMissingLabel
     from sidelight.explanation import Explanation
     from sidelight.probe import Probe
     from sidelight.prompts import Message
@@ -50,29 +51,39 @@ if TYPE_CHECKING:
 @options.as_json
 def evaluate(
     probe: Path,
+    data: str,
+    missing_label: "OnMissingLabel",
+    subset: str | None,
     runtime: options.Runtime,
     plots: Path | None,
     out: Path | None,
     as_json: bool,
-    **given: Any,
+    **columns: Any,
 ) -> None:
     """Measure a probe, and every run trained with it, on labelled data.
 
     One forward pass serves all of them. Each metric has a 95 % bootstrap interval; the table gives
     the mean and the standard deviation over seeds.
     """
-    from sidelight.training.runs import assess, comparison_table, console, describe, plot
+    from sidelight.data.loading import load_examples
+    from sidelight.manifest import read_manifest
 
     if plots is not None:
         # If matplotlib is missing, say so before the backbone runs.
         import_module("sidelight.plots")
+    # Before imports that take seconds: a wrong file or column is refused at once.
+    examples = load_examples(
+        data, task=read_manifest(probe).task, on_missing_label=missing_label, **columns
+    )
+    from sidelight.training.runs import assess, comparison_table, console, describe, plot
+
     assessments = assess(
         probe,
-        on_missing_label=given.pop("missing_label"),
+        examples,
+        subset=subset,
         model=runtime.model,
         dtype=runtime.dtype,
         device=runtime.device,
-        **given,
     )
     for warning in assessments[0].warnings:
         click.echo(f"Warning: {warning}", err=True)
@@ -286,19 +297,20 @@ def parity(
     Compare in float32 to see whether two engines compute the same, and in the dtype that you serve
     to see what users get. With --quantised, see what quantised weights change.
     """
-    from sidelight.artifact import load_probe
     from sidelight.data.loading import load_examples
-    from sidelight.engines.parity import compare_engines
-    from sidelight.vllm.engine import require_vllm
-    from sidelight.vllm.quantised import COPY, OPTIONS, ParityReport, copies_for
 
     names = [name.strip() for name in engines.split(",")]
     if not set(names) <= set(_ENGINES):
         raise SidelightError(
             f"Cannot compare '{engines}'. Choose from {', '.join(_ENGINES)} (--engines)."
         )
-    loaded = [load_probe(probe) for probe in probes]
     examples = load_examples(data, text=text, label=None, response=response)
+    from sidelight.artifact import load_probe
+    from sidelight.engines.parity import compare_engines
+    from sidelight.vllm.engine import require_vllm
+    from sidelight.vllm.quantised import COPY, OPTIONS, ParityReport, copies_for
+
+    loaded = [load_probe(probe) for probe in probes]
     drawn = examples.draw(limit or len(examples), seed=0)
     texts = [_turns(examples.items[row]) for row in drawn]
     # What quantises the copy must leave the original as it is.

@@ -102,8 +102,19 @@ def redteam(
     Each attack is made on positive and on benign texts, since a probe that flags every disguise
     has found nothing. Use texts that training has not seen.
     """
-    from sidelight.artifact import add_to_card, load_probe
     from sidelight.data.loading import load_examples
+    from sidelight.manifest import add_to_card, read_manifest
+
+    # Before imports that take seconds: a wrong file or column is refused at once.
+    examples = load_examples(
+        data,
+        text=text,
+        label=label,
+        split=split,
+        on_missing_label=missing_label,
+        task=read_manifest(probe).task,
+    )
+    from sidelight.artifact import load_probe
     from sidelight.redteam.attacks import SEARCH, attack_names
     from sidelight.redteam.live import Server
     from sidelight.redteam.measure import measure
@@ -127,14 +138,6 @@ def redteam(
     if card:
         check_folder(probe)
     thresholds = flagging_thresholds(attacked, labels=flag, threshold=threshold)
-    examples = load_examples(
-        data,
-        text=text,
-        label=label,
-        split=split,
-        on_missing_label=missing_label,
-        task=attacked.task,
-    )
     for warning in examples.warnings:
         click.echo(f"Warning: {warning}", err=True)
     targets: dict[str, Target]

@@ -64,7 +64,7 @@ def _place(repository: str) -> str | Path:
 @options.as_json
 def inspect(probe: Path, as_json: bool) -> None:
     """Show what a probe decides and reads, its backbone, and its figures from training."""
-    from sidelight.artifact import read_manifest, summary
+    from sidelight.manifest import read_manifest, summary
 
     manifest = read_manifest(probe)
     if as_json:

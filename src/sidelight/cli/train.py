@@ -14,8 +14,8 @@ from sidelight.errors import SidelightError
 
 if TYPE_CHECKING:
     from sidelight.calibration import CalibrationKind
-    from sidelight.mechanisms.base import OptionValue
     from sidelight.prompts import PromptFormat, Scope, Side
+    from sidelight.types import OptionValue
 
 # As ``training.settings.AUTO``, whose import takes seconds.
 _AUTO = "auto"
@@ -136,20 +136,24 @@ def train(
     without --validation are cross-fitted: all of them train the probe, and each row is scored by a
     probe that did not train on it. A killed run keeps the shards of hidden states that it finished.
     """
-    # Before the data and the model are loaded: a misspelt name is refused first.
+    assigned = _assignments(assignments, mechanisms)
+    from sidelight.manifest import holds_probe
+
+    if holds_probe(out):
+        click.echo(f"Warning: the probe in {out} will be replaced.", err=True)
+    # Before imports that take seconds: a wrong file or column is refused at once.
+    training, validation = inputs.load()
     from sidelight.mechanisms.base import mechanism_names, mechanism_spec
 
-    assigned = _assignments(assignments, mechanisms)
     is_automatic = mechanisms == [_AUTO]
     specs = (
         None
         if is_automatic
         else tuple(mechanism_spec(mechanism, assigned.get(mechanism)) for mechanism in mechanisms)
     )
-    training, validation = inputs.load()
     from sidelight.prompts import Reads
     from sidelight.training.fit import fit
-    from sidelight.training.runs import console, describe_fit, fit_table, holds_probe, write_fit
+    from sidelight.training.runs import console, describe_fit, fit_table, write_fit
     from sidelight.training.settings import suggested_settings
 
     shared = inputs.fit_options()
@@ -168,8 +172,6 @@ def train(
         reads=Reads(reads or shared.reads.side, template, scope),
         calibration=calibration,
     )
-    if holds_probe(out):
-        click.echo(f"Warning: the probe in {out} will be replaced.", err=True)
     backbone = runtime.load_backbone(prompt_format=prompt_format)
     with runtime.state_source(backbone) as source:
         made = fit(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from sidelight.errors import SidelightError, did_you_mean
 from sidelight.mechanisms.shares import Shares, integrated
 from sidelight.ragged import Ragged
+from sidelight.types import MechanismSpec, OptionValue
 
 
 @dataclass(frozen=True)
@@ -143,22 +144,6 @@ def hide(
     return torch.where(mask[:, None, :, None], items, items.new_zeros(()))
 
 
-OptionValue = int | str
-
-
-@dataclass(frozen=True)
-class MechanismSpec:
-    """A mechanism and its options, as an artifact's manifest records them."""
-
-    name: str
-    options: Mapping[str, OptionValue]
-
-    def build(self, geometry: Geometry) -> Mechanism:
-        """A mechanism with fresh parameters, drawn with torch's current seed."""
-        entry = _entry(self.name)
-        return entry.build(geometry, entry.options(**self.options))
-
-
 @dataclass(frozen=True)
 class _Entry:
     options: type[Any]
@@ -207,6 +192,12 @@ def mechanism_spec(name: str, options: Mapping[str, OptionValue] | None = None) 
             )
         _check_value(f"{name}.{option}", value, known[option])
     return MechanismSpec(name, asdict(entry.options(**(options or {}))))
+
+
+def build_mechanism(spec: MechanismSpec, geometry: Geometry) -> Mechanism:
+    """A mechanism with fresh parameters, drawn with torch's current seed."""
+    entry = _entry(spec.name)
+    return entry.build(geometry, entry.options(**spec.options))
 
 
 def spec_titles(specs: Sequence[MechanismSpec]) -> list[str]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sidelight.errors import SidelightError
-from sidelight.mechanisms.base import Geometry, Mechanism
+from sidelight.mechanisms.base import Geometry, Mechanism, build_mechanism
 from sidelight.ragged import Ragged
 from sidelight.training.settings import Job
 from sidelight.types import Task
@@ -102,7 +102,7 @@ class TrainingRun:
         self.has_diverged = False
         with torch.random.fork_rng():
             torch.manual_seed(job.seed)
-            self.mechanism: Mechanism = job.spec.build(geometry).to(device)
+            self.mechanism: Mechanism = build_mechanism(job.spec, geometry).to(device)
         for parameter in self.mechanism.parameters():
             # Parameters of size 0, as in a readout without extremes, have no gradient.
             parameter.requires_grad_(parameter.numel() > 0)

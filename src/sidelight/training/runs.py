@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sidelight.artifact import MANIFEST, WEIGHTS, load_probe, read_manifest, save_probe
+from sidelight.artifact import load_probe, save_probe
 from sidelight.backbone import DtypeName, load_backbone
-from sidelight.data.loading import load_examples
+from sidelight.data.examples import LabelledExamples
 from sidelight.errors import SidelightError
 from sidelight.evaluation import Report, evaluate
+from sidelight.manifest import MANIFEST, WEIGHTS, read_manifest
 from sidelight.mechanisms.base import spec_titles
 from sidelight.probe import Probe
 from sidelight.storage import write_json
@@ -32,17 +33,6 @@ RUNS = "runs"
 SHOWN_METRICS = ("auprc", "auroc", "f1", "accuracy", "macro_f1", "recall_at_1pct_fpr", "ece")
 # The width of a table that is not shown in a terminal.
 _WIDTH = 110
-
-
-def holds_probe(directory: Path) -> bool:
-    """Whether there is a probe in the folder; refuses one with another program's manifest."""
-    has_manifest = (directory / MANIFEST).exists()
-    if has_manifest and not (directory / WEIGHTS).exists():
-        raise SidelightError(
-            f"{directory / MANIFEST} belongs to no probe, and that of a probe would replace it. "
-            "Name another folder with --out."
-        )
-    return has_manifest
 
 
 def write_fit(made: Fit, directory: Path) -> None:
@@ -202,32 +192,29 @@ class Assessment:
 
 def assess(
     directory: Path,
-    data: str,
+    examples: LabelledExamples,
     *,
     subset: str | None = None,
     model: str | None = None,
     dtype: DtypeName = "auto",
     device: str = "auto",
-    **columns: Any,
 ) -> list[Assessment]:
     """Measures a folder's probes, by one forward pass: on all rows, then on those of ``subset``.
 
     Args:
         directory: An artifact that ``sidelight train`` wrote.
-        data: A file or a hub data set.
+        examples: Loaded with the task in its manifest.
         subset: A column; its true rows are reported as well.
         model: The backbone's name; None takes the one that the probe was trained under.
         dtype: Of the backbone.
         device: Of the backbone.
-        columns: How the data is read, as ``load_examples`` takes it.
 
     Raises:
-        SidelightError: The artifact, data or backbone do not fit each other; before the backbone
+        SidelightError: The artifact, texts or backbone do not fit each other; before the backbone
             runs wherever that is possible.
     """
     probes, index = read_runs(directory)
     chosen = probes[index]
-    examples = load_examples(data, task=chosen.task, **columns)
     require_responses(chosen, examples.items)
     rows = {"All rows": np.arange(len(examples))}
     if subset is not None:

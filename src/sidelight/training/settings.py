@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from sidelight.calibration import CalibrationKind
 from sidelight.errors import SidelightError
-from sidelight.mechanisms.base import MechanismSpec, mechanism_spec
+from sidelight.mechanisms.base import mechanism_spec
 from sidelight.prompts import Reads
-from sidelight.types import Task
+from sidelight.types import MechanismSpec, Task
 
 AUTO = "auto"
 TRAINING_MAX_TOKENS = 1024

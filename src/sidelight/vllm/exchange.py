@@ -15,9 +15,10 @@ from tempfile import TemporaryDirectory
 from time import monotonic
 from typing import Any
 
-from sidelight.artifact import read_manifest, save_probe
+from sidelight.artifact import save_probe
 from sidelight.engines.base import EngineUnavailableError, verdict_failure
 from sidelight.errors import SidelightError
+from sidelight.manifest import read_manifest
 from sidelight.probe import Probe
 from sidelight.types import Judgement
 from sidelight.vllm.patches import guesses_responses

@@ -21,11 +21,16 @@ from sidelight.engines.decoder import Decoder
 from sidelight.errors import ContextLengthError
 from sidelight.fingerprint import Fingerprint
 from sidelight.mechanisms import DEFAULT_MECHANISM
-from sidelight.mechanisms.base import Geometry, MechanismSpec, mechanism_names, mechanism_spec
+from sidelight.mechanisms.base import (
+    Geometry,
+    build_mechanism,
+    mechanism_names,
+    mechanism_spec,
+)
 from sidelight.probe import Probe
 from sidelight.prompts import EncodedPrompt, Part, Reads
 from sidelight.standardisation import Standardisation
-from sidelight.types import Judgement, Task, Verdict
+from sidelight.types import Judgement, MechanismSpec, Task, Verdict
 
 # How verdicts are made: in the LLM's own pass, from its kept hidden states, or by a second model.
 Kind = Literal["one pass", "naive", "cascade"]
@@ -76,7 +81,7 @@ def probe_for(
     spec = spec or mechanism_spec(DEFAULT_MECHANISM)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        mechanism = spec.build(geometry).eval().requires_grad_(False)
+        mechanism = build_mechanism(spec, geometry).eval().requires_grad_(False)
         for parameter in mechanism.parameters():
             # Parameters that start at zero would hide a wrong verdict.
             parameter.normal_(std=who.width**-0.5)

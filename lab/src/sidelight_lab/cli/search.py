@@ -22,7 +22,7 @@ from sidelight_lab.cli.options import trials_option
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from sidelight.mechanisms.base import MechanismSpec
+    from sidelight.types import MechanismSpec
     from sidelight_lab.search import Best, Trial
     from sidelight_lab.tables.writing import Grid
 
@@ -69,12 +69,12 @@ def search(
     several trials share each read. Fewer than 1,000 rows without --validation are scored by folds,
     as `sidelight train` does. Run the same command again after a kill, and the search goes on.
     """
+    # Before imports that take seconds: a wrong file or column is refused at once.
+    training, validation = inputs.load()
     from sidelight.mechanisms.base import mechanism_spec
 
-    # Before imports that take seconds: a misspelt name is refused at once.
     for name in given["mechanisms"]:
         mechanism_spec(name)
-    training, validation = inputs.load()
     from sidelight.training.dataset import prepare
     from sidelight.training.optimisation import score_name
     from sidelight.training.runs import console

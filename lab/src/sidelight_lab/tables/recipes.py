@@ -12,10 +12,11 @@ import pydantic.dataclasses
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from sidelight.errors import SidelightError, did_you_mean
-from sidelight.mechanisms.base import MechanismSpec, mechanism_spec
+from sidelight.mechanisms.base import mechanism_spec
 from sidelight.metrics import METRICS
 from sidelight.prompts import Reads
 from sidelight.training.settings import TrainingSettings, suggested_settings
+from sidelight.types import MechanismSpec
 from sidelight_lab.baselines import BASELINES
 from sidelight_lab.baselines.base import Baseline
 
