@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -15,7 +16,7 @@ import pytest
 
 from commands import run, saved
 from corpora import planted
-from sidelight.artifact import save_probe
+from sidelight.artifact import load_probe, save_probe
 from sidelight.backbone import TransformersBackbone
 from sidelight.cli.evaluate import marked
 from sidelight.cli.options import TrainingInputs
@@ -23,6 +24,7 @@ from sidelight.cli.train import train
 from sidelight.data.examples import Example
 from sidelight.errors import SidelightError
 from sidelight.explanation import Explanation
+from sidelight.manifest import WEIGHTS
 from sidelight.mechanisms.base import mechanism_names
 from sidelight.prompts import Message, Place
 from sidelight.types import Verdict
@@ -324,6 +326,24 @@ def test_a_wrong_file_or_column_is_told_before_the_imports_that_take_seconds(
 @pytest.mark.slow
 def test_inspect_reads_the_manifest_alone(untrained: str):
     assert "multiclass: billing, refund, other" in said_without_torch(["inspect", untrained])
+
+
+@pytest.mark.slow
+def test_a_probe_is_replaced_by_force_alone(
+    model: str, untrained: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    out = tmp_path / "probe"
+    shutil.copytree(untrained, out)
+    data = write_rows(tmp_path / "data.jsonl", 40, seed=10)
+    arguments = ["train", "--model", model, "--data", data, "--label", "toxic", *QUICKLY]
+    arguments += ["--mechanism", "pooling", "--out", str(out)]
+    assert run(*arguments) == 2
+    assert capsys.readouterr().err == (
+        f"Error: {out} holds a probe. Name another folder with --out, or replace it with --force.\n"
+    )
+    assert (out / WEIGHTS).read_bytes() == (Path(untrained) / WEIGHTS).read_bytes()
+    assert run(*arguments, "--force") == 0
+    assert load_probe(out).spec.name == "pooling"
 
 
 def test_what_the_system_refuses_is_one_line(

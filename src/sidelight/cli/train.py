@@ -31,6 +31,7 @@ _AUTO = "auto"
     )
 )
 @options.training
+@click.option("--force", is_flag=True, help="Replace the probe that --out holds.")
 @options.mechanisms(
     default=_AUTO,
     help="auto (chosen by the number of texts), or a comma-separated list: attention, blend, "
@@ -113,6 +114,7 @@ _AUTO = "auto"
 def train(
     inputs: options.TrainingInputs,
     out: Path,
+    force: bool,
     mechanisms: list[str],
     assignments: tuple[str, ...],
     seeds: int,
@@ -139,8 +141,10 @@ def train(
     assigned = _assignments(assignments, mechanisms)
     from sidelight.manifest import holds_probe
 
-    if holds_probe(out):
-        click.echo(f"Warning: the probe in {out} will be replaced.", err=True)
+    if holds_probe(out) and not force:
+        raise SidelightError(
+            f"{out} holds a probe. Name another folder with --out, or replace it with --force."
+        )
     # Before imports that take seconds: a wrong file or column is refused at once.
     training, validation = inputs.load()
     from sidelight.mechanisms.base import mechanism_names, mechanism_spec
