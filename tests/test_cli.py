@@ -194,7 +194,7 @@ def test_inspect_says_what_the_probe_is(trained: Path, capsys: pytest.CaptureFix
     assert run("inspect", str(trained)) == 0
     shown = capsys.readouterr().out
     assert "binary: 0, 1" in shown
-    assert re.search(r"flags\s+1\b", shown)
+    assert re.search(r"flags\s+'1'", shown)
     assert "validation" in shown
     assert run("inspect", str(trained), "--json") == 0
     assert json.loads(capsys.readouterr().out)["name"] == "probe"
@@ -344,6 +344,28 @@ def test_a_probe_is_replaced_by_force_alone(
     assert (out / WEIGHTS).read_bytes() == (Path(untrained) / WEIGHTS).read_bytes()
     assert run(*arguments, "--force") == 0
     assert load_probe(out).spec.name == "pooling"
+
+
+def test_what_the_probe_will_flag_is_said_before_the_model_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    data = labelled_rows(tmp_path / "train.jsonl", ["cat", "dog", "dog"] * 4)
+    assert run("train", "--data", data, "--out", str(tmp_path / "o"), "--model", data) == 2
+    doubt, announced, error = capsys.readouterr().err.splitlines()
+    assert "--positive dog" in doubt
+    assert announced == "Read 12 texts. The probe will flag 'cat'."
+    assert error.startswith(f"Error: Cannot load '{data}'")
+
+
+def test_a_probe_of_several_classes_says_that_it_flags_nothing(
+    model: str, untrained: str, capsys: pytest.CaptureFixture[str]
+):
+    assert run("predict", untrained, "--model", model, "a text") == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["flagged"] is False
+    assert "'intent' flags nothing: with several classes," in shown.err
+    assert run("inspect", untrained) == 0
+    assert "flags        nothing: with several classes" in capsys.readouterr().out
 
 
 def test_what_the_system_refuses_is_one_line(

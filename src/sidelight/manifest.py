@@ -167,7 +167,7 @@ def summary(manifest: Manifest) -> dict[str, str]:
     lines = {
         "name": manifest.name,
         "task": f"{manifest.task.kind}: {', '.join(manifest.task.labels)}",
-        **({"flags": manifest.task.labels[1]} if manifest.task.kind == "binary" else {}),
+        "flags": manifest.task.flags,
         "mechanism": f"{manifest.mechanism.name} ({options})"
         if options
         else manifest.mechanism.name,

@@ -43,6 +43,15 @@ class Task:
         """The number of logits: one for a binary task, else one per label."""
         return 1 if self.kind == "binary" else len(self.labels)
 
+    @property
+    def flags(self) -> str:
+        """What a verdict flags, in words: "The probe flags ..."."""
+        if self.kind == "multiclass":
+            return "nothing: with several classes, a verdict names one, and `flagged` stays false"
+        if self.kind == "multilabel":
+            return "each label that reaches its threshold"
+        return f"'{self.labels[1]}'"
+
     def decide(
         self, probe: str, probabilities: Mapping[str, float], thresholds: Mapping[str, float]
     ) -> "Verdict":

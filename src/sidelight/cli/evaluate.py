@@ -177,6 +177,9 @@ def predict(
         found = map(asdict, predict_by_vllm(classifier, items, options=runtime.engine_option))
     else:
         found = map(asdict, classifier.predict(items))
+    task = classifier.probe.task
+    if task.kind == "multiclass":
+        click.echo(f"'{classifier.probe.name}' flags {task.flags}.", err=True)
     lines = (json.dumps(verdict, ensure_ascii=False) + "\n" for verdict in found)
     if out is None:
         sys.stdout.writelines(lines)

@@ -176,6 +176,10 @@ def train(
         reads=Reads(reads or shared.reads.side, template, scope),
         calibration=calibration,
     )
+    told = [*training.warnings, *(validation.warnings if validation is not None else ())]
+    for warning in told:
+        click.echo(f"Warning: {warning}", err=True)
+    click.echo(f"Read {len(training)} texts. The probe will flag {training.task.flags}.", err=True)
     backbone = runtime.load_backbone(prompt_format=prompt_format)
     with runtime.state_source(backbone) as source:
         made = fit(
@@ -188,15 +192,13 @@ def train(
             store=lambda made: write_fit(made, out),
         )
     for warning in made.warnings:
-        click.echo(f"Warning: {warning}", err=True)
+        if warning not in told:
+            click.echo(f"Warning: {warning}", err=True)
     if as_json:
         click.echo(json.dumps(describe_fit(made), indent=2))
         return
     console().print(fit_table(made))
     click.echo(f"Best: {made.best.probe.spec.name}, seed {made.best.seed}. Saved to {out}")
-    task = made.best.probe.task
-    if task.kind == "binary":
-        click.echo(f"It flags '{task.labels[1]}'.")
     click.echo(f"Next: {_eval_command(out, inputs)}")
 
 

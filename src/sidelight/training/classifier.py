@@ -209,8 +209,9 @@ def train(
         if validation is None
         else _as_examples(validation, text=text, label=label, response=response, task=training.task)
     )
+    _tell(training.warnings)
     made = fit(backbone, training, held_out, name=name, options=options, source=source)
-    _tell(made.warnings)
+    _tell([warning for warning in made.warnings if warning not in training.warnings])
     return Classifier(backbone, made.best.probe)
 
 
