@@ -159,7 +159,8 @@ UNUSABLE = {
     "unknown label": (
         ["ham", "spma"],
         {"task": Task("binary", ("ham", "spam"))},
-        r"row 2: unknown label 'spma'\. Did you mean 'spam'\? Known: ham, spam\. .* `sidel",
+        r"row 2: unknown label 'spma'\. Did you mean 'spam'\? Known: ham, spam\. Correct the row, "
+        r"name another column with --label, or train a probe .* with `sidelight train`\.$",
     ),
     "0/1 for names": ([1, 0], {"task": Task("binary", ("ham", "spam"))}, r"unknown label '1'"),
     "name for multilabel": (["a"], {"task": Task("multilabel", ("a", "b"))}, r"Give lists"),

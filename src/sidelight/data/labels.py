@@ -107,8 +107,8 @@ def _lookup(row: Row, name: str, index: Mapping[str, int]) -> int:
     if name not in index:
         raise SidelightError(
             f"{row.place}: unknown label '{name[:60]}'.{did_you_mean(name[:60], index)} "
-            "Correct the row, or train a probe on these labels: with `sidelight train`, or in "
-            "Python on examples loaded without task=."
+            "Correct the row, name another column with --label, or train a probe on these labels "
+            "with `sidelight train`."
         )
     return index[name]
 
