@@ -11,12 +11,12 @@ import torch
 
 import killed_extraction
 from corpora import encoded
-from sidelight.backbone import load_backbone
+from sidelight.backbone import TransformersBackbone, load_backbone
 from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
 from sidelight.prompts import Message, Reads, shared_unread
 from sidelight.states.cache import ActivationCache
-from sidelight.states.extraction import BackboneSource, extract
+from sidelight.states.extraction import BackboneSource, SharedSource, extract
 from sidelight_lab.bench.training import compare_extraction
 from tiny import tiny_backbone
 
@@ -173,6 +173,69 @@ def test_an_engine_does_not_fill_the_cache_of_another(tiny, tmp_path):
     assert caches[0].directory != caches[1].directory
     with pytest.raises(SidelightError, match="would fill it"):
         extract(BackboneSource(tiny), caches[1])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """Every prompt that a backbone runs."""
+    prompts = []
+    run = TransformersBackbone.run
+
+    def counted(self, batch, **options):
+        prompts.extend(batch)
+        return run(self, batch, **options)
+
+    monkeypatch.setattr(TransformersBackbone, "run", counted)
+    return prompts
+
+
+def shared_states(source, prompts, root, shard_bytes=10**6):
+    cache = ActivationCache(
+        root, prompts, reads=Reads(), fingerprint=source.backbone.fingerprint,
+        shard_bytes=shard_bytes,
+    )  # fmt: skip
+    states = states_by_row(extract(source, cache))
+    cache.remove()
+    return states
+
+
+@pytest.mark.parametrize("shard_bytes", [5_000, 10**6])
+def test_a_shared_source_runs_each_text_once_for_all_caches(tiny, tmp_path, ran, shard_bytes):
+    source = SharedSource(tiny, tmp_path)
+    # Equal texts are one.
+    prompts = encoded(tiny, [*TEXTS, TEXTS[0]])
+    alone = states_by_row(extracted(tiny, prompts, tmp_path, Reads(), 10**6))
+    ran.clear()
+    for rows in ([0, 1, 2], [3, 1, 5], [4, 3, 2, 1, 0]):
+        states = shared_states(source, [prompts[row] for row in rows], tmp_path, shard_bytes)
+        for place, row in enumerate(rows):
+            torch.testing.assert_close(
+                states[place].float(), alone[row].float(), **ROUNDING_TO_BF16
+            )
+    assert sorted(map(prompts.index, ran)) == [0, 1, 2, 3, 4]
+
+
+def test_a_shared_source_forgets_what_has_no_room(tiny, tmp_path, ran):
+    prompts = encoded(tiny, TEXTS)
+    fingerprint = tiny.fingerprint
+    room = 2 * fingerprint.layers * fingerprint.width * max(map(len, prompts))
+    source = SharedSource(tiny, tmp_path, budget_bytes=room)
+    for text, is_known in ((0, False), (0, True), (1, False), (2, False), (0, False)):
+        ran.clear()
+        shared_states(source, prompts[text : text + 1], tmp_path)
+        assert (not ran) == is_known
+    # More than all the room: as without sharing.
+    assert len(shared_states(source, prompts, tmp_path)) == len(prompts)
+    assert source.remembers(prompts[0], Reads())
+    assert not source.remembers(prompts[2], Reads())
+
+
+def test_shared_states_end_with_their_source(tiny, tmp_path):
+    source = SharedSource(tiny, tmp_path)
+    shared_states(source, encoded(tiny, TEXTS), tmp_path)
+    assert list(tmp_path.rglob("*.safetensors"))
+    del source
     assert not list(tmp_path.iterdir())
 
 

@@ -385,7 +385,7 @@ def states_of(
 
     def read(index: int) -> Shard:
         texts = cache.read(shards[index]).texts()
-        return _joined({text_of[row]: hidden for row, hidden in texts if row in text_of})
+        return joined({text_of[row]: hidden for row, hidden in texts if row in text_of})
 
     if cache.token_bytes * sum(cache.lengths[row] for row in rows) > memory_bytes:
         chosen = [wanted[index] for index in shards]
@@ -396,11 +396,12 @@ def states_of(
         return States(cache.fingerprint, cache.reads, plan, read)
     found = dict(each for index in range(len(shards)) for each in read(index).texts())
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
-    whole = _joined({text: found[text] for text in order})
+    whole = joined({text: found[text] for text in order})
     plan = ShardPlan((tuple(order),), (int(whole.lengths.sum()),))
     return States(cache.fingerprint, cache.reads, plan, lambda _: whole)
 
 
-def _joined(texts: Mapping[int, Float[Tensor, "layer _ width"]]) -> Shard:
+def joined(texts: Mapping[int, Float[Tensor, "layer _ width"]]) -> Shard:
+    """A shard of the states of each row, in their order."""
     lengths = torch.tensor([hidden.shape[1] for hidden in texts.values()])
     return Shard(torch.cat([*texts.values()], 1), lengths, torch.tensor([*texts]))

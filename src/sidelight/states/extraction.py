@@ -1,8 +1,12 @@
 """One forward pass over each of many texts: for their hidden states, or for logits alone."""
 
-from collections.abc import Generator, Sequence
+import shutil
+import tempfile
+import weakref
+from collections.abc import Generator, Hashable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, nullcontext
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -13,10 +17,15 @@ from torch import Tensor
 from sidelight.backbone import TransformersBackbone
 from sidelight.bank import Bank
 from sidelight.errors import SidelightError
+from sidelight.probe import Probe
 from sidelight.progress import Progress, progress
-from sidelight.prompts import EncodedPrompt, shared_unread
-from sidelight.ragged import by_length
-from sidelight.states.cache import ActivationCache, Shard
+from sidelight.prompts import EncodedPrompt, Reads, shared_unread
+from sidelight.ragged import Ragged, by_length
+from sidelight.states.cache import ActivationCache, Shard, joined
+
+# More is not remembered by a ``SharedSource``.
+_SHARED_BYTES = 16 * 2**30
+_SCORED_TEXTS = 32
 
 
 @runtime_checkable
@@ -117,6 +126,120 @@ class BackboneSource:
         shared = shared_unread(cache.prompts, cache.reads) if can_share else 0
         for index in indices:
             yield index, _extract_shard(self._backbone, cache, index, shown, shared=shared)
+
+
+class SharedSource:
+    """A backbone's forward passes, over each text once, for all caches of a process.
+
+    Caches that overlap, as those of the folds of a cross-validation do, get the states of texts
+    that another has had. The states are kept on disk while this object exists.
+
+    Args:
+        backbone: Runs the texts.
+        root: The folder that gets a folder for the states.
+        budget_bytes: If all states together would take more, the older ones are forgotten.
+    """
+
+    engine = BackboneSource.engine
+
+    def __init__(
+        self, backbone: TransformersBackbone, root: Path, *, budget_bytes: int = _SHARED_BYTES
+    ):
+        self.backbone = backbone
+        self._source = BackboneSource(backbone)
+        self._budget_bytes = budget_bytes
+        root.mkdir(parents=True, exist_ok=True)
+        self._folder = Path(tempfile.mkdtemp(prefix="shared-", dir=root))
+        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        self._parts: list[ActivationCache] = []
+        # The part that a prompt's states are in, the shard, and the row.
+        self._places: dict[Hashable, tuple[int, int, int]] = {}
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest text that the backbone reads."""
+        return self._source.max_tokens
+
+    def shards(
+        self, cache: ActivationCache, indices: Sequence[int], shown: Progress
+    ) -> Generator[tuple[int, Shard]]:
+        """Runs the prompts that are new, then gives each shard."""
+        rows = {index: cache.prompt_plan.rows[index] for index in indices}
+        prompts = [cache.prompts[row] for own in rows.values() for row in own]
+        if not self._remember(prompts, cache.reads, shown):
+            yield from self._source.shards(cache, indices, shown)
+            return
+        for index, own in rows.items():
+            states = self._states([cache.prompts[row] for row in own], cache.reads)
+            yield index, joined(dict(zip(own, states, strict=True)))
+
+    def remembers(self, prompt: EncodedPrompt, reads: Reads) -> bool:
+        """Whether the states of this prompt are known."""
+        return _identity(prompt, reads) in self._places
+
+    @torch.inference_mode()
+    def logits(
+        self, probe: Probe, prompts: Sequence[EncodedPrompt]
+    ) -> Float[np.ndarray, "prompt output"]:
+        """A probe's logits of whole prompts that are remembered, without a forward pass."""
+        device = probe.standardisation.mean.device
+        projection = probe.projection().to(device)
+        found = [np.empty((0, probe.task.outputs))]
+        for start in range(0, len(prompts), _SCORED_TEXTS):
+            states = self._states(prompts[start : start + _SCORED_TEXTS], probe.reads)
+            batch = joined(dict(enumerate(states)))
+            columns = projection.layers(batch.hidden.to(device, torch.float32)).transpose(0, 1)
+            state = probe.mechanism.summarise(Ragged(columns, batch.lengths.to(device)))
+            found.append(probe.mechanism.finish(state).double().cpu().numpy())
+        return np.concatenate(found)
+
+    def _remember(self, prompts: Sequence[EncodedPrompt], reads: Reads, shown: Progress) -> bool:
+        """Runs what is new; False if all of it would take more than the budget."""
+        wanted = {_identity(prompt, reads): prompt for prompt in prompts}
+        new = {key: prompt for key, prompt in wanted.items() if key not in self._places}
+        part = self._part(new, reads)
+        if sum(map(_size, (*self._parts, part))) > self._budget_bytes:
+            new, part = wanted, self._part(wanted, reads)
+            if _size(part) > self._budget_bytes:
+                return False
+            while self._parts:
+                self._parts.pop().remove()
+            self._places.clear()
+        shown.advance(sum(map(len, prompts)) - sum(map(len, new.values())))
+        if not new:
+            return True
+        with part.filling() as missing:
+            for index, shard in self._source.shards(part, missing, shown):
+                part.write(index, shard)
+        keys = [*new]
+        for index, rows in enumerate(part.prompt_plan.rows):
+            self._places.update({keys[row]: (len(self._parts), index, row) for row in rows})
+        self._parts.append(part)
+        return True
+
+    def _part(self, prompts: Mapping[Hashable, EncodedPrompt], reads: Reads) -> ActivationCache:
+        who = self.backbone.fingerprint
+        return ActivationCache(self._folder, [*prompts.values()], reads=reads, fingerprint=who)
+
+    def _states(
+        self, prompts: Sequence[EncodedPrompt], reads: Reads
+    ) -> list[Float[Tensor, "layer _ width"]]:
+        """The states of each prompt, mapped from disk."""
+        places = [self._places[_identity(prompt, reads)] for prompt in prompts]
+        held = {
+            (part, index, row): hidden
+            for part, index in {place[:2] for place in places}
+            for row, hidden in self._parts[part].read(index).texts()
+        }
+        return [held[place] for place in places]
+
+
+def _identity(prompt: EncodedPrompt, reads: Reads) -> Hashable:
+    return prompt.token_ids, prompt.parts, reads.parts
+
+
+def _size(cache: ActivationCache) -> int:
+    return cache.token_bytes * sum(cache.lengths)
 
 
 def _extract_shard(
