@@ -25,7 +25,7 @@ import yaml
 
 from commands import saved
 from live import http_client, openai_client, served
-from sidelight.artifact import save_probe
+from sidelight.artifact import load_probe, save_probe
 from sidelight.calibration import Calibration
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.policy.rules import read_policy
@@ -142,6 +142,26 @@ async def ask_proxy_guardrail(said: dict[str, Any]) -> bool:
     except GuardrailRaisedException:
         return True
     return False
+
+
+@pytest.mark.slow
+def test_the_notebook_of_scikit_learn_ends_with_a_probe(tmp_path):
+    environment = {
+        **os.environ,
+        "SIDELIGHT_MODEL": saved(tiny_backbone(), tmp_path / "model"),
+        "SIDELIGHT_CACHE": str(tmp_path / "cache"),
+        "TMPDIR": str(tmp_path),
+    }
+    command = [sys.executable, "-W", "ignore::UserWarning", str(EXAMPLES / "scikit_learn.py")]
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.partition(":")[0] for line in lines[:2]] == ["Accuracy by fold", "Best"]
+    folder = lines[-1].removeprefix("Next: sidelight serve --probe ")
+    probe = load_probe(folder)
+    assert (probe.name, probe.task.labels) == ("manners", ("polite", "rude"))
 
 
 CADDY = shutil.which("caddy", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sidelight.explanation import Explanation
     from sidelight.probe import Probe
     from sidelight.training.classifier import Classifier, load, train
+    from sidelight.training.estimator import SidelightClassifier
     from sidelight.types import Task, Verdict
 
 __version__ = "0.1.0"
@@ -29,6 +30,7 @@ _HOMES = {
     "Classifier": "sidelight.training.classifier",
     "Explanation": "sidelight.explanation",
     "Probe": "sidelight.probe",
+    "SidelightClassifier": "sidelight.training.estimator",
     "SidelightError": "sidelight.errors",
     "Task": "sidelight.types",
     "Verdict": "sidelight.types",
@@ -43,6 +45,7 @@ __all__ = [
     "Classifier",
     "Explanation",
     "Probe",
+    "SidelightClassifier",
     "SidelightError",
     "Task",
     "Verdict",

@@ -3,10 +3,12 @@
 import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from time import monotonic
 
 _EVERY_S = 15.0
+_is_quiet = ContextVar("is_quiet", default=False)
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,16 @@ class Progress:
 
 
 @contextmanager
+def quiet() -> Generator[None]:
+    """Shows no progress inside the block."""
+    token = _is_quiet.set(True)
+    try:
+        yield
+    finally:
+        _is_quiet.reset(token)
+
+
+@contextmanager
 def progress(title: str, total: int | float, *, unit: str) -> Generator[Progress]:
     """A progress bar on a terminal; elsewhere, as in a log, a line every 15 seconds.
 
@@ -29,6 +41,9 @@ def progress(title: str, total: int | float, *, unit: str) -> Generator[Progress
         total: The amount of work, in ``unit``.
         unit: What is counted, in the plural.
     """
+    if _is_quiet.get():
+        yield Progress(lambda _: None)
+        return
     if sys.stderr.isatty():
         from tqdm import tqdm
 

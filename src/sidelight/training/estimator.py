@@ -1,0 +1,224 @@
+"""scikit-learn's face: a classifier of texts for pipelines, cross-validation and grid search."""
+
+import warnings
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Float
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_consistent_length, check_is_fitted, column_or_1d
+
+from sidelight.artifact import save_probe
+from sidelight.backbone import load_backbone
+from sidelight.calibration import CalibrationKind
+from sidelight.data.examples import LabelledExamples
+from sidelight.mechanisms.base import mechanism_names, mechanism_spec
+from sidelight.progress import quiet
+from sidelight.prompts import Reads
+from sidelight.smollm2 import cache_root
+from sidelight.states.extraction import SharedSource
+from sidelight.training.classifier import Classifier, as_example, encode, judge
+from sidelight.training.fit import fit
+from sidelight.training.settings import (
+    AUTO,
+    TRAINING_MAX_TOKENS,
+    FitOptions,
+    suggested_settings,
+)
+from sidelight.types import Task
+
+
+class SidelightClassifier(ClassifierMixin, BaseEstimator):
+    """A probe on a frozen LLM, as a scikit-learn classifier of texts.
+
+    Texts are a list, an array or a Series of strings; each is judged as a whole. In one process,
+    the LLM reads a text once to train on, however many folds and settings train on it.
+
+    Args:
+        model: The LLM: ``smollm2``, a folder, or a hub id.
+        mechanism: ``auto`` takes what suits the number of texts; else one of
+            ``mechanism_names()``.
+        learning_rate: Of the optimiser; this and the next three are the mechanism's own if None.
+        weight_decay: Of the optimiser.
+        epochs: The most.
+        batch_size: Texts per step.
+        class_weight: ``balanced`` weighs classes by inverse frequency.
+        calibration: How logits become probabilities.
+        max_tokens: Longer texts are cut for training; judging never cuts.
+        random_state: Decides initial parameters and the order of the data.
+        verbose: Whether to show progress.
+
+    Attributes:
+        classes_: The labels, sorted. The last of two is the positive class.
+        probe_: The trained probe.
+    """
+
+    def __init__(
+        self,
+        model: str | Path = "smollm2",
+        *,
+        mechanism: str = AUTO,
+        learning_rate: float | None = None,
+        weight_decay: float | None = None,
+        epochs: int | None = None,
+        batch_size: int | None = None,
+        class_weight: Literal["balanced"] | None = None,
+        calibration: CalibrationKind = "platt",
+        max_tokens: int = TRAINING_MAX_TOKENS,
+        random_state: int = 0,
+        verbose: bool = False,
+    ):
+        self.model = model
+        self.mechanism = mechanism
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.epochs = epochs
+        self.batch_size = batch_size
+        self.class_weight = class_weight
+        self.calibration: CalibrationKind = calibration
+        self.max_tokens = max_tokens
+        self.random_state = random_state
+        self.verbose = verbose
+
+    def __sklearn_tags__(self) -> Any:
+        """What scikit-learn should know: the input is a list of strings."""
+        tags = super().__sklearn_tags__()
+        tags.input_tags.two_d_array = False
+        tags.input_tags.one_d_array = tags.input_tags.string = True
+        return tags
+
+    # scikit-learn's names of the arguments.
+    def fit(self, X: Any, y: Any) -> "SidelightClassifier":  # noqa: N803
+        """Trains a probe; doubts about the data come as warnings.
+
+        Args:
+            X: The texts.
+            y: Their labels, of two or more classes.
+
+        Raises:
+            ValueError: The texts or the labels have another form.
+            SidelightError: The model or the settings cannot be used.
+        """
+        items = [as_example(text) for text in _texts(X)]
+        labels = column_or_1d(y)
+        check_consistent_length(items, labels)
+        check_classification_targets(labels)
+        self.classes_, numbers = np.unique(labels, return_inverse=True)
+        if len(self.classes_) < 2:
+            raise ValueError(
+                f"Got one class ({self.classes_[0]}), wanted two or more. Add texts of another."
+            )
+        task = Task(
+            "binary" if len(self.classes_) == 2 else "multiclass",
+            tuple(str(label) for label in self.classes_),
+        )
+        examples = LabelledExamples(
+            tuple(items), ({},) * len(items), task=task, labels=numbers.astype(np.int64)
+        )
+        shared = _shared(str(self.model))
+        with nullcontext() if self.verbose else quiet():
+            made = fit(
+                shared.backbone,
+                examples,
+                None,
+                name="probe",
+                options=self._options(),
+                source=shared,
+            )
+        for sentence in made.warnings:
+            warnings.warn(sentence, stacklevel=2)
+        self.probe_ = made.best.probe
+        return self
+
+    def predict_proba(self, X: Any) -> Float[np.ndarray, "text class"]:  # noqa: N803
+        """The calibrated probability of each class, in the order of ``classes_``.
+
+        Raises:
+            ValueError: These are no texts.
+            SidelightError: A text is longer than the model reads, or the model is another one.
+        """
+        check_is_fitted(self)
+        examples = [as_example(text) for text in _texts(X)]
+        shared, probe = _shared(str(self.model)), self.probe_
+        probe.fingerprint.require(shared.backbone.fingerprint, probe=probe.name)
+        prompts = encode(shared.backbone, examples)
+        is_known = np.array([shared.remembers(prompt, probe.reads) for prompt in prompts])
+        known, new = np.flatnonzero(is_known), np.flatnonzero(~is_known)
+        logits = np.empty((len(prompts), probe.task.outputs))
+        logits[known] = shared.logits(probe, [prompts[text] for text in known])
+        if len(new):
+            with nullcontext() if self.verbose else quiet():
+                logits[new] = judge(shared.backbone, [probe], [examples[text] for text in new])[0]
+        probabilities = probe.calibration.apply(logits)
+        if probe.task.kind == "binary":
+            return np.column_stack([1 - probabilities, probabilities])
+        return probabilities
+
+    def predict(self, X: Any) -> np.ndarray:  # noqa: N803
+        """The most probable class of each text, whatever the probe's threshold."""
+        probabilities = self.predict_proba(X)
+        return self.classes_[probabilities.argmax(axis=1)]
+
+    @property
+    def classifier_(self) -> Classifier:
+        """The probe on its model: verdicts with the probe's threshold."""
+        check_is_fitted(self)
+        return Classifier(_shared(str(self.model)).backbone, self.probe_)
+
+    def save(self, directory: str | Path) -> Path:
+        """Writes the probe as an artifact, to serve or to load with ``sidelight.load``.
+
+        The folder's name is the probe's.
+        """
+        check_is_fitted(self)
+        folder = Path(directory)
+        return save_probe(replace(self.probe_, name=folder.resolve().name), folder)
+
+    def _options(self) -> FitOptions:
+        is_automatic = self.mechanism == AUTO
+        given = {
+            "learning_rate": self.learning_rate,
+            "weight_decay": self.weight_decay,
+            "epochs": self.epochs,
+            "batch_size": self.batch_size,
+            "class_weight": self.class_weight,
+        }
+        chosen = {setting: value for setting, value in given.items() if value is not None}
+        return FitOptions(
+            mechanisms=None if is_automatic else (mechanism_spec(self.mechanism),),
+            seeds=(self.random_state,),
+            settings={
+                name: suggested_settings(name).changed(**chosen)
+                for name in (mechanism_names() if is_automatic else (self.mechanism,))
+            },
+            # Texts that are packed as turns would differ from fold to fold.
+            reads=Reads(scope="conversation"),
+            calibration=self.calibration,
+            max_tokens=self.max_tokens,
+        )
+
+
+# One, since a second LLM would double the memory.
+@lru_cache(maxsize=1)
+def _shared(model: str) -> SharedSource:
+    """A model and the states that all classifiers of this process have of it."""
+    return SharedSource(load_backbone(model), cache_root() / "activations")
+
+
+def _texts(given: Any) -> Sequence[str]:
+    """The texts of a list, an array or a Series."""
+    texts = np.asarray(given, dtype=object)
+    if texts.ndim != 1 or not len(texts):
+        raise ValueError(
+            f"Got texts of the shape {texts.shape}, wanted a list of one or more strings."
+        )
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"Text {number + 1} is {text!r:.80}, wanted a string.")
+    return texts.tolist()
