@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from transformers import AutoModelForSequenceClassification, LlamaConfig, pipeline
 
 import sidelight
 from commands import saved
@@ -19,7 +20,7 @@ from sidelight.training.dataset import shared_texts
 from sidelight.training.fit import fit
 from sidelight.training.runs import assess
 from sidelight.training.settings import FitOptions, TrainingSettings
-from tiny import untrained_probe
+from tiny import SIZES, untrained_probe
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_cache")]
 QUICK = {
@@ -194,6 +195,34 @@ def test_a_probe_of_the_response_is_trained_and_asked_with_responses(tiny):
     assert low != high
     with pytest.raises(VerdictError, match="no token that the probe reads"):
         classifier.predict(["question"])
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_a_call_gives_what_a_pipeline_of_transformers_gives(tiny, fits, tmp_path, kind):
+    probe = fits[kind].best.probe
+    classifier, labels = Classifier(tiny, probe), probe.task.labels
+    config = LlamaConfig(**SIZES, num_labels=len(labels), id2label=dict(enumerate(labels)))
+    model = AutoModelForSequenceClassification.from_config(config)
+    reference = pipeline("text-classification", model=model, tokenizer=tiny.tokenizer)
+    texts = ["tabX", "tcbZ", "tde"]
+    for given in (texts[0], texts[:1], texts):
+        for options in ({}, {"top_k": 1}, {"top_k": 2}, {"top_k": None}):
+            ours, theirs = classifier(given, **options), reference(given, **options)
+            assert shape_of(ours) == shape_of(theirs), (given, options)
+    verdicts = classifier.predict(texts)
+    for verdict, best, ranked in zip(
+        verdicts, classifier(texts), classifier(texts, top_k=None), strict=True
+    ):
+        assert {entry["label"]: entry["score"] for entry in ranked} == verdict.probabilities
+        assert ranked == sorted(ranked, key=lambda entry: -entry["score"])
+        assert best == ranked[0]
+
+
+def shape_of(answer):
+    """The lists of an answer, and the keys and types of its dictionaries."""
+    if isinstance(answer, list):
+        return [shape_of(part) for part in answer]
+    return {key: type(value) for key, value in answer.items()}
 
 
 def test_no_text_gives_no_verdict(tiny, fits):
