@@ -203,8 +203,8 @@ def marked(example: "Example", explanation: "Explanation") -> "Text":
     said = explanation.to_dict()
     texts = [turn.content for turn in _turns(example)]
     tokens = sorted(said["tokens"], key=lambda token: -abs(token["share"]))
-    numbered: Iterable[tuple[int, float]] = enumerate(said["layers"])
-    layers = sorted(numbered, key=lambda layer: -abs(layer[1]))
+    of_layers: list[float] = said["layers"]
+    layers = sorted(enumerate(of_layers), key=lambda layer: -abs(layer[1]))
     total = sum(token["share"] for token in tokens)
     words = [
         f"{texts[t['message']][t['start'] : t['end']]!r} {t['share']:+.2f}"
