@@ -20,6 +20,7 @@ from sidelight.data.loading import load_examples
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import ContextLengthError, SidelightError
 from sidelight.hub import push
+from sidelight.manifest import CARD, add_to_card
 from sidelight.policy.rules import Policy, Rule
 from sidelight.prompts import Message, Reads
 from sidelight.redteam.attacks import ATTACKS, SEARCH, Attack, Markup, Surroundings, attack_names
