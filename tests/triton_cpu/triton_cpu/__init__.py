@@ -6,8 +6,9 @@ Kernels run in Triton's interpreter (``TRITON_INTERPRET=1``). The tests put this
 from typing import Any
 
 import numpy as np
+from triton._C.libtriton import interpreter
 
-_nanargmax = np.nanargmax
+_nanargmax, _store = np.nanargmax, interpreter.store
 
 
 def _of_any_row(values: Any, **options: Any) -> Any:
@@ -18,5 +19,11 @@ def _of_any_row(values: Any, **options: Any) -> Any:
         return np.argmax(np.where(np.isnan(values), -np.inf, values), **options)
 
 
-# The interpreter looks it up by this name.
+def _store_masked(pointers: Any, values: Any, mask: Any) -> None:
+    """A GPU takes a mask of integers, as vLLM 0.33 has in the warm-up of compiled models."""
+    _store(pointers, values, mask.astype(bool))
+
+
+# The interpreter looks them up by these names.
 np.nanargmax = _of_any_row
+interpreter.store = _store_masked
