@@ -22,6 +22,11 @@ def inverse_rms(hidden: Float[Tensor, "*token width"]) -> Float[Tensor, "*token 
     return torch.where(inverse > 0, inverse, torch.nan)
 
 
+def normalised(hidden: Float[Tensor, "token width"]) -> Float[Tensor, "token width"]:
+    """With a root mean square of 1, rounded again."""
+    return (hidden.float() * inverse_rms(hidden)).to(hidden.dtype)
+
+
 @dataclass(frozen=True)
 class Projection:
     """A map of each layer's hidden states to a few columns.
@@ -95,7 +100,8 @@ class Projection:
         """The columns of all layers' states."""
         if self.is_normalised is None:
             return torch.baddbmm(self.shift[:, None], hidden, self.weight)
-        factor = torch.where(self.is_normalised, inverse_rms(hidden), 1).to(hidden.dtype)
+        inverse = torch.stack([inverse_rms(layer) for layer in hidden])
+        factor = torch.where(self.is_normalised, inverse, 1).to(hidden.dtype)
         return torch.bmm(hidden, self.weight) * factor + self.shift[:, None]
 
 
@@ -143,7 +149,8 @@ class Standardisation:
     @staticmethod
     def measured(hidden: Float[Tensor, "layer token width"]) -> "Standardisation":
         """From the mean and standard deviation over tokens; constant dimensions keep scale 1."""
-        scale, mean = torch.std_mean(hidden.float(), dim=1)
+        moments = [torch.std_mean(layer.float(), dim=0) for layer in hidden]
+        scale, mean = (torch.stack(own) for own in zip(*moments, strict=True))
         return Standardisation(mean, torch.where(scale > 1e-6, scale, 1.0))
 
     def weighted(self, weights: Float[Tensor, " layer"]) -> "Standardisation":

@@ -29,7 +29,7 @@ from sidelight.errors import SidelightError
 from sidelight.fingerprint import Fingerprint
 from sidelight.prompts import EncodedPrompt, Reads, piece_lengths
 from sidelight.ragged import Ragged
-from sidelight.standardisation import inverse_rms
+from sidelight.standardisation import normalised
 from sidelight.storage import FolderLock, sync, write_json
 
 FORMAT_VERSION = 1
@@ -83,20 +83,21 @@ class Shard:
         for index in torch.randperm(len(parts), generator=shuffle).tolist():
             yield parts[index]
 
-    def normalised(self) -> "Shard":
-        """With states of a root mean square of 1, rounded again; a copy."""
-        scaled = [(layer.float() * inverse_rms(layer)).to(layer.dtype) for layer in self.hidden]
-        return Shard(torch.stack(scaled), self.lengths, self.rows)
+    def pooled(self, *, is_normalised: bool = False) -> "Pooled":
+        """Two vectors for each text, in the order of the texts; float32.
 
-    def pooled(self) -> "Pooled":
-        """Two vectors for each text, in the order of the texts; float32."""
-        # Layer by layer: a shard in float32 would not fit beside itself.
-        sums = [Ragged(layer.float(), self.lengths).sums() for layer in self.hidden]
+        Args:
+            is_normalised: Whether the states are divided by their root mean square first.
+        """
         ends = self.lengths.cumsum(0) - 1
-        return Pooled(
-            torch.stack(sums, 1) / self.lengths[:, None, None],
-            self.hidden[:, ends].transpose(0, 1).float(),
-        )
+        means: list[Tensor] = []
+        lasts: list[Tensor] = []
+        # Layer by layer: a shard in float32 would not fit beside itself.
+        for layer in self.hidden:
+            states = (normalised(layer) if is_normalised else layer).float()
+            means.append(Ragged(states, self.lengths).sums() / self.lengths[:, None])
+            lasts.append(states[ends])
+        return Pooled(torch.stack(means, 1), torch.stack(lasts, 1))
 
 
 @dataclass(frozen=True)

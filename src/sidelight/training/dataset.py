@@ -106,7 +106,7 @@ class Split:
             means, lasts = torch.empty(shape), torch.empty(shape, dtype=torch.bfloat16)
             with progress("Pooling", shape[0], unit="texts") as shown:
                 for shard in map(self.states.read, range(len(self.states))):
-                    own = (shard.normalised() if is_normalised else shard).pooled()
+                    own = shard.pooled(is_normalised=is_normalised)
                     means[shard.rows], lasts[shard.rows] = own.means, own.lasts.bfloat16()
                     shown.advance(len(shard.rows))
             write_tensors({"means": means, "lasts": lasts}, path)

@@ -23,7 +23,13 @@ from sidelight.metrics import score_counts
 from sidelight.probe import Probe
 from sidelight.states.extraction import StateSource
 from sidelight.training.dataset import FOLDS, Folds, ProbeDataset, Split, prepare
-from sidelight.training.loop import Trained, divergence, train_mechanisms, with_strengths
+from sidelight.training.loop import (
+    Trained,
+    divergence,
+    train_folds,
+    train_mechanisms,
+    with_strengths,
+)
 from sidelight.training.optimisation import validation_score
 from sidelight.training.settings import FitOptions, Job
 from sidelight.training.tfidf import fit_tfidf
@@ -284,17 +290,16 @@ def cross_fit(jobs: Sequence[Job], whole: ProbeDataset, folds: Folds) -> list[Tr
     that of each fold too: what calibrates is shrunk like the probe.
     """
     jobs = with_strengths(jobs, whole.training, folds)
-    scored = score_by_folds(jobs, whole, folds)
-    final = train_mechanisms(
+    none_left_out = np.array([], dtype=np.int64)
+    *parts, final = train_folds(
         jobs,
         training=whole.training,
-        validation=None,
+        left_out=(*folds, none_left_out),
         device=whole.backbone.device,
-        title="Training on all texts",
     )
     return [
         None if one is None or logits is None else replace(one, logits=logits)
-        for one, logits in zip(final, scored, strict=True)
+        for one, logits in zip(final, _left_out_logits(parts, whole, folds), strict=True)
     ]
 
 
@@ -305,24 +310,21 @@ def score_by_folds(
 
     None for a job that diverged.
     """
-    rows, texts = len(whole.training), len(whole.originals)
-    logits = [np.empty((rows, whole.task.outputs)) for _ in jobs]
-    diverged: set[int] = set()
-    for index, fold in enumerate(folds, 1):
-        trained = train_mechanisms(
-            jobs,
-            training=whole.training.without(fold),
-            validation=None,
-            to_score=whole.training.select(fold),
-            device=whole.backbone.device,
-            title=f"Training, fold {index} of {len(folds)}",
-        )
-        for job, one in enumerate(trained):
-            if one is None:
-                diverged.add(job)
-            else:
-                logits[job][fold] = one.logits
-    return [None if job in diverged else own[:texts] for job, own in enumerate(logits)]
+    parts = train_folds(jobs, training=whole.training, left_out=folds, device=whole.backbone.device)
+    return _left_out_logits(parts, whole, folds)
+
+
+def _left_out_logits(
+    parts: Sequence[Sequence[Trained | None]], whole: ProbeDataset, folds: Folds
+) -> list[Float[np.ndarray, "text output"] | None]:
+    """For each job the logits of its folds, text by text."""
+    found: list[np.ndarray | None] = []
+    for of_job in zip(*parts, strict=True):
+        logits = np.empty((len(whole.training), whole.task.outputs))
+        for fold, one in zip(folds, of_job, strict=True):
+            logits[fold] = np.nan if one is None else one.logits
+        found.append(None if None in of_job else logits[: len(whole.originals)])
+    return found
 
 
 def _baseline(dataset: ProbeDataset) -> Report:

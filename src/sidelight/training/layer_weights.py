@@ -38,8 +38,7 @@ def pooled_sample(
     rows: list[Tensor] = []
     for index in range(len(states)):
         shard = states.read(index)
-        shard = shard.normalised() if is_normalised else shard
-        parts.append(shard.pooled())
+        parts.append(shard.pooled(is_normalised=is_normalised))
         rows.append(shard.rows)
         if sum(map(len, rows)) >= TEXTS:
             break
@@ -59,7 +58,7 @@ def layer_weights(pooled: Pooled, labels: np.ndarray, *, task: Task) -> Float[Te
     worths = torch.zeros(pooled.means.shape[1], dtype=torch.float64)
     for vectors in (pooled.means, pooled.lasts):
         for layer in range(len(worths)):
-            worth = _worth(vectors[:TEXTS, layer].double(), target)
+            worth = _worth(vectors[:TEXTS, layer], target)
             worths[layer] = max(float(worths[layer]), worth)
     weights = relative_weights(worths)
     return (weights / weights.square().mean().sqrt()).float()
@@ -107,7 +106,9 @@ def _left_out_error(
     kernel: Float[Tensor, "text text"], target: Float[Tensor, "text output"]
 ) -> float:
     """Squared error of predicting each text from the others, with the best ridge strength."""
-    values, vectors = torch.linalg.eigh(kernel)
+    # The ridge is a hundredth of the mean eigenvalue or more, so float32 is enough; it is faster.
+    values, vectors = torch.linalg.eigh(kernel.float())
+    target = target.float()
     turned = vectors.T @ target
     errors: list[float] = []
     for strength in _STRENGTHS:

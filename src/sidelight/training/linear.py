@@ -43,7 +43,8 @@ _LANDMARKS = 2048
 _JUDGES, _JUDGES_OF_A_CLASS = 300, 4
 _FOLDS = 5
 _ITERATIONS = 300
-_TOLERANCE = 1e-5
+# Of the solution, and of those that are only compared.
+_TOLERANCE, _PATH_TOLERANCE = 1e-5, 1e-4
 # Of a kernel in float32: smaller eigenvalues are rounding.
 _LEAST_EIGENVALUE = 1e-6
 # Texts that are added to each side of a label that all texts of a part have, or none.
@@ -140,7 +141,7 @@ def _worths(
     worths = torch.zeros(len(views), len(views[0].inverse), dtype=torch.float64)
     for view, own in zip(views, worths, strict=True):
         for layer in range(len(own)):
-            features = view.layer(layer)[texts].double()
+            features = view.layer(layer, texts)
             if target.any() and features.any():
                 own[layer] = max(0.0, kernel_worth(features @ features.T, target))
     return worths
@@ -171,8 +172,10 @@ class _View:
         """With each layer's kernel multiplied by its weight."""
         return replace(self, inverse=self.inverse * weights.float().sqrt()[:, None])
 
-    def layer(self, layer: int) -> Float[Tensor, "text width"]:
-        return (self.vectors[:, layer] - self.center[layer]) * self.inverse[layer]
+    def layer(
+        self, layer: int, texts: Int[Tensor, " text"] | slice = slice(None)
+    ) -> Float[Tensor, "text width"]:
+        return (self.vectors[texts, layer] - self.center[layer]) * self.inverse[layer]
 
     def kernel(self, landmarks: Int[Tensor, " landmark"]) -> Float[Tensor, "text landmark"]:
         """Each text's product with each landmark, over all layers."""
@@ -187,7 +190,7 @@ class _View:
     ) -> Float[Tensor, "layer width output"]:
         """The weights of the vectors as they are."""
         layers = range(self.vectors.shape[1])
-        own = [self.layer(layer)[landmarks].T @ dual.float() for layer in layers]
+        own = [self.layer(layer, landmarks).T @ dual.float() for layer in layers]
         return torch.stack(own) * self.inverse[..., None]
 
 
@@ -203,7 +206,9 @@ def _path(
     rest = [np.setdiff1d(np.arange(len(labels)), fold) for fold in folds]
     covered = np.concatenate(folds)
     losses: dict[float, float] = {}
-    regressions = [_Regression(task, STRENGTHS[0], balanced=balanced) for _ in folds]
+    regressions = [
+        _Regression(task, STRENGTHS[0], balanced=balanced, tolerance=_PATH_TOLERANCE) for _ in folds
+    ]
     for strength in STRENGTHS:
         logits = np.empty((len(labels), task.outputs))
         for regression, fold, others in zip(regressions, folds, rest, strict=True):
@@ -220,13 +225,15 @@ def _path(
 class _Regression:
     """A logistic regression of a task; one for each label of a multi-label task."""
 
-    def __init__(self, task: Task, strength: float, *, balanced: bool):
+    def __init__(
+        self, task: Task, strength: float, *, balanced: bool, tolerance: float = _TOLERANCE
+    ):
         self.task = task
         self.strength = strength
         self._models: list[Any] = [
             LogisticRegression(
                 class_weight="balanced" if balanced else None,
-                tol=_TOLERANCE,
+                tol=tolerance,
                 max_iter=_ITERATIONS,
                 warm_start=True,
             )

@@ -1,7 +1,7 @@
 """Trains many mechanisms from one cache: each shard that is read updates all of them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,8 +13,8 @@ from sidelight.mechanisms.base import Geometry, Mechanism
 from sidelight.mechanisms.linear import Linear
 from sidelight.progress import Progress, progress
 from sidelight.ragged import Ragged
-from sidelight.standardisation import Projection, Standardisation
-from sidelight.states.cache import Shard, States
+from sidelight.standardisation import Projection, Standardisation, normalised
+from sidelight.states.cache import Pooled, Shard, States
 from sidelight.training.dataset import Folds, Split
 from sidelight.training.layer_weights import layer_weights, pooled_sample
 from sidelight.training.linear import LinearSolution, solve_linear, strength_folds
@@ -24,6 +24,9 @@ from sidelight.training.settings import Job, TrainingSettings, require_labels_of
 _VALIDATION_BATCH = 128
 # Enough tokens to know a mean to about a hundredth of a standard deviation.
 _MOMENT_TOKENS = 8192
+# Of one matmul while training, so that many runs with many classes do not fill the memory.
+_MOST_COLUMNS = 256
+_NOTHING = np.array([], dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -70,17 +73,36 @@ def train_mechanisms(
         The results in the order of the jobs; None for a job whose numbers are no longer finite.
     """
     trainer = _Trainer(jobs, training, validation, torch.device(device))
-    trainer.solve()
-    trained = [run.job.settings.epochs for run in trainer.runs if not run.has_finished]
-    epochs, tokens = max(trained, default=0), sum(trainer.states.plan.tokens)
-    with progress(title, epochs * tokens, unit="tokens") as shown:
-        for epoch in range(epochs):
-            active = [run for run in trainer.runs if not (run.has_finished or run.has_diverged)]
-            if not active:
-                break
-            trainer.train_epoch(active, epoch, shown)
-            trainer.end_epoch(active)
+    trainer.train(title)
     return trainer.results(to_score)
+
+
+def train_folds(
+    jobs: Sequence[Job],
+    *,
+    training: Split,
+    left_out: Folds,
+    device: torch.device | str = "cpu",
+    title: str = "Training",
+) -> list[list[Trained | None]]:
+    """Trains each job on all texts but those of a part, for each part, side by side from one read.
+
+    Every epoch is trained. A part's logits are those of the texts that it leaves out.
+
+    Args:
+        jobs: What to train.
+        training: The texts.
+        left_out: Indices of the texts of each part; an empty one leaves out none.
+        device: Where to train.
+        title: Of the progress bar.
+
+    Returns:
+        For each part what ``train_mechanisms`` gives.
+    """
+    trainer = _Trainer(jobs, training, None, torch.device(device), left_out)
+    trainer.train(title)
+    found = trainer.results_of_parts()
+    return [found[start : start + len(jobs)] for start in range(0, len(found), len(jobs))]
 
 
 def divergence(job: Job) -> SidelightError:
@@ -125,6 +147,7 @@ class _Trainer:
         training: Split,
         validation: Split | None,
         device: torch.device,
+        left_out: Folds = (_NOTHING,),
     ):
         self.states = training.own_states()
         self._training = training
@@ -136,22 +159,31 @@ class _Trainer:
         fingerprint = self.states.fingerprint
         geometry = Geometry(fingerprint.layers, fingerprint.width, task.outputs)
         self._raw = Standardisation.identity(geometry)
-        self._scalings: dict[tuple[bool, bool, bool], Standardisation] = {}
+        self._left_out = left_out
+        self._trains_on = [torch.ones(len(training), dtype=torch.bool) for _ in left_out]
+        for kept, part in zip(self._trains_on, left_out, strict=True):
+            kept[part] = False
+        self._moments: dict[bool, Standardisation] = {}
+        self._samples: dict[bool, tuple[Pooled, Tensor]] = {}
+        self._scalings: dict[tuple[bool, bool, int | None], Standardisation] = {}
         if any(job.settings.long_inputs for job in jobs):
             require_labels_of_parts(task)
         is_response = self.states.reads.side == "response"
         self.runs: list[TrainingRun] = []
-        for job in jobs:
-            settings = job.settings.fitted_to(len(training.labels), task)
-            run = TrainingRun(
-                replace(job, settings=settings),
-                geometry,
-                steps=self._steps_per_epoch(settings.batch_size),
-                loss=make_loss(task, self._labels, balanced=settings.class_weight == "balanced"),
-                reads_beginnings=settings.beginnings and is_response,
-                device=device,
-            )
-            self.runs.append(run)
+        for part, kept in enumerate(self._trains_on):
+            labels = torch.from_numpy(training.labels)[kept].to(device)
+            for job in jobs:
+                settings = job.settings.fitted_to(len(training.labels), task)
+                run = TrainingRun(
+                    replace(job, settings=settings),
+                    geometry,
+                    steps=self._steps_per_epoch(settings.batch_size),
+                    loss=make_loss(task, labels, balanced=settings.class_weight == "balanced"),
+                    reads_beginnings=settings.beginnings and is_response,
+                    part=part,
+                    device=device,
+                )
+                self.runs.append(run)
 
     def _steps_per_epoch(self, batch_size: int) -> int:
         """An upper bound of the steps in an epoch."""
@@ -160,34 +192,57 @@ class _Trainer:
         whole = sum(math.ceil(size / batch_size) + 1 for size in sizes if size >= batch_size)
         return whole + math.ceil(sum(size for size in sizes if size < batch_size) / batch_size)
 
-    def _scaling(self, job: Job) -> Standardisation:
-        is_weighted = job.settings.layer_weights == "predictive"
-        normalise = bool(job.settings.normalise)
-        key = (job.standardise, normalise, job.standardise and is_weighted)
+    def _scaling(self, run: TrainingRun) -> Standardisation:
+        job, normalise = run.job, bool(run.job.settings.normalise)
+        is_weighted = job.standardise and job.settings.layer_weights == "predictive"
+        key = (job.standardise, normalise, run.part if is_weighted else None)
         if key not in self._scalings:
             self._scalings[key] = self._measure(*key).to(self._device)
         return self._scalings[key]
 
-    def _measure(self, standardise: bool, normalise: bool, is_weighted: bool) -> Standardisation:
+    def _measure(self, standardise: bool, normalise: bool, part: int | None) -> Standardisation:
+        """How states are scaled; with layer weights that the texts outside a part decide."""
         if not standardise:
             return replace(self._raw, is_normalised=normalise)
-        measured = measure_standardisation(self.states, is_normalised=normalise)
-        if not is_weighted:
+        if normalise not in self._moments:
+            found = measure_standardisation(self.states, is_normalised=normalise)
+            self._moments[normalise] = found
+        measured = self._moments[normalise]
+        if part is None:
             return measured
-        pooled, rows = pooled_sample(self.states, is_normalised=normalise)
-        labels = self._training.labels[rows.numpy()]
-        return measured.weighted(layer_weights(pooled, labels, task=self._task))
+        if normalise not in self._samples:
+            self._samples[normalise] = pooled_sample(self.states, is_normalised=normalise)
+        pooled, rows = self._samples[normalise]
+        kept = self._trains_on[part][rows]
+        own = Pooled(pooled.means[kept], pooled.lasts[kept])
+        labels = self._training.labels[rows[kept].numpy()]
+        return measured.weighted(layer_weights(own, labels, task=self._task))
 
-    def solve(self) -> None:
+    def train(self, title: str) -> None:
+        """Solves or trains every run."""
+        self._solve()
+        trained = [run.job.settings.epochs for run in self.runs if not run.has_finished]
+        epochs, tokens = max(trained, default=0), sum(self.states.plan.tokens)
+        with progress(title, epochs * tokens, unit="tokens") as shown:
+            for epoch in range(epochs):
+                active = [run for run in self.runs if not (run.has_finished or run.has_diverged)]
+                if not active:
+                    break
+                self._train_epoch(active, epoch, shown)
+                self._end_epoch(active)
+
+    def _solve(self) -> None:
         """Gives the linear mechanisms their optimum, which needs no epoch."""
         for run in self.runs:
             if isinstance(run.mechanism, Linear):
-                solution = _solution(self._training, run.job.settings)
-                run.settle(solution.standardised(self._scaling(run.job)))
+                part = self._left_out[run.part]
+                texts = self._training.without(part) if len(part) else self._training
+                solution = _solution(texts, run.job.settings)
+                run.settle(solution.standardised(self._scaling(run)))
                 settings = replace(run.job.settings, strength=solution.strength)
                 run.job = replace(run.job, settings=settings)
 
-    def train_epoch(self, runs: Sequence[TrainingRun], epoch: int, shown: Progress) -> None:
+    def _train_epoch(self, runs: Sequence[TrainingRun], epoch: int, shown: Progress) -> None:
         # Runs that see the same texts in the same order share each batch.
         groups: dict[tuple[int, int], list[TrainingRun]] = {}
         for run in runs:
@@ -207,12 +262,38 @@ class _Trainer:
 
     def _train_batch(self, runs: Sequence[TrainingRun], batch: Shard, share: float) -> None:
         labels = self._labels[batch.rows]
-        parts = self._project(batch, runs, dtype=torch.bfloat16)
-        losses = [run.loss(part, labels) for run, part in zip(runs, parts, strict=True)]
-        # Parameters are disjoint, so the sum's gradient is each run's own.
-        (torch.stack(losses).sum() * share).backward()
+        # A part of a shard is a strided view, and its gradients would take half as long again.
+        batch = replace(batch, hidden=batch.hidden.contiguous())
+        for group in self._projected_together(runs):
+            losses: list[Tensor] = []
+            projected = self._project(batch, group, dtype=torch.bfloat16)
+            for run, tokens in zip(group, projected, strict=True):
+                kept = self._trains_on[run.part][batch.rows]
+                if kept.all():
+                    losses.append(run.loss(tokens, labels))
+                elif kept.any():
+                    texts = kept.nonzero()[:, 0].to(self._device)
+                    losses.append(run.loss(tokens.chosen(texts), labels[texts]))
+            if losses:
+                # Parameters are disjoint, so the sum's gradient is each run's own.
+                (torch.stack(losses).sum() * share).backward()
         for run in runs:
-            run.take(share)
+            if self._trains_on[run.part][batch.rows].any():
+                run.take(share)
+
+    def _projected_together(self, runs: Sequence[TrainingRun]) -> Iterator[list[TrainingRun]]:
+        """The runs in groups of up to so many columns; a run with more is alone."""
+        group: list[TrainingRun] = []
+        columns = 0
+        for run in runs:
+            own = run.mechanism.columns().shape[2]
+            if group and columns + own > _MOST_COLUMNS:
+                yield group
+                group, columns = [], 0
+            group.append(run)
+            columns += own
+        if group:
+            yield group
 
     def _project(
         self, batch: Shard, runs: Sequence[TrainingRun], *, dtype: torch.dtype
@@ -222,8 +303,8 @@ class _Trainer:
         One matmul a layer, or two if some runs read normalised states and others do not: a run is
         rounded the same whoever runs beside it.
         """
-        folded = [self._scaling(run.job).fold(run.mechanism.columns(), dtype=dtype) for run in runs]
-        hidden, lengths = batch.hidden.to(self._device, dtype), batch.lengths.to(self._device)
+        folded = [self._scaling(run).fold(run.mechanism.columns(), dtype=dtype) for run in runs]
+        hidden, lengths = batch.hidden.to(self._device), batch.lengths.to(self._device)
         columns: dict[int, Tensor] = {}
         for normalise in (False, True):
             members = [i for i, run in enumerate(runs) if run.job.settings.normalise == normalise]
@@ -231,12 +312,18 @@ class _Trainer:
                 continue
             joined = Projection.joined([folded[i] for i in members])
             # Rounded like the states; calibration, fitted in float32, absorbs what that moves.
-            projected = replace(joined, shift=joined.shift.to(dtype)).layers(hidden)
+            joined = replace(joined, shift=joined.shift.to(dtype))
+            if hidden.dtype == dtype:
+                projected = joined.layers(hidden)
+            else:
+                # A copy of all layers in another dtype costs more than the matmuls.
+                layers = enumerate(hidden)
+                projected = torch.stack([joined.layer(i, one.to(dtype)) for i, one in layers])
             widths = [folded[i].weight.shape[2] for i in members]
             columns.update(zip(members, projected.transpose(0, 1).split(widths, 2), strict=True))
         return [Ragged(columns[i], lengths) for i in range(len(runs))]
 
-    def end_epoch(self, runs: Sequence[TrainingRun]) -> None:
+    def _end_epoch(self, runs: Sequence[TrainingRun]) -> None:
         if self._validation is None or self._validation_states is None:
             for run in runs:
                 run.end_epoch(None)
@@ -250,40 +337,74 @@ class _Trainer:
 
     @torch.inference_mode()
     def _score(
-        self, runs: Sequence[TrainingRun], states: States, *, dtype: torch.dtype
+        self,
+        runs: Sequence[TrainingRun],
+        states: States,
+        *,
+        dtype: torch.dtype,
+        left_out: bool = False,
     ) -> list[np.ndarray]:
-        """The logits of every text, ``[text, output]``, for each run."""
+        """The logits of every text, ``[text, output]``, for each run.
+
+        Args:
+            runs: What scores.
+            states: The texts.
+            dtype: Of the matmuls.
+            left_out: Whether the texts are the training texts, of which a run scores only those
+                that it left out; the others keep 0.
+        """
         shape = (sum(map(len, states.plan.rows)), self._task.outputs)
-        scores = [np.empty(shape) for _ in runs]
+        scores = [np.zeros(shape) for _ in runs]
+        found = dict(zip(runs, scores, strict=True))
         for index in range(len(states)):
             shuffle = torch.Generator().manual_seed(0)
             for batch in states.read(index).batches(size=_VALIDATION_BATCH, shuffle=shuffle):
-                parts = self._project(batch, runs, dtype=dtype)
-                for run, own, part in zip(runs, scores, parts, strict=True):
-                    own[batch.rows] = run.logits(part).cpu().numpy()
+                for group in self._projected_together(runs):
+                    projected = self._project(batch, group, dtype=dtype)
+                    for run, tokens in zip(group, projected, strict=True):
+                        rows = batch.rows
+                        if left_out:
+                            texts = (~self._trains_on[run.part][rows]).nonzero()[:, 0]
+                            rows, tokens = rows[texts], tokens.chosen(texts.to(self._device))
+                        if len(rows):
+                            found[run][rows] = run.logits(tokens).cpu().numpy()
         return scores
 
     def results(self, to_score: Split | None) -> list[Trained | None]:
         """What each job gave; None if it diverged."""
         states = self._validation_states if to_score is None else to_score.own_states()
-        for run in self.runs:
-            run.restore_best()
-        finite = [run for run in self.runs if not run.has_diverged]
+        finite = self._restored()
         scores = [np.empty((0, self._task.outputs)) for _ in finite]
         if states is not None and finite:
             # In float32, as in serving: calibration is fitted to these.
             scores = self._score(finite, states, dtype=torch.float32)
+        return self._results(dict(zip(finite, scores, strict=True)))
+
+    def results_of_parts(self) -> list[Trained | None]:
+        """What each job gave for each part, with the logits of the texts that it left out."""
+        finite = self._restored()
+        scores = self._score(finite, self.states, dtype=torch.float32, left_out=True)
+        pairs = zip(finite, scores, strict=True)
+        return self._results({run: logits[self._left_out[run.part]] for run, logits in pairs})
+
+    def _restored(self) -> list[TrainingRun]:
+        """The runs that did not diverge, with the parameters of their best epochs."""
+        for run in self.runs:
+            run.restore_best()
+        return [run for run in self.runs if not run.has_diverged]
+
+    def _results(self, logits: Mapping[TrainingRun, np.ndarray]) -> list[Trained | None]:
         made = {
             run: Trained(
                 job=run.job,
                 mechanism=run.mechanism,
-                standardisation=self._scaling(run.job),
-                logits=logits,
+                standardisation=self._scaling(run),
+                logits=own,
                 history=tuple(run.history),
                 best_epoch=run.best_epoch,
             )
-            for run, logits in zip(finite, scores, strict=True)
-            if np.isfinite(logits).all()
+            for run, own in logits.items()
+            if np.isfinite(own).all()
         }
         return [made.get(run) for run in self.runs]
 
@@ -291,12 +412,13 @@ class _Trainer:
 def measure_standardisation(states: States, *, is_normalised: bool = False) -> Standardisation:
     """Mean and scale of each layer's values, from the first shards: random samples of the texts."""
     hidden: list[Tensor] = []
-    tokens = 0
+    left = _MOMENT_TOKENS
     for index in range(len(states)):
-        shard = states.read(index)
-        hidden.append((shard.normalised() if is_normalised else shard).hidden)
-        tokens += hidden[-1].shape[1]
-        if tokens >= _MOMENT_TOKENS:
+        first = states.read(index).hidden[:, :left]
+        if is_normalised:
+            first = torch.stack([normalised(layer) for layer in first])
+        hidden.append(first)
+        left -= first.shape[1]
+        if not left:
             break
-    measured = Standardisation.measured(torch.cat(hidden, 1)[:, :_MOMENT_TOKENS])
-    return replace(measured, is_normalised=is_normalised)
+    return replace(Standardisation.measured(torch.cat(hidden, 1)), is_normalised=is_normalised)

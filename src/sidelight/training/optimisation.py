@@ -84,6 +84,7 @@ class TrainingRun:
         steps: Optimiser steps per epoch.
         loss: A function of logits and labels.
         reads_beginnings: Whether the loss also counts a random beginning of each text.
+        part: Which part of the texts it leaves out, of those that its trainer knows.
         device: Where to train.
     """
 
@@ -95,9 +96,11 @@ class TrainingRun:
         steps: int,
         loss: Loss,
         reads_beginnings: bool = False,
+        part: int = 0,
         device: torch.device,
     ):
         self.job = job
+        self.part = part
         self.history: list[float] = []
         self.has_diverged = False
         with torch.random.fork_rng():

@@ -216,9 +216,11 @@ class FitOptions:
         for spec in specs:
             settings = self.settings.get(spec.name, suggested_settings(spec.name))
             settings = replace(settings, long_inputs=settings.long_inputs or self.long_inputs)
-            # Nothing in a solution is random.
-            seeds = self.seeds[:1] if spec.name == "linear" else self.seeds
-            jobs += [Job(spec, seed, settings, self.standardise) for seed in seeds]
+            # Nothing in a solution is random, and how states are scaled does not change it.
+            is_solved = spec.name == "linear"
+            seeds = self.seeds[:1] if is_solved else self.seeds
+            standardise = self.standardise and not is_solved
+            jobs += [Job(spec, seed, settings, standardise) for seed in seeds]
         return jobs
 
 
