@@ -1,5 +1,9 @@
 """Tokens to text: drawing, whole characters, stop strings, and what is reported of each token."""
 
+import asyncio
+import threading
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given
@@ -16,8 +20,11 @@ from sidelight.engines.text import (
     Sampler,
     Speller,
     StopGate,
+    TextCodec,
     likeliest_tokens,
 )
+from sidelight.errors import ContextLengthError
+from sidelight.prompts import PlainText, PromptEncoder
 from tiny import SIZES, tiny_backbone, tiny_tokenizer
 
 BYTES = st.binary(max_size=40)
@@ -230,3 +237,29 @@ def test_pieces_keep_their_space_and_byte_pieces_are_bytes():
         Spelling(r"\x9f", b"\x9f"),
         Spelling("A", b"A"),
     ]
+
+
+def test_short_texts_do_not_wait_for_long_ones_nor_anybody_for_what_is_given_up():
+    tokenizer = tiny_tokenizer()
+    encoder = PromptEncoder(tokenizer, prompt_format="chat", max_tokens=10_000)
+    codec = TextCodec(encoder, tokenizer, max_tokens=10_000)
+    long, short = [PlainText("x" * 20_000)], [PlainText("x")]
+    may_end, encoded = threading.Event(), []
+
+    def encode(name):
+        encoded.append(name)
+        assert name != "long" or may_end.wait(60)
+
+    async def main():
+        first = asyncio.create_task(codec.in_thread(long, partial(encode, "long")))
+        given_up = asyncio.create_task(codec.in_thread(long, partial(encode, "given up")))
+        await codec.in_thread(short, partial(encode, "short"))
+        given_up.cancel()
+        await asyncio.wait({given_up})
+        may_end.set()
+        await first
+        with pytest.raises(ContextLengthError, match="characters"):
+            await codec.in_thread([PlainText("x" * 200_000)], partial(encode, "too long"))
+
+    asyncio.run(main())
+    assert sorted(encoded) == ["long", "short"]

@@ -40,8 +40,8 @@ from sidelight.probe import Probe
 from sidelight.prompts import Conversation, EncodedPrompt, Message, Place, has_response
 
 _log = logging.getLogger(__name__)
-# A pass takes no longer than a second or so; a GPU needs far more tokens for that.
-_PREFILL_TOKENS_ON_CPU = 512
+# All others wait while a pass runs. On a CPU, the default would take seconds.
+_PREFILL_TOKENS_ON_CPU = 256
 
 
 class TransformersEngine(Engine):
