@@ -25,6 +25,8 @@ _FEWEST_STEPS, _MOST_STEPS = 16, 128
 # Gauss-Legendre points in u, where a = u^4: a normalised feature turns within the first hundredths
 # of the way.
 _POWER = 4
+# Most numbers that are differentiated in one call; short texts take all their steps in one.
+_NUMBERS_AT_ONCE = 2**20
 
 
 @dataclass(frozen=True)
@@ -93,9 +95,15 @@ def integrated_gradient(
     places = (points + 1) / 2
     nodes, weights = places**_POWER, sizes / 2 * _POWER * places ** (_POWER - 1)
     total = torch.zeros_like(tokens.values)
-    for node, weight in zip(nodes.tolist(), weights.tolist(), strict=True):
-        at_node = Ragged(tokens.values * node, tokens.lengths)
-        total = total + weight * _gradient(logits, at_node, targets)
+    at_once = max(1, _NUMBERS_AT_ONCE // max(1, total.numel()))
+    for first in range(0, steps, at_once):
+        some, own = (
+            torch.from_numpy(each[first : first + at_once]).to(total) for each in (nodes, weights)
+        )
+        scaled = (some[:, None, None, None] * tokens.values).flatten(0, 1)
+        texts = Ragged(scaled, tokens.lengths.repeat(len(some)))
+        gradient = _gradient(logits, texts, targets.repeat(len(some), 1))
+        total = total + torch.einsum("n,ntlc->tlc", own, gradient.unflatten(0, (len(some), -1)))
     return total
 
 
