@@ -37,7 +37,7 @@ print("Best:", search.best_params_)
 # %% Probabilities of new texts
 best = search.best_estimator_
 for text, row in zip(new := ["Thanks a lot!", "Useless."], best.predict_proba(new), strict=True):
-    print(text, dict(zip(best.classes_, row.round(3).tolist(), strict=True)))
+    print(text, dict(zip(best.classes_.tolist(), row.round(3).tolist(), strict=True)))
 
 # %% The same probe, to serve
 folder = best.save(f"{mkdtemp()}/manners")

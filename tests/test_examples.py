@@ -152,7 +152,7 @@ def test_the_notebook_of_scikit_learn_ends_with_a_probe(tmp_path):
         "SIDELIGHT_CACHE": str(tmp_path / "cache"),
         "TMPDIR": str(tmp_path),
     }
-    command = [sys.executable, "-W", "ignore::UserWarning", str(EXAMPLES / "scikit_learn.py")]
+    command = [sys.executable, str(EXAMPLES / "scikit_learn.py")]
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=200, check=False
     )
