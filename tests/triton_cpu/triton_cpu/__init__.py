@@ -6,9 +6,8 @@ Kernels run in Triton's interpreter (``TRITON_INTERPRET=1``). The tests put this
 from typing import Any
 
 import numpy as np
-from triton._C.libtriton import interpreter
 
-_nanargmax, _store = np.nanargmax, interpreter.store
+_nanargmax = np.nanargmax
 
 
 def _of_any_row(values: Any, **options: Any) -> Any:
@@ -19,11 +18,5 @@ def _of_any_row(values: Any, **options: Any) -> Any:
         return np.argmax(np.where(np.isnan(values), -np.inf, values), **options)
 
 
-def _store_masked(pointers: Any, values: Any, mask: Any) -> None:
-    """A GPU takes a mask of integers, as vLLM 0.33 has in the warm-up of compiled models."""
-    _store(pointers, values, mask.astype(bool))
-
-
-# The interpreter looks them up by these names.
+# The interpreter looks it up by this name.
 np.nanargmax = _of_any_row
-interpreter.store = _store_masked
