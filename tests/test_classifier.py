@@ -348,6 +348,7 @@ GOOD = rows_of("binary", 30, seed=0)
         (GOOD, {"validation": [{"text": "a", "label": "unknown"}]}),
     ],
 )
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_malformed_data_is_one_clear_error(tiny, data, options):
     with pytest.raises(SidelightError) as caught:
         train(tiny, data, **options)
@@ -382,7 +383,7 @@ def test_options_without_a_mechanism_are_refused():
 def test_validation_data_without_a_positive_is_one_clear_error(tiny):
     fine = [row for row in GOOD if row["label"] == "fine"]
     with pytest.raises(SidelightError, match="toxic"):
-        train(tiny, GOOD, validation=fine)
+        train(tiny, GOOD, positive="toxic", validation=fine)
 
 
 def test_fitting_examples_without_labels_is_one_clear_error(tiny):
@@ -406,7 +407,11 @@ def test_evaluating_examples_of_another_task_is_one_clear_error(tiny, fits):
 
 def test_validation_examples_of_another_task_are_one_clear_error(tiny):
     with pytest.raises(SidelightError, match="fine"):
-        train(tiny, load_examples(GOOD), validation=load_examples(GOOD, positive="fine"))
+        train(
+            tiny,
+            load_examples(GOOD, positive="toxic"),
+            validation=load_examples(GOOD, positive="fine"),
+        )
 
 
 def test_a_probe_of_responses_without_responses_is_one_clear_error(tiny):

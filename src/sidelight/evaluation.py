@@ -129,7 +129,7 @@ def evaluate(
     labels: Shaped[AnyArray, "..."],
     *,
     thresholds: tuple[float, ...],
-    row_thresholds: Float[Values, "row output"] | None = None,
+    row_thresholds: Float[Values, "row threshold"] | None = None,
     bootstrap: int = 1000,
     seed: int = 0,
 ) -> Report:

@@ -285,7 +285,7 @@ def decide(
     labels: Shaped[AnyArray, "..."],
     *,
     thresholds: tuple[float, ...],
-    row_thresholds: Float[Values, "row output"] | None = None,
+    row_thresholds: Float[Values, "row threshold"] | None = None,
 ) -> Predictions:
     """Probabilities, labels and decisions in the form that the metrics read.
 

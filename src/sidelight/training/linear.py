@@ -132,7 +132,7 @@ def solve_linear(
 
 def _worths(
     views: Sequence["_View"],
-    texts: Int[Tensor, " text"],
+    texts: Int[Tensor, " judge"],
     labels: Int[np.ndarray, "text ..."],
     task: Task,
 ) -> Float[Tensor, "view layer"]:
