@@ -206,10 +206,10 @@ def test_no_answer_depends_on_a_verdict_of_which_nothing_is_disclosed(backbone, 
 @pytest.mark.slow
 @pytest.mark.parametrize("disclose", ["labels", "none"])
 def test_an_admin_key_sees_everything(backbone, disclose):
-    """As where the rules of the prompt's probes disclose their scores."""
+    """As where the rules of the prompt's probes disclose their scores and explain."""
     prompt = ("toxicity", "intent", "topics")
     withheld = policy_of(Rule("block", threshold=1.0, disclose=disclose), *prompt)
-    plain = policy_of(Rule("block", threshold=1.0, disclose="scores"), *prompt)
+    plain = policy_of(Rule("block", threshold=1.0, disclose="scores", explain=True), *prompt)
     engines = [TransformersEngine(backbone, probes_of(backbone)) for _ in range(2)]
     # One text at a time: texts that are read side by side share batches, which round otherwise.
     attempts = [(path, body) for path, body in ATTEMPTS if "n" not in body]
