@@ -201,6 +201,10 @@ def test_the_settings_reach_the_training(model):
     assert made.probe_.calibration.kind == "none"
 
 
+def test_several_classes_keep_the_most_probable_one_unless_another_calibration_is_named(fitted):
+    assert fitted.probe_.calibration.kind == "temperature"
+
+
 def test_progress_is_shown_on_demand_alone(model, capsys):
     SidelightClassifier(model, **QUICK).fit(TEXTS[:60], LETTERS[:60])
     assert capsys.readouterr().err == ""

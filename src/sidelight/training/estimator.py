@@ -49,7 +49,8 @@ class SidelightClassifier(ClassifierMixin, BaseEstimator):
         epochs: The most.
         batch_size: Texts per step.
         class_weight: ``balanced`` weighs classes by inverse frequency.
-        calibration: How logits become probabilities.
+        calibration: How logits become probabilities; None: a temperature for several classes, else
+            Platt scaling.
         max_tokens: Longer texts are cut for training; judging never cuts.
         random_state: Decides initial parameters and the order of the data.
         verbose: Whether to show progress.
@@ -69,7 +70,7 @@ class SidelightClassifier(ClassifierMixin, BaseEstimator):
         epochs: int | None = None,
         batch_size: int | None = None,
         class_weight: Literal["balanced"] | None = None,
-        calibration: CalibrationKind = "platt",
+        calibration: CalibrationKind | None = None,
         max_tokens: int = TRAINING_MAX_TOKENS,
         random_state: int = 0,
         verbose: bool = False,
@@ -81,7 +82,7 @@ class SidelightClassifier(ClassifierMixin, BaseEstimator):
         self.epochs = epochs
         self.batch_size = batch_size
         self.class_weight = class_weight
-        self.calibration: CalibrationKind = calibration
+        self.calibration: CalibrationKind | None = calibration
         self.max_tokens = max_tokens
         self.random_state = random_state
         self.verbose = verbose
