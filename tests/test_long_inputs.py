@@ -135,6 +135,6 @@ def test_python_has_the_option_and_the_card_tells(tiny, own_cache, tmp_path):
 
 
 def test_extremes_are_left_out_of_what_long_inputs_train():
-    assert automatic_mechanisms(2000)[0].options["extremes"] == "pair"
+    assert automatic_mechanisms(2000)[2].options["extremes"] == "pair"
     (readout,) = automatic_mechanisms(2000, long_inputs=True)
     assert readout.options["extremes"] == "none"

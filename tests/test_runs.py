@@ -33,8 +33,8 @@ def probe_of(backbone: TransformersBackbone, **options: OptionValue) -> Probe:
 
 
 def fit_of(*runs: tuple[Probe, int]) -> Fit:
-    made = tuple(FittedProbe(probe, seed, 0.5, REPORT) for probe, seed in runs)
-    return Fit(made, made[0], REPORT, ())
+    made = tuple(FittedProbe(probe, seed, 0.5, REPORT, np.zeros(4)) for probe, seed in runs)
+    return Fit(made, made[0], REPORT, REPORT, ())
 
 
 def test_a_later_training_replaces_its_own_runs_and_no_other_files(
@@ -74,5 +74,8 @@ def test_two_sets_of_options_of_a_mechanism_are_two_probes(
         for seed in (0, 1)
     }
     assert set(describe_fit(made)["validation"]) == {
-        "readout heads=1", "readout heads=2", "TF-IDF baseline",
-    }  # fmt: skip
+        "readout heads=1",
+        "readout heads=2",
+        "TF-IDF baseline",
+        "last-layer baseline",
+    }

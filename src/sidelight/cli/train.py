@@ -34,7 +34,7 @@ _AUTO = "auto"
 @click.option("--force", is_flag=True, help="Replace the probe that --out holds.")
 @options.mechanisms(
     default=_AUTO,
-    help="auto (chosen by the number of texts), or a comma-separated list: attention, blend, "
+    help="auto (what predicts left-out texts best), or a comma-separated list: attention, blend, "
     "fusion, gate, linear, pooling, readout.",
 )
 @click.option(
@@ -198,6 +198,8 @@ def train(
         click.echo(json.dumps(describe_fit(made), indent=2))
         return
     console().print(fit_table(made))
+    if made.choice is not None:
+        click.echo(str(made.choice))
     click.echo(f"Best: {made.best.probe.spec.name}, seed {made.best.seed}. Saved to {out}")
     click.echo(f"Next: {_eval_command(out, inputs)}")
 

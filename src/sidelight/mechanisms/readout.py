@@ -116,6 +116,40 @@ class Readout(Mechanism):
         columns = torch.cat([held(sums, heads), maxima], -1)
         return self.logits(Ragged(columns, tokens.lengths))
 
+    @torch.no_grad()
+    def mixed(
+        self,
+        value: Float[Tensor, "layer width output"],
+        last: Float[Tensor, "layer width output"],
+        bias: Float[Tensor, " output"],
+        *,
+        share: float,
+    ) -> "Readout":
+        """A readout between this one and a linear mechanism with these parameters.
+
+        The mean that the linear one takes is a gate of zeros.
+
+        Args:
+            value: Of the linear mechanism, as the others.
+            share: Of its logits in those of the mixture, between 0 and 1.
+        """
+        layers, width, heads, outputs = self.value.shape
+        made = Readout(
+            Geometry(layers, width, outputs),
+            heads=heads + 1,
+            has_extremes=bool(self.extremes.shape[2]),
+        ).to(self.bias.device)
+        root, rest = math.sqrt(layers), 1 - share
+        added = {
+            "gate": torch.cat([self.gate, torch.zeros_like(self.gate[..., :1])], 2),
+            "value": torch.cat([rest * self.value, share * root * value[:, :, None]], 2),
+            "last": rest * self.last + share * root * last,
+            "extremes": rest * self.extremes,
+            "bias": rest * self.bias + share * bias,
+        }
+        made.load_state_dict(added)
+        return made.eval().requires_grad_(False)
+
     def _parted(self, state: Ragged) -> tuple[Ragged, Float[Tensor, "segment layer sign number"]]:
         """The state of what is summed, and that of the extremes."""
         heads = self.gate.shape[2] + 1

@@ -198,7 +198,7 @@ def train(
     Args:
         model: A backbone, or its name: ``smollm2``, a folder, or a hub id.
         data: A file, a hub data set, rows, or loaded examples.
-        mechanism: ``auto`` takes what suits the number of texts; else one of
+        mechanism: ``auto`` takes what predicts left-out texts best; else one of
             ``mechanism_names()``.
         text: Column of the text.
         label: Column of the label; several with commas make a multi-label task.

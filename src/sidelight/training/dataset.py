@@ -23,7 +23,14 @@ from sidelight.progress import progress
 from sidelight.prompts import EncodedPrompt, Message, Reads, piece_lengths
 from sidelight.ragged import Ragged
 from sidelight.smollm2 import cache_root
-from sidelight.states.cache import ActivationCache, Pooled, States, states_of, write_tensors
+from sidelight.states.cache import (
+    ActivationCache,
+    Pooled,
+    Shard,
+    States,
+    states_of,
+    write_tensors,
+)
 from sidelight.states.extraction import BackboneSource, StateSource, extract
 from sidelight.training.settings import FEW_TEXTS, FitOptions, require_labels_of_parts
 from sidelight.training.variants import with_variants
@@ -96,6 +103,16 @@ class Split:
     def pooled_normalised(self) -> Pooled:
         """As ``pooled``, of states that are divided by their root mean square first."""
         return self._pooled(is_normalised=True)
+
+    def pooled_last_layer(self) -> Pooled:
+        """As ``pooled``, of the last layer alone: for any number of texts."""
+        shape = (len(self.states.lengths), 1, self.states.fingerprint.width)
+        means, lasts = torch.empty(shape), torch.empty(shape)
+        for shard in map(self.states.read, range(len(self.states))):
+            own = Shard(shard.hidden[-1:], shard.lengths, shard.rows).pooled()
+            means[shard.rows], lasts[shard.rows] = own.means, own.lasts
+        rows = torch.from_numpy(self.rows)
+        return Pooled(means[rows], lasts[rows])
 
     def _pooled(self, *, is_normalised: bool) -> Pooled:
         name = "pooled-normalised" if is_normalised else "pooled"

@@ -1,6 +1,6 @@
 """From labelled examples to calibrated probes with their figures, and the choice of the best."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -19,10 +19,15 @@ from sidelight.calibration import (
 from sidelight.data.examples import LabelledExamples
 from sidelight.errors import SidelightError
 from sidelight.evaluation import Report, evaluate
-from sidelight.metrics import score_counts
+from sidelight.mechanisms.base import spec_titles
+from sidelight.mechanisms.linear import Linear
+from sidelight.mechanisms.readout import Readout
+from sidelight.metrics import log_losses, score_counts
 from sidelight.probe import Probe
 from sidelight.states.extraction import StateSource
+from sidelight.training.choice import MIXTURE, Choice, best_of, mixtures
 from sidelight.training.dataset import FOLDS, Folds, ProbeDataset, Split, prepare
+from sidelight.training.linear import solve_linear, strength_folds
 from sidelight.training.loop import (
     Trained,
     divergence,
@@ -47,12 +52,14 @@ class FittedProbe:
         seed: The seed that it was trained with.
         score: ``validation_score`` of its final logits; the best run is chosen by it.
         report: Its figures on validation data, each text calibrated without it.
+        losses: The log loss of each validation text, likewise.
     """
 
     probe: Probe
     seed: int
     score: float
     report: Report
+    losses: Float[np.ndarray, " text"]
 
 
 def calibrate_probe(
@@ -95,7 +102,7 @@ def calibrate_probe(
         },
     )
     score = validation_score(task, logits, dataset.validation.labels)
-    return FittedProbe(probe, trained.job.seed, score, calibrated.report)
+    return FittedProbe(probe, trained.job.seed, score, calibrated.report, calibrated.losses)
 
 
 @dataclass(frozen=True)
@@ -104,14 +111,16 @@ class Calibrated:
 
     Attributes:
         calibration: Fitted to all of them.
-        report: How good the probabilities are; its thresholds are chosen on all of the texts.
-        probabilities: What the report is about: each text's are by a calibration, and its decision
-            by thresholds, that the other folds gave.
+        probabilities: Each text's by a calibration that the other folds gave.
+        losses: Their log losses.
+        report: Their figures, with decisions by thresholds that the other folds gave; the report's
+            thresholds are chosen on all of the texts.
     """
 
     calibration: Calibration
-    report: Report
     probabilities: Float[np.ndarray, "text output"]
+    losses: Float[np.ndarray, " text"]
+    report: Report
 
 
 def calibrate(
@@ -119,6 +128,7 @@ def calibrate(
     dataset: ProbeDataset,
     *,
     kind: CalibrationKind | None = None,
+    bootstrap: int = 1000,
 ) -> Calibrated:
     """Calibrates logits of the validation texts and measures them.
 
@@ -126,6 +136,7 @@ def calibrate(
         logits: Of each validation text, by a model that did not train on it.
         dataset: The texts.
         kind: How; None takes ``suggested_calibration``.
+        bootstrap: As for ``evaluate``.
     """
     task, labels = dataset.task, dataset.validation.labels
     kind = kind or suggested_calibration(task)
@@ -139,8 +150,16 @@ def calibrate(
         own = fit_calibration(kind, logits[rest], labels[rest], task)
         probabilities[fold] = own.apply(logits[fold])
         applied[fold] = choose_thresholds(task, own.apply(logits[rest]), labels[rest])
-    report = evaluate(task, probabilities, labels, thresholds=thresholds, row_thresholds=applied)
-    return Calibrated(calibration, report, probabilities)
+    report = evaluate(
+        task,
+        probabilities,
+        labels,
+        thresholds=thresholds,
+        row_thresholds=applied,
+        bootstrap=bootstrap,
+    )
+    losses = log_losses(task, probabilities, labels)
+    return Calibrated(calibration, probabilities, losses, report)
 
 
 def measuring_folds(dataset: ProbeDataset, *, kind: CalibrationKind | None) -> Folds:
@@ -179,15 +198,20 @@ class Fit:
 
     Attributes:
         runs: One per mechanism and seed.
-        best: The best run of the mechanism whose mean validation score is the best.
+        best: The best run of the mechanism that was chosen, or else of the one whose mean
+            validation score is the best.
         baseline: The figures of TF-IDF with logistic regression on the same validation texts.
+        last_layer: Those of a logistic regression on the mean and last token of the last layer.
         warnings: What the user should know, one sentence each.
+        choice: What ``auto`` compared; None if the user named the mechanisms.
     """
 
     runs: tuple[FittedProbe, ...]
     best: FittedProbe
     baseline: Report
+    last_layer: Report
     warnings: tuple[str, ...]
+    choice: Choice | None = None
 
 
 def fit(
@@ -220,9 +244,13 @@ def fit(
     if refusal and options.names("linear"):
         raise SidelightError(f"{refusal}. Name another mechanism, or use fewer rows (--limit).")
     dataset = prepare(backbone, training, validation, options=options, source=source)
-    jobs = options.jobs(len(dataset.originals))
-    # The baseline first: what it refuses in seconds must not cost the hours of training.
-    baseline = _baseline(dataset)
+    jobs = [
+        job
+        for job in options.jobs(len(dataset.originals))
+        if not (refusal and job.spec.name == "linear")
+    ]
+    # The baselines first: what they refuse in seconds must not cost the hours of training.
+    words, last_layer = _baseline(dataset), _last_layer(dataset)
     if dataset.folds:
         trained = cross_fit(jobs, dataset, dataset.folds)
     else:
@@ -232,22 +260,35 @@ def fit(
             validation=dataset.validation,
             device=backbone.device,
         )
-    runs = tuple(
-        calibrate_probe(one, dataset, name=name, options=options)
-        for one in trained
-        if one is not None
-    )
-    if not runs:
+    finite = [one for one in trained if one is not None]
+    if not finite:
         raise divergence(jobs[0])
     pairs = zip(jobs, trained, strict=True)
-    diverged = [f"{divergence(job)} This run is left out." for job, one in pairs if one is None]
-    found = [*dataset.warnings, *diverged]
+    warnings = [
+        *dataset.warnings,
+        *(f"{divergence(job)} This run is left out." for job, one in pairs if one is None),
+    ]
     if not measuring_folds(dataset, kind=options.calibration):
-        found.append(
+        warnings.append(
             "A class has too few validation texts to measure on others than those that calibrate: "
             "the figures are flattering. Add more texts of it."
         )
-    made = Fit(runs, _best(runs), baseline, tuple(found))
+    runs = [calibrate_probe(one, dataset, name=name, options=options) for one in finite]
+    if options.mechanisms is None:
+        warnings += [f"{refusal}: it is no candidate."] if refusal else []
+        runs += [
+            calibrate_probe(one, dataset, name=name, options=options)
+            for one in _mixed(finite, runs, dataset, kind=options.calibration)
+        ]
+        titles = [
+            *spec_titles([run.probe.spec for run in runs[: len(finite)]]),
+            *[MIXTURE] * (len(runs) - len(finite)),
+        ]
+        rivals = {"TF-IDF": words.losses, "last layer": last_layer.losses}
+        best, choice = _chosen(runs, titles, rivals)
+    else:
+        best, choice = _best(runs), None
+    made = Fit(tuple(runs), best, words.report, last_layer.report, tuple(warnings), choice)
     if store is not None:
         store(made)
     if not options.keep_cache:
@@ -275,6 +316,56 @@ def _best(runs: Sequence[FittedProbe]) -> FittedProbe:
     return max(
         runs, key=lambda run: (float(np.mean(by_mechanism[repr(run.probe.spec)])), run.score)
     )
+
+
+def _mixed(
+    trained: Sequence[Trained],
+    runs: Sequence[FittedProbe],
+    dataset: ProbeDataset,
+    *,
+    kind: CalibrationKind | None,
+) -> list[Trained]:
+    """For each seed the best mixture of the linear mechanism with the best readout."""
+    linear = next((one for one in trained if isinstance(one.mechanism, Linear)), None)
+    if linear is None:
+        return []
+    mixed: list[Trained] = []
+    for seed in sorted({one.job.seed for one in trained}):
+        own = [
+            (float(run.losses.mean()), index)
+            for index, (one, run) in enumerate(zip(trained, runs, strict=True))
+            if isinstance(one.mechanism, Readout) and one.job.seed == seed
+        ]
+        if own:
+            found = mixtures(linear, trained[min(own)[1]])
+            losses = [
+                calibrate(one.logits, dataset, kind=kind, bootstrap=0).losses.mean()
+                for one in found
+            ]
+            mixed += found[int(np.argmin(losses)) :][:1] if found else []
+    return mixed
+
+
+def _chosen(
+    runs: Sequence[FittedProbe],
+    titles: Sequence[str],
+    rivals: Mapping[str, Float[np.ndarray, " text"]],
+) -> tuple[FittedProbe, Choice]:
+    """The run to keep: of the candidate that is taken, the seed with the lowest loss."""
+    by_title: dict[str, list[FittedProbe]] = {}
+    for title, run in zip(titles, runs, strict=True):
+        by_title.setdefault(title, []).append(run)
+    cheapest_first = sorted(by_title, key=lambda title: _columns(by_title[title][0].probe))
+    losses = [np.mean([run.losses for run in by_title[title]], 0) for title in cheapest_first]
+    taken = cheapest_first[best_of(losses)]
+    means = {title: float(own.mean()) for title, own in zip(cheapest_first, losses, strict=True)}
+    choice = Choice(taken, means, {title: float(own.mean()) for title, own in rivals.items()})
+    return min(by_title[taken], key=lambda run: float(run.losses.mean())), choice
+
+
+def _columns(probe: Probe) -> int:
+    """What a token costs per layer."""
+    return probe.mechanism.columns().shape[2]
 
 
 # Cross-fitting, for small data: every text trains the probe, and is scored by a probe that did not
@@ -327,7 +418,7 @@ def _left_out_logits(
     return found
 
 
-def _baseline(dataset: ProbeDataset) -> Report:
+def _baseline(dataset: ProbeDataset) -> Calibrated:
     """The figures of TF-IDF with logistic regression, trained and treated like a probe."""
     task, training = dataset.task, dataset.training
     if dataset.folds:
@@ -340,4 +431,19 @@ def _baseline(dataset: ProbeDataset) -> Report:
     else:
         words = fit_tfidf(training.texts, training.labels, task)
         logits = words.logits(dataset.validation.texts)
-    return calibrate(logits, dataset).report
+    return calibrate(logits, dataset)
+
+
+def _last_layer(dataset: ProbeDataset) -> Calibrated:
+    """A logistic regression on the mean and the last token of the last layer, treated likewise."""
+    training, task = dataset.training, dataset.task
+    solution = solve_linear(
+        training.pooled_last_layer(),
+        training.labels,
+        task,
+        folds=dataset.folds or strength_folds(training.examples),
+    )
+    if dataset.folds:
+        assert solution.left_out is not None
+        return calibrate(solution.left_out[: len(dataset.originals)], dataset)
+    return calibrate(solution.logits(dataset.validation.pooled_last_layer()), dataset)

@@ -11,9 +11,10 @@ texts, as ``layer_weights`` weighs layers for a readout. That matters most with 
 (docs/results.md has the runs).
 """
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from sidelight.calibration import link
 from sidelight.data.examples import LabelledExamples
+from sidelight.mechanisms.linear import Linear
 from sidelight.metrics import log_losses
 from sidelight.standardisation import Standardisation
 from sidelight.states.cache import Pooled
@@ -58,13 +60,26 @@ class LinearSolution:
     Attributes:
         strength: The inverse of the penalty, that was given or chosen.
         losses: Cross-validated log loss by strength; empty if the strength was given.
+        left_out: The logits of each text by the regression of the other folds, at that strength;
+            None if it was given.
     """
 
     value: Float[Tensor, "layer width output"]
     last: Float[Tensor, "layer width output"]
     bias: Float[Tensor, " output"]
     strength: float
-    losses: Mapping[float, float]
+    losses: Mapping[float, float] = field(default_factory=dict[float, float])
+    left_out: Float[np.ndarray, "text output"] | None = None
+
+    @staticmethod
+    def of(
+        mechanism: Linear, standardisation: Standardisation, *, strength: float = math.nan
+    ) -> "LinearSolution":
+        """What a mechanism on standardised states is on states as they are."""
+        scale, mean = standardisation.scale.cpu()[..., None], standardisation.mean.cpu().double()
+        value, last = mechanism.value.detach().cpu() / scale, mechanism.last.detach().cpu() / scale
+        moved = torch.einsum("ld,ldc->c", mean, (value + last).double())
+        return LinearSolution(value, last, mechanism.bias.detach().cpu() - moved, strength)
 
     def standardised(self, standardisation: Standardisation) -> dict[str, Tensor]:
         """The parameters of ``Linear`` on states that are standardised first."""
@@ -75,6 +90,12 @@ class LinearSolution:
             "last": self.last * scale,
             "bias": (self.bias + moved).float(),
         }
+
+    def logits(self, pooled: Pooled) -> Float[np.ndarray, "text output"]:
+        """Of texts' pooled states as they are."""
+        pairs = ((pooled.means, self.value), (pooled.lasts, self.last))
+        products = (torch.einsum("tld,ldc->tc", vectors, weight) for vectors, weight in pairs)
+        return (sum(products) + self.bias).numpy()
 
 
 def strength_folds(examples: LabelledExamples) -> tuple[Int[np.ndarray, " _"], ...]:
@@ -115,8 +136,9 @@ def solve_linear(
     whitening = vectors[:, kept] / values[kept].sqrt()  # (landmark, coordinate)
     coordinates = (kernel @ whitening).numpy()
     losses: dict[float, float] = {}
+    left_out = None
     if strength is None and folds:
-        losses = _path(coordinates, labels, task, folds, balanced=balanced)
+        losses, left_out = _path(coordinates, labels, task, folds, balanced=balanced)
         strength = min(losses, key=losses.__getitem__)
     elif strength is None:
         strength = 1.0
@@ -127,7 +149,7 @@ def solve_linear(
     value, last = (view.weight(landmarks, dual) for view in views)
     for view, own in zip(views, (value, last), strict=True):
         bias = bias - torch.einsum("ld,ldc->c", view.center.double(), own.double())
-    return LinearSolution(value, last, bias, strength, losses)
+    return LinearSolution(value, last, bias, strength, losses, left_out)
 
 
 def _worths(
@@ -201,11 +223,12 @@ def _path(
     folds: Sequence[Int[np.ndarray, " _"]],
     *,
     balanced: bool,
-) -> dict[float, float]:
-    """The log loss of left-out texts by strength, until it rises."""
+) -> tuple[dict[float, float], Float[np.ndarray, "text output"]]:
+    """The log loss of left-out texts by strength, until it rises, and the logits of the best."""
     rest = [np.setdiff1d(np.arange(len(labels)), fold) for fold in folds]
     covered = np.concatenate(folds)
     losses: dict[float, float] = {}
+    best = np.zeros((len(labels), task.outputs))
     regressions = [
         _Regression(task, STRENGTHS[0], balanced=balanced, tolerance=_PATH_TOLERANCE) for _ in folds
     ]
@@ -217,9 +240,12 @@ def _path(
             logits[fold] = coordinates[fold] @ weight + bias
         chance = link(task.kind, logits[covered])
         losses[strength] = float(log_losses(task, chance, labels[covered]).mean())
-        if losses[strength] > 1.1 * min(losses.values()):
+        least = min(losses.values())
+        if losses[strength] == least:
+            best = logits
+        if losses[strength] > 1.1 * least:
             break
-    return losses
+    return losses, best
 
 
 class _Regression:

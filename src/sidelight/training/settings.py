@@ -14,7 +14,7 @@ from sidelight.types import MechanismSpec, Task
 
 AUTO = "auto"
 TRAINING_MAX_TOKENS = 1024
-# Below FEW_TEXTS extremes overfit, below MANY_TEXTS features do; docs/results.md has the runs.
+# Fewer texts are cross-fitted; mechanisms that cost more to train are candidates from so many on.
 FEW_TEXTS, _MANY_TEXTS = 1000, 5000
 # Few texts are trained in smaller batches, so that an epoch has this many steps.
 _STEPS_PER_EPOCH = 8
@@ -117,15 +117,27 @@ def suggested_settings(mechanism: str) -> TrainingSettings:
     return _SUGGESTED.get(mechanism, TrainingSettings())
 
 
-def automatic_mechanisms(texts: int, *, long_inputs: bool = False) -> tuple[MechanismSpec, ...]:
-    """The mechanisms that suit this many training texts; validation chooses between several."""
-    # Extremes overfit long inputs too.
-    if texts < FEW_TEXTS or long_inputs:
-        return (mechanism_spec("readout"),)
-    extremes = mechanism_spec("readout", {"extremes": "pair"})
-    if texts < _MANY_TEXTS:
-        return (extremes,)
-    return (extremes, mechanism_spec("blend"))
+def automatic_mechanisms(
+    texts: int, *, long_inputs: bool = False, beginnings: bool = False
+) -> tuple[MechanismSpec, ...]:
+    """The candidates that ``auto`` compares; the number of training texts only bounds their cost.
+
+    Args:
+        texts: Number of training texts.
+        long_inputs: As in ``FitOptions``. A linear mechanism learns whole texts alone, and extremes
+            overfit long inputs.
+        beginnings: Whether the probe also learns from beginnings; a linear one does not.
+    """
+    readout = mechanism_spec("readout")
+    if long_inputs:
+        return (readout,)
+    specs = () if beginnings else (mechanism_spec("linear"),)
+    specs = (*specs, readout)
+    if texts >= FEW_TEXTS:
+        specs = (*specs, mechanism_spec("readout", {"extremes": "pair"}))
+    if texts >= _MANY_TEXTS:
+        specs = (*specs, mechanism_spec("blend"))
+    return specs
 
 
 @dataclass(frozen=True)
@@ -211,7 +223,9 @@ class FitOptions:
         """Every mechanism with every seed, for this many training texts."""
         specs = self.mechanisms
         if specs is None:
-            specs = automatic_mechanisms(texts, long_inputs=self.long_inputs)
+            specs = automatic_mechanisms(
+                texts, long_inputs=self.long_inputs, beginnings=self.reads.includes_response
+            )
         jobs: list[Job] = []
         for spec in specs:
             settings = self.settings.get(spec.name, suggested_settings(spec.name))

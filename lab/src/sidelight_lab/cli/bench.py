@@ -83,6 +83,43 @@ def bench_train(
     _print_figures(figures, as_json)
 
 
+@bench.command(
+    "defaults",
+    epilog=options.examples(
+        "sidelight bench defaults --data train.jsonl --label intent --sizes 16,64"
+    ),
+)
+@click.option("--data", required=True, help="A labelled file.")
+@options.text
+@options.label
+@click.option("--sizes", callback=split_numbers, default="16,64", help="Texts of each class.")
+@click.option("--draws", type=options.AT_LEAST_ONE, default=3, help="Draws of training texts.")
+@click.option(
+    "--held-out", type=options.AT_LEAST_ONE, default=50, help="Texts of each class to measure on."
+)
+@options.backbone
+@options.as_json
+def bench_defaults(runtime: options.Runtime, as_json: bool, **given: Any) -> None:
+    """Measure what `sidelight train` makes of few texts, on texts that it did not see.
+
+    Each candidate stands beside the one that was taken, and the accuracy that training printed
+    beside the one that was measured.
+    """
+    from sidelight_lab.bench.defaults import candidates_table, compare_candidates
+
+    examples, backbone = _examples(given), runtime.load_backbone()
+    with tempfile.TemporaryDirectory() as scratch:
+        rows = compare_candidates(
+            backbone,
+            examples,
+            sizes=given["sizes"],
+            draws=given["draws"],
+            held_out=given["held_out"],
+            cache_root=Path(scratch),
+        )
+    click.echo(json.dumps(rows, indent=2) if as_json else candidates_table(rows))
+
+
 def _print_figures(figures: dict[str, Any], as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(figures, indent=2))
