@@ -25,6 +25,7 @@ from sidelight.prompts import Message, Reads
 from sidelight.standardisation import Standardisation
 from sidelight.states.extraction import score
 from sidelight.training.classifier import load
+from sidelight.training.fit import describe_scores
 from tiny import INTENT, TOPICS, TOXICITY, untrained_probe
 
 TASKS = [TOXICITY, INTENT, TOPICS]
@@ -105,6 +106,34 @@ def test_an_artifact_says_whether_its_states_are_bounded(tiny, tmp_path, is_norm
     old = {k: v for k, v in json.loads(manifest.read_text()).items() if k != "is_normalised"}
     manifest.write_text(json.dumps(old))
     assert summary(read_manifest(tmp_path))["states"].startswith("of any norm")
+
+
+SCORES = np.array([[0.1], [0.2], [0.8], [0.9]])
+
+
+def test_an_artifact_tells_what_its_threshold_flags_and_an_older_one_loads_without(tiny, tmp_path):
+    described = describe_scores(TOXICITY, SCORES, np.array([0, 1, 0, 1]))
+    record = {"validation": described, "threshold_rule": "recall=0.9"}
+    save_probe(replace(probe_of(tiny), record=record, thresholds=(0.5,)), tmp_path)
+    told = summary(read_manifest(tmp_path))["flagging"]
+    assert told == "1 of 2 'toxic' and 1 of 2 others, of left-out texts (--threshold recall=0.9)"
+    rewritten(tmp_path, record={"validation": {"scores": described["scores"]}})
+    assert "flagging" not in summary(read_manifest(tmp_path))
+    assert load_probe(tmp_path).thresholds == (0.5,)
+
+
+@pytest.mark.parametrize(
+    "curves",
+    [7, {"toxic": 7}, {"fine": "its own"}, {"toxic": {"thresholds": [0.2, 0.4]}}, {"toxic": {}}],
+)
+def test_a_damaged_curve_is_one_clear_error(tiny, tmp_path, curves):
+    described = describe_scores(TOXICITY, SCORES, np.array([0, 1, 0, 1]))
+    if curves == {"fine": "its own"}:
+        curves = {"fine": described["curves"]["toxic"]}
+    record = {"validation": {**described, "curves": curves}}
+    save_probe(replace(probe_of(tiny), record=record), tmp_path)
+    with pytest.raises(SidelightError, match=r"is damaged .*curves"):
+        load_probe(tmp_path)
 
 
 def test_a_loaded_probe_is_frozen(saved):

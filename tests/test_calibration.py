@@ -14,7 +14,6 @@ from sklearn.metrics import log_loss
 from sidelight.calibration import (
     Calibration,
     CalibrationKind,
-    choose_thresholds,
     fit_calibration,
     suggested_calibration,
 )
@@ -55,10 +54,6 @@ def smoothed_loss(task: Task, calibration: Calibration, logits, labels) -> float
     targets = np.where(labels == 1, high, low)
     stated = probabilities[:, 0]
     return -(targets * np.log(stated) + (1 - targets) * np.log1p(-stated)).sum()
-
-
-def plain_f1(labels, flagged) -> float:
-    return 2 * (labels * flagged).sum() / (labels.sum() + flagged.sum())
 
 
 @every_task
@@ -267,41 +262,3 @@ def test_a_missing_field_is_refused(field):
     del data[field]
     with pytest.raises(SidelightError, match=field):
         Calibration.from_dict(data)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    rows=st.lists(st.tuples(st.integers(0, 20), st.booleans()), min_size=1, max_size=40).filter(
-        lambda rows: any(holds for _, holds in rows)
-    )
-)
-def test_no_other_threshold_has_a_higher_f1(rows):
-    scores = np.array([[score / 20] for score, _ in rows])
-    labels = np.array([int(holds) for _, holds in rows])
-    (threshold,) = choose_thresholds(BINARY, scores, labels)
-    assert 0 < threshold < 1
-    # None flags a score of 0: a threshold lies within (0, 1).
-    rivals = np.arange(1, 21) / 20 - 0.01
-    best = max(plain_f1(labels, scores[:, 0] >= rival) for rival in rivals)
-    assert plain_f1(labels, scores[:, 0] >= threshold) == pytest.approx(best)
-
-
-def test_saturated_scores_still_get_a_threshold_within_reach():
-    for scores in ([0.0, 0.0, 0.0], [1.0, 1.0, 1.0], [1 - 1e-14, 1.0, 1 - 1e-12], [0.0, 1e-12, 1]):
-        (threshold,) = choose_thresholds(BINARY, np.array(scores)[:, None], np.array([0, 0, 1]))
-        assert 0 < threshold < 1
-
-
-def test_a_threshold_lies_midway_between_the_classes():
-    scores, labels = np.array([[0.1], [0.2], [0.8], [0.9]]), np.array([0, 0, 1, 1])
-    assert choose_thresholds(BINARY, scores, labels) == pytest.approx((0.5,))
-
-
-def test_each_label_gets_its_own_threshold_and_half_without_positives():
-    scores = np.array([[0.1, 0.5, 0.9], [0.3, 0.5, 0.7], [0.9, 0.5, 0.3]])
-    labels = np.array([[0, 0, 1], [1, 0, 0], [1, 0, 0]])
-    assert choose_thresholds(MULTILABEL, scores, labels) == pytest.approx((0.2, 0.5, 0.8))
-
-
-def test_a_multiclass_task_has_no_thresholds():
-    assert choose_thresholds(MULTICLASS, np.full((4, 4), 0.25), np.arange(4)) == ()

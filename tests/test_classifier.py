@@ -313,7 +313,7 @@ def test_shared_and_rare_validation_texts_are_warned_of(tiny):
     rows = load_examples(rows_of("binary", 60, seed=0))
     few = load_examples(rows_of("binary", 60, seed=0)[:12], task=rows.task)
     warnings = fit(tiny, rows, few, name="p", options=options_of("gate")).warnings
-    assert any("rarest class has" in warning for warning in warnings)
+    assert any("positive validation texts, and 30 are wanted" in warning for warning in warnings)
     assert "12 validation texts are also training texts." in warnings
 
 

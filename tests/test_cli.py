@@ -215,10 +215,10 @@ def test_env_names_the_versions(capsys: pytest.CaptureFixture[str]):
     assert {"python", "torch", "transformers", "cache"} <= set(json.loads(capsys.readouterr().out))
 
 
-@pytest.mark.parametrize("command", ["", "train", "eval", "redteam", "predict", "serve", "demo",
-                                     "inspect", "push", "pull", "env", "search", "reproduce",
-                                     "anatomy", "bench", "bench extract", "bench train",
-                                     "bench latency"])  # fmt: skip
+@pytest.mark.parametrize("command", ["", "train", "eval", "redteam", "predict",
+                                     "serve", "demo", "inspect", "push", "pull", "env", "search",
+                                     "reproduce", "anatomy", "bench", "bench extract",
+                                     "bench train", "bench latency"])  # fmt: skip
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]):
     assert run(*command.split(), "--help") == 0
     assert "Usage:" in capsys.readouterr().out
@@ -254,6 +254,8 @@ def test_training_names_every_mechanism(capsys: pytest.CaptureFixture[str]):
          "Give 'smollm2'"),
         (["train", "--data", "{data}", "--out", "o", "--label", "toxic", "--model", "{model}",
           "--cache-budget", "0.0000001"], "--cache-budget"),
+        (["train", "--data", "nowhere.jsonl", "--out", "o", "--threshold", "fpr=2"],
+         "Cannot read the threshold 'fpr=2'. Write f1, fpr=0.01"),
         (["train", "--dat", "x"], "--data"),
         (["eval", "nowhere", "--data", "{data}"], "sidelight train --out"),
         (["predict", "nowhere"], "--data"),

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from corpora import rows
-from sidelight.calibration import choose_thresholds, fit_calibration
+from sidelight.calibration import fit_calibration
 from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import mechanism_spec
+from sidelight.thresholds import ThresholdRule, choose_thresholds, read_curves
 from sidelight.training import loop
 from sidelight.training.dataset import FOLDS, ProbeDataset, choose_folds, make_split
 from sidelight.training.fit import calibrate, cross_fit, fit
@@ -119,6 +120,31 @@ def test_no_text_is_measured_by_what_it_calibrated(whole, folds, is_cross_fitted
     assert made.report.metrics["accuracy"].value == pytest.approx(np.mean(right))
     every = made.calibration.apply(logits)
     assert made.report.thresholds == choose_thresholds(whole.task, every, labels)
+
+
+@pytest.mark.parametrize("rule", ["f1", "recall=0.99", "cost=1:20"])
+def test_thresholds_follow_the_rule_and_the_artifact_has_their_curve(tiny, tmp_path, rule):
+    wanted = ThresholdRule.parse(rule)
+    options = FitOptions(
+        mechanisms=(mechanism_spec("pooling"),),
+        settings=QUICK,
+        cache_root=tmp_path,
+        threshold=wanted,
+    )
+    probe = fit(tiny, load_examples(rows("binary", 60)), None, name="a", options=options).best.probe
+    stored = probe.record["validation"]
+    (curve,) = read_curves(stored["curves"]).values()
+    assert probe.record["threshold_rule"] == rule
+    assert probe.thresholds == (curve.threshold(wanted),)
+    assert curve.positives + curve.negatives == stored["rows"] == 60
+    assert next(iter(stored["priors"].values())) == pytest.approx(curve.expected[-1] / 60, abs=1e-4)
+
+
+def test_a_rule_for_several_classes_is_refused_before_the_texts_are_read(tiny, tmp_path):
+    options = FitOptions(threshold=ThresholdRule("fpr", 0.01), cache_root=tmp_path)
+    with pytest.raises(SidelightError, match="Leave --threshold out"):
+        fit(tiny, load_examples(rows("multiclass", 60)), None, name="a", options=options)
+    assert not list(tmp_path.iterdir())
 
 
 def test_many_texts_or_a_rare_class_are_not_cross_fitted():

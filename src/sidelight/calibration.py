@@ -1,4 +1,4 @@
-"""From logits to calibrated probabilities, and the thresholds to decide with."""
+"""From logits to calibrated probabilities."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -20,8 +20,6 @@ _SCALE_BOUNDS = (1e-2, 1e2)
 # In pseudo-rows. Softmax ignores a shift that all classes share; the penalty settles it, and
 # changes nothing else from 50 rows on.
 _SHIFT_PENALTY = 1e-3
-# Scores this close to 0 or 1 count as equal, since no threshold within (0, 1) could part them.
-_SATURATED = 1e-9
 
 
 def link(task: TaskKind, logits: Float[Values, "row output"]) -> Float[Values, "row output"]:
@@ -37,7 +35,7 @@ def _log_softmax(logits: Float[Values, "row label"]) -> Float[Values, "row label
     return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
 
 
-def _log_odds(probabilities: Float[Values, "*shape"]) -> Float[Values, "*shape"]:
+def log_odds(probabilities: Float[Values, "*shape"]) -> Float[Values, "*shape"]:
     """log(p / (1 - p)), with p kept 1e-15 away from 0 and 1."""
     within = np.clip(probabilities, 1e-15, 1 - 1e-15)
     return np.log(within) - np.log1p(-within)
@@ -116,7 +114,7 @@ class Calibration:
         probabilities = link(self.task, logits * self.scale + self.shift)
         if not self.knots:
             return probabilities
-        columns = zip(self.knots, _log_odds(probabilities).T, strict=True)
+        columns = zip(self.knots, log_odds(probabilities).T, strict=True)
         calibrated = np.stack(
             [np.interp(odds, knots.log_odds, knots.probabilities) for knots, odds in columns],
             axis=1,
@@ -224,8 +222,8 @@ def fit_calibration(
     logits = logits.astype(np.float64)
     _require_variety(kind, task, holds)
     if kind == "isotonic":
-        log_odds = _log_odds(link(task.kind, logits))
-        knots = tuple(_fit_knots(*column) for column in zip(log_odds.T, holds.T, strict=True))
+        odds = log_odds(link(task.kind, logits))
+        knots = tuple(_fit_knots(*column) for column in zip(odds.T, holds.T, strict=True))
         return Calibration("isotonic", task.kind, ones, zeros, knots)
     if task.kind == "multiclass":
         errors = np.full((len(holds), 1), 2 / (len(holds) + 4))
@@ -305,53 +303,11 @@ def _fit_affine(
     return scale, found.x[1:] - scale * centre
 
 
-def _fit_knots(log_odds: Float[Values, " row"], holds: Bool[Flags, " row"]) -> Knots:
+def _fit_knots(odds: Float[Values, " row"], holds: Bool[Flags, " row"]) -> Knots:
     # Imported here: serving applies a calibration and never fits one.
     from sklearn.isotonic import IsotonicRegression  # pyright: ignore
 
-    fitted = cast(Any, IsotonicRegression()).fit(log_odds, holds.astype(np.float64))
+    fitted = cast(Any, IsotonicRegression()).fit(odds, holds.astype(np.float64))
     margin = 1 / (len(holds) + 2)
     probabilities: Values = np.clip(fitted.y_thresholds_, margin, 1 - margin)
     return Knots(tuple(fitted.X_thresholds_.tolist()), tuple(probabilities.tolist()))
-
-
-def choose_thresholds(
-    task: Task, probabilities: Float[Values, "row output"], labels: Shaped[AnyArray, "..."]
-) -> tuple[float, ...]:
-    """The threshold of each label that gives the highest F1 on these rows.
-
-    It lies midway between neighbouring scores; of several equally good cuts, it is the middle one.
-    A label that no row has, or whose rows all score 0, gets 0.5.
-
-    Args:
-        task: The classes.
-        probabilities: Calibrated probabilities of validation rows, never of test rows.
-        labels: [row] of class numbers, or [row, label] of 0 and 1 for a multi-label task.
-
-    Returns:
-        One threshold within (0, 1) for a binary task, one per label for a multi-label task, and
-        none for a multi-class task, whose decision is the most probable class.
-
-    Raises:
-        SidelightError: As `checked_labels`.
-    """
-    integers = checked_labels(task, probabilities, labels)
-    if task.kind == "multiclass":
-        return ()
-    holds = integers.reshape(probabilities.shape) == 1
-    return tuple(map(_best_cut, probabilities.T.astype(np.float64), holds.T))
-
-
-def _best_cut(scores: Float[Values, " row"], holds: Bool[Flags, " row"]) -> float:
-    # Saturated scores make one step at either end: no threshold within (0, 1) could part them.
-    within = np.clip(scores, _SATURATED, 1 - _SATURATED)
-    steps, step = np.unique(-within, return_inverse=True)  # falling scores
-    hits = np.bincount(step, weights=holds).cumsum()
-    flagged = np.bincount(step).cumsum()
-    f1 = np.where(-steps > _SATURATED, 2 * hits / (flagged + holds.sum()), 0)
-    if f1.max() == 0:
-        return 0.5
-    best = np.flatnonzero(f1 >= f1.max() - 1e-12)
-    step = best[len(best) // 2]
-    below = np.append(-steps, 0.0)[step + 1]
-    return float(below - steps[step]) / 2

@@ -139,7 +139,7 @@ def evaluate(
         task: The classes.
         probabilities: Calibrated; a binary task has one column, the positive class.
         labels: [row] of class numbers, or [row, label] of 0 and 1 for a multi-label task.
-        thresholds: From `calibration.choose_thresholds` on validation rows.
+        thresholds: From `thresholds.choose_thresholds` on validation rows.
         row_thresholds: Those that each row is decided by, if they differ from row to row.
         bootstrap: Number of resamples of rows for the intervals; with 0 there are no intervals.
         seed: Seed of the resamples.

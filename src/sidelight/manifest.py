@@ -6,7 +6,7 @@ Also what is said of a probe from its manifest alone: its summary, and the model
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from sidelight.errors import SidelightError
 from sidelight.fingerprint import Fingerprint
 from sidelight.prompts import PromptFormat, Reads
 from sidelight.storage import write_text
+from sidelight.thresholds import OperatingCurve, read_curves
 from sidelight.types import MechanismSpec, Task
 
 FORMAT_VERSION = 1
@@ -54,12 +55,30 @@ class Manifest:
         return _ADAPTER.dump_json(self, indent=2).decode() + "\n"
 
     @property
+    def curves(self) -> dict[str, OperatingCurve]:
+        """The curve of each label's threshold; none in older artifacts, or of several classes.
+
+        Raises:
+            ValueError: What is stored makes no curves.
+        """
+        return read_curves(reference(self.record).get("curves", {}))
+
+    @property
     def version(self) -> str:
         """Twelve hexadecimal digits that stand for the whole artifact, weights included."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:12]
 
 
 _ADAPTER = TypeAdapter(Manifest)
+
+
+def reference(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a probe's record says of the texts that it was last calibrated on; empty if nothing.
+
+    Those are the newest recalibration's, or else training's validation texts.
+    """
+    later: Sequence[Mapping[str, Any]] = record.get("recalibrations", ())
+    return later[-1] if later else record.get("validation", {})
 
 
 def read_manifest(directory: str | Path) -> Manifest:
@@ -103,11 +122,16 @@ def read_manifest(directory: str | Path) -> Manifest:
 def _require_sense(directory: Path, manifest: Manifest) -> None:
     labels, kind = manifest.task.labels, manifest.task.kind
     thresholds = {"binary": 1, "multiclass": 0, "multilabel": len(labels)}[kind]
+    try:
+        curves = manifest.curves
+    except (AttributeError, TypeError, ValueError) as error:
+        raise damaged(directory, f"curves in {MANIFEST}: {error}") from error
     checks = {
         "task.labels": len(set(labels)) == len(labels) >= 2
         and (kind != "binary" or len(labels) == 2),
         "thresholds": len(manifest.thresholds) == thresholds
         and all(0 <= threshold <= 1 for threshold in manifest.thresholds),
+        "curves": not curves or tuple(curves) == labels[-thresholds:],
         "backbone": manifest.backbone.layers > 0 and manifest.backbone.width > 0,
     }
     wrong = [name for name, holds in checks.items() if not holds]
@@ -179,10 +203,11 @@ def summary(manifest: Manifest) -> dict[str, str]:
         "backbone": f"{backbone.name}, {backbone.layers} layers x {backbone.width}, "
         f"{backbone.dtype}, fingerprint {backbone.digest}",
         "thresholds": ", ".join(f"{t:.3f}" for t in manifest.thresholds) or "the largest wins",
+        **_operating_points(manifest),
         "calibration": str(manifest.calibration["kind"]),
     }
-    if record:
-        validation = record["validation"]
+    validation = record.get("validation", {})
+    if "metrics" in validation:
         figures = ", ".join(
             f"{name} {validation['metrics'][name]['value']:.3f}"
             for name in ("auprc", "f1", "accuracy")
@@ -199,6 +224,20 @@ def summary(manifest: Manifest) -> dict[str, str]:
             + (f", each of {folds} folds by a probe trained on the others" if folds else ""),
         }
     return lines
+
+
+def _operating_points(manifest: Manifest) -> dict[str, str]:
+    """What the thresholds flag of left-out texts, and what they were chosen for."""
+    pairs = zip(manifest.curves.items(), manifest.thresholds, strict=False)
+    points = [(label, curve, *curve.at(threshold)) for (label, curve), threshold in pairs]
+    if not points:
+        return {}
+    flagged = [
+        f"{hits:,} of {curve.positives:,} '{label}' and {alarms:,} of {curve.negatives:,} others"
+        for label, curve, hits, alarms in points
+    ]
+    rule = manifest.record.get("threshold_rule", "f1")
+    return {"flagging": f"{'; '.join(flagged)}, of left-out texts (--threshold {rule})"}
 
 
 def model_card(manifest: Manifest) -> str:

@@ -259,6 +259,14 @@ max_tokens = click.option(
     default=1024,
     help="Cut longer texts, and count them; judging never cuts.",
 )
+threshold = partial(
+    click.option,
+    "--threshold",
+    metavar="RULE",
+    help="What thresholds are chosen for: f1; fpr=0.01, the most recall with at most this share of "
+    "negative texts flagged; recall=0.95, the fewest false alarms with at least this share of "
+    "positive texts flagged; cost=10:1, where a miss costs 10 times as much as a false alarm.",
+)
 positive = click.option("--positive", help="The positive class of a binary task.")
 model = click.option(
     "--model",

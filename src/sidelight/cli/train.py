@@ -78,6 +78,7 @@ _AUTO = "auto"
     type=click.Choice(["platt", "temperature", "isotonic", "none"]),
     help="How logits become probabilities. [default: platt; temperature for several classes]",
 )
+@options.threshold(default="f1")
 @click.option(
     "--class-weight",
     type=click.Choice(["none", "balanced"]),
@@ -125,6 +126,7 @@ def train(
     prompt_format: "PromptFormat | None",
     standardise: bool,
     calibration: "CalibrationKind | None",
+    threshold: str,
     long_inputs: bool,
     augment: bool,
     runtime: options.Runtime,
@@ -145,6 +147,9 @@ def train(
         raise SidelightError(
             f"{out} holds a probe. Name another folder with --out, or replace it with --force."
         )
+    from sidelight.thresholds import ThresholdRule
+
+    rule = ThresholdRule.parse(threshold)
     # Before imports that take seconds: a wrong file or column is refused at once.
     training, validation = inputs.load()
     from sidelight.mechanisms.base import mechanism_names, mechanism_spec
@@ -175,6 +180,7 @@ def train(
         standardise=standardise,
         reads=Reads(reads or shared.reads.side, template, scope),
         calibration=calibration,
+        threshold=rule,
     )
     told = [*training.warnings, *(validation.warnings if validation is not None else ())]
     for warning in told:

@@ -27,6 +27,7 @@ from sidelight.probe import Probe
 from sidelight.progress import Progress
 from sidelight.prompts import EncodedPrompt, Message, PromptFormat, Reads, Scope
 from sidelight.states.extraction import StateSource, score
+from sidelight.thresholds import ThresholdRule
 from sidelight.training.fit import fit
 from sidelight.training.settings import AUTO, FitOptions
 from sidelight.types import Task, Verdict
@@ -188,6 +189,7 @@ def train(
     long_inputs: bool = False,
     augment: bool = False,
     prompt_format: PromptFormat | None = None,
+    threshold: str = "f1",
     source: StateSource | None = None,
 ) -> Classifier:
     """Trains a probe on labelled data, and keeps the best run.
@@ -213,6 +215,8 @@ def train(
             match inside a long input is found. Not for multi-class labels.
         augment: Whether to train on each text in a disguise too.
         prompt_format: As for ``load_backbone``; None also takes that of a given backbone.
+        threshold: What the thresholds are chosen for: ``f1``, ``fpr=0.01``, ``recall=0.95`` or
+            ``cost=10:1``, as ``ThresholdRule`` describes them.
         source: The engine that computes the hidden states, such as ``VllmSource``; None means the
             backbone itself.
 
@@ -225,6 +229,7 @@ def train(
         long_inputs=long_inputs,
         augment=augment,
         reads=Reads("response" if response else "prompt", scope=scope),
+        threshold=ThresholdRule.parse(threshold),
     )
     if not isinstance(model, TransformersBackbone):
         backbone = load_backbone(model, prompt_format=prompt_format)

@@ -32,6 +32,7 @@ from sidelight.states.cache import (
     write_tensors,
 )
 from sidelight.states.extraction import BackboneSource, StateSource, extract
+from sidelight.thresholds import threshold_doubts
 from sidelight.training.settings import FEW_TEXTS, FitOptions, require_labels_of_parts
 from sidelight.training.variants import with_variants
 from sidelight.types import Task
@@ -213,11 +214,14 @@ def prepare(
     require_same_task(training, validation)
     kind = options.calibration or suggested_calibration(training.task)
     require_calibratable(kind, validation.labels, training.task)
-    rarest = int(validation.label_counts.min())
-    if rarest < _ROUGH_BELOW:
+    counts = dict(zip(training.task.labels, validation.label_counts.tolist(), strict=True))
+    doubts = threshold_doubts(training.task, counts, len(validation), options.threshold)
+    warnings += doubts
+    rarest = min(counts.values())
+    if rarest < _ROUGH_BELOW and not doubts:
         warnings.append(
-            f"The rarest class has {rarest} validation texts: threshold, calibration and the "
-            "validation figures are rough. More labelled texts of it would help most."
+            f"The rarest class has {rarest} validation texts: calibration and the validation "
+            "figures are rough. More labelled texts of it would help most."
         )
     shown, sources = with_variants(
         training, plain=backbone.encoder.prompt_format == "both", disguised=options.augment

@@ -5,13 +5,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from sidelight.backbone import TransformersBackbone
 from sidelight.calibration import (
     Calibration,
     CalibrationKind,
-    choose_thresholds,
     fit_calibration,
     require_calibratable,
     suggested_calibration,
@@ -25,8 +24,15 @@ from sidelight.mechanisms.readout import Readout
 from sidelight.metrics import log_losses, score_counts
 from sidelight.probe import Probe
 from sidelight.states.extraction import StateSource
+from sidelight.thresholds import (
+    F1,
+    ThresholdRule,
+    choose_thresholds,
+    operating_curves,
+    require_thresholds,
+)
 from sidelight.training.choice import MIXTURE, Choice, best_of, mixtures
-from sidelight.training.dataset import FOLDS, Folds, ProbeDataset, Split, prepare
+from sidelight.training.dataset import FOLDS, Folds, ProbeDataset, prepare
 from sidelight.training.linear import solve_linear, strength_folds
 from sidelight.training.loop import (
     Trained,
@@ -38,6 +44,7 @@ from sidelight.training.loop import (
 from sidelight.training.optimisation import validation_score
 from sidelight.training.settings import FitOptions, Job
 from sidelight.training.tfidf import fit_tfidf
+from sidelight.types import Task
 
 # A regression on pooled states holds them in memory.
 _POOLED_BYTES = 4 * 2**30
@@ -67,11 +74,8 @@ def calibrate_probe(
 ) -> FittedProbe:
     """Calibrates on validation logits, chooses the threshold there, and measures fold by fold."""
     task, logits = dataset.task, trained.logits
-    calibrated = calibrate(logits, dataset, kind=options.calibration)
+    calibrated = calibrate(logits, dataset, kind=options.calibration, rule=options.threshold)
     probabilities = calibrated.calibration.apply(logits)
-    columns = zip(task.labels[-task.outputs :], probabilities.T, strict=True)
-    # Histograms of each label's probabilities: serving looks for drift.
-    scores = {label: score_counts(column.tolist()) for label, column in columns}
     probe = Probe(
         name=name,
         task=task,
@@ -85,13 +89,14 @@ def calibrate_probe(
         fingerprint=dataset.backbone.fingerprint,
         record={
             "engine": dataset.training.states.engine,
-            "training": _data(dataset.originals),
+            "training": describe_examples(dataset.originals.examples),
             "variants": dataset.variants,
             "validation": {
-                **_data(dataset.validation),
+                **describe_examples(dataset.validation.examples),
                 "metrics": calibrated.report.to_dict(),
-                "scores": scores,
+                **describe_scores(task, probabilities, dataset.validation.labels),
             },
+            "threshold_rule": str(options.threshold),
             "max_tokens": options.max_tokens,
             "folds": len(dataset.folds),
             "settings": asdict(trained.job.settings),
@@ -129,6 +134,7 @@ def calibrate(
     *,
     kind: CalibrationKind | None = None,
     bootstrap: int = 1000,
+    rule: ThresholdRule = F1,
 ) -> Calibrated:
     """Calibrates logits of the validation texts and measures them.
 
@@ -137,19 +143,36 @@ def calibrate(
         dataset: The texts.
         kind: How; None takes ``suggested_calibration``.
         bootstrap: As for ``evaluate``.
+        rule: What the thresholds are chosen for.
     """
-    task, labels = dataset.task, dataset.validation.labels
+    folds = measuring_folds(dataset.validation.examples, folds=dataset.folds, kind=kind)
+    return calibrate_examples(
+        logits, dataset.validation.examples, folds, kind=kind, rule=rule, bootstrap=bootstrap
+    )
+
+
+def calibrate_examples(
+    logits: Float[np.ndarray, "text output"],
+    examples: LabelledExamples,
+    folds: Folds,
+    *,
+    kind: CalibrationKind | None = None,
+    rule: ThresholdRule = F1,
+    bootstrap: int = 1000,
+) -> Calibrated:
+    """As ``calibrate``, of any labelled texts; without folds, they are measured by themselves."""
+    task, labels = examples.task, examples.labels
     kind = kind or suggested_calibration(task)
     calibration = fit_calibration(kind, logits, labels, task)
-    thresholds = choose_thresholds(task, calibration.apply(logits), labels)
+    thresholds = choose_thresholds(task, calibration.apply(logits), labels, rule=rule)
     probabilities = np.empty_like(logits)
     applied = np.empty((len(labels), len(thresholds)))
-    for fold in measuring_folds(dataset, kind=kind) or (np.arange(len(labels)),):
+    for fold in folds or (np.arange(len(labels)),):
         rest = np.setdiff1d(np.arange(len(labels)), fold)
         rest = rest if len(rest) else fold
         own = fit_calibration(kind, logits[rest], labels[rest], task)
         probabilities[fold] = own.apply(logits[fold])
-        applied[fold] = choose_thresholds(task, own.apply(logits[rest]), labels[rest])
+        applied[fold] = choose_thresholds(task, own.apply(logits[rest]), labels[rest], rule=rule)
     report = evaluate(
         task,
         probabilities,
@@ -162,33 +185,55 @@ def calibrate(
     return Calibrated(calibration, probabilities, losses, report)
 
 
-def measuring_folds(dataset: ProbeDataset, *, kind: CalibrationKind | None) -> Folds:
-    """Folds of the validation texts, each to be measured by what calibrates on the others.
+def measuring_folds(
+    examples: LabelledExamples, *, folds: Folds = (), kind: CalibrationKind | None = None
+) -> Folds:
+    """Folds of texts, each to be measured by what calibrates on the others.
 
-    Empty if the others of some fold do not have what a calibration needs.
+    Those of cross-fitting if there are some. Empty if the others of some fold do not have what
+    a calibration needs.
     """
-    validation = dataset.validation
-    if dataset.folds:
-        folds = tuple(fold[fold < len(validation)] for fold in dataset.folds)
+    if folds:
+        folds = tuple(fold[fold < len(examples)] for fold in folds)
     else:
-        count = min(FOLDS, validation.examples.distinct)
-        folds = validation.examples.folds(count, seed=0) if count > 1 else ()
+        count = min(FOLDS, examples.distinct)
+        folds = examples.folds(count, seed=0) if count > 1 else ()
     try:
         for fold in folds:
-            rest = np.setdiff1d(np.arange(len(validation)), fold)
-            wanted = kind or suggested_calibration(dataset.task)
-            require_calibratable(wanted, validation.labels[rest], dataset.task)
+            rest = np.setdiff1d(np.arange(len(examples)), fold)
+            wanted = kind or suggested_calibration(examples.task)
+            require_calibratable(wanted, examples.labels[rest], examples.task)
     except SidelightError:
         return ()
     return folds
 
 
-def _data(split: Split) -> dict[str, Any]:
-    counts = split.examples.label_counts.tolist()
+def describe_scores(
+    task: Task,
+    probabilities: Float[np.ndarray, "text output"],
+    labels: Int[np.ndarray, "text ..."] | None = None,
+) -> dict[str, Any]:
+    """What serving and a later recalibration need to know of the scores of some texts.
+
+    ``scores`` are histograms, which drift is measured from; ``priors`` the mean probabilities;
+    ``curves``, of labelled texts, what each threshold flags.
+    """
+    columns = dict(zip(task.labels[-task.outputs :], probabilities.T, strict=True))
+    curves = {} if labels is None else operating_curves(task, probabilities, labels)
     return {
-        "rows": len(split),
-        "sha256": split.examples.content_hash,
-        "classes": dict(zip(split.task.labels, counts, strict=True)),
+        "scores": {label: score_counts(own.tolist()) for label, own in columns.items()},
+        "priors": {label: float(own.mean()) for label, own in columns.items()},
+        "curves": {label: curve.to_dict() for label, curve in curves.items()},
+    }
+
+
+def describe_examples(examples: LabelledExamples) -> dict[str, Any]:
+    """How many texts there are, a hash of them, and how many have each label."""
+    counts = examples.label_counts.tolist()
+    return {
+        "rows": len(examples),
+        "sha256": examples.content_hash,
+        "classes": dict(zip(examples.task.labels, counts, strict=True)),
     }
 
 
@@ -240,6 +285,7 @@ def fit(
         SidelightError: There are no labels, the hidden states do not fit the disk, or every
             training diverged.
     """
+    require_thresholds(training.task, options.threshold)
     refusal = _refusal_of_linear(backbone, len(training))
     if refusal and options.names("linear"):
         raise SidelightError(f"{refusal}. Name another mechanism, or use fewer rows (--limit).")
@@ -250,7 +296,8 @@ def fit(
         if not (refusal and job.spec.name == "linear")
     ]
     # The baselines first: what they refuse in seconds must not cost the hours of training.
-    words, last_layer = _baseline(dataset), _last_layer(dataset)
+    rule = options.threshold
+    words, last_layer = _baseline(dataset, rule), _last_layer(dataset, rule)
     if dataset.folds:
         trained = cross_fit(jobs, dataset, dataset.folds)
     else:
@@ -268,7 +315,8 @@ def fit(
         *dataset.warnings,
         *(f"{divergence(job)} This run is left out." for job, one in pairs if one is None),
     ]
-    if not measuring_folds(dataset, kind=options.calibration):
+    measured = dataset.validation.examples
+    if not measuring_folds(measured, folds=dataset.folds, kind=options.calibration):
         warnings.append(
             "A class has too few validation texts to measure on others than those that calibrate: "
             "the figures are flattering. Add more texts of it."
@@ -418,7 +466,7 @@ def _left_out_logits(
     return found
 
 
-def _baseline(dataset: ProbeDataset) -> Calibrated:
+def _baseline(dataset: ProbeDataset, rule: ThresholdRule) -> Calibrated:
     """The figures of TF-IDF with logistic regression, trained and treated like a probe."""
     task, training = dataset.task, dataset.training
     if dataset.folds:
@@ -431,10 +479,10 @@ def _baseline(dataset: ProbeDataset) -> Calibrated:
     else:
         words = fit_tfidf(training.texts, training.labels, task)
         logits = words.logits(dataset.validation.texts)
-    return calibrate(logits, dataset)
+    return calibrate(logits, dataset, rule=rule)
 
 
-def _last_layer(dataset: ProbeDataset) -> Calibrated:
+def _last_layer(dataset: ProbeDataset, rule: ThresholdRule) -> Calibrated:
     """A logistic regression on the mean and the last token of the last layer, treated likewise."""
     training, task = dataset.training, dataset.task
     solution = solve_linear(
@@ -445,5 +493,6 @@ def _last_layer(dataset: ProbeDataset) -> Calibrated:
     )
     if dataset.folds:
         assert solution.left_out is not None
-        return calibrate(solution.left_out[: len(dataset.originals)], dataset)
-    return calibrate(solution.logits(dataset.validation.pooled_last_layer()), dataset)
+        return calibrate(solution.left_out[: len(dataset.originals)], dataset, rule=rule)
+    logits = solution.logits(dataset.validation.pooled_last_layer())
+    return calibrate(logits, dataset, rule=rule)

@@ -10,6 +10,7 @@ from sidelight.calibration import CalibrationKind
 from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import mechanism_spec
 from sidelight.prompts import Reads
+from sidelight.thresholds import F1, ThresholdRule
 from sidelight.types import MechanismSpec, Task
 
 AUTO = "auto"
@@ -171,6 +172,7 @@ class FitOptions:
         reads: The tokens that the probe reads; see ``reads_of``.
         augment: Whether training also shows each text in a disguise.
         calibration: How logits become probabilities; None takes ``suggested_calibration``.
+        threshold: What the thresholds are chosen for.
         max_tokens: Longer training texts are cut, and counted.
         cache_root: Folder for the hidden states while training; None is the user's cache.
         cache_budget_bytes: The most that the hidden states of the training texts may take, and the
@@ -186,6 +188,7 @@ class FitOptions:
     reads: Reads = field(default_factory=lambda: Reads(scope="each_turn"))
     augment: bool = False
     calibration: CalibrationKind | None = None
+    threshold: ThresholdRule = F1
     max_tokens: int = TRAINING_MAX_TOKENS
     cache_root: Path | None = None
     cache_budget_bytes: int | None = None

@@ -19,12 +19,13 @@ import torch
 from jaxtyping import Float, Int
 
 from sidelight.artifact import load_probe, save_probe
-from sidelight.calibration import choose_thresholds, fit_calibration, suggested_calibration
+from sidelight.calibration import fit_calibration, suggested_calibration
 from sidelight.errors import SidelightError
 from sidelight.probe import Probe
 from sidelight.progress import progress
 from sidelight.ragged import Ragged
 from sidelight.storage import replacing
+from sidelight.thresholds import choose_thresholds
 from sidelight.training.dataset import ProbeDataset, Split
 from sidelight.training.fit import calibrate_probe
 from sidelight.training.loop import train_mechanisms

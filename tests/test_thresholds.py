@@ -1,0 +1,296 @@
+"""Thresholds follow their rule, lean on the calibration where texts are few, and warn of it."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sidelight.errors import SidelightError
+from sidelight.thresholds import (
+    ENOUGH_POSITIVES,
+    F1,
+    POINTS,
+    PRIOR_TEXTS,
+    OperatingCurve,
+    ThresholdRule,
+    choose_thresholds,
+    operating_curves,
+    read_curves,
+    require_thresholds,
+    threshold_doubts,
+)
+from sidelight.types import Task
+
+BINARY = Task("binary", ("safe", "toxic"))
+MULTICLASS = Task("multiclass", ("a", "b", "c", "d"))
+MULTILABEL = Task("multilabel", ("x", "y", "z"))
+RULES = ["f1", "fpr=0.1", "recall=0.8", "cost=10:1"]
+# So many texts that nothing but the calibration counts, or nothing but labels.
+CALIBRATION_ALONE, LABELS_ALONE = 1e12, 0.0
+
+
+def plain_f1(labels, flagged) -> float:
+    return 2 * (labels * flagged).sum() / (labels.sum() + flagged.sum())
+
+
+def draw_calibrated(texts: int, *, seed: int, positive: float = 0.1):
+    """Scores that say the truth, and labels."""
+    generator = np.random.default_rng(seed)
+    labels = generator.random(texts) < positive
+    logits = generator.normal(size=texts) + np.where(labels, 1.0, -1.0)
+    return 1 / (1 + np.exp(-2 * logits) * (1 - positive) / positive), labels
+
+
+rows = st.lists(st.tuples(st.integers(0, 20), st.booleans()), min_size=2, max_size=40).filter(
+    lambda rows: {holds for _, holds in rows} == {False, True}
+)
+
+
+@pytest.mark.parametrize("text", [*RULES, "fpr=.01", "cost=1:4", "recall=0.999"])
+def test_a_rule_is_read_back_from_its_text(text):
+    rule = ThresholdRule.parse(text)
+    assert ThresholdRule.parse(str(rule)) == rule
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "F1", "f1=0.5", "fpr", "fpr=0", "fpr=1", "fpr=-0.1", "recall=1.0", "recall=x", "cost=10",
+     "cost=0:1", "cost=1:0", "cost=1:2:3", "precision=0.9", "0.5", "fpr=nan", "cost=inf:1"],
+)  # fmt: skip
+def test_a_rule_that_cannot_be_read_is_answered_with_the_forms(text):
+    with pytest.raises(SidelightError, match=r"f1, fpr=0\.01 .*recall=0\.95 .*cost=10:1"):
+        ThresholdRule.parse(text)
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=rows)
+def test_no_other_threshold_follows_the_rule_better(rows):
+    scores = np.array([score / 20 for score, _ in rows])
+    holds = np.array([holds for _, holds in rows])
+    curve = OperatingCurve.of(scores, holds)
+    # None flags a score of 0: a threshold lies within (0, 1).
+    rivals = np.append(np.arange(1, 21) / 20 - 0.01, 1.0)
+    recall = np.array([(scores >= rival)[holds].mean() for rival in rivals])
+    alarms = np.array([(scores >= rival)[~holds].mean() for rival in rivals])
+    f1 = [plain_f1(holds, scores >= rival) for rival in rivals]
+
+    def chosen(rule):
+        flagged = scores >= curve.threshold(ThresholdRule.parse(rule), prior_texts=LABELS_ALONE)
+        return flagged, flagged[holds].mean(), flagged[~holds].mean()
+
+    assert plain_f1(holds, chosen("f1")[0]) == pytest.approx(max(f1))
+    _, caught, false = chosen("fpr=0.2")
+    possible = alarms <= 0.2
+    if possible.any():
+        assert false <= 0.2
+        assert caught == pytest.approx(recall[possible].max())
+    _, caught, false = chosen("recall=0.8")
+    reached = recall >= 0.8
+    if reached.any():
+        assert caught >= 0.8
+        assert false == pytest.approx(alarms[reached].min())
+    _, caught, false = chosen("cost=3:1")
+    costs = 3 * holds.sum() * (1 - recall) + (~holds).sum() * alarms
+    paid = 3 * holds.sum() * (1 - caught) + (~holds).sum() * false
+    assert paid == pytest.approx(costs.min())
+
+
+@pytest.mark.parametrize(("miss", "alarm"), [(10, 1), (1, 1), (1, 4)])
+def test_by_the_calibration_alone_the_cost_is_least_at_the_threshold_of_bayes(miss, alarm):
+    curve = OperatingCurve.of(*draw_calibrated(20_000, seed=0), points=20_001)
+    rule = ThresholdRule.parse(f"cost={miss}:{alarm}")
+    threshold = curve.threshold(rule, prior_texts=CALIBRATION_ALONE)
+    assert threshold == pytest.approx(alarm / (miss + alarm), abs=2e-3)
+
+
+def test_by_the_calibration_alone_f1_is_highest_at_half_its_value():
+    scores, holds = draw_calibrated(20_000, seed=0)
+    curve = OperatingCurve.of(scores, holds, points=20_001)
+    threshold = curve.threshold(F1, prior_texts=CALIBRATION_ALONE)
+    flagged = scores >= threshold
+    expected = 2 * scores[flagged].sum() / (flagged.sum() + scores.sum())
+    assert threshold == pytest.approx(expected / 2, abs=2e-3)
+
+
+def test_with_few_positives_a_smoothed_threshold_has_a_higher_f1_on_other_texts():
+    scores, holds = draw_calibrated(100_000, seed=1)
+    found = {LABELS_ALONE: [], PRIOR_TEXTS: []}
+    for seed in range(200):
+        curve = OperatingCurve.of(*draw_calibrated(100, seed=seed))
+        for prior, values in found.items():
+            flagged = scores >= curve.threshold(F1, prior_texts=prior)
+            values.append(plain_f1(holds, flagged))
+    gains = np.subtract(found[PRIOR_TEXTS], found[LABELS_ALONE])
+    assert gains.mean() > 3 * gains.std() / np.sqrt(len(gains))
+
+
+def test_many_texts_speak_for_themselves():
+    scores, holds = draw_calibrated(40_000, seed=0)
+    # A calibration that is far off.
+    curve = OperatingCurve.of(scores**4, holds)
+    best = curve.threshold(F1, prior_texts=LABELS_ALONE)
+    flagged, ideal = scores**4 >= curve.threshold(F1), scores**4 >= best
+    assert plain_f1(holds, flagged) == pytest.approx(plain_f1(holds, ideal), abs=2e-3)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_saturated_scores_still_get_a_threshold_within_reach(rule):
+    for scores in ([0.0, 0.0, 0.0], [1.0, 1.0, 1.0], [1 - 1e-14, 1.0, 1 - 1e-12], [0.0, 1e-12, 1]):
+        (threshold,) = choose_thresholds(
+            BINARY,
+            np.array(scores)[:, None],
+            np.array([0, 0, 1]),
+            rule=ThresholdRule.parse(rule),
+        )
+        assert 0 < threshold < 1
+
+
+def test_a_threshold_lies_midway_between_the_classes():
+    scores, labels = np.array([[0.1], [0.2], [0.8], [0.9]]), np.array([0, 0, 1, 1])
+    assert choose_thresholds(BINARY, scores, labels) == pytest.approx((0.5,))
+
+
+def test_each_label_gets_its_own_threshold_and_half_without_positives():
+    scores = np.array([[0.1, 0.5, 0.9], [0.3, 0.5, 0.7], [0.9, 0.5, 0.3]])
+    labels = np.array([[0, 0, 1], [1, 0, 0], [1, 0, 0]])
+    many = np.tile(scores, (1000, 1)), np.tile(labels, (1000, 1))
+    assert choose_thresholds(MULTILABEL, *many) == pytest.approx((0.2, 0.5, 0.8))
+
+
+def test_a_multiclass_task_has_no_thresholds():
+    assert choose_thresholds(MULTICLASS, np.full((4, 4), 0.25), np.arange(4)) == ()
+    require_thresholds(MULTICLASS, F1)
+    with pytest.raises(SidelightError, match="with 4 classes the most probable one wins"):
+        require_thresholds(MULTICLASS, ThresholdRule("fpr", 0.01))
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=rows)
+def test_a_curve_counts_what_each_of_its_thresholds_flags(rows):
+    scores = np.array([score / 20 for score, _ in rows])
+    holds = np.array([holds for _, holds in rows])
+    curve = OperatingCurve.of(scores, holds)
+    assert curve.is_sound
+    assert (curve.positives, curve.negatives) == (holds.sum(), (~holds).sum())
+    points = zip(
+        curve.thresholds, curve.true_positives, curve.false_positives, curve.expected, strict=True
+    )
+    for threshold, hits, alarms, expected in points:
+        flagged = scores >= threshold
+        assert (flagged[holds].sum(), flagged[~holds].sum()) == (hits, alarms)
+        assert scores[flagged].sum() == pytest.approx(expected, abs=1e-4)
+        assert curve.at(threshold) == (hits, alarms)
+
+
+@pytest.mark.parametrize("texts", [300, 30_000])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_curve_is_bounded_and_loses_little(texts, rule):
+    scores, holds = draw_calibrated(texts, seed=2)
+    whole, bounded = (
+        OperatingCurve.of(scores, holds, points=texts + 1),
+        OperatingCurve.of(scores, holds),
+    )
+    assert len(bounded.thresholds) <= POINTS
+    assert len(json.dumps(bounded.to_dict())) < 10_000
+    assert bounded.thresholds[0] == whole.thresholds[0]
+    assert bounded.thresholds[-1] == whole.thresholds[-1]
+    rates = [
+        [
+            (scores >= curve.threshold(ThresholdRule.parse(rule)))[side].mean()
+            for side in (holds, ~holds)
+        ]
+        for curve in (whole, bounded)
+    ]
+    # The arcsine's step at a share of a half is 1.2 %.
+    assert rates[0] == pytest.approx(rates[1], abs=0.025)
+
+
+def test_curves_survive_json_exactly():
+    scores = np.random.default_rng(0).random((50, 3))
+    curves = operating_curves(MULTILABEL, scores, (scores > 0.6).astype(int))
+    stored = {label: curve.to_dict() for label, curve in curves.items()}
+    assert tuple(curves) == MULTILABEL.labels
+    assert read_curves(json.loads(json.dumps(stored))) == curves
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"thresholds": []},
+        {"thresholds": [0.5, 0.5]},
+        {"thresholds": [0.5, 0.6]},
+        {"thresholds": [1.5, 0.6]},
+        {"thresholds": [0.5, float("nan")]},
+        {"thresholds": [i / 1000 for i in range(200, 0, -1)]},
+        {"true_positives": [2, 1]},
+        {"true_positives": [0, 9]},
+        {"true_positives": [0.5, 1]},
+        {"false_positives": [-1, 0]},
+        {"expected": [0.1]},
+        {"share": 1.5},
+        {"surprise": 1},
+    ],
+)
+def test_a_damaged_curve_is_refused(change):
+    curve = OperatingCurve((0.7, 0.2), (0, 1), (0, 1), (0.0, 1.1), 1, 1)
+    assert read_curves({"x": curve.to_dict()}) == {"x": curve}
+    with pytest.raises(ValueError, match="x"):
+        read_curves({"x": curve.to_dict() | change})
+    with pytest.raises(ValueError, match="x"):
+        read_curves({"x": 7})
+
+
+@pytest.mark.parametrize("change", [-9.0, -1.0, 3.0, 9.0])
+def test_a_shifted_curve_flags_the_same_texts_of_shifted_scores(change):
+    scores, holds = draw_calibrated(500, seed=3)
+    curve = OperatingCurve.of(scores, holds)
+    moved = curve.shifted(change, share=0.5)
+    assert moved.is_sound
+    shifted = 1 / (1 + np.exp(-(np.log(scores / (1 - scores)) + change)))
+    for before, after in zip(curve.thresholds, moved.thresholds, strict=True):
+        assert ((scores >= before) == (shifted >= after)).all()
+
+
+def test_with_more_positives_f1_wants_more_flags_and_a_rate_of_false_alarms_stays():
+    scores, holds = draw_calibrated(5000, seed=4)
+    curve = OperatingCurve.of(scores, holds)
+    rarer, oftener = curve.shifted(0.0, share=0.02), curve.shifted(0.0, share=0.5)
+    assert oftener.threshold(F1) < curve.threshold(F1) < rarer.threshold(F1)
+    for kept in (ThresholdRule("fpr", 0.01), ThresholdRule("recall", 0.9)):
+        same = pytest.approx(curve.threshold(kept))
+        assert oftener.threshold(kept) == same == rarer.threshold(kept)
+
+
+def test_a_curve_explains_texts_of_other_shares_but_no_other_texts():
+    scores, holds = draw_calibrated(2000, seed=5)
+    curve = OperatingCurve.of(scores, holds)
+    positive = np.random.default_rng(0).choice(scores[holds], 300)
+    negative = np.random.default_rng(0).choice(scores[~holds], 300)
+    half = curve.shifted(0.0, share=0.5)
+    assert half.explains(np.concatenate([positive, negative]))
+    assert not half.explains(negative)
+    assert not half.explains(np.random.default_rng(0).uniform(0.3, 0.7, 600))
+
+
+def test_a_threshold_that_rests_on_few_positives_is_warned_of():
+    few = threshold_doubts(BINARY, {"safe": 900, "toxic": 12}, 912, F1)
+    assert len(few) == 1
+    assert few[0].startswith(
+        "The threshold of 'toxic' rests on 12 positive validation texts, and 30 are wanted"
+    )
+    enough = {"safe": 900, "toxic": ENOUGH_POSITIVES}
+    assert threshold_doubts(BINARY, enough, 930, F1) == []
+    # Few negatives are no matter of recall.
+    assert threshold_doubts(BINARY, {"safe": 5, "toxic": 40}, 45, F1) == []
+    (named,) = threshold_doubts(MULTILABEL, {"x": 40, "y": 3, "z": 8}, 100, F1)
+    assert "'y' rests on 3, 'z' rests on 8" in named
+    assert threshold_doubts(MULTICLASS, dict.fromkeys("abcd", 2), 8, F1) == []
+
+
+def test_a_rate_of_false_alarms_takes_enough_negatives():
+    counts = {"safe": 200, "toxic": 60}
+    (told,) = threshold_doubts(BINARY, counts, 260, ThresholdRule("fpr", 0.01))
+    assert "0.01 cannot be told from 200 negative texts: 300 are wanted" in told
+    assert threshold_doubts(BINARY, counts, 260, ThresholdRule("fpr", 0.05)) == []
