@@ -14,7 +14,9 @@ from sklearn.metrics import log_loss
 from sidelight.calibration import (
     Calibration,
     CalibrationKind,
+    estimate_shift,
     fit_calibration,
+    log_odds,
     suggested_calibration,
 )
 from sidelight.errors import SidelightError
@@ -262,3 +264,82 @@ def test_a_missing_field_is_refused(field):
     del data[field]
     with pytest.raises(SidelightError, match=field):
         Calibration.from_dict(data)
+
+
+def draw_shifted(task: Task, shares: list[float], *, texts: int, seed: int = 0):
+    """Probabilities that are calibrated for even shares, of texts with these shares."""
+    generator = np.random.default_rng(seed)
+    if task.kind == "multiclass":
+        classes = generator.choice(len(shares), size=texts, p=shares)
+        logits = generator.normal(size=(texts, len(shares))) + 2 * np.eye(len(shares))[classes]
+        odds = np.exp(2 * logits)
+        return odds / odds.sum(1, keepdims=True)
+    holds = generator.random((texts, len(shares))) < shares
+    logits = generator.normal(size=holds.shape) + np.where(holds, 1.0, -1.0)
+    return 1 / (1 + np.exp(-2 * logits))
+
+
+SHARES = {"binary": [0.1], "multiclass": [0.1, 0.2, 0.6, 0.1], "multilabel": [0.05, 0.5, 0.9]}
+
+
+@every_task
+def test_shares_of_classes_are_found_without_labels(task):
+    shares = SHARES[task.kind]
+    probabilities = draw_shifted(task, shares, texts=5000)
+    even = np.full(task.outputs, 1 / task.outputs if task.kind == "multiclass" else 0.5)
+    shift = estimate_shift(task, probabilities, even)
+    # 5,000 texts pin a share to about 0.01, here 3 sigma.
+    assert shift.shares == pytest.approx(shares, abs=0.03)
+    assert shift.significance < 1e-6
+
+
+@every_task
+def test_shifted_probabilities_are_those_of_the_new_shares(task):
+    shares = np.array(SHARES[task.kind])
+    probabilities = draw_shifted(task, shares.tolist(), texts=20_000)
+    even = np.full(task.outputs, 1 / task.outputs if task.kind == "multiclass" else 0.5)
+    shift = estimate_shift(task, probabilities, even)
+    logits = np.log(probabilities) if task.kind == "multiclass" else log_odds(probabilities)
+    plain = (
+        fit_calibration("none", logits, np.zeros(probabilities.shape[:1], int), task)
+        if (task.kind != "multilabel")
+        else Calibration("none", task.kind, (1.0,) * 3, (0.0,) * 3)
+    )
+    after = plain.shifted(shift.change).apply(logits)
+    assert after.mean(0) == pytest.approx(shift.shares, abs=1e-3)
+    # Bayes' rule with the new shares.
+    odds = probabilities * shift.shares / even
+    other = (
+        0 if task.kind == "multiclass" else (1 - probabilities) * (1 - shift.shares) / (1 - even)
+    )
+    total = odds.sum(1, keepdims=True) if task.kind == "multiclass" else odds + other
+    assert after == pytest.approx(odds / total)
+
+
+def test_shares_are_those_of_the_highest_likelihood():
+    probabilities = draw_shifted(BINARY, [0.2], texts=400)
+    shift = estimate_shift(BINARY, probabilities, np.array([0.5]))
+    p = probabilities[:, 0]
+    grid = np.linspace(0.001, 0.999, 9981)
+    likelihood = np.log(p[:, None] * grid / 0.5 + (1 - p[:, None]) * (1 - grid) / 0.5).sum(0)
+    # One text more, with the old share, and the grid's step.
+    assert shift.shares[0] == pytest.approx(grid[likelihood.argmax()], abs=2e-3)
+
+
+def test_the_shares_of_the_texts_of_the_calibration_do_not_change():
+    probabilities = draw_shifted(BINARY, [0.5], texts=2000)
+    shift = estimate_shift(BINARY, probabilities, probabilities.mean(axis=0))
+    assert shift.change == pytest.approx([0], abs=1e-6)
+    assert shift.significance > 0.99
+
+
+def test_a_class_that_no_text_has_keeps_a_share_above_zero():
+    shift = estimate_shift(BINARY, np.full((300, 1), 1e-6), np.array([0.5]))
+    assert 0 < shift.shares[0] < 0.01
+    assert np.isfinite(shift.change).all()
+
+
+def test_an_isotonic_calibration_is_not_shifted():
+    fitted = fit_calibration("isotonic", *draw_rows(BINARY), BINARY)
+    with pytest.raises(SidelightError, match="Recalibrate on labelled texts"):
+        fitted.shifted(np.array([1.0]))

@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sidelight.artifact import load_probe
+from sidelight.artifact import load_probe, save_probe
 from sidelight.backbone import TransformersBackbone
 from sidelight.errors import SidelightError
 from sidelight.evaluation import evaluate
+from sidelight.manifest import MANIFEST
 from sidelight.manifest import MANIFEST, holds_probe
 from sidelight.mechanisms.base import Geometry, build_mechanism, mechanism_spec
 from sidelight.probe import Probe
@@ -79,3 +80,14 @@ def test_two_sets_of_options_of_a_mechanism_are_two_probes(
         "TF-IDF baseline",
         "last-layer baseline",
     }
+
+
+def test_a_probe_that_decides_otherwise_than_its_run_is_measured_itself(
+    tiny: TransformersBackbone, tmp_path: Path
+):
+    write_fit(fit_of((probe_of(tiny), 0), (probe_of(tiny), 1)), tmp_path)
+    assert len(read_runs(tmp_path)[0]) == 2
+    strict = replace(load_probe(tmp_path), thresholds=(0.9,))
+    save_probe(strict, tmp_path)
+    (alone,), index = read_runs(tmp_path)
+    assert (alone.thresholds, index) == ((0.9,), 0)

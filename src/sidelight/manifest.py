@@ -223,6 +223,8 @@ def summary(manifest: Manifest) -> dict[str, str]:
             "validation": f"{figures} on {validation['rows']:,} texts"
             + (f", each of {folds} folds by a probe trained on the others" if folds else ""),
         }
+    for number, later in enumerate(record.get("recalibrations", ()), 1):
+        lines[f"recalibrated {number}"] = f"{later['date']}: {later['what']}"
     return lines
 
 

@@ -11,6 +11,7 @@ import click
 from sidelight.cli import options
 from sidelight.cli.evaluate import evaluate, parity, predict
 from sidelight.cli.policy import policy
+from sidelight.cli.recalibrate import recalibrate
 from sidelight.cli.redteam import redteam
 from sidelight.cli.share import env, inspect, pull, push
 from sidelight.cli.threads import limit_threads
@@ -104,6 +105,7 @@ def demo(keep: bool, port: int) -> None:
 _COMMANDS = (
     train,
     evaluate,
+    recalibrate,
     redteam,
     predict,
     policy,

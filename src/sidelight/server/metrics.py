@@ -3,6 +3,7 @@
 Every label has a bounded number of values.
 """
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from sidelight.engines.base import Engine
 from sidelight.metrics import BINS, score_counts, stability_index
 from sidelight.policy.decisions import Decision, agreements
 from sidelight.policy.rules import BoundRule
-from sidelight.probe import Probe
+from sidelight.probe import Probe, reference
 from sidelight.types import Verdict
 
 # Series of scores, without which scores that answers withhold could be read from `/metrics`.
@@ -25,6 +26,10 @@ _SCORES = ("sidelight_probe_score", "sidelight_probe_drift_psi")
 # exceed an index of 0.1 in at most 5 of 100 comparisons with 150 validation scores.
 WINDOW = 1000
 ENOUGH = 200
+# An index above it is usually called a change.
+CHANGED = 0.25
+
+_log = logging.getLogger(__name__)
 
 _TENTHS = tuple(i / 10 for i in range(1, 11))
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -153,7 +158,9 @@ class DisclosedSeries(Collector):
 
 
 class Drift(Collector):
-    """How recent scores of each running probe differ from its validation scores.
+    """How recent scores of each running probe differ from those that it was calibrated on.
+
+    A change is logged once for each version of a probe, with the remedy.
 
     Args:
         engine: Has the probes; the scores of others are forgotten.
@@ -162,6 +169,7 @@ class Drift(Collector):
     def __init__(self, engine: Engine):
         self._engine = engine
         self._recent: dict[tuple[str, str], dict[str, deque[float]]] = {}
+        self._told: set[tuple[str, str]] = set()
 
     def add(self, probe: Probe, verdict: Verdict) -> None:
         """Keeps the verdict's scores; a new version of a probe starts with none."""
@@ -170,23 +178,36 @@ class Drift(Collector):
             running = {key, *((p.name, p.version) for p in self._engine.probes)}
             self._recent = {k: kept for k, kept in self._recent.items() if k in running}
             self._recent[key] = {}
+            self._told &= running
         for label, score in scores(probe, verdict).items():
             self._recent[key].setdefault(label, deque(maxlen=WINDOW)).append(score)
 
     def collect(self) -> Iterable[GaugeMetricFamily]:
-        """The series; none for a probe with too few scores, or without validation scores."""
+        """The series; none for a probe with too few scores, or without stored ones."""
         family = GaugeMetricFamily(
             "sidelight_probe_drift_psi",
-            "Population stability index of recent scores against validation's, less that of chance",
+            "Population stability index of recent scores against those that the probe was "
+            f"calibrated on, less that of chance; above {CHANGED}, run sidelight recalibrate",
             labels=["probe", "label"],
         )
         for probe in self._engine.probes if self._engine.is_ready else ():
             recent = self._recent.get((probe.name, probe.version), {})
-            for label, reference in _validation_counts(probe.record).items():
+            for label, expected in _calibration_counts(probe.record).items():
                 if len(own := recent.get(label, ())) >= ENOUGH:
-                    index = stability_index(reference, score_counts(own))
+                    index = stability_index(expected, score_counts(own))
                     family.add_metric([probe.name, label], index)
+                    self._tell(probe, label, index)
         return [family]
+
+    def _tell(self, probe: Probe, label: str, index: float) -> None:
+        key = (probe.name, probe.version)
+        if index > CHANGED and key not in self._told:
+            self._told.add(key)
+            _log.warning(
+                "The scores of probe '%s' for '%s' are no longer those that it was calibrated on "
+                "(drift %.2f). Run `sidelight recalibrate` on some hundred recent texts.",
+                *(probe.name, label, index),
+            )
 
 
 def scores(probe: Probe, verdict: Verdict) -> dict[str, float]:
@@ -197,7 +218,7 @@ def scores(probe: Probe, verdict: Verdict) -> dict[str, float]:
     return {positive: verdict.probabilities[positive]}
 
 
-def _validation_counts(record: Mapping[str, Any]) -> dict[str, list[int]]:
-    """Counts of each label's validation scores, which training stores; older probes have none."""
-    stored: dict[str, list[int]] = record.get("validation", {}).get("scores", {})
+def _calibration_counts(record: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Counts of each label's scores at calibration, which probes store; older ones have none."""
+    stored: dict[str, list[int]] = reference(record).get("scores", {})
     return {label: counts for label, counts in stored.items() if len(counts) == BINS}

@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,11 +55,13 @@ def read_runs(directory: Path) -> tuple[Sequence[Probe], int]:
     The artifact alone if it is none of the stored runs.
     """
     folders = _run_folders(directory)
-    hashes = [read_manifest(folder).weights_sha256 for folder in folders]
-    chosen = read_manifest(directory).weights_sha256
-    if chosen not in hashes:
+    # What decides; a recalibrated probe has the weights of its run, and decides otherwise.
+    deciding = attrgetter("weights_sha256", "calibration", "thresholds")
+    runs = [deciding(read_manifest(folder)) for folder in folders]
+    chosen = deciding(read_manifest(directory))
+    if chosen not in runs:
         return [load_probe(directory)], 0
-    return [load_probe(folder) for folder in folders], hashes.index(chosen)
+    return [load_probe(folder) for folder in folders], runs.index(chosen)
 
 
 def describe_fit(made: Fit) -> dict[str, Any]:

@@ -1,0 +1,142 @@
+"""``sidelight recalibrate``: a probe fitted to new traffic, without training."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from sidelight.cli import options
+from sidelight.errors import SidelightError
+
+if TYPE_CHECKING:
+    from sidelight.data.examples import Examples
+    from sidelight.data.loading import OnMissingLabel
+    from sidelight.probe import Probe
+
+
+@click.command(
+    epilog=options.examples(
+        "sidelight recalibrate probes/toxicity --data recent.jsonl",
+        "sidelight recalibrate probes/toxicity --data recent.jsonl --label toxic --out probes/new",
+        "sidelight recalibrate probes/toxicity --threshold fpr=0.01 --out probes/strict",
+    )
+)
+@click.argument("probe", type=options.PATH)
+@options.optional_data
+@options.text
+@click.option(
+    "--label",
+    help="Column of the label; several, with commas, of a multi-label probe. [default: label, if "
+    "the data has it; else the texts count as unlabelled]",
+)
+@options.response
+@options.split
+@options.missing_label
+@options.threshold(show_default="what they were chosen for before")
+@click.option(
+    "--out",
+    type=options.PATH,
+    callback=options.checked_folder,
+    help="Folder to write. [default: PROBE-recalibrated]",
+)
+@click.option("--force", is_flag=True, help="Replace the probe that --out holds.")
+@options.backbone
+@options.as_json
+def recalibrate(
+    probe: Path,
+    data: str | None,
+    text: str,
+    label: str | None,
+    response: str | None,
+    split: str | None,
+    missing_label: "OnMissingLabel",
+    threshold: str | None,
+    out: Path | None,
+    force: bool,
+    runtime: options.Runtime,
+    as_json: bool,
+) -> None:
+    """Fit a probe's probabilities and thresholds to new traffic, without training.
+
+    Labelled texts calibrate as in training, and choose the thresholds. Unlabelled ones tell how
+    frequent each class is now; probabilities and thresholds follow. Without --data, thresholds move
+    to what --threshold wants, by the curve of left-out texts in the manifest. The probe stays, and
+    a new one is written, whose manifest says what it was recalibrated on.
+    """
+    from sidelight.artifact import load_probe, save_probe
+    from sidelight.thresholds import ThresholdRule
+    from sidelight.training.recalibration import recalibrate as refit
+    from sidelight.training.runs import comparison_table, console, holds_probe
+
+    rule = None if threshold is None else ThresholdRule.parse(threshold)
+    if data is None and rule is None:
+        raise SidelightError(
+            "Name texts of the new traffic with --data, or what the thresholds are for with "
+            "--threshold."
+        )
+    own = probe.resolve()
+    folder = own.with_name(f"{own.name}-recalibrated") if out is None else out
+    if holds_probe(folder) and not force:
+        raise SidelightError(
+            f"{folder} holds a probe already. Name another folder with --out, or replace it with "
+            "--force."
+        )
+    loaded = load_probe(probe)
+    if data is None:
+        made = refit(loaded, rule=rule)
+    else:
+        examples = _read(
+            loaded, data, label, text=text, response=response, split=split, missing=missing_label
+        )
+        from sidelight.training.classifier import load, require_responses
+
+        require_responses(loaded, examples.items)
+        classifier = load(probe, model=runtime.model, dtype=runtime.dtype, device=runtime.device)
+        made = refit(loaded, examples, classifier.logits(examples.items), rule=rule)
+        for warning in examples.warnings:
+            click.echo(f"Warning: {warning}", err=True)
+    for warning in made.warnings:
+        click.echo(f"Warning: {warning}", err=True)
+    save_probe(made.probe, folder)
+    entry = made.probe.record["recalibrations"][-1]
+    if as_json:
+        click.echo(json.dumps({"out": str(folder), **entry}, indent=2))
+        return
+    if made.figures is not None:
+        before, after = made.figures
+        title = f"{before.rows:,} new texts, each calibrated without it"
+        console().print(comparison_table(title, {"before": [before], "after": [after]}))
+    click.echo(f"{made.what[0].upper()}{made.what[1:]}.")
+    moved = zip(loaded.label_thresholds.items(), made.probe.thresholds, strict=True)
+    for (name, old), new in moved:
+        click.echo(f"Threshold of '{name}': {old:.3f} before, {new:.3f} now.")
+    click.echo(f"Saved to {folder}")
+
+
+def _read(
+    probe: "Probe",
+    data: str,
+    label: str | None,
+    *,
+    text: str,
+    response: str | None,
+    split: str | None,
+    missing: "OnMissingLabel",
+) -> "Examples":
+    """The texts, with labels if there are some."""
+    from sidelight.data.loading import load_examples
+
+    if label is None:
+        unlabelled = load_examples(data, text=text, label=None, response=response, split=split)
+        if not any("label" in row for row in unlabelled.rows):
+            return unlabelled
+    return load_examples(
+        data,
+        text=text,
+        label=label or "label",
+        response=response,
+        split=split,
+        task=probe.task,
+        on_missing_label=missing,
+    )

@@ -1,0 +1,255 @@
+"""A probe fitted to new traffic without training: its calibration and its thresholds.
+
+Labelled texts give both anew. Unlabelled ones tell how frequent each class is now. Without texts,
+thresholds move along the curves that the probe was last calibrated with.
+"""
+
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from sidelight.calibration import estimate_shift, suggested_calibration
+from sidelight.data.examples import Examples, LabelledExamples
+from sidelight.errors import SidelightError
+from sidelight.evaluation import Report, evaluate
+from sidelight.probe import Probe, reference
+from sidelight.thresholds import (
+    OperatingCurve,
+    ThresholdRule,
+    read_curves,
+    require_thresholds,
+    threshold_doubts,
+)
+from sidelight.training.fit import (
+    calibrate_examples,
+    describe_examples,
+    describe_scores,
+    measuring_folds,
+)
+from sidelight.types import Task
+
+# With fewer texts a probe is better off as it is; docs/results.md has the runs.
+LEAST_UNLABELLED = 200
+LEAST_LABELLED = 30
+LEAST_PER_SIDE = 10
+# Above this p-value, texts do not show that the shares of classes changed.
+_SIGNIFICANT = 0.05
+
+
+@dataclass(frozen=True)
+class Recalibrated:
+    """What a recalibration made.
+
+    Attributes:
+        probe: For the new traffic; its record says what it was recalibrated on.
+        what: What was done, in a sentence.
+        figures: Before and after, on the new texts if they are labelled; else none. Each text is
+            calibrated without it.
+        warnings: What the user should know, one sentence each.
+    """
+
+    probe: Probe
+    what: str
+    figures: tuple[Report, Report] | None
+    warnings: tuple[str, ...]
+
+
+def recalibrate(
+    probe: Probe,
+    examples: Examples | None = None,
+    logits: Float[np.ndarray, "text output"] | None = None,
+    *,
+    rule: ThresholdRule | None = None,
+) -> Recalibrated:
+    """Fits a probe to new traffic; its mechanism stays as it is.
+
+    Args:
+        probe: As it was trained, or recalibrated before.
+        examples: Texts of the new traffic. With labels, they calibrate and choose the thresholds as
+            in training. Without, the shares of the classes among them are estimated by EM (Saerens
+            et al. 2002), and probabilities and thresholds follow. None moves thresholds only.
+        logits: The probe's, of each text.
+        rule: What thresholds are chosen for; None is what they were chosen for before.
+
+    Raises:
+        SidelightError: There are too few texts, a curve is missing in an older artifact, or
+            unlabelled texts differ in more than the shares of their classes.
+    """
+    rule = rule or ThresholdRule.parse(probe.record.get("threshold_rule", "f1"))
+    require_thresholds(probe.task, rule)
+    if examples is None or logits is None:
+        made, entry = _follow_rule(probe, rule)
+    elif isinstance(examples, LabelledExamples):
+        made, entry = _follow_labels(probe, examples, logits, rule)
+    else:
+        made, entry = _follow_shares(probe, examples, logits, rule)
+    origin = {"version": probe.version, "calibration": probe.calibration.to_dict()}
+    entry = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "what": made.what,
+        "from": {**origin, "thresholds": list(probe.thresholds)},
+        **entry,
+    }
+    record = {
+        **probe.record,
+        "threshold_rule": str(rule),
+        "recalibrations": [*probe.record.get("recalibrations", ()), entry],
+    }
+    return replace(made, probe=replace(made.probe, record=record, version=""))
+
+
+def _follow_labels(
+    probe: Probe,
+    examples: LabelledExamples,
+    logits: Float[np.ndarray, "text output"],
+    rule: ThresholdRule,
+) -> tuple[Recalibrated, dict[str, Any]]:
+    task, labels = probe.task, examples.labels
+    counts = dict(zip(task.labels, examples.label_counts.tolist(), strict=True))
+    _require_enough(task, counts, len(examples))
+    kind = suggested_calibration(task)
+    before = evaluate(task, probe.calibration.apply(logits), labels, thresholds=probe.thresholds)
+    folds = measuring_folds(examples, kind=kind)
+    made = calibrate_examples(logits, examples, folds, kind=kind, rule=rule)
+    fitted = replace(probe, calibration=made.calibration, thresholds=made.report.thresholds)
+    entry = {
+        **describe_examples(examples),
+        "before": before.to_dict(),
+        "after": made.report.to_dict(),
+        **describe_scores(task, made.calibration.apply(logits), labels),
+    }
+    what = f"calibrated by {kind} on {len(examples):,} labelled texts"
+    doubts = threshold_doubts(task, counts, len(examples), rule)
+    return Recalibrated(fitted, what, (before, made.report), (*doubts,)), entry
+
+
+def _require_enough(task: Task, counts: dict[str, int], texts: int) -> None:
+    """Refuses labelled texts that are too few to calibrate on."""
+    judged = () if task.kind == "multiclass" else task.labels[-task.outputs :]
+    most = texts - LEAST_PER_SIDE
+    short = {
+        label: counts[label] for label in judged if not LEAST_PER_SIDE <= counts[label] <= most
+    }
+    if texts < LEAST_LABELLED or short:
+        found = "".join(f", {count} of them '{label}'" for label, count in short.items())
+        raise SidelightError(
+            f"Too few labelled texts to recalibrate on: got {texts}{found}; wanted "
+            f"{LEAST_LABELLED} or more, with and without each label {LEAST_PER_SIDE} or more. "
+            "Label more texts, or give them without labels."
+        )
+
+
+def _follow_shares(
+    probe: Probe,
+    examples: Examples,
+    logits: Float[np.ndarray, "text output"],
+    rule: ThresholdRule,
+) -> tuple[Recalibrated, dict[str, Any]]:
+    if len(examples) < LEAST_UNLABELLED:
+        raise SidelightError(
+            f"Too few unlabelled texts to tell the shares of classes: got {len(examples)}, wanted "
+            f"{LEAST_UNLABELLED} or more. Add texts, or labels (--label)."
+        )
+    task, priors = probe.task, _priors(probe)
+    old = probe.calibration.apply(logits)
+    shift = estimate_shift(task, old, priors)
+    calibration = probe.calibration.shifted(shift.change)
+    new = calibration.apply(logits)
+    curves: dict[str, OperatingCurve] = {}
+    if task.kind != "multiclass":
+        pairs = zip(
+            _curves(probe).items(), shift.change.tolist(), shift.shares.tolist(), strict=True
+        )
+        curves = {label: curve.shifted(by, share=share) for (label, curve), by, share in pairs}
+    _require_mixture(curves, new)
+    thresholds = tuple(curve.threshold(rule) for curve in curves.values())
+    labels = task.labels[-task.outputs :]
+    shares = zip(labels, priors, shift.shares, strict=True)
+    changes = {label: [float(before), float(after)] for label, before, after in shares}
+    entry = {
+        "rows": len(examples),
+        "sha256": examples.content_hash,
+        "significance": shift.significance,
+        "shares": changes,
+        "before": {"flagged": _flagged(task, old, probe.thresholds)},
+        "after": {"flagged": _flagged(task, new, thresholds)},
+        **describe_scores(task, new),
+        "curves": {label: curve.to_dict() for label, curve in curves.items()},
+    }
+    told = ", ".join(f"'{label}' {was:.1%} to {now:.1%}" for label, (was, now) in changes.items())
+    what = f"shares of classes in {len(examples):,} unlabelled texts: {told}"
+    made = replace(probe, calibration=calibration, thresholds=thresholds)
+    same = (
+        f"The texts do not show that a share changed (p = {shift.significance:.2f}): the probe "
+        "that you have will do."
+    )
+    doubts = (same,) if shift.significance > _SIGNIFICANT else ()
+    return Recalibrated(made, what, None, doubts), entry
+
+
+def _priors(probe: Probe) -> Float[np.ndarray, " output"]:
+    """The shares of classes that the probabilities were calibrated for."""
+    stored, labels = reference(probe.record), probe.task.labels[-probe.task.outputs :]
+    if "priors" in stored:
+        return np.array([stored["priors"][label] for label in labels], dtype=float)
+    if "classes" not in stored:
+        raise SidelightError(
+            f"Probe '{probe.name}' does not say which texts it was calibrated on. Recalibrate on "
+            "labelled texts (--label), or train it again."
+        )
+    # Older artifacts count texts; no share is 0 or 1.
+    counts = np.array([stored["classes"][label] for label in labels], dtype=float)
+    return counts.clip(0.5, stored["rows"] - 0.5) / stored["rows"]
+
+
+def _curves(probe: Probe) -> dict[str, OperatingCurve]:
+    curves = read_curves(reference(probe.record).get("curves", {}))
+    if not curves:
+        raise SidelightError(
+            f"Probe '{probe.name}' has no curve to choose thresholds on: it was trained before "
+            "artifacts had one. Recalibrate on labelled texts (--label), or train it again."
+        )
+    return curves
+
+
+def _flagged(
+    task: Task, probabilities: Float[np.ndarray, "text output"], thresholds: tuple[float, ...]
+) -> dict[str, float]:
+    """The share of texts that get each label."""
+    decided = (
+        probabilities == probabilities.max(axis=1, keepdims=True)
+        if task.kind == "multiclass"
+        else probabilities >= thresholds
+    )
+    return dict(zip(task.labels[-task.outputs :], decided.mean(axis=0).tolist(), strict=True))
+
+
+def _require_mixture(
+    curves: dict[str, OperatingCurve], probabilities: Float[np.ndarray, "text output"]
+) -> None:
+    """Refuses texts that the shares of classes do not explain: there, EM does harm."""
+    pairs = zip(curves.items(), probabilities.T, strict=False)
+    strange = [label for (label, curve), own in pairs if not curve.explains(own)]
+    if strange:
+        raise SidelightError(
+            f"The scores of '{', '.join(strange)}' are no mixture of those that the probe was "
+            "calibrated on, whatever the shares of the classes: the texts themselves changed. "
+            "Label some of them, and recalibrate on these (--label)."
+        )
+
+
+def _follow_rule(probe: Probe, rule: ThresholdRule) -> tuple[Recalibrated, dict[str, Any]]:
+    if probe.task.kind == "multiclass":
+        raise SidelightError(
+            f"Probe '{probe.name}' has several classes, of which the most probable one wins, "
+            "without a threshold. Name texts to recalibrate it on (--data)."
+        )
+    curves = _curves(probe)
+    thresholds = tuple(curve.threshold(rule) for curve in curves.values())
+    stored = reference(probe.record)
+    entry = {name: stored[name] for name in ("scores", "priors", "curves")}
+    made = replace(probe, thresholds=thresholds)
+    return Recalibrated(made, f"thresholds for {rule}", None, ()), entry

@@ -1,0 +1,274 @@
+"""A probe follows new traffic without training, and says what it was recalibrated on."""
+
+import asyncio
+import logging
+from dataclasses import replace
+from datetime import UTC, datetime
+
+import numpy as np
+import pytest
+
+from sidelight.artifact import load_probe, read_manifest, save_probe, summary
+from sidelight.calibration import Calibration, fit_calibration, suggested_calibration
+from sidelight.data.examples import Example, Examples, LabelledExamples
+from sidelight.engines.transformers import TransformersEngine
+from sidelight.errors import SidelightError
+from sidelight.metrics import log_losses, score_counts
+from sidelight.prompts import Message
+from sidelight.server.metrics import ENOUGH, Drift
+from sidelight.thresholds import F1, ThresholdRule, choose_thresholds, read_curves
+from sidelight.training.fit import describe_examples, describe_scores
+from sidelight.training.recalibration import (
+    LEAST_LABELLED,
+    LEAST_UNLABELLED,
+    recalibrate,
+)
+from sidelight.types import Task, Verdict
+from tiny import INTENT, TOPICS, TOXICITY, untrained_probe
+
+TASKS = [TOXICITY, INTENT, TOPICS]
+every_task = pytest.mark.parametrize("task", TASKS, ids=lambda task: task.kind)
+
+
+def drawn(task: Task, texts: int, *, share: float, seed: int, size: float = 2.0):
+    """Logits, and labels of which ``share`` are positive, or of the last class."""
+    generator = np.random.default_rng(seed)
+    if task.kind == "multiclass":
+        rest = (1 - share) / (len(task.labels) - 1)
+        shares = [rest] * (len(task.labels) - 1) + [share]
+        labels = generator.choice(len(task.labels), size=texts, p=shares)
+        means = 2 * np.eye(len(task.labels))[labels]
+    else:
+        labels = (generator.random((texts, task.outputs)) < share).astype(int)
+        means = 2.0 * labels - 1
+        labels = labels[:, 0] if task.kind == "binary" else labels
+    return size * (means + generator.normal(size=means.shape)), labels
+
+
+def texts_of(count: int, task: Task | None = None, labels: np.ndarray | None = None) -> Examples:
+    items = tuple(Example((Message("user", f"text {i}"),)) for i in range(count))
+    if task is None or labels is None:
+        return Examples(items, ({},) * count)
+    return LabelledExamples(items, ({},) * count, task=task, labels=labels)
+
+
+def trained(tiny, task: Task, *, rule: ThresholdRule = F1):
+    """A probe that was calibrated on 600 texts, of which 30 % are positive."""
+    logits, labels = drawn(task, 600, share=0.3, seed=0)
+    calibration = fit_calibration(suggested_calibration(task), logits, labels, task)
+    probabilities = calibration.apply(logits)
+    examples = texts_of(600, task, labels)
+    assert isinstance(examples, LabelledExamples)
+    return replace(
+        untrained_probe(tiny, "probe", task=task),
+        calibration=calibration,
+        thresholds=choose_thresholds(task, probabilities, labels, rule=rule),
+        record={
+            "validation": {
+                **describe_examples(examples),
+                **describe_scores(task, probabilities, labels),
+            },
+            "threshold_rule": str(rule),
+        },
+    )
+
+
+@every_task
+def test_labelled_texts_calibrate_and_choose_thresholds_as_in_training(tiny, task):
+    rule = F1 if task.kind == "multiclass" else ThresholdRule("recall", 0.9)
+    probe = trained(tiny, task, rule=rule)
+    logits, labels = drawn(task, 300, share=0.2, seed=1, size=8.0)
+    made = recalibrate(probe, texts_of(300, task, labels), logits)
+    expected = fit_calibration(suggested_calibration(task), logits, labels, task)
+    assert made.probe.calibration == expected
+    known = expected.apply(logits)
+    assert made.probe.thresholds == choose_thresholds(task, known, labels, rule=rule)
+    fresh, truth = drawn(task, 3000, share=0.2, seed=2, size=8.0)
+    before, after = (
+        log_losses(task, one.calibration.apply(fresh), truth).mean() for one in (probe, made.probe)
+    )
+    assert after < before
+
+
+@every_task
+def test_unlabelled_texts_move_probabilities_to_the_shares_of_their_classes(tiny, task):
+    probe = trained(tiny, task)
+    logits, _ = drawn(task, 1000, share=0.05, seed=1)
+    made = recalibrate(probe, texts_of(1000), logits)
+    fresh, truth = drawn(task, 5000, share=0.05, seed=2)
+    before, after = (one.calibration.apply(fresh) for one in (probe, made.probe))
+    assert log_losses(task, after, truth).mean() < log_losses(task, before, truth).mean()
+    # 1,000 texts pin a share of 5 % to about 1 %.
+    assert after.mean(axis=0)[-1] == pytest.approx(0.05, abs=0.03)
+    assert made.probe.calibration.scale == probe.calibration.scale
+
+
+def test_thresholds_follow_the_shares_and_a_rate_of_false_alarms_flags_the_same_texts(tiny):
+    logits, labels = drawn(TOXICITY, 1000, share=0.05, seed=1)
+    probe = trained(tiny, TOXICITY)
+    made = recalibrate(probe, texts_of(1000), logits).probe
+    flagged = [one.calibration.apply(logits) >= one.thresholds for one in (probe, made)]
+    assert flagged[1].sum() < flagged[0].sum()
+    f1 = [2 * (own[:, 0] & (labels == 1)).sum() / (own.sum() + labels.sum()) for own in flagged]
+    assert f1[1] > f1[0]
+    strict = trained(tiny, TOXICITY, rule=ThresholdRule("fpr", 0.02))
+    made = recalibrate(strict, texts_of(1000), logits).probe
+    flagged = [one.calibration.apply(logits) >= one.thresholds for one in (strict, made)]
+    np.testing.assert_array_equal(*flagged)
+
+
+def test_without_texts_the_thresholds_move_along_the_stored_curve(tiny):
+    probe = trained(tiny, TOPICS)
+    rule = ThresholdRule("cost", 20.0)
+    made = recalibrate(probe, rule=rule).probe
+    logits, labels = drawn(TOPICS, 600, share=0.3, seed=0)
+    known = probe.calibration.apply(logits)
+    assert made.thresholds == choose_thresholds(TOPICS, known, labels, rule=rule)
+    assert made.calibration == probe.calibration
+    assert recalibrate(made).probe.thresholds == made.thresholds
+    again = recalibrate(made, rule=F1).probe
+    assert again.thresholds == probe.thresholds
+
+
+@pytest.mark.parametrize("way", ["labelled", "unlabelled", "rule"])
+def test_the_artifact_says_what_it_was_recalibrated_on(tiny, tmp_path, way):
+    old = load_probe(save_probe(trained(tiny, TOXICITY), tmp_path / "old"))
+    logits, labels = drawn(TOXICITY, 200, share=0.1, seed=1)
+    examples = texts_of(200, *((TOXICITY, labels) if way == "labelled" else ()))
+    rule = ThresholdRule("fpr", 0.05)
+    made = recalibrate(old, *(() if way == "rule" else (examples, logits)), rule=rule)
+    new = load_probe(save_probe(made.probe, tmp_path / "new"))
+    assert new.version not in ("", old.version)
+    for name, value in old.mechanism.state_dict().items():
+        assert value.equal(new.mechanism.state_dict()[name])
+    assert new.record["validation"] == old.record["validation"]
+    (entry,) = new.record["recalibrations"]
+    assert entry["date"] == datetime.now(UTC).date().isoformat()
+    origin = entry["from"]
+    assert (origin["version"], origin["thresholds"]) == (old.version, list(old.thresholds))
+    assert Calibration.from_dict(origin["calibration"]) == old.calibration
+    assert new.record["threshold_rule"] == "fpr=0.05"
+    if way != "rule":
+        assert (entry["rows"], entry["sha256"]) == (200, examples.content_hash)
+        assert {"before", "after"} <= entry.keys()
+        after = new.calibration.apply(logits)[:, 0].tolist()
+        assert entry["scores"] == {"toxic": score_counts(after)}
+    told = summary(
+        replace(read_manifest(tmp_path / "new"), record={**new.record, "validation": {}})
+    )
+    assert told["recalibrated 1"] == f"{entry['date']}: {made.what}"
+
+
+def test_a_recalibrated_probe_is_recalibrated_again(tiny):
+    probe = trained(tiny, TOXICITY)
+    for share in (0.05, 0.3):
+        logits, _ = drawn(TOXICITY, 2000, share=share, seed=1)
+        probe = recalibrate(probe, texts_of(2000), logits).probe
+    assert len(probe.record["recalibrations"]) == 2
+    first = trained(tiny, TOXICITY).calibration.shift
+    # Back where it began, but for chance: 600 and 2,000 texts pin it to 0.1, here 3 sigma.
+    assert probe.calibration.shift == pytest.approx(first, abs=0.3)
+
+
+@every_task
+def test_too_few_texts_are_refused(tiny, task):
+    probe = trained(tiny, task)
+    logits, labels = drawn(task, LEAST_LABELLED - 1, share=0.5, seed=1)
+    with pytest.raises(SidelightError, match=r"Too few labelled texts.*got 29"):
+        recalibrate(probe, texts_of(len(logits), task, labels), logits)
+    logits, labels = drawn(task, LEAST_UNLABELLED - 1, share=0.5, seed=1)
+    with pytest.raises(SidelightError, match=r"Too few unlabelled texts.*got 199, wanted 200"):
+        recalibrate(probe, texts_of(len(logits)), logits)
+
+
+def test_too_few_positive_texts_are_refused_and_few_are_warned_of(tiny):
+    probe = trained(tiny, TOXICITY)
+    logits, labels = drawn(TOXICITY, 200, share=0.5, seed=1)
+    labels[:] = np.arange(200) < 9
+    with pytest.raises(SidelightError, match=r"got 200, 9 of them 'toxic'; wanted .* 10 or more"):
+        recalibrate(probe, texts_of(200, TOXICITY, labels), logits)
+    labels[9:20] = 1
+    made = recalibrate(probe, texts_of(200, TOXICITY, labels), logits)
+    assert any("rests on 20 positive" in warning for warning in made.warnings)
+
+
+def test_unlabelled_texts_that_show_no_change_are_warned_of(tiny):
+    probe = trained(tiny, TOXICITY)
+    logits, _ = drawn(TOXICITY, 600, share=0.3, seed=1)
+    (same,) = recalibrate(probe, texts_of(600), logits).warnings
+    assert "do not show that a share changed" in same
+    logits, _ = drawn(TOXICITY, 600, share=0.1, seed=1)
+    assert recalibrate(probe, texts_of(600), logits).warnings == ()
+
+
+def test_unlabelled_texts_that_no_share_explains_are_refused(tiny):
+    # All scores in the middle: neither positive nor negative texts of training look so.
+    strange = np.random.default_rng(0).normal(size=(600, 1)) * 0.3
+    with pytest.raises(SidelightError, match=r"'toxic' are no mixture .* Label some"):
+        recalibrate(trained(tiny, TOXICITY), texts_of(600), strange)
+
+
+@every_task
+def test_an_older_artifact_without_curves_and_shares_is_recalibrated_where_it_can(tiny, task):
+    probe = trained(tiny, task)
+    old = {
+        key: value
+        for key, value in probe.record["validation"].items()
+        if key not in ("curves", "priors")
+    }
+    probe = replace(probe, record={"validation": old})
+    logits, labels = drawn(task, 300, share=0.1, seed=1)
+    made = recalibrate(probe, texts_of(300, task, labels), logits)
+    assert made.probe.record["threshold_rule"] == "f1"
+    if task.kind == "multiclass":
+        assert recalibrate(probe, texts_of(300), logits).probe.calibration != probe.calibration
+        with pytest.raises(SidelightError, match="most probable one wins"):
+            recalibrate(probe)
+    else:
+        for arguments in ((), (texts_of(300), logits)):
+            with pytest.raises(SidelightError, match=r"no curve .* Recalibrate on labelled texts"):
+                recalibrate(probe, *arguments)
+
+
+def test_several_classes_take_no_rule(tiny):
+    probe = trained(tiny, INTENT)
+    with pytest.raises(SidelightError, match="Leave --threshold out"):
+        recalibrate(probe, rule=ThresholdRule("fpr", 0.01))
+
+
+async def scraped_twice(tiny, probe, logits) -> float:
+    """The drift that a running server tells of these texts."""
+    engine = TransformersEngine(tiny, [probe])
+    await engine.start()
+    drift = Drift(engine)
+    for score in probe.calibration.apply(logits)[:, 0].tolist():
+        scores = {"fine": 1 - score, "toxic": score}
+        drift.add(probe, Verdict("toxicity", "fine", ("fine",), scores, False))
+    first, second = (next(iter(drift.collect())).samples[0].value for _ in range(2))
+    await engine.close()
+    assert first == second
+    return first
+
+
+def test_drift_names_the_remedy_and_ends_with_it(tiny, caplog):
+    probe = replace(trained(tiny, TOXICITY), name="toxicity", version="1")
+    logits, labels = drawn(TOXICITY, 2 * ENOUGH, share=0.95, seed=1)
+    examples = texts_of(2 * ENOUGH, TOXICITY, labels)
+    recalibrated = replace(recalibrate(probe, examples, logits).probe, version="2")
+    told = {}
+    for one in (probe, recalibrated):
+        with caplog.at_level(logging.WARNING):
+            told[one.version] = asyncio.run(scraped_twice(tiny, one, logits))
+    assert told["1"] > 0.25
+    assert told["2"] == 0
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "probe 'toxicity' for 'toxic'" in line
+    assert "Run `sidelight recalibrate`" in line
+
+
+def test_a_curve_of_a_recalibration_is_that_of_its_texts(tiny):
+    logits, labels = drawn(TOXICITY, 300, share=0.2, seed=1)
+    made = recalibrate(trained(tiny, TOXICITY), texts_of(300, TOXICITY, labels), logits).probe
+    (curve,) = read_curves(made.record["recalibrations"][0]["curves"]).values()
+    assert (curve.positives, curve.negatives) == (labels.sum(), 300 - labels.sum())
+    assert curve.threshold(F1) == made.thresholds[0]
