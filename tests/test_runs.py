@@ -10,7 +10,6 @@ from sidelight.artifact import load_probe, save_probe
 from sidelight.backbone import TransformersBackbone
 from sidelight.errors import SidelightError
 from sidelight.evaluation import evaluate
-from sidelight.manifest import MANIFEST
 from sidelight.manifest import MANIFEST, holds_probe
 from sidelight.mechanisms.base import Geometry, build_mechanism, mechanism_spec
 from sidelight.probe import Probe

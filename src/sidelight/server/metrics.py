@@ -13,10 +13,11 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from sidelight.engines.base import Engine
+from sidelight.manifest import reference
 from sidelight.metrics import BINS, score_counts, stability_index
 from sidelight.policy.decisions import Decision, agreements
 from sidelight.policy.rules import BoundRule
-from sidelight.probe import Probe, reference
+from sidelight.probe import Probe
 from sidelight.types import Verdict
 
 # Series of scores, without which scores that answers withhold could be read from `/metrics`.

@@ -15,7 +15,8 @@ from sidelight.calibration import estimate_shift, suggested_calibration
 from sidelight.data.examples import Examples, LabelledExamples
 from sidelight.errors import SidelightError
 from sidelight.evaluation import Report, evaluate
-from sidelight.probe import Probe, reference
+from sidelight.manifest import reference
+from sidelight.probe import Probe
 from sidelight.thresholds import (
     OperatingCurve,
     ThresholdRule,
