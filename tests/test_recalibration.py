@@ -8,11 +8,12 @@ from datetime import UTC, datetime
 import numpy as np
 import pytest
 
-from sidelight.artifact import load_probe, read_manifest, save_probe, summary
+from sidelight.artifact import load_probe, save_probe
 from sidelight.calibration import Calibration, fit_calibration, suggested_calibration
 from sidelight.data.examples import Example, Examples, LabelledExamples
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import SidelightError
+from sidelight.manifest import read_manifest, summary
 from sidelight.metrics import log_losses, score_counts
 from sidelight.prompts import Message
 from sidelight.server.metrics import ENOUGH, Drift
