@@ -4,7 +4,6 @@ from importlib import import_module
 
 import numpy as np
 import pytest
-import torch
 
 from corpora import rows, training_set
 from sidelight.data.loading import load_examples
