@@ -65,9 +65,10 @@ def recalibrate(
     a new one is written, whose manifest says what it was recalibrated on.
     """
     from sidelight.artifact import load_probe, save_probe
+    from sidelight.manifest import holds_probe
     from sidelight.thresholds import ThresholdRule
     from sidelight.training.recalibration import recalibrate as refit
-    from sidelight.training.runs import comparison_table, console, holds_probe
+    from sidelight.training.runs import comparison_table, console
 
     rule = None if threshold is None else ThresholdRule.parse(threshold)
     if data is None and rule is None:
