@@ -200,27 +200,33 @@ def test_inspect_says_what_the_probe_is(trained: Path, capsys: pytest.CaptureFix
     assert json.loads(capsys.readouterr().out)["name"] == "probe"
 
 
+@pytest.fixture(scope="module")
+def hesitant(trained: Path) -> Path:
+    """A probe that tells the classes apart in part, so that rules differ in their thresholds."""
+    return trained / "runs" / "pooling-seed0"
+
+
 def thresholds_of(folder: Path) -> list[float]:
     return json.loads((folder / "manifest.json").read_text())["thresholds"]
 
 
 def test_a_probe_is_recalibrated_on_labelled_and_on_unlabelled_texts_and_by_a_rule_alone(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    hesitant: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     data = write_rows(tmp_path / "new.jsonl", 120, seed=5)
-    arguments = ["recalibrate", str(trained), "--data", data]
+    arguments = ["recalibrate", str(hesitant), "--data", data]
     labelled, unlabelled = tmp_path / "labelled", tmp_path / "unlabelled"
     assert run(*arguments, "--label", "toxic", "--out", str(labelled)) == 0
     shown = capsys.readouterr().out
     assert "before" in shown
     assert "Calibrated by platt on 120 labelled texts" in shown
     more = write_rows(tmp_path / "more.jsonl", 200, seed=6)
-    arguments = ["recalibrate", str(trained), "--data", more, "--out", str(unlabelled)]
+    arguments = ["recalibrate", str(hesitant), "--data", more, "--out", str(unlabelled)]
     assert run(*arguments, "--json") == 0
     assert json.loads(capsys.readouterr().out)["what"].startswith("shares of classes in 200 ")
-    assert run("recalibrate", str(trained), "--threshold", "recall=0.99") == 0
-    beside = trained.with_name("probe-recalibrated")
-    assert thresholds_of(beside) != thresholds_of(trained)
+    assert run("recalibrate", str(hesitant), "--threshold", "recall=0.99") == 0
+    beside = hesitant.with_name("pooling-seed0-recalibrated")
+    assert thresholds_of(beside) != thresholds_of(hesitant)
     assert run("inspect", str(beside)) == 0
     assert "thresholds for recall=0.99" in capsys.readouterr().out
     for folder in (labelled, unlabelled, beside):
@@ -229,23 +235,23 @@ def test_a_probe_is_recalibrated_on_labelled_and_on_unlabelled_texts_and_by_a_ru
     rows = [json.loads(line) for line in Path(data).read_text().splitlines()]
     named = tmp_path / "named.jsonl"
     named.write_text("\n".join(json.dumps({"text": r["text"], "label": r["toxic"]}) for r in rows))
-    arguments = ["recalibrate", str(trained), "--data", str(named), "--out", str(tmp_path / "d")]
+    arguments = ["recalibrate", str(hesitant), "--data", str(named), "--out", str(tmp_path / "d")]
     assert run(*arguments) == 0
     assert thresholds_of(tmp_path / "d") == thresholds_of(labelled)
 
 
 def test_recalibrating_replaces_no_probe_unless_it_is_told_to(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    hesitant: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     own = tmp_path / "own"
-    shutil.copytree(trained, own)
+    shutil.copytree(hesitant, own)
     before = (own / "manifest.json").read_bytes()
     arguments = ["recalibrate", str(own), "--threshold", "recall=0.99", "--out", str(own)]
     assert run(*arguments) == 2
     assert "holds a probe already" in capsys.readouterr().err
     assert (own / "manifest.json").read_bytes() == before
     assert run(*arguments, "--force") == 0
-    assert thresholds_of(own) != thresholds_of(trained)
+    assert thresholds_of(own) != thresholds_of(hesitant)
     # And it is measured as it is now, not as the run that it was.
     data = write_rows(tmp_path / "test.jsonl", 60, seed=2)
     capsys.readouterr()
