@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from sidelight.backbone import cache_prefix, can_share, run_with_prefix
-from sidelight.errors import SidelightError
 from sidelight.progress import progress
 from sidelight.ragged import by_length
 from sidelight.smollm2 import cache_root

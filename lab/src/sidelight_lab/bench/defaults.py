@@ -1,115 +1,372 @@
-"""How good what ``sidelight train`` makes of few labelled texts is, on texts it did not see."""
+"""How good what ``sidelight train`` makes of a file is, beside rivals, on texts it did not see."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
 
 from sidelight.backbone import TransformersBackbone
+from sidelight.calibration import fit_calibration, suggested_calibration
 from sidelight.data.examples import LabelledExamples
-from sidelight.errors import SidelightError
+from sidelight.errors import SidelightError, did_you_mean
 from sidelight.mechanisms.base import spec_titles
 from sidelight.metrics import decide, log_losses, measure
-from sidelight.training.classifier import judge
+from sidelight.states.extraction import SharedSource
+from sidelight.training.dataset import FOLDS, ProbeDataset, Split, make_split
 from sidelight.training.fit import Fit, fit
 from sidelight.training.settings import FitOptions
+from sidelight.training.tfidf import fit_tfidf
+from sidelight.types import Task
+from sidelight_lab.baselines.encoders import Encoder
+from sidelight_lab.baselines.pooled import PENALTIES
+from sidelight_lab.baselines.token_heads import AttentionProbe
 from sidelight_lab.bench.measurement import table
 
 AUTO = "auto"
-FIGURES = ("accuracy", "log loss", "ece")
+FIGURES = ("accuracy", "log loss", "ece", "auprc")
+RIVALS = ("tfidf", "sentence_embeddings", "means_all_layers", "attention_probe")
+_RESAMPLES = 2000
+# Of the training texts, for a rival that stops early and calibrates on them.
+_HELD_OUT = 0.2
+# The logit of a class that no training text has.
+_ABSENT = -20.0
+
+Logits = Float[np.ndarray, "text output"]
 
 
-def compare_candidates(
+@dataclass(frozen=True)
+class Draw:
+    """Training texts of one size.
+
+    Attributes:
+        size: How many: of each class, or in all.
+        seed: Decides which.
+        rows: Their places in the file.
+    """
+
+    size: str
+    seed: int
+    rows: Int[np.ndarray, " row"]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A model that was trained on a draw, on the texts that are held out.
+
+    Attributes:
+        figures: By name; ``printed accuracy`` is what training estimated.
+        right: Whether the most probable class of each text is its own.
+        losses: The log loss of each text.
+    """
+
+    size: str
+    row: str
+    draw: int
+    figures: dict[str, float]
+    right: Bool[np.ndarray, " text"]
+    losses: Float[np.ndarray, " text"]
+    taken: str = ""
+
+
+def compare_defaults(
     backbone: TransformersBackbone,
     examples: LabelledExamples,
     *,
-    sizes: Sequence[int],
+    sizes: Sequence[int] = (),
+    texts: Sequence[int] = (),
     draws: int,
     held_out: int,
+    rivals: Sequence[str],
     cache_root: Path,
-) -> list[dict[str, Any]]:
-    """Figures of each candidate and of the one that was taken, for each size and draw.
+) -> list[Judged]:
+    """Each candidate, the one that ``auto`` took, and each rival, for each size and draw.
 
     Args:
         backbone: The frozen LLM.
         examples: Labelled texts.
         sizes: Training texts of each class.
+        texts: Training texts in all, in the file's shares of the classes.
         draws: Draws of training texts; those that are held out are the same for all.
-        held_out: Texts of each class to measure on.
-        cache_root: Folder of the hidden states while training.
+        held_out: Texts to measure on, in the file's shares of the classes.
+        rivals: Some of ``RIVALS``, trained on the same texts.
+        cache_root: Folder of the hidden states.
     """
-    _require_enough(examples, max(sizes), held_out)
-    shuffled = np.random.default_rng(0).permutation(len(examples))
-    classes = [shuffled[examples.labels[shuffled] == own] for own in np.unique(examples.labels)]
-    held = _selected(examples, [rows[:held_out] for rows in classes])
-    options = FitOptions(cache_root=cache_root)
-    fits: list[tuple[dict[str, int], Fit]] = []
-    for size, draw in product(sizes, range(draws)):
-        random = np.random.default_rng(draw)
-        drawn = [random.choice(rows[held_out:], size, replace=False) for rows in classes]
-        made = fit(backbone, _selected(examples, drawn), None, name="default", options=options)
-        fits.append(({"size": size, "draw": draw}, made))
-    # One pass over the held-out texts for all probes.
-    logits = iter(judge(backbone, [run.probe for _, made in fits for run in made.runs], held.items))
-    return [
-        {**where, **row}
-        for where, made in fits
-        for row in _figures(made, held, [next(logits) for _ in made.runs])
-    ]
-
-
-def _require_enough(examples: LabelledExamples, size: int, held_out: int) -> None:
+    for rival in rivals:
+        if rival not in RIVALS:
+            raise SidelightError(f"Unknown rival '{rival}'.{did_you_mean(rival, RIVALS)}")
     if examples.task.kind == "multilabel":
         raise SidelightError("Texts are drawn class by class: choose one --label.")
-    rarest = int(examples.label_counts.min())
-    if rarest < size + held_out:
+    held_rows = examples.draw(held_out, seed=0)
+    rest = np.setdiff1d(np.arange(len(examples)), held_rows)
+    planned = [
+        *(
+            Draw(f"{size} a class", seed, _of_each_class(examples, rest, size, seed))
+            for size, seed in product(sizes, range(draws))
+        ),
+        *(
+            Draw(f"{count} texts", seed, rest[examples.select(rest).draw(count, seed=seed)])
+            for count, seed in product(_enough(texts, len(rest)), range(draws))
+        ),
+    ]
+    encoder = Encoder(None, max_tokens=512) if "sentence_embeddings" in rivals else None
+    shared = SharedSource(backbone, cache_root)
+    options = FitOptions(cache_root=cache_root)
+    held = make_split(backbone, examples.select(held_rows), options, source=shared)
+    found: list[Judged] = []
+    for draw in planned:
+        drawn = examples.select(draw.rows)
+        made = fit(backbone, drawn, None, name="default", options=options, source=shared)
+        found += _judged_fit(made, held, shared, draw)
+        training = make_split(backbone, drawn, options, source=shared)
+        for rival in rivals:
+            calibrating, labels, judging = _rival(rival, training, held, backbone, encoder)
+            found.append(_judged_rival(rival, calibrating, labels, judging, held, draw))
+        training.states.remove()
+    held.states.remove()
+    return found
+
+
+def _of_each_class(
+    examples: LabelledExamples, rest: Int[np.ndarray, " row"], size: int, seed: int
+) -> Int[np.ndarray, " row"]:
+    labels, random = examples.labels[rest], np.random.default_rng(seed)
+    counts = np.bincount(labels, minlength=len(examples.task.labels))
+    if counts.min() < size:
         raise SidelightError(
-            f"Drawing {size} texts of each class beside {held_out} held out needs "
-            f"{size + held_out}, but '{examples.task.labels[int(examples.label_counts.argmin())]}' "
-            f"has {rarest}. Choose a smaller --sizes or --held-out, or give more data."
+            f"Drawing {size} texts of each class beside those that are held out: "
+            f"'{examples.task.labels[int(counts.argmin())]}' has {counts.min()}. Choose a smaller "
+            "--sizes or --held-out, or give more data."
         )
+    classes = (rest[labels == own] for own in range(len(counts)))
+    return np.sort(np.concatenate([random.choice(own, size, replace=False) for own in classes]))
 
 
-def _selected(
-    examples: LabelledExamples, rows: Sequence[Int[np.ndarray, " row"]]
-) -> LabelledExamples:
-    return examples.select(np.sort(np.concatenate(rows)))
+def _enough(texts: Sequence[int], rest: int) -> Sequence[int]:
+    if max(texts, default=0) > rest:
+        raise SidelightError(
+            f"Drawing {max(texts)} texts beside those that are held out: {rest} are left. Choose "
+            "fewer --texts or a smaller --held-out, or give more data."
+        )
+    return texts
 
 
-def _figures(
-    made: Fit, held: LabelledExamples, logits: Sequence[Float[np.ndarray, "text output"]]
-) -> Iterator[dict[str, Any]]:
-    """A row for each run, and one more for the run that was taken."""
+def _judged_fit(made: Fit, held: Split, shared: SharedSource, draw: Draw) -> Iterator[Judged]:
     titles = spec_titles([run.probe.spec for run in made.runs])
-    for title, run, own in zip(titles, made.runs, logits, strict=True):
-        chance = run.probe.calibration.apply(own)
-        decided = decide(held.task, chance, held.labels, thresholds=run.probe.thresholds)
-        metrics = measure(decided, decided.once)
-        row = {
-            "accuracy": float(metrics["accuracy"][0]),
-            "log loss": float(log_losses(held.task, chance, held.labels).mean()),
-            "ece": float(metrics["ece"][0]),
-            "printed accuracy": run.report.metrics["accuracy"].value,
-        }
-        yield {"row": title, **row}
+    for title, run in zip(titles, made.runs, strict=True):
+        logits = shared.logits(run.probe, held.prompts)
+        chance = run.probe.calibration.apply(logits)
+        printed = {"printed accuracy": run.report.metrics["accuracy"].value}
+        yield _judged(title, chance, held, draw, printed)
         if run is made.best:
-            yield {"row": AUTO, "taken": title, **row}
+            yield _judged(AUTO, chance, held, draw, printed, taken=title)
 
 
-def candidates_table(rows: Sequence[dict[str, Any]]) -> str:
-    """The mean over draws of each figure, by size and row."""
+def _judged_rival(
+    rival: str,
+    calibrating: Logits,
+    labels: Int[np.ndarray, " _"],
+    logits: Logits,
+    held: Split,
+    draw: Draw,
+) -> Judged:
+    """Calibrated as a probe is, on logits of texts that it did not train on."""
+    kind = suggested_calibration(held.task)
+    calibration = fit_calibration(kind, calibrating, labels, held.task)
+    return _judged(rival, calibration.apply(logits), held, draw, {})
+
+
+def _judged(
+    row: str,
+    chance: Logits,
+    held: Split,
+    draw: Draw,
+    printed: dict[str, float],
+    *,
+    taken: str = "",
+) -> Judged:
+    task, labels = held.task, held.labels
+    is_binary = task.kind == "binary"
+    metrics = measure(*_decided(task, chance, labels))
+    chosen = (chance[:, 0] >= 0.5).astype(labels.dtype) if is_binary else chance.argmax(1)
+    losses = log_losses(task, chance, labels)
+    figures = {
+        "accuracy": float((chosen == labels).mean()),
+        "log loss": float(losses.mean()),
+        "ece": float(metrics["ece"][0]),
+        **({"auprc": float(metrics["auprc"][0])} if is_binary else {}),
+        **printed,
+    }
+    return Judged(draw.size, row, draw.seed, figures, chosen == labels, losses, taken)
+
+
+def _decided(task: Task, chance: Logits, labels: np.ndarray) -> Any:
+    thresholds = (0.5,) if task.kind == "binary" else ()
+    decided = decide(task, chance, labels, thresholds=thresholds)
+    return decided, decided.once
+
+
+def _rival(
+    name: str,
+    training: Split,
+    held: Split,
+    backbone: TransformersBackbone,
+    encoder: Encoder | None,
+) -> tuple[Logits, Int[np.ndarray, " _"], Logits]:
+    """Logits and labels to calibrate on, and logits of the held-out texts."""
+    task, labels = training.task, training.labels
+    if name == "attention_probe":
+        fold = training.examples.folds(round(1 / _HELD_OUT), seed=0)[0]
+        left_out = training.select(fold)
+        dataset = ProbeDataset(backbone, training.without(fold), left_out)
+        fitted = AttentionProbe().fit(dataset, seed=0)
+        return fitted.logits(left_out), left_out.labels, fitted.logits(held)
+    folds = training.examples.folds(min(FOLDS, training.examples.distinct), seed=0)
+    if name == "tfidf":
+        found = np.empty((len(labels), task.outputs))
+        for fold in folds:
+            rest = training.without(fold)
+            words = fit_tfidf(rest.texts, rest.labels, task)
+            found[fold] = words.logits(training.select(fold).texts)
+        return found, labels, fit_tfidf(training.texts, labels, task).logits(held.texts)
+    if name == "sentence_embeddings":
+        assert encoder is not None
+        inputs, unseen = encoder.embeddings(training), encoder.embeddings(held)
+    else:
+        inputs, unseen = (split.pooled.means.flatten(1).numpy() for split in (training, held))
+    found, judged = _regression(inputs, unseen, labels, task, folds)
+    return found, labels, judged
+
+
+def _regression(
+    inputs: Float[np.ndarray, "text feature"],
+    unseen: Float[np.ndarray, "other feature"],
+    labels: Int[np.ndarray, " text"],
+    task: Task,
+    folds: Sequence[Int[np.ndarray, " _"]],
+) -> tuple[Logits, Float[np.ndarray, "other output"]]:
+    """A logistic regression whose penalty the folds choose by log loss.
+
+    Returns:
+        The logits of each training text without it, and those of the other texts.
+    """
+    scaler: Any = StandardScaler().fit(inputs)
+    scaled = scaler.transform(inputs)
+    # In as many coordinates as there are texts, the penalised solution is the same.
+    _, _, axes = np.linalg.svd(scaled, full_matrices=False)
+    inputs, unseen = scaled @ axes.T, scaler.transform(unseen) @ axes.T
+
+    def left_out(penalty: float) -> Logits:
+        logits = np.empty((len(labels), task.outputs))
+        for fold in folds:
+            rest = np.setdiff1d(np.arange(len(labels)), fold)
+            logits[fold] = _regress(inputs[rest], labels[rest], inputs[fold], task, penalty)
+        return logits
+
+    found = {penalty: left_out(penalty) for penalty in PENALTIES}
+    best = min(found, key=lambda penalty: _loss(task, found[penalty], labels))
+    return found[best], _regress(inputs, labels, unseen, task, best)
+
+
+def _regress(
+    inputs: Float[np.ndarray, "text feature"],
+    labels: Int[np.ndarray, " text"],
+    unseen: Float[np.ndarray, "other feature"],
+    task: Task,
+    penalty: float,
+) -> Float[np.ndarray, "other output"]:
+    model = LogisticRegression(C=1 / (penalty * len(inputs)), max_iter=300).fit(inputs, labels)
+    logits = model.decision_function(unseen)
+    if task.kind == "binary":
+        return logits[:, None]
+    found = np.full((len(unseen), task.outputs), _ABSENT)
+    found[:, model.classes_] = logits
+    return found
+
+
+def _loss(task: Task, logits: Logits, labels: Int[np.ndarray, " text"]) -> float:
+    calibration = fit_calibration("none", logits, labels, task)
+    return float(log_losses(task, calibration.apply(logits), labels).mean())
+
+
+def differences(judged: Sequence[Judged]) -> list[dict[str, Any]]:
+    """What ``auto`` gains on each other row, by size; resampled over draws and texts, 95 %."""
+    found: list[dict[str, Any]] = []
+    for size in dict.fromkeys(one.size for one in judged):
+        rows: dict[str, list[Judged]] = {}
+        for one in judged:
+            if one.size == size:
+                rows.setdefault(one.row, []).append(one)
+        ours = rows.pop(AUTO)
+        for title, theirs in rows.items():
+            # A mixture is a candidate only where it could be made.
+            pairs = [(a, b) for a in ours for b in theirs if a.draw == b.draw]
+            right = np.array([a.right.astype(float) - b.right for a, b in pairs])
+            losses = np.array([b.losses - a.losses for a, b in pairs])
+            found.append(
+                {
+                    "size": size,
+                    "row": title,
+                    "draws": len(pairs),
+                    "accuracy gained": _interval(right),
+                    "log loss saved": _interval(losses),
+                }
+            )
+    return found
+
+
+def _interval(gains: Float[np.ndarray, "draw text"]) -> tuple[float, float, float]:
+    """The mean, and the interval of the mean over resampled draws and resampled texts."""
+    random = np.random.default_rng(0)
+    draws, texts = gains.shape
+    means = [
+        gains[random.integers(draws, size=draws)][:, random.integers(texts, size=texts)].mean()
+        for _ in range(_RESAMPLES)
+    ]
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(gains.mean()), float(low), float(high)
+
+
+def described(judged: Sequence[Judged]) -> dict[str, Any]:
+    """Every model's figures, and the differences, as JSON-ready values."""
+    rows = [
+        {"size": one.size, "row": one.row, "draw": one.draw, "taken": one.taken, **one.figures}
+        for one in judged
+    ]
+    return {"rows": rows, "differences": differences(judged)}
+
+
+def defaults_table(judged: Sequence[Judged]) -> str:
+    """The mean over draws of each figure by size and row, and what ``auto`` gains on each row."""
+    gained = {(one["size"], one["row"]): one for one in differences(judged)}
     cells: list[list[str]] = []
-    for size in dict.fromkeys(row["size"] for row in rows):
-        of_size = [row for row in rows if row["size"] == size]
-        for title in dict.fromkeys(row["row"] for row in of_size):
-            own = [row for row in of_size if row["row"] == title]
-            figures = [f"{np.mean([row[key] for row in own]):.3f}" for key in _COLUMNS]
-            cells.append([str(size), title, str(len(own)), *figures])
-    headings = ["texts of a class", "row", "draws", *_COLUMNS]
+    for size in dict.fromkeys(one.size for one in judged):
+        for row in dict.fromkeys(one.row for one in judged if one.size == size):
+            own = [one for one in judged if (one.size, one.row) == (size, row)]
+            cells.append(
+                [size, row, str(len(own)), *(_mean(own, key) for key in _COLUMNS)]
+                + [_shown(gained.get((size, row)), key) for key in _GAINS]
+            )
+    headings = ["trained on", "row", "draws", *_COLUMNS, *_GAINS]
     return table("Texts that were held out", headings, cells)
 
 
+def _mean(own: Sequence[Judged], key: str) -> str:
+    values = [one.figures[key] for one in own if key in one.figures]
+    return f"{np.mean(values):.3f}" if values else ""
+
+
+def _shown(gain: dict[str, Any] | None, key: str) -> str:
+    if gain is None:
+        return ""
+    mean, low, high = gain[key]
+    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
 _COLUMNS = (*FIGURES, "printed accuracy")
+_GAINS = ("accuracy gained", "log loss saved")
