@@ -99,7 +99,7 @@ def bench_train(
 @click.option(
     "--held-out", type=options.AT_LEAST_ONE, default=400, help="Texts to measure on, of any class."
 )
-@click.option("--rivals", default="tfidf", help="Trained on the same texts.  [default: tfidf]")
+@click.option("--rivals", default="tfidf", help="Trained on the same texts.  ")
 @options.backbone
 @options.as_json
 def bench_defaults(runtime: options.Runtime, as_json: bool, **given: Any) -> None:
