@@ -1,7 +1,5 @@
 """What is trained where the user names no mechanism, and what is kept of it."""
 
-from importlib import import_module
-
 import numpy as np
 import pytest
 
@@ -110,14 +108,10 @@ def test_the_choice_is_told_in_one_line_with_all_figures(made):
     assert list(made.choice.rivals) == ["TF-IDF", "last layer"]
 
 
-def test_a_linear_mechanism_that_does_not_fit_into_memory_is_no_candidate(
-    tiny, tmp_path, monkeypatch
-):
-    # The name of the module is also that of a function in its package.
-    module = import_module("sidelight.training.fit")
-    monkeypatch.setattr(module, "_POOLED_BYTES", 0)
+def test_a_linear_mechanism_that_does_not_fit_into_memory_is_no_candidate(tiny, tmp_path):
     texts = load_examples(rows("binary", 40))
-    made = fit(tiny, texts, None, name="a", options=FitOptions(cache_root=tmp_path, settings=BRIEF))
+    options = FitOptions(cache_root=tmp_path, settings=BRIEF, memory_bytes=1000)
+    made = fit(tiny, texts, None, name="a", options=options)
     assert [run.probe.spec.name for run in made.runs] == ["readout"]
     assert any("it is no candidate" in warning for warning in made.warnings)
 

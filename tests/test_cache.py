@@ -236,9 +236,11 @@ def test_some_texts_are_the_same_in_memory_and_from_disk(tiny, tmp_path):
     texts = [f"text {number} " * (number % 3 + 1) for number in range(30)]
     cache = extract(BackboneSource(tiny), cache_of(tiny, tmp_path, texts, shard_bytes=40_000))
     assert len(cache) > 3
+    bounded = cache_of(tiny, tmp_path, texts, shard_bytes=40_000)
+    bounded.memory_bytes = 100
     whole = by_text(cache)
     rows = [17, 3, 29, 0, 11]
-    small, large = states_of(cache, rows), states_of(cache, rows, memory_bytes=100)
+    small, large = states_of(cache, rows), states_of(bounded, rows)
     assert (len(small), len(large) > 1) == (1, True)
     for states in (small, large):
         found = by_text(states)

@@ -162,6 +162,7 @@ class TrainingInputs:
     max_tokens: int
     cache: Path | None
     cache_budget: float | None
+    memory: float
     keep_cache: bool
 
     def load(self) -> "tuple[LabelledExamples, LabelledExamples | None]":
@@ -195,6 +196,7 @@ class TrainingInputs:
             cache_root=self.cache,
             cache_budget_bytes=None if budget is None else int(budget * 2**30),
             keep_cache=self.keep_cache,
+            memory_bytes=int(self.memory * 2**30),
         )
 
 
@@ -321,5 +323,12 @@ training = together(
         help="The most disk that the hidden states of one file may take.",
     ),
     click.option("--keep-cache", is_flag=True, help="Keep the hidden states for another run."),
+    click.option(
+        "--memory",
+        type=click.FloatRange(min=0.01),
+        default=1.0,
+        metavar="GIB",
+        help="The most memory that hidden states may take, above the model.  [default: 1]",
+    ),
     _gathered("inputs", TrainingInputs),
 )

@@ -39,8 +39,8 @@ _BYTES_PER_VALUE = 2
 _RESERVE_BYTES = 2 * 2**30
 # A file of this name says that a run was told to keep the hidden states.
 _KEPT = "kept"
-# Up to this size, some texts of a cache are held in memory.
-_MEMORY_BYTES = 2**30
+# What may be held in memory: two shards, some texts of a cache, or pooled states.
+MEMORY_BYTES = 2 * SHARD_BYTES
 # Between two looks at a cache that another run writes.
 _WAIT_S = 0.5
 
@@ -177,6 +177,7 @@ class ActivationCache:
         fingerprint: The backbone.
         engine: What computes the states; engines round differently, so they share no cache.
         texts: For each prompt, the texts that are its turns; None if each prompt is a text.
+        memory_bytes: The most that ``states_of`` holds in memory.
     """
 
     def __init__(
@@ -189,11 +190,13 @@ class ActivationCache:
         engine: str = "transformers",
         shard_bytes: int = SHARD_BYTES,
         texts: Sequence[Sequence[int]] | None = None,
+        memory_bytes: int = MEMORY_BYTES,
     ):
         self.prompts = prompts
         self.reads = reads
         self.fingerprint = fingerprint
         self.engine = engine
+        self.memory_bytes = memory_bytes
         self.token_bytes = fingerprint.layers * fingerprint.width * _BYTES_PER_VALUE
         self._texts = [[row] for row in range(len(prompts))] if texts is None else texts
         read = [prompt.mask(reads).int() for prompt in prompts]
@@ -367,15 +370,14 @@ def _key(prompts: Sequence[EncodedPrompt], reads: Reads, who: tuple[object, ...]
     return digest.hexdigest()[:24]
 
 
-def states_of(
-    cache: ActivationCache, rows: Sequence[int], *, memory_bytes: int = _MEMORY_BYTES
-) -> States:
+def states_of(cache: ActivationCache, rows: Sequence[int]) -> States:
     """The states of some texts: in memory as one shard, or picked from each shard that is read.
+
+    More than the cache's ``memory_bytes`` is read from disk again in each epoch.
 
     Args:
         cache: The cache that holds the texts.
         rows: Their rows in it; text i of the result is the cache's ``rows[i]``.
-        memory_bytes: More than this is read from disk again in each epoch.
     """
     # All texts in another order are as many, but their labels are in that order.
     if list(rows) == list(range(len(cache.lengths))):
@@ -388,7 +390,7 @@ def states_of(
         texts = cache.read(shards[index]).texts()
         return joined({text_of[row]: hidden for row, hidden in texts if row in text_of})
 
-    if cache.token_bytes * sum(cache.lengths[row] for row in rows) > memory_bytes:
+    if cache.token_bytes * sum(cache.lengths[row] for row in rows) > cache.memory_bytes:
         chosen = [wanted[index] for index in shards]
         plan = ShardPlan(
             tuple(tuple(text_of[row] for row in held) for held in chosen),

@@ -24,6 +24,7 @@ from sidelight.prompts import EncodedPrompt, Message, Reads, piece_lengths
 from sidelight.ragged import Ragged
 from sidelight.smollm2 import cache_root
 from sidelight.states.cache import (
+    SHARD_BYTES,
     ActivationCache,
     Pooled,
     Shard,
@@ -354,6 +355,8 @@ def make_split(
         fingerprint=backbone.fingerprint,
         engine=source.engine,
         texts=texts,
+        shard_bytes=min(SHARD_BYTES, max(1, options.memory_bytes // 2)),
+        memory_bytes=options.memory_bytes,
     )
     states = extract(source, cache, budget_bytes=options.cache_budget_bytes, title=title)
     if options.keep_cache:

@@ -46,9 +46,6 @@ from sidelight.training.settings import FitOptions, Job
 from sidelight.training.tfidf import fit_tfidf
 from sidelight.types import Task
 
-# A regression on pooled states holds them in memory.
-_POOLED_BYTES = 4 * 2**30
-
 
 @dataclass(frozen=True)
 class FittedProbe:
@@ -286,9 +283,12 @@ def fit(
             training diverged.
     """
     require_thresholds(training.task, options.threshold)
-    refusal = _refusal_of_linear(backbone, len(training))
+    refusal = _refusal_of_linear(backbone, len(training), options)
     if refusal and options.names("linear"):
-        raise SidelightError(f"{refusal}. Name another mechanism, or use fewer rows (--limit).")
+        raise SidelightError(
+            f"{refusal}. Allow more (--memory, memory_bytes=), "
+            "name another mechanism, or use fewer rows (--limit)."
+        )
     dataset = prepare(backbone, training, validation, options=options, source=source)
     jobs = [
         job
@@ -345,15 +345,15 @@ def fit(
     return made
 
 
-def _refusal_of_linear(backbone: TransformersBackbone, texts: int) -> str:
+def _refusal_of_linear(backbone: TransformersBackbone, texts: int, options: FitOptions) -> str:
     """Why the pooled states of all layers are too much for memory; "" if they are not."""
     sizes = backbone.fingerprint
     needed = 8 * texts * sizes.layers * sizes.width
-    if needed <= _POOLED_BYTES:
+    if needed <= options.memory_bytes:
         return ""
     return (
         f"'linear' needs {needed / 2**30:.1f} GiB for the pooled states of all layers, the limit "
-        f"is {_POOLED_BYTES / 2**30:.1f} GiB"
+        f"is {options.memory_bytes / 2**30:.1f} GiB"
     )
 
 

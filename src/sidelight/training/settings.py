@@ -10,6 +10,7 @@ from sidelight.calibration import CalibrationKind
 from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import mechanism_spec
 from sidelight.prompts import Reads
+from sidelight.states.cache import MEMORY_BYTES
 from sidelight.thresholds import F1, ThresholdRule
 from sidelight.types import MechanismSpec, Task
 
@@ -178,6 +179,8 @@ class FitOptions:
         cache_budget_bytes: The most that the hidden states of the training texts may take, and the
             most for those of the validation texts; None allows what the disk has.
         keep_cache: Whether the hidden states stay for another training.
+        memory_bytes: The most that hidden states may take in memory while training; more are read
+            from disk again in each epoch.
     """
 
     mechanisms: tuple[MechanismSpec, ...] | None = None
@@ -193,6 +196,7 @@ class FitOptions:
     cache_root: Path | None = None
     cache_budget_bytes: int | None = None
     keep_cache: bool = False
+    memory_bytes: int = MEMORY_BYTES
 
     def __post_init__(self) -> None:
         """Refuses to train nothing."""

@@ -31,7 +31,8 @@ _MARKERS = "osD^vP"
 # Options that ``sidelight train`` needs as well, to train on what was searched on.
 _SHARED = (
     "data", "text", "label", "response", "split", "missing_label", "positive", "validation",
-    "validation_split", "limit", "max_tokens", "cache", "cache_budget", "model", "dtype", "device",
+    "validation_split", "limit", "max_tokens", "cache", "cache_budget", "memory", "model",
+    "dtype", "device",
 )  # fmt: skip
 
 
