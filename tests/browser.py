@@ -62,4 +62,8 @@ def page_at(browser: Browser, url: str, **settings: object) -> Iterator[Page]:
 def violations(page: Page) -> list[str]:
     """What axe finds against accessibility."""
     found = Axe().run(page, options=_RULES).response["violations"]
-    return [f"{one['id']}: {node['html']} {node.get('failureSummary')}" for one in found for node in one["nodes"]]
+    return [
+        f"{one['id']}: {node['html']} {node.get('failureSummary')}"
+        for one in found
+        for node in one["nodes"]
+    ]

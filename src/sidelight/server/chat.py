@@ -31,7 +31,13 @@ from sidelight.engines.base import (
 )
 from sidelight.errors import SidelightError
 from sidelight.policy.decisions import Decision, tightened
-from sidelight.policy.enforcement import Admitted, Enforcement, Passed, Running, require_trusted_turns
+from sidelight.policy.enforcement import (
+    Admitted,
+    Enforcement,
+    Passed,
+    Running,
+    require_trusted_turns,
+)
 from sidelight.policy.hold_back import Ended
 from sidelight.prompts import Conversation
 from sidelight.server.errors import as_request_error

@@ -156,9 +156,7 @@ class ServerRequest(Request):
         report = report_on(self.registry, self.engine.model, names, sees_all=self.is_admin)
         return replace(report, explains=explains or False)
 
-    def disclosed_report(
-        self, names: Sequence[str] | None, *, explains: Explain = None
-    ) -> Report:
+    def disclosed_report(self, names: Sequence[str] | None, *, explains: Explain = None) -> Report:
         """The same without probes whose verdicts are not disclosed, which may not be named."""
         report, hidden = self.report(names, explains=explains), self.undisclosed
         shown = [probe for probe in report.probes if probe.name not in hidden]

@@ -35,6 +35,7 @@ export function startChat(server, openWhy) {
     let reason = null, tokens = 0;
     asked.state("Judging…");
     log.append(asked.box);
+    asked.box.scrollIntoView({ block: "nearest" });
     prompt.value = "";
     running = new AbortController();
     stop.hidden = false;
@@ -83,7 +84,7 @@ export function startChat(server, openWhy) {
       running = null;
       stop.hidden = true;
       written.box.removeAttribute("aria-busy");
-      log.scrollTop = log.scrollHeight;
+      form.scrollIntoView({ block: "nearest" });
     }
 
     // One curve for each probe: the label that is nearest to its threshold, or over it.

@@ -75,7 +75,7 @@ export function summary(explanation) {
   const how = explanation.method === "exact" ? "exact shares" : `integrated gradients, ${explanation.steps} steps`;
   const words = explanation.tokens.reduce((sum, token) => sum + token.share, 0);
   return `Logit for “${explanation.label}”: ${signed(explanation.logit)} = ${signed(words)} from the words, `
-    + `${signed(explanation.template)} from the chat template, ${signed(explanation.baseline)} from the start (${how}).`;
+    + `${signed(explanation.template)} from the chat template, ${signed(explanation.baseline)} from the probe's baseline (${how}).`;
 }
 
 // Tokens down, layers across. The arrow keys walk through the cells.
@@ -95,7 +95,7 @@ export function heatMap(texts, explanation) {
     "table", { class: "heat" },
     el("caption", { class: "unseen" }, `Share of each token in each layer for ${explanation.label}`),
     el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "Token"), ...layers.map((layer) => el("th", { scope: "col" }, `${layer}`)))),
-    el("tbody", {}, ...cells.map(({ name, row }) => el("tr", {}, el("th", { scope: "row" }, name.replace(/\n/g, "⏎")), ...row))),
+    el("tbody", {}, ...cells.map(({ name, row }) => el("tr", {}, el("th", { scope: "row" }, name.replace(/\n/g, "⏎").replace(/^\s+$/, "␣")), ...row))),
   );
   const here = { row: 0, layer: 0 };
   function show(row, layer) {

@@ -51,7 +51,10 @@ export function startThresholds(server) {
     const rule = rules.get(probe.name);
     mode.value = rule?.mode ?? (probe.mode === "score" ? "block" : probe.mode);
     trial.checked = server.trials.has(probe.name);
-    const threshold = rule?.threshold ?? card.threshold;
+    // A request has one threshold for all labels of a probe.
+    trial.disabled = probe.kind === "multilabel";
+    mode.querySelector("[value=route]").disabled = probe.reads !== "prompt";
+    const threshold = rule && (rule.label ?? card.label) === card.label ? rule.threshold : card.threshold;
     place(threshold);
     draw(threshold);
   }
@@ -66,7 +69,8 @@ export function startThresholds(server) {
 
   function slide(exact) {
     const probe = server.probe(select.value), threshold = exact ?? Number(card.curve.thresholds[point()].toPrecision(6));
-    rules.set(probe.name, { side: probe.reads === "prompt" ? "input" : "output", mode: mode.value, threshold });
+    const label = probe.kind === "multilabel" ? card.label : null;
+    rules.set(probe.name, { side: probe.reads === "prompt" ? "input" : "output", mode: mode.value, threshold, label });
     if (trial.checked) server.trials.set(probe.name, { mode: "block", threshold });
     else server.trials.delete(probe.name);
     server.told();
@@ -99,9 +103,9 @@ export function startThresholds(server) {
     const x = (index) => 300 * (curve.false_positives[index] / Math.max(curve.negatives, 1));
     const y = (index) => 100 - 100 * (curve.true_positives[index] / Math.max(curve.positives, 1));
     const path = curve.thresholds.map((_, index) => `${index ? "L" : "M"}${x(index)} ${y(index)}`).join(" ");
-    return el("figure", { style: { margin: "0" } },
+    return el("figure", {},
       el("svg", { class: "curve", viewBox: "-8 -8 316 116", role: "img", "aria-label": "Caught against falsely flagged, with the chosen threshold" },
-        el("path", { class: "score", d: path }), el("circle", { class: "dot", cx: x(at), cy: y(at), r: 5 })),
+        el("path", { class: "score", d: path }), el("circle", { class: "dot", cx: x(at), cy: y(at), r: 4 })),
       el("figcaption", { class: "quiet" }, "Up: more caught. Right: more falsely flagged. The dot is your threshold."));
   }
 
@@ -109,7 +113,8 @@ export function startThresholds(server) {
     if (!rules.size) return "# Move the slider, or choose what a flag does.";
     const name = (text) => (/^[\w-]+$/.test(text) ? text : JSON.stringify(text));
     const tables = [...rules].map(([probe, rule]) =>
-      `[${rule.side}.${name(probe)}]\nmode = "${rule.mode}"\nthreshold = ${rule.threshold}\n`);
+      `[${rule.side}.${name(probe)}]\nmode = "${rule.mode}"\nthreshold = ${rule.threshold}\n`
+      + (rule.label === null ? "" : `# The rule has one threshold, so it counts one label.\nlabels = [${JSON.stringify(rule.label)}]\n`));
     const blocks = [...rules.values()].some((rule) => rule.mode === "block" && rule.side === "input");
     const head = blocks ? '# "trust" if only your application writes system turns: no probe reads them.\nsystem_turns = "refuse"\n\n' : "";
     return head + tables.join("\n");

@@ -58,13 +58,16 @@ export function startCompare(server) {
       const texts = [text.value, answer.value], probes = selects.map((select) => server.probe(select.value));
       const found = await Promise.all(probes.map((probe) => judge(probe, ...texts, true)));
       const [a, b] = found.map((one) => one.verdict);
-      const said = (verdict) => (verdict.flagged ? "flags" : "does not flag");
+      const said = (verdict) => {
+        if (server.probe(verdict.probe).kind === "multiclass") return `says “${verdict.label}”`;
+        return verdict.flagged ? "flags it" : "does not flag it";
+      };
       shown.replaceChildren(
-        el("p", {}, `A, ${a.probe}, ${said(a)} it; B, ${b.probe}, ${said(b)} it.`),
+        el("p", {}, `A, ${a.probe}, ${said(a)}; B, ${b.probe}, ${said(b)}.`),
         el("div", { class: "pair" }, ...found.map(({ verdict, explanation }, index) => el(
           "section", { "aria-label": `Probe ${"AB"[index]}` },
-          el("h3", {}, `${"AB"[index]}: ${verdict.probe}`), probabilities(verdict),
-          ...explained(verdict, explanation, texts, probes[index].reads === "prompt"),
+          el("h3", {}, `${"AB"[index]}: ${verdict.probe}`),
+          ...explained(verdict, explanation, texts, probes[index].reads === "prompt"), probabilities(verdict),
         ))),
       );
     });
