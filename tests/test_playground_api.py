@@ -1,4 +1,4 @@
-"""What the playground shows comes from the API: scores while a text is written, thresholds, shares."""
+"""What the playground asks of the API: scores while a text is written, thresholds, shares."""
 
 import json
 from dataclasses import asdict

@@ -30,7 +30,7 @@ from sidelight.server.middleware import (
     within_system,
 )
 from sidelight.server.observe import AuditLog, RequestObserver, Sink, log_settings
-from sidelight.server.playground import PLAYGROUND, REFERENCE, page_router
+from sidelight.server.playground import page_router, playground, reference
 from sidelight.server.probes import ProbeRegistry
 from sidelight.server.requests import Context, Route, ServerRequest
 from sidelight.server.schemas import REFUSALS
@@ -127,7 +127,7 @@ def create_app(
     registry = ProbeRegistry(engine, policy, sources or {})
     observer = RequestObserver(Metrics(engine), audit)
     context = Context(engine, registry, config, observer)
-    pages = {**REFERENCE, **PLAYGROUND} if config.playground else REFERENCE
+    pages = reference() | (playground() if config.playground else {})
     return application(
         context,
         (*_ROUTERS, page_router(pages)),

@@ -8,35 +8,35 @@ from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any
 
-import fastapi_offline
 from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, Response
 
 _HERE = Path(__file__).parent
-_SWAGGER = Path(fastapi_offline.__file__).parent / "static"
 _SOURCES = "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; object-src 'none'"
 STRICT = f"default-src 'self'; {_SOURCES}"
 # Swagger UI writes styles into its page, and has its icons in its stylesheet.
 _LOOSE_STYLES = f"{STRICT}; style-src 'self' 'unsafe-inline'; img-src 'self' data:"
 
-REFERENCE: Mapping[str, Path] = {
-    "/docs": _HERE / "docs.html",
-    "/docs/docs.js": _HERE / "docs.js",
-    "/docs/icon.svg": _HERE / "icon.svg",
-    "/docs/swagger-ui.css": _SWAGGER / "swagger-ui.css",
-    "/docs/swagger-ui-bundle.js": _SWAGGER / "swagger-ui-bundle.js",
-}
-"""The API's reference: each path with its file."""
 
-PLAYGROUND: Mapping[str, Path] = {
-    "/playground": _HERE / "index.html",
-    **{
-        f"/playground/{path.name}": path
-        for path in sorted(_HERE.iterdir())
-        if path.suffix in (".js", ".css", ".svg")
-    },
-}
-"""The playground: each path with its file."""
+def reference() -> dict[str, Path]:
+    """The API's reference: each path with its file."""
+    # Not where the pages are vLLM's own.
+    import fastapi_offline
+
+    swagger = Path(fastapi_offline.__file__).parent / "static"
+    return {
+        "/docs": _HERE / "docs.html",
+        "/docs/docs.js": _HERE / "docs.js",
+        "/docs/icon.svg": _HERE / "icon.svg",
+        "/docs/swagger-ui.css": swagger / "swagger-ui.css",
+        "/docs/swagger-ui-bundle.js": swagger / "swagger-ui-bundle.js",
+    }
+
+
+def playground() -> dict[str, Path]:
+    """The playground: each path with its file."""
+    files = (path for path in sorted(_HERE.iterdir()) if path.suffix in (".js", ".css", ".svg"))
+    return {"/playground": _HERE / "index.html", **{f"/playground/{f.name}": f for f in files}}
 
 
 def page_router(pages: Mapping[str, Path]) -> APIRouter:
