@@ -38,7 +38,7 @@ def backbone():
 def probes(backbone):
     return [
         with_curves(untrained_probe(backbone, "toxicity")),
-        with_curves(untrained_probe(backbone, "spam")),
+        with_curves(untrained_probe(backbone, "spam", reads=Reads(scope="each_turn"))),
         untrained_probe(backbone, "intent", task=INTENT, mechanism="gate"),
         with_curves(untrained_probe(backbone, "topics", task=TOPICS)),
         with_curves(untrained_probe(backbone, "refusal", reads=Reads("response"))),
@@ -112,7 +112,8 @@ def word_shares(found):
 
 
 def as_shown(share):
-    return f"{share:+.2f}".replace("-", "\N{MINUS SIGN}")
+    text = f"{share:+.2f}"
+    return "0.00" if text[1:] == "0.00" else text.replace("-", "\N{MINUS SIGN}")
 
 
 def choose(page, tab):
@@ -193,7 +194,7 @@ def test_the_running_score_is_drawn_against_its_threshold_while_it_is_written(pa
 def test_the_cut_is_shown_where_a_rule_that_is_tried_cuts(page):
     choose(page, "Thresholds")
     page.get_by_role("combobox", name="Probe", exact=True).select_option("refusal")
-    page.get_by_label("Threshold:").press("Home")
+    page.get_by_role("slider", name="Threshold:").press("Home")
     page.get_by_label("Block at this threshold in my chat").check()
     choose(page, "Chat")
     assert page.get_by_text("Trying in this chat: block by refusal").is_visible()
@@ -207,6 +208,25 @@ def test_the_cut_is_shown_where_a_rule_that_is_tried_cuts(page):
     choose(page, "Chat")
     say(page)
     page.get_by_text("20 tokens, then").wait_for()
+
+
+def test_only_what_a_request_may_ask_for_can_be_tried(page):
+    choose(page, "Thresholds")
+    trial = page.get_by_label("Block at this threshold in my chat")
+    slider = page.get_by_role("slider", name="Threshold:")
+    slider.press("Home")
+    trial.check()
+    slider.press("End")
+    assert trial.is_disabled()
+    assert not trial.is_checked()
+    assert page.get_by_text("Only thresholds up to the served one, 0.500").is_visible()
+    page.get_by_role("button", name="Back to the served threshold").click()
+    trial.check()
+    choose(page, "Chat")
+    assert page.get_by_text("block by toxicity from 0.500").is_visible()
+    say(page, tokens=1)
+    page.get_by_text(re.compile("1 tokens|was blocked by toxicity")).wait_for()
+    page.expected_errors = ("status of 400",)
 
 
 def test_a_blocked_prompt_shows_who_blocked_it(browser, backbone, probes):
@@ -226,6 +246,7 @@ def test_a_blocked_prompt_shows_who_blocked_it(browser, backbone, probes):
         # Its scores are withheld, and so is its curve.
         assert not re.search(r"\d", chips.first.inner_text())
         choose(page, "Thresholds")
+        page.get_by_role("combobox", name="Probe", exact=True).select_option("toxicity")
         assert page.get_by_text("discloses no scores of this probe to your key").is_visible()
 
 
@@ -247,13 +268,29 @@ def test_pressing_a_verdict_shades_the_words_by_their_shares(page, address):
     assert sorted(told) == sorted(word_shares(explanation(address, "intent")))
 
 
+def test_a_verdict_that_an_earlier_message_decided_says_so(page, address):
+    say(page, TEXT, tokens=1)
+    page.get_by_text("1 tokens, then").wait_for()
+    say(page, "Why?", tokens=1)
+    page.get_by_text("1 tokens, then").nth(1).wait_for()
+    answer = page.get_by_role("article", name=MODEL).first.locator(".text").inner_text()
+    turns = [("user", TEXT), ("assistant", answer), ("user", "Why?")]
+    body = {
+        "model": MODEL,
+        "input": [{"role": role, "content": content} for role, content in turns],
+        "questions": [{"type": "predicate", "name": "spam"}],
+        "explain": True,
+    }
+    (found,) = ask(address, "/v1/decisions", body)["explanations"]
+    assert {token["message"] for token in found["tokens"]} == {0}
+    page.get_by_role("button", name="spam").nth(1).click()
+    assert page.get_by_text(f"Your message “{TEXT}” decided").is_visible()
+
+
 def test_the_heat_map_has_the_share_of_each_token_in_each_layer(page, address):
     say(page, tokens=1)
     page.get_by_role("button", name="spam").click()
     page.get_by_role("button", name="Heat map of this text").click()
-    page.get_by_role("combobox", name="Probe", exact=True).select_option("spam")
-    page.get_by_role("button", name="Explain").click()
-    page.get_by_role("button", name="Show the heat map").click()
     heat = page.get_by_role("region", name="Heat map of tokens and layers")
     heat.wait_for()
     found = explanation(address, "spam")
@@ -282,7 +319,7 @@ def test_the_slider_says_what_each_threshold_catches_and_falsely_flags(page, pro
     choose(page, "Thresholds")
     curve = read_curves(probes[1].record["validation"]["curves"])["toxic"]
     page.get_by_role("combobox", name="Probe", exact=True).select_option("spam")
-    slider = page.get_by_label("Threshold:")
+    slider = page.get_by_role("slider", name="Threshold:")
     for key, point in (("Home", -1), ("End", 0), ("ArrowLeft", 1), ("PageDown", None)):
         slider.press(key)
         at = len(curve.thresholds) - 1 - int(slider.input_value())
@@ -299,7 +336,7 @@ def test_the_policy_file_that_is_written_is_one_that_the_server_takes(page, prob
     for name, mode in (("toxicity", "block"), ("topics", "flag"), ("refusal", "block")):
         page.get_by_role("combobox", name="Probe", exact=True).select_option(name)
         page.get_by_label("What a flag does").select_option(mode)
-        page.get_by_label("Threshold:").press("ArrowRight")
+        page.get_by_role("slider", name="Threshold:").press("ArrowRight")
     with page.expect_download() as downloading:
         page.get_by_role("button", name="Download policy.toml").click()
     path = tmp_path / "policy.toml"
@@ -352,12 +389,13 @@ def test_axe_finds_nothing_and_nothing_overflows(browser, address, settings):
         page.get_by_text("8 tokens, then").wait_for()
         page.get_by_role("button", name="toxicity").click()
         require_accessible(page)
-        page.get_by_role("button", name="Heat map of this text").click()
+        choose(page, "Why")
+        page.get_by_role("button", name="Explain").click()
         page.get_by_role("button", name="Show the heat map").click()
         page.get_by_role("region", name="Heat map").wait_for()
         require_accessible(page)
         choose(page, "Thresholds")
-        page.get_by_label("Threshold:").press("ArrowLeft")
+        page.get_by_role("slider", name="Threshold:").press("ArrowLeft")
         require_accessible(page)
         choose(page, "Compare")
         page.locator("#compare").get_by_role("button", name="Compare").click()
@@ -481,5 +519,5 @@ def test_the_pictures_of_the_docs_are_of_this_page(browser):
             page.get_by_role("button", name="urgency").click()
             page.get_by_role("tabpanel").screenshot(path=pictures / "playground-chat.png")
             choose(page, "Thresholds")
-            page.get_by_label("Threshold:").press("ArrowLeft")
+            page.get_by_role("slider").press("ArrowLeft")
             page.get_by_role("tabpanel").screenshot(path=pictures / "playground-thresholds.png")

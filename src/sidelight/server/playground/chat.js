@@ -2,9 +2,10 @@
 
 import { stream } from "./api.js";
 import { el, find } from "./dom.js";
-import { chip, shadedText, strongest } from "./explain.js";
+import { chip, legend, shadedText, strongest } from "./explain.js";
 
 const WIDTH = 300;
+const invitation = "Press a verdict to shade the words by what they add to it.";
 
 export function startChat(server, openWhy) {
   const log = find("#log"), form = find("#composer"), prompt = find("#prompt"), stop = find("#stop");
@@ -73,8 +74,8 @@ export function startChat(server, openWhy) {
       if (error.name === "AbortError") failed.state("Stopped.");
       else if (error.code === "content_filter") {
         asked.box.classList.add("cut");
-        asked.verdicts(error.verdicts);
-        asked.state(`⛔ ${error.message} The model has not answered.`);
+        asked.verdicts(error.verdicts, false);
+        asked.state(`${error.message} The model has not answered.`, true);
       } else {
         failed.state(error.message, true);
         if (error.status === 401) server.needsKey();
@@ -101,8 +102,7 @@ export function startChat(server, openWhy) {
     }
 
     function explained(explanations) {
-      const index = messages.length - 1;
-      asked.explain((name) => explanations.find((one) => one.probe === name), text, index, () => openWhy(text));
+      asked.explain((name) => explanations.find((one) => one.probe === name), messages, (name) => openWhy(text, name));
     }
   }
 
@@ -119,30 +119,43 @@ export function startChat(server, openWhy) {
         state.textContent = message;
         state.className = isError ? "error" : "quiet";
       },
-      verdicts(found) {
+      verdicts(found, isExplained = role === "user") {
         state.textContent = "";
         chips.hidden = !found.length;
         chips.replaceChildren(...found.map((verdict) => {
-          const made = chip(verdict, role === "user" && !verdict.error ? () => shade(verdict.probe, made) : undefined);
+          const made = chip(verdict, isExplained && !verdict.error ? () => shade(verdict.probe, made) : undefined);
           return el("li", {}, made);
         }));
         if (!found.length) state.textContent = role === "user" ? "No probe that this key sees reads the prompt." : "";
       },
-      explain(lookUp, content, index, more) {
+      explain(lookUp, messages, more) {
+        const index = messages.length - 1, { content } = messages[index];
         explanation = lookUp;
-        state.textContent = "Press a verdict to shade the words by what they add to it.";
+        state.textContent = invitation;
         shade = (name, pressed) => {
           const isOn = pressed.getAttribute("aria-pressed") === "true";
           for (const other of chips.querySelectorAll("[aria-pressed]")) other.setAttribute("aria-pressed", "false");
           const found = explanation(name);
           why.replaceChildren();
-          if (isOn || !found) { text.replaceChildren(content); return; }
+          text.replaceChildren(content);
+          state.textContent = invitation;
+          if (isOn || !found) return;
           pressed.setAttribute("aria-pressed", "true");
-          if (found.error) { why.append(el("p", {}, "The server's policy does not explain this probe to your key.")); return; }
+          if (found.error) {
+            state.textContent = "The server's policy does not explain this probe to your key.";
+            return;
+          }
+          state.textContent = legend(found);
+          const isOf = (message) => found.tokens.some((token) => token.message === message);
+          if (!isOf(index)) {
+            const decisive = messages.findIndex((_, message) => isOf(message));
+            state.textContent = `Your message “${messages[decisive]?.content.slice(0, 60)}” decided, so this one has no shares.`;
+            return;
+          }
           text.replaceChildren(...shadedText(content, found, index));
           why.append(
             strongest(content, found, index),
-            el("button", { type: "button", on: { click: more } }, "Heat map of this text"),
+            el("button", { type: "button", on: { click: () => more(name) } }, "Heat map of this text"),
           );
         };
       },
@@ -164,7 +177,7 @@ function meter(probe) {
       const scale = Math.max(count - 1, 30);
       line.setAttribute("d", points.map(([x, y], i) => `${i ? "L" : "M"}${((x - 1) / scale) * WIDTH} ${100 - 100 * y}`).join(" "));
       for (const end of ["y1", "y2"]) limitLine.setAttribute(end, 100 - 100 * limit.threshold);
-      const told = `${probe}: ${limit.label} ${score.toFixed(2)}, threshold ${limit.threshold.toFixed(2)}`;
+      const told = `${probe}: ${limit.label} ${score.toFixed(3)}, threshold ${limit.threshold.toFixed(3)}`;
       said.textContent = told;
       svg.setAttribute("aria-label", `Running score. ${told}`);
     },

@@ -21,7 +21,10 @@ export const find = (selector) => document.querySelector(selector);
 
 export const percent = (share) => `${(100 * share).toFixed(share > 0 && share < 0.1 ? 1 : 0)} %`;
 
-export const signed = (number) => `${number < 0 ? "−" : "+"}${Math.abs(number).toFixed(2)}`;
+export function signed(number) {
+  const size = Math.abs(number).toFixed(2);
+  return size === "0.00" ? size : `${number < 0 ? "−" : "+"}${size}`;
+}
 
 // Fills a select, keeping the choice if it is still there.
 export function offer(select, names) {

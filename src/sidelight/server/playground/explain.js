@@ -63,13 +63,15 @@ export function strongest(text, explanation, message = 0) {
   return el(
     "table", {},
     el("caption", { class: "unseen" }, `Words with the largest shares for ${explanation.label}`),
-    el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "Word"), el("th", { scope: "col", class: "number" }, "Share"))),
+    el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "Word"), el("th", { scope: "col", class: "number" }, `Share in “${explanation.label}”`))),
     el("tbody", {}, ...top.map((word) => el(
       "tr", {}, el("td", {}, shaded(word.text.trim(), word.share, Math.abs(top[0].share))),
       el("td", { class: "number" }, signed(word.share)),
     ))),
   );
 }
+
+export const legend = (explanation) => `Orange words speak for “${explanation.label}”, blue ones against it.`;
 
 export function summary(explanation) {
   const how = explanation.method === "exact" ? "exact shares" : `integrated gradients, ${explanation.steps} steps`;

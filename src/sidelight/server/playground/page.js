@@ -84,9 +84,9 @@ find("#key-form").addEventListener("submit", (event) => {
 const why = startWhy(server);
 startCompare(server);
 startThresholds(server);
-startChat(server, (text) => {
+startChat(server, (text, name) => {
   open(find("#why-tab"), true);
-  why(text);
+  why(text, name);
 });
 for (const button of document.querySelectorAll("[data-example]")) {
   button.addEventListener("click", () => {

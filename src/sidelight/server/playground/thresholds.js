@@ -9,21 +9,26 @@ export function startThresholds(server) {
   const none = find("#threshold-none"), toml = find("#toml"), download = find("#toml-download");
   // By probe: the chosen threshold and mode.
   const rules = new Map();
-  let card = null;
+  let card = null, current = 0;
   find("#toml-tools").prepend(copier(() => toml.textContent));
 
   select.addEventListener("change", choose);
   labels.addEventListener("change", chooseLabel);
-  slider.addEventListener("input", () => slide());
-  mode.addEventListener("change", () => slide());
-  trial.addEventListener("change", () => slide());
-  find("#threshold-reset").addEventListener("click", () => { place(card.threshold); slide(card.threshold); });
+  // Rounded, for a file that people read.
+  slider.addEventListener("input", () => change(Number(card.curve.thresholds[point()].toPrecision(6))));
+  mode.addEventListener("change", () => change(current));
+  trial.addEventListener("change", () => change(current));
+  find("#threshold-reset").addEventListener("click", () => { place(card.threshold); change(card.threshold); });
   download.addEventListener("click", () => {
     const url = URL.createObjectURL(new Blob([toml.textContent], { type: "application/toml" }));
     el("a", { href: url, download: "policy.toml" }).click();
     setTimeout(() => URL.revokeObjectURL(url), 1000);
   });
-  server.onProbes(choose);
+  const hasCurve = (probe) => probe?.thresholds?.some((limit) => limit.curve);
+  server.onProbes(() => {
+    if (!hasCurve(server.probe(select.value))) select.value = server.probes.find(hasCurve)?.name ?? select.value;
+    choose();
+  });
 
   function choose() {
     const probe = server.probe(select.value), limits = probe?.thresholds ?? [];
@@ -51,8 +56,6 @@ export function startThresholds(server) {
     const rule = rules.get(probe.name);
     mode.value = rule?.mode ?? (probe.mode === "score" ? "block" : probe.mode);
     trial.checked = server.trials.has(probe.name);
-    // A request has one threshold for all labels of a probe.
-    trial.disabled = probe.kind === "multilabel";
     mode.querySelector("[value=route]").disabled = probe.reads !== "prompt";
     const threshold = rule && (rule.label ?? card.label) === card.label ? rule.threshold : card.threshold;
     place(threshold);
@@ -67,17 +70,26 @@ export function startThresholds(server) {
     slider.value = distances.length - 1 - distances.indexOf(Math.min(...distances));
   }
 
-  function slide(exact) {
-    const probe = server.probe(select.value), threshold = exact ?? Number(card.curve.thresholds[point()].toPrecision(6));
+  function change(threshold) {
+    const probe = server.probe(select.value);
     const label = probe.kind === "multilabel" ? card.label : null;
     rules.set(probe.name, { side: probe.reads === "prompt" ? "input" : "output", mode: mode.value, threshold, label });
+    trial.checked &&= canTry(threshold);
     if (trial.checked) server.trials.set(probe.name, { mode: "block", threshold });
     else server.trials.delete(probe.name);
     server.told();
     draw(threshold);
   }
 
+  // A request may only be stricter than the policy, and has one threshold for all labels of a probe.
+  const canTry = (threshold) => server.probe(select.value).kind !== "multilabel" && threshold <= card.threshold;
+
   function draw(threshold) {
+    current = threshold;
+    trial.disabled = !canTry(threshold);
+    find("#threshold-try-why").textContent = server.probe(select.value).kind === "multilabel"
+      ? "A probe of several labels cannot be tried in the chat: serve the policy file."
+      : trial.disabled ? `Only thresholds up to the served one, ${card.threshold.toFixed(3)}, can be tried in the chat. To try a higher one, serve the policy file.` : "";
     const { curve, label } = card, at = point();
     const caught = curve.true_positives[at], alarms = curve.false_positives[at];
     const told = [

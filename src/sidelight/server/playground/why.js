@@ -2,7 +2,7 @@
 
 import { judge } from "./api.js";
 import { el, find } from "./dom.js";
-import { chip, heatMap, shadedText, strongest, summary } from "./explain.js";
+import { chip, heatMap, legend, shadedText, strongest, summary } from "./explain.js";
 
 export function startWhy(server) {
   const form = find("#why-form"), shown = find("#why-result"), text = find("#why-text"), answer = find("#why-answer");
@@ -13,31 +13,27 @@ export function startWhy(server) {
   server.onProbes(update);
   form.addEventListener("submit", (event) => {
     event.preventDefault();
-    return guarded(server, shown, async () => {
-      const probe = chosen(), texts = [text.value, answer.value];
-      const { verdict, explanation } = await judge(probe, ...texts, true);
-      shown.replaceChildren(...explained(verdict, explanation, texts, answerBox.hidden), more(probe, texts, explanation));
-    });
+    explainNow(false);
   });
 
-  function more(probe, texts, explanation) {
-    if (explanation.error) return el("p", {}, "The server's policy does not explain this probe to your key.");
-    const place = el("div", {});
-    const button = el("button", { type: "button", on: { click: draw } }, "Show the heat map of tokens and layers");
-    place.append(button);
-    async function draw() {
-      button.disabled = true;
-      await guarded(server, place, async () => {
-        const { explanation: found } = await judge(probe, ...texts, "matrix");
-        place.replaceChildren(el("h3", {}, "Tokens and layers"), heatMap(texts, found));
-        place.querySelector("[tabindex]").focus();
-      });
+  const explainNow = (isDrawn) => guarded(server, shown, async () => {
+    const probe = chosen(), texts = [text.value, answer.value];
+    const { verdict, explanation } = await judge(probe, ...texts, isDrawn ? "matrix" : true);
+    shown.replaceChildren(...explained(verdict, explanation, texts, answerBox.hidden));
+    if (explanation.error) shown.append(el("p", {}, "The server's policy does not explain this probe to your key."));
+    else if (!isDrawn) shown.append(el("button", { type: "button", on: { click: () => explainNow(true) } }, "Show the heat map of tokens and layers"));
+    else {
+      shown.append(el("h3", {}, "Tokens and layers"), heatMap(texts, explanation));
+      shown.querySelector("[tabindex]").focus();
     }
-    return place;
-  }
-  return (given) => {
+  });
+
+  // The heat map of this text by the probe of this name.
+  return (given, name) => {
     text.value = given;
-    form.requestSubmit();
+    select.value = name;
+    update();
+    explainNow(true);
   };
 }
 
@@ -67,7 +63,8 @@ export function startCompare(server) {
         el("div", { class: "pair" }, ...found.map(({ verdict, explanation }, index) => el(
           "section", { "aria-label": `Probe ${"AB"[index]}` },
           el("h3", {}, `${"AB"[index]}: ${verdict.probe}`),
-          ...explained(verdict, explanation, texts, probes[index].reads === "prompt"), probabilities(verdict),
+          ...explained(verdict, explanation, texts, probes[index].reads === "prompt"),
+          el("h3", {}, "Probabilities"), probabilities(verdict),
         ))),
       );
     });
@@ -84,7 +81,7 @@ function explained(verdict, explanation, texts, isPrompt) {
       "div", { class: "text" }, isPrompt || parts.length < 2 ? "" : el("b", {}, index ? "Answer: " : "Prompt: "),
       ...shadedText(texts[index], explanation, index),
     )),
-    el("p", { class: "quiet" }, `Orange words speak for “${explanation.label}”, blue ones against it. ${summary(explanation)}`),
+    el("p", { class: "quiet" }, `${legend(explanation)} ${summary(explanation)}`),
     ...parts.map((index) => strongest(texts[index], explanation, index)),
   ];
 }
