@@ -134,7 +134,7 @@ def create_app(
         traces=traces,
         lifespan=lifespan,
         # A browser sends no key when it opens a page.
-        open_paths=frozenset(pages if config.playground else ()),
+        open_paths=tuple(pages) if config.playground else (),
     )
 
 
@@ -158,7 +158,7 @@ def application(
         Gatekeeper,
         access=config.watched_access,
         limit=config.max_concurrent,
-        open_paths=frozenset({"/health", *open_paths}),
+        open_paths=open_paths,
     )
     app.add_middleware(
         RequestScope,

@@ -341,7 +341,7 @@ class RequestScope:
 class Gatekeeper:
     """Answers 401 to requests without a key, and 429 while ``limit`` requests are being answered.
 
-    A key that has used its quota gets a 429 too. ``open_paths`` are open to all; ``/ready`` and
+    A key that has used its quota gets a 429 too. ``/health`` and ``open_paths`` are open to all; ``/ready`` and
     ``/metrics`` need a key but are not limited. The gate
     is before the routing, so that nobody without a key learns which routes exist. A request that
     passes carries its ``Caller`` in its state.
@@ -353,11 +353,11 @@ class Gatekeeper:
         *,
         access: Access | WatchedAccess,
         limit: int,
-        open_paths: Collection[str],
+        open_paths: Collection[str] = (),
     ):
         self._app = app
         self._access = access
-        self._open_paths = open_paths
+        self._open_paths = frozenset({"/health", *open_paths})
         self._usages: defaultdict[tuple[str | None, bool], Usage] = defaultdict(Usage)
         self._limit = limit
         self._running = 0
