@@ -14,6 +14,7 @@ VALUES = {
     "policy": "policy.toml",
     "host": "::1",
     "port": 9000,
+    "playground": True,
     "log_level": "warning",
     "json_logs": True,
     "audit_log": "audit.jsonl",

@@ -42,7 +42,15 @@ POSTS = [
     "/beta/litellm_basic_guardrail_api",
     "/tokenize",
 ]
-GETS = ["/v1/models", "/v1/models/{name}", "/health", "/ready", "/metrics", "/version"]
+GETS = [
+    "/v1/models",
+    "/v1/models/{name}",
+    "/v1/probes",
+    "/health",
+    "/ready",
+    "/metrics",
+    "/version",
+]
 OPERATIONS = [*(("POST", path) for path in POSTS), *(("GET", path) for path in GETS)]
 FEW = settings(
     max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)

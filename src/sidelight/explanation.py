@@ -64,9 +64,13 @@ class Explanation:
         is_template = [place is None for place in self.places]
         return float(self.shares[is_template].sum())
 
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON values: the shares of each token of the texts, and of each layer."""
-        pairs = zip(self.places, self.shares.sum(1).tolist(), strict=True)
+    def to_dict(self, *, matrix: bool = False) -> dict[str, Any]:
+        """As JSON values: the shares of each token of the texts, and of each layer.
+
+        Args:
+            matrix: Whether to add each token's share in each layer, as its ``layers``.
+        """
+        rows = zip(self.places, self.shares.sum(1).tolist(), self.shares, strict=True)
         return {
             "probe": self.verdict.probe,
             "label": self.label,
@@ -77,8 +81,14 @@ class Explanation:
             "template": self.template,
             "layers": self.shares.sum(0).tolist(),
             "tokens": [
-                {"message": place.message, "start": place.start, "end": place.end, "share": share}
-                for place, share in pairs
+                {
+                    "message": place.message,
+                    "start": place.start,
+                    "end": place.end,
+                    "share": share,
+                    **({"layers": own.tolist()} if matrix else {}),
+                }
+                for place, share, own in rows
                 if place is not None
             ],
         }

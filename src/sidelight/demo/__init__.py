@@ -45,13 +45,14 @@ def run_demo(*, keep: bool, port: int) -> None:
     backbone = load_backbone(EMBEDDED_NAME)
     folders = [_train(backbone, task, positive) for task, positive in _TASKS.items()]
     _say("Serving the model and its probes")
-    with ServerProcess(folders, port=port) as server:
+    with ServerProcess(folders, port=port, options=["--playground"]) as server:
         server.wait_until_ready()
         _ask(OpenAI(base_url=f"{server.url}/v1", api_key="unused"))
         _say(f"Done in {time.monotonic() - start:.0f} s. Your own probe: sidelight train --help")
-        _say("Serve these: sidelight serve " + " ".join(f"--probe {path}" for path in folders))
+        named = " ".join(f"--probe {path}" for path in folders)
+        _say(f"Serve these, with a page to try them: sidelight serve --playground {named}")
         if keep:
-            _say(f"The server stays at {server.url} until Ctrl-C")
+            _say(f"Try it at {server.url}/playground; the server stays until Ctrl-C")
             server.wait()
 
 

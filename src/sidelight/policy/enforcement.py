@@ -9,7 +9,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from sidelight.engines.base import Event, PromptJudged, TextDelta, verdict_failure
+from sidelight.engines.base import Event, PromptJudged, ResponseScored, TextDelta, verdict_failure
 from sidelight.explanation import Explanation
 from sidelight.policy.decisions import Action, Decision, Fault, PolicyError, decide
 from sidelight.policy.hold_back import Ended, HoldBack
@@ -27,8 +27,17 @@ class Admitted:
     explanations: tuple[Explanation, ...] = ()
 
 
-# What may be sent of an answer: ``Admitted``, any number of ``TextDelta``, ``Ended``.
-Passed = Admitted | TextDelta | Ended
+@dataclass(frozen=True)
+class Running:
+    """What the probes of the output say of the first tokens of an answer; nothing follows."""
+
+    tokens: int
+    decisions: tuple[Decision, ...]
+
+
+# What may be sent of an answer: ``Admitted``, any number of ``TextDelta`` and, if they are asked
+# for, of ``Running``, ``Ended``.
+Passed = Admitted | TextDelta | Running | Ended
 
 
 class TextObserver(Protocol):
@@ -54,6 +63,7 @@ class Enforcement:
         rules: One for every loaded probe, whether or not the client chose it.
         observe: Gives the observer when the work on the text begins.
         timeout_s: Seconds that the prompt's verdicts may take if a rule blocks; None: no limit.
+        tells_scores: Whether to pass what probes of the output say after each token.
     """
 
     def __init__(
@@ -62,7 +72,9 @@ class Enforcement:
         observe: Callable[[], TextObserver],
         *,
         timeout_s: float | None = None,
+        tells_scores: bool = False,
     ):
+        self._tells_scores = tells_scores
         self._input = [bound for bound in rules if bound.side == "input"]
         self._output = [bound for bound in rules if bound.side == "output"]
         self._observe = observe
@@ -73,8 +85,8 @@ class Enforcement:
     @property
     def watch(self) -> list[str]:
         """The probes to read after each token: those of the output, if one may cut it."""
-        is_blocking = any(bound.is_blocking for bound in self._output)
-        return [bound.name for bound in self._output] if is_blocking else []
+        is_read = self._tells_scores or any(bound.is_blocking for bound in self._output)
+        return [bound.name for bound in self._output] if is_read else []
 
     def admits(self, event: PromptJudged) -> bool:
         """Whether the prompt is answered; the engine asks before it draws the first token."""
@@ -103,6 +115,8 @@ class Enforcement:
                         # Before the last of the text is sent, with the engine's slot already free.
                         await events.aclose()
                         observer.end(passed[-1].decisions)
+                    if self._tells_scores and isinstance(event, ResponseScored):
+                        yield self._running(event)
                     for each in passed:
                         has_sent = True
                         if isinstance(each, TextDelta):
@@ -119,6 +133,10 @@ class Enforcement:
             self._decisions = _decide_all(self._input, event)
             self._judged = event
         return self._decisions
+
+    def _running(self, event: ResponseScored) -> Running:
+        decisions = [decide(b, event.judgement, tokens=event.tokens) for b in self._output]
+        return Running(event.tokens, tuple(replace(d, action="none") for d in decisions))
 
     async def _prompt(
         self, events: AsyncGenerator[Event, None], observer: TextObserver

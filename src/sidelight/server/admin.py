@@ -1,4 +1,4 @@
-"""The served model and its probes at ``/v1/models``, and changes of them at ``/admin/probes``."""
+"""The served model and its probes at ``/v1``, and changes of them at ``/admin/probes``."""
 
 import asyncio
 from collections.abc import Coroutine
@@ -8,10 +8,14 @@ from typing import Any, Literal
 from fastapi import APIRouter
 from pydantic import BaseModel
 
+from sidelight.manifest import reference
+from sidelight.policy.rules import BoundRule, Mode
+from sidelight.probe import Probe
 from sidelight.prompts import Side
 from sidelight.server.probes import ProbeEntry
 from sidelight.server.requests import AdminOnly, Route, ServerRequest
 from sidelight.server.schemas import ClosedBody
+from sidelight.thresholds import OperatingCurve, read_curves
 from sidelight.types import TaskKind
 
 models_router = APIRouter(route_class=Route)
@@ -64,21 +68,73 @@ async def retrieve(name: str, request: ServerRequest) -> ModelCard:
 
 
 def _card(request: ServerRequest) -> ModelCard:
-    probes = [
-        ProbeCard(
-            name=probe.name,
-            kind=probe.task.kind,
-            labels=list(probe.task.labels),
-            reads=probe.reads.side,
-            version=probe.version,
-        )
-        for probe in request.probes
-    ]
     return ModelCard(
         id=request.engine.model,
         created=request.context.started_at,
-        sidelight=ProbeCards(probes=probes),
+        sidelight=ProbeCards(
+            probes=[ProbeCard.model_validate(_described(probe)) for probe in request.probes]
+        ),
     )
+
+
+def _described(probe: Probe) -> dict[str, Any]:
+    return {
+        "name": probe.name,
+        "kind": probe.task.kind,
+        "labels": list(probe.task.labels),
+        "reads": probe.reads.side,
+        "version": probe.version,
+    }
+
+
+class ThresholdCard(BaseModel):
+    """A threshold, and what others would flag of texts that the probe was not trained on.
+
+    ``curve`` is null for an artifact that stores none.
+    """
+
+    label: str
+    threshold: float
+    curve: OperatingCurve | None
+
+
+class RuleCard(ProbeCard):
+    """A probe, its rule's mode, and its thresholds: null if the rule does not disclose scores."""
+
+    mode: Mode
+    thresholds: list[ThresholdCard] | None
+
+
+class RuleList(BaseModel):
+    """The probes that clients see."""
+
+    probes: list[RuleCard]
+
+
+@models_router.get("/v1/probes")
+async def list_rules(request: ServerRequest) -> RuleList:
+    """Each probe that clients see, with its thresholds and the curves that they were chosen on."""
+    visible = [bound for bound in request.registry.rules if not bound.is_shadow]
+    return RuleList(
+        probes=[
+            RuleCard(
+                **_described(bound.probe),
+                mode=bound.mode,
+                thresholds=_thresholds(bound)
+                if request.is_admin or bound.disclosure == "scores"
+                else None,
+            )
+            for bound in visible
+        ]
+    )
+
+
+def _thresholds(bound: BoundRule) -> list[ThresholdCard]:
+    curves = read_curves(reference(bound.probe.record).get("curves", {}))
+    return [
+        ThresholdCard(label=label, threshold=threshold, curve=curves.get(label))
+        for label, threshold in bound.thresholds.items()
+    ]
 
 
 admin_probes_router = APIRouter(route_class=Route, dependencies=[AdminOnly])

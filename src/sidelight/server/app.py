@@ -2,7 +2,7 @@
 
 import logging
 import socket
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -30,6 +30,7 @@ from sidelight.server.middleware import (
     within_system,
 )
 from sidelight.server.observe import AuditLog, RequestObserver, Sink, log_settings
+from sidelight.server.playground import page_router, playground, reference
 from sidelight.server.probes import ProbeRegistry
 from sidelight.server.requests import Context, Route, ServerRequest
 from sidelight.server.schemas import REFUSALS
@@ -126,7 +127,15 @@ def create_app(
     registry = ProbeRegistry(engine, policy, sources or {})
     observer = RequestObserver(Metrics(engine), audit)
     context = Context(engine, registry, config, observer)
-    return application(context, _ROUTERS, traces=traces, lifespan=lifespan)
+    pages = reference() | (playground() if config.playground else {})
+    return application(
+        context,
+        (*_ROUTERS, page_router(pages)),
+        traces=traces,
+        lifespan=lifespan,
+        # A browser sends no key when it opens a page.
+        open_paths=tuple(pages) if config.playground else (),
+    )
 
 
 def application(
@@ -135,16 +144,22 @@ def application(
     *,
     traces: Sink | None = None,
     lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] | None = None,
+    open_paths: Collection[str] = (),
 ) -> FastAPI:
-    """The application with these routes."""
-    app = FastAPI(title="Sidelight", lifespan=lifespan)
+    """The application with these routes; those of ``open_paths`` need no key."""
+    app = FastAPI(title="Sidelight", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.context = context
     config = context.config
     for router in routers:
         app.include_router(router, responses=REFUSALS)
     add_error_handlers(app)
     # The last one added stands outermost: refused requests are counted too.
-    app.add_middleware(Gatekeeper, access=config.watched_access, limit=config.max_concurrent)
+    app.add_middleware(
+        Gatekeeper,
+        access=config.watched_access,
+        limit=config.max_concurrent,
+        open_paths=open_paths,
+    )
     app.add_middleware(
         RequestScope,
         metrics=context.observer.metrics,
@@ -202,6 +217,8 @@ def serve(
         raise cannot_listen(config, error) from error
     port = listener.getsockname()[1]
     _log.info("Listening on http://%s:%d (Ctrl-C stops)", config.host, port)
+    if config.playground:
+        _log.info("The playground is at http://%s:%d/playground", config.host, port)
     # uvicorn raises a SIGINT again once it has drained.
     with suppress(KeyboardInterrupt):
         server.run(sockets=[listener])

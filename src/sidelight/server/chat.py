@@ -31,7 +31,13 @@ from sidelight.engines.base import (
 )
 from sidelight.errors import SidelightError
 from sidelight.policy.decisions import Decision, tightened
-from sidelight.policy.enforcement import Admitted, Enforcement, Passed, require_trusted_turns
+from sidelight.policy.enforcement import (
+    Admitted,
+    Enforcement,
+    Passed,
+    Running,
+    require_trusted_turns,
+)
 from sidelight.policy.hold_back import Ended
 from sidelight.prompts import Conversation
 from sidelight.server.errors import as_request_error
@@ -41,8 +47,8 @@ from sidelight.server.schemas import EVENTS, ChatRequest, CompletionRequest, Wri
 
 Json = dict[str, Any]
 
-# What is sent of one choice: text, then its end.
-Sent = TextDelta | Ended
+# What is sent of one choice: text, perhaps with running scores, then its end.
+Sent = TextDelta | Running | Ended
 # What is sent of each choice; choices of one prompt are neighbours.
 Streams = Sequence[AsyncGenerator[Passed, None]]
 # A seed is a signed number of 64 bits; the first follows the last.
@@ -95,11 +101,12 @@ class CompletionFormat(ABC):
         prompt, response = _decisions(prompts), _decisions(ends)
         choices: list[Json] = []
         for index, (parts, end) in enumerate(zip(texts, ends, strict=True)):
-            tokens = [token for part in parts for token in part.logprobs]
+            written = [part for part in parts if not isinstance(part, Running)]
+            tokens = [token for part in written for token in part.logprobs]
             choices.append(
                 {
                     "index": index,
-                    **self._message("".join(p.text for p in parts if isinstance(p, TextDelta))),
+                    **self._message("".join(p.text for p in written if isinstance(p, TextDelta))),
                     "logprobs": self._logprobs(tokens) if self._has_logprobs else None,
                     "finish_reason": end.reason,
                 }
@@ -143,6 +150,8 @@ class CompletionFormat(ABC):
                     match event:
                         case TextDelta(text, logprobs=logprobs):
                             yield self._chunk([self._piece(index, text, logprobs=logprobs)])
+                        case Running():
+                            yield self._chunk([], sidelight=report.running(index, event))
                         case Ended():
                             ends[index] = event
                             yield self._chunk([self._last_piece(index, event, openings[index])])
@@ -372,13 +381,16 @@ async def _answer(
         includes_usage=body.stream_options is not None and body.stream_options.include_usage,
     )
     observer, timeout_s = request.observer, request.registry.policy.timeout_s
+    tells_scores = bool(body.stream and body.stream_options and body.stream_options.include_scores)
     observer.trace.model = request.engine.model
     streams: list[AsyncGenerator[Passed, None]] = []
     for prompt in prompts:
         for number in range(n):
             # The decisions on a prompt are recorded with the first of its texts.
             observe = partial(observer.text, prompt, is_prompt_known=number > 0)
-            enforcement = Enforcement(rules, observe, timeout_s=timeout_s)
+            enforcement = Enforcement(
+                rules, observe, timeout_s=timeout_s, tells_scores=tells_scores
+            )
             events = request.engine.generate(
                 prompt,
                 _reseeded(sampling, number),

@@ -79,6 +79,9 @@ class ServerConfig(BaseSettings):
     port: int = Field(
         default=8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one."
     )
+    playground: bool = Field(
+        default=False, description="Serve a page at /playground to try the model and its probes."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="Level of the server's own log."
     )

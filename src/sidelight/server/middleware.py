@@ -13,7 +13,7 @@ import threading
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Generator
+from collections.abc import Collection, Generator
 from contextlib import contextmanager
 from math import ceil
 from types import FrameType
@@ -341,21 +341,29 @@ class RequestScope:
 class Gatekeeper:
     """Answers 401 to requests without a key, and 429 while ``limit`` requests are being answered.
 
-    A key that has used its quota gets a 429 too. ``/health`` is open to all; ``/ready`` and
+    A key that has used its quota gets a 429 too. ``/health`` and ``open_paths`` are open to all; ``/ready`` and
     ``/metrics`` need a key but are not limited. The gate
     is before the routing, so that nobody without a key learns which routes exist. A request that
     passes carries its ``Caller`` in its state.
     """
 
-    def __init__(self, app: ASGIApp, *, access: Access | WatchedAccess, limit: int):
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        access: Access | WatchedAccess,
+        limit: int,
+        open_paths: Collection[str] = (),
+    ):
         self._app = app
         self._access = access
+        self._open_paths = frozenset({"/health", *open_paths})
         self._usages: defaultdict[tuple[str | None, bool], Usage] = defaultdict(Usage)
         self._limit = limit
         self._running = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan" or scope["path"] == "/health":
+        if scope["type"] == "lifespan" or scope["path"] in self._open_paths:
             await self._app(scope, receive, send)
             return
         caller = self._access.caller(Headers(scope=scope).get("authorization", ""))

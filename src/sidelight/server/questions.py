@@ -82,7 +82,7 @@ async def find(
     turns: Sequence[Message],
     names: Sequence[str | None],
     *,
-    explains: bool | None = None,
+    explains: Explain = None,
 ) -> QuestionAnswers:
     """Judges the conversation with the probes that ``names`` mean; others are not reported.
 

@@ -8,7 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from urllib.parse import quote
 
 from pydantic import BaseModel, Field
@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field
 from sidelight.engines.base import verdict_failure
 from sidelight.explanation import Explanation
 from sidelight.policy.decisions import Decision, LabelsOnly
+from sidelight.policy.enforcement import Running
 from sidelight.policy.rules import BoundRule
 from sidelight.probe import Probe
 from sidelight.types import Verdict
@@ -55,14 +56,14 @@ class Report:
         probes: The chosen probes.
         names: Categories of all probes that clients see.
         sees_all: Whether it sees what rules do not disclose.
-        explains: Whether it asks why the probes say so.
+        explains: Whether it asks why the probes say so; ``matrix``: by token and layer.
     """
 
     model: str
     probes: Sequence[Probe]
     names: CategoryNames
     sees_all: bool = False
-    explains: bool = False
+    explains: Literal["matrix"] | bool = False
 
     @property
     def reads_response(self) -> bool:
@@ -85,6 +86,15 @@ class Report:
         failed = dict.fromkeys(d.rule.name for d in shown if d.verdict is None)
         return {"verdicts": [*verdicts, *map(_failure_json, failed)]}
 
+    def running(self, index: int, running: Running) -> dict[str, Any]:
+        """The ``sidelight`` field while text ``index`` is written: verdicts with scores alone.
+
+        A label would tell ordinary keys more of what blocks them than the cut does.
+        """
+        shown = [d.verdict for d in self.shown(running.decisions) if d.verdict is not None]
+        verdicts = [verdict_json(v) for v in shown if not isinstance(v, LabelsOnly)]
+        return {"running": {"index": index, "tokens": running.tokens, "verdicts": verdicts}}
+
     def explained(self, rules: Iterable[BoundRule]) -> list[str] | None:
         """The chosen probes whose verdicts the client may have explained; None: it does not ask."""
         if not self.explains:
@@ -100,7 +110,7 @@ class Report:
             return None
         known = {explanation.verdict.probe: explanation for explanation in found}
         return [
-            known[d.rule.name].to_dict()
+            known[d.rule.name].to_dict(matrix=self.explains == "matrix")
             if d.rule.name in known
             else {"probe": d.rule.name, "error": "not_disclosed"}
             for d in self.shown(decisions)

@@ -24,6 +24,7 @@ from sidelight.server.middleware import Drain
 from sidelight.server.observe import RequestObserver
 from sidelight.server.probes import ProbeRegistry
 from sidelight.server.report import Report, category_names
+from sidelight.server.schemas import Explain
 
 T = TypeVar("T")
 
@@ -150,14 +151,12 @@ class ServerRequest(Request):
         rules = () if self.is_admin else self.registry.rules
         return frozenset(bound.name for bound in rules if bound.disclosure == "none")
 
-    def report(self, names: Sequence[str] | None, *, explains: bool | None = None) -> Report:
+    def report(self, names: Sequence[str] | None, *, explains: Explain = None) -> Report:
         """A report on the probes that a request names; None: on all. Refuses unknown names."""
         report = report_on(self.registry, self.engine.model, names, sees_all=self.is_admin)
-        return replace(report, explains=bool(explains))
+        return replace(report, explains=explains or False)
 
-    def disclosed_report(
-        self, names: Sequence[str] | None, *, explains: bool | None = None
-    ) -> Report:
+    def disclosed_report(self, names: Sequence[str] | None, *, explains: Explain = None) -> Report:
         """The same without probes whose verdicts are not disclosed, which may not be named."""
         report, hidden = self.report(names, explains=explains), self.undisclosed
         shown = [probe for probe in report.probes if probe.name not in hidden]

@@ -94,7 +94,11 @@ Texts = Annotated[
 ]
 ProbeNames = Annotated[Listed[Name] | None, Field(description="Only these probes; null: all.")]
 Explain = Annotated[
-    bool | None, Field(description="Whether to say what each token and layer adds to the logits.")
+    Literal["matrix"] | bool | None,
+    Field(
+        description="Whether to say what each token and layer adds to the logits; "
+        "`matrix`: also each token in each layer."
+    ),
 ]
 
 
@@ -137,6 +141,9 @@ class StreamOptions(StrictBody):
     """What a stream carries besides text."""
 
     include_usage: bool = False
+    include_scores: bool = Field(
+        False, description="Whether to send what probes of the response say after each token."
+    )
 
 
 class ClosedBody(StrictBody):

@@ -26,6 +26,7 @@ from sidelight.vllm.settings import KEY, serve_with
 _PROXY = "Limit it in a proxy in front of the server."
 # Options of our own HTTP layer, and what to do instead.
 NO_PLACE = {
+    "playground": "Serve with --engine transformers to try probes in a browser.",
     "json_logs": "Name a logging configuration in VLLM_LOGGING_CONFIG_PATH.",
     "max_body_bytes": _PROXY,
     "max_messages": _PROXY,

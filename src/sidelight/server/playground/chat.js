@@ -1,0 +1,185 @@
+// The chat: streamed text, verdicts as they come, running scores, and shaded words.
+
+import { stream } from "./api.js";
+import { el, find } from "./dom.js";
+import { chip, legend, shadedText, strongest } from "./explain.js";
+
+const WIDTH = 300;
+const invitation = "Press a verdict to shade the words by what they add to it.";
+
+export function startChat(server, openWhy) {
+  const log = find("#log"), form = find("#composer"), prompt = find("#prompt"), stop = find("#stop");
+  let turns = [], running = null;
+
+  form.addEventListener("submit", (event) => {
+    event.preventDefault();
+    if (prompt.value.trim() && !running) ask(prompt.value);
+  });
+  prompt.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+      event.preventDefault();
+      form.requestSubmit();
+    }
+  });
+  stop.addEventListener("click", () => running?.abort());
+  find("#clear").addEventListener("click", () => {
+    running?.abort();
+    turns = [];
+    log.replaceChildren();
+    prompt.focus();
+  });
+
+  async function ask(text) {
+    const asked = turnOf("You", "user", text), written = turnOf(server.model, "assistant", "");
+    const messages = [...turns, { role: "user", content: text }];
+    const scores = new Map();
+    let reason = null, tokens = 0;
+    asked.state("Judging…");
+    log.append(asked.box);
+    asked.box.scrollIntoView({ block: "nearest" });
+    prompt.value = "";
+    running = new AbortController();
+    stop.hidden = false;
+    const body = {
+      model: server.model, messages, explain: true,
+      max_tokens: Number(find("#max-tokens").value) || 80,
+      temperature: Number(find("#temperature").value) || 0,
+      stream_options: { include_scores: true, include_usage: true },
+    };
+    if (server.trials.size) body.policies = Object.fromEntries(server.trials);
+    try {
+      for await (const chunk of stream("v1/chat/completions", body, running.signal)) {
+        const [choice] = chunk.choices, extension = chunk.sidelight;
+        const verdicts = choice?.delta.sidelight?.verdicts;
+        if (extension?.running) {
+          for (const verdict of extension.running.verdicts) score(verdict, extension.running.tokens);
+        }
+        if (extension?.explanations) explained(extension.explanations);
+        if (choice?.delta.role) {
+          asked.verdicts(verdicts);
+          log.append(written.box);
+          written.box.setAttribute("aria-busy", "true");
+        } else if (verdicts) written.verdicts(verdicts);
+        if (choice?.delta.content) written.text.append(choice.delta.content);
+        reason = choice?.finish_reason ?? reason;
+        tokens = chunk.usage?.completion_tokens ?? tokens;
+      }
+      if (reason === "content_filter") {
+        written.box.classList.add("cut");
+        written.state(`✂ Cut by the policy after ${tokens} tokens; the last of them were never sent.`);
+      } else written.state(`${tokens} tokens${reason === "length" ? ", then the limit of tokens" : ""}.`);
+      turns = [...messages, { role: "assistant", content: written.text.textContent }];
+    } catch (error) {
+      const failed = written.box.isConnected ? written : asked;
+      if (error.name === "AbortError") failed.state("Stopped.");
+      else if (error.code === "content_filter") {
+        asked.box.classList.add("cut");
+        asked.verdicts(error.verdicts, false);
+        asked.state(`${error.message} The model has not answered.`, true);
+      } else {
+        failed.state(error.message, true);
+        if (error.status === 401) server.needsKey();
+        if (failed === asked) prompt.value = text;
+      }
+    } finally {
+      running = null;
+      stop.hidden = true;
+      written.box.removeAttribute("aria-busy");
+      form.scrollIntoView({ block: "nearest" });
+    }
+
+    // One curve for each probe: the label that is nearest to its threshold, or over it.
+    function score(verdict, count) {
+      const limits = server.limits(verdict.probe);
+      const over = (limit) => verdict.probabilities[limit.label] - limit.threshold;
+      const limit = limits.reduce((best, one) => (best && over(best) >= over(one) ? best : one), null);
+      if (!limit) return;
+      if (!scores.has(verdict.probe)) {
+        scores.set(verdict.probe, meter(verdict.probe));
+        written.box.append(scores.get(verdict.probe).box);
+      }
+      scores.get(verdict.probe).push(count, verdict.probabilities[limit.label], limit);
+    }
+
+    function explained(explanations) {
+      asked.explain((name) => explanations.find((one) => one.probe === name), messages, (name) => openWhy(text, name));
+    }
+  }
+
+  function turnOf(who, role, content) {
+    const text = el("div", { class: "text" }, content);
+    const chips = el("ul", { class: "chips", "aria-label": `Verdicts on this ${role === "user" ? "prompt" : "answer"}` });
+    const state = el("p", { class: "quiet" }), why = el("div", {});
+    const box = el("article", { class: `turn ${role}`, "aria-label": who }, el("div", { class: "who" }, who), text, chips, state, why);
+    let explanation = () => undefined, shade = () => {};
+    chips.hidden = true;
+    return {
+      box, text,
+      state(message, isError = false) {
+        state.textContent = message;
+        state.className = isError ? "error" : "quiet";
+      },
+      verdicts(found, isExplained = role === "user") {
+        state.textContent = "";
+        chips.hidden = !found.length;
+        chips.replaceChildren(...found.map((verdict) => {
+          const made = chip(verdict, isExplained && !verdict.error ? () => shade(verdict.probe, made) : undefined);
+          return el("li", {}, made);
+        }));
+        if (!found.length) state.textContent = role === "user" ? "No probe that this key sees reads the prompt." : "";
+      },
+      explain(lookUp, messages, more) {
+        const index = messages.length - 1, { content } = messages[index];
+        explanation = lookUp;
+        state.textContent = invitation;
+        shade = (name, pressed) => {
+          const isOn = pressed.getAttribute("aria-pressed") === "true";
+          for (const other of chips.querySelectorAll("[aria-pressed]")) other.setAttribute("aria-pressed", "false");
+          const found = explanation(name);
+          why.replaceChildren();
+          text.replaceChildren(content);
+          state.textContent = invitation;
+          if (isOn || !found) return;
+          pressed.setAttribute("aria-pressed", "true");
+          if (found.error) {
+            state.textContent = "The server's policy does not explain this probe to your key.";
+            return;
+          }
+          state.textContent = legend(found);
+          const isOf = (message) => found.tokens.some((token) => token.message === message);
+          if (!isOf(index)) {
+            const decisive = messages.findIndex((_, message) => isOf(message));
+            state.textContent = `Your message “${messages[decisive]?.content.slice(0, 60)}” decided, so this one has no shares.`;
+            return;
+          }
+          text.replaceChildren(...shadedText(content, found, index));
+          why.append(
+            strongest(content, found, index),
+            el("button", { type: "button", on: { click: () => more(name) } }, "Heat map of this text"),
+          );
+        };
+      },
+    };
+  }
+}
+
+// The running score of one probe: a line over the tokens, and its threshold.
+function meter(probe) {
+  const limitLine = el("line", { class: "limit", x1: 0, x2: WIDTH });
+  const line = el("path", { class: "score" });
+  const said = el("span", {});
+  const svg = el("svg", { viewBox: `0 0 ${WIDTH} 100`, preserveAspectRatio: "none", role: "img" }, limitLine, line);
+  const points = [];
+  return {
+    box: el("div", { class: "running" }, svg, said),
+    push(count, score, limit) {
+      points.push([count, score]);
+      const scale = Math.max(count - 1, 30);
+      line.setAttribute("d", points.map(([x, y], i) => `${i ? "L" : "M"}${((x - 1) / scale) * WIDTH} ${100 - 100 * y}`).join(" "));
+      for (const end of ["y1", "y2"]) limitLine.setAttribute(end, 100 - 100 * limit.threshold);
+      const told = `${probe}: ${limit.label} ${score.toFixed(3)}, threshold ${limit.threshold.toFixed(3)}`;
+      said.textContent = told;
+      svg.setAttribute("aria-label", `Running score. ${told}`);
+    },
+  };
+}

@@ -1,0 +1,523 @@
+"""The page at ``/playground`` and the reference at ``/docs``, in a real browser on a real server.
+
+``page_at`` fails if a page asks another origin or writes an error to the console.
+"""
+
+import os
+import re
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Semaphore
+
+import pytest
+
+from browser import PHONE, chromium, needs_chromium, page_at, violations
+from curves import with_curves
+from live import MODEL, http_client, served
+from sidelight.engines.transformers import TransformersEngine
+from sidelight.policy.rules import Policy, Rule, read_policy, require_policy_applies
+from sidelight.prompts import Reads
+from sidelight.server.playground import STRICT
+from sidelight.server.process import ServerProcess
+from sidelight.smollm2 import cache_root
+from sidelight.thresholds import read_curves
+from tiny import INTENT, TOPICS, tiny_backbone, untrained_probe
+
+pytestmark = [needs_chromium, pytest.mark.slow]
+KEY = "user-key"
+TEXT = "Where is my 💶 refund?"
+TABS = ("Chat", "Why", "Thresholds", "Compare")
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return tiny_backbone()
+
+
+@pytest.fixture(scope="module")
+def probes(backbone):
+    return [
+        with_curves(untrained_probe(backbone, "toxicity")),
+        with_curves(untrained_probe(backbone, "spam", reads=Reads(scope="each_turn"))),
+        untrained_probe(backbone, "intent", task=INTENT, mechanism="gate"),
+        with_curves(untrained_probe(backbone, "topics", task=TOPICS)),
+        with_curves(untrained_probe(backbone, "refusal", reads=Reads("response"))),
+    ]
+
+
+@pytest.fixture(scope="module")
+def address(backbone, probes):
+    with served(TransformersEngine(backbone, probes), playground=True) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture
+def page(browser, address):
+    with opened(browser, address) as page:
+        yield page
+
+
+@contextmanager
+def opened(browser, address, **settings):
+    with page_at(browser, f"{address}/playground", **settings) as page:
+        page.get_by_text(f"{MODEL}, 5 probes").wait_for()
+        yield page
+
+
+@contextmanager
+def gated(backbone):
+    """The model waits before each pass until one more is released."""
+    passes = Semaphore(0)
+    hook = backbone.model.register_forward_pre_hook(lambda *_: passes.acquire(timeout=60) and None)
+    try:
+        yield passes
+    finally:
+        hook.remove()
+        passes.release(1000)
+
+
+def say(page, text=TEXT, *, tokens=20):
+    page.get_by_label("Most tokens").fill(str(tokens))
+    page.get_by_label("Your message").fill(text)
+    page.keyboard.press("Enter")
+
+
+def ask(address, path, body):
+    with http_client(address) as http:
+        answer = http.post(path, json=body)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+
+def explanation(address, probe):
+    body = {"input": TEXT, "probes": [probe], "explain": "matrix"}
+    said = ask(address, "/v1/moderations", body)["results"][0]["sidelight"]
+    return said["explanations"][0]
+
+
+def word_shares(found):
+    """What the tokens of each word of ``TEXT`` add up to, as the page writes it."""
+    words = [(m.start(), m.end()) for m in re.finditer(r"\s*\S+", TEXT)]
+    sums = [
+        sum(token["share"] for token in found["tokens"] if first <= token["start"] < end)
+        for first, end in words
+    ]
+    return [as_shown(total) for total in sums]
+
+
+def as_shown(share):
+    text = f"{share:+.2f}"
+    return "0.00" if text[1:] == "0.00" else text.replace("-", "\N{MINUS SIGN}")
+
+
+def choose(page, tab):
+    page.get_by_role("tab", name=tab).click()
+
+
+def test_verdicts_are_shown_before_the_answer_and_the_text_as_it_is_written(
+    browser, address, backbone
+):
+    with opened(browser, address) as page:
+        answer = page.get_by_role("article", name=MODEL).locator(".text")
+        with gated(backbone) as passes:
+            say(page)
+            page.get_by_text("Judging…").wait_for()
+            passes.release()
+            chips = page.get_by_label("Verdicts on this prompt").get_by_role("button")
+            chips.nth(3).wait_for()
+            names = [chip.locator("b").inner_text() for chip in chips.all()]
+            assert names == ["toxicity", "spam", "intent", "topics"]
+            lengths = [len(answer.inner_text())]
+            for _ in range(3):
+                passes.release(6)
+                page.wait_for_function(
+                    "n => document.querySelector('.assistant .text').textContent.length > n",
+                    arg=lengths[-1],
+                )
+                lengths.append(len(answer.inner_text()))
+            assert page.get_by_role("article", name=MODEL).get_attribute("aria-busy") == "true"
+        page.get_by_text("20 tokens, then the limit").wait_for()
+        assert lengths == sorted(set(lengths))
+
+
+def test_a_verdict_says_in_words_whether_it_flags(page, address):
+    say(page, tokens=1)
+    chips = page.get_by_label("Verdicts on this prompt").get_by_role("button")
+    chips.nth(3).wait_for()
+    body = {"input": TEXT, "probes": ["toxicity", "spam", "intent", "topics"]}
+    verdicts = ask(address, "/v1/moderations", body)["results"][0]["sidelight"]["verdicts"]
+    for chip, verdict in zip(chips.all(), verdicts, strict=True):
+        text = chip.inner_text()
+        assert ("not flagged" in text) != verdict["flagged"]
+        assert f"{verdict['probabilities'][verdict['label']]:.2f}" in text
+
+
+def test_a_conversation_goes_on(page):
+    for number in (1, 2):
+        say(page, f"Question {number}", tokens=2)
+        page.get_by_text("2 tokens, then").nth(number - 1).wait_for()
+    assert page.get_by_role("article", name="You").count() == 2
+    page.get_by_role("button", name="New chat").click()
+    assert page.get_by_role("article").count() == 0
+
+
+def test_an_answer_can_be_stopped(page, backbone):
+    with gated(backbone) as passes:
+        say(page)
+        passes.release(4)
+        page.get_by_role("article", name=MODEL).wait_for()
+        page.get_by_role("button", name="Stop").click()
+        page.get_by_text("Stopped.").wait_for()
+
+
+def test_the_running_score_is_drawn_against_its_threshold_while_it_is_written(page, backbone):
+    with gated(backbone) as passes:
+        say(page)
+        passes.release(8)
+        score = page.get_by_role("img", name="Running score. refusal: toxic")
+        score.wait_for()
+        early = score.locator("path").get_attribute("d")
+        # In percent from above.
+        assert score.locator("line").get_attribute("y1") == "50"
+    page.get_by_text("20 tokens, then").wait_for()
+    drawn = score.locator("path").get_attribute("d")
+    assert drawn.startswith(early)
+    assert drawn.count("L") >= 18
+
+
+def test_the_cut_is_shown_where_a_rule_that_is_tried_cuts(page):
+    choose(page, "Thresholds")
+    page.get_by_role("combobox", name="Probe", exact=True).select_option("refusal")
+    page.get_by_role("slider", name="Threshold:").press("Home")
+    page.get_by_label("Block at this threshold in my chat").check()
+    choose(page, "Chat")
+    assert page.get_by_text("Trying in this chat: block by refusal").is_visible()
+    say(page)
+    page.get_by_text(re.compile(r"Cut by the policy after \d+ tokens")).wait_for()
+    assert "threshold 0.0" in page.get_by_role("img", name="Running score").get_attribute(
+        "aria-label"
+    )
+    choose(page, "Thresholds")
+    page.get_by_label("Block at this threshold in my chat").uncheck()
+    choose(page, "Chat")
+    say(page)
+    page.get_by_text("20 tokens, then").wait_for()
+
+
+def test_only_what_a_request_may_ask_for_can_be_tried(page):
+    choose(page, "Thresholds")
+    trial = page.get_by_label("Block at this threshold in my chat")
+    slider = page.get_by_role("slider", name="Threshold:")
+    slider.press("Home")
+    trial.check()
+    slider.press("End")
+    assert trial.is_disabled()
+    assert not trial.is_checked()
+    assert page.get_by_text("Only thresholds up to the served one, 0.500").is_visible()
+    page.get_by_role("button", name="Back to the served threshold").click()
+    trial.check()
+    choose(page, "Chat")
+    assert page.get_by_text("block by toxicity from 0.500").is_visible()
+    say(page, tokens=1)
+    page.get_by_text(re.compile("1 tokens|was blocked by toxicity")).wait_for()
+    page.expected_errors = ("status of 400",)
+
+
+def test_a_blocked_prompt_shows_who_blocked_it(browser, backbone, probes):
+    policy = Policy(input={"toxicity": Rule("block", threshold=0.0)})
+    engine = TransformersEngine(backbone, probes)
+    with (
+        served(engine, policy=policy, playground=True) as address,
+        opened(browser, address) as page,
+    ):
+        page.expected_errors = ("status of 400",)
+        say(page)
+        page.get_by_text(
+            "The prompt was blocked by toxicity. The model has not answered."
+        ).wait_for()
+        chips = page.get_by_label("Verdicts on this prompt").get_by_role("listitem")
+        assert "⚑ toxic" in chips.first.inner_text()
+        # Its scores are withheld, and so is its curve.
+        assert not re.search(r"\d", chips.first.inner_text())
+        choose(page, "Thresholds")
+        page.get_by_role("combobox", name="Probe", exact=True).select_option("toxicity")
+        assert page.get_by_text("discloses no scores of this probe to your key").is_visible()
+
+
+def test_pressing_a_verdict_shades_the_words_by_their_shares(page, address):
+    say(page, tokens=1)
+    for probe in ("toxicity", "intent"):
+        page.get_by_role("button", name=probe).click()
+        shares = page.get_by_role("article", name="You").locator(".text .share")
+        assert [share.get_attribute("title") for share in shares.all()] == word_shares(
+            explanation(address, probe)
+        )
+        assert page.get_by_role("button", name=probe).get_attribute("aria-pressed") == "true"
+    colours = {
+        share.evaluate("each => getComputedStyle(each).backgroundColor") for share in shares.all()
+    }
+    assert len(colours) > 1
+    rows = page.get_by_role("article", name="You").get_by_role("row").all()[1:]
+    told = [row.get_by_role("cell").nth(1).inner_text() for row in rows]
+    assert sorted(told) == sorted(word_shares(explanation(address, "intent")))
+
+
+def test_a_verdict_that_an_earlier_message_decided_says_so(page, address):
+    say(page, TEXT, tokens=1)
+    page.get_by_text("1 tokens, then").wait_for()
+    say(page, "Why?", tokens=1)
+    page.get_by_text("1 tokens, then").nth(1).wait_for()
+    answer = page.get_by_role("article", name=MODEL).first.locator(".text").inner_text()
+    turns = [("user", TEXT), ("assistant", answer), ("user", "Why?")]
+    body = {
+        "model": MODEL,
+        "input": [{"role": role, "content": content} for role, content in turns],
+        "questions": [{"type": "predicate", "name": "spam"}],
+        "explain": True,
+    }
+    (found,) = ask(address, "/v1/decisions", body)["explanations"]
+    assert {token["message"] for token in found["tokens"]} == {0}
+    page.get_by_role("button", name="spam").nth(1).click()
+    assert page.get_by_text(f"Your message “{TEXT}” decided").is_visible()
+
+
+def test_the_heat_map_has_the_share_of_each_token_in_each_layer(page, address):
+    say(page, tokens=1)
+    page.get_by_role("button", name="spam").click()
+    page.get_by_role("button", name="Heat map of this text").click()
+    heat = page.get_by_role("region", name="Heat map of tokens and layers")
+    heat.wait_for()
+    found = explanation(address, "spam")
+    cells = heat.get_by_role("cell")
+    assert [cell.get_attribute("aria-label") for cell in cells.all()] == [
+        as_shown(share) for token in found["tokens"] for share in token["layers"]
+    ]
+    heat.focus()
+    for step in ("ArrowDown", "ArrowDown", "ArrowRight"):
+        page.keyboard.press(step)
+    told = page.get_by_text(f"“e”, layer 1: {as_shown(found['tokens'][2]['layers'][1])}")
+    assert told.is_visible()
+
+
+def test_a_probe_of_answers_is_explained_with_the_answer(page):
+    choose(page, "Why")
+    page.get_by_role("combobox", name="Probe", exact=True).select_option("refusal")
+    page.get_by_label("The model's answer, which this probe reads").fill("I cannot help.")
+    page.get_by_role("button", name="Explain").click()
+    shown = page.locator("#why-result")
+    shown.get_by_text("Orange words speak for “toxic”").wait_for()
+    assert "I cannot help." in shown.locator(".text").inner_text()
+
+
+def test_the_slider_says_what_each_threshold_catches_and_falsely_flags(page, probes):
+    choose(page, "Thresholds")
+    curve = read_curves(probes[1].record["validation"]["curves"])["toxic"]
+    page.get_by_role("combobox", name="Probe", exact=True).select_option("spam")
+    slider = page.get_by_role("slider", name="Threshold:")
+    for key, point in (("Home", -1), ("End", 0), ("ArrowLeft", 1), ("PageDown", None)):
+        slider.press(key)
+        at = len(curve.thresholds) - 1 - int(slider.input_value())
+        assert point is None or at == range(len(curve.thresholds))[point]
+        caught, alarms = curve.true_positives[at], curve.false_positives[at]
+        assert page.get_by_text(f"Catches {caught} of {curve.positives} texts").is_visible()
+        assert page.get_by_text(f"Falsely flags {alarms} of {curve.negatives} others").is_visible()
+        told = slider.get_attribute("aria-valuetext")
+        assert told.startswith(f"{curve.thresholds[at]:.3f}: Catches {caught} of")
+
+
+def test_the_policy_file_that_is_written_is_one_that_the_server_takes(page, probes, tmp_path):
+    choose(page, "Thresholds")
+    for name, mode in (("toxicity", "block"), ("topics", "flag"), ("refusal", "block")):
+        page.get_by_role("combobox", name="Probe", exact=True).select_option(name)
+        page.get_by_label("What a flag does").select_option(mode)
+        page.get_by_role("slider", name="Threshold:").press("ArrowRight")
+    with page.expect_download() as downloading:
+        page.get_by_role("button", name="Download policy.toml").click()
+    path = tmp_path / "policy.toml"
+    downloading.value.save_as(path)
+    policy = read_policy(path)
+    require_policy_applies(policy, probes)
+    assert path.read_text() == page.get_by_role("region", name="Policy file").inner_text()
+    assert {name: rule.mode for name, rule in policy.input.items()} == {
+        "toxicity": "block",
+        "topics": "flag",
+    }
+    assert policy.input["topics"].labels == ("violence",)
+    assert policy.output["refusal"].mode == "block"
+    curve = read_curves(probes[0].record["validation"]["curves"])["toxic"]
+    assert min(abs(policy.input["toxicity"].threshold - each) for each in curve.thresholds) < 1e-6
+
+
+def test_two_probes_judge_the_same_text_side_by_side(page, address):
+    choose(page, "Compare")
+    page.get_by_label("Probe A").select_option("spam")
+    page.get_by_label("Probe B").select_option("intent")
+    page.locator("#compare-text").fill(TEXT)
+    page.locator("#compare").get_by_role("button", name="Compare").click()
+    for side, name in (("Probe A", "spam"), ("Probe B", "intent")):
+        shown = page.get_by_role("region", name=side)
+        shown.wait_for()
+        body = {"input": TEXT, "probes": [name]}
+        (verdict,) = ask(address, "/v1/moderations", body)["results"][0]["sidelight"]["verdicts"]
+        for label, probability in verdict["probabilities"].items():
+            assert shown.get_by_role("row", name=f"{label} {probability:.3f}").is_visible()
+        shares = shown.locator(".text .share").all()
+        assert [each.get_attribute("title") for each in shares] == word_shares(
+            explanation(address, name)
+        )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"color_scheme": "dark"},
+        {"viewport": PHONE},
+        {"color_scheme": "dark", "viewport": PHONE},
+    ],
+    ids=["light", "dark", "phone", "dark phone"],
+)
+def test_axe_finds_nothing_and_nothing_overflows(browser, address, settings):
+    with opened(browser, address, **settings) as page:
+        say(page, tokens=8)
+        page.get_by_text("8 tokens, then").wait_for()
+        page.get_by_role("button", name="toxicity").click()
+        require_accessible(page)
+        choose(page, "Why")
+        page.get_by_role("button", name="Explain").click()
+        page.get_by_role("button", name="Show the heat map").click()
+        page.get_by_role("region", name="Heat map").wait_for()
+        require_accessible(page)
+        choose(page, "Thresholds")
+        page.get_by_role("slider", name="Threshold:").press("ArrowLeft")
+        require_accessible(page)
+        choose(page, "Compare")
+        page.locator("#compare").get_by_role("button", name="Compare").click()
+        page.get_by_role("region", name="Probe B").wait_for()
+        page.get_by_text("Key", exact=True).click()
+        require_accessible(page)
+        is_dark = settings.get("color_scheme") == "dark"
+        background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert (max(map(int, re.findall(r"\d+", background))) < 128) == is_dark
+
+
+def require_accessible(page):
+    assert violations(page) == []
+    sizes = page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
+    assert sizes[0] <= sizes[1]
+
+
+def test_a_keyboard_is_enough(page):
+    page.get_by_role("tab", name="Chat").focus()
+    for tab in (*TABS[1:], TABS[0]):
+        page.keyboard.press("ArrowRight")
+        assert page.evaluate("document.activeElement.textContent") == tab
+        assert page.get_by_role("tabpanel", name=tab).is_visible()
+    # The other tabs are passed over.
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "prompt"
+    page.keyboard.type("Where is it?")
+    page.keyboard.press("Enter")
+    page.get_by_label("Verdicts on this prompt").get_by_role("button").nth(3).wait_for()
+    page.get_by_text("tokens").last.wait_for()
+    page.get_by_role("button", name="toxicity").press("Enter")
+    assert page.get_by_role("article", name="You").get_by_role("table").is_visible()
+
+
+def test_a_screen_reader_is_told_what_changes(page):
+    say(page, tokens=2)
+    page.get_by_text("2 tokens, then").wait_for()
+    assert page.get_by_role("log", name="Conversation").get_by_role("article").count() == 2
+    assert page.get_by_role("button", name="toxicity").locator(".unseen").count() == 1
+    assert page.locator("#why-result, #compare-result").evaluate_all(
+        "all => all.map(each => each.ariaLive)"
+    ) == ["polite", "polite"]
+
+
+def test_the_page_needs_no_key_and_its_calls_do(browser, backbone, probes):
+    engine = TransformersEngine(backbone, probes)
+    with served(engine, playground=True, api_key=KEY) as address:
+        with http_client(address) as http:
+            for path in ("/playground", "/playground/page.js", "/docs", "/health"):
+                assert http.get(path).status_code == 200
+            for path in ("/v1/probes", "/openapi.json", "/playground/", "/playground/x", "/x"):
+                assert http.get(path).status_code == 401
+        with page_at(browser, f"{address}/playground") as page:
+            asked = []
+            page.expected_errors = ("status of 401",)
+            page.on("request", lambda request: asked.append(request.url))
+            page.get_by_text("This server needs an API key").wait_for()
+            page.keyboard.type(KEY)
+            page.keyboard.press("Enter")
+            page.get_by_text(f"{MODEL}, 5 probes").wait_for()
+            say(page, tokens=2)
+            page.get_by_text("2 tokens, then").wait_for()
+            assert KEY not in "".join([*asked, page.url])
+            assert page.evaluate("[localStorage.length, document.cookie]") == [0, ""]
+            # The reference of the same tab has it.
+            page.get_by_role("link", name="API reference").click()
+            page.get_by_text("/v1/chat/completions").first.wait_for()
+
+
+def test_no_request_leaves_and_no_script_is_written_into_the_page(browser, address):
+    with http_client(address) as http:
+        for path in ("/playground", "/playground/page.js", "/playground/style.css"):
+            answer = http.get(path)
+            assert answer.headers["content-security-policy"] == STRICT
+            assert answer.headers["x-content-type-options"] == "nosniff"
+            assert answer.headers["referrer-policy"] == "no-referrer"
+        assert "default-src 'self';" in http.get("/docs").headers["content-security-policy"]
+    with opened(browser, address) as page:
+        page.expected_errors = ("Content Security Policy", "violates", "asks http://127.0.0.2")
+        failure = page.evaluate("fetch('http://127.0.0.2:1/x').catch(error => error.name)")
+        assert failure == "TypeError"
+        page.evaluate(
+            """() => {
+                const script = document.createElement('script');
+                script.textContent = 'window.ran = true';
+                document.body.append(script);
+            }"""
+        )
+        assert page.evaluate("window.ran") is None
+        # What is written is never parsed.
+        say(page, "<img src=x onerror=alert(1)>", tokens=1)
+        page.get_by_text("<img src=x onerror=alert(1)>").first.wait_for()
+        assert page.locator("article img").count() == 0
+
+
+def test_the_reference_works_without_the_internet(browser, address):
+    with page_at(browser, f"{address}/docs") as page:
+        page.get_by_text("/v1/chat/completions").first.wait_for()
+        page.get_by_text("/v1/probes").first.click()
+        page.get_by_role("button", name="Try it out").click()
+        page.get_by_role("button", name="Execute").click()
+        page.get_by_text('"toxicity"').first.wait_for()
+
+
+@pytest.mark.unchecked
+@pytest.mark.skipif(
+    "SIDELIGHT_PICTURES" not in os.environ,
+    reason="set SIDELIGHT_PICTURES=1 to draw the docs' pictures with the probes of sidelight demo",
+)
+def test_the_pictures_of_the_docs_are_of_this_page(browser):
+    pictures = Path(__file__).parents[1] / "docs" / "pictures"
+    folders = sorted((cache_root() / "demo").iterdir())
+    with ServerProcess(folders, options=["--playground"]) as server:
+        server.wait_until_ready()
+        size = {"width": 900, "height": 700}
+        with page_at(browser, f"{server.url}/playground", viewport=size) as page:
+            page.get_by_text("smollm2, 3 probes").wait_for()
+            page.get_by_role("button", name="Try a complaint").click()
+            page.keyboard.press("Enter")
+            page.get_by_text(re.compile(r"\d+ tokens")).wait_for(timeout=120_000)
+            page.get_by_role("button", name="urgency").click()
+            page.get_by_role("tabpanel").screenshot(path=pictures / "playground-chat.png")
+            choose(page, "Thresholds")
+            page.get_by_role("slider").press("ArrowLeft")
+            page.get_by_role("tabpanel").screenshot(path=pictures / "playground-thresholds.png")
