@@ -19,6 +19,7 @@ from sidelight.policy.rules import Policy, require_policy_applies
 from sidelight.server import admin, chat, checks, questions
 from sidelight.server.config import ServerConfig
 from sidelight.server.errors import add_error_handlers
+from sidelight.server.keys import Caller
 from sidelight.server.metrics import Metrics
 from sidelight.server.middleware import (
     ACCEPTED_AT_ONCE,
@@ -61,15 +62,15 @@ async def ready(request: ServerRequest) -> dict[str, str]:
     responses={200: {"content": {CONTENT_TYPE_LATEST: {"schema": {"type": "string"}}}}},
 )
 async def metrics(request: ServerRequest) -> Response:
-    """All series; without an admin key, none of what the policy does not disclose."""
-    rules = None
-    if not request.is_admin:
-        try:
-            rules = request.registry.all_rules
-        except EngineUnavailableError:
-            # The model is loading, so there are no verdicts yet.
-            rules = ()
-    exposition = request.observer.metrics.exposition(rules)
+    """All series; without a key that opens them, none of what the policy does not disclose."""
+    caller: Caller = request.state.caller
+    try:
+        rules = request.registry.all_rules
+    except EngineUnavailableError:
+        # The model is loading, so there are no verdicts yet.
+        rules = ()
+    sees_all = caller.is_admin or caller.is_scraper
+    exposition = request.observer.metrics.exposition(rules, sees_all=sees_all)
     return Response(exposition, media_type=CONTENT_TYPE_LATEST)
 
 

@@ -45,6 +45,8 @@ _LAST_WORDS_S = 2
 REQUEST_ID = "x-request-id"
 # Operators have to see a busy server too, and they ask every few seconds.
 _OPERATORS = frozenset({"/health", "/ready", "/metrics"})
+# What a key for metrics opens.
+_SCRAPED = frozenset({"/ready", "/metrics"})
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _RETRY_S = 1
 _access_log = logging.getLogger("sidelight.access")
@@ -322,6 +324,7 @@ class RequestScope:
         )
 
     def _end(self, scope: Scope, trace: Trace, seconds: float) -> None:
+        self._metrics.request_duration.labels(trace.route).observe(seconds)
         caller: Caller = scope["state"].get("caller", Caller())
         fields = {
             "request_id": trace.request_id,
@@ -342,7 +345,7 @@ class Gatekeeper:
     """Answers 401 to requests without a key, and 429 while ``limit`` requests are being answered.
 
     A key that has used its quota gets a 429 too. ``/health`` is open to all; ``/ready`` and
-    ``/metrics`` need a key but are not limited. The gate
+    ``/metrics`` need a key but are not limited, and users' keys do not open ``/metrics``. The gate
     is before the routing, so that nobody without a key learns which routes exist. A request that
     passes carries its ``Caller`` in its state.
     """
@@ -369,6 +372,9 @@ class Gatekeeper:
             await error.answer()(scope, receive, send)
             return
         scope.setdefault("state", {})["caller"] = caller
+        if (refusal := self._wrong_key(scope["path"], caller)) is not None:
+            await refusal.answer()(scope, receive, send)
+            return
         if scope["path"] in _OPERATORS:
             await self._app(scope, receive, send)
             return
@@ -394,3 +400,21 @@ class Gatekeeper:
             self._running -= 1
             trace: Trace | None = scope["state"].get("trace")
             usage.end(trace.prompt_tokens + trace.completion_tokens if trace else 0)
+
+    def _wrong_key(self, path: str, caller: Caller) -> RequestError | None:
+        """Refuses keys of users what is for metrics, and keys for metrics everything else."""
+        # vLLM mounts its metrics, so they are below that path too.
+        is_metrics = f"{path}/".startswith("/metrics/")
+        if is_metrics and not self._access.opens_metrics(caller):
+            return RequestError(
+                "/metrics needs a metrics key (--metrics-key) or an admin key.",
+                status=403,
+                code="metrics_key_required",
+            )
+        if caller.is_scraper and path not in _SCRAPED:
+            return RequestError(
+                "A metrics key opens /metrics and /ready only. Send another key.",
+                status=403,
+                code="metrics_key_only",
+            )
+        return None

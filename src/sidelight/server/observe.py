@@ -147,7 +147,7 @@ class RequestTextObserver:
 
     def prompt(self, event: PromptJudged | None, decisions: Sequence[Decision]) -> None:
         self.check(event, decisions)
-        if not any(decision.is_blocking for decision in decisions):
+        if event is not None:
             self._metrics.time_to_verdict.observe(time.perf_counter() - self._start)
 
     def check(self, event: PromptJudged | None, decisions: Sequence[Decision]) -> None:
