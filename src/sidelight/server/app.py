@@ -46,6 +46,9 @@ async def health() -> dict[str, str]:
     return {"status": "ok"}
 
 
+status_router.head("/health", include_in_schema=False)(health)
+
+
 @status_router.get("/ready")
 async def ready(request: ServerRequest) -> dict[str, str]:
     """200 once the model is loaded; 503 before, and once the server is about to stop."""
@@ -138,14 +141,20 @@ def application(
     lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] | None = None,
 ) -> FastAPI:
     """The application with these routes."""
-    app = FastAPI(title="Sidelight", lifespan=lifespan)
+    # A redirect would lead to whatever the client wrote as the host.
+    app = FastAPI(title="Sidelight", lifespan=lifespan, redirect_slashes=False)
     app.state.context = context
     config = context.config
     for router in routers:
         app.include_router(router, responses=REFUSALS)
     add_error_handlers(app)
     # The last one added stands outermost: refused requests are counted too.
-    app.add_middleware(Gatekeeper, access=config.watched_access, limit=config.max_concurrent)
+    app.add_middleware(
+        Gatekeeper,
+        access=config.watched_access,
+        limit=config.max_concurrent,
+        bodies=context.bodies,
+    )
     app.add_middleware(
         RequestScope,
         metrics=context.observer.metrics,

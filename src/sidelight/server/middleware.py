@@ -178,6 +178,36 @@ class Drain:
                 timeout.reschedule(asyncio.get_running_loop().time())
 
 
+# Seconds that a body may take although others wait for a place.
+_PATIENCE_S = 1.0
+
+
+class SlowBodies:
+    """The bodies that are being received, which must not hold all places against others."""
+
+    def __init__(self) -> None:
+        # With the time at which each began; the oldest first.
+        self._timeouts: dict[asyncio.Timeout, float] = {}
+
+    @contextmanager
+    def receiving(self, timeout: asyncio.Timeout) -> Generator[None]:
+        """Makes a timeout that has been entered pass early if its place is needed."""
+        self._timeouts[timeout] = time.monotonic()
+        try:
+            yield
+        finally:
+            self._timeouts.pop(timeout, None)
+
+    def give_up_one(self) -> bool:
+        """Gives up the body that has taken longest; whether there was a slow one."""
+        oldest = next(iter(self._timeouts), None)
+        if oldest is None or time.monotonic() - self._timeouts[oldest] < _PATIENCE_S:
+            return False
+        del self._timeouts[oldest]
+        oldest.reschedule(asyncio.get_running_loop().time())
+        return True
+
+
 class DrainingServer(uvicorn.Server):
     """Serves on for a while after SIGTERM, so that a load balancer can see ``/ready`` turn 503.
 
@@ -347,12 +377,21 @@ class Gatekeeper:
     A key that has used its quota gets a 429 too. ``/health`` is open to all; ``/ready`` and
     ``/metrics`` need a key but are not limited, and users' keys do not open ``/metrics``. The gate
     is before the routing, so that nobody without a key learns which routes exist. A request that
-    passes carries its ``Caller`` in its state.
+    passes carries its ``Caller`` in its state. Where all places are taken, the body that has been
+    coming for longest gives its own up.
     """
 
-    def __init__(self, app: ASGIApp, *, access: Access | WatchedAccess, limit: int):
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        access: Access | WatchedAccess,
+        limit: int,
+        bodies: SlowBodies | None = None,
+    ):
         self._app = app
         self._access = access
+        self._bodies = bodies or SlowBodies()
         self._usages: defaultdict[tuple[str | None, bool], Usage] = defaultdict(Usage)
         self._limit = limit
         self._running = 0
@@ -361,7 +400,15 @@ class Gatekeeper:
         if scope["type"] == "lifespan" or scope["path"] == "/health":
             await self._app(scope, receive, send)
             return
-        caller = self._access.caller(Headers(scope=scope).get("authorization", ""))
+        sent = Headers(scope=scope).getlist("authorization")
+        if len(sent) > 1:
+            # A proxy might have checked the other one.
+            error = RequestError(
+                "The header Authorization was sent twice. Send it once.", code="duplicate_header"
+            )
+            await error.answer()(scope, receive, send)
+            return
+        caller = self._access.caller("".join(sent))
         if caller is None:
             error = RequestError(
                 "Missing or unknown API key. Send it as 'Authorization: Bearer KEY'.",
@@ -381,7 +428,7 @@ class Gatekeeper:
         usage = self._usages[caller.key_id, caller.is_admin]
         usage.limit(caller.quota)
         try:
-            if self._running >= self._limit:
+            if self._running >= self._limit and not self._bodies.give_up_one():
                 raise RequestError(
                     f"The server is answering {self._limit} requests, its limit "
                     "(--max-concurrent). Try again in a moment.",
