@@ -1,4 +1,4 @@
-"""Bodies and heads that two readers could take differently, or that cost more than they are worth."""
+"""Bodies and heads that two readers could take differently, or that hold up others."""
 
 import json
 import time
@@ -137,7 +137,7 @@ FLOODS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", FLOODS)
 def test_a_flood_of_values_is_refused_at_the_first_too_many(guarded, kind):
-    """Whatever it holds, also where more messages are allowed; and others are answered meanwhile."""
+    """Also where more messages are allowed; and others are answered meanwhile."""
     path = "/v1/moderations" if "input" in FLOODS[kind][:9] else CHAT
     head = f"Authorization: Bearer {KEY}", "Connection: close"
     body = request(path, FLOODS[kind].encode(), *head)

@@ -25,6 +25,7 @@ from sidelight.server.schemas import (
     ModerationRequest,
     Name,
     ProbeNames,
+    RequestBody,
     StrictBody,
     Texts,
 )
@@ -162,7 +163,7 @@ async def moderate(body: ModerationRequest, request: ServerRequest) -> Moderatio
     )
 
 
-class ClassifyRequest(StrictBody):
+class ClassifyRequest(RequestBody):
     """Texts for one probe: the one in ``model`` or ``probes``, or the only one loaded."""
 
     model: Name | None = Field(None, description="A probe's name, or the served model's.")
@@ -245,7 +246,7 @@ def _classifier(body: ClassifyRequest, request: ServerRequest) -> Report:
     return report
 
 
-class GuardrailParameters(StrictBody):
+class GuardrailParameters(RequestBody):
     """What a proxy's configuration passes to this guardrail."""
 
     probes: ProbeNames = None
@@ -265,7 +266,7 @@ class ToolCall(StrictBody):
     function: CalledFunction
 
 
-class GuardrailRequest(StrictBody):
+class GuardrailRequest(RequestBody):
     """Texts and tool calls of a request or of its response.
 
     Images cannot be judged, so they are refused. The tools on offer are not read.
@@ -326,7 +327,7 @@ async def guard(body: GuardrailRequest, request: ServerRequest) -> GuardrailResp
     )
 
 
-class TokenizeRequest(StrictBody):
+class TokenizeRequest(RequestBody):
     """Either ``prompt``, as ``/v1/completions`` reads it, or ``messages``, as a chat does."""
 
     model: Name | None = None

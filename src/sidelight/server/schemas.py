@@ -1,9 +1,12 @@
 """Bodies of requests: the types that they share, and OpenAI's own requests.
 
-Unknown fields are ignored; wrong values are errors.
+Unknown fields are ignored, unless they would change the answer or resemble a field of ours; wrong
+values are errors.
 """
 
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -21,6 +24,7 @@ from sidelight.errors import did_you_mean
 from sidelight.policy.decisions import OverrideMode, PolicyOverride, PolicyOverrides
 from sidelight.policy.rules import Side
 from sidelight.prompts import Message, PlainText
+from sidelight.server.errors import RequestError
 
 
 class ErrorDetail(BaseModel):
@@ -56,6 +60,75 @@ _MAX_TEXTS = 16
 _COMPLETION_TOKENS = 16
 _MAX_TOP_LOGPROBS = 20
 _MAX_TEXT_LOGPROBS = 5
+
+# Fields of OpenAI's API and of vLLM's that would change the text or its form, with the values,
+# beside null, that ask for what happens anyway.
+_UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
+    "add_generation_prompt": (True,),
+    "allowed_token_ids": (),
+    "audio": (),
+    "bad_words": ([],),
+    "best_of": (1,),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "documents": ([],),
+    "echo": (False,),
+    # An argument of client libraries, which put what it holds into the body.
+    "extra_body": ({},),
+    "frequency_penalty": (0,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "ignore_eos": (False,),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1,),
+    "logit_bias": ({},),
+    "logits_processors": ([],),
+    "min_p": (0,),
+    "min_tokens": (0,),
+    "modalities": (["text"],),
+    "prediction": (),
+    "presence_penalty": (0,),
+    "prompt_logprobs": (),
+    "reasoning_effort": ("none",),
+    "repetition_penalty": (1,),
+    "response_format": ({"type": "text"},),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "service_tier": ("auto", "default"),
+    "skip_special_tokens": (True,),
+    "stop_token_ids": ([],),
+    "store": (False,),
+    "structured_outputs": (),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_k": (0, -1),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+}
+# Fields of theirs that change no answer.
+_WITHOUT_EFFECT = frozenset(
+    {
+        "metadata",
+        "parallel_tool_calls",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        "request_id",
+        "safety_identifier",
+        "user",
+    }
+)
+# Of 0 to 1, as difflib counts.
+_LIKENESS = 0.8
+_SINGULARS = {"policy": "policies"}
 
 
 def _as_list(value: Any) -> Any:
@@ -104,6 +177,38 @@ class StrictBody(BaseModel):
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
 
+class RequestBody(StrictBody):
+    """A whole body. No field of it that matters is ignored in silence."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _ignores_nothing_that_matters(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            names: list[str] = [name for name in value if name not in cls.model_fields]
+            if len(names) > _MAX_NAMED:
+                raise RequestError(
+                    f"Too many unknown fields: got {len(names)}, the limit is {_MAX_NAMED}.",
+                    code="too_many_values",
+                )
+            _refuse_near_misses(names, cls.model_fields)
+        return value
+
+
+def _refuse_near_misses(names: Iterable[str], known: Iterable[str]) -> None:
+    """A misspelt field would be ignored, and with it perhaps what makes a request safe."""
+    for name in names:
+        plain = name.lower().replace("-", "_")
+        plain = _SINGULARS.get(plain, plain)
+        is_other = plain in _UNSUPPORTED or plain in _WITHOUT_EFFECT
+        close = [] if is_other else get_close_matches(plain, known, n=1, cutoff=_LIKENESS)
+        if close:
+            raise RequestError(
+                f"Unknown field '{name}'. Did you mean '{close[0]}'?",
+                code="unknown_parameter",
+                param=name,
+            )
+
+
 class ContentPart(StrictBody):
     """A piece of a message; only text is read."""
 
@@ -133,12 +238,6 @@ class ChatMessage(StrictBody):
         return Message(self.role, "\n".join(part.text for part in self.content))
 
 
-class StreamOptions(StrictBody):
-    """What a stream carries besides text."""
-
-    include_usage: bool = False
-
-
 class ClosedBody(StrictBody):
     """A part of a body whose other fields are refused: an ignored safety setting is a hole."""
 
@@ -153,6 +252,13 @@ class ClosedBody(StrictBody):
                 hint = did_you_mean(str(name), cls.model_fields)
                 raise ValueError(f"there is no '{name}' here.{hint}")
         return value
+
+
+class StreamOptions(ClosedBody):
+    """What a stream carries besides text; nothing is ever obfuscated."""
+
+    include_usage: bool = False
+    include_obfuscation: bool | None = None
 
 
 class ModerationMode(ClosedBody):
@@ -185,7 +291,7 @@ class ProbePolicy(ClosedBody):
     threshold: float | None = Field(None, ge=0, le=1)
 
 
-class PolicyRequest(StrictBody):
+class PolicyRequest(RequestBody):
     """What a request for text may ask of the policy."""
 
     moderation: ChatModeration | None = None
@@ -215,6 +321,19 @@ class WritingRequest(PolicyRequest):
     n: int | None = Field(None, ge=1, le=_MAX_TEXTS)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _asks_for_nothing_else(cls, value: Any) -> Any:
+        for name in filter(_UNSUPPORTED.__contains__, value if isinstance(value, dict) else ()):
+            if value[name] is not None and value[name] not in _UNSUPPORTED[name]:
+                raise RequestError(
+                    f"'{name}' is not supported here, and an answer that ignores it would not be "
+                    "what you ask for. Leave it out.",
+                    code="unsupported_parameter",
+                    param=name,
+                )
+        return value
 
     def sampling(self) -> Sampling:
         """The request's settings, with OpenAI's defaults."""
@@ -258,9 +377,6 @@ class CompletionRequest(WritingRequest):
     """The body of ``POST /v1/completions``; prompts are texts, not token ids."""
 
     prompt: Texts = Field(min_length=1, max_length=_MAX_TEXTS)
-    best_of: Literal[1] | None = None
-    echo: Literal[False] | None = None
-    suffix: None = None
     logprobs: int | None = Field(None, ge=0, le=_MAX_TEXT_LOGPROBS)
 
     def texts(self) -> list[PlainText]:
@@ -271,7 +387,7 @@ class CompletionRequest(WritingRequest):
         return replace(super().sampling(), max_tokens=limit, logprobs=self.logprobs)
 
 
-class ModerationRequest(StrictBody):
+class ModerationRequest(RequestBody):
     """The body of ``POST /v1/moderations``; each text is judged by itself."""
 
     input: Texts = Field(min_length=1)
