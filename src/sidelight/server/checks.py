@@ -26,8 +26,8 @@ from sidelight.server.schemas import (
     Name,
     ProbeNames,
     RequestBody,
-    StrictBody,
     Texts,
+    ToolCall,
 )
 from sidelight.types import Verdict
 
@@ -251,19 +251,6 @@ class GuardrailParameters(RequestBody):
 
     probes: ProbeNames = None
     explain: Literal[False] | None = None
-
-
-class CalledFunction(StrictBody):
-    """A tool's name and arguments."""
-
-    name: str | None = None
-    arguments: str
-
-
-class ToolCall(StrictBody):
-    """A function that the model calls; calls of another kind cannot be judged."""
-
-    function: CalledFunction
 
 
 class GuardrailRequest(RequestBody):

@@ -285,7 +285,7 @@ def _require_few_messages(body: Any, *, limit: int) -> None:
     for name in ("messages", "input", "tool_calls") if isinstance(body, dict) else ():
         found: Any = body.get(name)
         objects = [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
-        parts = (one.get("content") for one in objects)
+        parts = (one.get(part) for one in objects for part in ("content", "tool_calls"))
         count = len(objects) + sum(len(own) for own in parts if isinstance(own, list))
         if count > limit:
             raise RequestError(

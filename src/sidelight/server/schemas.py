@@ -223,19 +223,70 @@ class ContentPart(StrictBody):
         return value
 
 
-class ChatMessage(StrictBody):
-    """One turn."""
+class CalledFunction(StrictBody):
+    """A tool's name and arguments."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    name: str | None = None
+    arguments: str
+
+
+class ToolCall(StrictBody):
+    """A function that the model calls; calls of another kind cannot be judged."""
+
+    function: CalledFunction
+
+
+# What a message may hold beside text, and that nobody would read.
+_UNREAD = ("audio", "function_call", "refusal")
+
+
+class ChatMessage(StrictBody):
+    """One turn: text, the tools that the assistant calls, or what a tool has answered.
+
+    A call is written as JSON at the end of the turn's text, whatever the template makes of calls:
+    so the model reads it, and so do the probes. Nobody reads the ids of calls.
+    """
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[
         list[ContentPart],
         FIRST_ERROR,
         BeforeValidator(_as_parts, json_schema_input_type=str | list[ContentPart]),
     ]
 
+    tool_calls: Listed[ToolCall] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _holds_what_is_read(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        for name in _UNREAD:
+            if value.get(name) is not None:
+                raise RequestError(
+                    f"A message with '{name}' is not supported: nobody would read it. Send text.",
+                    code="unsupported_parameter",
+                    param="messages",
+                )
+        if value.get("tool_calls") and value.get("content") is None:
+            return {**value, "content": []}
+        return value
+
+    @field_validator("tool_calls")
+    @classmethod
+    def _are_the_assistants(cls, value: list[ToolCall] | None, info: Any) -> Any:
+        if value and info.data.get("role") != "assistant":
+            raise ValueError("only the assistant calls tools")
+        return value
+
     def as_message(self) -> Message:
-        """The turn as plain text; several parts become lines."""
-        return Message(self.role, "\n".join(part.text for part in self.content))
+        """The turn as plain text; parts and calls become lines."""
+        calls = (call.function for call in self.tool_calls or ())
+        lines = [
+            *(part.text for part in self.content),
+            *(f'{{"name": "{f.name or ""}", "arguments": {f.arguments}}}' for f in calls),
+        ]
+        return Message(self.role, "\n".join(lines))
 
 
 class ClosedBody(StrictBody):
