@@ -18,6 +18,7 @@ VALUES = {
     "json_logs": True,
     "audit_log": "audit.jsonl",
     "audit_salt": "salt",
+    "audit_client": True,
     "api_key": ["one", "two"],
     "api_keys_file": "keys",
     "admin_key": ["three"],

@@ -30,7 +30,7 @@ from sidelight.server.middleware import (
     RequestScope,
     within_system,
 )
-from sidelight.server.observe import AuditLog, RequestObserver, Sink, log_settings
+from sidelight.server.observe import RequestObserver, Sink, audit_of, log_settings
 from sidelight.server.probes import ProbeRegistry
 from sidelight.server.requests import Context, Route, ServerRequest
 from sidelight.server.schemas import REFUSALS
@@ -115,7 +115,7 @@ def create_app(
     """
     config = config or ServerConfig()
     policy = policy or config.loaded_policy
-    audit = AuditLog(config.audit_log, salt=config.salt) if config.audit_log else None
+    audit = audit_of(config)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncGenerator[None]:
