@@ -255,7 +255,7 @@ def test_two_versions_side_by_side_agree_in_the_counts_only(backbone, folders):
         newer = load_probe(folders["newer"]).version
         assert (entry["name"], entry["state"]) == (f"toxicity@{newer}", "shadow")
         assert verdicts(user).keys() == {"toxicity", "late"}
-        text = user.get("/metrics").text
+        text = admin.get("/metrics").text
         same = text.count(f'agreement="same",probe="toxicity",shadow="toxicity@{newer}"')
         different = text.count(f'agreement="different",probe="toxicity",shadow="toxicity@{newer}"')
         assert same + different >= 1

@@ -1,6 +1,7 @@
 """The audit log: every decision once, no text, and what happens when it cannot be written."""
 
 import json
+import logging
 import os
 import re
 import time
@@ -274,3 +275,45 @@ def test_a_line_that_was_cut_off_damages_no_other(path, monkeypatch):
     *torn, first, second = path.read_text().splitlines()
     assert [json.loads(first), json.loads(second)] == [{"probe": "a"}, {"probe": "b"}]
     assert torn == ['{"pro', '{"pr']
+
+
+@pytest.mark.parametrize(
+    ("forwarded", "client"),
+    [(None, "127.0.0.1"), ("203.0.113.9", "203.0.113.9"), ("zebra", None), ("::1", "::1")],
+)
+def test_the_address_of_the_client_is_written_if_that_is_wanted(path, forwarded, client):
+    """That of a proxy's header if the proxy is trusted, as this machine is; and no words of it."""
+    headers = {} if forwarded is None else {"X-Forwarded-For": forwarded}
+    for wanted in (True, False):
+        with (
+            served(engine(), audit_log=path, audit_client=wanted) as address,
+            http_client(address) as http,
+        ):
+            http.post("/v1/moderations", json={"input": "x"}, headers=headers).raise_for_status()
+    written = lines(path)
+    half = len(written) // 2
+    assert [line["client"] for line in written[:half]] == [client] * half
+    assert not any("client" in line for line in written[half:])
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_log_lines_of_a_block_have_their_time_and_the_ids_of_the_request_and_its_key(
+    capsys, as_json
+):
+    blocking = Policy(input={"always": Rule("block")})
+    with (
+        served(engine(), policy=blocking, api_key="sk-secret", json_logs=as_json) as address,
+        http_client(address) as http,
+    ):
+        logging.getLogger("sidelight").setLevel(logging.INFO)
+        answer = http.post(CHAT, json=BODY, headers={"Authorization": "Bearer sk-secret"})
+    assert answer.json()["error"]["code"] == "content_filter"
+    request_id, log = answer.headers["x-request-id"], capsys.readouterr().err
+    (line,) = [line for line in log.splitlines() if "blocked the input" in line]
+    if as_json:
+        found = json.loads(line)
+        assert (found["request_id"], found["key_id"]) == (request_id, "api-key-1")
+    else:
+        assert re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00 INFO sidelight", line)
+        assert line.endswith(f"Probe 'always' blocked the input. [{request_id} api-key-1]")
+    assert "sk-secret" not in log

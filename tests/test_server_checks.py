@@ -288,7 +288,9 @@ def test_the_guardrail_does_not_judge_the_missing_prompt_of_a_response():
         series = http.get("/metrics").text
     assert answer.json()["blocked_reason"] == "Flagged by refusal."
     assert 'sidelight_verdicts_total{outcome="flagged",probe="refusal"} 1.0' in series
-    assert 'probe="wordy"' not in series
+    counted = [line for line in series.splitlines() if 'probe="wordy"' in line]
+    assert counted
+    assert all(line.endswith(" 0.0") for line in counted)
 
 
 def test_the_guardrail_refuses_what_it_cannot_judge(http):

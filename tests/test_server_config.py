@@ -19,10 +19,12 @@ VALUES = {
     "json_logs": True,
     "audit_log": "audit.jsonl",
     "audit_salt": "salt",
+    "audit_client": True,
     "api_key": ["one", "two"],
     "api_keys_file": "keys",
     "admin_key": ["three"],
     "admin_keys_file": "admin_keys",
+    "metrics_key": ["scraper"],
     "allow_anonymous": True,
     "max_body_bytes": 1000,
     "max_messages": 4,
@@ -71,7 +73,12 @@ def test_an_option_wins_over_its_variable_and_that_over_the_file(path, monkeypat
 
 def test_only_secrets_have_a_variable(monkeypatch):
     """Kubernetes sets SIDELIGHT_PORT=tcp://... for a service named sidelight."""
-    for name in ServerConfig.model_fields.keys() - {"api_key", "admin_key", "audit_salt"}:
+    for name in ServerConfig.model_fields.keys() - {
+        "api_key",
+        "admin_key",
+        "metrics_key",
+        "audit_salt",
+    }:
         monkeypatch.setenv(f"SIDELIGHT_{name.upper()}", "tcp://10.0.0.1:80")
         monkeypatch.setenv(name.upper(), "tcp://10.0.0.1:80")
     assert read_config() == ServerConfig.model_construct()

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -109,3 +110,64 @@ def test_metrics_count_requests_tokens_and_verdicts():
         assert series[f"sidelight_{name}_seconds_count"] == "1.0"
     assert series["sidelight_requests_running"] == series["sidelight_requests_waiting"] == "0.0"
     assert "zebra" not in str(series)
+
+
+def lines_of(address: str, key: str = "") -> list[str]:
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    with http_client(address) as http:
+        return http.get("/metrics", headers=headers).raise_for_status().text.splitlines()
+
+
+def test_counters_of_verdicts_and_actions_begin_at_zero_for_each_probe():
+    with served(engine_of("input", "output"), policy=Policy()) as address:
+        lines = lines_of(address)
+    for probe in ("input", "output"):
+        assert (
+            f'sidelight_actions_total{{action="block",probe="{probe}",side="{probe}"}} 0.0' in lines
+        )
+        assert f'sidelight_verdicts_total{{outcome="flagged",probe="{probe}"}} 0.0' in lines
+
+
+def test_metrics_tell_of_the_process_and_the_version_and_not_when_series_began():
+    with served(engine_of("input")) as address:
+        text = "\n".join(lines_of(address))
+    assert f'sidelight_build_info{{version="{version("sidelight")}"}} 1.0' in text
+    assert "process_resident_memory_bytes " in text
+    assert "_created" not in text
+
+
+def test_the_duration_of_requests_is_counted_by_the_template_of_their_route():
+    with served(engine_of("input")) as address:
+        with http_client(address) as http:
+            http.post("/v1/chat/completions", json={**SHORT, "stream": True})
+            http.post("/v1/chat/completions", json={})
+            for path in ("/v1/models/a", "/v1/models/b", "/nowhere/a", "/nowhere/b"):
+                http.get(path)
+        lines = lines_of(address)
+    name = "sidelight_request_duration_seconds_count"
+    counts = dict(line.rsplit(" ", 1) for line in lines if line.startswith(name))
+    assert counts == {
+        f'{name}{{route="/v1/chat/completions"}}': "2.0",
+        f'{name}{{route="/v1/models/{{name:path}}"}}': "2.0",
+        f'{name}{{route="other"}}': "2.0",
+    }
+
+
+def test_the_verdict_of_a_blocked_prompt_counts_in_the_time_to_verdict():
+    always = Policy(input={"input": Rule("block", threshold=0.0)})
+    with served(engine_of("input"), policy=always) as address:
+        with http_client(address) as http:
+            assert http.post("/v1/chat/completions", json=SHORT).status_code == 400
+        assert "sidelight_time_to_verdict_seconds_count 1.0" in lines_of(address)
+
+
+def test_a_metrics_key_sees_the_scores_of_what_blocks():
+    blocking = Policy(input={"input": Rule("block", threshold=1.0)})
+    keys = {"api_key": "user", "metrics_key": "scraper"}
+    with served(engine_of("input"), policy=blocking, **keys) as address:
+        with http_client(address) as http:
+            http.post(
+                "/v1/moderations", json={"input": "x"}, headers={"Authorization": "Bearer user"}
+            )
+        text = "\n".join(lines_of(address, "scraper"))
+    assert 'sidelight_probe_score_count{label="toxic",probe="input"} 1.0' in text

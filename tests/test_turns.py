@@ -1,6 +1,7 @@
 """Turns are read from token ids alone, and agree with what was sent, for every family."""
 
 import datetime
+import json
 import re
 from itertools import product
 
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from chat_families import FAMILIES, WITHOUT_SYSTEM, WITHOUT_TOOLS, family_tokenizer
 from sidelight.control_tokens import control_tokens
+from sidelight.errors import SidelightError
 from sidelight.prompts import Message, Part, PromptEncoder, token_parts
 from sidelight.turns import OUTSIDE, ChatFormat
 from templates import merging_tokenizer
@@ -342,3 +344,21 @@ def test_places_of_tokens_are_the_characters_that_the_client_sent(key, text):
             told = {i for p in own for i in range(p.start, p.end)}
             # A template may strip a content; what is left of it is covered.
             assert {i for i, letter in enumerate(content) if letter.strip()} <= told
+
+
+@every_tokenizer
+@pytest.mark.parametrize("text", ["sunny", 'He said "no".\nThen {"a": "é"}', " a\tb "])
+def test_what_a_tool_has_answered_is_a_turn_or_refused(key, text):
+    sent = [Message("user", "Weather?"), Message("assistant", "I ask."), Message("tool", text)]
+    if key[0] in WITHOUT_SYSTEM:
+        # Its turns alternate between user and assistant.
+        with pytest.raises(SidelightError, match="template"):
+            ENCODERS[key].encode(sent)
+        return
+    encoded = ENCODERS[key].encode(sent)
+    turns = [own for own in found(key, encoded.token_ids) if own[0] not in ("system", OUTSIDE)]
+    assert [role for role, _ in turns] == ["user", "assistant", "tool"]
+    # Some templates write it as JSON.
+    plain, escaped = (form.strip() for form in (text, json.dumps(text, ensure_ascii=False)[1:-1]))
+    assert plain in turns[2][1] or escaped in turns[2][1]
+    assert len(ENCODERS[key].places(sent)) == len(encoded)

@@ -5,7 +5,7 @@ Training, evaluation and the transformers engine use it. It does not batch reque
 """
 
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
@@ -263,6 +263,8 @@ def load_backbone(
     target = _device(device)
     # Loading takes a second, and its progress bars would clutter ours.
     disable_progress_bar()
+    if dtype in ("auto", "float32"):
+        _require_memory(name, Path(path), target)
     with _one_line(name):
         config = AutoConfig.from_pretrained(path)
         # A model that also sees may be known as that alone; its text decoder is read.
@@ -271,8 +273,8 @@ def load_backbone(
         model = kind.from_pretrained(path, config=config, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(path)
         checkpoint = _checkpoint_of(model, path)
-    model = cast(PreTrainedModel, model)
-    model.to(target)  # pyright: ignore[reportArgumentType]
+        model = cast(PreTrainedModel, model)
+        model.to(target)  # pyright: ignore[reportArgumentType]
     return TransformersBackbone(
         model, tokenizer, name=name, prompt_format=prompt_format, checkpoint=checkpoint
     )
@@ -327,10 +329,51 @@ def read_backbone(
     return UnloadedBackbone(path, tokenizer, encoder, who)
 
 
+def free_memory(root: Path = Path("/")) -> int | None:
+    """Bytes that this process may still take, by the system and by its cgroup; None: unknown."""
+    found: list[int] = []
+    with suppress(OSError, ValueError, StopIteration):
+        lines = (root / "proc/meminfo").read_text().splitlines()
+        available = next(line for line in lines if line.startswith("MemAvailable:"))
+        found.append(1024 * int(available.split()[1]))
+    with suppress(OSError, ValueError):
+        limits = root / "sys/fs/cgroup"
+        used = int((limits / "memory.current").read_text())
+        # Its file pages can be given up.
+        stat = dict(line.split() for line in (limits / "memory.stat").read_text().splitlines())
+        used -= int(stat.get("file", 0))
+        found.append(int((limits / "memory.max").read_text()) - used)
+    return min(found, default=None)
+
+
+def _require_memory(name: str, folder: Path, device: torch.device) -> None:
+    """Refuses weights that cannot fit: the system would end the process without a word."""
+    weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
+    if free is not None and weights > free:
+        raise SidelightError(
+            _too_large(name, f"its weights take {weights / 1e9:.1f} GB and ", free)
+        )
+
+
+def _too_large(name: str, what: str, free: int | None) -> str:
+    room = "the memory is full" if free is None else f"{max(free, 0) / 1e9:.1f} GB are free"
+    return (
+        f"'{name}' does not fit into memory: {what}{room}. Serve a smaller model, give --dtype "
+        "bfloat16, or free some memory."
+    )
+
+
 @contextmanager
 def _one_line(name: str) -> Generator[None]:
     try:
         yield
+    except (MemoryError, RuntimeError) as error:
+        # PyTorch's allocator of the CPU raises no class of its own.
+        is_full = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not is_full and "allocate memory" not in str(error):
+            raise
+        raise SidelightError(_too_large(name, "", free_memory())) from error
     except (OSError, ValueError, SafetensorError) as error:
         raise SidelightError(
             f"Cannot load '{name}' as a causal language model: {str(error).splitlines()[0]} "

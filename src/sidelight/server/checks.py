@@ -25,8 +25,9 @@ from sidelight.server.schemas import (
     ModerationRequest,
     Name,
     ProbeNames,
-    StrictBody,
+    RequestBody,
     Texts,
+    ToolCall,
 )
 from sidelight.types import Verdict
 
@@ -162,7 +163,7 @@ async def moderate(body: ModerationRequest, request: ServerRequest) -> Moderatio
     )
 
 
-class ClassifyRequest(StrictBody):
+class ClassifyRequest(RequestBody):
     """Texts for one probe: the one in ``model`` or ``probes``, or the only one loaded."""
 
     model: Name | None = Field(None, description="A probe's name, or the served model's.")
@@ -245,27 +246,14 @@ def _classifier(body: ClassifyRequest, request: ServerRequest) -> Report:
     return report
 
 
-class GuardrailParameters(StrictBody):
+class GuardrailParameters(RequestBody):
     """What a proxy's configuration passes to this guardrail."""
 
     probes: ProbeNames = None
     explain: Literal[False] | None = None
 
 
-class CalledFunction(StrictBody):
-    """A tool's name and arguments."""
-
-    name: str | None = None
-    arguments: str
-
-
-class ToolCall(StrictBody):
-    """A function that the model calls; calls of another kind cannot be judged."""
-
-    function: CalledFunction
-
-
-class GuardrailRequest(StrictBody):
+class GuardrailRequest(RequestBody):
     """Texts and tool calls of a request or of its response.
 
     Images cannot be judged, so they are refused. The tools on offer are not read.
@@ -326,7 +314,7 @@ async def guard(body: GuardrailRequest, request: ServerRequest) -> GuardrailResp
     )
 
 
-class TokenizeRequest(StrictBody):
+class TokenizeRequest(RequestBody):
     """Either ``prompt``, as ``/v1/completions`` reads it, or ``messages``, as a chat does."""
 
     model: Name | None = None

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from sidelight.policy.rules import Policy
 
 _PREFIX = "SIDELIGHT_"
-_SECRETS = frozenset({"api_key", "admin_key", "audit_salt"})
+_SECRETS = frozenset({"api_key", "admin_key", "metrics_key", "audit_salt"})
 
 
 def _as_secrets(value: Any) -> Any:
@@ -92,6 +92,9 @@ class ServerConfig(BaseSettings):
         description="Secret of the hashes in the audit log. [env: SIDELIGHT_AUDIT_SALT; default: a "
         "new one]",
     )
+    audit_client: bool = Field(
+        default=False, description="Write the address of each client into the audit log."
+    )
     api_key: _Keys = Field(
         default=(),
         description="Key that requests must carry; may be repeated. [env: SIDELIGHT_API_KEY]",
@@ -104,6 +107,10 @@ class ServerConfig(BaseSettings):
     )
     admin_keys_file: Path | None = Field(
         default=None, description="File of keys that open /admin, one 'ID KEY' per line."
+    )
+    metrics_key: _Keys = Field(
+        default=(),
+        description="Key that opens /metrics only; may be repeated. [env: SIDELIGHT_METRICS_KEY]",
     )
     allow_anonymous: bool = Field(
         default=False, description="Listen beyond this machine even without keys."
@@ -175,6 +182,7 @@ class ServerConfig(BaseSettings):
         return Access(
             keys_of("api-key", self.api_key, self.api_keys_file),
             keys_of("admin-key", self.admin_key, self.admin_keys_file),
+            keys_of("metrics-key", self.metrics_key, None),
         )
 
     @cached_property

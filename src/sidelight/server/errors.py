@@ -114,7 +114,13 @@ def _shortened(text: str) -> str:
 
 async def _not_served(request: Request, error: HTTPException) -> Response:
     message = f"{request.method} {request.url.path}: {error.detail}"
-    return RequestError(message, status=error.status_code, headers=error.headers).answer()
+    status, code = error.status_code, None
+    if status == 404:
+        code = "route_not_found"
+        message += ". docs/routes.md lists the routes."
+        if request.url.path.startswith("/v1/responses"):
+            message += " This server has no Responses API: use /v1/chat/completions."
+    return RequestError(message, status=status, code=code, headers=error.headers).answer()
 
 
 async def _left(_request: Request, _error: ClientDisconnect) -> Response:

@@ -84,11 +84,15 @@ class Key:
 
 @dataclass(frozen=True)
 class Caller:
-    """Who sends a request, by the id of the key; None: without one."""
+    """Who sends a request, by the id of the key; None: without one.
+
+    ``is_scraper``: its key opens ``/metrics`` and ``/ready``, and nothing else.
+    """
 
     key_id: str | None = None
     is_admin: bool = False
     quota: Quota = Quota()
+    is_scraper: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,12 +100,20 @@ class Access:
     """Who may do what.
 
     Attributes:
-        keys: Open everything but ``/admin``; without any, that is open to everybody.
+        keys: Open everything but ``/admin`` and ``/metrics``; without any, that is open to
+            everybody.
         admin_keys: Open everything; without any, nobody reaches ``/admin``.
+        metrics_keys: Open ``/metrics``, with all series, and ``/ready``.
     """
 
     keys: tuple[Key, ...] = ()
     admin_keys: tuple[Key, ...] = ()
+    metrics_keys: tuple[Key, ...] = ()
+
+    def opens_metrics(self, caller: Caller) -> bool:
+        """Whether this caller may read ``/metrics``; everybody may if there are no keys."""
+        is_open = not self.keys and not self.metrics_keys
+        return is_open or caller.is_admin or caller.is_scraper
 
     def caller(self, authorization: str) -> Caller | None:
         """Who sends this header; None: nobody who may be served."""
@@ -109,9 +121,11 @@ class Access:
         # Headers are latin-1 on the wire; a key in UTF-8 arrives as its bytes.
         given = _digest(secret.strip(_BLANKS).encode("latin-1"))
         admin, user = _match(self.admin_keys, given), _match(self.keys, given)
-        found = admin or user
+        scraper = _match(self.metrics_keys, given)
+        found = admin or user or scraper
         if found is not None and scheme.lower() == "bearer":
-            return Caller(found.id, is_admin=admin is not None, quota=found.quota)
+            is_admin, is_scraper = found is admin, found is scraper
+            return Caller(found.id, is_admin, found.quota, is_scraper)
         return None if self.keys else Caller()
 
 
@@ -144,6 +158,10 @@ class WatchedAccess:
             self._next_look = time.monotonic() + _LOOK_S
             self._follow()
         return self._access.caller(authorization)
+
+    def opens_metrics(self, caller: Caller) -> bool:
+        """As that of ``Access``."""
+        return self._access.opens_metrics(caller)
 
     def _follow(self) -> None:
         before, self._seen = self._seen, self._look()

@@ -6,16 +6,25 @@ Every label has a bounded number of values.
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from importlib.metadata import version
+from typing import Any, get_args
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    ProcessCollector,
+    generate_latest,
+)
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from sidelight.engines.base import Engine
 from sidelight.manifest import reference
 from sidelight.metrics import BINS, score_counts, stability_index
-from sidelight.policy.decisions import Decision, agreements
+from sidelight.policy.decisions import Action, Decision, Outcome, agreements
 from sidelight.policy.rules import BoundRule
 from sidelight.probe import Probe
 from sidelight.types import Verdict
@@ -61,6 +70,7 @@ class Metrics:
             "Whether a shadow said what its probe said",
             *("probe", "shadow", "agreement"),
         )
+        self.request_duration = self._time("request_duration", "Until the answer was over", "route")
         self.time_to_verdict = self._time("time_to_verdict", "Until the prompt was judged")
         self.time_to_first_text = self._time("time_to_first_text", "Until the first text")
         self.inter_text_latency = self._time("inter_text_latency", "Between two pieces of text")
@@ -85,27 +95,41 @@ class Metrics:
         running.set_function(lambda: engine.load.running)
         waiting = Gauge("sidelight_requests_waiting", "In line", registry=registry)
         waiting.set_function(lambda: engine.load.waiting)
+        build = Info("sidelight_build", "The installed version", registry=registry)
+        build.info({"version": version("sidelight")})
 
-    def exposition(self, rules: Iterable[BoundRule] | None = None) -> bytes:
-        """The series in Prometheus's text format.
+    def exposition(self, rules: Iterable[BoundRule], *, sees_all: bool = False) -> bytes:
+        """The series in Prometheus's text format, and those of the process.
 
         Args:
-            rules: Of all probes: only what they disclose is in it; None: everything is.
+            rules: Of all probes.
+            sees_all: Whether what the rules do not disclose is in it.
         """
-        if rules is None:
-            return generate_latest(self._registry)
         known = list(rules)
         registry = CollectorRegistry(auto_describe=False)
-        registry.register(self.disclosed(lambda: known))
+        registry.register(self.disclosed(lambda: known, sees_all=sees_all))
+        ProcessCollector(registry=registry)
         return generate_latest(registry)
 
-    def disclosed(self, rules: Callable[[], Iterable[BoundRule]]) -> "DisclosedSeries":
-        """The series as another registry may show them to everybody.
+    def disclosed(
+        self, rules: Callable[[], Iterable[BoundRule]], *, sees_all: bool = False
+    ) -> "DisclosedSeries":
+        """The series as another registry may show them.
 
         Args:
             rules: Gives those of all probes.
+            sees_all: Whether everybody who reads them may see all.
         """
-        return DisclosedSeries(self._registry, rules)
+        return DisclosedSeries(self, self._registry, rules, sees_all=sees_all)
+
+    def begin(self, rules: Iterable[BoundRule]) -> None:
+        """Makes the counters of these rules start at 0: a first count would be no increase."""
+        for rule in rules:
+            for outcome in get_args(Outcome):
+                self._verdicts.labels(rule.name, outcome)
+            for action in get_args(Action):
+                if action != "none":
+                    self._actions.labels(rule.name, rule.side, action)
 
     def count(self, decisions: Sequence[Decision]) -> None:
         """Counts verdicts, what followed from them, and whether shadows agreed."""
@@ -125,9 +149,9 @@ class Metrics:
     def _count(self, name: str, meaning: str, *labels: str) -> Counter:
         return Counter(f"sidelight_{name}", meaning, labels, registry=self._registry)
 
-    def _time(self, name: str, meaning: str) -> Histogram:
+    def _time(self, name: str, meaning: str, *labels: str) -> Histogram:
         return Histogram(
-            f"sidelight_{name}_seconds", meaning, buckets=_SECONDS, registry=self._registry
+            f"sidelight_{name}_seconds", meaning, labels, buckets=_SECONDS, registry=self._registry
         )
 
 
@@ -135,15 +159,26 @@ class DisclosedSeries(Collector):
     """The series of a registry, less those that would tell more than the rules disclose.
 
     Shadows are counted as before, since no answer tells them from a probe that is not there; their
-    scores would be close to those of the probe that they are compared with.
+    scores would be close to those of the probe that they are compared with. The times at which
+    series began are left out too: they double what is stored, and nobody asks for them.
     """
 
-    def __init__(self, registry: CollectorRegistry, rules: Callable[[], Iterable[BoundRule]]):
+    def __init__(
+        self,
+        metrics: Metrics,
+        registry: CollectorRegistry,
+        rules: Callable[[], Iterable[BoundRule]],
+        *,
+        sees_all: bool,
+    ):
+        self._metrics = metrics
         self._registry = registry
         self._rules = rules
+        self._sees_all = sees_all
 
     def collect(self) -> Iterable[Metric]:
         rules = list(self._rules())
+        self._metrics.begin(rules)
         scored = {bound.name for bound in rules if bound.disclosure == "scores"}
         hidden = {b.name for b in rules if b.disclosure == "none" and not b.is_shadow}
         hidden |= {bound.name for bound in rules if bound.shadow_of in hidden}
@@ -153,7 +188,8 @@ class DisclosedSeries(Collector):
             for sample in family.samples:
                 probe = sample.labels.get("probe")
                 shows = probe in scored if is_score else probe not in hidden
-                if probe is None or shows:
+                is_time = sample.name.endswith("_created")
+                if not is_time and (probe is None or shows or self._sees_all):
                     shown.samples.append(sample)
             yield shown
 

@@ -45,6 +45,8 @@ _LAST_WORDS_S = 2
 REQUEST_ID = "x-request-id"
 # Operators have to see a busy server too, and they ask every few seconds.
 _OPERATORS = frozenset({"/health", "/ready", "/metrics"})
+# What a key for metrics opens.
+_SCRAPED = frozenset({"/ready", "/metrics"})
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _RETRY_S = 1
 _access_log = logging.getLogger("sidelight.access")
@@ -174,6 +176,36 @@ class Drain:
         for timeout in self._timeouts:
             if not timeout.expired():
                 timeout.reschedule(asyncio.get_running_loop().time())
+
+
+# Seconds that a body may take although others wait for a place.
+_PATIENCE_S = 1.0
+
+
+class SlowBodies:
+    """The bodies that are being received, which must not hold all places against others."""
+
+    def __init__(self) -> None:
+        # With the time at which each began; the oldest first.
+        self._timeouts: dict[asyncio.Timeout, float] = {}
+
+    @contextmanager
+    def receiving(self, timeout: asyncio.Timeout) -> Generator[None]:
+        """Makes a timeout that has been entered pass early if its place is needed."""
+        self._timeouts[timeout] = time.monotonic()
+        try:
+            yield
+        finally:
+            self._timeouts.pop(timeout, None)
+
+    def give_up_one(self) -> bool:
+        """Gives up the body that has taken longest; whether there was a slow one."""
+        oldest = next(iter(self._timeouts), None)
+        if oldest is None or time.monotonic() - self._timeouts[oldest] < _PATIENCE_S:
+            return False
+        del self._timeouts[oldest]
+        oldest.reschedule(asyncio.get_running_loop().time())
+        return True
 
 
 class DrainingServer(uvicorn.Server):
@@ -322,6 +354,7 @@ class RequestScope:
         )
 
     def _end(self, scope: Scope, trace: Trace, seconds: float) -> None:
+        self._metrics.request_duration.labels(trace.route).observe(seconds)
         caller: Caller = scope["state"].get("caller", Caller())
         fields = {
             "request_id": trace.request_id,
@@ -341,10 +374,12 @@ class RequestScope:
 class Gatekeeper:
     """Answers 401 to requests without a key, and 429 while ``limit`` requests are being answered.
 
-    A key that has used its quota gets a 429 too. ``/health`` and ``open_paths`` are open to all; ``/ready`` and
-    ``/metrics`` need a key but are not limited. The gate
+    A key that has used its quota gets a 429 too. ``/health`` and ``open_paths`` are open to all;
+    ``/ready`` and ``/metrics`` need a key but are not limited, and users' keys do not open
+    ``/metrics``. The gate
     is before the routing, so that nobody without a key learns which routes exist. A request that
-    passes carries its ``Caller`` in its state.
+    passes carries its ``Caller`` in its state. Where all places are taken, the body that has been
+    coming for longest gives its own up.
     """
 
     def __init__(
@@ -354,10 +389,12 @@ class Gatekeeper:
         access: Access | WatchedAccess,
         limit: int,
         open_paths: Collection[str] = (),
+        bodies: SlowBodies | None = None,
     ):
         self._app = app
         self._access = access
         self._open_paths = frozenset({"/health", *open_paths})
+        self._bodies = bodies or SlowBodies()
         self._usages: defaultdict[tuple[str | None, bool], Usage] = defaultdict(Usage)
         self._limit = limit
         self._running = 0
@@ -366,7 +403,15 @@ class Gatekeeper:
         if scope["type"] == "lifespan" or scope["path"] in self._open_paths:
             await self._app(scope, receive, send)
             return
-        caller = self._access.caller(Headers(scope=scope).get("authorization", ""))
+        sent = Headers(scope=scope).getlist("authorization")
+        if len(sent) > 1:
+            # A proxy might have checked the other one.
+            error = RequestError(
+                "The header Authorization was sent twice. Send it once.", code="duplicate_header"
+            )
+            await error.answer()(scope, receive, send)
+            return
+        caller = self._access.caller("".join(sent))
         if caller is None:
             error = RequestError(
                 "Missing or unknown API key. Send it as 'Authorization: Bearer KEY'.",
@@ -377,13 +422,16 @@ class Gatekeeper:
             await error.answer()(scope, receive, send)
             return
         scope.setdefault("state", {})["caller"] = caller
+        if (refusal := self._wrong_key(scope["path"], caller)) is not None:
+            await refusal.answer()(scope, receive, send)
+            return
         if scope["path"] in _OPERATORS:
             await self._app(scope, receive, send)
             return
         usage = self._usages[caller.key_id, caller.is_admin]
         usage.limit(caller.quota)
         try:
-            if self._running >= self._limit:
+            if self._running >= self._limit and not self._bodies.give_up_one():
                 raise RequestError(
                     f"The server is answering {self._limit} requests, its limit "
                     "(--max-concurrent). Try again in a moment.",
@@ -402,3 +450,21 @@ class Gatekeeper:
             self._running -= 1
             trace: Trace | None = scope["state"].get("trace")
             usage.end(trace.prompt_tokens + trace.completion_tokens if trace else 0)
+
+    def _wrong_key(self, path: str, caller: Caller) -> RequestError | None:
+        """Refuses keys of users what is for metrics, and keys for metrics everything else."""
+        # vLLM mounts its metrics, so they are below that path too.
+        is_metrics = f"{path}/".startswith("/metrics/")
+        if is_metrics and not self._access.opens_metrics(caller):
+            return RequestError(
+                "/metrics needs a metrics key (--metrics-key) or an admin key.",
+                status=403,
+                code="metrics_key_required",
+            )
+        if caller.is_scraper and path not in _SCRAPED:
+            return RequestError(
+                "A metrics key opens /metrics and /ready only. Send another key.",
+                status=403,
+                code="metrics_key_only",
+            )
+        return None

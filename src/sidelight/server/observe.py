@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from sidelight.engines.base import Event, Finished, PromptJudged, ResponseScored
 from sidelight.errors import SidelightError
 from sidelight.policy.decisions import Action, Decision
 from sidelight.prompts import Conversation, PlainText
+from sidelight.server.config import ServerConfig
 from sidelight.server.errors import RequestError
 from sidelight.server.keys import Caller
 from sidelight.server.metrics import Metrics
@@ -82,17 +84,24 @@ class RequestObserver:
         audit: Where decisions are written; None: nowhere.
         trace: The current request's.
         key_id: Of the API key that was sent; None: the request had none.
+        client: The address that the request came from; None: it is unknown.
     """
 
     metrics: Metrics
     audit: "AuditLog | None" = None
     trace: Trace = field(default_factory=Trace)
     key_id: str | None = None
+    client: str | None = None
 
     def of(self, request: Request) -> "RequestObserver":
         """The same for one request, from what the middleware has put into its state."""
         caller: Caller = getattr(request.state, "caller", Caller())
-        return replace(self, trace=request.state.trace, key_id=caller.key_id)
+        client = None
+        if request.client is not None:
+            # A proxy says whom it speaks for, in any words.
+            with suppress(ValueError):
+                client = str(ip_address(request.client.host))
+        return replace(self, trace=request.state.trace, key_id=caller.key_id, client=client)
 
     def text(self, text: Conversation, *, is_prompt_known: bool = False) -> "RequestTextObserver":
         """Observes one text of the request.
@@ -119,6 +128,8 @@ class RequestObserver:
             return
         time = datetime.now(UTC).isoformat(timespec="milliseconds")
         who = {"time": time, "request_id": self.trace.request_id, "key_id": self.key_id}
+        if self.audit.has_client:
+            who["client"] = self.client
         try:
             self.audit.write([{**who, **line} for line in lines])
         except RequestError as error:
@@ -147,7 +158,7 @@ class RequestTextObserver:
 
     def prompt(self, event: PromptJudged | None, decisions: Sequence[Decision]) -> None:
         self.check(event, decisions)
-        if not any(decision.is_blocking for decision in decisions):
+        if event is not None:
             self._metrics.time_to_verdict.observe(time.perf_counter() - self._start)
 
     def check(self, event: PromptJudged | None, decisions: Sequence[Decision]) -> None:
@@ -196,7 +207,8 @@ class RequestTextObserver:
         for decision in new:
             if decision.action in _LOGGED:
                 level, message = _LOGGED[decision.action]
-                _log.log(level, message, decision.rule.name, decision.rule.side)
+                ids = {"request_id": self._trace.request_id, "key_id": self._request.key_id}
+                _log.log(level, message, decision.rule.name, decision.rule.side, extra=ids)
         if self._request.audit is None or not new:
             return
         text_hmac = self._request.audit.hash(self._text)
@@ -230,13 +242,15 @@ class AuditLog:
     Args:
         path: The file.
         salt: Secret of the texts' hashes; equal texts have equal hashes under the same salt.
+        has_client: Whether the address of the client is written too.
 
     Raises:
         SidelightError: It cannot be written.
     """
 
-    def __init__(self, path: Path, *, salt: bytes):
+    def __init__(self, path: Path, *, salt: bytes, has_client: bool = False):
         self._path = path
+        self.has_client = has_client
         self._salt = salt
         self._lock = threading.Lock()
         self._is_torn = False
@@ -298,8 +312,32 @@ class AuditLog:
             self._file = new
 
 
+def audit_of(config: ServerConfig) -> AuditLog | None:
+    """The audit log that a server's configuration asks for.
+
+    Raises:
+        SidelightError: It cannot be written.
+    """
+    if config.audit_log is None:
+        return None
+    return AuditLog(config.audit_log, salt=config.salt, has_client=config.audit_client)
+
+
 # Fields that the server's own records carry, next to the message.
 _FIELDS = ("request_id", "key_id", "method", "route", "status", "seconds")
+
+
+class TextFormatter(logging.Formatter):
+    """One line: time in UTC, level, logger, message, and the ids of the request and its key."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Puts the ids behind the message, and where an exception happened below."""
+        given = (record.__dict__.get(name) for name in ("request_id", "key_id"))
+        ids = " ".join(own for own in given if own)
+        time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        line = f"{time} {record.levelname} {record.name}: {record.getMessage()}"
+        line += f" [{ids}]" if ids else ""
+        return f"{line}\n{record.exc_text}" if record.exc_text else line
 
 
 class JsonFormatter(logging.Formatter):
@@ -351,7 +389,7 @@ def log_settings(level: str, *, as_json: bool) -> dict[str, Any]:
         "disable_existing_loggers": False,
         "filters": {"without_message": {"()": lambda: without_message}},
         "formatters": {
-            "text": {"format": "%(levelname)s %(name)s: %(message)s"},
+            "text": {"()": TextFormatter},
             "json": {"()": JsonFormatter},
         },
         "handlers": {"stderr": handler},

@@ -21,7 +21,15 @@ from sidelight.server.checks import as_user, check, is_answered
 from sidelight.server.errors import RequestError
 from sidelight.server.report import Explanations, category_names
 from sidelight.server.requests import Route, ServerRequest
-from sidelight.server.schemas import FIRST_ERROR, Explain, Listed, Name, Named, StrictBody
+from sidelight.server.schemas import (
+    FIRST_ERROR,
+    Explain,
+    Listed,
+    Name,
+    Named,
+    RequestBody,
+    StrictBody,
+)
 from sidelight.types import Verdict
 
 _MAX_QUESTIONS = 400
@@ -181,7 +189,7 @@ Question = Annotated[
 ]
 
 
-class DecisionRequest(StrictBody):
+class DecisionRequest(RequestBody):
     """A text or conversation, and questions about it. Probes do not read instructions."""
 
     model: Name
@@ -312,7 +320,7 @@ class SystemOneQuestion(StrictBody):
     criteria: dict[str, Any] | list[Any] | None = None
 
 
-class SystemOneRequest(StrictBody):
+class SystemOneRequest(RequestBody):
     """A state, as text or any JSON, and questions by id; the id names the probe."""
 
     model: Name | None = None

@@ -2,16 +2,18 @@
 
 import asyncio
 import ctypes
+import json
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import partial
+from json.decoder import JSONArray, JSONObject
+from json.scanner import py_make_scanner
 from typing import Any, TypeVar
 
+import jiter
 from fastapi import Depends, Request, Response
 from fastapi.routing import APIRoute
-from pydantic_core import from_json
 from starlette.requests import ClientDisconnect
 
 from sidelight.engines.base import Engine
@@ -20,7 +22,7 @@ from sidelight.probe import Probe
 from sidelight.prompts import Conversation
 from sidelight.server.config import ServerConfig
 from sidelight.server.errors import RequestError
-from sidelight.server.middleware import Drain
+from sidelight.server.middleware import Drain, SlowBodies
 from sidelight.server.observe import RequestObserver
 from sidelight.server.probes import ProbeRegistry
 from sidelight.server.report import Report, category_names
@@ -33,6 +35,51 @@ _LARGE_BYTES = 2**16
 _QUIET_S = 2
 
 
+# Most JSON values in a large body: a few for each of the most messages that anybody allows.
+_MAX_VALUES = 2**15
+
+
+class _ValueCounter(json.JSONDecoder):
+    """Ends at a body's first value too many.
+
+    A faster parser would hold Python's lock until it has made objects of all; this one is Python,
+    and lets others have it. Long strings are read at once, and no value is kept.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._values = 0
+        self.parse_array = lambda at, scan: JSONArray(at, self._counted(scan))
+        self.parse_object = lambda at, strict, scan, *hooks: JSONObject(
+            at, strict, self._counted(scan), *hooks
+        )
+        self.scan_once = py_make_scanner(self)
+
+    def _counted(self, scan: Callable[[str, int], Any]) -> Callable[[str, int], Any]:
+        def scan_next(text: str, at: int) -> Any:
+            self._values += 1
+            if self._values > _MAX_VALUES:
+                raise RequestError(
+                    f"The body has more than {_MAX_VALUES:,} JSON values. Split the request.",
+                    code="too_many_values",
+                )
+            return None, scan(text, at)[1]
+
+        return scan_next
+
+
+def _parse(body: bytes) -> Any:
+    return jiter.from_json(body, allow_inf_nan=False, catch_duplicate_keys=True)
+
+
+def _parse_large(body: bytes) -> Any:
+    try:
+        _ValueCounter().decode(body.decode())
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    return _parse(body)
+
+
 class BodyParser:
     """Parses JSON; large bodies one after the other in a thread, so that others are answered."""
 
@@ -41,17 +88,17 @@ class BodyParser:
         self._trimming: asyncio.TimerHandle | None = None
 
     async def parse(self, body: bytes) -> Any:
-        """The value of strict JSON.
+        """The value of strict JSON, without a name twice in an object.
 
         Raises:
             ValueError: It is none.
+            RequestError: It has too many values.
         """
-        parse = partial(from_json, body, allow_inf_nan=False)
         if len(body) <= _LARGE_BYTES:
-            return parse()
+            return _parse(body)
         loop = asyncio.get_running_loop()
         try:
-            return await loop.run_in_executor(self._thread, parse)
+            return await loop.run_in_executor(self._thread, _parse_large, body)
         finally:
             if self._trimming is not None:
                 self._trimming.cancel()
@@ -74,6 +121,7 @@ class Context:
     config: ServerConfig
     observer: RequestObserver
     drain: Drain = field(default_factory=Drain)
+    bodies: SlowBodies = field(default_factory=SlowBodies)
     parser: BodyParser = field(default_factory=BodyParser)
     started_at: int = field(default_factory=lambda: int(time.time()))
 
@@ -94,25 +142,29 @@ class ServerRequest(Request):
 
         Messages are counted here too, before pydantic makes objects of them.
 
-        Refused with 400: ``NaN``, ``Infinity``, half surrogate pairs, invalid UTF-8, endless
-        nesting. The standard library's parser accepts the first three. ``1e999`` arrives as an
+        Refused with 400: a name twice in an object, of which two readers might take different
+        ones; ``NaN``, ``Infinity``, half surrogate pairs, invalid UTF-8, endless nesting. The
+        standard library's parser accepts all but the last two. ``1e999`` arrives as an
         infinity, which the field that reads it has to refuse: ``StrictBody`` does so for fields of
         numbers.
         """
         config, received, size = self.context.config, bytearray(), 0
         limit = config.max_body_bytes
+        self._require_plain_body()
+        timeout = asyncio.timeout(config.body_s)
         try:
-            async with asyncio.timeout(config.body_s):
-                async for chunk in self.stream():
-                    size += len(chunk)
-                    # The rest is read and dropped: closing the connection on a client that still
-                    # sends would reset it, and the client might never see the reason.
-                    if size <= limit:
-                        received += chunk
+            async with timeout:
+                with self.context.bodies.receiving(timeout):
+                    async for chunk in self.stream():
+                        size += len(chunk)
+                        # The rest is read and dropped: closing the connection on a client that
+                        # still sends would reset it, and the client might never see the reason.
+                        if size <= limit:
+                            received += chunk
         except TimeoutError as error:
             raise RequestError(
-                f"The body did not arrive within {config.body_s:g} seconds. Send it faster, or "
-                "less.",
+                f"The body did not arrive within {config.body_s:g} seconds, or others needed its "
+                "place. Send it faster, or less.",
                 status=408,
                 code="body_timeout",
             ) from error
@@ -128,6 +180,18 @@ class ServerRequest(Request):
         except ValueError as error:
             raise RequestError(f"The body is not valid JSON: {error}.") from error
         _require_few_messages(self._value, limit=config.max_messages)
+
+    def _require_plain_body(self) -> None:
+        # A header may be sent twice, and hold several codings; `identity` is none.
+        sent = ",".join(self.headers.getlist("content-encoding"))
+        codings = {coding.strip().lower() for coding in sent.split(",")} - {"", "identity"}
+        if codings:
+            raise RequestError(
+                "The body is compressed (Content-Encoding). Send it as it is.",
+                status=415,
+                code="unsupported_encoding",
+                headers={"Accept-Encoding": "identity"},
+            )
 
     async def body(self) -> bytes:
         return self._received
@@ -220,7 +284,7 @@ def _require_few_messages(body: Any, *, limit: int) -> None:
     for name in ("messages", "input", "tool_calls") if isinstance(body, dict) else ():
         found: Any = body.get(name)
         objects = [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
-        parts = (one.get("content") for one in objects)
+        parts = (one.get(part) for one in objects for part in ("content", "tool_calls"))
         count = len(objects) + sum(len(own) for own in parts if isinstance(own, list))
         if count > limit:
             raise RequestError(

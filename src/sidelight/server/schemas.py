@@ -1,9 +1,12 @@
 """Bodies of requests: the types that they share, and OpenAI's own requests.
 
-Unknown fields are ignored; wrong values are errors.
+Unknown fields are ignored, unless they would change the answer or resemble a field of ours; wrong
+values are errors.
 """
 
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -21,6 +24,7 @@ from sidelight.errors import did_you_mean
 from sidelight.policy.decisions import OverrideMode, PolicyOverride, PolicyOverrides
 from sidelight.policy.rules import Side
 from sidelight.prompts import Message, PlainText
+from sidelight.server.errors import RequestError
 
 
 class ErrorDetail(BaseModel):
@@ -56,6 +60,75 @@ _MAX_TEXTS = 16
 _COMPLETION_TOKENS = 16
 _MAX_TOP_LOGPROBS = 20
 _MAX_TEXT_LOGPROBS = 5
+
+# Fields of OpenAI's API and of vLLM's that would change the text or its form, with the values,
+# beside null, that ask for what happens anyway.
+_UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
+    "add_generation_prompt": (True,),
+    "allowed_token_ids": (),
+    "audio": (),
+    "bad_words": ([],),
+    "best_of": (1,),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "documents": ([],),
+    "echo": (False,),
+    # An argument of client libraries, which put what it holds into the body.
+    "extra_body": ({},),
+    "frequency_penalty": (0,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "ignore_eos": (False,),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1,),
+    "logit_bias": ({},),
+    "logits_processors": ([],),
+    "min_p": (0,),
+    "min_tokens": (0,),
+    "modalities": (["text"],),
+    "prediction": (),
+    "presence_penalty": (0,),
+    "prompt_logprobs": (),
+    "reasoning_effort": ("none",),
+    "repetition_penalty": (1,),
+    "response_format": ({"type": "text"},),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "service_tier": ("auto", "default"),
+    "skip_special_tokens": (True,),
+    "stop_token_ids": ([],),
+    "store": (False,),
+    "structured_outputs": (),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_k": (0, -1),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+}
+# Fields of theirs that change no answer.
+_WITHOUT_EFFECT = frozenset(
+    {
+        "metadata",
+        "parallel_tool_calls",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        "request_id",
+        "safety_identifier",
+        "user",
+    }
+)
+# Of 0 to 1, as difflib counts.
+_LIKENESS = 0.8
+_SINGULARS = {"policy": "policies"}
 
 
 def _as_list(value: Any) -> Any:
@@ -108,6 +181,38 @@ class StrictBody(BaseModel):
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
 
+class RequestBody(StrictBody):
+    """A whole body. No field of it that matters is ignored in silence."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _ignores_nothing_that_matters(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            names: list[str] = [name for name in value if name not in cls.model_fields]
+            if len(names) > _MAX_NAMED:
+                raise RequestError(
+                    f"Too many unknown fields: got {len(names)}, the limit is {_MAX_NAMED}.",
+                    code="too_many_values",
+                )
+            _refuse_near_misses(names, cls.model_fields)
+        return value
+
+
+def _refuse_near_misses(names: Iterable[str], known: Iterable[str]) -> None:
+    """A misspelt field would be ignored, and with it perhaps what makes a request safe."""
+    for name in names:
+        plain = name.lower().replace("-", "_")
+        plain = _SINGULARS.get(plain, plain)
+        is_other = plain in _UNSUPPORTED or plain in _WITHOUT_EFFECT
+        close = [] if is_other else get_close_matches(plain, known, n=1, cutoff=_LIKENESS)
+        if close:
+            raise RequestError(
+                f"Unknown field '{name}'. Did you mean '{close[0]}'?",
+                code="unknown_parameter",
+                param=name,
+            )
+
+
 class ContentPart(StrictBody):
     """A piece of a message; only text is read."""
 
@@ -122,28 +227,70 @@ class ContentPart(StrictBody):
         return value
 
 
-class ChatMessage(StrictBody):
-    """One turn."""
+class CalledFunction(StrictBody):
+    """A tool's name and arguments."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    name: str | None = None
+    arguments: str
+
+
+class ToolCall(StrictBody):
+    """A function that the model calls; calls of another kind cannot be judged."""
+
+    function: CalledFunction
+
+
+# What a message may hold beside text, and that nobody would read.
+_UNREAD = ("audio", "function_call", "refusal")
+
+
+class ChatMessage(StrictBody):
+    """One turn: text, the tools that the assistant calls, or what a tool has answered.
+
+    A call is written as JSON at the end of the turn's text, whatever the template makes of calls:
+    so the model reads it, and so do the probes. Nobody reads the ids of calls.
+    """
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[
         list[ContentPart],
         FIRST_ERROR,
         BeforeValidator(_as_parts, json_schema_input_type=str | list[ContentPart]),
     ]
 
+    tool_calls: Listed[ToolCall] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _holds_what_is_read(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        for name in _UNREAD:
+            if value.get(name) is not None:
+                raise RequestError(
+                    f"A message with '{name}' is not supported: nobody would read it. Send text.",
+                    code="unsupported_parameter",
+                    param="messages",
+                )
+        if value.get("tool_calls") and value.get("content") is None:
+            return {**value, "content": []}
+        return value
+
+    @field_validator("tool_calls")
+    @classmethod
+    def _are_the_assistants(cls, value: list[ToolCall] | None, info: Any) -> Any:
+        if value and info.data.get("role") != "assistant":
+            raise ValueError("only the assistant calls tools")
+        return value
+
     def as_message(self) -> Message:
-        """The turn as plain text; several parts become lines."""
-        return Message(self.role, "\n".join(part.text for part in self.content))
-
-
-class StreamOptions(StrictBody):
-    """What a stream carries besides text."""
-
-    include_usage: bool = False
-    include_scores: bool = Field(
-        False, description="Whether to send what probes of the response say after each token."
-    )
+        """The turn as plain text; parts and calls become lines."""
+        calls = (call.function for call in self.tool_calls or ())
+        lines = [
+            *(part.text for part in self.content),
+            *(f'{{"name": "{f.name or ""}", "arguments": {f.arguments}}}' for f in calls),
+        ]
+        return Message(self.role, "\n".join(lines))
 
 
 class ClosedBody(StrictBody):
@@ -160,6 +307,16 @@ class ClosedBody(StrictBody):
                 hint = did_you_mean(str(name), cls.model_fields)
                 raise ValueError(f"there is no '{name}' here.{hint}")
         return value
+
+
+class StreamOptions(ClosedBody):
+    """What a stream carries besides text; nothing is ever obfuscated."""
+
+    include_usage: bool = False
+    include_scores: bool = Field(
+        False, description="Whether to send what probes of the response say after each token."
+    )
+    include_obfuscation: bool | None = None
 
 
 class ModerationMode(ClosedBody):
@@ -192,7 +349,7 @@ class ProbePolicy(ClosedBody):
     threshold: float | None = Field(None, ge=0, le=1)
 
 
-class PolicyRequest(StrictBody):
+class PolicyRequest(RequestBody):
     """What a request for text may ask of the policy."""
 
     moderation: ChatModeration | None = None
@@ -222,6 +379,19 @@ class WritingRequest(PolicyRequest):
     n: int | None = Field(None, ge=1, le=_MAX_TEXTS)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _asks_for_nothing_else(cls, value: Any) -> Any:
+        for name in filter(_UNSUPPORTED.__contains__, value if isinstance(value, dict) else ()):
+            if value[name] is not None and value[name] not in _UNSUPPORTED[name]:
+                raise RequestError(
+                    f"'{name}' is not supported here, and an answer that ignores it would not be "
+                    "what you ask for. Leave it out.",
+                    code="unsupported_parameter",
+                    param=name,
+                )
+        return value
 
     def sampling(self) -> Sampling:
         """The request's settings, with OpenAI's defaults."""
@@ -265,9 +435,6 @@ class CompletionRequest(WritingRequest):
     """The body of ``POST /v1/completions``; prompts are texts, not token ids."""
 
     prompt: Texts = Field(min_length=1, max_length=_MAX_TEXTS)
-    best_of: Literal[1] | None = None
-    echo: Literal[False] | None = None
-    suffix: None = None
     logprobs: int | None = Field(None, ge=0, le=_MAX_TEXT_LOGPROBS)
 
     def texts(self) -> list[PlainText]:
@@ -278,7 +445,7 @@ class CompletionRequest(WritingRequest):
         return replace(super().sampling(), max_tokens=limit, logprobs=self.logprobs)
 
 
-class ModerationRequest(StrictBody):
+class ModerationRequest(RequestBody):
     """The body of ``POST /v1/moderations``; each text is judged by itself."""
 
     input: Texts = Field(min_length=1)

@@ -31,7 +31,7 @@ from sidelight.probe import Probe
 from sidelight.prompts import EncodedPrompt, Part, PlainText
 from sidelight.server.config import ServerConfig
 from sidelight.server.metrics import Metrics
-from sidelight.server.observe import AuditLog, RequestObserver, Trace
+from sidelight.server.observe import RequestObserver, Trace, audit_of
 from sidelight.server.probes import ProbeRegistry
 from sidelight.vllm.engine import VllmEngine
 from sidelight.vllm.outputs import Assembly, GuardedText, OutputDelta, together
@@ -192,7 +192,7 @@ class EngineGuard:
         require_policy_applies(config.loaded_policy, probes)
         sources = {p.name: Path(f) for p, f in zip(probes, served.folders, strict=True)}
         self.registry = ProbeRegistry(self.engine, config.loaded_policy, sources)
-        audit = AuditLog(config.audit_log, salt=config.salt) if config.audit_log else None
+        audit = audit_of(config)
         self.observer = RequestObserver(Metrics(self.engine), audit)
         self.template: tuple[str | None, Mapping[str, Any]] = (None, {})
         self._heads: tuple[date | None, Sequence[tuple[int, ...]]] = (None, ())

@@ -1,0 +1,80 @@
+"""What keeps a model from being loaded is one line, before anything is loaded."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from commands import run
+from sidelight.backbone import free_memory, load_backbone
+from sidelight.errors import SidelightError
+from sidelight.smollm2 import cache_root
+from tiny import tiny_backbone
+
+
+@pytest.fixture
+def folder(tmp_path):
+    backbone = tiny_backbone()
+    backbone.model.save_pretrained(tmp_path / "model")
+    backbone.tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_weights_that_do_not_fit_into_free_memory_are_not_loaded(folder, monkeypatch):
+    load_backbone(folder)
+    monkeypatch.setattr("sidelight.backbone.free_memory", lambda: 1000)
+    monkeypatch.setattr(torch.nn.Module, "__init__", None)
+    with pytest.raises(SidelightError, match=r"does not fit into memory: its weights take .* GB"):
+        load_backbone(folder)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"),
+        torch.OutOfMemoryError("CUDA out of memory."),
+    ],
+)
+def test_memory_that_runs_out_while_loading_is_one_line(folder, monkeypatch, error):
+    def full(*_, **__):
+        raise error
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", full)
+    with pytest.raises(SidelightError, match="does not fit into memory"):
+        load_backbone(folder)
+
+
+def test_free_memory_is_that_of_the_system_and_of_the_cgroup(tmp_path):
+    assert free_memory(tmp_path) is None
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 9 kB\nMemAvailable:    4000 kB\n")
+    assert free_memory(tmp_path) == 4000 * 1024
+    group = tmp_path / "sys/fs/cgroup"
+    group.mkdir(parents=True)
+    (group / "memory.current").write_text("700000\n")
+    (group / "memory.stat").write_text("anon 1\nfile 200000\n")
+    (group / "memory.max").write_text("max\n")
+    assert free_memory(tmp_path) == 4000 * 1024
+    (group / "memory.max").write_text("1000000\n")
+    assert free_memory(tmp_path) == 500_000
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SIDELIGHT_CACHE", str(tmp_path / "file"))
+    # Installed or not: what is unpacked is never looked at.
+    monkeypatch.setattr("sidelight.smollm2._packaged_gguf", lambda: tmp_path / "model.gguf")
+    assert run("serve", "--port", "0") == 2
+    assert "SIDELIGHT_CACHE to a folder that can be written" in capsys.readouterr().err
+
+
+def test_a_user_without_a_home_is_told_to_name_a_cache(monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("SIDELIGHT_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    with pytest.raises(SidelightError, match="SIDELIGHT_CACHE"):
+        cache_root()
