@@ -362,7 +362,7 @@ def guarded():
     [None, "", "Bearer", "Bearer wrong", "Bearer firs", "Basic first", "first"],
 )
 @pytest.mark.parametrize(
-    "path", ["/v1/models", "/ready", "/metrics", "/version", "/docs", "/openapi.json", "/nothing"]
+    "path", ["/v1/models", "/metrics", "/version", "/docs", "/openapi.json", "/nothing"]
 )
 def test_without_a_key_every_route_is_a_401(guarded, path, header):
     headers = {} if header is None else {"Authorization": header}
@@ -372,9 +372,10 @@ def test_without_a_key_every_route_is_a_401(guarded, path, header):
     assert response.headers["www-authenticate"] == "Bearer"
 
 
-def test_health_needs_no_key(guarded):
+def test_what_a_load_balancer_asks_needs_no_key(guarded):
     with http_client(guarded) as http:
         assert http.get("/health").json() == {"status": "ok"}
+        assert http.get("/ready").json() == {"status": "ready"}
 
 
 def test_every_key_opens(guarded):

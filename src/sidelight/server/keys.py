@@ -86,7 +86,7 @@ class Key:
 class Caller:
     """Who sends a request, by the id of the key; None: without one.
 
-    ``is_scraper``: its key opens ``/metrics`` and ``/ready``, and nothing else.
+    ``is_scraper``: its key opens ``/metrics`` and nothing else.
     """
 
     key_id: str | None = None
@@ -103,7 +103,7 @@ class Access:
         keys: Open everything but ``/admin`` and ``/metrics``; without any, that is open to
             everybody.
         admin_keys: Open everything; without any, nobody reaches ``/admin``.
-        metrics_keys: Open ``/metrics``, with all series, and ``/ready``.
+        metrics_keys: Open ``/metrics``, with all series.
     """
 
     keys: tuple[Key, ...] = ()

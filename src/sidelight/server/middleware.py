@@ -43,10 +43,10 @@ _LAST_WORDS_S = 2
 
 
 REQUEST_ID = "x-request-id"
+# Probes of Kubernetes and load balancers cannot send a secret.
+_OPEN = frozenset({"/health", "/ready"})
 # Operators have to see a busy server too, and they ask every few seconds.
-_OPERATORS = frozenset({"/health", "/ready", "/metrics"})
-# What a key for metrics opens.
-_SCRAPED = frozenset({"/ready", "/metrics"})
+_OPERATORS = _OPEN | {"/metrics"}
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _RETRY_S = 1
 _access_log = logging.getLogger("sidelight.access")
@@ -374,10 +374,9 @@ class RequestScope:
 class Gatekeeper:
     """Answers 401 to requests without a key, and 429 while ``limit`` requests are being answered.
 
-    A key that has used its quota gets a 429 too. ``/health`` and ``open_paths`` are open to all;
-    ``/ready`` and ``/metrics`` need a key but are not limited, and users' keys do not open
-    ``/metrics``. The gate
-    is before the routing, so that nobody without a key learns which routes exist. A request that
+    A key that has used its quota gets a 429 too. ``/health``, ``/ready`` and ``open_paths`` are
+    open to all; ``/metrics`` needs a key, but none of a user, and is not limited. The gate is
+    before the routing, so that nobody without a key learns which routes exist. A request that
     passes carries its ``Caller`` in its state. Where all places are taken, the body that has been
     coming for longest gives its own up.
     """
@@ -393,7 +392,7 @@ class Gatekeeper:
     ):
         self._app = app
         self._access = access
-        self._open_paths = frozenset({"/health", *open_paths})
+        self._open_paths = _OPEN | frozenset(open_paths)
         self._bodies = bodies or SlowBodies()
         self._usages: defaultdict[tuple[str | None, bool], Usage] = defaultdict(Usage)
         self._limit = limit
@@ -461,9 +460,9 @@ class Gatekeeper:
                 status=403,
                 code="metrics_key_required",
             )
-        if caller.is_scraper and path not in _SCRAPED:
+        if caller.is_scraper and path != "/metrics":
             return RequestError(
-                "A metrics key opens /metrics and /ready only. Send another key.",
+                "A metrics key opens /metrics only. Send another key.",
                 status=403,
                 code="metrics_key_only",
             )
