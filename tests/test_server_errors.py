@@ -5,6 +5,7 @@ import gc
 import io
 import logging
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
@@ -376,6 +377,16 @@ def test_what_a_load_balancer_asks_needs_no_key(guarded):
     with http_client(guarded) as http:
         assert http.get("/health").json() == {"status": "ok"}
         assert http.get("/ready").json() == {"status": "ready"}
+
+
+def test_the_log_has_no_line_for_each_look_of_a_load_balancer(guarded, caplog):
+    with caplog.at_level("INFO", logger="sidelight"), http_client(guarded) as http:
+        for path in ("/health", "/ready", "/v1/models"):
+            http.get(path, headers={"Authorization": "Bearer first"})
+        # A request is logged after its answer.
+        while not any("/v1/models" in line for line in caplog.messages):
+            time.sleep(0.01)
+    assert not any("/health" in line or "/ready" in line for line in caplog.messages)
 
 
 def test_every_key_opens(guarded):

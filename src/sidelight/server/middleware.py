@@ -364,9 +364,11 @@ class RequestScope:
             "status": trace.status,
             "seconds": round(seconds, 4),
         }
-        _access_log.info(
-            "%s %s %d %.3f s", trace.method, trace.route, trace.status, seconds, extra=fields
-        )
+        # Probes ask every other second, and are told nothing else while the model loads or drains.
+        is_routine = scope["path"] in _OPERATORS and trace.status in (200, 503)
+        level = logging.DEBUG if is_routine else logging.INFO
+        what = (trace.method, trace.route, trace.status, seconds)
+        _access_log.log(level, "%s %s %d %.3f s", *what, extra=fields)
         if self._sink is not None and scope["path"] not in _OPERATORS:
             self._sink(trace)
 
