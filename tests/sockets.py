@@ -16,6 +16,12 @@ def connection(address: str, *, timeout: float = 10) -> Iterator[socket.socket]:
         yield opened
 
 
+def free_port() -> int:
+    """A port on loopback that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as opened:
+        return opened.getsockname()[1]
+
+
 def read_all(opened: socket.socket) -> bytes:
     """All bytes until the server closes; a reset counts as a close."""
     received = b""

@@ -13,12 +13,8 @@ from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import SidelightError
 from sidelight.server.app import serve
 from sidelight.server.config import ServerConfig
+from sockets import free_port
 from tiny import three_probes, tiny_backbone
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
 
 
 @pytest.mark.slow

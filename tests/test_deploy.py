@@ -1,0 +1,271 @@
+"""The files of ``deploy/`` name what exists, and run as far as they can without their host."""
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import yaml
+
+from commands import saved
+from live import http_client, wait_until_ready
+from sidelight.artifact import save_probe
+from sidelight.cli import app
+from sidelight.policy.rules import read_policy
+from sidelight.server.config import read_config
+from sidelight.server.keys import Key, read_keys
+from sockets import free_port
+from tiny import tiny_backbone, untrained_probe
+
+ROOT = Path(__file__).parent.parent
+DEPLOY = ROOT / "deploy"
+# What the server takes to end beyond its notice and its drain, and some more.
+LEEWAY_S = 3
+KEY = "a-key-of-a-client"
+
+
+def installed(program: str) -> str:
+    """The path of a program that the machine has; the test is skipped where it has not."""
+    found = shutil.which(program)
+    if found is None:
+        pytest.skip(f"{program} is not installed")
+    return found
+
+
+def documents(name: str) -> list[dict]:
+    return list(yaml.safe_load_all((DEPLOY / name).read_text()))
+
+
+def parsed(words: Sequence[str]) -> dict:
+    """What ``sidelight`` understands by these words; unknown ones are an error."""
+    name, *rest = words
+    return app.commands[name].make_context(name, list(rest)).params
+
+
+def instructions() -> list[tuple[str, str]]:
+    """The instructions of the Dockerfile, each in one line."""
+    text = re.sub(r"^#.*\n", "", (DEPLOY / "Dockerfile").read_text(), flags=re.MULTILINE)
+    lines = re.sub(r"\\\n", " ", text).splitlines()
+    return [tuple(line.split(maxsplit=1)) for line in lines if line]
+
+
+def last(instruction: str) -> str:
+    return [text for name, text in instructions() if name == instruction][-1]
+
+
+def unit() -> dict[str, list[str]]:
+    """The settings of the systemd unit; each may be repeated."""
+    settings: dict[str, list[str]] = {}
+    for line in (DEPLOY / "sidelight.service").read_text().splitlines():
+        if "=" in line and not line.startswith("#"):
+            name, value = line.split("=", 1)
+            settings.setdefault(name, []).append(value)
+    return settings
+
+
+def stateful_set() -> dict:
+    (found,) = (d for d in documents("kubernetes.yaml") if d["kind"] == "StatefulSet")
+    return found["spec"]
+
+
+def container() -> dict:
+    (found,) = stateful_set()["template"]["spec"]["containers"]
+    return found
+
+
+def compose() -> dict:
+    return documents("compose.yaml")[0]["services"]["sidelight"]
+
+
+def test_every_command_is_one_of_the_command_line():
+    image = json.loads(last("ENTRYPOINT")) + json.loads(last("CMD"))
+    service = shlex.split(unit()["ExecStart"][0])
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    for program, *words in (image, service, ["sidelight", *container()["args"]]):
+        assert Path(program).name in scripts
+        assert parsed(words)["config"] == Path("/etc/sidelight/server.toml")
+    config = read_config(config=DEPLOY / "server.toml")
+    assert config.policy is not None
+    assert config.port == int(last("EXPOSE")) == container()["ports"][0]["containerPort"]
+    assert f"{config.port}:{config.port}" in compose()["ports"]
+
+
+def test_every_stop_leaves_the_time_to_drain():
+    config = read_config(config=DEPLOY / "server.toml")
+    least = config.notice_s + config.drain_s + LEEWAY_S
+    assert stateful_set()["template"]["spec"]["terminationGracePeriodSeconds"] >= least
+    assert int(compose()["stop_grace_period"].removesuffix("s")) >= least
+    assert int(unit()["TimeoutStopSec"][0]) >= least
+    ready = container()["readinessProbe"]
+    assert ready["periodSeconds"] * ready["failureThreshold"] < config.notice_s
+
+
+def test_every_path_of_the_configuration_is_mounted():
+    config = read_config(config=DEPLOY / "server.toml")
+    used = [config.policy, config.api_keys_file, config.admin_keys_file, config.audit_log]
+    used.append(Path("/var/cache/sidelight"))
+    in_pod = {Path(mount["mountPath"]) for mount in container()["volumeMounts"]}
+    in_compose = {
+        Path(volume.removesuffix(":ro").rsplit(":")[-1]) for volume in compose()["volumes"]
+    }
+    assert [path for path in used if not in_pod & {path, *path.parents}] == []
+    assert [path for path in [*used, *config.probe] if not in_compose & {path, *path.parents}] == []
+    written = {Path(path) for path in json.loads(last("VOLUME"))}
+    assert written == {Path("/var/lib/sidelight"), Path("/var/cache/sidelight")}
+    (projected,) = (v for v in stateful_set()["template"]["spec"]["volumes"] if "projected" in v)
+    (generated,) = documents("kustomization.yaml")[0]["configMapGenerator"]
+    kept, secret = projected["projected"]["sources"]
+    assert kept["configMap"]["name"] == generated["name"]
+    files = {Path(path).name for path in generated["files"]}
+    files |= {item["path"] for item in secret["secret"]["items"]}
+    assert files == {"server.toml", *(path.name for path in used[:3])}
+
+
+def test_the_image_is_pinned_and_runs_without_root():
+    bases = [text for name, text in instructions() if name == "FROM"]
+    assert all("@${BASE_DIGEST}" in base for base in bases)
+    user = last("USER")
+    pod = stateful_set()["template"]["spec"]["securityContext"]
+    assert user == f"{pod['runAsUser']}:{pod['runAsGroup']}"
+    assert f"--uid {pod['runAsUser']} " in last("RUN")
+    given = (DEPLOY / "Dockerfile.dockerignore").read_text().splitlines()
+    copied = [text.split()[:-1] for name, text in instructions() if name == "COPY"]
+    sources = [path for paths in copied if not paths[0].startswith("--") for path in paths]
+    assert sources
+    assert all((ROOT / path).exists() and f"!{path}" in given for path in sources)
+    extras = dict(text.split("=") for name, text in instructions() if name == "ARG" and "=" in text)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert extras["EXTRAS"].strip('"') in project["optional-dependencies"]
+
+
+def test_the_commands_of_the_how_to_make_the_files_that_are_mounted(tmp_path: Path):
+    installed("openssl")
+    page = (ROOT / "docs" / "deploy.md").read_text()
+    commands = page.split("```console\n")[1].split("```")[0].replace("$ ", "")
+    shutil.copytree(DEPLOY, tmp_path / "deploy", ignore=shutil.ignore_patterns("etc", ".env"))
+    commands += 'printf "%s" "$CLIENT_KEY"'
+    done = subprocess.run(
+        ["sh", "-ec", commands], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    etc = tmp_path / "deploy" / "etc"
+    assert read_keys(etc / "api-keys") == (Key.of("shop", done.stdout),)
+    assert [key.id for key in read_keys(etc / "admin-keys")] == ["operator"]
+    read_policy(etc / "policy.toml")
+    assert done.stdout not in "".join(path.read_text() for path in etc.iterdir())
+
+
+def test_systemd_accepts_the_unit_and_calls_it_hardened(tmp_path: Path):
+    analyze = installed("systemd-analyze")
+    text = (DEPLOY / "sidelight.service").read_text()
+    copy = tmp_path / "sidelight.service"
+    copy.write_text(text.replace("/opt/sidelight/bin/sidelight", sys.executable))
+    for words in (["verify", "--man=no"], ["security", "--offline=true", "--threshold=20"]):
+        checked = subprocess.run([analyze, *words, copy], capture_output=True, text=True)
+        assert checked.returncode == 0, checked.stderr
+        assert "sidelight.service:" not in checked.stderr
+
+
+class Installed:
+    """The unit's command on this machine: each folder that it names is one below ``home``."""
+
+    def __init__(self, home: Path):
+        self.home = home
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        backbone = tiny_backbone()
+        model = saved(backbone, home / "model")
+        probe = untrained_probe(backbone, "injection", threshold=0.999)
+        save_probe(probe, self.path("/srv/sidelight/probes/injection"))
+        etc = self.path("/etc/sidelight")
+        etc.mkdir(parents=True)
+        settings = (DEPLOY / "server.toml").read_text().replace("8000", str(self.port))
+        settings = re.sub(r'"(/[^"]+)"', lambda path: f'"{self.path(path[1])}"', settings)
+        (etc / "server.toml").write_text(
+            f'model = "{model}"\nhost = "127.0.0.1"\n'.join(settings.split('host = "0.0.0.0"\n'))
+        )
+        shutil.copy(DEPLOY / "policy.toml", etc)
+        (etc / "api-keys").write_text(f"client {KEY}\n")
+        (etc / "admin-keys").write_text("operator a-key-of-an-operator\n")
+        self.path("/var/lib/sidelight").mkdir(parents=True)
+
+    def path(self, absolute: str) -> Path:
+        return self.home / absolute.lstrip("/")
+
+    def expanded(self, text: str) -> str:
+        """The text with systemd's specifiers, and with its folders below ``home``."""
+        # Credentials are files of the same name in a folder of their own.
+        folders = {"%d": "/etc/sidelight", "%S": "/var/lib", "%C": "/var/cache"}
+        for specifier, folder in folders.items():
+            text = text.replace(specifier, folder)
+        return re.sub(r"(^|=)(/(?:etc|srv|var)/)", rf"\1{self.home}\2", text)
+
+    def start(self) -> subprocess.Popen[bytes]:
+        settings = unit()
+        program, *words = shlex.split(settings["ExecStart"][0])
+        assert Path(program).name == "sidelight"
+        environment = dict(
+            self.expanded(pair).split("=", 1) for pair in shlex.split(settings["Environment"][0])
+        )
+        secret = {"SIDELIGHT_AUDIT_SALT": "salt", "SIDELIGHT_METRICS_KEY": "a-key-for-metrics"}
+        return subprocess.Popen(
+            [sys.executable, "-m", "sidelight", *map(self.expanded, words)],
+            cwd=self.expanded(settings["WorkingDirectory"][0]),
+            # A service has little else in its environment.
+            env={
+                "PATH": "/usr/bin:/bin",
+                "PYTHONPATH": ":".join(sys.path),
+                **environment,
+                **secret,
+            },
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.unchecked
+def test_the_command_of_the_unit_serves_follows_its_keys_and_drains(tmp_path: Path):
+    home = Installed(tmp_path)
+    server = home.start()
+    try:
+        with http_client(home.url) as http:
+            wait_until_ready(http)
+            assert http.get("/v1/models").status_code == 401
+            http.headers["Authorization"] = f"Bearer {KEY}"
+            (model,) = http.get("/v1/models").json()["data"]
+            ask = {
+                "model": model["id"],
+                "messages": [{"role": "user", "content": "hello"}],
+                "max_tokens": 2,
+            }
+            assert http.post("/v1/chat/completions", json=ask).status_code == 200
+            (home.path("/etc/sidelight") / "api-keys").write_text("other another-key\n")
+            while http.get("/v1/models").status_code == 200:
+                time.sleep(0.1)
+            http.headers["Authorization"] = "Bearer another-key"
+            assert http.get("/v1/models").status_code == 200
+            server.terminate()
+            while http.get("/ready").status_code == 200:
+                time.sleep(0.1)
+            # A balancer that has not noticed yet is still served.
+            assert http.post("/v1/chat/completions", json=ask).status_code == 200
+        assert server.wait(int(unit()["TimeoutStopSec"][0])) in (0, -15)
+    finally:
+        server.kill()
+        server.wait()
+    audit = home.path("/var/lib/sidelight/audit.jsonl").read_text().splitlines()
+    assert [json.loads(line)["key_id"] for line in audit] == ["client", "other"]
+    assert home.path("/var/lib/sidelight/audit.jsonl").stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.slow
+@pytest.mark.unchecked
+def test_a_wrong_configuration_is_not_started_again(tmp_path: Path):
+    home = Installed(tmp_path)
+    (home.path("/etc/sidelight") / "policy.toml").write_text("nonsense = 1\n")
+    assert home.start().wait(60) == int(unit()["RestartPreventExitStatus"][0])

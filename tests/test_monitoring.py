@@ -1,0 +1,191 @@
+"""Prometheus scrapes a live server, and finds what alerts and dashboard of ``deploy/`` ask for."""
+
+import json
+import re
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+
+from live import MODEL, http_client, served
+from sidelight.engines.transformers import TransformersEngine
+from sidelight.policy.rules import Policy, Rule
+from sidelight.prompts import Reads
+from sidelight.server.metrics import ENOUGH
+from sockets import free_port
+from test_deploy import DEPLOY, installed
+from tiny import tiny_backbone, untrained_probe
+
+METRICS_KEY, KEY = "a-key-for-metrics", "a-key-of-a-client"
+ALERTS = yaml.safe_load((DEPLOY / "alerts.yaml").read_text())
+DASHBOARD = json.loads((DEPLOY / "grafana" / "dashboard.json").read_text())
+START_S = 60
+# What Grafana puts for its variables.
+VARIABLES = {"$job": "sidelight", "$instance": ".*", "$probe": ".*", "$__rate_interval": "1m"}
+POLICY = Policy(
+    input={"injection": Rule("block"), "shadow": Rule("shadow", shadow_of="injection")},
+    system_turns="refuse",
+)
+
+
+def alert_rules() -> list[dict]:
+    return [rule for group in ALERTS["groups"] for rule in group["rules"]]
+
+
+def panel_queries() -> list[str]:
+    """The queries of the dashboard, as Grafana sends them."""
+    queries = [t["expr"] for panel in DASHBOARD["panels"] for t in panel.get("targets", ())]
+    for name, value in VARIABLES.items():
+        queries = [query.replace(name, value) for query in queries]
+    return queries
+
+
+def promtool(*words: object) -> None:
+    done = subprocess.run([installed("promtool"), *map(str, words)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_alerts_fire_when_they_should_and_only_then():
+    promtool("check", "rules", DEPLOY / "alerts.yaml")
+    promtool("test", "rules", DEPLOY / "alerts_test.yaml")
+
+
+def test_the_tests_of_alerts_make_each_of_them_fire():
+    fired = re.findall(r'alertname="(\w+)"', (DEPLOY / "alerts_test.yaml").read_text())
+    assert set(fired) == {rule["alert"] for rule in alert_rules()}
+    told = (DEPLOY.parent / "docs" / "deploy.md").read_text()
+    assert [name for name in fired if f"`{name}`" not in told] == []
+    assert all({"summary", "remedy"} == rule["annotations"].keys() for rule in alert_rules())
+
+
+class Prometheus:
+    """Debian's, with the configuration of ``deploy/`` but for the address and the intervals."""
+
+    def __init__(self, folder: Path, target: str):
+        (folder / "metrics-key").write_text(METRICS_KEY)
+        (folder / "alerts.yaml").write_text((DEPLOY / "alerts.yaml").read_text())
+        config = (DEPLOY / "prometheus.yaml").read_text()
+        for written, here in (
+            ("/run/secrets/metrics-key", str(folder / "metrics-key")),
+            ("sidelight:8000", target.removeprefix("http://")),
+            ("15s", "1s"),
+        ):
+            assert written in config
+            config = config.replace(written, here)
+        (folder / "prometheus.yaml").write_text(config)
+        promtool("check", "config", folder / "prometheus.yaml")
+        port = free_port()
+        self.process = subprocess.Popen(
+            [
+                installed("prometheus"),
+                f"--config.file={folder / 'prometheus.yaml'}",
+                f"--storage.tsdb.path={folder / 'data'}",
+                f"--web.listen-address=127.0.0.1:{port}",
+                "--log.level=error",
+            ]
+        )
+        self._http = httpx.Client(base_url=f"http://127.0.0.1:{port}/api/v1/")
+
+    def get(self, path: str, **parameters: str) -> dict:
+        answer = self._http.get(path, params=parameters)
+        assert answer.status_code == 200, answer.text
+        return answer.json()["data"]
+
+    def query(self, query: str) -> list[dict]:
+        return self.get("query", query=query)["result"]
+
+    def wait_until(self, query: str) -> None:
+        """Returns once the query finds something."""
+        deadline = time.monotonic() + START_S
+        while True:
+            try:
+                if self.query(query):
+                    return
+            except httpx.ConnectError:
+                pass
+            assert time.monotonic() < deadline, query
+            time.sleep(0.2)
+
+    def close(self) -> None:
+        self._http.close()
+        self.process.terminate()
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
+    """It has scraped a server before, between and after some requests of every kind."""
+    for program in ("prometheus", "promtool"):
+        installed(program)
+    backbone = tiny_backbone()
+    stored = {"validation": {"scores": {"toxic": [5] * 10}}}
+    judging = untrained_probe(backbone, "injection", threshold=0.99)
+    probes = [
+        replace(judging, record=stored),
+        replace(judging, name="shadow"),
+        untrained_probe(backbone, "answers", reads=Reads("response")),
+    ]
+    settings = {"api_key": [KEY], "metrics_key": [METRICS_KEY]}
+    with served(TransformersEngine(backbone, probes), policy=POLICY, **settings) as address:
+        own = Prometheus(tmp_path_factory.mktemp("prometheus"), address)
+        try:
+            own.wait_until("up == 1")
+            with http_client(address) as http:
+                http.headers["Authorization"] = f"Bearer {KEY}"
+                ask_everything(http)
+            own.wait_until("sum(increase(sidelight_completion_tokens_total[1m])) > 0")
+            own.wait_until("sidelight_probe_drift_psi")
+            yield own
+        finally:
+            own.close()
+
+
+def ask_everything(http: httpx.Client) -> None:
+    texts = [f"text {i}" for i in range(ENOUGH)]
+    http.post("/v1/moderations", json={"input": texts}).raise_for_status()
+    ask = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 5}
+    for stream in (False, True):
+        http.post("/v1/chat/completions", json={**ask, "stream": stream}).raise_for_status()
+
+
+@pytest.mark.slow
+@pytest.mark.unchecked
+def test_every_panel_of_the_dashboard_shows_something(prometheus: Prometheus):
+    assert len(panel_queries()) > 20
+    for query in panel_queries():
+        prometheus.wait_until(query)
+    for variable in DASHBOARD["templating"]["list"][1:]:
+        series, label = re.fullmatch(r"label_values\((.+), (\w+)\)", variable["query"]).groups()
+        (first, *_) = prometheus.query(series.replace("$job", "sidelight"))
+        assert label in first["metric"]
+
+
+@pytest.mark.slow
+@pytest.mark.unchecked
+def test_every_series_and_label_of_the_alerts_exists(prometheus: Prometheus):
+    for rule in alert_rules():
+        labels = re.findall(r"by \(([^)]+)\)", rule["expr"])
+        grouped = {label.strip() for group in labels for label in group.split(",")}
+        selectors = re.findall(r"(\b(?:sidelight_\w+|up))(?:\{([^}]*)\})?", rule["expr"])
+        assert selectors
+        for name, matchers in selectors:
+            found = prometheus.get("series", **{"match[]": name})
+            assert found, name
+            wanted = dict(re.findall(r'(\w+)=~?"([^"]*)"', matchers))
+            assert wanted.keys() | (grouped & {"probe", "side", "label", "le"}) <= found[0].keys()
+            # Other values, such as the status of a failure, come with the failure.
+            for label in wanted.keys() & {"action", "outcome", "job"}:
+                assert any(re.fullmatch(wanted[label], series[label]) for series in found), wanted
+
+
+@pytest.mark.slow
+@pytest.mark.unchecked
+def test_prometheus_evaluates_every_alert(prometheus: Prometheus):
+    groups = prometheus.get("rules")["groups"]
+    health = {rule["name"]: rule["health"] for group in groups for rule in group["rules"]}
+    assert health == {rule["alert"]: "ok" for rule in alert_rules()}
