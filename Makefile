@@ -54,8 +54,9 @@ format: .venv/.dev ## Format the code
 house: ## Print the size and shape of the code
 	@$(PYTHON) .ci/house.py
 
-docs: .venv/.dev ## Check that README and docs agree with the code
+docs: .venv/.dev ## Check that README and docs agree with the code, and build their site in site/
 	$(BIN)/python -m pytest tests/test_docs.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean: ## Remove the environment and caches
 	rm -rf .venv .venv-vllm .venv-gpu .pytest_cache .ruff_cache .hypothesis
