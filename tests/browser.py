@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 CHROMIUM = shutil.which("chromium")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
@@ -21,6 +21,9 @@ _ARGUMENTS = [
     "--disable-component-update",
     "--disable-sync",
 ]
+# Two browsers and a model may share a core.
+_PATIENCE_MS = 60_000
+expect.set_options(timeout=_PATIENCE_MS)
 # What WCAG 2 asks for, up to AA, and what its authors recommend.
 _RULES = {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]}
 
@@ -49,7 +52,7 @@ def page_at(browser: Browser, url: str, **settings: object) -> Iterator[Page]:
     page.on("request", asked)
     page.on("console", lambda line: line.type == "error" and wrong.append(line.text))
     page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.set_default_timeout(10_000)
+    page.set_default_timeout(_PATIENCE_MS)
     try:
         page.goto(url)
         yield page
