@@ -135,6 +135,7 @@ FLOODS = {
 
 
 @pytest.mark.slow
+@pytest.mark.unchecked
 @pytest.mark.parametrize("kind", FLOODS)
 def test_a_flood_of_values_is_refused_at_the_first_too_many(guarded, kind):
     """Also where more messages are allowed; and others are answered meanwhile."""

@@ -7,8 +7,13 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from json.decoder import JSONArray, JSONObject
-from json.scanner import py_make_scanner
+from json.decoder import (  # The stubs leave these out.
+    JSONArray,  # pyright: ignore[reportAttributeAccessIssue, reportUnknownVariableType]
+    JSONObject,  # pyright: ignore[reportAttributeAccessIssue, reportUnknownVariableType]
+)
+from json.scanner import (
+    py_make_scanner,  # pyright: ignore[reportAttributeAccessIssue, reportUnknownVariableType]
+)
 from typing import Any, TypeVar
 
 import jiter
@@ -39,6 +44,10 @@ _QUIET_S = 2
 _MAX_VALUES = 2**15
 
 
+# From a text and a place in it to the value there and its end.
+_Scan = Callable[[str, int], tuple[Any, int]]
+
+
 class _ValueCounter(json.JSONDecoder):
     """Ends at a body's first value too many.
 
@@ -49,14 +58,18 @@ class _ValueCounter(json.JSONDecoder):
     def __init__(self) -> None:
         super().__init__()
         self._values = 0
-        self.parse_array = lambda at, scan: JSONArray(at, self._counted(scan))
-        self.parse_object = lambda at, strict, scan, *hooks: JSONObject(
-            at, strict, self._counted(scan), *hooks
-        )
-        self.scan_once = py_make_scanner(self)
+        self.parse_array: Any = self._array
+        self.parse_object: Any = self._object
+        self.scan_once: Any = py_make_scanner(self)
 
-    def _counted(self, scan: Callable[[str, int], Any]) -> Callable[[str, int], Any]:
-        def scan_next(text: str, at: int) -> Any:
+    def _array(self, at: tuple[str, int], scan: _Scan) -> Any:
+        return JSONArray(at, self._counted(scan))
+
+    def _object(self, at: tuple[str, int], strict: bool, scan: _Scan, *hooks: Any) -> Any:
+        return JSONObject(at, strict, self._counted(scan), *hooks)
+
+    def _counted(self, scan: _Scan) -> _Scan:
+        def scan_next(text: str, at: int) -> tuple[Any, int]:
             self._values += 1
             if self._values > _MAX_VALUES:
                 raise RequestError(
