@@ -22,12 +22,11 @@ export function chip(verdict, press) {
 // The words of a text with the shares of their tokens. Offsets count characters as Python does, so
 // an emoji is one.
 export function wordShares(text, tokens) {
-  const characters = Array.from(text);
   const words = [];
   let start = 0;
   for (const piece of text.match(/\s*\S+|\s+$/gu) ?? []) {
     const end = start + Array.from(piece).length;
-    words.push({ text: characters.slice(start, end).join(""), start, end, share: 0 });
+    words.push({ text: piece, end, share: 0 });
     start = end;
   }
   for (const token of tokens) {
