@@ -1,11 +1,14 @@
 """The page of ``sidelight label``: in a real browser, and asked by those who must not."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
 
 import httpx
 import pytest
@@ -13,9 +16,16 @@ import pytest
 from browser import PHONE, chromium, needs_chromium, page_at, violations
 from commands import saved
 from live import running
+from sidelight import demo
+from sidelight.backbone import load_backbone
+from sidelight.data.loading import load_examples
 from sidelight.labelling import app as labelling_app
 from sidelight.labelling.app import server_settings
+from sidelight.labelling.file import LabelFile
+from sidelight.labelling.pool import Pool, merged
+from sidelight.labelling.queue import LabelQueue
 from sidelight.manifest import read_manifest
+from sidelight.prompts import Reads
 from test_labelling import Sitting, texts_of
 
 TOKEN = "a-token-of-this-test"
@@ -388,6 +398,37 @@ def test_another_site_can_neither_read_nor_post(sitting, browser, address, tmp_p
         server.wait()
         server.stdout.close()
     assert saved_labels(sitting) == []
+
+
+@needs_chromium
+@pytest.mark.unchecked
+@pytest.mark.skipif(
+    "SIDELIGHT_PICTURES" not in os.environ,
+    reason="set SIDELIGHT_PICTURES=1 to draw the docs' picture with the embedded model",
+)
+def test_the_picture_of_the_docs_is_of_this_page(browser, tmp_path):
+    picture = Path(__file__).parents[1] / "docs" / "pictures" / "label.png"
+    texts = load_examples(Path(demo.__file__).parent / "data" / "urgency_train.jsonl")
+    examples, _ = merged(texts, None)
+    reads = Reads(scope="conversation")
+    pool = Pool(
+        load_backbone("smollm2"), examples, texts.task, reads=reads, root=tmp_path / "cache"
+    )
+    with closing(LabelFile(tmp_path / "labels.jsonl")) as file:
+        folder = tmp_path / "probe"
+        queue = LabelQueue(pool, file, column="label", labelled={}, folder=folder)
+        for count in (60, 20):
+            for _ in range(count):
+                row = queue.next()
+                queue.label(row, texts.label_names()[row])
+            queue.train()
+        size = {"width": 900, "height": 900}
+        with (
+            running(server_settings(queue, TOKEN)) as address,
+            page_at(browser, f"{address}/#{TOKEN}", viewport=size) as page,
+        ):
+            page.get_by_text("least certain first").wait_for()
+            page.screenshot(path=picture, full_page=True)
 
 
 @needs_chromium

@@ -92,6 +92,7 @@ class LabelQueue:
         labelled: The rows of the pool that are labelled already, in the order of the file, with the
             labels of each.
         folder: As above. A probe that an earlier sitting left there goes on.
+        seed: Decides the order before there is a probe.
 
     Raises:
         SidelightError: The folder holds a probe that no sitting made, or one of other labels.
@@ -105,12 +106,14 @@ class LabelQueue:
         column: str,
         labelled: Mapping[int, tuple[str, ...]],
         folder: Path,
+        seed: int = 0,
     ):
         self.pool = pool
         self.folder = folder
         self.figures: tuple[Figures, ...] = ()
         self._file = file
         self._column = column
+        self._seed = seed
         self._lock = Lock()
         self._training = Lock()
         self._decided = dict(labelled)
@@ -302,7 +305,8 @@ class LabelQueue:
     def _ordered(self) -> list[int]:
         judges = self._all_judges
         if not judges:
-            return np.random.default_rng(0).permutation(len(self.pool.examples)).tolist()
+            random = np.random.default_rng(self._seed)
+            return random.permutation(len(self.pool.examples)).tolist()
         probabilities = np.stack([judge.probabilities for judge in judges])
         return np.argsort(certainty(self.pool.task, probabilities), kind="stable").tolist()
 
