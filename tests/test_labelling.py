@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import closing
+from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from corpora import TASKS, planted
 from sidelight.artifact import load_probe, save_probe
 from sidelight.data.examples import Example
 from sidelight.data.loading import load_examples
+from sidelight.data.readers import read_file
 from sidelight.errors import SidelightError
 from sidelight.labelling.file import LabelFile
 from sidelight.labelling.pool import Pool, merged
@@ -125,24 +128,64 @@ def test_the_figures_are_of_texts_that_the_probe_did_not_learn_from(tiny, tmp_pa
     assert report == first.record["validation"]["metrics"]
     batch = sitting.label(20)
     sitting.queue.train()
-    since, whole = sitting.queue.figures
+    _, since, whole = sitting.queue.figures
     before, after = since.rows.values()
     assert before["rows"] == after["rows"] == 20
     # By the earlier probe itself, as anybody else would measure it.
     positives = np.array([sitting.truth[row] == ("toxic",) for row in batch])
     flagged = sitting.pool.probabilities(first)[batch, 0] >= first.thresholds[0]
     assert before["accuracy"]["value"] == pytest.approx((positives == flagged).mean())
-    assert [row["rows"] for row in whole.rows.values()] == [40, 60]
+    assert [row["rows"] for row in whole.rows.values()] == [60, 60]
+    second = load_probe(tmp_path / "probe")
+    assert [*whole.rows.values()][1] == second.record["validation"]["metrics"]
 
 
-def test_the_least_certain_texts_come_first(tiny, tmp_path):
+def test_labels_that_say_nothing_about_the_texts_give_figures_of_chance(sitting):
+    """Of each text, what did not learn from it is measured: a probe can know these labels alone."""
+    random = np.random.default_rng(0)
+    sitting.truth = [("toxic",) if one else ("fine",) for one in random.random(60) < 0.5]
+    for count in (30, 20):
+        sitting.label(count)
+        sitting.queue.train()
+    for figures in sitting.queue.figures:
+        for report in figures.rows.values():
+            assert report["auroc"]["value"] < 0.8, figures.title
+
+
+def test_the_least_certain_texts_come_first_and_one_in_four_at_random(tiny, tmp_path):
     sitting = Sitting(tiny, tmp_path, count=120)
     sitting.label(40)
     sitting.queue.train()
     chances = sitting.pool.probabilities(load_probe(tmp_path / "probe"))[:, 0]
-    shown = sitting.label(10)
+    shuffled = [row for row in sitting.queue._shuffled if row not in sitting.queue.decided]
+    shown = sitting.label(12)
+    at_random = shown[3::4]
+    assert at_random == [row for row in shuffled if row not in set(shown) - set(at_random)][:3]
+    chosen = [row for row in shown if row not in at_random]
     left = [row for row in range(120) if row not in sitting.queue.decided]
-    assert max(abs(chances[shown] - 0.5)) <= min(abs(chances[left] - 0.5))
+    assert max(abs(chances[chosen] - 0.5)) <= min(abs(chances[left] - 0.5))
+
+
+def test_the_random_texts_lack_no_kind_of_text(tiny, tmp_path):
+    """They are the first of a random order, whichever of them were chosen early."""
+    sitting = Sitting(tiny, tmp_path, count=120)
+    sitting.label(40)
+    sitting.queue.train()
+    sitting.label(40)
+    at_random = sitting.queue._at_random()
+    assert at_random == sitting.queue._shuffled[: len(at_random)]
+    assert 50 <= len(at_random) < 80
+    sitting.queue.train()
+    assert sitting.queue.figures[0].title == f"The {len(at_random)} texts that came at random"
+
+
+def test_the_random_order_of_texts_stays_when_others_come_or_go(tiny, tmp_path):
+    sitting = Sitting(tiny, tmp_path)
+    before = [sitting.rows[row]["id"] for row in sitting.queue._shuffled]
+    sitting.rows = sitting.rows[10:]
+    sitting.begin_again()
+    after = [sitting.rows[row]["id"] for row in sitting.queue._shuffled]
+    assert after == [number for number in before if number >= 10]
 
 
 @pytest.mark.parametrize(
@@ -174,10 +217,10 @@ def test_given_probes_order_the_texts_from_the_start(tiny, tmp_path):
     )
     first = sitting.queue.next()
     assert abs(mean[first] - 0.5) <= np.sort(abs(mean - 0.5))[5]
+    assert sitting.queue._order != sitting.queue._shuffled
     sitting.label(40)
     sitting.queue.train()
-    since, whole = sitting.queue.figures
-    assert [*since.rows][:2] == [*whole.rows][:2] == ["one", "two"]
+    assert [[*figures.rows][:2] for figures in sitting.queue.figures] == [["one", "two"]] * 2
 
 
 def test_a_probe_of_other_labels_or_of_responses_is_refused(tiny, tmp_path):
@@ -197,27 +240,19 @@ def test_the_model_reads_each_text_once_for_all_sittings(sitting, monkeypatch):
 
 
 def test_a_sitting_goes_on_where_the_last_one_stopped(sitting):
-    sitting.label(30)
+    shown = sitting.label(30)
     sitting.queue.train()
     order = sitting.queue._order
-    batch = sitting.label(5)
     sitting.begin_again()
-    assert len(sitting.queue.decided) == 35
     assert sitting.queue._order == order
-    assert sitting.queue.next() not in batch
+    assert [*sitting.queue.decided] == shown
+    assert sitting.queue.next() not in shown
+    batch = sitting.label(5)
     sitting.queue.train()
-    since, _ = sitting.queue.figures
-    assert next(iter(since.rows.values()))["rows"] == 5
-
-
-def test_labels_that_were_edited_between_sittings_count_as_learned(sitting):
-    sitting.label(30)
-    sitting.queue.train()
-    lines = sitting.out.read_text().splitlines(keepends=True)
-    sitting.out.write_text("".join(lines[1:]))
-    sitting.begin_again()
-    sitting.queue.train()
-    assert [figures.title for figures in sitting.queue.figures] == ["All 29 labelled texts"]
+    assert [f.title for f in sitting.queue.figures[-2:]] == [
+        f"The {len(batch)} texts labelled since",
+        "All 35 labelled texts",
+    ]
 
 
 def test_undo_takes_back_labels_and_skips_and_shows_their_texts_again(sitting):
@@ -337,6 +372,16 @@ def test_the_beginning_of_a_row_that_a_power_cut_left_is_removed(tmp_path):
     assert [json.loads(line)["text"] for line in path.read_text().splitlines()] == ["a", "c"]
 
 
+def test_every_cell_of_a_row_can_be_written_and_read_again(tmp_path):
+    path = tmp_path / "labels.jsonl"
+    row = {"text": "\u2028 日本 <b>", "half": "\ud800", "when": date(2026, 1, 2), "label": "x"}
+    with closing(LabelFile(path)) as file:
+        file.append(row)
+    (read,) = read_file(path)
+    assert read.cells == {**row, "when": "2026-01-02"}
+    assert "日本".encode() in path.read_bytes()
+
+
 def test_a_last_row_without_a_line_break_is_kept(tmp_path):
     path = tmp_path / "labels.jsonl"
     path.write_text('{"text": "a", "label": "x"}')
@@ -370,7 +415,7 @@ def test_a_kill_loses_no_label(tmp_path):
 
 def test_a_probe_that_no_sitting_made_is_not_replaced(tiny, tmp_path):
     save_probe(untrained_probe(tiny, "mine", task=TOXICITY), tmp_path / "probe")
-    with pytest.raises(SidelightError, match="did not make"):
+    with pytest.raises(SidelightError, match="not made from labels"):
         Sitting(tiny, tmp_path)
 
 
@@ -425,6 +470,8 @@ def test_labels_are_spelt_as_training_spells_them():
         (["--labels", "a,b", "--probe", "p"], "not both"),
         (["--labels", "a,b", "--out", "labels.csv"], "ends in .jsonl"),
         (["--labels", "a"], "two or more"),
+        (["--labels", "a,b", "--label", "text"], "labels would replace them"),
+        (["--labels", "a,b", "--multilabel", "--probe", "p"], "not both"),
     ],
 )
 def test_the_command_refuses_at_once(options, message, tmp_path, monkeypatch, capsys):

@@ -100,6 +100,11 @@ def label(
         )
     if multilabel and labels is None:
         raise SidelightError("--multilabel goes with --labels. A probe says itself which it is.")
+    if label in (text, response):
+        raise SidelightError(
+            f"The column '{label}' holds texts, and labels would replace them. Name another column "
+            "with --label."
+        )
     # Before imports that take seconds: a wrong file or column is refused at once.
     from sidelight.data.loading import load_examples
 
@@ -124,7 +129,8 @@ def label(
     task = loaded[0].task if loaded else task_of(names, is_multilabel=multilabel)
     own = Reads("response" if response else "prompt")
     reads = replace(loaded[0].reads if loaded else own, scope="conversation")
-    path = out or Path(f"{Path(texts).name.partition('.')[0].replace(':', '-')}-labels.jsonl")
+    stem = Path(Path(texts).name.removesuffix(".gz")).stem.replace(":", "-")
+    path = out or Path(f"{stem}-labels.jsonl")
     folder = probe_out or path.with_name(f"{path.stem}-probe")
     with closing(LabelFile(path)) as file, _listener(HOST, port) as listener:
         if file.has_lost_end:

@@ -5,6 +5,7 @@ import socket
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,8 @@ def undo(request: Request, body: _Body) -> JSONResponse:
 def train(request: Request) -> JSONResponse:
     """Begins a training; the state says when it has ended."""
     queue, state = _queue(request), request.app.state
+    if queue.is_training:
+        return _state(request)
     if obstacle := queue.obstacle:
         raise SidelightError(obstacle)
 
@@ -182,7 +185,7 @@ def _state(request: Request) -> JSONResponse:
             "failure": request.app.state.failure,
             "folder": str(queue.folder),
         },
-        "figures": [{"title": one.title, "rows": one.rows} for one in queue.figures],
+        "figures": [asdict(one) for one in queue.figures],
         "text": _text(queue),
     }
     return JSONResponse(state, headers={"Cache-Control": "no-store"})

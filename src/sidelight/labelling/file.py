@@ -64,7 +64,9 @@ class LabelFile:
         """
         self._require_unchanged()
         end = self._seen.st_size
-        line = json.dumps(row, ensure_ascii=False, default=str).encode() + b"\n"
+        # Half a character in another cell is written as JSON's escape of it.
+        text = json.dumps(row, ensure_ascii=False, default=str)
+        line = text.encode("utf-8", "backslashreplace") + b"\n"
         try:
             written = os.write(self._file, line)
             if written != len(line):

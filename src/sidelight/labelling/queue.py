@@ -1,9 +1,14 @@
-"""Which text is labelled next, what was decided, and the probe that learns from it."""
+"""Which text is labelled next, what was decided, and the probe that learns from it.
 
+Texts of which probes are least certain come first, and one in four comes at random. Without those,
+nothing could be measured: of texts that were chosen because a probe is unsure, it knows little.
+"""
+
+import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, takewhile
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -11,20 +16,21 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from sidelight.artifact import load_probe, save_probe
-from sidelight.data.examples import LabelledExamples
+from sidelight.artifact import save_probe
+from sidelight.data.examples import Examples, LabelledExamples
 from sidelight.data.labels import is_missing, label_name
 from sidelight.errors import SidelightError
 from sidelight.evaluation import evaluate
 from sidelight.labelling.file import LabelFile
 from sidelight.labelling.pool import Pool, folds_of
-from sidelight.manifest import holds_probe
+from sidelight.manifest import holds_probe, read_manifest
 from sidelight.probe import Probe
 from sidelight.training.dataset import FOLDS
 from sidelight.types import Task
 
 # What the record of a probe calls the labels that it was fitted to here.
 _RECORD = "labelling"
+_RANDOM_EVERY = 4
 
 
 class ConflictError(SidelightError):
@@ -37,16 +43,21 @@ class Figures:
 
     Attributes:
         title: Which texts.
+        note: What to make of them.
         rows: By the name of a probe what ``Report.to_dict`` gives.
     """
 
     title: str
+    note: str
     rows: Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class _Judge:
-    """A probe and what it says of each text; ``taught`` are the texts that it learned from."""
+    """A probe and what is said of each text by what did not learn from it.
+
+    Of the texts that it learned from, ``taught``, those are the probes of the folds.
+    """
 
     title: str
     probe: Probe
@@ -91,11 +102,11 @@ class LabelQueue:
         column: Of the label in the file.
         labelled: The rows of the pool that are labelled already, in the order of the file, with the
             labels of each.
-        folder: As above. A probe that an earlier sitting left there goes on.
-        seed: Decides the order before there is a probe.
+        folder: As above.
+        seed: Decides which texts come at random.
 
     Raises:
-        SidelightError: The folder holds a probe that no sitting made, or one of other labels.
+        SidelightError: The folder holds a probe that was not made from this file of labels.
     """
 
     def __init__(
@@ -113,7 +124,6 @@ class LabelQueue:
         self.figures: tuple[Figures, ...] = ()
         self._file = file
         self._column = column
-        self._seed = seed
         self._lock = Lock()
         self._training = Lock()
         self._decided = dict(labelled)
@@ -122,8 +132,12 @@ class LabelQueue:
         self._history: list[int] = []
         # Undone, to be shown first; the last one is the first.
         self._again: list[int] = []
+        self._shuffled = shuffled(pool.examples, seed)
         self._judges = [_Judge(probe.name, probe, own) for probe, own in pool.given]
-        self._own: _Judge | None = self._resumed()
+        self._own: _Judge | None = None
+        self._require_own_folder()
+        if not self.obstacle and folds_of(self._labelled(self._decided)):
+            self._own, _ = self._fitted(self._decided)
         self._order = self._ordered()
 
     @property
@@ -135,8 +149,8 @@ class LabelQueue:
         """What the order is by, in words."""
         titles = [judge.title for judge in self._all_judges]
         if not titles:
-            return "random, until there is a probe"
-        return f"least certain first, by {' and '.join(titles)}"
+            return "at random, until there is a probe"
+        return f"least certain first, by {' and '.join(titles)}; one in {_RANDOM_EVERY} at random"
 
     @property
     def decided(self) -> Mapping[int, tuple[str, ...]]:
@@ -247,18 +261,14 @@ class LabelQueue:
             if obstacle := self.obstacle:
                 raise SidelightError(obstacle)
             decided = self.decided
-            rows, labelled = [*decided], self._labelled(decided)
+            labelled = self._labelled(decided)
             if not folds_of(labelled):
                 raise SidelightError(
                     "Some texts are too alike to be measured on others. Label more of each label."
                 )
-            fitted, left_out = self.pool.fit(rows, labelled, name=self.folder.resolve().name)
-            record = {**fitted.probe.record, _RECORD: self._file.path.name}
-            probe = replace(fitted.probe, record=record)
-            save_probe(probe, self.folder)
-            title = f"the probe of {len(rows)} labels"
-            own = _Judge(title, probe, self.pool.probabilities(probe), frozenset(rows))
-            figures = self._compared(own, fitted.report.to_dict(), rows, labelled, left_out)
+            own, report = self._fitted(decided)
+            save_probe(own.probe, self.folder)
+            figures = self._compared(own, report, [*decided], labelled)
             with self._lock:
                 self._own = own
                 self.figures = figures
@@ -272,9 +282,19 @@ class LabelQueue:
         return [*self._judges, *([own] if own is not None else [])]
 
     def _open(self) -> Iterator[int]:
-        fresh = (row for row in self._order if row not in self._skipped)
+        is_random = len(self._decided) % _RANDOM_EVERY == _RANDOM_EVERY - 1
+        order = self._shuffled if is_random else self._order
+        fresh = (row for row in order if row not in self._skipped)
         rows = chain(reversed(self._again), fresh, self._skipped)
         return (row for row in rows if row not in self._decided)
+
+    def _at_random(self) -> list[int]:
+        """The decided texts that are like all texts: those first in the random order.
+
+        A text that was chosen early counts once its turn has come, so no kind of text is missing.
+        """
+        passed = takewhile(lambda row: row in self._decided or row in self._skipped, self._shuffled)
+        return [row for row in passed if row in self._decided]
 
     def _require_open(self, row: int) -> None:
         if not 0 <= row < len(self.pool.examples):
@@ -305,10 +325,22 @@ class LabelQueue:
     def _ordered(self) -> list[int]:
         judges = self._all_judges
         if not judges:
-            random = np.random.default_rng(self._seed)
-            return random.permutation(len(self.pool.examples)).tolist()
+            return self._shuffled
         probabilities = np.stack([judge.probabilities for judge in judges])
         return np.argsort(certainty(self.pool.task, probabilities), kind="stable").tolist()
+
+    def _fitted(self, decided: Mapping[int, tuple[str, ...]]) -> tuple[_Judge, Mapping[str, Any]]:
+        """A probe of these labels, and its figures as ``sidelight train`` prints them."""
+        rows = [*decided]
+        fitted, left_out = self.pool.fit(
+            rows, self._labelled(decided), name=self.folder.resolve().name
+        )
+        record = {**fitted.probe.record, _RECORD: self._file.path.name}
+        probe = replace(fitted.probe, record=record)
+        probabilities = self.pool.probabilities(probe)
+        probabilities[rows] = left_out
+        title = f"the probe of {len(rows)} labels"
+        return _Judge(title, probe, probabilities, frozenset(rows)), fitted.report.to_dict()
 
     def _compared(
         self,
@@ -316,61 +348,67 @@ class LabelQueue:
         report: Mapping[str, Any],
         rows: Sequence[int],
         labelled: LabelledExamples,
-        left_out: Float[np.ndarray, "row output"],
     ) -> tuple[Figures, ...]:
-        """The new probe beside earlier ones: on the texts since the last training, and on all."""
-        task, earlier = self.pool.task, self._all_judges
-        title = f"{new.title}, each text judged without it"
-        before = self._own
-        whole = {judge.title: _measured(judge, rows, labelled) for judge in self._judges}
-        if before is not None:
-            name = f"{before.title}, each of them judged without it"
-            whole[name] = before.probe.record["validation"]["metrics"]
-        figures = [Figures(f"All {len(rows)} labelled texts", {**whole, title: report})]
-        fresh = [at for at, row in enumerate(rows) if before is None or row not in before.taught]
-        if not earlier or not fresh:
-            return tuple(figures)
-        chosen = labelled.select(fresh)
-        batch = [rows[at] for at in fresh]
-        own = evaluate(
-            task,
-            left_out[fresh],
-            chosen.labels,
-            thresholds=new.probe.thresholds,
-            bootstrap=0,
-        )
-        since = {judge.title: _measured(judge, batch, chosen) for judge in earlier}
-        name = f"The {len(batch)} texts labelled since, which no earlier probe learned from"
-        return (Figures(name, {**since, title: own.to_dict()}), *figures)
-
-    def _resumed(self) -> _Judge | None:
-        """The probe of an earlier sitting, if there is one."""
-        if not holds_probe(self.folder):
-            return None
-        probe = load_probe(self.folder)
-        if _RECORD not in probe.record:
-            raise SidelightError(
-                f"{self.folder} holds a probe that 'sidelight label' did not make. Name another "
-                "folder with --probe-out."
+        """The new probe beside the earlier ones, on the same texts; none learned from them."""
+        earlier, before = self._all_judges, self._own
+        with self._lock:
+            random = {*self._at_random()}
+        at_random = [at for at, row in enumerate(rows) if row in random]
+        since = [at for at, row in enumerate(rows) if before is None or row not in before.taught]
+        figures: list[Figures] = []
+        if 0 < len(at_random) < len(rows):
+            figures.append(
+                Figures(
+                    f"The {len(at_random)} texts that came at random",
+                    "They are like all of the texts, so these are the figures to go by.",
+                    {
+                        one.title: _measured(one, rows, labelled, at_random)
+                        for one in (*earlier, new)
+                    },
+                )
             )
-        self.pool.require_fits(probe)
-        count, digest = probe.record["training"]["rows"], probe.record["training"]["sha256"]
-        decided = dict(list(self._decided.items())[:count])
-        # If its labels were changed since, nobody knows which texts it has not seen.
-        is_known = len(decided) == count and self._labelled(decided).content_hash == digest
-        taught = frozenset(decided if is_known else self._decided)
-        title = f"the probe of {count} labels"
-        return _Judge(title, probe, self.pool.probabilities(probe), taught)
+        if earlier and 0 < len(since) < len(rows):
+            figures.append(
+                Figures(
+                    f"The {len(since)} texts labelled since",
+                    "Most were chosen because an earlier probe was unsure of them, so it looks "
+                    "worse here than it is.",
+                    {one.title: _measured(one, rows, labelled, since) for one in (*earlier, new)},
+                )
+            )
+        whole = {one.title: _measured(one, rows, labelled, range(len(rows))) for one in earlier}
+        note = "Harder than all of the texts, except the random ones."
+        title = f"All {len(rows)} labelled texts"
+        return (*figures, Figures(title, note if earlier else "", {**whole, new.title: report}))
+
+    def _require_own_folder(self) -> None:
+        if not holds_probe(self.folder):
+            return
+        if read_manifest(self.folder).record.get(_RECORD) != self._file.path.name:
+            raise SidelightError(
+                f"{self.folder} holds a probe that was not made from {self._file.path.name}. Name "
+                "another folder with --probe-out."
+            )
 
 
-def _measured(judge: _Judge, rows: Sequence[int], labelled: LabelledExamples) -> Mapping[str, Any]:
-    """A probe's figures on texts that it did not learn from."""
+def shuffled(examples: Examples, seed: int) -> list[int]:
+    """A random order that stays when other texts come or go: by a hash of each text."""
+    keys = [
+        hashlib.sha256(repr((seed, item.messages, item.response)).encode()).digest()
+        for item in examples.items
+    ]
+    return sorted(range(len(keys)), key=keys.__getitem__)
+
+
+def _measured(
+    judge: _Judge, rows: Sequence[int], labelled: LabelledExamples, at: Sequence[int]
+) -> Mapping[str, Any]:
+    """A probe's figures on some of the labelled texts."""
     return evaluate(
         labelled.task,
-        judge.probabilities[list(rows)],
-        labelled.labels,
+        judge.probabilities[[rows[text] for text in at]],
+        labelled.labels[list(at)],
         thresholds=judge.probe.thresholds,
-        bootstrap=0,
     ).to_dict()
 
 

@@ -16,7 +16,7 @@ from sidelight.errors import SidelightError
 from sidelight.evaluation import evaluate
 from sidelight.labelling.file import LabelFile
 from sidelight.labelling.pool import Pool, folds_of
-from sidelight.labelling.queue import LabelQueue
+from sidelight.labelling.queue import LabelQueue, shuffled
 from sidelight.probe import Probe
 from sidelight.prompts import Reads
 
@@ -92,7 +92,7 @@ def _distinct(examples: LabelledExamples) -> LabelledExamples:
 def _at_random(
     pool: Pool, training: LabelledExamples, counts: Sequence[int], seed: int
 ) -> Iterator[tuple[list[int], Probe]]:
-    order = np.random.default_rng(seed).permutation(len(training)).tolist()
+    order = shuffled(training, seed)
     for count in counts:
         rows = order[:count]
         labelled = training.select(rows)

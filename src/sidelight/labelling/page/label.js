@@ -76,7 +76,7 @@ async function poll() {
   }
 }
 
-function figures({ title, rows }) {
+function figures({ title, note, rows }) {
   const shown = Object.keys(METRICS).filter((metric) => Object.values(rows).some((row) => row[metric]?.value != null));
   const cell = (row, metric) => {
     const { value, ci } = row[metric] ?? {};
@@ -85,6 +85,7 @@ function figures({ title, rows }) {
   };
   return el("div", {},
     el("h3", {}, title),
+    note && el("p", { class: "quiet" }, note),
     el("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": title }, el("table", {},
       el("thead", {}, el("tr", {},
         el("th", { scope: "col" }, "probe"),
