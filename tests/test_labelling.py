@@ -65,9 +65,9 @@ class Sitting:
         )
         return self
 
-    def begin_again(self):
+    def begin_again(self, **options):
         self.file.close()
-        return self.begin()
+        return self.begin(**options)
 
     def label(self, count):
         """Labels the next texts truly, and says which they were."""
@@ -449,6 +449,11 @@ def test_chats_and_responses_are_labelled_like_texts(tiny, tmp_path):
     read = load_examples(tmp_path / "labels.jsonl", label="said", response="answer")
     assert isinstance(read.items[0], Example)
     assert read.items[0].messages[0] == Message("system", "s")
+
+
+def test_more_texts_than_the_memory_holds_are_refused(sitting):
+    with pytest.raises(SidelightError, match="60 texts need"):
+        sitting.begin_again(memory_bytes=10_000)
 
 
 @pytest.mark.parametrize("names", [[], ["a"], ["a", "a"], ["Yes", "yes"], ["a", "null"]])

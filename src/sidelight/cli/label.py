@@ -57,6 +57,7 @@ from sidelight.errors import SidelightError
 )
 @options.limit
 @options.max_tokens
+@options.memory
 @click.option("--cache", type=options.PATH, help="Folder for what was read. [default: the user's]")
 @click.option(
     "--port",
@@ -80,6 +81,7 @@ def label(
     probe_out: Path | None,
     limit: int | None,
     max_tokens: int,
+    memory: float,
     cache: Path | None,
     port: int,
     browser: bool,
@@ -151,6 +153,7 @@ def label(
             root=cache or cache_root() / "labelling",
             probes=loaded,
             max_tokens=max_tokens,
+            memory_bytes=int(memory * 2**30),
         )
         queue = LabelQueue(pool, file, column=label, labelled=decided, folder=folder)
         token = secrets.token_urlsafe(32)

@@ -23,7 +23,7 @@ from sidelight.probe import Probe
 from sidelight.progress import progress
 from sidelight.prompts import Reads
 from sidelight.standardisation import Standardisation
-from sidelight.states.cache import ActivationCache, Pooled, write_tensors
+from sidelight.states.cache import MEMORY_BYTES, ActivationCache, Pooled, write_tensors
 from sidelight.states.extraction import BackboneSource, require_finite, shard_logits
 from sidelight.training.dataset import FOLDS, Folds, ProbeDataset, Split, encode_shortened
 from sidelight.training.fit import FittedProbe, calibrate, calibrate_probe
@@ -33,7 +33,6 @@ from sidelight.training.settings import FitOptions, Job, suggested_settings
 from sidelight.types import Task
 
 _SHARD_BYTES = 128 * 2**20
-_MOST_BYTES = 4 * 2**30
 
 
 class Pool:
@@ -54,6 +53,7 @@ class Pool:
         reads: As above.
         probes: Probes that are given; they judge each text while its states are at hand.
         max_tokens: Longer texts are cut, as in training.
+        memory_bytes: The most that the vectors may take.
         root: The folder that gets a folder for the vectors.
 
     Raises:
@@ -71,6 +71,7 @@ class Pool:
         root: Path,
         probes: Sequence[Probe] = (),
         max_tokens: int = 1024,
+        memory_bytes: int = MEMORY_BYTES,
     ):
         self.backbone = backbone
         self.examples = examples
@@ -81,11 +82,11 @@ class Pool:
             self.require_fits(probe)
         sizes = backbone.fingerprint
         needed = 8 * len(examples) * sizes.layers * sizes.width
-        if needed > _MOST_BYTES:
+        if needed > memory_bytes:
             raise SidelightError(
                 f"{len(examples):,} texts need {needed / 2**30:.1f} GiB of memory for the vectors "
-                f"that probes learn from, the limit is {_MOST_BYTES / 2**30:.1f} GiB. Use fewer "
-                "texts (--limit)."
+                f"that probes learn from, the limit is {memory_bytes / 2**30:.1f} GiB. Allow more "
+                "(--memory), or use fewer texts (--limit)."
             )
         source = BackboneSource(backbone)
         limit = min(max_tokens, source.max_tokens)
