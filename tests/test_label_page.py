@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import httpx
@@ -17,6 +17,7 @@ from browser import PHONE, chromium, needs_chromium, page_at, violations
 from commands import saved
 from live import running
 from sidelight import demo
+from sidelight.artifact import save_probe
 from sidelight.backbone import load_backbone
 from sidelight.data.loading import load_examples
 from sidelight.labelling import app as labelling_app
@@ -27,6 +28,7 @@ from sidelight.labelling.queue import LabelQueue
 from sidelight.manifest import read_manifest
 from sidelight.prompts import Reads
 from test_labelling import Sitting, texts_of
+from tiny import untrained_probe
 
 TOKEN = "a-token-of-this-test"
 KEYS = {"fine": "1", "toxic": "2"}
@@ -431,33 +433,43 @@ def test_the_picture_of_the_docs_is_of_this_page(browser, tmp_path):
             page.screenshot(path=picture, full_page=True)
 
 
+@contextmanager
+def started(folder, *options):
+    """The process, with the address that it prints and all that it prints."""
+    command = [sys.executable, "-m", "sidelight", "label", "texts.jsonl", *options]
+    with subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        said = []
+        try:
+            for line in process.stdout:
+                said.append(line)
+                if line.startswith("Label at "):
+                    yield process, line.split()[2], said
+            assert process.wait(30) == 0, said
+        finally:
+            process.kill()
+
+
 @needs_chromium
 def test_the_command_from_start_to_end(tiny, tmp_path, browser):
     """As a user starts it, with the address that it prints; no text is in what it logs."""
-    model = saved(tiny, tmp_path / "model")
     rows, _ = texts_of("binary", 60)
     (tmp_path / "texts.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    command = [sys.executable, "-m", "sidelight", "label", "texts.jsonl", "--labels", "fine,toxic"]
-    process = subprocess.Popen(
-        [*command, "--model", model, "--cache", str(tmp_path / "cache")],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    said = []
-    for line in process.stdout:
-        said.append(line)
-        if line.startswith("Label at "):
-            break
-    with page_at(browser, said[-1].split()[2]) as page:
-        page.get_by_text("0 of 60").wait_for()
-        page.keyboard.press("1")
-        wait_for_labels(page, 1)
+    model = ["--model", saved(tiny, tmp_path / "model"), "--cache", str(tmp_path / "cache")]
+    with started(tmp_path, "--labels", "fine,toxic", *model) as (process, address, said):
+        with page_at(browser, address) as page:
+            page.get_by_text("0 of 60").wait_for()
+            page.keyboard.press("1")
+            wait_for_labels(page, 1)
         process.send_signal(signal.SIGINT)
-        said += process.stdout.readlines()
-        process.stdout.close()
-        assert process.wait(30) == 0
-    assert "1 texts are labelled in texts-labels.jsonl" in "".join(said)
-    assert "Next: sidelight train --data texts-labels.jsonl" in "".join(said)
+    assert said[-2] == "1 texts are labelled in texts-labels.jsonl (1 of them just now).\n"
+    assert said[-1].startswith("Next: sidelight train --data texts-labels.jsonl --out ")
     assert not any(row["text"] in line for row in rows for line in said)
+    save_probe(untrained_probe(tiny, "one"), tmp_path / "one")
+    with started(tmp_path, "--probe", "one", *model) as (process, address, said):
+        address, _, token = address.partition("#")
+        headers = {"Authorization": f"Bearer {token}"}
+        state = httpx.get(f"{address}api/state", headers=headers).json()
+        process.send_signal(signal.SIGINT)
+    assert (state["done"], [*state["text"]["opinions"]]) == (1, ["one"])

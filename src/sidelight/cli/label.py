@@ -117,7 +117,7 @@ def label(
     from sidelight.labelling.app import HOST, serve
     from sidelight.labelling.file import LabelFile
     from sidelight.labelling.pool import Pool, merged
-    from sidelight.labelling.queue import LabelQueue, task_of
+    from sidelight.labelling.queue import LabelQueue, require_own, task_of
     from sidelight.probe import common_format, require_distinct_names
     from sidelight.prompts import Reads
     from sidelight.smollm2 import cache_root
@@ -137,6 +137,7 @@ def label(
     with closing(LabelFile(path)) as file, _listener(HOST, port) as listener:
         if file.has_lost_end:
             click.echo(f"Warning: {path} ended within a row, which was removed.", err=True)
+        require_own(folder, file)
         labelled = None
         if not file.is_empty:
             labelled = load_examples(path, text=text, label=label, response=response, task=task)

@@ -135,7 +135,7 @@ class LabelQueue:
         self._shuffled = shuffled(pool.examples, seed)
         self._judges = [_Judge(probe.name, probe, own) for probe, own in pool.given]
         self._own: _Judge | None = None
-        self._require_own_folder()
+        require_own(folder, file)
         if not self.obstacle and folds_of(self._labelled(self._decided)):
             self._own, _ = self._fitted(self._decided)
         self._order = self._ordered()
@@ -381,14 +381,18 @@ class LabelQueue:
         title = f"All {len(rows)} labelled texts"
         return (*figures, Figures(title, note if earlier else "", {**whole, new.title: report}))
 
-    def _require_own_folder(self) -> None:
-        if not holds_probe(self.folder):
-            return
-        if read_manifest(self.folder).record.get(_RECORD) != self._file.path.name:
-            raise SidelightError(
-                f"{self.folder} holds a probe that was not made from {self._file.path.name}. Name "
-                "another folder with --probe-out."
-            )
+
+def require_own(folder: Path, file: LabelFile) -> None:
+    """Checks that training would replace no probe but one that was made from this file.
+
+    Raises:
+        SidelightError: It would.
+    """
+    if holds_probe(folder) and read_manifest(folder).record.get(_RECORD) != file.path.name:
+        raise SidelightError(
+            f"{folder} holds a probe that was not made from {file.path.name}. Name another folder "
+            "with --probe-out."
+        )
 
 
 def shuffled(examples: Examples, seed: int) -> list[int]:
