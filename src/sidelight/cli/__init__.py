@@ -10,6 +10,7 @@ import click
 
 from sidelight.cli import options
 from sidelight.cli.evaluate import evaluate, parity, predict
+from sidelight.cli.label import label
 from sidelight.cli.policy import policy
 from sidelight.cli.recalibrate import recalibrate
 from sidelight.cli.redteam import redteam
@@ -20,7 +21,7 @@ from sidelight.errors import SidelightError
 
 _GROUP = "sidelight.commands"
 _LABORATORY = ("search", "reproduce", "anatomy", "bench")
-_RESUMED = ("train", "search", "reproduce")
+_RESUMED = ("train", "label", "search", "reproduce")
 _SERVING = ("fastapi", "openai", "prometheus_client", "pydantic_settings", "uvicorn")
 
 
@@ -104,6 +105,7 @@ def demo(keep: bool, port: int) -> None:
 
 _COMMANDS = (
     train,
+    label,
     evaluate,
     recalibrate,
     redteam,

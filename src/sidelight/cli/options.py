@@ -261,6 +261,13 @@ max_tokens = click.option(
     default=1024,
     help="Cut longer texts, and count them; judging never cuts.",
 )
+memory = click.option(
+    "--memory",
+    type=click.FloatRange(min=0.01),
+    default=1.0,
+    metavar="GIB",
+    help="The most memory that hidden states may take, above the model.  [default: 1]",
+)
 threshold = partial(
     click.option,
     "--threshold",
@@ -323,12 +330,6 @@ training = together(
         help="The most disk that the hidden states of one file may take.",
     ),
     click.option("--keep-cache", is_flag=True, help="Keep the hidden states for another run."),
-    click.option(
-        "--memory",
-        type=click.FloatRange(min=0.01),
-        default=1.0,
-        metavar="GIB",
-        help="The most memory that hidden states may take, above the model.  [default: 1]",
-    ),
+    memory,
     _gathered("inputs", TrainingInputs),
 )

@@ -108,7 +108,7 @@ class Examples:
     def content_hash(self) -> str:
         """SHA-256 of texts, responses and label names, in order; the same for every format."""
         digest = hashlib.sha256()
-        for item, names in zip(self.items, self._label_names(), strict=True):
+        for item, names in zip(self.items, self.label_names(), strict=True):
             turns = [[message.role, message.content] for message in item.messages]
             digest.update(json.dumps([turns, item.response, names]).encode() + b"\n")
         return digest.hexdigest()
@@ -215,7 +215,8 @@ class Examples:
             keys = [_without_case_and_spacing(item.response or "") for item in self.items]
         return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
 
-    def _label_names(self) -> list[list[str]]:
+    def label_names(self) -> list[list[str]]:
+        """The labels of each text; none of texts without labels."""
         return [[] for _ in self.items]
 
     def _strata(self) -> Bool[Flags, "row stratum"]:
@@ -250,7 +251,7 @@ class LabelledExamples(Examples):
         chosen = [operator.index(position) for position in indices]
         return replace(super().select(chosen), labels=self.labels[chosen])
 
-    def _label_names(self) -> list[list[str]]:
+    def label_names(self) -> list[list[str]]:
         names = self.task.labels
         if self.task.kind == "multilabel":
             return [sorted(names[index] for index in np.flatnonzero(row)) for row in self.labels]

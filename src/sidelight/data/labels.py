@@ -32,7 +32,7 @@ def is_missing(cell: object) -> bool:
 
 def truth_value(cell: object, place: str, column: str) -> bool:
     """The truth value in a cell: 0/1, true/false or no/yes, in any spelling."""
-    name = _label_name(cell, f"{place}, column '{column}'")
+    name = label_name(cell, f"{place}, column '{column}'")
     if name not in _TRUTH:
         raise SidelightError(
             f"{place}: column '{column}' holds '{name[:60]}'. Write one of {', '.join(_TRUTH)}."
@@ -61,7 +61,7 @@ def encode_labels(
     return _encode_sets(rows, columns, task)
 
 
-def _label_name(cell: object, place: str) -> str:
+def label_name(cell: object, place: str) -> str:
     """The spelling of a label, which is the same for every file format.
 
     1, 1.0, "1" and " 1 " all become "1"; True and "TRUE" become "true", "Yes" becomes "yes". All
@@ -116,7 +116,7 @@ def _lookup(row: Row, name: str, index: Mapping[str, int]) -> int:
 def _encode_classes(
     rows: Sequence[Row], column: str, *, positive: str | None, task: Task | None
 ) -> _Encoded:
-    names = [_label_name(row.cells[column], row.place) for row in rows]
+    names = [label_name(row.cells[column], row.place) for row in rows]
     warnings: tuple[str, ...] = ()
     if task is None:
         task = _infer_task(names, column, positive)
@@ -243,4 +243,4 @@ def _label_set(row: Row, column: str) -> set[str]:
         raise SidelightError(
             f"{row.place}: the list of labels {str(cell)[:60]} holds an empty one. Remove it."
         )
-    return {_label_name(value, row.place) for value in cell}
+    return {label_name(value, row.place) for value in cell}

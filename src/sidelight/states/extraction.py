@@ -97,7 +97,7 @@ def _fill(source: StateSource, cache: ActivationCache, missing: Sequence[int], t
     ):
         pending: Future[None] | None = None
         for index, shard in shards:
-            _require_finite(shard, dtype=cache.fingerprint.dtype)
+            require_finite(shard, dtype=cache.fingerprint.dtype)
             if pending is not None:
                 pending.result()
             pending = writer.submit(cache.write, index, shard)
@@ -177,20 +177,14 @@ class SharedSource:
         """Whether the states of this prompt are known."""
         return _identity(prompt, reads) in self._places
 
-    @torch.inference_mode()
     def logits(
         self, probe: Probe, prompts: Sequence[EncodedPrompt]
     ) -> Float[np.ndarray, "prompt output"]:
         """A probe's logits of whole prompts that are remembered, without a forward pass."""
-        device = probe.standardisation.mean.device
-        projection = probe.projection().to(device)
         found = [np.empty((0, probe.task.outputs))]
         for start in range(0, len(prompts), _SCORED_TEXTS):
             states = self._states(prompts[start : start + _SCORED_TEXTS], probe.reads)
-            batch = joined(dict(enumerate(states)))
-            columns = projection.layers(batch.hidden.to(device, torch.float32)).transpose(0, 1)
-            state = probe.mechanism.summarise(Ragged(columns, batch.lengths.to(device)))
-            found.append(probe.mechanism.finish(state).double().cpu().numpy())
+            found.append(shard_logits(probe, joined(dict(enumerate(states)))))
         return np.concatenate(found)
 
     def _remember(self, prompts: Sequence[EncodedPrompt], reads: Reads, shown: Progress) -> bool:
@@ -234,6 +228,20 @@ class SharedSource:
         return [held[place] for place in places]
 
 
+@torch.inference_mode()
+def shard_logits(probe: Probe, shard: Shard) -> Float[np.ndarray, "text output"]:
+    """A probe's logits of whole texts, from their hidden states."""
+    device = probe.standardisation.mean.device
+    projection = probe.projection().to(device)
+    found = [np.empty((0, probe.task.outputs))]
+    texts = len(shard.rows)
+    for part in shard.parts([*range(0, texts, _SCORED_TEXTS), texts]):
+        columns = projection.layers(part.hidden.to(device, torch.float32)).transpose(0, 1)
+        state = probe.mechanism.summarise(Ragged(columns, part.lengths.to(device)))
+        found.append(probe.mechanism.finish(state).double().cpu().numpy())
+    return np.concatenate(found)
+
+
 def _identity(prompt: EncodedPrompt, reads: Reads) -> Hashable:
     return prompt.token_ids, prompt.parts, reads.parts
 
@@ -267,7 +275,8 @@ def _extract_shard(
     return Shard(hidden, lengths, torch.tensor(rows))
 
 
-def _require_finite(shard: Shard, *, dtype: str) -> None:
+def require_finite(shard: Shard, *, dtype: str) -> None:
+    """Refuses states that overflowed, and names the text."""
     for layer, hidden in enumerate(shard.hidden):
         broken = ~hidden.isfinite().all(1)
         if broken.any():

@@ -17,7 +17,13 @@ from torch import Tensor
 
 from sidelight.backbone import TransformersBackbone
 from sidelight.calibration import require_calibratable, suggested_calibration
-from sidelight.data.examples import LabelledExamples, located, place_of, validation_share
+from sidelight.data.examples import (
+    Examples,
+    LabelledExamples,
+    located,
+    place_of,
+    validation_share,
+)
 from sidelight.errors import SidelightError
 from sidelight.progress import progress
 from sidelight.prompts import EncodedPrompt, Message, Reads, piece_lengths
@@ -338,12 +344,7 @@ def make_split(
     """
     source = source or BackboneSource(backbone)
     limit = min(options.max_tokens, source.max_tokens)
-    prompts: list[EncodedPrompt] = []
-    for index, item in enumerate(examples.items):
-        with located(item, index):
-            whole = backbone.encoder.encode_any_length(item.conversation, item.response)
-            prompts.append(whole.shortened(limit, options.reads))
-    _require_read(prompts, examples, options.reads, limit)
+    prompts = encode_shortened(backbone, examples, reads=options.reads, limit=limit)
     run, texts = [*prompts], [[text] for text in range(len(prompts))]
     if in_turns:
         longest = min(source.max_tokens, _PACKED_LENGTH * options.max_tokens)
@@ -362,6 +363,23 @@ def make_split(
     if options.keep_cache:
         states.keep()
     return Split(examples, tuple(prompts), states, np.arange(len(examples)))
+
+
+def encode_shortened(
+    backbone: TransformersBackbone, examples: Examples, *, reads: Reads, limit: int
+) -> list[EncodedPrompt]:
+    """The texts' token ids, at most ``limit`` of each.
+
+    Raises:
+        SidelightError: A text cannot be rendered, or has no token that is read.
+    """
+    prompts: list[EncodedPrompt] = []
+    for index, item in enumerate(examples.items):
+        with located(item, index):
+            whole = backbone.encoder.encode_any_length(item.conversation, item.response)
+            prompts.append(whole.shortened(limit, reads))
+    _require_read(prompts, examples, reads, limit)
+    return prompts
 
 
 def _conversations(
@@ -418,7 +436,7 @@ def _packed(examples: LabelledExamples, prompts: Sequence[EncodedPrompt]) -> Ite
 
 
 def _require_read(
-    prompts: Sequence[EncodedPrompt], examples: LabelledExamples, reads: Reads, limit: int
+    prompts: Sequence[EncodedPrompt], examples: Examples, reads: Reads, limit: int
 ) -> None:
     unread = [index for index, prompt in enumerate(prompts) if not prompt.mask(reads).any()]
     if not unread:

@@ -124,6 +124,48 @@ def bench_defaults(runtime: options.Runtime, as_json: bool, **given: Any) -> Non
     click.echo(shown)
 
 
+@bench.command(
+    "label",
+    epilog=options.examples(
+        "sidelight bench label --data train.jsonl --test test.jsonl --label spam --counts 60,100"
+    ),
+)
+@click.option("--data", required=True, help="Labelled texts; the labels answer for a person.")
+@click.option("--test", required=True, help="Labelled texts to measure on.")
+@options.text
+@options.label
+@_rows_option
+@click.option("--test-rows", type=AT_LEAST_TWO, help="Use N rows of --test.")
+@click.option("--counts", callback=split_numbers, default="60,100,200", help="Numbers of labels.")
+@click.option("--seeds", type=options.AT_LEAST_ONE, default=3, help="First orders of the texts.")
+@options.max_tokens
+@cache_option("a temporary one")
+@options.backbone
+@options.as_json
+def bench_label(runtime: options.Runtime, as_json: bool, cache: Path | None, **given: Any) -> None:
+    """Compare probes of labels in the order of `sidelight label` with those of random labels."""
+    from sidelight_lab.bench.labelling import FIGURES, compare_orders, orders_table
+    from sidelight_lab.bench.measurement import table
+
+    training = _examples(given)
+    test = _examples(
+        {**given, "data": given["test"], "rows": given["test_rows"]}, task=training.task
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        found = compare_orders(
+            runtime.load_backbone(),
+            training,
+            test,
+            **{key: given[key] for key in ("counts", "seeds", "max_tokens")},
+            root=cache or Path(scratch),
+        )
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+        return
+    headings = ["labels", "order", "seeds", "of the rarest", *FIGURES]
+    click.echo(table("Texts that nobody labelled", headings, orders_table(found)))
+
+
 def _print_figures(figures: dict[str, Any], as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(figures, indent=2))

@@ -1,0 +1,205 @@
+"""``sidelight label``: labels from a page in the browser, and a probe that learns meanwhile."""
+
+import os
+import secrets
+import shlex
+import socket
+import sys
+import tempfile
+import webbrowser
+from collections.abc import Generator
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import replace
+from html import escape
+from pathlib import Path
+
+import click
+
+from sidelight.cli import options
+from sidelight.errors import SidelightError
+
+
+@click.command(
+    epilog=options.examples(
+        "sidelight label texts.jsonl --labels fine,toxic",
+        "sidelight label texts.jsonl --probe probes/toxicity",
+        "sidelight label texts.jsonl --labels billing,refund,other --out labels/intent.jsonl",
+        "sidelight label chats.jsonl --response answer --labels helped,refused",
+    )
+)
+@click.argument("texts")
+@click.option(
+    "--probe",
+    "probes",
+    type=options.PATH,
+    multiple=True,
+    help="Folder of a probe that orders the texts and gives the labels. May be repeated: then "
+    "texts on which the probes disagree come early too.",
+)
+@click.option("--labels", help="The labels, with commas. Of two, the last is the one to flag.")
+@click.option("--multilabel", is_flag=True, help="A text may have several labels, or none.")
+@options.text
+@click.option("--label", default="label", help="Column of the label in --out.")
+@options.response
+@options.split
+@click.option(
+    "--out",
+    type=options.PATH,
+    callback=options.checked_file,
+    help="File (.jsonl) to append labels to; what it holds already counts. [default: "
+    "TEXTS-labels.jsonl]",
+)
+@click.option(
+    "--probe-out",
+    type=options.PATH,
+    callback=options.checked_folder,
+    help="Folder for the newest probe. [default: --out without its ending, and -probe]",
+)
+@options.limit
+@options.max_tokens
+@options.memory
+@click.option("--cache", type=options.PATH, help="Folder for what was read. [default: the user's]")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=0,
+    show_default=False,
+    help="[default: a free one]",
+)
+@click.option("--browser/--no-browser", default=True, help="Open the page, if this is a terminal.")
+@options.backbone
+def label(
+    texts: str,
+    probes: tuple[Path, ...],
+    labels: str | None,
+    multilabel: bool,
+    text: str,
+    label: str,
+    response: str | None,
+    split: str | None,
+    out: Path | None,
+    probe_out: Path | None,
+    limit: int | None,
+    max_tokens: int,
+    memory: float,
+    cache: Path | None,
+    port: int,
+    browser: bool,
+    runtime: options.Runtime,
+) -> None:
+    """Label texts on a page in the browser, and train a probe on the labels meanwhile.
+
+    Texts on which the probe is least certain come first; without one, they come in random order
+    until there are five of each label. Each label is appended to --out, which 'sidelight train'
+    reads, before the next text is shown. The same command goes on where an earlier one stopped.
+
+    The page is served to this machine only, and to who has the printed address.
+    """
+    if bool(probes) == (labels is not None):
+        raise SidelightError(
+            "Name the labels with --labels, such as --labels fine,toxic, or a probe that has them "
+            "with --probe, but not both."
+        )
+    if multilabel and labels is None:
+        raise SidelightError("--multilabel goes with --labels. A probe says itself which it is.")
+    if label in (text, response):
+        raise SidelightError(
+            f"The column '{label}' holds texts, and labels would replace them. Name another column "
+            "with --label."
+        )
+    # Before imports that take seconds: a wrong file or column is refused at once.
+    from sidelight.data.loading import load_examples
+
+    examples = load_examples(texts, text=text, label=None, response=response, split=split)
+    if limit is not None:
+        examples = examples.select(examples.draw(limit, seed=0))
+    from sidelight.artifact import load_probe
+    from sidelight.labelling.app import HOST, serve
+    from sidelight.labelling.file import LabelFile
+    from sidelight.labelling.pool import Pool, merged
+    from sidelight.labelling.queue import LabelQueue, require_own, task_of
+    from sidelight.probe import common_format, require_distinct_names
+    from sidelight.prompts import Reads
+    from sidelight.smollm2 import cache_root
+    from sidelight.training.classifier import require_responses
+
+    loaded = [load_probe(folder) for folder in probes]
+    require_distinct_names(loaded)
+    for probe in loaded:
+        require_responses(probe, examples.items)
+    names = [name.strip() for name in (labels or "").split(",") if name.strip()]
+    task = loaded[0].task if loaded else task_of(names, is_multilabel=multilabel)
+    own = Reads("response" if response else "prompt")
+    reads = replace(loaded[0].reads if loaded else own, scope="conversation")
+    stem = Path(Path(texts).name.removesuffix(".gz")).stem.replace(":", "-")
+    path = out or Path(f"{stem}-labels.jsonl")
+    folder = probe_out or path.with_name(f"{path.stem}-probe")
+    with closing(LabelFile(path)) as file, _listener(HOST, port) as listener:
+        if file.has_lost_end:
+            click.echo(f"Warning: {path} ended within a row, which was removed.", err=True)
+        require_own(folder, file)
+        labelled = None
+        if not file.is_empty:
+            labelled = load_examples(path, text=text, label=label, response=response, task=task)
+            for warning in labelled.warnings:
+                click.echo(f"Warning: {path.name}: {warning}", err=True)
+        pool_examples, decided = merged(examples, labelled)
+        runtime = replace(runtime, model=runtime.model_of(loaded))
+        backbone = runtime.load_backbone(prompt_format=common_format(loaded))
+        pool = Pool(
+            backbone,
+            pool_examples,
+            task,
+            reads=reads,
+            root=cache or cache_root() / "labelling",
+            probes=loaded,
+            max_tokens=max_tokens,
+            memory_bytes=int(memory * 2**30),
+        )
+        queue = LabelQueue(pool, file, column=label, labelled=decided, folder=folder)
+        token = secrets.token_urlsafe(32)
+        address = f"http://{HOST}:{listener.getsockname()[1]}/#{token}"
+        click.echo(f"{len(decided)} of {len(pool_examples)} texts are labelled in {path}.")
+        click.echo(f"Label at {address} (Ctrl-C stops)")
+        with _opened(address) if browser else nullcontext():
+            serve(queue, listener, token)
+        made = len(queue.decided)
+    click.echo(f"{made} texts are labelled in {path} ({made - len(decided)} of them just now).")
+    command = ["sidelight", "train", "--data", str(path), "--out", f"{folder}-trained"]
+    for option, given, default in (
+        ("--text", text, "text"),
+        ("--label", label, "label"),
+        ("--response", response, None),
+        ("--positive", task.labels[1] if task.kind == "binary" else None, None),
+        ("--model", runtime.model, "smollm2"),
+    ):
+        command += [] if given == default else [option, str(given)]
+    if made:
+        click.echo(f"Next: {shlex.join(command)}")
+
+
+def _listener(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server((host, port))
+    except OSError as error:
+        raise SidelightError(
+            f"Cannot listen on {host}:{port} ({error.strerror}). Choose another --port."
+        ) from error
+
+
+@contextmanager
+def _opened(address: str) -> Generator[None]:
+    """Shows the page in the user's browser, if there is a screen to show it on.
+
+    The browser gets a file that only the user can read, and that leads to the page: others can see
+    the command line of a browser, but must not learn the token.
+    """
+    has_screen = sys.platform == "darwin" or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
+    if not (sys.stdout.isatty() and has_screen):
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="sidelight-") as folder:
+        page = Path(folder) / "label.html"
+        page.write_text(f'<meta http-equiv="refresh" content="0; url={escape(address)}">', "utf-8")
+        webbrowser.open(page.as_uri())
+        yield
