@@ -60,7 +60,7 @@ class Judged:
     """A model that was trained on a draw, on the texts that are held out.
 
     Attributes:
-        figures: By name; ``printed accuracy`` is what training estimated.
+        figures: By name; ``printed`` is the accuracy at the threshold that training estimated.
         right: Whether the most probable class of each text is its own.
         losses: The log loss of each text.
     """
@@ -161,7 +161,11 @@ def _judged_fit(made: Fit, held: Split, shared: SharedSource, draw: Draw) -> Ite
     for title, run in zip(titles, made.runs, strict=True):
         logits = shared.logits(run.probe, held.prompts)
         chance = run.probe.calibration.apply(logits)
-        printed = {"printed accuracy": run.report.metrics["accuracy"].value}
+        decided = decide(held.task, chance, held.labels, thresholds=run.probe.thresholds)
+        printed = {
+            "accuracy at threshold": float(measure(decided, decided.once)["accuracy"][0]),
+            "printed": run.report.metrics["accuracy"].value or 0.0,
+        }
         yield _judged(title, chance, held, draw, printed)
         if run is made.best:
             yield _judged(AUTO, chance, held, draw, printed, taken=title)
@@ -368,5 +372,5 @@ def _shown(gain: dict[str, Any] | None, key: str) -> str:
     return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
-_COLUMNS = (*FIGURES, "printed accuracy")
+_COLUMNS = (*FIGURES, "accuracy at threshold", "printed")
 _GAINS = ("accuracy gained", "log loss saved")
