@@ -169,12 +169,18 @@ class Answer:
 
 @dataclass
 class Server:
-    """One of the two servers: its answers by round, and its longest queues."""
+    """One of the two servers: its answers and CPU time by round, and its longest queues."""
 
     process: ServerProcess
     round_s: float
     longest: Counter[str] = field(default_factory=Counter[str])
     answers: list[list[Answer]] = field(default_factory=list[list[Answer]])
+    cpu_s: list[float] = field(default_factory=list[float])
+
+    @property
+    def spent_s(self) -> float:
+        """The CPU time of the server since it started."""
+        return look_at(self.process.pid)["cpu_s"]
 
     async def watch(self) -> None:
         """Looks at the queues until cancelled."""
@@ -244,7 +250,9 @@ async def _measure(
         for number in range(rounds):
             # The servers take turns in going first.
             for server in servers if number % 2 == 0 else reversed(servers):
+                before = server.spent_s
                 server.answers.append(await ask(server, seconds=server.round_s))
+                server.cpu_s.append(server.spent_s - before)
                 shown.advance(server.round_s)
     for own, server in zip(memory, servers, strict=True):
         own["last"] = look_at(server.process.pid)["resident_mb"]
@@ -255,11 +263,11 @@ async def _measure(
     return {
         "rounds": [
             {
-                f"p{percent}_{side}": _percentile(own, percent)
-                for percent in (50, 99)
-                for side, own in zip(("with", "without"), pair, strict=True)
+                f"{name}_{side}": value
+                for side, server in zip(("with", "without"), servers, strict=True)
+                for name, value in _round_figures(server, number).items()
             }
-            for pair in zip(servers[0].answers, servers[1].answers, strict=True)
+            for number in range(rounds)
         ],
         "answers": len(answers),
         "endings": dict(sorted(Counter(answer.ending for answer in answers).items())),
@@ -364,6 +372,12 @@ def _is_contradicted(answer: Answer) -> bool:
     return any(own.get(one["probe"]) != one.get("label") for one in answer.in_header)
 
 
+def _round_figures(server: Server, number: int) -> dict[str, float | None]:
+    answers = server.answers[number]
+    cpu_s = server.cpu_s[number] / len(answers) if answers else None
+    return {"p50": _percentile(answers, 50), "p99": _percentile(answers, 99), "cpu": cpu_s}
+
+
 def _percentile(answers: Sequence[Answer], percent: int) -> float | None:
     """Seconds of the answers that were not to be blocked; None if there are none."""
     seconds = [own.seconds for own in answers if own.id is not None and not own.ticket.is_abuse]
@@ -373,19 +387,19 @@ def _percentile(answers: Sequence[Answer], percent: int) -> float | None:
 def _sections(results: Mapping[str, Any]) -> list[str]:
     """The times, the faults, and the queues and memory of the servers."""
     times: list[list[str]] = []
-    for name in ("p50", "p99"):
+    for name, title in {"p50": "p50", "p99": "p99", "cpu": "CPU of a request"}.items():
         pairs = [(one[f"{name}_with"], one[f"{name}_without"]) for one in results["rounds"]]
         known = [pair for pair in pairs if None not in pair]
         if known:
             judging, plain = zip(*known, strict=True)
             values = (judging, plain, ratios(judging, plain))
-            times.append([name, *(Range.of(own).text(2) for own in values)])
+            times.append([title, *(Range.of(own).text(2) for own in values)])
     ends = ", ".join(f"{name} {number}" for name, number in results["endings"].items())
     (waiting, waiting_plain), (running, running_plain) = results["waiting"], results["running"]
     memory = [f"{own['first']:.0f} to {own['last']:.0f}" for own in results["memory"]]
     return [
         table(
-            "Seconds of an answer, median over rounds (range)",
+            "Seconds, median over rounds (range)",
             ["", "with probes", "without", "ratio"],
             times,
         ),

@@ -104,14 +104,19 @@ Sample = dict[str, int | float]
 
 
 def look_at(pid: int, *, visits: int = 0, seconds: float = 0.0) -> Sample:
-    """The memory and the open files (with connections) of a process.
+    """Memory, CPU time and open files (with connections) of a process.
 
     Raises:
         SidelightError: The process has ended.
     """
     process = psutil.Process(pid)
     try:
-        held = {"resident_mb": process.memory_info().rss / MB, "descriptors": process.num_fds()}
+        spent = process.cpu_times()
+        held = {
+            "resident_mb": process.memory_info().rss / MB,
+            "cpu_s": spent.user + spent.system,
+            "descriptors": process.num_fds(),
+        }
     except psutil.NoSuchProcess as error:
         raise SidelightError(f"The server (process {pid}) ended during the benchmark.") from error
     return {"visits": visits, "seconds": seconds, **held}
