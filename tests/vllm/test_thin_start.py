@@ -101,7 +101,8 @@ def test_no_more_requests_than_allowed_are_answered_at_a_time(server, subjects):
         assert (refused.status_code, refused.json()["error"]["code"]) == (429, "too_many_requests")
         for stream in streams:
             stream.__exit__(None, None, None)
-        assert client.get("/metrics").status_code == 200
+        assert client.get("/metrics", **bearer(ADMIN)).status_code == 200
+        assert client.get("/metrics").json()["error"]["code"] == "metrics_key_required"
 
 
 def test_a_stream_ends_whole_after_sigterm_and_the_server_with_code_0(subjects, tmp_path):
