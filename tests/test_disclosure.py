@@ -380,12 +380,17 @@ def told(ask):
     block = ask(CHATS, {**CHAT, "policies": {"toxicity": {"mode": "block"}}})
     series = [name for name, _ in counted(ask("/metrics")) if 'probe="toxicity"' in name]
     has_scores = any(name.startswith("sidelight_probe_score") for name in series)
+    # Of running scores, tests/test_playground_api.py.
+    listed = ask("/v1/probes").json()["probes"]
     return {
         "header `x-sidelight-verdicts`": entry_word(
             json.loads(chat.headers["x-sidelight-verdicts"])
         ),
         "field `sidelight` of chats": entry_word(chat.json()["sidelight"]["verdicts"]),
         "field `explanations`": why_word(why),
+        "scores while a text is written, `/v1/probes` thresholds and curves": (
+            "yes" if listed and listed[0]["thresholds"] else "nothing"
+        ),
         "headers `x-sidelight-flagged` and `x-sidelight-route`": (
             "yes" if "x-sidelight-flagged" in chat.headers else "nothing"
         ),

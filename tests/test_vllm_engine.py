@@ -382,7 +382,8 @@ def test_every_option_has_a_place_in_vllms_server_or_a_remedy():
     """A new option of the server has to be looked at."""
     in_the_process = {
         *("config", "probe", "policy", "audit_log", "audit_salt", "api_key", "api_keys_file"),
-        *("admin_key", "admin_keys_file", "allow_anonymous", "max_concurrent"),
+        *("admin_key", "admin_keys_file", "metrics_key", "allow_anonymous", "max_concurrent"),
+        "audit_client",
     }
     as_arguments = {"host", "port", "log_level", "model", "dtype", "drain_s", "engine_option"}
     elsewhere = {"engine", "device"}
@@ -392,7 +393,7 @@ def test_every_option_has_a_place_in_vllms_server_or_a_remedy():
 
 @pytest.mark.parametrize("name", NO_PLACE)
 def test_an_option_without_a_place_in_vllms_server_is_refused(name):
-    given = {name: True if name == "json_logs" else 7}
+    given = {name: True if name in ("json_logs", "playground") else 7}
     with pytest.raises(SidelightError, match=f"no place for '{name}'. Leave it out."):
         serve(options_of(**given), "smollm2", [])
 

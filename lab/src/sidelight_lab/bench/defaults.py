@@ -134,7 +134,7 @@ def compare_defaults(
 
 def _of_each_class(
     examples: LabelledExamples, rest: Int[np.ndarray, " row"], size: int, seed: int
-) -> Int[np.ndarray, " row"]:
+) -> Int[np.ndarray, " drawn"]:
     labels, random = examples.labels[rest], np.random.default_rng(seed)
     counts = np.bincount(labels, minlength=len(examples.task.labels))
     if counts.min() < size:
@@ -173,8 +173,8 @@ def _judged_fit(made: Fit, held: Split, shared: SharedSource, draw: Draw) -> Ite
 
 def _judged_rival(
     rival: str,
-    calibrating: Logits,
-    labels: Int[np.ndarray, " _"],
+    calibrating: Float[np.ndarray, "calibrating output"],
+    labels: Int[np.ndarray, " calibrating"],
     logits: Logits,
     held: Split,
     draw: Draw,
@@ -221,7 +221,7 @@ def _rival(
     held: Split,
     backbone: TransformersBackbone,
     encoder: Encoder | None,
-) -> tuple[Logits, Int[np.ndarray, " _"], Logits]:
+) -> tuple[Logits, Int[np.ndarray, " _"], Float[np.ndarray, "other output"]]:
     """Logits and labels to calibrate on, and logits of the held-out texts."""
     task, labels = training.task, training.labels
     if name == "attention_probe":
