@@ -79,22 +79,23 @@ def test_a_key_in_utf8_or_of_several_words_opens(secret):
 
 
 def test_only_keys_for_metrics_and_admins_read_metrics_and_the_former_open_nothing_else():
-    """Also below the path, where vLLM mounts its own."""
+    """Also at all that begins with the path, which vLLM answers with its own."""
     app = FastAPI()
-    for path in ("/metrics", "/metrics/{rest:path}", "/ready", "/thing"):
+    for path in ("/metrics", "/metrics{rest:path}", "/ready", "/thing"):
         app.add_api_route(path, lambda: "done")
     access = ServerConfig(api_key=SECRET, admin_key=ADMIN, metrics_key="scraper").access
     app.add_middleware(Gatekeeper, access=access, limit=1)
-    client = TestClient(app)
+    client = TestClient(app, root_path="/api")
 
     def answer(path, secret):
         response = client.get(path, headers=bearer(secret))
         return response.json()["error"]["code"] if response.status_code == 403 else "open"
 
-    for path in ("/metrics", "/metrics/", "/metrics/x"):
+    for path in ("/metrics", "/metrics/", "/metrics/x", "/metricsx", "/metrics%0A", "/api/metrics"):
         assert answer(path, SECRET) == "metrics_key_required"
         assert answer(path, ADMIN) == "open"
-    assert answer("/metrics", "scraper") == answer("/ready", "scraper") == "open"
+    for path in ("/metrics", "/api/metrics", "/ready"):
+        assert answer(path, "scraper") == "open"
     assert answer("/thing", "scraper") == answer("/metrics/x", "scraper") == "metrics_key_only"
     assert client.get("/metrics").status_code == 401
     # Without keys of users everybody reads them, unless there is a key for them.

@@ -401,7 +401,8 @@ class Gatekeeper:
         self._running = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan" or scope["path"] in self._open_paths:
+        path = "" if scope["type"] == "lifespan" else _routed(scope)
+        if scope["type"] == "lifespan" or path in self._open_paths:
             await self._app(scope, receive, send)
             return
         sent = Headers(scope=scope).getlist("authorization")
@@ -423,10 +424,10 @@ class Gatekeeper:
             await error.answer()(scope, receive, send)
             return
         scope.setdefault("state", {})["caller"] = caller
-        if (refusal := self._wrong_key(scope["path"], caller)) is not None:
+        if (refusal := self._wrong_key(path, caller)) is not None:
             await refusal.answer()(scope, receive, send)
             return
-        if scope["path"] in _OPERATORS:
+        if path in _OPERATORS:
             await self._app(scope, receive, send)
             return
         usage = self._usages[caller.key_id, caller.is_admin]
@@ -454,9 +455,8 @@ class Gatekeeper:
 
     def _wrong_key(self, path: str, caller: Caller) -> RequestError | None:
         """Refuses keys of users what is for metrics, and keys for metrics everything else."""
-        # vLLM mounts its metrics, so they are below that path too.
-        is_metrics = f"{path}/".startswith("/metrics/")
-        if is_metrics and not self._access.opens_metrics(caller):
+        # vLLM answers all that begins so with its metrics, and routers the path and a line break.
+        if path.startswith("/metrics") and not self._access.opens_metrics(caller):
             return RequestError(
                 "/metrics needs a metrics key (--metrics-key) or an admin key.",
                 status=403,
@@ -469,3 +469,9 @@ class Gatekeeper:
                 code="metrics_key_only",
             )
         return None
+
+
+def _routed(scope: Scope) -> str:
+    """The path that routes are found by: without the prefix that an application is served under."""
+    path, prefix = scope["path"], scope.get("root_path", "")
+    return path.removeprefix(prefix) if path.startswith(f"{prefix}/") else path
