@@ -31,6 +31,14 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
         For example ``" Did you mean 'gate'? Known: attention, gate, pooling."``.
     """
     choices = sorted(known)
-    close = get_close_matches(name, choices, n=1)
-    guess = f" Did you mean '{close[0]}'?" if close else ""
+    close = closest(name, choices)
+    guess = f" Did you mean '{close}'?" if close else ""
     return f"{guess} Known: {', '.join(choices) or 'none'}."
+
+
+def closest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:
+    """The known name that is most like this one; None if none is, on difflib's scale of 0 to 1."""
+    # A ratio is at most this much; difflib takes seconds to find that out about a long name.
+    alike = [one for one in known if 2 * len(one) >= cutoff * (len(one) + len(name))]
+    close = get_close_matches(name, alike, n=1, cutoff=cutoff) if alike else []
+    return close[0] if close else None

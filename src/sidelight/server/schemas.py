@@ -6,7 +6,6 @@ values are errors.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from difflib import get_close_matches
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -20,7 +19,7 @@ from pydantic import (
 )
 
 from sidelight.engines.base import Sampling
-from sidelight.errors import did_you_mean
+from sidelight.errors import closest, did_you_mean
 from sidelight.policy.decisions import OverrideMode, PolicyOverride, PolicyOverrides
 from sidelight.policy.rules import Side
 from sidelight.prompts import Message, PlainText
@@ -54,6 +53,8 @@ EVENTS: dict[str, Any] = {"text/event-stream": {}}
 # The path of a folder may be a model's name.
 _MAX_NAME = 4096
 _MAX_NAMED = 400
+# Unknown fields, each of which is compared with all known ones.
+_MAX_UNKNOWN = 64
 _MAX_STOPS = 16
 _MAX_TEXTS = 16
 # OpenAI's default of this older endpoint, and its limits.
@@ -189,25 +190,25 @@ class RequestBody(StrictBody):
     def _ignores_nothing_that_matters(cls, value: Any) -> Any:
         if isinstance(value, dict):
             names: list[str] = [name for name in value if name not in cls.model_fields]
-            if len(names) > _MAX_NAMED:
-                raise RequestError(
-                    f"Too many unknown fields: got {len(names)}, the limit is {_MAX_NAMED}.",
-                    code="too_many_values",
-                )
             _refuse_near_misses(names, cls.model_fields)
         return value
 
 
 def _refuse_near_misses(names: Iterable[str], known: Iterable[str]) -> None:
     """A misspelt field would be ignored, and with it perhaps what makes a request safe."""
-    for name in names:
-        plain = name.lower().replace("-", "_")
-        plain = _SINGULARS.get(plain, plain)
-        is_other = plain in _UNSUPPORTED or plain in _WITHOUT_EFFECT
-        close = [] if is_other else get_close_matches(plain, known, n=1, cutoff=_LIKENESS)
+    plain = {name: name.lower().replace("-", "_") for name in names}
+    others = _UNSUPPORTED.keys() | _WITHOUT_EFFECT
+    unknown = {name: own for name, own in plain.items() if own not in others}
+    if len(unknown) > _MAX_UNKNOWN:
+        raise RequestError(
+            f"Too many unknown fields: got {len(unknown)}, the limit is {_MAX_UNKNOWN}.",
+            code="too_many_values",
+        )
+    for name, own in unknown.items():
+        close = closest(_SINGULARS.get(own, own), known, cutoff=_LIKENESS)
         if close:
             raise RequestError(
-                f"Unknown field '{name}'. Did you mean '{close[0]}'?",
+                f"Unknown field '{name}'. Did you mean '{close}'?",
                 code="unknown_parameter",
                 param=name,
             )
