@@ -173,3 +173,17 @@ def test_a_page_answers_reading_alone(backbone, probes):
 
 def test_vllms_server_has_no_place_for_the_page():
     assert "playground" in NO_PLACE.keys() & ServerConfig.model_fields.keys()
+
+
+def test_a_matrix_is_of_one_text(backbone, probes):
+    texts = [TEXT, TEXT]
+    ways = [
+        ("/v1/moderations", {"input": texts}),
+        ("/classify", {"model": "intent", "input": texts}),
+        ("/v1/completions", {"model": MODEL, "prompt": texts, "max_tokens": 1}),
+    ]
+    with served(TransformersEngine(backbone, probes)) as address, http_client(address) as http:
+        for path, body in ways:
+            refused = http.post(path, json={**body, "explain": "matrix"})
+            assert refused.json()["error"]["code"] == "too_many_inputs"
+            assert http.post(path, json={**body, "explain": True}).status_code == 200

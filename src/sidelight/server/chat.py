@@ -366,7 +366,7 @@ async def _answer(
     request.require_model(body.model)
     require_trusted_turns(request.registry.policy, prompts)
     sampling, n = body.sampling(), body.n or 1
-    await request.require_size(prompts, n=n, max_tokens=sampling.max_tokens)
+    await request.require_size(prompts, n=n, max_tokens=sampling.max_tokens, explains=body.explain)
     await unless_left(request, request.engine.settled())
     # Nothing is awaited until the engine has all texts, so that it judges with these very probes.
     chosen = [probe.name for probe in request.report(body.probes).probes]

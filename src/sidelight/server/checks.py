@@ -81,7 +81,7 @@ async def check(
                     "Load such a probe, or use /v1/chat/completions.",
                     code="no_prompt_probe",
                 )
-    await request.require_size(conversations, max_tokens=0)
+    await request.require_size(conversations, max_tokens=0, explains=report.explains)
     await unless_left(request, request.engine.settled())
     # Nothing is awaited until the engine has all texts, so that it judges with these very probes.
     rules = request.registry.rules

@@ -260,7 +260,12 @@ class ServerRequest(Request):
             )
 
     async def require_size(
-        self, texts: Sequence[Conversation], *, n: int = 1, max_tokens: int | None = None
+        self,
+        texts: Sequence[Conversation],
+        *,
+        n: int = 1,
+        max_tokens: int | None = None,
+        explains: Explain = None,
     ) -> None:
         """Refuses a request beyond the limits of items and tokens.
 
@@ -268,7 +273,16 @@ class ServerRequest(Request):
             texts: What is read.
             n: How often each is read.
             max_tokens: Most tokens written after each; None: as many as fit.
+            explains: What is explained of each text.
         """
+        if explains == "matrix" and len(texts) > 1:
+            # Of a full body, the shares in each layer would be an answer of 600 MB.
+            raise RequestError(
+                f"'matrix' explains one text at a time, got {len(texts)}. Send them one by one, or "
+                "set 'explain' to true.",
+                code="too_many_inputs",
+                param="explain",
+            )
         count = n * len(texts)
         if count > self.context.config.max_batch_items:
             raise RequestError(
