@@ -273,3 +273,28 @@ def test_a_curve_of_a_recalibration_is_that_of_its_texts(tiny):
     (curve,) = read_curves(made.record["recalibrations"][0]["curves"]).values()
     assert (curve.positives, curve.negatives) == (labels.sum(), 300 - labels.sum())
     assert curve.threshold(F1) == made.thresholds[0]
+
+
+def test_users_are_told_that_a_probe_catches_far_less_than_before(tiny):
+    """Harmless texts alone, which anybody can send, move a threshold of the highest F1."""
+    probe = trained(tiny, TOXICITY)
+    harmless, _ = drawn(TOXICITY, 1000, share=0.0, seed=3)
+    (warning,) = recalibrate(probe, texts_of(1000), harmless).warnings
+    assert "'toxic', the old one 7" in warning
+    (warning,) = recalibrate(probe, rule=ThresholdRule("cost", 1e-4)).warnings
+    assert "catches 0% of the texts" in warning
+    logits, labels = drawn(TOXICITY, 300, share=0.3, seed=4)
+    strict = trained(tiny, TOXICITY, rule=ThresholdRule("recall", 0.9))
+    few = np.where(np.cumsum(labels) <= 40, labels, 0)
+    made = recalibrate(
+        strict, texts_of(300, TOXICITY, few), logits, rule=ThresholdRule("cost", 0.1)
+    )
+    assert "'toxic', the old one" in made.warnings[-1]
+    assert not recalibrate(probe, texts_of(300, TOXICITY, labels), logits).warnings
+
+
+def test_users_are_told_that_a_probe_knows_nothing_of_the_labels(tiny):
+    probe = trained(tiny, TOXICITY)
+    logits, labels = drawn(TOXICITY, 300, share=0.3, seed=4)
+    made = recalibrate(probe, texts_of(300, TOXICITY, 1 - labels), logits)
+    assert "Check the labels" in made.warnings[-1]

@@ -4,6 +4,7 @@ Labelled texts give both anew. Unlabelled ones tell how frequent each class is n
 thresholds move along the curves that the probe was last calibrated with.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -38,6 +39,10 @@ LEAST_LABELLED = 30
 LEAST_PER_SIDE = 10
 # Above this p-value, texts do not show that the shares of classes changed.
 _SIGNIFICANT = 0.05
+# Users are told where a label is caught less than this part as often as before, and where scores
+# tell it from others less well than this (AUROC).
+_KEPT_RECALL = 0.5
+_LEAST_AUROC = 0.6
 
 
 @dataclass(frozen=True)
@@ -123,8 +128,54 @@ def _follow_labels(
         **describe_scores(task, made.calibration.apply(logits), labels),
     }
     what = f"calibrated by {kind} on {len(examples):,} labelled texts"
-    doubts = threshold_doubts(task, counts, len(examples), rule)
-    return Recalibrated(fitted, what, (before, made.report), (*doubts,)), entry
+    recalls = {
+        label: (before.per_class[label].recall, made.report.per_class[label].recall)
+        for label in before.per_class
+        if label in probe.label_thresholds
+    }
+    doubts = (
+        *threshold_doubts(task, counts, len(examples), rule),
+        *_losses(recalls),
+        *(_strangers(before) if task.kind != "multiclass" else ()),
+    )
+    return Recalibrated(fitted, what, (before, made.report), doubts), entry
+
+
+def _strangers(before: Report) -> list[str]:
+    """Which labels the probe's scores do not follow, one sentence each."""
+    judged = before.task.labels[-before.task.outputs :]
+    found = {label: before.per_class[label].auroc for label in judged}
+    return [
+        f"The probe's scores hardly tell '{label}' from the other texts (AUROC {auroc:.2f}), so no "
+        "threshold will do. Check the labels, or train a probe on them."
+        for label, auroc in found.items()
+        if auroc is not None and auroc < _LEAST_AUROC
+    ]
+
+
+def _losses(recalls: Mapping[str, tuple[float | None, float | None]]) -> list[str]:
+    """Which labels are caught far less often than before, one sentence each."""
+    return [
+        f"The new threshold catches {after:.0%} of the texts that are '{label}', the old one "
+        f"{before:.0%}. If that is not what you want, choose another one, such as --threshold "
+        f"recall={min(0.99, before):.2f}; whoever sends many harmless texts can cause it."
+        for label, (before, after) in recalls.items()
+        if before is not None and after is not None and after < _KEPT_RECALL * before
+    ]
+
+
+def _recalls(
+    old: Mapping[str, OperatingCurve], new: Mapping[str, OperatingCurve], probe: Probe, made: Probe
+) -> dict[str, tuple[float, float]]:
+    """The share of positive texts that reach the threshold before and now, by the curves."""
+    pairs = zip(old.items(), new.values(), probe.thresholds, made.thresholds, strict=True)
+    return {
+        label: (
+            one.at(before)[0] / max(one.positives, 1),
+            other.at(after)[0] / max(one.positives, 1),
+        )
+        for (label, one), other, before, after in pairs
+    }
 
 
 def _require_enough(task: Task, counts: dict[str, int], texts: int) -> None:
@@ -159,11 +210,11 @@ def _follow_shares(
     shift = estimate_shift(task, old, priors)
     calibration = probe.calibration.shifted(shift.change)
     new = calibration.apply(logits)
+    known: dict[str, OperatingCurve] = {}
     curves: dict[str, OperatingCurve] = {}
     if task.kind != "multiclass":
-        pairs = zip(
-            _curves(probe).items(), shift.change.tolist(), shift.shares.tolist(), strict=True
-        )
+        known = _curves(probe)
+        pairs = zip(known.items(), shift.change.tolist(), shift.shares.tolist(), strict=True)
         curves = {label: curve.shifted(by, share=share) for (label, curve), by, share in pairs}
     _require_mixture(curves, new)
     thresholds = tuple(curve.threshold(rule) for curve in curves.values())
@@ -187,8 +238,9 @@ def _follow_shares(
         f"The texts do not show that a share changed (p = {shift.significance:.2f}): the probe "
         "that you have will do."
     )
-    doubts = (same,) if shift.significance > _SIGNIFICANT else ()
-    return Recalibrated(made, what, None, doubts), entry
+    doubts = [same] if shift.significance > _SIGNIFICANT else []
+    doubts += _losses(_recalls(known, curves, probe, made))
+    return Recalibrated(made, what, None, (*doubts,)), entry
 
 
 def _priors(probe: Probe) -> Float[np.ndarray, " output"]:
@@ -253,4 +305,5 @@ def _follow_rule(probe: Probe, rule: ThresholdRule) -> tuple[Recalibrated, dict[
     stored = reference(probe.record)
     entry = {name: stored[name] for name in ("scores", "priors", "curves")}
     made = replace(probe, thresholds=thresholds)
-    return Recalibrated(made, f"thresholds for {rule}", None, ()), entry
+    doubts = _losses(_recalls(curves, curves, probe, made))
+    return Recalibrated(made, f"thresholds for {rule}", None, (*doubts,)), entry
