@@ -187,3 +187,18 @@ def test_a_matrix_is_of_one_text(backbone, probes):
             refused = http.post(path, json={**body, "explain": "matrix"})
             assert refused.json()["error"]["code"] == "too_many_inputs"
             assert http.post(path, json={**body, "explain": True}).status_code == 200
+
+
+def test_a_client_that_leaves_with_scores_and_no_text_is_audited(backbone, probes, tmp_path):
+    rule = Rule("block", threshold=1.0, disclose="scores", warm_up=60)
+    audit = tmp_path / "audit.jsonl"
+    options = {"policy": Policy(output={"late": rule}), "audit_log": audit}
+    body = {**CHAT, "max_tokens": 100}
+    with (
+        served(TransformersEngine(backbone, probes), **options) as address,
+        http_client(address) as http,
+        http.stream("POST", CHATS, json=body) as answer,
+    ):
+        next(line for line in answer.iter_lines() if "running" in line)
+    lines = map(json.loads, audit.read_text().splitlines())
+    assert ("late", "unfinished") in {(line["probe"], line["outcome"]) for line in lines}

@@ -116,6 +116,7 @@ class Enforcement:
                         await events.aclose()
                         observer.end(passed[-1].decisions)
                     if self._tells_scores and isinstance(event, ResponseScored):
+                        has_sent = True
                         yield self._running(event)
                     for each in passed:
                         has_sent = True
@@ -123,8 +124,8 @@ class Enforcement:
                             observer.delta()
                         yield each
             finally:
-                # No effect if `end` was called above. If nothing was sent, there is no partial
-                # verdict to record.
+                # No effect if `end` was called above. If neither text nor scores were sent, there
+                # is no partial verdict to record.
                 observer.end(holding.unfinished() if has_sent else (), is_cancelled=True)
 
     def _on_prompt(self, event: PromptJudged) -> tuple[Decision, ...]:
