@@ -224,9 +224,13 @@ def test_a_probe_is_recalibrated_on_labelled_and_on_unlabelled_texts_and_by_a_ru
     arguments = ["recalibrate", str(hesitant), "--data", more, "--out", str(unlabelled)]
     assert run(*arguments, "--json") == 0
     assert json.loads(capsys.readouterr().out)["what"].startswith("shares of classes in 200 ")
-    assert run("recalibrate", str(hesitant), "--threshold", "recall=0.99") == 0
+    arguments = ["recalibrate", str(hesitant), "--threshold", "recall=0.99", "--name", "strict"]
+    assert run(*arguments) == 0
+    told = capsys.readouterr()
+    assert re.search(r"It flags \d+ of \d+ texts that are '1', and \d+ of \d+ others", told.out)
     beside = hesitant.with_name("pooling-seed0-recalibrated")
     assert thresholds_of(beside) != thresholds_of(hesitant)
+    assert json.loads((beside / "manifest.json").read_text())["name"] == "strict"
     assert run("inspect", str(beside)) == 0
     assert "thresholds for recall=0.99" in capsys.readouterr().out
     for folder in (labelled, unlabelled, beside):
@@ -238,6 +242,14 @@ def test_a_probe_is_recalibrated_on_labelled_and_on_unlabelled_texts_and_by_a_ru
     arguments = ["recalibrate", str(hesitant), "--data", str(named), "--out", str(tmp_path / "d")]
     assert run(*arguments) == 0
     assert thresholds_of(tmp_path / "d") == thresholds_of(labelled)
+
+
+def test_a_rule_alone_warns_of_what_it_rests_on(
+    hesitant: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    arguments = ["recalibrate", str(hesitant), "--threshold", "fpr=0.01", "--out"]
+    assert run(*arguments, str(tmp_path / "strict")) == 0
+    assert "cannot be told from" in capsys.readouterr().err
 
 
 def test_recalibrating_replaces_no_probe_unless_it_is_told_to(

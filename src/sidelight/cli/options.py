@@ -266,7 +266,7 @@ memory = click.option(
     type=click.FloatRange(min=0.01),
     default=1.0,
     metavar="GIB",
-    help="The most memory that hidden states may take, above the model.  [default: 1]",
+    help="The most memory that hidden states may take, above the model.",
 )
 threshold = partial(
     click.option,

@@ -1,6 +1,7 @@
 """``sidelight recalibrate``: a probe fitted to new traffic, without training."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,9 @@ if TYPE_CHECKING:
     help="Folder to write. [default: PROBE-recalibrated]",
 )
 @click.option("--force", is_flag=True, help="Replace the probe that --out holds.")
+@click.option(
+    "--name", help="Name of the new probe, to serve it beside the old one. [default: the same]"
+)
 @options.backbone
 @options.as_json
 def recalibrate(
@@ -54,6 +58,7 @@ def recalibrate(
     threshold: str | None,
     out: Path | None,
     force: bool,
+    name: str | None,
     runtime: options.Runtime,
     as_json: bool,
 ) -> None:
@@ -66,7 +71,7 @@ def recalibrate(
     """
     from sidelight.artifact import load_probe, save_probe
     from sidelight.manifest import holds_probe
-    from sidelight.thresholds import ThresholdRule
+    from sidelight.thresholds import ThresholdRule, read_curves
     from sidelight.training.recalibration import recalibrate as refit
     from sidelight.training.runs import comparison_table, console
 
@@ -99,7 +104,7 @@ def recalibrate(
             click.echo(f"Warning: {warning}", err=True)
     for warning in made.warnings:
         click.echo(f"Warning: {warning}", err=True)
-    save_probe(made.probe, folder)
+    save_probe(made.probe if name is None else replace(made.probe, name=name), folder)
     entry = made.probe.record["recalibrations"][-1]
     if as_json:
         click.echo(json.dumps({"out": str(folder), **entry}, indent=2))
@@ -110,8 +115,16 @@ def recalibrate(
         console().print(comparison_table(title, {"before": [before], "after": [after]}))
     click.echo(f"{made.what[0].upper()}{made.what[1:]}.")
     moved = zip(loaded.label_thresholds.items(), made.probe.thresholds, strict=True)
-    for (name, old), new in moved:
-        click.echo(f"Threshold of '{name}': {old:.3f} before, {new:.3f} now.")
+    curves = read_curves(entry.get("curves", {}))
+    for (flagged, old), new in moved:
+        click.echo(f"Threshold of '{flagged}': {old:.3f} before, {new:.3f} now.")
+        if made.figures is None and flagged in curves:
+            curve = curves[flagged]
+            caught, alarms = curve.at(new)
+            click.echo(
+                f"It flags {caught} of {curve.positives} texts that are '{flagged}', and {alarms} "
+                f"of {curve.negatives} others, of those that the probe was calibrated on."
+            )
     click.echo(f"Saved to {folder}")
 
 

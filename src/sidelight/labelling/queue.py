@@ -377,7 +377,7 @@ class LabelQueue:
                 )
             )
         whole = {one.title: _measured(one, rows, labelled, range(len(rows))) for one in earlier}
-        note = "Harder than all of the texts, except the random ones."
+        note = "Most were chosen because they are hard, so these look worse than all texts."
         title = f"All {len(rows)} labelled texts"
         return (*figures, Figures(title, note if earlier else "", {**whole, new.title: report}))
 

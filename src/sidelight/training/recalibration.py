@@ -305,5 +305,8 @@ def _follow_rule(probe: Probe, rule: ThresholdRule) -> tuple[Recalibrated, dict[
     stored = reference(probe.record)
     entry = {name: stored[name] for name in ("scores", "priors", "curves")}
     made = replace(probe, thresholds=thresholds)
-    doubts = _losses(_recalls(curves, curves, probe, made))
+    positives = {label: curve.positives for label, curve in curves.items()}
+    texts = max(curve.positives + curve.negatives for curve in curves.values())
+    doubts = threshold_doubts(probe.task, positives, texts, rule)
+    doubts += _losses(_recalls(curves, curves, probe, made))
     return Recalibrated(made, f"thresholds for {rule}", None, (*doubts,)), entry

@@ -106,7 +106,7 @@ function showText() {
     isPlain ? null : el("div", { class: "who" }, role),
     el("div", { class: "text" }, content),
   ]).filter(Boolean));
-  if (!text) place.textContent = "All texts are labelled.";
+  if (!text) place.textContent = "All texts are labelled. Press t to train on them, then end the command in the terminal: it prints what comes next.";
   place.scrollTop = 0;
   find("#cut").hidden = !text?.dropped;
   if (text?.dropped) find("#cut").textContent = `Probes read ${text.tokens - text.dropped} of its ${text.tokens} tokens (--max-tokens).`;

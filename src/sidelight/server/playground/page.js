@@ -19,7 +19,7 @@ const server = {
   },
   onProbes: (listen) => listeners.push(listen),
   needsKey() {
-    say("This server needs an API key. Enter yours under “Key”.", true);
+    say(find("#key").value ? "The server does not know this key. Enter another one under “Key”." : "This server needs an API key. Enter yours under “Key”.", true);
     find("#key-box").open = true;
     find("#key").focus();
   },

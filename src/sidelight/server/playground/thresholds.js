@@ -102,7 +102,7 @@ export function startThresholds(server) {
       el("p", {}, told[0]), bar(caught / Math.max(curve.positives, 1)),
       el("p", {}, told[1]), bar(alarms / Math.max(curve.negatives, 1), "bad"),
       el("p", { class: "quiet" }, caught + alarms
-        ? `${percent(caught / (caught + alarms))} of what it flags is right. The texts were left out when the probe was trained.`
+        ? `${percent(caught / (caught + alarms))} of what it flags is right. Each text was judged by a probe that was not trained on it.`
         : "It flags nothing."),
       plot(curve, at),
     );
