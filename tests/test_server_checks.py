@@ -233,6 +233,13 @@ def test_the_guardrail_passes_what_no_probe_flags(http):
     assert (answer["action"], answer["blocked_reason"]) == ("NONE", None)
 
 
+def test_the_guardrail_passes_no_text_that_stands_in_another_field(http):
+    for body in ({}, {"structured_messages": [{"role": "user", "content": TEXT}]}):
+        answer = http.post(GUARDRAIL, json={"input_type": "request", **body})
+        assert answer.status_code == 400
+        assert "neither 'texts' nor 'tool_calls'" in answer.json()["error"]["message"]
+
+
 def test_the_guardrail_judges_a_response_by_the_probes_of_responses(http):
     answer = guard(http, input_type="response", texts=["I cannot."]).json()
     assert answer["action"] == "BLOCKED"

@@ -267,6 +267,17 @@ class GuardrailRequest(RequestBody):
     )
     additional_provider_specific_params: GuardrailParameters | None = None
 
+    @model_validator(mode="after")
+    def _holds_what_is_judged(self) -> "GuardrailRequest":
+        # A proxy that sends texts in another field would have all of them passed.
+        if self.texts is None and self.tool_calls is None:
+            raise RequestError(
+                "Got neither 'texts' nor 'tool_calls', so there is nothing to judge. Send 'texts'.",
+                code="missing_parameter",
+                param="texts",
+            )
+        return self
+
     def judged(self) -> list[str]:
         """The texts, then the calls; empty ones have nothing to judge."""
         functions = [call.function for call in self.tool_calls or ()]
