@@ -88,7 +88,7 @@ def _described(probe: Probe) -> dict[str, Any]:
 
 
 class ThresholdCard(BaseModel):
-    """A threshold, and what others would flag of texts that the probe was not trained on.
+    """A threshold, and what others would flag of the texts that the probe was calibrated on.
 
     ``curve`` is null for an artifact that stores none.
     """
