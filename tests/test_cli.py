@@ -232,7 +232,10 @@ def test_a_probe_is_recalibrated_on_labelled_and_on_unlabelled_texts_and_by_a_ru
     assert thresholds_of(beside) != thresholds_of(hesitant)
     assert json.loads((beside / "manifest.json").read_text())["name"] == "strict"
     assert run("inspect", str(beside)) == 0
-    assert "thresholds for recall=0.99" in capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "thresholds for recall=0.99" in shown
+    # The figures are of the threshold before.
+    assert "before it was recalibrated" in shown
     for folder in (labelled, unlabelled, beside):
         assert run("predict", str(folder), "tabX cde") == 0
     # A column of the usual name is the label.

@@ -221,7 +221,8 @@ def summary(manifest: Manifest) -> dict[str, str]:
             + (", also among others in long inputs" if is_long else "")
             + f", seed {record['seed']}",
             "validation": f"{figures} on {validation['rows']:,} texts"
-            + (f", each of {folds} folds by a probe trained on the others" if folds else ""),
+            + (f", each of {folds} folds by a probe trained on the others" if folds else "")
+            + (", before it was recalibrated" if record.get("recalibrations") else ""),
         }
     for number, later in enumerate(record.get("recalibrations", ()), 1):
         lines[f"recalibrated {number}"] = f"{later['date']}: {later['what']}"
