@@ -5,12 +5,16 @@ import pytest
 import torch
 
 from sidelight.states.cache import Pooled
-from sidelight.training.layer_weights import layer_weights
+from sidelight.training.layer_weights import layer_weights, view_worths
 from sidelight.types import Task
 
 BINARY = Task("binary", ("no", "yes"))
 SEVERAL = Task("multilabel", ("a", "b"))
 TEXTS, LAYERS, WIDTH = 120, 4, 6
+
+
+def weights_of(pooled: Pooled, labels: np.ndarray, task: Task = BINARY) -> torch.Tensor:
+    return layer_weights(view_worths(pooled, labels, task))
 
 
 def drawn(labels: np.ndarray, *, layer: int, view: str) -> Pooled:
@@ -27,7 +31,7 @@ def drawn(labels: np.ndarray, *, layer: int, view: str) -> Pooled:
 def test_the_layer_that_predicts_the_labels_weighs_most(task, view):
     shape = (TEXTS,) if task is BINARY else (TEXTS, 2)
     labels = np.random.default_rng(0).integers(0, 2, shape)
-    weights = layer_weights(drawn(labels, layer=2, view=view), labels, task=task)
+    weights = weights_of(drawn(labels, layer=2, view=view), labels, task)
     assert int(weights.argmax()) == 2
     assert weights.square().mean().item() == pytest.approx(1)
     # The others hold noise, and are still not shut out.
@@ -39,7 +43,7 @@ def test_the_layer_that_predicts_the_labels_weighs_most(task, view):
 def test_without_a_layer_that_predicts_anything_all_weigh_alike():
     labels = np.ones(TEXTS, dtype=np.int64)
     pooled = drawn(np.zeros(TEXTS), layer=0, view="means")
-    assert torch.equal(layer_weights(pooled, labels, task=BINARY), torch.ones(LAYERS))
+    assert torch.equal(weights_of(pooled, labels), torch.ones(LAYERS))
 
 
 def test_a_view_that_is_the_same_for_all_texts_is_worth_nothing():
@@ -47,7 +51,7 @@ def test_a_view_that_is_the_same_for_all_texts_is_worth_nothing():
     pooled = drawn(labels, layer=2, view="means")
     pooled.lasts[:, 0] = 1.0
     pooled.means[:, 0] = 1.0
-    weights = layer_weights(pooled, labels, task=BINARY)
+    weights = weights_of(pooled, labels)
     assert torch.isfinite(weights).all()
     assert weights[0] / weights[2] == pytest.approx(0.01)
 
@@ -56,5 +60,5 @@ def test_two_texts_of_a_class_do_not_weigh_layers():
     labels = np.zeros(200, dtype=np.int64)
     labels[:2] = 1
     noise = torch.randn(200, LAYERS, 6, generator=torch.Generator().manual_seed(0))
-    weights = layer_weights(Pooled(noise, noise), labels, task=BINARY)
+    weights = weights_of(Pooled(noise, noise), labels)
     assert torch.equal(weights, torch.ones(LAYERS))

@@ -28,8 +28,8 @@ from torch import Tensor
 from sidelight.errors import SidelightError
 from sidelight.fingerprint import Fingerprint
 from sidelight.prompts import EncodedPrompt, Reads, piece_lengths
-from sidelight.ragged import Ragged
-from sidelight.standardisation import normalised
+from sidelight.ragged import weighted_sums
+from sidelight.standardisation import inverse_rms
 from sidelight.storage import FolderLock, sync, write_json
 
 FORMAT_VERSION = 1
@@ -70,6 +70,12 @@ class Shard:
             hidden = self.hidden[:, ends[start] : ends[stop]]
             yield Shard(hidden, self.lengths[start:stop], self.rows[start:stop])
 
+    def chosen(self, texts: Int[Tensor, " chosen"]) -> "Shard":
+        """These texts, by their place in this shard."""
+        parts = self.hidden.split(self.lengths.tolist(), 1)
+        hidden = torch.cat([parts[text] for text in texts.tolist()], 1)
+        return Shard(hidden, self.lengths[texts], self.rows[texts])
+
     def batches(self, *, size: int, shuffle: torch.Generator) -> Iterator["Shard"]:
         """Neighbouring texts, in random order and with a random first cut.
 
@@ -89,15 +95,13 @@ class Shard:
         Args:
             is_normalised: Whether the states are divided by their root mean square first.
         """
-        ends = self.lengths.cumsum(0) - 1
-        means: list[Tensor] = []
-        lasts: list[Tensor] = []
-        # Layer by layer: a shard in float32 would not fit beside itself.
-        for layer in self.hidden:
-            states = (normalised(layer) if is_normalised else layer).float()
-            means.append(Ragged(states, self.lengths).sums() / self.lengths[:, None])
-            lasts.append(states[ends])
-        return Pooled(torch.stack(means, 1), torch.stack(lasts, 1))
+        lasts = self.hidden[:, self.lengths.cumsum(0) - 1].float()
+        weights = torch.ones(*self.hidden.shape[:2], 1)
+        if is_normalised:
+            weights = torch.stack([inverse_rms(layer) for layer in self.hidden])
+            lasts = lasts * weights[:, self.lengths.cumsum(0) - 1]
+        sums = weighted_sums(self.hidden, weights, self.lengths)[..., 0]
+        return Pooled(sums / self.lengths[:, None, None], lasts.transpose(0, 1))
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sidelight.standardisation import spread_and_mean
 from sidelight.states.cache import Pooled, States
 from sidelight.types import Task
 
-# Enough to rank views by; each needs an eigendecomposition.
-TEXTS = 500
+# Enough to rank views by, of many classes a few texts of each; a view needs an eigendecomposition.
+_TEXTS, _TEXTS_OF_A_CLASS = 300, 4
+_MOST_TEXTS = 500
 # Ridge strengths, relative to the kernel's mean eigenvalue.
 _STRENGTHS = tuple(10.0**k for k in np.arange(-2, 1.51, 0.5))
 # A class with fewer texts says more about those texts than about layers.
@@ -33,56 +35,53 @@ _LEAST = 0.01
 def pooled_sample(
     states: States, *, is_normalised: bool = False
 ) -> tuple[Pooled, Int[Tensor, " text"]]:
-    """Means and last tokens of the first shards' texts, ``TEXTS`` or more, and which they are."""
+    """Means and last tokens of the first shards' texts, a few hundred, and which they are."""
     parts: list[Pooled] = []
     rows: list[Tensor] = []
     for index in range(len(states)):
         shard = states.read(index)
         parts.append(shard.pooled(is_normalised=is_normalised))
         rows.append(shard.rows)
-        if sum(map(len, rows)) >= TEXTS:
+        if sum(map(len, rows)) >= _MOST_TEXTS:
             break
     means, lasts = torch.cat([p.means for p in parts]), torch.cat([p.lasts for p in parts])
     return Pooled(means, lasts), torch.cat(rows)
 
 
-def layer_weights(pooled: Pooled, labels: np.ndarray, *, task: Task) -> Float[Tensor, " layer"]:
-    """A weight for each layer; their mean square is 1.
+def view_worths(
+    pooled: Pooled, labels: Int[np.ndarray, "text ..."], task: Task
+) -> Float[Tensor, "view layer"]:
+    """What each layer's means, and its last tokens, are worth; 0 or more.
 
     Args:
-        pooled: Training texts in random order; only the first ``TEXTS`` are used.
+        pooled: Training texts in random order; only the first few hundred are used.
         labels: Their labels, as in ``LabelledExamples.labels``.
         task: The classes.
     """
-    target = centred_targets(labels[:TEXTS], task)
-    worths = torch.zeros(pooled.means.shape[1], dtype=torch.float64)
-    for vectors in (pooled.means, pooled.lasts):
-        for layer in range(len(worths)):
-            worth = _worth(vectors[:TEXTS, layer], target)
-            worths[layer] = max(float(worths[layer]), worth)
-    weights = relative_weights(worths)
+    texts = min(_MOST_TEXTS, max(_TEXTS, _TEXTS_OF_A_CLASS * task.outputs))
+    target = _centred_targets(labels[:texts], task)
+    worths = [
+        [max(0.0, _worth(layer.contiguous(), target)) for layer in view[:texts].unbind(1)]
+        for view in (pooled.means, pooled.lasts)
+    ]
+    return torch.tensor(worths, dtype=torch.float64)
+
+
+def layer_weights(worths: Float[Tensor, "view layer"]) -> Float[Tensor, " layer"]:
+    """A weight for each layer, by its better view; their mean square is 1."""
+    weights = relative_weights(worths.amax(0))
     return (weights / weights.square().mean().sqrt()).float()
 
 
 def _worth(view: Float[Tensor, "text width"], target: Float[Tensor, "text output"]) -> float:
     """The R^2 of predicting each text from the others; below 0 is worse than the mean."""
-    spread, center = torch.std_mean(view, 0, correction=0)
+    spread, center = spread_and_mean(view)
     # A view that is the same for all texts, such as the template's last embedding; or one class.
     if spread.max() < 1e-3 * view.abs().mean().clamp(min=1e-9) or not target.any():
         return 0.0
     # Dimensions that hardly vary would be blown up.
     inputs = (view - center) / (spread + 1e-2 * spread.mean())
-    return kernel_worth(inputs @ inputs.T, target)
-
-
-def kernel_worth(kernel: Float[Tensor, "text text"], target: Float[Tensor, "text output"]) -> float:
-    """The R^2 of predicting each text's target from the other texts by a kernel ridge regression.
-
-    Args:
-        kernel: Of centred features.
-        target: From ``centred_targets``.
-    """
-    return 1 - _left_out_error(kernel, target) / float(target.square().sum())
+    return 1 - _left_out_error(inputs @ inputs.T, target) / float(target.square().sum())
 
 
 def relative_weights(worths: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -92,7 +91,7 @@ def relative_weights(worths: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]
     return ((worths / worths.max()) ** _POWER).clamp(min=_LEAST)
 
 
-def centred_targets(labels: np.ndarray, task: Task) -> Float[Tensor, "text output"]:
+def _centred_targets(labels: np.ndarray, task: Task) -> Float[Tensor, "text output"]:
     """1 if a text has the label, else -1, centred; 0 for a label too rare to tell layers by."""
     if task.kind == "multiclass":
         signs = torch.nn.functional.one_hot(torch.from_numpy(labels), task.outputs).double() * 2 - 1

@@ -28,21 +28,14 @@ from sidelight.calibration import link
 from sidelight.data.examples import LabelledExamples
 from sidelight.mechanisms.linear import Linear
 from sidelight.metrics import log_losses
-from sidelight.standardisation import Standardisation
+from sidelight.standardisation import Standardisation, spread_and_mean
 from sidelight.states.cache import Pooled
-from sidelight.training.layer_weights import (
-    TEXTS,
-    centred_targets,
-    kernel_worth,
-    relative_weights,
-)
+from sidelight.training.layer_weights import relative_weights, view_worths
 from sidelight.types import Task
 
 # Strengths are scikit-learn's C where a text's features have a mean square of 1 in all.
 STRENGTHS = tuple(float(10**k) for k in np.arange(-1, 4.1, 0.5))
 _LANDMARKS = 2048
-# Enough to weigh layers by, of many classes a few texts of each.
-_JUDGES, _JUDGES_OF_A_CLASS = 300, 4
 _FOLDS = 5
 _ITERATIONS = 300
 # Of the solution, and of those that are only compared.
@@ -112,6 +105,7 @@ def solve_linear(
     *,
     folds: Sequence[Int[np.ndarray, " _"]] = (),
     strength: float | None = None,
+    worths: Float[Tensor, "view layer"] | None = None,
     balanced: bool = False,
 ) -> LinearSolution:
     """Fits the regression to texts.
@@ -122,13 +116,16 @@ def solve_linear(
         task: The classes.
         folds: Indices of the texts of each fold that choose the strength.
         strength: Scikit-learn's C; None lets the folds choose.
+        worths: What each view of each layer is worth; None measures it (``view_worths``).
         balanced: Whether each class is weighed by its inverse frequency.
     """
     texts = len(labels)
     landmarks = torch.randperm(texts, generator=torch.Generator().manual_seed(0))[:_LANDMARKS]
     views = [_View.of(vectors) for vectors in (pooled.means, pooled.lasts)]
-    judges = landmarks[: min(TEXTS, max(_JUDGES, _JUDGES_OF_A_CLASS * task.outputs))]
-    weights = relative_weights(_worths(views, judges, labels, task))
+    if worths is None:
+        sample = Pooled(pooled.means[landmarks], pooled.lasts[landmarks])
+        worths = view_worths(sample, labels[landmarks.numpy()], task)
+    weights = relative_weights(worths)
     views = [view.weighted(own) for view, own in zip(views, weights / weights.sum(), strict=True)]
     kernel = torch.stack([view.kernel(landmarks) for view in views]).sum(0)  # (text, landmark)
     values, vectors = torch.linalg.eigh(kernel[landmarks])
@@ -152,23 +149,6 @@ def solve_linear(
     return LinearSolution(value, last, bias, strength, losses, left_out)
 
 
-def _worths(
-    views: Sequence["_View"],
-    texts: Int[Tensor, " judge"],
-    labels: Int[np.ndarray, "text ..."],
-    task: Task,
-) -> Float[Tensor, "view layer"]:
-    """How well each view of each layer predicts left-out texts; see ``layer_weights``."""
-    target = centred_targets(labels[texts.numpy()], task)
-    worths = torch.zeros(len(views), len(views[0].inverse), dtype=torch.float64)
-    for view, own in zip(views, worths, strict=True):
-        for layer in range(len(own)):
-            features = view.layer(layer, texts)
-            if target.any() and features.any():
-                own[layer] = max(0.0, kernel_worth(features @ features.T, target))
-    return worths
-
-
 @dataclass(frozen=True)
 class _View:
     """One vector of each text and layer, and what centres and scales it."""
@@ -179,7 +159,7 @@ class _View:
 
     @staticmethod
     def of(vectors: Float[Tensor, "text layer width"]) -> "_View":
-        spread, center = torch.std_mean(vectors, 0, correction=0)
+        spread, center = spread_and_mean(vectors)
         size = spread.mean(1, keepdim=True)
         # Dimensions that hardly vary would be blown up. A view that is the same for all texts, such
         # as the template's last embedding, says nothing.
@@ -227,6 +207,8 @@ def _path(
     """The log loss of left-out texts by strength, until it rises, and the logits of the best."""
     rest = [np.setdiff1d(np.arange(len(labels)), fold) for fold in folds]
     covered = np.concatenate(folds)
+    # Enough to compare by, and twice as fast.
+    coordinates = coordinates.astype(np.float32)
     losses: dict[float, float] = {}
     best = np.zeros((len(labels), task.outputs))
     regressions = [

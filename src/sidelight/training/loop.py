@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 import torch
@@ -11,14 +12,16 @@ from torch import Tensor
 from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import Geometry, Mechanism
 from sidelight.mechanisms.linear import Linear
+from sidelight.mechanisms.readout import Readout
 from sidelight.progress import Progress, progress
 from sidelight.ragged import Ragged
 from sidelight.standardisation import Projection, Standardisation, normalised
 from sidelight.states.cache import Pooled, Shard, States
 from sidelight.training.dataset import Folds, Split
-from sidelight.training.layer_weights import layer_weights, pooled_sample
+from sidelight.training.layer_weights import layer_weights, pooled_sample, view_worths
 from sidelight.training.linear import LinearSolution, solve_linear, strength_folds
 from sidelight.training.optimisation import TrainingRun, make_loss, validation_score
+from sidelight.training.pooled_readouts import readout_logits
 from sidelight.training.settings import Job, TrainingSettings, require_labels_of_parts
 
 _VALIDATION_BATCH = 128
@@ -26,6 +29,8 @@ _VALIDATION_BATCH = 128
 _MOMENT_TOKENS = 8192
 # Of one matmul while training, so that many runs with many classes do not fill the memory.
 _MOST_COLUMNS = 256
+# Readouts whose means are held side by side.
+_MOST_BY_MEANS = 8
 _NOTHING = np.array([], dtype=np.int64)
 
 
@@ -126,7 +131,11 @@ def with_strengths(jobs: Sequence[Job], training: Split, folds: Folds) -> list[J
 
 
 def _solution(
-    training: Split, settings: TrainingSettings, folds: Folds | None = None
+    training: Split,
+    settings: TrainingSettings,
+    folds: Folds | None = None,
+    *,
+    worths: Tensor | None = None,
 ) -> LinearSolution:
     if folds is None and settings.strength is None:
         folds = strength_folds(training.examples)
@@ -136,6 +145,7 @@ def _solution(
         training.task,
         folds=folds or (),
         strength=settings.strength,
+        worths=worths,
         balanced=settings.class_weight == "balanced",
     )
 
@@ -165,6 +175,7 @@ class _Trainer:
             kept[part] = False
         self._moments: dict[bool, Standardisation] = {}
         self._samples: dict[bool, tuple[Pooled, Tensor]] = {}
+        self._found_worths: dict[tuple[int, bool], Tensor] = {}
         self._scalings: dict[tuple[bool, bool, int | None], Standardisation] = {}
         if any(job.settings.long_inputs for job in jobs):
             require_labels_of_parts(task)
@@ -210,13 +221,19 @@ class _Trainer:
         measured = self._moments[normalise]
         if part is None:
             return measured
+        return measured.weighted(layer_weights(self._worths(part, normalise)))
+
+    def _worths(self, part: int, normalise: bool) -> Tensor:
+        """What each view of each layer is worth to the texts outside a part, ``[view, layer]``."""
         if normalise not in self._samples:
             self._samples[normalise] = pooled_sample(self.states, is_normalised=normalise)
-        pooled, rows = self._samples[normalise]
-        kept = self._trains_on[part][rows]
-        own = Pooled(pooled.means[kept], pooled.lasts[kept])
-        labels = self._training.labels[rows[kept].numpy()]
-        return measured.weighted(layer_weights(own, labels, task=self._task))
+        if (part, normalise) not in self._found_worths:
+            pooled, rows = self._samples[normalise]
+            kept = self._trains_on[part][rows]
+            own = Pooled(pooled.means[kept], pooled.lasts[kept])
+            labels = self._training.labels[rows[kept].numpy()]
+            self._found_worths[part, normalise] = view_worths(own, labels, self._task)
+        return self._found_worths[part, normalise]
 
     def train(self, title: str) -> None:
         """Solves or trains every run."""
@@ -237,7 +254,8 @@ class _Trainer:
             if isinstance(run.mechanism, Linear):
                 part = self._left_out[run.part]
                 texts = self._training.without(part) if len(part) else self._training
-                solution = _solution(texts, run.job.settings)
+                worths = self._worths(run.part, bool(run.job.settings.normalise))
+                solution = _solution(texts, run.job.settings, worths=worths)
                 run.settle(solution.standardised(self._scaling(run)))
                 settings = replace(run.job.settings, strength=solution.strength)
                 run.job = replace(run.job, settings=settings)
@@ -261,25 +279,42 @@ class _Trainer:
             run.finish_batch()
 
     def _train_batch(self, runs: Sequence[TrainingRun], batch: Shard, share: float) -> None:
-        labels = self._labels[batch.rows]
         # A part of a shard is a strided view, and its gradients would take half as long again.
-        batch = replace(batch, hidden=batch.hidden.contiguous())
-        for group in self._projected_together(runs):
-            losses: list[Tensor] = []
-            projected = self._project(batch, group, dtype=torch.bfloat16)
-            for run, tokens in zip(group, projected, strict=True):
-                kept = self._trains_on[run.part][batch.rows]
-                if kept.all():
-                    losses.append(run.loss(tokens, labels))
-                elif kept.any():
-                    texts = kept.nonzero()[:, 0].to(self._device)
-                    losses.append(run.loss(tokens.chosen(texts), labels[texts]))
-            if losses:
-                # Parameters are disjoint, so the sum's gradient is each run's own.
-                (torch.stack(losses).sum() * share).backward()
-        for run in runs:
-            if self._trains_on[run.part][batch.rows].any():
-                run.take(share)
+        batch = replace(batch, hidden=batch.hidden.contiguous().to(self._device))
+        active = [run for run in runs if self._trains_on[run.part][batch.rows].any()]
+        by_means = [run for run in active if run.trains_on_means]
+        by_tokens = [run for run in active if not run.trains_on_means]
+        # Parameters are disjoint, so the sum's gradient is each run's own.
+        for group in self._projected_together(by_tokens):
+            (torch.stack(self._losses(batch, group)).sum() * share).backward()
+        for start in range(0, len(by_means), _MOST_BY_MEANS):
+            group = by_means[start : start + _MOST_BY_MEANS]
+            (torch.stack(self._losses_by_means(batch, group)).sum() * share).backward()
+        for run in active:
+            run.take(share)
+
+    def _losses(self, batch: Shard, runs: Sequence[TrainingRun]) -> list[Tensor]:
+        losses: list[Tensor] = []
+        for run, tokens in zip(runs, self._project(batch, runs, dtype=torch.bfloat16), strict=True):
+            kept, labels = self._trains_on[run.part][batch.rows], self._labels[batch.rows]
+            if not kept.all():
+                texts = kept.nonzero()[:, 0].to(self._device)
+                tokens, labels = tokens.chosen(texts), labels[texts]
+            losses.append(run.loss(tokens, labels))
+        return losses
+
+    def _losses_by_means(self, batch: Shard, runs: Sequence[TrainingRun]) -> list[Tensor]:
+        """As ``_losses``, of readouts, whose logits need no column for each class."""
+        readouts = [cast(Readout, run.mechanism) for run in runs]
+        columns = [readout.token_columns() for readout in readouts]
+        tokens = self._project(batch, runs, dtype=torch.bfloat16, columns=columns)
+        scalings = [self._scaling(run) for run in runs]
+        found = readout_logits(readouts, tokens, scalings, batch.hidden, dtype=torch.bfloat16)
+        losses: list[Tensor] = []
+        for run, logits in zip(runs, found, strict=True):
+            texts = self._trains_on[run.part][batch.rows].nonzero()[:, 0].to(self._device)
+            losses.append(run.loss_of_logits(logits[texts], self._labels[batch.rows][texts]))
+        return losses
 
     def _projected_together(self, runs: Sequence[TrainingRun]) -> Iterator[list[TrainingRun]]:
         """The runs in groups of up to so many columns; a run with more is alone."""
@@ -296,16 +331,23 @@ class _Trainer:
             yield group
 
     def _project(
-        self, batch: Shard, runs: Sequence[TrainingRun], *, dtype: torch.dtype
+        self,
+        batch: Shard,
+        runs: Sequence[TrainingRun],
+        *,
+        dtype: torch.dtype,
+        columns: Sequence[Tensor] = (),
     ) -> list[Ragged]:
-        """Each run's columns of every token, ``[token, layer, column]``.
+        """Each run's columns of every token, ``[token, layer, column]``; else what serving reads.
 
         One matmul a layer, or two if some runs read normalised states and others do not: a run is
         rounded the same whoever runs beside it.
         """
-        folded = [self._scaling(run).fold(run.mechanism.columns(), dtype=dtype) for run in runs]
+        columns = columns or [run.mechanism.columns() for run in runs]
+        pairs = zip(runs, columns, strict=True)
+        folded = [self._scaling(run).fold(own, dtype=dtype) for run, own in pairs]
         hidden, lengths = batch.hidden.to(self._device), batch.lengths.to(self._device)
-        columns: dict[int, Tensor] = {}
+        found: dict[int, Tensor] = {}
         for normalise in (False, True):
             members = [i for i, run in enumerate(runs) if run.job.settings.normalise == normalise]
             if not members:
@@ -320,8 +362,8 @@ class _Trainer:
                 layers = enumerate(hidden)
                 projected = torch.stack([joined.layer(i, one.to(dtype)) for i, one in layers])
             widths = [folded[i].weight.shape[2] for i in members]
-            columns.update(zip(members, projected.transpose(0, 1).split(widths, 2), strict=True))
-        return [Ragged(columns[i], lengths) for i in range(len(runs))]
+            found.update(zip(members, projected.transpose(0, 1).split(widths, 2), strict=True))
+        return [Ragged(found[i], lengths) for i in range(len(runs))]
 
     def _end_epoch(self, runs: Sequence[TrainingRun]) -> None:
         if self._validation is None or self._validation_states is None:
@@ -359,16 +401,24 @@ class _Trainer:
         for index in range(len(states)):
             shuffle = torch.Generator().manual_seed(0)
             for batch in states.read(index).batches(size=_VALIDATION_BATCH, shuffle=shuffle):
-                for group in self._projected_together(runs):
-                    projected = self._project(batch, group, dtype=dtype)
-                    for run, tokens in zip(group, projected, strict=True):
-                        rows = batch.rows
-                        if left_out:
-                            texts = (~self._trains_on[run.part][rows]).nonzero()[:, 0]
-                            rows, tokens = rows[texts], tokens.chosen(texts.to(self._device))
-                        if len(rows):
-                            found[run][rows] = run.logits(tokens).cpu().numpy()
+                for part, own in self._parts(batch, runs, left_out=left_out):
+                    for group in self._projected_together(own):
+                        projected = self._project(part, group, dtype=dtype)
+                        for run, tokens in zip(group, projected, strict=True):
+                            found[run][part.rows] = run.logits(tokens).cpu().numpy()
         return scores
+
+    def _parts(
+        self, batch: Shard, runs: Sequence[TrainingRun], *, left_out: bool
+    ) -> Iterator[tuple[Shard, list[TrainingRun]]]:
+        """The texts that runs score, with those runs."""
+        if not left_out:
+            yield batch, list(runs)
+            return
+        for part, kept in enumerate(self._trains_on):
+            texts = (~kept[batch.rows]).nonzero()[:, 0]
+            if len(texts):
+                yield batch.chosen(texts), [run for run in runs if run.part == part]
 
     def results(self, to_score: Split | None) -> list[Trained | None]:
         """What each job gave; None if it diverged."""

@@ -13,12 +13,16 @@ from torch.nn import functional
 
 from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import Geometry, Mechanism, build_mechanism
+from sidelight.mechanisms.readout import Readout
 from sidelight.ragged import Ragged
 from sidelight.training.settings import Job
 from sidelight.types import Task
 
 # About two thousand tokens of short prompts.
 _MOST_OTHERS = 40
+
+# With fewer, a value of each token costs less than means of whole states (`bench train`).
+_MANY_OUTPUTS = 12
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -137,6 +141,14 @@ class TrainingRun:
         is_idle = self._epochs > 0 and idle >= self.job.settings.patience
         return is_idle or self._epochs >= self.job.settings.epochs
 
+    @property
+    def trains_on_means(self) -> bool:
+        """Whether its logits come from weighted means of whole states, see ``pooled_readouts``."""
+        has_parts = self._reads_beginnings or self.job.settings.long_inputs
+        if has_parts or not isinstance(self.mechanism, Readout):
+            return False
+        return len(self.mechanism.bias) >= _MANY_OUTPUTS
+
     def logits(self, tokens: Ragged) -> Float[Tensor, "text output"]:
         """The logits of projected tokens, ``[token, layer, column]``, as in serving."""
         self.mechanism.eval()
@@ -159,6 +171,12 @@ class TrainingRun:
                 votes = self.mechanism.votes(self.mechanism.summarise(each)).unbind(1)
                 losses.append(torch.stack([self._loss(vote, labels) for vote in votes]).sum())
             return torch.stack(losses).mean()
+
+    def loss_of_logits(
+        self, logits: Float[Tensor, "text output"], labels: Int[Tensor, "text ..."]
+    ) -> Float[Tensor, ""]:
+        """The loss of a mechanism whose logits are its only vote."""
+        return self._loss(logits, labels)
 
     def take(self, share: float) -> None:
         """Counts the gradients just computed as this share of a batch; a full batch makes a step.
