@@ -10,7 +10,7 @@ import numpy as np
 
 from sidelight.backbone import TransformersBackbone
 from sidelight.data.examples import LabelledExamples
-from sidelight.mechanisms.base import mechanism_names, mechanism_spec
+from sidelight.mechanisms.base import mechanism_spec
 from sidelight.prompts import Reads, shared_unread
 from sidelight.ragged import by_length
 from sidelight.states.cache import ActivationCache
@@ -64,7 +64,12 @@ def compare_extraction(
 
 
 def compare_training(
-    backbone: TransformersBackbone, examples: LabelledExamples, *, repeats: int, seeds: int
+    backbone: TransformersBackbone,
+    examples: LabelledExamples,
+    *,
+    repeats: int,
+    mechanisms: Sequence[str],
+    seeds: int,
 ) -> dict[str, Any]:
     """Seconds of one extraction, of training each mechanism from it, and of all together."""
     parts = examples.split(0.15, seed=0)
@@ -81,7 +86,7 @@ def compare_training(
         )
         jobs = {
             name: [Job(mechanism_spec(name), n, suggested_settings(name)) for n in range(seeds)]
-            for name in mechanism_names()
+            for name in mechanisms
         }
         # The first round begins with the extraction, so the others find the states.
         actions: dict[str, Callable[[], object]] = {

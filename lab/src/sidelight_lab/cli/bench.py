@@ -71,15 +71,23 @@ def bench_extract(runtime: options.Runtime, as_json: bool, repeats: int, **given
 
 @bench.command("train")
 @_data_options
+@options.mechanisms(default="pooling,gate,attention,readout", show_default=True, help="To train.")
 @click.option("--seeds", type=options.AT_LEAST_ONE, default=3, help="Trainings of each mechanism.")
 def bench_train(
-    runtime: options.Runtime, as_json: bool, repeats: int, seeds: int, **given: Any
+    runtime: options.Runtime,
+    as_json: bool,
+    repeats: int,
+    mechanisms: list[str],
+    seeds: int,
+    **given: Any,
 ) -> None:
-    """Time the training of every mechanism with several seeds beside one extraction."""
+    """Time the training of several mechanisms with several seeds beside one extraction."""
     from sidelight_lab.bench.training import compare_training
 
     examples, backbone = _examples(given), runtime.load_backbone()
-    figures = compare_training(backbone, examples, repeats=repeats, seeds=seeds)
+    figures = compare_training(
+        backbone, examples, repeats=repeats, mechanisms=mechanisms, seeds=seeds
+    )
     _print_figures(figures, as_json)
 
 
