@@ -101,7 +101,7 @@ class Shard:
             weights = torch.stack([inverse_rms(layer) for layer in self.hidden])
             lasts = lasts * weights[:, self.lengths.cumsum(0) - 1]
         sums = weighted_sums(self.hidden, weights, self.lengths)[..., 0]
-        return Pooled(sums / self.lengths[:, None, None], lasts.transpose(0, 1))
+        return Pooled(sums / self.lengths[:, None, None], lasts.transpose(0, 1).contiguous())
 
 
 @dataclass(frozen=True)
