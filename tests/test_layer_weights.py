@@ -62,3 +62,31 @@ def test_two_texts_of_a_class_do_not_weigh_layers():
     noise = torch.randn(200, LAYERS, 6, generator=torch.Generator().manual_seed(0))
     weights = weights_of(Pooled(noise, noise), labels)
     assert torch.equal(weights, torch.ones(LAYERS))
+
+
+@pytest.mark.parametrize(("texts", "width"), [(60, 100), (100, 32)])
+def test_a_worth_is_what_refitting_without_each_text_gives(texts, width):
+    random = np.random.default_rng(0)
+    labels = random.permutation(np.arange(texts) % 2)
+    noise = random.normal(size=(texts, width))
+    noise[:, :10] += labels[:, None]
+    view = torch.from_numpy(noise).float()
+    spread, center = noise.std(0), noise.mean(0)
+    features = (noise - center) / (spread + 1e-2 * spread.mean())
+    signs = 2.0 * labels - 1
+    errors = []
+    for strength in 10.0 ** np.arange(-2, 1.51, 0.5):
+        ridge = strength * float((features**2).sum()) / texts * np.eye(texts - 1)
+        left_out = []
+        for text in range(texts):
+            others = np.arange(texts) != text
+            own = features[others] - features[others].mean(0)
+            dual = np.linalg.solve(own @ own.T + ridge, signs[others] - signs[others].mean())
+            moved = (features[text] - features[others].mean(0)) @ own.T @ dual
+            left_out.append(signs[text] - signs[others].mean() - moved)
+        errors.append(np.square(left_out).sum())
+    expected = 1 - min(errors) / np.square(signs - signs.mean()).sum()
+    pooled = Pooled(view[:, None], view[:, None])
+    worths = view_worths(pooled, labels, BINARY)
+    assert expected > 0.1
+    assert worths[0, 0].item() == pytest.approx(expected, abs=2e-3)

@@ -8,11 +8,13 @@ import torch
 from sklearn.metrics import average_precision_score
 from torch.nn import functional
 
-from corpora import TASKS, training_set
+from corpora import TASKS, rows, training_set
+from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import Geometry, mechanism_names, mechanism_spec
 from sidelight.prompts import Reads
 from sidelight.ragged import Ragged
+from sidelight.training.dataset import make_split
 from sidelight.training.loop import train_mechanisms
 from sidelight.training.optimisation import (
     TrainingRun,
@@ -20,7 +22,7 @@ from sidelight.training.optimisation import (
     random_beginnings,
     validation_score,
 )
-from sidelight.training.settings import Job, TrainingSettings, suggested_settings
+from sidelight.training.settings import FitOptions, Job, TrainingSettings, suggested_settings
 
 QUICK = TrainingSettings(
     learning_rate=1e-2, weight_decay=0.01, epochs=3, batch_size=20, least_steps=0
@@ -301,6 +303,27 @@ def test_settings_that_would_train_nothing_are_refused(setting, value, least):
     with pytest.raises(SidelightError, match=f"{setting} = {value}"):
         suggested_settings("readout").changed(**{setting: value})
     assert getattr(TrainingSettings(**{setting: least}), setting) == least
+
+
+@pytest.mark.unchecked
+def test_an_unknown_class_weight_is_refused():
+    for given in ("balnced", {0: 1.0, 1: 5.0}):
+        with pytest.raises(SidelightError, match=r"class_weight = .*give 'balanced'"):
+            TrainingSettings(class_weight=given)
+
+
+def test_texts_that_are_there_twice_weigh_layers_like_one(tiny, tmp_path):
+    settings = replace(BRIEF, layer_weights="predictive")
+    once = rows("binary", 60)
+    found = []
+    for number, given in enumerate((once, [*once, *once])):
+        options = FitOptions(max_tokens=512, cache_root=tmp_path / str(number))
+        split = make_split(tiny, load_examples(given), options)
+        jobs = [job(settings=own) for own in (BRIEF, settings)]
+        plain, weighted = train_mechanisms(jobs, training=split, validation=None)
+        found.append((plain.standardisation.scale / weighted.standardisation.scale)[:, 0])
+    assert found[0].std() > 0.01
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-3)
 
 
 def test_few_texts_are_trained_in_smaller_batches_for_more_epochs():

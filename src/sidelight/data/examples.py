@@ -207,6 +207,11 @@ class Examples:
         """The number of distinct texts; `split` and `folds` keep equal texts together."""
         return int(self._text_groups().max(initial=-1)) + 1
 
+    @property
+    def first_rows(self) -> Int[Numbers, " text"]:
+        """The first row of each distinct text."""
+        return np.unique(self._text_groups(), return_index=True)[1]
+
     def _text_groups(self) -> Int[Numbers, " row"]:
         """The number of each example's text, or of its response if all texts are the same."""
         numbers: dict[str, int] = {}

@@ -95,13 +95,16 @@ class Shard:
         Args:
             is_normalised: Whether the states are divided by their root mean square first.
         """
-        lasts = self.hidden[:, self.lengths.cumsum(0) - 1].float()
-        weights = torch.ones(*self.hidden.shape[:2], 1)
-        if is_normalised:
-            weights = torch.stack([inverse_rms(layer) for layer in self.hidden])
-            lasts = lasts * weights[:, self.lengths.cumsum(0) - 1]
-        sums = weighted_sums(self.hidden, weights, self.lengths)[..., 0]
-        return Pooled(sums / self.lengths[:, None, None], lasts.transpose(0, 1).contiguous())
+        ends = self.lengths.cumsum(0) - 1
+        means: list[Tensor] = []
+        lasts: list[Tensor] = []
+        # Layer by layer: a long text in float32 would be large.
+        for layer in self.hidden:
+            factor = inverse_rms(layer) if is_normalised else torch.ones(len(layer), 1)
+            sums = weighted_sums(layer[None], factor[None], self.lengths)
+            means.append(sums[:, 0, :, 0] / self.lengths[:, None])
+            lasts.append(layer[ends].float() * factor[ends])
+        return Pooled(torch.stack(means, 1), torch.stack(lasts, 1))
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,10 @@ class Pooled:
 
     means: Float[Tensor, "text layer width"]
     lasts: Float[Tensor, "text layer width"]
+
+    def chosen(self, texts: Int[Tensor, " chosen"]) -> "Pooled":
+        """Those of these texts."""
+        return Pooled(self.means[texts], self.lasts[texts])
 
 
 @dataclass(frozen=True)

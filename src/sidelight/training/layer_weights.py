@@ -54,7 +54,8 @@ def view_worths(
     """What each layer's means, and its last tokens, are worth; 0 or more.
 
     Args:
-        pooled: Training texts in random order; only the first few hundred are used.
+        pooled: Distinct training texts in random order; only the first few hundred are used. A text
+            that is there twice would predict itself.
         labels: Their labels, as in ``LabelledExamples.labels``.
         task: The classes.
     """
@@ -109,10 +110,13 @@ def _left_out_error(
     values, vectors = torch.linalg.eigh(kernel.float())
     target = target.float()
     turned = vectors.T @ target
+    # Without the direction of ones, which an intercept fits: centred features and targets know the
+    # text that is left out.
+    squares = (vectors - vectors.mean(0)).square()
     errors: list[float] = []
     for strength in _STRENGTHS:
         inverse = 1 / (values.clamp(min=0) + strength * values.mean().clamp(min=1e-12))
         dual = vectors @ (inverse[:, None] * turned)
-        residual = dual / ((vectors**2) @ inverse)[:, None]
+        residual = dual / (squares @ inverse)[:, None]
         errors.append(float(residual.square().sum()))
     return min(errors)

@@ -123,8 +123,7 @@ def solve_linear(
     landmarks = torch.randperm(texts, generator=torch.Generator().manual_seed(0))[:_LANDMARKS]
     views = [_View.of(vectors) for vectors in (pooled.means, pooled.lasts)]
     if worths is None:
-        sample = Pooled(pooled.means[landmarks], pooled.lasts[landmarks])
-        worths = view_worths(sample, labels[landmarks.numpy()], task)
+        worths = view_worths(pooled.chosen(landmarks), labels[landmarks.numpy()], task)
     weights = relative_weights(worths)
     views = [view.weighted(own) for view, own in zip(views, weights / weights.sum(), strict=True)]
     kernel = torch.stack([view.kernel(landmarks) for view in views]).sum(0)  # (text, landmark)

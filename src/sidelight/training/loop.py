@@ -29,8 +29,8 @@ _VALIDATION_BATCH = 128
 _MOMENT_TOKENS = 8192
 # Of one matmul while training, so that many runs with many classes do not fill the memory.
 _MOST_COLUMNS = 256
-# Readouts whose means are held side by side.
-_MOST_BY_MEANS = 8
+# What a readout's means take, in columns.
+_COLUMNS_OF_MEANS = 32
 _NOTHING = np.array([], dtype=np.int64)
 
 
@@ -65,6 +65,8 @@ def train_mechanisms(
     title: str = "Training",
 ) -> list[Trained | None]:
     """Trains all jobs side by side; the result of a job does not depend on its neighbours.
+
+    With many classes, float32 sums are rounded by what stands beside them (``pooled_readouts``).
 
     Args:
         jobs: What to train.
@@ -139,8 +141,13 @@ def _solution(
 ) -> LinearSolution:
     if folds is None and settings.strength is None:
         folds = strength_folds(training.examples)
+    pooled = training.pooled_normalised if settings.normalise else training.pooled
+    if worths is None:
+        first = np.random.default_rng(0).permutation(training.examples.first_rows)
+        own = pooled.chosen(torch.from_numpy(first))
+        worths = view_worths(own, training.labels[first], training.task)
     return solve_linear(
-        training.pooled_normalised if settings.normalise else training.pooled,
+        pooled,
         training.labels,
         training.task,
         folds=folds or (),
@@ -173,6 +180,8 @@ class _Trainer:
         self._trains_on = [torch.ones(len(training), dtype=torch.bool) for _ in left_out]
         for kept, part in zip(self._trains_on, left_out, strict=True):
             kept[part] = False
+        self._is_first = torch.zeros(len(training), dtype=torch.bool)
+        self._is_first[training.examples.first_rows] = True
         self._moments: dict[bool, Standardisation] = {}
         self._samples: dict[bool, tuple[Pooled, Tensor]] = {}
         self._found_worths: dict[tuple[int, bool], Tensor] = {}
@@ -229,9 +238,9 @@ class _Trainer:
             self._samples[normalise] = pooled_sample(self.states, is_normalised=normalise)
         if (part, normalise) not in self._found_worths:
             pooled, rows = self._samples[normalise]
-            kept = self._trains_on[part][rows]
-            own = Pooled(pooled.means[kept], pooled.lasts[kept])
+            kept = (self._trains_on[part] & self._is_first)[rows].nonzero()[:, 0]
             labels = self._training.labels[rows[kept].numpy()]
+            own = pooled.chosen(kept)
             self._found_worths[part, normalise] = view_worths(own, labels, self._task)
         return self._found_worths[part, normalise]
 
@@ -287,8 +296,7 @@ class _Trainer:
         # Parameters are disjoint, so the sum's gradient is each run's own.
         for group in self._projected_together(by_tokens):
             (torch.stack(self._losses(batch, group)).sum() * share).backward()
-        for start in range(0, len(by_means), _MOST_BY_MEANS):
-            group = by_means[start : start + _MOST_BY_MEANS]
+        for group in self._projected_together(by_means):
             (torch.stack(self._losses_by_means(batch, group)).sum() * share).backward()
         for run in active:
             run.take(share)
@@ -322,6 +330,8 @@ class _Trainer:
         columns = 0
         for run in runs:
             own = run.mechanism.columns().shape[2]
+            if run.trains_on_means:
+                own = cast(Readout, run.mechanism).token_columns().shape[2] + _COLUMNS_OF_MEANS
             if group and columns + own > _MOST_COLUMNS:
                 yield group
                 group, columns = [], 0

@@ -44,6 +44,7 @@ def readout_logits(
         scores = own.values[..., : readout.gate.shape[2]].float()
         weight = segment_softmax(scores, own).transpose(0, 1)  # (L, T, H)
         weights.append(weight * inverse if standardisation.is_normalised else weight)
+    # Together: a product of a few columns alone would take twice as long.
     sums = weighted_sums(hidden, torch.cat(weights, 2), lengths)
     parts = sums.split([weight.shape[2] for weight in weights], 3)
     found: list[Tensor] = []

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from sidelight.calibration import CalibrationKind
 from sidelight.errors import SidelightError
@@ -20,6 +20,9 @@ TRAINING_MAX_TOKENS = 1024
 FEW_TEXTS, _MANY_TEXTS = 1000, 5000
 # Few texts are trained in smaller batches, so that an epoch has this many steps.
 _STEPS_PER_EPOCH = 8
+
+
+_ClassWeight = Literal["none", "balanced"]
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class TrainingSettings:
     least_steps: int = 96
     batch_size: int = 32
     patience: int = 3
-    class_weight: Literal["none", "balanced"] = "none"
+    class_weight: _ClassWeight = "none"
     layer_weights: Literal["equal", "predictive"] = "equal"
     normalise: bool | None = None
     beginnings: bool = True
@@ -69,6 +72,11 @@ class TrainingSettings:
             raise SidelightError(
                 f"Cannot train with learning rate {self.learning_rate} and weight decay "
                 f"{self.weight_decay}: the rate must be 0 or more and below 1, the decay 0 or more."
+            )
+        if self.class_weight not in get_args(_ClassWeight):
+            raise SidelightError(
+                f"Cannot train with class_weight = {self.class_weight!r}: give 'balanced', or "
+                "'none'."
             )
         if self.strength is not None and not 0 < self.strength < math.inf:
             raise SidelightError(
