@@ -181,6 +181,14 @@ def test_a_baseline_that_fails_costs_no_training(tiny, tmp_path, monkeypatch):
         fit(tiny, load_examples(rows("binary", 40)), None, name="x", options=options)
 
 
+@pytest.mark.parametrize("kind", ["binary", "multiclass"])
+def test_texts_of_which_none_can_be_held_out_are_refused(tiny, tmp_path, kind):
+    alike = [row for row in rows(kind, 9)[:3] for _ in range(20)]
+    options = FitOptions(cache_root=tmp_path)
+    with pytest.raises(SidelightError, match="Too few distinct texts to hold some of each"):
+        fit(tiny, load_examples(alike), None, name="alike", options=options)
+
+
 def test_few_texts_that_are_held_out_from_say_so(tiny, tmp_path):
     few = [*rows("binary", 40), *({"text": f"rare {n}", "label": "z"} for n in range(4))]
     options = FitOptions(

@@ -21,6 +21,7 @@ from corpora import SIGNALS, planted
 from sidelight import SidelightClassifier
 from sidelight.backbone import TransformersBackbone, load_backbone
 from sidelight.calibration import Calibration
+from sidelight.errors import SidelightError
 
 pytestmark = [
     pytest.mark.slow,
@@ -185,6 +186,25 @@ def test_a_fitted_classifier_is_saved_as_an_artifact_and_pickled(model, fitted, 
     np.testing.assert_allclose(np.array(scores), expected, atol=1e-6)
     again = pickle.loads(pickle.dumps(fitted))
     np.testing.assert_array_equal(again.predict_proba(NEW_TEXTS), expected)
+
+
+def test_a_fit_that_fails_leaves_what_was_fitted_before(model):
+    made = SidelightClassifier(model, **QUICK).fit(TEXTS, LETTERS)
+    with pytest.raises(SidelightError):
+        made.fit(TEXTS[:3], ["p", "q", "r"])
+    assert set(made.predict(NEW_TEXTS)) <= set(LETTERS)
+    new = SidelightClassifier(model, **QUICK)
+    with pytest.raises(SidelightError):
+        new.fit(TEXTS[:3], ["p", "q", "r"])
+    with pytest.raises(NotFittedError):
+        new.predict(NEW_TEXTS)
+
+
+@pytest.mark.unchecked
+def test_numbers_of_numpy_and_no_random_state_are_settings_too(model, tmp_path):
+    settings = {**QUICK, "epochs": np.int64(1), "max_tokens": np.int64(64), "random_state": None}
+    SidelightClassifier(model, **settings).fit(TEXTS, LETTERS).save(tmp_path / "probe")
+    assert sidelight.load(tmp_path / "probe", model=model).probe.record["seed"] == 0
 
 
 def test_the_settings_reach_the_training(model):

@@ -165,6 +165,15 @@ def test_an_interval_does_not_collapse_where_no_row_is_wrong(task):
         assert 0.5 < report.metrics[name].low < 0.95
 
 
+def test_an_interval_does_not_collapse_beside_a_label_that_no_row_has():
+    task = Task("multiclass", ("x", "y", "nobody"))
+    labels = np.array([1, 0, 0, 0, 1, 0])
+    report = evaluate(task, 0.9 * np.eye(3)[labels] + 0.02, labels, thresholds=())
+    auroc = report.metrics["auroc"]
+    assert (auroc.value, auroc.high) == (1, 1)
+    assert auroc.low < 0.9
+
+
 def test_a_single_row_is_reported():
     report = evaluate(BINARY, np.array([[0.7]]), np.array([1]), thresholds=(0.5,))
     assert report.metrics["accuracy"].value == 1

@@ -74,6 +74,27 @@ def trained(tiny, task: Task, *, rule: ThresholdRule = F1):
     )
 
 
+def test_the_texts_that_trained_a_probe_do_not_recalibrate_it(tiny):
+    probe = trained(tiny, TOXICITY)
+    logits, labels = drawn(TOXICITY, 600, share=0.3, seed=0)
+    seen = texts_of(600, TOXICITY, labels)
+    assert isinstance(seen, LabelledExamples)
+    probe = replace(probe, record={**probe.record, "training": describe_examples(seen)})
+    with pytest.raises(SidelightError, match=r"was trained on these texts.*new traffic"):
+        recalibrate(probe, seen, logits)
+
+
+def test_labels_that_cannot_be_measured_apart_are_said(tiny):
+    logits, labels = drawn(TOXICITY, 60, share=0.3, seed=1)
+    new = texts_of(60, TOXICITY, labels)
+    assert isinstance(new, LabelledExamples)
+    # All positive texts are one text, so they stay together.
+    pairs = zip(new.items, labels, strict=True)
+    alike = tuple(new.items[0] if label else item for item, label in pairs)
+    made = recalibrate(trained(tiny, TOXICITY), replace(new, items=alike), logits)
+    assert any("the figures are flattering" in warning for warning in made.warnings)
+
+
 @every_task
 def test_labelled_texts_calibrate_and_choose_thresholds_as_in_training(tiny, task):
     rule = F1 if task.kind == "multiclass" else ThresholdRule("recall", 0.9)

@@ -57,7 +57,8 @@ def test_a_rule_is_read_back_from_its_text(text):
 @pytest.mark.parametrize(
     "text",
     ["", "F1", "f1=0.5", "fpr", "fpr=0", "fpr=1", "fpr=-0.1", "recall=1.0", "recall=x", "cost=10",
-     "cost=0:1", "cost=1:0", "cost=1:2:3", "precision=0.9", "0.5", "fpr=nan", "cost=inf:1"],
+     "cost=0:1", "cost=1:0", "cost=1:2:3", "precision=0.9", "0.5", "fpr=nan", "cost=inf:1",
+     "cost=1e400:1"],
 )  # fmt: skip
 def test_a_rule_that_cannot_be_read_is_answered_with_the_forms(text):
     with pytest.raises(SidelightError, match=r"f1, fpr=0\.01 .*recall=0\.95 .*cost=10:1"):

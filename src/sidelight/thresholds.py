@@ -61,9 +61,12 @@ class ThresholdRule:
         if rate and 0 < float(rate[2]) < 1:
             return ThresholdRule("fpr" if rate[1] == "fpr" else "recall", float(rate[2]))
         cost = re.fullmatch(rf"cost=({_NUMBER}):({_NUMBER})", text)
-        if cost and min(float(cost[1]), float(cost[2])) > 0:
+        if cost and 0 < float(cost[1]) < math.inf and 0 < float(cost[2]) < math.inf:
             return ThresholdRule("cost", float(cost[1]) / float(cost[2]))
-        raise SidelightError(f"Cannot read the threshold '{text}'. Write {_FORMS}.")
+        raise SidelightError(
+            f"Cannot read the threshold '{text}'. Write {_FORMS}; rates lie between 0 and 1, "
+            "costs above 0."
+        )
 
     def __str__(self) -> str:
         """The text that ``parse`` reads."""

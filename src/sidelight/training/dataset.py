@@ -214,8 +214,16 @@ def prepare(
         validation = training
     else:
         warnings += _why_held_out(training)
-        training, validation = training.split(validation_share(len(training)), seed=0)
+        whole = training
+        training, validation = whole.split(validation_share(len(whole)), seed=0)
         warnings += training.warnings
+        is_binary = whole.task.kind == "binary"
+        if not len(validation) or (is_binary and not validation.label_counts.all()):
+            raise SidelightError(
+                "Too few distinct texts to hold some of each label out for validation: got "
+                f"{whole.distinct} in all, and equal texts stay together. Add more texts, or give "
+                "others to validate on (--validation)."
+            )
     if options.long_inputs:
         require_labels_of_parts(training.task)
     require_same_task(training, validation)

@@ -52,7 +52,7 @@ class SidelightClassifier(ClassifierMixin, BaseEstimator):
         calibration: How logits become probabilities; None: a temperature for several classes, else
             Platt scaling.
         max_tokens: Longer texts are cut for training; judging never cuts.
-        random_state: Decides initial parameters and the order of the data.
+        random_state: Decides initial parameters and the order of the data; None is 0.
         verbose: Whether to show progress.
 
     Attributes:
@@ -72,7 +72,7 @@ class SidelightClassifier(ClassifierMixin, BaseEstimator):
         class_weight: Literal["balanced"] | None = None,
         calibration: CalibrationKind | None = None,
         max_tokens: int = TRAINING_MAX_TOKENS,
-        random_state: int = 0,
+        random_state: int | None = 0,
         verbose: bool = False,
     ):
         self.model = model
@@ -110,14 +110,14 @@ class SidelightClassifier(ClassifierMixin, BaseEstimator):
         labels = column_or_1d(y)
         check_consistent_length(items, labels)
         check_classification_targets(labels)
-        self.classes_, numbers = np.unique(labels, return_inverse=True)
-        if len(self.classes_) < 2:
+        classes, numbers = np.unique(labels, return_inverse=True)
+        if len(classes) < 2:
             raise ValueError(
-                f"Got one class ({self.classes_[0]}), wanted two or more. Add texts of another."
+                f"Got one class ({classes[0]}), wanted two or more. Add texts of another."
             )
         task = Task(
-            "binary" if len(self.classes_) == 2 else "multiclass",
-            tuple(str(label) for label in self.classes_),
+            "binary" if len(classes) == 2 else "multiclass",
+            tuple(str(label) for label in classes),
         )
         examples = LabelledExamples(
             tuple(items), ({},) * len(items), task=task, labels=numbers.astype(np.int64)
@@ -134,7 +134,7 @@ class SidelightClassifier(ClassifierMixin, BaseEstimator):
             )
         for sentence in made.warnings:
             warnings.warn(sentence, stacklevel=2)
-        self.probe_ = made.best.probe
+        self.classes_, self.probe_ = classes, made.best.probe
         return self
 
     def predict_proba(self, X: Any) -> Float[np.ndarray, "text class"]:  # noqa: N803
@@ -190,10 +190,15 @@ class SidelightClassifier(ClassifierMixin, BaseEstimator):
             "batch_size": self.batch_size,
             "class_weight": self.class_weight,
         }
-        chosen = {setting: value for setting, value in given.items() if value is not None}
+        # NumPy's numbers, as of a grid, cannot be written to a manifest.
+        chosen = {
+            setting: value.item() if isinstance(value, np.generic) else value
+            for setting, value in given.items()
+            if value is not None
+        }
         return FitOptions(
             mechanisms=None if is_automatic else (mechanism_spec(self.mechanism),),
-            seeds=(self.random_state,),
+            seeds=(int(self.random_state or 0),),
             settings={
                 name: suggested_settings(name).changed(**chosen)
                 for name in (mechanism_names() if is_automatic else (self.mechanism,))
@@ -201,7 +206,7 @@ class SidelightClassifier(ClassifierMixin, BaseEstimator):
             # Texts that are packed as turns would differ from fold to fold.
             reads=Reads(scope="conversation"),
             calibration=self.calibration,
-            max_tokens=self.max_tokens,
+            max_tokens=int(self.max_tokens),
         )
 
 

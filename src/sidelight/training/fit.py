@@ -297,7 +297,8 @@ def fit(
     ]
     # The baselines first: what they refuse in seconds must not cost the hours of training.
     rule = options.threshold
-    words, last_layer = _baseline(dataset, rule), _last_layer(dataset, rule)
+    kind = options.calibration
+    words, last_layer = _baseline(dataset, rule, kind), _last_layer(dataset, rule, kind)
     if dataset.folds:
         trained = cross_fit(jobs, dataset, dataset.folds)
     else:
@@ -348,6 +349,7 @@ def fit(
 def _refusal_of_linear(backbone: TransformersBackbone, texts: int, options: FitOptions) -> str:
     """Why the pooled states of all layers are too much for memory; "" if they are not."""
     sizes = backbone.fingerprint
+    texts *= 1 + (backbone.encoder.prompt_format == "both") + options.augment
     needed = 8 * texts * sizes.layers * sizes.width
     if needed <= options.memory_bytes:
         return ""
@@ -466,7 +468,9 @@ def _left_out_logits(
     return found
 
 
-def _baseline(dataset: ProbeDataset, rule: ThresholdRule) -> Calibrated:
+def _baseline(
+    dataset: ProbeDataset, rule: ThresholdRule, kind: CalibrationKind | None
+) -> Calibrated:
     """The figures of TF-IDF with logistic regression, trained and treated like a probe."""
     task, training = dataset.task, dataset.training
     if dataset.folds:
@@ -479,10 +483,12 @@ def _baseline(dataset: ProbeDataset, rule: ThresholdRule) -> Calibrated:
     else:
         words = fit_tfidf(training.texts, training.labels, task)
         logits = words.logits(dataset.validation.texts)
-    return calibrate(logits, dataset, rule=rule)
+    return calibrate(logits, dataset, kind=kind, rule=rule)
 
 
-def _last_layer(dataset: ProbeDataset, rule: ThresholdRule) -> Calibrated:
+def _last_layer(
+    dataset: ProbeDataset, rule: ThresholdRule, kind: CalibrationKind | None
+) -> Calibrated:
     """A logistic regression on the mean and the last token of the last layer, treated likewise."""
     training, task = dataset.training, dataset.task
     solution = solve_linear(
@@ -493,6 +499,7 @@ def _last_layer(dataset: ProbeDataset, rule: ThresholdRule) -> Calibrated:
     )
     if dataset.folds:
         assert solution.left_out is not None
-        return calibrate(solution.left_out[: len(dataset.originals)], dataset, rule=rule)
+        left_out = solution.left_out[: len(dataset.originals)]
+        return calibrate(left_out, dataset, kind=kind, rule=rule)
     logits = solution.logits(dataset.validation.pooled_last_layer())
-    return calibrate(logits, dataset, rule=rule)
+    return calibrate(logits, dataset, kind=kind, rule=rule)

@@ -116,6 +116,11 @@ def _follow_labels(
     task, labels = probe.task, examples.labels
     counts = dict(zip(task.labels, examples.label_counts.tolist(), strict=True))
     _require_enough(task, counts, len(examples))
+    if examples.content_hash == probe.record.get("training", {}).get("sha256"):
+        raise SidelightError(
+            f"Probe '{probe.name}' was trained on these texts, and scores them too well. "
+            "Training has calibrated it by left-out texts already; give texts of the new traffic."
+        )
     kind = suggested_calibration(task)
     before = evaluate(task, probe.calibration.apply(logits), labels, thresholds=probe.thresholds)
     folds = measuring_folds(examples, kind=kind)
@@ -133,7 +138,12 @@ def _follow_labels(
         for label in before.per_class
         if label in probe.label_thresholds
     }
+    unmeasured = (
+        "A class has too few texts to measure on others than those that calibrate: the figures are "
+        "flattering. Add more texts of it."
+    )
     doubts = (
+        *(() if folds else (unmeasured,)),
         *threshold_doubts(task, counts, len(examples), rule),
         *_losses(recalls),
         *(_strangers(before) if task.kind != "multiclass" else ()),
