@@ -8,7 +8,7 @@ from sidelight.data.loading import load_examples
 from sidelight.mechanisms.base import mechanism_spec
 from sidelight.prompts import Reads
 from sidelight.ragged import Ragged
-from sidelight.training.choice import best_of, mixtures
+from sidelight.training.choice import best_of, better_rivals, mixtures
 from sidelight.training.fit import fit
 from sidelight.training.loop import train_mechanisms
 from sidelight.training.settings import (
@@ -22,6 +22,15 @@ from sidelight.training.settings import (
 # Sums of the same numbers in float32, in another order.
 ROUNDING = {"rtol": 1e-3, "atol": 1e-3}
 BRIEF = {"readout": TrainingSettings(epochs=2, batch_size=16, least_steps=0)}
+
+
+def test_a_rival_that_is_clearly_better_is_told():
+    taken = np.random.default_rng(0).normal(1.0, 0.2, 100)
+    warned = better_rivals(taken, {"TF-IDF": taken - 0.3, "last layer": taken + 0.1})
+    assert len(warned) == 1
+    assert warned[0].startswith("TF-IDF predicts left-out texts better than any probe")
+    noise = np.random.default_rng(1).normal(0.05, 1.0, 100)
+    assert better_rivals(taken, {"TF-IDF": taken - noise}) == []
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,8 @@ from sidelight.training.loop import Trained
 MIXTURE = "readout and linear"
 # Standard errors of a gain that make it one.
 _LEAST_GAIN = 0.5
+# And that make a rival clearly better.
+_CLEAR = 2.0
 # Shares of the linear mechanism in a mixture.
 _SHARES = (0.25, 0.5, 0.75)
 
@@ -59,6 +61,22 @@ def best_of(losses: Sequence[Float[np.ndarray, " text"]]) -> int:
         if gains.mean() > _LEAST_GAIN * gains.std() / np.sqrt(len(gains)):
             best = index
     return best
+
+
+def better_rivals(
+    taken: Float[np.ndarray, " text"], rivals: Mapping[str, Float[np.ndarray, " text"]]
+) -> list[str]:
+    """A warning for each rival whose loss is clearly below that of what was taken."""
+    found: list[str] = []
+    for title, losses in rivals.items():
+        lost = taken - losses
+        if lost.mean() > _CLEAR * lost.std() / np.sqrt(len(lost)):
+            found.append(
+                f"{title} predicts left-out texts better than any probe: a log loss of "
+                f"{losses.mean():.3f} against {taken.mean():.3f}. Add texts, try another model "
+                "(--model), or use it in place of a probe."
+            )
+    return found
 
 
 def mixtures(linear: Trained, readout: Trained) -> list[Trained]:

@@ -31,7 +31,7 @@ from sidelight.thresholds import (
     operating_curves,
     require_thresholds,
 )
-from sidelight.training.choice import MIXTURE, Choice, best_of, mixtures
+from sidelight.training.choice import MIXTURE, Choice, best_of, better_rivals, mixtures
 from sidelight.training.dataset import FOLDS, Folds, ProbeDataset, prepare
 from sidelight.training.linear import solve_linear, strength_folds
 from sidelight.training.loop import (
@@ -335,6 +335,7 @@ def fit(
         ]
         rivals = {"TF-IDF": words.losses, "last layer": last_layer.losses}
         best, choice = _chosen(runs, titles, rivals)
+        warnings += better_rivals(best.losses, rivals)
     else:
         best, choice = _best(runs), None
     made = Fit(tuple(runs), best, words.report, last_layer.report, tuple(warnings), choice)
