@@ -348,7 +348,9 @@ class _Trainer:
         dtype: torch.dtype,
         columns: Sequence[Tensor] = (),
     ) -> list[Ragged]:
-        """Each run's columns of every token, ``[token, layer, column]``; else what serving reads.
+        """Each run's columns of every token, ``[token, layer, column]``.
+
+        They are those of serving, unless others are given.
 
         One matmul a layer, or two if some runs read normalised states and others do not: a run is
         rounded the same whoever runs beside it.

@@ -21,7 +21,7 @@ from sidelight.types import Task
 # About two thousand tokens of short prompts.
 _MOST_OTHERS = 40
 
-# With fewer, a value of each token costs less than means of whole states (`bench train`).
+# With fewer, a value of each token costs less than means of whole states.
 _MANY_OUTPUTS = 12
 
 Loss = Callable[[Tensor, Tensor], Tensor]
