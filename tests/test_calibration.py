@@ -1,14 +1,16 @@
 """Calibrations fit as their papers say, survive JSON, and never break on awkward rows."""
 
 import json
+from dataclasses import replace
 from typing import get_args
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import minimize
+from scipy.stats import t as student_t
 from sklearn.isotonic import IsotonicRegression
-from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 
 from sidelight.calibration import (
@@ -44,18 +46,19 @@ def draw_rows(task: Task, *, rows: int = 400, seed: int = 0):
 
 
 def smoothed_loss(task: Task, calibration: Calibration, logits, labels) -> float:
-    """Log loss against what temperature and Platt fit: Platt's targets, or 2 errors in all."""
+    """What temperature and Platt minimise: the log loss of smoothed targets, and the prior's."""
     probabilities = calibration.apply(logits)
+    prior = student_t(df=4, scale=0.5).logpdf(np.log(calibration.scale[0]))
     if task.kind == "multiclass":
-        error = 2 / (len(labels) + 4)
+        error = 1 / (len(labels) + 2)
         targets = np.full(probabilities.shape, error / (task.outputs - 1))
         targets[np.arange(len(labels)), labels] = 1 - error
-        return -(targets * np.log(probabilities)).sum()
+        return -(targets * np.log(probabilities)).sum() - prior
     positives = labels.sum()
-    high, low = (positives + 1) / (positives + 2), 1 / (len(labels) - positives + 2)
+    high, low = 1 - 0.5 / (positives + 1), 0.5 / (len(labels) - positives + 1)
     targets = np.where(labels == 1, high, low)
     stated = probabilities[:, 0]
-    return -(targets * np.log(stated) + (1 - targets) * np.log1p(-stated)).sum()
+    return -(targets * np.log(stated) + (1 - targets) * np.log1p(-stated)).sum() - prior
 
 
 @every_task
@@ -130,18 +133,31 @@ def test_what_is_suggested_for_several_classes_keeps_the_winner(seed, rows):
     assert (calibration.apply(logits).argmax(1) == logits.argmax(1)).all()
 
 
-def test_platt_agrees_with_logistic_regression_on_smoothed_targets():
+def test_platt_agrees_with_another_optimiser():
     logits, labels = draw_rows(BINARY)
-    high, low = (labels.sum() + 1) / (labels.sum() + 2), 1 / ((1 - labels).sum() + 2)
-    targets = np.where(labels == 1, high, low)
-    twice = np.vstack([logits, logits])
-    sides = np.repeat([1, 0], len(labels))
-    reference = LogisticRegression(C=1e9, tol=1e-9).fit(
-        twice, sides, sample_weight=np.concatenate([targets, 1 - targets])
-    )
     fitted = fit_calibration("platt", logits, labels, BINARY)
-    assert fitted.scale[0] == pytest.approx(reference.coef_[0, 0], rel=OPTIMISER)
-    assert fitted.shift[0] == pytest.approx(reference.intercept_[0], abs=OPTIMISER)
+
+    def loss(parameters):
+        logarithm, shift = parameters
+        moved = replace(fitted, scale=(float(np.exp(logarithm)),), shift=(shift,))
+        return smoothed_loss(BINARY, moved, logits, labels)
+
+    reference = minimize(loss, [0.0, 0.1], method="Nelder-Mead", options={"fatol": 1e-9}).x
+    expected = [np.exp(reference[0]), reference[1]]
+    assert [fitted.scale[0], fitted.shift[0]] == pytest.approx(expected, abs=OPTIMISER)
+
+
+@pytest.mark.parametrize("task", [BINARY, MULTICLASS], ids=lambda task: task.kind)
+def test_few_rows_move_the_scale_less_than_many(task):
+    labels = np.random.default_rng(0).integers(2, size=4000)
+    right = np.eye(task.outputs)[labels] if task.outputs > 1 else 2.0 * labels[:, None] - 1
+    # Nine in ten are right, and the logits say next to nothing.
+    right[::10] *= -1
+    scales = [
+        fit_calibration("temperature", 0.1 * right[:rows], labels[:rows], task).scale[0]
+        for rows in (10, 100, 4000)
+    ]
+    assert 1 < scales[0] < scales[1] < scales[2]
 
 
 def test_isotonic_agrees_with_its_reference_up_to_the_margin():

@@ -20,6 +20,10 @@ _SCALE_BOUNDS = (1e-2, 1e2)
 # In pseudo-rows. Softmax ignores a shift that all classes share; the penalty settles it, and
 # changes nothing else from 50 rows on.
 _SHIFT_PENALTY = 1e-3
+# Of Student's t with 4 degrees of freedom for the logarithm of the scale, before any row is seen:
+# training minimised the log loss, so logits are about right as they are, and few rows cannot tell
+# how far they are not. Its tails are heavy, so that logits of any other size can be fitted.
+_SCALE_WIDTH, _SCALE_FREEDOM = 0.5, 4
 _EM_STEPS, _EM_TOLERANCE = 10_000, 1e-9
 
 
@@ -209,10 +213,13 @@ def fit_calibration(
     any rising map to each output, in a multi-class task to each class against the rest (Zadrozny &
     Elkan 2002); it needs some 1,000 rows.
 
-    Separable rows do not give certainty. Temperature and Platt fit Platt's smoothed targets, which
-    stay 1 / (N + 2) away from 0 and 1 for the N rows of a class (multi-class: 2 / (rows + 4)), and
-    isotonic stays 1 / (rows + 2) away. Temperature and Platt leave a label of a multi-label task as
-    it is if all rows or no rows have it.
+    With few rows, the factor of temperature and Platt stays near 1: its logarithm has a prior,
+    Student's t (docs/results.md has what it brings).
+
+    Separable rows do not give certainty. Temperature and Platt fit targets that stay 1 / (2 N + 2)
+    away from 0 and 1 for the N rows of a class (Jeffreys' prior, half of what Platt took;
+    multi-class: 1 / (rows + 2)), and isotonic stays 1 / (rows + 2) away. Temperature and Platt
+    leave a label of a multi-label task as it is if all rows or no rows have it.
 
     Args:
         kind: The map to fit: none, temperature, platt or isotonic.
@@ -241,7 +248,7 @@ def fit_calibration(
         knots = tuple(_fit_knots(*column) for column in zip(odds.T, holds.T, strict=True))
         return Calibration("isotonic", task.kind, ones, zeros, knots)
     if task.kind == "multiclass":
-        errors = np.full((len(holds), 1), 2 / (len(holds) + 4))
+        errors = np.full((len(holds), 1), 1 / (len(holds) + 2))
         scale, shifts = _fit_affine(kind, logits, holds, errors)
         return Calibration(
             cast(CalibrationKind, kind), task.kind, (scale,) * task.outputs, tuple(shifts.tolist())
@@ -277,7 +284,7 @@ def _fit_output(
     # A sigmoid is the softmax over the logits (0, z), so one solver serves both.
     logits = np.stack([np.zeros_like(logit), logit], axis=1)  # (row, 2)
     either = np.stack([~holds, holds], axis=1)
-    errors = 1 / (either @ either.sum(axis=0) + 2)
+    errors = 0.5 / (either @ either.sum(axis=0) + 1)
     scale, shifts = _fit_affine(kind, logits, either, errors[:, None])
     return scale, float(shifts[1] - shifts[0])
 
@@ -289,6 +296,8 @@ def _fit_affine(
     errors: Float[Values, "row 1"],
 ) -> tuple[float, Float[Values, " label"]]:
     """The scale and, for Platt, the shifts that minimise the log loss of the softmax.
+
+    The scale has a prior around 1, which some hundred rows outweigh.
 
     ``errors`` says how far each row's targets stay away from 0 and 1.
     """
@@ -307,9 +316,12 @@ def _fit_affine(
         scale, shift = parameters[0], parameters[1:]
         log_probabilities = _log_softmax(inputs * scale + shift)
         loss = -(targets * log_probabilities).sum() + _SHIFT_PENALTY / 2 * (shift @ shift)
+        change, width = np.log(scale / spread), _SCALE_FREEDOM * _SCALE_WIDTH**2
+        loss += (_SCALE_FREEDOM + 1) / 2 * np.log1p(change**2 / width)
+        pull = (_SCALE_FREEDOM + 1) * change / (width + change**2) / scale
         excess = np.exp(log_probabilities) - targets
         slopes = excess.sum(axis=0) + _SHIFT_PENALTY * shift
-        return loss / rows, np.append((excess * inputs).sum(), slopes) / rows
+        return loss / rows, np.append((excess * inputs).sum() + pull, slopes) / rows
 
     start = np.append(np.clip(spread, *_SCALE_BOUNDS), np.zeros(outputs))
     bounds = [_SCALE_BOUNDS] + [shift_bounds] * outputs
