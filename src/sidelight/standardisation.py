@@ -1,6 +1,6 @@
 """Per-layer scaling of hidden states, and how it folds into a probe's projection."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -156,9 +156,9 @@ class Standardisation:
         return Standardisation(torch.zeros(shape), torch.ones(shape))
 
     @staticmethod
-    def measured(hidden: Float[Tensor, "layer token width"]) -> "Standardisation":
+    def measured(layers: Iterable[Float[Tensor, "token width"]]) -> "Standardisation":
         """From the mean and standard deviation over tokens; constant dimensions keep scale 1."""
-        moments = [spread_and_mean(layer) for layer in hidden]
+        moments = [spread_and_mean(layer) for layer in layers]
         scale, mean = (torch.stack(own) for own in zip(*moments, strict=True))
         return Standardisation(mean, torch.where(scale > 1e-6, scale, 1.0))
 

@@ -23,6 +23,8 @@ from sidelight.types import Task
 # Enough to rank views by, of many classes a few texts of each; a view needs an eigendecomposition.
 _TEXTS, _TEXTS_OF_A_CLASS = 300, 4
 _MOST_TEXTS = 500
+# So many that enough are left without a fold.
+SAMPLE_TEXTS = 625
 # Ridge strengths, relative to the kernel's mean eigenvalue.
 _STRENGTHS = tuple(10.0**k for k in np.arange(-2, 1.51, 0.5))
 # A class with fewer texts says more about those texts than about layers.
@@ -42,7 +44,7 @@ def pooled_sample(
         shard = states.read(index)
         parts.append(shard.pooled(is_normalised=is_normalised))
         rows.append(shard.rows)
-        if sum(map(len, rows)) >= _MOST_TEXTS:
+        if sum(map(len, rows)) >= SAMPLE_TEXTS:
             break
     means, lasts = torch.cat([p.means for p in parts]), torch.cat([p.lasts for p in parts])
     return Pooled(means, lasts), torch.cat(rows)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import cast
 
 import numpy as np
@@ -18,7 +19,12 @@ from sidelight.ragged import Ragged
 from sidelight.standardisation import Projection, Standardisation, normalised
 from sidelight.states.cache import Pooled, Shard, States
 from sidelight.training.dataset import Folds, Split
-from sidelight.training.layer_weights import layer_weights, pooled_sample, view_worths
+from sidelight.training.layer_weights import (
+    SAMPLE_TEXTS,
+    layer_weights,
+    pooled_sample,
+    view_worths,
+)
 from sidelight.training.linear import LinearSolution, solve_linear, strength_folds
 from sidelight.training.optimisation import TrainingRun, make_loss, validation_score
 from sidelight.training.pooled_readouts import readout_logits
@@ -182,6 +188,7 @@ class _Trainer:
             kept[part] = False
         self._is_first = torch.zeros(len(training), dtype=torch.bool)
         self._is_first[training.examples.first_rows] = True
+        self._buffer = torch.empty(0)
         self._moments: dict[bool, Standardisation] = {}
         self._samples: dict[bool, tuple[Pooled, Tensor]] = {}
         self._found_worths: dict[tuple[int, bool], Tensor] = {}
@@ -235,7 +242,7 @@ class _Trainer:
     def _worths(self, part: int, normalise: bool) -> Tensor:
         """What each view of each layer is worth to the texts outside a part, ``[view, layer]``."""
         if normalise not in self._samples:
-            self._samples[normalise] = pooled_sample(self.states, is_normalised=normalise)
+            self._samples[normalise] = self._sample(normalise)
         if (part, normalise) not in self._found_worths:
             pooled, rows = self._samples[normalise]
             kept = (self._trains_on[part] & self._is_first)[rows].nonzero()[:, 0]
@@ -243,6 +250,17 @@ class _Trainer:
             own = pooled.chosen(kept)
             self._found_worths[part, normalise] = view_worths(own, labels, self._task)
         return self._found_worths[part, normalise]
+
+    def _sample(self, normalise: bool) -> tuple[Pooled, Tensor]:
+        """Pooled states of a few hundred texts, and which they are."""
+        solved = [run for run in self.runs if isinstance(run.mechanism, Linear)]
+        if not any(bool(run.job.settings.normalise) == normalise for run in solved):
+            return pooled_sample(self.states, is_normalised=normalise)
+        # Those of all texts are needed anyway.
+        training = self._training
+        pooled = training.pooled_normalised if normalise else training.pooled
+        rows = torch.tensor([*chain(*self.states.plan.rows)][:SAMPLE_TEXTS])
+        return pooled.chosen(rows), rows
 
     def train(self, title: str) -> None:
         """Solves or trains every run."""
@@ -288,8 +306,7 @@ class _Trainer:
             run.finish_batch()
 
     def _train_batch(self, runs: Sequence[TrainingRun], batch: Shard, share: float) -> None:
-        # A part of a shard is a strided view, and its gradients would take half as long again.
-        batch = replace(batch, hidden=batch.hidden.contiguous().to(self._device))
+        batch = replace(batch, hidden=self._contiguous(batch.hidden).to(self._device))
         active = [run for run in runs if self._trains_on[run.part][batch.rows].any()]
         by_means = [run for run in active if run.trains_on_means]
         by_tokens = [run for run in active if not run.trains_on_means]
@@ -300,6 +317,16 @@ class _Trainer:
             (torch.stack(self._losses_by_means(batch, group)).sum() * share).backward()
         for run in active:
             run.take(share)
+
+    def _contiguous(self, hidden: Tensor) -> Tensor:
+        """A copy of a part of a shard, in memory that the next batch will use again.
+
+        Gradients of a strided view would take half as long again, and new memory of this size
+        takes longer than the copy.
+        """
+        if len(self._buffer) < hidden.numel() or self._buffer.dtype != hidden.dtype:
+            self._buffer = hidden.new_empty(hidden.numel())
+        return self._buffer[: hidden.numel()].view(hidden.shape).copy_(hidden)
 
     def _losses(self, batch: Shard, runs: Sequence[TrainingRun]) -> list[Tensor]:
         losses: list[Tensor] = []
@@ -477,10 +504,11 @@ def measure_standardisation(states: States, *, is_normalised: bool = False) -> S
     left = _MOMENT_TOKENS
     for index in range(len(states)):
         first = states.read(index).hidden[:, :left]
-        if is_normalised:
-            first = torch.stack([normalised(layer) for layer in first])
         hidden.append(first)
         left -= first.shape[1]
         if not left:
             break
-    return replace(Standardisation.measured(torch.cat(hidden, 1)), is_normalised=is_normalised)
+    # Layer by layer: all of them in float32 would be large.
+    layers = map(torch.cat, zip(*hidden, strict=True))
+    measured = Standardisation.measured(map(normalised, layers) if is_normalised else layers)
+    return replace(measured, is_normalised=is_normalised)
