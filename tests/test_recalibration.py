@@ -14,16 +14,18 @@ from sidelight.data.examples import Example, Examples, LabelledExamples
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import SidelightError
 from sidelight.manifest import read_manifest, summary
+from sidelight.mechanisms.base import mechanism_spec
 from sidelight.metrics import log_losses, score_counts
 from sidelight.prompts import Message
 from sidelight.server.metrics import ENOUGH, Drift
 from sidelight.thresholds import F1, ThresholdRule, choose_thresholds, read_curves
-from sidelight.training.fit import describe_examples, describe_scores
+from sidelight.training.fit import describe_examples, describe_scores, fit
 from sidelight.training.recalibration import (
     LEAST_LABELLED,
     LEAST_UNLABELLED,
     recalibrate,
 )
+from sidelight.training.settings import FitOptions
 from sidelight.types import Task, Verdict
 from tiny import INTENT, TOPICS, TOXICITY, untrained_probe
 
@@ -82,6 +84,18 @@ def test_the_texts_that_trained_a_probe_do_not_recalibrate_it(tiny):
     probe = replace(probe, record={**probe.record, "training": describe_examples(seen)})
     with pytest.raises(SidelightError, match=r"was trained on these texts.*new traffic"):
         recalibrate(probe, seen, logits)
+
+
+def test_nor_do_texts_of_which_a_part_was_held_out(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("sidelight.training.dataset.FEW_TEXTS", 100)
+    logits, labels = drawn(TOXICITY, 120, share=0.3, seed=0)
+    whole = texts_of(120, TOXICITY, labels)
+    assert isinstance(whole, LabelledExamples)
+    options = FitOptions(mechanisms=(mechanism_spec("pooling"),), cache_root=tmp_path)
+    made = fit(tiny, whole, None, name="probe", options=options)
+    assert made.best.probe.record["training"]["rows"] < len(whole)
+    with pytest.raises(SidelightError, match="was trained on these texts"):
+        recalibrate(made.best.probe, whole, logits)
 
 
 def test_labels_that_cannot_be_measured_apart_are_said(tiny):

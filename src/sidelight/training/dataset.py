@@ -170,6 +170,7 @@ class ProbeDataset:
         folds: Indices of the training texts of each fold if texts are cross-fitted, else none.
         warnings: What is doubtful about the texts, one sentence each.
         variants: How many there are.
+        given_sha256: Hash of the texts as they were given: none held out, no variant added.
     """
 
     backbone: TransformersBackbone
@@ -178,6 +179,7 @@ class ProbeDataset:
     folds: Folds = ()
     warnings: tuple[str, ...] = ()
     variants: int = 0
+    given_sha256: str = ""
 
     @property
     def originals(self) -> Split:
@@ -207,7 +209,7 @@ def prepare(
             states do not fit the disk.
     """
     folds: Folds = ()
-    warnings = list(training.warnings)
+    warnings, given = list(training.warnings), training.content_hash
     if validation is not None:
         warnings += validation.warnings
     elif folds := choose_folds(training):
@@ -267,7 +269,9 @@ def prepare(
                 f"{len(cut)} of {len(split)} texts were cut to {limit} tokens for training "
                 "(--max-tokens); judging never cuts."
             )
-    return ProbeDataset(backbone, fitted, checked, folds, tuple(warnings), len(sources))
+    return ProbeDataset(
+        backbone, fitted, checked, folds, tuple(warnings), len(sources), given_sha256=given
+    )
 
 
 def choose_folds(examples: LabelledExamples) -> Folds:

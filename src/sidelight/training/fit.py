@@ -86,7 +86,10 @@ def calibrate_probe(
         fingerprint=dataset.backbone.fingerprint,
         record={
             "engine": dataset.training.states.engine,
-            "training": describe_examples(dataset.originals.examples),
+            "training": {
+                **describe_examples(dataset.originals.examples),
+                "given_sha256": dataset.given_sha256,
+            },
             "variants": dataset.variants,
             "validation": {
                 **describe_examples(dataset.validation.examples),

@@ -116,7 +116,8 @@ def _follow_labels(
     task, labels = probe.task, examples.labels
     counts = dict(zip(task.labels, examples.label_counts.tolist(), strict=True))
     _require_enough(task, counts, len(examples))
-    if examples.content_hash == probe.record.get("training", {}).get("sha256"):
+    trained = probe.record.get("training", {})
+    if examples.content_hash in (trained.get("sha256"), trained.get("given_sha256")):
         raise SidelightError(
             f"Probe '{probe.name}' was trained on these texts, and scores them too well. "
             "Training has calibrated it by left-out texts already; give texts of the new traffic."
