@@ -112,6 +112,13 @@ def test_a_multilabel_column_that_never_varies_is_a_warning() -> None:
     assert "'b' holds in 0 of 4 rows" in load_examples(rows, label="a,b").warnings[0]
 
 
+@pytest.mark.parametrize("pair", [("Spam", "spam"), ("caf\u00e9", "cafe\u0301")])
+def test_labels_that_read_alike_are_a_warning(pair: tuple[str, str]) -> None:
+    warnings = load_examples(labelled([*pair, "other"] * 2)).warnings
+    assert ["read alike" in warning for warning in warnings] == [True]
+    assert load_examples(labelled(["spam", "spams", "other"] * 2)).warnings == ()
+
+
 def test_a_task_allows_one_class_only_and_keeps_its_numbers() -> None:
     task = Task("multiclass", ("late", "fault", "delivery"))
     assert load_examples(ROWS, task=task).labels.tolist() == [2, 1, 2, 1]

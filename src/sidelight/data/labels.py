@@ -1,6 +1,7 @@
 """Turns label cells into a task and an array of numbers. Knows no file format and no texts."""
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
@@ -52,13 +53,28 @@ def encode_labels(
         task: The label space to map to, for evaluation; None infers one from the labels.
     """
     if len(columns) == 1 and not is_list(plain(rows[0].cells[columns[0]])):
-        return _encode_classes(rows, columns[0], positive=positive, task=task)
-    if positive is not None:
+        found, numbers, warnings = _encode_classes(rows, columns[0], positive=positive, task=task)
+    elif positive is None:
+        found, numbers, warnings = _encode_sets(rows, columns, task)
+    else:
         raise SidelightError(
             f"positive='{positive}' is for two classes, but here a text may have several labels. "
             "Leave it out."
         )
-    return _encode_sets(rows, columns, task)
+    return found, numbers, warnings + (_spelled_alike(found.labels) if task is None else ())
+
+
+def _spelled_alike(labels: Sequence[str]) -> tuple[str, ...]:
+    """A warning for each group of labels that a reader would take for one."""
+    groups: dict[str, list[str]] = {}
+    for label in labels:
+        groups.setdefault(unicodedata.normalize("NFKC", label).casefold(), []).append(label)
+    return tuple(
+        f"Labels {' and '.join(map(repr, group))} are different classes, though they read alike. "
+        "If they are one, spell them alike."
+        for group in groups.values()
+        if len(group) > 1
+    )
 
 
 def label_name(cell: object, place: str) -> str:
