@@ -46,6 +46,12 @@ from sidelight.training.settings import FitOptions, Job
 from sidelight.training.tfidf import fit_tfidf
 from sidelight.types import Task
 
+# Where there are no folds to measure by.
+FLATTERING = (
+    "A class has too few texts to measure on others than those that calibrate: the figures are "
+    "flattering. Add more texts of it."
+)
+
 
 @dataclass(frozen=True)
 class FittedProbe:
@@ -321,10 +327,7 @@ def fit(
     ]
     measured = dataset.validation.examples
     if not measuring_folds(measured, folds=dataset.folds, kind=options.calibration):
-        warnings.append(
-            "A class has too few validation texts to measure on others than those that calibrate: "
-            "the figures are flattering. Add more texts of it."
-        )
+        warnings.append(FLATTERING)
     runs = [calibrate_probe(one, dataset, name=name, options=options) for one in finite]
     if options.mechanisms is None:
         warnings += [f"{refusal}: it is no candidate."] if refusal else []

@@ -26,6 +26,7 @@ from sidelight.thresholds import (
     threshold_doubts,
 )
 from sidelight.training.fit import (
+    FLATTERING,
     calibrate_examples,
     describe_examples,
     describe_scores,
@@ -144,7 +145,7 @@ def _follow_labels(
         "flattering. Add more texts of it."
     )
     doubts = (
-        *(() if folds else (unmeasured,)),
+        *(() if folds else (FLATTERING,)),
         *threshold_doubts(task, counts, len(examples), rule),
         *_losses(recalls),
         *(_strangers(before) if task.kind != "multiclass" else ()),
