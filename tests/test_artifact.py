@@ -25,7 +25,7 @@ from sidelight.prompts import Message, Reads
 from sidelight.standardisation import Standardisation
 from sidelight.states.extraction import score
 from sidelight.training.classifier import load
-from sidelight.training.fit import describe_scores
+from sidelight.training.measuring import describe_scores
 from tiny import INTENT, TOPICS, TOXICITY, untrained_probe
 
 TASKS = [TOXICITY, INTENT, TOPICS]

@@ -19,7 +19,8 @@ from sidelight.metrics import log_losses, score_counts
 from sidelight.prompts import Message
 from sidelight.server.metrics import ENOUGH, Drift
 from sidelight.thresholds import F1, ThresholdRule, choose_thresholds, read_curves
-from sidelight.training.fit import describe_examples, describe_scores, fit
+from sidelight.training.fit import fit
+from sidelight.training.measuring import describe_examples, describe_scores
 from sidelight.training.recalibration import (
     LEAST_LABELLED,
     LEAST_UNLABELLED,

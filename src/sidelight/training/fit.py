@@ -2,37 +2,29 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from sidelight.backbone import TransformersBackbone
 from sidelight.calibration import (
-    Calibration,
     CalibrationKind,
-    fit_calibration,
-    require_calibratable,
-    suggested_calibration,
 )
 from sidelight.data.examples import LabelledExamples
 from sidelight.errors import SidelightError
-from sidelight.evaluation import Report, evaluate
+from sidelight.evaluation import Report
 from sidelight.mechanisms.base import spec_titles
 from sidelight.mechanisms.linear import Linear
 from sidelight.mechanisms.readout import Readout
-from sidelight.metrics import log_losses, score_counts
 from sidelight.probe import Probe
 from sidelight.states.extraction import StateSource
 from sidelight.thresholds import (
     F1,
     ThresholdRule,
-    choose_thresholds,
-    operating_curves,
     require_thresholds,
 )
 from sidelight.training.choice import MIXTURE, Choice, best_of, better_rivals, mixtures
-from sidelight.training.dataset import FOLDS, Folds, ProbeDataset, prepare
+from sidelight.training.dataset import Folds, ProbeDataset, prepare
 from sidelight.training.linear import solve_linear, strength_folds
 from sidelight.training.loop import (
     Trained,
@@ -41,16 +33,17 @@ from sidelight.training.loop import (
     train_mechanisms,
     with_strengths,
 )
+from sidelight.training.measuring import (
+    FLATTERING,
+    Calibrated,
+    calibrate_examples,
+    describe_examples,
+    describe_scores,
+    measuring_folds,
+)
 from sidelight.training.optimisation import validation_score
 from sidelight.training.settings import FitOptions, Job
 from sidelight.training.tfidf import fit_tfidf
-from sidelight.types import Task
-
-# Where there are no folds to measure by.
-FLATTERING = (
-    "A class has too few texts to measure on others than those that calibrate: the figures are "
-    "flattering. Add more texts of it."
-)
 
 
 @dataclass(frozen=True)
@@ -116,24 +109,6 @@ def calibrate_probe(
     return FittedProbe(probe, trained.job.seed, score, calibrated.report, calibrated.losses)
 
 
-@dataclass(frozen=True)
-class Calibrated:
-    """Logits of validation texts made into probabilities.
-
-    Attributes:
-        calibration: Fitted to all of them.
-        probabilities: Each text's by a calibration that the other folds gave.
-        losses: Their log losses.
-        report: Their figures, with decisions by thresholds that the other folds gave; the report's
-            thresholds are chosen on all of the texts.
-    """
-
-    calibration: Calibration
-    probabilities: Float[np.ndarray, "text output"]
-    losses: Float[np.ndarray, " text"]
-    report: Report
-
-
 def calibrate(
     logits: Float[np.ndarray, "text output"],
     dataset: ProbeDataset,
@@ -155,92 +130,6 @@ def calibrate(
     return calibrate_examples(
         logits, dataset.validation.examples, folds, kind=kind, rule=rule, bootstrap=bootstrap
     )
-
-
-def calibrate_examples(
-    logits: Float[np.ndarray, "text output"],
-    examples: LabelledExamples,
-    folds: Folds,
-    *,
-    kind: CalibrationKind | None = None,
-    rule: ThresholdRule = F1,
-    bootstrap: int = 1000,
-) -> Calibrated:
-    """As ``calibrate``, of any labelled texts; without folds, they are measured by themselves."""
-    task, labels = examples.task, examples.labels
-    kind = kind or suggested_calibration(task)
-    calibration = fit_calibration(kind, logits, labels, task)
-    thresholds = choose_thresholds(task, calibration.apply(logits), labels, rule=rule)
-    probabilities = np.empty_like(logits)
-    applied = np.empty((len(labels), len(thresholds)))
-    for fold in folds or (np.arange(len(labels)),):
-        rest = np.setdiff1d(np.arange(len(labels)), fold)
-        rest = rest if len(rest) else fold
-        own = fit_calibration(kind, logits[rest], labels[rest], task)
-        probabilities[fold] = own.apply(logits[fold])
-        applied[fold] = choose_thresholds(task, own.apply(logits[rest]), labels[rest], rule=rule)
-    report = evaluate(
-        task,
-        probabilities,
-        labels,
-        thresholds=thresholds,
-        row_thresholds=applied,
-        bootstrap=bootstrap,
-    )
-    losses = log_losses(task, probabilities, labels)
-    return Calibrated(calibration, probabilities, losses, report)
-
-
-def measuring_folds(
-    examples: LabelledExamples, *, folds: Folds = (), kind: CalibrationKind | None = None
-) -> Folds:
-    """Folds of texts, each to be measured by what calibrates on the others.
-
-    Those of cross-fitting if there are some. Empty if the others of some fold do not have what
-    a calibration needs.
-    """
-    if folds:
-        folds = tuple(fold[fold < len(examples)] for fold in folds)
-    else:
-        count = min(FOLDS, examples.distinct)
-        folds = examples.folds(count, seed=0) if count > 1 else ()
-    try:
-        for fold in folds:
-            rest = np.setdiff1d(np.arange(len(examples)), fold)
-            wanted = kind or suggested_calibration(examples.task)
-            require_calibratable(wanted, examples.labels[rest], examples.task)
-    except SidelightError:
-        return ()
-    return folds
-
-
-def describe_scores(
-    task: Task,
-    probabilities: Float[np.ndarray, "text output"],
-    labels: Int[np.ndarray, "text ..."] | None = None,
-) -> dict[str, Any]:
-    """What serving and a later recalibration need to know of the scores of some texts.
-
-    ``scores`` are histograms, which drift is measured from; ``priors`` the mean probabilities;
-    ``curves``, of labelled texts, what each threshold flags.
-    """
-    columns = dict(zip(task.labels[-task.outputs :], probabilities.T, strict=True))
-    curves = {} if labels is None else operating_curves(task, probabilities, labels)
-    return {
-        "scores": {label: score_counts(own.tolist()) for label, own in columns.items()},
-        "priors": {label: float(own.mean()) for label, own in columns.items()},
-        "curves": {label: curve.to_dict() for label, curve in curves.items()},
-    }
-
-
-def describe_examples(examples: LabelledExamples) -> dict[str, Any]:
-    """How many texts there are, a hash of them, and how many have each label."""
-    counts = examples.label_counts.tolist()
-    return {
-        "rows": len(examples),
-        "sha256": examples.content_hash,
-        "classes": dict(zip(examples.task.labels, counts, strict=True)),
-    }
 
 
 @dataclass(frozen=True)

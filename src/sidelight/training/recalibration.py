@@ -25,7 +25,7 @@ from sidelight.thresholds import (
     require_thresholds,
     threshold_doubts,
 )
-from sidelight.training.fit import (
+from sidelight.training.measuring import (
     FLATTERING,
     calibrate_examples,
     describe_examples,
@@ -140,10 +140,6 @@ def _follow_labels(
         for label in before.per_class
         if label in probe.label_thresholds
     }
-    unmeasured = (
-        "A class has too few texts to measure on others than those that calibrate: the figures are "
-        "flattering. Add more texts of it."
-    )
     doubts = (
         *(() if folds else (FLATTERING,)),
         *threshold_doubts(task, counts, len(examples), rule),
