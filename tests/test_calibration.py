@@ -110,16 +110,18 @@ def test_temperature_and_platt_undo_a_scale(task, kind):
     assert calibration.scale == pytest.approx([0.5] * task.outputs, rel=0.08)
 
 
+@pytest.mark.parametrize("size", [1e-6, 1e-2, 1.0, 1e6])
 @pytest.mark.parametrize("task", [BINARY, MULTICLASS], ids=lambda task: task.kind)
-def test_temperature_is_the_best_of_a_fine_grid(task):
+def test_temperature_is_the_best_of_a_fine_grid(task, size):
     logits, labels = draw_rows(task)
+    logits = logits * size
     fitted = fit_calibration("temperature", logits, labels, task)
     shift = (0.0,) * task.outputs
     grid = [
         smoothed_loss(
             task, Calibration("temperature", task.kind, (s,) * task.outputs, shift), logits, labels
         )
-        for s in np.geomspace(0.05, 1.5, 400)
+        for s in [*np.geomspace(0.05, 1.5, 400) / size, *np.geomspace(0.5, 2, 20) / max(size, 1)]
     ]
     assert smoothed_loss(task, fitted, logits, labels) <= min(grid) + OPTIMISER
 
@@ -133,8 +135,9 @@ def test_what_is_suggested_for_several_classes_keeps_the_winner(seed, rows):
     assert (calibration.apply(logits).argmax(1) == logits.argmax(1)).all()
 
 
-def test_platt_agrees_with_another_optimiser():
-    logits, labels = draw_rows(BINARY)
+@pytest.mark.parametrize("rows", [20, 400])
+def test_platt_agrees_with_another_optimiser(rows):
+    logits, labels = draw_rows(BINARY, rows=rows)
     fitted = fit_calibration("platt", logits, labels, BINARY)
 
     def loss(parameters):
@@ -158,6 +161,17 @@ def test_few_rows_move_the_scale_less_than_many(task):
         for rows in (10, 100, 4000)
     ]
     assert 1 < scales[0] < scales[1] < scales[2]
+
+
+@every_task
+def test_few_rows_keep_the_scale_that_a_probe_had(task):
+    logits, labels = draw_rows(task, rows=30)
+    had = (0.2,) * task.outputs
+    found = [fit_calibration("platt", logits, labels, task, around=a).scale for a in ((), had)]
+    wanted = fit_calibration("platt", *draw_rows(task, rows=8000), task).scale
+    assert all(0.2 < kept < free for free, kept in zip(*found, strict=True))
+    many = fit_calibration("platt", *draw_rows(task, rows=8000), task, around=had).scale
+    assert many == pytest.approx(wanted, rel=0.02)
 
 
 def test_isotonic_agrees_with_its_reference_up_to_the_margin():

@@ -116,7 +116,8 @@ def test_labelled_texts_calibrate_and_choose_thresholds_as_in_training(tiny, tas
     probe = trained(tiny, task, rule=rule)
     logits, labels = drawn(task, 300, share=0.2, seed=1, size=8.0)
     made = recalibrate(probe, texts_of(300, task, labels), logits)
-    expected = fit_calibration(suggested_calibration(task), logits, labels, task)
+    kind, had = suggested_calibration(task), probe.calibration.scale
+    expected = fit_calibration(kind, logits, labels, task, around=had)
     assert made.probe.calibration == expected
     known = expected.apply(logits)
     assert made.probe.thresholds == choose_thresholds(task, known, labels, rule=rule)

@@ -326,6 +326,22 @@ def test_texts_that_are_there_twice_weigh_layers_like_one(tiny, tmp_path):
     torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("normalise", [False, True])
+def test_layers_weigh_the_same_beside_a_linear_mechanism(tiny, tmp_path, monkeypatch, normalise):
+    for module in ("loop", "layer_weights"):
+        monkeypatch.setattr(f"sidelight.training.{module}.SAMPLE_TEXTS", 50)
+    given = rows("binary", 60)
+    options = FitOptions(max_tokens=512, cache_root=tmp_path)
+    split = make_split(tiny, load_examples([*given, *given]), options)
+    weighted = job(settings=replace(BRIEF, layer_weights="predictive"), normalise=normalise)
+    linear = job("linear", normalise=normalise)
+    scales = [
+        train_mechanisms(jobs, training=split, validation=None)[0].standardisation.scale
+        for jobs in ([weighted], [weighted, linear])
+    ]
+    assert torch.equal(*scales)
+
+
 def test_few_texts_are_trained_in_smaller_batches_for_more_epochs():
     settings = TrainingSettings(epochs=4, batch_size=32, least_steps=96, patience=2)
     assert settings.fitted_to(5000, TASKS["binary"]) == replace(settings, normalise=True)

@@ -1,6 +1,6 @@
 """From logits to calibrated probabilities, and to those of texts with other shares of classes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, cast, get_args
 
@@ -15,7 +15,8 @@ from sidelight.types import AnyArray, Flags, Task, TaskKind, Values
 CalibrationKind = Literal["none", "temperature", "platt", "isotonic"]
 
 # In units of the logits' root mean square, so that logits of any size can be fitted. The lower
-# bound keeps every calibration rising: it may change the size of scores, never their order.
+# bound keeps every calibration rising: it may change the size of scores, never their order. Logits
+# that are next to constant may stay so.
 _SCALE_BOUNDS = (1e-2, 1e2)
 # In pseudo-rows. Softmax ignores a shift that all classes share; the penalty settles it, and
 # changes nothing else from 50 rows on.
@@ -204,6 +205,8 @@ def fit_calibration(
     logits: Float[Values, "row output"],
     labels: Shaped[AnyArray, "..."],
     task: Task,
+    *,
+    around: Sequence[float] = (),
 ) -> Calibration:
     """Fits a calibration on validation rows.
 
@@ -213,8 +216,8 @@ def fit_calibration(
     any rising map to each output, in a multi-class task to each class against the rest (Zadrozny &
     Elkan 2002); it needs some 1,000 rows.
 
-    With few rows, the factor of temperature and Platt stays near 1: its logarithm has a prior,
-    Student's t (docs/results.md has what it brings).
+    With few rows, the factor of temperature and Platt stays near 1, or near the one that it had:
+    its logarithm has a prior, Student's t (docs/results.md has what it brings).
 
     Separable rows do not give certainty. Temperature and Platt fit targets that stay 1 / (2 N + 2)
     away from 0 and 1 for the N rows of a class (Jeffreys' prior, half of what Platt took;
@@ -226,6 +229,7 @@ def fit_calibration(
         logits: What the probe's head gives; a binary task has one column.
         labels: [row] of class numbers, or [row, label] of 0 and 1 for a multi-label task.
         task: The classes.
+        around: The ``scale`` of an earlier calibration of the same probe; 1 if there is none.
 
     Raises:
         SidelightError: As `checked_labels`; or the kind is unknown; or all rows have the same class
@@ -235,6 +239,7 @@ def fit_calibration(
     _require_kind(kind)
     integers = checked_labels(task, logits, labels)
     ones, zeros = (1.0,) * task.outputs, (0.0,) * task.outputs
+    around = tuple(around) or ones
     if kind == "none":
         return Calibration("none", task.kind, ones, zeros)
     if task.kind == "multiclass":
@@ -249,11 +254,12 @@ def fit_calibration(
         return Calibration("isotonic", task.kind, ones, zeros, knots)
     if task.kind == "multiclass":
         errors = np.full((len(holds), 1), 1 / (len(holds) + 2))
-        scale, shifts = _fit_affine(kind, logits, holds, errors)
+        scale, shifts = _fit_affine(kind, logits, holds, errors, around[0])
         return Calibration(
             cast(CalibrationKind, kind), task.kind, (scale,) * task.outputs, tuple(shifts.tolist())
         )
-    pairs = [_fit_output(kind, *column) for column in zip(logits.T, holds.T, strict=True)]
+    columns = zip(logits.T, holds.T, around, strict=True)
+    pairs = [_fit_output(kind, *column) for column in columns]
     scales, shifts = zip(*pairs, strict=True)
     return Calibration(cast(CalibrationKind, kind), task.kind, scales, shifts)
 
@@ -276,7 +282,7 @@ def _require_variety(kind: str, task: Task, holds: Bool[Flags, "row output"]) ->
 
 
 def _fit_output(
-    kind: str, logit: Float[Values, " row"], holds: Bool[Flags, " row"]
+    kind: str, logit: Float[Values, " row"], holds: Bool[Flags, " row"], around: float
 ) -> tuple[float, float]:
     """Scale and shift for one sigmoid."""
     if holds.all() or not holds.any():
@@ -285,7 +291,7 @@ def _fit_output(
     logits = np.stack([np.zeros_like(logit), logit], axis=1)  # (row, 2)
     either = np.stack([~holds, holds], axis=1)
     errors = 0.5 / (either @ either.sum(axis=0) + 1)
-    scale, shifts = _fit_affine(kind, logits, either, errors[:, None])
+    scale, shifts = _fit_affine(kind, logits, either, errors[:, None], around)
     return scale, float(shifts[1] - shifts[0])
 
 
@@ -294,12 +300,12 @@ def _fit_affine(
     logits: Float[Values, "row label"],
     holds: Bool[Flags, "row label"],
     errors: Float[Values, "row 1"],
+    around: float,
 ) -> tuple[float, Float[Values, " label"]]:
     """The scale and, for Platt, the shifts that minimise the log loss of the softmax.
 
-    The scale has a prior around 1, which some hundred rows outweigh.
-
-    ``errors`` says how far each row's targets stay away from 0 and 1.
+    ``errors`` says how far each row's targets stay away from 0 and 1, ``around`` where the scale's
+    prior is; some hundred rows outweigh it.
     """
     # Imported here: serving applies a calibration and never fits one.
     from scipy.optimize import minimize  # pyright: ignore
@@ -311,23 +317,35 @@ def _fit_affine(
     inputs = logits - centre
     spread = float(np.sqrt(np.square(inputs).mean())) or 1.0
     inputs = inputs / spread
+    likely = spread * around
 
     def loss_and_slope(parameters: Values) -> tuple[float, Values]:
         scale, shift = parameters[0], parameters[1:]
         log_probabilities = _log_softmax(inputs * scale + shift)
         loss = -(targets * log_probabilities).sum() + _SHIFT_PENALTY / 2 * (shift @ shift)
-        change, width = np.log(scale / spread), _SCALE_FREEDOM * _SCALE_WIDTH**2
+        change, width = np.log(scale / likely), _SCALE_FREEDOM * _SCALE_WIDTH**2
         loss += (_SCALE_FREEDOM + 1) / 2 * np.log1p(change**2 / width)
         pull = (_SCALE_FREEDOM + 1) * change / (width + change**2) / scale
         excess = np.exp(log_probabilities) - targets
         slopes = excess.sum(axis=0) + _SHIFT_PENALTY * shift
         return loss / rows, np.append((excess * inputs).sum() + pull, slopes) / rows
 
-    start = np.append(np.clip(spread, *_SCALE_BOUNDS), np.zeros(outputs))
-    bounds = [_SCALE_BOUNDS] + [shift_bounds] * outputs
-    found = cast(Any, minimize)(loss_and_slope, start, jac=True, method="L-BFGS-B", bounds=bounds)
-    scale = float(found.x[0]) / spread
-    return scale, found.x[1:] - scale * centre
+    low, high = min(likely, _SCALE_BOUNDS[0]), _SCALE_BOUNDS[1]
+    bounds = [(low, high)] + [shift_bounds] * outputs
+    # The prior is not convex: from logits far too small or too large one start may end beside it.
+    found = [
+        cast(Any, minimize)(
+            loss_and_slope,
+            np.append(start, np.zeros(outputs)),
+            jac=True,
+            method="L-BFGS-B",
+            bounds=bounds,
+        )
+        for start in (min(likely, high), 1.0)
+    ]
+    best: Values = min(found, key=lambda one: one.fun).x
+    scale = float(best[0]) / spread
+    return scale, best[1:] - scale * centre
 
 
 def _fit_knots(odds: Float[Values, " row"], holds: Bool[Flags, " row"]) -> Knots:

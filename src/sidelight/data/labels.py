@@ -65,15 +65,16 @@ def encode_labels(
 
 
 def _spelled_alike(labels: Sequence[str]) -> tuple[str, ...]:
-    """A warning for each group of labels that a reader would take for one."""
+    """A warning about labels that a reader would take for one."""
     groups: dict[str, list[str]] = {}
     for label in labels:
         groups.setdefault(unicodedata.normalize("NFKC", label).casefold(), []).append(label)
-    return tuple(
-        f"Labels {' and '.join(map(repr, group))} are different classes, though they read alike. "
-        "If they are one, spell them alike."
-        for group in groups.values()
-        if len(group) > 1
+    alike = [" and ".join(map(repr, group)) for group in groups.values() if len(group) > 1]
+    if not alike:
+        return ()
+    return (
+        f"Labels that read alike are different classes: {'; '.join(alike[:3])}"
+        f"{'; ...' if len(alike) > 3 else ''}. If they are one, spell them alike.",
     )
 
 

@@ -103,7 +103,8 @@ class Shard:
             factor = inverse_rms(layer) if is_normalised else torch.ones(len(layer), 1)
             sums = weighted_sums(layer[None], factor[None], self.lengths)
             means.append(sums[:, 0, :, 0] / self.lengths[:, None])
-            lasts.append(layer[ends].float() * factor[ends])
+            # Rounded like the states: what is kept of them is, too.
+            lasts.append((layer[ends] * factor[ends]).to(layer.dtype).float())
         return Pooled(torch.stack(means, 1), torch.stack(lasts, 1))
 
 

@@ -87,7 +87,7 @@ def calibrate_probe(
             "engine": dataset.training.states.engine,
             "training": {
                 **describe_examples(dataset.originals.examples),
-                "given_sha256": dataset.given_sha256,
+                **({"given_sha256": dataset.given_sha256} if dataset.given_sha256 else {}),
             },
             "variants": dataset.variants,
             "validation": {

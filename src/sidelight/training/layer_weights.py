@@ -13,7 +13,7 @@ eigendecompositions and no validation text.
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sidelight.standardisation import spread_and_mean
@@ -35,19 +35,26 @@ _LEAST = 0.01
 
 
 def pooled_sample(
-    states: States, *, is_normalised: bool = False
-) -> tuple[Pooled, Int[Tensor, " text"]]:
-    """Means and last tokens of the first shards' texts, a few hundred, and which they are."""
+    states: States, counted: Bool[Tensor, " text"], *, is_normalised: bool = False
+) -> tuple[Pooled, Int[Tensor, " sample"]]:
+    """Means and last tokens of a few hundred texts from the first shards, and which they are.
+
+    Args:
+        states: Of all texts.
+        counted: Which texts may be taken.
+        is_normalised: As for ``Shard.pooled``.
+    """
     parts: list[Pooled] = []
     rows: list[Tensor] = []
     for index in range(len(states)):
         shard = states.read(index)
-        parts.append(shard.pooled(is_normalised=is_normalised))
-        rows.append(shard.rows)
+        kept = counted[shard.rows].nonzero()[:, 0]
+        parts.append(shard.pooled(is_normalised=is_normalised).chosen(kept))
+        rows.append(shard.rows[kept])
         if sum(map(len, rows)) >= SAMPLE_TEXTS:
             break
     means, lasts = torch.cat([p.means for p in parts]), torch.cat([p.lasts for p in parts])
-    return Pooled(means, lasts), torch.cat(rows)
+    return Pooled(means[:SAMPLE_TEXTS], lasts[:SAMPLE_TEXTS]), torch.cat(rows)[:SAMPLE_TEXTS]
 
 
 def view_worths(

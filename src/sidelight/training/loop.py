@@ -245,21 +245,22 @@ class _Trainer:
             self._samples[normalise] = self._sample(normalise)
         if (part, normalise) not in self._found_worths:
             pooled, rows = self._samples[normalise]
-            kept = (self._trains_on[part] & self._is_first)[rows].nonzero()[:, 0]
+            kept = self._trains_on[part][rows].nonzero()[:, 0]
             labels = self._training.labels[rows[kept].numpy()]
             own = pooled.chosen(kept)
             self._found_worths[part, normalise] = view_worths(own, labels, self._task)
         return self._found_worths[part, normalise]
 
     def _sample(self, normalise: bool) -> tuple[Pooled, Tensor]:
-        """Pooled states of a few hundred texts, and which they are."""
+        """Pooled states of a few hundred distinct texts, and which they are."""
         solved = [run for run in self.runs if isinstance(run.mechanism, Linear)]
         if not any(bool(run.job.settings.normalise) == normalise for run in solved):
-            return pooled_sample(self.states, is_normalised=normalise)
+            return pooled_sample(self.states, self._is_first, is_normalised=normalise)
         # Those of all texts are needed anyway.
         training = self._training
         pooled = training.pooled_normalised if normalise else training.pooled
-        rows = torch.tensor([*chain(*self.states.plan.rows)][:SAMPLE_TEXTS])
+        rows = torch.tensor([*chain(*self.states.plan.rows)])
+        rows = rows[self._is_first[rows]][:SAMPLE_TEXTS]
         return pooled.chosen(rows), rows
 
     def train(self, title: str) -> None:
@@ -319,11 +320,13 @@ class _Trainer:
             run.take(share)
 
     def _contiguous(self, hidden: Tensor) -> Tensor:
-        """A copy of a part of a shard, in memory that the next batch will use again.
+        """As it is, or a copy in memory that the next batch will use again.
 
         Gradients of a strided view would take half as long again, and new memory of this size
         takes longer than the copy.
         """
+        if hidden.is_contiguous():
+            return hidden
         if len(self._buffer) < hidden.numel() or self._buffer.dtype != hidden.dtype:
             self._buffer = hidden.new_empty(hidden.numel())
         return self._buffer[: hidden.numel()].view(hidden.shape).copy_(hidden)

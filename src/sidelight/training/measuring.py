@@ -1,5 +1,6 @@
 """Logits of labelled texts made into probabilities, measured on texts that calibrated nothing."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,18 +55,19 @@ def calibrate_examples(
     kind: CalibrationKind | None = None,
     rule: ThresholdRule = F1,
     bootstrap: int = 1000,
+    around: Sequence[float] = (),
 ) -> Calibrated:
     """As ``calibrate``, of any labelled texts; without folds, they are measured by themselves."""
     task, labels = examples.task, examples.labels
     kind = kind or suggested_calibration(task)
-    calibration = fit_calibration(kind, logits, labels, task)
+    calibration = fit_calibration(kind, logits, labels, task, around=around)
     thresholds = choose_thresholds(task, calibration.apply(logits), labels, rule=rule)
     probabilities = np.empty_like(logits)
     applied = np.empty((len(labels), len(thresholds)))
     for fold in folds or (np.arange(len(labels)),):
         rest = np.setdiff1d(np.arange(len(labels)), fold)
         rest = rest if len(rest) else fold
-        own = fit_calibration(kind, logits[rest], labels[rest], task)
+        own = fit_calibration(kind, logits[rest], labels[rest], task, around=around)
         probabilities[fold] = own.apply(logits[fold])
         applied[fold] = choose_thresholds(task, own.apply(logits[rest]), labels[rest], rule=rule)
     report = evaluate(

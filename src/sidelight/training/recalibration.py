@@ -117,7 +117,7 @@ def _follow_labels(
     task, labels = probe.task, examples.labels
     counts = dict(zip(task.labels, examples.label_counts.tolist(), strict=True))
     _require_enough(task, counts, len(examples))
-    trained = probe.record.get("training", {})
+    trained = probe.record.get("training") or {}
     if examples.content_hash in (trained.get("sha256"), trained.get("given_sha256")):
         raise SidelightError(
             f"Probe '{probe.name}' was trained on these texts, and scores them too well. "
@@ -126,7 +126,8 @@ def _follow_labels(
     kind = suggested_calibration(task)
     before = evaluate(task, probe.calibration.apply(logits), labels, thresholds=probe.thresholds)
     folds = measuring_folds(examples, kind=kind)
-    made = calibrate_examples(logits, examples, folds, kind=kind, rule=rule)
+    around = probe.calibration.scale
+    made = calibrate_examples(logits, examples, folds, kind=kind, rule=rule, around=around)
     fitted = replace(probe, calibration=made.calibration, thresholds=made.report.thresholds)
     entry = {
         **describe_examples(examples),
