@@ -165,7 +165,7 @@ def test_few_rows_move_the_scale_less_than_many(task):
 
 @every_task
 def test_few_rows_keep_the_scale_that_a_probe_had(task):
-    logits, labels = draw_rows(task, rows=30)
+    logits, labels = draw_rows(task, rows=60)
     had = (0.2,) * task.outputs
     found = [fit_calibration("platt", logits, labels, task, around=a).scale for a in ((), had)]
     wanted = fit_calibration("platt", *draw_rows(task, rows=8000), task).scale
