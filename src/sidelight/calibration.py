@@ -25,6 +25,8 @@ _SHIFT_PENALTY = 1e-3
 # training minimised the log loss, so logits are about right as they are, and few rows cannot tell
 # how far they are not. Its tails are heavy, so that logits of any other size can be fitted.
 _SCALE_WIDTH, _SCALE_FREEDOM = 0.5, 4
+# Root mean squares of logits as training makes them.
+_USUAL_LOGITS = (0.5, 20.0)
 _EM_STEPS, _EM_TOLERANCE = 10_000, 1e-9
 
 
@@ -332,7 +334,9 @@ def _fit_affine(
 
     low, high = min(likely, _SCALE_BOUNDS[0]), _SCALE_BOUNDS[1]
     bounds = [(low, high)] + [shift_bounds] * outputs
-    # The prior is not convex: from logits far too small or too large one start may end beside it.
+    # The prior is not convex: with logits far too small or too large, one start may not be enough.
+    is_usual = _USUAL_LOGITS[0] < likely < _USUAL_LOGITS[1]
+    starts = (likely,) if is_usual else (min(likely, high), 1.0)
     found = [
         cast(Any, minimize)(
             loss_and_slope,
@@ -341,7 +345,7 @@ def _fit_affine(
             method="L-BFGS-B",
             bounds=bounds,
         )
-        for start in (min(likely, high), 1.0)
+        for start in starts
     ]
     best: Values = min(found, key=lambda one: one.fun).x
     scale = float(best[0]) / spread
