@@ -363,6 +363,20 @@ def test_the_shares_of_the_texts_of_the_calibration_do_not_change():
     assert shift.significance > 0.99
 
 
+def test_chance_in_both_samples_is_seldom_a_change_of_shares():
+    found = []
+    for seed in range(100):
+        logits, labels = draw_rows(BINARY, rows=300, seed=seed)
+        calibration = fit_calibration("platt", logits, labels, BINARY)
+        priors = calibration.apply(logits).mean(axis=0)
+        unseen = calibration.apply(draw_rows(BINARY, rows=300, seed=1000 + seed)[0])
+        shifts = [estimate_shift(BINARY, unseen, priors, texts=n) for n in (300, None)]
+        found.append([shift.significance <= 0.05 for shift in shifts])
+    counted, ignored = np.sum(found, axis=0)
+    # 5 of 100 are wanted, here 3 sigma; if one sample counts as exact, they are some 17.
+    assert counted <= 11 < ignored
+
+
 def test_a_class_that_no_text_has_keeps_a_share_above_zero():
     shift = estimate_shift(BINARY, np.full((300, 1), 1e-6), np.array([0.5]))
     assert 0 < shift.shares[0] < 0.01

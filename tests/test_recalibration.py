@@ -230,11 +230,20 @@ def test_too_few_positive_texts_are_refused_and_few_are_warned_of(tiny):
     assert any("rests on 20 positive" in warning for warning in made.warnings)
 
 
-def test_unlabelled_texts_that_show_no_change_are_warned_of(tiny):
+@every_task
+def test_unlabelled_texts_that_show_no_change_change_nothing(tiny, task):
+    probe = trained(tiny, task)
+    logits, _ = drawn(task, 600, share=0.3, seed=0)
+    same = recalibrate(probe, texts_of(600), logits)
+    assert "do not show that a share changed" in same.warnings[0]
+    assert same.probe.calibration == probe.calibration
+    assert same.probe.thresholds == pytest.approx(probe.thresholds)
+    priors = same.probe.record["recalibrations"][-1]["priors"]
+    assert priors == pytest.approx(probe.record["validation"]["priors"])
+
+
+def test_a_change_of_shares_is_no_warning(tiny):
     probe = trained(tiny, TOXICITY)
-    logits, _ = drawn(TOXICITY, 600, share=0.3, seed=1)
-    (same,) = recalibrate(probe, texts_of(600), logits).warnings
-    assert "do not show that a share changed" in same
     logits, _ = drawn(TOXICITY, 600, share=0.1, seed=1)
     assert recalibrate(probe, texts_of(600), logits).warnings == ()
 
@@ -244,6 +253,16 @@ def test_unlabelled_texts_that_no_share_explains_are_refused(tiny):
     strange = np.random.default_rng(0).normal(size=(600, 1)) * 0.3
     with pytest.raises(SidelightError, match=r"'toxic' are no mixture .* Label some"):
         recalibrate(trained(tiny, TOXICITY), texts_of(600), strange)
+
+
+def test_scores_that_are_surer_than_those_of_the_folds_are_no_change_of_texts(tiny):
+    probe = trained(tiny, TOXICITY)
+    logits, _ = drawn(TOXICITY, 600, share=0.1, seed=1)
+    # Three times as far from an even chance, where it is clear already.
+    scaled = probe.calibration.scale[0] * logits + probe.calibration.shift[0]
+    surer = np.where(np.abs(scaled) > 3, logits + 2 * (scaled - 3 * np.sign(scaled)), logits)
+    made = recalibrate(probe, texts_of(600), surer)
+    assert made.probe.record["recalibrations"][-1]["shares"]["toxic"][1] < 0.15
 
 
 @every_task

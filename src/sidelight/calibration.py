@@ -378,7 +378,11 @@ class PriorShift:
 
 
 def estimate_shift(
-    task: Task, probabilities: Float[Values, "text output"], priors: Float[Values, " output"]
+    task: Task,
+    probabilities: Float[Values, "text output"],
+    priors: Float[Values, " output"],
+    *,
+    texts: int | None = None,
 ) -> PriorShift:
     """The shares of classes under which the texts are most likely (Saerens et al. 2002).
 
@@ -389,12 +393,13 @@ def estimate_shift(
         task: The classes.
         probabilities: Calibrated.
         priors: The shares at calibration, above 0.
+        texts: Of how many texts, so that chance among these counts, too; None if they are exact.
     """
     if task.kind == "multiclass":
-        shares, significance = _shares(probabilities, priors)
+        shares, significance = _shares(probabilities, priors, texts)
         return PriorShift(shares, np.log(shares) - np.log(priors), significance)
     found = [
-        _shares(np.stack([1 - own, own], axis=1), np.array([1 - prior, prior]))
+        _shares(np.stack([1 - own, own], axis=1), np.array([1 - prior, prior]), texts)
         for own, prior in zip(probabilities.T, priors.tolist(), strict=True)
     ]
     shares = np.array([own[1] for own, _ in found])
@@ -403,7 +408,7 @@ def estimate_shift(
 
 
 def _shares(
-    probabilities: Float[Values, "text label"], priors: Float[Values, " label"]
+    probabilities: Float[Values, "text label"], priors: Float[Values, " label"], texts: int | None
 ) -> tuple[Float[Values, " label"], float]:
     """Shares by EM, and the p-value of the likelihood-ratio test of a change."""
     # Imported here: serving applies a calibration and never fits one.
@@ -418,4 +423,6 @@ def _shares(
         if np.abs(shares - last).max() < _EM_TOLERANCE:
             break
     gain = 2 * float(np.log((probabilities * (shares / priors)).sum(axis=1)).sum())
+    # The difference of two shares varies by the chance of both samples.
+    gain /= 1 + (0 if texts is None else len(probabilities) / texts)
     return shares, float(cast(Any, chi2).sf(max(gain, 0.0), len(priors) - 1))

@@ -26,6 +26,8 @@ ENOUGH_POSITIVES = 30
 PRIOR_TEXTS = 100.0
 # The distance of two distributions that chance exceeds in 1 % of draws, in standard errors.
 _KOLMOGOROV = 1.63
+# Probabilities between which distributions are compared.
+_UNSURE = (0.05, 0.95)
 
 _FORMS = (
     "f1, fpr=0.01 (the most recall with at most this share of negative texts flagged), "
@@ -195,7 +197,9 @@ class OperatingCurve:
     def explains(self, scores: Float[Values, " text"]) -> bool:
         """Whether scores can come from these positive and negative texts, mixed by ``share``.
 
-        By the largest distance of their distributions (Kolmogorov-Smirnov), at 1 %.
+        By the largest distance of their distributions (Kolmogorov-Smirnov), at 1 %, where
+        probabilities are neither near 0 nor near 1: there, a probe that was trained on all texts is
+        surer than those of the folds, which scored the texts of this curve.
         """
         share = self.rates()[2]
         positives, negatives = max(self.positives, 1), max(self.negatives, 1)
@@ -203,7 +207,10 @@ class OperatingCurve:
         mixed = mixed + (1 - share) * np.array(self.false_positives) / negatives
         found = (scores[:, None] >= self.thresholds).mean(axis=0)
         variance = 1 / len(scores) + share**2 / positives + (1 - share) ** 2 / negatives
-        return bool(np.abs(found - mixed).max() <= _KOLMOGOROV * math.sqrt(variance))
+        least, most = _UNSURE
+        is_unsure = (least <= np.array(self.thresholds)) & (np.array(self.thresholds) <= most)
+        distance = np.abs(found - mixed)[is_unsure].max(initial=0)
+        return bool(distance <= _KOLMOGOROV * math.sqrt(variance))
 
     def shifted(self, change: float, *, share: float) -> "OperatingCurve":
         """Of probabilities whose log-odds are ``change`` higher, for another share of positives.

@@ -111,7 +111,7 @@ def recalibrate(
         return
     if made.figures is not None:
         before, after = made.figures
-        title = f"{before.rows:,} new texts, each calibrated without it"
+        title = f"{before.rows:,} labelled texts, each calibrated without it"
         console().print(comparison_table(title, {"before": [before], "after": [after]}))
     click.echo(f"{made.what[0].upper()}{made.what[1:]}.")
     moved = zip(loaded.label_thresholds.items(), made.probe.thresholds, strict=True)

@@ -4,7 +4,7 @@ Labelled texts give both anew. Unlabelled ones tell how frequent each class is n
 thresholds move along the curves that the probe was last calibrated with.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -216,19 +216,19 @@ def _follow_shares(
         )
     task, priors = probe.task, _priors(probe)
     old = probe.calibration.apply(logits)
-    shift = estimate_shift(task, old, priors)
-    calibration = probe.calibration.shifted(shift.change)
-    new = calibration.apply(logits)
-    known: dict[str, OperatingCurve] = {}
-    curves: dict[str, OperatingCurve] = {}
-    if task.kind != "multiclass":
-        known = _curves(probe)
-        pairs = zip(known.items(), shift.change.tolist(), shift.shares.tolist(), strict=True)
+    shift = estimate_shift(task, old, priors, texts=reference(probe.record).get("rows"))
+    known = {} if task.kind == "multiclass" else _curves(probe)
+    if has_changed := shift.significance <= _SIGNIFICANT:
+        calibration, given = probe.calibration.shifted(shift.change), shift.shares
+        pairs = zip(known.items(), shift.change.tolist(), given.tolist(), strict=False)
         curves = {label: curve.shifted(by, share=share) for (label, curve), by, share in pairs}
-    _require_mixture(curves, new)
+    else:
+        calibration, given, curves = probe.calibration, priors, known
+    new = calibration.apply(logits)
+    _require_mixture(known, given.tolist(), old)
     thresholds = tuple(curve.threshold(rule) for curve in curves.values())
     labels = task.labels[-task.outputs :]
-    shares = zip(labels, priors, shift.shares, strict=True)
+    shares = zip(labels, priors, given, strict=True)
     changes = {label: [float(before), float(after)] for label, before, after in shares}
     entry = {
         "rows": len(examples),
@@ -238,16 +238,17 @@ def _follow_shares(
         "before": {"flagged": _flagged(task, old, probe.thresholds)},
         "after": {"flagged": _flagged(task, new, thresholds)},
         **describe_scores(task, new),
+        "priors": dict(zip(labels, given.tolist(), strict=True)),
         "curves": {label: curve.to_dict() for label, curve in curves.items()},
     }
     told = ", ".join(f"'{label}' {was:.1%} to {now:.1%}" for label, (was, now) in changes.items())
     what = f"shares of classes in {len(examples):,} unlabelled texts: {told}"
     made = replace(probe, calibration=calibration, thresholds=thresholds)
     same = (
-        f"The texts do not show that a share changed (p = {shift.significance:.2f}): the probe "
-        "that you have will do."
+        f"The texts do not show that a share changed (p = {shift.significance:.2f}): probabilities "
+        "stay as they are."
     )
-    doubts = [same] if shift.significance > _SIGNIFICANT else []
+    doubts = [] if has_changed else [same]
     doubts += _losses(_recalls(known, curves, probe, made))
     return Recalibrated(made, what, None, (*doubts,)), entry
 
@@ -290,11 +291,23 @@ def _flagged(
 
 
 def _require_mixture(
-    curves: dict[str, OperatingCurve], probabilities: Float[np.ndarray, "text output"]
+    curves: Mapping[str, OperatingCurve],
+    shares: Sequence[float],
+    probabilities: Float[np.ndarray, "text output"],
 ) -> None:
-    """Refuses texts that the shares of classes do not explain: there, EM does harm."""
-    pairs = zip(curves.items(), probabilities.T, strict=False)
-    strange = [label for (label, curve), own in pairs if not curve.explains(own)]
+    """Refuses texts that the shares of classes do not explain: there, EM does harm.
+
+    Args:
+        curves: As they were.
+        shares: Of each output's class now.
+        probabilities: By the calibration as it was.
+    """
+    outputs = zip(curves.items(), shares, probabilities.T, strict=False)
+    strange = [
+        label
+        for (label, curve), share, own in outputs
+        if not replace(curve, share=share).explains(own)
+    ]
     if strange:
         raise SidelightError(
             f"The scores of '{', '.join(strange)}' are no mixture of those that the probe was "
