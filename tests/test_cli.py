@@ -387,7 +387,9 @@ def untrained(tiny: TransformersBackbone, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["train", "search", "eval", "redteam", "predict", "parity"])
+@pytest.mark.parametrize(
+    "command", ["train", "search", "eval", "redteam", "predict", "recalibrate", "parity"]
+)
 def test_a_wrong_file_or_column_is_told_before_the_imports_that_take_seconds(
     command: str, untrained: str, tmp_path: Path
 ):
@@ -400,6 +402,22 @@ def test_a_wrong_file_or_column_is_told_before_the_imports_that_take_seconds(
         [*begun, "--data", str(tmp_path / "torn.jsonl")],
     )
     assert [*map(said.count, ("nowhere.jsonl", "--text", "torn.jsonl, line 1"))] == [1, 1, 1]
+
+
+@pytest.mark.slow
+def test_a_wrong_probe_or_rule_is_told_before_the_imports_that_take_seconds(
+    untrained: str, tmp_path: Path
+):
+    data = write_rows(tmp_path / "data.jsonl", 20, seed=9)
+    said = said_without_torch(
+        ["predict", "nowhere", "hi"],
+        ["recalibrate", untrained],
+        ["recalibrate", "nowhere", "--data", data],
+        ["recalibrate", untrained, "--threshold", "fpr=0.01"],
+        ["recalibrate", untrained, "--data", data, "--label", "lable"],
+    )
+    wanted = ("holds no probe", "Name texts of", "Got the threshold", "no column 'lable'")
+    assert [*map(said.count, wanted)] == [2, 1, 1, 1]
 
 
 @pytest.mark.slow

@@ -150,6 +150,10 @@ def predict(
         raise NotExplainedError()
     if bool(texts) == (data is not None):
         raise SidelightError("Give texts to judge, or a file of texts with --data, but not both.")
+    from sidelight.manifest import read_manifest
+
+    # Before imports that take seconds: a folder without a probe is refused at once.
+    read_manifest(probe)
     items: Sequence[str | Example] = (
         list(texts) if data is None else _examples(data, text, response, split)
     )

@@ -13,7 +13,7 @@ from sidelight.errors import SidelightError
 if TYPE_CHECKING:
     from sidelight.data.examples import Examples
     from sidelight.data.loading import OnMissingLabel
-    from sidelight.probe import Probe
+    from sidelight.types import Task
 
 
 @click.command(
@@ -69,11 +69,8 @@ def recalibrate(
     to what --threshold wants, by the curve of left-out texts in the manifest. The probe stays, and
     a new one is written, whose manifest says what it was recalibrated on.
     """
-    from sidelight.artifact import load_probe, save_probe
-    from sidelight.manifest import holds_probe
-    from sidelight.thresholds import ThresholdRule, read_curves
-    from sidelight.training.recalibration import recalibrate as refit
-    from sidelight.training.runs import comparison_table, console
+    from sidelight.manifest import holds_probe, read_manifest
+    from sidelight.thresholds import ThresholdRule, read_curves, require_thresholds
 
     rule = None if threshold is None else ThresholdRule.parse(threshold)
     if data is None and rule is None:
@@ -88,13 +85,23 @@ def recalibrate(
             f"{folder} holds a probe already. Name another folder with --out, or replace it with "
             "--force."
         )
+    # Before imports that take seconds: a wrong probe, rule, file or column is refused at once.
+    task = read_manifest(probe).task
+    if rule is not None:
+        require_thresholds(task, rule)
+    examples = None
+    if data is not None:
+        examples = _read(
+            task, data, label, text=text, response=response, split=split, missing=missing_label
+        )
+    from sidelight.artifact import load_probe, save_probe
+    from sidelight.training.recalibration import recalibrate as refit
+    from sidelight.training.runs import comparison_table, console
+
     loaded = load_probe(probe)
-    if data is None:
+    if examples is None:
         made = refit(loaded, rule=rule)
     else:
-        examples = _read(
-            loaded, data, label, text=text, response=response, split=split, missing=missing_label
-        )
         from sidelight.training.classifier import load, require_responses
 
         require_responses(loaded, examples.items)
@@ -129,7 +136,7 @@ def recalibrate(
 
 
 def _read(
-    probe: "Probe",
+    task: "Task",
     data: str,
     label: str | None,
     *,
@@ -151,6 +158,6 @@ def _read(
         label=label or "label",
         response=response,
         split=split,
-        task=probe.task,
+        task=task,
         on_missing_label=missing,
     )

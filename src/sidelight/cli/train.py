@@ -206,7 +206,8 @@ def train(
     console().print(fit_table(made))
     if made.choice is not None:
         click.echo(str(made.choice))
-    click.echo(f"Best: {made.best.probe.spec.name}, seed {made.best.seed}. Saved to {out}")
+    best = made.best.probe.spec.name if made.choice is None else made.choice.taken
+    click.echo(f"Best: {best}, seed {made.best.seed}. Saved to {out}")
     click.echo(f"Next: {_eval_command(out, inputs)}")
 
 
