@@ -87,6 +87,17 @@ def test_a_text_of_any_length_is_read_from_csv(tmp_path: Path) -> None:
     assert csv.field_size_limit() == limit
 
 
+@pytest.mark.parametrize(
+    ("name", "delimiter"), [("rows.csv", ";"), ("rows.csv", "\t"), ("r.tsv", ",")]
+)
+def test_a_file_with_another_delimiter_is_told_which_one_it_has(
+    tmp_path: Path, name: str, delimiter: str
+) -> None:
+    (tmp_path / name).write_text(f"text{delimiter}label\nhow are you{delimiter}ham\n")
+    with pytest.raises(SidelightError, match=r"line 1: the header has one column, and .* Separate"):
+        load_examples(tmp_path / name)
+
+
 def test_a_line_number_counts_the_lines_inside_quotes(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text('text,label\n"two\nlines",x\n\nb\n')

@@ -191,6 +191,11 @@ def _read_delimited(path: Path, *, delimiter: str) -> list[Row]:
             if names is None:
                 names = [name.strip() for name in record]
                 _require_distinct(names, f"{path.name}, {position}")
+                if len(names) == 1 and (other := next((c for c in ",;\t|" if c in record[0]), "")):
+                    raise SidelightError(
+                        f"{path.name}, {position}: the header has one column, and {other!r} in its "
+                        f"name. Separate fields by {delimiter!r}, or save the file as JSON Lines."
+                    )
                 continue
             if len(record) != len(names):
                 raise SidelightError(

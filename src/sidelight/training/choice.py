@@ -45,8 +45,8 @@ class Choice:
         others = [f"{title} {loss:.3f}" for title, loss in self.losses.items()]
         rivals = [f"{title} {loss:.3f}" for title, loss in self.rivals.items()]
         return (
-            f"Took {self.taken} by the log loss of left-out texts (a costlier one only for a clear gain): "
-            f"{', '.join(others)}. Rivals: {', '.join(rivals)}."
+            f"Took {self.taken} by the log loss of left-out texts (a costlier one only for a clear "
+            f"gain): {', '.join(others)}. Rivals: {', '.join(rivals)}."
         )
 
 

@@ -223,8 +223,8 @@ def prepare(
         if not len(validation) or (is_binary and not validation.label_counts.all()):
             raise SidelightError(
                 "Too few distinct texts to hold some of each label out for validation: got "
-                f"{whole.distinct} in all, and equal texts stay together. Add more texts, or give "
-                "others to validate on (--validation)."
+                f"{whole.distinct} in all, and equal texts stay together. Give {FOLDS} or more of "
+                "each label, or others to validate on (--validation, validation=)."
             )
     if options.long_inputs:
         require_labels_of_parts(training.task)
@@ -290,8 +290,8 @@ def _why_held_out(examples: LabelledExamples) -> list[str]:
     rarest = int(examples.label_counts.argmin())
     label = examples.task.labels[rarest]
     return [
-        f"Cross-fitting needs {FOLDS} distinct texts per label, but '{label}' has "
-        f"{examples.label_counts[rarest]} that are too few or too similar. Instead, "
+        f"Cross-fitting needs {FOLDS} distinct texts per label; '{label}' has "
+        f"{examples.label_counts[rarest]}, or some of them are equal. Instead, "
         f"{validation_share(len(examples)):.0%} of the texts were held out for validation. Add "
         f"more texts of '{label}'."
     ]
