@@ -275,6 +275,18 @@ def test_a_curve_explains_texts_of_other_shares_but_no_other_texts():
     assert not half.explains(np.random.default_rng(0).uniform(0.3, 0.7, 600))
 
 
+def test_a_curve_of_sure_scores_alone_explains_no_unsure_ones():
+    holds = np.arange(200) < 60
+    sure = np.where(holds, 0.999, 0.001) + np.linspace(-9e-4, 9e-4, 200)
+    curve = OperatingCurve.of(sure, holds)
+    random = np.random.default_rng(0)
+    assert curve.explains(random.choice(sure, 300))
+    # Surer than they were is no change of texts.
+    assert curve.explains(np.where(random.choice(holds, 300), 1 - 1e-9, 1e-9))
+    for unsure in (np.full(300, 0.5), random.uniform(0.3, 0.7, 300)):
+        assert not curve.explains(unsure)
+
+
 def test_a_threshold_that_rests_on_few_positives_is_warned_of():
     few = threshold_doubts(BINARY, {"safe": 900, "toxic": 12}, 912, F1)
     assert len(few) == 1

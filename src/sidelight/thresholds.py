@@ -205,12 +205,15 @@ class OperatingCurve:
         positives, negatives = max(self.positives, 1), max(self.negatives, 1)
         mixed = share * np.array(self.true_positives) / positives
         mixed = mixed + (1 - share) * np.array(self.false_positives) / negatives
-        found = (scores[:, None] >= self.thresholds).mean(axis=0)
+        thresholds = np.array(self.thresholds)  # falling
+        is_unsure = (_UNSURE[0] <= thresholds) & (thresholds <= _UNSURE[1])
+        # Both ends count even if no text of the curve is between them.
+        places = np.append(thresholds[is_unsure], _UNSURE)
+        points = np.searchsorted(-thresholds, -places, side="right") - 1
+        expected = np.where(points < 0, 0.0, mixed[points])
+        found = (scores[:, None] >= places).mean(axis=0)
         variance = 1 / len(scores) + share**2 / positives + (1 - share) ** 2 / negatives
-        least, most = _UNSURE
-        is_unsure = (least <= np.array(self.thresholds)) & (np.array(self.thresholds) <= most)
-        distance = np.abs(found - mixed)[is_unsure].max(initial=0)
-        return bool(distance <= _KOLMOGOROV * math.sqrt(variance))
+        return bool(np.abs(found - expected).max() <= _KOLMOGOROV * math.sqrt(variance))
 
     def shifted(self, change: float, *, share: float) -> "OperatingCurve":
         """Of probabilities whose log-odds are ``change`` higher, for another share of positives.

@@ -7,9 +7,7 @@ import numpy as np
 from jaxtyping import Float
 
 from sidelight.backbone import TransformersBackbone
-from sidelight.calibration import (
-    CalibrationKind,
-)
+from sidelight.calibration import CalibrationKind
 from sidelight.data.examples import LabelledExamples
 from sidelight.errors import SidelightError
 from sidelight.evaluation import Report
@@ -18,11 +16,7 @@ from sidelight.mechanisms.linear import Linear
 from sidelight.mechanisms.readout import Readout
 from sidelight.probe import Probe
 from sidelight.states.extraction import StateSource
-from sidelight.thresholds import (
-    F1,
-    ThresholdRule,
-    require_thresholds,
-)
+from sidelight.thresholds import F1, ThresholdRule, require_thresholds
 from sidelight.training.choice import MIXTURE, Choice, best_of, better_rivals, mixtures
 from sidelight.training.dataset import Folds, ProbeDataset, prepare
 from sidelight.training.linear import solve_linear, strength_folds

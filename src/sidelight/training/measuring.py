@@ -57,7 +57,18 @@ def calibrate_examples(
     bootstrap: int = 1000,
     around: Sequence[float] = (),
 ) -> Calibrated:
-    """As ``calibrate``, of any labelled texts; without folds, they are measured by themselves."""
+    """Calibrates logits of labelled texts and measures them.
+
+    Args:
+        logits: Of each text.
+        examples: The texts.
+        folds: Indices of the texts that are measured by what the others give; if there are none,
+            the texts are measured by what they themselves give.
+        kind: How; None takes ``suggested_calibration``.
+        rule: What the thresholds are chosen for.
+        bootstrap: As for ``evaluate``.
+        around: As for ``fit_calibration``.
+    """
     task, labels = examples.task, examples.labels
     kind = kind or suggested_calibration(task)
     calibration = fit_calibration(kind, logits, labels, task, around=around)
