@@ -188,160 +188,89 @@ def test_admission_is_decided_for_each_request_by_itself(llama):
             assert "".join(event.text for event in own[1:-1]) == answer.text
 
 
-def request(length=10, max_tokens=10, key=None):
+def request(length=10, max_tokens=10):
     prompt = EncodedPrompt((1,) * length, (Part.PROMPT,) * length)
-    panel = Panel([])
-    return Request(prompt, Sampling(), max_tokens, panel, key=key)
+    return Request(prompt, Sampling(), max_tokens, Panel([]))
 
 
-def check(length=10, key=None):
-    return request(length, max_tokens=0, key=key)
+def check(length=10):
+    return request(length, max_tokens=0)
 
 
-def taken(line, running=(), reading=()):
-    found = line.find_next(list(running), reading)
-    line.take(found)
-    return found
+@pytest.mark.parametrize(
+    ("limits", "joining", "running", "taken"),
+    [
+        (Limits(running=2), [request(), request(), request()], [], [0, 1]),
+        (Limits(running=2), [request(), request()], [request()], [0]),
+        # A prefill batch counts its padding, and a prompt beyond the budget goes alone.
+        (Limits(prefill_tokens=100), [request(10), request(10), request(60)], [], [0, 1]),
+        (Limits(prefill_tokens=50), [request(80), request(10)], [], [0]),
+        # The cache has room for what is still to be written.
+        (Limits(cache_tokens=100), [request(10, 30) for _ in range(3)], [], [0, 1]),
+        # Checks overtake; nobody else overtakes a request that does not fit yet.
+        (Limits(running=1), [request(), check()], [request()], [1]),
+        (Limits(cache_tokens=100), [request(10, 80), request(1, 1)], [request(10, 30)], []),
+        # Long prompts that are only judged keep keys and values too.
+        (Limits(prefill_tokens=50, cache_tokens=200), [check(80)], [check(80), check(80)], []),
+    ],
+)
+def test_the_next_prefill_takes_who_came_first_and_fits(limits, joining, running, taken):
+    queue = RequestQueue(limits)
+    queue.join(joining)
+    assert queue.find_next(running) == [joining[i] for i in taken]
 
 
-def test_first_come_first_served():
-    line = RequestQueue(Limits(running=2))
-    requests = [request() for _ in range(3)]
-    line.join(requests)
-    assert taken(line) == requests[:2]
-    assert taken(line, [requests[0]]) == requests[2:]
-
-
-def test_a_full_line_refuses():
-    line = RequestQueue(Limits(waiting=2))
-    line.join([request(), request()])
+def test_a_full_queue_refuses():
+    queue = RequestQueue(Limits(waiting=2))
+    queue.join([request(), request()])
     with pytest.raises(EngineBusyError, match="2 waiting, the limit is 2") as busy:
-        line.join([request()])
+        queue.join([request()])
     assert busy.value.retry_after_s > 0
-    assert len(line) == 2
+    assert len(queue) == 2
 
 
-def test_a_prefill_batch_counts_its_padding():
-    line = RequestQueue(Limits(prefill_tokens=100))
-    requests = [request(10), request(10), request(60)]
-    line.join(requests)
-    assert taken(line) == requests[:2]
-
-
-def test_a_prompt_beyond_the_budget_goes_alone():
-    line = RequestQueue(Limits(prefill_tokens=50))
-    requests = [request(80), request(10)]
-    line.join(requests)
-    assert taken(line) == requests[:1]
-
-
-def test_the_cache_has_room_for_what_is_still_to_be_written():
-    line = RequestQueue(Limits(cache_tokens=100))
-    requests = [request(10, 30), request(10, 30), request(10, 30)]
-    line.join(requests)
-    assert taken(line) == requests[:2]
-
-
-def test_checks_pass_while_every_place_is_taken():
-    line = RequestQueue(Limits(running=1))
-    running, waiting, small = request(), request(), check()
-    line.join([waiting, small])
-    assert taken(line, [running]) == [small]
-    assert taken(line) == [waiting]
-
-
-def test_nobody_overtakes_a_request_that_does_not_fit_yet():
-    line = RequestQueue(Limits(cache_tokens=100))
-    large, small = request(10, 80), request(1, 1)
-    line.join([large, small])
-    assert taken(line, [request(10, 30)]) == []
-    assert taken(line) == [large]
-
-
-def test_those_who_leave_are_not_admitted():
-    line = RequestQueue(Limits())
+def test_who_leaves_the_queue_is_not_taken():
+    queue = RequestQueue(Limits())
     stays, leaves = request(), request()
-    line.join([stays, leaves])
-    line.leave([leaves])
-    assert taken(line) == [stays]
+    queue.join([stays, leaves])
+    queue.leave([leaves])
+    assert queue.find_next([]) == [stays]
 
 
-def test_of_several_keys_the_one_that_has_had_the_least_time_goes_next():
-    line = RequestQueue(Limits(prefill_tokens=10))
-    many, few = [check(key="many") for _ in range(3)], [check(key="few") for _ in range(3)]
-    line.join(many)
-    line.join(few)
-    order = []
-    while next_ones := taken(line):
-        order += next_ones
-        line.charge(next_ones, 2.0 if next_ones[0] in many else 1.0)
-    assert order == [many[0], few[0], few[1], many[1], few[2], many[2]]
+@pytest.mark.parametrize("is_admitted", [False, True])
+@pytest.mark.parametrize("others", [1, 2, 5])
+@pytest.mark.parametrize(("text", "tokens"), [("hi", 3), ("hi", 16), ("x" * 60, 3)])
+def test_looping_clients_share_the_passes_with_a_victim(llama, is_admitted, others, text, tokens):
+    """At most n + 1 times the passes of the answer alone, plus one, beside n clients."""
+    sampling = Sampling(temperature=0.0, max_tokens=tokens)
+    shapes = count_passes(llama)
 
+    async def passes(engine):
+        before = len(shapes)
+        answer = await ask(engine, text, sampling)
+        return len(shapes) - before, answer.text
 
-def test_a_key_owes_nothing_for_time_that_nobody_else_wanted():
-    line = RequestQueue(Limits(prefill_tokens=10))
-    first = check(key="old")
-    line.join([first])
-    line.charge(taken(line), 100.0)
-    line.leave([first])
-    old, new = check(key="old"), check(key="new")
-    line.join([old])
-    line.charge([old], 50.0)
-    line.join([new])
-    assert line.rank([new]) <= line.rank([old])
-    line.charge([new], 1.0)
-    assert taken(line) == [old]
+    async def beside_others(engine):
+        alone = await passes(engine)
 
+        async def loop(i):
+            while True:
+                await events_of(engine, f"client {i}", GREEDY, admits=lambda _: is_admitted)
 
-def test_a_key_that_leaves_and_comes_again_has_had_what_it_had():
-    line = RequestQueue(Limits())
-    heavy, light = check(key="heavy"), check(key="light")
-    line.join([heavy])
-    line.join([light])
-    line.charge([heavy], 5.0)
-    line.leave([heavy])
-    again = check(key="heavy")
-    line.join([again])
-    assert line.rank([light]) < line.rank([again])
+        loops = [asyncio.create_task(loop(i)) for i in range(others)]
+        await asyncio.sleep(0.05)
+        try:
+            async with asyncio.timeout(20):
+                return alone, await passes(engine)
+        finally:
+            for task in loops:
+                task.cancel()
+            await asyncio.wait(loops)
 
-
-def test_of_one_key_one_long_prompt_is_read_at_a_time_and_short_ones_pass():
-    line = RequestQueue(Limits(prefill_tokens=50))
-    first, second, short = check(80), check(80), request(10)
-    other = check(80, key="other")
-    line.join([first, second, short])
-    line.join([other])
-    assert taken(line) == [first]
-    assert taken(line, [first], [first]) == [short]
-    assert taken(line, [first], [first]) == [other]
-    assert taken(line, [first], [first]) == []
-    assert taken(line) == [second]
-
-
-def test_long_prompts_that_are_only_judged_have_to_fit_too():
-    line = RequestQueue(Limits(prefill_tokens=50, cache_tokens=200))
-    first, second, third = (check(80, key=name) for name in "abc")
-    for one in (first, second, third):
-        line.join([one])
-    assert taken(line) == [first]
-    assert taken(line, [first], [first]) == [second]
-    assert taken(line, [first, second], [first, second]) == []
-
-
-def test_a_full_line_refuses_its_own_key_alone():
-    line = RequestQueue(Limits(waiting=2))
-    line.join([request(key="many"), request(key="many")])
-    line.join([request(key="few")])
-    with pytest.raises(EngineBusyError):
-        line.join([request(key="many")])
-
-
-def test_a_key_without_a_running_request_gets_one_at_once():
-    line = RequestQueue(Limits(running=1))
-    running, waiting, other = request(key="many"), request(key="many"), request(key="few")
-    line.join([running, waiting, other])
-    line.charge([running], 1.0)
-    assert taken(line, [running]) == [other]
+    limits = Limits(prefill_tokens=16)
+    (alone, answer), (beside, own) = run(llama, beside_others, limits=limits)
+    assert own == answer
+    assert beside <= (others + 1) * alone + 1
 
 
 def passes_of(backbone, work, **limits):

@@ -297,7 +297,6 @@ class Engine(ABC):
         watch: Collection[str] = (),
         admits: Admission = admit_all,
         explain: Collection[str] | None = None,
-        key: str | None = None,
     ) -> AsyncGenerator[Event, None]:
         """Yields ``PromptJudged``, any ``TextDelta`` and ``ResponseScored``, and ``Finished``.
 
@@ -315,7 +314,6 @@ class Engine(ABC):
                 only event, nothing is written, and the request has already left the engine.
             explain: Names of probes that read the prompt alone, whose verdicts ``PromptJudged``
                 explains; None: nobody asks.
-            key: Whose request it is. An engine may share its time by keys; None is one more key.
 
         Raises:
             ContextLengthError: The prompt leaves no room for a token.
@@ -332,7 +330,6 @@ class Engine(ABC):
         conversations: Sequence[Sequence[Message]],
         *,
         explain: Collection[str] | None = None,
-        key: str | None = None,
     ) -> Coroutine[Any, Any, list[PromptJudged]]:
         """The verdicts on each conversation, from one pass over it; writes nothing.
 
@@ -343,7 +340,6 @@ class Engine(ABC):
         Args:
             conversations: To judge.
             explain: Names of probes whose verdicts are explained; None: nobody asks.
-            key: As for ``generate``.
 
         Raises:
             ContextLengthError: A conversation is too long; it is never cut.

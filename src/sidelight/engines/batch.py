@@ -225,17 +225,17 @@ class Batch:
     @property
     def requests(self) -> list[Request]:
         """The requests whose prompts are being read, or whose texts are being written."""
-        return [request for work in self.work() for request in work.requests]
+        return [request for work in (*self.reading, *self.writing) for request in work.requests]
 
     @property
-    def reading(self) -> list[Request]:
-        """The requests whose prompts have been read in part."""
-        return [request for own in self._readings for request in own.requests]
+    def reading(self) -> list[Work]:
+        """The passes that read on in prompts, in the order of ``begin``."""
+        return [Work(own.requests, partial(self._read_on, own)) for own in self._readings]
 
-    def work(self) -> list[Work]:
-        """The passes of which any may be next; prompts come first, in the order of ``begin``."""
-        reading = [Work(own.requests, partial(self._read_on, own)) for own in self._readings]
-        return reading + [
+    @property
+    def writing(self) -> list[Work]:
+        """The passes that write one more token of some texts."""
+        return [
             Work([g.request for g in rows.generations], partial(self._decode, group))
             for group, rows in self._rows.items()
         ]
@@ -246,7 +246,7 @@ class Batch:
         for panel in dict.fromkeys(request.panel for request in requests):
             own = [request for request in requests if request.panel is panel]
             self._readings.append(_Reading(own, self._prefill(own)))
-        return self.work()[before : len(self._readings)]
+        return self.reading[before:]
 
     def drop(self, requests: Collection[Request]) -> None:
         """Reads and writes no more for these requests, and frees what they hold."""

@@ -89,10 +89,9 @@ class LoadingEngine(Engine):
         watch: Collection[str] = (),
         admits: Admission = admit_all,
         explain: Collection[str] | None = None,
-        key: str | None = None,
     ) -> AsyncGenerator[Event, None]:
         return self._loaded().generate(
-            messages, sampling, watch=watch, admits=admits, explain=explain, key=key
+            messages, sampling, watch=watch, admits=admits, explain=explain
         )
 
     def judge(
@@ -100,9 +99,8 @@ class LoadingEngine(Engine):
         conversations: Sequence[Sequence[Message]],
         *,
         explain: Collection[str] | None = None,
-        key: str | None = None,
     ) -> Coroutine[Any, Any, list[PromptJudged]]:
-        return self._loaded().judge(conversations, explain=explain, key=key)
+        return self._loaded().judge(conversations, explain=explain)
 
     async def _take_over(self) -> None:
         engine = await asyncio.to_thread(self._load)

@@ -8,7 +8,6 @@ tokens/s on two CPU cores where plain forward calls reached 1,596. So the loop i
 
 import asyncio
 import logging
-import time
 import traceback
 from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +31,7 @@ from sidelight.engines.base import (
     require_watched,
     verdict_failure,
 )
-from sidelight.engines.batch import Batch
+from sidelight.engines.batch import Batch, Work
 from sidelight.engines.queue import Emission, Limits, Request, RequestQueue
 from sidelight.engines.text import WARM_UP, TextCodec
 from sidelight.errors import SidelightError
@@ -75,6 +74,7 @@ class TransformersEngine(Engine):
             limits = Limits(prefill_tokens=_PREFILL_TOKENS_ON_CPU) if is_slow else Limits()
         self._batch = Batch(backbone, self._codec, prefill_tokens=limits.prefill_tokens)
         self._queue = RequestQueue(limits)
+        self._prompt_turn = 0
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sidelight-model")
         self._loop: asyncio.Task[None] | None = None
 
@@ -113,7 +113,7 @@ class TransformersEngine(Engine):
 
     async def replace_probes(self, probes: Sequence[Probe]) -> None:
         panel = await asyncio.to_thread(self._load_panel, probes)
-        (judged,) = await self._judge([WARM_UP], panel, key=None)
+        (judged,) = await self._judge([WARM_UP], panel)
         if judged.judgement.failed:
             raise verdict_failure(judged.judgement.failed)
         self._panel = panel
@@ -129,7 +129,6 @@ class TransformersEngine(Engine):
         watch: Collection[str] = (),
         admits: Admission = admit_all,
         explain: Collection[str] | None = None,
-        key: str | None = None,
     ) -> AsyncGenerator[Event, None]:
         # Not in the generator, which begins later, when other probes may have been loaded.
         panel = self._panel
@@ -150,7 +149,6 @@ class TransformersEngine(Engine):
                 admits=admits,
                 explain=frozenset(explain or ()),
                 places=places,
-                key=key,
             )
             self._require_ready()
             self._queue.join([request])
@@ -170,17 +168,14 @@ class TransformersEngine(Engine):
         conversations: Sequence[Sequence[Message]],
         *,
         explain: Collection[str] | None = None,
-        key: str | None = None,
     ) -> Coroutine[Any, Any, list[PromptJudged]]:
-        return self._judge(conversations, self._panel, frozenset(explain or ()), key=key)
+        return self._judge(conversations, self._panel, frozenset(explain or ()))
 
     async def _judge(
         self,
         conversations: Sequence[Sequence[Message]],
         panel: Panel,
         explain: frozenset[str] = frozenset(),
-        *,
-        key: str | None = None,
     ) -> list[PromptJudged]:
         def encode(turns: Sequence[Message]) -> Request:
             return Request(
@@ -191,7 +186,6 @@ class TransformersEngine(Engine):
                 has_response=has_response(turns),
                 explain=explain,
                 places=self._codec.places(turns) if explain else (),
-                key=key,
             )
 
         requests = await self._codec.in_thread(
@@ -225,29 +219,35 @@ class TransformersEngine(Engine):
                 self._queue.has_work.clear()
 
     async def _step(self) -> None:
-        """Drops what was given up, and works for those that have had the least of the model.
+        """Drops what was given up, and makes the next pass.
 
-        That is a part of a prompt, the prompts that are next in the queue, or one token of each of
-        some texts.
+        Prompts take turns. After each pass over prompts, every text that was being written before
+        gets a token, whether or not those prompts were admitted.
         """
         cancelled = {r for r in self._batch.requests if r not in self._queue.awaited}
         if cancelled:
             drop = partial(self._batch.drop, cancelled)
             self._deliver(await self._pass(drop, self._batch.requests))
-        due = self._batch.work()
-        waiting = self._queue.find_next(self._batch.requests, self._batch.reading)
-        best = min(due, key=lambda work: self._queue.rank(work.requests), default=None)
-        if best is not None and (
-            not waiting or self._queue.rank(best.requests) <= self._queue.rank(waiting)
-        ):
-            due = [best]
-        else:
-            self._queue.take(waiting)
-            due = self._batch.begin(waiting)
-        for work in due:
-            start = time.perf_counter()
-            self._deliver(await self._pass(work.run, work.requests))
-            self._queue.charge(work.requests, time.perf_counter() - start)
+
+        def turn(work: Work) -> int:
+            return self._queue.latest_turn(work.requests)
+
+        writing = self._batch.writing
+        overdue = [work for work in writing if turn(work) < self._prompt_turn]
+        reading = self._batch.reading
+        waiting = self._queue.find_next(self._batch.requests)
+        if not overdue and waiting:
+            arrived = self._queue.latest_turn(waiting)
+            if all(arrived <= turn(work) for work in reading):
+                self._queue.take(waiting)
+                reading = self._batch.begin(waiting)
+        work = min(overdue or reading or writing, key=turn, default=None)
+        if work is None:
+            return
+        served = self._queue.serve(work.requests)
+        if work not in writing:
+            self._prompt_turn = served
+        self._deliver(await self._pass(work.run, work.requests))
 
     async def _pass(
         self, work: Callable[[], list[Emission] | None], requests: Sequence[Request]

@@ -397,7 +397,6 @@ async def _answer(
                 watch=enforcement.watch,
                 admits=enforcement.admits,
                 explain=explained if number == 0 else None,
-                key=observer.key_id,
             )
             streams.append(enforcement.guard(events))
     admitted = (await unless_left(request, _admitted(streams)))[::n]

@@ -86,9 +86,7 @@ async def check(
     # Nothing is awaited until the engine has all texts, so that it judges with these very probes.
     rules = request.registry.rules
     request.observer.trace.model = request.engine.model
-    judging = request.engine.judge(
-        conversations, explain=report.explained(rules), key=request.observer.key_id
-    )
+    judging = request.engine.judge(conversations, explain=report.explained(rules))
     events = await unless_left(request, judging)
     checked: list[Checked] = []
     for index, (event, turns) in enumerate(zip(events, conversations, strict=True)):

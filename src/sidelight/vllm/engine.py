@@ -144,7 +144,6 @@ class VllmEngine(Engine):
         conversations: Sequence[Sequence[Message]],
         *,
         explain: Collection[str] | None = None,
-        key: str | None = None,
     ) -> Coroutine[Any, Any, list[PromptJudged]]:
         if explain is not None:
             raise NotExplainedError()

@@ -1,0 +1,257 @@
+"""Plants faults in the product and counts how many the tests catch: `make mutants`.
+
+    .venv/mutants/bin/python .ci/mutants.py sample FAULTS     a seeded sample, as one patch a fault
+    .venv/bin/python .ci/mutants.py run FAULTS [--out FILE]   which of them the tests catch
+
+The operators are cosmic-ray's. A fault is tried with the tests that execute its line, which a run
+of the suite under coverage has noted (``--cov-context=test``, in ``.coverage``); fast ones first.
+A run goes on where it was stopped. A patch that no longer applies is counted as gone.
+"""
+
+import argparse
+import ast
+import difflib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PRODUCT = "src/sidelight"
+# How many faults of each part, about as its weight in what a verdict rests on.
+PARTS = {
+    "mechanisms": (20, ["mechanisms"]),
+    "bank": (12, ["bank.py"]),
+    "policy": (18, ["policy"]),
+    "prompts": (16, ["prompts.py", "turns.py"]),
+    "server": (28, ["server"]),
+    "columns": (8, ["vllm/columns.py"]),
+    "training": (24, ["training"]),
+}
+# Faults that any call shows, or none.
+TRIVIAL = re.compile(r"NoOp|Decorator|Exception|_(RShift|LShift|BitOr|BitAnd|BitXor|Pow|Mod)")
+LONGEST_S = 100
+
+
+def sample(faults: Path, seed: int) -> None:
+    from cosmic_ray.ast import ast_nodes, get_ast
+    from cosmic_ray.mutating import mutate_code
+    from cosmic_ray.plugins import get_operator, operator_names
+
+    operators = {
+        name: get_operator(name)()
+        for name in operator_names()
+        if not get_operator(name).arguments() and not TRIVIAL.search(name)
+    }
+    chosen = random.Random(seed)
+    rows: list[dict] = []
+    for part, (count, places) in PARTS.items():
+        paths = [ROOT / PRODUCT / place for place in places]
+        files = [f for path in paths for f in (sorted(path.rglob("*.py")) or [path])]
+        # Lines are drawn, not changes: a line with many operators weighs no more than others.
+        changes: dict[tuple[Path, int], list[tuple[str, int]]] = {}
+        for file in files:
+            source = file.read_text()
+            nodes, dull = [*ast_nodes(get_ast(source))], _dull_places(source)
+            for name, operator in operators.items():
+                places_of = (p for node in nodes for p in operator.mutation_positions(node))
+                for occurrence, (start, _) in enumerate(places_of):
+                    if not any(first <= start < last for first, last in dull):
+                        changes.setdefault((file, start[0]), []).append((name, occurrence))
+        lines = sorted(changes)
+        chosen.shuffle(lines)
+        drawn = 0
+        for file, line in lines:
+            if drawn == count:
+                break
+            name, occurrence = chosen.choice(changes[file, line])
+            source, relative = file.read_text(), str(file.relative_to(ROOT))
+            old = source.splitlines(keepends=True)
+            mutated = mutate_code(source, operators[name], occurrence)
+            if not _compiles(mutated):
+                continue
+            drawn += 1
+            new = mutated.splitlines(keepends=True)
+            patch = "".join(difflib.unified_diff(old, new, f"a/{relative}", f"b/{relative}"))
+            change = [row[1:].strip() for row in patch.splitlines()[3:] if row[0] == "+"]
+            rows.append(
+                {
+                    "part": part,
+                    "file": relative,
+                    "line": line,
+                    "operator": name.split("/")[-1],
+                    "change": " ".join(change),
+                    "patch": patch,
+                }
+            )
+        print(f"{part}: {drawn} of {len(lines)} lines", flush=True)
+    faults.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+
+def _compiles(source: str) -> bool:
+    try:
+        compile(source, "", "exec")
+    except SyntaxError:
+        return False
+    return True
+
+
+def _dull_places(source: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Where annotations, decorators, docstrings and ``strict=True`` stand: not behaviour."""
+    dull: list[ast.AST] = []
+    for node in ast.walk(ast.parse(source)):
+        dull += getattr(node, "decorator_list", [])
+        dull += filter(None, (getattr(node, name, None) for name in ("annotation", "returns")))
+        if isinstance(node, ast.keyword) and node.arg == "strict":
+            dull.append(node)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            dull.append(node)
+    return [((n.lineno, n.col_offset), (n.end_lineno, n.end_col_offset)) for n in dull]
+
+
+def run(faults: Path, out: Path, workers: int) -> None:
+    every = [json.loads(line) for line in faults.read_text().splitlines()]
+    known = {json.loads(line)["patch"] for line in out.open()} if out.exists() else set()
+    left = [fault for fault in every if fault["patch"] not in known]
+    tests = _tests_by_line()
+    seconds = _seconds()
+    _import_libraries()
+    running: dict[int, tuple[dict, Path, float]] = {}
+    while left or running:
+        while left and len(running) < workers:
+            fault = left.pop(0)
+            folder = Path(tempfile.mkdtemp(prefix="mutant-"))
+            chosen = sorted(tests.get((fault["file"], fault["line"]), ()), key=seconds)
+            pid = os.fork()
+            if not pid:
+                os.setpgid(0, 0)
+                os._exit(_try(fault, chosen, folder))
+            running[pid] = fault | {"tests": len(chosen)}, folder, time.monotonic()
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        for late, (_, _, start) in running.items():
+            if time.monotonic() - start > LONGEST_S:
+                os.killpg(late, signal.SIGKILL)
+        if not pid:
+            time.sleep(0.1)
+            continue
+        fault, folder, start = running.pop(pid)
+        text = (
+            (folder / "output").read_text(errors="replace") if (folder / "output").exists() else ""
+        )
+        shutil.rmtree(folder, ignore_errors=True)
+        code = os.waitstatus_to_exitcode(status)
+        result = {0: "survived", 1: "caught", 5: "unreached", 90: "gone"}.get(code, "caught")
+        by = re.findall(r"^(?:FAILED|ERROR) (\S+)", text, re.MULTILINE)[:1]
+        row = fault | {"result": result, "code": code, "by": by, "s": time.monotonic() - start}
+        with out.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(f"{result:9} {fault['file']}:{fault['line']} {fault['change'][:70]}", flush=True)
+    report(out)
+
+
+def _try(fault: dict, tests: list[str], folder: Path) -> int:
+    """In a process of its own: the tests' exit code."""
+    for place in ("src", "lab/src"):
+        shutil.copytree(ROOT / place, folder / place)
+    applied = subprocess.run(
+        ["patch", "-p1", "--batch", "--quiet"], input=fault["patch"], text=True, cwd=folder
+    )
+    if applied.returncode:
+        return 90
+    if not tests:
+        return 5
+    sys.path[:0] = [str(folder / "src"), str(folder / "lab/src")]
+    os.environ["PYTHONPATH"] = f"{folder / 'src'}:{folder / 'lab/src'}"
+    with (folder / "output").open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    import pytest
+
+    os.chdir(ROOT)
+    options = ["-x", "-q", "-p", "no:cacheprovider", f"--timeout={LONGEST_S}"]
+    return int(pytest.main([*options, f"--basetemp={folder / 'tmp'}", *tests]))
+
+
+def _tests_by_line() -> dict[tuple[str, int], set[str]]:
+    from coverage import CoverageData
+
+    data = CoverageData(str(ROOT / ".coverage"))
+    data.read()
+    tests: dict[tuple[str, int], set[str]] = {}
+    for file in data.measured_files():
+        name = str(Path(file).relative_to(ROOT))
+        for line, contexts in data.contexts_by_lineno(file).items():
+            own = {context.rsplit("|", 1)[0] for context in contexts if "::" in context}
+            tests[name, line] = own
+    return tests
+
+
+def _seconds():
+    """The order of tests: by seconds where pytest's junit report has been kept, else as named."""
+    from xml.etree import ElementTree
+
+    took: dict[str, float] = {}
+    report = ROOT / ".coverage.xml"
+    if report.exists():
+        for case in ElementTree.parse(report).iter("testcase"):
+            name = f"{case.get('classname')}::{case.get('name')}"
+            took[name] = took.get(name, 0) + float(case.get("time", 0))
+
+    def seconds(test: str) -> float:
+        path, _, name = test.partition("::")
+        return took.get(f"{path.removesuffix('.py').replace('/', '.')}::{name}", 1.0)
+
+    return seconds
+
+
+def _import_libraries() -> None:
+    import fastapi  # noqa: F401
+    import httpx  # noqa: F401
+    import hypothesis  # noqa: F401
+    import openai  # noqa: F401
+    import pytest  # noqa: F401
+    import scipy.optimize  # noqa: F401
+    import sklearn.linear_model  # noqa: F401
+    import torch
+    import transformers.models.llama.modeling_llama  # noqa: F401
+    import uvicorn  # noqa: F401
+
+    torch.set_num_threads(1)
+
+
+def report(out: Path) -> None:
+    rows = [json.loads(line) for line in out.open()]
+    print(f"{'':12} {'caught':>7} {'of':>5}   survived, unreached, gone")
+    for part in [*PARTS, None]:
+        counts = Counter(row["result"] for row in rows if part in (row["part"], None))
+        planted = sum(counts.values()) - counts["gone"]
+        others = f"{counts['survived']}, {counts['unreached']}, {counts['gone']}"
+        print(f"{part or 'all':12} {counts['caught']:7} {planted:5}   {others}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("command", choices=["sample", "run", "report"])
+    parser.add_argument("faults", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("mutants.jsonl"))
+    parser.add_argument("--workers", type=int, default=2)
+    given = parser.parse_args()
+    if given.command == "sample":
+        sample(given.faults, given.seed)
+    elif given.command == "run":
+        run(given.faults, given.out, given.workers)
+    else:
+        report(given.out)
+
+
+if __name__ == "__main__":
+    main()
