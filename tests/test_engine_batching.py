@@ -18,7 +18,14 @@ from engine_runs import (
     written_alone,
 )
 from sidelight.bank import Panel
-from sidelight.engines.base import EngineBusyError, Finished, PromptJudged, Sampling, TextDelta
+from sidelight.engines.base import (
+    EngineBusyError,
+    Finished,
+    PromptJudged,
+    Sampling,
+    TextDelta,
+    admit_all,
+)
 from sidelight.engines.queue import Limits, Request, RequestQueue
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import ContextLengthError, SidelightError
@@ -220,13 +227,27 @@ def test_the_next_prefill_takes_who_came_first_and_fits(limits, joining, running
     assert queue.find_next(running) == [joining[i] for i in taken]
 
 
+def test_a_list_of_texts_is_one_place_in_line():
+    queue = RequestQueue(Limits(prefill_tokens=20, waiting=2))
+    texts, other = [check() for _ in range(5)], check()
+    queue.join(texts)
+    queue.join([other])
+    order = []
+    while batch := queue.find_next([]):
+        queue.take(batch)
+        queue.serve(batch)
+        order.append(batch)
+    assert order == [texts[:2], [other, texts[2]], texts[3:]]
+
+
 def test_a_full_queue_refuses():
     queue = RequestQueue(Limits(waiting=2))
     queue.join([request(), request()])
+    queue.join([request()])
     with pytest.raises(EngineBusyError, match="2 waiting, the limit is 2") as busy:
         queue.join([request()])
     assert busy.value.retry_after_s > 0
-    assert len(queue) == 2
+    assert len(queue) == 3
 
 
 def test_who_leaves_the_queue_is_not_taken():
@@ -237,10 +258,10 @@ def test_who_leaves_the_queue_is_not_taken():
     assert queue.find_next([]) == [stays]
 
 
-@pytest.mark.parametrize("is_admitted", [False, True])
+@pytest.mark.parametrize("kind", ["refused", "answered", "lists of texts"])
 @pytest.mark.parametrize("others", [1, 2, 5])
 @pytest.mark.parametrize(("text", "tokens"), [("hi", 3), ("hi", 16), ("x" * 60, 3)])
-def test_looping_clients_share_the_passes_with_a_victim(llama, is_admitted, others, text, tokens):
+def test_looping_clients_share_the_passes_with_a_victim(llama, kind, others, text, tokens):
     """At most n + 1 times the passes of the answer alone, plus one, beside n clients."""
     sampling = Sampling(temperature=0.0, max_tokens=tokens)
     shapes = count_passes(llama)
@@ -255,7 +276,11 @@ def test_looping_clients_share_the_passes_with_a_victim(llama, is_admitted, othe
 
         async def loop(i):
             while True:
-                await events_of(engine, f"client {i}", GREEDY, admits=lambda _: is_admitted)
+                if kind == "lists of texts":
+                    await engine.judge([[Message("user", f"text {j}")] for j in range(30)])
+                else:
+                    admits = {"refused": lambda _: False, "answered": admit_all}[kind]
+                    await events_of(engine, f"client {i}", GREEDY, admits=admits)
 
         loops = [asyncio.create_task(loop(i)) for i in range(others)]
         await asyncio.sleep(0.05)

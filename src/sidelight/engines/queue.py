@@ -16,7 +16,7 @@ class Limits:
 
     Attributes:
         running: Requests that are being read or written.
-        waiting: Requests in the queue; more are refused.
+        waiting: Requests in the queue, of which each may be a list of texts; more are refused.
         prefill_tokens: Tokens of prompts that one pass reads, padding included. A longer prompt is
             read alone, in several passes.
         cache_tokens: Positions of keys and values, including padding and the tokens still to be
@@ -75,15 +75,25 @@ class Emission:
     is_last: bool = False
 
 
-class RequestQueue:
-    """Gives requests turns, one pass each, in a round robin.
-
-    First come, first served; what has had a turn stands behind all others. Checks may overtake,
-    since they need no running row. So may what one pass can read, while a longer prompt is read.
+@dataclass(eq=False)
+class Turn:
+    """The place in line of what joined together.
 
     Attributes:
-        awaited: Every request that somebody still waits for, whether or not it was taken, and its
-            latest turn: when it joined, or the last pass that worked for it.
+        latest: The number of the latest pass that worked for any of it, or of its arrival.
+    """
+
+    latest: int
+
+
+class RequestQueue:
+    """Gives turns, one pass each, in a round robin.
+
+    First come, first served; what has had a turn stands behind all others. Texts that join together
+    have one turn. Checks may overtake, since they need no running row.
+
+    Attributes:
+        awaited: Every request that somebody still waits for, whether or not it was taken.
         has_work: Set when requests join.
     """
 
@@ -91,24 +101,24 @@ class RequestQueue:
         self._limits = limits
         self._waiting: list[Request] = []
         self._turn = 0
-        self.awaited: dict[Request, int] = {}
+        self.awaited: dict[Request, Turn] = {}
         self.has_work = asyncio.Event()
 
     def __len__(self) -> int:
         return len(self._waiting)
 
     def join(self, requests: Sequence[Request]) -> None:
-        """Adds all of them.
+        """Adds all of them, as one place in line.
 
         Raises:
-            EngineBusyError: The queue is full. A list longer than the limit can only join where
-                nothing waits.
+            EngineBusyError: The queue is full.
         """
-        waiting = len(self._waiting)
-        if waiting and waiting + len(requests) > self._limits.waiting:
+        waiting = len({self.awaited[request] for request in self._waiting})
+        if waiting >= self._limits.waiting:
             raise EngineBusyError(waiting=waiting, limit=self._limits.waiting)
+        self._turn += 1
         self._waiting.extend(requests)
-        self._mark(requests)
+        self.awaited.update(dict.fromkeys(requests, Turn(self._turn)))
         self.has_work.set()
 
     def leave(self, requests: Iterable[Request]) -> None:
@@ -119,18 +129,21 @@ class RequestQueue:
 
     def serve(self, requests: Iterable[Request]) -> int:
         """Gives these their turn, so that they stand behind all others; returns its number."""
-        self._mark(request for request in requests if request in self.awaited)
+        self._turn += 1
+        for request in requests:
+            if request in self.awaited:
+                self.awaited[request].latest = self._turn
         return self._turn
 
     def latest_turn(self, requests: Iterable[Request]) -> int:
         """That of the one among them which has waited longest; the lowest goes next."""
-        return min((self.awaited.get(request, 0) for request in requests), default=0)
+        return min((self.awaited[r].latest for r in requests if r in self.awaited), default=0)
 
     def find_next(self, running: Sequence[Request]) -> list[Request]:
         """Those that go into the next prefill beside ``running``; they wait until ``take``."""
         batch: list[Request] = []
         is_blocked = False
-        for request in self._waiting:
+        for request in sorted(self._waiting, key=lambda request: self.awaited[request].latest):
             if not self._fits_prefill([*batch, request]):
                 break
             if self._needs_room(request) and not is_blocked:
@@ -143,10 +156,6 @@ class RequestQueue:
         """Removes those that no longer wait."""
         taken = {*requests}
         self._waiting = [request for request in self._waiting if request not in taken]
-
-    def _mark(self, requests: Iterable[Request]) -> None:
-        self._turn += 1
-        self.awaited.update(dict.fromkeys(requests, self._turn))
 
     def _fits_prefill(self, batch: Sequence[Request]) -> bool:
         longest = max(len(request.prompt) for request in batch)
