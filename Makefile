@@ -15,7 +15,11 @@ export SIDELIGHT_DATA ?= $(abspath ../shared/data)
 export SIDELIGHT_CLIENT_PYTHON ?= $(abspath .venv/clients/bin/python)
 export SIDELIGHT_NODE ?= $(abspath .venv/node)
 
-.PHONY: demo test vllm gpu-check fast lint types format house docs clean help
+# One process for each core. What is inside vLLM has an environment of its own.
+OWN := --ignore=tests/vllm --ignore=tests/matrix
+SHAPED := sidelight.bank,sidelight.mechanisms,sidelight.metrics,sidelight.ragged,sidelight.standardisation,sidelight.states,sidelight.training
+
+.PHONY: demo test vllm matrix gpu-check fast mutants lint types format house docs clean help
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
@@ -23,10 +27,9 @@ help: ## Show the targets
 demo: .venv/.runtime ## Train three probes on the embedded model, serve them, ask one question
 	@$(BIN)/sidelight demo
 
-test: .venv/.dev .venv/.clients .venv-vllm/.ready ## Run all tests: with run-time shape checks, but for those that they would disturb
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not unchecked" --ignore=tests/vllm \
-	  -n auto --dist loadfile --jaxtyping-packages=sidelight,sidelight_lab,beartype.beartype
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m unchecked --ignore=tests/vllm -n auto --dist loadfile
+test: .venv/.dev .venv-vllm/.ready ## Run the tests of every change, with run-time shape checks where arrays are
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(OWN) -n auto --dist loadfile \
+	  --jaxtyping-packages=$(SHAPED),beartype.beartype
 	@$(MAKE) --no-print-directory vllm
 
 vllm: .venv-vllm/.ready ## Run the tests inside vLLM: three versions, both model runners
@@ -39,8 +42,11 @@ vllm: .venv-vllm/.ready ## Run the tests inside vLLM: three versions, both model
 gpu-check: $(if $(GPU),.venv-gpu/.ready,.venv-vllm/.ready) ## Check vLLM's probes on this GPU (25 minutes): gpu-check/gpu.md
 	$(if $(GPU),.venv-gpu,.venv-vllm)/bin/sidelight bench gpu --out gpu-check
 
+matrix: .venv/.dev .venv/.clients .venv-vllm/.ready ## Run what a release needs beyond that, lane by lane: matrix.md
+	$(BIN)/python .ci/matrix.py $(LANES)
+
 fast: .venv/.dev ## Run the fast tests (under a minute)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --ignore=tests/vllm -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(OWN) -n auto --dist loadfile
 
 lint: .venv/.dev ## Check format, style and the one-way flow of imports
 	$(BIN)/ruff format --check .
@@ -53,6 +59,14 @@ types: .venv/.dev ## Check types (pyright, strict)
 format: .venv/.dev ## Format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# `.ci/mutants.py report FILE` prints the table of an earlier run.
+mutants: .venv/.dev .venv/mutants ## Plant 126 faults, and print how many the tests catch (an hour)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check pytest-cov
+	.venv/mutants/bin/python .ci/mutants.py sample .venv/mutants/faults.jsonl
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(OWN) -n auto --dist loadfile \
+	  --cov=src/sidelight --cov-context=test --cov-report= --junitxml=.coverage.xml
+	OMP_NUM_THREADS=1 $(BIN)/python .ci/mutants.py run .venv/mutants/faults.jsonl --out .venv/mutants/caught.jsonl
 
 house: ## Print the size and shape of the code
 	@$(PYTHON) .ci/house.py
@@ -90,6 +104,10 @@ clean: ## Remove the environment and caches
 	@npm install --silent --no-audit --no-fund --prefix .venv/node \
 	  ai@6 @ai-sdk/openai-compatible@2 zod@4 || true
 	@touch $@
+
+.venv/mutants: .venv/bin/python
+	@$(PYTHON) -m venv $@
+	@$@/bin/python -m pip install --quiet --disable-pip-version-check 'cosmic-ray>=8.4'
 
 # A wheel that cannot be had leaves a reason, not a failure: then the tests inside vLLM are skipped.
 .venv-vllm/.ready: pyproject.toml lab/pyproject.toml
