@@ -16,7 +16,6 @@ from sidelight.engines.base import Engine
 from sidelight.policy.rules import Policy
 from sidelight.server.app import create_app, server_settings
 from sidelight.server.config import ServerConfig
-from sidelight.server.observe import Sink
 
 MODEL = "tiny/llama"
 
@@ -27,12 +26,11 @@ def served(
     *,
     policy: Policy | None = None,
     sources: Mapping[str, Path] | None = None,
-    traces: Sink | None = None,
     **settings: Any,
 ) -> Iterator[str]:
     """The address of a live server of ``engine``; the settings are those of ``ServerConfig``."""
     config = ServerConfig(log_level="warning", **settings)
-    app = create_app(engine, config, policy=policy, sources=sources, traces=traces)
+    app = create_app(engine, config, policy=policy, sources=sources)
     with listening(app, config) as address:
         yield address
 

@@ -1,23 +1,14 @@
 """``sidelight serve``: text and verdicts over HTTP."""
 
-import os
-from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 import click
 from click.core import ParameterSource
 
 from sidelight.cli import options
-from sidelight.errors import SidelightError
 from sidelight.server.config import ServerConfig, read_config
-
-if TYPE_CHECKING:
-    from sidelight.probe import Probe
-    from sidelight.server.observe import Sink
-
-_OTLP_ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 
 
 def _config_options(command: options.Command) -> options.Command:
@@ -83,50 +74,12 @@ def serve(context: click.Context, **values: Any) -> None:
     if not loaded:
         click.echo("Warning: no probe is named (--probe), so no text is judged.", err=True)
     if config.engine == "vllm":
-        _serve_by_vllm(config, runtime.model_of(loaded), loaded)
+        from sidelight.vllm.server import serve as run_vllm
+
+        run_vllm(config, runtime.model_of(loaded), loaded)
         return
     run(
         partial(runtime.load_engine, loaded),
         config,
         sources={probe.name: path for probe, path in zip(loaded, config.probe, strict=True)},
-        traces=traces_of(os.environ),
     )
-
-
-def _serve_by_vllm(config: ServerConfig, model: str, probes: "Sequence[Probe]") -> None:
-    from sidelight.vllm.server import serve
-
-    if asked := _asked_for_traces(os.environ):
-        click.echo(
-            f"Warning: {asked} is set, but vLLM's server traces no verdicts. Give --engine-option "
-            "otlp_traces_endpoint=URL for vLLM's own traces.",
-            err=True,
-        )
-    serve(config, model, probes)
-
-
-def traces_of(environment: Mapping[str, str]) -> "Sink | None":
-    """What takes traces, by OpenTelemetry's environment variables; None if they ask for none.
-
-    Raises:
-        SidelightError: Traces are asked for, but what sends them is not installed.
-    """
-    asked = _asked_for_traces(environment)
-    if asked is None:
-        return None
-    try:
-        from sidelight.server.otel import otlp_sink
-    except ImportError as error:
-        raise SidelightError(
-            f"{asked} asks for traces, but OpenTelemetry is not installed. Run pip install "
-            "'sidelight[otel]', or set OTEL_SDK_DISABLED=true."
-        ) from error
-    return otlp_sink()
-
-
-def _asked_for_traces(environment: Mapping[str, str]) -> str | None:
-    """The variable that asks for traces."""
-    is_off = environment.get("OTEL_SDK_DISABLED", "").lower() == "true"
-    if is_off or environment.get("OTEL_TRACES_EXPORTER", "otlp") != "otlp":
-        return None
-    return next((name for name in _OTLP_ENDPOINTS if environment.get(name)), None)

@@ -22,15 +22,11 @@ from sidelight.server.errors import add_error_handlers
 from sidelight.server.keys import Caller
 from sidelight.server.metrics import Metrics
 from sidelight.server.middleware import (
-    ACCEPTED_AT_ONCE,
-    QUEUED,
-    BoundedProtocol,
     DrainingServer,
     Gatekeeper,
     RequestScope,
-    within_system,
 )
-from sidelight.server.observe import RequestObserver, Sink, audit_of, log_settings
+from sidelight.server.observe import RequestObserver, audit_of, log_settings
 from sidelight.server.playground import page_router, playground, reference
 from sidelight.server.probes import ProbeRegistry
 from sidelight.server.requests import Context, Route, ServerRequest
@@ -100,7 +96,6 @@ def create_app(
     *,
     policy: Policy | None = None,
     sources: Mapping[str, Path] | None = None,
-    traces: Sink | None = None,
 ) -> FastAPI:
     """The application, which starts the engine when it starts, and closes it when it ends.
 
@@ -109,7 +104,6 @@ def create_app(
         config: The configuration; None: the defaults, with the environment's keys.
         policy: What follows from verdicts; None: what the configuration says.
         sources: The folders that probes are reloaded from, by name.
-        traces: Takes the trace of each request; None: there are no traces.
 
     Raises:
         SidelightError: A file that ``config`` names cannot be read or written.
@@ -135,7 +129,6 @@ def create_app(
     return application(
         context,
         (*_ROUTERS, page_router(pages)),
-        traces=traces,
         lifespan=lifespan,
         # A browser sends no key when it opens a page.
         open_paths=tuple(pages) if config.playground else (),
@@ -146,7 +139,6 @@ def application(
     context: Context,
     routers: Sequence[APIRouter],
     *,
-    traces: Sink | None = None,
     lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] | None = None,
     open_paths: Collection[str] = (),
 ) -> FastAPI:
@@ -163,15 +155,13 @@ def application(
     # The last one added stands outermost: refused requests are counted too.
     app.add_middleware(
         Gatekeeper,
-        access=config.watched_access,
+        access=config.access,
         limit=config.max_concurrent,
         open_paths=open_paths,
-        bodies=context.bodies,
     )
     app.add_middleware(
         RequestScope,
         metrics=context.observer.metrics,
-        sink=traces,
         deadline=config.deadline,
         drain=context.drain,
     )
@@ -183,7 +173,6 @@ def serve(
     config: ServerConfig,
     *,
     sources: Mapping[str, Path] | None = None,
-    traces: Sink | None = None,
 ) -> None:
     """Serves until SIGINT or SIGTERM; running requests may finish.
 
@@ -193,13 +182,11 @@ def serve(
         load: Gives the engine; runs in a thread of its own.
         config: The configuration.
         sources: As for ``create_app``.
-        traces: As for ``create_app``.
 
     Raises:
         SidelightError: The address cannot be listened on, everybody beyond this machine would be
             served, or ``load`` failed.
     """
-    config = within_system(config)
     require_keys(config)
 
     def stop() -> None:
@@ -211,7 +198,7 @@ def serve(
         return loaded
 
     engine = LoadingEngine(load_checked, on_failure=stop)
-    app = create_app(engine, config, sources=sources, traces=traces)
+    app = create_app(engine, config, sources=sources)
     server = DrainingServer(
         server_settings(app, config),
         drain=app.state.context.drain,
@@ -220,7 +207,7 @@ def serve(
     )
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     try:
-        listener = socket.create_server((config.host, config.port), family=family, backlog=QUEUED)
+        listener = socket.create_server((config.host, config.port), family=family)
     except OSError as error:
         raise cannot_listen(config, error) from error
     port = listener.getsockname()[1]
@@ -257,11 +244,9 @@ def cannot_listen(config: ServerConfig, error: OSError) -> SidelightError:
 def server_settings(app: FastAPI, config: ServerConfig) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        # Uvicorn makes the instances, so the limits are the class's.
-        http=type("BoundedProtocol", (BoundedProtocol,), {"limits": config}),
+        http="h11",
         ws="none",
         lifespan="on",
-        backlog=ACCEPTED_AT_ONCE,
         access_log=False,
         log_config=log_settings(config.log_level, as_json=config.json_logs),
         log_level=config.log_level,

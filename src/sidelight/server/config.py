@@ -20,7 +20,7 @@ from pydantic_settings import (
 )
 
 from sidelight.errors import SidelightError, did_you_mean
-from sidelight.server.keys import Access, WatchedAccess, is_utf8, keys_of
+from sidelight.server.keys import Access, is_utf8, keys_of
 
 if TYPE_CHECKING:
     from sidelight.policy.rules import Policy
@@ -138,13 +138,8 @@ class ServerConfig(BaseSettings):
     model: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
-    # Most open connections; seconds a client has to send a head, to send a body, and to read what
-    # is sent to it; seconds from SIGTERM to the end of listening, and those that running requests
-    # have from then on.
-    connections: int = Field(default=4096, ge=1)
-    header_s: float = Field(default=10, gt=0)
-    body_s: float = Field(default=30, gt=0)
-    write_s: float = Field(default=30, gt=0)
+    # Seconds from SIGTERM to the end of listening, and those that running requests have from then
+    # on.
     notice_s: float = Field(default=5, ge=0)
     drain_s: float = Field(default=30, ge=0)
 
@@ -165,20 +160,11 @@ class ServerConfig(BaseSettings):
 
     @cached_property
     def access(self) -> Access:
-        """Who may do what, by the files as they were at first.
+        """Who may do what, by the files as they were at the start.
 
         Raises:
             SidelightError: A key or a file of keys is wrong.
         """
-        return self._read_access()
-
-    @cached_property
-    def watched_access(self) -> WatchedAccess:
-        """Who may do what, also once a file of keys has changed; raises as ``access`` does."""
-        files = [path for path in (self.api_keys_file, self.admin_keys_file) if path]
-        return WatchedAccess(self.access, files, self._read_access)
-
-    def _read_access(self) -> Access:
         return Access(
             keys_of("api-key", self.api_key, self.api_keys_file),
             keys_of("admin-key", self.admin_key, self.admin_keys_file),

@@ -1,22 +1,19 @@
-"""Keys: who may ask what of a server, and the files that say so.
+"""Keys: who may ask what of a server, and the files that they are read from at the start.
 
 Only the digests of keys are kept, and nothing prints them.
 """
 
 import hashlib
 import hmac
-import logging
 import re
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pydantic import SecretStr
 
 from sidelight.errors import SidelightError
 
-_log = logging.getLogger("sidelight.server")
 # What may surround a key in a header. Other blanks are part of it: headers are latin-1, in which
 # the last byte of "à" in UTF-8 is a blank.
 _BLANKS = " \t"
@@ -24,45 +21,14 @@ _DIGEST = re.compile(r"sha256:([0-9a-fA-F]{64})")
 
 
 @dataclass(frozen=True)
-class Quota:
-    """How much one key may use; None: as much as the server gives.
-
-    Attributes:
-        requests_per_minute: Requests that may begin.
-        tokens_per_minute: Tokens read and written; those of a request count once it is over.
-        concurrent: Requests at a time.
-    """
-
-    requests_per_minute: int | None = None
-    tokens_per_minute: int | None = None
-    concurrent: int | None = None
-
-    @classmethod
-    def of(cls, words: Sequence[str]) -> "Quota":
-        """The quota in words such as ``concurrent=4``.
-
-        Raises:
-            ValueError: A word is none of that kind.
-        """
-        known = {each.name for each in fields(cls)}
-        given = dict(word.split("=") for word in words)
-        amounts = {name: int(value) for name, value in given.items()}
-        is_sound = given.keys() <= known and all(amount > 0 for amount in amounts.values())
-        if not is_sound or len(given) < len(words):
-            raise ValueError
-        return cls(**amounts)
-
-
-@dataclass(frozen=True)
 class Key:
-    """One key: the name under which it is audited, the SHA-256 digest of its secret, its quota."""
+    """One key: the name under which it is audited, and the SHA-256 digest of its secret."""
 
     id: str
     digest: bytes = field(repr=False)
-    quota: Quota = Quota()
 
     @classmethod
-    def of(cls, id: str, secret: str, quota: Quota | None = None) -> "Key":
+    def of(cls, id: str, secret: str) -> "Key":
         """The key with a secret, or with ``sha256:`` and the secret's digest in hexadecimal.
 
         Raises:
@@ -79,7 +45,7 @@ class Key:
         if not is_utf8(secret):
             raise SidelightError(f"Key '{id}' is not UTF-8. Give it another secret.")
         digest = bytes.fromhex(hashed[1]) if hashed else _digest(secret.encode())
-        return cls(id, digest, quota or Quota())
+        return cls(id, digest)
 
 
 @dataclass(frozen=True)
@@ -91,7 +57,6 @@ class Caller:
 
     key_id: str | None = None
     is_admin: bool = False
-    quota: Quota = Quota()
     is_scraper: bool = False
 
 
@@ -124,67 +89,8 @@ class Access:
         scraper = _match(self.metrics_keys, given)
         found = admin or user or scraper
         if found is not None and scheme.lower() == "bearer":
-            is_admin, is_scraper = found is admin, found is scraper
-            return Caller(found.id, is_admin, found.quota, is_scraper)
+            return Caller(found.id, is_admin=found is admin, is_scraper=found is scraper)
         return None if self.keys else Caller()
-
-
-# Seconds between two looks at the files of keys. A file counts once two looks have found it the
-# same, so that none is read while it is being written.
-_LOOK_S = 1.0
-
-
-class WatchedAccess:
-    """Who may do what, by the files of keys as they are now.
-
-    While a file is wrong, the keys that were read last hold.
-
-    Args:
-        access: By the files as they were at the start.
-        files: The files.
-        read: Reads them again; it raises ``SidelightError`` if one is wrong.
-    """
-
-    def __init__(self, access: Access, files: Sequence[Path], read: Callable[[], Access]):
-        self._access = access
-        self._files = files
-        self._read = read
-        self._known = self._seen = self._look()
-        self._next_look = 0.0
-
-    def caller(self, authorization: str) -> Caller | None:
-        """As that of ``Access``."""
-        if self._files and time.monotonic() >= self._next_look:
-            self._next_look = time.monotonic() + _LOOK_S
-            self._follow()
-        return self._access.caller(authorization)
-
-    def opens_metrics(self, caller: Caller) -> bool:
-        """As that of ``Access``."""
-        return self._access.opens_metrics(caller)
-
-    def _follow(self) -> None:
-        before, self._seen = self._seen, self._look()
-        if self._seen == self._known or self._seen != before:
-            return
-        self._known = self._seen
-        try:
-            self._access = self._read()
-        except SidelightError as error:
-            _log.error("The keys stay as they were. %s", error)
-        else:
-            _log.warning("The keys have been read again.")
-
-    def _look(self) -> list[tuple[int, ...]]:
-        """What changes when a file does, also if another one takes its place."""
-        found: list[tuple[int, ...]] = []
-        for path in self._files:
-            try:
-                status = path.stat()
-                found.append((status.st_mtime_ns, status.st_size, status.st_ino))
-            except OSError:
-                found.append(())
-        return found
 
 
 def keys_of(prefix: str, given: Sequence[SecretStr], path: Path | None) -> tuple[Key, ...]:
@@ -196,7 +102,7 @@ def keys_of(prefix: str, given: Sequence[SecretStr], path: Path | None) -> tuple
 
 
 def read_keys(path: Path) -> tuple[Key, ...]:
-    """The keys of a file: one ``ID KEY`` per line, perhaps followed by its quota.
+    """The keys of a file: one ``ID KEY`` per line.
 
     Blank lines and ``#`` lines do not count.
 
@@ -213,20 +119,12 @@ def read_keys(path: Path) -> tuple[Key, ...]:
         words = line.split()
         if not words or words[0].startswith("#"):
             continue
-        if len(words) < 2 or words[0] in keys:
+        if len(words) != 2 or words[0] in keys:
             raise SidelightError(
                 f"Line {number} of {path} is not 'ID KEY' with an id of its own. Write one key per "
                 "line; KEY is the secret or sha256:DIGEST."
             )
-        try:
-            quota = Quota.of(words[2:])
-        except ValueError:
-            names = ", ".join(f"{each.name}=N" for each in fields(Quota))
-            raise SidelightError(
-                f"Line {number} of {path} has something else than a quota after its key. Write any "
-                f"of {names}, each with a whole number above 0."
-            ) from None
-        keys[words[0]] = Key.of(words[0], words[1], quota)
+        keys[words[0]] = Key.of(words[0], words[1])
     if not keys:
         raise SidelightError(f"{path} holds no key. Write one 'ID KEY' per line.")
     return tuple(keys.values())

@@ -1,18 +1,17 @@
-"""What stands between the socket and the routes: connections, requests, and the end of both.
+"""What stands between uvicorn and the routes: keys, ids, deadlines, and the end of the server.
 
-No client can hold a connection, no request is lost at the end, and each is counted.
+Each request is counted, and none is lost at the end. Slow clients and too many connections are for
+a proxy to limit.
 """
 
 import asyncio
 import json
 import logging
-import resource
 import signal
 import socket
 import threading
 import time
 import uuid
-from collections import defaultdict
 from collections.abc import Collection, Generator
 from contextlib import contextmanager
 from math import ceil
@@ -21,26 +20,14 @@ from types import FrameType
 import uvicorn
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from sidelight.errors import SidelightError
-from sidelight.server.config import ServerConfig
 from sidelight.server.errors import RequestError
-from sidelight.server.keys import Access, Caller, WatchedAccess
+from sidelight.server.keys import Access, Caller
 from sidelight.server.metrics import Metrics
-from sidelight.server.observe import Sink, Trace
-from sidelight.server.quotas import Usage
+from sidelight.server.observe import Trace, annotate_span, annotating
 
-# Connections accepted in one turn of the event loop. All are open for some turns before those
-# beyond the limit are closed.
-ACCEPTED_AT_ONCE = 16
-# Connections that the system queues until they are accepted.
-QUEUED = 2048
-# File descriptors for these, the listening socket, logs, and probes being loaded.
-_SPARE = 128
 # For the answers to requests that are cancelled, before uvicorn cuts what is left.
 _LAST_WORDS_S = 2
-
 
 REQUEST_ID = "x-request-id"
 # Probes of Kubernetes and load balancers cannot send a secret.
@@ -51,101 +38,6 @@ _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"
 _RETRY_S = 1
 _access_log = logging.getLogger("sidelight.access")
 _log = logging.getLogger("sidelight.server")
-
-
-class BoundedProtocol(H11Protocol):
-    """uvicorn's connection with limits: on its own it waits forever for a head and for a reader."""
-
-    limits: ServerConfig
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        super().connection_made(transport)
-        self._timers: dict[str, asyncio.TimerHandle] = {}
-        if len(self.connections) > self.limits.connections:
-            transport.abort()
-        else:
-            self._start("head", self.limits.header_s)
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if self._is_answering:
-            self._stop("head")
-        else:
-            # One timer for the whole head, however slowly it comes.
-            self._start("head", self.limits.header_s)
-
-    def pause_writing(self) -> None:
-        """The buffer is full: the client has to read."""
-        super().pause_writing()
-        self._start("reader", self.limits.write_s)
-
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        self._stop("reader")
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(exc)
-        self._stop("head")
-        self._stop("reader")
-
-    def send_400_response(self, msg: str) -> None:
-        """Refuses what is not HTTP, in the shape of every other error."""
-        body = json.dumps(RequestError(msg).body).encode()
-        head = (
-            "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\n"
-            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
-        )
-        # An answer that has begun must not get a second head.
-        if not self._is_answering or not self.cycle.response_started:
-            self.transport.write(head.encode() + body)
-        self.transport.close()
-
-    @property
-    def _is_answering(self) -> bool:
-        # uvicorn types the cycle as never None; before the first request it is.
-        return bool(self.cycle) and not self.cycle.response_complete
-
-    def _start(self, name: str, seconds: float) -> None:
-        if name not in self._timers:
-            self._timers[name] = self.loop.call_later(seconds, self.transport.abort)
-
-    def _stop(self, name: str) -> None:
-        timer = self._timers.pop(name, None)
-        if timer is not None:
-            timer.cancel()
-
-
-def within_system(config: ServerConfig) -> ServerConfig:
-    """The configuration with no more connections than this process may open files.
-
-    Raises the process's own limit as far as the system allows. If that is not enough, fewer
-    connections are accepted, and the log says so: running out of files would hit whatever opens
-    the next one, such as a log or a probe.
-
-    Raises:
-        SidelightError: Not even one connection would be left.
-    """
-    wanted = config.connections + _SPARE
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or soft >= wanted:
-        return config
-    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
-    room = allowed - _SPARE
-    if room < 1:
-        raise SidelightError(
-            f"This process may open {allowed} files, which is too few to serve. Raise the limit "
-            f"(ulimit -n) to {wanted}."
-        )
-    if room < config.connections:
-        _log.warning(
-            "This process may open %d files, so it takes at most %d connections, not %d. Raise the "
-            "limit (ulimit -n).",
-            allowed,
-            room,
-            config.connections,
-        )
-    return config.model_copy(update={"connections": room})
 
 
 class Drain:
@@ -178,36 +70,6 @@ class Drain:
                 timeout.reschedule(asyncio.get_running_loop().time())
 
 
-# Seconds that a body may take although others wait for a place.
-_PATIENCE_S = 1.0
-
-
-class SlowBodies:
-    """The bodies that are being received, which must not hold all places against others."""
-
-    def __init__(self) -> None:
-        # With the time at which each began; the oldest first.
-        self._timeouts: dict[asyncio.Timeout, float] = {}
-
-    @contextmanager
-    def receiving(self, timeout: asyncio.Timeout) -> Generator[None]:
-        """Makes a timeout that has been entered pass early if its place is needed."""
-        self._timeouts[timeout] = time.monotonic()
-        try:
-            yield
-        finally:
-            self._timeouts.pop(timeout, None)
-
-    def give_up_one(self) -> bool:
-        """Gives up the body that has taken longest; whether there was a slow one."""
-        oldest = next(iter(self._timeouts), None)
-        if oldest is None or time.monotonic() - self._timeouts[oldest] < _PATIENCE_S:
-            return False
-        del self._timeouts[oldest]
-        oldest.reschedule(asyncio.get_running_loop().time())
-        return True
-
-
 class DrainingServer(uvicorn.Server):
     """Serves on for a while after SIGTERM, so that a load balancer can see ``/ready`` turn 503.
 
@@ -227,12 +89,6 @@ class DrainingServer(uvicorn.Server):
         self._drain_s = drain_s
         self._drain = drain
         self._notice_s = notice_s
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listens with a long queue; asyncio's holds only what it accepts in one turn."""
-        await super().startup(sockets)
-        for listener in sockets or ():
-            listener.listen(QUEUED)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stops listening and waits for running requests; those that take too long get an error."""
@@ -266,17 +122,13 @@ class RequestScope:
     Args:
         app: What answers.
         metrics: Where answers are counted.
-        sink: Takes the trace of each request; None: there are no traces.
         deadline: Seconds from the end of the request's head to the last byte of the answer.
         drain: Its end is the deadline of every request.
     """
 
-    def __init__(
-        self, app: ASGIApp, *, metrics: Metrics, sink: Sink | None, deadline: float, drain: Drain
-    ):
+    def __init__(self, app: ASGIApp, *, metrics: Metrics, deadline: float, drain: Drain):
         self._app = app
         self._metrics = metrics
-        self._sink = sink
         self._deadline = deadline
         self._drain = drain
 
@@ -286,12 +138,11 @@ class RequestScope:
             return
         start = time.perf_counter()
         trace = Trace(
-            start_ns=time.time_ns(),
-            traceparent=Headers(scope=scope).get("traceparent"),
             method=scope["method"] if scope["method"] in _METHODS else "_OTHER",
             request_id=f"req_{uuid.uuid4().hex}",
         )
         scope.setdefault("state", {})["trace"] = trace
+        send = annotating(send, trace)
         # Of the answer, once it has begun.
         content_type: str | None = None
 
@@ -369,34 +220,28 @@ class RequestScope:
         level = logging.DEBUG if is_routine else logging.INFO
         what = (trace.method, trace.route, trace.status, seconds)
         _access_log.log(level, "%s %s %d %.3f s", *what, extra=fields)
-        if self._sink is not None and scope["path"] not in _OPERATORS:
-            self._sink(trace)
+        annotate_span(trace)
 
 
 class Gatekeeper:
     """Answers 401 to requests without a key, and 429 while ``limit`` requests are being answered.
 
-    A key that has used its quota gets a 429 too. ``/health``, ``/ready`` and ``open_paths`` are
-    open to all; ``/metrics`` needs a key, but none of a user, and is not limited. The gate is
-    before the routing, so that nobody without a key learns which routes exist. A request that
-    passes carries its ``Caller`` in its state. Where all places are taken, the body that has been
-    coming for longest gives its own up.
+    ``/health``, ``/ready`` and ``open_paths`` are open to all; ``/metrics`` needs a key, but none
+    of a user, and is not limited. The gate is before the routing, so that nobody without a key
+    learns which routes exist. A request that passes carries its ``Caller`` in its state.
     """
 
     def __init__(
         self,
         app: ASGIApp,
         *,
-        access: Access | WatchedAccess,
+        access: Access,
         limit: int,
         open_paths: Collection[str] = (),
-        bodies: SlowBodies | None = None,
     ):
         self._app = app
         self._access = access
         self._open_paths = _OPEN | frozenset(open_paths)
-        self._bodies = bodies or SlowBodies()
-        self._usages: defaultdict[tuple[str | None, bool], Usage] = defaultdict(Usage)
         self._limit = limit
         self._running = 0
 
@@ -430,28 +275,21 @@ class Gatekeeper:
         if path in _OPERATORS:
             await self._app(scope, receive, send)
             return
-        usage = self._usages[caller.key_id, caller.is_admin]
-        usage.limit(caller.quota)
-        try:
-            if self._running >= self._limit and not self._bodies.give_up_one():
-                raise RequestError(
-                    f"The server is answering {self._limit} requests, its limit "
-                    "(--max-concurrent). Try again in a moment.",
-                    status=429,
-                    code="too_many_requests",
-                    headers={"Retry-After": str(_RETRY_S)},
-                )
-            usage.begin()
-        except RequestError as error:
+        if self._running >= self._limit:
+            error = RequestError(
+                f"The server is answering {self._limit} requests, its limit (--max-concurrent). "
+                "Try again in a moment.",
+                status=429,
+                code="too_many_requests",
+                headers={"Retry-After": str(_RETRY_S)},
+            )
             await error.answer()(scope, receive, send)
             return
         self._running += 1
         try:
-            await self._app(scope, receive, usage.announced(send))
+            await self._app(scope, receive, send)
         finally:
             self._running -= 1
-            trace: Trace | None = scope["state"].get("trace")
-            usage.end(trace.prompt_tokens + trace.completion_tokens if trace else 0)
 
     def _wrong_key(self, path: str, caller: Caller) -> RequestError | None:
         """Refuses keys of users what is for metrics, and keys for metrics everything else."""

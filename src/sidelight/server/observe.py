@@ -1,4 +1,4 @@
-"""What is observed of a request: its counts, its trace, its audit lines and its log lines.
+"""What is observed of a request: its counts, its span, its audit lines and its log lines.
 
 Names, numbers and hashes only: never a text, a key, or a word that a client chose.
 """
@@ -11,7 +11,8 @@ import os
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import Request
+from starlette.types import Message, Send
 
 from sidelight.engines.base import Event, Finished, PromptJudged, ResponseScored, TextDelta
 from sidelight.errors import SidelightError
@@ -28,8 +30,13 @@ from sidelight.prompts import Conversation, PlainText
 from sidelight.server.config import ServerConfig
 from sidelight.server.errors import RequestError
 from sidelight.server.keys import Caller
-from sidelight.server.metrics import Metrics
+from sidelight.server.metrics import Metrics, scores
 from sidelight.types import Judgement
+
+try:
+    from opentelemetry import trace as otel
+except ImportError:
+    otel = None
 
 _log = logging.getLogger(__name__)
 _LOGGED: dict[Action, tuple[int, str]] = {
@@ -44,40 +51,57 @@ _LOGGED: dict[Action, tuple[int, str]] = {
 
 @dataclass
 class Trace:
-    """What a tracing system is told about one request, filled in while the request runs.
+    """What is known of one request, filled in while it runs.
 
     Attributes:
-        start_ns: Unix time at which the request began.
-        traceparent: The caller's span, as in W3C's header; None: none was sent.
         method: ``_OTHER`` for one that HTTP does not define.
         route: The route's template.
         status: Status of the answer; 500 where there was none.
         request_id: As in the answer's ``x-request-id``.
-        model: The served model; None where the request was refused before it reached the model.
-        prompt_tokens: Tokens of its prompts; a prompt with several texts counts once.
-        completion_tokens: Tokens written.
         decisions: What followed from each verdict.
     """
 
-    start_ns: int = 0
-    traceparent: str | None = None
     method: str = "_OTHER"
     route: str = ""
     status: int = 500
     request_id: str = ""
-    model: str | None = None
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
     decisions: list[Decision] = field(default_factory=list[Decision])
 
 
-# Takes the trace of a request that is over.
-Sink = Callable[[Trace], None]
+def annotate_span(trace: Trace) -> None:
+    """Sets a request's verdicts as attributes of the current span, if OpenTelemetry records one.
+
+    Those of a probe are lists with one entry per verdict: a request may have several texts.
+    """
+    span = None if otel is None else otel.get_current_span()
+    if span is None or not span.is_recording():
+        return
+    span.set_attribute("sidelight.request_id", trace.request_id)
+    lists: dict[str, list[Any]] = defaultdict(list)
+    for decision in trace.decisions:
+        name = f"sidelight.probe.{decision.rule.name}"
+        lists[f"{name}.outcome"].append(decision.outcome)
+        lists[f"{name}.action"].append(decision.action)
+        if decision.verdict is not None:
+            for label, score in scores(decision.rule.probe, decision.verdict).items():
+                lists[f"{name}.score.{label}"].append(score)
+    span.set_attributes(lists)
+
+
+def annotating(send: Send, trace: Trace) -> Send:
+    """Annotates the span before the last message: instrumentation ends it with that."""
+
+    async def send_annotated(message: Message) -> None:
+        if message["type"] == "http.response.body" and not message.get("more_body"):
+            annotate_span(trace)
+        await send(message)
+
+    return send_annotated
 
 
 @dataclass(frozen=True)
 class RequestObserver:
-    """Counts, traces, audits and logs what happens in one request.
+    """Counts, audits and logs what happens in one request.
 
     Attributes:
         metrics: Series of the server.
@@ -166,7 +190,6 @@ class RequestTextObserver:
         if event is not None:
             self._metrics.prompt_tokens.inc(event.tokens)
             self._metrics.judging.labels("input").observe(event.judging_s)
-            self._trace.prompt_tokens += 0 if self._is_prompt_known else event.tokens
         self._record(decisions)
 
     def read(self, event: Event) -> None:
@@ -189,7 +212,6 @@ class RequestTextObserver:
             return
         self._has_ended = True
         self._metrics.completion_tokens.inc(self._tokens)
-        self._trace.completion_tokens += self._tokens
         if self._judging_s is not None:
             self._metrics.judging.labels("output").observe(self._judging_s)
         if is_cancelled:

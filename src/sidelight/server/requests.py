@@ -1,19 +1,9 @@
 """A request at a route: its body, the parts of the server that answer it, and their limits."""
 
 import asyncio
-import ctypes
-import json
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from json.decoder import (  # The stubs leave these out.
-    JSONArray,  # pyright: ignore[reportAttributeAccessIssue, reportUnknownVariableType]
-    JSONObject,  # pyright: ignore[reportAttributeAccessIssue, reportUnknownVariableType]
-)
-from json.scanner import (
-    py_make_scanner,  # pyright: ignore[reportAttributeAccessIssue, reportUnknownVariableType]
-)
 from typing import Any, TypeVar
 
 import jiter
@@ -27,102 +17,12 @@ from sidelight.probe import Probe
 from sidelight.prompts import Conversation
 from sidelight.server.config import ServerConfig
 from sidelight.server.errors import RequestError
-from sidelight.server.middleware import Drain, SlowBodies
+from sidelight.server.middleware import Drain
 from sidelight.server.observe import RequestObserver
 from sidelight.server.probes import ProbeRegistry
 from sidelight.server.report import Report, category_names
-from sidelight.server.schemas import Explain
 
 T = TypeVar("T")
-
-_LARGE_BYTES = 2**16
-# Seconds after the last large body until the memory of all is given back to the system.
-_QUIET_S = 2
-
-
-# Most JSON values in a large body: a few for each of the most messages that anybody allows.
-_MAX_VALUES = 2**15
-
-
-# From a text and a place in it to the value there and its end.
-_Scan = Callable[[str, int], tuple[Any, int]]
-
-
-class _ValueCounter(json.JSONDecoder):
-    """Ends at a body's first value too many.
-
-    A faster parser would hold Python's lock until it has made objects of all; this one is Python,
-    and lets others have it. Long strings are read at once, and no value is kept.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._values = 0
-        self.parse_array: Any = self._array
-        self.parse_object: Any = self._object
-        self.scan_once: Any = py_make_scanner(self)
-
-    def _array(self, at: tuple[str, int], scan: _Scan) -> Any:
-        return JSONArray(at, self._counted(scan))
-
-    def _object(self, at: tuple[str, int], strict: bool, scan: _Scan, *hooks: Any) -> Any:
-        return JSONObject(at, strict, self._counted(scan), *hooks)
-
-    def _counted(self, scan: _Scan) -> _Scan:
-        def scan_next(text: str, at: int) -> tuple[Any, int]:
-            self._values += 1
-            if self._values > _MAX_VALUES:
-                raise RequestError(
-                    f"The body has more than {_MAX_VALUES:,} JSON values. Split the request.",
-                    code="too_many_values",
-                )
-            return None, scan(text, at)[1]
-
-        return scan_next
-
-
-def _parse(body: bytes) -> Any:
-    return jiter.from_json(body, allow_inf_nan=False, catch_duplicate_keys=True)
-
-
-def _parse_large(body: bytes) -> Any:
-    try:
-        _ValueCounter().decode(body.decode())
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
-    return _parse(body)
-
-
-class BodyParser:
-    """Parses JSON; large bodies one after the other in a thread, so that others are answered."""
-
-    def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="sidelight-json")
-        self._trimming: asyncio.TimerHandle | None = None
-
-    async def parse(self, body: bytes) -> Any:
-        """The value of strict JSON, without a name twice in an object.
-
-        Raises:
-            ValueError: It is none.
-            RequestError: It has too many values.
-        """
-        if len(body) <= _LARGE_BYTES:
-            return _parse(body)
-        loop = asyncio.get_running_loop()
-        try:
-            return await loop.run_in_executor(self._thread, _parse_large, body)
-        finally:
-            if self._trimming is not None:
-                self._trimming.cancel()
-            self._trimming = loop.call_later(_QUIET_S, self._thread.submit, _trim_memory)
-
-
-def _trim_memory() -> None:
-    """Gives the system back what glibc keeps of freed memory; other libraries have no such call."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 @dataclass(frozen=True)
@@ -134,8 +34,6 @@ class Context:
     config: ServerConfig
     observer: RequestObserver
     drain: Drain = field(default_factory=Drain)
-    bodies: SlowBodies = field(default_factory=SlowBodies)
-    parser: BodyParser = field(default_factory=BodyParser)
     started_at: int = field(default_factory=lambda: int(time.time()))
 
 
@@ -151,7 +49,7 @@ class ServerRequest(Request):
         self._value: Any = None
 
     async def read(self) -> None:
-        """Reads the body, which must be strict JSON within the server's limits of size and time.
+        """Reads the body, which must be strict JSON within the server's limit of size.
 
         Messages are counted here too, before pydantic makes objects of them.
 
@@ -164,23 +62,12 @@ class ServerRequest(Request):
         config, received, size = self.context.config, bytearray(), 0
         limit = config.max_body_bytes
         self._require_plain_body()
-        timeout = asyncio.timeout(config.body_s)
-        try:
-            async with timeout:
-                with self.context.bodies.receiving(timeout):
-                    async for chunk in self.stream():
-                        size += len(chunk)
-                        # The rest is read and dropped: closing the connection on a client that
-                        # still sends would reset it, and the client might never see the reason.
-                        if size <= limit:
-                            received += chunk
-        except TimeoutError as error:
-            raise RequestError(
-                f"The body did not arrive within {config.body_s:g} seconds, or others needed its "
-                "place. Send it faster, or less.",
-                status=408,
-                code="body_timeout",
-            ) from error
+        async for chunk in self.stream():
+            size += len(chunk)
+            # The rest is read and dropped: closing the connection on a client that still sends
+            # would reset it, and the client might never see the reason.
+            if size <= limit:
+                received += chunk
         if size > limit:
             raise RequestError(
                 f"The body is larger than {limit:,} bytes. Send less at a time.",
@@ -189,7 +76,9 @@ class ServerRequest(Request):
             )
         self._received = bytes(received)
         try:
-            self._value = await self.context.parser.parse(self._received)
+            self._value = jiter.from_json(
+                self._received, allow_inf_nan=False, catch_duplicate_keys=True
+            )
         except ValueError as error:
             raise RequestError(f"The body is not valid JSON: {error}.") from error
         _require_few_messages(self._value, limit=config.max_messages)
@@ -228,14 +117,13 @@ class ServerRequest(Request):
         rules = () if self.is_admin else self.registry.rules
         return frozenset(bound.name for bound in rules if bound.disclosure == "none")
 
-    def report(self, names: Sequence[str] | None, *, explains: Explain = None) -> Report:
+    def report(self, names: Sequence[str] | None) -> Report:
         """A report on the probes that a request names; None: on all. Refuses unknown names."""
-        report = report_on(self.registry, self.engine.model, names, sees_all=self.is_admin)
-        return replace(report, explains=explains or False)
+        return report_on(self.registry, self.engine.model, names, sees_all=self.is_admin)
 
-    def disclosed_report(self, names: Sequence[str] | None, *, explains: Explain = None) -> Report:
+    def disclosed_report(self, names: Sequence[str] | None) -> Report:
         """The same without probes whose verdicts are not disclosed, which may not be named."""
-        report, hidden = self.report(names, explains=explains), self.undisclosed
+        report, hidden = self.report(names), self.undisclosed
         shown = [probe for probe in report.probes if probe.name not in hidden]
         refused = [probe.name for probe in report.probes if probe.name in hidden]
         if refused and (names is not None or not shown):
@@ -265,7 +153,6 @@ class ServerRequest(Request):
         *,
         n: int = 1,
         max_tokens: int | None = None,
-        explains: Explain = None,
     ) -> None:
         """Refuses a request beyond the limits of items and tokens.
 
@@ -273,16 +160,7 @@ class ServerRequest(Request):
             texts: What is read.
             n: How often each is read.
             max_tokens: Most tokens written after each; None: as many as fit.
-            explains: What is explained of each text.
         """
-        if explains == "matrix" and len(texts) > 1:
-            # Of a full body, the shares in each layer would be an answer of 600 MB.
-            raise RequestError(
-                f"'matrix' explains one text at a time, got {len(texts)}. Send them one by one, or "
-                "set 'explain' to true.",
-                code="too_many_inputs",
-                param="explain",
-            )
         count = n * len(texts)
         if count > self.context.config.max_batch_items:
             raise RequestError(

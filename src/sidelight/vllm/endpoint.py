@@ -26,19 +26,18 @@ from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as Event
 
-from sidelight.engines.base import NotExplainedError
 from sidelight.errors import SidelightError
-from sidelight.policy.decisions import Decision, tightened
+from sidelight.policy.decisions import Decision
 from sidelight.policy.rules import BoundRule
 from sidelight.server import admin, checks, questions
 from sidelight.server.app import application, status_router
-from sidelight.server.errors import RequestError, as_request_error
+from sidelight.server.errors import as_request_error, wrong_field
 from sidelight.server.keys import Access, Caller
 from sidelight.server.middleware import REQUEST_ID, Gatekeeper
-from sidelight.server.observe import Trace
+from sidelight.server.observe import Trace, annotating
 from sidelight.server.report import Report
 from sidelight.server.requests import Context, report_on
-from sidelight.server.schemas import PolicyRequest
+from sidelight.server.schemas import ReportRequest
 from sidelight.vllm.guard import EngineGuard, RequestRecord, current_record, recorded
 from sidelight.vllm.settings import KEY, server_config
 
@@ -48,6 +47,8 @@ _EVENT_END = b"\n\n"
 # Answers in OpenAI's chunks, which take one without a choice.
 _CHUNKED = ("/v1/chat/completions", "/v1/completions", "/invocations")
 _MESSAGES = "/v1/messages"
+# Fields that no route for text has; vLLM would ignore them, and with them what a client relies on.
+_NOT_OURS = ("explain", "policies")
 
 
 class ProbeEndpoint:
@@ -69,7 +70,7 @@ class ProbeEndpoint:
         app.add_middleware(ProbeMiddleware, endpoint=self)
         config = server_config()
         # vLLM guards some routes with its keys; ours hold on all.
-        access = Access() if _keys_of_vllm(app.state.args) else config.watched_access
+        access = Access() if _keys_of_vllm(app.state.args) else config.access
         # vLLM has a queue of its own, and no limit.
         is_limited = "max_concurrent" in config.model_fields_set
         limit = config.max_concurrent if is_limited else sys.maxsize
@@ -85,7 +86,7 @@ class ProbeEndpoint:
         guard.template = renderer.chat_template, renderer.default_chat_template_kwargs or {}
         keys = _keys_of_vllm(args)
         config = server_config(**({"api_key": keys} if keys else {}))
-        self.access = config.watched_access
+        self.access = config.access
         context = Context(guard.engine, guard.registry, config, guard.observer)
         routers = checks.router, questions.router, admin.admin_probes_router, status_router
         self._application = application(context, routers)
@@ -109,12 +110,8 @@ class ProbeEndpoint:
         """
         assert self.guard is not None
         registry, model, sees_all = self.guard.registry, self.guard.engine.model, caller.is_admin
-        asked = _policy_request(body)
-        if asked.explain:
-            raise NotExplainedError()
-        report = report_on(registry, model, asked.probes, sees_all=sees_all)
-        chosen = [probe.name for probe in report.probes]
-        rules = tightened(registry.rules, chosen, asked.overrides(), sees_all=sees_all)
+        report = report_on(registry, model, _report_request(body).probes, sees_all=sees_all)
+        chosen, rules = [probe.name for probe in report.probes], registry.rules
         # Probes that may block the answer are reported too.
         names = [*chosen, *(bound.name for bound in rules if bound.is_blocking)]
         return report_on(registry, model, names, sees_all=sees_all), rules
@@ -157,12 +154,10 @@ class ProbeMiddleware:
                 refusal = as_request_error(error, sees_all=caller.is_admin).answer()
                 await refusal(scope, receive, send)
                 return
-            trace = Trace(start_ns=time.time_ns(), request_id=f"req_{uuid.uuid4().hex}")
-            # The gate counts the tokens of a key.
-            scope.setdefault("state", {})["trace"] = trace
+            trace = Trace(request_id=f"req_{uuid.uuid4().hex}")
             observer = replace(guard.observer, trace=trace, key_id=caller.key_id)
             record = RequestRecord(probes, observer, rules)
-            answer = _Answer(scope, receive, send, record, report)
+            answer = _Answer(scope, receive, annotating(send, trace), record, report)
             with recorded(record):
                 try:
                     await self._app(scope, receive, answer)
@@ -347,22 +342,21 @@ async def _read(receive: Receive) -> tuple[bytes, Receive]:
     return b"".join(event.get("body", b"") for event in events), again
 
 
-def _policy_request(body: bytes) -> PolicyRequest:
-    """What a body asks of the policy. Of a body that is no JSON object, vLLM says what is wrong."""
-    names = PolicyRequest.model_fields
+def _report_request(body: bytes) -> ReportRequest:
+    """What a body asks of the report. Of a body that is no JSON object, vLLM says what is wrong."""
+    names = [*ReportRequest.model_fields, *_NOT_OURS]
     if not any(name.encode() in body for name in names):
-        return PolicyRequest()
+        return ReportRequest()
     try:
         found = json.loads(body)
     except ValueError:
-        return PolicyRequest()
+        return ReportRequest()
     asked = {n: found[n] for n in names if n in found} if isinstance(found, dict) else {}
     try:
-        return PolicyRequest.model_validate(asked)
+        return ReportRequest.model_validate(asked)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        param = ".".join(map(str, first["loc"]))
-        raise RequestError(f"{param}: {first['msg']}", param=param) from error
+        raise wrong_field(first, first["loc"]) from error
 
 
 def _identity(event: bytes) -> dict[str, Any]:

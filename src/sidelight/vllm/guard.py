@@ -303,7 +303,6 @@ class EngineGuard:
         """The outputs of one text that may be sent, in the form that the caller wants."""
         rules, record, place = self._rules(), call.record, (call.number, index)
         observer = record.observer or replace(self.observer, trace=Trace(request_id=own_id))
-        observer.trace.model = self.engine.model
         audited = self._as_text(encoded) if observer.audit is not None else PlainText("")
         enforcement = Enforcement(
             rules,

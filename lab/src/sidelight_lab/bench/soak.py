@@ -87,9 +87,7 @@ def connection_visits() -> Sequence[Visit]:
     moderation = _post(_MODERATIONS, {"input": _QUESTION})
     return (
         Visit("nothing, leaves", b"", ("left",), "leaves"),
-        Visit("nothing, stays", b"", ("closed",)),
         Visit("half a head, leaves", head, ("left",), "leaves"),
-        Visit("half a head, stays", head, ("closed",)),
         Visit("half a body, leaves", half, ("left",), "leaves"),
         Visit("half a body, half-closes", half, ("closed", _BUSY), "half-closes"),
         Visit("no HTTP", b"\x16\x03\x01 hello\r\n\r\n", ("400",)),
