@@ -1,10 +1,6 @@
 """Backbones that many tests share. They are frozen; a test that changes one makes its own."""
 
-import os
 from collections.abc import Iterator
-
-# Before Triton is imported, where vLLM has brought it: our kernel runs without a GPU.
-os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import httpx
 import pytest

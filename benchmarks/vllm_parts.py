@@ -39,7 +39,7 @@ def parts_of(served: Served, *, reads_responses: bool) -> dict[str, float]:
     layers, width = served.fingerprint.layers, served.fingerprint.width
     tokens = REQUESTS * TOKENS
     worker = Worker(served, layers=range(layers), tokens=tokens, device=torch.device("cpu"))
-    worker.allocate(blocks=tokens // BLOCK, block_size=BLOCK, cache_bytes=1)
+    worker.allocate(blocks=tokens // BLOCK, block_size=BLOCK)
     order = torch.zeros(())
     per_request = TOKENS // BLOCK
 

@@ -1,47 +1,39 @@
 """The check of a GPU, without one: what fails loses nothing, and what has a result stays."""
 
 import json
-from importlib.util import find_spec
 
 import pytest
 
 from commands import run
 from sidelight.errors import SidelightError
-from sidelight.vllm.products import ENVIRONMENT, PRODUCTS
 from sidelight_lab.bench.gpu import PARITY_ERROR, run_check, sections
 
 
 @pytest.mark.slow
-@pytest.mark.unchecked
-@pytest.mark.skipif(find_spec("triton") is not None, reason="needs a section that fails")
-def test_a_section_that_fails_loses_no_other_and_results_are_kept(tmp_path, capsys, monkeypatch):
-    monkeypatch.delenv(ENVIRONMENT, raising=False)
-    only = ["--only", "products", "--only", "graphs: addmm"]
+def test_a_section_that_fails_loses_no_other_and_results_are_kept(tmp_path, capsys):
+    only = ["--only", "tap", "--only", "graphs", "--only", "reference", "--model", "/nowhere"]
     assert run("bench", "gpu", "--out", str(tmp_path), *only) == 1
     said = capsys.readouterr().err
-    assert "[1/4] products: addmm: about" in said
-    assert "[4/4] graphs: addmm: passed" in said
+    assert "[1/3] tap: about" in said
+    assert "[2/3] graphs: passed" in said
     made = json.loads((tmp_path / "gpu.json").read_text())["sections"]
-    assert "No module named 'triton'" in made["products: triton"]["error"]
-    assert "triton" in (tmp_path / made["products: triton"]["log"]).read_text()
-    for form in set(PRODUCTS) - {"triton"}:
-        rows = made[f"products: {form}"]["result"]["rows"]
-        assert all(row["error"] < 4e-6 for row in rows)
-        assert all(row["us"] > 0 and row["layer_us"] > 0 for row in rows)
-    assert made["graphs: addmm"]["result"]["difference"] == 0
+    assert "/nowhere" in made["reference"]["error"]
+    assert "/nowhere" in (tmp_path / made["reference"]["log"]).read_text()
+    rows = made["tap"]["result"]["rows"]
+    assert all(row["error"] < 4e-6 for row in rows)
+    assert all(row["us"] > 0 and row["layer_us"] > 0 for row in rows)
+    assert made["graphs"]["result"]["difference"] == 0
     report = (tmp_path / "gpu.md").read_text()
     assert "This is not a GPU result" in report
     assert "called, not captured" in report
     # The second run does only what failed.
     assert run("bench", "gpu", "--out", str(tmp_path), *only) == 1
     said = capsys.readouterr().err
-    assert said.count("has a result") == 3
-    assert "[3/4] products: triton: failed" in said
-    again = json.loads((tmp_path / "gpu.json").read_text())["sections"]
-    assert again["products: addmm"] == made["products: addmm"]
-    monkeypatch.setenv(ENVIRONMENT, "bf16x3")
-    with pytest.raises(SidelightError, match=r"other conditions \(tap\)"):
-        run_check(tmp_path, only=["products"])
+    assert said.count("has a result") == 2
+    assert "[3/3] reference: failed" in said
+    assert json.loads((tmp_path / "gpu.json").read_text())["sections"]["tap"] == made["tap"]
+    with pytest.raises(SidelightError, match=r"other conditions \(model\)"):
+        run_check(tmp_path, only=["tap"])
 
 
 def test_every_section_has_a_name_of_its_own_and_all_fit_in_25_minutes():

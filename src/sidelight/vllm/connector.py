@@ -313,7 +313,6 @@ class ProbeConnector(BaseConnector):
         own.allocate(
             blocks=self._kv_cache_config.num_blocks,
             block_size=self._group.kv_cache_spec.block_size,
-            cache_bytes=total,
             attention=self._group.layer_names[0],
         )
         _log.info(

@@ -31,7 +31,6 @@ from sidelight.errors import SidelightError
 from sidelight.fingerprint import Fingerprint
 from sidelight.policy.rules import bound_rules, require_policy_applies
 from sidelight.probe import Probe
-from sidelight.vllm.products import product_name
 from sidelight.vllm.quantised import admitted, named_report, quantisation, served_fingerprint
 from sidelight.vllm.settings import (
     CAPTURE,
@@ -47,7 +46,7 @@ from sidelight.vllm.settings import (
     server_config,
 )
 
-TESTED = SpecifierSet(">=0.29,<0.34")
+TESTED = SpecifierSet(">=0.32,<0.34")
 UNTESTED = "SIDELIGHT_VLLM_UNTESTED"
 """Set it to 1 to allow versions, devices and architectures that have not been tested."""
 DEVICES = frozenset({"cpu", "cuda"})
@@ -72,7 +71,7 @@ ARCHITECTURES = frozenset(
         "Qwen3MoeForCausalLM",
     }
 )
-"""Each has a parity test (``tests/vllm/test_architectures.py``)."""
+"""Each has a parity test (``tests/matrix/vllm/test_families.py``)."""
 _SEVERAL_STREAMS = {
     "DeepseekV4ForCausalLM", "Gemma3nForCausalLM", "Gemma3nForConditionalGeneration",
 }  # fmt: skip
@@ -151,8 +150,6 @@ def _configure(original: Callable[..., Any], arguments: Any, *args: Any, **kwarg
     _require_version()
     _require_free(arguments, is_captured=captured is not None)
     _require_identified(arguments)
-    # Here too, since an error in a worker is harder to read.
-    product_name()
     probes: list[Probe] = []
     if captured is not None:
         _require_offline(arguments)

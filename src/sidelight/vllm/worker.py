@@ -151,20 +151,14 @@ class Worker:
         layers: The hidden states that this worker computes, from 0 (embedding) to L.
         tokens: Length of the longest forward pass.
         device: Where hidden states are.
-
-    Attributes:
-        cache_bytes: Memory of the keys and values.
     """
 
     def __init__(self, served: Served, *, layers: range, tokens: int, device: torch.device):
         self._served = served
         self._layers = layers
         self._device = device
-        self.cache_bytes = 0
         self._attention = ""
-        self._space: tuple[int, int] | None = None
         self._pages: Pages | None = None
-        self._tokens = tokens
         # One thread, since the probes of the response follow each request from step to step.
         self._thread = ThreadPoolExecutor(1, "sidelight-judge")
         self._is_blind = False
@@ -181,30 +175,23 @@ class Worker:
         """Memory of the columns."""
         return self._pages.size_bytes if self._pages else 0
 
-    def allocate(
-        self, *, blocks: int, block_size: int, cache_bytes: int, attention: str = ""
-    ) -> None:
+    def allocate(self, *, blocks: int, block_size: int, attention: str = "") -> None:
         """Makes room for the columns of every KV slot.
 
         Args:
             blocks: The engine's KV blocks.
             block_size: Slots in a block.
-            cache_bytes: Memory of the keys and values.
             attention: The attention layer that has a slot for every token.
         """
-        self.cache_bytes = cache_bytes
         self._attention = attention
-        self._space = (blocks, block_size)
-        self._make_pages()
+        self._pages = Pages(self._stage, blocks=blocks, block_size=block_size)
 
     @torch.inference_mode()
-    def load(self, folders: Sequence[str], *, fits: bool = False) -> None:
+    def load(self, folders: Sequence[str]) -> None:
         """Takes other probes, and forgets all columns of the old ones.
 
         Args:
             folders: The probes' artifacts.
-            fits: Whether to make new buffers that have room for these alone, to measure what they
-                cost. Captured graphs would go on to write to the old buffers.
 
         Raises:
             SidelightError: A probe cannot be served, or there is no room for it. The old ones stay.
@@ -212,10 +199,7 @@ class Worker:
         served = replace(self._served, folders=tuple(folders))
         panel, loaded = load_panel(served, device=self._device)
         projection = self._projection(panel)
-        if fits:
-            self._refit(projection)
-        else:
-            self._stage.load(projection)
+        self._stage.load(projection)
         # What the old ones have still to judge.
         self._thread.submit(int).result()
         if self._pages is not None:
@@ -331,19 +315,6 @@ class Worker:
         tokens = sum(len(reading.parts) for reading in readings)
         return torch.empty(tokens, len(self._layers), 0)
 
-    def _refit(self, projection: Projection) -> None:
-        if self._device.type != "cpu":
-            raise SidelightError("Buffers cannot be made anew on a GPU, where graphs hold the old.")
-        # There may be no room for two.
-        self._pages = None
-        self._stage = Stage.empty(projection, tokens=self._tokens)
-        self._make_pages()
-
-    def _make_pages(self) -> None:
-        if self._space is not None:
-            blocks, block_size = self._space
-            self._pages = Pages(self._stage, blocks=blocks, block_size=block_size)
-
     def _projection(self, panel: Panel) -> Projection:
         """The columns of these probes from the layers of this worker."""
         whole = panel.projection
@@ -373,22 +344,17 @@ INSTALLED = Installed[Worker](loss="no probe would run")
 class WorkerExtension:
     """Methods that vLLM adds to its workers (``worker_extension_cls``), for ``collective_rpc``."""
 
-    def sidelight_load(self, folders: list[str], fits: bool = False) -> str | None:
+    def sidelight_load(self, folders: list[str]) -> str | None:
         """Loads other probes while nothing runs, and forgets the columns of cached blocks.
 
         Returns:
             Why they cannot be served, in which case the old probes stay; None if they are.
         """
         try:
-            INSTALLED.get().load(folders, fits=fits)
+            INSTALLED.get().load(folders)
         except SidelightError as error:
             return str(error)
         return None
-
-    def sidelight_bytes(self) -> tuple[int, int]:
-        """Memory of the columns, and of keys and values, in this worker."""
-        own = INSTALLED.get()
-        return own.size_bytes, own.cache_bytes
 
     def sidelight_bytes_per_token(self) -> int:
         """Memory of a token's columns in this worker."""

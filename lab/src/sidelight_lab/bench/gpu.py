@@ -24,7 +24,6 @@ import torch
 
 from sidelight.errors import SidelightError
 from sidelight.storage import write_json, write_text
-from sidelight.vllm.products import PRODUCTS, product_name
 from sidelight_lab.bench.gpu_sections import SHAPES, Setting
 from sidelight_lab.bench.measurement import table
 
@@ -56,8 +55,7 @@ class Section:
 
 def sections(*, serves_with_v2: bool = False) -> list[Section]:
     """All of them, in their order."""
-    found = [Section(f"products: {form}", "products", 60, {"form": form}) for form in PRODUCTS]
-    found += [Section(f"graphs: {form}", "graphs", 20, {"form": form}) for form in PRODUCTS]
+    found = [Section("tap", "tap", 60), Section("graphs", "graphs", 20)]
     found.append(Section("reference", "reference", 60))
     for runner in ("1", "2"):
         for eager in (True, False):
@@ -65,8 +63,6 @@ def sections(*, serves_with_v2: bool = False) -> list[Section]:
             own = {"VLLM_USE_V2_MODEL_RUNNER": str(int(runner) - 1)}
             name = f"parity: runner {runner}, {kind}"
             found.append(Section(name, "parity", 60 if eager else 90, {"eager": eager}, own))
-    own = {"VLLM_USE_V2_MODEL_RUNNER": "0", "SIDELIGHT_TAP": "triton"}
-    found.append(Section("parity: runner 1, graphs, triton", "parity", 90, {"eager": False}, own))
     own = {"VLLM_USE_V2_MODEL_RUNNER": str(int(serves_with_v2))}
     for readouts in _READOUTS:
         name = f"serving: {readouts} readouts"
@@ -105,7 +101,7 @@ def run_check(
         raise SidelightError(f"There is no shape '{shape}'; there are {', '.join(SHAPES)}.")
     files = str((folder / "files").absolute())
     setting = Setting(device, files, model, shape, dict(engine_option or {}))
-    conditions = {**_machine(device), "model": model, "shape": shape, "tap": product_name()}
+    conditions = {**_machine(device), "model": model, "shape": shape}
     conditions["engine options"] = json.dumps(setting.engine_option, sort_keys=True)
     results = {} if again else _earlier_results(folder, conditions)
     chosen = [one.name for one in sections() if one.name.startswith(tuple(only) or "")]
@@ -248,7 +244,7 @@ def _passed(function: str, found: Mapping[str, Any]) -> bool:
     if result is None:
         return False
     match function:
-        case "products":
+        case "tap":
             return all(row["error"] <= TAP_ERROR for row in result["rows"])
         case "graphs":
             return result["difference"] == 0
@@ -284,17 +280,17 @@ def _parts(conditions: Mapping[str, Any], results: Mapping[str, Any]) -> Iterato
     ]
     yield table("Sections", ("section", "seconds", "result"), lines)
     yield (
-        f"A form of the tap passes with an error of at most {TAP_ERROR:g} of a column's size, "
+        f"The tap passes with an error of at most {TAP_ERROR:g} of a column's size, "
         f"parity with a difference of at most {PARITY_ERROR:g} of a probability in float32."
     )
     rows = [
         row
         for name, found in results.items()
-        if "result" in found and _function(name) == "products"
+        if "result" in found and _function(name) == "tap"
         for row in found["result"]["rows"]
     ]
     if rows:
-        yield _products_table(rows)
+        yield _tap_table(rows)
     served = {
         count: results[name]["result"]["ms"]
         for count in _READOUTS
@@ -308,7 +304,7 @@ def _summary(function: str, found: Mapping[str, Any]) -> str:
     result = found["result"]
     verdict = "passed" if _passed(function, found) else "NOT passed"
     match function:
-        case "products":
+        case "tap":
             return f"{verdict}: largest error {max(row['error'] for row in result['rows']):.1e}"
         case "graphs":
             how = "replayed with other inputs" if result["is_captured"] else "called, not captured"
@@ -320,20 +316,20 @@ def _summary(function: str, found: Mapping[str, Any]) -> str:
             return "measured"
 
 
-def _products_table(rows: Sequence[Mapping[str, Any]]) -> str:
+def _tap_table(rows: Sequence[Mapping[str, Any]]) -> str:
     def place(row: Mapping[str, Any]) -> tuple[Any, ...]:
         return row["shape"], row["columns"], row["tokens"]
 
     cells = [
         (
-            row["shape"], row["columns"], row["tokens"], row["form"], f"{row['error']:.1e}",
+            row["shape"], row["columns"], row["tokens"], f"{row['error']:.1e}",
             f"{row['us']:.1f}", f"{row['us_without_residual']:.1f}", f"{row['layer_us']:.1f}",
             f"{100 * row['us'] / row['layer_us']:.1f}",
         )
         for row in sorted(rows, key=place)
     ]  # fmt: skip
     headings = (
-        "shape", "columns", "tokens", "form", "error", "us", "us, nothing to add", "us of a layer",
+        "shape", "columns", "tokens", "error", "us", "us, nothing to add", "us of a layer",
         "% of a layer",
     )  # fmt: skip
     return table("The tap of a layer", headings, cells)

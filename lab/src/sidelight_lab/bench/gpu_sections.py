@@ -36,7 +36,6 @@ from sidelight.states.extraction import score
 from sidelight.storage import write_json
 from sidelight.vllm.columns import Pages, Reading, Stage, slots_of
 from sidelight.vllm.engine import require_options, require_vllm
-from sidelight.vllm.products import PRODUCTS
 from sidelight.vllm.settings import DESCRIBED, KEY, request_params
 from sidelight.vllm.taps import set_receiver
 from sidelight_lab.bench.measurement import interleaved
@@ -95,8 +94,8 @@ class Setting:
         return Path(self.folder)
 
 
-def products(setting: Setting, *, form: str) -> dict[str, Any]:
-    """The error and the time of a form of the tap, beside a decoder layer of the same width."""
+def tap(setting: Setting) -> dict[str, Any]:
+    """The error and the time of the tap, beside a decoder layer of the same width."""
     shapes = ("135m", "3b", "8b") if setting.is_gpu else ("tiny",)
     counts = (1, 64, 8192) if setting.is_gpu else (1, 16)
     rows: list[dict[str, Any]] = []
@@ -104,16 +103,14 @@ def products(setting: Setting, *, form: str) -> dict[str, Any]:
         layers = {tokens: _layer_us(shape, tokens, setting.device) for tokens in counts}
         for columns in (5, 50, 500) if setting.is_gpu else (5,):
             for tokens in counts:
-                row = {"shape": shape, "columns": columns, "tokens": tokens, "form": form}
-                measured = _product_row(setting, shape, columns, tokens, form)
+                row = {"shape": shape, "columns": columns, "tokens": tokens}
+                measured = _tap_row(setting, shape, columns, tokens)
                 rows.append({**row, "layer_us": layers[tokens], **measured})
     return {"rows": rows}
 
 
-def _product_row(
-    setting: Setting, shape: str, columns: int, tokens: int, form: str
-) -> dict[str, float]:
-    """Of one form: its worst error, and its time with and without a residual to add."""
+def _tap_row(setting: Setting, shape: str, columns: int, tokens: int) -> dict[str, float]:
+    """Its worst error, and its time with and without a residual to add."""
     torch.manual_seed(0)
     width, device = SHAPES[shape][0], torch.device(setting.device)
     flags = torch.arange(columns, device=device) % 2 == 0
@@ -123,22 +120,19 @@ def _product_row(
         flags,
     )
     hidden, residual = _states(tokens, width, device)
-    product = PRODUCTS[form](projection)
-    rows = torch.empty(_TAP_LAYERS, tokens, columns, device=device)
-    # Triton's interpreter, which stands in for a GPU here, does not round a sum as a GPU does.
-    added = residual if setting.is_gpu else None
-    product(0, hidden, added, out=rows[0])
-    stream = (hidden if added is None else hidden + added).double()
+    stage = Stage.empty(projection, tokens=tokens)
+    stage.receive(0, hidden, residual)
+    stream = (hidden + residual).double()
     weight = projection.weight[0].double()
     divisor = torch.where(flags, (stream.square().mean(1, keepdim=True) + 1e-6).sqrt(), 1)
     wanted = stream @ weight / divisor + projection.shift[0]
     # The size that a column has by the sizes of its factors.
     sizes = (stream.square() @ weight.square()).sqrt() / divisor + projection.shift[0].abs()
-    error = ((rows[0] - wanted).abs() / sizes).max()
+    error = ((stage.rows[0] - wanted).abs() / sizes).max()
 
     def run(other: Tensor | None) -> None:
         for layer in range(_TAP_LAYERS):
-            product(layer, hidden, other, out=rows[layer])
+            stage.receive(layer, hidden, other)
 
     return {
         "error": float(error),
@@ -197,7 +191,7 @@ def _captured(work: Callable[[], object]) -> "torch.cuda.CUDAGraph":
     return graph
 
 
-def graphs(setting: Setting, *, form: str) -> dict[str, Any]:
+def graphs(setting: Setting) -> dict[str, Any]:
     """Whether the captured tap, replayed with other inputs, gives what it gives uncaptured.
 
     What is captured is what vLLM captures: the operation that the hooks call, for every layer; and
@@ -216,8 +210,7 @@ def graphs(setting: Setting, *, form: str) -> dict[str, Any]:
             torch.rand(columns, device=device) < 0.5,
         )
 
-    empty = torch.full((_TAP_LAYERS, tokens, columns), torch.nan, device=device)
-    stage = Stage(PRODUCTS[form](projection()), empty)
+    stage = Stage.empty(projection(), tokens=tokens)
     pages = Pages(stage, blocks=blocks, block_size=16)
     inputs = [_states(tokens, width, device) for _ in range(_TAP_LAYERS)]
     slots = torch.arange(tokens, device=device)
@@ -241,16 +234,15 @@ def graphs(setting: Setting, *, form: str) -> dict[str, Any]:
         slots[-3:] = -1
         # Other probes take their place in the captured graph.
         stage.load(probes := projection())
-        product = PRODUCTS[form](probes)
+        uncaptured = Stage.empty(probes, tokens=tokens)
         replay()
         kept = pages.read([replace(reading, blocks=tuple(table))])
         for layer, (hidden, residual) in enumerate(fresh):
-            wanted = torch.empty(tokens, columns, device=device)
-            product(layer, hidden, residual, out=wanted)
+            uncaptured.receive(layer, hidden, residual)
             # A slot that was not written has NaN.
-            off = (kept[:, layer] - wanted[:-3]).abs().nan_to_num(torch.inf).max()
+            off = (kept[:, layer] - uncaptured.rows[layer, :-3]).abs().nan_to_num(torch.inf).max()
             difference = max(difference, min(1.0, float(off)))
-    return {"form": form, "difference": difference, "is_captured": setting.is_gpu}
+    return {"difference": difference, "is_captured": setting.is_gpu}
 
 
 def reference(setting: Setting) -> dict[str, Any]:
@@ -483,7 +475,7 @@ def _tiny_model(folder: Path) -> str:
 
 
 SECTIONS: dict[str, Callable[..., dict[str, Any]]] = {
-    "products": products,
+    "tap": tap,
     "graphs": graphs,
     "reference": reference,
     "parity": parity,

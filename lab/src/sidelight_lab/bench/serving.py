@@ -5,7 +5,7 @@ engine. Every round measures all sets of probes in a random order, and costs are
 round; the intervals are over rounds.
 """
 
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportPrivateUsage=false
 
 import os
 import tempfile
@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial, wraps
 from pathlib import Path
 from time import perf_counter
@@ -22,7 +23,6 @@ import numpy as np
 
 from sidelight.artifact import save_probe
 from sidelight.backbone import TransformersBackbone, load_backbone
-from sidelight.errors import SidelightError
 from sidelight.evaluation import Estimate
 from sidelight.mechanisms.base import mechanism_spec
 from sidelight.probe import Probe
@@ -30,6 +30,7 @@ from sidelight.progress import progress
 from sidelight.prompts import Message, Reads
 from sidelight.vllm.engine import require_options, require_vllm
 from sidelight.vllm.settings import KEY
+from sidelight.vllm.worker import INSTALLED, Worker
 from sidelight_lab.bench.subjects import untrained_probe
 
 NOTHING = "no probe"
@@ -71,7 +72,7 @@ def measure_costs(
     requests: int,
     written: int,
 ) -> Generator[dict[str, Any]]:
-    """``costs`` of all sets of probes, and the share of the KV cache's ``memory`` that each takes.
+    """``costs`` of all sets of probes.
 
     Yields them after each round, with the number of ``rounds`` so far. Each measurement runs
     ``requests`` chats of about ``tokens`` together; each writes ``written``.
@@ -93,7 +94,6 @@ def measure_costs(
         for i in range(requests)
     ]
     values: dict[str, list[list[float]]] = {}
-    memory: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as scratch:
         folders = {
             name: [str(save_probe(probe, Path(scratch) / probe.name)) for probe in probes]
@@ -114,21 +114,29 @@ def measure_costs(
             with progress("Timing", rounds * len(folders), unit="sets of probes") as shown:
                 for done in range(1, rounds + 1):
                     for name in map(str, random.permutation(list(folders))):
-                        _exchange(llm, folders[name])
+                        llm.collective_rpc(fit_probes, args=(folders[name],))
                         values.setdefault(name, []).append(measure())
-                        columns, cache = llm.collective_rpc("sidelight_bytes")[0]
-                        memory[name] = columns / cache
                         shown.advance(1)
-                    shares = {name: memory[name] for name in folders}
-                    yield {"rounds": done, "memory": shares, "costs": costs_of(values)}
+                    yield {"rounds": done, "costs": costs_of(values)}
         finally:
             llm.llm_engine.engine_core.shutdown()
 
 
-def _exchange(llm: Any, folders: list[str]) -> None:
-    for failure in llm.collective_rpc("sidelight_load", args=(folders, True)):
-        if failure:
-            raise SidelightError(failure)
+def fit_probes(_worker: Any, folders: list[str]) -> None:
+    """Gives vLLM's worker these probes, with room for their columns alone."""
+    old = INSTALLED.get()
+    pages = old._pages
+    assert pages is not None
+    new = Worker(
+        replace(old._served, folders=tuple(folders)),
+        layers=old._layers,
+        tokens=old._stage.rows.shape[1],
+        device=old._device,
+    )
+    block_size = pages._block_size
+    blocks = (len(pages._rows) - 1) // block_size
+    new.allocate(blocks=blocks, block_size=block_size, attention=old._attention)
+    INSTALLED.put(new)
 
 
 def costs_of(values: Mapping[str, Sequence[Sequence[float]]]) -> list[dict[str, Any]]:

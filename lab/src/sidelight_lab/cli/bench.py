@@ -473,32 +473,28 @@ def bench_serve(
 
     The probes have random weights: 0, 1, 10 and 100 readout probes, one attention probe, and a
     readout of responses. What they add is a share of the value without probes, with a 95 % interval
-    over rounds. Their share of the KV cache's memory is printed too. --out is written after every
+    over rounds. --out is written after every
     round, so a run that is stopped keeps those before.
     """
     from sidelight_lab.bench.serving import measure_costs
 
     costs: list[dict[str, Any]] = []
-    memory: dict[str, float] = {}
     for found in measure_costs(model or "smollm2", options=engine_option, rounds=rounds, **given):
-        costs, memory = found["costs"], found["memory"]
+        costs = found["costs"]
         if out is not None:
             write_json(out, found)
-    for name, share in memory.items():
-        for cost in (cost for cost in costs if cost["probes"] == name):
-            click.echo(
-                "{probes:<14} {measure:<20} {without:9.2f} {unit:<10} without  {added:+7.1%}  "
-                "({low:+.1%} to {high:+.1%})".format(**cost)
-            )
-        click.echo(f"{name:<14} {'memory':<20} {share:.2%} of the KV cache")
+    for cost in costs:
+        click.echo(
+            "{probes:<14} {measure:<20} {without:9.2f} {unit:<10} without  {added:+7.1%}  "
+            "({low:+.1%} to {high:+.1%})".format(**cost)
+        )
 
 
 @bench.command(
     "gpu",
     epilog=options.examples(
         "sidelight bench gpu --out gpu-check",
-        "sidelight bench gpu --out gpu-check --only products --only graphs",
-        "SIDELIGHT_TAP=triton sidelight bench gpu --out gpu-check-triton --shape 3b",
+        "sidelight bench gpu --out gpu-check --only tap --only graphs",
     ),
 )
 @click.option(
