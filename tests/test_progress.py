@@ -2,7 +2,6 @@
 
 import io
 import re
-import time
 
 import pytest
 
@@ -10,53 +9,41 @@ from sidelight import progress as module
 from sidelight.progress import progress
 
 
-@pytest.fixture
-def lines(monkeypatch, capsys):
-    """A line for each advance; gives the lines so far."""
-    monkeypatch.setattr(module, "_EVERY_S", 0.0)
-    return lambda: capsys.readouterr().err.splitlines()
-
-
-def test_a_line_has_what_is_done_and_what_is_left(lines):
+@pytest.mark.parametrize(
+    ("done", "seconds", "lines"),
+    [
+        # Nothing is known of the time that is left before the first batch.
+        (0, [20.0], ["Reading: 0 of 1,000 texts, 0 texts/s, 20 s so far"]),
+        (250, [20.0], ["Reading: 250 of 1,000 texts, 12 texts/s, 20 s so far, 60 s left"]),
+        # Slow work shows its rate.
+        (1, [40.0], ["Reading: 1 of 1,000 texts, 0.025 texts/s, 40 s so far, 39960 s left"]),
+        # A line every 15 seconds is enough.
+        (10, [14.0, 16.0, 17.0, 31.0], ["Reading: 20 of", "Reading: 40 of"]),
+        (1000, [20.0], []),
+    ],
+)
+def test_a_log_gets_a_line_every_15_seconds_and_one_at_the_end(
+    done, seconds, lines, monkeypatch, capsys
+):
+    now = [0.0]
+    monkeypatch.setattr(module, "monotonic", lambda: now[0])
     with progress("Reading", 1000, unit="texts") as shown:
-        shown.advance(250)
-        (line,) = lines()
-    assert line.startswith("Reading: 250 of 1,000 texts, ")
-    assert line.endswith(" s left")
-    assert lines()[0].startswith("Reading: 250 of 1,000")
-
-
-def test_work_that_has_not_begun_has_no_time_left(lines):
-    with progress("Reading", 1000, unit="texts") as shown:
-        shown.advance(0)
-        (line,) = lines()
-    assert line.endswith(" s so far")
-
-
-def test_slow_work_shows_its_rate(lines, monkeypatch):
-    clock = iter((0.0, 40.0, 40.0, 40.0, 40.0))
-    monkeypatch.setattr(module, "monotonic", lambda: next(clock))
-    with progress("Fitting", 8, unit="fits") as shown:
-        shown.advance(1)
-        (line,) = lines()
-    assert line == "Fitting: 1 of 8 fits, 0.025 fits/s, 40 s so far, 280 s left"
-
-
-def test_a_log_has_no_bar(capsys):
-    with progress("Reading", 4, unit="texts") as shown:
-        shown.advance(4)
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("Reading: 4 of 4 texts, ")
+        for now[0] in seconds:
+            shown.advance(done)
+    printed = capsys.readouterr().err.splitlines()
+    assert len(printed) == len(lines) + 1
+    assert all(line.startswith(start) for line, start in zip(printed, lines, strict=False))
+    assert printed[-1].startswith(f"Reading: {done * len(seconds):,} of 1,000 texts, ")
 
 
 def test_a_terminal_has_one_bar_with_rate_and_time_left(monkeypatch):
     terminal = io.StringIO()
     monkeypatch.setattr(terminal, "isatty", lambda: True)
     monkeypatch.setattr("sys.stderr", terminal)
+    # Else tqdm draws ten times a second at most.
+    monkeypatch.setenv("TQDM_MININTERVAL", "0")
     with progress("Reading", 1000, unit="texts") as shown:
-        shown.advance(250)
-        time.sleep(0.2)
-        shown.advance(250)
+        shown.advance(500)
     bars = terminal.getvalue().strip().split("\r")
     assert all(bar.startswith("Reading: ") for bar in bars)
     assert re.search(r"50%.* 500/1.00k \[\d\d:\d\d<\d\d:\d\d, .* texts/s\]", bars[-1])

