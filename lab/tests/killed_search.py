@@ -3,16 +3,15 @@
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from planted_texts import split_of
 
-from corpora import TASKS, planted
 from sidelight.backbone import TransformersBackbone
-from sidelight.data.loading import load_examples
 from sidelight.states.cache import ActivationCache, Shard
-from sidelight.training.dataset import ProbeDataset, Split, make_split
-from sidelight.training.settings import FitOptions
+from sidelight.training.dataset import ProbeDataset, Split
 from sidelight_lab.search import search_settings
 from tiny import tiny_backbone
 
@@ -31,31 +30,18 @@ class ObservedCache(ActivationCache):
         return super().read(index)
 
 
-def split_at(
-    backbone: TransformersBackbone, root: Path, count: int, *, seed: int, flipped: bool = False
-) -> Split:
-    texts, labels = planted("binary", count, seed=seed)
-    names = TASKS["binary"].labels
-    rows = [
-        (text, names[label ^ flipped]) for text, label in zip(texts, labels.tolist(), strict=True)
-    ]
-    split = make_split(
-        backbone,
-        load_examples(rows, task=TASKS["binary"]),
-        FitOptions(max_tokens=64, cache_root=root),
-    )
-    return Split(split.examples, split.prompts, ObservedCache(split), split.rows)
-
-
 def dataset_at(
     backbone: TransformersBackbone, root: Path, *, flipped: bool = False
 ) -> ProbeDataset:
     """A signal to learn; ``flipped`` validation labels say the opposite."""
-    return ProbeDataset(
-        backbone,
-        split_at(backbone, root, 96, seed=1),
-        split_at(backbone, root, 48, seed=2, flipped=flipped),
+    training, validation = (
+        replace(own, states=ObservedCache(own))
+        for own in (split_of(backbone, root, "binary", *texts) for texts in ((96, 1), (48, 2)))
     )
+    if flipped:
+        labels = 1 - validation.labels
+        validation = replace(validation, examples=replace(validation.examples, labels=labels))
+    return ProbeDataset(backbone, training, validation)
 
 
 def main(root: str, storage: str) -> None:

@@ -4,11 +4,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
+from planted_texts import examples
 
-from corpora import TASKS, planted
 from sidelight.backbone import TransformersBackbone
-from sidelight.data.examples import Example, LabelledExamples
-from sidelight.prompts import Message
+from sidelight.data.examples import LabelledExamples
 from sidelight.types import TaskKind
 from sidelight_lab.datasets import DataSet
 from sidelight_lab.tables.context import RecipeContext
@@ -42,13 +41,6 @@ seeds = 1
 
 def recipe(text: str = TABLE) -> Recipe:
     return parse_recipe(text, name="test")
-
-
-def examples(kind: TaskKind, count: int, seed: int) -> LabelledExamples:
-    texts, labels = planted(kind, count, seed=seed)
-    items = tuple(Example((Message("user", text),)) for text in texts)
-    rows = tuple({"text": text} for text in texts)
-    return LabelledExamples(items, rows, task=TASKS[kind], labels=labels)
 
 
 class Data(DataSet):

@@ -1,8 +1,12 @@
 """Recipes: those of the package, and mistakes in one's own."""
 
-import pytest
-from planted_tables import TABLE, recipe
+import re
+from pathlib import Path
 
+import pytest
+from planted_tables import TABLE, context_of, recipe
+
+from sidelight.backbone import TransformersBackbone
 from sidelight.errors import SidelightError
 from sidelight_lab.tables.recipes import (
     BaselineConfig,
@@ -13,17 +17,14 @@ from sidelight_lab.tables.recipes import (
     recipe_text,
     suggested,
 )
+from sidelight_lab.tables.reproduce import reproduce
+
+SWEEP = '"sensitivity"\nsweep = {{ parameter = "epochs", values = {} }}'
 
 
 def test_rows_that_are_left_are_those_compared():
     text = TABLE.replace('ours = ["readout"]', 'ours = ["readout", "pooling"]')
     assert recipe(text).only(["tfidf", "pooling"]).ours == ("pooling",)
-
-
-@pytest.mark.parametrize("name", recipe_names())
-def test_recipes_of_the_package_parse(name: str):
-    parsed = parse_recipe(recipe_text(name), name=name)
-    assert set(parsed.ours) <= set(parsed.names())
 
 
 def test_the_package_has_a_recipe_for_every_table():
@@ -33,19 +34,16 @@ def test_the_package_has_a_recipe_for_every_table():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [n for n in recipe_names() if n != "latency"])
+@pytest.mark.parametrize("name", recipe_names())
 def test_recipes_of_the_package_name_what_exists(name: str):
     parsed = parse_recipe(recipe_text(name), name=name)
+    assert set(parsed.ours) <= set(parsed.names())
     rows = build_rows(parsed, suggested)
     swept = len(parsed.sweep.values) if parsed.sweep else 1
     assert sum(isinstance(row, ProbeConfig) for row in rows) == swept * len(parsed.probe)
     baselines = [row.name for row in rows if isinstance(row, BaselineConfig)]
     assert baselines == [row.name for row in parsed.baseline]
-
-
-@pytest.mark.parametrize("name", recipe_names())
-def test_recipes_ask_a_prompted_model_about_the_classes(name: str):
-    for row in parse_recipe(recipe_text(name), name=name).baseline:
+    for row in parsed.baseline:
         if (row.baseline or row.name) in ("zero_shot", "few_shot"):
             # The data's own names may be 0 and 1, which say nothing to the model.
             assert "question" in row.options or name == "own"
@@ -67,14 +65,8 @@ def test_recipes_ask_a_prompted_model_about_the_classes(name: str):
         (("title =", "title"), "not plain TOML"),
         (("seeds = 2", "seeds = 0"), "1 or more"),
         (("seeds = 1", "seeds = 0"), "1 or more"),
-        (
-            ('"comparison"', '"sensitivity"\nsweep = { parameter = "epochs", values = [] }'),
-            "values",
-        ),
-        (
-            ('"comparison"', '"sensitivity"\nsweep = { parameter = "epochs", values = [2, 2] }'),
-            "differ",
-        ),
+        (('"comparison"', SWEEP.format("[]")), "values"),
+        (('"comparison"', SWEEP.format("[2, 2]")), "differ"),
     ],
 )
 def test_a_mistake_in_a_recipe_is_refused(change: tuple[str, str], complaint: str):
@@ -82,12 +74,34 @@ def test_a_mistake_in_a_recipe_is_refused(change: tuple[str, str], complaint: st
         parse_recipe(TABLE.replace(*change, 1), name="test")
 
 
-def test_a_sweep_has_no_row_that_is_ours():
+def test_a_sweep_has_no_row_that_is_ours_and_an_unknown_recipe_names_the_known_ones():
     text = TABLE.partition("[[baseline]]")[0].replace('"comparison"', '"sensitivity"')
     with pytest.raises(SidelightError, match="no 'ours'"):
         recipe(text + '[sweep]\nparameter = "epochs"\nvalues = [1, 2]\n')
-
-
-def test_an_unknown_recipe_names_the_known_ones():
     with pytest.raises(SidelightError, match="Did you mean 'toxicchat'"):
         recipe_text("toxichat")
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (('mechanism = "pooling"', 'mechanism = "poling"'), "Did you mean 'pooling'"),
+        (('name = "tfidf"', 'name = "tfdf"'), "Did you mean 'tfidf'"),
+        (("epochs = 2", "epoch = 2"), "Did you mean 'epochs'"),
+        (("heads = 2", "head = 2"), "Did you mean 'heads'"),
+        (("epochs = 2", 'epochs = "two"'), "Setting epochs cannot be 'two'"),
+        (("epochs = 2", "epochs = 2.5"), "Setting epochs cannot be 2.5"),
+        (("epochs = 2", "epochs = 0"), "epochs = 0: give 1 or more"),
+        (("epochs = 2", 'layer_weights = "equl"'), "Setting layer_weights cannot be 'equl'"),
+        (("seeds = 1", "options = { strenght = 1.0 }"), "Did you mean 'strength'"),
+        (("seeds = 1", 'options = { strength = "x" }'), "tfidf.strength cannot be 'x'"),
+    ],
+)
+def test_a_name_that_does_not_exist_is_refused_before_any_work(
+    change: tuple[str, str], complaint: str, tiny: TransformersBackbone, tmp_path: Path
+):
+    text = TABLE.replace(*change, 1)
+    closed = lambda _name: pytest.fail("data was loaded")  # noqa: E731
+    with pytest.raises(SidelightError, match=re.escape(complaint)):
+        reproduce(context_of(tiny, tmp_path, tmp_path, text=text, load=closed))
+    assert not list(tmp_path.iterdir())

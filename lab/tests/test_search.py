@@ -12,13 +12,12 @@ from pathlib import Path
 
 import optuna
 import pytest
-from click.testing import CliRunner
 from killed_search import PLAN, dataset_at
 from matplotlib.image import imread
+from planted_texts import write_rows
 from sklearn.metrics import average_precision_score
 
 from commands import run, saved
-from corpora import planted
 from sidelight.backbone import TransformersBackbone
 from sidelight.cli import main
 from sidelight.errors import SidelightError
@@ -27,10 +26,13 @@ from sidelight.mechanisms.base import Geometry, mechanism_names, mechanism_spec
 from sidelight.training.dataset import ProbeDataset
 from sidelight.training.loop import train_mechanisms
 from sidelight.training.settings import Job, TrainingSettings, suggested_settings
-from sidelight_lab.cli.search import search, write_search
+from sidelight_lab import search
+from sidelight_lab.cli.search import write_search
 from sidelight_lab.search import SPACES, Range, Space, possible_specs, search_settings
 
 SMOLLM2 = Geometry(layers=31, width=576, outputs=1)
+# The mechanism that costs least, and one generation.
+BRIEF = {"trials": 2, "generation": 2, "seed": 0}
 
 
 def exactly(mechanism: str) -> TrainingSettings:
@@ -48,11 +50,23 @@ def dataset(tiny: TransformersBackbone, cache: Path) -> ProbeDataset:
     return dataset_at(tiny, cache)
 
 
+@pytest.fixture
+def reads(dataset: ProbeDataset) -> list[int]:
+    """One entry for each read of the training states."""
+    found: list[int] = []
+    dataset.training.states.on_read = lambda: found.append(1)
+    return found
+
+
 @pytest.fixture(scope="module")
-def found(tiny: TransformersBackbone, cache: Path, tmp_path_factory: pytest.TempPathFactory):
+def journal(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("search") / "new" / "journal"
+
+
+@pytest.fixture(scope="module")
+def found(tiny: TransformersBackbone, cache: Path, journal: Path):
     """The plan's search, not disturbed."""
-    storage = tmp_path_factory.mktemp("search") / "new" / "journal"
-    return search_settings(dataset_at(tiny, cache), "gate", storage=storage, **PLAN)
+    return search_settings(dataset_at(tiny, cache), "gate", storage=journal, **PLAN)
 
 
 def configurations(best):
@@ -60,11 +74,11 @@ def configurations(best):
 
 
 @pytest.mark.slow
-def test_the_same_seed_gives_the_same_trials_and_another_seed_others(dataset, found, tmp_path):
-    again = search_settings(dataset, "gate", storage=tmp_path / "again", **PLAN)
-    other = search_settings(dataset, "gate", storage=tmp_path / "other", **{**PLAN, "seed": 1})
-    assert again == found
-    assert len(set(map(repr, configurations(found)[1:] + configurations(other)[1:]))) == 10
+def test_another_seed_tries_other_settings_after_the_defaults(dataset, found, tmp_path):
+    plan = {**PLAN, "trials": 3, "seed": 1}
+    other = search_settings(dataset, "gate", storage=tmp_path / "other", **plan)
+    tried = configurations(found) + configurations(other)[1:]
+    assert len(set(map(repr, tried))) == 6 + 2
 
 
 @pytest.mark.slow
@@ -86,29 +100,15 @@ def test_a_killed_search_ends_as_if_it_had_not_been_killed(dataset, found, cache
 
 
 @pytest.mark.slow
-def test_a_finished_search_reads_nothing_and_a_longer_one_adds_trials(dataset, tmp_path):
-    reads = []
-    dataset.training.states.on_read = lambda: reads.append(1)
-    plan = {"seed": 0, "generation": 2, "storage": tmp_path / "journal"}
-    short = search_settings(dataset, "pooling", trials=2, **plan)
-    once = len(reads)
-    assert search_settings(dataset, "pooling", trials=2, **plan) == short
-    assert len(reads) == once
-    longer = search_settings(dataset, "pooling", trials=3, **plan)
-    assert longer.trials[:2] == short.trials
-    assert len(longer.trials) == 3
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("trained", [0, 3])
 def test_what_a_kill_left_half_written_does_not_count(dataset, found, tmp_path, trained):
     storage = tmp_path / "journal"
     plan = {**PLAN, "storage": storage}
     if trained:
         search_settings(dataset, "gate", **{**plan, "trials": trained})
-    journal = optuna.storages.journal.JournalFileBackend(str(storage))
+    backend = optuna.storages.journal.JournalFileBackend(str(storage))
     stored = optuna.create_study(
-        storage=optuna.storages.JournalStorage(journal),
+        storage=optuna.storages.JournalStorage(backend),
         study_name="gate",
         direction="maximize",
         load_if_exists=True,
@@ -123,24 +123,24 @@ def test_what_a_kill_left_half_written_does_not_count(dataset, found, tmp_path, 
 
 
 @pytest.mark.slow
-def test_opening_a_journal_writes_nothing_to_what_is_there(dataset, tmp_path):
-    """Another process may be adding to it."""
+def test_a_finished_search_reads_nothing_and_a_longer_one_adds_trials(dataset, reads, tmp_path):
     storage = tmp_path / "journal"
-    plan = {"seed": 0, "generation": 2, "storage": storage}
-    search_settings(dataset, "pooling", trials=2, **plan)
-    file, before = storage.stat().st_ino, storage.read_bytes()
-    search_settings(dataset, "pooling", trials=2, **plan)
+    short = search_settings(dataset, "pooling", storage=storage, **BRIEF)
+    once, file, before = len(reads), storage.stat().st_ino, storage.read_bytes()
+    assert search_settings(dataset, "pooling", storage=storage, **BRIEF) == short
+    assert len(reads) == once
+    # Another process may be adding to what is there, so it is not written anew.
     assert storage.stat().st_ino == file
     assert storage.read_bytes().startswith(before)
+    longer = search_settings(dataset, "pooling", storage=storage, **{**BRIEF, "trials": 3})
+    assert longer.trials[:2] == short.trials
+    assert len(longer.trials) == 3
 
 
 @pytest.mark.slow
-def test_a_generation_reads_each_shard_once_an_epoch(dataset, tmp_path):
-    reads = []
-    dataset.training.states.on_read = lambda: reads.append(1)
-    best = search_settings(
-        dataset, "gate", trials=6, generation=6, seed=0, storage=tmp_path / "journal"
-    )
+def test_a_generation_reads_each_shard_once_an_epoch(dataset, reads, tmp_path):
+    plan = {**PLAN, "generation": 6}
+    best = search_settings(dataset, "gate", storage=tmp_path / "journal", **plan)
     epochs = [trial.settings.epochs for trial in best.trials]
     to_measure_moments = 1
     assert len(dataset.training.states) == 1
@@ -148,7 +148,9 @@ def test_a_generation_reads_each_shard_once_an_epoch(dataset, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_score_is_that_of_one_training_with_these_settings(dataset, found):
+def test_a_score_is_that_of_one_training_with_these_settings_and_the_highest_is_best(
+    dataset, found
+):
     trial = found.trials[2]
     (alone,) = train_mechanisms(
         [Job(trial.spec, PLAN["seed"], trial.settings)],
@@ -156,9 +158,6 @@ def test_a_score_is_that_of_one_training_with_these_settings(dataset, found):
         validation=dataset.validation,
     )
     assert trial.score == average_precision_score(dataset.validation.labels, alone.logits[:, 0])
-
-
-def test_the_best_has_the_highest_score(found):
     scores = [trial.score for trial in found.trials]
     first = found.trials[scores.index(max(scores))]
     assert (found.score, found.spec, found.settings) == (max(scores), first.spec, first.settings)
@@ -183,9 +182,7 @@ def test_a_probe_dataset_has_no_place_for_test_data():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", mechanism_names())
 def test_every_mechanism_has_a_usable_space_that_starts_at_its_defaults(name, dataset, tmp_path):
-    best = search_settings(
-        dataset, name, trials=2, generation=2, seed=0, storage=tmp_path / "journal"
-    )
+    best = search_settings(dataset, name, storage=tmp_path / "journal", **BRIEF)
     defaults, drawn = best.trials
     space = SPACES.get(name, Space())
     assert (defaults.spec, defaults.settings) == (mechanism_spec(name), exactly(name))
@@ -195,8 +192,7 @@ def test_every_mechanism_has_a_usable_space_that_starts_at_its_defaults(name, da
     assert None not in (defaults.score, drawn.score)
 
 
-@pytest.mark.slow
-def test_impossible_options_are_not_tried(dataset, tmp_path):
+def test_impossible_options_are_not_tried():
     specs = possible_specs("attention", SMOLLM2, SPACES["attention"].options)
     pairs = {(spec.options["factor"], spec.options["heads"]) for spec in specs}
     shared = {
@@ -207,13 +203,6 @@ def test_impossible_options_are_not_tried(dataset, tmp_path):
     }
     assert pairs == shared
     assert len(specs) == 2 * len(shared)
-    best = search_settings(
-        dataset, "attention", trials=3, generation=3, seed=0, storage=tmp_path / "journal"
-    )
-    width = dataset.backbone.fingerprint.width
-    tried = {(trial.spec.options["factor"], trial.spec.options["heads"]) for trial in best.trials}
-    assert len(tried) > 1
-    assert all(width // factor % heads == 0 for factor, heads in tried)
 
 
 @pytest.mark.parametrize(
@@ -229,39 +218,37 @@ def test_a_space_without_a_possible_option_is_refused(options, remedy):
         possible_specs("attention", Geometry(layers=4, width=32, outputs=1), options)
 
 
-def test_another_search_in_the_same_file_is_refused(dataset, tiny, cache, tmp_path):
-    storage = tmp_path / "journal"
-    plan = {"trials": 1, "storage": storage}
-    search_settings(dataset, "pooling", seed=0, **plan)
+@pytest.mark.slow
+def test_another_search_in_the_same_file_is_refused(dataset, tiny, cache, found, journal):
     with pytest.raises(SidelightError, match="another seed"):
-        search_settings(dataset, "pooling", seed=1, **plan)
+        search_settings(dataset, "gate", storage=journal, **{**PLAN, "seed": 1})
+    flipped = dataset_at(tiny, cache, flipped=True)
     with pytest.raises(SidelightError, match="another validation set"):
-        search_settings(dataset_at(tiny, cache, flipped=True), "pooling", seed=0, **plan)
-    search_settings(dataset, "gate", seed=1, **plan)
+        search_settings(flipped, "gate", storage=journal, **PLAN)
+    # One of another mechanism is welcome.
+    search_settings(dataset, "pooling", storage=journal, **{**BRIEF, "seed": 1})
 
 
 @pytest.mark.slow
 def test_a_training_that_diverges_ends_neither_the_search_nor_its_neighbours(
     dataset, tmp_path, monkeypatch
 ):
-    explosive = Space(weight_decay=Range(0.0, 1e38))
-    monkeypatch.setattr("sidelight_lab.search.SPACES", {**SPACES, "pooling": explosive})
-    best = search_settings(
-        dataset, "pooling", trials=5, generation=5, seed=0, storage=tmp_path / "journal"
-    )
+    def search_with(decay: Range, trials: int):
+        explosive = Space(weight_decay=decay)
+        monkeypatch.setattr("sidelight_lab.search.SPACES", {**SPACES, "pooling": explosive})
+        storage = tmp_path / f"{trials}"
+        return search_settings(dataset, "pooling", trials=trials, seed=0, storage=storage)
+
+    best = search_with(Range(0.0, 1e38), 5)
     assert [trial.score is None for trial in best.trials] == [False, True, True, True, True]
     assert best.settings == exactly("pooling")
     write_search({"pooling": best}, tmp_path, score="AUPRC")
     assert (tmp_path / "trials.csv").read_text().count("diverged") == 4
-
-
-def test_a_search_that_only_diverged_is_told_so(dataset, tmp_path, monkeypatch):
-    explosive = Space(weight_decay=Range(1e37, 1e38))
-    monkeypatch.setattr("sidelight_lab.search.SPACES", {**SPACES, "pooling": explosive})
     with pytest.raises(SidelightError, match="diverged"):
-        search_settings(dataset, "pooling", trials=2, seed=0, storage=tmp_path / "journal")
+        search_with(Range(1e37, 1e38), 2)
 
 
+@pytest.mark.slow
 def test_a_search_leaves_a_table_the_best_and_a_picture(found, tmp_path):
     write_search({"gate": found}, tmp_path, score="AUPRC")
     with (tmp_path / "trials.csv").open() as file:
@@ -274,12 +261,12 @@ def test_a_search_leaves_a_table_the_best_and_a_picture(found, tmp_path):
 
 
 @pytest.mark.slow
-def test_enough_trials_say_which_parameter_matters(dataset, tmp_path):
-    best = search_settings(
-        dataset, "pooling", trials=16, generation=16, seed=0, storage=tmp_path / "journal"
-    )
-    assert set(best.importance) >= {"learning rate", "weight decay", "epochs", "batch size"}
-    assert sum(best.importance.values()) == pytest.approx(1)
+def test_enough_trials_say_which_parameter_matters(dataset, found, journal, monkeypatch):
+    assert found.importance == {}
+    monkeypatch.setattr(search, "_ENOUGH_FOR_IMPORTANCE", 6)
+    importance = search_settings(dataset, "gate", storage=journal, **PLAN).importance
+    assert set(importance) >= {"learning rate", "weight decay", "epochs", "batch size"}
+    assert sum(importance.values()) == pytest.approx(1)
 
 
 @pytest.mark.slow
@@ -289,33 +276,29 @@ def test_the_printed_command_trains_what_was_found(
     tiny: TransformersBackbone,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
     has_validation: bool,
 ):
-    model, data, out = tmp_path / "model", tmp_path / "rows.jsonl", tmp_path / "out"
-    tiny.model.save_pretrained(model)
-    tiny.tokenizer.save_pretrained(model)
-    texts, labels = planted("binary", 160, seed=1)
-    rows = [{"text": text, "toxic": int(label)} for text, label in zip(texts, labels, strict=True)]
-    held_out = tmp_path / "held_out.jsonl"
-    held_out.write_text("\n".join(map(json.dumps, rows[120:])))
-    data.write_text("\n".join(map(json.dumps, rows[:120])))
-    arguments = ["--data", data, "--label", "toxic", "--model", model, "--out", out]
+    out = tmp_path / "out"
+    data = write_rows(tmp_path / "rows.jsonl", 80, 1)
+    arguments = ["--data", data, "--label", "toxic", "--model", saved(tiny, tmp_path / "model")]
     # Without validation texts, so few rows are cross-fitted.
-    arguments += ["--validation", held_out] if has_validation else []
+    if has_validation:
+        arguments += ["--validation", write_rows(tmp_path / "held_out.jsonl", 30, 2)]
     arguments += ["--mechanism", "pooling,gate", "--trials", "2", "--keep-cache"]
-    shown = CliRunner().invoke(search, [*map(str, arguments)], catch_exceptions=False)
-    assert shown.exit_code == 0
-    assert "gate: 2 of 2 trials" in shown.stderr
-    command = next(line for line in shown.stdout.splitlines() if "--mechanism gate" in line)
+    assert run("search", *arguments, "--out", str(out)) == 0
+    shown = capfd.readouterr()
+    assert "gate: 2 of 2 trials" in shown.err
+    command = next(line for line in shown.out.splitlines() if "--mechanism gate" in line)
     assert "--keep-cache" in command
     monkeypatch.setattr(sys, "argv", shlex.split(command))
     main()
-    found = json.loads((out / "best.json").read_text())["mechanisms"]["gate"]
+    best = json.loads((out / "best.json").read_text())["mechanisms"]["gate"]
     manifest = read_manifest(out / "gate")
-    assert manifest.record["settings"] == {**found["settings"], "normalise": True}
-    assert manifest.mechanism.options == found["options"]
+    assert manifest.record["settings"] == {**best["settings"], "normalise": True}
+    assert manifest.mechanism.options == best["options"]
     trained = json.loads((out / "gate" / "training.json").read_text())
-    assert trained["runs"][0]["score"] == pytest.approx(found["score"], abs=1e-9)
+    assert trained["runs"][0]["score"] == pytest.approx(best["score"], abs=1e-9)
 
 
 @pytest.mark.slow
@@ -327,13 +310,12 @@ def test_a_search_warns_of_what_training_warns_of(
     capfd: pytest.CaptureFixture[str],
     has_validation: bool,
 ):
-    texts, labels = planted("binary", 60, seed=1)
-    rows = [{"text": text, "toxic": int(label)} for text, label in zip(texts, labels, strict=True)]
-    # Too few of one class for folds.
-    rows = [row for row in rows if not row["toxic"]] + [row for row in rows if row["toxic"]][:4]
+    lines = Path(write_rows(tmp_path / "all.jsonl", 60, 1)).read_text().splitlines()
+    fine, toxic = ([line for line in lines if line.endswith(f"{n}}}")] for n in (0, 1))
     training, held_out = tmp_path / "training.jsonl", tmp_path / "held_out.jsonl"
-    training.write_text("\n".join(map(json.dumps, rows)))
-    held_out.write_text("\n".join(map(json.dumps, [*rows[-20:], {"text": "", "toxic": 1}])))
+    # Too few of one class for folds.
+    training.write_text("\n".join([*fine, *toxic[:4]]))
+    held_out.write_text("\n".join([*fine[-16:], *toxic[:4], '{"text": "", "toxic": 1}']))
     arguments = ["--data", str(training), "--label", "toxic", "--mechanism", "pooling"]
     arguments += ["--model", saved(tiny, tmp_path / "model")]
     arguments += ["--validation", str(held_out)] if has_validation else []
