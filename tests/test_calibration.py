@@ -63,19 +63,13 @@ def smoothed_loss(task: Task, calibration: Calibration, logits, labels) -> float
 
 @every_task
 @every_kind
-def test_a_calibration_survives_json_exactly(task, kind):
+def test_a_calibration_gives_probabilities_and_survives_json_exactly(task, kind):
     logits, labels = draw_rows(task)
     calibration = fit_calibration(kind, logits, labels, task)
     restored = Calibration.from_dict(json.loads(json.dumps(calibration.to_dict())))
     assert restored == calibration
     assert (restored.apply(logits) == calibration.apply(logits)).all()
-
-
-@every_task
-@every_kind
-def test_probabilities_are_probabilities(task, kind):
-    logits, labels = draw_rows(task)
-    probabilities = fit_calibration(kind, logits, labels, task).apply(logits * 100)
+    probabilities = calibration.apply(logits * 100)
     assert probabilities.shape == logits.shape
     assert ((probabilities >= 0) & (probabilities <= 1)).all()
     if task.kind == "multiclass":
@@ -83,7 +77,7 @@ def test_probabilities_are_probabilities(task, kind):
 
 
 @every_kind
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 1000), rows=st.integers(4, 60))
 def test_a_higher_logit_never_gets_a_lower_probability(kind, seed, rows):
     generator = np.random.default_rng(seed)
@@ -126,7 +120,7 @@ def test_temperature_is_the_best_of_a_fine_grid(task, size):
     assert smoothed_loss(task, fitted, logits, labels) <= min(grid) + OPTIMISER
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 1000), rows=st.integers(8, 60))
 def test_what_is_suggested_for_several_classes_keeps_the_winner(seed, rows):
     logits, labels = draw_rows(MULTICLASS, rows=rows, seed=seed)
@@ -199,14 +193,14 @@ def test_calibration_lowers_the_log_loss_of_unseen_rows(task, kind):
 
 
 @pytest.mark.parametrize("kind", ["temperature", "platt", "isotonic"])
-@pytest.mark.parametrize("rows", [2, 4, 50])
 @pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
-def test_separable_rows_do_not_give_certainty(kind, rows, size):
-    labels = np.arange(rows) % 2
-    logits = (2.0 * labels[:, None] - 1) * size
-    probabilities = fit_calibration(kind, logits, labels, BINARY).apply(logits)[:, 0]
-    assert (probabilities[labels == 1] > 0.5).all()
-    assert ((probabilities > 0) & (probabilities < 1)).all()
+def test_separable_rows_do_not_give_certainty(kind, size):
+    for rows in (2, 4, 50):
+        labels = np.arange(rows) % 2
+        logits = (2.0 * labels[:, None] - 1) * size
+        probabilities = fit_calibration(kind, logits, labels, BINARY).apply(logits)[:, 0]
+        assert (probabilities[labels == 1] > 0.5).all()
+        assert ((probabilities > 0) & (probabilities < 1)).all()
 
 
 @pytest.mark.parametrize("kind", ["platt", "isotonic"])
@@ -218,26 +212,20 @@ def test_constant_logits_give_the_base_rate(kind):
 
 
 @pytest.mark.parametrize("kind", ["temperature", "platt", "isotonic"])
-@pytest.mark.parametrize("task", [BINARY, MULTICLASS], ids=lambda task: task.kind)
-def test_rows_of_a_single_class_are_refused(task, kind):
-    with pytest.raises(SidelightError, match="rows of both kinds are needed"):
-        fit_calibration(kind, np.zeros((5, task.outputs)), np.zeros(5, int), task)
-
-
-@pytest.mark.parametrize("kind", ["temperature", "platt"])
-def test_a_label_without_positives_stays_as_it_is(kind):
+def test_rows_that_cannot_calibrate_are_refused(kind):
+    for task in (BINARY, MULTICLASS):
+        with pytest.raises(SidelightError, match="rows of both kinds are needed"):
+            fit_calibration(kind, np.zeros((5, task.outputs)), np.zeros(5, int), task)
     logits, labels = draw_rows(MULTILABEL)
     labels[:, 1] = 0
-    calibration = fit_calibration(kind, logits, labels, MULTILABEL)
-    assert (calibration.scale[1], calibration.shift[1]) == (1, 0)
-    assert calibration.scale[0] != 1
-
-
-def test_isotonic_refuses_a_label_without_positives_and_names_it():
-    logits, labels = draw_rows(MULTILABEL)
-    labels[:, 1] = 0
-    with pytest.raises(SidelightError, match=r"all or none are y; .* kind 'platt'"):
-        fit_calibration("isotonic", logits, labels, MULTILABEL)
+    if kind == "isotonic":
+        with pytest.raises(SidelightError, match=r"all or none are y; .* kind 'platt'"):
+            fit_calibration(kind, logits, labels, MULTILABEL)
+    else:
+        # A label without positives stays as it is.
+        calibration = fit_calibration(kind, logits, labels, MULTILABEL)
+        assert (calibration.scale[1], calibration.shift[1]) == (1, 0)
+        assert calibration.scale[0] != 1
 
 
 def test_a_class_unseen_in_validation_becomes_unlikely_under_platt():
@@ -265,13 +253,10 @@ def test_an_unknown_kind_is_answered_with_the_known_ones():
     "change",
     [
         {"task": "regression"},
-        {"scale": []},
         {"scale": [1.0, 2.0]},
         {"scale": [-1.0]},
         {"scale": [float("nan")]},
         {"shift": None},
-        {"shift": ["x"]},
-        {"knots": 7},
         {"knots": [{"log_odds": [0.0]}]},
         {"knots": []},
         {"knots": [{"log_odds": [0.0, 0.0], "probabilities": [0.1, 0.2]}]},
@@ -286,14 +271,9 @@ def test_a_damaged_calibration_is_refused(change):
     data = json.loads(json.dumps(fit_calibration("isotonic", logits, labels, BINARY).to_dict()))
     with pytest.raises(SidelightError, match="Cannot read this calibration"):
         Calibration.from_dict(data | change)
-
-
-@pytest.mark.parametrize("field", ["task", "scale", "shift", "knots"])
-def test_a_missing_field_is_refused(field):
-    data = fit_calibration("none", np.zeros((1, 1)), np.zeros(1, int), BINARY).to_dict()
-    del data[field]
-    with pytest.raises(SidelightError, match=field):
-        Calibration.from_dict(data)
+    for field in change.keys() & data.keys():
+        with pytest.raises(SidelightError, match=field):
+            Calibration.from_dict({key: data[key] for key in data.keys() - {field}})
 
 
 def draw_shifted(task: Task, shares: list[float], *, texts: int, seed: int = 0):
@@ -313,22 +293,14 @@ SHARES = {"binary": [0.1], "multiclass": [0.1, 0.2, 0.6, 0.1], "multilabel": [0.
 
 
 @every_task
-def test_shares_of_classes_are_found_without_labels(task):
-    shares = SHARES[task.kind]
-    probabilities = draw_shifted(task, shares, texts=5000)
-    even = np.full(task.outputs, 1 / task.outputs if task.kind == "multiclass" else 0.5)
-    shift = estimate_shift(task, probabilities, even)
-    # 5,000 texts pin a share to about 0.01, here 3 sigma.
-    assert shift.shares == pytest.approx(shares, abs=0.03)
-    assert shift.significance < 1e-6
-
-
-@every_task
-def test_shifted_probabilities_are_those_of_the_new_shares(task):
+def test_shares_are_found_without_labels_and_probabilities_follow_them(task):
     shares = np.array(SHARES[task.kind])
     probabilities = draw_shifted(task, shares.tolist(), texts=20_000)
     even = np.full(task.outputs, 1 / task.outputs if task.kind == "multiclass" else 0.5)
     shift = estimate_shift(task, probabilities, even)
+    # 20,000 texts pin a share to about 0.005, here 3 sigma.
+    assert shift.shares == pytest.approx(shares, abs=0.015)
+    assert shift.significance < 1e-6
     logits = np.log(probabilities) if task.kind == "multiclass" else log_odds(probabilities)
     plain = (
         fit_calibration("none", logits, np.zeros(probabilities.shape[:1], int), task)
@@ -361,20 +333,6 @@ def test_the_shares_of_the_texts_of_the_calibration_do_not_change():
     shift = estimate_shift(BINARY, probabilities, probabilities.mean(axis=0))
     assert shift.change == pytest.approx([0], abs=1e-6)
     assert shift.significance > 0.99
-
-
-def test_chance_in_both_samples_is_seldom_a_change_of_shares():
-    found = []
-    for seed in range(100):
-        logits, labels = draw_rows(BINARY, rows=300, seed=seed)
-        calibration = fit_calibration("platt", logits, labels, BINARY)
-        priors = calibration.apply(logits).mean(axis=0)
-        unseen = calibration.apply(draw_rows(BINARY, rows=300, seed=1000 + seed)[0])
-        shifts = [estimate_shift(BINARY, unseen, priors, texts=n) for n in (300, None)]
-        found.append([shift.significance <= 0.05 for shift in shifts])
-    counted, ignored = np.sum(found, axis=0)
-    # 5 of 100 are wanted, here 3 sigma; if one sample counts as exact, they are some 17.
-    assert counted <= 11 < ignored
 
 
 def test_a_class_that_no_text_has_keeps_a_share_above_zero():

@@ -1,9 +1,8 @@
 """A probe follows new traffic without training, and says what it was recalibrated on."""
 
-import asyncio
-import logging
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import cache
 
 import numpy as np
 import pytest
@@ -11,24 +10,20 @@ import pytest
 from sidelight.artifact import load_probe, save_probe
 from sidelight.calibration import Calibration, fit_calibration, suggested_calibration
 from sidelight.data.examples import Example, Examples, LabelledExamples
-from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import SidelightError
-from sidelight.manifest import read_manifest, summary
-from sidelight.mechanisms.base import mechanism_spec
+from sidelight.manifest import read_manifest, reference, summary
 from sidelight.metrics import log_losses, score_counts
+from sidelight.probe import Probe
 from sidelight.prompts import Message
-from sidelight.server.metrics import ENOUGH, Drift
 from sidelight.thresholds import F1, ThresholdRule, choose_thresholds, read_curves
-from sidelight.training.fit import fit
 from sidelight.training.measuring import describe_examples, describe_scores
 from sidelight.training.recalibration import (
     LEAST_LABELLED,
     LEAST_UNLABELLED,
     recalibrate,
 )
-from sidelight.training.settings import FitOptions
-from sidelight.types import Task, Verdict
-from tiny import INTENT, TOPICS, TOXICITY, untrained_probe
+from sidelight.types import Task
+from tiny import INTENT, TOPICS, TOXICITY, tiny_backbone, untrained_probe
 
 TASKS = [TOXICITY, INTENT, TOPICS]
 every_task = pytest.mark.parametrize("task", TASKS, ids=lambda task: task.kind)
@@ -49,71 +44,60 @@ def drawn(task: Task, texts: int, *, share: float, seed: int, size: float = 2.0)
     return size * (means + generator.normal(size=means.shape)), labels
 
 
-def texts_of(count: int, task: Task | None = None, labels: np.ndarray | None = None) -> Examples:
-    items = tuple(Example((Message("user", f"text {i}"),)) for i in range(count))
-    if task is None or labels is None:
-        return Examples(items, ({},) * count)
-    return LabelledExamples(items, ({},) * count, task=task, labels=labels)
+def texts_of(count: int, task: Task, labels: np.ndarray) -> LabelledExamples:
+    return LabelledExamples(*texts_without_labels(count), task=task, labels=labels)
 
 
-def trained(tiny, task: Task, *, rule: ThresholdRule = F1):
+def texts_without_labels(count: int):
+    return tuple(Example((Message("user", f"text {i}"),)) for i in range(count)), ({},) * count
+
+
+def unlabelled(count: int) -> Examples:
+    return Examples(*texts_without_labels(count))
+
+
+@cache
+def trained(task: Task = TOXICITY, rule: ThresholdRule = F1) -> Probe:
     """A probe that was calibrated on 600 texts, of which 30 % are positive."""
     logits, labels = drawn(task, 600, share=0.3, seed=0)
     calibration = fit_calibration(suggested_calibration(task), logits, labels, task)
     probabilities = calibration.apply(logits)
-    examples = texts_of(600, task, labels)
-    assert isinstance(examples, LabelledExamples)
+    validation = {
+        **describe_examples(texts_of(600, task, labels)),
+        **describe_scores(task, probabilities, labels),
+    }
     return replace(
-        untrained_probe(tiny, "probe", task=task),
+        untrained_probe(tiny_backbone(), "probe", task=task),
         calibration=calibration,
         thresholds=choose_thresholds(task, probabilities, labels, rule=rule),
-        record={
-            "validation": {
-                **describe_examples(examples),
-                **describe_scores(task, probabilities, labels),
-            },
-            "threshold_rule": str(rule),
-        },
+        record={"validation": validation, "threshold_rule": str(rule)},
     )
 
 
-def test_the_texts_that_trained_a_probe_do_not_recalibrate_it(tiny):
-    probe = trained(tiny, TOXICITY)
+@pytest.mark.parametrize("hashed", ["sha256", "given_sha256"])
+def test_the_texts_that_trained_a_probe_do_not_recalibrate_it(hashed):
+    probe = trained()
     logits, labels = drawn(TOXICITY, 600, share=0.3, seed=0)
     seen = texts_of(600, TOXICITY, labels)
-    assert isinstance(seen, LabelledExamples)
-    probe = replace(probe, record={**probe.record, "training": describe_examples(seen)})
+    probe = replace(probe, record={**probe.record, "training": {hashed: seen.content_hash}})
     with pytest.raises(SidelightError, match=r"was trained on these texts.*new traffic"):
         recalibrate(probe, seen, logits)
 
 
-def test_nor_do_texts_of_which_a_part_was_held_out(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr("sidelight.training.dataset.FEW_TEXTS", 100)
-    logits, labels = drawn(TOXICITY, 120, share=0.3, seed=0)
-    whole = texts_of(120, TOXICITY, labels)
-    assert isinstance(whole, LabelledExamples)
-    options = FitOptions(mechanisms=(mechanism_spec("pooling"),), cache_root=tmp_path)
-    made = fit(tiny, whole, None, name="probe", options=options)
-    assert made.best.probe.record["training"]["rows"] < len(whole)
-    with pytest.raises(SidelightError, match="was trained on these texts"):
-        recalibrate(made.best.probe, whole, logits)
-
-
-def test_labels_that_cannot_be_measured_apart_are_said(tiny):
+def test_labels_that_cannot_be_measured_apart_are_said():
     logits, labels = drawn(TOXICITY, 60, share=0.3, seed=1)
     new = texts_of(60, TOXICITY, labels)
-    assert isinstance(new, LabelledExamples)
     # All positive texts are one text, so they stay together.
     pairs = zip(new.items, labels, strict=True)
     alike = tuple(new.items[0] if label else item for item, label in pairs)
-    made = recalibrate(trained(tiny, TOXICITY), replace(new, items=alike), logits)
+    made = recalibrate(trained(), replace(new, items=alike), logits)
     assert any("the figures are flattering" in warning for warning in made.warnings)
 
 
 @every_task
-def test_labelled_texts_calibrate_and_choose_thresholds_as_in_training(tiny, task):
+def test_labelled_texts_calibrate_and_choose_thresholds_as_in_training(task):
     rule = F1 if task.kind == "multiclass" else ThresholdRule("recall", 0.9)
-    probe = trained(tiny, task, rule=rule)
+    probe = trained(task, rule)
     logits, labels = drawn(task, 300, share=0.2, seed=1, size=8.0)
     made = recalibrate(probe, texts_of(300, task, labels), logits)
     kind, had = suggested_calibration(task), probe.calibration.scale
@@ -129,11 +113,12 @@ def test_labelled_texts_calibrate_and_choose_thresholds_as_in_training(tiny, tas
 
 
 @every_task
-def test_unlabelled_texts_move_probabilities_to_the_shares_of_their_classes(tiny, task):
-    probe = trained(tiny, task)
+def test_unlabelled_texts_move_probabilities_to_the_shares_of_their_classes(task):
+    probe = trained(task)
     logits, _ = drawn(task, 1000, share=0.05, seed=1)
-    made = recalibrate(probe, texts_of(1000), logits)
+    made = recalibrate(probe, unlabelled(1000), logits)
     fresh, truth = drawn(task, 5000, share=0.05, seed=2)
+    assert made.warnings == ()
     before, after = (one.calibration.apply(fresh) for one in (probe, made.probe))
     assert log_losses(task, after, truth).mean() < log_losses(task, before, truth).mean()
     # 1,000 texts pin a share of 5 % to about 1 %.
@@ -141,22 +126,22 @@ def test_unlabelled_texts_move_probabilities_to_the_shares_of_their_classes(tiny
     assert made.probe.calibration.scale == probe.calibration.scale
 
 
-def test_thresholds_follow_the_shares_and_a_rate_of_false_alarms_flags_the_same_texts(tiny):
+def test_thresholds_follow_the_shares_and_a_rate_of_false_alarms_flags_the_same_texts():
     logits, labels = drawn(TOXICITY, 1000, share=0.05, seed=1)
-    probe = trained(tiny, TOXICITY)
-    made = recalibrate(probe, texts_of(1000), logits).probe
+    probe = trained()
+    made = recalibrate(probe, unlabelled(1000), logits).probe
     flagged = [one.calibration.apply(logits) >= one.thresholds for one in (probe, made)]
     assert flagged[1].sum() < flagged[0].sum()
     f1 = [2 * (own[:, 0] & (labels == 1)).sum() / (own.sum() + labels.sum()) for own in flagged]
     assert f1[1] > f1[0]
-    strict = trained(tiny, TOXICITY, rule=ThresholdRule("fpr", 0.02))
-    made = recalibrate(strict, texts_of(1000), logits).probe
+    strict = trained(TOXICITY, ThresholdRule("fpr", 0.02))
+    made = recalibrate(strict, unlabelled(1000), logits).probe
     flagged = [one.calibration.apply(logits) >= one.thresholds for one in (strict, made)]
     np.testing.assert_array_equal(*flagged)
 
 
-def test_without_texts_the_thresholds_move_along_the_stored_curve(tiny):
-    probe = trained(tiny, TOPICS)
+def test_without_texts_the_thresholds_move_along_the_stored_curve():
+    probe = trained(TOPICS)
     rule = ThresholdRule("cost", 20.0)
     made = recalibrate(probe, rule=rule).probe
     logits, labels = drawn(TOPICS, 600, share=0.3, seed=0)
@@ -165,14 +150,15 @@ def test_without_texts_the_thresholds_move_along_the_stored_curve(tiny):
     assert made.calibration == probe.calibration
     assert recalibrate(made).probe.thresholds == made.thresholds
     again = recalibrate(made, rule=F1).probe
+    assert len(again.record["recalibrations"]) == 2
     assert again.thresholds == probe.thresholds
 
 
 @pytest.mark.parametrize("way", ["labelled", "unlabelled", "rule"])
-def test_the_artifact_says_what_it_was_recalibrated_on(tiny, tmp_path, way):
-    old = load_probe(save_probe(trained(tiny, TOXICITY), tmp_path / "old"))
+def test_the_artifact_says_what_it_was_recalibrated_on(tmp_path, way):
+    old = load_probe(save_probe(trained(), tmp_path / "old"))
     logits, labels = drawn(TOXICITY, 200, share=0.1, seed=1)
-    examples = texts_of(200, *((TOXICITY, labels) if way == "labelled" else ()))
+    examples = texts_of(200, TOXICITY, labels) if way == "labelled" else unlabelled(200)
     rule = ThresholdRule("fpr", 0.05)
     made = recalibrate(old, *(() if way == "rule" else (examples, logits)), rule=rule)
     new = load_probe(save_probe(made.probe, tmp_path / "new"))
@@ -190,37 +176,29 @@ def test_the_artifact_says_what_it_was_recalibrated_on(tiny, tmp_path, way):
         assert (entry["rows"], entry["sha256"]) == (200, examples.content_hash)
         assert {"before", "after"} <= entry.keys()
         after = new.calibration.apply(logits)[:, 0].tolist()
-        assert entry["scores"] == {"toxic": score_counts(after)}
-    told = summary(
-        replace(read_manifest(tmp_path / "new"), record={**new.record, "validation": {}})
-    )
+        # Drift is measured from these, so it ends with the recalibration.
+        assert reference(new.record)["scores"] == {"toxic": score_counts(after)}
+    if way == "labelled":
+        (curve,) = read_curves(entry["curves"]).values()
+        assert (curve.positives, curve.negatives) == (labels.sum(), 200 - labels.sum())
+        assert curve.threshold(rule) == new.thresholds[0]
+    told = summary(read_manifest(tmp_path / "new"))
     assert told["recalibrated 1"] == f"{entry['date']}: {made.what}"
 
 
-def test_a_recalibrated_probe_is_recalibrated_again(tiny):
-    probe = trained(tiny, TOXICITY)
-    for share in (0.05, 0.3):
-        logits, _ = drawn(TOXICITY, 2000, share=share, seed=1)
-        probe = recalibrate(probe, texts_of(2000), logits).probe
-    assert len(probe.record["recalibrations"]) == 2
-    first = trained(tiny, TOXICITY).calibration.shift
-    # Back where it began, but for chance: 600 and 2,000 texts pin it to 0.1, here 3 sigma.
-    assert probe.calibration.shift == pytest.approx(first, abs=0.3)
-
-
 @every_task
-def test_too_few_texts_are_refused(tiny, task):
-    probe = trained(tiny, task)
+def test_too_few_texts_are_refused(task):
+    probe = trained(task)
     logits, labels = drawn(task, LEAST_LABELLED - 1, share=0.5, seed=1)
     with pytest.raises(SidelightError, match=r"Too few labelled texts.*got 29"):
         recalibrate(probe, texts_of(len(logits), task, labels), logits)
     logits, labels = drawn(task, LEAST_UNLABELLED - 1, share=0.5, seed=1)
     with pytest.raises(SidelightError, match=r"Too few unlabelled texts.*got 199, wanted 200"):
-        recalibrate(probe, texts_of(len(logits)), logits)
+        recalibrate(probe, unlabelled(len(logits)), logits)
 
 
-def test_too_few_positive_texts_are_refused_and_few_are_warned_of(tiny):
-    probe = trained(tiny, TOXICITY)
+def test_too_few_positive_texts_are_refused_and_few_are_warned_of():
+    probe = trained()
     logits, labels = drawn(TOXICITY, 200, share=0.5, seed=1)
     labels[:] = np.arange(200) < 9
     with pytest.raises(SidelightError, match=r"got 200, 9 of them 'toxic'; wanted .* 10 or more"):
@@ -231,10 +209,10 @@ def test_too_few_positive_texts_are_refused_and_few_are_warned_of(tiny):
 
 
 @every_task
-def test_unlabelled_texts_that_show_no_change_change_nothing(tiny, task):
-    probe = trained(tiny, task)
+def test_unlabelled_texts_that_show_no_change_change_nothing(task):
+    probe = trained(task)
     logits, _ = drawn(task, 600, share=0.3, seed=0)
-    same = recalibrate(probe, texts_of(600), logits)
+    same = recalibrate(probe, unlabelled(600), logits)
     assert "do not show that a share changed" in same.warnings[0]
     assert same.probe.calibration == probe.calibration
     assert same.probe.thresholds == pytest.approx(probe.thresholds)
@@ -242,105 +220,44 @@ def test_unlabelled_texts_that_show_no_change_change_nothing(tiny, task):
     assert priors == pytest.approx(probe.record["validation"]["priors"])
 
 
-def test_a_change_of_shares_is_no_warning(tiny):
-    probe = trained(tiny, TOXICITY)
-    logits, _ = drawn(TOXICITY, 600, share=0.1, seed=1)
-    assert recalibrate(probe, texts_of(600), logits).warnings == ()
-
-
-def test_unlabelled_texts_that_no_share_explains_are_refused(tiny):
+def test_unlabelled_texts_that_no_share_explains_are_refused():
     # All scores in the middle: neither positive nor negative texts of training look so.
     strange = np.random.default_rng(0).normal(size=(600, 1)) * 0.3
     with pytest.raises(SidelightError, match=r"'toxic' are no mixture .* Label some"):
-        recalibrate(trained(tiny, TOXICITY), texts_of(600), strange)
-
-
-def test_scores_that_are_surer_than_those_of_the_folds_are_no_change_of_texts(tiny):
-    probe = trained(tiny, TOXICITY)
-    logits, _ = drawn(TOXICITY, 600, share=0.1, seed=1)
-    # Three times as far from an even chance, where it is clear already.
-    scaled = probe.calibration.scale[0] * logits + probe.calibration.shift[0]
-    surer = np.where(np.abs(scaled) > 3, logits + 2 * (scaled - 3 * np.sign(scaled)), logits)
-    made = recalibrate(probe, texts_of(600), surer)
-    assert made.probe.record["recalibrations"][-1]["shares"]["toxic"][1] < 0.15
+        recalibrate(trained(), unlabelled(600), strange)
 
 
 @every_task
-def test_an_older_artifact_without_curves_and_shares_is_recalibrated_where_it_can(tiny, task):
-    probe = trained(tiny, task)
-    old = {
-        key: value
-        for key, value in probe.record["validation"].items()
-        if key not in ("curves", "priors")
-    }
-    probe = replace(probe, record={"validation": old})
+def test_what_an_artifact_without_curves_cannot_give_is_refused(task):
+    probe = trained(task)
+    stored = {**probe.record["validation"]}
+    del stored["curves"], stored["priors"]
+    probe = replace(probe, record={"validation": stored})
     logits, labels = drawn(task, 300, share=0.1, seed=1)
     made = recalibrate(probe, texts_of(300, task, labels), logits)
     assert made.probe.record["threshold_rule"] == "f1"
-    if task.kind == "multiclass":
-        assert recalibrate(probe, texts_of(300), logits).probe.calibration != probe.calibration
-        with pytest.raises(SidelightError, match="most probable one wins"):
-            recalibrate(probe)
+    without_texts = "most probable one wins" if task is INTENT else "no curve .* labelled texts"
+    with pytest.raises(SidelightError, match=without_texts):
+        recalibrate(probe)
+    if task is INTENT:
+        assert recalibrate(probe, unlabelled(300), logits).probe.calibration != probe.calibration
+        with pytest.raises(SidelightError, match="Leave --threshold out"):
+            recalibrate(probe, rule=ThresholdRule("fpr", 0.01))
     else:
-        for arguments in ((), (texts_of(300), logits)):
-            with pytest.raises(SidelightError, match=r"no curve .* Recalibrate on labelled texts"):
-                recalibrate(probe, *arguments)
+        with pytest.raises(SidelightError, match=without_texts):
+            recalibrate(probe, unlabelled(300), logits)
 
 
-def test_several_classes_take_no_rule(tiny):
-    probe = trained(tiny, INTENT)
-    with pytest.raises(SidelightError, match="Leave --threshold out"):
-        recalibrate(probe, rule=ThresholdRule("fpr", 0.01))
-
-
-async def scraped_twice(tiny, probe, logits) -> float:
-    """The drift that a running server tells of these texts."""
-    engine = TransformersEngine(tiny, [probe])
-    await engine.start()
-    drift = Drift(engine)
-    for score in probe.calibration.apply(logits)[:, 0].tolist():
-        scores = {"fine": 1 - score, "toxic": score}
-        drift.add(probe, Verdict("toxicity", "fine", ("fine",), scores, False))
-    first, second = (next(iter(drift.collect())).samples[0].value for _ in range(2))
-    await engine.close()
-    assert first == second
-    return first
-
-
-def test_drift_names_the_remedy_and_ends_with_it(tiny, caplog):
-    probe = replace(trained(tiny, TOXICITY), name="toxicity", version="1")
-    logits, labels = drawn(TOXICITY, 2 * ENOUGH, share=0.95, seed=1)
-    examples = texts_of(2 * ENOUGH, TOXICITY, labels)
-    recalibrated = replace(recalibrate(probe, examples, logits).probe, version="2")
-    told = {}
-    for one in (probe, recalibrated):
-        with caplog.at_level(logging.WARNING):
-            told[one.version] = asyncio.run(scraped_twice(tiny, one, logits))
-    assert told["1"] > 0.25
-    assert told["2"] == 0
-    (line,) = [record.getMessage() for record in caplog.records]
-    assert "probe 'toxicity' for 'toxic'" in line
-    assert "Run `sidelight recalibrate`" in line
-
-
-def test_a_curve_of_a_recalibration_is_that_of_its_texts(tiny):
-    logits, labels = drawn(TOXICITY, 300, share=0.2, seed=1)
-    made = recalibrate(trained(tiny, TOXICITY), texts_of(300, TOXICITY, labels), logits).probe
-    (curve,) = read_curves(made.record["recalibrations"][0]["curves"]).values()
-    assert (curve.positives, curve.negatives) == (labels.sum(), 300 - labels.sum())
-    assert curve.threshold(F1) == made.thresholds[0]
-
-
-def test_users_are_told_that_a_probe_catches_far_less_than_before(tiny):
+def test_users_are_told_that_a_probe_catches_far_less_than_before():
     """Harmless texts alone, which anybody can send, move a threshold of the highest F1."""
-    probe = trained(tiny, TOXICITY)
+    probe = trained()
     harmless, _ = drawn(TOXICITY, 1000, share=0.0, seed=3)
-    (warning,) = recalibrate(probe, texts_of(1000), harmless).warnings
+    (warning,) = recalibrate(probe, unlabelled(1000), harmless).warnings
     assert "'toxic', the old one 7" in warning
     (warning,) = recalibrate(probe, rule=ThresholdRule("cost", 1e-4)).warnings
     assert "catches 0% of the texts" in warning
     logits, labels = drawn(TOXICITY, 300, share=0.3, seed=4)
-    strict = trained(tiny, TOXICITY, rule=ThresholdRule("recall", 0.9))
+    strict = trained(TOXICITY, ThresholdRule("recall", 0.9))
     few = np.where(np.cumsum(labels) <= 40, labels, 0)
     made = recalibrate(
         strict, texts_of(300, TOXICITY, few), logits, rule=ThresholdRule("cost", 0.1)
@@ -349,8 +266,8 @@ def test_users_are_told_that_a_probe_catches_far_less_than_before(tiny):
     assert not recalibrate(probe, texts_of(300, TOXICITY, labels), logits).warnings
 
 
-def test_users_are_told_that_a_probe_knows_nothing_of_the_labels(tiny):
-    probe = trained(tiny, TOXICITY)
+def test_users_are_told_that_a_probe_knows_nothing_of_the_labels():
+    probe = trained()
     logits, labels = drawn(TOXICITY, 300, share=0.3, seed=4)
     made = recalibrate(probe, texts_of(300, TOXICITY, 1 - labels), logits)
     assert "Check the labels" in made.warnings[-1]

@@ -48,24 +48,23 @@ rows = st.lists(st.tuples(st.integers(0, 20), st.booleans()), min_size=2, max_si
 )
 
 
-@pytest.mark.parametrize("text", [*RULES, "fpr=.01", "cost=1:4", "recall=0.999"])
-def test_a_rule_is_read_back_from_its_text(text):
-    rule = ThresholdRule.parse(text)
-    assert ThresholdRule.parse(str(rule)) == rule
+def test_a_rule_is_read_back_from_its_text():
+    for text in (*RULES, "fpr=.01", "cost=1:4", "recall=0.999"):
+        rule = ThresholdRule.parse(text)
+        assert ThresholdRule.parse(str(rule)) == rule
 
 
 @pytest.mark.parametrize(
     "text",
-    ["", "F1", "f1=0.5", "fpr", "fpr=0", "fpr=1", "fpr=-0.1", "recall=1.0", "recall=x", "cost=10",
-     "cost=0:1", "cost=1:0", "cost=1:2:3", "precision=0.9", "0.5", "fpr=nan", "cost=inf:1",
-     "cost=1e400:1"],
+    ["", "f1=0.5", "fpr", "fpr=0", "fpr=1", "recall=x", "cost=10", "cost=0:1", "cost=1:0",
+     "cost=1:2:3", "precision=0.9", "0.5", "fpr=nan", "cost=1e400:1"],
 )  # fmt: skip
 def test_a_rule_that_cannot_be_read_is_answered_with_the_forms(text):
     with pytest.raises(SidelightError, match=r"f1, fpr=0\.01 .*recall=0\.95 .*cost=10:1"):
         ThresholdRule.parse(text)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(rows=rows)
 def test_no_other_threshold_follows_the_rule_better(rows):
     scores = np.array([score / 20 for score, _ in rows])
@@ -98,17 +97,14 @@ def test_no_other_threshold_follows_the_rule_better(rows):
     assert paid == pytest.approx(costs.min())
 
 
-@pytest.mark.parametrize(("miss", "alarm"), [(10, 1), (1, 1), (1, 4)])
-def test_by_the_calibration_alone_the_cost_is_least_at_the_threshold_of_bayes(miss, alarm):
-    curve = OperatingCurve.of(*draw_calibrated(20_000, seed=0), points=20_001)
-    rule = ThresholdRule.parse(f"cost={miss}:{alarm}")
-    threshold = curve.threshold(rule, prior_texts=CALIBRATION_ALONE)
-    assert threshold == pytest.approx(alarm / (miss + alarm), abs=2e-3)
-
-
-def test_by_the_calibration_alone_f1_is_highest_at_half_its_value():
+def test_by_the_calibration_alone_thresholds_are_those_of_bayes():
     scores, holds = draw_calibrated(20_000, seed=0)
     curve = OperatingCurve.of(scores, holds, points=20_001)
+    for miss, alarm in ((10, 1), (1, 1), (1, 4)):
+        rule = ThresholdRule.parse(f"cost={miss}:{alarm}")
+        threshold = curve.threshold(rule, prior_texts=CALIBRATION_ALONE)
+        assert threshold == pytest.approx(alarm / (miss + alarm), abs=2e-3)
+    # F1 is highest at half its value.
     threshold = curve.threshold(F1, prior_texts=CALIBRATION_ALONE)
     flagged = scores >= threshold
     expected = 2 * scores[flagged].sum() / (flagged.sum() + scores.sum())
@@ -148,16 +144,13 @@ def test_saturated_scores_still_get_a_threshold_within_reach(rule):
         assert 0 < threshold < 1
 
 
-def test_a_threshold_lies_midway_between_the_classes():
-    scores, labels = np.array([[0.1], [0.2], [0.8], [0.9]]), np.array([0, 0, 1, 1])
-    assert choose_thresholds(BINARY, scores, labels) == pytest.approx((0.5,))
-
-
-def test_each_label_gets_its_own_threshold_and_half_without_positives():
+def test_each_label_gets_its_own_threshold_midway_and_half_without_positives():
     scores = np.array([[0.1, 0.5, 0.9], [0.3, 0.5, 0.7], [0.9, 0.5, 0.3]])
     labels = np.array([[0, 0, 1], [1, 0, 0], [1, 0, 0]])
     many = np.tile(scores, (1000, 1)), np.tile(labels, (1000, 1))
     assert choose_thresholds(MULTILABEL, *many) == pytest.approx((0.2, 0.5, 0.8))
+    scores, labels = np.array([[0.1], [0.2], [0.8], [0.9]]), np.array([0, 0, 1, 1])
+    assert choose_thresholds(BINARY, scores, labels) == pytest.approx((0.5,))
 
 
 def test_a_multiclass_task_has_no_thresholds():
@@ -167,7 +160,7 @@ def test_a_multiclass_task_has_no_thresholds():
         require_thresholds(MULTICLASS, ThresholdRule("fpr", 0.01))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(rows=rows)
 def test_a_curve_counts_what_each_of_its_thresholds_flags(rows):
     scores = np.array([score / 20 for score, _ in rows])
@@ -189,19 +182,15 @@ def test_a_curve_counts_what_each_of_its_thresholds_flags(rows):
 @pytest.mark.parametrize("rule", RULES)
 def test_a_curve_is_bounded_and_loses_little(texts, rule):
     scores, holds = draw_calibrated(texts, seed=2)
-    whole, bounded = (
-        OperatingCurve.of(scores, holds, points=texts + 1),
-        OperatingCurve.of(scores, holds),
-    )
+    whole = OperatingCurve.of(scores, holds, points=texts + 1)
+    bounded = OperatingCurve.of(scores, holds)
     assert len(bounded.thresholds) <= POINTS
     assert len(json.dumps(bounded.to_dict())) < 10_000
     assert bounded.thresholds[0] == whole.thresholds[0]
     assert bounded.thresholds[-1] == whole.thresholds[-1]
+    rule = ThresholdRule.parse(rule)
     rates = [
-        [
-            (scores >= curve.threshold(ThresholdRule.parse(rule)))[side].mean()
-            for side in (holds, ~holds)
-        ]
+        [(scores >= curve.threshold(rule))[side].mean() for side in (holds, ~holds)]
         for curve in (whole, bounded)
     ]
     # The arcsine's step at a share of a half is 1.2 %.
@@ -221,13 +210,11 @@ def test_curves_survive_json_exactly():
     [
         {"thresholds": []},
         {"thresholds": [0.5, 0.5]},
-        {"thresholds": [0.5, 0.6]},
         {"thresholds": [1.5, 0.6]},
         {"thresholds": [0.5, float("nan")]},
         {"thresholds": [i / 1000 for i in range(200, 0, -1)]},
         {"true_positives": [2, 1]},
         {"true_positives": [0, 9]},
-        {"true_positives": [0.5, 1]},
         {"false_positives": [-1, 0]},
         {"expected": [0.1]},
         {"share": 1.5},
@@ -287,23 +274,21 @@ def test_a_curve_of_sure_scores_alone_explains_no_unsure_ones():
         assert not curve.explains(unsure)
 
 
-def test_a_threshold_that_rests_on_few_positives_is_warned_of():
-    few = threshold_doubts(BINARY, {"safe": 900, "toxic": 12}, 912, F1)
-    assert len(few) == 1
-    assert few[0].startswith(
-        "The threshold of 'toxic' rests on 12 positive validation texts, and 30 are wanted"
-    )
-    enough = {"safe": 900, "toxic": ENOUGH_POSITIVES}
-    assert threshold_doubts(BINARY, enough, 930, F1) == []
-    # Few negatives are no matter of recall.
-    assert threshold_doubts(BINARY, {"safe": 5, "toxic": 40}, 45, F1) == []
-    (named,) = threshold_doubts(MULTILABEL, {"x": 40, "y": 3, "z": 8}, 100, F1)
-    assert "'y' rests on 3, 'z' rests on 8" in named
-    assert threshold_doubts(MULTICLASS, dict.fromkeys("abcd", 2), 8, F1) == []
-
-
-def test_a_rate_of_false_alarms_takes_enough_negatives():
-    counts = {"safe": 200, "toxic": 60}
-    (told,) = threshold_doubts(BINARY, counts, 260, ThresholdRule("fpr", 0.01))
-    assert "0.01 cannot be told from 200 negative texts: 300 are wanted" in told
-    assert threshold_doubts(BINARY, counts, 260, ThresholdRule("fpr", 0.05)) == []
+@pytest.mark.parametrize(
+    ("task", "counts", "texts", "rule", "doubts"),
+    [
+        (BINARY, {"safe": 900, "toxic": 12}, 912, "f1", ["'toxic' rests on 12 positive"]),
+        (BINARY, {"safe": 900, "toxic": ENOUGH_POSITIVES}, 930, "f1", []),
+        # Few negatives are no matter of recall.
+        (BINARY, {"safe": 5, "toxic": 40}, 45, "f1", []),
+        (MULTILABEL, {"x": 40, "y": 3, "z": 8}, 100, "f1", ["'y' rests on 3, 'z' rests on 8"]),
+        (MULTICLASS, dict.fromkeys("abcd", 2), 8, "f1", []),
+        # A rate of false alarms takes enough negatives.
+        (BINARY, {"safe": 200, "toxic": 60}, 260, "fpr=0.01", ["200 negative texts: 300 are"]),
+        (BINARY, {"safe": 200, "toxic": 60}, 260, "fpr=0.05", []),
+    ],
+)
+def test_a_threshold_that_rests_on_few_texts_is_warned_of(task, counts, texts, rule, doubts):
+    found = threshold_doubts(task, counts, texts, ThresholdRule.parse(rule))
+    assert len(found) == len(doubts)
+    assert all(part in whole for part, whole in zip(doubts, found, strict=True))
