@@ -10,13 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sidelight.engines.base import (
-    Candidate,
     Finished,
     PromptJudged,
     ResponseScored,
-    Spelling,
     TextDelta,
-    TokenLogprobs,
 )
 from sidelight.errors import SidelightError, VerdictError
 from sidelight.policy.decisions import PolicyError
@@ -212,16 +209,6 @@ def test_an_empty_answer_has_nothing_to_judge(late):
     bound = BoundRule(late, Rule("block"))
     (end,) = HoldBack([bound]).push(Finished("stop", 7, 1, judgement=Judgement((), ("late",))))
     assert end.reason == "stop"
-
-
-def test_tokens_without_text_are_judged_before_their_log_probabilities_are_sent(late):
-    token = TokenLogprobs(Candidate(Spelling("<x>", None), -0.1), (), 0)
-    for score, reason, sent in ((1.0, "content_filter", ()), (0.0, "length", (token,))):
-        holding = HoldBack([BoundRule(late, Rule("block", consecutive=2))])
-        judgement = Judgement((verdict(score),))
-        assert holding.push(ResponseScored(1, judgement)) == []
-        (end,) = holding.push(Finished("length", 7, 1, judgement, logprobs=(token,)))
-        assert (end.reason, end.logprobs) == (reason, sent)
 
 
 class Notes:

@@ -5,10 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from engine_runs import GREEDY, count_passes, events_of, run
+from engine_runs import count_passes, run
 from sidelight.bank import Bank
 from sidelight.data.examples import Example
-from sidelight.engines.base import PromptJudged
 from sidelight.errors import VerdictError
 from sidelight.mechanisms.base import mechanism_names
 from sidelight.prompts import Message, Reads
@@ -149,22 +148,3 @@ def test_an_engine_explains_by_the_pass_that_judges(backbone):
             )
             np.testing.assert_allclose(explanation.shares, alone.shares, atol=COMPLETE)
             assert explanation.places == alone.places
-
-
-def test_a_written_answer_explains_the_probes_of_its_prompt(backbone):
-    probes = three_probes(backbone)
-
-    async def work(engine):
-        passes = count_passes(backbone)
-        plain = await events_of(engine, "hello", GREEDY)
-        before = len(passes)
-        asked = await events_of(engine, "hello", GREEDY, explain=["toxicity"])
-        return plain, asked, before, len(passes) - before
-
-    plain, asked, before, after = run(backbone, work, probes=probes)
-    assert before == after
-    assert plain == asked
-    assert isinstance(asked[0], PromptJudged)
-    (explanation,) = asked[0].explanations
-    require_complete(explanation)
-    assert explanation.verdict.probe == "toxicity"

@@ -96,9 +96,9 @@ def ask(address, path, body):
 
 
 def explanation(address, probe):
-    body = {"input": TEXT, "probes": [probe], "explain": "matrix"}
-    said = ask(address, "/v1/moderations", body)["results"][0]["sidelight"]
-    return said["explanations"][0]
+    question = {"type": "predicate", "name": probe}
+    body = {"model": MODEL, "input": TEXT, "questions": [question], "explain": "matrix"}
+    return ask(address, "/v1/decisions", body)["explanations"][0]
 
 
 def word_shares(found):
@@ -191,42 +191,18 @@ def test_the_running_score_is_drawn_against_its_threshold_while_it_is_written(pa
     assert drawn.count("L") >= 18
 
 
-def test_the_cut_is_shown_where_a_rule_that_is_tried_cuts(page):
-    choose(page, "Thresholds")
-    page.get_by_role("combobox", name="Probe", exact=True).select_option("refusal")
-    page.get_by_role("slider", name="Threshold:").press("Home")
-    page.get_by_label("Block at this threshold in my chat").check()
-    choose(page, "Chat")
-    assert page.get_by_text("Trying in this chat: block by refusal").is_visible()
-    say(page)
-    page.get_by_text(re.compile(r"Cut by the policy after \d+ tokens")).wait_for()
-    assert "threshold 0.0" in page.get_by_role("img", name="Running score").get_attribute(
-        "aria-label"
-    )
-    choose(page, "Thresholds")
-    page.get_by_label("Block at this threshold in my chat").uncheck()
-    choose(page, "Chat")
-    say(page)
-    page.get_by_text("20 tokens, then").wait_for()
-
-
-def test_only_what_a_request_may_ask_for_can_be_tried(page):
-    choose(page, "Thresholds")
-    trial = page.get_by_label("Block at this threshold in my chat")
-    slider = page.get_by_role("slider", name="Threshold:")
-    slider.press("Home")
-    trial.check()
-    slider.press("End")
-    assert trial.is_disabled()
-    assert not trial.is_checked()
-    assert page.get_by_text("Only thresholds up to the served one, 0.500").is_visible()
-    page.get_by_role("button", name="Back to the served threshold").click()
-    trial.check()
-    choose(page, "Chat")
-    assert page.get_by_text("block by toxicity from 0.500").is_visible()
-    say(page, tokens=1)
-    page.get_by_text(re.compile("1 tokens|was blocked by toxicity")).wait_for()
-    page.expected_errors = ("status of 400",)
+def test_the_cut_is_shown_where_the_policy_cuts(browser, backbone, probes):
+    rule = Rule("block", threshold=0.0, disclose="scores")
+    with (
+        served(
+            TransformersEngine(backbone, probes),
+            policy=Policy(output={"refusal": rule}),
+            playground=True,
+        ) as address,
+        opened(browser, address) as page,
+    ):
+        say(page)
+        page.get_by_text(re.compile(r"Cut by the policy after \d+ tokens")).wait_for()
 
 
 def test_a_blocked_prompt_shows_who_blocked_it(browser, backbone, probes):
@@ -255,6 +231,7 @@ def test_pressing_a_verdict_shades_the_words_by_their_shares(page, address):
     for probe in ("toxicity", "intent"):
         page.get_by_role("button", name=probe).click()
         shares = page.get_by_role("article", name="You").locator(".text .share")
+        shares.first.wait_for()
         assert [share.get_attribute("title") for share in shares.all()] == word_shares(
             explanation(address, probe)
         )
@@ -284,7 +261,7 @@ def test_a_verdict_that_an_earlier_message_decided_says_so(page, address):
     (found,) = ask(address, "/v1/decisions", body)["explanations"]
     assert {token["message"] for token in found["tokens"]} == {0}
     page.get_by_role("button", name="spam").nth(1).click()
-    assert page.get_by_text(f"Your message “{TEXT}” decided").is_visible()
+    page.get_by_text(f"Your message “{TEXT}” decided").wait_for()
 
 
 def test_the_heat_map_has_the_share_of_each_token_in_each_layer(page, address):

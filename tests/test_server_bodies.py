@@ -50,7 +50,7 @@ def error_of(answer):
     [
         '"probes": ["toxicity"], "probes": []',
         '"probes": ["toxicity"], "prob\\u0065s": []',
-        '"policies": {"toxicity": {"mode": "block", "mode": "score"}}',
+        '"stream_options": {"include_usage": true, "include_usage": false}',
         '"metadata": {"a": [{"b": 1, "b": 2}]}',
     ],
 )

@@ -40,64 +40,16 @@ class PromptJudged:
 
 
 @dataclass(frozen=True)
-class Spelling:
-    r"""What a token stands for.
-
-    Attributes:
-        text: The characters; ``\xf0\x9f`` for a token that is only a part of one.
-        bytes: What it adds to a text; None if the tokenizer does not say, and for a special token,
-            which adds nothing.
-    """
-
-    text: str
-    bytes: bytes | None
-
-    @property
-    def is_partial(self) -> bool:
-        """Whether it is part of a character, so that ``text`` only describes it."""
-        return self.bytes is not None and self.text.encode() != self.bytes
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A token that was written, or could have been, with its log-probability.
-
-    The logarithm is natural, under the model's own distribution: before temperature and ``top_p``.
-    """
-
-    spelling: Spelling
-    logprob: float
-
-
-@dataclass(frozen=True)
-class TokenLogprobs:
-    """One token of a text.
-
-    Attributes:
-        drawn: The token.
-        likeliest: The most probable tokens at its place, best first.
-        offset: Characters of the text before it.
-    """
-
-    drawn: Candidate
-    likeliest: tuple[Candidate, ...]
-    offset: int
-
-
-@dataclass(frozen=True)
 class TextDelta:
     """More text: whole characters, and nothing that a stop string can still take back.
 
     Attributes:
         text: What follows the text so far.
         tokens: How many tokens have been sampled; no later token contributes to the text.
-        logprobs: For the tokens that the text comes from, if the request asked for them. Hold them
-            back together with the text.
     """
 
     text: str
     tokens: int = field(kw_only=True)
-    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -127,7 +79,6 @@ class Finished:
         judgement: By every probe that reads the response. An end-of-turn token is never read.
             If no probe is watched, the last sampled token is not run through the model either, so
             at ``length`` or a stop string the verdicts do not cover the last token of the text.
-        logprobs: For trailing tokens that only begin a character, so that no text comes from them.
         judging_s: Seconds that the probes added to all steps after the prompt.
     """
 
@@ -135,7 +86,6 @@ class Finished:
     prompt_tokens: int
     completion_tokens: int
     judgement: Judgement = field(default_factory=Judgement)
-    logprobs: tuple[TokenLogprobs, ...] = ()
     judging_s: float = field(default=0.0, compare=False)
 
 
@@ -184,8 +134,6 @@ class Sampling:
         top_p: Draws from the most probable tokens that together reach this probability, in (0, 1].
         stop: Strings that end the text and are not part of it.
         seed: The same seed draws the same text. None takes a fresh one.
-        logprobs: How many of the likeliest tokens to report beside each token's log-probability.
-            None reports no log-probabilities at all.
     """
 
     max_tokens: int | None = None
@@ -193,7 +141,6 @@ class Sampling:
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
     seed: int | None = None
-    logprobs: int | None = None
 
 
 Admission = Callable[[PromptJudged], bool]
@@ -296,7 +243,6 @@ class Engine(ABC):
         *,
         watch: Collection[str] = (),
         admits: Admission = admit_all,
-        explain: Collection[str] | None = None,
     ) -> AsyncGenerator[Event, None]:
         """Yields ``PromptJudged``, any ``TextDelta`` and ``ResponseScored``, and ``Finished``.
 
@@ -312,15 +258,12 @@ class Engine(ABC):
                 That costs time, and none if no probe is named.
             admits: Asked before the first token is drawn. If it refuses, ``PromptJudged`` is the
                 only event, nothing is written, and the request has already left the engine.
-            explain: Names of probes that read the prompt alone, whose verdicts ``PromptJudged``
-                explains; None: nobody asks.
 
         Raises:
             ContextLengthError: The prompt leaves no room for a token.
             EngineBusyError: The queue is full.
             EngineUnavailableError: The engine is loading or has stopped.
             GenerationError: A step failed.
-            NotExplainedError: This engine cannot explain.
             SidelightError: A watched probe is not loaded, or does not read the response.
         """
 

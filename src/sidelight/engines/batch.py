@@ -27,14 +27,7 @@ from sidelight.engines.base import (
 )
 from sidelight.engines.decoder import CachedRows, Decoder
 from sidelight.engines.queue import Emission, Request
-from sidelight.engines.text import (
-    Detokenizer,
-    LogprobStream,
-    Sampler,
-    StopGate,
-    TextCodec,
-    likeliest_tokens,
-)
+from sidelight.engines.text import Detokenizer, Sampler, StopGate, TextCodec
 from sidelight.explanation import Explanation
 from sidelight.prompts import Part
 from sidelight.types import Judgement
@@ -107,10 +100,9 @@ class Generation:
         self._end_tokens = end_tokens
         self._detokenizer = Detokenizer(codec.decode)
         self._gate = StopGate(request.sampling.stop)
-        self._logprobs = LogprobStream(codec.spell)
 
-    def accept(self, token: int, logits: Float[Tensor, " vocabulary"]) -> TextDelta | None:
-        """Takes the token that was drawn from ``logits``; returns the text that can now be sent."""
+    def accept(self, token: int) -> TextDelta | None:
+        """Takes the token that was drawn; returns the text that can now be sent."""
         self.last_token = token
         self.tokens += 1
         if token in self._end_tokens:
@@ -118,11 +110,7 @@ class Generation:
             text = self._gate.flush()
         else:
             self._text_tokens += 1
-            new = self._detokenizer.push(token)
-            if (count := self.request.sampling.logprobs) is not None:
-                drawn, likeliest = likeliest_tokens(logits, token, count=count)
-                self._logprobs.add(drawn, likeliest, characters=len(new))
-            text = self._gate.push(new)
+            text = self._gate.push(self._detokenizer.push(token))
             if self._gate.is_closed:
                 self.reason = "stop"
             elif self.tokens == self.request.max_tokens:
@@ -130,9 +118,7 @@ class Generation:
                 text += self._gate.flush()
             # The last token of a watched text is still to be read.
             self.is_settled = self.reason is not None and not self.request.watch
-        if not text:
-            return None
-        return TextDelta(text, tokens=self._text_tokens, logprobs=self._logprobs.send(len(text)))
+        return TextDelta(text, tokens=self._text_tokens) if text else None
 
     def finished(self, judgement: Judgement) -> Finished:
         """The last event of a settled text."""
@@ -142,7 +128,6 @@ class Generation:
             prompt_tokens=len(self.request.prompt),
             completion_tokens=self.tokens,
             judgement=judgement,
-            logprobs=() if self._gate.is_closed else self._logprobs.rest(),
             judging_s=self.judging_s,
         )
 
@@ -396,8 +381,8 @@ def _write(
         drawn = torch.stack([g.sampler(row) for g, row in zip(generations, logits, strict=True)])
         # In float16 a logit overflows to infinity before others become not a number.
         overflowed = (logits.isnan() | logits.isposinf()).any(dim=1)
-        for generation, token, row, has_overflowed in zip(
-            generations, drawn.tolist(), logits, overflowed.tolist(), strict=True
+        for generation, token, has_overflowed in zip(
+            generations, drawn.tolist(), overflowed.tolist(), strict=True
         ):
             if has_overflowed:
                 lost.append(generation)
@@ -406,7 +391,7 @@ def _write(
                     "bfloat16 or float32; float16 overflows in some models."
                 )
                 emissions.append(Emission(generation.request, error, is_last=True))
-            elif text := generation.accept(token, row):
+            elif text := generation.accept(token):
                 emissions.append(Emission(generation.request, text))
     settled = [generation for generation in rows.generations if generation.is_settled]
     stopwatch = Stopwatch()

@@ -88,11 +88,8 @@ class LoadingEngine(Engine):
         *,
         watch: Collection[str] = (),
         admits: Admission = admit_all,
-        explain: Collection[str] | None = None,
     ) -> AsyncGenerator[Event, None]:
-        return self._loaded().generate(
-            messages, sampling, watch=watch, admits=admits, explain=explain
-        )
+        return self._loaded().generate(messages, sampling, watch=watch, admits=admits)
 
     def judge(
         self,

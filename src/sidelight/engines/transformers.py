@@ -36,7 +36,7 @@ from sidelight.engines.queue import Emission, Limits, Request, RequestQueue
 from sidelight.engines.text import WARM_UP, TextCodec
 from sidelight.errors import SidelightError
 from sidelight.probe import Probe
-from sidelight.prompts import Conversation, EncodedPrompt, Message, Place, has_response
+from sidelight.prompts import Conversation, Message, has_response
 
 _log = logging.getLogger(__name__)
 # All others wait while a pass runs. On a CPU, the default would take seconds.
@@ -128,28 +128,15 @@ class TransformersEngine(Engine):
         *,
         watch: Collection[str] = (),
         admits: Admission = admit_all,
-        explain: Collection[str] | None = None,
     ) -> AsyncGenerator[Event, None]:
         # Not in the generator, which begins later, when other probes may have been loaded.
         panel = self._panel
         watched = require_watched(watch, panel.probes)
 
         async def events() -> AsyncGenerator[Event, None]:
-            def encode() -> tuple[EncodedPrompt, int, Sequence[Place | None]]:
-                prompt, room = self._codec.encode_to_continue(messages, sampling.max_tokens)
-                return prompt, room, self._backbone.encoder.places(messages) if explain else ()
-
-            prompt, room, places = await self._codec.in_thread([messages], encode)
-            request = Request(
-                prompt,
-                sampling,
-                room,
-                panel,
-                watch=watched,
-                admits=admits,
-                explain=frozenset(explain or ()),
-                places=places,
-            )
+            encode = partial(self._codec.encode_to_continue, messages, sampling.max_tokens)
+            prompt, room = await self._codec.in_thread([messages], encode)
+            request = Request(prompt, sampling, room, panel, watch=watched, admits=admits)
             self._require_ready()
             self._queue.join([request])
             try:

@@ -1,19 +1,17 @@
-"""What follows from one verdict, and what a request may change in that: only make it stricter."""
+"""What follows from one verdict."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from sidelight.errors import SidelightError, did_you_mean
-from sidelight.policy.rules import FAILED_LABEL, BoundRule, Side
+from sidelight.errors import SidelightError
+from sidelight.policy.rules import FAILED_LABEL, BoundRule
 from sidelight.types import Judgement, Verdict
 
 Outcome = Literal["flagged", "passed", "failed", "unfinished"]
 Action = Literal["none", "flag", "route", "block", "fail_closed", "fail_open", "shadow"]
 Fault = Literal["request", "failed", "late"]
 Agreement = Literal["same", "different", "failed"]
-# ``score`` changes nothing; a request that asks for it where the policy blocks is refused.
-OverrideMode = Literal["score", "block"]
 
 
 @dataclass(frozen=True)
@@ -168,129 +166,3 @@ def _route(bound: BoundRule, verdict: Verdict | None) -> str | None:
         return next((routes[label] for label in verdict.labels if label in routes), None)
     names_class = verdict.flagged or bound.probe.task.kind == "multiclass"
     return verdict.labels[0] if names_class else None
-
-
-@dataclass(frozen=True)
-class PolicyOverride:
-    """For one probe; None: as the policy says.
-
-    Attributes:
-        mode: What follows from a flag.
-        threshold: Probability from which its labels count.
-    """
-
-    mode: OverrideMode | None = None
-    threshold: float | None = None
-
-
-@dataclass(frozen=True)
-class PolicyOverrides:
-    """What one request asks for.
-
-    Attributes:
-        sides: For all chosen probes that judge a side.
-        probes: For one probe each, by name.
-    """
-
-    sides: Mapping[Side, OverrideMode] = field(default_factory=dict)
-    probes: Mapping[str, PolicyOverride] = field(default_factory=dict)
-
-
-def tightened(
-    rules: Sequence[BoundRule],
-    chosen: Collection[str],
-    overrides: PolicyOverrides,
-    *,
-    sees_all: bool = False,
-) -> tuple[BoundRule, ...]:
-    """The rules of one request, which has chosen these probes.
-
-    Args:
-        rules: The server's.
-        chosen: Names of probes.
-        overrides: What the request asks for.
-        sees_all: Whether its key may see what rules do not disclose. Others learn nothing by
-            overrides either: with thresholds of their own, a few requests would find any score.
-
-    Raises:
-        PolicyError: An override is looser than the policy, or would have no effect.
-    """
-    visible = [bound.name for bound in rules if not bound.is_shadow]
-    for name in overrides.probes:
-        if name not in visible:
-            raise PolicyError(
-                f"Unknown probe '{name}' in 'policies'.{did_you_mean(name, visible)}",
-                code="probe_not_found",
-                param="policies",
-            )
-    for bound in rules:
-        if bound.is_blocking and overrides.sides.get(bound.side) == "score":
-            raise _too_loose(
-                f"moderation.policy.{bound.side}", f"The policy blocks by {bound.name}."
-            )
-    tight = tuple(
-        bound if bound.is_shadow else _tight(bound, chosen, overrides, sees_all=sees_all)
-        for bound in rules
-    )
-    for side, mode in overrides.sides.items():
-        blocking = (b for b in tight if b.side == side and b.is_blocking)
-        if mode == "block" and not any(bound.name in chosen for bound in blocking):
-            # Nobody may believe in a block that no probe can cause.
-            reads = "prompt" if side == "input" else "response"
-            raise PolicyError(
-                f"No chosen probe both reads the {reads} and flags, so moderation.policy.{side} "
-                "cannot block. Choose such a probe, or leave out the policy.",
-                code=f"no_{reads}_probe",
-                param=f"moderation.policy.{side}",
-            )
-    return tight
-
-
-def _tight(
-    bound: BoundRule, chosen: Collection[str], overrides: PolicyOverrides, *, sees_all: bool
-) -> BoundRule:
-    own, param = overrides.probes.get(bound.name, PolicyOverride()), f"policies.{bound.name}"
-    if own.mode == "score" and bound.is_blocking:
-        raise _too_loose(param, "The policy blocks where this probe flags.")
-    disclosure = "scores" if sees_all else bound.disclosure
-    if own.threshold is not None and disclosure != "scores":
-        raise _too_loose(
-            param,
-            "It does not disclose this probe's scores, and thresholds of your own would reveal "
-            "them. Leave out the threshold, or send an admin key.",
-        )
-    if disclosure == "none" and not bound.is_blocking:
-        if own.mode == "block":
-            raise PolicyError(
-                f"{param} would reveal verdicts that the server's policy does not disclose. Leave "
-                "it out of 'policies', or send an admin key.",
-                code="policy_too_loose",
-                param=param,
-            )
-        return bound
-    if (own.mode == "block" or own.threshold is not None) and not bound.thresholds:
-        raise PolicyError(
-            f"Probe '{bound.name}' names a class and flags nothing, so it cannot block and has no "
-            "threshold. Leave it out of 'policies'.",
-            code="cannot_block",
-            param="policies",
-        )
-    if own.threshold is not None:
-        if bound.mode == "route":
-            raise _too_loose(param, "It routes by its threshold, and another changes the route.")
-        lowest = min(bound.thresholds.values())
-        if own.threshold > lowest:
-            raise _too_loose(param, f"Got threshold {own.threshold}, wanted {lowest} or less.")
-        bound = replace(bound, rule=replace(bound.rule, threshold=own.threshold))
-    blocks_side = overrides.sides.get(bound.side) == "block" and bound.name in chosen
-    if own.mode == "block" or (blocks_side and bound.thresholds):
-        return replace(bound, is_tightened=True)
-    return bound
-
-
-def _too_loose(param: str, why: str) -> PolicyError:
-    return PolicyError(
-        f"{param} asks for less than the server's policy. {why} A request can only be stricter.",
-        code="policy_too_loose",
-        param=param,
-    )

@@ -24,7 +24,6 @@ from sidelight.engines.base import (
     PromptJudged,
     ResponseScored,
     TextDelta,
-    TokenLogprobs,
 )
 from sidelight.errors import SidelightError, VerdictError
 from sidelight.policy.decisions import Decision, decide
@@ -118,13 +117,11 @@ class Ended:
         reason: ``content_filter`` where it was cut.
         completion_tokens: Tokens written.
         decisions: What led to the end, of every probe that judges the output.
-        logprobs: The last tokens that no text comes from, if log-probabilities were requested.
     """
 
     reason: FinishReason
     completion_tokens: int
     decisions: tuple[Decision, ...]
-    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class HoldBack:
@@ -176,17 +173,14 @@ class HoldBack:
         return self._release(event.tokens - max((state.held_tokens for state in states), default=0))
 
     def _after_all(self, event: Finished) -> Sequence[TextDelta | Ended]:
-        judgement = event.judgement
-        # Trailing tokens that complete no character come only as log-probabilities of
-        # ``Finished``; they are judged with the rest.
-        tokens = self._written_tokens + len(event.logprobs)
+        judgement, tokens = event.judgement, self._written_tokens
         for state in self._blocking.values():
             state.finish(judgement, tokens=tokens, is_judged=self._scored_tokens >= tokens)
         if any(state.is_cut for state in self._blocking.values()):
             return [self._cut(judgement)]
         decisions = self._decisions(judgement)
-        end = Ended(event.reason, event.completion_tokens, decisions, event.logprobs)
-        return [*self._release(self._written_tokens), end]
+        end = Ended(event.reason, event.completion_tokens, decisions)
+        return [*self._release(tokens), end]
 
     def _release(self, tokens: int) -> list[TextDelta]:
         """The held text that comes from the first tokens."""

@@ -103,15 +103,10 @@ class Policy:
 
 @dataclass(frozen=True)
 class BoundRule:
-    """A rule and the loaded probe that it applies to.
-
-    Attributes:
-        is_tightened: Whether a request asks that a flag blocks, whatever the rule's mode.
-    """
+    """A rule and the loaded probe that it applies to."""
 
     probe: Probe
     rule: Rule
-    is_tightened: bool = False
 
     @property
     def name(self) -> str:
@@ -132,7 +127,7 @@ class BoundRule:
     @property
     def is_blocking(self) -> bool:
         """Whether a flag ends the answer."""
-        return self.is_tightened or self.mode == "block"
+        return self.mode == "block"
 
     @property
     def fails_closed(self) -> bool:
@@ -148,12 +143,11 @@ class BoundRule:
     def disclosure(self) -> Disclosure:
         """What keys without the admin role learn of its verdicts.
 
-        Whoever sees the scores of what blocks them can search for a text that it lets pass. A block
-        that a request asks for changes nothing: the request could have had the scores.
+        Whoever sees the scores of what blocks them can search for a text that it lets pass.
         """
         if self.is_shadow:
             return "none"
-        return self.rule.disclose or ("labels" if self.mode == "block" else "scores")
+        return self.rule.disclose or ("labels" if self.is_blocking else "scores")
 
     @property
     def explains(self) -> bool:
@@ -161,7 +155,7 @@ class BoundRule:
 
         Whoever sees which words block them needs few attempts to find others.
         """
-        is_allowed = self.mode != "block" if self.rule.explain is None else self.rule.explain
+        is_allowed = not self.is_blocking if self.rule.explain is None else self.rule.explain
         return is_allowed and self.disclosure == "scores"
 
     @property

@@ -14,7 +14,7 @@ from sidelight.probe import Probe
 from sidelight.prompts import Side
 from sidelight.server.probes import ProbeEntry
 from sidelight.server.requests import AdminOnly, Route, ServerRequest
-from sidelight.server.schemas import ClosedBody
+from sidelight.server.schemas import StrictBody
 from sidelight.thresholds import OperatingCurve, read_curves
 from sidelight.types import TaskKind
 
@@ -146,20 +146,20 @@ class ProbeList(BaseModel):
     probes: list[ProbeEntry]
 
 
-class LoadRequest(ClosedBody):
+class LoadRequest(StrictBody):
     """An artifact in a folder of the server's machine."""
 
     path: str
     shadow_of: str | None = None
 
 
-class ReloadRequest(ClosedBody):
+class ReloadRequest(StrictBody):
     """The artifact; null: the folder that the probe came from."""
 
     path: str | None = None
 
 
-class ShadowRequest(ClosedBody):
+class ShadowRequest(StrictBody):
     """The probe that the shadow is compared with, if any."""
 
     shadow_of: str | None = None

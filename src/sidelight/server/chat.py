@@ -21,16 +21,9 @@ from openai.types import Completion
 from openai.types.chat import ChatCompletion
 from starlette.types import Receive, Scope, Send
 
-from sidelight.engines.base import (
-    Candidate,
-    FinishReason,
-    Sampling,
-    Spelling,
-    TextDelta,
-    TokenLogprobs,
-)
+from sidelight.engines.base import FinishReason, Sampling, TextDelta
 from sidelight.errors import SidelightError
-from sidelight.policy.decisions import Decision, tightened
+from sidelight.policy.decisions import Decision
 from sidelight.policy.enforcement import (
     Admitted,
     Enforcement,
@@ -62,7 +55,6 @@ class CompletionFormat(ABC):
 
     Args:
         report: On the chosen probes.
-        has_logprobs: Whether a plain answer's choices have log-probabilities.
         includes_usage: Whether a stream ends with a usage chunk.
 
     Attributes:
@@ -77,9 +69,8 @@ class CompletionFormat(ABC):
     piece: str
     opening: ClassVar[Mapping[str, Any]] = {}
 
-    def __init__(self, report: Report, *, has_logprobs: bool, includes_usage: bool):
+    def __init__(self, report: Report, *, includes_usage: bool):
         self._report = report
-        self._has_logprobs = has_logprobs
         self._includes_usage = includes_usage
         self._id = f"{self.prefix}-{uuid.uuid4().hex}"
         self._created = int(time.time())
@@ -92,22 +83,18 @@ class CompletionFormat(ABC):
     def _delta(self, text: str | None, extra: Mapping[str, Any], end: Json) -> Json:
         """The text of a chunk's choice, None at its end; ``extra`` goes where clients keep it."""
 
-    @abstractmethod
-    def _logprobs(self, tokens: Sequence[TokenLogprobs]) -> Json: ...
-
     def completion(self, prompts: Sequence[Admitted], texts: Sequence[Sequence[Sent]]) -> Json:
         """The body of a plain answer."""
         ends, report = _ends(texts), self._report
         prompt, response = _decisions(prompts), _decisions(ends)
         choices: list[Json] = []
         for index, (parts, end) in enumerate(zip(texts, ends, strict=True)):
-            written = [part for part in parts if not isinstance(part, Running)]
-            tokens = [token for part in written for token in part.logprobs]
+            text = "".join(part.text for part in parts if isinstance(part, TextDelta))
             choices.append(
                 {
                     "index": index,
-                    **self._message("".join(p.text for p in written if isinstance(p, TextDelta))),
-                    "logprobs": self._logprobs(tokens) if self._has_logprobs else None,
+                    **self._message(text),
+                    "logprobs": None,
                     "finish_reason": end.reason,
                 }
             )
@@ -116,7 +103,7 @@ class CompletionFormat(ABC):
             "choices": choices,
             "usage": _usage(prompts, ends),
             "moderation": report.moderation(prompt, response) if report.probes else None,
-            "sidelight": {**report.extension([*prompt, *response]), **_why(report, prompts)},
+            "sidelight": report.extension([*prompt, *response]),
         }
 
     async def chunks(
@@ -148,8 +135,8 @@ class CompletionFormat(ABC):
                     yield self._moderation(prompts, None)
                 async for index, event in events:
                     match event:
-                        case TextDelta(text, logprobs=logprobs):
-                            yield self._chunk([self._piece(index, text, logprobs=logprobs)])
+                        case TextDelta(text):
+                            yield self._chunk([self._piece(index, text)])
                         case Running():
                             yield self._chunk([], sidelight=report.running(index, event))
                         case Ended():
@@ -170,10 +157,9 @@ class CompletionFormat(ABC):
         text: str | None,
         *,
         extra: Mapping[str, Any] | None = None,
-        logprobs: Sequence[TokenLogprobs] = (),
         reason: FinishReason | None = None,
     ) -> Json:
-        end = {"logprobs": self._logprobs(logprobs) if logprobs else None, "finish_reason": reason}
+        end = {"logprobs": None, "finish_reason": reason}
         return {"index": index, **self._delta(text, extra or {}, end)}
 
     def _last_piece(self, index: int, end: Ended, opening: Json) -> Json:
@@ -181,14 +167,12 @@ class CompletionFormat(ABC):
         if self._report.reads_response:
             verdicts = self._report.extension(end.decisions)
             extra = {"sidelight": _numbered(verdicts, first=len(opening["verdicts"]))}
-        return self._piece(index, None, extra=extra, logprobs=end.logprobs, reason=end.reason)
+        return self._piece(index, None, extra=extra, reason=end.reason)
 
     def _moderation(self, prompts: Sequence[Admitted], ends: Sequence[Ended] | None) -> str:
         prompt, response = _decisions(prompts), None if ends is None else _decisions(ends)
         moderation = self._report.moderation(prompt, response)
         extension = self._report.extension([*prompt, *(response or ())])
-        if ends is None:
-            extension |= _why(self._report, prompts)
         return self._chunk([], moderation=moderation, sidelight=extension)
 
     def _chunk(self, choices: list[Json], **extra: Any) -> str:
@@ -216,13 +200,6 @@ class ChatCompletionFormat(CompletionFormat):
         content = {} if text is None else {"content": text}
         return {"delta": {**content, **extra}, **end}
 
-    def _logprobs(self, tokens: Sequence[TokenLogprobs]) -> Json:
-        content = [
-            {**_entry(token.drawn), "top_logprobs": [_entry(other) for other in token.likeliest]}
-            for token in tokens
-        ]
-        return {"content": content, "refusal": None}
-
 
 class TextFormat(CompletionFormat):
     """``/v1/completions``."""
@@ -236,19 +213,6 @@ class TextFormat(CompletionFormat):
 
     def _delta(self, text: str | None, extra: Mapping[str, Any], end: Json) -> Json:
         return {"text": text or "", **end, **extra}
-
-    def _logprobs(self, tokens: Sequence[TokenLogprobs]) -> Json:
-        return {
-            "tokens": [_name(token.drawn.spelling) for token in tokens],
-            "token_logprobs": [token.drawn.logprob for token in tokens],
-            # OpenAI lists the drawn token among the likeliest. If two tokens are spelled alike,
-            # the likelier counts.
-            "top_logprobs": [
-                {_name(one.spelling): one.logprob for one in (token.drawn, *token.likeliest[::-1])}
-                for token in tokens
-            ],
-            "text_offset": [token.offset for token in tokens],
-        }
 
 
 class EventStream(StreamingResponse):
@@ -275,14 +239,6 @@ def _decisions(parts: Sequence[Admitted] | Sequence[Ended]) -> list[Decision]:
     return [decision for part in parts for decision in part.decisions]
 
 
-def _why(report: Report, prompts: Sequence[Admitted]) -> Json:
-    """Why the probes say what they say of the prompts, one after the other, if that is asked."""
-    found = [report.explanations(p.decisions, p.explanations) for p in prompts]
-    if not report.explains:
-        return {}
-    return {"explanations": [entry for own in found for entry in own or ()]}
-
-
 def _usage(prompts: Sequence[Admitted], ends: Sequence[Ended]) -> dict[str, int]:
     """Tokens read and written; a prompt counts once, however many texts follow it."""
     prompt = sum(judged.tokens for judged in prompts)
@@ -292,19 +248,6 @@ def _usage(prompts: Sequence[Admitted], ends: Sequence[Ended]) -> dict[str, int]
         "completion_tokens": written,
         "total_tokens": prompt + written,
     }
-
-
-def _entry(candidate: Candidate) -> Json:
-    known = candidate.spelling.bytes
-    return {
-        "token": candidate.spelling.text,
-        "bytes": None if known is None else list(known),
-        "logprob": candidate.logprob,
-    }
-
-
-def _name(spelling: Spelling) -> str:
-    return f"bytes:{spelling.text}" if spelling.is_partial else spelling.text
 
 
 def _numbered(extension: Mapping[str, Any], *, first: int = 0) -> Json:
@@ -366,23 +309,19 @@ async def _answer(
     request.require_model(body.model)
     require_trusted_turns(request.registry.policy, prompts)
     sampling, n = body.sampling(), body.n or 1
-    await request.require_size(prompts, n=n, max_tokens=sampling.max_tokens, explains=body.explain)
+    await request.require_size(prompts, n=n, max_tokens=sampling.max_tokens)
     await unless_left(request, request.engine.settled())
     # Nothing is awaited until the engine has all texts, so that it judges with these very probes.
     chosen = [probe.name for probe in request.report(body.probes).probes]
-    rules = tightened(request.registry.rules, chosen, body.overrides(), sees_all=request.is_admin)
+    rules = request.registry.rules
     # Probes that may block the answer are reported too.
-    names = [*chosen, *(bound.name for bound in rules if bound.is_blocking)]
-    report = request.report(names, explains=body.explain)
-    explained = report.explained(bound for bound in rules if bound.side == "input")
+    report = request.report([*chosen, *(bound.name for bound in rules if bound.is_blocking)])
     answer = format_class(
         report,
-        has_logprobs=sampling.logprobs is not None,
         includes_usage=body.stream_options is not None and body.stream_options.include_usage,
     )
     observer, timeout_s = request.observer, request.registry.policy.timeout_s
     tells_scores = bool(body.stream and body.stream_options and body.stream_options.include_scores)
-    observer.trace.model = request.engine.model
     streams: list[AsyncGenerator[Passed, None]] = []
     for prompt in prompts:
         for number in range(n):
@@ -396,7 +335,6 @@ async def _answer(
                 _reseeded(sampling, number),
                 watch=enforcement.watch,
                 admits=enforcement.admits,
-                explain=explained if number == 0 else None,
             )
             streams.append(enforcement.guard(events))
     admitted = (await unless_left(request, _admitted(streams)))[::n]

@@ -10,22 +10,21 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from fastapi import APIRouter
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sidelight.policy.enforcement import check_decisions
 from sidelight.policy.rules import Side
 from sidelight.prompts import Conversation, Message, PlainText, has_response
 from sidelight.server.errors import RequestError
-from sidelight.server.report import Explanations, Extension, Report, categories, verdict_json
+from sidelight.server.report import Extension, Report, categories, verdict_json
 from sidelight.server.requests import Route, ServerRequest, unless_left
 from sidelight.server.schemas import (
     ChatMessage,
-    Explain,
     Listed,
     ModerationRequest,
     Name,
     ProbeNames,
-    RequestBody,
+    StrictBody,
     Texts,
     ToolCall,
 )
@@ -81,11 +80,10 @@ async def check(
                     "Load such a probe, or use /v1/chat/completions.",
                     code="no_prompt_probe",
                 )
-    await request.require_size(conversations, max_tokens=0, explains=report.explains)
+    await request.require_size(conversations, max_tokens=0)
     await unless_left(request, request.engine.settled())
     # Nothing is awaited until the engine has all texts, so that it judges with these very probes.
     rules = request.registry.rules
-    request.observer.trace.model = request.engine.model
     judging = request.engine.judge(conversations, explain=report.explained(rules))
     events = await unless_left(request, judging)
     checked: list[Checked] = []
@@ -144,14 +142,13 @@ async def moderate(body: ModerationRequest, request: ServerRequest) -> Moderatio
     """Each text is judged as a user's message, by the probes that read the prompt alone."""
     if body.model is not None and not body.model.startswith(_OPENAI_MODELS):
         request.require_model(body.model)
-    report = request.disclosed_report(body.probes, explains=body.explain)
+    report = request.disclosed_report(body.probes)
     checked = await check(request, report, [as_user(text) for text in body.input])
     results = [
         ModerationResult(
             **categories(one.verdicts, report.names),
             sidelight=Extension(
                 verdicts=[verdict_json(verdict) for verdict in one.verdicts],
-                explanations=one.explanations,
             ),
         )
         for one in checked
@@ -161,13 +158,12 @@ async def moderate(body: ModerationRequest, request: ServerRequest) -> Moderatio
     )
 
 
-class ClassifyRequest(RequestBody):
+class ClassifyRequest(StrictBody):
     """Texts for one probe: the one in ``model`` or ``probes``, or the only one loaded."""
 
     model: Name | None = Field(None, description="A probe's name, or the served model's.")
     input: Texts = Field(min_length=1)
     probes: ProbeNames = None
-    explain: Explain = None
 
 
 class Classification(BaseModel):
@@ -177,7 +173,6 @@ class Classification(BaseModel):
     label: str
     probs: list[float]
     num_classes: int
-    explanations: Explanations = None
 
 
 class ClassifyUsage(BaseModel):
@@ -212,7 +207,6 @@ async def classify(body: ClassifyRequest, request: ServerRequest) -> ClassifyRes
             label=verdict.label,
             probs=[verdict.probabilities[label] for label in probe.task.labels],
             num_classes=len(probe.task.labels),
-            explanations=one.explanations,
         )
         for index, one in enumerate(checked)
         for verdict in one.verdicts
@@ -233,7 +227,7 @@ def _classifier(body: ClassifyRequest, request: ServerRequest) -> Report:
         chosen = [body.model] if chosen is None else chosen
     elif body.model is not None:
         request.require_model(body.model)
-    report = request.disclosed_report(chosen, explains=body.explain)
+    report = request.disclosed_report(chosen)
     if len(report.probes) != 1:
         raise RequestError(
             f"Choose one probe, got {len(report.probes)}. Name it as 'model'. Known: "
@@ -244,18 +238,19 @@ def _classifier(body: ClassifyRequest, request: ServerRequest) -> Report:
     return report
 
 
-class GuardrailParameters(RequestBody):
+class GuardrailParameters(StrictBody):
     """What a proxy's configuration passes to this guardrail."""
 
     probes: ProbeNames = None
-    explain: Literal[False] | None = None
 
 
-class GuardrailRequest(RequestBody):
+class GuardrailRequest(StrictBody):
     """Texts and tool calls of a request or of its response.
 
-    Images cannot be judged, so they are refused. The tools on offer are not read.
+    Images cannot be judged, so they are refused. A proxy sends more, which is not read.
     """
+
+    model_config = ConfigDict(extra="ignore")
 
     input_type: Literal["request", "response"]
     texts: Listed[str] | None = None
@@ -323,7 +318,7 @@ async def guard(body: GuardrailRequest, request: ServerRequest) -> GuardrailResp
     )
 
 
-class TokenizeRequest(RequestBody):
+class TokenizeRequest(StrictBody):
     """Either ``prompt``, as ``/v1/completions`` reads it, or ``messages``, as a chat does."""
 
     model: Name | None = None

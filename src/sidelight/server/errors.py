@@ -1,6 +1,7 @@
 """Every failure as an answer in OpenAI's error shape, without tracebacks and without prompts."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -97,14 +98,20 @@ async def _failed(request: Request, error: SidelightError) -> Response:
 
 async def _invalid(_request: Request, error: RequestValidationError) -> Response:
     first = error.errors()[0]
-    param = _shortened(".".join(str(step) for step in first["loc"][1:]))
+    return wrong_field(first, first["loc"][1:]).answer()
+
+
+def wrong_field(error: Mapping[str, Any], place: Sequence[int | str]) -> RequestError:
+    """One of pydantic's errors, at this place of the body."""
+    field = error.get("ctx", {}).get("field")
+    param = _shortened(".".join(map(str, [*place, *([field] if field else [])])))
     # A body that is not an object has no field to blame: most often the content type is missing.
     message = (
-        f"{param}: {_shortened(first['msg'])}"
+        f"{param}: {_shortened(error['msg'])}"
         if param
         else "The body must be a JSON object, sent with Content-Type: application/json."
     )
-    return RequestError(message, param=param or None).answer()
+    return RequestError(message, code=error["type"] if field else None, param=param or None)
 
 
 def _shortened(text: str) -> str:

@@ -1,41 +1,40 @@
-"""Questions about one text, which is read once; each names the probe that answers it.
+"""OpenAI's questions about one text, which is read once; each names the probe that answers it.
 
-A question that no probe can answer is refused, never guessed. ``/v1/decisions`` takes OpenAI's
-questions, ``/v1/systemone`` those of vLLM's structured decisions.
+A question that no probe can answer is refused, never guessed.
 """
 
-import json
-import time
-import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import APIRouter
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictStr
+from pydantic import BaseModel, BeforeValidator, Field, StrictBool, StrictStr
 
 from sidelight.policy.enforcement import require_trusted_turns
 from sidelight.probe import Probe
 from sidelight.prompts import Message
-from sidelight.server.checks import as_user, check, is_answered
-from sidelight.server.errors import RequestError
+from sidelight.server.checks import check, is_answered
 from sidelight.server.report import Explanations, category_names
 from sidelight.server.requests import Route, ServerRequest
 from sidelight.server.schemas import (
     FIRST_ERROR,
-    Explain,
     Listed,
     Name,
-    Named,
-    RequestBody,
     StrictBody,
+    Unread,
 )
 from sidelight.types import Verdict
 
 _MAX_QUESTIONS = 400
 _MAX_CHOICES = 255
-_TEXT_ONLY = "Must be empty: probes read text only."
 
+Explain = Annotated[
+    Literal["matrix"] | bool | None,
+    Field(
+        description="Whether to say what each token and layer adds to the logits; "
+        "`matrix`: also each token in each layer."
+    ),
+]
 Value = str | bool
 
 router = APIRouter(route_class=Route)
@@ -120,7 +119,8 @@ async def find(
     if not chosen:
         why = [] if explains else None
         return QuestionAnswers(meanings, probes, verdicts={}, tokens=0, explanations=why)
-    (checked,) = await check(request, request.report(chosen, explains=explains), [turns])
+    report = replace(request.report(chosen), explains=explains or False)
+    (checked,) = await check(request, report, [turns])
     verdicts = {verdict.probe: verdict for verdict in checked.verdicts}
     return QuestionAnswers(meanings, probes, verdicts, checked.tokens, checked.explanations)
 
@@ -189,8 +189,14 @@ Question = Annotated[
 ]
 
 
-class DecisionRequest(RequestBody):
+class DecisionRequest(StrictBody):
     """A text or conversation, and questions about it. Probes do not read instructions."""
+
+    unread: ClassVar[Unread] = {
+        "prompt_cache_key": None,
+        "prompt_cache_options": None,
+        "safety_identifier": None,
+    }
 
     model: Name
     input: Annotated[
@@ -221,14 +227,8 @@ class ChoiceProbability(BaseModel):
     probability: float
 
 
-# Frozen OpenAPI names, which are the classes' ``__qualname__``: clients were generated when these
-# classes lived in `server.endpoints`. Do not change them.
-
-
 class ChoiceAnswer(BaseModel):
     """The probe's label, and the probability of each."""
-
-    __qualname__ = "sidelight__server__endpoints__decisions__ChoiceAnswer"
 
     type: Literal["choice"] = "choice"
     name: str | None
@@ -239,8 +239,6 @@ class ChoiceAnswer(BaseModel):
 
 class Refusal(BaseModel):
     """No loaded probe answers this question about this text."""
-
-    __qualname__ = "sidelight__server__endpoints__decisions__Refusal"
 
     type: Literal["refusal"] = "refusal"
     name: str | None
@@ -310,136 +308,3 @@ def _answer(
                 name=name, choice=chosen, probabilities=each, confidence=by_value[chosen]
             )
     return Refusal(name=name)
-
-
-class SystemOneQuestion(StrictBody):
-    """``noul`` asks yes or no, ``choice`` for one of the names in ``criteria``."""
-
-    type: Literal["choice", "noul", "score"]
-    instructions: Any = ""
-    criteria: dict[str, Any] | list[Any] | None = None
-
-
-class SystemOneRequest(RequestBody):
-    """A state, as text or any JSON, and questions by id; the id names the probe."""
-
-    model: Name | None = None
-    state: Any = Field(description="Text, or JSON, which is judged as one line of text.")
-    questions: Named[SystemOneQuestion] = Field(min_length=1)
-    instructions: str | None = None
-    images: Listed[str] | None = Field(None, max_length=0, description=_TEXT_ONLY)
-    explain: Literal[False] | None = None
-    audio: Listed[str] | None = Field(None, max_length=0, description=_TEXT_ONLY)
-    videos: Listed[str] | None = Field(None, max_length=0, description=_TEXT_ONLY)
-
-    def text(self) -> str:
-        """The state as it is judged.
-
-        Raises:
-            RequestError: It has a number that no float can hold.
-        """
-        if isinstance(self.state, str):
-            return self.state
-        try:
-            # One line: indented, a body of deep lists would be two hundred times as long.
-            return json.dumps(self.state, ensure_ascii=False, allow_nan=False)
-        except ValueError as error:
-            raise RequestError(
-                "A number in 'state' is too large for a float. Send it as text.", param="state"
-            ) from error
-
-
-class NoulAnswer(BaseModel):
-    """The probability of yes."""
-
-    type: Literal["noul"] = "noul"
-    noul: float
-    probabilities: dict[str, float]
-    confidence: float
-
-
-class SystemOneChoice(BaseModel):
-    """The probe's label, and the probability of each."""
-
-    __qualname__ = "sidelight__server__endpoints__systemone__ChoiceAnswer"
-    model_config = ConfigDict(title="ChoiceAnswer")
-
-    type: Literal["choice"] = "choice"
-    choice: str
-    probabilities: dict[str, float]
-    confidence: float
-
-
-class SystemOneRefusal(BaseModel):
-    """No loaded probe answers this question."""
-
-    __qualname__ = "sidelight__server__endpoints__systemone__Refusal"
-    model_config = ConfigDict(title="Refusal")
-
-    type: Literal["refusal"] = "refusal"
-
-
-class SystemOneUsage(BaseModel):
-    """Tokens read; none are written."""
-
-    input_tokens: int
-    output_tokens: int = 0
-
-
-class Diagnostics(BaseModel):
-    """As vLLM reports them; a probe has no outputs but its labels, so these have all the mass."""
-
-    label_mass: float = 1.0
-    argmax_is_label: bool = True
-
-
-class SystemOneResponse(BaseModel):
-    """Answers and diagnostics by question id."""
-
-    id: str
-    object: Literal["structured_decision"] = "structured_decision"
-    created: int
-    model: str
-    answers: dict[str, NoulAnswer | SystemOneChoice | SystemOneRefusal]
-    usage: SystemOneUsage
-    diagnostics: dict[str, Diagnostics]
-
-
-@router.post("/v1/systemone", name="create")
-async def decide_state(body: SystemOneRequest, request: ServerRequest) -> SystemOneResponse:
-    """The state is read once, as a user's message."""
-    if body.model is not None:
-        request.require_model(body.model)
-    judged = await find(request, as_user(body.text()), list(body.questions))
-    answers = {name: _of_state(name, own, judged) for name, own in body.questions.items()}
-    return SystemOneResponse(
-        id=f"decision-{uuid.uuid4().hex}",
-        created=int(time.time()),
-        model=request.engine.model,
-        answers=answers,
-        usage=SystemOneUsage(input_tokens=judged.tokens),
-        diagnostics={
-            name: Diagnostics()
-            for name, answer in answers.items()
-            if not isinstance(answer, SystemOneRefusal)
-        },
-    )
-
-
-def _of_state(
-    name: str, question: SystemOneQuestion, judged: QuestionAnswers
-) -> NoulAnswer | SystemOneChoice | SystemOneRefusal:
-    if question.type == "noul":
-        yes = judged.probability(name)
-        if yes is not None:
-            both = {"yes": yes, "no": 1 - yes}
-            return NoulAnswer(noul=yes, probabilities=both, confidence=max(both.values()))
-    if question.type == "choice" and isinstance(question.criteria, dict):
-        found = judged.choice(name, list(question.criteria))
-        if found is not None:
-            chosen = str(found[0])
-            by_value = {str(value): probability for value, probability in found[1].items()}
-            return SystemOneChoice(
-                choice=chosen, probabilities=by_value, confidence=by_value[chosen]
-            )
-    return SystemOneRefusal()

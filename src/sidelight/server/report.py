@@ -44,7 +44,6 @@ class Extension(BaseModel):
     """The ``sidelight`` field of an answer: every verdict with all its labels."""
 
     verdicts: list[dict[str, Any]]
-    explanations: Explanations = None
 
 
 @dataclass(frozen=True)

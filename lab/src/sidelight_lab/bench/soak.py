@@ -47,7 +47,6 @@ _CHUNK_BYTES = 65536
 _TIMEOUT_S = 600.0
 _BUSY = "429 too_many_requests"
 _QUESTION = "Where is my refund?"
-_ALWAYS = {"mode": "block", "threshold": 0.0}
 _PROMPT = (f'"probe":"{_PROMPT_PROBE}"'.encode(),)
 _BOTH = (*_PROMPT, f'"probe":"{_RESPONSE_PROBE}"'.encode())
 # Samples of each phase, and the share of the requests that only warm the server up.
@@ -98,10 +97,7 @@ def connection_visits() -> Sequence[Visit]:
 
 
 def request_visits(model: str, *, max_tokens: int) -> Sequence[Visit]:
-    """Complete requests: answered, streamed, blocked, cut, refused and given up.
-
-    ``max_tokens`` must be at least three, so that a text can be cut.
-    """
+    """Complete requests: answered, streamed, refused and given up."""
     chat: dict[str, Any] = {
         "model": model,
         "messages": [{"role": "user", "content": _QUESTION}],
@@ -109,9 +105,6 @@ def request_visits(model: str, *, max_tokens: int) -> Sequence[Visit]:
     }
     stream = {**chat, "stream": True}
     long = {"max_tokens": 50 * max_tokens}
-    blocked = {**chat, "policies": {_PROMPT_PROBE: _ALWAYS}}
-    # The most probable text is never empty; a sampled one may be, and then nothing can be cut.
-    cut = {**chat, "policies": {_RESPONSE_PROBE: _ALWAYS}, "temperature": 0}
     texts = {"input": [_QUESTION, "Hello!", "Thank you."]}
     probes = {**chat, "probes": ["none"]}
     return (
@@ -119,8 +112,6 @@ def request_visits(model: str, *, max_tokens: int) -> Sequence[Visit]:
         Visit("stream", _post(_CHAT, stream), ("200 [DONE]",), needs=_BOTH),
         Visit("two texts", _post(_CHAT, {**chat, "n": 2}), ("200",), needs=_BOTH),
         Visit("moderations", _post(_MODERATIONS, texts), ("200",), needs=_PROMPT),
-        Visit("blocked prompt", _post(_CHAT, blocked), ("400 content_filter",)),
-        Visit("cut text", _post(_CHAT, cut), ("200 content_filter",), needs=_BOTH),
         Visit("unknown model", _post(_CHAT, {**chat, "model": "none"}), ("404 model_not_found",)),
         Visit("unknown probe", _post(_CHAT, probes), ("400 probe_not_found",)),
         Visit("not JSON", _post(_CHAT, b"{"), ("400",)),

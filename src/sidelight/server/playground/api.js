@@ -52,17 +52,27 @@ export async function* stream(path, body, signal) {
   }
 }
 
+// Why a probe says what it says of a conversation.
+export async function why(model, turns, name, explain = true) {
+  const body = { model, input: turns, questions: [{ type: "predicate", name }], explain };
+  const { explanations } = await call("v1/decisions", body);
+  return explanations.find((one) => one.probe === name) ?? { error: "not_disclosed" };
+}
+
 // What one probe says of a text, or of an answer to it, and why.
 export async function judge(probe, text, answer, explain) {
+  const prompt = { role: "user", content: text };
   if (probe.reads === "prompt") {
-    const { results } = await call("v1/moderations", { input: [text], probes: [probe.name], explain });
-    const { verdicts, explanations } = results[0].sidelight;
-    return { verdict: verdicts[0], explanation: explanations?.[0] };
+    const [{ results }, explanation] = await Promise.all([
+      call("v1/moderations", { input: [text], probes: [probe.name] }),
+      why(probe.model, [prompt], probe.name, explain),
+    ]);
+    return { verdict: results[0].sidelight.verdicts[0], explanation };
   }
   if (probe.kind === "multilabel") throw new Error("Probes of answers with several labels are shown in the chat only.");
   const said = await call("v1/decisions", {
     model: probe.model,
-    input: [{ role: "user", content: text }, { role: "assistant", content: answer }],
+    input: [prompt, { role: "assistant", content: answer }],
     questions: [{ type: "choice", name: probe.name, choices: probe.labels.map((value) => ({ value })) }],
     explain,
   });

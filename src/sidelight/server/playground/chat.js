@@ -1,6 +1,6 @@
 // The chat: streamed text, verdicts as they come, running scores, and shaded words.
 
-import { stream } from "./api.js";
+import { stream, why } from "./api.js";
 import { el, find } from "./dom.js";
 import { chip, legend, shadedText, strongest } from "./explain.js";
 
@@ -41,12 +41,11 @@ export function startChat(server, openWhy) {
     running = new AbortController();
     stop.hidden = false;
     const body = {
-      model: server.model, messages, explain: true,
+      model: server.model, messages,
       max_tokens: Number(find("#max-tokens").value) || 80,
       temperature: Number(find("#temperature").value) || 0,
       stream_options: { include_scores: true, include_usage: true },
     };
-    if (server.trials.size) body.policies = Object.fromEntries(server.trials);
     try {
       for await (const chunk of stream("v1/chat/completions", body, running.signal)) {
         const [choice] = chunk.choices, extension = chunk.sidelight;
@@ -54,9 +53,9 @@ export function startChat(server, openWhy) {
         if (extension?.running) {
           for (const verdict of extension.running.verdicts) score(verdict, extension.running.tokens);
         }
-        if (extension?.explanations) explained(extension.explanations);
         if (choice?.delta.role) {
           asked.verdicts(verdicts);
+          if (verdicts.length) asked.explain(messages, server.model, (name) => openWhy(text, name));
           log.append(written.box);
           written.box.setAttribute("aria-busy", "true");
         } else if (verdicts) written.verdicts(verdicts);
@@ -100,18 +99,14 @@ export function startChat(server, openWhy) {
       }
       scores.get(verdict.probe).push(count, verdict.probabilities[limit.label], limit);
     }
-
-    function explained(explanations) {
-      asked.explain((name) => explanations.find((one) => one.probe === name), messages, (name) => openWhy(text, name));
-    }
   }
 
   function turnOf(who, role, content) {
     const text = el("div", { class: "text" }, content);
     const chips = el("ul", { class: "chips", "aria-label": `Verdicts on this ${role === "user" ? "prompt" : "answer"}` });
-    const state = el("p", { class: "quiet" }), why = el("div", {});
-    const box = el("article", { class: `turn ${role}`, "aria-label": who }, el("div", { class: "who" }, who), text, chips, state, why);
-    let explanation = () => undefined, shade = () => {};
+    const state = el("p", { class: "quiet" }), words = el("div", {});
+    const box = el("article", { class: `turn ${role}`, "aria-label": who }, el("div", { class: "who" }, who), text, chips, state, words);
+    let shade = () => {};
     chips.hidden = true;
     return {
       box, text,
@@ -128,19 +123,28 @@ export function startChat(server, openWhy) {
         }));
         if (!found.length) state.textContent = role === "user" ? "No probe that this key sees reads the prompt." : "";
       },
-      explain(lookUp, messages, more) {
+      explain(messages, model, more) {
         const index = messages.length - 1, { content } = messages[index];
-        explanation = lookUp;
+        const explanations = new Map();
         state.textContent = invitation;
-        shade = (name, pressed) => {
+        shade = async (name, pressed) => {
           const isOn = pressed.getAttribute("aria-pressed") === "true";
           for (const other of chips.querySelectorAll("[aria-pressed]")) other.setAttribute("aria-pressed", "false");
-          const found = explanation(name);
-          why.replaceChildren();
+          words.replaceChildren();
           text.replaceChildren(content);
           state.textContent = invitation;
-          if (isOn || !found) return;
+          if (isOn) return;
           pressed.setAttribute("aria-pressed", "true");
+          if (!explanations.has(name)) explanations.set(name, why(model, messages, name));
+          let found;
+          try {
+            found = await explanations.get(name);
+          } catch (error) {
+            explanations.delete(name);
+            state.textContent = error.message;
+          }
+          // Another verdict may have been pressed meanwhile.
+          if (!found || pressed.getAttribute("aria-pressed") !== "true") return;
           if (found.error) {
             state.textContent = "The server's policy does not explain this probe to your key.";
             return;
@@ -153,7 +157,7 @@ export function startChat(server, openWhy) {
             return;
           }
           text.replaceChildren(...shadedText(content, found, index));
-          why.append(
+          words.append(
             strongest(content, found, index),
             el("button", { type: "button", on: { click: () => more(name) } }, "Heat map of this text"),
           );

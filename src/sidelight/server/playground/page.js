@@ -8,24 +8,17 @@ import { startCompare, startWhy } from "./why.js";
 
 const LOADING_MS = 2000;
 
-// What the server has, and what this user tries: `trials` are stricter rules for the chat.
+// What the server has.
 const listeners = [];
 const server = {
-  model: "", probes: [], trials: new Map(),
+  model: "", probes: [],
   probe: (name) => server.probes.find((one) => one.name === name),
-  limits(name) {
-    const trial = server.trials.get(name);
-    return (server.probe(name)?.thresholds ?? []).map((limit) => (trial ? { ...limit, threshold: trial.threshold } : limit));
-  },
+  limits: (name) => server.probe(name)?.thresholds ?? [],
   onProbes: (listen) => listeners.push(listen),
   needsKey() {
     say(find("#key").value ? "The server does not know this key. Enter another one under “Key”." : "This server needs an API key. Enter yours under “Key”.", true);
     find("#key-box").open = true;
     find("#key").focus();
-  },
-  told() {
-    const names = [...server.trials].map(([name, { threshold }]) => `${name} from ${threshold.toFixed(3)}`);
-    find("#trials").textContent = names.length ? `Trying in this chat: block by ${names.join(", ")} (see Thresholds).` : "";
   },
 };
 

@@ -5,7 +5,7 @@ import { copier, el, find, percent } from "./dom.js";
 
 export function startThresholds(server) {
   const select = find("#threshold-probe"), labels = find("#threshold-label"), box = find("#threshold-result");
-  const slider = find("#threshold"), mode = find("#threshold-mode"), trial = find("#threshold-try");
+  const slider = find("#threshold"), mode = find("#threshold-mode");
   const none = find("#threshold-none"), toml = find("#toml"), download = find("#toml-download");
   // By probe: the chosen threshold and mode.
   const rules = new Map();
@@ -17,7 +17,6 @@ export function startThresholds(server) {
   // Rounded, for a file that people read.
   slider.addEventListener("input", () => change(Number(card.curve.thresholds[point()].toPrecision(6))));
   mode.addEventListener("change", () => change(current));
-  trial.addEventListener("change", () => change(current));
   find("#threshold-reset").addEventListener("click", () => { place(card.threshold); change(card.threshold); });
   download.addEventListener("click", () => {
     const url = URL.createObjectURL(new Blob([toml.textContent], { type: "application/toml" }));
@@ -55,7 +54,6 @@ export function startThresholds(server) {
     slider.max = card.curve.thresholds.length - 1;
     const rule = rules.get(probe.name);
     mode.value = rule?.mode ?? (probe.mode === "score" ? "block" : probe.mode);
-    trial.checked = server.trials.has(probe.name);
     mode.querySelector("[value=route]").disabled = probe.reads !== "prompt";
     const threshold = rule && (rule.label ?? card.label) === card.label ? rule.threshold : card.threshold;
     place(threshold);
@@ -74,22 +72,11 @@ export function startThresholds(server) {
     const probe = server.probe(select.value);
     const label = probe.kind === "multilabel" ? card.label : null;
     rules.set(probe.name, { side: probe.reads === "prompt" ? "input" : "output", mode: mode.value, threshold, label });
-    trial.checked &&= canTry(threshold);
-    if (trial.checked) server.trials.set(probe.name, { mode: "block", threshold });
-    else server.trials.delete(probe.name);
-    server.told();
     draw(threshold);
   }
 
-  // A request may only be stricter than the policy, and has one threshold for all labels of a probe.
-  const canTry = (threshold) => server.probe(select.value).kind !== "multilabel" && threshold <= card.threshold;
-
   function draw(threshold) {
     current = threshold;
-    trial.disabled = !canTry(threshold);
-    find("#threshold-try-why").textContent = server.probe(select.value).kind === "multilabel"
-      ? "A probe of several labels cannot be tried in the chat: serve the policy file."
-      : trial.disabled ? `Only thresholds up to the served one, ${card.threshold.toFixed(3)}, can be tried in the chat. To try a higher one, serve the policy file.` : "";
     const { curve, label } = card, at = point();
     const caught = curve.true_positives[at], alarms = curve.false_positives[at];
     const told = [
