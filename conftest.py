@@ -12,6 +12,9 @@ from live import http_client, openai_client
 from sidelight.backbone import TransformersBackbone
 from tiny import tiny_backbone
 
+# Laws that several test files run say as much as tests do where they fail.
+pytest.register_assert_rewrite("engine_contract", "policy_contract")
+
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
