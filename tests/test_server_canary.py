@@ -1,4 +1,4 @@
-"""A secret key and prompt, sent everywhere, are found in no log, metric, span or audit line."""
+"""A secret key and prompt, sent everywhere, are found in no log, metric or audit line."""
 
 import io
 import json
@@ -6,16 +6,12 @@ import logging
 
 import httpx
 import pytest
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
-from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from live import MODEL, served
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.policy.rules import Policy, Rule
 from sidelight.prompts import Reads
 from sidelight.server.observe import JsonFormatter, without_message
-from sidelight.server.otel import OtelSink
 from sockets import connection, read_all, request
 from tiny import three_probes, tiny_backbone, untrained_probe
 
@@ -23,7 +19,6 @@ KEY = "sk-canary-key-7f3a"
 WORD = "canary-prompt-91bc"
 MESSAGES = [{"role": "user", "content": WORD}]
 CHAT = {"model": MODEL, "messages": MESSAGES, "max_tokens": 3}
-CALLER = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 BODIES = {
     "/v1/chat/completions": CHAT,
     "/v1/completions": {"model": MODEL, "prompt": WORD, "max_tokens": 3},
@@ -32,10 +27,6 @@ BODIES = {
         "model": MODEL,
         "input": WORD,
         "questions": [{"type": "predicate", "name": WORD}, {"type": "predicate", "name": "topics"}],
-    },
-    "/v1/systemone": {
-        "state": WORD,
-        "questions": {"toxicity": {"type": "noul"}, WORD: {"type": "noul"}},
     },
     "/classify": {"input": WORD, "model": "intent"},
     "/beta/litellm_basic_guardrail_api": {"input_type": "request", "texts": [WORD]},
@@ -92,8 +83,6 @@ def send_all(http, address):
             http.post(path, json=body, headers={"Authorization": f"Bearer {KEY}{WORD}"}),
             http.post(path, json=body, headers={"Authorization": f"Basic {KEY}"}),
             http.post(path, json=body, headers={"X-Request-Id": WORD, "User-Agent": WORD}),
-            http.post(path, json=body, headers={"Traceparent": WORD, "Baggage": f"k={WORD}"}),
-            http.post(path, json=body, headers={"Traceparent": CALLER, "Tracestate": f"k={WORD}"}),
             http.request(WORD, path, json=body),
         ]
         statuses |= {answer.status_code for answer in tries}
@@ -127,16 +116,10 @@ def test_a_canary_is_found_nowhere(logged, capfd, tmp_path):
     options = {
         "api_key": KEY,
         "max_body_bytes": 5000,
-        "body_s": 0.5,
-        "header_s": 0.5,
         "audit_log": path,
         "audit_salt": "salt",
         "policy": Policy(input={"topics": Rule("block"), "always": Rule("flag")}),
     }
-    spans = InMemorySpanExporter()
-    provider = TracerProvider()
-    provider.add_span_processor(SimpleSpanProcessor(spans))
-    options["traces"] = OtelSink(provider)
     with served(TransformersEngine(backbone, probes), **options) as address:
         # The server has set up its own handlers when it started.
         loggers[0].addHandler(handler)
@@ -161,8 +144,6 @@ def test_a_canary_is_found_nowhere(logged, capfd, tmp_path):
     assert '"always"' in audit
     assert [json.loads(line) for line in audit.splitlines()]
     captured = capfd.readouterr()
-    traced = "".join(span.to_json() for span in spans.get_finished_spans())
-    assert '"sidelight.probe.always.action"' in traced
-    for place in (log, audit, series, traced, captured.out, captured.err):
+    for place in (log, audit, series, captured.out, captured.err):
         assert KEY not in place
         assert WORD not in place.lower()
