@@ -79,6 +79,7 @@ def test_weighted_sums_are_sums_of_each_text_alone():
     assert not gradient[:, :4].any()
 
 
+@pytest.mark.slow
 def test_many_classes_are_learnt_from_means_and_few_from_tokens(tiny, tmp_path, monkeypatch):
     split = make_split(
         tiny,

@@ -45,11 +45,16 @@ def test_a_later_training_replaces_its_own_runs_and_no_other_files(
         path.parent.mkdir(parents=True)
         path.write_text("{}")
     write_fit(fit_of((probe_of(tiny), 0), (probe_of(tiny), 1)), tmp_path)
+    assert len(read_runs(tmp_path)[0]) == 2
     write_fit(fit_of((probe_of(tiny), 5)), tmp_path)
     names = {path.name for path in (tmp_path / RUNS).iterdir()}
     assert names == {"events", "web", "readout-seed5"}
     assert all(path.read_text() == "{}" for path in others)
     assert len(read_runs(tmp_path)[0]) == 1
+    # A probe that decides otherwise than its run is measured itself.
+    save_probe(replace(load_probe(tmp_path), thresholds=(0.9,)), tmp_path)
+    (alone,), index = read_runs(tmp_path)
+    assert (alone.thresholds, index) == ((0.9,), 0)
 
 
 def test_a_manifest_of_another_program_is_not_replaced(tiny: TransformersBackbone, tmp_path: Path):
@@ -79,14 +84,3 @@ def test_two_sets_of_options_of_a_mechanism_are_two_probes(
         "TF-IDF baseline",
         "last-layer baseline",
     }
-
-
-def test_a_probe_that_decides_otherwise_than_its_run_is_measured_itself(
-    tiny: TransformersBackbone, tmp_path: Path
-):
-    write_fit(fit_of((probe_of(tiny), 0), (probe_of(tiny), 1)), tmp_path)
-    assert len(read_runs(tmp_path)[0]) == 2
-    strict = replace(load_probe(tmp_path), thresholds=(0.9,))
-    save_probe(strict, tmp_path)
-    (alone,), index = read_runs(tmp_path)
-    assert (alone.thresholds, index) == ((0.9,), 0)

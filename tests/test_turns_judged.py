@@ -1,95 +1,19 @@
-"""With the scope of each turn, turns are learned in conversations and served as scored."""
+"""With the scope of each turn, each is served as scored, and the one that decided is named."""
 
 from dataclasses import replace
 
 import numpy as np
-import pytest
-import torch
 
 from engine_runs import run
 from sidelight.artifact import load_probe, save_probe
 from sidelight.bank import Bank
-from sidelight.data.examples import Example, LabelledExamples
-from sidelight.errors import SidelightError
 from sidelight.prompts import Message, Reads
 from sidelight.states.extraction import score
-from sidelight.training.dataset import prepare
-from sidelight.training.settings import FitOptions
+from sidelight.types import Judgement, Verdict
 from sidelight.vllm.settings import judgement_of, report_of
-from tiny import INTENT, TOXICITY, untrained_probe
+from tiny import untrained_probe
 
 EACH_TURN = Reads(scope="each_turn")
-
-
-@pytest.fixture
-def examples():
-    items = tuple(Example((Message("user", f"text number {i:02d}"),)) for i in range(20))
-    return LabelledExamples(items, ({},) * 20, labels=np.arange(20) % 2, task=TOXICITY)
-
-
-def split_of(backbone, examples, root, *, reads=EACH_TURN):
-    """The texts as ``fit`` reads them."""
-    options = FitOptions(cache_root=root, keep_cache=True, reads=reads)
-    return prepare(backbone, examples, None, options=options).originals
-
-
-def by_text(split):
-    """The states of each text, in order."""
-    states = split.own_states()
-    shards = [states.read(index) for index in range(len(states))]
-    found = dict(each for shard in shards for each in shard.texts())
-    assert sorted(found) == list(range(len(split)))
-    return [found[text] for text in range(len(split))]
-
-
-def test_half_of_the_texts_are_turns_of_conversations(tiny, examples, tmp_path):
-    packed = split_of(tiny, examples, tmp_path, reads=EACH_TURN)
-    alone = split_of(tiny, examples, tmp_path, reads=Reads())
-    turns = [own for own in packed.states._texts if len(own) > 1]
-    assert sum(map(len, turns)) == 8
-    assert {len(own) for own in turns} <= {3, 5}
-    later = {text for own in turns for text in own[1:]}
-    for text, (mine, theirs) in enumerate(zip(by_text(packed), by_text(alone), strict=True)):
-        # The first turn's states are those of the text by itself, the model being causal.
-        if text not in later:
-            torch.testing.assert_close(mine, theirs, rtol=0.02, atol=0.02)
-        else:
-            assert not torch.allclose(mine[-1, 0].float(), theirs[-1, 0].float(), atol=0.02)
-
-
-def test_some_texts_of_conversations_are_selected_like_any(tiny, examples, tmp_path):
-    packed = split_of(tiny, examples, tmp_path, reads=EACH_TURN)
-    whole = by_text(packed)
-    chosen = [17, 3, 8, 0, 19]
-    for text, own in zip(chosen, by_text(packed.select(chosen)), strict=True):
-        assert torch.equal(own, whole[text])
-
-
-def test_texts_that_no_conversation_can_hold_stay_alone(tiny, examples, tmp_path, monkeypatch):
-    whole = type(tiny.encoder).encode_any_length
-
-    def refusing(encoder, messages, response=None):
-        if len(messages) > 1:
-            raise SidelightError("Only users speak.")
-        return whole(encoder, messages, response)
-
-    monkeypatch.setattr(type(tiny.encoder), "encode_any_length", refusing)
-    split = split_of(tiny, examples, tmp_path)
-    assert all(len(own) == 1 for own in split.states._texts)
-
-
-@pytest.mark.parametrize("reads", [Reads(), Reads("both", scope="each_turn")])
-def test_texts_stay_by_themselves_where_the_whole_is_judged(tiny, examples, tmp_path, reads):
-    split = split_of(tiny, examples, tmp_path, reads=reads)
-    assert split.states.reads.scope == "conversation"
-    assert all(len(own) == 1 for own in split.states._texts)
-
-
-def test_several_classes_are_judged_whole(tiny, examples, tmp_path):
-    intents = replace(examples, labels=np.arange(20) % 3, task=INTENT)
-    split = split_of(tiny, intents, tmp_path, reads=EACH_TURN)
-    assert split.states.reads.scope == "conversation"
-    assert all(len(own) == 1 for own in split.states._texts)
 
 
 def test_the_scope_is_stored_and_old_artifacts_judge_the_whole(tiny, tmp_path):
@@ -132,3 +56,13 @@ def test_turns_too_short_for_themselves_are_judged_as_the_whole(tiny):
         score(tiny, Bank([probe]), prompts), score(tiny, Bank([whole]), prompts), strict=True
     ):
         np.testing.assert_array_equal(mine, theirs)
+
+
+def test_of_two_judgements_the_newer_one_holds_for_a_probe_in_both():
+    old, new = (Verdict("a", "x", ("x",), {"x": p}, flagged=False) for p in (0.2, 0.8))
+    other = Verdict("b", "x", ("x",), {"x": 0.5}, flagged=False)
+    assert Judgement((old, other), ("c",)) | Judgement((new,), ("d",)) == Judgement(
+        (other, new), ("c", "d")
+    )
+    assert Judgement((old,)) | Judgement((), ("a",)) == Judgement((), ("a",))
+    assert Judgement((), ("a",)) | Judgement((old,)) == Judgement((old,))

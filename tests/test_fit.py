@@ -1,0 +1,290 @@
+"""From examples to the probe that is kept: no text is judged by a probe that has seen it."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import sidelight.training.fit as module
+from corpora import rows, training_set
+from sidelight.calibration import fit_calibration
+from sidelight.data.examples import LabelledExamples
+from sidelight.data.loading import load_examples
+from sidelight.errors import SidelightError
+from sidelight.mechanisms.base import mechanism_spec
+from sidelight.prompts import Reads
+from sidelight.ragged import Ragged
+from sidelight.thresholds import ThresholdRule, choose_thresholds, read_curves
+from sidelight.training import loop
+from sidelight.training.choice import best_of, better_rivals, mixtures
+from sidelight.training.dataset import FOLDS, ProbeDataset, choose_folds, make_split
+from sidelight.training.fit import calibrate, cross_fit, fit
+from sidelight.training.loop import train_mechanisms
+from sidelight.training.settings import (
+    FitOptions,
+    Job,
+    TrainingSettings,
+    automatic_mechanisms,
+    suggested_settings,
+)
+
+# Two float32 programs of the same sums.
+ROUNDING = 1e-4
+QUICK = {
+    name: suggested_settings(name).changed(learning_rate=3e-2, epochs=4, batch_size=16)
+    for name in ("readout", "pooling")
+}
+JOBS = [Job(mechanism_spec(name), 3, settings) for name, settings in QUICK.items()]
+
+
+def fitted(tiny, root, texts, validation=None, **options):
+    """A fit of the mechanism that is trained in the least time, unless others are named."""
+    options = {"mechanisms": (mechanism_spec("pooling"),), "settings": QUICK} | options
+    options = FitOptions(cache_root=root, **options)
+    examples = texts if isinstance(texts, LabelledExamples) else load_examples(texts)
+    return fit(tiny, examples, validation, name="a", options=options)
+
+
+def test_a_rival_that_is_clearly_better_is_told():
+    taken = np.random.default_rng(0).normal(1.0, 0.2, 100)
+    warned = better_rivals(taken, {"TF-IDF": taken - 0.3, "last layer": taken + 0.1})
+    assert len(warned) == 1
+    assert warned[0].startswith("TF-IDF predicts left-out texts better than any probe")
+    noise = np.random.default_rng(1).normal(0.05, 1.0, 100)
+    assert better_rivals(taken, {"TF-IDF": taken - noise}) == []
+
+
+def test_more_texts_pay_for_more_candidates():
+    for texts, expected in {
+        20: ["linear", "readout"],
+        1000: ["linear", "readout", "readout"],
+        5000: ["linear", "readout", "readout", "blend"],
+    }.items():
+        assert [spec.name for spec in automatic_mechanisms(texts)] == expected
+
+
+def test_a_linear_mechanism_is_no_candidate_where_parts_of_texts_are_learned():
+    (readout,) = automatic_mechanisms(5000, long_inputs=True)
+    assert readout == mechanism_spec("readout")
+    names = [spec.name for spec in automatic_mechanisms(5000, beginnings=True)]
+    assert "linear" not in names
+    responses = FitOptions(reads=Reads("response"))
+    assert "linear" not in [job.spec.name for job in responses.jobs(5000)]
+
+
+def test_a_costlier_candidate_is_taken_only_for_a_gain_that_stands_out():
+    noise = np.random.default_rng(0).normal(size=400)
+    cheap = 1 + noise
+    assert best_of([cheap, cheap]) == 0
+    assert best_of([cheap, cheap - 0.01]) == 1
+    # A quarter of a standard error better.
+    other = np.random.default_rng(1).normal(size=400)
+    other = (other - other.mean()) / other.std()
+    assert best_of([cheap, cheap - 0.25 / 20 + other]) == 0
+    assert best_of([cheap, cheap - 0.75 / 20 + other]) == 1
+    assert best_of([cheap, cheap - 0.5, cheap - 0.4]) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "extremes"), [("binary", "none"), ("multiclass", "pair")])
+def test_a_mixture_gives_the_logits_between_those_of_its_parts(tiny, tmp_path, kind, extremes):
+    training = training_set(tiny, tmp_path, kind, 60, seed=0)
+    spec = mechanism_spec("readout", {"extremes": extremes})
+    weighted = TrainingSettings(epochs=2, layer_weights="predictive")
+    linear, readout = train_mechanisms(
+        [Job(mechanism_spec("linear"), 0, suggested_settings("linear")), Job(spec, 0, weighted)],
+        training=training,
+        validation=training,
+    )
+    shard = training.states.read(0)
+    made = mixtures(linear, readout)
+    assert [one.job.spec.options["heads"] for one in made] == [3, 3, 3]
+    for one in made:
+        projection = one.standardisation.fold(one.mechanism.columns())
+        columns = projection.layers(shard.hidden.float()).transpose(0, 1)
+        tokens = Ragged(columns, shard.lengths)
+        logits = one.mechanism.finish(one.mechanism.summarise(tokens))
+        np.testing.assert_allclose(logits, one.logits[shard.rows], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_the_probe_is_the_candidate_with_the_least_loss_and_its_choice_is_told(tiny, tmp_path):
+    settings = {"readout": TrainingSettings(epochs=2, batch_size=16, least_steps=0)}
+    made = fitted(tiny, tmp_path, rows("multiclass", 60), mechanisms=None, settings=settings)
+    titles = ["linear", "readout", "readout and linear"]
+    specs = [mechanism_spec(name) for name in titles[:2]]
+    assert [run.probe.spec for run in made.runs] == [
+        *specs,
+        mechanism_spec("readout", {"heads": 3}),
+    ]
+    assert made.best is made.runs[best_of([run.losses for run in made.runs])]
+    choice = made.choice
+    assert choice.losses[choice.taken] == pytest.approx(made.best.losses.mean())
+    assert (list(choice.losses), list(choice.rivals)) == (titles, ["TF-IDF", "last layer"])
+    assert str(choice).startswith(f"Took {choice.taken} by the log loss")
+    for title, loss in {**choice.losses, **choice.rivals}.items():
+        assert f"{title} {loss:.3f}" in str(choice)
+
+
+@pytest.mark.slow
+def test_a_linear_mechanism_that_does_not_fit_into_memory_is_no_candidate(tiny, tmp_path):
+    settings = {"readout": TrainingSettings(epochs=1, batch_size=16, least_steps=0)}
+    options = {"mechanisms": None, "settings": settings, "memory_bytes": 40_000}
+    made = fitted(tiny, tmp_path, rows("binary", 40), **options)
+    assert [run.probe.spec.name for run in made.runs] == ["readout"]
+    assert any("it is no candidate" in warning for warning in made.warnings)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, tmp_path_factory):
+    examples = load_examples(rows("binary", 40))
+    options = FitOptions(max_tokens=512, cache_root=tmp_path_factory.mktemp("activations"))
+    split = make_split(tiny, examples, options)
+    return ProbeDataset(tiny, split, split)
+
+
+@pytest.fixture(scope="module")
+def folds(whole):
+    return choose_folds(whole.training.examples)
+
+
+@pytest.fixture(scope="module")
+def cross_fitted(whole, folds):
+    return cross_fit(JOBS, whole, folds)
+
+
+@pytest.mark.slow
+def test_no_text_teaches_the_mechanism_that_judges_it(whole, folds, cross_fitted):
+    assert len(folds) == FOLDS
+    fold, rest = folds[1], np.concatenate([own for own in folds if own is not folds[1]])
+    labels = whole.training.labels.copy()
+    labels[fold] = 1 - labels[fold]
+    examples = replace(whole.training.examples, labels=labels)
+    changed = replace(whole, training=replace(whole.training, examples=examples))
+    for before, after in zip(cross_fitted, cross_fit(JOBS, changed, folds), strict=True):
+        np.testing.assert_array_equal(before.logits[fold], after.logits[fold])
+        assert not np.isclose(before.logits[rest], after.logits[rest]).all()
+
+
+@pytest.mark.slow
+def test_folds_that_are_not_projected_together_give_the_same(
+    whole, folds, cross_fitted, monkeypatch
+):
+    monkeypatch.setattr(loop, "_MOST_COLUMNS", 1)
+    for together, apart in zip(cross_fitted, cross_fit(JOBS, whole, folds), strict=True):
+        np.testing.assert_allclose(together.logits, apart.logits, atol=ROUNDING)
+
+
+@pytest.mark.slow
+def test_the_probe_itself_is_trained_on_all_texts_for_every_epoch(whole, cross_fitted):
+    expected = train_mechanisms(JOBS, training=whole.training, validation=None)
+    for one, alone in zip(cross_fitted, expected, strict=True):
+        assert one.best_epoch == one.job.settings.epochs
+        assert one.history == ()
+        for name, parameter in alone.mechanism.state_dict().items():
+            assert one.mechanism.state_dict()[name].equal(parameter)
+
+
+@pytest.mark.slow
+def test_few_texts_are_cross_fitted_unless_validation_texts_are_given(tiny, tmp_path, capsys):
+    few = load_examples(rows("multiclass", 60))
+    made = fitted(tiny, tmp_path, few, mechanisms=(mechanism_spec("readout"),))
+    record = made.best.probe.record
+    # One bar for all folds.
+    assert capsys.readouterr().err.count("\nTraining: ") == 1
+    assert (record["folds"], record["training"]["rows"]) == (FOLDS, 60)
+    assert record["validation"]["rows"] == 60
+    assert made.best.report.to_dict()["accuracy"]["value"] > 0.6
+    assert made.choice is None
+    given = load_examples(rows("multiclass", 40, seed=1), task=few.task)
+    record = fitted(tiny, tmp_path, few, given).best.probe.record
+    assert (record["folds"], record["validation"]["rows"]) == (0, 40)
+
+
+@pytest.mark.parametrize("is_cross_fitted", [True, False])
+def test_no_text_is_measured_by_what_it_calibrated(whole, folds, is_cross_fitted):
+    dataset = replace(whole, folds=folds) if is_cross_fitted else whole
+    labels = whole.training.labels
+    logits = np.random.default_rng(0).normal(size=(len(labels), 1)) + labels[:, None]
+    made = calibrate(logits, dataset)
+    # Not those of all rows, which the probe is served with.
+    assert made.calibration == fit_calibration("platt", logits, labels, whole.task)
+    own = folds if is_cross_fitted else whole.training.examples.folds(FOLDS, seed=0)
+    right = []
+    for fold in own:
+        rest = np.setdiff1d(np.arange(len(labels)), fold)
+        calibration = fit_calibration("platt", logits[rest], labels[rest], whole.task)
+        chance = calibration.apply(logits[fold])
+        np.testing.assert_array_equal(made.probabilities[fold], chance)
+        known = calibration.apply(logits[rest])
+        (threshold,) = choose_thresholds(whole.task, known, labels[rest])
+        right += list((chance[:, 0] >= threshold) == labels[fold])
+    assert made.report.metrics["accuracy"].value == pytest.approx(np.mean(right))
+    every = made.calibration.apply(logits)
+    assert made.report.thresholds == choose_thresholds(whole.task, every, labels)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["f1", "recall=0.99"])
+def test_thresholds_follow_the_rule_and_the_artifact_has_their_curve(tiny, tmp_path, rule):
+    wanted = ThresholdRule.parse(rule)
+    probe = fitted(tiny, tmp_path, rows("binary", 60), threshold=wanted).best.probe
+    stored = probe.record["validation"]
+    (curve,) = read_curves(stored["curves"]).values()
+    assert probe.record["threshold_rule"] == rule
+    assert probe.thresholds == (curve.threshold(wanted),)
+    assert curve.positives + curve.negatives == stored["rows"] == 60
+    assert next(iter(stored["priors"].values())) == pytest.approx(curve.expected[-1] / 60, abs=1e-4)
+
+
+def test_a_rule_for_several_classes_is_refused_before_the_texts_are_read(tiny, tmp_path):
+    with pytest.raises(SidelightError, match="Leave --threshold out"):
+        fitted(tiny, tmp_path, rows("multiclass", 60), threshold=ThresholdRule("fpr", 0.01))
+    assert not list(tmp_path.iterdir())
+
+
+def test_many_texts_or_a_rare_class_are_not_cross_fitted():
+    assert choose_folds(load_examples(rows("binary", 1000))) == ()
+    rare = [{"text": str(number), "label": "ab"[number < 4]} for number in range(60)]
+    assert choose_folds(load_examples(rare)) == ()
+    repeated = [{"text": "ab"[number % 2], "label": number % 2} for number in range(60)]
+    assert choose_folds(load_examples(repeated)) == ()
+
+
+@pytest.mark.slow
+def test_texts_without_a_word_of_two_characters_train_a_probe(tiny, tmp_path):
+    texts = load_examples([{"text": mark, "label": mark} for mark in "👍👎🤷" for _ in range(2)])
+    made = fitted(tiny, tmp_path, texts, texts)
+    assert made.baseline.metrics["accuracy"].value == 1.0
+    assert any("the figures are flattering" in warning for warning in made.warnings)
+
+
+def test_a_baseline_that_fails_costs_no_training(tiny, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise SidelightError("no baseline")
+
+    monkeypatch.setattr(module, "fit_tfidf", refuse)
+    monkeypatch.setattr(module, "cross_fit", lambda *_: pytest.fail("probes were trained"))
+    with pytest.raises(SidelightError, match="no baseline"):
+        fitted(tiny, tmp_path, rows("binary", 40))
+
+
+@pytest.mark.parametrize("kind", ["binary", "multiclass"])
+def test_texts_of_which_none_can_be_held_out_are_refused(tiny, tmp_path, kind):
+    alike = [row for row in rows(kind, 9)[:3] for _ in range(20)]
+    with pytest.raises(SidelightError, match="Too few distinct texts to hold some of each"):
+        fitted(tiny, tmp_path, alike)
+
+
+@pytest.mark.slow
+def test_few_texts_that_are_held_out_from_say_so(tiny, tmp_path):
+    few = load_examples(
+        [*rows("binary", 40), *({"text": f"rare {n}", "label": "z"} for n in range(4))]
+    )
+    made = fitted(tiny, tmp_path, few)
+    record = made.best.probe.record
+    assert record["folds"] == 0
+    assert record["training"]["rows"] < len(few)
+    # Later, the texts are recognised as those that trained the probe.
+    assert record["training"]["given_sha256"] == few.content_hash
+    assert any("'z' has 4, or some" in warning for warning in made.warnings)
