@@ -91,35 +91,24 @@ def test_an_injected_template_renders_as_the_conversation_that_it_fakes(family):
     assert rendered(message) == faked
 
 
-def test_a_probe_of_raw_texts_has_no_template_to_inject():
-    raw = Surroundings(BENIGN, Markup.of(tiny_tokenizer(), "raw"), Random(0))
-    with pytest.raises(SidelightError, match="no chat template"):
-        ATTACKS["template"].rewrite(TEXT, raw)
+@pytest.mark.parametrize("name", ["template", *CONTROL])
+def test_what_has_no_template_or_control_tokens_has_none_to_write(name):
+    markup = Markup.of(tiny_tokenizer(), "raw") if name == "template" else Markup()
+    with pytest.raises(SidelightError, match=r"no chat template|no control tokens"):
+        ATTACKS[name].rewrite(TEXT, Surroundings(BENIGN, markup, Random(0)))
 
 
-@pytest.mark.parametrize("name", CONTROL)
-def test_a_tokenizer_without_control_tokens_has_none_to_write(name):
-    with pytest.raises(SidelightError, match="no control tokens"):
-        ATTACKS[name].rewrite(TEXT, Surroundings(BENIGN, Markup(), Random(0)))
-
-
-@pytest.mark.parametrize(("name", "turns"), [("earlier-turn", 1), ("earlier-turn-6", 6)])
-def test_an_earlier_turn_is_answered_and_followed_by_benign_ones(name, turns):
-    (conversation,) = rewritten(name)
-    assert conversation[0] == user(TEXT)
-    asked, answers = conversation[2::2], conversation[1::2]
-    assert [turn.content for turn in asked] == (BENIGN * 2)[:turns]
-    assert answers == [Message("assistant", "OK.")] * turns
-
-
-def test_a_text_is_spread_over_one_turn_for_each_word():
+def test_turns_are_added_or_a_text_is_spread_over_them():
+    for name, turns in (("earlier-turn", 1), ("earlier-turn-6", 6)):
+        (conversation,) = rewritten(name)
+        assert conversation[0] == user(TEXT)
+        asked, answers = conversation[2::2], conversation[1::2]
+        assert [turn.content for turn in asked] == (BENIGN * 2)[:turns]
+        assert answers == [Message("assistant", "OK.")] * turns
     (conversation,) = rewritten("empty-turns")
     assert [m.content for m in conversation] == [TEXT] + [""] * 80
     (conversation,) = rewritten("word-per-turn")
     assert conversation == [user(word) for word in TEXT.split()]
-
-
-def test_a_system_turn_says_what_the_user_would():
     (conversation,) = rewritten("system-turn")
     assert conversation[0] == Message("system", TEXT)
     assert conversation[1].role == "user"
@@ -129,20 +118,9 @@ def test_a_system_turn_says_what_the_user_would():
 def test_padding_has_the_words_that_its_name_says_on_each_side(name):
     _, words, side = name.split("-")
     before, after = only_message(name).split(TEXT)
-    counts = [len(before.split()), len(after.split())]
-    assert (
-        counts
-        == {
-            "before": [int(words), 0],
-            "after": [0, int(words)],
-            "both": [int(words)] * 2,
-        }[side]
-    )
+    sides = {"before": (1, 0), "after": (0, 1), "both": (1, 1)}[side]
+    assert (len(before.split()), len(after.split())) == tuple(int(words) * one for one in sides)
     assert set((before + after).split()) <= set(" ".join(BENIGN).split())
-
-
-def without_marks(text):
-    return "".join(letter for letter in text if not unicodedata.combining(letter))
 
 
 def decoded(text):
@@ -153,36 +131,26 @@ def decoded(text):
 UNDONE = {
     "zero-width": lambda text: text.replace("\u200b", ""),
     "fullwidth": lambda text: unicodedata.normalize("NFKC", text),
-    "combining": without_marks,
+    "combining": lambda text: "".join(c for c in text if not unicodedata.combining(c)),
     "right-to-left": lambda text: text[1:-1][::-1],
     "spacing": lambda text: text[::2],
     "rot13": lambda text: codecs.decode(decoded(text), "rot13"),
     "base64": lambda text: base64.b64decode(decoded(text)).decode(),
 }
+# Letters are replaced one by one by such ones.
+REPLACED = {"homoglyph": "CYRILLIC", "leet": "DIGIT", "capitals": "CAPITAL"}
 
 
-@pytest.mark.parametrize("name", UNDONE)
-def test_what_a_disguise_hides_can_be_read_again(name):
-    assert UNDONE[name](only_message(name)) == TEXT
-
-
-def test_capitals_keep_the_letters():
-    assert only_message("capitals").casefold() == TEXT.casefold()
-
-
-@pytest.mark.parametrize("name", ["homoglyph", "leet"])
-def test_letters_are_replaced_one_by_one(name):
-    disguised = only_message(name)
-    assert len(disguised) == len(TEXT)
-    changed = [(a, b) for a, b in zip(TEXT, disguised, strict=True) if a != b]
-    assert len(changed) > len(TEXT) / 4
-    wanted = "CYRILLIC" if name == "homoglyph" else "DIGIT"
-    assert all(wanted in unicodedata.name(b) for _, b in changed)
-
-
-def test_every_disguise_is_undone_by_some_test():
+def test_what_a_disguise_hides_can_be_read_again():
     disguises = {name for name, attack in ATTACKS.items() if attack.group == "disguises"}
-    assert disguises == {*UNDONE, "capitals", "homoglyph", "leet"}
+    assert disguises == {*UNDONE, *REPLACED}
+    for name, undo in UNDONE.items():
+        assert undo(only_message(name)) == TEXT
+    assert only_message("capitals").casefold() == TEXT.casefold()
+    for name, kind in REPLACED.items():
+        changed = [(a, b) for a, b in zip(TEXT, only_message(name), strict=True) if a != b]
+        assert len(changed) > len(TEXT) / 4
+        assert all(kind in unicodedata.name(b) for _, b in changed)
 
 
 def test_attacks_are_chosen_by_their_names_and_groups_in_the_order_of_the_table():
@@ -284,15 +252,10 @@ def test_texts_that_do_not_fit_are_named_and_left_out_of_every_rate(classifier):
         assert (rate.share, rate.interval, outcome.separation) == (None, None, None)
     assert whole.skipped == {}
     assert (whole.recall.texts, whole.alarms.texts) == (8, 12)
-
-
-def test_a_text_that_is_too_long_by_itself_is_named(classifier, tmp_path):
-    data = tmp_path / "data.jsonl"
+    # By itself, a text must fit.
     pairs = [*rows(), ("bad " * 300, "toxic")]
-    data.write_text("\n".join(json.dumps({"text": t, "label": n}) for t, n in pairs))
-    examples = load_examples(data, task=TOXICITY)
-    with pytest.raises(ContextLengthError, match=r"data\.jsonl, line 21: The text has"):
-        measure(target_of(classifier), examples, attacks=["leet"])
+    with pytest.raises(ContextLengthError, match="21: The text has"):
+        measure(target_of(classifier), loaded(pairs), attacks=["leet"])
 
 
 def test_what_the_chat_template_refuses_is_left_out_and_says_why():
@@ -359,7 +322,6 @@ def test_what_counts_as_flagged_is_what_a_policy_says(backbone):
     ("options", "given", "remedy"),
     [
         ({"reads": Reads(side="response")}, {}, "Name a probe of prompts"),
-        ({"task": INTENT}, {}, "--flag LABEL --threshold"),
         ({"task": INTENT}, {"labels": ["refund"]}, "--flag LABEL --threshold"),
         ({}, {"labels": ["toxi"]}, "Did you mean 'toxic'"),
         ({}, {"labels": ["fine"]}, "flags only toxic"),
@@ -372,12 +334,10 @@ def test_a_probe_that_cannot_be_attacked_is_refused_with_the_remedy(
         flagging_thresholds(untrained_probe(backbone, "any", **options), **given)
 
 
-@pytest.mark.parametrize(
-    "pairs", [[("a", "toxic"), ("b", "fine"), ("B", "fine")], [("a", "fine"), ("b", "fine")]]
-)
-def test_texts_of_one_kind_are_too_few(pairs):
-    with pytest.raises(SidelightError, match="Add texts of both kinds"):
-        draw_subjects(loaded(pairs), {"toxic": 0.5}, texts=5, seed=0)
+def test_texts_of_one_kind_are_too_few():
+    for pairs in (("a", "toxic"), ("b", "fine"), ("B", "fine")), (("a", "fine"), ("b", "fine")):
+        with pytest.raises(SidelightError, match="Add texts of both kinds"):
+            draw_subjects(loaded(pairs), {"toxic": 0.5}, texts=5, seed=0)
 
 
 # The command.
@@ -418,12 +378,13 @@ def test_the_command_prints_and_writes_what_is_measured(
     assert told["version"] == load_probe(artifact).version
     assert [row["attack"] for row in told["attacks"]] == names
     for row, outcome in zip(told["attacks"], outcomes, strict=True):
-        for key, rate in (
-            ("recall_alone", outcome.recall_alone),
-            ("recall", outcome.recall),
-            ("false_alarms_alone", outcome.alarms_alone),
-            ("false_alarms", outcome.alarms),
-        ):
+        rates = {
+            "recall_alone": outcome.recall_alone,
+            "recall": outcome.recall,
+            "false_alarms_alone": outcome.alarms_alone,
+            "false_alarms": outcome.alarms,
+        }
+        for key, rate in rates.items():
             assert (row[key]["flagged"], row[key]["texts"]) == (rate.flagged, rate.texts)
             assert row[key]["value"] == rate.share
         assert row["skipped"] == outcome.skipped
@@ -476,6 +437,10 @@ def test_a_live_server_has_no_scores_to_show_or_to_search_by(redteam, artifact, 
 
 
 def test_the_card_says_what_was_measured_on_this_very_probe(redteam, artifact, tmp_path):
+    add_to_card(artifact, "## Evasion\n\nNone.\n")
+    card = (artifact / CARD).read_text()
+    assert card.startswith("---\nlibrary_name")
+    assert card.index("## Use") < card.index("## Evasion")
     (artifact / CARD).write_text("My own words.\n")
     for attack in ("leet", "capitals"):
         assert redteam(artifact, "--attacks", attack, "--card") == 0
@@ -491,13 +456,6 @@ def test_the_card_says_what_was_measured_on_this_very_probe(redteam, artifact, t
     save_probe(replace(probe, thresholds=(0.99,)), artifact)
     push(artifact, tmp_path / "shared")
     assert "Evasion" not in (tmp_path / "shared" / CARD).read_text()
-
-
-def test_a_probe_without_a_card_gets_one(artifact):
-    add_to_card(artifact, "## Evasion\n\nNone.\n")
-    card = (artifact / CARD).read_text()
-    assert card.startswith("---\nlibrary_name")
-    assert card.index("## Use") < card.index("## Evasion")
 
 
 @pytest.mark.parametrize(
