@@ -19,6 +19,13 @@ export SIDELIGHT_NODE ?= $(abspath .venv/node)
 OWN := --ignore=tests/vllm --ignore=tests/matrix
 SHAPED := sidelight.bank,sidelight.mechanisms,sidelight.metrics,sidelight.ragged,sidelight.standardisation,sidelight.states,sidelight.training
 
+# Tests that share an engine or a server are a group: one process runs them.
+VLLM_PYTEST := OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest -p no:unraisableexception -n 2 --dist loadgroup
+# What runners decide: which tokens a step runs, and where their states are. V2 wants a GPU's kernels.
+OF_RUNNERS := contract.py parity.py schedules.py
+V1 := VLLM_USE_V2_MODEL_RUNNER=0
+V2 := VLLM_USE_V2_MODEL_RUNNER=1 TRITON_INTERPRET=1 PYTHONPATH=$(CURDIR)/tests/triton_cpu
+
 .PHONY: demo test vllm matrix gpu-check fast mutants lint types format house docs clean help
 
 help: ## Show the targets
@@ -32,9 +39,9 @@ test: .venv/.dev .venv-vllm/.ready ## Run the tests of every change, with run-ti
 	  --jaxtyping-packages=$(SHAPED),beartype.beartype
 	@$(MAKE) --no-print-directory vllm
 
-vllm: .venv-vllm/.ready ## Run the tests inside vLLM: three versions, both model runners
+vllm: .venv-vllm/.ready ## Run the tests inside vLLM, on both of its model runners
 	@if [ -x .venv-vllm/bin/sidelight ]; then \
-	  $(VLLM_BIN)/python .ci/vllm_lanes.py; \
+	  $(V1) $(VLLM_PYTEST) tests/vllm && $(V2) $(VLLM_PYTEST) $(addprefix tests/vllm/test_,$(OF_RUNNERS)); \
 	else \
 	  echo "SKIPPED tests/vllm: $(VLLM) cannot be installed here (see .venv-vllm/install.log)"; \
 	fi
@@ -61,11 +68,8 @@ format: .venv/.dev ## Format the code
 	$(BIN)/ruff check --fix .
 
 # `.ci/mutants.py report FILE` prints the table of an earlier run.
-mutants: .venv/.dev .venv/mutants ## Plant 126 faults, and print how many the tests catch (an hour)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check pytest-cov
+mutants: .venv/.dev .venv/mutants ## Plant 146 faults, and print how many the tests catch (an hour)
 	.venv/mutants/bin/python .ci/mutants.py sample .venv/mutants/faults.jsonl
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(OWN) -n auto --dist loadfile \
-	  --cov=src/sidelight --cov-context=test --cov-report= --junitxml=.coverage.xml
 	OMP_NUM_THREADS=1 $(BIN)/python .ci/mutants.py run .venv/mutants/faults.jsonl --out .venv/mutants/caught.jsonl
 
 house: ## Print the size and shape of the code

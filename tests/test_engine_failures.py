@@ -18,7 +18,7 @@ from sidelight.engines.loading import LoadingEngine
 from sidelight.engines.queue import Limits
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.prompts import Message
-from tiny import three_probes, tiny_backbone
+from tiny import three_probes, tiny_backbone, untrained_probe
 
 LONG = Sampling(temperature=0.0, max_tokens=200)
 PROMPT = "a secret"
@@ -43,91 +43,76 @@ def fail_once(backbone, *, is_prefill):
 
 @pytest.mark.parametrize("is_prefill", [True, False])
 def test_a_failed_step_is_the_concern_of_its_request_only(backbone, is_prefill, caplog):
+    passes = count_passes(backbone)
+
     async def ask_some(engine):
+        running = []
+        if is_prefill:
+            # It is being written meanwhile.
+            running = [asyncio.create_task(ask(engine, "a", LONG))]
+            while len(passes) < 2:
+                await asyncio.sleep(0)
         fail_once(backbone, is_prefill=is_prefill)
         with pytest.raises(GenerationError) as lost:
-            await ask(engine, "a")
-        return str(lost.value), await ask(engine, "b")
+            await ask(engine, "b")
+        return str(lost.value), [await ask(engine, "c"), *[await task for task in running]]
 
-    message, answer = run(backbone, ask_some)
-    assert answer.text
+    message, answers = run(backbone, ask_some)
+    assert [a.finished.completion_tokens for a in answers] == [16, 200][: len(answers)]
     assert "RuntimeError" in message
     # Places are logged; what an error says may quote a prompt.
     assert "decoder.py" in caplog.text
     assert PROMPT not in message + str([record.getMessage() for record in caplog.records])
 
 
-@pytest.mark.slow
-def test_a_failed_prefill_leaves_the_running_requests_alone(backbone):
-    passes = count_passes(backbone)
-
-    async def ask_some(engine):
-        running = asyncio.create_task(ask(engine, "a", LONG))
-        # The first one reads the prompt.
-        while len(passes) < 2:
-            await asyncio.sleep(0)
-        fail_once(backbone, is_prefill=True)
-        with pytest.raises(GenerationError):
-            await ask(engine, "b")
-        return await running
-
-    assert run(backbone, ask_some).finished.completion_tokens == 200
-
-
-def test_logits_that_are_not_numbers_fail_the_request(backbone):
-    backbone.model.lm_head.weight.data.fill_(float("nan"))
-    with pytest.raises(GenerationError, match="float16"):
-        run(backbone, lambda engine: ask(engine, "hi"))
-
-
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_logit_that_overflowed_fails_the_request(backbone, temperature):
+@pytest.mark.parametrize(
+    ("logit", "temperature", "fails"),
+    [
+        (torch.nan, 0.0, True),
+        (torch.inf, 0.0, True),
+        (torch.inf, 1.0, True),
+        (-torch.inf, 1.0, False),
+    ],
+)
+def test_a_logit_that_is_no_number_fails_the_request_and_one_that_rules_out_does_not(
+    backbone, logit, temperature, fails
+):
     backbone.model.lm_head.register_forward_hook(
-        lambda _module, _inputs, logits: logits.index_fill(-1, torch.tensor([5]), torch.inf)
+        lambda _module, _inputs, logits: logits.index_fill(-1, torch.tensor([5]), logit)
     )
-    with pytest.raises(GenerationError, match="float16"):
-        run(backbone, lambda engine: ask(engine, "hi", Sampling(temperature=temperature)))
+
+    def work():
+        return run(backbone, lambda engine: ask(engine, "hi", Sampling(16, temperature)))
+
+    if fails:
+        with pytest.raises(GenerationError, match="float16"):
+            work()
+    else:
+        assert work().finished
 
 
-def test_logits_that_rule_tokens_out_are_drawn_from(backbone):
-    backbone.model.lm_head.register_forward_hook(
-        lambda _module, _inputs, logits: logits.index_fill(-1, torch.tensor([5]), -torch.inf)
-    )
-    assert run(backbone, lambda engine: ask(engine, "hi")).finished
+def test_leaving_frees_the_row_and_the_place_in_line(backbone):
+    steps = count_passes(backbone)
 
-
-def test_leaving_frees_the_row(backbone):
     async def leave(engine):
         events = engine.generate(HELLO, LONG)
         async for event in events:
             if isinstance(event, TextDelta):
                 break
         assert engine.load.running == 1
-        await events.aclose()
-        await until_idle(engine)
-        return await ask(engine, "b")
-
-    steps = count_passes(backbone)
-    run(backbone, leave)
-    # The second request's passes, and few of the first's 200.
-    assert len(steps) < 16 + 30
-
-
-@pytest.mark.slow
-def test_leaving_while_waiting_frees_the_place_in_line(backbone):
-    async def leave(engine):
-        running = asyncio.create_task(ask(engine, "a", LONG))
-        while not engine.load.running:
-            await asyncio.sleep(0)
         waiting = asyncio.create_task(ask(engine, "b"))
         while not engine.load.waiting:
             await asyncio.sleep(0)
         waiting.cancel()
         await asyncio.wait({waiting})
         assert engine.load.waiting == 0
-        await running
+        await events.aclose()
+        await until_idle(engine)
+        return await ask(engine, "b")
 
     run(backbone, leave, limits=Limits(running=1))
+    # The last request's passes, and few of the first's 200.
+    assert len(steps) < 16 + 60
 
 
 def test_a_full_line_refuses(backbone):
@@ -171,6 +156,8 @@ def test_a_loading_engine_refuses_until_it_is_loaded(backbone):
             return TransformersEngine(backbone, three_probes(backbone))
 
         engine = LoadingEngine(load)
+        with pytest.raises(EngineUnavailableError):
+            await engine.replace_probes([untrained_probe(backbone, "new")])
         await engine.start()
         assert not engine.is_ready
         with pytest.raises(EngineUnavailableError, match="still loading"):

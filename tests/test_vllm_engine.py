@@ -31,6 +31,10 @@ from sidelight.vllm.settings import KEY, identity_of
 from tiny import tiny_backbone, untrained_probe
 
 ROOT = Path(__file__).parents[1]
+HELLO = [[Message("user", "hello")]]
+# Names of the engine's probes and of each vLLM's, and whether it is ready.
+OLD = (["old"], [["old"]], True)
+NEW = (["new"], [["new"]], True)
 
 
 class Workers:
@@ -172,44 +176,32 @@ async def writing(engine, llm):
             del states[text]
 
 
-def test_it_refuses_to_explain_and_judges_on(backbone):
-    async def change(engine, llm, new):
-        with pytest.raises(NotExplainedError, match="--engine transformers"):
-            await engine.judge([[Message("user", "hello")]], explain=[])
-        assert await engine.judge([[Message("user", "hello")]])
-
-    assert replacing(backbone, change) == (["old"], [["old"]], True)
-
-
-def test_a_worker_that_refuses_puts_all_back(backbone):
+def test_a_worker_that_refuses_has_all_put_back(backbone):
     async def change(engine, llm, new):
         llm.refuses = 1
         with pytest.raises(SidelightError, match="last worker refuses"):
             await engine.replace_probes([new])
-        assert await engine.judge([[Message("user", "hello")]])
+        assert await engine.judge(HELLO)
 
-    assert replacing(backbone, change) == (["old"], [["old"]], True)
+    assert replacing(backbone, change) == OLD
 
-
-def test_a_rank_whose_answer_nobody_hears_cannot_keep_old_probes_unnoticed(backbone):
-    async def change(engine, llm, new):
+    async def change_one_rank(engine, llm, new):
+        """Nobody hears the second rank's answer, but its verdicts say what it has."""
         llm.refuses = 1
         with pytest.raises(GenerationError, match="Other probes have judged"):
             await engine.replace_probes([new])
         await engine.replace_probes([new])
 
-    assert replacing(backbone, change, engines=2) == (["new"], [["new"], ["new"]], True)
+    assert replacing(backbone, change_one_rank, engines=2) == (["new"], [["new"], ["new"]], True)
 
-
-def test_if_the_old_probes_cannot_be_put_back_nothing_is_served(backbone):
-    async def change(engine, llm, new):
+    async def fail_twice(engine, llm, new):
         llm.refuses = 2
         with pytest.raises(SidelightError, match="last worker refuses"):
             await engine.replace_probes([new])
         with pytest.raises(EngineUnavailableError, match="Nobody knows"):
-            await engine.judge([[Message("user", "hello")]])
+            await engine.judge(HELLO)
 
-    assert replacing(backbone, change)[2] is False
+    assert replacing(backbone, fail_twice)[2] is False
 
 
 def test_one_who_gives_up_leaves_the_old_probes(backbone):
@@ -221,58 +213,46 @@ def test_one_who_gives_up_leaves_the_old_probes(backbone):
         llm.may_pause.set()
         with pytest.raises(asyncio.CancelledError):
             await changing
-        assert await engine.judge([[Message("user", "hello")]])
+        assert await engine.judge(HELLO)
 
-    assert replacing(backbone, change) == (["old"], [["old"]], True)
+    assert replacing(backbone, change) == OLD
 
 
-def test_a_text_that_belongs_to_a_begun_request_goes_on_while_a_change_waits(backbone):
+def test_a_change_waits_for_texts_of_begun_requests_and_newcomers_for_the_change(backbone):
     """A server takes nothing more from the first text before it has the second one's verdicts."""
 
     async def change(engine, llm, new):
+        stale = engine.judge(HELLO)
         async with writing(engine, llm):
             changing = asyncio.create_task(engine.replace_probes([new]))
-            await asyncio.sleep(0.1)
-            async with writing(engine, llm):
-                assert not changing.done()
-            assert not changing.done()
-        await changing
-
-    assert replacing(backbone, change) == (["new"], [["new"]], True)
-
-
-def test_a_text_is_not_judged_by_probes_that_came_after_it(backbone):
-    async def change(engine, llm, new):
-        stale = engine.judge([[Message("user", "hello")]])
-        await engine.replace_probes([new])
-        with pytest.raises(EngineUnavailableError, match="just been replaced"):
-            await stale
-
-    assert replacing(backbone, change) == (["new"], [["new"]], True)
-
-
-def test_who_comes_while_probes_are_replaced_waits_and_has_the_new_ones(backbone):
-    async def change(engine, llm, new):
-        async with writing(engine, llm):
-            changing = asyncio.create_task(engine.replace_probes([new]))
-            await asyncio.sleep(0.1)
+            while engine._exchange._open.is_set():
+                await asyncio.sleep(0.001)
             waiting = asyncio.create_task(engine.settled())
-            await asyncio.sleep(0.1)
+            async with writing(engine, llm):
+                await asyncio.sleep(0.05)
+                assert not changing.done()
+            await asyncio.sleep(0.05)
+            assert not changing.done()
             assert not waiting.done()
         await waiting
         assert engine.probes == (new,)
         await changing
+        # Probes that came later do not judge it.
+        with pytest.raises(EngineUnavailableError, match="just been replaced"):
+            await stale
 
-    assert replacing(backbone, change) == (["new"], [["new"]], True)
+    assert replacing(backbone, change) == NEW
 
 
-@pytest.mark.parametrize("report", [None, {}, {KEY: {"error": "other tokens"}}])
-def test_a_missing_verdict_is_an_error(backbone, report):
+def test_a_missing_verdict_is_an_error(backbone):
     async def ask(engine, llm, _new):
-        llm.report = report
-        with pytest.raises(GenerationError, match="no verdict"):
-            await engine.judge([[Message("user", "hello")]])
+        for report in (None, {}, {KEY: {"error": "other tokens"}}):
+            llm.report = report
+            with pytest.raises(GenerationError, match="no verdict"):
+                await engine.judge(HELLO)
         assert engine.load.waiting == 0
+        with pytest.raises(NotExplainedError, match="--engine transformers"):
+            await engine.judge(HELLO, explain=[])
 
     replacing(backbone, ask)
 
@@ -293,10 +273,12 @@ def test_a_client_that_reads_slowly_holds_up_no_change_and_gets_no_other_verdict
             async with engine.passing(old):
                 pytest.fail("these probes are gone")
 
-    assert replacing(backbone, change) == (["new"], [["new"]], True)
+    assert replacing(backbone, change) == NEW
 
 
-def test_answers_that_take_too_long_keep_the_old_probes(backbone, monkeypatch):
+def test_answers_that_take_too_long_and_several_api_servers_keep_the_old_probes(
+    backbone, monkeypatch
+):
     monkeypatch.setattr("sidelight.vllm.exchange._PATIENCE_S", 0.05)
 
     async def change(engine, llm, new):
@@ -305,35 +287,21 @@ def test_answers_that_take_too_long_keep_the_old_probes(backbone, monkeypatch):
                 await engine.replace_probes([new])
             await engine.settled()
 
-    assert replacing(backbone, change) == (["old"], [["old"]], True)
-
-
-def test_several_api_servers_keep_their_probes(backbone):
-    async def change(engine, llm, new):
+    async def share(engine, llm, new):
         with pytest.raises(SidelightError, match="--api-server-count 1"):
             await engine.replace_probes([new])
 
-    assert replacing(backbone, change, servers=2) == (["old"], [["old"]], True)
+    assert replacing(backbone, change) == OLD
+    assert replacing(backbone, share, servers=2) == OLD
 
 
-@pytest.mark.parametrize(
-    ("name", "remedy"),
-    [
-        ("model", "--model"),
-        ("dtype", "--dtype"),
-        ("additional_config", "Leave it out"),
-        ("disable_log_stats", "Leave it out"),
-        ("max_num_seq", "Did you mean 'max_num_seqs'"),
-    ],
-)
-def test_an_option_that_is_not_the_users_is_refused_with_the_remedy(name, remedy):
-    fields = dict.fromkeys(
-        ["model", "dtype", "additional_config", "disable_log_stats", "max_num_seqs"]
-    )
+def test_an_option_that_is_not_the_users_is_refused_with_the_remedy():
+    fields = dict.fromkeys([*SET_HERE, "max_num_seqs"])
     arguments = SimpleNamespace(__dataclass_fields__=fields)
     require_options({"max_num_seqs": 8}, arguments)
-    with pytest.raises(SidelightError, match=remedy):
-        require_options({name: 1}, arguments)
+    for name, remedy in {**SET_HERE, "max_num_seq": "Did you mean 'max_num_seqs'"}.items():
+        with pytest.raises(SidelightError, match=re.escape(remedy)):
+            require_options({name: 1}, arguments)
 
 
 def commands(group):
@@ -350,14 +318,11 @@ TAKERS = [
 ]
 
 
-@pytest.mark.parametrize("command", TAKERS, ids=lambda command: command.name)
-def test_an_option_to_give_instead_is_one_of_every_command_that_takes_vllms(command):
-    known = {word for parameter in command.params for word in parameter.opts}
-    assert set(re.findall(r"--[a-z-]+", " ".join(SET_HERE.values()))) <= known
-
-
-def test_every_command_that_can_run_vllm_takes_its_options():
+def test_an_option_to_give_instead_is_one_of_every_command_that_takes_vllms():
     assert {"serve", "train", "predict", "parity", "extract"} <= {one.name for one in TAKERS}
+    for command in TAKERS:
+        known = {word for parameter in command.params for word in parameter.opts}
+        assert set(re.findall(r"--[a-z-]+", " ".join(SET_HERE.values()))) <= known, command.name
 
 
 def test_a_list_takes_all_its_places_at_once_or_none():
@@ -391,11 +356,11 @@ def test_every_option_has_a_place_in_vllms_server_or_a_remedy():
     assert ServerConfig.model_fields.keys() == known
 
 
-@pytest.mark.parametrize("name", NO_PLACE)
-def test_an_option_without_a_place_in_vllms_server_is_refused(name):
-    given = {name: True if name in ("json_logs", "playground") else 7}
-    with pytest.raises(SidelightError, match=f"no place for '{name}'. Leave it out."):
-        serve(options_of(**given), "smollm2", [])
+def test_an_option_without_a_place_in_vllms_server_is_refused():
+    for name in NO_PLACE:
+        given = {name: True if name in ("json_logs", "playground") else 7}
+        with pytest.raises(SidelightError, match=f"no place for '{name}'"):
+            serve(options_of(**given), "smollm2", [])
 
 
 def test_what_vllms_server_would_leave_open_is_refused(monkeypatch):

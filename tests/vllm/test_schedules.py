@@ -16,10 +16,10 @@ from vllm_served import (
     reported,
     require_equal,
     sampling_of,
-    tiny_model,
 )
+from vllm_suite import IS_INTERPRETED, WARM_UP
 
-EXAMPLES = 25
+EXAMPLES = 6 if IS_INTERPRETED else 14
 # One of the longest requests fits, where up to six run.
 BLOCK, BLOCKS, LONGEST = 32, 8, 192
 PREFIXES = 2
@@ -152,28 +152,24 @@ class Driver:
                 self.seen.written += len(one.written)
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Model:
-    return tiny_model(tmp_path_factory.mktemp("tiny"))
-
-
 @pytest.fixture(scope="module", params=[True, False], ids=["asynchronous", "synchronous"])
-def driver(request, model):
+def driver(request, llama_model):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         with llm_of(
-            model,
+            llama_model,
             block_size=BLOCK,
             num_gpu_blocks_override=BLOCKS,
             max_model_len=LONGEST,
             max_num_seqs=6,
             max_num_batched_tokens=48,
             async_scheduling=request.param,
+            **WARM_UP,
         ) as llm:
-            yield Driver(llm, model)
+            yield Driver(llm, llama_model)
 
 
-def test_any_schedule_gives_the_verdicts_of_one_pass(driver, model):
+def test_any_schedule_gives_the_verdicts_of_one_pass(driver, llama_model):
     """Arrivals, chunks, shared prefixes, aborts and preemptions as Hypothesis draws them."""
 
     @given(drawn=waves, chosen=st.integers(0, 100))
@@ -189,11 +185,10 @@ def test_any_schedule_gives_the_verdicts_of_one_pass(driver, model):
         followed = driver.run(drawn)
         # The last report of each request, and one while it was written.
         for which in (-1, chosen):
-            compare(model, followed, which)
+            compare(llama_model, followed, which)
 
     check()
     seen, preempted = driver.seen, preemptions(driver)
-    print(f"{seen}, {preempted} preemptions")
     assert seen.finished > EXAMPLES
     assert seen.aborted > EXAMPLES / 4
     assert seen.cached_tokens > 10 * BLOCK

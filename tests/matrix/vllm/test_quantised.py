@@ -29,14 +29,15 @@ from vllm_served import (
     reported,
     require_equal,
     run,
-    tiny_model,
 )
 
+pytestmark = pytest.mark.xdist_group("quantised")
 TEXTS = 12
 # Two engines differ in float32's last digit. Where that rounds an activation to the next of its 255
 # steps, a probability moves by up to .006: in about half of the prompts. The others are equal.
 PROMPTS = 16
 LAYERS = ("self_attn", "mlp")
+KV_IN_FP8 = {"kv_cache_dtype": "fp8"}
 SMALL = {"enforce_eager": True, "block_size": 32, "max_model_len": 512, "dtype": "float32"}
 
 
@@ -49,8 +50,8 @@ class Copy:
 
 
 @pytest.fixture(scope="module")
-def original(tmp_path_factory) -> Model:
-    return tiny_model(tmp_path_factory.mktemp("original"))
+def original(llama_model) -> Model:
+    return llama_model
 
 
 @pytest.fixture(scope="module")
@@ -190,30 +191,25 @@ def test_our_own_engine_takes_the_same_report(original, copy, report, monkeypatc
     assert judged.judgement.verdicts
 
 
-def test_without_a_report_a_quantised_copy_is_refused_with_the_command_that_writes_one(
-    original, copy
-):
+def test_without_a_report_nothing_quantised_is_served(original, copy, report):
     with pytest.raises(FingerprintMismatchError, match=r"parity PROBE .* --quantised"):
         configured(copy.path, original.folders)
     with pytest.raises(FingerprintMismatchError, match="none is named"):
         load_vllm_engine(copy.path, original.probes)
+    # What vLLM quantises itself is another model.
+    for options in ({"quantization": "fp8"}, {"quantization": "fp8_per_tensor"}, KV_IN_FP8):
+        with pytest.raises(FingerprintMismatchError, match="none is named"):
+            configured(original.path, original.folders, **options)
+        with pytest.raises(FingerprintMismatchError, match="is about"):
+            configured(original.path, original.folders, report, **options)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"quantization": "fp8"}, {"quantization": "fp8_per_tensor"}, {"kv_cache_dtype": "fp8"}],
-    ids=lambda options: "-".join(options.values()),
-)
-def test_what_vllm_quantises_itself_is_another_model(original, report, options):
-    with pytest.raises(FingerprintMismatchError, match="none is named"):
-        configured(original.path, original.folders, **options)
+def test_a_report_is_of_one_copy_one_set_of_options_and_one_version_of_a_probe(
+    original, copy, report, texts, tmp_path, capsys
+):
+    configured(copy.path, original.folders, report)
     with pytest.raises(FingerprintMismatchError, match="is about"):
-        configured(original.path, original.folders, report, **options)
-
-
-def test_a_report_is_of_one_copy_as_one_set_of_options_serves_it(original, copy, report, tmp_path):
-    with pytest.raises(FingerprintMismatchError, match="is about"):
-        configured(copy.path, original.folders, report, kv_cache_dtype="fp8")
+        configured(copy.path, original.folders, report, **KV_IN_FP8)
     other = tmp_path / "other"
     shutil.copytree(copy.path, other)
     weights = load_file(other / "model.safetensors")
@@ -221,19 +217,11 @@ def test_a_report_is_of_one_copy_as_one_set_of_options_serves_it(original, copy,
     save_file(weights, other / "model.safetensors", {"format": "pt"})
     with pytest.raises(FingerprintMismatchError, match="is about"):
         configured(str(other), original.folders, report)
-    configured(copy.path, original.folders, report)
-
-
-def test_a_report_is_of_one_version_of_a_probe(original, copy, report, tmp_path):
     probe = replace(original.probes[-1], thresholds=(0.7,))
     folder = save_probe(probe, tmp_path / "later")
     with pytest.raises(FingerprintMismatchError, match=f"version {load_probe(folder).version}"):
         configured(copy.path, [*original.folders[:-1], str(folder)], report)
-
-
-def test_a_copy_with_another_template_is_no_copy(original, copy, report, texts, tmp_path, capsys):
-    other = tmp_path / "other"
-    shutil.copytree(copy.path, other)
+    # A copy with another template is no copy.
     for path in (other / "chat_template.jinja", other / "tokenizer_config.json"):
         if path.exists():
             path.write_text(path.read_text().replace("<|assistant|>", "<|user|>"))
@@ -241,26 +229,22 @@ def test_a_copy_with_another_template_is_no_copy(original, copy, report, texts, 
         configured(str(other), original.folders, report)
     assert measure(original, str(other), texts, tmp_path / "x.json") == 2
     assert "template" in capsys.readouterr().err
-
-
-def test_no_report_is_written_on_the_model_itself(original, texts, tmp_path, capsys):
+    # And the model itself needs no report.
     assert measure(original, original.path, texts, tmp_path / "x.json") == 2
     assert "needs no report" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("damage", ["", "[]", "{}", None], ids=str)
-def test_a_damaged_report_admits_nothing(original, copy, tmp_path, damage):
+def test_a_damaged_report_or_one_without_a_probes_figures_admits_nothing(
+    original, copy, report, tmp_path
+):
     path = tmp_path / "parity.json"
-    if damage is not None:
-        path.write_text(damage)
-    with pytest.raises(SidelightError, match=r"Name the file that 'sidelight parity"):
-        configured(copy.path, original.folders, path)
-
-
-def test_a_report_without_figures_of_a_probe_admits_it_not(original, copy, report, tmp_path):
+    for damage in (None, "", "[]", "{}"):
+        if damage is not None:
+            path.write_text(damage)
+        with pytest.raises(SidelightError, match=r"Name the file that 'sidelight parity"):
+            configured(copy.path, original.folders, path)
     found = json.loads(report.read_text())
     kept = [d for d in found["differences"] if d["probe"] != original.probes[0].name]
-    path = tmp_path / "parity.json"
     path.write_text(json.dumps({**found, "differences": kept}))
     with pytest.raises(FingerprintMismatchError, match="no figures"):
         configured(copy.path, original.folders, path)

@@ -1,32 +1,23 @@
 """vLLM's verdicts are those of ``transformers`` for every architecture that is allowed.
 
-``SIDELIGHT_COMPILED=1`` runs them compiled instead of eager, and the lanes ``families-...`` of
-``.ci/vllm_lanes.py`` on other versions and runners.
+``SIDELIGHT_COMPILED=1`` runs them compiled instead of eager.
 """
 
 import os
 
 import pytest
-from architectures import TESTED, architecture_model
-from packaging.version import Version
 
+from architectures import TESTED, architecture_model
 from sidelight.prompts import EncodedPrompt, Part
 from sidelight.vllm.patches import ARCHITECTURES
 from vllm_served import expected, llm_of, mixed_prompts, reported, require_equal, run
+from vllm_suite import WARM_UP
 
 PROMPTS = 16
 # Long enough that windows of 64 tokens have moved on.
 LONGEST = 300
 WRITTEN = 100
 IS_EAGER = os.environ.get("SIDELIGHT_COMPILED") != "1"
-# Triton's interpreter has nothing to warm up, and does not take all kernels of vLLM's warm-up.
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-WARM_UP = {"kernel_config": {"enable_jit_warmup": False}} if IS_INTERPRETED else {}
-# What vLLM 0.29 itself cannot run here.
-NOT_ON_0_29 = {
-    "GptOssForCausalLM": "its attention with sinks takes bfloat16 alone on a CPU",
-    "Mistral3ForConditionalGeneration": "it imports what transformers 5 no longer has",
-}
 
 
 def test_what_is_allowed_is_tested():
@@ -37,10 +28,6 @@ def test_what_is_allowed_is_tested():
 def test_verdicts_are_those_of_transformers(name, tmp_path, monkeypatch):
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    from vllm import __version__
-
-    if Version(__version__) < Version("0.30") and name in NOT_ON_0_29:
-        pytest.skip(f"vLLM {__version__}: {NOT_ON_0_29[name]}")
     # In this process if possible, since importing vLLM in another takes longer than the test.
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", str(int(TESTED[name].is_apart)))
     model = architecture_model(TESTED[name], tmp_path)

@@ -1,6 +1,7 @@
 """Tiny random models of the architectures that vLLM serves with probes.
 
-``ARCHITECTURES`` in ``sidelight.vllm.patches`` allows those that pass ``test_architectures.py``.
+``ARCHITECTURES`` in ``sidelight.vllm.patches`` allows those that pass
+``tests/matrix/vllm/test_families.py``.
 """
 
 from collections.abc import Callable

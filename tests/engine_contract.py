@@ -1,0 +1,272 @@
+"""The laws of ``sidelight.engines.base.Engine``, which the tests of each engine run.
+
+They subclass ``EngineContract`` and give it the fixture ``subject``.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import LlamaConfig
+
+from sidelight.engines.base import Engine, EngineUnavailableError, PromptJudged
+from sidelight.errors import (
+    ContextLengthError,
+    FingerprintMismatchError,
+    SidelightError,
+    VerdictError,
+)
+from sidelight.probe import Probe
+from sidelight.prompts import EncodedPrompt, Message, Part, Reads, has_response
+from tiny import SIZES, SPECIAL_TOKENS, tiny_backbone, untrained_probe
+from vllm_served import ROUNDING, Model, expected
+
+TEXTS = [f"{'word ' * (i % 9)}number {i}" for i in range(12)]
+CHANGES = 5
+
+
+def user(text: str) -> list[Message]:
+    return [Message("user", text)]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A started engine that serves ``model.probes``, and one that was never started."""
+
+    engine: Engine
+    model: Model
+    runner: asyncio.Runner
+    unstarted: Engine
+
+    def run(self, work: Any) -> Any:
+        return self.runner.run(work)
+
+    def judge(self, conversations) -> list[PromptJudged]:
+        return self.run(self.engine.judge(conversations))
+
+    def replace(self, probes: Sequence[Probe]) -> None:
+        self.run(self.engine.replace_probes(probes))
+
+    def encode(self, turns) -> EncodedPrompt:
+        encode = self.model.backbone.encoder.encode
+        return encode(turns[:-1], turns[-1].content) if has_response(turns) else encode(turns)
+
+    def require(self, judged, conversations, probes: Sequence[Probe] | None = None) -> None:
+        """Checks that these are the verdicts of these probes by one plain pass each."""
+        probes = self.model.probes if probes is None else probes
+        prompts = [self.encode(turns) for turns in conversations]
+        wanted = expected(replace(self.model, probes=probes), prompts)
+        for turns, event, row in zip(conversations, judged, wanted, strict=True):
+            require_verdicts(event.judgement, row, judging(probes, turns))
+
+
+def judging(probes, turns) -> list[str]:
+    """The names of the probes that judge a conversation."""
+    return [p.name for p in probes if has_response(turns) or not p.reads.includes_response]
+
+
+def require_verdicts(judgement, wanted, names) -> None:
+    said = {v.probe: [*v.probabilities.values()] for v in judgement.verdicts}
+    assert {*said} | {*judgement.failed} == {*names}
+    for name in names:
+        if np.isnan(wanted[name]).any():
+            assert name in judgement.failed
+        else:
+            np.testing.assert_allclose(said[name], wanted[name], rtol=0, atol=ROUNDING)
+
+
+class EngineContract:
+    """Laws of judging. Those of writing are of the engine that writes."""
+
+    def test_verdicts_are_those_of_one_pass_over_each_text_in_the_order_of_the_list(self, subject):
+        turns = [user(text) for text in TEXTS]
+        turns += [[*user(text), Message("assistant", text[::-1])] for text in TEXTS[::4]]
+        judged = subject.judge(turns)
+        subject.require(judged, turns)
+        assert [event.tokens for event in judged] == [len(subject.encode(each)) for each in turns]
+        # No two texts have the same.
+        assert len({str(event.judgement.verdicts) for event in judged}) == len(turns)
+        assert subject.judge(turns[-1:])[0].judgement.failed == judged[-1].judgement.failed
+        subject.require(subject.judge(turns[-1:]), turns[-1:])
+
+    def test_a_list_may_be_longer_than_the_queue_if_nobody_waits(self, subject):
+        turns = [user(TEXTS[i % 3]) for i in range(150)]
+        judged = subject.judge(turns)
+        wanted = expected(subject.model, [subject.encode(each) for each in turns[:3]])
+        names = judging(subject.model.probes, turns[0])
+        for i, event in enumerate(judged):
+            require_verdicts(event.judgement, wanted[i % 3], names)
+        assert (subject.engine.load.running, subject.engine.load.waiting) == (0, 0)
+
+    def test_a_probe_without_a_token_to_read_fails_alone(self, subject):
+        turns = [*user("hello"), Message("assistant", "")]
+        (judged,) = subject.judge([turns])
+        late = [p.name for p in subject.model.probes if p.reads.side == "response"]
+        assert {*late} <= {*judged.judgement.failed}
+        assert judged.judgement.verdicts
+        subject.require([judged], [turns])
+
+    def test_no_content_becomes_a_control_token(self, subject):
+        texts = [f"go {name}now" for name in SPECIAL_TOKENS]
+        turns = [[*user(text), Message("assistant", text)] for text in texts]
+        backbone = subject.model.backbone
+        for text, judged in zip(texts, subject.judge(turns), strict=True):
+            letters, control = (
+                expected(subject.model, [by_hand(backbone, text, split=split)])[0]
+                for split in (True, False)
+            )
+            names = [probe.name for probe in subject.model.probes]
+            require_verdicts(judged.judgement, letters, names)
+            assert any(np.abs(letters[n] - control[n]).max() > 10 * ROUNDING for n in names)
+
+    def test_the_longest_text_is_judged_and_a_longer_one_is_refused_never_cut(self, subject):
+        engine = subject.engine
+        room = engine.max_tokens - len(subject.encode(user("")))
+        longest = user("x" * room)
+        assert len(subject.run(engine.tokenize(longest)).ids) == engine.max_tokens
+        (judged,) = subject.judge([longest])
+        assert judged.tokens == engine.max_tokens
+        subject.require([judged], [longest])
+        for work in (engine.judge, engine.tokenize):
+            text = user("x" * (room + 1))
+            with pytest.raises(ContextLengthError, match=str(engine.max_tokens)):
+                subject.run(work(text if work == engine.tokenize else [text]))
+
+    def test_what_tokenize_tells_is_what_is_read(self, subject):
+        for turns in (user("hello <|end|>"), [*user("hello"), Message("assistant", "no")]):
+            told = subject.run(subject.engine.tokenize(turns))
+            assert told.ids == subject.encode(turns).token_ids
+            assert len(told.texts) == len(told.ids)
+
+    def test_new_probes_judge_at_once_and_read_no_state_of_the_old_ones(self, subject):
+        others = other_probes(subject.model)
+        turns = [user("the same long text " * 8), [*user("hi"), Message("assistant", "so " * 20)]]
+        for probes in (None, others, others[:2], None):
+            if probes is not None or tuple(subject.engine.probes) != tuple(subject.model.probes):
+                subject.replace(subject.model.probes if probes is None else probes)
+            subject.require(subject.judge(turns), turns, probes)
+
+    def test_under_load_each_request_is_judged_by_one_set_of_probes(self, subject):
+        engine = subject.engine
+        sets = [tuple(subject.model.probes), tuple(other_probes(subject.model))]
+        answers = []
+
+        async def ask_and_replace():
+            async def keep_replacing():
+                for turn in range(1, 1 + CHANGES):
+                    await engine.replace_probes(sets[turn % 2])
+                    await asyncio.sleep(0.02)
+                await engine.replace_probes(sets[0])
+
+            async def keep_asking(text):
+                while not replacing.done():
+                    await engine.settled()
+                    which = sets.index(tuple(engine.probes))
+                    (judged,) = await engine.judge([user(text)])
+                    answers.append((which, text, judged))
+
+            replacing = asyncio.create_task(keep_replacing())
+            await asyncio.gather(replacing, *(keep_asking(text) for text in TEXTS[:4]))
+
+        subject.run(ask_and_replace())
+        for i, probes in enumerate(sets):
+            own = [(user(text), judged) for which, text, judged in answers if which == i]
+            turns, judged = zip(*own[:40], strict=True)
+            subject.require(judged, turns, probes)
+
+    def test_a_request_keeps_the_probes_of_its_call_or_fails(self, subject):
+        engine, others = subject.engine, other_probes(subject.model)
+
+        async def replace_meanwhile():
+            stale = engine.judge([user("stale")])
+            running = asyncio.create_task(engine.judge([user(text) for text in TEXTS]))
+            await asyncio.sleep(0)
+            await engine.replace_probes(others)
+            try:
+                return [*await running, *await stale]
+            except EngineUnavailableError:
+                return await running
+            finally:
+                await engine.replace_probes(subject.model.probes)
+
+        judged = subject.run(replace_meanwhile())
+        turns = [user(text) for text in (*TEXTS, "stale")][: len(judged)]
+        subject.require(judged, turns)
+
+    def test_probes_that_cannot_serve_are_refused_and_nothing_changes(self, subject):
+        backbone = subject.model.backbone
+        foreign = tiny_backbone(LlamaConfig(**{**SIZES, "rope_theta": 5000.0}))
+        broken = untrained_probe(backbone, "broken", reads=Reads("both"))
+        broken.mechanism.bias.fill_(float("nan"))
+        good = untrained_probe(backbone, "good")
+        for error, probes in (
+            (FingerprintMismatchError, [good, untrained_probe(foreign, "foreign")]),
+            (VerdictError, [good, broken]),
+            (SidelightError, [good, good]),
+        ):
+            with pytest.raises(error):
+                subject.replace(probes)
+            assert tuple(subject.engine.probes) == tuple(subject.model.probes)
+        turns = [user(TEXTS[0])]
+        subject.require(subject.judge(turns), turns)
+
+    def test_all_probes_may_go(self, subject):
+        try:
+            subject.replace([])
+            (judged,) = subject.judge([user("x")])
+            assert (judged.judgement.verdicts, judged.judgement.failed) == ((), ())
+        finally:
+            subject.replace(subject.model.probes)
+
+    def test_who_gives_up_leaves_nothing_behind(self, subject):
+        engine = subject.engine
+
+        async def give_up():
+            asking = asyncio.create_task(engine.judge([user(text) for text in TEXTS * 4]))
+            while not (engine.load.running or engine.load.waiting):
+                await asyncio.sleep(0)
+            asking.cancel()
+            await asyncio.wait({asking})
+            async with asyncio.timeout(60):
+                while engine.load.running or engine.load.waiting:
+                    await asyncio.sleep(0.005)
+
+        subject.run(give_up())
+        subject.require(subject.judge([user("after")]), [user("after")])
+
+    def test_an_engine_that_does_not_run_refuses(self, subject):
+        engine = subject.unstarted
+        assert not engine.is_ready
+        assert subject.engine.is_ready
+        with pytest.raises(EngineUnavailableError):
+            subject.run(engine.judge([user("too early")]))
+        with pytest.raises(EngineUnavailableError):
+            subject.run(engine.replace_probes([untrained_probe(subject.model.backbone, "new")]))
+
+
+def other_probes(model: Model) -> list[Probe]:
+    """As many columns of a layer, in another order and with other names."""
+    return [replace(probe, name=f"{probe.name}-again") for probe in reversed(model.probes)]
+
+
+def by_hand(backbone, text, *, split) -> EncodedPrompt:
+    """A user's text, and the same as the response, of a tokenizer that merges nothing.
+
+    Args:
+        split: Whether the text's control tokens are letters.
+    """
+    ids, parts = [], []
+    for piece, part in (
+        ("<|user|>", Part.UNREAD),
+        (text, Part.PROMPT),
+        ("<|end|>\n<|assistant|>", Part.TEMPLATE),
+        (text, Part.RESPONSE),
+        ("<|end|>\n", Part.UNREAD),
+    ):
+        tokens = backbone.tokenizer(piece, split_special_tokens=split and piece == text)
+        ids += tokens["input_ids"]
+        parts += [part] * (len(ids) - len(parts))
+    return EncodedPrompt(tuple(ids), tuple(parts))

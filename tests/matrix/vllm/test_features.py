@@ -1,0 +1,336 @@
+"""Verdicts beside vLLM's other features, the real model, and the commands that start vLLM."""
+
+import asyncio
+import json
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from architectures import TESTED, architecture_model
+from commands import run as command
+from engine_contract import TEXTS, other_probes, require_verdicts, user
+from sidelight.artifact import save_probe
+from sidelight.backbone import load_backbone
+from sidelight.engines.base import GenerationError
+from sidelight.vllm.exchange import saved
+from sidelight.vllm.settings import KEY
+from sidelight_lab.bench.serving import MEASURES
+from stock_requests import parts_of, post
+from stock_server import stock_server
+from vllm_served import (
+    Model,
+    expected,
+    llm_of,
+    mixed_prompts,
+    reported,
+    require_equal,
+    run,
+    sampling_of,
+    with_probes,
+)
+
+RANK, ALPHA = 8, 16
+TINY = {
+    "enforce_eager": True, "block_size": 32, "max_num_batched_tokens": 64, "max_model_len": 512,
+    "num_gpu_blocks_override": 64,
+}  # fmt: skip
+OPTIONS = [w for k, v in TINY.items() for w in ("--engine-option", f"{k}={json.dumps(v)}")]
+
+
+@pytest.fixture(scope="module")
+def model(llama_model) -> Model:
+    return llama_model
+
+
+@pytest.fixture(scope="module")
+def prompts(model):
+    return mixed_prompts(model.backbone, 12, longest=300)
+
+
+@pytest.fixture
+def early(model) -> Model:
+    """The model with the probes of the prompt alone."""
+    chosen = [i for i, probe in enumerate(model.probes) if not probe.reads.includes_response]
+    probes, folders = ([of[i] for i in chosen] for of in (model.probes, model.folders))
+    return Model(model.backbone, model.path, probes, folders)
+
+
+def adapter(model, folder):
+    """A random LoRA adapter on disk, and the weights that it is merged to."""
+    torch.manual_seed(3)
+    merged = {name: weight.clone() for name, weight in model.backbone.model.state_dict().items()}
+    added = {}
+    for name in [name for name in merged if "q_proj" in name or "v_proj" in name]:
+        down = 0.1 * torch.randn(RANK, merged[name].shape[1])
+        up = 0.1 * torch.randn(merged[name].shape[0], RANK)
+        place = f"base_model.model.{name.removesuffix('.weight')}"
+        added |= {f"{place}.lora_A.weight": down, f"{place}.lora_B.weight": up}
+        merged[name] += ALPHA / RANK * up @ down
+    save_file(added, folder / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": ALPHA,
+        "target_modules": ["q_proj", "v_proj"], "bias": "none",
+    }  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return merged
+
+
+def test_an_adapter_is_judged_as_its_merged_weights_are(model, prompts, tmp_path):
+    from vllm.lora.request import LoRARequest
+
+    base = model.backbone.model.state_dict()
+    base = {name: weight.clone() for name, weight in base.items()}
+    merged = adapter(model, tmp_path)
+    plain = expected(model, prompts)
+    model.backbone.model.load_state_dict(merged)
+    adapted = expected(model, prompts)
+    model.backbone.model.load_state_dict(base)
+    with pytest.raises(AssertionError):
+        require_equal(plain, adapted, rounding=1e-2)
+    texts = [{"prompt_token_ids": list(prompt.token_ids)} for prompt in prompts]
+    sampling = [sampling_of(prompt) for prompt in prompts]
+    request = LoRARequest("formal", 1, str(tmp_path))
+    with llm_of(model, enable_lora=True, max_lora_rank=RANK) as llm:
+        # Twice each: the prefix cache must not mix them.
+        for lora, wanted in ((None, plain), (request, adapted)) * 2:
+            outputs = llm.generate(texts, sampling, use_tqdm=False, lora_request=lora)
+            require_equal([reported(output) for output in outputs], wanted)
+            named = {output.kv_transfer_params[KEY].get("adapter") for output in outputs}
+            assert named == {lora and "formal"}
+
+
+def test_answers_of_a_server_name_the_adapter_that_wrote_them(early, tmp_path):
+    adapter(early, tmp_path)
+    words = ("--enable-lora", "--max-lora-rank", str(RANK), "--lora-modules", f"formal={tmp_path}")
+    asked = {"max_tokens": 3, "messages": [{"role": "user", "content": "hello"}]}
+    with stock_server(early.path, early.folders, tmp_path, *words) as server:
+        for model, wanted in (("tiny", None), ("formal", "formal")):
+            for path in ("/v1/chat/completions", "/v1/messages"):
+                answer = post(server.address, path, {"model": model, **asked}).json()
+                assert answer["sidelight"].get("adapter") == wanted, path
+            streamed = {"model": model, "stream": True, **asked}
+            parts = parts_of(post(server.address, "/v1/chat/completions", streamed))
+            said = [part["sidelight"] for part in parts if "sidelight" in part]
+            assert {each.get("adapter") for each in said} == {wanted}
+
+
+@pytest.mark.parametrize("method", ["ngram", "draft_model"])
+def test_guessed_tokens_change_no_verdict_on_the_prompt(early, prompts, method):
+    if method == "ngram" and os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
+        pytest.skip("Triton's interpreter cannot run the kernel of ngram speculation")
+    guesses = {"method": method, "num_speculative_tokens": 3}
+    if method == "ngram":
+        guesses |= {"prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    else:
+        guesses["model"] = early.path
+    with llm_of(early, speculative_config=guesses) as llm:
+        for _ in range(2):
+            outputs = run(llm, prompts, max_tokens=30, ignore_eos=True)
+            require_equal([reported(output) for output in outputs], expected(early, prompts))
+        metrics = {metric.name: metric for metric in llm.get_metrics()}
+    assert metrics["vllm:spec_decode_num_accepted_tokens"].value > 0
+
+
+@pytest.mark.parametrize("name", ["DecodeBenchConnector", "ExampleConnector"])
+def test_keys_and_values_from_elsewhere_are_not_taken(model, prompts, tmp_path, name):
+    """The first claims to have all of a prompt but its last token, and loads noise."""
+    theirs = {
+        "kv_connector": name,
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"shared_storage_path": str(tmp_path)},
+    }
+    with llm_of(model, kv_transfer_config=theirs) as llm:
+        for _ in range(2):
+            outputs = run(llm, prompts)
+            require_equal([reported(output) for output in outputs], expected(model, prompts))
+    if name == "ExampleConnector":
+        assert any(tmp_path.iterdir())
+
+
+def bytes_of(worker) -> tuple[int, int]:
+    """Memory of a worker's columns, and of its keys and values, which layers may share."""
+    from sidelight.vllm.worker import INSTALLED
+
+    caches = [cache.untyped_storage() for cache in worker.model_runner.kv_caches]
+    columns = INSTALLED._held.size_bytes if INSTALLED._held else 0
+    return columns, sum({one.data_ptr(): one.nbytes() for one in caches}.values())
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "Gemma3ForCausalLM"])
+def test_columns_are_taken_out_of_the_memory_for_keys_and_values(name, tmp_path, monkeypatch):
+    """As much memory as without probes, with room for fewer tokens."""
+    config = TESTED[name].config()
+    if hasattr(config, "sliding_window"):
+        # The full layers are in three groups, and a block belongs to one of them.
+        config.layer_types = [*["full_attention"] * 3, "sliding_attention"]
+    model = architecture_model(replace(TESTED[name], config=lambda: config), tmp_path)
+    # For functions that are sent to a worker.
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+    sizes = []
+    for folders in ([], model.folders):
+        with llm_of(replace(model, folders=folders)) as llm:
+            cache_config = llm.llm_engine.vllm_config.cache_config
+            columns, cache = llm.collective_rpc(bytes_of)[0]
+            sizes.append((cache_config.num_gpu_blocks, columns, cache))
+    (most, _, whole), (blocks, columns, cache) = sizes
+    assert blocks < most
+    assert 0.97 * whole < cache + columns <= 1.01 * whole
+
+
+@pytest.mark.parametrize("parallel", ["pipeline_parallel_size", "tensor_parallel_size"])
+def test_two_workers_give_the_verdicts_of_one(model, prompts, parallel, tmp_path, monkeypatch):
+    def addresses(_worker):
+        from sidelight.vllm.worker import INSTALLED
+
+        own = INSTALLED.get()
+        stage = own._stage
+        buffers = [stage.rows, own._pages._rows, stage.projection.weight, stage.projection.shift]
+        return [buffer.data_ptr() for buffer in buffers]
+
+    wanted = expected(model, prompts)
+    # For the function above.
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+    # vLLM's CPU workers cannot run a pipeline without compilation.
+    eager = parallel == "tensor_parallel_size"
+    with llm_of(model, enforce_eager=eager, **{parallel: 2}) as engine:
+        for _ in range(2):
+            outputs = run(engine, prompts)
+            require_equal([reported(output) for output in outputs], wanted)
+        # Other probes take their place in all processes, and none if one of them cannot.
+        probes = [*reversed(model.probes)]
+        folders = [str(save_probe(probe, tmp_path / probe.name)) for probe in probes]
+        others, some = replace(model, probes=probes, folders=folders), prompts[:8]
+        fewer = replace(model, probes=model.probes[1:], folders=model.folders[1:])
+        for chosen in (others, fewer, model, others):
+            before = engine.collective_rpc(addresses)
+            engine.reset_prefix_cache()
+            assert engine.collective_rpc("sidelight_load", args=(chosen.folders,)) == [None] * 2
+            outputs = run(engine, some)
+            require_equal([reported(output) for output in outputs], expected(chosen, some))
+            assert engine.collective_rpc(addresses) == before
+        wide = untrained_probe(model.backbone, "wide")
+        too_wide = [str(save_probe(wide, tmp_path / "wide")), *others.folders]
+        for message in engine.collective_rpc("sidelight_load", args=(too_wide,)):
+            assert "SIDELIGHT_COLUMNS=" in message
+        outputs = run(engine, some)
+        require_equal([reported(output) for output in outputs], expected(others, some))
+
+
+def test_every_rank_judges_and_takes_other_probes(model):
+    """Two engines under one client: each judges its own requests."""
+    from sidelight.vllm.engine import load_vllm_engine
+
+    others = other_probes(model)
+
+    async def judged(engine, **options):
+        asked = (engine.judge([user(text)]) for text in TEXTS)
+        return await asyncio.gather(*asked, **options)
+
+    async def ask():
+        engine = await asyncio.to_thread(
+            load_vllm_engine,
+            model.path,
+            model.probes,
+            dtype="float32",
+            options={**TINY, "max_num_seqs": 4, "data_parallel_size": 2},
+        )
+        await engine.start()
+        try:
+            answers = [await judged(engine) for _ in range(2)]
+            await engine.replace_probes(others)
+            answers.append(await judged(engine))
+            # The first rank alone, which nobody has told the others.
+            with saved(model.probes) as (old,):
+                core = engine._llm.engine_core
+                order = ("collective_rpc", "sidelight_load", None, (old.folders,))
+                await core._call_utility_async(*order, engine=core.core_engines[0])
+                failed = await judged(engine, return_exceptions=True)
+            return answers, failed
+        finally:
+            await engine.close()
+
+    answers, failed = asyncio.run(ask())
+    prompts = [model.backbone.encoder.encode(user(text)) for text in TEXTS]
+    for answer, probes in zip(answers, (model.probes, model.probes, others), strict=True):
+        early = [probe.name for probe in probes if not probe.reads.includes_response]
+        wanted = expected(replace(model, probes=probes), prompts)
+        for (event,), row in zip(answer, wanted, strict=True):
+            require_verdicts(event.judgement, row, early)
+    # Each rank has read some.
+    errors = [one for one in failed if isinstance(one, GenerationError)]
+    assert 0 < len(errors) < len(failed)
+
+
+def test_verdicts_need_neither_a_cache_nor_neighbours_nor_asynchronous_steps(model, prompts):
+    alone = {"max_num_seqs": 1, "enable_prefix_caching": False, "async_scheduling": False}
+    with llm_of(model, **alone) as llm:
+        require_equal([reported(output) for output in run(llm, prompts)], expected(model, prompts))
+
+
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
+def test_the_real_model_gives_the_same_verdicts(tmp_path, eager):
+    backbone = load_backbone("smollm2", dtype="float32")
+    real = with_probes(backbone, backbone.model.config._name_or_path, tmp_path)
+    prompts = mixed_prompts(backbone, 20, longest=500)
+    wanted = expected(real, prompts)
+    with llm_of(real, enforce_eager=eager, max_num_batched_tokens=200) as engine:
+        require_equal([reported(output) for output in run(engine, prompts)], wanted)
+
+
+def test_parity_finds_no_difference_but_rounding(model, tmp_path, capsys):
+    out = tmp_path / "parity.json"
+    data = tmp_path / "texts.jsonl"
+    rows = [{"text": f"text number {i} " * (1 + i % 5)} for i in range(12)]
+    data.write_text("\n".join(map(json.dumps, rows)))
+    early = [
+        folder
+        for probe, folder in zip(model.probes, model.folders, strict=False)
+        if not probe.reads.includes_response
+    ]
+    words = ["parity", *early, "--data", str(data), "--model", model.path]
+    assert command(*words, "--dtype", "float32", "--out", str(out), *OPTIONS) == 0
+    found = json.loads(out.read_text())
+    assert "transformers - vllm" in capsys.readouterr().out
+    names = [probe.name for probe in model.probes if not probe.reads.includes_response]
+    between = {row["between"] for row in found}
+    assert between == {
+        "transformers - vllm",
+        "transformers, batch 4 - 1",
+        "transformers, batch 16 - 1",
+        "vllm, batch 4 - 1",
+        "vllm, batch 16 - 1",
+    }
+    assert [row["probe"] for row in found] == names * len(between)
+    assert all(row["texts"] == 12 and row["flips"] == 0 for row in found)
+    assert 0 < max(row["largest"] for row in found) < 1e-4
+
+
+def test_bench_serve_measures_every_set_of_probes(model, tmp_path):
+    out = tmp_path / "serve.json"
+    words = ["bench", "serve", "--engine", "vllm", "--model", model.path, "--dtype", "float32"]
+    sizes = ["--rounds", "2", "--tokens", "64", "--requests", "2", "--written", "4"]
+    assert command(*words, *sizes, "--out", str(out), *OPTIONS) == 0
+    record = json.loads(out.read_text())
+    assert len(record["costs"]) == 5 * len(MEASURES)
+    assert {row["measure"] for row in record["costs"]} == MEASURES.keys()
+    prompts = [row for row in record["costs"] if row["measure"] == "CPU time per prompt"]
+    assert all(row["without"] > 0 for row in prompts)
+    assert all(row["low"] <= row["added"] <= row["high"] for row in record["costs"])
+
+
+def test_the_check_compares_verdicts_and_times_serving(tmp_path):
+    only = ("reference", "parity: runner 1, eager", "serving: 0", "serving: 1 ")
+    chosen = [word for name in only for word in ("--only", name)]
+    assert command("bench", "gpu", "--out", str(tmp_path), *chosen) == 0
+    made = json.loads((tmp_path / "gpu.json").read_text())["sections"]
+    assert len(made) == len(only)
+    found = made["parity: runner 1, eager"]["result"]
+    assert 0 < found["first_pass"] < 1e-4
+    assert 0 < found["second_pass"] < 1e-4
+    assert "readout" in found["probes"]
+    for name in ("serving: 0 readouts", "serving: 1 readouts"):
+        assert all(ms > 0 for values in made[name]["result"]["ms"].values() for ms in values)
+    assert "% added" in (tmp_path / "gpu.md").read_text()

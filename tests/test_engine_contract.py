@@ -1,0 +1,27 @@
+"""The transformers engine keeps the laws of every engine."""
+
+import asyncio
+
+import pytest
+
+from engine_contract import EngineContract, Subject
+from sidelight.engines.transformers import TransformersEngine
+from tiny import tiny_backbone
+from vllm_served import with_probes
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def subject(tmp_path_factory):
+    backbone = tiny_backbone()
+    model = with_probes(backbone, "", tmp_path_factory.mktemp("probes"))
+    engine, unstarted = (TransformersEngine(backbone, model.probes) for _ in range(2))
+    with asyncio.Runner() as runner:
+        runner.run(engine.start())
+        yield Subject(engine, model, runner, unstarted)
+        runner.run(engine.close())
+
+
+class TestTransformers(EngineContract):
+    pass
