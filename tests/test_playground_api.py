@@ -1,23 +1,25 @@
-"""What the playground asks of the API: scores while a text is written, thresholds, shares."""
+"""What the playground asks of the API: scores while a text is written, thresholds, and why."""
 
 import json
-from dataclasses import asdict
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 
 import pytest
 
 from curves import with_curves
 from live import MODEL, http_client, served
 from sidelight.engines.transformers import TransformersEngine
-from sidelight.policy.rules import Policy, Rule
+from sidelight.errors import SidelightError
+from sidelight.policy.rules import Policy, Rule, read_policy, require_policy_applies
 from sidelight.prompts import Reads
 from sidelight.server.config import ServerConfig
 from sidelight.thresholds import read_curves
 from sidelight.vllm.server import NO_PLACE
-from tiny import INTENT, TOPICS, tiny_backbone, untrained_probe
+from tiny import INTENT, TOPICS, untrained_probe
 
 KEY, ADMIN = "user-key", "admin-key"
 TEXT = "Where is my refund?"
-CHATS = "/v1/chat/completions"
+CHATS, DECISIONS = "/v1/chat/completions", "/v1/decisions"
 CHAT = {
     "model": MODEL,
     "messages": [{"role": "user", "content": TEXT}],
@@ -26,38 +28,46 @@ CHAT = {
     "stream": True,
     "stream_options": {"include_scores": True},
 }
+ANSWERED = [{"role": "user", "content": TEXT}, {"role": "assistant", "content": "Yes."}]
+# In logits; as in test_mechanisms.py.
+COMPLETE = 1e-4
 
 
 @pytest.fixture(scope="module")
-def backbone():
-    return tiny_backbone()
-
-
-@pytest.fixture(scope="module")
-def probes(backbone):
+def probes(tiny):
     return [
-        with_curves(untrained_probe(backbone, "toxicity")),
-        with_curves(untrained_probe(backbone, "topics", task=TOPICS)),
-        untrained_probe(backbone, "intent", task=INTENT, mechanism="gate"),
-        with_curves(untrained_probe(backbone, "late", reads=Reads("response"))),
+        with_curves(untrained_probe(tiny, "toxicity")),
+        with_curves(untrained_probe(tiny, "topics", task=TOPICS)),
+        untrained_probe(tiny, "intent", task=INTENT, mechanism="gate"),
+        with_curves(untrained_probe(tiny, "late", reads=Reads("response"))),
     ]
 
 
-@pytest.fixture
-def ask(backbone, probes):
+@contextmanager
+def asking(backbone, probes, policy=None, **settings):
     """Asks a server under a policy, with the key of a user or an admin."""
+    keys = {"api_key": KEY, "admin_key": ADMIN}
+    engine = TransformersEngine(backbone, probes)
+    with (
+        served(engine, policy=policy, **keys, **settings) as address,
+        http_client(address) as http,
+    ):
 
-    def ask(path, body=None, *, policy=None, key=KEY):
-        engine = TransformersEngine(backbone, probes)
-        keys = {"api_key": KEY, "admin_key": ADMIN}
-        with served(engine, policy=policy, **keys) as address, http_client(address) as http:
+        def ask(path, body=None, *, key=KEY, status=200):
             method = "GET" if body is None else "POST"
             headers = {"Authorization": f"Bearer {key}"}
             answer = http.request(method, path, json=body, headers=headers)
-            assert answer.status_code == 200, answer.text
+            assert answer.status_code == status, answer.text
             return answer
 
-    return ask
+        yield ask
+
+
+@pytest.fixture(scope="module")
+def ask(tiny, probes):
+    """Of the server without a policy."""
+    with asking(tiny, probes) as ask:
+        yield ask
 
 
 def chunks_of(answer):
@@ -67,6 +77,12 @@ def chunks_of(answer):
 
 def running_of(chunks):
     return [chunk["sidelight"]["running"] for chunk in chunks if "running" in str(chunk)]
+
+
+def why(ask, *names, explain=True, turns=ANSWERED, **options):
+    questions = [{"type": "predicate", "name": name} for name in names]
+    body = {"model": MODEL, "input": turns, "questions": questions, "explain": explain}
+    return ask(DECISIONS, body, **options).json()["explanations"]
 
 
 def test_a_stream_tells_the_score_after_each_token_before_its_text(ask):
@@ -82,51 +98,101 @@ def test_a_stream_tells_the_score_after_each_token_before_its_text(ask):
 
 
 @pytest.mark.parametrize("options", [None, {}, {"include_scores": False}])
-def test_nobody_gets_scores_that_are_not_asked_for(ask, options):
-    assert running_of(chunks_of(ask(CHATS, {**CHAT, "stream_options": options}))) == []
-
-
-def test_scores_change_nothing_else_of_a_stream(ask):
+def test_scores_that_are_not_asked_for_are_not_told_and_change_no_text(ask, options):
     def text(chunks):
         pieces = (choice["delta"] for chunk in chunks for choice in chunk["choices"])
         return "".join(piece.get("content", "") for piece in pieces)
 
-    plain = chunks_of(ask(CHATS, {**CHAT, "stream_options": {}}))
-    assert text(chunks_of(ask(CHATS, CHAT))) == text(plain)
+    plain = chunks_of(ask(CHATS, {**CHAT, "stream_options": options}))
+    assert running_of(plain) == []
+    assert text(plain) == text(chunks_of(ask(CHATS, CHAT)))
+
+
+def test_a_decision_says_why(ask):
+    """The shares of tokens and layers sum to the logit; places are characters of the messages."""
+    explanations = why(ask, "toxicity", "intent", "late")
+    assert [entry["probe"] for entry in explanations] == ["toxicity", "intent", "late"]
+    read = ((0, TEXT), (0, TEXT), (1, "Yes."))
+    for entry, (message, content) in zip(explanations, read, strict=True):
+        rest = entry["logit"] - entry["baseline"]
+        shares = sum(token["share"] for token in entry["tokens"])
+        assert shares + entry["template"] == pytest.approx(rest, abs=COMPLETE)
+        assert sum(entry["layers"]) == pytest.approx(rest, abs=COMPLETE)
+        assert {token["message"] for token in entry["tokens"]} == {message}
+        assert max(token["end"] for token in entry["tokens"]) == len(content)
+    assert [entry["probe"] for entry in why(ask, "late", "violence", turns=TEXT)] == ["topics"]
+
+
+def test_a_matrix_divides_each_tokens_share_among_the_layers(ask):
+    for found in why(ask, "toxicity", "intent", explain="matrix"):
+        for token in found["tokens"]:
+            assert sum(token["layers"]) == pytest.approx(token["share"], abs=1e-5)
+            assert len(token["layers"]) == len(found["layers"])
+    (plain,) = why(ask, "toxicity")
+    assert "layers" not in plain["tokens"][0]
+
+
+def test_decisions_alone_say_why_where_it_is_asked(ask):
+    questions = [{"type": "predicate", "name": "toxicity"}]
+    body = {"model": MODEL, "input": TEXT, "questions": questions}
+    for explain in ({}, {"explain": False}, {"explain": None}):
+        assert "explanations" not in ask(DECISIONS, {**body, **explain}).json()
+    error = ask(DECISIONS, {**body, "explain": "all"}, status=400).json()["error"]
+    assert error["param"].startswith("explain")
+    for path, other in (
+        (CHATS, CHAT),
+        ("/v1/completions", {"model": MODEL, "prompt": "x"}),
+        ("/v1/moderations", {"input": TEXT}),
+        ("/classify", {"model": "intent", "input": TEXT}),
+    ):
+        error = ask(path, {**other, "explain": True}, status=400).json()["error"]
+        assert (error["code"], error["param"]) == ("unknown_parameter", "explain")
 
 
 @pytest.mark.parametrize(
-    ("rule", "is_told"),
+    ("rule", "scores", "shares"),
     [
-        (Rule("flag"), True),
-        (Rule("flag", disclose="labels"), False),
-        (Rule("flag", disclose="none"), False),
-        (Rule("block", threshold=1.0), False),
-        (Rule("block", threshold=1.0, disclose="scores"), True),
-        (Rule("shadow"), False),
+        (Rule("flag"), True, True),
+        (Rule("flag", explain=False), True, False),
+        (Rule("flag", disclose="labels"), False, False),
+        (Rule("flag", disclose="none"), False, None),
+        (Rule("block", threshold=1.0), False, False),
+        (Rule("block", threshold=1.0, disclose="scores"), True, False),
+        (Rule("block", threshold=1.0, disclose="scores", explain=True), True, True),
+        (Rule("shadow"), False, None),
     ],
 )
-def test_a_rule_decides_who_sees_running_scores_thresholds_and_curves(ask, rule, is_told):
-    policy = Policy(output={"late": rule})
-    for key, is_seen in ((KEY, is_told), (ADMIN, rule.mode != "shadow")):
-        scores = running_of(chunks_of(ask(CHATS, CHAT, policy=policy, key=key)))
-        assert any(each["verdicts"] for each in scores) == is_seen
-        cards = ask("/v1/probes", policy=policy, key=key).json()["probes"]
-        own = [card for card in cards if card["name"] == "late"]
-        assert any(card["thresholds"] for card in own) == is_seen
+def test_a_rule_decides_who_sees_running_scores_thresholds_curves_and_shares(
+    tiny, probes, rule, scores, shares
+):
+    is_shown = rule.mode != "shadow"
+    with asking(tiny, probes, Policy(output={"late": rule})) as ask:
+        for key, sees, learns in ((KEY, scores, shares), (ADMIN, is_shown, is_shown or None)):
+            running = running_of(chunks_of(ask(CHATS, CHAT, key=key)))
+            assert any(each["verdicts"] for each in running) == sees
+            cards = ask("/v1/probes", key=key).json()["probes"]
+            own = [card for card in cards if card["name"] == "late"]
+            assert any(card["thresholds"] for card in own) == sees
+            found = why(ask, "toxicity", "late", key=key)
+            assert "tokens" in found[0]
+            withheld = {"probe": "late", "error": "not_disclosed"}
+            assert found[1:] == {None: [], False: [withheld]}.get(learns, found[1:2])
+            assert learns is not True or "tokens" in found[1]
 
 
-def test_the_stream_of_a_cut_answer_ends_as_without_scores(ask):
+def test_the_stream_of_a_cut_answer_ends_as_without_scores(tiny, probes):
     rule = Rule("block", threshold=0.0, disclose="scores")
-    chunks = chunks_of(ask(CHATS, CHAT, policy=Policy(output={"late": rule})))
+    with asking(tiny, probes, Policy(output={"late": rule})) as ask:
+        chunks = chunks_of(ask(CHATS, CHAT))
     assert [each["tokens"] for each in running_of(chunks)] == [1, 2]
     assert chunks[-2]["choices"][0]["finish_reason"] == "content_filter"
     assert all(not choice["delta"].get("content") for c in chunks for choice in c["choices"])
 
 
-def test_probes_are_listed_with_thresholds_and_curves(ask, probes):
+def test_probes_are_listed_with_thresholds_and_curves(tiny, probes):
     policy = Policy(input={"topics": Rule("flag", threshold=0.3, labels=("sexual",))})
-    cards = ask("/v1/probes", policy=policy).json()["probes"]
+    with asking(tiny, probes, policy) as ask:
+        cards = ask("/v1/probes").json()["probes"]
     assert [card["name"] for card in cards] == [probe.name for probe in probes]
     toxicity, topics, intent, late = cards
     curve = read_curves(probes[0].record["validation"]["curves"])["toxic"]
@@ -137,68 +203,48 @@ def test_probes_are_listed_with_thresholds_and_curves(ask, probes):
     assert (topics["mode"], intent["thresholds"], late["reads"]) == ("flag", [], "response")
 
 
-def test_a_matrix_divides_each_tokens_share_among_the_layers(ask):
-    body = {"input": [TEXT], "probes": ["toxicity", "intent"], "explain": "matrix"}
-    said = ask("/v1/moderations", body).json()["results"][0]["sidelight"]
-    for found in said["explanations"]:
-        for token in found["tokens"]:
-            assert sum(token["layers"]) == pytest.approx(token["share"], abs=1e-5)
-            assert len(token["layers"]) == len(found["layers"])
-    plain = ask("/v1/moderations", {**body, "explain": True}).json()
-    assert "'layers'" not in str(plain["results"][0]["sidelight"]["explanations"][0]["tokens"])
-
-
-def test_another_word_than_matrix_is_refused(backbone, probes):
-    with served(TransformersEngine(backbone, probes)) as address, http_client(address) as http:
-        answer = http.post("/v1/moderations", json={"input": "x", "explain": "all"})
-        assert answer.status_code == 400
-        assert answer.json()["error"]["param"].startswith("explain")
-
-
-def test_without_the_option_there_is_no_page(backbone, probes):
-    with served(TransformersEngine(backbone, probes)) as address, http_client(address) as http:
+def test_the_page_is_there_with_its_option_alone_and_answers_reading_alone(tiny, probes):
+    engine = TransformersEngine(tiny, probes)
+    with served(engine) as address, http_client(address) as http:
         assert http.get("/playground").status_code == 404
         assert http.get("/playground/page.js").status_code == 404
         assert http.get("/docs").status_code == 200
-
-
-def test_a_page_answers_reading_alone(backbone, probes):
-    engine = TransformersEngine(backbone, probes)
+    engine = TransformersEngine(tiny, probes)
     with served(engine, playground=True) as address, http_client(address) as http:
         assert http.head("/playground").status_code == 200
         assert http.post("/playground").status_code == 405
         for path in ("/playground/__init__.py", "/playground/..%2fapp.py", "/playground/docs.html"):
             assert http.get(path).status_code == 404
-
-
-def test_vllms_server_has_no_place_for_the_page():
     assert "playground" in NO_PLACE.keys() & ServerConfig.model_fields.keys()
 
 
-def test_a_matrix_is_of_one_text(backbone, probes):
-    texts = [TEXT, TEXT]
-    ways = [
-        ("/v1/moderations", {"input": texts}),
-        ("/classify", {"model": "intent", "input": texts}),
-        ("/v1/completions", {"model": MODEL, "prompt": texts, "max_tokens": 1}),
-    ]
-    with served(TransformersEngine(backbone, probes)) as address, http_client(address) as http:
-        for path, body in ways:
-            refused = http.post(path, json={**body, "explain": "matrix"})
-            assert refused.json()["error"]["code"] == "too_many_inputs"
-            assert http.post(path, json={**body, "explain": True}).status_code == 200
-
-
-def test_a_client_that_leaves_with_scores_and_no_text_is_audited(backbone, probes, tmp_path):
+def test_a_client_that_leaves_with_scores_and_no_text_is_audited(tiny, probes, tmp_path):
     rule = Rule("block", threshold=1.0, disclose="scores", warm_up=60)
     audit = tmp_path / "audit.jsonl"
     options = {"policy": Policy(output={"late": rule}), "audit_log": audit}
     body = {**CHAT, "max_tokens": 100}
     with (
-        served(TransformersEngine(backbone, probes), **options) as address,
+        served(TransformersEngine(tiny, probes), **options) as address,
         http_client(address) as http,
         http.stream("POST", CHATS, json=body) as answer,
     ):
         next(line for line in answer.iter_lines() if "running" in line)
     lines = map(json.loads, audit.read_text().splitlines())
     assert ("late", "unfinished") in {(line["probe"], line["outcome"]) for line in lines}
+
+
+def test_a_policy_that_explains_what_it_does_not_disclose_is_refused(probes):
+    for rule in (Rule("block", explain=True), Rule("shadow", explain=True)):
+        with pytest.raises(SidelightError, match="explain = true"):
+            require_policy_applies(Policy(input={"toxicity": rule}), probes)
+
+
+def test_the_policy_file_says_whether_a_rule_explains(tmp_path):
+    path = tmp_path / "policy.toml"
+    path.write_text("[input.toxicity]\nexplain = false\n[output.late]\nexplain = true\n")
+    policy = read_policy(path)
+    assert policy.input["toxicity"] == replace(Rule(), explain=False)
+    assert policy.output["late"].explain is True
+    path.write_text('[input.toxicity]\nexplain = "no"\n')
+    with pytest.raises(SidelightError, match="explain"):
+        read_policy(path)

@@ -1,30 +1,27 @@
 """The endpoints that judge and write nothing, in the words of OpenAI, vLLM and LiteLLM."""
 
-import json
-
 import pytest
 
 from live import MODEL, http_client, openai_client, served
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.prompts import Reads
 from sidelight.types import Task
-from tiny import INTENT, TOPICS, three_probes, tiny_backbone, untrained_probe
+from tiny import INTENT, TOPICS, three_probes, untrained_probe
 
 # Batches of other shapes add in another order: float32 rounding over three layers.
 ROUNDING = 1e-5
 TEXT = "Where is my refund?"
-GUARDRAIL = "/beta/litellm_basic_guardrail_api"
+CLASSIFY, GUARDRAIL = "/classify", "/beta/litellm_basic_guardrail_api"
 
 
 @pytest.fixture(scope="module")
-def address():
-    backbone = tiny_backbone()
+def address(tiny):
     probes = [
-        *three_probes(backbone),
-        untrained_probe(backbone, "spam", task=Task("binary", ("0", "1")), threshold=0.0),
-        untrained_probe(backbone, "refusal", reads=Reads("response"), threshold=0.0),
+        *three_probes(tiny),
+        untrained_probe(tiny, "spam", task=Task("binary", ("0", "1")), threshold=0.0),
+        untrained_probe(tiny, "refusal", reads=Reads("response"), threshold=0.0),
     ]
-    with served(TransformersEngine(backbone, probes)) as address:
+    with served(TransformersEngine(tiny, probes)) as address:
         yield address
 
 
@@ -58,24 +55,22 @@ def choice(name, *values):
 
 def test_openais_client_asks_several_questions_about_one_text(address, http, expected):
     labels = ["refund", "other", "billing"]
+    questions = [predicate("toxicity"), choice("intent", *labels), predicate("violence")]
     with openai_client(address) as client:
         decision = client.decisions.create(
-            model=MODEL, input=TEXT, questions=[predicate("toxicity"), choice("intent", *labels)]
+            model=MODEL, input=TEXT, questions=questions, safety_identifier="u"
         )
-    toxic, intent = decision.answers
+    toxic, intent, violence = decision.answers
     assert toxic.probability == pytest.approx(expected["toxicity"]["toxic"], abs=ROUNDING)
     assert [p.value for p in intent.probabilities] == labels
     by_label = {p.value: p.probability for p in intent.probabilities}
     assert by_label == pytest.approx(expected["intent"], abs=ROUNDING)
     assert intent.choice == max(by_label, key=by_label.get)
     assert intent.confidence == by_label[intent.choice]
+    # A category of a multi-label probe.
+    assert violence.probability == pytest.approx(expected["topics"]["violence"], abs=ROUNDING)
     assert decision.usage.input_tokens == decision.usage.total_tokens == tokens_of(http)
     assert decision.usage.output_tokens == 0
-
-
-def test_a_predicate_may_name_a_category(http, expected):
-    (answer,) = ask(http, [predicate("violence")])["answers"]
-    assert answer["probability"] == pytest.approx(expected["topics"]["violence"], abs=ROUNDING)
 
 
 def test_true_and_false_are_choices_of_a_binary_probe(http, expected):
@@ -85,9 +80,8 @@ def test_true_and_false_are_choices_of_a_binary_probe(http, expected):
     assert answer["confidence"] == pytest.approx(expected["spam"]["1"], abs=ROUNDING)
 
 
-@pytest.mark.parametrize(
-    "question",
-    [
+def test_what_no_probe_answers_is_refused_and_the_rest_is_answered(http):
+    questions = [
         predicate("nothing"),
         predicate("intent"),
         predicate(None),
@@ -97,16 +91,11 @@ def test_true_and_false_are_choices_of_a_binary_probe(http, expected):
         choice("intent", "refund", "refund", "other"),
         choice("topics", "violence", "sexual"),
         {"type": "score", "name": "toxicity", "instructions": "?", "levels": [{"label": "low"}]},
-    ],
-)
-def test_what_no_probe_answers_is_refused_and_the_rest_is_answered(http, question):
-    refused, answered = ask(http, [question, predicate("toxicity")])["answers"]
-    assert refused == {"type": "refusal", "name": question["name"]}
+    ]
+    *refused, answered = ask(http, [*questions, predicate("toxicity")])["answers"]
+    assert refused == [{"type": "refusal", "name": own["name"]} for own in questions]
     assert answered["type"] == "predicate"
-
-
-def test_questions_that_no_probe_answers_read_nothing(http):
-    assert ask(http, [predicate("nothing")])["usage"]["input_tokens"] == 0
+    assert ask(http, questions[:1])["usage"]["input_tokens"] == 0
 
 
 def test_a_conversation_with_its_response_is_judged_by_response_probes(http):
@@ -138,56 +127,9 @@ def test_a_wrong_decision_request_is_a_400_that_names_the_field(http, field, val
     assert field in response.json()["error"]["message"]
 
 
-def test_systemone_answers_by_question_id(http, expected):
-    questions = {
-        "toxicity": {"type": "noul", "instructions": "Is it toxic?"},
-        "intent": {"type": "choice", "criteria": dict.fromkeys(INTENT.labels)},
-        "nothing": {"type": "noul"},
-        "topics": {"type": "score", "criteria": ["low", "high"]},
-    }
-    answer = http.post("/v1/systemone", json={"state": TEXT, "questions": questions}).json()
-    toxic = expected["toxicity"]["toxic"]
-    assert answer["object"] == "structured_decision"
-    assert answer["answers"]["toxicity"]["noul"] == pytest.approx(toxic, abs=ROUNDING)
-    intent = answer["answers"]["intent"]
-    assert intent["probabilities"] == pytest.approx(expected["intent"], abs=ROUNDING)
-    assert answer["answers"]["nothing"] == answer["answers"]["topics"] == {"type": "refusal"}
-    assert answer["diagnostics"].keys() == {"toxicity", "intent"}
-    assert answer["usage"] == {"input_tokens": tokens_of(http), "output_tokens": 0}
-
-
-def test_systemone_judges_json_as_one_line(http):
-    questions = {"toxicity": {"type": "noul"}}
-    state = {"a": [1, "\u00e9"]}
-    as_json = http.post("/v1/systemone", json={"state": state, "questions": questions}).json()
-    text = '{"a": [1, "\u00e9"]}'
-    as_text = http.post("/v1/systemone", json={"state": text, "questions": questions}).json()
-    assert as_json["answers"] == as_text["answers"]
-
-
-def test_deep_json_is_judged_at_the_length_that_it_was_sent(http):
-    depth, questions = 100, {"toxicity": {"type": "noul"}}
-    state = json.loads("[" * depth + "]" * depth)
-    answer = http.post("/v1/systemone", json={"state": state, "questions": questions}).json()
-    assert answer["usage"]["input_tokens"] == tokens_of(http, "[" * depth + "]" * depth)
-
-
-@pytest.mark.parametrize("number", ["1e999", "-1e999"])
-def test_systemone_refuses_a_number_that_no_float_holds(http, number):
-    body = f'{{"state": [{number}], "questions": {{"toxicity": {{"type": "noul"}}}}}}'
-    headers = {"Content-Type": "application/json"}
-    error = http.post("/v1/systemone", content=body, headers=headers).json()["error"]
-    assert error["param"] == "state"
-
-
-def test_systemone_refuses_what_it_cannot_see(http):
-    body = {"state": TEXT, "questions": {"toxicity": {"type": "noul"}}, "images": ["data:,x"]}
-    assert http.post("/v1/systemone", json=body).status_code == 400
-
-
 @pytest.mark.parametrize("how", [{"model": "intent"}, {"model": MODEL, "probes": ["intent"]}])
 def test_classify_gives_one_probes_labels(http, expected, how):
-    answer = http.post("/classify", json={"input": [TEXT, "x"], **how}).json()
+    answer = http.post(CLASSIFY, json={"input": [TEXT, "x"], **how}).json()
     first, second = answer["data"]
     assert answer["model"] == "intent"
     assert (first["index"], second["index"], first["num_classes"]) == (0, 1, 3)
@@ -196,6 +138,12 @@ def test_classify_gives_one_probes_labels(http, expected, how):
     assert first["label"] == max(probs, key=probs.get)
     read = tokens_of(http) + tokens_of(http, "x")
     assert answer["usage"] == {"prompt_tokens": read, "total_tokens": read, "completion_tokens": 0}
+
+
+def test_multilabel_probes_classify_each_label_by_itself(http, expected):
+    (data,) = http.post(CLASSIFY, json={"model": "topics", "input": TEXT}).json()["data"]
+    probs = dict(zip(TOPICS.labels, data["probs"], strict=True))
+    assert probs == pytest.approx(expected["topics"], abs=ROUNDING)
 
 
 @pytest.mark.parametrize(
@@ -210,87 +158,94 @@ def test_classify_gives_one_probes_labels(http, expected, how):
     ],
 )
 def test_classify_needs_one_probe_that_can_judge(http, how, code):
-    response = http.post("/classify", json={"input": TEXT, **how})
+    response = http.post(CLASSIFY, json={"input": TEXT, **how})
     assert response.json()["error"]["code"] == code
-    assert response.status_code in {400, 404}
+    assert response.status_code == (404 if code == "model_not_found" else 400)
+
+
+def choosing(*names):
+    return {"additional_provider_specific_params": {"probes": [*names]}}
 
 
 def guard(http, **fields):
     return http.post(GUARDRAIL, json={"input_type": "request", "texts": [TEXT], **fields})
 
 
-def test_the_guardrail_blocks_what_a_probe_flags(http):
-    chosen = {"additional_provider_specific_params": {"probes": ["spam", "intent"]}}
-    answer = guard(http, **chosen).json()
-    assert (answer["action"], answer["blocked_reason"]) == ("BLOCKED", "Flagged by spam.")
-    assert [v["probe"] for v in answer["sidelight"]["verdicts"]] == ["intent", "spam"]
-    assert TEXT not in answer["blocked_reason"]
-
-
-def test_the_guardrail_passes_what_no_probe_flags(http):
-    chosen = {"additional_provider_specific_params": {"probes": ["intent"]}}
-    answer = guard(http, **chosen).json()
-    assert (answer["action"], answer["blocked_reason"]) == ("NONE", None)
-
-
-def test_the_guardrail_passes_no_text_that_stands_in_another_field(http):
-    for body in ({}, {"structured_messages": [{"role": "user", "content": TEXT}]}):
-        answer = http.post(GUARDRAIL, json={"input_type": "request", **body})
-        assert answer.status_code == 400
-        assert "neither 'texts' nor 'tool_calls'" in answer.json()["error"]["message"]
-
-
-def test_the_guardrail_judges_a_response_by_the_probes_of_responses(http):
-    answer = guard(http, input_type="response", texts=["I cannot."]).json()
-    assert answer["action"] == "BLOCKED"
-    assert [v["probe"] for v in answer["sidelight"]["verdicts"]] == ["refusal"]
-
-
 def called(arguments, name="search"):
     return {"id": "1", "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-def test_the_guardrail_judges_a_response_that_is_only_a_tool_call(http):
-    fields = {"input_type": "response", "texts": [], "tool_calls": [called('{"query": "bombs"}')]}
+@pytest.mark.parametrize(
+    ("fields", "blocked_by", "judges"),
+    [
+        (choosing("spam", "intent"), "spam", ["intent", "spam"]),
+        (choosing("intent"), None, ["intent"]),
+        ({"input_type": "response", "texts": ["I cannot."]}, "refusal", ["refusal"]),
+        # A response that is only a call of a tool.
+        (
+            {"input_type": "response", "texts": [], "tool_calls": [called('{"q": "bombs"}')]},
+            "refusal",
+            ["refusal"],
+        ),
+        # What a proxy sends besides, of which nothing is judged.
+        ({**choosing("intent"), "litellm_version": "1", "structured_messages": []}, None, None),
+    ],
+)
+def test_the_guardrail_blocks_what_a_probe_flags(http, fields, blocked_by, judges):
     answer = guard(http, **fields).json()
-    assert (answer["action"], answer["blocked_reason"]) == ("BLOCKED", "Flagged by refusal.")
+    assert answer["action"] == ("BLOCKED" if blocked_by else "NONE")
+    assert answer["blocked_reason"] == (f"Flagged by {blocked_by}." if blocked_by else None)
+    reported = [v["probe"] for v in answer["sidelight"]["verdicts"]]
+    assert judges is None or sorted(reported) == judges
+    # So the proxy keeps its own.
     assert "texts" not in answer
 
 
 @pytest.mark.parametrize(("name", "read"), [("search", 'search\n{"a": 1}'), (None, '{"a": 1}')])
 def test_the_guardrail_judges_a_tool_call_as_a_text_after_the_others(http, name, read):
-    chosen = {"additional_provider_specific_params": {"probes": ["toxicity"]}}
-    calls = guard(http, **chosen, tool_calls=[called('{"a": 1}', name)]).json()
-    texts = guard(http, **chosen, texts=[TEXT, read]).json()
+    calls = guard(http, **choosing("toxicity"), tool_calls=[called('{"a": 1}', name)]).json()
+    texts = guard(http, **choosing("toxicity"), texts=[TEXT, read]).json()
     assert calls["sidelight"] == texts["sidelight"]
     assert len(calls["sidelight"]["verdicts"]) == 2
 
 
 @pytest.mark.parametrize(
-    "call",
+    ("fields", "code", "word"),
     [
-        {},
-        {"function": {"name": "search"}},
-        {"function": {"name": "search", "arguments": {"query": "bombs"}}},
-        {"type": "custom", "custom": {"name": "search", "input": "bombs"}},
+        # Texts in another field would pass unjudged.
+        ({"texts": None}, "missing_parameter", "texts"),
+        (
+            {"texts": None, "structured_messages": [{"role": "user", "content": TEXT}]},
+            "missing_parameter",
+            "texts",
+        ),
+        ({"input_type": "response", **choosing("intent")}, "no_response_probe", "response"),
+        (choosing("refusal"), "no_prompt_probe", "prompt"),
+        ({"images": ["data:,x"]}, None, "images"),
+        ({"texts": ["x" * 300]}, "context_length_exceeded", "tokens"),
+        ({"tool_calls": [{}]}, None, "tool_calls.0.function"),
+        ({"tool_calls": [{"function": {"name": "search"}}]}, None, "arguments"),
+        ({"tool_calls": [called({"query": "bombs"})]}, None, "arguments"),
+        ({"tool_calls": [{"type": "custom", "custom": {}}]}, "unknown_parameter", "custom"),
+        (
+            {"additional_provider_specific_params": {"probe": ["toxicity"]}},
+            "unknown_parameter",
+            "probe",
+        ),
     ],
 )
-def test_the_guardrail_refuses_a_tool_call_that_it_cannot_read(http, call):
-    refused = guard(http, tool_calls=[call])
-    assert refused.status_code == 400
-    assert refused.json()["error"]["param"].startswith("tool_calls.0.function")
+def test_the_guardrail_refuses_what_it_cannot_judge(http, fields, code, word):
+    refused = guard(http, **fields)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, code)
+    assert word in refused.json()["error"]["message"]
 
 
-def test_the_guardrail_does_not_judge_the_missing_prompt_of_a_response():
-    backbone = tiny_backbone()
+def test_the_guardrail_does_not_judge_the_missing_prompt_of_a_response(tiny):
     probes = [
-        untrained_probe(backbone, "wordy", reads=Reads(template=False)),
-        untrained_probe(backbone, "refusal", reads=Reads("response"), threshold=0.0),
+        untrained_probe(tiny, "wordy", reads=Reads(template=False)),
+        untrained_probe(tiny, "refusal", reads=Reads("response"), threshold=0.0),
     ]
-    with (
-        served(TransformersEngine(backbone, probes)) as address,
-        http_client(address) as http,
-    ):
+    with served(TransformersEngine(tiny, probes)) as address, http_client(address) as http:
         answer = guard(http, input_type="response", texts=["I cannot."])
         series = http.get("/metrics").text
     assert answer.json()["blocked_reason"] == "Flagged by refusal."
@@ -298,16 +253,6 @@ def test_the_guardrail_does_not_judge_the_missing_prompt_of_a_response():
     counted = [line for line in series.splitlines() if 'probe="wordy"' in line]
     assert counted
     assert all(line.endswith(" 0.0") for line in counted)
-
-
-def test_the_guardrail_refuses_what_it_cannot_judge(http):
-    chosen = {"additional_provider_specific_params": {"probes": ["intent"]}}
-    late = guard(http, input_type="response", **chosen)
-    assert (late.status_code, late.json()["error"]["code"]) == (400, "no_response_probe")
-    assert guard(http, images=["data:,x"]).status_code == 400
-    late_only = {"additional_provider_specific_params": {"probes": ["refusal"]}}
-    assert guard(http, **late_only).json()["error"]["code"] == "no_prompt_probe"
-    assert guard(http, texts=["x" * 300]).json()["error"]["code"] == "context_length_exceeded"
 
 
 def test_tokens_of_a_prompt_and_of_a_chat(http):
@@ -328,9 +273,3 @@ def test_tokens_of_a_prompt_and_of_a_chat(http):
 )
 def test_what_cannot_be_tokenised_is_a_400(http, body):
     assert http.post("/tokenize", json=body).status_code == 400
-
-
-def test_multilabel_probes_classify_each_label_by_itself(http, expected):
-    (data,) = http.post("/classify", json={"model": "topics", "input": TEXT}).json()["data"]
-    probs = dict(zip(TOPICS.labels, data["probs"], strict=True))
-    assert probs == pytest.approx(expected["topics"], abs=ROUNDING)
