@@ -134,13 +134,9 @@ def test_many_texts_speak_for_themselves():
 
 @pytest.mark.parametrize("rule", RULES)
 def test_saturated_scores_still_get_a_threshold_within_reach(rule):
+    rule, labels = ThresholdRule.parse(rule), np.array([0, 0, 1])
     for scores in ([0.0, 0.0, 0.0], [1.0, 1.0, 1.0], [1 - 1e-14, 1.0, 1 - 1e-12], [0.0, 1e-12, 1]):
-        (threshold,) = choose_thresholds(
-            BINARY,
-            np.array(scores)[:, None],
-            np.array([0, 0, 1]),
-            rule=ThresholdRule.parse(rule),
-        )
+        (threshold,) = choose_thresholds(BINARY, np.array(scores)[:, None], labels, rule=rule)
         assert 0 < threshold < 1
 
 
@@ -197,53 +193,47 @@ def test_a_curve_is_bounded_and_loses_little(texts, rule):
     assert rates[0] == pytest.approx(rates[1], abs=0.025)
 
 
-def test_curves_survive_json_exactly():
+def test_curves_survive_json_exactly_and_damaged_ones_are_refused():
     scores = np.random.default_rng(0).random((50, 3))
     curves = operating_curves(MULTILABEL, scores, (scores > 0.6).astype(int))
     stored = {label: curve.to_dict() for label, curve in curves.items()}
     assert tuple(curves) == MULTILABEL.labels
     assert read_curves(json.loads(json.dumps(stored))) == curves
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"thresholds": []},
-        {"thresholds": [0.5, 0.5]},
-        {"thresholds": [1.5, 0.6]},
-        {"thresholds": [0.5, float("nan")]},
-        {"thresholds": [i / 1000 for i in range(200, 0, -1)]},
-        {"true_positives": [2, 1]},
-        {"true_positives": [0, 9]},
-        {"false_positives": [-1, 0]},
-        {"expected": [0.1]},
-        {"share": 1.5},
-        {"surprise": 1},
-    ],
-)
-def test_a_damaged_curve_is_refused(change):
     curve = OperatingCurve((0.7, 0.2), (0, 1), (0, 1), (0.0, 1.1), 1, 1)
     assert read_curves({"x": curve.to_dict()}) == {"x": curve}
-    with pytest.raises(ValueError, match="x"):
-        read_curves({"x": curve.to_dict() | change})
-    with pytest.raises(ValueError, match="x"):
-        read_curves({"x": 7})
+    for damaged in (
+        7,
+        *(
+            curve.to_dict() | change
+            for change in (
+                {"thresholds": []},
+                {"thresholds": [0.5, 0.5]},
+                {"thresholds": [1.5, 0.6]},
+                {"thresholds": [0.5, float("nan")]},
+                {"thresholds": [i / 1000 for i in range(200, 0, -1)]},
+                {"true_positives": [2, 1]},
+                {"true_positives": [0, 9]},
+                {"false_positives": [-1, 0]},
+                {"expected": [0.1]},
+                {"share": 1.5},
+                {"surprise": 1},
+            )
+        ),
+    ):
+        with pytest.raises(ValueError, match="x"):
+            read_curves({"x": damaged})
 
 
-@pytest.mark.parametrize("change", [-9.0, -1.0, 3.0, 9.0])
-def test_a_shifted_curve_flags_the_same_texts_of_shifted_scores(change):
-    scores, holds = draw_calibrated(500, seed=3)
+def test_a_curve_follows_scores_and_shares_that_shift():
+    scores, holds = draw_calibrated(2000, seed=3)
     curve = OperatingCurve.of(scores, holds)
-    moved = curve.shifted(change, share=0.5)
-    assert moved.is_sound
-    shifted = 1 / (1 + np.exp(-(np.log(scores / (1 - scores)) + change)))
-    for before, after in zip(curve.thresholds, moved.thresholds, strict=True):
-        assert ((scores >= before) == (shifted >= after)).all()
-
-
-def test_with_more_positives_f1_wants_more_flags_and_a_rate_of_false_alarms_stays():
-    scores, holds = draw_calibrated(5000, seed=4)
-    curve = OperatingCurve.of(scores, holds)
+    for change in (-9.0, -1.0, 3.0, 9.0):
+        moved = curve.shifted(change, share=0.5)
+        assert moved.is_sound
+        shifted = 1 / (1 + np.exp(-(np.log(scores / (1 - scores)) + change)))
+        for before, after in zip(curve.thresholds, moved.thresholds, strict=True):
+            assert ((scores >= before) == (shifted >= after)).all()
+    # With more positives F1 wants more flags; rates stay.
     rarer, oftener = curve.shifted(0.0, share=0.02), curve.shifted(0.0, share=0.5)
     assert oftener.threshold(F1) < curve.threshold(F1) < rarer.threshold(F1)
     for kept in (ThresholdRule("fpr", 0.01), ThresholdRule("recall", 0.9)):
@@ -252,26 +242,23 @@ def test_with_more_positives_f1_wants_more_flags_and_a_rate_of_false_alarms_stay
 
 
 def test_a_curve_explains_texts_of_other_shares_but_no_other_texts():
+    random = np.random.default_rng(0)
+    unsure = random.uniform(0.3, 0.7, 600)
     scores, holds = draw_calibrated(2000, seed=5)
-    curve = OperatingCurve.of(scores, holds)
-    positive = np.random.default_rng(0).choice(scores[holds], 300)
-    negative = np.random.default_rng(0).choice(scores[~holds], 300)
-    half = curve.shifted(0.0, share=0.5)
+    positive, negative = (random.choice(scores[side], 300) for side in (holds, ~holds))
+    half = OperatingCurve.of(scores, holds).shifted(0.0, share=0.5)
     assert half.explains(np.concatenate([positive, negative]))
     assert not half.explains(negative)
-    assert not half.explains(np.random.default_rng(0).uniform(0.3, 0.7, 600))
-
-
-def test_a_curve_of_sure_scores_alone_explains_no_unsure_ones():
+    assert not half.explains(unsure)
+    # Scores of which none was unsure.
     holds = np.arange(200) < 60
     sure = np.where(holds, 0.999, 0.001) + np.linspace(-9e-4, 9e-4, 200)
     curve = OperatingCurve.of(sure, holds)
-    random = np.random.default_rng(0)
     assert curve.explains(random.choice(sure, 300))
     # Surer than they were is no change of texts.
     assert curve.explains(np.where(random.choice(holds, 300), 1 - 1e-9, 1e-9))
-    for unsure in (np.full(300, 0.5), random.uniform(0.3, 0.7, 300)):
-        assert not curve.explains(unsure)
+    assert not curve.explains(np.full(300, 0.5))
+    assert not curve.explains(unsure)
 
 
 @pytest.mark.parametrize(
