@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from transformers import AutoModelForSequenceClassification, LlamaConfig, pipeline
 
-import sidelight
 from commands import saved
 from corpora import TASKS, planted
 from sidelight.backbone import TransformersBackbone, load_backbone
@@ -23,13 +22,11 @@ from sidelight.training.settings import FitOptions, TrainingSettings
 from tiny import SIZES, untrained_probe
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_cache")]
-QUICK = {
-    name: TrainingSettings(
-        learning_rate=3e-2, weight_decay=0.01, epochs=5, batch_size=16, least_steps=0
-    )
-    for name in ("readout", "gate")
-}
-TRAINING, TESTING = 120, 40
+BRIEF = TrainingSettings(
+    learning_rate=3e-2, weight_decay=0.01, epochs=5, batch_size=16, least_steps=0
+)
+QUICK = {"readout": BRIEF, "gate": BRIEF}
+TRAINING, TESTING = 80, 40
 
 
 def rows_of(kind, count, seed):
@@ -50,23 +47,30 @@ def options_of(*mechanisms, **others):
 
 @pytest.fixture(scope="module")
 def fits(tiny, tmp_path_factory):
-    """For each kind of task a fit of two mechanisms."""
+    """For each kind of task a fit; for the binary one of two mechanisms with two seeds."""
+    named = {"multiclass": ["gate"], "multilabel": ["readout"], "binary": ["readout", "gate"]}
+    cache = tmp_path_factory.mktemp("cache")
     return {
         kind: fit(
             tiny,
             load_examples(rows_of(kind, TRAINING, seed=0)),
             None,
             name=f"planted-{kind}",
-            options=options_of("readout", "gate", cache_root=tmp_path_factory.mktemp("cache")),
+            options=options_of(*names, cache_root=cache, seeds=(0, 1)[: len(names)]),
         )
-        for kind in TASKS
+        for kind, names in named.items()
     }
+
+
+@pytest.fixture(scope="module")
+def classifier(tiny, fits):
+    return Classifier(tiny, fits["binary"].best.probe)
 
 
 @pytest.mark.parametrize("kind", TASKS)
 def test_rows_are_fitted_evaluated_judged_saved_and_loaded(tiny, fits, tmp_path, kind):
-    made = fits[kind]
-    classifier = Classifier(tiny, made.best.probe)
+    probe = fits[kind].best.probe
+    classifier, labels = Classifier(tiny, probe), probe.task.labels
     testing = rows_of(kind, TESTING, seed=1)
     report = classifier.evaluate(testing).to_dict()
     assert report["rows"] == TESTING
@@ -77,56 +81,43 @@ def test_rows_are_fitted_evaluated_judged_saved_and_loaded(tiny, fits, tmp_path,
         for verdict, row in zip(verdicts, testing, strict=True)
     )
     assert right > 0.75 * TESTING
-
-    again = load(classifier.save(tmp_path / "probe"), model=tiny)
-    assert again.predict(texts) == verdicts
-    assert again.evaluate(testing).to_dict() == report
-
-
-@pytest.mark.parametrize("kind", TASKS)
-def test_verdicts_are_consistent(tiny, fits, kind):
-    probe = fits[kind].best.probe
-    for verdict in Classifier(tiny, probe).predict(["tabX", "tcbZ", "tde"]):
+    for verdict in verdicts:
         assert verdict.probe == f"planted-{kind}"
-        assert tuple(verdict.probabilities) == probe.task.labels
+        assert tuple(verdict.probabilities) == labels
         assert all(0 <= p <= 1 for p in verdict.probabilities.values())
-        assert set(verdict.labels) <= set(probe.task.labels)
         if kind != "multilabel":
             assert verdict.labels == (verdict.label,)
             assert sum(verdict.probabilities.values()) == pytest.approx(1)
-        if kind == "multiclass":
-            assert not verdict.flagged
-        if kind == "binary":
-            assert verdict.flagged == (verdict.label == "toxic")
+            assert verdict.flagged == (kind == "binary" and verdict.label == "toxic")
+    again = load(classifier.save(tmp_path / "probe"), model=tiny)
+    assert again.predict(texts) == verdicts
+    assert again.evaluate(testing).to_dict() == report
+    assert classifier.predict([]) == []
 
 
-def test_a_fit_reports_every_run_a_baseline_and_how_it_was_made(fits, tiny):
+def test_a_fit_reports_every_run_and_keeps_the_best_of_the_best_mechanism_on_average(fits, tiny):
     made = fits["binary"]
-    assert [run.probe.spec.name for run in made.runs] == ["readout", "gate"]
-    assert made.best.score == max(run.score for run in made.runs)
+    names = [run.probe.spec.name for run in made.runs]
+    assert list(zip(names, [run.seed for run in made.runs], strict=True)) == [
+        ("readout", 0), ("readout", 1), ("gate", 0), ("gate", 1)
+    ]  # fmt: skip
+    scores = np.array([run.score for run in made.runs]).reshape(2, 2)
+    best = int(scores.mean(1).argmax())
+    assert made.best.probe.spec.name == ("readout", "gate")[best]
+    assert made.best.score == scores[best].max()
     assert made.baseline.to_dict()["rows"] > 0
     record = made.best.probe.record
     assert record["training"]["rows"] == record["validation"]["rows"] == TRAINING
-    assert record["seed"] == 0
+    assert record["seed"] == made.best.seed
     assert record["parameters"] > 0
     assert made.best.probe.fingerprint == tiny.fingerprint
 
 
-def test_the_best_run_is_of_the_best_mechanism_on_average(tiny):
-    rows = load_examples(rows_of("binary", TRAINING, seed=0))
-    made = fit(tiny, rows, None, name="p", options=options_of("readout", "gate", seeds=(0, 1)))
-    assert [run.seed for run in made.runs] == [0, 1, 0, 1]
-    means = {
-        name: np.mean([run.score for run in made.runs if run.probe.spec.name == name])
-        for name in ("readout", "gate")
-    }
-    assert means[made.best.probe.spec.name] == max(means.values())
-
-
 @pytest.mark.parametrize("with_validation", [True, False])
 def test_a_run_that_diverges_is_left_out_and_told(tiny, with_validation):
-    rows = load_examples(rows_of("binary", 60, seed=0), positive="toxic")
-    diverging = {**QUICK, "readout": replace(QUICK["readout"], weight_decay=1e38)}
+    rows = load_examples(rows_of("binary", 40, seed=0), positive="toxic")
+    diverging = {"gate": BRIEF, "readout": replace(BRIEF, weight_decay=1e38)}
+    diverging = {name: replace(settings, epochs=1) for name, settings in diverging.items()}
     options = replace(options_of("readout", "gate"), settings=diverging)
     made = fit(tiny, rows, rows if with_validation else None, name="p", options=options)
     assert [run.probe.spec.name for run in made.runs] == ["gate"]
@@ -146,59 +137,61 @@ def test_validation_texts_that_cannot_calibrate_cost_no_extraction(tiny, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
-def test_activations_stay_where_the_probe_could_not_be_stored(tiny, tmp_path):
-    rows = load_examples(rows_of("binary", 60, seed=0), positive="toxic")
+def test_activations_are_gone_after_a_fit_unless_kept_or_the_probe_could_not_be_stored(
+    tiny, tmp_path
+):
+    rows = load_examples(rows_of("binary", 30, seed=0), positive="toxic")
+    options = options_of("linear", cache_root=tmp_path)
 
     def full_disk(made):
         assert made.best.probe.name == "p"
         raise OSError("no space left")
 
-    options = options_of("gate", cache_root=tmp_path)
     with pytest.raises(OSError, match="no space"):
         fit(tiny, rows, None, name="p", options=options, store=full_disk)
     assert list(tmp_path.rglob("*.safetensors"))
-
-
-def test_activations_are_gone_after_a_fit_unless_kept(tiny, tmp_path):
-    rows = load_examples(rows_of("binary", 60, seed=0))
-    for keep in (False, True):
-        fit(
-            tiny, rows, None, name="p",
-            options=options_of("gate", cache_root=tmp_path, keep_cache=keep),
-        )  # fmt: skip
-        assert bool(list(tmp_path.rglob("*.safetensors"))) == keep
-
-
-def test_train_gives_a_classifier_and_leaves_no_activations(tiny, tmp_path, monkeypatch):
-    monkeypatch.setenv("SIDELIGHT_CACHE", str(tmp_path))
-    rows = rows_of("binary", 60, seed=0)
-    classifier = sidelight.train(tiny, rows, mechanism="gate", name="mine", positive="toxic")
-    assert classifier.probe.task.labels == ("fine", "toxic")
-    assert classifier.predict(["tabc"])[0].probe == "mine"
-    assert classifier.probe.spec.name == "gate"
+    fit(tiny, rows, None, name="p", options=options)
     assert not list(tmp_path.rglob("*.safetensors"))
+    fit(tiny, rows, rows, name="p", options=replace(options, keep_cache=True))
+    assert list(tmp_path.rglob("*.safetensors"))
+
+
+def test_train_gives_a_classifier_of_the_format_and_leaves_no_activations(
+    tiny, tmp_path, monkeypatch, offline
+):
+    monkeypatch.setenv("SIDELIGHT_CACHE", str(tmp_path))
+    path = saved(tiny, tmp_path / "model")
+    options = {"mechanism": "linear", "prompt_format": "both", "positive": "toxic", "name": "mine"}
+    made = train(path, rows_of("binary", 30, seed=0), **options)
+    assert made.probe.task.labels == ("fine", "toxic")
+    assert (made.probe.spec.name, made.probe.prompt_format) == ("linear", "both")
+    assert not list((tmp_path / "activations").rglob("*.safetensors"))
+    folder, verdicts = made.save(tmp_path / "probe"), made.predict(["hello"])
+    assert verdicts[0].probe == "mine"
+    for backbone in (None, load_backbone(path, prompt_format="chat")):
+        assert load(folder, model=backbone).predict(["hello"]) == verdicts
 
 
 def test_a_probe_of_the_response_is_trained_and_asked_with_responses(tiny):
-    texts, labels = planted("binary", 80, seed=0)
-    rows = [
-        {"text": "question", "answer": text, "label": "bad" if label else "good"}
-        for text, label in zip(texts, labels, strict=True)
-    ]
     # The split keeps equal texts together, so each question is its own.
-    rows = [{**row, "text": f"question {i}"} for i, row in enumerate(rows)]
-    with pytest.warns(UserWarning, match="No positive class was named, so 'bad' is taken"):
-        classifier = train(tiny, rows, response="answer", mechanism="gate")
+    rows = [
+        {"text": f"question {i}", "answer": row["text"], "label": row["label"]}
+        for i, row in enumerate(rows_of("binary", 60, seed=0))
+    ]
+    with pytest.warns(UserWarning, match="No positive class was named, so 'toxic' is taken"):
+        classifier = train(tiny, rows, response="answer", mechanism="linear")
     assert classifier.probe.reads == Reads(side="response")
     verdicts = classifier.predict(["question"] * 2, responses=["tab", "tXXXX"])
-    low, high = (verdict.probabilities["bad"] for verdict in verdicts)
-    assert low != high
+    low, high = (verdict.probabilities["toxic"] for verdict in verdicts)
+    assert low < high
     with pytest.raises(VerdictError, match="no token that the probe reads"):
         classifier.predict(["question"])
+    with pytest.raises(SidelightError, match="2 texts"):
+        classifier.predict(["a", "b"], responses=["c"])
 
 
 @pytest.mark.parametrize("kind", TASKS)
-def test_a_call_gives_what_a_pipeline_of_transformers_gives(tiny, fits, tmp_path, kind):
+def test_a_call_gives_what_a_pipeline_of_transformers_gives(tiny, fits, kind):
     probe = fits[kind].best.probe
     classifier, labels = Classifier(tiny, probe), probe.task.labels
     config = LlamaConfig(**SIZES, num_labels=len(labels), id2label=dict(enumerate(labels)))
@@ -225,30 +218,29 @@ def shape_of(answer):
     return {key: type(value) for key, value in answer.items()}
 
 
-def test_no_text_gives_no_verdict(tiny, fits):
-    assert Classifier(tiny, fits["binary"].best.probe).predict([]) == []
+LONG = "tab " * 300
 
 
-LONG = "tab " * 25_000
-
-
-def test_a_text_longer_than_the_model_reads_is_refused_when_judging(tiny, fits):
-    with pytest.raises(ContextLengthError, match="at most 256"):
-        Classifier(tiny, fits["binary"].best.probe).predict(["short", LONG])
-
-
-def test_an_error_about_a_text_names_its_place(tiny, fits, tmp_path):
-    classifier = Classifier(tiny, fits["binary"].best.probe)
-    with pytest.raises(ContextLengthError, match=r"^Text 2: The text has"):
+def test_an_error_about_a_text_names_its_place(tiny, classifier, tmp_path):
+    with pytest.raises(ContextLengthError, match=r"^Text 2: The text has .* at most 256"):
         classifier.predict(["short", LONG])
     rows = rows_of("binary", 8, seed=0)
     rows[6]["text"] = LONG
-    data = tmp_path / "rows.jsonl"
-    data.write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(ContextLengthError, match=r"^rows\.jsonl, line 7: The text has"):
-        classifier.evaluate(data)
-    with pytest.raises(ContextLengthError, match=r"^rows\.jsonl, line 7: The text has"):
-        classifier.predict(load_examples(data).items)
+    data = written(rows, tmp_path)
+    for ask in (classifier.evaluate, lambda data: classifier.predict(load_examples(data).items)):
+        with pytest.raises(ContextLengthError, match=r"^rows\.jsonl, line 7: The text has"):
+            ask(data)
+    system = {"role": "system", "content": "be brief " * 20}
+    rows[6]["text"] = [system, {"role": "user", "content": "hello"}]
+    options = options_of("gate", max_tokens=64, cache_root=tmp_path)
+    with pytest.raises(ContextLengthError, match=r"^Given rows, row 7: .* system prompt"):
+        fit(tiny, load_examples(rows), load_examples(rows), name="p", options=options)
+
+
+def written(rows, folder):
+    path = folder / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
 
 
 def test_a_text_without_a_verdict_is_named_by_its_place(tiny, tmp_path):
@@ -260,59 +252,25 @@ def test_a_text_without_a_verdict_is_named_by_its_place(tiny, tmp_path):
     items = (*examples.items[:4], replace(examples.items[4], response=""), *examples.items[5:])
     with pytest.raises(VerdictError, match=r"^Given rows, row 5: Probe 'p' gave a logit"):
         classifier.evaluate(replace(examples, items=items))
-
-
-def test_runs_without_a_verdict_name_the_place_of_the_text(tiny, tmp_path):
+    # Every run that was trained with a probe is judged.
     probe = untrained_probe(tiny, "p")
     for parameter in probe.mechanism.parameters():
         parameter.fill_(3e38)
     folder = Classifier(tiny, probe).save(tmp_path / "probe")
-    data = tmp_path / "rows.jsonl"
-    data.write_text("\n".join(map(json.dumps, rows_of("binary", 8, seed=0))))
-    model = saved(tiny, tmp_path / "model")
+    examples = load_examples(written(rows, tmp_path), task=probe.task)
     with pytest.raises(VerdictError, match=r"^rows\.jsonl, line 1: Probe 'p' gave a logit"):
-        assess(folder, load_examples(data, task=probe.task), model=model)
+        assess(folder, examples, model=saved(tiny, tmp_path / "model"))
 
 
-def test_a_text_that_cannot_be_trained_on_is_named_by_its_place(tiny, tmp_path):
-    rows = rows_of("binary", 30, seed=0)
-    system = {"role": "system", "content": "be brief " * 20}
-    rows[4]["text"] = [system, {"role": "user", "content": rows[4]["text"]}]
-    options = options_of("gate", max_tokens=64, cache_root=tmp_path)
-    with pytest.raises(ContextLengthError, match=r"^Given rows, row 5: .* system prompt"):
-        fit(tiny, load_examples(rows), None, name="p", options=options)
-
-
-def long_rows():
-    rows = rows_of("binary", 80, seed=0)
-    return [{**row, "text": row["text"] + LONG} if i < 7 else row for i, row in enumerate(rows)]
-
-
-@pytest.fixture(scope="module")
-def cut_warnings(tiny, tmp_path_factory):
-    made = fit(
-        tiny,
-        load_examples(long_rows()),
-        load_examples(rows_of("binary", 30, seed=1)),
-        name="p",
-        options=options_of("gate", cache_root=tmp_path_factory.mktemp("cache")),
-    )
-    return [warning for warning in made.warnings if "cut" in warning]
-
-
-def test_training_cuts_a_long_text_and_says_how_many(cut_warnings):
-    assert len(cut_warnings) == 1
-    assert cut_warnings[0].startswith("7 of 80 texts were cut to ")
-
-
-def test_the_warning_names_the_length_that_texts_were_cut_to(cut_warnings):
-    assert "cut to 256 tokens" in cut_warnings[0]
-
-
-def test_shared_and_rare_validation_texts_are_warned_of(tiny):
-    rows = load_examples(rows_of("binary", 60, seed=0))
-    few = load_examples(rows_of("binary", 60, seed=0)[:12], task=rows.task)
-    warnings = fit(tiny, rows, few, name="p", options=options_of("gate")).warnings
+def test_users_are_told_of_texts_that_are_cut_shared_or_rare(tiny):
+    rows = rows_of("binary", 40, seed=0)
+    for row in rows[:7]:
+        row["text"] += LONG
+    training = load_examples(rows, positive="toxic")
+    few = load_examples(rows[12:24], task=training.task)
+    warnings = fit(tiny, training, few, name="p", options=options_of("linear")).warnings
+    (cut,) = (warning for warning in warnings if "cut" in warning)
+    assert cut.startswith("7 of 40 texts were cut to 256 tokens")
     assert any("positive validation texts, and 30 are wanted" in warning for warning in warnings)
     assert "12 validation texts are also training texts." in warnings
 
@@ -327,99 +285,60 @@ def test_other_answers_to_a_shared_prompt_are_not_shared_texts():
 GOOD = rows_of("binary", 30, seed=0)
 
 
+TOXIC_FLAGGED = load_examples(GOOD, positive="toxic")
+FINE = [{**row, "label": "fine"} for row in GOOD]
+
+
 @pytest.mark.parametrize(
-    ("data", "options"),
+    ("data", "options", "remedy"),
     [
-        ([], {}),
-        ([{"text": "only"}], {}),
-        (GOOD, {"label": "nonesuch"}),
-        (GOOD, {"text": "nonesuch"}),
-        (GOOD, {"response": "nonesuch"}),
-        (GOOD, {"mechanism": "gat"}),
-        ([{**row, "label": "same"} for row in GOOD], {}),
-        ([{**row, "text": "same"} for row in GOOD], {}),
-        ([{**row, "text": 5} for row in GOOD], {}),
-        ([{**row, "text": None} for row in GOOD], {}),
-        ([{**row, "label": None} for row in GOOD], {}),
-        ([{**row, "label": {}} for row in GOOD], {}),
-        ([{**row, "text": "\ud83d"} for row in GOOD], {}),
-        ("nowhere.jsonl", {}),
-        (GOOD, {"validation": "nowhere.jsonl"}),
-        (GOOD, {"validation": [{"text": "a", "label": "unknown"}]}),
+        ([], {}, "row"),
+        ([{"text": "only"}], {}, "label"),
+        (GOOD, {"label": "nonesuch"}, "nonesuch"),
+        (GOOD, {"response": "nonesuch"}, "nonesuch"),
+        (GOOD, {"mechanism": "gat"}, "'gate'"),
+        (FINE, {}, "label"),
+        ([{**row, "text": "same"} for row in GOOD], {}, "Add more texts"),
+        ([{**row, "text": 5} for row in GOOD], {}, "text"),
+        ([{**row, "text": "\ud83d"} for row in GOOD], {}, "surrogate"),
+        ("nowhere.jsonl", {}, "nowhere.jsonl"),
+        (GOOD, {"validation": "nowhere.jsonl"}, "nowhere.jsonl"),
+        (GOOD, {"validation": FINE, "positive": "toxic"}, "toxic"),
+        (load_examples(GOOD, label=None), {}, "no labels"),
+        (TOXIC_FLAGGED, {"validation": load_examples(GOOD, positive="fine")}, "fine"),
+        (GOOD, {"prompt_format": "both"}, r"load_backbone\(..., prompt_format='both'\)"),
+        (GOOD, {"seeds": 0}, "no seed"),
     ],
 )
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_malformed_data_is_one_clear_error(tiny, data, options):
-    with pytest.raises(SidelightError) as caught:
+def test_what_cannot_be_trained_on_is_one_clear_error(tiny, data, options, remedy):
+    with pytest.raises(SidelightError, match=remedy):
         train(tiny, data, **options)
-    assert str(caught.value)
 
 
-def test_the_format_is_that_of_the_backbone(tiny, tmp_path, offline):
-    with pytest.raises(SidelightError, match=r"load_backbone\(..., prompt_format='both'\)"):
-        train(tiny, GOOD, prompt_format="both")
-    path = saved(tiny, tmp_path / "model")
-    made = train(path, GOOD, mechanism="gate", prompt_format="both", positive="toxic")
-    assert made.probe.prompt_format == "both"
-    folder = made.save(tmp_path / "probe")
-    for backbone in (None, load_backbone(path, prompt_format="chat")):
-        assert load(folder, model=backbone).predict(["hello"]) == made.predict(["hello"])
-
-
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [({"seeds": 0}, "no seed"), ({"seeds": -1}, "no seed"), ({"mechanism": "gat"}, "'gate'")],
-)
-def test_options_that_train_nothing_are_refused_before_the_model_is_loaded(options, named):
-    with pytest.raises(SidelightError, match=named):
-        train("no-such-model", GOOD, **options)
-
-
-def test_options_without_a_mechanism_are_refused():
+def test_options_that_train_nothing_are_refused_before_the_model_is_loaded():
+    for options, named in (({"seeds": -1}, "no seed"), ({"mechanism": "gat"}, "'gate'")):
+        with pytest.raises(SidelightError, match=named):
+            train("no-such-model", GOOD, **options)
     with pytest.raises(SidelightError, match="give None"):
         FitOptions(mechanisms=())
 
 
-def test_validation_data_without_a_positive_is_one_clear_error(tiny):
-    fine = [row for row in GOOD if row["label"] == "fine"]
-    with pytest.raises(SidelightError, match="toxic"):
-        train(tiny, GOOD, positive="toxic", validation=fine)
-
-
-def test_fitting_examples_without_labels_is_one_clear_error(tiny):
-    unlabelled = load_examples(GOOD, label=None)
+def test_examples_that_a_classifier_cannot_be_measured_on_are_one_clear_error(classifier):
     with pytest.raises(SidelightError, match="no labels"):
-        train(tiny, unlabelled)
-
-
-def test_evaluating_examples_without_labels_is_one_clear_error(tiny, fits):
-    unlabelled = load_examples(GOOD, label=None)
-    with pytest.raises(SidelightError, match="no labels"):
-        Classifier(tiny, fits["binary"].best.probe).evaluate(unlabelled)
-
-
-def test_evaluating_examples_of_another_task_is_one_clear_error(tiny, fits):
+        classifier.evaluate(load_examples(GOOD, label=None))
     turned = load_examples(GOOD, positive="fine")
     assert turned.task.labels == ("toxic", "fine")
     with pytest.raises(SidelightError, match="fine"):
-        Classifier(tiny, fits["binary"].best.probe).evaluate(turned)
-
-
-def test_validation_examples_of_another_task_are_one_clear_error(tiny):
-    with pytest.raises(SidelightError, match="fine"):
-        train(
-            tiny,
-            load_examples(GOOD, positive="toxic"),
-            validation=load_examples(GOOD, positive="fine"),
-        )
+        classifier.evaluate(turned)
+    with pytest.raises(SidelightError, match="list"):
+        classifier.predict("a text")
 
 
 def test_a_probe_of_responses_without_responses_is_one_clear_error(tiny):
+    options = options_of("gate", reads=Reads("response"))
     with pytest.raises(SidelightError, match=r"\(response\), first Given rows, row 1\."):
-        fit(
-            tiny, load_examples(GOOD), None, name="p",
-            options=options_of("gate", reads=Reads("response")),
-        )  # fmt: skip
+        fit(tiny, load_examples(GOOD), None, name="p", options=options)
 
 
 @pytest.mark.parametrize("side", ["response", "both"])
@@ -427,8 +346,7 @@ def test_a_probe_of_responses_is_not_measured_on_prompts(tiny, tmp_path, monkeyp
     classifier = Classifier(tiny, untrained_probe(tiny, "p", reads=Reads(side)))
     rows = [{**row, "answer": "an answer"} for row in GOOD]
     assert classifier.evaluate(rows, response="answer").rows == len(rows)
-    folder, data = classifier.save(tmp_path / "probe"), tmp_path / "rows.jsonl"
-    data.write_text("\n".join(map(json.dumps, rows)))
+    folder, data = classifier.save(tmp_path / "probe"), written(rows, tmp_path)
     monkeypatch.setattr(TransformersBackbone, "run", None)
     refusal = rf"'p' reads responses, but {len(rows)} of {len(rows)} .* --response \(response="
     with pytest.raises(SidelightError, match=refusal):
@@ -437,19 +355,8 @@ def test_a_probe_of_responses_is_not_measured_on_prompts(tiny, tmp_path, monkeyp
         assess(folder, load_examples(data, task=classifier.probe.task))
 
 
-def test_another_number_of_responses_than_texts_is_one_clear_error(tiny):
-    classifier = Classifier(tiny, untrained_probe(tiny, "p", reads=Reads("response")))
-    with pytest.raises(SidelightError, match="2 texts"):
-        classifier.predict(["a", "b"], responses=["c"])
-
-
-def test_a_string_in_place_of_a_list_is_one_clear_error(tiny, fits):
-    with pytest.raises(SidelightError, match="list"):
-        Classifier(tiny, fits["binary"].best.probe).predict("a text")
-
-
-def test_loading_on_another_backbone_is_refused(tiny, fits, tmp_path):
-    probe = fits["binary"].best.probe
+def test_loading_on_another_backbone_is_refused(tiny, tmp_path):
+    probe = untrained_probe(tiny, "p")
     other = replace(probe.fingerprint, name="other/model", weights="f" * 16)
     folder = Classifier(tiny, replace(probe, fingerprint=other)).save(tmp_path)
     with pytest.raises(SidelightError, match="other/model"):
