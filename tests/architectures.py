@@ -4,7 +4,6 @@
 ``tests/matrix/vllm/test_families.py``.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,35 +34,20 @@ from transformers import (
 )
 
 from sidelight.backbone import TransformersBackbone
-from tiny import SIZES, tiny_tokenizer
-from vllm_served import Model, with_probes
+from tiny import tiny_tokenizer
+from vllm_served import SIZES, Model, with_probes
 
-_SIZES = {
-    **SIZES,
-    "hidden_size": 128,
-    "intermediate_size": 192,
-    "num_hidden_layers": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 2048,
-    "initializer_range": 0.1,
-}
-_HEADS = {"head_dim": 32}
-_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 64}
+_SIZES = {**SIZES, "num_key_value_heads": 2}
+_HEADS = {**_SIZES, "head_dim": 32}
+_EXPERTS = {**_HEADS, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 _WINDOW = {"sliding_window": 64}
-_SLIDING_AND_FULL = [
-    "sliding_attention",
-    "sliding_attention",
-    "sliding_attention",
-    "full_attention",
-]
+_HYBRID = {**_WINDOW, "layer_types": ["sliding_attention"] * 3 + ["full_attention"]}
+_GEMMA3 = {**_HEADS, **_HYBRID, "query_pre_attn_scalar": 32}
 _VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 56,
-    "patch_size": 14,
-}
+    "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "image_size": 56, "patch_size": 14,
+}  # fmt: skip
+_TEXT_ONLY = {"limit_mm_per_prompt": {"image": 0}}
 
 
 @dataclass(frozen=True)
@@ -71,126 +55,92 @@ class Architecture:
     """How a tiny model of it is made.
 
     Attributes:
-        name: vLLM's name for it.
-        config: Its configuration for ``transformers``.
+        kind: Of its configuration for ``transformers``.
+        fields: Those of the configuration.
         attention: What ``transformers`` computes attention with; sdpa ignores Gemma 2's softcap.
         options: What vLLM is started with.
         is_apart: Whether vLLM needs a process of its own, since it changes the class of the model
             that ``transformers`` also runs.
     """
 
-    name: str
-    config: Callable[[], PreTrainedConfig]
+    kind: type[PreTrainedConfig]
+    fields: dict[str, Any]
     attention: str = "sdpa"
     options: dict[str, Any] = field(default_factory=dict[str, Any])
     is_apart: bool = False
 
 
-_TEXT_ONLY = {"limit_mm_per_prompt": {"image": 0}}
+# By vLLM's names.
 TESTED = {
-    own.name: own
-    for own in (
-        Architecture("LlamaForCausalLM", lambda: LlamaConfig(**_SIZES)),
-        Architecture(
-            "Llama4ForCausalLM",
-            lambda: Llama4TextConfig(
-                **_SIZES,
-                **_HEADS,
-                num_local_experts=4,
-                num_experts_per_tok=1,
-                intermediate_size_mlp=192,
-                attention_chunk_size=64,
-                interleave_moe_layer_step=2,
-                no_rope_layers=[1, 1, 1, 0],
-            ),
-        ),
-        Architecture("Qwen2ForCausalLM", lambda: Qwen2Config(**_SIZES)),
-        Architecture("Qwen3ForCausalLM", lambda: Qwen3Config(**_SIZES, **_HEADS)),
-        Architecture(
-            "Qwen3MoeForCausalLM",
-            lambda: Qwen3MoeConfig(
-                **_SIZES, **_HEADS, **_EXPERTS, num_experts=4, norm_topk_prob=True
-            ),
-        ),
-        Architecture(
-            "MistralForCausalLM", lambda: MistralConfig(**_SIZES, **_HEADS, sliding_window=None)
-        ),
-        Architecture(
-            "Mistral3ForConditionalGeneration",
-            lambda: Mistral3Config(
-                text_config={
-                    **_SIZES, **_HEADS, "model_type": "mistral", "sliding_window": None
-                },
-                vision_config={**_VISION, "head_dim": 16, "model_type": "pixtral"},
-                image_token_index=299,
-            ),
-            options=_TEXT_ONLY,
-        ),
-        Architecture(
-            "Gemma2ForCausalLM",
-            lambda: Gemma2Config(**_SIZES, **_HEADS, **_WINDOW, query_pre_attn_scalar=32),
-            attention="eager",
-        ),
-        Architecture(
-            "Gemma3ForCausalLM",
-            lambda: Gemma3TextConfig(
-                **_SIZES, **_HEADS, **_WINDOW,
-                layer_types=_SLIDING_AND_FULL, query_pre_attn_scalar=32,
-            ),
-        ),
-        Architecture(
-            "Gemma3ForConditionalGeneration",
-            lambda: Gemma3Config(
-                text_config={
-                    **_SIZES, **_HEADS, **_WINDOW,
-                    "layer_types": _SLIDING_AND_FULL, "query_pre_attn_scalar": 32,
-                },
-                vision_config=_VISION,
-                mm_tokens_per_image=4,
-                boi_token_index=297, eoi_token_index=298, image_token_index=299,
-            ),
-            options=_TEXT_ONLY,
-        ),
-        Architecture(
-            "GptOssForCausalLM",
-            lambda: GptOssConfig(
-                **{**_SIZES, "intermediate_size": 128}, **_HEADS, **_WINDOW,
-                num_local_experts=4, num_experts_per_tok=2,
-            ),
-            attention="eager",
-        ),
-        Architecture("Phi3ForCausalLM", lambda: Phi3Config(**_SIZES)),
-        Architecture("Glm4ForCausalLM", lambda: Glm4Config(**_SIZES, **_HEADS)),
-        Architecture(
-            "Glm4MoeForCausalLM",
-            lambda: Glm4MoeConfig(
-                **_SIZES, **_HEADS, **_EXPERTS,
-                n_routed_experts=4, n_group=1, topk_group=1, first_k_dense_replace=1,
-                n_shared_experts=1,
-            ),
-        ),
-        Architecture(
-            "GraniteForCausalLM",
-            lambda: GraniteConfig(
-                **_SIZES,
-                embedding_multiplier=3.0, residual_multiplier=0.5, logits_scaling=2.0,
-                attention_multiplier=0.2,
-            ),
-        ),
-        Architecture("Olmo2ForCausalLM", lambda: Olmo2Config(**_SIZES), is_apart=True),
-        Architecture(
-            "Olmo3ForCausalLM",
-            lambda: Olmo3Config(**_SIZES, **_WINDOW, layer_types=_SLIDING_AND_FULL),
-            is_apart=True,
-        ),
-    )
+    "LlamaForCausalLM": Architecture(LlamaConfig, _SIZES),
+    "Llama4ForCausalLM": Architecture(
+        Llama4TextConfig,
+        {
+            **_HEADS, "num_local_experts": 4, "num_experts_per_tok": 1,
+            "intermediate_size_mlp": 192, "attention_chunk_size": 64,
+            "interleave_moe_layer_step": 2, "no_rope_layers": [1, 1, 1, 0],
+        },
+    ),
+    "Qwen2ForCausalLM": Architecture(Qwen2Config, _SIZES),
+    "Qwen3ForCausalLM": Architecture(Qwen3Config, _HEADS),
+    "Qwen3MoeForCausalLM": Architecture(
+        Qwen3MoeConfig, {**_EXPERTS, "num_experts": 4, "norm_topk_prob": True}
+    ),
+    "MistralForCausalLM": Architecture(MistralConfig, {**_HEADS, "sliding_window": None}),
+    "Mistral3ForConditionalGeneration": Architecture(
+        Mistral3Config,
+        {
+            "text_config": {**_HEADS, "model_type": "mistral", "sliding_window": None},
+            "vision_config": {**_VISION, "head_dim": 16, "model_type": "pixtral"},
+            "image_token_index": 299,
+        },
+        options=_TEXT_ONLY,
+    ),
+    "Gemma2ForCausalLM": Architecture(
+        Gemma2Config, {**_HEADS, **_WINDOW, "query_pre_attn_scalar": 32}, attention="eager"
+    ),
+    "Gemma3ForCausalLM": Architecture(Gemma3TextConfig, _GEMMA3),
+    "Gemma3ForConditionalGeneration": Architecture(
+        Gemma3Config,
+        {
+            "text_config": _GEMMA3, "vision_config": _VISION, "mm_tokens_per_image": 4,
+            "boi_token_index": 297, "eoi_token_index": 298, "image_token_index": 299,
+        },
+        options=_TEXT_ONLY,
+    ),
+    "GptOssForCausalLM": Architecture(
+        GptOssConfig,
+        {
+            **_HEADS, **_WINDOW, "intermediate_size": 128, "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+        attention="eager",
+    ),
+    "Phi3ForCausalLM": Architecture(Phi3Config, _SIZES),
+    "Glm4ForCausalLM": Architecture(Glm4Config, _HEADS),
+    "Glm4MoeForCausalLM": Architecture(
+        Glm4MoeConfig,
+        {
+            **_EXPERTS, "n_routed_experts": 4, "n_group": 1, "topk_group": 1,
+            "first_k_dense_replace": 1, "n_shared_experts": 1,
+        },
+    ),
+    "GraniteForCausalLM": Architecture(
+        GraniteConfig,
+        {
+            **_SIZES, "embedding_multiplier": 3.0, "residual_multiplier": 0.5,
+            "logits_scaling": 2.0, "attention_multiplier": 0.2,
+        },
+    ),
+    "Olmo2ForCausalLM": Architecture(Olmo2Config, _SIZES, is_apart=True),
+    "Olmo3ForCausalLM": Architecture(Olmo3Config, {**_SIZES, **_HYBRID}, is_apart=True),
 }  # fmt: skip
 
 
-def architecture_model(architecture: Architecture, folder) -> Model:
+def architecture_model(architecture: Architecture, folder, **fields: Any) -> Model:
     """A model of random weights on disk, with probes of every kind."""
     torch.manual_seed(0)
-    path, config = str(folder / "model"), architecture.config()
+    path, config = str(folder / "model"), architecture.kind(**{**architecture.fields, **fields})
     kind = AutoModelForCausalLM
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         kind = AutoModelForImageTextToText

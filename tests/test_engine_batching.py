@@ -2,6 +2,7 @@
 
 import asyncio
 from functools import partial
+from itertools import chain
 
 import pytest
 from transformers import Gemma3TextConfig, LlamaConfig
@@ -64,32 +65,34 @@ def check_batches(backbone):
         return [together, await asyncio.gather(*staggered)]
 
     expected = [reference(backbone, text) for text in TEXTS]
-    for answers in run(backbone, ask_all):
-        assert [(a.text, a.finished.completion_tokens) for a in answers] == expected
+    for limits in (Limits(), Limits(running=2, prefill_tokens=64, cache_tokens=256)):
+        for answers in run(backbone, ask_all, limits=limits):
+            assert [(a.text, a.finished.completion_tokens) for a in answers] == expected
 
 
-def test_a_stop_string_ends_the_text(llama):
-    async def ask_both(engine):
+def test_a_text_ends_with_its_length_a_stop_string_its_turn_or_the_context(llama):
+    async def ask_all(engine):
         whole = await ask(engine, TEXTS[0])
         stop = whole.text[5:7]
         sampling = Sampling(temperature=0.0, max_tokens=16, stop=("never", stop))
-        return whole, stop, await ask(engine, TEXTS[0], sampling)
+        cut = await ask(engine, TEXTS[0], sampling)
+        return whole, stop, cut, await ask(engine, "x" * 240, Sampling(temperature=0.0))
 
-    whole, stop, answer = run(llama, ask_both)
+    whole, stop, cut, longest = run(llama, ask_all)
     assert (whole.finished.completion_tokens, whole.finished.reason) == (16, "length")
     assert whole.finished.prompt_tokens == len(llama.encoder.encode([Message("user", TEXTS[0])]))
-    assert answer.text == whole.text[: whole.text.index(stop)]
-    assert answer.finished.reason == "stop"
-    assert answer.finished.completion_tokens < 16
-
-
-def test_an_end_of_turn_token_ends_the_text(llama):
+    assert (cut.text, cut.finished.reason) == (whole.text[: whole.text.index(stop)], "stop")
+    assert cut.finished.completion_tokens < 16
+    tokens = longest.finished.prompt_tokens + longest.finished.completion_tokens
+    assert (tokens, longest.finished.reason) == (llama.encoder.max_tokens, "length")
+    for length in (253, 400):
+        with pytest.raises(ContextLengthError, match="Shorten it"):
+            run(llama, lambda engine, length=length: ask(engine, "x" * length))
     backbone = tiny_backbone()
     _, (first,) = written_alone(backbone, "hi", max_tokens=1)
     backbone.model.generation_config.eos_token_id = [first, 2]
-    answer = run(backbone, lambda engine: ask(engine, "hi"))
-    assert (answer.text, answer.finished.reason) == ("", "stop")
-    assert answer.finished.completion_tokens == 1
+    ended = run(backbone, lambda engine: ask(engine, "hi"))
+    assert (ended.text, ended.finished.reason, ended.finished.completion_tokens) == ("", "stop", 1)
 
 
 def test_a_seed_gives_the_same_text_beside_any_neighbours(llama):
@@ -105,31 +108,6 @@ def test_a_seed_gives_the_same_text_beside_any_neighbours(llama):
     alone, beside, other = run(llama, ask_twice)
     assert alone == beside
     assert alone != other
-
-
-def test_text_ends_with_the_context(llama):
-    text = "x" * 240
-    answer = run(llama, lambda engine: ask(engine, text, Sampling(temperature=0.0)))
-    in_all = answer.finished.prompt_tokens + answer.finished.completion_tokens
-    assert in_all == llama.encoder.max_tokens
-    assert answer.finished.reason == "length"
-
-
-@pytest.mark.parametrize("length", [253, 400])
-def test_a_prompt_without_room_for_an_answer_is_refused(llama, length):
-    with pytest.raises(ContextLengthError, match="Shorten it"):
-        run(llama, lambda engine: ask(engine, "x" * length))
-
-
-@pytest.mark.slow
-def test_a_line_longer_than_the_limits_is_worked_off(llama):
-    limits = Limits(running=2, prefill_tokens=64, cache_tokens=256)
-
-    async def ask_many(engine):
-        return await asyncio.gather(*(ask(engine, text) for text in TEXTS * 4))
-
-    answers = run(llama, ask_many, limits=limits)
-    assert [a.text for a in answers] == [reference(llama, text)[0] for text in TEXTS] * 4
 
 
 def test_another_kind_of_state_and_two_probes_of_one_name_are_refused(llama):
@@ -329,30 +307,29 @@ def check_parts(backbone):
         )
         return together, watched, await engine.judge(TURNS)
 
-    (answers, watched, judged), whole = passes_of(backbone, ask_all)
-    (own_answers, own_watched, own_judged), parts = passes_of(backbone, ask_all, prefill_tokens=7)
+    (answers, *wanted), whole = passes_of(backbone, ask_all)
+    (own_answers, *own), parts = passes_of(backbone, ask_all, prefill_tokens=7)
     assert max(shape.numel() for shape in parts if shape[1] > 1) <= 7
     assert max(shape.numel() for shape in whole) > 100
-    assert [a.text for a in own_answers] == [a.text for a in answers]
-    assert [a.text for a in answers] == [reference(backbone, text)[0] for text in LONG_TEXTS]
-    for one, other in zip(own_answers, answers, strict=True):
-        require_equal(one.judged.judgement, other.judged.judgement)
-        require_equal(one.finished.judgement, other.finished.judgement)
-    for own, other in zip(own_watched, watched, strict=True):
-        for event, wanted in zip(own, other, strict=True):
-            assert type(event) is type(wanted)
-            if not isinstance(event, TextDelta):
-                require_equal(event.judgement, wanted.judgement)
-    for one, other in zip(own_judged, judged, strict=True):
-        require_equal(one.judgement, other.judgement)
-        assert one.tokens == other.tokens
+    texts = [reference(backbone, text)[0] for text in LONG_TEXTS]
+    assert [a.text for a in own_answers] == [a.text for a in answers] == texts
+    for mine, theirs in zip(events_in(own_answers, *own), events_in(answers, *wanted), strict=True):
+        assert type(mine) is type(theirs)
+        if isinstance(mine, TextDelta):
+            continue
+        require_equal(mine.judgement, theirs.judgement)
+        if isinstance(mine, PromptJudged):
+            assert mine.tokens == theirs.tokens
+
+
+def events_in(answers, watched, judged):
+    ends = [event for answer in answers for event in (answer.judged, answer.finished)]
+    return [*ends, *chain.from_iterable(watched), *judged]
 
 
 def require_equal(judgement, wanted):
-    names = [[v.probe for v in own.verdicts] for own in (judgement, wanted)]
-    assert names[0] == names[1]
-    assert judgement.failed == wanted.failed
-    assert [v.turn for v in judgement.verdicts] == [v.turn for v in wanted.verdicts]
+    told = [[(v.probe, v.turn) for v in own.verdicts] for own in (judgement, wanted)]
+    assert (told[0], judgement.failed) == (told[1], wanted.failed)
     assert probabilities(judgement.verdicts) == pytest.approx(
         probabilities(wanted.verdicts), abs=ROUNDING
     )

@@ -17,11 +17,20 @@ from sidelight.prompts import EncodedPrompt, Part, Reads
 from sidelight.standardisation import Standardisation
 from sidelight.states.extraction import score
 from sidelight.vllm.settings import DESCRIBED, KEY, request_params
-from tiny import INTENT, SIZES, TOPICS, TOXICITY, tiny_backbone, untrained_probe
+from tiny import INTENT, TOPICS, TOXICITY, tiny_backbone, untrained_probe
+from tiny import SIZES as TINY_SIZES
 
 # Two engines add float32 products in other orders, over all layers and up to 1,000 tokens.
 ROUNDING = 1e-4
 LONGEST = 1000
+SIZES = {
+    **TINY_SIZES,
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 4,
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.1,
+}
 _WAYS = (Reads(), Reads("both"), Reads(template=False), Reads("response"))
 _TASKS = (TOXICITY, INTENT, TOPICS)
 
@@ -44,15 +53,7 @@ def tiny_model(folder) -> Model:
 
 def tiny_llama() -> TransformersBackbone:
     """A random Llama with four key-value heads and a context of 2,048: vLLM can run it."""
-    sizes = {
-        **SIZES,
-        "hidden_size": 128,
-        "intermediate_size": 192,
-        "num_hidden_layers": 4,
-        "max_position_embeddings": 2048,
-        "initializer_range": 0.1,
-    }
-    backbone = tiny_backbone(LlamaConfig(**sizes))
+    backbone = tiny_backbone(LlamaConfig(**SIZES))
     backbone.tokenizer.model_max_length = backbone.encoder.max_tokens = 2048
     return backbone
 
