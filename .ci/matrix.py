@@ -47,10 +47,15 @@ class Lane:
 
 
 COMPILED = {"SIDELIGHT_COMPILED": "1"}
+# What runners decide: which tokens a step runs, and where their states are.
+OF_RUNNERS = [f"tests/vllm/test_{name}.py" for name in ("contract", "parity", "schedules")]
 LANES = {
     "browser": Lane([f"{MATRIX}/browser"]),
     "clients": Lane([f"{MATRIX}/clients"]),
+    "examples": Lane([f"{MATRIX}/examples"]),
     "packages": Lane([f"{MATRIX}/packages"]),
+    "lab": Lane([f"{MATRIX}/lab"]),
+    "vllm-clients": Lane([f"{MATRIX}/clients"], runner=1),
     "vllm-features": Lane([f"{MATRIX}/vllm/test_features.py"], runner=1),
     "vllm-families-v1": Lane([f"{MATRIX}/vllm/test_families.py"], runner=1),
     "vllm-families-v2": Lane([f"{MATRIX}/vllm/test_families.py"], runner=2),
@@ -59,7 +64,7 @@ LANES = {
     ),
     "vllm-quantised": Lane([f"{MATRIX}/vllm/test_quantised.py"], runner=1),
     "vllm-newest-v1": Lane(["tests/vllm"], runner=1, package=NEWEST),
-    "vllm-newest-v2": Lane(["tests/vllm"], runner=2, package=NEWEST),
+    "vllm-newest-v2": Lane(OF_RUNNERS, runner=2, package=NEWEST),
 }
 
 

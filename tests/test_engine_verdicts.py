@@ -175,6 +175,7 @@ def test_what_cannot_be_watched_is_refused(backbone, name):
         run(backbone, lambda engine: events_of(engine, "hi", watch=(name,)), probes=probes)
 
 
+@pytest.mark.slow
 def test_a_completion_keeps_the_probes_of_its_call_to_its_end(backbone):
     """Also if its first step comes after they were replaced."""
 
