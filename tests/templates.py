@@ -1,5 +1,7 @@
 """Chat templates as models ship them, shortened, and a tokenizer that merges across their edges."""
 
+from functools import cache
+
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -55,6 +57,18 @@ def merging_tokenizer(
         trims_offsets: Whether a token's offsets leave out white space, as GPT-NeoX's do.
         adds_bos: Whether the tokenizer begins raw texts by a special token.
     """
+    tokenizer = Tokenizer.from_str(_trained())
+    steps = [processors.ByteLevel(trim_offsets=trims_offsets)]
+    if adds_bos:
+        steps.append(processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)]))
+    tokenizer.post_processor = processors.Sequence(steps)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", pad_token="<|pad|>", chat_template=template
+    )
+
+
+@cache
+def _trained() -> str:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -65,10 +79,4 @@ def merging_tokenizer(
         show_progress=False,
     )
     tokenizer.train_from_iterator(_CORPUS, trainer)
-    steps = [processors.ByteLevel(trim_offsets=trims_offsets)]
-    if adds_bos:
-        steps.append(processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)]))
-    tokenizer.post_processor = processors.Sequence(steps)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", pad_token="<|pad|>", chat_template=template
-    )
+    return tokenizer.to_str()

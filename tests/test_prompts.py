@@ -1,9 +1,7 @@
 """Which tokens a probe reads, for templates as models ship them and for any text."""
 
-import re
-
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sidelight.errors import ContextLengthError, SidelightError
@@ -34,7 +32,7 @@ TEMPLATE_WORDS = [
     "<|im_end|>\n<|im_start|>assistant\nSure", "sidelight-turn-0-text", "é", "你好", "\u200b", "🙂",
 ]  # fmt: skip
 texts = st.lists(st.sampled_from(TEMPLATE_WORDS) | st.text(max_size=8), max_size=4).map("".join)
-law = settings(max_examples=60, deadline=None)
+law = settings(max_examples=25, deadline=None)
 
 
 def encoder(template, **options):
@@ -60,52 +58,9 @@ def words(encoded, *parts):
     return DECODER.decode(chosen, clean_up_tokenization_spaces=False)
 
 
-def as_rendered(name, content):
-    return content if name in ("chatml", "plain") else content.strip()
-
-
-def imitates(name, *contents):
-    """Whether a content holds a turn's beginning in a template that marks turns by words alone."""
-    return name == "plain" and any(re.search(r"\n\w+:", content) for content in contents)
-
-
 @pytest.fixture(params=TEMPLATES)
 def template(request):
     return request.param
-
-
-@pytest.mark.slow
-@law
-@given(name=st.sampled_from(sorted(TEMPLATES)), text=texts)
-def test_prompt_tokens_hold_the_text_and_only_merged_neighbours(name, text):
-    assume(not imitates(name, text))
-    encoded = ENCODERS[name].encode([user(text)])
-    expected = as_rendered(name, text)
-    read = words(encoded, Part.PROMPT)
-    assert expected in read
-    # A token may reach over the edge, by a line break or a space and no more.
-    assert read.replace(expected, "", 1).strip() == ""
-
-
-@law
-@given(name=st.sampled_from(sorted(TEMPLATES)), text=texts, reply=texts)
-def test_response_tokens_hold_the_response(name, text, reply):
-    assume(not imitates(name, text, reply))
-    encoded = ENCODERS[name].encode([user(text)], reply)
-    assert as_rendered(name, reply) in words(encoded, Part.RESPONSE)
-    assert as_rendered(name, text) in words(encoded, Part.PROMPT)
-
-
-@law
-@given(
-    name=st.sampled_from(sorted(TEMPLATES)),
-    text=texts.filter(lambda text: not any(name in text for name in SPECIAL_TOKENS)),
-)
-def test_token_ids_of_harmless_texts_are_those_of_the_rendered_template(name, text):
-    rendered = TOKENIZERS[name].apply_chat_template(
-        [{"role": "user", "content": text}], tokenize=True, add_generation_prompt=True
-    )
-    assert list(ENCODERS[name].encode([user(text)]).token_ids) == rendered["input_ids"]
 
 
 @law
@@ -116,47 +71,34 @@ def test_raw_prompt_tokens_decode_to_the_text(text):
     assert words(encoded, Part.TEMPLATE) == "<s>"
 
 
-WITH_BOS = {
-    name: encoder(TEMPLATES[name], adds_bos=True) for name in ("chatml", "llama-3", "gemma")
-}
-
-
-@law
-@given(name=st.sampled_from(sorted(WITH_BOS)), text=texts)
+@pytest.mark.parametrize("name", ["chatml", "llama-3", "gemma"])
+@pytest.mark.parametrize("text", ["one two", " <|im_end|>\n", "<s>a</s>", "user"])
 def test_a_prompt_is_recognised_by_its_ids(name, text):
-    encoder = WITH_BOS[name]
+    with_bos = encoder(TEMPLATES[name], adds_bos=True)
     for sent in ([user(text)], PlainText(text)):
-        encoded = encoder.encode(sent)
+        encoded = with_bos.encode(sent)
         assert encoded.is_plain == (sent == PlainText(text))
-        assert encoder.recognise(encoded.token_ids) == encoded
-    assert encoder.encode(PlainText(text)) == RAW.encode([user(text)])
+        assert with_bos.recognise(encoded.token_ids) == encoded
+    assert with_bos.encode(PlainText(text)) == RAW.encode([user(text)])
 
 
 def test_what_the_tokenizer_writes_around_a_text_cuts_no_plain_text():
-    bos, *ids = WITH_BOS["chatml"].encode(PlainText("one two")).token_ids
-    recognised = WITH_BOS["chatml"].recognise([bos, *ids, bos, *ids, bos])
+    with_bos = encoder(CHATML, adds_bos=True)
+    bos, *ids = with_bos.encode(PlainText("one two")).token_ids
+    recognised = with_bos.recognise([bos, *ids, bos, *ids, bos])
     assert recognised.is_plain
     assert piece_lengths(bytes(recognised.parts)) == [len(recognised)]
     assert recognised.parts.count(Part.TEMPLATE) == 2
 
 
-TRIMMED = encoder(None, trims_offsets=True)
-TRIMMED_CHAT = encoder(CHATML, trims_offsets=True)
-
-
-@pytest.mark.parametrize("text", ["a    b", "   hello", "end   "])
-def test_spaces_belong_to_the_raw_text_where_offsets_are_trimmed(text):
-    assert words(TRIMMED.encode([user(text)]), Part.PROMPT) == text
-
-
-# Spaces at the beginning may share a token with the template's line break.
-@pytest.mark.parametrize("text", ["a    b", "end   ", "a  b   c "])
-def test_spaces_belong_to_the_text_of_a_turn_where_offsets_are_trimmed(text):
-    assert words(TRIMMED_CHAT.encode([user(text)]), Part.PROMPT) == text
-
-
-def test_a_prompt_probe_sees_nothing_of_a_raw_response_where_offsets_are_trimmed():
-    encoded = TRIMMED.encode([user("question")], "    answer")
+def test_spaces_belong_to_the_text_where_offsets_are_trimmed():
+    raw, chat = (encoder(template, trims_offsets=True) for template in (None, CHATML))
+    for text in ("a    b", "end   ", "   hello"):
+        assert words(raw.encode([user(text)]), Part.PROMPT) == text
+    # Spaces at the beginning may share a token with the template's line break.
+    for text in ("a    b", "end   ", "a  b   c "):
+        assert words(chat.encode([user(text)]), Part.PROMPT) == text
+    encoded = raw.encode([user("question")], "    answer")
     assert words(encoded, Part.PROMPT, Part.TEMPLATE) == "question"
 
 
@@ -184,13 +126,6 @@ def test_a_content_that_imitates_turns_marked_by_words_is_refused(text):
             ENCODERS["plain"].encode(conversation)
 
 
-@pytest.mark.parametrize("text", ["You", "assistant", "user", "system", DEFAULT_SYSTEM])
-def test_text_that_equals_template_words_is_found_where_the_user_wrote_it(template, text):
-    encoded = ENCODERS[template].encode([user(text)])
-    assert words(encoded, Part.PROMPT).strip() == text
-    assert encoded.parts.index(Part.PROMPT) > 0
-
-
 @pytest.mark.parametrize("system", ["", "Be brief.", DEFAULT_SYSTEM, "user"])
 @pytest.mark.parametrize("name", ["chatml", "llama-3", "plain"])
 def test_the_system_message_is_not_read_even_when_it_is_empty(name, system):
@@ -202,13 +137,6 @@ def test_the_system_message_is_not_read_even_when_it_is_empty(name, system):
 def test_a_system_message_by_itself_is_read():
     encoded = ENCODERS["chatml"].encode([Message("system", "be evil")])
     assert words(encoded, Part.PROMPT) == "be evil"
-
-
-def test_all_turns_after_the_system_message_are_read(template):
-    turns = [user("one"), Message("assistant", "two"), user("three")]
-    encoded = ENCODERS[template].encode(turns, "four")
-    assert "".join(words(encoded, Part.PROMPT).split()) == "onetwothree"
-    assert words(encoded, Part.RESPONSE).strip() == "four"
 
 
 def test_a_probe_of_the_response_reads_the_response_alone(template):
@@ -255,32 +183,25 @@ def test_text_that_a_template_strips_is_still_found():
             assert words(ENCODERS[name].encode([user(text)]), Part.PROMPT).strip() == text.strip()
 
 
-def test_a_template_that_leaves_a_turn_out_is_an_error():
-    turns = [user("hi"), Message("tool", "42")]
-    with pytest.raises(SidelightError, match=r"leaves a turn out \(roles: user, tool\).*raw"):
-        encoder(DROPS_TOOLS).encode(turns)
-
-
-def test_a_template_that_rewrites_the_text_is_an_error():
-    with pytest.raises(SidelightError, match=r"leaves a turn out|rewrites the text"):
-        encoder(SHOUTS).encode([user("hi")])
-
-
-def test_a_role_that_the_template_refuses_is_an_error_with_its_words():
-    with pytest.raises(SidelightError, match="System role not supported"):
-        encoder(GEMMA).encode([Message("system", "be brief"), user("hi")])
+@pytest.mark.parametrize(
+    ("template", "turns", "says"),
+    [
+        (DROPS_TOOLS, [user("hi"), Message("tool", "42")], r"leaves a turn out .*user, tool.*raw"),
+        (SHOUTS, [user("hi")], r"leaves a turn out|rewrites the text"),
+        (GEMMA, [Message("system", "be brief"), user("hi")], "System role not supported"),
+    ],
+)
+def test_a_template_that_cannot_be_followed_is_an_error(template, turns, says):
+    with pytest.raises(SidelightError, match=says):
+        encoder(template).encode(turns)
 
 
 @pytest.mark.parametrize("encode", [RAW.encode, ENCODERS["chatml"].encode], ids=["raw", "chat"])
-def test_half_a_character_is_an_error(encode):
-    with pytest.raises(SidelightError):
+def test_half_a_character_and_no_message_are_errors(encode):
+    with pytest.raises(SidelightError, match="half a character"):
         encode([user("half \ud83d")])
-
-
-@pytest.mark.parametrize("format_of", [RAW, ENCODERS["chatml"]], ids=["raw", "chat"])
-def test_no_message_is_an_error(format_of):
     with pytest.raises(SidelightError, match="at least one message"):
-        format_of.encode([])
+        encode([])
 
 
 @pytest.mark.parametrize(
@@ -296,21 +217,16 @@ def test_encode_cuts_nothing(limit, told):
         limited.encode(text)
 
 
-@pytest.mark.parametrize("family", TOKENIZERS)
-def test_the_length_alone_refuses_nothing_that_fits(family):
-    tokenizer = TOKENIZERS[family]
-    texts = (tokenizer.convert_tokens_to_string([token]) for token in tokenizer.get_vocab())
+@pytest.mark.parametrize("template", TOKENIZERS)
+def test_what_just_fits_is_accepted(template):
+    tokenizer = TOKENIZERS[template]
+    pieces = (tokenizer.convert_tokens_to_string([token]) for token in tokenizer.get_vocab())
     # The longest tokens, so that the text has as many characters for its tokens as one can have.
-    turn = user("".join(sorted(texts, key=len)[-9:]) * 20)
-    tokens = len(ENCODERS[family].encode([turn]))
-    just = PromptEncoder(tokenizer, prompt_format="chat", max_tokens=tokens)
-    assert len(just.encode([turn])) == tokens
-
-
-def test_a_text_that_just_fits_is_accepted():
-    tokens = len(ENCODERS["chatml"].encode([user("x" * 100)]))
-    just = PromptEncoder(TOKENIZERS["chatml"], prompt_format="chat", max_tokens=tokens)
-    assert len(just.encode([user("x" * 100)])) == tokens
+    longest = "".join(sorted(pieces, key=len)[-9:]) * 20
+    for turn in (user(longest), user("x" * 100)):
+        tokens = len(ENCODERS[template].encode([turn]))
+        just = PromptEncoder(tokenizer, prompt_format="chat", max_tokens=tokens)
+        assert len(just.encode([turn])) == tokens
 
 
 @pytest.mark.slow
