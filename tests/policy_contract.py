@@ -22,6 +22,7 @@ from commands import saved
 from sidelight.artifact import save_probe
 from sidelight.bank import Bank
 from sidelight.policy.hold_back import StreamingRule
+from sidelight.probe import Probe
 from sidelight.prompts import EncodedPrompt, Message, Part, PlainText, Reads
 from sidelight.states.extraction import score
 from tiny import INTENT, untrained_probe
@@ -40,7 +41,9 @@ READS = {
     "told": Reads(),
     "labelled": Reads(),
     "silent": Reads(),
+    "heard": Reads("response"),
 }
+RESPONSES = {"leak", "heard"}
 # What ordinary keys see of each probe; nobody sees a shadow.
 SEEN = {
     "injection": "labels",
@@ -49,6 +52,7 @@ SEEN = {
     "labelled": "labels",
     "silent": "nothing",
     "intent": "scores",
+    "heard": "scores",
 }
 FLAGGED = {"injection", "told", "labelled"}
 POLICY = """
@@ -116,6 +120,9 @@ class Subjects:
 
     def scores(self, prompts: list[EncodedPrompt], name: str = "injection") -> np.ndarray:
         (probe,) = (probe for probe in self.probes if probe.name == name)
+        return self.probability(probe, prompts)
+
+    def probability(self, probe: Probe, prompts: list[EncodedPrompt]) -> np.ndarray:
         return 1 / (1 + np.exp(-score(self.backbone, Bank([probe]), prompts)[0][:, 0]))
 
     def written(self, text: str) -> tuple[list[int], np.ndarray]:
@@ -513,10 +520,10 @@ class PolicyContract:
         assert {name: seen(entry) for name, entry in verdicts(answer).items()} == wanted
         in_headers = {name: seen(entry) for name, entry in in_header(answer).items()}
         # Headers are sent before a text is.
-        assert in_headers == {n: w for n, w in wanted.items() if not streamed or n != "leak"}
+        assert in_headers == {n: w for n, w in wanted.items() if not streamed or n not in RESPONSES}
         blocked = server.post(chat(subjects.injected, stream=streamed), key)
         in_headers = {name: seen(entry) for name, entry in in_header(blocked).items()}
-        assert in_headers == {n: w for n, w in wanted.items() if n != "leak"}
+        assert in_headers == {n: w for n, w in wanted.items() if n not in RESPONSES}
 
     def test_each_place_tells_what_the_documented_table_says(self, server, subjects):
         server.post((CHECKS, {"input": subjects.benign, "probes": ["told"]}))
@@ -532,13 +539,13 @@ class PolicyContract:
         def blocks():
             series = 'sidelight_actions_total{action="block",probe="injection",side="input"}'
             line = re.search(rf"^{re.escape(series)} (\S+)$", server.metrics(), re.MULTILINE)
-            return float(line[1])
+            return float(line[1]) if line else 0.0
 
         before, counted = server.audit.read_text(), blocks()
         answer = server.post(chat(subjects.injected))
         lines = server.audit.read_text().removeprefix(before).splitlines()
         audited = {line["probe"]: line for line in map(json.loads, lines)}
-        assert audited.keys() == READS.keys() - {"leak"} | {"intent"}
+        assert audited.keys() == READS.keys() - RESPONSES | {"intent"}
         assert len(lines) == len(audited)
         assert audited["injection"]["action"] == "block"
         assert audited["newer"]["action"] in ("shadow", "none")

@@ -206,7 +206,8 @@ def test_a_text_longer_than_its_rule_allows_is_refused_in_a_check_and_told_in_an
     tiny, probes, mode
 ):
     policy = Policy(
-        input={"toxicity": Rule(mode, threshold=1.0, max_tokens=40)}, output={"late": Rule(mode, max_tokens=3)}
+        input={"toxicity": Rule(mode, threshold=1.0, max_tokens=40)},
+        output={"late": Rule(mode, max_tokens=3)},
     )
     with serving(tiny, probes, policy) as http:
         for path, body in TEXTS.items():
