@@ -2,7 +2,6 @@
 
 import copy
 import json
-import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -17,6 +16,7 @@ from sidelight.prompts import Reads
 from sidelight.server.errors import RequestError, as_request_error
 from sidelight.server.schemas import ChatRequest
 from sidelight.training.classifier import Classifier
+from sockets import connection, request
 from tiny import three_probes, tiny_backbone, untrained_probe
 
 CHAT = "/v1/chat/completions"
@@ -276,24 +276,13 @@ def test_a_client_that_leaves_frees_its_row(stream):
     backbone.model.register_forward_pre_hook(lambda *_: passes.append(1))
     with served(engine) as address, http_client(address) as http:
         body = {**GREEDY, "max_tokens": 200, "stream": stream}
-        leave_early(address, body, until=lambda: len(passes) >= 2)
+        with connection(address) as opened:
+            opened.sendall(request(CHAT, json.dumps(body).encode()))
+            while len(passes) < 2:
+                time.sleep(0.001)
         # The only place is free again well before the first text would have been complete.
         http.post(CHAT, json=GREEDY).raise_for_status()
     assert len(passes) < 150
-
-
-def leave_early(address, body, until):
-    """Asks, and closes the connection before the answer is complete."""
-    host, port = address.removeprefix("http://").split(":")
-    payload = json.dumps(body).encode()
-    head = (
-        "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"
-        f"Content-Type: application/json\r\nContent-Length: {len(payload)}\r\n\r\n"
-    )
-    with socket.create_connection((host, int(port))) as connection:
-        connection.sendall(head.encode() + payload)
-        while not until():
-            time.sleep(0.001)
 
 
 ARGUMENTS = '{"city": "Ulm"}'
