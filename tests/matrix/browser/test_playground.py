@@ -10,8 +10,8 @@ from pathlib import Path
 from threading import Semaphore
 
 import pytest
-
 from browser import PHONE, chromium, needs_chromium, page_at, violations
+
 from curves import with_curves
 from live import MODEL, http_client, served
 from sidelight.engines.transformers import TransformersEngine
@@ -23,9 +23,10 @@ from sidelight.smollm2 import cache_root
 from sidelight.thresholds import read_curves
 from tiny import INTENT, TOPICS, tiny_backbone, untrained_probe
 
-pytestmark = [needs_chromium, pytest.mark.slow]
+pytestmark = needs_chromium
 KEY = "user-key"
 TEXT = "Where is my 💶 refund?"
+PROMPT_PROBES = ("toxicity", "spam", "intent", "topics")
 TABS = ("Chat", "Why", "Thresholds", "Compare")
 
 
@@ -95,9 +96,16 @@ def ask(address, path, body):
         return answer.json()
 
 
-def explanation(address, probe):
-    question = {"type": "predicate", "name": probe}
-    body = {"model": MODEL, "input": TEXT, "questions": [question], "explain": "matrix"}
+def verdict(address, probe):
+    body = {"input": TEXT, "probes": [probe]}
+    (found,) = ask(address, "/v1/moderations", body)["results"][0]["sidelight"]["verdicts"]
+    return found
+
+
+def explanation(address, probe, *turns):
+    said = [{"role": role, "content": text} for role, text in turns or [("user", TEXT)]]
+    questions = [{"type": "predicate", "name": probe}]
+    body = {"model": MODEL, "input": said, "questions": questions, "explain": "matrix"}
     return ask(address, "/v1/decisions", body)["explanations"][0]
 
 
@@ -120,51 +128,41 @@ def choose(page, tab):
     page.get_by_role("tab", name=tab).click()
 
 
-def test_verdicts_are_shown_before_the_answer_and_the_text_as_it_is_written(
-    browser, address, backbone
-):
-    with opened(browser, address) as page:
-        answer = page.get_by_role("article", name=MODEL).locator(".text")
-        with gated(backbone) as passes:
-            say(page)
-            page.get_by_text("Judging…").wait_for()
-            passes.release()
-            chips = page.get_by_label("Verdicts on this prompt").get_by_role("button")
-            chips.nth(3).wait_for()
-            names = [chip.locator("b").inner_text() for chip in chips.all()]
-            assert names == ["toxicity", "spam", "intent", "topics"]
-            lengths = [len(answer.inner_text())]
-            for _ in range(3):
-                passes.release(6)
-                page.wait_for_function(
-                    "n => document.querySelector('.assistant .text').textContent.length > n",
-                    arg=lengths[-1],
-                )
-                lengths.append(len(answer.inner_text()))
-            assert page.get_by_role("article", name=MODEL).get_attribute("aria-busy") == "true"
-        page.get_by_text("20 tokens, then the limit").wait_for()
-        assert lengths == sorted(set(lengths))
-
-
-def test_a_verdict_says_in_words_whether_it_flags(page, address):
-    say(page, tokens=1)
+def prompts_chips(page, count=4):
     chips = page.get_by_label("Verdicts on this prompt").get_by_role("button")
-    chips.nth(3).wait_for()
-    body = {"input": TEXT, "probes": ["toxicity", "spam", "intent", "topics"]}
-    verdicts = ask(address, "/v1/moderations", body)["results"][0]["sidelight"]["verdicts"]
-    for chip, verdict in zip(chips.all(), verdicts, strict=True):
-        text = chip.inner_text()
-        assert ("not flagged" in text) != verdict["flagged"]
-        assert f"{verdict['probabilities'][verdict['label']]:.2f}" in text
+    chips.nth(count - 1).wait_for()
+    return chips
 
 
-def test_a_conversation_goes_on(page):
-    for number in (1, 2):
-        say(page, f"Question {number}", tokens=2)
-        page.get_by_text("2 tokens, then").nth(number - 1).wait_for()
-    assert page.get_by_role("article", name="You").count() == 2
-    page.get_by_role("button", name="New chat").click()
-    assert page.get_by_role("article").count() == 0
+def test_verdicts_come_first_then_the_text_and_the_running_score_as_they_are_written(
+    page, backbone
+):
+    answer = page.get_by_role("article", name=MODEL).locator(".text")
+    with gated(backbone) as passes:
+        say(page)
+        page.get_by_text("Judging…").wait_for()
+        passes.release()
+        names = [chip.locator("b").inner_text() for chip in prompts_chips(page).all()]
+        assert names == [*PROMPT_PROBES]
+        lengths = [len(answer.inner_text())]
+        for _ in range(3):
+            passes.release(6)
+            page.wait_for_function(
+                "n => document.querySelector('.assistant .text').textContent.length > n",
+                arg=lengths[-1],
+            )
+            lengths.append(len(answer.inner_text()))
+        assert page.get_by_role("article", name=MODEL).get_attribute("aria-busy") == "true"
+        score = page.get_by_role("img", name="Running score. refusal: toxic")
+        score.wait_for()
+        early = score.locator("path").get_attribute("d")
+        # In percent from above.
+        assert score.locator("line").get_attribute("y1") == "50"
+    page.get_by_text("20 tokens, then the limit").wait_for()
+    assert lengths == sorted(set(lengths))
+    drawn = score.locator("path").get_attribute("d")
+    assert drawn.startswith(early)
+    assert drawn.count("L") >= 18
 
 
 def test_an_answer_can_be_stopped(page, backbone):
@@ -176,47 +174,69 @@ def test_an_answer_can_be_stopped(page, backbone):
         page.get_by_text("Stopped.").wait_for()
 
 
-def test_the_running_score_is_drawn_against_its_threshold_while_it_is_written(page, backbone):
-    with gated(backbone) as passes:
-        say(page)
-        passes.release(8)
-        score = page.get_by_role("img", name="Running score. refusal: toxic")
-        score.wait_for()
-        early = score.locator("path").get_attribute("d")
-        # In percent from above.
-        assert score.locator("line").get_attribute("y1") == "50"
-    page.get_by_text("20 tokens, then").wait_for()
-    drawn = score.locator("path").get_attribute("d")
-    assert drawn.startswith(early)
-    assert drawn.count("L") >= 18
+def test_a_verdict_says_whether_it_flags_and_shades_the_words_by_their_shares(page, address):
+    say(page, tokens=1)
+    asked = page.get_by_role("article", name="You")
+    for chip, name in zip(prompts_chips(page).all(), PROMPT_PROBES, strict=True):
+        said, text = verdict(address, name), chip.inner_text()
+        assert ("not flagged" in text) != said["flagged"]
+        assert f"{said['probabilities'][said['label']]:.2f}" in text
+    for name in ("toxicity", "intent"):
+        page.get_by_role("button", name=name).click()
+        asked.get_by_role("table").wait_for()
+        shares = asked.locator(".text .share")
+        assert [share.get_attribute("title") for share in shares.all()] == word_shares(
+            explanation(address, name)
+        )
+        assert page.get_by_role("button", name=name).get_attribute("aria-pressed") == "true"
+    colour = "each => getComputedStyle(each).backgroundColor"
+    assert len({share.evaluate(colour) for share in shares.all()}) > 1
+    rows = asked.get_by_role("row").all()[1:]
+    told = [row.get_by_role("cell").nth(1).inner_text() for row in rows]
+    assert sorted(told) == sorted(word_shares(explanation(address, "intent")))
+    # From here to the shares of each token in each layer.
+    page.get_by_role("button", name="Heat map of this text").click()
+    heat = page.get_by_role("region", name="Heat map of tokens and layers")
+    heat.wait_for()
+    tokens = explanation(address, "intent")["tokens"]
+    assert [cell.get_attribute("aria-label") for cell in heat.get_by_role("cell").all()] == [
+        as_shown(share) for token in tokens for share in token["layers"]
+    ]
+    heat.focus()
+    for step in ("ArrowDown", "ArrowDown", "ArrowRight"):
+        page.keyboard.press(step)
+    assert page.get_by_text(f"“e”, layer 1: {as_shown(tokens[2]['layers'][1])}").is_visible()
 
 
-def test_the_cut_is_shown_where_the_policy_cuts(browser, backbone, probes):
-    rule = Rule("block", threshold=0.0, disclose="scores")
+def test_a_conversation_goes_on_and_an_earlier_message_may_decide(page, address):
+    for number, text in enumerate((TEXT, "Why?")):
+        say(page, text, tokens=1)
+        page.get_by_text("1 tokens, then").nth(number).wait_for()
+    answer = page.get_by_role("article", name=MODEL).first.locator(".text").inner_text()
+    found = explanation(address, "spam", ("user", TEXT), ("assistant", answer), ("user", "Why?"))
+    assert {token["message"] for token in found["tokens"]} == {0}
+    page.get_by_role("button", name="spam").nth(1).click()
+    page.get_by_text(f"Your message “{TEXT}” decided").wait_for()
+    # What a screen reader is told.
+    assert page.get_by_role("log", name="Conversation").get_by_role("article").count() == 4
+    assert page.get_by_role("button", name="toxicity").first.locator(".unseen").count() == 1
+    assert page.locator("#why-result, #compare-result").evaluate_all(
+        "all => all.map(each => each.ariaLive)"
+    ) == ["polite", "polite"]
+    page.get_by_role("button", name="New chat").click()
+    assert page.get_by_role("article").count() == 0
+
+
+def test_who_blocks_a_prompt_and_where_a_text_is_cut_are_shown(browser, backbone, probes):
+    always = Rule("block", threshold=0.0)
+    blocking, cutting = Policy(input={"toxicity": always}), Policy(output={"refusal": always})
     with (
-        served(
-            TransformersEngine(backbone, probes),
-            policy=Policy(output={"refusal": rule}),
-            playground=True,
-        ) as address,
-        opened(browser, address) as page,
-    ):
-        say(page)
-        page.get_by_text(re.compile(r"Cut by the policy after \d+ tokens")).wait_for()
-
-
-def test_a_blocked_prompt_shows_who_blocked_it(browser, backbone, probes):
-    policy = Policy(input={"toxicity": Rule("block", threshold=0.0)})
-    engine = TransformersEngine(backbone, probes)
-    with (
-        served(engine, policy=policy, playground=True) as address,
+        served(TransformersEngine(backbone, probes), policy=blocking, playground=True) as address,
         opened(browser, address) as page,
     ):
         page.expected_errors = ("status of 400",)
         say(page)
-        page.get_by_text(
-            "The prompt was blocked by toxicity. The model has not answered."
-        ).wait_for()
+        page.get_by_text("The prompt was blocked by toxicity.").wait_for()
         chips = page.get_by_label("Verdicts on this prompt").get_by_role("listitem")
         assert "⚑ toxic" in chips.first.inner_text()
         # Its scores are withheld, and so is its curve.
@@ -224,62 +244,12 @@ def test_a_blocked_prompt_shows_who_blocked_it(browser, backbone, probes):
         choose(page, "Thresholds")
         page.get_by_role("combobox", name="Probe", exact=True).select_option("toxicity")
         assert page.get_by_text("discloses no scores of this probe to your key").is_visible()
-
-
-def test_pressing_a_verdict_shades_the_words_by_their_shares(page, address):
-    say(page, tokens=1)
-    for probe in ("toxicity", "intent"):
-        page.get_by_role("button", name=probe).click()
-        shares = page.get_by_role("article", name="You").locator(".text .share")
-        shares.first.wait_for()
-        assert [share.get_attribute("title") for share in shares.all()] == word_shares(
-            explanation(address, probe)
-        )
-        assert page.get_by_role("button", name=probe).get_attribute("aria-pressed") == "true"
-    colours = {
-        share.evaluate("each => getComputedStyle(each).backgroundColor") for share in shares.all()
-    }
-    assert len(colours) > 1
-    rows = page.get_by_role("article", name="You").get_by_role("row").all()[1:]
-    told = [row.get_by_role("cell").nth(1).inner_text() for row in rows]
-    assert sorted(told) == sorted(word_shares(explanation(address, "intent")))
-
-
-def test_a_verdict_that_an_earlier_message_decided_says_so(page, address):
-    say(page, TEXT, tokens=1)
-    page.get_by_text("1 tokens, then").wait_for()
-    say(page, "Why?", tokens=1)
-    page.get_by_text("1 tokens, then").nth(1).wait_for()
-    answer = page.get_by_role("article", name=MODEL).first.locator(".text").inner_text()
-    turns = [("user", TEXT), ("assistant", answer), ("user", "Why?")]
-    body = {
-        "model": MODEL,
-        "input": [{"role": role, "content": content} for role, content in turns],
-        "questions": [{"type": "predicate", "name": "spam"}],
-        "explain": True,
-    }
-    (found,) = ask(address, "/v1/decisions", body)["explanations"]
-    assert {token["message"] for token in found["tokens"]} == {0}
-    page.get_by_role("button", name="spam").nth(1).click()
-    page.get_by_text(f"Your message “{TEXT}” decided").wait_for()
-
-
-def test_the_heat_map_has_the_share_of_each_token_in_each_layer(page, address):
-    say(page, tokens=1)
-    page.get_by_role("button", name="spam").click()
-    page.get_by_role("button", name="Heat map of this text").click()
-    heat = page.get_by_role("region", name="Heat map of tokens and layers")
-    heat.wait_for()
-    found = explanation(address, "spam")
-    cells = heat.get_by_role("cell")
-    assert [cell.get_attribute("aria-label") for cell in cells.all()] == [
-        as_shown(share) for token in found["tokens"] for share in token["layers"]
-    ]
-    heat.focus()
-    for step in ("ArrowDown", "ArrowDown", "ArrowRight"):
-        page.keyboard.press(step)
-    told = page.get_by_text(f"“e”, layer 1: {as_shown(found['tokens'][2]['layers'][1])}")
-    assert told.is_visible()
+    with (
+        served(TransformersEngine(backbone, probes), policy=cutting, playground=True) as address,
+        opened(browser, address) as page,
+    ):
+        say(page)
+        page.get_by_text(re.compile(r"Cut by the policy after \d+ tokens")).wait_for()
 
 
 def test_a_probe_of_answers_is_explained_with_the_answer(page):
@@ -292,10 +262,13 @@ def test_a_probe_of_answers_is_explained_with_the_answer(page):
     assert "I cannot help." in shown.locator(".text").inner_text()
 
 
-def test_the_slider_says_what_each_threshold_catches_and_falsely_flags(page, probes):
+def test_the_slider_says_what_a_threshold_catches_and_writes_a_policy_that_the_server_takes(
+    page, probes, tmp_path
+):
     choose(page, "Thresholds")
+    chosen = page.get_by_role("combobox", name="Probe", exact=True)
     curve = read_curves(probes[1].record["validation"]["curves"])["toxic"]
-    page.get_by_role("combobox", name="Probe", exact=True).select_option("spam")
+    chosen.select_option("spam")
     slider = page.get_by_role("slider", name="Threshold:")
     for key, point in (("Home", -1), ("End", 0), ("ArrowLeft", 1), ("PageDown", None)):
         slider.press(key)
@@ -306,14 +279,10 @@ def test_the_slider_says_what_each_threshold_catches_and_falsely_flags(page, pro
         assert page.get_by_text(f"Falsely flags {alarms} of {curve.negatives} others").is_visible()
         told = slider.get_attribute("aria-valuetext")
         assert told.startswith(f"{curve.thresholds[at]:.3f}: Catches {caught} of")
-
-
-def test_the_policy_file_that_is_written_is_one_that_the_server_takes(page, probes, tmp_path):
-    choose(page, "Thresholds")
     for name, mode in (("toxicity", "block"), ("topics", "flag"), ("refusal", "block")):
-        page.get_by_role("combobox", name="Probe", exact=True).select_option(name)
+        chosen.select_option(name)
         page.get_by_label("What a flag does").select_option(mode)
-        page.get_by_role("slider", name="Threshold:").press("ArrowRight")
+        slider.press("ArrowRight")
     with page.expect_download() as downloading:
         page.get_by_role("button", name="Download policy.toml").click()
     path = tmp_path / "policy.toml"
@@ -321,10 +290,8 @@ def test_the_policy_file_that_is_written_is_one_that_the_server_takes(page, prob
     policy = read_policy(path)
     require_policy_applies(policy, probes)
     assert path.read_text() == page.get_by_role("region", name="Policy file").inner_text()
-    assert {name: rule.mode for name, rule in policy.input.items()} == {
-        "toxicity": "block",
-        "topics": "flag",
-    }
+    modes = {name: rule.mode for name, rule in policy.input.items()}
+    assert modes == {"spam": modes.get("spam"), "toxicity": "block", "topics": "flag"}
     assert policy.input["topics"].labels == ("violence",)
     assert policy.output["refusal"].mode == "block"
     curve = read_curves(probes[0].record["validation"]["curves"])["toxic"]
@@ -340,9 +307,7 @@ def test_two_probes_judge_the_same_text_side_by_side(page, address):
     for side, name in (("Probe A", "spam"), ("Probe B", "intent")):
         shown = page.get_by_role("region", name=side)
         shown.wait_for()
-        body = {"input": TEXT, "probes": [name]}
-        (verdict,) = ask(address, "/v1/moderations", body)["results"][0]["sidelight"]["verdicts"]
-        for label, probability in verdict["probabilities"].items():
+        for label, probability in verdict(address, name)["probabilities"].items():
             assert shown.get_by_role("row", name=f"{label} {probability:.3f}").is_visible()
         shares = shown.locator(".text .share").all()
         assert [each.get_attribute("title") for each in shares] == word_shares(
@@ -354,17 +319,16 @@ def test_two_probes_judge_the_same_text_side_by_side(page, address):
     "settings",
     [
         {},
-        {"color_scheme": "dark"},
-        {"viewport": PHONE},
         {"color_scheme": "dark", "viewport": PHONE},
     ],
-    ids=["light", "dark", "phone", "dark phone"],
+    ids=["light", "dark phone"],
 )
 def test_axe_finds_nothing_and_nothing_overflows(browser, address, settings):
     with opened(browser, address, **settings) as page:
         say(page, tokens=8)
         page.get_by_text("8 tokens, then").wait_for()
         page.get_by_role("button", name="toxicity").click()
+        page.get_by_role("article", name="You").get_by_role("table").wait_for()
         require_accessible(page)
         choose(page, "Why")
         page.get_by_role("button", name="Explain").click()
@@ -401,20 +365,10 @@ def test_a_keyboard_is_enough(page):
     assert page.evaluate("document.activeElement.id") == "prompt"
     page.keyboard.type("Where is it?")
     page.keyboard.press("Enter")
-    page.get_by_label("Verdicts on this prompt").get_by_role("button").nth(3).wait_for()
+    prompts_chips(page)
     page.get_by_text("tokens").last.wait_for()
     page.get_by_role("button", name="toxicity").press("Enter")
-    assert page.get_by_role("article", name="You").get_by_role("table").is_visible()
-
-
-def test_a_screen_reader_is_told_what_changes(page):
-    say(page, tokens=2)
-    page.get_by_text("2 tokens, then").wait_for()
-    assert page.get_by_role("log", name="Conversation").get_by_role("article").count() == 2
-    assert page.get_by_role("button", name="toxicity").locator(".unseen").count() == 1
-    assert page.locator("#why-result, #compare-result").evaluate_all(
-        "all => all.map(each => each.ariaLive)"
-    ) == ["polite", "polite"]
+    page.get_by_role("article", name="You").get_by_role("table").wait_for()
 
 
 def test_the_page_needs_no_key_and_its_calls_do(browser, backbone, probes):
@@ -446,7 +400,9 @@ def test_the_page_needs_no_key_and_its_calls_do(browser, backbone, probes):
             page.get_by_text("/v1/chat/completions").first.wait_for()
 
 
-def test_no_request_leaves_and_no_script_is_written_into_the_page(browser, address):
+def test_no_request_leaves_the_page_or_the_reference_and_no_script_is_written_into_them(
+    browser, address
+):
     with http_client(address) as http:
         for path in ("/playground", "/playground/page.js", "/playground/style.css"):
             answer = http.get(path)
@@ -470,9 +426,6 @@ def test_no_request_leaves_and_no_script_is_written_into_the_page(browser, addre
         say(page, "<img src=x onerror=alert(1)>", tokens=1)
         page.get_by_text("<img src=x onerror=alert(1)>").first.wait_for()
         assert page.locator("article img").count() == 0
-
-
-def test_the_reference_works_without_the_internet(browser, address):
     with page_at(browser, f"{address}/docs") as page:
         page.get_by_text("/v1/chat/completions").first.wait_for()
         page.get_by_text("/v1/probes").first.click()
@@ -481,13 +434,12 @@ def test_the_reference_works_without_the_internet(browser, address):
         page.get_by_text('"toxicity"').first.wait_for()
 
 
-@pytest.mark.unchecked
 @pytest.mark.skipif(
     "SIDELIGHT_PICTURES" not in os.environ,
     reason="set SIDELIGHT_PICTURES=1 to draw the docs' pictures with the probes of sidelight demo",
 )
 def test_the_pictures_of_the_docs_are_of_this_page(browser):
-    pictures = Path(__file__).parents[1] / "docs" / "pictures"
+    pictures = Path(__file__).parents[3] / "docs" / "pictures"
     folders = sorted((cache_root() / "demo").iterdir())
     with ServerProcess(folders, options=["--playground"]) as server:
         server.wait_until_ready()
