@@ -26,7 +26,7 @@ from sidelight.training.dataset import prepare
 from sidelight.training.fit import fit
 from sidelight.training.loop import train_mechanisms
 from sidelight.training.optimisation import among_others
-from sidelight.training.settings import FitOptions, Job, automatic_mechanisms, suggested_settings
+from sidelight.training.settings import FitOptions, Job, suggested_settings
 from sidelight.training.variants import with_variants
 from tiny import INTENT, TOXICITY, tiny_backbone, untrained_probe
 
@@ -73,7 +73,9 @@ def test_each_input_is_a_text_among_others_without_a_label(columns):
         assert len(texts) > int(alone.lengths[number])
 
 
-def test_places_and_numbers_differ():
+def test_places_and_numbers_differ_unless_all_texts_have_a_label():
+    alone, made = batch([1, 1, 1])
+    assert made is alone
     first, last, sizes = 0, 0, []
     for seed in range(20):
         alone, made = batch([1, 0, 0, 0], seed=seed)
@@ -84,11 +86,6 @@ def test_places_and_numbers_differ():
     assert 0 < last < 20
     assert min(sizes) < 10
     assert max(sizes) > 40
-
-
-def test_texts_that_all_have_a_label_stay_alone():
-    alone, made = batch([1, 1, 1])
-    assert made is alone
 
 
 def joined_loss(trained, held_out):
@@ -140,12 +137,6 @@ def test_long_inputs_of_several_classes_are_refused_before_the_backbone_runs(
     assert "With 3 classes" in capsys.readouterr().err
 
 
-def test_extremes_are_left_out_of_what_long_inputs_train():
-    assert automatic_mechanisms(2000)[2].options["extremes"] == "pair"
-    (readout,) = automatic_mechanisms(2000, long_inputs=True)
-    assert readout == mechanism_spec("readout", {"extremes": "none"})
-
-
 def variants_of(examples, *, plain=False, disguised=False):
     """The variants, each with its text; they have its labels."""
     shown, sources = with_variants(examples, plain=plain, disguised=disguised)
@@ -169,9 +160,7 @@ def test_each_text_is_shown_in_a_disguise_drawn_for_it(examples):
     # Those of both labels are drawn alike.
     spaced = {source for source, variant in variants if variant.text == " ".join(TEXTS[source])}
     assert 0 < len(spaced) < 60 / len(DISGUISES) * 3
-
-
-def test_a_conversation_is_not_disguised(examples):
+    # A conversation is not disguised.
     several = replace(examples, items=(said("a", "b"),) * 60)
     variants = variants_of(several, plain=True, disguised=True)
     assert [variant.is_plain for _, variant in variants] == [True] * 60
@@ -179,7 +168,7 @@ def test_a_conversation_is_not_disguised(examples):
 
 @pytest.mark.slow
 def test_the_variants_of_a_text_are_in_its_fold_and_none_is_scored(tiny, examples, tmp_path):
-    options = FitOptions(cache_root=tmp_path, augment=True)
+    options = FitOptions(cache_root=tmp_path, augment=True, max_tokens=100, reads=Reads())
     dataset = prepare(tiny, examples, None, options=options)
     assert dataset.validation.examples.content_hash == examples.content_hash
     sources = [*range(60), *range(60)]
@@ -188,6 +177,9 @@ def test_the_variants_of_a_text_are_in_its_fold_and_none_is_scored(tiny, example
     for fold in dataset.folds:
         own = {sources[row] for row in fold}
         assert {row for row in range(len(sources)) if sources[row] in own} == {*fold.tolist()}
+    cut = sum(prompt.dropped > 0 for prompt in dataset.training.prompts)
+    assert cut
+    assert any(f"{cut} of 120 texts were cut" in warning for warning in dataset.warnings)
 
 
 @pytest.mark.slow
@@ -204,15 +196,6 @@ def test_a_probe_of_both_formats_learns_from_both_and_one_of_chats_says_nothing_
     of_chats, of_both = score(tiny, Bank(probes), [tiny.encoder.encode(text) for text in texts])
     assert [*np.isfinite(of_chats[:, 0])] == [True, False]
     assert np.isfinite(of_both).all()
-
-
-@pytest.mark.slow
-def test_variants_that_are_cut_are_counted(tiny, examples, tmp_path):
-    options = FitOptions(cache_root=tmp_path, augment=True, max_tokens=100, reads=Reads())
-    dataset = prepare(tiny, examples, None, options=options)
-    cut = sum(prompt.dropped > 0 for prompt in dataset.training.prompts)
-    assert cut
-    assert any(f"{cut} of 120 texts were cut" in warning for warning in dataset.warnings)
 
 
 class _AskedError(Exception):

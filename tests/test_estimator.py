@@ -2,7 +2,6 @@
 
 import pickle
 import re
-import warnings
 from collections import Counter
 
 import numpy as np
@@ -10,7 +9,7 @@ import pytest
 from sklearn.base import clone, is_classifier
 from sklearn.exceptions import NotFittedError
 from sklearn.metrics import roc_auc_score
-from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils import estimator_checks, get_tags
@@ -18,9 +17,9 @@ from sklearn.utils import estimator_checks, get_tags
 import sidelight
 from commands import saved
 from corpora import SIGNALS, planted
+from families import family_backbone
 from sidelight import SidelightClassifier
-from sidelight.backbone import TransformersBackbone, load_backbone
-from sidelight.calibration import Calibration
+from sidelight.backbone import TransformersBackbone
 from sidelight.errors import SidelightError
 
 pytestmark = [
@@ -31,7 +30,7 @@ pytestmark = [
 QUICK = {"mechanism": "pooling", "epochs": 6, "batch_size": 16, "learning_rate": 0.03}
 # A known text is judged from states in bf16, a new one from those of the model.
 ROUNDING_TO_BF16 = 0.03
-TEXTS, NUMBERS = planted("multiclass", 90, seed=0)
+TEXTS, NUMBERS = planted("multiclass", 60, seed=0)
 LETTERS = np.array(list(SIGNALS))[NUMBERS]
 NEW_TEXTS, NEW_NUMBERS = planted("multiclass", 40, seed=1)
 
@@ -68,33 +67,22 @@ def ran(monkeypatch):
     return prompts
 
 
-@pytest.mark.unchecked
-@pytest.mark.parametrize(
-    "check",
-    [
-        estimator_checks.check_estimator_cloneable,
-        estimator_checks.check_estimator_repr,
-        estimator_checks.check_estimator_tags_renamed,
-        estimator_checks.check_estimators_unfitted,
-        estimator_checks.check_valid_tag_types,
-        estimator_checks.check_no_attributes_set_in_init,
-        estimator_checks.check_do_not_raise_errors_in_init_or_set_params,
-        estimator_checks.check_mixin_order,
-        estimator_checks.check_parameters_default_constructible,
-        estimator_checks.check_get_params_invariance,
-        estimator_checks.check_set_params,
-    ],
-    ids=lambda check: check.__name__,
-)
+CHECKS = [
+    "check_estimator_cloneable", "check_estimator_repr", "check_estimator_tags_renamed",
+    "check_estimators_unfitted", "check_valid_tag_types", "check_no_attributes_set_in_init",
+    "check_do_not_raise_errors_in_init_or_set_params", "check_mixin_order",
+    "check_parameters_default_constructible", "check_get_params_invariance", "check_set_params",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("check", CHECKS)
 def test_the_checks_of_scikit_learn_that_need_no_table_of_numbers_pass(check):
-    check("SidelightClassifier", SidelightClassifier())
+    getattr(estimator_checks, check)("SidelightClassifier", SidelightClassifier())
 
 
 def test_its_tags_say_that_it_takes_texts():
     tags = get_tags(SidelightClassifier()).input_tags
-    assert tags.string
-    assert tags.one_d_array
-    assert not tags.two_d_array
+    assert (tags.string, tags.one_d_array, tags.two_d_array) == (True, True, False)
     assert is_classifier(SidelightClassifier())
 
 
@@ -105,11 +93,13 @@ def test_new_texts_get_their_class_and_probabilities_in_the_order_of_the_classes
     np.testing.assert_allclose(probabilities.sum(1), 1)
     assert fitted.score(NEW_TEXTS, np.array(list(SIGNALS))[NEW_NUMBERS]) > 0.6
     assert (fitted.predict(NEW_TEXTS) == fitted.classes_[probabilities.argmax(1)]).all()
+    # The most probable one, unless another calibration is named.
+    assert fitted.probe_.calibration.kind == "temperature"
 
 
-@pytest.mark.parametrize("labels", [(0, 1), (False, True), ("b", "a"), (3, -3), (0.0, 1.0)])
+@pytest.mark.parametrize("labels", [(False, True), ("b", "a")])
 def test_the_classes_are_those_that_were_given(model, labels):
-    texts, numbers = planted("binary", 60, seed=2)
+    texts, numbers = planted("binary", 40, seed=2)
     given = np.array(labels)[numbers]
     made = SidelightClassifier(model, **QUICK).fit(np.array(texts), given)
     assert made.classes_.tolist() == sorted(labels)
@@ -118,9 +108,10 @@ def test_the_classes_are_those_that_were_given(model, labels):
     assert roc_auc_score(given == made.classes_[1], made.predict_proba(texts)[:, 1]) > 0.75
 
 
-def test_a_known_text_is_judged_as_a_new_one(model, ran):
+def test_a_known_text_is_judged_as_a_new_one(model, ran, capsys):
     # Not the shared classifier: another test's model may have taken its states' place since.
     fitted = SidelightClassifier(model, **QUICK).fit(TEXTS, LETTERS)
+    assert capsys.readouterr().err == ""
     ran.clear()
     known = fitted.predict_proba(TEXTS)
     assert ran == []
@@ -130,44 +121,25 @@ def test_a_known_text_is_judged_as_a_new_one(model, ran):
     np.testing.assert_allclose(known, live, atol=ROUNDING_TO_BF16)
 
 
-def test_a_grid_search_extracts_each_text_once(model, ran):
-    texts, numbers = planted("binary", 60, seed=3)
+def test_a_grid_search_of_a_pipeline_extracts_each_text_once(model, ran):
+    texts, numbers = planted("binary", 30, seed=3)
     texts = [f"{text}{number}" for number, text in enumerate(texts)]
-    search = GridSearchCV(
-        SidelightClassifier(model, **QUICK),
-        {"mechanism": ["pooling", "gate"]},
-        cv=3,
-    ).fit(texts, numbers)
+    classifier = SidelightClassifier(model, **QUICK)
+    lower = FunctionTransformer(lambda texts: [text.replace("a", "b") for text in texts])
+    grid = {"sidelightclassifier__mechanism": ["pooling", "gate"]}
+    search = GridSearchCV(make_pipeline(lower, classifier), grid, cv=2).fit(texts, numbers)
     assert roc_auc_score(numbers, search.predict_proba(texts)[:, 1]) > 0.75
     # The first fold to be judged had not been trained on by any classifier.
-    assert Counter(Counter(ran).values()) == {1: 40, 2: 20}
-
-
-def test_it_works_behind_a_step_that_changes_the_texts(model):
-    classifier = SidelightClassifier(model, **QUICK)
-    upper = FunctionTransformer(lambda texts: [text.replace("q", "X") for text in texts])
-    texts, numbers = planted("binary", 60, seed=4)
-    changed = [text.replace("X", "q") for text in texts]
-    behind = cross_val_score(make_pipeline(upper, classifier), changed, numbers, cv=2)
-    np.testing.assert_array_equal(behind, cross_val_score(classifier, texts, numbers, cv=2))
-
-
-def test_a_clone_is_unfitted_and_has_the_same_settings(fitted):
-    made = clone(fitted)
-    assert made.get_params() == fitted.get_params()
-    with pytest.raises(NotFittedError):
-        made.predict(["a text"])
+    assert Counter(Counter(ran).values()) == {1: 15, 2: 15}
 
 
 @pytest.mark.parametrize(
     ("texts", "labels", "says"),
     [
-        ("a text", ["a"], "shape \\(\\), wanted a list"),
-        ([], [], "shape \\(0,\\), wanted a list"),
-        ([["a"], ["b"]], ["a", "b"], "shape \\(2, 1\\), wanted a list"),
+        ("a text", ["a"], r"shape \(\), wanted a list"),
+        ([["a"], ["b"]], ["a", "b"], r"shape \(2, 1\), wanted a list"),
         (["a", 5], ["a", "b"], "Text 2 is 5, wanted a string"),
-        (["a", None], ["a", "b"], "Text 2 is None, wanted a string"),
-        (["a", "b"], ["a", "a"], "Got one class \\(a\\), wanted two"),
+        (["a", "b"], ["a", "a"], r"Got one class \(a\), wanted two"),
         (["a", "b"], ["a"], "inconsistent numbers of samples"),
         (["a", "b"], [[0, 1], [1, 0]], "1d array"),
         (["a", "b"], [0.5, 1.5], "Unknown label type"),
@@ -178,7 +150,7 @@ def test_what_are_no_texts_or_no_classes_is_a_value_error(model, texts, labels, 
         SidelightClassifier(model).fit(texts, labels)
 
 
-def test_a_fitted_classifier_is_saved_as_an_artifact_and_pickled(model, fitted, tmp_path):
+def test_a_fitted_classifier_is_saved_as_an_artifact_pickled_and_cloned(model, fitted, tmp_path):
     classifier = sidelight.load(fitted.save(tmp_path / "letters"), model=model)
     assert {verdict.probe for verdict in classifier.predict(NEW_TEXTS)} == {"letters"}
     expected = fitted.predict_proba(NEW_TEXTS)
@@ -186,59 +158,47 @@ def test_a_fitted_classifier_is_saved_as_an_artifact_and_pickled(model, fitted, 
     np.testing.assert_allclose(np.array(scores), expected, atol=1e-6)
     again = pickle.loads(pickle.dumps(fitted))
     np.testing.assert_array_equal(again.predict_proba(NEW_TEXTS), expected)
+    unfitted = clone(fitted)
+    assert unfitted.get_params() == fitted.get_params()
+    with pytest.raises(NotFittedError):
+        unfitted.predict(NEW_TEXTS)
 
 
-def test_a_fit_that_fails_leaves_what_was_fitted_before(model):
-    made = SidelightClassifier(model, **QUICK).fit(TEXTS, LETTERS)
-    with pytest.raises(SidelightError):
-        made.fit(TEXTS[:3], ["p", "q", "r"])
+def test_a_fit_that_fails_leaves_what_was_fitted_before(model, fitted):
+    made, new = pickle.loads(pickle.dumps(fitted)), SidelightClassifier(model, **QUICK)
+    for estimator in (made, new):
+        with pytest.raises(SidelightError):
+            estimator.fit(TEXTS[:3], ["p", "q", "r"])
     assert set(made.predict(NEW_TEXTS)) <= set(LETTERS)
-    new = SidelightClassifier(model, **QUICK)
-    with pytest.raises(SidelightError):
-        new.fit(TEXTS[:3], ["p", "q", "r"])
     with pytest.raises(NotFittedError):
         new.predict(NEW_TEXTS)
 
 
-@pytest.mark.unchecked
-def test_numbers_of_numpy_and_no_random_state_are_settings_too(model, tmp_path):
-    settings = {**QUICK, "epochs": np.int64(1), "max_tokens": np.int64(64), "random_state": None}
-    SidelightClassifier(model, **settings).fit(TEXTS, LETTERS).save(tmp_path / "probe")
-    assert sidelight.load(tmp_path / "probe", model=model).probe.record["seed"] == 0
-
-
-def test_the_settings_reach_the_training(model):
+def test_the_settings_reach_the_training(model, tmp_path):
+    # NumPy's numbers, as of a grid, are settings too.
     made = SidelightClassifier(
         model, mechanism="gate", weight_decay=0.2, class_weight="balanced", calibration="none",
-        random_state=7, max_tokens=9, epochs=1,
+        random_state=7, max_tokens=np.int64(9), epochs=np.int64(1),
     )  # fmt: skip
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
+    with pytest.warns(UserWarning, match="were cut to 9 tokens"):
         made.fit(TEXTS, LETTERS)
-    assert any("were cut to 9 tokens" in str(one.message) for one in told)
+    made.save(tmp_path)
     record = made.probe_.record
     assert (made.probe_.spec.name, record["seed"], record["max_tokens"]) == ("gate", 7, 9)
     settings = record["settings"]
     assert (settings["weight_decay"], settings["class_weight"]) == (0.2, "balanced")
-    assert isinstance(made.probe_.calibration, Calibration)
     assert made.probe_.calibration.kind == "none"
 
 
-def test_several_classes_keep_the_most_probable_one_unless_another_calibration_is_named(fitted):
-    assert fitted.probe_.calibration.kind == "temperature"
-
-
 def test_progress_is_shown_on_demand_alone(model, capsys):
-    SidelightClassifier(model, **QUICK).fit(TEXTS[:60], LETTERS[:60])
-    assert capsys.readouterr().err == ""
-    SidelightClassifier(model, **QUICK, verbose=True).fit(TEXTS[:60], LETTERS[:60])
+    quick = {**QUICK, "epochs": 1, "random_state": None}
+    made = SidelightClassifier(model, **quick, verbose=True).fit(TEXTS, LETTERS)
     assert re.search("Training.* tokens", capsys.readouterr().err)
+    assert made.probe_.record["seed"] == 0
 
 
-def test_a_probe_of_another_model_is_refused(fitted, family, tmp_path):
+def test_a_probe_of_another_model_is_refused(fitted, tmp_path):
     moved = pickle.loads(pickle.dumps(fitted))
-    other = saved(family, tmp_path)
-    if load_backbone(other).fingerprint.differences(fitted.probe_.fingerprint):
-        moved.set_params(model=other)
-        with pytest.raises(sidelight.SidelightError, match="was trained on"):
-            moved.predict(["a text"])
+    moved.set_params(model=saved(family_backbone("qwen2"), tmp_path))
+    with pytest.raises(SidelightError, match="was trained on"):
+        moved.predict(["a text"])

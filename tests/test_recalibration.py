@@ -17,11 +17,7 @@ from sidelight.probe import Probe
 from sidelight.prompts import Message
 from sidelight.thresholds import F1, ThresholdRule, choose_thresholds, read_curves
 from sidelight.training.measuring import describe_examples, describe_scores
-from sidelight.training.recalibration import (
-    LEAST_LABELLED,
-    LEAST_UNLABELLED,
-    recalibrate,
-)
+from sidelight.training.recalibration import recalibrate
 from sidelight.types import Task
 from tiny import INTENT, TOPICS, TOXICITY, tiny_backbone, untrained_probe
 
@@ -44,16 +40,14 @@ def drawn(task: Task, texts: int, *, share: float, seed: int, size: float = 2.0)
     return size * (means + generator.normal(size=means.shape)), labels
 
 
-def texts_of(count: int, task: Task, labels: np.ndarray) -> LabelledExamples:
-    return LabelledExamples(*texts_without_labels(count), task=task, labels=labels)
-
-
-def texts_without_labels(count: int):
-    return tuple(Example((Message("user", f"text {i}"),)) for i in range(count)), ({},) * count
-
-
 def unlabelled(count: int) -> Examples:
-    return Examples(*texts_without_labels(count))
+    items = tuple(Example((Message("user", f"text {i}"),)) for i in range(count))
+    return Examples(items, ({},) * count)
+
+
+def texts_of(count: int, task: Task, labels: np.ndarray) -> LabelledExamples:
+    texts = unlabelled(count)
+    return LabelledExamples(texts.items, texts.rows, task=task, labels=labels)
 
 
 @cache
@@ -126,20 +120,6 @@ def test_unlabelled_texts_move_probabilities_to_the_shares_of_their_classes(task
     assert made.probe.calibration.scale == probe.calibration.scale
 
 
-def test_thresholds_follow_the_shares_and_a_rate_of_false_alarms_flags_the_same_texts():
-    logits, labels = drawn(TOXICITY, 1000, share=0.05, seed=1)
-    probe = trained()
-    made = recalibrate(probe, unlabelled(1000), logits).probe
-    flagged = [one.calibration.apply(logits) >= one.thresholds for one in (probe, made)]
-    assert flagged[1].sum() < flagged[0].sum()
-    f1 = [2 * (own[:, 0] & (labels == 1)).sum() / (own.sum() + labels.sum()) for own in flagged]
-    assert f1[1] > f1[0]
-    strict = trained(TOXICITY, ThresholdRule("fpr", 0.02))
-    made = recalibrate(strict, unlabelled(1000), logits).probe
-    flagged = [one.calibration.apply(logits) >= one.thresholds for one in (strict, made)]
-    np.testing.assert_array_equal(*flagged)
-
-
 def test_without_texts_the_thresholds_move_along_the_stored_curve():
     probe = trained(TOPICS)
     rule = ThresholdRule("cost", 20.0)
@@ -189,23 +169,20 @@ def test_the_artifact_says_what_it_was_recalibrated_on(tmp_path, way):
 @every_task
 def test_too_few_texts_are_refused(task):
     probe = trained(task)
-    logits, labels = drawn(task, LEAST_LABELLED - 1, share=0.5, seed=1)
+    logits, labels = drawn(task, 29, share=0.5, seed=1)
     with pytest.raises(SidelightError, match=r"Too few labelled texts.*got 29"):
-        recalibrate(probe, texts_of(len(logits), task, labels), logits)
-    logits, labels = drawn(task, LEAST_UNLABELLED - 1, share=0.5, seed=1)
+        recalibrate(probe, texts_of(29, task, labels), logits)
+    logits, _ = drawn(task, 199, share=0.5, seed=1)
     with pytest.raises(SidelightError, match=r"Too few unlabelled texts.*got 199, wanted 200"):
-        recalibrate(probe, unlabelled(len(logits)), logits)
-
-
-def test_too_few_positive_texts_are_refused_and_few_are_warned_of():
-    probe = trained()
-    logits, labels = drawn(TOXICITY, 200, share=0.5, seed=1)
-    labels[:] = np.arange(200) < 9
-    with pytest.raises(SidelightError, match=r"got 200, 9 of them 'toxic'; wanted .* 10 or more"):
-        recalibrate(probe, texts_of(200, TOXICITY, labels), logits)
-    labels[9:20] = 1
-    made = recalibrate(probe, texts_of(200, TOXICITY, labels), logits)
-    assert any("rests on 20 positive" in warning for warning in made.warnings)
+        recalibrate(probe, unlabelled(199), logits)
+    if task is TOXICITY:
+        logits, labels = drawn(task, 200, share=0.5, seed=1)
+        labels[:] = np.arange(200) < 9
+        with pytest.raises(SidelightError, match=r"got 200, 9 of them 'toxic'; wanted .* 10"):
+            recalibrate(probe, texts_of(200, task, labels), logits)
+        labels[9:20] = 1
+        made = recalibrate(probe, texts_of(200, task, labels), logits)
+        assert any("rests on 20 positive" in warning for warning in made.warnings)
 
 
 @every_task
@@ -218,13 +195,10 @@ def test_unlabelled_texts_that_show_no_change_change_nothing(task):
     assert same.probe.thresholds == pytest.approx(probe.thresholds)
     priors = same.probe.record["recalibrations"][-1]["priors"]
     assert priors == pytest.approx(probe.record["validation"]["priors"])
-
-
-def test_unlabelled_texts_that_no_share_explains_are_refused():
-    # All scores in the middle: neither positive nor negative texts of training look so.
-    strange = np.random.default_rng(0).normal(size=(600, 1)) * 0.3
-    with pytest.raises(SidelightError, match=r"'toxic' are no mixture .* Label some"):
-        recalibrate(trained(), unlabelled(600), strange)
+    if task is not INTENT:
+        # All scores in the middle: no share of positive texts explains them.
+        with pytest.raises(SidelightError, match=r"are no mixture .* Label some"):
+            recalibrate(probe, unlabelled(600), 0.05 * logits)
 
 
 @every_task
@@ -248,7 +222,7 @@ def test_what_an_artifact_without_curves_cannot_give_is_refused(task):
             recalibrate(probe, unlabelled(300), logits)
 
 
-def test_users_are_told_that_a_probe_catches_far_less_than_before():
+def test_users_are_told_that_a_probe_catches_far_less_than_before_or_knows_nothing():
     """Harmless texts alone, which anybody can send, move a threshold of the highest F1."""
     probe = trained()
     harmless, _ = drawn(TOXICITY, 1000, share=0.0, seed=3)
@@ -264,10 +238,5 @@ def test_users_are_told_that_a_probe_catches_far_less_than_before():
     )
     assert "'toxic', the old one" in made.warnings[-1]
     assert not recalibrate(probe, texts_of(300, TOXICITY, labels), logits).warnings
-
-
-def test_users_are_told_that_a_probe_knows_nothing_of_the_labels():
-    probe = trained()
-    logits, labels = drawn(TOXICITY, 300, share=0.3, seed=4)
     made = recalibrate(probe, texts_of(300, TOXICITY, 1 - labels), logits)
     assert "Check the labels" in made.warnings[-1]
