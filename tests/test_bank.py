@@ -9,7 +9,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sidelight.bank import Bank, BankState, Panel
+from sidelight.bank import NUMBERS_AT_ONCE, Bank, BankState, Panel
 from sidelight.errors import SidelightError, VerdictError
 from sidelight.mechanisms.base import mechanism_names
 from sidelight.prompts import Message, Reads, judged_units, piece_lengths
@@ -102,39 +102,69 @@ def projected(backbone, bank, prompts):
     return tap.projected()
 
 
+@pytest.fixture(scope="module")
+def prompts(tiny):
+    return prompts_of(tiny)
+
+
+@pytest.fixture(scope="module")
+def probes(tiny):
+    return many_probes(tiny)
+
+
+def summarised(backbone, bank, prompts):
+    masks = read_masks(prompts, bank.reads, device=backbone.device)
+    return bank.summarise(projected(backbone, bank, prompts), masks)
+
+
 @pytest.mark.slow
-def test_a_bank_of_many_gives_each_probe_its_own_verdict(tiny):
-    probes, prompts = many_probes(tiny), prompts_of(tiny)
-    together = score(tiny, Bank(probes), prompts)
-    assert len(together) == len(probes)
-    for probe, logits in zip(probes, together, strict=True):
-        assert logits.shape == (len(prompts), probe.task.outputs)
-        alone = score(tiny, Bank([probe]), prompts)[0]
-        np.testing.assert_allclose(logits, alone, **ROUNDING, err_msg=probe.name)
+def test_a_bank_gives_each_probe_its_dense_form_however_texts_are_cut_and_batched(
+    tiny, probes, prompts
+):
+    bank = Bank(probes)
+    columns = projected(tiny, bank, prompts)
+    masks = read_masks(prompts, bank.reads, device=tiny.device)
+    whole = bank.logits(bank.summarise(columns, masks))
+    edges = [0, 9, 10, 40, columns.shape[1]]
+    chunks = [
+        bank.summarise(columns[:, a:b], {way: mask[:, a:b] for way, mask in masks.items()})
+        for a, b in pairwise(edges)
+    ]
+    merged = bank.merge(bank.merge(chunks[0], chunks[1]), bank.merge(chunks[2], chunks[3]))
+    backwards = bank.logits(BankState.pack(merged.split()[::-1]))
+    alone = [score(tiny, bank, [prompt]) for prompt in prompts]
+    states = hidden_states(tiny, prompts)
+    for i, probe in enumerate(probes):
+        scaling, inputs = probe.standardisation, states
+        if scaling.is_normalised:
+            inputs = states / states.square().mean(-1, keepdim=True).sqrt()
+        inputs = (inputs - scaling.mean[:, None]) / scaling.scale[:, None]
+        expected = probe.mechanism(inputs, masks[probe.reads])
+        assert expected.shape == (len(prompts), probe.task.outputs)
+        one_by_one = np.concatenate([each[i] for each in alone])
+        (by_itself,) = score(tiny, Bank([probe]), prompts)
+        for actual in (whole[i], backwards[i][::-1], one_by_one, by_itself):
+            np.testing.assert_allclose(actual, expected, **ROUNDING, err_msg=probe.name)
 
 
-def test_probes_that_summarise_alike_do_it_in_one_call(tiny):
-    """In any order, and each gets its own logits."""
+@pytest.mark.parametrize("at_once", [NUMBERS_AT_ONCE, 1])
+def test_probes_that_summarise_alike_do_it_in_one_call(tiny, prompts, monkeypatch, at_once):
+    """In any order and in parts that fit a cache, and each gets its own logits."""
+    monkeypatch.setattr("sidelight.bank.NUMBERS_AT_ONCE", at_once)
     readouts = [untrained_probe(tiny, f"readout-{i}", mechanism="readout") for i in range(6)]
     gates = [untrained_probe(tiny, f"gate-{i}", mechanism="gate") for i in range(6)]
     mixed = [probe for pair in zip(readouts, gates, strict=True) for probe in pair]
-    prompts = prompts_of(tiny)
     bank = Bank(mixed)
-    state = bank.summarise(
-        projected(tiny, bank, prompts), read_masks(prompts, bank.reads, device=tiny.device)
-    )
+    state = summarised(tiny, bank, prompts)
     assert len(state.states) == 2
     for probe, logits in zip(mixed, bank.logits(state), strict=True):
         alone = score(tiny, Bank([probe]), prompts)[0]
         np.testing.assert_allclose(logits, alone, **ROUNDING, err_msg=probe.name)
 
 
-def test_verdicts_come_by_request_and_by_probe(tiny):
-    probes, prompts = many_probes(tiny), prompts_of(tiny)
+def test_verdicts_come_by_request_and_by_probe(tiny, probes, prompts):
     bank = Bank(probes)
-    state = bank.summarise(
-        projected(tiny, bank, prompts), read_masks(prompts, bank.reads, device=tiny.device)
-    )
+    state = summarised(tiny, bank, prompts)
     judgements = bank.judge(state)
     assert len(judgements) == len(prompts)
     assert not any(judgement.failed for judgement in judgements)
@@ -158,25 +188,7 @@ def test_every_way_of_reading_sees_its_own_tokens(tiny):
     assert (abs(before["both"] - after["both"]) > 1e-3).all()
 
 
-@pytest.mark.parametrize("is_normalised", [False, True])
-@pytest.mark.parametrize("mechanism", mechanism_names())
-def test_bank_gives_the_dense_form_on_standardised_states(tiny, mechanism, is_normalised):
-    untrained = untrained_probe(tiny, "p", mechanism=mechanism)
-    probe = standardised(untrained, is_normalised=is_normalised)
-    prompts = prompts_of(tiny)
-    scaling = probe.standardisation
-    states = hidden_states(tiny, prompts)
-    if is_normalised:
-        states = states / states.square().mean(-1, keepdim=True).sqrt()
-    dense = probe.mechanism(
-        (states - scaling.mean[:, None]) / scaling.scale[:, None],
-        read_masks(prompts, frozenset({probe.reads}), device=tiny.device)[probe.reads],
-    )
-    np.testing.assert_allclose(score(tiny, Bank([probe]), prompts)[0], dense, **ROUNDING)
-
-
-def test_fifty_probes_run_as_many_matmuls_as_one(tiny):
-    prompts = prompts_of(tiny)
+def test_fifty_probes_run_as_many_matmuls_as_one(tiny, prompts):
 
     def matmuls(probes):
         tap = Bank(probes).tap() if probes else lambda layer, hidden: None
@@ -189,36 +201,8 @@ def test_fifty_probes_run_as_many_matmuls_as_one(tiny):
     assert matmuls(gates) == matmuls([]) + tiny.fingerprint.layers
 
 
-@pytest.mark.slow
-def test_states_split_packed_and_merged_give_the_same_logits(tiny):
-    bank, prompts = Bank(many_probes(tiny)), prompts_of(tiny)
-    columns = projected(tiny, bank, prompts)
-    masks = read_masks(prompts, bank.reads, device=tiny.device)
-    whole = bank.logits(bank.summarise(columns, masks))
-    edges = [0, 9, 10, 40, columns.shape[1]]
-    chunks = [
-        bank.summarise(columns[:, a:b], {way: mask[:, a:b] for way, mask in masks.items()})
-        for a, b in pairwise(edges)
-    ]
-    merged = bank.merge(bank.merge(chunks[0], chunks[1]), bank.merge(chunks[2], chunks[3]))
-    backwards = BankState.pack(merged.split()[::-1])
-    for expected, actual in zip(whole, bank.logits(backwards), strict=True):
-        np.testing.assert_allclose(actual[::-1], expected, **ROUNDING)
-
-
-@pytest.mark.slow
-def test_a_batch_gives_each_prompt_what_it_gets_alone(tiny):
-    bank, prompts = Bank(many_probes(tiny)), prompts_of(tiny)
-    together = score(tiny, bank, prompts)
-    alone = [score(tiny, bank, [prompt]) for prompt in prompts]
-    for probe, logits in enumerate(together):
-        single = np.concatenate([each[probe] for each in alone])
-        np.testing.assert_allclose(logits, single, **ROUNDING)
-
-
-def test_a_tap_is_ready_for_the_next_pass(tiny):
-    bank, prompts = Bank(many_probes(tiny)), prompts_of(tiny)
-    tap = bank.tap()
+def test_a_tap_is_ready_for_the_next_pass(tiny, prompts):
+    tap = Bank([untrained_probe(tiny, "p")]).tap()
     passes = []
     for _ in range(2):
         with tiny.tapped(tap):
@@ -240,9 +224,7 @@ def test_a_text_without_a_token_to_read_is_an_error_and_spares_the_others(tiny):
     prompts = [encode(message, "an answer"), encode(message)]
     probe = untrained_probe(tiny, "reply", reads=Reads("response"))
     bank = Bank([probe])
-    state = bank.summarise(
-        projected(tiny, bank, prompts), read_masks(prompts, bank.reads, device=tiny.device)
-    )
+    state = summarised(tiny, bank, prompts)
     answered, unanswered = bank.judge(state)
     assert len(answered.verdicts) == 1
     assert answered.failed == ()
@@ -272,9 +254,9 @@ def test_names_that_are_not_distinct_and_empty_banks_are_refused(tiny):
 
 
 @pytest.mark.slow
-def test_a_panel_judges_each_probe_when_its_tokens_have_been_read(tiny):
+def test_a_panel_judges_each_probe_when_its_tokens_have_been_read(tiny, probes, prompts):
     """Prompts that end together, then their responses, each read in pieces of its own."""
-    panel, prompts = Panel(many_probes(tiny)), prompts_of(tiny)
+    panel = Panel(probes)
     tap = panel.prompt_tap()
     with tiny.tapped(tap):
         tiny.run(prompts)
