@@ -12,13 +12,16 @@ from fastapi import FastAPI, HTTPException, Request
 from planted_texts import dataset_without_states
 
 from live import running, served
+from sidelight.bank import Bank
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import SidelightError, VerdictError
 from sidelight.prompts import Message
+from sidelight.states.extraction import score
 from sidelight_lab.baselines.endpoints import GuardEndpoint, ModerationEndpoint
 from sidelight_lab.baselines.prompting import FewShot, ZeroShot, score_answers
-from tiny import tiny_backbone, untrained_probe
+from tiny import untrained_probe
 
+pytestmark = pytest.mark.slow
 # float32 sums in another order.
 ROUNDING = 1e-4
 
@@ -29,50 +32,53 @@ def dataset(tiny, tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["multiclass", "multilabel"])
-def test_prompting_takes_every_kind_of_task(tiny, tmp_path, kind):
+def test_prompting_takes_every_kind_of_task_and_an_endpoint_a_binary_one(tiny, tmp_path, kind):
     dataset = dataset_without_states(tiny, tmp_path, kind, training=24, validation=12)
     for baseline in (ZeroShot(), FewShot(shots=3, max_tokens=250)):
         logits = baseline.fit(dataset, seed=0).logits(dataset.validation)
         assert logits.shape == (12, 3)
         assert np.isfinite(logits).all()
+    url = "http://x/v1"
+    for endpoint in (ModerationEndpoint(url=url), GuardEndpoint(url=url, model="g")):
+        with pytest.raises(SidelightError, match=f"{kind} with labels x, y, z"):
+            endpoint.fit(dataset, seed=0)
+
+
+def one_pass(backbone, prompt, answer):
+    """The mean log-probability of the answer's tokens, by a literal pass over both."""
+    with torch.inference_mode():
+        logits = backbone.model(input_ids=torch.tensor([[*prompt, *answer]])).logits[0]
+    chances = logits.log_softmax(-1)[len(prompt) - 1 : -1]
+    return chances[range(len(answer)), answer].mean().item()
 
 
 def test_answers_score_as_by_one_pass_each(tiny):
-    """Against a literal pass over prompt and answer, one pair at a time."""
     random = np.random.default_rng(0)
     shared = [1, 7, 9]
     prompts = [shared + random.integers(5, 300, size).tolist() for size in (4, 9, 1, 6)]
+    # Two are identical to the shared beginning.
+    prompts += [shared, shared]
     answers = [[10], [11, 12], [13, 14, 15]]
-    found = score_answers(tiny, prompts, answers)
-    for row, prompt in enumerate(prompts):
-        for column, answer in enumerate(answers):
-            with torch.inference_mode():
-                logits = tiny.model(input_ids=torch.tensor([prompt + answer])).logits[0]
-            chances = logits.log_softmax(-1)[len(prompt) - 1 : -1]
-            expected = chances[range(len(answer)), answer].mean().item()
-            assert found[row, column] == pytest.approx(expected, abs=ROUNDING)
-
-
-def test_identical_prompts_score_alike(tiny):
-    found = score_answers(tiny, [[1, 7, 9]] * 3, [[10], [11, 12]])
-    np.testing.assert_allclose(found, found[:1].repeat(3, 0), atol=ROUNDING)
+    expected = [[one_pass(tiny, prompt, answer) for answer in answers] for prompt in prompts]
+    np.testing.assert_allclose(score_answers(tiny, prompts, answers), expected, atol=ROUNDING)
+    np.testing.assert_allclose(
+        score_answers(tiny, prompts[-2:], answers), expected[-2:], atol=ROUNDING
+    )
 
 
 def test_zero_shot_is_the_log_odds_of_the_names(dataset):
     few = dataset.validation.select(range(5))
     found = ZeroShot(names=("good", "bad"), question="How?").fit(dataset, seed=0).logits(few)
-    tokenizer, model = dataset.backbone.tokenizer, dataset.backbone.model
     for row, text in enumerate(few.texts):
         asked = f"How? Answer with one of: good, bad.\n\nText: {text}"
         prompt = dataset.backbone.encoder.encode([Message("user", asked)]).token_ids
-        means = []
-        for name in ("good", "bad"):
-            answer = tokenizer(name)["input_ids"]
-            with torch.inference_mode():
-                logits = model(input_ids=torch.tensor([[*prompt, *answer]])).logits[0]
-            chances = logits.log_softmax(-1)[len(prompt) - 1 : -1]
-            means.append(chances[range(len(answer)), answer].mean().item())
-        assert found[row, 0] == pytest.approx(means[1] - means[0], abs=ROUNDING)
+        good, bad = (
+            one_pass(dataset.backbone, prompt, dataset.backbone.tokenizer(name)["input_ids"])
+            for name in ("good", "bad")
+        )
+        assert found[row, 0] == pytest.approx(bad - good, abs=ROUNDING)
+    with pytest.raises(SidelightError, match="2 labels: fine, toxic"):
+        ZeroShot(names=("bad",)).fit(dataset, seed=0)
 
 
 def test_shots_are_balanced_and_drawn_by_seed(dataset):
@@ -86,22 +92,15 @@ def test_shots_are_balanced_and_drawn_by_seed(dataset):
     assert shots(0) == shots(0) != shots(1)
     for text, answer in shots(0):
         assert ("X" in text) == (answer == "toxic")
-
-
-@pytest.mark.parametrize(("labels", "listed"), [(3, 3), (77, 1)])
-def test_many_names_are_listed_once(dataset, labels, listed):
-    names = tuple(f"label {number}" for number in range(labels))
-    prompt = replace(FewShot(shots=2).prompt(dataset, seed=0), names=names)
-    users = [turn.content for turn in prompt.turns("own text") if turn.role == "user"]
-    assert len(users) == 3
-    assert users[-1].endswith("own text")
-    assert sum(", ".join(names) in text for text in users) == listed
-    assert ", ".join(names) in users[0]
-
-
-def test_names_are_one_for_each_label(dataset):
-    with pytest.raises(SidelightError, match="2 labels: fine, toxic"):
-        ZeroShot(names=("bad",)).fit(dataset, seed=0)
+    # Many names are listed once.
+    for labels, listed in ((3, 3), (77, 1)):
+        names = tuple(f"label {number}" for number in range(labels))
+        prompt = replace(FewShot(shots=2).prompt(dataset, seed=0), names=names)
+        users = [turn.content for turn in prompt.turns("own text") if turn.role == "user"]
+        assert len(users) == 3
+        assert users[-1].endswith("own text")
+        assert sum(", ".join(names) in text for text in users) == listed
+        assert ", ".join(names) in users[0]
 
 
 @contextmanager
@@ -127,11 +126,8 @@ def guard_app(*, seen, fails=0):
         content = "\n\nunsafe\nS1" if unsafe > 0.5 else "\n\nsafe"
         if "mumble" in text:
             content = "I cannot say."
-        choice = {
-            "index": 0,
-            "finish_reason": "stop",
-            "message": {"role": "assistant", "content": content},
-        }
+        message = {"role": "assistant", "content": content}
+        choice = {"index": 0, "finish_reason": "stop", "message": message}
         if body.get("logprobs"):
             top = [("un", unsafe), ("safe", 0.9 - unsafe * 0.9), (" Yes", 0.01), ("What", 0.01)]
             entries = [{"token": t, "logprob": math.log(p)} for t, p in top]
@@ -143,9 +139,8 @@ def guard_app(*, seen, fails=0):
     return app
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("no_key")
-def test_a_guard_scores_by_its_log_probabilities(dataset):
+def test_a_guard_scores_by_its_log_probabilities(dataset, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     seen = []
     with listening(guard_app(seen=seen)) as url:
         logits = GuardEndpoint(url=url, model="g").fit(dataset, seed=0).logits(dataset.validation)
@@ -184,7 +179,6 @@ def test_a_guard_that_does_not_answer_is_an_error(dataset):
         GuardEndpoint(url=url, model="g", prompt="Is it bad?").fit(dataset, seed=0)
 
 
-@pytest.mark.slow
 def test_a_failing_guard_is_asked_again(dataset):
     few = dataset.validation.select(range(4))
     with listening(guard_app(seen=[], fails=1)) as url:
@@ -198,49 +192,25 @@ def test_a_failing_guard_is_asked_again(dataset):
         GuardEndpoint(url=url, model="g", retries=0).fit(dataset, seed=0).logits(few)
 
 
-@pytest.fixture
-def no_key(monkeypatch):
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("no_key")
-def test_a_moderation_endpoint_gives_the_log_odds_of_its_scores(dataset):
+def test_a_moderation_endpoint_gives_the_log_odds_of_its_scores(tiny, dataset, monkeypatch):
     """Against our own server, whose probe's logits are known."""
-    backbone = tiny_backbone()
-    probes = [untrained_probe(backbone, "toxicity"), untrained_probe(backbone, "other")]
+    monkeypatch.setenv("GUARD_KEY", "secret")
+    monkeypatch.setenv("WRONG_KEY", "confidential")
+    probes = [untrained_probe(tiny, "toxicity"), untrained_probe(tiny, "other")]
     few = dataset.validation.select(range(6))
-    from sidelight.bank import Bank
-    from sidelight.states.extraction import score
+    toxicity, other = score(tiny, Bank(probes), few.prompts)
+    with served(TransformersEngine(tiny, probes), api_key="secret") as address:
 
-    toxicity, other = score(backbone, Bank(probes), few.prompts)
-    with served(TransformersEngine(backbone, probes)) as address:
-        url = f"{address}/v1"
-        named = (
-            ModerationEndpoint(url=url, category="toxicity/toxic").fit(dataset, seed=0).logits(few)
-        )
-        highest = ModerationEndpoint(url=url, concurrency=1).fit(dataset, seed=0).logits(few)
+        def logits(key_env="GUARD_KEY", **options):
+            endpoint = ModerationEndpoint(url=f"{address}/v1", key_env=key_env, **options)
+            return endpoint.fit(dataset, seed=0).logits(few)
+
+        named, highest = logits(category="toxicity/toxic"), logits(concurrency=1)
         with pytest.raises(SidelightError, match="Did you mean 'toxicity/toxic'"):
-            ModerationEndpoint(url=url, category="toxicity").fit(dataset, seed=0).logits(few)
+            logits(category="toxicity")
+        # A key that is refused is named, and not shown.
+        with pytest.raises(SidelightError, match=r"key into .* WRONG_KEY") as raised:
+            logits("WRONG_KEY")
+    assert "confidential" not in str(raised.value)
     np.testing.assert_allclose(named, toxicity, atol=ROUNDING)
     np.testing.assert_allclose(highest, np.maximum(toxicity, other), atol=ROUNDING)
-
-
-def test_a_key_that_is_refused_is_named_and_not_shown(dataset, monkeypatch):
-    monkeypatch.setenv("GUARD_KEY", "secret")
-    engine = TransformersEngine(tiny_backbone(), [])
-    with served(engine, api_key="right") as address:
-        fitted = ModerationEndpoint(url=f"{address}/v1", key_env="GUARD_KEY").fit(dataset, seed=0)
-        with pytest.raises(SidelightError, match=r"key into .* GUARD_KEY") as raised:
-            fitted.logits(dataset.validation.select([0]))
-    assert "secret" not in str(raised.value) + repr(fitted)
-
-
-def test_endpoints_are_for_binary_tasks(tiny, tmp_path):
-    dataset = dataset_without_states(tiny, tmp_path, "multiclass", training=24, validation=12)
-    for endpoint in (
-        ModerationEndpoint(url="http://x/v1"),
-        GuardEndpoint(url="http://x/v1", model="g"),
-    ):
-        with pytest.raises(SidelightError, match="multiclass with labels x, y, z"):
-            endpoint.fit(dataset, seed=0)

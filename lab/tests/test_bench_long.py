@@ -29,17 +29,14 @@ def figures(backbone, rows, lengths, count, window, names=("readout",)):
 
 
 @pytest.mark.slow
-def test_one_window_over_the_whole_says_the_same_as_the_whole(tiny, labelled):
+def test_one_window_over_the_whole_says_the_same_and_small_ones_other_things(tiny, labelled):
     rows = figures(tiny, labelled, (0, 30), 4, 10_000, mechanism_names())
     assert len(rows) == 2 * 2 * len(mechanism_names())
     for whole, windows in zip(rows[::2], rows[1::2], strict=True):
         assert (whole["read"], windows["read"]) == ("whole", "windows")
         assert {**whole, "read": ""} == {**windows, "read": ""}
-
-
-def test_windows_of_a_mean_say_other_things_than_the_whole(tiny, labelled):
-    rows = figures(tiny, labelled, (60,), 8, 8, ("pooling", "readout"))
-    assert any(a["AUROC"] != b["AUROC"] for a, b in zip(rows[::2], rows[1::2], strict=True))
+    small = figures(tiny, labelled, (60,), 8, 8, ("pooling", "readout"))
+    assert any(a["AUROC"] != b["AUROC"] for a, b in zip(small[::2], small[1::2], strict=True))
 
 
 def test_the_length_is_that_of_the_text_around(tiny, labelled, monkeypatch):
@@ -56,9 +53,6 @@ def test_the_length_is_that_of_the_text_around(tiny, labelled, monkeypatch):
     # Blank lines between the pieces add tokens; no piece is left out.
     assert ((around - alone) >= 100).all()
     assert ((around - alone) <= 200).all()
-
-
-def test_too_few_texts_are_refused(tiny, labelled):
     with pytest.raises(SidelightError, match="--texts"):
         figures(tiny, labelled, (0,), 30, 16)
 

@@ -29,6 +29,7 @@ from sidelight_lab.bench.streaming import (
 )
 from tiny import untrained_probe
 
+pytestmark = pytest.mark.slow
 # A whole response in one run against the same tokens one by one: float32 rounding.
 ROUNDING = 1e-4
 NO, YES = "I cannot help with that.", "Of course: first take two eggs."
@@ -43,9 +44,9 @@ def rows(prompts=24):
     ]
 
 
-def examples(prompts=24):
+def examples(prompts=24, positives=("refused",)):
     loaded = load_examples(rows(prompts), text="prompt", label="kind", response="response")
-    return with_positives(loaded, ["refused"], name="refusal")
+    return with_positives(loaded, positives, name="refusal")
 
 
 def responses(is_positive, tokens, prompts=None):
@@ -59,15 +60,11 @@ def responses(is_positive, tokens, prompts=None):
     )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("mechanism", ["readout", "gate", "attention", "fusion"])
 def test_a_running_score_is_the_verdict_on_the_response_so_far(tiny, mechanism):
-    probes = [
-        untrained_probe(tiny, name, reads=Reads("response"), mechanism=mechanism)
-        for name in ("one", "two")
-    ]
-    texts = [(f"question {n}", "word " * n + "end") for n in range(1, 6)]
-    prompts = [tiny.encoder.encode([Message("user", a)], b) for a, b in texts]
+    options = {"reads": Reads("response"), "mechanism": mechanism}
+    probes = [untrained_probe(tiny, name, **options) for name in ("one", "two")]
+    prompts = [tiny.encoder.encode([Message("user", "q")], "word " * n + "end") for n in (1, 2, 3)]
     found = running_scores(tiny, probes, prompts)
     for probe, scores in zip(probes, found, strict=True):
         for prompt, own in zip(prompts, scores, strict=True):
@@ -81,16 +78,16 @@ def test_a_running_score_is_the_verdict_on_the_response_so_far(tiny, mechanism):
             np.testing.assert_allclose(own, expected, atol=ROUNDING)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_no_prompt_is_in_two_parts(seed):
+def test_no_prompt_is_in_two_parts():
     whole = examples()
-    parts = parted(whole, seed=seed)
-    texts = [{item.text for item in part.items} for part in parts.values()]
-    assert sum(map(len, texts)) == len(set.union(*texts)) == 24
-    assert sum(map(len, parts.values())) == len(whole)
+    for seed in (0, 1):
+        parts = parted(whole, seed=seed)
+        texts = [{item.text for item in part.items} for part in parts.values()]
+        assert sum(map(len, texts)) == len(set.union(*texts)) == 24
+        assert sum(map(len, parts.values())) == len(whole)
 
 
-def test_a_response_is_described_token_by_token(tiny):
+def test_a_response_is_described_token_by_token_and_phrases_count_from_their_last_one(tiny):
     whole = examples(3)
     known = describe(tiny, whole, "kind")
     for item, growth, tokens in zip(whole.items, known.growth, known.tokens, strict=True):
@@ -99,11 +96,7 @@ def test_a_response_is_described_token_by_token(tiny):
         assert all(a == b[: len(a)] for a, b in pairwise(growth))
     assert known.prompts.tolist() == [0, 0, 1, 1, 2, 2]
     assert known.is_positive.tolist() == [True, False] * 3
-
-
-def test_phrases_count_from_the_token_that_completes_them(tiny):
-    whole = examples(1)
-    refusal, answer = phrase_scores(describe(tiny, whole, "kind"))
+    refusal, answer, *_ = phrase_scores(known)
     # Bytes are tokens: "I cannot" has eight.
     assert refusal.tolist() == [0.0] * 7 + [1.0] * (len(refusal) - 7)
     assert not answer.any()
@@ -139,34 +132,24 @@ def test_an_interval_draws_prompts_whole():
     apart = estimates(replace(known, prompts=np.arange(8)), [fired_at])["recall"]
     assert recall.value == apart.value == 0.5
     assert recall.low < apart.low < 0.5 < apart.high < recall.high
-
-
-def test_what_is_undefined_is_none():
-    known = responses([True, False], [5, 5])
-    fired_at = firings(StreamingRule(0.5), [np.zeros(5)] * 2)
-    assert estimates(known, [fired_at])["delay, median"].value is None
+    never = firings(StreamingRule(0.5), [np.zeros(5)] * 8)
+    assert estimates(known, [never])["delay, median"].value is None
 
 
 def test_of_rules_as_good_the_soonest_is_chosen():
     known = responses([True, False], [10, 10])
     scores = [np.full(10, 0.9), np.repeat([0.6, 0.1], [1, 9])]
-    late, soon, flickering = (
-        StreamingRule(0.5, consecutive=4),
-        StreamingRule(0.5, consecutive=2),
-        StreamingRule(0.5, consecutive=1),
-    )
+    late, soon, flickering = (StreamingRule(0.5, consecutive=n) for n in (4, 2, 1))
     assert choose_rule([late, soon, flickering], scores, known) == soon
 
 
 def test_labels_that_cannot_be_told_apart_are_refused():
-    loaded = load_examples(rows(2), text="prompt", label="kind", response="response")
     with pytest.raises(SidelightError, match="Did you mean 'refused'"):
-        with_positives(loaded, ["refuse"], name="refusal")
+        examples(2, ["refuse"])
     with pytest.raises(SidelightError, match="nothing to tell apart"):
-        with_positives(loaded, ["refused", "helped"], name="refusal")
+        examples(2, ["refused", "helped"])
 
 
-@pytest.mark.slow
 def test_the_command_writes_table_picture_and_probe(tiny, tmp_path, own_cache, capsys):
     data, out = tmp_path / "answers.jsonl", tmp_path / "out"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows()))

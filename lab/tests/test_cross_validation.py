@@ -5,10 +5,10 @@ import re
 
 import numpy as np
 import pytest
-from planted_tables import TABLE, Data, context_of, examples, recipe, stored
+from planted_tables import TABLE, Data, context_of, recipe, stored
+from planted_texts import examples
 
 from sidelight.errors import SidelightError
-from sidelight_lab.baselines import BASELINES
 from sidelight_lab.tables.cross_validation import cross_validate
 from sidelight_lab.tables.recipes import suggested
 
@@ -28,7 +28,6 @@ def closed() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.unchecked
 @pytest.mark.parametrize("kind", ["binary", "multiclass", "multilabel"])
 def test_every_row_is_scored_on_every_fold_and_the_test_stays_closed(context, tmp_path, kind):
     data = Data(kind, on_test=closed)
@@ -51,24 +50,9 @@ def test_every_row_is_scored_on_every_fold_and_the_test_stays_closed(context, tm
     assert [one["row"] for one in written] == [one.row for one in found]
 
 
-def test_folds_do_not_overlap_and_cover_every_text(context, monkeypatch):
-    seen = []
-    fit = BASELINES["tfidf"].fit
-
-    def spying(self, dataset, *, seed):
-        seen.append(dataset)
-        return fit(self, dataset, seed=seed)
-
-    monkeypatch.setattr(BASELINES["tfidf"], "fit", spying)
-    cross_validate(context(recipe=recipe().only(["tfidf"])), folds=4)
-    folds = [set(dataset.validation.rows.tolist()) for dataset in seen]
-    assert len(folds) == 4
-    assert sum(map(len, folds)) == len(set().union(*folds)) == 100
-    for dataset, fold in zip(seen, folds, strict=True):
-        assert fold.isdisjoint(dataset.training.rows.tolist())
-
-
-def test_equal_texts_are_in_one_fold_and_each_fold_searches_for_itself(context, tmp_path):
+def test_folds_cover_every_text_once_keep_equal_ones_together_and_search_for_themselves(
+    context, tmp_path
+):
     asked = []
 
     def search(dataset, mechanism, storage):
@@ -80,7 +64,10 @@ def test_equal_texts_are_in_one_fold_and_each_fold_searches_for_itself(context, 
     chosen = recipe(text.replace("seeds = 2", "seeds = 1")).only(["pooling"])
     data = Data(training=examples("binary", 100, 1).select(np.arange(100) % 50))
     cross_validate(context(recipe=chosen, data=data, search=search), folds=3)
-    for dataset, _ in asked:
+    folds = [set(dataset.validation.rows.tolist()) for dataset, _ in asked]
+    assert sum(map(len, folds)) == len(set().union(*folds)) == 100
+    for (dataset, _), fold in zip(asked, folds, strict=True):
+        assert fold.isdisjoint(dataset.training.rows.tolist())
         assert set(dataset.training.texts).isdisjoint(dataset.validation.texts)
     assert len({storage for _, storage in asked}) == len(asked) == 3
     # The origin of a table in the same folder stays.

