@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+from unittest.mock import Mock
 
 import httpx
 import pytest
@@ -41,51 +42,45 @@ def logged(monkeypatch):
     handler = logging.StreamHandler(stream)
     handler.setFormatter(JsonFormatter())
     handler.addFilter(without_message)
+    for client in ("httpx", "httpcore"):
+        # What the client in this process asks for is not the server's log.
+        monkeypatch.setattr(logging.getLogger(client), "disabled", True)
+        monkeypatch.setattr(logging.getLogger(client), "level", logging.CRITICAL)
     loggers = [logging.getLogger(name) for name in (None, "uvicorn", "sidelight")]
     levels = [logger.level for logger in loggers]
-    # The client in this process logs what it asks for; that is not the server's log.
-    for client in ("httpx", "httpcore"):
-        monkeypatch.setattr(logging.getLogger(client), "disabled", True)
-        monkeypatch.setattr(logging.getLogger(client), "propagate", False)
-        monkeypatch.setattr(logging.getLogger(client), "level", logging.CRITICAL)
     yield stream, handler, loggers
     loggers[0].removeHandler(handler)
     for logger, level in zip(loggers, levels, strict=True):
         logger.setLevel(level)
 
 
-def faulty(backbone):
-    """Makes every forward pass fail with the prompt in its message."""
-
-    def fail(_module, _args):
-        raise RuntimeError(f"while reading {WORD} for {KEY}")
-
-    return backbone.model.register_forward_pre_hook(fail)
-
-
 def send_all(http, address):
     """Every endpoint, and every way to be refused; the statuses that came back."""
     statuses = set()
     for path, body in BODIES.items():
-        tries = [
-            http.post(path, json=body),
-            http.post(path, json={**body, "stream": True, "n": 2}),
-            http.post(path, json={**body, "model": WORD}),
-            http.post(path, json={**body, "probes": [WORD]}),
-            http.post(path, json={**body, "input": WORD * 50, "prompt": WORD * 50}),
-            http.post(path, json={WORD: WORD}),
-            http.post(path, json={**body, "messages": WORD}),
-            http.post(path, content=WORD, headers={"Content-Type": "application/json"}),
-            http.post(path, content=WORD, headers={"Content-Type": "text/plain"}),
-            http.post(path, json={**body, "filler": WORD * 1000}),
-            http.get(path, params={"q": WORD}),
-            http.post(f"{path}/{WORD}", json=body),
-            http.post(path, json=body, headers={"Authorization": f"Bearer {KEY}{WORD}"}),
-            http.post(path, json=body, headers={"Authorization": f"Basic {KEY}"}),
-            http.post(path, json=body, headers={"X-Request-Id": WORD, "User-Agent": WORD}),
-            http.request(WORD, path, json=body),
-        ]
-        statuses |= {answer.status_code for answer in tries}
+        for changed in (
+            {},
+            {"stream": True, "n": 2},
+            {"model": WORD},
+            {"probes": [WORD]},
+            {"input": WORD * 50, "prompt": WORD * 50},
+            {"messages": WORD},
+            {"filler": WORD * 1000},
+            {WORD: WORD},
+        ):
+            statuses.add(http.post(path, json={**body, **changed}).status_code)
+        for headers in (
+            {"Authorization": f"Bearer {KEY}{WORD}"},
+            {"Authorization": f"Basic {KEY}"},
+            {"X-Request-Id": WORD, "User-Agent": WORD, "Traceparent": WORD},
+        ):
+            statuses.add(http.post(path, json=body, headers=headers).status_code)
+        for kind in ("application/json", "text/plain"):
+            answer = http.post(path, content=WORD, headers={"Content-Type": kind})
+            statuses.add(answer.status_code)
+        statuses.add(http.get(path, params={"q": WORD}).status_code)
+        statuses.add(http.post(f"{path}/{WORD}", json=body).status_code)
+        statuses.add(http.request(WORD, path, json=body).status_code)
     for path in ("/v1/models", f"/v1/models/{WORD}", "/version", "/ready", f"/admin/{WORD}"):
         statuses.add(http.get(path, params={"key": KEY}).status_code)
     statuses.add(http.post("/admin/probes", json={"path": WORD}).status_code)
@@ -128,7 +123,9 @@ def test_a_canary_is_found_nowhere(logged, capfd, tmp_path):
         with httpx.Client(base_url=address, timeout=20) as http:
             http.headers["Authorization"] = f"Bearer {KEY}"
             statuses = send_all(http, address)
-            hook = faulty(backbone)
+            # Every forward pass fails with the prompt in its message.
+            failing = Mock(side_effect=RuntimeError(f"while reading {WORD} for {KEY}"))
+            hook = backbone.model.register_forward_pre_hook(failing)
             statuses |= {
                 http.post(p, json={**b, "stream": s}).status_code
                 for p, b in BODIES.items()

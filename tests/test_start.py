@@ -1,23 +1,20 @@
 """What keeps a model from being loaded is one line, before anything is loaded."""
 
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 
-from commands import run
+from commands import run, saved
 from sidelight.backbone import free_memory, load_backbone
 from sidelight.errors import SidelightError
 from sidelight.smollm2 import cache_root
-from tiny import tiny_backbone
 
 
 @pytest.fixture
-def folder(tmp_path):
-    backbone = tiny_backbone()
-    backbone.model.save_pretrained(tmp_path / "model")
-    backbone.tokenizer.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
+def folder(tmp_path, tiny):
+    return saved(tiny, tmp_path / "model")
 
 
 def test_weights_that_do_not_fit_into_free_memory_are_not_loaded(folder, monkeypatch):
@@ -37,10 +34,7 @@ def test_weights_that_do_not_fit_into_free_memory_are_not_loaded(folder, monkeyp
     ],
 )
 def test_memory_that_runs_out_while_loading_is_one_line(folder, monkeypatch, error):
-    def full(*_, **__):
-        raise error
-
-    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", full)
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", Mock(side_effect=error))
     with pytest.raises(SidelightError, match="does not fit into memory"):
         load_backbone(folder)
 
@@ -70,11 +64,8 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, capsy
 
 
 def test_a_user_without_a_home_is_told_to_name_a_cache(monkeypatch):
-    def homeless():
-        raise RuntimeError("Could not determine home directory.")
-
     monkeypatch.delenv("SIDELIGHT_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.setattr(Path, "home", Mock(side_effect=RuntimeError))
     with pytest.raises(SidelightError, match="SIDELIGHT_CACHE"):
         cache_root()

@@ -222,7 +222,8 @@ class Batch:
         """The passes that write one more token of some texts."""
         return [
             Work([g.request for g in rows.generations], partial(self._decode, group))
-            for group, rows in self._rows.items()
+            # A copy: the load is asked for while the model's thread adds rows.
+            for group, rows in [*self._rows.items()]
         ]
 
     def begin(self, requests: Sequence[Request]) -> list[Work]:

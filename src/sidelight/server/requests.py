@@ -81,7 +81,7 @@ class ServerRequest(Request):
             )
         except ValueError as error:
             raise RequestError(f"The body is not valid JSON: {error}.") from error
-        _require_few_messages(self._value, limit=config.max_messages)
+        _require_few_items(self._value, config)
 
     def _require_plain_body(self) -> None:
         # A header may be sent twice, and hold several codings; `identity` is none.
@@ -184,11 +184,14 @@ class ServerRequest(Request):
             )
 
 
-def _require_few_messages(body: Any, *, limit: int) -> None:
-    """Refuses lists of too many objects, counting the parts of a message too."""
-    for name in ("messages", "input", "tool_calls") if isinstance(body, dict) else ():
-        found: Any = body.get(name)
-        objects = [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
+def _require_few_items(body: Any, config: ServerConfig) -> None:
+    """Refuses lists of too many objects, counting the parts of a message too, and of any items."""
+    limit = config.max_messages
+    for name in ("messages", "input", "texts", "tool_calls") if isinstance(body, dict) else ():
+        items: Any = body.get(name)
+        if not isinstance(items, list):
+            continue
+        objects = [one for one in items if isinstance(one, dict)]
         parts = (one.get(part) for one in objects for part in ("content", "tool_calls"))
         count = len(objects) + sum(len(own) for own in parts if isinstance(own, list))
         if count > limit:
@@ -196,6 +199,14 @@ def _require_few_messages(body: Any, *, limit: int) -> None:
                 f"Too many messages: got {count} with their parts, the limit is {limit} "
                 "(--max-messages). Send fewer.",
                 code="too_many_messages",
+                param=name,
+            )
+        most = max(limit, config.max_batch_items)
+        if len(items) > most:
+            raise RequestError(
+                f"Too many inputs: got {len(items)}, the limit of a list is {most} "
+                "(--max-messages, --max-batch-items). Split the request.",
+                code="too_many_inputs",
                 param=name,
             )
 
