@@ -14,6 +14,8 @@ from typing import Any
 
 import httpx
 
+from policy_contract import ADMIN, Subjects
+
 
 @dataclass(frozen=True)
 class StockServer:
@@ -30,6 +32,8 @@ SIZES = {
     "max_num_batched_tokens": 64,
     "max_num_seqs": 8,
     "enforce_eager": True,
+    # Of the memory that must be free at the start, which the machine shares with other tests.
+    "gpu_memory_utilization": 0.1,
 }
 
 
@@ -45,14 +49,36 @@ def stock_server(
         options: More words of the command line.
         environment: More variables.
     """
+    sizes = [word for name, value in SIZES.items() for word in _words(name, value)]
     words = [
         *("-m", "vllm.entrypoints.openai.api_server"),
         *("--model", model, "--served-model-name", "tiny", "--dtype", "float32"),
-        *("--enforce-eager", "--block-size", "32", "--max-model-len", "1024"),
-        *("--max-num-batched-tokens", "64", "--max-num-seqs", "8", *options),
+        *(*sizes, *options),
     ]
     named = {"SIDELIGHT_PROBES": os.pathsep.join(folders), "VLLM_PLUGINS": "sidelight"}
     return _running(words, {**named, **environment}, home)
+
+
+def _words(name: str, value: bool | float) -> list[str]:
+    option = f"--{name.replace('_', '-')}"
+    return [option] if value is True else [option, str(value)]
+
+
+def under_policy(subjects: Subjects, home: Path) -> AbstractContextManager[StockServer]:
+    """A server under the policy of the subjects, with an audit log and a key of an admin."""
+    policy = home / "policy.toml"
+    policy.write_text(subjects.policy)
+    return stock_server(
+        subjects.path,
+        subjects.folders,
+        home,
+        *("--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--enable-scale-out"),
+        SIDELIGHT_POLICY=str(policy),
+        SIDELIGHT_AUDIT_LOG=str(home / "audit.jsonl"),
+        SIDELIGHT_ADMIN_KEY=ADMIN,
+        VLLM_ENABLE_RESPONSES_API_STORE="1",
+        VLLM_SERVER_DEV_MODE="1",
+    )
 
 
 def thin_start(
