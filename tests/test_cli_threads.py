@@ -55,26 +55,20 @@ def test_threads_are_limited_before_torch_is_imported(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("files", "chosen", "settled"),
+    ("chosen", "settled"),
     [
-        (HALF_A_CPU, {}, ("PASSIVE", "1")),
-        ({}, {}, ("PASSIVE", None)),
+        ({}, ("PASSIVE", "1")),
         # What the user has set wins.
-        (
-            HALF_A_CPU,
-            {"OMP_WAIT_POLICY": "ACTIVE", "OMP_NUM_THREADS": "2"},
-            ("ACTIVE", "2"),
-        ),
+        ({"OMP_WAIT_POLICY": "ACTIVE", "OMP_NUM_THREADS": "2"}, ("ACTIVE", "2")),
     ],
 )
 def test_threads_sleep_while_they_wait_and_keep_to_the_quota(
     tmp_path: Path,
-    files: dict[str, str],
     chosen: dict[str, str],
-    settled: tuple[str, str | None],
+    settled: tuple[str, str],
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setattr(threads, "ROOT", put(tmp_path, files))
+    monkeypatch.setattr(threads, "ROOT", put(tmp_path, HALF_A_CPU))
     monkeypatch.setattr(os, "environ", dict(chosen))
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     limit_threads()

@@ -3,10 +3,8 @@
 ``page_at`` fails if a page asks another origin or writes an error to the console.
 """
 
-import os
 import re
 from contextlib import contextmanager
-from pathlib import Path
 from threading import Semaphore
 
 import pytest
@@ -18,8 +16,6 @@ from sidelight.engines.transformers import TransformersEngine
 from sidelight.policy.rules import Policy, Rule, read_policy, require_policy_applies
 from sidelight.prompts import Reads
 from sidelight.server.playground import STRICT
-from sidelight.server.process import ServerProcess
-from sidelight.smollm2 import cache_root
 from sidelight.thresholds import read_curves
 from tiny import INTENT, TOPICS, tiny_backbone, untrained_probe
 
@@ -432,25 +428,3 @@ def test_no_request_leaves_the_page_or_the_reference_and_no_script_is_written_in
         page.get_by_role("button", name="Try it out").click()
         page.get_by_role("button", name="Execute").click()
         page.get_by_text('"toxicity"').first.wait_for()
-
-
-@pytest.mark.skipif(
-    "SIDELIGHT_PICTURES" not in os.environ,
-    reason="set SIDELIGHT_PICTURES=1 to draw the docs' pictures with the probes of sidelight demo",
-)
-def test_the_pictures_of_the_docs_are_of_this_page(browser):
-    pictures = Path(__file__).parents[3] / "docs" / "pictures"
-    folders = sorted((cache_root() / "demo").iterdir())
-    with ServerProcess(folders, options=["--playground"]) as server:
-        server.wait_until_ready()
-        size = {"width": 900, "height": 700}
-        with page_at(browser, f"{server.url}/playground", viewport=size) as page:
-            page.get_by_text("smollm2, 3 probes").wait_for()
-            page.get_by_role("button", name="Try a complaint").click()
-            page.keyboard.press("Enter")
-            page.get_by_text(re.compile(r"\d+ tokens")).wait_for(timeout=120_000)
-            page.get_by_role("button", name="urgency").click()
-            page.get_by_role("tabpanel").screenshot(path=pictures / "playground-chat.png")
-            choose(page, "Thresholds")
-            page.get_by_role("slider").press("ArrowLeft")
-            page.get_by_role("tabpanel").screenshot(path=pictures / "playground-thresholds.png")

@@ -1,0 +1,73 @@
+"""Draws the pictures of the playground and of the labelling page in ``docs/pictures``.
+
+    PYTHONPATH=tests:tests/matrix/browser .venv/bin/python .ci/pictures.py
+
+It needs Chromium, and the probes that ``sidelight demo`` leaves in the cache.
+"""
+
+import re
+from contextlib import closing
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from browser import chromium, page_at
+from playwright.sync_api import Browser
+
+from live import running
+from sidelight import demo
+from sidelight.backbone import load_backbone
+from sidelight.data.loading import load_examples
+from sidelight.labelling.app import server_settings
+from sidelight.labelling.file import LabelFile
+from sidelight.labelling.pool import Pool, merged
+from sidelight.labelling.queue import LabelQueue
+from sidelight.prompts import Reads
+from sidelight.server.process import ServerProcess
+from sidelight.smollm2 import cache_root
+
+PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
+
+
+def draw_playground(browser: Browser) -> None:
+    folders = sorted((cache_root() / "demo").iterdir())
+    with ServerProcess(folders, options=["--playground"]) as server:
+        server.wait_until_ready()
+        size = {"width": 900, "height": 700}
+        with page_at(browser, f"{server.url}/playground", viewport=size) as page:
+            page.get_by_text("smollm2, 3 probes").wait_for()
+            page.get_by_role("button", name="Try a complaint").click()
+            page.keyboard.press("Enter")
+            page.get_by_text(re.compile(r"\d+ tokens")).wait_for(timeout=120_000)
+            page.get_by_role("button", name="urgency").click()
+            page.get_by_role("article", name="You").get_by_role("table").wait_for()
+            page.get_by_role("tabpanel").screenshot(path=PICTURES / "playground-chat.png")
+            page.get_by_role("tab", name="Thresholds").click()
+            page.get_by_role("slider").press("ArrowLeft")
+            page.get_by_role("tabpanel").screenshot(path=PICTURES / "playground-thresholds.png")
+
+
+def draw_labelling(browser: Browser, folder: Path) -> None:
+    texts = load_examples(Path(demo.__file__).parent / "data" / "urgency_train.jsonl")
+    examples, _ = merged(texts, None)
+    reads = Reads(scope="conversation")
+    pool = Pool(load_backbone("smollm2"), examples, texts.task, reads=reads, root=folder / "cache")
+    with closing(LabelFile(folder / "labels.jsonl")) as file:
+        queue = LabelQueue(pool, file, column="label", labelled={}, folder=folder / "probe")
+        for count in (60, 20):
+            for _ in range(count):
+                row = queue.next()
+                queue.label(row, texts.label_names()[row])
+            queue.train()
+        size = {"width": 900, "height": 900}
+        with (
+            running(server_settings(queue, "token")) as address,
+            page_at(browser, f"{address}/#token", viewport=size) as page,
+        ):
+            page.get_by_text("least certain first").wait_for()
+            page.screenshot(path=PICTURES / "label.png", full_page=True)
+
+
+if __name__ == "__main__":
+    with chromium() as browser, TemporaryDirectory() as folder:
+        draw_playground(browser)
+        draw_labelling(browser, Path(folder))
