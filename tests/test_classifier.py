@@ -316,15 +316,18 @@ def test_what_cannot_be_trained_on_is_one_clear_error(tiny, data, options, remed
         train(tiny, data, **options)
 
 
-def test_options_that_train_nothing_are_refused_before_the_model_is_loaded():
+def test_options_that_train_nothing_are_refused_before_the_model_is_loaded(tiny):
     for options, named in (({"seeds": -1}, "no seed"), ({"mechanism": "gat"}, "'gate'")):
         with pytest.raises(SidelightError, match=named):
             train("no-such-model", GOOD, **options)
     with pytest.raises(SidelightError, match="give None"):
         FitOptions(mechanisms=())
+    options = options_of("gate", reads=Reads("response"))
+    with pytest.raises(SidelightError, match=r"\(response\), first Given rows, row 1\."):
+        fit(tiny, load_examples(GOOD), None, name="p", options=options)
 
 
-def test_examples_that_a_classifier_cannot_be_measured_on_are_one_clear_error(classifier):
+def test_what_a_classifier_cannot_be_asked_or_loaded_on_is_one_clear_error(classifier, tmp_path):
     with pytest.raises(SidelightError, match="no labels"):
         classifier.evaluate(load_examples(GOOD, label=None))
     turned = load_examples(GOOD, positive="fine")
@@ -333,12 +336,10 @@ def test_examples_that_a_classifier_cannot_be_measured_on_are_one_clear_error(cl
         classifier.evaluate(turned)
     with pytest.raises(SidelightError, match="list"):
         classifier.predict("a text")
-
-
-def test_a_probe_of_responses_without_responses_is_one_clear_error(tiny):
-    options = options_of("gate", reads=Reads("response"))
-    with pytest.raises(SidelightError, match=r"\(response\), first Given rows, row 1\."):
-        fit(tiny, load_examples(GOOD), None, name="p", options=options)
+    other = replace(classifier.probe.fingerprint, name="other/model", weights="f" * 16)
+    moved = replace(classifier.probe, fingerprint=other)
+    with pytest.raises(SidelightError, match="other/model"):
+        load(Classifier(classifier.backbone, moved).save(tmp_path), model=classifier.backbone)
 
 
 @pytest.mark.parametrize("side", ["response", "both"])
@@ -353,11 +354,3 @@ def test_a_probe_of_responses_is_not_measured_on_prompts(tiny, tmp_path, monkeyp
         classifier.evaluate(rows)
     with pytest.raises(SidelightError, match=refusal):
         assess(folder, load_examples(data, task=classifier.probe.task))
-
-
-def test_loading_on_another_backbone_is_refused(tiny, tmp_path):
-    probe = untrained_probe(tiny, "p")
-    other = replace(probe.fingerprint, name="other/model", weights="f" * 16)
-    folder = Classifier(tiny, replace(probe, fingerprint=other)).save(tmp_path)
-    with pytest.raises(SidelightError, match="other/model"):
-        load(folder, model=tiny)

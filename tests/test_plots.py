@@ -34,12 +34,12 @@ def plot(task: Task, directory: Path, labels: np.ndarray) -> list[Path]:
     ("task", "labels"),
     [
         (BINARY, np.arange(100) % 2),
-        (BINARY, np.ones(100, int)),
         # 60 of the 90 classes never occur.
         (Task("multiclass", tuple(f"label {i}" for i in range(90))), np.arange(100) % 30),
-        (Task("multilabel", ODD_NAMES), np.arange(400).reshape(100, 4) % 3 % 2),
+        # All rows have the first label, and none the second.
+        (Task("multilabel", ODD_NAMES), np.tile([[1, 0, 0, 1], [1, 0, 1, 0]], (50, 1))),
     ],
-    ids=["binary", "one class", "many classes", "odd names"],
+    ids=["binary", "many classes", "odd names"],
 )
 def test_every_task_gets_three_plots_and_nothing_else(task, labels, tmp_path):
     drawn = plot(task, tmp_path / "new" / "folder", labels)
@@ -49,12 +49,10 @@ def test_every_task_gets_three_plots_and_nothing_else(task, labels, tmp_path):
         image = imread(path)
         assert all(500 < side < 4000 for side in image.shape[:2])
         assert image.std() > 0.01
-
-
-@pytest.mark.slow
-def test_the_same_rows_give_the_same_bytes(tmp_path):
-    first, second = (plot(BINARY, tmp_path / name, np.arange(20) % 2) for name in "ab")
-    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+    if task is BINARY:
+        # The same rows give the same bytes.
+        for one, other in zip(drawn, plot(task, tmp_path / "again", labels), strict=True):
+            assert one.read_bytes() == other.read_bytes()
 
 
 def test_wrong_rows_leave_no_folder_behind(tmp_path):

@@ -51,19 +51,15 @@ def test_a_later_training_replaces_its_own_runs_and_no_other_files(
     assert names == {"events", "web", "readout-seed5"}
     assert all(path.read_text() == "{}" for path in others)
     assert len(read_runs(tmp_path)[0]) == 1
+    # A manifest of another program is no probe's, and is not replaced.
+    assert holds_probe(tmp_path)
+    assert not holds_probe(tmp_path / RUNS)
+    with pytest.raises(SidelightError, match=r"belongs to no probe.*--out"):
+        holds_probe(tmp_path / RUNS / "web")
     # A probe that decides otherwise than its run is measured itself.
     save_probe(replace(load_probe(tmp_path), thresholds=(0.9,)), tmp_path)
     (alone,), index = read_runs(tmp_path)
     assert (alone.thresholds, index) == ((0.9,), 0)
-
-
-def test_a_manifest_of_another_program_is_not_replaced(tiny: TransformersBackbone, tmp_path: Path):
-    assert not holds_probe(tmp_path)
-    (tmp_path / MANIFEST).write_text("{}")
-    with pytest.raises(SidelightError, match=r"belongs to no probe.*--out"):
-        holds_probe(tmp_path)
-    write_fit(fit_of((probe_of(tiny), 0)), tmp_path / "own")
-    assert holds_probe(tmp_path / "own")
 
 
 def test_two_sets_of_options_of_a_mechanism_are_two_probes(

@@ -45,14 +45,11 @@ def test_a_write_makes_its_folder_and_leaves_nothing_beside(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_checking_a_folder_leaves_none(tmp_path):
+def test_checking_a_folder_leaves_none_and_refuses_one_below_a_file(tmp_path):
     (tmp_path / "old").mkdir()
     check_folder(tmp_path / "old" / "new" / "newer")
     check_folder(tmp_path / "old")
     assert list(tmp_path.rglob("*")) == [tmp_path / "old"]
-
-
-def test_a_folder_below_a_file_is_refused_before_the_work(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(SidelightError, match="Name another folder with --out"):
         check_folder(tmp_path / "file" / "folder")

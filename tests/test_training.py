@@ -116,31 +116,26 @@ def test_planted_signals_are_learned_and_told_apart(corpora, kind):
 
 
 @pytest.mark.slow
-def test_results_are_those_of_the_best_epoch(corpora):
-    # A rate so high that later epochs undo what the first ones learned.
+def test_results_are_those_of_the_best_epoch_and_patience_ends(corpora):
+    # A rate so high that later epochs undo what the first ones learned, and none at all.
     wild = replace(QUICK, learning_rate=0.3, epochs=6, patience=6)
-    for one in trained(corpora, job("gate", settings=wild), job("readout", settings=wild)):
+    still = replace(QUICK, learning_rate=0.0, weight_decay=0.0, epochs=9, patience=2)
+    jobs = [job(settings=wild), job("gate", settings=wild), job("gate", settings=still)]
+    made = trained(corpora, *jobs)
+    for one in made:
         assert one.best_epoch == 1 + int(np.argmax(one.history))
-        score = validation_score(
-            TASKS["binary"], one.logits, corpora["binary"]["validation"].labels
-        )
+        labels = corpora["binary"]["validation"].labels
+        score = validation_score(TASKS["binary"], one.logits, labels)
         # Epochs are scored in bf16, the result in float32.
         assert score == pytest.approx(one.history[one.best_epoch - 1], abs=0.02)
-
-
-def test_training_stops_when_its_patience_is_over(corpora):
-    still = replace(QUICK, learning_rate=0.0, weight_decay=0.0, epochs=9, patience=2)
-    one = trained(corpora, job("gate", settings=still))[0]
-    assert len(one.history) == 3
-    assert one.best_epoch == 1
+    assert [len(one.history) for one in made] == [6, 6, 3]
 
 
 def a_trainee(settings=QUICK):
     geometry = Geometry(2, 4, 1)
     loss = make_loss(TASKS["binary"], torch.tensor([0, 1]), balanced=False)
-    return TrainingRun(
-        job("gate", settings=settings), geometry, steps=3, loss=loss, device=torch.device("cpu")
-    )
+    own, device = job("gate", settings=settings), torch.device("cpu")
+    return TrainingRun(own, geometry, steps=3, loss=loss, device=device)
 
 
 def test_restoring_brings_back_the_best_epochs_parameters():
@@ -203,15 +198,8 @@ def test_a_balanced_loss_weighs_classes_by_their_inverse_frequency(kind, labels)
     weight = inverse_frequencies(kind, labels)
     total = weight.sum() if kind == "multiclass" else weight.numel()
     torch.testing.assert_close(balanced(logits, labels), (weight * each).sum() / total)
-
-
-@pytest.mark.parametrize(
-    ("kind", "labels"),
-    [("multiclass", [0, 1, 0, 1]), ("multilabel", [[1, 0, 0], [0, 1, 0], [0, 1, 0], [0, 0, 0]])],
-)
-def test_a_class_without_examples_does_not_break_a_balanced_loss(kind, labels):
-    labels = torch.tensor(labels)
-    assert make_loss(TASKS[kind], labels, balanced=True)(LOGITS, labels).isfinite()
+    # A class without examples does not break it.
+    assert make_loss(TASKS[kind], 0 * labels, balanced=True)(logits, 0 * labels).isfinite()
 
 
 def test_what_a_job_is_scaled_and_weighed_by_changes_what_it_learns(together):
@@ -309,10 +297,8 @@ def test_layers_weigh_the_same_beside_a_linear_mechanism(tiny, tmp_path, monkeyp
         monkeypatch.setattr(f"sidelight.training.{module}.SAMPLE_TEXTS", 50)
     split = split_of(tiny, 2 * rows("binary", 60), tmp_path)
     settings = replace(BRIEF, epochs=1, layer_weights="predictive")
-    weighted, linear = (
-        job(settings=settings, normalise=normalise),
-        job("linear", normalise=normalise),
-    )
+    weighted = job(settings=settings, normalise=normalise)
+    linear = job("linear", normalise=normalise)
     scales = [
         train_mechanisms(jobs, training=split, validation=None)[0].standardisation.scale
         for jobs in ([weighted], [weighted, linear])
@@ -339,11 +325,8 @@ def test_settings_are_fitted_to_few_texts_and_to_the_task():
 
 @pytest.mark.slow
 def test_a_job_that_diverges_leaves_its_neighbours_alone(corpora):
-    usual = BRIEF
-    jobs = [
-        Job(mechanism_spec("pooling"), 0, settings)
-        for settings in (usual, replace(usual, weight_decay=1e38), usual)
-    ]
+    diverging = job("pooling", settings=replace(BRIEF, weight_decay=1e38))
+    jobs = [job("pooling", settings=BRIEF), diverging, job("pooling", settings=BRIEF)]
     found = train_mechanisms(jobs, **corpora["binary"])
     assert [one is None for one in found] == [False, True, False]
     (alone,) = train_mechanisms(jobs[:1], **corpora["binary"])
@@ -357,12 +340,8 @@ def test_only_a_probe_of_responses_learns_from_beginnings(tiny, tmp_path, side, 
     training = training_set(tiny, tmp_path, "binary", 40, seed=0)
     training.states.reads = Reads(side)
     whole = replace(BRIEF, beginnings=False)
-    both, one = train_mechanisms(
-        [job(settings=BRIEF), job(settings=whole)],
-        training=training,
-        validation=None,
-        to_score=training,
-    )
+    jobs = [job(settings=BRIEF), job(settings=whole)]
+    both, one = train_mechanisms(jobs, training=training, validation=None, to_score=training)
     assert np.allclose(both.logits, one.logits, rtol=1e-3, atol=1e-4) != differs
 
 
@@ -379,8 +358,7 @@ def test_a_beginning_is_the_first_tokens_of_its_text():
     assert {first for first, *_ in seen} == {1}
     assert {second for _, second, _ in seen} == {1, 2}
     last = [third for *_, third in seen]
-    assert min(last) == 1
-    assert max(last) == 40
+    assert (min(last), max(last)) == (1, 40)
 
 
 def test_shards_smaller_than_a_batch_fill_it_together(tiny, tmp_path, monkeypatch):

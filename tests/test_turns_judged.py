@@ -5,7 +5,6 @@ from dataclasses import replace
 import numpy as np
 
 from engine_runs import run
-from sidelight.artifact import load_probe, save_probe
 from sidelight.bank import Bank
 from sidelight.prompts import Message, Reads
 from sidelight.states.extraction import score
@@ -14,14 +13,6 @@ from sidelight.vllm.settings import judgement_of, report_of
 from tiny import untrained_probe
 
 EACH_TURN = Reads(scope="each_turn")
-
-
-def test_the_scope_is_stored_and_old_artifacts_judge_the_whole(tiny, tmp_path):
-    probe = untrained_probe(tiny, "p", reads=EACH_TURN)
-    assert load_probe(save_probe(probe, tmp_path / "p")).reads == EACH_TURN
-    manifest = tmp_path / "p" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"scope": "each_turn"', '"side": "prompt"'))
-    assert load_probe(tmp_path / "p").reads == Reads()
 
 
 def test_an_engine_names_the_turn_that_decided_and_vllm_passes_it_on(tiny):
