@@ -90,6 +90,7 @@ def test_what_no_probe_answers_is_refused_and_the_rest_is_answered(http):
         choice("intent", "refund", "billing", "other", "more"),
         choice("intent", "refund", "refund", "other"),
         choice("topics", "violence", "sexual"),
+        choice("intent", *map(str, range(255))),
         {"type": "score", "name": "toxicity", "instructions": "?", "levels": [{"label": "low"}]},
     ]
     *refused, answered = ask(http, [*questions, predicate("toxicity")])["answers"]
@@ -99,12 +100,23 @@ def test_what_no_probe_answers_is_refused_and_the_rest_is_answered(http):
 
 
 def test_a_conversation_with_its_response_is_judged_by_response_probes(http):
-    turns = [
-        {"role": "user", "content": [{"type": "input_text", "text": TEXT}]},
-        {"type": "message", "role": "assistant", "content": "I cannot help with that."},
+    parts = [{"type": "input_text", "text": text} for text in ("one", "two")]
+    answer = {"type": "message", "role": "assistant", "content": "I cannot help with that."}
+    questions = [predicate("toxicity"), predicate("refusal")]
+    answers = [
+        ask(http, questions, [{"role": "user", "content": content}, answer])["answers"]
+        for content in (parts, "one\ntwo")
     ]
-    early, late = ask(http, [predicate("toxicity"), predicate("refusal")], turns)["answers"]
-    assert early["type"] == late["type"] == "predicate"
+    assert answers[0] == answers[1]
+    assert [answer["type"] for answer in answers[0]] == ["predicate"] * 2
+
+
+@pytest.mark.parametrize("model", ["omni-moderation-latest", "text-moderation-stable", MODEL])
+def test_openais_models_of_moderation_mean_every_probe(http, expected, model):
+    answer = http.post("/v1/moderations", json={"input": TEXT, "model": model}).json()
+    verdicts = answer["results"][0]["sidelight"]["verdicts"]
+    assert [verdict["probe"] for verdict in verdicts] == [*expected]
+    assert answer["model"] == MODEL
 
 
 @pytest.mark.parametrize(
@@ -114,6 +126,7 @@ def test_a_conversation_with_its_response_is_judged_by_response_probes(http):
         ("questions", [predicate("x")] * 401),
         ("questions", [{"type": "guess", "name": "x"}]),
         ("questions", [choice("x", "one")]),
+        ("questions", [choice("x", *map(str, range(256)))]),
         ("input", []),
         ("input", 3),
         ("input", [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]),

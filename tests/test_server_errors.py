@@ -45,7 +45,7 @@ BODIES = {
 }
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
 KEY = "sk-\u00e9-secret"
-LIMIT = 10_000
+LIMIT = 50_000
 WRONG = [0] * 500
 LONG = "x" * 5000
 
@@ -72,8 +72,8 @@ WRONG_VALUES = {
     "temperature": [-0.1, 2.1, 10**400, "warm"],
     "top_p": [0, 1.1],
     "max_tokens": [0, 1.5],
-    "max_completion_tokens": [-1],
-    "seed": [2**63, "x"],
+    "max_completion_tokens": [0],
+    "seed": [2**63, -(2**63) - 1, "x"],
     "stop": [["x"] * 17, 3],
     "stream": ["yes"],
     "stream_options": [{"include_usages": True}, {"continuous_usage_stats": True}],
@@ -88,6 +88,20 @@ def test_a_wrong_value_is_a_400_that_names_the_field(http, field):
         error = error_of(http.post(CHAT, json={**VALID, field: value}), 400)
         assert error["type"] == "invalid_request_error"
         assert field in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "values"),
+    [
+        (CHAT, {"temperature": 2, "top_p": 1, "seed": -(2**63), "stop": ["#"] * 16}),
+        (CHAT, {"max_completion_tokens": 1, "seed": 2**63 - 1, "n": 16}),
+        (TEXT, {"max_tokens": 1, "prompt": ["x"] * 16}),
+        ("/v1/decisions", {"questions": QUESTIONS * 400}),
+    ],
+)
+def test_the_outermost_values_are_taken(http, path, values):
+    answer = http.post(path, json={**BODIES[path], **values})
+    assert answer.status_code == 200, answer.text
 
 
 def test_a_wrong_prompt_is_a_400(http):
@@ -201,6 +215,8 @@ def test_what_is_not_a_json_object_is_a_400(http, path):
 @pytest.mark.parametrize("path", [CHAT, MODERATIONS])
 def test_an_unknown_model_is_a_404_and_an_unknown_probe_a_400_with_the_known_ones(http, path):
     body = BODIES[path]
+    error_of(http.post(path, json={**body, "model": "x" * 4096}), 404)
+    error_of(http.post(path, json={**body, "model": "x" * 4097}), 400)
     error = error_of(http.post(path, json={**body, "model": "tiny/lama"}), 404)
     assert error["code"] == "model_not_found"
     assert f"Did you mean '{MODEL}'?" in error["message"]
