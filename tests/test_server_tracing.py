@@ -20,12 +20,8 @@ from tiny import TOPICS, tiny_backbone, untrained_probe
 CHAT = "/v1/chat/completions"
 WORD = "canary-prompt-91bc"
 # Greedy: a drawn text may end with its first piece.
-BODY = {
-    "model": MODEL,
-    "messages": [{"role": "user", "content": WORD}],
-    "max_tokens": 4,
-    "temperature": 0,
-}
+MESSAGES = [{"role": "user", "content": WORD}]
+BODY = {"model": MODEL, "messages": MESSAGES, "max_tokens": 4, "temperature": 0}
 FLAGGING = Policy(input={"toxicity": Rule("flag", threshold=0.0)})
 BLOCKING = Policy(input={"toxicity": Rule("block", threshold=0.0)})
 
@@ -110,24 +106,21 @@ def test_checks_and_refusals_are_annotated_too(traced):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_frees_its_place_and_its_text_is_unfinished(stream):
-    """In a stream, it leaves while a piece waits to be sent: nobody works on the next one then."""
+def test_a_text_whose_client_leaves_while_a_piece_waits_to_be_sent_is_unfinished():
+    """Nobody is at work on the next piece then."""
     server = Instrumented(FLAGGING)
-    body = json.dumps({**BODY, "stream": stream, "max_tokens": 200}).encode()
+    body = json.dumps({**BODY, "stream": True, "max_tokens": 200}).encode()
     incoming = [{"type": "http.request", "body": body, "more_body": False}]
     has_left = asyncio.Event()
 
     async def receive():
         if incoming:
             return incoming.pop()
-        while not stream and not server.engine.load.running:
-            await asyncio.sleep(0)
-        await has_left.wait() if stream else has_left.set()
+        await has_left.wait()
         return {"type": "http.disconnect"}
 
     async def send(message):
-        if stream and re.search(rb'"content":"[^"]', message.get("body", b"")):
+        if re.search(rb'"content":"[^"]', message.get("body", b"")):
             has_left.set()
             await asyncio.Event().wait()
 
@@ -136,10 +129,6 @@ def test_a_client_that_leaves_frees_its_place_and_its_text_is_unfinished(stream)
         scope = {"type": "http", "method": "POST", "path": CHAT, "query_string": b""}
         async with server.app.router.lifespan_context(server.app), asyncio.timeout(60):
             await server({**scope, "headers": headers}, receive, send)
-            while server.engine.load.running or server.engine.load.waiting:
-                await asyncio.sleep(0)
 
     asyncio.run(main())
-    # The plain one is left before its prompt is judged.
-    outcome = server.attributes().get("sidelight.probe.late.outcome")
-    assert outcome == (("unfinished",) if stream else None)
+    assert server.attributes()["sidelight.probe.late.outcome"] == ("unfinished",)
