@@ -49,6 +49,14 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def without_shape_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arguments of a wrong type are answered by our own errors."""
+    import jaxtyping
+
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+@pytest.fixture
 def client(address: str) -> Iterator[OpenAI]:
     """The real client of the server at a test file's own ``address``."""
     with openai_client(address) as client:
