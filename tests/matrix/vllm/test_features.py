@@ -150,23 +150,23 @@ def test_keys_and_values_from_elsewhere_are_not_taken(model, prompts, tmp_path, 
         assert any(tmp_path.iterdir())
 
 
-def bytes_of(worker) -> tuple[int, int]:
-    """Memory of a worker's columns, and of its keys and values, which layers may share."""
-    from sidelight.vllm.worker import INSTALLED
-
-    caches = [cache.untyped_storage() for cache in worker.model_runner.kv_caches]
-    columns = INSTALLED._held.size_bytes if INSTALLED._held else 0
-    return columns, sum({one.data_ptr(): one.nbytes() for one in caches}.values())
-
-
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "Gemma3ForCausalLM"])
 def test_columns_are_taken_out_of_the_memory_for_keys_and_values(name, tmp_path, monkeypatch):
     """As much memory as without probes, with room for fewer tokens."""
+
+    def bytes_of(worker):
+        from sidelight.vllm.worker import INSTALLED
+
+        # Layers may share it.
+        caches = [cache.untyped_storage() for cache in worker.model_runner.kv_caches]
+        memory = {cache.data_ptr(): cache.nbytes() for cache in caches}
+        return INSTALLED.get().size_bytes, sum(memory.values())
+
     # The full layers are in three groups, and a block belongs to one of them.
     mostly_full = {"layer_types": [*["full_attention"] * 3, "sliding_attention"]}
     fields = mostly_full if "layer_types" in TESTED[name].fields else {}
     model = architecture_model(TESTED[name], tmp_path, **fields)
-    # For functions that are sent to a worker.
+    # For the function above.
     monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
     sizes = []
     for folders in ([], model.folders):
@@ -279,30 +279,18 @@ def test_the_real_model_gives_the_same_verdicts(tmp_path, eager):
         require_equal([reported(output) for output in run(engine, prompts)], wanted)
 
 
-def test_parity_finds_no_difference_but_rounding(model, tmp_path, capsys):
-    out = tmp_path / "parity.json"
-    data = tmp_path / "texts.jsonl"
+def test_parity_finds_no_difference_but_rounding(early, tmp_path, capsys):
+    data, out = tmp_path / "texts.jsonl", tmp_path / "parity.json"
     rows = [{"text": f"text number {i} " * (1 + i % 5)} for i in range(12)]
     data.write_text("\n".join(map(json.dumps, rows)))
-    early = [
-        folder
-        for probe, folder in zip(model.probes, model.folders, strict=False)
-        if not probe.reads.includes_response
-    ]
-    words = ["parity", *early, "--data", str(data), "--model", model.path]
+    words = ["parity", *early.folders, "--data", str(data), "--model", early.path]
     assert command(*words, "--dtype", "float32", "--out", str(out), *OPTIONS) == 0
     found = json.loads(out.read_text())
     assert "transformers - vllm" in capsys.readouterr().out
-    names = [probe.name for probe in model.probes if not probe.reads.includes_response]
-    between = {row["between"] for row in found}
-    assert between == {
-        "transformers - vllm",
-        "transformers, batch 4 - 1",
-        "transformers, batch 16 - 1",
-        "vllm, batch 4 - 1",
-        "vllm, batch 16 - 1",
-    }
-    assert [row["probe"] for row in found] == names * len(between)
+    batches = [f"{name}, batch {n} - 1" for name in ("transformers", "vllm") for n in (4, 16)]
+    between = {"transformers - vllm", *batches}
+    assert {row["between"] for row in found} == between
+    assert [row["probe"] for row in found] == [p.name for p in early.probes] * len(between)
     assert all(row["texts"] == 12 and row["flips"] == 0 for row in found)
     assert 0 < max(row["largest"] for row in found) < 1e-4
 
