@@ -1,0 +1,244 @@
+"""The page of ``sidelight label`` in a real browser."""
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+
+import pytest
+from browser import PHONE, chromium, needs_chromium, page_at, violations
+
+from commands import saved
+from live import running
+from sidelight.artifact import save_probe
+from sidelight.labelling.app import server_settings
+from sidelight.manifest import read_manifest
+from test_label_page import TOKEN, saved_labels
+from test_labelling import Sitting, texts_of
+from tiny import untrained_probe
+
+pytestmark = needs_chromium
+KEYS = {"fine": "1", "toxic": "2"}
+
+
+@pytest.fixture
+def sitting(tiny, tmp_path):
+    return Sitting(tiny, tmp_path)
+
+
+@pytest.fixture
+def address(sitting) -> Iterator[str]:
+    with running(server_settings(sitting.queue, TOKEN)) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as browser:
+        yield browser
+
+
+@contextmanager
+def opened(browser, address, count=60, **settings):
+    with page_at(browser, f"{address}/#{TOKEN}", **settings) as page:
+        page.get_by_text(f"of {count} labelled").wait_for()
+        yield page
+
+
+@pytest.fixture
+def page(browser, address):
+    with opened(browser, address) as page:
+        yield page
+
+
+def wait_for_labels(page, count):
+    page.get_by_text(f"{count} of 60 labelled,").wait_for()
+
+
+def press_truth(page, sitting):
+    """Labels the text that the page shows, by its key."""
+    shown = page.locator("#text .text").inner_text()
+    (row,) = [row for row, cells in enumerate(sitting.rows) if cells["text"] == shown]
+    done = len(sitting.queue.decided)
+    page.keyboard.press(KEYS[sitting.truth[row][0]])
+    wait_for_labels(page, done + 1)
+    return row
+
+
+def test_from_no_labels_to_a_probe_by_keys_alone(sitting, page):
+    assert page.evaluate("location.hash") == ""
+    while sitting.queue.obstacle:
+        assert page.get_by_role("button", name="Train").is_disabled()
+        press_truth(page, sitting)
+    for _ in range(10):
+        press_truth(page, sitting)
+    page.keyboard.press("t")
+    page.get_by_text("The probe is in").wait_for()
+    done = len(sitting.queue.decided)
+    page.get_by_role("row", name=f"the probe of {done} labels").wait_for()
+    page.get_by_text("Order: least certain first").wait_for()
+    for _ in range(5):
+        press_truth(page, sitting)
+    page.keyboard.press("t")
+    page.get_by_text("The 5 texts labelled since").wait_for()
+    assert len(saved_labels(sitting)) == done + 5
+    assert read_manifest(sitting.folder / "probe").task.labels == ("fine", "toxic")
+    assert violations(page) == []
+
+
+def test_keys_skip_and_undo_and_one_that_is_held_or_of_the_browser_decides_nothing_more(
+    sitting, page
+):
+    first = page.locator("#text .text").inner_text()
+    page.keyboard.press("s")
+    page.get_by_text("1 skipped").wait_for()
+    assert page.locator("#text .text").inner_text() != first
+    for _ in range(5):
+        page.keyboard.down("1")
+    page.keyboard.up("1")
+    wait_for_labels(page, 1)
+    page.keyboard.press("u")
+    wait_for_labels(page, 0)
+    page.keyboard.press("u")
+    page.get_by_text("0 skipped").wait_for()
+    assert page.locator("#text .text").inner_text() == first
+    assert page.get_by_role("button", name="Undo").is_disabled()
+    page.keyboard.press("Control+2")
+    page.get_by_role("checkbox", name="Keys").uncheck()
+    page.keyboard.press("2")
+    page.get_by_role("button", name="toxic").click()
+    wait_for_labels(page, 1)
+    assert saved_labels(sitting) == ["toxic"]
+
+
+def test_a_second_tab_that_is_late_sees_what_the_first_decided_and_one_without_a_token_nothing(
+    sitting, page, browser, address
+):
+    with opened(browser, address) as late:
+        late.expected_errors = ("409",)
+        press_truth(page, sitting)
+        late.keyboard.press("1")
+        late.get_by_text("has been labelled already").wait_for()
+        assert late.locator("#text").inner_text() == page.locator("#text").inner_text()
+        late.keyboard.press("2")
+        wait_for_labels(late, 2)
+    assert len(saved_labels(sitting)) == 2
+    with page_at(browser, address) as stranger:
+        stranger.expected_errors = ("401",)
+        stranger.get_by_text("Open the address that 'sidelight label' printed").wait_for()
+        assert stranger.locator("#sitting").is_hidden()
+
+
+def test_html_in_a_text_is_shown_as_its_letters_and_a_long_text_scrolls(tiny, tmp_path, browser):
+    sitting = Sitting(tiny, tmp_path)
+    attack = "<img src=x onerror='document.title=1'><script>document.title=2</script></div>"
+    sitting.rows = [{"text": attack}]
+    queue = sitting.begin_again().queue
+    with running(server_settings(queue, TOKEN)) as at, opened(browser, at, 1) as page:
+        assert page.locator("#text .text").inner_text() == attack
+        assert page.title() == "Sidelight: label"
+    sitting.rows = [{"text": "a very long text\n" * 200}]
+    queue = sitting.begin_again().queue
+    with (
+        running(server_settings(queue, TOKEN)) as at,
+        opened(browser, at, 1, viewport=PHONE) as page,
+    ):
+        page.get_by_text("Probes read").wait_for()
+        box = page.get_by_role("button", name="toxic").bounding_box()
+        assert 0 <= box["y"] <= PHONE["height"] - box["height"]
+        assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+        assert violations(page) == []
+
+
+def test_several_labels_are_chosen_and_saved(tiny, tmp_path, browser):
+    sitting = Sitting(tiny, tmp_path, "multilabel")
+    with (
+        running(server_settings(sitting.queue, TOKEN)) as at,
+        opened(browser, at, color_scheme="dark") as page,
+    ):
+        for key in ("1", "3", "3", "2"):
+            page.keyboard.press(key)
+        pressed = page.locator("[aria-pressed=true]")
+        assert pressed.count() == 2
+        assert violations(page) == []
+        page.keyboard.press("Enter")
+        wait_for_labels(page, 1)
+        assert pressed.count() == 0
+        page.get_by_role("button", name="Save").click()
+        wait_for_labels(page, 2)
+    assert saved_labels(sitting) == [["x", "y"], []]
+
+
+def test_another_site_can_neither_read_nor_post(sitting, browser, address, tmp_path):
+    """From a page of another origin, and from one in a frame."""
+    evil = tmp_path / "evil"
+    evil.mkdir()
+    (evil / "index.html").write_text("<title>evil</title>")
+    handler = partial(SimpleHTTPRequestHandler, directory=str(evil))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever).start()
+        port = server.server_port
+        context = browser.new_context()
+        page = context.new_page()
+        page.goto(f"http://127.0.0.1:{port}/")
+        attempts = page.evaluate(
+            """async ([address, token]) => {
+              const body = JSON.stringify({ row: 0, labels: ["fine"] });
+              const tries = [
+                ["api/state", {}],
+                ["api/label", { method: "POST", body, mode: "no-cors" }],
+                ["api/label", { method: "POST", body, headers: {
+                  "Content-Type": "application/json" } }],
+                ["api/label", { method: "POST", body, headers: {
+                  Authorization: `Bearer ${token}` } }],
+              ];
+              const said = [];
+              for (const [path, options] of tries) {
+                const answer = await fetch(`${address}/${path}`, options).catch(() => null);
+                said.push(answer ? `${answer.type} ${await answer.text()}` : "refused");
+              }
+              const frame = document.createElement("iframe");
+              frame.src = `${address}/#${token}`;
+              document.body.append(frame);
+              await new Promise((done) => { frame.onload = done; setTimeout(done, 2000); });
+              return said;
+            }""",
+            [address, TOKEN],
+        )
+        assert attempts == ["refused", "opaque ", "refused", "refused"]
+        assert "of 60 labelled" not in "".join(
+            frame.content() for frame in page.frames[1:] if not frame.is_detached()
+        )
+        context.close()
+        server.shutdown()
+    assert saved_labels(sitting) == []
+
+
+def test_the_command_from_start_to_end(tiny, tmp_path, browser):
+    """As a user starts it, with the address that it prints; no text is in what it logs."""
+    rows, _ = texts_of("binary", 60)
+    (tmp_path / "texts.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    model = ["--model", saved(tiny, tmp_path / "model"), "--cache", str(tmp_path / "cache")]
+    save_probe(untrained_probe(tiny, "one"), tmp_path / "one")
+    command = [sys.executable, "-m", "sidelight", "label", "texts.jsonl", "--probe", "one", *model]
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        said = []
+        for line in process.stdout:
+            said.append(line)
+            if line.startswith("Label at "):
+                with page_at(browser, line.split()[2]) as page:
+                    page.get_by_text("0 of 60").wait_for()
+                    page.keyboard.press("1")
+                    wait_for_labels(page, 1)
+                process.send_signal(signal.SIGINT)
+    assert process.returncode == 0, said
+    assert said[-2] == "1 texts are labelled in texts-labels.jsonl (1 of them just now).\n"
+    assert said[-1].startswith("Next: sidelight train --data texts-labels.jsonl --out ")
+    assert not any(row["text"] in line for row in rows for line in said)
