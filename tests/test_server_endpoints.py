@@ -68,11 +68,6 @@ def test_each_text_of_a_list_is_judged_by_itself_and_as_a_chat(client):
     assert together[0].category_scores.to_dict() == pytest.approx(in_chat, abs=ROUNDING)
 
 
-@pytest.mark.parametrize("text", [[], 3, [3], [["x"]], None])
-def test_a_moderation_of_nothing_is_a_400(http, text):
-    assert http.post(MODERATIONS, json={"input": text}).status_code == 400
-
-
 @pytest.mark.slow
 def test_thresholds_decide_the_flags_and_a_probe_of_responses_judges_no_prompt(tiny):
     probes = [

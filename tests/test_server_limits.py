@@ -30,7 +30,9 @@ CHAT, MODERATIONS = "/v1/chat/completions", "/v1/moderations"
 HELLO = {"role": "user", "content": "hello"}
 PART = {"type": "text", "text": "hello"}
 CALL = {"function": {"arguments": ""}}
-QUESTIONS = [{"name": "toxicity", "type": "predicate"}]
+DECISION = {"model": MODEL, "questions": [{"name": "toxicity", "type": "predicate"}]}
+GUARDRAIL, CALLS = "/beta/litellm_basic_guardrail_api", {"input_type": "request"}
+TOO_MANY, TOO_LARGE = "too_many_messages", "request_too_large"
 # Greedy: a drawn end of the text must not end what a test waits for.
 VALID = {"model": MODEL, "messages": [HELLO], "max_tokens": 2, "temperature": 0}
 BYTES, MESSAGES, TEXTS, TOKENS = 2**20, 5, 3, 60
@@ -80,51 +82,28 @@ def chat(**changed):
     return {**VALID, **changed}
 
 
-# By limit: a route, its body of a size, the largest size, and the code of what is larger.
-LIMITS = {
-    "messages": (CHAT, lambda n: chat(messages=[HELLO] * n), MESSAGES, "too_many_messages"),
+# A route, its body of a size, the largest size, and the code of what is larger. The tokens of a
+# text are those of its letters and of the template.
+LIMITS = [
+    (CHAT, lambda n: chat(messages=[HELLO] * n), MESSAGES, TOO_MANY),
     # The message counts too.
-    "parts": (
-        CHAT,
-        lambda n: chat(messages=[{"role": "user", "content": [PART] * (n - 1)}]),
-        MESSAGES,
-        "too_many_messages",
-    ),
-    "tokenised": ("/tokenize", lambda n: {"messages": [HELLO] * n}, MESSAGES, "too_many_messages"),
-    "decided": (
-        "/v1/decisions",
-        lambda n: {"model": MODEL, "input": [HELLO] * n, "questions": QUESTIONS},
-        MESSAGES,
-        "too_many_messages",
-    ),
-    "calls": (
-        "/beta/litellm_basic_guardrail_api",
-        lambda n: {"input_type": "request", "tool_calls": [CALL] * n},
-        MESSAGES,
-        "too_many_messages",
-    ),
-    "texts": (MODERATIONS, lambda n: {"input": ["x"] * n}, TEXTS, "too_many_inputs"),
-    "answers": (CHAT, lambda n: chat(n=n), TEXTS, "too_many_inputs"),
-    "tokens": (CHAT, lambda n: chat(max_tokens=n - PROMPT), TOKENS, "request_too_large"),
-    "tokens of two answers": (
-        CHAT,
-        lambda n: chat(n=2, max_tokens=n - PROMPT),
-        TOKENS // 2,
-        "request_too_large",
-    ),
-    "tokens of two texts": (
-        MODERATIONS,
-        lambda n: {"input": ["x" * (n - PROMPT + len("hello"))] * 2},
-        TOKENS // 2,
-        "request_too_large",
-    ),
-}
+    (CHAT, lambda n: chat(messages=[HELLO | {"content": [PART] * (n - 1)}]), MESSAGES, TOO_MANY),
+    ("/tokenize", lambda n: {"messages": [HELLO] * n}, MESSAGES, TOO_MANY),
+    ("/v1/decisions", lambda n: DECISION | {"input": [HELLO] * n}, MESSAGES, TOO_MANY),
+    (GUARDRAIL, lambda n: CALLS | {"tool_calls": [CALL] * n}, MESSAGES, TOO_MANY),
+    (MODERATIONS, lambda n: {"input": ["x"] * n}, TEXTS, "too_many_inputs"),
+    (CHAT, lambda n: chat(n=n), TEXTS, "too_many_inputs"),
+    (CHAT, lambda n: chat(max_tokens=n - PROMPT), TOKENS, TOO_LARGE),
+    (CHAT, lambda n: chat(n=2, max_tokens=n - PROMPT), TOKENS // 2, TOO_LARGE),
+    (MODERATIONS, lambda n: {"input": ["x" * (n - PROMPT + 5)] * 2}, TOKENS // 2, TOO_LARGE),
+]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("limit", LIMITS)
-def test_a_request_within_a_limit_is_answered_and_one_beyond_it_refused(http, limit):
-    path, body, most, code = LIMITS[limit]
+@pytest.mark.parametrize(("path", "body", "most", "code"), LIMITS)
+def test_a_request_within_a_limit_is_answered_and_one_beyond_it_refused(
+    http, path, body, most, code
+):
     assert post(http, path, body(most)).status_code == 200
     assert error_of(post(http, path, body(most + 1))) == (400, code)
 
