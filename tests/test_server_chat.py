@@ -3,7 +3,6 @@
 import copy
 import json
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from openai import BadRequestError
@@ -135,28 +134,6 @@ def test_each_of_several_texts_has_the_next_seed_and_verdicts_of_its_own(client)
     assert several.usage.prompt_tokens == last.usage.prompt_tokens
     assert several.usage.completion_tokens > last.usage.completion_tokens
     assert names(several.model_extra["sidelight"]["verdicts"]) == [*EARLY, *["late"] * 3]
-
-
-@pytest.mark.slow
-def test_requests_at_once_get_their_own_verdicts(client):
-    texts = [f"{'word ' * (i % 3)}{i}" for i in range(8)]
-
-    def verdicts(text):
-        request = {**GREEDY, "messages": [{"role": "user", "content": text}]}
-        answer = client.chat.completions.create(**request)
-        scores = [
-            p
-            for v in answer.model_extra["sidelight"]["verdicts"]
-            for p in v["probabilities"].values()
-        ]
-        return texts_of(answer), scores
-
-    with ThreadPoolExecutor(8) as pool:
-        together = list(pool.map(verdicts, texts))
-    for text, (content, scores) in zip(texts, together, strict=True):
-        expected_content, expected_scores = verdicts(text)
-        assert content == expected_content
-        assert scores == pytest.approx(expected_scores, abs=ROUNDING)
 
 
 @pytest.mark.slow
