@@ -65,9 +65,11 @@ def _tensors(probe):
 
 @pytest.mark.parametrize("mechanism", mechanism_names())
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.kind)
-def test_a_round_trip_gives_identical_logits(tiny, tmp_path, mechanism, task):
+def test_a_round_trip_gives_identical_logits_and_a_frozen_probe(tiny, tmp_path, mechanism, task):
     probe = probe_of(tiny, mechanism=mechanism, task=task)
     loaded = load_probe(save_probe(probe, tmp_path / "a" / "b"))
+    assert not loaded.mechanism.training
+    assert not any(parameter.requires_grad for parameter in loaded.mechanism.parameters())
     prompts = [tiny.encoder.encode([Message("user", text)]) for text in ("hi", "a longer text")]
     before, after = (score(tiny, Bank([one]), prompts)[0] for one in (probe, loaded))
     np.testing.assert_array_equal(before, after)
@@ -95,31 +97,24 @@ def test_a_round_trip_keeps_everything_that_is_not_a_tensor(tiny, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("is_normalised", "said"), [(True, "divided by their root"), (False, "of any norm")]
+    ("is_normalised", "says"), [(True, "divided by their root"), (False, "of any norm")]
 )
-def test_an_artifact_says_whether_its_states_are_bounded(tiny, tmp_path, is_normalised, said):
+def test_an_artifact_says_whether_its_states_are_bounded(tiny, tmp_path, is_normalised, says):
     probe = replace(probe_of(tiny), record={})
     scaling = replace(probe.standardisation, is_normalised=is_normalised)
     save_probe(replace(probe, standardisation=scaling), tmp_path)
-    assert summary(read_manifest(tmp_path))["states"].startswith(said)
-    manifest = tmp_path / "manifest.json"
-    old = {k: v for k, v in json.loads(manifest.read_text()).items() if k != "is_normalised"}
-    manifest.write_text(json.dumps(old))
-    assert summary(read_manifest(tmp_path))["states"].startswith("of any norm")
+    assert summary(read_manifest(tmp_path))["states"].startswith(says)
 
 
 SCORES = np.array([[0.1], [0.2], [0.8], [0.9]])
 
 
-def test_an_artifact_tells_what_its_threshold_flags_and_an_older_one_loads_without(tiny, tmp_path):
+def test_an_artifact_tells_what_its_threshold_flags(tiny, tmp_path):
     described = describe_scores(TOXICITY, SCORES, np.array([0, 1, 0, 1]))
     record = {"validation": described, "threshold_rule": "recall=0.9"}
     save_probe(replace(probe_of(tiny), record=record, thresholds=(0.5,)), tmp_path)
     told = summary(read_manifest(tmp_path))["flagging"]
     assert told == "1 of 2 'toxic' and 1 of 2 others, of left-out texts (--threshold recall=0.9)"
-    rewritten(tmp_path, record={"validation": {"scores": described["scores"]}})
-    assert "flagging" not in summary(read_manifest(tmp_path))
-    assert load_probe(tmp_path).thresholds == (0.5,)
 
 
 @pytest.mark.parametrize(
@@ -136,12 +131,6 @@ def test_a_damaged_curve_is_one_clear_error(tiny, tmp_path, curves):
         load_probe(tmp_path)
 
 
-def test_a_loaded_probe_is_frozen(saved):
-    mechanism = load_probe(saved).mechanism
-    assert not mechanism.training
-    assert not any(parameter.requires_grad for parameter in mechanism.parameters())
-
-
 def test_saving_leaves_other_files_alone_and_no_scraps(tiny, tmp_path):
     (tmp_path / "README.md").write_text("mine")
     save_probe(probe_of(tiny), tmp_path)
@@ -151,30 +140,19 @@ def test_saving_leaves_other_files_alone_and_no_scraps(tiny, tmp_path):
 
 
 def test_another_backbone_is_refused_and_both_are_named(tiny, tmp_path):
+    # Weights of the right shape for what the manifest says, so only the fingerprint is wrong.
     other = replace(
         tiny.fingerprint,
         name="Llama-3.2-3B",
         weights="0" * 16,
         config="1" * 16,
         loaded_config="2" * 16,
-        layers=29,
     )
-    probe = replace(probe_of(tiny), fingerprint=other)
-    # Weights of the right shape for what the manifest says, so only the fingerprint is wrong.
-    trained_on = replace(other, layers=4)
-    folder = save_probe(replace(probe, fingerprint=trained_on), tmp_path)
-    with pytest.raises(FingerprintMismatchError) as caught:
+    folder = save_probe(replace(probe_of(tiny), fingerprint=other), tmp_path)
+    with pytest.raises(FingerprintMismatchError, match=r"differ in config, weights\.") as caught:
         load(folder, model=tiny)
-    message = str(caught.value)
-    for named in (
-        "'toxicity'",
-        "Llama-3.2-3B",
-        trained_on.digest,
-        tiny.name,
-        tiny.fingerprint.digest,
-    ):
-        assert named in message
-    assert "differ in config, weights." in message
+    for named in ("'toxicity'", other.name, other.digest, tiny.name, tiny.fingerprint.digest):
+        assert named in str(caught.value)
 
 
 def rewritten(folder, **fields):
@@ -182,79 +160,67 @@ def rewritten(folder, **fields):
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
-def truncate(folder):
-    path = folder / WEIGHTS
+def edited(damage, *, hashed=True):
+    """Weights damaged by someone who also corrects the hash, or not."""
+
+    def damaged(folder):
+        damage(folder / WEIGHTS)
+        if hashed:
+            rewritten(folder, weights_sha256=artifact._sha256(folder / WEIGHTS))
+
+    return damaged
+
+
+def truncate(path):
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def garble(folder):
-    path = folder / WEIGHTS
+def garble(path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 0xFF
     path.write_bytes(bytes(content))
 
 
-def swap(folder):
+def swap(path):
     """The weights of another artifact."""
-    path = folder / WEIGHTS
-    tensors = load_file(path)
-    save_file({key: value + 1 for key, value in tensors.items()}, path)
+    save_file({key: value + 1 for key, value in load_file(path).items()}, path)
 
 
-def with_own_hash(damage):
-    """The same damage by someone who also corrects the hash."""
+def with_tensor(name, *shape):
+    """Another tensor of that name, or none."""
 
-    def damaged(folder):
-        damage(folder)
-        rewritten(folder, weights_sha256=artifact._sha256(folder / WEIGHTS))
+    def damage(path):
+        tensors = load_file(path)
+        tensors.pop(name, None)
+        save_file(tensors | ({name: torch.zeros(shape)} if shape else {}), path)
 
-    return damaged
-
-
-def drop_a_tensor(folder):
-    tensors = load_file(folder / WEIGHTS)
-    tensors.pop("mean")
-    save_file(tensors, folder / WEIGHTS)
+    return damage
 
 
-def reshape_a_tensor(folder):
-    tensors = load_file(folder / WEIGHTS)
-    tensors["mechanism.bias"] = torch.zeros(7)
-    save_file(tensors, folder / WEIGHTS)
-
-
-def add_a_tensor(folder):
-    tensors = load_file(folder / WEIGHTS)
-    save_file({**tensors, "mechanism.extra": torch.zeros(1)}, folder / WEIGHTS)
-
-
-def reshape_the_scaling(folder):
-    tensors = load_file(folder / WEIGHTS)
-    save_file({**tensors, "mean": torch.zeros(2, 5)}, folder / WEIGHTS)
+def wrote(content):
+    return lambda folder: (folder / MANIFEST).write_bytes(content)
 
 
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (truncate, "is not the file that manifest.json was written with"),
-        (garble, "is not the file that"),
-        (swap, "is not the file that"),
-        (with_own_hash(truncate), "is damaged"),
-        (with_own_hash(drop_a_tensor), "is damaged.*mean"),
-        (with_own_hash(reshape_a_tensor), "is damaged.*bias"),
-        (with_own_hash(add_a_tensor), "is damaged.*extra"),
-        (with_own_hash(reshape_the_scaling), "is damaged"),
+        (edited(truncate, hashed=False), "is not the file that manifest.json was written with"),
+        (edited(garble, hashed=False), "is not the file that"),
+        (edited(swap, hashed=False), "is not the file that"),
+        (edited(truncate), "is damaged"),
+        (edited(with_tensor("mean")), "is damaged.*mean"),
+        (edited(with_tensor("mechanism.bias", 7)), "is damaged.*bias"),
+        (edited(with_tensor("mechanism.extra", 1)), "is damaged.*extra"),
+        (edited(with_tensor("mean", 2, 5)), "is damaged"),
         (lambda folder: (folder / WEIGHTS).unlink(), "Cannot read .*probe.safetensors"),
         (lambda folder: (folder / MANIFEST).unlink(), "holds no probe .manifest.json is missing"),
-        (lambda folder: (folder / MANIFEST).write_text("{not json"), "Cannot read .*manifest"),
-        (lambda folder: (folder / MANIFEST).write_bytes(b"\xff\xfe\x00"), "Cannot read .*manifest"),
-        (lambda folder: (folder / MANIFEST).write_text("[]"), "has format None"),
-        (lambda folder: (folder / MANIFEST).write_text("{}"), "has format None"),
+        (wrote(b"{not json"), "Cannot read .*manifest"),
+        (wrote(b"\xff\xfe\x00"), "Cannot read .*manifest"),
+        (wrote(b"[]"), "has format None"),
         (lambda folder: rewritten(folder, format=2), "has format 2, but this .* reads format 1"),
-        (lambda folder: rewritten(folder, format="1"), "has format '1'"),
         (lambda folder: rewritten(folder, mechanism={"name": "gat", "options": {}}), "'gate'"),
     ],
-)  # fmt: skip
+)
 def test_a_damaged_artifact_is_one_clear_error(saved, damage, says):
     damage(saved)
     with pytest.raises(SidelightError, match=says) as caught:
@@ -284,7 +250,7 @@ MEANINGFUL = ("record", "weights_sha256", "format", "name")
 
 @pytest.mark.slow
 @settings(
-    max_examples=250,
+    max_examples=60,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
@@ -334,57 +300,34 @@ class Killed(BaseException):
     """Stands for SIGKILL: nothing of the program runs after it."""
 
 
-def steps_until_saved(probe, folder, monkeypatch, *, dies_before):
+def save_and_die(probe, folder, monkeypatch, *, dies_before):
     """Saves, but dies before the n-th change of the artifact's own folder."""
-    count = 0
+    changes = 0
 
     def replace_or_die(source, target):
-        nonlocal count
-        count += 1
-        if count == dies_before:
+        nonlocal changes
+        changes += 1
+        if changes == dies_before:
             raise Killed
         os.rename(source, target)
 
-    monkeypatch.setattr(artifact.os, "replace", replace_or_die)
-    try:
-        save_probe(probe, folder)
-    except Killed:
-        pass
-    finally:
-        monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(artifact.os, "replace", replace_or_die)
+        with pytest.raises(Killed):
+            save_probe(probe, folder)
 
 
-@pytest.mark.parametrize(
-    "dies_before",
-    [
-        1,
-        2,
-    ],
-)
-def test_a_save_killed_half_way_leaves_the_old_artifact(tiny, saved, monkeypatch, dies_before):
+@pytest.mark.parametrize("deaths", [[1], [2], [1, 2], [2, 1], [2, 2, 2]])
+def test_saves_killed_half_way_leave_the_old_artifact(tiny, saved, monkeypatch, deaths):
     old = load_probe(saved)
-    steps_until_saved(
-        probe_of(tiny, mechanism="gate", name="new"), saved, monkeypatch, dies_before=dies_before
-    )
+    for number, death in enumerate(deaths):
+        new = probe_of(tiny, mechanism="gate", name=f"new-{number}")
+        save_and_die(new, saved, monkeypatch, dies_before=death)
     (saved / ".saving-left-over").mkdir()
     loaded = load_probe(saved)
     assert loaded.name == old.name == "toxicity"
-    for key, value in old.mechanism.state_dict().items():
-        assert torch.equal(value, loaded.mechanism.state_dict()[key])
-
-
-@pytest.mark.parametrize("dies_before", [[1, 2], [2, 1], [2, 2], [2, 2, 2]])
-def test_saves_killed_one_after_the_other_leave_the_old_artifact(
-    tiny, saved, monkeypatch, dies_before
-):
-    old = load_probe(saved)
-    for number, death in enumerate(dies_before):
-        new = probe_of(tiny, name=f"new-{number}")
-        steps_until_saved(new, saved, monkeypatch, dies_before=death)
-    loaded = load_probe(saved)
-    assert loaded.name == old.name == "toxicity"
-    for key, value in old.mechanism.state_dict().items():
-        assert torch.equal(value, loaded.mechanism.state_dict()[key])
+    assert all(map(torch.equal, _tensors(loaded), _tensors(old)))
+    (saved / ".saving-left-over").rmdir()
     save_probe(probe_of(tiny, name="last"), saved)
     assert load_probe(saved).name == "last"
     assert {path.name for path in saved.iterdir()} == {MANIFEST, WEIGHTS}
