@@ -43,12 +43,12 @@ def found(*answers):
         ({"id": "a"}, "answers that share an id"),
     ],
 )
-def test_each_fault_of_an_answer_is_found_and_a_sound_one_has_none(answer, fault):
-    assert found(SOUND, replace(SOUND, id="b"), BLOCKED) == {}
+def test_each_fault_of_an_answer_is_found(answer, fault):
     assert found(SOUND, replace(SOUND, **{"id": "b", **answer})) == {fault: 1}
 
 
-def test_faults_of_refusals_are_found():
+def test_faults_of_refusals_are_found_and_sound_answers_have_none():
+    assert found(SOUND, replace(SOUND, id="b"), BLOCKED) == {}
     assert found(SOUND, replace(BLOCKED, ticket=TICKET)) == {"others that were blocked": 1}
     assert found(SOUND, replace(BLOCKED, ending="APITimeoutError")) == {"failed requests": 1}
 
@@ -80,9 +80,7 @@ def test_what_probes_add_is_paired_with_the_same_round_without_them():
         assert one["probes"] == "one"
         found = (one["added"], one["low"], one["high"])
         assert found == pytest.approx((share - 1,) * 3)
-
-
-def test_the_interval_of_a_cost_covers_the_rounds():
+    # The interval covers the rounds.
     without = [[1.0] * 6] * 4
     (first, *_) = costs_of({"one": [[1.0] * 6, [1.2] * 6] * 2, NOTHING: without})
     assert first["added"] == pytest.approx(0.1)

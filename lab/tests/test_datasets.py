@@ -41,66 +41,65 @@ def made(split: str, text: str, /, **cells: Sequence[object]) -> Rows:
     ]
 
 
-def toxicchat() -> MadeUp:
-    cells = {"toxicity": [0, 1], "human_annotation": [True, True, False]}
-    name, config, splits = "lmsys/toxic-chat", "toxicchat0124", ("train", "test")
+def made_up(
+    folder: str,
+    source: str,
+    task: Task,
+    *,
+    splits: Sequence[str] = ("train", "test"),
+    texts: tuple[str, str] = ("text", "text"),
+    class_names: tuple[str, ...] = (),
+    **cells: Sequence[object],
+) -> MadeUp:
+    """``source`` is the hub's name and configuration; ``texts`` the column here and there."""
+    name, _, config = source.partition(":")
     return MadeUp(
-        "toxicchat0124",
-        {split: made(split, "text", **cells) for split in splits},
-        {(name, config, split): made(split, "user_input", **cells) for split in splits},
-        Task("binary", ("0", "1")),
-    )
-
-
-def sst2() -> MadeUp:
-    name, splits = "stanfordnlp/sst2", ("train_sentences", "validation", "test")
-    return MadeUp(
-        "sst2",
-        {split: made(split, "text", label=[1, 0]) for split in splits},
+        folder,
+        {split: made(split, texts[0], **cells) for split in splits},
         {
-            (name, None, "train"): made("train", "sentence", label=[1, 0]),
-            (name, None, "validation"): made("validation", "sentence", label=[1, 0]),
-            (name, None, "test"): made("test", "sentence", label=[-1]),
+            (name, config.format(split=split) or None, split): made(split, texts[1], **cells)
+            for split in splits
         },
-        Task("binary", ("0", "1")),
-        ("negative", "positive"),
+        task,
+        class_names,
     )
 
 
-def emotion() -> MadeUp:
-    name, splits, numbers = "dair-ai/emotion", ("train", "validation", "test"), range(6)
-    return MadeUp(
-        "emotion",
-        {split: made(split, "text", label=numbers, label_name=EMOTIONS) for split in splits},
-        {(name, "split", split): made(split, "text", label=numbers) for split in splits},
-        Task("multiclass", tuple(sorted(EMOTIONS))),
-        EMOTIONS,
-    )
-
-
-def imdb() -> MadeUp:
-    local = {split: made(split, "text", label=[0, 1]) for split in ("train", "test")}
-    hub = {("stanfordnlp/imdb", None, split): local[split] for split in local}
-    return MadeUp("imdb", local, hub, Task("binary", ("0", "1")), ("neg", "pos"))
-
-
-def wildguardmix() -> MadeUp:
-    labels, name = ["harmful", "unharmful", "harmful", None], "allenai/wildguardmix"
-    local = {
-        split: made(split, "prompt", prompt_harm_label=labels, adversarial=[True, True, False])
-        for split in ("train", "test")
-    }
-    hub = {(name, f"wildguard{split}", split): local[split] for split in local}
-    return MadeUp("wildguardmix", local, hub, Task("binary", ("unharmful", "harmful")))
-
-
+BINARY = Task("binary", ("0", "1"))
+SST2 = "stanfordnlp/sst2"
 MADE_UP = {
-    "toxicchat": toxicchat(),
-    "sst2": sst2(),
-    "emotion": emotion(),
-    "imdb": imdb(),
-    "wildguardmix": wildguardmix(),
-}
+    "toxicchat": made_up(
+        "toxicchat0124", "lmsys/toxic-chat:toxicchat0124", BINARY, texts=("text", "user_input"),
+        toxicity=[0, 1], human_annotation=[True, True, False],
+    ),
+    "sst2": MadeUp(
+        "sst2",
+        {
+            split: made(split, "text", label=[1, 0])
+            for split in ("train_sentences", "validation", "test")
+        },
+        {
+            (SST2, None, split): made(split, "sentence", label=labels)
+            for split, labels in {"train": [1, 0], "validation": [1, 0], "test": [-1]}.items()
+        },
+        BINARY,
+        ("negative", "positive"),
+    ),
+    "emotion": made_up(
+        "emotion", "dair-ai/emotion:split", Task("multiclass", tuple(sorted(EMOTIONS))),
+        splits=("train", "validation", "test"), class_names=EMOTIONS, label=range(6),
+        label_name=EMOTIONS,
+    ),
+    "imdb": made_up(
+        "imdb", "stanfordnlp/imdb", BINARY, class_names=("neg", "pos"), label=[0, 1]
+    ),
+    "wildguardmix": made_up(
+        "wildguardmix", "allenai/wildguardmix:wildguard{split}",
+        Task("binary", ("unharmful", "harmful")), texts=("prompt", "prompt"),
+        prompt_harm_label=["harmful", "unharmful", "harmful", None],
+        adversarial=[True, True, False],
+    ),
+}  # fmt: skip
 
 
 def write_set(root: Path, name: str, *, ending: str = ".jsonl", **changed: Rows) -> Path:
@@ -130,7 +129,7 @@ def test_every_known_set_has_made_up_rows_here():
 
 
 @pytest.mark.parametrize("name", MADE_UP)
-def test_every_local_format_and_the_hub_give_the_same_set(name: str, tmp_path: Path, hub: None):
+def test_every_local_format_and_the_hub_give_the_same_set(name, tmp_path, hub):
     write_set(tmp_path / "lines", name)
     lines = load_data_set(name, root=tmp_path / "lines")
     others = {}
@@ -162,9 +161,7 @@ def test_hidden_test_labels_make_the_validation_split_the_test():
     assert any("GLUE hides the labels" in note for note in loaded.notes)
 
 
-def test_a_folder_under_the_variable_comes_before_the_hub(
-    hub: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_folder_under_the_variable_comes_before_the_hub(hub, tmp_path, monkeypatch):
     own = [{**row, "text": f"own {row['text']}"} for row in MADE_UP["imdb"].local["test"]]
     write_set(tmp_path, "imdb", test=own)
     assert load_data_set("imdb").test.items[0].text == "own test text 0"
@@ -173,7 +170,7 @@ def test_a_folder_under_the_variable_comes_before_the_hub(
         load_data_set("imdb")
 
 
-def test_validation_is_the_official_split_or_a_share_of_training(tmp_path: Path):
+def test_validation_is_the_official_split_or_a_share_of_training(tmp_path):
     write_set(tmp_path, "emotion")
     official = load_data_set("emotion", root=tmp_path)
     assert [len(getattr(official, part)) for part in PARTS] == [20, 20, 20]
@@ -188,15 +185,7 @@ def test_validation_is_the_official_split_or_a_share_of_training(tmp_path: Path)
     assert "There is no validation split: 30 % of the training rows are held out." in shared.notes
 
 
-def test_a_file_may_have_the_columns_of_the_hub(tmp_path: Path):
-    remote = MADE_UP["toxicchat"].hub
-    write_set(tmp_path, "toxicchat", train=remote["lmsys/toxic-chat", "toxicchat0124", "train"])
-    loaded = load_data_set("toxicchat", root=tmp_path)
-    assert {item.text for item in loaded.training.items} <= {f"train text {n}" for n in range(20)}
-    assert loaded.test.items[0].text == "test text 0"
-
-
-def test_rows_without_a_label_are_counted_and_left_out(tmp_path: Path):
+def test_rows_without_a_label_are_counted_and_left_out(tmp_path):
     write_set(tmp_path, "wildguardmix")
     loaded = load_data_set("wildguardmix", root=tmp_path)
     assert len(loaded.test) == 15
@@ -213,7 +202,7 @@ def test_rows_without_a_label_are_counted_and_left_out(tmp_path: Path):
         ("wildguardmix", "adversarial", {"adversarial": True, "vanilla": False}),
     ],
 )
-def test_subsets_are_positions_of_test_rows(name: str, column: str, subsets, tmp_path: Path):
+def test_subsets_are_positions_of_test_rows(name, column, subsets, tmp_path):
     write_set(tmp_path, name)
     loaded = load_data_set(name, root=tmp_path)
     assert loaded.subsets.keys() == subsets.keys()
@@ -222,7 +211,7 @@ def test_subsets_are_positions_of_test_rows(name: str, column: str, subsets, tmp
         assert len(loaded.subsets[subset]) == loaded.test.column(column).count(value)
 
 
-def test_an_absent_subset_is_noted_and_a_malformed_one_refused(tmp_path: Path):
+def test_an_absent_subset_is_noted_and_a_malformed_one_refused(tmp_path):
     plain = made("test", "text", toxicity=[0, 1])
     folder = write_set(tmp_path, "toxicchat", test=plain)
     loaded = load_data_set("toxicchat", root=tmp_path)
@@ -243,7 +232,7 @@ def test_an_absent_subset_is_noted_and_a_malformed_one_refused(tmp_path: Path):
     ],
 )
 def test_a_partial_split_is_told_by_its_count_and_by_the_kind_of_rows_that_is_missing(
-    rows: int, human: list[bool], said: list[str], tmp_path, monkeypatch
+    rows, human, said, tmp_path, monkeypatch
 ):
     small = replace(PUBLISHED["toxicchat"].local, training=Part("train", 20), test=Part("test", 20))
     monkeypatch.setattr(datasets, "_TOXICCHAT", small)
@@ -255,16 +244,18 @@ def test_a_partial_split_is_told_by_its_count_and_by_the_kind_of_rows_that_is_mi
     assert all(part in note for part, note in zip(said, notes, strict=True))
 
 
-def test_test_texts_that_training_has_are_counted(tmp_path: Path):
-    test = [*MADE_UP["imdb"].local["test"], {"text": " TRAIN  text 3", "label": 1}]
-    write_set(tmp_path, "imdb", test=test)
-    notes = load_data_set("imdb", root=tmp_path).notes
-    assert "1 of 21 test texts are among the training texts too." in notes
-
-
-def test_what_cannot_be_read_is_refused_with_its_place_and_remedy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_test_texts_that_training_has_are_counted_though_a_file_has_the_columns_of_the_hub(
+    tmp_path,
 ):
+    remote = MADE_UP["toxicchat"].hub["lmsys/toxic-chat", "toxicchat0124", "train"]
+    test = [*MADE_UP["toxicchat"].local["test"], {"text": " TRAIN  text 3", "toxicity": 1}]
+    write_set(tmp_path, "toxicchat", train=remote, test=test)
+    loaded = load_data_set("toxicchat", root=tmp_path)
+    assert {item.text for item in loaded.training.items} <= {f"train text {n}" for n in range(20)}
+    assert "1 of 21 test texts are among the training texts too." in loaded.notes
+
+
+def test_what_cannot_be_read_is_refused_with_its_place_and_remedy(tmp_path, monkeypatch):
     def refused(name: str, says: str, root: Path | None = tmp_path) -> None:
         with pytest.raises(SidelightError, match=says):
             load_data_set(name, root=root)
@@ -284,7 +275,7 @@ def test_what_cannot_be_read_is_refused_with_its_place_and_remedy(
     refused("sst2", r"set SIDELIGHT_DATA to .*pip install 'sidelight\[datasets\]", None)
 
 
-def test_any_files_make_a_data_set(tmp_path: Path):
+def test_any_files_make_a_data_set(tmp_path):
     cells = {"urgent": ["no", "yes"], "hard": ["yes", "no", "no"]}
     train, held_out, test = (
         write(tmp_path / f"{split}.jsonl", made(split, "words", **cells))
@@ -312,9 +303,7 @@ def test_any_files_make_a_data_set(tmp_path: Path):
         ("emotion", [16000 + 2000, 2000], {}, []),
     ],
 )
-def test_the_real_sets_are_what_their_notes_say(
-    name: str, sizes: list[int], subsets: dict[str, int], partial: list[str]
-):
+def test_the_real_sets_are_what_their_notes_say(name, sizes, subsets, partial):
     if not (DATA / MADE_UP[name].folder).is_dir():
         pytest.skip(f"no {MADE_UP[name].folder} at {DATA}: set SIDELIGHT_DATA to its folder")
     loaded = load_data_set(name, root=DATA)

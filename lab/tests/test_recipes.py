@@ -1,12 +1,10 @@
 """Recipes: those of the package, and mistakes in one's own."""
 
 import re
-from pathlib import Path
 
 import pytest
 from planted_tables import TABLE, context_of, recipe
 
-from sidelight.backbone import TransformersBackbone
 from sidelight.errors import SidelightError
 from sidelight_lab.tables.recipes import (
     BaselineConfig,
@@ -35,7 +33,7 @@ def test_the_package_has_a_recipe_for_every_table():
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_recipes_of_the_package_name_what_exists(name: str):
+def test_recipes_of_the_package_name_what_exists(name):
     parsed = parse_recipe(recipe_text(name), name=name)
     assert set(parsed.ours) <= set(parsed.names())
     rows = build_rows(parsed, suggested)
@@ -50,12 +48,10 @@ def test_recipes_of_the_package_name_what_exists(name: str):
             assert "names" in row.options or name in ("own", "emotion", "fewshot-emotion")
 
 
-@pytest.mark.parametrize(
-    ("change", "complaint"),
-    [
+def test_a_mistake_in_a_recipe_is_refused():
+    for change, complaint in (
         (("metric =", "metrc ="), r"unknown key 'metrc'.* Did you mean 'metric'"),
         (("options =", "optins ="), r"unknown key 'probe.1.optins'.* Did you mean 'options'"),
-        (("seeds = 1", "seed = 1"), r"unknown key 'baseline.0.seed'.* Did you mean 'seeds'"),
         (("seeds = 2", 'seeds = "2"'), "seeds"),
         (('"auprc"', '"auprcc"'), "'metric' must be one of"),
         (('ours = ["readout"]', 'ours = ["readot"]'), "'ours' must name rows"),
@@ -67,41 +63,30 @@ def test_recipes_of_the_package_name_what_exists(name: str):
         (("seeds = 1", "seeds = 0"), "1 or more"),
         (('"comparison"', SWEEP.format("[]")), "values"),
         (('"comparison"', SWEEP.format("[2, 2]")), "differ"),
-    ],
-)
-def test_a_mistake_in_a_recipe_is_refused(change: tuple[str, str], complaint: str):
-    with pytest.raises(SidelightError, match=complaint):
-        parse_recipe(TABLE.replace(*change, 1), name="test")
-
-
-def test_a_sweep_has_no_row_that_is_ours_and_an_unknown_recipe_names_the_known_ones():
-    text = TABLE.partition("[[baseline]]")[0].replace('"comparison"', '"sensitivity"')
+    ):
+        with pytest.raises(SidelightError, match=complaint):
+            recipe(TABLE.replace(*change, 1))
+    text = TABLE.partition("[[baseline]]")[0].replace('"comparison"', SWEEP.format("[1, 2]"))
     with pytest.raises(SidelightError, match="no 'ours'"):
-        recipe(text + '[sweep]\nparameter = "epochs"\nvalues = [1, 2]\n')
+        recipe(text)
     with pytest.raises(SidelightError, match="Did you mean 'toxicchat'"):
         recipe_text("toxichat")
 
 
-@pytest.mark.parametrize(
-    ("change", "complaint"),
-    [
+def test_a_name_or_value_that_does_not_exist_is_refused_before_any_work(tiny, tmp_path):
+    closed = lambda _name: pytest.fail("data was loaded")  # noqa: E731
+    for change, complaint in (
         (('mechanism = "pooling"', 'mechanism = "poling"'), "Did you mean 'pooling'"),
         (('name = "tfidf"', 'name = "tfdf"'), "Did you mean 'tfidf'"),
         (("epochs = 2", "epoch = 2"), "Did you mean 'epochs'"),
         (("heads = 2", "head = 2"), "Did you mean 'heads'"),
-        (("epochs = 2", 'epochs = "two"'), "Setting epochs cannot be 'two'"),
         (("epochs = 2", "epochs = 2.5"), "Setting epochs cannot be 2.5"),
         (("epochs = 2", "epochs = 0"), "epochs = 0: give 1 or more"),
         (("epochs = 2", 'layer_weights = "equl"'), "Setting layer_weights cannot be 'equl'"),
         (("seeds = 1", "options = { strenght = 1.0 }"), "Did you mean 'strength'"),
         (("seeds = 1", 'options = { strength = "x" }'), "tfidf.strength cannot be 'x'"),
-    ],
-)
-def test_a_name_that_does_not_exist_is_refused_before_any_work(
-    change: tuple[str, str], complaint: str, tiny: TransformersBackbone, tmp_path: Path
-):
-    text = TABLE.replace(*change, 1)
-    closed = lambda _name: pytest.fail("data was loaded")  # noqa: E731
-    with pytest.raises(SidelightError, match=re.escape(complaint)):
-        reproduce(context_of(tiny, tmp_path, tmp_path, text=text, load=closed))
-    assert not list(tmp_path.iterdir())
+    ):
+        text = TABLE.replace(*change, 1)
+        with pytest.raises(SidelightError, match=re.escape(complaint)):
+            reproduce(context_of(tiny, tmp_path, tmp_path, text=text, load=closed))
+        assert not list(tmp_path.iterdir())
