@@ -392,7 +392,7 @@ class PolicyContract:
 
     @STREAMED
     def test_a_flagged_prompt_is_not_answered_on_any_way(self, server, subjects, streamed):
-        asked = [chat(subjects.injected), chat(subjects.injected, n=2)]
+        asked = [chat(subjects.injected), chat(subjects.injected, n=2, temperature=1)]
         for path, body in [*asked, *server.ways(subjects.injected)]:
             answer = server.post((path, {**body, "stream": streamed}))
             assert refusal(answer) == (400, "content_filter"), (path, body)
@@ -419,12 +419,6 @@ class PolicyContract:
         # One token less is harmless.
         whole = server.post(chat(subjects.passing, max_tokens=over - 1))
         assert choices(whole) == {0: (subjects.decoded(ids[: over - 1]), "length")}
-
-    @STREAMED
-    def test_each_text_of_several_is_judged_by_itself(self, server, subjects, streamed):
-        ids, reason = subjects.sent(subjects.leaking)
-        answer = server.post(chat(subjects.leaking, n=2, stream=streamed))
-        assert choices(answer) == dict.fromkeys((0, 1), (subjects.decoded(ids), reason))
 
     @STREAMED
     def test_without_a_verdict_nothing_passes(self, server, subjects, streamed):

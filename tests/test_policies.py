@@ -9,7 +9,15 @@ import pytest
 
 from in_process import in_process
 from live import MODEL
-from policy_contract import ADMIN, PolicyContract, PolicyServer, Subjects
+from policy_contract import (
+    ADMIN,
+    STREAMED,
+    PolicyContract,
+    PolicyServer,
+    Subjects,
+    chat,
+    choices,
+)
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import SidelightError
 from sidelight.policy.rules import Policy, Rule, read_policy
@@ -53,7 +61,11 @@ def server(subjects, tmp_path_factory):
 
 @pytest.mark.slow
 class TestOwnServer(PolicyContract):
-    pass
+    @STREAMED
+    def test_each_text_of_several_is_judged_by_itself(self, server, subjects, streamed):
+        ids, reason = subjects.sent(subjects.leaking)
+        answer = server.post(chat(subjects.leaking, n=2, stream=streamed))
+        assert choices(answer) == dict.fromkeys((0, 1), (subjects.decoded(ids), reason))
 
 
 @pytest.fixture(scope="module")

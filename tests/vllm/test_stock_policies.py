@@ -33,17 +33,16 @@ KEY = {"headers": {"Authorization": f"Bearer {ADMIN}"}}
 
 @pytest.fixture(scope="module")
 def server(stock, subjects):
-    def load(folders):
-        """Loads probes into the workers, which the server does not know of."""
-        body = {"method": "sidelight_load", "args": [folders]}
-        answer = httpx.post(f"{stock.address}/collective_rpc", json=body, timeout=60)
-        assert answer.json()["results"] == [None]
-
     @contextmanager
     def unjudged():
-        load(subjects.folders[::-1])
+        """Loads other probes into the workers; the server takes no verdict of theirs."""
+        body = {"method": "sidelight_load", "args": [subjects.folders[::-1]]}
+        answer = httpx.post(f"{stock.address}/collective_rpc", json=body, timeout=60)
+        assert answer.json()["results"] == [None]
         yield
-        load(subjects.folders)
+        # A reload loads all probes.
+        url = f"{stock.address}/admin/probes/injection/reload"
+        assert httpx.post(url, json={}, timeout=60, **KEY).status_code == 200
 
     def ways(text):
         return [
