@@ -1,153 +1,87 @@
-"""The table of ``docs/routes.md`` that says what each client keeps is what the clients do."""
+"""The installed ``openai`` package over our server; ``tests/matrix/clients`` has other clients."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
-from openai import ContentFilterFinishReasonError
+from openai import APIStatusError, BadRequestError, ContentFilterFinishReasonError, OpenAI
 
-from client_lanes import CLIENTS, MESSAGES, SETTINGS, Client, server_itself, word
 from live import MODEL, openai_client, served
-from sidelight.engines.base import Engine
+from sidelight.backbone import TransformersBackbone
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.policy.rules import Policy, Rule
 from sidelight.prompts import Reads
-from tiny import three_probes, tiny_backbone, untrained_probe
+from tiny import three_probes, untrained_probe
 
-# LiteLLM leaves its event loop and connections to the garbage collector.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-]
-DOCS = Path(__file__).parent.parent / "docs" / "routes.md"
-MODES = ("plain", "streamed")
+ASKED = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}]}
+SETTINGS = {"temperature": 0, "max_tokens": 8}
 # Some text is sent before the rule can hold.
-CUT = {"mode": "block", "threshold": 0.0, "warm_up": 4, "hold_back": 1}
-CUTTING = Rule(**CUT)
-HEADING = "| lane | " + " | ".join(CLIENTS) + " |"
+CUTTING = Rule("block", threshold=0.0, warm_up=4, hold_back=1)
 
 
-def documented() -> dict[str, dict[str, str]]:
-    """The table's words, by client and lane."""
-    rows = DOCS.read_text().split(HEADING)[1].split("\n\n")[0].strip().splitlines()[1:]
-    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
-    return {
-        name: {row[0]: row[place] for row in cells} for place, name in enumerate(CLIENTS, start=1)
-    }
+@pytest.fixture(scope="module")
+def address(tiny: TransformersBackbone) -> Iterator[str]:
+    late = untrained_probe(tiny, "late", reads=Reads("response"))
+    with served(TransformersEngine(tiny, [*three_probes(tiny), late])) as address:
+        yield address
 
 
-@dataclass(frozen=True)
-class Servers:
-    """Live servers of one engine.
-
-    Attributes:
-        scoring: No policy.
-        blocking: Every prompt is blocked.
-        cutting: Every response is cut while it is written.
-        has_deltas: Whether verdicts are also in the deltas of a stream.
-    """
-
-    scoring: str
-    blocking: str
-    cutting: str
-    has_deltas: bool = True
+def test_openais_client_types_the_verdicts_of_an_answer_and_of_a_moderation(client: OpenAI):
+    raw = client.chat.completions.with_raw_response.create(**ASKED, **SETTINGS)
+    answer = raw.parse()
+    assert answer.choices[0].message.content
+    assert answer.moderation is not None
+    verdicts = answer.model_extra["sidelight"]["verdicts"]
+    assert "toxicity" in raw.headers["x-sidelight-verdicts"]
+    moderation = client.moderations.create(input="hello").results[0]
+    (toxicity,) = [v for v in verdicts if v["probe"] == "toxicity"]
+    (score,) = [s for name, s in moderation.category_scores if name.startswith("toxicity")]
+    assert score == pytest.approx(toxicity["probabilities"]["toxic"], abs=1e-4)
 
 
-def transformers_engine() -> Engine:
-    """The transformers engine with probes of both sides."""
-    backbone = tiny_backbone()
-    late = untrained_probe(backbone, "late", reads=Reads("response"))
-    return TransformersEngine(backbone, [*three_probes(backbone), late])
+def test_openais_stream_and_its_helper_give_the_same_text_and_verdicts(client: OpenAI):
+    whole = client.chat.completions.create(**ASKED, **SETTINGS)
+    chunks = list(client.chat.completions.create(**ASKED, **SETTINGS, stream=True))
+    text = "".join(choice.delta.content or "" for c in chunks for choice in c.choices)
+    assert text == whole.choices[0].message.content
+    typed = [chunk.moderation for chunk in chunks if chunk.moderation is not None]
+    assert typed[-1].to_dict() == whole.moderation.to_dict()
+    with client.chat.completions.stream(**ASKED, **SETTINGS) as stream:
+        list(stream)
+        message = stream.current_completion_snapshot.choices[0].message
+    assert message.content == text
+    found = [{k: v for k, v in v.items() if k != "index"} for v in message.sidelight["verdicts"]]
+    assert found == whole.model_extra["sidelight"]["verdicts"]
 
 
-# vLLM runs these tests in an environment of its own: tests/vllm/test_clients_over_vllm.py.
-ENGINES = {"transformers": transformers_engine}
-
-
-@pytest.fixture(scope="module", params=ENGINES)
-def servers(request: pytest.FixtureRequest) -> Iterator[Servers]:
-    """Three servers of each engine."""
-    make = ENGINES[request.param]
-    always = Rule("block", threshold=0.0)
-    with (
-        served(make()) as scoring,
-        served(make(), policy=Policy(input={"toxicity": always})) as blocking,
-        served(make(), policy=Policy(output={"late": CUTTING})) as cutting,
+@pytest.mark.parametrize("stream", [False, True])
+def test_openais_client_raises_a_typed_error_with_its_code(client: OpenAI, stream: bool):
+    for body, code in (
+        ({"extra_body": {"probes": ["no such probe"]}}, "probe_not_found"),
+        ({"model": "another"}, "model_not_found"),
     ):
-        yield Servers(scoring, blocking, cutting)
+        with pytest.raises(APIStatusError) as refused:
+            client.chat.completions.create(**{**ASKED, **body}, stream=stream)
+        assert refused.value.code == code
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CLIENTS)
-def test_each_client_keeps_what_the_documentation_says(servers: Servers, name: str):
-    client = CLIENTS[name]()
-    said = dict(zip(MODES, server_itself(servers.scoring), strict=True))
-    seen = {"plain": client.plain(servers.scoring), "streamed": client.streamed(servers.scoring)}
-    assert seen["plain"].text == seen["streamed"].text == said["plain"].text
-    kept = {
-        f"{lane}, {mode}": word(seen[mode].lanes.get(lane), value)
-        for mode in MODES
-        for lane, value in said[mode].lanes.items()
-    }
-    assert {
-        **kept,
-        **blocked(client, servers.blocking),
-        **cut(client, servers.cutting),
-    } == {
-        lane: kept
-        for lane, kept in documented()[name].items()
-        if servers.has_deltas or "delta" not in lane
-    }
-
-
-@pytest.mark.parametrize("name", CLIENTS)
-@pytest.mark.parametrize("mode", MODES)
-def test_an_unknown_probe_is_an_error_in_each_client(servers: Servers, name: str, mode: str):
-    unknown = {"probes": ["no such probe"]}
-    assert CLIENTS[name]().code(servers.scoring, mode == "streamed", unknown) == "probe_not_found"
-
-
-def test_openais_stream_helper_merges_the_verdicts(servers: Servers):
-    plain, _ = server_itself(servers.scoring)
+def test_openais_client_is_told_of_a_blocked_prompt_and_of_a_cut_text(tiny: TransformersBackbone):
+    always = {"toxicity": Rule("block", threshold=0.0)}
     with (
-        openai_client(servers.scoring) as client,
-        client.chat.completions.stream(model=MODEL, messages=MESSAGES, **SETTINGS) as stream,
+        served(TransformersEngine(tiny, three_probes(tiny)), policy=Policy(input=always)) as at,
+        openai_client(at) as client,
+        pytest.raises(BadRequestError) as refused,
     ):
-        list(stream)
-        message = stream.current_completion_snapshot.choices[0].message
-    assert message.content == plain.text
-    found = [
-        {k: v for k, v in one.items() if k != "index"} for one in message.sidelight["verdicts"]
-    ]
-    assert found == plain.lanes["`sidelight`"]["verdicts"]
-
-
-def test_openais_stream_helper_raises_if_a_text_is_cut(servers: Servers):
+        client.chat.completions.create(**ASKED, **SETTINGS)
+    assert refused.value.code == "content_filter"
+    late = untrained_probe(tiny, "late", reads=Reads("response"))
     with (
-        openai_client(servers.cutting) as client,
-        pytest.raises(ContentFilterFinishReasonError),
-        client.chat.completions.stream(model=MODEL, messages=MESSAGES, **SETTINGS) as stream,
+        served(TransformersEngine(tiny, [late]), policy=Policy(output={"late": CUTTING})) as at,
+        openai_client(at) as client,
     ):
-        stream.get_final_completion()
-
-
-def blocked(client: Client, address: str) -> dict[str, str]:
-    """Whether the code of a blocked prompt reaches the caller."""
-    codes = {mode: client.code(address, mode == "streamed", {}) for mode in MODES}
-    return {
-        f"`code` of a blocked prompt, {mode}": "kept" if code == "content_filter" else "lost"
-        for mode, code in codes.items()
-    }
-
-
-def cut(client: Client, address: str) -> dict[str, str]:
-    """Whether the reason why a text was cut reaches the caller, who gets as much of it."""
-    said = dict(zip(MODES, server_itself(address), strict=True))
-    seen = {"plain": client.plain(address), "streamed": client.streamed(address)}
-    assert [said[mode].ending for mode in MODES] == ["content_filter"] * 2
-    assert [seen[mode].text for mode in MODES] == [said[mode].text for mode in MODES]
-    return {
-        f"`finish_reason` of a cut text, {mode}": word(seen[mode].ending, said[mode].ending)
-        for mode in MODES
-    }
+        assert client.chat.completions.create(**ASKED).choices[0].finish_reason == "content_filter"
+        with (
+            pytest.raises(ContentFilterFinishReasonError),
+            client.chat.completions.stream(**ASKED, **SETTINGS) as stream,
+        ):
+            stream.get_final_completion()

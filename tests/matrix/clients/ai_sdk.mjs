@@ -1,4 +1,4 @@
-// As client_frameworks.py, for the AI SDK: node client_ai_sdk.mjs ADDRESS BLOCKING
+// As real_clients.py, for the AI SDK: node ai_sdk.mjs SCORING BLOCKING
 // Its packages are found from the folder in SIDELIGHT_NODE, which holds node_modules; exit code 3: not installed.
 import { createRequire } from "node:module";
 import { resolve } from "node:path";
@@ -31,7 +31,7 @@ async function outcome(ask) {
     return "answered";
   } catch (error) {
     const said = `${error} ${error.responseBody ?? ""} ${error.cause ?? ""}`;
-    if (said.includes("is not supported here")) return "refused";
+    if (said.includes("--engine vllm")) return "refused";
     return said.includes("was blocked by") ? "raises" : `fails: ${said}`;
   }
 }
@@ -43,11 +43,11 @@ for await (const piece of stream.textStream) streamed += piece;
 const usage = await stream.usage;
 const clock = ai.tool({ inputSchema: z.object({}), execute: async () => "noon" });
 const output = ai.Output.object({ schema: z.object({ number: z.number() }) });
-console.log(JSON.stringify({
+console.log(JSON.stringify({ lanes: {}, client: {
   chat: text ? "works" : "empty",
   stream: streamed === text ? "works" : "differs",
   "usage of a stream": usage.inputTokens ? "kept" : "lost",
   tools: await outcome(() => ai.generateText({ ...settings(address), tools: { clock } })),
   "typed output": await outcome(() => ai.generateText({ ...settings(address), output })),
   "blocked prompt": await outcome(() => ai.generateText(settings(blocking))),
-}));
+}}));

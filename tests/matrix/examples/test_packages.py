@@ -1,0 +1,148 @@
+"""Examples that need LangChain, LiteLLM, scikit-learn's search or Ray, against a live server."""
+
+import asyncio
+import importlib.util
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from commands import saved
+from live import http_client, openai_client, served
+from sidelight.artifact import load_probe, save_probe
+from sidelight.engines.transformers import TransformersEngine
+from sockets import free_port
+from test_examples import EXAMPLES, KEY, address, require_verdicts_printed, server
+from tiny import untrained_probe
+
+__all__ = ["address", "server"]
+# Else the import of LiteLLM asks the internet for prices.
+os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
+HEADERS = {"Authorization": f"Bearer {KEY}"}
+TEXTS = {"texts": ["Where is my refund?"]}
+FUNCTION = {"name": "search", "arguments": '{"query": "refund"}'}
+CALLS = {"texts": [], "tool_calls": [{"id": "1", "type": "function", "function": FUNCTION}]}
+pytestmark = [
+    # LiteLLM leaves its event loop and connections to the garbage collector.
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
+
+
+@pytest.mark.parametrize("name", ["langchain_chat.py", "litellm_chat.py"])
+def test_a_client_prints_the_verdicts_of_an_answer_and_of_a_stream(address, name, capsys):
+    require_verdicts_printed(name, address, capsys)
+
+
+@pytest.mark.parametrize("flags", [True, False])
+@pytest.mark.parametrize("said", [TEXTS, CALLS], ids=["texts", "tool_calls"])
+def test_the_proxy_configuration_blocks_what_a_probe_flags(tiny, flags, said, monkeypatch):
+    probe = untrained_probe(tiny, "toxicity", threshold=0.0 if flags else 1.0)
+    with served(TransformersEngine(tiny, [probe])) as address:
+        monkeypatch.setenv("SIDELIGHT_URL", address)
+        blocked = asyncio.run(ask_proxy_guardrail(said))
+    assert blocked == flags
+
+
+def test_the_proxy_configuration_blocks_where_no_server_answers(monkeypatch):
+    monkeypatch.setenv("SIDELIGHT_URL", "http://127.0.0.1:9")
+    with pytest.raises(Exception, match="Generic Guardrail API failed: Cannot connect"):
+        asyncio.run(ask_proxy_guardrail(TEXTS))
+
+
+async def ask_proxy_guardrail(said: dict[str, Any]) -> bool:
+    """Whether the guardrail that LiteLLM's proxy makes of the configuration blocks a prompt."""
+    import litellm
+    from litellm.exceptions import GuardrailRaisedException
+    from litellm.proxy.guardrails.guardrail_hooks.generic_guardrail_api import initialize_guardrail
+    from litellm.types.guardrails import LitellmParams
+
+    (entry,) = yaml.safe_load((EXAMPLES / "litellm_proxy.yaml").read_text())["guardrails"]
+    given = entry["litellm_params"]
+    given["api_base"] = litellm.get_secret_str(given["api_base"])
+    guardrail = initialize_guardrail(LitellmParams(**given), entry)
+    try:
+        await guardrail.apply_guardrail(said, {}, "request")
+    except GuardrailRaisedException:
+        return True
+    return False
+
+
+def test_the_notebook_of_scikit_learn_ends_with_a_probe(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SIDELIGHT_MODEL", saved(tiny, tmp_path / "model"))
+    monkeypatch.setenv("SIDELIGHT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    runpy.run_path(str(EXAMPLES / "scikit_learn.py"))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines[:2]] == ["Accuracy by fold", "Best"]
+    folder = lines[-1].removeprefix("Next: sidelight serve --probe ")
+    probe = load_probe(folder)
+    assert (probe.name, probe.task.labels) == ("manners", ("polite", "rude"))
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None,
+    reason="Ray is not installed (pip install 'ray[serve]')",
+)
+def test_ray_serves_replicas_that_judge_alike_and_ask_for_the_key(tiny, tmp_path):
+    probes = [untrained_probe(tiny, "toxicity"), untrained_probe(tiny, "urgency")]
+    settings = {
+        "probes": os.pathsep.join(str(save_probe(p, tmp_path / p.name)) for p in probes),
+        "model": saved(tiny, tmp_path / "model"),
+        "replicas": 2,
+        "cpus": 0.1,
+    }
+    with ray_serve(settings, tmp_path) as url, openai_client(url, KEY) as client:
+        body = {"model": client.models.list().data[0].id, "max_tokens": 8, "temperature": 0}
+        body["messages"] = [{"role": "user", "content": TEXTS["texts"][0]}]
+        told = []
+        for _ in range(5):
+            verdicts = client.chat.completions.create(**body).model_extra["sidelight"]["verdicts"]
+            told.append([(v["probe"], v["probabilities"]) for v in verdicts])
+        assert [probe for probe, _ in told[0]] == ["toxicity", "urgency"]
+        assert told == told[:1] * 5
+        chunks = list(client.chat.completions.create(**body, stream=True))
+        assert len(chunks[0].choices[0].delta.sidelight["verdicts"]) == 2
+        with http_client(url) as http:
+            assert http.get("/v1/models").status_code == 401
+
+
+@contextmanager
+def ray_serve(settings: dict[str, object], folder: Path) -> Iterator[str]:
+    """The address of a Ray cluster on this machine that runs the example."""
+    port = free_port()
+    application = {"name": "example", "import_path": "ray_serve:app", "args": settings}
+    config = {"http_options": {"port": port}, "applications": [application]}
+    (folder / "serve.yaml").write_text(yaml.safe_dump(config))
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(EXAMPLES), *filter(None, sys.path)]),
+        "SIDELIGHT_API_KEY": KEY,
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    program = [sys.executable, "-c", "from ray.serve.scripts import cli; cli()", "run"]
+    url = f"http://127.0.0.1:{port}"
+    process = subprocess.Popen([*program, str(folder / "serve.yaml")], env=environment)
+    try:
+        # Ray keeps requests waiting until a replica runs.
+        while True:
+            assert process.poll() is None
+            try:
+                if httpx.get(f"{url}/ready", headers=HEADERS).status_code == 200:
+                    break
+            except httpx.TransportError:
+                time.sleep(0.5)
+        yield url
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
