@@ -217,40 +217,32 @@ def test_a_probe_is_recalibrated_on_labelled_and_on_unlabelled_texts_and_by_a_ru
     hesitant = tmp_path / "hesitant"
     shutil.copytree(trained / "runs" / "pooling-seed0", hesitant)
     before = (hesitant / "manifest.json").read_bytes()
-    labelled, unlabelled = tmp_path / "labelled", tmp_path / "unlabelled"
     on = ["recalibrate", str(hesitant), "--data", write_rows(tmp_path / "new.jsonl", 200, seed=5)]
-    assert run(*on, "--label", "toxic", "--out", str(labelled)) == 0
-    shown = capsys.readouterr().out
-    assert "before" in shown
-    assert "on 200 labelled texts" in shown
-    assert run(*on, "--out", str(unlabelled), "--json") == 0
-    assert json.loads(capsys.readouterr().out)["what"].startswith("shares of classes in 200 ")
-    by_rule = ["recalibrate", str(hesitant), "--threshold", "recall=0.99"]
-    assert run(*by_rule, "--name", "strict") == 0
-    told = capsys.readouterr()
-    assert re.search(r"It flags \d+ of \d+ texts that are '1', and \d+ of \d+ others", told.out)
-    beside = hesitant.with_name("hesitant-recalibrated")
-    assert thresholds_of(beside) != thresholds_of(hesitant)
-    assert run("inspect", str(beside)) == 0
-    shown = " ".join(capsys.readouterr().out.split())
-    assert "strict" in shown
-    assert "thresholds for recall=0.99" in shown
-    # The figures are of the threshold before.
-    assert "before it was recalibrated" in shown
-    for folder in (labelled, unlabelled):
-        assert run("predict", str(folder), "tabX cde") == 0
-    strict = ["recalibrate", str(hesitant), "--threshold", "fpr=0.01", "--out"]
-    assert run(*strict, str(tmp_path / "strict")) == 0
+    for more, told in (
+        (["--label", "toxic", "--out", str(tmp_path / "labelled")], "on 200 labelled texts"),
+        (["--out", str(tmp_path / "unlabelled"), "--json"], "shares of classes in 200 "),
+    ):
+        assert run(*on, *more) == 0
+        assert told in capsys.readouterr().out
+    assert run("predict", str(tmp_path / "labelled"), "tabX cde") == 0
+    assert run("recalibrate", str(hesitant), "--threshold", "fpr=0.01") == 0
     assert "cannot be told from" in capsys.readouterr().err
+    by_rule = ["recalibrate", str(hesitant), "--threshold", "recall=0.99", "--out", str(hesitant)]
     # No probe is replaced unless it is told to.
-    assert run(*by_rule, "--out", str(hesitant)) == 2
+    assert run(*by_rule) == 2
     assert "holds a probe already" in capsys.readouterr().err
     assert (hesitant / "manifest.json").read_bytes() == before
-    assert run(*by_rule, "--out", str(hesitant), "--force") == 0
-    assert thresholds_of(hesitant) == thresholds_of(beside)
+    assert run(*by_rule, "--name", "strict", "--force") == 0
+    flags = r"It flags \d+ of \d+ texts that are '1', and \d+ of \d+ others"
+    assert re.search(flags, capsys.readouterr().out)
+    assert thresholds_of(hesitant) != thresholds_of(hesitant.with_name("hesitant-recalibrated"))
+    assert run("inspect", str(hesitant)) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    # The figures are of the threshold before.
+    for words in ("strict", "thresholds for recall=0.99", "before it was recalibrated"):
+        assert words in shown
     # And it is measured as it is now, not as the run that it was.
     data = write_rows(tmp_path / "test.jsonl", 60, seed=2)
-    capsys.readouterr()
     assert run("eval", str(hesitant), "--data", data, "--label", "toxic", "--json") == 0
     assert json.loads(capsys.readouterr().out)["thresholds"] == thresholds_of(hesitant)
 

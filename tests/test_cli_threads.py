@@ -75,15 +75,21 @@ def test_threads_sleep_while_they_wait_and_keep_to_the_quota(
     assert (os.environ.get("OMP_WAIT_POLICY"), os.environ.get("OMP_NUM_THREADS")) == settled
 
 
-V1 = "4:cpu,cpuacct:/job\n3:cpuset:/job\n0::/\n"
-
-
-def v1(quota: int) -> dict[str, str]:
+def version_1(quota: int) -> dict[str, str]:
     return {
-        "proc/self/cgroup": V1,
+        "proc/self/cgroup": "4:cpu,cpuacct:/job\n3:cpuset:/job\n0::/\n",
         "sys/fs/cgroup/cpu/job/cpu.cfs_quota_us": f"{quota}\n",
         "sys/fs/cgroup/cpu/job/cpu.cfs_period_us": "100000\n",
     }
+
+
+# Of the process's own group and of those above it, the smallest counts.
+NESTED = {
+    "proc/self/cgroup": "0::/pod/box\n",
+    "sys/fs/cgroup/pod/box/cpu.max": "max 100000\n",
+    "sys/fs/cgroup/pod/cpu.max": "300000 100000\n",
+    "sys/fs/cgroup/other/cpu.max": "100000 100000\n",
+}
 
 
 @pytest.mark.parametrize(
@@ -93,20 +99,11 @@ def v1(quota: int) -> dict[str, str]:
         (HALF_A_CPU, 1),
         ({**HALF_A_CPU, "sys/fs/cgroup/cpu.max": "max 100000\n"}, None),
         ({**HALF_A_CPU, "sys/fs/cgroup/cpu.max": "150000 100000\n"}, 2),
-        # Of the process's own group and of those above it, the smallest counts.
-        (
-            {
-                "proc/self/cgroup": "0::/pod/box\n",
-                "sys/fs/cgroup/pod/box/cpu.max": "max 100000\n",
-                "sys/fs/cgroup/pod/cpu.max": "300000 100000\n",
-                "sys/fs/cgroup/other/cpu.max": "100000 100000\n",
-            },
-            3,
-        ),
         # A container may see its own group as the root.
         ({**HALF_A_CPU, "proc/self/cgroup": "0::/docker/4f2a\n"}, 1),
-        (v1(250000), 3),
-        (v1(-1), None),
+        (NESTED, 3),
+        (version_1(250000), 3),
+        (version_1(-1), None),
     ],
 )
 def test_the_quota_is_the_control_groups(tmp_path: Path, files: dict[str, str], quota: int | None):

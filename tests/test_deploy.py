@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -145,6 +146,17 @@ def test_the_commands_of_the_how_to_make_the_files_that_are_mounted(tmp_path: Pa
     read_policy(etc / "policy.toml")
     written = "".join(path.read_text() for path in etc.iterdir())
     assert not any(key in written for key in told.values())
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
+def test_systemd_accepts_the_unit_and_calls_it_hardened(tmp_path: Path):
+    text = (DEPLOY / "sidelight.service").read_text()
+    copy = tmp_path / "sidelight.service"
+    copy.write_text(text.replace("/opt/sidelight/bin/sidelight", sys.executable))
+    for words in (["verify", "--man=no"], ["security", "--offline=true", "--threshold=20"]):
+        checked = subprocess.run(["systemd-analyze", *words, copy], capture_output=True, text=True)
+        assert checked.returncode == 0, checked.stderr
+        assert "sidelight.service:" not in checked.stderr
 
 
 def test_a_wrong_configuration_is_not_started_again(tmp_path: Path):

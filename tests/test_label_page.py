@@ -59,51 +59,36 @@ def test_who_does_not_know_the_token_learns_and_changes_nothing(untouched, http)
     assert http.get("/api/state").status_code == 200
 
 
-@pytest.mark.parametrize(
-    ("headers", "status"),
-    [
+def test_other_hosts_and_origins_are_refused_even_with_the_token(http):
+    port = http.base_url.port
+    body = {"row": 0, "labels": ["fine"]}
+    for headers, status in (
         # A name of another site that leads to this machine.
         ({"Host": "evil.example"}, 421),
-        ({"Host": "evil.example:{port}"}, 421),
-        ({"Host": "localhost:{port}"}, 421),
+        ({"Host": f"localhost:{port}"}, 421),
         ({"Host": "127.0.0.1:1"}, 421),
         ({"Origin": "https://evil.example"}, 403),
-        ({"Origin": "http://127.0.0.1:1"}, 403),
-        ({"Origin": "http://localhost:{port}"}, 403),
+        ({"Origin": f"http://localhost:{port}"}, 403),
         ({"Origin": "null"}, 403),
-    ],
-)
-def test_other_hosts_and_origins_are_refused_even_with_the_token(http, headers, status):
-    port = http.base_url.port
-    headers = {name: value.format(port=port) for name, value in headers.items()}
-    body = {"row": 0, "labels": ["fine"]}
-    for asked in (
-        http.get("/", headers=headers),
-        http.get("/api/state", headers=headers),
-        http.post("/api/label", json=body, headers=headers),
     ):
-        assert asked.status_code == status
+        for asked in (
+            http.get("/", headers=headers),
+            http.get("/api/state", headers=headers),
+            http.post("/api/label", json=body, headers=headers),
+        ):
+            assert asked.status_code == status, headers
     own = {"Origin": f"http://127.0.0.1:{port}"}
     assert http.get("/api/state", headers=own).status_code == 200
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        "/../pyproject.toml",
-        "/%2e%2e/%2e%2e/etc/passwd",
-        "/static/..%2fapp.py",
-        "//etc/passwd",
-        "/label.js/../../queue.py",
-        "/index.html",
-        "/docs",
-        "/openapi.json",
-    ],
-)
-def test_no_path_leads_to_another_file(http, path):
-    asked = http.build_request("GET", http.base_url)
-    asked.url = asked.url.copy_with(raw_path=path.encode())
-    assert http.send(asked).status_code == 404
+def test_no_path_leads_to_another_file(http):
+    for path in (
+        "/../pyproject.toml", "/%2e%2e/%2e%2e/etc/passwd", "/static/..%2fapp.py", "//etc/passwd",
+        "/label.js/../../queue.py", "/docs", "/openapi.json",
+    ):  # fmt: skip
+        asked = http.build_request("GET", http.base_url)
+        asked.url = asked.url.copy_with(raw_path=path.encode())
+        assert http.send(asked).status_code == 404, path
 
 
 def test_pages_ask_nothing_of_other_sites_and_run_no_inline_script(http):
@@ -117,20 +102,17 @@ def test_pages_ask_nothing_of_other_sites_and_run_no_inline_script(http):
         assert headers["referrer-policy"] == "no-referrer"
 
 
-@pytest.mark.parametrize(
-    ("body", "status"),
-    [
+def test_a_malformed_decision_and_one_of_no_text_are_refused(http):
+    headers = {"Content-Type": "application/json"}
+    for body, status in (
         ("{", 422),
         ('{"row": 0}', 422),
         ('{"row": "0", "labels": ["fine"]}', 422),
         ('{"row": 0, "labels": ["fine"], "x": 1}', 422),
         ('{"row": -1, "labels": ["fine"]}', 400),
         ('{"row": 60, "labels": ["fine"]}', 400),
-    ],
-)
-def test_a_malformed_decision_and_one_of_no_text_are_refused(http, body, status):
-    headers = {"Content-Type": "application/json"}
-    assert http.post("/api/label", content=body, headers=headers).status_code == status
+    ):
+        assert http.post("/api/label", content=body, headers=headers).status_code == status, body
 
 
 def test_decisions_at_the_same_time_are_each_saved_once(tiny, tmp_path):
