@@ -1,28 +1,24 @@
 """Baselines of one vector per text learn what is planted; their mathematics equals references."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from planted_texts import split_of
 from scipy.special import softmax
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression
 
-from corpora import TASKS, planted
+from corpora import TASKS
 from families import FAMILIES, family_backbone
-from sidelight.backbone import TransformersBackbone
-from sidelight.data.examples import Example, LabelledExamples
 from sidelight.errors import SidelightError
 from sidelight.prompts import Message, Reads
-from sidelight.training.dataset import ProbeDataset, Split, make_split
+from sidelight.training.dataset import ProbeDataset, Split
 from sidelight.training.optimisation import validation_score
-from sidelight.training.settings import FitOptions
 from sidelight.types import TaskKind
-from sidelight_lab.baselines.base import Baseline, FittedBaseline, TfIdf
+from sidelight_lab.baselines.base import Baseline, TfIdf
 from sidelight_lab.baselines.muli import FirstToken, LogOddsDesign, Muli
 from sidelight_lab.baselines.pooled import (
     LastTokenOfBestLayer,
@@ -36,6 +32,7 @@ from sidelight_lab.baselines.pooled import (
 )
 from sidelight_lab.baselines.siren import Siren, sparse_path
 
+pytestmark = pytest.mark.slow
 LAYERS, WIDTH, VOCABULARY = 4, 32, 300
 BASELINES: list[Baseline] = [
     MeanOfLastLayer(),
@@ -53,54 +50,28 @@ every_baseline = pytest.mark.parametrize(
 every_kind = pytest.mark.parametrize("kind", TASKS)
 
 
-def split_of(
-    backbone: TransformersBackbone,
-    root: Path,
-    kind: TaskKind,
-    count: int,
-    *,
-    seed: int,
-    reads: Reads | None = None,
-) -> Split:
-    texts, labels = planted(kind, count, seed=seed)
-    items = tuple(Example((Message("user", text),)) for text in texts)
-    examples = LabelledExamples(items, tuple({} for _ in items), task=TASKS[kind], labels=labels)
-    options = FitOptions(reads=reads or Reads(), max_tokens=256, cache_root=root)
-    return make_split(backbone, examples, options)
+@pytest.fixture(scope="module")
+def states(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(scope="module")
-def datasets(
-    tiny: TransformersBackbone, tmp_path_factory: pytest.TempPathFactory
-) -> dict[TaskKind, ProbeDataset]:
-    root = tmp_path_factory.mktemp("cache")
-    return {
-        kind: ProbeDataset(
-            tiny,
-            split_of(tiny, root, kind, 300, seed=1),
-            split_of(tiny, root, kind, 100, seed=2),
-        )
-        for kind in TASKS
-    }
+def datasets(tiny, states) -> dict[TaskKind, ProbeDataset]:
+    splits = {kind: [split_of(tiny, states, kind, n, n) for n in (240, 100)] for kind in TASKS}
+    return {kind: ProbeDataset(tiny, *pair) for kind, pair in splits.items()}
 
 
 @pytest.fixture(scope="module")
-def unseen(
-    tiny: TransformersBackbone, tmp_path_factory: pytest.TempPathFactory
-) -> dict[TaskKind, Split]:
-    root = tmp_path_factory.mktemp("cache")
-    return {kind: split_of(tiny, root, kind, 200, seed=3) for kind in TASKS}
+def unseen(tiny, states) -> dict[TaskKind, Split]:
+    return {kind: split_of(tiny, states, kind, 200, 3) for kind in TASKS}
 
 
 @pytest.fixture(scope="module")
-def fitted(
-    datasets: dict[TaskKind, ProbeDataset],
-) -> Callable[[Baseline, TaskKind], FittedBaseline]:
+def fitted(datasets):
     """Each baseline fitted once to each kind of task."""
     return cache(lambda baseline, kind: baseline.fit(datasets[kind], seed=0))
 
 
-@pytest.mark.slow
 @every_kind
 @every_baseline
 def test_planted_signal_is_found_in_unseen_texts(baseline, kind, fitted, unseen):
@@ -111,14 +82,18 @@ def test_planted_signal_is_found_in_unseen_texts(baseline, kind, fitted, unseen)
     assert validation_score(TASKS[kind], logits, labels) > 0.6
 
 
-@pytest.mark.slow
 @every_baseline
-def test_the_same_seed_gives_the_same_logits(baseline, fitted, datasets, unseen):
-    again = baseline.fit(datasets["multiclass"], seed=0).logits(unseen["multiclass"])
-    assert np.array_equal(fitted(baseline, "multiclass").logits(unseen["multiclass"]), again)
+def test_the_same_seed_gives_the_same_logits_whatever_texts_are_beside_one(
+    baseline, fitted, datasets, unseen
+):
+    logits = fitted(baseline, "multiclass").logits(unseen["multiclass"])
+    again = baseline.fit(datasets["multiclass"], seed=0)
+    assert np.array_equal(logits, again.logits(unseen["multiclass"]))
+    some = unseen["multiclass"].select([7, 3, 90])
+    # Float32 sums in another order.
+    assert again.logits(some) == pytest.approx(logits[[7, 3, 90]], rel=1e-3, abs=1e-3)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["multiclass", "multilabel"])
 @every_baseline
 def test_a_class_without_training_texts_is_hardly_ever_predicted(baseline, kind, datasets, unseen):
@@ -132,59 +107,40 @@ def test_a_class_without_training_texts_is_hardly_ever_predicted(baseline, kind,
     assert predicted.mean() < 0.2
 
 
-@pytest.mark.parametrize("present", [[0, 1], [1]])
-def test_tfidf_needs_two_classes_and_never_predicts_an_absent_one(present, datasets, unseen):
-    kept = np.isin(datasets["multiclass"].training.labels, present)
-    few = datasets["multiclass"].training.select(np.flatnonzero(kept)[:24])
-    dataset = replace(datasets["multiclass"], training=few)
-    if len(present) == 1:
-        with pytest.raises(SidelightError, match="All training texts are labelled 'y'"):
-            TfIdf().fit(dataset, seed=0)
-        return
-    logits = TfIdf().fit(dataset, seed=0).logits(unseen["multiclass"])
+def test_tfidf_needs_two_classes_and_never_predicts_an_absent_one(datasets, unseen):
+    def fit(*present: int):
+        kept = np.isin(datasets["multiclass"].training.labels, present)
+        few = datasets["multiclass"].training.select(np.flatnonzero(kept)[:24])
+        return TfIdf().fit(replace(datasets["multiclass"], training=few), seed=0)
+
+    with pytest.raises(SidelightError, match="All training texts are labelled 'y'"):
+        fit(1)
+    logits = fit(0, 1).logits(unseen["multiclass"])
     assert logits.shape == (200, 3)
     assert np.isfinite(logits).all()
     assert not (logits.argmax(1) == 2).any()
 
 
-@every_baseline
-def test_a_texts_logits_do_not_depend_on_its_neighbours(baseline, fitted, unseen):
-    rival = fitted(baseline, "multilabel")
-    some = unseen["multilabel"].select([7, 3, 90])
-    expected = rival.logits(unseen["multilabel"])[[7, 3, 90]]
-    # Float32 sums in another order.
-    assert rival.logits(some) == pytest.approx(expected, rel=1e-3, abs=1e-3)
-
-
 @every_kind
-def test_every_fitted_number_is_counted(kind, fitted):
-    outputs = TASKS[kind].outputs
-    counts = {type(baseline): fitted(baseline, kind).parameters for baseline in BASELINES}
+def test_every_fitted_number_is_counted_and_the_best_layer_is_no_worse_than_the_last(
+    kind, fitted, datasets
+):
+    outputs, held_out = TASKS[kind].outputs, datasets[kind].validation
+    models = {type(baseline): fitted(baseline, kind) for baseline in BASELINES}
+    counts = {name: model.parameters for name, model in models.items()}
     one_layer = (WIDTH + 1) * outputs
-    for single in (MeanOfLastLayer, LastTokenOfLastLayer, MeanOfBestLayer, LastTokenOfBestLayer):
-        assert counts[single] == one_layer
     assert counts[MeansOfAllLayers] == (LAYERS * WIDTH + 1) * outputs
     assert counts[Mlpm] == LAYERS * one_layer + (LAYERS * outputs + 1) * outputs
     # Both keep a part of what they are offered.
     assert counts[Siren] < (LAYERS * WIDTH + 1) * 16 + 17 * outputs
     assert counts[Muli] < (VOCABULARY + 1) * outputs
-
-
-@every_kind
-@pytest.mark.parametrize(
-    ("last", "best"),
-    [(MeanOfLastLayer(), MeanOfBestLayer()), (LastTokenOfLastLayer(), LastTokenOfBestLayer())],
-    ids=["mean", "last_token"],
-)
-def test_the_last_layer_is_no_better_on_validation_than_the_best(
-    last, best, kind, fitted, datasets
-):
-    held_out = datasets[kind].validation
-    worse, better = (
-        validation_score(held_out.task, fitted(each, kind).logits(held_out), held_out.labels)
-        for each in (last, best)
-    )
-    assert better >= worse
+    for pair in ((MeanOfLastLayer, MeanOfBestLayer), (LastTokenOfLastLayer, LastTokenOfBestLayer)):
+        assert [counts[single] for single in pair] == [one_layer] * 2
+        last, best = (
+            validation_score(held_out.task, models[name].logits(held_out), held_out.labels)
+            for name in pair
+        )
+        assert best >= last
 
 
 def test_siren_keeps_fewer_neurons_for_a_smaller_share_of_weight(datasets):
@@ -237,19 +193,20 @@ def test_a_single_class_is_predicted_without_a_fit(kind):
     assert (linear.bias[1] > linear.bias[[0, 2]] if kind == "multiclass" else linear.bias > 0).all()
 
 
-@pytest.mark.slow
 @every_kind
 def test_sparse_regression_satisfies_its_optimality_conditions(kind):
     rows, labels = blobs(kind, rows=300, features=8, seed=3)
     inputs, outputs = standardised(rows), TASKS[kind].outputs
-    ((weight, bias),) = sparse_path(
+    (nothing, _), (weight, bias), (more, _) = sparse_path(
         torch.from_numpy(inputs).float().matmul,
         torch.from_numpy(labels),
         TASKS[kind],
         features=8,
-        shares=(0.3,),
+        shares=(1.001, 0.3, 0.01),  # rounding decides at exactly 1
         iterations=500,
     )
+    assert not nothing.any()
+    assert (weight != 0).sum() < (more != 0).sum()
     target = labels.reshape(300, -1)
     if kind == "multiclass":
         target = np.eye(3)[target[:, 0]]
@@ -275,21 +232,6 @@ def test_sparse_regression_satisfies_its_optimality_conditions(kind):
     assert slope[:-1][kept] == pytest.approx(-penalty * np.sign(weight[kept]), abs=tolerance)
 
 
-def test_the_largest_penalty_keeps_nothing_and_a_smaller_one_more():
-    inputs, labels = blobs("binary", rows=200, features=10, seed=4)
-    path = sparse_path(
-        torch.from_numpy(standardised(inputs)).float().matmul,
-        torch.from_numpy(labels),
-        TASKS["binary"],
-        features=10,
-        shares=(1.001, 0.5, 0.01),  # rounding decides at exactly 1
-        iterations=300,
-    )
-    kept = [int((weight != 0).sum()) for weight, _ in path]
-    assert kept[0] == 0 < kept[1] < kept[2]
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["binary", "multiclass"])
 def test_gaussian_discriminant_of_many_texts_is_linear_discriminant_analysis(kind):
     inputs, labels = blobs(kind, rows=20_000, features=4, seed=6)
@@ -312,11 +254,10 @@ def test_few_texts_shrink_the_covariance_all_the_way_to_distances_from_means():
     assert cosine > 0.99
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "gemma2"])
 def test_muli_reads_the_models_own_first_token(name, tmp_path):
     backbone = family_backbone(name)
-    split = split_of(backbone, tmp_path, "binary", 6, seed=7)
+    split = split_of(backbone, tmp_path, "binary", 6, 7)
     first = FirstToken.of(backbone)
     first.require(backbone, split.prompts[0])
     odds = first.log_odds(first.directions(split.pooled.lasts[:, -1])).double()
@@ -329,16 +270,12 @@ def test_muli_reads_the_models_own_first_token(name, tmp_path):
     assert (odds - torch.log(chance / (1 - chance))).abs().max() < 0.15
 
 
-def test_muli_refuses_a_model_that_transforms_its_logits():
-    backbone = family_backbone("gemma2")
-    prompt = backbone.encoder.encode([Message("user", "hello")])
+def test_muli_refuses_models_and_states_that_it_cannot_read(tiny, tmp_path):
+    gemma = family_backbone("gemma2")
+    prompt = gemma.encoder.encode([Message("user", "hello")])
     with pytest.raises(SidelightError, match="final norm"):
-        FirstToken.of(backbone).require(backbone, prompt)
-
-
-def test_muli_refuses_states_that_are_not_before_the_answer(tiny, tmp_path):
-    reads = Reads(template=False)
-    split = split_of(tiny, tmp_path, "binary", 8, seed=8, reads=reads)
+        FirstToken.of(gemma).require(gemma, prompt)
+    split = split_of(tiny, tmp_path, "binary", 8, 8, reads=Reads(template=False))
     with pytest.raises(SidelightError, match="template=True"):
         Muli().fit(ProbeDataset(tiny, split, split), seed=0)
 

@@ -18,7 +18,6 @@ from planted_texts import write_rows
 from sklearn.metrics import average_precision_score
 
 from commands import run, saved
-from sidelight.backbone import TransformersBackbone
 from sidelight.cli import main
 from sidelight.errors import SidelightError
 from sidelight.manifest import read_manifest
@@ -30,6 +29,7 @@ from sidelight_lab import search
 from sidelight_lab.cli.search import write_search
 from sidelight_lab.search import SPACES, Range, Space, possible_specs, search_settings
 
+pytestmark = pytest.mark.slow
 SMOLLM2 = Geometry(layers=31, width=576, outputs=1)
 # The mechanism that costs least, and one generation.
 BRIEF = {"trials": 2, "generation": 2, "seed": 0}
@@ -41,30 +41,30 @@ def exactly(mechanism: str) -> TrainingSettings:
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("activations")
 
 
 @pytest.fixture
-def dataset(tiny: TransformersBackbone, cache: Path) -> ProbeDataset:
+def dataset(tiny, cache):
     return dataset_at(tiny, cache)
 
 
 @pytest.fixture
-def reads(dataset: ProbeDataset) -> list[int]:
+def reads(dataset):
     """One entry for each read of the training states."""
-    found: list[int] = []
+    found = []
     dataset.training.states.on_read = lambda: found.append(1)
     return found
 
 
 @pytest.fixture(scope="module")
-def journal(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def journal(tmp_path_factory):
     return tmp_path_factory.mktemp("search") / "new" / "journal"
 
 
 @pytest.fixture(scope="module")
-def found(tiny: TransformersBackbone, cache: Path, journal: Path):
+def found(tiny, cache, journal):
     """The plan's search, not disturbed."""
     return search_settings(dataset_at(tiny, cache), "gate", storage=journal, **PLAN)
 
@@ -73,7 +73,6 @@ def configurations(best):
     return [(trial.spec, trial.settings) for trial in best.trials]
 
 
-@pytest.mark.slow
 def test_another_seed_tries_other_settings_after_the_defaults(dataset, found, tmp_path):
     plan = {**PLAN, "trials": 3, "seed": 1}
     other = search_settings(dataset, "gate", storage=tmp_path / "other", **plan)
@@ -81,7 +80,6 @@ def test_another_seed_tries_other_settings_after_the_defaults(dataset, found, tm
     assert len(set(map(repr, tried))) == 6 + 2
 
 
-@pytest.mark.slow
 def test_a_killed_search_ends_as_if_it_had_not_been_killed(dataset, found, cache, tmp_path):
     storage = tmp_path / "journal"
     killer = Path(__file__).parent / "killed_search.py"
@@ -99,7 +97,6 @@ def test_a_killed_search_ends_as_if_it_had_not_been_killed(dataset, found, cache
     assert resumed == found
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("trained", [0, 3])
 def test_what_a_kill_left_half_written_does_not_count(dataset, found, tmp_path, trained):
     storage = tmp_path / "journal"
@@ -122,10 +119,14 @@ def test_what_a_kill_left_half_written_does_not_count(dataset, found, tmp_path, 
     assert search_settings(dataset, "gate", **plan) == found
 
 
-@pytest.mark.slow
-def test_a_finished_search_reads_nothing_and_a_longer_one_adds_trials(dataset, reads, tmp_path):
+def test_a_generation_shares_reads_and_a_finished_search_reads_nothing(dataset, reads, tmp_path):
     storage = tmp_path / "journal"
     short = search_settings(dataset, "pooling", storage=storage, **BRIEF)
+    # A generation reads each shard once an epoch.
+    epochs = [trial.settings.epochs for trial in short.trials]
+    to_measure_moments = 1
+    assert len(dataset.training.states) == 1
+    assert len(reads) <= max(epochs) + to_measure_moments < sum(epochs)
     once, file, before = len(reads), storage.stat().st_ino, storage.read_bytes()
     assert search_settings(dataset, "pooling", storage=storage, **BRIEF) == short
     assert len(reads) == once
@@ -137,17 +138,6 @@ def test_a_finished_search_reads_nothing_and_a_longer_one_adds_trials(dataset, r
     assert len(longer.trials) == 3
 
 
-@pytest.mark.slow
-def test_a_generation_reads_each_shard_once_an_epoch(dataset, reads, tmp_path):
-    plan = {**PLAN, "generation": 6}
-    best = search_settings(dataset, "gate", storage=tmp_path / "journal", **plan)
-    epochs = [trial.settings.epochs for trial in best.trials]
-    to_measure_moments = 1
-    assert len(dataset.training.states) == 1
-    assert len(reads) <= max(epochs) + to_measure_moments < sum(epochs)
-
-
-@pytest.mark.slow
 def test_a_score_is_that_of_one_training_with_these_settings_and_the_highest_is_best(
     dataset, found
 ):
@@ -164,7 +154,6 @@ def test_a_score_is_that_of_one_training_with_these_settings_and_the_highest_is_
     assert [trial.number for trial in found.trials] == list(range(6))
 
 
-@pytest.mark.slow
 def test_other_validation_labels_choose_other_settings(tiny, cache, found, tmp_path):
     flipped = dataset_at(tiny, cache, flipped=True)
     other = search_settings(flipped, "gate", storage=tmp_path / "journal", **PLAN)
@@ -179,7 +168,6 @@ def test_a_probe_dataset_has_no_place_for_test_data():
     assert names == {"backbone", "training", "validation", "folds", *described}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", mechanism_names())
 def test_every_mechanism_has_a_usable_space_that_starts_at_its_defaults(name, dataset, tmp_path):
     best = search_settings(dataset, name, storage=tmp_path / "journal", **BRIEF)
@@ -192,7 +180,7 @@ def test_every_mechanism_has_a_usable_space_that_starts_at_its_defaults(name, da
     assert None not in (defaults.score, drawn.score)
 
 
-def test_impossible_options_are_not_tried():
+def test_impossible_options_are_not_tried_and_refused_where_none_is_left():
     specs = possible_specs("attention", SMOLLM2, SPACES["attention"].options)
     pairs = {(spec.options["factor"], spec.options["heads"]) for spec in specs}
     shared = {
@@ -203,22 +191,15 @@ def test_impossible_options_are_not_tried():
     }
     assert pairs == shared
     assert len(specs) == 2 * len(shared)
-
-
-@pytest.mark.parametrize(
-    ("options", "remedy"),
-    [
+    for options, remedy in (
         ({"factor": (64,), "heads": (4,)}, "hidden states of width 32"),
         ({"factor": (0,)}, "attention.factor cannot be 0"),
         ({"head": (4,)}, "Did you mean 'heads'"),
-    ],
-)
-def test_a_space_without_a_possible_option_is_refused(options, remedy):
-    with pytest.raises(SidelightError, match=remedy):
-        possible_specs("attention", Geometry(layers=4, width=32, outputs=1), options)
+    ):
+        with pytest.raises(SidelightError, match=remedy):
+            possible_specs("attention", Geometry(layers=4, width=32, outputs=1), options)
 
 
-@pytest.mark.slow
 def test_another_search_in_the_same_file_is_refused(dataset, tiny, cache, found, journal):
     with pytest.raises(SidelightError, match="another seed"):
         search_settings(dataset, "gate", storage=journal, **{**PLAN, "seed": 1})
@@ -229,7 +210,6 @@ def test_another_search_in_the_same_file_is_refused(dataset, tiny, cache, found,
     search_settings(dataset, "pooling", storage=journal, **{**BRIEF, "seed": 1})
 
 
-@pytest.mark.slow
 def test_a_training_that_diverges_ends_neither_the_search_nor_its_neighbours(
     dataset, tmp_path, monkeypatch
 ):
@@ -248,7 +228,6 @@ def test_a_training_that_diverges_ends_neither_the_search_nor_its_neighbours(
         search_with(Range(1e37, 1e38), 2)
 
 
-@pytest.mark.slow
 def test_a_search_leaves_a_table_the_best_and_a_picture(found, tmp_path):
     write_search({"gate": found}, tmp_path, score="AUPRC")
     with (tmp_path / "trials.csv").open() as file:
@@ -260,7 +239,6 @@ def test_a_search_leaves_a_table_the_best_and_a_picture(found, tmp_path):
     assert imread(tmp_path / "sensitivity.png").std() > 0.01
 
 
-@pytest.mark.slow
 def test_enough_trials_say_which_parameter_matters(dataset, found, journal, monkeypatch):
     assert found.importance == {}
     monkeypatch.setattr(search, "_ENOUGH_FOR_IMPORTANCE", 6)
@@ -269,15 +247,10 @@ def test_enough_trials_say_which_parameter_matters(dataset, found, journal, monk
     assert sum(importance.values()) == pytest.approx(1)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("own_cache")
 @pytest.mark.parametrize("has_validation", [True, False])
 def test_the_printed_command_trains_what_was_found(
-    tiny: TransformersBackbone,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-    has_validation: bool,
+    tiny, tmp_path, monkeypatch, capfd, has_validation
 ):
     out = tmp_path / "out"
     data = write_rows(tmp_path / "rows.jsonl", 80, 1)
@@ -301,15 +274,9 @@ def test_the_printed_command_trains_what_was_found(
     assert trained["runs"][0]["score"] == pytest.approx(best["score"], abs=1e-9)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("own_cache")
 @pytest.mark.parametrize("has_validation", [True, False])
-def test_a_search_warns_of_what_training_warns_of(
-    tiny: TransformersBackbone,
-    tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
-    has_validation: bool,
-):
+def test_a_search_warns_of_what_training_warns_of(tiny, tmp_path, capfd, has_validation):
     lines = Path(write_rows(tmp_path / "all.jsonl", 60, 1)).read_text().splitlines()
     fine, toxic = ([line for line in lines if line.endswith(f"{n}}}")] for n in (0, 1))
     training, held_out = tmp_path / "training.jsonl", tmp_path / "held_out.jsonl"
