@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,21 +12,18 @@ from planted_texts import examples
 
 from corpora import TASKS
 from sidelight.artifact import load_probe
-from sidelight.backbone import TransformersBackbone
 from sidelight.bank import Bank
 from sidelight.errors import SidelightError
 from sidelight.evaluation import evaluate
 from sidelight.states.extraction import score
-from sidelight.training.dataset import ProbeDataset, make_split
+from sidelight.training.dataset import make_split
 from sidelight.training.optimisation import validation_score
 from sidelight.training.settings import FitOptions
 from sidelight_lab.baselines import BASELINES
-from sidelight_lab.tables.recipes import Configuration, build_rows, suggested
+from sidelight_lab.tables.recipes import build_rows, suggested
 from sidelight_lab.tables.reproduce import reproduce
 from sidelight_lab.tables.runs import score_split
 from sidelight_lab.tables.writing import FinishedTable, grid
-
-Make = Callable[..., FinishedTable]
 
 pytestmark = pytest.mark.slow
 ONE_SEED = TABLE.replace("seeds = 2", "seeds = 1")
@@ -49,14 +45,12 @@ class Finished:
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("activations")
 
 
 @pytest.fixture(scope="module")
-def finished(
-    tiny: TransformersBackbone, cache: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Finished:
+def finished(tiny, cache, tmp_path_factory):
     """The table with two subsets; tests that change the folder copy it."""
     folder = tmp_path_factory.mktemp("finished")
     negative = np.flatnonzero(examples("binary", 70, 3).labels == 0)
@@ -65,7 +59,7 @@ def finished(
 
 
 @pytest.fixture
-def make(tiny: TransformersBackbone, cache: Path, tmp_path: Path) -> Make:
+def make(tiny, cache, tmp_path):
     """Makes a table in ``tmp_path`` from a recipe's TOML."""
 
     def run(text: str = TABLE, **given: object) -> FinishedTable:
@@ -74,7 +68,7 @@ def make(tiny: TransformersBackbone, cache: Path, tmp_path: Path) -> Make:
     return run
 
 
-def test_a_comparison_is_made_end_to_end(finished: Finished):
+def test_a_comparison_is_made_end_to_end(finished):
     made, folder = finished.table, finished.folder
     assert [table.title for table in made.tables] == [
         "Planted, all", "Planted, odd", "Planted, no, positives",
@@ -97,7 +91,7 @@ def test_a_comparison_is_made_end_to_end(finished: Finished):
         assert words in page
 
 
-def test_a_subset_without_a_positive_text_leaves_ranking_undefined(finished: Finished):
+def test_a_subset_without_a_positive_text_leaves_ranking_undefined(finished):
     row = rows_of(finished.table, 2)["tfidf"]
     assert row["metrics"]["auprc"]["mean"] is None
     assert row["ours_minus_this"] == {"value": None, "ci": [None, None], "p": None}
@@ -107,35 +101,34 @@ def test_a_subset_without_a_positive_text_leaves_ranking_undefined(finished: Fin
     }  # fmt: skip
 
 
-def test_figures_are_those_of_evaluate_on_the_stored_artifacts(
-    finished: Finished, tiny: TransformersBackbone
-):
-    rows = rows_of(finished.table)
-    data = Data()
-    prompts = [tiny.encoder.encode_any_length(item.messages, None) for item in data.test.items]
-    folders = sorted((finished.folder / "runs").glob("readout-*/probe"))
-    values = []
-    for folder in folders:
-        probe = load_probe(folder)
-        (logits,) = score(tiny, Bank([probe]), prompts)
-        found = evaluate(
-            probe.task,
-            probe.calibration.apply(logits),
-            data.test.labels,
-            thresholds=probe.thresholds,
+def test_figures_are_those_of_evaluate_on_the_stored_artifacts(finished, tiny, cache):
+    rows, data = rows_of(finished.table), Data()
+    folders = sorted((finished.folder / "runs").glob("*/probe"))
+    probes = [replace(load_probe(path), name=path.parent.name) for path in folders]
+    split = make_split(tiny, data.test, FitOptions(max_tokens=512, cache_root=cache))
+    expected = score(tiny, Bank(probes), split.prompts)
+    for own, other in zip(score_split(probes, split, device=tiny.device), expected, strict=True):
+        # Cached states are bfloat16: 8 bits of mantissa.
+        np.testing.assert_allclose(own, other, atol=0.02 * np.abs(other).max())
+    reports = [
+        evaluate(
+            probe.task, probe.calibration.apply(logits), split.labels, thresholds=probe.thresholds
         )
-        values.append(found.metrics)
-    # The cache holds bfloat16 states of this float32 backbone, which moves metrics of ranks little.
+        for probe, logits in zip(probes, expected, strict=True)
+        if probe.name.startswith("readout")
+    ]
+    # Of the float32 states, which moves metrics of ranks little.
     for metric in ("auprc", "f1", "ece"):
         shown = rows["readout"]["metrics"][metric]["values"]
-        assert shown == pytest.approx([one[metric].value for one in values], abs=0.02)
+        values = [report.metrics[metric].value for report in reports]
+        assert shown == pytest.approx(values, abs=0.02)
     (file,) = (finished.folder / "runs").glob("tfidf-*/result.npz")
     logits = np.load(file)["validation_logits"]
-    expected = validation_score(TASKS["binary"], logits, data.validation.labels)
-    assert rows["tfidf"]["validation"]["values"] == [expected]
+    score_of_it = validation_score(TASKS["binary"], logits, data.validation.labels)
+    assert rows["tfidf"]["validation"]["values"] == [score_of_it]
 
 
-def test_table_cells_hold_the_figures(finished: Finished):
+def test_table_cells_hold_the_figures(finished):
     made, folder = finished.table, finished.folder
     row = rows_of(made)["readout"]
     f1 = row["metrics"]["f1"]
@@ -155,8 +148,8 @@ def test_table_cells_hold_the_figures(finished: Finished):
     assert json.loads((folder / "table.json").read_text()) == made.to_dict()
 
 
-def test_a_second_run_computes_nothing_but_rows_that_were_deleted(
-    finished: Finished, make: Make, tmp_path: Path
+def test_a_second_run_computes_nothing_but_rows_that_were_deleted_or_changed(
+    finished, make, tmp_path
 ):
     before = finished.copied(tmp_path)
     assert rows_of(make()) == rows_of(finished.table)
@@ -172,10 +165,18 @@ def test_a_second_run_computes_nothing_but_rows_that_were_deleted(
         for metric, found in row["metrics"].items():
             # Alone, its matmuls are narrower, which rounds differently.
             assert found["values"] == pytest.approx(again[name]["metrics"][metric]["values"])
+    # A changed row is made anew, and the earlier opening is told.
+    changed = make(TABLE.replace("epochs = 2", "epochs = 1"))
+    new = stored(tmp_path)
+    assert {name.split("-seed")[0] for name in new.keys() - after.keys()} == {"runs/pooling"}
+    assert {name: new[name] for name in after} == after
+    first, *_, last = json.loads((tmp_path / "test_opened.json").read_text())
+    assert first["config"] != last["config"]
+    assert any("opened before" in note for note in changed.notes)
 
 
 def test_a_killed_run_goes_on_from_its_finished_rows_and_the_test_is_opened_after_them(
-    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make, tmp_path, monkeypatch
 ):
     opened: list[tuple[int, bool]] = []
 
@@ -206,24 +207,10 @@ def test_a_killed_run_goes_on_from_its_finished_rows_and_the_test_is_opened_afte
     assert {name: after[name] for name in probes} == probes
 
 
-def test_a_changed_row_is_made_anew_and_the_earlier_opening_is_told(
-    finished: Finished, make: Make, tmp_path: Path
-):
-    before = finished.copied(tmp_path)
-    changed = make(TABLE.replace("epochs = 2", "epochs = 1"))
-    after = stored(tmp_path)
-    assert {name.split("-seed")[0] for name in after.keys() - before.keys()} == {"runs/pooling"}
-    assert {name: after[name] for name in before} == before
-    openings = json.loads((tmp_path / "test_opened.json").read_text())
-    assert len(openings) == 2
-    assert openings[0]["config"] != openings[1]["config"]
-    assert any("opened before" in note for note in changed.notes)
-
-
-def test_rows_can_be_chosen_and_data_cut(tiny: TransformersBackbone, cache: Path, tmp_path: Path):
+def test_rows_can_be_chosen_and_data_cut(make):
     chosen = recipe().only(["pooling", "tfidf"])
     data = Data(parts={"odd": np.arange(1, 70, 2)})
-    made = reproduce(context_of(tiny, tmp_path, cache, data=data, recipe=chosen, limit=40))
+    made = make(data=data, recipe=chosen, limit=40)
     assert list(rows_of(made)) == ["pooling", "tfidf"]
     assert made.tables[0].texts == 40
     assert 0 < made.tables[1].texts < 35
@@ -235,24 +222,23 @@ def test_rows_can_be_chosen_and_data_cut(tiny: TransformersBackbone, cache: Path
         recipe().only(["poling"])
 
 
-def test_a_searched_probe_is_trained_as_the_search_says(make: Make, tmp_path: Path):
-    asked: list[str] = []
+def test_a_searched_probe_is_trained_as_the_search_says(make, tmp_path):
+    asked = []
 
-    def search(dataset: ProbeDataset, mechanism: str, storage: Path) -> Configuration:
+    def search(_dataset, mechanism, storage):
         asked.append(mechanism)
         assert storage.parent.is_dir()
         spec, settings = suggested(mechanism)
         return spec, settings.changed(epochs=1, learning_rate=5e-3)
 
-    text = ONE_SEED.replace("settings = { epochs = 2 }", "search = true")
-    make(text, search=search)
+    make(ONE_SEED.replace("settings = { epochs = 2 }", "search = true"), search=search)
     assert asked == ["pooling"]
     (folder,) = (tmp_path / "runs").glob("pooling-*/probe")
     settings = load_probe(folder).record["settings"]
     assert (settings["epochs"], settings["learning_rate"]) == (1, 5e-3)
 
 
-def test_a_transfer_is_tested_on_the_other_data_set(make: Make):
+def test_a_transfer_is_tested_on_the_other_data_set(make):
     # The same question, its labels named otherwise.
     renamed = replace(TASKS["binary"], labels=("0", "1"))
     tested = replace(examples("binary", 70, 3), task=renamed)
@@ -271,7 +257,7 @@ def test_a_transfer_is_tested_on_the_other_data_set(make: Make):
     assert rows_of(made)["readout"]["metrics"]["auprc"]["mean"] > 0.9
 
 
-def test_a_few_shot_draw_has_as_many_texts_of_each_class(make: Make, tmp_path: Path):
+def test_a_few_shot_draw_has_as_many_texts_of_each_class(make, tmp_path):
     made = make(TABLE.replace('"comparison"', '"few-shot"\nlabels_per_class = 8\ndraws = 3'))
     rows = rows_of(made)
     assert [len(row["seeds"]) for row in rows.values()] == [3, 3, 3]
@@ -289,7 +275,7 @@ def test_a_few_shot_draw_has_as_many_texts_of_each_class(make: Make, tmp_path: P
     assert shown["value"] == pytest.approx(mean)
 
 
-def test_a_sweep_trains_every_probe_with_every_value(make: Make, tmp_path: Path):
+def test_a_sweep_trains_every_probe_with_every_value(make, tmp_path):
     text = ONE_SEED.partition("[[baseline]]")[0].replace('"comparison"', '"sensitivity"')
     text = text.replace('ours = ["readout"]', "")
     sweep = '[sweep]\nparameter = "learning_rate"\nvalues = [1e-3, 1e-2]\n'
@@ -303,7 +289,7 @@ def test_a_sweep_trains_every_probe_with_every_value(make: Make, tmp_path: Path)
     assert [row.spec.options["heads"] for row in build_rows(only, suggested)] == [1, 4]
 
 
-def test_several_classes_make_a_table(make: Make, tmp_path: Path):
+def test_several_classes_make_a_table(make, tmp_path):
     made = make(ONE_SEED.replace('"auprc"', '"accuracy"'), data=Data("multiclass"))
     row = rows_of(made)["readout"]
     labels = Data("multiclass").test.labels
@@ -314,19 +300,7 @@ def test_several_classes_make_a_table(make: Make, tmp_path: Path):
     assert row["metrics"]["accuracy"]["mean"] == pytest.approx(right.mean())
 
 
-def test_cached_states_give_the_logits_of_a_forward_pass(
-    finished: Finished, tiny: TransformersBackbone, cache: Path
-):
-    probes = [load_probe(path) for path in sorted((finished.folder / "runs").glob("*/probe"))]
-    split = make_split(tiny, Data().test, FitOptions(max_tokens=512, cache_root=cache))
-    named = [replace(probe, name=str(place)) for place, probe in enumerate(probes)]
-    expected = score(tiny, Bank(named), split.prompts)
-    for own, other in zip(score_split(probes, split, device=tiny.device), expected, strict=True):
-        # Cached states are bfloat16: 8 bits of mantissa.
-        np.testing.assert_allclose(own, other, atol=0.02 * np.abs(other).max())
-
-
-def test_a_run_that_diverges_is_left_out_and_told(make: Make, tmp_path: Path):
+def test_a_run_that_diverges_is_left_out_and_told(make, tmp_path):
     text = ONE_SEED.replace("epochs = 2", "epochs = 2, weight_decay = 1e38")
     made = make(text)
     assert list(rows_of(made)) == ["readout", "tfidf"]
@@ -336,9 +310,7 @@ def test_a_run_that_diverges_is_left_out_and_told(make: Make, tmp_path: Path):
     assert stored(tmp_path) == before
 
 
-def test_validation_texts_that_cannot_choose_are_refused_before_any_work(
-    make: Make, tmp_path: Path
-):
+def test_validation_texts_that_cannot_choose_are_refused_before_any_work(make, tmp_path):
     validation = examples("binary", 60, 2)
     data = Data(validation=validation.select(np.flatnonzero(validation.labels == 0)))
     with pytest.raises(SidelightError, match="no 'toxic' text"):
@@ -346,7 +318,7 @@ def test_validation_texts_that_cannot_choose_are_refused_before_any_work(
     assert not (tmp_path / "runs").exists()
 
 
-def test_other_test_texts_are_another_opening(make: Make, tmp_path: Path):
+def test_other_test_texts_are_another_opening(make, tmp_path):
     head, _, tail = TABLE.partition("[[probe]]")
     text = head.replace('ours = ["readout"]', "") + "".join(tail.rpartition("[[baseline]]")[1:])
 
