@@ -127,12 +127,11 @@ class Subjects:
 
     def written(self, text: str) -> tuple[list[int], np.ndarray]:
         """What the model writes greedily, and the score of each token of it."""
-        prompt, ids = self.chat(text), []
-        end = self.backbone.tokenizer.eos_token_id
-        with torch.no_grad():
-            while len(ids) < TOKENS and end not in ids:
-                read = torch.tensor([[*prompt.token_ids, *ids]])
-                ids.append(int(self.backbone.model(read).logits[0, -1].argmax()))
+        prompt = self.chat(text)
+        read = torch.tensor([prompt.token_ids])
+        options = {"do_sample": False, "max_new_tokens": TOKENS, "pad_token_id": 0}
+        whole = self.backbone.model.generate(read, attention_mask=torch.ones_like(read), **options)
+        ids, end = whole[0, len(prompt) :].tolist(), self.backbone.tokenizer.eos_token_id
         texts = [
             EncodedPrompt(prompt.token_ids + tuple(ids[:k]), prompt.parts + (Part.RESPONSE,) * k)
             for k in range(1, len(ids) + 1)
