@@ -1,21 +1,16 @@
 """vLLM's own server under a policy: every route that it has, with each of its options."""
 
-import json
 from contextlib import contextmanager
 from dataclasses import replace
 
 import httpx
 import pytest
 
-from commands import run
 from policy_contract import ADMIN, parts_of
 from sidelight.artifact import save_probe
 from stock_requests import post, posts, requests_of, written_in
 
 pytestmark = pytest.mark.xdist_group("stock")
-# Whoever writes the template by hand can write control tokens too, which the routes of chats and
-# the probe by itself read as other tokens.
-WRITTEN = ("control", "template")
 
 
 @contextmanager
@@ -76,43 +71,3 @@ def test_no_route_sends_anything_of_a_text_that_is_cut_at_once(sealed, subjects,
             assert reasons.keys() == {*range(texts)}, (body, response.text)
             # An empty answer has nothing to cut.
             assert set(reasons.values()) <= {"content_filter", "stop"}, (body, response.text)
-
-
-def rates(row):
-    return [row[key]["flagged"] for key in ("recall", "false_alarms")]
-
-
-def test_every_route_blocks_what_the_probe_flags_by_itself(stock, subjects, tmp_path):
-    """The attacks of ``sidelight redteam``, on the server and on the probe."""
-    scores = subjects.scores([subjects.chat(text) for text in subjects.texts])
-    labels = ["toxic" if own >= subjects.threshold else "fine" for own in scores]
-    rows = [{"text": t, "label": n} for t, n in zip(subjects.texts, labels, strict=True)]
-    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-
-    def called(*more):
-        out = tmp_path / "e.json"
-        attacks = "control,template,places,padding-150-before"
-        options = ("--texts", "2", "--attacks", attacks, "--json", str(out))
-        threshold = ("--threshold", str(subjects.threshold))
-        data = ("--data", str(tmp_path / "data.jsonl"), "--model", subjects.path)
-        assert run("redteam", subjects.folders[0], *data, *threshold, *options, *more) == 0
-        return json.loads(out.read_text())
-
-    live, alone = called("--url", stock.address), called("--dtype", "float32")
-    routes = {route["route"]: route["attacks"] for route in live["routes"]}
-    assert routes.keys() == {"chat", "text", "ids", "responses", "messages"}
-    for route, attacks in routes.items():
-        for row, own in zip(attacks, alone["attacks"], strict=True):
-            if row["attack"] == "system-turn":
-                # Nobody reads it, so the policy refuses it.
-                assert row["recall"]["flagged"] == row["recall"]["texts"] > 0, route
-            elif not row["attack"].startswith(WRITTEN):
-                assert rates(row) == rates(own), (route, row["attack"])
-            if row["attack"] != "empty-turns":
-                assert row["skipped"] == {}, (route, row["attack"])
-    # The same tokens have the same verdict, whoever has made them.
-    for name in WRITTEN:
-        of = [
-            [rates(r) for r in routes[w] if r["attack"].startswith(name)] for w in ("text", "ids")
-        ]
-        assert of[0] == of[1]
