@@ -19,7 +19,7 @@ from sidelight.states.extraction import BackboneSource, extract
 from sidelight.storage import FolderLock
 
 TEXTS = ["one", "two words", "a third text that is longer", "four"]
-law = settings(max_examples=50, deadline=None)
+law = settings(max_examples=25, deadline=None)
 
 
 def cache_of(backbone, root, texts=TEXTS, *, reads=None, fingerprint=None, shard_bytes=10_000):
@@ -59,42 +59,25 @@ def test_batches_have_every_prompt_once_and_fit_padding_included(lengths, room):
         assert max(lengths[i] for i in batch) * len(batch) <= room or len(batch) == 1
 
 
-def test_the_key_changes_with_backbone_reads_and_texts(tiny, tmp_path):
-    other = replace(tiny.fingerprint, weights="0" * 16)
-    half = replace(tiny.fingerprint, dtype="bfloat16")
-    folders = {
-        cache_of(tiny, tmp_path).directory,
-        cache_of(tiny, tmp_path, fingerprint=other).directory,
-        cache_of(tiny, tmp_path, fingerprint=half).directory,
-        cache_of(tiny, tmp_path, reads=Reads("both")).directory,
-        cache_of(tiny, tmp_path, reads=Reads(template=False)).directory,
-        cache_of(tiny, tmp_path, [*TEXTS[:3], "five"]).directory,
-        cache_of(tiny, tmp_path, TEXTS[::-1]).directory,
-        cache_of(tiny, tmp_path, TEXTS[:3]).directory,
-    }
-    assert len(folders) == 8
-
-
-def test_the_key_changes_with_the_size_of_shards(tiny, tmp_path):
-    small, large = (cache_of(tiny, tmp_path, shard_bytes=n) for n in (5_000, 50_000))
-    assert small.plan != large.plan
-    assert small.directory != large.directory
-
-
-def test_the_key_is_the_same_for_the_same_data(tiny, tmp_path):
-    renamed = replace(tiny.fingerprint, name="another name")
-    assert cache_of(tiny, tmp_path).directory == cache_of(tiny, tmp_path).directory
-    assert cache_of(tiny, tmp_path, fingerprint=renamed).directory == (
-        cache_of(tiny, tmp_path).directory
+def test_the_key_changes_with_backbone_reads_texts_and_size_of_shards_only(tiny, tmp_path):
+    who, options = (
+        tiny.fingerprint,
+        [
+            {},
+            {"fingerprint": replace(tiny.fingerprint, weights="0" * 16)},
+            {"fingerprint": replace(tiny.fingerprint, dtype="bfloat16")},
+            {"reads": Reads("both")},
+            {"reads": Reads(template=False)},
+            {"texts": [*TEXTS[:3], "five"]},
+            {"texts": TEXTS[::-1]},
+            {"texts": TEXTS[:3]},
+            {"shard_bytes": 50_000},
+        ],
     )
-
-
-def test_a_budget_that_is_too_small_is_an_error_before_anything_is_written(tiny, tmp_path):
-    cache = cache_of(tiny, tmp_path)
-    too_small = pytest.raises(SidelightError, match=r"--cache-budget.*--cache.*--limit")
-    with too_small, cache.filling(budget_bytes=1000):
-        pass
-    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "lock"]
+    folders = [cache_of(tiny, tmp_path, **changed).directory for changed in options]
+    assert len({*folders}) == len(options)
+    for same in ({}, {"fingerprint": replace(who, name="another name")}):
+        assert cache_of(tiny, tmp_path, **same).directory == folders[0]
 
 
 def test_a_disk_that_is_too_small_is_an_error(tiny, tmp_path, monkeypatch):
@@ -112,10 +95,15 @@ def test_what_is_already_there_is_within_the_budget(tiny, tmp_path):
         pass
 
 
-def test_a_shard_is_read_as_it_was_written(tiny, tmp_path):
+def test_a_shard_is_read_as_it_was_written_and_half_of_one_is_missing(tiny, tmp_path):
     cache = cache_of(tiny, tmp_path)
+    cache.directory.mkdir()
+    half = cache.directory / "shard-00000.partial"
+    half.write_bytes(b"half")
     hidden = torch.randn(4, 5, 32).bfloat16()
-    with cache.filling():
+    with cache.filling() as missing:
+        assert missing == list(range(len(cache)))
+        assert not half.exists()
         cache.write(0, Shard(hidden, torch.tensor([2, 3]), torch.tensor([1, 0])))
     shard = cache.read(0)
     assert torch.equal(shard.hidden, hidden)
@@ -124,36 +112,16 @@ def test_a_shard_is_read_as_it_was_written(tiny, tmp_path):
     assert 0 not in cache.missing()
 
 
-def test_a_shard_half_written_is_missing_and_cleared(tiny, tmp_path):
-    cache = cache_of(tiny, tmp_path)
-    cache.directory.mkdir()
-    half = cache.directory / "shard-00000.partial"
-    half.write_bytes(b"half")
-    with cache.filling() as missing:
-        assert missing == list(range(len(cache)))
-        assert not half.exists()
-
-
-def test_remove_deletes_this_cache_and_no_other(tiny, tmp_path):
-    own, other = cache_of(tiny, tmp_path), cache_of(tiny, tmp_path, ["other"])
-    for cache in (own, other):
-        extract(BackboneSource(tiny), cache)
-    own.remove()
-    assert not own.directory.exists()
-    assert other.directory.exists()
-    own.remove()
-
-
-def test_a_cache_that_another_run_reads_is_left_to_its_remove(tiny, tmp_path):
+def test_remove_deletes_a_cache_that_no_other_run_reads_or_keeps(tiny, tmp_path):
     first, second = (extract(BackboneSource(tiny), cache_of(tiny, tmp_path)) for _ in range(2))
+    other = extract(BackboneSource(tiny), cache_of(tiny, tmp_path, ["other"]))
     first.remove()
     assert not second.missing()
     assert second.read(0).hidden.isfinite().all()
     second.remove()
     assert not first.directory.exists()
-
-
-def test_a_cache_that_a_run_was_told_to_keep_outlives_the_next_run(tiny, tmp_path):
+    assert other.directory.exists()
+    first.remove()
     extract(BackboneSource(tiny), cache_of(tiny, tmp_path)).keep()
     later = extract(BackboneSource(tiny), cache_of(tiny, tmp_path))
     later.remove()

@@ -2,16 +2,14 @@
 
 import os
 import signal
-import subprocess
-import sys
 from dataclasses import replace
+from itertools import count
 
 import pytest
 import torch
 
-import killed_extraction
 from corpora import encoded
-from sidelight.backbone import TransformersBackbone, load_backbone
+from sidelight.backbone import TransformersBackbone
 from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
 from sidelight.prompts import Message, Reads, shared_unread
@@ -25,11 +23,19 @@ TEXTS = ["one", "two words", "a third text that is longer than the others", "fou
 ROUNDING_TO_BF16 = {"rtol": 2**-7, "atol": 1e-4}
 
 
-def extracted(backbone, prompts, root, reads, shard_bytes):
-    cache = ActivationCache(
-        root, prompts, reads=reads, fingerprint=backbone.fingerprint, shard_bytes=shard_bytes
+def cache_of(backbone, prompts, root, *, reads=None, shard_bytes=10**6, engine="transformers"):
+    return ActivationCache(
+        root,
+        prompts,
+        reads=reads or Reads(),
+        fingerprint=backbone.fingerprint,
+        shard_bytes=shard_bytes,
+        engine=engine,
     )
-    return extract(BackboneSource(backbone), cache)
+
+
+def extracted(backbone, prompts, root, **options):
+    return extract(BackboneSource(backbone), cache_of(backbone, prompts, root, **options))
 
 
 def states_by_row(cache):
@@ -43,12 +49,13 @@ def states_by_row(cache):
     return states
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("reads", [Reads(), Reads("response"), Reads("both", template=False)])
-@pytest.mark.parametrize("shard_bytes", [5_000, 10**6])
+@pytest.mark.parametrize(
+    ("reads", "shard_bytes"),
+    [(Reads(), 5_000), (Reads("response"), 10**6), (Reads("both", template=False), 5_000)],
+)
 def test_shards_hold_what_a_tap_sees_of_each_text(tiny, tmp_path, reads, shard_bytes):
     prompts = [tiny.encoder.encode([Message("user", text)], text[::-1]) for text in TEXTS]
-    cache = extracted(tiny, prompts, tmp_path, reads, shard_bytes)
+    cache = extracted(tiny, prompts, tmp_path, reads=reads, shard_bytes=shard_bytes)
     assert (len(cache) > 1) == (shard_bytes < 10**6)
     assert not cache.missing()
     states = states_by_row(cache)
@@ -69,52 +76,49 @@ def test_what_all_texts_begin_with_runs_once_a_batch(tiny, tmp_path):
     hook = tiny.model.base_model.register_forward_pre_hook(
         lambda _module, _args, given: ran.append(tuple(given["input_ids"].shape)), with_kwargs=True
     )
-    extracted(tiny, prompts, tmp_path, Reads(), 10**6)
+    extracted(tiny, prompts, tmp_path)
     hook.remove()
     longest = max(map(len, prompts))
     assert ran == [(1, shared), (len(TEXTS), longest - shared)]
 
 
-def test_shard_order_is_fixed_by_the_data(tiny, tmp_path):
+def test_the_same_data_give_the_same_files_and_a_complete_cache_runs_no_forward_pass(
+    tiny, tmp_path
+):
     prompts = encoded(tiny, TEXTS)
     first, second = (
-        extracted(tiny, prompts, tmp_path / name, Reads(), 5_000) for name in ("a", "b")
+        extracted(tiny, prompts, tmp_path / name, shard_bytes=5_000) for name in ("a", "b")
     )
     assert first.plan == second.plan
-    for index in range(len(first)):
-        one, two = first.read(index), second.read(index)
-        assert torch.equal(one.rows, two.rows)
-        assert torch.equal(one.hidden, two.hidden)
-
-
-def test_a_complete_cache_runs_no_forward_pass(tiny, tmp_path):
-    prompts = encoded(tiny, TEXTS)
-    cache = extracted(tiny, prompts, tmp_path, Reads(), 5_000)
+    assert contents(first.directory) == contents(second.directory)
     passes = []
     hook = tiny.model.base_model.register_forward_pre_hook(lambda *_: passes.append(1))
-    extract(BackboneSource(tiny), cache)
+    extract(BackboneSource(tiny), first)
     hook.remove()
     assert not passes
 
 
-def test_a_budget_that_is_too_small_runs_no_forward_pass(tiny, tmp_path):
-    cache = ActivationCache(
-        tmp_path, encoded(tiny, TEXTS), reads=Reads(), fingerprint=tiny.fingerprint
-    )
-    with pytest.raises(SidelightError, match="--cache-budget"):
-        extract(BackboneSource(tiny), cache, budget_bytes=100)
-    assert not list(tmp_path.rglob("*.safetensors"))
+def test_a_budget_that_is_too_small_is_an_error_before_anything_is_run_or_written(
+    tiny, tmp_path, ran
+):
+    cache = cache_of(tiny, encoded(tiny, TEXTS), tmp_path)
+    with pytest.raises(SidelightError, match=r"--cache-budget.*--cache.*--limit"):
+        extract(BackboneSource(tiny), cache, budget_bytes=1000)
+    assert not ran
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "lock"]
 
 
-@pytest.mark.parametrize("value", [float("inf"), float("nan")])
-@pytest.mark.parametrize(("dtype", "remedy"), [("float16", "--dtype"), ("float32", "weights")])
+@pytest.mark.parametrize(
+    ("value", "dtype", "remedy"),
+    [(float("inf"), "float16", "--dtype"), (float("nan"), "float32", "weights")],
+)
 def test_a_state_that_is_not_finite_is_an_error_that_names_its_text(tmp_path, value, dtype, remedy):
     backbone = tiny_backbone()
     prompts = encoded(backbone, [*TEXTS, "Z", "six"])
     (broken,) = set(prompts[5].token_ids) - set(prompts[6].token_ids)
     backbone.model.get_input_embeddings().weight.data[broken, 3] = value
     backbone.fingerprint = replace(backbone.fingerprint, dtype=dtype)
-    cache = ActivationCache(tmp_path, prompts, reads=Reads(), fingerprint=backbone.fingerprint)
+    cache = cache_of(backbone, prompts, tmp_path)
     with pytest.raises(SidelightError, match=rf"Text 6 .* layer 0 .* {dtype}\. .*{remedy}"):
         extract(BackboneSource(backbone), cache)
     assert cache.missing()
@@ -132,47 +136,50 @@ def identities(folder):
     }
 
 
-@pytest.mark.slow
+def forty(backbone, root):
+    texts = [f"text number {i} " + "and so on " * (i % 5) for i in range(40)]
+    return cache_of(backbone, encoded(backbone, texts), root, shard_bytes=50_000)
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_an_extraction_killed_in_the_middle_goes_on_where_it_stopped(tiny, tmp_path):
-    model, root = tmp_path / "model", tmp_path / "killed"
-    tiny.model.save_pretrained(model)
-    tiny.tokenizer.save_pretrained(model)
-    died = subprocess.run(
-        [sys.executable, killed_extraction.__file__, str(model), str(root)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-    )
-    assert died.returncode == -signal.SIGKILL, died.stderr.decode()
-    backbone = load_backbone(model, device="cpu")
-    cache = killed_extraction.cache_at(backbone, root)
+    cache, passes = forty(tiny, tmp_path / "killed"), count()
+
+    def die(*_):
+        if next(passes) == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    child = os.fork()
+    if not child:
+        try:
+            tiny.model.base_model.register_forward_pre_hook(die)
+            extract(BackboneSource(tiny), cache)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     before = identities(cache.directory)
     assert 0 < len(before) < len(cache)
     leftover = cache.directory / "shard-00099.partial"
     leftover.write_bytes(b"half a shard")
 
-    extract(BackboneSource(backbone), cache)
+    extract(BackboneSource(tiny), cache)
     after = identities(cache.directory)
     assert {name: after[name] for name in before} == before
     assert len(after) == len(cache)
     assert not list(cache.directory.glob("*.partial"))
-    whole = extract(
-        BackboneSource(backbone), killed_extraction.cache_at(backbone, tmp_path / "whole")
-    )
+    whole = extract(BackboneSource(tiny), forty(tiny, tmp_path / "whole"))
     assert contents(cache.directory) == contents(whole.directory)
     assert cache.directory.name == whole.directory.name
 
 
 def test_an_engine_does_not_fill_the_cache_of_another(tiny, tmp_path):
     prompts = encoded(tiny, TEXTS)
-    caches = [
-        ActivationCache(
-            tmp_path, prompts, reads=Reads(), fingerprint=tiny.fingerprint, engine=engine
-        )
-        for engine in ("transformers", "other")
-    ]
-    assert caches[0].directory != caches[1].directory
+    own, other = (
+        cache_of(tiny, prompts, tmp_path, engine=engine) for engine in ("transformers", "other")
+    )
+    assert own.directory != other.directory
     with pytest.raises(SidelightError, match="would fill it"):
-        extract(BackboneSource(tiny), caches[1])
+        extract(BackboneSource(tiny), other)
     assert not list(tmp_path.iterdir())
 
 
@@ -191,10 +198,7 @@ def ran(monkeypatch):
 
 
 def shared_states(source, prompts, root, shard_bytes=10**6):
-    cache = ActivationCache(
-        root, prompts, reads=Reads(), fingerprint=source.backbone.fingerprint,
-        shard_bytes=shard_bytes,
-    )  # fmt: skip
+    cache = cache_of(source.backbone, prompts, root, shard_bytes=shard_bytes)
     states = states_by_row(extract(source, cache))
     cache.remove()
     return states
@@ -205,7 +209,7 @@ def test_a_shared_source_runs_each_text_once_for_all_caches(tiny, tmp_path, ran,
     source = SharedSource(tiny, tmp_path)
     # Equal texts are one.
     prompts = encoded(tiny, [*TEXTS, TEXTS[0]])
-    alone = states_by_row(extracted(tiny, prompts, tmp_path, Reads(), 10**6))
+    alone = states_by_row(extracted(tiny, prompts, tmp_path))
     ran.clear()
     for rows in ([0, 1, 2], [3, 1, 5], [4, 3, 2, 1, 0]):
         states = shared_states(source, [prompts[row] for row in rows], tmp_path, shard_bytes)
