@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,6 @@ import pytest
 from commands import run
 from corpora import TASKS, planted
 from sidelight.artifact import load_probe, save_probe
-from sidelight.data.examples import Example
 from sidelight.data.loading import load_examples
 from sidelight.data.readers import read_file
 from sidelight.errors import SidelightError
@@ -87,25 +87,38 @@ def sitting(tiny, tmp_path):
     return Sitting(tiny, tmp_path)
 
 
+@pytest.fixture(scope="module")
+def first_sitting(tiny, tmp_path_factory):
+    """A sitting of 40 labels and a probe; nobody goes on with it."""
+    sitting = Sitting(tiny, tmp_path_factory.mktemp("first"), count=120)
+    sitting.label(40)
+    sitting.queue.train()
+    return sitting
+
+
+@pytest.fixture
+def trained(tiny, first_sitting, tmp_path):
+    """Its next sitting."""
+    shutil.copytree(first_sitting.folder, tmp_path, dirs_exist_ok=True)
+    return Sitting(tiny, tmp_path, count=120)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", TASKS)
-def test_labels_are_a_training_file_with_the_cells_of_their_rows(tiny, tmp_path, kind):
-    sitting = Sitting(tiny, tmp_path, kind)
-    shown = sitting.label(20)
+def test_from_no_labels_to_a_probe_in_one_sitting(tiny, tmp_path, kind):
+    sitting = Sitting(tiny, tmp_path, kind, count=90)
+    with pytest.raises(SidelightError, match="needs 5 texts of each label"):
+        sitting.queue.train()
+    shown = []
+    while sitting.queue.obstacle:
+        shown += sitting.label(1)
+    shown += sitting.label(20)
+    # The labels are a training file with the cells of their rows.
     read = sitting.read()
     assert [row["id"] for row in read.rows] == shown
     assert [sorted(names) for names in read.label_names()] == [
         sorted(sitting.truth[row]) for row in shown
     ]
-
-
-@pytest.mark.parametrize("kind", TASKS)
-def test_from_no_labels_to_a_probe_in_one_sitting(tiny, tmp_path, kind):
-    sitting = Sitting(tiny, tmp_path, kind, count=120)
-    with pytest.raises(SidelightError, match="needs 5 texts of each label"):
-        sitting.queue.train()
-    while sitting.queue.obstacle:
-        sitting.label(1)
-    sitting.label(30)
     before = sitting.queue._order
     sitting.queue.train()
     assert sitting.queue._order != before
@@ -117,29 +130,28 @@ def test_from_no_labels_to_a_probe_in_one_sitting(tiny, tmp_path, kind):
     np.testing.assert_allclose(probe.calibration.apply(live), known, atol=ROUNDING_TO_BF16)
 
 
-def test_the_figures_are_of_texts_that_the_probe_did_not_learn_from(tiny, tmp_path):
-    sitting = Sitting(tiny, tmp_path, count=120)
-    sitting.label(40)
-    sitting.queue.train()
-    (whole,) = sitting.queue.figures
+@pytest.mark.slow
+def test_the_figures_are_of_texts_that_the_probe_did_not_learn_from(first_sitting, trained):
+    (whole,) = first_sitting.queue.figures
     (report,) = whole.rows.values()
     assert report["rows"] == 40
-    first = load_probe(tmp_path / "probe")
+    first = load_probe(trained.folder / "probe")
     assert report == first.record["validation"]["metrics"]
-    batch = sitting.label(20)
-    sitting.queue.train()
-    _, since, whole = sitting.queue.figures
+    batch = trained.label(20)
+    trained.queue.train()
+    _, since, whole = trained.queue.figures
     before, after = since.rows.values()
     assert before["rows"] == after["rows"] == 20
     # By the earlier probe itself, as anybody else would measure it.
-    positives = np.array([sitting.truth[row] == ("toxic",) for row in batch])
-    flagged = sitting.pool.probabilities(first)[batch, 0] >= first.thresholds[0]
+    positives = np.array([trained.truth[row] == ("toxic",) for row in batch])
+    flagged = trained.pool.probabilities(first)[batch, 0] >= first.thresholds[0]
     assert before["accuracy"]["value"] == pytest.approx((positives == flagged).mean())
     assert [row["rows"] for row in whole.rows.values()] == [60, 60]
-    second = load_probe(tmp_path / "probe")
+    second = load_probe(trained.folder / "probe")
     assert [*whole.rows.values()][1] == second.record["validation"]["metrics"]
 
 
+@pytest.mark.slow
 def test_labels_that_say_nothing_about_the_texts_give_figures_of_chance(sitting):
     """Of each text, what did not learn from it is measured: a probe can know these labels alone."""
     random = np.random.default_rng(0)
@@ -152,31 +164,27 @@ def test_labels_that_say_nothing_about_the_texts_give_figures_of_chance(sitting)
             assert report["auroc"]["value"] < 0.8, figures.title
 
 
-def test_the_least_certain_texts_come_first_and_one_in_four_at_random(tiny, tmp_path):
-    sitting = Sitting(tiny, tmp_path, count=120)
-    sitting.label(40)
-    sitting.queue.train()
-    chances = sitting.pool.probabilities(load_probe(tmp_path / "probe"))[:, 0]
-    shuffled = [row for row in sitting.queue._shuffled if row not in sitting.queue.decided]
-    shown = sitting.label(12)
+@pytest.mark.slow
+def test_the_least_certain_texts_come_first_and_one_in_four_at_random(trained):
+    chances = trained.pool.probabilities(load_probe(trained.folder / "probe"))[:, 0]
+    shuffled = [row for row in trained.queue._shuffled if row not in trained.queue.decided]
+    shown = trained.label(12)
     at_random = shown[3::4]
     assert at_random == [row for row in shuffled if row not in set(shown) - set(at_random)][:3]
     chosen = [row for row in shown if row not in at_random]
-    left = [row for row in range(120) if row not in sitting.queue.decided]
+    left = [row for row in range(120) if row not in trained.queue.decided]
     assert max(abs(chances[chosen] - 0.5)) <= min(abs(chances[left] - 0.5))
 
 
-def test_the_random_texts_lack_no_kind_of_text(tiny, tmp_path):
+@pytest.mark.slow
+def test_the_random_texts_lack_no_kind_of_text(trained):
     """They are the first of a random order, whichever of them were chosen early."""
-    sitting = Sitting(tiny, tmp_path, count=120)
-    sitting.label(40)
-    sitting.queue.train()
-    sitting.label(40)
-    at_random = sitting.queue._at_random()
-    assert at_random == sitting.queue._shuffled[: len(at_random)]
+    trained.label(40)
+    at_random = trained.queue._at_random()
+    assert at_random == trained.queue._shuffled[: len(at_random)]
     assert 50 <= len(at_random) < 80
-    sitting.queue.train()
-    assert sitting.queue.figures[0].title == f"The {len(at_random)} texts that came at random"
+    trained.queue.train()
+    assert trained.queue.figures[0].title == f"The {len(at_random)} texts that came at random"
 
 
 def test_the_random_order_of_texts_stays_when_others_come_or_go(tiny, tmp_path):
@@ -188,21 +196,20 @@ def test_the_random_order_of_texts_stays_when_others_come_or_go(tiny, tmp_path):
     assert after == [number for number in before if number >= 10]
 
 
-@pytest.mark.parametrize(
-    ("task", "unsure", "sure"),
-    [
-        (Task("binary", ("a", "b")), [[0.4], [0.5]], [[0.9], [0.8]]),
+def test_uncertain_texts_and_those_that_probes_disagree_on_are_least_certain():
+    binary, several = Task("binary", ("a", "b")), Task("multiclass", ("a", "b", "c"))
+    for task, unsure, sure in (
+        (binary, [[0.4], [0.5]], [[0.9], [0.8]]),
         # Each is sure, and they disagree.
-        (Task("binary", ("a", "b")), [[0.99], [0.01]], [[0.3], [0.3]]),
-        (Task("multiclass", ("a", "b", "c")), [[0.4, 0.3, 0.3]] * 2, [[0.6, 0.4, 0.0]] * 2),
+        (binary, [[0.99], [0.01]], [[0.3], [0.3]]),
+        (several, [[0.4, 0.3, 0.3]] * 2, [[0.6, 0.4, 0.0]] * 2),
         (Task("multilabel", ("a", "b")), [[0.99, 0.5]] * 2, [[0.2, 0.8]] * 2),
-    ],
-)
-def test_uncertain_texts_and_those_that_probes_disagree_on_are_least_certain(task, unsure, sure):
-    found = certainty(task, np.array([unsure, sure]).transpose(1, 0, 2))
-    assert found[0] < found[1]
+    ):
+        found = certainty(task, np.array([unsure, sure]).transpose(1, 0, 2))
+        assert found[0] < found[1]
 
 
+@pytest.mark.slow
 def test_given_probes_order_the_texts_from_the_start(tiny, tmp_path):
     save_probe(untrained_probe(tiny, "one"), tmp_path / "one")
     save_probe(untrained_probe(tiny, "two", mechanism="gate"), tmp_path / "two")
@@ -223,35 +230,31 @@ def test_given_probes_order_the_texts_from_the_start(tiny, tmp_path):
     assert [[*figures.rows][:2] for figures in sitting.queue.figures] == [["one", "two"]] * 2
 
 
-def test_a_probe_of_other_labels_or_of_responses_is_refused(tiny, tmp_path):
+def test_probes_of_other_labels_or_responses_are_refused_and_others_not_replaced(tiny, tmp_path):
     with pytest.raises(SidelightError, match="decides between billing"):
         Sitting(tiny, tmp_path, probes=[untrained_probe(tiny, "a", task=task_of(["billing", "x"]))])
     probe = untrained_probe(tiny, "b", reads=Reads("response"))
     with pytest.raises(SidelightError, match="reads response"):
         Sitting(tiny, tmp_path / "other", probes=[probe])
+    save_probe(untrained_probe(tiny, "mine", task=TOXICITY), tmp_path / "probe")
+    with pytest.raises(SidelightError, match="not made from labels"):
+        Sitting(tiny, tmp_path)
 
 
-def test_the_model_reads_each_text_once_for_all_sittings(sitting, monkeypatch):
-    sitting.label(30)
-    sitting.queue.train()
-    monkeypatch.setattr(type(sitting.tiny), "run", None)
-    sitting.begin_again()
-    sitting.queue.train()
-
-
-def test_a_sitting_goes_on_where_the_last_one_stopped(sitting):
-    shown = sitting.label(30)
-    sitting.queue.train()
-    order = sitting.queue._order
-    sitting.begin_again()
-    assert sitting.queue._order == order
-    assert [*sitting.queue.decided] == shown
-    assert sitting.queue.next() not in shown
-    batch = sitting.label(5)
-    sitting.queue.train()
-    assert [f.title for f in sitting.queue.figures[-2:]] == [
+@pytest.mark.slow
+def test_a_sitting_goes_on_where_the_last_one_stopped_and_the_model_reads_nothing_again(
+    first_sitting, trained, monkeypatch
+):
+    monkeypatch.setattr(type(trained.tiny), "run", None)
+    trained.begin_again()
+    assert trained.queue._order == first_sitting.queue._order
+    assert [*trained.queue.decided] == [*first_sitting.queue.decided]
+    assert trained.queue.next() not in trained.queue.decided
+    batch = trained.label(5)
+    trained.queue.train()
+    assert [figures.title for figures in trained.queue.figures[-2:]] == [
         f"The {len(batch)} texts labelled since",
-        "All 35 labelled texts",
+        "All 45 labelled texts",
     ]
 
 
@@ -259,21 +262,18 @@ def test_undo_takes_back_labels_and_skips_and_shows_their_texts_again(sitting):
     first, second = sitting.label(2)
     skipped = sitting.queue.next()
     sitting.queue.skip(skipped)
-    content = sitting.out.read_bytes()
+    assert sitting.out.read_bytes()
     for row, done in ((skipped, 2), (second, 1), (first, 0)):
         sitting.queue.undo(row)
         assert sitting.queue.next() == row
         assert len(sitting.queue.decided) == done
-    assert content
     assert sitting.out.read_bytes() == b""
     assert sitting.queue.last is None
     assert sitting.label(3) == [first, second, skipped]
-
-
-def test_skipped_texts_come_last_and_are_no_labels(sitting):
+    # Skipped texts come last, and are no labels.
     skipped = sitting.queue.next()
     sitting.queue.skip(skipped)
-    assert sitting.label(59)[-1] != skipped
+    assert sitting.label(56)[-1] != skipped
     assert sitting.label(1) == [skipped]
     assert sitting.queue.next() is None
 
@@ -292,27 +292,24 @@ def test_a_text_is_labelled_by_the_tab_that_is_first(sitting):
     assert len(sitting.read()) == 1
 
 
-@pytest.mark.parametrize("labels", [[], ["fine", "toxic"], ["other"]])
-def test_labels_that_the_task_does_not_have_are_refused(sitting, labels):
-    with pytest.raises(SidelightError, match="wanted one of fine, toxic"):
-        sitting.queue.label(0, labels)
+def test_labels_that_the_task_does_not_have_are_refused(sitting):
+    for labels in ([], ["fine", "toxic"], ["other"]):
+        with pytest.raises(SidelightError, match="wanted one of fine, toxic"):
+            sitting.queue.label(0, labels)
     assert sitting.out.read_bytes() == b""
 
 
-def test_a_text_that_appears_twice_is_shown_once(sitting):
-    sitting.rows += sitting.rows[:10]
-    assert len(sitting.begin_again().pool.examples) == 60
+@pytest.mark.slow
+def test_each_text_is_shown_once_and_labelled_ones_train_although_their_rows_are_gone(trained):
+    trained.rows = trained.rows[:10] * 2
+    trained.begin_again()
+    gone = [row for row in trained.read().rows if row["id"] >= 10]
+    assert len(trained.pool.examples) == 10 + len(gone)
+    assert len(trained.queue.decided) == 40
+    trained.queue.train()
 
 
-def test_labelled_texts_that_are_not_in_the_file_of_texts_train_too(sitting):
-    sitting.label(30)
-    sitting.rows = sitting.rows[:10]
-    sitting.begin_again()
-    assert len(sitting.queue.decided) == 30
-    sitting.queue.train()
-
-
-def test_a_file_that_another_program_changed_is_not_written(sitting):
+def test_a_file_that_another_program_changed_removed_or_replaced_is_not_written(sitting):
     (first,) = sitting.label(1)
     with sitting.out.open("a") as file:
         file.write('{"text": "mine", "label": "fine"}\n')
@@ -324,22 +321,14 @@ def test_a_file_that_another_program_changed_is_not_written(sitting):
     assert sitting.out.read_bytes() == content
     assert sitting.queue.next() == row
     assert len(sitting.begin_again().queue.decided) == 2
-
-
-def test_a_file_that_was_removed_or_replaced_is_not_written(sitting):
-    sitting.label(1)
     content = sitting.out.read_bytes()
-    sitting.out.unlink()
-    with pytest.raises(SidelightError, match="Another program has changed"):
-        sitting.label(1)
-    sitting.out.write_bytes(content)
-    with pytest.raises(SidelightError, match="Another program has changed"):
-        sitting.label(1)
-
-
-def test_a_second_sitting_on_the_same_file_is_refused(sitting):
-    with pytest.raises(SidelightError, match="another 'sidelight label' appends to it"):
-        LabelFile(sitting.out)
+    for change in (sitting.out.unlink, lambda: sitting.out.write_bytes(content)):
+        change()
+        with pytest.raises(SidelightError, match="Another program has changed"):
+            sitting.label(1)
+    second = sitting.folder / "second.jsonl"
+    with closing(LabelFile(second)), pytest.raises(SidelightError, match="another 'sidelight"):
+        LabelFile(second)
 
 
 def test_a_full_disk_leaves_the_file_whole(sitting, monkeypatch):
@@ -362,13 +351,15 @@ def test_a_full_disk_leaves_the_file_whole(sitting, monkeypatch):
     assert sitting.label(1) == [row]
 
 
-def test_the_beginning_of_a_row_that_a_power_cut_left_is_removed(tmp_path):
+@pytest.mark.parametrize("rest", ["", '\n{"text": "b", "la'])
+def test_what_a_power_cut_left_of_a_row_is_removed_and_a_row_without_a_line_break_kept(
+    rest, tmp_path
+):
     path = tmp_path / "labels.jsonl"
-    path.write_bytes(b'{"text": "a", "label": "x"}\n{"text": "b", "la')
-    file = LabelFile(path)
-    assert file.has_lost_end
-    file.append({"text": "c", "label": "y"})
-    file.close()
+    path.write_text('{"text": "a", "label": "x"}' + rest)
+    with closing(LabelFile(path)) as file:
+        assert file.has_lost_end == bool(rest)
+        file.append({"text": "c", "label": "y"})
     assert [json.loads(line)["text"] for line in path.read_text().splitlines()] == ["a", "c"]
 
 
@@ -382,16 +373,7 @@ def test_every_cell_of_a_row_can_be_written_and_read_again(tmp_path):
     assert "日本".encode() in path.read_bytes()
 
 
-def test_a_last_row_without_a_line_break_is_kept(tmp_path):
-    path = tmp_path / "labels.jsonl"
-    path.write_text('{"text": "a", "label": "x"}')
-    file = LabelFile(path)
-    assert not file.has_lost_end
-    file.append({"text": "b", "label": "y"})
-    file.close()
-    assert len(path.read_text().splitlines()) == 2
-
-
+@pytest.mark.slow
 def test_a_kill_loses_no_label(tmp_path):
     """Each row that was reported is in the file of a process that was killed between two."""
     path = tmp_path / "labels.jsonl"
@@ -413,30 +395,20 @@ def test_a_kill_loses_no_label(tmp_path):
     assert len(rows) <= len(reported) + 1
 
 
-def test_a_probe_that_no_sitting_made_is_not_replaced(tiny, tmp_path):
-    save_probe(untrained_probe(tiny, "mine", task=TOXICITY), tmp_path / "probe")
-    with pytest.raises(SidelightError, match="not made from labels"):
-        Sitting(tiny, tmp_path)
-
-
-def test_texts_longer_than_the_model_reads_are_cut_and_say_so(sitting):
+def test_texts_longer_than_the_model_reads_are_cut_and_too_many_for_the_memory_refused(sitting):
     sitting.rows[0]["text"] = "a long text " * 100
     sitting.begin_again()
     cut = [prompt.dropped for prompt in sitting.pool.prompts]
     assert cut[0] > 0
     assert not any(cut[1:])
-    sitting.label(60)
-    sitting.queue.train()
+    with pytest.raises(SidelightError, match="60 texts need"):
+        sitting.begin_again(memory_bytes=10_000)
 
 
+@pytest.mark.slow
 def test_chats_and_responses_are_labelled_like_texts(tiny, tmp_path):
-    rows = [
-        {
-            "text": [{"role": "system", "content": "s"}, {"role": "user", "content": f"q {n}"}],
-            "answer": f"{'X' if n % 2 else 'a'} {n}",
-        }
-        for n in range(24)
-    ]
+    turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
+    rows = [{"text": turns, "answer": f"{'X' if n % 2 else 'a'} {n}"} for n in range(24)]
     file = LabelFile(tmp_path / "labels.jsonl")
     examples, decided = merged(load_examples(rows, label=None, response="answer"), None)
     reads = Reads("response", scope="conversation")
@@ -447,40 +419,27 @@ def test_chats_and_responses_are_labelled_like_texts(tiny, tmp_path):
     queue.train()
     assert load_probe(tmp_path / "probe").reads.side == "response"
     read = load_examples(tmp_path / "labels.jsonl", label="said", response="answer")
-    assert isinstance(read.items[0], Example)
     assert read.items[0].messages[0] == Message("system", "s")
 
 
-def test_more_texts_than_the_memory_holds_are_refused(sitting):
-    with pytest.raises(SidelightError, match="60 texts need"):
-        sitting.begin_again(memory_bytes=10_000)
-
-
-@pytest.mark.parametrize("names", [[], ["a"], ["a", "a"], ["Yes", "yes"], ["a", "null"]])
-def test_names_that_are_no_labels_are_refused(names):
-    with pytest.raises(SidelightError):
-        task_of(names)
-
-
-def test_labels_are_spelt_as_training_spells_them():
+def test_labels_are_spelt_as_training_spells_them_and_other_names_are_refused():
     assert task_of(["No", "1.0"]).labels == ("no", "1")
     assert task_of(["a", "b", "c"]).kind == "multiclass"
     assert task_of(["a", "b"], is_multilabel=True).kind == "multilabel"
+    for names in ([], ["a"], ["a", "a"], ["Yes", "yes"], ["a", "null"]):
+        with pytest.raises(SidelightError):
+            task_of(names)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
+def test_the_command_refuses_at_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("texts.jsonl").write_text('{"text": "a"}\n')
+    for options, message in (
         ([], "Name the labels with --labels"),
-        (["--labels", "a,b", "--probe", "p"], "not both"),
         (["--labels", "a,b", "--out", "labels.csv"], "ends in .jsonl"),
         (["--labels", "a"], "two or more"),
         (["--labels", "a,b", "--label", "text"], "labels would replace them"),
         (["--labels", "a,b", "--multilabel", "--probe", "p"], "not both"),
-    ],
-)
-def test_the_command_refuses_at_once(options, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    Path("texts.jsonl").write_text('{"text": "a"}\n')
-    assert run("label", "texts.jsonl", *options) == 2
-    assert message in capsys.readouterr().err
+    ):
+        assert run("label", "texts.jsonl", *options) == 2
+        assert message in capsys.readouterr().err

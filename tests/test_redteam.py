@@ -8,7 +8,6 @@ import unicodedata
 from dataclasses import replace
 from random import Random
 
-import numpy as np
 import pytest
 from transformers import LlamaConfig
 
@@ -65,9 +64,7 @@ def test_every_attack_changes_the_text_repeatably_and_leaves_the_last_turn_to_th
 @pytest.mark.parametrize("name", CONTROL)
 def test_the_token_that_ends_texts_is_always_tried_and_others_beside_it(name):
     tokenizer = tiny_tokenizer()
-    tried = [turns[0].content.replace("<|", "\0<|").split("\0") for turns in rewritten(name)]
-    assert len(tried) == 4
-    names = [re.search(r"<\|\w+\|>", "".join(pieces))[0] for pieces in tried]
+    names = [re.search(r"<\|\w+\|>", turns[0].content)[0] for turns in rewritten(name)]
     assert names[0] == tokenizer.eos_token
     assert len(set(names)) == 4
     assert set(names) <= set(tokenizer.all_special_tokens) | set(tokenizer.get_added_vocab())
@@ -295,6 +292,9 @@ def test_a_seed_draws_the_texts_and_what_the_attacks_draw(classifier):
     benign = {text for text, label in rows() if label == "fine"}
     for subject in subjects:
         assert {*subject.benign} == benign - {subject.text}
+    for pairs in (("a", "toxic"), ("b", "fine"), ("B", "fine")), (("a", "fine"), ("b", "fine")):
+        with pytest.raises(SidelightError, match="Add texts of both kinds"):
+            draw_subjects(loaded(pairs), thresholds, texts=5, seed=0)
 
 
 def test_earlier_turns_of_a_chat_stay_before_the_attacked_one(classifier):
@@ -307,7 +307,7 @@ def test_earlier_turns_of_a_chat_stay_before_the_attacked_one(classifier):
         assert conversation[2:] == (user(subject.text.upper()),)
 
 
-def test_what_counts_as_flagged_is_what_a_policy_says(backbone):
+def test_what_counts_as_flagged_is_what_a_policy_says_and_other_probes_are_refused(backbone):
     topics = untrained_probe(backbone, "topics", task=TOPICS, threshold=0.4)
     assert flagging_thresholds(topics) == {"violence": 0.4, "sexual": 0.4}
     assert flagging_thresholds(topics, labels=["sexual"], threshold=0.9) == {"sexual": 0.9}
@@ -316,28 +316,17 @@ def test_what_counts_as_flagged_is_what_a_policy_says(backbone):
     texts = [("a", "billing"), ("b", "refund"), ("c", "other"), ("d", "refund")]
     subjects = draw_subjects(loaded(texts, INTENT), {"refund": 0.5}, texts=9, seed=0)
     assert sorted(s.text for s in subjects if s.is_positive) == ["b", "d"]
-
-
-@pytest.mark.parametrize(
-    ("options", "given", "remedy"),
-    [
+    for options, given, remedy in (
         ({"reads": Reads(side="response")}, {}, "Name a probe of prompts"),
         ({"task": INTENT}, {"labels": ["refund"]}, "--flag LABEL --threshold"),
         ({}, {"labels": ["toxi"]}, "Did you mean 'toxic'"),
         ({}, {"labels": ["fine"]}, "flags only toxic"),
-    ],
-)
-def test_a_probe_that_cannot_be_attacked_is_refused_with_the_remedy(
-    backbone, options, given, remedy
-):
-    with pytest.raises(SidelightError, match=remedy):
-        flagging_thresholds(untrained_probe(backbone, "any", **options), **given)
+    ):
+        with pytest.raises(SidelightError, match=remedy):
+            flagging_thresholds(untrained_probe(backbone, "any", **options), **given)
 
 
-def test_texts_of_one_kind_are_too_few():
-    for pairs in (("a", "toxic"), ("b", "fine"), ("B", "fine")), (("a", "fine"), ("b", "fine")):
-        with pytest.raises(SidelightError, match="Add texts of both kinds"):
-            draw_subjects(loaded(pairs), {"toxic": 0.5}, texts=5, seed=0)
+# The command.
 
 
 # The command.
@@ -364,6 +353,7 @@ def redteam(model, tmp_path):
     return called
 
 
+@pytest.mark.slow
 def test_the_command_prints_and_writes_what_is_measured(
     redteam, artifact, classifier, tmp_path, capsys
 ):
@@ -392,17 +382,9 @@ def test_the_command_prints_and_writes_what_is_measured(
     assert "padding-600-both: left out 8 texts (longer than the model's context" in shown.out
     assert "the budget was 5" in shown.out
     assert (tmp_path / "e.png").read_bytes().startswith(b"\x89PNG")
-    # One progress bar, and no other.
-    assert [line.split(":")[0] for line in shown.err.splitlines()] == ["Attacking"]
 
 
-def test_an_interval_holds_its_share():
-    assert (Rate(0, 30).interval[0], Rate(30, 30).interval[1]) == (0, 1)
-    low, high = Rate(9, 10).interval
-    assert 0 < low < 0.9 < high < 1
-    assert high - low > np.diff(Rate(900, 1000).interval)
-
-
+@pytest.mark.slow
 def test_what_passes_a_live_server_is_what_its_probe_does_not_flag(
     redteam, artifact, classifier, tmp_path, monkeypatch
 ):
@@ -428,12 +410,6 @@ def test_what_passes_a_live_server_is_what_its_probe_does_not_flag(
         assert row["attack"] == outcome.attack
         assert row["recall"]["flagged"] == outcome.recall.flagged
         assert row["false_alarms"]["flagged"] == outcome.alarms.flagged
-
-
-@pytest.mark.parametrize("more", [["--plot", "e.png"], ["--card"], ["--attacks", "search"]])
-def test_a_live_server_has_no_scores_to_show_or_to_search_by(redteam, artifact, more, capsys):
-    assert redteam(artifact, "--url", "http://127.0.0.1:9", *more) == 2
-    assert "no scores" in capsys.readouterr().err
 
 
 def test_the_card_says_what_was_measured_on_this_very_probe(redteam, artifact, tmp_path):
@@ -465,6 +441,11 @@ def test_the_card_says_what_was_measured_on_this_very_probe(redteam, artifact, t
         (["--flag", "toxi"], "Did you mean 'toxic'"),
         (["--json", "."], "--json"),
         (["--plot", "."], "--plot"),
+        *(
+            # A live server has no scores to show or to search by.
+            (["--url", "http://127.0.0.1:9", *more], "no scores")
+            for more in (["--plot", "e.png"], ["--card"], ["--attacks", "search"])
+        ),
     ],
 )
 def test_a_mistake_is_one_line_with_its_remedy(redteam, artifact, arguments, remedy, capsys):

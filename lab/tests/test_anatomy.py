@@ -15,12 +15,7 @@ from corpora import TASKS
 from sidelight.artifact import save_probe
 from sidelight.bank import Bank
 from sidelight.errors import SidelightError
-from sidelight.mechanisms.base import (
-    Geometry,
-    build_mechanism,
-    mechanism_names,
-    mechanism_spec,
-)
+from sidelight.mechanisms.base import Geometry, build_mechanism, mechanism_names, mechanism_spec
 from sidelight.prompts import Part
 from sidelight.ragged import Ragged
 from sidelight.standardisation import Standardisation
