@@ -33,11 +33,7 @@ def planted(kind: TaskKind, count: int, *, seed: int) -> tuple[list[str], np.nda
     if kind == "multiclass":
         chosen = np.eye(3, dtype=bool)[random.integers(0, 3, count)]
     texts = [_with_capitals(random, np.array(list(SIGNALS))[row]) for row in chosen]
-    labels = {
-        "binary": chosen[:, 0],
-        "multiclass": chosen.argmax(1),
-        "multilabel": chosen,
-    }[kind]
+    labels = {"binary": chosen[:, 0], "multiclass": chosen.argmax(1), "multilabel": chosen}[kind]
     return texts, labels.astype(np.int64)
 
 
@@ -76,11 +72,7 @@ def training_set(
     examples = LabelledExamples(items, ({},) * count, task=TASKS[kind], labels=labels)
     prompts = encoded(backbone, texts)
     cache = ActivationCache(
-        root,
-        prompts,
-        reads=Reads(),
-        fingerprint=backbone.fingerprint,
-        shard_bytes=shard_bytes,
+        root, prompts, reads=Reads(), fingerprint=backbone.fingerprint, shard_bytes=shard_bytes
     )
     states = extract(BackboneSource(backbone), cache)
     return Split(examples, tuple(prompts), states, np.arange(count))

@@ -283,8 +283,6 @@ def test_other_answers_to_a_shared_prompt_are_not_shared_texts():
 
 
 GOOD = rows_of("binary", 30, seed=0)
-
-
 TOXIC_FLAGGED = load_examples(GOOD, positive="toxic")
 FINE = [{**row, "label": "fine"} for row in GOOD]
 

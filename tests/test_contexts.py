@@ -9,7 +9,6 @@ import torch
 from sklearn.metrics import roc_auc_score
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-import sidelight.training.classifier
 import sidelight.training.fit
 from commands import run, saved
 from corpora import rows, training_set
@@ -22,6 +21,7 @@ from sidelight.mechanisms.base import mechanism_spec
 from sidelight.prompts import Message, PlainText, Reads
 from sidelight.ragged import Ragged
 from sidelight.states.extraction import score
+from sidelight.training import classifier
 from sidelight.training.dataset import prepare
 from sidelight.training.fit import fit
 from sidelight.training.loop import train_mechanisms
@@ -84,8 +84,7 @@ def test_places_and_numbers_differ_unless_all_texts_have_a_label():
         sizes.append(len(texts) - int(alone.lengths[0]))
     assert 0 < first < 20
     assert 0 < last < 20
-    assert min(sizes) < 10
-    assert max(sizes) > 40
+    assert min(sizes) < 10 < 40 < max(sizes)
 
 
 def joined_loss(trained, held_out):
@@ -118,23 +117,17 @@ def test_a_probe_that_learned_from_long_inputs_is_surer_of_them(tiny, tmp_path):
 
 @pytest.mark.slow
 def test_long_inputs_of_several_classes_are_refused_before_the_backbone_runs(
-    tiny, tmp_path, monkeypatch, capsys
+    tiny, tmp_path, monkeypatch
 ):
     training = training_set(tiny, tmp_path / "states", "multiclass", 30, seed=1)
     settings = replace(suggested_settings("readout"), long_inputs=True)
+    jobs = [Job(mechanism_spec("readout"), 0, settings)]
     with pytest.raises(SidelightError, match="With 3 classes"):
-        train_mechanisms(
-            [Job(mechanism_spec("readout"), 0, settings)], training=training, validation=None
-        )
-    data = tmp_path / "three.jsonl"
-    data.write_text("\n".join(map(json.dumps, rows("multiclass", 60))))
-    arguments = ["--data", str(data), "--model", saved(tiny, tmp_path / "model")]
+        train_mechanisms(jobs, training=training, validation=None)
     monkeypatch.setattr(type(tiny), "run", None)
     options = FitOptions(long_inputs=True, cache_root=tmp_path)
     with pytest.raises(SidelightError, match="With 3 classes"):
-        fit(tiny, load_examples(data), None, name="p", options=options)
-    assert run("train", *arguments, "--long-inputs", "--out", str(tmp_path / "probe"))
-    assert "With 3 classes" in capsys.readouterr().err
+        fit(tiny, load_examples(rows("multiclass", 60)), None, name="p", options=options)
 
 
 def variants_of(examples, *, plain=False, disguised=False):
@@ -223,13 +216,10 @@ def test_the_options_of_both_interfaces_reach_training(tmp_path, monkeypatch):
     named = {"augment": True, "prompt_format": "both", "scope": "conversation", "long_inputs": True}
     usual = [False, "chat", "each_turn", False]
     for arguments, wanted in (({}, usual), (named, [*named.values()])):
-        calls = {
-            sidelight.training.fit: lambda a=arguments: run(*line, *(given if a else ())),
-            sidelight.training.classifier: lambda a=arguments: sidelight.training.classifier.train(
-                model, data, positive="y", **a
-            ),
-        }
-        for module, call in calls.items():
+        for module, call in (
+            (sidelight.training.fit, lambda a=arguments: run(*line, *(given if a else ()))),
+            (classifier, lambda a=arguments: classifier.train(model, data, positive="y", **a)),
+        ):
             backbone, options = asked(monkeypatch, module, call)
             scope, prompt_format = options.reads.scope, backbone.encoder.prompt_format
             assert [options.augment, prompt_format, scope, options.long_inputs] == wanted

@@ -79,7 +79,7 @@ def test_more_texts_pay_for_more_candidates_and_parts_of_texts_for_no_linear_one
 def test_a_mixture_gives_the_logits_between_those_of_its_parts(tiny, tmp_path, kind, extremes):
     training = training_set(tiny, tmp_path, kind, 60, seed=0)
     spec = mechanism_spec("readout", {"extremes": extremes})
-    weighted = TrainingSettings(epochs=2, layer_weights="predictive")
+    weighted = TrainingSettings(epochs=2, least_steps=0, layer_weights="predictive")
     linear, readout = train_mechanisms(
         [Job(mechanism_spec("linear"), 0, suggested_settings("linear")), Job(spec, 0, weighted)],
         training=training,
@@ -101,11 +101,8 @@ def test_the_probe_is_the_candidate_with_the_least_loss_and_its_choice_is_told(t
     settings = {"readout": TrainingSettings(epochs=2, batch_size=16, least_steps=0)}
     made = fitted(tiny, tmp_path, rows("multiclass", 60), mechanisms=None, settings=settings)
     titles = ["linear", "readout", "readout and linear"]
-    specs = [mechanism_spec(name) for name in titles[:2]]
-    assert [run.probe.spec for run in made.runs] == [
-        *specs,
-        mechanism_spec("readout", {"heads": 3}),
-    ]
+    specs = [*map(mechanism_spec, titles[:2]), mechanism_spec("readout", {"heads": 3})]
+    assert [run.probe.spec for run in made.runs] == specs
     assert made.best is made.runs[best_of([run.losses for run in made.runs])]
     choice = made.choice
     assert choice.losses[choice.taken] == pytest.approx(made.best.losses.mean())
@@ -258,9 +255,8 @@ def test_texts_of_which_none_can_be_held_out_are_refused(tiny, tmp_path, kind):
 
 @pytest.mark.slow
 def test_few_texts_that_are_held_out_from_say_so(tiny, tmp_path):
-    few = load_examples(
-        [*rows("binary", 40), *({"text": f"rare {n}", "label": "z"} for n in range(4))]
-    )
+    rare = [{"text": f"rare {number}", "label": "z"} for number in range(4)]
+    few = load_examples([*rows("binary", 40), *rare])
     made = fitted(tiny, tmp_path, few)
     record = made.best.probe.record
     assert record["folds"] == 0

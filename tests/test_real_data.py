@@ -48,9 +48,9 @@ def test_rows_of_a_data_set_load_with_their_labels(file: str, label: str, labels
 )
 def test_a_few_dozen_prompts_make_a_useful_probe():
     rows = first_rows("toxicchat0124/train.jsonl.gz", 400)
-    short = [row for row in rows if len(row["text"]) < 100]
-    examples = load_examples(short[:100], label="toxicity")
-    parts = [examples.select(range(0, 60)), examples.select(range(60, 100))]
+    short = [row for row in rows if len(row["text"]) < 60]
+    examples = load_examples(short[:90], label="toxicity")
+    parts = [examples.select(range(0, 50)), examples.select(range(50, 90))]
     classifier = train(load_backbone(), parts[0], mechanism="readout")
     auroc = classifier.evaluate(parts[1]).metrics["auroc"]
     assert auroc.value is not None

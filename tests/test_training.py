@@ -255,6 +255,7 @@ def test_the_validation_score_is_one_for_perfect_logits(corpora, kind):
                 validation_score(TASKS[kind], perfect.astype(float), np.full_like(labels, alike))
 
 
+@pytest.mark.usefixtures("without_shape_checks")
 @pytest.mark.parametrize(
     ("setting", "value", "remedy"),
     [
