@@ -6,7 +6,7 @@ different things. What each text is answered with is known beforehand, by plain 
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -34,6 +34,7 @@ TOKENS = 24
 # Of the answers to `quiet` texts, some reach it twice in a row, some only once, some never.
 LEAK = 0.75
 CHATS, CHECKS = "/v1/chat/completions", "/v1/moderations"
+GUARDRAIL = "/beta/litellm_basic_guardrail_api"
 READS = {
     "injection": Reads(),
     "leak": Reads("response"),
@@ -200,7 +201,7 @@ class PolicyServer:
 
     def post(self, asked: Asked, key: str | None = None) -> httpx.Response:
         path, body = asked
-        if path not in (CHECKS, "/classify") and "guardrail" not in path:
+        if path not in (CHECKS, "/classify", GUARDRAIL):
             body = {"model": self.model, **body}
         if path in (CHATS, "/v1/completions"):
             body = {"temperature": 0, "max_tokens": TOKENS, **body}
@@ -261,24 +262,18 @@ def seen(entry: dict[str, Any] | None) -> str:
     return "scores" if "probabilities" in entry else "labels"
 
 
-def documented() -> Iterator[tuple[str, str, str]]:
-    """Place, probe with the setting, and word of the table of disclosure."""
+def documented(setting: str) -> dict[str, str]:
+    """The words of the table of disclosure in this column, by place."""
     table = PAGE.read_text().split("| where |")[1].split("\n\n")[0]
-    lines = [line.strip("|").split("|") for line in f"where |{table}".splitlines()]
-    settings = [cell.strip(' `"') for cell in lines[0][1:]]
-    names = {"scores": "told", "labels": "labelled", "none": "silent"}
-    for line in lines[2:]:
-        place, *cells = (cell.strip() for cell in line)
-        for setting, cell in zip(settings, cells, strict=True):
-            yield place, names[setting], cell
+    head, _, *lines = [line.strip("|").split("|") for line in f"where |{table}".splitlines()]
+    column = [cell.strip(' `"') for cell in head].index(setting)
+    return {line[0].strip(): line[column].strip() for line in lines}
 
 
-def entry_word(entry: dict[str, Any] | None) -> str:
-    words = {"scores": "label, probabilities", "labels": "label", "nothing": "nothing"}
-    return words[seen(entry)]
+ENTRIES = {"scores": "label, probabilities", "labels": "label", "nothing": "nothing"}
 
 
-def number_word(response: httpx.Response, *steps: str | int) -> str:
+def number(response: httpx.Response, *steps: str | int) -> str:
     if response.status_code != 200:
         return " ".join(map(str, refusal(response)))
     value = response.json()
@@ -287,82 +282,60 @@ def number_word(response: httpx.Response, *steps: str | int) -> str:
     return "1.0 or 0.0" if value in (0.0, 1.0) else "probability"
 
 
-class Places:
-    """What a server tells at each documented place of one probe, in the words of the table."""
+def told(server: PolicyServer, text: str, name: str) -> dict[str, str]:
+    """What each place tells of one probe, in the words of the table."""
+    category, chosen = f"{name}/toxic", {"probes": [name]}
+    answer = server.post(chat(text, max_tokens=2))
+    moderated = answer.json()["moderation"]["input"]["results"]
+    places = [i for i, each in enumerate(moderated) if category in each["category_scores"]]
+    checked = server.post((CHECKS, {"input": text, **chosen}))
+    classified = server.post(("/classify", {"model": name, "input": text}))
+    asked = {"input_type": "request", "texts": [text]}
+    asked["additional_provider_specific_params"] = chosen
+    guarded = server.post((GUARDRAIL, asked)).json()
+    series = [line for line in server.metrics().splitlines() if f'probe="{name}"' in line]
+    has_scores = any(line.startswith("sidelight_probe_score") for line in series)
 
-    def __init__(self, server: PolicyServer, text: str, name: str):
-        self.name, self.text = name, text
-        self._post, self._get, self._metrics = server.post, server.http.get, server.metrics
+    def decided(**options: Any) -> httpx.Response:
+        questions = [{"type": "predicate", "name": category}]
+        return server.post(("/v1/decisions", {"input": text, "questions": questions, **options}))
 
-    def chat(self) -> httpx.Response:
-        return self._post(chat(self.text, max_tokens=2))
+    def probability() -> str:
+        is_refused = decided().json()["answers"][0]["type"] == "refusal"
+        return "refusal" if is_refused else number(decided(), "answers", 0, "probability")
 
-    def checked(self, **options: Any) -> httpx.Response:
-        return self._post((CHECKS, {"input": self.text, "probes": [self.name], **options}))
+    def why() -> str:
+        explanations = decided(explain=True).json()["explanations"]
+        return explanations[0].get("error", "shares") if explanations else "nothing"
 
-    def guarded(self) -> dict[str, Any]:
-        chosen = {"probes": [self.name]}
-        asked = {"input_type": "request", "texts": [self.text]}
-        asked["additional_provider_specific_params"] = chosen
-        return self._post(("/beta/litellm_basic_guardrail_api", asked)).json()
+    def thresholds() -> str:
+        (probe,) = (p for p in server.http.get("/v1/probes").json()["probes"] if p["name"] == name)
+        return "yes" if probe["thresholds"] else "nothing"
 
-    def decided(self, **options: Any) -> dict[str, Any]:
-        question = {"type": "predicate", "name": f"{self.name}/toxic"}
-        body = {"input": self.text, "questions": [question], **options}
-        return self._post(("/v1/decisions", body)).json()
-
-    def moderated(self) -> str:
-        results = self.chat().json()["moderation"]["input"]["results"]
-        scores = {k: p for each in results for k, p in each["category_scores"].items()}
-        category = f"{self.name}/toxic"
-        if category not in scores:
-            return "not_disclosed"
-        return "1.0 or 0.0" if scores[category] in (0.0, 1.0) else "probability"
-
-    def curves(self) -> str:
-        listed = {probe["name"]: probe for probe in self._get("/v1/probes").json()["probes"]}
-        return "yes" if listed[self.name]["thresholds"] else "nothing"
-
-    def series(self) -> str:
-        own = [line for line in self._metrics().splitlines() if f'probe="{self.name}"' in line]
-        has_scores = any(line.startswith("sidelight_probe_score") for line in own)
-        return "counts, scores" if has_scores else "counts" if own else "nothing"
-
-    def word(self, place: str) -> str:
-        match place:
-            case "header `x-sidelight-verdicts`":
-                return entry_word(in_header(self.chat()).get(self.name))
-            case "field `sidelight` of chats":
-                return entry_word(verdicts(self.chat()).get(self.name))
-            case "field `explanations`":
-                why = self.decided(explain=True)["explanations"]
-                return why[0].get("error", "shares") if why else "nothing"
-            case "scores while a text is written, `/v1/probes` thresholds and curves":
-                return self.curves()
-            case "headers `x-sidelight-flagged` and `x-sidelight-route`":
-                flagged = self.chat().headers["x-sidelight-flagged"].split(", ")
-                return "yes" if self.name in flagged else "nothing"
-            case "`moderation`, score of a category":
-                return self.moderated()
-            case "`/v1/moderations`, score of a category":
-                steps = ("results", 0, "category_scores", f"{self.name}/toxic")
-                return number_word(self.checked(), *steps)
-            case "`/classify`, `probs`":
-                asked = ("/classify", {"model": self.name, "input": self.text})
-                return number_word(self._post(asked), "data", 0, "probs", 1)
-            case "`/v1/decisions`, `probability`":
-                (answer,) = self.decided()["answers"]
-                if answer["type"] == "refusal":
-                    return "refusal"
-                return "1.0 or 0.0" if answer["probability"] in (0.0, 1.0) else "probability"
-            case "guardrail, `action`":
-                return "yes" if self.guarded()["action"] == "BLOCKED" else "nothing"
-            case "guardrail, field `sidelight`":
-                (entry,) = self.guarded()["sidelight"]["verdicts"] or [None]
-                return entry_word(entry)
-            case "`/metrics`":
-                return self.series()
-        raise AssertionError(f"The table has a place that nothing looks at: {place}")
+    scores = ("category_scores", category)
+    flagged = answer.headers["x-sidelight-flagged"].split(", ")
+    in_guard = {entry["probe"]: entry for entry in guarded["sidelight"]["verdicts"]}
+    words: dict[str, Callable[[], str]] = {
+        "header `x-sidelight-verdicts`": lambda: ENTRIES[seen(in_header(answer).get(name))],
+        "field `sidelight` of chats": lambda: ENTRIES[seen(verdicts(answer).get(name))],
+        "field `explanations`": why,
+        "scores while a text is written, `/v1/probes` thresholds and curves": thresholds,
+        "headers `x-sidelight-flagged` and `x-sidelight-route`": lambda: (
+            "yes" if name in flagged else "nothing"
+        ),
+        "`moderation`, score of a category": lambda: (
+            number(answer, "moderation", "input", "results", places[0], *scores)
+            if places
+            else "not_disclosed"
+        ),
+        "`/v1/moderations`, score of a category": lambda: number(checked, "results", 0, *scores),
+        "`/classify`, `probs`": lambda: number(classified, "data", 0, "probs", 1),
+        "`/v1/decisions`, `probability`": probability,
+        "guardrail, `action`": lambda: "yes" if guarded["action"] == "BLOCKED" else "nothing",
+        "guardrail, field `sidelight`": lambda: ENTRIES[seen(in_guard.get(name))],
+        "`/metrics`": lambda: "counts, scores" if has_scores else "counts" if series else "nothing",
+    }
+    return {place: word() for place, word in words.items() if place not in server.absent}
 
 
 STREAMED = pytest.mark.parametrize("streamed", [False, True])
@@ -439,8 +412,7 @@ class PolicyContract:
             assert (status == 400) == one["flagged"], text
         for kind, own in (("request", "injection"), ("response", "leak")):
             asked = {"input_type": kind, "texts": [subjects.injected]}
-            path = "/beta/litellm_basic_guardrail_api"
-            assert own in verdicts(server.post((path, asked), ADMIN))
+            assert own in verdicts(server.post((GUARDRAIL, asked), ADMIN))
 
     def test_a_turn_that_no_probe_reads_is_refused(self, server, subjects):
         turns = chat(subjects.benign)[1]["messages"]
@@ -519,14 +491,10 @@ class PolicyContract:
         assert in_headers == {n: w for n, w in wanted.items() if n not in RESPONSES}
 
     def test_each_place_tells_what_the_documented_table_says(self, server, subjects):
-        server.post((CHECKS, {"input": subjects.benign, "probes": ["told"]}))
-        rows = [row for row in documented() if row[0] not in server.absent]
-        assert len(rows) > 20
-        found = [
-            (place, name, Places(server, subjects.benign, name).word(place))
-            for place, name, _ in rows
-        ]
-        assert found == rows
+        for setting, name in (("scores", "told"), ("labels", "labelled"), ("none", "silent")):
+            wanted = documented(setting)
+            wanted = {place: word for place, word in wanted.items() if place not in server.absent}
+            assert told(server, subjects.benign, name) == wanted, setting
 
     def test_decisions_are_audited_and_counted(self, server, subjects):
         def blocks():

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sidelight.engines.base import (
@@ -22,7 +22,7 @@ from sidelight.policy.hold_back import Ended, HoldBack, StreamingRule, Watched
 from sidelight.policy.rules import BoundRule, Rule
 from sidelight.prompts import Reads
 from sidelight.types import Judgement, Verdict
-from tiny import tiny_backbone, untrained_probe
+from tiny import untrained_probe
 
 # Few distinct values, so that scores often equal the threshold and streaks occur.
 _SCORES = st.lists(st.sampled_from([0.0, 0.4, 0.5, 0.6, 1.0]), max_size=20)
@@ -41,42 +41,26 @@ def watch(rule, scores):
     return watched
 
 
-@pytest.mark.slow
-@given(_RULES, _SCORES)
-def test_both_forms_fire_at_the_same_token(rule, scores):
-    assert watch(rule, scores).fired_at == rule.first_firing(np.array(scores))
-
-
-@pytest.mark.slow
+@settings(max_examples=60)
 @given(_RULES, _SCORES)
 def test_it_fires_at_the_first_token_that_ends_a_streak(rule, scores):
+    """In both forms; the warm-up does not count."""
     ends = range(rule.warm_up + rule.consecutive, len(scores) + 1)
     expected = [
         end
         for end in ends
         if all(score >= rule.threshold for score in scores[end - rule.consecutive : end])
     ]
-    assert watch(rule, scores).fired_at == next(iter(expected), None)
+    first = next(iter(expected), None)
+    assert watch(rule, scores).fired_at == rule.first_firing(np.array(scores)) == first
 
 
-@pytest.mark.slow
+@settings(max_examples=60)
 @given(_RULES, _SCORES, _SCORES)
 def test_a_rule_that_has_fired_stays_fired(rule, before, after):
     first = watch(rule, before)
     if first.has_fired:
         assert watch(rule, before + after).fired_at == first.fired_at
-
-
-def test_a_single_token_over_the_threshold_does_not_fire():
-    rule = StreamingRule(0.5, consecutive=2)
-    assert not watch(rule, [0.9, 0.1, 0.9, 0.1]).has_fired
-    assert watch(rule, [0.9, 0.1, 0.9, 0.5]).fired_at == 4
-
-
-def test_the_warm_up_does_not_count():
-    rule = StreamingRule(0.5, consecutive=2, warm_up=3)
-    assert watch(rule, [0.9] * 4).fired_at is None
-    assert watch(rule, [0.9] * 5).fired_at == 5
 
 
 @pytest.mark.parametrize("score", [math.nan, math.inf])
@@ -97,14 +81,15 @@ def test_a_rule_out_of_range_is_refused(wrong):
 
 
 @pytest.fixture(scope="module")
-def late():
-    return untrained_probe(tiny_backbone(), "late", reads=Reads("response"))
+def late(tiny):
+    return untrained_probe(tiny, "late", reads=Reads("response"))
 
 
 RUNNING_SCORES = st.lists(st.floats(0, 1), min_size=1, max_size=30)
 
 
 @pytest.mark.slow
+@settings(max_examples=60)
 @given(
     scores=RUNNING_SCORES,
     final=st.floats(0, 1),
@@ -231,8 +216,8 @@ class Notes:
 
 
 @pytest.fixture(scope="module")
-def early():
-    return untrained_probe(tiny_backbone(), "early")
+def early(tiny):
+    return untrained_probe(tiny, "early")
 
 
 def said_of_prompt(score):
