@@ -308,14 +308,6 @@ def blank_before_texts(template: str = PHI_3) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _blanks_swallowed() -> PreTrainedTokenizerFast:
-    """As above, with bytes as tokens and no blank before a text."""
-    tokenizer = merging_tokenizer(PHI_3)
-    names = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
-    tokenizer.add_tokens([AddedToken(n, rstrip=True, special=True) for n in names], True)
-    return tokenizer
-
-
 def _called_no_special_tokens() -> PreTrainedTokenizerFast:
     """Markers that the template writes are added tokens that are not called special."""
     thought = "{% if add_generation_prompt %}<think>\n\n</think>\n\n{% endif %}"
@@ -367,7 +359,6 @@ ODD_TOKENIZERS = {
     "tiny": tiny_tokenizer,
     "called no special tokens": _called_no_special_tokens,
     "blank before texts": blank_before_texts,
-    "blanks swallowed": _blanks_swallowed,
     "words and blanks": _words_and_blanks,
     "blank before the first word": _blank_before_the_first_word,
     "folding": _folding,

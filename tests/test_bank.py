@@ -61,9 +61,9 @@ def standardised(probe, *, mean=0.7, seed=0, is_normalised=False):
     return replace(probe, standardisation=scaling)
 
 
-def prompts_of(backbone, *, response=" an answer"):
+def prompts_of(backbone):
     encode = backbone.encoder.encode
-    return [encode([Message("user", text)], text + response) for text in TEXTS]
+    return [encode([Message("user", text)], text + " an answer") for text in TEXTS]
 
 
 def many_probes(backbone):
@@ -124,7 +124,8 @@ def test_a_bank_gives_each_probe_its_dense_form_however_texts_are_cut_and_batche
     bank = Bank(probes)
     columns = projected(tiny, bank, prompts)
     masks = read_masks(prompts, bank.reads, device=tiny.device)
-    whole = bank.logits(bank.summarise(columns, masks))
+    state = bank.summarise(columns, masks)
+    whole, judgements = bank.logits(state), bank.judge(state)
     edges = [0, 9, 10, 40, columns.shape[1]]
     chunks = [
         bank.summarise(columns[:, a:b], {way: mask[:, a:b] for way, mask in masks.items()})
@@ -145,6 +146,9 @@ def test_a_bank_gives_each_probe_its_dense_form_however_texts_are_cut_and_batche
         (by_itself,) = score(tiny, Bank([probe]), prompts)
         for actual in (whole[i], backwards[i][::-1], one_by_one, by_itself):
             np.testing.assert_allclose(actual, expected, **ROUNDING, err_msg=probe.name)
+        for judgement, row in zip(judgements, whole[i], strict=True):
+            assert judgement.verdicts[i] == probe.verdict(row)
+            assert (judgement.verdicts[i].probe, judgement.failed) == (probe.name, ())
 
 
 @pytest.mark.parametrize("at_once", [NUMBERS_AT_ONCE, 1])
@@ -162,34 +166,7 @@ def test_probes_that_summarise_alike_do_it_in_one_call(tiny, prompts, monkeypatc
         np.testing.assert_allclose(logits, alone, **ROUNDING, err_msg=probe.name)
 
 
-def test_verdicts_come_by_request_and_by_probe(tiny, probes, prompts):
-    bank = Bank(probes)
-    state = summarised(tiny, bank, prompts)
-    judgements = bank.judge(state)
-    assert len(judgements) == len(prompts)
-    assert not any(judgement.failed for judgement in judgements)
-    by_probe = zip(*(judgement.verdicts for judgement in judgements), strict=True)
-    for probe, logits, column in zip(probes, bank.logits(state), by_probe, strict=True):
-        for row, verdict in zip(logits, column, strict=True):
-            assert verdict == probe.verdict(row)
-            assert verdict.probe == probe.name
-
-
-def test_every_way_of_reading_sees_its_own_tokens(tiny):
-    prompts = prompts_of(tiny)
-    other = prompts_of(tiny, response=" quite another reply")
-    ways = {"prompt": Reads(), "response": Reads("response"), "both": Reads("both")}
-    probes = [untrained_probe(tiny, name, reads=way) for name, way in ways.items()]
-    before, after = (
-        dict(zip(ways, score(tiny, Bank(probes), texts), strict=True)) for texts in (prompts, other)
-    )
-    np.testing.assert_allclose(before["prompt"], after["prompt"], **ROUNDING)
-    assert (abs(before["response"] - after["response"]) > 1e-3).all()
-    assert (abs(before["both"] - after["both"]) > 1e-3).all()
-
-
 def test_fifty_probes_run_as_many_matmuls_as_one(tiny, prompts):
-
     def matmuls(probes):
         tap = Bank(probes).tap() if probes else lambda layer, hidden: None
         with tiny.tapped(tap), MatmulCount() as counted:

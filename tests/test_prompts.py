@@ -65,9 +65,10 @@ def template(request):
 
 @law
 @given(text=texts.filter(bool))
-def test_raw_prompt_tokens_decode_to_the_text(text):
-    encoded = RAW.encode([user(text)])
-    assert words(encoded, Part.PROMPT) == text
+def test_raw_turns_are_joined_and_the_response_follows(text):
+    encoded = RAW.encode([user(text), user("two")], " three")
+    assert words(encoded, Part.PROMPT) == f"{text}\ntwo"
+    assert words(encoded, Part.RESPONSE) == " three"
     assert words(encoded, Part.TEMPLATE) == "<s>"
 
 
@@ -169,12 +170,6 @@ def test_a_response_leaves_the_prompts_tokens_as_they_are(template):
 def test_a_mask_shows_the_parts_that_are_read(reads, parts):
     encoded = ENCODERS["chatml"].encode([user("a question")], "an answer")
     assert encoded.mask(reads).tolist() == [part in parts for part in encoded.parts]
-
-
-def test_raw_turns_are_joined_and_the_response_follows():
-    encoded = RAW.encode([user("one"), user("two")], " three")
-    assert words(encoded, Part.PROMPT) == "one\ntwo"
-    assert words(encoded, Part.RESPONSE) == " three"
 
 
 def test_text_that_a_template_strips_is_still_found():
