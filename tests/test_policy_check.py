@@ -10,7 +10,7 @@ from sidelight.artifact import save_probe
 from sidelight.policy.rules import Policy, Rule
 from sidelight.policy.weaknesses import weaknesses
 from sidelight.prompts import Reads
-from tiny import tiny_backbone, untrained_probe
+from tiny import untrained_probe
 
 PAGE = Path(__file__).parent.parent / "docs" / "policy-file.md"
 BLOCK = Rule("block")
@@ -19,49 +19,42 @@ SOUND = Policy(input={"toxicity": BLOCK}, output={"late": BLOCK}, system_turns="
 
 
 @pytest.fixture(scope="module")
-def probes():
-    backbone = tiny_backbone()
-    learned = {"settings": {"long_inputs": True}}
-    early = untrained_probe(backbone, "toxicity", reads=Reads(scope="each_turn"))
-    late = untrained_probe(backbone, "late", reads=Reads("response"))
+def probes(tiny):
+    early = untrained_probe(tiny, "toxicity", reads=Reads(scope="each_turn"))
+    late = untrained_probe(tiny, "late", reads=Reads("response"))
     bounded = replace(early.standardisation, is_normalised=True)
+    learned = {"settings": {"long_inputs": True}}
     return [replace(early, record=learned, standardisation=bounded), late]
 
 
 # What each row of the table has in place of the sound policy and its probes.
 POLICIES = {
-    "no rule on the input blocks": replace(SOUND, input={"toxicity": Rule("flag")}),
-    '`system_turns = "trust"`': replace(SOUND, system_turns="trust"),
-    '`on_failure = "pass"`': replace(SOUND, output={"late": PASSING}),
-    '`max_tokens` with `on_failure = "pass"`': replace(
-        SOUND, output={"late": replace(PASSING, max_tokens=100)}
-    ),
-    '`disclose = "scores"`': replace(SOUND, input={"toxicity": Rule("block", disclose="scores")}),
-    "`explain = true`": replace(
-        SOUND, input={"toxicity": Rule("block", disclose="scores", explain=True)}
-    ),
-    "`hold_back` below `consecutive - 1`": replace(
-        SOUND, output={"late": Rule("block", consecutive=4, hold_back=2)}
-    ),
+    "no rule on the input blocks": {"input": {"toxicity": Rule("flag")}},
+    '`system_turns = "trust"`': {"system_turns": "trust"},
+    '`on_failure = "pass"`': {"output": {"late": PASSING}},
+    '`max_tokens` with `on_failure = "pass"`': {
+        "output": {"late": replace(PASSING, max_tokens=100)}
+    },
+    '`disclose = "scores"`': {"input": {"toxicity": Rule("block", disclose="scores")}},
+    "`explain = true`": {"input": {"toxicity": Rule("block", disclose="scores", explain=True)}},
+    "`hold_back` below `consecutive - 1`": {
+        "output": {"late": Rule("block", consecutive=4, hold_back=2)}
+    },
 }
+POLICIES = {setting: replace(SOUND, **changes) for setting, changes in POLICIES.items()}
 PROBES = {
-    "a probe with the same labels that tells its scores": lambda early, late: [
-        early,
-        late,
-        replace(early, name="double"),
-    ],
-    "a probe of chats with `--scope conversation`": lambda early, late: [
-        replace(early, reads=Reads()),
-        late,
-    ],
-    "an older probe, or one of several classes": lambda early, late: [
-        replace(early, standardisation=late.standardisation),
-        late,
-    ],
-    "a probe without `--long-inputs`, and no `max_tokens`": lambda early, late: [
-        replace(early, record={}),
-        late,
-    ],
+    "a probe with the same labels that tells its scores": lambda early, late: (
+        [early, late, replace(early, name="double")]
+    ),
+    "a probe of chats with `--scope conversation`": lambda early, late: (
+        [replace(early, reads=Reads()), late]
+    ),
+    "an older probe, or one of several classes": lambda early, late: (
+        [replace(early, standardisation=late.standardisation), late]
+    ),
+    "a probe without `--long-inputs`, and no `max_tokens`": lambda early, late: (
+        [replace(early, record={}), late]
+    ),
 }
 # What the warnings of a row say, in their order; one that is not here has a single warning.
 WORDS = {

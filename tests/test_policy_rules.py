@@ -5,32 +5,30 @@ import pytest
 from sidelight.errors import SidelightError
 from sidelight.policy.rules import Policy, Rule, read_policy, require_policy_applies
 from sidelight.prompts import Reads
-from tiny import INTENT, TOPICS, tiny_backbone, untrained_probe
+from tiny import INTENT, TOPICS, untrained_probe
 
 
 @pytest.fixture(scope="module")
-def probes():
-    backbone = tiny_backbone()
+def probes(tiny):
     return [
-        untrained_probe(backbone, "toxicity"),
-        untrained_probe(backbone, "intent", task=INTENT, mechanism="gate"),
-        untrained_probe(backbone, "topics", task=TOPICS),
-        untrained_probe(backbone, "late", reads=Reads("response")),
+        untrained_probe(tiny, "toxicity"),
+        untrained_probe(tiny, "intent", task=INTENT, mechanism="gate"),
+        untrained_probe(tiny, "topics", task=TOPICS),
+        untrained_probe(tiny, "late", reads=Reads("response")),
     ]
 
 
 @pytest.fixture
-def policy_file(tmp_path):
-    def write(text):
-        path = tmp_path / "policy.toml"
-        path.write_text(text)
-        return path
+def read(tmp_path):
+    def read(text):
+        (tmp_path / "policy.toml").write_text(text)
+        return read_policy(tmp_path / "policy.toml")
 
-    return write
+    return read
 
 
-def test_a_file_can_set_every_field_of_a_rule(policy_file):
-    path = policy_file(
+def test_a_file_can_set_every_field_of_a_rule(read):
+    policy = read(
         """
         timeout_s = 5
         system_turns = "refuse"
@@ -50,7 +48,7 @@ def test_a_file_can_set_every_field_of_a_rule(policy_file):
         hold_back = 5
         """
     )
-    assert read_policy(path) == Policy(
+    assert policy == Policy(
         input={
             "toxicity": Rule(
                 "block", threshold=1.0, on_failure="pass", max_tokens=100, explain=False
@@ -66,32 +64,26 @@ def test_a_file_can_set_every_field_of_a_rule(policy_file):
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        (
-            "[input.toxicity]\nmod = 'block'",
-            r"input.toxicity.mod\. .* 'mode'\? .* routes",
-        ),
-        (
-            "[output.late]\nholdback = 3",
-            r"holdback\. .* 'hold_back'\? Known: consecutive",
-        ),
+        ("[input.toxicity]\nmod = 'block'", r"input.toxicity.mod\. .* 'mode'\? .* routes"),
         ("[inputs.toxicity]\nmode = 'block'", r"inputs\. Did you mean 'input'\? .* timeout_s"),
         ("[input.toxicity]\nmode = 'forbid'", "input.toxicity.mode"),
         ("[input.toxicity]\nthreshold = 1.1", "input.toxicity.threshold"),
         ("[input.toxicity]\nthreshold = nan", "input.toxicity.threshold"),
         ("[input.toxicity]\nthreshold = '0.5'", "input.toxicity.threshold"),
+        # Of one side only.
         ("[input.toxicity]\nconsecutive = 2", "input.toxicity.consecutive"),
+        ("[output.late]\nroutes = {}", "output.late.routes"),
         ("[output.late]\nconsecutive = 0", "output.late.consecutive"),
         ("[output.late]\nhold_back = -1", "output.late.hold_back"),
-        ("[output.late]\nroutes = {}", "output.late.routes"),
         ("[output.late]\non_failure = 'open'", "output.late.on_failure"),
         ("timeout_s = 0", "timeout_s"),
         ("system_turns = 'read'", "system_turns"),
         ("[input", "is not TOML"),
     ],
 )
-def test_a_wrong_key_or_value_is_an_error_that_names_it(policy_file, text, told):
+def test_a_wrong_key_or_value_is_an_error_that_names_it(read, text, told):
     with pytest.raises(SidelightError, match=told):
-        read_policy(policy_file(text))
+        read(text)
 
 
 def test_a_file_that_is_not_there_is_told(tmp_path):
@@ -107,10 +99,7 @@ def test_a_file_that_is_not_there_is_told(tmp_path):
         (Policy(output={"toxicity": Rule("block")}), "no probe 'toxicity' judges it"),
         (Policy(input={"intent": Rule("block")}), "flags no label by default"),
         (Policy(input={"intent": Rule("flag", labels=("refund",))}), "flags no label by default"),
-        (
-            Policy(input={"toxicity": Rule("flag", labels=("fine",))}),
-            "flags only toxic",
-        ),
+        (Policy(input={"toxicity": Rule("flag", labels=("fine",))}), "flags only toxic"),
         (Policy(input={"topics": Rule("block", labels=("violent",))}), "Did you mean 'violence'"),
         (Policy(input={"intent": Rule("route", routes={"bill": "x"})}), "names label 'bill'"),
         (Policy(output={"late": Rule("route")}), "too late for a route"),
@@ -123,17 +112,12 @@ def test_a_rule_that_could_not_apply_is_an_error(probes, policy, told):
         require_policy_applies(policy, probes)
 
 
-@pytest.mark.parametrize(
-    ("text", "refuses"),
-    [
+def test_a_file_that_does_not_mention_system_turns_refuses_them_if_it_blocks_prompts(read):
+    for text, refuses in (
         ("", False),
         ("[input.toxicity]\nmode = 'flag'", False),
         ("[output.late]\nmode = 'block'", False),
         ("[input.toxicity]\nmode = 'block'", True),
         ("system_turns = 'trust'\n[input.toxicity]\nmode = 'block'", False),
-    ],
-)
-def test_a_file_that_does_not_mention_system_turns_refuses_them_if_it_blocks_prompts(
-    policy_file, text, refuses
-):
-    assert read_policy(policy_file(text)).refuses_system_turns == refuses
+    ):
+        assert read(text).refuses_system_turns == refuses, text
