@@ -56,7 +56,9 @@ LANES = {
     "packages": Lane([f"{MATRIX}/packages"]),
     "lab": Lane([f"{MATRIX}/lab"]),
     "vllm-clients": Lane([f"{MATRIX}/clients"], runner=1),
-    "vllm-features": Lane([f"{MATRIX}/vllm/test_features.py"], runner=1),
+    "vllm-features": Lane(
+        [f"{MATRIX}/vllm/test_features.py", f"{MATRIX}/vllm/test_attacks.py"], runner=1
+    ),
     "vllm-families-v1": Lane([f"{MATRIX}/vllm/test_families.py"], runner=1),
     "vllm-families-v2": Lane([f"{MATRIX}/vllm/test_families.py"], runner=2),
     "vllm-families-compiled": Lane(

@@ -1,0 +1,49 @@
+"""The attacks of ``sidelight redteam`` on vLLM's own server, by every route that writes text."""
+
+import json
+
+from commands import run
+from vllm_suite import stock  # noqa: F401
+
+# Whoever writes the template by hand can write control tokens too, which the routes of chats and
+# the probe by itself read as other tokens.
+WRITTEN = ("control", "template")
+
+
+def rates(row):
+    return [row[key]["flagged"] for key in ("recall", "false_alarms")]
+
+
+def test_every_route_blocks_what_the_probe_flags_by_itself(stock, subjects, tmp_path):  # noqa: F811
+    scores = subjects.scores([subjects.chat(text) for text in subjects.texts])
+    labels = ["toxic" if own >= subjects.threshold else "fine" for own in scores]
+    rows = [{"text": t, "label": n} for t, n in zip(subjects.texts, labels, strict=True)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    def called(*more):
+        out = tmp_path / "e.json"
+        attacks = "control,template,places,disguises,padding-150-before,padding-150-after"
+        options = ("--texts", "4", "--attacks", attacks, "--json", str(out))
+        threshold = ("--threshold", str(subjects.threshold))
+        data = ("--data", str(tmp_path / "data.jsonl"), "--model", subjects.path)
+        assert run("redteam", subjects.folders[0], *data, *threshold, *options, *more) == 0
+        return json.loads(out.read_text())
+
+    live, alone = called("--url", stock.address), called("--dtype", "float32")
+    routes = {route["route"]: route["attacks"] for route in live["routes"]}
+    assert routes.keys() == {"chat", "text", "ids", "responses", "messages"}
+    for route, attacks in routes.items():
+        for row, own in zip(attacks, alone["attacks"], strict=True):
+            if row["attack"] == "system-turn":
+                # Nobody reads it, so the policy refuses it.
+                assert row["recall"]["flagged"] == row["recall"]["texts"] > 0, route
+            elif not row["attack"].startswith(WRITTEN):
+                assert rates(row) == rates(own), (route, row["attack"])
+            if row["attack"] != "empty-turns":
+                assert row["skipped"] == {}, (route, row["attack"])
+    # The same tokens have the same verdict, whoever has made them.
+    for name in WRITTEN:
+        of = [
+            [rates(r) for r in routes[w] if r["attack"].startswith(name)] for w in ("text", "ids")
+        ]
+        assert of[0] == of[1]
