@@ -20,6 +20,7 @@ from sidelight.vllm.settings import KEY
 from sidelight_lab.bench.serving import MEASURES
 from stock_requests import parts_of, post
 from stock_server import stock_server
+from tiny import untrained_probe
 from vllm_served import (
     Model,
     expected,
