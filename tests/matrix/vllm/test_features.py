@@ -12,13 +12,14 @@ from safetensors.torch import save_file
 from architectures import TESTED, architecture_model
 from commands import run as command
 from engine_contract import TEXTS, other_probes, require_verdicts, user
+from policy_contract import parts_of
 from sidelight.artifact import save_probe
 from sidelight.backbone import load_backbone
 from sidelight.engines.base import GenerationError
 from sidelight.vllm.exchange import saved
 from sidelight.vllm.settings import KEY
 from sidelight_lab.bench.serving import MEASURES
-from stock_requests import parts_of, post
+from stock_requests import post
 from stock_server import stock_server
 from tiny import untrained_probe
 from vllm_served import (
