@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from planted_texts import split_of
+from planted_data import split_of
 
 from sidelight.backbone import TransformersBackbone
 from sidelight.states.cache import ActivationCache, Shard

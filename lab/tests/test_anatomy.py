@@ -1,14 +1,13 @@
 """What an anatomy says of a probe agrees with the probe's own arithmetic."""
 
 import json
-import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from matplotlib.image import imread
-from planted_texts import split_of, write_rows
+from planted_data import split_of, write_rows
 
 from commands import saved
 from corpora import TASKS
@@ -284,4 +283,3 @@ def test_the_command_writes_the_report_of_a_stored_probe(tiny, make, tmp_path, m
         "readout.png", "readout_heat_maps.html", "anatomy.json", "report.md",
     }  # fmt: skip
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
-    assert "matplotlib.pyplot" not in sys.modules

@@ -9,7 +9,7 @@ import pytest
 import torch
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request
-from planted_texts import dataset_without_states
+from planted_data import dataset_without_states
 
 from live import running, served
 from sidelight.bank import Bank

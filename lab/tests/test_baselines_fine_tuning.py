@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from planted_texts import dataset_without_states
+from planted_data import dataset_without_states
 from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
 from torch import nn

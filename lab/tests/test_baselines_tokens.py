@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
-from planted_texts import split_of
+from planted_data import split_of
 from torch.nn import functional
 
 from corpora import TASKS

@@ -5,8 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from planted_tables import TABLE, Data, context_of, recipe, stored
-from planted_texts import examples
+from planted_data import TABLE, Data, context_of, examples, recipe, stored
 
 from sidelight.errors import SidelightError
 from sidelight_lab.tables.cross_validation import cross_validate

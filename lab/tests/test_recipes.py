@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from planted_tables import TABLE, context_of, recipe
+from planted_data import TABLE, context_of, recipe
 
 from sidelight.errors import SidelightError
 from sidelight_lab.tables.recipes import (

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from click.testing import CliRunner
-from planted_texts import write_rows
+from planted_data import write_rows
 
 from commands import run, saved
 from sidelight.errors import SidelightError

@@ -14,7 +14,7 @@ import optuna
 import pytest
 from killed_search import PLAN, dataset_at
 from matplotlib.image import imread
-from planted_texts import write_rows
+from planted_data import write_rows
 from sklearn.metrics import average_precision_score
 
 from commands import run, saved

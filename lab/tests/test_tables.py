@@ -7,8 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from planted_tables import TABLE, Data, context_of, recipe, rows_of, stored
-from planted_texts import examples
+from planted_data import TABLE, Data, context_of, examples, recipe, rows_of, stored
 
 from corpora import TASKS
 from sidelight.artifact import load_probe
