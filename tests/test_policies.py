@@ -47,9 +47,11 @@ def server(subjects, tmp_path_factory):
         kept = [bias.clone() for bias in biases]
         for bias in biases:
             bias.fill_(float("nan"))
-        yield
-        for bias, old in zip(biases, kept, strict=True):
-            bias.copy_(old)
+        try:
+            yield
+        finally:
+            for bias, old in zip(biases, kept, strict=True):
+                bias.copy_(old)
 
     def ways(text):
         return [("/v1/completions", {"prompt": text}), ("/v1/completions", {"prompt": [text, "x"]})]

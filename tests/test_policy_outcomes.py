@@ -201,11 +201,13 @@ def serving(case, rule, folder, client=in_process):
     audit = Path("/dev/full") if case.is_unaudited else None
     options = {"policy": policy_of(case, rule), "admin_key": ADMIN, "audit_log": audit}
     hook = BACKBONE.model.register_forward_pre_hook(server.note)
-    with client(engine, **options) as http:
-        if case.is_reloaded:
-            reload_garbage(http, folder)
-        yield http, engine
-    hook.remove()
+    try:
+        with client(engine, **options) as http:
+            if case.is_reloaded:
+                reload_garbage(http, folder)
+            yield http, engine
+    finally:
+        hook.remove()
 
 
 def reload_garbage(http, folder):

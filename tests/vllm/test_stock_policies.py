@@ -39,10 +39,12 @@ def server(stock, subjects):
         body = {"method": "sidelight_load", "args": [subjects.folders[::-1]]}
         answer = httpx.post(f"{stock.address}/collective_rpc", json=body, timeout=60)
         assert answer.json()["results"] == [None]
-        yield
-        # A reload loads all probes.
-        url = f"{stock.address}/admin/probes/injection/reload"
-        assert httpx.post(url, json={}, timeout=60, **KEY).status_code == 200
+        try:
+            yield
+        finally:
+            # A reload loads all probes.
+            url = f"{stock.address}/admin/probes/injection/reload"
+            assert httpx.post(url, json={}, timeout=60, **KEY).status_code == 200
 
     def ways(text):
         return [

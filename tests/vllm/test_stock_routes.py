@@ -1,6 +1,5 @@
 """vLLM's own server under a policy: every route that it has, with each of its options."""
 
-from contextlib import contextmanager
 from dataclasses import replace
 
 import httpx
@@ -13,26 +12,21 @@ from stock_requests import post, posts, requests_of, written_in
 pytestmark = pytest.mark.xdist_group("stock")
 
 
-@contextmanager
-def reloaded(address, name, folder, old):
-    """Serves the probe of another folder meanwhile."""
-    for path, is_over in ((folder, False), (old, True)):
-        url = f"{address}/admin/probes/{name}/reload"
-        headers = {"Authorization": f"Bearer {ADMIN}"}
-        answer = httpx.post(url, json={"path": str(path)}, headers=headers, timeout=120)
-        assert answer.status_code == 200, answer.text
-        if not is_over:
-            yield
-
-
 @pytest.fixture
 def sealed(stock, subjects, tmp_path):
     """Every answer is cut before any of it is sent."""
+
+    def reload(path):
+        url = f"{stock.address}/admin/probes/leak/reload"
+        headers = {"Authorization": f"Bearer {ADMIN}"}
+        answer = httpx.post(url, json={"path": str(path)}, headers=headers, timeout=120)
+        assert answer.status_code == 200, answer.text
+
     (leak,) = (probe for probe in subjects.probes if probe.name == "leak")
     calibration = replace(leak.calibration, shift=(50.0,))
-    folder = save_probe(replace(leak, calibration=calibration), tmp_path / "leak")
-    with reloaded(stock.address, "leak", folder, subjects.folders[1]):
-        yield stock.address
+    reload(save_probe(replace(leak, calibration=calibration), tmp_path / "leak"))
+    yield stock.address
+    reload(subjects.folders[1])
 
 
 @pytest.mark.parametrize("streamed", [False, True])
