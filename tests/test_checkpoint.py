@@ -102,8 +102,8 @@ def test_each_family_has_its_own_fingerprint():
     assert len(digests) == len(FAMILIES)
 
 
-def test_an_unloaded_backbone_reads_texts_as_the_loaded_one(tmp_path):
-    folder = saved(tiny_backbone(), tmp_path)
+def test_an_unloaded_backbone_reads_texts_as_the_loaded_one(tiny, tmp_path):
+    folder = saved(tiny, tmp_path)
     loaded, read = load_backbone(folder), read_backbone(folder)
     assert read.path == folder
     assert read.encoder.max_tokens == loaded.encoder.max_tokens == 256
@@ -112,21 +112,24 @@ def test_an_unloaded_backbone_reads_texts_as_the_loaded_one(tmp_path):
     assert (raw.encoder.prompt_format, raw.fingerprint.template) == ("raw", "raw")
 
 
-def test_a_default_that_transformers_adds_does_not_change_a_model(tmp_path, monkeypatch):
-    folder = saved(tiny_backbone(), tmp_path)
-    before = read_backbone(folder).fingerprint
+@pytest.fixture
+def before(tiny, tmp_path):
+    """Who the model is that lies in the test's folder."""
+    return read_backbone(saved(tiny, tmp_path)).fingerprint
+
+
+def test_a_default_that_transformers_adds_does_not_change_a_model(before, tmp_path, monkeypatch):
     as_dict = LlamaConfig.to_dict
     monkeypatch.setattr(LlamaConfig, "to_dict", lambda self: {**as_dict(self), "added": 1})
-    for after in (load_backbone(folder).fingerprint, read_backbone(folder).fingerprint):
+    for after in (load(tmp_path).fingerprint for load in (load_backbone, read_backbone)):
         assert after.loaded_config != before.loaded_config
         assert after.digest == before.digest
         before.require(after, probe="p")
         after.require(before, probe="p")
 
 
-def test_a_configuration_that_spells_out_fewer_defaults_is_the_same_one(tmp_path):
+def test_a_configuration_that_spells_out_fewer_defaults_is_the_same_one(before, tmp_path):
     config = tmp_path / "config.json"
-    before = read_backbone(saved(tiny_backbone(), tmp_path)).fingerprint
     entries = json.loads(config.read_text())
     del entries["attention_bias"]
     config.write_text(json.dumps(entries))
@@ -137,16 +140,14 @@ def test_a_configuration_that_spells_out_fewer_defaults_is_the_same_one(tmp_path
     require_other(before, read_backbone(tmp_path).fingerprint, "config")
 
 
-def test_computed_buffers_of_older_files_make_no_difference(tmp_path):
+def test_computed_buffers_of_older_files_make_no_difference(before, tmp_path):
     path = tmp_path / "model.safetensors"
-    before = read_backbone(saved(tiny_backbone(), tmp_path)).fingerprint
     buffers = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(3)}
     save_file({**load_file(path), **buffers}, path)
     assert read_backbone(tmp_path).fingerprint == before
 
 
-def test_a_quantised_copy_is_another_model(tmp_path):
-    before = read_backbone(saved(tiny_backbone(), tmp_path)).fingerprint
+def test_a_quantised_copy_is_another_model(before, tmp_path):
     path, config = tmp_path / "model.safetensors", tmp_path / "config.json"
     weights = {
         name: weight.to(torch.float8_e4m3fn) if weight.ndim == 2 else weight
@@ -160,24 +161,21 @@ def test_a_quantised_copy_is_another_model(tmp_path):
     require_other(before, after, "config, weights")
 
 
-def test_weights_of_another_form_are_identified_only_once_they_are_loaded(tmp_path):
-    backbone = tiny_backbone()
-    saved(backbone, tmp_path)
+def test_weights_of_another_form_are_identified_only_once_they_are_loaded(tiny, before, tmp_path):
     (tmp_path / "model.safetensors").unlink()
-    torch.save(backbone.model.state_dict(), tmp_path / "pytorch_model.bin")
-    assert who(load_backbone(tmp_path).fingerprint) == who(backbone.fingerprint)
+    torch.save(tiny.model.state_dict(), tmp_path / "pytorch_model.bin")
+    assert who(load_backbone(tmp_path).fingerprint) == who(before)
     with pytest.raises(SidelightError, match=r"no model.safetensors .* Save the model again"):
         read_backbone(tmp_path)
 
 
-def test_two_sets_of_weights_in_a_folder_are_refused(tmp_path):
-    folder = saved(tiny_backbone(), tmp_path)
+def test_two_sets_of_weights_in_a_folder_are_refused(before, tmp_path):
     other = {"model.norm.weight": torch.full((SIZES["hidden_size"],), 2.0)}
     save_file(other, tmp_path / "model-00001-of-00001.safetensors")
     index = {"weight_map": {"model.norm.weight": "model-00001-of-00001.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(SidelightError, match=r"two different weights 'model.norm.weight'"):
-        read_backbone(folder)
+        read_backbone(tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
