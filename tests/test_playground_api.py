@@ -149,6 +149,7 @@ def test_decisions_alone_say_why_where_it_is_asked(ask):
         assert (error["code"], error["param"]) == ("unknown_parameter", "explain")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rule", "scores", "shares"),
     [

@@ -172,6 +172,7 @@ def after(role):
     return {"messages": [{"role": role, "content": "x"}, *HELLO]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("first", "second"),
     [

@@ -191,6 +191,7 @@ def test_probes_of_both_judge_chats_as_probes_of_chats_do(tiny, mixed_probes):
     assert len(mixed[0].judgement.verdicts) == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rules", "status"),
     [

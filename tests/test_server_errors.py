@@ -281,6 +281,7 @@ def test_a_loading_engine_is_a_503(tiny):
         http.post(CHAT, json=VALID).raise_for_status()
 
 
+@pytest.mark.slow
 def test_a_failed_step_is_a_500_without_traceback_or_text(caplog):
     backbone = tiny_backbone()
 

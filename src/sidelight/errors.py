@@ -3,6 +3,9 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+# Of 0 to 1, as difflib counts.
+_LIKENESS = 0.6
+
 
 class SidelightError(Exception):
     """An error that the user can fix; the message says what was got, wanted, and what to do."""
@@ -31,14 +34,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
         For example ``" Did you mean 'gate'? Known: attention, gate, pooling."``.
     """
     choices = sorted(known)
-    close = closest(name, choices)
-    guess = f" Did you mean '{close}'?" if close else ""
-    return f"{guess} Known: {', '.join(choices) or 'none'}."
-
-
-def closest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:
-    """The known name that is most like this one; None if none is, on difflib's scale of 0 to 1."""
     # A ratio is at most this much; difflib takes seconds to find that out about a long name.
-    alike = [one for one in known if 2 * len(one) >= cutoff * (len(one) + len(name))]
-    close = get_close_matches(name, alike, n=1, cutoff=cutoff) if alike else []
-    return close[0] if close else None
+    alike = [one for one in choices if 2 * len(one) >= _LIKENESS * (len(one) + len(name))]
+    close = get_close_matches(name, alike, n=1, cutoff=_LIKENESS)
+    guess = f" Did you mean '{close[0]}'?" if close else ""
+    return f"{guess} Known: {', '.join(choices) or 'none'}."

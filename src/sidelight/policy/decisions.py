@@ -93,7 +93,6 @@ class PolicyError(SidelightError):
     Args:
         message: What was got, what was wanted, what to do.
         code: A word for programs.
-        param: The field of the request at fault.
         decisions: On the prompt, if they led to the refusal.
         fault: Who is at fault: the ``request``, or a probe that ``failed`` or was ``late``.
     """
@@ -103,13 +102,11 @@ class PolicyError(SidelightError):
         message: str,
         *,
         code: str,
-        param: str | None = None,
         decisions: Sequence[Decision] = (),
         fault: Fault = "request",
     ):
         super().__init__(message)
         self.code = code
-        self.param = param
         self.decisions = decisions
         self.fault = fault
 

@@ -69,10 +69,10 @@ def as_request_error(error: SidelightError, *, sees_all: bool = False) -> Reques
     match error:
         case RequestError():
             return error
-        case PolicyError(code=code, param=param, decisions=decisions):
+        case PolicyError(code=code, decisions=decisions):
             status = _FAULTS[error.fault]
             headers = refusal_headers(decisions, sees_all=sees_all) if decisions else None
-            return RequestError(message, status=status, code=code, param=param, headers=headers)
+            return RequestError(message, status=status, code=code, headers=headers)
         case EngineBusyError():
             headers = {"Retry-After": str(error.retry_after_s)}
         case EngineUnavailableError():
