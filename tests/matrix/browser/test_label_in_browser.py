@@ -22,7 +22,7 @@ from test_label_page import TOKEN, saved_labels
 from test_labelling import Sitting, texts_of
 from tiny import untrained_probe
 
-pytestmark = needs_chromium
+pytestmark = [needs_chromium, pytest.mark.xdist_group("label")]
 KEYS = {"fine": "1", "toxic": "2"}
 
 

@@ -15,11 +15,10 @@ from live import MODEL, http_client, served
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.policy.rules import Policy, Rule, read_policy, require_policy_applies
 from sidelight.prompts import Reads
-from sidelight.server.playground import STRICT
 from sidelight.thresholds import read_curves
 from tiny import INTENT, TOPICS, tiny_backbone, untrained_probe
 
-pytestmark = needs_chromium
+pytestmark = [needs_chromium, pytest.mark.xdist_group("playground")]
 KEY = "user-key"
 TEXT = "Where is my 💶 refund?"
 PROMPT_PROBES = ("toxicity", "spam", "intent", "topics")
@@ -369,43 +368,33 @@ def test_a_keyboard_is_enough(page):
 
 def test_the_page_needs_no_key_and_its_calls_do(browser, backbone, probes):
     engine = TransformersEngine(backbone, probes)
-    with served(engine, playground=True, api_key=KEY) as address:
-        with http_client(address) as http:
-            for path in ("/playground", "/playground/page.js", "/docs", "/health"):
-                assert http.get(path).status_code == 200
-            for path in ("/v1/probes", "/openapi.json", "/playground/", "/playground/x", "/x"):
-                assert http.get(path).status_code == 401
-        with page_at(browser, f"{address}/playground") as page:
-            asked = []
-            page.expected_errors = ("status of 401",)
-            page.on("request", lambda request: asked.append(request.url))
-            page.get_by_text("This server needs an API key").wait_for()
-            page.keyboard.type("another")
-            page.keyboard.press("Enter")
-            page.get_by_text("The server does not know this key").wait_for()
-            page.keyboard.press("Control+A")
-            page.keyboard.type(KEY)
-            page.keyboard.press("Enter")
-            page.get_by_text(f"{MODEL}, 5 probes").wait_for()
-            say(page, tokens=2)
-            page.get_by_text("2 tokens, then").wait_for()
-            assert KEY not in "".join([*asked, page.url])
-            assert page.evaluate("[localStorage.length, document.cookie]") == [0, ""]
-            # The reference of the same tab has it.
-            page.get_by_role("link", name="API reference").click()
-            page.get_by_text("/v1/chat/completions").first.wait_for()
+    with (
+        served(engine, playground=True, api_key=KEY) as address,
+        page_at(browser, f"{address}/playground") as page,
+    ):
+        asked = []
+        page.expected_errors = ("status of 401",)
+        page.on("request", lambda request: asked.append(request.url))
+        page.get_by_text("This server needs an API key").wait_for()
+        page.keyboard.type("another")
+        page.keyboard.press("Enter")
+        page.get_by_text("The server does not know this key").wait_for()
+        page.keyboard.press("Control+A")
+        page.keyboard.type(KEY)
+        page.keyboard.press("Enter")
+        page.get_by_text(f"{MODEL}, 5 probes").wait_for()
+        say(page, tokens=2)
+        page.get_by_text("2 tokens, then").wait_for()
+        assert KEY not in "".join([*asked, page.url])
+        assert page.evaluate("[localStorage.length, document.cookie]") == [0, ""]
+        # The reference of the same tab has it.
+        page.get_by_role("link", name="API reference").click()
+        page.get_by_text("/v1/chat/completions").first.wait_for()
 
 
 def test_no_request_leaves_the_page_or_the_reference_and_no_script_is_written_into_them(
     browser, address
 ):
-    with http_client(address) as http:
-        for path in ("/playground", "/playground/page.js", "/playground/style.css"):
-            answer = http.get(path)
-            assert answer.headers["content-security-policy"] == STRICT
-            assert answer.headers["x-content-type-options"] == "nosniff"
-            assert answer.headers["referrer-policy"] == "no-referrer"
-        assert "default-src 'self';" in http.get("/docs").headers["content-security-policy"]
     with opened(browser, address) as page:
         page.expected_errors = ("Content Security Policy", "violates", "asks http://127.0.0.2")
         failure = page.evaluate("fetch('http://127.0.0.2:1/x').catch(error => error.name)")

