@@ -6,9 +6,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
 
 import pytest
 from browser import PHONE, chromium, needs_chromium, page_at, violations
@@ -172,51 +169,6 @@ def test_several_labels_are_chosen_and_saved(tiny, tmp_path, browser):
         page.get_by_role("button", name="Save").click()
         wait_for_labels(page, 2)
     assert saved_labels(sitting) == [["x", "y"], []]
-
-
-def test_another_site_can_neither_read_nor_post(sitting, browser, address, tmp_path):
-    """From a page of another origin, and from one in a frame."""
-    evil = tmp_path / "evil"
-    evil.mkdir()
-    (evil / "index.html").write_text("<title>evil</title>")
-    handler = partial(SimpleHTTPRequestHandler, directory=str(evil))
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        Thread(target=server.serve_forever).start()
-        port = server.server_port
-        context = browser.new_context()
-        page = context.new_page()
-        page.goto(f"http://127.0.0.1:{port}/")
-        attempts = page.evaluate(
-            """async ([address, token]) => {
-              const body = JSON.stringify({ row: 0, labels: ["fine"] });
-              const tries = [
-                ["api/state", {}],
-                ["api/label", { method: "POST", body, mode: "no-cors" }],
-                ["api/label", { method: "POST", body, headers: {
-                  "Content-Type": "application/json" } }],
-                ["api/label", { method: "POST", body, headers: {
-                  Authorization: `Bearer ${token}` } }],
-              ];
-              const said = [];
-              for (const [path, options] of tries) {
-                const answer = await fetch(`${address}/${path}`, options).catch(() => null);
-                said.push(answer ? `${answer.type} ${await answer.text()}` : "refused");
-              }
-              const frame = document.createElement("iframe");
-              frame.src = `${address}/#${token}`;
-              document.body.append(frame);
-              await new Promise((done) => { frame.onload = done; setTimeout(done, 2000); });
-              return said;
-            }""",
-            [address, TOKEN],
-        )
-        assert attempts == ["refused", "opaque ", "refused", "refused"]
-        assert "of 60 labelled" not in "".join(
-            frame.content() for frame in page.frames[1:] if not frame.is_detached()
-        )
-        context.close()
-        server.shutdown()
-    assert saved_labels(sitting) == []
 
 
 def test_the_command_from_start_to_end(tiny, tmp_path, browser):
