@@ -317,14 +317,19 @@ def test_a_request_that_outlasts_the_drain_gets_an_error():
     assert error_of(seen["answer"]) == (503, "shutting_down")
 
 
-def test_the_notice_of_sigterm_ends_by_itself():
+@pytest.mark.parametrize(("notice_s", "signals"), [(0.01, 1), (3600.0, 2)])
+def test_the_notice_of_sigterm_ends_by_itself_or_by_a_second_one(notice_s, signals):
     drain = Drain()
-    server = DrainingServer(uvicorn.Config(lambda: None), drain=drain, drain_s=0.0, notice_s=0.01)
+    settings = uvicorn.Config(lambda: None)
+    server = DrainingServer(settings, drain=drain, drain_s=0.0, notice_s=notice_s)
     others = threading.enumerate()
-    server.handle_exit(signal.SIGTERM, None)
-    assert drain.is_draining
-    for thread in {*threading.enumerate()}.difference(others):
-        thread.join(PATIENCE_S)
+    for _ in range(signals):
+        assert not server.should_exit
+        server.handle_exit(signal.SIGTERM, None)
+        assert drain.is_draining
+    timers = {*threading.enumerate()}.difference(others)
+    for timer in timers if signals == 1 else ():
+        timer.join(PATIENCE_S)
     assert server.should_exit
 
 
