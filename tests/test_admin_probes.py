@@ -243,6 +243,7 @@ def test_two_versions_side_by_side_agree_in_the_counts_only(tiny, folders):
         assert admin.entries.keys() == {"toxicity", "late"}
 
 
+@pytest.mark.slow
 def test_a_probe_that_is_disabled_or_a_shadow_blocks_nothing_until_it_is_enabled(tiny, folders):
     with serving(tiny, folders, policy=BLOCKING) as admin:
         assert admin.is_blocking
@@ -264,6 +265,7 @@ def test_a_probe_that_is_disabled_or_a_shadow_blocks_nothing_until_it_is_enabled
                 assert admin.verdicts.keys() == {"late"}
 
 
+@pytest.mark.slow
 def test_a_removed_probe_is_gone_and_can_come_back(tiny, folders):
     with serving(tiny, folders) as admin:
         admin.change("/toxicity", method="DELETE")
@@ -327,6 +329,7 @@ def test_requests_that_wait_for_a_change_are_judged_by_the_new_probe(tiny, path,
     assert [one["flagged"] for one in told(answer)] == [True]
 
 
+@pytest.mark.slow
 def test_changes_are_audited_with_the_key_that_made_them(tiny, folders, tmp_path):
     with serving(tiny, folders, audit_log=tmp_path / "audit.jsonl") as admin:
         old = admin.entries["toxicity"]["version"]
