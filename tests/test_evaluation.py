@@ -97,6 +97,7 @@ def expected(task: Task, probabilities, labels) -> dict[str, float]:
     }
 
 
+@pytest.mark.slow
 @every_task
 @settings(max_examples=15, deadline=None)
 @given(rows=st.integers(8, 250), seed=st.integers(0, 10_000), ties=st.booleans())

@@ -60,10 +60,18 @@ def test_a_rule_is_read_back_from_its_text_or_answered_with_the_forms():
 
 @settings(max_examples=30, deadline=None)
 @given(rows=rows)
-def test_no_other_threshold_follows_the_rule_better(rows):
+def test_a_curve_counts_what_is_flagged_and_no_other_threshold_follows_the_rule_better(rows):
     scores = np.array([score / 20 for score, _ in rows])
     holds = np.array([holds for _, holds in rows])
     curve = OperatingCurve.of(scores, holds)
+    assert curve.is_sound
+    assert (curve.positives, curve.negatives) == (holds.sum(), (~holds).sum())
+    counts = zip(curve.true_positives, curve.false_positives, curve.expected, strict=True)
+    for threshold, (hits, alarms, expected) in zip(curve.thresholds, counts, strict=True):
+        flagged = scores >= threshold
+        assert (flagged[holds].sum(), flagged[~holds].sum()) == (hits, alarms)
+        assert scores[flagged].sum() == pytest.approx(expected, abs=1e-4)
+        assert curve.at(threshold) == (hits, alarms)
     # None flags a score of 0: a threshold lies within (0, 1).
     rivals = np.append(np.arange(1, 21) / 20 - 0.01, 1.0)
     recall = np.array([(scores >= rival)[holds].mean() for rival in rivals])
@@ -148,24 +156,6 @@ def test_a_multiclass_task_has_no_thresholds():
     require_thresholds(MULTICLASS, F1)
     with pytest.raises(SidelightError, match="with 4 classes the most probable one wins"):
         require_thresholds(MULTICLASS, ThresholdRule("fpr", 0.01))
-
-
-@settings(max_examples=30, deadline=None)
-@given(rows=rows)
-def test_a_curve_counts_what_each_of_its_thresholds_flags(rows):
-    scores = np.array([score / 20 for score, _ in rows])
-    holds = np.array([holds for _, holds in rows])
-    curve = OperatingCurve.of(scores, holds)
-    assert curve.is_sound
-    assert (curve.positives, curve.negatives) == (holds.sum(), (~holds).sum())
-    points = zip(
-        curve.thresholds, curve.true_positives, curve.false_positives, curve.expected, strict=True
-    )
-    for threshold, hits, alarms, expected in points:
-        flagged = scores >= threshold
-        assert (flagged[holds].sum(), flagged[~holds].sum()) == (hits, alarms)
-        assert scores[flagged].sum() == pytest.approx(expected, abs=1e-4)
-        assert curve.at(threshold) == (hits, alarms)
 
 
 @pytest.mark.parametrize("texts", [300, 30_000])

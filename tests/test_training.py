@@ -202,6 +202,7 @@ def test_a_balanced_loss_weighs_classes_by_their_inverse_frequency(kind, labels)
     assert make_loss(TASKS[kind], 0 * labels, balanced=True)(logits, 0 * labels).isfinite()
 
 
+@pytest.mark.slow
 def test_what_a_job_is_scaled_and_weighed_by_changes_what_it_learns(together):
     """Neighbours in one run, of which each keeps its own options."""
     balanced, gate = together["balanced"], together["gate"]
@@ -223,6 +224,7 @@ def test_what_a_job_is_scaled_and_weighed_by_changes_what_it_learns(together):
     assert all(one != other for one, other in combinations(different, 2))
 
 
+@pytest.mark.slow
 def test_validation_logits_are_in_the_order_of_the_texts(corpora, together):
     one, held_out = together["readout"], corpora["binary"]["validation"]
     scaling = one.standardisation
@@ -362,6 +364,7 @@ def test_a_beginning_is_the_first_tokens_of_its_text():
     assert (min(last), max(last)) == (1, 40)
 
 
+@pytest.mark.slow
 def test_shards_smaller_than_a_batch_fill_it_together(tiny, tmp_path, monkeypatch):
     texts, size = 60, 20
     token_bytes = tiny.fingerprint.layers * tiny.fingerprint.width * 2
