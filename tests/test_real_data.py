@@ -51,7 +51,7 @@ def test_a_few_dozen_prompts_make_a_useful_probe():
     short = [row for row in rows if len(row["text"]) < 60]
     examples = load_examples(short[:90], label="toxicity")
     parts = [examples.select(range(0, 50)), examples.select(range(50, 90))]
-    classifier = train(load_backbone(), parts[0], mechanism="readout")
+    classifier = train(load_backbone(), parts[0], mechanism="linear")
     auroc = classifier.evaluate(parts[1]).metrics["auroc"]
     assert auroc.value is not None
     assert auroc.value > 0.75
