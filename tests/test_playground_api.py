@@ -2,7 +2,7 @@
 
 import json
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import pytest
 
@@ -10,7 +10,7 @@ from curves import with_curves
 from live import MODEL, http_client, served
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import SidelightError
-from sidelight.policy.rules import Policy, Rule, read_policy, require_policy_applies
+from sidelight.policy.rules import Policy, Rule, require_policy_applies
 from sidelight.prompts import Reads
 from sidelight.server.config import ServerConfig
 from sidelight.thresholds import read_curves
@@ -238,14 +238,3 @@ def test_a_policy_that_explains_what_it_does_not_disclose_is_refused(probes):
     for rule in (Rule("block", explain=True), Rule("shadow", explain=True)):
         with pytest.raises(SidelightError, match="explain = true"):
             require_policy_applies(Policy(input={"toxicity": rule}), probes)
-
-
-def test_the_policy_file_says_whether_a_rule_explains(tmp_path):
-    path = tmp_path / "policy.toml"
-    path.write_text("[input.toxicity]\nexplain = false\n[output.late]\nexplain = true\n")
-    policy = read_policy(path)
-    assert policy.input["toxicity"] == replace(Rule(), explain=False)
-    assert policy.output["late"].explain is True
-    path.write_text('[input.toxicity]\nexplain = "no"\n')
-    with pytest.raises(SidelightError, match="explain"):
-        read_policy(path)
