@@ -88,6 +88,9 @@ def vllm_server(folder: Path) -> Callable[[Path], AbstractContextManager[str]]:
     """``sidelight serve --engine vllm``; the model is a folder with the name that clients use."""
     from vllm_served import tiny_llama
 
+    # Three servers share the machine.
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     backbone = tiny_llama()
     saved(backbone, folder / MODEL)
     probes = [save_probe(probe, folder / probe.name) for probe in probes_of(backbone)]
