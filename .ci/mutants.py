@@ -40,7 +40,7 @@ PARTS = {
     "prompts": (
         16,
         ["prompts.py", "turns.py"],
-        ["prompts", "turns*", "control_tokens", "backbones", "engine_*", "server_*"],
+        ["prompts", "turns*", "chat_families", "backbones", "engine_*", "server_*"],
     ),
     "server": (
         48,
