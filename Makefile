@@ -104,7 +104,7 @@ clean: ## Remove the environment and caches
 	@echo "==> Installing clients with an older openai, and the AI SDK"
 	@$(PYTHON) -m venv .venv/clients
 	@.venv/clients/bin/python -m pip install --quiet --disable-pip-version-check \
-	  'openai<3' 'pydantic-ai-slim[openai]>=2' 'instructor>=1' 'llm>=0.30' || true
+	  'openai<3' 'pydantic-ai-slim[openai]>=2' || true
 	@npm install --silent --no-audit --no-fund --prefix .venv/node \
 	  ai@6 @ai-sdk/openai-compatible@2 zod@4 || true
 	@touch $@
