@@ -195,38 +195,6 @@ def test_curves_survive_json_exactly_and_damaged_ones_are_refused():
             read_curves({"x": curve.to_dict() | change})
 
 
-def test_a_curve_follows_scores_and_shares_that_shift():
-    scores, holds = draw_calibrated(2000, seed=3)
-    curve = OperatingCurve.of(scores, holds)
-    for change in (-9.0, -1.0, 3.0, 9.0):
-        moved = curve.shifted(change, share=0.5)
-        assert moved.is_sound
-        shifted = 1 / (1 + np.exp(-(np.log(scores / (1 - scores)) + change)))
-        for before, after in zip(curve.thresholds, moved.thresholds, strict=True):
-            assert ((scores >= before) == (shifted >= after)).all()
-    # With more positives F1 wants more flags; rates stay.
-    rarer, oftener = curve.shifted(0.0, share=0.02), curve.shifted(0.0, share=0.5)
-    assert oftener.threshold(F1) < curve.threshold(F1) < rarer.threshold(F1)
-    for kept in (ThresholdRule("fpr", 0.01), ThresholdRule("recall", 0.9)):
-        same = pytest.approx(curve.threshold(kept))
-        assert oftener.threshold(kept) == same == rarer.threshold(kept)
-
-
-def test_a_curve_explains_texts_of_other_shares_but_no_other_texts():
-    random = np.random.default_rng(0)
-    scores, holds = draw_calibrated(2000, seed=5)
-    positive, negative = (random.choice(scores[side], 300) for side in (holds, ~holds))
-    half = OperatingCurve.of(scores, holds).shifted(0.0, share=0.5)
-    assert half.explains(np.concatenate([positive, negative]))
-    assert not half.explains(negative)
-    assert not half.explains(random.uniform(0.3, 0.7, 600))
-    # Where no score was unsure, surer ones are no change of texts.
-    holds = np.arange(200) < 60
-    curve = OperatingCurve.of(np.where(holds, 0.999, 0.001) + np.linspace(-9e-4, 9e-4, 200), holds)
-    assert curve.explains(np.where(random.choice(holds, 300), 1 - 1e-9, 1e-9))
-    assert not curve.explains(np.full(300, 0.5))
-
-
 @pytest.mark.parametrize(
     ("task", "counts", "texts", "rule", "doubts"),
     [
