@@ -118,5 +118,8 @@ def test_the_command_loses_nothing(tmp_path, capsys):
     assert (code, made["faults"]) == (0, [])
     for phase, number in (("connections", 10), ("requests", 60)):
         assert sum(sum(kind["endings"].values()) for kind in made[phase]["outcomes"]) == number
+    endings = {kind["name"]: kind["endings"] for kind in made["requests"]["outcomes"]}
+    assert endings["blocked prompt"] == {"400 content_filter": 5}
+    assert endings["cut text"] == {"200 content_filter": 5}
     assert capsys.readouterr().out == (tmp_path / "soak.md").read_text()
     assert (tmp_path / "soak.png").stat().st_size > 0

@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
@@ -22,11 +22,14 @@ from matplotlib.figure import Figure
 from scipy.stats import theilslopes
 
 from sidelight.artifact import save_probe
-from sidelight.backbone import load_backbone
+from sidelight.backbone import TransformersBackbone, load_backbone
+from sidelight.calibration import Calibration
+from sidelight.data.examples import Example
 from sidelight.plots import save_figure
 from sidelight.progress import Progress, progress
-from sidelight.prompts import Reads
+from sidelight.prompts import Message, Reads
 from sidelight.server.process import ServerProcess
+from sidelight.training.classifier import judge
 from sidelight_lab.bench.measurement import (
     Record,
     Sample,
@@ -46,9 +49,20 @@ _CHUNK_BYTES = 65536
 # The time that the server gives a request.
 _TIMEOUT_S = 600.0
 _BUSY = "429 too_many_requests"
-_QUESTION = "Where is my refund?"
+_QUESTION, _OTHER = "Where is my refund?", "I hate you, you stupid liars."
 _PROMPT = (f'"probe":"{_PROMPT_PROBE}"'.encode(),)
 _BOTH = (*_PROMPT, f'"probe":"{_RESPONSE_PROBE}"'.encode())
+# Answers longer than this many times `max_tokens` are cut: the probe may not judge them.
+_CUT_AFTER = 4
+_POLICY = """[input.{prompt}]
+mode = "block"
+threshold = 0.5
+
+[output.{response}]
+mode = "block"
+threshold = 1.0
+max_tokens = {longest}
+"""
 # Samples of each phase, and the share of the requests that only warm the server up.
 _SAMPLES = 200
 _WARM_UP = 0.2
@@ -96,13 +110,21 @@ def connection_visits() -> Sequence[Visit]:
     )
 
 
-def request_visits(model: str, *, max_tokens: int) -> Sequence[Visit]:
-    """Complete requests: answered, streamed, refused and given up."""
+def request_visits(
+    model: str, *, max_tokens: int, answered: str = _QUESTION, blocked: str = _OTHER
+) -> Sequence[Visit]:
+    """Complete requests: answered, streamed, blocked, cut, refused and given up.
+
+    The server's policy must block the prompt ``blocked`` and pass ``answered``.
+    """
     chat: dict[str, Any] = {
         "model": model,
-        "messages": [{"role": "user", "content": _QUESTION}],
+        "messages": [{"role": "user", "content": answered}],
         "max_tokens": max_tokens,
     }
+    refused = {**chat, "messages": [{"role": "user", "content": blocked}]}
+    # The most probable text hardly ends so soon; a sampled one may.
+    cut = {**chat, "max_tokens": (_CUT_AFTER + 1) * max_tokens, "temperature": 0}
     stream = {**chat, "stream": True}
     long = {"max_tokens": 50 * max_tokens}
     texts = {"input": [_QUESTION, "Hello!", "Thank you."]}
@@ -112,6 +134,8 @@ def request_visits(model: str, *, max_tokens: int) -> Sequence[Visit]:
         Visit("stream", _post(_CHAT, stream), ("200 [DONE]",), needs=_BOTH),
         Visit("two texts", _post(_CHAT, {**chat, "n": 2}), ("200",), needs=_BOTH),
         Visit("moderations", _post(_MODERATIONS, texts), ("200",), needs=_PROMPT),
+        Visit("blocked prompt", _post(_CHAT, refused), ("400 content_filter",)),
+        Visit("cut text", _post(_CHAT, cut), ("200 content_filter",), needs=_BOTH),
         Visit("unknown model", _post(_CHAT, {**chat, "model": "none"}), ("404 model_not_found",)),
         Visit("unknown probe", _post(_CHAT, probes), ("400 probe_not_found",)),
         Visit("not JSON", _post(_CHAT, b"{"), ("400",)),
@@ -194,7 +218,7 @@ def run_soak(
     max_tokens: int,
     allowed_growth: float,
 ) -> Record:
-    """Starts a server with two untrained probes, which go to the folder, and visits it.
+    """Starts a server with two untrained probes and a policy, all in the folder, and visits it.
 
     Connections come in bursts, most of them broken off; then clients send requests of all kinds.
     Memory may grow by ``allowed_growth`` MB per 1,000 requests.
@@ -203,11 +227,7 @@ def run_soak(
         SidelightError: The server ended.
     """
     backbone = load_backbone(model)
-    sides = {_PROMPT_PROBE: Reads("prompt"), _RESPONSE_PROBE: Reads("response")}
-    probes = [
-        save_probe(untrained_probe(backbone, name, reads=reads), folder / name)
-        for name, reads in sides.items()
-    ]
+    probes, policy, questions = _prepare(backbone, folder, max_tokens=max_tokens)
     where = conditions(
         backbone,
         {
@@ -218,7 +238,7 @@ def run_soak(
             "tokens of an answer": max_tokens,
         },
     )
-    kinds = request_visits(backbone.name, max_tokens=max_tokens)
+    kinds = request_visits(backbone.name, max_tokens=max_tokens, **questions)
     del backbone
 
     async def soak(server: ServerProcess) -> dict[str, Any]:
@@ -240,9 +260,39 @@ def run_soak(
             "held": held,
         }
 
-    with ServerProcess(probes, options=("--model", model)) as server:
+    options = ("--model", model, "--policy", str(policy))
+    with ServerProcess(probes, options=options) as server:
         server.wait_until_ready()
         return soak_record(asyncio.run(soak(server)), where)
+
+
+def _prepare(
+    backbone: TransformersBackbone, folder: Path, *, max_tokens: int
+) -> tuple[list[Path], Path, dict[str, str]]:
+    """The probes' folders, the file of the policy, and a question that it passes and one it blocks.
+
+    The probe of the prompt is calibrated to tell the two apart; that of the response says hardly
+    more than .5 of any text.
+    """
+    prompt = untrained_probe(backbone, _PROMPT_PROBE, reads=Reads("prompt"))
+    texts = (_QUESTION, _OTHER)
+    items = [Example((Message("user", text),)) for text in texts]
+    low, high = sorted(zip(judge(backbone, [prompt], items)[0][:, 0].tolist(), texts, strict=True))
+    scale = 6 / (high[0] - low[0])
+    shift = -scale * (high[0] + low[0]) / 2
+    response = untrained_probe(backbone, _RESPONSE_PROBE, reads=Reads("response"))
+    folders = [
+        save_probe(
+            replace(probe, calibration=Calibration("platt", "binary", (by,), (plus,))),
+            folder / probe.name,
+        )
+        for probe, by, plus in ((prompt, scale, shift), (response, 1e-3, 0.0))
+    ]
+    policy = folder / "policy.toml"
+    longest = _CUT_AFTER * max_tokens
+    rules = _POLICY.format(prompt=prompt.name, response=response.name, longest=longest)
+    policy.write_text(rules, "utf-8")
+    return folders, policy, {"answered": low[1], "blocked": high[1]}
 
 
 async def _phase(
