@@ -9,12 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sidelight.engines.base import (
-    Finished,
-    PromptJudged,
-    ResponseScored,
-    TextDelta,
-)
+from sidelight.engines.base import Finished, PromptJudged, ResponseScored, TextDelta
 from sidelight.errors import SidelightError, VerdictError
 from sidelight.policy.decisions import PolicyError
 from sidelight.policy.enforcement import Admitted, Enforcement
@@ -55,14 +50,6 @@ def test_it_fires_at_the_first_token_that_ends_a_streak(rule, scores):
     assert watch(rule, scores).fired_at == rule.first_firing(np.array(scores)) == first
 
 
-@settings(max_examples=60)
-@given(_RULES, _SCORES, _SCORES)
-def test_a_rule_that_has_fired_stays_fired(rule, before, after):
-    first = watch(rule, before)
-    if first.has_fired:
-        assert watch(rule, before + after).fired_at == first.fired_at
-
-
 @pytest.mark.parametrize("score", [math.nan, math.inf])
 def test_a_score_that_is_not_finite_is_not_a_verdict(score):
     rule = StreamingRule(0.5)
@@ -85,40 +72,51 @@ def late(tiny):
     return untrained_probe(tiny, "late", reads=Reads("response"))
 
 
-RUNNING_SCORES = st.lists(st.floats(0, 1), min_size=1, max_size=30)
+def verdict(score, name="late"):
+    flagged = score >= 0.5
+    label = "toxic" if flagged else "fine"
+    return Verdict(name, label, (label,), {"fine": 1 - score, "toxic": score}, flagged)
+
+
+def holding(probe, **rule):
+    """What holds back the text of a response that this probe judges."""
+    return HoldBack([BoundRule(probe, Rule("block", **rule))])
+
+
+def scored(token, *scores):
+    return ResponseScored(token, Judgement(tuple(map(verdict, scores))))
+
+
+def finished(score, tokens):
+    return Finished("stop", 7, tokens, judgement=Judgement((verdict(score),)))
 
 
 @pytest.mark.slow
 @settings(max_examples=60)
 @given(
-    scores=RUNNING_SCORES,
+    scores=st.lists(st.floats(0, 1), min_size=1, max_size=30),
     final=st.floats(0, 1),
-    threshold=st.floats(0, 1),
-    consecutive=st.integers(1, 4),
-    warm_up=st.integers(0, 6),
-    hold_back=st.integers(0, 6) | st.none(),
+    rule=st.builds(
+        Rule,
+        mode=st.just("block"),
+        threshold=st.floats(0, 1),
+        consecutive=st.integers(1, 4),
+        warm_up=st.integers(0, 6),
+        hold_back=st.integers(0, 6) | st.none(),
+    ),
     text_of=st.lists(st.booleans(), min_size=30, max_size=30),
 )
-def test_text_is_held_and_cut_by_definition(
-    late, scores, final, threshold, consecutive, warm_up, hold_back, text_of
-):
+def test_text_is_held_and_cut_by_definition(late, scores, final, rule, text_of):
     """One token at a time, against a definition that looks at the whole response at once."""
-    rule = Rule(
-        "block",
-        threshold=threshold,
-        consecutive=consecutive,
-        warm_up=warm_up,
-        hold_back=hold_back,
-    )
-    bound = BoundRule(late, rule)
-    holding = HoldBack([bound])
-    held = consecutive if hold_back is None else hold_back
+    threshold, consecutive, warm_up = rule.threshold, rule.consecutive, rule.warm_up
+    holding = HoldBack([BoundRule(late, rule)])
+    held = consecutive if rule.hold_back is None else rule.hold_back
     count = [i > warm_up and scores[i - 1] >= threshold for i in range(1, len(scores) + 1)]
     fires = [i for i in range(consecutive, len(scores) + 1) if all(count[i - consecutive : i])]
     sent, ended, sent_at = [], None, {}
     for i in range(1, len(scores) + 1):
         out = holding.push(TextDelta(f"<{i}>", tokens=i)) if text_of[i - 1] else []
-        out += holding.push(ResponseScored(i, Judgement((verdict(scores[i - 1]),))))
+        out += holding.push(scored(i, scores[i - 1]))
         for event in out:
             if isinstance(event, Ended):
                 ended = (i, event)
@@ -136,8 +134,7 @@ def test_text_is_held_and_cut_by_definition(
     if ended:
         assert ended[1].reason == "content_filter"
         return
-    finished = Finished("stop", 7, len(scores), judgement=Judgement((verdict(final),)))
-    *rest, end = holding.push(finished)
+    *rest, end = holding.push(finished(final, len(scores)))
     texts = [i for i in range(1, len(scores) + 1) if text_of[i - 1]]
     if final >= threshold and texts:
         assert (rest, end.reason) == ([], "content_filter")
@@ -146,53 +143,31 @@ def test_text_is_held_and_cut_by_definition(
         assert end.reason == "stop"
 
 
-def verdict(score):
-    flagged = score >= 0.5
-    label = "toxic" if flagged else "fine"
-    return Verdict("late", label, (label,), {"fine": 1 - score, "toxic": score}, flagged)
+def test_text_without_a_score_of_its_own_is_not_sent(late):
+    """An engine that forgets to score, or scores several tokens at once, is a fault, and closes."""
+    for tokens, event in ((1, finished(0.0, 2)), (2, scored(2, 0.0)), (5, scored(5, 0.0))):
+        held = holding(late, threshold=1.0)
+        assert held.push(TextDelta("a", tokens=tokens)) == []
+        (end,) = held.push(event)
+        assert end.reason == "content_filter"
+        assert end.decisions[0].action == "fail_closed"
 
 
-def test_text_that_an_engine_did_not_score_is_not_sent(late):
-    """An engine that forgets to score is a fault, and closes."""
-    bound = BoundRule(late, Rule("block", threshold=1.0))
-    holding = HoldBack([bound])
-    assert holding.push(TextDelta("a", tokens=1)) == []
-    (end,) = holding.push(Finished("stop", 7, 2, judgement=Judgement((verdict(0.0),))))
-    assert end.reason == "content_filter"
-    assert end.decisions[0].action == "fail_closed"
-
-
-@pytest.mark.parametrize("at_the_end", [True, False])
-def test_a_cut_by_a_flag_is_reported_as_block_even_after_a_failure(late, at_the_end):
-    rule = Rule("block", consecutive=1, on_failure="pass")
-    bound = BoundRule(late, rule)
-    holding = HoldBack([bound])
-    holding.push(TextDelta("a", tokens=1))
-    assert holding.push(ResponseScored(1, Judgement())) == []
-    holding.push(TextDelta("b", tokens=2))
-    if at_the_end:
-        holding.push(ResponseScored(2, Judgement((verdict(0.0),))))
-        (end,) = holding.push(Finished("stop", 7, 2, judgement=Judgement((verdict(1.0),))))
-    else:
-        (end,) = holding.push(ResponseScored(2, Judgement((verdict(1.0),))))
+@pytest.mark.parametrize(
+    "events", [[scored(2, 1.0)], [scored(2, 0.0), finished(1.0, 2)]], ids=["midway", "at the end"]
+)
+def test_a_cut_by_a_flag_is_reported_as_block_even_after_a_failure(late, events):
+    held = holding(late, consecutive=1, on_failure="pass")
+    held.push(TextDelta("a", tokens=1))
+    assert held.push(scored(1)) == []
+    held.push(TextDelta("b", tokens=2))
+    *_, (end,) = [held.push(event) for event in events]
     assert end.reason == "content_filter"
     assert (end.decisions[0].action, end.decisions[0].outcome) == ("block", "flagged")
 
 
-@pytest.mark.parametrize("jump", [2, 5])
-def test_tokens_without_a_score_of_their_own_are_not_sent(late, jump):
-    """Scores come token by token; where one stands for several, none of the others was judged."""
-    bound = BoundRule(late, Rule("block", threshold=1.0))
-    holding = HoldBack([bound])
-    assert holding.push(TextDelta("a", tokens=jump)) == []
-    (end,) = holding.push(ResponseScored(jump, Judgement((verdict(0.0),))))
-    assert end.reason == "content_filter"
-    assert end.decisions[0].action == "fail_closed"
-
-
 def test_an_empty_answer_has_nothing_to_judge(late):
-    bound = BoundRule(late, Rule("block"))
-    (end,) = HoldBack([bound]).push(Finished("stop", 7, 1, judgement=Judgement((), ("late",))))
+    (end,) = holding(late).push(Finished("stop", 7, 1, judgement=Judgement((), ("late",))))
     assert end.reason == "stop"
 
 
@@ -221,10 +196,7 @@ def early(tiny):
 
 
 def said_of_prompt(score):
-    label = "toxic" if score >= 0.5 else "fine"
-    probabilities = {"fine": 1 - score, "toxic": score}
-    verdict = Verdict("early", label, (label,), probabilities, flagged=score >= 0.5)
-    return PromptJudged(Judgement((verdict,)), tokens=3)
+    return PromptJudged(Judgement((verdict(score, "early"),)), tokens=3)
 
 
 def guarded(enforcement, *events):
@@ -240,8 +212,7 @@ def guarded(enforcement, *events):
 
 def test_a_prompt_that_the_engine_did_not_ask_about_is_decided_by_its_own_verdicts(early):
     """Decisions are kept from the engine's question on, but hold for that prompt alone."""
-    bound = BoundRule(early, Rule("block"))
-    enforcement = Enforcement([bound], Notes)
+    enforcement = Enforcement([BoundRule(early, Rule("block"))], Notes)
     assert enforcement.admits(said_of_prompt(0.1))
     with pytest.raises(PolicyError, match="blocked by early"):
         guarded(enforcement, said_of_prompt(0.9), Finished("stop", 3, 0))
