@@ -1,47 +1,32 @@
 """Chat templates as models ship them, shortened, and a tokenizer that merges across their edges."""
 
 from functools import cache
+from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-_OPEN, _CLOSE = "<|im_start|>", "<|im_end|>"
 SPECIAL_TOKENS = [
-    "<|pad|>", "<s>", _OPEN, _CLOSE, "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
-    "<start_of_turn>", "<end_of_turn>",
+    "<|pad|>", "<s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>",
+    "<|eot_id|>", "<start_of_turn>", "<end_of_turn>",
 ]  # fmt: skip
 DEFAULT_SYSTEM = "You are a helpful assistant."
-CHATML = (
-    "{% if messages[0].role != 'system' %}<|im_start|>system\n"
-    "You are a helpful assistant.<|im_end|>\n{% endif %}{% for message in messages %}"
-    "<|im_start|>{{ message.role }}\n"
-    "{{ message.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-LLAMA_3 = (
-    "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message.role }}"
-    "<|end_header_id|>\n\n{{ message.content | trim }}<|eot_id|>{% endfor %}"
-    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
-)
-GEMMA = (
-    "{{ bos_token }}{% if messages[0].role == 'system' %}"
-    "{{ raise_exception('System role not supported') }}{% endif %}"
-    "{% for message in messages %}<start_of_turn>"
-    "{{ 'model' if message.role == 'assistant' else message.role }}\n"
-    "{{ message.content | trim }}<end_of_turn>\n{% endfor %}"
-    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
-)
-# No special token between the text and the template, and words on both sides of it.
-PLAIN = (
-    "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant:{% endif %}"
-)
-DROPS_TOOLS = (
-    "{% for message in messages %}{% if message.role != 'tool' %}<|im_start|>{{ message.role }}\n"
-    "{{ message.content }}<|im_end|>\n{% endif %}{% endfor %}"
-)
-SHOUTS = "{% for message in messages %}<|im_start|>{{ message.content | upper }}{% endfor %}"
-TEMPLATES = {"chatml": CHATML, "llama-3": LLAMA_3, "gemma": GEMMA, "plain": PLAIN}
+
+
+def written(name: str) -> str:
+    """A template from its file, which ends by a line break that is not part of it."""
+    file = Path(__file__).with_name("chat_templates") / f"{name}.jinja"
+    return file.read_text("utf-8").removesuffix("\n")
+
+
+# In the last, no special token stands between the text and the template, but words do.
+TEMPLATES = {
+    "chatml": written("chatml"),
+    "llama-3": written("short-llama-3"),
+    "gemma": written("short-gemma"),
+    "plain": written("plain"),
+}
+CHATML = TEMPLATES["chatml"]
 _CORPUS = [
     "user: assistant: system You are a helpful assistant.\n\nuser\nassistant\n  hello   world\n\n\n"
 ] * 50

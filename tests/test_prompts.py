@@ -5,27 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sidelight.errors import ContextLengthError, SidelightError
-from sidelight.prompts import (
-    Message,
-    Part,
-    PlainText,
-    PromptEncoder,
-    Reads,
-    piece_lengths,
-)
-from templates import (
-    CHATML,
-    DEFAULT_SYSTEM,
-    DROPS_TOOLS,
-    GEMMA,
-    LLAMA_3,
-    SHOUTS,
-    SPECIAL_TOKENS,
-    TEMPLATES,
-    merging_tokenizer,
-)
+from sidelight.prompts import Message, Part, PlainText, PromptEncoder, Reads, piece_lengths
+from templates import CHATML, DEFAULT_SYSTEM, SPECIAL_TOKENS, TEMPLATES, merging_tokenizer, written
 
-TOKENIZERS = {name: merging_tokenizer(template) for name, template in TEMPLATES.items()}
 TEMPLATE_WORDS = [
     "You", "assistant", "user", "system", "user\n", "assistant:", "\n", "\n\n", " ", "",
     DEFAULT_SYSTEM, *SPECIAL_TOKENS,
@@ -40,10 +22,7 @@ def encoder(template, **options):
     return PromptEncoder(tokenizer, prompt_format="chat" if template else "raw", max_tokens=10**9)
 
 
-ENCODERS = {
-    name: PromptEncoder(tokenizer, prompt_format="chat", max_tokens=10**9)
-    for name, tokenizer in TOKENIZERS.items()
-}
+ENCODERS = {name: encoder(template) for name, template in TEMPLATES.items()}
 RAW = encoder(None, adds_bos=True)
 DECODER = merging_tokenizer(None)
 
@@ -52,10 +31,12 @@ def user(content):
     return Message("user", content)
 
 
+def ids_of(encoded, *parts):
+    return [t for t, part in zip(encoded.token_ids, encoded.parts, strict=True) if part in parts]
+
+
 def words(encoded, *parts):
-    """The text of the tokens of these parts."""
-    chosen = [t for t, part in zip(encoded.token_ids, encoded.parts, strict=True) if part in parts]
-    return DECODER.decode(chosen, clean_up_tokenization_spaces=False)
+    return DECODER.decode(ids_of(encoded, *parts), clean_up_tokenization_spaces=False)
 
 
 @pytest.fixture(params=TEMPLATES)
@@ -104,20 +85,21 @@ def test_spaces_belong_to_the_text_where_offsets_are_trimmed():
 
 
 def test_everything_from_the_first_turn_is_prompt_or_template(template):
-    encoded = ENCODERS[template].encode([user("hello world")])
-    parts = list(encoded.parts)
+    parts = ENCODERS[template].encode([user("hello world")]).parts
     begin = parts.index(Part.PROMPT)
     assert set(parts[:begin]) <= {Part.UNREAD}
     assert Part.UNREAD not in parts[begin:]
     assert parts[-1] == Part.TEMPLATE
 
 
-def test_the_default_system_prompt_is_not_read():
+def test_the_default_system_prompt_is_not_read_and_one_by_itself_is():
     encoded = ENCODERS["chatml"].encode([user("hi")])
     before = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
     assert words(encoded, Part.UNREAD) == before
     assert words(encoded, Part.PROMPT) == "hi"
     assert words(encoded, Part.TEMPLATE) == "<|im_end|>\n<|im_start|>assistant\n"
+    alone = ENCODERS["chatml"].encode([Message("system", "be evil")])
+    assert words(alone, Part.PROMPT) == "be evil"
 
 
 @pytest.mark.parametrize("text", ["ok\nassistant: sure", "ok\nuser: hi", "\nassistant:"])
@@ -135,26 +117,13 @@ def test_the_system_message_is_not_read_even_when_it_is_empty(name, system):
     assert system in words(encoded, Part.UNREAD)
 
 
-def test_a_system_message_by_itself_is_read():
-    encoded = ENCODERS["chatml"].encode([Message("system", "be evil")])
-    assert words(encoded, Part.PROMPT) == "be evil"
-
-
-def test_a_probe_of_the_response_reads_the_response_alone(template):
-    encoded = ENCODERS[template].encode([user("a question")], "an answer")
-    mask = encoded.mask(Reads("response"))
-    assert int(mask.sum()) == encoded.parts.count(Part.RESPONSE)
-    last = len(mask) - 1 - mask.flip(0).int().argmax()
-    assert set(encoded.parts[last + 1 :]) <= {Part.UNREAD}
-
-
-@pytest.mark.parametrize("template", ["chatml", "gemma"])
-def test_a_response_leaves_the_prompts_tokens_as_they_are(template):
-    alone = ENCODERS[template].encode([user("a question")])
-    answered = ENCODERS[template].encode([user("a question")], "an answer")
-    read = [t for t, p in zip(alone.token_ids, alone.parts, strict=True) if p != Part.UNREAD]
-    both = zip(answered.token_ids, answered.parts, strict=True)
-    assert [t for t, p in both if p in (Part.PROMPT, Part.TEMPLATE)] == read
+def test_a_response_leaves_the_prompt_as_it_is_and_ends_what_is_read(template):
+    alone, answered = (ENCODERS[template].encode([user("a question")], r) for r in (None, "yes"))
+    last = max(i for i, part in enumerate(answered.parts) if part == Part.RESPONSE)
+    assert set(answered.parts[last + 1 :]) <= {Part.UNREAD}
+    if template in ("chatml", "gemma"):
+        own = [Part.PROMPT, Part.TEMPLATE]
+        assert ids_of(alone, *own) == ids_of(answered, *own)
 
 
 @pytest.mark.parametrize(
@@ -181,9 +150,21 @@ def test_text_that_a_template_strips_is_still_found():
 @pytest.mark.parametrize(
     ("template", "turns", "says"),
     [
-        (DROPS_TOOLS, [user("hi"), Message("tool", "42")], r"leaves a turn out .*user, tool.*raw"),
-        (SHOUTS, [user("hi")], r"leaves a turn out|rewrites the text"),
-        (GEMMA, [Message("system", "be brief"), user("hi")], "System role not supported"),
+        (
+            written("drops-tools"),
+            [user("hi"), Message("tool", "42")],
+            r"leaves a turn out .*user, tool.*raw",
+        ),
+        (
+            "{% for message in messages %}<|im_start|>{{ message.content | upper }}{% endfor %}",
+            [user("hi")],
+            r"leaves a turn out|rewrites the text",
+        ),
+        (
+            TEMPLATES["gemma"],
+            [Message("system", "be brief"), user("hi")],
+            "System role not supported",
+        ),
     ],
 )
 def test_a_template_that_cannot_be_followed_is_an_error(template, turns, says):
@@ -203,7 +184,7 @@ def test_half_a_character_and_no_message_are_errors(encode):
     ("limit", "told"), [(1, "100 characters, "), (40, "{alone} tokens without"), (90, "{whole} ")]
 )
 def test_encode_cuts_nothing(limit, told):
-    tokenizer = TOKENIZERS["chatml"]
+    tokenizer = merging_tokenizer(CHATML)
     limited = PromptEncoder(tokenizer, prompt_format="chat", max_tokens=limit)
     text = [user("x" * 100)]
     alone, whole = len(tokenizer("x" * 100)["input_ids"]), len(limited.encode_any_length(text))
@@ -212,9 +193,8 @@ def test_encode_cuts_nothing(limit, told):
         limited.encode(text)
 
 
-@pytest.mark.parametrize("template", TOKENIZERS)
 def test_what_just_fits_is_accepted(template):
-    tokenizer = TOKENIZERS[template]
+    tokenizer = merging_tokenizer(TEMPLATES[template])
     pieces = (tokenizer.convert_tokens_to_string([token]) for token in tokenizer.get_vocab())
     # The longest tokens, so that the text has as many characters for its tokens as one can have.
     longest = "".join(sorted(pieces, key=len)[-9:]) * 20
@@ -270,11 +250,10 @@ def test_shortened_refuses_a_limit_below_the_template():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("template", [CHATML, LLAMA_3])
-def test_a_developer_speaks_as_the_system(template):
-    own = encoder(template)
+@pytest.mark.parametrize("name", ["chatml", "llama-3"])
+def test_a_developer_speaks_as_the_system(name):
     by_developer, by_system = (
-        own.encode([Message(role, "Be brief."), user("hello")], "hi")
+        ENCODERS[name].encode([Message(role, "Be brief."), user("hello")], "hi")
         for role in ("developer", "system")
     )
     assert by_developer == by_system
@@ -290,12 +269,3 @@ def test_long_conversations_are_encoded_as_short_ones_and_kept_nowhere():
     assert long.parts[:shared] == begun.parts[:shared]
     assert words(long, Part.PROMPT) == "a b" * 240
     assert own._cached_frame.cache_info().currsize == 3
-
-
-@pytest.mark.parametrize("template", [CHATML, LLAMA_3, GEMMA])
-def test_roles_seen_before_give_the_same_encoding(template):
-    own = encoder(template)
-    first = own.encode([user("a"), Message("assistant", "b"), user("c")])
-    own.encode([user("a")])
-    own.encode([user("a")], "b")
-    assert own.encode([user("a"), Message("assistant", "b"), user("c")]) == first
