@@ -55,6 +55,9 @@ def test_a_key_opens_these_routes_and_no_others(client, keys, sent):
     assert tuple(answer.status_code for answer in answers) == STATUSES[keys, sent]
     # Every refusal says what is missing.
     assert all(answer.json()["error"]["code"] for answer in answers if answer.status_code > 200)
+    for answer in answers:
+        if answer.status_code == 401:
+            assert answer.headers["www-authenticate"] == "Bearer"
 
 
 @pytest.mark.parametrize("keys", [(USER, USER), (WRONG, USER), (USER, WRONG)])
@@ -77,20 +80,18 @@ def test_what_begins_with_the_path_of_the_metrics_is_as_closed_as_they_are():
     assert http.get("/metrics/x", headers=bearer(SCRAPER)).status_code == 403
 
 
-def test_a_key_is_identified_by_its_id():
+def test_a_key_in_utf8_or_of_several_words_too_is_identified_by_its_id():
     access = ServerConfig(**ALL_KEYS).access
     assert access.caller(f"Bearer {USER}") == Caller("api-key-1")
     assert access.caller(f"bearer  {ADMIN} ") == Caller("admin-key-1", is_admin=True)
     assert access.caller(f"Bearer {SCRAPER}") == Caller("metrics-key-1", is_scraper=True)
-    assert access.caller(f"Basic {USER}") is None
+    for header in ("", "Bearer", f"Bearer {USER[:-1]}", f"Basic {USER}", USER):
+        assert access.caller(header) is None
     assert Access().caller("") == Caller()
-
-
-@pytest.mark.parametrize("secret", ["passe-l\u00e0", "correct horse battery", "\u00c5"])
-def test_a_key_in_utf8_or_of_several_words_opens(secret):
-    # Headers are latin-1 on the wire.
-    header = f"Bearer {secret} ".encode().decode("latin-1")
-    assert ServerConfig(api_key=secret).access.caller(header) == Caller("api-key-1")
+    for secret in ("passe-l\u00e0", "correct horse battery", "\u00c5"):
+        # Headers are latin-1 on the wire.
+        header = f"Bearer {secret} ".encode().decode("latin-1")
+        assert ServerConfig(api_key=secret).access.caller(header) == Caller("api-key-1")
 
 
 def test_a_key_file_has_one_key_per_line(tmp_path: Path):

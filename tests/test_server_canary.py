@@ -33,6 +33,10 @@ BODIES = {
     "/beta/litellm_basic_guardrail_api": {"input_type": "request", "texts": [WORD]},
     "/tokenize": {"prompt": WORD},
 }
+CHANGES = [{}, {"stream": True, "n": 2}, {"model": WORD}, {"probes": [WORD]}, {"messages": WORD}]
+CHANGES += [{"input": WORD * 50, "prompt": WORD * 50}, {"filler": WORD * 1000}, {WORD: WORD}]
+HEADERS = [{"Authorization": f"Bearer {KEY}{WORD}"}, {"Authorization": f"Basic {KEY}"}]
+HEADERS += [{"X-Request-Id": WORD, "User-Agent": WORD, "Traceparent": WORD}]
 
 
 @pytest.fixture
@@ -56,34 +60,18 @@ def logged(monkeypatch):
 
 def send_all(http, address):
     """Every endpoint, and every way to be refused; the statuses that came back."""
-    statuses = set()
+    answers = []
     for path, body in BODIES.items():
-        for changed in (
-            {},
-            {"stream": True, "n": 2},
-            {"model": WORD},
-            {"probes": [WORD]},
-            {"input": WORD * 50, "prompt": WORD * 50},
-            {"messages": WORD},
-            {"filler": WORD * 1000},
-            {WORD: WORD},
-        ):
-            statuses.add(http.post(path, json={**body, **changed}).status_code)
-        for headers in (
-            {"Authorization": f"Bearer {KEY}{WORD}"},
-            {"Authorization": f"Basic {KEY}"},
-            {"X-Request-Id": WORD, "User-Agent": WORD, "Traceparent": WORD},
-        ):
-            statuses.add(http.post(path, json=body, headers=headers).status_code)
+        answers += [http.post(path, json={**body, **changed}) for changed in CHANGES]
+        answers += [http.post(path, json=body, headers=headers) for headers in HEADERS]
         for kind in ("application/json", "text/plain"):
-            answer = http.post(path, content=WORD, headers={"Content-Type": kind})
-            statuses.add(answer.status_code)
-        statuses.add(http.get(path, params={"q": WORD}).status_code)
-        statuses.add(http.post(f"{path}/{WORD}", json=body).status_code)
-        statuses.add(http.request(WORD, path, json=body).status_code)
+            answers.append(http.post(path, content=WORD, headers={"Content-Type": kind}))
+        answers.append(http.get(path, params={"q": WORD}))
+        answers.append(http.post(f"{path}/{WORD}", json=body))
+        answers.append(http.request(WORD, path, json=body))
     for path in ("/v1/models", f"/v1/models/{WORD}", "/version", "/ready", f"/admin/{WORD}"):
-        statuses.add(http.get(path, params={"key": KEY}).status_code)
-    statuses.add(http.post("/admin/probes", json={"path": WORD}).status_code)
+        answers.append(http.get(path, params={"key": KEY}))
+    answers.append(http.post("/admin/probes", json={"path": WORD}))
     head = f"Authorization: Bearer {KEY}"
     for raw in (
         f"{WORD} {KEY}\r\n\r\n".encode(),
@@ -95,7 +83,7 @@ def send_all(http, address):
             opened.sendall(raw)
             opened.shutdown(1)
             read_all(opened)
-    return statuses
+    return {answer.status_code for answer in answers}
 
 
 @pytest.mark.slow

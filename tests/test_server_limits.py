@@ -7,6 +7,7 @@ import signal
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import Mock
 
 import httpx
 import pytest
@@ -108,33 +109,13 @@ def test_a_request_within_a_limit_is_answered_and_one_beyond_it_refused(
     assert error_of(post(http, path, body(most + 1))) == (400, code)
 
 
-def test_a_body_may_have_so_many_bytes(http):
+def test_a_body_may_have_so_many_bytes_and_what_might_not_fit_is_refused(http):
     body = json.dumps({"input": "x"}).encode()
     assert post(http, MODERATIONS, body.ljust(BYTES)).status_code == 200
     assert error_of(post(http, MODERATIONS, body.ljust(BYTES + 1))) == (413, "request_too_large")
-
-
-def test_what_might_not_fit_is_refused(http):
     long = post(http, MODERATIONS, {"input": "word " * 200_000})
     assert error_of(long) == (400, "context_length_exceeded")
     assert error_of(post(http, CHAT, chat(max_tokens=None))) == (400, "request_too_large")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "body",
-    [
-        '{"messages": [' + "{}," * 40_000 + "0]}",
-        '{"input": [' + "[]," * 40_000 + "0]}",
-        '{"input": [' + '"a",' * 40_000 + '"a"]}',
-        "{" + "".join(f'"{i}": 0,' for i in range(40_000)) + '"a": 0}',
-    ],
-    ids=["objects", "lists", "texts", "names"],
-)
-def test_a_flood_of_values_is_refused(http, body):
-    assert (
-        post(http, MODERATIONS if "input" in body[:9] else CHAT, body.encode()).status_code == 400
-    )
 
 
 @pytest.mark.parametrize(
@@ -156,13 +137,10 @@ def test_what_two_readers_could_take_differently_is_no_json(http, body):
     assert "not valid JSON" in refused.json()["error"]["message"]
 
 
-@pytest.mark.parametrize(
-    ("codings", "is_read"),
-    [(["Identity"], True), (["GZIP"], False), (["identity, gzip"], False), (["identity", "br"], 0)],
-)
-def test_a_compressed_body_is_refused(http, codings, is_read):
+@pytest.mark.parametrize("codings", [("Identity",), ("identity, gzip",), ("identity", "br")])
+def test_a_compressed_body_is_refused(http, codings):
     answer = post(http, CHAT, VALID, *(("Content-Encoding", coding) for coding in codings))
-    assert answer.status_code == (200 if is_read else 415)
+    assert answer.status_code == (200 if codings == ("Identity",) else 415)
 
 
 async def answer_of(app, path="/thing", receive=None):
@@ -256,10 +234,8 @@ def serve_until_stopped(one, client, **options):
     address = f"http://127.0.0.1:{port}"
 
     def ask():
-        with (
-            httpx.Client(base_url=address, timeout=PATIENCE_S) as http,
-            ThreadPoolExecutor(1) as pool,
-        ):
+        http = httpx.Client(base_url=address, timeout=PATIENCE_S)
+        with http, ThreadPoolExecutor(1) as pool:
             wait_until_ready(http)
             client(http, pool)
 
@@ -333,16 +309,13 @@ def test_the_notice_of_sigterm_ends_by_itself_or_by_a_second_one(notice_s, signa
     assert server.should_exit
 
 
-def test_a_failure_to_load_ends_the_server_with_its_error():
-    def load():
-        raise SidelightError("no such model")
-
+def test_a_failure_to_load_and_a_taken_port_end_the_server_with_an_error():
+    load = Mock(side_effect=SidelightError("no such model"))
     with pytest.raises(SidelightError, match="no such model"):
         serve(load, ServerConfig(port=free_port()))
-
-
-def test_a_taken_port_is_an_error():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(SidelightError, match=f"Cannot listen on 127.0.0.1:{port}"):
-            serve(lambda: pytest.fail("must not load"), ServerConfig(port=port))
+            serve(load, ServerConfig(port=port))
+    # It was not loaded again.
+    load.assert_called_once()
