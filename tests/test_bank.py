@@ -1,7 +1,7 @@
 """Laws of the bank: every probe gets its own verdict, and many cost as many matmuls as one."""
 
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -21,12 +21,7 @@ from tiny import INTENT, TOPICS, TOXICITY, untrained_probe
 # float32: matmuls of another width add the same products in another order.
 ROUNDING = {"rtol": 1e-4, "atol": 1e-4}
 TEXTS = ["hello", "a longer text than the first, by far", "!", "one more"]
-MATMULS = {
-    torch.ops.aten.addmm.default,
-    torch.ops.aten.mm.default,
-    torch.ops.aten.bmm.default,
-    torch.ops.aten.baddbmm.default,
-}
+MATMULS = {getattr(torch.ops.aten, name).default for name in ("addmm", "mm", "bmm", "baddbmm")}
 
 
 class MatmulCount(TorchDispatchMode):
@@ -49,52 +44,6 @@ def read_masks(prompts, reads, *, device):
     }
 
 
-def standardised(probe, *, mean=0.7, seed=0, is_normalised=False):
-    """The same probe on states of another scale and mean in each dimension."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = (probe.fingerprint.layers, probe.fingerprint.width)
-    scaling = Standardisation(
-        mean * torch.randn(shape, generator=generator),
-        0.5 + torch.rand(shape, generator=generator),
-        is_normalised,
-    )
-    return replace(probe, standardisation=scaling)
-
-
-def prompts_of(backbone):
-    encode = backbone.encoder.encode
-    return [encode([Message("user", text)], text + " an answer") for text in TEXTS]
-
-
-def many_probes(backbone):
-    """All mechanisms, kinds of task and ways of reading; every other on normalised states."""
-    ways = [Reads(), Reads("response"), Reads("both"), Reads(template=False)]
-    tasks = [TOXICITY, INTENT, TOPICS]
-    return [
-        standardised(
-            untrained_probe(
-                backbone,
-                f"{mechanism}-{i}",
-                task=tasks[i % len(tasks)],
-                reads=ways[i],
-                mechanism=mechanism,
-            ),
-            seed=i,
-            is_normalised=i % 2 == 1,
-        )
-        for mechanism in mechanism_names()
-        for i in range(len(ways))
-    ]
-
-
-def hidden_states(backbone, prompts):
-    """Every hidden state, ``[batch, layer, token, width]``, for comparison."""
-    layers = []
-    with backbone.tapped(lambda layer, hidden: layers.append(hidden.clone())):
-        backbone.run(prompts)
-    return torch.stack(layers, 1)
-
-
 def projected(backbone, bank, prompts):
     tap = bank.tap()
     with backbone.tapped(tap):
@@ -104,12 +53,25 @@ def projected(backbone, bank, prompts):
 
 @pytest.fixture(scope="module")
 def prompts(tiny):
-    return prompts_of(tiny)
+    encode = tiny.encoder.encode
+    return [encode([Message("user", text)], text + " an answer") for text in TEXTS]
 
 
 @pytest.fixture(scope="module")
 def probes(tiny):
-    return many_probes(tiny)
+    """All mechanisms, kinds of task and ways of reading; every other on normalised states.
+
+    In each dimension, states are of another scale and mean.
+    """
+    shape, tasks = (tiny.fingerprint.layers, tiny.fingerprint.width), [TOXICITY, INTENT, TOPICS]
+    ways = enumerate([Reads(), Reads("response"), Reads("both"), Reads(template=False)])
+    probes = []
+    for (i, reads), mechanism in product(ways, mechanism_names()):
+        options = {"task": tasks[i % 3], "reads": reads, "mechanism": mechanism}
+        probe = untrained_probe(tiny, f"{mechanism}-{i}", **options)
+        scaling = Standardisation(0.7 * torch.randn(shape), 0.5 + torch.rand(shape), i % 2 == 1)
+        probes.append(replace(probe, standardisation=scaling))
+    return probes
 
 
 def summarised(backbone, bank, prompts):
@@ -134,7 +96,10 @@ def test_a_bank_gives_each_probe_its_dense_form_however_texts_are_cut_and_batche
     merged = bank.merge(bank.merge(chunks[0], chunks[1]), bank.merge(chunks[2], chunks[3]))
     backwards = bank.logits(BankState.pack(merged.split()[::-1]))
     alone = [score(tiny, bank, [prompt]) for prompt in prompts]
-    states = hidden_states(tiny, prompts)
+    layers = []
+    with tiny.tapped(lambda layer, hidden: layers.append(hidden.clone())):
+        tiny.run(prompts)
+    states = torch.stack(layers, 1)
     for i, probe in enumerate(probes):
         scaling, inputs = probe.standardisation, states
         if scaling.is_normalised:
@@ -155,9 +120,10 @@ def test_a_bank_gives_each_probe_its_dense_form_however_texts_are_cut_and_batche
 def test_probes_that_summarise_alike_do_it_in_one_call(tiny, prompts, monkeypatch, at_once):
     """In any order and in parts that fit a cache, and each gets its own logits."""
     monkeypatch.setattr("sidelight.bank.NUMBERS_AT_ONCE", at_once)
-    readouts = [untrained_probe(tiny, f"readout-{i}", mechanism="readout") for i in range(6)]
-    gates = [untrained_probe(tiny, f"gate-{i}", mechanism="gate") for i in range(6)]
-    mixed = [probe for pair in zip(readouts, gates, strict=True) for probe in pair]
+    mixed = [
+        untrained_probe(tiny, f"{mechanism}-{i}", mechanism=mechanism)
+        for i, mechanism in product(range(6), ("readout", "gate"))
+    ]
     bank = Bank(mixed)
     state = summarised(tiny, bank, prompts)
     assert len(state.states) == 2
@@ -196,15 +162,13 @@ def test_a_logit_that_is_not_finite_is_an_error_not_a_verdict(tiny, logit):
 
 
 def test_a_text_without_a_token_to_read_is_an_error_and_spares_the_others(tiny):
-    encode = tiny.encoder.encode
     message = [Message("user", "hello")]
-    prompts = [encode(message, "an answer"), encode(message)]
+    prompts = [tiny.encoder.encode(message, response) for response in ("an answer", None)]
     probe = untrained_probe(tiny, "reply", reads=Reads("response"))
     bank = Bank([probe])
     state = summarised(tiny, bank, prompts)
     answered, unanswered = bank.judge(state)
-    assert len(answered.verdicts) == 1
-    assert answered.failed == ()
+    assert (len(answered.verdicts), answered.failed) == (1, ())
     assert unanswered == Judgement((), ("reply",))
     with pytest.raises(VerdictError, match="'reply'"):
         probe.verdict(bank.logits(state)[0][1])
@@ -326,9 +290,9 @@ def test_a_short_turn_is_judged_with_its_neighbours(tiny):
 
 
 def test_a_multi_class_probe_judges_the_whole(tiny):
-    probe = untrained_probe(tiny, "p", task=INTENT, reads=Reads(scope="each_turn"))
-    whole = untrained_probe(tiny, "p", task=INTENT)
     prompts = [tiny.encoder.encode(conversation(CONVERSATION))]
-    np.testing.assert_allclose(
-        score(tiny, Bank([probe]), prompts)[0], score(tiny, Bank([whole]), prompts)[0], **ROUNDING
-    )
+    scores = [
+        score(tiny, Bank([untrained_probe(tiny, "p", task=INTENT, reads=reads)]), prompts)[0]
+        for reads in (Reads(), Reads(scope="each_turn"))
+    ]
+    np.testing.assert_allclose(*scores, **ROUNDING)
