@@ -1,12 +1,17 @@
-"""Our own server without a socket: requests go straight into the application."""
+"""Our own server without a socket, and faults in the passes of its model.
 
-from collections.abc import Iterator, Mapping
+Requests go straight into the application.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from starlette.testclient import TestClient
 
+from sidelight.backbone import TransformersBackbone
 from sidelight.engines.base import Engine
 from sidelight.policy.rules import Policy
 from sidelight.server.app import create_app
@@ -29,3 +34,20 @@ def in_process(
     app = create_app(engine, config, policy=policy, sources=sources)
     with TestClient(app, raise_server_exceptions=False) as client:
         yield client
+
+
+@contextmanager
+def faults(
+    backbone: TransformersBackbone, by_pass: Mapping[int, Callable[[], None]]
+) -> Iterator[None]:
+    """What happens at the start of the forward passes of these numbers; the first is 1."""
+    numbers = count(1)
+
+    def note(*_: object) -> None:
+        by_pass.get(next(numbers), lambda: None)()
+
+    hook = backbone.model.register_forward_pre_hook(note)
+    try:
+        yield
+    finally:
+        hook.remove()

@@ -10,21 +10,19 @@ import pytest
 
 from in_process import in_process
 from live import MODEL
+from policy_contract import ADMIN, CHATS, GUARDRAIL
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.policy.decisions import LabelsOnly
 from sidelight.policy.rules import BoundRule, Policy, Rule
 from sidelight.prompts import Reads
-from tiny import INTENT, TOPICS, TOXICITY, untrained_probe
+from tiny import INTENT, TOPICS, TOXICITY, three_probes, untrained_probe
 
-ADMIN = "admin-key"
 TEXT = "Where is my refund?"
 TURNS = [{"role": "user", "content": TEXT}]
 CHAT = {"model": MODEL, "messages": TURNS, "temperature": 0, "max_tokens": 4}
 COMPLETION = {"model": MODEL, "prompt": TEXT, "temperature": 0, "max_tokens": 4}
 ANSWERED = [*TURNS, {"role": "assistant", "content": "I cannot help with that."}]
 NAMES = ("toxicity", "intent", "topics", "late")
-CHATS = "/v1/chat/completions"
-GUARDRAIL = "/beta/litellm_basic_guardrail_api"
 QUESTIONS = [
     *({"type": "predicate", "name": name} for name in ("toxicity", "violence", "late", "refund")),
     {"type": "choice", "name": "intent", "choices": [{"value": v} for v in INTENT.labels]},
@@ -53,12 +51,8 @@ ATTEMPTS = [
 
 def probes_of(backbone, *, other_scores=False):
     """Probes of both sides and each kind; the others give other scores and rank as these do."""
-    probes = [
-        untrained_probe(backbone, "toxicity"),
-        untrained_probe(backbone, "intent", task=INTENT),
-        untrained_probe(backbone, "topics", task=TOPICS),
-        untrained_probe(backbone, "late", reads=Reads("response")),
-    ]
+    late = untrained_probe(backbone, "late", reads=Reads("response"))
+    probes = [*three_probes(backbone), late]
     return [rescored(probe) for probe in probes] if other_scores else probes
 
 
@@ -249,9 +243,9 @@ def test_the_turn_with_the_highest_score_is_told_with_scores_alone(tiny):
     assert told[1][0]["turn"] == 2
 
 
-@pytest.mark.parametrize(
-    ("rule", "disclosure"),
-    [
+def test_what_blocks_tells_labels_and_what_reports_tells_scores(tiny):
+    probe = untrained_probe(tiny, "toxicity")
+    for rule, disclosure in (
         (Rule(), "scores"),
         (Rule("flag"), "scores"),
         (Rule("route"), "scores"),
@@ -259,7 +253,5 @@ def test_the_turn_with_the_highest_score_is_told_with_scores_alone(tiny):
         (Rule("block", disclose="scores"), "scores"),
         (Rule("flag", disclose="none"), "none"),
         (Rule("shadow", disclose="scores"), "none"),
-    ],
-)
-def test_what_blocks_tells_labels_and_what_reports_tells_scores(tiny, rule, disclosure):
-    assert BoundRule(untrained_probe(tiny, "toxicity"), rule).disclosure == disclosure
+    ):
+        assert BoundRule(probe, rule).disclosure == disclosure, rule

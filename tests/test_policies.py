@@ -1,6 +1,5 @@
 """Our own server under the laws of a policy, and what of it vLLM's server does not share."""
 
-import asyncio
 import logging
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,6 +10,8 @@ from in_process import in_process
 from live import MODEL
 from policy_contract import (
     ADMIN,
+    CHATS,
+    GUARDRAIL,
     STREAMED,
     PolicyContract,
     PolicyServer,
@@ -22,11 +23,9 @@ from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import SidelightError
 from sidelight.policy.rules import Policy, Rule, read_policy
 from sidelight.prompts import Reads
-from sidelight.server.app import create_app
-from tiny import INTENT, TOPICS, untrained_probe
+from tiny import INTENT, three_probes, untrained_probe
 
 HELLO = [{"role": "user", "content": "hello"}]
-CHATS = "/v1/chat/completions"
 GREEDY = {"model": MODEL, "messages": HELLO, "temperature": 0, "max_tokens": 6}
 
 
@@ -72,12 +71,7 @@ class TestOwnServer(PolicyContract):
 
 @pytest.fixture(scope="module")
 def probes(tiny):
-    return [
-        untrained_probe(tiny, "toxicity"),
-        untrained_probe(tiny, "intent", task=INTENT, mechanism="gate"),
-        untrained_probe(tiny, "topics", task=TOPICS),
-        untrained_probe(tiny, "late", reads=Reads("response")),
-    ]
+    return [*three_probes(tiny), untrained_probe(tiny, "late", reads=Reads("response"))]
 
 
 @contextmanager
@@ -99,15 +93,12 @@ def broken(tiny, name, **options):
 
 
 def test_a_server_does_not_start_with_a_policy_that_does_not_fit(tiny, probes):
-    engine = TransformersEngine(tiny, probes)
-    app = create_app(engine, policy=Policy(input={"toxic": Rule()}))
-
-    async def start():
-        async with app.router.lifespan_context(app):
-            pytest.fail("it has started")
-
-    with pytest.raises(SidelightError, match="Did you mean 'toxicity'"):
-        asyncio.run(start())
+    engine, policy = TransformersEngine(tiny, probes), Policy(input={"toxic": Rule()})
+    with (
+        pytest.raises(SidelightError, match="Did you mean 'toxicity'"),
+        in_process(engine, policy=policy),
+    ):
+        pytest.fail("it has started")
     assert not engine.is_ready
 
 
@@ -166,25 +157,24 @@ def test_a_shadow_makes_no_category_ambiguous_and_a_failing_one_is_counted(tiny,
     assert 'sidelight_actions_total{action="shadow",probe="hidden",side="input"} 2.0' in series
 
 
-BLOCKING = {"toxicity": Rule("block", threshold=1.0)}
-FLAGGING = {"toxicity": Rule("flag", threshold=1.0)}
 QUESTION = {"questions": [{"type": "predicate", "name": "toxicity"}]}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("policy", "refused"),
+    ("mode", "setting", "status"),
     [
-        (Policy(input=BLOCKING, system_turns="trust"), 200),
-        (Policy(input=FLAGGING), 200),
+        ("block", "trust", 200),
+        ("flag", None, 200),
         # Where a rule blocks prompts, the policy has to say that the turns are trusted.
-        (Policy(input=BLOCKING), 400),
-        (Policy(input=FLAGGING, system_turns="refuse"), 400),
+        ("block", None, 400),
+        ("flag", "refuse", 400),
     ],
 )
-def test_a_turn_that_no_probe_reads_is_trusted_or_refused(tiny, probes, policy, refused):
+def test_a_turn_that_no_probe_reads_is_trusted_or_refused(tiny, probes, mode, setting, status):
     system = [{"role": "system", "content": "abuse"}, *HELLO]
     later = [*HELLO, {"role": "assistant", "content": "hi"}, *system]
+    policy = Policy(input={"toxicity": Rule(mode, threshold=1.0)}, system_turns=setting)
     with serving(tiny, probes, policy) as http:
 
         def statuses(turns):
@@ -194,10 +184,10 @@ def test_a_turn_that_no_probe_reads_is_trusted_or_refused(tiny, probes, policy, 
                 http.post("/v1/decisions", json={**decided, **QUESTION}).status_code,
             }
 
-        assert statuses(system) == {refused}
+        assert statuses(system) == {status}
         # What is refused is refused before anything is run.
         series = http.get("/metrics").text
-        assert ("sidelight_prompt_tokens_total 0.0" in series) == (refused == 400)
+        assert ("sidelight_prompt_tokens_total 0.0" in series) == (status == 400)
         assert statuses(HELLO) == statuses(later) == {200}
 
 
@@ -206,7 +196,7 @@ TEXTS = {
     "/v1/moderations": {"input": LONG, "probes": ["toxicity"]},
     "/classify": {"input": LONG, "model": "toxicity"},
     "/v1/decisions": {"model": MODEL, "input": LONG[1], **QUESTION},
-    "/beta/litellm_basic_guardrail_api": {
+    GUARDRAIL: {
         "input_type": "request",
         "texts": LONG,
         "additional_provider_specific_params": {"probes": ["toxicity"]},

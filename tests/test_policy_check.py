@@ -107,11 +107,8 @@ def test_what_a_rule_does_not_need_is_not_warned_of(probes):
 
 
 def test_the_exit_code_says_whether_there_are_warnings(probes, tmp_path, capsys):
-    options = [
-        word
-        for probe in probes
-        for word in ("--probe", str(save_probe(probe, tmp_path / probe.name)))
-    ]
+    folders = [str(save_probe(probe, tmp_path / probe.name)) for probe in probes]
+    options = [word for folder in folders for word in ("--probe", folder)]
     text = "[input.toxicity]\nmode = 'block'\n[output.late]\nmode = 'block'\n"
     path = tmp_path / "policy.toml"
 
@@ -126,11 +123,6 @@ def test_the_exit_code_says_whether_there_are_warnings(probes, tmp_path, capsys)
     code, told = check(f"system_turns = 'trust'\n{text}", *options)
     assert code == 1
     assert [line.startswith("Warning: system_turns") for line in told.out.splitlines()] == [True]
-    for wrong, more in (
-        ("mod = 'block'", []),
-        (text.replace("late", "lat"), options),
-        (text, ["--probe", str(tmp_path)]),
-        (text, [*options, *options[:2]]),
-    ):
+    for wrong, more in (("mod = 'block'", []), (text.replace("late", "lat"), options)):
         code, told = check(wrong, *more)
         assert (code, told.out, told.err[:6]) == (2, "", "Error:")

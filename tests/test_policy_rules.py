@@ -1,21 +1,18 @@
 """The rules of a policy: read from a file, and checked against the probes that they name."""
 
+from pathlib import Path
+
 import pytest
 
 from sidelight.errors import SidelightError
 from sidelight.policy.rules import Policy, Rule, read_policy, require_policy_applies
 from sidelight.prompts import Reads
-from tiny import INTENT, TOPICS, untrained_probe
+from tiny import three_probes, untrained_probe
 
 
 @pytest.fixture(scope="module")
 def probes(tiny):
-    return [
-        untrained_probe(tiny, "toxicity"),
-        untrained_probe(tiny, "intent", task=INTENT, mechanism="gate"),
-        untrained_probe(tiny, "topics", task=TOPICS),
-        untrained_probe(tiny, "late", reads=Reads("response")),
-    ]
+    return [*three_probes(tiny), untrained_probe(tiny, "late", reads=Reads("response"))]
 
 
 @pytest.fixture
@@ -84,11 +81,8 @@ def test_a_file_can_set_every_field_of_a_rule(read):
 def test_a_wrong_key_or_value_is_an_error_that_names_it(read, text, told):
     with pytest.raises(SidelightError, match=told):
         read(text)
-
-
-def test_a_file_that_is_not_there_is_told(tmp_path):
     with pytest.raises(SidelightError, match=r"nowhere\.toml"):
-        read_policy(tmp_path / "nowhere.toml")
+        read_policy(Path("nowhere.toml"))
 
 
 @pytest.mark.parametrize(

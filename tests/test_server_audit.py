@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from commands import run
-from in_process import in_process
+from in_process import faults, in_process
 from live import MODEL, http_client, served
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import SidelightError
@@ -74,24 +74,6 @@ def test_every_decision_is_written_once_and_no_text(engine, path):
     assert not any("client" in line for line in written)
 
 
-class Faults:
-    """What happens in forward passes, by their number."""
-
-    def __init__(self, backbone, **at):
-        self.passes, self.at = 0, {int(number[1:]): fault for number, fault in at.items()}
-        self._hook = backbone.model.register_forward_pre_hook(self.note)
-
-    def note(self, *_):
-        self.passes += 1
-        self.at.get(self.passes, lambda: None)()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self._hook.remove()
-
-
 def fail():
     raise RuntimeError("out of memory")
 
@@ -117,7 +99,7 @@ def test_a_text_that_does_not_end_is_audited_as_unfinished_and_counted(tiny, eng
     assert 'sidelight_probe_score_count{label="toxic",probe="late"}' not in series
     (written,) = re.findall(r"^sidelight_completion_tokens_total (.+)$", series, re.MULTILINE)
     assert 0 < float(written) < 100
-    with Faults(tiny, _5=fail), in_process(TransformersEngine(tiny, [late]), **settings) as http:
+    with faults(tiny, {5: fail}), in_process(TransformersEngine(tiny, [late]), **settings) as http:
         assert "generation_failed" in http.post(CHAT, json=body).text
     for own in (lines(path)[2], lines(path)[3]):
         told = own["probe"], own["side"], own["outcome"], own["action"]
@@ -131,7 +113,7 @@ def test_a_text_of_which_nothing_was_sent_is_not_audited(tiny, path):
     late = untrained_probe(tiny, "late", reads=Reads("response"))
     policy = Policy(output={"late": Rule("block", threshold=1.0, warm_up=100)})
     settings = {"audit_log": path, "policy": policy}
-    with Faults(tiny, _5=fail), in_process(TransformersEngine(tiny, [late]), **settings) as http:
+    with faults(tiny, {5: fail}), in_process(TransformersEngine(tiny, [late]), **settings) as http:
         answer = http.post(CHAT, json={**BODY, "stream": True, "max_tokens": 20})
         assert "generation_failed" in answer.text
         series = http.get("/metrics").text
