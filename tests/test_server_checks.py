@@ -1,17 +1,27 @@
-"""The endpoints that judge and write nothing, in the words of OpenAI, vLLM and LiteLLM."""
+"""The endpoints that judge and write nothing, in the words of OpenAI, vLLM and LiteLLM.
+
+And the report that leaves no chosen probe out in silence.
+"""
 
 import pytest
 
 from live import MODEL, http_client, openai_client, served
+from sidelight.engines.base import PromptJudged
 from sidelight.engines.transformers import TransformersEngine
+from sidelight.errors import VerdictError
+from sidelight.policy.decisions import decide
+from sidelight.policy.enforcement import check_decisions
+from sidelight.policy.rules import Policy, Rule, bound_rules
 from sidelight.prompts import Reads
-from sidelight.types import Task
+from sidelight.server.report import Report, category_names
+from sidelight.types import Judgement, Task, Verdict
 from tiny import INTENT, TOPICS, three_probes, untrained_probe
 
 # Batches of other shapes add in another order: float32 rounding over three layers.
 ROUNDING = 1e-5
 TEXT = "Where is my refund?"
-CLASSIFY, GUARDRAIL = "/classify", "/beta/litellm_basic_guardrail_api"
+MODERATIONS, CLASSIFY = "/v1/moderations", "/classify"
+GUARDRAIL = "/beta/litellm_basic_guardrail_api"
 
 
 @pytest.fixture(scope="module")
@@ -28,13 +38,13 @@ def address(tiny):
 @pytest.fixture
 def expected(http):
     """The probabilities of each probe on TEXT, as a moderation gives them."""
-    (result,) = http.post("/v1/moderations", json={"input": TEXT}).json()["results"]
+    (result,) = http.post(MODERATIONS, json={"input": TEXT}).json()["results"]
     return {v["probe"]: v["probabilities"] for v in result["sidelight"]["verdicts"]}
 
 
 def tokens_of(http, text=TEXT):
-    message = {"role": "user", "content": text}
-    return http.post("/tokenize", json={"messages": [message]}).json()["count"]
+    messages = [{"role": "user", "content": text}]
+    return http.post("/tokenize", json={"messages": messages}).json()["count"]
 
 
 def ask(http, questions, text=TEXT):
@@ -71,6 +81,64 @@ def test_openais_client_asks_several_questions_about_one_text(address, http, exp
     assert violence.probability == pytest.approx(expected["topics"]["violence"], abs=ROUNDING)
     assert decision.usage.input_tokens == decision.usage.total_tokens == tokens_of(http)
     assert decision.usage.output_tokens == 0
+
+
+def test_the_served_model_is_listed_with_its_probes(client, http):
+    (model,) = client.models.list().data
+    assert (model.id, model.object) == (MODEL, "model")
+    card = {"name": "toxicity", "kind": "binary", "labels": ["fine", "toxic"]}
+    card |= {"reads": "prompt", "version": ""}
+    assert model.model_extra["sidelight"]["probes"][0] == card
+    assert client.models.retrieve(MODEL) == model
+    assert http.get("/version").json()["version"]
+    assert (http.head("/health").status_code, http.head("/health").content) == (200, b"")
+
+
+def test_a_moderation_reports_every_category_and_no_other(client, http):
+    (result,) = client.moderations.create(input="hello").results
+    scores, categories = result.category_scores.to_dict(), result.categories.to_dict()
+    # A label of two probes is told with the name of its own.
+    labels = {"toxicity/toxic", "billing", "refund", "other", "violence", "sexual", "spam"}
+    assert scores.keys() == categories.keys() == labels
+    assert result.category_applied_input_types.to_dict() == {label: ["text"] for label in labels}
+    assert result.flagged == any(categories.values())
+    verdicts = {v["probe"]: v for v in result.model_extra["sidelight"]["verdicts"]}
+    assert scores["spam"] == verdicts["spam"]["probabilities"]["1"]
+    # OpenAI's own category, of which no loaded probe knows anything.
+    assert result.categories.harassment is None
+    body = {"input": "hello", "probes": ["topics", "spam"]}
+    (chosen,) = http.post(MODERATIONS, json=body).json()["results"]
+    assert chosen["categories"].keys() == {"violence", "sexual", "spam"}
+
+
+def test_each_text_of_a_list_is_judged_by_itself_and_as_a_chat(client):
+    texts = ["hello", *(f"text {'long ' * i}" for i in range(5))]
+    together = client.moderations.create(input=texts, model=MODEL).results
+    for text, result in zip(texts, together, strict=True):
+        (alone,) = client.moderations.create(input=text).results
+        scores = alone.category_scores.to_dict()
+        assert result.category_scores.to_dict() == pytest.approx(scores, abs=ROUNDING)
+    message = {"role": "user", "content": "hello"}
+    chat = client.chat.completions.create(model=MODEL, messages=[message], max_tokens=1)
+    in_chat = {k: v for r in chat.moderation.input.results for k, v in r.category_scores.items()}
+    assert together[0].category_scores.to_dict() == pytest.approx(in_chat, abs=ROUNDING)
+
+
+@pytest.mark.slow
+def test_thresholds_decide_the_flags_and_a_probe_of_responses_judges_no_prompt(tiny):
+    probes = [
+        untrained_probe(tiny, "always", threshold=0.0),
+        untrained_probe(tiny, "never", threshold=1.0),
+        untrained_probe(tiny, "topics", task=TOPICS, threshold=0.0),
+        untrained_probe(tiny, "late", reads=Reads("both")),
+    ]
+    with served(TransformersEngine(tiny, probes)) as address, http_client(address) as http:
+        (result,) = http.post(MODERATIONS, json={"input": "x"}).json()["results"]
+        late = http.post(MODERATIONS, json={"input": "x", "probes": ["late"]})
+    assert result["flagged"]
+    flags = {"always/toxic": True, "never/toxic": False, "violence": True, "sexual": True}
+    assert {name: result["categories"][name] for name in flags} == flags
+    assert (late.status_code, late.json()["error"]["code"]) == (400, "no_prompt_probe")
 
 
 def test_true_and_false_are_choices_of_a_binary_probe(http, expected):
@@ -113,7 +181,7 @@ def test_a_conversation_with_its_response_is_judged_by_response_probes(http):
 
 @pytest.mark.parametrize("model", ["omni-moderation-latest", "text-moderation-stable", MODEL])
 def test_openais_models_of_moderation_mean_every_probe(http, expected, model):
-    answer = http.post("/v1/moderations", json={"input": TEXT, "model": model}).json()
+    answer = http.post(MODERATIONS, json={"input": TEXT, "model": model}).json()
     verdicts = answer["results"][0]["sidelight"]["verdicts"]
     assert [verdict["probe"] for verdict in verdicts] == [*expected]
     assert answer["model"] == MODEL
@@ -141,7 +209,9 @@ def test_a_wrong_decision_request_is_a_400_that_names_the_field(http, field, val
 
 
 @pytest.mark.parametrize("how", [{"model": "intent"}, {"model": MODEL, "probes": ["intent"]}])
-def test_classify_gives_one_probes_labels(http, expected, how):
+def test_classify_gives_one_probes_labels_and_of_multilabel_probes_each_by_itself(
+    http, expected, how
+):
     answer = http.post(CLASSIFY, json={"input": [TEXT, "x"], **how}).json()
     first, second = answer["data"]
     assert answer["model"] == "intent"
@@ -151,9 +221,6 @@ def test_classify_gives_one_probes_labels(http, expected, how):
     assert first["label"] == max(probs, key=probs.get)
     read = tokens_of(http) + tokens_of(http, "x")
     assert answer["usage"] == {"prompt_tokens": read, "total_tokens": read, "completion_tokens": 0}
-
-
-def test_multilabel_probes_classify_each_label_by_itself(http, expected):
     (data,) = http.post(CLASSIFY, json={"model": "topics", "input": TEXT}).json()["data"]
     probs = dict(zip(TOPICS.labels, data["probs"], strict=True))
     assert probs == pytest.approx(expected["topics"], abs=ROUNDING)
@@ -188,6 +255,9 @@ def called(arguments, name="search"):
     return {"id": "1", "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
+BOMBS, USER = called('{"q": "bombs"}'), [{"role": "user", "content": TEXT}]
+
+
 @pytest.mark.parametrize(
     ("fields", "blocked_by", "judges"),
     [
@@ -195,11 +265,7 @@ def called(arguments, name="search"):
         (choosing("intent"), None, ["intent"]),
         ({"input_type": "response", "texts": ["I cannot."]}, "refusal", ["refusal"]),
         # A response that is only a call of a tool.
-        (
-            {"input_type": "response", "texts": [], "tool_calls": [called('{"q": "bombs"}')]},
-            "refusal",
-            ["refusal"],
-        ),
+        ({"input_type": "response", "texts": [], "tool_calls": [BOMBS]}, "refusal", ["refusal"]),
         # What a proxy sends besides, of which nothing is judged.
         ({**choosing("intent"), "litellm_version": "1", "structured_messages": []}, None, None),
     ],
@@ -227,11 +293,7 @@ def test_the_guardrail_judges_a_tool_call_as_a_text_after_the_others(http, name,
     [
         # Texts in another field would pass unjudged.
         ({"texts": None}, "missing_parameter", "texts"),
-        (
-            {"texts": None, "structured_messages": [{"role": "user", "content": TEXT}]},
-            "missing_parameter",
-            "texts",
-        ),
+        ({"texts": None, "structured_messages": USER}, "missing_parameter", "texts"),
         ({"input_type": "response", **choosing("intent")}, "no_response_probe", "response"),
         (choosing("refusal"), "no_prompt_probe", "prompt"),
         ({"images": ["data:,x"]}, None, "images"),
@@ -240,11 +302,7 @@ def test_the_guardrail_judges_a_tool_call_as_a_text_after_the_others(http, name,
         ({"tool_calls": [{"function": {"name": "search"}}]}, None, "arguments"),
         ({"tool_calls": [called({"query": "bombs"})]}, None, "arguments"),
         ({"tool_calls": [{"type": "custom", "custom": {}}]}, "unknown_parameter", "custom"),
-        (
-            {"additional_provider_specific_params": {"probe": ["toxicity"]}},
-            "unknown_parameter",
-            "probe",
-        ),
+        ({"additional_provider_specific_params": {"probe": []}}, "unknown_parameter", "probe"),
     ],
 )
 def test_the_guardrail_refuses_what_it_cannot_judge(http, fields, code, word):
@@ -279,10 +337,47 @@ def test_tokens_of_a_prompt_and_of_a_chat(http):
     usage = http.post("/v1/chat/completions", json=request).json()["usage"]
     assert in_chat["count"] == len(in_chat["tokens"]) == usage["prompt_tokens"]
 
+    for body in ({}, {"prompt": ""}, {"prompt": "x" * 300}, {"prompt": "x", "messages": []}):
+        assert http.post("/tokenize", json=body).status_code == 400
+
+
+SAID = Verdict("early", "fine", ("fine",), {"fine": 1.0, "toxic": 0.0}, flagged=False)
+
+
+@pytest.fixture(scope="module")
+def report(tiny):
+    reads = {"early": Reads("prompt"), "late": Reads("response")}
+    probes = [untrained_probe(tiny, name, reads=read) for name, read in reads.items()]
+    return Report(MODEL, probes, category_names(probes))
+
 
 @pytest.mark.parametrize(
-    "body",
-    [{}, {"prompt": ""}, {"prompt": "x" * 300}, {"prompt": "x", "messages": []}],
+    ("judgement", "has_response", "missing"),
+    [
+        (Judgement((SAID,)), False, None),
+        (Judgement((SAID,)), True, "late"),
+        (Judgement((SAID,), ("late",)), True, "late"),
+        (Judgement((), ("early",)), False, "early"),
+        # Unloaded since the request began.
+        (Judgement(), False, "early"),
+    ],
 )
-def test_what_cannot_be_tokenised_is_a_400(http, body):
-    assert http.post("/tokenize", json=body).status_code == 400
+def test_a_probe_without_a_verdict_is_an_error(report, judgement, has_response, missing):
+    known = {verdict.probe for verdict in judgement.verdicts} | {*judgement.failed}
+    rules = bound_rules(Policy(), [probe for probe in report.probes if probe.name in known])
+    decisions = check_decisions(rules, PromptJudged(judgement, tokens=3), {"input", "output"})
+    if missing is None:
+        report.require_all(decisions, has_response=has_response)
+        assert [decision.verdict for decision in report.shown(decisions)] == [SAID]
+        return
+    with pytest.raises(VerdictError, match=missing):
+        report.require_all(decisions, has_response=has_response)
+
+
+def test_each_failure_has_its_own_reason(report):
+    policy = Policy(output={"late": Rule(max_tokens=8)})
+    rules = bound_rules(policy, report.probes)
+    response = [decide(bound, Judgement(), tokens=9) for bound in rules]
+    message = report.moderation((), response)["output"]["message"]
+    assert "early: the output was not a finite number" in message
+    assert "late: the text is longer than the policy" in message

@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 
 from engine_runs import ROUNDING, probabilities, run
-from live import MODEL, http_client, served
-from sidelight.engines.base import Finished, PromptJudged, Sampling, TextDelta
+from in_process import in_process
+from live import MODEL, served
+from sidelight.engines.base import Sampling, TextDelta
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.policy.rules import Policy, Rule
 from sidelight.prompts import Message, PlainText, Reads
@@ -54,13 +55,14 @@ def test_a_text_is_continued_without_a_chat_template(client, http):
     header = json.loads(raw.headers["x-sidelight-verdicts"])
     assert names(header) == [*PROMPT_PROBES, "refusal"]
     assert answer.model_extra["moderation"]["input"]["type"] == "moderation_results"
+    # Without a limit.
+    assert client.completions.create(**{**TEXT, "max_tokens": None}).usage.completion_tokens <= 16
 
 
 def test_a_streamed_text_says_what_the_plain_one_says(client):
     plain = client.completions.create(**TEXT)
-    chunks = list(
-        client.completions.create(**TEXT, stream=True, stream_options={"include_usage": True})
-    )
+    usage = {"stream_options": {"include_usage": True}}
+    chunks = list(client.completions.create(**TEXT, stream=True, **usage))
     choices = [chunk.choices[0] for chunk in chunks if chunk.choices]
     assert "".join(choice.text for choice in choices) == plain.choices[0].text
     assert choices[-1].finish_reason == plain.choices[0].finish_reason
@@ -78,17 +80,10 @@ def test_several_prompts_are_written_in_their_order(client):
     assert [c.text for c in together.choices] == [a.choices[0].text for a in alone]
     assert together.usage.prompt_tokens == sum(a.usage.prompt_tokens for a in alone)
 
-
-@pytest.mark.slow
-def test_many_texts_of_many_prompts_fit_into_the_queue(client):
-    prompts = [f"Once upon a time {i}" for i in range(16)]
-    answer = client.completions.create(**{**TEXT, "prompt": prompts, "max_tokens": 1}, n=16)
+    # As many texts as one request may ask for fit into the queue.
+    most = {"prompt": [f"text {i}" for i in range(16)], "max_tokens": 1, "n": 16}
+    answer = client.completions.create(**{**TEXT, **most})
     assert [choice.index for choice in answer.choices] == list(range(256))
-
-
-def test_without_a_limit_at_most_sixteen_tokens_are_written(client):
-    unbounded = {key: value for key, value in TEXT.items() if key != "max_tokens"}
-    assert client.completions.create(**unbounded).usage.completion_tokens <= 16
 
 
 def test_one_prompt_that_is_too_long_refuses_all_and_frees_every_place(http):
@@ -104,7 +99,7 @@ def test_a_prompt_is_counted_once_however_many_texts_follow(tiny):
         untrained_probe(tiny, "early", threshold=0.0),
         untrained_probe(tiny, "late", reads=Reads("response"), threshold=0.0),
     ]
-    with served(TransformersEngine(tiny, probes)) as address, http_client(address) as http:
+    with in_process(TransformersEngine(tiny, probes)) as http:
         http.post("/v1/chat/completions", json={**CHAT, "n": 3, "seed": 1}).raise_for_status()
         counts = series(http)
     counted = 'sidelight_verdicts_total{outcome="flagged",probe="%s"}'
@@ -113,10 +108,7 @@ def test_a_prompt_is_counted_once_however_many_texts_follow(tiny):
 
 @pytest.fixture(scope="module")
 def chat_probes(tiny):
-    return [
-        untrained_probe(tiny, "early"),
-        untrained_probe(tiny, "late", reads=Reads("response")),
-    ]
+    return [untrained_probe(tiny, "early"), untrained_probe(tiny, "late", reads=Reads("response"))]
 
 
 @pytest.fixture(scope="module")
@@ -132,26 +124,15 @@ def mixed_probes(tiny, chat_probes):
 @pytest.mark.parametrize("prompt", PROMPTS)
 @pytest.mark.parametrize("watch", [(), ("late",)])
 def test_probes_of_chats_give_no_verdict_on_plain_text(tiny, chat_probes, prompt, watch):
-    asked = []
-
-    def admits(judged):
-        asked.append(judged)
-        return True
-
     async def written(engine):
         sampling = Sampling(max_tokens=4, temperature=0.0)
-        events = engine.generate(PlainText(prompt), sampling, watch=watch, admits=admits)
+        events = engine.generate(PlainText(prompt), sampling, watch=watch)
         return [event async for event in events]
 
-    events = run(tiny, written, probes=chat_probes)
-    judged, finished = events[0], events[-1]
-    assert isinstance(judged, PromptJudged)
-    assert isinstance(finished, Finished)
+    judged, *between, finished = run(tiny, written, probes=chat_probes)
     assert (judged.judgement.verdicts, judged.judgement.failed) == ((), ("early",))
     assert judged.is_plain
-    assert asked == [judged]
-    for event in (*events[1:-1], finished):
-        assert getattr(event, "verdicts", ()) == ()
+    assert all(getattr(event, "verdicts", ()) == () for event in (*between, finished))
     assert finished.judgement.failed == ("late",)
 
 
@@ -183,10 +164,8 @@ def test_probes_of_both_judge_plain_text_as_probes_of_raw_texts_do(tiny, raw, mi
 def test_probes_of_both_judge_chats_as_probes_of_chats_do(tiny, mixed_probes):
     as_chat = [replace(probe, prompt_format="chat") for probe in mixed_probes]
     chat = [Message("user", "hello"), Message("assistant", "go away")]
-    mixed, alone = (
-        run(tiny, lambda engine: engine.judge([chat]), probes=probes)
-        for probes in (mixed_probes, as_chat)
-    )
+    kinds = (mixed_probes, as_chat)
+    mixed, alone = (run(tiny, lambda e: e.judge([chat]), probes=probes) for probes in kinds)
     assert mixed == alone
     assert len(mixed[0].judgement.verdicts) == 5
 
@@ -206,7 +185,7 @@ def test_a_blocking_rule_refuses_plain_text_that_its_probe_cannot_judge(
 ):
     policy = Policy(input=rules, output={"late-both": NEVER})
     engine = TransformersEngine(tiny, mixed_probes)
-    with served(engine, policy=policy) as address, http_client(address) as http:
+    with in_process(engine, policy=policy) as http:
         answers = [
             http.post(PATH, json={**TEXT, "prompt": prompt, "stream": stream})
             for prompt, stream in zip(PROMPTS, (False, True), strict=True)
@@ -227,10 +206,7 @@ def test_a_blocking_rule_refuses_plain_text_that_its_probe_cannot_judge(
 
 def test_nothing_is_sent_of_plain_text_whose_response_probe_blocks(tiny, chat_probes):
     engine = TransformersEngine(tiny, chat_probes)
-    with (
-        served(engine, policy=Policy(output={"late": NEVER})) as address,
-        http_client(address) as http,
-    ):
+    with in_process(engine, policy=Policy(output={"late": NEVER})) as http:
         answers = [http.post(PATH, json={**TEXT, "stream": stream}) for stream in (False, True)]
         chat = http.post("/v1/chat/completions", json=CHAT).json()
     for answer in answers:
@@ -245,7 +221,7 @@ def test_nothing_is_sent_of_plain_text_whose_response_probe_blocks(tiny, chat_pr
 
 
 def test_without_a_rule_plain_text_is_answered_and_reported_as_not_judged(tiny, chat_probes):
-    with served(TransformersEngine(tiny, chat_probes)) as address, http_client(address) as http:
+    with in_process(TransformersEngine(tiny, chat_probes)) as http:
         answer = http.post(PATH, json=TEXT).json()
     failed = [{"probe": name, "error": "verdict_failed"} for name in ("early", "late")]
     assert answer["sidelight"]["verdicts"] == failed

@@ -191,7 +191,9 @@ TOO_LONG = [{"role": "user", "content": "x" * 300}]
 @pytest.mark.parametrize(
     ("method", "path", "options", "status", "word"),
     [
-        ("GET", "/v1/nothing", {}, 404, "/v1/nothing"),
+        # Not led to the right one, at a host that the client names.
+        ("GET", "/v1/moderations/", {"headers": {"Host": "evil.example"}}, 404, "/v1/moderations/"),
+        ("GET", "/v1/responses/r1", {}, 404, "/v1/chat/completions"),
         ("GET", CHAT, {}, 405, CHAT),
         ("POST", CHAT, PLAIN, 400, "Content-Type: application/json"),
         ("POST", CHAT, {"json": {**VALID, "messages": TOO_LONG}}, 400, "tokens"),

@@ -66,39 +66,29 @@ class Instrumented:
         return span.attributes
 
 
-@pytest.fixture(scope="module")
-def traced():
+@pytest.mark.slow
+def test_a_span_has_the_verdicts_of_its_answer_or_check_and_the_id_of_what_is_refused():
     server = Instrumented(FLAGGING)
-    with TestClient(server) as http:
-        yield http, server
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_span_has_the_verdicts_of_its_answer(traced, stream):
-    http, server = traced
     body = {**BODY, "n": 2}
-    verdicts = http.post(CHAT, json=body).json()["sidelight"]["verdicts"]
-    server.attributes()
-    answer = http.post(CHAT, json={**body, "stream": stream})
-    found = server.attributes()
-    assert found["sidelight.request_id"] == answer.headers["x-request-id"]
-    assert found["sidelight.probe.toxicity.action"] == ("flag",)
-    assert found["sidelight.probe.toxicity.outcome"] == ("flagged",)
-    late = [v["probabilities"]["toxic"] for v in verdicts if v["probe"] == "late"]
-    (topics,) = [v["probabilities"] for v in verdicts if v["probe"] == "topics"]
-    assert found["sidelight.probe.late.score.toxic"] == pytest.approx(late, abs=1e-5)
-    for label, score in topics.items():
-        assert found[f"sidelight.probe.topics.score.{label}"] == pytest.approx([score], abs=1e-5)
-
-
-@pytest.mark.slow
-def test_checks_and_refusals_are_annotated_too(traced):
-    http, server = traced
-    http.post("/v1/moderations", json={"input": [WORD, "two"]})
-    assert len(server.attributes()["sidelight.probe.topics.score.violence"]) == 2
-    refused = http.post("/v1/moderations", json={})
-    assert server.attributes() == {"sidelight.request_id": refused.headers["x-request-id"]}
+    with TestClient(server) as http:
+        for stream in (False, True):
+            answer = http.post(CHAT, json={**body, "stream": stream})
+            found = server.attributes()
+            assert found["sidelight.request_id"] == answer.headers["x-request-id"]
+            assert found["sidelight.probe.toxicity.action"] == ("flag",)
+            assert found["sidelight.probe.toxicity.outcome"] == ("flagged",)
+            if not stream:
+                verdicts = answer.json()["sidelight"]["verdicts"]
+            late = [v["probabilities"]["toxic"] for v in verdicts if v["probe"] == "late"]
+            assert found["sidelight.probe.late.score.toxic"] == pytest.approx(late, abs=1e-5)
+            (topics,) = [v["probabilities"] for v in verdicts if v["probe"] == "topics"]
+            for label, score in topics.items():
+                told = found[f"sidelight.probe.topics.score.{label}"]
+                assert told == pytest.approx([score], abs=1e-5)
+        http.post("/v1/moderations", json={"input": [WORD, "two"]})
+        assert len(server.attributes()["sidelight.probe.topics.score.violence"]) == 2
+        refused = http.post("/v1/moderations", json={})
+        assert server.attributes() == {"sidelight.request_id": refused.headers["x-request-id"]}
     server = Instrumented(BLOCKING)
     with TestClient(server) as http:
         assert http.post(CHAT, json=BODY).status_code == 400
