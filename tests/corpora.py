@@ -1,6 +1,7 @@
 """Small labelled corpora with a planted signal: a capital letter that decides the class."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -37,12 +38,14 @@ def planted(kind: TaskKind, count: int, *, seed: int) -> tuple[list[str], np.nda
     return texts, labels.astype(np.int64)
 
 
-def rows(kind: TaskKind, count: int, *, seed: int = 0) -> list[dict[str, str]]:
+def rows(kind: TaskKind, count: int, *, seed: int = 0) -> list[dict[str, Any]]:
     """As rows of a file; no two texts are equal."""
     texts, labels = planted(kind, count, seed=seed)
+    names = np.array(TASKS[kind].labels)
+    named = [names[label.astype(bool) if kind == "multilabel" else label] for label in labels]
     return [
-        {"text": f"{text} {number}", "label": SIGNALS.lower()[int(label)]}
-        for number, (text, label) in enumerate(zip(texts, labels, strict=True))
+        {"text": f"{text} {number}", "label": name.tolist()}
+        for number, (text, name) in enumerate(zip(texts, named, strict=True))
     ]
 
 

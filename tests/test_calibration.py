@@ -16,7 +16,6 @@ from sidelight.calibration import (
     Calibration,
     CalibrationKind,
     fit_calibration,
-    suggested_calibration,
 )
 from sidelight.errors import SidelightError
 from sidelight.types import Task
@@ -123,15 +122,6 @@ def test_temperature_and_platt_agree_with_another_optimiser(kind, task, rows, si
     if kind == "platt":
         expected = [np.exp(best.x[0]), best.x[1]]
         assert [fitted.scale[0], fitted.shift[0]] == pytest.approx(expected, abs=OPTIMISER)
-
-
-@settings(max_examples=10, deadline=None)
-@given(seed=st.integers(0, 1000), rows=st.integers(8, 60))
-def test_what_is_suggested_for_several_classes_keeps_the_winner(seed, rows):
-    logits, labels = draw_rows(MULTICLASS, rows=rows, seed=seed)
-    labels[:2] = 0, 1
-    calibration = fit_calibration(suggested_calibration(MULTICLASS), logits, labels, MULTICLASS)
-    assert (calibration.apply(logits).argmax(1) == logits.argmax(1)).all()
 
 
 @pytest.mark.parametrize("task", [BINARY, MULTICLASS], ids=lambda task: task.kind)

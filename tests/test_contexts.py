@@ -104,13 +104,13 @@ def test_the_options_of_both_interfaces_reach_training(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "fit", fit)
     data, model = tmp_path / "train.jsonl", saved(tiny_backbone(), tmp_path / "model")
     data.write_text("\n".join(map(json.dumps, rows("binary", 60))))
-    line = ["train", "--data", str(data), "--model", model, "--positive", "y"]
+    line = ["train", "--data", str(data), "--model", model, "--positive", "toxic"]
     flags = ["--format", "both", "--augment", "--scope", "conversation", "--long-inputs"]
     named = {"prompt_format": "both", "augment": True, "scope": "conversation", "long_inputs": True}
     for given, options in (([], {}), (flags, named)):
         assert run(*line, "--out", str(tmp_path / "p"), *given) == 2
         with pytest.raises(SidelightError, match="asked"):
-            classifier.train(model, data, positive="y", **options)
+            classifier.train(model, data, positive="toxic", **options)
     usual = ["chat", False, "each_turn", False]
     assert asked == [usual, usual, [*named.values()], [*named.values()]]
 

@@ -1,8 +1,6 @@
 """Every task gets its three plots, however many classes and however odd their names."""
 
 import sys
-from importlib import import_module
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -60,32 +58,6 @@ def test_wrong_rows_leave_no_folder_behind(tmp_path):
     with pytest.raises(SidelightError):
         plot(BINARY, tmp_path / "new", np.full(3, 2))
     assert not (tmp_path / "new").exists()
-
-
-def forget(*packages: str) -> None:
-    for name in [*sys.modules]:
-        if name.startswith(packages):
-            del sys.modules[name]
-
-
-def import_without_matplotlib() -> None:
-    """In a process of its own, whose modules are not those of other tests."""
-    forget("sidelight", "matplotlib.pyplot")
-    import_module("sidelight.plots")
-    assert "matplotlib.pyplot" not in sys.modules
-    forget("sidelight", "matplotlib")
-    sys.modules["matplotlib"] = None  # type: ignore[assignment]
-    import_module("sidelight.training.runs")
-    with pytest.raises(import_module("sidelight.errors").SidelightError, match=r"sidelight\[plots"):
-        import_module("sidelight.plots")
-
-
-@pytest.mark.slow
-def test_only_plots_need_matplotlib_and_leave_its_global_state_alone():
-    process = get_context("fork").Process(target=import_without_matplotlib)
-    process.start()
-    process.join()
-    assert process.exitcode == 0
 
 
 def test_evaluation_names_the_extra_before_it_looks_at_the_probe(monkeypatch, tmp_path, capsys):

@@ -15,7 +15,7 @@ from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import Geometry, mechanism_spec
 from sidelight.mechanisms.readout import Readout
 from sidelight.metrics import log_losses
-from sidelight.ragged import Ragged, weighted_sums
+from sidelight.ragged import Ragged
 from sidelight.standardisation import Standardisation
 from sidelight.states.cache import Pooled
 from sidelight.training import linear, optimisation
@@ -291,31 +291,21 @@ def test_pooled_states_that_do_not_fit_into_memory_are_refused(tiny, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-def noise(*shape):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
-
-
-def readout(*, heads, has_extremes):
-    made = Readout(Geometry(LAYERS, WIDTH, 5), heads=heads, has_extremes=has_extremes)
-    for parameter in made.parameters():
-        parameter.requires_grad_(parameter.numel() > 0)
-        if parameter.numel():
-            nn.init.normal_(parameter)
-    return made
-
-
-def gradients(logits, mechanisms):
-    parameters = [p for made in mechanisms for p in made.parameters() if p.numel()]
-    return torch.autograd.grad(torch.cat(logits, 1).square().sum(), parameters)
-
-
 @pytest.mark.parametrize("is_normalised", [False, True])
 def test_logits_and_gradients_are_those_of_the_columns(is_normalised):
-    mechanisms = [readout(heads=2, has_extremes=False), readout(heads=3, has_extremes=True)]
-    hidden, lengths = noise(LAYERS, 9, WIDTH), torch.tensor([3, 1, 5])
-    scaled = Standardisation(noise(LAYERS, WIDTH), noise(LAYERS, WIDTH).abs() + 0.5, is_normalised)
+    torch.manual_seed(0)
+    mechanisms = [
+        Readout(Geometry(LAYERS, WIDTH, 5), heads=heads, has_extremes=has_extremes)
+        for heads, has_extremes in ((2, False), (3, True))
+    ]
+    parameters = [own for made in mechanisms for own in made.parameters() if own.numel()]
+    for parameter in parameters:
+        nn.init.normal_(parameter.requires_grad_())
+    hidden, lengths = torch.randn(LAYERS, 9, WIDTH), torch.tensor([3, 1, 5])
+    mean, scale = torch.randn(2, LAYERS, WIDTH)
+    scaled = Standardisation(mean, scale.abs() + 0.5, is_normalised)
     # One of the two reads the other states, so that neither gets those of its neighbour.
-    scalings = [scaled, replace(scaled, mean=2 * scaled.mean, is_normalised=not is_normalised)]
+    scalings = [scaled, replace(scaled, mean=2 * mean, is_normalised=not is_normalised)]
 
     def projected(columns):
         pairs = zip(columns, scalings, strict=True)
@@ -326,26 +316,14 @@ def test_logits_and_gradients_are_those_of_the_columns(is_normalised):
     expected = [made.logits(own) for made, own in zip(mechanisms, tokens, strict=True)]
     tokens = projected([made.token_columns() for made in mechanisms])
     found = readout_logits(mechanisms, tokens, scalings, hidden)
-    for own, other in zip(
-        [*found, *gradients(found, mechanisms)],
-        [*expected, *gradients(expected, mechanisms)],
-        strict=True,
-    ):
+    both = [
+        [*logits, *torch.autograd.grad(torch.cat(logits, 1).square().sum(), parameters)]
+        for logits in (found, expected)
+    ]
+    for own, other in zip(*both, strict=True):
         # The same sums in another order, in float32; relative to the largest.
-        scale = float(other.detach().abs().max())
-        torch.testing.assert_close(own, other, rtol=0, atol=1e-5 * scale)
-
-
-def test_weighted_sums_are_sums_of_each_text_alone():
-    hidden, weights = noise(2, 7, 4), noise(2, 7, 3).requires_grad_()
-    lengths = torch.tensor([4, 0, 3])
-    sums = weighted_sums(hidden, weights, lengths)
-    expected = torch.einsum("ltd,lth->ldh", hidden[:, 4:], weights[:, 4:])
-    torch.testing.assert_close(sums[2], expected)
-    assert not sums[1].any()
-    (gradient,) = torch.autograd.grad(sums[2].sum(), weights)
-    torch.testing.assert_close(gradient[:, 4:], hidden[:, 4:].sum(2, keepdim=True).expand(2, 3, 3))
-    assert not gradient[:, :4].any()
+        largest = float(other.detach().abs().max())
+        torch.testing.assert_close(own, other, rtol=0, atol=1e-5 * largest)
 
 
 @pytest.mark.slow

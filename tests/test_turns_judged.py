@@ -38,17 +38,6 @@ def test_an_engine_names_the_turn_that_decided_and_vllm_passes_it_on(tiny):
     assert again == judgement
 
 
-def test_turns_too_short_for_themselves_are_judged_as_the_whole(tiny):
-    probe = untrained_probe(tiny, "p", reads=EACH_TURN)
-    whole = untrained_probe(tiny, "p")
-    messages = [Message("user", "a"), Message("assistant", "b"), Message("user", "c")]
-    prompts = [tiny.encoder.encode(messages), tiny.encoder.encode(messages[:1])]
-    for mine, theirs in zip(
-        score(tiny, Bank([probe]), prompts), score(tiny, Bank([whole]), prompts), strict=True
-    ):
-        np.testing.assert_array_equal(mine, theirs)
-
-
 def test_of_two_judgements_the_newer_one_holds_for_a_probe_in_both():
     old, new = (Verdict("a", "x", ("x",), {"x": p}, flagged=False) for p in (0.2, 0.8))
     other = Verdict("b", "x", ("x",), {"x": 0.5}, flagged=False)
