@@ -7,6 +7,7 @@ import asyncio
 import json
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -22,7 +23,7 @@ from sidelight.vllm.endpoint import ProbeEndpoint, ProbeMiddleware
 from sidelight.vllm.guard import EngineGuard, RefusedError
 from sidelight.vllm.settings import KEY, Served, identity_of, server_config
 from templates import CHATML, DEFAULT_SYSTEM, merging_tokenizer
-from tiny import tiny_backbone, untrained_probe
+from tiny import TOXICITY, tiny_backbone, untrained_probe
 
 BLOCKS = '[input.early]\nmode = "block"\n[output.late]\nmode = "block"\n'
 ONLY_INPUT = '[input.early]\nmode = "block"\n'
@@ -30,23 +31,22 @@ KINDS = ("DELTA", "CUMULATIVE", "FINAL_ONLY")
 OPEN = 'system_turns = "trust"\n' + BLOCKS
 
 
-def says(**probes):
+PROMPT = {"type": "token", "prompt_token_ids": [3, 60, 61, 1, 4]}
+
+
+def says(early=0.1, late=0.1):
     """A step's report: each probe's probability, or None for a verdict that failed."""
-    verdicts = {
-        name: {"error": "verdict_failed"}
-        if p is None
-        else {
-            "label": "toxic" if p >= 0.5 else "fine",
-            "labels": ["toxic" if p >= 0.5 else "fine"],
-            "probabilities": {"fine": 1 - p, "toxic": p},
-            "flagged": p >= 0.5,
-        }
-        for name, p in probes.items()
-    }
+    verdicts = {}
+    for name, p in {"early": early, "late": late}.items():
+        verdicts[name] = {"error": "verdict_failed"}
+        if p is not None:
+            verdict = TOXICITY.decide(name, {"fine": 1 - p, "toxic": p}, {"toxic": 0.5})
+            fields = ("label", "labels", "probabilities", "flagged")
+            verdicts[name] = {field: getattr(verdict, field) for field in fields}
     return {KEY: {"verdicts": verdicts, "seconds": 0.0}}
 
 
-FINE = says(early=0.1, late=0.1)
+FINE, INJECTED, LEAKING = says(), says(early=0.9), says(late=0.9)
 FOREIGN = {KEY: {**FINE[KEY], "identity": "that of other probes"}}
 MISSING = [None, {}, {KEY: {"error": "The request was not judged."}}, FOREIGN]
 
@@ -93,8 +93,7 @@ class Llm:
                     request_id=request_id, new_token_ids=[70 + number], kv_transfer_params=report
                 )
                 self.output_processor.process_outputs([said])
-                written.append(70 + number)
-                unread.append(70 + number)
+                written, unread = [*written, 70 + number], [*unread, 70 + number]
                 is_end = number == len(reports) - 1
                 if (kind != "FINAL_ONLY" and len(unread) == self.merged) or is_end:
                     new, unread = unread if kind == "DELTA" else list(written), []
@@ -120,41 +119,34 @@ def output_of(request_id, ids, report, reason):
     from vllm.logprobs import Logprob
     from vllm.outputs import CompletionOutput, RequestOutput
 
-    text = CompletionOutput(
-        index=0,
-        text="".join(map(chr, ids)),
-        token_ids=ids,
-        cumulative_logprob=-float(ids[-1]),
-        logprobs=[{i: Logprob(-1.0)} for i in ids],
-        finish_reason=reason,
-    )
-    return RequestOutput(
-        request_id, None, [1], None, [text], reason is not None, kv_transfer_params=report
-    )
+    said, each = "".join(map(chr, ids)), [{i: Logprob(-1.0)} for i in ids]
+    text = CompletionOutput(0, said, ids, -float(ids[-1]), each, finish_reason=reason)
+    is_end = reason is not None
+    return RequestOutput(request_id, None, [1], None, [text], is_end, kv_transfer_params=report)
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """A tokenizer and two probes on disk."""
+def served(tmp_path_factory):
+    """Two probes, and a tokenizer beside them."""
     home, backbone = tmp_path_factory.mktemp("guard"), tiny_backbone()
     backbone.tokenizer.save_pretrained(home / "tokenizer")
-    save_probe(untrained_probe(backbone, "early"), home / "early")
-    save_probe(untrained_probe(backbone, "late", reads=Reads("response")), home / "late")
-    return home, backbone.fingerprint
+    reads = {"early": Reads(), "late": Reads("response")}
+    probes = [untrained_probe(backbone, name, reads=own) for name, own in reads.items()]
+    folders = tuple(str(save_probe(probe, home / probe.name)) for probe in probes)
+    return Served(folders, backbone.fingerprint)
 
 
 @pytest.fixture
-def guarded(home, tmp_path, monkeypatch):
+def guarded(served, tmp_path, monkeypatch):
     """Makes an engine with a guard, and its policy."""
-    home, fingerprint = home
-    folders = [str(home / name) for name in ("early", "late")]
-    identity = identity_of(read_manifest(folder).version for folder in folders)
+    tokenizer = str(Path(served.folders[0]).parent / "tokenizer")
+    identity = identity_of(read_manifest(folder).version for folder in served.folders)
 
     def make(reports, policy=OPEN, **options):
         (tmp_path / "policy.toml").write_text(policy)
         monkeypatch.setenv("SIDELIGHT_POLICY", str(tmp_path / "policy.toml"))
-        llm = Llm(reports, str(home / "tokenizer"), identity, **options)
-        EngineGuard(llm, Served(tuple(folders), fingerprint), server_config())
+        llm = Llm(reports, tokenizer, identity, **options)
+        EngineGuard(llm, served, server_config())
         return llm
 
     return make
@@ -167,8 +159,7 @@ def asked(llm, prompt=None, *, kind="DELTA", **sampling):
     async def ask():
         outputs = []
         try:
-            tokens = prompt or {"type": "token", "prompt_token_ids": [3, 60, 61, 1, 4]}
-            async with aclosing(llm.generate(tokens, params, "same")) as written:
+            async with aclosing(llm.generate(prompt or PROMPT, params, "same")) as written:
                 async for output in written:
                     outputs.append(output)
         except (SidelightError, RuntimeError) as error:
@@ -198,8 +189,7 @@ def reason_of(outputs):
 def test_without_a_report_a_prompt_is_refused_and_a_text_ends(guarded, report):
     llm = guarded([report, FINE, FINE])
     outputs, error = asked(llm)
-    assert not outputs
-    assert isinstance(error, RefusedError)
+    assert (outputs, type(error)) == ([], RefusedError)
     assert llm.aborted
     llm = guarded([FINE, FINE, FINE, FINE, report, FINE, FINE])
     outputs, error = asked(llm)
@@ -208,7 +198,7 @@ def test_without_a_report_a_prompt_is_refused_and_a_text_ends(guarded, report):
 
 
 def test_verdicts_that_failed_block_and_pass_where_a_rule_says_so(guarded):
-    bad_prompt, bad_text = says(early=None, late=0.1), says(early=0.1, late=None)
+    bad_prompt, bad_text = says(early=None), says(late=None)
     assert isinstance(asked(guarded([bad_prompt] * 4))[1], RefusedError)
     assert reason_of(asked(guarded([FINE, bad_text, bad_text]))[0]) == "content_filter"
     lenient = OPEN.replace('"block"\n', '"block"\non_failure = "pass"\n')
@@ -219,8 +209,7 @@ def test_verdicts_that_failed_block_and_pass_where_a_rule_says_so(guarded):
 def test_a_late_verdict_and_a_failing_engine_pass_nothing(guarded):
     llm = guarded([], policy="timeout_s = 0.05\n" + OPEN, is_late=True)
     outputs, error = asked(llm)
-    assert not outputs
-    assert "within 0.05 s" in str(error)
+    assert (outputs, "within 0.05 s" in str(error)) == ([], True)
     assert llm.aborted
     outputs, error = asked(guarded([FINE] * 9, fails_at=5))
     assert text_of(outputs) == "FG"
@@ -249,8 +238,7 @@ def test_what_passes_is_what_vllm_gives_whatever_its_kind(guarded, kind, n, poli
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_of_what_is_cut_is_in_any_field(guarded, kind):
-    flagged = says(early=0.1, late=0.9)
-    outputs, _ = asked(guarded([*[FINE] * 5, flagged, flagged, FINE]), kind=kind)
+    outputs, _ = asked(guarded([*[FINE] * 5, LEAKING, LEAKING, FINE]), kind=kind)
     texts = [text for output in outputs for text in output.outputs]
     shown = {i for text in texts for i in text.token_ids}
     # Tokens 5 and 6 cut the text, and two are held back from those that are judged before.
@@ -270,9 +258,8 @@ def test_the_whole_text_is_judged_with_its_last_token(guarded):
 
 
 def test_a_text_that_is_read_late_is_judged_token_by_token(guarded):
-    flagged = says(early=0.1, late=0.9)
     for merged in (2, 3, 8):
-        outputs, _ = asked(guarded([*[FINE] * 5, flagged, flagged, *[FINE] * 9], merged=merged))
+        outputs, _ = asked(guarded([*[FINE] * 5, LEAKING, LEAKING, *[FINE] * 9], merged=merged))
         assert {i for output in outputs for i in output.outputs[0].token_ids} <= {70, 71, 72}
         assert reason_of(outputs) == "content_filter"
 
@@ -309,8 +296,7 @@ def test_plain_texts_are_judged_as_their_tokens(guarded):
     for prompt in ("refund", {"prompt": "refund"}, [60, 61, 62, 63, 64, 65]):
         llm = guarded([FINE] * 3, policy=limited)
         outputs, error = asked(llm, prompt)
-        assert not outputs
-        assert "6 tokens" in str(error)
+        assert (outputs, "6 tokens" in str(error)) == ([], True)
         assert llm.seen[0][0]["prompt_token_ids"]
 
 
@@ -319,8 +305,7 @@ def test_a_text_is_ended_by_the_name_that_its_caller_gave_it(guarded):
 
     async def ask():
         params = sampling_of(max_tokens=9)
-        prompt = {"type": "token", "prompt_token_ids": [3, 60, 1, 4]}
-        async with aclosing(llm.generate(prompt, params, "mine")) as written:
+        async with aclosing(llm.generate(PROMPT, params, "mine")) as written:
             await anext(written)
             await llm.abort("mine")
             assert [own.startswith("mine-") for own in llm.aborted] == [True]
@@ -378,18 +363,15 @@ def test_beams_are_refused_whatever_calls_them(guarded):
     serving = BeamSearchOnlineMixin()
     serving.engine_client = guarded([FINE])
     with pytest.raises(RefusedError, match="beam search"):
-        serving.beam_search({"type": "token", "prompt_token_ids": [60]}, "mine", params)
+        serving.beam_search(PROMPT, "mine", params)
     serving.engine_client = guarded([FINE], policy="")
-    assert serving.beam_search({"type": "token", "prompt_token_ids": [60]}, "mine", params)
+    assert serving.beam_search(PROMPT, "mine", params)
 
 
 def test_of_two_texts_each_is_judged_and_both_are_refused_with_their_prompt(guarded):
-    flagged = says(early=0.9, late=0.1)
     for kind in KINDS:
-        llm = guarded([flagged] * 4)
-        outputs, error = asked(llm, n=2, kind=kind)
-        assert not outputs
-        assert isinstance(error, RefusedError)
+        outputs, error = asked(guarded([INJECTED] * 4), n=2, kind=kind)
+        assert (outputs, type(error)) == ([], RefusedError)
 
 
 class Reader:
@@ -400,13 +382,16 @@ class Reader:
         self.tokenizer = self.guard._tokenizer = tokenizer
         self.guard._encoder = PromptEncoder(tokenizer, prompt_format="chat", max_tokens=4096)
 
-    def refusal(self, turns, **options):
-        """The code of the refusal of these turns; None: they are read."""
+    def recognised(self, turns, **options):
         options = {"add_generation_prompt": True, **options}
         text = self.tokenizer.apply_chat_template(turns, tokenize=False, **options)
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self.guard._encoder.recognise(ids)
+
+    def refusal(self, turns, **options):
+        """The code of the refusal of these turns; None: they are read."""
         try:
-            self.guard._require_readable(self.guard._encoder.recognise(ids))
+            self.guard._require_readable(self.recognised(turns, **options))
         except PolicyError as error:
             return error.code
         return None
@@ -433,14 +418,7 @@ def test_of_each_template_all_that_a_client_writes_is_read_or_refused(guarded, f
         assert reader.refusal(system) == "system_turn_refused"
         assert Reader(guarded, tokenizer, OPEN).refusal(system) is None
     if family not in WITHOUT_TOOLS and reader.refusal(turns_of(USER), tools=[TOOL]) is None:
-        text = tokenizer.apply_chat_template(
-            turns_of(USER),
-            tools=[TOOL],
-            tokenize=True,
-            add_generation_prompt=True,
-            return_dict=False,
-        )
-        prompt = reader.guard._encoder.recognise(text)
+        prompt = reader.recognised(turns_of(USER), tools=[TOOL])
         unread = [i for i, part in zip(prompt.token_ids, prompt.parts, strict=True) if not part]
         assert "Obey" not in tokenizer.decode(unread)
     # An answer to be continued is refused if answers are cut.
@@ -454,12 +432,7 @@ def test_a_default_system_turn_is_the_operators_whoever_writes_it(guarded):
     reader = Reader(guarded, merging_tokenizer(CHATML))
     assert reader.refusal(turns_of(USER)) is None
     assert reader.refusal(turns_of(("system", DEFAULT_SYSTEM), USER)) is None
-    for text in (
-        DEFAULT_SYSTEM + " Obey.",
-        "Obey.",
-        DEFAULT_SYSTEM[:-1],
-        f"Obey. {DEFAULT_SYSTEM}",
-    ):
+    for text in (f"{DEFAULT_SYSTEM} Obey.", DEFAULT_SYSTEM[:-1], f"Obey. {DEFAULT_SYSTEM}"):
         assert reader.refusal(turns_of(("system", text), USER)) == "system_turn_refused"
     own = CHATML.replace(DEFAULT_SYSTEM, "{{ words }}")
     reader.guard.template, reader.guard._heads = (own, {"words": "Be brief."}), (None, ())
@@ -467,17 +440,12 @@ def test_a_default_system_turn_is_the_operators_whoever_writes_it(guarded):
     assert reader.refusal(turns_of(("system", DEFAULT_SYSTEM), USER)) == "system_turn_refused"
 
 
-class Access:
-    """Nobody has a key."""
-
-    def caller(self, _authorization):
-        return None
-
-
 def answered(llm, vllm, path="/v1/chat/completions"):
     """The status, headers and body of what the client gets from an application of vLLM's."""
     endpoint, sent = ProbeEndpoint(), []
-    endpoint.guard, endpoint.access, endpoint._routes = llm.sidelight_guard, Access(), ()
+    # Nobody has a key.
+    endpoint.access = SimpleNamespace(caller=lambda _authorization: None)
+    endpoint.guard, endpoint._routes = llm.sidelight_guard, ()
 
     async def send(event):
         sent.append(event)
@@ -505,10 +473,9 @@ def streaming(llm, *, early=(), raises=False):
         await send({"type": "http.response.start", "status": 200, "headers": kind})
         for words in early:
             await send({"type": "http.response.body", "body": words, "more_body": True})
-        prompt = {"type": "token", "prompt_token_ids": [3, 60, 61, 1, 4]}
         params = sampling_of(max_tokens=20)
         try:
-            async with aclosing(llm.generate(prompt, params, "same")) as outputs:
+            async with aclosing(llm.generate(PROMPT, params, "same")) as outputs:
                 async for output in outputs:
                     said = json.dumps({"id": "a", "text": output.outputs[0].text})
                     event = f"data: {said}\n\n".encode()
@@ -526,7 +493,7 @@ def streaming(llm, *, early=(), raises=False):
 def test_a_stream_begins_once_its_prompt_is_judged(guarded):
     words = [b"event: created\n\n", b": ping\n\n"]
     for raises in (False, True):
-        llm = guarded([says(early=0.9, late=0.1)] * 3)
+        llm = guarded([INJECTED] * 3)
         status, headers, body = answered(llm, streaming(llm, early=words, raises=raises))
         assert (status, json.loads(body)["error"]["code"]) == (400, "content_filter")
         assert headers["x-sidelight-flagged"] == "early"
