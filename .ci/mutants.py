@@ -51,7 +51,6 @@ PARTS = {
             "polic*",
             "admin_probes",
             "playground_api",
-            "clients",
             "start",
             "drift",
         ],

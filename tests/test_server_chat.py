@@ -3,14 +3,18 @@
 import copy
 import json
 import time
+from unittest.mock import Mock
 
 import pytest
-from openai import BadRequestError
+from openai import BadRequestError, ContentFilterFinishReasonError
 
+from engine_runs import count_passes
+from in_process import faults, in_process
 from live import MODEL, http_client, openai_client, served
 from sidelight.data.examples import Example
 from sidelight.engines.queue import Limits
 from sidelight.engines.transformers import TransformersEngine
+from sidelight.policy.rules import Policy, Rule
 from sidelight.prompts import Reads
 from sidelight.server.errors import RequestError, as_request_error
 from sidelight.server.schemas import ChatRequest
@@ -45,6 +49,10 @@ def texts_of(answer):
 
 
 def test_every_lane_carries_every_verdict(client):
+    with client.chat.completions.with_streaming_response.create(**GREEDY, stream=True) as stream:
+        # Before the first byte of the text.
+        assert names(json.loads(stream.headers["x-sidelight-verdicts"])) == EARLY
+        assert [line for line in stream.iter_lines() if line][-1] == "data: [DONE]"
     raw = client.chat.completions.with_raw_response.create(**GREEDY)
     answer = raw.parse()
     in_field = answer.model_extra["sidelight"]["verdicts"]
@@ -67,11 +75,8 @@ def test_every_lane_carries_every_verdict(client):
     assert held == in_field[2]["labels"]
     assert (answer.object, answer.model) == ("chat.completion", MODEL)
     (choice,) = answer.choices
-    assert (choice.message.role, choice.finish_reason, choice.logprobs) == (
-        "assistant",
-        "length",
-        None,
-    )
+    assert (choice.message.role, choice.finish_reason) == ("assistant", "length")
+    assert choice.logprobs is None
     assert answer.usage.completion_tokens == 12
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + 12
 
@@ -104,14 +109,6 @@ def test_a_stream_says_what_the_plain_answer_says(client, n):
         assert own == wanted
 
 
-def test_a_stream_has_its_verdicts_before_the_first_byte(client):
-    with client.chat.completions.with_streaming_response.create(**GREEDY, stream=True) as answer:
-        header = json.loads(answer.headers["x-sidelight-verdicts"])
-        lines = [line for line in answer.iter_lines() if line]
-    assert names(header) == EARLY
-    assert lines[-1] == "data: [DONE]"
-
-
 def test_only_chosen_probes_are_reported(client):
     """Without one of the response, its moderation was not run, and a stream has one."""
     request = {**GREEDY, "extra_body": {"probes": ["intent"]}}
@@ -136,51 +133,55 @@ def test_each_of_several_texts_has_the_next_seed_and_verdicts_of_its_own(client)
     assert names(several.model_extra["sidelight"]["verdicts"]) == [*EARLY, *["late"] * 3]
 
 
+def test_openais_helper_of_streams_gives_the_whole_answer(client):
+    whole = client.chat.completions.create(**GREEDY)
+    with client.chat.completions.stream(**GREEDY) as stream:
+        list(stream)
+        message = stream.current_completion_snapshot.choices[0].message
+    assert message.content == whole.choices[0].message.content
+    found = [{k: v for k, v in v.items() if k != "index"} for v in message.sidelight["verdicts"]]
+    assert found == whole.model_extra["sidelight"]["verdicts"]
+
+
+@pytest.mark.slow
+def test_openais_helper_of_streams_raises_where_a_text_is_cut(tiny):
+    # Some text is sent before the rule can hold.
+    rule = Rule("block", threshold=0.0, warm_up=4, hold_back=1)
+    engine = TransformersEngine(tiny, [untrained_probe(tiny, "late", reads=Reads("response"))])
+    with (
+        served(engine, policy=Policy(output={"late": rule})) as address,
+        openai_client(address) as client,
+        pytest.raises(ContentFilterFinishReasonError),
+        client.chat.completions.stream(**GREEDY) as stream,
+    ):
+        stream.get_final_completion()
+
+
 @pytest.mark.slow
 def test_probes_add_no_forward_pass_to_a_served_completion():
     backbone = tiny_backbone()
-
-    def passes(probes):
-        shapes: list[tuple[int, ...]] = []
-
-        def note(_module, _args, kwargs):
-            shapes.append(tuple(kwargs["input_ids"].shape))
-
-        hook = backbone.model.register_forward_pre_hook(note, with_kwargs=True)
-        with (
-            served(TransformersEngine(backbone, probes)) as address,
-            openai_client(address) as client,
-        ):
-            answer = client.chat.completions.create(**GREEDY)
-        hook.remove()
-        return shapes, answer
-
-    with_probes, judged = passes(three_probes(backbone))
-    without, plain = passes([])
-    assert with_probes == without
-    assert with_probes == [(1, judged.usage.prompt_tokens)] + [(1, 1)] * 11
-    assert len(judged.model_extra["sidelight"]["verdicts"]) == 3
-    assert judged.choices == plain.choices
-    assert plain.moderation is None
+    passes, answers = count_passes(backbone), []
+    for probes in (three_probes(backbone), []):
+        with in_process(TransformersEngine(backbone, probes)) as http:
+            answers.append(http.post(CHAT, json=GREEDY).json())
+    judged, plain = answers
+    tokens = judged["usage"]["prompt_tokens"]
+    assert passes == 2 * [(1, tokens), *[(1, 1)] * 11]
+    assert len(judged["sidelight"]["verdicts"]) == 3
+    assert judged["choices"] == plain["choices"]
+    assert plain.get("moderation") is None
 
 
-def user(content):
-    return {"messages": [{"role": "user", "content": content}]}
-
-
-def after(role):
-    return {"messages": [{"role": role, "content": "x"}, *HELLO]}
+def says(content, role="user"):
+    return {"messages": [{"role": role, "content": content}, *HELLO]}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("first", "second"),
     [
-        (
-            user([{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]),
-            user("one\ntwo"),
-        ),
-        (after("developer"), after("system")),
+        (says([{"type": "text", "text": text} for text in ("one", "two")]), says("one\ntwo")),
+        (says("x", "developer"), says("x", "system")),
         ({"max_completion_tokens": 3}, {"max_tokens": 3}),
         ({"stop": "a"}, {"stop": ["a"]}),
         ({"user": "u", "tools": [], "store": False, "logprobs": False, "suffix": None}, {}),
@@ -189,10 +190,7 @@ def after(role):
 )
 def test_two_ways_to_say_the_same_are_answered_alike(client, first, second):
     answers = [
-        client.chat.completions.create(
-            model=MODEL, messages=HELLO, temperature=0, max_tokens=12, extra_body=more
-        )
-        for more in (first, second)
+        client.chat.completions.create(**GREEDY, extra_body=more) for more in (first, second)
     ]
     assert answers[0].choices == answers[1].choices
     assert answers[0].usage == answers[1].usage
@@ -210,7 +208,7 @@ def test_a_failed_verdict_is_an_error_in_every_lane(tiny):
     broken = untrained_probe(tiny, "broken")
     broken.mechanism.bias.fill_(float("nan"))
     engine = TransformersEngine(tiny, [broken, untrained_probe(tiny, "sound")])
-    with served(engine) as address, http_client(address) as http:
+    with in_process(engine) as http:
         raw = http.post(CHAT, json=GREEDY)
         moderation = http.post("/v1/moderations", json={"input": "x"})
         metrics = http.get("/metrics").text
@@ -225,23 +223,15 @@ def test_a_failed_verdict_is_an_error_in_every_lane(tiny):
     assert moderation.json()["error"]["code"] == "verdict_failed"
 
 
-def test_a_failure_midway_ends_the_stream_with_an_error():
-    def fail_third(_module, _args, _kwargs):
-        passes.append(1)
-        if len(passes) == 3:
-            raise RuntimeError("a secret")
-
-    backbone, passes = tiny_backbone(), []
-    backbone.model.register_forward_pre_hook(fail_third, with_kwargs=True)
-    with served(TransformersEngine(backbone, [])) as address, http_client(address) as http:
+def test_a_failure_midway_ends_the_stream_with_an_error(tiny):
+    fail = Mock(side_effect=RuntimeError("a secret"))
+    with faults(tiny, {3: fail}), in_process(TransformersEngine(tiny, [])) as http:
         text = http.post(CHAT, json={**GREEDY, "stream": True}).text
     last = json.loads(text.strip().splitlines()[-1].removeprefix("data: "))
     assert last["error"]["code"] == "generation_failed"
     assert "secret" not in text
     assert "[DONE]" not in text
-
-
-def test_an_error_during_a_stream_keeps_its_code():
+    # A refusal that comes so late keeps its code.
     error = RequestError("no", status=503, code="audit_failed", param="x")
     assert as_request_error(error).body == error.body
 
