@@ -35,12 +35,28 @@ PARTS = {
         ["mechanisms"],
         ["mechanisms", "bank", "pooled_states", "explanation", "training"],
     ),
-    "bank": (12, ["bank.py"], ["bank", "mechanisms", "engine_*", "vllm_*"]),
-    "policy": (18, ["policy"], ["enforcement", "policy_*", "policies", "disclosure", "server_*"]),
+    "bank": (
+        12,
+        ["bank.py"],
+        ["bank", "mechanisms", "engine_contract", "engine_verdicts", "vllm_plugin"],
+    ),
+    "policy": (
+        18,
+        ["policy"],
+        [
+            "enforcement",
+            "policy_*",
+            "policies",
+            "disclosure",
+            "server_audit",
+            "server_metrics",
+            "drift",
+        ],
+    ),
     "prompts": (
         16,
         ["prompts.py", "turns.py"],
-        ["prompts", "turns*", "chat_families", "backbones", "engine_*", "server_*"],
+        ["prompts", "turns*", "chat_families", "backbones", "engine_text", "engine_contract"],
     ),
     "server": (
         48,
