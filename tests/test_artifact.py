@@ -3,7 +3,11 @@
 import json
 import os
 import re
+from copy import deepcopy
 from dataclasses import replace
+from functools import reduce
+from itertools import count
+from operator import getitem
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +53,7 @@ def saved(tiny, tmp_path):
 def test_a_file_overwritten_in_place_does_not_change_the_probe_that_was_loaded(saved):
     """As a copy in progress does; mapped into memory, it would weaken or kill what serves."""
     probe, weights = load_probe(saved), saved / WEIGHTS
-    before = [tensor.clone() for tensor in _tensors(probe)]
+    before = deepcopy(_tensors(probe))
     with weights.open("r+b") as file:
         file.write(b"\xff" * weights.stat().st_size)
         file.flush()
@@ -96,36 +100,33 @@ def test_a_round_trip_keeps_everything_that_is_not_a_tensor(tiny, tmp_path):
     assert loaded.standardisation.is_normalised
 
 
-@pytest.mark.parametrize(
-    ("is_normalised", "says"), [(True, "divided by their root"), (False, "of any norm")]
-)
-def test_an_artifact_says_whether_its_states_are_bounded(tiny, tmp_path, is_normalised, says):
-    probe = replace(probe_of(tiny), record={})
-    scaling = replace(probe.standardisation, is_normalised=is_normalised)
-    save_probe(replace(probe, standardisation=scaling), tmp_path)
-    assert summary(read_manifest(tmp_path))["states"].startswith(says)
+DESCRIBED = describe_scores(TOXICITY, np.array([[0.1], [0.2], [0.8], [0.9]]), np.array([0, 1] * 2))
 
 
-SCORES = np.array([[0.1], [0.2], [0.8], [0.9]])
-
-
-def test_an_artifact_tells_what_its_threshold_flags(tiny, tmp_path):
-    described = describe_scores(TOXICITY, SCORES, np.array([0, 1, 0, 1]))
-    record = {"validation": described, "threshold_rule": "recall=0.9"}
-    save_probe(replace(probe_of(tiny), record=record, thresholds=(0.5,)), tmp_path)
-    told = summary(read_manifest(tmp_path))["flagging"]
-    assert told == "1 of 2 'toxic' and 1 of 2 others, of left-out texts (--threshold recall=0.9)"
+@pytest.mark.parametrize("states", ["divided by their root", "of any norm"])
+def test_an_artifact_tells_what_its_threshold_flags_of_which_states(tiny, tmp_path, states):
+    record = {"validation": DESCRIBED, "threshold_rule": "recall=0.9"}
+    probe = replace(probe_of(tiny), record=record, thresholds=(0.5,))
+    scaling = replace(probe.standardisation, is_normalised=states != "of any norm")
+    told = summary(read_manifest(save_probe(replace(probe, standardisation=scaling), tmp_path)))
+    assert told["states"].startswith(states)
+    flagging = "1 of 2 'toxic' and 1 of 2 others, of left-out texts (--threshold recall=0.9)"
+    assert told["flagging"] == flagging
 
 
 @pytest.mark.parametrize(
     "curves",
-    [7, {"toxic": 7}, {"fine": "its own"}, {"toxic": {"thresholds": [0.2, 0.4]}}, {"toxic": {}}],
+    [
+        7,
+        {"toxic": 7},
+        {"fine": DESCRIBED["curves"]["toxic"]},
+        {"toxic": {"thresholds": [0.2, 0.4]}},
+        {"toxic": {}},
+    ],
+    ids=range(5),
 )
 def test_a_damaged_curve_is_one_clear_error(tiny, tmp_path, curves):
-    described = describe_scores(TOXICITY, SCORES, np.array([0, 1, 0, 1]))
-    if curves == {"fine": "its own"}:
-        curves = {"fine": described["curves"]["toxic"]}
-    record = {"validation": {**described, "curves": curves}}
+    record = {"validation": {**DESCRIBED, "curves": curves}}
     save_probe(replace(probe_of(tiny), record=record), tmp_path)
     with pytest.raises(SidelightError, match=r"is damaged .*curves"):
         load_probe(tmp_path)
@@ -141,15 +142,9 @@ def test_saving_leaves_other_files_alone_and_no_scraps(tiny, tmp_path):
 
 def test_another_backbone_is_refused_and_both_are_named(tiny, tmp_path):
     # Weights of the right shape for what the manifest says, so only the fingerprint is wrong.
-    other = replace(
-        tiny.fingerprint,
-        name="Llama-3.2-3B",
-        weights="0" * 16,
-        config="1" * 16,
-        loaded_config="2" * 16,
-    )
+    other = replace(tiny.fingerprint, name="Llama-3.2-3B", weights="0" * 16)
     folder = save_probe(replace(probe_of(tiny), fingerprint=other), tmp_path)
-    with pytest.raises(FingerprintMismatchError, match=r"differ in config, weights\.") as caught:
+    with pytest.raises(FingerprintMismatchError, match=r"differ in weights\.") as caught:
         load(folder, model=tiny)
     for named in ("'toxicity'", other.name, other.digest, tiny.name, tiny.fingerprint.digest):
         assert named in str(caught.value)
@@ -175,12 +170,6 @@ def truncate(path):
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def garble(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 0xFF
-    path.write_bytes(bytes(content))
-
-
 def swap(path):
     """The weights of another artifact."""
     save_file({key: value + 1 for key, value in load_file(path).items()}, path)
@@ -197,15 +186,10 @@ def with_tensor(name, *shape):
     return damage
 
 
-def wrote(content):
-    return lambda folder: (folder / MANIFEST).write_bytes(content)
-
-
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
         (edited(truncate, hashed=False), "is not the file that manifest.json was written with"),
-        (edited(garble, hashed=False), "is not the file that"),
         (edited(swap, hashed=False), "is not the file that"),
         (edited(truncate), "is damaged"),
         (edited(with_tensor("mean")), "is damaged.*mean"),
@@ -214,9 +198,9 @@ def wrote(content):
         (edited(with_tensor("mean", 2, 5)), "is damaged"),
         (lambda folder: (folder / WEIGHTS).unlink(), "Cannot read .*probe.safetensors"),
         (lambda folder: (folder / MANIFEST).unlink(), "holds no probe .manifest.json is missing"),
-        (wrote(b"{not json"), "Cannot read .*manifest"),
-        (wrote(b"\xff\xfe\x00"), "Cannot read .*manifest"),
-        (wrote(b"[]"), "has format None"),
+        (lambda folder: (folder / MANIFEST).write_bytes(b"{not"), "Cannot read .*manifest"),
+        (lambda folder: (folder / MANIFEST).write_bytes(b"\xff\xfe"), "Cannot read .*manifest"),
+        (lambda folder: (folder / MANIFEST).write_bytes(b"[]"), "has format None"),
         (lambda folder: rewritten(folder, format=2), "has format 2, but this .* reads format 1"),
         (lambda folder: rewritten(folder, mechanism={"name": "gat", "options": {}}), "'gate'"),
     ],
@@ -237,30 +221,21 @@ def leaves(tree, path=()):
             yield from leaves(value, (*path, key))
 
 
-def put(tree, path, value):
-    *parents, last = path
-    for key in parents:
-        tree = tree[key]
-    tree[last] = value
-
-
 GARBAGE = [None, 5, -1, 0, 1.5, "nonsense", "", [], ["a"], {}, {"a": 1}, True]
 MEANINGFUL = ("record", "weights_sha256", "format", "name")
+FUNCTION_SCOPED = HealthCheck.function_scoped_fixture
 
 
 @pytest.mark.slow
-@settings(
-    max_examples=60,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[FUNCTION_SCOPED])
 @given(data=st.data())
 def test_a_garbled_field_is_refused_on_loading_or_does_no_harm(tiny, saved, data):
     original = (saved / MANIFEST).read_text()
     manifest = json.loads(original)
     choices = [path for path in leaves(manifest) if path[0] not in MEANINGFUL]
-    put(manifest, data.draw(st.sampled_from(choices)), data.draw(st.sampled_from(GARBAGE)))
+    *parents, last = data.draw(st.sampled_from(choices))
+    place = reduce(getitem, parents, manifest)
+    place[last] = data.draw(st.sampled_from(GARBAGE))
     (saved / MANIFEST).write_text(json.dumps(manifest))
     try:
         probe = load_probe(saved)
@@ -300,29 +275,22 @@ class Killed(BaseException):
     """Stands for SIGKILL: nothing of the program runs after it."""
 
 
-def save_and_die(probe, folder, monkeypatch, *, dies_before):
-    """Saves, but dies before the n-th change of the artifact's own folder."""
-    changes = 0
-
-    def replace_or_die(source, target):
-        nonlocal changes
-        changes += 1
-        if changes == dies_before:
-            raise Killed
-        os.rename(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(artifact.os, "replace", replace_or_die)
-        with pytest.raises(Killed):
-            save_probe(probe, folder)
-
-
 @pytest.mark.parametrize("deaths", [[1], [2], [1, 2], [2, 1], [2, 2, 2]])
 def test_saves_killed_half_way_leave_the_old_artifact(tiny, saved, monkeypatch, deaths):
+    """Each dies before the n-th change of the artifact's own folder."""
     old = load_probe(saved)
     for number, death in enumerate(deaths):
-        new = probe_of(tiny, mechanism="gate", name=f"new-{number}")
-        save_and_die(new, saved, monkeypatch, dies_before=death)
+        changes = count(1)
+
+        def replace_or_die(source, target, changes=changes, death=death):
+            if next(changes) == death:
+                raise Killed
+            os.rename(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(artifact.os, "replace", replace_or_die)
+            with pytest.raises(Killed):
+                save_probe(probe_of(tiny, mechanism="gate", name=f"new-{number}"), saved)
     (saved / ".saving-left-over").mkdir()
     loaded = load_probe(saved)
     assert loaded.name == old.name == "toxicity"
