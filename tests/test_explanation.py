@@ -50,7 +50,9 @@ def require_complete(explanation):
 
 @pytest.mark.parametrize("kind", TASKS)
 @pytest.mark.parametrize("mechanism", mechanism_names())
-def test_shares_baseline_and_template_sum_to_the_logit(backbone, mechanism, kind):
+def test_shares_sum_to_the_logit_and_stand_at_characters_of_messages_as_they_were_sent(
+    backbone, mechanism, kind
+):
     task = TASKS[kind]
     probe = untrained_probe(backbone, "p", task=task, mechanism=mechanism)
     classifier, example = Classifier(backbone, probe), Example(TURNS)
@@ -62,17 +64,11 @@ def test_shares_baseline_and_template_sum_to_the_logit(backbone, mechanism, kind
     wanted = own - logits.mean() if kind == "multiclass" else own
     assert explanation.logit == pytest.approx(wanted, abs=COMPLETE)
     assert explanation.shares.shape == (len(explanation.places), backbone.fingerprint.layers)
-
-
-def test_places_are_characters_of_the_messages_as_they_were_sent(backbone):
-    classifier = Classifier(backbone, untrained_probe(backbone, "p"))
-    said = classifier.explain(Example(TURNS)).to_dict()
     # The tiny tokenizer's tokens are bytes, so a character can have several.
     for index, message in enumerate(TURNS):
-        own = [t for t in said["tokens"] if t["message"] == index]
-        covered = {i for t in own for i in range(t["start"], t["end"])}
-        is_read = message.role != "system"
-        assert covered == (set(range(len(message.content))) if is_read else set())
+        own = [place for place in explanation.places if place and place.message == index]
+        covered = {i for place in own for i in range(place.start, place.end)}
+        assert covered == ({*range(len(message.content))} if message.role != "system" else set())
 
 
 def test_a_response_is_the_message_after_the_last(backbone):

@@ -3,16 +3,19 @@
 import json
 from contextlib import contextmanager
 from dataclasses import asdict
+from unittest.mock import Mock
 
 import pytest
 
 from curves import with_curves
-from live import MODEL, http_client, served
+from in_process import faults, in_process
+from live import MODEL
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import SidelightError
 from sidelight.policy.rules import Policy, Rule, require_policy_applies
 from sidelight.prompts import Reads
 from sidelight.server.config import ServerConfig
+from sidelight.server.playground import STRICT
 from sidelight.thresholds import read_curves
 from sidelight.vllm.server import NO_PLACE
 from tiny import INTENT, TOPICS, untrained_probe
@@ -48,10 +51,7 @@ def asking(backbone, probes, policy=None, **settings):
     """Asks a server under a policy, with the key of a user or an admin."""
     keys = {"api_key": KEY, "admin_key": ADMIN}
     engine = TransformersEngine(backbone, probes)
-    with (
-        served(engine, policy=policy, **keys, **settings) as address,
-        http_client(address) as http,
-    ):
+    with in_process(engine, policy=policy, **keys, **settings) as http:
 
         def ask(path, body=None, *, key=KEY, status=200):
             method = "GET" if body is None else "POST"
@@ -96,16 +96,15 @@ def test_a_stream_tells_the_score_after_each_token_before_its_text(ask):
     # The last token that is drawn is read too, since the probe is read after each.
     assert last["probabilities"] == pytest.approx(whole["probabilities"], abs=1e-5)
 
-
-@pytest.mark.parametrize("options", [None, {}, {"include_scores": False}])
-def test_scores_that_are_not_asked_for_are_not_told_and_change_no_text(ask, options):
     def text(chunks):
         pieces = (choice["delta"] for chunk in chunks for choice in chunk["choices"])
         return "".join(piece.get("content", "") for piece in pieces)
 
-    plain = chunks_of(ask(CHATS, {**CHAT, "stream_options": options}))
-    assert running_of(plain) == []
-    assert text(plain) == text(chunks_of(ask(CHATS, CHAT)))
+    # Only where they are asked for, and they change no text.
+    for options in (None, {}, {"include_scores": False}):
+        plain = chunks_of(ask(CHATS, {**CHAT, "stream_options": options}))
+        assert running_of(plain) == []
+        assert text(plain) == text(chunks)
 
 
 def test_a_decision_says_why(ask):
@@ -121,9 +120,7 @@ def test_a_decision_says_why(ask):
         assert {token["message"] for token in entry["tokens"]} == {message}
         assert max(token["end"] for token in entry["tokens"]) == len(content)
     assert [entry["probe"] for entry in why(ask, "late", "violence", turns=TEXT)] == ["topics"]
-
-
-def test_a_matrix_divides_each_tokens_share_among_the_layers(ask):
+    # A matrix divides each token's share among the layers.
     for found in why(ask, "toxicity", "intent", explain="matrix"):
         for token in found["tokens"]:
             assert sum(token["layers"]) == pytest.approx(token["share"], abs=1e-5)
@@ -204,32 +201,42 @@ def test_probes_are_listed_with_thresholds_and_curves(tiny, probes):
     assert (topics["mode"], intent["thresholds"], late["reads"]) == ("flag", [], "response")
 
 
-def test_the_page_is_there_with_its_option_alone_and_answers_reading_alone(tiny, probes):
+def test_pages_are_there_with_their_option_alone_need_no_key_and_load_nothing_from_elsewhere(
+    tiny, probes
+):
     engine = TransformersEngine(tiny, probes)
-    with served(engine) as address, http_client(address) as http:
-        assert http.get("/playground").status_code == 404
-        assert http.get("/playground/page.js").status_code == 404
-        assert http.get("/docs").status_code == 200
-    engine = TransformersEngine(tiny, probes)
-    with served(engine, playground=True) as address, http_client(address) as http:
+    with in_process(engine) as http:
+        for path in ("/playground", "/playground/page.js"):
+            assert http.get(path).status_code == 404
+    with in_process(engine, playground=True) as http:
         assert http.head("/playground").status_code == 200
         assert http.post("/playground").status_code == 405
         for path in ("/playground/__init__.py", "/playground/..%2fapp.py", "/playground/docs.html"):
             assert http.get(path).status_code == 404
+    with in_process(engine, playground=True, api_key=KEY) as http:
+        for path in ("/v1/probes", "/openapi.json", "/playground/", "/playground/x", "/x"):
+            assert http.get(path).status_code == 401
+        for path in ("/playground", "/playground/page.js", "/playground/style.css"):
+            answer = http.get(path)
+            assert answer.status_code == 200
+            assert answer.headers["content-security-policy"] == STRICT
+            assert answer.headers["x-content-type-options"] == "nosniff"
+            assert answer.headers["referrer-policy"] == "no-referrer"
+        assert "default-src 'self';" in http.get("/docs").headers["content-security-policy"]
+    assert "default-src 'self'" in STRICT
+    assert "unsafe" not in STRICT
     assert "playground" in NO_PLACE.keys() & ServerConfig.model_fields.keys()
 
 
-def test_a_client_that_leaves_with_scores_and_no_text_is_audited(tiny, probes, tmp_path):
+def test_a_text_that_fails_with_scores_told_and_no_text_is_audited(tiny, probes, tmp_path):
     rule = Rule("block", threshold=1.0, disclose="scores", warm_up=60)
     audit = tmp_path / "audit.jsonl"
-    options = {"policy": Policy(output={"late": rule}), "audit_log": audit}
-    body = {**CHAT, "max_tokens": 100}
+    fail = Mock(side_effect=RuntimeError)
     with (
-        served(TransformersEngine(tiny, probes), **options) as address,
-        http_client(address) as http,
-        http.stream("POST", CHATS, json=body) as answer,
+        faults(tiny, {5: fail}),
+        asking(tiny, probes, Policy(output={"late": rule}), audit_log=audit) as ask,
     ):
-        next(line for line in answer.iter_lines() if "running" in line)
+        assert running_of(chunks_of(ask(CHATS, {**CHAT, "max_tokens": 20})))
     lines = map(json.loads, audit.read_text().splitlines())
     assert ("late", "unfinished") in {(line["probe"], line["outcome"]) for line in lines}
 
