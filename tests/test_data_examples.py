@@ -13,7 +13,7 @@ from sidelight.prompts import Message
 from sidelight.types import Task
 
 
-def test_content_hash_depends_on_texts_labels_and_order_only() -> None:
+def test_content_hash_depends_on_texts_labels_and_order_only():
     base = load_examples(ROWS)
     other_text = load_examples([{**ROWS[0], "text": "where is it"}, *ROWS[1:]])
     other_label = load_examples([{**ROWS[0], "label": "fault"}, *ROWS[1:]])
@@ -24,7 +24,7 @@ def test_content_hash_depends_on_texts_labels_and_order_only() -> None:
     assert other_column.content_hash == other_polarity.content_hash == base.content_hash
 
 
-def test_a_plain_text_is_a_chat_of_one_user_message() -> None:
+def test_a_plain_text_is_a_chat_of_one_user_message():
     chat = [{"role": "user", "content": "Why?"}]
     parts = [{"role": "user", "content": [{"type": "text", "text": "Why?"}]}]
     arrays = np.array([{"role": "user", "content": np.array(parts[0]["content"])}])
@@ -34,7 +34,7 @@ def test_a_plain_text_is_a_chat_of_one_user_message() -> None:
         assert examples.items[0].messages == (Message("user", "Why?"),)
 
 
-def test_empty_texts_and_responses_are_left_out_and_counted() -> None:
+def test_empty_texts_and_responses_are_left_out_and_counted():
     rows = [{**row, "answer": "ok"} for row in ROWS]
     rows += [{"text": " \n", "label": "fault", "answer": "ok"}, {"label": "fault", "answer": "ok"}]
     rows += [{"text": "hello", "label": "fault", "answer": ""}]
@@ -44,12 +44,12 @@ def test_empty_texts_and_responses_are_left_out_and_counted() -> None:
     assert "Left out 3 rows with an empty text" in examples.warnings[0]
 
 
-def test_conflicting_labels_of_one_text_are_a_warning() -> None:
+def test_conflicting_labels_of_one_text_are_a_warning():
     rows = [*ROWS, {**ROWS[0], "label": "fault"}, ROWS[1]]
     assert "1 texts appear more than once" in load_examples(rows).warnings[-1]
 
 
-def test_rows_without_any_text_are_an_error() -> None:
+def test_rows_without_any_text_are_an_error():
     halves = [{"text": "a", "label": 0}, {"answer": "b", "label": 1}]
     empty_answer = [{"text": "a", "answer": " ", "label": 1}]
     cases: list[tuple[list[object], str | None, str]] = [
@@ -61,10 +61,10 @@ def test_rows_without_any_text_are_an_error() -> None:
     ]
     for rows, response, says in cases:
         with pytest.raises(SidelightError, match=says):
-            load_examples(rows, response=response)  # pyright: ignore[reportArgumentType]
+            load_examples(rows, response=response)
 
 
-def test_select_keeps_texts_labels_and_columns_together() -> None:
+def test_select_keeps_texts_labels_and_columns_together():
     examples = load_examples([{**row, "id": number} for number, row in enumerate(ROWS)])
     part = examples.select([3, 0])
     assert [item.text for item in part.items] == ["screen stays black", "where is my parcel"]
@@ -81,9 +81,7 @@ def test_select_keeps_texts_labels_and_columns_together() -> None:
     fraction=st.floats(0.05, 0.95),
     seed=st.integers(0, 9),
 )
-def test_a_split_parts_no_text_and_loses_no_row(
-    picks: list[int], fraction: float, seed: int
-) -> None:
+def test_a_split_parts_no_text_and_loses_no_row(picks, fraction, seed):
     picks += [0, 1, 2, 3, 4, 5]  # two texts of each of three labels
     rows = [
         {"text": f"Text  {pick}" if number % 2 else f"text {pick}", "label": "abc"[pick % 3]}
@@ -96,7 +94,7 @@ def test_a_split_parts_no_text_and_loses_no_row(
         for part in (training, held_out)
     ]
     assert not sides[0] & sides[1]
-    assert sorted((*training.column("id"), *held_out.column("id"))) == list(range(len(rows)))  # pyright: ignore[reportArgumentType]
+    assert sorted((*training.column("id"), *held_out.column("id"))) == list(range(len(rows)))
     assert set(training.labels.tolist()) == set(held_out.labels.tolist()) == {0, 1, 2}
     assert training.warnings == ()
 
@@ -104,9 +102,7 @@ def test_a_split_parts_no_text_and_loses_no_row(
 @pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(fraction=st.floats(0.05, 0.95), seed=st.integers(0, 99))
-def test_a_split_of_distinct_texts_keeps_the_share_of_each_label(
-    fraction: float, seed: int
-) -> None:
+def test_a_split_of_distinct_texts_keeps_the_share_of_each_label(fraction, seed):
     examples = load_examples(labelled(["a"] * 40 + ["b"] * 9 + ["c"] * 3))
     _, held_out = examples.split(fraction, seed)
     for label, count in enumerate([40, 9, 3]):
@@ -114,7 +110,7 @@ def test_a_split_of_distinct_texts_keeps_the_share_of_each_label(
         assert abs(share - fraction * count) <= 1, "one row is the finest step"
 
 
-def test_a_multilabel_split_gives_every_label_to_both_sides() -> None:
+def test_a_multilabel_split_gives_every_label_to_both_sides():
     rng = np.random.default_rng(0)
     rows = [
         {"text": str(number), "often": int(rng.random() < 0.5), "rare": int(number % 50 == 0)}
@@ -125,7 +121,7 @@ def test_a_multilabel_split_gives_every_label_to_both_sides() -> None:
         assert part.labels[:, 1].sum() in (1, 3)
 
 
-def test_answers_to_one_prompt_are_split_by_answer() -> None:
+def test_answers_to_one_prompt_are_split_by_answer():
     rows = [
         {"text": "Reply." if number % 3 else "reply. ", "answer": answer, "label": number % 2}
         for number in range(40)
@@ -142,12 +138,12 @@ def test_answers_to_one_prompt_are_split_by_answer() -> None:
     assert sorted(np.concatenate(folds).tolist()) == list(range(len(examples)))
 
 
-def test_the_key_of_a_text_leaves_out_case_and_spacing_only() -> None:
+def test_the_key_of_a_text_leaves_out_case_and_spacing_only():
     keys = [item.text_key for item in load_examples([("A  b", 0), ("a b\n", 1), ("ab", 1)]).items]
     assert keys[0] == keys[1] != keys[2]
 
 
-def test_the_seed_decides_a_split_of_labelled_and_of_other_examples() -> None:
+def test_the_seed_decides_a_split_of_labelled_and_of_other_examples():
     for rows, label in (
         (labelled(["a", "b"] * 20), "label"),
         ([{"text": f"{i}"} for i in range(40)], None),
@@ -158,7 +154,7 @@ def test_the_seed_decides_a_split_of_labelled_and_of_other_examples() -> None:
         assert first.items == again.items != other.items
 
 
-def test_a_label_with_one_text_stays_in_training_with_a_warning() -> None:
+def test_a_label_with_one_text_stays_in_training_with_a_warning():
     rows = labelled(["a", "b"] * 10)
     examples = load_examples([*rows, ("rare", "c"), ("Rare ", "c")])
     training, held_out = examples.split(0.5, 0)
@@ -169,7 +165,7 @@ def test_a_label_with_one_text_stays_in_training_with_a_warning() -> None:
     )
 
 
-def test_folds_have_each_row_once_and_part_no_text() -> None:
+def test_folds_have_each_row_once_and_part_no_text():
     rows = labelled(["a"] * 40 + ["b"] * 9 + ["c"] * 5)
     examples = load_examples([*rows, *[(f"{text} ", label) for text, label in rows[:20]]])
     folds = examples.folds(5, seed=0)
@@ -182,7 +178,7 @@ def test_folds_have_each_row_once_and_part_no_text() -> None:
         assert found.count(2) == 1
 
 
-def test_drawn_rows_keep_the_share_of_each_label_and_lose_none() -> None:
+def test_drawn_rows_keep_the_share_of_each_label_and_lose_none():
     labels = ["a"] * 70 + ["b"] * 28 + ["c"] * 2
     rows = [{"text": f"text {n}", "label": label} for n, label in enumerate(labels)]
     examples = load_examples(rows)
@@ -201,7 +197,7 @@ def test_drawn_rows_keep_the_share_of_each_label_and_lose_none() -> None:
     assert several.select(several.draw(6, seed=0)).labels.any(0).all()
 
 
-def test_an_impossible_split_is_an_error() -> None:
+def test_an_impossible_split_is_an_error():
     with pytest.raises(SidelightError, match=r"Cannot make 5 parts"):
         load_examples(ROWS[:2]).folds(5, 0)
     with pytest.raises(SidelightError, match=r"Cannot hold out 1"):

@@ -7,32 +7,35 @@ from sidelight.standardisation import Projection, Standardisation
 
 # Standardisation subtracts means a hundred times the spread, which costs two digits.
 CANCELLATION = {"rtol": 1e-2, "atol": 2e-3}
+# float32: the same sums of 32 products, in another order.
+ROUNDING = {"rtol": 1e-4, "atol": 1e-3}
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+MEAN, COLUMNS, SCALE = normal(3, 32), normal(3, 32, 5, seed=1), 0.1 + normal(3, 32, seed=2).abs()
 
 
 def test_standardisation_folds_away_even_where_means_dwarf_the_spread():
-    generator = torch.Generator().manual_seed(0)
-    mean = 100 * torch.randn(3, 32, generator=generator)
-    scale = 0.1 + torch.rand(3, 32, generator=generator)
-    columns = torch.randn(3, 32, 5, generator=generator)
-    states = mean[:, None] + scale[:, None] * torch.randn(3, 200, 32, generator=generator)
-    folded = Standardisation(mean, scale).fold(columns)
+    mean = 100 * MEAN
+    states = mean[:, None] + SCALE[:, None] * normal(3, 200, 32)
+    folded = Standardisation(mean, SCALE).fold(COLUMNS)
     actual = states @ folded.weight + folded.shift[:, None]
-    expected = ((states - mean[:, None]) / scale[:, None]) @ columns
+    expected = ((states - mean[:, None]) / SCALE[:, None]) @ COLUMNS
     torch.testing.assert_close(actual, expected, **CANCELLATION)
 
 
 def test_rounding_the_folded_weight_does_not_move_the_mean():
-    generator = torch.Generator().manual_seed(0)
-    mean = 100 * torch.randn(3, 32, generator=generator)
-    columns = torch.randn(3, 32, 5, generator=generator)
-    folded = Standardisation(mean, torch.ones(3, 32)).fold(columns, dtype=torch.bfloat16)
+    folded = Standardisation(100 * MEAN, torch.ones(3, 32)).fold(COLUMNS, dtype=torch.bfloat16)
     assert folded.weight.dtype == torch.bfloat16
-    at_mean = mean[:, None] @ folded.weight.float() + folded.shift[:, None]
+    at_mean = 100 * MEAN[:, None] @ folded.weight.float() + folded.shift[:, None]
     torch.testing.assert_close(at_mean, torch.zeros_like(at_mean), **CANCELLATION)
 
 
 def test_measured_standardisation_gives_mean_0_and_scale_1_and_spares_constants():
-    states = 5 + 3 * torch.randn(2, 500, 4, generator=torch.Generator().manual_seed(0))
+    states = 5 + 3 * normal(2, 500, 4)
     states[:, :, 0] = 7
     scaling = Standardisation.measured(states.bfloat16())
     assert (scaling.scale[:, 0] == 1).all()
@@ -43,45 +46,37 @@ def test_measured_standardisation_gives_mean_0_and_scale_1_and_spares_constants(
 
 
 def test_identity_standardisation_changes_nothing():
-    columns = torch.randn(3, 32, 5)
-    folded = Standardisation.identity(Geometry(3, 32, 1)).fold(columns)
-    assert torch.equal(folded.weight, columns)
+    folded = Standardisation.identity(Geometry(3, 32, 1)).fold(COLUMNS)
+    assert torch.equal(folded.weight, COLUMNS)
     assert not folded.shift.any()
 
 
 def test_normalised_states_fold_away_and_ignore_the_norm():
-    generator = torch.Generator().manual_seed(0)
-    mean = torch.randn(3, 32, generator=generator)
-    scale = 0.1 + torch.rand(3, 32, generator=generator)
-    columns = torch.randn(3, 32, 5, generator=generator)
-    states = 40 * torch.randn(3, 200, 32, generator=generator)
+    states = 40 * normal(3, 200, 32)
     unit = states / states.square().mean(2, keepdim=True).sqrt()
-    folded = Standardisation(mean, scale, is_normalised=True).fold(columns)
-    expected = ((unit - mean[:, None]) / scale[:, None]) @ columns
-    torch.testing.assert_close(folded.layers(states), expected, rtol=1e-4, atol=1e-3)
-    torch.testing.assert_close(folded.layers(1000 * states), expected, rtol=1e-4, atol=1e-3)
+    folded = Standardisation(MEAN, SCALE, is_normalised=True).fold(COLUMNS)
+    expected = ((unit - MEAN[:, None]) / SCALE[:, None]) @ COLUMNS
     by_layer = torch.stack([folded.layer(layer, own) for layer, own in enumerate(states)])
-    torch.testing.assert_close(by_layer, expected, rtol=1e-4, atol=1e-3)
+    for actual in (folded.layers(states), folded.layers(1000 * states), by_layer):
+        torch.testing.assert_close(actual, expected, **ROUNDING)
 
 
 def test_a_norm_that_overflows_gives_no_number():
     states = torch.tensor([[[1e20, 1.0], [3.0, 4.0], [0.0, 0.0]]])
-    folded = Standardisation(torch.zeros(1, 2), torch.ones(1, 2), is_normalised=True).fold(
-        torch.ones(1, 2, 1)
-    )
-    assert folded.layers(states)[0, :, 0].isfinite().tolist() == [False, True, True]
+    scaling = Standardisation(torch.zeros(1, 2), torch.ones(1, 2), is_normalised=True)
+    numbers = scaling.fold(torch.ones(1, 2, 1)).layers(states)
+    assert numbers[0, :, 0].isfinite().tolist() == [False, True, True]
 
 
 def test_joined_projections_keep_what_each_does():
-    generator = torch.Generator().manual_seed(0)
-    states = 40 * torch.randn(3, 20, 32, generator=generator)
+    states = 40 * normal(3, 20, 32)
     parts = [
-        Standardisation(torch.randn(3, 32, generator=generator), torch.ones(3, 32), flag).fold(
-            torch.randn(3, 32, 4, generator=generator)
+        Standardisation(normal(3, 32, seed=i), torch.ones(3, 32), i == 1).fold(
+            normal(3, 32, 4, seed=i + 4)
         )
-        for flag in (False, True)
+        for i in range(2)
     ]
     together = Projection.joined(parts).layers(states)
     apart = torch.cat([part.layers(states) for part in parts], 2)
-    torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(together, apart, **ROUNDING)
     assert Projection.joined(parts[:1]).is_normalised is None
