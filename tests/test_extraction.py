@@ -1,41 +1,43 @@
-"""What extraction writes is what a tap sees, also after a kill in the middle."""
+"""Extraction writes what a tap sees: whole or absent, within the budget, also after a kill."""
 
 import os
+import shutil
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import count
+from threading import Event
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from corpora import encoded
 from sidelight.backbone import TransformersBackbone
 from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
 from sidelight.prompts import Message, Reads, shared_unread
-from sidelight.states.cache import ActivationCache
+from sidelight.ragged import by_length
+from sidelight.states.cache import ActivationCache, Shard, ShardPlan, states_of
 from sidelight.states.extraction import BackboneSource, SharedSource, extract
+from sidelight.storage import FolderLock
 from sidelight_lab.bench.training import compare_extraction
 from tiny import tiny_backbone
 
 TEXTS = ["one", "two words", "a third text that is longer than the others", "four", "five"]
 # bf16 keeps 8 bits, and batches of another shape may round to the neighbouring value.
 ROUNDING_TO_BF16 = {"rtol": 2**-7, "atol": 1e-4}
+law = settings(max_examples=25, deadline=None)
 
 
-def cache_of(backbone, prompts, root, *, reads=None, shard_bytes=10**6, engine="transformers"):
-    return ActivationCache(
-        root,
-        prompts,
-        reads=reads or Reads(),
-        fingerprint=backbone.fingerprint,
-        shard_bytes=shard_bytes,
-        engine=engine,
-    )
+def cache_of(backbone, root, prompts=None, **options):
+    options = {"reads": Reads(), "fingerprint": backbone.fingerprint, **options}
+    return ActivationCache(root, prompts or encoded(backbone, TEXTS), **options)
 
 
-def extracted(backbone, prompts, root, **options):
-    return extract(BackboneSource(backbone), cache_of(backbone, prompts, root, **options))
+def extracted(backbone, root, prompts=None, **options):
+    return extract(BackboneSource(backbone), cache_of(backbone, root, prompts, **options))
 
 
 def states_by_row(cache):
@@ -44,8 +46,9 @@ def states_by_row(cache):
     for index in range(len(cache)):
         shard = cache.read(index)
         assert shard.hidden.dtype == torch.bfloat16
-        parts = shard.hidden.split(shard.lengths.tolist(), 1)
-        states.update(zip(shard.rows.tolist(), parts, strict=True))
+        assert tuple(shard.rows.tolist()) == cache.plan.rows[index]
+        assert shard.hidden.shape[1] == cache.plan.tokens[index]
+        states.update(shard.texts())
     return states
 
 
@@ -55,7 +58,7 @@ def states_by_row(cache):
 )
 def test_shards_hold_what_a_tap_sees_of_each_text(tiny, tmp_path, reads, shard_bytes):
     prompts = [tiny.encoder.encode([Message("user", text)], text[::-1]) for text in TEXTS]
-    cache = extracted(tiny, prompts, tmp_path, reads=reads, shard_bytes=shard_bytes)
+    cache = extracted(tiny, tmp_path, prompts, reads=reads, shard_bytes=shard_bytes)
     assert (len(cache) > 1) == (shard_bytes < 10**6)
     assert not cache.missing()
     states = states_by_row(cache)
@@ -76,7 +79,7 @@ def test_what_all_texts_begin_with_runs_once_a_batch(tiny, tmp_path):
     hook = tiny.model.base_model.register_forward_pre_hook(
         lambda _module, _args, given: ran.append(tuple(given["input_ids"].shape)), with_kwargs=True
     )
-    extracted(tiny, prompts, tmp_path)
+    extracted(tiny, tmp_path, prompts)
     hook.remove()
     longest = max(map(len, prompts))
     assert ran == [(1, shared), (len(TEXTS), longest - shared)]
@@ -85,10 +88,7 @@ def test_what_all_texts_begin_with_runs_once_a_batch(tiny, tmp_path):
 def test_the_same_data_give_the_same_files_and_a_complete_cache_runs_no_forward_pass(
     tiny, tmp_path
 ):
-    prompts = encoded(tiny, TEXTS)
-    first, second = (
-        extracted(tiny, prompts, tmp_path / name, shard_bytes=5_000) for name in ("a", "b")
-    )
+    first, second = (extracted(tiny, tmp_path / name, shard_bytes=5_000) for name in ("a", "b"))
     assert first.plan == second.plan
     assert contents(first.directory) == contents(second.directory)
     passes = []
@@ -101,11 +101,14 @@ def test_the_same_data_give_the_same_files_and_a_complete_cache_runs_no_forward_
 def test_a_budget_that_is_too_small_is_an_error_before_anything_is_run_or_written(
     tiny, tmp_path, ran
 ):
-    cache = cache_of(tiny, encoded(tiny, TEXTS), tmp_path)
+    cache = cache_of(tiny, tmp_path)
+    needed = sum(cache.plan.tokens) * tiny.fingerprint.layers * 32 * 2
     with pytest.raises(SidelightError, match=r"--cache-budget.*--cache.*--limit"):
-        extract(BackboneSource(tiny), cache, budget_bytes=1000)
+        extract(BackboneSource(tiny), cache, budget_bytes=needed - 1)
     assert not ran
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "lock"]
+    with cache.filling(budget_bytes=needed):
+        pass
 
 
 @pytest.mark.parametrize(
@@ -118,7 +121,7 @@ def test_a_state_that_is_not_finite_is_an_error_that_names_its_text(tmp_path, va
     (broken,) = set(prompts[5].token_ids) - set(prompts[6].token_ids)
     backbone.model.get_input_embeddings().weight.data[broken, 3] = value
     backbone.fingerprint = replace(backbone.fingerprint, dtype=dtype)
-    cache = cache_of(backbone, prompts, tmp_path)
+    cache = cache_of(backbone, tmp_path, prompts)
     with pytest.raises(SidelightError, match=rf"Text 6 .* layer 0 .* {dtype}\. .*{remedy}"):
         extract(BackboneSource(backbone), cache)
     assert cache.missing()
@@ -130,15 +133,13 @@ def contents(folder):
 
 def identities(folder):
     """What changes when a file is written again."""
-    return {
-        path.name: (path.stat().st_ino, path.stat().st_mtime_ns)
-        for path in folder.glob("*.safetensors")
-    }
+    stats = {path.name: path.stat() for path in folder.glob("*.safetensors")}
+    return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in stats.items()}
 
 
 def forty(backbone, root):
     texts = [f"text number {i} " + "and so on " * (i % 5) for i in range(40)]
-    return cache_of(backbone, encoded(backbone, texts), root, shard_bytes=50_000)
+    return cache_of(backbone, root, encoded(backbone, texts), shard_bytes=50_000)
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
@@ -173,13 +174,8 @@ def test_an_extraction_killed_in_the_middle_goes_on_where_it_stopped(tiny, tmp_p
 
 
 def test_an_engine_does_not_fill_the_cache_of_another(tiny, tmp_path):
-    prompts = encoded(tiny, TEXTS)
-    own, other = (
-        cache_of(tiny, prompts, tmp_path, engine=engine) for engine in ("transformers", "other")
-    )
-    assert own.directory != other.directory
     with pytest.raises(SidelightError, match="would fill it"):
-        extract(BackboneSource(tiny), other)
+        extracted(tiny, tmp_path, engine="other")
     assert not list(tmp_path.iterdir())
 
 
@@ -198,7 +194,7 @@ def ran(monkeypatch):
 
 
 def shared_states(source, prompts, root, shard_bytes=10**6):
-    cache = cache_of(source.backbone, prompts, root, shard_bytes=shard_bytes)
+    cache = cache_of(source.backbone, root, prompts, shard_bytes=shard_bytes)
     states = states_by_row(extract(source, cache))
     cache.remove()
     return states
@@ -209,7 +205,7 @@ def test_a_shared_source_runs_each_text_once_for_all_caches(tiny, tmp_path, ran,
     source = SharedSource(tiny, tmp_path)
     # Equal texts are one.
     prompts = encoded(tiny, [*TEXTS, TEXTS[0]])
-    alone = states_by_row(extracted(tiny, prompts, tmp_path))
+    alone = states_by_row(extracted(tiny, tmp_path, prompts))
     ran.clear()
     for rows in ([0, 1, 2], [3, 1, 5], [4, 3, 2, 1, 0]):
         states = shared_states(source, [prompts[row] for row in rows], tmp_path, shard_bytes)
@@ -251,3 +247,165 @@ def test_the_benchmark_compares_two_sources(tiny):
     rates = {f"{name} tokens/s" for name in ("plain", "extract", "other")}
     assert figures.keys() == {"tokens", *rates, "extract / plain", "other / extract"}
     assert figures["tokens"] == sum(map(len, encoded(tiny, TEXTS)))
+
+
+@law
+@given(lengths=st.lists(st.integers(0, 50), max_size=40), room=st.integers(1, 80))
+def test_a_plan_has_every_text_once_in_shards_that_fit(lengths, room):
+    plan = ShardPlan.of(lengths, shard_tokens=room)
+    assert plan == ShardPlan.of(lengths, shard_tokens=room)
+    assert sorted(row for rows in plan.rows for row in rows) == list(range(len(lengths)))
+    for rows, tokens in zip(plan.rows, plan.tokens, strict=True):
+        assert tokens == sum(lengths[row] for row in rows)
+        assert tokens <= room or len(rows) == 1
+
+
+def test_shards_are_random_samples_not_runs_of_the_file():
+    plan = ShardPlan.of([10] * 400, shard_tokens=1000)
+    assert len(plan.rows) == 4
+    for rows in plan.rows:
+        assert 120 < sum(rows) / len(rows) < 280
+
+
+@law
+@given(lengths=st.lists(st.integers(1, 60), max_size=40), room=st.integers(1, 200))
+def test_batches_have_every_prompt_once_and_fit_padding_included(lengths, room):
+    batches = by_length(lengths, batch_tokens=room)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    for batch in batches:
+        assert max(lengths[i] for i in batch) * len(batch) <= room or len(batch) == 1
+
+
+def test_the_key_changes_with_backbone_reads_texts_and_size_of_shards_only(tiny, tmp_path):
+    who, prompts = tiny.fingerprint, encoded(tiny, [*TEXTS, "six"])
+    options = [
+        {},
+        {"fingerprint": replace(who, weights="0" * 16)},
+        {"fingerprint": replace(who, dtype="bfloat16")},
+        {"reads": Reads("both")},
+        {"reads": Reads(template=False)},
+        {"prompts": [*prompts[:4], prompts[5]]},
+        {"prompts": prompts[4::-1]},
+        {"prompts": prompts[:4]},
+        {"shard_bytes": 50_000},
+        {"engine": "other"},
+    ]
+    folders = [cache_of(tiny, tmp_path, **changed).directory for changed in options]
+    assert len({*folders}) == len(options)
+    for same in ({}, {"fingerprint": replace(who, name="another name")}):
+        assert cache_of(tiny, tmp_path, **same).directory == folders[0]
+
+
+def test_a_disk_that_is_too_small_is_an_error(tiny, tmp_path, monkeypatch):
+    full = shutil.disk_usage(tmp_path)._replace(free=2**31 + 100)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: full)
+    with pytest.raises(SidelightError, match="may be used"), cache_of(tiny, tmp_path).filling():
+        pass
+
+
+def test_a_shard_is_read_as_it_was_written_and_half_of_one_is_missing(tiny, tmp_path):
+    cache = cache_of(tiny, tmp_path)
+    cache.directory.mkdir()
+    half = cache.directory / "shard-00000.partial"
+    half.write_bytes(b"half")
+    hidden = torch.randn(4, 5, 32).bfloat16()
+    with cache.filling() as missing:
+        assert missing == list(range(len(cache)))
+        assert not half.exists()
+        cache.write(0, Shard(hidden, torch.tensor([2, 3]), torch.tensor([1, 0])))
+    shard = cache.read(0)
+    assert torch.equal(shard.hidden, hidden)
+    assert shard.lengths.tolist() == [2, 3]
+    assert shard.rows.tolist() == [1, 0]
+    assert 0 not in cache.missing()
+
+
+def test_remove_deletes_a_cache_that_no_other_run_reads_or_keeps(tiny, tmp_path):
+    first, second = (extracted(tiny, tmp_path) for _ in range(2))
+    other = extracted(tiny, tmp_path, encoded(tiny, ["other"]))
+    first.remove()
+    assert not second.missing()
+    assert second.read(0).hidden.isfinite().all()
+    second.remove()
+    assert not first.directory.exists()
+    assert other.directory.exists()
+    first.remove()
+    extracted(tiny, tmp_path).keep()
+    later = extracted(tiny, tmp_path)
+    later.remove()
+    assert not later.missing()
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """Set when a run begins to wait for another one."""
+    event, take = Event(), FolderLock.take
+
+    def noticed(lock, *, alone):
+        is_held = take(lock, alone=alone)
+        if not is_held:
+            event.set()
+        return is_held
+
+    monkeypatch.setattr(FolderLock, "take", noticed)
+    return event
+
+
+def test_a_run_waits_for_the_one_that_writes_the_same_states(tiny, tmp_path, waits, capsys):
+    first, second = cache_of(tiny, tmp_path), cache_of(tiny, tmp_path)
+    with ThreadPoolExecutor(1) as other_run:
+        with first.filling() as missing:
+            half = first.directory / "shard-00000.1.partial"
+            half.write_bytes(b"being written")
+            waiting = other_run.submit(extract, BackboneSource(tiny), second)
+            assert waits.wait(30)
+            assert half.exists()
+            half.unlink()
+            for index in missing:
+                hidden = torch.full((4, first.plan.tokens[index], 32), 7.0).bfloat16()
+                rows = torch.tensor(first.plan.rows[index])
+                first.write(index, Shard(hidden, torch.tensor(first.lengths)[rows], rows))
+        waiting.result(timeout=60)
+    assert "waiting for it" in capsys.readouterr().err
+    # What the first wrote, not the backbone's.
+    assert (second.read(0).hidden == 7).all()
+
+
+def test_a_run_that_fails_while_it_writes_lets_the_next_one_in(tiny, tmp_path):
+    failed = cache_of(tiny, tmp_path)
+    with pytest.raises(SidelightError, match="midway"), failed.filling():
+        raise SidelightError("midway")
+    assert not extracted(tiny, tmp_path).missing()
+
+
+def test_a_cache_removed_while_a_run_waits_is_made_again(tiny, tmp_path, waits):
+    first, second = cache_of(tiny, tmp_path), cache_of(tiny, tmp_path)
+    with ThreadPoolExecutor(1) as other_run:
+        with first.filling():
+            waiting = other_run.submit(extract, BackboneSource(tiny), second)
+            assert waits.wait(30)
+            shutil.rmtree(first.directory)
+        waiting.result(timeout=60)
+    assert not second.missing()
+
+
+def test_a_shard_that_the_disk_does_not_take_is_an_error_with_a_remedy(tiny, tmp_path):
+    cache = cache_of(tiny, tmp_path)
+    shard = Shard(torch.zeros(4, 5, 32).bfloat16(), torch.tensor([5]), torch.tensor([0]))
+    with pytest.raises(SidelightError, match=r"Cannot write .*shard-00000.*--cache"):
+        cache.write(0, shard)
+
+
+def test_some_texts_are_the_same_in_memory_and_from_disk(tiny, tmp_path):
+    prompts = encoded(tiny, [f"text {number} " * (number % 3 + 1) for number in range(30)])
+    cache = extracted(tiny, tmp_path, prompts, shard_bytes=40_000)
+    assert len(cache) > 3
+    bounded = cache_of(tiny, tmp_path, prompts, shard_bytes=40_000, memory_bytes=100)
+    whole = states_by_row(cache)
+    rows = [17, 3, 29, 0, 11]
+    small, large = states_of(cache, rows), states_of(bounded, rows)
+    assert (len(small), len(large) > 1) == (1, True)
+    for states in (small, large):
+        found = states_by_row(states)
+        assert sorted(found) == list(range(len(rows)))
+        assert all(torch.equal(found[text], whole[row]) for text, row in enumerate(rows))
