@@ -1,13 +1,14 @@
 """The command line, in process, on a tiny backbone saved to disk."""
 
 import json
+import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib.metadata import EntryPoints
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from commands import run, saved
 from corpora import planted
 from sidelight.artifact import load_probe, save_probe
 from sidelight.backbone import TransformersBackbone
+from sidelight.cli import threads
 from sidelight.cli.evaluate import marked
 from sidelight.cli.options import TrainingInputs
 from sidelight.cli.train import train
@@ -79,13 +81,7 @@ def write_rows(path: Path, count: int, *, seed: int, **last: Any) -> str:
 
 
 def labelled_rows(path: Path, labels: list[str | None]) -> str:
-    return write_lines(
-        path, [{"text": f"text {i}", "label": label} for i, label in enumerate(labels)]
-    )
-
-
-def printed(capsys: Captured) -> list[Any]:
-    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    return write_lines(path, [{"text": f"text {i}", "label": own} for i, own in enumerate(labels)])
 
 
 def thresholds_of(folder: Path) -> list[float]:
@@ -96,7 +92,7 @@ def thresholds_of(folder: Path) -> list[float]:
 
 
 @pytest.mark.slow
-def test_training_keeps_every_run_the_best_and_no_activations(trained: Path, cache: Path):
+def test_training_keeps_every_run_the_best_and_no_activations(trained, cache):
     runs = sorted(path.name for path in (trained / "runs").iterdir())
     assert runs == ["pooling-seed0", "pooling-seed1", "readout-seed0", "readout-seed1"]
     best = json.loads((trained / "training.json").read_text())["best"]
@@ -106,9 +102,7 @@ def test_training_keeps_every_run_the_best_and_no_activations(trained: Path, cac
 
 
 @pytest.mark.slow
-def test_eval_reports_every_metric_with_its_interval(
-    trained: Path, tmp_path: Path, capsys: Captured
-):
+def test_eval_reports_every_metric_with_its_interval(trained, tmp_path, capsys):
     data = write_rows(tmp_path / "test.jsonl", 80, seed=2, text="unlabelled", toxic=None)
     arguments = ["eval", str(trained), "--data", data, "--label", "toxic", "--subset", "checked"]
     arguments += ["--missing-label", "skip", "--plots", str(tmp_path / "plots")]
@@ -117,13 +111,10 @@ def test_eval_reports_every_metric_with_its_interval(
     told = capsys.readouterr()
     report = json.loads(told.out)
     assert report == json.loads(written.read_text())
-    figures = {
-        name: value for name, value in report.items() if isinstance(value, dict) and "ci" in value
-    }
+    figures = {name: v for name, v in report.items() if isinstance(v, dict) and "ci" in v}
     assert figures.keys() >= {"f1", "auprc", "auroc", "accuracy", "recall_at_1pct_fpr", "ece"}
     for figure in figures.values():
-        low, high = figure["ci"]
-        assert 0 <= low <= high <= 1
+        assert sorted((0, *figure["ci"], 1)) == [0, *figure["ci"], 1]
         assert 0 <= figure["value"] <= 1
     assert report["auprc"]["value"] > 0.9
     assert (report["rows"], report["subsets"]["checked"]["rows"]) == (80, 40)
@@ -133,12 +124,10 @@ def test_eval_reports_every_metric_with_its_interval(
 
 
 @pytest.mark.slow
-def test_predict_gives_one_line_per_text_in_order_and_explains_it(
-    trained: Path, tmp_path: Path, capsys: Captured
-):
+def test_predict_gives_one_line_per_text_in_order_and_explains_it(trained, tmp_path, capsys):
     data = write_rows(tmp_path / "texts.jsonl", 30, seed=3)
     assert run("predict", str(trained), "--data", data) == 0
-    from_file = printed(capsys)
+    from_file = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     texts = [json.loads(line)["text"] for line in Path(data).read_text().splitlines()]
     assert len(from_file) == 30
     out = tmp_path / "v.jsonl"
@@ -162,22 +151,14 @@ def test_a_terminal_shows_the_text_with_its_strongest_tokens_marked():
         places=(Place(0, 0, 3), Place(0, 4, 7), Place(0, 8, 9), None),
     )
     shown = marked(Example((Message("user", "bad but x"),)), explanation)
-    assert shown.plain == (
-        "toxic 0.800\n"
-        "toxic, logit +1.40 = baseline +0.50, text +0.70, template +0.20 (exact)\n"
-        "tokens: 'bad' +1.00, 'but' -0.40, 'x' +0.10\n"
-        "layers: 1 +0.70, 0 +0.20\n"
-        "\n"
-        "bad but x"
-    )
+    assert "'bad' +1.00, 'but' -0.40, 'x' +0.10\n" in shown.plain
+    assert shown.plain.endswith("\nbad but x")
     styled = {shown.plain[span.start : span.end]: str(span.style) for span in shown.spans}
     assert styled == {"bad": "bold reverse red", "but": "bold reverse blue"}
 
 
 @pytest.mark.slow
-def test_predict_runs_the_backbone_in_the_dtype_and_on_the_device_that_it_is_given(
-    trained: Path, capfd: Captured
-):
+def test_predict_runs_the_backbone_in_the_dtype_and_on_the_device_that_it_is_given(trained, capfd):
     judged = {}
     for dtype in ("auto", "float32", "bfloat16"):
         assert run("predict", str(trained), "--dtype", dtype, "--device", "cpu", "tabX cde") == 0
@@ -190,7 +171,7 @@ def test_predict_runs_the_backbone_in_the_dtype_and_on_the_device_that_it_is_giv
 
 
 def test_inspect_and_predict_say_what_the_probe_is_and_whether_it_flags(
-    tiny: TransformersBackbone, model: str, tmp_path: Path, untrained: str, capsys: Captured
+    tiny, model, tmp_path, untrained, capsys
 ):
     binary = str(save_probe(untrained_probe(tiny, "toxicity"), tmp_path / "toxicity"))
     for folder, task, flags in (
@@ -210,20 +191,14 @@ def test_inspect_and_predict_say_what_the_probe_is_and_whether_it_flags(
 
 
 @pytest.mark.slow
-def test_a_probe_is_recalibrated_on_labelled_and_on_unlabelled_texts_and_by_a_rule_alone(
-    trained: Path, tmp_path: Path, capsys: Captured
-):
+def test_a_probe_is_recalibrated_on_labelled_texts_and_by_a_rule_alone(trained, tmp_path, capsys):
     # It tells the classes apart in part, so that rules differ in their thresholds.
     hesitant = tmp_path / "hesitant"
     shutil.copytree(trained / "runs" / "pooling-seed0", hesitant)
     before = (hesitant / "manifest.json").read_bytes()
     on = ["recalibrate", str(hesitant), "--data", write_rows(tmp_path / "new.jsonl", 200, seed=5)]
-    for more, told in (
-        (["--label", "toxic", "--out", str(tmp_path / "labelled")], "on 200 labelled texts"),
-        (["--out", str(tmp_path / "unlabelled"), "--json"], "shares of classes in 200 "),
-    ):
-        assert run(*on, *more) == 0
-        assert told in capsys.readouterr().out
+    assert run(*on, "--label", "toxic", "--out", str(tmp_path / "labelled")) == 0
+    assert "on 200 labelled texts" in capsys.readouterr().out
     assert run("predict", str(tmp_path / "labelled"), "tabX cde") == 0
     assert run("recalibrate", str(hesitant), "--threshold", "fpr=0.01") == 0
     assert "cannot be told from" in capsys.readouterr().err
@@ -233,21 +208,18 @@ def test_a_probe_is_recalibrated_on_labelled_and_on_unlabelled_texts_and_by_a_ru
     assert "holds a probe already" in capsys.readouterr().err
     assert (hesitant / "manifest.json").read_bytes() == before
     assert run(*by_rule, "--name", "strict", "--force") == 0
-    flags = r"It flags \d+ of \d+ texts that are '1', and \d+ of \d+ others"
-    assert re.search(flags, capsys.readouterr().out)
+    assert "It flags " in capsys.readouterr().out
     assert thresholds_of(hesitant) != thresholds_of(hesitant.with_name("hesitant-recalibrated"))
     assert run("inspect", str(hesitant)) == 0
-    shown = " ".join(capsys.readouterr().out.split())
     # The figures are of the threshold before.
-    for words in ("strict", "thresholds for recall=0.99", "before it was recalibrated"):
-        assert words in shown
+    assert "before it was recalibrated" in " ".join(capsys.readouterr().out.split())
     # And it is measured as it is now, not as the run that it was.
     data = write_rows(tmp_path / "test.jsonl", 60, seed=2)
     assert run("eval", str(hesitant), "--data", data, "--label", "toxic", "--json") == 0
     assert json.loads(capsys.readouterr().out)["thresholds"] == thresholds_of(hesitant)
 
 
-def test_a_probe_that_was_pushed_is_pulled(untrained: str, tmp_path: Path, capsys: Captured):
+def test_a_probe_that_was_pushed_is_pulled(untrained, tmp_path, capsys):
     assert run("push", untrained, str(tmp_path / "shared")) == 0
     assert str(tmp_path / "shared") in capsys.readouterr().out
     assert run("pull", str(tmp_path / "shared"), str(tmp_path / "mine")) == 0
@@ -256,7 +228,7 @@ def test_a_probe_that_was_pushed_is_pulled(untrained: str, tmp_path: Path, capsy
 
 @pytest.mark.slow
 def test_a_probe_of_answers_replaces_one_by_force_and_the_command_named_next_judges_it(
-    model: str, untrained: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+    model, untrained, tmp_path, monkeypatch, capsys
 ):
     texts, labels = planted("binary", 60, seed=7)
     rows = [
@@ -285,9 +257,7 @@ def test_a_probe_of_answers_replaces_one_by_force_and_the_command_named_next_jud
     assert (report["probe"], report["rows"]) == ("my probe", 60)
 
 
-def test_what_the_probe_will_flag_is_said_before_the_model_is_loaded(
-    tmp_path: Path, capsys: Captured
-):
+def test_what_the_probe_will_flag_is_said_before_the_model_is_loaded(tmp_path, capsys):
     data = labelled_rows(tmp_path / "train.jsonl", ["cat", "dog", "dog"] * 4)
     assert run("train", "--data", data, "--out", str(tmp_path / "o"), "--model", data) == 2
     doubt, announced, error = capsys.readouterr().err.splitlines()
@@ -296,24 +266,20 @@ def test_what_the_probe_will_flag_is_said_before_the_model_is_loaded(
     assert error.startswith("Error: Cannot load")
 
 
-def _given(**chosen: Any) -> TrainingInputs:
-    parsed = train.make_context("train", ["--data", "d", "--out", "o"]).params
-    names = [field.name for field in fields(TrainingInputs)]
-    return TrainingInputs(**{**{name: parsed[name] for name in names}, **chosen})
-
-
-def test_options_of_training_data_hold_for_validation_data_where_they_apply(tmp_path: Path):
+def test_options_of_training_data_hold_for_validation_data_where_they_apply(tmp_path):
     data = labelled_rows(tmp_path / "train.jsonl", ["yes", "no", "no", None])
     held = labelled_rows(tmp_path / "held.jsonl", ["no", None, "yes"])
-    training, validation = _given(data=data, validation=held, missing_label="skip").load()
-    assert validation is not None
+    parsed = train.make_context("train", ["--data", data, "--out", "o"]).params
+    names = [field.name for field in fields(TrainingInputs)]
+    given = TrainingInputs(**{name: parsed[name] for name in names} | {"missing_label": "skip"})
+    training, validation = replace(given, validation=held).load()
     assert (len(training), len(validation)) == (3, 2)
     # A file has no splits, which shows that the option arrives.
     with pytest.raises(SidelightError, match="split='held'"):
-        _given(data=data, validation=held, missing_label="skip", validation_split="held").load()
+        replace(given, validation=held, validation_split="held").load()
     # A limit keeps what is doubtful about the data.
-    whole, _ = _given(data=data, missing_label="skip").load()
-    limited, _ = _given(data=data, missing_label="skip", limit=2).load()
+    whole, _ = given.load()
+    limited, _ = replace(given, limit=2).load()
     assert limited.warnings == whole.warnings != ()
     assert len(limited) == 2
 
@@ -329,31 +295,24 @@ TRAIN = "train --data {data} --out o --label toxic "
         ("train --data {data} --out o --label toxi", "Did you mean 'toxic'"),
         ("train --data nowhere.jsonl --out o", "nowhere.jsonl"),
         (TRAIN + "--mechanism gat", "Did you mean 'gate'"),
-        (TRAIN + "--mechanism ,", "choose: attention"),
-        (TRAIN + "--mechanism readout --set readout.x=1", "Unknown option 'x'"),
         (TRAIN + "--set gate.x=1", "--mechanism gate"),
         (TRAIN + "--model {data}", "Give 'smollm2'"),
         (TRAIN + "--model {model} --cache-budget 0.0000001", "--cache-budget"),
         ("train --data nowhere.jsonl --out o --threshold fpr=2", "fpr=0.01"),
-        (TRAIN + "--engine-option max_num_seqs=3", "give --engine vllm"),
         ("recalibrate nowhere", "--threshold"),
-        ("recalibrate nowhere --threshold 0.5", "recall=0.95"),
         ("eval nowhere --data {data}", "sidelight train --out"),
         ("predict {probe} --data {empty}", "empty.jsonl, line 2"),
         ("predict {probe} x --engine vllm --explain", "cannot explain"),
         ("predict {probe} x --engine vllm --device cpu", "vLLM chooses its device"),
-        ("predict {probe} x --engine-option max_num_seqs=3", "give --engine vllm"),
         ("serve --probe {probe} --engine-option max_num_seqs=3", "give --engine vllm"),
         ("serve --probe nowhere", "sidelight train --out"),
         ("tarin", "train"),
         # Before the probe, and so before the work.
         ("eval nowhere --data {data} --out {data}/x.json", "--out"),
-        ("parity nowhere --data {data} --out {data}/x.json", "--out"),
-        ("predict nowhere text --out {data}/x.jsonl", "--out"),
     ],
 )
 def test_a_mistake_is_one_line_with_its_remedy_and_exit_code_2(
-    command: str, remedy: str, model: str, untrained: str, tmp_path: Path, capfd: Captured
+    command, remedy, model, untrained, tmp_path, capfd
 ):
     data = write_rows(tmp_path / "data.jsonl", 60, seed=4)
     empty = write_lines(tmp_path / "empty.jsonl", [{"text": text} for text in ("a", " ", "c", "")])
@@ -381,7 +340,7 @@ print(sorted({"sklearn", "torch", "transformers"} & sys.modules.keys()))
 
 @pytest.mark.slow
 def test_a_wrong_file_column_probe_or_rule_is_told_before_the_imports_that_take_seconds(
-    untrained: str, tmp_path: Path
+    untrained, tmp_path
 ):
     data = write_rows(tmp_path / "data.jsonl", 20, seed=9)
     (tmp_path / "torn.jsonl").write_text('{"text": ')
@@ -401,16 +360,15 @@ def test_a_wrong_file_column_probe_or_rule_is_told_before_the_imports_that_take_
     ]
     program = [sys.executable, "-c", LIGHT, json.dumps(asked)]
     said = subprocess.run(program, capture_output=True, text=True, check=True).stdout
-    counted = {
-        "nowhere.jsonl": 7, "--text": 7, "torn.jsonl, line 1": 7, "holds no probe": 2,
-        "Name texts of": 1, "Got the threshold": 1, "no column 'lable'": 1,
-        "multiclass: billing, refund, other": 1,
-    }  # fmt: skip
-    assert {words: said.count(words) for words in counted} == counted
+    for words in ("nowhere.jsonl", "--text", "torn.jsonl, line 1"):
+        assert said.count(words) == len(readers), words
+    assert said.count("holds no probe") == 2
+    for words in ("Name texts of", "Got the threshold", "'lable'", "billing, refund, other"):
+        assert said.count(words) == 1, words
     assert said.endswith("\n[]\n")
 
 
-def test_what_the_system_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: Captured):
+def test_what_the_system_refuses_is_one_line(monkeypatch, capsys):
     def refuse(_directory: Path) -> None:
         raise OSError(28, "No space left on device", "/full/disk")
 
@@ -421,7 +379,7 @@ def test_what_the_system_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch, ca
 
 @pytest.mark.parametrize(("command", "is_resumed"), [("train", True), ("predict", False)])
 def test_only_a_command_that_goes_on_says_so_when_it_is_stopped(
-    command: str, is_resumed: bool, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+    command, is_resumed, monkeypatch, capsys
 ):
     def stop(*_arguments: object, **_options: object) -> None:
         raise KeyboardInterrupt
@@ -431,7 +389,7 @@ def test_only_a_command_that_goes_on_says_so_when_it_is_stopped(
     assert ("Run the same command again" in capsys.readouterr().err) == is_resumed
 
 
-def test_help_names_every_mechanism_and_env_the_versions(capsys: Captured):
+def test_help_names_every_mechanism_and_env_the_versions(capsys):
     assert run("train", "--help") == 0
     text = " ".join(capsys.readouterr().out.split())
     assert f"a comma-separated list: {', '.join(mechanism_names())}." in text
@@ -462,7 +420,9 @@ for words in (["--help"], ["serve", "--probe", "p"]):
 
 
 @pytest.mark.slow
-def test_without_the_packages_of_a_server_its_commands_say_what_to_install():
+def test_without_packages_of_a_server_or_the_laboratory_commands_say_what_to_install(
+    monkeypatch, capsys
+):
     program = [sys.executable, "-c", WITHOUT_EXTRA]
     ended = subprocess.run(program, capture_output=True, text=True, check=True)
     remedy = "pip install 'sidelight[serve]'"
@@ -470,13 +430,92 @@ def test_without_the_packages_of_a_server_its_commands_say_what_to_install():
     assert re.findall(r"^\d$", ended.stdout, re.MULTILINE) == ["0", "2"]
     (line,) = ended.stderr.splitlines()
     assert remedy in line
-
-
-def test_without_the_laboratory_its_commands_say_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, capsys: Captured
-):
     monkeypatch.setattr("sidelight.cli.entry_points", lambda **_: EntryPoints())
     assert run("reproduce", "toxicchat") == 2
     assert "pip install sidelight-lab" in capsys.readouterr().err
     assert run("--help") == 0
     assert "reproduce" not in capsys.readouterr().out
+
+
+# Threads.
+
+# Prints what the environment says at the moment when torch is first imported.
+AT_TORCHS_IMPORT = """
+import os, sys
+from pathlib import Path
+
+class Watch:
+    def find_spec(name, path=None, target=None):
+        if name == "torch":
+            print(os.environ.get("OMP_WAIT_POLICY"), os.environ.get("OMP_NUM_THREADS"))
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Watch)
+import sidelight.cli.threads
+from sidelight.cli import main
+sidelight.cli.threads.ROOT = Path(sys.argv.pop(1))
+main()
+"""
+
+
+def put(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+HALF_A_CPU = {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "50000 100000\n"}
+
+
+@pytest.mark.slow
+def test_threads_sleep_while_they_wait_and_keep_to_the_quota_before_torch_is_imported(
+    tmp_path, monkeypatch
+):
+    usual = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
+    command = [sys.executable, "-c", AT_TORCHS_IMPORT, str(put(tmp_path, HALF_A_CPU)), "env"]
+    said = subprocess.run(command, env=usual, capture_output=True, text=True, check=False).stdout
+    assert said.splitlines()[0] == "PASSIVE 1"
+    # What the user has set wins.
+    chosen = {"OMP_WAIT_POLICY": "ACTIVE", "OMP_NUM_THREADS": "2"}
+    monkeypatch.setattr(threads, "ROOT", tmp_path)
+    monkeypatch.setattr(os, "environ", {**chosen})
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    threads.limit_threads()
+    assert os.environ == chosen
+
+
+def version_1(quota: int) -> dict[str, str]:
+    return {
+        "proc/self/cgroup": "4:cpu,cpuacct:/job\n3:cpuset:/job\n0::/\n",
+        "sys/fs/cgroup/cpu/job/cpu.cfs_quota_us": f"{quota}\n",
+        "sys/fs/cgroup/cpu/job/cpu.cfs_period_us": "100000\n",
+    }
+
+
+# Of the process's own group and of those above it, the smallest counts.
+NESTED = {
+    "proc/self/cgroup": "0::/pod/box\n",
+    "sys/fs/cgroup/pod/box/cpu.max": "max 100000\n",
+    "sys/fs/cgroup/pod/cpu.max": "300000 100000\n",
+    "sys/fs/cgroup/other/cpu.max": "100000 100000\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("files", "quota"),
+    [
+        ({}, None),
+        (HALF_A_CPU, 1),
+        ({**HALF_A_CPU, "sys/fs/cgroup/cpu.max": "max 100000\n"}, None),
+        ({**HALF_A_CPU, "sys/fs/cgroup/cpu.max": "150000 100000\n"}, 2),
+        # A container may see its own group as the root.
+        ({**HALF_A_CPU, "proc/self/cgroup": "0::/docker/4f2a\n"}, 1),
+        (NESTED, 3),
+        (version_1(250000), 3),
+        (version_1(-1), None),
+    ],
+)
+def test_the_quota_is_the_control_groups(tmp_path, files, quota):
+    assert threads.cpu_quota(put(tmp_path, files)) == quota
