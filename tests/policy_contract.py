@@ -5,8 +5,7 @@ different things. What each text is answered with is known beforehand, by plain 
 """
 
 import json
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -35,16 +34,9 @@ TOKENS = 24
 LEAK = 0.75
 CHATS, CHECKS = "/v1/chat/completions", "/v1/moderations"
 GUARDRAIL = "/beta/litellm_basic_guardrail_api"
-READS = {
-    "injection": Reads(),
-    "leak": Reads("response"),
-    "newer": Reads(),
-    "told": Reads(),
-    "labelled": Reads(),
-    "silent": Reads(),
-    "heard": Reads("response"),
-}
 RESPONSES = {"leak", "heard"}
+NAMES = ("injection", "leak", "newer", "told", "labelled", "silent", "heard")
+READS = {name: Reads("response") if name in RESPONSES else Reads() for name in NAMES}
 # What ordinary keys see of each probe; nobody sees a shadow.
 SEEN = {
     "injection": "labels",
@@ -102,8 +94,10 @@ class Subjects:
         intent = replace(intent, standardisation=measured(self.backbone))
         self.probes.append(intent)
         self.folders.append(str(save_probe(intent, home / "intent")))
-        chats = [self.chat(text) for text in _TEXTS]
+        self.by_name = {probe.name: probe for probe in self.probes}
+        self.folder_of = dict(zip(self.by_name, self.folders, strict=True))
         plain = [self.backbone.encoder.encode(PlainText(text)) for text in _TEXTS]
+        chats = [self.chat(text) for text in _TEXTS]
         scores = np.stack([self.scores(chats), self.scores(plain)])
         low, high = scores.min(0), scores.max(0)
         self.injected = _TEXTS[int(low.argmax())]
@@ -120,11 +114,16 @@ class Subjects:
         return self.backbone.encoder.encode([Message("user", text)])
 
     def scores(self, prompts: list[EncodedPrompt], name: str = "injection") -> np.ndarray:
-        (probe,) = (probe for probe in self.probes if probe.name == name)
-        return self.probability(probe, prompts)
+        return self.probabilities(self.by_name[name], prompts)
 
-    def probability(self, probe: Probe, prompts: list[EncodedPrompt]) -> np.ndarray:
+    def probabilities(self, probe: Probe, prompts: list[EncodedPrompt]) -> np.ndarray:
         return 1 / (1 + np.exp(-score(self.backbone, Bank([probe]), prompts)[0][:, 0]))
+
+    def answered(self, text: str, ids: Sequence[int]) -> EncodedPrompt:
+        """A prompt and its response."""
+        prompt = self.chat(text)
+        parts = prompt.parts + (Part.RESPONSE,) * len(ids)
+        return EncodedPrompt((*prompt.token_ids, *ids), parts)
 
     def written(self, text: str) -> tuple[list[int], np.ndarray]:
         """What the model writes greedily, and the score of each token of it."""
@@ -133,10 +132,7 @@ class Subjects:
         options = {"do_sample": False, "max_new_tokens": TOKENS, "pad_token_id": 0}
         whole = self.backbone.model.generate(read, attention_mask=torch.ones_like(read), **options)
         ids, end = whole[0, len(prompt) :].tolist(), self.backbone.tokenizer.eos_token_id
-        texts = [
-            EncodedPrompt(prompt.token_ids + tuple(ids[:k]), prompt.parts + (Part.RESPONSE,) * k)
-            for k in range(1, len(ids) + 1)
-        ]
+        texts = [self.answered(text, ids[:k]) for k in range(1, len(ids) + 1)]
         scores = self.scores(texts, "leak")
         return ids, scores[:-1] if ids[-1] == end else scores
 
@@ -208,9 +204,14 @@ class PolicyServer:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         return self.http.post(path, json=body, headers=headers)
 
-    def metrics(self, key: str | None = None) -> str:
+    def metrics(self, key: str | None = None) -> list[str]:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        return self.http.get("/metrics", headers=headers).text
+        return self.http.get("/metrics", headers=headers).text.splitlines()
+
+    def counted(self, *words: str, key: str | None = None) -> float:
+        """The sum of the series that have all of these words."""
+        series = [line for line in self.metrics(key) if all(word in line for word in words)]
+        return sum(float(line.rsplit(" ", 1)[1]) for line in series)
 
 
 def parts_of(response: httpx.Response) -> list[dict[str, Any]]:
@@ -238,12 +239,8 @@ def choices(response: httpx.Response) -> dict[int, tuple[str, str]]:
 def verdicts(response: httpx.Response) -> dict[str, dict[str, Any]]:
     """The last entry of each probe in the field ``sidelight``."""
     assert response.status_code == 200, response.text
-    entries = [
-        entry
-        for part in parts_of(response)
-        for entry in (part.get("sidelight") or {}).get("verdicts", ())
-    ]
-    return {entry["probe"]: entry for entry in entries}
+    fields = [part.get("sidelight") or {} for part in parts_of(response)]
+    return {entry["probe"]: entry for own in fields for entry in own.get("verdicts", ())}
 
 
 def in_header(response: httpx.Response) -> dict[str, dict[str, Any]]:
@@ -293,7 +290,7 @@ def told(server: PolicyServer, text: str, name: str) -> dict[str, str]:
     asked = {"input_type": "request", "texts": [text]}
     asked["additional_provider_specific_params"] = chosen
     guarded = server.post((GUARDRAIL, asked)).json()
-    series = [line for line in server.metrics().splitlines() if f'probe="{name}"' in line]
+    series = [line for line in server.metrics() if f'probe="{name}"' in line]
     has_scores = any(line.startswith("sidelight_probe_score") for line in series)
 
     def decided(**options: Any) -> httpx.Response:
@@ -456,12 +453,8 @@ class PolicyContract:
         assert verdicts(plain)["intent"] == {"probe": "intent", "error": "verdict_failed"}
 
     def test_a_shadow_is_in_no_answer_and_in_the_counts(self, server, subjects):
-        def compared():
-            lines = server.metrics(ADMIN).splitlines()
-            own = [line for line in lines if line.startswith("sidelight_shadow_agreements_total")]
-            return sum(float(line.rsplit(" ", 1)[1]) for line in own if 'shadow="newer"' in line)
-
-        before = compared()
+        compared = ("sidelight_shadow_agreements_total{", 'shadow="newer"')
+        before = server.counted(*compared, key=ADMIN)
         for key in (None, ADMIN):
             for asked in (
                 chat(subjects.benign, max_tokens=2),
@@ -472,15 +465,14 @@ class PolicyContract:
                 if key or asked[0] == CHATS:
                     assert answer.status_code == 200
                 assert "newer" not in f"{answer.text} {answer.headers}"
-        assert compared() > before
+        assert server.counted(*compared, key=ADMIN) > before
 
     @STREAMED
     @pytest.mark.parametrize("key", [None, ADMIN])
     def test_answers_tell_what_each_rule_discloses_and_an_admin_everything(
         self, server, subjects, streamed, key
     ):
-        wanted = {name: "scores" if key else own for name, own in SEEN.items()}
-        wanted = {name: own for name, own in wanted.items() if own != "nothing"}
+        wanted = {n: "scores" if key else own for n, own in SEEN.items() if key or own != "nothing"}
         answer = server.post(chat(subjects.passing, stream=streamed), key)
         assert {name: seen(entry) for name, entry in verdicts(answer).items()} == wanted
         in_headers = {name: seen(entry) for name, entry in in_header(answer).items()}
@@ -492,17 +484,12 @@ class PolicyContract:
 
     def test_each_place_tells_what_the_documented_table_says(self, server, subjects):
         for setting, name in (("scores", "told"), ("labels", "labelled"), ("none", "silent")):
-            wanted = documented(setting)
-            wanted = {place: word for place, word in wanted.items() if place not in server.absent}
+            wanted = {p: word for p, word in documented(setting).items() if p not in server.absent}
             assert told(server, subjects.benign, name) == wanted, setting
 
     def test_decisions_are_audited_and_counted(self, server, subjects):
-        def blocks():
-            series = 'sidelight_actions_total{action="block",probe="injection",side="input"}'
-            line = re.search(rf"^{re.escape(series)} (\S+)$", server.metrics(), re.MULTILINE)
-            return float(line[1]) if line else 0.0
-
-        before, counted = server.audit.read_text(), blocks()
+        blocks = 'sidelight_actions_total{action="block",probe="injection",side="input"}'
+        before, counted = server.audit.read_text(), server.counted(blocks)
         answer = server.post(chat(subjects.injected))
         lines = server.audit.read_text().removeprefix(before).splitlines()
         audited = {line["probe"]: line for line in map(json.loads, lines)}
@@ -512,4 +499,4 @@ class PolicyContract:
         assert audited["newer"]["action"] in ("shadow", "none")
         assert {line["request_id"] for line in audited.values()} == {answer.headers["x-request-id"]}
         assert subjects.injected not in "".join(lines)
-        assert blocks() == counted + 1
+        assert server.counted(blocks) == counted + 1

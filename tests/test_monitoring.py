@@ -6,7 +6,8 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import httpx
@@ -34,8 +35,7 @@ POLICY = Policy(
 )
 
 
-def alert_rules() -> list[dict]:
-    return [rule for group in ALERTS["groups"] for rule in group["rules"]]
+ALERT_RULES = [rule for group in ALERTS["groups"] for rule in group["rules"]]
 
 
 def panel_queries() -> list[str]:
@@ -64,100 +64,87 @@ def test_the_alerts_fire_when_they_should_and_only_then():
 
 def test_the_tests_of_alerts_make_each_of_them_fire():
     fired = re.findall(r'alertname="(\w+)"', (DEPLOY / "alerts_test.yaml").read_text())
-    assert set(fired) == {rule["alert"] for rule in alert_rules()}
+    assert set(fired) == {rule["alert"] for rule in ALERT_RULES}
     told = (DEPLOY.parent / "docs" / "deploy.md").read_text()
     assert [name for name in fired if f"`{name}`" not in told] == []
-    assert all({"summary", "remedy"} == rule["annotations"].keys() for rule in alert_rules())
+    assert all({"summary", "remedy"} == rule["annotations"].keys() for rule in ALERT_RULES)
 
 
+@dataclass(frozen=True)
 class Prometheus:
-    """Debian's, with the configuration of ``deploy/`` but for the address and the intervals."""
-
-    def __init__(self, folder: Path, target: str):
-        (folder / "metrics-key").write_text(METRICS_KEY)
-        (folder / "alerts.yaml").write_text((DEPLOY / "alerts.yaml").read_text())
-        config = (DEPLOY / "prometheus.yaml").read_text()
-        for written, here in (
-            ("/run/secrets/metrics-key", str(folder / "metrics-key")),
-            ("sidelight:8000", target.removeprefix("http://")),
-            ("15s", "1s"),
-        ):
-            assert written in config
-            config = config.replace(written, here)
-        (folder / "prometheus.yaml").write_text(config)
-        promtool("check", "config", folder / "prometheus.yaml")
-        port = free_port()
-        self.process = subprocess.Popen(
-            [
-                installed("prometheus"),
-                f"--config.file={folder / 'prometheus.yaml'}",
-                f"--storage.tsdb.path={folder / 'data'}",
-                f"--web.listen-address=127.0.0.1:{port}",
-                "--log.level=error",
-            ]
-        )
-        self._http = httpx.Client(base_url=f"http://127.0.0.1:{port}/api/v1/")
+    http: httpx.Client
 
     def get(self, path: str, **parameters: str) -> dict:
-        answer = self._http.get(path, params=parameters)
+        answer = self.http.get(path, params=parameters)
         assert answer.status_code == 200, answer.text
         return answer.json()["data"]
 
-    def query(self, query: str) -> list[dict]:
-        return self.get("query", query=query)["result"]
-
-    def wait_until(self, query: str) -> None:
-        """Returns once the query finds something."""
+    def wait_until(self, query: str) -> list[dict]:
+        """What the query finds, once it finds something."""
         deadline = time.monotonic() + START_S
-        while True:
-            try:
-                if self.query(query):
-                    return
-            except httpx.ConnectError:
-                pass
+        while not (found := self.get("query", query=query)["result"]):
             assert time.monotonic() < deadline, query
             time.sleep(0.2)
+        return found
 
-    def close(self) -> None:
-        self._http.close()
-        self.process.terminate()
-        self.process.wait()
+
+@contextmanager
+def scraping(folder: Path, target: str) -> Iterator[Prometheus]:
+    """Debian's, with the configuration of ``deploy/`` but for the address and the intervals."""
+    (folder / "metrics-key").write_text(METRICS_KEY)
+    shutil.copy(DEPLOY / "alerts.yaml", folder)
+    config = (DEPLOY / "prometheus.yaml").read_text()
+    for written, here in (
+        ("/run/secrets/metrics-key", str(folder / "metrics-key")),
+        ("sidelight:8000", target.removeprefix("http://")),
+        ("15s", "1s"),
+    ):
+        assert written in config
+        config = config.replace(written, here)
+    (folder / "prometheus.yaml").write_text(config)
+    promtool("check", "config", folder / "prometheus.yaml")
+    port, program = free_port(), installed("prometheus")
+    options = {"config.file": folder / "prometheus.yaml", "storage.tsdb.path": folder / "data"}
+    options |= {"web.listen-address": f"127.0.0.1:{port}", "log.level": "error"}
+    words = [f"--{name}={value}" for name, value in options.items()]
+    address = f"http://127.0.0.1:{port}/api/v1/"
+    # It does not listen at once.
+    waiting = httpx.HTTPTransport(retries=8)
+    with (
+        subprocess.Popen([program, *words]) as process,
+        httpx.Client(base_url=address, transport=waiting) as http,
+    ):
+        try:
+            yield Prometheus(http)
+        finally:
+            process.terminate()
 
 
 @pytest.fixture(scope="module")
 def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     """It has scraped a server before, between and after some requests of every kind."""
-    for program in ("prometheus", "promtool"):
-        installed(program)
     backbone = tiny_backbone()
     stored = {"validation": {"scores": {"toxic": [5] * 10}}}
-    judging = untrained_probe(backbone, "injection", threshold=0.99)
-    probes = [
-        replace(judging, record=stored),
-        replace(judging, name="shadow"),
-        untrained_probe(backbone, "answers", reads=Reads("response")),
-    ]
-    settings = {"api_key": [KEY], "metrics_key": [METRICS_KEY]}
-    with served(TransformersEngine(backbone, probes), policy=POLICY, **settings) as address:
-        own = Prometheus(tmp_path_factory.mktemp("prometheus"), address)
-        try:
-            own.wait_until("up == 1")
-            with http_client(address) as http:
-                http.headers["Authorization"] = f"Bearer {KEY}"
-                ask_everything(http)
-            own.wait_until("sum(increase(sidelight_completion_tokens_total[1m])) > 0")
-            own.wait_until("sidelight_probe_drift_psi")
-            yield own
-        finally:
-            own.close()
-
-
-def ask_everything(http: httpx.Client) -> None:
-    texts = [f"text {i}" for i in range(ENOUGH)]
-    http.post("/v1/moderations", json={"input": texts}).raise_for_status()
-    ask = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 5}
-    for stream in (False, True):
-        http.post("/v1/chat/completions", json={**ask, "stream": stream}).raise_for_status()
+    judging = replace(untrained_probe(backbone, "injection", threshold=0.99), record=stored)
+    answers = untrained_probe(backbone, "answers", reads=Reads("response"))
+    probes = [judging, replace(judging, name="shadow"), answers]
+    engine = TransformersEngine(backbone, probes)
+    settings = {"policy": POLICY, "api_key": [KEY], "metrics_key": [METRICS_KEY]}
+    chat = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 5}
+    with (
+        served(engine, **settings) as address,
+        scraping(tmp_path_factory.mktemp("prometheus"), address) as prometheus,
+        http_client(address) as http,
+    ):
+        prometheus.wait_until("up == 1")
+        http.headers["Authorization"] = f"Bearer {KEY}"
+        texts = [f"text {i}" for i in range(ENOUGH)]
+        http.post("/v1/moderations", json={"input": texts}).raise_for_status()
+        for stream in (False, True):
+            http.post("/v1/chat/completions", json={**chat, "stream": stream}).raise_for_status()
+        prometheus.wait_until("sum(increase(sidelight_completion_tokens_total[1m])) > 0")
+        prometheus.wait_until("sidelight_probe_drift_psi")
+        yield prometheus
 
 
 @pytest.mark.slow
@@ -167,13 +154,13 @@ def test_every_panel_of_the_dashboard_shows_something(prometheus: Prometheus):
         prometheus.wait_until(query)
     for variable in DASHBOARD["templating"]["list"][1:]:
         series, label = re.fullmatch(r"label_values\((.+), (\w+)\)", variable["query"]).groups()
-        (first, *_) = prometheus.query(series.replace("$job", "sidelight"))
+        (first, *_) = prometheus.wait_until(series.replace("$job", "sidelight"))
         assert label in first["metric"]
 
 
 @pytest.mark.slow
 def test_every_series_and_label_of_the_alerts_exists_and_all_are_evaluated(prometheus: Prometheus):
-    for rule in alert_rules():
+    for rule in ALERT_RULES:
         labels = re.findall(r"by \(([^)]+)\)", rule["expr"])
         grouped = {label.strip() for group in labels for label in group.split(",")}
         selectors = re.findall(r"(\b(?:sidelight_\w+|up))(?:\{([^}]*)\})?", rule["expr"])
@@ -188,4 +175,4 @@ def test_every_series_and_label_of_the_alerts_exists_and_all_are_evaluated(prome
                 assert any(re.fullmatch(wanted[label], series[label]) for series in found), wanted
     groups = prometheus.get("rules")["groups"]
     health = {rule["name"]: rule["health"] for group in groups for rule in group["rules"]}
-    assert health == {rule["alert"]: "ok" for rule in alert_rules()}
+    assert health == {rule["alert"]: "ok" for rule in ALERT_RULES}

@@ -1,9 +1,8 @@
 """The series of a server: what they count, and the time that probes take."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
-from typing import Any
 
 import pytest
 
@@ -79,22 +78,18 @@ def test_the_judging_of_each_text_counts_once_on_each_side(tiny, sides, asked, p
 
 def test_the_time_of_a_slow_probe_is_in_it(tiny, monkeypatch: pytest.MonkeyPatch):
     """Its projection inside the forward pass, and its state: of each pass, once for each text."""
-    monkeypatch.setattr(BankTap, "__call__", delayed(BankTap.__call__))
-    monkeypatch.setattr(Panel, "read", delayed(Panel.read))
-    of_input, of_output = judging(
-        series(engine_of(tiny, "output"), [(CHATS, SHORT)], Policy()), "sum"
-    )
+
+    def delay(owner: type, name: str) -> None:
+        call = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args: (time.sleep(DELAY_S), call(*args))[1])
+
+    delay(BankTap, "__call__")
+    delay(Panel, "read")
+    values = series(engine_of(tiny, "output"), [(CHATS, SHORT)], Policy())
+    of_input, of_output = judging(values, "sum")
     layers, steps = 4, 2
     assert of_input >= layers * DELAY_S
     assert of_output >= steps * (layers + 1) * DELAY_S
-
-
-def delayed(call: Callable[..., Any]) -> Callable[..., Any]:
-    def slow(*args: Any) -> Any:
-        time.sleep(DELAY_S)
-        return call(*args)
-
-    return slow
 
 
 def test_metrics_count_requests_tokens_and_verdicts_and_repeat_no_text(tiny):
