@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Sequence
+from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
@@ -21,91 +21,65 @@ from sidelight.server.keys import Key, read_keys
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"
-# What the server takes to end beyond its notice and its drain, and some more.
-LEEWAY_S = 3
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+CONFIG = DEPLOY / "server.toml"
 
 
 def documents(name: str) -> list[dict]:
     return list(yaml.safe_load_all((DEPLOY / name).read_text()))
 
 
-def parsed(words: Sequence[str]) -> dict:
-    """What ``sidelight`` understands by these words; unknown ones are an error."""
-    name, *rest = words
-    return app.commands[name].make_context(name, list(rest)).params
-
-
-def instructions() -> list[tuple[str, str]]:
-    """The instructions of the Dockerfile, each in one line."""
-    text = re.sub(r"^#.*\n", "", (DEPLOY / "Dockerfile").read_text(), flags=re.MULTILINE)
-    lines = re.sub(r"\\\n", " ", text).splitlines()
-    return [tuple(line.split(maxsplit=1)) for line in lines if line]
-
-
-def last(instruction: str) -> str:
-    return [text for name, text in instructions() if name == instruction][-1]
-
-
-def unit() -> dict[str, list[str]]:
-    """The settings of the systemd unit; each may be repeated."""
-    settings: dict[str, list[str]] = {}
-    for line in (DEPLOY / "sidelight.service").read_text().splitlines():
-        if "=" in line and not line.startswith("#"):
-            name, value = line.split("=", 1)
-            settings.setdefault(name, []).append(value)
-    return settings
-
-
-def stateful_set() -> dict:
-    (found,) = (d for d in documents("kubernetes.yaml") if d["kind"] == "StatefulSet")
-    return found["spec"]
-
-
-def container() -> dict:
-    (found,) = stateful_set()["template"]["spec"]["containers"]
-    return found
-
-
-def compose() -> dict:
-    return documents("compose.yaml")[0]["services"]["sidelight"]
+(STATEFUL_SET,) = (d["spec"] for d in documents("kubernetes.yaml") if d["kind"] == "StatefulSet")
+POD = STATEFUL_SET["template"]["spec"]
+(CONTAINER,) = POD["containers"]
+COMPOSE = documents("compose.yaml")[0]["services"]["sidelight"]
+# The instructions of the Dockerfile, each in one line.
+DOCKERFILE = re.sub(r"^#.*\n|\\\n", "", (DEPLOY / "Dockerfile").read_text(), flags=re.MULTILINE)
+INSTRUCTIONS = [line.split(maxsplit=1) for line in DOCKERFILE.splitlines() if line]
+# The last one of each name.
+LAST = dict(INSTRUCTIONS)
+UNIT = ConfigParser(strict=False, interpolation=None)
+UNIT.read(DEPLOY / "sidelight.service")
+SERVICE = UNIT["Service"]
+# What the server takes to end beyond its notice and its drain, and some more.
+LEEWAY_S = 3
 
 
 def test_every_command_is_one_of_the_command_line():
-    image = json.loads(last("ENTRYPOINT")) + json.loads(last("CMD"))
-    service = shlex.split(unit()["ExecStart"][0])
-    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-    for program, *words in (image, service, ["sidelight", *container()["args"]]):
-        assert Path(program).name in scripts
-        assert parsed(words)["config"] == Path("/etc/sidelight/server.toml")
-    config = read_config(config=DEPLOY / "server.toml")
+    image = json.loads(LAST["ENTRYPOINT"]) + json.loads(LAST["CMD"])
+    service = shlex.split(SERVICE["ExecStart"])
+    for program, name, *words in (image, service, ["sidelight", *CONTAINER["args"]]):
+        assert Path(program).name in PROJECT["scripts"]
+        # Unknown words are an error.
+        params = app.commands[name].make_context(name, words).params
+        assert params["config"] == Path("/etc/sidelight/server.toml")
+    config = read_config(config=CONFIG)
     assert config.policy is not None
-    assert config.port == int(last("EXPOSE")) == container()["ports"][0]["containerPort"]
-    assert f"{config.port}:{config.port}" in compose()["ports"]
+    assert config.port == int(LAST["EXPOSE"]) == CONTAINER["ports"][0]["containerPort"]
+    assert f"{config.port}:{config.port}" in COMPOSE["ports"]
 
 
 def test_every_stop_leaves_the_time_to_drain():
-    config = read_config(config=DEPLOY / "server.toml")
+    config = read_config(config=CONFIG)
     least = config.notice_s + config.drain_s + LEEWAY_S
-    assert stateful_set()["template"]["spec"]["terminationGracePeriodSeconds"] >= least
-    assert int(compose()["stop_grace_period"].removesuffix("s")) >= least
-    assert int(unit()["TimeoutStopSec"][0]) >= least
-    ready = container()["readinessProbe"]
+    assert POD["terminationGracePeriodSeconds"] >= least
+    assert int(COMPOSE["stop_grace_period"].removesuffix("s")) >= least
+    assert int(SERVICE["TimeoutStopSec"]) >= least
+    ready = CONTAINER["readinessProbe"]
     assert ready["periodSeconds"] * ready["failureThreshold"] < config.notice_s
 
 
 def test_every_path_of_the_configuration_is_mounted():
-    config = read_config(config=DEPLOY / "server.toml")
+    config = read_config(config=CONFIG)
     used = [config.policy, config.api_keys_file, config.admin_keys_file, config.audit_log]
     used.append(Path("/var/cache/sidelight"))
-    in_pod = {Path(mount["mountPath"]) for mount in container()["volumeMounts"]}
-    in_compose = {
-        Path(volume.removesuffix(":ro").rsplit(":")[-1]) for volume in compose()["volumes"]
-    }
+    in_pod = {Path(mount["mountPath"]) for mount in CONTAINER["volumeMounts"]}
+    in_compose = {Path(text.removesuffix(":ro").rsplit(":")[-1]) for text in COMPOSE["volumes"]}
     assert [path for path in used if not in_pod & {path, *path.parents}] == []
     assert [path for path in [*used, *config.probe] if not in_compose & {path, *path.parents}] == []
-    written = {Path(path) for path in json.loads(last("VOLUME"))}
-    assert written == {Path("/var/lib/sidelight"), Path("/var/cache/sidelight")}
-    (projected,) = (v for v in stateful_set()["template"]["spec"]["volumes"] if "projected" in v)
+    written = json.loads(LAST["VOLUME"])
+    assert sorted(written) == ["/var/cache/sidelight", "/var/lib/sidelight"]
+    (projected,) = (v for v in POD["volumes"] if "projected" in v)
     (generated,) = documents("kustomization.yaml")[0]["configMapGenerator"]
     kept, secret = projected["projected"]["sources"]
     assert kept["configMap"]["name"] == generated["name"]
@@ -115,20 +89,18 @@ def test_every_path_of_the_configuration_is_mounted():
 
 
 def test_the_image_is_pinned_and_runs_without_root():
-    bases = [text for name, text in instructions() if name == "FROM"]
+    bases = [text for name, text in INSTRUCTIONS if name == "FROM"]
     assert all("@${BASE_DIGEST}" in base for base in bases)
-    user = last("USER")
-    pod = stateful_set()["template"]["spec"]["securityContext"]
-    assert user == f"{pod['runAsUser']}:{pod['runAsGroup']}"
-    assert f"--uid {pod['runAsUser']} " in last("RUN")
+    user = POD["securityContext"]
+    assert LAST["USER"] == f"{user['runAsUser']}:{user['runAsGroup']}"
+    assert f"--uid {user['runAsUser']} " in LAST["RUN"]
     given = (DEPLOY / "Dockerfile.dockerignore").read_text().splitlines()
-    copied = [text.split()[:-1] for name, text in instructions() if name == "COPY"]
+    copied = [text.split()[:-1] for name, text in INSTRUCTIONS if name == "COPY"]
     sources = [path for paths in copied if not paths[0].startswith("--") for path in paths]
     assert sources
     assert all((ROOT / path).exists() and f"!{path}" in given for path in sources)
-    extras = dict(text.split("=") for name, text in instructions() if name == "ARG" and "=" in text)
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert extras["EXTRAS"].strip('"') in project["optional-dependencies"]
+    extras = dict(text.split("=") for name, text in INSTRUCTIONS if name == "ARG" and "=" in text)
+    assert extras["EXTRAS"].strip('"') in PROJECT["optional-dependencies"]
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
@@ -136,11 +108,9 @@ def test_the_commands_of_the_how_to_make_the_files_that_are_mounted(tmp_path: Pa
     page = (ROOT / "docs" / "deploy.md").read_text()
     commands = page.split("```console\n")[1].split("```")[0].replace("$ ", "")
     shutil.copytree(DEPLOY, tmp_path / "deploy", ignore=shutil.ignore_patterns("etc", ".env"))
-    done = subprocess.run(
-        ["sh", "-ec", commands], cwd=tmp_path, capture_output=True, text=True, check=True
-    )
+    said = subprocess.check_output(["sh", "-ec", commands], cwd=tmp_path, text=True)
     etc = tmp_path / "deploy" / "etc"
-    told = dict(line.split(": ") for line in done.stdout.splitlines())
+    told = dict(line.split(": ") for line in said.splitlines())
     assert read_keys(etc / "api-keys") == (Key.of("shop", told["client"]),)
     assert [key.id for key in read_keys(etc / "admin-keys")] == ["operator"]
     read_policy(etc / "policy.toml")
@@ -160,8 +130,8 @@ def test_systemd_accepts_the_unit_and_calls_it_hardened(tmp_path: Path):
 
 
 def test_a_wrong_configuration_is_not_started_again(tmp_path: Path):
-    settings = (DEPLOY / "server.toml").read_text().replace("/etc/sidelight/", f"{tmp_path}/")
+    settings = CONFIG.read_text().replace("/etc/sidelight/", f"{tmp_path}/")
     (tmp_path / "server.toml").write_text(settings)
     (tmp_path / "policy.toml").write_text("nonsense = 1\n")
     code = run("serve", "--config", str(tmp_path / "server.toml"))
-    assert code == int(unit()["RestartPreventExitStatus"][0])
+    assert code == int(SERVICE["RestartPreventExitStatus"])

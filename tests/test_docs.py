@@ -84,26 +84,6 @@ def first_cells(page: str, head: str) -> list[str]:
     return [row.split("|")[1].strip() for row in table.splitlines()[1:]]
 
 
-def names_of(requirements: list[str]) -> set[str]:
-    names = {re.split(r"[\[<>=~!; ]", line)[0] for line in requirements}
-    return names - {"sidelight"}
-
-
-def test_every_dependency_has_its_sentence():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    laboratory = tomllib.loads((ROOT / "lab" / "pyproject.toml").read_text())["project"]
-    extras = project["optional-dependencies"]
-    tools = names_of([*extras.pop("dev"), *extras.pop("vllm-test")])
-    used = names_of(
-        sum(extras.values(), start=project["dependencies"] + laboratory["dependencies"])
-    )
-    cells = first_cells("dependencies.md", "| package | why |")
-    told = {name.strip() for cell in cells for name in re.sub(r"\(.*\)", "", cell).split(",")}
-    assert used - told == set()
-    words = re.findall(r"[\w-]+", (ROOT / "docs" / "dependencies.md").read_text())
-    assert tools - told - set(words) == set()
-
-
 NAMES = {"sklearn": "scikit-learn"}
 # What a declared package brings, and engines that whoever wants them installs.
 BROUGHT = {"packaging", "pydantic_core", "opentelemetry", "starlette", "tokenizers", "vllm"}
@@ -112,9 +92,9 @@ BROUGHT = {"packaging", "pydantic_core", "opentelemetry", "starlette", "tokenize
 def test_the_product_imports_only_what_it_declares():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    declared = names_of(
-        sum((extras[name] for name in ("serve", "plots", "datasets")), project["dependencies"])
-    )
+    kinds = (extras[name] for name in ("serve", "plots", "datasets"))
+    lines = sum(kinds, project["dependencies"])
+    declared = {re.split(r"[\[<>=~!; ]", line)[0] for line in lines}
     imported: set[str] = set()
     for path in SOURCE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -125,6 +105,15 @@ def test_the_product_imports_only_what_it_declares():
     foreign = imported - sys.stdlib_module_names - BROUGHT - {"sidelight"}
     packages = {NAMES.get(name, name.replace("_", "-")) for name in foreign}
     assert packages - declared == set()
+
+
+def dependencies() -> set[str]:
+    """Of the product and the laboratory, and their tools."""
+    folders = (ROOT, ROOT / "lab")
+    projects = [tomllib.loads((f / "pyproject.toml").read_text())["project"] for f in folders]
+    lists = [projects[0]["dependencies"], *projects[0]["optional-dependencies"].values()]
+    lines = sum(lists, projects[1]["dependencies"])
+    return {re.split(r"[\[<>=~!; ]", line)[0] for line in lines} - {"sidelight"}
 
 
 @pytest.mark.slow
@@ -172,6 +161,7 @@ def options() -> set[str]:
 REFERENCE = {
     "commands.md": commands,
     "configuration.md": options,
+    "dependencies.md": dependencies,
     "manifest.md": lambda: [field.name for field in fields(Manifest)],
     "metrics.md": series,
     "policy-file.md": lambda: [field.name for kind in (Policy, Rule) for field in fields(kind)],
@@ -210,12 +200,8 @@ def test_every_command_shown_has_the_options_it_is_given(page: Path):
 
 def test_every_policy_and_configuration_shown_is_one(tmp_path: Path):
     path = tmp_path / "shown.toml"
-    for page, read in (
-        ("tutorial.md", read_policy),
-        ("policies.md", read_policy),
-        ("policy-file.md", read_policy),
-        ("configuration.md", lambda path: read_config(config=path)),
-    ):
+    readers = dict.fromkeys(("tutorial.md", "policies.md", "policy-file.md"), read_policy)
+    for page, read in {**readers, "configuration.md": lambda p: read_config(config=p)}.items():
         shown = re.findall(r"```toml\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
         assert shown, page
         for text in shown:
