@@ -2,7 +2,6 @@
 
 import asyncio
 from functools import partial
-from itertools import chain
 
 import pytest
 from transformers import Gemma3TextConfig, LlamaConfig
@@ -26,7 +25,6 @@ from sidelight.engines.base import (
     Finished,
     PromptJudged,
     Sampling,
-    TextDelta,
     admit_all,
 )
 from sidelight.engines.queue import Limits, Request, RequestQueue
@@ -42,6 +40,11 @@ BACKBONES = {
     "gemma3": lambda: tiny_backbone(Gemma3TextConfig(**GROUPED, sliding_window=8)),
 }
 TEXTS = ["hi", "a longer text than the others, so that they are padded", "of middle length"]
+TURNS = [
+    [Message("user", text), Message("assistant", "so " * 20), Message("user", text), *reply]
+    for text in TEXTS[:2]
+    for reply in ([], [Message("assistant", "an answer that is judged too")])
+]
 
 
 @pytest.fixture(scope="module")
@@ -51,23 +54,42 @@ def llama():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("make", BACKBONES.values(), ids=BACKBONES)
-def test_a_batch_writes_what_the_model_alone_writes_also_of_prompts_in_parts(make):
+def test_a_batch_writes_and_judges_as_the_model_alone_also_of_prompts_in_parts(make):
     backbone = make()
-    check_batches(backbone)
-    check_parts(backbone)
+    # Their states are merged in every way.
+    probes = [
+        *three_probes(backbone),
+        untrained_probe(backbone, "turns", reads=Reads(scope="each_turn")),
+        untrained_probe(backbone, "late", reads=Reads("response")),
+        untrained_probe(backbone, "both", reads=Reads("both"), mechanism="attention"),
+    ]
 
-
-def check_batches(backbone):
     async def ask_all(engine):
         # Together first; then one enters and leaves while another is being written.
         together = await asyncio.gather(*(ask(engine, text) for text in TEXTS))
         staggered = (ask(engine, text, delay_s=i / 100) for i, text in enumerate(TEXTS))
-        return [together, await asyncio.gather(*staggered)]
+        return [together, await asyncio.gather(*staggered)], await engine.judge(TURNS)
 
-    expected = [reference(backbone, text) for text in TEXTS]
-    for limits in (Limits(), Limits(running=2, prefill_tokens=64, cache_tokens=256)):
-        for answers in run(backbone, ask_all, limits=limits):
+    expected, told = [reference(backbone, text) for text in TEXTS], []
+    passes = count_passes(backbone)
+    roomy, small = Limits(), Limits(running=2, prefill_tokens=64, cache_tokens=256)
+    for limits in (roomy, small, Limits(prefill_tokens=7)):
+        passes.clear()
+        written, judged = run(backbone, ask_all, probes=probes, limits=limits)
+        for answers in written:
             assert [(a.text, a.finished.completion_tokens) for a in answers] == expected
+            events = [event for a in answers for event in (a.judged, a.finished)]
+            told.append([event.judgement for event in (*events, *judged)])
+    assert max(shape.numel() for shape in passes if shape[1] > 1) <= 7
+    for judgements in told[1:]:
+        for own, wanted in zip(judgements, told[0], strict=True):
+            assert own.failed == wanted.failed
+            assert [(v.probe, v.turn) for v in own.verdicts] == [
+                (v.probe, v.turn) for v in wanted.verdicts
+            ]
+            assert probabilities(own.verdicts) == pytest.approx(
+                probabilities(wanted.verdicts), abs=ROUNDING
+            )
 
 
 def test_a_text_ends_with_its_length_a_stop_string_its_turn_or_the_context(llama):
@@ -110,10 +132,7 @@ def test_a_seed_gives_the_same_text_beside_any_neighbours(llama):
     assert alone != other
 
 
-def test_another_kind_of_state_and_two_probes_of_one_name_are_refused(llama):
-    probes = three_probes(llama)
-    with pytest.raises(SidelightError, match="distinct names"):
-        TransformersEngine(llama, [*probes, probes[0]])
+def test_another_kind_of_state_is_refused():
     backbone = tiny_backbone()
     backbone.model.config.layer_types = ["full_attention", "linear_attention", "full_attention"]
     with pytest.raises(SidelightError, match="linear_attention"):
@@ -123,22 +142,15 @@ def test_another_kind_of_state_and_two_probes_of_one_name_are_refused(llama):
 def test_nothing_is_written_for_what_is_not_admitted(llama):
     seen: list[PromptJudged] = []
 
-    def refuse(judged):
-        seen.append(judged)
-        return False
-
     async def refused(engine):
-        events = await events_of(engine, "hello", admits=refuse)
+        # ``append`` returns None, so nobody is admitted.
+        events = await events_of(engine, "hello", admits=seen.append)
         assert engine.load.running == engine.load.waiting == 0
         return events
 
     passes = count_passes(llama)
-    probes = [
-        untrained_probe(llama, "early"),
-        untrained_probe(llama, "late", reads=Reads("response")),
-    ]
-    events = run(llama, refused, probes=probes)
-    assert events == seen
+    late = untrained_probe(llama, "late", reads=Reads("response"))
+    assert run(llama, refused, probes=[untrained_probe(llama, "early"), late]) == seen
     assert [verdict.probe for verdict in seen[0].judgement.verdicts] == ["early"]
     assert len(passes) == 1
 
@@ -212,22 +224,17 @@ def test_a_list_of_texts_is_one_place_in_line():
     assert order == [texts[:2], [other, texts[2]], texts[3:]]
 
 
-def test_a_full_queue_refuses():
+def test_a_full_queue_refuses_and_who_leaves_it_is_not_taken():
     queue = RequestQueue(Limits(waiting=2))
-    queue.join([request(), request()])
-    queue.join([request()])
+    stays, leaves, other = request(), request(), request()
+    queue.join([stays, leaves])
+    queue.join([other])
     with pytest.raises(EngineBusyError, match="2 waiting, the limit is 2") as busy:
         queue.join([request()])
     assert busy.value.retry_after_s > 0
     assert len(queue) == 3
-
-
-def test_who_leaves_the_queue_is_not_taken():
-    queue = RequestQueue(Limits())
-    stays, leaves = request(), request()
-    queue.join([stays, leaves])
     queue.leave([leaves])
-    assert queue.find_next([]) == [stays]
+    assert queue.find_next([]) == [stays, other]
 
 
 @pytest.mark.slow
@@ -271,68 +278,6 @@ def test_looping_clients_share_the_passes_with_a_victim(llama, kind, others, tex
     assert own == answer
     # One pass has begun when it comes, and one may begin before its last token is handed over.
     assert beside <= (others + 1) * alone + 2
-
-
-def passes_of(backbone, work, **limits):
-    shapes = count_passes(backbone)
-    outcome = run(backbone, work, probes=every_probe(backbone), limits=Limits(**limits))
-    return outcome, shapes
-
-
-def every_probe(backbone):
-    """Probes whose states are merged in every way, of all sides."""
-    return [
-        *three_probes(backbone),
-        untrained_probe(backbone, "turns", reads=Reads(scope="each_turn")),
-        untrained_probe(backbone, "late", reads=Reads("response")),
-        untrained_probe(backbone, "both", reads=Reads("both"), mechanism="attention"),
-    ]
-
-
-LONG_TEXTS = ["hi", "a text of three parts, " * 3, "and one of more, to be read in turns. " * 4]
-TURNS = [
-    [Message("user", text), Message("assistant", "so " * 20), Message("user", text), *reply]
-    for text in LONG_TEXTS[:2]
-    for reply in ([], [Message("assistant", "an answer that is judged too")])
-]
-
-
-def check_parts(backbone):
-    """Prompts that are read in parts have the texts and verdicts of those that are read whole."""
-
-    async def ask_all(engine):
-        together = await asyncio.gather(*(ask(engine, text) for text in LONG_TEXTS))
-        watched = await asyncio.gather(
-            *(events_of(engine, text, watch=["late", "both"]) for text in LONG_TEXTS)
-        )
-        return together, watched, await engine.judge(TURNS)
-
-    (answers, *wanted), whole = passes_of(backbone, ask_all)
-    (own_answers, *own), parts = passes_of(backbone, ask_all, prefill_tokens=7)
-    assert max(shape.numel() for shape in parts if shape[1] > 1) <= 7
-    assert max(shape.numel() for shape in whole) > 100
-    texts = [reference(backbone, text)[0] for text in LONG_TEXTS]
-    assert [a.text for a in own_answers] == [a.text for a in answers] == texts
-    for mine, theirs in zip(events_in(own_answers, *own), events_in(answers, *wanted), strict=True):
-        assert type(mine) is type(theirs)
-        if isinstance(mine, TextDelta):
-            continue
-        require_equal(mine.judgement, theirs.judgement)
-        if isinstance(mine, PromptJudged):
-            assert mine.tokens == theirs.tokens
-
-
-def events_in(answers, watched, judged):
-    ends = [event for answer in answers for event in (answer.judged, answer.finished)]
-    return [*ends, *chain.from_iterable(watched), *judged]
-
-
-def require_equal(judgement, wanted):
-    told = [[(v.probe, v.turn) for v in own.verdicts] for own in (judgement, wanted)]
-    assert (told[0], judgement.failed) == (told[1], wanted.failed)
-    assert probabilities(judgement.verdicts) == pytest.approx(
-        probabilities(wanted.verdicts), abs=ROUNDING
-    )
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import asyncio
 import pytest
 
 from engine_contract import EngineContract, Subject
+from sidelight.engines.queue import Limits
 from sidelight.engines.transformers import TransformersEngine
 from tiny import tiny_backbone
 from vllm_served import with_probes
@@ -12,11 +13,13 @@ from vllm_served import with_probes
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def subject(tmp_path_factory):
+@pytest.fixture(scope="module", params=[None, Limits(prefill_tokens=7)], ids=["whole", "parts"])
+def subject(request, tmp_path_factory):
     backbone = tiny_backbone()
     model = with_probes(backbone, "", tmp_path_factory.mktemp("probes"))
-    engine, unstarted = (TransformersEngine(backbone, model.probes) for _ in range(2))
+    engine, unstarted = (
+        TransformersEngine(backbone, model.probes, limits=request.param) for _ in range(2)
+    )
     with asyncio.Runner() as runner:
         runner.run(engine.start())
         yield Subject(engine, model, runner, unstarted)

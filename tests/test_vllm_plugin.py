@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -49,6 +50,7 @@ ROUNDING = 1e-5
 # Of the size that a column has by the sizes of its factors: float32's own.
 PRODUCT_ROUNDING = 4e-6
 WAYS = (Reads(), Reads("both"), Reads(template=False))
+PROMPT = EncodedPrompt(tuple(range(10, 14)), (Part.PROMPT,) * 4)
 READING = Reading("r", (1,), 0, bytes([Part.PROMPT] * 4), ends_prompt=True, is_plain=False)
 
 
@@ -196,6 +198,7 @@ def test_a_response_is_read_as_it_is_written_and_again_after_preemption(backbone
 @pytest.mark.parametrize("is_staged", [False, True])
 def test_on_plain_text_probes_of_chats_alone_fail(backbone, probes, is_staged):
     both = [replace(probe, name=f"{probe.name}-both", prompt_format="both") for probe in probes]
+    late, early = ([p for p in both if p.reads.includes_response is own] for own in (True, False))
     played = Played([*probes, *both])
     ids = range(10, 22)
     hidden = states_of(backbone, ids)
@@ -210,9 +213,7 @@ def test_on_plain_text_probes_of_chats_alone_fail(backbone, probes, is_staged):
         played.step([("r", hidden, [0, 1, 2], start, stop)])
         judgement = played.judgement("r")
         assert sorted(judgement.failed) == sorted(probe.name for probe in probes)
-        late = [probe for probe in both if probe.reads.includes_response]
         require_equal(late, judgement, backbone, with_response(plain, ids[:stop]))
-        early = [probe for probe in both if not probe.reads.includes_response]
         require_equal(early, judgement, backbone, plain)
 
 
@@ -335,11 +336,21 @@ def folders(backbone, tmp_path_factory):
 
 
 def worker_of(backbone, *folders, start=0, columns=0):
+    """Before vLLM has allocated its cache."""
     served = Served(folders, backbone.fingerprint, columns=columns)
     layers = range(start, backbone.fingerprint.layers)
-    worker = Worker(served, layers=layers, tokens=8, device=torch.device("cpu"))
+    return Worker(served, layers=layers, tokens=8, device=torch.device("cpu"))
+
+
+def started(*named, **options):
+    worker = worker_of(*named, **options)
     worker.allocate(blocks=2, block_size=4)
     return worker
+
+
+@pytest.fixture
+def worker(backbone, folders):
+    return started(backbone, folders["old"], folders["both"])
 
 
 def pass_of(worker, backbone, readings=(READING,)):
@@ -353,20 +364,17 @@ def pass_of(worker, backbone, readings=(READING,)):
 
 def test_a_worker_keeps_its_stage_when_the_cache_comes(backbone, folders):
     """Graphs may have been captured before that: what passes through a tap lands in its pages."""
-    served = Served((folders["old"],), backbone.fingerprint)
-    layers = range(backbone.fingerprint.layers)
-    worker = Worker(served, layers=layers, tokens=8, device=torch.device("cpu"))
+    worker = worker_of(backbone, folders["old"])
     assert worker.size_bytes == 0
     for layer, states in enumerate(states_of(backbone, range(10, 14))):
         torch.ops.sidelight.project(states, None, layer, torch.zeros(()))
     worker.allocate(blocks=2, block_size=4)
     worker.keep(torch.arange(4, 8))
-    prompt = EncodedPrompt(tuple(range(10, 14)), (Part.PROMPT,) * 4)
-    require_equal(served.load(), worker.judge([READING]).result().judgements["r"], backbone, prompt)
+    (probe,) = Served((folders["old"],), backbone.fingerprint).load()
+    require_equal([probe], worker.judge([READING]).result().judgements["r"], backbone, PROMPT)
 
 
-def test_a_step_waits_for_no_value_of_the_device(backbone, folders):
-    worker = worker_of(backbone, folders["old"], folders["both"])
+def test_a_step_waits_for_no_value_of_the_device(backbone, worker):
     hidden = states_of(backbone, range(10, 14))
     with _Steps():
         for layer, states in enumerate(hidden):
@@ -376,24 +384,19 @@ def test_a_step_waits_for_no_value_of_the_device(backbone, folders):
     assert len(work.result().judgements["r"].verdicts) == 2
 
 
-def test_a_pass_whose_columns_were_not_kept_ends_all_verdicts(backbone, folders):
+def test_a_pass_whose_columns_were_not_kept_ends_all_verdicts(backbone, worker):
     """Slots would hold what was there before, and a verdict would be another text's."""
-    worker = worker_of(backbone, folders["old"], folders["both"])
     assert pass_of(worker, backbone).judgements["r"].failed == ()
     # A pass that has nothing to read, and another after it.
     worker.judge([])
     assert {*pass_of(worker, backbone).judgements["r"].failed} == {"old", "both"}
 
 
-def test_a_request_whose_judging_failed_never_has_a_verdict_again(backbone, folders, monkeypatch):
-    worker = worker_of(backbone, folders["old"], folders["both"])
+def test_a_request_whose_judging_failed_never_has_a_verdict_again(backbone, worker, monkeypatch):
     later = replace(READING, start=3, parts=bytes([Part.RESPONSE]), ends_prompt=False)
-
-    def fail(*_arguments):
-        raise RuntimeError("out of memory")
-
     with monkeypatch.context() as patch:
-        patch.setattr(Panel, "read", fail)
+        # Too few arguments, so that it raises.
+        patch.setattr(Panel, "read", lambda: None)
         failed = pass_of(worker, backbone).judgements["r"]
     assert (failed.verdicts, {*failed.failed}) == ((), {"old", "both"})
     assert pass_of(worker, backbone, [later]).judgements["r"] == failed
@@ -404,16 +407,15 @@ def test_a_request_whose_judging_failed_never_has_a_verdict_again(backbone, fold
 @pytest.mark.parametrize("names", [("old", "new"), ("old", "wide"), ("wide", "normalised")])
 def test_other_probes_judge_from_the_same_memory_and_from_no_old_column(backbone, folders, names):
     first, then = (folders[name] for name in names)
-    worker = worker_of(backbone, first, columns=64)
+    worker = started(backbone, first, columns=64)
     stage, rows = worker._stage, worker._pages._rows
-    prompt = EncodedPrompt(tuple(range(10, 14)), (Part.PROMPT,) * 4)
     for folder in (first, then, first):
         worker.load([folder])
         worker._pages._has_kept.fill_(True)
         (probe,) = Served((folder,), backbone.fingerprint).load()
         assert worker.judge([READING]).result().judgements["r"].failed == (probe.name,)
         outcome = pass_of(worker, backbone)
-        require_equal([probe], outcome.judgements["r"], backbone, prompt)
+        require_equal([probe], outcome.judgements["r"], backbone, PROMPT)
         assert outcome.probes.identity == identity_of([probe.version])
         assert outcome.probes.reads_responses == probe.reads.includes_response
     assert worker._stage is stage
@@ -421,21 +423,21 @@ def test_other_probes_judge_from_the_same_memory_and_from_no_old_column(backbone
 
 
 def test_probes_for_which_there_is_no_room_leave_the_old_ones(backbone, folders):
-    worker = worker_of(backbone, folders["old"])
+    worker = started(backbone, folders["old"])
     wanted = pass_of(worker, backbone)
     for name, why in (("wide", "columns of a layer"), ("normalised", "another norm")):
         with pytest.raises(SidelightError, match=f"{why}.* SIDELIGHT_COLUMNS=") as refused:
             worker.load([folders[name]])
         assert pass_of(worker, backbone).judgements == wanted.judgements
         needed = int(str(refused.value).split("=")[1].split(",")[0])
-        roomy = worker_of(backbone, folders["old"], columns=needed)
+        roomy = started(backbone, folders["old"], columns=needed)
         roomy.load([folders[name]])
         assert not pass_of(roomy, backbone).judgements["r"].failed
 
 
 def test_a_pipeline_stage_sends_the_columns_of_its_new_probes(backbone, folders):
-    whole, first = worker_of(backbone, folders["wide"]), worker_of(backbone, folders["wide"])
-    last = worker_of(backbone, folders["wide"], start=2)
+    whole, first = started(backbone, folders["wide"]), started(backbone, folders["wide"])
+    last = started(backbone, folders["wide"], start=2)
     for worker in (whole, last):
         worker.load([folders["new"]])
         pass_of(worker, backbone)
@@ -446,17 +448,6 @@ def test_a_pipeline_stage_sends_the_columns_of_its_new_probes(backbone, folders)
     assert (both | last.judge([]).result()).probes == both.probes
     # Stages with different probes have none that anybody knows.
     assert mixed.probes.identity == ""
-
-
-class _Staged:
-    """A receiver that is no worker."""
-
-    def __init__(self, stage):
-        self.receive = stage.receive
-        self.passes = []
-
-    def end_pass(self, tokens):
-        self.passes.append(tokens)
 
 
 def test_hooks_see_the_stream_in_one_or_two_addends():
@@ -474,13 +465,13 @@ def test_hooks_see_the_stream_in_one_or_two_addends():
     assert tap_layers([split, whole], reads_embedding=True, width=8) == 3
     projection = Projection(torch.randn(3, 8, 2), torch.randn(3, 2))
     stage = Stage.empty(projection, tokens=6)
-    receiver = _Staged(stage)
-    set_receiver(receiver)
+    passes = []
+    set_receiver(SimpleNamespace(receive=stage.receive, end_pass=passes.append))
     hidden = torch.randn(5, 8)
     with torch.inference_mode():
         first, residual = split(torch.arange(5), hidden)
         last = whole(first + residual)
-    assert receiver.passes == [5]
+    assert passes == [5]
     for layer, stream in enumerate((hidden, first + residual, last)):
         wanted = stream @ projection.weight[layer] + projection.shift[layer]
         torch.testing.assert_close(stage.rows[layer, :5], wanted)
@@ -507,6 +498,9 @@ def test_the_compiler_keeps_the_operation():
         assert f"sidelight.{name}" in exported.graph_module.code
 
 
+OF_THESE = {"tokens": token_hash([1, 2, 3]), "is_plain": False}
+
+
 def test_a_prompt_travels_with_the_request():
     prompt = prompt_of(range(5, 40))
     for sent in (prompt, replace(prompt, is_plain=True)):
@@ -518,15 +512,16 @@ def test_a_prompt_travels_with_the_request():
     ("params", "message"),
     [
         (None, "has no kv_transfer_params"),
-        ({KEY: {"parts": [[1, 3]], "tokens": "0", "is_plain": False}}, "other tokens"),
-        ({KEY: {"parts": [[9, 3]], "tokens": "0", "is_plain": False}}, "malformed"),
-        ({KEY: {"parts": 3}}, "malformed"),
-        ({KEY: {"parts": [[1, 10**15]], "tokens": "0", "is_plain": False}}, "other tokens"),
-        ({KEY: {"parts": [[1, 5], [1, -2]], "tokens": "0", "is_plain": False}}, "other tokens"),
-        ({KEY: {"parts": [[1, 3]], "tokens": token_hash([1, 2, 3])}}, "malformed"),
+        ({"parts": 3}, "malformed"),
+        ({"parts": [[9, 3]], "tokens": "0", "is_plain": False}, "malformed"),
+        ({"parts": [[1, 3]], "tokens": token_hash([1, 2, 3])}, "malformed"),
+        ({"parts": [[1, 3]], "tokens": "0", "is_plain": False}, "other tokens"),
+        ({"parts": [[1, 10**15]], **OF_THESE}, "other tokens"),
+        ({"parts": [[1, 5], [1, -2]], **OF_THESE}, "other tokens"),
     ],
 )
 def test_a_request_that_does_not_describe_its_tokens_is_an_error(params, message):
+    params = params and {KEY: params}
     with pytest.raises(SidelightError, match=message):
         described_prompt(params, [1, 2, 3])
     tracking = Tracking(reads_responses=False)
@@ -544,17 +539,16 @@ def test_an_output_before_the_verdict_says_so():
 
 
 def test_the_configuration_names_probes_and_room_before_the_environment(monkeypatch):
-    monkeypatch.delenv(ENVIRONMENT, raising=False)
-    monkeypatch.delenv(COLUMNS, raising=False)
+    for name in (ENVIRONMENT, COLUMNS):
+        monkeypatch.delenv(name, raising=False)
     assert (named_folders({}), named_columns({})) == (None, 0)
     assert named_folders({"probes": []}) == ()
     monkeypatch.setenv(ENVIRONMENT, "a:b")
     monkeypatch.setenv(COLUMNS, "64")
     assert (named_folders({}), named_columns({})) == (("a", "b"), 64)
     assert (named_folders({"probes": ["c"]}), named_columns({"columns": 8})) == (("c",), 8)
-    for wrong in ("-1", "many", 2.5):
-        with pytest.raises(SidelightError, match=f"{COLUMNS} is '{wrong}'"):
-            named_columns({"columns": wrong})
+    with pytest.raises(SidelightError, match=f"{COLUMNS} is '-1'"):
+        named_columns({"columns": "-1"})
 
 
 def test_served_probes_survive_json_and_belong_to_the_model(backbone, tmp_path):
@@ -571,19 +565,16 @@ def test_served_probes_survive_json_and_belong_to_the_model(backbone, tmp_path):
 
 
 def test_probes_of_chats_and_of_raw_texts_are_refused_whoever_serves_them(backbone, tmp_path):
-    chat = untrained_probe(backbone, "toxicity")
-    raw = replace(untrained_probe(backbone, "topics", task=TOPICS), prompt_format="raw")
+    chat = untrained_probe(backbone, "chat")
+    raw, both = (replace(chat, name=name, prompt_format=name) for name in ("raw", "both"))
     folders = [str(save_probe(probe, tmp_path / probe.name)) for probe in (chat, raw)]
-    runtime = Runtime(model=None, dtype="auto", device="auto")
     for serve in (
-        lambda: runtime.load_engine([chat, raw]),
+        lambda: Runtime(model=None, dtype="auto", device="auto").load_engine([chat, raw]),
         lambda: fingerprint_of("smollm2", folders),
         lambda: require_same_model([chat, raw], backbone.fingerprint),
+        lambda: common_format([raw, both]),
     ):
-        with pytest.raises(SidelightError, match="cannot be served together"):
+        with pytest.raises(SidelightError, match=r"served together|of raw texts"):
             serve()
-    assert [common_format(probes) for probes in ([], [chat], [raw, raw])] == [None, "chat", "raw"]
-    both = replace(chat, name="both", prompt_format="both")
-    assert common_format([both]) == common_format([chat, both]) == "chat"
-    with pytest.raises(SidelightError, match="such as 'both', and of raw texts"):
-        common_format([raw, both])
+    formats = [common_format(probes) for probes in ([], [raw, raw], [both], [chat, both])]
+    assert formats == [None, "raw", "chat", "chat"]
