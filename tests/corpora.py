@@ -1,5 +1,6 @@
 """Small labelled corpora with a planted signal: a capital letter that decides the class."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +8,11 @@ import numpy as np
 
 from sidelight.backbone import TransformersBackbone
 from sidelight.data.examples import Example, LabelledExamples
+from sidelight.probe import Probe
 from sidelight.prompts import EncodedPrompt, Message, Reads
 from sidelight.states.cache import ActivationCache
 from sidelight.states.extraction import BackboneSource, extract
+from sidelight.thresholds import OperatingCurve
 from sidelight.training.dataset import Split
 from sidelight.types import Task, TaskKind
 
@@ -33,7 +36,11 @@ def planted(kind: TaskKind, count: int, *, seed: int) -> tuple[list[str], np.nda
         chosen[:, 1:] = False
     if kind == "multiclass":
         chosen = np.eye(3, dtype=bool)[random.integers(0, 3, count)]
-    texts = [_with_capitals(random, np.array(list(SIGNALS))[row]) for row in chosen]
+    texts: list[str] = []
+    for row in chosen:
+        letters = random.choice(_LETTERS, random.integers(4, 9))
+        letters = np.concatenate([letters, np.repeat(np.array(list(SIGNALS))[row], 2)])
+        texts.append("t" + "".join(random.permutation(letters)))
     labels = {"binary": chosen[:, 0], "multiclass": chosen.argmax(1), "multilabel": chosen}[kind]
     return texts, labels.astype(np.int64)
 
@@ -47,12 +54,6 @@ def rows(kind: TaskKind, count: int, *, seed: int = 0) -> list[dict[str, Any]]:
         {"text": f"{text} {number}", "label": name.tolist()}
         for number, (text, name) in enumerate(zip(texts, named, strict=True))
     ]
-
-
-def _with_capitals(random: np.random.Generator, capitals: np.ndarray) -> str:
-    letters = random.choice(_LETTERS, random.integers(4, 9))
-    letters = np.concatenate([letters, np.repeat(capitals, 2)])
-    return "t" + "".join(random.permutation(letters))
 
 
 def encoded(backbone: TransformersBackbone, texts: list[str]) -> list[EncodedPrompt]:
@@ -79,3 +80,13 @@ def training_set(
     )
     states = extract(BackboneSource(backbone), cache)
     return Split(examples, tuple(prompts), states, np.arange(count))
+
+
+def with_curves(probe: Probe) -> Probe:
+    """The probe with a curve of each label on 200 texts, better than chance."""
+    random = np.random.default_rng(0)
+    curves = {}
+    for label in probe.label_thresholds:
+        scores = random.random(200)
+        curves[label] = OperatingCurve.of(scores, random.random(200) < scores).to_dict()
+    return replace(probe, record={"validation": {"curves": curves}})

@@ -7,7 +7,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from curves import with_curves
+from corpora import with_curves
 from in_process import faults, in_process
 from live import MODEL
 from sidelight.engines.transformers import TransformersEngine

@@ -1,7 +1,6 @@
 """Every task gets its three plots, however many classes and however odd their names."""
 
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,20 +11,17 @@ from sidelight.errors import SidelightError
 from sidelight.plots import plot_report
 from sidelight.types import Task
 
-NAMES = ["confusion.png", "precision_recall.png", "reliability.png"]
 ODD_NAMES = ("_hidden", "costs $5 and $6", r"\frac{", "x" * 300)
 BINARY = Task("binary", ("fine", "toxic"))
 
 
-def plot(task: Task, directory: Path, labels: np.ndarray) -> list[Path]:
+def plot(task, directory, labels):
     generator = np.random.default_rng(0)
     probabilities = generator.random((len(labels), task.outputs))
     if task.kind == "multiclass":
         probabilities /= probabilities.sum(axis=1, keepdims=True)
     thresholds = () if task.kind == "multiclass" else (0.5,) * task.outputs
-    return plot_report(
-        task, probabilities, labels, directory, thresholds=thresholds, title="a $probe on rows"
-    )
+    return plot_report(task, probabilities, labels, directory, thresholds=thresholds, title="a $p")
 
 
 @pytest.mark.slow
@@ -42,7 +38,7 @@ def plot(task: Task, directory: Path, labels: np.ndarray) -> list[Path]:
 )
 def test_every_task_gets_three_plots_and_nothing_else(task, labels, tmp_path):
     drawn = plot(task, tmp_path / "new" / "folder", labels)
-    assert sorted(path.name for path in drawn) == NAMES
+    assert {path.stem for path in drawn} == {"confusion", "precision_recall", "reliability"}
     assert sorted(drawn) == sorted((tmp_path / "new" / "folder").iterdir())
     for path in drawn:
         image = imread(path)

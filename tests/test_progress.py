@@ -1,7 +1,4 @@
-"""Lines of progress in a log, and a bar on a terminal."""
-
-import io
-import re
+"""Lines of progress in a log."""
 
 import pytest
 
@@ -34,16 +31,3 @@ def test_a_log_gets_a_line_every_15_seconds_and_one_at_the_end(
     assert len(printed) == len(lines) + 1
     assert all(line.startswith(start) for line, start in zip(printed, lines, strict=False))
     assert printed[-1].startswith(f"Reading: {done * len(seconds):,} of 1,000 texts, ")
-
-
-def test_a_terminal_has_one_bar_with_rate_and_time_left(monkeypatch):
-    terminal = io.StringIO()
-    monkeypatch.setattr(terminal, "isatty", lambda: True)
-    monkeypatch.setattr("sys.stderr", terminal)
-    # Else tqdm draws ten times a second at most.
-    monkeypatch.setenv("TQDM_MININTERVAL", "0")
-    with progress("Reading", 1000, unit="texts") as shown:
-        shown.advance(500)
-    bars = terminal.getvalue().strip().split("\r")
-    assert all(bar.startswith("Reading: ") for bar in bars)
-    assert re.search(r"50%.* 500/1.00k \[\d\d:\d\d<\d\d:\d\d, .* texts/s\]", bars[-1])

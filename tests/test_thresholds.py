@@ -18,7 +18,6 @@ from sidelight.thresholds import (
     choose_thresholds,
     operating_curves,
     read_curves,
-    require_thresholds,
     threshold_doubts,
 )
 from sidelight.types import Task
@@ -149,13 +148,8 @@ def test_each_label_gets_its_own_threshold_midway_and_half_without_positives():
     assert choose_thresholds(MULTILABEL, *many) == pytest.approx((0.2, 0.5, 0.8))
     scores, labels = np.array([[0.1], [0.2], [0.8], [0.9]]), np.array([0, 0, 1, 1])
     assert choose_thresholds(BINARY, scores, labels) == pytest.approx((0.5,))
-
-
-def test_a_multiclass_task_has_no_thresholds():
+    # Of several classes the most probable one wins.
     assert choose_thresholds(MULTICLASS, np.full((4, 4), 0.25), np.arange(4)) == ()
-    require_thresholds(MULTICLASS, F1)
-    with pytest.raises(SidelightError, match="with 4 classes the most probable one wins"):
-        require_thresholds(MULTICLASS, ThresholdRule("fpr", 0.01))
 
 
 @pytest.mark.parametrize("texts", [300, 30_000])

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-import numpy as np
+import pytest
 
 from engine_runs import run
 from sidelight.bank import Bank
@@ -11,31 +11,6 @@ from sidelight.states.extraction import score
 from sidelight.types import Judgement, Verdict
 from sidelight.vllm.settings import judgement_of, report_of
 from tiny import untrained_probe
-
-EACH_TURN = Reads(scope="each_turn")
-
-
-def test_an_engine_names_the_turn_that_decided_and_vllm_passes_it_on(tiny):
-    probe = untrained_probe(tiny, "p", reads=EACH_TURN)
-    turns = ["Where is my refund?", "I will look at it", "And now it is late", "Yes, it is late"]
-    roles = ("user", "assistant", "user", "assistant")
-    conversation = [Message(*turn) for turn in zip(roles, turns, strict=True)][:3]
-
-    async def judged(engine):
-        return (await engine.judge([conversation]))[0].judgement
-
-    judgement = run(tiny, judged, probes=[probe])
-    prompt = tiny.encoder.encode(conversation)
-    (logits,) = score(tiny, Bank([probe]), [prompt])
-    wanted = probe.verdict(logits[0])
-    verdict = judgement.verdicts[0]
-    assert replace(verdict, turn=None, probabilities={}) == replace(wanted, probabilities={})
-    np.testing.assert_allclose(
-        list(verdict.probabilities.values()), list(wanted.probabilities.values()), atol=1e-5
-    )
-    assert verdict.turn in (None, 0, 1, 2)
-    again, _ = judgement_of({"sidelight": report_of(judgement, 0.0)})
-    assert again == judgement
 
 
 def test_of_two_judgements_the_newer_one_holds_for_a_probe_in_both():
@@ -46,3 +21,21 @@ def test_of_two_judgements_the_newer_one_holds_for_a_probe_in_both():
     )
     assert Judgement((old,)) | Judgement((), ("a",)) == Judgement((), ("a",))
     assert Judgement((), ("a",)) | Judgement((old,)) == Judgement((old,))
+
+
+def test_an_engine_names_the_turn_that_decided_and_vllm_passes_it_on(tiny):
+    probe = untrained_probe(tiny, "p", reads=Reads(scope="each_turn"))
+    conversation = [Message("user", "Where is my refund?"), Message("assistant", "I will look")]
+    conversation.append(Message("user", "And now it is late"))
+
+    async def judged(engine):
+        return (await engine.judge([conversation]))[0].judgement
+
+    judgement = run(tiny, judged, probes=[probe])
+    (logits,) = score(tiny, Bank([probe]), [tiny.encoder.encode(conversation)])
+    wanted, verdict = probe.verdict(logits[0]), judgement.verdicts[0]
+    assert verdict.probabilities == pytest.approx(wanted.probabilities, abs=1e-5)
+    assert replace(verdict, turn=None, probabilities={}) == replace(wanted, probabilities={})
+    assert verdict.turn in (None, 0, 1, 2)
+    again, _ = judgement_of({"sidelight": report_of(judgement, 0.0)})
+    assert again == judgement

@@ -10,7 +10,7 @@ from threading import Semaphore
 import pytest
 from browser import PHONE, chromium, needs_chromium, page_at, violations
 
-from curves import with_curves
+from corpora import with_curves
 from live import MODEL, http_client, served
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.policy.rules import Policy, Rule, read_policy, require_policy_applies
