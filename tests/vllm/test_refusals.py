@@ -51,23 +51,30 @@ def test_without_named_probes_nothing_changes_and_the_environment_may_name_them(
     assert json.loads(json.dumps(extra))["folders"] == model.folders
 
 
-def test_a_policy_without_probes_and_a_key_that_nobody_asks_for_are_refused(
-    model, monkeypatch, tmp_path
-):
-    server = {"kind": "AsyncEngineArgs"}
-    (tmp_path / "policy.toml").write_text("")
-    monkeypatch.setenv("SIDELIGHT_POLICY", str(tmp_path / "policy.toml"))
-    # As where its name is misspelt.
+def test_a_policy_that_nobody_could_enforce_is_refused_at_the_start(model, tmp_path, monkeypatch):
+    policy = tmp_path / "policy.toml"
+    monkeypatch.setenv("SIDELIGHT_POLICY", str(policy))
+    # As where the name of its variable is misspelt.
     monkeypatch.delenv(ENVIRONMENT, raising=False)
-    with pytest.raises(SidelightError, match="everything would pass"):
-        configured(model.path, None, **server)
-    monkeypatch.delenv("SIDELIGHT_POLICY")
+    for folders, text, why in (
+        (None, "", "everything would pass"),
+        (model.folders, '[input.plain]\nmode = "block"\n', "LLM class"),
+        (model.folders, '[input.plein]\nmode = "block"\n', "no probe 'plein'"),
+    ):
+        policy.write_text(text)
+        with pytest.raises(SidelightError, match=why):
+            configured(model.path, folders, kind="AsyncEngineArgs" if text == "" else "EngineArgs")
+    policy.write_text('[input.plain]\nmode = "flag"\n')
+    configured(model.path, model.folders)
+
+
+def test_a_key_that_nobody_asks_for_is_refused(model, monkeypatch):
+    server = {"kind": "AsyncEngineArgs"}
     configured(model.path, None, **server)
     monkeypatch.setenv("SIDELIGHT_API_KEY", "secret")
-    for plugins in ("", "another"):
-        monkeypatch.setenv("VLLM_PLUGINS", plugins)
-        with pytest.raises(SidelightError, match="would not ask for it"):
-            configured(model.path, model.folders, **server)
+    monkeypatch.setenv("VLLM_PLUGINS", "another")
+    with pytest.raises(SidelightError, match="would not ask for it"):
+        configured(model.path, model.folders, **server)
     monkeypatch.setenv("VLLM_PLUGINS", "another,sidelight")
     configured(model.path, model.folders, **server)
 
@@ -92,13 +99,9 @@ def test_a_feature_that_no_test_covers_is_refused(model, options, message):
         configured(model.path, model.folders, **options)
 
 
-@pytest.mark.parametrize(
-    ("variable", "value"),
-    [("VLLM_FLOAT32_MATMUL_PRECISION", "high"), ("VLLM_USE_RUST_FRONTEND", "1")],
-)
-def test_a_setting_that_changes_or_bypasses_verdicts_is_refused(
-    model, monkeypatch, variable, value
-):
+@pytest.mark.parametrize("setting", ["FLOAT32_MATMUL_PRECISION=high", "USE_RUST_FRONTEND=1"])
+def test_a_setting_that_changes_or_bypasses_verdicts_is_refused(model, monkeypatch, setting):
+    variable, value = f"VLLM_{setting}".split("=")
     monkeypatch.setenv(variable, value)
     with pytest.raises(SidelightError, match=variable):
         configured(model.path, model.folders)
@@ -161,18 +164,3 @@ def test_a_damaged_probe_one_of_another_model_and_a_mixture_of_formats_are_refus
             configured(model.path, [*map(str, folders)])
     with pytest.raises(SidelightError, match="cannot be served together"):
         load_vllm_engine(model.path, [chat, raw])
-
-
-def test_a_policy_that_nobody_could_enforce_is_refused_at_the_start(model, tmp_path, monkeypatch):
-    policy = tmp_path / "policy.toml"
-    monkeypatch.setenv("SIDELIGHT_POLICY", str(policy))
-    for text, why in (
-        ('[input.plain]\nmode = "block"\n', "LLM class"),
-        ('[input.plein]\nmode = "block"\n', "no probe 'plein'"),
-        ('[input.plain]\nmod = "block"\n', "unknown key"),
-    ):
-        policy.write_text(text)
-        with pytest.raises(SidelightError, match=why):
-            configured(model.path, model.folders)
-    policy.write_text('[input.plain]\nmode = "flag"\n')
-    configured(model.path, model.folders)

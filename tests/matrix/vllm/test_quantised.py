@@ -1,8 +1,6 @@
 """Quantised weights: served by a report on this probe and this copy, and by nothing else."""
 
-import asyncio
 import json
-import logging
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,10 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from commands import run as command
-from sidelight.artifact import load_probe, save_probe
+from sidelight.artifact import save_probe
 from sidelight.backbone import TransformersBackbone, load_backbone
 from sidelight.errors import FingerprintMismatchError, SidelightError
-from sidelight.prompts import Message
 from sidelight.vllm.engine import load_vllm_engine
 from sidelight.vllm.quantised import ENVIRONMENT, REPORT
 from sidelight.vllm.settings import CAPTURE, KEY
@@ -38,6 +35,7 @@ TEXTS = 12
 PROMPTS = 16
 LAYERS = ("self_attn", "mlp")
 KV_IN_FP8 = {"kv_cache_dtype": "fp8"}
+CAPTURED = {CAPTURE: {"layers": 5, "width": 128}}
 SMALL = {"enforce_eager": True, "block_size": 32, "max_model_len": 512, "dtype": "float32"}
 
 
@@ -140,11 +138,10 @@ def configured(path: str, folders, report: Path | None = None, **options):
     """The engine's configuration, made without starting anything."""
     from vllm.engine.arg_utils import EngineArgs
 
+    config = {"probes": folders} if isinstance(folders, list) else folders
     named = {} if report is None else {REPORT: str(report)}
-    config = {KEY: {"probes": folders, **named}}
-    return EngineArgs(
-        model=path, additional_config=config, **SMALL, **options
-    ).create_engine_config()
+    given = {"additional_config": {KEY: {**config, **named}}, **SMALL, **options}
+    return EngineArgs(model=path, **given).create_engine_config()
 
 
 def test_verdicts_on_a_quantised_copy_are_those_of_transformers_with_the_same_numbers(
@@ -161,115 +158,48 @@ def test_verdicts_on_a_quantised_copy_are_those_of_transformers_with_the_same_nu
     assert same.mean() < moved.mean() / 4
 
 
-def test_the_report_has_every_probe_and_how_far_it_moved(original, report):
-    found = json.loads(report.read_text())
-    assert found["probes"] == {
-        Path(folder).name: load_probe(folder).version for folder in original.folders
-    }
-    to_original = [d for d in found["differences"] if d["between"] == "transformers - quantised"]
-    assert sorted(row["probe"] for row in to_original) == sorted(found["probes"])
-    assert all(row["texts"] == TEXTS for row in to_original)
-    assert max(row["largest"] for row in to_original) > 10 * ROUNDING
-
-
-async def _judged(engine, text: str):
-    await engine.start()
-    try:
-        return await engine.judge([[Message("user", text)]])
-    finally:
-        await engine.close()
-
-
-def test_our_own_engine_takes_the_same_report(original, copy, report, monkeypatch, caplog):
-    options = {key: value for key, value in SMALL.items() if key != "dtype"}
-    probes = [load_probe(folder) for folder in original.folders]
-    monkeypatch.setenv(ENVIRONMENT, str(report))
-    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
-    engine = load_vllm_engine(copy.path, probes, dtype="float32", options=options)
-    assert "verdicts changed" in caplog.text
-    (judged,) = asyncio.run(_judged(engine, "Where is my refund?"))
-    assert judged.judgement.verdicts
-
-
 def test_without_a_report_nothing_quantised_is_served(original, copy, report):
     with pytest.raises(FingerprintMismatchError, match=r"parity PROBE .* --quantised"):
         configured(copy.path, original.folders)
     with pytest.raises(FingerprintMismatchError, match="none is named"):
         load_vllm_engine(copy.path, original.probes)
     # What vLLM quantises itself is another model.
-    for options in ({"quantization": "fp8"}, {"quantization": "fp8_per_tensor"}, KV_IN_FP8):
+    for options in ({"quantization": "fp8"}, KV_IN_FP8):
         with pytest.raises(FingerprintMismatchError, match="none is named"):
             configured(original.path, original.folders, **options)
         with pytest.raises(FingerprintMismatchError, match="is about"):
             configured(original.path, original.folders, report, **options)
+    with pytest.raises(SidelightError, match="quantization=fp8"):
+        configured(original.path, CAPTURED, quantization="fp8")
 
 
 def test_a_report_is_of_one_copy_one_set_of_options_and_one_version_of_a_probe(
     original, copy, report, texts, tmp_path, capsys
 ):
-    configured(copy.path, original.folders, report)
-    with pytest.raises(FingerprintMismatchError, match="is about"):
-        configured(copy.path, original.folders, report, **KV_IN_FP8)
-    other = tmp_path / "other"
-    shutil.copytree(copy.path, other)
-    weights = load_file(other / "model.safetensors")
-    weights["model.norm.weight"] += 1
-    save_file(weights, other / "model.safetensors", {"format": "pt"})
-    with pytest.raises(FingerprintMismatchError, match="is about"):
-        configured(str(other), original.folders, report)
-    probe = replace(original.probes[-1], thresholds=(0.7,))
-    folder = save_probe(probe, tmp_path / "later")
-    with pytest.raises(FingerprintMismatchError, match=f"version {load_probe(folder).version}"):
-        configured(copy.path, [*original.folders[:-1], str(folder)], report)
-    # A copy with another template is no copy.
-    for path in (other / "chat_template.jinja", other / "tokenizer_config.json"):
-        if path.exists():
-            path.write_text(path.read_text().replace("<|assistant|>", "<|user|>"))
-    with pytest.raises(FingerprintMismatchError, match=r"differ in .*template"):
-        configured(str(other), original.folders, report)
-    assert measure(original, str(other), texts, tmp_path / "x.json") == 2
-    assert "template" in capsys.readouterr().err
-    # And the model itself needs no report.
-    assert measure(original, original.path, texts, tmp_path / "x.json") == 2
-    assert "needs no report" in capsys.readouterr().err
-
-
-def test_a_damaged_report_or_one_without_a_probes_figures_admits_nothing(
-    original, copy, report, tmp_path
-):
-    path = tmp_path / "parity.json"
-    for damage in (None, "", "[]", "{}"):
-        if damage is not None:
-            path.write_text(damage)
-        with pytest.raises(SidelightError, match=r"Name the file that 'sidelight parity"):
-            configured(copy.path, original.folders, path)
-    found = json.loads(report.read_text())
-    kept = [d for d in found["differences"] if d["probe"] != original.probes[0].name]
-    path.write_text(json.dumps({**found, "differences": kept}))
-    with pytest.raises(FingerprintMismatchError, match="no figures"):
-        configured(copy.path, original.folders, path)
-
-
-def test_workers_take_no_other_probe_than_was_admitted(original, copy, report, tmp_path):
     from sidelight.vllm.patches import served_by
 
     served = served_by(configured(copy.path, original.folders, report))
     assert served is not None
     served.load()
-    other = save_probe(replace(original.probes[-1], name="other"), tmp_path / "other")
-    with pytest.raises(FingerprintMismatchError, match="other"):
-        replace(served, folders=(str(other),)).load()
-
-
-def test_states_for_training_are_never_those_of_weights_that_vllm_quantises(original):
-    from vllm.engine.arg_utils import EngineArgs
-
-    sizes = {"layers": 5, "width": 128}
-    arguments = EngineArgs(
-        model=original.path,
-        additional_config={KEY: {CAPTURE: sizes}},
-        quantization="fp8",
-        **SMALL,
-    )
-    with pytest.raises(SidelightError, match="quantization=fp8"):
-        arguments.create_engine_config()
+    later = save_probe(replace(original.probes[-1], thresholds=(0.7,)), tmp_path / "later")
+    # Workers take no probe that was not admitted.
+    with pytest.raises(FingerprintMismatchError, match=original.probes[-1].name):
+        replace(served, folders=(str(later),)).load()
+    other = tmp_path / "other"
+    shutil.copytree(copy.path, other)
+    weights = load_file(other / "model.safetensors")
+    weights["model.norm.weight"] += 1
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    damaged = tmp_path / "parity.json"
+    damaged.write_text("{}")
+    for path, folders, by, options, message in (
+        (copy.path, original.folders, report, KV_IN_FP8, "is about"),
+        (str(other), original.folders, report, {}, "is about"),
+        (copy.path, [*original.folders[:-1], str(later)], report, {}, "version"),
+        (copy.path, original.folders, damaged, {}, "Name the file that 'sidelight parity"),
+    ):
+        with pytest.raises(SidelightError, match=message):
+            configured(path, folders, by, **options)
+    # The model itself needs no report.
+    assert measure(original, original.path, texts, tmp_path / "x.json") == 2
+    assert "needs no report" in capsys.readouterr().err
