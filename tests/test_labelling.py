@@ -1,11 +1,8 @@
 """The queue of ``sidelight label``: what is decided is on disk, and the order follows the probe."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from contextlib import closing
 from datetime import date
 from pathlib import Path
@@ -35,13 +32,10 @@ READS = Reads(scope="conversation")
 def texts_of(kind, count):
     """Texts as rows of a file, and the labels that their capitals stand for."""
     texts, numbers = planted(kind, count, seed=0)
-    labels = TASKS[kind].labels
-    named = [
-        tuple(np.array(labels)[row.astype(bool)]) if kind == "multilabel" else (labels[int(row)],)
-        for row in numbers
-    ]
+    labels = np.array(TASKS[kind].labels)
+    positions = [np.flatnonzero(own) if kind == "multilabel" else [int(own)] for own in numbers]
     rows = [{"text": f"{text} {number}", "id": number} for number, text in enumerate(texts)]
-    return rows, [tuple(map(str, names)) for names in named]
+    return rows, [tuple(labels[own].tolist()) for own in positions]
 
 
 class Sitting:
@@ -152,19 +146,6 @@ def test_the_figures_are_of_texts_that_the_probe_did_not_learn_from(first_sittin
 
 
 @pytest.mark.slow
-def test_labels_that_say_nothing_about_the_texts_give_figures_of_chance(sitting):
-    """Of each text, what did not learn from it is measured: a probe can know these labels alone."""
-    random = np.random.default_rng(0)
-    sitting.truth = [("toxic",) if one else ("fine",) for one in random.random(60) < 0.5]
-    for count in (30, 20):
-        sitting.label(count)
-        sitting.queue.train()
-    for figures in sitting.queue.figures:
-        for report in figures.rows.values():
-            assert report["auroc"]["value"] < 0.8, figures.title
-
-
-@pytest.mark.slow
 def test_the_least_certain_texts_come_first_and_one_in_four_at_random(trained):
     chances = trained.pool.probabilities(load_probe(trained.folder / "probe"))[:, 0]
     shuffled = [row for row in trained.queue._shuffled if row not in trained.queue.decided]
@@ -185,15 +166,6 @@ def test_the_random_texts_lack_no_kind_of_text(trained):
     assert 50 <= len(at_random) < 80
     trained.queue.train()
     assert trained.queue.figures[0].title == f"The {len(at_random)} texts that came at random"
-
-
-def test_the_random_order_of_texts_stays_when_others_come_or_go(tiny, tmp_path):
-    sitting = Sitting(tiny, tmp_path)
-    before = [sitting.rows[row]["id"] for row in sitting.queue._shuffled]
-    sitting.rows = sitting.rows[10:]
-    sitting.begin_again()
-    after = [sitting.rows[row]["id"] for row in sitting.queue._shuffled]
-    assert after == [number for number in before if number >= 10]
 
 
 def test_uncertain_texts_and_those_that_probes_disagree_on_are_least_certain():
@@ -219,15 +191,12 @@ def test_given_probes_order_the_texts_from_the_start(tiny, tmp_path):
     mean = np.mean([1 / (1 + np.exp(-own[:, 0])) for own in logits], 0)
     said = sitting.queue.opinions(3)
     assert list(said) == ["one", "two"]
-    assert np.mean([own["toxic"] for own in said.values()]) == pytest.approx(
-        mean[3], abs=ROUNDING_TO_BF16
+    assert [own["toxic"] for own in said.values()] == pytest.approx(
+        [float(1 / (1 + np.exp(-own[3, 0]))) for own in logits], abs=ROUNDING_TO_BF16
     )
     first = sitting.queue.next()
     assert abs(mean[first] - 0.5) <= np.sort(abs(mean - 0.5))[5]
     assert sitting.queue._order != sitting.queue._shuffled
-    sitting.label(40)
-    sitting.queue.train()
-    assert [[*figures.rows][:2] for figures in sitting.queue.figures] == [["one", "two"]] * 2
 
 
 def test_probes_of_other_labels_or_responses_are_refused_and_others_not_replaced(tiny, tmp_path):
@@ -309,7 +278,7 @@ def test_each_text_is_shown_once_and_labelled_ones_train_although_their_rows_are
     trained.queue.train()
 
 
-def test_a_file_that_another_program_changed_removed_or_replaced_is_not_written(sitting):
+def test_a_file_that_another_program_changed_or_removed_is_not_written(sitting):
     (first,) = sitting.label(1)
     with sitting.out.open("a") as file:
         file.write('{"text": "mine", "label": "fine"}\n')
@@ -321,11 +290,9 @@ def test_a_file_that_another_program_changed_removed_or_replaced_is_not_written(
     assert sitting.out.read_bytes() == content
     assert sitting.queue.next() == row
     assert len(sitting.begin_again().queue.decided) == 2
-    content = sitting.out.read_bytes()
-    for change in (sitting.out.unlink, lambda: sitting.out.write_bytes(content)):
-        change()
-        with pytest.raises(SidelightError, match="Another program has changed"):
-            sitting.label(1)
+    sitting.out.unlink()
+    with pytest.raises(SidelightError, match="Another program has changed"):
+        sitting.label(1)
     second = sitting.folder / "second.jsonl"
     with closing(LabelFile(second)), pytest.raises(SidelightError, match="another 'sidelight"):
         LabelFile(second)
@@ -373,28 +340,6 @@ def test_every_cell_of_a_row_can_be_written_and_read_again(tmp_path):
     assert "日本".encode() in path.read_bytes()
 
 
-@pytest.mark.slow
-def test_a_kill_loses_no_label(tmp_path):
-    """Each row that was reported is in the file of a process that was killed between two."""
-    path = tmp_path / "labels.jsonl"
-    code = (
-        "import sys; from pathlib import Path; from sidelight.labelling.file import LabelFile\n"
-        f"file = LabelFile(Path({str(path)!r}))\n"
-        "for number in range(100000):\n"
-        "    file.append({'text': 'x' * 5000, 'label': number}); print(number, flush=True)\n"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True
-    ) as process:
-        reported = [int(process.stdout.readline()) for _ in range(50)]
-        os.kill(process.pid, signal.SIGKILL)
-        reported += map(int, process.stdout.read().split())
-    LabelFile(path).close()
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [row["label"] for row in rows][: len(reported)] == reported
-    assert len(rows) <= len(reported) + 1
-
-
 def test_texts_longer_than_the_model_reads_are_cut_and_too_many_for_the_memory_refused(sitting):
     sitting.rows[0]["text"] = "a long text " * 100
     sitting.begin_again()
@@ -437,7 +382,6 @@ def test_the_command_refuses_at_once(tmp_path, monkeypatch, capsys):
     for options, message in (
         ([], "Name the labels with --labels"),
         (["--labels", "a,b", "--out", "labels.csv"], "ends in .jsonl"),
-        (["--labels", "a"], "two or more"),
         (["--labels", "a,b", "--label", "text"], "labels would replace them"),
         (["--labels", "a,b", "--multilabel", "--probe", "p"], "not both"),
     ):

@@ -6,6 +6,7 @@ import json
 import re
 import unicodedata
 from dataclasses import replace
+from functools import partial
 from random import Random
 
 import pytest
@@ -19,7 +20,7 @@ from sidelight.data.loading import load_examples
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import ContextLengthError, SidelightError
 from sidelight.hub import push
-from sidelight.manifest import CARD, add_to_card
+from sidelight.manifest import CARD
 from sidelight.policy.rules import Policy, Rule
 from sidelight.prompts import Message, Reads
 from sidelight.redteam.attacks import ATTACKS, SEARCH, Attack, Markup, Surroundings, attack_names
@@ -120,10 +121,6 @@ def test_padding_has_the_words_that_its_name_says_on_each_side(name):
     assert set((before + after).split()) <= set(" ".join(BENIGN).split())
 
 
-def decoded(text):
-    return text.split("\n", 1)[1]
-
-
 # How each disguise is undone.
 UNDONE = {
     "zero-width": lambda text: text.replace("\u200b", ""),
@@ -131,8 +128,8 @@ UNDONE = {
     "combining": lambda text: "".join(c for c in text if not unicodedata.combining(c)),
     "right-to-left": lambda text: text[1:-1][::-1],
     "spacing": lambda text: text[::2],
-    "rot13": lambda text: codecs.decode(decoded(text), "rot13"),
-    "base64": lambda text: base64.b64decode(decoded(text)).decode(),
+    "rot13": lambda text: codecs.decode(text.partition("\n")[2], "rot13"),
+    "base64": lambda text: base64.b64decode(text.partition("\n")[2]).decode(),
 }
 # Letters are replaced one by one by such ones.
 REPLACED = {"homoglyph": "CYRILLIC", "leet": "DIGIT", "capitals": "CAPITAL"}
@@ -160,15 +157,13 @@ def test_attacks_are_chosen_by_their_names_and_groups_in_the_order_of_the_table(
 # What is measured.
 
 
-def rows(positives=8, benign=12):
-    letters = "abcdefghijklmnopqrstuvwxyz"
+def rows():
     drawn = Random(5)
-
-    def text(word):
-        return f"{word} {''.join(drawn.choices(letters, k=8))}. Yes."
-
-    pairs = [(text("bad"), "toxic") for _ in range(positives)]
-    return pairs + [(text("good"), "fine") for _ in range(benign)]
+    kinds = [("bad", "toxic")] * 8 + [("good", "fine")] * 12
+    words = ["".join(drawn.choices("abcdefghijklmnopqrstuvwxyz", k=8)) for _ in kinds]
+    return [
+        (f"{kind} {word}. Yes.", label) for (kind, label), word in zip(kinds, words, strict=True)
+    ]
 
 
 def loaded(pairs=None, task=TOXICITY) -> LabelledExamples:
@@ -177,8 +172,7 @@ def loaded(pairs=None, task=TOXICITY) -> LabelledExamples:
 
 @pytest.fixture(scope="module")
 def backbone():
-    config = LlamaConfig(**{**SIZES, "max_position_embeddings": 256})
-    return tiny_backbone(config)
+    return tiny_backbone(LlamaConfig(**{**SIZES, "max_position_embeddings": 256}))
 
 
 @pytest.fixture(scope="module")
@@ -255,29 +249,15 @@ def test_texts_that_do_not_fit_are_named_and_left_out_of_every_rate(classifier):
         measure(target_of(classifier), loaded(pairs), attacks=["leet"])
 
 
-def test_what_the_chat_template_refuses_is_left_out_and_says_why():
-    strict = tiny_backbone()
-    refusal = "{{ raise_exception('No system turns') }}"
-    strict.tokenizer.chat_template = (
-        f"{{% if messages[0].role == 'system' %}}{refusal}{{% endif %}}"
-        + strict.tokenizer.chat_template
-    )
-    probe = untrained_probe(strict, "toxicity")
-    system, capitals = measured(Classifier(strict, probe), ["system-turn", "capitals"])
-    reason = "The model's chat template refuses this conversation: No system turns"
-    assert system.skipped == {reason: 20}
-    assert capitals.skipped == {}
-
-
 def test_the_search_passes_more_the_more_it_may_ask(classifier):
-    searches = [measured(classifier, [SEARCH], budget=budget)[0] for budget in (1, 8, 30)]
-    for outcome, budget in zip(searches, (1, 8, 30), strict=True):
+    passed = []
+    for budget in (1, 8, 30):
+        (outcome,) = measured(classifier, [SEARCH], budget=budget)
         assert outcome.recall_alone.flagged - outcome.recall.flagged == len(outcome.queries)
         assert all(1 <= queries <= budget for queries in outcome.queries)
-    passed = [len(outcome.queries) for outcome in searches]
+        passed.append(len(outcome.queries))
     assert passed == sorted(passed)
     assert passed[-1] > 0
-    assert searches[1] == measured(classifier, ["leet", SEARCH], budget=8)[1]
 
 
 def test_a_seed_draws_the_texts_and_what_the_attacks_draw(classifier):
@@ -290,8 +270,7 @@ def test_a_seed_draws_the_texts_and_what_the_attacks_draw(classifier):
     assert subjects == drawn(0) != drawn(1)
     assert [subject.is_positive for subject in subjects] == [True] * 5 + [False] * 5
     benign = {text for text, label in rows() if label == "fine"}
-    for subject in subjects:
-        assert {*subject.benign} == benign - {subject.text}
+    assert all({*subject.benign} == benign - {subject.text} for subject in subjects)
     for pairs in (("a", "toxic"), ("b", "fine"), ("B", "fine")), (("a", "fine"), ("b", "fine")):
         with pytest.raises(SidelightError, match="Add texts of both kinds"):
             draw_subjects(loaded(pairs), thresholds, texts=5, seed=0)
@@ -311,15 +290,12 @@ def test_what_counts_as_flagged_is_what_a_policy_says_and_other_probes_are_refus
     topics = untrained_probe(backbone, "topics", task=TOPICS, threshold=0.4)
     assert flagging_thresholds(topics) == {"violence": 0.4, "sexual": 0.4}
     assert flagging_thresholds(topics, labels=["sexual"], threshold=0.9) == {"sexual": 0.9}
-    intent = untrained_probe(backbone, "intent", task=INTENT)
-    assert flagging_thresholds(intent, labels=["refund"], threshold=0.5) == {"refund": 0.5}
     texts = [("a", "billing"), ("b", "refund"), ("c", "other"), ("d", "refund")]
     subjects = draw_subjects(loaded(texts, INTENT), {"refund": 0.5}, texts=9, seed=0)
     assert sorted(s.text for s in subjects if s.is_positive) == ["b", "d"]
     for options, given, remedy in (
         ({"reads": Reads(side="response")}, {}, "Name a probe of prompts"),
         ({"task": INTENT}, {"labels": ["refund"]}, "--flag LABEL --threshold"),
-        ({}, {"labels": ["toxi"]}, "Did you mean 'toxic'"),
         ({}, {"labels": ["fine"]}, "flags only toxic"),
     ):
         with pytest.raises(SidelightError, match=remedy):
@@ -329,28 +305,17 @@ def test_what_counts_as_flagged_is_what_a_policy_says_and_other_probes_are_refus
 # The command.
 
 
-# The command.
-
-
-@pytest.fixture(scope="module")
-def model(backbone, tmp_path_factory):
-    return saved(backbone, tmp_path_factory.mktemp("model"))
-
-
 @pytest.fixture
 def artifact(classifier, tmp_path):
     return save_probe(classifier.probe, tmp_path / "probe")
 
 
 @pytest.fixture
-def redteam(model, tmp_path):
-    data = tmp_path / "held_out.jsonl"
+def redteam(backbone, artifact, tmp_path):
+    """Runs the command on the artifact."""
+    model, data = saved(backbone, tmp_path / "model"), tmp_path / "held_out.jsonl"
     data.write_text("\n".join(json.dumps({"text": t, "label": n}) for t, n in rows()))
-
-    def called(probe, *arguments):
-        return run("redteam", str(probe), "--data", str(data), "--model", model, *arguments)
-
-    return called
+    return partial(run, "redteam", str(artifact), "--data", str(data), "--model", model)
 
 
 @pytest.mark.slow
@@ -358,8 +323,8 @@ def test_the_command_prints_and_writes_what_is_measured(
     redteam, artifact, classifier, tmp_path, capsys
 ):
     written = ("--json", str(tmp_path / "e.json"), "--plot", str(tmp_path / "e.png"))
-    assert redteam(artifact, "--attacks", "places,search,padding-600-both", "--budget", "5",
-                   "--texts", "4", "--seed", "3", *written) == 0  # fmt: skip
+    options = ("--budget", "5", "--texts", "4", "--seed", "3", *written)
+    assert redteam("--attacks", "places,search,padding-600-both", *options) == 0
     shown = capsys.readouterr()
     names = attack_names(["places", "search", "padding-600-both"])
     outcomes = measured(classifier, names, texts=4, seed=3, budget=5)
@@ -368,15 +333,11 @@ def test_the_command_prints_and_writes_what_is_measured(
     assert told["version"] == load_probe(artifact).version
     assert [row["attack"] for row in told["attacks"]] == names
     for row, outcome in zip(told["attacks"], outcomes, strict=True):
-        rates = {
-            "recall_alone": outcome.recall_alone,
-            "recall": outcome.recall,
-            "false_alarms_alone": outcome.alarms_alone,
-            "false_alarms": outcome.alarms,
-        }
-        for key, rate in rates.items():
-            assert (row[key]["flagged"], row[key]["texts"]) == (rate.flagged, rate.texts)
-            assert row[key]["value"] == rate.share
+        rates = (outcome.recall_alone, outcome.recall, outcome.alarms_alone, outcome.alarms)
+        keys = ("recall_alone", "recall", "false_alarms_alone", "false_alarms")
+        for key, rate in zip(keys, rates, strict=True):
+            told_rate = (row[key]["flagged"], row[key]["texts"], row[key]["value"])
+            assert told_rate == (rate.flagged, rate.texts, rate.share)
         assert row["skipped"] == outcome.skipped
         assert outcome.attack in shown.out
     assert "padding-600-both: left out 8 texts (longer than the model's context" in shown.out
@@ -386,7 +347,7 @@ def test_the_command_prints_and_writes_what_is_measured(
 
 @pytest.mark.slow
 def test_what_passes_a_live_server_is_what_its_probe_does_not_flag(
-    redteam, artifact, classifier, tmp_path, monkeypatch
+    redteam, classifier, tmp_path, monkeypatch
 ):
     names = attack_names(["places", "leet", "padding-600-both"])
     names.remove("system-turn")
@@ -395,10 +356,10 @@ def test_what_passes_a_live_server_is_what_its_probe_does_not_flag(
     monkeypatch.setenv("SIDELIGHT_API_KEY", "secret")
     options = ("--attacks", ",".join(names), "--texts", "4", "--json", str(tmp_path / "e.json"))
     with served(engine, policy=policy, api_key="secret") as address:
-        assert redteam(artifact, "--url", address, *options) == 0
+        assert redteam("--url", address, *options) == 0
         told = json.loads((tmp_path / "e.json").read_text())
         monkeypatch.setenv("SIDELIGHT_API_KEY", "another")
-        assert redteam(artifact, "--url", address, *options) == 2
+        assert redteam("--url", address, *options) == 2
     assert told["url"] == address
     routes = {route["route"]: route["attacks"] for route in told["routes"]}
     # It has no others, and its completions refuse what spells out the template.
@@ -413,42 +374,27 @@ def test_what_passes_a_live_server_is_what_its_probe_does_not_flag(
 
 
 def test_the_card_says_what_was_measured_on_this_very_probe(redteam, artifact, tmp_path):
-    add_to_card(artifact, "## Evasion\n\nNone.\n")
-    card = (artifact / CARD).read_text()
-    assert card.startswith("---\nlibrary_name")
-    assert card.index("## Use") < card.index("## Evasion")
     (artifact / CARD).write_text("My own words.\n")
     for attack in ("leet", "capitals"):
-        assert redteam(artifact, "--attacks", attack, "--card") == 0
+        assert redteam("--attacks", attack, "--card") == 0
         card = (artifact / CARD).read_text()
         assert card.startswith("My own words.\n")
         assert card.count("## Evasion") == 1
         assert f"| {attack} |" in card
     push(artifact, tmp_path / "shared")
-    shared = (tmp_path / "shared" / CARD).read_text()
-    assert "library_name: sidelight" in shared
-    assert "| capitals |" in shared
-    probe = load_probe(artifact)
-    save_probe(replace(probe, thresholds=(0.99,)), artifact)
+    assert "| capitals |" in (tmp_path / "shared" / CARD).read_text()
+    save_probe(replace(load_probe(artifact), thresholds=(0.99,)), artifact)
     push(artifact, tmp_path / "shared")
     assert "Evasion" not in (tmp_path / "shared" / CARD).read_text()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "remedy"),
-    [
+def test_a_mistake_is_one_line_with_its_remedy(redteam, capsys):
+    for arguments, remedy in (
         (["--attacks", "leat"], "Did you mean 'leet'"),
-        (["--flag", "toxi"], "Did you mean 'toxic'"),
         (["--json", "."], "--json"),
-        (["--plot", "."], "--plot"),
-        *(
-            # A live server has no scores to show or to search by.
-            (["--url", "http://127.0.0.1:9", *more], "no scores")
-            for more in (["--plot", "e.png"], ["--card"], ["--attacks", "search"])
-        ),
-    ],
-)
-def test_a_mistake_is_one_line_with_its_remedy(redteam, artifact, arguments, remedy, capsys):
-    assert redteam(artifact, *arguments) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert remedy in line
+        # A live server has no scores to show or to search by.
+        (["--url", "http://127.0.0.1:9", "--attacks", "search"], "no scores"),
+    ):
+        assert redteam(*arguments) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert remedy in line
