@@ -143,10 +143,6 @@ class Data(DataSet):
         return self._parts
 
 
-def no_search(*_: object) -> None:
-    raise AssertionError("nothing asked for a search")
-
-
 def context_of(
     backbone: TransformersBackbone,
     directory: Path,
@@ -157,7 +153,7 @@ def context_of(
     **given: object,
 ) -> RecipeContext:
     """A recipe with the planted data, or other data; what is given replaces the rest."""
-    usual = {"recipe": recipe(text), "load": lambda _name: data or Data(), "search": no_search}
+    usual = {"recipe": recipe(text), "load": lambda _name: data or Data(), "search": None}
     return RecipeContext(
         text=text, directory=directory, backbone=backbone, cache_root=cache, **(usual | given)
     )

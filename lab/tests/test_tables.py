@@ -12,14 +12,12 @@ from planted_data import TABLE, Data, context_of, examples, recipe, rows_of, sto
 from corpora import TASKS
 from sidelight.artifact import load_probe
 from sidelight.bank import Bank
-from sidelight.errors import SidelightError
 from sidelight.evaluation import evaluate
 from sidelight.states.extraction import score
 from sidelight.training.dataset import make_split
-from sidelight.training.optimisation import validation_score
 from sidelight.training.settings import FitOptions
 from sidelight_lab.baselines import BASELINES
-from sidelight_lab.tables.recipes import build_rows, suggested
+from sidelight_lab.tables.recipes import suggested
 from sidelight_lab.tables.reproduce import reproduce
 from sidelight_lab.tables.runs import score_split
 from sidelight_lab.tables.writing import FinishedTable, grid
@@ -36,11 +34,6 @@ class KilledError(Exception):
 class Finished:
     folder: Path
     table: FinishedTable
-
-    def copied(self, target: Path) -> dict[str, int]:
-        """Copies the folder; when each of its results was written."""
-        shutil.copytree(self.folder, target, dirs_exist_ok=True)
-        return stored(target)
 
 
 @pytest.fixture(scope="module")
@@ -77,34 +70,25 @@ def test_a_comparison_is_made_end_to_end(finished):
     assert rows["readout"]["metrics"]["auprc"]["mean"] > 0.9
     assert rows["readout"]["ours_minus_this"] is None
     assert rows["pooling"]["ours_minus_this"]["p"] is not None
+    # Without a positive text, ranking is undefined.
+    row = rows_of(made, 2)["tfidf"]
+    assert row["metrics"]["auprc"]["mean"] is None
+    assert row["ours_minus_this"] == {"value": None, "ci": [None, None], "p": None}
     written = {path.name for path in folder.iterdir() if path.is_file()}
     assert written == {
         "table.md", "table.json", "table.tex", "recipe.toml", "environment.json", "data.md",
         "test_opened.json",
     }  # fmt: skip
     assert (folder / "recipe.toml").read_text() == TABLE
-    environment = json.loads((folder / "environment.json").read_text())
-    assert {"packages", "processor", "recipe"} <= environment.keys()
     page = (folder / "table.md").read_text()
     for words in ("Made up for tests.", "had not been opened", "- Ours is 'readout'."):
         assert words in page
 
 
-def test_a_subset_without_a_positive_text_leaves_ranking_undefined(finished):
-    row = rows_of(finished.table, 2)["tfidf"]
-    assert row["metrics"]["auprc"]["mean"] is None
-    assert row["ours_minus_this"] == {"value": None, "ci": [None, None], "p": None}
-    assert {path.name for path in (finished.folder / "plots").iterdir()} == {
-        "bars_all.png", "bars_odd.png", "bars_no,_positives.png",
-        "precision_recall_all.png", "precision_recall_odd.png",
-    }  # fmt: skip
-
-
 def test_figures_are_those_of_evaluate_on_the_stored_artifacts(finished, tiny, cache):
-    rows, data = rows_of(finished.table), Data()
     folders = sorted((finished.folder / "runs").glob("*/probe"))
     probes = [replace(load_probe(path), name=path.parent.name) for path in folders]
-    split = make_split(tiny, data.test, FitOptions(max_tokens=512, cache_root=cache))
+    split = make_split(tiny, Data().test, FitOptions(max_tokens=512, cache_root=cache))
     expected = score(tiny, Bank(probes), split.prompts)
     for own, other in zip(score_split(probes, split, device=tiny.device), expected, strict=True):
         # Cached states are bfloat16: 8 bits of mantissa.
@@ -118,13 +102,9 @@ def test_figures_are_those_of_evaluate_on_the_stored_artifacts(finished, tiny, c
     ]
     # Of the float32 states, which moves metrics of ranks little.
     for metric in ("auprc", "f1", "ece"):
-        shown = rows["readout"]["metrics"][metric]["values"]
+        shown = rows_of(finished.table)["readout"]["metrics"][metric]["values"]
         values = [report.metrics[metric].value for report in reports]
         assert shown == pytest.approx(values, abs=0.02)
-    (file,) = (finished.folder / "runs").glob("tfidf-*/result.npz")
-    logits = np.load(file)["validation_logits"]
-    score_of_it = validation_score(TASKS["binary"], logits, data.validation.labels)
-    assert rows["tfidf"]["validation"]["values"] == [score_of_it]
 
 
 def test_table_cells_hold_the_figures(finished):
@@ -133,16 +113,12 @@ def test_table_cells_hold_the_figures(finished):
     f1 = row["metrics"]["f1"]
     cell = f"{f1['mean']:.3f} ± {f1['sd']:.3f}"
     assert f1["sd"] == pytest.approx(np.std(f1["values"], ddof=1))
-    (line,) = [
-        line for line in (folder / "table.md").read_text().split("##")[1].splitlines()
-        if line.startswith("| **readout**")
-    ]  # fmt: skip
-    assert cell in line
-    assert f"{row['parameters']:,}" in line
+    page = (folder / "table.md").read_text().split("##")[1]
+    (line,) = [line for line in page.splitlines() if line.startswith("| **readout**")]
+    for shown in (cell, f"{row['parameters']:,}"):
+        assert shown in line
     chosen = row["chosen"]
     assert chosen["seed"] == row["seeds"][int(np.argmax(row["validation"]["values"]))]
-    low, high = chosen["auprc"]["ci"]
-    assert f"{chosen['auprc']['value']:.3f} [{low:.3f}, {high:.3f}]" in line
     assert cell.replace("±", r"$\pm$") in (folder / "table.tex").read_text()
     assert json.loads((folder / "table.json").read_text()) == made.to_dict()
 
@@ -150,7 +126,8 @@ def test_table_cells_hold_the_figures(finished):
 def test_a_second_run_computes_nothing_but_rows_that_were_deleted_or_changed(
     finished, make, tmp_path
 ):
-    before = finished.copied(tmp_path)
+    shutil.copytree(finished.folder, tmp_path, dirs_exist_ok=True)
+    before = stored(tmp_path)
     assert rows_of(make()) == rows_of(finished.table)
     assert stored(tmp_path) == before
     (gone,) = (tmp_path / "runs").glob("readout-seed1-*")
@@ -161,9 +138,9 @@ def test_a_second_run_computes_nothing_but_rows_that_were_deleted_or_changed(
         name for name in before if name.startswith(f"runs/{gone.name}/")
     }
     for name, row in rows_of(finished.table).items():
-        for metric, found in row["metrics"].items():
-            # Alone, its matmuls are narrower, which rounds differently.
-            assert found["values"] == pytest.approx(again[name]["metrics"][metric]["values"])
+        # Alone, its matmuls are narrower, which rounds differently.
+        values = row["metrics"]["auprc"]["values"]
+        assert values == pytest.approx(again[name]["metrics"]["auprc"]["values"])
     # A changed row is made anew, and the earlier opening is told.
     changed = make(TABLE.replace("epochs = 2", "epochs = 1"))
     new = stored(tmp_path)
@@ -217,21 +194,15 @@ def test_rows_can_be_chosen_and_data_cut(make):
     assert all(row.difference is None for row in made.tables[0].rows)
     assert grid(made.tables[0]).headings[-3:] == ("validation AUPRC", "parameters", "single pass")
     assert not any("Ours is" in note for note in made.notes)
-    with pytest.raises(SidelightError, match="Did you mean 'pooling'"):
-        recipe().only(["poling"])
 
 
 def test_a_searched_probe_is_trained_as_the_search_says(make, tmp_path):
-    asked = []
-
     def search(_dataset, mechanism, storage):
-        asked.append(mechanism)
         assert storage.parent.is_dir()
         spec, settings = suggested(mechanism)
         return spec, settings.changed(epochs=1, learning_rate=5e-3)
 
     make(ONE_SEED.replace("settings = { epochs = 2 }", "search = true"), search=search)
-    assert asked == ["pooling"]
     (folder,) = (tmp_path / "runs").glob("pooling-*/probe")
     settings = load_probe(folder).record["settings"]
     assert (settings["epochs"], settings["learning_rate"]) == (1, 5e-3)
@@ -250,8 +221,6 @@ def test_a_transfer_is_tested_on_the_other_data_set(make):
     text = ONE_SEED.replace('"comparison"', '"transfer"\ntest_data = "other"')
     made = make(text, load=sets.__getitem__)
     assert made.tables[0].title == "Other, all"
-    told = [note for note in made.notes if ": " in note and "opened" not in note]
-    assert told == ["Planted: Made up for tests.", "Other: 3 test rows have a cold."]
     assert "70 of 70 test texts are among the training texts too." in made.notes
     assert rows_of(made)["readout"]["metrics"]["auprc"]["mean"] > 0.9
 
@@ -268,63 +237,30 @@ def test_a_few_shot_draw_has_as_many_texts_of_each_class(make, tmp_path):
         hashes.add(record["training"]["sha256"])
     assert len(hashes) == 3
     assert "draws" in made.how
-    values = {name: row["metrics"]["auprc"]["values"] for name, row in rows.items()}
-    shown = rows["tfidf"]["ours_minus_this"]
-    mean = np.mean(np.subtract(values["readout"], values["tfidf"]))
-    assert shown["value"] == pytest.approx(mean)
 
 
 def test_a_sweep_trains_every_probe_with_every_value(make, tmp_path):
     text = ONE_SEED.partition("[[baseline]]")[0].replace('"comparison"', '"sensitivity"')
     text = text.replace('ours = ["readout"]', "")
-    sweep = '[sweep]\nparameter = "learning_rate"\nvalues = [1e-3, 1e-2]\n'
-    made = make(text + sweep)
-    names = ["pooling, learning_rate 0.001", "pooling, learning_rate 0.01",
-             "readout, learning_rate 0.001", "readout, learning_rate 0.01"]  # fmt: skip
-    assert list(rows_of(made)) == names
+    made = make(text + '[sweep]\nparameter = "learning_rate"\nvalues = [1e-3, 1e-2]\n')
+    assert list(rows_of(made)) == [
+        f"{name}, learning_rate {rate}" for name in ("pooling", "readout") for rate in (0.001, 0.01)
+    ]
     assert (tmp_path / "plots" / "sweep_all.png").exists()
-    options = text + '[sweep]\nparameter = "heads"\nvalues = [1, 4]\n'
-    only = recipe(options).only(["readout"])
-    assert [row.spec.options["heads"] for row in build_rows(only, suggested)] == [1, 4]
 
 
-def test_several_classes_make_a_table(make, tmp_path):
-    made = make(ONE_SEED.replace('"auprc"', '"accuracy"'), data=Data("multiclass"))
-    row = rows_of(made)["readout"]
-    labels = Data("multiclass").test.labels
-    (file,) = (tmp_path / "runs").glob("readout-*/test-*.npz")
-    logits = np.load(file)["logits"]
-    (probe,) = map(load_probe, (tmp_path / "runs").glob("readout-*/probe"))
-    right = probe.calibration.apply(logits).argmax(1) == labels
-    assert row["metrics"]["accuracy"]["mean"] == pytest.approx(right.mean())
-
-
-def test_a_run_that_diverges_is_left_out_and_told(make, tmp_path):
-    text = ONE_SEED.replace("epochs = 2", "epochs = 2, weight_decay = 1e38")
-    made = make(text)
+def test_a_run_that_diverges_is_left_out_and_told(make):
+    made = make(ONE_SEED.replace("epochs = 2", "epochs = 2, weight_decay = 1e38"))
     assert list(rows_of(made)) == ["readout", "tfidf"]
     assert sum("'pooling' with seed" in note and "diverged" in note for note in made.notes) == 1
-    before = stored(tmp_path)
-    assert rows_of(make(text))
-    assert stored(tmp_path) == before
-
-
-def test_validation_texts_that_cannot_choose_are_refused_before_any_work(make, tmp_path):
-    validation = examples("binary", 60, 2)
-    data = Data(validation=validation.select(np.flatnonzero(validation.labels == 0)))
-    with pytest.raises(SidelightError, match="no 'toxic' text"):
-        make(data=data)
-    assert not (tmp_path / "runs").exists()
 
 
 def test_other_test_texts_are_another_opening(make, tmp_path):
     head, _, tail = TABLE.partition("[[probe]]")
     text = head.replace('ours = ["readout"]', "") + "".join(tail.rpartition("[[baseline]]")[1:])
-
     longer = Data(tested=examples("binary", 80, 4))
     assert not any("opened before" in note for note in make(text).notes)
     assert any("opened before" in note for note in make(text, data=longer).notes)
     assert not any("opened before" in note for note in make(text).notes)
     openings = json.loads((tmp_path / "test_opened.json").read_text())
     assert len({one["test"] for one in openings}) == len(openings) == 2
-    assert any("opened before" in note for note in make(text, limit=60).notes)
