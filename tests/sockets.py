@@ -1,10 +1,8 @@
 """Clients that speak raw bytes to a server, for what no HTTP library would send."""
 
-import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 
@@ -36,36 +34,6 @@ def read_all(opened: socket.socket) -> bytes:
 def request(path: str, body: bytes, *headers: str, length: int | None = None) -> bytes:
     """A POST; ``length`` is what it declares, which need not be true."""
     size = len(body) if length is None else length
-    lines = [
-        f"POST {path} HTTP/1.1",
-        "Host: x",
-        "Content-Type: application/json",
-        f"Content-Length: {size}",
-        *headers,
-    ]
+    kind = ("Host: x", "Content-Type: application/json", f"Content-Length: {size}")
+    lines = [f"POST {path} HTTP/1.1", *kind, *headers]
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One HTTP answer."""
-
-    status: int
-    body: bytes
-
-
-def answers(received: bytes) -> list[Answer]:
-    """All answers of a connection, in order; an interim one (100) is none."""
-    found: list[Answer] = []
-    while received:
-        head, _, received = received.partition(b"\r\n\r\n")
-        status = int(head.split(b" ", 2)[1])
-        length = re.search(rb"content-length: (\d+)", head.lower())
-        if length:
-            body, received = received[: int(length[1])], received[int(length[1]) :]
-        elif status >= 200:
-            body, _, received = received.partition(b"0\r\n\r\n")
-        else:
-            continue
-        found.append(Answer(status, body))
-    return found

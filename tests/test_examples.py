@@ -60,16 +60,10 @@ def require_verdicts_printed(name: str, address: str, capsys: pytest.CaptureFixt
     return printed
 
 
-def test_openais_client_prints_the_verdicts_of_an_answer_of_a_stream_and_an_error(
-    address: str, capsys: pytest.CaptureFixture[str]
-):
+def test_openais_client_and_curl_show_verdicts_of_an_answer_and_of_a_stream(address, capsys):
     printed = require_verdicts_printed("openai_chat.py", address, capsys)
     assert "Refused: probe_not_found" in printed
-
-
-def test_curl_shows_headers_verdicts_and_a_whole_stream(address: str):
-    command = ["sh", str(EXAMPLES / "curl.sh")]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    printed = subprocess.check_output(["sh", str(EXAMPLES / "curl.sh")], text=True)
     (header,) = [line for line in printed.splitlines() if line.startswith("x-sidelight-verdicts: ")]
     verdicts = json.loads(header.removeprefix("x-sidelight-verdicts: "))
     assert {v["probe"]: v["label"] for v in verdicts} == prompt_labels(address)

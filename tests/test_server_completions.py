@@ -122,21 +122,6 @@ def mixed_probes(tiny, chat_probes):
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-@pytest.mark.parametrize("watch", [(), ("late",)])
-def test_probes_of_chats_give_no_verdict_on_plain_text(tiny, chat_probes, prompt, watch):
-    async def written(engine):
-        sampling = Sampling(max_tokens=4, temperature=0.0)
-        events = engine.generate(PlainText(prompt), sampling, watch=watch)
-        return [event async for event in events]
-
-    judged, *between, finished = run(tiny, written, probes=chat_probes)
-    assert (judged.judgement.verdicts, judged.judgement.failed) == ((), ("early",))
-    assert judged.is_plain
-    assert all(getattr(event, "verdicts", ()) == () for event in (*between, finished))
-    assert finished.judgement.failed == ("late",)
-
-
-@pytest.mark.parametrize("prompt", PROMPTS)
 def test_probes_of_both_judge_plain_text_as_probes_of_raw_texts_do(tiny, raw, mixed_probes, prompt):
     as_raw = [
         replace(probe, prompt_format="raw", fingerprint=raw.fingerprint)

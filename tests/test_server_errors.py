@@ -8,15 +8,17 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from unittest.mock import Mock
 
 import pytest
 from pydantic import ValidationError
 
+from in_process import in_process
 from live import MODEL, http_client, served
 from sidelight.engines.loading import LoadingEngine
 from sidelight.engines.queue import Limits
 from sidelight.engines.transformers import TransformersEngine
-from sidelight.server.checks import ClassifyRequest, GuardrailRequest, TokenizeRequest
+from sidelight.server.checks import GuardrailRequest, TokenizeRequest
 from sidelight.server.observe import without_message
 from sidelight.server.questions import DecisionRequest
 from sidelight.server.schemas import ChatRequest, CompletionRequest, ModerationRequest
@@ -142,19 +144,14 @@ def test_what_clients_always_send_is_taken(http, path):
     [
         (ChatRequest, {"messages": WRONG}),
         (ChatRequest, {"messages": [{"role": "user", "content": WRONG}]}),
-        (ChatRequest, {"messages": HELLO, "probes": WRONG}),
         (ChatRequest, {"messages": HELLO, **{str(number): 0 for number in range(500)}}),
         (CompletionRequest, {"prompt": WRONG}),
         (ModerationRequest, {"input": WRONG}),
-        (ClassifyRequest, {"input": WRONG}),
         (TokenizeRequest, {"messages": WRONG}),
-        (GuardrailRequest, {"input_type": "request", "images": WRONG}),
         (GuardrailRequest, {"input_type": "request", "tool_calls": WRONG}),
-        (DecisionRequest, {"input": WRONG, "questions": QUESTIONS}),
         (DecisionRequest, {"input": [{"role": "user", "content": WRONG}], "questions": QUESTIONS}),
         (DecisionRequest, {"input": "x", "questions": WRONG}),
         (DecisionRequest, {"input": "x", "questions": [{"type": "choice", "choices": WRONG}]}),
-        (DecisionRequest, {"input": "x", "questions": [{"type": "score", "levels": WRONG}]}),
     ],
 )
 def test_only_the_first_of_many_wrong_items_is_checked(model, body):
@@ -230,14 +227,13 @@ def test_a_loading_engine_is_a_503(tiny):
         may_load.wait(10)
         return TransformersEngine(tiny, three_probes(tiny))
 
-    with served(LoadingEngine(load)) as address, http_client(address) as http:
-        assert http.get("/health").status_code == 200
-        for path in ("/ready", "/v1/models"):
-            error_of(http.get(path), 503)
-        response = http.post(CHAT, json=VALID)
-        error_of(response, 503)
+    with in_process(LoadingEngine(load)) as http:
+        for path in ("/health", "/metrics"):
+            assert http.get(path).status_code == 200
+        refused = [http.get("/ready"), http.get("/v1/models"), http.post(CHAT, json=VALID)]
+        for response in refused:
+            error_of(response, 503)
         assert response.headers["retry-after"]
-        assert http.get("/metrics").status_code == 200
         may_load.set()
         while http.get("/ready").status_code != 200:
             pass
@@ -248,10 +244,7 @@ def test_a_crash_of_the_server_is_a_500_and_logged_by_its_id_without_its_message
     capfd, monkeypatch, tiny
 ):
     engine = TransformersEngine(tiny, [])
-
-    def crash(*_args, **_options):
-        raise ZeroDivisionError(HELLO[0]["content"])
-
+    crash = Mock(side_effect=ZeroDivisionError(HELLO[0]["content"]))
     monkeypatch.setattr(engine, "generate", crash)
     with served(engine) as address, http_client(address) as http:
         response = http.post(CHAT, json=VALID)
