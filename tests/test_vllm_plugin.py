@@ -42,6 +42,7 @@ from sidelight.vllm.settings import (
 from sidelight.vllm.taps import set_receiver, tap_layers
 from sidelight.vllm.worker import RequestJudge, Share, Worker
 from tiny import TOPICS, tiny_backbone, untrained_probe
+from vllm_served import followed
 
 BLOCK = 4
 BLOCKS = 24
@@ -77,11 +78,6 @@ def prompt_of(token_ids, seed=0) -> EncodedPrompt:
     parts = [Part(int(p)) for p in np.random.default_rng(seed).integers(0, 4, len(token_ids))]
     parts[-1] = Part.PROMPT
     return EncodedPrompt(tuple(token_ids), tuple(parts))
-
-
-def with_response(prompt, ids) -> EncodedPrompt:
-    parts = prompt.parts + (Part.RESPONSE,) * (len(ids) - len(prompt))
-    return replace(prompt, token_ids=tuple(ids), parts=parts)
 
 
 def states_of(backbone, token_ids) -> torch.Tensor:
@@ -175,46 +171,44 @@ def test_any_schedule_gives_the_verdicts_of_one_pass(backbone, probes, data):
         free += [block for block in blocks if block not in cached]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("chunk", [3, 9, 17])
-def test_a_response_is_read_as_it_is_written_and_again_after_preemption(backbone, probes, chunk):
-    played = Played(probes)
+def shares_of(reading, columns):
+    """Those of two stages of a pipeline, which come in no order."""
+    return [Share(reading, 2, columns[:, 2:]), Share(reading, 0, columns[:, :2])]
+
+
+@pytest.mark.parametrize(
+    ("is_plain", "is_staged", "chunk"),
+    [(False, False, 3), (True, False, 9), (False, True, 17), (True, True, 3)],
+)
+def test_a_response_is_read_as_it_is_written_and_again_after_preemption(
+    backbone, probes, is_plain, is_staged, chunk
+):
+    """On plain text, probes of chats alone fail."""
+    both = [replace(probe, name=f"{probe.name}-both", prompt_format="both") for probe in probes]
+    judging, failed = (both, probes) if is_plain else ([*probes, *both], [])
+    late = [probe for probe in judging if probe.reads.includes_response]
+    early = [probe for probe in judging if not probe.reads.includes_response]
+    played = Played([*probes, *both])
     ids = [int(t) for t in np.random.default_rng(4).integers(5, 300, 18)]
-    prompt, hidden = prompt_of(ids[:9]), states_of(backbone, ids)
-    late = [probe for probe in probes if probe.reads.side == "both"]
-    early = [probe for probe in probes if not probe.reads.includes_response]
+    prompt = replace(prompt_of(ids[:9]), is_plain=is_plain)
+    hidden = states_of(backbone, ids)
     played.enter("r", prompt)
+    if is_staged:
+        played.judge = lambda readings: {
+            r.request_id: played.request_judge.join(shares_of(r, played.pages.read([r])))
+            for r in readings
+        }
     for start, stop in ((0, 9), *pairwise(range(9, 18))):
         played.step([("r", hidden, [0, 1, 2, 3, 4], start, stop)])
-        require_equal(late, played.judgement("r"), backbone, with_response(prompt, ids[:stop]))
-        require_equal(early, played.judgement("r"), backbone, prompt)
+        judgement = played.judgement("r")
+        assert sorted(judgement.failed) == sorted(probe.name for probe in failed)
+        require_equal(late, judgement, backbone, followed(prompt, ids[9:stop]))
+        require_equal(early, judgement, backbone, prompt)
     played.forget()
     for start in range(0, 18, chunk):
         share = ("r", hidden, [9, 8, 7, 6, 5], start, min(18, start + chunk))
         played.step([share], resumed={"r"} if start == 0 else set())
-    require_equal(late, played.judgement("r"), backbone, with_response(prompt, ids))
-
-
-@pytest.mark.parametrize("is_staged", [False, True])
-def test_on_plain_text_probes_of_chats_alone_fail(backbone, probes, is_staged):
-    both = [replace(probe, name=f"{probe.name}-both", prompt_format="both") for probe in probes]
-    late, early = ([p for p in both if p.reads.includes_response is own] for own in (True, False))
-    played = Played([*probes, *both])
-    ids = range(10, 22)
-    hidden = states_of(backbone, ids)
-    plain = replace(prompt_of(ids[:9]), is_plain=True)
-    played.enter("r", plain)
-    if is_staged:
-        played.judge = lambda readings: {
-            r.request_id: played.request_judge.join([Share(r, 0, played.pages.read([r]))])
-            for r in readings
-        }
-    for start, stop in ((0, 9), *pairwise(range(9, 13))):
-        played.step([("r", hidden, [0, 1, 2], start, stop)])
-        judgement = played.judgement("r")
-        assert sorted(judgement.failed) == sorted(probe.name for probe in probes)
-        require_equal(late, judgement, backbone, with_response(plain, ids[:stop]))
-        require_equal(early, judgement, backbone, plain)
+    require_equal(late, played.judgement("r"), backbone, followed(prompt, ids[9:]))
 
 
 def test_what_was_not_read_is_a_failed_verdict(backbone, probes):
@@ -238,20 +232,6 @@ def test_what_was_not_read_is_a_failed_verdict(backbone, probes):
     played.step([("t", hidden, [0, 1], 7, 8)])
     verdicts = played.tracking.report("t")[KEY]["verdicts"]
     assert verdicts == {name: {"error": "verdict_failed"} for name in names}
-
-
-def test_pipeline_stages_together_give_the_verdict(backbone, probes):
-    played = Played(probes)
-    prompt = prompt_of(range(10, 30))
-    hidden = states_of(backbone, prompt.token_ids)
-    played.enter("r", prompt)
-    (reading,) = played.tracking.plan([Step("r", 20, True, list(range(5)))])
-    projection = played.panel.projection
-    columns = torch.stack(
-        [hidden[i] @ projection.weight[i] + projection.shift[i] for i in range(4)], 1
-    )
-    later, first = Share(reading, 2, columns[:, 2:]), Share(reading, 0, columns[:, :2])
-    require_equal(probes, played.request_judge.join([later, first]), backbone, prompt)
 
 
 def projection_of(columns, *, has_flags, offset=0):
@@ -487,15 +467,6 @@ def test_a_layer_of_another_kind_is_refused():
     tap_layers([layer], reads_embedding=False, width=8)
     with pytest.raises(SidelightError, match="does not know how to tap Pooled"):
         layer(torch.randn(5, 8))
-
-
-@pytest.mark.slow
-def test_the_compiler_keeps_the_operation():
-    layer = nn.Linear(8, 8)
-    tap_layers([layer], reads_embedding=False, width=8)
-    exported = torch.export.export(layer, (torch.randn(5, 8),))
-    for name in ("project", "end_pass"):
-        assert f"sidelight.{name}" in exported.graph_module.code
 
 
 OF_THESE = {"tokens": token_hash([1, 2, 3]), "is_plain": False}

@@ -120,6 +120,12 @@ def random_prompt(backbone, length, *, seed, prefix=()) -> EncodedPrompt:
     return EncodedPrompt(token_ids[:length], tuple(parts))
 
 
+def followed(prompt: EncodedPrompt, token_ids: Sequence[int]) -> EncodedPrompt:
+    """The prompt and what was read of the response."""
+    parts = prompt.parts + (Part.RESPONSE,) * len(token_ids)
+    return replace(prompt, token_ids=(*prompt.token_ids, *token_ids), parts=parts)
+
+
 def mixed_prompts(backbone, count, *, longest=LONGEST) -> list[EncodedPrompt]:
     """Lengths from 1 to ``longest``; a third of the prompts begin with the same tokens."""
     random = np.random.default_rng(7)

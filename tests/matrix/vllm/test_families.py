@@ -8,9 +8,8 @@ import os
 import pytest
 
 from architectures import TESTED, architecture_model
-from sidelight.prompts import EncodedPrompt, Part
 from sidelight.vllm.patches import ARCHITECTURES
-from vllm_served import expected, llm_of, mixed_prompts, reported, require_equal, run
+from vllm_served import expected, followed, llm_of, mixed_prompts, reported, require_equal, run
 from vllm_suite import WARM_UP
 
 PROMPTS = 16
@@ -43,10 +42,7 @@ def test_verdicts_are_those_of_transformers(name, tmp_path, monkeypatch):
         outputs = run(llm, begun, max_tokens=WRITTEN, ignore_eos=True)
     cleanup_dist_env_and_memory()
     read = [
-        EncodedPrompt(
-            prompt.token_ids + tuple(output.outputs[0].token_ids[:-1]),
-            prompt.parts + (Part.RESPONSE,) * (WRITTEN - 1),
-        )
+        followed(prompt, output.outputs[0].token_ids[:-1])
         for prompt, output in zip(begun, outputs, strict=True)
     ]
     require_equal([reported(output) for output in outputs], expected(model, read))

@@ -12,15 +12,11 @@ from safetensors.torch import save_file
 from architectures import TESTED, architecture_model
 from commands import run as command
 from engine_contract import TEXTS, other_probes, require_verdicts, user
-from policy_contract import parts_of
 from sidelight.artifact import save_probe
 from sidelight.backbone import load_backbone
 from sidelight.engines.base import GenerationError
 from sidelight.vllm.exchange import saved
 from sidelight.vllm.settings import KEY
-from sidelight_lab.bench.serving import MEASURES
-from stock_requests import post
-from stock_server import stock_server
 from tiny import untrained_probe
 from vllm_served import (
     Model,
@@ -102,21 +98,6 @@ def test_an_adapter_is_judged_as_its_merged_weights_are(model, prompts, tmp_path
             require_equal([reported(output) for output in outputs], wanted)
             named = {output.kv_transfer_params[KEY].get("adapter") for output in outputs}
             assert named == {lora and "formal"}
-
-
-def test_answers_of_a_server_name_the_adapter_that_wrote_them(early, tmp_path):
-    adapter(early, tmp_path)
-    words = ("--enable-lora", "--max-lora-rank", str(RANK), "--lora-modules", f"formal={tmp_path}")
-    asked = {"max_tokens": 3, "messages": [{"role": "user", "content": "hello"}]}
-    with stock_server(early.path, early.folders, tmp_path, *words) as server:
-        for model, wanted in (("tiny", None), ("formal", "formal")):
-            for path in ("/v1/chat/completions", "/v1/messages"):
-                answer = post(server.address, path, {"model": model, **asked}).json()
-                assert answer["sidelight"].get("adapter") == wanted, path
-            streamed = {"model": model, "stream": True, **asked}
-            parts = parts_of(post(server.address, "/v1/chat/completions", streamed))
-            said = [part["sidelight"] for part in parts if "sidelight" in part]
-            assert {each.get("adapter") for each in said} == {wanted}
 
 
 @pytest.mark.parametrize("method", ["ngram", "draft_model"])
@@ -295,19 +276,6 @@ def test_parity_finds_no_difference_but_rounding(early, tmp_path, capsys):
     assert [row["probe"] for row in found] == [p.name for p in early.probes] * len(between)
     assert all(row["texts"] == 12 and row["flips"] == 0 for row in found)
     assert 0 < max(row["largest"] for row in found) < 1e-4
-
-
-def test_bench_serve_measures_every_set_of_probes(model, tmp_path):
-    out = tmp_path / "serve.json"
-    words = ["bench", "serve", "--engine", "vllm", "--model", model.path, "--dtype", "float32"]
-    sizes = ["--rounds", "2", "--tokens", "64", "--requests", "2", "--written", "4"]
-    assert command(*words, *sizes, "--out", str(out), *OPTIONS) == 0
-    record = json.loads(out.read_text())
-    assert len(record["costs"]) == 5 * len(MEASURES)
-    assert {row["measure"] for row in record["costs"]} == MEASURES.keys()
-    prompts = [row for row in record["costs"] if row["measure"] == "CPU time per prompt"]
-    assert all(row["without"] > 0 for row in prompts)
-    assert all(row["low"] <= row["added"] <= row["high"] for row in record["costs"])
 
 
 def test_the_check_compares_verdicts_and_times_serving(tmp_path):
