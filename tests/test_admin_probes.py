@@ -42,10 +42,8 @@ BLOCKING = Policy(
 @pytest.fixture
 def folders(tiny, tmp_path):
     """The served probes' artifacts, and a second version of one."""
-    probes = [
-        untrained_probe(tiny, "toxicity"),
-        untrained_probe(tiny, "late", reads=Reads("response")),
-    ]
+    late = untrained_probe(tiny, "late", reads=Reads("response"))
+    probes = [untrained_probe(tiny, "toxicity"), late]
     saved = {probe.name: save_probe(probe, tmp_path / probe.name) for probe in probes}
     newer = untrained_probe(tiny, "toxicity")
     newer.mechanism.bias.add_(0.5)
@@ -270,21 +268,16 @@ def test_a_change_whose_caller_leaves_is_made_and_audited(tiny, tmp_path):
     assert [line["change"] for line in audited(path)] == ["disable"]
 
 
-@pytest.mark.parametrize(
-    ("path", "body", "told"),
-    [
-        (CHATS, CHAT, lambda said: said["sidelight"]["verdicts"]),
-        ("/v1/moderations", {"input": "hello"}, lambda said: said["results"]),
-    ],
-)
-def test_requests_that_wait_for_a_change_are_judged_by_the_new_probe(tiny, path, body, told):
+def test_requests_that_wait_for_a_change_are_judged_by_the_new_probe(tiny):
     class Replacing(TransformersEngine):
         async def settled(self):
             await self.replace_probes([untrained_probe(tiny, "p", threshold=0.0)])
 
-    with in_process(Replacing(tiny, [untrained_probe(tiny, "p", threshold=1.0)])) as http:
-        answer = http.post(path, json=body).json()
-    assert [one["flagged"] for one in told(answer)] == [True]
+    for path, body in ((CHATS, CHAT), ("/v1/moderations", {"input": "hello"})):
+        with in_process(Replacing(tiny, [untrained_probe(tiny, "p", threshold=1.0)])) as http:
+            said = http.post(path, json=body).json()
+        (one,) = said["results"] if "results" in said else said["sidelight"]["verdicts"]
+        assert one["flagged"], path
 
 
 @pytest.mark.slow

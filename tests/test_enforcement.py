@@ -172,22 +172,18 @@ def test_an_empty_answer_has_nothing_to_judge(late):
 
 
 class Notes:
-    """What an observer hears, in order."""
-
-    def __init__(self):
-        self.heard = []
+    """An observer that keeps the decisions that it hears."""
 
     def prompt(self, event, decisions):
-        self.heard.append(("prompt", decisions))
+        self.of_prompt = decisions
 
-    def read(self, event):
-        self.heard.append(("read", event))
+    def read(self, event): ...
 
-    def delta(self):
-        self.heard.append(("delta", None))
+    def delta(self): ...
 
     def end(self, decisions, *, is_cancelled=False):
-        self.heard.append(("cancelled" if is_cancelled else "end", decisions))
+        if not is_cancelled:
+            self.of_end = decisions
 
 
 @pytest.fixture(scope="module")
@@ -225,27 +221,20 @@ def test_a_prompt_is_decided_once_for_engine_record_and_client(early):
     admitted, ended = guarded(enforcement, said_of_prompt(0.9), Finished("stop", 3, 0))
     assert isinstance(admitted, Admitted)
     assert [decision.action for decision in admitted.decisions] == ["flag"]
-    assert notes.heard[0][1] is admitted.decisions
-    assert ("end", ended.decisions) in notes.heard
+    assert notes.of_prompt is admitted.decisions
+    assert notes.of_end == ended.decisions
 
 
-def test_a_prompt_without_a_verdict_is_refused_with_what_was_decided(early):
-    enforcement = Enforcement([BoundRule(early, Rule("block"))], Notes)
-    failed = PromptJudged(Judgement((), ("early",)), tokens=3)
-    assert not enforcement.admits(failed)
-    with pytest.raises(PolicyError, match="No verdict from early") as refused:
-        guarded(enforcement, failed)
-    assert refused.value.fault == "failed"
-    assert [decision.action for decision in refused.value.decisions] == ["fail_closed"]
-
-
-def test_plain_text_is_the_clients_fault_where_a_probe_of_chats_alone_must_judge(early):
+def test_without_a_verdict_a_prompt_is_refused_and_plain_text_by_the_clients_fault(early):
     both = BoundRule(replace(early, name="both", prompt_format="both"), Rule("block"))
     failed = PromptJudged(Judgement((), ("early", "both")), is_plain=True, tokens=3)
     for rules, fault, message in (
         ([both, BoundRule(early, Rule("block"))], "request", "^No verdict from early: probes that"),
         ([both], "failed", "^No verdict from both: the output"),
     ):
+        enforcement = Enforcement(rules, Notes)
+        assert not enforcement.admits(failed)
         with pytest.raises(PolicyError, match=message) as refused:
-            guarded(Enforcement(rules, Notes), failed)
+            guarded(enforcement, failed)
         assert refused.value.fault == fault
+        assert {decision.action for decision in refused.value.decisions} == {"fail_closed"}

@@ -1,6 +1,5 @@
 """The table of outcomes in docs/policy-file.md is what a live server does."""
 
-import json
 import re
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from torch import nn
 from engine_runs import events_of, run
 from in_process import faults, in_process
 from live import MODEL
+from policy_contract import ADMIN, CHATS, parts_of
 from sidelight.engines.base import ResponseScored, Sampling, TextDelta
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.policy.rules import Policy, Rule
@@ -26,8 +26,6 @@ from tiny import tiny_backbone, untrained_probe
 PAGE = Path(__file__).parent.parent / "docs" / "policy-file.md"
 TEXT = "hello"
 TOKENS = 24
-ADMIN = "admin-key"
-CHATS = "/v1/chat/completions"
 REQUEST = {
     "model": MODEL,
     "messages": [{"role": "user", "content": TEXT}],
@@ -78,16 +76,11 @@ def written():
     probes = [untrained_probe(BACKBONE, "late", reads=Reads("response"))]
     sampling = Sampling(temperature=0.0, max_tokens=TOKENS)
     events = run(
-        BACKBONE,
-        lambda engine: events_of(engine, TEXT, sampling, watch=("late",)),
-        probes=probes,
+        BACKBONE, lambda engine: events_of(engine, TEXT, sampling, watch=("late",)), probes=probes
     )
-    scores = [
-        e.judgement.verdicts[0].probabilities["toxic"]
-        for e in events
-        if isinstance(e, ResponseScored)
-    ]
-    return [event for event in events if isinstance(event, TextDelta)], scores
+    said = [event.judgement.verdicts[0] for event in events if isinstance(event, ResponseScored)]
+    deltas = [event for event in events if isinstance(event, TextDelta)]
+    return deltas, [verdict.probabilities["toxic"] for verdict in said]
 
 
 DELTAS, SCORES = written()
@@ -165,17 +158,12 @@ def serving(case, rule, folder):
     options = {"policy": policy_of(case, rule), "admin_key": ADMIN, "audit_log": audit}
     with faults(BACKBONE, {case.at_pass: fault}), in_process(engine, **options) as http:
         if case.is_reloaded:
-            reload_garbage(http, folder)
+            for name in ("manifest.json", "probe.safetensors"):
+                (folder / name).write_bytes(b"\x00garbage")
+            key, body = {"Authorization": f"Bearer {ADMIN}"}, {"path": str(folder)}
+            refused = http.post("/admin/probes/early/reload", json=body, headers=key)
+            assert refused.status_code == 400, refused.text
         yield http
-
-
-def reload_garbage(http, folder):
-    for name in ("manifest.json", "probe.safetensors"):
-        (folder / name).write_bytes(b"\x00garbage")
-    key = {"Authorization": f"Bearer {ADMIN}"}
-    body = {"path": str(folder)}
-    refused = http.post("/admin/probes/early/reload", json=body, headers=key)
-    assert refused.status_code == 400, refused.text
 
 
 def policy_of(case, cell):
@@ -193,27 +181,25 @@ def plain_outcome(http):
         assert "choices" not in body
         return f"{response.status_code} {body['error']['code']}"
     (choice,) = body["choices"]
-    return told(200, choice["finish_reason"], body["moderation"])
+    return told(choice["finish_reason"], body["moderation"])
 
 
 def streamed_outcome(http):
     response = http.post(CHATS, json={**REQUEST, "stream": True})
-    lines = [line.removeprefix("data: ") for line in response.text.splitlines() if line]
+    chunks = parts_of(response)
     if response.status_code != 200:
-        return f"{response.status_code} {json.loads(lines[0])['error']['code']}", ""
-    chunks = [json.loads(line) for line in lines if line != "[DONE]"]
+        return f"{response.status_code} {chunks[0]['error']['code']}", ""
     deltas = [chunk["choices"][0] for chunk in chunks if chunk.get("choices")]
     text = "".join(delta["delta"].get("content", "") for delta in deltas)
     if "error" in chunks[-1]:
-        assert "[DONE]" not in lines
+        assert "[DONE]" not in response.text
         return f"200 error {chunks[-1]['error']['code']}", text
     moderation = [chunk["moderation"] for chunk in chunks if "moderation" in chunk][-1]
-    return told(200, deltas[-1]["finish_reason"], moderation), text
+    return told(deltas[-1]["finish_reason"], moderation), text
 
 
-def told(status, reason, moderation):
-    code = moderation["output"].get("code", "")
-    return f"{status} {reason} {code}".strip()
+def told(reason, moderation):
+    return f"200 {reason} {moderation['output'].get('code', '')}".strip()
 
 
 def shape(text, case):

@@ -66,15 +66,11 @@ def test_a_file_can_set_every_field_of_a_rule(read):
         ("[input.toxicity]\nmode = 'forbid'", "input.toxicity.mode"),
         ("[input.toxicity]\nthreshold = 1.1", "input.toxicity.threshold"),
         ("[input.toxicity]\nthreshold = nan", "input.toxicity.threshold"),
-        ("[input.toxicity]\nthreshold = '0.5'", "input.toxicity.threshold"),
         # Of one side only.
         ("[input.toxicity]\nconsecutive = 2", "input.toxicity.consecutive"),
         ("[output.late]\nroutes = {}", "output.late.routes"),
         ("[output.late]\nconsecutive = 0", "output.late.consecutive"),
-        ("[output.late]\nhold_back = -1", "output.late.hold_back"),
-        ("[output.late]\non_failure = 'open'", "output.late.on_failure"),
         ("timeout_s = 0", "timeout_s"),
-        ("system_turns = 'read'", "system_turns"),
         ("[input", "is not TOML"),
     ],
 )
@@ -92,7 +88,6 @@ def test_a_wrong_key_or_value_is_an_error_that_names_it(read, text, told):
         (Policy(input={"late": Rule("block")}), "no probe 'late' judges it"),
         (Policy(output={"toxicity": Rule("block")}), "no probe 'toxicity' judges it"),
         (Policy(input={"intent": Rule("block")}), "flags no label by default"),
-        (Policy(input={"intent": Rule("flag", labels=("refund",))}), "flags no label by default"),
         (Policy(input={"toxicity": Rule("flag", labels=("fine",))}), "flags only toxic"),
         (Policy(input={"topics": Rule("block", labels=("violent",))}), "Did you mean 'violence'"),
         (Policy(input={"intent": Rule("route", routes={"bill": "x"})}), "names label 'bill'"),

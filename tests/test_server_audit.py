@@ -12,14 +12,11 @@ from in_process import faults, in_process
 from live import MODEL, http_client, served
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import SidelightError
-from sidelight.policy.decisions import decide
-from sidelight.policy.rules import Policy, Rule, bound_rules
-from sidelight.prompts import Message, Reads
+from sidelight.policy.rules import Policy, Rule
+from sidelight.prompts import Reads
 from sidelight.server.config import read_config
 from sidelight.server.errors import RequestError
-from sidelight.server.metrics import Metrics
-from sidelight.server.observe import AuditLog, RequestObserver
-from sidelight.types import Judgement
+from sidelight.server.observe import AuditLog
 from tiny import untrained_probe
 
 CHAT = "/v1/chat/completions"
@@ -129,24 +126,6 @@ def test_the_salt_is_the_options_then_the_variables_and_never_blank(path, monkey
     assert len({AuditLog(path, salt=salt).hash([]) for salt in (b"1", b"2")}) == 2
     with pytest.raises(SidelightError, match="--audit-salt is blank"):
         salt_of(audit_salt=" ")
-
-
-class Read(list):
-    """A conversation that counts how often it is read."""
-
-    times = 0
-
-    def __iter__(self):
-        self.times += 1
-        return super().__iter__()
-
-
-def test_a_text_is_hashed_once_for_all_its_decisions(engine, path):
-    text = Read([Message("user", "zebra")])
-    observed = RequestObserver(Metrics(engine), AuditLog(path, salt=b"salt")).text(text)
-    rules = bound_rules(Policy(), engine.probes)
-    observed.end([decide(bound, Judgement(), tokens=9) for bound in rules])
-    assert (len(lines(path)), text.times) == (3, 1)
 
 
 def test_a_rotated_log_goes_on_in_a_new_file(path):
