@@ -5,7 +5,8 @@ And the report that leaves no chosen probe out in silence.
 
 import pytest
 
-from live import MODEL, http_client, openai_client, served
+from in_process import in_process
+from live import MODEL, served
 from sidelight.engines.base import PromptJudged
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import VerdictError
@@ -63,13 +64,11 @@ def choice(name, *values):
     return {"type": "choice", "name": name, "instructions": "?", "choices": choices}
 
 
-def test_openais_client_asks_several_questions_about_one_text(address, http, expected):
+def test_openais_client_asks_several_questions_about_one_text(client, http, expected):
     labels = ["refund", "other", "billing"]
     questions = [predicate("toxicity"), choice("intent", *labels), predicate("violence")]
-    with openai_client(address) as client:
-        decision = client.decisions.create(
-            model=MODEL, input=TEXT, questions=questions, safety_identifier="u"
-        )
+    asked = {"model": MODEL, "input": TEXT, "questions": questions}
+    decision = client.decisions.create(**asked, safety_identifier="u")
     toxic, intent, violence = decision.answers
     assert toxic.probability == pytest.approx(expected["toxicity"]["toxic"], abs=ROUNDING)
     assert [p.value for p in intent.probabilities] == labels
@@ -106,6 +105,12 @@ def test_a_moderation_reports_every_category_and_no_other(client, http):
     assert scores["spam"] == verdicts["spam"]["probabilities"]["1"]
     # OpenAI's own category, of which no loaded probe knows anything.
     assert result.categories.harassment is None
+    # OpenAI's models mean every probe.
+    for model in ("omni-moderation-latest", "text-moderation-stable", MODEL):
+        answer = http.post(MODERATIONS, json={"input": "hello", "model": model}).json()
+        (told,) = answer["results"]
+        assert [v["probe"] for v in told["sidelight"]["verdicts"]] == [*verdicts]
+        assert answer["model"] == MODEL
     body = {"input": "hello", "probes": ["topics", "spam"]}
     (chosen,) = http.post(MODERATIONS, json=body).json()["results"]
     assert chosen["categories"].keys() == {"violence", "sexual", "spam"}
@@ -132,7 +137,7 @@ def test_thresholds_decide_the_flags_and_a_probe_of_responses_judges_no_prompt(t
         untrained_probe(tiny, "topics", task=TOPICS, threshold=0.0),
         untrained_probe(tiny, "late", reads=Reads("both")),
     ]
-    with served(TransformersEngine(tiny, probes)) as address, http_client(address) as http:
+    with in_process(TransformersEngine(tiny, probes)) as http:
         (result,) = http.post(MODERATIONS, json={"input": "x"}).json()["results"]
         late = http.post(MODERATIONS, json={"input": "x", "probes": ["late"]})
     assert result["flagged"]
@@ -177,14 +182,6 @@ def test_a_conversation_with_its_response_is_judged_by_response_probes(http):
     ]
     assert answers[0] == answers[1]
     assert [answer["type"] for answer in answers[0]] == ["predicate"] * 2
-
-
-@pytest.mark.parametrize("model", ["omni-moderation-latest", "text-moderation-stable", MODEL])
-def test_openais_models_of_moderation_mean_every_probe(http, expected, model):
-    answer = http.post(MODERATIONS, json={"input": TEXT, "model": model}).json()
-    verdicts = answer["results"][0]["sidelight"]["verdicts"]
-    assert [verdict["probe"] for verdict in verdicts] == [*expected]
-    assert answer["model"] == MODEL
 
 
 @pytest.mark.parametrize(
@@ -280,12 +277,12 @@ def test_the_guardrail_blocks_what_a_probe_flags(http, fields, blocked_by, judge
     assert "texts" not in answer
 
 
-@pytest.mark.parametrize(("name", "read"), [("search", 'search\n{"a": 1}'), (None, '{"a": 1}')])
-def test_the_guardrail_judges_a_tool_call_as_a_text_after_the_others(http, name, read):
-    calls = guard(http, **choosing("toxicity"), tool_calls=[called('{"a": 1}', name)]).json()
-    texts = guard(http, **choosing("toxicity"), texts=[TEXT, read]).json()
-    assert calls["sidelight"] == texts["sidelight"]
-    assert len(calls["sidelight"]["verdicts"]) == 2
+def test_the_guardrail_judges_a_tool_call_as_a_text_after_the_others(http):
+    for name, read in (("search", 'search\n{"a": 1}'), (None, '{"a": 1}')):
+        calls = guard(http, **choosing("toxicity"), tool_calls=[called('{"a": 1}', name)]).json()
+        texts = guard(http, **choosing("toxicity"), texts=[TEXT, read]).json()
+        assert calls["sidelight"] == texts["sidelight"]
+        assert len(calls["sidelight"]["verdicts"]) == 2
 
 
 @pytest.mark.parametrize(
@@ -316,7 +313,7 @@ def test_the_guardrail_does_not_judge_the_missing_prompt_of_a_response(tiny):
         untrained_probe(tiny, "wordy", reads=Reads(template=False)),
         untrained_probe(tiny, "refusal", reads=Reads("response"), threshold=0.0),
     ]
-    with served(TransformersEngine(tiny, probes)) as address, http_client(address) as http:
+    with in_process(TransformersEngine(tiny, probes)) as http:
         answer = guard(http, input_type="response", texts=["I cannot."])
         series = http.get("/metrics").text
     assert answer.json()["blocked_reason"] == "Flagged by refusal."
