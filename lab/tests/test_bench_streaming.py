@@ -11,18 +11,15 @@ from commands import run, saved
 from sidelight.artifact import load_probe
 from sidelight.bank import Bank
 from sidelight.data.loading import load_examples
-from sidelight.errors import SidelightError
 from sidelight.policy.hold_back import StreamingRule
 from sidelight.prompts import EncodedPrompt, Message, Reads
 from sidelight.states.extraction import score
 from sidelight_lab.bench.streaming import (
     Responses,
-    choose_rule,
     describe,
     estimates,
     figures,
     firings,
-    parted,
     phrase_scores,
     running_scores,
     with_positives,
@@ -44,20 +41,12 @@ def rows(prompts=24):
     ]
 
 
-def examples(prompts=24, positives=("refused",)):
-    loaded = load_examples(rows(prompts), text="prompt", label="kind", response="response")
-    return with_positives(loaded, positives, name="refusal")
-
-
 def responses(is_positive, tokens, prompts=None):
     """Responses of which only these things matter."""
-    return Responses(
-        is_positive=np.array(is_positive),
-        labels=tuple("refused" if p else "helped" for p in is_positive),
-        tokens=np.array(tokens),
-        prompts=np.array(prompts if prompts is not None else range(len(tokens))),
-        growth=((),) * len(tokens),
-    )
+    labels = tuple("refused" if p else "helped" for p in is_positive)
+    prompts = np.array(prompts or range(len(tokens)))
+    growth = ((),) * len(tokens)
+    return Responses(np.array(is_positive), labels, np.array(tokens), prompts, growth)
 
 
 @pytest.mark.parametrize("mechanism", ["readout", "gate", "attention", "fusion"])
@@ -78,17 +67,9 @@ def test_a_running_score_is_the_verdict_on_the_response_so_far(tiny, mechanism):
             np.testing.assert_allclose(own, expected, atol=ROUNDING)
 
 
-def test_no_prompt_is_in_two_parts():
-    whole = examples()
-    for seed in (0, 1):
-        parts = parted(whole, seed=seed)
-        texts = [{item.text for item in part.items} for part in parts.values()]
-        assert sum(map(len, texts)) == len(set.union(*texts)) == 24
-        assert sum(map(len, parts.values())) == len(whole)
-
-
 def test_a_response_is_described_token_by_token_and_phrases_count_from_their_last_one(tiny):
-    whole = examples(3)
+    whole = load_examples(rows(3), text="prompt", label="kind", response="response")
+    whole = with_positives(whole, ("refused",), name="refusal")
     known = describe(tiny, whole, "kind")
     for item, growth, tokens in zip(whole.items, known.growth, known.tokens, strict=True):
         assert growth[-1] == item.response
@@ -134,20 +115,6 @@ def test_an_interval_draws_prompts_whole():
     assert recall.low < apart.low < 0.5 < apart.high < recall.high
     never = firings(StreamingRule(0.5), [np.zeros(5)] * 8)
     assert estimates(known, [never])["delay, median"].value is None
-
-
-def test_of_rules_as_good_the_soonest_is_chosen():
-    known = responses([True, False], [10, 10])
-    scores = [np.full(10, 0.9), np.repeat([0.6, 0.1], [1, 9])]
-    late, soon, flickering = (StreamingRule(0.5, consecutive=n) for n in (4, 2, 1))
-    assert choose_rule([late, soon, flickering], scores, known) == soon
-
-
-def test_labels_that_cannot_be_told_apart_are_refused():
-    with pytest.raises(SidelightError, match="Did you mean 'refused'"):
-        examples(2, ["refuse"])
-    with pytest.raises(SidelightError, match="nothing to tell apart"):
-        examples(2, ["refused", "helped"])
 
 
 def test_the_command_writes_table_picture_and_probe(tiny, tmp_path, own_cache, capsys):

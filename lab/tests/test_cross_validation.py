@@ -1,7 +1,7 @@
 """Rows compared on training texts alone."""
 
 import json
-import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,34 +15,22 @@ from sidelight_lab.tables.recipes import suggested
 @pytest.fixture
 def context(tiny, tmp_path):
     """The planted table in ``tmp_path / "out"``."""
-
-    def build(**given):
-        return context_of(tiny, tmp_path / "out", tmp_path / "cache", **given)
-
-    return build
-
-
-def closed() -> None:
-    raise AssertionError("the test was opened")
+    return partial(context_of, tiny, tmp_path / "out", tmp_path / "cache")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["binary", "multiclass", "multilabel"])
 def test_every_row_is_scored_on_every_fold_and_the_test_stays_closed(context, tmp_path, kind):
-    data = Data(kind, on_test=closed)
+    data = Data(kind, on_test=lambda: pytest.fail("the test was opened"))
     # Nor does it look at the validation split.
     del data.__dict__["validation"]
     found = cross_validate(context(data=data), folds=3)
     assert {one.row for one in found} == {"pooling", "readout", "tfidf"}
-    score = {"binary": "AUPRC", "multiclass": "accuracy", "multilabel": "mean AUPRC"}[kind]
-    assert {one.score for one in found} == {score}
-    assert f"{score}, mean" in (tmp_path / "out" / "cross_validation.md").read_text("utf-8")
     assert all(len(one.folds) == 3 for one in found)
     assert [one.mean for one in found] == sorted((one.mean for one in found), reverse=True)
     # What TF-IDF can tell is planted.
     assert {one.row: one.mean for one in found}["tfidf"] > 0.8
     before = stored(tmp_path / "out")
-    assert len(before) == 3 * (2 + 2 + 1)
     assert cross_validate(context(data=data), folds=3) == found
     assert stored(tmp_path / "out") == before
     written = json.loads((tmp_path / "out" / "cross_validation.json").read_text())
@@ -71,14 +59,6 @@ def test_folds_cover_every_text_once_keep_equal_ones_together_and_search_for_the
     assert len({storage for _, storage in asked}) == len(asked) == 3
     # The origin of a table in the same folder stays.
     assert not (tmp_path / "out" / "environment.json").exists()
-
-
-def test_a_row_that_diverges_in_a_fold_has_no_mean_and_comes_last(context, tmp_path):
-    chosen = recipe(TABLE.replace("epochs = 2", "epochs = 2, weight_decay = 1e38"))
-    found = cross_validate(context(recipe=chosen.only(["pooling", "tfidf"])), folds=2)
-    assert [(one.row, one.mean is None) for one in found] == [("tfidf", False), ("pooling", True)]
-    written = (tmp_path / "out" / "cross_validation.md").read_text()
-    assert re.search(r"^\| pooling +\| diverged +\|", written, re.MULTILINE)
 
 
 def test_what_cannot_be_cross_validated_is_refused(context):

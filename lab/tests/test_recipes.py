@@ -25,13 +25,6 @@ def test_rows_that_are_left_are_those_compared():
     assert recipe(text).only(["tfidf", "pooling"]).ours == ("pooling",)
 
 
-def test_the_package_has_a_recipe_for_every_table():
-    assert set(recipe_names()) >= {
-        "toxicchat", "sst2", "emotion", "imdb", "wildguardmix", "ood", "downcast", "latency",
-        "sensitivity", "fewshot",
-    }  # fmt: skip
-
-
 @pytest.mark.parametrize("name", recipe_names())
 def test_recipes_of_the_package_name_what_exists(name):
     parsed = parse_recipe(recipe_text(name), name=name)
@@ -41,27 +34,18 @@ def test_recipes_of_the_package_name_what_exists(name):
     assert sum(isinstance(row, ProbeConfig) for row in rows) == swept * len(parsed.probe)
     baselines = [row.name for row in rows if isinstance(row, BaselineConfig)]
     assert baselines == [row.name for row in parsed.baseline]
-    for row in parsed.baseline:
-        if (row.baseline or row.name) in ("zero_shot", "few_shot"):
-            # The data's own names may be 0 and 1, which say nothing to the model.
-            assert "question" in row.options or name == "own"
-            assert "names" in row.options or name in ("own", "emotion", "fewshot-emotion")
 
 
 def test_a_mistake_in_a_recipe_is_refused():
     for change, complaint in (
         (("metric =", "metrc ="), r"unknown key 'metrc'.* Did you mean 'metric'"),
         (("options =", "optins ="), r"unknown key 'probe.1.optins'.* Did you mean 'options'"),
-        (("seeds = 2", 'seeds = "2"'), "seeds"),
         (('"auprc"', '"auprcc"'), "'metric' must be one of"),
         (('ours = ["readout"]', 'ours = ["readot"]'), "'ours' must name rows"),
         (('"comparison"', '"transfer"'), "test_data"),
         (('"comparison"', '"sensitivity"'), "sweep"),
         (('name = "pooling"', 'name = "readout"'), "name of its own"),
-        (("title =", "title"), "not plain TOML"),
         (("seeds = 2", "seeds = 0"), "1 or more"),
-        (("seeds = 1", "seeds = 0"), "1 or more"),
-        (('"comparison"', SWEEP.format("[]")), "values"),
         (('"comparison"', SWEEP.format("[2, 2]")), "differ"),
     ):
         with pytest.raises(SidelightError, match=complaint):
@@ -81,9 +65,6 @@ def test_a_name_or_value_that_does_not_exist_is_refused_before_any_work(tiny, tm
         (("epochs = 2", "epoch = 2"), "Did you mean 'epochs'"),
         (("heads = 2", "head = 2"), "Did you mean 'heads'"),
         (("epochs = 2", "epochs = 2.5"), "Setting epochs cannot be 2.5"),
-        (("epochs = 2", "epochs = 0"), "epochs = 0: give 1 or more"),
-        (("epochs = 2", 'layer_weights = "equl"'), "Setting layer_weights cannot be 'equl'"),
-        (("seeds = 1", "options = { strenght = 1.0 }"), "Did you mean 'strength'"),
         (("seeds = 1", 'options = { strength = "x" }'), "tfidf.strength cannot be 'x'"),
     ):
         text = TABLE.replace(*change, 1)
