@@ -114,16 +114,12 @@ def _words_and_blanks() -> PreTrainedTokenizerFast:
 
 def _blank_before_the_first_word() -> PreTrainedTokenizerFast:
     """A blank is put before the first word of a text only, as in Llama 2."""
-    template = (
-        "{% for message in messages %}{% if message.role == 'assistant' %} {{ message.content }}"
-        "</s>{% else %}<s>[INST] {{ message.content }} [/INST]{% endif %}{% endfor %}"
-    )
     plain = _with_byte_fallback([*"▁abcdefghijklmnopqrstuvwxyz[]/INST<>|_"])
     plain.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     plain.decoder = decoders.Sequence(
         [decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="first", split=False)]
     )
-    tokenizer = _fast(plain, template)
+    tokenizer = _fast(plain, written("llama-2-turns"))
     tokenizer.eos_token = "</s>"
     return tokenizer
 

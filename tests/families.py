@@ -23,16 +23,7 @@ _CONFIGS: dict[str, PreTrainedConfig] = {
     "qwen3": Qwen3Config(**_GROUPED, head_dim=8),
     "mistral": MistralConfig(**_GROUPED, sliding_window=8),
     "gemma2": Gemma2Config(**_GROUPED, head_dim=8, sliding_window=8),
-    "gpt2": GPT2Config(
-        vocab_size=SIZES["vocab_size"],
-        n_embd=SIZES["hidden_size"],
-        n_layer=SIZES["num_hidden_layers"],
-        n_head=SIZES["num_attention_heads"],
-        n_positions=SIZES["max_position_embeddings"],
-        initializer_range=SIZES["initializer_range"],
-        bos_token_id=1,
-        eos_token_id=1,
-    ),
+    "gpt2": GPT2Config(**SIZES),
     "gpt_neox": GPTNeoXConfig(**SIZES),
 }
 FAMILIES = tuple(_CONFIGS)

@@ -20,12 +20,7 @@ def written(name: str) -> str:
 
 
 # In the last, no special token stands between the text and the template, but words do.
-TEMPLATES = {
-    "chatml": written("chatml"),
-    "llama-3": written("short-llama-3"),
-    "gemma": written("short-gemma"),
-    "plain": written("plain"),
-}
+TEMPLATES = {name: written(f"short-{name}") for name in ("chatml", "llama-3", "gemma", "plain")}
 CHATML = TEMPLATES["chatml"]
 _CORPUS = [
     "user: assistant: system You are a helpful assistant.\n\nuser\nassistant\n  hello   world\n\n\n"

@@ -118,12 +118,9 @@ def test_a_digest_stands_for_every_digit_and_not_for_the_name(tiny):
     [
         (lambda model, _: model.model.layers[1].mlp.up_proj.weight.data.mul_(1.01), "weights"),
         (lambda model, _: setattr(model.config, "rms_norm_eps", 0.1), "config"),
-        (lambda _, tokenizer: setattr(tokenizer, "chat_template", CHAT_TEMPLATE + " "), "template"),
-        (lambda _, tokenizer: tokenizer.add_tokens(["<|extra|>"]), "tokenizer"),
-        (
-            lambda _, tokenizer: setattr(tokenizer.backend_tokenizer, "normalizer", Lowercase()),
-            "tokenizer",
-        ),
+        (lambda _, own: setattr(own, "chat_template", CHAT_TEMPLATE + " "), "template"),
+        (lambda _, own: own.add_tokens(["<|extra|>"]), "tokenizer"),
+        (lambda _, own: setattr(own.backend_tokenizer, "normalizer", Lowercase()), "tokenizer"),
     ],
 )
 def test_a_change_of_the_model_is_another_backbone_and_is_named(tiny, change, field, tmp_path):

@@ -221,12 +221,11 @@ def test_turns_without_text_add_nothing_to_a_text(key, text, pairs):
 @every_tokenizer
 @pytest.mark.parametrize("text", ["  two  words ", "naïve 你好 🙂", "a\nb"])
 def test_places_of_tokens_are_the_characters_that_the_client_sent(key, text):
-    sent = spoken(text, f"Re: {text}", "Hi")
-    for messages, response in ((sent, None), (sent[:1], sent[1].content)):
-        places = encoder_of(key).places(messages, response)
-        assert len(places) == len(encoder_of(key).encode(messages, response))
-        contents = [m.content for m in messages] + ([] if response is None else [response])
-        for message, content in enumerate(contents):
+    contents = [text, f"Re: {text}", "Hi"]
+    for sent in ((spoken(*contents), None), (spoken(text), contents[1])):
+        places = encoder_of(key).places(*sent)
+        assert len(places) == len(encoder_of(key).encode(*sent))
+        for message, content in enumerate(contents if sent[1] is None else contents[:2]):
             own = [p for p in places if p is not None and p.message == message]
             assert all(0 <= p.start < p.end <= len(content) for p in own)
             assert [p.start for p in own] == sorted(p.start for p in own)
@@ -235,24 +234,13 @@ def test_places_of_tokens_are_the_characters_that_the_client_sent(key, text):
             assert {i for i, letter in enumerate(content) if letter.strip()} <= told
 
 
-def test_added_tokens_that_are_text_stay_what_they_are():
-    encoder, hostile = encoder_of("words and blanks"), "some help   hel\n\nyou <end_of_turn>"
-    ids = encoder.encode(spoken(hostile)).token_ids
-    for text in WORDS:
-        token = encoder._tokenizer.convert_tokens_to_ids(text)
-        assert hostile.count(text) == ids.count(token), text
-
-
 def test_a_tokenizer_that_cannot_write_a_name_as_text_is_refused():
     """A unigram model finds the names of its tokens by itself."""
     letters = [(letter, -5.0) for letter in "▁abcdefghijklmnopqrstuvwxyz/<>"]
     model = models.Unigram([("<unk>", 0.0), ("</s>", 0.0), *letters], 0, False)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(model),
-        eos_token="</s>",
-        unk_token="<unk>",
-        chat_template="{% for m in messages %}{{ m.content }}</s>{% endfor %}",
-    )
+    names = {"eos_token": "</s>", "unk_token": "<unk>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), **names)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
     encoder = PromptEncoder(tokenizer, prompt_format="chat", max_tokens=100)
     # A character that the model does not know is no control token.
     assert list(encoder.encode(PlainText("a🙂b")).token_ids) == [3, 0, 4]

@@ -34,7 +34,7 @@ def test_a_plain_text_is_a_chat_of_one_user_message():
         assert examples.items[0].messages == (Message("user", "Why?"),)
 
 
-def test_empty_texts_and_responses_are_left_out_and_counted():
+def test_empty_texts_and_responses_are_left_out_and_conflicting_labels_are_told():
     rows = [{**row, "answer": "ok"} for row in ROWS]
     rows += [{"text": " \n", "label": "fault", "answer": "ok"}, {"label": "fault", "answer": "ok"}]
     rows += [{"text": "hello", "label": "fault", "answer": ""}]
@@ -42,17 +42,14 @@ def test_empty_texts_and_responses_are_left_out_and_counted():
     assert len(examples) == 4
     assert examples.skipped.empty_text == 3
     assert "Left out 3 rows with an empty text" in examples.warnings[0]
-
-
-def test_conflicting_labels_of_one_text_are_a_warning():
-    rows = [*ROWS, {**ROWS[0], "label": "fault"}, ROWS[1]]
-    assert "1 texts appear more than once" in load_examples(rows).warnings[-1]
+    twice = load_examples([*ROWS, {**ROWS[0], "label": "fault"}, ROWS[1]])
+    assert "1 texts appear more than once" in twice.warnings[-1]
 
 
 def test_rows_without_any_text_are_an_error():
     halves = [{"text": "a", "label": 0}, {"answer": "b", "label": 1}]
     empty_answer = [{"text": "a", "answer": " ", "label": 1}]
-    cases: list[tuple[list[object], str | None, str]] = [
+    cases = [
         ([("", "a"), (" ", "b")], None, r"'text' is empty in all 2 rows"),
         ([*empty_answer], "answer", r"'answer' is empty in all 1 rows\. .* --response"),
         ([*halves], "answer", r"none of the 2 rows has both a 'text' and a 'answe"),
@@ -84,15 +81,11 @@ def test_select_keeps_texts_labels_and_columns_together():
 def test_a_split_parts_no_text_and_loses_no_row(picks, fraction, seed):
     picks += [0, 1, 2, 3, 4, 5]  # two texts of each of three labels
     rows = [
-        {"text": f"Text  {pick}" if number % 2 else f"text {pick}", "label": "abc"[pick % 3]}
-        for number, pick in enumerate(picks)
+        {"text": ("text ", "Text  ")[i % 2] + str(pick), "label": "abc"[pick % 3], "id": i}
+        for i, pick in enumerate(picks)
     ]
-    examples = load_examples([{**row, "id": number} for number, row in enumerate(rows)])
-    training, held_out = examples.split(fraction, seed)
-    sides = [
-        {item.text.casefold().replace("  ", " ") for item in part.items}
-        for part in (training, held_out)
-    ]
+    training, held_out = load_examples(rows).split(fraction, seed)
+    sides = [{item.text_key for item in part.items} for part in (training, held_out)]
     assert not sides[0] & sides[1]
     assert sorted((*training.column("id"), *held_out.column("id"))) == list(range(len(rows)))
     assert set(training.labels.tolist()) == set(held_out.labels.tolist()) == {0, 1, 2}
@@ -129,7 +122,7 @@ def test_answers_to_one_prompt_are_split_by_answer():
     ]
     examples = load_examples(rows, response="answer")
     answers = [
-        {" ".join((item.response or "").casefold().split()) for item in part.items}
+        {" ".join(item.response.casefold().split()) for item in part.items}
         for part in examples.split(0.3, 0)
     ]
     assert [len(part) for part in answers] == [28, 12]
@@ -144,11 +137,8 @@ def test_the_key_of_a_text_leaves_out_case_and_spacing_only():
 
 
 def test_the_seed_decides_a_split_of_labelled_and_of_other_examples():
-    for rows, label in (
-        (labelled(["a", "b"] * 20), "label"),
-        ([{"text": f"{i}"} for i in range(40)], None),
-    ):
-        examples = load_examples(rows, label=label)
+    rows = labelled(["a", "b"] * 20)
+    for examples in (load_examples(rows), load_examples(rows, label=None)):
         first, again, other = (examples.split(0.3, seed)[1] for seed in (0, 0, 1))
         assert (len(first), len(other)) == (12, 12)
         assert first.items == again.items != other.items
@@ -158,11 +148,9 @@ def test_a_label_with_one_text_stays_in_training_with_a_warning():
     rows = labelled(["a", "b"] * 10)
     examples = load_examples([*rows, ("rare", "c"), ("Rare ", "c")])
     training, held_out = examples.split(0.5, 0)
-    assert training.labels.tolist().count(2) == 2
-    assert held_out.labels.tolist().count(2) == 0
-    assert training.warnings == (
-        "Label 'c' has only one distinct text: it stays in the training part.",
-    )
+    assert [part.labels.tolist().count(2) for part in (training, held_out)] == [2, 0]
+    (warning,) = training.warnings
+    assert warning.startswith("Label 'c' has only one distinct text")
 
 
 def test_folds_have_each_row_once_and_part_no_text():
@@ -179,9 +167,7 @@ def test_folds_have_each_row_once_and_part_no_text():
 
 
 def test_drawn_rows_keep_the_share_of_each_label_and_lose_none():
-    labels = ["a"] * 70 + ["b"] * 28 + ["c"] * 2
-    rows = [{"text": f"text {n}", "label": label} for n, label in enumerate(labels)]
-    examples = load_examples(rows)
+    examples = load_examples(labelled(["a"] * 70 + ["b"] * 28 + ["c"] * 2))
     drawn = examples.draw(20, seed=0)
     assert len(set(drawn.tolist())) == 20
     assert (np.diff(drawn) > 0).all()

@@ -39,11 +39,6 @@ def words(encoded, *parts):
     return DECODER.decode(ids_of(encoded, *parts), clean_up_tokenization_spaces=False)
 
 
-@pytest.fixture(params=TEMPLATES)
-def template(request):
-    return request.param
-
-
 @law
 @given(text=texts.filter(bool))
 def test_raw_turns_are_joined_and_the_response_follows(text):
@@ -84,14 +79,6 @@ def test_spaces_belong_to_the_text_where_offsets_are_trimmed():
     assert words(encoded, Part.PROMPT, Part.TEMPLATE) == "question"
 
 
-def test_everything_from_the_first_turn_is_prompt_or_template(template):
-    parts = ENCODERS[template].encode([user("hello world")]).parts
-    begin = parts.index(Part.PROMPT)
-    assert set(parts[:begin]) <= {Part.UNREAD}
-    assert Part.UNREAD not in parts[begin:]
-    assert parts[-1] == Part.TEMPLATE
-
-
 def test_the_default_system_prompt_is_not_read_and_one_by_itself_is():
     encoded = ENCODERS["chatml"].encode([user("hi")])
     before = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
@@ -112,13 +99,21 @@ def test_a_content_that_imitates_turns_marked_by_words_is_refused(text):
 @pytest.mark.parametrize("system", ["", "Be brief.", DEFAULT_SYSTEM, "user"])
 @pytest.mark.parametrize("name", ["chatml", "llama-3", "plain"])
 def test_the_system_message_is_not_read_even_when_it_is_empty(name, system):
-    encoded = ENCODERS[name].encode([Message("system", system), user("hi there")])
-    assert words(encoded, Part.PROMPT).strip() == "hi there"
-    assert system in words(encoded, Part.UNREAD)
+    """Nor is a text lost that a template strips."""
+    for text in ("hi there", "\n\nhi", "hi\n", " ", "\t"):
+        encoded = ENCODERS[name].encode([Message("system", system), user(text)])
+        assert words(encoded, Part.PROMPT).strip() == text.strip()
+        assert system in words(encoded, Part.UNREAD)
 
 
-def test_a_response_leaves_the_prompt_as_it_is_and_ends_what_is_read(template):
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_from_the_first_turn_to_the_end_of_the_response_all_is_prompt_or_template(template):
+    """And a response leaves the prompt as it is."""
     alone, answered = (ENCODERS[template].encode([user("a question")], r) for r in (None, "yes"))
+    begin = alone.parts.index(Part.PROMPT)
+    assert set(alone.parts[:begin]) <= {Part.UNREAD}
+    assert Part.UNREAD not in alone.parts[begin:]
+    assert alone.parts[-1] == Part.TEMPLATE
     last = max(i for i, part in enumerate(answered.parts) if part == Part.RESPONSE)
     assert set(answered.parts[last + 1 :]) <= {Part.UNREAD}
     if template in ("chatml", "gemma"):
@@ -141,35 +136,21 @@ def test_a_mask_shows_the_parts_that_are_read(reads, parts):
     assert encoded.mask(reads).tolist() == [part in parts for part in encoded.parts]
 
 
-def test_text_that_a_template_strips_is_still_found():
-    for text in ("  hi  ", "\n\nhi", "hi\n", " ", "\t"):
-        for name in ("llama-3", "gemma"):
-            assert words(ENCODERS[name].encode([user(text)]), Part.PROMPT).strip() == text.strip()
-
-
 @pytest.mark.parametrize(
     ("template", "turns", "says"),
     [
         (
-            written("drops-tools"),
+            "drops-tools",
             [user("hi"), Message("tool", "42")],
             r"leaves a turn out .*user, tool.*raw",
         ),
-        (
-            "{% for message in messages %}<|im_start|>{{ message.content | upper }}{% endfor %}",
-            [user("hi")],
-            r"leaves a turn out|rewrites the text",
-        ),
-        (
-            TEMPLATES["gemma"],
-            [Message("system", "be brief"), user("hi")],
-            "System role not supported",
-        ),
+        ("shouts", [user("hi")], r"leaves a turn out|rewrites the text"),
+        ("short-gemma", [Message("system", "be"), user("hi")], "System role not supported"),
     ],
 )
 def test_a_template_that_cannot_be_followed_is_an_error(template, turns, says):
     with pytest.raises(SidelightError, match=says):
-        encoder(template).encode(turns)
+        encoder(written(template)).encode(turns)
 
 
 @pytest.mark.parametrize("encode", [RAW.encode, ENCODERS["chatml"].encode], ids=["raw", "chat"])
@@ -193,6 +174,7 @@ def test_encode_cuts_nothing(limit, told):
         limited.encode(text)
 
 
+@pytest.mark.parametrize("template", TEMPLATES)
 def test_what_just_fits_is_accepted(template):
     tokenizer = merging_tokenizer(TEMPLATES[template])
     pieces = (tokenizer.convert_tokens_to_string([token]) for token in tokenizer.get_vocab())

@@ -25,6 +25,9 @@ def test_standardisation_folds_away_even_where_means_dwarf_the_spread():
     actual = states @ folded.weight + folded.shift[:, None]
     expected = ((states - mean[:, None]) / SCALE[:, None]) @ COLUMNS
     torch.testing.assert_close(actual, expected, **CANCELLATION)
+    same = Standardisation.identity(Geometry(3, 32, 1)).fold(COLUMNS)
+    assert torch.equal(same.weight, COLUMNS)
+    assert not same.shift.any()
 
 
 def test_rounding_the_folded_weight_does_not_move_the_mean():
@@ -43,12 +46,6 @@ def test_measured_standardisation_gives_mean_0_and_scale_1_and_spares_constants(
     # bf16 rounds states of size 10 to 0.03.
     torch.testing.assert_close(scaled.mean(1), torch.zeros(2, 4), rtol=0, atol=0.02)
     torch.testing.assert_close(scaled[..., 1:].std(1), torch.ones(2, 3), rtol=0, atol=0.02)
-
-
-def test_identity_standardisation_changes_nothing():
-    folded = Standardisation.identity(Geometry(3, 32, 1)).fold(COLUMNS)
-    assert torch.equal(folded.weight, COLUMNS)
-    assert not folded.shift.any()
 
 
 def test_normalised_states_fold_away_and_ignore_the_norm():

@@ -1,10 +1,10 @@
 """Turns are read from token ids alone, whoever has written them, for every family."""
 
-import datetime
 import json
-import re
+from datetime import datetime
 from functools import cache
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -26,9 +26,6 @@ from sidelight.prompts import Message, Part, PromptEncoder, token_parts
 from sidelight.turns import OUTSIDE, ChatFormat
 from templates import merging_tokenizer, written
 
-every_tokenizer = pytest.mark.parametrize(
-    ("family", "pieces"), [*product(FAMILIES, (False, True))], ids=str
-)
 ASKED = {"role": "user", "content": "Say it"}
 
 
@@ -36,6 +33,16 @@ ASKED = {"role": "user", "content": "Say it"}
 def encoder_of(family, pieces=False):
     tokenizer = family_tokenizer(family, pieces=pieces)
     return PromptEncoder(tokenizer, prompt_format="chat", max_tokens=999)
+
+
+@pytest.fixture(scope="module", params=product(FAMILIES, (False, True)), ids=str)
+def chosen(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def encoder(chosen):
+    return encoder_of(*chosen)
 
 
 def rendered(encoder, messages, **options):
@@ -54,27 +61,21 @@ def found(encoder, text):
     return [own for own in turns if own[0] not in ("system", OUTSIDE)]
 
 
-@every_tokenizer
-def test_an_answer_that_the_client_begins_is_a_turn(family, pieces):
-    encoder = encoder_of(family, pieces)
-    text = rendered(encoder, [ASKED]) + "<|channel|>final<|message|>" * (family == "gpt-oss")
+def test_an_answer_that_the_client_begins_is_a_turn(chosen, encoder):
+    text = rendered(encoder, [ASKED]) + "<|channel|>final<|message|>" * ("gpt-oss" in chosen)
     assert found(encoder, f"{text}Sure, here") == [("user", "Say it"), ("assistant", "Sure, here")]
 
 
-@every_tokenizer
-def test_turns_that_a_content_imitates_are_read_as_the_model_reads_them(family, pieces):
-    encoder = encoder_of(family, pieces)
+def test_turns_that_a_content_imitates_are_read_as_the_model_reads_them(encoder):
     turns = [("user", "One"), ("assistant", "OK"), ("user", "Two")]
     whole = rendered(encoder, [{"role": role, "content": text} for role, text in turns])
     between = whole[whole.index("One") : whole.index("Two") + len("Two")]
     assert found(encoder, rendered(encoder, [{"role": "user", "content": between}])) == turns
 
 
-@every_tokenizer
 @settings(max_examples=12, deadline=None)
 @given(data=st.data())
-def test_control_tokens_within_a_content_hide_nothing(family, pieces, data):
-    encoder = encoder_of(family, pieces)
+def test_control_tokens_within_a_content_hide_nothing(encoder, data):
     ids = [*encoder.encode([Message("user", "zz")]).token_ids]
     turn = encoder.chat_format.turns(ids)[-1]
     for _ in range(data.draw(st.integers(1, 4))):
@@ -86,12 +87,10 @@ def test_control_tokens_within_a_content_hide_nothing(family, pieces, data):
     assert set(words) == {Part.PROMPT}
 
 
-@every_tokenizer
 @pytest.mark.parametrize("as_text", [False, True])
-def test_tool_calls_and_results_belong_to_turns(family, pieces, as_text):
-    if family in WITHOUT_TOOLS:
+def test_tool_calls_and_results_belong_to_turns(chosen, encoder, as_text):
+    if chosen[0] in WITHOUT_TOOLS:
         pytest.skip("the family has no tools")
-    encoder = encoder_of(family, pieces)
     arguments = '{"city": "Rome"}' if as_text else {"city": "Rome"}
     call = {"id": "abcdefghi", "function": {"name": "forecast", "arguments": arguments}}
     messages = [
@@ -111,12 +110,10 @@ def test_tool_calls_and_results_belong_to_turns(family, pieces, as_text):
         assert all(text.startswith(content) for (_, text), content in others)
 
 
-@every_tokenizer
 @pytest.mark.parametrize("text", ["sunny", 'He said "no".\nThen {"a": "é"}', " a\tb "])
-def test_what_a_tool_has_answered_is_a_turn_or_refused(family, pieces, text):
-    encoder = encoder_of(family, pieces)
+def test_what_a_tool_has_answered_is_a_turn_or_refused(chosen, encoder, text):
     sent = [Message("user", "Weather?"), Message("assistant", "I ask."), Message("tool", text)]
-    if family in WITHOUT_SYSTEM:
+    if chosen[0] in WITHOUT_SYSTEM:
         # Its turns alternate between user and assistant.
         with pytest.raises(SidelightError, match="template"):
             encoder.encode(sent)
@@ -130,9 +127,7 @@ def test_what_a_tool_has_answered_is_a_turn_or_refused(family, pieces, text):
     assert len(encoder.places(sent)) == len(encoded)
 
 
-@every_tokenizer
-def test_plain_text_has_no_turns_and_before_the_first_one_it_is_outside(family, pieces):
-    encoder = encoder_of(family, pieces)
+def test_plain_text_has_no_turns_and_before_the_first_one_it_is_outside(encoder):
     for text, adds in product(("Once upon a time", "user: hi\nassistant: ok", ""), (False, True)):
         ids = ids_of(encoder, text, add_special_tokens=adds)
         assert not encoder.chat_format.turns(ids)
@@ -198,20 +193,9 @@ def test_a_system_prompt_marked_by_words_inside_a_turn_is_part_of_that_turn(make
 
 def test_a_day_that_changes_changes_the_frame(monkeypatch):
     encoder = PromptEncoder(family_tokenizer("granite"), prompt_format="chat", max_tokens=999)
-    today = datetime.date(2026, 5, 31)
-    render = encoder._tokenizer.apply_chat_template
-
-    def of_today(conversation, **options):
-        text = render(conversation, **options)
-        return re.sub(r"(Today's Date: )[^.]+", rf"\g<1>{today.strftime('%B %d, %Y')}", text)
-
-    class Day(datetime.date):
-        @classmethod
-        def today(cls):
-            return today
-
-    monkeypatch.setattr(encoder._tokenizer, "apply_chat_template", of_today)
-    monkeypatch.setattr("sidelight.prompts.date", Day)
-    assert encoder.encode([Message("user", "Hello")])
-    today = datetime.date(2026, 6, 1)
-    assert encoder.encode([Message("user", "Hello")])
+    for day in (datetime(2026, 5, 31), datetime(2026, 6, 1)):
+        clock = SimpleNamespace(now=lambda day=day: day, today=lambda day=day: day.date())
+        monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", clock)
+        monkeypatch.setattr("sidelight.prompts.date", clock)
+        ids = encoder.encode([Message("user", "Hello")]).token_ids
+        assert day.strftime("%B %d") in text_of(encoder, ids)
