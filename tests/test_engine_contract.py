@@ -13,7 +13,7 @@ from vllm_served import with_probes
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module", params=[None, Limits(prefill_tokens=7)], ids=["whole", "parts"])
+@pytest.fixture(scope="module", params=[None, Limits(prefill_tokens=32)], ids=["whole", "parts"])
 def subject(request, tmp_path_factory):
     backbone = tiny_backbone()
     model = with_probes(backbone, "", tmp_path_factory.mktemp("probes"))

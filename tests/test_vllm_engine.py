@@ -29,7 +29,7 @@ from sidelight.vllm.exchange import saved
 from sidelight.vllm.requests import Capacity
 from sidelight.vllm.server import NO_PLACE, arguments, serve
 from sidelight.vllm.settings import KEY, identity_of
-from tiny import tiny_backbone, untrained_probe
+from tiny import untrained_probe
 
 ROOT = Path(__file__).parents[1]
 HELLO = [[Message("user", "hello")]]
@@ -114,11 +114,6 @@ class Workers:
         self.is_paused = False
 
 
-@pytest.fixture(scope="module")
-def backbone():
-    return tiny_backbone()
-
-
 @pytest.fixture(autouse=True)
 def names_of_vllm(monkeypatch):
     """The names that the engine imports from vLLM when it judges."""
@@ -136,21 +131,21 @@ def names_of_vllm(monkeypatch):
         monkeypatch.setitem(sys.modules, path, module)
 
 
-def replacing(backbone, change, **options):
+def replacing(tiny, change, **options):
     """Replaces a probe; the engine's and each of vLLM's engines' probes after it."""
 
     async def main():
         llm = Workers(**options)
-        old, new = (untrained_probe(backbone, name) for name in ("old", "new"))
+        old, new = (untrained_probe(tiny, name) for name in ("old", "new"))
         with saved([old]) as (own,):
             llm.loaded = [[load_probe(folder) for folder in own.folders] for _ in llm.loaded]
         engine = VllmEngine(
             llm,
             [old],
             name="tiny",
-            encoder=backbone.encoder,
-            tokenizer=backbone.tokenizer,
-            fingerprint=backbone.fingerprint,
+            encoder=tiny.encoder,
+            tokenizer=tiny.tokenizer,
+            fingerprint=tiny.fingerprint,
             identity=own.identity,
         )
         await engine.start()
@@ -176,7 +171,7 @@ async def writing(engine, llm):
             del states[text]
 
 
-def test_a_worker_that_refuses_has_all_put_back(backbone):
+def test_a_worker_that_refuses_has_all_put_back(tiny):
     async def change(engine, llm, new, refuses=1):
         llm.refuses = refuses
         with pytest.raises(SidelightError, match="last worker refuses"):
@@ -194,12 +189,12 @@ def test_a_worker_that_refuses_has_all_put_back(backbone):
             await engine.replace_probes([new])
         await engine.replace_probes([new])
 
-    assert replacing(backbone, change) == OLD
-    assert replacing(backbone, change_one_rank, engines=2) == (["new"], [["new"], ["new"]], True)
-    assert replacing(backbone, partial(change, refuses=2))[2] is False
+    assert replacing(tiny, change) == OLD
+    assert replacing(tiny, change_one_rank, engines=2) == (["new"], [["new"], ["new"]], True)
+    assert replacing(tiny, partial(change, refuses=2))[2] is False
 
 
-def test_one_who_gives_up_leaves_the_old_probes(backbone):
+def test_one_who_gives_up_leaves_the_old_probes(tiny):
     async def change(engine, llm, new):
         llm.may_pause.clear()
         changing = asyncio.create_task(engine.replace_probes([new]))
@@ -210,10 +205,10 @@ def test_one_who_gives_up_leaves_the_old_probes(backbone):
             await changing
         assert await engine.judge(HELLO)
 
-    assert replacing(backbone, change) == OLD
+    assert replacing(tiny, change) == OLD
 
 
-def test_a_change_waits_for_texts_of_begun_requests_and_newcomers_for_the_change(backbone):
+def test_a_change_waits_for_texts_of_begun_requests_and_newcomers_for_the_change(tiny):
     """A server takes nothing more from the first text before it has the second one's verdicts."""
 
     async def change(engine, llm, new):
@@ -236,10 +231,10 @@ def test_a_change_waits_for_texts_of_begun_requests_and_newcomers_for_the_change
         with pytest.raises(EngineUnavailableError, match="just been replaced"):
             await stale
 
-    assert replacing(backbone, change) == NEW
+    assert replacing(tiny, change) == NEW
 
 
-def test_a_missing_verdict_is_an_error(backbone):
+def test_a_missing_verdict_is_an_error(tiny):
     async def ask(engine, llm, _new):
         for report in (None, {}, {KEY: {"error": "other tokens"}}):
             llm.report = report
@@ -249,31 +244,27 @@ def test_a_missing_verdict_is_an_error(backbone):
         with pytest.raises(NotExplainedError, match="--engine transformers"):
             await engine.judge(HELLO, explain=[])
 
-    replacing(backbone, ask)
+    replacing(tiny, ask)
 
 
-def test_a_client_that_reads_slowly_holds_up_no_change_and_gets_no_other_verdict(
-    backbone, monkeypatch
-):
+def test_a_client_that_reads_slowly_holds_up_no_change_and_gets_no_other_verdict(tiny, monkeypatch):
     monkeypatch.setattr("sidelight.vllm.exchange._SLOW_AFTER_S", 0.05)
 
     async def change(engine, llm, new):
         old = engine.probes
         async with engine.passing(old) as identity:
             await engine.replace_probes([new])
-            prompt = backbone.encoder.encode([Message("user", "hello")])
+            prompt = tiny.encoder.encode([Message("user", "hello")])
             with pytest.raises(GenerationError, match="Other probes have judged"):
                 await engine.check(prompt, identity)
         with pytest.raises(EngineUnavailableError, match="just been replaced"):
             async with engine.passing(old):
                 pytest.fail("these probes are gone")
 
-    assert replacing(backbone, change) == NEW
+    assert replacing(tiny, change) == NEW
 
 
-def test_answers_that_take_too_long_and_several_api_servers_keep_the_old_probes(
-    backbone, monkeypatch
-):
+def test_answers_that_take_too_long_and_several_api_servers_keep_the_old_probes(tiny, monkeypatch):
     monkeypatch.setattr("sidelight.vllm.exchange._PATIENCE_S", 0.05)
 
     async def change(engine, llm, new):
@@ -286,8 +277,8 @@ def test_answers_that_take_too_long_and_several_api_servers_keep_the_old_probes(
         with pytest.raises(SidelightError, match="--api-server-count 1"):
             await engine.replace_probes([new])
 
-    assert replacing(backbone, change) == OLD
-    assert replacing(backbone, share, servers=2) == OLD
+    assert replacing(tiny, change) == OLD
+    assert replacing(tiny, share, servers=2) == OLD
 
 
 def test_an_option_that_is_not_the_users_is_refused_with_the_remedy():

@@ -72,22 +72,23 @@ def with_probes(backbone, path, folder) -> Model:
         for i, name in enumerate(mechanism_names())
     ]
     probes.append(replace(untrained_probe(backbone, "plain"), standardisation=scaling))
-    for probe in probes:
-        _temper(backbone, probe)
-    folders = [str(save_probe(probe, folder / probe.name)) for probe in probes]
-    return Model(backbone, path, probes, folders)
+    return Model(backbone, path, probes, _on_disk(backbone, probes, folder))
 
 
 def judging_any_text(backbone, names_and_reads, folder) -> tuple[list, list[str]]:
     """Probes of chats and plain text, and their folders."""
     scaling = replace(measured(backbone), is_normalised=False)
-    probes = []
-    for name, reads in names_and_reads.items():
-        probe = untrained_probe(backbone, name, reads=reads)
-        probe = replace(probe, standardisation=scaling, prompt_format="both")
+    plain = [
+        untrained_probe(backbone, name, reads=reads) for name, reads in names_and_reads.items()
+    ]
+    probes = [replace(p, standardisation=scaling, prompt_format="both") for p in plain]
+    return probes, _on_disk(backbone, probes, folder)
+
+
+def _on_disk(backbone, probes, folder) -> list[str]:
+    for probe in probes:
         _temper(backbone, probe)
-        probes.append(probe)
-    return probes, [str(save_probe(probe, folder / probe.name)) for probe in probes]
+    return [str(save_probe(probe, folder / probe.name)) for probe in probes]
 
 
 def measured(backbone) -> Standardisation:

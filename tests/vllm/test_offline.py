@@ -122,22 +122,16 @@ def test_train_and_predict_through_vllm(backbone, tmp_path):
     ("kind", "options", "message"),
     [
         ("EngineArgs", {"enable_prefix_caching": True}, "prefix cache"),
-        (
-            "EngineArgs",
-            {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
-            "--kv-transfer-config",
-        ),
         ("AsyncEngineArgs", {"enable_prefix_caching": False}, "offline only"),
     ],
 )
 def test_what_would_lose_states_or_serve_them_is_refused(backbone, kind, options, message):
     from vllm.engine import arg_utils
 
-    who = backbone.fingerprint
-    config = {KEY: {CAPTURE: {"layers": who.layers, "width": who.width}}}
-    path = backbone.name
+    sizes = {"layers": backbone.fingerprint.layers, "width": backbone.fingerprint.width}
+    given = {"dtype": "float32", "max_model_len": 512, **options}
     arguments = getattr(arg_utils, kind)(
-        model=path, additional_config=config, dtype="float32", max_model_len=512, **options
+        model=backbone.name, additional_config={KEY: {CAPTURE: sizes}}, **given
     )
     with pytest.raises(SidelightError, match=message):
         arguments.create_engine_config()
