@@ -41,12 +41,10 @@ pytestmark = pytest.mark.slow
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 # The states on disk are bf16, those of a forward pass here float32.
 CACHED = {"atol": 0.05, "rtol": 0.05}
-EVERY = [
-    *((name, {}) for name in mechanism_names()),
-    ("pooling", {"kind": "max"}),
-    ("gate", {"activation": "identity"}),
-]
-every_mechanism = pytest.mark.parametrize(("mechanism", "options"), EVERY)
+EVERY = [*((name, {}) for name in mechanism_names()), ("gate", {"activation": "identity"})]
+every_mechanism = pytest.mark.parametrize(
+    ("mechanism", "options"), [*EVERY, ("pooling", {"kind": "max"})]
+)
 
 
 @pytest.fixture(scope="module")
@@ -101,30 +99,16 @@ def test_contributions_and_the_target_at_the_mean_sum_to_the_target(
     piece = one_piece(probe, split)
     targets = true_targets(split.task, split.labels[piece.texts])
     hidden, mask = dense_hidden(probe, split)
-    if options == {"kind": "max"}:
-        # Equal tokens share a maximum; torch counts a negative gradient once for each of them.
-        hidden = hidden + 1e-3 * torch.randn(hidden.shape)
-        untied = Ragged(hidden.transpose(1, 2)[mask], piece.tokens.lengths)
-        parts = contributions(probe.mechanism, untied, targets)
-    else:
-        parts = contributions(probe.mechanism, piece.tokens, targets)
+    parts = contributions(probe.mechanism, piece.tokens, targets)
     moved = probe.mechanism(hidden, mask) - probe.mechanism(torch.zeros_like(hidden), mask)
     summed = Ragged(parts.sum(1), piece.tokens.lengths).sums()
     # Integrated at a few points.
     torch.testing.assert_close(summed, (moved * targets).sum(1), atol=2e-3, rtol=2e-3)
 
 
-def test_contributions_and_bias_sum_to_the_logit_of_an_additive_probe(splits, make):
-    probe, split = make("readout"), splits["binary"]
-    piece = one_piece(probe, split)
-    parts = contributions(probe.mechanism, piece.tokens, torch.ones(40, 1))
-    layers = Ragged(parts, piece.tokens.lengths).sums()
-    logits = probe.mechanism.finish(probe.mechanism.summarise(piece.tokens))[:, 0]
-    torch.testing.assert_close(layers.sum(1) + probe.mechanism.bias, logits, **CLOSE)
-    dropped = without_layers(probe.mechanism, piece.tokens)["drop"][..., 0]
-    torch.testing.assert_close(layers, (logits - dropped).T, **CLOSE)
-    # A text left without tokens is judged as one mean token.
-    bare = replace(piece, marks=piece.marks.clone())
+def test_a_text_left_without_tokens_is_judged_as_one_mean_token(splits, make):
+    probe = make("readout")
+    bare = one_piece(probe, splits["binary"])
     bare.marks[:, 2] = True
     left = without_tokens(probe.mechanism, bare)["without template tokens"]
     torch.testing.assert_close(left, probe.mechanism.bias.expand(40, 1), **CLOSE)
@@ -164,22 +148,6 @@ def test_the_gates_weights_are_those_of_its_equation(splits, make):
     torch.testing.assert_close(layer_weights(probe.mechanism, piece.tokens), layers, **CLOSE)
 
 
-def test_the_attentions_weights_are_what_tokens_receive_on_average(splits, make):
-    probe = make("attention", {"heads": 2})
-    split = splits["binary"]
-    hidden, mask = dense_hidden(probe, split)
-    query, key, _ = torch.einsum(
-        "bltd,ldk->bltk", hidden, probe.mechanism.token_stage.query_key_value
-    ).chunk(3, -1)
-    query, key = (part.unflatten(-1, (2, -1)) for part in (query, key))
-    scores = torch.einsum("blihe,bljhe->blhij", query, key) / query.shape[-1] ** 0.5
-    received = scores.masked_fill(~mask[:, None, None, None], -torch.inf).softmax(-1)
-    asked = mask[:, None, None, :, None].float()
-    received = (received * asked).sum(3) / asked.sum(3)  # (B, L, H, T)
-    found = token_weights(probe.mechanism, one_piece(probe, split).tokens)
-    torch.testing.assert_close(found, received.mean(2).transpose(1, 2)[mask], **CLOSE)
-
-
 @every_mechanism
 def test_an_ablated_layer_is_at_its_mean_and_an_ablated_token_is_not_read(
     splits, make, mechanism, options
@@ -198,26 +166,16 @@ def test_an_ablated_layer_is_at_its_mean_and_an_ablated_token_is_not_read(
         torch.testing.assert_close(found[name], probe.mechanism(hidden, shown), **CLOSE)
 
 
-def reading_one_layer(probe, layer):
+def test_a_probe_that_reads_one_layer_is_attributed_to_it(splits, make):
+    probe, others = make("readout"), torch.arange(4) != 2
     for parameter in (probe.mechanism.value, probe.mechanism.last):
-        parameter[torch.arange(4) != layer] = 0
-    return probe
-
-
-@pytest.mark.parametrize("layer", [0, 2])
-def test_a_probe_that_reads_one_layer_is_attributed_to_it(splits, make, layer):
-    probe = reading_one_layer(make("readout"), layer)
-    piece = one_piece(probe, splits["binary"])
-    logits = probe.mechanism.finish(probe.mechanism.summarise(piece.tokens))
-    only = without_layers(probe.mechanism, piece.tokens)["only"]
-    torch.testing.assert_close(only[layer], logits, **CLOSE)
-    others = torch.arange(4) != layer
+        parameter[others] = 0
     found = examine(probe, splits["binary"])
     for use in found.use.values():
-        np.testing.assert_allclose(use.layer_shares, np.eye(4)[layer], atol=1e-5)
+        np.testing.assert_allclose(use.layer_shares, np.eye(4)[2], atol=1e-5)
     np.testing.assert_allclose(found.layers["drop"][others], found.score)
-    assert found.layers["only"][layer] == pytest.approx(found.score)
-    assert found.layers["drop"][layer] != pytest.approx(found.score)
+    assert found.layers["only"][2] == pytest.approx(found.score)
+    assert found.layers["drop"][2] != pytest.approx(found.score)
 
 
 def test_every_token_is_in_one_group_and_template_tokens_are_those_of_the_prompt(splits, make):
@@ -262,23 +220,20 @@ def test_all_files_are_written_for_every_task(tiny, splits, make, tmp_path, mech
     assert imread(tmp_path / "new" / f"{mechanism}.png").shape[0] > 500
     (stored,) = json.loads((tmp_path / "new" / "anatomy.json").read_text())
     assert stored["score"] == found.score
-    assert set(stored["use"]) == set(found.texts)
     page = (tmp_path / "new" / f"{mechanism}_heat_maps.html").read_text()
     for one in found.heat_maps:
         assert one.weights.shape == (len(one.token_ids), 4)
     assert page.count("<tr><th class='t'>") == sum(len(one.token_ids) for one in found.heat_maps)
     assert "&lt;|assistant|&gt;" in page
-    assert "without the last token" in (tmp_path / "new" / "report.md").read_text()
 
 
 def test_the_command_writes_the_report_of_a_stored_probe(tiny, make, tmp_path, monkeypatch):
     monkeypatch.setenv("SIDELIGHT_CACHE", str(tmp_path / "cache"))
     save_probe(make(), tmp_path / "probe")
     data = write_rows(tmp_path / "rows.jsonl", 12, 5, labels=TASKS["binary"].labels)
-    options = {"data": data, "label": "toxic", "out": str(tmp_path / "out"),
-               "model": saved(tiny, tmp_path / "model")}  # fmt: skip
-    words = [word for name, value in options.items() for word in (f"--{name}", value)]
-    command.main([str(tmp_path / "probe"), *words], standalone_mode=False)
+    options = ["--label", "toxic", "--model", saved(tiny, tmp_path / "model")]
+    options += ["--data", data, "--out", str(tmp_path / "out")]
+    command.main([str(tmp_path / "probe"), *options], standalone_mode=False)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "readout.png", "readout_heat_maps.html", "anatomy.json", "report.md",
     }  # fmt: skip

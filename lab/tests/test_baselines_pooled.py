@@ -19,7 +19,7 @@ from sidelight.training.dataset import ProbeDataset, Split
 from sidelight.training.optimisation import validation_score
 from sidelight.types import TaskKind
 from sidelight_lab.baselines.base import Baseline, TfIdf
-from sidelight_lab.baselines.muli import FirstToken, LogOddsDesign, Muli
+from sidelight_lab.baselines.muli import FirstToken, Muli
 from sidelight_lab.baselines.pooled import (
     LastTokenOfBestLayer,
     LastTokenOfLastLayer,
@@ -43,6 +43,7 @@ BASELINES: list[Baseline] = [
     Muli(shares=(0.1, 0.03), iterations=30),
     Siren(iterations=20, hidden=16, settings=replace(Siren().settings, epochs=5)),
     Mlpm(),
+    TfIdf(),
 ]
 every_baseline = pytest.mark.parametrize(
     "baseline", BASELINES, ids=lambda baseline: type(baseline).__name__
@@ -94,6 +95,7 @@ def test_the_same_seed_gives_the_same_logits_whatever_texts_are_beside_one(
     assert again.logits(some) == pytest.approx(logits[[7, 3, 90]], rel=1e-3, abs=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:Label .* is present in all training examples")
 @pytest.mark.parametrize("kind", ["multiclass", "multilabel"])
 @every_baseline
 def test_a_class_without_training_texts_is_hardly_ever_predicted(baseline, kind, datasets, unseen):
@@ -105,20 +107,6 @@ def test_a_class_without_training_texts_is_hardly_ever_predicted(baseline, kind,
     assert np.isfinite(logits).all()
     predicted = logits.argmax(1) == 2 if kind == "multiclass" else logits[:, 2] > 0
     assert predicted.mean() < 0.2
-
-
-def test_tfidf_needs_two_classes_and_never_predicts_an_absent_one(datasets, unseen):
-    def fit(*present: int):
-        kept = np.isin(datasets["multiclass"].training.labels, present)
-        few = datasets["multiclass"].training.select(np.flatnonzero(kept)[:24])
-        return TfIdf().fit(replace(datasets["multiclass"], training=few), seed=0)
-
-    with pytest.raises(SidelightError, match="All training texts are labelled 'y'"):
-        fit(1)
-    logits = fit(0, 1).logits(unseen["multiclass"])
-    assert logits.shape == (200, 3)
-    assert np.isfinite(logits).all()
-    assert not (logits.argmax(1) == 2).any()
 
 
 @every_kind
@@ -141,14 +129,6 @@ def test_every_fitted_number_is_counted_and_the_best_layer_is_no_worse_than_the_
             for name in pair
         )
         assert best >= last
-
-
-def test_siren_keeps_fewer_neurons_for_a_smaller_share_of_weight(datasets):
-    siren = Siren(iterations=20, hidden=4, settings=replace(Siren().settings, epochs=1))
-    sizes = [
-        replace(siren, kept=kept).fit(datasets["binary"], seed=0).parameters for kept in (0.3, 0.9)
-    ]
-    assert sizes[0] < sizes[1]
 
 
 def blobs(kind: TaskKind, *, rows: int, features: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -183,14 +163,6 @@ def test_logistic_regression_minimises_the_stated_loss(kind, penalty):
     expected = np.stack(found, 1).reshape(300, -1)
     # Default and tight tolerance of L-BFGS, and weights that are kept in float32.
     assert mine(inputs) == pytest.approx(expected, abs=1e-2)
-
-
-@pytest.mark.parametrize("kind", ["multiclass", "multilabel"])
-def test_a_single_class_is_predicted_without_a_fit(kind):
-    inputs, labels = blobs(kind, rows=20, features=3, seed=0)
-    linear = fit_logistic(inputs, np.ones_like(labels), TASKS[kind], penalty=1.0)
-    assert not linear.weight.any()
-    assert (linear.bias[1] > linear.bias[[0, 2]] if kind == "multiclass" else linear.bias > 0).all()
 
 
 @every_kind
@@ -243,17 +215,6 @@ def test_gaussian_discriminant_of_many_texts_is_linear_discriminant_analysis(kin
     assert softmax(logits, 1) == pytest.approx(expected, abs=5e-3)
 
 
-def test_few_texts_shrink_the_covariance_all_the_way_to_distances_from_means():
-    random = np.random.default_rng(0)
-    inputs, labels = random.standard_normal((6, 400)), np.array([0, 1] * 3)
-    linear = gaussian_discriminant(inputs, labels, TASKS["binary"])
-    scaled = standardised(inputs)
-    apart = scaled[labels == 1].mean(0) - scaled[labels == 0].mean(0)
-    direction = linear.weight[:, 0] * inputs.std(0)
-    cosine = direction @ apart / np.linalg.norm(direction) / np.linalg.norm(apart)
-    assert cosine > 0.99
-
-
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "gemma2"])
 def test_muli_reads_the_models_own_first_token(name, tmp_path):
     backbone = family_backbone(name)
@@ -278,16 +239,3 @@ def test_muli_refuses_models_and_states_that_it_cannot_read(tiny, tmp_path):
     split = split_of(tiny, tmp_path, "binary", 8, 8, reads=Reads(template=False))
     with pytest.raises(SidelightError, match="template=True"):
         Muli().fit(ProbeDataset(tiny, split, split), seed=0)
-
-
-def test_log_odds_need_not_exist_to_be_multiplied(tiny, datasets):
-    split = datasets["binary"].training
-    first = FirstToken.of(tiny)
-    states = split.pooled.lasts[:, -1]
-    design = LogOddsDesign.of(first, states)
-    weight = torch.randn(VOCABULARY, 2, generator=torch.Generator().manual_seed(0))
-    odds = first.log_odds(first.directions(states))
-    expected = standardised(odds.double().numpy()) @ weight.double().numpy()
-    # The design leaves out log(1 - p) of unlikely entries, at most .001 of log-odds each.
-    tolerance = float((1e-3 / odds.std(0)).norm()) * 3
-    assert design(weight).numpy() == pytest.approx(expected, abs=tolerance)

@@ -17,18 +17,12 @@ from sidelight_lab.cli.reproduce import reproduce as command
     [
         (["own"], "give --train and --test"),
         (["sst2", "--only", " , "], "No row is named. Known: .*pooling"),
+        (["latency", "--seeds", "3"], "takes no --seeds"),
     ],
 )
-def test_a_table_of_nothing_is_refused_with_the_remedy(arguments, remedy, tmp_path):
+def test_options_that_cannot_apply_are_refused_with_the_remedy(arguments, remedy, tmp_path):
     with pytest.raises(SidelightError, match=remedy):
         CliRunner().invoke(command, [*arguments, "--out", str(tmp_path)], catch_exceptions=False)
-
-
-@pytest.mark.parametrize("option", ["--seeds", "--limit", "--folds", "--train", "--only"])
-def test_a_latency_table_takes_no_option_of_training(option, tmp_path):
-    arguments = ["latency", "--out", str(tmp_path), option, "3"]
-    with pytest.raises(SidelightError, match=f"takes no {option}"):
-        CliRunner().invoke(command, arguments, catch_exceptions=False)
 
 
 @pytest.mark.slow
@@ -48,9 +42,7 @@ def test_a_latency_recipe_times_random_and_real_prompts(tiny, tmp_path, monkeypa
     assert run("reproduce", str(path), *places, "--out", str(out), "--json") == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert {row["load"] for row in rows} == {"16 tokens", "2 SST-2 texts"}
-    assert {path.name for path in out.iterdir()} >= {
-        "latency.json", "latency.md", "recipe.toml", "environment.json",
-    }  # fmt: skip
+    assert (out / "latency.md").exists()
 
 
 @pytest.mark.slow
@@ -62,10 +54,7 @@ def test_the_command_makes_a_table_of_ones_own_files(tiny, tmp_path, capsys):
     common += ["--only", "readout,tfidf", "--text", "message", "--label", "kind"]
     common += ["--positive", "bad", "--out", str(tmp_path / "out"), "--train", files[0]]
     assert run(*common, "--test", files[1]) == 0
-    shown = capsys.readouterr().out
-    assert "TF-IDF" in shown
-    assert "had not been opened" in shown
-    assert (tmp_path / "out" / "table.md").exists()
+    assert "had not been opened" in capsys.readouterr().out
     table = json.loads((tmp_path / "out" / "table.json").read_text())["tables"][0]
     assert table["texts"] == 80
     assert {row["name"] for row in table["rows"]} == {"readout", "tfidf"}
