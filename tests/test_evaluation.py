@@ -205,14 +205,6 @@ def test_a_report_is_json_and_the_bootstrap_changes_nothing_but_its_intervals(ta
     assert data["thresholds"] == list(THRESHOLDS[task.kind])
 
 
-def test_rows_may_be_decided_by_thresholds_of_their_own():
-    probabilities, labels = np.array([[0.3], [0.3], [0.7], [0.7]]), np.array([1, 0, 1, 0])
-    own = np.array([[0.2], [0.4], [0.6], [0.8]])
-    report = evaluate(BINARY, probabilities, labels, thresholds=(0.5,), row_thresholds=own)
-    assert report.metrics["accuracy"].value == 1
-    assert report.thresholds == (0.5,)
-
-
 @pytest.mark.slow
 def test_intervals_hold_the_truth_about_as_often_as_they_say():
     every = draw_rows(BINARY, rows=200_000, seed=0)

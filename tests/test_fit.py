@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 from corpora import rows, training_set
+from sidelight.artifact import load_probe, save_probe
 from sidelight.calibration import fit_calibration
 from sidelight.data.examples import LabelledExamples
 from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
+from sidelight.manifest import MANIFEST, holds_probe
 from sidelight.mechanisms.base import mechanism_spec
 from sidelight.prompts import Reads
 from sidelight.ragged import Ragged
@@ -19,6 +21,7 @@ from sidelight.training.choice import best_of, better_rivals, mixtures
 from sidelight.training.dataset import FOLDS, ProbeDataset, choose_folds, make_split
 from sidelight.training.fit import calibrate, cross_fit, fit
 from sidelight.training.loop import train_mechanisms
+from sidelight.training.runs import RUNS, read_runs, write_fit
 from sidelight.training.settings import (
     FitOptions,
     Job,
@@ -86,6 +89,32 @@ def test_the_probe_is_the_candidate_with_the_least_loss_and_its_choice_is_told(t
     # Parts of texts have no linear candidate.
     responses = FitOptions(reads=Reads("response"))
     assert "linear" not in [job.spec.name for job in responses.jobs(5000)]
+
+
+@pytest.mark.slow
+def test_a_later_training_replaces_its_own_runs_and_no_other_files(tiny, tmp_path):
+    folder = tmp_path / "probe"
+    others = [folder / RUNS / "events" / "log", folder / RUNS / "web" / MANIFEST]
+    for path in others:
+        path.parent.mkdir(parents=True)
+        path.write_text("{}")
+    made = fitted(tiny, tmp_path / "cache", rows("binary", 40), seeds=(0, 5))
+    write_fit(made, folder)
+    assert len(read_runs(folder)[0]) == 2
+    write_fit(replace(made, runs=made.runs[1:], best=made.runs[1]), folder)
+    names = {path.name for path in (folder / RUNS).iterdir()}
+    assert names == {"events", "web", "pooling-seed5"}
+    assert all(path.read_text() == "{}" for path in others)
+    assert len(read_runs(folder)[0]) == 1
+    # A manifest of another program is no probe's, and is not replaced.
+    assert holds_probe(folder)
+    assert not holds_probe(folder / RUNS)
+    with pytest.raises(SidelightError, match=r"belongs to no probe.*--out"):
+        holds_probe(folder / RUNS / "web")
+    # A probe that decides otherwise than its run is measured itself.
+    save_probe(replace(load_probe(folder), thresholds=(0.9,)), folder)
+    (alone,), index = read_runs(folder)
+    assert (alone.thresholds, index) == ((0.9,), 0)
 
 
 @pytest.fixture(scope="module")
@@ -196,10 +225,8 @@ def test_a_rule_for_several_classes_is_refused_before_the_texts_are_read(tiny, t
     assert not list(tmp_path.iterdir())
 
 
-def test_many_texts_or_a_rare_class_are_not_cross_fitted():
+def test_many_texts_or_few_distinct_ones_are_not_cross_fitted():
     assert choose_folds(load_examples(rows("binary", 1000))) == ()
-    rare = [{"text": str(number), "label": "ab"[number < 4]} for number in range(60)]
-    assert choose_folds(load_examples(rare)) == ()
     repeated = [{"text": "ab"[number % 2], "label": number % 2} for number in range(60)]
     assert choose_folds(load_examples(repeated)) == ()
 

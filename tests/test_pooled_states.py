@@ -218,8 +218,8 @@ def test_training_gives_the_solution_on_states_as_they_are_served(corpora, kind,
     pooled = training.pooled_normalised if normalise else training.pooled
     solution = solve_linear(pooled, training.labels, TASKS[kind], strength=10.0)
     assert made.standardisation.is_normalised == normalise
-    rounding = BF16 if normalise else ROUNDING
-    np.testing.assert_allclose(made.logits, logits_of(solution, pooled), **rounding)
+    expected = logits_of(solution, pooled)
+    np.testing.assert_allclose(made.logits, expected, **(BF16 if normalise else ROUNDING))
 
 
 @pytest.mark.slow
