@@ -55,16 +55,15 @@ def test_a_key_opens_these_routes_and_no_others(client, keys, sent):
     assert tuple(answer.status_code for answer in answers) == STATUSES[keys, sent]
     # Every refusal says what is missing.
     assert all(answer.json()["error"]["code"] for answer in answers if answer.status_code > 200)
-    for answer in answers:
-        if answer.status_code == 401:
-            assert answer.headers["www-authenticate"] == "Bearer"
+    told = [answer.headers["www-authenticate"] for answer in answers if answer.status_code == 401]
+    assert set(told) <= {"Bearer"}
 
 
-@pytest.mark.parametrize("keys", [(USER, USER), (WRONG, USER), (USER, WRONG)])
-def test_two_keys_in_one_request_are_refused(client, keys):
-    headers = [("Authorization", f"Bearer {key}") for key in keys]
-    answer = client(**ALL_KEYS).get("/v1/models", headers=headers)
-    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "duplicate_header")
+def test_two_keys_in_one_request_are_refused(client):
+    for keys in ((USER, USER), (WRONG, USER), (USER, WRONG)):
+        headers = [("Authorization", f"Bearer {key}") for key in keys]
+        answer = client(**ALL_KEYS).get("/v1/models", headers=headers)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "duplicate_header")
 
 
 def test_what_begins_with_the_path_of_the_metrics_is_as_closed_as_they_are():
@@ -95,8 +94,7 @@ def test_a_key_in_utf8_or_of_several_words_too_is_identified_by_its_id():
 
 
 def test_a_key_file_has_one_key_per_line(tmp_path: Path):
-    digest = hashlib.sha256(b"other").hexdigest()
-    path = tmp_path / "keys"
+    digest, path = hashlib.sha256(b"other").hexdigest(), tmp_path / "keys"
     path.write_text(f"# team keys\n\nalpha {USER}\nbeta sha256:{digest}\n")
     assert read_keys(path) == (Key.of("alpha", USER), Key.of("beta", "other"))
     assert ServerConfig(api_keys_file=path).access.caller("Bearer other") == Caller("beta")

@@ -113,11 +113,8 @@ def chat_probes(tiny):
 
 @pytest.fixture(scope="module")
 def mixed_probes(tiny, chat_probes):
-    both = [
-        untrained_probe(tiny, "early-both", reads=Reads(scope="each_turn")),
-        untrained_probe(tiny, "late-both", reads=Reads("response")),
-        untrained_probe(tiny, "later-both", reads=Reads("both"), mechanism="gate"),
-    ]
+    kinds = {"early": Reads(scope="each_turn"), "late": Reads("response"), "later": Reads("both")}
+    both = [untrained_probe(tiny, f"{name}-both", reads=reads) for name, reads in kinds.items()]
     return [*chat_probes, *(replace(probe, prompt_format="both") for probe in both)]
 
 

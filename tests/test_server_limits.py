@@ -143,7 +143,7 @@ def test_a_compressed_body_is_refused(http, codings):
     assert answer.status_code == (200 if codings == ("Identity",) else 415)
 
 
-async def answer_of(app, path="/thing", receive=None):
+async def answer_of(app, path="/thing"):
     """The messages that answer a bare request; its client stays and says nothing."""
     sent = []
 
@@ -151,7 +151,7 @@ async def answer_of(app, path="/thing", receive=None):
         sent.append(message)
 
     scope = {"type": "http", "method": "GET", "path": path, "headers": [], "query_string": b""}
-    await app(scope, receive or asyncio.Event().wait, send)
+    await app(scope, asyncio.Event().wait, send)
     return sent
 
 
@@ -159,15 +159,10 @@ def status_of(answer):
     return answer[0]["status"]
 
 
-@pytest.fixture(scope="module")
-def metrics():
-    return Metrics(engine()[0])
-
-
 ENDS = {"deadline": (504, "deadline_exceeded"), "drain": (503, "shutting_down")}
 
 
-def ending(metrics, by, kind=None):
+def ending(by, kind=None):
     """An application whose request ends by its deadline or by the drain, perhaps midway."""
     drain = Drain()
 
@@ -181,21 +176,21 @@ def ending(metrics, by, kind=None):
         await asyncio.Event().wait()
 
     deadline = 0.001 if by == "deadline" else PATIENCE_S
-    return RequestScope(hang, metrics=metrics, deadline=deadline, drain=drain)
+    return RequestScope(hang, metrics=Metrics(engine()[0]), deadline=deadline, drain=drain)
 
 
 @pytest.mark.parametrize("by", ENDS)
-def test_a_request_past_its_end_is_an_error_and_its_stream_has_no_done(metrics, by):
-    plain = asyncio.run(answer_of(ending(metrics, by)))
+def test_a_request_past_its_end_is_an_error_and_its_stream_has_no_done(by):
+    plain = asyncio.run(answer_of(ending(by)))
     assert (status_of(plain), json.loads(plain[1]["body"])["error"]["code"]) == ENDS[by]
-    *_, last = asyncio.run(answer_of(ending(metrics, by, b"text/event-stream; charset=utf-8")))
+    *_, last = asyncio.run(answer_of(ending(by, b"text/event-stream; charset=utf-8")))
     assert last["body"].endswith(b"\n\n")
     event = json.loads(last["body"].removeprefix(b"data: "))
     assert event["error"]["code"] == ENDS[by][1]
     assert not last.get("more_body")
     # Nothing can be added to another kind of answer.
     with pytest.raises(TimeoutError):
-        asyncio.run(answer_of(ending(metrics, by, b"application/json")))
+        asyncio.run(answer_of(ending(by, b"application/json")))
 
 
 def test_more_requests_at_once_than_allowed_are_a_429_and_operators_are_served():
