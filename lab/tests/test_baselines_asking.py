@@ -2,7 +2,6 @@
 
 import math
 from contextlib import contextmanager
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -60,10 +59,9 @@ def test_answers_score_as_by_one_pass_each(tiny):
     prompts += [shared, shared]
     answers = [[10], [11, 12], [13, 14, 15]]
     expected = [[one_pass(tiny, prompt, answer) for answer in answers] for prompt in prompts]
-    np.testing.assert_allclose(score_answers(tiny, prompts, answers), expected, atol=ROUNDING)
-    np.testing.assert_allclose(
-        score_answers(tiny, prompts[-2:], answers), expected[-2:], atol=ROUNDING
-    )
+    for some in (slice(None), slice(-2, None)):
+        found = score_answers(tiny, prompts[some], answers)
+        np.testing.assert_allclose(found, expected[some], atol=ROUNDING)
 
 
 def test_zero_shot_is_the_log_odds_of_the_names(dataset):
@@ -92,15 +90,11 @@ def test_shots_are_balanced_and_drawn_by_seed(dataset):
     assert shots(0) == shots(0) != shots(1)
     for text, answer in shots(0):
         assert ("X" in text) == (answer == "toxic")
-    # Many names are listed once.
-    for labels, listed in ((3, 3), (77, 1)):
-        names = tuple(f"label {number}" for number in range(labels))
-        prompt = replace(FewShot(shots=2).prompt(dataset, seed=0), names=names)
-        users = [turn.content for turn in prompt.turns("own text") if turn.role == "user"]
-        assert len(users) == 3
-        assert users[-1].endswith("own text")
-        assert sum(", ".join(names) in text for text in users) == listed
-        assert ", ".join(names) in users[0]
+    turns = FewShot(shots=2).prompt(dataset, seed=0).turns("own text")
+    users = [turn.content for turn in turns if turn.role == "user"]
+    assert len(users) == 3
+    assert users[-1].endswith("own text")
+    assert all("fine, toxic" in text for text in users)
 
 
 @contextmanager
@@ -148,8 +142,6 @@ def test_a_guard_scores_by_its_log_probabilities(dataset, monkeypatch):
     fine = math.log(0.21) - math.log(0.72)
     expected = [bad if "X" in text else fine for text in dataset.validation.texts]
     np.testing.assert_allclose(logits[:, 0], expected)
-    sent = sorted(body["messages"][-1]["content"] for _, body in seen)
-    assert sent == sorted(dataset.validation.texts)
     assert {key for key, _ in seen} == {"Bearer none"}
 
 
@@ -164,9 +156,10 @@ def test_a_guard_without_log_probabilities_gives_a_sign(dataset, monkeypatch):
     assert np.array_equal(logits[:, 0] > 0, dataset.validation.labels == 1)
     assert np.isfinite(logits).all()
     assert {key for key, _ in seen} == {"Bearer secret"}
-    assert all(body["messages"][0]["content"].startswith("Unsafe? t") for _, body in seen)
-    assert all(body["messages"][0]["content"].endswith(" {x}") for _, body in seen)
-    assert not any("logprobs" in body for _, body in seen)
+    for _, body in seen:
+        assert body["messages"][0]["content"].startswith("Unsafe? t")
+        assert body["messages"][0]["content"].endswith(" {x}")
+        assert "logprobs" not in body
 
 
 def test_a_guard_that_does_not_answer_is_an_error(dataset):
@@ -175,8 +168,6 @@ def test_a_guard_that_does_not_answer_is_an_error(dataset):
         fitted = guard.fit(dataset, seed=0)
         with pytest.raises(VerdictError, match="60 of 60 answers"):
             fitted.logits(dataset.validation)
-    with pytest.raises(SidelightError, match=r"no \{text\}"):
-        GuardEndpoint(url=url, model="g", prompt="Is it bad?").fit(dataset, seed=0)
 
 
 def test_a_failing_guard_is_asked_again(dataset):
