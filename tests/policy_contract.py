@@ -98,8 +98,8 @@ class Subjects:
         self.folder_of = dict(zip(self.by_name, self.folders, strict=True))
         plain = [self.backbone.encoder.encode(PlainText(text)) for text in _TEXTS]
         chats = [self.chat(text) for text in _TEXTS]
-        scores = np.stack([self.scores(chats), self.scores(plain)])
-        low, high = scores.min(0), scores.max(0)
+        scores = self.scores(chats), self.scores(plain)
+        low, high = np.minimum(*scores), np.maximum(*scores)
         self.injected = _TEXTS[int(low.argmax())]
         self.benign = _TEXTS[int(high.argmin())]
         self.threshold = float((low.max() + high.min()) / 2)
@@ -462,8 +462,7 @@ class PolicyContract:
                 (CHECKS, {"input": subjects.benign}),
             ):
                 answer = server.post(asked, key)
-                if key or asked[0] == CHATS:
-                    assert answer.status_code == 200
+                assert answer.status_code == 200 or asked[0] == CHECKS
                 assert "newer" not in f"{answer.text} {answer.headers}"
         assert server.counted(*compared, key=ADMIN) > before
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import httpx
 
-from policy_contract import Asked, Subjects, chat, parts_of
+from policy_contract import ADMIN, Asked, Subjects, chat, parts_of
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 NAMED_SCHEMA = {"name": "x", "schema": SCHEMA}
@@ -87,6 +87,13 @@ def post(address: str, path: str, body: dict[str, Any], **options: Any) -> httpx
     if path in ("/v1/systemone", "/generative_scoring"):
         limits, body = {}, {key: value for key, value in body.items() if key != "stream"}
     return httpx.post(f"{address}{path}", json={**limits, **body}, timeout=120, **options)
+
+
+def admin(address: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
+    """What the routes of probes answer an admin."""
+    method, headers = "GET" if body is None else "POST", {"Authorization": f"Bearer {ADMIN}"}
+    url = f"{address}/admin/probes{path}"
+    return httpx.request(method, url, json=body, headers=headers, timeout=120)
 
 
 # Fields that hold what a model has written.

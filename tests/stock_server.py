@@ -40,16 +40,14 @@ SIZES = {
 def stock_server(
     model: str, folders: Sequence[str], home: Path, *options: str, **environment: str
 ) -> AbstractContextManager[StockServer]:
-    """A server of this model with these probes.
+    """A server of the model in a folder, which it calls ``tiny``; its log goes to ``home``.
 
-    Args:
-        model: The folder of the model, which is served as ``tiny``.
-        folders: Those of the probes.
-        home: Where its log goes.
-        options: More words of the command line.
-        environment: More variables.
+    ``options`` are more words of the command line, ``environment`` more variables.
     """
-    sizes = [word for name, value in SIZES.items() for word in _words(name, value)]
+    sizes = [
+        f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
+        for name, value in SIZES.items()
+    ]
     words = [
         *("-m", "vllm.entrypoints.openai.api_server"),
         *("--model", model, "--served-model-name", "tiny", "--dtype", "float32"),
@@ -57,11 +55,6 @@ def stock_server(
     ]
     named = {"SIDELIGHT_PROBES": os.pathsep.join(folders), "VLLM_PLUGINS": "sidelight"}
     return _running(words, {**named, **environment}, home)
-
-
-def _words(name: str, value: bool | float) -> list[str]:
-    option = f"--{name.replace('_', '-')}"
-    return [option] if value is True else [option, str(value)]
 
 
 def under_policy(subjects: Subjects, home: Path) -> AbstractContextManager[StockServer]:

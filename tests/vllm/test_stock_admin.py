@@ -7,31 +7,24 @@ from threading import Event
 import httpx
 import pytest
 
-from policy_contract import ADMIN, TOKENS, chat, parts_of
+from policy_contract import TOKENS, chat, parts_of
 from sidelight.artifact import save_probe
 from sidelight.manifest import read_manifest
-from sidelight.prompts import EncodedPrompt, Part, Reads
-from stock_requests import post
+from sidelight.prompts import Reads
+from stock_requests import admin, post
 from tiny import tiny_backbone, untrained_probe
 from vllm_served import ROUNDING, judging_any_text
 
 pytestmark = pytest.mark.xdist_group("stock")
-HEADERS = {"Authorization": f"Bearer {ADMIN}"}
 CLIENTS = 4
 # More than rounding, so that it shows whose verdict it is.
 APART = 0.01
 # Replaced in this order; of the rules, neither stops an answer.
-NAMES = ("told", "heard")
+READS = {"told": Reads(), "heard": Reads("response")}
 
 
-def admin(stock, path, body=None):
-    method = "GET" if body is None else "POST"
-    url = f"{stock.address}/admin/probes{path}"
-    return httpx.request(method, url, json=body, headers=HEADERS, timeout=120)
-
-
-def entry(stock, name):
-    return {own["name"]: own for own in admin(stock, "").json()["probes"]}[name]
+def reload(stock, name, folder):
+    return admin(stock.address, f"/{name}/reload", {"path": folder})
 
 
 def asked(stock, text, *, streamed=False):
@@ -45,7 +38,7 @@ def asked(stock, text, *, streamed=False):
         for choice in part.get("choices", ()):
             ids += choice.get("token_ids") or []
         for verdict in part.get("sidelight", {}).get("verdicts", ()):
-            if verdict["probe"] in NAMES:
+            if verdict["probe"] in READS:
                 said[verdict["probe"]] = verdict["probabilities"]["toxic"]
     return tuple(ids), said
 
@@ -58,57 +51,48 @@ def test_an_admin_alone_sees_and_changes_probes(stock, subjects):
             httpx.post(f"{url}/injection/reload", json=body, headers=headers),
         ):
             assert answer.status_code in (401, 403)
-    paths = [own["path"] for own in admin(stock, "").json()["probes"]]
+    paths = [own["path"] for own in admin(stock.address, "").json()["probes"]]
     assert paths == subjects.folders
 
 
 def test_probes_that_cannot_be_served_leave_the_old_ones(stock, subjects, tmp_path):
-    text, old = subjects.passing, dict(zip(paths_by_name(subjects), subjects.folders, strict=True))
+    text, old, reads = subjects.passing, subjects.folder_of["heard"], READS["heard"]
     before = asked(stock, text)
-    reads = Reads("response")
     wide = untrained_probe(subjects.backbone, "heard", mechanism="attention", reads=reads)
     foreign = untrained_probe(tiny_backbone(), "heard", reads=reads)
     broken = untrained_probe(subjects.backbone, "heard", reads=reads)
     broken.mechanism.bias.fill_(float("nan"))
     wrong = {"SIDELIGHT_COLUMNS=": wide, "was trained on": foreign, "No verdict from": broken}
     for number, (message, probe) in enumerate(wrong.items()):
-        folder = str(save_probe(probe, tmp_path / str(number)))
-        answer = admin(stock, "/heard/reload", {"path": folder})
+        answer = reload(stock, "heard", str(save_probe(probe, tmp_path / str(number))))
         assert answer.status_code >= 400
         assert message in answer.text
         assert asked(stock, text) == before
-    own = entry(stock, "heard")
-    assert (own["path"], own["version"]) == (old["heard"], read_manifest(old["heard"]).version)
+    entries = {own["name"]: own for own in admin(stock.address, "").json()["probes"]}
+    own = entries["heard"]
+    assert (own["path"], own["version"]) == (old, read_manifest(old).version)
     assert "No verdict from heard" in own["failure"]
-
-
-def paths_by_name(subjects):
-    return [probe.name for probe in subjects.probes]
 
 
 @pytest.fixture
 def retrained(stock, subjects, tmp_path):
-    """Other probes of the same names, by name; the old ones are put back."""
-    ways = {"retold": Reads(), "reheard": Reads("response")}
+    """Other probes of the same names, and their folders; the old ones are put back."""
+    ways = {f"re{name}": reads for name, reads in READS.items()}
     probes, _ = judging_any_text(subjects.backbone, ways, tmp_path / "scratch")
-    probes = [replace(probe, name=name) for name, probe in zip(NAMES, probes, strict=True)]
-    yield {probe.name: (probe, str(save_probe(probe, tmp_path / probe.name))) for probe in probes}
-    old = dict(zip(paths_by_name(subjects), subjects.folders, strict=True))
-    for name in NAMES:
-        assert admin(stock, f"/{name}/reload", {"path": old[name]}).status_code == 200
+    probes = [replace(probe, name=name) for name, probe in zip(READS, probes, strict=True)]
+    yield [(probe, str(save_probe(probe, tmp_path / probe.name))) for probe in probes]
+    for name in READS:
+        assert reload(stock, name, subjects.folder_of[name]).status_code == 200
 
 
 def scored(subjects, probes, text, ids):
-    prompt = subjects.chat(text)
-    whole = EncodedPrompt(prompt.token_ids + ids, prompt.parts + (Part.RESPONSE,) * len(ids))
+    whole, prompt = subjects.answered(text, ids), subjects.chat(text)
     return {
-        probe.name: probability(subjects, probe, whole if probe.reads.includes_response else prompt)
+        probe.name: subjects.probabilities(
+            probe, [whole if probe.reads.includes_response else prompt]
+        )[0]
         for probe in probes
     }
-
-
-def probability(subjects, probe, prompt):
-    return float(subjects.probability(probe, [prompt])[0])
 
 
 def test_a_reload_under_traffic_loses_no_request_and_no_answer_mixes_probes(
@@ -127,8 +111,8 @@ def test_a_reload_under_traffic_loses_no_request_and_no_answer_mixes_probes(
     with ThreadPoolExecutor(CLIENTS) as pool:
         running = [pool.submit(keep_asking, number) for number in range(len(texts))]
         try:
-            for name, (_, folder) in retrained.items():
-                answer = admin(stock, f"/{name}/reload", {"path": folder})
+            for probe, folder in retrained:
+                answer = reload(stock, probe.name, folder)
                 assert answer.status_code == 200, answer.text
                 assert (answer.json()["path"], answer.json()["failure"]) == (folder, None)
         finally:
@@ -139,8 +123,8 @@ def test_a_reload_under_traffic_loses_no_request_and_no_answer_mixes_probes(
         same, after = asked(stock, text)
         assert same == ids
         for probes_of, said in (
-            ([probe for probe in subjects.probes if probe.name in NAMES], before),
-            ([probe for probe, _ in retrained.values()], after),
+            ([subjects.by_name[name] for name in READS], before),
+            ([probe for probe, _ in retrained], after),
         ):
             assert said == pytest.approx(scored(subjects, probes_of, text, ids), abs=ROUNDING)
         assert all(abs(after[name] - before[name]) > APART for name in before)

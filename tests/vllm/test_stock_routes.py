@@ -2,12 +2,11 @@
 
 from dataclasses import replace
 
-import httpx
 import pytest
 
-from policy_contract import ADMIN, parts_of
+from policy_contract import STREAMED, parts_of, refusal
 from sidelight.artifact import save_probe
-from stock_requests import post, posts, requests_of, written_in
+from stock_requests import admin, post, posts, requests_of, written_in
 
 pytestmark = pytest.mark.xdist_group("stock")
 
@@ -15,40 +14,37 @@ pytestmark = pytest.mark.xdist_group("stock")
 @pytest.fixture
 def sealed(stock, subjects, tmp_path):
     """Every answer is cut before any of it is sent."""
-
-    def reload(path):
-        url = f"{stock.address}/admin/probes/leak/reload"
-        headers = {"Authorization": f"Bearer {ADMIN}"}
-        answer = httpx.post(url, json={"path": str(path)}, headers=headers, timeout=120)
+    leak = subjects.by_name["leak"]
+    leak = replace(leak, calibration=replace(leak.calibration, shift=(50.0,)))
+    for path in (save_probe(leak, tmp_path / "leak"), subjects.folder_of["leak"]):
+        answer = admin(stock.address, "/leak/reload", {"path": str(path)})
         assert answer.status_code == 200, answer.text
-
-    (leak,) = (probe for probe in subjects.probes if probe.name == "leak")
-    calibration = replace(leak.calibration, shift=(50.0,))
-    reload(save_probe(replace(leak, calibration=calibration), tmp_path / "leak"))
-    yield stock.address
-    reload(subjects.folders[1])
+        if path != subjects.folder_of["leak"]:
+            yield stock.address
 
 
-@pytest.mark.parametrize("streamed", [False, True])
+def answers(address, subjects, text, *, streamed):
+    """What each way to have a text written is answered with."""
+    known = posts(address)
+    for path, body in requests_of(subjects, text, streamed=streamed):
+        if path in known:
+            yield path, body, post(address, path, body)
+
+
+@STREAMED
 def test_no_route_answers_an_injected_prompt(stock, subjects, streamed):
-    # /v1/systemone writes a prompt of its own around the text.
-    tried = posts(stock.address) - {"/v1/systemone"}
-    for path, body in requests_of(subjects, subjects.injected, streamed=streamed):
-        if path not in tried:
-            continue
-        response = post(stock.address, path, body)
-        assert response.status_code == 400, (path, body, response.text)
-        assert response.json()["error"]["code"] == "content_filter", (path, body, response.text)
-        assert "injection" in response.headers["x-sidelight-flagged"]
+    for path, body, response in answers(
+        stock.address, subjects, subjects.injected, streamed=streamed
+    ):
+        # /v1/systemone writes a prompt of its own around the text.
+        if path != "/v1/systemone":
+            assert refusal(response) == (400, "content_filter"), (path, body)
+            assert "injection" in response.headers["x-sidelight-flagged"]
 
 
-@pytest.mark.parametrize("streamed", [False, True])
+@STREAMED
 def test_no_route_sends_anything_of_a_text_that_is_cut_at_once(sealed, subjects, streamed):
-    known = posts(sealed)
-    for path, body in requests_of(subjects, subjects.benign, streamed=streamed):
-        if path not in known:
-            continue
-        response = post(sealed, path, body)
+    for path, body, response in answers(sealed, subjects, subjects.benign, streamed=streamed):
         parts = parts_of(response)
         if body.get("echo"):
             assert response.status_code == 200

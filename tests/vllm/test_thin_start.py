@@ -3,9 +3,9 @@
 import json
 import re
 import signal
-import threading
 import time
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 
 import httpx
 import psutil
@@ -28,9 +28,8 @@ def start(subjects, tmp_path_factory):
     (home / "keys").write_text(f"listed {LISTED}\n")
     policy = f'[input.injection]\nmode = "block"\nthreshold = {subjects.threshold}\n'
     (home / "policy.toml").write_text(policy)
-    settings = {"policy": str(home / "policy.toml"), "audit_log": str(home / "audit.jsonl")}
-    settings |= {"api_keys_file": str(home / "keys")}
-    text = "".join(f"{name} = {json.dumps(value)}\n" for name, value in settings.items())
+    files = {"policy": "policy.toml", "audit_log": "audit.jsonl", "api_keys_file": "keys"}
+    text = "".join(f"{name} = '{home / file}'\n" for name, file in files.items())
     (home / "server.toml").write_text(text)
     more = ("enable_auto_tool_choice=true", "tool_call_parser=hermes", "enable_scale_out=true")
     options = ["--config", str(home / "server.toml"), "--max-concurrent", "4"]
@@ -118,11 +117,9 @@ def test_policy_audit_disclosure_and_tools_are_those_of_the_options(server, subj
     for key, sees in ((KEY, False), (ADMIN, True)):
         with openai_client(server.address, key) as client:
             # A server without the two options refuses the tools.
+            turns = chat(subjects.benign)[1]["messages"]
             answer = client.chat.completions.create(
-                messages=chat(subjects.benign)[1]["messages"],
-                tools=[TOOL],
-                tool_choice="auto",
-                **asked,
+                messages=turns, tools=[TOOL], tool_choice="auto", **asked
             )
         verdicts = {v["probe"]: v for v in answer.model_extra["sidelight"]["verdicts"]}
         assert ("probabilities" in verdicts["injection"]) == sees
@@ -139,30 +136,24 @@ def test_no_more_requests_than_allowed_are_answered_at_a_time(server, endless):
 
 
 def test_a_killed_worker_passes_nothing_more_and_ends_the_server_with_a_code(start, endless):
-    server, answers = start(), []
-    body = {**endless, "max_tokens": 900}
-
-    def ask():
-        answers.append(post(server.address, CHATS, {**body, "stream": False}, **bearer(KEY)))
-
-    asking, sent = threading.Thread(target=ask), b""
-    asking.start()
+    server, body, sent = start(), {**endless, "max_tokens": 900}, b""
     url = f"{server.address}{CHATS}"
-    try:
-        with httpx.stream("POST", url, json=body, timeout=120, **bearer(KEY)) as response:
+    with ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(post, server.address, CHATS, {**body, "stream": False}, **bearer(KEY))
+        with (
+            suppress(httpx.HTTPError),
+            httpx.stream("POST", url, json=body, timeout=120, **bearer(KEY)) as response,
+        ):
             for chunk in response.iter_bytes():
                 if not sent:
                     (core,) = psutil.Process(server.process.pid).children()[-1:]
                     for process in (*core.children(recursive=True), core):
                         process.kill()
                 sent += chunk
-    except httpx.HTTPError:
-        pass
-    asking.join()
     assert sent
     assert b'"finish_reason":"length"' not in sent
-    assert answers[0].status_code >= 500
-    assert "verdicts" not in answers[0].text
+    assert asking.result().status_code >= 500
+    assert "verdicts" not in asking.result().text
     assert server.process.wait(60) != 0
 
 
@@ -195,10 +186,8 @@ def is_alive(process):
 
 def test_what_vllm_refuses_is_one_line(subjects, tmp_path):
     option = ("--engine-option", "tokenizer=another")
-    with (
-        pytest.raises(AssertionError),
-        thin_start(subjects.path, subjects.folders, tmp_path, *option),
-    ):
+    start = thin_start(subjects.path, subjects.folders, tmp_path, *option)
+    with pytest.raises(AssertionError), start:
         pass
     lines = (tmp_path / "server.log").read_text().splitlines()
     assert re.fullmatch(r"Error: .*", lines[-1])
