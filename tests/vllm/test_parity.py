@@ -10,12 +10,10 @@ from uuid import uuid4
 import numpy as np
 import pytest
 
-from sidelight.bank import Bank
 from sidelight.mechanisms.base import mechanism_names
-from sidelight.prompts import EncodedPrompt, Part
-from sidelight.states.extraction import score
 from vllm_served import (
     expected,
+    followed,
     mixed_prompts,
     random_prompt,
     reported,
@@ -77,19 +75,10 @@ def test_the_reference_would_show_a_difference(subject, wanted):
         assert ((judged > 0.01) & (judged < 0.99)).mean() > 0.4
 
 
-def test_the_mean_of_all_tokens_is_not_the_mean_of_the_read_ones(subject, prompts, wanted):
-    """The parts matter: reading everything gives other verdicts."""
-    everything = [replaced(p, (Part.PROMPT,) * len(p)) for p in prompts if len(p) > 20]
-    some = [row for p, row in zip(prompts, wanted, strict=True) if len(p) > 20]
-    plain = subject.model.probes[-1]
-    all_read = score(subject.model.backbone, Bank([plain]), everything)[0]
-    values = [plain.verdict(row).probabilities["toxic"] for row in all_read]
-    assert np.abs(np.array(values) - [row["plain"][1] for row in some]).max() > 0.01
-
-
 def test_verdicts_equal_computed_and_from_the_cache_to_the_last_digit(subject, prompts, wanted):
     first, second = (run(subject, prompts) for _ in range(2))
-    assert sum(output.num_cached_tokens or 0 for output in second) > 0
+    # Most of what they read was not computed for them.
+    assert max(output.num_cached_tokens or 0 for output in second) >= LONGEST / 2
     require_equal(verdicts(first), wanted)
     require_equal(verdicts(second), wanted)
     prompt = random_prompt(subject.model.backbone, 300, seed=5)
@@ -114,35 +103,10 @@ def test_probes_of_the_response_read_what_is_written(subject, prompts):
     """Also in later turns, whose prompt holds tokens that were computed while they were decoded."""
     chosen = [prompt for prompt in prompts if len(prompt) < 300][:8]
     outputs = run(subject, chosen, max_tokens=24, ignore_eos=True)
-    read = [with_response(p, o.outputs[0].token_ids) for p, o in zip(chosen, outputs, strict=True)]
+    read = [followed(p, o.outputs[0].token_ids[:-1]) for p, o in zip(chosen, outputs, strict=True)]
     require_equal(verdicts(outputs), expected(subject.model, read))
     opening = random_prompt(subject.model.backbone, 70, seed=11)
     (output,) = run(subject, [opening], max_tokens=60, ignore_eos=True)
     prefix = opening.token_ids + tuple(output.outputs[0].token_ids)
     whole = random_prompt(subject.model.backbone, len(prefix) + 20, seed=12, prefix=prefix)
     require_equal(verdicts(run(subject, [whole])), expected(subject.model, [whole]))
-
-
-def test_a_state_kept_by_request_would_be_wrong(subject):
-    """What a prefix-cached request computes itself is not enough to judge it."""
-    shared = random_prompt(subject.model.backbone, 320, seed=21)
-    tail = random_prompt(subject.model.backbone, 352, seed=22, prefix=shared.token_ids)
-    run(subject, [shared])
-    (output,) = run(subject, [tail])
-    assert output.num_cached_tokens >= 256
-    require_equal([reported(output)], expected(subject.model, [tail]))
-    # The same pass, but reading only the tokens that were not cached.
-    own = [Part.UNREAD] * output.num_cached_tokens + list(tail.parts[output.num_cached_tokens :])
-    naive = expected(subject.model, [replaced(tail, tuple(own))])
-    with pytest.raises(AssertionError):
-        require_equal([reported(output)], naive, rounding=1e-2)
-
-
-def with_response(prompt, token_ids):
-    """The prompt and what was read of the response: all but the token sampled last."""
-    read = tuple(token_ids[:-1])
-    return EncodedPrompt(prompt.token_ids + read, prompt.parts + (Part.RESPONSE,) * len(read))
-
-
-def replaced(prompt, parts):
-    return EncodedPrompt(prompt.token_ids, parts)
