@@ -1,9 +1,7 @@
 """What README and docs say of the project holds."""
 
 import ast
-import json
 import re
-import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -222,19 +220,3 @@ def test_the_mechanism_of_the_how_to_streams_what_it_defines(monkeypatch: pytest
     ]
     dense = mechanism(hidden, torch.ones(1, 5, dtype=torch.bool))
     torch.testing.assert_close(mechanism.finish(mechanism.merge(*pieces)), dense)
-
-
-@pytest.mark.slow
-def test_import_and_the_help_of_every_command_load_nothing_heavy():
-    words = [name.split()[1:] for name in commands()]
-    code = (
-        "import json, sys, sidelight; from sidelight.cli import app\n"
-        "for command in json.loads(sys.argv[1]):\n"
-        "    app([*command, '--help'], standalone_mode=False)\n"
-        "heavy = {'torch', 'transformers', 'fastapi', 'matplotlib', 'sklearn'} & set(sys.modules)\n"
-        "sys.exit(', '.join(heavy) or 0)"
-    )
-    program = [sys.executable, "-c", code, json.dumps(words)]
-    asked = subprocess.run(program, capture_output=True, text=True, check=False)
-    assert (asked.returncode, asked.stderr) == (0, "")
-    assert asked.stdout.count("Usage: ") == len(words) > 20
