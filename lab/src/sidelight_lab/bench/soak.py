@@ -269,30 +269,32 @@ def run_soak(
 def _prepare(
     backbone: TransformersBackbone, folder: Path, *, max_tokens: int
 ) -> tuple[list[Path], Path, dict[str, str]]:
-    """The probes' folders, the file of the policy, and a question that it passes and one it blocks.
+    """The probes' folders, the policy's file, and a question that it passes and one that it blocks.
 
-    The probe of the prompt is calibrated to tell the two apart; that of the response says hardly
-    more than .5 of any text.
+    The probe of the prompt is calibrated to tell the two apart. That of the response gives every
+    text a probability of about .5.
     """
     prompt = untrained_probe(backbone, _PROMPT_PROBE, reads=Reads("prompt"))
     texts = (_QUESTION, _OTHER)
     items = [Example((Message("user", text),)) for text in texts]
-    low, high = sorted(zip(judge(backbone, [prompt], items)[0][:, 0].tolist(), texts, strict=True))
-    scale = 6 / (high[0] - low[0])
-    shift = -scale * (high[0] + low[0]) / 2
+    logits = judge(backbone, [prompt], items)[0][:, 0].tolist()
+    (low, answered), (high, blocked) = sorted(zip(logits, texts, strict=True))
+    # Log-odds of -3 and 3.
+    scale = 6 / (high - low)
+    shift = -scale * (low + high) / 2
     response = untrained_probe(backbone, _RESPONSE_PROBE, reads=Reads("response"))
     folders = [
-        save_probe(
-            replace(probe, calibration=Calibration("platt", "binary", (by,), (plus,))),
-            folder / probe.name,
+        save_probe(replace(probe, calibration=calibration), folder / probe.name)
+        for probe, calibration in (
+            (prompt, Calibration("platt", "binary", (scale,), (shift,))),
+            (response, Calibration("platt", "binary", (1e-3,), (0.0,))),
         )
-        for probe, by, plus in ((prompt, scale, shift), (response, 1e-3, 0.0))
     ]
     policy = folder / "policy.toml"
     longest = _CUT_AFTER * max_tokens
     rules = _POLICY.format(prompt=prompt.name, response=response.name, longest=longest)
     policy.write_text(rules, "utf-8")
-    return folders, policy, {"answered": low[1], "blocked": high[1]}
+    return folders, policy, {"answered": answered, "blocked": blocked}
 
 
 async def _phase(
