@@ -69,6 +69,7 @@ def test_every_decision_is_written_once_and_no_text(engine, path):
     assert "secret" not in path.read_text()
     # Addresses of clients are written only if that is wanted.
     assert not any("client" in line for line in written)
+    assert path.stat().st_mode & 0o777 == 0o600
 
 
 @pytest.mark.slow
