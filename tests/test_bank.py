@@ -244,14 +244,14 @@ def test_a_turn_that_is_not_finite_leaves_no_verdict(tiny):
 
 def test_a_short_turn_is_judged_with_its_neighbours(tiny):
     for contents, units in (
-        (["a long enough text", "OK.", "another long text"], [(0, 1), (1, 3), (2, 3)]),
-        (["a long enough text", "OK."], [(0, 1)]),
-        (["a", "b", "c"], []),
-        (["short", "x" * 100, "another long text"], [(0, 2), (0, 1), (1, 2), (2, 3)]),
+        (["a long enough text", "OK.", "another long text"], [(0,), (1, 2), (2,), (0, 2)]),
+        (["a long enough text", "OK."], [(0,)]),
+        (["a", "b", "c"], [(0, 2)]),
+        (["short", "x" * 100, "another long text"], [(0, 1), (0,), (1,), (2,), (0, 2)]),
         (["by itself"], []),
         # Turns without text are no pieces.
         (["a long enough text", *[""] * 40], []),
-        (["short", "", "another long text", "", "a third text"], [(0, 2), (1, 2), (2, 3)]),
+        (["short", "", "another long text", "", "a third text"], [(0, 1), (1,), (2,)]),
         ([""] * 3, []),
     ):
         parts = bytes(tiny.encoder.encode(conversation(contents)).parts)

@@ -115,7 +115,7 @@ def assert_survive(key, turns, response=None):
     assert found[has_default:] == sent
     by_part = {part: [] for part in Part}
     for token, part in zip(encoded.token_ids, encoded.parts, strict=True):
-        by_part[part].append(token)
+        by_part[Part.PROMPT if part == Part.REPLY else part].append(token)
     prompt = [text for role, text in sent[: len(turns)] if role != "system" or len(turns) == 1]
     for part, texts in ((Part.PROMPT, prompt), (Part.RESPONSE, [response or ""])):
         read = normalised(key, text_of(encoder, by_part[part]))

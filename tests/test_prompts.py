@@ -124,15 +124,16 @@ def test_from_the_first_turn_to_the_end_of_the_response_all_is_prompt_or_templat
 @pytest.mark.parametrize(
     ("reads", "parts"),
     [
-        (Reads(), {Part.PROMPT, Part.TEMPLATE}),
-        (Reads(template=False), {Part.PROMPT}),
+        (Reads(), {Part.PROMPT, Part.TEMPLATE, Part.REPLY}),
+        (Reads(template=False), {Part.PROMPT, Part.REPLY}),
         (Reads("response"), {Part.RESPONSE}),
-        (Reads("both"), {Part.PROMPT, Part.TEMPLATE, Part.RESPONSE}),
-        (Reads("both", template=False), {Part.PROMPT, Part.RESPONSE}),
+        (Reads("both"), {Part.PROMPT, Part.TEMPLATE, Part.REPLY, Part.RESPONSE}),
+        (Reads("both", template=False), {Part.PROMPT, Part.REPLY, Part.RESPONSE}),
     ],
 )
 def test_a_mask_shows_the_parts_that_are_read(reads, parts):
-    encoded = ENCODERS["chatml"].encode([user("a question")], "an answer")
+    turns = [user("a question"), Message("assistant", "one"), user("another")]
+    encoded = ENCODERS["chatml"].encode(turns, "an answer")
     assert encoded.mask(reads).tolist() == [part in parts for part in encoded.parts]
 
 
@@ -249,5 +250,5 @@ def test_long_conversations_are_encoded_as_short_ones_and_kept_nowhere():
     shared = len(own.encode(turns[:100], "x")) - len(own.encode([user("a b")], "x"))
     assert long.token_ids[:shared] == begun.token_ids[:shared]
     assert long.parts[:shared] == begun.parts[:shared]
-    assert words(long, Part.PROMPT) == "a b" * 240
+    assert words(long, Part.PROMPT, Part.REPLY) == "a b" * 240
     assert own._cached_frame.cache_info().currsize == 3

@@ -244,12 +244,12 @@ class Bank:
             return [[UnitLogits(logits) for logits in of_probe] for of_probe in wholes]
         pieces = self._summarise(columns, parts, [*chain(*lengths)])
         firsts = accumulate(map(len, lengths[:-1]), initial=0)
-        ranges = [
-            (first + start, first + stop)
+        members = [
+            [first + piece for piece in unit]
             for first, of_prompt in zip(firsts, units, strict=True)
-            for start, stop in of_prompt
+            for unit in of_prompt
         ]
-        of_units = self.logits(self._merged(pieces, ranges))
+        of_units = self.logits(self._merged(pieces, members))
         ends = list(accumulate(map(len, units)))
         return [
             [
@@ -301,13 +301,13 @@ class Bank:
         }
         return self.summarise_rows(columns, masks, torch.tensor(lengths, device=columns.device))
 
-    def _merged(self, pieces: BankState, ranges: Sequence[tuple[int, int]]) -> BankState:
-        """The state of each range of neighbouring pieces."""
+    def _merged(self, pieces: BankState, members: Sequence[Sequence[int]]) -> BankState:
+        """The state of each unit, of the pieces that it is made of, in their order."""
         states = pieces.split()
-        merged = [states[start] for start, _ in ranges]
-        for step in range(1, max(stop - start for start, stop in ranges)):
-            growing = [i for i, (start, stop) in enumerate(ranges) if stop - start > step]
-            later = BankState.pack([states[ranges[i][0] + step] for i in growing])
+        merged = [states[own[0]] for own in members]
+        for step in range(1, max(map(len, members))):
+            growing = [i for i, own in enumerate(members) if len(own) > step]
+            later = BankState.pack([states[members[i][step]] for i in growing])
             both = self.merge(BankState.pack([merged[i] for i in growing]), later)
             for i, state in zip(growing, both.split(), strict=True):
                 merged[i] = state

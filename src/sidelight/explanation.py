@@ -5,7 +5,6 @@ Made from the columns of the pass that judged the text, so it costs no pass of t
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from typing import Any, Literal
 
 import numpy as np
@@ -118,14 +117,14 @@ def explain(
         )
     parts = bytes(prompt.parts)
     pieces = piece_lengths(parts)
-    turns = judged_units(parts, pieces) if probe.judges_turns else []
-    edges = [0, *accumulate(pieces)]
-    spans = [*((edges[first], edges[last]) for first, last in turns), (0, len(parts))]
+    units = judged_units(parts, pieces) if probe.judges_turns else []
+    owners = np.repeat(range(len(pieces)), pieces)
     is_read = np.isin(np.frombuffer(parts, np.uint8), [*probe.reads.parts])
-    read = [start + np.flatnonzero(is_read[start:stop]) for start, stop in spans]
+    members = [*units, tuple(range(len(pieces)))]
+    read = [np.flatnonzero(is_read & np.isin(owners, unit)) for unit in members]
     with torch.inference_mode():
         logits = probe.mechanism.logits(_texts(columns, read)).double().cpu().numpy()
-    found = probe.highest(logits[:-1], turns, logits[-1])
+    found = probe.highest(logits[:-1], units, logits[-1])
     verdict = replace(probe.verdict(found.logits), turn=found.turn)
     labels = probe.task.labels[-probe.task.outputs :]
     label = labels[0] if probe.task.kind == "binary" else verdict.label

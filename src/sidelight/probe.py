@@ -93,7 +93,7 @@ class Probe:
     def highest(
         self,
         logits: Float[np.ndarray, "unit output"],
-        units: Sequence[tuple[int, int]],
+        units: Sequence[tuple[int, ...]],
         whole: Float[np.ndarray, " output"],
     ) -> UnitLogits:
         """The highest logit of each label, of the units of a prompt and of the whole.
@@ -103,7 +103,7 @@ class Probe:
 
         Args:
             logits: Of each unit.
-            units: The turns that each is made of, from the first to the one after its last.
+            units: The turns that each is made of.
             whole: Of the whole prompt.
         """
         if not self.judges_turns:

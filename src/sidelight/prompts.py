@@ -5,7 +5,7 @@
 
 import json
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
 from enum import IntEnum
@@ -64,9 +64,12 @@ class Part(IntEnum):
     """The system's turn, what precedes the prompt or follows the response, and what the template
     writes after a turn without text."""
     PROMPT = 1
+    """What a user says, and plain text."""
     TEMPLATE = 2
     """Written by the chat template once the prompt has begun: turn markers, generation prompt."""
     RESPONSE = 3
+    REPLY = 4
+    """Another's turn in the prompt: the assistant's or a tool's. A client may have written it."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ class Reads:
     def parts(self) -> frozenset[Part]:
         """The kinds of token that are read."""
         template = {Part.TEMPLATE} if self.template else set[Part]()
-        prompt = {Part.PROMPT, *template}
+        prompt = {Part.PROMPT, Part.REPLY, *template}
         sides = {"prompt": prompt, "response": {Part.RESPONSE}, "both": {*prompt, Part.RESPONSE}}
         return frozenset(sides[self.side])
 
@@ -137,6 +140,13 @@ class EncodedPrompt:
         wanted = reads.parts
         return torch.tensor([part in wanted for part in self.parts], dtype=torch.bool)
 
+    def only(self, pieces: Collection[int]) -> "EncodedPrompt":
+        """The same prompt, of which only these pieces are read; see ``piece_lengths``."""
+        parts = bytes(self.parts)
+        owners = np.repeat(range(len(lengths := piece_lengths(parts))), lengths)
+        kept = np.where(np.isin(owners, [*pieces]), [*parts], Part.UNREAD)
+        return replace(self, parts=tuple(map(Part, kept.tolist())))
+
     def shortened(self, limit: int, reads: Reads | None = None) -> "EncodedPrompt":
         """Removes tokens of the text, and none of the template, until ``limit`` remain.
 
@@ -155,7 +165,7 @@ class EncodedPrompt:
         excess = len(self) - limit
         if excess <= 0:
             return self
-        prompt = [i for i, part in enumerate(self.parts) if part == Part.PROMPT]
+        prompt = [i for i, part in enumerate(self.parts) if part in _TEXT]
         response = [i for i, part in enumerate(self.parts) if part == Part.RESPONSE]
         room = len(prompt) + len(response) - excess
         if room <= 0:
@@ -185,23 +195,27 @@ def piece_lengths(parts: bytes) -> list[int]:
         parts: The ``Part`` of each token; one or more.
     """
     of_tokens = np.frombuffer(parts, np.uint8)
-    is_text = of_tokens == Part.PROMPT
+    is_text = np.isin(of_tokens, _TEXT)
     is_first = is_text & ~np.append(False, is_text[:-1])
     begins = np.flatnonzero(is_first)
     return np.diff([0, *begins[1:], len(parts)]).tolist()
 
 
+# The roles of those who answer a user; any other counts as a user.
+_OTHERS = ("assistant", "tool")
+# What somebody has written, rather than a template.
+_TEXT = (Part.PROMPT, Part.REPLY)
 # A turn of fewer tokens says too little by itself; beside more of them it is outweighed.
 _LEAST_TOKENS = 8
 _MOST_TOKENS = 64
 
 
-def judged_units(parts: bytes, pieces: Sequence[int]) -> list[tuple[int, int]]:
-    """Which neighbouring pieces of a prompt are judged together, beside the whole.
+def judged_units(parts: bytes, pieces: Sequence[int]) -> list[tuple[int, ...]]:
+    """The pieces of each part of a prompt that is judged by itself, beside the whole.
 
     Each turn with a text is judged by itself, a short one with the turns after it, or else before
-    it; also by itself if those outweigh it, which a client could write too. None if that would be
-    the whole.
+    it; also by itself if those outweigh it, which a client could write too. The user's turns are
+    also judged together, without what stands between them. None is the whole.
 
     Args:
         parts: The ``Part`` of each token.
@@ -209,17 +223,18 @@ def judged_units(parts: bytes, pieces: Sequence[int]) -> list[tuple[int, int]]:
     """
     count = len(pieces)
     edges = np.cumsum(pieces)[:-1]
-    by_piece = np.split(np.frombuffer(parts, np.uint8) == Part.PROMPT, edges)
-    texts = [int(piece.sum()) for piece in by_piece]
-    units: list[tuple[int, int]] = []
+    by_piece = np.split(np.frombuffer(parts, np.uint8), edges)
+    texts = [int(np.isin(piece, _TEXT).sum()) for piece in by_piece]
+    units: list[tuple[int, ...]] = []
     for first in filter(texts.__getitem__, range(count)):
         start, stop = first, first + 1
         while sum(texts[start:stop]) < _LEAST_TOKENS and (start, stop) != (0, count):
             start, stop = (start, stop + 1) if stop < count else (start - 1, stop)
-        units.append((start, stop))
+        units.append(tuple(range(start, stop)))
         if stop - start > 1 and sum(texts[start:stop]) > _MOST_TOKENS:
-            units.append((first, first + 1))
-    return [unit for unit in units if unit != (0, count)]
+            units.append((first,))
+    units.append(tuple(i for i, piece in enumerate(by_piece) if Part.PROMPT in piece))
+    return [unit for unit in dict.fromkeys(units) if 0 < len(unit) < count]
 
 
 def shared_length(texts: Sequence[Sequence[int]]) -> int:
@@ -548,7 +563,8 @@ def token_parts(turns: Sequence[Turn], tokens: int, *, has_response: bool) -> tu
         has_response: Whether the last turn is the response to judge.
     """
     first = next((i for i, turn in enumerate(turns) if turn.role != "system"), 0)
-    kinds = [Part.UNREAD] * first + [Part.PROMPT] * (len(turns) - first)
+    kinds = [Part.UNREAD] * first
+    kinds += [Part.REPLY if turn.role in _OTHERS else Part.PROMPT for turn in turns[first:]]
     end = tokens
     if has_response and turns[-1].role == "assistant":
         kinds[-1] = Part.RESPONSE
