@@ -128,7 +128,7 @@ def draw_subjects(
     Raises:
         SidelightError: There is no positive text, or there are fewer than two benign ones.
     """
-    positive = _is_positive(examples, thresholds)
+    positive = positive_texts(examples, thresholds)
     benign = np.flatnonzero(~positive).tolist()
     by_key = {examples.items[row].text_key: examples.items[row].text for row in benign}
     if not positive.any() or len(by_key) < 2:
@@ -147,7 +147,7 @@ def draw_subjects(
     return subjects
 
 
-def _is_positive(
+def positive_texts(
     examples: LabelledExamples, thresholds: Mapping[str, float]
 ) -> Bool[Flags, " text"]:
     flagged = [examples.task.labels.index(label) for label in thresholds]

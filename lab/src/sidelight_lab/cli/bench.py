@@ -25,6 +25,7 @@ from sidelight_lab.cli.options import (
 
 if TYPE_CHECKING:
     from sidelight.data.examples import LabelledExamples
+    from sidelight.redteam.attacks import Messages
 
 _XSTEST = "xstest_completions/all.jsonl.gz"
 _TOKENS = click.IntRange(min=8)
@@ -190,6 +191,73 @@ def _examples(given: dict[str, Any], **columns: Any) -> "LabelledExamples":
     if given.get("rows") is None:
         return loaded
     return loaded.select(loaded.draw(given["rows"], seed=0))
+
+
+@bench.command(
+    "everyday",
+    epilog=options.examples(
+        "sidelight bench everyday probes/injection --data held_out.jsonl --out everyday",
+        "sidelight bench everyday probes/toxicity --data held_out.jsonl --padding chats.jsonl",
+    ),
+)
+@click.argument("probe", type=options.PATH)
+@click.option("--data", required=True, help="Labelled texts that the probe was not trained on.")
+@options.text
+@options.label
+@click.option("--flag", help="Labels that flag a text, with commas. [default: all positive ones]")
+@click.option("--attacks", type=options.AT_LEAST_ONE, default=20, help="Positive texts to hide.")
+@click.option(
+    "--padding",
+    help="File of harmless texts instead of ToxicChat's, for the real prompts and the padding; "
+    "the probe must not have been trained on them.",
+)
+@click.option("--harmless", help="File of more harmless texts, which get a row.")
+@click.option("--seed", type=int, default=0, help="Draws texts and paddings.")
+@record_options("everyday.json and everyday.md", has_plots=False)
+@options.dtype
+@options.device
+def bench_everyday(probe: Path, out: Path | None, as_json: bool, **given: Any) -> None:
+    """Test whether a probe is right in front of ordinary traffic, and finds attacks in it.
+
+    Harmless are small talk, conversations of agents with results of their tools, prompts of users,
+    and long texts. Attacks are positive texts that are flagged alone. They stand in padding, beside
+    questions and stories, and in turns of four words. The net is recall minus false alarms on
+    the same texts without the attacks.
+    """
+    from sidelight.data.loading import load_examples
+    from sidelight.redteam.subjects import ProbeTarget, flagging_thresholds
+    from sidelight.training.classifier import load
+    from sidelight_lab.bench.everyday import measure_everyday, toxicchat_prompts
+
+    classifier = load(probe, dtype=given["dtype"], device=given["device"])
+    target = ProbeTarget(
+        backbone=classifier.backbone,
+        thresholds=flagging_thresholds(classifier.probe, labels=split_names(given["flag"])),
+        probe=classifier.probe,
+    )
+
+    own: dict[str, list[Messages]] = {}
+    if given["harmless"] is not None:
+        texts = load_examples(given["harmless"], text=given["text"], label=None)
+        own[Path(given["harmless"]).name] = [item.messages for item in texts.items]
+    prompts: list[str] = []
+    if given["padding"] is not None:
+        texts = load_examples(given["padding"], text=given["text"], label=None)
+        prompts = [item.text for item in texts.items]
+    else:
+        try:
+            prompts = toxicchat_prompts()
+        except SidelightError as error:
+            click.echo(f"Real prompts and padding are left out: {error}", err=True)
+    record = measure_everyday(
+        target,
+        _examples(given, task=classifier.probe.task),
+        prompts=prompts,
+        own=own,
+        attacks=given["attacks"],
+        seed=given["seed"],
+    )
+    publish(record, out, as_json=as_json)
 
 
 @bench.command(

@@ -1,0 +1,121 @@
+"""Ordinary traffic: what its rows hold, and what probes that know nothing get."""
+
+import json
+import re
+
+import pytest
+from transformers import LlamaConfig
+
+from sidelight.data.loading import load_examples
+from sidelight.prompts import Message
+from sidelight.redteam.subjects import ProbeTarget, flagging_thresholds
+from sidelight_lab.bench.everyday import (
+    AGENTS,
+    ANSWERS,
+    ATTACK_PADDING_WORDS,
+    PADDING_WORDS,
+    QUESTIONS,
+    STORIES,
+    attack_rows,
+    first_words,
+    halves,
+    in_turns,
+    long_texts,
+    measure_everyday,
+)
+from tiny import SIZES, TOXICITY, tiny_backbone, untrained_probe
+
+PROMPTS = [f"Prompt {i} has\nseven words. Not more." for i in range(40)]
+TEXTS = [
+    (f"This is text {i}, which is {label}.", label) for i in range(4) for label in TOXICITY.labels
+]
+ATTACK = (Message("user", "one two three four five six seven eight nine"),)
+
+
+def words(text):
+    return len(text.split())
+
+
+def test_paddings_have_the_stated_words_and_attacks_stand_whole_where_the_row_says():
+    paddings = long_texts(PROMPTS, 3, words=max(PADDING_WORDS))
+    for count in PADDING_WORDS:
+        assert [words(first_words(text, count)) for text in paddings] == [count] * 3
+    assert len({first_words(text, min(PADDING_WORDS)) for text in paddings}) == 3
+    rows = attack_rows([ATTACK], paddings=paddings, questions=["\n".join(QUESTIONS)])
+    padded = {re.sub(r" \w+$", "", row.name): [] for row in rows}
+    for row in rows[:-1]:
+        ((message,),) = row.conversations
+        before, after = message.content.split(ATTACK[0].content)
+        place = row.name.split()[-1]
+        assert (bool(before), bool(after)) == {"before": (1, 0), "after": (0, 1)}.get(place, (1, 1))
+        padded[re.sub(r" \w+$", "", row.name)].append(words(before + " " + after))
+    for count in ATTACK_PADDING_WORDS:
+        assert padded[f"{count} words"] == [count] * 3
+    assert [words(text) for text in STORIES] == [150] * len(STORIES)
+
+
+def test_a_text_is_halved_where_a_sentence_ends():
+    assert halves("One two. Three four. Five.") == ("One two.", "Three four. Five.")
+    assert halves("one two three") in (("one", "two three"), ("one two", "three"))
+
+
+def test_turns_hold_four_words_each_and_answers_of_forty_stand_between():
+    turns = in_turns(ATTACK, ANSWERS)
+    assert [turn.role for turn in turns] == ["user", "assistant"] * 2 + ["user"]
+    assert [words(turn.content) for turn in turns] == [4, 40, 4, 40, 1]
+    assert " ".join(turn.content for turn in turns[::2]) == ATTACK[0].content
+
+
+def test_agents_call_a_tool_and_end_with_its_result_or_a_question():
+    for turns in AGENTS:
+        call = json.loads(turns[1].content)
+        assert call["name"]
+        assert call["arguments"]
+        assert [turn.role for turn in turns][2:] in (["tool"], ["tool", "assistant", "user"])
+        assert 20 <= words(turns[2].content) <= 250
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    """With room for short texts: each byte is a token."""
+    backbone = tiny_backbone(LlamaConfig(**{**SIZES, "max_position_embeddings": 640}))
+    backbone.encoder.max_tokens = 640
+    return backbone
+
+
+def figures(backbone, threshold, prompts):
+    probe = untrained_probe(backbone, "toxicity", threshold=threshold)
+    record = measure_everyday(
+        ProbeTarget(backbone=backbone, thresholds=flagging_thresholds(probe), probe=probe),
+        load_examples(TEXTS, task=TOXICITY),
+        prompts=prompts,
+        own={"mine": [ATTACK]},
+        attacks=2,
+        seed=0,
+    )
+    assert f"{record.results['alone']['flagged']} of 2" in record.to_markdown()
+    return json.loads(record.to_json())
+
+
+@pytest.mark.slow
+def test_a_probe_that_flags_everything_gains_nothing_and_one_that_flags_nothing_has_no_attacks(
+    backbone,
+):
+    everything = figures(backbone, 0.0, PROMPTS)
+    shares = {name: row["share"] for name, row in everything["harmless"].items()}
+    assert {*shares.values()} <= {1.0, None}
+    assert shares["small talk"] == shares["mine"] == 1
+    assert everything["alone"]["flagged"] == 2
+    nets = {name: row["net"] for name, row in everything["attacks"].items()}
+    assert {*nets.values()} == {0.0, None}
+    assert [name for name, net in nets.items() if net is None] == [
+        name for name, row in everything["attacks"].items() if not row["recall"]["texts"]
+    ]
+    assert nets["50 words around"] == 0
+    # Too long for the model, so nothing is said.
+    assert everything["attacks"]["600 words after"]["recall"]["left_out"] == 2
+    nothing = figures(backbone, 1.0, [])
+    assert nothing["alone"]["flagged"] == 0
+    assert {row["share"] for row in nothing["harmless"].values()} <= {0.0, None}
+    assert {row["recall"]["texts"] for row in nothing["attacks"].values()} == {0}
+    assert not any("padding" in name or "prompts" in name for name in nothing["harmless"])
