@@ -261,54 +261,6 @@ def bench_everyday(probe: Path, out: Path | None, as_json: bool, **given: Any) -
 
 
 @bench.command(
-    "long", epilog=options.examples("sidelight bench long probes/toxicity --data t.jsonl")
-)
-@click.argument("probes", nargs=-1, required=True, metavar="PROBE...")
-@click.option("--data", required=True, help="Labelled texts that the probes were not trained on.")
-@options.text
-@options.label
-@click.option(
-    "--lengths", callback=split_numbers, default="500,1000,2000,4000", help="Tokens around a text."
-)
-@click.option("--texts", type=AT_LEAST_TWO, default=40, help="Texts of each label, per length.")
-@click.option("--window", type=_TOKENS, default=256, help="Tokens judged by themselves.")
-@click.option("--seed", type=int, default=0, help="Decides the texts and their places.")
-@options.dtype
-@options.device
-@options.as_json
-def bench_long(probes: tuple[str, ...], as_json: bool, **given: Any) -> None:
-    """Test whether binary probes find one positive text in a long input, whole and by windows."""
-    from sidelight.artifact import load_probe
-    from sidelight_lab.bench.long_inputs import compare_lengths
-    from sidelight_lab.bench.measurement import table
-
-    # Seeds of one training have the same name.
-    loaded = [replace(load_probe(folder), name=folder) for folder in probes]
-    first = loaded[0]
-    examples = _examples(given, task=first.task)
-    runtime = options.Runtime(
-        model=first.fingerprint.name, dtype=given["dtype"], device=given["device"]
-    )
-    backbone = runtime.load_backbone(prompt_format=first.prompt_format)
-    for probe in loaded:
-        probe.fingerprint.require(backbone.fingerprint, probe=probe.name)
-    rows = compare_lengths(
-        backbone,
-        loaded,
-        examples,
-        lengths=(0, *given["lengths"]),
-        count=given["texts"],
-        window=given["window"],
-        seed=given["seed"],
-    )
-    if as_json:
-        click.echo(json.dumps(rows, indent=2))
-        return
-    cells = [[f"{v:.3f}" if isinstance(v, float) else v for v in row.values()] for row in rows]
-    click.echo(table("Texts in long inputs", list(rows[0]), cells))
-
-
-@bench.command(
     "latency",
     epilog=options.examples(
         "sidelight bench latency --quick",
