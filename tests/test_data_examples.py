@@ -89,7 +89,7 @@ def test_a_split_parts_no_text_and_loses_no_row(picks, fraction, seed):
     assert not sides[0] & sides[1]
     assert sorted((*training.column("id"), *held_out.column("id"))) == list(range(len(rows)))
     assert set(training.labels.tolist()) == set(held_out.labels.tolist()) == {0, 1, 2}
-    assert training.warnings == ()
+    assert not any("only one distinct text" in warning for warning in training.warnings)
 
 
 @pytest.mark.slow
@@ -149,7 +149,7 @@ def test_a_label_with_one_text_stays_in_training_with_a_warning():
     examples = load_examples([*rows, ("rare", "c"), ("Rare ", "c")])
     training, held_out = examples.split(0.5, 0)
     assert [part.labels.tolist().count(2) for part in (training, held_out)] == [2, 0]
-    (warning,) = training.warnings
+    *_, warning = training.warnings
     assert warning.startswith("Label 'c' has only one distinct text")
 
 
@@ -193,3 +193,80 @@ def test_an_impossible_split_is_an_error():
     answered = [{"text": "a", "answer": answer, "label": answer == "b"} for answer in "bB "]
     with pytest.raises(SidelightError, match=r"and the same response"):
         load_examples(answered, response="answer", task=Task("binary", ("0", "1"))).split(0.5, 0)
+
+
+def versions(count, seed=0):
+    """Texts of random words, each in three versions: number, case, one or two words."""
+    random = np.random.default_rng(seed)
+    syllables = ["ka", "lo", "mi", "ren", "tu", "sap", "vor", "ze", "quin", "dra"]
+    rows = []
+    for text in range(count):
+        words = ["".join(random.choice(syllables, 3)) for _ in range(9)]
+        number = random.integers(100, 999, 2)
+        changed = [*words[:4], "other", *words[5:]]
+        rows += [
+            (" ".join([*words, str(number[0])]), text % 2),
+            (" ".join([*words, str(number[1])]).upper(), text % 2),
+            (" ".join(changed) + "!", text % 2),
+        ]
+    return rows
+
+
+@pytest.mark.parametrize("count", [40, 700])
+def test_versions_of_a_text_stay_together(count):
+    examples = load_examples(versions(count))
+    origin = np.arange(3 * count) // 3
+    training, held_out = examples.split(0.2, seed=0)
+    sides = [{item.text for item in part.items} for part in (training, held_out)]
+    of_origin = [
+        {origin[row] for row in range(len(examples)) if examples.items[row].text in side}
+        for side in sides
+    ]
+    assert not of_origin[0] & of_origin[1]
+    for fold in examples.folds(5, seed=0):
+        assert set(origin[fold]).isdisjoint(origin[np.setdiff1d(np.arange(3 * count), fold)])
+    assert examples.distinct == len(examples.first_rows) == count
+    assert examples.grouping_warnings() == (
+        f"{3 * count} texts are near-duplicates of others: such texts stay in one fold, or on one "
+        "side of a split.",
+    )
+    assert training.warnings == examples.grouping_warnings()
+    # A part keeps the groups of the whole.
+    part = examples.select(range(0, 3 * count, 3))
+    assert part.distinct == count
+    assert part.grouping_warnings() == ()
+
+
+def test_different_texts_are_not_joined():
+    texts = [
+        "Where is my parcel? It should have been here on Monday.",
+        "My parcel has not arrived, who can tell me when it will?",
+        "How do I bake bread without yeast?",
+        "How do I bake a cake without eggs or butter?",
+        "Please cancel my subscription, I am moving abroad.",
+        "I would like to subscribe to your newsletter.",
+        *(f"{word} is all that I have to say about {word}" for word in ("Rain", "Iron", "Jazz")),
+        "ok",
+        "yes",
+    ]
+    examples = load_examples([(text, n % 2) for n, text in enumerate(texts)])
+    assert examples.distinct == len(texts)
+    assert examples.grouping_warnings() == ()
+
+
+def test_texts_of_one_template_are_parted_where_folds_would_be_impossible():
+    """Each label has its template, so that a group would be all texts of a label."""
+    rows = [(f"Please cancel order number {n} at once", "cancel") for n in range(20)]
+    rows += [(f"Where is my parcel with the number {n}?", "parcel") for n in range(20)]
+    examples = load_examples(rows)
+    for fold in examples.folds(5, seed=0):
+        assert examples.select(fold).label_counts.tolist() == [4, 4]
+    (warning,) = examples.grouping_warnings()
+    assert warning.startswith("40 texts are near-duplicates of so many others")
+    assert "the figures flatter the probe" in warning
+    # One label's template parts no other text.
+    mixed = load_examples([*rows[:20], *((text, "other") for text, _ in versions(20))])
+    other = np.arange(20, 80)
+    for fold in mixed.folds(5, seed=0):
+        held_out = set((other[np.isin(other, fold)] - 20) // 3)
+        assert held_out.isdisjoint((other[~np.isin(other, fold)] - 20) // 3)

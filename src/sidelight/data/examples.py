@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from sidelight.data.labels import is_missing, truth_value
+from sidelight.data.near_duplicates import NearDuplicates
 from sidelight.errors import SidelightError, did_you_mean
 from sidelight.prompts import Conversation, Message, PlainText
 from sidelight.types import Flags, Numbers, Task
@@ -94,12 +95,15 @@ class Examples:
         skipped: What loading left out; nothing for a part made by `select` or `split`.
         warnings: What the user should know about the data, one sentence each. A part made by
             `select` or `split` does not inherit them.
+        compared: Which texts are near-duplicates, if the whole that these are a part of was
+            compared; None compares them when it is needed.
     """
 
     items: tuple[Example, ...]
     rows: tuple[Mapping[str, object], ...]
     skipped: Skipped = field(default_factory=Skipped)
     warnings: tuple[str, ...] = ()
+    compared: NearDuplicates | None = None
 
     def __len__(self) -> int:
         return len(self.items)
@@ -133,19 +137,21 @@ class Examples:
     def select(self: _Rows, indices: Iterable[SupportsIndex]) -> _Rows:
         """The examples at these positions, in this order."""
         chosen = [operator.index(position) for position in indices]
+        is_compared = "_near_duplicates" in self.__dict__ or self.compared is not None
         return replace(
             self,
             items=tuple(self.items[position] for position in chosen),
             rows=tuple(self.rows[position] for position in chosen),
             skipped=Skipped(),
             warnings=(),
+            compared=self._near_duplicates.select(chosen) if is_compared else None,
         )
 
     def split(self: _Rows, fraction: float, seed: int) -> tuple[_Rows, _Rows]:
         """Two parts: the examples to train on, and about `fraction` of the whole held out.
 
         Each label keeps its share and, if it has two distinct texts, appears in both parts.
-        Texts that differ only in case and spacing stay together, whatever their responses. If all
+        Near-duplicates stay together, whatever their responses (``grouping_warnings``). If all
         examples have the same text, this holds for their responses instead. A label with a single
         text stays in the first part, which then carries a warning.
         """
@@ -161,8 +167,8 @@ class Examples:
         groups = self._text_groups()
         held_out = _hold_out(groups, self._strata(), fraction=fraction, seed=seed)
         training = self.select(np.flatnonzero(~held_out))
-        warned = replace(training, warnings=self._split_warnings(groups))
-        return warned, self.select(np.flatnonzero(held_out))
+        told = (*self.grouping_warnings(), *self._split_warnings(groups))
+        return replace(training, warnings=told), self.select(np.flatnonzero(held_out))
 
     def draw(self, count: int, seed: int) -> Int[Numbers, " _"]:
         """Row numbers, in order, of `count` random examples, or of all if there are fewer.
@@ -204,21 +210,50 @@ class Examples:
 
     @property
     def distinct(self) -> int:
-        """The number of distinct texts; `split` and `folds` keep equal texts together."""
+        """The number of groups of texts that `split` and `folds` keep together."""
         return int(self._text_groups().max(initial=-1)) + 1
 
     @property
     def first_rows(self) -> Int[Numbers, " text"]:
-        """The first row of each distinct text."""
+        """The first row of each group of texts that `split` and `folds` keep together."""
         return np.unique(self._text_groups(), return_index=True)[1]
 
-    def _text_groups(self) -> Int[Numbers, " row"]:
-        """The number of each example's text, or of its response if all texts are the same."""
-        numbers: dict[str, int] = {}
+    def grouping_warnings(self) -> tuple[str, ...]:
+        """How many texts are near-duplicates of other texts, and what follows, as sentences."""
+        groups, divided = self._grouping
+        first = np.unique(self._near_duplicates.texts, return_index=True)[1]
+        alike = int((np.bincount(groups[first])[groups] > 1).sum())
+        warnings: list[str] = []
+        if alike:
+            warnings.append(
+                f"{alike} texts are near-duplicates of others: such texts stay in one fold, or on "
+                "one side of a split."
+            )
+        if divided:
+            warnings.append(
+                f"{divided} texts are near-duplicates of so many others that folds would be "
+                "impossible if they stayed together: they are parted, and the figures flatter the "
+                "probe. Give texts that differ in more than a few words, or others to validate on "
+                "(--validation, validation=)."
+            )
+        return tuple(warnings)
+
+    @cached_property
+    def _near_duplicates(self) -> NearDuplicates:
+        """By the texts, or by the responses if all texts are the same."""
+        if self.compared is not None:
+            return self.compared
         keys = [item.text_key for item in self.items]
         if len(set(keys)) == 1:
             keys = [_without_case_and_spacing(item.response or "") for item in self.items]
-        return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
+        return NearDuplicates.among(keys)
+
+    @cached_property
+    def _grouping(self) -> tuple[Int[Numbers, " row"], int]:
+        return self._near_duplicates.groups(self._strata())
+
+    def _text_groups(self) -> Int[Numbers, " row"]:
+        return self._grouping[0]
 
     def label_names(self) -> list[list[str]]:
         """The labels of each text; none of texts without labels."""

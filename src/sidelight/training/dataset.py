@@ -214,6 +214,7 @@ def prepare(
         warnings += validation.warnings
     elif folds := choose_folds(training):
         validation = training
+        warnings += training.grouping_warnings()
     else:
         warnings += _why_held_out(training)
         whole = training
