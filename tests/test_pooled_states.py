@@ -24,10 +24,13 @@ from sidelight.training.linear import solve_linear
 from sidelight.training.loop import train_mechanisms
 from sidelight.training.pooled_readouts import readout_logits
 from sidelight.training.settings import FitOptions, Job, suggested_settings
+from sidelight.types import Task
 
 TEXTS, LAYERS, WIDTH = 90, 3, 8
 # Two optimisers on the same convex loss; the kernel is in float32.
 OPTIMISER = 0.02
+# Of log losses that strengths are compared by.
+CONVERGED = 3e-3
 # Sums of raw states and of standardised ones, in float32.
 ROUNDING = {"rtol": 1e-3, "atol": 1e-3}
 # Pooled states that are normalised first are rounded to bf16 before.
@@ -94,6 +97,48 @@ def test_the_strength_has_the_lowest_loss_on_texts_left_out(kind):
     solution = solve_linear(pooled, labels, TASKS[kind], folds=folds)
     assert solution.losses[solution.strength] == min(solution.losses.values())
     assert min(linear.STRENGTHS) < solution.strength < max(linear.STRENGTHS)
+
+
+@pytest.mark.parametrize("classes", [2, 6])
+def test_the_loss_of_each_strength_is_that_of_a_converged_regression(classes, monkeypatch):
+    """More dimensions than texts: the weaker the penalty, the longer the way to the optimum."""
+    monkeypatch.setattr(linear, "relative_weights", torch.ones_like)
+    random = np.random.default_rng(0)
+    labels = np.arange(16 * classes) % classes
+    centers = random.normal(size=(classes, LAYERS, 64)) * 0.3
+    means, lasts = random.normal(size=(2, len(labels), LAYERS, 64)) + centers[labels]
+    pooled = Pooled(torch.from_numpy(means).float(), torch.from_numpy(lasts).float())
+    task = Task("binary" if classes == 2 else "multiclass", tuple("abcdef"[:classes]))
+    folds = np.array_split(random.permutation(len(labels)), 4)
+    solution = solve_linear(pooled, labels, task, folds=folds)
+    features = features_of(pooled)
+    for strength, loss in solution.losses.items():
+        regression = LogisticRegression(C=strength, tol=1e-9, max_iter=20_000)
+        losses = np.empty(len(labels))
+        for fold in folds:
+            rest = np.setdiff1d(range(len(labels)), fold)
+            logs = regression.fit(features[rest], labels[rest]).predict_log_proba(features[fold])
+            losses[fold] = -logs[range(len(fold)), labels[fold]]
+        assert loss == pytest.approx(losses.mean(), rel=CONVERGED), strength
+    assert len(solution.losses) > 5
+
+
+@every_task
+def test_the_labels_of_a_fold_have_no_part_in_its_own_logits(kind, monkeypatch):
+    """Not by the weights of the views either, which follow the labels."""
+    monkeypatch.setattr(linear, "STRENGTHS", (1.0,))
+    pooled, labels = drawn(kind)
+    # Two layers of which the labels of a fold decide how much each weighs.
+    noise = torch.randn(TEXTS, WIDTH, generator=torch.Generator().manual_seed(0))
+    pooled.means[:, 0] = pooled.means[:, 1] + 2 * noise
+    folds = np.array_split(np.random.default_rng(0).permutation(TEXTS), 5)
+    changed = labels.copy()
+    changed[folds[2]] = 0
+    before, after = (
+        solve_linear(pooled, own, TASKS[kind], folds=folds).left_out for own in (labels, changed)
+    )
+    np.testing.assert_array_equal(before[folds[2]], after[folds[2]])
+    assert not np.allclose(before[folds[1]], after[folds[1]])
 
 
 def test_a_part_of_many_texts_spans_nearly_the_same_solution(monkeypatch):

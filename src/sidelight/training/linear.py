@@ -8,7 +8,9 @@ Cross-validated log loss chooses the penalty, along the path from the strongest 
 
 Each view of a layer (its means, its last tokens) is weighed by how well it alone predicts left-out
 texts, as ``layer_weights`` weighs layers for a readout. That matters most with few texts
-(docs/results.md has the runs).
+(docs/results.md has the runs). A fold that chooses the penalty has weights of its own, which its
+labels did not make: a kernel is a weighted sum of the layers' kernels, so one pass over the layers
+gives those of all folds.
 """
 
 import math
@@ -37,9 +39,10 @@ from sidelight.types import Task
 STRENGTHS = tuple(float(10**k) for k in np.arange(-1, 4.1, 0.5))
 _LANDMARKS = 2048
 _FOLDS = 5
-_ITERATIONS = 300
-# Of the solution, and of those that are only compared.
-_TOLERANCE, _PATH_TOLERANCE = 1e-5, 1e-4
+_ITERATIONS = 100
+# Of the solution, and of those that are only compared: the gradient where Newton's method stops, in
+# multiples of the root of the penalty. The weaker the penalty, the farther a gradient may still go.
+_PRECISION, _PATH_PRECISION = 1e-4, 1e-3
 # Of a kernel in float32: smaller eigenvalues are rounding.
 _LEAST_EIGENVALUE = 1e-6
 # Texts that are added to each side of a label that all texts of a part have, or none.
@@ -106,6 +109,7 @@ def solve_linear(
     folds: Sequence[Int[np.ndarray, " _"]] = (),
     strength: float | None = None,
     worths: Float[Tensor, "view layer"] | None = None,
+    counted: Int[np.ndarray, " _"] | None = None,
     balanced: bool = False,
 ) -> LinearSolution:
     """Fits the regression to texts.
@@ -117,27 +121,35 @@ def solve_linear(
         folds: Indices of the texts of each fold that choose the strength.
         strength: Scikit-learn's C; None lets the folds choose.
         worths: What each view of each layer is worth; None measures it (``view_worths``).
+        counted: The texts to measure it on, in random order, for all texts and for those without a
+            fold: texts of which none is a near-duplicate of another. None takes any.
         balanced: Whether each class is weighed by its inverse frequency.
     """
     texts = len(labels)
     landmarks = torch.randperm(texts, generator=torch.Generator().manual_seed(0))[:_LANDMARKS]
+    counted = landmarks.numpy() if counted is None else counted
+    folds = () if strength is not None else folds
+
+    def weights_without(fold: Int[np.ndarray, " _"]) -> Float[Tensor, "view layer"]:
+        kept = np.setdiff1d(counted, fold, assume_unique=True)
+        return _weights(view_worths(pooled.chosen(torch.from_numpy(kept)), labels[kept], task))
+
+    weights = weights_without(np.empty(0, np.int64)) if worths is None else _weights(worths)
     views = [_View.of(vectors) for vectors in (pooled.means, pooled.lasts)]
-    if worths is None:
-        worths = view_worths(pooled.chosen(landmarks), labels[landmarks.numpy()], task)
-    weights = relative_weights(worths)
-    views = [view.weighted(own) for view, own in zip(views, weights / weights.sum(), strict=True)]
-    kernel = torch.stack([view.kernel(landmarks) for view in views]).sum(0)  # (text, landmark)
-    values, vectors = torch.linalg.eigh(kernel[landmarks])
-    kept = values > _LEAST_EIGENVALUE * values.max().clamp(min=1e-9)
-    whitening = vectors[:, kept] / values[kept].sqrt()  # (landmark, coordinate)
-    coordinates = (kernel @ whitening).numpy()
+    kernel, *kernels = _kernels(views, [weights, *map(weights_without, folds)], landmarks)
     losses: dict[float, float] = {}
     left_out = None
-    if strength is None and folds:
-        losses, left_out = _path(coordinates, labels, task, folds, balanced=balanced)
+    if folds:
+        parts = [
+            _Part.of(own, landmarks, fold, texts) for own, fold in zip(kernels, folds, strict=True)
+        ]
+        losses, left_out = _path(parts, labels, task, balanced=balanced)
         strength = min(losses, key=losses.__getitem__)
     elif strength is None:
         strength = 1.0
+    whitening = _whitening(kernel[landmarks])
+    coordinates = (kernel @ whitening).numpy()
+    views = [view.weighted(own) for view, own in zip(views, weights, strict=True)]
     regression = _Regression(task, strength, balanced=balanced)
     weight, bias = regression.fit(coordinates, labels).parameters()
     dual = whitening @ torch.from_numpy(weight)  # (landmark, output)
@@ -178,14 +190,6 @@ class _View:
     ) -> Float[Tensor, "text width"]:
         return (self.vectors[texts, layer] - self.center[layer]) * self.inverse[layer]
 
-    def kernel(self, landmarks: Int[Tensor, " landmark"]) -> Float[Tensor, "text landmark"]:
-        """Each text's product with each landmark, over all layers."""
-        total = torch.zeros(len(self.vectors), len(landmarks), dtype=torch.float64)
-        for layer in range(self.vectors.shape[1]):
-            features = self.layer(layer)
-            total += features @ features[landmarks].T
-        return total
-
     def weight(
         self, landmarks: Int[Tensor, " landmark"], dual: Float[Tensor, "landmark output"]
     ) -> Float[Tensor, "layer width output"]:
@@ -195,30 +199,79 @@ class _View:
         return torch.stack(own) * self.inverse[..., None]
 
 
+def _weights(worths: Float[Tensor, "view layer"]) -> Float[Tensor, "view layer"]:
+    """Of the kernels that are summed; 1 in all."""
+    weights = relative_weights(worths)
+    return weights / weights.sum()
+
+
+def _kernels(
+    views: Sequence[_View],
+    weights: Sequence[Float[Tensor, "view layer"]],
+    landmarks: Int[Tensor, " landmark"],
+) -> list[Float[Tensor, "text landmark"]]:
+    """Each text's product with each landmark, over all layers, by each of the weights."""
+    shape = (len(views[0].vectors), len(landmarks))
+    # The first solves; the others are only compared, and would take much memory.
+    kernels = [torch.zeros(shape, dtype=torch.float64)]
+    kernels += [torch.zeros(shape) for _ in weights[1:]]
+    for index, view in enumerate(views):
+        for layer in range(view.vectors.shape[1]):
+            features = view.layer(layer)
+            products = features @ features[landmarks].T
+            for kernel, own in zip(kernels, weights, strict=True):
+                kernel.add_(products, alpha=float(own[index, layer]))
+    return kernels
+
+
+def _whitening(
+    kernel: Float[Tensor, "landmark landmark"],
+) -> Float[Tensor, "landmark coordinate"]:
+    """From products with landmarks to coordinates whose products are the kernel."""
+    values, vectors = torch.linalg.eigh(kernel)
+    # In rising order; none if a fold has all texts.
+    kept = values > _LEAST_EIGENVALUE * values[-1:].clamp(min=1e-9)
+    return vectors[:, kept] / values[kept].sqrt()
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A fold, and the coordinates of all texts in the space that the others span."""
+
+    fold: Int[np.ndarray, " _"]
+    rest: Int[np.ndarray, " _"]
+    coordinates: Float[np.ndarray, "text coordinate"]
+
+    @staticmethod
+    def of(
+        kernel: Float[Tensor, "text landmark"],
+        landmarks: Int[Tensor, " landmark"],
+        fold: Int[np.ndarray, " _"],
+        texts: int,
+    ) -> "_Part":
+        spans = torch.from_numpy(~np.isin(landmarks.numpy(), fold))
+        products = kernel[:, spans]
+        whitening = _whitening(products[landmarks[spans]])
+        return _Part(fold, np.setdiff1d(np.arange(texts), fold), (products @ whitening).numpy())
+
+
 def _path(
-    coordinates: Float[np.ndarray, "text coordinate"],
-    labels: Int[np.ndarray, "text ..."],
-    task: Task,
-    folds: Sequence[Int[np.ndarray, " _"]],
-    *,
-    balanced: bool,
+    parts: Sequence[_Part], labels: Int[np.ndarray, "text ..."], task: Task, *, balanced: bool
 ) -> tuple[dict[float, float], Float[np.ndarray, "text output"]]:
     """The log loss of left-out texts by strength, until it rises, and the logits of the best."""
-    rest = [np.setdiff1d(np.arange(len(labels)), fold) for fold in folds]
-    covered = np.concatenate(folds)
-    # Enough to compare by, and twice as fast.
-    coordinates = coordinates.astype(np.float32)
+    covered = np.concatenate([part.fold for part in parts])
     losses: dict[float, float] = {}
     best = np.zeros((len(labels), task.outputs))
     regressions = [
-        _Regression(task, STRENGTHS[0], balanced=balanced, tolerance=_PATH_TOLERANCE) for _ in folds
+        _Regression(task, STRENGTHS[0], balanced=balanced, precision=_PATH_PRECISION) for _ in parts
     ]
     for strength in STRENGTHS:
         logits = np.empty((len(labels), task.outputs))
-        for regression, fold, others in zip(regressions, folds, rest, strict=True):
+        for regression, part in zip(regressions, parts, strict=True):
             regression.strength = strength
-            weight, bias = regression.fit(coordinates[others], labels[others]).parameters()
-            logits[fold] = coordinates[fold] @ weight + bias
+            inputs, rest = part.coordinates, part.rest
+            weight, bias = regression.fit(inputs[rest], labels[rest]).parameters()
+            logits[part.fold] = inputs[part.fold] @ weight + bias
         chance = link(task.kind, logits[covered])
         losses[strength] = float(log_losses(task, chance, labels[covered]).mean())
         least = min(losses.values())
@@ -233,14 +286,15 @@ class _Regression:
     """A logistic regression of a task; one for each label of a multi-label task."""
 
     def __init__(
-        self, task: Task, strength: float, *, balanced: bool, tolerance: float = _TOLERANCE
+        self, task: Task, strength: float, *, balanced: bool, precision: float = _PRECISION
     ):
         self.task = task
         self.strength = strength
+        self._precision = precision
         self._models: list[Any] = [
             LogisticRegression(
                 class_weight="balanced" if balanced else None,
-                tol=tolerance,
+                solver="newton-cg",
                 max_iter=_ITERATIONS,
                 warm_start=True,
             )
@@ -275,9 +329,11 @@ class _Regression:
         if len(present) < 2 or not inputs.shape[1]:
             return weight, bias
         with warnings.catch_warnings():
-            # A path stops each of its fits after as many iterations.
+            # In float32, rounding can end a fit of the path before the tolerance does.
             warnings.simplefilter("ignore", ConvergenceWarning)
-            model.set_params(C=self.strength).fit(inputs, target)
+            warnings.filterwarnings("ignore", "Line Search failed")
+            tolerance = self._precision / math.sqrt(self.strength * len(target))
+            model.set_params(C=self.strength, tol=tolerance).fit(inputs, target)
         if outputs == 1:
             return model.coef_.T, model.intercept_
         if len(present) == 2:

@@ -148,10 +148,6 @@ def _solution(
     if folds is None and settings.strength is None:
         folds = strength_folds(training.examples)
     pooled = training.pooled_normalised if settings.normalise else training.pooled
-    if worths is None:
-        first = np.random.default_rng(0).permutation(training.examples.first_rows)
-        own = pooled.chosen(torch.from_numpy(first))
-        worths = view_worths(own, training.labels[first], training.task)
     return solve_linear(
         pooled,
         training.labels,
@@ -159,6 +155,7 @@ def _solution(
         folds=folds or (),
         strength=settings.strength,
         worths=worths,
+        counted=np.random.default_rng(0).permutation(training.examples.first_rows),
         balanced=settings.class_weight == "balanced",
     )
 
