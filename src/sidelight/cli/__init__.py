@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from sidelight.cli import options
+from sidelight.cli.background import background
 from sidelight.cli.evaluate import evaluate, parity, predict
 from sidelight.cli.label import label
 from sidelight.cli.policy import policy
@@ -21,7 +22,7 @@ from sidelight.errors import SidelightError
 
 _GROUP = "sidelight.commands"
 _LABORATORY = ("search", "reproduce", "anatomy", "bench")
-_RESUMED = ("train", "label", "search", "reproduce")
+_RESUMED = ("train", "background", "label", "search", "reproduce")
 _SERVING = ("fastapi", "openai", "prometheus_client", "pydantic_settings", "uvicorn")
 
 
@@ -106,6 +107,7 @@ def demo(keep: bool, port: int) -> None:
 _COMMANDS = (
     train,
     label,
+    background,
     evaluate,
     recalibrate,
     redteam,

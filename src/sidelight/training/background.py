@@ -9,10 +9,12 @@ import json
 import time
 import warnings
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from sklearn.feature_extraction.text import HashingVectorizer
 
 from sidelight.backbone import TransformersBackbone, UnloadedBackbone
@@ -145,7 +147,7 @@ def _as_cell(turns: Turns) -> str | list[dict[str, str]]:
     return [{"role": turn.role, "content": turn.content} for turn in turns]
 
 
-def _resumed(batches: Path, run: dict[str, object]) -> list[list[Turns]]:
+def _resumed(batches: Path, run: Mapping[str, object]) -> list[list[Turns]]:
     """The batches that an earlier run with the same model and seed has finished."""
     written: list[list[Turns]] = []
     # Not splitlines: a text may hold U+2028, which ends no line of the file.
@@ -198,14 +200,11 @@ def without_duplicates(conversations: Sequence[Turns]) -> list[Turns]:
     if not rows:
         return []
     vectorizer = HashingVectorizer(analyzer="char", ngram_range=(5, 5), alternate_sign=False)
-    grams = vectorizer.transform([keys[row] for row in rows])
-    similar = (grams @ grams.T).tocoo()
-    later = {
-        int(max(i, j))
-        for i, j, cosine in zip(similar.row, similar.col, similar.data, strict=True)
-        if i != j and cosine > _SIMILAR
-    }
-    return [conversations[row] for place, row in enumerate(rows) if place not in later]
+    grams: Any = vectorizer.transform([keys[row] for row in rows])
+    cosines = np.triu((grams @ grams.T).toarray(), 1).max(axis=0)
+    return [
+        conversations[row] for row, cosine in zip(rows, cosines, strict=True) if cosine <= _SIMILAR
+    ]
 
 
 def suspects(background: Background, probabilities: Sequence[float]) -> list[tuple[float, Turns]]:

@@ -9,6 +9,7 @@ import json
 import random
 import re
 from collections.abc import Sequence
+from itertools import compress
 from typing import Any
 
 import torch
@@ -29,6 +30,12 @@ _ENOUGH = 0.8
 _SHORTEST, _LONGEST = 40, 800
 _MOST_TURNS = 6
 _SENTENCE_END = re.compile(r"[.!?\u3002\u2026](?=[\s\"')\]*]|$)|[\n}\]>](?=\s|$)")
+
+_ITEM = re.compile(r"\n\s*(\*{0,2}\d{1,2}\.|[-*#]+)\s*$")
+
+_JSON = ("[{", '{"')
+_FENCE = re.compile("```")
+_AFTER_JSON = re.compile(r"```|\n\s*\n")
 
 # Grows turn by turn.
 Draft = list[Message]
@@ -94,7 +101,7 @@ class _Writer:
 
     def quotes(self) -> list[Draft]:
         """First turns around one or several texts that the LLM has written."""
-        articles = self._articles(limit=300)
+        articles = [article for _, article in self._articles(limit=300)]
         drafts: list[Draft] = []
         while articles:
             count = self.random.choice((1, 1, 2, 3))
@@ -124,18 +131,21 @@ class _Writer:
         finished: list[Draft] = []
         called: list[Draft] = []
         results: list[str] = []
-        for article in self._articles(limit=150) if self._takes_tools() else ():
-            request, call, result = self._filled(self.random.choice(seeds.TOOLS))
+        for subject, article in self._articles(limit=150) if self._takes_tools() else ():
+            request, call, result = self._filled(self.random.choice(seeds.TOOLS), subject)
             call = self.random.choice(seeds.CALLS).replace("{call}", call)
             turns = [Message("user", request), Message("assistant", call)]
             if "{text}" in result:
-                is_json = result[0] in "[{"
+                is_json = result.startswith(_JSON)
                 text = json.dumps(article, ensure_ascii=False)[1:-1] if is_json else article
                 finished.append([*turns, Message("tool", result.replace("{text}", text))])
             else:
                 called.append(turns)
                 results.append(result)
-        finished += self._continued(called, "tool", results, limit=100)
+        for *turns, result in self._continued(called, "tool", results, limit=100):
+            # The LLM goes on to talk about what it has written.
+            end = _AFTER_JSON if result.content.startswith(_JSON) else _FENCE
+            finished.append([*turns, Message("tool", end.split(result.content)[0].rstrip())])
         self.random.shuffle(finished)
         half = len(finished) // 2
         answered = self._continued(finished[half:], "assistant", limit=90)
@@ -149,10 +159,16 @@ class _Writer:
             return False
         return not self._is_raw
 
-    def _articles(self, *, limit: int) -> list[str]:
-        asked = [[Message("user", self._seeded(seeds.ARTICLES))] for _ in range(ROWS)]
+    def _articles(self, *, limit: int) -> list[tuple[str, str]]:
+        """Subjects, and what the LLM writes about them when it is asked to."""
+        subjects = self.random.choices(seeds.SUBJECTS, k=ROWS)
+        asked = [
+            [Message("user", self._filled([self.random.choice(seeds.ARTICLES)], subject)[0])]
+            for subject in subjects
+        ]
         answered = self._continued(asked, "assistant", limit=limit)
-        return [turns[-1].content for turns in answered if turns[-1].content]
+        pairs = zip(subjects, answered, strict=True)
+        return [(subject, turns[-1].content) for subject, turns in pairs if turns[-1].content]
 
     def _replied(self, drafts: Sequence[Draft]) -> list[Draft]:
         """With the user's next turn: a short one from the list, or one that the LLM writes."""
@@ -166,11 +182,12 @@ class _Writer:
         return [*replied, *self._continued(rest, "user", limit=60)]
 
     def _seeded(self, choices: Sequence[str]) -> str:
-        return self._filled((self.random.choice(choices),))[0]
+        subject = self.random.choice(seeds.SUBJECTS)
+        return self._filled([self.random.choice(choices)], subject)[0]
 
-    def _filled(self, texts: Sequence[str]) -> list[str]:
-        """The texts about one subject in one city."""
-        subject, city = self.random.choice(seeds.SUBJECTS), self.random.choice(seeds.CITIES)
+    def _filled(self, texts: Sequence[str], subject: str) -> list[str]:
+        """The texts about a subject, in one city."""
+        city = self.random.choice(seeds.CITIES)
         values = {"subject": subject, "Subject": subject[0].upper() + subject[1:], "city": city}
         return [re.sub(r"\{(subject|Subject|city)\}", lambda m: values[m[1]], t) for t in texts]
 
@@ -192,20 +209,38 @@ class _Writer:
             limit: The most tokens that are written.
             least: The fewest; the LLM cannot end the turn before.
         """
-        if not drafts:
-            return []
         begun = begun or [""] * len(drafts)
         openings = [self._opening(turns, role) for turns in drafts]
-        texts = [opening + text for opening, text in zip(openings, begun, strict=True)]
-        tokenizer, encoder = self._backbone.tokenizer, self._backbone.encoder
-        prompts = [tokenizer(text, add_special_tokens=self._is_raw)["input_ids"] for text in texts]
+        tokenizer = self._backbone.tokenizer
+        options = {"add_special_tokens": self._is_raw, "verbose": False}
+        prompts = [
+            tokenizer(opening + text, **options)["input_ids"]
+            for opening, text in zip(openings, begun, strict=True)
+        ]
+        fits = [len(prompt) < self._backbone.encoder.max_tokens for prompt in prompts]
+        written = iter(self._generate([*compress(prompts, fits)], limit=limit, least=least))
+        continued: list[Draft] = []
+        for turns, text, has_room in zip(drafts, begun, fits, strict=True):
+            whole = ""
+            if has_room:
+                row = next(written)
+                end = next((i for i, one in enumerate(row) if one in self._controls), None)
+                whole = text + tokenizer.decode(row[:end])
+                whole = _whole_sentences(whole) if end is None else whole.strip()
+            continued.append([*turns, Message(role, whole)])
+        return continued
+
+    def _generate(
+        self, prompts: Sequence[Sequence[int]], *, limit: int, least: int
+    ) -> list[list[int]]:
+        """What the LLM writes after each prompt, with the control token that ends it."""
+        if not prompts:
+            return []
         token_ids, mask = self._backbone.pad(
             [EncodedPrompt(tuple(prompt), ()) for prompt in prompts], side="left"
         )
         start = token_ids.shape[1]
-        room = encoder.max_tokens - start
-        if room < 1:
-            return []
+        room = self._backbone.encoder.max_tokens - start
         controls = torch.tensor([*self._controls], device=token_ids.device)
 
         def is_enough(ids: Tensor, _scores: Any, **_: Any) -> Tensor:
@@ -213,7 +248,7 @@ class _Writer:
             return (has_ended.float().mean() >= _ENOUGH).expand(len(ids))
 
         model: Any = self._backbone.model
-        written = model.generate(
+        written: Tensor = model.generate(
             input_ids=token_ids,
             attention_mask=mask.long(),
             **_SAMPLING,
@@ -222,14 +257,8 @@ class _Writer:
             eos_token_id=[*self._controls],
             pad_token_id=next(iter(self._controls)),
             stopping_criteria=StoppingCriteriaList([is_enough]),
-        )[:, start:]
-        continued: list[Draft] = []
-        for turns, text, row in zip(drafts, begun, written.tolist(), strict=True):
-            end = next((i for i, token_id in enumerate(row) if token_id in self._controls), None)
-            whole = text + tokenizer.decode(row[:end])
-            whole = _whole_sentences(whole) if end is None else whole.strip()
-            continued.append([*turns, Message(role, whole)])
-        return continued
+        )
+        return written[:, start:].tolist()
 
     def _opening(self, turns: Draft, role: str) -> str:
         """What stands before the text of the next turn."""
@@ -260,4 +289,5 @@ _KINDS = {
 def _whole_sentences(text: str) -> str:
     """Up to the last end of a sentence or line; empty if most of the text came after it."""
     end = max((match.end() for match in _SENTENCE_END.finditer(text)), default=0)
-    return text[:end].rstrip() if end > len(text) / 3 else ""
+    # Without the number or the sign of a list's next item.
+    return _ITEM.sub("", text[:end]).rstrip() if end > len(text) / 3 else ""
