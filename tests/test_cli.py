@@ -261,10 +261,41 @@ def test_a_probe_of_answers_replaces_one_by_force_and_the_command_named_next_jud
 def test_what_the_probe_will_flag_is_said_before_the_model_is_loaded(tmp_path, capsys):
     data = labelled_rows(tmp_path / "train.jsonl", ["cat", "dog", "dog"] * 4)
     assert run("train", "--data", data, "--out", str(tmp_path / "o"), "--model", data) == 2
-    doubt, announced, error = capsys.readouterr().err.splitlines()
+    reading, loading, doubt, announced, error = capsys.readouterr().err.splitlines()
+    assert (reading, loading) == (f"Reading {data} ...", "Loading the model ...")
     assert "--positive dog" in doubt
     assert "will flag 'cat'" in announced
     assert error.startswith("Error: Cannot load")
+
+
+# Starts the command without torch, whose import takes seconds.
+WITHOUT_TORCH = """
+import sys
+sys.modules["torch"] = None
+from sidelight.cli import app
+app(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train --data {data} --out {folder}/o",
+        "eval {probe} --data {data}",
+        "predict {probe} --data {data}",
+        "recalibrate {probe} --data {data}",
+    ],
+)
+def test_the_first_lines_come_before_torch_is_imported(command, untrained, tmp_path):
+    data = labelled_rows(tmp_path / "data.jsonl", [*INTENT.labels] * 20)
+    filled = command.format(data=data, folder=tmp_path, probe=untrained).split()
+    shown = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, *filled], capture_output=True, text=True
+    )
+    first, second, *_ = shown.stderr.splitlines()
+    assert (first, second) == (f"Reading {data} ...", "Loading the model ...")
+    assert shown.stdout == ""
 
 
 def test_options_of_training_data_hold_for_validation_data_where_they_apply(tmp_path):

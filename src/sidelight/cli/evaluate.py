@@ -63,8 +63,9 @@ def evaluate(
     """Measure a probe, and every run trained with it, on labelled data.
 
     One forward pass serves all of them. Each metric has a 95 % bootstrap interval; the table gives
-    the mean and the standard deviation over seeds.
+    the mean and the standard deviation over seeds. Texts that the probe was trained on are counted.
     """
+    options.announce(f"Reading {data}")
     from sidelight.data.loading import load_examples
     from sidelight.manifest import read_manifest
 
@@ -75,6 +76,7 @@ def evaluate(
     examples = load_examples(
         data, task=read_manifest(probe).task, on_missing_label=missing_label, **columns
     )
+    options.announce("Loading the model")
     from sidelight.training.runs import assess, comparison_table, console, describe, plot
 
     assessments = assess(
@@ -150,6 +152,8 @@ def predict(
         raise NotExplainedError()
     if bool(texts) == (data is not None):
         raise SidelightError("Give texts to judge, or a file of texts with --data, but not both.")
+    if data is not None:
+        options.announce(f"Reading {data}")
     from sidelight.manifest import read_manifest
 
     # Before imports that take seconds: a folder without a probe is refused at once.
@@ -157,6 +161,7 @@ def predict(
     items: Sequence[str | Example] = (
         list(texts) if data is None else _examples(data, text, response, split)
     )
+    options.announce("Loading the model")
     from sidelight.training.classifier import as_example, load
 
     classifier = load(

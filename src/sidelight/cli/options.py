@@ -71,6 +71,11 @@ def _names(_context: click.Context, _option: Any, value: str) -> list[str]:
     return names
 
 
+def announce(step: str) -> None:
+    """Says on standard error what comes next, before imports and models that take seconds."""
+    click.echo(f"{step} ...", err=True)
+
+
 def examples(*commands: str) -> str:
     """Example commands for the end of a help page, each on its own line."""
     return "\b\nExamples:\n" + "\n".join(f"  {command}" for command in commands)

@@ -91,9 +91,11 @@ def recalibrate(
         require_thresholds(task, rule)
     examples = None
     if data is not None:
+        options.announce(f"Reading {data}")
         examples = _read(
             task, data, label, text=text, response=response, split=split, missing=missing_label
         )
+    options.announce("Loading the probe" if examples is None else "Loading the model")
     from sidelight.artifact import load_probe, save_probe
     from sidelight.training.recalibration import recalibrate as refit
     from sidelight.training.runs import comparison_table, console

@@ -141,6 +141,7 @@ def train(
     probe that did not train on it. A killed run keeps the shards of hidden states that it finished.
     """
     assigned = _assignments(assignments, mechanisms)
+    options.announce(f"Reading {inputs.data}")
     from sidelight.manifest import holds_probe
 
     if holds_probe(out) and not force:
@@ -152,6 +153,7 @@ def train(
     rule = ThresholdRule.parse(threshold)
     # Before imports that take seconds: a wrong file or column is refused at once.
     training, validation = inputs.load()
+    options.announce("Loading the model")
     from sidelight.mechanisms.base import mechanism_names, mechanism_spec
 
     is_automatic = mechanisms == [_AUTO]
