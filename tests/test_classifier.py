@@ -271,6 +271,19 @@ def test_a_few_dozen_prompts_make_a_useful_probe_of_the_embedded_model():
     assert classifier.evaluate(examples.select(range(50, 90))).metrics["auroc"].value > 0.75
 
 
+def test_texts_that_were_trained_on_are_counted_where_a_probe_is_measured(tiny, fits, tmp_path):
+    classifier = Classifier(tiny, fits["binary"].best.probe)
+    # Of the texts on which the probe was trained, and of others.
+    seen = corpora.rows("binary", TRAINING)[:12]
+    rows = [*seen, *corpora.rows("binary", 28, seed=5)]
+    with pytest.warns(UserWarning, match="12 of 40 texts were trained on: the figures flatter"):
+        classifier.evaluate(rows)
+    folder = classifier.save(tmp_path / "probe")
+    examples = load_examples(rows, task=classifier.probe.task)
+    (assessment,) = assess(folder, examples, model=saved(tiny, tmp_path / "model"))
+    assert assessment.warnings[-1].startswith("12 of 40 texts were trained on")
+
+
 def test_other_answers_to_a_shared_prompt_are_not_shared_texts():
     rows = [{**row, "answer": row["text"], "text": "same"} for row in corpora.rows("binary", 90)]
     training, held_out = load_examples(rows, response="answer").split(0.3, 0)
@@ -297,7 +310,6 @@ FINE = [{**row, "label": "fine"} for row in GOOD]
         (load_examples(GOOD, label=None), {}, "no labels"),
         (TOXIC_FLAGGED, {"validation": load_examples(GOOD, positive="fine")}, "fine"),
         (GOOD, {"prompt_format": "both"}, r"load_backbone\(..., prompt_format='both'\)"),
-        (MANY, {"long_inputs": True}, "With 3 classes"),
     ],
 )
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -16,7 +16,13 @@ from sidelight.metrics import log_losses, score_counts
 from sidelight.probe import Probe
 from sidelight.prompts import Message
 from sidelight.thresholds import F1, ThresholdRule, choose_thresholds, read_curves
-from sidelight.training.measuring import describe_examples, describe_scores
+from sidelight.training.measuring import (
+    describe_examples,
+    describe_scores,
+    text_hashes,
+    trained_text_warnings,
+    trained_texts,
+)
 from sidelight.training.recalibration import recalibrate
 from sidelight.types import Task
 from tiny import INTENT, TOPICS, TOXICITY, tiny_backbone, untrained_probe
@@ -75,6 +81,38 @@ def test_the_texts_that_trained_a_probe_do_not_recalibrate_it(hashed):
     probe = replace(trained(), record={"training": {hashed: seen.content_hash}})
     with pytest.raises(SidelightError, match=r"was trained on these texts.*new traffic"):
         recalibrate(probe, seen, logits)
+
+
+def test_texts_that_trained_a_probe_are_counted():
+    logits, labels = drawn(TOXICITY, 600, share=0.3, seed=0)
+    seen = texts_of(TOXICITY, labels)
+    record = {**trained().record, "training": {"texts": text_hashes(seen.select(range(500)))}}
+    probe = replace(trained(), record=record)
+    order = np.random.default_rng(0).permutation(500)
+    with pytest.raises(SidelightError, match="was trained on these texts"):
+        recalibrate(probe, seen.select(order), logits[order])
+    some = np.arange(350, 600)
+    for examples in (seen.select(some), Examples(seen.items[350:], seen.rows[350:])):
+        (warning, *_) = recalibrate(probe, examples, logits[some]).warnings
+        assert warning.startswith("150 of 250 texts were trained on")
+    assert "150 of 250 texts were trained on: the figures flatter the probe." in (
+        trained_text_warnings(record, seen.select(some))
+    )
+    # Older probes do not know their texts.
+    assert trained_text_warnings({}, seen) == trained_text_warnings({"training": {}}, seen) == ()
+
+
+def test_a_text_is_known_again_by_its_words_and_its_response():
+    def asked(text: str, response: str | None = None) -> Examples:
+        return Examples((Example((Message("user", text),), response),), ({},))
+
+    texts = text_hashes(asked("How are you?", "Fine."))
+    assert len(texts) == 8
+    assert "Fine" not in texts
+    record = {"training": {"texts": texts}}
+    assert trained_texts(record, asked("how  are you?", " fine.")) == 1
+    others = [("How are you?", None), ("How are you?", "No."), ("How are you", "Fine.")]
+    assert [trained_texts(record, asked(*other)) for other in others] == [0, 0, 0]
 
 
 @every_task

@@ -53,6 +53,11 @@ class Example:
         """Equal for prompts that differ only in case and spacing."""
         return _without_case_and_spacing(self.text)
 
+    @property
+    def response_key(self) -> str:
+        """Equal for responses that differ only in case and spacing; "" if there is none."""
+        return _without_case_and_spacing(self.response or "")
+
 
 def _without_case_and_spacing(text: str) -> str:
     return " ".join(text.split()).casefold()
@@ -245,7 +250,7 @@ class Examples:
             return self.compared
         keys = [item.text_key for item in self.items]
         if len(set(keys)) == 1:
-            keys = [_without_case_and_spacing(item.response or "") for item in self.items]
+            keys = [item.response_key for item in self.items]
         return NearDuplicates.among(keys)
 
     @cached_property

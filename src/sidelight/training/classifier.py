@@ -29,6 +29,7 @@ from sidelight.prompts import EncodedPrompt, Message, PromptFormat, Reads, Scope
 from sidelight.states.extraction import StateSource, score
 from sidelight.thresholds import ThresholdRule
 from sidelight.training.fit import fit
+from sidelight.training.measuring import trained_text_warnings
 from sidelight.training.settings import AUTO, FitOptions
 from sidelight.types import Task, Verdict
 
@@ -153,7 +154,7 @@ class Classifier:
                 "Load them with task=classifier.probe.task."
             )
         require_responses(self.probe, examples.items)
-        _tell(examples.warnings)
+        _tell([*examples.warnings, *trained_text_warnings(self.probe.record, examples)])
         probabilities = self.probe.calibration.apply(self.logits(examples.items))
         return evaluate(
             self.probe.task, probabilities, examples.labels, thresholds=self.probe.thresholds

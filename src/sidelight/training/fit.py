@@ -34,6 +34,7 @@ from sidelight.training.measuring import (
     describe_examples,
     describe_scores,
     measuring_folds,
+    text_hashes,
 )
 from sidelight.training.optimisation import validation_score
 from sidelight.training.settings import FitOptions, Job
@@ -81,6 +82,7 @@ def calibrate_probe(
             "engine": dataset.training.states.engine,
             "training": {
                 **describe_examples(dataset.originals.examples),
+                "texts": text_hashes(dataset.originals.examples),
                 **({"given_sha256": dataset.given_sha256} if dataset.given_sha256 else {}),
             },
             "variants": dataset.variants,

@@ -1,6 +1,8 @@
 """Logits of labelled texts made into probabilities, measured on texts that calibrated nothing."""
 
-from collections.abc import Sequence
+import base64
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +16,7 @@ from sidelight.calibration import (
     require_calibratable,
     suggested_calibration,
 )
-from sidelight.data.examples import LabelledExamples
+from sidelight.data.examples import Examples, LabelledExamples
 from sidelight.errors import SidelightError
 from sidelight.evaluation import Report, evaluate
 from sidelight.metrics import log_losses, score_counts
@@ -27,6 +29,9 @@ FLATTERING = (
     "A class has too few texts to measure on others than those that calibrate: the figures are "
     "flattering. Add more texts of it."
 )
+
+# Of a text's hash: among 100,000 training texts, one of 10 million others has an equal one.
+_HASH_BYTES = 5
 
 
 @dataclass(frozen=True)
@@ -143,3 +148,32 @@ def describe_examples(examples: LabelledExamples) -> dict[str, Any]:
         "sha256": examples.content_hash,
         "classes": dict(zip(examples.task.labels, counts, strict=True)),
     }
+
+
+def text_hashes(examples: Examples) -> str:
+    """Short hashes of texts with their responses, in base64, so that a probe knows its texts again.
+
+    Texts that differ in case and spacing alone have one hash.
+    """
+    return base64.b64encode(b"".join(sorted(set(_hashes(examples))))).decode()
+
+
+def trained_texts(record: Mapping[str, Any], examples: Examples) -> int:
+    """How many of the texts trained the probe with this record; older probes know none."""
+    stored = base64.b64decode(record.get("training", {}).get("texts", ""))
+    starts = range(0, len(stored), _HASH_BYTES)
+    known = {stored[start : start + _HASH_BYTES] for start in starts}
+    return sum(text in known for text in _hashes(examples))
+
+
+def trained_text_warnings(record: Mapping[str, Any], examples: Examples) -> tuple[str, ...]:
+    """A sentence if some of the texts that are measured trained the probe."""
+    count = trained_texts(record, examples)
+    if not count:
+        return ()
+    return (f"{count} of {len(examples)} texts were trained on: the figures flatter the probe.",)
+
+
+def _hashes(examples: Examples) -> list[bytes]:
+    keys = ([item.text_key, item.response_key] for item in examples.items)
+    return [hashlib.sha256(repr(key).encode()).digest()[:_HASH_BYTES] for key in keys]

@@ -31,6 +31,7 @@ from sidelight.training.measuring import (
     describe_examples,
     describe_scores,
     measuring_folds,
+    trained_texts,
 )
 from sidelight.types import Task
 
@@ -93,6 +94,13 @@ def recalibrate(
         made, entry = _follow_labels(probe, examples, logits, rule)
     else:
         made, entry = _follow_shares(probe, examples, logits, rule)
+    seen = 0 if examples is None else trained_texts(probe.record, examples)
+    if examples is not None and seen:
+        warning = (
+            f"{seen} of {len(examples)} texts were trained on: the probe scores them too well, so "
+            "its probabilities will be over-confident, and the figures flatter it. Leave them out."
+        )
+        made = replace(made, warnings=(warning, *made.warnings))
     origin = {"version": probe.version, "calibration": probe.calibration.to_dict()}
     entry = {
         "date": datetime.now(UTC).date().isoformat(),
@@ -118,7 +126,8 @@ def _follow_labels(
     counts = dict(zip(task.labels, examples.label_counts.tolist(), strict=True))
     _require_enough(task, counts, len(examples))
     trained = probe.record.get("training") or {}
-    if examples.content_hash in (trained.get("sha256"), trained.get("given_sha256")):
+    is_training_file = examples.content_hash in (trained.get("sha256"), trained.get("given_sha256"))
+    if is_training_file or trained_texts(probe.record, examples) == len(examples):
         raise SidelightError(
             f"Probe '{probe.name}' was trained on these texts, and scores them too well. "
             "Training has calibrated it by left-out texts already; give texts of the new traffic."

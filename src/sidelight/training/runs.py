@@ -24,6 +24,7 @@ from sidelight.probe import Probe
 from sidelight.storage import write_json
 from sidelight.training.classifier import judge, require_responses
 from sidelight.training.fit import Fit, FittedProbe
+from sidelight.training.measuring import trained_text_warnings
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -242,6 +243,7 @@ def assess(
     for probe in probes:
         probe.fingerprint.require(backbone.fingerprint, probe=probe.name)
     logits = judge(backbone, probes, examples.items)
+    warnings = (*examples.warnings, *trained_text_warnings(chosen.record, examples))
     assessments: list[Assessment] = []
     for title, at in rows.items():
         labels = examples.labels[at]
@@ -254,9 +256,7 @@ def assess(
         ]
         runs = _by_title(probes, reports)
         assessments.append(
-            Assessment(
-                title, chosen, probabilities[index], labels, reports[index], runs, examples.warnings
-            )
+            Assessment(title, chosen, probabilities[index], labels, reports[index], runs, warnings)
         )
     return assessments
 
