@@ -71,8 +71,11 @@ def background(
     The model writes them itself: once, to the user's cache, unless --out names a file. Those of the
     embedded model come with the package.
     """
-    if drop is not None and (probe is None or out is None):
-        raise SidelightError("--drop needs a probe that judges (--probe) and a file (--out).")
+    if (drop is not None) != (probe is not None and out is not None):
+        raise SidelightError(
+            "--drop needs a probe that judges (--probe) and a file (--out), and so do these two "
+            "need --drop. Add what is missing."
+        )
     if probe is None and data is not None and out is not None:
         raise SidelightError(
             "--data is a set that exists. Leave it out, or add --probe and --drop."

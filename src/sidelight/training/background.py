@@ -6,6 +6,7 @@ others are kept in the cache. What training does with them is not decided here.
 
 import gzip
 import json
+import re
 import time
 import warnings
 import zlib
@@ -37,6 +38,10 @@ _SIMILAR = 0.8
 _LOOP_COMPRESSION = 4.5
 _LOOP_SHARE = 0.25
 _LOOP_CHARACTERS = 120
+# What a model tells of violence is left out: it may be what a probe is to find.
+_VIOLENCE = re.compile(
+    r"\b(hatr|kill|murder|nazi|porn|raped?\b|sexual|slaughter|suicid|terroris|tortur|weapon)", re.I
+)
 
 
 @dataclass(frozen=True)
@@ -56,9 +61,9 @@ def load_background(name: str | Path | None, backbone: TransformersBackbone) -> 
     """The background traffic to train with on a backbone.
 
     Args:
-        name: ``none``; or a file with a column ``text`` of texts or chat messages; or None for the
-            backbone's own set, which is packaged for the embedded model, and else written by the
-            LLM once and kept in the cache.
+        name: A file with a column ``text`` of texts or chat messages; ``none``; ``packaged``, the
+            set of the embedded model; or None for the backbone's own set. That is the packaged one
+            for the embedded model, and else written by the LLM once and kept in the cache.
         backbone: The LLM that probes are trained on.
 
     Raises:
@@ -66,10 +71,10 @@ def load_background(name: str | Path | None, backbone: TransformersBackbone) -> 
     """
     if name == "none":
         return Background()
+    if name == "packaged" or (name is None and backbone.name in (EMBEDDED_NAME, HUB_ID)):
+        return Background(_read(PACKAGED), "packaged")
     if name is not None:
         return Background(_read(Path(name)), str(name))
-    if backbone.name in (EMBEDDED_NAME, HUB_ID):
-        return Background(_read(PACKAGED), "packaged")
     path = cache_root() / "background" / f"{backbone.fingerprint.digest}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FolderLock(path.parent)
@@ -121,7 +126,7 @@ def write_background(
     if not kept:
         raise SidelightError(
             f"{backbone.name} wrote no conversation of use in {len(written)} batches. Name a file "
-            "of ordinary texts instead, or 'none'."
+            "of ordinary texts instead, 'packaged' or 'none'."
         )
     if len(kept) < count:
         warnings.warn(
@@ -167,11 +172,13 @@ def _resumed(batches: Path, run: Mapping[str, object]) -> list[list[Turns]]:
 
 
 def is_usable(turns: Turns, backbone: TransformersBackbone | UnloadedBackbone) -> bool:
-    """Whether no turn is empty, loops or names a control token, and the backbone reads all."""
+    """Whether the backbone reads all turns, and none is empty, violent, loops or names a token."""
     names = control_tokens(backbone.tokenizer).values()
     for turn in turns:
         text = turn.content
-        if not text.strip() or _is_loop(text) or any(name in text for name in names):
+        if not text.strip() or _is_loop(text) or _VIOLENCE.search(text):
+            return False
+        if any(name in text for name in names):
             return False
     try:
         backbone.encoder.encode(turns)
