@@ -21,6 +21,7 @@ from sidelight.training.background import (
     Background,
     is_usable,
     load_background,
+    own_set,
     suspects,
     without_duplicates,
     write_background,
@@ -164,14 +165,14 @@ def test_no_set_the_packaged_one_and_a_file_need_no_llm(tiny: TransformersBackbo
 
 
 @pytest.mark.usefixtures("few_rows", "own_cache")
-def test_a_models_own_set_is_written_once(
-    tiny: TransformersBackbone, monkeypatch: pytest.MonkeyPatch
+def test_a_set_that_the_model_has_written_takes_the_place_of_the_packaged_one(
+    tiny: TransformersBackbone,
 ):
-    first = load_background(None, tiny)
-    assert len(first.conversations) == 4
-    assert Path(first.origin).is_relative_to(cache_root())
-    monkeypatch.setattr(background, "write_batch", None)
-    assert load_background(None, tiny) == first
+    assert load_background(None, tiny).origin == "packaged"
+    assert own_set(tiny).is_relative_to(cache_root())
+    written = write_background(tiny, 4, own_set(tiny))
+    assert load_background(None, tiny) == written
+    assert len(written.conversations) == 4
 
 
 def test_suspects_begin_with_those_most_like_the_positive_class():

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from sidelight.bank import NUMBERS_AT_ONCE, Bank, BankState, Panel
 from sidelight.errors import SidelightError, VerdictError
 from sidelight.mechanisms.base import mechanism_names
-from sidelight.prompts import Message, Reads, judged_units, piece_lengths
+from sidelight.prompts import Message, Reads, Unit, judged_units, piece_lengths
 from sidelight.standardisation import Standardisation
 from sidelight.states.extraction import score
 from sidelight.types import Judgement
@@ -233,7 +233,10 @@ def test_the_highest_turn_decides_and_the_first_counts_as_alone(tiny, mechanism,
 
 def test_a_turn_that_is_not_finite_leaves_no_verdict(tiny):
     probe = untrained_probe(tiny, "p", reads=Reads(scope="each_turn"))
-    logits, units = np.array([[5.0], [7.0]]), [(0, 1), (1, 2)]
+    logits, units = (
+        np.array([[5.0], [7.0]]),
+        [Unit(np.arange(turn, turn + 1), turn) for turn in (0, 1)],
+    )
     for whole, turn in ((1.0, 1), (9.0, None)):
         assert probe.highest(logits, units, np.array([whole])).turn == turn
     for broken in (np.nan, -np.inf):
@@ -243,7 +246,7 @@ def test_a_turn_that_is_not_finite_leaves_no_verdict(tiny):
 
 
 def test_a_short_turn_is_judged_with_its_neighbours(tiny):
-    for contents, units in (
+    for contents, wanted in (
         (["a long enough text", "OK.", "another long text"], [(0,), (1, 2), (2,), (0, 2)]),
         (["a long enough text", "OK."], [(0,)]),
         (["a", "b", "c"], [(0, 2)]),
@@ -255,7 +258,11 @@ def test_a_short_turn_is_judged_with_its_neighbours(tiny):
         ([""] * 3, []),
     ):
         parts = bytes(tiny.encoder.encode(conversation(contents)).parts)
-        assert judged_units(parts, piece_lengths(parts)) == units
+        pieces = piece_lengths(parts)
+        owners = np.repeat(range(len(pieces)), pieces)
+        units = judged_units(parts)
+        assert [tuple(dict.fromkeys(owners[unit.tokens])) for unit in units] == wanted
+        assert [unit.turn for unit in units] == [own[0] for own in wanted]
 
 
 def test_a_multi_class_probe_judges_the_whole(tiny):

@@ -23,7 +23,7 @@ def probes(tiny):
     early = untrained_probe(tiny, "toxicity", reads=Reads(scope="each_turn"))
     late = untrained_probe(tiny, "late", reads=Reads("response"))
     bounded = replace(early.standardisation, is_normalised=True)
-    learned = {"settings": {"long_inputs": True}}
+    learned = {"contexts": 40}
     return [replace(early, record=learned, standardisation=bounded), late]
 
 
@@ -46,13 +46,13 @@ PROBES = {
     "a probe with the same labels that tells its scores": lambda early, late: (
         [early, late, replace(early, name="double")]
     ),
-    "a probe of chats with `--scope conversation`": lambda early, late: (
+    "a probe that judges a conversation as one text": lambda early, late: (
         [replace(early, reads=Reads()), late]
     ),
     "an older probe, or one of several classes": lambda early, late: (
         [replace(early, standardisation=late.standardisation), late]
     ),
-    "a probe without `--long-inputs`, and no `max_tokens`": lambda early, late: (
+    "a probe of texts alone, and no `max_tokens`": lambda early, late: (
         [replace(early, record={}), late]
     ),
 }

@@ -286,7 +286,7 @@ def test_the_strength_that_the_folds_choose_is_that_of_each_of_them(tiny, corpor
 
 def test_it_is_solved_once_whatever_the_seeds():
     specs = (mechanism_spec("linear"), mechanism_spec("readout"))
-    jobs = FitOptions(mechanisms=specs, seeds=(0, 1, 2)).jobs(20)
+    jobs = FitOptions(mechanisms=specs, seeds=(0, 1, 2)).jobs()
     assert [job.spec.name for job in jobs] == ["linear", *["readout"] * 3]
     for strength in (0.0, -1.0, float("inf")):
         with pytest.raises(SidelightError, match="give a number above 0"):

@@ -64,7 +64,6 @@ def together(corpora):
         "raw": job("readout", settings=BRIEF, standardise=False),
         "normalised": job("readout", normalise=True, settings=BRIEF),
         "balanced": job("gate", settings=replace(BRIEF, class_weight="balanced")),
-        "long": job(settings=replace(BRIEF, long_inputs=True)),
         "weighted": job("readout", settings=replace(BRIEF, layer_weights="predictive")),
     }
     torch.manual_seed(7)
@@ -202,7 +201,7 @@ def test_what_a_job_is_scaled_and_weighed_by_changes_what_it_learns(together):
     torch.testing.assert_close(weights, weights[:, :1].expand_as(weights))
     assert weights[:, 0].square().mean().item() == pytest.approx(1, rel=1e-4)
     assert weights.std() > 0.01
-    made = (balanced, gate, raw, normalised, plain, together["long"])
+    made = (balanced, gate, raw, normalised, plain)
     different = [contents(one) for one in made]
     assert all(one != other for one, other in combinations(different, 2))
 

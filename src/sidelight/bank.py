@@ -10,7 +10,7 @@ from collections.abc import Collection, Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate, chain
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from sidelight.errors import SidelightError, VerdictError
 from sidelight.explanation import Explanation, explain
 from sidelight.probe import Probe, UnitLogits, require_distinct_names
-from sidelight.prompts import EncodedPrompt, Place, Reads, judged_units, piece_lengths
+from sidelight.prompts import EncodedPrompt, Place, Reads, judged_units
 from sidelight.ragged import Ragged
 from sidelight.standardisation import Projection
 from sidelight.types import Judgement, Verdict
@@ -238,18 +238,20 @@ class Bank:
             parts: For each prompt, the ``Part`` of every token.
         """
         wholes = self.logits(self.summarise_texts(columns, parts))
-        lengths = [piece_lengths(prompt) for prompt in parts]
-        units = list(map(judged_units, parts, lengths))
+        units = list(map(judged_units, parts))
         if not any(probe.judges_turns for probe in self.probes) or not any(units):
             return [[UnitLogits(logits) for logits in of_probe] for of_probe in wholes]
-        pieces = self._summarise(columns, parts, [*chain(*lengths)])
-        firsts = accumulate(map(len, lengths[:-1]), initial=0)
-        members = [
-            [first + piece for piece in unit]
-            for first, of_prompt in zip(firsts, units, strict=True)
-            for unit in of_prompt
+        starts = accumulate(map(len, parts[:-1]), initial=0)
+        rows = np.concatenate(
+            [start + unit.tokens for start, own in zip(starts, units, strict=True) for unit in own]
+        )
+        kinds = [
+            bytes(np.frombuffer(prompt, np.uint8)[unit.tokens])
+            for prompt, own in zip(parts, units, strict=True)
+            for unit in own
         ]
-        of_units = self.logits(self._merged(pieces, members))
+        chosen = columns[torch.from_numpy(rows).to(columns.device)]
+        of_units = self.logits(self.summarise_texts(chosen, kinds))
         ends = list(accumulate(map(len, units)))
         return [
             [
@@ -286,32 +288,13 @@ class Bank:
         self, columns: Float[Tensor, "token layer column"], parts: Sequence[bytes]
     ) -> BankState:
         """The state of each text; arguments as for ``prompt_logits``."""
-        return self._summarise(columns, parts, [len(prompt) for prompt in parts])
-
-    def _summarise(
-        self,
-        columns: Float[Tensor, "token layer column"],
-        parts: Sequence[bytes],
-        lengths: Sequence[int],
-    ) -> BankState:
         of_tokens = np.frombuffer(b"".join(parts), np.uint8)
         masks = {
             reads: torch.from_numpy(np.isin(of_tokens, [*reads.parts])).to(columns.device)
             for reads in self.reads
         }
-        return self.summarise_rows(columns, masks, torch.tensor(lengths, device=columns.device))
-
-    def _merged(self, pieces: BankState, members: Sequence[Sequence[int]]) -> BankState:
-        """The state of each unit, of the pieces that it is made of, in their order."""
-        states = pieces.split()
-        merged = [states[own[0]] for own in members]
-        for step in range(1, max(map(len, members))):
-            growing = [i for i, own in enumerate(members) if len(own) > step]
-            later = BankState.pack([states[members[i][step]] for i in growing])
-            both = self.merge(BankState.pack([merged[i] for i in growing]), later)
-            for i, state in zip(growing, both.split(), strict=True):
-                merged[i] = state
-        return BankState.pack(merged)
+        lengths = torch.tensor([*map(len, parts)], device=columns.device)
+        return self.summarise_rows(columns, masks, lengths)
 
     def _judgement(self, found: Sequence[UnitLogits]) -> Judgement:
         verdicts: list[Verdict] = []

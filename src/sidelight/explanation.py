@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sidelight.errors import VerdictError
 from sidelight.probe import Probe
-from sidelight.prompts import EncodedPrompt, Place, judged_units, piece_lengths
+from sidelight.prompts import EncodedPrompt, Place, judged_units
 from sidelight.ragged import Ragged
 from sidelight.types import Verdict
 
@@ -116,12 +116,10 @@ def explain(
             "message."
         )
     parts = bytes(prompt.parts)
-    pieces = piece_lengths(parts)
-    units = judged_units(parts, pieces) if probe.judges_turns else []
-    owners = np.repeat(range(len(pieces)), pieces)
+    units = judged_units(parts) if probe.judges_turns else []
     is_read = np.isin(np.frombuffer(parts, np.uint8), [*probe.reads.parts])
-    members = [*units, tuple(range(len(pieces)))]
-    read = [np.flatnonzero(is_read & np.isin(owners, unit)) for unit in members]
+    members = [*(unit.tokens for unit in units), np.arange(len(parts))]
+    read = [tokens[is_read[tokens]] for tokens in members]
     with torch.inference_mode():
         logits = probe.mechanism.logits(_texts(columns, read)).double().cpu().numpy()
     found = probe.highest(logits[:-1], units, logits[-1])

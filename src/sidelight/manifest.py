@@ -214,11 +214,11 @@ def summary(manifest: Manifest) -> dict[str, str]:
             if validation["metrics"][name]["value"] is not None
         )
         folds = record.get("folds", 0)
-        is_long = record.get("settings", {}).get("long_inputs")
+        contexts = record.get("contexts", 0)
         lines |= {
             "parameters": f"{record['parameters']:,}",
             "trained on": f"{record['training']['rows']:,} texts"
-            + (", also among others in long inputs" if is_long else "")
+            + (f", and in {contexts:,} contexts" if contexts else "")
             + f", seed {record['seed']}",
             "validation": f"{figures} on {validation['rows']:,} texts"
             + (f", each of {folds} folds by a probe trained on the others" if folds else "")

@@ -11,7 +11,7 @@ from sidelight.calibration import Calibration
 from sidelight.errors import SidelightError, VerdictError
 from sidelight.fingerprint import Fingerprint
 from sidelight.mechanisms.base import Mechanism
-from sidelight.prompts import PromptFormat, Reads
+from sidelight.prompts import PromptFormat, Reads, Unit
 from sidelight.standardisation import Projection, Standardisation
 from sidelight.types import MechanismSpec, Task, Verdict
 
@@ -93,7 +93,7 @@ class Probe:
     def highest(
         self,
         logits: Float[np.ndarray, "unit output"],
-        units: Sequence[tuple[int, ...]],
+        units: Sequence[Unit],
         whole: Float[np.ndarray, " output"],
     ) -> UnitLogits:
         """The highest logit of each label, of the units of a prompt and of the whole.
@@ -103,7 +103,7 @@ class Probe:
 
         Args:
             logits: Of each unit.
-            units: The turns that each is made of.
+            units: What each of them is.
             whole: Of the whole prompt.
         """
         if not self.judges_turns:
@@ -112,7 +112,7 @@ class Probe:
         if not np.isfinite(every).all():
             return UnitLogits(np.full_like(whole, np.nan))
         unit = int(every.max(1).argmax())
-        return UnitLogits(every.max(0), units[unit][0] if unit < len(units) else None)
+        return UnitLogits(every.max(0), units[unit].turn if unit < len(units) else None)
 
     @property
     def label_thresholds(self) -> dict[str, float]:

@@ -5,7 +5,7 @@
 
 import json
 from bisect import bisect_right
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
 from enum import IntEnum
@@ -14,7 +14,7 @@ from itertools import accumulate, takewhile
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from jinja2 import TemplateError
 
 from sidelight.control_tokens import ContentTokenizer, Span, Tokenised, Tokenizer
@@ -140,12 +140,11 @@ class EncodedPrompt:
         wanted = reads.parts
         return torch.tensor([part in wanted for part in self.parts], dtype=torch.bool)
 
-    def only(self, pieces: Collection[int]) -> "EncodedPrompt":
-        """The same prompt, of which only these pieces are read; see ``piece_lengths``."""
-        parts = bytes(self.parts)
-        owners = np.repeat(range(len(lengths := piece_lengths(parts))), lengths)
-        kept = np.where(np.isin(owners, [*pieces]), [*parts], Part.UNREAD)
-        return replace(self, parts=tuple(map(Part, kept.tolist())))
+    def only(self, tokens: Int[np.ndarray, " _"]) -> "EncodedPrompt":
+        """The same prompt, of which no other tokens are read."""
+        kept = {*tokens.tolist()}
+        parts = (part if i in kept else Part.UNREAD for i, part in enumerate(self.parts))
+        return replace(self, parts=tuple(parts))
 
     def shortened(self, limit: int, reads: Reads | None = None) -> "EncodedPrompt":
         """Removes tokens of the text, and none of the template, until ``limit`` remain.
@@ -210,31 +209,50 @@ _LEAST_TOKENS = 8
 _MOST_TOKENS = 64
 
 
-def judged_units(parts: bytes, pieces: Sequence[int]) -> list[tuple[int, ...]]:
-    """The pieces of each part of a prompt that is judged by itself, beside the whole.
+@dataclass(frozen=True)
+class Unit:
+    """A part of a prompt that is judged by itself, beside the whole.
+
+    Attributes:
+        tokens: The tokens that it is made of, in their order.
+        turn: The first turn that it holds, among those with text.
+    """
+
+    tokens: Int[np.ndarray, " _"]
+    turn: int
+
+
+def judged_units(parts: bytes) -> list[Unit]:
+    """What of a prompt is judged beside the whole, so that no other text outweighs it.
 
     Each turn with a text is judged by itself, a short one with the turns after it, or else before
     it; also by itself if those outweigh it, which a client could write too. The user's turns are
-    also judged together, without what stands between them. None is the whole.
+    also judged together, without what stands between them.
 
     Args:
         parts: The ``Part`` of each token.
-        pieces: As ``piece_lengths`` gives them.
     """
-    count = len(pieces)
-    edges = np.cumsum(pieces)[:-1]
-    by_piece = np.split(np.frombuffer(parts, np.uint8), edges)
-    texts = [int(np.isin(piece, _TEXT).sum()) for piece in by_piece]
-    units: list[tuple[int, ...]] = []
+    lengths = piece_lengths(parts)
+    count, ends = len(lengths), np.cumsum(lengths)
+    starts = ends - lengths
+    kinds = np.frombuffer(parts, np.uint8)
+    texts = [
+        int(np.isin(kinds[start:end], _TEXT).sum()) for start, end in zip(starts, ends, strict=True)
+    ]
+    pieces: list[tuple[int, ...]] = []
     for first in filter(texts.__getitem__, range(count)):
         start, stop = first, first + 1
         while sum(texts[start:stop]) < _LEAST_TOKENS and (start, stop) != (0, count):
             start, stop = (start, stop + 1) if stop < count else (start - 1, stop)
-        units.append(tuple(range(start, stop)))
+        pieces.append(tuple(range(start, stop)))
         if stop - start > 1 and sum(texts[start:stop]) > _MOST_TOKENS:
-            units.append((first,))
-    units.append(tuple(i for i, piece in enumerate(by_piece) if Part.PROMPT in piece))
-    return [unit for unit in dict.fromkeys(units) if 0 < len(unit) < count]
+            pieces.append((first,))
+    pieces.append(tuple(i for i in range(count) if Part.PROMPT in kinds[starts[i] : ends[i]]))
+    return [
+        Unit(np.concatenate([np.arange(starts[i], ends[i]) for i in unit]), unit[0])
+        for unit in dict.fromkeys(pieces)
+        if 0 < len(unit) < count
+    ]
 
 
 def shared_length(texts: Sequence[Sequence[int]]) -> int:

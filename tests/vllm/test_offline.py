@@ -100,7 +100,7 @@ def test_train_and_predict_through_vllm(backbone, tmp_path):
     steps = [*WORDS, "--engine-option", "max_num_batched_tokens=200"]
     train = [
         *("train", "--data", str(data), "--out", str(probe), "--model", model),
-        *("--mechanism", "readout", "--scope", "conversation", "--engine", "vllm", *steps),
+        *("--mechanism", "readout", "--background", "none", "--engine", "vllm", *steps),
     ]
     assert run(*train) == 0
     assert load_probe(probe).record["engine"].startswith("vllm ")

@@ -20,7 +20,7 @@ _SHOWN_CHARACTERS = 300
 @click.command(
     epilog=options.examples(
         "sidelight background --show",
-        "sidelight background --model Qwen/Qwen3-4B --count 1000 --out traffic.jsonl",
+        "sidelight background --model Qwen/Qwen3-4B --count 500",
         "sidelight background --probe probes/toxicity",
         "sidelight background --probe probes/toxicity --drop 0.9 --out traffic.jsonl",
     )
@@ -34,15 +34,14 @@ _SHOWN_CHARACTERS = 300
 @click.option(
     "--count",
     type=options.AT_LEAST_ONE,
-    default=500,
-    help="How many conversations the model writes to --out.",
+    help="Have the model write so many conversations. [default: 500 with --out]",
 )
 @click.option("--seed", type=int, default=0, help="Decides what the model writes.")
 @click.option(
     "--out",
     type=options.PATH,
     callback=options.checked_file,
-    help="File to write: by the model, or with --drop what is left.",
+    help="File to write: by the model, or with --drop what is left. [default: the model's set]",
 )
 @click.option("--show", is_flag=True, help="Print a few conversations of each kind.")
 @click.option(
@@ -59,7 +58,7 @@ _SHOWN_CHARACTERS = 300
 def background(
     runtime: options.Runtime,
     data: Path | None,
-    count: int,
+    count: int | None,
     seed: int,
     out: Path | None,
     show: bool,
@@ -68,8 +67,8 @@ def background(
 ) -> None:
     """Look at background traffic, the ordinary conversations to train with, or have it written.
 
-    The model writes them itself: once, to the user's cache, unless --out names a file. Those of the
-    embedded model come with the package.
+    With --count the model writes a set of its own to the user's cache, and training with this
+    model takes it from then on. Until then it takes the packaged set of the embedded model.
     """
     if (drop is not None) != (probe is not None and out is not None):
         raise SidelightError(
@@ -84,10 +83,12 @@ def background(
 
     if probe is None:
         backbone = runtime.load_backbone()
-        if out is None:
+        if out is None and count is None:
             conversations = traffic.load_background(data, backbone)
         else:
-            conversations = traffic.write_background(backbone, count, out, seed=seed)
+            path = out or traffic.own_set(backbone)
+            count = count or traffic.CONVERSATIONS
+            conversations = traffic.write_background(backbone, count, path, seed=seed)
         _tell(conversations, show=show)
         return
     from sidelight.training.classifier import load

@@ -14,7 +14,7 @@ from sidelight.errors import SidelightError
 
 if TYPE_CHECKING:
     from sidelight.calibration import CalibrationKind
-    from sidelight.prompts import PromptFormat, Scope, Side
+    from sidelight.prompts import PromptFormat, Side
     from sidelight.types import OptionValue
 
 # As ``training.settings.AUTO``, whose import takes seconds.
@@ -34,8 +34,8 @@ _AUTO = "auto"
 @click.option("--force", is_flag=True, help="Replace the probe that --out holds.")
 @options.mechanisms(
     default=_AUTO,
-    help="auto (what predicts left-out texts best), or a comma-separated list: attention, blend, "
-    "fusion, gate, linear, pooling, readout.",
+    help="auto (a readout and a linear solution, mixed), or a comma-separated list: attention, "
+    "blend, fusion, gate, linear, pooling, readout.",
 )
 @click.option(
     "--set",
@@ -53,13 +53,6 @@ _AUTO = "auto"
 )
 @click.option(
     "--template/--no-template", default=True, help="Whether template tokens count as prompt."
-)
-@click.option(
-    "--scope",
-    type=click.Choice(["conversation", "each_turn"]),
-    default="each_turn",
-    help="Whether a prompt of several turns is judged as one text, or each turn and the whole. "
-    "Several classes and responses are judged whole.",
 )
 @click.option(
     "--format",
@@ -85,15 +78,10 @@ _AUTO = "auto"
     help="Weigh classes by inverse frequency. [default: the mechanism's]",
 )
 @click.option(
-    "--long-inputs",
-    is_flag=True,
-    help="Also train on long inputs made of several texts, so that a short match inside a long "
-    "input is found. Not for multi-class labels.",
-)
-@click.option(
-    "--augment",
-    is_flag=True,
-    help="Also train on each text in a disguise, such as spaced letters or look-alikes.",
+    "--background",
+    metavar="FILE",
+    help="Ordinary traffic (texts or chats, without labels), which the texts are also shown in; or "
+    "none. [default: what the model has written]",
 )
 @click.option(
     "--learning-rate", type=float, help="Initial learning rate. [default: the mechanism's]"
@@ -122,13 +110,11 @@ def train(
     name: str | None,
     reads: "Side | None",
     template: bool,
-    scope: "Scope",
     prompt_format: "PromptFormat | None",
     standardise: bool,
     calibration: "CalibrationKind | None",
     threshold: str,
-    long_inputs: bool,
-    augment: bool,
+    background: str | None,
     runtime: options.Runtime,
     as_json: bool,
     **settings: Any,
@@ -163,6 +149,7 @@ def train(
         else tuple(mechanism_spec(mechanism, assigned.get(mechanism)) for mechanism in mechanisms)
     )
     from sidelight.prompts import Reads
+    from sidelight.training.background import load_background
     from sidelight.training.fit import fit
     from sidelight.training.runs import console, describe_fit, fit_table, write_fit
     from sidelight.training.settings import suggested_settings
@@ -177,10 +164,8 @@ def train(
             mechanism: suggested_settings(mechanism).changed(**chosen)
             for mechanism in (mechanism_names() if is_automatic else mechanisms)
         },
-        long_inputs=long_inputs,
-        augment=augment,
         standardise=standardise,
-        reads=Reads(reads or shared.reads.side, template, scope),
+        reads=Reads(reads or shared.reads.side, template, "each_turn"),
         calibration=calibration,
         threshold=rule,
     )
@@ -195,7 +180,7 @@ def train(
             training,
             validation,
             name=name or out.resolve().name,
-            options=fit_options,
+            options=replace(fit_options, background=load_background(background, backbone)),
             source=source,
             store=lambda made: write_fit(made, out),
         )
@@ -206,10 +191,9 @@ def train(
         click.echo(json.dumps(describe_fit(made), indent=2))
         return
     console().print(fit_table(made))
-    if made.choice is not None:
-        click.echo(str(made.choice))
-    best = made.best.probe.spec.name if made.choice is None else made.choice.taken
-    click.echo(f"Best: {best}, seed {made.best.seed}. Saved to {out}")
+    if made.best.traffic is not None:
+        click.echo(str(made.best.traffic))
+    click.echo(f"Best: {made.best.probe.spec.name}, seed {made.best.seed}. Saved to {out}")
     click.echo(f"Next: {_eval_command(out, inputs)}")
 
 

@@ -184,7 +184,7 @@ class Pool:
         files = [folder / f"{part:05d}.safetensors" for part in range(len(self._states))]
         missing = [part for part, file in enumerate(files) if not file.exists()]
         if missing:
-            plan = self._states.prompt_plan
+            plan = self._states.plan
             tokens = sum(len(self.prompts[row]) for part in missing for row in plan.rows[part])
             with progress("Reading", tokens, unit="tokens") as shown:
                 for part, shard in source.shards(self._states, missing, shown):

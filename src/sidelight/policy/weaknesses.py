@@ -95,18 +95,17 @@ def _of_probe(own: BoundRule, bound: Sequence[BoundRule]) -> Iterator[str]:
         yield (
             f"Probe '{probe.name}' judges a conversation as one text, so an attack in an earlier "
             "turn is outweighed by those after it. If a part of a text can have its labels, train "
-            "it without --scope conversation."
+            "it again with this version, on one label."
         )
     if not probe.standardisation.is_normalised:
         yield (
             f"Probe '{probe.name}' reads states of any norm, so one token of a large norm can "
             "outweigh an attack. Train it again with this version, on two classes."
         )
-    learned_long = probe.record.get("settings", {}).get("long_inputs", False)
     blocks_long = own.fails_closed and own.rule.max_tokens is not None
-    if not learned_long and not blocks_long:
+    if not probe.record.get("contexts") and not blocks_long:
         yield (
             f"Probe '{probe.name}' learned from texts by themselves, so an attack is outweighed in "
-            "a long one. Set max_tokens to the length of its training texts, or, if the labels can "
-            "be those of a part, train it with --long-inputs."
+            "a long one. Train it with background traffic (--background), or set max_tokens to the "
+            "length of its training texts."
         )

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import chain, pairwise
+from itertools import pairwise
 from pathlib import Path
 from time import sleep
 
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from sidelight.errors import SidelightError
 from sidelight.fingerprint import Fingerprint
-from sidelight.prompts import EncodedPrompt, Reads, piece_lengths
+from sidelight.prompts import EncodedPrompt, Reads
 from sidelight.ragged import weighted_sums
 from sidelight.standardisation import inverse_rms
 from sidelight.storage import FolderLock, sync, write_json
@@ -52,7 +52,7 @@ class Shard:
     Attributes:
         hidden: Residual stream of each layer and read token; bf16 on disk.
         lengths: Tokens of each text.
-        rows: Which text of the data set each is; in a shard that is being written, which prompt.
+        rows: Which text of the data set each is.
     """
 
     hidden: Float[Tensor, "layer token width"]
@@ -177,18 +177,17 @@ class ActivationCache:
     """The shards of one data set under one backbone, computed by one engine.
 
     Attributes:
-        lengths: The stored tokens of each text; ``prompt_lengths``: of each prompt.
-        plan: Which texts are in which shard; ``prompt_plan``: which prompts.
+        lengths: The stored tokens of each text.
+        plan: Which texts are in which shard.
         token_bytes: Size of a token.
 
     Args:
         root: Folder of all caches; this one gets a folder of its own in it, named by a key that
             covers the backbone, the engine, what is read, and every token id.
-        prompts: The data set.
+        prompts: The texts of the data set.
         reads: Which tokens are stored.
         fingerprint: The backbone.
         engine: What computes the states; engines round differently, so they share no cache.
-        texts: For each prompt, the texts that are its turns; None if each prompt is a text.
         memory_bytes: The most that ``states_of`` holds in memory.
     """
 
@@ -201,7 +200,6 @@ class ActivationCache:
         fingerprint: Fingerprint,
         engine: str = "transformers",
         shard_bytes: int = SHARD_BYTES,
-        texts: Sequence[Sequence[int]] | None = None,
         memory_bytes: int = MEMORY_BYTES,
     ):
         self.prompts = prompts
@@ -210,21 +208,9 @@ class ActivationCache:
         self.engine = engine
         self.memory_bytes = memory_bytes
         self.token_bytes = fingerprint.layers * fingerprint.width * _BYTES_PER_VALUE
-        self._texts = [[row] for row in range(len(prompts))] if texts is None else texts
-        read = [prompt.mask(reads).int() for prompt in prompts]
-        self._turns = [
-            [int(mask.sum())]
-            if len(own) == 1
-            else [int(turn.sum()) for turn in mask.split(piece_lengths(bytes(prompt.parts)))]
-            for mask, prompt, own in zip(read, prompts, self._texts, strict=True)
-        ]
         shard_tokens = max(1, shard_bytes // self.token_bytes)
-        self.prompt_lengths = [*map(sum, self._turns)]
-        self.prompt_plan = ShardPlan.of(self.prompt_lengths, shard_tokens=shard_tokens)
-        of_texts = dict(zip(chain(*self._texts), chain(*self._turns), strict=True))
-        self.lengths = [of_texts[text] for text in range(len(of_texts))]
-        rows = (tuple(chain(*(self._texts[row] for row in own))) for own in self.prompt_plan.rows)
-        self.plan = ShardPlan(tuple(rows), self.prompt_plan.tokens)
+        self.lengths = [int(prompt.mask(reads).sum()) for prompt in prompts]
+        self.plan = ShardPlan.of(self.lengths, shard_tokens=shard_tokens)
         who = (FORMAT_VERSION, fingerprint.digest, fingerprint.dtype, engine, shard_bytes)
         self.directory = root / _key(prompts, reads, who)
         self._lock: FolderLock | None = None
@@ -306,20 +292,13 @@ class ActivationCache:
         self._write_manifest()
 
     def write(self, index: int, shard: Shard) -> None:
-        """Stores a shard of prompts; it exists afterwards or, if killed, not at all."""
+        """Stores a shard; it exists afterwards or, if killed, not at all."""
         tensors = {"hidden": shard.hidden, "lengths": shard.lengths, "rows": shard.rows}
         write_tensors(tensors, self._path(index))
 
     def read(self, index: int) -> Shard:
-        """A shard of texts, mapped from disk."""
-        shard = Shard(**load_file(self._path(index)))
-        rows = shard.rows.tolist()
-        if all(len(self._texts[row]) == 1 for row in rows):
-            turns = [[length] for length in shard.lengths.tolist()]
-        else:
-            turns = [self._turns[row] for row in rows]
-        texts = [text for row in rows for text in self._texts[row]]
-        return Shard(shard.hidden, torch.tensor([*chain(*turns)]), torch.tensor(texts))
+        """A shard, mapped from disk."""
+        return Shard(**load_file(self._path(index)))
 
     def keep(self) -> None:
         """Keeps the cache from ``remove``, also from that of other runs."""
@@ -349,7 +328,7 @@ class ActivationCache:
             "reads": asdict(self.reads),
             "texts": len(self.prompts),
             "tokens": sum(self.plan.tokens),
-            "shards": [list(rows) for rows in self.prompt_plan.rows],
+            "shards": [list(rows) for rows in self.plan.rows],
         }
         write_json(self.directory / "manifest.json", manifest)
 

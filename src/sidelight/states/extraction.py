@@ -86,9 +86,7 @@ def extract(
 
 
 def _fill(source: StateSource, cache: ActivationCache, missing: Sequence[int], title: str) -> None:
-    total = sum(
-        len(cache.prompts[row]) for index in missing for row in cache.prompt_plan.rows[index]
-    )
+    total = sum(len(cache.prompts[row]) for index in missing for row in cache.plan.rows[index])
     # Writing overlaps the next shard's forward passes; one at a time, so two shards are in memory.
     with (
         ThreadPoolExecutor(1) as writer,
@@ -164,7 +162,7 @@ class SharedSource:
         self, cache: ActivationCache, indices: Sequence[int], shown: Progress
     ) -> Generator[tuple[int, Shard]]:
         """Runs the prompts that are new, then gives each shard."""
-        rows = {index: cache.prompt_plan.rows[index] for index in indices}
+        rows = {index: cache.plan.rows[index] for index in indices}
         prompts = [cache.prompts[row] for own in rows.values() for row in own]
         if not self._remember(prompts, cache.reads, shown):
             yield from self._source.shards(cache, indices, shown)
@@ -206,7 +204,7 @@ class SharedSource:
             for index, shard in self._source.shards(part, missing, shown):
                 part.write(index, shard)
         keys = [*new]
-        for index, rows in enumerate(part.prompt_plan.rows):
+        for index, rows in enumerate(part.plan.rows):
             self._places.update({keys[row]: (len(self._parts), index, row) for row in rows})
         self._parts.append(part)
         return True
@@ -259,7 +257,7 @@ def _extract_shard(
     shared: int,
 ) -> Shard:
     """The shard's texts in the plan's random order, whatever order the batches ran in."""
-    rows = cache.prompt_plan.rows[index]
+    rows = cache.plan.rows[index]
     prompts = [cache.prompts[row] for row in rows]
     read = [prompt.mask(cache.reads) for prompt in prompts]
     lengths = torch.tensor([int(mask.sum()) for mask in read])

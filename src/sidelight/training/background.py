@@ -7,7 +7,6 @@ others are kept in the cache. What training does with them is not decided here.
 import gzip
 import json
 import re
-import time
 import warnings
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,8 +23,8 @@ from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
 from sidelight.progress import progress
 from sidelight.prompts import Message
-from sidelight.smollm2 import EMBEDDED_NAME, HUB_ID, cache_root
-from sidelight.storage import FolderLock, replacing
+from sidelight.smollm2 import cache_root
+from sidelight.storage import replacing
 from sidelight.training.background_writer import ROWS, write_batch
 
 Turns = tuple[Message, ...]
@@ -62,8 +61,8 @@ def load_background(name: str | Path | None, backbone: TransformersBackbone) -> 
 
     Args:
         name: A file with a column ``text`` of texts or chat messages; ``none``; ``packaged``, the
-            set of the embedded model; or None for the backbone's own set. That is the packaged one
-            for the embedded model, and else written by the LLM once and kept in the cache.
+            set of the embedded model; or None for the set that this LLM has written, which
+            ``sidelight background`` keeps in the cache, and else the packaged one.
         backbone: The LLM that probes are trained on.
 
     Raises:
@@ -71,19 +70,16 @@ def load_background(name: str | Path | None, backbone: TransformersBackbone) -> 
     """
     if name == "none":
         return Background()
-    if name == "packaged" or (name is None and backbone.name in (EMBEDDED_NAME, HUB_ID)):
+    own = own_set(backbone)
+    if name == "packaged" or (name is None and not own.exists()):
         return Background(_read(PACKAGED), "packaged")
-    if name is not None:
-        return Background(_read(Path(name)), str(name))
-    path = cache_root() / "background" / f"{backbone.fingerprint.digest}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FolderLock(path.parent)
-    while not path.exists() and not lock.take(alone=True):
-        time.sleep(1)  # Another run is writing one.
-    if not path.exists():
-        write_background(backbone, CONVERSATIONS, path)
-    lock.release()
+    path = own if name is None else Path(name)
     return Background(_read(path), str(path))
+
+
+def own_set(backbone: TransformersBackbone) -> Path:
+    """Where the set that an LLM has written is kept."""
+    return cache_root() / "background" / f"{backbone.fingerprint.digest}.jsonl"
 
 
 def _read(path: Path) -> tuple[Turns, ...]:

@@ -25,9 +25,10 @@ from sidelight.explanation import Explanation, explain
 from sidelight.mechanisms.base import mechanism_spec
 from sidelight.probe import Probe
 from sidelight.progress import Progress
-from sidelight.prompts import EncodedPrompt, Message, PromptFormat, Reads, Scope
+from sidelight.prompts import EncodedPrompt, Message, PromptFormat, Reads
 from sidelight.states.extraction import StateSource, score
 from sidelight.thresholds import ThresholdRule
+from sidelight.training.background import load_background
 from sidelight.training.fit import fit
 from sidelight.training.measuring import trained_text_warnings
 from sidelight.training.settings import AUTO, FitOptions
@@ -186,9 +187,7 @@ def train(
     validation: str | Path | InMemory | Examples | None = None,
     name: str = "probe",
     seeds: int = 1,
-    scope: Scope = "each_turn",
-    long_inputs: bool = False,
-    augment: bool = False,
+    background: str | Path | None = None,
     prompt_format: PromptFormat | None = None,
     threshold: str = "f1",
     source: StateSource | None = None,
@@ -201,7 +200,7 @@ def train(
     Args:
         model: A backbone, or its name: ``smollm2``, a folder, or a hub id.
         data: A file, a hub data set, rows, or loaded examples.
-        mechanism: ``auto`` takes what predicts left-out texts best; else one of
+        mechanism: ``auto`` mixes a readout and a linear solution; else one of
             ``mechanism_names()``.
         text: Column of the text.
         label: Column of the label; several with commas make a multi-label task.
@@ -210,11 +209,8 @@ def train(
         validation: Like ``data``; None holds part of ``data`` out, or cross-fits it if it is small.
         name: How verdicts name the probe.
         seeds: Probes to train; the one with the best validation score is kept.
-        scope: Whether each turn of a prompt is judged, and the whole, or the whole alone. Several
-            classes and responses are judged whole.
-        long_inputs: Whether to train on long inputs made of several texts too, so that a short
-            match inside a long input is found. Not for multi-class labels.
-        augment: Whether to train on each text in a disguise too.
+        background: Ordinary traffic, as ``load_background`` takes it: a file of texts or chats,
+            ``none``, or None for a set that the backbone has written.
         prompt_format: As for ``load_backbone``; None also takes that of a given backbone.
         threshold: What the thresholds are chosen for: ``f1``, ``fpr=0.01``, ``recall=0.95`` or
             ``cost=10:1``, as ``ThresholdRule`` describes them.
@@ -224,14 +220,6 @@ def train(
     Raises:
         SidelightError: The data or the model cannot be used; the message names the remedy.
     """
-    options = FitOptions(
-        mechanisms=None if mechanism == AUTO else (mechanism_spec(mechanism),),
-        seeds=tuple(range(seeds)),
-        long_inputs=long_inputs,
-        augment=augment,
-        reads=Reads("response" if response else "prompt", scope=scope),
-        threshold=ThresholdRule.parse(threshold),
-    )
     if not isinstance(model, TransformersBackbone):
         backbone = load_backbone(model, prompt_format=prompt_format)
     elif prompt_format in (None, model.encoder.prompt_format):
@@ -246,6 +234,13 @@ def train(
         None
         if validation is None
         else _as_examples(validation, text=text, label=label, response=response, task=training.task)
+    )
+    options = FitOptions(
+        mechanisms=None if mechanism == AUTO else (mechanism_spec(mechanism),),
+        seeds=tuple(range(seeds)),
+        background=load_background(background, backbone),
+        reads=Reads("response" if response else "prompt", scope="each_turn"),
+        threshold=ThresholdRule.parse(threshold),
     )
     _tell(training.warnings)
     made = fit(backbone, training, held_out, name=name, options=options, source=source)

@@ -3,10 +3,10 @@
 Probes and baselines of one table read the same splits, so that no row of it has an advantage.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from itertools import cycle
+from itertools import chain
 from typing import SupportsIndex
 
 import numpy as np
@@ -26,28 +26,29 @@ from sidelight.data.examples import (
 )
 from sidelight.errors import SidelightError
 from sidelight.progress import progress
-from sidelight.prompts import EncodedPrompt, Message, Reads, piece_lengths
+from sidelight.prompts import EncodedPrompt, Reads, judged_units
 from sidelight.ragged import Ragged
 from sidelight.smollm2 import cache_root
 from sidelight.states.cache import (
     SHARD_BYTES,
     ActivationCache,
     Pooled,
-    Shard,
     States,
     states_of,
     write_tensors,
 )
 from sidelight.states.extraction import BackboneSource, StateSource, extract
 from sidelight.thresholds import threshold_doubts
-from sidelight.training.settings import FEW_TEXTS, FitOptions, require_labels_of_parts
-from sidelight.training.variants import with_variants
+from sidelight.training.contexts import Context, ContextSampler, Turns
+from sidelight.training.settings import FEW_TEXTS, FitOptions
 from sidelight.types import Task
 
+Folds = tuple[Int[np.ndarray, " _"], ...]
 FOLDS = 5
-# Numbers of turns of a packed conversation, and its longest length in multiples of max_tokens.
-_PACKED_TURNS = (3, 5)
-_PACKED_LENGTH = 4
+# The tokens of contexts: relative to those of the texts, but at least so many; and the share of
+# them that is background alone.
+_CONTEXT_TOKENS, _LEAST_CONTEXT_TOKENS = 0.6, 24_000
+_BACKGROUND_SHARE = 0.4
 # With fewer validation texts of a class, training warns.
 _ROUGH_BELOW = 10
 
@@ -61,12 +62,15 @@ class Split:
         prompts: Their token ids.
         states: Hidden states of the whole data set that the texts are part of.
         rows: The index of each text in that data set.
+        sources: For each text of that data set the one that it shows in a context, itself if it is
+            shown alone, or -1 for background. None: all are shown alone.
     """
 
     examples: LabelledExamples
     prompts: tuple[EncodedPrompt, ...]
     states: ActivationCache
     rows: Int[np.ndarray, " text"]
+    sources: Int[np.ndarray, " _"] | None = None
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -96,11 +100,58 @@ class Split:
             tuple(self.prompts[text] for text in chosen),
             self.states,
             self.rows[chosen],
+            self.sources,
         )
+
+    @cached_property
+    def alone(self) -> Int[np.ndarray, " text"]:
+        """The texts that are shown alone."""
+        if self.sources is None:
+            return np.arange(len(self))
+        return np.flatnonzero(self.sources[self.rows] == self.rows)
+
+    @cached_property
+    def first_rows(self) -> Int[np.ndarray, " text"]:
+        """The first text of each group of equal ones, among those that are shown alone."""
+        return self.alone[self.examples.select(self.alone).first_rows]
+
+    def folds(self, count: int) -> Folds:
+        """Folds of the texts, with their contexts; background is dealt out in turn.
+
+        There are none if all texts are the same.
+        """
+        examples = self.examples.select(self.alone)
+        count = min(count, examples.distinct)
+        if count < 2:
+            return ()
+        folds = examples.folds(count, seed=0)
+        fold_of_row = np.arange(len(self.states.lengths)) % count
+        for fold, texts in enumerate(folds):
+            fold_of_row[self.rows[self.alone[texts]]] = fold
+        sources = self.rows if self.sources is None else self.sources[self.rows]
+        # Background, and contexts of texts that are not among these, keep the fold of their turn.
+        has_text = np.isin(sources, self.rows[self.alone])
+        fold_of_text = fold_of_row[np.where(has_text, sources, self.rows)]
+        return tuple(np.flatnonzero(fold_of_text == fold) for fold in range(count))
 
     def without(self, texts: Int[np.ndarray, " _"]) -> "Split":
         """All but these texts."""
         return self.select(np.setdiff1d(np.arange(len(self)), texts))
+
+    @cached_property
+    def units(self) -> list[list[Int[np.ndarray, " _"]]]:
+        """The stored tokens of each part of a text that is judged beside the whole."""
+        reads = self.states.reads
+        if reads.scope == "conversation":
+            return [[] for _ in self.prompts]
+        units: list[list[Int[np.ndarray, " _"]]] = []
+        for prompt in self.prompts:
+            mask = prompt.mask(reads).numpy()
+            stored = mask.cumsum() - 1
+            own = (unit.tokens for unit in judged_units(bytes(prompt.parts)))
+            kept = (stored[tokens[mask[tokens]]] for tokens in own)
+            units.append([tokens for tokens in kept if len(tokens)])
+        return units
 
     @cached_property
     def pooled(self) -> Pooled:
@@ -111,16 +162,6 @@ class Split:
     def pooled_normalised(self) -> Pooled:
         """As ``pooled``, of states that are divided by their root mean square first."""
         return self._pooled(is_normalised=True)
-
-    def pooled_last_layer(self) -> Pooled:
-        """As ``pooled``, of the last layer alone: for any number of texts."""
-        shape = (len(self.states.lengths), 1, self.states.fingerprint.width)
-        means, lasts = torch.empty(shape), torch.empty(shape)
-        for shard in map(self.states.read, range(len(self.states))):
-            own = Shard(shard.hidden[-1:], shard.lengths, shard.rows).pooled()
-            means[shard.rows], lasts[shard.rows] = own.means, own.lasts
-        rows = torch.from_numpy(self.rows)
-        return Pooled(means[rows], lasts[rows])
 
     def _pooled(self, *, is_normalised: bool) -> Pooled:
         name = "pooled-normalised" if is_normalised else "pooled"
@@ -155,36 +196,38 @@ class Split:
         return states_of(self.states, self.rows.tolist())
 
 
-Folds = tuple[Int[np.ndarray, " _"], ...]
-
-
 @dataclass(frozen=True)
 class ProbeDataset:
     """The splits that settings are chosen on. Test data is not part of it.
 
     Attributes:
         backbone: The frozen LLM.
-        training: What parameters are fitted to: texts, then their variants.
-        validation: What early stopping, settings, calibration and thresholds are chosen on. If
-            texts are cross-fitted, these are the training texts without their variants.
+        training: What parameters are fitted to: texts alone, then their contexts.
+        measured: What early stopping, settings, calibration and thresholds are chosen on: texts
+            alone, then their contexts. If texts are cross-fitted, these are those of ``training``.
         folds: Indices of the training texts of each fold if texts are cross-fitted, else none.
         warnings: What is doubtful about the texts, one sentence each.
-        variants: How many there are.
-        given_sha256: Hash of the texts as they were given: none held out, no variant added.
+        contexts: Those of ``measured``.
+        given_sha256: Hash of the texts as they were given: none held out, no context added.
     """
 
     backbone: TransformersBackbone
     training: Split
-    validation: Split
+    measured: Split
     folds: Folds = ()
     warnings: tuple[str, ...] = ()
-    variants: int = 0
+    contexts: tuple[Context, ...] = ()
     given_sha256: str = ""
 
-    @property
+    @cached_property
     def originals(self) -> Split:
-        """The training texts without their variants."""
-        return self.training.select(range(len(self.training) - self.variants))
+        """The training texts without their contexts."""
+        return _without_contexts(self.training)
+
+    @cached_property
+    def validation(self) -> Split:
+        """The texts of ``measured`` without their contexts."""
+        return _without_contexts(self.measured)
 
     @property
     def task(self) -> Task:
@@ -227,8 +270,6 @@ def prepare(
                 f"{whole.distinct} in all, and equal texts stay together. Give {FOLDS} or more of "
                 "each label, or others to validate on (--validation, validation=)."
             )
-    if options.long_inputs:
-        require_labels_of_parts(training.task)
     require_same_task(training, validation)
     kind = options.calibration or suggested_calibration(training.task)
     require_calibratable(kind, validation.labels, training.task)
@@ -241,38 +282,86 @@ def prepare(
             f"The rarest class has {rarest} validation texts: calibration and the validation "
             "figures are rough. More labelled texts of it would help most."
         )
-    shown, sources = with_variants(
-        training, plain=backbone.encoder.prompt_format == "both", disguised=options.augment
-    )
-    by_turns = options.reads_of(training.task).scope == "each_turn"
-    extracted = partial(
-        make_split,
-        backbone,
-        options=options,
-        source=source,
-        in_turns=by_turns and backbone.encoder.prompt_format != "raw",
-    )
-    fitted = extracted(shown, title="Training texts")
-    checked = fitted.select(range(len(training)))
+    split = partial(make_split, backbone, options=options, source=source)
+    conversations = options.background.conversations
     if folds:
+        parts = [conversations[fold :: len(folds)] for fold in range(len(folds))]
+        by_fold = [
+            draw_contexts(backbone, training, fold, part, options, share=1 / len(folds))
+            for fold, part in zip(folds, parts, strict=True)
+        ]
+        contexts = tuple(chain(*by_fold))
+        ends = len(training) + np.cumsum([*map(len, by_fold)])
         folds = tuple(
-            np.append(fold, len(training) + np.flatnonzero(np.isin(sources, fold)))
-            for fold in folds
+            np.append(fold, np.arange(end - len(own), end))
+            for fold, end, own in zip(folds, ends, by_fold, strict=True)
         )
+        fitted = measured = split(training, contexts=contexts, title="Training texts")
     else:
         warnings += shared_texts(training, validation)
-        checked = extracted(validation, title="Validation texts")
-    for split in (fitted,) if folds else (fitted, checked):
-        cut = [prompt for prompt in split.prompts if prompt.dropped]
+        # As many of the conversations as of the texts.
+        held = round(len(conversations) * len(validation) / (len(training) + len(validation)))
+        parts = (conversations[held:], conversations[:held])
+        shown, contexts = (
+            draw_contexts(backbone, texts, np.arange(len(texts)), part, options)
+            for texts, part in zip((training, validation), parts, strict=True)
+        )
+        fitted = split(training, contexts=shown, title="Training texts")
+        measured = split(validation, contexts=contexts, title="Validation texts")
+    for part in (fitted,) if folds else (fitted, measured):
+        cut = [prompt for prompt in part.prompts if prompt.dropped]
         if cut:
             limit = min(options.max_tokens, max(map(len, cut)))
             warnings.append(
-                f"{len(cut)} of {len(split)} texts were cut to {limit} tokens for training "
+                f"{len(cut)} of {len(part)} texts were cut to {limit} tokens for training "
                 "(--max-tokens); judging never cuts."
             )
-    return ProbeDataset(
-        backbone, fitted, checked, folds, tuple(warnings), len(sources), given_sha256=given
+    return ProbeDataset(backbone, fitted, measured, folds, tuple(warnings), tuple(contexts), given)
+
+
+def draw_contexts(
+    backbone: TransformersBackbone,
+    examples: LabelledExamples,
+    texts: Int[np.ndarray, " _"],
+    conversations: Sequence[Turns],
+    options: FitOptions,
+    *,
+    share: float = 1.0,
+) -> tuple[Context, ...]:
+    """Contexts of some texts, and background alone; none without background.
+
+    Args:
+        backbone: Encodes them.
+        examples: The data set.
+        texts: Which of its texts get contexts.
+        conversations: The background that they may use.
+        options: What is read, and the longest context.
+        share: Of the data set, about how much the texts are.
+    """
+    task, encoder = examples.task, backbone.encoder
+    is_shown = bool(conversations) or encoder.prompt_format == "both"
+    if options.reads.includes_response or not is_shown:
+        return ()
+    is_part = options.reads_of(task).scope == "each_turn"
+    sampler = ContextSampler(
+        encoder,
+        options.reads,
+        conversations,
+        is_part=is_part,
+        max_tokens=min(options.max_tokens, encoder.max_tokens),
+        seed=int(texts[0]),
     )
+    own = sum(len(encoder.encode_any_length(examples.items[i].conversation)) for i in texts)
+    tokens = round(max(_LEAST_CONTEXT_TOKENS * share, _CONTEXT_TOKENS * own))
+    alone: list[Context] = []
+    if is_part:
+        alone = sampler.background(tokens=round(tokens * _BACKGROUND_SHARE))
+        tokens -= sum(len(context.prompt) for context in alone)
+    return (*alone, *sampler.of_texts(examples, texts, tokens=tokens))
+
+
+def _without_contexts(split: Split) -> Split:
+    return split if split.sources is None else split.select(split.alone)
 
 
 def choose_folds(examples: LabelledExamples) -> Folds:
@@ -339,7 +428,7 @@ def make_split(
     *,
     title: str = "Extracting",
     source: StateSource | None = None,
-    in_turns: bool = False,
+    contexts: Sequence[Context] = (),
 ) -> Split:
     """Runs the backbone over labelled texts, or finds their hidden states on disk.
 
@@ -350,7 +439,7 @@ def make_split(
             whichever run calls ``states.remove``.
         title: The title of the progress bar.
         source: The engine that computes the states; None is the backbone itself.
-        in_turns: Whether half of the texts are read as turns of conversations.
+        contexts: Further settings of the texts, which follow them.
 
     Raises:
         SidelightError: A text without a token to read, or no room for the states.
@@ -358,24 +447,37 @@ def make_split(
     source = source or BackboneSource(backbone)
     limit = min(options.max_tokens, source.max_tokens)
     prompts = encode_shortened(backbone, examples, reads=options.reads, limit=limit)
-    run, texts = [*prompts], [[text] for text in range(len(prompts))]
-    if in_turns:
-        longest = min(source.max_tokens, _PACKED_LENGTH * options.max_tokens)
-        run, texts = _conversations(backbone, examples, prompts, longest)
+    prompts += [context.prompt for context in contexts]
     cache = ActivationCache(
         options.cache_root or cache_root() / "activations",
-        run,
+        prompts,
         reads=options.reads_of(examples.task),
         fingerprint=backbone.fingerprint,
         engine=source.engine,
-        texts=texts,
         shard_bytes=min(SHARD_BYTES, max(1, options.memory_bytes // 2)),
         memory_bytes=options.memory_bytes,
     )
     states = extract(source, cache, budget_bytes=options.cache_budget_bytes, title=title)
     if options.keep_cache:
         states.keep()
-    return Split(examples, tuple(prompts), states, np.arange(len(examples)))
+    sources = [*range(len(examples))]
+    sources += [-1 if context.text is None else context.text for context in contexts]
+    rows = np.arange(len(prompts))
+    shown = _with_contexts(examples, contexts)
+    return Split(shown, tuple(prompts), states, rows, np.array(sources) if contexts else None)
+
+
+def _with_contexts(examples: LabelledExamples, contexts: Sequence[Context]) -> LabelledExamples:
+    """The texts and their contexts, which have their labels; background has none."""
+    if not contexts:
+        return examples
+    sources = [0 if context.text is None else context.text for context in contexts]
+    shown = examples.select([*range(len(examples)), *sources])
+    labels = shown.labels.copy()
+    is_background = [context.text is None for context in contexts]
+    labels[len(examples) :][is_background] = 0
+    items = (*examples.items, *(context.example for context in contexts))
+    return replace(shown, items=items, labels=labels, warnings=examples.warnings)
 
 
 def encode_shortened(
@@ -393,59 +495,6 @@ def encode_shortened(
             prompts.append(whole.shortened(limit, reads))
     _require_read(prompts, examples, reads, limit)
     return prompts
-
-
-def _conversations(
-    backbone: TransformersBackbone,
-    examples: LabelledExamples,
-    prompts: Sequence[EncodedPrompt],
-    longest: int,
-) -> tuple[list[EncodedPrompt], list[list[int]]]:
-    """The prompts to run, and the texts that are the turns of each.
-
-    Half of the texts are turns of conversations that are packed from them, and keep their own
-    labels: users' and assistants', since a client writes both. A longer conversation than
-    ``longest`` is not made.
-    """
-    alone = set(range(len(prompts)))
-    run: list[EncodedPrompt] = []
-    texts: list[list[int]] = []
-    for turns in _packed(examples, prompts):
-        messages = [
-            Message(role, examples.items[text].text)
-            for role, text in zip(cycle(("user", "assistant")), turns, strict=False)
-        ]
-        try:
-            prompt = backbone.encoder.encode_any_length(messages)
-        except SidelightError:
-            # A template may refuse an assistant's turn, or rewrite it.
-            continue
-        # It may also join turns, or strip one to nothing.
-        is_whole = len(piece_lengths(bytes(prompt.parts))) == len(turns)
-        if is_whole and len(prompt) <= longest:
-            run.append(prompt)
-            texts.append(turns)
-            alone.difference_update(turns)
-    run += [prompts[text] for text in sorted(alone)]
-    texts += [[text] for text in sorted(alone)]
-    return run, texts
-
-
-def _packed(examples: LabelledExamples, prompts: Sequence[EncodedPrompt]) -> Iterator[list[int]]:
-    """Which texts are the turns of one conversation; an odd number, so that a user has the last."""
-    fit = [
-        text
-        for text, (item, prompt) in enumerate(zip(examples.items, prompts, strict=True))
-        if [message.role for message in item.messages] == ["user"]
-        and item.response is None
-        and not (item.is_plain or prompt.dropped)
-    ]
-    generator = np.random.default_rng(0)
-    left = generator.permutation(fit)[: len(fit) // 2].tolist()
-    while len(left) >= min(_PACKED_TURNS):
-        turns = int(generator.choice([size for size in _PACKED_TURNS if size <= len(left)]))
-        yield left[:turns]
-        left = left[turns:]
 
 
 def _require_read(

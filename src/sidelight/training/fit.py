@@ -1,6 +1,6 @@
-"""From labelled examples to calibrated probes with their figures, and the choice of the best."""
+"""From labelled examples to calibrated probes with their figures."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -11,15 +11,10 @@ from sidelight.calibration import CalibrationKind
 from sidelight.data.examples import LabelledExamples
 from sidelight.errors import SidelightError
 from sidelight.evaluation import Report
-from sidelight.mechanisms.base import spec_titles
-from sidelight.mechanisms.linear import Linear
-from sidelight.mechanisms.readout import Readout
 from sidelight.probe import Probe
 from sidelight.states.extraction import StateSource
 from sidelight.thresholds import F1, ThresholdRule, require_thresholds
-from sidelight.training.choice import MIXTURE, Choice, best_of, better_rivals, mixtures
 from sidelight.training.dataset import Folds, ProbeDataset, prepare
-from sidelight.training.linear import solve_linear, strength_folds
 from sidelight.training.loop import (
     Trained,
     divergence,
@@ -36,9 +31,11 @@ from sidelight.training.measuring import (
     measuring_folds,
     text_hashes,
 )
+from sidelight.training.mixture import better_words, mix
 from sidelight.training.optimisation import validation_score
 from sidelight.training.settings import FitOptions, Job
 from sidelight.training.tfidf import fit_tfidf
+from sidelight.training.traffic import Traffic, measure_traffic, quiet_thresholds
 
 
 @dataclass(frozen=True)
@@ -51,6 +48,7 @@ class FittedProbe:
         score: ``validation_score`` of its final logits; the best run is chosen by it.
         report: Its figures on validation data, each text calibrated without it.
         losses: The log loss of each validation text, likewise.
+        traffic: Its figures in ordinary traffic; None if it was trained without.
     """
 
     probe: Probe
@@ -58,15 +56,24 @@ class FittedProbe:
     score: float
     report: Report
     losses: Float[np.ndarray, " text"]
+    traffic: Traffic | None = None
 
 
 def calibrate_probe(
     trained: Trained, dataset: ProbeDataset, *, name: str, options: FitOptions
 ) -> FittedProbe:
     """Calibrates on validation logits, chooses the threshold there, and measures fold by fold."""
-    task, logits = dataset.task, trained.logits
-    calibrated = calibrate(logits, dataset, kind=options.calibration, rule=options.threshold)
+    task, texts = dataset.task, len(dataset.validation)
+    logits, in_contexts = trained.logits[:texts], trained.logits[texts:]
+    rule = options.threshold
+    calibrated = calibrate(logits, dataset, kind=options.calibration, rule=rule)
     probabilities = calibrated.calibration.apply(logits)
+    thresholds, traffic = calibrated.report.thresholds, None
+    if thresholds and dataset.contexts:
+        chances = calibrated.calibration.apply(in_contexts)
+        holds = dataset.measured.labels[texts:].reshape(chances.shape).astype(bool)
+        thresholds = quiet_thresholds(thresholds, dataset.contexts, chances, rule)
+        traffic = measure_traffic(dataset.contexts, chances, holds, thresholds)
     probe = Probe(
         name=name,
         task=task,
@@ -76,7 +83,7 @@ def calibrate_probe(
         mechanism=trained.mechanism,
         standardisation=trained.standardisation,
         calibration=calibrated.calibration,
-        thresholds=calibrated.report.thresholds,
+        thresholds=thresholds,
         fingerprint=dataset.backbone.fingerprint,
         record={
             "engine": dataset.training.states.engine,
@@ -85,7 +92,8 @@ def calibrate_probe(
                 "texts": text_hashes(dataset.originals.examples),
                 **({"given_sha256": dataset.given_sha256} if dataset.given_sha256 else {}),
             },
-            "variants": dataset.variants,
+            "contexts": len(dataset.training) - len(dataset.originals),
+            **({} if traffic is None else {"traffic": traffic.to_dict()}),
             "validation": {
                 **describe_examples(dataset.validation.examples),
                 "metrics": calibrated.report.to_dict(),
@@ -102,7 +110,9 @@ def calibrate_probe(
         },
     )
     score = validation_score(task, logits, dataset.validation.labels)
-    return FittedProbe(probe, trained.job.seed, score, calibrated.report, calibrated.losses)
+    return FittedProbe(
+        probe, trained.job.seed, score, calibrated.report, calibrated.losses, traffic
+    )
 
 
 def calibrate(
@@ -134,20 +144,15 @@ class Fit:
 
     Attributes:
         runs: One per mechanism and seed.
-        best: The best run of the mechanism that was chosen, or else of the one whose mean
-            validation score is the best.
+        best: The best run of the mechanism whose mean validation score is the best.
         baseline: The figures of TF-IDF with logistic regression on the same validation texts.
-        last_layer: Those of a logistic regression on the mean and last token of the last layer.
         warnings: What the user should know, one sentence each.
-        choice: What ``auto`` compared; None if the user named the mechanisms.
     """
 
     runs: tuple[FittedProbe, ...]
     best: FittedProbe
     baseline: Report
-    last_layer: Report
     warnings: tuple[str, ...]
-    choice: Choice | None = None
 
 
 def fit(
@@ -184,15 +189,9 @@ def fit(
             "name another mechanism, or use fewer rows (--limit)."
         )
     dataset = prepare(backbone, training, validation, options=options, source=source)
-    jobs = [
-        job
-        for job in options.jobs(len(dataset.originals))
-        if not (refusal and job.spec.name == "linear")
-    ]
-    # The baselines first: what they refuse in seconds must not cost the hours of training.
-    rule = options.threshold
-    kind = options.calibration
-    words, last_layer = _baseline(dataset, rule, kind), _last_layer(dataset, rule, kind)
+    jobs = [job for job in options.jobs() if not (refusal and job.spec.name == "linear")]
+    # The baseline first: what it refuses in seconds must not cost the hours of training.
+    words = _baseline(dataset, options.threshold, options.calibration)
     if dataset.folds:
         trained = cross_fit(jobs, dataset, dataset.folds)
     else:
@@ -200,6 +199,7 @@ def fit(
             jobs,
             training=dataset.training,
             validation=dataset.validation,
+            to_score=dataset.measured,
             device=backbone.device,
         )
     finite = [one for one in trained if one is not None]
@@ -213,27 +213,17 @@ def fit(
     measured = dataset.validation.examples
     if not measuring_folds(measured, folds=dataset.folds, kind=options.calibration):
         warnings.append(FLATTERING)
-    runs = [calibrate_probe(one, dataset, name=name, options=options) for one in finite]
     if options.mechanisms is None:
-        warnings += [f"{refusal}: it is no candidate."] if refusal else []
-        runs += [
-            calibrate_probe(one, dataset, name=name, options=options)
-            for one in _mixed(finite, runs, dataset, kind=options.calibration)
-        ]
-        titles = [
-            *spec_titles([run.probe.spec for run in runs[: len(finite)]]),
-            *[MIXTURE] * (len(runs) - len(finite)),
-        ]
-        rivals = {"TF-IDF": words.losses, "last layer": last_layer.losses}
-        best, choice = _chosen(runs, titles, rivals)
-        warnings += better_rivals(best.losses, rivals)
-    else:
-        best, choice = _best(runs), None
-    made = Fit(tuple(runs), best, words.report, last_layer.report, tuple(warnings), choice)
+        warnings += [f"{refusal}: the readout is alone."] if refusal else []
+        finite = mix(finite, dataset, kind=options.calibration)
+    runs = [calibrate_probe(one, dataset, name=name, options=options) for one in finite]
+    best = _best(runs)
+    warnings += better_words(best.losses, words.losses, measured)
+    made = Fit(tuple(runs), best, words.report, tuple(warnings))
     if store is not None:
         store(made)
     if not options.keep_cache:
-        for split in (dataset.training, dataset.validation):
+        for split in (dataset.training, dataset.measured):
             split.states.remove()
     return made
 
@@ -241,7 +231,6 @@ def fit(
 def _refusal_of_linear(backbone: TransformersBackbone, texts: int, options: FitOptions) -> str:
     """Why the pooled states of all layers are too much for memory; "" if they are not."""
     sizes = backbone.fingerprint
-    texts *= 1 + (backbone.encoder.prompt_format == "both") + options.augment
     needed = 8 * texts * sizes.layers * sizes.width
     if needed <= options.memory_bytes:
         return ""
@@ -260,56 +249,6 @@ def _best(runs: Sequence[FittedProbe]) -> FittedProbe:
     )
 
 
-def _mixed(
-    trained: Sequence[Trained],
-    runs: Sequence[FittedProbe],
-    dataset: ProbeDataset,
-    *,
-    kind: CalibrationKind | None,
-) -> list[Trained]:
-    """For each seed the best mixture of the linear mechanism with the best readout."""
-    linear = next((one for one in trained if isinstance(one.mechanism, Linear)), None)
-    if linear is None:
-        return []
-    mixed: list[Trained] = []
-    for seed in sorted({one.job.seed for one in trained}):
-        own = [
-            (float(run.losses.mean()), index)
-            for index, (one, run) in enumerate(zip(trained, runs, strict=True))
-            if isinstance(one.mechanism, Readout) and one.job.seed == seed
-        ]
-        if own:
-            found = mixtures(linear, trained[min(own)[1]])
-            losses = [
-                calibrate(one.logits, dataset, kind=kind, bootstrap=0).losses.mean()
-                for one in found
-            ]
-            mixed += found[int(np.argmin(losses)) :][:1] if found else []
-    return mixed
-
-
-def _chosen(
-    runs: Sequence[FittedProbe],
-    titles: Sequence[str],
-    rivals: Mapping[str, Float[np.ndarray, " text"]],
-) -> tuple[FittedProbe, Choice]:
-    """The run to keep: of the candidate that is taken, the seed with the lowest loss."""
-    by_title: dict[str, list[FittedProbe]] = {}
-    for title, run in zip(titles, runs, strict=True):
-        by_title.setdefault(title, []).append(run)
-    cheapest_first = sorted(by_title, key=lambda title: _columns(by_title[title][0].probe))
-    losses = [np.mean([run.losses for run in by_title[title]], 0) for title in cheapest_first]
-    taken = cheapest_first[best_of(losses)]
-    means = {title: float(own.mean()) for title, own in zip(cheapest_first, losses, strict=True)}
-    choice = Choice(taken, means, {title: float(own.mean()) for title, own in rivals.items()})
-    return min(by_title[taken], key=lambda run: float(run.losses.mean())), choice
-
-
-def _columns(probe: Probe) -> int:
-    """What a token costs per layer."""
-    return probe.mechanism.columns().shape[2]
-
-
 # Cross-fitting, for small data: every text trains the probe, and is scored by a probe that did not
 # train on it. Calibration, threshold and figures are made from these logits of all texts. A part
 # held out of few texts would be missed in training, and too small to stop or choose by
@@ -317,7 +256,7 @@ def _columns(probe: Probe) -> int:
 
 
 def cross_fit(jobs: Sequence[Job], whole: ProbeDataset, folds: Folds) -> list[Trained | None]:
-    """Each job trained on all texts, for every epoch; a text's logits are those of its fold.
+    """Each job trained on all texts, for every epoch; logits are out-of-fold.
 
     None for a job that diverged, on a fold or on all texts. The strength that the folds choose is
     that of each fold too: what calibrates is shrunk like the probe.
@@ -356,42 +295,22 @@ def _left_out_logits(
         logits = np.empty((len(whole.training), whole.task.outputs))
         for fold, one in zip(folds, of_job, strict=True):
             logits[fold] = np.nan if one is None else one.logits
-        found.append(None if None in of_job else logits[: len(whole.originals)])
+        found.append(None if None in of_job else logits)
     return found
 
 
 def _baseline(
     dataset: ProbeDataset, rule: ThresholdRule, kind: CalibrationKind | None
 ) -> Calibrated:
-    """The figures of TF-IDF with logistic regression, trained and treated like a probe."""
-    task, training = dataset.task, dataset.training
+    """The figures of TF-IDF with logistic regression, trained on texts alone."""
+    task, training = dataset.task, dataset.originals
     if dataset.folds:
         logits = np.empty((len(training), task.outputs))
-        for fold in dataset.folds:
+        for fold in (fold[fold < len(training)] for fold in dataset.folds):
             rest = training.without(fold)
             words = fit_tfidf(rest.texts, rest.labels, task)
             logits[fold] = words.logits(training.select(fold).texts)
-        logits = logits[: len(dataset.originals)]
     else:
         words = fit_tfidf(training.texts, training.labels, task)
         logits = words.logits(dataset.validation.texts)
-    return calibrate(logits, dataset, kind=kind, rule=rule)
-
-
-def _last_layer(
-    dataset: ProbeDataset, rule: ThresholdRule, kind: CalibrationKind | None
-) -> Calibrated:
-    """A logistic regression on the mean and the last token of the last layer, treated likewise."""
-    training, task = dataset.training, dataset.task
-    solution = solve_linear(
-        training.pooled_last_layer(),
-        training.labels,
-        task,
-        folds=dataset.folds or strength_folds(training.examples),
-    )
-    if dataset.folds:
-        assert solution.left_out is not None
-        left_out = solution.left_out[: len(dataset.originals)]
-        return calibrate(left_out, dataset, kind=kind, rule=rule)
-    logits = solution.logits(dataset.validation.pooled_last_layer())
     return calibrate(logits, dataset, kind=kind, rule=rule)

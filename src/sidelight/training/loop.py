@@ -8,6 +8,7 @@ from typing import cast
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sidelight.errors import SidelightError
@@ -18,17 +19,17 @@ from sidelight.progress import Progress, progress
 from sidelight.ragged import Ragged
 from sidelight.standardisation import Projection, Standardisation, normalised
 from sidelight.states.cache import Pooled, Shard, States
-from sidelight.training.dataset import Folds, Split
+from sidelight.training.dataset import FOLDS, Folds, Split
 from sidelight.training.layer_weights import (
     SAMPLE_TEXTS,
     layer_weights,
     pooled_sample,
     view_worths,
 )
-from sidelight.training.linear import LinearSolution, solve_linear, strength_folds
+from sidelight.training.linear import LinearSolution, solve_linear
 from sidelight.training.optimisation import TrainingRun, make_loss, validation_score
 from sidelight.training.pooled_readouts import readout_logits
-from sidelight.training.settings import Job, TrainingSettings, require_labels_of_parts
+from sidelight.training.settings import Job, TrainingSettings
 
 _VALIDATION_BATCH = 128
 # Enough tokens to know a mean to about a hundredth of a standard deviation.
@@ -37,6 +38,8 @@ _MOMENT_TOKENS = 8192
 _MOST_COLUMNS = 256
 # What a readout's means take, in columns.
 _COLUMNS_OF_MEANS = 32
+# Of so many, one fold is enough to choose a strength by.
+_MANY_TEXTS = 2048
 _NOTHING = np.array([], dtype=np.int64)
 
 
@@ -146,7 +149,8 @@ def _solution(
     worths: Tensor | None = None,
 ) -> LinearSolution:
     if folds is None and settings.strength is None:
-        folds = strength_folds(training.examples)
+        folds = training.folds(FOLDS)
+        folds = folds[:1] if len(training) > _MANY_TEXTS else folds
     pooled = training.pooled_normalised if settings.normalise else training.pooled
     return solve_linear(
         pooled,
@@ -155,7 +159,7 @@ def _solution(
         folds=folds or (),
         strength=settings.strength,
         worths=worths,
-        counted=np.random.default_rng(0).permutation(training.examples.first_rows),
+        counted=np.random.default_rng(0).permutation(training.first_rows),
         balanced=settings.class_weight == "balanced",
     )
 
@@ -172,7 +176,6 @@ class _Trainer:
         self.states = training.own_states()
         self._training = training
         self._validation = validation
-        self._validation_states = None if validation is None else validation.own_states()
         self._task = task = training.task
         self._device = device
         self._labels = torch.from_numpy(training.labels).to(device)
@@ -184,14 +187,12 @@ class _Trainer:
         for kept, part in zip(self._trains_on, left_out, strict=True):
             kept[part] = False
         self._is_first = torch.zeros(len(training), dtype=torch.bool)
-        self._is_first[training.examples.first_rows] = True
+        self._is_first[training.first_rows] = True
         self._buffer = torch.empty(0)
         self._moments: dict[bool, Standardisation] = {}
         self._samples: dict[bool, tuple[Pooled, Tensor]] = {}
         self._found_worths: dict[tuple[int, bool], Tensor] = {}
         self._scalings: dict[tuple[bool, bool, int | None], Standardisation] = {}
-        if any(job.settings.long_inputs for job in jobs):
-            require_labels_of_parts(task)
         is_response = self.states.reads.side == "response"
         self.runs: list[TrainingRun] = []
         for part, kept in enumerate(self._trains_on):
@@ -405,11 +406,11 @@ class _Trainer:
         return [Ragged(found[i], lengths) for i in range(len(runs))]
 
     def _end_epoch(self, runs: Sequence[TrainingRun]) -> None:
-        if self._validation is None or self._validation_states is None:
+        if self._validation is None:
             for run in runs:
                 run.end_epoch(None)
             return
-        scores = self._score(runs, self._validation_states, dtype=torch.bfloat16)
+        scores = self._score(runs, self._validation, dtype=torch.bfloat16)
         for run, logits in zip(runs, scores, strict=True):
             if np.isfinite(logits).all():
                 run.end_epoch(validation_score(self._task, logits, self._validation.labels))
@@ -420,31 +421,32 @@ class _Trainer:
     def _score(
         self,
         runs: Sequence[TrainingRun],
-        states: States,
+        split: Split,
         *,
         dtype: torch.dtype,
         left_out: bool = False,
     ) -> list[np.ndarray]:
-        """The logits of every text, ``[text, output]``, for each run.
+        """The logits of every text as they are served, ``[text, output]``, for each run.
 
         Args:
             runs: What scores.
-            states: The texts.
+            split: The texts.
             dtype: Of the matmuls.
             left_out: Whether the texts are the training texts, of which a run scores only those
                 that it left out; the others keep 0.
         """
-        shape = (sum(map(len, states.plan.rows)), self._task.outputs)
-        scores = [np.zeros(shape) for _ in runs]
+        states = self.states if left_out else split.own_states()
+        scores = [np.zeros((len(split), self._task.outputs)) for _ in runs]
         found = dict(zip(runs, scores, strict=True))
         for index in range(len(states)):
             shuffle = torch.Generator().manual_seed(0)
             for batch in states.read(index).batches(size=_VALIDATION_BATCH, shuffle=shuffle):
                 for part, own in self._parts(batch, runs, left_out=left_out):
+                    units = [split.units[row] for row in part.rows.tolist()]
                     for group in self._projected_together(own):
                         projected = self._project(part, group, dtype=dtype)
                         for run, tokens in zip(group, projected, strict=True):
-                            found[run][part.rows] = run.logits(tokens).cpu().numpy()
+                            found[run][part.rows] = _served(run, tokens, units).cpu().numpy()
         return scores
 
     def _parts(
@@ -461,18 +463,18 @@ class _Trainer:
 
     def results(self, to_score: Split | None) -> list[Trained | None]:
         """What each job gave; None if it diverged."""
-        states = self._validation_states if to_score is None else to_score.own_states()
+        split = self._validation if to_score is None else to_score
         finite = self._restored()
         scores = [np.empty((0, self._task.outputs)) for _ in finite]
-        if states is not None and finite:
+        if split is not None and finite:
             # In float32, as in serving: calibration is fitted to these.
-            scores = self._score(finite, states, dtype=torch.float32)
+            scores = self._score(finite, split, dtype=torch.float32)
         return self._results(dict(zip(finite, scores, strict=True)))
 
     def results_of_parts(self) -> list[Trained | None]:
         """What each job gave for each part, with the logits of the texts that it left out."""
         finite = self._restored()
-        scores = self._score(finite, self.states, dtype=torch.float32, left_out=True)
+        scores = self._score(finite, self._training, dtype=torch.float32, left_out=True)
         pairs = zip(finite, scores, strict=True)
         return self._results({run: logits[self._left_out[run.part]] for run, logits in pairs})
 
@@ -496,6 +498,24 @@ class _Trainer:
             if np.isfinite(own).all()
         }
         return [made.get(run) for run in self.runs]
+
+
+def _served(
+    run: TrainingRun, tokens: Ragged, units: Sequence[Sequence[Int[np.ndarray, " _"]]]
+) -> Float[Tensor, "text output"]:
+    """The highest logit of each label, of the parts of a text that are judged and of the whole."""
+    logits = run.logits(tokens)
+    starts = (tokens.lengths.cumsum(0) - tokens.lengths).tolist()
+    parts = [start + unit for start, own in zip(starts, units, strict=True) for unit in own]
+    if not parts:
+        return logits
+    device = tokens.values.device
+    rows = torch.from_numpy(np.concatenate(parts)).to(device)
+    lengths = torch.tensor([*map(len, parts)], device=device)
+    owners = torch.tensor([text for text, own in enumerate(units) for _ in own], device=device)
+    of_parts = run.logits(Ragged(tokens.values[rows], lengths))
+    index = owners[:, None].expand_as(of_parts)
+    return logits.scatter_reduce(0, index, of_parts, "amax")
 
 
 def measure_standardisation(states: States, *, is_normalised: bool = False) -> Standardisation:

@@ -1,6 +1,5 @@
 """One mechanism in training: its loss, parameters, optimiser, validation score and best epoch."""
 
-import math
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 
@@ -17,9 +16,6 @@ from sidelight.mechanisms.readout import Readout
 from sidelight.ragged import Ragged
 from sidelight.training.settings import Job
 from sidelight.types import Task
-
-# About two thousand tokens of short prompts.
-_MOST_OTHERS = 40
 
 # With fewer, a value of each token costs less than means of whole states.
 _MANY_OUTPUTS = 12
@@ -144,8 +140,7 @@ class TrainingRun:
     @property
     def trains_on_means(self) -> bool:
         """Whether its logits come from weighted means of whole states, see ``pooled_readouts``."""
-        has_parts = self._reads_beginnings or self.job.settings.long_inputs
-        if has_parts or not isinstance(self.mechanism, Readout):
+        if self._reads_beginnings or not isinstance(self.mechanism, Readout):
             return False
         return len(self.mechanism.bias) >= _MANY_OUTPUTS
 
@@ -164,8 +159,6 @@ class TrainingRun:
             inputs = [tokens]
             if self._reads_beginnings:
                 inputs.append(random_beginnings(tokens))
-            if self.job.settings.long_inputs:
-                inputs.append(among_others(tokens, labels))
             losses: list[Tensor] = []
             for each in inputs:
                 votes = self.mechanism.votes(self.mechanism.summarise(each)).unbind(1)
@@ -230,34 +223,3 @@ def random_beginnings(tokens: Ragged) -> Ragged:
     share = torch.rand(len(tokens.lengths), device=tokens.lengths.device)
     lengths = ((tokens.lengths + 1) ** share).long()
     return tokens.beginnings(lengths.minimum(tokens.lengths))
-
-
-def among_others(tokens: Ragged, labels: Int[Tensor, "text ..."]) -> Ragged:
-    """Each text inside a long input that is otherwise made of negative texts of its batch.
-
-    A probe that has only seen short texts misses one of them in a long input. If a label says that
-    some part of a text has a property, several texts in one input have the labels of all. The
-    hidden states are those of each text by itself, so this costs no forward pass; docs/results.md
-    has what it brings.
-
-    The text's position is random, and the number of others is log-uniform, from 1 to 40. If every
-    text has a label, nothing changes.
-
-    Args:
-        tokens: The tokens of each text, in any form.
-        labels: 0 or 1, with a column per label for a multi-label task.
-
-    Returns:
-        One long input for each text, in their order, with the labels of that text.
-    """
-    others = (~labels.reshape(len(labels), -1).any(1)).nonzero()[:, 0]
-    if not len(others):
-        return tokens
-    texts = torch.arange(len(labels), device=labels.device)
-    drawn = torch.rand(2, len(labels), device=labels.device)
-    sizes = 1 + (drawn[0] * math.log(_MOST_OTHERS + 1)).exp().long().clamp(max=_MOST_OTHERS)
-    members = others[torch.randint(len(others), (int(sizes.sum()),), device=labels.device)]
-    members[sizes.cumsum(0) - sizes + (drawn[1] * sizes).long()] = texts
-    parts = tokens.chosen(members)
-    ends = parts.lengths.cumsum(0)[sizes.cumsum(0) - 1]
-    return Ragged(parts.values, ends.diff(prepend=ends.new_zeros(1)))

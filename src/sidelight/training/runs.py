@@ -6,7 +6,7 @@ The best run's artifact lies in the folder itself, every run's in ``runs/``.
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,7 +69,6 @@ def describe_fit(made: Fit) -> dict[str, Any]:
     """The comparison on validation data, as JSON values."""
     return {
         "best": {"mechanism": made.best.probe.spec.name, "seed": made.best.seed},
-        "choice": None if made.choice is None else asdict(made.choice),
         "validation": summarise(_comparison(made)),
         "runs": [
             {
@@ -134,11 +133,7 @@ def _run_folders(directory: Path) -> list[Path]:
 
 def _comparison(made: Fit) -> dict[str, list[Report]]:
     runs = _by_title([run.probe for run in made.runs], [run.report for run in made.runs])
-    return {
-        **runs,
-        "TF-IDF baseline": [made.baseline],
-        "last-layer baseline": [made.last_layer],
-    }
+    return {**runs, "TF-IDF baseline": [made.baseline]}
 
 
 def _by_title(probes: Sequence[Probe], reports: Sequence[Report]) -> dict[str, list[Report]]:

@@ -12,12 +12,13 @@ from sidelight.mechanisms.base import mechanism_spec
 from sidelight.prompts import Reads
 from sidelight.states.cache import MEMORY_BYTES
 from sidelight.thresholds import F1, ThresholdRule
+from sidelight.training.background import Background
 from sidelight.types import MechanismSpec, Task
 
 AUTO = "auto"
 TRAINING_MAX_TOKENS = 1024
-# Fewer texts are cross-fitted; mechanisms that cost more to train are candidates from so many on.
-FEW_TEXTS, _MANY_TEXTS = 1000, 5000
+# Fewer texts are cross-fitted.
+FEW_TEXTS = 1000
 # Few texts are trained in smaller batches, so that an epoch has this many steps.
 _STEPS_PER_EPOCH = 8
 
@@ -47,8 +48,6 @@ class TrainingSettings:
             classes, which lose accuracy by it (docs/results.md has the runs).
         beginnings: Whether a probe of responses also learns from a random beginning of each, since
             it has to give scores while a response is being written.
-        long_inputs: Whether each text is also trained on as a part of long inputs (see
-            ``among_others``). Several classes do not allow it.
         strength: Of ``linear``, the inverse of its L2 penalty (see ``training/linear.py``); None
             lets cross-validation choose.
     """
@@ -63,7 +62,6 @@ class TrainingSettings:
     layer_weights: Literal["equal", "predictive"] = "equal"
     normalise: bool | None = None
     beginnings: bool = True
-    long_inputs: bool = False
     strength: float | None = None
 
     def __post_init__(self) -> None:
@@ -127,29 +125,6 @@ def suggested_settings(mechanism: str) -> TrainingSettings:
     return _SUGGESTED.get(mechanism, TrainingSettings())
 
 
-def automatic_mechanisms(
-    texts: int, *, long_inputs: bool = False, beginnings: bool = False
-) -> tuple[MechanismSpec, ...]:
-    """The candidates that ``auto`` compares; the number of training texts only bounds their cost.
-
-    Args:
-        texts: Number of training texts.
-        long_inputs: As in ``FitOptions``. A linear mechanism learns whole texts alone, and extremes
-            overfit long inputs.
-        beginnings: Whether the probe also learns from beginnings; a linear one does not.
-    """
-    readout = mechanism_spec("readout")
-    if long_inputs:
-        return (readout,)
-    specs = () if beginnings else (mechanism_spec("linear"),)
-    specs = (*specs, readout)
-    if texts >= FEW_TEXTS:
-        specs = (*specs, mechanism_spec("readout", {"extremes": "pair"}))
-    if texts >= _MANY_TEXTS:
-        specs = (*specs, mechanism_spec("blend"))
-    return specs
-
-
 @dataclass(frozen=True)
 class Job:
     """One probe to train.
@@ -172,14 +147,13 @@ class FitOptions:
     """What to train, and from what.
 
     Attributes:
-        mechanisms: Each is trained with every seed; None takes what suits the number of texts.
+        mechanisms: Each is trained with every seed; None mixes a readout and a linear solution.
         seeds: They decide initial parameters and data order; the split is the same for all.
         settings: By mechanism name; a mechanism that is not named has its suggested settings.
-        long_inputs: Whether the probe learns to find a text among others in a long input: for
-            labels that a part of a text can have.
         standardise: Whether hidden states are standardised per layer.
         reads: The tokens that the probe reads; see ``reads_of``.
-        augment: Whether training also shows each text in a disguise.
+        background: Ordinary traffic, which texts are also shown in; see ``contexts.py``. Without
+            any, they are shown alone.
         calibration: How logits become probabilities; None takes ``suggested_calibration``.
         threshold: What the thresholds are chosen for.
         max_tokens: Longer training texts are cut, and counted.
@@ -194,10 +168,9 @@ class FitOptions:
     mechanisms: tuple[MechanismSpec, ...] | None = None
     seeds: tuple[int, ...] = (0,)
     settings: Mapping[str, TrainingSettings] = field(default_factory=dict)
-    long_inputs: bool = False
     standardise: bool = True
     reads: Reads = field(default_factory=lambda: Reads(scope="each_turn"))
-    augment: bool = False
+    background: Background = field(default_factory=Background)
     calibration: CalibrationKind | None = None
     threshold: ThresholdRule = F1
     max_tokens: int = TRAINING_MAX_TOKENS
@@ -212,13 +185,8 @@ class FitOptions:
             raise SidelightError("There is no seed to train with. Give at least one, such as 0.")
         if self.mechanisms is not None and not self.mechanisms:
             raise SidelightError(
-                "There is no mechanism to train. Name at least one, or give None to take what "
-                "suits the number of texts."
-            )
-        if self.long_inputs and self.names("linear"):
-            raise SidelightError(
-                "'linear' learns whole texts alone. Leave --long-inputs out (long_inputs=False), "
-                "or name another mechanism, such as readout."
+                "There is no mechanism to train. Name at least one, or give None to mix a readout "
+                "and a linear solution."
             )
 
     def names(self, mechanism: str) -> bool:
@@ -234,30 +202,19 @@ class FitOptions:
         is_whole = self.reads.includes_response or task.kind == "multiclass"
         return replace(self.reads, scope="conversation") if is_whole else self.reads
 
-    def jobs(self, texts: int) -> list[Job]:
-        """Every mechanism with every seed, for this many training texts."""
+    def jobs(self) -> list[Job]:
+        """Every mechanism with every seed."""
         specs = self.mechanisms
         if specs is None:
-            specs = automatic_mechanisms(
-                texts, long_inputs=self.long_inputs, beginnings=self.reads.includes_response
-            )
+            specs = (mechanism_spec("linear"), mechanism_spec("readout"))
+            # A linear mechanism does not learn from beginnings of responses.
+            specs = specs[1:] if self.reads.includes_response else specs
         jobs: list[Job] = []
         for spec in specs:
             settings = self.settings.get(spec.name, suggested_settings(spec.name))
-            settings = replace(settings, long_inputs=settings.long_inputs or self.long_inputs)
             # Nothing in a solution is random, and how states are scaled does not change it.
             is_solved = spec.name == "linear"
             seeds = self.seeds[:1] if is_solved else self.seeds
             standardise = self.standardise and not is_solved
             jobs += [Job(spec, seed, settings, standardise) for seed in seeds]
         return jobs
-
-
-def require_labels_of_parts(task: Task) -> None:
-    """Refuses several classes, whose labels a part of a text cannot have."""
-    if task.kind == "multiclass":
-        raise SidelightError(
-            f"Long inputs need labels that a part of a text can have. With {len(task.labels)} "
-            "classes, a text of several parts could have any of them. Leave --long-inputs out "
-            "(long_inputs=False), or train on one label."
-        )

@@ -277,7 +277,7 @@ class _Work:
     def requests(self) -> Iterator[OfflineRequest]:
         """Every text of every shard; a shard's spool is made when its first text is taken."""
         for index in [*self._coming]:
-            rows = self._cache.prompt_plan.rows[index]
+            rows = self._cache.plan.rows[index]
             shape = SpoolShape(
                 self._sizes.layers, self._cache.plan.tokens[index], self._sizes.width, len(rows)
             )
@@ -292,11 +292,11 @@ class _Work:
         self._left[self._shard_of.pop(request.index)] -= 1
         while self._coming and self._left.get(self._coming[0]) == 0:
             index = self._coming.popleft()
-            rows, spool = self._cache.prompt_plan.rows[index], self._spools.pop(index)
+            rows, spool = self._cache.plan.rows[index], self._spools.pop(index)
             require_whole(spool, [self._cache.prompts[row] for row in rows])
             # The states stay mapped until the shard is written.
             spool.remove()
-            lengths = torch.tensor([self._cache.prompt_lengths[row] for row in rows])
+            lengths = torch.tensor([self._cache.lengths[row] for row in rows])
             yield index, Shard(spool.hidden, lengths, torch.tensor(rows))
 
 

@@ -40,7 +40,7 @@ def compare_extraction(
         shared = shared_unread(prompts, Reads()) if backbone.can_share_prefixes else 0
 
         def plain() -> None:
-            for rows in cache.prompt_plan.rows:
+            for rows in cache.plan.rows:
                 for batch in by_length([len(prompts[row]) - shared for row in rows]):
                     backbone.run([prompts[rows[i]] for i in batch], after=shared)
 

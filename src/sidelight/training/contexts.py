@@ -1,0 +1,246 @@
+"""The settings in which training shows a text: alone, and as it may come in ordinary traffic.
+
+A probe that has only seen texts alone takes everything else for what is rarest among them: it
+flags greetings, long prompts and what tools answer, and misses a text inside a long one. So each
+text is also shown in a few contexts, made from ordinary conversations (``background.py``), and
+these are shown by themselves, without a label. A context stays on its text's side of every split,
+and so does the background that it is made of.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from random import Random
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Int
+
+from sidelight.data.examples import Example, LabelledExamples
+from sidelight.disguises import DISGUISES
+from sidelight.errors import SidelightError
+from sidelight.prompts import (
+    EncodedPrompt,
+    Message,
+    PromptEncoder,
+    Reads,
+    judged_units,
+    piece_lengths,
+)
+from sidelight.types import Numbers
+
+Kind = Literal["inside", "turn", "pieces", "plain", "disguised", "background", "filler"]
+Turns = Sequence[Message]
+
+# How often each context of a text is drawn; plain text and disguises, where a probe allows them.
+_SHARES: dict[Kind, float] = {"inside": 0.6, "turn": 0.2, "pieces": 0.1, "disguised": 0.1}
+# Words around a text, log-uniform.
+_SURROUNDINGS = (5, 400)
+_PIECE_WORDS, _REPLY_WORDS = (3, 8), (5, 60)
+_JOINTS = ("\n\n", "\n", " ")
+_SENTENCE_END = re.compile(r"(?<=[.!?\n])\s+")
+# A text gets so many contexts at most, and so many attempts at one.
+_MOST_OF_A_TEXT, _ATTEMPTS = 3, 4
+
+
+@dataclass(frozen=True)
+class Context:
+    """One more setting of a text, or a conversation of the background.
+
+    Attributes:
+        kind: ``inside`` other text; a ``turn`` of a conversation; in ``pieces`` over several turns;
+            as ``plain`` text; ``disguised``. Or ``background`` alone, or such contexts of its
+            sentences (``filler``).
+        example: The conversation that is run.
+        prompt: The same, encoded; what is not judged is not read.
+        words: How many words stand around the text, or in the background.
+        text: The labelled text, by its place in its data set; None for background.
+    """
+
+    kind: Kind
+    example: Example
+    prompt: EncodedPrompt
+    words: int
+    text: int | None = None
+
+
+class ContextSampler:
+    """Draws contexts for labelled texts.
+
+    Args:
+        encoder: Encodes conversations for the backbone.
+        reads: What the probe reads.
+        conversations: The background to draw from; without any, there is plain text alone.
+        is_part: Whether a part of a text can have the labels. With several classes, a text is only
+            shown as the last turn of a conversation.
+        max_tokens: No context is longer.
+        seed: Decides what is drawn.
+    """
+
+    def __init__(
+        self,
+        encoder: PromptEncoder,
+        reads: Reads,
+        conversations: Sequence[Turns],
+        *,
+        is_part: bool,
+        max_tokens: int,
+        seed: int = 0,
+    ):
+        self._encoder = encoder
+        self._reads = reads
+        self._max_tokens = max_tokens
+        self._random = Random(seed)
+        self._is_part = is_part
+        self._conversations = conversations
+        self._shares: dict[Kind, float] = {}
+        if conversations:
+            self._shares = dict(_SHARES) if is_part else {"turn": 1.0}
+        if encoder.prompt_format == "both":
+            self._shares["plain"] = 1.0
+
+    def background(self, *, tokens: int) -> list[Context]:
+        """Conversations as they are, and sentences of them in the contexts that texts have.
+
+        Without the latter, a context would say by itself that there may be a labelled text in it.
+
+        Args:
+            tokens: No more are taken once they have so many tokens.
+        """
+        contexts: list[Context] = []
+        for turns in self._conversations:
+            if tokens <= 0:
+                break
+            sentence = Message("user", " ".join(self._sentences(self._random.randint(3, 40))))
+            made = self._context(Example((sentence,)))
+            if made is not None:
+                contexts.append(replace(made, kind="filler"))
+                tokens -= len(made.prompt)
+            example = Example(tuple(turns))
+            prompt = self._encoded(example)
+            if prompt is None:
+                continue
+            words = len(example.text.split())
+            shown = [prompt, *self._unit(prompt)]
+            contexts += [Context("background", example, own, words) for own in shown]
+            tokens -= sum(map(len, shown))
+        return contexts
+
+    def of_texts(
+        self,
+        examples: LabelledExamples,
+        texts: Int[Numbers, " _"],
+        *,
+        tokens: int,
+    ) -> list[Context]:
+        """Contexts of some texts, each with one before any has two.
+
+        Args:
+            examples: The data set.
+            texts: Which of its texts get contexts.
+            tokens: No more are drawn once they have so many tokens.
+        """
+        contexts: list[Context] = []
+        order = np.random.default_rng(self._random.randrange(2**32)).permutation(texts).tolist()
+        for text in order * _MOST_OF_A_TEXT:
+            if tokens <= 0:
+                break
+            context = self._context(examples.items[text])
+            if context is not None:
+                contexts.append(replace(context, text=text))
+                tokens -= len(context.prompt)
+        return contexts
+
+    def _unit(self, prompt: EncodedPrompt) -> Iterator[EncodedPrompt]:
+        """One of the parts that serving would judge by itself."""
+        units = judged_units(bytes(prompt.parts)) if self._is_part else []
+        if units:
+            yield prompt.only(self._random.choice(units).tokens)
+
+    def _context(self, example: Example) -> Context | None:
+        """One context; None for what has none, such as a conversation or a long text."""
+        if [message.role for message in example.messages] != ["user"] or example.response:
+            return None
+        for _ in range(_ATTEMPTS):
+            kinds: list[Kind] = [*self._shares]
+            (kind,) = self._random.choices(kinds, [*self._shares.values()])
+            shown, judged = self._shown(kind, example.text)
+            prompt = self._encoded(shown)
+            if prompt is None:
+                continue
+            words = max(0, len(shown.text.split()) - len(example.text.split()))
+            pieces = piece_lengths(bytes(prompt.parts))
+            if judged and len(pieces) == len(shown.messages):
+                owners = np.repeat(range(len(pieces)), pieces)
+                prompt = prompt.only(np.flatnonzero(np.isin(owners, [*judged])))
+            elif judged:
+                # A template may join turns, or strip one to nothing.
+                continue
+            return Context(kind, shown, prompt, words)
+        return None
+
+    def _shown(self, kind: Kind, text: str) -> tuple[Example, set[int]]:
+        """A conversation with the text, and which of its turns are judged; none: all."""
+        random = self._random
+        if kind == "inside":
+            return Example((Message("user", self._inside(text)),)), set()
+        if kind == "pieces":
+            return self._in_pieces(text)
+        if kind == "plain":
+            return Example((Message("user", text),), is_plain=True), set()
+        if kind == "disguised":
+            disguise = DISGUISES[random.choice([*DISGUISES])]
+            return Example((Message("user", disguise(text, random)),)), set()
+        turns = [*random.choice(self._conversations)]
+        users = [i for i, turn in enumerate(turns) if turn.role == "user"] or [0]
+        if not self._is_part:
+            return Example((*turns[: users[-1]], Message("user", text))), set()
+        # Clients write the other turns as well.
+        place = random.choice([*users, random.randrange(len(turns))])
+        turns[place] = Message(turns[place].role, text)
+        turns = turns[: random.randrange(place, len(turns)) + 1]
+        return Example(tuple(turns)), {place} if random.random() < 0.5 else set()
+
+    def _inside(self, text: str) -> str:
+        """The text before, after or between sentences of the background."""
+        shortest, longest = _SURROUNDINGS
+        words = round(shortest * (longest / shortest) ** self._random.random())
+        sentences = self._sentences(words)
+        place = self._random.choice([0, len(sentences), self._random.randint(0, len(sentences))])
+        around = [" ".join(sentences[:place]), text, " ".join(sentences[place:])]
+        return self._random.choice(_JOINTS).join(filter(None, around))
+
+    def _in_pieces(self, text: str) -> tuple[Example, set[int]]:
+        """The text over several turns of a user, with answers between them."""
+        size, words = self._random.randint(*_PIECE_WORDS), text.split()
+        turns: list[Message] = []
+        for first in range(0, len(words), size):
+            reply = self._sentences(self._random.randint(*_REPLY_WORDS))
+            turns.append(Message("user", " ".join(words[first : first + size])))
+            turns.append(Message("assistant", " ".join(reply)))
+        judged = set(range(0, len(turns) - 1, 2)) if self._random.random() < 0.7 else set[int]()
+        return Example(tuple(turns[:-1])), judged if len(judged) > 1 else set()
+
+    def _sentences(self, words: int) -> list[str]:
+        """Neighbouring sentences from random conversations, of about so many words in all."""
+        chosen: list[str] = []
+        while words > 0:
+            turns = self._random.choice(self._conversations)
+            content = self._random.choice(turns).content
+            for sentence in filter(str.strip, _SENTENCE_END.split(content)):
+                length = len(sentence.split())
+                chosen.append(" ".join(sentence.split()[:words]) if length > words else sentence)
+                words -= length
+                if words <= 0:
+                    break
+            words -= 1  # Ends for a background without a word.
+        return chosen
+
+    def _encoded(self, example: Example) -> EncodedPrompt | None:
+        """The conversation encoded; None if it is too long or the template refuses it."""
+        try:
+            prompt = self._encoder.encode_any_length(example.conversation)
+        except SidelightError:
+            return None
+        fits = len(prompt) <= self._max_tokens and bool(prompt.mask(self._reads).any())
+        return prompt if fits else None

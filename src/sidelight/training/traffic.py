@@ -1,0 +1,157 @@
+"""How a probe does in ordinary traffic: what training prints, and the manifest keeps.
+
+All figures are out-of-fold: of conversations, and of texts in contexts, that the probe was not
+trained on.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from sidelight.thresholds import ThresholdRule
+from sidelight.training.contexts import Context
+
+# The share of ordinary conversations that may be flagged, unless a rule says otherwise.
+FALSE_ALARMS = 0.02
+# Words around a text, from one limit to the next.
+_LENGTHS = (50, 150, 600)
+_SHOWN, _SHOWN_CHARACTERS = 3, 80
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """Texts inside so many words, and as many words without one.
+
+    Attributes:
+        words: At most so many stand around the text.
+        positives: How many texts of a label, and ``found`` how many of them are flagged.
+        ordinary: How many have no such text in them, and ``flagged`` how many are flagged.
+    """
+
+    words: int
+    positives: int
+    found: int
+    ordinary: int
+    flagged: int
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """A probe in front of ordinary traffic.
+
+    Attributes:
+        conversations: How many ordinary conversations were judged.
+        flagged: How many of them were flagged.
+        surroundings: Texts and ordinary text by length.
+        worst: The beginnings of the conversations with the highest probabilities.
+    """
+
+    conversations: int
+    flagged: int
+    surroundings: tuple[Surroundings, ...]
+    worst: tuple[tuple[float, str], ...]
+
+    def __str__(self) -> str:
+        """A few lines for a terminal."""
+        share = self.flagged / max(1, self.conversations)
+        lines = [
+            f"Of {self.conversations} ordinary conversations it flags {share:.1%} ({self.flagged})."
+        ]
+        for own in self.surroundings:
+            if own.positives and own.ordinary:
+                lines.append(
+                    f"In up to {own.words} words of other text it finds "
+                    f"{own.found} of {own.positives} texts, and flags {own.flagged} of "
+                    f"{own.ordinary} without one."
+                )
+        if self.worst:
+            lines.append("The most suspicious of them:")
+            lines += [f"  {probability:.2f}  {text}" for probability, text in self.worst]
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values, without texts, which may be an operator's own."""
+        values = asdict(self)
+        del values["worst"]
+        return values
+
+
+def measure_traffic(
+    contexts: Sequence[Context],
+    probabilities: Float[np.ndarray, "context output"],
+    holds: Bool[np.ndarray, "context output"],
+    thresholds: Sequence[float],
+) -> Traffic:
+    """Counts what is flagged.
+
+    Args:
+        contexts: What was judged.
+        probabilities: Out-of-fold, of each.
+        holds: Which labels each has.
+        thresholds: Of each label.
+    """
+    flags: np.ndarray = (probabilities >= np.array(thresholds)).any(1)
+    conversations = conversations_of(contexts)
+    highest = [float(probabilities[rows].max()) for rows in conversations]
+    order = sorted(range(len(highest)), key=highest.__getitem__, reverse=True)[:_SHOWN]
+    worst = [(highest[i], _beginning(contexts[conversations[i][0]].example.text)) for i in order]
+    surroundings: list[Surroundings] = []
+    for shortest, longest in zip((0, *_LENGTHS), _LENGTHS, strict=False):
+        near = np.array([shortest < context.words <= longest for context in contexts])
+        shown = np.array([context.kind not in ("disguised", "plain") for context in contexts])
+        positive, ordinary = near & shown & holds.any(1), near & ~holds.any(1)
+        ordinary &= np.array([context.text is None for context in contexts])
+        counts = [int(rows.sum()) for rows in (positive, positive & flags)]
+        counts += [int(rows.sum()) for rows in (ordinary, ordinary & flags)]
+        surroundings.append(Surroundings(longest, *counts))
+    flagged = sum(bool(flags[rows].any()) for rows in conversations)
+    return Traffic(len(conversations), flagged, tuple(surroundings), tuple(worst))
+
+
+def quiet_thresholds(
+    thresholds: Sequence[float],
+    contexts: Sequence[Context],
+    probabilities: Float[np.ndarray, "context output"],
+    rule: ThresholdRule,
+) -> tuple[float, ...]:
+    """Thresholds that flag little ordinary traffic, if the rule does not say what a miss costs.
+
+    Each is raised until at most so many conversations reach it: the rate of ``fpr``, or else
+    ``FALSE_ALARMS``. Labelled texts alone, of which half may be positive, ask for less.
+
+    Args:
+        thresholds: What the rule gives on texts alone.
+        contexts: What was judged.
+        probabilities: Out-of-fold, of each.
+        rule: What the thresholds are chosen for.
+    """
+    conversations = conversations_of(contexts)
+    if rule.kind in ("recall", "cost") or not conversations:
+        return tuple(thresholds)
+    rate = rule.value if rule.kind == "fpr" else FALSE_ALARMS
+    highest = np.array([probabilities[rows].max(0) for rows in conversations])
+    # Just above the probability of the first conversation that may not be flagged.
+    allowed = int(rate * len(conversations))
+    bounds = np.sort(highest, 0)[::-1][min(allowed, len(highest) - 1)].tolist()
+    return tuple(
+        max(threshold, math.nextafter(bound, 1.0))
+        for threshold, bound in zip(thresholds, bounds, strict=True)
+    )
+
+
+def conversations_of(contexts: Sequence[Context]) -> list[list[int]]:
+    """The rows of each ordinary conversation: the whole, and what is judged beside it."""
+    rows: dict[int, list[int]] = {}
+    for row, context in enumerate(contexts):
+        if context.kind == "background":
+            rows.setdefault(id(context.example), []).append(row)
+    return [*rows.values()]
+
+
+def _beginning(text: str) -> str:
+    words = " ".join(text.split())
+    return words if len(words) <= _SHOWN_CHARACTERS else f"{words[:_SHOWN_CHARACTERS]}..."
