@@ -13,13 +13,18 @@ from corpora import rows
 from sidelight.bank import Bank
 from sidelight.data.examples import Example, LabelledExamples
 from sidelight.errors import SidelightError
-from sidelight.prompts import Message, Part, PlainText, Reads
+from sidelight.mechanisms.base import mechanism_spec
+from sidelight.prompts import EncodedPrompt, Message, Part, PlainText, Reads
 from sidelight.states.extraction import score
+from sidelight.thresholds import ThresholdRule
 from sidelight.training import classifier, dataset
 from sidelight.training.background import Background
-from sidelight.training.contexts import ContextSampler
-from sidelight.training.dataset import prepare
-from sidelight.training.settings import FitOptions
+from sidelight.training.contexts import Context, ContextSampler
+from sidelight.training.dataset import ProbeDataset, make_split, prepare
+from sidelight.training.fit import calibrate_probe
+from sidelight.training.loop import train_mechanisms
+from sidelight.training.settings import FitOptions, Job, TrainingSettings
+from sidelight.training.traffic import measure_traffic, quiet_thresholds
 from tiny import INTENT, TOXICITY, tiny_backbone, untrained_probe
 
 TEXTS = [f"number {i:02d} has a text of its own" for i in range(60)]
@@ -190,3 +195,57 @@ def test_the_options_of_both_interfaces_reach_training(tmp_path, monkeypatch):
         with pytest.raises(SidelightError, match="asked"):
             classifier.train(model, data, positive="toxic", **named)
     assert asked == [["chat", 0]] * 2 + [["both", 7]] * 2
+
+
+def shown_alone(words, kind="background", text=None):
+    """A context of so many words around a text."""
+    return Context(kind, said("w " * words), EncodedPrompt((), ()), words, text)
+
+
+@pytest.mark.parametrize(("rule", "most"), [("f1", 4), ("fpr=0.1", 10), ("recall=0.9", 100)])
+def test_thresholds_let_ordinary_conversations_pass(rule, most):
+    # Each is judged whole, and one turn of it.
+    contexts = [shown_alone(9) for _ in range(100)]
+    chance = np.random.default_rng(0).uniform(0, 0.9, size=(200, 1))
+    (before,) = thresholds = (0.3,)
+    (after,) = quiet_thresholds(thresholds, contexts * 2, chance, ThresholdRule.parse(rule))
+    highest = np.maximum(chance[:100], chance[100:])
+    assert after >= before
+    assert (highest >= after).sum() <= most
+    # No higher than it must be.
+    assert after == before or (highest >= after - 0.05).sum() > most
+    assert quiet_thresholds((0.95,), contexts * 2, chance, ThresholdRule.parse("f1")) == (0.95,)
+
+
+def test_traffic_is_counted_by_conversation_and_by_length():
+    own = shown_alone(20), shown_alone(100)
+    contexts = [own[0], own[0], own[1], shown_alone(30, "filler")]
+    contexts += [shown_alone(10, "inside", 0), shown_alone(120, "pieces", 1)]
+    contexts += [shown_alone(10, "disguised", 0)]
+    chance = np.array([[0.1], [0.9], [0.2], [0.7], [0.8], [0.4], [0.1]])
+    holds = np.array([[False]] * 4 + [[True]] * 3)
+    traffic = measure_traffic(contexts, chance, holds, [0.5])
+    assert (traffic.conversations, traffic.flagged) == (2, 1)
+    short, middle, _ = traffic.surroundings
+    assert (short.positives, short.found, short.ordinary, short.flagged) == (1, 1, 3, 2)
+    assert (middle.positives, middle.found, middle.ordinary, middle.flagged) == (1, 0, 1, 0)
+    assert [probability for probability, _ in traffic.worst] == [0.9, 0.2]
+    # What is kept with a probe holds no text, which may be somebody's own.
+    assert "w w" in str(traffic)
+    assert "w w" not in json.dumps(traffic.to_dict())
+
+
+@pytest.mark.slow
+def test_texts_are_scored_as_they_are_served(tiny, options):
+    items = [said("one", "two two two two", f"number {i} three") for i in range(20)]
+    labelled = LabelledExamples(tuple(items), ({},) * 20, labels=np.arange(20) % 2, task=TOXICITY)
+    split = make_split(tiny, labelled, options)
+    job = Job(mechanism_spec("readout"), 0, TrainingSettings(learning_rate=0.03, epochs=4))
+    (trained,) = train_mechanisms([job], training=split, validation=split)
+    made = calibrate_probe(trained, ProbeDataset(tiny, split, split), name="p", options=options)
+    prompts = [tiny.encoder.encode(item.messages) for item in items]
+    (served,) = score(tiny, Bank([made.probe]), prompts)
+    (whole,) = score(tiny, Bank([replace(made.probe, reads=Reads())]), prompts)
+    assert np.abs(served - whole).max() > 0.1
+    # States are stored in bf16.
+    np.testing.assert_allclose(trained.logits, served, atol=0.05 * served.std())

@@ -7,11 +7,13 @@ import pytest
 from commands import run, saved
 from corpora import rows
 from sidelight.data.loading import load_examples
-from sidelight_lab.bench.defaults import AUTO, compare_defaults, defaults_table
+from sidelight.prompts import Message
+from sidelight.training.background import Background
+from sidelight_lab.bench.defaults import ALONE, DEFAULT, compare_defaults, defaults_table
 
 
 @pytest.mark.slow
-def test_every_candidate_the_taken_one_and_every_rival_have_figures(tiny, tmp_path):
+def test_the_default_and_every_rival_have_figures(tiny, tmp_path):
     judged = compare_defaults(
         tiny,
         load_examples(rows("binary", 70)),
@@ -20,14 +22,13 @@ def test_every_candidate_the_taken_one_and_every_rival_have_figures(tiny, tmp_pa
         draws=1,
         held_out=40,
         rivals=("tfidf", "means_all_layers", "attention_probe"),
+        background=Background(tuple((Message("user", f"Ordinary {i}."),) for i in range(10))),
         cache_root=tmp_path,
     )
     rows_of = {(one.size, one.draw, one.row): one for one in judged}
     assert len(rows_of) == len(judged)
     for size in ("5 a class", "16 texts"):
-        taken = rows_of[size, 0, AUTO]
-        assert taken.figures == rows_of[size, 0, taken.taken].figures
-        for row in ("linear", "tfidf", "means_all_layers", "attention_probe"):
+        for row in (DEFAULT, ALONE, "tfidf", "means_all_layers", "attention_probe"):
             one = rows_of[size, 0, row]
             assert one.right.shape == one.losses.shape == (40,)
             assert one.figures["accuracy"] == one.right.mean()

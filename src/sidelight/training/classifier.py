@@ -220,6 +220,12 @@ def train(
     Raises:
         SidelightError: The data or the model cannot be used; the message names the remedy.
     """
+    options = FitOptions(
+        mechanisms=None if mechanism == AUTO else (mechanism_spec(mechanism),),
+        seeds=tuple(range(seeds)),
+        reads=Reads("response" if response else "prompt", scope="each_turn"),
+        threshold=ThresholdRule.parse(threshold),
+    )
     if not isinstance(model, TransformersBackbone):
         backbone = load_backbone(model, prompt_format=prompt_format)
     elif prompt_format in (None, model.encoder.prompt_format):
@@ -235,13 +241,7 @@ def train(
         if validation is None
         else _as_examples(validation, text=text, label=label, response=response, task=training.task)
     )
-    options = FitOptions(
-        mechanisms=None if mechanism == AUTO else (mechanism_spec(mechanism),),
-        seeds=tuple(range(seeds)),
-        background=load_background(background, backbone),
-        reads=Reads("response" if response else "prompt", scope="each_turn"),
-        threshold=ThresholdRule.parse(threshold),
-    )
+    options = replace(options, background=load_background(background, backbone))
     _tell(training.warnings)
     made = fit(backbone, training, held_out, name=name, options=options, source=source)
     _tell([warning for warning in made.warnings if warning not in training.warnings])

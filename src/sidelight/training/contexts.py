@@ -8,7 +8,7 @@ and so does the background that it is made of.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from random import Random
 from typing import Literal
@@ -24,7 +24,6 @@ from sidelight.prompts import (
     Message,
     PromptEncoder,
     Reads,
-    judged_units,
     piece_lengths,
 )
 from sidelight.types import Numbers
@@ -35,7 +34,7 @@ Turns = Sequence[Message]
 # How often each context of a text is drawn; plain text and disguises, where a probe allows them.
 _SHARES: dict[Kind, float] = {"inside": 0.6, "turn": 0.2, "pieces": 0.1, "disguised": 0.1}
 # Words around a text, log-uniform.
-_SURROUNDINGS = (5, 400)
+_SURROUNDINGS = (5, 200)
 _PIECE_WORDS, _REPLY_WORDS = (3, 8), (5, 60)
 _JOINTS = ("\n\n", "\n", " ")
 _SENTENCE_END = re.compile(r"(?<=[.!?\n])\s+")
@@ -108,22 +107,21 @@ class ContextSampler:
             tokens: No more are taken once they have so many tokens.
         """
         contexts: list[Context] = []
-        for turns in self._conversations:
+        order = self._random.sample(range(len(self._conversations)), len(self._conversations))
+        for index, turns in enumerate(self._conversations[place] for place in order):
             if tokens <= 0:
                 break
-            sentence = Message("user", " ".join(self._sentences(self._random.randint(3, 40))))
-            made = self._context(Example((sentence,)))
+            example = Example(tuple(turns))
+            prompt = self._encoded(example)
+            if prompt is not None:
+                contexts.append(Context("background", example, prompt, len(example.text.split())))
+                tokens -= len(prompt)
+            words = self._random.randint(3, 40)
+            filler = Example((Message("user", " ".join(self._sentences(words))),))
+            made = self._context(filler) if index % 2 else None
             if made is not None:
                 contexts.append(replace(made, kind="filler"))
                 tokens -= len(made.prompt)
-            example = Example(tuple(turns))
-            prompt = self._encoded(example)
-            if prompt is None:
-                continue
-            words = len(example.text.split())
-            shown = [prompt, *self._unit(prompt)]
-            contexts += [Context("background", example, own, words) for own in shown]
-            tokens -= sum(map(len, shown))
         return contexts
 
     def of_texts(
@@ -150,12 +148,6 @@ class ContextSampler:
                 contexts.append(replace(context, text=text))
                 tokens -= len(context.prompt)
         return contexts
-
-    def _unit(self, prompt: EncodedPrompt) -> Iterator[EncodedPrompt]:
-        """One of the parts that serving would judge by itself."""
-        units = judged_units(bytes(prompt.parts)) if self._is_part else []
-        if units:
-            yield prompt.only(self._random.choice(units).tokens)
 
     def _context(self, example: Example) -> Context | None:
         """One context; None for what has none, such as a conversation or a long text."""
@@ -226,7 +218,9 @@ class ContextSampler:
         chosen: list[str] = []
         while words > 0:
             turns = self._random.choice(self._conversations)
-            content = self._random.choice(turns).content
+            # What a user asks for is what a request is made of; answers are longer.
+            users = [turn for turn in turns if turn.role == "user"]
+            content = self._random.choice(self._random.choice([users, turns]) or turns).content
             for sentence in filter(str.strip, _SENTENCE_END.split(content)):
                 length = len(sentence.split())
                 chosen.append(" ".join(sentence.split()[:words]) if length > words else sentence)

@@ -16,7 +16,7 @@ from sidelight.thresholds import ThresholdRule
 from sidelight.training.contexts import Context
 
 # The share of ordinary conversations that may be flagged, unless a rule says otherwise.
-FALSE_ALARMS = 0.02
+FALSE_ALARMS = 0.04
 # Words around a text, from one limit to the next.
 _LENGTHS = (50, 150, 600)
 _SHOWN, _SHOWN_CHARACTERS = 3, 80
@@ -135,7 +135,7 @@ def quiet_thresholds(
     rate = rule.value if rule.kind == "fpr" else FALSE_ALARMS
     highest = np.array([probabilities[rows].max(0) for rows in conversations])
     # Just above the probability of the first conversation that may not be flagged.
-    allowed = int(rate * len(conversations))
+    allowed = math.ceil(rate * len(conversations))
     bounds = np.sort(highest, 0)[::-1][min(allowed, len(highest) - 1)].tolist()
     return tuple(
         max(threshold, math.nextafter(bound, 1.0))

@@ -1,7 +1,7 @@
 """How good what ``sidelight train`` makes of a file is, beside rivals, on texts it did not see."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,11 @@ from sidelight.backbone import TransformersBackbone
 from sidelight.calibration import fit_calibration, suggested_calibration
 from sidelight.data.examples import LabelledExamples
 from sidelight.errors import SidelightError, did_you_mean
-from sidelight.mechanisms.base import spec_titles
 from sidelight.metrics import decide, log_losses, measure
 from sidelight.states.extraction import SharedSource
+from sidelight.training.background import Background
 from sidelight.training.dataset import FOLDS, ProbeDataset, Split, make_split
-from sidelight.training.fit import Fit, fit
+from sidelight.training.fit import FittedProbe, fit
 from sidelight.training.settings import FitOptions
 from sidelight.training.tfidf import fit_tfidf
 from sidelight.types import Task
@@ -28,7 +28,7 @@ from sidelight_lab.baselines.pooled import PENALTIES
 from sidelight_lab.baselines.token_heads import AttentionProbe
 from sidelight_lab.bench.measurement import table
 
-AUTO = "auto"
+DEFAULT, ALONE = "default", "texts alone"
 FIGURES = ("accuracy", "log loss", "ece", "auprc")
 RIVALS = ("tfidf", "sentence_embeddings", "means_all_layers", "attention_probe")
 _RESAMPLES = 2000
@@ -71,7 +71,6 @@ class Judged:
     figures: dict[str, float]
     right: Bool[np.ndarray, " text"]
     losses: Float[np.ndarray, " text"]
-    taken: str = ""
 
 
 def compare_defaults(
@@ -83,13 +82,15 @@ def compare_defaults(
     draws: int,
     held_out: int,
     rivals: Sequence[str],
+    background: Background,
     cache_root: Path,
 ) -> list[Judged]:
-    """Each candidate, the one that ``auto`` took, and each rival, for each size and draw.
+    """The default probe, the same of texts alone, and each rival, for each size and draw.
 
     Args:
         backbone: The frozen LLM.
         examples: Labelled texts.
+        background: Ordinary traffic, which the default probe is also trained in.
         sizes: Training texts of each class.
         texts: Training texts in all, in the file's shares of the classes.
         draws: Draws of training texts; those that are held out are the same for all.
@@ -121,8 +122,10 @@ def compare_defaults(
     found: list[Judged] = []
     for draw in planned:
         drawn = examples.select(draw.rows)
-        made = fit(backbone, drawn, None, name="default", options=options, source=shared)
-        found += _judged_fit(made, held, shared, draw)
+        for row, traffic in {DEFAULT: background, ALONE: Background()}.items():
+            own = replace(options, background=traffic)
+            made = fit(backbone, drawn, None, name="default", options=own, source=shared)
+            found.append(_judged_fit(row, made.best, held, shared, draw))
         training = make_split(backbone, drawn, options, source=shared)
         for rival in rivals:
             calibrating, labels, judging = _rival(rival, training, held, backbone, encoder)
@@ -156,19 +159,17 @@ def _enough(texts: Sequence[int], rest: int) -> Sequence[int]:
     return texts
 
 
-def _judged_fit(made: Fit, held: Split, shared: SharedSource, draw: Draw) -> Iterator[Judged]:
-    titles = spec_titles([run.probe.spec for run in made.runs])
-    for title, run in zip(titles, made.runs, strict=True):
-        logits = shared.logits(run.probe, held.prompts)
-        chance = run.probe.calibration.apply(logits)
-        decided = decide(held.task, chance, held.labels, thresholds=run.probe.thresholds)
-        printed = {
-            "accuracy at threshold": float(measure(decided, decided.once)["accuracy"][0]),
-            "printed": run.report.metrics["accuracy"].value or 0.0,
-        }
-        yield _judged(title, chance, held, draw, printed)
-        if run is made.best:
-            yield _judged(AUTO, chance, held, draw, printed, taken=title)
+def _judged_fit(
+    row: str, run: FittedProbe, held: Split, shared: SharedSource, draw: Draw
+) -> Judged:
+    logits = shared.logits(run.probe, held.prompts)
+    chance = run.probe.calibration.apply(logits)
+    decided = decide(held.task, chance, held.labels, thresholds=run.probe.thresholds)
+    printed = {
+        "accuracy at threshold": float(measure(decided, decided.once)["accuracy"][0]),
+        "printed": run.report.metrics["accuracy"].value or 0.0,
+    }
+    return _judged(row, chance, held, draw, printed)
 
 
 def _judged_rival(
@@ -191,8 +192,6 @@ def _judged(
     held: Split,
     draw: Draw,
     printed: dict[str, float],
-    *,
-    taken: str = "",
 ) -> Judged:
     task, labels = held.task, held.labels
     is_binary = task.kind == "binary"
@@ -206,7 +205,7 @@ def _judged(
         **({"auprc": float(metrics["auprc"][0])} if is_binary else {}),
         **printed,
     }
-    return Judged(draw.size, row, draw.seed, figures, chosen == labels, losses, taken)
+    return Judged(draw.size, row, draw.seed, figures, chosen == labels, losses)
 
 
 def _decided(task: Task, chance: Logits, labels: np.ndarray) -> Any:
@@ -306,7 +305,7 @@ def differences(judged: Sequence[Judged]) -> list[dict[str, Any]]:
         for one in judged:
             if one.size == size:
                 rows.setdefault(one.row, []).append(one)
-        ours = rows.pop(AUTO)
+        ours = rows.pop(DEFAULT)
         for title, theirs in rows.items():
             # A mixture is a candidate only where it could be made.
             pairs = [(a, b) for a in ours for b in theirs if a.draw == b.draw]
@@ -338,15 +337,12 @@ def _interval(gains: Float[np.ndarray, "draw text"]) -> tuple[float, float, floa
 
 def described(judged: Sequence[Judged]) -> dict[str, Any]:
     """Every model's figures, and the differences, as JSON-ready values."""
-    rows = [
-        {"size": one.size, "row": one.row, "draw": one.draw, "taken": one.taken, **one.figures}
-        for one in judged
-    ]
+    rows = [{"size": one.size, "row": one.row, "draw": one.draw, **one.figures} for one in judged]
     return {"rows": rows, "differences": differences(judged)}
 
 
 def defaults_table(judged: Sequence[Judged]) -> str:
-    """The mean over draws of each figure by size and row, and what ``auto`` gains on each row."""
+    """The mean over draws of each figure by size and row, and what the default gains on it."""
     gained = {(one["size"], one["row"]): one for one in differences(judged)}
     cells: list[list[str]] = []
     for size in dict.fromkeys(one.size for one in judged):

@@ -114,10 +114,12 @@ def bench_train(
 def bench_defaults(runtime: options.Runtime, as_json: bool, **given: Any) -> None:
     """Measure what `sidelight train` makes of a file, on texts that it did not see.
 
-    Each candidate and each rival (tfidf, sentence_embeddings, means_all_layers, attention_probe)
-    stands beside the probe that was taken, with what it gains: the 95 % interval over draws and
-    texts. The accuracy that training printed stands beside the one that was measured.
+    The same of texts alone (--background none) and each rival (tfidf, sentence_embeddings,
+    means_all_layers, attention_probe) stand beside the default probe, with what it gains: the 95 %
+    interval over draws and texts. The accuracy that training printed stands beside the one that
+    was measured.
     """
+    from sidelight.training.background import load_background
     from sidelight_lab.bench.defaults import compare_defaults, defaults_table, described
 
     examples, backbone = _examples(given), runtime.load_backbone()
@@ -126,6 +128,7 @@ def bench_defaults(runtime: options.Runtime, as_json: bool, **given: Any) -> Non
             backbone,
             examples,
             rivals=split_names(given["rivals"]),
+            background=load_background(None, backbone),
             **{key: given[key] for key in ("sizes", "texts", "draws", "held_out")},
             cache_root=Path(scratch),
         )

@@ -152,7 +152,8 @@ def _train_command(best: "Best", inputs: options.TrainingInputs, out: Path) -> s
     if inputs.keep_cache:
         command.append("--keep-cache")
     name = best.spec.name
-    command += ["--mechanism", name]
+    # A search shows texts alone.
+    command += ["--mechanism", name, "--background", "none"]
     for key, value in best.spec.options.items():
         command += ["--set", f"{name}.{key}={value}"]
     for setting in _SETTINGS:
