@@ -24,6 +24,7 @@ from sidelight.prompts import (
     Message,
     PromptEncoder,
     Reads,
+    judged_units,
     piece_lengths,
 )
 from sidelight.types import Numbers
@@ -32,12 +33,14 @@ Kind = Literal["inside", "turn", "pieces", "plain", "disguised", "background", "
 Turns = Sequence[Message]
 
 # How often each context of a text is drawn; plain text and disguises, where a probe allows them.
-_SHARES: dict[Kind, float] = {"inside": 0.6, "turn": 0.2, "pieces": 0.1, "disguised": 0.1}
+_SHARES: dict[Kind, float] = {"inside": 0.55, "turn": 0.15, "pieces": 0.2, "disguised": 0.1}
 # Words around a text, log-uniform.
-_SURROUNDINGS = (5, 200)
+_SURROUNDINGS = (5, 400)
 _PIECE_WORDS, _REPLY_WORDS = (3, 8), (5, 60)
 _JOINTS = ("\n\n", "\n", " ")
 _SENTENCE_END = re.compile(r"(?<=[.!?\n])\s+")
+# How often one of the parts that serving judges stands for a context without a label.
+_UNITS = 0.7
 # A text gets so many contexts at most, and so many attempts at one.
 _MOST_OF_A_TEXT, _ATTEMPTS = 3, 4
 
@@ -118,7 +121,7 @@ class ContextSampler:
                 tokens -= len(prompt)
             words = self._random.randint(3, 40)
             filler = Example((Message("user", " ".join(self._sentences(words))),))
-            made = self._context(filler) if index % 2 else None
+            made = self._context(filler, is_labelled=False) if index % 2 else None
             if made is not None:
                 contexts.append(replace(made, kind="filler"))
                 tokens -= len(made.prompt)
@@ -143,14 +146,19 @@ class ContextSampler:
         for text in order * _MOST_OF_A_TEXT:
             if tokens <= 0:
                 break
-            context = self._context(examples.items[text])
+            is_labelled = not self._is_part or bool(np.any(examples.labels[text]))
+            context = self._context(examples.items[text], is_labelled=is_labelled)
             if context is not None:
                 contexts.append(replace(context, text=text))
                 tokens -= len(context.prompt)
         return contexts
 
-    def _context(self, example: Example) -> Context | None:
-        """One context; None for what has none, such as a conversation or a long text."""
+    def _context(self, example: Example, *, is_labelled: bool) -> Context | None:
+        """One context; None for what has none, such as a conversation or a long text.
+
+        Without a label, any part that serving would judge may stand for the whole: all are
+        negative.
+        """
         if [message.role for message in example.messages] != ["user"] or example.response:
             return None
         for _ in range(_ATTEMPTS):
@@ -161,8 +169,11 @@ class ContextSampler:
             if prompt is None:
                 continue
             words = max(0, len(shown.text.split()) - len(example.text.split()))
+            units = [] if is_labelled else judged_units(bytes(prompt.parts))
             pieces = piece_lengths(bytes(prompt.parts))
-            if judged and len(pieces) == len(shown.messages):
+            if units and self._random.random() < _UNITS:
+                prompt = prompt.only(self._random.choice(units).tokens)
+            elif judged and len(pieces) == len(shown.messages):
                 owners = np.repeat(range(len(pieces)), pieces)
                 prompt = prompt.only(np.flatnonzero(np.isin(owners, [*judged])))
             elif judged:
