@@ -11,6 +11,7 @@ import sidelight.training.fit
 from commands import run, saved
 from corpora import rows
 from sidelight.bank import Bank
+from sidelight.calibration import fit_calibration
 from sidelight.data.examples import Example, LabelledExamples
 from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import mechanism_spec
@@ -24,7 +25,12 @@ from sidelight.training.dataset import ProbeDataset, make_split, prepare
 from sidelight.training.fit import calibrate_probe
 from sidelight.training.loop import train_mechanisms
 from sidelight.training.settings import FitOptions, Job, TrainingSettings
-from sidelight.training.traffic import measure_traffic, quiet_thresholds
+from sidelight.training.traffic import (
+    highest_logits,
+    measure_traffic,
+    quiet_for,
+    quiet_thresholds,
+)
 from tiny import INTENT, TOXICITY, tiny_backbone, untrained_probe
 
 TEXTS = [f"number {i:02d} has a text of its own" for i in range(60)]
@@ -206,17 +212,24 @@ def shown_alone(words, kind="background", text=None):
 
 @pytest.mark.parametrize(("rule", "most"), [("f1", 4), ("fpr=0.1", 10), ("recall=0.9", 100)])
 def test_thresholds_let_ordinary_conversations_pass(rule, most):
+    rule, before = ThresholdRule.parse(rule), (0.3,)
     # Each is judged whole, and one turn of it.
-    contexts = [shown_alone(9) for _ in range(100)]
-    chance = np.random.default_rng(0).uniform(0, 0.9, size=(200, 1))
-    (before,) = thresholds = (0.3,)
-    (after,) = quiet_thresholds(thresholds, contexts * 2, chance, ThresholdRule.parse(rule))
-    highest = np.maximum(chance[:100], chance[100:])
-    assert after >= before
-    assert (highest >= after).sum() <= most
+    contexts = [shown_alone(9) for _ in range(100)] * 2
+    logits = np.random.default_rng(0).normal(0, 2, size=(200, 1))
+    highest = highest_logits(contexts, logits)
+    np.testing.assert_array_equal(highest, np.maximum(logits[:100], logits[100:]))
+    none = fit_calibration("none", logits, np.arange(200) % 2, TOXICITY)
+    (after,) = quiet_thresholds(before, none, highest, rule)
+    chance = none.apply(highest)
+    assert after >= before[0]
+    assert (chance >= after).sum() <= most
     # No higher than it must be.
-    assert after == before or (highest >= after - 0.05).sum() > most
-    assert quiet_thresholds((0.95,), contexts * 2, chance, ThresholdRule.parse("f1")) == (0.95,)
+    assert after == before[0] or (chance >= after - 0.05).sum() > most
+    assert quiet_thresholds((0.999,), none, highest, rule) == (0.999,)
+    # A recalibration keeps to what training has kept of it.
+    record = {"traffic": {"logits": highest.tolist()}}
+    assert quiet_for(before, none, record, rule) == (after,)
+    assert quiet_for(before, none, {}, rule) == before
 
 
 def test_traffic_is_counted_by_conversation_and_by_length():

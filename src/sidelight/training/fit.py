@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -35,7 +36,12 @@ from sidelight.training.mixture import better_words, mix
 from sidelight.training.optimisation import validation_score
 from sidelight.training.settings import FitOptions, Job
 from sidelight.training.tfidf import fit_tfidf
-from sidelight.training.traffic import Traffic, measure_traffic, quiet_thresholds
+from sidelight.training.traffic import (
+    Traffic,
+    highest_logits,
+    measure_traffic,
+    quiet_thresholds,
+)
 
 
 @dataclass(frozen=True)
@@ -69,11 +75,14 @@ def calibrate_probe(
     calibrated = calibrate(logits, dataset, kind=options.calibration, rule=rule)
     probabilities = calibrated.calibration.apply(logits)
     thresholds, traffic = calibrated.report.thresholds, None
+    kept: dict[str, Any] = {}
     if thresholds and dataset.contexts:
         chances = calibrated.calibration.apply(in_contexts)
         holds = dataset.measured.labels[texts:].reshape(chances.shape).astype(bool)
-        thresholds = quiet_thresholds(thresholds, dataset.contexts, chances, rule)
+        highest = highest_logits(dataset.contexts, in_contexts)
+        thresholds = quiet_thresholds(thresholds, calibrated.calibration, highest, rule)
         traffic = measure_traffic(dataset.contexts, chances, holds, thresholds)
+        kept = {"traffic": {**traffic.to_dict(), "logits": highest.round(4).tolist()}}
     probe = Probe(
         name=name,
         task=task,
@@ -93,7 +102,7 @@ def calibrate_probe(
                 **({"given_sha256": dataset.given_sha256} if dataset.given_sha256 else {}),
             },
             "contexts": len(dataset.training) - len(dataset.originals),
-            **({} if traffic is None else {"traffic": traffic.to_dict()}),
+            **kept,
             "validation": {
                 **describe_examples(dataset.validation.examples),
                 "metrics": calibrated.report.to_dict(),

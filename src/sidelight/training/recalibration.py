@@ -33,6 +33,7 @@ from sidelight.training.measuring import (
     measuring_folds,
     trained_texts,
 )
+from sidelight.training.traffic import quiet_for
 from sidelight.types import Task
 
 # With fewer texts a probe is better off as it is; docs/results.md has the runs.
@@ -137,7 +138,8 @@ def _follow_labels(
     folds = measuring_folds(examples, kind=kind)
     around = probe.calibration.scale
     made = calibrate_examples(logits, examples, folds, kind=kind, rule=rule, around=around)
-    fitted = replace(probe, calibration=made.calibration, thresholds=made.report.thresholds)
+    thresholds = quiet_for(made.report.thresholds, made.calibration, probe.record, rule)
+    fitted = replace(probe, calibration=made.calibration, thresholds=thresholds)
     entry = {
         **describe_examples(examples),
         "before": before.to_dict(),
@@ -236,6 +238,7 @@ def _follow_shares(
     new = calibration.apply(logits)
     _require_mixture(known, given.tolist(), old)
     thresholds = tuple(curve.threshold(rule) for curve in curves.values())
+    thresholds = quiet_for(thresholds, calibration, probe.record, rule)
     labels = task.labels[-task.outputs :]
     shares = zip(labels, priors, given, strict=True)
     changes = {label: [float(before), float(after)] for label, before, after in shares}
@@ -333,6 +336,7 @@ def _follow_rule(probe: Probe, rule: ThresholdRule) -> tuple[Recalibrated, dict[
         )
     curves = _curves(probe)
     thresholds = tuple(curve.threshold(rule) for curve in curves.values())
+    thresholds = quiet_for(thresholds, probe.calibration, probe.record, rule)
     stored = reference(probe.record)
     entry = {name: stored[name] for name in ("scores", "priors", "curves")}
     made = replace(probe, thresholds=thresholds)

@@ -5,13 +5,14 @@ trained on.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
 
+from sidelight.calibration import Calibration
 from sidelight.thresholds import ThresholdRule
 from sidelight.training.contexts import Context
 
@@ -94,7 +95,7 @@ def measure_traffic(
         holds: Which labels each has.
         thresholds: Of each label.
     """
-    flags: np.ndarray = (probabilities >= np.array(thresholds)).any(1)
+    flags = np.asarray((probabilities >= np.array(thresholds)).any(1))
     conversations = conversations_of(contexts)
     highest = [float(probabilities[rows].max()) for rows in conversations]
     order = sorted(range(len(highest)), key=highest.__getitem__, reverse=True)[:_SHOWN]
@@ -114,8 +115,8 @@ def measure_traffic(
 
 def quiet_thresholds(
     thresholds: Sequence[float],
-    contexts: Sequence[Context],
-    probabilities: Float[np.ndarray, "context output"],
+    calibration: Calibration,
+    logits: Float[np.ndarray, "conversation output"],
     rule: ThresholdRule,
 ) -> tuple[float, ...]:
     """Thresholds that flag little ordinary traffic, if the rule does not say what a miss costs.
@@ -125,22 +126,39 @@ def quiet_thresholds(
 
     Args:
         thresholds: What the rule gives on texts alone.
-        contexts: What was judged.
-        probabilities: Out-of-fold, of each.
+        calibration: Makes logits probabilities.
+        logits: Out-of-fold, the highest of each conversation.
         rule: What the thresholds are chosen for.
     """
-    conversations = conversations_of(contexts)
-    if rule.kind in ("recall", "cost") or not conversations:
+    if rule.kind in ("recall", "cost") or not len(logits) or not thresholds:
         return tuple(thresholds)
     rate = rule.value if rule.kind == "fpr" else FALSE_ALARMS
-    highest = np.array([probabilities[rows].max(0) for rows in conversations])
+    allowed = min(math.ceil(rate * len(logits)), len(logits) - 1)
     # Just above the probability of the first conversation that may not be flagged.
-    allowed = math.ceil(rate * len(conversations))
-    bounds = np.sort(highest, 0)[::-1][min(allowed, len(highest) - 1)].tolist()
+    bounds = np.sort(calibration.apply(logits), 0)[::-1][allowed].tolist()
     return tuple(
         max(threshold, math.nextafter(bound, 1.0))
         for threshold, bound in zip(thresholds, bounds, strict=True)
     )
+
+
+def quiet_for(
+    thresholds: Sequence[float],
+    calibration: Calibration,
+    record: Mapping[str, Any],
+    rule: ThresholdRule,
+) -> tuple[float, ...]:
+    """As ``quiet_thresholds``, for a probe whose record keeps how its traffic scored."""
+    logits = np.array(record.get("traffic", {}).get("logits", ()))
+    return quiet_thresholds(thresholds, calibration, logits, rule)
+
+
+def highest_logits(
+    contexts: Sequence[Context], logits: Float[np.ndarray, "context output"]
+) -> Float[np.ndarray, "conversation output"]:
+    """The highest logit of each label, by conversation."""
+    rows = conversations_of(contexts)
+    return np.array([logits[own].max(0) for own in rows]).reshape(len(rows), logits.shape[1])
 
 
 def conversations_of(contexts: Sequence[Context]) -> list[list[int]]:
