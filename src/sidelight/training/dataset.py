@@ -47,7 +47,7 @@ Folds = tuple[Int[np.ndarray, " _"], ...]
 FOLDS = 5
 # The tokens of contexts: relative to those of the texts, but at least so many; and the share of
 # them that is background alone.
-_CONTEXT_TOKENS, _LEAST_CONTEXT_TOKENS = 0.6, 24_000
+_CONTEXT_TOKENS, _LEAST_CONTEXT_TOKENS = 0.6, 16_000
 _BACKGROUND_SHARE = 0.4
 # With fewer validation texts of a class, training warns.
 _ROUGH_BELOW = 10
