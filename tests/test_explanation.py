@@ -140,3 +140,14 @@ def test_an_engine_explains_by_the_pass_that_judges(backbone):
             )
             np.testing.assert_allclose(explanation.shares, alone.shares, atol=COMPLETE)
             assert explanation.places == alone.places
+
+
+def test_a_bank_explains_the_probes_that_are_named_and_no_others(backbone):
+    bank = Bank([untrained_probe(backbone, name) for name in ("a", "b", "c")])
+    prompt, tap = backbone.encoder.encode(TURNS), bank.tap()
+    with backbone.tapped(tap):
+        backbone.run([prompt])
+    columns, places = tap.projected()[0], backbone.encoder.places(TURNS)
+    for names in ({"b"}, {"c", "a", "unknown"}, set()):
+        told = bank.explain(columns, prompt, places, names)
+        assert [own.verdict.probe for own in told] == sorted(names & {"a", "b", "c"})

@@ -94,6 +94,8 @@ def test_what_a_rule_does_not_need_is_not_warned_of(probes):
     early, late = probes
     limited = replace(SOUND, input={"toxicity": Rule("block", max_tokens=100)})
     assert weaknesses(limited, [replace(early, record={}), late]) == []
+    kept = replace(SOUND, output={"late": Rule("block", consecutive=4, hold_back=3)})
+    assert weaknesses(kept, probes) == []
     # Probes of raw texts read system turns, and conversations as one text.
     raw = [replace(early, prompt_format="raw", reads=Reads()), replace(late, prompt_format="raw")]
     assert weaknesses(replace(SOUND, system_turns="trust"), raw) == []

@@ -1,5 +1,6 @@
 """The series of a server: what they count, and the time that probes take."""
 
+import logging
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -92,6 +93,20 @@ def test_the_time_of_a_slow_probe_is_in_it(tiny, monkeypatch: pytest.MonkeyPatch
     assert of_output >= steps * (layers + 1) * DELAY_S
 
 
+def test_requests_are_logged_but_for_what_an_operator_asks_every_other_second(tiny, caplog):
+    engine = TransformersEngine(tiny, [untrained_probe(tiny, "always")])
+    with in_process(engine) as http, caplog.at_level(logging.DEBUG, logger="sidelight.access"):
+        for path in ("/health", "/ready", "/v1/models", "/nowhere"):
+            http.get(path)
+    levels = {record.route: record.levelno for record in caplog.records}
+    assert levels == {
+        "/health": logging.DEBUG,
+        "/ready": logging.DEBUG,
+        "/v1/models": logging.INFO,
+        "other": logging.INFO,
+    }
+
+
 def test_metrics_count_requests_tokens_and_verdicts_and_repeat_no_text(tiny):
     engine = TransformersEngine(tiny, [untrained_probe(tiny, "always", threshold=0.0)])
     with in_process(engine) as http:
@@ -104,6 +119,7 @@ def test_metrics_count_requests_tokens_and_verdicts_and_repeat_no_text(tiny):
         text = http.get("/metrics").text
     # Counters begin at zero for each probe, so that rates are known from the start.
     assert 'sidelight_actions_total{action="block"' in before
+    assert 'sidelight_verdicts_total{outcome="passed",probe="always"} 0.0' in before
     values = dict(line.rsplit(" ", 1) for line in text.splitlines())
     chat = f'sidelight_requests_total{{route="{CHATS}",status="%d"}}'
     assert values[chat % 200] == values[chat % 400] == "1.0"
