@@ -22,6 +22,7 @@ from sidelight.training.background import (
     is_usable,
     load_background,
     own_set,
+    read_background,
     suspects,
     without_duplicates,
     write_background,
@@ -57,7 +58,7 @@ def test_an_llm_writes_usable_and_distinct_conversations(prompt_format: str, tmp
     assert all(is_usable(turns, tiny) for turns in conversations)
     assert without_duplicates(conversations) == [*conversations]
     assert {turns[-1].role for turns in conversations} <= {"user", "tool"}
-    assert load_background(path, tiny).conversations == conversations
+    assert read_background(path).conversations == conversations
     assert [*tmp_path.iterdir()] == [path]
 
 
@@ -156,7 +157,10 @@ def test_no_set_the_packaged_one_and_a_file_need_no_llm(tiny: TransformersBackbo
     path = tmp_path / "traffic.csv"
     path.write_text("text,source\nHello,mail\nWhere is my order?,chat\n")
     conversations = (said("Hello"), said("Where is my order?"))
-    assert load_background(path, tiny) == Background(conversations, str(path))
+    assert read_background(path) == Background(conversations, str(path))
+    # Few files have every length and kind.
+    both = (*conversations, *PACKAGED_TURNS)
+    assert load_background(path, tiny).conversations == both
     with pytest.raises(SidelightError, match=r"No file .*traffic\.jsonl"):
         load_background(tmp_path / "traffic.jsonl", tiny)
     path.write_text("prompt\nHello\n")

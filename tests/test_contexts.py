@@ -19,16 +19,16 @@ from sidelight.prompts import EncodedPrompt, Message, Part, PlainText, Reads
 from sidelight.states.extraction import score
 from sidelight.thresholds import ThresholdRule
 from sidelight.training import classifier, dataset
-from sidelight.training.background import Background
+from sidelight.training.background import Background, load_background
 from sidelight.training.contexts import Context, ContextSampler
 from sidelight.training.dataset import ProbeDataset, make_split, prepare
-from sidelight.training.fit import calibrate_probe
+from sidelight.training.fit import calibrate_probe, fit
 from sidelight.training.loop import train_mechanisms
 from sidelight.training.settings import FitOptions, Job, TrainingSettings
 from sidelight.training.traffic import (
     highest_logits,
+    kept_logits,
     measure_traffic,
-    quiet_for,
     quiet_thresholds,
 )
 from tiny import INTENT, TOXICITY, tiny_backbone, untrained_probe
@@ -202,7 +202,8 @@ def test_the_options_of_both_interfaces_reach_training(tmp_path, monkeypatch):
         assert run(*line, "--out", str(tmp_path / "p"), *flags) == 2
         with pytest.raises(SidelightError, match="asked"):
             classifier.train(model, data, positive="toxic", **named)
-    assert asked == [["chat", 0]] * 2 + [["both", 7]] * 2
+    packaged = len(load_background("packaged", tiny_backbone()).conversations)
+    assert asked == [["chat", 0]] * 2 + [["both", 7 + packaged]] * 2
 
 
 def shown_alone(words, kind="background", text=None):
@@ -228,8 +229,34 @@ def test_thresholds_let_ordinary_conversations_pass(rule, most):
     assert quiet_thresholds((0.999,), none, highest, rule) == (0.999,)
     # A recalibration keeps to what training has kept of it.
     record = {"traffic": {"logits": highest.tolist()}}
-    assert quiet_for(before, none, record, rule) == (after,)
-    assert quiet_for(before, none, {}, rule) == before
+    assert quiet_thresholds(before, none, kept_logits(record), rule) == (after,)
+    assert quiet_thresholds(before, none, kept_logits({}), rule) == before
+    # Ten conversations cannot tell four in a hundred.
+    assert quiet_thresholds(before, none, highest[:9], rule) == before
+    for broken in ([["x"]], [[1], [1, 2]]):
+        with pytest.raises(SidelightError, match="Train the probe again"):
+            kept_logits({"traffic": {"logits": broken}})
+
+
+@pytest.mark.slow
+def test_background_that_holds_a_labelled_text_is_left_out(tiny, examples, options):
+    copies = tuple((Message("user", text.upper()),) for text in TEXTS[:10])
+    given = replace(options, background=Background((*copies, *TRAFFIC), "test"))
+    made = prepare(tiny, examples, None, options=given)
+    assert any("10 conversations" in warning for warning in made.warnings)
+    shown = {context.example.text for context in made.contexts if context.kind == "background"}
+    assert not shown & {text.upper() for text in TEXTS}
+
+
+@pytest.mark.slow
+def test_the_figures_are_those_of_the_threshold_that_is_served(tiny, examples, options):
+    positives = [text for text, label in zip(TEXTS, examples.labels, strict=True) if label]
+    alike = tuple((Message("user", f"{text}. Ordinary{i}"),) for i, text in enumerate(positives))
+    given = replace(options, background=Background(TRAFFIC + alike * 3, "test"))
+    settings = {"readout": TrainingSettings(epochs=2, batch_size=16, least_steps=0)}
+    made = fit(tiny, examples, None, name="p", options=replace(given, settings=settings)).best
+    assert made.report.thresholds == made.probe.thresholds
+    assert made.probe.record["validation"]["metrics"]["thresholds"] == [*made.probe.thresholds]
 
 
 def test_traffic_is_counted_by_conversation_and_by_length():

@@ -23,7 +23,7 @@ def probes(tiny):
     early = untrained_probe(tiny, "toxicity", reads=Reads(scope="each_turn"))
     late = untrained_probe(tiny, "late", reads=Reads("response"))
     bounded = replace(early.standardisation, is_normalised=True)
-    learned = {"contexts": 40}
+    learned = {"contexts": {"inside": 40}}
     return [replace(early, record=learned, standardisation=bounded), late]
 
 

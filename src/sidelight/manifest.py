@@ -214,7 +214,7 @@ def summary(manifest: Manifest) -> dict[str, str]:
             if validation["metrics"][name]["value"] is not None
         )
         folds = record.get("folds", 0)
-        contexts = record.get("contexts", 0)
+        contexts = sum(record.get("contexts", {}).values())
         lines |= {
             "parameters": f"{record['parameters']:,}",
             "trained on": f"{record['training']['rows']:,} texts"

@@ -207,6 +207,7 @@ _TEXT = (Part.PROMPT, Part.REPLY)
 # A turn of fewer tokens says too little by itself; beside more of them it is outweighed.
 _LEAST_TOKENS = 8
 _MOST_TOKENS = 64
+_NEAREST_TOKENS = 128
 
 
 @dataclass(frozen=True)
@@ -223,7 +224,7 @@ class Unit:
 
 
 def judged_units(parts: bytes) -> list[Unit]:
-    """What of a prompt is judged beside the whole, so that no other text outweighs it.
+    """What of a prompt is judged beside the whole, so that other turns do not outweigh it.
 
     Each turn with a text is judged by itself, a short one with the turns after it, or else before
     it; also by itself if those outweigh it, which a client could write too. The user's turns are
@@ -239,18 +240,26 @@ def judged_units(parts: bytes) -> list[Unit]:
     texts = [
         int(np.isin(kinds[start:end], _TEXT).sum()) for start, end in zip(starts, ends, strict=True)
     ]
-    pieces: list[tuple[int, ...]] = []
+    spans: dict[tuple[int, ...], list[np.ndarray]] = {}
     for first in filter(texts.__getitem__, range(count)):
         start, stop = first, first + 1
         while sum(texts[start:stop]) < _LEAST_TOKENS and (start, stop) != (0, count):
             start, stop = (start, stop + 1) if stop < count else (start - 1, stop)
-        pieces.append(tuple(range(start, stop)))
+        tokens = [np.arange(starts[i], ends[i]) for i in range(start, stop)]
+        if stop - start > 1:
+            # Of a long neighbour what is next to it, or many short turns would copy it.
+            tokens = [
+                own[-_NEAREST_TOKENS:] if i < first else own[:_NEAREST_TOKENS]
+                for i, own in zip(range(start, stop), tokens, strict=True)
+            ]
+        spans.setdefault(tuple(range(start, stop)), tokens)
         if stop - start > 1 and sum(texts[start:stop]) > _MOST_TOKENS:
-            pieces.append((first,))
-    pieces.append(tuple(i for i in range(count) if Part.PROMPT in kinds[starts[i] : ends[i]]))
+            spans.setdefault((first,), [np.arange(starts[first], ends[first])])
+    users = tuple(i for i in range(count) if Part.PROMPT in kinds[starts[i] : ends[i]])
+    spans.setdefault(users, [np.arange(starts[i], ends[i]) for i in users])
     return [
-        Unit(np.concatenate([np.arange(starts[i], ends[i]) for i in unit]), unit[0])
-        for unit in dict.fromkeys(pieces)
+        Unit(np.concatenate(tokens), unit[0])
+        for unit, tokens in spans.items()
         if 0 < len(unit) < count
     ]
 

@@ -9,6 +9,7 @@ from sidelight.cli import options
 from sidelight.errors import SidelightError
 
 if TYPE_CHECKING:
+    from sidelight.backbone import TransformersBackbone
     from sidelight.training.background import Background, Turns
     from sidelight.training.classifier import Classifier
 
@@ -84,7 +85,7 @@ def background(
     if probe is None:
         backbone = runtime.load_backbone()
         if out is None and count is None:
-            conversations = traffic.load_background(data, backbone)
+            conversations = _chosen(data, backbone)
         else:
             path = out or traffic.own_set(backbone)
             count = count or traffic.CONVERSATIONS
@@ -94,7 +95,7 @@ def background(
     from sidelight.training.classifier import load
 
     classifier = load(probe, model=runtime.model, dtype=runtime.dtype, device=runtime.device)
-    conversations = traffic.load_background(data, classifier.backbone)
+    conversations = _chosen(data, classifier.backbone)
     ranked = traffic.suspects(conversations, _probabilities(classifier, conversations))
     for probability, turns in ranked[:_SUSPECTS]:
         click.echo(f"{probability:.3f}  {_shown(turns)}")
@@ -102,6 +103,13 @@ def background(
         kept = [turns for probability, turns in ranked if probability <= drop]
         traffic.save_background(kept, out)
         click.echo(f"Wrote {len(kept)} of {len(ranked)} conversations to {out}.")
+
+
+def _chosen(data: Path | None, backbone: "TransformersBackbone") -> "Background":
+    """The file alone, or what training takes by default."""
+    from sidelight.training.background import load_background, read_background
+
+    return load_background(None, backbone) if data is None else read_background(data)
 
 
 def _probabilities(classifier: "Classifier", background: "Background") -> "list[float]":

@@ -80,8 +80,9 @@ _AUTO = "auto"
 @click.option(
     "--background",
     metavar="FILE",
-    help="Ordinary traffic (texts or chats, without labels), which the texts are also shown in; or "
-    "none. [default: what the model has written]",
+    help="Ordinary traffic (texts or chats, without labels), which the texts are also shown in, "
+    "beside the packaged set; packaged alone; or none. [default: what the model has written, or else "
+    "packaged]",
 )
 @click.option(
     "--learning-rate", type=float, help="Initial learning rate. [default: the mechanism's]"
@@ -191,7 +192,7 @@ def train(
         click.echo(json.dumps(describe_fit(made), indent=2))
         return
     console().print(fit_table(made))
-    if made.best.traffic is not None:
+    if made.best.traffic is not None and made.best.traffic.conversations:
         click.echo(str(made.best.traffic))
     click.echo(f"Best: {made.best.probe.spec.name}, seed {made.best.seed}. Saved to {out}")
     click.echo(f"Next: {_eval_command(out, inputs)}")

@@ -20,8 +20,8 @@ from sidelight.types import Flags, Numbers, Values
 _COSINES = (0.75, 0.85, 0.95, np.inf)
 # Parts that the groups must allow: a group has at most the rows of one, and a label has as many.
 _PARTS = 5
-# Of a long text its beginning and its end are compared.
-_MOST_CHARACTERS = 1000
+# Of a long text so many stretches are compared.
+_MOST_CHARACTERS, _STRETCHES = 1000, 8
 _FEATURES = 2**16
 # With more texts, cosines are those of random projections; their error is .02 at .75.
 _EXACT_TEXTS = 2000
@@ -140,8 +140,12 @@ def _vectors(texts: Sequence[str]) -> Any:
 
 
 def _shortened(text: str) -> str:
-    half = _MOST_CHARACTERS // 2
-    return text if len(text) <= _MOST_CHARACTERS else f"{text[:half]} {text[-half:]}"
+    if len(text) <= _MOST_CHARACTERS:
+        return text
+    # Templates make beginnings and ends alike, so most of what is compared lies between them.
+    size = _MOST_CHARACTERS // _STRETCHES
+    starts = np.linspace(0, len(text) - size, _STRETCHES).astype(int)
+    return " ".join(text[start : start + size] for start in starts)
 
 
 def _nearest(
@@ -150,8 +154,9 @@ def _nearest(
     """Where two texts are alike; of a row with many such places the highest."""
     alike = cosines >= _COSINES[0]
     for row in np.flatnonzero(alike.sum(1) > _NEIGHBOURS):
-        least = np.partition(cosines[row], -_NEIGHBOURS)[-_NEIGHBOURS]
-        alike[row] &= cosines[row] >= least
+        # Not by the least of them: texts that differ in numbers alone are all equally alike.
+        alike[row] = False
+        alike[row, np.argpartition(cosines[row], -_NEIGHBOURS)[-_NEIGHBOURS:]] = True
     left, right = np.nonzero(alike)
     return left, right
 

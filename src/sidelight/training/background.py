@@ -60,9 +60,10 @@ def load_background(name: str | Path | None, backbone: TransformersBackbone) -> 
     """The background traffic to train with on a backbone.
 
     Args:
-        name: A file with a column ``text`` of texts or chat messages; ``none``; ``packaged``, the
-            set of the embedded model; or None for the set that this LLM has written, which
-            ``sidelight background`` keeps in the cache, and else the packaged one.
+        name: A file with a column ``text`` of texts or chat messages, which the packaged set is
+            added to, since few files have every length and kind; ``none``; ``packaged``, the set of
+            the embedded model; or None for the set that this LLM has written, which ``sidelight
+            background`` keeps in the cache, and else the packaged one.
         backbone: The LLM that probes are trained on.
 
     Raises:
@@ -73,7 +74,17 @@ def load_background(name: str | Path | None, backbone: TransformersBackbone) -> 
     own = own_set(backbone)
     if name == "packaged" or (name is None and not own.exists()):
         return Background(_read(PACKAGED), "packaged")
-    path = own if name is None else Path(name)
+    if name is None:
+        return Background(_read(own), str(own))
+    return Background((*_read(Path(name)), *_read(PACKAGED)), f"{name}, and packaged")
+
+
+def read_background(path: Path) -> Background:
+    """The conversations of a file.
+
+    Raises:
+        SidelightError: There is no such file, or no text in it.
+    """
     return Background(_read(path), str(path))
 
 

@@ -41,6 +41,8 @@ _JOINTS = ("\n\n", "\n", " ")
 _SENTENCE_END = re.compile(r"(?<=[.!?\n])\s+")
 # How often one of the parts that serving judges stands for a context without a label.
 _UNITS = 0.7
+# No probe reads these turns where they lead.
+_SYSTEM = ("system", "developer")
 # A text gets so many contexts at most, and so many attempts at one.
 _MOST_OF_A_TEXT, _ATTEMPTS = 3, 4
 
@@ -143,14 +145,20 @@ class ContextSampler:
         """
         contexts: list[Context] = []
         order = np.random.default_rng(self._random.randrange(2**32)).permutation(texts).tolist()
-        for text in order * _MOST_OF_A_TEXT:
-            if tokens <= 0:
-                break
-            is_labelled = not self._is_part or bool(np.any(examples.labels[text]))
-            context = self._context(examples.items[text], is_labelled=is_labelled)
-            if context is not None:
-                contexts.append(replace(context, text=text))
-                tokens -= len(context.prompt)
+        for _ in range(_MOST_OF_A_TEXT):
+            again: list[int] = []
+            for text in order:
+                if tokens <= 0:
+                    return contexts
+                is_labelled = not self._is_part or bool(np.any(examples.labels[text]))
+                context = self._context(examples.items[text], is_labelled=is_labelled)
+                if context is not None:
+                    contexts.append(replace(context, text=text))
+                    tokens -= len(context.prompt)
+                    # Plain text is the same each time.
+                    if context.kind != "plain":
+                        again.append(text)
+            order = again
         return contexts
 
     def _context(self, example: Example, *, is_labelled: bool) -> Context | None:
@@ -160,6 +168,9 @@ class ContextSampler:
         negative.
         """
         if [message.role for message in example.messages] != ["user"] or example.response:
+            return None
+        # Words are a token or more.
+        if not self._shares or len(example.text.split()) > self._max_tokens:
             return None
         for _ in range(_ATTEMPTS):
             kinds: list[Kind] = [*self._shares]
@@ -194,7 +205,8 @@ class ContextSampler:
         if kind == "disguised":
             disguise = DISGUISES[random.choice([*DISGUISES])]
             return Example((Message("user", disguise(text, random)),)), set()
-        turns = [*random.choice(self._conversations)]
+        turns = [turn for turn in random.choice(self._conversations) if turn.role not in _SYSTEM]
+        turns = turns or [Message("user", text)]
         users = [i for i, turn in enumerate(turns) if turn.role == "user"] or [0]
         if not self._is_part:
             return Example((*turns[: users[-1]], Message("user", text))), set()

@@ -18,12 +18,14 @@ from torch import Tensor
 from sidelight.backbone import TransformersBackbone
 from sidelight.calibration import require_calibratable, suggested_calibration
 from sidelight.data.examples import (
+    Example,
     Examples,
     LabelledExamples,
     located,
     place_of,
     validation_share,
 )
+from sidelight.data.near_duplicates import NearDuplicates
 from sidelight.errors import SidelightError
 from sidelight.progress import progress
 from sidelight.prompts import EncodedPrompt, Reads, judged_units
@@ -49,6 +51,12 @@ FOLDS = 5
 # them that is background alone.
 _CONTEXT_TOKENS, _LEAST_CONTEXT_TOKENS = 0.6, 16_000
 _BACKGROUND_SHARE = 0.4
+# Of the background what measures, where texts are held out.
+_MEASURED_SHARE = 0.3
+# With fewer conversations, training warns.
+_FEW_CONVERSATIONS = 50
+# Cosine from which background counts as a labelled text, and the most texts that it is compared to.
+_SAME_TEXT, _COMPARED_TEXTS = 0.85, 5000
 # With fewer validation texts of a class, training warns.
 _ROUGH_BELOW = 10
 
@@ -283,7 +291,17 @@ def prepare(
             "figures are rough. More labelled texts of it would help most."
         )
     split = partial(make_split, backbone, options=options, source=source)
-    conversations = options.background.conversations
+    conversations, known = _unlabelled(options.background.conversations, training)
+    if known:
+        warnings.append(
+            f"{known} conversations of the background hold a text of the training data, and were "
+            "left out: its label beats the assumption that ordinary traffic has none."
+        )
+    if 0 < len(conversations) < _FEW_CONVERSATIONS:
+        warnings.append(
+            f"The background has {len(conversations)} conversations: they say little about "
+            f"ordinary traffic. Give {_FEW_CONVERSATIONS} or more (--background)."
+        )
     if folds:
         parts = [conversations[fold :: len(folds)] for fold in range(len(folds))]
         by_fold = [
@@ -299,8 +317,7 @@ def prepare(
         fitted = measured = split(training, contexts=contexts, title="Training texts")
     else:
         warnings += shared_texts(training, validation)
-        # As many of the conversations as of the texts.
-        held = round(len(conversations) * len(validation) / (len(training) + len(validation)))
+        held = round(len(conversations) * _MEASURED_SHARE)
         parts = (conversations[held:], conversations[:held])
         shown, contexts = (
             draw_contexts(backbone, texts, np.arange(len(texts)), part, options)
@@ -317,6 +334,26 @@ def prepare(
                 "(--max-tokens); judging never cuts."
             )
     return ProbeDataset(backbone, fitted, measured, folds, tuple(warnings), tuple(contexts), given)
+
+
+def _unlabelled(
+    conversations: Sequence[Turns], examples: LabelledExamples
+) -> tuple[tuple[Turns, ...], int]:
+    """The conversations without a turn that is a labelled text, and how many have one."""
+    keys = {item.text_key for item in examples.items}
+    turns = [[Example((turn,)).text_key for turn in own] for own in conversations]
+    known = {index for index, own in enumerate(turns) if keys & {*own}}
+    if len(keys) <= _COMPARED_TEXTS and conversations:
+        flat = [(index, key) for index, own in enumerate(turns) for key in own]
+        compared = NearDuplicates.among([*keys, *(key for _, key in flat)])
+        numbers = compared.texts[len(keys) :]
+        is_alike = compared.cosines >= _SAME_TEXT
+        pairs = np.stack([compared.left[is_alike], compared.right[is_alike]])
+        # Equal keys have equal numbers, and labelled texts the first ones.
+        alike = {*pairs[:, (pairs < len(keys)).any(0)].flatten().tolist()}
+        known |= {index for (index, _), n in zip(flat, numbers.tolist(), strict=True) if n in alike}
+    kept = tuple(own for index, own in enumerate(conversations) if index not in known)
+    return kept, len(known)
 
 
 def draw_contexts(
@@ -343,15 +380,17 @@ def draw_contexts(
     if options.reads.includes_response or not is_shown:
         return ()
     is_part = options.reads_of(task).scope == "each_turn"
+    limit = min(options.max_tokens, encoder.max_tokens)
     sampler = ContextSampler(
         encoder,
         options.reads,
         conversations,
         is_part=is_part,
-        max_tokens=min(options.max_tokens, encoder.max_tokens),
+        max_tokens=limit,
         seed=int(texts[0]),
     )
-    own = sum(len(encoder.encode_any_length(examples.items[i].conversation)) for i in texts)
+    lengths = (len(encoder.encode_any_length(examples.items[i].conversation)) for i in texts)
+    own = sum(min(length, limit) for length in lengths)
     tokens = round(max(_LEAST_CONTEXT_TOKENS * share, _CONTEXT_TOKENS * own))
     alone: list[Context] = []
     if is_part:

@@ -1,5 +1,6 @@
 """From labelled examples to calibrated probes with their figures."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -40,7 +41,6 @@ from sidelight.training.traffic import (
     Traffic,
     highest_logits,
     measure_traffic,
-    quiet_thresholds,
 )
 
 
@@ -72,15 +72,14 @@ def calibrate_probe(
     task, texts = dataset.task, len(dataset.validation)
     logits, in_contexts = trained.logits[:texts], trained.logits[texts:]
     rule = options.threshold
-    calibrated = calibrate(logits, dataset, kind=options.calibration, rule=rule)
+    highest = highest_logits(dataset.contexts, in_contexts)
+    calibrated = calibrate(logits, dataset, kind=options.calibration, rule=rule, traffic=highest)
     probabilities = calibrated.calibration.apply(logits)
     thresholds, traffic = calibrated.report.thresholds, None
     kept: dict[str, Any] = {}
     if thresholds and dataset.contexts:
         chances = calibrated.calibration.apply(in_contexts)
         holds = dataset.measured.labels[texts:].reshape(chances.shape).astype(bool)
-        highest = highest_logits(dataset.contexts, in_contexts)
-        thresholds = quiet_thresholds(thresholds, calibrated.calibration, highest, rule)
         traffic = measure_traffic(dataset.contexts, chances, holds, thresholds)
         kept = {"traffic": {**traffic.to_dict(), "logits": highest.round(4).tolist()}}
     probe = Probe(
@@ -101,7 +100,7 @@ def calibrate_probe(
                 "texts": text_hashes(dataset.originals.examples),
                 **({"given_sha256": dataset.given_sha256} if dataset.given_sha256 else {}),
             },
-            "contexts": len(dataset.training) - len(dataset.originals),
+            "contexts": dict(Counter(context.kind for context in dataset.contexts)),
             **kept,
             "validation": {
                 **describe_examples(dataset.validation.examples),
@@ -131,6 +130,7 @@ def calibrate(
     kind: CalibrationKind | None = None,
     bootstrap: int = 1000,
     rule: ThresholdRule = F1,
+    traffic: Float[np.ndarray, "conversation output"] | None = None,
 ) -> Calibrated:
     """Calibrates logits of the validation texts and measures them.
 
@@ -140,10 +140,17 @@ def calibrate(
         kind: How; None takes ``suggested_calibration``.
         bootstrap: As for ``evaluate``.
         rule: What the thresholds are chosen for.
+        traffic: As for ``calibrate_examples``.
     """
     folds = measuring_folds(dataset.validation.examples, folds=dataset.folds, kind=kind)
     return calibrate_examples(
-        logits, dataset.validation.examples, folds, kind=kind, rule=rule, bootstrap=bootstrap
+        logits,
+        dataset.validation.examples,
+        folds,
+        kind=kind,
+        rule=rule,
+        bootstrap=bootstrap,
+        traffic=traffic,
     )
 
 

@@ -22,6 +22,7 @@ from sidelight.evaluation import Report, evaluate
 from sidelight.metrics import log_losses, score_counts
 from sidelight.thresholds import F1, ThresholdRule, choose_thresholds, operating_curves
 from sidelight.training.dataset import FOLDS, Folds
+from sidelight.training.traffic import quiet_thresholds
 from sidelight.types import Task
 
 # Where there are no folds to measure by.
@@ -61,6 +62,7 @@ def calibrate_examples(
     rule: ThresholdRule = F1,
     bootstrap: int = 1000,
     around: Sequence[float] = (),
+    traffic: Float[np.ndarray, "conversation output"] | None = None,
 ) -> Calibrated:
     """Calibrates logits of labelled texts and measures them.
 
@@ -73,11 +75,15 @@ def calibrate_examples(
         rule: What the thresholds are chosen for.
         bootstrap: As for ``evaluate``.
         around: As for ``fit_calibration``.
+        traffic: Logits of ordinary conversations, which thresholds let pass: see
+            ``quiet_thresholds``.
     """
+    quiet = np.empty((0, logits.shape[1])) if traffic is None else traffic
     task, labels = examples.task, examples.labels
     kind = kind or suggested_calibration(task)
     calibration = fit_calibration(kind, logits, labels, task, around=around)
     thresholds = choose_thresholds(task, calibration.apply(logits), labels, rule=rule)
+    thresholds = quiet_thresholds(thresholds, calibration, quiet, rule)
     probabilities = np.empty_like(logits)
     applied = np.empty((len(labels), len(thresholds)))
     for fold in folds or (np.arange(len(labels)),):
@@ -85,7 +91,8 @@ def calibrate_examples(
         rest = rest if len(rest) else fold
         own = fit_calibration(kind, logits[rest], labels[rest], task, around=around)
         probabilities[fold] = own.apply(logits[fold])
-        applied[fold] = choose_thresholds(task, own.apply(logits[rest]), labels[rest], rule=rule)
+        chosen = choose_thresholds(task, own.apply(logits[rest]), labels[rest], rule=rule)
+        applied[fold] = quiet_thresholds(chosen, own, quiet, rule)
     report = evaluate(
         task,
         probabilities,

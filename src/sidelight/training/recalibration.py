@@ -33,7 +33,7 @@ from sidelight.training.measuring import (
     measuring_folds,
     trained_texts,
 )
-from sidelight.training.traffic import quiet_for
+from sidelight.training.traffic import kept_logits, quiet_thresholds
 from sidelight.types import Task
 
 # With fewer texts a probe is better off as it is; docs/results.md has the runs.
@@ -137,9 +137,16 @@ def _follow_labels(
     before = evaluate(task, probe.calibration.apply(logits), labels, thresholds=probe.thresholds)
     folds = measuring_folds(examples, kind=kind)
     around = probe.calibration.scale
-    made = calibrate_examples(logits, examples, folds, kind=kind, rule=rule, around=around)
-    thresholds = quiet_for(made.report.thresholds, made.calibration, probe.record, rule)
-    fitted = replace(probe, calibration=made.calibration, thresholds=thresholds)
+    made = calibrate_examples(
+        logits,
+        examples,
+        folds,
+        kind=kind,
+        rule=rule,
+        around=around,
+        traffic=kept_logits(probe.record),
+    )
+    fitted = replace(probe, calibration=made.calibration, thresholds=made.report.thresholds)
     entry = {
         **describe_examples(examples),
         "before": before.to_dict(),
@@ -238,7 +245,7 @@ def _follow_shares(
     new = calibration.apply(logits)
     _require_mixture(known, given.tolist(), old)
     thresholds = tuple(curve.threshold(rule) for curve in curves.values())
-    thresholds = quiet_for(thresholds, calibration, probe.record, rule)
+    thresholds = quiet_thresholds(thresholds, calibration, kept_logits(probe.record), rule)
     labels = task.labels[-task.outputs :]
     shares = zip(labels, priors, given, strict=True)
     changes = {label: [float(before), float(after)] for label, before, after in shares}
@@ -336,7 +343,7 @@ def _follow_rule(probe: Probe, rule: ThresholdRule) -> tuple[Recalibrated, dict[
         )
     curves = _curves(probe)
     thresholds = tuple(curve.threshold(rule) for curve in curves.values())
-    thresholds = quiet_for(thresholds, probe.calibration, probe.record, rule)
+    thresholds = quiet_thresholds(thresholds, probe.calibration, kept_logits(probe.record), rule)
     stored = reference(probe.record)
     entry = {name: stored[name] for name in ("scores", "priors", "curves")}
     made = replace(probe, thresholds=thresholds)

@@ -77,6 +77,7 @@ def describe_fit(made: Fit) -> dict[str, Any]:
                 "seed": run.seed,
                 "score": run.score,
                 "validation": run.report.to_dict(),
+                "traffic": None if run.traffic is None else run.traffic.to_dict(),
             }
             for name, run in _named(made)
         ],

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from sidelight.calibration import Calibration
+from sidelight.errors import SidelightError
 from sidelight.thresholds import ThresholdRule
 from sidelight.training.contexts import Context
 
@@ -20,7 +21,7 @@ from sidelight.training.contexts import Context
 FALSE_ALARMS = 0.04
 # Words around a text, from one limit to the next.
 _LENGTHS = (50, 150, 600)
-_SHOWN, _SHOWN_CHARACTERS = 3, 80
+_SHOWN, _SHOWN_CHARACTERS = 3, 160
 
 
 @dataclass(frozen=True)
@@ -60,17 +61,18 @@ class Traffic:
         """A few lines for a terminal."""
         share = self.flagged / max(1, self.conversations)
         lines = [
-            f"Of {self.conversations} ordinary conversations it flags {share:.1%} ({self.flagged})."
+            f"Of {self.conversations} ordinary conversations that it was not trained on, it flags "
+            f"{share:.1%} ({self.flagged})."
         ]
         for own in self.surroundings:
             if own.positives and own.ordinary:
                 lines.append(
-                    f"In up to {own.words} words of other text it finds "
-                    f"{own.found} of {own.positives} texts, and flags {own.flagged} of "
-                    f"{own.ordinary} without one."
+                    f"Your positive texts inside up to {own.words} words of other text: "
+                    f"{own.found} of {own.positives} found. Other text of that length: "
+                    f"{own.flagged} of {own.ordinary} flagged."
                 )
         if self.worst:
-            lines.append("The most suspicious of them:")
+            lines.append("Ordinary conversations with the highest probabilities:")
             lines += [f"  {probability:.2f}  {text}" for probability, text in self.worst]
         return "\n".join(lines)
 
@@ -130,10 +132,11 @@ def quiet_thresholds(
         logits: Out-of-fold, the highest of each conversation.
         rule: What the thresholds are chosen for.
     """
-    if rule.kind in ("recall", "cost") or not len(logits) or not thresholds:
-        return tuple(thresholds)
     rate = rule.value if rule.kind == "fpr" else FALSE_ALARMS
-    allowed = min(math.ceil(rate * len(logits)), len(logits) - 1)
+    allowed = int(rate * len(logits))
+    # Fewer conversations cannot tell such a rate.
+    if rule.kind in ("recall", "cost") or not allowed or not thresholds:
+        return tuple(thresholds)
     # Just above the probability of the first conversation that may not be flagged.
     bounds = np.sort(calibration.apply(logits), 0)[::-1][allowed].tolist()
     return tuple(
@@ -142,15 +145,20 @@ def quiet_thresholds(
     )
 
 
-def quiet_for(
-    thresholds: Sequence[float],
-    calibration: Calibration,
-    record: Mapping[str, Any],
-    rule: ThresholdRule,
-) -> tuple[float, ...]:
-    """As ``quiet_thresholds``, for a probe whose record keeps how its traffic scored."""
-    logits = np.array(record.get("traffic", {}).get("logits", ()))
-    return quiet_thresholds(thresholds, calibration, logits, rule)
+def kept_logits(record: Mapping[str, Any]) -> Float[np.ndarray, "conversation output"]:
+    """The logits of ordinary conversations that training has kept in a probe's record.
+
+    Raises:
+        SidelightError: They are no table of numbers.
+    """
+    kept = record.get("traffic", {}).get("logits", [])
+    try:
+        logits = np.array(kept, dtype=float)
+        return logits if logits.ndim == 2 else logits.reshape(0, 1)
+    except (TypeError, ValueError) as error:
+        raise SidelightError(
+            "The probe's manifest keeps no numbers in traffic.logits. Train the probe again."
+        ) from error
 
 
 def highest_logits(
