@@ -81,8 +81,8 @@ _AUTO = "auto"
     "--background",
     metavar="FILE",
     help="Ordinary traffic (texts or chats, without labels), which the texts are also shown in, "
-    "beside the packaged set; packaged alone; or none. [default: what the model has written, or else "
-    "packaged]",
+    "beside the packaged set; packaged alone; or none. [default: what the model has written, or "
+    "else packaged]",
 )
 @click.option(
     "--learning-rate", type=float, help="Initial learning rate. [default: the mechanism's]"

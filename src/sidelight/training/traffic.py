@@ -132,8 +132,10 @@ def quiet_thresholds(
         logits: Out-of-fold, the highest of each conversation.
         rule: What the thresholds are chosen for.
     """
-    rate = rule.value if rule.kind == "fpr" else FALSE_ALARMS
-    allowed = int(rate * len(logits))
+    # A rate that was asked for holds; that of few conversations is rough in any case.
+    is_asked = rule.kind == "fpr"
+    rate = (rule.value if is_asked else FALSE_ALARMS) * len(logits)
+    allowed = int(rate) if is_asked or rate < 1 else math.ceil(rate)
     # Fewer conversations cannot tell such a rate.
     if rule.kind in ("recall", "cost") or not allowed or not thresholds:
         return tuple(thresholds)
