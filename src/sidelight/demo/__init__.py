@@ -98,4 +98,5 @@ def _verdict(verdict: dict[str, Any]) -> str:
 
 
 def _say(message: str) -> None:
-    _console.print(f"[bold cyan]==>[/bold cyan] {message}", highlight=False)
+    # Commands stay on one line, so that they can be copied.
+    _console.print(f"[bold cyan]==>[/bold cyan] {message}", highlight=False, soft_wrap=True)
