@@ -212,7 +212,7 @@ def shown_alone(words, kind="background", text=None):
 
 
 @pytest.mark.parametrize(("rule", "most"), [("f1", 4), ("fpr=0.1", 10), ("recall=0.9", 100)])
-def test_thresholds_let_ordinary_conversations_pass(rule, most):
+def test_thresholds_let_ordinary_conversations_pass(tiny, rule, most):
     rule, before = ThresholdRule.parse(rule), (0.3,)
     # Each is judged whole, and one turn of it.
     contexts = [shown_alone(9) for _ in range(100)] * 2
@@ -228,14 +228,15 @@ def test_thresholds_let_ordinary_conversations_pass(rule, most):
     assert after == before[0] or (chance >= after - 0.05).sum() > most
     assert quiet_thresholds((0.999,), none, highest, rule) == (0.999,)
     # A recalibration keeps to what training has kept of it.
-    record = {"traffic": {"logits": highest.tolist()}}
-    assert quiet_thresholds(before, none, kept_logits(record), rule) == (after,)
-    assert quiet_thresholds(before, none, kept_logits({}), rule) == before
+    probe = untrained_probe(tiny, "p")
+    kept = replace(probe, record={"traffic": {"logits": highest.tolist()}})
+    assert quiet_thresholds(before, none, kept_logits(kept), rule) == (after,)
+    assert quiet_thresholds(before, none, kept_logits(probe), rule) == before
     # Ten conversations cannot tell four in a hundred.
     assert quiet_thresholds(before, none, highest[:9], rule) == before
     for broken in ([["x"]], [[1], [1, 2]]):
         with pytest.raises(SidelightError, match="Train the probe again"):
-            kept_logits({"traffic": {"logits": broken}})
+            kept_logits(replace(probe, record={"traffic": {"logits": broken}}))
 
 
 @pytest.mark.slow

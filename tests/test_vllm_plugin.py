@@ -75,7 +75,9 @@ def no_receiver():
 
 
 def prompt_of(token_ids, seed=0) -> EncodedPrompt:
-    parts = [Part(int(p)) for p in np.random.default_rng(seed).integers(0, 4, len(token_ids))]
+    parts = [
+        Part(int(p)) for p in np.random.default_rng(seed).integers(0, len(Part), len(token_ids))
+    ]
     parts[-1] = Part.PROMPT
     return EncodedPrompt(tuple(token_ids), tuple(parts))
 
@@ -209,6 +211,16 @@ def test_a_response_is_read_as_it_is_written_and_again_after_preemption(
         share = ("r", hidden, [9, 8, 7, 6, 5], start, min(18, start + chunk))
         played.step([share], resumed={"r"} if start == 0 else set())
     require_equal(late, played.judgement("r"), backbone, followed(prompt, ids[9:]))
+
+
+def test_the_memory_of_columns_is_counted_in_bytes(probes):
+    played = Played(probes)
+    weight = played.panel.projection.weight
+    assert played.pages.numbers_per_token == weight.shape[0] * weight.shape[2]
+    # A slot more than the cache has takes what is padding.
+    kept = (BLOCKS * BLOCK + 1) * played.pages.numbers_per_token
+    rows = played.stage.rows
+    assert played.pages.size_bytes == kept * rows.element_size() + rows.nbytes
 
 
 def test_what_was_not_read_is_a_failed_verdict(backbone, probes):

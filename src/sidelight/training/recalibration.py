@@ -144,7 +144,7 @@ def _follow_labels(
         kind=kind,
         rule=rule,
         around=around,
-        traffic=kept_logits(probe.record),
+        traffic=kept_logits(probe),
     )
     fitted = replace(probe, calibration=made.calibration, thresholds=made.report.thresholds)
     entry = {
@@ -245,7 +245,7 @@ def _follow_shares(
     new = calibration.apply(logits)
     _require_mixture(known, given.tolist(), old)
     thresholds = tuple(curve.threshold(rule) for curve in curves.values())
-    thresholds = quiet_thresholds(thresholds, calibration, kept_logits(probe.record), rule)
+    thresholds = quiet_thresholds(thresholds, calibration, kept_logits(probe), rule)
     labels = task.labels[-task.outputs :]
     shares = zip(labels, priors, given, strict=True)
     changes = {label: [float(before), float(after)] for label, before, after in shares}
@@ -343,7 +343,7 @@ def _follow_rule(probe: Probe, rule: ThresholdRule) -> tuple[Recalibrated, dict[
         )
     curves = _curves(probe)
     thresholds = tuple(curve.threshold(rule) for curve in curves.values())
-    thresholds = quiet_thresholds(thresholds, probe.calibration, kept_logits(probe.record), rule)
+    thresholds = quiet_thresholds(thresholds, probe.calibration, kept_logits(probe), rule)
     stored = reference(probe.record)
     entry = {name: stored[name] for name in ("scores", "priors", "curves")}
     made = replace(probe, thresholds=thresholds)

@@ -5,7 +5,7 @@ trained on.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 
 from sidelight.calibration import Calibration
 from sidelight.errors import SidelightError
+from sidelight.probe import Probe
 from sidelight.thresholds import ThresholdRule
 from sidelight.training.contexts import Context
 
@@ -147,16 +148,15 @@ def quiet_thresholds(
     )
 
 
-def kept_logits(record: Mapping[str, Any]) -> Float[np.ndarray, "conversation output"]:
-    """The logits of ordinary conversations that training has kept in a probe's record.
+def kept_logits(probe: Probe) -> Float[np.ndarray, "conversation output"]:
+    """The logits of ordinary conversations that training has kept with a probe.
 
     Raises:
         SidelightError: They are no table of numbers.
     """
-    kept = record.get("traffic", {}).get("logits", [])
+    kept, outputs = probe.record.get("traffic", {}).get("logits", []), probe.task.outputs
     try:
-        logits = np.array(kept, dtype=float)
-        return logits if logits.ndim == 2 else logits.reshape(0, 1)
+        return np.array(kept, dtype=float).reshape(len(kept), outputs)
     except (TypeError, ValueError) as error:
         raise SidelightError(
             "The probe's manifest keeps no numbers in traffic.logits. Train the probe again."
