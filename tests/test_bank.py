@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from sidelight.bank import NUMBERS_AT_ONCE, Bank, BankState, Panel
 from sidelight.errors import SidelightError, VerdictError
 from sidelight.mechanisms.base import mechanism_names
-from sidelight.prompts import Message, Reads, Unit, judged_units, piece_lengths
+from sidelight.prompts import Message, Part, Reads, Unit, judged_units, piece_lengths
 from sidelight.standardisation import Standardisation
 from sidelight.states.extraction import score
 from sidelight.types import Judgement
@@ -263,6 +263,19 @@ def test_a_short_turn_is_judged_with_its_neighbours(tiny):
         units = judged_units(parts)
         assert [tuple(dict.fromkeys(owners[unit.tokens])) for unit in units] == wanted
         assert [unit.turn for unit in units] == [own[0] for own in wanted]
+
+
+def test_a_short_first_turn_is_judged_whatever_stands_before_it(tiny):
+    """Its piece begins with the system's turn, which is not read, and may be long."""
+    for system in ("", "s" * 150):
+        turns = [Message("system", system)] * bool(system)
+        turns += [Message("user", "short"), Message("assistant", "y" * 30)]
+        prompt = tiny.encoder.encode([*turns, Message("user", "and")])
+        text = np.flatnonzero(np.isin([*prompt.parts], [Part.PROMPT]))
+        short = {*text[:5].tolist()}
+        beside = [unit for unit in judged_units(bytes(prompt.parts)) if unit.turn == 0]
+        assert len(beside) == 2
+        assert all(short <= {*unit.tokens.tolist()} for unit in beside)
 
 
 def test_a_multi_class_probe_judges_the_whole(tiny):

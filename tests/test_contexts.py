@@ -227,6 +227,8 @@ def test_thresholds_let_ordinary_conversations_pass(tiny, rule, most):
     # No higher than it must be.
     assert after == before[0] or (chance >= after - 0.05).sum() > most
     assert quiet_thresholds((0.999,), none, highest, rule) == (0.999,)
+    # What every conversation reaches is no threshold.
+    assert quiet_thresholds(before, none, highest + 1e3, rule)[0] < 1
     # A recalibration keeps to what training has kept of it.
     probe = untrained_probe(tiny, "p")
     kept = replace(probe, record={"traffic": {"logits": highest.tolist()}})

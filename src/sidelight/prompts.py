@@ -248,15 +248,16 @@ def judged_units(parts: bytes) -> list[Unit]:
         tokens = [np.arange(starts[i], ends[i]) for i in range(start, stop)]
         if stop - start > 1:
             # Of a long neighbour what is next to it, or many short turns would copy it.
+            before, after = slice(-_NEAREST_TOKENS, None), slice(_NEAREST_TOKENS)
             tokens = [
-                own[-_NEAREST_TOKENS:] if i < first else own[:_NEAREST_TOKENS]
+                own if i == first else own[before if i < first else after]
                 for i, own in zip(range(start, stop), tokens, strict=True)
             ]
         spans.setdefault(tuple(range(start, stop)), tokens)
         if stop - start > 1 and sum(texts[start:stop]) > _MOST_TOKENS:
             spans.setdefault((first,), [np.arange(starts[first], ends[first])])
     users = tuple(i for i in range(count) if Part.PROMPT in kinds[starts[i] : ends[i]])
-    spans.setdefault(users, [np.arange(starts[i], ends[i]) for i in users])
+    spans[users] = [np.arange(starts[i], ends[i]) for i in users]
     return [
         Unit(np.concatenate(tokens), unit[0])
         for unit, tokens in spans.items()

@@ -27,7 +27,6 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from sidelight.calibration import link
-from sidelight.data.examples import LabelledExamples
 from sidelight.mechanisms.linear import Linear
 from sidelight.metrics import log_losses
 from sidelight.standardisation import Standardisation, spread_and_mean
@@ -38,7 +37,6 @@ from sidelight.types import Task
 # Strengths are scikit-learn's C where a text's features have a mean square of 1 in all.
 STRENGTHS = tuple(float(10**k) for k in np.arange(-1, 4.1, 0.5))
 _LANDMARKS = 2048
-_FOLDS = 5
 _ITERATIONS = 100
 # Of the solution, and of those that are only compared: the gradient where Newton's method stops, in
 # multiples of the root of the penalty. The weaker the penalty, the farther a gradient may still go.
@@ -92,13 +90,6 @@ class LinearSolution:
         pairs = ((pooled.means, self.value), (pooled.lasts, self.last))
         products = (torch.einsum("tld,ldc->tc", vectors, weight) for vectors, weight in pairs)
         return (sum(products) + self.bias).numpy()
-
-
-def strength_folds(examples: LabelledExamples) -> tuple[Int[np.ndarray, " _"], ...]:
-    """The folds to choose a strength by; none if all texts are the same, one of many texts."""
-    count = min(_FOLDS, examples.distinct)
-    folds = examples.folds(count, seed=0) if count > 1 else ()
-    return folds[:1] if len(examples) > _LANDMARKS else folds
 
 
 def solve_linear(

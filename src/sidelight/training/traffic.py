@@ -20,6 +20,8 @@ from sidelight.training.contexts import Context
 
 # The share of ordinary conversations that may be flagged, unless a rule says otherwise.
 FALSE_ALARMS = 0.04
+# No threshold is raised further.
+_HIGHEST = 1 - 1e-9
 # Words around a text, from one limit to the next.
 _LENGTHS = (50, 150, 600)
 _SHOWN, _SHOWN_CHARACTERS = 3, 160
@@ -142,8 +144,9 @@ def quiet_thresholds(
         return tuple(thresholds)
     # Just above the probability of the first conversation that may not be flagged.
     bounds = np.sort(calibration.apply(logits), 0)[::-1][allowed].tolist()
+    # A threshold that no score reaches would find nothing: what is as sure as that is flagged.
     return tuple(
-        max(threshold, math.nextafter(bound, 1.0))
+        max(threshold, min(math.nextafter(bound, 1.0), _HIGHEST))
         for threshold, bound in zip(thresholds, bounds, strict=True)
     )
 
