@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float, Int
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import average_precision_score
 from sklearn.preprocessing import StandardScaler
 
 from sidelight.backbone import TransformersBackbone
@@ -18,19 +20,28 @@ from sidelight.errors import SidelightError, did_you_mean
 from sidelight.metrics import decide, log_losses, measure
 from sidelight.states.extraction import SharedSource
 from sidelight.training.background import Background
-from sidelight.training.dataset import FOLDS, ProbeDataset, Split, make_split
+from sidelight.training.dataset import (
+    FOLDS,
+    ProbeDataset,
+    Split,
+    draw_contexts,
+    make_split,
+    prepare,
+)
 from sidelight.training.fit import FittedProbe, fit
 from sidelight.training.settings import FitOptions
 from sidelight.training.tfidf import fit_tfidf
-from sidelight.types import Task
+from sidelight.types import MechanismSpec, Task
 from sidelight_lab.baselines.encoders import Encoder
 from sidelight_lab.baselines.pooled import PENALTIES
 from sidelight_lab.baselines.token_heads import AttentionProbe
 from sidelight_lab.bench.measurement import table
 
-DEFAULT, ALONE = "default", "texts alone"
-FIGURES = ("accuracy", "log loss", "ece", "auprc")
-RIVALS = ("tfidf", "sentence_embeddings", "means_all_layers", "attention_probe")
+DEFAULT, ALONE, LINEAR = "default", "texts alone", "linear"
+FIGURES = ("accuracy", "log loss", "ece", "auprc", "auprc in contexts")
+# Logistic regressions, which are also trained in the contexts that the default probe is shown.
+_REGRESSIONS = ("means_all_layers", "means_and_lasts", "last_layer")
+RIVALS = ("tfidf", "sentence_embeddings", "attention_probe", *_REGRESSIONS)
 _RESAMPLES = 2000
 # Of the training texts, for a rival that stops early and calibrates on them.
 _HELD_OUT = 0.2
@@ -87,10 +98,12 @@ def compare_defaults(
 ) -> list[Judged]:
     """The default probe, the same of texts alone, and each rival, for each size and draw.
 
+    ``auprc in contexts`` is of the held-out texts in ordinary traffic that no row was trained in.
+
     Args:
         backbone: The frozen LLM.
         examples: Labelled texts.
-        background: Ordinary traffic, which the default probe is also trained in.
+        background: Ordinary traffic: one half to train in, the other to measure in.
         sizes: Training texts of each class.
         texts: Training texts in all, in the file's shares of the classes.
         draws: Draws of training texts; those that are held out are the same for all.
@@ -118,19 +131,34 @@ def compare_defaults(
     encoder = Encoder(None, max_tokens=512) if "sentence_embeddings" in rivals else None
     shared = SharedSource(backbone, cache_root)
     options = FitOptions(cache_root=cache_root)
-    held = make_split(backbone, examples.select(held_rows), options, source=shared)
+    shown = replace(background, conversations=background.conversations[::2])
+    held_texts = examples.select(held_rows)
+    unseen = background.conversations[1::2]
+    everyone = np.arange(len(held_texts))
+    contexts = draw_contexts(backbone, held_texts, everyone, unseen, options)
+    held = make_split(backbone, held_texts, options, source=shared, contexts=contexts)
+    in_contexts = replace(options, background=shown)
+    ours = {
+        DEFAULT: in_contexts,
+        ALONE: replace(options, background=Background()),
+        LINEAR: replace(in_contexts, mechanisms=(MechanismSpec("linear", {}),)),
+    }
     found: list[Judged] = []
     for draw in planned:
         drawn = examples.select(draw.rows)
-        for row, traffic in {DEFAULT: background, ALONE: Background()}.items():
-            own = replace(options, background=traffic)
+        for row, own in ours.items():
             made = fit(backbone, drawn, None, name="default", options=own, source=shared)
             found.append(_judged_fit(row, made.best, held, shared, draw))
-        training = make_split(backbone, drawn, options, source=shared)
+        dataset = prepare(backbone, drawn, None, options=in_contexts, source=shared)
+        training = dataset.originals
         for rival in rivals:
-            calibrating, labels, judging = _rival(rival, training, held, backbone, encoder)
-            found.append(_judged_rival(rival, calibrating, labels, judging, held, draw))
-        training.states.remove()
+            own = _rival(rival, training, held, backbone, encoder)
+            found.append(_judged_rival(rival, *own, held, draw))
+            if rival in _REGRESSIONS:
+                own = _rival(rival, dataset.training, held, backbone, encoder)
+                found.append(_judged_rival(f"{rival} in contexts", *own, held, draw))
+        for split in (dataset.training, dataset.measured):
+            split.states.remove()
     held.states.remove()
     return found
 
@@ -164,7 +192,8 @@ def _judged_fit(
 ) -> Judged:
     logits = shared.logits(run.probe, held.prompts)
     chance = run.probe.calibration.apply(logits)
-    decided = decide(held.task, chance, held.labels, thresholds=run.probe.thresholds)
+    alone = held.alone
+    decided = decide(held.task, chance[alone], held.labels[alone], thresholds=run.probe.thresholds)
     printed = {
         "accuracy at threshold": float(measure(decided, decided.once)["accuracy"][0]),
         "printed": run.report.metrics["accuracy"].value or 0.0,
@@ -193,12 +222,18 @@ def _judged(
     draw: Draw,
     printed: dict[str, float],
 ) -> Judged:
-    task, labels = held.task, held.labels
-    is_binary = task.kind == "binary"
+    task, is_binary = held.task, held.task.kind == "binary"
+    figures = {}
+    if is_binary and len(held.alone) < len(held):
+        rest = np.setdiff1d(np.arange(len(held)), held.alone)
+        figures["auprc in contexts"] = float(
+            average_precision_score(held.labels[rest], chance[rest, 0])
+        )
+    labels, chance = held.labels[held.alone], chance[held.alone]
     metrics = measure(*_decided(task, chance, labels))
     chosen = (chance[:, 0] >= 0.5).astype(labels.dtype) if is_binary else chance.argmax(1)
     losses = log_losses(task, chance, labels)
-    figures = {
+    figures |= {
         "accuracy": float((chosen == labels).mean()),
         "log loss": float(losses.mean()),
         "ece": float(metrics["ece"][0]),
@@ -229,7 +264,7 @@ def _rival(
         dataset = ProbeDataset(backbone, training.without(fold), left_out)
         fitted = AttentionProbe().fit(dataset, seed=0)
         return fitted.logits(left_out), left_out.labels, fitted.logits(held)
-    folds = training.examples.folds(min(FOLDS, training.examples.distinct), seed=0)
+    folds = training.folds(FOLDS)
     if name == "tfidf":
         found = np.empty((len(labels), task.outputs))
         for fold in folds:
@@ -241,9 +276,19 @@ def _rival(
         assert encoder is not None
         inputs, unseen = encoder.embeddings(training), encoder.embeddings(held)
     else:
-        inputs, unseen = (split.pooled.means.flatten(1).numpy() for split in (training, held))
+        inputs, unseen = (_pooled(name, split) for split in (training, held))
     found, judged = _regression(inputs, unseen, labels, task, folds)
-    return found, labels, judged
+    return found[training.alone], labels[training.alone], judged
+
+
+def _pooled(name: str, split: Split) -> Float[np.ndarray, "text feature"]:
+    """Means, or means and last tokens, of all layers or of the last one."""
+    parts = [split.pooled.means, split.pooled.lasts]
+    if name == "means_all_layers":
+        parts = parts[:1]
+    elif name == "last_layer":
+        parts = [part[:, -1:] for part in parts]
+    return torch.cat(parts, 1).flatten(1).numpy()
 
 
 def _regression(
@@ -298,7 +343,7 @@ def _loss(task: Task, logits: Logits, labels: Int[np.ndarray, " text"]) -> float
 
 
 def differences(judged: Sequence[Judged]) -> list[dict[str, Any]]:
-    """What ``auto`` gains on each other row, by size; resampled over draws and texts, 95 %."""
+    """What the default gains on each other row, by size; resampled over draws and texts, 95 %."""
     found: list[dict[str, Any]] = []
     for size in dict.fromkeys(one.size for one in judged):
         rows: dict[str, list[Judged]] = {}
@@ -307,7 +352,6 @@ def differences(judged: Sequence[Judged]) -> list[dict[str, Any]]:
                 rows.setdefault(one.row, []).append(one)
         ours = rows.pop(DEFAULT)
         for title, theirs in rows.items():
-            # A mixture is a candidate only where it could be made.
             pairs = [(a, b) for a in ours for b in theirs if a.draw == b.draw]
             right = np.array([a.right.astype(float) - b.right for a, b in pairs])
             losses = np.array([b.losses - a.losses for a, b in pairs])
