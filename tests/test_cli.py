@@ -428,11 +428,12 @@ def test_help_names_every_mechanism_and_env_the_versions(capsys):
     assert {"python", "torch", "transformers", "cache"} <= set(json.loads(capsys.readouterr().out))
 
 
-def test_without_the_laboratory_its_commands_say_what_to_install(monkeypatch, capsys):
+def test_commands_of_packages_that_are_missing_say_what_to_install(monkeypatch, capsys):
     """In a bare environment `tests/matrix/packages` asks for what the server needs."""
     monkeypatch.setattr("sidelight.cli.entry_points", lambda **_: EntryPoints())
-    assert run("reproduce", "toxicchat") == 2
-    assert "pip install sidelight-lab" in capsys.readouterr().err
+    for command, package in (("reproduce", "lab"), ("redteam", "lab"), ("label", "label")):
+        assert run(command) == 2
+        assert f"pip install sidelight-{package}`" in capsys.readouterr().err
     assert run("--help") == 0
     assert "reproduce" not in capsys.readouterr().out
 

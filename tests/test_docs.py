@@ -18,10 +18,10 @@ from sidelight.manifest import Manifest
 from sidelight.mechanisms import base
 from sidelight.policy.rules import Policy, Rule, read_policy
 from sidelight.ragged import Ragged
-from sidelight.redteam.attacks import ATTACKS, attack_names
 from sidelight.server.app import create_app
 from sidelight.server.config import ServerConfig, read_config
 from sidelight.server.metrics import Metrics
+from sidelight_lab.redteam.attacks import ATTACKS, attack_names
 from tiny import tiny_backbone
 
 ROOT = Path(__file__).parent.parent

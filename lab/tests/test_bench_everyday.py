@@ -8,7 +8,6 @@ from transformers import LlamaConfig
 
 from sidelight.data.loading import load_examples
 from sidelight.prompts import Message
-from sidelight.redteam.subjects import ProbeTarget, flagging_thresholds
 from sidelight_lab.bench.everyday import (
     AGENTS,
     ANSWERS,
@@ -23,6 +22,7 @@ from sidelight_lab.bench.everyday import (
     long_texts,
     measure_everyday,
 )
+from sidelight_lab.redteam.subjects import ProbeTarget, flagging_thresholds
 from tiny import SIZES, TOXICITY, tiny_backbone, untrained_probe
 
 PROMPTS = [f"Prompt {i} has\nseven words. Not more." for i in range(40)]

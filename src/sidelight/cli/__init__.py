@@ -11,17 +11,20 @@ import click
 from sidelight.cli import options
 from sidelight.cli.background import background
 from sidelight.cli.evaluate import evaluate, parity, predict
-from sidelight.cli.label import label
-from sidelight.cli.policy import policy
 from sidelight.cli.recalibrate import recalibrate
-from sidelight.cli.redteam import redteam
 from sidelight.cli.share import env, inspect, pull, push
 from sidelight.cli.threads import limit_threads
 from sidelight.cli.train import train
 from sidelight.errors import SidelightError
 
 _GROUP = "sidelight.commands"
-_LABORATORY = ("search", "reproduce", "anatomy", "bench")
+# Commands of packages that may be missing.
+_PACKAGES = {
+    "label": "sidelight-label",
+    **dict.fromkeys(
+        ("anatomy", "bench", "policy", "redteam", "reproduce", "search"), "sidelight-lab"
+    ),
+}
 _RESUMED = ("train", "background", "label", "search", "reproduce")
 _SERVING = ("fastapi", "openai", "prometheus_client", "pydantic_settings", "uvicorn")
 
@@ -38,10 +41,10 @@ class _Commands(click.Group):
             return own
         for entry in entry_points(group=_GROUP, name=cmd_name):
             return entry.load()
-        if cmd_name in _LABORATORY:
+        if package := _PACKAGES.get(cmd_name):
             raise SidelightError(
-                f"'sidelight {cmd_name}' belongs to the laboratory, which is not installed. "
-                "Run `pip install sidelight-lab`."
+                f"'sidelight {cmd_name}' belongs to the package {package}, which is not installed. "
+                f"Run `pip install {package}`."
             )
         return None
 
@@ -106,13 +109,10 @@ def demo(keep: bool, port: int) -> None:
 
 _COMMANDS = (
     train,
-    label,
     background,
     evaluate,
     recalibrate,
-    redteam,
     predict,
-    policy,
     _serve(),
     demo,
     inspect,

@@ -9,14 +9,13 @@ from contextlib import contextmanager
 
 import pytest
 from browser import PHONE, chromium, needs_chromium, page_at, violations
+from sitting import TOKEN, Sitting, saved_labels, texts_of
 
 from commands import saved
 from live import running
 from sidelight.artifact import save_probe
-from sidelight.labelling.app import server_settings
 from sidelight.manifest import read_manifest
-from test_label_page import TOKEN, saved_labels
-from test_labelling import Sitting, texts_of
+from sidelight_label.app import server_settings
 from tiny import untrained_probe
 
 pytestmark = [needs_chromium, pytest.mark.xdist_group("label")]

@@ -63,12 +63,12 @@ def probe(bare: Bare) -> str:
     return "probe"
 
 
-def test_nothing_of_an_extra_or_of_the_laboratory_is_installed(bare):
+def test_nothing_of_an_extra_or_of_another_package_is_installed(bare):
     found = bare.output(
         "python",
         "-c",
         "from importlib.util import find_spec\n"
-        "names = 'sidelight_lab optuna peft openai matplotlib fastapi uvicorn tabulate'\n"
+        "names = 'sidelight_lab sidelight_label optuna peft openai matplotlib fastapi uvicorn'\n"
         "print([name for name in names.split() if find_spec(name)])",
     )
     assert found.strip() == "[]"
@@ -89,6 +89,7 @@ def test_a_command_whose_package_is_missing_says_in_a_line_what_to_install(bare,
         ("demo", "pip install 'sidelight[serve]'"),
         (f"eval {probe} --data {tested} --plots plots", "pip install 'sidelight[plots]'"),
         ("search", "pip install sidelight-lab"),
+        ("label", "pip install sidelight-label"),
     ):
         done = bare.run("sidelight", *command.split())
         assert done.returncode == 2, command

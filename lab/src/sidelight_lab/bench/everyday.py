@@ -21,11 +21,11 @@ from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
 from sidelight.progress import progress
 from sidelight.prompts import Message
-from sidelight.redteam.attacks import Messages
-from sidelight.redteam.measure import Rate
-from sidelight.redteam.subjects import ProbeTarget, positive_texts
 from sidelight_lab.bench.measurement import Record, conditions, table
 from sidelight_lab.datasets import default_root
+from sidelight_lab.redteam.attacks import Messages
+from sidelight_lab.redteam.measure import Rate
+from sidelight_lab.redteam.subjects import ProbeTarget, positive_texts
 
 Margins = Float[np.ndarray, " conversation"]
 

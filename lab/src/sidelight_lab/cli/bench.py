@@ -25,7 +25,7 @@ from sidelight_lab.cli.options import (
 
 if TYPE_CHECKING:
     from sidelight.data.examples import LabelledExamples
-    from sidelight.redteam.attacks import Messages
+    from sidelight_lab.redteam.attacks import Messages
 
 _XSTEST = "xstest_completions/all.jsonl.gz"
 _TOKENS = click.IntRange(min=8)
@@ -120,7 +120,7 @@ def bench_defaults(runtime: options.Runtime, as_json: bool, **given: Any) -> Non
     three, logistic regressions, are trained on texts alone and in the same contexts. The accuracy
     that training printed stands beside the one that was measured.
     """
-    from sidelight.training.background import load_background
+    from sidelight.training.background import default_background
     from sidelight_lab.bench.defaults import compare_defaults, defaults_table, described
 
     examples, backbone = _examples(given), runtime.load_backbone()
@@ -129,54 +129,12 @@ def bench_defaults(runtime: options.Runtime, as_json: bool, **given: Any) -> Non
             backbone,
             examples,
             rivals=split_names(given["rivals"]),
-            background=load_background(None, backbone),
+            background=default_background(backbone),
             **{key: given[key] for key in ("sizes", "texts", "draws", "held_out")},
             cache_root=Path(scratch),
         )
     shown = json.dumps(described(judged), indent=2) if as_json else defaults_table(judged)
     click.echo(shown)
-
-
-@bench.command(
-    "label",
-    epilog=options.examples(
-        "sidelight bench label --data train.jsonl --test test.jsonl --label spam --counts 60,100"
-    ),
-)
-@click.option("--data", required=True, help="Labelled texts; the labels answer for a person.")
-@click.option("--test", required=True, help="Labelled texts to measure on.")
-@options.text
-@options.label
-@_rows_option
-@click.option("--test-rows", type=AT_LEAST_TWO, help="Use N rows of --test.")
-@click.option("--counts", callback=split_numbers, default="60,100,200", help="Numbers of labels.")
-@click.option("--seeds", type=options.AT_LEAST_ONE, default=3, help="First orders of the texts.")
-@options.max_tokens
-@cache_option("a temporary one")
-@options.backbone
-@options.as_json
-def bench_label(runtime: options.Runtime, as_json: bool, cache: Path | None, **given: Any) -> None:
-    """Compare probes of labels in the order of `sidelight label` with those of random labels."""
-    from sidelight_lab.bench.labelling import FIGURES, compare_orders, orders_table
-    from sidelight_lab.bench.measurement import table
-
-    training = _examples(given)
-    test = _examples(
-        {**given, "data": given["test"], "rows": given["test_rows"]}, task=training.task
-    )
-    with tempfile.TemporaryDirectory() as scratch:
-        found = compare_orders(
-            runtime.load_backbone(),
-            training,
-            test,
-            **{key: given[key] for key in ("counts", "seeds", "max_tokens")},
-            root=cache or Path(scratch),
-        )
-    if as_json:
-        click.echo(json.dumps(found, indent=2))
-        return
-    headings = ["labels", "order", "seeds", "of the rarest", *FIGURES]
-    click.echo(table("Texts that nobody labelled", headings, orders_table(found)))
 
 
 def _print_figures(figures: dict[str, Any], as_json: bool) -> None:
@@ -229,9 +187,9 @@ def bench_everyday(probe: Path, out: Path | None, as_json: bool, **given: Any) -
     the same texts without the attacks.
     """
     from sidelight.data.loading import load_examples
-    from sidelight.redteam.subjects import ProbeTarget, flagging_thresholds
     from sidelight.training.classifier import load
     from sidelight_lab.bench.everyday import measure_everyday, toxicchat_prompts
+    from sidelight_lab.redteam.subjects import ProbeTarget, flagging_thresholds
 
     classifier = load(probe, dtype=given["dtype"], device=given["device"])
     target = ProbeTarget(

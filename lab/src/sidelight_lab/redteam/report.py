@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from sidelight.redteam.measure import Outcome, Rate
+from sidelight_lab.redteam.measure import Outcome, Rate
 
 if TYPE_CHECKING:
     from rich.console import Group

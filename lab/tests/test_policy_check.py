@@ -8,11 +8,11 @@ import pytest
 from commands import run
 from sidelight.artifact import save_probe
 from sidelight.policy.rules import Policy, Rule
-from sidelight.policy.weaknesses import weaknesses
 from sidelight.prompts import Reads
+from sidelight_lab.redteam.weaknesses import weaknesses
 from tiny import untrained_probe
 
-PAGE = Path(__file__).parent.parent / "docs" / "policy-file.md"
+PAGE = Path(__file__).parents[2] / "docs" / "policy-file.md"
 BLOCK = Rule("block")
 PASSING = Rule("block", on_failure="pass")
 SOUND = Policy(input={"toxicity": BLOCK}, output={"late": BLOCK}, system_turns="refuse")

@@ -15,9 +15,9 @@ from sidelight.policy.rules import BoundRule, Rule, require_rule_applies
 from sidelight.probe import Probe
 from sidelight.progress import Progress
 from sidelight.prompts import Message
-from sidelight.redteam.attacks import Attack, Markup, Messages, Surroundings
 from sidelight.training.classifier import judge
 from sidelight.types import Flags
+from sidelight_lab.redteam.attacks import Attack, Markup, Messages, Surroundings
 
 
 def flagging_thresholds(

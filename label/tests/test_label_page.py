@@ -7,13 +7,12 @@ from contextlib import contextmanager
 
 import httpx
 import pytest
+from sitting import TOKEN, Sitting, saved_labels
 
 from live import running
-from sidelight.labelling import app as labelling_app
-from sidelight.labelling.app import server_settings
-from test_labelling import Sitting
+from sidelight_label import app as labelling_app
+from sidelight_label.app import server_settings
 
-TOKEN = "a-token-of-this-test"
 HEADERS = {"Authorization": f"Bearer {TOKEN}"}
 pytestmark = pytest.mark.slow
 
@@ -38,10 +37,6 @@ def http(untouched) -> Iterator[httpx.Client]:
     with client_of(untouched) as client:
         yield client
         assert saved_labels(untouched) == []
-
-
-def saved_labels(sitting):
-    return [json.loads(line)["label"] for line in sitting.out.read_text().splitlines()]
 
 
 def test_who_does_not_know_the_token_learns_and_changes_nothing(untouched, http):

@@ -16,9 +16,9 @@ from sidelight.errors import ContextLengthError, SidelightError
 from sidelight.metrics import wilson
 from sidelight.progress import Progress, progress
 from sidelight.prompts import Message
-from sidelight.redteam.attacks import ATTACKS, SEARCH, Markup, Messages
-from sidelight.redteam.subjects import Subject, Target, draw_subjects
 from sidelight.training.classifier import encode
+from sidelight_lab.redteam.attacks import ATTACKS, SEARCH, Markup, Messages
+from sidelight_lab.redteam.subjects import Subject, Target, draw_subjects
 
 # The search asks about texts that grow: as a rule, to this many times their length.
 _GROWTH = 2

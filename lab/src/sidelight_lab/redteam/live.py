@@ -19,8 +19,8 @@ from sidelight.errors import SidelightError
 from sidelight.probe import Probe
 from sidelight.progress import Progress
 from sidelight.prompts import Message
-from sidelight.redteam.attacks import Messages
-from sidelight.redteam.subjects import Target
+from sidelight_lab.redteam.attacks import Messages
+from sidelight_lab.redteam.subjects import Target
 
 _AT_ONCE = 8
 _TIMEOUT_S = 600.0

@@ -18,8 +18,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sidelight import server
 from sidelight.errors import SidelightError
-from sidelight.labelling.queue import ConflictError, LabelQueue
 from sidelight.server.playground import page_router
+from sidelight_label.queue import ConflictError, LabelQueue
 
 HOST = "127.0.0.1"
 _PAGE = Path(__file__).parent / "page"

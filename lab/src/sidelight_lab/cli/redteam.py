@@ -12,7 +12,7 @@ from sidelight.storage import check_folder, write_json
 
 if TYPE_CHECKING:
     from sidelight.data.loading import OnMissingLabel
-    from sidelight.redteam.subjects import Target
+    from sidelight_lab.redteam.subjects import Target
 
 
 def _split(_context: click.Context, _option: Any, value: str | None) -> list[str]:
@@ -115,13 +115,13 @@ def redteam(
         task=read_manifest(probe).task,
     )
     from sidelight.artifact import load_probe
-    from sidelight.redteam.attacks import SEARCH, attack_names
-    from sidelight.redteam.live import Server
-    from sidelight.redteam.measure import measure
-    from sidelight.redteam.report import Evasion
-    from sidelight.redteam.subjects import ProbeTarget, flagging_thresholds
     from sidelight.training.classifier import load
     from sidelight.training.runs import console
+    from sidelight_lab.redteam.attacks import SEARCH, attack_names
+    from sidelight_lab.redteam.live import Server
+    from sidelight_lab.redteam.measure import measure
+    from sidelight_lab.redteam.report import Evasion
+    from sidelight_lab.redteam.subjects import ProbeTarget, flagging_thresholds
 
     names = attack_names(attacks)
     if url is not None:

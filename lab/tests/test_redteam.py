@@ -23,10 +23,17 @@ from sidelight.hub import push
 from sidelight.manifest import CARD
 from sidelight.policy.rules import Policy, Rule
 from sidelight.prompts import Message, Reads
-from sidelight.redteam.attacks import ATTACKS, SEARCH, Attack, Markup, Surroundings, attack_names
-from sidelight.redteam.measure import Rate, measure
-from sidelight.redteam.subjects import ProbeTarget, draw_subjects, flagging_thresholds
 from sidelight.training.classifier import Classifier
+from sidelight_lab.redteam.attacks import (
+    ATTACKS,
+    SEARCH,
+    Attack,
+    Markup,
+    Surroundings,
+    attack_names,
+)
+from sidelight_lab.redteam.measure import Rate, measure
+from sidelight_lab.redteam.subjects import ProbeTarget, draw_subjects, flagging_thresholds
 from templates import TEMPLATES, merging_tokenizer
 from tiny import INTENT, SIZES, TOPICS, TOXICITY, tiny_backbone, tiny_tokenizer, untrained_probe
 

@@ -114,14 +114,14 @@ def label(
     if limit is not None:
         examples = examples.select(examples.draw(limit, seed=0))
     from sidelight.artifact import load_probe
-    from sidelight.labelling.app import HOST, serve
-    from sidelight.labelling.file import LabelFile
-    from sidelight.labelling.pool import Pool, merged
-    from sidelight.labelling.queue import LabelQueue, require_own, task_of
     from sidelight.probe import common_format, require_distinct_names
     from sidelight.prompts import Reads
     from sidelight.smollm2 import cache_root
     from sidelight.training.classifier import require_responses
+    from sidelight_label.app import HOST, serve
+    from sidelight_label.file import LabelFile
+    from sidelight_label.pool import Pool, merged
+    from sidelight_label.queue import LabelQueue, require_own, task_of
 
     loaded = [load_probe(folder) for folder in probes]
     require_distinct_names(loaded)

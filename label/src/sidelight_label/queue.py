@@ -21,12 +21,12 @@ from sidelight.data.examples import Examples, LabelledExamples
 from sidelight.data.labels import is_missing, label_name
 from sidelight.errors import SidelightError
 from sidelight.evaluation import evaluate
-from sidelight.labelling.file import LabelFile
-from sidelight.labelling.pool import Pool, folds_of
 from sidelight.manifest import holds_probe, read_manifest
 from sidelight.probe import Probe
 from sidelight.training.dataset import FOLDS
 from sidelight.types import Task
+from sidelight_label.file import LabelFile
+from sidelight_label.pool import Pool, folds_of
 
 # What the record of a probe calls the labels that it was fitted to here.
 _RECORD = "labelling"

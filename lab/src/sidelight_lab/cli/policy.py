@@ -31,8 +31,8 @@ def check(path: Path, probe: tuple[Path, ...]) -> None:
     """
     from sidelight.artifact import load_probe
     from sidelight.policy.rules import read_policy, require_policy_applies
-    from sidelight.policy.weaknesses import weaknesses
     from sidelight.probe import common_format, require_distinct_names
+    from sidelight_lab.redteam.weaknesses import weaknesses
 
     checked = read_policy(path)
     probes = [load_probe(folder) for folder in probe]

@@ -1,0 +1,66 @@
+"""A queue on a tiny model, for the tests of the queue, of its server and of its page."""
+
+import json
+
+import numpy as np
+
+from corpora import TASKS, planted
+from sidelight.data.loading import load_examples
+from sidelight.prompts import Reads
+from sidelight_label.file import LabelFile
+from sidelight_label.pool import Pool, merged
+from sidelight_label.queue import LabelQueue
+
+READS = Reads(scope="conversation")
+TOKEN = "a-token-of-this-test"
+
+
+def texts_of(kind, count):
+    """Texts as rows of a file, and the labels that their capitals stand for."""
+    texts, numbers = planted(kind, count, seed=0)
+    labels = np.array(TASKS[kind].labels)
+    positions = [np.flatnonzero(own) if kind == "multilabel" else [int(own)] for own in numbers]
+    rows = [{"text": f"{text} {number}", "id": number} for number, text in enumerate(texts)]
+    return rows, [tuple(labels[own].tolist()) for own in positions]
+
+
+class Sitting:
+    """A queue on a tiny model, which can be left and begun again."""
+
+    def __init__(self, tiny, folder, kind="binary", count=60, probes=()):
+        self.tiny, self.folder, self.kind, self.probes = tiny, folder, kind, probes
+        self.rows, self.truth = texts_of(kind, count)
+        self.out = folder / "labels.jsonl"
+        self.begin()
+
+    def begin(self, **options):
+        task = TASKS[self.kind]
+        self.file = LabelFile(self.out)
+        labelled = None if self.file.is_empty else load_examples(self.out, task=task)
+        examples, decided = merged(load_examples(self.rows, label=None), labelled)
+        options = {"reads": READS, "probes": self.probes, **options}
+        self.pool = Pool(self.tiny, examples, task, root=self.folder / "cache", **options)
+        self.queue = LabelQueue(
+            self.pool, self.file, column="label", labelled=decided, folder=self.folder / "probe"
+        )
+        return self
+
+    def begin_again(self, **options):
+        self.file.close()
+        return self.begin(**options)
+
+    def label(self, count):
+        """Labels the next texts truly, and says which they were."""
+        shown = []
+        for _ in range(count):
+            row = self.queue.next()
+            self.queue.label(row, self.truth[row])
+            shown.append(row)
+        return shown
+
+    def read(self):
+        return load_examples(self.out, task=TASKS[self.kind])
+
+
+def saved_labels(sitting):
+    return [json.loads(line)["label"] for line in sitting.out.read_text().splitlines()]
