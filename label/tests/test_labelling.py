@@ -1,6 +1,7 @@
 """The queue of ``sidelight label``: what is decided is on disk, and the order follows the probe."""
 
 import json
+import os
 import shutil
 import signal
 from contextlib import closing
@@ -281,6 +282,20 @@ def test_what_a_power_cut_left_of_a_row_is_removed_and_a_row_without_a_line_brea
         assert file.has_lost_end == bool(rest)
         file.append({"text": "c", "label": "y"})
     assert [json.loads(line)["text"] for line in path.read_text().splitlines()] == ["a", "c"]
+
+
+def test_a_new_file_of_labels_is_its_owners_alone_and_an_existing_one_keeps_its_mode(tmp_path):
+    """Its texts may be what users wrote."""
+    path = tmp_path / "labels.jsonl"
+    before = os.umask(0o022)
+    try:
+        LabelFile(path).close()
+        assert path.stat().st_mode & 0o777 == 0o600
+        path.chmod(0o640)
+        LabelFile(path).close()
+        assert path.stat().st_mode & 0o777 == 0o640
+    finally:
+        os.umask(before)
 
 
 def test_every_cell_of_a_row_can_be_written_and_read_again(tmp_path):
