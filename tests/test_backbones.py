@@ -1,7 +1,9 @@
 """What every family's backbone gives: the residual stream as it is; and what cannot be loaded."""
 
+import json
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -168,6 +170,24 @@ def test_a_folder_that_cannot_be_loaded_is_one_line(whole, tmp_path, offline, re
         with pytest.raises(SidelightError, match=f"Cannot load.*{folder}") as caught:
             load(folder)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("load", [load_backbone, read_backbone])
+def test_python_in_a_models_folder_never_runs(whole, tmp_path, offline, monkeypatch, load):
+    """transformers would ask at the terminal, and run it after a "y"."""
+    monkeypatch.setattr("builtins.input", lambda _: "y")
+    folder = shutil.copytree(whole, tmp_path / "model")
+    for part in ("config", "tokenizer_config"):
+        path = folder / f"{part}.json"
+        own = {"AutoConfig": "own.Own", "AutoTokenizer": ["own.Own", None]}
+        path.write_text(json.dumps({**json.loads(path.read_text()), "auto_map": own}))
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    for model_type in ("llama", "own"):
+        config = json.loads((folder / "config.json").read_text()) | {"model_type": model_type}
+        (folder / "config.json").write_text(json.dumps(config))
+        with suppress(SidelightError):
+            load(folder)
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("load", [load_backbone, read_backbone])

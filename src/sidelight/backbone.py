@@ -266,12 +266,12 @@ def load_backbone(
     if dtype in ("auto", "float32"):
         _require_memory(name, Path(path), target)
     with _one_line(name):
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         # A model that also sees may be known as that alone; its text decoder is read.
         is_causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
         kind = AutoModelForCausalLM if is_causal else AutoModelForImageTextToText
-        model = kind.from_pretrained(path, config=config, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = kind.from_pretrained(path, config=config, dtype=dtype, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         checkpoint = _checkpoint_of(model, path)
         model = cast(PreTrainedModel, model)
         model.to(target)  # pyright: ignore[reportArgumentType]
@@ -319,8 +319,8 @@ def read_backbone(
     """
     name, path = str(name), _path(name)
     with _one_line(name):
-        config = AutoConfig.from_pretrained(path)
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         checkpoint = Checkpoint.read(model_folder(path))
     encoder = _encoder(config, tokenizer, prompt_format)
     who = checkpoint_fingerprint(

@@ -120,12 +120,14 @@ def _convert(source: Path, target: Path) -> None:
     )
     with folder as scratch:
         packed = AutoModelForCausalLM.from_pretrained(
-            source.parent, gguf_file=source.name, dtype=torch.float32
+            source.parent, gguf_file=source.name, dtype=torch.float32, trust_remote_code=False
         )
         # A fresh model, since one that remembers its quantiser cannot be saved.
         model = AutoModelForCausalLM.from_config(LlamaConfig(**_CONFIG), dtype=torch.bfloat16)
         model.load_state_dict(packed.state_dict())
-        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+        tokenizer = AutoTokenizer.from_pretrained(
+            source.parent, gguf_file=source.name, trust_remote_code=False
+        )
         tokenizer.model_max_length = MAX_TOKENS
         # A folder of its own: a temporary one can be read by its owner only.
         staged = Path(scratch) / "model"

@@ -188,7 +188,9 @@ def server_config(**options: Any) -> "ServerConfig":
 
 def model_tokenizer(vllm_config: Any) -> Any:
     """The tokenizer of the served model, as transformers loads it."""
-    return AutoTokenizer.from_pretrained(vllm_config.model_config.tokenizer)
+    return AutoTokenizer.from_pretrained(
+        vllm_config.model_config.tokenizer, trust_remote_code=False
+    )
 
 
 def prompt_encoder(vllm_config: Any, probes: Sequence[Probe]) -> PromptEncoder:

@@ -38,8 +38,10 @@ class Encoder:
         disable_progress_bar()
         path = path or packaged_encoder()
         try:
-            self.body = AutoModel.from_pretrained(path, dtype=torch.float32).eval()
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(path)
+            self.body = AutoModel.from_pretrained(
+                path, dtype=torch.float32, trust_remote_code=False
+            ).eval()
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise SidelightError(
                 f"Cannot load '{path}' as an encoder: {str(error).splitlines()[0]} "
