@@ -84,10 +84,10 @@ def test_a_round_trip_gives_identical_logits_and_a_frozen_probe(tiny, tmp_path, 
 def test_a_round_trip_keeps_everything_that_is_not_a_tensor(tiny, tmp_path):
     knots = Knots((-1.0, 0.5, 2.0), (0.1, 0.4, 0.9))
     probe = replace(
-        probe_of(tiny, reads=Reads("both", template=False), name="ünïcode 你好"),
+        probe_of(tiny, reads=Reads("both", template=False), name="A.9_-"),
         calibration=Calibration("isotonic", "binary", (1.0,), (0.0,), (knots,)),
         thresholds=(0.123456789012345,),
-        task=replace(TOXICITY, labels=("gut", "böse")),
+        task=replace(TOXICITY, labels=("gut", "böse 你好")),
         prompt_format="both",
     )
     probe = replace(probe, standardisation=replace(probe.standardisation, is_normalised=True))
@@ -162,6 +162,34 @@ def with_tensor(name, *shape):
     return damage
 
 
+def _with_record(**own):
+    return lambda folder: rewritten(folder, record=own)
+
+
+# What drift, `inspect` and model cards read; metrics would fail after 200 texts.
+RECORDS = (
+    {"validation": {"scores": {"toxic": ["a"] * 10}}},
+    {"validation": {"scores": {"toxic": [1] * 9}}},
+    {"recalibrations": [{"date": "x", "what": "y", "scores": {"toxic": [-1] * 10}}]},
+    {"recalibrations": ["x"]},
+    {"parameters": "many"},
+    {"contexts": [1]},
+    {"threshold_rule": 5},
+)
+
+
+@pytest.mark.parametrize("name", ["", "a\nb", "\x1b[31mred", "a b", "a/b", "ü", "x" * 65])
+def test_a_name_that_could_harm_a_log_or_header_is_neither_saved_nor_loaded(tiny, saved, name):
+    with pytest.raises(SidelightError, match="Name it with 1 to 64 of"):
+        save_probe(probe_of(tiny, name=name), saved)
+    for wrong in ({"name": name}, {"task": {"kind": "binary", "labels": ["fine", f"{name}\n"]}}):
+        rewritten(saved, name="toxicity")
+        rewritten(saved, **wrong)
+        with pytest.raises(SidelightError) as caught:
+            load_probe(saved)
+        assert "\n" not in str(caught.value) and "\x1b" not in str(caught.value)
+
+
 def hashed(damage):
     """Damaged by someone who also corrects the hash."""
 
@@ -189,6 +217,7 @@ def hashed(damage):
         (lambda folder: (folder / MANIFEST).write_bytes(b"[]"), "has format None"),
         (lambda folder: rewritten(folder, format=2), "has format 2, but this .* reads format 1"),
         (lambda folder: rewritten(folder, mechanism={"name": "gat", "options": {}}), "'gate'"),
+        *((_with_record(**own), f"{next(iter(own))}.* in manifest.json") for own in RECORDS),
     ],
 )
 def test_a_damaged_artifact_is_one_clear_error(saved, damage, says):

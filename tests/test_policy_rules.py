@@ -72,6 +72,7 @@ def test_a_file_can_set_every_field_of_a_rule(read):
         ("[output.late]\nconsecutive = 0", "output.late.consecutive"),
         ("timeout_s = 0", "timeout_s"),
         ("[input", "is not TOML"),
+        ("input = " + "[" * 9999, "is not TOML"),
     ],
 )
 def test_a_wrong_key_or_value_is_an_error_that_names_it(read, text, told):

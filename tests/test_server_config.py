@@ -84,6 +84,7 @@ def test_only_secrets_have_a_variable(monkeypatch):
         # It may hold tokens.
         ("engine_option = 'sk-secret'", "engine_option in {path}"),
         ("port: 1", "{path} is not TOML"),
+        ("port = " + "[" * 9999, "{path} is not TOML"),
         ("\xff", "Cannot read {path}"),
         (None, "There is no configuration file"),
     ],

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from sidelight.calibration import Calibration
 from sidelight.errors import SidelightError
-from sidelight.manifest import FORMAT_VERSION, MANIFEST, WEIGHTS, Manifest, damaged, read_manifest
+from sidelight.manifest import (
+    FORMAT_VERSION,
+    MANIFEST,
+    WEIGHTS,
+    Manifest,
+    damaged,
+    read_manifest,
+    require_name,
+)
 from sidelight.mechanisms.base import Geometry, build_mechanism, mechanism_spec
 from sidelight.probe import Probe
 from sidelight.standardisation import Standardisation
@@ -28,8 +36,9 @@ def save_probe(probe: Probe, directory: Path) -> Path:
     weights, is replaced last, and until then the old weights stay beside the new ones.
 
     Raises:
-        SidelightError: The folder cannot be written.
+        SidelightError: The folder cannot be written, or the name is no probe's.
     """
+    require_name(probe.name)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as scratch:

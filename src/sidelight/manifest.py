@@ -6,15 +6,17 @@ Also what is said of a probe from its manifest alone: its summary, and the model
 import hashlib
 import json
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from sidelight.errors import SidelightError
 from sidelight.fingerprint import Fingerprint
+from sidelight.metrics import BINS
 from sidelight.prompts import PromptFormat, Reads
 from sidelight.storage import write_text
 from sidelight.thresholds import OperatingCurve, read_curves
@@ -24,6 +26,40 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 WEIGHTS = "probe.safetensors"
 CARD = "README.md"
+
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_MOST_LABEL_CHARACTERS = 1000
+_Count = Annotated[int, Field(ge=0)]
+
+
+class _Reference(BaseModel):
+    """What is read of the texts that a probe was calibrated on."""
+
+    rows: _Count = 0
+    metrics: dict[str, Any] = {}
+    scores: dict[str, Annotated[list[_Count], Field(min_length=BINS, max_length=BINS)]] = {}
+
+
+class _Recalibration(_Reference):
+    date: str
+    what: str
+
+
+class _Training(BaseModel):
+    rows: _Count = 0
+
+
+class _Record(BaseModel):
+    """What is read of a probe's record."""
+
+    training: _Training = _Training()
+    contexts: dict[str, _Count] = {}
+    validation: _Reference = _Reference()
+    recalibrations: list[_Recalibration] = []
+    threshold_rule: str = "f1"
+    folds: _Count = 0
+    seed: int = 0
+    parameters: _Count = 0
 
 
 @dataclass(frozen=True)
@@ -111,6 +147,7 @@ def read_manifest(directory: str | Path) -> Manifest:
         )
     try:
         manifest = _ADAPTER.validate_json(text, strict=True)
+        _Record.model_validate(manifest.record, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
@@ -120,6 +157,7 @@ def read_manifest(directory: str | Path) -> Manifest:
 
 
 def _require_sense(directory: Path, manifest: Manifest) -> None:
+    require_name(manifest.name)
     labels, kind = manifest.task.labels, manifest.task.kind
     thresholds = {"binary": 1, "multiclass": 0, "multilabel": len(labels)}[kind]
     try:
@@ -128,7 +166,8 @@ def _require_sense(directory: Path, manifest: Manifest) -> None:
         raise damaged(directory, f"curves in {MANIFEST}: {error}") from error
     checks = {
         "task.labels": len(set(labels)) == len(labels) >= 2
-        and (kind != "binary" or len(labels) == 2),
+        and (kind != "binary" or len(labels) == 2)
+        and all(map(_is_one_line, labels)),
         "thresholds": len(manifest.thresholds) == thresholds
         and all(0 <= threshold <= 1 for threshold in manifest.thresholds),
         "curves": not curves or tuple(curves) == labels[-thresholds:],
@@ -137,6 +176,24 @@ def _require_sense(directory: Path, manifest: Manifest) -> None:
     wrong = [name for name, holds in checks.items() if not holds]
     if wrong:
         raise damaged(directory, f"impossible values of {', '.join(wrong)} in {MANIFEST}")
+
+
+def _is_one_line(label: str) -> bool:
+    is_short = len(label) <= _MOST_LABEL_CHARACTERS
+    return is_short and all(unicodedata.category(c) != "Cc" for c in label)
+
+
+def require_name(name: str) -> None:
+    """Checks the name of a probe, which stands in headers, paths, metrics and logs.
+
+    Raises:
+        SidelightError: It is not 1 to 64 of the characters A-Z, a-z, 0-9, ``.``, ``_`` and ``-``.
+    """
+    if not _NAME.fullmatch(name):
+        raise SidelightError(
+            f"A probe cannot be called {name[:80]!r}. Name it with 1 to 64 of A-Z, a-z, 0-9, '.', "
+            "'_' and '-' (--name)."
+        )
 
 
 def damaged(directory: Path, what: str) -> SidelightError:

@@ -264,7 +264,7 @@ def read_policy(path: Path) -> Policy:
         return TypeAdapter(Policy).validate_python(table)
     except (OSError, UnicodeDecodeError) as error:
         raise SidelightError(f"Cannot read {path}: {error}. Name a TOML file.") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise SidelightError(f"{path} is not TOML: {error}.") from error
     except ValidationError as error:
         first = error.errors()[0]

@@ -211,7 +211,7 @@ def _config_file(settings: type[BaseSettings], path: Path) -> TomlConfigSettings
         source = TomlConfigSettingsSource(settings, path)
     except (OSError, UnicodeDecodeError) as error:
         raise SidelightError(f"Cannot read {path}: {error}. Name a TOML file.") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise SidelightError(f"{path} is not TOML: {error}.") from error
     known = settings.model_fields.keys() - {"config"}
     for name in source.toml_data:
