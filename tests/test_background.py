@@ -19,6 +19,7 @@ from sidelight.training import background, background_writer
 from sidelight.training.background import (
     PACKAGED,
     Background,
+    default_background,
     is_usable,
     load_background,
     own_set,
@@ -152,30 +153,30 @@ def test_texts_longer_than_the_model_reads_are_not_usable(tiny: TransformersBack
 
 
 def test_no_set_the_packaged_one_and_a_file_need_no_llm(tiny: TransformersBackbone, tmp_path: Path):
-    assert load_background("none", tiny) == Background()
-    assert load_background("packaged", tiny).conversations == tuple(PACKAGED_TURNS)
+    assert load_background("none") == Background()
+    assert load_background("packaged").conversations == tuple(PACKAGED_TURNS)
     path = tmp_path / "traffic.csv"
     path.write_text("text,source\nHello,mail\nWhere is my order?,chat\n")
     conversations = (said("Hello"), said("Where is my order?"))
     assert read_background(path) == Background(conversations, str(path))
     # Few files have every length and kind.
     both = (*conversations, *PACKAGED_TURNS)
-    assert load_background(path, tiny).conversations == both
+    assert load_background(path).conversations == both
     with pytest.raises(SidelightError, match=r"No file .*traffic\.jsonl"):
-        load_background(tmp_path / "traffic.jsonl", tiny)
+        load_background(tmp_path / "traffic.jsonl")
     path.write_text("prompt\nHello\n")
     with pytest.raises(SidelightError, match="no column 'text'"):
-        load_background(path, tiny)
+        load_background(path)
 
 
 @pytest.mark.usefixtures("few_rows", "own_cache")
 def test_a_set_that_the_model_has_written_takes_the_place_of_the_packaged_one(
     tiny: TransformersBackbone,
 ):
-    assert load_background(None, tiny).origin == "packaged"
+    assert default_background(tiny).origin == "packaged"
     assert own_set(tiny).is_relative_to(cache_root())
     written = write_background(tiny, 4, own_set(tiny))
-    assert load_background(None, tiny) == written
+    assert default_background(tiny) == written
     assert len(written.conversations) == 4
 
 

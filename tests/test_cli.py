@@ -266,6 +266,13 @@ def test_what_the_probe_will_flag_is_said_before_the_model_is_loaded(tmp_path, c
     assert "--positive dog" in doubt
     assert "will flag 'cat'" in announced
     assert error.startswith("Error: Cannot load")
+    missing = ["--background", str(tmp_path / "traffic.jsonl")]
+    assert (
+        run("train", "--data", data, "--out", str(tmp_path / "o"), "--model", data, *missing) == 2
+    )
+    reading, error = capsys.readouterr().err.splitlines()
+    assert "No file" in error
+    assert "traffic.jsonl" in error
 
 
 # Starts the command without torch, whose import takes seconds.

@@ -18,7 +18,7 @@ from sidelight.mechanisms.base import mechanism_spec
 from sidelight.prompts import EncodedPrompt, Message, Part, PlainText, Reads
 from sidelight.states.extraction import score
 from sidelight.thresholds import ThresholdRule
-from sidelight.training import classifier, dataset
+from sidelight.training import classifier, contexts
 from sidelight.training.background import Background, load_background
 from sidelight.training.contexts import Context, ContextSampler
 from sidelight.training.dataset import ProbeDataset, make_split, prepare
@@ -57,7 +57,7 @@ def examples():
 
 @pytest.fixture
 def options(tmp_path, monkeypatch):
-    monkeypatch.setattr(dataset, "_LEAST_CONTEXT_TOKENS", 20_000)
+    monkeypatch.setattr(contexts, "_LEAST_CONTEXT_TOKENS", 20_000)
     return FitOptions(cache_root=tmp_path, reads=EACH_TURN, background=Background(TRAFFIC, "test"))
 
 
@@ -115,6 +115,20 @@ def test_contexts_are_bounded_by_tokens_and_drawn_by_seed(tiny, examples):
     assert len({c.text for c in few}) == len(few)
 
 
+def words_of_traffic(items):
+    return {word for item in items for word in item.text.split() if word.startswith("Ordinary")}
+
+
+def assert_parted(split, count):
+    """That no background and no text is in two folds."""
+    folds = [split.examples.select(fold) for fold in split.folds(count)]
+    assert len(folds) == count
+    texts = [{item.text for item in own.items if item.text in TEXTS} for own in folds]
+    for parts in (texts, [words_of_traffic(own.items) for own in folds]):
+        assert len(set().union(*parts)) == sum(map(len, parts))
+        assert all(parts)
+
+
 @pytest.mark.slow
 def test_a_context_and_its_background_stay_in_the_fold_of_the_text(tiny, examples, options):
     made = prepare(tiny, examples, None, options=options)
@@ -135,11 +149,7 @@ def test_a_context_and_its_background_stay_in_the_fold_of_the_text(tiny, example
         else:
             assert shown.labels[row] == examples.labels[context.text]
             assert fold_of[row] == fold_of[context.text]
-    # Those that choose a strength later keep to it too.
-    for fold in shown.folds(3):
-        texts = {*fold[fold < 60]}
-        own = {made.contexts[row - 60].text for row in fold[fold >= 60]} - {None}
-        assert own <= texts
+    assert_parted(shown, 3)
 
 
 @pytest.mark.slow
@@ -147,19 +157,18 @@ def test_validation_texts_share_no_background_with_training_texts(tiny, examples
     held_out, rest = examples.select(range(20)), examples.select(range(20, 60))
     made = prepare(tiny, rest, held_out, options=options)
     sides = [made.training.examples.items[40:], made.measured.examples.items[20:]]
-    seen = [
-        {word for item in side for word in item.text.split() if word.startswith("Ordinary")}
-        for side in sides
-    ]
+    seen = [*map(words_of_traffic, sides)]
     assert all(seen)
     assert not seen[0] & seen[1]
+    # Those that choose a strength later keep to it too.
+    assert_parted(made.training, 5)
     assert len(made.validation) == 20
 
 
 @pytest.mark.slow
 def test_without_background_texts_are_shown_alone(tiny, examples, tmp_path):
     made = prepare(tiny, examples, None, options=FitOptions(cache_root=tmp_path))
-    assert (made.contexts, len(made.training), made.training.sources) == ((), 60, None)
+    assert (made.contexts, len(made.training), made.training.parts) == ((), 60, None)
 
 
 @pytest.mark.slow
@@ -202,7 +211,7 @@ def test_the_options_of_both_interfaces_reach_training(tmp_path, monkeypatch):
         assert run(*line, "--out", str(tmp_path / "p"), *flags) == 2
         with pytest.raises(SidelightError, match="asked"):
             classifier.train(model, data, positive="toxic", **named)
-    packaged = len(load_background("packaged", tiny_backbone()).conversations)
+    packaged = len(load_background("packaged").conversations)
     assert asked == [["chat", 0]] * 2 + [["both", 7 + packaged]] * 2
 
 
@@ -265,10 +274,12 @@ def test_the_figures_are_those_of_the_threshold_that_is_served(tiny, examples, o
 def test_traffic_is_counted_by_conversation_and_by_length():
     own = shown_alone(20), shown_alone(100)
     contexts = [own[0], own[0], own[1], shown_alone(30, "filler")]
+    # A part of a text is flagged less often than the whole, as it is served.
+    contexts.append(replace(shown_alone(30, "filler"), is_whole=False))
     contexts += [shown_alone(10, "inside", 0), shown_alone(120, "pieces", 1)]
     contexts += [shown_alone(10, "disguised", 0)]
-    chance = np.array([[0.1], [0.9], [0.2], [0.7], [0.8], [0.4], [0.1]])
-    holds = np.array([[False]] * 4 + [[True]] * 3)
+    chance = np.array([[0.1], [0.9], [0.2], [0.7], [0.1], [0.8], [0.4], [0.1]])
+    holds = np.array([[False]] * 5 + [[True]] * 3)
     traffic = measure_traffic(contexts, chance, holds, [0.5])
     assert (traffic.conversations, traffic.flagged) == (2, 1)
     short, middle, _ = traffic.surroundings

@@ -17,6 +17,7 @@ from sidelight.ragged import Ragged
 from sidelight.standardisation import Standardisation
 from sidelight.states.cache import Pooled
 from sidelight.training import linear, optimisation
+from sidelight.training.background import load_background
 from sidelight.training.dataset import ProbeDataset, choose_folds
 from sidelight.training.fit import cross_fit, fit
 from sidelight.training.layer_weights import layer_weights, view_worths
@@ -296,8 +297,14 @@ def test_it_is_solved_once_whatever_the_seeds():
 def test_pooled_states_that_do_not_fit_into_memory_are_refused(tiny, tmp_path):
     specs = (mechanism_spec("linear"),)
     options = FitOptions(mechanisms=specs, cache_root=tmp_path, memory_bytes=1000)
+    examples = load_examples(rows("binary", 40))
     with pytest.raises(SidelightError, match=r"the limit is 0\.0 GiB\. Allow more \(--memory"):
-        fit(tiny, load_examples(rows("binary", 40)), None, name="a", options=options)
+        fit(tiny, examples, None, name="a", options=options)
+    # Contexts count.
+    alone = 8 * 40 * tiny.fingerprint.layers * tiny.fingerprint.width
+    more = replace(options, memory_bytes=alone, background=load_background("packaged"))
+    with pytest.raises(SidelightError, match="Allow more"):
+        fit(tiny, examples, None, name="a", options=more)
     assert not any(tmp_path.iterdir())
 
 

@@ -107,9 +107,9 @@ def background(
 
 def _chosen(data: Path | None, backbone: "TransformersBackbone") -> "Background":
     """The file alone, or what training takes by default."""
-    from sidelight.training.background import load_background, read_background
+    from sidelight.training.background import default_background, read_background
 
-    return load_background(None, backbone) if data is None else read_background(data)
+    return default_background(backbone) if data is None else read_background(data)
 
 
 def _probabilities(classifier: "Classifier", background: "Background") -> "list[float]":

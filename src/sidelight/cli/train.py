@@ -140,6 +140,9 @@ def train(
     rule = ThresholdRule.parse(threshold)
     # Before imports that take seconds: a wrong file or column is refused at once.
     training, validation = inputs.load()
+    from sidelight.training.background import default_background, load_background
+
+    traffic = None if background is None else load_background(background)
     options.announce("Loading the model")
     from sidelight.mechanisms.base import mechanism_names, mechanism_spec
 
@@ -150,7 +153,6 @@ def train(
         else tuple(mechanism_spec(mechanism, assigned.get(mechanism)) for mechanism in mechanisms)
     )
     from sidelight.prompts import Reads
-    from sidelight.training.background import load_background
     from sidelight.training.fit import fit
     from sidelight.training.runs import console, describe_fit, fit_table, write_fit
     from sidelight.training.settings import suggested_settings
@@ -181,7 +183,7 @@ def train(
             training,
             validation,
             name=name or out.resolve().name,
-            options=replace(fit_options, background=load_background(background, backbone)),
+            options=replace(fit_options, background=traffic or default_background(backbone)),
             source=source,
             store=lambda made: write_fit(made, out),
         )

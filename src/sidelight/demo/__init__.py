@@ -17,7 +17,7 @@ from sidelight.backbone import TransformersBackbone, load_backbone
 from sidelight.data.loading import load_examples
 from sidelight.server.process import ServerProcess
 from sidelight.smollm2 import EMBEDDED_NAME, cache_root
-from sidelight.training.background import load_background
+from sidelight.training.background import default_background
 from sidelight.training.classifier import Classifier
 from sidelight.training.fit import fit
 from sidelight.training.runs import console
@@ -60,7 +60,7 @@ def run_demo(*, keep: bool, port: int) -> None:
 def _train(backbone: TransformersBackbone, task: str, positive: str | None) -> Path:
     training = load_examples(_DATA / f"{task}_train.jsonl", positive=positive)
     _say(f"Training '{task}' on {len(training)} texts with the model frozen")
-    options = FitOptions(background=load_background(None, backbone))
+    options = FitOptions(background=default_background(backbone))
     best = fit(backbone, training, None, name=task, options=options).best
     classifier = Classifier(backbone, best.probe)
     test = load_examples(_DATA / f"{task}_test.jsonl", task=best.probe.task)

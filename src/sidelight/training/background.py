@@ -56,27 +56,28 @@ class Background:
     origin: str = "none"
 
 
-def load_background(name: str | Path | None, backbone: TransformersBackbone) -> Background:
-    """The background traffic to train with on a backbone.
+def load_background(name: str | Path) -> Background:
+    """The background traffic that a user names.
 
     Args:
         name: A file with a column ``text`` of texts or chat messages, which the packaged set is
-            added to, since few files have every length and kind; ``none``; ``packaged``, the set of
-            the embedded model; or None for the set that this LLM has written, which ``sidelight
-            background`` keeps in the cache, and else the packaged one.
-        backbone: The LLM that probes are trained on.
+            added to, since few files have every length and kind; ``packaged``, the set of the
+            embedded model; or ``none``.
 
     Raises:
         SidelightError: There is no such file, or no text in it.
     """
     if name == "none":
         return Background()
-    own = own_set(backbone)
-    if name == "packaged" or (name is None and not own.exists()):
+    if name == "packaged":
         return Background(_read(PACKAGED), "packaged")
-    if name is None:
-        return Background(_read(own), str(own))
     return Background((*_read(Path(name)), *_read(PACKAGED)), f"{name}, and packaged")
+
+
+def default_background(backbone: TransformersBackbone) -> Background:
+    """The set that this LLM has written, which is kept in the cache, or else the packaged one."""
+    own = own_set(backbone)
+    return read_background(own) if own.exists() else load_background("packaged")
 
 
 def read_background(path: Path) -> Background:

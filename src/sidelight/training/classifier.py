@@ -28,7 +28,7 @@ from sidelight.progress import Progress
 from sidelight.prompts import EncodedPrompt, Message, PromptFormat, Reads
 from sidelight.states.extraction import StateSource, score
 from sidelight.thresholds import ThresholdRule
-from sidelight.training.background import load_background
+from sidelight.training.background import default_background, load_background
 from sidelight.training.fit import fit
 from sidelight.training.measuring import trained_text_warnings
 from sidelight.training.settings import AUTO, FitOptions
@@ -210,7 +210,8 @@ def train(
         name: How verdicts name the probe.
         seeds: Probes to train; the one with the best validation score is kept.
         background: Ordinary traffic, as ``load_background`` takes it: a file of texts or chats,
-            ``none``, or None for a set that the backbone has written.
+            ``packaged``, or ``none``; None takes what the backbone has written, if it has, or else
+            the packaged set.
         prompt_format: As for ``load_backbone``; None also takes that of a given backbone.
         threshold: What the thresholds are chosen for: ``f1``, ``fpr=0.01``, ``recall=0.95`` or
             ``cost=10:1``, as ``ThresholdRule`` describes them.
@@ -220,6 +221,8 @@ def train(
     Raises:
         SidelightError: The data or the model cannot be used; the message names the remedy.
     """
+    # Before the model loads, which takes seconds.
+    traffic = None if background is None else load_background(background)
     options = FitOptions(
         mechanisms=None if mechanism == AUTO else (mechanism_spec(mechanism),),
         seeds=tuple(range(seeds)),
@@ -241,7 +244,7 @@ def train(
         if validation is None
         else _as_examples(validation, text=text, label=label, response=response, task=training.task)
     )
-    options = replace(options, background=load_background(background, backbone))
+    options = replace(options, background=traffic or default_background(backbone))
     _tell(training.warnings)
     made = fit(backbone, training, held_out, name=name, options=options, source=source)
     _tell([warning for warning in made.warnings if warning not in training.warnings])

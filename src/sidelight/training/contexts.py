@@ -16,7 +16,9 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Int
 
+from sidelight.backbone import TransformersBackbone
 from sidelight.data.examples import Example, LabelledExamples
+from sidelight.data.near_duplicates import NearDuplicates
 from sidelight.disguises import DISGUISES
 from sidelight.errors import SidelightError
 from sidelight.prompts import (
@@ -27,6 +29,7 @@ from sidelight.prompts import (
     judged_units,
     piece_lengths,
 )
+from sidelight.training.settings import FitOptions
 from sidelight.types import Numbers
 
 Kind = Literal["inside", "turn", "pieces", "plain", "disguised", "background", "filler"]
@@ -41,6 +44,12 @@ _JOINTS = ("\n\n", "\n", " ")
 _SENTENCE_END = re.compile(r"(?<=[.!?\n])\s+")
 # How often one of the parts that serving judges stands for a context without a label.
 _UNITS = 0.7
+# The tokens of contexts: relative to those of the texts, but at least so many; and the share of
+# them that is background alone.
+_CONTEXT_TOKENS, _LEAST_CONTEXT_TOKENS = 0.6, 16_000
+_BACKGROUND_SHARE = 0.4
+# Cosine from which background counts as a labelled text, and the most texts that it is compared to.
+_SAME_TEXT, _COMPARED_TEXTS = 0.85, 5000
 # No probe reads these turns where they lead.
 _SYSTEM = ("system", "developer")
 # A text gets so many contexts at most, and so many attempts at one.
@@ -59,6 +68,8 @@ class Context:
         prompt: The same, encoded; what is not judged is not read.
         words: How many words stand around the text, or in the background.
         text: The labelled text, by its place in its data set; None for background.
+        part: The part of the data set that it was drawn for.
+        is_whole: Whether all parts that serving judges are read, not one of them alone.
     """
 
     kind: Kind
@@ -66,6 +77,72 @@ class Context:
     prompt: EncodedPrompt
     words: int
     text: int | None = None
+    part: int = 0
+    is_whole: bool = True
+
+
+def without_labelled(
+    conversations: Sequence[Turns], examples: LabelledExamples
+) -> tuple[tuple[Turns, ...], int]:
+    """The conversations without a turn that is a labelled text, and how many have one."""
+    keys = {item.text_key for item in examples.items}
+    turns = [[Example((turn,)).text_key for turn in own] for own in conversations]
+    known = {index for index, own in enumerate(turns) if keys & {*own}}
+    if len(keys) <= _COMPARED_TEXTS and conversations:
+        flat = [(index, key) for index, own in enumerate(turns) for key in own]
+        compared = NearDuplicates.among([*keys, *(key for _, key in flat)])
+        numbers = compared.texts[len(keys) :]
+        is_alike = compared.cosines >= _SAME_TEXT
+        pairs = np.stack([compared.left[is_alike], compared.right[is_alike]])
+        # Equal keys have equal numbers, and labelled texts the first ones.
+        alike = {*pairs[:, (pairs < len(keys)).any(0)].flatten().tolist()}
+        known |= {index for (index, _), n in zip(flat, numbers.tolist(), strict=True) if n in alike}
+    kept = tuple(own for index, own in enumerate(conversations) if index not in known)
+    return kept, len(known)
+
+
+def draw_contexts(
+    backbone: TransformersBackbone,
+    examples: LabelledExamples,
+    parts: Sequence[Int[Numbers, " _"]],
+    conversations: Sequence[Turns],
+    options: FitOptions,
+) -> tuple[Context, ...]:
+    """Contexts of texts, and background alone; none without background.
+
+    Args:
+        backbone: Encodes them.
+        examples: The texts.
+        parts: Which of them each part of the data set has. A part gets background of its own.
+        conversations: The background.
+        options: What is read, and the longest context.
+    """
+    task, encoder = examples.task, backbone.encoder
+    is_shown = bool(conversations) or encoder.prompt_format == "both"
+    if options.reads.includes_response or not is_shown:
+        return ()
+    is_part = options.reads_of(task).scope == "each_turn"
+    limit = min(options.max_tokens, encoder.max_tokens)
+    contexts: list[Context] = []
+    for number, texts in enumerate(parts):
+        sampler = ContextSampler(
+            encoder,
+            options.reads,
+            conversations[number :: len(parts)],
+            is_part=is_part,
+            max_tokens=limit,
+            seed=int(texts[0]),
+        )
+        lengths = (len(encoder.encode_any_length(examples.items[i].conversation)) for i in texts)
+        own = sum(min(length, limit) for length in lengths)
+        tokens = round(max(_LEAST_CONTEXT_TOKENS / len(parts), _CONTEXT_TOKENS * own))
+        alone: list[Context] = []
+        if is_part:
+            alone = sampler.background(tokens=round(tokens * _BACKGROUND_SHARE))
+            tokens -= sum(len(context.prompt) for context in alone)
+        drawn = (*alone, *sampler.of_texts(examples, texts, tokens=tokens))
+        contexts += [replace(context, part=number) for context in drawn]
+    return tuple(contexts)
 
 
 class ContextSampler:
@@ -182,7 +259,8 @@ class ContextSampler:
             words = max(0, len(shown.text.split()) - len(example.text.split()))
             units = [] if is_labelled else judged_units(bytes(prompt.parts))
             pieces = piece_lengths(bytes(prompt.parts))
-            if units and self._random.random() < _UNITS:
+            is_whole = not units or self._random.random() >= _UNITS
+            if not is_whole:
                 prompt = prompt.only(self._random.choice(units).tokens)
             elif judged and len(pieces) == len(shown.messages):
                 owners = np.repeat(range(len(pieces)), pieces)
@@ -190,7 +268,7 @@ class ContextSampler:
             elif judged:
                 # A template may join turns, or strip one to nothing.
                 continue
-            return Context(kind, shown, prompt, words)
+            return Context(kind, shown, prompt, words, is_whole=is_whole)
         return None
 
     def _shown(self, kind: Kind, text: str) -> tuple[Example, set[int]]:

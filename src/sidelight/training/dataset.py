@@ -6,26 +6,22 @@ Probes and baselines of one table read the same splits, so that no row of it has
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from itertools import chain
 from typing import SupportsIndex
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from safetensors.torch import load_file
-from torch import Tensor
 
 from sidelight.backbone import TransformersBackbone
 from sidelight.calibration import require_calibratable, suggested_calibration
 from sidelight.data.examples import (
-    Example,
     Examples,
     LabelledExamples,
     located,
     place_of,
     validation_share,
 )
-from sidelight.data.near_duplicates import NearDuplicates
 from sidelight.errors import SidelightError
 from sidelight.progress import progress
 from sidelight.prompts import EncodedPrompt, Reads, judged_units
@@ -36,27 +32,20 @@ from sidelight.states.cache import (
     ActivationCache,
     Pooled,
     States,
-    states_of,
     write_tensors,
 )
 from sidelight.states.extraction import BackboneSource, StateSource, extract
 from sidelight.thresholds import threshold_doubts
-from sidelight.training.contexts import Context, ContextSampler, Turns
+from sidelight.training.contexts import Context, draw_contexts, without_labelled
 from sidelight.training.settings import FEW_TEXTS, FitOptions
 from sidelight.types import Task
 
 Folds = tuple[Int[np.ndarray, " _"], ...]
 FOLDS = 5
-# The tokens of contexts: relative to those of the texts, but at least so many; and the share of
-# them that is background alone.
-_CONTEXT_TOKENS, _LEAST_CONTEXT_TOKENS = 0.6, 16_000
-_BACKGROUND_SHARE = 0.4
 # Of the background what measures, where texts are held out.
 _MEASURED_SHARE = 0.3
 # With fewer conversations, training warns.
 _FEW_CONVERSATIONS = 50
-# Cosine from which background counts as a labelled text, and the most texts that it is compared to.
-_SAME_TEXT, _COMPARED_TEXTS = 0.85, 5000
 # With fewer validation texts of a class, training warns.
 _ROUGH_BELOW = 10
 
@@ -70,15 +59,17 @@ class Split:
         prompts: Their token ids.
         states: Hidden states of the whole data set that the texts are part of.
         rows: The index of each text in that data set.
-        sources: For each text of that data set the one that it shows in a context, itself if it is
-            shown alone, or -1 for background. None: all are shown alone.
+        parts: For each of that data set the part that folds keep together: texts, their contexts,
+            and the background of these. None: there are no contexts.
+        is_alone: For each of that data set whether it is a text without a context.
     """
 
     examples: LabelledExamples
     prompts: tuple[EncodedPrompt, ...]
     states: ActivationCache
     rows: Int[np.ndarray, " text"]
-    sources: Int[np.ndarray, " _"] | None = None
+    parts: Int[np.ndarray, " _"] | None = None
+    is_alone: Bool[np.ndarray, " _"] | None = None
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -108,15 +99,16 @@ class Split:
             tuple(self.prompts[text] for text in chosen),
             self.states,
             self.rows[chosen],
-            self.sources,
+            self.parts,
+            self.is_alone,
         )
 
     @cached_property
     def alone(self) -> Int[np.ndarray, " text"]:
         """The texts that are shown alone."""
-        if self.sources is None:
+        if self.is_alone is None:
             return np.arange(len(self))
-        return np.flatnonzero(self.sources[self.rows] == self.rows)
+        return np.flatnonzero(self.is_alone[self.rows])
 
     @cached_property
     def first_rows(self) -> Int[np.ndarray, " text"]:
@@ -124,23 +116,17 @@ class Split:
         return self.alone[self.examples.select(self.alone).first_rows]
 
     def folds(self, count: int) -> Folds:
-        """Folds of the texts, with their contexts; background is dealt out in turn.
+        """Folds of the texts, with their contexts and the background that these are made of.
 
         There are none if all texts are the same.
         """
-        examples = self.examples.select(self.alone)
-        count = min(count, examples.distinct)
-        if count < 2:
-            return ()
-        folds = examples.folds(count, seed=0)
-        fold_of_row = np.arange(len(self.states.lengths)) % count
-        for fold, texts in enumerate(folds):
-            fold_of_row[self.rows[self.alone[texts]]] = fold
-        sources = self.rows if self.sources is None else self.sources[self.rows]
-        # Background, and contexts of texts that are not among these, keep the fold of their turn.
-        has_text = np.isin(sources, self.rows[self.alone])
-        fold_of_text = fold_of_row[np.where(has_text, sources, self.rows)]
-        return tuple(np.flatnonzero(fold_of_text == fold) for fold in range(count))
+        if self.parts is None:
+            count = min(count, self.examples.distinct)
+            return self.examples.folds(count, seed=0) if count > 1 else ()
+        parts = np.unique(self.parts[self.rows], return_inverse=True)[1]
+        count = min(count, int(parts.max()) + 1)
+        folds = [np.flatnonzero(parts % count == fold) for fold in range(count)]
+        return tuple(folds) if count > 1 else ()
 
     def without(self, texts: Int[np.ndarray, " _"]) -> "Split":
         """All but these texts."""
@@ -190,18 +176,12 @@ class Split:
 
     def tokens(self, layer: int) -> Ragged:
         """One layer's hidden states, ``[token, width]`` in bf16, text after text."""
-        found: dict[int, Tensor] = {}
-        wanted = set(self.rows.tolist())
-        for index in range(len(self.states)):
-            for row, hidden in self.states.read(index).texts():
-                if row in wanted:
-                    found[row] = hidden[layer].clone()
-        chosen = [found[row] for row in self.rows.tolist()]
+        chosen = [self.states.text(row)[layer].clone() for row in self.rows.tolist()]
         return Ragged(torch.cat(chosen), torch.tensor([len(part) for part in chosen]))
 
     def own_states(self) -> States:
         """The hidden states of these texts alone, as training reads them."""
-        return states_of(self.states, self.rows.tolist())
+        return States(self.states, self.rows.tolist())
 
 
 @dataclass(frozen=True)
@@ -290,8 +270,7 @@ def prepare(
             f"The rarest class has {rarest} validation texts: calibration and the validation "
             "figures are rough. More labelled texts of it would help most."
         )
-    split = partial(make_split, backbone, options=options, source=source)
-    conversations, known = _unlabelled(options.background.conversations, training)
+    conversations, known = without_labelled(options.background.conversations, training)
     if known:
         warnings.append(
             f"{known} conversations of the background hold a text of the training data, and were "
@@ -302,29 +281,25 @@ def prepare(
             f"The background has {len(conversations)} conversations: they say little about "
             f"ordinary traffic. Give {_FEW_CONVERSATIONS} or more (--background)."
         )
-    if folds:
-        parts = [conversations[fold :: len(folds)] for fold in range(len(folds))]
-        by_fold = [
-            draw_contexts(backbone, training, fold, part, options, share=1 / len(folds))
-            for fold, part in zip(folds, parts, strict=True)
-        ]
-        contexts = tuple(chain(*by_fold))
-        ends = len(training) + np.cumsum([*map(len, by_fold)])
-        folds = tuple(
-            np.append(fold, np.arange(end - len(own), end))
-            for fold, end, own in zip(folds, ends, by_fold, strict=True)
+    held = 0 if folds else round(len(conversations) * _MEASURED_SHARE)
+    count = min(FOLDS, training.distinct)
+    parts = training.folds(count, seed=0) if count > 1 else (np.arange(len(training)),)
+    shown = draw_contexts(backbone, training, parts, conversations[held:], options)
+    refusal = linear_refusal(backbone, len(training) + len(shown), options)
+    if refusal and options.names("linear"):
+        raise SidelightError(
+            f"{refusal}. Allow more (--memory, memory_bytes=), "
+            "name another mechanism, or use fewer rows (--limit)."
         )
-        fitted = measured = split(training, contexts=contexts, title="Training texts")
+    split = partial(make_split, backbone, options=options, source=source)
+    fitted = measured = split(training, contexts=shown, parts=parts, title="Training texts")
+    if folds:
+        contexts, folds = shown, fitted.folds(len(folds))
     else:
         warnings += shared_texts(training, validation)
-        held = round(len(conversations) * _MEASURED_SHARE)
-        parts = (conversations[held:], conversations[:held])
-        shown, contexts = (
-            draw_contexts(backbone, texts, np.arange(len(texts)), part, options)
-            for texts, part in zip((training, validation), parts, strict=True)
-        )
-        fitted = split(training, contexts=shown, title="Training texts")
-        measured = split(validation, contexts=contexts, title="Validation texts")
+        whole = (np.arange(len(validation)),)
+        contexts = draw_contexts(backbone, validation, whole, conversations[:held], options)
+        measured = split(validation, contexts=contexts, parts=whole, title="Validation texts")
     for part in (fitted,) if folds else (fitted, measured):
         cut = [prompt for prompt in part.prompts if prompt.dropped]
         if cut:
@@ -336,71 +311,20 @@ def prepare(
     return ProbeDataset(backbone, fitted, measured, folds, tuple(warnings), tuple(contexts), given)
 
 
-def _unlabelled(
-    conversations: Sequence[Turns], examples: LabelledExamples
-) -> tuple[tuple[Turns, ...], int]:
-    """The conversations without a turn that is a labelled text, and how many have one."""
-    keys = {item.text_key for item in examples.items}
-    turns = [[Example((turn,)).text_key for turn in own] for own in conversations]
-    known = {index for index, own in enumerate(turns) if keys & {*own}}
-    if len(keys) <= _COMPARED_TEXTS and conversations:
-        flat = [(index, key) for index, own in enumerate(turns) for key in own]
-        compared = NearDuplicates.among([*keys, *(key for _, key in flat)])
-        numbers = compared.texts[len(keys) :]
-        is_alike = compared.cosines >= _SAME_TEXT
-        pairs = np.stack([compared.left[is_alike], compared.right[is_alike]])
-        # Equal keys have equal numbers, and labelled texts the first ones.
-        alike = {*pairs[:, (pairs < len(keys)).any(0)].flatten().tolist()}
-        known |= {index for (index, _), n in zip(flat, numbers.tolist(), strict=True) if n in alike}
-    kept = tuple(own for index, own in enumerate(conversations) if index not in known)
-    return kept, len(known)
-
-
-def draw_contexts(
-    backbone: TransformersBackbone,
-    examples: LabelledExamples,
-    texts: Int[np.ndarray, " _"],
-    conversations: Sequence[Turns],
-    options: FitOptions,
-    *,
-    share: float = 1.0,
-) -> tuple[Context, ...]:
-    """Contexts of some texts, and background alone; none without background.
-
-    Args:
-        backbone: Encodes them.
-        examples: The data set.
-        texts: Which of its texts get contexts.
-        conversations: The background that they may use.
-        options: What is read, and the longest context.
-        share: Of the data set, about how much the texts are.
-    """
-    task, encoder = examples.task, backbone.encoder
-    is_shown = bool(conversations) or encoder.prompt_format == "both"
-    if options.reads.includes_response or not is_shown:
-        return ()
-    is_part = options.reads_of(task).scope == "each_turn"
-    limit = min(options.max_tokens, encoder.max_tokens)
-    sampler = ContextSampler(
-        encoder,
-        options.reads,
-        conversations,
-        is_part=is_part,
-        max_tokens=limit,
-        seed=int(texts[0]),
+def linear_refusal(backbone: TransformersBackbone, texts: int, options: FitOptions) -> str:
+    """Why the pooled states of all layers are too much for memory; "" if they are not."""
+    sizes = backbone.fingerprint
+    needed = 8 * texts * sizes.layers * sizes.width
+    if needed <= options.memory_bytes:
+        return ""
+    return (
+        f"'linear' needs {needed / 2**30:.1f} GiB for the pooled states of all layers, the limit "
+        f"is {options.memory_bytes / 2**30:.1f} GiB"
     )
-    lengths = (len(encoder.encode_any_length(examples.items[i].conversation)) for i in texts)
-    own = sum(min(length, limit) for length in lengths)
-    tokens = round(max(_LEAST_CONTEXT_TOKENS * share, _CONTEXT_TOKENS * own))
-    alone: list[Context] = []
-    if is_part:
-        alone = sampler.background(tokens=round(tokens * _BACKGROUND_SHARE))
-        tokens -= sum(len(context.prompt) for context in alone)
-    return (*alone, *sampler.of_texts(examples, texts, tokens=tokens))
 
 
 def _without_contexts(split: Split) -> Split:
-    return split if split.sources is None else split.select(split.alone)
+    return split if split.parts is None else split.select(split.alone)
 
 
 def choose_folds(examples: LabelledExamples) -> Folds:
@@ -468,6 +392,7 @@ def make_split(
     title: str = "Extracting",
     source: StateSource | None = None,
     contexts: Sequence[Context] = (),
+    parts: Folds = (),
 ) -> Split:
     """Runs the backbone over labelled texts, or finds their hidden states on disk.
 
@@ -479,6 +404,7 @@ def make_split(
         title: The title of the progress bar.
         source: The engine that computes the states; None is the backbone itself.
         contexts: Further settings of the texts, which follow them.
+        parts: The texts of each part that contexts were drawn for.
 
     Raises:
         SidelightError: A text without a token to read, or no room for the states.
@@ -499,17 +425,18 @@ def make_split(
     states = extract(source, cache, budget_bytes=options.cache_budget_bytes, title=title)
     if options.keep_cache:
         states.keep()
-    sources = [*range(len(examples))]
-    sources += [-1 if context.text is None else context.text for context in contexts]
     rows = np.arange(len(prompts))
+    if not contexts:
+        return Split(examples, tuple(prompts), states, rows)
+    part_of = np.array([0] * len(examples) + [context.part for context in contexts])
+    for part, texts in enumerate(parts):
+        part_of[texts] = part
     shown = _with_contexts(examples, contexts)
-    return Split(shown, tuple(prompts), states, rows, np.array(sources) if contexts else None)
+    return Split(shown, tuple(prompts), states, rows, part_of, rows < len(examples))
 
 
 def _with_contexts(examples: LabelledExamples, contexts: Sequence[Context]) -> LabelledExamples:
     """The texts and their contexts, which have their labels; background has none."""
-    if not contexts:
-        return examples
     sources = [0 if context.text is None else context.text for context in contexts]
     shown = examples.select([*range(len(examples)), *sources])
     labels = shown.labels.copy()

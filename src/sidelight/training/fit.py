@@ -11,12 +11,11 @@ from jaxtyping import Float
 from sidelight.backbone import TransformersBackbone
 from sidelight.calibration import CalibrationKind
 from sidelight.data.examples import LabelledExamples
-from sidelight.errors import SidelightError
 from sidelight.evaluation import Report
 from sidelight.probe import Probe
 from sidelight.states.extraction import StateSource
 from sidelight.thresholds import F1, ThresholdRule, require_thresholds
-from sidelight.training.dataset import Folds, ProbeDataset, prepare
+from sidelight.training.dataset import Folds, ProbeDataset, linear_refusal, prepare
 from sidelight.training.loop import (
     Trained,
     divergence,
@@ -198,13 +197,8 @@ def fit(
             training diverged.
     """
     require_thresholds(training.task, options.threshold)
-    refusal = _refusal_of_linear(backbone, len(training), options)
-    if refusal and options.names("linear"):
-        raise SidelightError(
-            f"{refusal}. Allow more (--memory, memory_bytes=), "
-            "name another mechanism, or use fewer rows (--limit)."
-        )
     dataset = prepare(backbone, training, validation, options=options, source=source)
+    refusal = linear_refusal(backbone, len(dataset.training), options)
     jobs = [job for job in options.jobs() if not (refusal and job.spec.name == "linear")]
     # The baseline first: what it refuses in seconds must not cost the hours of training.
     words = _baseline(dataset, options.threshold, options.calibration)
@@ -242,18 +236,6 @@ def fit(
         for split in (dataset.training, dataset.measured):
             split.states.remove()
     return made
-
-
-def _refusal_of_linear(backbone: TransformersBackbone, texts: int, options: FitOptions) -> str:
-    """Why the pooled states of all layers are too much for memory; "" if they are not."""
-    sizes = backbone.fingerprint
-    needed = 8 * texts * sizes.layers * sizes.width
-    if needed <= options.memory_bytes:
-        return ""
-    return (
-        f"'linear' needs {needed / 2**30:.1f} GiB for the pooled states of all layers, the limit "
-        f"is {options.memory_bytes / 2**30:.1f} GiB"
-    )
 
 
 def _best(runs: Sequence[FittedProbe]) -> FittedProbe:

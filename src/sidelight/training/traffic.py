@@ -110,7 +110,8 @@ def measure_traffic(
         near = np.array([shortest < context.words <= longest for context in contexts])
         shown = np.array([context.kind not in ("disguised", "plain") for context in contexts])
         positive, ordinary = near & shown & holds.any(1), near & ~holds.any(1)
-        ordinary &= np.array([context.text is None for context in contexts])
+        # One part of a text is flagged less often than the highest of all.
+        ordinary &= np.array([c.text is None and c.is_whole for c in contexts])
         counts = [int(rows.sum()) for rows in (positive, positive & flags)]
         counts += [int(rows.sum()) for rows in (ordinary, ordinary & flags)]
         surroundings.append(Surroundings(longest, *counts))
