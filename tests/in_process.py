@@ -32,7 +32,7 @@ def in_process(
     """
     config = ServerConfig(log_level="warning", **settings)
     app = create_app(engine, config, policy=policy, sources=sources)
-    with TestClient(app, raise_server_exceptions=False) as client:
+    with TestClient(app, "http://localhost", raise_server_exceptions=False) as client:
         yield client
 
 

@@ -34,6 +34,6 @@ def read_all(opened: socket.socket) -> bytes:
 def request(path: str, body: bytes, *headers: str, length: int | None = None) -> bytes:
     """A POST; ``length`` is what it declares, which need not be true."""
     size = len(body) if length is None else length
-    kind = ("Host: x", "Content-Type: application/json", f"Content-Length: {size}")
+    kind = ("Host: localhost", "Content-Type: application/json", f"Content-Length: {size}")
     lines = [f"POST {path} HTTP/1.1", *kind, *headers]
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body

@@ -41,7 +41,47 @@ def client():
     """Makes a client of a server with these keys."""
     backbone = tiny_backbone()
     engine = TransformersEngine(backbone, three_probes(backbone))
-    return cache(lambda **keys: TestClient(create_app(engine, ServerConfig(**keys))))
+    return cache(
+        lambda **keys: TestClient(create_app(engine, ServerConfig(**keys)), "http://localhost")
+    )
+
+
+@pytest.mark.parametrize(
+    ("sent", "is_answered"),
+    [
+        ({"Host": "localhost:8000"}, True),
+        ({"Host": "127.0.0.1"}, True),
+        ({"Host": "[::1]:8000"}, True),
+        ({"Host": "10.0.0.7:8000", "Origin": "http://LOCALHOST:3000"}, True),
+        ({"Host": "gateway.example"}, True),
+        ({"Host": "evil.example"}, False),
+        ({"Host": "localhost.evil.example"}, False),
+        ({"Host": "127.0.0.1.evil.example"}, False),
+        ({"Host": "localhost@evil.example"}, False),
+        ({"Host": "["}, False),
+        ({"Host": ""}, False),
+        ({"Host": "localhost", "Origin": "http://evil.example"}, False),
+        ({"Host": "localhost", "Origin": "null"}, False),
+    ],
+)
+def test_without_keys_only_names_of_the_server_are_answered(client, sent, is_answered):
+    """A page that points its own name at this machine (DNS rebinding) would read the answers."""
+    for keys in ({}, {"admin_key": ADMIN}):
+        http = client(allowed_host=("Gateway.Example",), **keys)
+        for route in ("/v1/models", "/nowhere"):
+            answer = http.get(route, headers=sent)
+            refused = answer.status_code == 403
+            assert refused != is_answered
+            assert not refused or answer.json()["error"]["code"] == "host_not_allowed"
+        assert (http.get("/metrics", headers=sent).status_code == 200) == is_answered
+        assert http.get("/health", headers=sent).status_code == 200
+
+
+def test_a_key_is_answered_under_any_name_unless_names_are_given(client):
+    sent = {"Host": "evil.example", **bearer(USER)}
+    assert client(api_key=USER).get("/v1/models", headers=sent).status_code == 200
+    named = client(api_key=USER, allowed_host=("gateway.example",))
+    assert named.get("/v1/models", headers=sent).status_code == 403
 
 
 def bearer(key):

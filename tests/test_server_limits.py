@@ -7,7 +7,7 @@ import signal
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import httpx
 import pytest
@@ -16,7 +16,8 @@ from fastapi.testclient import TestClient
 from starlette.datastructures import Headers
 from starlette.responses import PlainTextResponse
 
-from live import MODEL, wait_until_ready
+from in_process import in_process
+from live import MODEL, served, wait_until_ready
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.errors import SidelightError
 from sidelight.server.app import create_app, serve
@@ -24,7 +25,7 @@ from sidelight.server.config import ServerConfig
 from sidelight.server.keys import Access
 from sidelight.server.metrics import Metrics
 from sidelight.server.middleware import Drain, DrainingServer, Gatekeeper, RequestScope
-from sockets import free_port
+from sockets import connection, free_port, read_all
 from tiny import three_probes, tiny_backbone
 
 CHAT, MODERATIONS = "/v1/chat/completions", "/v1/moderations"
@@ -65,7 +66,7 @@ class Gate:
 def http():
     limits = {"max_messages": MESSAGES, "max_batch_items": TEXTS, "max_request_tokens": TOKENS}
     config = ServerConfig(max_body_bytes=BYTES, **limits)
-    with TestClient(create_app(engine()[0], config)) as client:
+    with TestClient(create_app(engine()[0], config), "http://localhost") as client:
         yield client
 
 
@@ -116,6 +117,32 @@ def test_a_body_may_have_so_many_bytes_and_what_might_not_fit_is_refused(http):
     long = post(http, MODERATIONS, {"input": "word " * 200_000})
     assert error_of(long) == (400, "context_length_exceeded")
     assert error_of(post(http, CHAT, chat(max_tokens=None))) == (400, "request_too_large")
+
+
+def test_by_default_too_the_tokens_of_all_texts_are_limited(tiny):
+    """Otherwise one request of 500 long texts would run for minutes."""
+    judging = TransformersEngine(tiny, three_probes(tiny))
+    with in_process(judging) as http, patch.object(judging, "judge", Mock(side_effect=OSError)):
+        beyond = post(http, MODERATIONS, {"input": ["x" * 180] * 400})
+        assert error_of(beyond) == (400, "request_too_large")
+        # The most that its texts could have is within the limit, so it gets as far as the engine.
+        assert post(http, MODERATIONS, {"input": ["x" * 180] * 256}).status_code == 500
+        assert judging.judge.call_count == 1
+
+
+@pytest.mark.parametrize("first", ["Content-Length: 5", "Transfer-Encoding: chunked"])
+def test_two_lengths_of_a_body_are_refused_and_the_connection_closed(tiny, first):
+    """RFC 9112, section 6.1: a proxy may have read another body than the server."""
+    both = ["Content-Length: 5", "Transfer-Encoding: chunked"]
+    lines = [f"POST {MODERATIONS} HTTP/1.1", "Host: localhost", first, *set(both) - {first}]
+    body = b'd\r\n{"input":"x"}\r\n0\r\n\r\n'
+    app = served(TransformersEngine(tiny, three_probes(tiny)))
+    with app as address, connection(address) as opened:
+        opened.sendall("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
+        answer = read_all(opened)
+    assert answer.startswith(b"HTTP/1.1 400")
+    assert b"ambiguous_length" in answer
+    assert answer.count(b"HTTP/1.1") == 1
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ class Instrumented:
 def test_a_span_has_the_verdicts_of_its_answer_or_check_and_the_id_of_what_is_refused():
     server = Instrumented(FLAGGING)
     body = {**BODY, "n": 2}
-    with TestClient(server) as http:
+    with TestClient(server, "http://localhost") as http:
         for stream in (False, True):
             answer = http.post(CHAT, json={**body, "stream": stream})
             found = server.attributes()
@@ -90,7 +90,7 @@ def test_a_span_has_the_verdicts_of_its_answer_or_check_and_the_id_of_what_is_re
         refused = http.post("/v1/moderations", json={})
         assert server.attributes() == {"sidelight.request_id": refused.headers["x-request-id"]}
     server = Instrumented(BLOCKING)
-    with TestClient(server) as http:
+    with TestClient(server, "http://localhost") as http:
         assert http.post(CHAT, json=BODY).status_code == 400
     assert server.attributes()["sidelight.probe.toxicity.action"] == ("block",)
 

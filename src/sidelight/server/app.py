@@ -33,7 +33,7 @@ from sidelight.server.requests import Context, Route, ServerRequest
 from sidelight.server.schemas import REFUSALS
 
 _log = logging.getLogger("sidelight.server")
-_LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
+LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 status_router = APIRouter(route_class=Route)
 
 
@@ -158,6 +158,7 @@ def application(
         access=config.access,
         limit=config.max_concurrent,
         open_paths=open_paths,
+        hosts=config.hosts,
     )
     app.add_middleware(
         RequestScope,
@@ -227,7 +228,7 @@ def require_keys(config: ServerConfig) -> None:
     Raises:
         SidelightError: They would be.
     """
-    if config.host not in _LOOPBACK and not config.access.keys and not config.allow_anonymous:
+    if config.host not in LOOPBACK and not config.access.keys and not config.allow_anonymous:
         raise SidelightError(
             f"Everybody who reaches {config.host} would be served. Set SIDELIGHT_API_KEY or "
             "--api-keys-file, or pass --allow-anonymous if something else keeps strangers out."

@@ -73,7 +73,7 @@ class ServerConfig(BaseSettings):
     probe: tuple[Path, ...] = Field(default=(), description="Folder of a probe; may be repeated.")
     policy: Path | None = Field(
         default=None,
-        description="TOML file that says what follows from verdicts; see docs/policy-file.md.",
+        description="TOML file that says what follows from verdicts; see docs/policies.md.",
     )
     host: str = Field(default="127.0.0.1", description="Address to listen on.")
     port: int = Field(
@@ -115,6 +115,11 @@ class ServerConfig(BaseSettings):
     allow_anonymous: bool = Field(
         default=False, description="Listen beyond this machine even without keys."
     )
+    allowed_host: tuple[str, ...] = Field(
+        default=(),
+        description="Name under which a server without keys is asked, besides localhost and "
+        "addresses; may be repeated.",
+    )
     max_body_bytes: int = Field(default=4 * 2**20, ge=1, description="Largest body of a request.")
     max_messages: int = Field(
         default=2048, ge=1, description="Most messages in a request, and parts of messages."
@@ -123,8 +128,8 @@ class ServerConfig(BaseSettings):
     max_request_tokens: int | None = Field(
         default=None,
         ge=1,
-        description="Most tokens that a request may read and write. [default: the context, per "
-        "text]",
+        description="Most tokens that a request may read and write. [default: 65536, or the "
+        "context of one text and its n answers if that is more]",
     )
     max_concurrent: int = Field(
         default=256, ge=1, description="Most requests answered at a time; others get a 429."
@@ -170,6 +175,13 @@ class ServerConfig(BaseSettings):
             keys_of("admin-key", self.admin_key, self.admin_keys_file),
             keys_of("metrics-key", self.metrics_key, None),
         )
+
+    @property
+    def hosts(self) -> frozenset[str] | None:
+        """The names that requests may be sent to; None: any, since a key has to be sent too."""
+        if self.access.keys and not self.allowed_host:
+            return None
+        return frozenset(name.lower() for name in ("localhost", self.host, *self.allowed_host))
 
     @cached_property
     def salt(self) -> bytes:

@@ -14,8 +14,10 @@ import time
 import uuid
 from collections.abc import Collection, Generator
 from contextlib import contextmanager
+from ipaddress import ip_address
 from math import ceil
 from types import FrameType
+from urllib.parse import urlsplit
 
 import uvicorn
 from starlette.datastructures import Headers, MutableHeaders
@@ -224,11 +226,15 @@ class RequestScope:
 
 
 class Gatekeeper:
-    """Answers 401 to requests without a key, and 429 while ``limit`` requests are being answered.
+    """Refuses what is for another server, has no key, or comes while ``limit`` are answered.
 
     ``/health``, ``/ready`` and ``open_paths`` are open to all; ``/metrics`` needs a key, but none
     of a user, and is not limited. The gate is before the routing, so that nobody without a key
     learns which routes exist. A request that passes carries its ``Caller`` in its state.
+
+    A page in a browser can have its own name point at this machine (DNS rebinding), and then read
+    what a server without keys answers. Its requests carry that name in ``Host`` and ``Origin``. So
+    ``hosts`` are the only names that are answered, besides addresses, which no page can take.
     """
 
     def __init__(
@@ -238,19 +244,42 @@ class Gatekeeper:
         access: Access,
         limit: int,
         open_paths: Collection[str] = (),
+        hosts: Collection[str] | None = None,
     ):
         self._app = app
         self._access = access
         self._open_paths = _OPEN | frozenset(open_paths)
         self._limit = limit
+        self._hosts = hosts
         self._running = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = "" if scope["type"] == "lifespan" else _routed(scope)
-        if scope["type"] == "lifespan" or path in self._open_paths:
+        if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
-        sent = Headers(scope=scope).getlist("authorization")
+        path, headers = _routed(scope), Headers(scope=scope)
+        if "content-length" in headers and "transfer-encoding" in headers:
+            # RFC 9112, section 6.1: a proxy may have taken the other one for the body's end.
+            error = RequestError(
+                "Got both Content-Length and Transfer-Encoding. Send one of them.",
+                code="ambiguous_length",
+                headers={"Connection": "close"},
+            )
+            await error.answer()(scope, receive, send)
+            return
+        if path in self._open_paths:
+            await self._app(scope, receive, send)
+            return
+        if (foreign := self._foreign_name(headers)) is not None:
+            error = RequestError(
+                f"A server without keys does not answer to '{foreign[:100]}'. Ask localhost, start "
+                "the server with --allowed-host, or set SIDELIGHT_API_KEY.",
+                status=403,
+                code="host_not_allowed",
+            )
+            await error.answer()(scope, receive, send)
+            return
+        sent = headers.getlist("authorization")
         if len(sent) > 1:
             # A proxy might have checked the other one.
             error = RequestError(
@@ -291,6 +320,17 @@ class Gatekeeper:
         finally:
             self._running -= 1
 
+    def _foreign_name(self, headers: Headers) -> str | None:
+        """Where a request is sent to or comes from, if this server does not answer to that."""
+        if self._hosts is None:
+            return None
+        hosts = (f"//{host}" for host in headers.getlist("host"))
+        for place in (*hosts, *headers.getlist("origin")):
+            name = _name_of(place)
+            if name not in self._hosts and not _is_address(name):
+                return place.removeprefix("//")
+        return None
+
     def _wrong_key(self, path: str, caller: Caller) -> RequestError | None:
         """Refuses keys of users what is for metrics, and keys for metrics everything else."""
         # vLLM answers all that begins so with its metrics, and routers the path and a line break.
@@ -307,6 +347,22 @@ class Gatekeeper:
                 code="metrics_key_only",
             )
         return None
+
+
+def _name_of(place: str) -> str:
+    """The host in an origin or in ``//HOST:PORT``, in small letters."""
+    try:
+        return urlsplit(place).hostname or ""
+    except ValueError:
+        return ""
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 def _routed(scope: Scope) -> str:

@@ -23,6 +23,8 @@ from sidelight.server.probes import ProbeRegistry
 from sidelight.server.report import Report, category_names
 
 T = TypeVar("T")
+# Most tokens of all texts of a request, unless one text alone may have more.
+_REQUEST_TOKENS = 2**16
 
 
 @dataclass(frozen=True)
@@ -168,20 +170,23 @@ class ServerRequest(Request):
                 "(--max-batch-items). Split the request.",
                 code="too_many_inputs",
             )
-        limit = self.context.config.max_request_tokens
+        longest, limit = self.engine.max_tokens, self.context.config.max_request_tokens
         if limit is None:
-            return
-        read = [len((await self.engine.tokenize(text)).ids) for text in texts]
-        written = [
-            self.engine.max_tokens - size if max_tokens is None else max_tokens for size in read
-        ]
-        tokens = n * (sum(read) + sum(written))
-        if tokens > limit:
-            raise RequestError(
-                f"Too many tokens: reading and writing may take {tokens}, the limit is {limit} "
-                "(--max-request-tokens). Shorten the texts, or lower max_tokens.",
-                code="request_too_large",
-            )
+            limit = max(_REQUEST_TOKENS, n * longest)
+            if count * longest <= limit:
+                # The engine refuses a text that is longer than its context.
+                return
+        tokens = 0
+        for text in texts:
+            size = len((await self.engine.tokenize(text)).ids)
+            tokens += n * (longest if max_tokens is None else size + max_tokens)
+            if tokens > limit:
+                raise RequestError(
+                    f"Too many tokens: reading and writing may take {tokens} or more, the limit is "
+                    f"{limit} (--max-request-tokens). Send fewer or shorter texts, or lower "
+                    "max_tokens.",
+                    code="request_too_large",
+                )
 
 
 def _require_few_items(body: Any, config: ServerConfig) -> None:

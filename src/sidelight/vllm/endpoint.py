@@ -30,7 +30,7 @@ from sidelight.errors import SidelightError
 from sidelight.policy.decisions import Decision
 from sidelight.policy.rules import BoundRule
 from sidelight.server import admin, checks, questions
-from sidelight.server.app import application, status_router
+from sidelight.server.app import LOOPBACK, application, status_router
 from sidelight.server.errors import as_request_error, wrong_field
 from sidelight.server.keys import Access, Caller
 from sidelight.server.middleware import REQUEST_ID, Gatekeeper
@@ -70,11 +70,14 @@ class ProbeEndpoint:
         app.add_middleware(ProbeMiddleware, endpoint=self)
         config = server_config()
         # vLLM guards some routes with its keys; ours hold on all.
-        access = Access() if _keys_of_vllm(app.state.args) else config.access
+        has_keys = bool(_keys_of_vllm(app.state.args))
+        access = Access() if has_keys else config.access
+        is_local = app.state.args.host in LOOPBACK and not has_keys
+        hosts = config.hosts if is_local or config.allowed_host else None
         # vLLM has a queue of its own, and no limit.
         is_limited = "max_concurrent" in config.model_fields_set
         limit = config.max_concurrent if is_limited else sys.maxsize
-        app.add_middleware(Gatekeeper, access=access, limit=limit)
+        app.add_middleware(Gatekeeper, access=access, limit=limit, hosts=hosts)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Finds the guard of the engine, and mounts our routes, and the metrics."""
