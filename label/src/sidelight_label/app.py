@@ -1,4 +1,4 @@
-"""The page of a sitting and what it asks for, on this machine and for who holds the token."""
+"""The labelling page and its API: this machine only, and the token is required."""
 
 import secrets
 import socket
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict
 from starlette.datastructures import Headers
@@ -27,34 +27,69 @@ _SHARED = Path(server.__file__).parent / "playground"
 # Each path with its file, so no path leads elsewhere.
 _FILES: Mapping[str, Path] = {
     "/": _PAGE / "index.html",
-    "/label.js": _PAGE / "label.js",
-    "/label.css": _PAGE / "label.css",
-    "/style.css": _SHARED / "style.css",
-    "/icon.svg": _SHARED / "icon.svg",
-    "/dom.js": _SHARED / "dom.js",
-    "/api.js": _SHARED / "api.js",
+    **{f"/{name}": _PAGE / name for name in ("label.js", "label.css")},
+    **{f"/{name}": _SHARED / name for name in ("style.css", "icon.svg", "dom.js", "api.js")},
 }
 
 
-class _Body(BaseModel):
+class _Text(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     row: int
 
 
-class _Decision(_Body):
+class _Decision(_Text):
     labels: list[str]
 
 
 def create_app(queue: LabelQueue, token: str) -> FastAPI:
     """The page for a queue. All but its files needs the token."""
     app = FastAPI(openapi_url=None)
-    app.state.queue = queue
-    app.state.failure = ""
     app.include_router(page_router(_FILES))
-    app.include_router(_router)
     app.add_exception_handler(SidelightError, _refuse)
     app.add_middleware(_Guard, token=token)
+    failure = ""
+
+    @app.get("/api/state")
+    def state() -> JSONResponse:
+        headers = {"Cache-Control": "no-store"}
+        return JSONResponse(_state(queue, failure), headers=headers)
+
+    @app.post("/api/label")
+    def label(body: _Decision) -> JSONResponse:
+        queue.label(body.row, body.labels)
+        return state()
+
+    @app.post("/api/skip")
+    def skip(body: _Text) -> JSONResponse:
+        queue.skip(body.row)
+        return state()
+
+    @app.post("/api/undo")
+    def undo(body: _Text) -> JSONResponse:
+        queue.undo(body.row)
+        return state()
+
+    def run_training() -> None:
+        nonlocal failure
+        try:
+            queue.train()
+        except SidelightError as error:
+            failure = str(error)
+        except Exception as error:  # noqa: BLE001 - the page says so, and labelling goes on
+            failure = f"The training failed: {type(error).__name__}."
+
+    @app.post("/api/train")
+    def train() -> JSONResponse:
+        """Begins a training; the state says when it has ended."""
+        nonlocal failure
+        if not queue.is_training:
+            if obstacle := queue.obstacle:
+                raise SidelightError(obstacle)
+            failure = ""
+            threading.Thread(target=run_training, daemon=True).start()
+        return state()
+
     return app
 
 
@@ -79,7 +114,7 @@ def serve(queue: LabelQueue, listener: socket.socket, token: str) -> None:
 
 
 class _Guard:
-    """Lets only the page itself ask: other sites, other names of the host and other users do not.
+    """Refuses other sites, other names of this host, and whoever does not have the token.
 
     A page of another site has another origin. One whose name was rebound to this machine sends its
     own name as the host. Another user of the machine does not know the token.
@@ -94,15 +129,14 @@ class _Guard:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        own = f"{HOST}:{scope['server'][1]}"
-        given = headers.get("authorization", "").encode()
-        is_page = scope["path"] in _FILES
+        address = f"{HOST}:{scope['server'][1]}"
+        token = headers.get("authorization", "").encode()
         refusal: JSONResponse | None = None
-        if headers.getlist("host") != [own]:
-            refusal = _error(421, f"This page is at http://{own} only.")
-        elif any(origin != f"http://{own}" for origin in headers.getlist("origin")):
+        if headers.getlist("host") != [address]:
+            refusal = _error(421, f"This page is at http://{address} only.")
+        elif any(origin != f"http://{address}" for origin in headers.getlist("origin")):
             refusal = _error(403, "Another site asked for this.")
-        elif not is_page and not secrets.compare_digest(given, self._expected):
+        elif scope["path"] not in _FILES and not secrets.compare_digest(token, self._expected):
             refusal = _error(401, "Open the address that 'sidelight label' printed.")
         await (refusal or self._app)(scope, receive, send)
 
@@ -115,62 +149,8 @@ def _error(status: int, message: str) -> JSONResponse:
     return JSONResponse({"error": {"message": message}}, status, {"Cache-Control": "no-store"})
 
 
-_router = APIRouter()
-
-
-@_router.get("/api/state")
-def get_state(request: Request) -> JSONResponse:
-    return _state(request)
-
-
-@_router.post("/api/label")
-def label(request: Request, body: _Decision) -> JSONResponse:
-    _queue(request).label(body.row, body.labels)
-    return _state(request)
-
-
-@_router.post("/api/skip")
-def skip(request: Request, body: _Body) -> JSONResponse:
-    _queue(request).skip(body.row)
-    return _state(request)
-
-
-@_router.post("/api/undo")
-def undo(request: Request, body: _Body) -> JSONResponse:
-    _queue(request).undo(body.row)
-    return _state(request)
-
-
-@_router.post("/api/train")
-def train(request: Request) -> JSONResponse:
-    """Begins a training; the state says when it has ended."""
-    queue, state = _queue(request), request.app.state
-    if queue.is_training:
-        return _state(request)
-    if obstacle := queue.obstacle:
-        raise SidelightError(obstacle)
-
-    def run() -> None:
-        try:
-            queue.train()
-        except SidelightError as error:
-            state.failure = str(error)
-        except Exception as error:  # noqa: BLE001 - the page says so, and labelling goes on
-            state.failure = f"The training failed: {type(error).__name__}."
-
-    state.failure = ""
-    state.training = threading.Thread(target=run, daemon=True)
-    state.training.start()
-    return _state(request)
-
-
-def _queue(request: Request) -> LabelQueue:
-    return request.app.state.queue
-
-
-def _state(request: Request) -> JSONResponse:
-    queue = _queue(request)
-    state = {
+def _state(queue: LabelQueue, failure: str) -> dict[str, Any]:
+    return {
         "kind": queue.pool.task.kind,
         "labels": list(queue.pool.task.labels),
         "counts": queue.counts,
@@ -182,13 +162,12 @@ def _state(request: Request) -> JSONResponse:
         "training": {
             "is_running": queue.is_training,
             "obstacle": queue.obstacle,
-            "failure": request.app.state.failure,
+            "failure": failure,
             "folder": str(queue.folder),
         },
-        "figures": [asdict(one) for one in queue.figures],
+        "figures": [asdict(figures) for figures in queue.figures],
         "text": _text(queue),
     }
-    return JSONResponse(state, headers={"Cache-Control": "no-store"})
 
 
 def _text(queue: LabelQueue) -> dict[str, Any] | None:

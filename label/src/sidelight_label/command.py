@@ -1,16 +1,10 @@
 """``sidelight label``: labels from a page in the browser, and a probe that learns meanwhile."""
 
-import os
 import secrets
 import shlex
 import socket
-import sys
-import tempfile
-import webbrowser
-from collections.abc import Generator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing
 from dataclasses import replace
-from html import escape
 from pathlib import Path
 
 import click
@@ -66,7 +60,6 @@ from sidelight.errors import SidelightError
     show_default=False,
     help="[default: a free one]",
 )
-@click.option("--browser/--no-browser", default=True, help="Open the page, if this is a terminal.")
 @options.backbone
 def label(
     texts: str,
@@ -84,7 +77,6 @@ def label(
     memory: float,
     cache: Path | None,
     port: int,
-    browser: bool,
     runtime: options.Runtime,
 ) -> None:
     """Label texts on a page in the browser, and train a probe on the labels meanwhile.
@@ -93,7 +85,7 @@ def label(
     until there are five of each label. Each label is appended to --out, which 'sidelight train'
     reads, before the next text is shown. The same command goes on where an earlier one stopped.
 
-    The page is served to this machine only, and to who has the printed address.
+    The page is served to this machine only, and to anyone with the printed address.
     """
     if bool(probes) == (labels is not None):
         raise SidelightError(
@@ -121,7 +113,7 @@ def label(
     from sidelight_label.app import HOST, serve
     from sidelight_label.file import LabelFile
     from sidelight_label.pool import Pool, merged
-    from sidelight_label.queue import LabelQueue, require_own, task_of
+    from sidelight_label.queue import LabelQueue, require_replaceable, task_of
 
     loaded = [load_probe(folder) for folder in probes]
     require_distinct_names(loaded)
@@ -129,15 +121,14 @@ def label(
         require_responses(probe, examples.items)
     names = [name.strip() for name in (labels or "").split(",") if name.strip()]
     task = loaded[0].task if loaded else task_of(names, is_multilabel=multilabel)
-    own = Reads("response" if response else "prompt")
-    reads = replace(loaded[0].reads if loaded else own, scope="conversation")
+    reads = loaded[0].reads if loaded else Reads("response" if response else "prompt")
     stem = Path(Path(texts).name.removesuffix(".gz")).stem.replace(":", "-")
     path = out or Path(f"{stem}-labels.jsonl")
     folder = probe_out or path.with_name(f"{path.stem}-probe")
     with closing(LabelFile(path)) as file, _listener(HOST, port) as listener:
         if file.has_lost_end:
             click.echo(f"Warning: {path} ended within a row, which was removed.", err=True)
-        require_own(folder, file)
+        require_replaceable(folder, file)
         labelled = None
         if not file.is_empty:
             labelled = load_examples(path, text=text, label=label, response=response, task=task)
@@ -150,7 +141,7 @@ def label(
             backbone,
             pool_examples,
             task,
-            reads=reads,
+            reads=replace(reads, scope="conversation"),
             root=cache or cache_root() / "labelling",
             probes=loaded,
             max_tokens=max_tokens,
@@ -161,8 +152,7 @@ def label(
         address = f"http://{HOST}:{listener.getsockname()[1]}/#{token}"
         click.echo(f"{len(decided)} of {len(pool_examples)} texts are labelled in {path}.")
         click.echo(f"Label at {address} (Ctrl-C stops)")
-        with _opened(address) if browser else nullcontext():
-            serve(queue, listener, token)
+        serve(queue, listener, token)
         made = len(queue.decided)
     click.echo(f"{made} texts are labelled in {path} ({made - len(decided)} of them just now).")
     command = ["sidelight", "train", "--data", str(path), "--out", f"{folder}-trained"]
@@ -185,21 +175,3 @@ def _listener(host: str, port: int) -> socket.socket:
         raise SidelightError(
             f"Cannot listen on {host}:{port} ({error.strerror}). Choose another --port."
         ) from error
-
-
-@contextmanager
-def _opened(address: str) -> Generator[None]:
-    """Shows the page in the user's browser, if there is a screen to show it on.
-
-    The browser gets a file that only the user can read, and that leads to the page: others can see
-    the command line of a browser, but must not learn the token.
-    """
-    has_screen = sys.platform == "darwin" or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
-    if not (sys.stdout.isatty() and has_screen):
-        yield
-        return
-    with tempfile.TemporaryDirectory(prefix="sidelight-") as folder:
-        page = Path(folder) / "label.html"
-        page.write_text(f'<meta http-equiv="refresh" content="0; url={escape(address)}">', "utf-8")
-        webbrowser.open(page.as_uri())
-        yield

@@ -19,7 +19,7 @@ class LabelFile:
     has appended, the newest first. The file is locked until ``close``, or until the object ends.
 
     Args:
-        path: The file, which is made with its folder if it is absent.
+        path: The file. If it is absent, it is made with its folder, and only its owner can read it.
 
     Raises:
         SidelightError: It is no file of JSON lines, another process appends to it, or it cannot be
@@ -33,7 +33,6 @@ class LabelFile:
                 "ends in .jsonl with --out."
             )
         self.path = path.resolve()
-        is_new = not self.path.exists()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         self.close = weakref.finalize(self, os.close, self._file)
@@ -45,11 +44,10 @@ class LabelFile:
                 f"Cannot lock {path} ({error.strerror}): another 'sidelight label' appends to it. "
                 "Stop that one, or name another file with --out."
             ) from error
-        if is_new:
-            sync(self.path.parent)
+        sync(self.path.parent)
         self._ends: list[int] = []
         self.has_lost_end = self._mend()
-        self._seen = self._state()
+        self._seen = os.fstat(self._file)
 
     @property
     def is_empty(self) -> bool:
@@ -79,7 +77,7 @@ class LabelFile:
                 "space, and label the text again."
             ) from error
         self._ends.append(end)
-        self._seen = self._state()
+        self._seen = os.fstat(self._file)
 
     def take_back(self) -> None:
         """Removes the row that was appended last.
@@ -93,7 +91,7 @@ class LabelFile:
     def _cut(self, size: int) -> None:
         os.ftruncate(self._file, size)
         os.fsync(self._file)
-        self._seen = self._state()
+        self._seen = os.fstat(self._file)
 
     def _mend(self) -> bool:
         """Ends the last line; whether it was the beginning of one, which is removed.
@@ -112,21 +110,17 @@ class LabelFile:
         os.write(self._file, b"\n")
         return False
 
-    def _state(self) -> os.stat_result:
-        return os.fstat(self._file)
-
     def _require_unchanged(self) -> None:
         try:
             now = self.path.stat()
         except FileNotFoundError:
             now = None
-        wanted = self._seen
-        if now is None or (now.st_ino, now.st_size, now.st_mtime_ns) != (
-            wanted.st_ino,
-            wanted.st_size,
-            wanted.st_mtime_ns,
-        ):
+        if now is None or _identity(now) != _identity(self._seen):
             raise SidelightError(
                 f"Another program has changed {self.path}, so nothing is written to it. Stop "
                 "'sidelight label' and start it again: it reads the file as it is now."
             )
+
+
+def _identity(state: os.stat_result) -> tuple[int, int, int]:
+    return state.st_ino, state.st_size, state.st_mtime_ns

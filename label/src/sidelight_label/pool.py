@@ -5,9 +5,10 @@ the states of all tokens. The model reads each text once, and a fit takes second
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from jaxtyping import Float
 from safetensors.torch import load_file
 
 from sidelight.backbone import TransformersBackbone
-from sidelight.data.examples import Examples, LabelledExamples
+from sidelight.data.examples import Example, Examples, LabelledExamples
 from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import Geometry, build_mechanism, mechanism_spec
 from sidelight.mechanisms.linear import Linear
@@ -25,11 +26,16 @@ from sidelight.prompts import Reads
 from sidelight.standardisation import Standardisation
 from sidelight.states.cache import MEMORY_BYTES, ActivationCache, Pooled, write_tensors
 from sidelight.states.extraction import BackboneSource, require_finite, shard_logits
-from sidelight.training.dataset import FOLDS, Folds, ProbeDataset, Split, encode_shortened
-from sidelight.training.fit import FittedProbe, calibrate, calibrate_probe
+from sidelight.training.dataset import FOLDS, Folds, encode_shortened
 from sidelight.training.linear import LinearSolution, solve_linear
-from sidelight.training.loop import Trained
-from sidelight.training.settings import FitOptions, Job, suggested_settings
+from sidelight.training.measuring import (
+    Calibrated,
+    calibrate_examples,
+    describe_examples,
+    describe_scores,
+    measuring_folds,
+    text_hashes,
+)
 from sidelight.types import Task
 
 _SHARD_BYTES = 128 * 2**20
@@ -39,18 +45,14 @@ class Pool:
     """Texts that a model has read.
 
     Attributes:
-        examples: The texts.
-        prompts: Their token ids, cut to what is read in training.
-        task: The labels that are decided between.
-        reads: The tokens that probes read.
-        pooled: The vectors.
-        given: The probes that were given, and what each says of each text.
+        prompts: The token ids of each text, cut to what is read in training.
+        given: The probes that were given, and the probabilities that each gives to each text.
 
     Args:
         backbone: The frozen LLM; it reads what no earlier sitting read.
-        examples: As above.
-        task: As above.
-        reads: As above.
+        examples: The texts.
+        task: The labels to decide between.
+        reads: The tokens that probes read.
         probes: Probes that are given; they judge each text while its states are at hand.
         max_tokens: Longer texts are cut, as in training.
         memory_bytes: The most that the vectors may take.
@@ -77,35 +79,27 @@ class Pool:
         self.examples = examples
         self.task = task
         self.reads = reads
-        self._max_tokens = max_tokens
         for probe in probes:
-            self.require_fits(probe)
+            self._require_fits(probe)
+        # As in `sidelight train`: of several classes, a large norm says something.
+        self._is_normalised = task.kind != "multiclass"
         sizes = backbone.fingerprint
-        needed = 8 * len(examples) * sizes.layers * sizes.width
+        self._shape = (len(examples), sizes.layers, sizes.width)
+        needed = 8 * np.prod(self._shape)
         if needed > memory_bytes:
             raise SidelightError(
                 f"{len(examples):,} texts need {needed / 2**30:.1f} GiB of memory for the vectors "
                 f"that probes learn from, the limit is {memory_bytes / 2**30:.1f} GiB. Allow more "
                 "(--memory), or use fewer texts (--limit)."
             )
-        source = BackboneSource(backbone)
-        limit = min(max_tokens, source.max_tokens)
+        limit = min(max_tokens, backbone.encoder.max_tokens)
+        self._max_tokens = limit
         self.prompts = encode_shortened(backbone, examples, reads=reads, limit=limit)
-        # Never filled: it says which texts are read together, and names them by a hash.
-        self._states = ActivationCache(
-            root, self.prompts, reads=reads, fingerprint=sizes, shard_bytes=_SHARD_BYTES
-        )
-        self.pooled, logits = self._read(source, probes)
-        self.given = tuple(
-            (probe, probe.calibration.apply(own)) for probe, own in zip(probes, logits, strict=True)
-        )
+        self.pooled, logits = self._read(root, probes)
+        pairs = zip(probes, logits, strict=True)
+        self.given = tuple((probe, probe.calibration.apply(own)) for probe, own in pairs)
 
-    def require_fits(self, probe: Probe) -> None:
-        """Checks that a probe can judge the texts.
-
-        Raises:
-            SidelightError: It is another model's, of other labels, or reads something else.
-        """
+    def _require_fits(self, probe: Probe) -> None:
         probe.fingerprint.require(self.backbone.fingerprint, probe=probe.name)
         if probe.task != self.task:
             raise SidelightError(
@@ -127,79 +121,87 @@ class Pool:
 
     def fit(
         self, rows: Sequence[int], labelled: LabelledExamples, *, name: str
-    ) -> tuple[FittedProbe, Float[np.ndarray, "row output"]]:
-        """A probe of some of the texts, with the probabilities of each by one that left it out.
+    ) -> tuple[Probe, Calibrated]:
+        """A probe of some of the texts, and what its folds say of those.
 
         Args:
             rows: Which texts.
             labelled: The same texts with their labels, which ``folds_of`` accepts.
             name: Of the probe.
         """
-        chosen = torch.tensor(rows)
-        own = Pooled(self.pooled.means[chosen], self.pooled.lasts[chosen])
         folds = folds_of(labelled)
-        solution = solve_linear(own, labelled.labels, self.task, folds=folds)
+        pooled = self.pooled.chosen(torch.tensor(rows))
+        solution = solve_linear(pooled, labelled.labels, self.task, folds=folds)
         assert solution.left_out is not None
-        sizes = self.backbone.fingerprint
-        geometry = Geometry(sizes.layers, sizes.width, self.task.outputs)
+        folds = measuring_folds(labelled, folds=folds)
+        calibrated = calibrate_examples(solution.left_out, labelled, folds)
+        probabilities = calibrated.calibration.apply(solution.left_out)
+        spec, geometry = mechanism_spec("linear"), Geometry(*self._shape[1:], self.task.outputs)
         scaling = replace(Standardisation.identity(geometry), is_normalised=self._is_normalised)
-        spec = mechanism_spec("linear")
-        mechanism = build_mechanism(spec, geometry)
+        mechanism = build_mechanism(spec, geometry).eval().requires_grad_(False)
         mechanism.load_state_dict(solution.standardised(scaling))
-        settings = replace(
-            suggested_settings("linear"),
-            normalise=self._is_normalised,
-            strength=solution.strength,
-        )
-        trained = Trained(
-            job=Job(spec, 0, settings, standardise=False),
-            mechanism=mechanism.eval().requires_grad_(False),
+        described = describe_examples(labelled)
+        probe = Probe(
+            name=name,
+            task=self.task,
+            reads=self.reads,
+            prompt_format=self.backbone.encoder.prompt_format,
+            spec=spec,
+            mechanism=mechanism,
             standardisation=scaling,
-            logits=solution.left_out,
-            history=(),
-            best_epoch=1,
+            calibration=calibrated.calibration,
+            thresholds=calibrated.report.thresholds,
+            fingerprint=self.backbone.fingerprint,
+            record={
+                "training": {**described, "texts": text_hashes(labelled)},
+                "validation": {
+                    **described,
+                    "metrics": calibrated.report.to_dict(),
+                    **describe_scores(self.task, probabilities, labelled.labels),
+                },
+                "folds": len(folds),
+                "settings": {"strength": solution.strength},
+                "max_tokens": self._max_tokens,
+                "seed": 0,
+                "parameters": sum(values.numel() for values in mechanism.parameters()),
+            },
         )
-        split = Split(
-            labelled, tuple(self.prompts[row] for row in rows), self._states, np.array(rows)
-        )
-        dataset = ProbeDataset(self.backbone, split, split, folds)
-        options = FitOptions(mechanisms=(spec,), reads=self.reads, max_tokens=self._max_tokens)
-        fitted = calibrate_probe(trained, dataset, name=name, options=options)
-        return fitted, calibrate(trained.logits, dataset, bootstrap=0).probabilities
-
-    @property
-    def _is_normalised(self) -> bool:
-        return bool(suggested_settings("linear").fitted_to(1, self.task).normalise)
+        return probe, calibrated
 
     def _read(
-        self, source: BackboneSource, probes: Sequence[Probe]
+        self, root: Path, probes: Sequence[Probe]
     ) -> tuple[Pooled, list[Float[np.ndarray, "text output"]]]:
         """The vectors of all texts and the logits of the probes: from disk, where they are there.
 
         A part is written as soon as it is whole, so a killed sitting reads on where it stopped.
         """
+        # Never filled: it says which texts are read together, and names them by a hash.
+        states = ActivationCache(
+            root,
+            self.prompts,
+            reads=self.reads,
+            fingerprint=self.backbone.fingerprint,
+            shard_bytes=_SHARD_BYTES,
+        )
         who = repr((self._is_normalised, *(probe.version for probe in probes)))
-        folder = self._states.directory / hashlib.sha256(who.encode()).hexdigest()[:12]
+        folder = states.directory / hashlib.sha256(who.encode()).hexdigest()[:12]
         folder.mkdir(parents=True, exist_ok=True)
-        files = [folder / f"{part:05d}.safetensors" for part in range(len(self._states))]
+        files = [folder / f"{part:05d}.safetensors" for part in range(len(states))]
         missing = [part for part, file in enumerate(files) if not file.exists()]
         if missing:
-            plan = self._states.plan
-            tokens = sum(len(self.prompts[row]) for part in missing for row in plan.rows[part])
+            tokens = sum(len(self.prompts[r]) for part in missing for r in states.plan.rows[part])
             with progress("Reading", tokens, unit="tokens") as shown:
-                for part, shard in source.shards(self._states, missing, shown):
+                for part, shard in BackboneSource(self.backbone).shards(states, missing, shown):
                     require_finite(shard, dtype=self.backbone.fingerprint.dtype)
                     pooled = shard.pooled(is_normalised=self._is_normalised)
                     logits = {
                         f"logits{number}": torch.from_numpy(shard_logits(probe, shard))
                         for number, probe in enumerate(probes)
                     }
-                    tensors = {"means": pooled.means, "lasts": pooled.lasts.bfloat16()}
-                    write_tensors({"rows": shard.rows, **tensors, **logits}, files[part])
-        sizes = self.backbone.fingerprint
-        shape = (len(self.examples), sizes.layers, sizes.width)
-        pooled = Pooled(torch.empty(shape), torch.empty(shape))
-        given = [np.empty((shape[0], self.task.outputs)) for _ in probes]
+                    vectors = {"means": pooled.means, "lasts": pooled.lasts.bfloat16()}
+                    write_tensors({"rows": shard.rows, **vectors, **logits}, files[part])
+        pooled = Pooled(torch.empty(self._shape), torch.empty(self._shape))
+        given = [np.empty((len(self.prompts), self.task.outputs)) for _ in probes]
         for file in files:
             stored = load_file(file)
             rows = stored["rows"]
@@ -217,18 +219,16 @@ def merged(
     Labelled texts that are not among ``texts`` follow them. Of a text that was labelled twice, the
     later labels count.
     """
-    parts = [texts] if labelled is None else [texts, labelled]
-    places: dict[tuple[object, ...], tuple[int, int]] = {}
-    for part, examples in enumerate(parts):
-        for row, item in enumerate(examples.items):
-            places.setdefault((item.messages, item.response), (part, row))
-    items = tuple(parts[part].items[row] for part, row in places.values())
-    rows = tuple(parts[part].rows[row] for part, row in places.values())
+    distinct: dict[object, tuple[Example, Mapping[str, Any]]] = {}
+    for part in [texts] if labelled is None else [texts, labelled]:
+        for item, row in zip(part.items, part.rows, strict=True):
+            distinct.setdefault((item.messages, item.response), (item, row))
+    items, rows = (tuple(values) for values in zip(*distinct.values(), strict=True))
     decided: dict[int, tuple[str, ...]] = {}
     if labelled is not None:
-        number = {key: row for row, key in enumerate(places)}
+        numbers = {key: number for number, key in enumerate(distinct)}
         for item, names in zip(labelled.items, labelled.label_names(), strict=True):
-            decided[number[item.messages, item.response]] = tuple(names)
+            decided[numbers[item.messages, item.response]] = tuple(names)
     return Examples(items, rows), decided
 
 

@@ -1,12 +1,12 @@
 """Which text is labelled next, what was decided, and the probe that learns from it.
 
-Texts of which probes are least certain come first, and one in four comes at random. Without those,
-nothing could be measured: of texts that were chosen because a probe is unsure, it knows little.
+Texts of which probes are least certain come first, and one in four comes at random: only those are
+like all texts, so only they can measure a probe.
 """
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, takewhile
 from pathlib import Path
@@ -54,15 +54,11 @@ class Figures:
 
 @dataclass(frozen=True)
 class _Judge:
-    """A probe and what is said of each text by what did not learn from it.
-
-    Of the texts that it learned from, ``taught``, those are the probes of the folds.
-    """
+    """A probe, and its probabilities of each text: out-of-fold for those that it learned from."""
 
     title: str
     probe: Probe
     probabilities: Float[np.ndarray, "text output"]
-    taught: frozenset[int] = frozenset()
 
 
 def task_of(names: Sequence[str], *, is_multilabel: bool = False) -> Task:
@@ -92,8 +88,6 @@ class LabelQueue:
     Training runs beside other calls.
 
     Attributes:
-        pool: The texts.
-        folder: Where the newest probe is kept.
         figures: Of the newest training; none before.
 
     Args:
@@ -102,7 +96,7 @@ class LabelQueue:
         column: Of the label in the file.
         labelled: The rows of the pool that are labelled already, in the order of the file, with the
             labels of each.
-        folder: As above.
+        folder: Where the newest probe is kept.
         seed: Decides which texts come at random.
 
     Raises:
@@ -133,11 +127,11 @@ class LabelQueue:
         # Undone, to be shown first; the last one is the first.
         self._again: list[int] = []
         self._shuffled = shuffled(pool.examples, seed)
-        self._judges = [_Judge(probe.name, probe, own) for probe, own in pool.given]
-        self._own: _Judge | None = None
-        require_own(folder, file)
+        self._given = [_Judge(probe.name, probe, chances) for probe, chances in pool.given]
+        self._trained: _Judge | None = None
+        require_replaceable(folder, file)
         if not self.obstacle and folds_of(self._labelled(self._decided)):
-            self._own, _ = self._fitted(self._decided)
+            self._trained, _ = self._fitted(self._decided)
         self._order = self._ordered()
 
     @property
@@ -147,7 +141,7 @@ class LabelQueue:
     @property
     def order(self) -> str:
         """What the order is by, in words."""
-        titles = [judge.title for judge in self._all_judges]
+        titles = [judge.title for judge in self._judges]
         if not titles:
             return "at random, until there is a probe"
         return f"least certain first, by {' and '.join(titles)}; one in {_RANDOM_EVERY} at random"
@@ -170,16 +164,20 @@ class LabelQueue:
     def next(self) -> int | None:
         """The text to decide now; None if all are labelled. Skipped ones come last."""
         with self._lock:
-            return next(self._open(), None)
+            is_random = len(self._decided) % _RANDOM_EVERY == _RANDOM_EVERY - 1
+            order = self._shuffled if is_random else self._order
+            fresh = (row for row in order if row not in self._skipped)
+            rows = chain(reversed(self._again), fresh, self._skipped)
+            return next((row for row in rows if row not in self._decided), None)
 
     def opinions(self, row: int) -> dict[str, dict[str, float]]:
         """What each probe says of a text: the probability of each label."""
-        said: dict[str, dict[str, float]] = {}
-        for judge in self._all_judges:
-            own = judge.probabilities[row].tolist()
-            own = [1 - own[0], *own] if self.pool.task.kind == "binary" else own
-            said[judge.title] = dict(zip(self.pool.task.labels, own, strict=True))
-        return said
+        labels, opinions = self.pool.task.labels, dict[str, dict[str, float]]()
+        for judge in self._judges:
+            chances = judge.probabilities[row].tolist()
+            chances = [1 - chances[0], *chances] if self.pool.task.kind == "binary" else chances
+            opinions[judge.title] = dict(zip(labels, chances, strict=True))
+        return opinions
 
     def label(self, row: int, labels: Sequence[str]) -> None:
         """Decides a text.
@@ -218,7 +216,7 @@ class LabelQueue:
             SidelightError: The file could not be changed.
         """
         with self._lock:
-            if not self._history or self._history[-1] != row:
+            if self.last != row:
                 raise ConflictError(
                     "Another tab has decided a text since. Undo that one first, or label on."
                 )
@@ -232,8 +230,8 @@ class LabelQueue:
     @property
     def counts(self) -> dict[str, int]:
         """How many texts have each label."""
-        found = Counter(chain.from_iterable(self.decided.values()))
-        return {label: found[label] for label in self.pool.task.labels}
+        counts = Counter(chain.from_iterable(self.decided.values()))
+        return {label: counts[label] for label in self.pool.task.labels}
 
     @property
     def obstacle(self) -> str:
@@ -266,27 +264,20 @@ class LabelQueue:
                 raise SidelightError(
                     "Some texts are too alike to be measured on others. Label more of each label."
                 )
-            own, report = self._fitted(decided)
-            save_probe(own.probe, self.folder)
-            figures = self._compared(own, report, [*decided], labelled)
+            trained, report = self._fitted(decided)
+            save_probe(trained.probe, self.folder)
+            figures = self._compared(trained, report, [*decided], labelled)
             with self._lock:
-                self._own = own
+                self._trained = trained
                 self.figures = figures
                 self._order = self._ordered()
         finally:
             self._training.release()
 
     @property
-    def _all_judges(self) -> list[_Judge]:
-        own = self._own
-        return [*self._judges, *([own] if own is not None else [])]
-
-    def _open(self) -> Iterator[int]:
-        is_random = len(self._decided) % _RANDOM_EVERY == _RANDOM_EVERY - 1
-        order = self._shuffled if is_random else self._order
-        fresh = (row for row in order if row not in self._skipped)
-        rows = chain(reversed(self._again), fresh, self._skipped)
-        return (row for row in rows if row not in self._decided)
+    def _judges(self) -> list[_Judge]:
+        trained = self._trained
+        return self._given if trained is None else [*self._given, trained]
 
     def _at_random(self) -> list[int]:
         """The decided texts that are like all texts: those first in the random order.
@@ -323,7 +314,7 @@ class LabelQueue:
         return LabelledExamples(chosen.items, chosen.rows, task=task, labels=labels)
 
     def _ordered(self) -> list[int]:
-        judges = self._all_judges
+        judges = self._judges
         if not judges:
             return self._shuffled
         probabilities = np.stack([judge.probabilities for judge in judges])
@@ -332,57 +323,48 @@ class LabelQueue:
     def _fitted(self, decided: Mapping[int, tuple[str, ...]]) -> tuple[_Judge, Mapping[str, Any]]:
         """A probe of these labels, and its figures as ``sidelight train`` prints them."""
         rows = [*decided]
-        fitted, left_out = self.pool.fit(
-            rows, self._labelled(decided), name=self.folder.resolve().name
-        )
-        record = {**fitted.probe.record, _RECORD: self._file.path.name}
-        probe = replace(fitted.probe, record=record)
+        name = self.folder.resolve().name
+        probe, calibrated = self.pool.fit(rows, self._labelled(decided), name=name)
+        probe = replace(probe, record={**probe.record, _RECORD: self._file.path.name})
         probabilities = self.pool.probabilities(probe)
-        probabilities[rows] = left_out
-        title = f"the probe of {len(rows)} labels"
-        return _Judge(title, probe, probabilities, frozenset(rows)), fitted.report.to_dict()
+        probabilities[rows] = calibrated.probabilities
+        judge = _Judge(f"the probe of {len(rows)} labels", probe, probabilities)
+        return judge, calibrated.report.to_dict()
 
     def _compared(
         self,
-        new: _Judge,
+        trained: _Judge,
         report: Mapping[str, Any],
         rows: Sequence[int],
         labelled: LabelledExamples,
     ) -> tuple[Figures, ...]:
         """The new probe beside the earlier ones, on the same texts; none learned from them."""
-        earlier, before = self._all_judges, self._own
+        earlier = self._judges
         with self._lock:
-            random = {*self._at_random()}
-        at_random = [at for at, row in enumerate(rows) if row in random]
-        since = [at for at, row in enumerate(rows) if before is None or row not in before.taught]
-        figures: list[Figures] = []
-        if 0 < len(at_random) < len(rows):
-            figures.append(
-                Figures(
-                    f"The {len(at_random)} texts that came at random",
-                    "They are like all of the texts, so these are the figures to go by.",
-                    {
-                        one.title: _measured(one, rows, labelled, at_random)
-                        for one in (*earlier, new)
-                    },
-                )
-            )
-        if earlier and 0 < len(since) < len(rows):
-            figures.append(
-                Figures(
-                    f"The {len(since)} texts labelled since",
-                    "Most were chosen because an earlier probe was unsure of them, so it looks "
-                    "worse here than it is.",
-                    {one.title: _measured(one, rows, labelled, since) for one in (*earlier, new)},
-                )
-            )
-        whole = {one.title: _measured(one, rows, labelled, range(len(rows))) for one in earlier}
-        note = "Most were chosen because they are hard, so these look worse than all texts."
-        title = f"All {len(rows)} labelled texts"
-        return (*figures, Figures(title, note if earlier else "", {**whole, new.title: report}))
+            random = set(self._at_random())
+        places = [place for place, row in enumerate(rows) if row in random]
+        whole = Figures(
+            f"All {len(rows)} labelled texts",
+            "Most were chosen because they are hard, so these look worse than all texts."
+            if earlier
+            else "",
+            {
+                **{judge.title: _measured(judge, rows, labelled) for judge in earlier},
+                trained.title: report,
+            },
+        )
+        if not 0 < len(places) < len(rows):
+            return (whole,)
+        chosen, texts = [rows[place] for place in places], labelled.select(places)
+        at_random = Figures(
+            f"The {len(places)} texts that came at random",
+            "They are like all of the texts, so these are the figures to go by.",
+            {judge.title: _measured(judge, chosen, texts) for judge in (*earlier, trained)},
+        )
+        return (at_random, whole)
 
 
-def require_own(folder: Path, file: LabelFile) -> None:
+def require_replaceable(folder: Path, file: LabelFile) -> None:
     """Checks that training would replace no probe but one that was made from this file.
 
     Raises:
@@ -404,16 +386,10 @@ def shuffled(examples: Examples, seed: int) -> list[int]:
     return sorted(range(len(keys)), key=keys.__getitem__)
 
 
-def _measured(
-    judge: _Judge, rows: Sequence[int], labelled: LabelledExamples, at: Sequence[int]
-) -> Mapping[str, Any]:
-    """A probe's figures on some of the labelled texts."""
-    return evaluate(
-        labelled.task,
-        judge.probabilities[[rows[text] for text in at]],
-        labelled.labels[list(at)],
-        thresholds=judge.probe.thresholds,
-    ).to_dict()
+def _measured(judge: _Judge, rows: Sequence[int], labelled: LabelledExamples) -> Mapping[str, Any]:
+    """A probe's figures on labelled texts, which are these of the pool."""
+    probabilities, thresholds = judge.probabilities[list(rows)], judge.probe.thresholds
+    return evaluate(labelled.task, probabilities, labelled.labels, thresholds=thresholds).to_dict()
 
 
 def certainty(

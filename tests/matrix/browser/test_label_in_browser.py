@@ -81,7 +81,7 @@ def test_from_no_labels_to_a_probe_by_keys_alone(sitting, page):
     for _ in range(5):
         press_truth(page, sitting)
     page.keyboard.press("t")
-    page.get_by_text("The 5 texts labelled since").wait_for()
+    page.get_by_text(f"All {done + 5} labelled texts").wait_for()
     assert len(saved_labels(sitting)) == done + 5
     assert read_manifest(sitting.folder / "probe").task.labels == ("fine", "toxic")
     assert violations(page) == []
