@@ -17,7 +17,7 @@ from sidelight.errors import SidelightError
 from sidelight.mechanisms.base import mechanism_spec
 from sidelight.prompts import EncodedPrompt, Message, Part, PlainText, Reads
 from sidelight.states.extraction import score
-from sidelight.thresholds import ThresholdRule
+from sidelight.thresholds import ThresholdRule, operating_curves
 from sidelight.training import classifier, contexts
 from sidelight.training.background import Background, load_background
 from sidelight.training.contexts import Context, ContextSampler
@@ -26,10 +26,12 @@ from sidelight.training.fit import calibrate_probe, fit
 from sidelight.training.loop import train_mechanisms
 from sidelight.training.settings import FitOptions, Job, TrainingSettings
 from sidelight.training.traffic import (
+    Traffic,
     highest_logits,
     kept_logits,
     measure_traffic,
     quiet_thresholds,
+    traffic_warnings,
 )
 from tiny import INTENT, TOXICITY, tiny_backbone, untrained_probe
 
@@ -289,6 +291,20 @@ def test_traffic_is_counted_by_conversation_and_by_length():
     # What is kept with a probe holds no text, which may be somebody's own.
     assert "w w" in str(traffic)
     assert "w w" not in json.dumps(traffic.to_dict())
+
+
+@pytest.mark.parametrize(
+    ("flagged", "threshold", "told"),
+    [(2, 0.5, ""), (2, 0.8, "finds 10 of 20 texts that are 'toxic'"), (30, 0.5, "flags 30.0%")],
+)
+def test_what_ordinary_traffic_costs_is_said_with_its_remedy(flagged, threshold, told):
+    scores = np.r_[np.full(10, 0.9), np.full(10, 0.7), np.full(180, 0.2)]
+    curves = operating_curves(TOXICITY, scores[:, None], np.arange(200) < 20)
+    traffic = Traffic(100, flagged, (), ())
+    doubts = traffic_warnings(traffic, curves, [threshold], ThresholdRule())
+    assert len(doubts) == bool(told)
+    assert all(told in doubt and "--background FILE" in doubt for doubt in doubts)
+    assert all("--threshold fpr=" in doubt for doubt in doubts)
 
 
 @pytest.mark.slow

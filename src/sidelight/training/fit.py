@@ -14,7 +14,7 @@ from sidelight.data.examples import LabelledExamples
 from sidelight.evaluation import Report
 from sidelight.probe import Probe
 from sidelight.states.extraction import StateSource
-from sidelight.thresholds import F1, ThresholdRule, require_thresholds
+from sidelight.thresholds import F1, ThresholdRule, read_curves, require_thresholds
 from sidelight.training.dataset import Folds, ProbeDataset, linear_refusal, prepare
 from sidelight.training.loop import (
     Trained,
@@ -40,6 +40,7 @@ from sidelight.training.traffic import (
     Traffic,
     highest_logits,
     measure_traffic,
+    traffic_warnings,
 )
 
 
@@ -229,6 +230,9 @@ def fit(
     runs = [calibrate_probe(one, dataset, name=name, options=options) for one in finite]
     best = _best(runs)
     warnings += better_words(best.losses, words.losses, measured)
+    if best.traffic is not None:
+        curves = read_curves(best.probe.record["validation"]["curves"])
+        warnings += traffic_warnings(best.traffic, curves, best.probe.thresholds, options.threshold)
     made = Fit(tuple(runs), best, words.report, tuple(warnings))
     if store is not None:
         store(made)

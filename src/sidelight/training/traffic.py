@@ -5,7 +5,7 @@ trained on.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,12 +14,15 @@ from jaxtyping import Bool, Float
 
 from sidelight.calibration import Calibration
 from sidelight.errors import SidelightError
+from sidelight.metrics import wilson
 from sidelight.probe import Probe
-from sidelight.thresholds import ThresholdRule
+from sidelight.thresholds import OperatingCurve, ThresholdRule
 from sidelight.training.contexts import Context
 
 # The share of ordinary conversations that may be flagged, unless a rule says otherwise.
 FALSE_ALARMS = 0.04
+# Of the recall: where ordinary traffic costs more, training warns.
+_COSTLY = 0.05
 # No threshold is raised further.
 _HIGHEST = 1 - 1e-9
 # Words around a text, from one limit to the next.
@@ -117,6 +120,49 @@ def measure_traffic(
         surroundings.append(Surroundings(longest, *counts))
     flagged = sum(bool(flags[rows].any()) for rows in conversations)
     return Traffic(len(conversations), flagged, tuple(surroundings), tuple(worst))
+
+
+def traffic_warnings(
+    traffic: Traffic,
+    curves: Mapping[str, OperatingCurve],
+    thresholds: Sequence[float],
+    rule: ThresholdRule,
+) -> list[str]:
+    """Where ordinary traffic and the labelled texts ask for different thresholds, as sentences.
+
+    Args:
+        traffic: Figures at these thresholds.
+        curves: Of the labelled texts, by label.
+        thresholds: Of each label.
+        rule: What they were chosen for.
+    """
+    remedy = (
+        "Give ordinary traffic of your own (--background FILE), or name the rate of false alarms "
+        "that you accept (--threshold fpr=0.05)."
+    )
+    doubts: list[str] = []
+    of_file: list[tuple[float, int]] = []
+    for (label, curve), threshold in zip(curves.items(), thresholds, strict=True):
+        found, alarms = curve.at(threshold)
+        alone, _ = curve.at(curve.threshold(rule))
+        of_file.append((alarms / max(1, curve.negatives), max(1, curve.negatives)))
+        if alone - found > _COSTLY * curve.positives:
+            doubts.append(
+                f"The threshold that lets ordinary traffic pass finds {found} of {curve.positives} "
+                f"texts that are '{label}', that of the texts alone {alone}. {remedy}"
+            )
+    if not of_file:
+        return doubts
+    count = max(1, traffic.conversations)
+    rates, sizes = np.array([*of_file, (traffic.flagged / count, count)]).T
+    lowest, highest = wilson(rates, sizes.astype(np.int64))
+    # Beyond what chance explains on either side.
+    if lowest[-1] > highest[:-1].max():
+        doubts.append(
+            f"It flags {rates[-1]:.1%} of ordinary conversations, but {rates[:-1].max():.1%} of "
+            f"the labelled texts that it should let pass. {remedy}"
+        )
+    return doubts
 
 
 def quiet_thresholds(
