@@ -27,7 +27,7 @@ from sidelight.states.extraction import score
 from tiny import INTENT, untrained_probe
 from vllm_served import ROUNDING, judging_any_text, measured, tiny_llama
 
-PAGE = Path(__file__).parent.parent / "docs" / "policy-file.md"
+PAGE = Path(__file__).parent.parent / "docs" / "policies.md"
 ADMIN = "admin-key"
 TOKENS = 24
 # Of the answers to `quiet` texts, some reach it twice in a row, some only once, some never.

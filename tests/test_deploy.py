@@ -105,7 +105,7 @@ def test_the_image_is_pinned_and_runs_without_root():
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
 def test_the_commands_of_the_how_to_make_the_files_that_are_mounted(tmp_path: Path):
-    page = (ROOT / "docs" / "deploy.md").read_text()
+    page = (ROOT / "docs" / "operate.md").read_text()
     commands = page.split("```console\n")[1].split("```")[0].replace("$ ", "")
     shutil.copytree(DEPLOY, tmp_path / "deploy", ignore=shutil.ignore_patterns("etc", ".env"))
     said = subprocess.check_output(["sh", "-ec", commands], cwd=tmp_path, text=True)

@@ -25,31 +25,28 @@ from sidelight_lab.redteam.attacks import ATTACKS, attack_names
 from tiny import tiny_backbone
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "label/README.md", "lab/README.md")),
+    *sorted([*(ROOT / "docs").glob("*.md"), *(ROOT / "lab" / "docs").rglob("*.md")]),
+]
 SOURCE = ROOT / "src" / "sidelight"
 
 
-def mapped_paths() -> set[Path]:
-    """The paths of the README's file map; names after a comma stand in the same folder."""
+def test_the_map_of_the_readme_names_paths_that_exist():
     table = (ROOT / "README.md").read_text().split("| path | what it is |")[1].split("\n\n")[0]
-    paths: set[Path] = set()
-    for row in table.splitlines():
-        folder = ROOT
-        for name in re.findall(r"`([^`]+)`", row.split("|")[1]) if "|" in row else []:
-            path = ROOT / name if "/" in name.rstrip("/") else folder / name
-            folder = path.parent
-            paths.add(path)
-    return paths
+    paths = [path for row in table.splitlines() for path in re.findall(r"`([^`]+/)`", row)]
+    assert len(paths) > 5
+    assert [p for p in paths if not (ROOT / p).exists() and not (SOURCE / p).exists()] == []
 
 
-def test_the_file_map_is_that_of_the_package():
+def test_architecture_names_every_part_of_the_product():
     parts = {
-        path
+        path.stem
         for path in SOURCE.iterdir()
-        if (path.suffix == ".py" or (path / "__init__.py").exists()) and path.name != "__init__.py"
-    }
-    assert parts - mapped_paths() == set()
-    assert [path for path in mapped_paths() if not path.exists()] == []
+        if path.suffix == ".py" or (path / "__init__.py").exists()
+    } - {"__init__", "__main__"}
+    told = set(re.findall(r"\w+", (ROOT / "docs" / "architecture.md").read_text()))
+    assert parts - told == set()
 
 
 def anchors(page: Path) -> set[str]:
@@ -157,23 +154,27 @@ def options() -> set[str]:
 
 
 REFERENCE = {
-    "commands.md": commands,
-    "configuration.md": options,
-    "dependencies.md": dependencies,
-    "manifest.md": lambda: [field.name for field in fields(Manifest)],
-    "metrics.md": series,
-    "policy-file.md": lambda: [field.name for kind in (Policy, Rule) for field in fields(kind)],
-    "routes.md": error_codes,
-    "security.md": lambda: {*attack_names(), *(attack.group for attack in ATTACKS.values())},
+    "docs/dependencies.md": dependencies,
+    "docs/manifest.md": lambda: [field.name for field in fields(Manifest)],
+    "docs/operate.md": series,
+    "docs/policies.md": lambda: [field.name for kind in (Policy, Rule) for field in fields(kind)],
+    "docs/reference.md": options,
+    "docs/routes.md": error_codes,
+    "lab/docs/redteam.md": lambda: {*attack_names(), *(a.group for a in ATTACKS.values())},
 }
 
 
 @pytest.mark.parametrize("page", REFERENCE)
 def test_a_page_of_reference_names_all_there_is(page: str):
-    told = (ROOT / "docs" / page).read_text()
+    told = (ROOT / page).read_text()
     names = sorted(REFERENCE[page]())
     assert names
     assert [name for name in names if not re.search(rf"(?<![\w-]){name}(?![\w-])", told)] == []
+
+
+def test_the_pages_name_every_command():
+    told = "\n".join(page.read_text() for page in PAGES)
+    assert [name for name in commands() if f"{name} " not in told and f"{name}`" not in told] == []
 
 
 def shown_commands(page: Path) -> Iterator[tuple[click.Command, list[str]]]:
@@ -198,8 +199,8 @@ def test_every_command_shown_has_the_options_it_is_given(page: Path):
 
 def test_every_policy_and_configuration_shown_is_one(tmp_path: Path):
     path = tmp_path / "shown.toml"
-    readers = dict.fromkeys(("tutorial.md", "policies.md", "policy-file.md"), read_policy)
-    for page, read in {**readers, "configuration.md": lambda p: read_config(config=p)}.items():
+    readers = dict.fromkeys(("tutorial.md", "policies.md"), read_policy)
+    for page, read in {**readers, "reference.md": lambda p: read_config(config=p)}.items():
         shown = re.findall(r"```toml\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
         assert shown, page
         for text in shown:

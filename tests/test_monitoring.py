@@ -65,7 +65,7 @@ def test_the_alerts_fire_when_they_should_and_only_then():
 def test_the_tests_of_alerts_make_each_of_them_fire():
     fired = re.findall(r'alertname="(\w+)"', (DEPLOY / "alerts_test.yaml").read_text())
     assert set(fired) == {rule["alert"] for rule in ALERT_RULES}
-    told = (DEPLOY.parent / "docs" / "deploy.md").read_text()
+    told = (DEPLOY.parent / "docs" / "operate.md").read_text()
     assert [name for name in fired if f"`{name}`" not in told] == []
     assert all({"summary", "remedy"} == rule["annotations"].keys() for rule in ALERT_RULES)
 

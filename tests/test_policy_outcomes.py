@@ -1,4 +1,4 @@
-"""The table of outcomes in docs/policy-file.md is what a live server does."""
+"""The table of outcomes in docs/policies.md is what a live server does."""
 
 import re
 import time
@@ -23,7 +23,7 @@ from sidelight.probe import Probe
 from sidelight.prompts import Reads
 from tiny import tiny_backbone, untrained_probe
 
-PAGE = Path(__file__).parent.parent / "docs" / "policy-file.md"
+PAGE = Path(__file__).parent.parent / "docs" / "policies.md"
 TEXT = "hello"
 TOKENS = 24
 REQUEST = {

@@ -12,7 +12,7 @@ from sidelight.prompts import Reads
 from sidelight_lab.redteam.weaknesses import weaknesses
 from tiny import untrained_probe
 
-PAGE = Path(__file__).parents[2] / "docs" / "policy-file.md"
+PAGE = Path(__file__).parents[2] / "docs" / "policies.md"
 BLOCK = Rule("block")
 PASSING = Rule("block", on_failure="pass")
 SOUND = Policy(input={"toxicity": BLOCK}, output={"late": BLOCK}, system_turns="refuse")
