@@ -3,10 +3,8 @@
 import os
 import shutil
 import signal
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import count
-from threading import Event
 
 import pytest
 import torch
@@ -19,9 +17,8 @@ from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
 from sidelight.prompts import Message, Reads, shared_unread
 from sidelight.ragged import by_length
-from sidelight.states.cache import ActivationCache, Shard, ShardPlan, states_of
+from sidelight.states.cache import ActivationCache, Shard, ShardPlan, States
 from sidelight.states.extraction import BackboneSource, SharedSource, extract
-from sidelight.storage import FolderLock
 from sidelight_lab.bench.training import compare_extraction
 from tiny import tiny_backbone
 
@@ -100,9 +97,8 @@ def test_too_little_room_is_an_error_before_any_work(tiny, tmp_path, ran, monkey
     with pytest.raises(SidelightError, match=r"--cache-budget.*--cache.*--limit"):
         extract(BackboneSource(tiny), cache, budget_bytes=needed - 1)
     assert not ran
-    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "lock"]
-    with cache.filling(budget_bytes=needed):
-        pass
+    assert not list(tmp_path.rglob("*.safetensors"))
+    cache.open(budget_bytes=needed)
     full = shutil.disk_usage(tmp_path)._replace(free=2**31 + 100)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: full)
     with pytest.raises(SidelightError, match="may be used"):
@@ -157,14 +153,14 @@ def test_an_extraction_killed_in_the_middle_goes_on_where_it_stopped(tiny, tmp_p
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     before = identities(cache.directory)
-    assert 0 < len(before) < len(cache)
-    leftover = cache.directory / "shard-00099.partial"
-    leftover.write_bytes(b"half a shard")
+    assert 0 < len(before) < len(cache.prompts)
+    leftover = cache.directory / "39.1.partial"
+    leftover.write_bytes(b"half a text")
 
     extract(BackboneSource(tiny), cache)
     after = identities(cache.directory)
     assert {name: after[name] for name in before} == before
-    assert len(after) == len(cache)
+    assert len(after) == len(cache.prompts)
     assert not list(cache.directory.glob("*.partial"))
     whole = extract(BackboneSource(tiny), forty(tiny, tmp_path / "whole"))
     assert contents(cache.directory) == contents(whole.directory)
@@ -281,21 +277,18 @@ def test_the_key_changes_with_backbone_reads_texts_and_size_of_shards_only(tiny,
         assert cache_of(tiny, tmp_path, **same).directory == folders[0]
 
 
-def test_a_shard_is_read_as_it_was_written_and_half_of_one_is_missing(tiny, tmp_path):
+def test_a_text_is_read_as_it_was_written_and_half_of_one_is_missing(tiny, tmp_path):
     cache = cache_of(tiny, tmp_path)
     cache.directory.mkdir()
-    half = cache.directory / "shard-00000.partial"
+    half = cache.directory / "0.1.partial"
     half.write_bytes(b"half")
+    assert cache.open() == list(range(len(cache)))
+    assert not half.exists()
     hidden = torch.randn(4, 5, 32).bfloat16()
-    with cache.filling() as missing:
-        assert missing == list(range(len(cache)))
-        assert not half.exists()
-        cache.write(0, Shard(hidden, torch.tensor([2, 3]), torch.tensor([1, 0])))
-    shard = cache.read(0)
-    assert torch.equal(shard.hidden, hidden)
-    assert shard.lengths.tolist() == [2, 3]
-    assert shard.rows.tolist() == [1, 0]
-    assert 0 not in cache.missing()
+    cache.write(Shard(hidden, torch.tensor([2, 3]), torch.tensor([1, 0])))
+    assert torch.equal(cache.text(1), hidden[:, :2])
+    assert torch.equal(cache.text(0), hidden[:, 2:])
+    assert cache.missing()
 
 
 def test_remove_deletes_a_cache_that_no_other_run_reads_or_keeps(tiny, tmp_path):
@@ -314,64 +307,29 @@ def test_remove_deletes_a_cache_that_no_other_run_reads_or_keeps(tiny, tmp_path)
     assert not later.missing()
 
 
-@pytest.fixture
-def waits(monkeypatch):
-    """Set when a run begins to wait for another one."""
-    event, take = Event(), FolderLock.take
-
-    def noticed(lock, *, alone):
-        is_held = take(lock, alone=alone)
-        if not is_held:
-            event.set()
-        return is_held
-
-    monkeypatch.setattr(FolderLock, "take", noticed)
-    return event
-
-
-def test_a_run_waits_for_the_one_that_writes_the_same_states(tiny, tmp_path, waits, capsys):
+def test_runs_that_write_the_same_states_disturb_neither_each_other_nor_a_later_one(tiny, tmp_path):
     first, second = cache_of(tiny, tmp_path), cache_of(tiny, tmp_path)
-    with ThreadPoolExecutor(1) as other_run:
-        with first.filling() as missing:
-            half = first.directory / "shard-00000.1.partial"
-            half.write_bytes(b"being written")
-            waiting = other_run.submit(extract, BackboneSource(tiny), second)
-            assert waits.wait(30)
-            assert half.exists()
-            half.unlink()
-            for index in missing:
-                hidden = torch.full((4, first.plan.tokens[index], 32), 7.0).bfloat16()
-                rows = torch.tensor(first.plan.rows[index])
-                first.write(index, Shard(hidden, torch.tensor(first.lengths)[rows], rows))
-        waiting.result(timeout=60)
-    assert "waiting for it" in capsys.readouterr().err
-    # What the first wrote, not the backbone's.
-    assert (second.read(0).hidden == 7).all()
-
-
-def test_a_run_that_fails_while_it_writes_lets_the_next_one_in(tiny, tmp_path):
-    failed = cache_of(tiny, tmp_path)
-    with pytest.raises(SidelightError, match="midway"), failed.filling():
-        raise SidelightError("midway")
+    first.open()
+    extract(BackboneSource(tiny), second)
+    extract(BackboneSource(tiny), first)
+    del first
+    second.remove()
+    assert not second.directory.exists()
     assert not extracted(tiny, tmp_path).missing()
 
 
-def test_a_cache_removed_while_a_run_waits_is_made_again(tiny, tmp_path, waits):
-    first, second = cache_of(tiny, tmp_path), cache_of(tiny, tmp_path)
-    with ThreadPoolExecutor(1) as other_run:
-        with first.filling():
-            waiting = other_run.submit(extract, BackboneSource(tiny), second)
-            assert waits.wait(30)
-            shutil.rmtree(first.directory)
-        waiting.result(timeout=60)
-    assert not second.missing()
-
-
-def test_a_shard_that_the_disk_does_not_take_is_an_error_with_a_remedy(tiny, tmp_path):
+def test_states_that_cannot_be_written_or_read_are_an_error_with_a_remedy(tiny, tmp_path):
     cache = cache_of(tiny, tmp_path)
     shard = Shard(torch.zeros(4, 5, 32).bfloat16(), torch.tensor([5]), torch.tensor([0]))
-    with pytest.raises(SidelightError, match=r"Cannot write .*shard-00000.*--cache"):
-        cache.write(0, shard)
+    cache.directory.write_text("no folder")
+    with pytest.raises(SidelightError, match=r"Cannot write .*0\.safetensors.*--cache"):
+        cache.write(shard)
+    cache.directory.unlink()
+    cache.open()
+    (cache.directory / "0.safetensors").write_bytes(b"")
+    for row in (0, 1):
+        with pytest.raises(SidelightError, match=r"Cannot read .*Delete .*again"):
+            cache.text(row)
 
 
 def test_some_texts_are_the_same_in_memory_and_from_disk(tiny, tmp_path):
@@ -381,7 +339,7 @@ def test_some_texts_are_the_same_in_memory_and_from_disk(tiny, tmp_path):
     bounded = cache_of(tiny, tmp_path, prompts, shard_bytes=40_000, memory_bytes=100)
     whole = states_by_row(cache)
     rows = [17, 3, 29, 0, 11]
-    small, large = states_of(cache, rows), states_of(bounded, rows)
+    small, large = States(cache, rows), States(bounded, rows)
     assert (len(small), len(large) > 1) == (1, True)
     for states in (small, large):
         found = states_by_row(states)

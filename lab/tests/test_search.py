@@ -91,13 +91,13 @@ def test_a_killed_search_ends_as_if_it_had_not_been_killed(dataset, found, tmp_p
 def test_a_generation_shares_reads_and_a_finished_search_reads_nothing(
     dataset, tmp_path, monkeypatch
 ):
-    storage, reads, read = tmp_path / "journal", [], dataset.training.states.read
-    monkeypatch.setattr(dataset.training.states, "read", lambda n: reads.append(n) or read(n))
+    storage, reads, read = tmp_path / "journal", [], dataset.training.states.text
+    monkeypatch.setattr(dataset.training.states, "text", lambda n: reads.append(n) or read(n))
     short = search_settings(dataset, "pooling", storage=storage, **BRIEF)
-    # A generation reads each shard once an epoch, and once to measure moments.
+    # A generation reads each text once an epoch, and once to measure moments.
     epochs = [trial.settings.epochs for trial in short.trials]
-    assert len(dataset.training.states) == 1
-    assert len(reads) <= max(epochs) + 1 < sum(epochs)
+    texts = len(dataset.training)
+    assert texts <= len(reads) <= texts * (max(epochs) + 1) < texts * sum(epochs)
     once, file, before = len(reads), storage.stat().st_ino, storage.read_bytes()
     assert search_settings(dataset, "pooling", storage=storage, **BRIEF) == short
     assert len(reads) == once

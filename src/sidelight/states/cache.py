@@ -1,23 +1,18 @@
-"""Hidden states of a data set on disk, in shards that many probes train from.
+"""Hidden states of texts on disk, a file a text, that many probes train from.
 
-``ActivationCache`` writes and reads the shards; ``states_of`` gives all or some of its texts, from
-memory if they are small enough.
-
-A shard holds the states of some texts, ragged and in bf16: hundreds of texts of a small backbone, a
-handful of a wide one. Its file appears under its name only when it is whole, so an extraction that
-was killed continues where it stopped.
+A text's file appears under its name only when it is whole, and a finished file is never written
+again, so an extraction that was killed continues where it stopped.
 """
 
+import fcntl
 import hashlib
 import os
 import shutil
-import sys
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from time import sleep
 
 import torch
 from jaxtyping import Float, Int
@@ -30,19 +25,19 @@ from sidelight.fingerprint import Fingerprint
 from sidelight.prompts import EncodedPrompt, Reads
 from sidelight.ragged import weighted_sums
 from sidelight.standardisation import inverse_rms
-from sidelight.storage import FolderLock, sync, write_json
+from sidelight.storage import replacing
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SHARD_BYTES = 512 * 2**20
 _BYTES_PER_VALUE = 2
 # Left free on the disk whatever the budget says.
 _RESERVE_BYTES = 2 * 2**30
 # A file of this name says that a run was told to keep the hidden states.
 _KEPT = "kept"
+# Locked by each process that reads the folder.
+_READERS = "readers"
 # What may be held in memory: two shards, some texts of a cache, or pooled states.
 MEMORY_BYTES = 2 * SHARD_BYTES
-# Between two looks at a cache that another run writes.
-_WAIT_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -58,6 +53,12 @@ class Shard:
     hidden: Float[Tensor, "layer token width"]
     lengths: Int[Tensor, " text"]
     rows: Int[Tensor, " text"]
+
+    @staticmethod
+    def joined(texts: Mapping[int, Float[Tensor, "layer _ width"]]) -> "Shard":
+        """The states of each row, in their order."""
+        lengths = torch.tensor([hidden.shape[1] for hidden in texts.values()])
+        return Shard(torch.cat([*texts.values()], 1), lengths, torch.tensor([*texts]))
 
     def texts(self) -> Iterable[tuple[int, Float[Tensor, "layer token width"]]]:
         """Each text's row and hidden states, as views."""
@@ -75,19 +76,6 @@ class Shard:
         parts = self.hidden.split(self.lengths.tolist(), 1)
         hidden = torch.cat([parts[text] for text in texts.tolist()], 1)
         return Shard(hidden, self.lengths[texts], self.rows[texts])
-
-    def batches(self, *, size: int, shuffle: torch.Generator) -> Iterator["Shard"]:
-        """Neighbouring texts, in random order and with a random first cut.
-
-        Texts lie in random order, so neighbours are a random batch, without a copy. A shard with
-        fewer texts than ``size`` is one batch; the first and the last batch of a larger one may
-        have fewer texts.
-        """
-        texts = len(self.rows)
-        first = int(torch.randint(1, size + 1, (), generator=shuffle)) if texts >= size else texts
-        parts = list(self.parts([0, *range(first, texts, size), texts]))
-        for index in torch.randperm(len(parts), generator=shuffle).tolist():
-            yield parts[index]
 
     def pooled(self, *, is_normalised: bool = False) -> "Pooled":
         """Two vectors for each text, in the order of the texts; float32.
@@ -127,10 +115,10 @@ class Pooled:
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """Which texts go to which shard: fixed by the data, so that extraction can resume.
+    """Which texts are computed and read together: fixed by the data.
 
     Attributes:
-        rows: For each shard, the texts in it.
+        rows: For each shard, the texts in it, in random order.
         tokens: For each shard, how many tokens are stored.
     """
 
@@ -152,33 +140,41 @@ class ShardPlan:
         return ShardPlan(tuple(map(tuple, shards)), tuple(tokens))
 
 
-@dataclass(frozen=True)
-class States:
-    """Hidden states of some texts, shard by shard: what training reads.
+class StateFolder:
+    """A folder with the states of each text in a file of its own."""
 
-    Attributes:
-        fingerprint: The backbone.
-        reads: Which tokens of each text these are.
-        plan: Which texts are in which shard; together each text once.
-        read: Gives a shard by its number; its texts lie in random order.
-    """
+    def __init__(self, directory: Path):
+        self.directory = directory
 
-    fingerprint: Fingerprint
-    reads: Reads
-    plan: ShardPlan
-    read: Callable[[int], Shard]
+    def __contains__(self, name: str) -> bool:
+        return self._path(name).exists()
 
-    def __len__(self) -> int:
-        """The number of shards."""
-        return len(self.plan.rows)
+    def write(self, name: str, hidden: Float[Tensor, "layer token width"]) -> None:
+        """Stores a text; it exists afterwards or, if killed, not at all."""
+        write_tensors({"hidden": hidden.contiguous()}, self._path(name))
+
+    def read(self, name: str) -> Float[Tensor, "layer token width"]:
+        """A text's states, mapped from disk."""
+        path = self._path(name)
+        try:
+            return load_file(path)["hidden"]
+        except (OSError, SafetensorError) as error:
+            raise SidelightError(
+                f"Cannot read the hidden states in {path}: {error}. Delete {self.directory}, and "
+                "run the same command again."
+            ) from error
+
+    def _path(self, name: str) -> Path:
+        return self.directory / f"{name}.safetensors"
 
 
 class ActivationCache:
-    """The shards of one data set under one backbone, computed by one engine.
+    """The hidden states of one data set under one backbone, computed by one engine.
 
     Attributes:
+        directory: The folder of the texts' files.
         lengths: The stored tokens of each text.
-        plan: Which texts are in which shard.
+        plan: Which texts are computed and read together.
         token_bytes: Size of a token.
 
     Args:
@@ -188,7 +184,7 @@ class ActivationCache:
         reads: Which tokens are stored.
         fingerprint: The backbone.
         engine: What computes the states; engines round differently, so they share no cache.
-        memory_bytes: The most that ``states_of`` holds in memory.
+        memory_bytes: The most that ``States`` holds in memory.
     """
 
     def __init__(
@@ -212,93 +208,67 @@ class ActivationCache:
         self.lengths = [int(prompt.mask(reads).sum()) for prompt in prompts]
         self.plan = ShardPlan.of(self.lengths, shard_tokens=shard_tokens)
         who = (FORMAT_VERSION, fingerprint.digest, fingerprint.dtype, engine, shard_bytes)
-        self.directory = root / _key(prompts, reads, who)
-        self._lock: FolderLock | None = None
+        names = [text_name(prompt, reads) for prompt in prompts]
+        self.directory = root / hashlib.sha256(repr((who, names)).encode()).hexdigest()[:24]
+        self._texts = StateFolder(self.directory)
+        self._unlock: Callable[[], object] = lambda: None
+        self._readers: int | None = None
 
     def __len__(self) -> int:
         """The number of shards."""
         return len(self.plan.rows)
 
+    @property
+    def bytes(self) -> int:
+        """Size of all states."""
+        return self.token_bytes * sum(self.lengths)
+
     def missing(self) -> list[int]:
-        """Shards that have not been written yet."""
-        return [index for index in range(len(self)) if not self._path(index).exists()]
+        """Shards of which a text has not been written yet."""
+        shards = enumerate(self.plan.rows)
+        return [n for n, rows in shards if any(str(row) not in self._texts for row in rows)]
 
-    @contextmanager
-    def filling(self, *, budget_bytes: int | None = None) -> Generator[list[int]]:
-        """Gives the shards to write, while no other run reads or writes them.
-
-        Waits for a run that fills the same cache. Afterwards other runs may read it, and it is
-        not removed while this object exists. What a killed run left half written is cleared.
+    def open(self, *, budget_bytes: int | None = None) -> list[int]:
+        """Makes the folder, which other runs do not remove while this object exists.
 
         Args:
             budget_bytes: The most that this cache may take; None allows what the disk has.
 
+        Returns:
+            The shards to write.
+
         Raises:
-            SidelightError: The missing shards would not fit.
+            SidelightError: They would not fit.
         """
-        lock = self._locked()
-        try:
-            missing = self.missing()
-            if missing:
-                self._prepare(missing, budget_bytes)
-            yield missing
-            lock.take(alone=False)
-        except BaseException:
-            # A traceback may keep this object, and another try must not wait for it.
-            lock.release()
-            raise
-        self._lock = lock
-
-    def _locked(self) -> FolderLock:
-        """The folder's lock: owned if there is something to write, else shared."""
-        self._unlock()
-        has_said = False
-        while True:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            lock = FolderLock(self.directory)
-            alone = bool(self.missing())
-            is_free = lock.take(alone=alone)
-            if is_free and lock.is_current and (alone or not self.missing()):
-                return lock
-            lock.release()
-            if not is_free and not has_said:
-                has_said = True
-                print(
-                    "Another run is writing the hidden states of the same texts: waiting for it. "
-                    "Name another folder with --cache to go on without.",
-                    file=sys.stderr,
-                )
-            # Not a wait for the lock: what is asked for depends on what is missing by then.
-            sleep(_WAIT_S)
-
-    def _unlock(self) -> None:
-        if self._lock is not None:
-            self._lock.release()
-            self._lock = None
-
-    def _prepare(self, missing: Sequence[int], budget_bytes: int | None) -> None:
-        for partial in self.directory.glob("*.partial"):
-            partial.unlink()
-        needed = self.token_bytes * sum(self.plan.tokens)
+        if self._lock(fcntl.LOCK_EX | fcntl.LOCK_NB):
+            # What a killed run left half written.
+            for partial in self.directory.glob("*.partial"):
+                partial.unlink()
+        self._lock(fcntl.LOCK_SH)
+        missing = self.missing()
         to_write = self.token_bytes * sum(self.plan.tokens[index] for index in missing)
         free = shutil.disk_usage(self.directory).free - _RESERVE_BYTES
-        if to_write > free or (budget_bytes is not None and needed > budget_bytes):
-            limit = free if budget_bytes is None else min(free, budget_bytes)
+        limit = free if budget_bytes is None else min(free, budget_bytes)
+        if to_write > free or (missing and self.bytes > limit):
             raise SidelightError(
-                f"The hidden states need {needed / 2**30:.1f} GiB, but only "
+                f"The hidden states need {self.bytes / 2**30:.1f} GiB, but only "
                 f"{max(limit, 0) / 2**30:.1f} GiB may be used at {self.directory.parent}. "
                 "Raise --cache-budget, name another disk with --cache, or use fewer rows (--limit)."
             )
-        self._write_manifest()
+        return missing
 
-    def write(self, index: int, shard: Shard) -> None:
-        """Stores a shard; it exists afterwards or, if killed, not at all."""
-        tensors = {"hidden": shard.hidden, "lengths": shard.lengths, "rows": shard.rows}
-        write_tensors(tensors, self._path(index))
+    def write(self, shard: Shard) -> None:
+        """Stores the texts of a shard."""
+        for row, hidden in shard.texts():
+            self._texts.write(str(row), hidden)
+
+    def text(self, row: int) -> Float[Tensor, "layer token width"]:
+        """A text's states, mapped from disk."""
+        return self._texts.read(str(row))
 
     def read(self, index: int) -> Shard:
-        """A shard, mapped from disk."""
-        return Shard(**load_file(self._path(index)))
+        """The texts of a shard."""
+        return Shard.joined({row: self.text(row) for row in self.plan.rows[index]})
 
     def keep(self) -> None:
         """Keeps the cache from ``remove``, also from that of other runs."""
@@ -309,28 +279,104 @@ class ActivationCache:
 
         While another run reads it nothing happens: it is left to that run's ``remove``.
         """
-        self._unlock()
         if not self.directory.exists() or (self.directory / _KEPT).exists():
             return
-        lock = FolderLock(self.directory)
-        if lock.take(alone=True):
+        if self._lock(fcntl.LOCK_EX | fcntl.LOCK_NB):
             shutil.rmtree(self.directory, ignore_errors=True)
-        lock.release()
+        self._unlock()
+        self._readers = None
 
-    def _path(self, index: int) -> Path:
-        return self.directory / f"shard-{index:05d}.safetensors"
+    def _lock(self, kind: int) -> bool:
+        """Whether the folder is locked now, as long as this object exists."""
+        if self._readers is None:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._readers = os.open(self.directory / _READERS, os.O_RDWR | os.O_CREAT, 0o666)
+            self._unlock = weakref.finalize(self, os.close, self._readers)
+        try:
+            fcntl.flock(self._readers, kind)
+        except BlockingIOError:
+            return False
+        except OSError:
+            # A disk without locks.
+            return True
+        return True
 
-    def _write_manifest(self) -> None:
-        manifest = {
-            "format": FORMAT_VERSION,
-            "backbone": asdict(self.fingerprint),
-            "engine": self.engine,
-            "reads": asdict(self.reads),
-            "texts": len(self.prompts),
-            "tokens": sum(self.plan.tokens),
-            "shards": [list(rows) for rows in self.plan.rows],
-        }
-        write_json(self.directory / "manifest.json", manifest)
+
+class States:
+    """The hidden states of some texts of a cache, as training reads them.
+
+    They are held in memory if they are small enough, else read from disk in each epoch.
+
+    Attributes:
+        fingerprint: The backbone.
+        reads: Which tokens of each text these are.
+        plan: Which texts are read together; each text once.
+
+    Args:
+        cache: The cache that holds the texts.
+        rows: Their rows in it; text i of these is the cache's ``rows[i]``.
+    """
+
+    def __init__(self, cache: ActivationCache, rows: Sequence[int]):
+        self.fingerprint = cache.fingerprint
+        self.reads = cache.reads
+        self._cache = cache
+        self._rows = rows
+        lengths = [cache.lengths[row] for row in rows]
+        is_small = cache.token_bytes * sum(lengths) <= cache.memory_bytes
+        # All texts in another order are as many, but their labels are in that order.
+        if list(rows) == list(range(len(cache.lengths))):
+            self.plan = cache.plan
+        elif is_small:
+            order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
+            self.plan = ShardPlan((tuple(order),), (sum(lengths),))
+        else:
+            text_of = {row: text for text, row in enumerate(rows)}
+            shards = [[text_of[row] for row in held if row in text_of] for held in cache.plan.rows]
+            shards = [texts for texts in shards if texts]
+            self.plan = ShardPlan(
+                tuple(map(tuple, shards)),
+                tuple(sum(lengths[text] for text in texts) for texts in shards),
+            )
+        self._held = [cache.text(row).clone() for row in rows] if is_small else None
+
+    def __len__(self) -> int:
+        """The number of shards."""
+        return len(self.plan.rows)
+
+    def read(self, index: int) -> Shard:
+        """The texts of a shard."""
+        return self._joined(self.plan.rows[index])
+
+    def batches(self, index: int, *, size: int, shuffle: torch.Generator) -> Iterator[Shard]:
+        """The texts of a shard as ``random_batches``."""
+        rows = self.plan.rows[index]
+        for start, stop in random_batches(len(rows), size=size, shuffle=shuffle):
+            yield self._joined(rows[start:stop])
+
+    def _joined(self, texts: Sequence[int]) -> Shard:
+        if self._held is None:
+            return Shard.joined({text: self._cache.text(self._rows[text]) for text in texts})
+        return Shard.joined({text: self._held[text] for text in texts})
+
+
+def random_batches(texts: int, *, size: int, shuffle: torch.Generator) -> Iterator[tuple[int, int]]:
+    """The ends of batches of neighbouring texts, in random order and with a random first cut.
+
+    Texts lie in random order, so neighbours are a random batch. Fewer texts than ``size`` are one
+    batch; else the first and the last batch may have fewer texts.
+    """
+    first = int(torch.randint(1, size + 1, (), generator=shuffle)) if texts >= size else texts
+    cuts = [*pairwise([0, *range(first, texts, size), texts])]
+    for cut in torch.randperm(len(cuts), generator=shuffle).tolist():
+        yield cuts[cut]
+
+
+def text_name(prompt: EncodedPrompt, reads: Reads) -> str:
+    """Stands for the tokens of a prompt and which of them are read."""
+    # The scope does not change which tokens are read.
+    who = (prompt.token_ids, prompt.parts, reads.side, reads.template)
+    return hashlib.sha256(repr(who).encode()).hexdigest()[:24]
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -339,63 +385,10 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     Raises:
         SidelightError: The disk is full, or cannot be written.
     """
-    # Named by the process: two runs may write what they both read.
-    partial = path.with_suffix(f".{os.getpid()}.partial")
     try:
-        save_file(dict(tensors), partial)
-        sync(partial)
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            save_file(dict(tensors), partial)
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
         raise SidelightError(
             f"Cannot write {path}: {error}. Free some space, or name another disk with --cache."
         ) from error
-
-
-def _key(prompts: Sequence[EncodedPrompt], reads: Reads, who: tuple[object, ...]) -> str:
-    digest = hashlib.sha256(repr(who).encode())
-    # The scope does not change which tokens are read.
-    digest.update(f"Reads(side={reads.side!r}, template={reads.template!r})".encode())
-    for prompt in prompts:
-        digest.update(repr((prompt.token_ids, prompt.parts)).encode())
-    return digest.hexdigest()[:24]
-
-
-def states_of(cache: ActivationCache, rows: Sequence[int]) -> States:
-    """The states of some texts: in memory as one shard, or picked from each shard that is read.
-
-    More than the cache's ``memory_bytes`` is read from disk again in each epoch.
-
-    Args:
-        cache: The cache that holds the texts.
-        rows: Their rows in it; text i of the result is the cache's ``rows[i]``.
-    """
-    # All texts in another order are as many, but their labels are in that order.
-    if list(rows) == list(range(len(cache.lengths))):
-        return States(cache.fingerprint, cache.reads, cache.plan, cache.read)
-    text_of = {row: text for text, row in enumerate(rows)}
-    wanted = [[row for row in held if row in text_of] for held in cache.plan.rows]
-    shards = [index for index, held in enumerate(wanted) if held]
-
-    def read(index: int) -> Shard:
-        texts = cache.read(shards[index]).texts()
-        return joined({text_of[row]: hidden for row, hidden in texts if row in text_of})
-
-    if cache.token_bytes * sum(cache.lengths[row] for row in rows) > cache.memory_bytes:
-        chosen = [wanted[index] for index in shards]
-        plan = ShardPlan(
-            tuple(tuple(text_of[row] for row in held) for held in chosen),
-            tuple(sum(cache.lengths[row] for row in held) for held in chosen),
-        )
-        return States(cache.fingerprint, cache.reads, plan, read)
-    found = dict(each for index in range(len(shards)) for each in read(index).texts())
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
-    whole = joined({text: found[text] for text in order})
-    plan = ShardPlan((tuple(order),), (int(whole.lengths.sum()),))
-    return States(cache.fingerprint, cache.reads, plan, lambda _: whole)
-
-
-def joined(texts: Mapping[int, Float[Tensor, "layer _ width"]]) -> Shard:
-    """A shard of the states of each row, in their order."""
-    lengths = torch.tensor([hidden.shape[1] for hidden in texts.values()])
-    return Shard(torch.cat([*texts.values()], 1), lengths, torch.tensor([*texts]))

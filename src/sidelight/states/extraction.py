@@ -3,7 +3,7 @@
 import shutil
 import tempfile
 import weakref
-from collections.abc import Generator, Hashable, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, nullcontext
 from pathlib import Path
@@ -21,7 +21,7 @@ from sidelight.probe import Probe
 from sidelight.progress import Progress, progress
 from sidelight.prompts import EncodedPrompt, Reads, shared_unread
 from sidelight.ragged import Ragged, by_length
-from sidelight.states.cache import ActivationCache, Shard, joined
+from sidelight.states.cache import ActivationCache, Shard, StateFolder, text_name
 
 # More is not remembered by a ``SharedSource``.
 _SHARED_BYTES = 16 * 2**30
@@ -79,9 +79,8 @@ def extract(
             f"This cache is for states of '{cache.engine}', but '{source.engine}' would fill it; "
             "the two round differently. Make the cache with engine=source.engine."
         )
-    with cache.filling(budget_bytes=budget_bytes) as missing:
-        if missing:
-            _fill(source, cache, missing, title)
+    if missing := cache.open(budget_bytes=budget_bytes):
+        _fill(source, cache, missing, title)
     return cache
 
 
@@ -94,11 +93,11 @@ def _fill(source: StateSource, cache: ActivationCache, missing: Sequence[int], t
         closing(source.shards(cache, missing, shown)) as shards,
     ):
         pending: Future[None] | None = None
-        for index, shard in shards:
+        for _, shard in shards:
             require_finite(shard, dtype=cache.fingerprint.dtype)
             if pending is not None:
                 pending.result()
-            pending = writer.submit(cache.write, index, shard)
+            pending = writer.submit(cache.write, shard)
         if pending is not None:
             pending.result()
 
@@ -147,11 +146,9 @@ class SharedSource:
         self._source = BackboneSource(backbone)
         self._budget_bytes = budget_bytes
         root.mkdir(parents=True, exist_ok=True)
-        self._folder = Path(tempfile.mkdtemp(prefix="shared-", dir=root))
-        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
-        self._parts: list[ActivationCache] = []
-        # The part that a prompt's states are in, the shard, and the row.
-        self._places: dict[Hashable, tuple[int, int, int]] = {}
+        self._texts = StateFolder(Path(tempfile.mkdtemp(prefix="shared-", dir=root)))
+        weakref.finalize(self, shutil.rmtree, self._texts.directory, ignore_errors=True)
+        self._bytes = 0
 
     @property
     def max_tokens(self) -> int:
@@ -163,17 +160,19 @@ class SharedSource:
     ) -> Generator[tuple[int, Shard]]:
         """Runs the prompts that are new, then gives each shard."""
         rows = {index: cache.plan.rows[index] for index in indices}
-        prompts = [cache.prompts[row] for own in rows.values() for row in own]
+        prompts = [cache.prompts[row] for texts in rows.values() for row in texts]
         if not self._remember(prompts, cache.reads, shown):
             yield from self._source.shards(cache, indices, shown)
             return
-        for index, own in rows.items():
-            states = self._states([cache.prompts[row] for row in own], cache.reads)
-            yield index, joined(dict(zip(own, states, strict=True)))
+        for index, texts in rows.items():
+            yield (
+                index,
+                Shard.joined({row: self._read(cache.prompts[row], cache.reads) for row in texts}),
+            )
 
     def remembers(self, prompt: EncodedPrompt, reads: Reads) -> bool:
         """Whether the states of this prompt are known."""
-        return _identity(prompt, reads) in self._places
+        return text_name(prompt, reads) in self._texts
 
     def logits(
         self, probe: Probe, prompts: Sequence[EncodedPrompt]
@@ -181,49 +180,44 @@ class SharedSource:
         """A probe's logits of whole prompts that are remembered, without a forward pass."""
         found = [np.empty((0, probe.task.outputs))]
         for start in range(0, len(prompts), _SCORED_TEXTS):
-            states = self._states(prompts[start : start + _SCORED_TEXTS], probe.reads)
-            found.append(shard_logits(probe, joined(dict(enumerate(states)))))
+            chosen = prompts[start : start + _SCORED_TEXTS]
+            states = {i: self._read(prompt, probe.reads) for i, prompt in enumerate(chosen)}
+            found.append(shard_logits(probe, Shard.joined(states)))
         return np.concatenate(found)
 
     def _remember(self, prompts: Sequence[EncodedPrompt], reads: Reads, shown: Progress) -> bool:
         """Runs what is new; False if all of it would take more than the budget."""
-        wanted = {_identity(prompt, reads): prompt for prompt in prompts}
-        new = {key: prompt for key, prompt in wanted.items() if key not in self._places}
+        wanted = {text_name(prompt, reads): prompt for prompt in prompts}
+        new = {name: prompt for name, prompt in wanted.items() if name not in self._texts}
         part = self._part(new, reads)
-        if sum(map(_size, (*self._parts, part))) > self._budget_bytes:
+        if self._bytes + part.bytes > self._budget_bytes:
             new, part = wanted, self._part(wanted, reads)
-            if _size(part) > self._budget_bytes:
+            if part.bytes > self._budget_bytes:
                 return False
-            while self._parts:
-                self._parts.pop().remove()
-            self._places.clear()
+            for path in self._texts.directory.iterdir():
+                path.unlink()
+            self._bytes = 0
         shown.advance(sum(map(len, prompts)) - sum(map(len, new.values())))
         if not new:
             return True
-        with part.filling() as missing:
-            for index, shard in self._source.shards(part, missing, shown):
-                part.write(index, shard)
-        keys = [*new]
-        for index, rows in enumerate(part.plan.rows):
-            self._places.update({keys[row]: (len(self._parts), index, row) for row in rows})
-        self._parts.append(part)
+        self._bytes += part.bytes
+        names = [*new]
+        for _, shard in self._source.shards(part, range(len(part)), shown):
+            for row, hidden in shard.texts():
+                self._texts.write(names[row], hidden)
         return True
 
-    def _part(self, prompts: Mapping[Hashable, EncodedPrompt], reads: Reads) -> ActivationCache:
-        who = self.backbone.fingerprint
-        return ActivationCache(self._folder, [*prompts.values()], reads=reads, fingerprint=who)
+    def _part(self, prompts: Mapping[str, EncodedPrompt], reads: Reads) -> ActivationCache:
+        # Never filled: it says which texts are run together.
+        return ActivationCache(
+            self._texts.directory,
+            [*prompts.values()],
+            reads=reads,
+            fingerprint=self.backbone.fingerprint,
+        )
 
-    def _states(
-        self, prompts: Sequence[EncodedPrompt], reads: Reads
-    ) -> list[Float[Tensor, "layer _ width"]]:
-        """The states of each prompt, mapped from disk."""
-        places = [self._places[_identity(prompt, reads)] for prompt in prompts]
-        held = {
-            (part, index, row): hidden
-            for part, index in {place[:2] for place in places}
-            for row, hidden in self._parts[part].read(index).texts()
-        }
-        return [held[place] for place in places]
+    def _read(self, prompt: EncodedPrompt, reads: Reads) -> Float[Tensor, "layer _ width"]:
+        return self._texts.read(text_name(prompt, reads))
 
 
 @torch.inference_mode()
@@ -238,14 +232,6 @@ def shard_logits(probe: Probe, shard: Shard) -> Float[np.ndarray, "text output"]
         state = probe.mechanism.summarise(Ragged(columns, part.lengths.to(device)))
         found.append(probe.mechanism.finish(state).double().cpu().numpy())
     return np.concatenate(found)
-
-
-def _identity(prompt: EncodedPrompt, reads: Reads) -> Hashable:
-    return prompt.token_ids, prompt.parts, reads.parts
-
-
-def _size(cache: ActivationCache) -> int:
-    return cache.token_bytes * sum(cache.lengths)
 
 
 def _extract_shard(

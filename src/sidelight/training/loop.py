@@ -188,7 +188,6 @@ class _Trainer:
             kept[part] = False
         self._is_first = torch.zeros(len(training), dtype=torch.bool)
         self._is_first[training.first_rows] = True
-        self._buffer = torch.empty(0)
         self._moments: dict[bool, Standardisation] = {}
         self._samples: dict[bool, tuple[Pooled, Tensor]] = {}
         self._found_worths: dict[tuple[int, bool], Tensor] = {}
@@ -293,19 +292,19 @@ class _Trainer:
             groups.setdefault((run.job.seed, run.job.settings.batch_size), []).append(run)
         order = torch.randperm(len(self.states), generator=torch.Generator().manual_seed(epoch))
         for index in order.tolist():
-            shard = self.states.read(index)
+            texts = len(self.states.plan.rows[index])
             for (seed, batch_size), group in groups.items():
                 shuffle = torch.Generator().manual_seed(seed * 7919 + epoch)
                 # A shard with fewer texts than a batch is a part of one.
-                share = min(1.0, len(shard.rows) / batch_size)
-                for batch in shard.batches(size=batch_size, shuffle=shuffle):
+                share = min(1.0, texts / batch_size)
+                for batch in self.states.batches(index, size=batch_size, shuffle=shuffle):
                     self._train_batch(group, batch, share)
-            shown.advance(shard.hidden.shape[1])
+            shown.advance(self.states.plan.tokens[index])
         for run in runs:
             run.finish_batch()
 
     def _train_batch(self, runs: Sequence[TrainingRun], batch: Shard, share: float) -> None:
-        batch = replace(batch, hidden=self._contiguous(batch.hidden).to(self._device))
+        batch = replace(batch, hidden=batch.hidden.to(self._device))
         active = [run for run in runs if self._trains_on[run.part][batch.rows].any()]
         by_means = [run for run in active if run.trains_on_means]
         by_tokens = [run for run in active if not run.trains_on_means]
@@ -316,18 +315,6 @@ class _Trainer:
             (torch.stack(self._losses_by_means(batch, group)).sum() * share).backward()
         for run in active:
             run.take(share)
-
-    def _contiguous(self, hidden: Tensor) -> Tensor:
-        """As it is, or a copy in memory that the next batch will use again.
-
-        Gradients of a strided view would take half as long again, and new memory of this size
-        takes longer than the copy.
-        """
-        if hidden.is_contiguous():
-            return hidden
-        if len(self._buffer) < hidden.numel() or self._buffer.dtype != hidden.dtype:
-            self._buffer = hidden.new_empty(hidden.numel())
-        return self._buffer[: hidden.numel()].view(hidden.shape).copy_(hidden)
 
     def _losses(self, batch: Shard, runs: Sequence[TrainingRun]) -> list[Tensor]:
         losses: list[Tensor] = []
@@ -440,7 +427,7 @@ class _Trainer:
         found = dict(zip(runs, scores, strict=True))
         for index in range(len(states)):
             shuffle = torch.Generator().manual_seed(0)
-            for batch in states.read(index).batches(size=_VALIDATION_BATCH, shuffle=shuffle):
+            for batch in states.batches(index, size=_VALIDATION_BATCH, shuffle=shuffle):
                 for part, own in self._parts(batch, runs, left_out=left_out):
                     units = [split.units[row] for row in part.rows.tolist()]
                     for group in self._projected_together(own):

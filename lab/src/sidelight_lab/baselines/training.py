@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from sidelight.errors import SidelightError
 from sidelight.standardisation import Standardisation
-from sidelight.states.cache import Shard
+from sidelight.states.cache import Shard, random_batches
 from sidelight.training.dataset import ProbeDataset, Split
 from sidelight.training.optimisation import validation_score
 from sidelight.training.settings import TrainingSettings
@@ -139,7 +139,9 @@ class TokenSource:
         shuffle = torch.Generator().manual_seed(seed)
         while True:
             for index in torch.randperm(len(self.sizes), generator=shuffle).tolist():
-                yield from self.read(index).batches(size=size, shuffle=shuffle)
+                shard = self.read(index)
+                for cuts in random_batches(len(shard.rows), size=size, shuffle=shuffle):
+                    yield from shard.parts(cuts)
 
 
 @torch.inference_mode()
