@@ -1,1 +1,0 @@
-"""What a trained probe uses of the backbone: its layers and tokens (a BERTology view)."""
