@@ -6,12 +6,13 @@ import weakref
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sidelight.backbone import TransformersBackbone
@@ -118,11 +119,25 @@ class BackboneSource:
     def shards(
         self, cache: ActivationCache, indices: Sequence[int], shown: Progress
     ) -> Generator[tuple[int, Shard]]:
-        """Runs one shard after the other; what all texts begin with runs once a batch."""
+        """Runs one shard after the other; what all texts begin with runs once a batch.
+
+        Batches are of texts of similar length, whose states go to the plan's random order.
+        """
         can_share = self._backbone.can_share_prefixes
         shared = shared_unread(cache.prompts, cache.reads) if can_share else 0
         for index in indices:
-            yield index, _extract_shard(self._backbone, cache, index, shown, shared=shared)
+            rows = cache.plan.rows[index]
+            prompts = [cache.prompts[row] for row in rows]
+            lengths = [cache.lengths[row] for row in rows]
+            shape = (cache.fingerprint.layers, sum(lengths), cache.fingerprint.width)
+            hidden = torch.empty(shape, dtype=torch.bfloat16)
+            texts = hidden.split(lengths, 1)
+            for batch in by_length([len(prompt) - shared for prompt in prompts]):
+                own = [(texts[i], prompts[i].mask(cache.reads)[shared:]) for i in batch]
+                with self._backbone.tapped(partial(_keep_read, own)):
+                    self._backbone.run([prompts[i] for i in batch], after=shared)
+                shown.advance(sum(len(prompts[i]) for i in batch))
+            yield index, Shard(hidden, torch.tensor(lengths), torch.tensor(rows))
 
 
 class SharedSource:
@@ -234,29 +249,14 @@ def shard_logits(probe: Probe, shard: Shard) -> Float[np.ndarray, "text output"]
     return np.concatenate(found)
 
 
-def _extract_shard(
-    backbone: TransformersBackbone,
-    cache: ActivationCache,
-    index: int,
-    shown: Progress,
-    *,
-    shared: int,
-) -> Shard:
-    """The shard's texts in the plan's random order, whatever order the batches ran in."""
-    rows = cache.plan.rows[index]
-    prompts = [cache.prompts[row] for row in rows]
-    read = [prompt.mask(cache.reads) for prompt in prompts]
-    lengths = torch.tensor([int(mask.sum()) for mask in read])
-    starts = (lengths.cumsum(0) - lengths).tolist()
-    fingerprint = backbone.fingerprint
-    shape = (fingerprint.layers, int(lengths.sum()), fingerprint.width)
-    hidden = torch.empty(shape, dtype=torch.bfloat16)
-    for batch in by_length([len(prompt) - shared for prompt in prompts]):
-        tap = _CopyTap(hidden, [(read[i][shared:], starts[i]) for i in batch])
-        with backbone.tapped(tap):
-            backbone.run([prompts[i] for i in batch], after=shared)
-        shown.advance(sum(len(prompts[i]) for i in batch))
-    return Shard(hidden, lengths, torch.tensor(rows))
+def _keep_read(
+    texts: Sequence[tuple[Float[Tensor, "layer _ width"], Bool[Tensor, " _"]]],
+    layer: int,
+    hidden: Float[Tensor, "text token width"],
+) -> None:
+    """Copies the read tokens of each text of a batch to where they belong."""
+    for (states, mask), text in zip(texts, hidden, strict=True):
+        states[layer] = text[: len(mask)][mask]
 
 
 def require_finite(shard: Shard, *, dtype: str) -> None:
@@ -276,36 +276,6 @@ def require_finite(shard: Shard, *, dtype: str) -> None:
                 f"Text {int(shard.rows[text]) + 1} has a hidden state at layer {layer} that is not "
                 f"a finite number in {dtype}. {remedy}"
             )
-
-
-class _CopyTap:
-    """Copies the read tokens of each layer to where they belong in the shard.
-
-    Args:
-        target: The shard's states.
-        texts: For each text of the batch, which tokens are read and where they go.
-    """
-
-    def __init__(
-        self,
-        target: Float[Tensor, "layer token width"],
-        texts: Sequence[tuple[Bool[Tensor, " _"], int]],
-    ):
-        self._target = target
-        self._texts = [(_as_slice(mask.nonzero()[:, 0]), start) for mask, start in texts]
-
-    def __call__(self, layer: int, hidden: Float[Tensor, "batch token width"]) -> None:
-        for text, (read, start) in zip(hidden, self._texts, strict=True):
-            rows = text[read]
-            self._target[layer, start : start + len(rows)].copy_(rows)
-
-
-def _as_slice(positions: Int[Tensor, " read"]) -> slice | Int[Tensor, " read"]:
-    """Neighbouring positions as a slice, which is a view where an index would be a copy."""
-    if len(positions) == 0:
-        return slice(0, 0)
-    first, last = int(positions[0]), int(positions[-1])
-    return slice(first, last + 1) if last - first + 1 == len(positions) else positions
 
 
 def score(
