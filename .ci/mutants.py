@@ -56,7 +56,7 @@ PARTS = {
     ),
     "prompts": (
         16,
-        ["prompts.py", "turns.py"],
+        ["prompts"],
         ["prompts", "turns*", "chat_families", "backbones", "engine_text", "engine_contract"],
     ),
     "server": (

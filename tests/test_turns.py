@@ -20,10 +20,16 @@ from chat_families import (
     text_of,
     turns_of,
 )
-from sidelight.control_tokens import control_tokens
 from sidelight.errors import SidelightError
-from sidelight.prompts import Message, Part, PromptEncoder, token_parts
-from sidelight.turns import OUTSIDE, ChatFormat
+from sidelight.prompts import (
+    OUTSIDE,
+    ChatFormat,
+    Message,
+    Part,
+    PromptEncoder,
+    control_tokens,
+    token_parts,
+)
 from templates import merging_tokenizer, written
 
 ASKED = {"role": "user", "content": "Say it"}
@@ -197,6 +203,6 @@ def test_a_day_that_changes_changes_the_frame(monkeypatch):
     for day in (datetime(2026, 5, 31), datetime(2026, 6, 1)):
         clock = SimpleNamespace(now=lambda day=day: day, today=lambda day=day: day.date())
         monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", clock)
-        monkeypatch.setattr("sidelight.prompts.date", clock)
+        monkeypatch.setattr("sidelight.prompts.encode.date", clock)
         ids = encoder.encode([Message("user", "Hello")]).token_ids
         assert day.strftime("%B %d") in text_of(encoder, ids)

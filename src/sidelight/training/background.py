@@ -18,11 +18,10 @@ import numpy as np
 from sklearn.feature_extraction.text import HashingVectorizer
 
 from sidelight.backbone import TransformersBackbone, UnloadedBackbone
-from sidelight.control_tokens import control_tokens
 from sidelight.data.loading import load_examples
 from sidelight.errors import SidelightError
 from sidelight.progress import progress
-from sidelight.prompts import Message
+from sidelight.prompts import Message, control_tokens
 from sidelight.smollm2 import cache_root
 from sidelight.storage import replacing
 from sidelight.training.background_writer import ROWS, write_batch

@@ -17,9 +17,8 @@ from torch import Tensor
 from transformers import StoppingCriteriaList
 
 from sidelight.backbone import TransformersBackbone
-from sidelight.control_tokens import control_tokens
 from sidelight.errors import SidelightError
-from sidelight.prompts import EncodedPrompt, Message
+from sidelight.prompts import EncodedPrompt, Message, control_tokens
 from sidelight.training import background_seeds as seeds
 
 ROWS = 32

@@ -21,14 +21,13 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from sidelight.control_tokens import control_tokens
 from sidelight.errors import SidelightError
 from sidelight.policy.decisions import Decision, PolicyError
 from sidelight.policy.enforcement import Admitted, Enforcement
 from sidelight.policy.hold_back import Ended
 from sidelight.policy.rules import BoundRule, require_policy_applies
 from sidelight.probe import Probe
-from sidelight.prompts import EncodedPrompt, Part, PlainText
+from sidelight.prompts import EncodedPrompt, Part, PlainText, control_tokens
 from sidelight.server.config import ServerConfig
 from sidelight.server.metrics import Metrics
 from sidelight.server.observe import RequestObserver, Trace, audit_of

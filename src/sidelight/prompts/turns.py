@@ -16,8 +16,11 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from sidelight.control_tokens import Tokenizer, control_tokens
+from sidelight.prompts.control_tokens import Tokenizer, control_tokens
+from sidelight.prompts.conversation import Part
 
+# The roles of those who answer a user; any other counts as a user.
+_OTHERS = ("assistant", "tool")
 OUTSIDE = "outside"
 """The role of text that stands before the first turn and that the template does not write."""
 
@@ -36,6 +39,35 @@ class Turn:
     role: str
     start: int
     stop: int
+
+
+def token_parts(turns: Sequence[Turn], tokens: int, *, has_response: bool) -> tuple[Part, ...]:
+    """The part of each token of a conversation.
+
+    What surrounds turns without text is not read, so that they add nothing to what others say. Only
+    where no turn has text is there nothing else to read.
+
+    Args:
+        turns: As ``ChatFormat`` finds them; one or more.
+        tokens: How many tokens the conversation has.
+        has_response: Whether the last turn is the response to judge.
+    """
+    first = next((i for i, turn in enumerate(turns) if turn.role != "system"), 0)
+    kinds = [Part.UNREAD] * first
+    kinds += [Part.REPLY if turn.role in _OTHERS else Part.PROMPT for turn in turns[first:]]
+    end = tokens
+    if has_response and turns[-1].role == "assistant":
+        kinds[-1] = Part.RESPONSE
+        end = turns[-1].start
+    begin = turns[first].start
+    parts = [Part.UNREAD] * begin + [Part.TEMPLATE] * (end - begin) + [Part.UNREAD] * (tokens - end)
+    has_text = any(turn.start < turn.stop for turn in turns[first:])
+    ends = [*(turn.start for turn in turns[1:]), tokens]
+    for turn, kind, next_start in zip(turns, kinds, ends, strict=True):
+        parts[turn.start : turn.stop] = [kind] * (turn.stop - turn.start)
+        if turn.start == turn.stop and has_text:
+            parts[turn.start : next_start] = [Part.UNREAD] * (next_start - turn.start)
+    return tuple(parts)
 
 
 # A regular expression that matches nothing.

@@ -1,0 +1,275 @@
+"""Conversations, and what a probe reads of one: its tokens, and the units that it judges."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from enum import IntEnum
+from itertools import takewhile
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from sidelight.errors import ContextLengthError, SidelightError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PromptFormat = Literal["chat", "raw", "both"]
+Side = Literal["prompt", "response", "both"]
+Scope = Literal["conversation", "each_turn"]
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class PlainText:
+    """A text without a chat template around it, such as a prompt to complete."""
+
+    content: str
+
+
+Conversation = Sequence[Message] | PlainText
+
+
+def has_response(turns: Sequence[Message]) -> bool:
+    """Whether the last turn is the assistant's, which is then taken as the response to judge."""
+    return bool(turns) and turns[-1].role == "assistant"
+
+
+def characters(messages: Conversation, response: str | None = None) -> int:
+    """How long a conversation is, with its response and without its template."""
+    return sum(map(len, contents(messages, response)))
+
+
+def contents(messages: Conversation, response: str | None) -> list[str]:
+    """All that a conversation says, and the response."""
+    is_plain = isinstance(messages, PlainText)
+    texts = [messages.content] if is_plain else [turn.content for turn in messages]
+    return [*texts, response or ""]
+
+
+class Part(IntEnum):
+    """What a token belongs to."""
+
+    UNREAD = 0
+    """The system's turn, what precedes the prompt or follows the response, and what the template
+    writes after a turn without text."""
+    PROMPT = 1
+    """What a user says, and plain text."""
+    TEMPLATE = 2
+    """Written by the chat template once the prompt has begun: turn markers, generation prompt."""
+    RESPONSE = 3
+    REPLY = 4
+    """Another's turn in the prompt: the assistant's or a tool's. A client may have written it."""
+
+
+@dataclass(frozen=True)
+class Reads:
+    """Which tokens a probe reads.
+
+    Attributes:
+        side: The prompt, the response, or both.
+        template: Whether the chat template's tokens count as part of the prompt. The markers that
+            follow a prompt carry much of what the model has concluded about it.
+        scope: Whether a prompt of several turns is judged as one text, or each turn with what the
+            template writes after it, and the whole; the highest score counts.
+    """
+
+    side: Side = "prompt"
+    template: bool = True
+    scope: Scope = "conversation"
+
+    @property
+    def includes_response(self) -> bool:
+        """Whether the response is read, so that no verdict is possible before it is written."""
+        return self.side != "prompt"
+
+    @property
+    def parts(self) -> frozenset[Part]:
+        """The kinds of token that are read."""
+        template = {Part.TEMPLATE} if self.template else set[Part]()
+        prompt = {Part.PROMPT, Part.REPLY, *template}
+        sides = {"prompt": prompt, "response": {Part.RESPONSE}, "both": {*prompt, Part.RESPONSE}}
+        return frozenset(sides[self.side])
+
+
+def require_whole_characters(text: str, *, place: str) -> None:
+    """Checks that a text can be written as UTF-8: that it holds no half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise SidelightError(
+            f"{place} holds half a character (a lone surrogate) at position {error.start}. Remove "
+            "it, or decode the text again from valid UTF-8 or UTF-16."
+        ) from error
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """Token ids and what each token belongs to.
+
+    Attributes:
+        token_ids: One id per token.
+        parts: One ``Part`` per token.
+        is_plain: Whether it is plain text, without a chat template around it.
+        dropped: Tokens of text that were removed to fit a training limit; 0 outside training.
+    """
+
+    token_ids: tuple[int, ...]
+    parts: tuple[Part, ...]
+    is_plain: bool = field(default=False, kw_only=True)
+    dropped: int = field(default=0, kw_only=True)
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def mask(self, reads: Reads) -> "Bool[Tensor, ' token']":
+        """True for the tokens that a probe reads."""
+        # Reading a file of texts must not wait for torch.
+        import torch
+
+        wanted = reads.parts
+        return torch.tensor([part in wanted for part in self.parts], dtype=torch.bool)
+
+    def only(self, tokens: Int[np.ndarray, " _"]) -> "EncodedPrompt":
+        """The same prompt, of which no other tokens are read."""
+        kept = {*tokens.tolist()}
+        parts = (part if i in kept else Part.UNREAD for i, part in enumerate(self.parts))
+        return replace(self, parts=tuple(parts))
+
+    def shortened(self, limit: int, reads: Reads | None = None) -> "EncodedPrompt":
+        """Removes tokens of the text, and none of the template, until ``limit`` remain.
+
+        For training only, where the caller counts and reports what was dropped. A probe of the
+        prompt loses the text's last tokens. A probe of the response loses the prompt's first
+        tokens and, if that is not enough, the response's last ones. For a probe of both, prompt and
+        response each keep at least half of the room if they need it.
+
+        Args:
+            limit: The largest length.
+            reads: What the probe reads; None means the prompt.
+
+        Raises:
+            ContextLengthError: The template and the system prompt alone exceed ``limit``.
+        """
+        excess = len(self) - limit
+        if excess <= 0:
+            return self
+        prompt = [i for i, part in enumerate(self.parts) if part in _TEXT]
+        response = [i for i, part in enumerate(self.parts) if part == Part.RESPONSE]
+        room = len(prompt) + len(response) - excess
+        if room <= 0:
+            raise ContextLengthError(
+                f"A limit of {limit} tokens leaves no room for the text beside the chat template "
+                f"and the system prompt ({limit - room} tokens). Raise --max-tokens, or shorten "
+                "the system prompt."
+            )
+        side = (reads or Reads()).side
+        least = {"prompt": room, "both": room // 2, "response": 0}[side]
+        held = min(len(prompt), max(least, room - len(response)))
+        gone = {*(prompt[held:] if side == "prompt" else prompt[: len(prompt) - held])}
+        gone |= {*response[room - held :]}
+        kept = [i for i in range(len(self)) if i not in gone]
+        return replace(
+            self,
+            token_ids=tuple(self.token_ids[i] for i in kept),
+            parts=tuple(self.parts[i] for i in kept),
+            dropped=excess,
+        )
+
+
+def piece_lengths(parts: bytes) -> list[int]:
+    """The tokens of each piece of a prompt: a turn's text, with what precedes the first or follows.
+
+    Args:
+        parts: The ``Part`` of each token; one or more.
+    """
+    of_tokens = np.frombuffer(parts, np.uint8)
+    is_text = np.isin(of_tokens, _TEXT)
+    is_first = is_text & ~np.append(False, is_text[:-1])
+    begins = np.flatnonzero(is_first)
+    return np.diff([0, *begins[1:], len(parts)]).tolist()
+
+
+# What somebody has written, rather than a template.
+_TEXT = (Part.PROMPT, Part.REPLY)
+# A turn of fewer tokens says too little by itself; beside more of them it is outweighed.
+_LEAST_TOKENS = 8
+_MOST_TOKENS = 64
+_NEAREST_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A part of a prompt that is judged by itself, beside the whole.
+
+    Attributes:
+        tokens: The tokens that it is made of, in their order.
+        turn: The first turn that it holds, among those with text.
+    """
+
+    tokens: Int[np.ndarray, " _"]
+    turn: int
+
+
+def judged_units(parts: bytes) -> list[Unit]:
+    """What of a prompt is judged beside the whole, so that other turns do not outweigh it.
+
+    Each turn with a text is judged by itself, a short one with the turns after it, or else before
+    it; also by itself if those outweigh it, which a client could write too. The user's turns are
+    also judged together, without what stands between them.
+
+    Args:
+        parts: The ``Part`` of each token.
+    """
+    lengths = piece_lengths(parts)
+    count, ends = len(lengths), np.cumsum(lengths)
+    starts = ends - lengths
+    kinds = np.frombuffer(parts, np.uint8)
+    texts = [
+        int(np.isin(kinds[start:end], _TEXT).sum()) for start, end in zip(starts, ends, strict=True)
+    ]
+    spans: dict[tuple[int, ...], list[np.ndarray]] = {}
+    for first in filter(texts.__getitem__, range(count)):
+        start, stop = first, first + 1
+        while sum(texts[start:stop]) < _LEAST_TOKENS and (start, stop) != (0, count):
+            start, stop = (start, stop + 1) if stop < count else (start - 1, stop)
+        tokens = [np.arange(starts[i], ends[i]) for i in range(start, stop)]
+        if stop - start > 1:
+            # Of a long neighbour what is next to it, or many short turns would copy it.
+            before, after = slice(-_NEAREST_TOKENS, None), slice(_NEAREST_TOKENS)
+            tokens = [
+                own if i == first else own[before if i < first else after]
+                for i, own in zip(range(start, stop), tokens, strict=True)
+            ]
+        spans.setdefault(tuple(range(start, stop)), tokens)
+        if stop - start > 1 and sum(texts[start:stop]) > _MOST_TOKENS:
+            spans.setdefault((first,), [np.arange(starts[first], ends[first])])
+    users = tuple(i for i in range(count) if Part.PROMPT in kinds[starts[i] : ends[i]])
+    spans[users] = [np.arange(starts[i], ends[i]) for i in users]
+    return [
+        Unit(np.concatenate(tokens), unit[0])
+        for unit, tokens in spans.items()
+        if 0 < len(unit) < count
+    ]
+
+
+def shared_length(texts: Sequence[Sequence[int]]) -> int:
+    """The length of the longest beginning that all texts share."""
+    columns = zip(*texts, strict=False)
+    return len(list(takewhile(lambda column: len(set(column)) == 1, columns)))
+
+
+def shared_unread(prompts: Sequence[EncodedPrompt], reads: Reads) -> int:
+    """The length of the unread beginning that all prompts share, such as a system prompt.
+
+    Each prompt must have a token that is read.
+    """
+    unread = min(int(prompt.mask(reads).int().argmax()) for prompt in prompts)
+    return shared_length([prompt.token_ids[:unread] for prompt in prompts])
