@@ -1,33 +1,29 @@
 """Lines of progress in a log."""
 
-import pytest
-
 from sidelight import progress as module
-from sidelight.progress import progress
+from sidelight.progress import progress, quiet
 
 
-@pytest.mark.parametrize(
-    ("done", "seconds", "lines"),
-    [
-        # Nothing is known of the time that is left before the first batch.
-        (0, [20.0], ["Reading: 0 of 1,000 texts, 0 texts/s, 20 s so far"]),
-        (250, [20.0], ["Reading: 250 of 1,000 texts, 12 texts/s, 20 s so far, 60 s left"]),
-        # Slow work shows its rate.
-        (1, [40.0], ["Reading: 1 of 1,000 texts, 0.025 texts/s, 40 s so far, 39960 s left"]),
-        # A line every 15 seconds is enough.
-        (10, [14.0, 16.0, 17.0, 31.0], ["Reading: 20 of", "Reading: 40 of"]),
-        (1000, [20.0], []),
-    ],
-)
-def test_a_log_gets_a_line_every_15_seconds_and_one_at_the_end(
-    done, seconds, lines, monkeypatch, capsys
-):
-    now = [0.0]
-    monkeypatch.setattr(module, "monotonic", lambda: now[0])
+def test_a_log_gets_a_line_now_and_then_and_one_at_the_end(monkeypatch, capsys):
+    monkeypatch.setattr(module, "_EVERY_S", 0.0)
     with progress("Reading", 1000, unit="texts") as shown:
-        for now[0] in seconds:
-            shown.advance(done)
-    printed = capsys.readouterr().err.splitlines()
-    assert len(printed) == len(lines) + 1
-    assert all(line.startswith(start) for line, start in zip(printed, lines, strict=False))
-    assert printed[-1].startswith(f"Reading: {done * len(seconds):,} of 1,000 texts, ")
+        shown.advance(250)
+        shown.advance(750)
+    first, middle, last = capsys.readouterr().err.split("\n")[:3]
+    assert "Reading:   0%|0.00 of 1.00k" in first
+    assert "Reading:  25%|250 of 1.00k" in middle
+    assert "Reading: 100%|1.00k of 1.00k" in last
+    assert "texts/s" in last
+
+
+def test_a_log_gets_no_line_for_each_step(capsys):
+    with progress("Reading", 1000, unit="texts") as shown:
+        for _ in range(1000):
+            shown.advance(1)
+    assert capsys.readouterr().err.count("Reading") == 2
+
+
+def test_quiet_work_shows_nothing(capsys):
+    with quiet(), progress("Reading", 1, unit="texts") as shown:
+        shown.advance(1)
+    assert not capsys.readouterr().err

@@ -5,9 +5,9 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from time import monotonic
 
 _EVERY_S = 15.0
+_LINE = "{l_bar}{n_fmt} of {total_fmt} [{elapsed}<{remaining}, {rate_fmt}]\n"
 _is_quiet = ContextVar("is_quiet", default=False)
 
 
@@ -41,37 +41,17 @@ def progress(title: str, total: int | float, *, unit: str) -> Generator[Progress
         total: The amount of work, in ``unit``.
         unit: What is counted, in the plural.
     """
-    if _is_quiet.get():
-        yield Progress(lambda _: None)
-        return
-    if sys.stderr.isatty():
-        from tqdm import tqdm
+    from tqdm import tqdm
 
-        with tqdm(total=total, desc=title, unit=f" {unit}", unit_scale=True) as bar:
-            yield Progress(bar.update)
-        return
-    done, start = 0.0, monotonic()
-    printed = start
-
-    def print_line() -> None:
-        elapsed = monotonic() - start
-        rate = done / max(elapsed, 1e-9)
-        # No estimate before the first batch.
-        left = f", {(total - done) / rate:.0f} s left" if rate else ""
-        shown = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
-        print(
-            f"{title}: {done:,.0f} of {total:,.0f} {unit}, {shown} {unit}/s, "
-            f"{elapsed:.0f} s so far{left}",
-            file=sys.stderr,
-            flush=True,
-        )
-
-    def advance(amount: int | float) -> None:
-        nonlocal done, printed
-        done += amount
-        if monotonic() - printed >= _EVERY_S and done < total:
-            printed = monotonic()
-            print_line()
-
-    yield Progress(advance)
-    print_line()
+    is_log = not sys.stderr.isatty()
+    with tqdm(
+        total=total,
+        desc=title,
+        unit=f" {unit}",
+        unit_scale=True,
+        disable=_is_quiet.get(),
+        mininterval=_EVERY_S if is_log else 0.1,
+        maxinterval=_EVERY_S,
+        bar_format=_LINE if is_log else None,
+    ) as bar:
+        yield Progress(bar.update)
