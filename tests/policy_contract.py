@@ -481,6 +481,33 @@ class PolicyContract:
         in_headers = {name: seen(entry) for name, entry in in_header(blocked).items()}
         assert in_headers == {n: w for n, w in wanted.items() if n not in RESPONSES}
 
+    @STREAMED
+    @pytest.mark.parametrize("key", [None, ADMIN])
+    def test_header_moderation_and_field_say_the_same_of_each_text(
+        self, server, subjects, streamed, key
+    ):
+        """Whatever a client drops, it learns the same; of several texts, of each."""
+        for texts in (1, 2):
+            several = {"n": 2, "temperature": 1} if texts == 2 else {}
+            asked = chat(subjects.benign, max_tokens=4, stream=streamed, **several)
+            answer = server.post(asked, key)
+            *_, part = (part for part in parts_of(answer) if part.get("moderation"))
+            entries = part["sidelight"]["verdicts"]
+            shown = [name for name, own in SEEN.items() if key or own != "nothing"]
+            for choice in range(texts):
+                mine = [e["probe"] for e in entries if e.get("choice", 0) == choice]
+                assert sorted(mine) == sorted(shown)
+            assert all(("choice" in entry) == (texts > 1) for entry in entries)
+            results = {side: part["moderation"][side]["results"] for side in ("input", "output")}
+            moderated = {side: [each["model"] for each in own] for side, own in results.items()}
+            assert sorted(moderated["output"]) == sorted([*RESPONSES] * texts)
+            assert set(moderated["input"]) == {*shown} - RESPONSES
+            heard = json.loads(answer.headers["x-sidelight-verdicts"])
+            told = {(e["probe"], e["flagged"]) for e in entries}
+            assert {(e["probe"], e["flagged"]) for e in heard} == {
+                (name, flagged) for name, flagged in told if not streamed or name not in RESPONSES
+            }
+
     def test_each_place_tells_what_the_documented_table_says(self, server, subjects):
         for setting, name in (("scores", "told"), ("labels", "labelled"), ("none", "silent")):
             wanted = {p: word for p, word in documented(setting).items() if p not in server.absent}

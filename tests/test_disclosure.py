@@ -12,7 +12,7 @@ from in_process import in_process
 from live import MODEL
 from policy_contract import ADMIN, CHATS, GUARDRAIL
 from sidelight.engines.transformers import TransformersEngine
-from sidelight.policy.decisions import LabelsOnly
+from sidelight.policy.request import LabelsOnly
 from sidelight.policy.rules import BoundRule, Policy, Rule
 from sidelight.prompts import Reads
 from tiny import INTENT, TOPICS, TOXICITY, three_probes, untrained_probe

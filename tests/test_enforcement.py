@@ -15,7 +15,7 @@ from sidelight.policy.decisions import PolicyError
 from sidelight.policy.enforcement import Admitted, Enforcement
 from sidelight.policy.hold_back import Ended, HoldBack, StreamingRule, Watched
 from sidelight.policy.rules import BoundRule, Rule
-from sidelight.prompts import Reads
+from sidelight.prompts import PlainText, Reads
 from sidelight.types import Judgement, Verdict
 from tiny import untrained_probe
 
@@ -201,14 +201,14 @@ def guarded(enforcement, *events):
             yield event
 
     async def passed():
-        return [event async for event in enforcement.guard(engine())]
+        return [event async for event in enforcement.guard(PlainText("x"), engine())]
 
     return asyncio.run(passed())
 
 
 def test_a_prompt_that_the_engine_did_not_ask_about_is_decided_by_its_own_verdicts(early):
     """Decisions are kept from the engine's question on, but hold for that prompt alone."""
-    enforcement = Enforcement([BoundRule(early, Rule("block"))], Notes)
+    enforcement = Enforcement([BoundRule(early, Rule("block"))], lambda _: Notes())
     assert enforcement.admits(said_of_prompt(0.1))
     with pytest.raises(PolicyError, match="blocked by early"):
         guarded(enforcement, said_of_prompt(0.9), Finished("stop", 3, 0))
@@ -216,7 +216,7 @@ def test_a_prompt_that_the_engine_did_not_ask_about_is_decided_by_its_own_verdic
 
 def test_a_prompt_is_decided_once_for_engine_record_and_client(early):
     notes = Notes()
-    enforcement = Enforcement([BoundRule(early, Rule("flag"))], lambda: notes)
+    enforcement = Enforcement([BoundRule(early, Rule("flag"))], lambda _: notes)
     assert enforcement.admits(said_of_prompt(0.9))
     admitted, ended = guarded(enforcement, said_of_prompt(0.9), Finished("stop", 3, 0))
     assert isinstance(admitted, Admitted)
@@ -232,7 +232,7 @@ def test_without_a_verdict_a_prompt_is_refused_and_plain_text_by_the_clients_fau
         ([both, BoundRule(early, Rule("block"))], "request", "^No verdict from early: probes that"),
         ([both], "failed", "^No verdict from both: the output"),
     ):
-        enforcement = Enforcement(rules, Notes)
+        enforcement = Enforcement(rules, lambda _: Notes())
         assert not enforcement.admits(failed)
         with pytest.raises(PolicyError, match=message) as refused:
             guarded(enforcement, failed)

@@ -130,7 +130,9 @@ def test_each_of_several_texts_has_the_next_seed_and_verdicts_of_its_own(client)
     assert texts_of(last) == texts_of(several)[2:]
     assert several.usage.prompt_tokens == last.usage.prompt_tokens
     assert several.usage.completion_tokens > last.usage.completion_tokens
-    assert names(several.model_extra["sidelight"]["verdicts"]) == [*EARLY, *["late"] * 3]
+    verdicts = several.model_extra["sidelight"]["verdicts"]
+    assert names(verdicts) == [*EARLY, "late"] * 3
+    assert [entry["choice"] for entry in verdicts] == [i for i in range(3) for _ in verdicts[::3]]
 
 
 def test_openais_helper_of_streams_gives_the_whole_answer(client):

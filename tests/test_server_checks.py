@@ -1,21 +1,20 @@
 """The endpoints that judge and write nothing, in the words of OpenAI, vLLM and LiteLLM.
 
-And the report that leaves no chosen probe out in silence.
+None of them leaves a chosen probe out in silence.
 """
+
+from unittest.mock import Mock
 
 import pytest
 
 from in_process import in_process
 from live import MODEL, served
-from sidelight.engines.base import PromptJudged
 from sidelight.engines.transformers import TransformersEngine
-from sidelight.errors import VerdictError
 from sidelight.policy.decisions import decide
-from sidelight.policy.enforcement import check_decisions
+from sidelight.policy.request import Terms
 from sidelight.policy.rules import Policy, Rule, bound_rules
 from sidelight.prompts import Reads
-from sidelight.server.report import Report, category_names
-from sidelight.types import Judgement, Task, Verdict
+from sidelight.types import Judgement, Task
 from tiny import INTENT, TOPICS, three_probes, untrained_probe
 
 # Batches of other shapes add in another order: float32 rounding over three layers.
@@ -338,43 +337,31 @@ def test_tokens_of_a_prompt_and_of_a_chat(http):
         assert http.post("/tokenize", json=body).status_code == 400
 
 
-SAID = Verdict("early", "fine", ("fine",), {"fine": 1.0, "toxic": 0.0}, flagged=False)
+def test_a_probe_without_a_verdict_is_an_error(tiny):
+    early, late = (
+        untrained_probe(tiny, name, reads=Reads(side))
+        for name, side in (("early", "prompt"), ("late", "response"))
+    )
+    late.mechanism.bias.fill_(float("nan"))
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    question = {"model": MODEL, "questions": [{"type": "predicate", "name": "early"}]}
+    with in_process(TransformersEngine(tiny, [early, late])) as http:
+        body = {"input_type": "response", "texts": ["y"]}
+        assert "No verdict from late" in http.post(GUARDRAIL, json=body).text
+        assert http.post(MODERATIONS, json={"input": "x"}).status_code == 200
+        assert http.post("/v1/decisions", json={**question, "input": turns}).status_code == 200
+        early.mechanism.bias.fill_(float("nan"))
+        for path, body in ((MODERATIONS, {"input": "x"}), (CLASSIFY, {"input": "x"})):
+            failed = http.post(path, json={**body, "probes": ["early"]})
+            assert (failed.status_code, failed.json()["error"]["code"]) == (500, "verdict_failed")
 
 
-@pytest.fixture(scope="module")
-def report(tiny):
-    reads = {"early": Reads("prompt"), "late": Reads("response")}
-    probes = [untrained_probe(tiny, name, reads=read) for name, read in reads.items()]
-    return Report(MODEL, probes, category_names(probes))
-
-
-@pytest.mark.parametrize(
-    ("judgement", "has_response", "missing"),
-    [
-        (Judgement((SAID,)), False, None),
-        (Judgement((SAID,)), True, "late"),
-        (Judgement((SAID,), ("late",)), True, "late"),
-        (Judgement((), ("early",)), False, "early"),
-        # Unloaded since the request began.
-        (Judgement(), False, "early"),
-    ],
-)
-def test_a_probe_without_a_verdict_is_an_error(report, judgement, has_response, missing):
-    known = {verdict.probe for verdict in judgement.verdicts} | {*judgement.failed}
-    rules = bound_rules(Policy(), [probe for probe in report.probes if probe.name in known])
-    decisions = check_decisions(rules, PromptJudged(judgement, tokens=3), {"input", "output"})
-    if missing is None:
-        report.require_all(decisions, has_response=has_response)
-        assert [decision.verdict for decision in report.shown(decisions)] == [SAID]
-        return
-    with pytest.raises(VerdictError, match=missing):
-        report.require_all(decisions, has_response=has_response)
-
-
-def test_each_failure_has_its_own_reason(report):
+def test_each_failure_has_its_own_reason(tiny):
     policy = Policy(output={"late": Rule(max_tokens=8)})
-    rules = bound_rules(policy, report.probes)
+    probes = [untrained_probe(tiny, n, reads=Reads("response")) for n in ("early", "late")]
+    rules = bound_rules(policy, probes)
     response = [decide(bound, Judgement(), tokens=9) for bound in rules]
-    message = report.moderation((), response)["output"]["message"]
+    told = Terms(MODEL, policy, rules, rules, Mock()).moderation((), response)
+    message = told["output"]["message"]
     assert "early: the output was not a finite number" in message
     assert "late: the text is longer than the policy" in message

@@ -1,7 +1,7 @@
 """What follows from one verdict."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from sidelight.errors import SidelightError
@@ -10,24 +10,8 @@ from sidelight.types import Judgement, Verdict
 
 Outcome = Literal["flagged", "passed", "failed", "unfinished"]
 Action = Literal["none", "flag", "route", "block", "fail_closed", "fail_open", "shadow"]
-Fault = Literal["request", "failed", "late"]
+Fault = Literal["request", "forbidden", "failed", "late"]
 Agreement = Literal["same", "different", "failed"]
-
-
-@dataclass(frozen=True)
-class LabelsOnly(Verdict):
-    """A verdict without its scores: probabilities are 1.0 for labels that hold, otherwise 0.0.
-
-    ``label`` is the first that holds, or "" if a multi-label probe finds none, and there is no
-    ``turn``: the most probable label beside others that hold, or the turn with the highest score,
-    would rank scores that are withheld.
-    """
-
-    @classmethod
-    def of(cls, verdict: Verdict) -> "LabelsOnly":
-        label = verdict.labels[0] if verdict.labels else ""
-        shown = {name: float(name in verdict.labels) for name in verdict.probabilities}
-        return cls(verdict.probe, label, verdict.labels, shown, verdict.flagged)
 
 
 @dataclass(frozen=True)
@@ -76,16 +60,6 @@ class Decision:
             return None
         return _route(self.rule, self.verdict)
 
-    def disclosed(self) -> "Decision | None":
-        """What a key without the admin role may know of it; None: nothing."""
-        match self.rule.disclosure:
-            case "scores":
-                return self
-            case "labels":
-                return replace(self, verdict=self.verdict and LabelsOnly.of(self.verdict))
-            case "none":
-                return None
-
 
 class PolicyError(SidelightError):
     """A request that the policy refuses.
@@ -94,7 +68,9 @@ class PolicyError(SidelightError):
         message: What was got, what was wanted, what to do.
         code: A word for programs.
         decisions: On the prompt, if they led to the refusal.
-        fault: Who is at fault: the ``request``, or a probe that ``failed`` or was ``late``.
+        param: The field at fault.
+        fault: Who is at fault: the ``request``, the key that it has (``forbidden``), or a probe
+            that ``failed`` or was ``late``.
     """
 
     def __init__(
@@ -103,11 +79,13 @@ class PolicyError(SidelightError):
         *,
         code: str,
         decisions: Sequence[Decision] = (),
+        param: str | None = None,
         fault: Fault = "request",
     ):
         super().__init__(message)
         self.code = code
         self.decisions = decisions
+        self.param = param
         self.fault = fault
 
 

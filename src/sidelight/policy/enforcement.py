@@ -61,15 +61,20 @@ class Enforcement:
 
     Args:
         rules: One for every loaded probe, whether or not the client chose it.
-        observe: Gives the observer when the work on the text begins.
+        observe: Gives the observer of the text when the work on it begins.
         timeout_s: Seconds that the prompt's verdicts may take if a rule blocks; None: no limit.
         tells_scores: Whether to pass what probes of the output say after each token.
+
+    Attributes:
+        admitted: What was decided on the prompt; None: nothing yet, or it is refused.
+        ended: How the text has ended; None while it is written.
+        has_sent: Whether any of it was sent.
     """
 
     def __init__(
         self,
         rules: Sequence[BoundRule],
-        observe: Callable[[], TextObserver],
+        observe: Callable[[Conversation], TextObserver],
         *,
         timeout_s: float | None = None,
         tells_scores: bool = False,
@@ -81,6 +86,9 @@ class Enforcement:
         self._timeout_s = timeout_s
         self._judged: PromptJudged | None = None
         self._decisions: tuple[Decision, ...] = ()
+        self.admitted: Admitted | None = None
+        self.ended: Ended | None = None
+        self.has_sent = False
 
     @property
     def watch(self) -> list[str]:
@@ -92,21 +100,24 @@ class Enforcement:
         """Whether the prompt is answered; the engine asks before it draws the first token."""
         return not any(decision.is_blocking for decision in self._on_prompt(event))
 
-    async def guard(self, events: AsyncGenerator[Event, None]) -> AsyncGenerator[Passed, None]:
-        """What may be sent of the engine's events.
+    async def guard(
+        self, text: Conversation, events: AsyncGenerator[Event, None]
+    ) -> AsyncGenerator[Passed, None]:
+        """What may be sent of the engine's events on a text.
 
         Raises:
             PolicyError: The prompt is blocked, by a flag or because it could not be judged.
         """
-        observer = self._observe()
+        observer = self._observe(text)
         async with aclosing(events):
             prompt = await self._prompt(events, observer)
             decisions = self._on_prompt(prompt)
             observer.prompt(prompt, decisions)
             _require_passed(prompt, decisions)
-            yield Admitted(prompt.tokens, decisions, prompt.explanations)
+            self.admitted = Admitted(prompt.tokens, decisions, prompt.explanations)
+            yield self.admitted
             holding = HoldBack(self._output)
-            has_sent = False
+            has_told = False
             try:
                 async for event in events:
                     observer.read(event)
@@ -114,19 +125,21 @@ class Enforcement:
                     if passed and isinstance(passed[-1], Ended):
                         # Before the last of the text is sent, with the engine's slot already free.
                         await events.aclose()
-                        observer.end(passed[-1].decisions)
+                        self.ended = passed[-1]
+                        observer.end(self.ended.decisions)
                     if self._tells_scores and isinstance(event, ResponseScored):
-                        has_sent = True
+                        has_told = True
                         yield self._running(event)
                     for each in passed:
-                        has_sent = True
                         if isinstance(each, TextDelta):
+                            self.has_sent = True
                             observer.delta()
                         yield each
             finally:
                 # No effect if `end` was called above. If neither text nor scores were sent, there
                 # is no partial verdict to record.
-                observer.end(holding.unfinished() if has_sent else (), is_cancelled=True)
+                is_partial = self.has_sent or has_told
+                observer.end(holding.unfinished() if is_partial else (), is_cancelled=True)
 
     def _on_prompt(self, event: PromptJudged) -> tuple[Decision, ...]:
         """The decisions on the prompt: made when first asked, and again only for another event."""

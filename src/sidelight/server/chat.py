@@ -12,7 +12,6 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import replace
-from functools import partial
 from typing import Any, ClassVar
 
 from fastapi import APIRouter
@@ -23,22 +22,20 @@ from starlette.types import Receive, Scope, Send
 
 from sidelight.engines.base import FinishReason, Sampling, TextDelta
 from sidelight.errors import SidelightError
-from sidelight.policy.decisions import Decision
-from sidelight.policy.enforcement import (
-    Admitted,
-    Enforcement,
-    Passed,
-    Running,
-    require_trusted_turns,
-)
+from sidelight.policy.enforcement import Admitted, Passed, Running
 from sidelight.policy.hold_back import Ended
+from sidelight.policy.request import Json, Outcome
 from sidelight.prompts import Conversation
 from sidelight.server.errors import as_request_error
-from sidelight.server.report import Extension, Report
 from sidelight.server.requests import Route, ServerRequest, unless_left
-from sidelight.server.schemas import EVENTS, ChatRequest, CompletionRequest, WritingRequest
-
-Json = dict[str, Any]
+from sidelight.server.schemas import (
+    EVENTS,
+    ChatRequest,
+    CompletionRequest,
+    Extension,
+    StreamOptions,
+    WritingRequest,
+)
 
 # What is sent of one choice: text, perhaps with running scores, then its end.
 Sent = TextDelta | Running | Ended
@@ -54,7 +51,7 @@ class CompletionFormat(ABC):
     """Formats one answer; the endpoints differ in where they put a text.
 
     Args:
-        report: On the chosen probes.
+        outcome: What comes of the request.
         includes_usage: Whether a stream ends with a usage chunk.
 
     Attributes:
@@ -69,8 +66,8 @@ class CompletionFormat(ABC):
     piece: str
     opening: ClassVar[Mapping[str, Any]] = {}
 
-    def __init__(self, report: Report, *, includes_usage: bool):
-        self._report = report
+    def __init__(self, outcome: Outcome, *, includes_usage: bool):
+        self._outcome, self._terms = outcome, outcome.terms
         self._includes_usage = includes_usage
         self._id = f"{self.prefix}-{uuid.uuid4().hex}"
         self._created = int(time.time())
@@ -83,70 +80,57 @@ class CompletionFormat(ABC):
     def _delta(self, text: str | None, extra: Mapping[str, Any], end: Json) -> Json:
         """The text of a chunk's choice, None at its end; ``extra`` goes where clients keep it."""
 
-    def completion(self, prompts: Sequence[Admitted], texts: Sequence[Sequence[Sent]]) -> Json:
-        """The body of a plain answer."""
-        ends, report = _ends(texts), self._report
-        prompt, response = _decisions(prompts), _decisions(ends)
-        choices: list[Json] = []
-        for index, (parts, end) in enumerate(zip(texts, ends, strict=True)):
-            text = "".join(part.text for part in parts if isinstance(part, TextDelta))
-            choices.append(
-                {
-                    "index": index,
-                    **self._message(text),
-                    "logprobs": None,
-                    "finish_reason": end.reason,
-                }
-            )
+    def completion(self, texts: Sequence[str]) -> Json:
+        """The body of a plain answer, once all texts have ended."""
+        choices = [
+            {
+                "index": index,
+                **self._message(text),
+                "logprobs": None,
+                "finish_reason": choice.ended and choice.ended.reason,
+            }
+            for index, (text, choice) in enumerate(zip(texts, self._outcome.choices, strict=True))
+        ]
         return {
             **self._fields(self.whole),
             "choices": choices,
-            "usage": _usage(prompts, ends),
-            "moderation": report.moderation(prompt, response) if report.probes else None,
-            "sidelight": report.extension([*prompt, *response]),
+            "usage": self._usage(),
+            **self._verdicts(),
         }
 
-    async def chunks(
-        self,
-        prompts: Sequence[Admitted],
-        events: AsyncGenerator[tuple[int, Sent], None],
-        *,
-        per_prompt: int,
-    ) -> AsyncGenerator[str, None]:
+    async def chunks(self, events: AsyncGenerator[tuple[int, Sent], None]) -> AsyncGenerator[str]:
         """Verdicts, moderation, text, the reasons for the end, usage, ``[DONE]``.
 
         A failure midway is the last event; no ``[DONE]`` follows, so that nobody takes the text
         for complete.
 
         Args:
-            prompts: The prompts, all judged.
-            events: With the index of their choice; choices of one prompt are neighbours.
-            per_prompt: How many choices each prompt has.
+            events: With the index of their choice; each prompt has been admitted.
         """
-        report = self._report
-        openings = [report.extension(p.decisions) for p in prompts for _ in range(per_prompt)]
-        ends: dict[int, Ended] = {}
+        terms, admitted = self._terms, [choice.admitted for choice in self._outcome.choices]
+        openings = [terms.extension(each.decisions)["verdicts"] for each in admitted if each]
         async with aclosing(events):
             try:
                 for index, verdicts in enumerate(openings):
-                    extra = {**self.opening, "sidelight": _numbered(verdicts)}
+                    extra = {**self.opening, **_numbered(verdicts)}
                     yield self._chunk([self._piece(index, "", extra=extra)])
-                if report.probes:
-                    yield self._moderation(prompts, None)
+                if terms.chosen:
+                    yield self._chunk([], **self._verdicts())
                 async for index, event in events:
                     match event:
                         case TextDelta(text):
                             yield self._chunk([self._piece(index, text)])
                         case Running():
-                            yield self._chunk([], sidelight=report.running(index, event))
-                        case Ended():
-                            ends[index] = event
-                            yield self._chunk([self._last_piece(index, event, openings[index])])
-                in_order = [ends[index] for index in sorted(ends)]
-                if report.reads_response:
-                    yield self._moderation(prompts, in_order)
+                            yield self._chunk([], sidelight=self._running(index, event))
+                        case Ended(reason):
+                            late = terms.extension(event.decisions)["verdicts"]
+                            first = len(openings[index])
+                            extra = _numbered(late, first=first) if terms.reads_response else {}
+                            yield self._chunk([self._piece(index, None, extra, reason)])
+                if terms.reads_response:
+                    yield self._chunk([], **self._verdicts())
                 if self._includes_usage:
-                    yield self._chunk([], usage=_usage(prompts, in_order))
+                    yield self._chunk([], usage=self._usage())
                 yield "data: [DONE]\n\n"
             except SidelightError as error:
                 yield _sse(as_request_error(error).body)
@@ -155,25 +139,37 @@ class CompletionFormat(ABC):
         self,
         index: int,
         text: str | None,
-        *,
         extra: Mapping[str, Any] | None = None,
         reason: FinishReason | None = None,
     ) -> Json:
         end = {"logprobs": None, "finish_reason": reason}
         return {"index": index, **self._delta(text, extra or {}, end)}
 
-    def _last_piece(self, index: int, end: Ended, opening: Json) -> Json:
-        extra: Json = {}
-        if self._report.reads_response:
-            verdicts = self._report.extension(end.decisions)
-            extra = {"sidelight": _numbered(verdicts, first=len(opening["verdicts"]))}
-        return self._piece(index, None, extra=extra, reason=end.reason)
+    def _verdicts(self) -> Json:
+        return {
+            "moderation": self._outcome.moderation(),
+            "sidelight": self._outcome.extension(),
+        }
 
-    def _moderation(self, prompts: Sequence[Admitted], ends: Sequence[Ended] | None) -> str:
-        prompt, response = _decisions(prompts), None if ends is None else _decisions(ends)
-        moderation = self._report.moderation(prompt, response)
-        extension = self._report.extension([*prompt, *(response or ())])
-        return self._chunk([], moderation=moderation, sidelight=extension)
+    def _running(self, index: int, running: Running) -> Json:
+        """The ``sidelight`` field while text ``index`` is written: verdicts with scores alone.
+
+        A label would tell ordinary keys more of what blocks them than the cut does.
+        """
+        entries = self._terms.extension(running.decisions)["verdicts"]
+        verdicts = [entry for entry in entries if "probabilities" in entry]
+        return {"running": {"index": index, "tokens": running.tokens, "verdicts": verdicts}}
+
+    def _usage(self) -> dict[str, int]:
+        """Tokens read and written; a prompt counts once, however many texts follow it."""
+        ends = [choice.ended for choice in self._outcome.choices]
+        prompt = sum(admitted.tokens for admitted in self._outcome.prompts)
+        written = sum(end.completion_tokens for end in ends if end)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": written,
+            "total_tokens": prompt + written,
+        }
 
     def _chunk(self, choices: list[Json], **extra: Any) -> str:
         # With include_usage every chunk has the field, null until the last (OpenAI's API).
@@ -181,8 +177,12 @@ class CompletionFormat(ABC):
         return _sse({**self._fields(self.piece), "choices": choices, **blank, **extra})
 
     def _fields(self, kind: str) -> Json:
-        model = self._report.model
-        return {"id": self._id, "object": kind, "created": self._created, "model": model}
+        return {
+            "id": self._id,
+            "object": kind,
+            "created": self._created,
+            "model": self._terms.model,
+        }
 
 
 class ChatCompletionFormat(CompletionFormat):
@@ -231,32 +231,13 @@ class EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-def _ends(texts: Sequence[Sequence[Sent]]) -> list[Ended]:
-    return [part for text in texts for part in text if isinstance(part, Ended)]
-
-
-def _decisions(parts: Sequence[Admitted] | Sequence[Ended]) -> list[Decision]:
-    return [decision for part in parts for decision in part.decisions]
-
-
-def _usage(prompts: Sequence[Admitted], ends: Sequence[Ended]) -> dict[str, int]:
-    """Tokens read and written; a prompt counts once, however many texts follow it."""
-    prompt = sum(judged.tokens for judged in prompts)
-    written = sum(end.completion_tokens for end in ends)
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": written,
-        "total_tokens": prompt + written,
-    }
-
-
-def _numbered(extension: Mapping[str, Any], *, first: int = 0) -> Json:
-    """The verdicts of a delta with an ``index``, by which OpenAI's stream helper merges them.
+def _numbered(verdicts: Sequence[Json], *, first: int = 0) -> Json:
+    """The field of a delta; OpenAI's stream helper merges lists by ``index``.
 
     Without one it raises as soon as a second delta has verdicts.
     """
-    verdicts = enumerate(extension["verdicts"], start=first)
-    return {**extension, "verdicts": [{"index": index, **verdict} for index, verdict in verdicts]}
+    numbered = enumerate(verdicts, start=first)
+    return {"sidelight": {"verdicts": [{"index": i, **verdict} for i, verdict in numbered]}}
 
 
 def _sse(data: Mapping[str, Any]) -> str:
@@ -307,59 +288,38 @@ async def _answer(
     format_class: type[CompletionFormat],
 ) -> Response:
     request.require_model(body.model)
-    require_trusted_turns(request.registry.policy, prompts)
-    sampling, n = body.sampling(), body.n or 1
-    await request.require_size(prompts, n=n, max_tokens=sampling.max_tokens)
-    await unless_left(request, request.engine.settled())
+    sampling, n, options = body.sampling(), body.n or 1, body.stream_options or StreamOptions()
+    terms = await request.begin(prompts, n=n, max_tokens=sampling.max_tokens)
     # Nothing is awaited until the engine has all texts, so that it judges with these very probes.
-    chosen = [probe.name for probe in request.report(body.probes).probes]
-    rules = request.registry.rules
-    # Probes that may block the answer are reported too.
-    report = request.report([*chosen, *(bound.name for bound in rules if bound.is_blocking)])
-    answer = format_class(
-        report,
-        includes_usage=body.stream_options is not None and body.stream_options.include_usage,
-    )
-    observer, timeout_s = request.observer, request.registry.policy.timeout_s
-    tells_scores = bool(body.stream and body.stream_options and body.stream_options.include_scores)
+    outcome = Outcome(terms.choose(body.probes, for_text=True))
+    answer = format_class(outcome, includes_usage=options.include_usage)
+    tells_scores = bool(body.stream and options.include_scores)
     streams: list[AsyncGenerator[Passed, None]] = []
     for prompt in prompts:
-        for number in range(n):
-            # The decisions on a prompt are recorded with the first of its texts.
-            observe = partial(observer.text, prompt, is_prompt_known=number > 0)
-            enforcement = Enforcement(
-                rules, observe, timeout_s=timeout_s, tells_scores=tells_scores
-            )
+        for number, text in enumerate(outcome.begin(n, tells_scores=tells_scores)):
             events = request.engine.generate(
-                prompt,
-                _reseeded(sampling, number),
-                watch=enforcement.watch,
-                admits=enforcement.admits,
+                prompt, _reseeded(sampling, number), watch=text.watch, admits=text.admits
             )
-            streams.append(enforcement.guard(events))
-    admitted = (await unless_left(request, _admitted(streams)))[::n]
-    decisions = _decisions(admitted)
+            streams.append(text.guard(prompt, events))
+    await unless_left(request, _admitted(streams))
     if body.stream:
-        chunks = answer.chunks(admitted, _side_by_side(streams), per_prompt=n)
-        return EventStream(chunks, report.headers(decisions))
+        return EventStream(answer.chunks(_side_by_side(streams)), outcome.headers())
     texts = await unless_left(request, _collected(streams))
-    decisions += _decisions(_ends(texts))
-    return JSONResponse(answer.completion(admitted, texts), headers=report.headers(decisions))
+    return JSONResponse(answer.completion(texts), headers=outcome.headers())
 
 
-async def _admitted(streams: Streams) -> list[Admitted]:
+async def _admitted(streams: Streams) -> None:
     """Waits until the prompt of each choice has been judged; one that is blocked refuses all."""
     places = asyncio.Semaphore(_WAITING)
 
-    async def first(stream: AsyncGenerator[Passed, None]) -> Admitted:
+    async def first(stream: AsyncGenerator[Passed, None]) -> None:
         async with places:
-            event = await anext(stream)
-        assert isinstance(event, Admitted)
-        return event
+            await anext(stream)
 
     waiting = [asyncio.ensure_future(first(stream)) for stream in streams]
     try:
-        return [await each for each in waiting]
+        for each in waiting:
+            await each
     except BaseException:
         for each in waiting:
             each.cancel()
@@ -386,10 +346,11 @@ async def _side_by_side(streams: Streams) -> AsyncGenerator[tuple[int, Sent], No
         await _close(streams)
 
 
-async def _collected(streams: Streams) -> list[list[Sent]]:
-    texts: list[list[Sent]] = [[] for _ in streams]
+async def _collected(streams: Streams) -> list[str]:
+    texts = [""] * len(streams)
     async for index, event in _side_by_side(streams):
-        texts[index].append(event)
+        if isinstance(event, TextDelta):
+            texts[index] += event.text
     return texts
 
 

@@ -5,21 +5,24 @@ All but ``/tokenize``, which runs no model, judge texts.
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from sidelight.engines.base import verdict_failure
+from sidelight.explanation import Explanation
 from sidelight.policy.enforcement import check_decisions
+from sidelight.policy.request import Terms, category_fields, verdict_json
 from sidelight.policy.rules import Side
 from sidelight.prompts import Conversation, Message, PlainText, has_response
 from sidelight.server.errors import RequestError
-from sidelight.server.report import Extension, Report, categories, verdict_json
 from sidelight.server.requests import Route, ServerRequest, unless_left
 from sidelight.server.schemas import (
     ChatMessage,
+    Extension,
     Listed,
     ModerationRequest,
     Name,
@@ -44,35 +47,41 @@ class Checked:
         verdicts: As the client may see them.
         flagged: Names of those that flag it, also if the client does not see their verdicts.
         tokens: How many were read.
-        explanations: As the client may see them; None: it does not ask.
+        explanations: Of the probes that were named for it.
     """
 
     verdicts: Sequence[Verdict]
     flagged: Sequence[str]
     tokens: int
-    explanations: list[dict[str, Any]] | None
+    explanations: Sequence[Explanation]
 
 
 async def check(
     request: ServerRequest,
-    report: Report,
+    terms: Terms,
     conversations: Sequence[Sequence[Message]],
     *,
     is_prompt_known: bool = True,
+    explain: Collection[str] | None = None,
 ) -> list[Checked]:
-    """The verdicts of the report's probes on each conversation, from one pass each.
+    """The verdicts of the chosen probes on each conversation, from one pass each.
 
     A conversation that ends with the assistant's turn is judged by every chosen probe, any other by
-    those that read the prompt alone. If the turns before the assistant's are made up
-    (``is_prompt_known`` is False), no verdict on them counts. The work ends when the request's
-    client leaves.
+    those that read the prompt alone. The work ends when the request's client leaves.
+
+    Args:
+        request: Which begins with these terms, and has awaited nothing since.
+        terms: What holds for it.
+        conversations: To judge.
+        is_prompt_known: Whether the turns before the assistant's are real; if they are made up, no
+            verdict on them counts.
+        explain: Names of probes whose verdicts are explained; None: the client does not ask.
 
     Raises:
         VerdictError: A chosen probe gave no verdict.
-        RequestError: No chosen probe can or may judge one of them. An empty answer would look
-            harmless.
+        RequestError: No chosen probe can judge one of them. An empty answer would look harmless.
     """
-    if all(probe.reads.includes_response for probe in report.probes):
+    if all(bound.side == "output" for bound in terms.chosen):
         for turns in conversations:
             if not is_answered(turns):
                 raise RequestError(
@@ -80,19 +89,15 @@ async def check(
                     "Load such a probe, or use /v1/chat/completions.",
                     code="no_prompt_probe",
                 )
-    await request.require_size(conversations, max_tokens=0)
-    await unless_left(request, request.engine.settled())
-    # Nothing is awaited until the engine has all texts, so that it judges with these very probes.
-    rules = request.registry.rules
-    judging = request.engine.judge(conversations, explain=report.explained(rules))
+    judging = request.engine.judge(conversations, explain=explain)
     events = await unless_left(request, judging)
     checked: list[Checked] = []
     for index, (event, turns) in enumerate(zip(events, conversations, strict=True)):
         prompt: set[Side] = {"input"} if is_prompt_known else set()
         response: set[Side] = {"output"} if is_answered(turns) else set()
-        decisions = check_decisions(rules, event, prompt | response)
+        decisions = check_decisions(terms.rules, event, prompt | response)
         request.observer.text(turns).check(event, decisions)
-        chosen = report.chosen(decisions)
+        chosen = terms.reported(decisions)
         for decision in chosen:
             if decision.is_too_long:
                 raise RequestError(
@@ -101,11 +106,11 @@ async def check(
                     "Shorten it, or choose other probes.",
                     code="verdict_failed",
                 )
-        report.require_all(decisions, has_response=is_answered(turns))
-        verdicts = [d.verdict for d in report.shown(decisions) if d.verdict is not None]
+        if silent := [decision.rule.name for decision in chosen if decision.verdict is None]:
+            raise verdict_failure(silent)
+        verdicts = [d.verdict for d in terms.shown(decisions) if d.verdict is not None]
         flagged = [d.rule.name for d in chosen if d.verdict is not None and d.verdict.flagged]
-        why = report.explanations(decisions, event.explanations)
-        checked.append(Checked(verdicts, flagged, event.tokens, why))
+        checked.append(Checked(verdicts, flagged, event.tokens, event.explanations))
     return checked
 
 
@@ -142,14 +147,13 @@ async def moderate(body: ModerationRequest, request: ServerRequest) -> Moderatio
     """Each text is judged as a user's message, by the probes that read the prompt alone."""
     if body.model is not None and not body.model.startswith(_OPENAI_MODELS):
         request.require_model(body.model)
-    report = request.disclosed_report(body.probes)
-    checked = await check(request, report, [as_user(text) for text in body.input])
+    texts = [as_user(text) for text in body.input]
+    terms = (await request.begin(texts, max_tokens=0)).disclosed(body.probes)
+    checked = await check(request, terms, texts)
     results = [
         ModerationResult(
-            **categories(one.verdicts, report.names),
-            sidelight=Extension(
-                verdicts=[verdict_json(verdict) for verdict in one.verdicts],
-            ),
+            **category_fields(one.verdicts, terms.categories),
+            sidelight=Extension(verdicts=[verdict_json(verdict) for verdict in one.verdicts]),
         )
         for one in checked
     ]
@@ -197,9 +201,10 @@ class ClassifyResponse(BaseModel):
 @router.post("/classify", name="create")
 async def classify(body: ClassifyRequest, request: ServerRequest) -> ClassifyResponse:
     """Each text is judged as a user's message; the answer is that of vLLM's classifiers."""
-    report = _classifier(body, request)
-    (probe,) = report.probes
-    checked = await check(request, report, [as_user(text) for text in body.input])
+    texts = [as_user(text) for text in body.input]
+    terms = _classifier(body, request, await request.begin(texts, max_tokens=0))
+    (probe,) = terms.probes
+    checked = await check(request, terms, texts)
     tokens = sum(one.tokens for one in checked)
     data = [
         Classification(
@@ -220,22 +225,22 @@ async def classify(body: ClassifyRequest, request: ServerRequest) -> ClassifyRes
     )
 
 
-def _classifier(body: ClassifyRequest, request: ServerRequest) -> Report:
-    """A report on the one probe that the request names."""
-    names, chosen = [probe.name for probe in request.probes], body.probes
-    if body.model in names and body.model != request.engine.model:
+def _classifier(body: ClassifyRequest, request: ServerRequest, terms: Terms) -> Terms:
+    """The terms with the one probe that the request names."""
+    names, chosen = [bound.name for bound in terms.chosen], body.probes
+    if body.model in names and body.model != terms.model:
         chosen = [body.model] if chosen is None else chosen
     elif body.model is not None:
         request.require_model(body.model)
-    report = request.disclosed_report(chosen)
-    if len(report.probes) != 1:
+    terms = terms.disclosed(chosen)
+    if len(terms.chosen) != 1:
         raise RequestError(
-            f"Choose one probe, got {len(report.probes)}. Name it as 'model'. Known: "
+            f"Choose one probe, got {len(terms.chosen)}. Name it as 'model'. Known: "
             f"{', '.join(sorted(names)) or 'none'}.",
             code="probe_not_chosen",
             param="model",
         )
-    return report
+    return terms
 
 
 class GuardrailParameters(StrictBody):
@@ -293,22 +298,22 @@ async def guard(body: GuardrailRequest, request: ServerRequest) -> GuardrailResp
     The answer has no ``texts``: a proxy keeps its own.
     """
     parameters = body.additional_provider_specific_params or GuardrailParameters()
-    report = request.report(parameters.probes)
     is_response = body.input_type == "response"
+    texts = [
+        [*as_user(""), Message("assistant", text)] if is_response else as_user(text)
+        for text in body.judged()
+    ]
+    terms = (await request.begin(texts, max_tokens=0)).choose(parameters.probes)
     if is_response:
-        late = [probe for probe in report.probes if probe.reads.includes_response]
+        late = tuple(bound for bound in terms.chosen if bound.side == "output")
         if not late:
             raise RequestError(
                 "No chosen probe reads a response, so none can judge this one. Load such a probe, "
                 "or use this guardrail in mode pre_call only.",
                 code="no_response_probe",
             )
-        report = replace(report, probes=late)
-    conversations = [
-        [*as_user(""), Message("assistant", text)] if is_response else as_user(text)
-        for text in body.judged()
-    ]
-    checked = await check(request, report, conversations, is_prompt_known=not is_response)
+        terms = replace(terms, chosen=late)
+    checked = await check(request, terms, texts, is_prompt_known=not is_response)
     verdicts = [verdict for one in checked for verdict in one.verdicts]
     flagged = list(dict.fromkeys(name for one in checked for name in one.flagged))
     return GuardrailResponse(

@@ -17,8 +17,8 @@ from sidelight.engines.base import (
 )
 from sidelight.errors import ContextLengthError, SidelightError, VerdictError
 from sidelight.policy.decisions import PolicyError
+from sidelight.policy.request import refusal_headers
 from sidelight.server.keys import Caller
-from sidelight.server.report import refusal_headers
 
 _RELOAD_S = 5
 # As nginx logs a client that left; nobody receives it.
@@ -38,7 +38,7 @@ _KINDS: dict[type[SidelightError], tuple[int, str | None]] = {
     VerdictError: (500, "verdict_failed"),
 }
 # Status of a policy's refusal, by who is at fault.
-_FAULTS = {"request": 400, "failed": 500, "late": 504}
+_FAULTS = {"request": 400, "forbidden": 403, "failed": 500, "late": 504}
 
 
 class RequestError(SidelightError):
@@ -72,7 +72,9 @@ def as_request_error(error: SidelightError, *, sees_all: bool = False) -> Reques
         case PolicyError(code=code, decisions=decisions):
             status = _FAULTS[error.fault]
             headers = refusal_headers(decisions, sees_all=sees_all) if decisions else None
-            return RequestError(message, status=status, code=code, headers=headers)
+            return RequestError(
+                message, status=status, code=code, param=error.param, headers=headers
+            )
         case EngineBusyError():
             headers = {"Retry-After": str(error.retry_after_s)}
         case EngineUnavailableError():

@@ -3,18 +3,15 @@
 A question that no probe can answer is refused, never guessed.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import APIRouter
 from pydantic import BaseModel, BeforeValidator, Field, StrictBool, StrictStr
 
-from sidelight.policy.enforcement import require_trusted_turns
-from sidelight.probe import Probe
+from sidelight.policy.request import Terms
 from sidelight.prompts import Message
 from sidelight.server.checks import check, is_answered
-from sidelight.server.report import Explanations, category_names
 from sidelight.server.requests import Route, ServerRequest
 from sidelight.server.schemas import (
     FIRST_ERROR,
@@ -23,7 +20,7 @@ from sidelight.server.schemas import (
     StrictBody,
     Unread,
 )
-from sidelight.types import Verdict
+from sidelight.types import Task, Verdict
 
 _MAX_QUESTIONS = 400
 _MAX_CHOICES = 255
@@ -35,94 +32,14 @@ Explain = Annotated[
         "`matrix`: also each token in each layer."
     ),
 ]
-Value = str | bool
+# Explanations, in the order of the verdicts; only if the request asks.
+Explanations = Annotated[
+    list[dict[str, Any]] | None, Field(exclude_if=lambda explanations: explanations is None)
+]
+# The probe and label that a name in a question means.
+Meanings = Mapping[str, tuple[str, str]]
 
 router = APIRouter(route_class=Route)
-
-
-@dataclass(frozen=True)
-class QuestionAnswers:
-    """What is known of one text, looked up by the names that questions use.
-
-    Attributes:
-        meanings: Probe and label that a name means: a binary probe's positive one, or a category.
-        probes: The loaded probes by name, whether or not a question means them.
-        verdicts: On the text, by probe; a probe without one answers no question.
-        tokens: Tokens read; 0 if no question names a probe that can judge the text.
-        explanations: Of the verdicts, as the client may see them; None: it does not ask.
-    """
-
-    meanings: Mapping[str | None, tuple[str, str]]
-    probes: Mapping[str, Probe]
-    verdicts: Mapping[str, Verdict]
-    tokens: int
-    explanations: list[dict[str, Any]] | None = None
-
-    def probability(self, name: str | None) -> float | None:
-        probe, label = self.meanings.get(name, ("", ""))
-        return self.verdicts[probe].probabilities[label] if probe in self.verdicts else None
-
-    def choice(
-        self, name: str | None, values: Sequence[Value]
-    ) -> tuple[Value, dict[Value, float]] | None:
-        """What probe ``name`` chooses among ``values``, and the probability of each.
-
-        The values must be exactly its labels. A binary probe also takes ``true`` for its positive
-        label and ``false`` for the other.
-        """
-        verdict = self.verdicts.get(name or "")
-        if verdict is None or self.probes[verdict.probe].task.kind == "multilabel":
-            return None
-        task = self.probes[verdict.probe].task
-        of_bool = task.labels if task.kind == "binary" else ("", "")
-        labels = [value if isinstance(value, str) else of_bool[value] for value in values]
-        if sorted(labels) != sorted(verdict.probabilities):
-            return None
-        chosen = values[labels.index(verdict.label)]
-        return chosen, {
-            value: verdict.probabilities[label] for value, label in zip(values, labels, strict=True)
-        }
-
-
-async def find(
-    request: ServerRequest,
-    turns: Sequence[Message],
-    names: Sequence[str | None],
-    *,
-    explains: Explain = None,
-) -> QuestionAnswers:
-    """Judges the conversation with the probes that ``names`` mean; others are not reported.
-
-    Raises:
-        PolicyError: The policy refuses the turns that the conversation begins with.
-    """
-    require_trusted_turns(request.registry.policy, [turns])
-    probes = {probe.name: probe for probe in request.probes}
-    meanings: dict[str | None, tuple[str, str]] = {
-        category: (probe, label)
-        for probe, own in category_names(request.probes).items()
-        for label, category in own.items()
-    }
-    for probe in probes.values():
-        if probe.task.kind == "binary":
-            meanings[probe.name] = (probe.name, probe.task.labels[1])
-    meant = [meanings[name][0] for name in names if name in meanings]
-    named = [name for name in names if name in probes]
-    hidden = request.undisclosed
-    chosen = [
-        name
-        for name in dict.fromkeys([*meant, *named])
-        if name
-        and name not in hidden
-        and (is_answered(turns) or not probes[name].reads.includes_response)
-    ]
-    if not chosen:
-        why = [] if explains else None
-        return QuestionAnswers(meanings, probes, verdicts={}, tokens=0, explanations=why)
-    report = replace(request.report(chosen), explains=explains or False)
-    (checked,) = await check(request, report, [turns])
-    verdicts = {verdict.probe: verdict for verdict in checked.verdicts}
-    return QuestionAnswers(meanings, probes, verdicts, checked.tokens, checked.explanations)
 
 
 class InputPart(StrictBody):
@@ -281,30 +198,84 @@ async def decide(body: DecisionRequest, request: ServerRequest) -> DecisionRespo
     """The input is read once, however many questions there are; each names its probe."""
     request.require_model(body.model)
     turns = [message.as_message() for message in body.input]
-    names = [question.name for question in body.questions]
-    judged = await find(request, turns, names, explains=body.explain)
+    terms = await request.begin([turns], max_tokens=0)
+    meanings = _meanings(terms)
+    asked = {q.name if q.type == "choice" else _probe_of(q.name, meanings) for q in body.questions}
+    names = [
+        bound.name
+        for bound in terms.chosen
+        if bound.name in asked
+        and (terms.sees_all or bound.disclosure != "none")
+        and (is_answered(turns) or bound.side == "input")
+    ]
+    verdicts: dict[str, Verdict] = {}
+    tokens, explanations = 0, [] if body.explain else None
+    if names:
+        terms = terms.choose(names)
+        explained = [b.name for b in terms.chosen if terms.sees_all or b.explains]
+        explain = explained if body.explain else None
+        (checked,) = await check(request, terms, [turns], explain=explain)
+        verdicts, tokens = {v.probe: v for v in checked.verdicts}, checked.tokens
+        if body.explain:
+            reasons = {each.verdict.probe: each for each in checked.explanations}
+            explanations = [
+                reasons[name].to_dict(matrix=body.explain == "matrix")
+                if name in reasons
+                else {"probe": name, "error": "not_disclosed"}
+                for name in verdicts
+            ]
+    tasks = {bound.name: bound.probe.task for bound in terms.chosen}
+    answers = [_answer(question, meanings, tasks, verdicts) for question in body.questions]
     return DecisionResponse(
         model=body.model,
-        answers=[_answer(question, judged) for question in body.questions],
-        usage=DecisionUsage(input_tokens=judged.tokens, total_tokens=judged.tokens),
-        explanations=judged.explanations,
+        answers=answers,
+        usage=DecisionUsage(input_tokens=tokens, total_tokens=tokens),
+        explanations=explanations,
     )
 
 
+def _meanings(terms: Terms) -> Meanings:
+    """Categories, and the names of binary probes for their positive labels."""
+    meanings = {
+        category: (probe, label)
+        for probe, labels in terms.categories.items()
+        for label, category in labels.items()
+    }
+    binary = (probe for probe in terms.probes if probe.task.kind == "binary")
+    return meanings | {probe.name: (probe.name, probe.task.labels[1]) for probe in binary}
+
+
+def _probe_of(name: str | None, meanings: Meanings) -> str:
+    return meanings.get(name or "", ("", ""))[0]
+
+
 def _answer(
-    question: PredicateQuestion | ChoiceQuestion | ScoreQuestion, judged: QuestionAnswers
+    question: PredicateQuestion | ChoiceQuestion | ScoreQuestion,
+    meanings: Meanings,
+    tasks: Mapping[str, Task],
+    verdicts: Mapping[str, Verdict],
 ) -> PredicateAnswer | ChoiceAnswer | Refusal:
-    name = question.name
+    name = question.name or ""
     if isinstance(question, PredicateQuestion):
-        probability = judged.probability(name)
-        if probability is not None:
+        probe, label = meanings.get(name, ("", ""))
+        if probe in verdicts:
+            probability = verdicts[probe].probabilities[label]
             return PredicateAnswer(name=name, probability=probability)
-    if isinstance(question, ChoiceQuestion):
-        found = judged.choice(name, [option.value for option in question.choices])
-        if found is not None:
-            chosen, by_value = found
-            each = [ChoiceProbability(value=v, probability=p) for v, p in by_value.items()]
+    if isinstance(question, ChoiceQuestion) and name in verdicts:
+        verdict, task = verdicts[name], tasks[name]
+        values = [option.value for option in question.choices]
+        # A binary probe also takes true for its positive label and false for the other.
+        of_bool = task.labels if task.kind == "binary" else ("", "")
+        labels = [value if isinstance(value, str) else of_bool[value] for value in values]
+        by_label = dict(zip(labels, values, strict=True))
+        if task.kind != "multilabel" and sorted(labels) == sorted(verdict.probabilities):
             return ChoiceAnswer(
-                name=name, choice=chosen, probabilities=each, confidence=by_value[chosen]
+                name=name,
+                choice=by_label[verdict.label],
+                probabilities=[
+                    ChoiceProbability(value=value, probability=verdict.probabilities[label])
+                    for label, value in by_label.items()
+                ],
+                confidence=verdict.probabilities[verdict.label],
             )
-    return Refusal(name=name)
+    return Refusal(name=question.name)

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import jiter
@@ -13,6 +13,8 @@ from starlette.requests import ClientDisconnect
 
 from sidelight.engines.base import Engine
 from sidelight.errors import did_you_mean
+from sidelight.policy.enforcement import require_trusted_turns
+from sidelight.policy.request import Terms
 from sidelight.probe import Probe
 from sidelight.prompts import Conversation
 from sidelight.server.config import ServerConfig
@@ -20,7 +22,6 @@ from sidelight.server.errors import RequestError
 from sidelight.server.middleware import Drain
 from sidelight.server.observe import RequestObserver
 from sidelight.server.probes import ProbeRegistry
-from sidelight.server.report import Report, category_names
 
 T = TypeVar("T")
 # Most tokens of all texts of a request, unless one text alone may have more.
@@ -113,31 +114,6 @@ class ServerRequest(Request):
         """Whether it has an admin key, which sees every verdict."""
         return self.state.caller.is_admin
 
-    @property
-    def undisclosed(self) -> frozenset[str]:
-        """Names of the probes whose verdicts are not told to this request."""
-        rules = () if self.is_admin else self.registry.rules
-        return frozenset(bound.name for bound in rules if bound.disclosure == "none")
-
-    def report(self, names: Sequence[str] | None) -> Report:
-        """A report on the probes that a request names; None: on all. Refuses unknown names."""
-        return report_on(self.registry, self.engine.model, names, sees_all=self.is_admin)
-
-    def disclosed_report(self, names: Sequence[str] | None) -> Report:
-        """The same without probes whose verdicts are not disclosed, which may not be named."""
-        report, hidden = self.report(names), self.undisclosed
-        shown = [probe for probe in report.probes if probe.name not in hidden]
-        refused = [probe.name for probe in report.probes if probe.name in hidden]
-        if refused and (names is not None or not shown):
-            raise RequestError(
-                f"The server's policy does not disclose verdicts of {', '.join(refused)}. Choose "
-                "other probes, or send an admin key.",
-                status=403,
-                code="not_disclosed",
-                param="probes",
-            )
-        return replace(report, probes=shown)
-
     def require_model(self, name: str) -> None:
         """Refuses a request for another model than the served one."""
         served = self.engine.model
@@ -149,20 +125,31 @@ class ServerRequest(Request):
                 param="model",
             )
 
-    async def require_size(
-        self,
-        texts: Sequence[Conversation],
-        *,
-        n: int = 1,
-        max_tokens: int | None = None,
-    ) -> None:
-        """Refuses a request beyond the limits of items and tokens.
+    async def begin(
+        self, texts: Sequence[Conversation], *, n: int = 1, max_tokens: int | None = None
+    ) -> Terms:
+        """What holds for it from now on; until others are chosen, all probes are reported.
 
         Args:
             texts: What is read.
             n: How often each is read.
             max_tokens: Most tokens written after each; None: as many as fit.
+
+        Raises:
+            RequestError: It is beyond the limits of items and tokens.
+            PolicyError: The policy refuses the turns that a text begins with.
         """
+        policy = self.registry.policy
+        require_trusted_turns(policy, texts)
+        await self._require_size(texts, n=n, max_tokens=max_tokens)
+        await unless_left(self, self.engine.settled())
+        rules = self.registry.rules
+        terms = Terms(self.engine.model, policy, rules, (), self.observer.text, self.is_admin)
+        return terms.choose(None)
+
+    async def _require_size(
+        self, texts: Sequence[Conversation], *, n: int, max_tokens: int | None
+    ) -> None:
         count = n * len(texts)
         if count > self.context.config.max_batch_items:
             raise RequestError(
@@ -214,27 +201,6 @@ def _require_few_items(body: Any, config: ServerConfig) -> None:
                 code="too_many_inputs",
                 param=name,
             )
-
-
-def report_on(
-    registry: ProbeRegistry, model: str, names: Sequence[str] | None, *, sees_all: bool
-) -> Report:
-    """A report on the probes of these names; None: on all that clients see.
-
-    Raises:
-        RequestError: There is no such probe.
-    """
-    loaded = {probe.name: probe for probe in registry.visible}
-    chosen = list(loaded) if names is None else list(dict.fromkeys(names))
-    for name in chosen:
-        if name not in loaded:
-            raise RequestError(
-                f"Unknown probe '{name}'.{did_you_mean(name, loaded)}",
-                code="probe_not_found",
-                param="probes",
-            )
-    probes = [loaded[name] for name in chosen]
-    return Report(model, probes, category_names(registry.visible), sees_all=sees_all)
 
 
 class Route(APIRoute):

@@ -45,6 +45,12 @@ class ErrorResponse(BaseModel):
     error: ErrorDetail
 
 
+class Extension(BaseModel):
+    """The ``sidelight`` field of an answer: every verdict with all its labels."""
+
+    verdicts: list[dict[str, Any]]
+
+
 REFUSALS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorResponse, "description": "Refused; the message says what to do."},
     "5XX": {"model": ErrorResponse, "description": "Failed, loading, or past its deadline."},
@@ -232,7 +238,8 @@ class StreamOptions(StrictBody):
 
     include_usage: bool = False
     include_scores: bool = Field(
-        False, description="Whether to send what probes of the response say after each token."
+        default=False,
+        description="Whether to send what probes of the response say after each token.",
     )
     include_obfuscation: bool | None = None
 

@@ -28,15 +28,14 @@ from starlette.types import Message as Event
 
 from sidelight.errors import SidelightError
 from sidelight.policy.decisions import Decision
-from sidelight.policy.rules import BoundRule
+from sidelight.policy.request import Terms
 from sidelight.server import admin, checks, questions
 from sidelight.server.app import LOOPBACK, application, status_router
 from sidelight.server.errors import as_request_error, wrong_field
 from sidelight.server.keys import Access, Caller
 from sidelight.server.middleware import REQUEST_ID, Gatekeeper
-from sidelight.server.observe import Trace, annotating
-from sidelight.server.report import Report
-from sidelight.server.requests import Context, report_on
+from sidelight.server.observe import RequestObserver, Trace, annotating
+from sidelight.server.requests import Context
 from sidelight.server.schemas import ReportRequest
 from sidelight.vllm.guard import EngineGuard, RequestRecord, current_record, recorded
 from sidelight.vllm.settings import KEY, server_config
@@ -105,19 +104,18 @@ class ProbeEndpoint:
         is_theirs = any(route.matches(scope)[0] == Match.FULL for route in self._vllm.routes)
         return None if is_theirs else self._application
 
-    def terms(self, body: bytes, caller: Caller) -> tuple[Report, Sequence[BoundRule]]:
-        """What this caller sees of the verdicts, and the rules for the request.
+    def terms(self, body: bytes, observer: RequestObserver, caller: Caller) -> Terms:
+        """What holds for the request of this caller.
 
         Raises:
             SidelightError: It asks for something that the policy does not allow.
         """
         assert self.guard is not None
-        registry, model, sees_all = self.guard.registry, self.guard.engine.model, caller.is_admin
-        report = report_on(registry, model, _report_request(body).probes, sees_all=sees_all)
-        chosen, rules = [probe.name for probe in report.probes], registry.rules
-        # Probes that may block the answer are reported too.
-        names = [*chosen, *(bound.name for bound in rules if bound.is_blocking)]
-        return report_on(registry, model, names, sees_all=sees_all), rules
+        registry, model = self.guard.registry, self.guard.engine.model
+        terms = Terms(
+            model, registry.policy, registry.rules, (), observer.text, sees_all=caller.is_admin
+        )
+        return terms.choose(_report_request(body).probes, for_text=True)
 
 
 class ProbeMiddleware:
@@ -152,15 +150,15 @@ class ProbeMiddleware:
         async with AsyncExitStack() as stack:
             try:
                 await stack.enter_async_context(guard.engine.passing(probes))
-                report, rules = self._endpoint.terms(body, caller)
+                trace = Trace(request_id=f"req_{uuid.uuid4().hex}")
+                observer = replace(guard.observer, trace=trace, key_id=caller.key_id)
+                terms = self._endpoint.terms(body, observer, caller)
             except SidelightError as error:
                 refusal = as_request_error(error, sees_all=caller.is_admin).answer()
                 await refusal(scope, receive, send)
                 return
-            trace = Trace(request_id=f"req_{uuid.uuid4().hex}")
-            observer = replace(guard.observer, trace=trace, key_id=caller.key_id)
-            record = RequestRecord(probes, observer, rules)
-            answer = _Answer(scope, receive, annotating(send, trace), record, report)
+            record = RequestRecord(probes, observer, terms.rules)
+            answer = _Answer(scope, receive, annotating(send, trace), record, terms)
             with recorded(record):
                 try:
                     await self._app(scope, receive, answer)
@@ -173,10 +171,10 @@ class _Answer:
     """Passes an answer on once each prompt is judged, with the verdicts in it."""
 
     def __init__(
-        self, scope: Scope, receive: Receive, send: Send, record: RequestRecord, report: Report
+        self, scope: Scope, receive: Receive, send: Send, record: RequestRecord, terms: Terms
     ):
         self._scope, self._receive, self._send = scope, receive, send
-        self._record, self._report = record, report
+        self._record, self._terms = record, terms
         self._start: Event = {}
         self._is_stream = self._has_begun = self._is_over = False
         self._body = b""
@@ -213,7 +211,7 @@ class _Answer:
         if not self._has_begun:
             await self._refuse()
         elif not self._is_over:
-            error = as_request_error(self._record.refusal, sees_all=self._report.sees_all)
+            error = as_request_error(self._record.refusal, sees_all=self._terms.sees_all)
             body = _DATA + json.dumps(error.body).encode() + _EVENT_END
             await self._send({"type": "http.response.body", "body": body})
         return True
@@ -221,7 +219,7 @@ class _Answer:
     async def _refuse(self) -> None:
         self._is_over = True
         assert self._record.refusal is not None
-        error = as_request_error(self._record.refusal, sees_all=self._report.sees_all)
+        error = as_request_error(self._record.refusal, sees_all=self._terms.sees_all)
         answer = error.answer()
         answer.headers.update(self._named({}))
         await answer(self._scope, self._receive, self._send)
@@ -258,7 +256,7 @@ class _Answer:
     def _with_headers(self, decisions: Sequence[Decision]) -> Event:
         start = {**self._start, "headers": [*self._start["headers"]]}
         if self._record.prompts:
-            MutableHeaders(scope=start).update(self._named(self._report.headers(decisions)))
+            MutableHeaders(scope=start).update(self._named(self._terms.headers(decisions)))
         return start
 
     def _named(self, headers: Mapping[str, str]) -> dict[str, str]:
@@ -304,10 +302,10 @@ class _Answer:
 
     def _fields(self, *, is_end: bool) -> dict[str, Any]:
         """As in our own server's answers. Of several texts, each entry names its ``choice``."""
-        record, report = self._record, self._report
+        record, terms = self._record, self._terms
         choices = record.choices
         extensions = [
-            report.extension([*prompt, *(end.decisions if end is not None else ())])
+            terms.extension([*prompt, *(end.decisions if end is not None else ())])
             for prompt, end in choices
         ]
         extension = extensions[0]
@@ -322,10 +320,10 @@ class _Answer:
         if record.adapter is not None:
             # Probes were trained on the model without it.
             extension = {**extension, "adapter": record.adapter}
-        if self._scope["path"] not in _CHUNKED or not report.probes:
+        if self._scope["path"] not in _CHUNKED or not terms.chosen:
             return {KEY: extension}
         response = record.response_decisions if is_end else None
-        return {KEY: extension, "moderation": report.moderation(record.prompt_decisions, response)}
+        return {KEY: extension, "moderation": terms.moderation(record.prompt_decisions, response)}
 
 
 def _keys_of_vllm(args: Any) -> list[str]:

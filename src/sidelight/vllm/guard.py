@@ -15,6 +15,7 @@ from contextlib import aclosing, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from datetime import date
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,6 @@ from sidelight.server.observe import RequestObserver, Trace, audit_of
 from sidelight.server.probes import ProbeRegistry
 from sidelight.vllm.engine import VllmEngine
 from sidelight.vllm.outputs import Assembly, GuardedText, OutputDelta, together
-from sidelight.vllm.patches import guard_beams
 from sidelight.vllm.requests import listener_of
 from sidelight.vllm.settings import (
     KEY,
@@ -197,7 +197,6 @@ class EngineGuard:
         self._heads: tuple[date | None, Sequence[tuple[int, ...]]] = (None, ())
         llm.generate, llm.encode, llm.abort = self.generate, self.encode, self.abort
         llm.sidelight_guard = self
-        guard_beams()
 
     async def generate(
         self, prompt: Any, sampling_params: Any, request_id: str, **options: Any
@@ -306,7 +305,7 @@ class EngineGuard:
         enforcement = Enforcement(
             rules,
             # The decisions on a prompt are recorded with the first of its texts.
-            lambda: observer.text(audited, is_prompt_known=index > 0),
+            partial(observer.text, is_prompt_known=index > 0),
             timeout_s=self.registry.policy.timeout_s,
         )
         own = self._params(call.params, index, encoded, is_watched=bool(enforcement.watch))
@@ -325,7 +324,7 @@ class EngineGuard:
         )
         assembly = Assembly(call.params.output_kind, own.output_kind)
         last: Any = None
-        async with aclosing(enforcement.guard(text.events())) as passed:
+        async with aclosing(enforcement.guard(audited, text.events())) as passed:
             async for each in passed:
                 output = None
                 match each:

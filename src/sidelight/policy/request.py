@@ -1,0 +1,427 @@
+"""What holds for one request, and what came of it, as clients and gateways see it.
+
+Both servers fix the `Terms` before they judge anything, and keep an `Outcome` while they answer.
+Decisions become visible here and nowhere else, so this is where rules that disclose less are
+applied. Each client drops other fields that it does not know, so the same verdicts go into a
+header, the typed ``moderation`` field, and the ``sidelight`` field.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from typing import Any, Protocol
+from urllib.parse import quote
+
+from sidelight.engines.base import verdict_failure
+from sidelight.errors import SidelightError, did_you_mean
+from sidelight.policy.decisions import Decision, PolicyError
+from sidelight.policy.enforcement import Admitted, Enforcement, TextObserver
+from sidelight.policy.rules import BoundRule, Policy
+from sidelight.probe import Probe
+from sidelight.prompts import Conversation
+from sidelight.types import Verdict
+
+VERDICTS_HEADER = "x-sidelight-verdicts"
+FLAGGED_HEADER = "x-sidelight-flagged"
+ROUTE_HEADER = "x-sidelight-route"
+# Proxies refuse answers whose headers pass 4 to 8 KiB in all.
+_MAX_HEADER_BYTES = 3072
+_HEADER_DIGITS = 6
+# Names of a positive class that say less than the probe's own name.
+_BARE_LABELS = frozenset({"1", "true", "yes"})
+
+Json = dict[str, Any]
+# For each probe, its categories by label; a binary probe's negative label has none.
+CategoryNames = Mapping[str, Mapping[str, str]]
+
+
+class Observe(Protocol):
+    """Gives the observer of a text; ``is_prompt_known``: its prompt's decisions are recorded."""
+
+    def __call__(self, text: Conversation, /, *, is_prompt_known: bool = False) -> TextObserver: ...
+
+
+@dataclass(frozen=True)
+class LabelsOnly(Verdict):
+    """A verdict without its scores: probabilities are 1.0 for labels that hold, otherwise 0.0.
+
+    ``label`` is the first that holds, or "" if a multi-label probe finds none, and there is no
+    ``turn``: the most probable label beside others that hold, or the turn with the highest score,
+    would rank scores that are withheld.
+    """
+
+    @classmethod
+    def of(cls, verdict: Verdict) -> "LabelsOnly":
+        label = verdict.labels[0] if verdict.labels else ""
+        shown = {name: float(name in verdict.labels) for name in verdict.probabilities}
+        return cls(verdict.probe, label, verdict.labels, shown, verdict.flagged)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What holds for one request; nothing of it changes while the request is served.
+
+    Attributes:
+        model: The served model's name.
+        policy: The server's.
+        rules: Of every probe that is loaded.
+        chosen: The probes that answers report, in order; none of them is a shadow.
+        observe: Gives the observer of a text.
+        sees_all: Whether who asks sees what rules do not disclose.
+    """
+
+    model: str
+    policy: Policy
+    rules: tuple[BoundRule, ...]
+    chosen: tuple[BoundRule, ...]
+    observe: Observe = field(compare=False)
+    sees_all: bool = False
+
+    def choose(self, names: Sequence[str] | None, *, for_text: bool = False) -> "Terms":
+        """The same, reporting the probes of these names; None: all that clients see.
+
+        Args:
+            names: As a client gives them.
+            for_text: Whether a text will be written: then probes that may cut it are reported too.
+
+        Raises:
+            PolicyError: There is no such probe.
+        """
+        visible = {bound.name: bound for bound in self.rules if not bound.is_shadow}
+        for name in names or ():
+            if name not in visible:
+                raise PolicyError(
+                    f"Unknown probe '{name}'.{did_you_mean(name, visible)}",
+                    code="probe_not_found",
+                    param="probes",
+                )
+        chosen = dict.fromkeys(visible if names is None else names)
+        if for_text:
+            chosen |= dict.fromkeys(b.name for b in visible.values() if b.is_blocking)
+        return replace(self, chosen=tuple(visible[name] for name in chosen))
+
+    def disclosed(self, names: Sequence[str] | None) -> "Terms":
+        """As ``choose``, without probes whose verdicts are not disclosed, which may not be named.
+
+        Raises:
+            PolicyError: There is no such probe, or no chosen one is disclosed.
+        """
+        terms = self.choose(names)
+        shown = tuple(b for b in terms.chosen if self.sees_all or b.disclosure != "none")
+        hidden = [bound.name for bound in terms.chosen if bound not in shown]
+        if hidden and (names is not None or not shown):
+            raise PolicyError(
+                f"The server's policy does not disclose verdicts of {', '.join(hidden)}. Choose "
+                "other probes, or send an admin key.",
+                code="not_disclosed",
+                param="probes",
+                fault="forbidden",
+            )
+        return replace(terms, chosen=shown)
+
+    @property
+    def probes(self) -> list[Probe]:
+        return [bound.probe for bound in self.chosen]
+
+    @property
+    def reads_response(self) -> bool:
+        """Whether a chosen probe has to wait for the response."""
+        return any(bound.side == "output" for bound in self.chosen)
+
+    @cached_property
+    def categories(self) -> CategoryNames:
+        """Of all probes that clients see."""
+        return category_names([bound.probe for bound in self.rules if not bound.is_shadow])
+
+    def reported(self, decisions: Iterable[Decision]) -> list[Decision]:
+        """Only those of the chosen probes, whether or not the client sees them."""
+        names = {bound.name for bound in self.chosen}
+        return [decision for decision in decisions if decision.rule.name in names]
+
+    def shown(self, decisions: Iterable[Decision]) -> list[Decision]:
+        """What the client sees of those of the chosen probes."""
+        return disclosed(self.reported(decisions), sees_all=self.sees_all)
+
+    def extension(self, decisions: Iterable[Decision]) -> Json:
+        """The ``sidelight`` field: every verdict, and an entry with ``error`` for a failed one."""
+        return {"verdicts": entries(self.shown(decisions))}
+
+    def headers(self, decisions: Sequence[Decision]) -> dict[str, str]:
+        """The headers of an answer: verdicts, and marks of every probe for a gateway."""
+        marked = disclosed(decisions, sees_all=self.sees_all)
+        return {**_verdict_header(self.shown(decisions)), **_marks(marked)}
+
+    def moderation(
+        self, prompt: Iterable[Decision], response: Iterable[Decision] | None
+    ) -> Json | None:
+        """The ``moderation`` field; None: no probe is chosen.
+
+        Args:
+            prompt: Decisions on prompts.
+            response: Those on the texts that follow; None while one is written.
+        """
+        if not self.chosen:
+            return None
+        if response is None and self.reads_response:
+            output = _error("pending", "The response is still being written.")
+        else:
+            output = self._moderated(response or (), "No chosen probe reads the response.")
+        return {
+            "input": self._moderated(prompt, "No chosen probe reads the prompt alone."),
+            "output": output,
+        }
+
+    def _moderated(self, decisions: Iterable[Decision], not_run: str) -> Json:
+        reported = self.reported(decisions)
+        shown = disclosed(reported, sees_all=self.sees_all)
+        failed = [decision for decision in shown if decision.verdict is None]
+        if failed:
+            return _error("verdict_failed", _failure(failed))
+        if not reported:
+            return _error("not_run", not_run)
+        if not shown:
+            return _error("not_disclosed", "The server's policy does not disclose these verdicts.")
+        results = [
+            {
+                "type": "moderation_result",
+                "model": verdict.probe,
+                **category_fields([verdict], self.categories),
+            }
+            for decision in shown
+            if (verdict := decision.verdict) is not None
+        ]
+        return {"type": "moderation_results", "model": self.model, "results": results}
+
+
+class Outcome:
+    """What has come of a request so far: the texts that follow each of its prompts.
+
+    Attributes:
+        terms: What holds for it.
+        texts: For each prompt, its texts.
+        refusal: Why it is refused, if it is.
+        adapter: The LoRA adapter that writes its texts; None: the model by itself.
+    """
+
+    def __init__(self, terms: Terms):
+        self.terms = terms
+        self.texts: list[list[Enforcement]] = []
+        self.refusal: SidelightError | None = None
+        self.adapter: str | None = None
+
+    def begin(self, texts: int, *, tells_scores: bool = False) -> list[Enforcement]:
+        """Notes a prompt that so many texts follow; its decisions are recorded with the first."""
+        terms = self.terms
+        begun = [
+            Enforcement(
+                terms.rules,
+                partial(terms.observe, is_prompt_known=number > 0),
+                timeout_s=terms.policy.timeout_s,
+                tells_scores=tells_scores,
+            )
+            for number in range(texts)
+        ]
+        self.texts.append(begun)
+        return begun
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether each prompt so far is answered, or one is refused."""
+        is_admitted = bool(self.texts) and all(map(_admitted, self.texts))
+        return self.refusal is not None or is_admitted
+
+    @property
+    def choices(self) -> list[Enforcement]:
+        """The texts, in the order of choices."""
+        return [text for texts in self.texts for text in texts]
+
+    @property
+    def prompts(self) -> list[Admitted]:
+        """The prompts that are answered."""
+        return [prompt for texts in self.texts if (prompt := _admitted(texts))]
+
+    @property
+    def prompt_decisions(self) -> list[Decision]:
+        return [decision for prompt in self.prompts for decision in prompt.decisions]
+
+    @property
+    def response_decisions(self) -> list[Decision]:
+        return [d for text in self.choices if text.ended for d in text.ended.decisions]
+
+    def headers(self) -> dict[str, str]:
+        """The headers of an answer, or of its beginning."""
+        return self.terms.headers([*self.prompt_decisions, *self.response_decisions])
+
+    def extension(self) -> Json:
+        """The ``sidelight`` field. Of several texts, each entry names its ``choice``."""
+        choices = [
+            self.terms.extension(
+                [
+                    *(text.admitted.decisions if text.admitted else ()),
+                    *(text.ended.decisions if text.ended else ()),
+                ]
+            )["verdicts"]
+            for text in self.choices
+        ]
+        if len(choices) == 1:
+            (verdicts,) = choices
+        else:
+            verdicts = [{"choice": i, **entry} for i, own in enumerate(choices) for entry in own]
+        # Probes were trained on the model without the adapter.
+        adapter = {} if self.adapter is None else {"adapter": self.adapter}
+        return {"verdicts": verdicts, **adapter}
+
+    def moderation(self) -> Json | None:
+        """The ``moderation`` field; None: no probe is chosen."""
+        is_over = all(text.ended for text in self.choices)
+        response = self.response_decisions if is_over else None
+        return self.terms.moderation(self.prompt_decisions, response)
+
+
+def _admitted(texts: Sequence[Enforcement]) -> Admitted | None:
+    """That of a prompt, by the first of its texts that was admitted."""
+    return next((text.admitted for text in texts if text.admitted), None)
+
+
+def category_names(probes: Sequence[Probe]) -> CategoryNames:
+    """Bare names where they are unique, ``probe/name`` where probes share one."""
+    bare: dict[str, dict[str, str]] = {}
+    for probe in probes:
+        labels = probe.task.labels
+        own = {label: label for label in labels}
+        if probe.task.kind == "binary":
+            is_bare = labels[1].lower() in _BARE_LABELS
+            own = {labels[1]: probe.name if is_bare else labels[1]}
+        bare[probe.name] = own
+    uses = Counter(name for names in bare.values() for name in names.values())
+    return {
+        probe: {
+            label: name if uses[name] == 1 else f"{probe}/{name}" for label, name in names.items()
+        }
+        for probe, names in bare.items()
+    }
+
+
+def category_fields(verdicts: Sequence[Verdict], names: CategoryNames) -> Json:
+    """Whether each category of these verdicts is flagged, its score, and that text was read.
+
+    A multi-class verdict is never flagged, so neither are its categories; its label is in the
+    ``sidelight`` field.
+    """
+    scores: dict[str, float] = {}
+    flags: dict[str, bool] = {}
+    for verdict in verdicts:
+        for label, category in names[verdict.probe].items():
+            scores[category] = verdict.probabilities[label]
+            flags[category] = verdict.flagged and label in verdict.labels
+    return {
+        "flagged": any(verdict.flagged for verdict in verdicts),
+        "categories": flags,
+        "category_scores": scores,
+        "category_applied_input_types": {category: ["text"] for category in scores},
+    }
+
+
+def disclosed(decisions: Iterable[Decision], *, sees_all: bool) -> list[Decision]:
+    """What a client sees of decisions; ``sees_all`` of one that has an admin key."""
+    shown: list[Decision] = []
+    for decision in decisions:
+        disclosure = "scores" if sees_all else decision.rule.disclosure
+        if disclosure == "scores":
+            shown.append(decision)
+        elif disclosure == "labels":
+            verdict = decision.verdict and LabelsOnly.of(decision.verdict)
+            shown.append(replace(decision, verdict=verdict))
+    return shown
+
+
+def entries(decisions: Sequence[Decision]) -> list[Json]:
+    """Verdicts, then the probes that gave none."""
+    verdicts = [verdict_json(d.verdict) for d in decisions if d.verdict is not None]
+    failed = dict.fromkeys(d.rule.name for d in decisions if d.verdict is None)
+    return [*verdicts, *map(_failure_json, failed)]
+
+
+def verdict_json(verdict: Verdict) -> Json:
+    """One verdict; ``labels`` are those that hold, for a multi-label probe none to all.
+
+    ``turn`` is there if one turn of several has decided.
+    """
+    has_scores = not isinstance(verdict, LabelsOnly)
+    fields = {
+        "probe": verdict.probe,
+        "label": verdict.label,
+        "labels": list(verdict.labels),
+        **({"probabilities": verdict.probabilities} if has_scores else {}),
+        "flagged": verdict.flagged,
+    }
+    return fields if verdict.turn is None else {**fields, "turn": verdict.turn}
+
+
+def refusal_headers(decisions: Sequence[Decision], *, sees_all: bool) -> dict[str, str]:
+    """The headers of a refused prompt: every verdict but those of shadows, and the marks."""
+    visible = [decision for decision in decisions if not decision.rule.is_shadow]
+    shown = disclosed(visible, sees_all=sees_all)
+    return {**_verdict_header(shown), **_marks(shown)}
+
+
+def _verdict_header(decisions: Sequence[Decision]) -> dict[str, str]:
+    """Compact ASCII JSON.
+
+    Probabilities are rounded. If the header would be too long for proxies, only probe, label and
+    flag are left; if it still is, one entry with ``error``.
+    """
+    verdicts = [d.verdict for d in decisions if d.verdict is not None]
+    short = [{"probe": v.probe, "label": v.label, "flagged": v.flagged} for v in verdicts]
+    full = [
+        entry
+        if isinstance(v, LabelsOnly)
+        else {
+            **entry,
+            "probabilities": {k: round(p, _HEADER_DIGITS) for k, p in v.probabilities.items()},
+        }
+        for v, entry in zip(verdicts, short, strict=True)
+    ]
+    failed = [_failure_json(d.rule.name) for d in decisions if d.verdict is None]
+    too_long = [{"error": "too_long"}]
+    texts = [
+        json.dumps(each, separators=(",", ":"))
+        for each in (full + failed, short + failed, too_long)
+    ]
+    fitting = next(text for text in texts if len(text) <= _MAX_HEADER_BYTES or text == texts[-1])
+    return {VERDICTS_HEADER: fitting}
+
+
+def _marks(decisions: Iterable[Decision]) -> dict[str, str]:
+    """Headers for a gateway: which probes flagged, and the routes. Shadows are left out."""
+    shown = [decision for decision in decisions if not decision.rule.is_shadow]
+    flagged = dict.fromkeys(d.rule.name for d in shown if d.is_marked)
+    routes = dict.fromkeys(route for d in shown if (route := d.route) is not None)
+    # Labels are a user's own words: a comma or a line break must not reach a header.
+    return {
+        header: ", ".join(quote(name, safe=" /-_.:@") for name in names)
+        for header, names in ((FLAGGED_HEADER, flagged), (ROUTE_HEADER, routes))
+        if names
+    }
+
+
+def _failure(failed: Sequence[Decision]) -> str:
+    too_long = dict.fromkeys(d.rule.name for d in failed if d.is_too_long)
+    other = dict.fromkeys(d.rule.name for d in failed if d.rule.name not in too_long)
+    reasons = [str(verdict_failure(other))] if other else []
+    if too_long:
+        reasons.append(
+            f"No verdict from {', '.join(too_long)}: the text is longer than the policy lets it "
+            "judge. Treat the text as not judged."
+        )
+    return " ".join(reasons)
+
+
+def _failure_json(probe: str) -> Json:
+    return {"probe": probe, "error": "verdict_failed"}
+
+
+def _error(code: str, message: str) -> Json:
+    return {"type": "error", "code": code, "message": message}
