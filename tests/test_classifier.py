@@ -15,6 +15,7 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig, pipeli
 import corpora
 from commands import saved
 from corpora import TASKS
+from sidelight.artifact import save_probe
 from sidelight.backbone import TransformersBackbone, load_backbone
 from sidelight.data.loading import load_examples
 from sidelight.errors import ContextLengthError, SidelightError, VerdictError
@@ -25,6 +26,7 @@ from sidelight.training.dataset import shared_texts
 from sidelight.training.fit import fit
 from sidelight.training.runs import assess
 from sidelight.training.settings import FitOptions, TrainingSettings
+from sidelight.training.traffic import beginning
 from tiny import SIZES, untrained_probe
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_cache")]
@@ -282,6 +284,32 @@ def test_texts_that_were_trained_on_are_counted_where_a_probe_is_measured(tiny, 
     examples = load_examples(rows, task=classifier.probe.task)
     (assessment,) = assess(folder, examples, model=saved(tiny, tmp_path / "model"))
     assert assessment.warnings[-1].startswith("12 of 40 texts were trained on")
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_an_evaluation_shows_thresholds_traffic_and_the_worst_mistakes(tiny, fits, tmp_path, kind):
+    probe = fits[kind].best.probe
+    logits = np.random.default_rng(0).normal(size=(50, probe.task.outputs)).tolist()
+    record = {**probe.record, "traffic": {"logits": logits}}
+    labelled = load_examples(corpora.rows(kind, 40, seed=3), task=probe.task)
+    # Labels that the probe has not seen: each is wrong.
+    examples = replace(labelled, labels=np.roll(labelled.labels, 1, axis=0))
+    model = saved(tiny, tmp_path / "model")
+    for folder, one in (("kept", replace(probe, record=record)), ("none", probe)):
+        save_probe(one, tmp_path / folder)
+    kept, none = (
+        assess(tmp_path / folder, examples, model=model)[0] for folder in ("kept", "none")
+    )
+    assert 0 < len(kept.mistakes) <= 5
+    texts = [item.text for item in examples.items]
+    assert all(any(line.endswith(beginning(text)) for text in texts) for line in kept.mistakes)
+    for label, threshold in probe.label_thresholds.items():
+        assert f"Threshold of '{label}': {threshold:.3f}" in str(kept)
+    if probe.thresholds:
+        flags = probe.calibration.apply(np.array(logits)) >= np.array(probe.thresholds)
+        assert "Of 50 ordinary conversations" in str(kept)
+        assert f"({flags.any(1).sum()})" in str(kept)
+        assert "without background" in str(none)
 
 
 def test_other_answers_to_a_shared_prompt_are_not_shared_texts():

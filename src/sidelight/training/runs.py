@@ -25,6 +25,7 @@ from sidelight.storage import write_json
 from sidelight.training.classifier import judge, require_responses
 from sidelight.training.fit import Fit, FittedProbe
 from sidelight.training.measuring import trained_text_warnings
+from sidelight.training.traffic import beginning, kept_rate
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 
 RUNS = "runs"
+_SHOWN_MISTAKES = 5
 SHOWN_METRICS = ("auprc", "auroc", "f1", "accuracy", "macro_f1", "recall_at_1pct_fpr", "ece")
 # The width of a table that is not shown in a terminal.
 _WIDTH = 110
@@ -184,6 +186,7 @@ class Assessment:
         report: Of the chosen probe.
         runs: The reports of every run trained with it, itself included, by title.
         warnings: What the user should know of the data, one sentence each.
+        mistakes: The worst wrong decisions of the chosen probe, a line each.
     """
 
     title: str
@@ -193,6 +196,50 @@ class Assessment:
     report: Report
     runs: Mapping[str, Sequence[Report]]
     warnings: tuple[str, ...]
+    mistakes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """The thresholds, what they let pass of ordinary traffic, and the mistakes."""
+        points = self.chosen.label_thresholds.items()
+        lines = [f"Threshold of '{label}': {threshold:.3f}" for label, threshold in points]
+        flagged, conversations = kept_rate(self.chosen)
+        if conversations:
+            lines.append(
+                f"Of {conversations} ordinary conversations that it was not trained on, it flags "
+                f"{flagged / conversations:.1%} ({flagged})."
+            )
+        elif lines:
+            lines.append(
+                "The probe keeps no figures of ordinary traffic: it was trained without background."
+            )
+        if self.mistakes:
+            lines += ["Wrong decisions of which it was surest:", *self.mistakes]
+        return "\n".join(lines)
+
+
+def _mistakes(
+    probe: Probe, probabilities: np.ndarray, examples: LabelledExamples, rows: np.ndarray
+) -> tuple[str, ...]:
+    """The wrong decisions that are farthest from right, a line each."""
+    task, labels = probe.task, examples.labels[rows]
+    if task.kind == "multiclass":
+        holds = labels[:, None] == np.arange(task.outputs)
+        decided = probabilities == probabilities.max(1, keepdims=True)
+        distances = np.where(decided & ~holds, probabilities, 0)
+    else:
+        holds = labels.reshape(probabilities.shape).astype(bool)
+        thresholds = np.array(probe.thresholds)
+        distances = np.where(
+            (probabilities >= thresholds) != holds, np.abs(probabilities - thresholds), 0
+        )
+    order = np.argsort(-distances, axis=None, kind="stable")[:_SHOWN_MISTAKES].tolist()
+    wrong = [divmod(place, probabilities.shape[1]) for place in order if distances.flat[place]]
+    names = task.labels[-task.outputs :]
+    return tuple(
+        f"  {'missed' if holds[row, output] else 'wrongly'} '{names[output]}' "
+        f"{probabilities[row, output]:.2f}  {beginning(examples.items[rows[row]].text)}"
+        for row, output in wrong
+    )
 
 
 def assess(
@@ -252,7 +299,16 @@ def assess(
         ]
         runs = _by_title(probes, reports)
         assessments.append(
-            Assessment(title, chosen, probabilities[index], labels, reports[index], runs, warnings)
+            Assessment(
+                title,
+                chosen,
+                probabilities[index],
+                labels,
+                reports[index],
+                runs,
+                warnings,
+                _mistakes(chosen, probabilities[index], examples, at),
+            )
         )
     return assessments
 
@@ -264,6 +320,7 @@ def describe(assessments: Sequence[Assessment]) -> dict[str, Any]:
         "probe": whole.chosen.name,
         "mechanism": whole.chosen.spec.name,
         **whole.report.to_dict(),
+        "traffic": dict(zip(("flagged", "conversations"), kept_rate(whole.chosen), strict=True)),
         "warnings": list(whole.warnings),
         "runs": summarise(whole.runs),
         "subsets": {

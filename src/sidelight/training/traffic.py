@@ -107,7 +107,7 @@ def measure_traffic(
     conversations = conversations_of(contexts)
     highest = [float(probabilities[rows].max()) for rows in conversations]
     order = sorted(range(len(highest)), key=highest.__getitem__, reverse=True)[:_SHOWN]
-    worst = [(highest[i], _beginning(contexts[conversations[i][0]].example.text)) for i in order]
+    worst = [(highest[i], beginning(contexts[conversations[i][0]].example.text)) for i in order]
     surroundings: list[Surroundings] = []
     for shortest, longest in zip((0, *_LENGTHS), _LENGTHS, strict=False):
         near = np.array([shortest < context.words <= longest for context in contexts])
@@ -213,6 +213,19 @@ def kept_logits(probe: Probe) -> Float[np.ndarray, "conversation output"]:
         ) from error
 
 
+def kept_rate(probe: Probe) -> tuple[int, int]:
+    """How many ordinary conversations a probe flags at its thresholds, of those that it keeps.
+
+    Raises:
+        SidelightError: As ``kept_logits``.
+    """
+    logits = kept_logits(probe)
+    if not len(logits):
+        return 0, 0
+    flags = probe.calibration.apply(logits) >= np.array(probe.thresholds)
+    return int(flags.any(1).sum()), len(logits)
+
+
 def highest_logits(
     contexts: Sequence[Context], logits: Float[np.ndarray, "context output"]
 ) -> Float[np.ndarray, "conversation output"]:
@@ -230,6 +243,7 @@ def conversations_of(contexts: Sequence[Context]) -> list[list[int]]:
     return [*rows.values()]
 
 
-def _beginning(text: str) -> str:
+def beginning(text: str) -> str:
+    """A text on one line, shortened."""
     words = " ".join(text.split())
     return words if len(words) <= _SHOWN_CHARACTERS else f"{words[:_SHOWN_CHARACTERS]}..."
