@@ -1,8 +1,6 @@
 """The files of a model, read without loading it, and its fingerprint.
 
-What is read is the configuration, and a few values of each weight, one at a time. The safetensors
-library maps a file, and whatever the kernel maps around a value counts as memory of the process:
-for some files, all of it.
+What is read is the configuration, and a few values of each weight.
 """
 
 import json
@@ -18,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -31,22 +30,6 @@ _CONFIG = "config.json"
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _VALUES_PER_WEIGHT = 16
-_LONGEST_HEADER = 100_000_000
-_DTYPES = {
-    "BF16": torch.bfloat16,
-    "BOOL": torch.bool,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-}
 
 # Buffers of older files, which transformers computes and no longer saves.
 _COMPUTED = ("rotary_emb.inv_freq", "masked_bias", ".attn.bias", ".attention.bias")
@@ -156,34 +139,16 @@ def _weight_files(folder: Path) -> Iterable[Path]:
 
 
 def _read_samples(path: Path) -> Iterator[tuple[str, torch.dtype, Sample]]:
-    # The layout: eight bytes with the header's length, the header in JSON, and the values.
-    damaged = ValueError(f"{path} is not a whole safetensors file. Copy it again.")
-    size = path.stat().st_size
-    with path.open("rb", buffering=0) as file:
-        start = 8 + int.from_bytes(file.read(8), "little")
-        if start > min(size, _LONGEST_HEADER):
-            raise damaged
-        try:
-            header = json.loads(file.read(start - 8))
-            header.pop("__metadata__", None)
-            end = start + max(entry["data_offsets"][1] for entry in header.values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise damaged from error
-        if size != end:
-            raise damaged
-        for name, entry in header.items():
-            if (dtype := _DTYPES.get(entry["dtype"])) is None:
-                raise ValueError(
-                    f"{path} has weights of dtype {entry['dtype']}; supported are "
-                    f"{', '.join(_DTYPES)}."
-                )
-            shape = tuple(entry["shape"])
-            raw = bytearray()
-            for index in range(0, prod(shape), _step(prod(shape))):
-                file.seek(start + entry["data_offsets"][0] + index * dtype.itemsize)
-                raw += file.read(dtype.itemsize)
-            values = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0)
-            yield name, dtype, Sample(shape, _as_bytes(values))
+    try:
+        # Mapped: of each weight, the pages of a few values are read.
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                weight = file.get_tensor(name)
+                yield name, weight.dtype, sample(weight)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is not a whole safetensors file ({error}). Copy it again."
+        ) from error
 
 
 def _as_used(samples: Mapping[str, Sample]) -> dict[str, Sample]:
