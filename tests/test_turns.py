@@ -187,6 +187,17 @@ def test_no_content_joins_the_turn_of_the_system(make, content):
     assert "Be kind." in unread
 
 
+@pytest.mark.parametrize("content", ["", " ", "\n \n"])
+def test_a_turn_whose_blanks_a_marker_swallows_has_no_content(content):
+    encoder = PromptEncoder(blank_before_texts(), prompt_format="chat", max_tokens=999)
+    alone = encoder.encode([Message("user", content)])
+    assert Part.PROMPT not in alone.parts
+    others = [Message("user", "a"), Message("assistant", content), Message("user", "b")]
+    kinds = [part for part in encoder.encode(others).parts if part in (Part.PROMPT, Part.REPLY)]
+    assert {*kinds} == {Part.PROMPT}
+    assert [turn.role for turn in encoder.chat_format.turns(alone.token_ids)] == ["user"]
+
+
 @pytest.mark.parametrize("make", [merging_tokenizer, blank_before_texts])
 def test_a_system_prompt_marked_by_words_inside_a_turn_is_part_of_that_turn(make):
     """As in Llama 2: else a user's message could pass for it."""

@@ -116,8 +116,12 @@ class ChatFormat:
         )
         headers = _headers(literals.before)
         self._roles = [role for role, _ in headers]
+        # A tokenizer may write a blank before a text, and none where the text is empty.
         self._header = re.compile(
-            "|".join(f"({_as_pattern(text)})" for _, text in headers) or _NEVER
+            "|".join(
+                f"({re.sub(f'(?<={_SYMBOL})▁$', '▁?', _as_pattern(text))})" for _, text in headers
+            )
+            or _NEVER
         )
         footers: dict[tuple[str, bool], set[str]] = defaultdict(set)
         for role, literal, is_end in literals.after:
