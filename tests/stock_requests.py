@@ -89,11 +89,17 @@ def post(address: str, path: str, body: dict[str, Any], **options: Any) -> httpx
     return httpx.post(f"{address}{path}", json={**limits, **body}, timeout=120, **options)
 
 
-def admin(address: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
-    """What the routes of probes answer an admin."""
-    method, headers = "GET" if body is None else "POST", {"Authorization": f"Bearer {ADMIN}"}
-    url = f"{address}/admin/probes{path}"
+def admin(address: str, body: dict[str, Any] | None = None) -> httpx.Response:
+    """What the route of probes answers an admin: a list, or a change."""
+    method, headers = "GET" if body is None else "PUT", {"Authorization": f"Bearer {ADMIN}"}
+    url = f"{address}/admin/probes"
     return httpx.request(method, url, json=body, headers=headers, timeout=120)
+
+
+def replace_probe(address: str, name: str, folder: str) -> httpx.Response:
+    """Serves one probe from another folder, and the others as they are."""
+    served = admin(address).json()["probes"]
+    return admin(address, {"probe": [folder if p["name"] == name else p["path"] for p in served]})
 
 
 # Fields that hold what a model has written.

@@ -20,12 +20,13 @@ from sidelight.artifact import load_probe, save_probe
 from sidelight.engines.transformers import TransformersEngine
 from sidelight.policy.rules import Policy, Rule
 from sidelight.prompts import Reads
-from sidelight.server import admin as admin_probes
+from sidelight.server.admin import Replacement
+from sidelight.server.admin import replace as replace_all
 from sidelight.server.app import create_app
 from sidelight.server.config import ServerConfig
 from sidelight.server.observe import Trace
+from sidelight.server.probes import ProbeRegistry
 from sidelight.server.requests import ServerRequest
-from sidelight.types import Task
 from tiny import INTENT, SIZES, tiny_backbone, untrained_probe
 
 ADMIN = {"Authorization": "Bearer admin-key"}
@@ -53,18 +54,21 @@ def folders(tiny, tmp_path):
 class Admin:
     """Changes the probes of a server, and asks it as a user does."""
 
-    def __init__(self, http):
+    def __init__(self, http, folders):
         self.http = http
+        self.folders = {name: str(folders[name]) for name in ("toxicity", "late")}
 
-    def change(self, path="", body=None, *, method="POST", status=200):
-        """What the server says of a change: its entry, or the message of the error."""
-        answer = self.http.request(method, f"{PROBES}{path}", json=body, headers=ADMIN)
+    def put(self, body=None, *, status=200, **folders):
+        """What the server serves after a change of these probes' folders, or why it refuses."""
+        if body is None:
+            body = {"probe": [*{**self.folders, **folders}.values()]}
+        answer = self.http.put(PROBES, json=body, headers=ADMIN)
         assert answer.status_code == status, answer.text
-        return answer.json() if status < 400 else answer.json()["error"]["message"]
+        return answer.json()["error"]["message"] if status >= 400 else entries_of(answer)
 
     @property
     def entries(self):
-        return {entry["name"]: entry for entry in self.change(method="GET")["probes"]}
+        return entries_of(self.http.get(PROBES, headers=ADMIN))
 
     def chat(self, **options):
         return self.http.post(CHATS, json={**CHAT, **options}, headers=USER)
@@ -78,28 +82,29 @@ class Admin:
         return self.chat().status_code == 400
 
 
+def entries_of(answer):
+    return {entry["name"]: entry for entry in answer.json()["probes"]}
+
+
 @contextmanager
 def serving(backbone, folders, **options):
     sources = {name: folders[name] for name in ("toxicity", "late")}
     engine = TransformersEngine(backbone, [load_probe(path) for path in sources.values()])
     keys = {"api_key": "user-key", "admin_key": "admin-key"}
     with in_process(engine, sources=sources, **keys, **options) as http:
-        yield Admin(http)
+        yield Admin(http, folders)
 
 
 def test_only_an_admin_key_opens_the_routes(tiny, folders):
     with serving(tiny, folders) as admin:
-        body = {"path": str(folders["newer"])}
-        kinds = ("reload", "shadow", "enable", "disable")
-        posts = [("POST", path) for path in ("", *(f"/toxicity/{kind}" for kind in kinds))]
-        for method, path in (("GET", ""), *posts, ("DELETE", "/toxicity")):
-            refused = admin.http.request(method, f"{PROBES}{path}", json=body, headers=USER)
-            assert refused.status_code == 403, path
+        for method in ("GET", "PUT"):
+            refused = admin.http.request(method, PROBES, json={"probe": []}, headers=USER)
+            assert refused.status_code == 403, method
             assert refused.json()["error"]["code"] == "admin_key_required"
-        assert {entry["state"] for entry in admin.entries.values()} == {"serving"}
+        assert admin.entries.keys() == {"toxicity", "late"}
 
 
-def test_the_list_has_every_probe_with_its_state(tiny, folders):
+def test_the_list_has_every_probe_with_its_rule(tiny, folders):
     with serving(tiny, folders, policy=BLOCKING) as admin:
         entries = admin.entries
     assert list(entries) == ["toxicity", "late"]
@@ -110,27 +115,49 @@ def test_the_list_has_every_probe_with_its_state(tiny, folders):
         "labels": ["fine", "toxic"],
         "reads": "prompt",
         "side": "input",
-        "state": "serving",
         "mode": "block",
         "thresholds": {"toxic": 0.0},
         "shadow_of": None,
         "path": str(folders["toxicity"]),
-        "failure": None,
     }
 
 
-def test_a_reload_serves_the_artifact_as_it_is_now(tiny, folders):
+def test_a_change_without_names_reads_the_same_folders_again(tiny, folders):
     newer = load_probe(folders["newer"]).version
     with serving(tiny, folders) as admin:
         before = admin.verdicts
         shutil.copytree(folders["newer"], folders["toxicity"], dirs_exist_ok=True)
         assert admin.verdicts == before
-        assert admin.change("/toxicity/reload", {})["version"] == newer
+        assert admin.put({})["toxicity"]["version"] == newer
         after = admin.verdicts
         assert after["toxicity"]["probabilities"] != before["toxicity"]["probabilities"]
         assert after["late"] == before["late"]
         models = admin.http.get("/v1/models", headers=USER).json()["data"][0]
         assert models["sidelight"]["probes"][0]["version"] == newer
+
+
+def test_probes_and_policy_change_together(tiny, folders, tmp_path):
+    """A trial is a shadow in the new policy; a probe that is not named is gone."""
+    save_probe(replace(load_probe(folders["newer"]), name="newer"), folders["newer"])
+    path = tmp_path / "policy.toml"
+    path.write_text('[input.toxicity]\nmode = "block"\nthreshold = 0.0\n')
+    trial = path.read_text() + '[input.newer]\nmode = "shadow"\nshadow_of = "toxicity"\n'
+    with serving(tiny, folders, policy=Policy()) as admin:
+        assert not admin.is_blocking
+        body = {"probe": [admin.folders["toxicity"], str(folders["newer"])]}
+        (tmp_path / "trial.toml").write_text(trial)
+        served = admin.put({**body, "policy": str(tmp_path / "trial.toml")})
+        assert {name: entry["mode"] for name, entry in served.items()} == {
+            "toxicity": "block",
+            "newer": "shadow",
+        }
+        assert admin.is_blocking
+        # The file that was named last is read again.
+        (tmp_path / "trial.toml").write_text(trial.replace("block", "flag"))
+        admin.put({})
+        assert admin.verdicts.keys() == {"toxicity"}
+        assert admin.put({"probe": [admin.folders["late"]], "policy": "/dev/null"})
+        assert admin.verdicts.keys() == {"late"}
 
 
 DAMAGES = {
@@ -143,44 +170,40 @@ DAMAGES = {
 
 
 @pytest.mark.slow
-def test_garbage_leaves_the_last_good_one_serving(tiny, folders, tmp_path):
-    with serving(tiny, folders, policy=BLOCKING) as admin:
-        before = admin.entries["toxicity"]
-        for name, damage in DAMAGES.items():
-            folder = shutil.copytree(folders["newer"], tmp_path / name)
-            damage(folder / "probe.safetensors", folder / "manifest.json")
-            message = admin.change("/toxicity/reload", {"path": str(folder)}, status=400)
-            assert admin.entries["toxicity"] == {**before, "failure": message}, name
-            assert admin.chat().json()["error"]["code"] == "content_filter"
-        assert admin.change("/toxicity/reload", {})["failure"] is None
-
-
-@pytest.mark.slow
-def test_what_does_not_fit_is_refused_by_name(tiny, folders, tmp_path):
+def test_what_cannot_be_served_leaves_the_last_good_set(tiny, folders, tmp_path):
     other = tiny_backbone(LlamaConfig(**{**SIZES, "rope_theta": 5000.0}))
-    broken, own = untrained_probe(tiny, "toxicity"), untrained_probe(tiny, "toxicity")
+    broken, raw = untrained_probe(tiny, "toxicity"), untrained_probe(tiny, "toxicity")
     broken.mechanism.bias.fill_(float("nan"))
-    labels = Task("binary", ("routine", "urgent"))
     wrong = (
         (untrained_probe(other, "toxicity"), "was trained on", 400),
         (broken, "No verdict from toxicity", 500),
-        (untrained_probe(tiny, "toxicity", reads=Reads("both")), "on the input", 400),
-        (replace(own, prompt_format="raw"), "and of raw texts, such as 'toxicity'", 400),
-        (untrained_probe(tiny, "toxicity", task=INTENT), "under another name", 400),
-        (untrained_probe(tiny, "urgency", task=labels), "fine, toxic", 400),
+        (untrained_probe(tiny, "toxicity", reads=Reads("both")), "no probe 'toxicity' judges", 400),
+        (replace(raw, prompt_format="raw"), "and of raw texts, such as 'toxicity'", 400),
+        (untrained_probe(tiny, "toxicity", task=INTENT), "would never apply", 400),
+        (
+            untrained_probe(tiny, "late", reads=Reads("response")),
+            "distinct names, got: late, late",
+            400,
+        ),
     )
     with serving(tiny, folders, policy=BLOCKING) as admin:
-        version = admin.entries["toxicity"]["version"]
+        before = admin.entries
+        for name, damage in DAMAGES.items():
+            folder = shutil.copytree(folders["newer"], tmp_path / name)
+            damage(folder / "probe.safetensors", folder / "manifest.json")
+            assert str(folder) in admin.put(toxicity=str(folder), status=400), name
         for number, (probe, told, status) in enumerate(wrong):
-            body = {"path": str(save_probe(probe, tmp_path / str(number)))}
-            assert told in admin.change("/toxicity/reload", body, status=status)
-            assert admin.entries["toxicity"]["version"] == version
-            assert admin.is_blocking
+            folder = str(save_probe(probe, tmp_path / str(number)))
+            assert told in admin.put(toxicity=folder, status=status)
+        for body in ({"probe": None, "policy": "nowhere"}, {"path": "x"}, {"probe": "x"}):
+            assert admin.put(body, status=400)
+        assert admin.entries == before
+        assert admin.is_blocking
 
 
 @pytest.mark.slow
 def test_nothing_passes_unjudged_while_probes_change(tiny, folders):
-    """A blocking probe is reloaded, and others come and go, under requests that it must block."""
+    """A blocking probe is replaced, and another comes and goes, under requests that it blocks."""
     is_over = threading.Event()
 
     def keep_asking(admin, stream):
@@ -190,82 +213,70 @@ def test_nothing_passes_unjudged_while_probes_change(tiny, folders):
             answers.append((response.status_code, response.json()["error"]["code"]))
         return answers
 
-    with serving(tiny, folders, policy=BLOCKING) as admin, ThreadPoolExecutor(2) as pool:
+    policy = replace(BLOCKING, output={})
+    with serving(tiny, folders, policy=policy) as admin, ThreadPoolExecutor(2) as pool:
         asking = [pool.submit(keep_asking, admin, stream) for stream in (False, True)]
         for turn in range(6):
-            body = {"path": str(folders["newer" if turn % 2 == 0 else "toxicity"])}
-            admin.change("/toxicity/reload", body)
-            shadow = admin.change("", {**body, "shadow_of": "toxicity"}, status=201)
-            admin.change(f"/{shadow['name']}", method="DELETE")
+            folder = str(folders["newer" if turn % 2 == 0 else "toxicity"])
+            admin.put(toxicity=folder)
+            admin.put({"probe": [folder]})
         is_over.set()
         answers = [answer for future in asking for answer in future.result()]
     assert len(answers) > 4
     assert set(answers) == {(400, "content_filter")}
 
 
-@pytest.mark.slow
-def test_a_probe_that_is_disabled_or_a_shadow_or_removed_blocks_nothing(tiny, folders):
-    with serving(tiny, folders, policy=BLOCKING) as admin:
-        assert admin.is_blocking
-        for change, state in (
-            ("disable", "disabled"),
-            ("enable", "serving"),
-            ("shadow", "shadow"),
-            ("disable", "disabled"),
-            # A shadow that was disabled is one again.
-            ("enable", "shadow"),
-            ("enable", "serving"),
-        ):
-            body = {} if change == "shadow" else None
-            assert admin.change(f"/toxicity/{change}", body)["state"] == state
-            assert admin.is_blocking == (state == "serving")
-            if state == "disabled":
-                admin.change("/toxicity/reload", {}, status=409)
-            if state != "serving":
-                assert admin.verdicts.keys() == {"late"}
-        newer = {"path": str(folders["newer"]), "shadow_of": "toxicity"}
-        shadow = admin.change("", newer, status=201)
-        version = load_probe(folders["newer"]).version
-        assert (shadow["name"], shadow["state"]) == (f"toxicity@{version}", "shadow")
-        for name in (shadow["name"], "toxicity"):
-            admin.change(f"/{name}", method="DELETE")
-            admin.change(f"/{name}", method="DELETE", status=404)
-        assert admin.verdicts.keys() == {"late"}
-        body = {"path": str(folders["toxicity"])}
-        admin.change("", body, status=201)
-        for path, wrong, status in (
-            ("", body, 409),
-            ("", {}, 400),
-            ("", {"path": "nowhere"}, 400),
-            ("", {**body, "shadowof": "toxicity"}, 400),
-            ("/toxicity/shadow", {"shadow_of": "late"}, 400),
-            ("/toxic/reload", {}, 404),
-        ):
-            assert admin.change(path, wrong, status=status)
-        assert admin.entries.keys() == {"late", "toxicity"}
-        assert admin.is_blocking
+def test_a_rule_holds_from_the_moment_that_its_probe_does(tiny, folders, tmp_path):
+    """The engine serves new probes before the change is over."""
+    path = tmp_path / "policy.toml"
+    path.write_text('[input.toxicity]\nmode = "block"\nthreshold = 0.0\n')
+    seen = []
+
+    class Watching(TransformersEngine):
+        async def replace_probes(self, probes):
+            seen.append([bound.mode for bound in registry.rules])
+            await super().replace_probes(probes)
+            seen.append([bound.mode for bound in registry.rules])
+
+    async def change(engine):
+        await registry.replace([folders["toxicity"]], path)
+        seen.append([bound.mode for bound in registry.rules])
+
+    engine = Watching(tiny, [load_probe(folders["newer"])])
+    registry = ProbeRegistry(engine, Policy(), {})
+    asyncio.run(started(engine, change))
+    assert seen == [["score"], ["block"], ["block"]]
+
+
+async def started(engine, use):
+    await engine.start()
+    try:
+        await use(engine)
+    finally:
+        await engine.close()
 
 
 def audited(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_a_change_whose_caller_leaves_is_made_and_audited(tiny, tmp_path):
+def test_a_change_whose_caller_leaves_is_made_and_audited(tiny, folders, tmp_path):
     path = tmp_path / "audit.jsonl"
 
     async def change(engine):
         app = create_app(engine, ServerConfig(audit_log=path))
         scope = {"type": "http", "app": app, "state": {"trace": Trace()}}
         request = ServerRequest(Request(scope))
-        caller = asyncio.create_task(admin_probes.disable("toxicity", request))
+        body = Replacement(probe=[str(folders["late"])])
+        caller = asyncio.create_task(replace_all(body, request))
         await asyncio.sleep(0)
         caller.cancel()
         async with asyncio.timeout(60):
-            while request.registry.entry("toxicity").state != "disabled":
+            while [probe.name for probe in engine.probes] != ["late"] or not path.read_text():
                 await asyncio.sleep(0.01)
 
     run(tiny, change, probes=[untrained_probe(tiny, "toxicity")])
-    assert [line["change"] for line in audited(path)] == ["disable"]
+    assert [line["change"] for line in audited(path)] == ["replace"]
 
 
 def test_requests_that_wait_for_a_change_are_judged_by_the_new_probe(tiny):
@@ -283,19 +294,15 @@ def test_requests_that_wait_for_a_change_are_judged_by_the_new_probe(tiny):
 @pytest.mark.slow
 def test_changes_are_audited_with_the_key_that_made_them(tiny, folders, tmp_path):
     with serving(tiny, folders, audit_log=tmp_path / "audit.jsonl") as admin:
-        old = admin.entries["toxicity"]["version"]
-        reloaded = admin.change("/toxicity/reload", {"path": str(folders["newer"])})
-        admin.change("/toxicity/reload", {"path": "nowhere"}, status=400)
-        admin.http.post(f"{PROBES}/toxicity/disable", headers=USER)
-        admin.change("/late", method="DELETE")
-    first, second = audited(tmp_path / "audit.jsonl")
-    assert first["version"] == reloaded["version"] != old
-    assert first["request_id"].startswith("req_")
-    assert (first["change"], first["probe"]) == ("reload", "toxicity")
-    assert (second["change"], second["probe"]) == ("remove", "late")
-    assert {first["key_id"], second["key_id"]} == {"admin-key-1"}
+        served = admin.put(toxicity=str(folders["newer"]))
+        admin.put({"probe": ["nowhere"]}, status=400)
+        admin.http.put(PROBES, json={}, headers=USER)
+    (line,) = audited(tmp_path / "audit.jsonl")
+    assert line["request_id"].startswith("req_")
+    assert line["probes"] == {name: entry["version"] for name, entry in served.items()}
+    assert (line["change"], line["key_id"]) == ("replace", "admin-key-1")
     with serving(tiny, folders, audit_log=Path("/dev/full")) as admin:
         # It stands all the same, and the failure is counted.
-        assert admin.change("/toxicity/disable")["state"] == "disabled"
+        assert admin.put(toxicity=str(folders["newer"])) == served
         series = admin.http.get("/metrics", headers=ADMIN).text
         assert "sidelight_audit_failures_total 1.0" in series

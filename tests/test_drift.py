@@ -75,8 +75,7 @@ def test_drift_is_told_of_the_probes_that_run_once_enough_is_seen(tiny, tmp_path
         count = 'sidelight_probe_score_count{label="toxic",probe="toxicity"}'
         assert f"{count} {2 * ENOUGH - 1}.0" in series
         # Its successor has no scores of validation.
-        path = "/admin/probes/toxicity/reload"
-        http.post(path, json={"path": unknown}, headers=key).raise_for_status()
+        http.put("/admin/probes", json={"probe": [unknown]}, headers=key).raise_for_status()
         judged(texts)
         assert told() == []
 

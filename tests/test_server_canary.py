@@ -71,7 +71,7 @@ def send_all(http, address):
         answers.append(http.request(WORD, path, json=body))
     for path in ("/v1/models", f"/v1/models/{WORD}", "/version", "/ready", f"/admin/{WORD}"):
         answers.append(http.get(path, params={"key": KEY}))
-    answers.append(http.post("/admin/probes", json={"path": WORD}))
+    answers.append(http.put("/admin/probes", json={"probe": [WORD], "policy": WORD}))
     head = f"Authorization: Bearer {KEY}"
     for raw in (
         f"{WORD} {KEY}\r\n\r\n".encode(),

@@ -43,7 +43,7 @@ def server(stock, subjects):
             yield
         finally:
             # A reload loads all probes.
-            assert admin(stock.address, "/injection/reload", {}).status_code == 200
+            assert admin(stock.address, {}).status_code == 200
 
     def ways(text):
         return [

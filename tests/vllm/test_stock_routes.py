@@ -6,7 +6,7 @@ import pytest
 
 from policy_contract import STREAMED, parts_of, refusal
 from sidelight.artifact import save_probe
-from stock_requests import admin, post, posts, requests_of, written_in
+from stock_requests import post, posts, replace_probe, requests_of, written_in
 
 pytestmark = pytest.mark.xdist_group("stock")
 
@@ -17,7 +17,7 @@ def sealed(stock, subjects, tmp_path):
     leak = subjects.by_name["leak"]
     leak = replace(leak, calibration=replace(leak.calibration, shift=(50.0,)))
     for path in (save_probe(leak, tmp_path / "leak"), subjects.folder_of["leak"]):
-        answer = admin(stock.address, "/leak/reload", {"path": str(path)})
+        answer = replace_probe(stock.address, "leak", str(path))
         assert answer.status_code == 200, answer.text
         if path != subjects.folder_of["leak"]:
             yield stock.address

@@ -1,12 +1,11 @@
 """The served model and its probes at ``/v1``, and changes of them at ``/admin/probes``."""
 
 import asyncio
-from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, Literal
 
 from fastapi import APIRouter
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from sidelight.manifest import reference
 from sidelight.policy.rules import BoundRule, Mode
@@ -14,7 +13,7 @@ from sidelight.probe import Probe
 from sidelight.prompts import Side
 from sidelight.server.probes import ProbeEntry
 from sidelight.server.requests import AdminOnly, Route, ServerRequest
-from sidelight.server.schemas import StrictBody
+from sidelight.server.schemas import Listed, StrictBody
 from sidelight.thresholds import OperatingCurve, read_curves
 from sidelight.types import TaskKind
 
@@ -141,84 +140,35 @@ admin_probes_router = APIRouter(route_class=Route, dependencies=[AdminOnly])
 
 
 class ProbeList(BaseModel):
-    """All probes, those that do not run last."""
+    """All probes, shadows too."""
 
     probes: list[ProbeEntry]
 
 
-class LoadRequest(StrictBody):
-    """An artifact in a folder of the server's machine."""
+class Replacement(StrictBody):
+    """What is served from now on; null: the same folders and file as now, read again."""
 
-    path: str
-    shadow_of: str | None = None
-
-
-class ReloadRequest(StrictBody):
-    """The artifact; null: the folder that the probe came from."""
-
-    path: str | None = None
-
-
-class ShadowRequest(StrictBody):
-    """The probe that the shadow is compared with, if any."""
-
-    shadow_of: str | None = None
+    probe: Listed[str] | None = Field(None, description="Folders of all probes on this machine.")
+    policy: str | None = Field(None, description="A policy's file on this machine.")
 
 
 @admin_probes_router.get("/admin/probes")
 async def list_probes(request: ServerRequest) -> ProbeList:
-    """Every probe, shadows and disabled ones too."""
+    """Every probe with its rule."""
     return ProbeList(probes=request.registry.entries)
 
 
-@admin_probes_router.post("/admin/probes", status_code=201)
-async def load(body: LoadRequest, request: ServerRequest) -> ProbeEntry:
-    """Serves one more probe."""
-    change = request.registry.load(Path(body.path), shadow_of=body.shadow_of)
-    return await _made(request, "load", change)
+@admin_probes_router.put("/admin/probes")
+async def replace(body: Replacement, request: ServerRequest) -> ProbeList:
+    """Replaces all probes and the policy at once; if that fails, the old ones serve on."""
+    folders = None if body.probe is None else list(map(Path, body.probe))
+    path = None if body.policy is None else Path(body.policy)
 
+    async def audited() -> ProbeList:
+        await request.registry.replace(folders, path)
+        served = request.registry.entries
+        request.observer.change({entry.name: entry.version for entry in served})
+        return ProbeList(probes=served)
 
-@admin_probes_router.post("/admin/probes/{name:path}/reload")
-async def reload(name: str, body: ReloadRequest, request: ServerRequest) -> ProbeEntry:
-    """Replaces a probe by the artifact as it is now; if that fails, the last good one serves on."""
-    path = None if body.path is None else Path(body.path)
-    return await _made(request, "reload", request.registry.reload(name, path))
-
-
-@admin_probes_router.post("/admin/probes/{name:path}/shadow")
-async def shadow(name: str, body: ShadowRequest, request: ServerRequest) -> ProbeEntry:
-    """Hides a probe from clients; it is still counted."""
-    change = request.registry.shadow(name, shadow_of=body.shadow_of)
-    return await _made(request, "shadow", change)
-
-
-@admin_probes_router.post("/admin/probes/{name:path}/enable")
-async def enable(name: str, request: ServerRequest) -> ProbeEntry:
-    """Runs a probe under the policy's rule."""
-    return await _made(request, "enable", request.registry.enable(name))
-
-
-@admin_probes_router.post("/admin/probes/{name:path}/disable")
-async def disable(name: str, request: ServerRequest) -> ProbeEntry:
-    """Stops a probe; nothing follows from its rule meanwhile."""
-    return await _made(request, "disable", request.registry.disable(name))
-
-
-@admin_probes_router.delete("/admin/probes/{name:path}")
-async def remove(name: str, request: ServerRequest) -> dict[str, Any]:
-    """Forgets a probe; its artifact stays."""
-    removed = await _made(request, "remove", request.registry.remove(name))
-    return {"name": removed.name, "removed": True}
-
-
-async def _made(
-    request: ServerRequest, kind: str, change: Coroutine[Any, Any, ProbeEntry]
-) -> ProbeEntry:
-    """The outcome of a change, which is made and audited even if its caller leaves."""
-
-    async def audited() -> ProbeEntry:
-        entry = await change
-        request.observer.change(kind, entry.name, entry.version)
-        return entry
-
+    # It is made and audited even if its caller leaves.
     return await asyncio.shield(asyncio.create_task(audited()))

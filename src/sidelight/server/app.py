@@ -65,7 +65,7 @@ async def metrics(request: ServerRequest) -> Response:
     """All series; without a key that opens them, none of what the policy does not disclose."""
     caller: Caller = request.state.caller
     try:
-        rules = request.registry.all_rules
+        rules = request.registry.rules
     except EngineUnavailableError:
         # The model is loading, so there are no verdicts yet.
         rules = ()
@@ -109,7 +109,7 @@ def create_app(
         SidelightError: A file that ``config`` names cannot be read or written.
     """
     config = config or ServerConfig()
-    policy = policy or config.loaded_policy
+    path = config.policy if policy is None else None
     audit = audit_of(config)
 
     @asynccontextmanager
@@ -117,12 +117,12 @@ def create_app(
         await engine.start()
         try:
             if engine.is_ready:
-                require_policy_applies(policy, engine.probes)
+                require_policy_applies(registry.policy, engine.probes)
             yield
         finally:
             await engine.close()
 
-    registry = ProbeRegistry(engine, policy, sources or {})
+    registry = ProbeRegistry(engine, policy or config.loaded_policy, sources or {}, path)
     observer = RequestObserver(Metrics(engine), audit)
     context = Context(engine, registry, config, observer)
     pages = reference() | (playground() if config.playground else {})

@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -137,10 +137,10 @@ class RequestObserver:
         """
         return RequestTextObserver(self, text, is_prompt_known=is_prompt_known)
 
-    def change(self, change: str, probe: str, version: str) -> None:
-        """Audits what an operator did to a probe; the change stands even if that fails."""
+    def change(self, versions: Mapping[str, str]) -> None:
+        """Audits which probes are served after a change; it stands even if that fails."""
         with suppress(RequestError):
-            self.append([{"change": change, "probe": probe, "version": version}])
+            self.append([{"change": "replace", "probes": versions}])
 
     def append(self, lines: Sequence[dict[str, Any]]) -> None:
         """Writes lines to the audit log, if there is one.

@@ -139,11 +139,10 @@ class ServerRequest(Request):
             RequestError: It is beyond the limits of items and tokens.
             PolicyError: The policy refuses the turns that a text begins with.
         """
-        policy = self.registry.policy
-        require_trusted_turns(policy, texts)
         await self._require_size(texts, n=n, max_tokens=max_tokens)
         await unless_left(self, self.engine.settled())
-        rules = self.registry.rules
+        policy, rules = self.registry.policy, self.registry.rules
+        require_trusted_turns(policy, texts)
         terms = Terms(self.engine.model, policy, rules, (), self.observer.text, self.is_admin)
         return terms.choose(None)
 

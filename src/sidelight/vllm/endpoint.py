@@ -93,7 +93,7 @@ class ProbeEndpoint:
         routers = checks.router, questions.router, admin.admin_probes_router, status_router
         self._application = application(context, routers)
         self._routes = [route for router in routers for route in router.routes]
-        REGISTRY.register(guard.observer.metrics.disclosed(lambda: guard.registry.all_rules))
+        REGISTRY.register(guard.observer.metrics.disclosed(lambda: guard.registry.rules))
         _mark_cut_responses()
         self.guard = guard
 
